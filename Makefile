@@ -1,0 +1,79 @@
+# Builds and installs outbox_relay as a Postgres extension, in the way of PGXS:
+#
+#   make && sudo make install                     for the Postgres of the pg_config in PATH
+#   make PG_CONFIG=/usr/lib/postgresql/16/bin/pg_config
+#
+# Needs Rust, libclang and the server's headers; `scripts/setup` finds or installs everything but Rust.
+# FEATURES="a b" adds cargo features. DESTDIR works. `make help` lists the rest.
+
+EXTENSION := outbox_relay
+PG_CONFIG ?= pg_config
+CARGO     ?= cargo
+FEATURES  ?=
+
+INSTALL      := install
+target_dir   := $(or $(CARGO_TARGET_DIR),target)
+library      := $(target_dir)/release/lib$(EXTENSION).so
+
+# The targets that need no Postgres must work without one.
+ifneq ($(filter-out help clean demo test bench,$(or $(MAKECMDGOALS),all)),)
+major := $(shell $(PG_CONFIG) --version 2>/dev/null | sed -nE 's/^PostgreSQL ([0-9]+).*/\1/p')
+ifeq ($(major),)
+$(error "$(PG_CONFIG)" is no working pg_config. Name one with PG_CONFIG=..., or let scripts/setup install Postgres and say where it is)
+endif
+ifeq ($(filter $(major),15 16 17 18),)
+$(error $(PG_CONFIG) is of Postgres $(major); $(EXTENSION) supports 15 to 18. Name another with PG_CONFIG=...)
+endif
+pkglibdir         := $(shell $(PG_CONFIG) --pkglibdir)
+sharedir          := $(shell $(PG_CONFIG) --sharedir)
+includedir_server := $(shell $(PG_CONFIG) --includedir-server)
+endif
+
+# An absolute path: build scripts don't run here.
+cargo_env     = PGRX_PG_CONFIG_PATH="$$(realpath -s "$$(command -v $(PG_CONFIG))")"
+comma        := ,
+empty        :=
+space        := $(empty) $(empty)
+features      = pg$(major)$(if $(strip $(FEATURES)),$(comma)$(subst $(space),$(comma),$(strip $(FEATURES))))
+
+.PHONY: all install uninstall demo test lint bench clean help headers
+
+all: headers ## build the extension (release)
+	$(cargo_env) $(CARGO) build --release --locked -p $(EXTENSION) --no-default-features --features $(features)
+
+headers:
+	@test -f "$(includedir_server)/postgres.h" || { \
+	    echo "The server headers of Postgres $(major) are missing ($(includedir_server)/postgres.h)." >&2; \
+	    echo "On Debian and Ubuntu: apt install postgresql-server-dev-$(major), or run scripts/setup." >&2; \
+	    exit 1; }
+
+# Cargo knows what is up to date; installing must not build, since it often runs as another user.
+install: ## copy it into Postgres's directories
+	@test -f "$(library)" || { echo "$(library) is missing: run make first" >&2; exit 1; }
+	$(INSTALL) -d "$(DESTDIR)$(pkglibdir)" "$(DESTDIR)$(sharedir)/extension"
+	$(INSTALL) -m 755 "$(library)" "$(DESTDIR)$(pkglibdir)/$(EXTENSION).so"
+	$(INSTALL) -m 644 $(EXTENSION).control sql/$(EXTENSION)--*.sql "$(DESTDIR)$(sharedir)/extension/"
+
+uninstall: ## remove it from there
+	rm -f "$(DESTDIR)$(pkglibdir)/$(EXTENSION).so"
+	rm -f "$(DESTDIR)$(sharedir)/extension/$(EXTENSION).control"
+	rm -f "$(DESTDIR)$(sharedir)/extension/$(EXTENSION)"--*.sql
+
+demo: ## show it at work on throwaway servers (KEEP=1 leaves them up)
+	scripts/demo
+
+test: ## run every test on throwaway servers (TEST_ARGS=... goes to the runner)
+	scripts/test
+
+lint: headers ## formatting and clippy, as CI checks them
+	$(CARGO) fmt --all --check
+	$(cargo_env) $(CARGO) clippy --workspace --all-targets --locked --no-default-features --features $(features) -- -D warnings
+
+bench: ## measure throughput and latency
+	scripts/bench
+
+clean: ## remove what was built
+	$(CARGO) clean
+
+help: ## this list
+	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 18

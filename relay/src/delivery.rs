@@ -1,0 +1,440 @@
+//! The delivery of one backend: a state machine without I/O. The worker feeds it rows and reports with the time and a
+//! random number, and does what it asks: connect, send a batch, write down what was refused, save the cursor.
+//!
+//! ```text
+//!            retry_at reached              Connected
+//!   Down ──────────────────────▶ Connecting ─────────▶ Up ──▶ batches in flight, oldest first
+//!    ▲                               │                  │
+//!    └───────── Lost ◀───────────────┴──────────────────┘   (read := acked; what was in flight is read again)
+//! ```
+//! The table is the retry buffer: nothing that is unsure is kept here but its position.
+
+use crate::backoff::Backoff;
+use crate::classify::{Class, Failure};
+use crate::reader::Position;
+use crate::refusal::{Record, Streams};
+use crate::sender::{Refusal, WINDOW_BATCHES, is_backends};
+use std::collections::{BTreeSet, VecDeque};
+use std::rc::Rc;
+use std::time::Duration;
+
+/// Time since some fixed moment.
+pub type Now = Duration;
+
+/// Bytes that may be on their way for one backend; a single larger batch goes alone.
+const WINDOW_BYTES: usize = 2 * 1024 * 1024;
+
+/// Configuration errors wait this many times longer than outages: somebody has to mend something first.
+const CONFIGURATION_PATIENCE: u32 = 5;
+
+/// An event on its way, as far as its fate needs it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    pub seq: i64,
+    pub stream: Rc<str>,
+    /// Attempts in all before it fails, if Redis refuses it.
+    pub max_attempts: u32,
+}
+
+/// See [`Delivery::room`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    pub batches: usize,
+    pub bytes: usize,
+}
+
+/// What a batch was made of.
+enum Load {
+    /// Rows read in order; all acknowledged, the cursor stands at `end`.
+    Rows { end: Position },
+    /// Events that wait in the table of refused ones, all of one stream, tried again.
+    Again,
+}
+
+struct Flight {
+    entries: Vec<Entry>,
+    load: Load,
+    bytes: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Link {
+    Down {
+        retry_at: Now,
+    },
+    Connecting,
+    Up,
+    /// A reply blamed the backend: collect the replies that are still to come, then go down.
+    Draining {
+        retry_at: Now,
+    },
+}
+
+/// What a user sees as `state` in `outbox.backend_status`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    Idle,
+    Sending,
+    Backoff,
+    Misconfigured,
+}
+
+impl State {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Idle => "idle",
+            Self::Sending => "sending",
+            Self::Backoff => "backoff",
+            Self::Misconfigured => "misconfigured",
+        }
+    }
+}
+
+/// See the module's text.
+pub struct Delivery {
+    /// The next row is read from here.
+    read: Position,
+    /// Everything up to here was acknowledged (or written down as refused).
+    acked: Position,
+    flights: VecDeque<Flight>,
+    in_flight_bytes: usize,
+    link: Link,
+    /// Failures of the backend in a row.
+    failures: u32,
+    /// Why it is down; `None` after the next success.
+    trouble: Option<Failure>,
+    /// Rows after `acked` that were accepted all the same (the backend refused one between); not to be sent again.
+    ahead: BTreeSet<i64>,
+    streams: Streams,
+    backoff: Backoff,
+    published: u64,
+}
+
+impl Delivery {
+    /// Starts down, to connect at once, at a saved cursor and with the streams that have refused events waiting.
+    pub fn new(cursor: Position, streams: Streams, backoff: Backoff) -> Self {
+        Self {
+            read: cursor.clone(),
+            acked: cursor,
+            flights: VecDeque::new(),
+            in_flight_bytes: 0,
+            link: Link::Down { retry_at: Now::ZERO },
+            failures: 0,
+            trouble: None,
+            ahead: BTreeSet::new(),
+            streams,
+            backoff,
+            published: 0,
+        }
+    }
+
+    pub fn set_backoff(&mut self, backoff: Backoff) {
+        self.backoff = backoff;
+    }
+
+    /// The settings changed, or an administrator asked: forget the wait.
+    pub fn retry_now(&mut self) {
+        if let Link::Down { retry_at } = &mut self.link {
+            *retry_at = Now::ZERO;
+        }
+    }
+
+    /// Whether a sender is to be started now.
+    pub fn wants_connection(&self, now: Now) -> bool {
+        matches!(self.link, Link::Down { retry_at } if retry_at <= now)
+    }
+
+    pub fn connecting(&mut self) {
+        self.link = Link::Connecting;
+    }
+
+    pub fn connected(&mut self) {
+        self.link = Link::Up;
+    }
+
+    /// Whether another batch may be handed to the sender.
+    pub fn has_room(&self) -> bool {
+        self.room().is_some()
+    }
+
+    /// How many batches, and of how many bytes, may be handed to the sender; `None`: not one. A batch may be begun while any
+    /// bytes are left, so that a single large event always fits.
+    pub fn room(&self) -> Option<Room> {
+        let batches = WINDOW_BATCHES.saturating_sub(self.flights.len());
+        let bytes = WINDOW_BYTES.saturating_sub(self.in_flight_bytes);
+        (self.link == Link::Up && batches > 0 && bytes > 0).then_some(Room { batches, bytes })
+    }
+
+    pub fn is_idle(&self) -> bool {
+        self.flights.is_empty()
+    }
+
+    pub fn position(&self) -> &Position {
+        &self.read
+    }
+
+    /// Where the cursor may be saved, once all that [`Self::replied`] told to record is recorded.
+    pub fn acked(&self) -> &Position {
+        &self.acked
+    }
+
+    /// Accepted since the start.
+    pub fn published(&self) -> u64 {
+        self.published
+    }
+
+    pub fn trouble(&self) -> Option<&Failure> {
+        self.trouble.as_ref()
+    }
+
+    pub fn state(&self) -> State {
+        match (&self.trouble, self.flights.is_empty()) {
+            (Some(failure), _) if failure.class == Class::Configuration => State::Misconfigured,
+            (Some(_), _) => State::Backoff,
+            (None, false) => State::Sending,
+            (None, true) => State::Idle,
+        }
+    }
+
+    /// When something is due without any report: the next attempt of the backend or of a stream.
+    pub fn due_at(&self) -> Option<Now> {
+        match self.link {
+            Link::Down { retry_at } => Some(retry_at),
+            Link::Up => self.streams.next_retry_at(),
+            Link::Connecting | Link::Draining { .. } => None,
+        }
+    }
+
+    pub fn streams(&self) -> &Streams {
+        &self.streams
+    }
+
+    /// Settings of the backend changed what its streams are called, or failed events were taken away.
+    pub fn set_streams(&mut self, streams: Streams) {
+        self.streams = streams;
+    }
+
+    /// The stream whose waiting events are to be tried again now, and how many of them: the head alone until it is
+    /// accepted.
+    pub fn stream_to_retry(&mut self, now: Now, batch_size: usize) -> Option<(Rc<str>, usize)> {
+        if !self.has_room() {
+            return None;
+        }
+        self.streams.due(now, batch_size)
+    }
+
+    /// No event of this stream waits any more.
+    pub fn stream_cleared(&mut self, stream: &str) {
+        self.streams.cleared(stream);
+    }
+
+    /// The waiting events of a stream could not be read: they are tried again later.
+    pub fn retry_failed(&mut self) {
+        self.streams.abandon();
+    }
+
+    /// A row was read and skipped, as [`Self::on_row`] said.
+    pub fn skipped(&mut self, seq: i64) {
+        self.ahead.remove(&seq);
+    }
+
+    /// What to do with a row that was read.
+    pub fn on_row(&self, seq: i64, stream: &str) -> RowFate {
+        if self.ahead.contains(&seq) {
+            RowFate::Skip
+        } else if self.streams.is_blocked(stream) {
+            RowFate::Park
+        } else {
+            RowFate::Send
+        }
+    }
+
+    /// The reader has come to `position`, and every row before it was handed over by [`Self::sent`], parked or skipped.
+    pub fn advanced(&mut self, position: Position) {
+        self.read = position;
+        self.settle();
+    }
+
+    /// A batch of rows went to the sender; its last row ends at `end`.
+    pub fn sent(&mut self, entries: Vec<Entry>, end: Position, bytes: usize) {
+        self.take_off(Flight {
+            entries,
+            load: Load::Rows { end },
+            bytes,
+        });
+    }
+
+    /// A batch of waiting events of one stream went to the sender.
+    pub fn sent_again(&mut self, entries: Vec<Entry>, bytes: usize) {
+        self.take_off(Flight {
+            entries,
+            load: Load::Again,
+            bytes,
+        });
+    }
+
+    fn take_off(&mut self, flight: Flight) {
+        self.in_flight_bytes += flight.bytes;
+        self.flights.push_back(flight);
+    }
+
+    /// All replies of the oldest batch are there. Returns what must be recorded before the cursor is saved.
+    pub fn replied(&mut self, refused: Vec<Refusal>, now: Now, random: f64) -> Vec<Record> {
+        let Some(flight) = self.flights.pop_front() else {
+            return Vec::new();
+        };
+        self.in_flight_bytes -= flight.bytes;
+        let count = flight.entries.len();
+        let blamed = refused.iter().find(|r| is_backends(r)).map(|r| r.1.clone());
+        let records = self.land(flight, count, refused, now, random);
+        match blamed {
+            Some(failure) => {
+                if !matches!(self.link, Link::Draining { .. }) {
+                    let retry_at = self.failed(failure, now, random);
+                    self.link = Link::Draining { retry_at };
+                }
+            }
+            None if self.link == Link::Up => {
+                self.failures = 0;
+                self.trouble = None;
+            }
+            None => {}
+        }
+        self.settle();
+        records
+    }
+
+    /// Whether the sender is to be let go: its last reply blamed the backend and no more are to come.
+    pub fn is_drained(&self) -> bool {
+        matches!(self.link, Link::Draining { .. }) && self.flights.is_empty()
+    }
+
+    /// Goes down after [`Self::is_drained`].
+    pub fn drained(&mut self) {
+        if let Link::Draining { retry_at } = self.link {
+            self.go_down(retry_at);
+        }
+    }
+
+    /// The connection ended, after `accepted` replies of the oldest batch, of which some `refused`.
+    pub fn lost(
+        &mut self,
+        failure: Failure,
+        accepted: usize,
+        refused: Vec<Refusal>,
+        now: Now,
+        random: f64,
+    ) -> Vec<Record> {
+        let records = match self.flights.pop_front() {
+            Some(flight) => self.land(flight, accepted, refused, now, random),
+            None => Vec::new(),
+        };
+        // A connection that had worked may just have been closed for idling: look again at once, but only once.
+        let fresh = self.failures == 0 && self.link == Link::Up && failure.class == Class::Backend;
+        let retry_at = self.failed(failure, now, random);
+        if fresh {
+            self.trouble = None;
+        }
+        self.go_down(if fresh { now } else { retry_at });
+        records
+    }
+
+    /// Nothing is left to read or in flight, and it is connected: all is well. True if that is news.
+    pub fn rest(&mut self) -> bool {
+        let rests = self.link == Link::Up && self.flights.is_empty();
+        if rests {
+            self.failures = 0;
+        }
+        rests && self.trouble.take().is_some()
+    }
+
+    /// The worker lets the sender go (settings changed, backend disabled): what is in flight is in doubt.
+    pub fn abandon(&mut self) {
+        self.go_down(Now::ZERO);
+    }
+
+    fn failed(&mut self, failure: Failure, now: Now, random: f64) -> Now {
+        self.failures = self.failures.saturating_add(1);
+        let patience = if failure.class == Class::Configuration {
+            CONFIGURATION_PATIENCE
+        } else {
+            1
+        };
+        let wait = self.backoff.wait(self.failures, random) * patience;
+        self.trouble = Some(failure);
+        now + wait.min(self.backoff.max_delay.max(self.backoff.delay))
+    }
+
+    fn go_down(&mut self, retry_at: Now) {
+        self.flights.clear();
+        self.in_flight_bytes = 0;
+        self.read = self.acked.clone();
+        self.streams.abandon();
+        self.link = Link::Down { retry_at };
+    }
+
+    /// Takes the first `known` results of a flight: moves the cursor over what is settled, remembers what was accepted beyond
+    /// a gap, and says what to record.
+    fn land(&mut self, flight: Flight, known: usize, refused: Vec<Refusal>, now: Now, random: f64) -> Vec<Record> {
+        let again = matches!(flight.load, Load::Again);
+        let mut records = Vec::new();
+        let mut refused = refused.into_iter().peekable();
+        // Set at the first entry that is not settled; the cursor cannot pass it.
+        let mut gap = matches!(self.link, Link::Draining { .. });
+        let mut settled: Option<i64> = None;
+        for (index, entry) in flight.entries.iter().enumerate().take(known) {
+            match refused.next_if(|r| r.0 == index) {
+                None => {
+                    self.published += 1;
+                    records.extend(self.streams.accepted(entry, again));
+                }
+                Some((_, failure)) if failure.class != Class::Event => {
+                    gap = true;
+                    continue;
+                }
+                Some((_, failure)) => {
+                    let backoff = &self.backoff;
+                    let wait = |attempt| backoff.wait(attempt, random);
+                    records.push(self.streams.refused(entry, again, &failure, now, wait));
+                }
+            }
+            if gap {
+                self.ahead.insert(entry.seq);
+            } else {
+                settled = Some(entry.seq);
+            }
+        }
+        if again {
+            self.streams.end_retry(&flight.entries);
+            // Their rows lie before the cursor.
+            for entry in &flight.entries {
+                self.ahead.remove(&entry.seq);
+            }
+        } else if let Load::Rows { end } = flight.load {
+            if !gap && known == flight.entries.len() {
+                self.acked = end;
+            } else if let (Some(seq), Some(under_way)) = (settled, end.under_way) {
+                self.acked = Position::towards(end.from, under_way.to, seq);
+            }
+        }
+        records
+    }
+
+    /// With nothing in flight, all that was read is settled.
+    fn settle(&mut self) {
+        let rows_in_flight = self.flights.iter().any(|f| matches!(f.load, Load::Rows { .. }));
+        if !rows_in_flight && !matches!(self.link, Link::Draining { .. }) {
+            self.acked = self.read.clone();
+        }
+    }
+}
+
+/// What becomes of a row that was read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RowFate {
+    Send,
+    /// Its stream has refused events waiting: it waits behind them.
+    Park,
+    /// It is in the stream already.
+    Skip,
+}

@@ -1,0 +1,297 @@
+//! From an event to the bytes of its XADD, in RESP, appended to a buffer that is used again.
+//!
+//! Format `broadcaster`: field for field what django-broadcaster 0.1.1 writes (`backends.py`, `models.py`): `event_id`, `event_type`,
+//! `source`, `timestamp`, `cloud_event`, then the keys of `publisher_config`.
+//! Sources: RESP (Redis serialization protocol specification), CloudEvents 1.0 JSON format.
+
+use crate::event::{ConfigError, Event, further_fields};
+
+/// Where an entry goes: the stream's name and its approximate length (0: unlimited).
+#[derive(Clone, Copy, Debug)]
+pub struct Target<'a> {
+    pub stream: &'a str,
+    pub max_len: i64,
+}
+
+/// Appends one XADD command. On an error nothing is appended. `scratch` is working space.
+pub fn append_xadd(
+    out: &mut Vec<u8>,
+    scratch: &mut Vec<u8>,
+    target: Target<'_>,
+    event: &Event<'_>,
+) -> Result<(), ConfigError> {
+    let further = event
+        .publisher_config
+        .map(further_fields)
+        .transpose()?
+        .unwrap_or_default();
+    let trims = target.max_len > 0;
+    let arguments = 3 + if trims { 3 } else { 0 } + 2 * (5 + further.len());
+    let event_id = hyphenated(&event.event_id);
+    let timestamp = rfc3339(event.created_at_us);
+
+    append_array_header(out, arguments);
+    append_bulk(out, b"XADD");
+    append_bulk(out, target.stream.as_bytes());
+    if trims {
+        append_bulk(out, b"MAXLEN");
+        append_bulk(out, b"~");
+        append_bulk(out, itoa::Buffer::new().format(target.max_len).as_bytes());
+    }
+    append_bulk(out, b"*");
+    append_bulk(out, b"event_id");
+    append_bulk(out, &event_id);
+    append_bulk(out, b"event_type");
+    append_bulk(out, event.event_type.as_bytes());
+    append_bulk(out, b"source");
+    append_bulk(out, event.source.as_bytes());
+    append_bulk(out, b"timestamp");
+    append_bulk(out, &timestamp);
+    append_bulk(out, b"cloud_event");
+    scratch.clear();
+    append_cloud_event(scratch, event, &event_id, &timestamp);
+    append_bulk(out, scratch);
+    for (key, value) in &further {
+        append_bulk(out, key.as_bytes());
+        append_bulk(out, value.as_bytes());
+    }
+    Ok(())
+}
+
+/// The CloudEvents 1.0 JSON object, with the spacing that both Python's `json.dumps` and Postgres's jsonb use.
+/// Optional attributes are left out when empty; so is `data` when it is JSON null.
+fn append_cloud_event(out: &mut Vec<u8>, event: &Event<'_>, event_id: &[u8; 36], timestamp: &[u8]) {
+    out.extend_from_slice(br#"{"specversion": "1.0", "type": "#);
+    append_json_string(out, event.event_type);
+    out.extend_from_slice(br#", "source": "#);
+    append_json_string(out, event.source);
+    out.extend_from_slice(br#", "id": ""#);
+    out.extend_from_slice(event_id);
+    out.extend_from_slice(br#"", "time": ""#);
+    out.extend_from_slice(timestamp);
+    out.push(b'"');
+    if let Some(subject) = event.subject.filter(|s| !s.is_empty()) {
+        out.extend_from_slice(br#", "subject": "#);
+        append_json_string(out, subject);
+    }
+    out.extend_from_slice(br#", "datacontenttype": "application/json""#);
+    if let Some(schema) = event.data_schema.filter(|s| !s.is_empty()) {
+        out.extend_from_slice(br#", "dataschema": "#);
+        append_json_string(out, schema);
+    }
+    if let Some(data) = event.data.filter(|d| d.trim_ascii() != "null") {
+        out.extend_from_slice(br#", "data": "#);
+        out.extend_from_slice(data.as_bytes());
+    }
+    out.push(b'}');
+}
+
+fn append_json_string(out: &mut Vec<u8>, text: &str) {
+    serde_json::to_writer(out, text).expect("writing a string to memory does not fail");
+}
+
+fn append_array_header(out: &mut Vec<u8>, items: usize) {
+    append_length(out, b'*', items);
+}
+
+fn append_bulk(out: &mut Vec<u8>, bytes: &[u8]) {
+    append_length(out, b'$', bytes.len());
+    out.extend_from_slice(bytes);
+    out.extend_from_slice(b"\r\n");
+}
+
+fn append_length(out: &mut Vec<u8>, kind: u8, length: usize) {
+    out.push(kind);
+    out.extend_from_slice(itoa::Buffer::new().format(length).as_bytes());
+    out.extend_from_slice(b"\r\n");
+}
+
+/// A UUID in its 36-character text form.
+pub fn hyphenated(uuid: &[u8; 16]) -> [u8; 36] {
+    const HEX: &[u8; 16] = b"0123456789abcdef";
+    let mut text = [b'-'; 36];
+    let mut at = 0;
+    for (i, byte) in uuid.iter().enumerate() {
+        if matches!(i, 4 | 6 | 8 | 10) {
+            at += 1;
+        }
+        text[at] = HEX[usize::from(byte >> 4)];
+        text[at + 1] = HEX[usize::from(byte & 15)];
+        at += 2;
+    }
+    text
+}
+
+/// `2026-01-31T23:59:59.123456+00:00`, from microseconds since 1970. Years outside 0 to 9999 are clamped, so that the
+/// form holds. A date library's formatter costs more than all the rest of the entry, hence by hand; the calendar is
+/// the proleptic Gregorian one, counted in 400-year eras that begin in March.
+pub fn rfc3339(us: i64) -> [u8; 32] {
+    const DAY_US: i64 = 86_400_000_000;
+    const YEAR_0: i64 = -719_528;
+    const YEAR_9999_END: i64 = 2_932_896;
+    let day = us.div_euclid(DAY_US).clamp(YEAR_0, YEAR_9999_END);
+    let in_day = us.rem_euclid(DAY_US);
+
+    let since_march_0 = day + 719_468;
+    let era = since_march_0.div_euclid(146_097);
+    let day_of_era = since_march_0.rem_euclid(146_097);
+    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month_from_march = (5 * day_of_year + 2) / 153;
+    let day_of_month = day_of_year - (153 * month_from_march + 2) / 5 + 1;
+    let month = if month_from_march < 10 {
+        month_from_march + 3
+    } else {
+        month_from_march - 9
+    };
+    let year = year_of_era + era * 400 + i64::from(month <= 2);
+
+    let mut text = *b"0000-00-00T00:00:00.000000+00:00";
+    let mut put = |at: usize, width: usize, mut value: i64| {
+        for digit in (at..at + width).rev() {
+            text[digit] = b'0' + (value % 10) as u8;
+            value /= 10;
+        }
+    };
+    let second = in_day / 1_000_000;
+    put(0, 4, year);
+    put(5, 2, month);
+    put(8, 2, day_of_month);
+    put(11, 2, second / 3_600);
+    put(14, 2, second / 60 % 60);
+    put(17, 2, second % 60);
+    put(20, 6, in_day % 1_000_000);
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn arguments(bytes: &[u8]) -> Vec<String> {
+        let text = String::from_utf8(bytes.to_vec()).unwrap();
+        let (header, mut rest) = text.split_once("\r\n").unwrap();
+        let count: usize = header.strip_prefix('*').unwrap().parse().unwrap();
+        let mut found = Vec::new();
+        while !rest.is_empty() {
+            let (length, after) = rest.split_once("\r\n").unwrap();
+            let length: usize = length.strip_prefix('$').unwrap().parse().unwrap();
+            found.push(after[..length].to_owned());
+            rest = after[length..].strip_prefix("\r\n").unwrap();
+        }
+        assert_eq!(found.len(), count);
+        found
+    }
+
+    fn encoded(event: &Event<'_>, max_len: i64) -> Vec<String> {
+        let mut out = Vec::new();
+        append_xadd(
+            &mut out,
+            &mut Vec::new(),
+            Target {
+                stream: "events",
+                max_len,
+            },
+            event,
+        )
+        .unwrap();
+        arguments(&out)
+    }
+
+    #[test]
+    fn a_whole_entry() {
+        let event = Event {
+            event_id: *b"\x01\x23\x45\x67\x89\xab\xcd\xef\x01\x23\x45\x67\x89\xab\xcd\xef",
+            created_at_us: 1_767_225_599_123_456,
+            event_type: "user.\"created\"",
+            source: "sërvice",
+            subject: Some("user/1"),
+            data: Some(r#"{"user_id": 123}"#),
+            data_schema: Some("https://example.org/s"),
+            publisher_config: Some(r#"{"priority": 3, "tenant": "a b"}"#),
+            stream: None,
+        };
+        let id = "01234567-89ab-cdef-0123-456789abcdef";
+        let time = "2025-12-31T23:59:59.123456+00:00";
+        let cloud_event = format!(
+            r#"{{"specversion": "1.0", "type": "user.\"created\"", "source": "sërvice", "id": "{id}", "time": "{time}", "subject": "user/1", "datacontenttype": "application/json", "dataschema": "https://example.org/s", "data": {{"user_id": 123}}}}"#
+        );
+        let expected: Vec<&str> = vec![
+            "XADD",
+            "events",
+            "MAXLEN",
+            "~",
+            "10000",
+            "*",
+            "event_id",
+            id,
+            "event_type",
+            "user.\"created\"",
+            "source",
+            "sërvice",
+            "timestamp",
+            time,
+            "cloud_event",
+            &cloud_event,
+            "priority",
+            "3",
+            "tenant",
+            "a b",
+        ];
+        assert_eq!(encoded(&event, 10_000), expected);
+    }
+
+    #[test]
+    fn leaves_out_what_is_empty() {
+        let event = Event {
+            event_type: "t",
+            source: "s",
+            subject: Some(""),
+            data: Some(" null "),
+            ..Event::default()
+        };
+        let found = encoded(&event, 0);
+        assert_eq!(found[..3], ["XADD", "events", "*"]);
+        let keys: Vec<String> = serde_json::from_str::<serde_json::Map<_, _>>(&found[12])
+            .unwrap()
+            .keys()
+            .cloned()
+            .collect();
+        assert_eq!(keys, ["specversion", "type", "source", "id", "time", "datacontenttype"]);
+    }
+
+    #[test]
+    fn a_bad_publisher_config_leaves_the_buffer_alone() {
+        let event = Event {
+            publisher_config: Some("[]"),
+            ..Event::default()
+        };
+        let mut out = b"before".to_vec();
+        assert!(
+            append_xadd(
+                &mut out,
+                &mut Vec::new(),
+                Target {
+                    stream: "s",
+                    max_len: 0
+                },
+                &event
+            )
+            .is_err()
+        );
+        assert_eq!(out, b"before");
+    }
+
+    #[test]
+    fn dates() {
+        for (us, text) in [
+            (0, "1970-01-01T00:00:00.000000+00:00"),
+            (-1, "1969-12-31T23:59:59.999999+00:00"),
+            (951_782_400_000_000, "2000-02-29T00:00:00.000000+00:00"),
+            (4_107_542_400_000_001, "2100-03-01T00:00:00.000001+00:00"),
+            (i64::MAX, "9999-12-31T04:00:54.775807+00:00"),
+        ] {
+            assert_eq!(std::str::from_utf8(&rfc3339(us)).unwrap(), text);
+        }
+    }
+}

@@ -1,0 +1,20 @@
+//! The relay's logic, with no Postgres in it. Time and randomness are passed in, so that every decision can be replayed.
+//!
+//! ```text
+//! reader ─ which rows come next (snapshot, tick, position)     event, encode ─ a row as the bytes of its XADD
+//! delivery ─ what a backend does next (refusal: its streams)   sender ─ the thread that owns its connection
+//! backoff, classify ─ when to try again, and who is to blame   destination, connection ─ one Redis and how to reach it
+//! ```
+#![deny(unsafe_code)]
+
+pub mod backoff;
+pub mod classify;
+pub mod connection;
+pub mod delivery;
+pub mod destination;
+pub mod encode;
+pub mod event;
+pub mod reader;
+pub mod refusal;
+pub mod sender;
+pub mod snapshot;

@@ -1,0 +1,145 @@
+//! Snapshots and ticks: what a reader of committed rows had seen at one moment.
+
+use std::fmt;
+use std::str::FromStr;
+use thiserror::Error;
+
+/// The first transaction id that a cluster gives to a transaction (0 to 2 are reserved).
+pub const FIRST_NORMAL_XID: u64 = 3;
+
+/// Which transactions had committed or aborted at one moment, in 64-bit ids. Same meaning and same text form
+/// (`xmin:xmax:xip,...`) as Postgres's `pg_snapshot`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    xmin: u64,
+    xmax: u64,
+    /// Sorted; all of them in `[xmin, xmax)`.
+    in_progress: Box<[u64]>,
+}
+
+#[derive(Debug, Error, PartialEq, Eq)]
+#[error("not a snapshot: {0:?}")]
+pub struct ParseSnapshotError(String);
+
+impl Snapshot {
+    pub fn new(xmin: u64, xmax: u64, mut in_progress: Vec<u64>) -> Self {
+        in_progress.sort_unstable();
+        in_progress.dedup();
+        Self {
+            xmin,
+            xmax,
+            in_progress: in_progress.into_boxed_slice(),
+        }
+    }
+
+    /// Before any transaction.
+    pub fn beginning() -> Self {
+        Self::new(FIRST_NORMAL_XID, FIRST_NORMAL_XID, Vec::new())
+    }
+
+    /// Whether transaction `xid` had ended when the snapshot was taken. (An aborted one counts as seen; its rows are
+    /// never visible anyway.)
+    pub fn sees(&self, xid: u64) -> bool {
+        xid < self.xmin || (xid < self.xmax && self.in_progress.binary_search(&xid).is_err())
+    }
+
+    /// Every transaction below this had ended.
+    pub fn xmin(&self) -> u64 {
+        self.xmin
+    }
+
+    /// No transaction from this on had ended.
+    pub fn xmax(&self) -> u64 {
+        self.xmax
+    }
+
+    /// The top-level transactions below `xmax` that were still running.
+    pub fn in_progress(&self) -> &[u64] {
+        &self.in_progress
+    }
+}
+
+impl fmt::Display for Snapshot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}:", self.xmin, self.xmax)?;
+        for (i, xid) in self.in_progress.iter().enumerate() {
+            if i > 0 {
+                f.write_str(",")?;
+            }
+            write!(f, "{xid}")?;
+        }
+        Ok(())
+    }
+}
+
+impl FromStr for Snapshot {
+    type Err = ParseSnapshotError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let bad = || ParseSnapshotError(text.to_owned());
+        let mut parts = text.splitn(3, ':');
+        let mut bound = || parts.next().and_then(|p| p.parse::<u64>().ok());
+        let (xmin, xmax) = (bound().ok_or_else(bad)?, bound().ok_or_else(bad)?);
+        let list = parts.next().ok_or_else(bad)?;
+        let in_progress = list
+            .split(',')
+            .filter(|x| !x.is_empty())
+            .map(|x| x.parse::<u64>().map_err(|_| bad()))
+            .collect::<Result<Vec<_>, _>>()?;
+        if xmin > xmax || in_progress.iter().any(|x| *x < xmin || *x >= xmax) {
+            return Err(bad());
+        }
+        Ok(Self::new(xmin, xmax, in_progress))
+    }
+}
+
+/// A recorded snapshot with the bounds that make reading up to it and on from it cheap.
+///
+/// A publisher draws its transaction id first and its sequence number second. So, when the four are read in the order
+/// `low_seq`, `next_xid`, `snapshot`, `high_seq`:
+/// * a transaction with `xid >= next_xid` has only numbers above `low_seq`;
+/// * a row that `snapshot` sees has a number of at most `high_seq`.
+///
+/// Note that `snapshot.xmax()` is the latest *ended* transaction + 1: those in `[xmax, next_xid)` were running too.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tick {
+    pub snapshot: Snapshot,
+    pub next_xid: u64,
+    pub low_seq: i64,
+    pub high_seq: i64,
+}
+
+impl Tick {
+    /// Before any transaction.
+    pub fn beginning() -> Self {
+        Self {
+            snapshot: Snapshot::beginning(),
+            next_xid: FIRST_NORMAL_XID,
+            low_seq: 0,
+            high_seq: 0,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sees_what_had_ended() {
+        let s: Snapshot = "10:20:10,14,15".parse().unwrap();
+        for (xid, seen) in [(9, true), (10, false), (11, true), (14, false), (19, true), (20, false)] {
+            assert_eq!(s.sees(xid), seen, "{xid}");
+        }
+    }
+
+    #[test]
+    fn text_form_is_that_of_postgres() {
+        for text in ["10:20:10,14,15", "3:3:", "7:9:8"] {
+            assert_eq!(text.parse::<Snapshot>().unwrap().to_string(), text);
+        }
+        for text in ["", "1:2", "2:1:", "1:5:9", "a:b:", "1:2:x"] {
+            assert!(text.parse::<Snapshot>().is_err(), "{text:?}");
+        }
+    }
+}

@@ -1,0 +1,364 @@
+//! The reader against a model of Postgres, over random schedules: it loses nothing, repeats nothing, keeps the order.
+
+mod model;
+
+use model::{Database, READINGS, Reading, Rng, Rows, View, caught, for_each_seed, likely};
+use relay::reader::{Key, Position, RangeScan, Scan, Step, Table};
+use relay::snapshot::Tick;
+use std::cell::Cell;
+use std::collections::{HashSet, VecDeque};
+use std::fmt;
+use std::rc::Rc;
+use std::sync::Arc;
+
+/// What an oracle can find.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wrong {
+    Lost,
+    Repeated,
+    Phantom,
+    Order { first: i64 },
+    NotAscending,
+    CoversUnread,
+    ReadUncovered,
+    CoversOpen,
+}
+
+#[derive(Debug)]
+struct Violation {
+    wrong: Wrong,
+    seq: i64,
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}: the row with seq {}", self.wrong, self.seq)
+    }
+}
+
+fn violated<T>(wrong: Wrong, seq: i64) -> Result<T, Violation> {
+    Err(Violation { wrong, seq })
+}
+
+/// A reader that is wrong in one way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mutant {
+    None,
+    /// `WHERE seq > last ORDER BY seq`.
+    SeqOnly,
+    /// Takes the snapshot's xmax for the next transaction id.
+    XmaxForNextXid,
+    /// Reads the numbers of a tick in another order.
+    Readings([Reading; 4]),
+}
+
+struct Reader {
+    mutant: Mutant,
+    position: Position,
+    /// Taken and not yet reached.
+    ticks: VecDeque<Arc<Tick>>,
+    scan: Option<RangeScan<Rows>>,
+    read: Vec<i64>,
+    has_read: HashSet<i64>,
+    /// The last row of the range under way.
+    last_in_range: i64,
+    /// What a mutant goes by.
+    last_seq: i64,
+}
+
+impl Reader {
+    fn new(mutant: Mutant) -> Self {
+        Self {
+            mutant,
+            position: Position::beginning(),
+            ticks: VecDeque::new(),
+            scan: None,
+            read: Vec::new(),
+            has_read: HashSet::new(),
+            last_in_range: 0,
+            last_seq: 0,
+        }
+    }
+
+    fn take_tick(&mut self, database: &mut Database, rng: &mut Rng) {
+        let order = match self.mutant {
+            Mutant::Readings(order) => order,
+            _ => READINGS,
+        };
+        let mut tick = database.tick_in_order(rng, order);
+        if self.mutant == Mutant::XmaxForNextXid {
+            tick.next_xid = tick.snapshot.xmax();
+        }
+        self.ticks.push_back(Arc::new(tick));
+    }
+
+    fn take_row(&mut self, database: &Database, key: Key) -> Result<(), Violation> {
+        if !self.has_read.insert(key.seq) {
+            return violated(Wrong::Repeated, key.seq);
+        }
+        if !database.is_committed(key.seq) {
+            return violated(Wrong::Phantom, key.seq);
+        }
+        self.read.push(key.seq);
+        Ok(())
+    }
+
+    /// Reads up to `limit` steps on; false: there is nowhere to go.
+    fn read_piece(&mut self, database: &mut Database, rng: &mut Rng, limit: usize) -> Result<bool, Violation> {
+        if self.mutant == Mutant::SeqOnly {
+            return self.read_by_seq(database, limit);
+        }
+        let (to, last_seq) = match (&self.position.under_way, self.ticks.front()) {
+            (Some(under_way), _) => (under_way.to.clone(), under_way.last_seq),
+            (None, Some(tick)) => (tick.clone(), 0),
+            (None, None) => return Ok(false),
+        };
+        let from = self.position.from.clone();
+        if last_seq == 0 {
+            self.last_in_range = 0;
+        }
+        let mut scan = match self.scan.take() {
+            Some(scan) if rng.bool() => scan,
+            _ => RangeScan::open(&mut database.view(), &from, &to, last_seq),
+        };
+        for _ in 0..limit {
+            if rng.u8(..) < 20 {
+                database.step(rng);
+            }
+            let last = match scan.step() {
+                None => {
+                    self.position = Position::at(to.clone());
+                    if self.ticks.front().is_some_and(|tick| Arc::ptr_eq(tick, &to)) {
+                        self.ticks.pop_front();
+                    }
+                    return Ok(true);
+                }
+                Some(Step::Passed(key)) => key.seq,
+                Some(Step::Row(key)) => {
+                    if self.position.covers(key) {
+                        return violated(Wrong::CoversUnread, key.seq);
+                    }
+                    if key.seq <= self.last_in_range {
+                        return violated(Wrong::NotAscending, key.seq);
+                    }
+                    self.last_in_range = key.seq;
+                    self.take_row(database, key)?;
+                    key.seq
+                }
+            };
+            self.position = Position::towards(from.clone(), to.clone(), last);
+        }
+        // Not yet under way, it may still choose another tick.
+        self.scan = self.position.under_way.is_some().then_some(scan);
+        Ok(true)
+    }
+
+    fn read_by_seq(&mut self, database: &mut Database, limit: usize) -> Result<bool, Violation> {
+        let view = database.view();
+        let new = view.keys.iter().filter(|key| key.seq > self.last_seq);
+        let keys: Vec<Key> = new.take(limit).copied().collect();
+        for key in &keys {
+            self.last_seq = key.seq;
+            self.take_row(database, *key)?;
+        }
+        Ok(!keys.is_empty())
+    }
+
+    /// What the position says was read is what was read.
+    fn check_position(&self, database: &Database) -> Result<(), Violation> {
+        if self.mutant == Mutant::SeqOnly {
+            return Ok(());
+        }
+        for key in database.rows() {
+            let covers = self.position.covers(key);
+            match self.has_read.contains(&key.seq) {
+                true if !covers => return violated(Wrong::ReadUncovered, key.seq),
+                false if covers && database.is_open(key.seq) => return violated(Wrong::CoversOpen, key.seq),
+                false if covers && database.is_committed(key.seq) => return violated(Wrong::CoversUnread, key.seq),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+fn schedule(seed: u64, mutant: Mutant) -> Result<(), Violation> {
+    let rng = &mut Rng::with_seed(seed);
+    let mut database = Database::new(rng, 4);
+    let mut reader = Reader::new(mutant);
+    let steps = rng.usize(10..150);
+    let piece = [3, 20, 100][rng.usize(..3)];
+    let (reads, purges) = (rng.f64() * 0.5, rng.f64() * 0.02);
+    for _ in 0..steps {
+        database.steps(rng, 3);
+        if likely(rng, 0.3) {
+            reader.take_tick(&mut database, rng);
+        }
+        // A long backlog: fewer and fewer ticks are kept.
+        if reader.ticks.len() > 1 && likely(rng, 0.1) {
+            let index = rng.usize(..reader.ticks.len());
+            let under_way = reader.position.under_way.as_ref();
+            if !under_way.is_some_and(|u| Arc::ptr_eq(&u.to, &reader.ticks[index])) {
+                reader.ticks.remove(index);
+            }
+        }
+        if likely(rng, reads) {
+            let limit = rng.usize(..=piece);
+            reader.read_piece(&mut database, rng, limit)?;
+            reader.check_position(&database)?;
+        }
+        if likely(rng, purges) && mutant == Mutant::None {
+            database.purge(|key| reader.position.covers(key));
+        }
+    }
+    database.finish(rng);
+    reader.take_tick(&mut database, rng);
+    while reader.read_piece(&mut database, rng, 50)? {
+        reader.check_position(&database)?;
+    }
+    let mut committed = database.rows().filter(|key| database.is_committed(key.seq));
+    if let Some(lost) = committed.find(|key| !reader.has_read.contains(&key.seq)) {
+        return violated(Wrong::Lost, lost.seq);
+    }
+    if let Some((first, seq)) = database.out_of_order(reader.read.iter().copied()) {
+        return violated(Wrong::Order { first }, seq);
+    }
+    Ok(())
+}
+
+#[test]
+fn loses_repeats_and_reorders_nothing() {
+    for_each_seed(3_000, |seed| schedule(seed, Mutant::None).map_err(|v| v.to_string()));
+}
+
+#[test]
+fn the_oracle_catches_a_reader_by_seq_alone() {
+    let violation = caught(100, |seed| schedule(seed, Mutant::SeqOnly));
+    assert_eq!(violation.wrong, Wrong::Lost);
+}
+
+#[test]
+fn the_oracle_catches_xmax_taken_for_the_next_xid() {
+    let violation = caught(300, |seed| schedule(seed, Mutant::XmaxForNextXid));
+    assert!(
+        matches!(violation.wrong, Wrong::Lost | Wrong::CoversUnread),
+        "{violation}"
+    );
+}
+
+#[test]
+fn the_oracle_catches_a_tick_read_in_another_order() {
+    use Reading::*;
+    for order in [
+        [NextXid, LowSeq, Snapshot, HighSeq],
+        [LowSeq, NextXid, HighSeq, Snapshot],
+    ] {
+        let violation = caught(2_000, |seed| schedule(seed, Mutant::Readings(order)));
+        assert!(
+            matches!(violation.wrong, Wrong::Lost | Wrong::CoversUnread),
+            "{order:?}: {violation}"
+        );
+    }
+}
+
+/// A table that counts what it is asked for.
+struct Counting {
+    view: View,
+    asked: Rc<Cell<usize>>,
+}
+
+struct CountingRows {
+    rows: Rows,
+    asked: Rc<Cell<usize>>,
+}
+
+impl Counting {
+    fn rows(&self, rows: Rows) -> CountingRows {
+        let asked = self.asked.clone();
+        CountingRows { rows, asked }
+    }
+}
+
+impl Table for Counting {
+    type Scan = CountingRows;
+
+    fn by_seq(&mut self, after: i64, upto: i64) -> CountingRows {
+        let rows = self.view.by_seq(after, upto);
+        self.rows(rows)
+    }
+
+    fn by_xid(&mut self, xid: u64, after: i64, upto: i64) -> CountingRows {
+        let rows = self.view.by_xid(xid, after, upto);
+        self.rows(rows)
+    }
+
+    fn first_xid(&mut self, from: u64, before: u64) -> Option<u64> {
+        self.asked.update(|n| n + 1);
+        self.view.first_xid(from, before)
+    }
+}
+
+impl Scan for CountingRows {
+    fn advance(&mut self) -> Option<Key> {
+        self.asked.update(|n| n + 1);
+        self.rows.advance()
+    }
+}
+
+#[test]
+fn reading_costs_the_new_rows_alone() {
+    let rng = &mut Rng::with_seed(1);
+    let mut database = Database::new(rng, 1);
+    let long = database.begin_publishing(&[0, 0, 0]);
+    for _ in 0..2_000 {
+        database.publish(&[0; 10]);
+    }
+    let from = Arc::new(database.quiet_tick());
+    database.commit(long);
+    database.publish(&[0; 10]);
+    let to = Arc::new(database.quiet_tick());
+
+    let asked = Rc::new(Cell::new(0));
+    let mut table = Counting {
+        view: database.view(),
+        asked: asked.clone(),
+    };
+    let mut scan = RangeScan::open(&mut table, &from, &to, 0);
+    let steps: Vec<Step> = std::iter::from_fn(|| scan.step()).collect();
+    assert_eq!(steps.len(), 13);
+    assert!(steps.iter().all(|step| matches!(step, Step::Row(_))));
+    assert!(asked.get() < 13 + 5, "asked {} times", asked.get());
+}
+
+#[test]
+fn a_bulk_streams_in_pieces() {
+    let rng = &mut Rng::with_seed(1);
+    let mut database = Database::new(rng, 1);
+    database.publish(&[0; 1_000]);
+    let (from, to) = (Arc::new(Tick::beginning()), Arc::new(database.quiet_tick()));
+    let mut position = Position::beginning();
+    for piece in 0..10 {
+        let last = position.under_way.as_ref().map_or(0, |u| u.last_seq);
+        assert_eq!(last, piece * 100);
+        let mut scan = RangeScan::open(&mut database.view(), &from, &to, last);
+        let step = (0..100).map(|_| scan.step()).last().flatten();
+        let Some(Step::Row(key)) = step else {
+            panic!("{step:?}");
+        };
+        assert!(!position.covers(key));
+        position = Position::towards(from.clone(), to.clone(), key.seq);
+        assert!(position.covers(key));
+    }
+}
+
+#[test]
+fn the_same_place() {
+    let ticks: Vec<_> = (0..3).map(|_| Arc::new(Tick::beginning())).collect();
+    let towards = |to: usize, seq| Position::towards(ticks[0].clone(), ticks[to].clone(), seq);
+    let at = Position::at(ticks[0].clone());
+    assert!(at.same_place(&at.clone()) && towards(1, 5).same_place(&towards(1, 5)));
+    for other in [towards(1, 6), towards(2, 5), at, Position::at(ticks[1].clone())] {
+        assert!(!towards(1, 5).same_place(&other));
+        assert!(!other.same_place(&towards(1, 5)));
+    }
+}

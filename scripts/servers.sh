@@ -1,0 +1,55 @@
+# shellcheck shell=bash
+# For scripts that start throwaway servers (source it): a temporary root, the user who runs Postgres, and the end of everything.
+
+# Postgres refuses to run as root.
+server_user=""
+if ((EUID == 0)); then
+    if id postgres >/dev/null 2>&1; then server_user=postgres; else server_user=nobody; fi
+fi
+
+# Runs a command as the user of the servers, outside the checkout, which that user may not be able to enter.
+as_server() {
+    if [[ -n $server_user ]]; then
+        (cd / && exec runuser -u "$server_user" -- "$@")
+    else
+        (cd / && exec "$@")
+    fi
+}
+
+# Makes a temporary directory that the servers can write. Its path is short: a unix socket's has at most 107 bytes.
+make_temp_root() {
+    local dir
+    dir=$(mktemp -d "/tmp/outbox-$1.XXXXXX")
+    chmod 755 "$dir"
+    if [[ -n $server_user ]]; then chown "$server_user" "$dir"; fi
+    echo "$dir"
+}
+
+# The processes that live below directory $1: Postgres works in its data directory, Redis in the one given with --dir.
+pids_below() {
+    local process cwd
+    for process in /proc/[0-9]*; do
+        cwd=$(readlink "$process/cwd" 2>/dev/null) || continue
+        # A removed directory shows as "... (deleted)".
+        [[ $cwd/ == "$1"/* ]] && echo "${process#/proc/}"
+    done
+    return 0
+}
+
+# Ends every server below directory $1, and removes it. SIGQUIT makes Postgres leave at once, and Redis too.
+remove_temp_root() {
+    local pids signal
+    [[ -n $1 && -d $1 ]] || return 0
+    # A second Ctrl-C must not leave half of it.
+    trap '' INT TERM HUP
+    for signal in QUIT KILL; do
+        for _ in {1..30}; do
+            pids=$(pids_below "$1")
+            [[ -n $pids ]] || break 2
+            # shellcheck disable=SC2086
+            kill -"$signal" $pids 2>/dev/null || true
+            sleep 0.1
+        done
+    done
+    rm -rf "$1"
+}

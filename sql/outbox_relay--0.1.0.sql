@@ -1,0 +1,544 @@
+\echo Use "create extension outbox_relay" to load this file. \quit
+
+-- The public face of outbox_relay, in schema outbox. Written by hand; src/ holds what is LANGUAGE c.
+-- Contents: backends, events and the tables beside it, publishing, looking, acting, dump, privileges.
+
+----------------------------------------------------------------------------------------------------------------------
+-- Backends: named Redis destinations
+----------------------------------------------------------------------------------------------------------------------
+
+create table outbox.backends (
+    name            text primary key check (length(name) between 1 and 63),
+    number          integer generated always as identity unique,
+    enabled         boolean not null default true,
+    host            text check (host <> ''),
+    port            integer check (port between 1 and 65535),
+    db              integer check (db between 0 and 65535),
+    username        text check (username <> ''),
+    stream_name     text check (stream_name <> ''),
+    max_len         bigint check (max_len >= 0),
+    connect_timeout interval check (connect_timeout > interval '0' and connect_timeout <= interval '1 hour'),
+    socket_timeout  interval check (socket_timeout > interval '0' and socket_timeout <= interval '1 hour'),
+    unix_socket     text check (unix_socket like '/%'),
+    password_file   text check (password_file like '/%'),
+    allowed_streams text[] not null default '{*}' check (array_position(allowed_streams, null) is null),
+    delivery        text not null default 'at_least_once' check (delivery in ('at_least_once'))
+);
+
+comment on table outbox.backends is 'Named Redis destinations; NULL in a column means the setting outbox_relay.redis_* of that name. A change takes effect at once.';
+comment on column outbox.backends.number is 'Never changes and is never given again; events store it, so that a renamed backend keeps its events.';
+comment on column outbox.backends.enabled is 'False pauses the backend: its events wait.';
+comment on column outbox.backends.stream_name is 'The stream of events that name none themselves.';
+comment on column outbox.backends.max_len is 'Approximate length to which each stream is trimmed (MAXLEN ~); 0: unlimited.';
+comment on column outbox.backends.unix_socket is 'Path of a unix socket, instead of host and port.';
+comment on column outbox.backends.password_file is 'A file that the server reads at each connect; its first line is the password. Needs the rights of pg_read_server_files.';
+comment on column outbox.backends.allowed_streams is 'Glob patterns (* and ?) one of which a publisher''s stream must match.';
+comment on column outbox.backends.delivery is 'at_least_once: a crash may repeat what was sent since the cursor was last saved.';
+
+create table outbox.backend_passwords (
+    backend_number integer primary key,
+    password       text not null
+);
+-- No policy: even pg_read_all_data sees no row. The owner and other superusers are not bound by it.
+alter table outbox.backend_passwords enable row level security;
+comment on table outbox.backend_passwords is 'Passwords set by outbox.set_backend_password(); read by the worker alone, never dumped.';
+
+----------------------------------------------------------------------------------------------------------------------
+-- Events, and the tables of those that wait elsewhere
+----------------------------------------------------------------------------------------------------------------------
+
+-- Fixed-width columns first: each row is taken apart once to be sent. The trigger fills seq, xid and backend_number.
+create sequence outbox.events_seq_seq as bigint cache 1;
+create table outbox.events (
+    seq              bigint not null,
+    xid              xid8 not null,
+    created_at       timestamptz not null,
+    event_id         uuid not null,
+    backend_number   integer not null,
+    event_type       text not null,
+    source           text not null,
+    backend          text not null,
+    data             json,
+    subject          text,
+    stream           text,
+    data_schema      text,
+    publisher_config json,
+    max_retries      integer
+) with (
+    -- Rows are inserted at one end and, much later, deleted in order at the other; never updated. Vacuum after each
+    -- twentieth of the table has gone keeps its size steady; inserts need no more than freezing.
+    autovacuum_vacuum_scale_factor = 0.05,
+    autovacuum_vacuum_insert_scale_factor = 0.2,
+    autovacuum_analyze_scale_factor = 0.2
+);
+alter sequence outbox.events_seq_seq owned by outbox.events.seq;
+alter table outbox.events add primary key (seq);
+create unique index events_event_id_idx on outbox.events (event_id);
+create index events_xid_idx on outbox.events (xid, seq);
+
+comment on table outbox.events is 'The outbox: one row an event, kept until its retention ends. Rows are never updated; what was delivered is in outbox.cursors.';
+comment on sequence outbox.events_seq_seq is 'Publishing order. Must keep cache 1: the reader relies on it.';
+comment on column outbox.events.seq is 'Publishing order; always drawn by the trigger, after xid.';
+comment on column outbox.events.xid is 'The publishing transaction; always filled in by the trigger.';
+comment on column outbox.events.backend_number is 'Number of the backend, found by name when the event was published.';
+comment on column outbox.events.backend is 'Name of the backend when the event was published; NULL in an INSERT: outbox_relay.default_backend.';
+comment on column outbox.events.data is 'The payload, as JSON text.';
+comment on column outbox.events.stream is 'NULL: the backend''s stream_name when it is sent.';
+comment on column outbox.events.max_retries is 'Attempts in all if Redis refuses the event; NULL: outbox_relay.max_retries when it is sent.';
+comment on column outbox.events.publisher_config is 'Further fields of the stream entry: a flat JSON object.';
+
+create table outbox.scheduled_events (
+    like outbox.events,
+    scheduled_at timestamptz not null,
+    primary key (event_id)
+);
+create index scheduled_events_due_idx on outbox.scheduled_events (scheduled_at, seq);
+comment on table outbox.scheduled_events is 'Events that are not due yet; moved to outbox.events when they are, in the order of scheduled_at and seq.';
+
+create table outbox.refused_events (
+    seq            bigint primary key,
+    backend_number integer not null,
+    attempts       integer not null,
+    last_error     text not null
+);
+create index refused_events_backend_idx on outbox.refused_events (backend_number, seq);
+comment on table outbox.refused_events is 'Events of outbox.events that Redis refused and that are being tried again, and those behind them in the same stream.';
+
+create table outbox.failed_events (
+    like outbox.events,
+    attempts   integer not null,
+    last_error text not null,
+    failed_at  timestamptz not null default clock_timestamp(),
+    primary key (event_id)
+);
+create index failed_events_failed_at_idx on outbox.failed_events (failed_at);
+comment on table outbox.failed_events is 'Events that Redis refused max_retries times, or whose backend was deleted; kept for outbox_relay.failed_retention. See outbox.retry_failed().';
+
+----------------------------------------------------------------------------------------------------------------------
+-- How far each backend has come
+----------------------------------------------------------------------------------------------------------------------
+
+create table outbox.cursors (
+    backend_number    integer primary key,
+    -- Everything that from_snapshot sees is delivered, and of what to_snapshot sees the rows up to last_seq.
+    from_snapshot     pg_snapshot not null,
+    from_next_xid     xid8 not null,
+    from_low_seq      bigint not null,
+    from_high_seq     bigint not null,
+    to_snapshot       pg_snapshot,
+    to_next_xid       xid8,
+    to_low_seq        bigint,
+    to_high_seq       bigint,
+    last_seq          bigint not null default 0,
+    saved_at          timestamptz not null,
+    state             text not null,
+    published_total   bigint not null default 0,
+    failed_total      bigint not null default 0,
+    events_per_second real not null default 0,
+    last_published_at timestamptz,
+    last_error        text,
+    last_error_at     timestamptz,
+    next_attempt_at   timestamptz
+) with (fillfactor = 20, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);
+comment on table outbox.cursors is 'How far each backend has come, saved a few times a second while it moves. A row outlives its backend until the last of its events is purged.';
+
+create table outbox.ticks (
+    backend_number integer not null,
+    reached_at     timestamptz not null,
+    snapshot       pg_snapshot not null,
+    next_xid       xid8 not null,
+    low_seq        bigint not null,
+    high_seq       bigint not null,
+    primary key (backend_number, reached_at)
+);
+comment on table outbox.ticks is 'When each backend had delivered what a snapshot sees: the clock of retention. The oldest of a backend is what has been purged.';
+
+create function outbox.is_delivered(c outbox.cursors, xid xid8, seq bigint) returns boolean
+    language sql immutable parallel safe
+    return coalesce(pg_catalog.pg_visible_in_snapshot(xid, c.from_snapshot)
+        or (pg_catalog.pg_visible_in_snapshot(xid, c.to_snapshot) and seq <= c.last_seq), false);
+comment on function outbox.is_delivered(outbox.cursors, xid8, bigint) is 'Whether an event with this xid and seq lies behind a cursor.';
+
+----------------------------------------------------------------------------------------------------------------------
+-- Publishing
+----------------------------------------------------------------------------------------------------------------------
+
+create function outbox.publish_event(
+    event_type       text,
+    source           text,
+    data             jsonb default null,
+    subject          text default null,
+    backend          text default null,
+    scheduled_at     timestamptz default null,
+    max_retries      integer default null,
+    publisher_config jsonb default null,
+    stream           text default null,
+    data_schema      text default null,
+    event_id         uuid default null
+) returns uuid
+    language c volatile parallel unsafe
+    as 'MODULE_PATHNAME', 'publish_event';
+comment on function outbox.publish_event(text, text, jsonb, text, text, timestamptz, integer, jsonb, text, text, uuid) is
+    'Publishes an event within the caller''s transaction; returns its id. It is relayed after the commit.';
+
+create function outbox.publish_events(events jsonb) returns setof uuid
+    language c volatile strict parallel unsafe
+    as 'MODULE_PATHNAME', 'publish_events_wrapper';
+comment on function outbox.publish_events(jsonb) is
+    'Publishes an array of objects with the keys of outbox.publish_event, in order; returns their ids.';
+
+create function outbox.complete_event() returns trigger
+    language c
+    as 'MODULE_PATHNAME', 'complete_event';
+comment on function outbox.complete_event() is 'Trigger of outbox.events: checks a row as publish_event does, and fills in xid, seq and backend_number.';
+create trigger complete_event before insert on outbox.events
+    for each row execute function outbox.complete_event();
+alter table outbox.events enable always trigger complete_event;
+
+create function outbox.refuse_update() returns trigger
+    language plpgsql set search_path = pg_catalog, pg_temp
+    as $$
+begin
+    raise exception using errcode = 'object_not_in_prerequisite_state',
+        message = 'rows of outbox.events are never updated',
+        hint = 'Publish another event.';
+end
+$$;
+comment on function outbox.refuse_update() is 'Trigger of outbox.events: an event that may have been sent cannot be changed.';
+create trigger refuse_update before update on outbox.events
+    for each statement execute function outbox.refuse_update();
+
+----------------------------------------------------------------------------------------------------------------------
+-- The backends' triggers
+----------------------------------------------------------------------------------------------------------------------
+
+create function outbox.has_waiting_events(backend_number integer) returns boolean
+    language c strict
+    as 'MODULE_PATHNAME', 'has_waiting_events_wrapper';
+comment on function outbox.has_waiting_events(integer) is 'Whether events of a backend wait to be delivered, are scheduled, or are being tried again.';
+
+create function outbox.check_backend() returns trigger
+    language plpgsql set search_path = pg_catalog, pg_temp
+    as $$
+declare
+    present outbox.backends;
+begin
+    if tg_op = 'UPDATE' and new.number <> old.number then
+        raise exception using errcode = 'feature_not_supported',
+            message = format('number of backend "%s" cannot be changed', old.name),
+            detail = 'Events refer to it.';
+    end if;
+    if new.password_file is not null
+        and (tg_op = 'INSERT' or new.password_file is distinct from old.password_file)
+        and not pg_has_role('pg_read_server_files', 'usage') then
+        raise exception using errcode = 'insufficient_privilege',
+            message = 'permission denied to set password_file',
+            detail = 'The server reads that file.',
+            hint = 'Only roles with the privileges of pg_read_server_files may set it.';
+    end if;
+    if tg_op = 'INSERT' then
+        -- A dump brings a "default" of its own, which takes the place of the one that CREATE EXTENSION made.
+        select b.* into present from outbox.backends b where b.name = new.name;
+        if found and present.number = new.number then
+            update outbox.backends b
+                set enabled = new.enabled, host = new.host, port = new.port, db = new.db, username = new.username,
+                    stream_name = new.stream_name, max_len = new.max_len, connect_timeout = new.connect_timeout,
+                    socket_timeout = new.socket_timeout, unix_socket = new.unix_socket,
+                    password_file = new.password_file, allowed_streams = new.allowed_streams, delivery = new.delivery
+                where b.name = new.name;
+            return null;
+        elsif found
+            and (present.enabled, present.allowed_streams, present.delivery) = (true, '{*}'::text[], 'at_least_once')
+            and num_nonnulls(present.host, present.port, present.db, present.username, present.stream_name,
+                    present.max_len, present.connect_timeout, present.socket_timeout, present.unix_socket,
+                    present.password_file) = 0
+            and not exists (select from outbox.events e where e.backend_number = present.number)
+            and not exists (select from outbox.backend_passwords p where p.backend_number = present.number)
+            and not outbox.has_waiting_events(present.number) then
+            delete from outbox.backends b where b.name = new.name;
+        end if;
+    end if;
+    return new;
+end
+$$;
+comment on function outbox.check_backend() is 'Trigger of outbox.backends: numbers never change, file columns need pg_read_server_files, and a restored "default" replaces the untouched one.';
+create trigger check_backend before insert or update on outbox.backends
+    for each row execute function outbox.check_backend();
+alter table outbox.backends enable always trigger check_backend;
+
+create function outbox.check_backend_deletion() returns trigger
+    language plpgsql set search_path = pg_catalog, pg_temp
+    as $$
+begin
+    -- What was delivered a moment ago may not be in the saved cursor yet: let the worker save it.
+    for i in 1..20 loop
+        if not outbox.has_waiting_events(old.number) then
+            delete from outbox.backend_passwords p where p.backend_number = old.number;
+            return old;
+        end if;
+        exit when i = 20 or pg_catalog.current_setting('transaction_isolation') not in ('read committed', 'read uncommitted');
+        perform outbox.wake();
+        perform pg_catalog.pg_sleep(0.05);
+    end loop;
+    raise exception using errcode = 'object_in_use',
+        message = format('backend "%s" has waiting events', old.name),
+        detail = 'Events are pending, scheduled or being tried again.',
+        hint = 'Wait until outbox.backend_status shows none pending, or delete its rows from outbox.events, outbox.scheduled_events and outbox.refused_events.';
+end
+$$;
+comment on function outbox.check_backend_deletion() is 'Trigger of outbox.backends: a backend with waiting events is not deleted.';
+create trigger check_backend_deletion before delete on outbox.backends
+    for each row execute function outbox.check_backend_deletion();
+alter table outbox.backends enable always trigger check_backend_deletion;
+
+create function outbox.backends_changed() returns trigger
+    language c
+    as 'MODULE_PATHNAME', 'backends_changed';
+comment on function outbox.backends_changed() is 'Trigger of outbox.backends and outbox.backend_passwords: tells sessions and the worker.';
+create trigger backends_changed after insert or update or delete or truncate on outbox.backends
+    for each statement execute function outbox.backends_changed();
+create trigger backends_changed after insert or update or delete or truncate on outbox.backend_passwords
+    for each statement execute function outbox.backends_changed();
+alter table outbox.backends enable always trigger backends_changed;
+alter table outbox.backend_passwords enable always trigger backends_changed;
+
+insert into outbox.backends (name) values ('default');
+
+----------------------------------------------------------------------------------------------------------------------
+-- Looking
+----------------------------------------------------------------------------------------------------------------------
+
+create function outbox.worker_status(out worker_pid integer, out state text) returns setof record
+    language c volatile
+    as 'MODULE_PATHNAME', 'worker_status_wrapper';
+comment on function outbox.worker_status() is 'This database''s worker: its process id, and what it is doing or why there is none.';
+
+create function outbox.backlog(backend_number integer, out pending bigint, out oldest_created_at timestamptz) returns setof record
+    language c volatile strict
+    as 'MODULE_PATHNAME', 'backlog_wrapper';
+comment on function outbox.backlog(integer) is 'Committed events of a backend behind its saved cursor: exact up to 10,000, an estimate above.';
+
+create view outbox.backend_status with (security_barrier) as
+select b.name as backend,
+    case when not b.enabled then 'paused' else coalesce(c.state, 'idle') end as state,
+    l.pending + r.waiting as pending,
+    pg_catalog.clock_timestamp() - least(l.oldest_created_at, r.oldest_created_at) as oldest_pending_age,
+    coalesce(c.published_total, 0) as published_total,
+    coalesce(c.failed_total, 0) as failed_total,
+    c.last_published_at,
+    c.last_error,
+    c.last_error_at,
+    case when b.enabled then c.next_attempt_at end as next_attempt_at
+from outbox.backends b
+    left join outbox.cursors c on c.backend_number = b.number
+    cross join lateral outbox.backlog(b.number) l
+    cross join lateral (
+        select pg_catalog.count(*) as waiting, pg_catalog.min(w.created_at) as oldest_created_at
+        from (select e.created_at from outbox.refused_events f join outbox.events e on e.seq = f.seq
+            where f.backend_number = b.number order by f.seq limit 10000) w
+    ) r;
+comment on view outbox.backend_status is 'One row a backend: what it is doing, how much waits, what went wrong last.';
+
+create view outbox.status with (security_barrier) as
+select w.worker_pid,
+    w.state,
+    b.backends,
+    b.pending,
+    b.oldest_pending_age,
+    (select pg_catalog.count(*) from (select from outbox.scheduled_events limit 10000) s) as scheduled,
+    (select pg_catalog.count(*) from (select from outbox.failed_events limit 10000) f) as failed,
+    b.published_total,
+    (select coalesce(pg_catalog.sum(c.events_per_second), 0)::real from outbox.cursors c
+        where c.saved_at > pg_catalog.clock_timestamp() - interval '5 s') as events_per_second
+from outbox.worker_status() w
+    cross join (
+        select pg_catalog.count(*) as backends, coalesce(pg_catalog.sum(s.pending), 0)::bigint as pending,
+            pg_catalog.max(s.oldest_pending_age) as oldest_pending_age,
+            coalesce(pg_catalog.sum(s.published_total), 0)::bigint as published_total
+        from outbox.backend_status s
+    ) b;
+comment on view outbox.status is 'The relay of this database in one row.';
+
+create view outbox.event_status with (security_barrier) as
+select e.event_id, e.event_type, e.source, e.subject, coalesce(b.name, e.backend) as backend,
+    coalesce(e.stream, b.stream_name, pg_catalog.current_setting('outbox_relay.redis_stream_name', true)) as stream,
+    e.created_at, null::timestamptz as scheduled_at,
+    case
+        when f.seq is not null then 'failed'
+        when r.seq is not null then 'pending'
+        when outbox.is_delivered(c, e.xid, e.seq) then 'published'
+        else 'pending'
+    end as status,
+    coalesce(f.attempts, r.attempts, case when outbox.is_delivered(c, e.xid, e.seq) then 1 else 0 end) as attempts,
+    coalesce(f.last_error, r.last_error) as last_error
+from outbox.events e
+    left join outbox.backends b on b.number = e.backend_number
+    left join outbox.cursors c on c.backend_number = e.backend_number
+    left join outbox.failed_events f on f.event_id = e.event_id
+    left join outbox.refused_events r on r.seq = e.seq
+union all
+select e.event_id, e.event_type, e.source, e.subject, coalesce(b.name, e.backend),
+    coalesce(e.stream, b.stream_name, pg_catalog.current_setting('outbox_relay.redis_stream_name', true)),
+    e.created_at, e.scheduled_at, 'scheduled', 0, null
+from outbox.scheduled_events e
+    left join outbox.backends b on b.number = e.backend_number
+union all
+-- Kept here longer than in outbox.events.
+select e.event_id, e.event_type, e.source, e.subject, coalesce(b.name, e.backend),
+    coalesce(e.stream, b.stream_name, pg_catalog.current_setting('outbox_relay.redis_stream_name', true)),
+    e.created_at, null, 'failed', e.attempts, e.last_error
+from outbox.failed_events e
+    left join outbox.backends b on b.number = e.backend_number
+where not exists (select from outbox.events o where o.event_id = e.event_id);
+comment on view outbox.event_status is 'One row an event, without its payload. Ask for one by event_id: that is an index look-up.';
+
+----------------------------------------------------------------------------------------------------------------------
+-- Acting
+----------------------------------------------------------------------------------------------------------------------
+
+create function outbox.wake() returns void
+    language c volatile
+    as 'MODULE_PATHNAME', 'wake_wrapper';
+comment on function outbox.wake() is 'Wakes this database''s worker; a backend that is waiting to try again does so at once.';
+
+create function outbox.purge_piece(backend_number integer, after_seq bigint, row_count integer, out deleted bigint, out last_seq bigint) returns setof record
+    language c volatile
+    as 'MODULE_PATHNAME', 'purge_piece_wrapper';
+comment on function outbox.purge_piece(integer, bigint, integer) is 'Deletes some published events of a backend whose retention has ended; last_seq goes into the next call, NULL: no more.';
+
+create procedure outbox.purge()
+    language plpgsql
+    as $$
+declare
+    c record;
+    piece record;
+    retention interval := pg_catalog.current_setting('outbox_relay.failed_retention')::interval;
+begin
+    for c in select k.backend_number from outbox.cursors k order by k.backend_number loop
+        piece := row(0::bigint, 0::bigint);
+        loop
+            select p.deleted, p.last_seq into piece from outbox.purge_piece(c.backend_number, coalesce(piece.last_seq, 0), 1000) p;
+            commit;
+            exit when piece.last_seq is null;
+        end loop;
+    end loop;
+    if retention >= interval '0' then
+        loop
+            delete from outbox.failed_events f
+                where f.event_id in (select o.event_id from outbox.failed_events o
+                    where o.failed_at < pg_catalog.clock_timestamp() - retention order by o.failed_at limit 1000);
+            exit when not found;
+            commit;
+        end loop;
+    end if;
+end
+$$;
+comment on procedure outbox.purge() is 'Deletes published and failed events whose retention has ended, committing as it goes. The worker does the same by itself.';
+
+create function outbox.wait_published(event_id uuid, timeout interval default '10s') returns boolean
+    language plpgsql
+    as $$
+declare
+    deadline timestamptz := pg_catalog.clock_timestamp() + timeout;
+begin
+    loop
+        -- In the transaction that published it, an event never gets published: it returns false after the timeout.
+        if exists (select from outbox.event_status s where s.event_id = wait_published.event_id and s.status = 'published') then
+            return true;
+        end if;
+        if pg_catalog.clock_timestamp() >= deadline then
+            return false;
+        end if;
+        perform pg_catalog.pg_sleep(0.02);
+    end loop;
+end
+$$;
+comment on function outbox.wait_published(uuid, interval) is 'Waits until an event is known to be in its stream; false if it is not within the timeout. Call it after the commit.';
+
+create function outbox.retry_failed(backend text default null, event_type text default null, event_id uuid default null) returns bigint
+    language plpgsql security definer set search_path = pg_catalog, pg_temp
+    as $$
+declare
+    f record;
+    retried bigint := 0;
+begin
+    for f in
+        select e.*, b.name as backend_name
+        from outbox.failed_events e
+            join outbox.backends b on b.number = e.backend_number
+                or (b.name = e.backend and not exists (select from outbox.backends n where n.number = e.backend_number))
+        where (retry_failed.backend is null or b.name = retry_failed.backend)
+            and (retry_failed.event_type is null or e.event_type = retry_failed.event_type)
+            and (retry_failed.event_id is null or e.event_id = retry_failed.event_id)
+        order by e.seq
+        for update of e
+    loop
+        delete from outbox.failed_events e where e.event_id = f.event_id;
+        delete from outbox.events e where e.event_id = f.event_id;
+        insert into outbox.events (created_at, event_id, event_type, source, backend, data, subject, stream, data_schema, publisher_config, max_retries)
+            values (f.created_at, f.event_id, f.event_type, f.source, f.backend_name, f.data, f.subject, f.stream, f.data_schema, f.publisher_config, f.max_retries);
+        retried := retried + 1;
+    end loop;
+    return retried;
+end
+$$;
+comment on function outbox.retry_failed(text, text, uuid) is 'Publishes failed events again, with the same event_id, in their order; returns how many.';
+
+create function outbox.set_backend_password(name text, password text) returns void
+    language plpgsql security definer set search_path = pg_catalog, pg_temp
+    as $$
+declare
+    n integer;
+begin
+    select b.number into n from outbox.backends b where b.name = set_backend_password.name;
+    if not found then
+        raise exception using errcode = 'undefined_object', message = format('backend "%s" does not exist', name);
+    end if;
+    if password is null then
+        delete from outbox.backend_passwords p where p.backend_number = n;
+    else
+        insert into outbox.backend_passwords as p (backend_number, password) values (n, set_backend_password.password)
+            on conflict (backend_number) do update set password = excluded.password;
+    end if;
+end
+$$;
+comment on function outbox.set_backend_password(text, text) is 'Sets the password with which the worker logs in to a backend; NULL removes it. It is kept apart, unreadable, and not dumped.';
+
+create function outbox.grant_publisher(role regrole) returns void
+    language plpgsql set search_path = pg_catalog, pg_temp
+    as $$
+begin
+    execute format('grant usage on schema outbox to %s', role);
+    execute format('grant execute on function outbox.publish_event(text, text, jsonb, text, text, timestamptz, integer, jsonb, text, text, uuid) to %s', role);
+    execute format('grant execute on function outbox.publish_events(jsonb) to %s', role);
+    execute format('grant insert (event_id, event_type, source, backend, data, subject, stream, data_schema, publisher_config, max_retries) on outbox.events to %s', role);
+end
+$$;
+comment on function outbox.grant_publisher(regrole) is 'Lets a role publish, and nothing else.';
+
+----------------------------------------------------------------------------------------------------------------------
+-- Dump: backends, and events that have not been sent. Cursors mean nothing in another cluster.
+----------------------------------------------------------------------------------------------------------------------
+
+select pg_catalog.pg_extension_config_dump('outbox.backends', '');
+select pg_catalog.pg_extension_config_dump('outbox.backends_number_seq', '');
+select pg_catalog.pg_extension_config_dump('outbox.events', $$
+    where not exists (select from outbox.cursors c
+        where c.backend_number = events.backend_number and outbox.is_delivered(c, events.xid, events.seq))
+        or exists (select from outbox.refused_events r where r.seq = events.seq)
+    order by events.seq$$);
+select pg_catalog.pg_extension_config_dump('outbox.events_seq_seq', '');
+select pg_catalog.pg_extension_config_dump('outbox.scheduled_events', '');
+select pg_catalog.pg_extension_config_dump('outbox.failed_events', '');
+
+----------------------------------------------------------------------------------------------------------------------
+-- Privileges: PUBLIC has nothing, pg_monitor may look
+----------------------------------------------------------------------------------------------------------------------
+
+revoke all on schema outbox from public;
+revoke all on all tables in schema outbox from public;
+revoke all on all functions in schema outbox from public;
+revoke all on all procedures in schema outbox from public;
+grant usage on schema outbox to pg_monitor;
+grant select on outbox.status, outbox.backend_status, outbox.event_status to pg_monitor;
+grant execute on function outbox.worker_status(), outbox.backlog(integer), outbox.is_delivered(outbox.cursors, xid8, bigint) to pg_monitor;

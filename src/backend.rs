@@ -1,0 +1,467 @@
+//! One backend within the worker: its settings, its delivery, its sender, and what is not saved yet.
+
+use crate::guc::{self, LogLevel};
+use crate::outbox::{self, BackendRow, Standing};
+use crate::process::log;
+use pgrx::pg_sys;
+use relay::classify::{Class, Failure};
+use relay::delivery::{Delivery, Entry, Now, State};
+use relay::destination::{Address, Destination, Secret};
+use relay::encode::{Target, append_xadd};
+use relay::event::{ConfigError, Event};
+use relay::reader::Position;
+use relay::refusal::{Record, Streams};
+use relay::sender::{Batch, Handle, Report};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::time::Duration;
+
+/// Larger batches miss the CPU's cache.
+const BATCH_BYTES: usize = 256 * 1024;
+/// A buffer that has grown beyond this for one large event is not kept.
+const KEPT_BUFFER_BYTES: usize = 2 * BATCH_BYTES;
+/// How long a cursor that moved over delivered events may stay unsaved.
+const SAVE_AFTER: Duration = Duration::from_millis(250);
+/// How long one may that only moved over events of others.
+const SAVE_IDLE_AFTER: Duration = Duration::from_secs(30);
+/// The same trouble is logged again after this long.
+const REPEAT_LOG_AFTER: Duration = Duration::from_secs(60);
+
+/// Who reads: a backend with its Redis, or the keeper of events that have none.
+pub enum Role {
+    Redis,
+    /// The backend was deleted: its events fail.
+    Deleted,
+    /// Reads events of backends that nobody knows.
+    Strays,
+}
+
+/// A batch that was built but not handed over yet: that waits for the end of the reading transaction.
+pub struct BuiltBatch {
+    pub bytes: Vec<u8>,
+    pub entries: Vec<Entry>,
+    pub end: Option<Position>,
+}
+
+pub struct Backend {
+    pub number: i32,
+    pub role: Role,
+    pub row: Option<BackendRow>,
+    destination: Destination,
+    pub stream: Rc<str>,
+    max_len: i64,
+    pub delivery: Delivery,
+    sender: Option<Handle>,
+    /// To be written down before the cursor is saved.
+    pub records: Vec<Record>,
+    standing: Standing,
+    /// `delivery.published()` that `standing` includes already.
+    counted: u64,
+    /// Since when the cursor on disk is behind what was delivered, and behind what was read.
+    dirty_since: Option<Now>,
+    stale_since: Option<Now>,
+    saved_at: Now,
+    saved_published: i64,
+    /// What a save has written, until its transaction has committed.
+    pending_save: Option<(Standing, u64)>,
+    /// It met a row that it cannot judge yet.
+    pub rests_until: Now,
+    /// High end of the saved cursor, and so of what a restart would read again.
+    saved_high_seq: i64,
+    pub tick_recorded_at: Now,
+    pub tick_due: bool,
+    logged: Option<(State, String, Now)>,
+    buffers: Vec<Vec<u8>>,
+    scratch: Vec<u8>,
+}
+
+impl Backend {
+    /// A backend at its saved cursor, or at the beginning of time.
+    pub fn load(number: i32, role: Role, row: Option<BackendRow>, database: &str) -> Self {
+        let (destination, stream, max_len) = settings(row.as_ref(), database);
+        let (position, standing) =
+            outbox::cursor(number).unwrap_or_else(|| (Position::beginning(), Standing::default()));
+        let streams = match role {
+            Role::Redis => Streams::waiting(outbox::refused_streams(number, &stream)),
+            Role::Deleted | Role::Strays => Streams::default(),
+        };
+        Self {
+            number,
+            role,
+            row,
+            destination,
+            stream,
+            max_len,
+            sender: None,
+            records: Vec::new(),
+            saved_published: standing.published_total,
+            standing,
+            counted: 0,
+            dirty_since: None,
+            stale_since: None,
+            saved_at: Now::ZERO,
+            pending_save: None,
+            rests_until: Now::ZERO,
+            saved_high_seq: position.from.high_seq,
+            tick_recorded_at: Now::ZERO,
+            tick_due: true,
+            logged: None,
+            buffers: Vec::new(),
+            scratch: Vec::new(),
+            delivery: Delivery::new(position, streams, guc::backoff()),
+        }
+    }
+
+    pub fn name(&self) -> &str {
+        self.row.as_ref().map_or("(deleted)", |r| &r.name)
+    }
+
+    pub fn is_enabled(&self) -> bool {
+        self.row.as_ref().is_none_or(|r| r.enabled)
+    }
+
+    pub fn reads_for_redis(&self) -> bool {
+        matches!(self.role, Role::Redis)
+    }
+
+    /// Whether rows can be read for it now.
+    pub fn is_ready(&self, now: Now) -> bool {
+        self.is_enabled() && now >= self.rests_until && (!self.reads_for_redis() || self.delivery.has_room())
+    }
+
+    /// Takes over changed settings. A sender of another destination, or of a backend that was disabled, is let go.
+    pub fn reconfigure(&mut self, row: BackendRow, database: &str) {
+        let (destination, stream, max_len) = settings(Some(&row), database);
+        if destination != self.destination || !row.enabled || !self.is_enabled() {
+            self.let_go();
+            self.logged = None;
+        }
+        if stream != self.stream {
+            self.delivery
+                .set_streams(Streams::waiting(outbox::refused_streams(self.number, &stream)));
+        }
+        (self.destination, self.stream, self.max_len) = (destination, stream, max_len);
+        self.row = Some(row);
+        self.delivery.set_backoff(guc::backoff());
+        self.delivery.retry_now();
+        self.dirty_since.get_or_insert(self.saved_at);
+    }
+
+    /// The backend's row is gone.
+    pub fn delete(&mut self) {
+        self.let_go();
+        self.role = Role::Deleted;
+        self.row = None;
+        self.delivery.set_streams(Streams::default());
+    }
+
+    fn let_go(&mut self) {
+        if self.sender.take().is_some() {
+            self.delivery.abandon();
+        }
+    }
+
+    /// Starts a sender when one is due.
+    pub fn connect(&mut self, now: Now, waker: &UnixStream) {
+        if !self.reads_for_redis()
+            || !self.is_enabled()
+            || self.sender.is_some()
+            || !self.delivery.wants_connection(now)
+        {
+            return;
+        }
+        let spawned = waker
+            .try_clone()
+            .and_then(|waker| spawn_sender(self.destination.clone(), waker));
+        match spawned {
+            Ok(handle) => {
+                self.sender = Some(handle);
+                self.delivery.connecting();
+            }
+            Err(error) => {
+                let failure = Failure::backend(format!("could not start a sender: {error}"));
+                self.lost(failure, 0, Vec::new(), now);
+            }
+        }
+    }
+
+    /// Takes in what the sender has to report.
+    pub fn hear(&mut self, now: Now) {
+        while let Some(report) = self.sender.as_ref().and_then(Handle::report) {
+            match report {
+                Report::Connected => self.delivery.connected(),
+                Report::Done { refused, buffer } => {
+                    self.keep(buffer);
+                    let records = self.delivery.replied(refused, now, random());
+                    self.records.extend(records);
+                    self.dirty_since.get_or_insert(now);
+                    self.tick_due = true;
+                }
+                Report::Lost {
+                    failure,
+                    accepted,
+                    refused,
+                } => self.lost(failure, accepted, refused, now),
+            }
+        }
+        if self.delivery.is_drained() {
+            self.sender = None;
+            self.delivery.drained();
+        }
+        self.log_change(now);
+    }
+
+    fn lost(&mut self, failure: Failure, accepted: usize, refused: Vec<relay::sender::Refusal>, now: Now) {
+        self.sender = None;
+        let records = self.delivery.lost(failure, accepted, refused, now, random());
+        self.records.extend(records);
+        self.dirty_since.get_or_insert(now);
+    }
+
+    /// Hands over what was built in a transaction that has ended well.
+    pub fn send(&mut self, batches: Vec<BuiltBatch>) {
+        for BuiltBatch { bytes, entries, end } in batches {
+            let Some(sender) = &self.sender else {
+                return;
+            };
+            let size = bytes.len();
+            // There was room; a sender that has ended in between will say so, and all is read again.
+            let _ = sender.send(Batch {
+                bytes,
+                commands: entries.len(),
+            });
+            match end {
+                Some(end) => self.delivery.sent(entries, end, size),
+                None => self.delivery.sent_again(entries, size),
+            }
+        }
+    }
+
+    /// The reader came to `position` without anything to send after the last batch.
+    pub fn advanced(&mut self, position: Position, now: Now) {
+        // A cursor that passed no event need not be saved: an idle server stays idle.
+        if position.from.high_seq != self.saved_high_seq {
+            self.stale_since.get_or_insert(now);
+        }
+        self.delivery.advanced(position);
+    }
+
+    /// Appends an event to a batch.
+    pub fn encode(&mut self, out: &mut Vec<u8>, event: &Event<'_>) -> Result<(), ConfigError> {
+        let target = Target {
+            stream: event.stream.unwrap_or(&self.stream),
+            max_len: self.max_len,
+        };
+        append_xadd(out, &mut self.scratch, target, event)
+    }
+
+    /// The stream of an event.
+    pub fn stream_of(&self, event: &Event<'_>) -> Rc<str> {
+        match event.stream {
+            Some(stream) if *stream != *self.stream => Rc::from(stream),
+            _ => self.stream.clone(),
+        }
+    }
+
+    pub fn buffer(&mut self) -> Vec<u8> {
+        self.buffers.pop().unwrap_or_default()
+    }
+
+    fn keep(&mut self, mut buffer: Vec<u8>) {
+        if buffer.capacity() <= KEPT_BUFFER_BYTES && self.buffers.len() < 8 {
+            buffer.clear();
+            self.buffers.push(buffer);
+        }
+    }
+
+    /// Whether a batch is full.
+    pub fn is_full(batch: &BuiltBatch) -> bool {
+        batch.entries.len() >= guc::BATCH_SIZE.get() as usize || batch.bytes.len() >= BATCH_BYTES
+    }
+
+    pub fn failed(&mut self, count: u64) {
+        self.standing.failed_total += count as i64;
+    }
+
+    /// When the cursor is to be saved.
+    pub fn save_at(&self) -> Option<Now> {
+        let dirty = self.dirty_since.map(|since| since + SAVE_AFTER);
+        let stale = self.stale_since.map(|since| since + SAVE_IDLE_AFTER);
+        dirty.into_iter().chain(stale).min()
+    }
+
+    pub fn is_unsaved(&self) -> bool {
+        self.dirty_since.is_some() || self.stale_since.is_some() || !self.records.is_empty()
+    }
+
+    /// Writes records and cursor down. `wall_us`: the time of day.
+    pub fn save(&mut self, now: Now, wall_us: i64) {
+        let failed = outbox::record(self.number, &self.stream, &self.records);
+        let mut standing = self.standing.clone();
+        standing.failed_total += failed as i64;
+        let published = self.delivery.published() - self.counted;
+        if published > 0 {
+            standing.published_total += published as i64;
+            standing.last_published_at = Some(wall_us);
+        }
+        let elapsed = (now.saturating_sub(self.saved_at)).as_secs_f64();
+        standing.events_per_second = match elapsed > 0.0 {
+            true => ((standing.published_total - self.saved_published) as f64 / elapsed) as f32,
+            false => 0.0,
+        };
+        standing.state = self.delivery.state().name().to_owned();
+        if let Some(failure) = self
+            .delivery
+            .trouble()
+            .filter(|f| standing.last_error.as_ref() != Some(&f.message))
+        {
+            standing.last_error = Some(failure.message.clone());
+            standing.last_error_at = Some(wall_us);
+        }
+        if let Some(error) = self.records.iter().rev().find_map(error_of) {
+            standing.last_error = Some(error.to_owned());
+            standing.last_error_at = Some(wall_us);
+        }
+        standing.next_attempt_at = match (self.delivery.trouble(), self.delivery.due_at()) {
+            (Some(_), Some(due)) => Some(wall_us + due.saturating_sub(now).as_micros() as i64),
+            _ => None,
+        };
+        outbox::save_cursor(self.number, self.delivery.acked(), &standing);
+        self.pending_save = Some((standing, self.delivery.published()));
+    }
+
+    /// The transaction of [`Self::save`] has committed.
+    pub fn saved(&mut self, now: Now) {
+        if let Some((standing, counted)) = self.pending_save.take() {
+            self.saved_published = standing.published_total;
+            self.standing = standing;
+            self.counted = counted;
+        }
+        self.records.clear();
+        // Something still in flight will be acknowledged: the flag is raised then.
+        (self.dirty_since, self.stale_since) = (None, None);
+        self.saved_high_seq = self.delivery.acked().from.high_seq;
+        self.saved_at = now;
+    }
+
+    /// A line on each change of state, and on the same trouble each minute; never one an event.
+    fn log_change(&mut self, now: Now) {
+        let state = match self.delivery.state() {
+            State::Sending => State::Idle,
+            state => state,
+        };
+        let message = self.delivery.trouble().map(|f| f.message.clone()).unwrap_or_default();
+        let known = self.logged.as_ref();
+        let same = known.is_some_and(|(s, m, _)| *s == state && *m == message);
+        if same && (state == State::Idle || known.is_some_and(|(_, _, at)| now < *at + REPEAT_LOG_AFTER)) {
+            return;
+        }
+        let address = self.destination.address.to_string();
+        let name = self.name().to_owned();
+        match self.delivery.trouble() {
+            Some(failure) => {
+                let level = if failure.class == Class::Configuration {
+                    LogLevel::Error
+                } else {
+                    LogLevel::Warning
+                };
+                let detail = format!("Redis at {address}: {failure}.");
+                let hint = failure.hint().unwrap_or("Events wait until it works again.");
+                log(
+                    level,
+                    &format!("backend \"{name}\" cannot be reached"),
+                    Some(&detail),
+                    Some(hint),
+                );
+            }
+            // Not while it is only on its way up for the first time.
+            None if self.delivery.has_room() => {
+                log(
+                    LogLevel::Info,
+                    &format!("backend \"{name}\" is connected to Redis at {address}"),
+                    None,
+                    None,
+                );
+            }
+            None => return,
+        }
+        self.logged = Some((state, message, now));
+    }
+}
+
+fn error_of(record: &Record) -> Option<&str> {
+    match record {
+        Record::Park { error, .. }
+        | Record::Fail { error, .. }
+        | Record::RefusedAgain { error, .. }
+        | Record::FailStream { error, .. } => Some(error),
+        Record::Accepted { .. } => None,
+    }
+}
+
+/// The settings of a backend, with `outbox_relay.redis_*` where its row has none.
+fn settings(row: Option<&BackendRow>, database: &str) -> (Destination, Rc<str>, i64) {
+    let or_setting = |value: Option<&String>, setting: &_| value.cloned().unwrap_or_else(|| guc::text(setting));
+    let field = |get: fn(&BackendRow) -> Option<&String>| row.and_then(get);
+    let millis = |own: Option<i64>, setting: &_| {
+        own.map_or_else(|| guc::millis(setting), |ms| Duration::from_millis(ms.max(1) as u64))
+    };
+    let address = match field(|r| r.unix_socket.as_ref()) {
+        Some(path) => Address::Unix(PathBuf::from(path)),
+        None => Address::Tcp {
+            host: or_setting(field(|r| r.host.as_ref()), &guc::REDIS_HOST),
+            port: row.and_then(|r| r.port).unwrap_or_else(|| guc::REDIS_PORT.get()) as u16,
+        },
+    };
+    let password = match (field(|r| r.password.as_ref()), field(|r| r.password_file.as_ref())) {
+        (Some(password), _) => Some(Secret::Text(password.clone())),
+        (None, Some(path)) => Some(Secret::File(PathBuf::from(path))),
+        (None, None) => Some(guc::text(&guc::REDIS_PASSWORD_FILE))
+            .filter(|p| !p.is_empty())
+            .map(|p| Secret::File(PathBuf::from(p))),
+    };
+    let destination = Destination {
+        address,
+        db: i64::from(row.and_then(|r| r.db).unwrap_or_else(|| guc::REDIS_DB.get())),
+        username: Some(or_setting(field(|r| r.username.as_ref()), &guc::REDIS_USERNAME)).filter(|u| !u.is_empty()),
+        password,
+        client_name: client_name(database, row.map_or("", |r| &r.name)),
+        connect_timeout: millis(row.and_then(|r| r.connect_timeout_ms), &guc::REDIS_CONNECT_TIMEOUT_MS),
+        socket_timeout: millis(row.and_then(|r| r.socket_timeout_ms), &guc::REDIS_SOCKET_TIMEOUT_MS),
+    };
+    let stream = Rc::from(or_setting(field(|r| r.stream_name.as_ref()), &guc::REDIS_STREAM_NAME));
+    let max_len = row
+        .and_then(|r| r.max_len)
+        .unwrap_or_else(|| i64::from(guc::REDIS_MAX_LEN.get()));
+    (destination, stream, max_len)
+}
+
+/// Redis allows no spaces or control characters in a client's name.
+fn client_name(database: &str, backend: &str) -> String {
+    format!("outbox_relay:{database}:{backend}")
+        .chars()
+        .map(|c| if c.is_ascii_graphic() { c } else { '_' })
+        .collect()
+}
+
+/// Starts a sender with all signals blocked in its thread: they are the main thread's.
+fn spawn_sender(destination: Destination, waker: UnixStream) -> std::io::Result<Handle> {
+    // SAFETY: the mask is saved, and put back on all ways out: spawn returns its errors.
+    unsafe {
+        let (mut all, mut before) = (std::mem::zeroed(), std::mem::zeroed());
+        libc::sigfillset(&mut all);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
+        let spawned = Handle::spawn(destination, waker);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut());
+        spawned
+    }
+}
+
+/// Between 0 and 1, for jitter.
+fn random() -> f64 {
+    let mut bytes = [0u8; 4];
+    // SAFETY: fills the buffer that it is given; if it cannot, there is no jitter.
+    unsafe { pg_sys::pg_strong_random(bytes.as_mut_ptr().cast(), bytes.len()) };
+    f64::from(u32::from_le_bytes(bytes)) / (f64::from(u32::MAX) + 1.0)
+}

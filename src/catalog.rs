@@ -1,0 +1,181 @@
+//! What a session knows of our tables and backends without asking each time: the relations' OIDs and the backends by name.
+//!
+//! Filled with the *latest* snapshot, not the transaction's (a backend made since is known), marked valid before it is read (a change
+//! in between marks it invalid again), and it sees a backend made by its own transaction.
+
+use crate::rows::{Columns, texts_of_array};
+use once_cell::unsync::OnceCell;
+use pgrx::{pg_guard, pg_sys};
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::rc::Rc;
+use wildmatch::WildMatch;
+
+/// OIDs of what we read and write without SQL.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Relations {
+    pub events: pg_sys::Oid,
+    pub events_seq_key: pg_sys::Oid,
+    pub events_xid_key: pg_sys::Oid,
+    pub sequence: pg_sys::Oid,
+    pub scheduled: pg_sys::Oid,
+    pub backends: pg_sys::Oid,
+    pub backend_passwords: pg_sys::Oid,
+}
+
+/// A backend as a publisher needs it.
+pub struct KnownBackend {
+    pub number: i32,
+    /// `None`: any stream.
+    allowed_streams: Option<Vec<WildMatch>>,
+}
+
+impl KnownBackend {
+    pub fn allows(&self, stream: &str) -> bool {
+        self.allowed_streams
+            .as_ref()
+            .is_none_or(|patterns| patterns.iter().any(|p| p.matches(stream)))
+    }
+}
+
+thread_local! {
+    static REGISTERED: OnceCell<()> = const { OnceCell::new() };
+    static RELATIONS: Cell<Option<Relations>> = const { Cell::new(None) };
+    static BACKENDS_VALID: Cell<bool> = const { Cell::new(false) };
+    static BACKENDS: RefCell<HashMap<String, Rc<KnownBackend>>> = RefCell::new(HashMap::new());
+    /// Counts invalidations, for the worker.
+    static GENERATION: Cell<u64> = const { Cell::new(0) };
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn on_invalidation(_arg: pg_sys::Datum, relation: pg_sys::Oid) {
+    let Some(known) = RELATIONS.get() else {
+        return;
+    };
+    let all = relation == pg_sys::InvalidOid;
+    if all || relation == known.backends || relation == known.backend_passwords {
+        BACKENDS_VALID.set(false);
+        GENERATION.set(GENERATION.get() + 1);
+    }
+    let ours = [
+        known.events,
+        known.events_seq_key,
+        known.events_xid_key,
+        known.sequence,
+        known.scheduled,
+        known.backends,
+        known.backend_passwords,
+    ];
+    if all || ours.contains(&relation) {
+        RELATIONS.set(None);
+        BACKENDS_VALID.set(false);
+        GENERATION.set(GENERATION.get() + 1);
+    }
+}
+
+fn register() {
+    REGISTERED.with(|r| {
+        r.get_or_init(|| {
+            // SAFETY: registers a callback of this library for the life of the process.
+            unsafe { pg_sys::CacheRegisterRelcacheCallback(Some(on_invalidation), pg_sys::Datum::from(0)) };
+        });
+    });
+}
+
+/// Changes whenever backends or our tables may have changed. Needs a transaction that has taken in invalidations.
+pub fn generation() -> u64 {
+    GENERATION.get()
+}
+
+/// Our relations, or `None` where the extension is not installed. Needs a transaction.
+pub fn relations() -> Option<Relations> {
+    if let Some(known) = RELATIONS.get() {
+        return Some(known);
+    }
+    register();
+    // SAFETY: catalog look-ups by constant names within a transaction.
+    let found = unsafe {
+        let schema = pg_sys::get_namespace_oid(c"outbox".as_ptr(), true);
+        if schema == pg_sys::InvalidOid {
+            return None;
+        }
+        let oid = |name: &std::ffi::CStr| pg_sys::get_relname_relid(name.as_ptr(), schema);
+        Relations {
+            events: oid(c"events"),
+            events_seq_key: oid(c"events_pkey"),
+            events_xid_key: oid(c"events_xid_idx"),
+            sequence: oid(c"events_seq_seq"),
+            scheduled: oid(c"scheduled_events"),
+            backends: oid(c"backends"),
+            backend_passwords: oid(c"backend_passwords"),
+        }
+    };
+    let missing = [
+        found.events,
+        found.events_seq_key,
+        found.events_xid_key,
+        found.sequence,
+        found.scheduled,
+        found.backends,
+        found.backend_passwords,
+    ]
+    .contains(&pg_sys::InvalidOid);
+    if missing {
+        return None;
+    }
+    RELATIONS.set(Some(found));
+    Some(found)
+}
+
+/// Our relations, or an ERROR.
+pub fn expect_relations() -> Relations {
+    relations().unwrap_or_else(|| crate::error::internal("the tables of extension outbox_relay are missing"))
+}
+
+/// A backend by name. Costs nothing but a look-up unless backends have changed.
+pub fn backend(name: &str) -> Option<Rc<KnownBackend>> {
+    let relations = expect_relations();
+    if !BACKENDS_VALID.get() {
+        BACKENDS_VALID.set(true);
+        let filled = read_backends(relations.backends);
+        BACKENDS.with_borrow_mut(|known| *known = filled);
+    }
+    BACKENDS.with_borrow(|known| known.get(name).cloned())
+}
+
+/// Reads `outbox.backends` as of now.
+fn read_backends(relation: pg_sys::Oid) -> HashMap<String, Rc<KnownBackend>> {
+    let mut found = HashMap::new();
+    // SAFETY: a heap scan under a registered snapshot; the relation is locked by table_open. Opening it takes in
+    // pending invalidations, which may mark the cache invalid again: then it is read once more at the next use.
+    unsafe {
+        let rel = pg_sys::table_open(relation, pg_sys::AccessShareLock as _);
+        let columns = Columns::of(rel, &["name", "number", "allowed_streams"]);
+        let snapshot = pg_sys::RegisterSnapshot(pg_sys::GetLatestSnapshot());
+        let scan = pg_sys::systable_beginscan(rel, pg_sys::InvalidOid, false, snapshot, 0, std::ptr::null_mut());
+        loop {
+            let tuple = pg_sys::systable_getnext(scan);
+            if tuple.is_null() {
+                break;
+            }
+            let row = columns.take_apart(tuple);
+            let (Some(name), Some(number), Some(streams)) = (row.text(0), row.i32(1), row.datum(2)) else {
+                continue;
+            };
+            let patterns = texts_of_array(streams);
+            let any = patterns.iter().any(|p| p == "*");
+            let allowed_streams = (!any).then(|| patterns.iter().map(|p| WildMatch::new(p)).collect());
+            found.insert(
+                name,
+                Rc::new(KnownBackend {
+                    number,
+                    allowed_streams,
+                }),
+            );
+        }
+        pg_sys::systable_endscan(scan);
+        pg_sys::UnregisterSnapshot(snapshot);
+        pg_sys::table_close(rel, pg_sys::AccessShareLock as _);
+    }
+    found
+}

@@ -1,0 +1,115 @@
+//! The one place that turns what went wrong into SQLSTATE and words in Postgres's style: primary line in lower case without a
+//! full stop; detail and hint are sentences.
+
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::{PgLogLevel, PgSqlErrorCode};
+use relay::event::ConfigError;
+use thiserror::Error;
+
+/// Why an event is refused, in the publisher's transaction.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum PublishError {
+    #[error("{0} must not be null or empty")]
+    Missing(&'static str),
+    #[error("{field} is too long")]
+    TooLong {
+        field: &'static str,
+        length: usize,
+        limit: usize,
+    },
+    #[error("max_retries must not be negative")]
+    NegativeRetries(i32),
+    #[error("scheduled_at must be a finite time")]
+    EndlessSchedule,
+    #[error("backend \"{0}\" does not exist")]
+    UnknownBackend(String),
+    #[error("backend \"{backend}\" does not allow the stream \"{stream}\"")]
+    StreamNotAllowed { backend: String, stream: String },
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error("event is too large")]
+    TooLarge { size: usize, limit: usize },
+    #[error("event_id {0} is already used by a scheduled event")]
+    RepeatedId(String),
+    #[error("publish_events expects a JSON array of objects")]
+    NotAnArray,
+    #[error("invalid event in publish_events: {message}")]
+    BadItem { index: usize, message: String },
+}
+
+impl PublishError {
+    fn code(&self) -> PgSqlErrorCode {
+        use PgSqlErrorCode::*;
+        match self {
+            Self::UnknownBackend(_) => ERRCODE_UNDEFINED_OBJECT,
+            Self::StreamNotAllowed { .. } => ERRCODE_INSUFFICIENT_PRIVILEGE,
+            Self::TooLarge { .. } => ERRCODE_PROGRAM_LIMIT_EXCEEDED,
+            Self::RepeatedId(_) => ERRCODE_UNIQUE_VIOLATION,
+            Self::Missing(_)
+            | Self::TooLong { .. }
+            | Self::NegativeRetries(_)
+            | Self::EndlessSchedule
+            | Self::Config(_)
+            | Self::NotAnArray
+            | Self::BadItem { .. } => ERRCODE_INVALID_PARAMETER_VALUE,
+        }
+    }
+
+    fn detail(&self) -> String {
+        match self {
+            Self::Missing(_) => "Every event has a type and a source.".into(),
+            Self::TooLong { length, limit, .. } => format!("It has {length} characters; at most {limit} are allowed."),
+            Self::NegativeRetries(n) => format!("It is {n}."),
+            Self::EndlessSchedule => "An event scheduled for infinity would never be sent.".into(),
+            Self::UnknownBackend(_) => "Backends are the rows of outbox.backends.".into(),
+            Self::StreamNotAllowed { .. } => "None of the backend's allowed_streams matches.".into(),
+            Self::Config(_) => "Its keys and values become further fields of the stream entry.".into(),
+            Self::TooLarge { size, limit } => format!("It has {size} bytes; at most {limit} are allowed."),
+            Self::RepeatedId(_) => "Each event has an id of its own.".into(),
+            Self::NotAnArray => "Each object has the keys of outbox.publish_event.".into(),
+            Self::BadItem { index, .. } => format!("It is element {index} of the array, counted from 0."),
+        }
+    }
+
+    fn hint(&self) -> &'static str {
+        match self {
+            Self::Missing(_) => "Pass a text of 1 to 255 characters.",
+            Self::TooLong { .. } => "Put longer texts into data.",
+            Self::NegativeRetries(_) => "Pass the number of attempts in all, or NULL for outbox_relay.max_retries.",
+            Self::EndlessSchedule => "Pass a time, or NULL to send at once.",
+            Self::UnknownBackend(_) => "Check the name, or outbox_relay.default_backend if none was given.",
+            Self::StreamNotAllowed { .. } => "Ask the administrator to extend allowed_streams.",
+            Self::Config(_) => "Pass a flat JSON object such as {\"priority\": 1}.",
+            Self::TooLarge { .. } => {
+                "Put large payloads elsewhere and publish a reference, or raise outbox_relay.max_event_size."
+            }
+            Self::RepeatedId(_) => "Leave event_id out to have a new one made.",
+            Self::NotAnArray => "Pass for example [{\"event_type\": \"user.created\", \"source\": \"user-service\"}].",
+            Self::BadItem { .. } => "See the arguments of outbox.publish_event.",
+        }
+    }
+
+    /// Raises it as an ERROR.
+    pub fn raise(self) -> ! {
+        raise(
+            ErrorReport::new(self.code(), self.to_string(), "")
+                .set_detail(self.detail())
+                .set_hint(self.hint()),
+        )
+    }
+}
+
+/// Raises an ERROR; never returns.
+pub fn raise(report: ErrorReport) -> ! {
+    report.report(PgLogLevel::ERROR);
+    unreachable!("an ERROR does not return")
+}
+
+/// An internal error: something of ours is not as it must be.
+pub fn internal(message: impl Into<String>) -> ! {
+    raise(ErrorReport::new(
+        PgSqlErrorCode::ERRCODE_INTERNAL_ERROR,
+        message.into(),
+        "",
+    ))
+}

@@ -1,0 +1,287 @@
+//! The settings, `outbox_relay.*`: names, defaults and units as users see them. Why each default has its value stands beside it.
+
+use pgrx::guc::{GucContext, GucFlags, GucRegistry, GucSetting};
+use pgrx::{PostgresGucEnum, pg_sys};
+use relay::backoff::Backoff;
+use std::ffi::CString;
+use std::time::Duration;
+
+pub static ENABLED: GucSetting<bool> = GucSetting::<bool>::new(true);
+pub static DATABASES: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c"*"));
+pub static DEFAULT_BACKEND: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c"default"));
+/// Small enough that a batch and its replies stay in the CPU's cache.
+pub static BATCH_SIZE: GucSetting<i32> = GucSetting::<i32>::new(100);
+/// Only a net: commits wake the worker.
+pub static POLL_INTERVAL_MS: GucSetting<i32> = GucSetting::<i32>::new(5_000);
+pub static MAX_RETRIES: GucSetting<i32> = GucSetting::<i32>::new(3);
+pub static RETRY_BACKOFF: GucSetting<bool> = GucSetting::<bool>::new(true);
+pub static RETRY_DELAY_MS: GucSetting<i32> = GucSetting::<i32>::new(1_000);
+pub static RETRY_MAX_DELAY_MS: GucSetting<i32> = GucSetting::<i32>::new(60_000);
+pub static CLEANUP_PUBLISHED: GucSetting<bool> = GucSetting::<bool>::new(true);
+pub static PUBLISHED_RETENTION_MIN: GucSetting<i32> = GucSetting::<i32>::new(7 * 24 * 60);
+pub static FAILED_RETENTION_MIN: GucSetting<i32> = GucSetting::<i32>::new(30 * 24 * 60);
+/// Redis takes 512 MB, but an entry is held in memory by every party on its way.
+pub static MAX_EVENT_SIZE_KB: GucSetting<i32> = GucSetting::<i32>::new(1_024);
+pub static LOG_LEVEL: GucSetting<LogLevel> = GucSetting::<LogLevel>::new(LogLevel::Info);
+pub static REDIS_HOST: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c"localhost"));
+pub static REDIS_PORT: GucSetting<i32> = GucSetting::<i32>::new(6_379);
+pub static REDIS_DB: GucSetting<i32> = GucSetting::<i32>::new(0);
+pub static REDIS_USERNAME: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c""));
+pub static REDIS_PASSWORD_FILE: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c""));
+pub static REDIS_STREAM_NAME: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c"events"));
+pub static REDIS_MAX_LEN: GucSetting<i32> = GucSetting::<i32>::new(10_000);
+pub static REDIS_CONNECT_TIMEOUT_MS: GucSetting<i32> = GucSetting::<i32>::new(5_000);
+pub static REDIS_SOCKET_TIMEOUT_MS: GucSetting<i32> = GucSetting::<i32>::new(5_000);
+
+/// The levels of Python's logging, as the seed names them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, PostgresGucEnum)]
+pub enum LogLevel {
+    #[name = c"debug"]
+    Debug,
+    #[name = c"info"]
+    Info,
+    #[name = c"warning"]
+    Warning,
+    #[name = c"error"]
+    Error,
+}
+
+const HOUR_MS: i32 = 3_600_000;
+
+/// Defines all settings; called once from `_PG_init`.
+pub fn define() {
+    use GucContext::{Sighup, Suset, Userset};
+    let plain = GucFlags::default();
+
+    GucRegistry::define_bool_guc(
+        c"outbox_relay.enabled",
+        c"Runs the relay.",
+        c"Off stops all workers; events wait.",
+        &ENABLED,
+        Sighup,
+        plain,
+    );
+    GucRegistry::define_string_guc(
+        c"outbox_relay.databases",
+        c"Databases that get a worker, where the extension exists.",
+        c"A comma-separated list, or * for all.",
+        &DATABASES,
+        Sighup,
+        plain,
+    );
+    GucRegistry::define_string_guc(
+        c"outbox_relay.default_backend",
+        c"Backend of events that name none.",
+        c"",
+        &DEFAULT_BACKEND,
+        Userset,
+        plain,
+    );
+    int(
+        c"outbox_relay.batch_size",
+        c"Most events in one batch.",
+        &BATCH_SIZE,
+        1,
+        10_000,
+        Sighup,
+        plain,
+    );
+    int(
+        c"outbox_relay.poll_interval",
+        c"Longest time between two looks for events; commits wake the worker at once.",
+        &POLL_INTERVAL_MS,
+        100,
+        HOUR_MS,
+        Sighup,
+        GucFlags::UNIT_MS,
+    );
+    int(
+        c"outbox_relay.max_retries",
+        c"Attempts in all for an event that Redis refuses.",
+        &MAX_RETRIES,
+        1,
+        1_000,
+        Sighup,
+        plain,
+    );
+    GucRegistry::define_bool_guc(
+        c"outbox_relay.retry_backoff",
+        c"Doubles the wait after each attempt.",
+        c"Off waits retry_delay each time.",
+        &RETRY_BACKOFF,
+        Sighup,
+        plain,
+    );
+    int(
+        c"outbox_relay.retry_delay",
+        c"Wait after the first failed attempt.",
+        &RETRY_DELAY_MS,
+        1,
+        HOUR_MS,
+        Sighup,
+        GucFlags::UNIT_MS,
+    );
+    int(
+        c"outbox_relay.retry_max_delay",
+        c"Longest wait between two attempts.",
+        &RETRY_MAX_DELAY_MS,
+        1,
+        HOUR_MS,
+        Sighup,
+        GucFlags::UNIT_MS,
+    );
+    GucRegistry::define_bool_guc(
+        c"outbox_relay.cleanup_published",
+        c"Deletes published events after their retention.",
+        c"",
+        &CLEANUP_PUBLISHED,
+        Sighup,
+        plain,
+    );
+    int(
+        c"outbox_relay.published_retention",
+        c"How long published events are kept; -1 keeps them for ever.",
+        &PUBLISHED_RETENTION_MIN,
+        -1,
+        i32::MAX,
+        Sighup,
+        GucFlags::UNIT_MIN,
+    );
+    int(
+        c"outbox_relay.failed_retention",
+        c"How long failed events are kept; -1 keeps them for ever.",
+        &FAILED_RETENTION_MIN,
+        -1,
+        i32::MAX,
+        Sighup,
+        GucFlags::UNIT_MIN,
+    );
+    int(
+        c"outbox_relay.max_event_size",
+        c"Largest event that is accepted, all its texts together.",
+        &MAX_EVENT_SIZE_KB,
+        1,
+        64 * 1_024,
+        Suset,
+        GucFlags::UNIT_KB,
+    );
+    GucRegistry::define_enum_guc(
+        c"outbox_relay.log_level",
+        c"Least level of the worker's messages that are logged.",
+        c"",
+        &LOG_LEVEL,
+        Sighup,
+        plain,
+    );
+    for (name, about, setting) in [
+        (
+            c"outbox_relay.redis_host",
+            c"Host of backends that name none.",
+            &REDIS_HOST,
+        ),
+        (
+            c"outbox_relay.redis_username",
+            c"User of backends that name none; empty: Redis's default user.",
+            &REDIS_USERNAME,
+        ),
+        (
+            c"outbox_relay.redis_password_file",
+            c"Password file of backends that have no password of their own; empty: none.",
+            &REDIS_PASSWORD_FILE,
+        ),
+        (
+            c"outbox_relay.redis_stream_name",
+            c"Stream of backends that name none.",
+            &REDIS_STREAM_NAME,
+        ),
+    ] {
+        GucRegistry::define_string_guc(name, about, c"", setting, Sighup, plain);
+    }
+    int(
+        c"outbox_relay.redis_port",
+        c"Port of backends that name none.",
+        &REDIS_PORT,
+        1,
+        65_535,
+        Sighup,
+        plain,
+    );
+    int(
+        c"outbox_relay.redis_db",
+        c"Database of backends that name none.",
+        &REDIS_DB,
+        0,
+        65_535,
+        Sighup,
+        plain,
+    );
+    int(
+        c"outbox_relay.redis_max_len",
+        c"Approximate length of the streams of backends that name none; 0 is unlimited.",
+        &REDIS_MAX_LEN,
+        0,
+        i32::MAX,
+        Sighup,
+        plain,
+    );
+    for (name, about, setting) in [
+        (
+            c"outbox_relay.redis_connect_timeout",
+            c"Longest time to connect.",
+            &REDIS_CONNECT_TIMEOUT_MS,
+        ),
+        (
+            c"outbox_relay.redis_socket_timeout",
+            c"Longest time to wait for a write or a reply.",
+            &REDIS_SOCKET_TIMEOUT_MS,
+        ),
+    ] {
+        int(name, about, setting, 1, HOUR_MS, Sighup, GucFlags::UNIT_MS);
+    }
+    // SAFETY: a constant C string; the prefix has just been defined.
+    unsafe { pg_sys::MarkGUCPrefixReserved(c"outbox_relay".as_ptr()) };
+}
+
+fn int(
+    name: &'static std::ffi::CStr,
+    about: &'static std::ffi::CStr,
+    setting: &'static GucSetting<i32>,
+    min: i32,
+    max: i32,
+    context: GucContext,
+    flags: GucFlags,
+) {
+    GucRegistry::define_int_guc(name, about, c"", setting, min, max, context, flags);
+}
+
+/// A text setting; empty when unset or not UTF-8.
+pub fn text(setting: &GucSetting<Option<CString>>) -> String {
+    setting.get().and_then(|s| s.into_string().ok()).unwrap_or_default()
+}
+
+pub fn millis(setting: &GucSetting<i32>) -> Duration {
+    Duration::from_millis(setting.get().max(0) as u64)
+}
+
+/// A retention in microseconds; `None` keeps all.
+pub fn retention_us(setting: &GucSetting<i32>) -> Option<i64> {
+    let minutes = i64::from(setting.get());
+    (minutes >= 0).then_some(minutes * 60_000_000)
+}
+
+pub fn backoff() -> Backoff {
+    Backoff {
+        exponential: RETRY_BACKOFF.get(),
+        delay: millis(&RETRY_DELAY_MS),
+        max_delay: millis(&RETRY_MAX_DELAY_MS),
+    }
+}
+
+/// Whether `outbox_relay.databases` names this database.
+pub fn serves(database: &str) -> bool {
+    ENABLED.get()
+        && text(&DATABASES)
+            .split(',')
+            .map(str::trim)
+            .any(|entry| entry == "*" || entry == database)
+}

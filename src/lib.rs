@@ -1,0 +1,66 @@
+//! outbox_relay: a transactional outbox inside Postgres. This crate is the Postgres edge; the logic is in the `relay` crate.
+//!
+//! ```text
+//! publish ─ an event becomes a row, in the caller's transaction   txn, utility ─ after the commit: wake the worker
+//! launcher ─ a worker for each database with the extension        worker ─ reads, hands to senders, keeps the books
+//! ticker, rows ─ snapshots and rows, without SQL                  backend ─ one backend within the worker
+//! outbox ─ all SQL on our tables                                  purge ─ retention
+//! catalog ─ what a session knows of our tables and backends       status ─ what the views ask
+//! guc, shmem, process, error, uuid ─ settings, shared memory, manners of a process, refusals, event ids
+//! ```
+
+#[cfg(not(panic = "unwind"))]
+compile_error!("outbox_relay must be built with panic=unwind: a panic must become an ERROR, not the end of the server");
+
+/// Declares a function written against the call interface of Postgres itself, for those whose arguments must not be copied.
+macro_rules! sql_function {
+    ($name:ident, $info:ident) => {
+        #[unsafe(no_mangle)]
+        extern "C" fn $info() -> &'static pgrx::pg_sys::Pg_finfo_record {
+            const V1: pgrx::pg_sys::Pg_finfo_record = pgrx::pg_sys::Pg_finfo_record { api_version: 1 };
+            &V1
+        }
+    };
+}
+pub(crate) use sql_function;
+
+mod backend;
+mod catalog;
+mod error;
+mod guc;
+mod launcher;
+mod outbox;
+mod process;
+mod publish;
+mod purge;
+mod rows;
+mod shmem;
+mod status;
+mod ticker;
+mod txn;
+mod utility;
+mod uuid;
+mod worker;
+
+use pgrx::{pg_guard, pg_sys};
+
+pgrx::pg_module_magic!();
+
+/// Called when the library is loaded: by the postmaster from shared_preload_libraries, or by a session that publishes without
+/// that, which works, and only queues.
+#[pg_guard]
+pub extern "C-unwind" fn _PG_init() {
+    // SAFETY: plain reads of the process's own variables.
+    let (preloading, upgrading) = unsafe {
+        (
+            pg_sys::process_shared_preload_libraries_in_progress,
+            pg_sys::IsBinaryUpgrade,
+        )
+    };
+    guc::define();
+    if preloading && !upgrading {
+        shmem::install();
+        utility::install();
+        launcher::register();
+    }
+}

@@ -1,0 +1,435 @@
+//! All reading and writing of our tables by SQL. Every function needs a transaction with a snapshot, and raises an ERROR when
+//! something is wrong. (Events themselves are read in `rows.rs` and inserted in `publish.rs`, without SQL.)
+
+use crate::error::internal;
+use crate::publish;
+use pgrx::datum::DatumWithOid;
+use pgrx::spi::{Spi, SpiTupleTable};
+use relay::reader::{Position, UnderWay};
+use relay::refusal::Record;
+use relay::snapshot::{Snapshot, Tick};
+use std::sync::Arc;
+
+/// A row of `outbox.backends`, with its password.
+#[derive(Clone, PartialEq, Eq)]
+pub struct BackendRow {
+    pub number: i32,
+    pub name: String,
+    pub enabled: bool,
+    pub host: Option<String>,
+    pub port: Option<i32>,
+    pub db: Option<i32>,
+    pub username: Option<String>,
+    pub stream_name: Option<String>,
+    pub max_len: Option<i64>,
+    pub connect_timeout_ms: Option<i64>,
+    pub socket_timeout_ms: Option<i64>,
+    pub unix_socket: Option<String>,
+    pub password_file: Option<String>,
+    pub password: Option<String>,
+}
+
+/// What is saved of a backend beside its position.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Standing {
+    pub state: String,
+    pub published_total: i64,
+    pub failed_total: i64,
+    pub events_per_second: f32,
+    pub last_published_at: Option<i64>,
+    pub last_error: Option<String>,
+    pub last_error_at: Option<i64>,
+    pub next_attempt_at: Option<i64>,
+}
+
+fn query<R>(sql: &str, args: &[DatumWithOid<'_>], each: impl FnMut(&SpiTupleTable<'_>) -> R) -> Vec<R> {
+    let mut each = each;
+    Spi::connect_mut(|client| {
+        let mut table = client
+            .update(sql, None, args)
+            .unwrap_or_else(|e| internal(e.to_string()));
+        let mut found = Vec::with_capacity(table.len());
+        while !table.is_empty() {
+            table = table.first();
+            for _ in 0..table.len() {
+                found.push(each(&table));
+                table.next();
+            }
+            break;
+        }
+        found
+    })
+}
+
+fn run(sql: &str, args: &[DatumWithOid<'_>]) -> u64 {
+    Spi::connect_mut(|client| {
+        let table = client
+            .update(sql, None, args)
+            .unwrap_or_else(|e| internal(e.to_string()));
+        table.len() as u64
+    })
+}
+
+/// A value of the current row; a value of another type than expected is an internal error.
+fn value<T: pgrx::IntoDatum + pgrx::FromDatum>(row: &SpiTupleTable<'_>, ordinal: usize) -> Option<T> {
+    row.get(ordinal).unwrap_or_else(|e| internal(e.to_string()))
+}
+
+/// The installed version of the extension, if it is there.
+pub fn installed_version() -> Option<String> {
+    query(
+        "select extversion from pg_catalog.pg_extension where extname = 'outbox_relay'",
+        &[],
+        |row| value(row, 1),
+    )
+    .pop()
+    .flatten()
+}
+
+/// All backends.
+pub fn backends() -> Vec<BackendRow> {
+    query(
+        "select b.number, b.name, b.enabled, b.host, b.port, b.db, b.username, b.stream_name, b.max_len,
+            (extract(epoch from b.connect_timeout) * 1000)::bigint, (extract(epoch from b.socket_timeout) * 1000)::bigint,
+            b.unix_socket, b.password_file, p.password
+        from outbox.backends b left join outbox.backend_passwords p on p.backend_number = b.number
+        order by b.number",
+        &[],
+        |row| BackendRow {
+            number: value(row, 1).unwrap_or_default(),
+            name: value(row, 2).unwrap_or_default(),
+            enabled: value(row, 3).unwrap_or_default(),
+            host: value(row, 4),
+            port: value(row, 5),
+            db: value(row, 6),
+            username: value(row, 7),
+            stream_name: value(row, 8),
+            max_len: value(row, 9),
+            connect_timeout_ms: value(row, 10),
+            socket_timeout_ms: value(row, 11),
+            unix_socket: value(row, 12),
+            password_file: value(row, 13),
+            password: value(row, 14),
+        },
+    )
+}
+
+/// Numbers of backends that were deleted but had a cursor: uncommitted events of theirs may still come.
+pub fn deleted_backends() -> Vec<i32> {
+    query(
+        "select c.backend_number from outbox.cursors c
+        where c.backend_number > 0 and not exists (select from outbox.backends b where b.number = c.backend_number)",
+        &[],
+        |row| value(row, 1).unwrap_or_default(),
+    )
+}
+
+/// The highest backend number that was ever given.
+pub fn last_backend_number() -> i32 {
+    query(
+        "select last_value::integer from outbox.backends_number_seq",
+        &[],
+        |row| value(row, 1),
+    )
+    .pop()
+    .flatten()
+    .unwrap_or(0)
+}
+
+/// The saved position and standing of a backend.
+pub fn cursor(number: i32) -> Option<(Position, Standing)> {
+    query(
+        "select from_snapshot::text, from_next_xid::text, from_low_seq, from_high_seq,
+            to_snapshot::text, to_next_xid::text, to_low_seq, to_high_seq, last_seq,
+            state, published_total, failed_total,
+            (extract(epoch from last_published_at) * 1000000)::bigint, last_error,
+            (extract(epoch from last_error_at) * 1000000)::bigint
+        from outbox.cursors where backend_number = $1",
+        &[number.into()],
+        |row| {
+            let from = tick_at(row, 1).unwrap_or_else(|| internal("a cursor of outbox.cursors is not readable"));
+            let under_way = tick_at(row, 5).map(|to| UnderWay {
+                to,
+                last_seq: value(row, 9).unwrap_or_default(),
+            });
+            let standing = Standing {
+                state: value(row, 10).unwrap_or_default(),
+                published_total: value(row, 11).unwrap_or_default(),
+                failed_total: value(row, 12).unwrap_or_default(),
+                last_published_at: value(row, 13),
+                last_error: value(row, 14),
+                last_error_at: value(row, 15),
+                ..Standing::default()
+            };
+            (Position { from, under_way }, standing)
+        },
+    )
+    .pop()
+}
+
+/// A tick in four columns: snapshot and next_xid as text, low_seq, high_seq.
+fn tick_at(row: &SpiTupleTable<'_>, first: usize) -> Option<Arc<Tick>> {
+    let snapshot: Snapshot = value::<String>(row, first)?.parse().ok()?;
+    Some(Arc::new(Tick {
+        snapshot,
+        next_xid: value::<String>(row, first + 1)?.parse().ok()?,
+        low_seq: value(row, first + 2)?,
+        high_seq: value(row, first + 3)?,
+    }))
+}
+
+/// Saves position and standing.
+pub fn save_cursor(number: i32, position: &Position, standing: &Standing) {
+    let (from, to) = (&position.from, position.under_way.as_ref());
+    run(
+        "insert into outbox.cursors as c (backend_number, from_snapshot, from_next_xid, from_low_seq, from_high_seq,
+            to_snapshot, to_next_xid, to_low_seq, to_high_seq, last_seq, saved_at,
+            state, published_total, failed_total, events_per_second, last_published_at, last_error, last_error_at, next_attempt_at)
+        values ($1, $2::pg_snapshot, $3::xid8, $4, $5, $6::pg_snapshot, $7::xid8, $8, $9, $10, clock_timestamp(),
+            $11, $12, $13, $14, to_timestamp($15 / 1000000.0), $16, to_timestamp($17 / 1000000.0), to_timestamp($18 / 1000000.0))
+        on conflict (backend_number) do update set
+            from_snapshot = excluded.from_snapshot, from_next_xid = excluded.from_next_xid,
+            from_low_seq = excluded.from_low_seq, from_high_seq = excluded.from_high_seq,
+            to_snapshot = excluded.to_snapshot, to_next_xid = excluded.to_next_xid,
+            to_low_seq = excluded.to_low_seq, to_high_seq = excluded.to_high_seq,
+            last_seq = excluded.last_seq, saved_at = excluded.saved_at, state = excluded.state,
+            published_total = excluded.published_total, failed_total = excluded.failed_total,
+            events_per_second = excluded.events_per_second, last_published_at = excluded.last_published_at,
+            last_error = excluded.last_error, last_error_at = excluded.last_error_at, next_attempt_at = excluded.next_attempt_at",
+        &[
+            number.into(),
+            from.snapshot.to_string().into(),
+            from.next_xid.to_string().into(),
+            from.low_seq.into(),
+            from.high_seq.into(),
+            to.map(|u| u.to.snapshot.to_string()).into(),
+            to.map(|u| u.to.next_xid.to_string()).into(),
+            to.map(|u| u.to.low_seq).into(),
+            to.map(|u| u.to.high_seq).into(),
+            to.map_or(0, |u| u.last_seq).into(),
+            standing.state.clone().into(),
+            standing.published_total.into(),
+            standing.failed_total.into(),
+            standing.events_per_second.into(),
+            standing.last_published_at.into(),
+            standing.last_error.clone().into(),
+            standing.last_error_at.into(),
+            standing.next_attempt_at.into(),
+        ],
+    );
+}
+
+/// Streams of a backend that have refused events waiting, with the attempts of their heads.
+pub fn refused_streams(number: i32, own_stream: &str) -> Vec<(String, u32)> {
+    query(
+        "select distinct on (stream) coalesce(e.stream, $2) as stream, r.attempts
+        from outbox.refused_events r join outbox.events e on e.seq = r.seq
+        where r.backend_number = $1
+        order by stream, r.seq",
+        &[number.into(), own_stream.into()],
+        |row| {
+            (
+                value(row, 1).unwrap_or_default(),
+                value::<i32>(row, 2).unwrap_or_default() as u32,
+            )
+        },
+    )
+}
+
+/// Sequence numbers of the next refused events of a stream, oldest first. Those whose rows somebody deleted are forgotten.
+pub fn refused_events(number: i32, stream: &str, own_stream: &str, count: usize) -> Vec<i64> {
+    let found = query(
+        "select r.seq from outbox.refused_events r join outbox.events e on e.seq = r.seq
+        where r.backend_number = $1 and coalesce(e.stream, $2) = $3
+        order by r.seq limit $4",
+        &[number.into(), own_stream.into(), stream.into(), (count as i64).into()],
+        |row| value(row, 1).unwrap_or_default(),
+    );
+    if found.is_empty() {
+        run(
+            "delete from outbox.refused_events r
+            where r.backend_number = $1 and not exists (select from outbox.events e where e.seq = r.seq)",
+            &[number.into()],
+        );
+    }
+    found
+}
+
+/// Writes down what became of refused events; returns how many failed.
+pub fn record(number: i32, own_stream: &str, records: &[Record]) -> u64 {
+    let mut failed = 0;
+    for record in records {
+        match record {
+            Record::Park { seq, attempts, error } => {
+                run(
+                    "insert into outbox.refused_events (seq, backend_number, attempts, last_error) values ($1, $2, $3, $4)
+                    on conflict do nothing",
+                    &[(*seq).into(), number.into(), (*attempts as i32).into(), error.as_str().into()],
+                );
+            }
+            Record::Fail { seq, attempts, error } => failed += fail(&[*seq], *attempts, error),
+            Record::Accepted { seq } => {
+                run("delete from outbox.refused_events where seq = $1", &[(*seq).into()]);
+            }
+            Record::RefusedAgain { seq, attempts, error } => {
+                run(
+                    "update outbox.refused_events set attempts = $2, last_error = $3 where seq = $1",
+                    &[(*seq).into(), (*attempts as i32).into(), error.as_str().into()],
+                );
+            }
+            Record::FailStream {
+                stream,
+                seq,
+                attempts,
+                error,
+            } => {
+                failed += fail(&[*seq], *attempts, error);
+                let behind = refused_events(number, stream, own_stream, i32::MAX as usize);
+                failed += fail(&behind, 1, error);
+            }
+        }
+    }
+    failed
+}
+
+/// Copies events to the failed ones; they no longer wait.
+pub fn fail(seqs: &[i64], attempts: u32, error: &str) -> u64 {
+    if seqs.is_empty() {
+        return 0;
+    }
+    run(
+        "delete from outbox.refused_events where seq = any($1)",
+        &[seqs.to_vec().into()],
+    );
+    run(
+        "insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, event_type, source, backend, data,
+            subject, stream, data_schema, publisher_config, max_retries, attempts, last_error)
+        select e.seq, e.xid, e.created_at, e.event_id, e.backend_number, e.event_type, e.source, e.backend, e.data,
+            e.subject, e.stream, e.data_schema, e.publisher_config, e.max_retries, $2, $3
+        from outbox.events e where e.seq = any($1)
+        on conflict (event_id) do nothing",
+        &[seqs.to_vec().into(), (attempts as i32).into(), error.into()],
+    )
+}
+
+/// Moves scheduled events that are due into `outbox.events`, at most `count`; returns how many there were.
+pub fn move_due(count: i64) -> u64 {
+    publish::moving(|| {
+        run(
+            "with due as (
+                delete from outbox.scheduled_events s
+                where s.event_id in (select d.event_id from outbox.scheduled_events d
+                    where d.scheduled_at <= clock_timestamp() order by d.scheduled_at, d.seq limit $1)
+                returning s.*
+            ), moved as (
+                insert into outbox.events (created_at, event_id, backend_number, event_type, source, backend, data, subject,
+                    stream, data_schema, publisher_config, max_retries)
+                select d.created_at, d.event_id, d.backend_number, d.event_type, d.source, d.backend, d.data, d.subject,
+                    d.stream, d.data_schema, d.publisher_config, d.max_retries
+                from due d order by d.scheduled_at, d.seq
+                on conflict (event_id) do nothing
+                returning event_id
+            ), repeated as (
+                insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, event_type, source, backend,
+                    data, subject, stream, data_schema, publisher_config, max_retries, attempts, last_error)
+                select d.seq, d.xid, d.created_at, d.event_id, d.backend_number, d.event_type, d.source, d.backend,
+                    d.data, d.subject, d.stream, d.data_schema, d.publisher_config, d.max_retries, 0,
+                    'an event with this event_id was already published'
+                from due d where not exists (select from moved m where m.event_id = d.event_id)
+                on conflict (event_id) do nothing
+            )
+            select from due",
+            &[count.into()],
+        )
+    })
+}
+
+/// Microseconds until the next scheduled event is due (negative: overdue); `None`: none is scheduled.
+pub fn next_due_us() -> Option<i64> {
+    query(
+        "select (extract(epoch from s.scheduled_at - clock_timestamp()) * 1000000)::bigint
+        from outbox.scheduled_events s order by s.scheduled_at, s.seq limit 1",
+        &[],
+        |row| value(row, 1),
+    )
+    .pop()
+    .flatten()
+}
+
+/// Records that a backend has delivered what a tick sees. The first of a backend is the beginning of time.
+pub fn record_tick(number: i32, tick: &Tick) {
+    run(
+        "insert into outbox.ticks (backend_number, reached_at, snapshot, next_xid, low_seq, high_seq)
+        select $1, '-infinity', '3:3:', '3', 0, 0
+        where not exists (select from outbox.ticks t where t.backend_number = $1)",
+        &[number.into()],
+    );
+    run(
+        "insert into outbox.ticks (backend_number, reached_at, snapshot, next_xid, low_seq, high_seq)
+        values ($1, clock_timestamp(), $2::pg_snapshot, $3::xid8, $4, $5) on conflict do nothing",
+        &[
+            number.into(),
+            tick.snapshot.to_string().into(),
+            tick.next_xid.to_string().into(),
+            tick.low_seq.into(),
+            tick.high_seq.into(),
+        ],
+    );
+}
+
+/// What may be purged of a backend: from the tick up to which it has been, to the newest that is old enough.
+pub fn purgeable(number: i32, retention_us: i64) -> Option<(Arc<Tick>, Arc<Tick>)> {
+    let ticks = query(
+        "(select snapshot::text, next_xid::text, low_seq, high_seq from outbox.ticks
+            where backend_number = $1 order by reached_at limit 1)
+        union all
+        (select snapshot::text, next_xid::text, low_seq, high_seq from outbox.ticks
+            where backend_number = $1 and reached_at <= clock_timestamp() - $2 * interval '1 microsecond'
+                and not exists (select from outbox.refused_events r where r.backend_number = $1)
+            order by reached_at desc limit 1)",
+        &[number.into(), retention_us.into()],
+        |row| tick_at(row, 1),
+    );
+    match ticks.as_slice() {
+        [Some(from), Some(to)] if from != to => Some((from.clone(), to.clone())),
+        _ => None,
+    }
+}
+
+/// All up to `tick` has been purged.
+pub fn purged(number: i32, tick: &Tick) {
+    run(
+        "delete from outbox.ticks t where t.backend_number = $1 and t.reached_at < (
+            select max(o.reached_at) from outbox.ticks o where o.backend_number = $1 and o.snapshot::text = $2)",
+        &[number.into(), tick.snapshot.to_string().into()],
+    );
+}
+
+pub fn delete_events(seqs: &[i64]) -> u64 {
+    if seqs.is_empty() {
+        return 0;
+    }
+    run("delete from outbox.events where seq = any($1)", &[seqs.to_vec().into()])
+}
+
+/// Deletes failed events older than their retention, at most `count`.
+pub fn purge_failed(retention_us: i64, count: i64) -> u64 {
+    run(
+        "delete from outbox.failed_events f where f.event_id in (select o.event_id from outbox.failed_events o
+            where o.failed_at <= clock_timestamp() - $1 * interval '1 microsecond' order by o.failed_at limit $2)",
+        &[retention_us.into(), count.into()],
+    )
+}
+
+/// Whether events of a backend are scheduled or being tried again.
+pub fn waits_elsewhere(number: i32) -> bool {
+    query(
+        "select exists (select from outbox.scheduled_events where backend_number = $1)
+            or exists (select from outbox.refused_events where backend_number = $1)",
+        &[number.into()],
+        |row| value(row, 1),
+    )
+    .pop()
+    .flatten()
+    .unwrap_or(false)
+}

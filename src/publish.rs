@@ -1,0 +1,592 @@
+//! Publishing: an event becomes a row of `outbox.events` in the caller's transaction. Nothing here depends on the worker.
+//!
+//! `publish_event` inserts through the table's access method, not the executor: it needs no rights on the table, and no plan.
+//! A plain INSERT comes by the trigger `complete_event`. Both check the same things and draw the same numbers, the transaction id
+//! *before* the sequence number: the reader's bounds rely on it (see `relay::snapshot::Tick`).
+
+use crate::catalog::{self, Relations};
+use crate::error::{PublishError, raise};
+use crate::guc;
+use crate::rows::{Row, attribute, bytes_of, utf8_of};
+use crate::txn;
+use crate::uuid;
+use pgrx::iter::SetOfIterator;
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::{PgSqlErrorCode, pg_extern, pg_guard, pg_sys};
+use relay::event::further_fields;
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use std::borrow::Cow;
+use std::cell::Cell;
+
+/// Characters of event_type and source, as in django-broadcaster's model.
+const NAME_LIMIT: usize = 255;
+/// Characters of subject, stream and data_schema.
+const TEXT_LIMIT: usize = 1_024;
+
+thread_local! {
+    /// The worker is moving events that were checked when they were scheduled.
+    static MOVING: Cell<bool> = const { Cell::new(false) };
+}
+
+unsafe extern "C-unwind" {
+    /// Draws the next number of a sequence (commands/sequence.h; not in pgrx's bindings).
+    fn nextval_internal(relid: pg_sys::Oid, check_permissions: bool) -> i64;
+}
+
+/// What a publisher asks for; texts in the database's encoding.
+#[derive(Default)]
+struct Request<'a> {
+    event_type: Option<Cow<'a, [u8]>>,
+    source: Option<Cow<'a, [u8]>>,
+    data: Option<Cow<'a, [u8]>>,
+    subject: Option<Cow<'a, [u8]>>,
+    backend: Option<Cow<'a, [u8]>>,
+    scheduled_at: Option<i64>,
+    max_retries: Option<i32>,
+    publisher_config: Option<Cow<'a, [u8]>>,
+    stream: Option<Cow<'a, [u8]>>,
+    data_schema: Option<Cow<'a, [u8]>>,
+    event_id: Option<[u8; 16]>,
+}
+
+/// A backend that the request may use.
+struct Checked {
+    backend: String,
+    backend_number: i32,
+}
+
+/// All refusals, in one place for all ways to publish.
+fn check(request: &Request<'_>) -> Result<Checked, PublishError> {
+    check_name("event_type", request.event_type.as_deref())?;
+    check_name("source", request.source.as_deref())?;
+    check_length("subject", request.subject.as_deref(), TEXT_LIMIT)?;
+    check_length("data_schema", request.data_schema.as_deref(), TEXT_LIMIT)?;
+    if let Some(stream) = request.stream.as_deref() {
+        if stream.is_empty() {
+            return Err(PublishError::Missing("stream"));
+        }
+        check_length("stream", Some(stream), TEXT_LIMIT)?;
+    }
+    if let Some(n) = request.max_retries.filter(|n| *n < 0) {
+        return Err(PublishError::NegativeRetries(n));
+    }
+    if request.scheduled_at == Some(i64::MAX) {
+        return Err(PublishError::EndlessSchedule);
+    }
+    if let Some(config) = request.publisher_config.as_deref() {
+        further_fields(&String::from_utf8_lossy(config))?;
+    }
+    let texts = [
+        &request.event_type,
+        &request.source,
+        &request.data,
+        &request.subject,
+        &request.publisher_config,
+        &request.stream,
+        &request.data_schema,
+    ];
+    let size: usize = texts.into_iter().flatten().map(|t| t.len()).sum();
+    let limit = guc::MAX_EVENT_SIZE_KB.get() as usize * 1_024;
+    if size > limit {
+        return Err(PublishError::TooLarge { size, limit });
+    }
+    let backend = match request.backend.as_deref() {
+        Some(name) => String::from_utf8_lossy(name).into_owned(),
+        None => guc::text(&guc::DEFAULT_BACKEND),
+    };
+    let Some(known) = catalog::backend(&backend) else {
+        return Err(PublishError::UnknownBackend(backend));
+    };
+    if let Some(stream) = request.stream.as_deref().map(String::from_utf8_lossy)
+        && !known.allows(&stream)
+    {
+        return Err(PublishError::StreamNotAllowed {
+            backend,
+            stream: stream.into_owned(),
+        });
+    }
+    Ok(Checked {
+        backend,
+        backend_number: known.number,
+    })
+}
+
+fn check_name(field: &'static str, text: Option<&[u8]>) -> Result<(), PublishError> {
+    match text {
+        None | Some([]) => Err(PublishError::Missing(field)),
+        text => check_length(field, text, NAME_LIMIT),
+    }
+}
+
+fn check_length(field: &'static str, text: Option<&[u8]>, limit: usize) -> Result<(), PublishError> {
+    // No character is shorter than a byte.
+    let Some(text) = text.filter(|t| t.len() > limit) else {
+        return Ok(());
+    };
+    // SAFETY: valid text in the database's encoding.
+    let length = unsafe { pg_sys::pg_mbstrlen_with_len(text.as_ptr().cast(), text.len() as i32) } as usize;
+    if length > limit {
+        Err(PublishError::TooLong { field, length, limit })
+    } else {
+        Ok(())
+    }
+}
+
+/// The caller's transaction id, then the next number: in this order, always.
+fn draw_numbers(relations: &Relations) -> (u64, i64) {
+    // SAFETY: within a transaction that may write; the sequence belongs to the extension.
+    unsafe {
+        let xid = pg_sys::GetTopFullTransactionId().value;
+        let seq = pg_sys::ffi::pg_guard_ffi_boundary(|| nextval_internal(relations.sequence, false));
+        (xid, seq)
+    }
+}
+
+/// Checks and inserts one event; returns its id.
+fn publish(request: &Request<'_>) -> [u8; 16] {
+    // SAFETY: each raises the standard ERROR when the transaction may not write.
+    unsafe {
+        pg_sys::PreventCommandIfReadOnly(c"outbox.publish_event()".as_ptr());
+        pg_sys::PreventCommandDuringRecovery(c"outbox.publish_event()".as_ptr());
+        pg_sys::PreventCommandIfParallelMode(c"outbox.publish_event()".as_ptr());
+    }
+    let checked = check(request).unwrap_or_else(|e| e.raise());
+    let relations = catalog::expect_relations();
+    // SAFETY: reads the clock.
+    let now = unsafe { pg_sys::GetCurrentTimestamp() };
+    let scheduled_at = request.scheduled_at.filter(|at| *at > now);
+    let event_id = request.event_id.unwrap_or_else(|| uuid::new_v7(now));
+    if request.event_id.is_some() {
+        refuse_repeated_id(&relations, &event_id, scheduled_at.is_some());
+    }
+    let (xid, seq) = draw_numbers(&relations);
+
+    let mut values = [pg_sys::Datum::from(0); attribute::SCHEDULED_AT];
+    let mut nulls = [true; attribute::SCHEDULED_AT];
+    let mut set = |attribute: usize, datum: pg_sys::Datum| {
+        values[attribute - 1] = datum;
+        nulls[attribute - 1] = false;
+    };
+    set(attribute::SEQ, pg_sys::Datum::from(seq));
+    set(attribute::XID, pg_sys::Datum::from(xid));
+    set(attribute::CREATED_AT, pg_sys::Datum::from(now));
+    set(attribute::EVENT_ID, pg_sys::Datum::from(event_id.as_ptr()));
+    set(attribute::BACKEND_NUMBER, pg_sys::Datum::from(checked.backend_number));
+    set(attribute::BACKEND, text_datum(checked.backend.as_bytes()));
+    let texts = [
+        (attribute::EVENT_TYPE, &request.event_type),
+        (attribute::SOURCE, &request.source),
+        (attribute::DATA, &request.data),
+        (attribute::SUBJECT, &request.subject),
+        (attribute::STREAM, &request.stream),
+        (attribute::DATA_SCHEMA, &request.data_schema),
+        (attribute::PUBLISHER_CONFIG, &request.publisher_config),
+    ];
+    for (attribute, text) in texts {
+        if let Some(text) = text {
+            set(attribute, text_datum(text));
+        }
+    }
+    if let Some(n) = request.max_retries {
+        set(attribute::MAX_RETRIES, pg_sys::Datum::from(n));
+    }
+    match scheduled_at {
+        Some(at) => {
+            set(attribute::SCHEDULED_AT, pg_sys::Datum::from(at));
+            // SAFETY: the values are those of the table's columns, in its order.
+            unsafe { insert(relations.scheduled, &mut values, &mut nulls) };
+            txn::scheduled();
+        }
+        None => {
+            let count = attribute::COUNT;
+            // SAFETY: as above.
+            unsafe { insert(relations.events, &mut values[..count], &mut nulls[..count]) };
+            txn::published();
+        }
+    }
+    event_id
+}
+
+fn text_datum(text: &[u8]) -> pg_sys::Datum {
+    // SAFETY: copies the bytes into a varlena of the current memory context; json has the same form as text.
+    unsafe {
+        pg_sys::Datum::from(pg_sys::cstring_to_text_with_len(
+            text.as_ptr().cast(),
+            text.len() as i32,
+        ))
+    }
+}
+
+/// Inserts a row and its index entries, as INSERT does.
+///
+/// # Safety
+/// The values are those of all the table's columns, in order.
+unsafe fn insert(relation: pg_sys::Oid, values: &mut [pg_sys::Datum], nulls: &mut [bool]) {
+    // SAFETY: the executor's own steps for one row: the slot's arrays are as long as its descriptor, which is checked;
+    // everything that is opened is closed, or given back by the transaction's abort.
+    unsafe {
+        let lock = pg_sys::RowExclusiveLock as pg_sys::LOCKMODE;
+        let rel = pg_sys::table_open(relation, lock);
+        if (*(*rel).rd_att).natts as usize != values.len() {
+            crate::error::internal("a table of outbox_relay does not have the columns that this version knows");
+        }
+        let estate = pg_sys::CreateExecutorState();
+        let result = pg_sys::palloc0(size_of::<pg_sys::ResultRelInfo>()).cast::<pg_sys::ResultRelInfo>();
+        pg_sys::InitResultRelInfo(result, rel, 0, std::ptr::null_mut(), 0);
+        pg_sys::ExecOpenIndices(result, false);
+        let slot = pg_sys::table_slot_create(rel, std::ptr::null_mut());
+        (*slot)
+            .tts_values
+            .copy_from_nonoverlapping(values.as_ptr(), values.len());
+        (*slot).tts_isnull.copy_from_nonoverlapping(nulls.as_ptr(), nulls.len());
+        pg_sys::ExecStoreVirtualTuple(slot);
+        pg_sys::table_tuple_insert(rel, slot, pg_sys::GetCurrentCommandId(true), 0, std::ptr::null_mut());
+        insert_index_entries(result, slot, estate);
+        pg_sys::ExecDropSingleTupleTableSlot(slot);
+        pg_sys::ExecCloseIndices(result);
+        pg_sys::FreeExecutorState(estate);
+        // The lock is kept until the end of the transaction, as any writer's.
+        pg_sys::table_close(rel, pg_sys::NoLock as pg_sys::LOCKMODE);
+    }
+}
+
+/// # Safety
+/// The indexes of `result` are open and `slot` holds the row just inserted.
+unsafe fn insert_index_entries(
+    result: *mut pg_sys::ResultRelInfo,
+    slot: *mut pg_sys::TupleTableSlot,
+    estate: *mut pg_sys::EState,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        #[cfg(feature = "pg15")]
+        pg_sys::ExecInsertIndexTuples(
+            result,
+            slot,
+            estate,
+            false,
+            false,
+            std::ptr::null_mut(),
+            std::ptr::null_mut(),
+        );
+        #[cfg(any(feature = "pg16", feature = "pg17", feature = "pg18"))]
+        pg_sys::ExecInsertIndexTuples(
+            result,
+            slot,
+            estate,
+            false,
+            false,
+            std::ptr::null_mut(),
+            std::ptr::null_mut(),
+            false,
+        );
+    }
+}
+
+/// An id that a publisher chose must not wait in the other table. (Within one table its unique index decides.)
+fn refuse_repeated_id(relations: &Relations, event_id: &[u8; 16], scheduled: bool) {
+    let (table, key) = if scheduled {
+        (relations.events, c"events_event_id_idx")
+    } else {
+        (relations.scheduled, c"scheduled_events_pkey")
+    };
+    // SAFETY: an index look-up by an equality key of the column's type, under the latest snapshot.
+    let found = unsafe {
+        let schema = pg_sys::get_namespace_oid(c"outbox".as_ptr(), false);
+        let index = pg_sys::get_relname_relid(key.as_ptr(), schema);
+        let lock = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
+        let rel = pg_sys::table_open(table, lock);
+        let snapshot = pg_sys::RegisterSnapshot(pg_sys::GetLatestSnapshot());
+        let mut entry: pg_sys::ScanKeyData = std::mem::zeroed();
+        pg_sys::ScanKeyInit(
+            &mut entry,
+            attribute::EVENT_ID as i16,
+            pg_sys::BTEqualStrategyNumber as u16,
+            pg_sys::Oid::from(pg_sys::F_UUID_EQ),
+            pg_sys::Datum::from(event_id.as_ptr()),
+        );
+        let scan = pg_sys::systable_beginscan(rel, index, true, snapshot, 1, &mut entry);
+        let found = !pg_sys::systable_getnext(scan).is_null();
+        pg_sys::systable_endscan(scan);
+        pg_sys::UnregisterSnapshot(snapshot);
+        pg_sys::table_close(rel, lock);
+        found
+    };
+    if found {
+        let id = String::from_utf8_lossy(&relay::encode::hyphenated(event_id)).into_owned();
+        PublishError::RepeatedId(id).raise();
+    }
+}
+
+crate::sql_function!(publish_event, pg_finfo_publish_event);
+
+/// `outbox.publish_event(...)`
+#[pg_guard]
+#[unsafe(no_mangle)]
+extern "C-unwind" fn publish_event(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    // SAFETY: Postgres calls this with the eleven arguments of the SQL declaration.
+    let arguments = unsafe { (*fcinfo).args.as_slice(11) };
+    let get = |index: usize| (!arguments[index].isnull).then_some(arguments[index].value);
+    // SAFETY: arguments 0, 1, 3, 4, 8, 9 are text, 2 and 7 jsonb, 10 uuid.
+    let (text, json) = unsafe {
+        (
+            |index: usize| get(index).map(|d| Cow::Borrowed(bytes_of(d))),
+            |index: usize| get(index).map(|d| Cow::Borrowed(rendered_jsonb(d))),
+        )
+    };
+    let request = Request {
+        event_type: text(0),
+        source: text(1),
+        data: json(2),
+        subject: text(3),
+        backend: text(4),
+        scheduled_at: get(5).map(|d| d.value() as i64),
+        max_retries: get(6).map(|d| d.value() as i32),
+        publisher_config: json(7),
+        stream: text(8),
+        data_schema: text(9),
+        // SAFETY: a uuid datum points to 16 bytes.
+        event_id: get(10).map(|d| unsafe { *d.cast_mut_ptr::<[u8; 16]>() }),
+    };
+    let event_id = publish(&request);
+    // SAFETY: the result lives in the caller's memory context; not null.
+    unsafe {
+        (*fcinfo).isnull = false;
+        let result = pg_sys::palloc(event_id.len()).cast::<[u8; 16]>();
+        *result = event_id;
+        pg_sys::Datum::from(result)
+    }
+}
+
+/// The text of a jsonb, as `::text` shows it.
+///
+/// # Safety
+/// The datum is a jsonb; the slice lives as long as the current memory context.
+unsafe fn rendered_jsonb<'a>(datum: pg_sys::Datum) -> &'a [u8] {
+    // SAFETY: the caller's promise; the result is zero-terminated and a JSON text holds no zero byte.
+    unsafe {
+        let jsonb = pg_sys::pg_detoast_datum(datum.cast_mut_ptr()).cast::<pg_sys::Jsonb>();
+        let length = pgrx::varlena::varsize(jsonb.cast());
+        let text = pg_sys::JsonbToCString(std::ptr::null_mut(), &raw mut (*jsonb).root, length as i32);
+        std::ffi::CStr::from_ptr(text).to_bytes()
+    }
+}
+
+/// One object of `publish_events`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Item<'a> {
+    #[serde(borrow, default)]
+    event_type: Option<Cow<'a, str>>,
+    #[serde(borrow, default)]
+    source: Option<Cow<'a, str>>,
+    #[serde(borrow, default)]
+    data: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    subject: Option<Cow<'a, str>>,
+    #[serde(borrow, default)]
+    backend: Option<Cow<'a, str>>,
+    #[serde(borrow, default)]
+    scheduled_at: Option<Cow<'a, str>>,
+    #[serde(default)]
+    max_retries: Option<i32>,
+    #[serde(borrow, default)]
+    publisher_config: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    stream: Option<Cow<'a, str>>,
+    #[serde(borrow, default)]
+    data_schema: Option<Cow<'a, str>>,
+    #[serde(borrow, default)]
+    event_id: Option<Cow<'a, str>>,
+}
+
+/// `outbox.publish_events(jsonb)`
+#[pg_extern(sql = false)]
+fn publish_events(events: pgrx::AnyElement) -> SetOfIterator<'static, pgrx::Uuid> {
+    // SAFETY: the SQL declaration says jsonb, and strict.
+    let text = unsafe { rendered_jsonb(events.datum()) };
+    let items: Vec<&RawValue> = serde_json::from_slice(text).unwrap_or_else(|_| PublishError::NotAnArray.raise());
+    let ids: Vec<pgrx::Uuid> = items
+        .iter()
+        .enumerate()
+        .map(|(index, item)| {
+            let item: Item<'_> = serde_json::from_str(item.get()).unwrap_or_else(|e| {
+                let message = e.to_string();
+                let message = message.split(" at line").next().unwrap_or_default().to_owned();
+                PublishError::BadItem { index, message }.raise()
+            });
+            pgrx::Uuid::from_bytes(publish(&request_of(&item, index)))
+        })
+        .collect();
+    SetOfIterator::new(ids)
+}
+
+fn request_of<'a>(item: &'a Item<'a>, index: usize) -> Request<'a> {
+    let bytes = |text: &'a Option<Cow<'a, str>>| text.as_deref().map(|t| Cow::Borrowed(t.as_bytes()));
+    let raw = |value: Option<&'a RawValue>| value.map(|v| Cow::Borrowed(v.get().as_bytes()));
+    Request {
+        event_type: bytes(&item.event_type),
+        source: bytes(&item.source),
+        data: raw(item.data),
+        subject: bytes(&item.subject),
+        backend: bytes(&item.backend),
+        scheduled_at: item.scheduled_at.as_deref().map(parse_timestamp),
+        max_retries: item.max_retries,
+        publisher_config: raw(item.publisher_config),
+        stream: bytes(&item.stream),
+        data_schema: bytes(&item.data_schema),
+        event_id: item.event_id.as_deref().map(|text| {
+            uuid::parse(text).unwrap_or_else(|| {
+                PublishError::BadItem {
+                    index,
+                    message: "event_id is not a UUID".into(),
+                }
+                .raise()
+            })
+        }),
+    }
+}
+
+/// A time as `timestamptz` takes it, with its errors.
+fn parse_timestamp(text: &str) -> i64 {
+    let text = std::ffi::CString::new(text).unwrap_or_default();
+    let arguments = [
+        Some(pg_sys::Datum::from(text.as_ptr())),
+        Some(pg_sys::Datum::from(pg_sys::TIMESTAMPTZOID)),
+        Some(pg_sys::Datum::from(-1i32)),
+    ];
+    // SAFETY: the input function's three arguments: text, type, no precision.
+    let datum = unsafe { pgrx::direct_function_call_as_datum(pg_sys::timestamptz_in, &arguments) };
+    datum.map_or(0, |d| d.value() as i64)
+}
+
+/// Runs `f` while the trigger takes rows as they are, but for their numbers: they were checked when they were scheduled.
+pub fn moving<R>(f: impl FnOnce() -> R) -> R {
+    struct Reset;
+    impl Drop for Reset {
+        fn drop(&mut self) {
+            MOVING.set(false);
+        }
+    }
+    MOVING.set(true);
+    let _reset = Reset;
+    f()
+}
+
+crate::sql_function!(complete_event, pg_finfo_complete_event);
+
+/// Trigger of `outbox.events`, before each row.
+#[pg_guard]
+#[unsafe(no_mangle)]
+extern "C-unwind" fn complete_event(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    // SAFETY: called as a trigger, the context is its TriggerData; otherwise this refuses.
+    unsafe {
+        let trigger = (*fcinfo).context.cast::<pg_sys::TriggerData>();
+        if trigger.is_null() || (*trigger).type_ != pg_sys::NodeTag::T_TriggerData {
+            raise(ErrorReport::new(
+                PgSqlErrorCode::ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED,
+                "complete_event() can only be called as a trigger",
+                "",
+            ));
+        }
+        (*fcinfo).isnull = false;
+        pg_sys::Datum::from(completed((*trigger).tg_trigtuple, (*(*trigger).tg_relation).rd_att))
+    }
+}
+
+/// The row with what the trigger fills in.
+///
+/// # Safety
+/// A row of `outbox.events` and its descriptor.
+unsafe fn completed(tuple: pg_sys::HeapTuple, descriptor: pg_sys::TupleDesc) -> pg_sys::HeapTuple {
+    // SAFETY: the caller's promise.
+    let row = unsafe { Row::of(tuple, descriptor) };
+    let relations = catalog::expect_relations();
+    let mut columns: [i32; 6] = [0; 6];
+    let mut values = [pg_sys::Datum::from(0); 6];
+    let mut count = 0;
+    let mut set = |attribute: usize, datum: pg_sys::Datum| {
+        columns[count] = attribute as i32;
+        values[count] = datum;
+        count += 1;
+    };
+    // SAFETY: reads the clock.
+    let now = unsafe { pg_sys::GetCurrentTimestamp() };
+    let event_id = row.uuid(attribute::EVENT_ID).unwrap_or_else(|| uuid::new_v7(now));
+    if !MOVING.get() {
+        // SAFETY: the attributes are of varlena types.
+        let text = |attribute: usize| row.get(attribute).map(|d| unsafe { Cow::Borrowed(bytes_of(d)) });
+        let request = Request {
+            event_type: text(attribute::EVENT_TYPE),
+            source: text(attribute::SOURCE),
+            data: text(attribute::DATA),
+            subject: text(attribute::SUBJECT),
+            backend: text(attribute::BACKEND),
+            scheduled_at: None,
+            max_retries: row.i32(attribute::MAX_RETRIES),
+            publisher_config: text(attribute::PUBLISHER_CONFIG),
+            stream: text(attribute::STREAM),
+            data_schema: text(attribute::DATA_SCHEMA),
+            event_id: row.uuid(attribute::EVENT_ID),
+        };
+        let checked = check_restorable(&request, &row);
+        if request.event_id.is_some() {
+            refuse_repeated_id(&relations, &event_id, false);
+        }
+        set(attribute::BACKEND_NUMBER, pg_sys::Datum::from(checked.backend_number));
+        set(attribute::BACKEND, text_datum(checked.backend.as_bytes()));
+        if row
+            .i64(attribute::CREATED_AT)
+            .is_none_or(|at| at == i64::MIN || at == i64::MAX)
+        {
+            set(attribute::CREATED_AT, pg_sys::Datum::from(now));
+        }
+        set(attribute::EVENT_ID, pg_sys::Datum::from(event_id.as_ptr()));
+    }
+    let (xid, seq) = draw_numbers(&relations);
+    set(attribute::XID, pg_sys::Datum::from(xid));
+    set(attribute::SEQ, pg_sys::Datum::from(seq));
+    let mut nulls = [false; 6];
+    txn::published();
+    // SAFETY: `count` columns of the table with values of their types; the new tuple lives in the caller's context.
+    unsafe {
+        pg_sys::heap_modify_tuple_by_cols(
+            tuple,
+            descriptor,
+            count as i32,
+            columns.as_mut_ptr(),
+            values.as_mut_ptr(),
+            nulls.as_mut_ptr(),
+        )
+    }
+}
+
+/// As [`check`]; but a dump's rows carry a backend's number, and may come before the backend itself, or under a name that it
+/// no longer has: COPY alone can give a number, and then the number is what counts.
+fn check_restorable(request: &Request<'_>, row: &Row) -> Checked {
+    let number = row.i32(attribute::BACKEND_NUMBER);
+    match (check(request), number) {
+        (Ok(checked), None) => checked,
+        (Ok(checked), Some(number)) if checked.backend_number == number => checked,
+        (Ok(_) | Err(PublishError::UnknownBackend(_)), Some(number)) if is_copy() => {
+            // SAFETY: a text of the row, if it is there.
+            let backend = row.get(attribute::BACKEND).map(|d| unsafe { utf8_of(d).into_owned() });
+            Checked {
+                backend: backend.unwrap_or_default(),
+                backend_number: number,
+            }
+        }
+        (Ok(checked), Some(_)) => checked,
+        (Err(e), _) => e.raise(),
+    }
+}
+
+/// Whether the session runs a COPY, as a restore does.
+fn is_copy() -> bool {
+    // SAFETY: the active portal of the session, if any, while it runs.
+    unsafe {
+        let portal = pg_sys::ActivePortal;
+        !portal.is_null() && (*portal).commandTag == pg_sys::CommandTag::CMDTAG_COPY
+    }
+}

@@ -1,0 +1,143 @@
+//! Retention: deleting published events some time after they were sent, and failed ones after they failed, in small pieces.
+//!
+//! There is no sent-at on a row. Instead each backend records ticks, "all that this snapshot sees is delivered now"; what is visible
+//! in a tick older than the retention may go. Purging is reading with another position: from the tick up to which has
+//! been purged to the newest that is old enough.
+
+use crate::backend::Backend;
+use crate::catalog;
+use crate::guc;
+use crate::outbox;
+use crate::process::{self, Aborted};
+use crate::rows::EventsTable;
+use pgrx::pg_extern;
+use relay::delivery::Now;
+use relay::reader::{RangeScan, Step};
+use std::time::Duration;
+
+/// Rows that the worker deletes in one transaction: a millisecond or two, so that the events' latency does not notice.
+const PIECE_ROWS: usize = 250;
+/// Rows that one piece may meet.
+const PIECE_STEPS: usize = 5_000;
+/// Ticks are recorded, and it is looked whether something can be purged, this many times within the retention.
+const TICKS_PER_RETENTION: i64 = 100;
+
+/// The worker's purging.
+#[derive(Default)]
+pub struct Purge {
+    next_look_at: Now,
+    /// Which backend is being purged, and after which row.
+    under_way: Option<(usize, i64)>,
+}
+
+impl Purge {
+    /// One piece, if there is something to do and time for it. Returns when to come back, if sooner than otherwise.
+    pub fn step(&mut self, now: Now, backends: &mut [Backend], at_leisure: bool) -> Result<Option<Duration>, Aborted> {
+        let Some(retention_us) = retention() else {
+            return Ok(None);
+        };
+        let interval = tick_interval(retention_us);
+        let due =
+            |b: &Backend| b.tick_due && b.delivery.acked().from.high_seq > 0 && now >= b.tick_recorded_at + interval;
+        if backends.iter().any(due) {
+            process::transaction(|| {
+                for backend in backends.iter().filter(|b| due(b)) {
+                    outbox::record_tick(backend.number, &backend.delivery.acked().from);
+                }
+            })?;
+            for backend in backends.iter_mut().filter(|b| due(b)) {
+                // What is in flight is acknowledged later, and asks again.
+                (backend.tick_recorded_at, backend.tick_due) = (now, backend.delivery.acked().under_way.is_some());
+            }
+        }
+        if self.under_way.is_none() {
+            if now < self.next_look_at {
+                return Ok(None);
+            }
+            self.next_look_at = now + interval;
+            self.under_way = (!backends.is_empty()).then_some((0, 0));
+            if let Some(failed_us) = guc::retention_us(&guc::FAILED_RETENTION_MIN) {
+                process::transaction(|| outbox::purge_failed(failed_us, PIECE_ROWS as i64))?;
+            }
+        }
+        while let Some((index, after)) = self.under_way {
+            let Some(backend) = backends.get(index) else {
+                self.under_way = None;
+                break;
+            };
+            let number = backend.number;
+            let (deleted, last) = process::transaction(|| piece(number, after, retention_us, PIECE_ROWS))?;
+            self.under_way = Some(last.map_or((index + 1, 0), |seq| (index, seq)));
+            if deleted > 0 || last.is_some() {
+                // Events go first; without any, it goes on at once.
+                let pause = if at_leisure {
+                    Duration::ZERO
+                } else {
+                    Duration::from_millis(5)
+                };
+                return Ok(Some(pause));
+            }
+        }
+        Ok(backends.iter().any(|b| b.tick_due).then_some(interval))
+    }
+}
+
+fn retention() -> Option<i64> {
+    guc::retention_us(&guc::PUBLISHED_RETENTION_MIN).filter(|_| guc::CLEANUP_PUBLISHED.get())
+}
+
+fn tick_interval(retention_us: i64) -> Duration {
+    Duration::from_micros((retention_us / TICKS_PER_RETENTION) as u64)
+        .clamp(Duration::from_secs(1), Duration::from_secs(3_600))
+}
+
+/// Deletes up to `count` rows of a backend after `after`. Returns how many, and after which row to go on; `None`: all done.
+fn piece(number: i32, after: i64, retention_us: i64, count: usize) -> (u64, Option<i64>) {
+    let Some((from, to)) = outbox::purgeable(number, retention_us) else {
+        return (0, None);
+    };
+    let relations = catalog::expect_relations();
+    let mut table = EventsTable::open(&relations);
+    let mut scan = RangeScan::open(&mut table, &from, &to, after);
+    let mut found = Vec::new();
+    let mut last = None;
+    for _ in 0..PIECE_STEPS {
+        match scan.step() {
+            None => {
+                last = None;
+                break;
+            }
+            Some(Step::Passed(key)) => last = Some(key.seq),
+            Some(Step::Row(key)) => {
+                last = Some(key.seq);
+                if scan.current().row().backend_number() == number {
+                    found.push(key.seq);
+                }
+            }
+        }
+        if found.len() >= count {
+            break;
+        }
+    }
+    drop(scan);
+    table.close();
+    let deleted = outbox::delete_events(&found);
+    if last.is_none() {
+        outbox::purged(number, &to);
+    }
+    (deleted, last)
+}
+
+/// `outbox.purge_piece(backend_number, after_seq, row_count)`
+#[pg_extern(sql = false)]
+fn purge_piece(
+    backend_number: i32,
+    after_seq: i64,
+    row_count: i32,
+) -> pgrx::iter::TableIterator<'static, (pgrx::name!(deleted, i64), pgrx::name!(last_seq, Option<i64>))> {
+    let (deleted, last) = match retention() {
+        Some(retention_us) => piece(backend_number, after_seq, retention_us, row_count.max(1) as usize),
+        None => (0, None),
+    };
+    pgrx::iter::TableIterator::once((deleted as i64, last))
+}

@@ -1,0 +1,422 @@
+//! Rows of our tables, taken apart without SQL: an event as it is sent, and scans of `outbox.events` for the reader.
+
+use crate::catalog::Relations;
+use pgrx::pg_sys;
+use relay::event::Event;
+use relay::reader::{Key, Scan, Table};
+use std::borrow::Cow;
+use std::ffi::CStr;
+
+/// Microseconds from 1970, the epoch of Unix, to 2000, that of Postgres.
+pub const EPOCH_SHIFT_US: i64 = 946_684_800_000_000;
+
+/// Attribute numbers of `outbox.events`, in the order of the SQL script; the first ones of `scheduled_events` and
+/// `failed_events` too.
+pub mod attribute {
+    pub const SEQ: usize = 1;
+    pub const XID: usize = 2;
+    pub const CREATED_AT: usize = 3;
+    pub const EVENT_ID: usize = 4;
+    pub const BACKEND_NUMBER: usize = 5;
+    pub const EVENT_TYPE: usize = 6;
+    pub const SOURCE: usize = 7;
+    pub const BACKEND: usize = 8;
+    pub const DATA: usize = 9;
+    pub const SUBJECT: usize = 10;
+    pub const STREAM: usize = 11;
+    pub const DATA_SCHEMA: usize = 12;
+    pub const PUBLISHER_CONFIG: usize = 13;
+    pub const MAX_RETRIES: usize = 14;
+    pub const COUNT: usize = 14;
+    /// Of `scheduled_events` alone.
+    pub const SCHEDULED_AT: usize = 15;
+}
+
+/// Most columns that any of our tables has, with room for those that users add.
+const MAX_COLUMNS: usize = 64;
+
+/// The values of one row, as long as the row's buffer is pinned.
+pub struct Row {
+    values: [pg_sys::Datum; MAX_COLUMNS],
+    nulls: [bool; MAX_COLUMNS],
+}
+
+impl Row {
+    fn empty() -> Self {
+        Self {
+            values: [pg_sys::Datum::from(0); MAX_COLUMNS],
+            nulls: [true; MAX_COLUMNS],
+        }
+    }
+
+    /// Takes a heap tuple apart.
+    ///
+    /// # Safety
+    /// `tuple` is a valid tuple of `descriptor`'s table, and stays so for as long as the row is used.
+    pub unsafe fn of(tuple: pg_sys::HeapTuple, descriptor: pg_sys::TupleDesc) -> Self {
+        let mut row = Self::empty();
+        // SAFETY: the caller's promise.
+        unsafe { row.refill(tuple, descriptor) };
+        row
+    }
+
+    /// # Safety
+    /// As [`Row::of`].
+    unsafe fn refill(&mut self, tuple: pg_sys::HeapTuple, descriptor: pg_sys::TupleDesc) {
+        // SAFETY: the arrays hold as many columns as the descriptor has; a table that somebody widened beyond that is refused.
+        unsafe {
+            if (*descriptor).natts as usize > MAX_COLUMNS {
+                crate::error::internal("a table of outbox_relay has too many columns");
+            }
+            pg_sys::heap_deform_tuple(tuple, descriptor, self.values.as_mut_ptr(), self.nulls.as_mut_ptr());
+        }
+    }
+
+    /// The value of an attribute (from 1), unless it is null.
+    pub fn get(&self, attribute: usize) -> Option<pg_sys::Datum> {
+        (!self.nulls[attribute - 1]).then(|| self.values[attribute - 1])
+    }
+
+    pub fn i64(&self, attribute: usize) -> Option<i64> {
+        self.get(attribute).map(|d| d.value() as i64)
+    }
+
+    pub fn i32(&self, attribute: usize) -> Option<i32> {
+        self.get(attribute).map(|d| d.value() as i32)
+    }
+
+    pub fn uuid(&self, attribute: usize) -> Option<[u8; 16]> {
+        // SAFETY: a uuid datum points to 16 bytes.
+        self.get(attribute).map(|d| unsafe { *d.cast_mut_ptr::<[u8; 16]>() })
+    }
+
+    pub fn key(&self) -> Key {
+        Key {
+            xid: self.get(attribute::XID).map_or(0, |d| d.value() as u64),
+            seq: self.i64(attribute::SEQ).unwrap_or_default(),
+        }
+    }
+
+    /// A text in UTF-8. Allocates in the current memory context when the value was compressed or stored apart.
+    pub fn text(&self, attribute: usize) -> Option<Cow<'_, str>> {
+        // SAFETY: the attribute is of a varlena type in the database's encoding.
+        self.get(attribute).map(|d| unsafe { utf8_of(d) })
+    }
+
+    pub fn backend_number(&self) -> i32 {
+        self.i32(attribute::BACKEND_NUMBER).unwrap_or_default()
+    }
+
+    /// Calls `f` with the row as an event.
+    pub fn with_event<R>(&self, f: impl FnOnce(&Event<'_>) -> R) -> R {
+        let (event_type, source) = (self.text(attribute::EVENT_TYPE), self.text(attribute::SOURCE));
+        let (subject, data) = (self.text(attribute::SUBJECT), self.text(attribute::DATA));
+        let (stream, data_schema) = (self.text(attribute::STREAM), self.text(attribute::DATA_SCHEMA));
+        let publisher_config = self.text(attribute::PUBLISHER_CONFIG);
+        f(&Event {
+            event_id: self.uuid(attribute::EVENT_ID).unwrap_or_default(),
+            created_at_us: self
+                .i64(attribute::CREATED_AT)
+                .unwrap_or_default()
+                .saturating_add(EPOCH_SHIFT_US),
+            event_type: event_type.as_deref().unwrap_or_default(),
+            source: source.as_deref().unwrap_or_default(),
+            subject: subject.as_deref(),
+            data: data.as_deref(),
+            data_schema: data_schema.as_deref(),
+            publisher_config: publisher_config.as_deref(),
+            stream: stream.as_deref(),
+        })
+    }
+}
+
+/// A varlena's bytes, expanded if need be.
+///
+/// # Safety
+/// The datum is a valid varlena; the slice lives as long as its row or the current memory context.
+pub unsafe fn bytes_of<'a>(datum: pg_sys::Datum) -> &'a [u8] {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let value = pg_sys::pg_detoast_datum_packed(datum.cast_mut_ptr());
+        pgrx::varlena::varlena_to_byte_slice(value)
+    }
+}
+
+/// A varlena's text in UTF-8, whatever the database's encoding.
+///
+/// # Safety
+/// As [`bytes_of`].
+pub unsafe fn utf8_of<'a>(datum: pg_sys::Datum) -> Cow<'a, str> {
+    // SAFETY: the caller's promise; Postgres keeps only valid text in its encoding; a conversion's result is a
+    // zero-terminated string of the current memory context.
+    unsafe {
+        let bytes = bytes_of(datum);
+        match pg_sys::GetDatabaseEncoding() as u32 {
+            pg_sys::pg_enc::PG_UTF8 => Cow::Borrowed(std::str::from_utf8_unchecked(bytes)),
+            pg_sys::pg_enc::PG_SQL_ASCII => String::from_utf8_lossy(bytes),
+            _ => {
+                let converted = pg_sys::pg_server_to_any(
+                    bytes.as_ptr().cast(),
+                    bytes.len() as i32,
+                    pg_sys::pg_enc::PG_UTF8 as i32,
+                );
+                if converted.cast_const().cast::<u8>() == bytes.as_ptr() {
+                    return String::from_utf8_lossy(bytes);
+                }
+                CStr::from_ptr(converted).to_string_lossy()
+            }
+        }
+    }
+}
+
+/// Some named columns of a table that is read whole.
+pub struct Columns {
+    descriptor: pg_sys::TupleDesc,
+    attributes: Vec<usize>,
+}
+
+/// The values of some named columns.
+pub struct NamedRow<'a> {
+    columns: &'a Columns,
+    row: Row,
+}
+
+impl Columns {
+    /// # Safety
+    /// `relation` is open, and stays so.
+    pub unsafe fn of(relation: pg_sys::Relation, names: &[&str]) -> Self {
+        // SAFETY: an open relation has a descriptor; attribute names are zero-terminated.
+        unsafe {
+            let descriptor = (*relation).rd_att;
+            let attributes = names
+                .iter()
+                .map(|name| {
+                    let name = std::ffi::CString::new(*name).unwrap_or_default();
+                    pg_sys::get_attnum((*relation).rd_id, name.as_ptr()) as usize
+                })
+                .collect();
+            Self { descriptor, attributes }
+        }
+    }
+
+    /// By attribute number.
+    ///
+    /// # Safety
+    /// `relation` is open, and stays so.
+    pub unsafe fn at(relation: pg_sys::Relation, attributes: Vec<usize>) -> Self {
+        // SAFETY: an open relation has a descriptor.
+        Self {
+            descriptor: unsafe { (*relation).rd_att },
+            attributes,
+        }
+    }
+
+    /// # Safety
+    /// As [`Row::of`].
+    pub unsafe fn take_apart(&self, tuple: pg_sys::HeapTuple) -> NamedRow<'_> {
+        // SAFETY: the caller's promise.
+        NamedRow {
+            columns: self,
+            row: unsafe { Row::of(tuple, self.descriptor) },
+        }
+    }
+}
+
+impl NamedRow<'_> {
+    /// The `index`-th of the named columns.
+    pub fn datum(&self, index: usize) -> Option<pg_sys::Datum> {
+        self.row.get(self.columns.attributes[index])
+    }
+
+    pub fn text(&self, index: usize) -> Option<String> {
+        self.row.text(self.columns.attributes[index]).map(Cow::into_owned)
+    }
+
+    pub fn i32(&self, index: usize) -> Option<i32> {
+        self.row.i32(self.columns.attributes[index])
+    }
+}
+
+/// The elements of a `text[]`, in UTF-8; nulls are left out.
+///
+/// # Safety
+/// The datum is a valid `text[]`.
+pub unsafe fn texts_of_array(datum: pg_sys::Datum) -> Vec<String> {
+    // SAFETY: the caller's promise; text is of variable length and int-aligned.
+    unsafe {
+        let array = pg_sys::pg_detoast_datum(datum.cast_mut_ptr()).cast();
+        let (mut values, mut nulls, mut count) = (std::ptr::null_mut(), std::ptr::null_mut(), 0);
+        pg_sys::deconstruct_array(
+            array,
+            pg_sys::TEXTOID,
+            -1,
+            false,
+            pg_sys::TYPALIGN_INT as _,
+            &mut values,
+            &mut nulls,
+            &mut count,
+        );
+        (0..count as usize)
+            .filter(|i| !*nulls.add(*i))
+            .map(|i| utf8_of(*values.add(i)).into_owned())
+            .collect()
+    }
+}
+
+/// `outbox.events`, open for the reader within one transaction.
+pub struct EventsTable {
+    events: pg_sys::Relation,
+    seq_key: pg_sys::Relation,
+    xid_key: pg_sys::Relation,
+    snapshot: pg_sys::Snapshot,
+}
+
+const LOCK: pg_sys::LOCKMODE = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
+
+impl EventsTable {
+    /// Opens the table and registers a new snapshot. All is given back at the end of the transaction at the latest.
+    pub fn open(relations: &Relations) -> Self {
+        // SAFETY: opens relations by OID within a transaction; an ERROR if one has gone.
+        unsafe {
+            Self {
+                events: pg_sys::table_open(relations.events, LOCK),
+                seq_key: pg_sys::index_open(relations.events_seq_key, LOCK),
+                xid_key: pg_sys::index_open(relations.events_xid_key, LOCK),
+                snapshot: pg_sys::RegisterSnapshot(pg_sys::GetLatestSnapshot()),
+            }
+        }
+    }
+
+    pub fn close(self) {
+        // SAFETY: closes what open() opened; scans were dropped before, they borrow nothing beyond.
+        unsafe {
+            pg_sys::UnregisterSnapshot(self.snapshot);
+            pg_sys::index_close(self.xid_key, LOCK);
+            pg_sys::index_close(self.seq_key, LOCK);
+            pg_sys::table_close(self.events, LOCK);
+        }
+    }
+
+    fn scan(&self, index: pg_sys::Relation, keys: &[ScanKey]) -> EventsScan {
+        // SAFETY: the keys are on columns of the index, with comparison functions of their types; the scan copies them.
+        unsafe {
+            let mut entries: [pg_sys::ScanKeyData; 3] = std::array::from_fn(|_| std::mem::zeroed());
+            for (entry, key) in entries.iter_mut().zip(keys) {
+                pg_sys::ScanKeyInit(
+                    entry,
+                    key.attribute as i16,
+                    key.strategy as u16,
+                    pg_sys::Oid::from(key.function),
+                    key.argument,
+                );
+            }
+            let scan = pg_sys::systable_beginscan_ordered(
+                self.events,
+                index,
+                self.snapshot,
+                keys.len() as i32,
+                entries.as_mut_ptr(),
+            );
+            EventsScan {
+                scan,
+                row: Box::new(Row::empty()),
+                descriptor: (*self.events).rd_att,
+            }
+        }
+    }
+}
+
+struct ScanKey {
+    attribute: usize,
+    strategy: u32,
+    function: u32,
+    argument: pg_sys::Datum,
+}
+
+fn seq_above(seq: i64) -> ScanKey {
+    ScanKey {
+        attribute: attribute::SEQ,
+        strategy: pg_sys::BTGreaterStrategyNumber,
+        function: pg_sys::F_INT8GT,
+        argument: pg_sys::Datum::from(seq),
+    }
+}
+
+fn seq_up_to(seq: i64) -> ScanKey {
+    ScanKey {
+        attribute: attribute::SEQ,
+        strategy: pg_sys::BTLessEqualStrategyNumber,
+        function: pg_sys::F_INT8LE,
+        argument: pg_sys::Datum::from(seq),
+    }
+}
+
+fn xid_key(strategy: u32, function: u32, xid: u64) -> ScanKey {
+    ScanKey {
+        attribute: attribute::XID,
+        strategy,
+        function,
+        argument: pg_sys::Datum::from(xid),
+    }
+}
+
+impl Table for EventsTable {
+    type Scan = EventsScan;
+
+    fn by_seq(&mut self, after: i64, upto: i64) -> EventsScan {
+        self.scan(self.seq_key, &[seq_above(after), seq_up_to(upto)])
+    }
+
+    fn by_xid(&mut self, xid: u64, after: i64, upto: i64) -> EventsScan {
+        let equal = xid_key(pg_sys::BTEqualStrategyNumber, pg_sys::F_XID8EQ, xid);
+        self.scan(self.xid_key, &[equal, seq_above(after), seq_up_to(upto)])
+    }
+
+    fn first_xid(&mut self, from: u64, before: u64) -> Option<u64> {
+        if from >= before {
+            return None;
+        }
+        let low = xid_key(pg_sys::BTGreaterEqualStrategyNumber, pg_sys::F_XID8GE, from);
+        let high = xid_key(pg_sys::BTLessStrategyNumber, pg_sys::F_XID8LT, before);
+        self.scan(self.xid_key, &[low, high]).advance().map(|key| key.xid)
+    }
+}
+
+/// A scan of `outbox.events` in index order.
+pub struct EventsScan {
+    scan: pg_sys::SysScanDesc,
+    row: Box<Row>,
+    descriptor: pg_sys::TupleDesc,
+}
+
+impl EventsScan {
+    /// The current row; its texts live until the scan moves on.
+    pub fn row(&self) -> &Row {
+        &self.row
+    }
+}
+
+impl Scan for EventsScan {
+    fn advance(&mut self) -> Option<Key> {
+        // SAFETY: an open scan; it keeps the current tuple's buffer pinned until the next call.
+        unsafe {
+            let tuple = pg_sys::systable_getnext_ordered(self.scan, pg_sys::ScanDirection::ForwardScanDirection);
+            if tuple.is_null() {
+                return None;
+            }
+            self.row.refill(tuple, self.descriptor);
+        }
+        Some(self.row.key())
+    }
+}
+
+impl Drop for EventsScan {
+    fn drop(&mut self) {
+        // While an ERROR unwinds, the transaction's abort gives the scan's resources back, and calling into Postgres
+        // could raise another one within the drop, which would abort the process.
+        if !std::thread::panicking() {
+            // SAFETY: the scan was opened by systable_beginscan_ordered and is closed once.
+            unsafe { pg_sys::systable_endscan_ordered(self.scan) };
+        }
+    }
+}

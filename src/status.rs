@@ -1,0 +1,149 @@
+//! What the views ask of the library: the worker's state, and how much waits behind a saved cursor.
+
+use crate::catalog;
+use crate::outbox;
+use crate::rows::{EventsTable, attribute};
+use crate::shmem::{self, SlotState};
+use crate::ticker;
+use crate::txn;
+use pgrx::iter::TableIterator;
+use pgrx::{name, pg_extern, pg_guard, pg_sys};
+use relay::reader::{Position, RangeScan, Step};
+use std::sync::Arc;
+
+/// Pending events are counted up to this many.
+const COUNTED: i64 = 10_000;
+/// Rows that counting may meet, with those of other backends.
+const COUNT_STEPS: i64 = 100_000;
+
+/// `outbox.worker_status()`
+#[pg_extern(sql = false)]
+fn worker_status() -> TableIterator<'static, (name!(worker_pid, Option<i32>), name!(state, String))> {
+    // SAFETY: a plain read of the process's own variable.
+    let slot = shmem::slot_of(unsafe { pg_sys::MyDatabaseId });
+    let pid = slot.map(|s| s.pid()).filter(|pid| *pid != 0);
+    let state = match slot.map(|s| (s.state(), pid)) {
+        _ if !shmem::is_attached() => "library not in shared_preload_libraries",
+        // SAFETY: reads shared state.
+        _ if unsafe { pg_sys::RecoveryInProgress() } => "standby",
+        _ if !crate::guc::ENABLED.get() => "disabled",
+        Some((SlotState::Running, Some(_))) => "running",
+        Some((SlotState::Mismatched, Some(_))) => "version mismatch",
+        Some((SlotState::Starting | SlotState::Wanted, _)) => "starting",
+        _ => "stopped",
+    };
+    TableIterator::once((pid, state.to_owned()))
+}
+
+/// The committed rows of a backend behind its saved cursor: how many up to `limit`, the oldest one's time, and whether there
+/// are more, as an estimate.
+fn behind_cursor(number: i32, limit: i64) -> (i64, Option<i64>) {
+    let Some(relations) = catalog::relations() else {
+        return (0, None);
+    };
+    let position = outbox::cursor(number).map_or_else(Position::beginning, |(position, _)| position);
+    let now = Arc::new(ticker::take(&relations));
+    let mut table = EventsTable::open(&relations);
+    let (mut count, mut met, mut oldest, mut last_seq) = (0, 0, None, 0);
+    let mut count_range = |scan: &mut RangeScan<crate::rows::EventsScan>| -> bool {
+        while let Some(step) = scan.step() {
+            met += 1;
+            if let Step::Row(key) = step {
+                let row = scan.current().row();
+                if row.backend_number() == number {
+                    oldest = oldest.or_else(|| row.i64(attribute::CREATED_AT));
+                    count += 1;
+                }
+                last_seq = key.seq;
+            }
+            if count >= limit || met >= COUNT_STEPS {
+                return false;
+            }
+        }
+        true
+    };
+    let mut whole = true;
+    let mut from = position.from.clone();
+    if let Some(under_way) = &position.under_way {
+        let mut scan = RangeScan::open(&mut table, &from, &under_way.to, under_way.last_seq);
+        whole = count_range(&mut scan);
+        from = under_way.to.clone();
+    }
+    if whole {
+        let mut scan = RangeScan::open(&mut table, &from, &now, 0);
+        whole = count_range(&mut scan);
+    }
+    if !whole && limit > 1 {
+        // The rest is taken to be of the same mix as what was met.
+        let rest = (now.high_seq - last_seq).max(0) as f64;
+        count += (rest * count as f64 / (met as f64).max(1.0)) as i64;
+    }
+    table.close();
+    (count, oldest)
+}
+
+/// `outbox.backlog(backend_number)`
+#[pg_extern(sql = false)]
+fn backlog(
+    backend_number: i32,
+) -> TableIterator<
+    'static,
+    (
+        name!(pending, i64),
+        name!(oldest_created_at, Option<pgrx::datum::TimestampWithTimeZone>),
+    ),
+> {
+    let (pending, oldest) = as_owner(|| behind_cursor(backend_number, COUNTED));
+    let oldest = oldest.and_then(|us| pgrx::datum::TimestampWithTimeZone::try_from(us).ok());
+    TableIterator::once((pending, oldest))
+}
+
+/// `outbox.has_waiting_events(backend_number)`
+#[pg_extern(sql = false)]
+fn has_waiting_events(backend_number: i32) -> bool {
+    as_owner(|| outbox::waits_elsewhere(backend_number) || behind_cursor(backend_number, 1).0 > 0)
+}
+
+/// `outbox.wake()`
+#[pg_extern(sql = false)]
+fn wake() {
+    // SAFETY: a plain read of the process's own variable.
+    if let Some(slot) = shmem::slot_of(unsafe { pg_sys::MyDatabaseId }) {
+        slot.announce_work();
+        slot.announce_schedule();
+        slot.nudge();
+    }
+}
+
+crate::sql_function!(backends_changed, pg_finfo_backends_changed);
+
+/// `outbox.backends_changed()`, after a statement on `backends` or `backend_passwords`
+#[pg_guard]
+#[unsafe(no_mangle)]
+extern "C-unwind" fn backends_changed(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    if let Some(relations) = catalog::relations() {
+        // SAFETY: marks the table's cache entries of all sessions as stale when this transaction commits.
+        unsafe { pg_sys::CacheInvalidateRelcacheByRelid(relations.backends) };
+    }
+    txn::backends_changed();
+    // SAFETY: an AFTER trigger's result is ignored.
+    unsafe { (*fcinfo).isnull = false };
+    pg_sys::Datum::from(0)
+}
+
+/// Runs `f` with the rights of the bootstrap superuser: who may call these functions is a matter of EXECUTE. Nothing of a user's
+/// runs within.
+fn as_owner<R>(f: impl FnOnce() -> R) -> R {
+    let (mut user, mut context) = (pg_sys::InvalidOid, 0);
+    // SAFETY: saved and put back; an ERROR's abort puts them back as well.
+    unsafe {
+        pg_sys::GetUserIdAndSecContext(&mut user, &mut context);
+        let restricted =
+            context | pg_sys::SECURITY_LOCAL_USERID_CHANGE as i32 | pg_sys::SECURITY_RESTRICTED_OPERATION as i32;
+        pg_sys::SetUserIdAndSecContext(pg_sys::Oid::from(pg_sys::BOOTSTRAP_SUPERUSERID), restricted);
+    }
+    let result = f();
+    // SAFETY: as above.
+    unsafe { pg_sys::SetUserIdAndSecContext(user, context) };
+    result
+}

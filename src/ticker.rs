@@ -1,0 +1,87 @@
+//! Taking ticks: a snapshot with its bounds, and the flush that must come before anything it sees may leave the server.
+
+use crate::catalog::Relations;
+use pgrx::pg_sys;
+use relay::snapshot::{Snapshot, Tick};
+
+/// Takes a tick, in the order that its bounds rely on (see [`Tick`]). Needs a transaction that has no id of its own.
+pub fn take(relations: &Relations) -> Tick {
+    let low_seq = last_seq(relations);
+    // SAFETY: reads the counter under its lock.
+    let next_xid = unsafe { pg_sys::ReadNextFullTransactionId().value };
+    let snapshot = snapshot(next_xid);
+    let high_seq = last_seq(relations);
+    Tick {
+        snapshot,
+        next_xid,
+        low_seq,
+        high_seq,
+    }
+}
+
+/// The last number that was drawn; 0 before the first.
+fn last_seq(relations: &Relations) -> i64 {
+    // SAFETY: a built-in function of one OID.
+    unsafe {
+        pgrx::direct_function_call::<i64>(
+            pg_sys::pg_sequence_last_value,
+            &[Some(pg_sys::Datum::from(relations.sequence))],
+        )
+        .unwrap_or(0)
+    }
+}
+
+/// The latest snapshot, in 64-bit ids, as `pg_current_snapshot()` shows it.
+fn snapshot(next_xid: u64) -> Snapshot {
+    // SAFETY: a snapshot's arrays are as long as its counts say; it is static memory until the next call.
+    let (xmin, xmax, running) = unsafe {
+        let snapshot = pg_sys::GetLatestSnapshot();
+        let running = if (*snapshot).xcnt == 0 {
+            &[]
+        } else {
+            std::slice::from_raw_parts((*snapshot).xip, (*snapshot).xcnt as usize)
+        };
+        (
+            (*snapshot).xmin,
+            (*snapshot).xmax,
+            running.iter().map(|x| x.into_inner()).collect::<Vec<u32>>(),
+        )
+    };
+    let widen = |xid: u32| widened(xid, next_xid);
+    let (xmin, xmax) = (widen(xmin.into_inner()), widen(xmax.into_inner()));
+    let running = running
+        .into_iter()
+        .map(widen)
+        .filter(|x| (xmin..xmax).contains(x))
+        .collect();
+    Snapshot::new(xmin, xmax, running)
+}
+
+/// A 32-bit transaction id that is less than 2^31 away from `near`, in 64 bits.
+fn widened(xid: u32, near: u64) -> u64 {
+    let distance = xid.wrapping_sub(near as u32) as i32;
+    near.wrapping_add_signed(i64::from(distance))
+}
+
+/// Makes everything that any snapshot taken before sees durable: after a crash, the ids and numbers of what was not flushed
+/// are used again. Costs nothing when the WAL is flushed already.
+pub fn flush() {
+    /// Sizes of a WAL page's header, and of a segment's first.
+    const SHORT_HEADER: u64 = 24;
+    const LONG_HEADER: u64 = 40;
+    // SAFETY: reads positions and waits for the WAL; the segment size is set at start.
+    unsafe {
+        let mut position = pg_sys::GetXLogInsertRecPtr();
+        // Right behind a page's header nothing is inserted yet, and a flush up to there would be an ERROR.
+        let in_segment = position % pg_sys::wal_segment_size as u64;
+        let in_page = position % u64::from(pg_sys::XLOG_BLCKSZ);
+        if in_segment == LONG_HEADER {
+            position -= LONG_HEADER;
+        } else if in_page == SHORT_HEADER && in_segment > u64::from(pg_sys::XLOG_BLCKSZ) {
+            position -= SHORT_HEADER;
+        }
+        if pg_sys::GetFlushRecPtr(std::ptr::null_mut()) < position {
+            pg_sys::XLogFlush(position);
+        }
+    }
+}

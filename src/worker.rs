@@ -1,0 +1,874 @@
+//! The worker of one database: reads committed events, hands them to the senders, and keeps the books.
+//!
+//! ```text
+//!  wait: latch (commit, settings, signal) or socket (a sender has reported) or time
+//!    ├─ hear the senders ──▶ acknowledged, refused, lost
+//!    ├─ read: tick, flush, scan once for all backends that stand at the same place ──▶ batches ──▶ senders
+//!    ├─ try refused streams again, move scheduled events that are due
+//!    └─ save records and cursors, record ticks, purge
+//! ```
+//! It never waits for the network, and holds no transaction while it waits for anything.
+
+use crate::backend::{Backend, BuiltBatch, Role};
+use crate::catalog::{self, Relations};
+use crate::guc::{self, LogLevel};
+use crate::outbox;
+use crate::process::{self, Aborted, log};
+use crate::purge::Purge;
+use crate::rows::EventsTable;
+use crate::shmem::{self, Slot, SlotState};
+use crate::ticker;
+use pgrx::{pg_guard, pg_sys};
+use relay::delivery::{Entry, Now, RowFate};
+use relay::reader::{Position, RangeScan, Scan, Step, Table, UnderWay};
+use relay::refusal::Record;
+use relay::snapshot::Tick;
+use std::io::Read;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Rows that one scan may meet before the senders are looked at again.
+const SCAN_STEPS: usize = 2_000;
+/// Scheduled events that are moved at once.
+const MOVE_COUNT: i64 = 1_000;
+/// After an ERROR in one of our transactions.
+const ERROR_WAIT: Duration = Duration::from_secs(1);
+
+/// Entry point of the process; the argument is the index of its slot.
+#[pg_guard]
+#[unsafe(no_mangle)]
+pub extern "C-unwind" fn outbox_relay_worker(argument: pg_sys::Datum) {
+    process::take_signals();
+    let Some(slot) = shmem::slot_at(argument.value()) else {
+        return;
+    };
+    slot.set_state(SlotState::Starting);
+    // SAFETY: once, at the start of a worker that asked for a database connection.
+    unsafe {
+        pg_sys::BackgroundWorkerInitializeConnectionByOid(slot.database(), pg_sys::InvalidOid, 0);
+        pg_sys::before_shmem_exit(Some(leave), argument);
+        slot.attach(pg_sys::MyProcPid, pg_sys::MyLatch);
+    }
+    for (name, value) in [
+        (c"search_path", c"pg_catalog"),
+        (c"lock_timeout", c"2s"),
+        (c"statement_timeout", c"0"),
+        (c"idle_in_transaction_session_timeout", c"0"),
+        (c"default_transaction_isolation", c"read committed"),
+        (c"default_transaction_read_only", c"off"),
+        (c"default_transaction_deferrable", c"off"),
+        (c"session_replication_role", c"origin"),
+        (c"jit", c"off"),
+        // A cursor that is lost in a crash only repeats; what it covers was flushed before it was sent.
+        (c"synchronous_commit", c"off"),
+    ] {
+        process::set_option(name, value);
+    }
+    Worker::new(slot).run();
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn leave(_code: i32, argument: pg_sys::Datum) {
+    if let Some(slot) = shmem::slot_at(argument.value()) {
+        slot.detach();
+        shmem::wake_launcher();
+    }
+}
+
+/// Ends the process. Code 1: never "do not restart me".
+fn leave_process(slot: &Slot, state: SlotState) -> ! {
+    slot.set_state(state);
+    // SAFETY: runs the exit callbacks and ends; no Rust frame needs to be unwound. Sender threads end with the process.
+    unsafe { pg_sys::proc_exit(1) }
+}
+
+struct Worker {
+    slot: &'static Slot,
+    started: Instant,
+    database: String,
+    backends: Vec<Backend>,
+    /// The newest tick.
+    latest: Arc<Tick>,
+    /// The catalog's generation that `backends` are of.
+    generation: u64,
+    /// Something may have been committed that no tick has seen.
+    work: bool,
+    /// It is time to look, whoever is up.
+    polled: bool,
+    polled_at: Now,
+    next_due: Option<Now>,
+    schedule_known: bool,
+    settings_changed: bool,
+    /// After an ERROR, nothing is tried before this.
+    pause_until: Now,
+    waker: UnixStream,
+    woken: UnixStream,
+    purge: Purge,
+    shown_busy: bool,
+}
+
+impl Worker {
+    fn new(slot: &'static Slot) -> Self {
+        let pair = UnixStream::pair().and_then(|(a, b)| {
+            a.set_nonblocking(true)?;
+            b.set_nonblocking(true)?;
+            Ok((a, b))
+        });
+        let (waker, woken) =
+            pair.unwrap_or_else(|e| crate::error::internal(format!("could not create a socket pair: {e}")));
+        Self {
+            slot,
+            started: Instant::now(),
+            database: String::new(),
+            backends: Vec::new(),
+            latest: Arc::new(Tick::beginning()),
+            generation: u64::MAX,
+            work: true,
+            polled: true,
+            polled_at: Now::ZERO,
+            next_due: None,
+            schedule_known: false,
+            settings_changed: false,
+            pause_until: Now::ZERO,
+            waker,
+            woken,
+            purge: Purge::default(),
+            shown_busy: false,
+        }
+    }
+
+    fn now(&self) -> Now {
+        self.started.elapsed()
+    }
+
+    fn run(&mut self) -> ! {
+        let mut timeout = Some(Duration::ZERO);
+        let mut announced = false;
+        loop {
+            if timeout != Some(Duration::ZERO) {
+                self.show(None);
+                process::wait(Some(self.woken.as_raw_fd()), timeout);
+            }
+            self.drain_socket();
+            if process::is_told_to_end() {
+                self.end();
+            }
+            process::handle_interrupts();
+            self.settings_changed |= process::reload_if_told();
+            if self.slot.is_held() {
+                self.save_all();
+                leave_process(self.slot, SlotState::Wanted);
+            }
+            if !announced || self.settings_changed {
+                announced = self.announce(announced);
+            }
+            timeout = match self.step() {
+                Ok(timeout) => timeout,
+                Err(error) => {
+                    log(
+                        LogLevel::Error,
+                        &format!("outbox_relay worker: {error}"),
+                        Some("It tries again shortly."),
+                        None,
+                    );
+                    self.pause_until = self.now() + ERROR_WAIT;
+                    self.generation = u64::MAX;
+                    self.work = true;
+                    Some(ERROR_WAIT)
+                }
+            };
+        }
+    }
+
+    /// At the start and after a reload: what is served, and settings that somebody may not have meant.
+    fn announce(&mut self, again: bool) -> bool {
+        if self.database.is_empty() {
+            // SAFETY: a catalog look-up in a transaction; the text is copied.
+            let name = process::transaction(|| unsafe {
+                let name = pg_sys::get_database_name(pg_sys::MyDatabaseId);
+                (!name.is_null()).then(|| std::ffi::CStr::from_ptr(name).to_string_lossy().into_owned())
+            });
+            match name {
+                Ok(Some(name)) => self.database = name,
+                _ => return false,
+            }
+        }
+        if !guc::serves(&self.database) {
+            self.save_all();
+            leave_process(self.slot, SlotState::Absent);
+        }
+        for (name, setting) in [
+            ("published_retention", &guc::PUBLISHED_RETENTION_MIN),
+            ("failed_retention", &guc::FAILED_RETENTION_MIN),
+        ] {
+            if (1..60).contains(&setting.get()) {
+                log(
+                    LogLevel::Warning,
+                    &format!("outbox_relay.{name} is only {} minutes", setting.get()),
+                    None,
+                    Some("A number without a unit means minutes; write for example '7d'."),
+                );
+            }
+        }
+        if !again {
+            log(
+                LogLevel::Info,
+                &format!("outbox_relay worker started in database \"{}\"", self.database),
+                None,
+                None,
+            );
+        }
+        true
+    }
+
+    /// One round. Returns how long to wait for news; `None`: for ever.
+    fn step(&mut self) -> Result<Option<Duration>, Aborted> {
+        let now = self.now();
+        if now < self.pause_until {
+            return Ok(Some(self.pause_until - now));
+        }
+        let nudged = self.slot.take_nudge();
+        if now >= self.polled_at + guc::millis(&guc::POLL_INTERVAL_MS) {
+            self.polled_at = now;
+            (self.work, self.polled) = (true, true);
+        }
+        if nudged || self.settings_changed || self.generation == u64::MAX {
+            if !self.load()? {
+                return Ok(Some(guc::millis(&guc::POLL_INTERVAL_MS)));
+            }
+            if nudged {
+                self.backends.iter_mut().for_each(|b| b.delivery.retry_now());
+            }
+        }
+        for backend in &mut self.backends {
+            backend.hear(now);
+            backend.connect(now, &self.waker);
+        }
+        let more = self.read(now)?;
+        self.retry_refused(now)?;
+        self.move_scheduled(now)?;
+        self.save_due(now)?;
+        let purging = self.purge.step(now, &mut self.backends, !more)?;
+        Ok(self.timeout(more, purging))
+    }
+
+    fn timeout(&self, more: bool, purging: Option<Duration>) -> Option<Duration> {
+        if more {
+            return Some(Duration::ZERO);
+        }
+        let now = self.now();
+        let poll = self.polled_at + guc::millis(&guc::POLL_INTERVAL_MS);
+        let times = self.backends.iter().flat_map(|b| {
+            let attempt = Some(&b.delivery)
+                .filter(|_| b.reads_for_redis() && b.is_enabled())
+                .and_then(|d| d.due_at());
+            [attempt, b.save_at()]
+        });
+        let next = times
+            .chain([self.next_due, Some(poll)])
+            .flatten()
+            .min()
+            .unwrap_or(poll)
+            .saturating_sub(now);
+        Some(purging.map_or(next, |p| next.min(p)))
+    }
+
+    /// Loads backends and settings if they may have changed. False: this database has nothing to serve now.
+    fn load(&mut self) -> Result<bool, Aborted> {
+        let (known, changed) = (self.generation, self.settings_changed);
+        let database = self.database.clone();
+        let loaded = process::transaction(|| {
+            // Takes in invalidations, so that the generation is up to date.
+            // SAFETY: within a transaction.
+            unsafe { pg_sys::AcceptInvalidationMessages() };
+            let installed = catalog::relations().and_then(|_| outbox::installed_version());
+            let generation = catalog::generation();
+            let rows = (installed.is_some() && (generation != known || changed))
+                .then(|| (outbox::backends(), outbox::deleted_backends()));
+            (installed, generation, rows)
+        });
+        let (installed, generation, rows) = loaded?;
+        match installed.as_deref() {
+            None => leave_process(self.slot, SlotState::Absent),
+            Some(version) if version != env!("CARGO_PKG_VERSION") => {
+                if self.slot.state() != SlotState::Mismatched {
+                    log(
+                        LogLevel::Error,
+                        "outbox_relay worker is idle: library and extension have different versions",
+                        Some(&format!(
+                            "The library has version {}, the extension {version}.",
+                            env!("CARGO_PKG_VERSION")
+                        )),
+                        Some(
+                            "Run ALTER EXTENSION outbox_relay UPDATE, or restart the server with the matching library.",
+                        ),
+                    );
+                }
+                self.slot.set_state(SlotState::Mismatched);
+                self.backends.clear();
+                self.generation = u64::MAX;
+                return Ok(false);
+            }
+            Some(_) => self.slot.set_state(SlotState::Running),
+        }
+        if let Some((rows, deleted)) = rows {
+            let backends = &mut self.backends;
+            let reconciled = process::transaction(|| {
+                for backend in backends.iter_mut().filter(|b| b.reads_for_redis()) {
+                    match rows.iter().find(|r| r.number == backend.number) {
+                        Some(row) => backend.reconfigure(row.clone(), &database),
+                        None => backend.delete(),
+                    }
+                }
+                let mut missing: Vec<Backend> = Vec::new();
+                for row in rows {
+                    if !backends.iter().any(|b| b.number == row.number) {
+                        missing.push(Backend::load(row.number, Role::Redis, Some(row), &database));
+                    }
+                }
+                for number in deleted {
+                    if !backends.iter().any(|b| b.number == number) {
+                        missing.push(Backend::load(number, Role::Deleted, None, &database));
+                    }
+                }
+                if !backends.iter().any(|b| matches!(b.role, Role::Strays)) {
+                    missing.push(Backend::load(0, Role::Strays, None, &database));
+                }
+                missing
+            });
+            self.backends.extend(reconciled?);
+            self.share_positions();
+            self.work = true;
+        }
+        (self.generation, self.settings_changed) = (generation, false);
+        Ok(true)
+    }
+
+    /// Backends whose saved cursors are equal stand at the same place: one tick for all, so that one scan serves them.
+    fn share_positions(&mut self) {
+        for index in 1..self.backends.len() {
+            let (before, rest) = self.backends.split_at_mut(index);
+            let backend = &mut rest[0];
+            let position = backend.delivery.position();
+            if !backend.delivery.is_idle() || position.under_way.is_some() {
+                continue;
+            }
+            let twin = before
+                .iter()
+                .map(|b| b.delivery.position())
+                .find(|p| p.under_way.is_none() && p.from == position.from);
+            if let Some(twin) = twin.cloned() {
+                backend.delivery.advanced(twin);
+            }
+        }
+    }
+
+    /// Reads for every group of backends that stand at one place and can take rows. True: there is more to read now.
+    fn read(&mut self, now: Now) -> Result<bool, Aborted> {
+        self.work |= self.slot.has_work();
+        let waits = |b: &Backend, latest: &Arc<Tick>| {
+            b.is_ready(now)
+                && (b.delivery.position().under_way.is_some() || !Arc::ptr_eq(&b.delivery.position().from, latest))
+        };
+        // While all are down, publishers find the flag raised and wake nobody.
+        if self.work && (self.polled || self.backends.iter().any(|b| b.reads_for_redis() && b.is_ready(now))) {
+            self.take_tick()?;
+        }
+        let mut more = false;
+        let mut done: Vec<i32> = Vec::new();
+        while let Some(first) = self
+            .backends
+            .iter()
+            .position(|b| waits(b, &self.latest) && !done.contains(&b.number))
+        {
+            let position = self.backends[first].delivery.position().clone();
+            let group: Vec<usize> = (0..self.backends.len())
+                .filter(|i| {
+                    let b = &self.backends[*i];
+                    waits(b, &self.latest) && !done.contains(&b.number) && b.delivery.position().same_place(&position)
+                })
+                .collect();
+            done.extend(group.iter().map(|i| self.backends[*i].number));
+            self.read_group(&group, &position, now)?;
+        }
+        for backend in &mut self.backends {
+            if waits(backend, &self.latest) {
+                more = true;
+            } else if backend.reads_for_redis() && backend.delivery.rest() {
+                backend.hear(now);
+            }
+        }
+        Ok(more)
+    }
+
+    /// Takes a tick if anything has happened since the last, and makes what it sees durable.
+    fn take_tick(&mut self) -> Result<(), Aborted> {
+        self.slot.take_work();
+        (self.work, self.polled) = (false, false);
+        let tick = process::transaction(|| {
+            let relations = catalog::relations()?;
+            let tick = ticker::take(&relations);
+            ticker::flush();
+            Some((tick, catalog::generation()))
+        })?;
+        match tick {
+            Some((tick, generation)) => {
+                if tick != *self.latest {
+                    self.latest = Arc::new(tick);
+                }
+                if generation != self.generation {
+                    self.generation = u64::MAX;
+                }
+            }
+            // The extension was dropped: the next round finds out.
+            None => self.generation = u64::MAX,
+        }
+        Ok(())
+    }
+
+    /// One scan for backends that stand at `position`.
+    fn read_group(&mut self, group: &[usize], position: &Position, now: Now) -> Result<(), Aborted> {
+        let to = position.under_way.as_ref().map_or(&self.latest, |u| &u.to).clone();
+        let last_seq = position.under_way.as_ref().map_or(0, |u| u.last_seq);
+        let known: Vec<i32> = self.backends.iter().map(|b| b.number).collect();
+        let mut readers: Vec<Reader> = Vec::with_capacity(group.len());
+        for index in group {
+            let backend = &mut self.backends[*index];
+            readers.push(Reader::new(*index, backend));
+        }
+        let backends = &mut self.backends;
+        let from = position.from.clone();
+        let ends = process::transaction(|| {
+            let relations = catalog::expect_relations();
+            let mut table = EventsTable::open(&relations);
+            let mut pass = Pass {
+                from: from.clone(),
+                to: to.clone(),
+                seq: last_seq,
+                known: &known,
+                backends,
+                readers: &mut readers,
+            };
+            pass.run(&mut table);
+            table.close();
+            for reader in readers.iter_mut() {
+                reader.write_down(&mut backends[reader.index]);
+            }
+        });
+        ends?;
+        for reader in readers {
+            let backend = &mut self.backends[reader.index];
+            backend.failed(reader.failed);
+            reader.skipped.iter().for_each(|seq| backend.delivery.skipped(*seq));
+            let sent: usize = reader.built.iter().map(|b| b.entries.len()).sum();
+            backend.send(reader.built);
+            let end = reader.end.unwrap_or_else(|| Position::at(to.clone()));
+            if matches!(backend.role, Role::Strays) && reader.stopped {
+                backend.rests_until = now + guc::millis(&guc::POLL_INTERVAL_MS);
+            }
+            backend.advanced(end, now);
+            if sent > 0 {
+                let activity = format!("publishing {sent} events to {}", backend.name());
+                self.shown_busy = true;
+                process::show_activity(Some(&activity));
+            }
+        }
+        Ok(())
+    }
+
+    fn show(&mut self, what: Option<&str>) {
+        if what.is_some() || std::mem::take(&mut self.shown_busy) {
+            process::show_activity(what);
+        }
+    }
+
+    /// Sends the heads of refused streams that are due again.
+    fn retry_refused(&mut self, now: Now) -> Result<(), Aborted> {
+        for backend in &mut self.backends {
+            if !backend.reads_for_redis() || !backend.is_enabled() {
+                continue;
+            }
+            // What they were refused with must be written down first.
+            if backend.delivery.streams().next_retry_at().is_none_or(|at| at > now) || !backend.delivery.has_room() {
+                continue;
+            }
+            if !backend.records.is_empty() {
+                save(std::slice::from_mut(backend), now)?;
+            }
+            let batch_size = guc::BATCH_SIZE.get() as usize;
+            while let Some((stream, count)) = backend.delivery.stream_to_retry(now, batch_size) {
+                let batch = process::transaction(|| refused_batch(backend, &stream, count));
+                match batch {
+                    Ok(Some(batch)) => backend.send(vec![batch]),
+                    Ok(None) => backend.delivery.stream_cleared(&stream),
+                    Err(error) => {
+                        backend.delivery.retry_failed();
+                        return Err(error);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn move_scheduled(&mut self, now: Now) -> Result<(), Aborted> {
+        if self.slot.take_schedule() {
+            self.schedule_known = false;
+        }
+        if self.schedule_known && self.next_due.is_none_or(|due| due > now) {
+            return Ok(());
+        }
+        let moved = process::transaction(|| {
+            let due = outbox::next_due_us();
+            match due {
+                // The move gets a transaction id: no tick may be taken in this transaction.
+                Some(us) if us <= 0 => (outbox::move_due(MOVE_COUNT), Some(0)),
+                other => (0, other),
+            }
+        });
+        if moved.is_err() {
+            self.schedule_known = false;
+        }
+        let (moved, due_us) = moved?;
+        self.work |= moved > 0;
+        self.schedule_known = true;
+        self.next_due = due_us.map(|us| now + Duration::from_micros(us.max(0) as u64));
+        Ok(())
+    }
+
+    fn save_due(&mut self, now: Now) -> Result<(), Aborted> {
+        let due = |b: &Backend| !b.records.is_empty() || b.save_at().is_some_and(|at| at <= now);
+        if self.backends.iter().any(due) {
+            // One transaction for all that move: a commit each would cost more.
+            save(&mut self.backends, now)?;
+        }
+        Ok(())
+    }
+
+    fn save_all(&mut self) {
+        let now = self.now();
+        for backend in &mut self.backends {
+            backend.hear(now);
+        }
+        if let Err(error) = save(&mut self.backends, now) {
+            log(
+                LogLevel::Warning,
+                &format!("could not save the cursors: {error}"),
+                None,
+                None,
+            );
+        }
+    }
+
+    /// Told to end: saves what is known, and goes without waiting for anybody.
+    fn end(&mut self) -> ! {
+        process::set_option(c"lock_timeout", c"200ms");
+        process::holding_interrupts(|| self.save_all());
+        leave_process(self.slot, SlotState::Wanted);
+    }
+
+    fn drain_socket(&mut self) {
+        let mut bytes = [0; 256];
+        while (&self.woken).read(&mut bytes).is_ok_and(|n| n == bytes.len()) {}
+    }
+}
+
+/// Writes down all that is unsaved, in one transaction.
+fn save(backends: &mut [Backend], now: Now) -> Result<(), Aborted> {
+    if !backends.iter().any(Backend::is_unsaved) {
+        return Ok(());
+    }
+    // SAFETY: reads the clock.
+    let wall_us = unsafe { pg_sys::GetCurrentTimestamp() } + crate::rows::EPOCH_SHIFT_US;
+    process::transaction(|| {
+        for backend in backends.iter_mut().filter(|b| b.is_unsaved()) {
+            backend.save(now, wall_us);
+        }
+    })?;
+    backends.iter_mut().for_each(|b| b.saved(now));
+    Ok(())
+}
+
+/// What a pass collects for one backend, until its transaction has ended well.
+struct Reader {
+    index: usize,
+    number: i32,
+    batches_left: usize,
+    bytes_left: usize,
+    built: Vec<BuiltBatch>,
+    open: Option<BuiltBatch>,
+    records: Vec<Record>,
+    /// Rows that were accepted before, beyond a gap.
+    skipped: Vec<i64>,
+    failed: u64,
+    /// Where it stopped before the others; `None`: it went with them to the end of the range.
+    end: Option<Position>,
+    stopped: bool,
+}
+
+impl Reader {
+    fn new(index: usize, backend: &Backend) -> Self {
+        let room = backend.delivery.room();
+        Self {
+            index,
+            number: backend.number,
+            batches_left: room.map_or(0, |r| r.batches),
+            bytes_left: room.map_or(0, |r| r.bytes),
+            built: Vec::new(),
+            open: None,
+            records: Vec::new(),
+            skipped: Vec::new(),
+            failed: 0,
+            end: None,
+            stopped: false,
+        }
+    }
+
+    /// Whether another row may be added.
+    fn has_room(&self) -> bool {
+        self.open.is_some() || (self.batches_left > 0 && self.bytes_left > 0)
+    }
+
+    fn close_batch(&mut self, end: Position) {
+        if let Some(mut batch) = self.open.take() {
+            self.bytes_left = self.bytes_left.saturating_sub(batch.bytes.len());
+            batch.end = Some(end);
+            self.built.push(batch);
+        }
+    }
+
+    /// Within the pass's transaction.
+    fn write_down(&mut self, backend: &mut Backend) {
+        if !self.records.is_empty() {
+            self.failed = outbox::record(backend.number, &backend.stream, &std::mem::take(&mut self.records));
+        }
+    }
+}
+
+/// One scan over a range for several readers.
+struct Pass<'a> {
+    from: Arc<Tick>,
+    to: Arc<Tick>,
+    /// The row that was met last.
+    seq: i64,
+    known: &'a [i32],
+    backends: &'a mut Vec<Backend>,
+    readers: &'a mut Vec<Reader>,
+}
+
+impl Pass<'_> {
+    fn here(&self) -> Position {
+        Position::towards(self.from.clone(), self.to.clone(), self.seq)
+    }
+
+    fn run(&mut self, table: &mut EventsTable) {
+        let rows = RowMemory::new();
+        let mut scan = RangeScan::open(table, &self.from, &self.to, self.seq);
+        let mut at_end = false;
+        for _ in 0..SCAN_STEPS {
+            let key = match scan.step() {
+                None => {
+                    at_end = true;
+                    break;
+                }
+                Some(Step::Passed(key)) => key,
+                Some(Step::Row(key)) => {
+                    let row = scan.current().row();
+                    if let Some(reader) = self.reader_of(row.backend_number())
+                        && !rows.within(|| self.take(reader, row))
+                    {
+                        self.stop(reader);
+                        if self.readers.iter().all(|r| r.stopped) {
+                            break;
+                        }
+                    }
+                    key
+                }
+            };
+            self.seq = key.seq;
+        }
+        drop(scan);
+        let end = if at_end {
+            Position::at(self.to.clone())
+        } else {
+            self.here()
+        };
+        for reader in self.readers.iter_mut().filter(|r| !r.stopped) {
+            reader.close_batch(end.clone());
+            reader.end = Some(end.clone());
+        }
+    }
+
+    /// Who takes the rows of a backend, if it takes part and has not stopped.
+    fn reader_of(&self, number: i32) -> Option<usize> {
+        let number = if self.known.contains(&number) { number } else { 0 };
+        self.readers.iter().position(|r| r.number == number && !r.stopped)
+    }
+
+    /// A reader has no room for the row that was just met: it stays before it.
+    fn stop(&mut self, reader: usize) {
+        let here = self.here();
+        let reader = &mut self.readers[reader];
+        reader.close_batch(here.clone());
+        (reader.end, reader.stopped) = (Some(here), true);
+    }
+
+    /// Gives a row to a reader; false: it has no room.
+    fn take(&mut self, reader: usize, row: &crate::rows::Row) -> bool {
+        let here = self.here();
+        let seq = row.key().seq;
+        let reader = &mut self.readers[reader];
+        let backend = &mut self.backends[reader.index];
+        match backend.role {
+            Role::Deleted => {
+                reader.records.push(Record::Fail {
+                    seq,
+                    attempts: 0,
+                    error: "its backend was deleted".into(),
+                });
+                return true;
+            }
+            Role::Strays => {
+                // A number that was never given: the backend may be on its way (a restore in another order).
+                if row.backend_number() > outbox::last_backend_number() {
+                    return false;
+                }
+                reader.records.push(Record::Fail {
+                    seq,
+                    attempts: 0,
+                    error: "its backend was deleted".into(),
+                });
+                return true;
+            }
+            Role::Redis => {}
+        }
+        row.with_event(|event| {
+            let stream = backend.stream_of(event);
+            match backend.delivery.on_row(seq, &stream) {
+                RowFate::Skip => {
+                    reader.skipped.push(seq);
+                    return true;
+                }
+                RowFate::Park => {
+                    let error = "waits behind an event of its stream that Redis refused".into();
+                    reader.records.push(Record::Park {
+                        seq,
+                        attempts: 0,
+                        error,
+                    });
+                    return true;
+                }
+                RowFate::Send => {}
+            }
+            if !reader.has_room() {
+                return false;
+            }
+            let batch = reader.open.get_or_insert_with(|| {
+                reader.batches_left -= 1;
+                BuiltBatch {
+                    bytes: backend.buffer(),
+                    entries: Vec::new(),
+                    end: None,
+                }
+            });
+            let max_retries = row
+                .i32(crate::rows::attribute::MAX_RETRIES)
+                .unwrap_or_else(|| guc::MAX_RETRIES.get());
+            match backend.encode(&mut batch.bytes, event) {
+                Ok(()) => batch.entries.push(Entry {
+                    seq,
+                    stream,
+                    max_attempts: max_retries.max(1) as u32,
+                }),
+                Err(error) => reader.records.push(Record::Fail {
+                    seq,
+                    attempts: 0,
+                    error: error.to_string(),
+                }),
+            }
+            if Backend::is_full(batch) {
+                let end = Position {
+                    under_way: here.under_way.map(|u| UnderWay { last_seq: seq, ..u }),
+                    ..here
+                };
+                reader.close_batch(end);
+            }
+            true
+        })
+    }
+}
+
+/// The batch for the next events of a refused stream; `None`: none wait.
+fn refused_batch(backend: &mut Backend, stream: &str, count: usize) -> Option<BuiltBatch> {
+    let seqs = outbox::refused_events(backend.number, stream, &backend.stream, count);
+    let relations: Relations = catalog::expect_relations();
+    let mut table = EventsTable::open(&relations);
+    let mut batch = BuiltBatch {
+        bytes: backend.buffer(),
+        entries: Vec::new(),
+        end: None,
+    };
+    for seq in seqs {
+        let mut scan = table.by_seq(seq - 1, seq);
+        if scan.advance().is_none() {
+            continue;
+        }
+        let row = scan.row();
+        let max_retries = row
+            .i32(crate::rows::attribute::MAX_RETRIES)
+            .unwrap_or_else(|| guc::MAX_RETRIES.get());
+        row.with_event(|event| {
+            let stream = backend.stream_of(event);
+            match backend.encode(&mut batch.bytes, event) {
+                Ok(()) => batch.entries.push(Entry {
+                    seq,
+                    stream,
+                    max_attempts: max_retries.max(1) as u32,
+                }),
+                Err(error) => backend.failed(outbox::fail(&[seq], 0, &error.to_string())),
+            }
+        });
+        if Backend::is_full(&batch) {
+            break;
+        }
+    }
+    table.close();
+    (!batch.entries.is_empty()).then_some(batch)
+}
+
+/// Memory for values that had to be expanded, given back after each row.
+struct RowMemory {
+    context: pg_sys::MemoryContext,
+}
+
+impl RowMemory {
+    fn new() -> Self {
+        // SAFETY: a child of the transaction's context, which frees it at the latest.
+        let context = unsafe {
+            pg_sys::AllocSetContextCreateInternal(
+                pg_sys::CurrentMemoryContext,
+                c"outbox_relay row".as_ptr(),
+                0,
+                pg_sys::ALLOCSET_DEFAULT_INITSIZE as usize,
+                pg_sys::ALLOCSET_DEFAULT_MAXSIZE as usize,
+            )
+        };
+        Self { context }
+    }
+
+    fn within<R>(&self, f: impl FnOnce() -> R) -> R {
+        // SAFETY: the context is alive; an ERROR in `f` aborts the transaction, which resets the current context.
+        unsafe {
+            let before = pg_sys::CurrentMemoryContext;
+            pg_sys::CurrentMemoryContext = self.context;
+            let result = f();
+            pg_sys::CurrentMemoryContext = before;
+            if !(*self.context).isReset {
+                pg_sys::MemoryContextReset(self.context);
+            }
+            result
+        }
+    }
+}

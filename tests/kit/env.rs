@@ -1,0 +1,73 @@
+//! What `scripts/test` prepared: programs, a data directory to copy, and where everything temporary goes.
+
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use nix::unistd::{User, geteuid};
+use tempfile::TempDir;
+
+/// Programs of a private Postgres installation which has the extension.
+pub fn postgres_bin() -> PathBuf {
+    required("OUTBOX_TEST_PGBIN")
+}
+
+/// A data directory fresh from initdb, that each test copies.
+pub fn template() -> PathBuf {
+    required("OUTBOX_TEST_TEMPLATE")
+}
+
+fn temp_root() -> PathBuf {
+    required("OUTBOX_TEST_TMP")
+}
+
+fn required(name: &str) -> PathBuf {
+    match std::env::var_os(name) {
+        Some(value) => value.into(),
+        None => panic!("{name} is not set: run the tests with `make test` or scripts/test"),
+    }
+}
+
+/// The user whom Postgres runs as: it refuses root, so there `postgres`, or `nobody` where that doesn't exist.
+/// `None`: the current one.
+pub fn server_user() -> Option<User> {
+    if !geteuid().is_root() {
+        return None;
+    }
+    let found = ["postgres", "nobody"]
+        .into_iter()
+        .find_map(|name| User::from_name(name).expect("cannot read the user database"));
+    Some(found.expect("running as root, and there is neither a user postgres nor nobody"))
+}
+
+/// A command that runs as [`server_user`], outside the checkout, which that user may not be able to enter.
+pub fn server_command(program: impl AsRef<Path>) -> Command {
+    use std::os::unix::process::CommandExt;
+    let mut command = Command::new(program.as_ref());
+    command.current_dir("/");
+    if let Some(user) = server_user() {
+        command.uid(user.uid.as_raw()).gid(user.gid.as_raw());
+    }
+    command
+}
+
+/// A new directory below the temporary root that servers of [`server_user`] can write. Its name is short: the path of
+/// a unix socket has at most 107 bytes.
+pub fn server_dir(prefix: &str) -> TempDir {
+    let dir = tempfile::Builder::new()
+        .prefix(prefix)
+        .tempdir_in(temp_root())
+        .expect("cannot make a temporary directory");
+    std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o755)).expect("chmod");
+    if let Some(user) = server_user() {
+        chown(dir.path(), Some(user.uid.as_raw()), Some(user.gid.as_raw())).expect("chown");
+    }
+    dir
+}
+
+/// Where tests that run at the same time note which TCP ports they took.
+pub(crate) fn port_dir() -> PathBuf {
+    let dir = temp_root().join("ports");
+    std::fs::create_dir_all(&dir).expect("cannot make the directory of taken ports");
+    dir
+}

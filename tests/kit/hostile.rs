@@ -1,0 +1,148 @@
+//! TCP servers that misbehave where a Redis is expected.
+
+use std::io::Write;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use nix::sys::socket::{Backlog, listen};
+
+/// Accepts connections, or not even that, and never answers.
+#[derive(Debug)]
+pub struct BlackHole {
+    server: Server,
+    /// Fill the queue of a server that never accepts.
+    _queued: Vec<TcpStream>,
+}
+
+impl BlackHole {
+    /// Accepts every connection, reads nothing and writes nothing.
+    pub fn start() -> Self {
+        let server = Server::start(|stream, held| held.lock().expect("no holder panics").push(stream));
+        BlackHole {
+            server,
+            _queued: Vec::new(),
+        }
+    }
+
+    /// Never accepts, and its queue is full: a connection attempt gets no answer at all, as from a host that is gone.
+    pub fn unreachable() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("cannot listen");
+        // A second listen() on a socket changes the length of its queue.
+        listen(&listener.as_fd(), Backlog::new(0).expect("a valid backlog")).expect("cannot shorten the queue");
+        let address = listener.local_addr().expect("a bound socket has an address");
+        let mut queued = Vec::new();
+        while let Ok(stream) = TcpStream::connect_timeout(&address, Duration::from_millis(200)) {
+            queued.push(stream);
+            assert!(queued.len() < 100, "the queue of the unreachable server never fills");
+        }
+        BlackHole {
+            server: Server::idle(listener),
+            _queued: queued,
+        }
+    }
+
+    pub fn port(&self) -> u16 {
+        self.server.address.port()
+    }
+
+    /// How many connections it has accepted.
+    pub fn accepted(&self) -> usize {
+        self.server.accepted.load(Ordering::Relaxed)
+    }
+}
+
+/// Sends the same bytes to everybody who connects, whatever they ask, and closes.
+#[derive(Debug)]
+pub struct Garbage {
+    server: Server,
+}
+
+impl Garbage {
+    /// Random bytes, which are no RESP.
+    pub fn start() -> Self {
+        let noise: Vec<u8> = (0..64).flat_map(|_| uuid::Uuid::new_v4().into_bytes()).collect();
+        Self::saying(&noise)
+    }
+
+    pub fn saying(bytes: &[u8]) -> Self {
+        let bytes = bytes.to_vec();
+        let server = Server::start(move |mut stream, _| {
+            // Who has left already is no matter.
+            let _ = stream.write_all(&bytes);
+        });
+        Garbage { server }
+    }
+
+    pub fn port(&self) -> u16 {
+        self.server.address.port()
+    }
+
+    pub fn accepted(&self) -> usize {
+        self.server.accepted.load(Ordering::Relaxed)
+    }
+}
+
+type Held = Mutex<Vec<TcpStream>>;
+
+/// A listener on 127.0.0.1, and the thread that treats its connections.
+#[derive(Debug)]
+struct Server {
+    address: SocketAddr,
+    accepted: Arc<AtomicUsize>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+    /// Kept open when no thread owns it.
+    _idle: Option<TcpListener>,
+}
+
+impl Server {
+    fn start(treat: impl Fn(TcpStream, &Held) + Send + 'static) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("cannot listen");
+        let address = listener.local_addr().expect("a bound socket has an address");
+        let accepted = Arc::new(AtomicUsize::new(0));
+        let stop = Arc::new(AtomicBool::new(false));
+        let (count, stopping) = (Arc::clone(&accepted), Arc::clone(&stop));
+        let thread = std::thread::spawn(move || {
+            let held = Held::default();
+            for stream in listener.incoming().map_while(Result::ok) {
+                if stopping.load(Ordering::Relaxed) {
+                    return;
+                }
+                count.fetch_add(1, Ordering::Relaxed);
+                treat(stream, &held);
+            }
+        });
+        Server {
+            address,
+            accepted,
+            stop,
+            thread: Some(thread),
+            _idle: None,
+        }
+    }
+
+    fn idle(listener: TcpListener) -> Self {
+        let address = listener.local_addr().expect("a bound socket has an address");
+        Server {
+            address,
+            accepted: Arc::default(),
+            stop: Arc::default(),
+            thread: None,
+            _idle: Some(listener),
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        let Some(thread) = self.thread.take() else { return };
+        // Wakes accept().
+        let _ = TcpStream::connect(self.address);
+        let _ = thread.join();
+    }
+}

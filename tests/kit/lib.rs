@@ -1,0 +1,25 @@
+//! The kit: throwaway Postgres and Redis servers for the tests, and a few ways to wait and to misbehave.
+//!
+//! - [`Postgres`] a server of its own data directory, reached by a unix socket ([`postgres`])
+//! - [`Redis`] a server of its own port and directory ([`redis`])
+//! - [`Stack`] both, with the extension created and its `default` backend pointed at that Redis ([`stack`])
+//! - [`wait_until`], [`wait_eq`], [`eventually`] poll until something holds, and say what didn't ([`wait`])
+//! - [`BlackHole`], [`Garbage`] Redis servers that never were ([`hostile`])
+//!
+//! `scripts/test` prepares what the kit needs and names it in the environment ([`env`]): start the tests with it
+//! (`make test`). Every server runs below one temporary directory, so that the script can end whatever a test
+//! that was killed has left.
+
+pub mod env;
+pub mod hostile;
+pub mod postgres;
+pub mod process;
+pub mod redis;
+pub mod stack;
+pub mod wait;
+
+pub use hostile::{BlackHole, Garbage};
+pub use postgres::{Mode, Postgres};
+pub use redis::{Entry, Redis, entries, xlen};
+pub use stack::Stack;
+pub use wait::{LIMIT, eventually, wait_eq, wait_until};

@@ -1,0 +1,330 @@
+//! A throwaway Redis server, and reading its streams.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::net::TcpListener;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use ::redis::{Connection, ConnectionLike, Value, cmd};
+use nix::sys::signal::Signal;
+use tempfile::TempDir;
+
+use crate::env;
+use crate::process::{self, tail, wait_exit};
+use crate::wait::{LIMIT, eventually};
+
+/// Below the range from which the kernel takes the ports of outgoing connections (32768 and up on Linux), so that
+/// none of those takes a server's port while it is down.
+const PORTS: std::ops::Range<u16> = 20_000..30_000;
+
+/// A Redis server on 127.0.0.1 and on a unix socket; nothing is saved to disk unless its arguments say so. Dropping it kills
+/// it and removes its data.
+#[derive(Debug)]
+pub struct Redis {
+    child: Option<Child>,
+    port: TakenPort,
+    args: Vec<String>,
+    password: Option<String>,
+    dir: TempDir,
+}
+
+impl Redis {
+    pub fn start() -> Self {
+        Self::with(&[])
+    }
+
+    /// A server with further arguments, such as `&["--appendonly", "yes"]`. A `--requirepass` is used by [`conn`](Self::conn) too.
+    #[track_caller]
+    pub fn with(args: &[&str]) -> Self {
+        let password = args
+            .iter()
+            .position(|arg| *arg == "--requirepass")
+            .map(|at| args[at + 1].to_string());
+        let args = args.iter().map(|arg| arg.to_string()).collect();
+        let mut server = Redis {
+            child: None,
+            port: TakenPort::any(),
+            args,
+            password,
+            dir: env::server_dir("redis"),
+        };
+        for _ in 0..20 {
+            if server.try_start() {
+                return server;
+            }
+            // Somebody else's: nobody reserves a port for ever.
+            server.port = TakenPort::any();
+        }
+        panic!("found no port for redis-server:\n{}", tail(&server.log(), 20));
+    }
+
+    /// Starts a stopped server on the same port, with what it had saved.
+    #[track_caller]
+    pub fn start_again(&mut self) {
+        assert!(
+            self.try_start(),
+            "cannot start redis-server again:\n{}",
+            tail(&self.log(), 20)
+        );
+    }
+
+    /// `false` when another program has the port.
+    #[track_caller]
+    fn try_start(&mut self) -> bool {
+        assert!(self.child.is_none(), "this server runs already");
+        let mark = self.log().len();
+        let log = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.log_path())
+            .expect("cannot open the log");
+        let child = Command::new("redis-server")
+            .args([
+                "--port",
+                &self.port().to_string(),
+                "--bind",
+                "127.0.0.1",
+                "--protected-mode",
+                "no",
+            ])
+            .args(["--unixsocketperm", "777", "--unixsocket"])
+            .arg(self.socket())
+            .args(["--save", "", "--daemonize", "no", "--dir"])
+            .arg(self.dir.path())
+            .args(&self.args)
+            .current_dir(self.dir.path())
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().expect("cannot duplicate the log's handle"))
+            .stderr(log)
+            .spawn()
+            .expect("cannot run redis-server");
+        self.child = Some(child);
+        eventually("redis-server to answer PING", LIMIT, || {
+            if let Some(status) = self.child.as_mut().and_then(|child| child.try_wait().expect("wait")) {
+                self.child = None;
+                let log = self.log();
+                let said = &log[mark..];
+                assert!(
+                    said.contains("Address already in use") || said.contains("Failed listening"),
+                    "redis-server ended while starting, {status}:\n{}",
+                    tail(said, 20)
+                );
+                return Some(false);
+            }
+            let pong = self.try_conn().ok().is_some_and(|mut conn| conn.check_connection());
+            pong.then_some(true)
+        })
+    }
+
+    pub fn port(&self) -> u16 {
+        self.port.number
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.dir.path().join("redis.sock")
+    }
+
+    /// A TCP connection, whose replies are awaited for at most [`LIMIT`].
+    #[track_caller]
+    pub fn conn(&self) -> Connection {
+        self.try_conn()
+            .unwrap_or_else(|error| panic!("cannot connect to Redis: {error}"))
+    }
+
+    fn try_conn(&self) -> ::redis::RedisResult<Connection> {
+        let user = self
+            .password
+            .as_ref()
+            .map(|password| format!(":{password}@"))
+            .unwrap_or_default();
+        let client = ::redis::Client::open(format!("redis://{user}127.0.0.1:{}", self.port()))?;
+        let conn = client.get_connection_with_timeout(Duration::from_secs(2))?;
+        conn.set_read_timeout(Some(LIMIT))?;
+        Ok(conn)
+    }
+
+    /// One command on a connection of its own: `redis.call(&["CONFIG", "SET", "maxmemory", "1mb"])`.
+    #[track_caller]
+    pub fn call(&self, words: &[&str]) -> Value {
+        let mut command = cmd(words[0]);
+        for word in &words[1..] {
+            command.arg(word);
+        }
+        command
+            .query(&mut self.conn())
+            .unwrap_or_else(|error| panic!("{words:?} failed: {error}"))
+    }
+
+    /// The whole of a stream; see [`entries`].
+    #[track_caller]
+    pub fn entries(&self, stream: &str) -> Vec<Entry> {
+        entries(&mut self.conn(), stream)
+    }
+
+    #[track_caller]
+    pub fn xlen(&self, stream: &str) -> usize {
+        xlen(&mut self.conn(), stream)
+    }
+
+    /// Waits until a stream has `count` entries or more, and returns it whole.
+    #[track_caller]
+    pub fn wait_entries(&self, stream: &str, count: usize) -> Vec<Entry> {
+        let mut conn = self.conn();
+        let mut last = 0;
+        let deadline = std::time::Instant::now() + LIMIT;
+        while std::time::Instant::now() < deadline {
+            last = xlen(&mut conn, stream);
+            if last >= count {
+                return entries(&mut conn, stream);
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        panic!("waited {LIMIT:?} for {count} entries in {stream}; there are {last}");
+    }
+
+    #[track_caller]
+    pub fn pid(&self) -> i32 {
+        let child = self.child.as_ref().expect("this server is stopped");
+        i32::try_from(child.id()).expect("a pid fits")
+    }
+
+    #[track_caller]
+    pub fn kill9(&mut self) {
+        process::signal(self.pid(), Signal::SIGKILL);
+        self.reap();
+    }
+
+    /// SHUTDOWN: saves what its arguments say, and exits.
+    #[track_caller]
+    pub fn shutdown(&mut self) {
+        process::signal(self.pid(), Signal::SIGTERM);
+        let status = self.child.as_mut().and_then(|child| wait_exit(child, LIMIT));
+        assert!(status.is_some(), "redis-server still runs {LIMIT:?} after SIGTERM");
+        self.child = None;
+    }
+
+    /// Freezes it: connections are accepted by the kernel and nothing answers.
+    #[track_caller]
+    pub fn sigstop(&self) {
+        process::signal(self.pid(), Signal::SIGSTOP);
+    }
+
+    #[track_caller]
+    pub fn sigcont(&self) {
+        process::signal(self.pid(), Signal::SIGCONT);
+    }
+
+    pub fn log(&self) -> String {
+        let bytes = std::fs::read(self.log_path()).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    fn log_path(&self) -> PathBuf {
+        self.dir.path().join("redis.log")
+    }
+
+    fn reap(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+impl Drop for Redis {
+    fn drop(&mut self) {
+        self.reap();
+    }
+}
+
+/// One entry of a stream.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    pub id: String,
+    pub fields: Vec<(String, String)>,
+}
+
+impl Entry {
+    /// The value of the first field of that name.
+    pub fn get(&self, name: &str) -> Option<&str> {
+        self.fields
+            .iter()
+            .find(|(field, _)| field == name)
+            .map(|(_, value)| value.as_str())
+    }
+
+    /// The value of a field that must be there.
+    #[track_caller]
+    pub fn field(&self, name: &str) -> &str {
+        self.get(name).unwrap_or_else(|| panic!("no field {name} in {self:?}"))
+    }
+}
+
+/// The whole of a stream, oldest entry first; empty when it doesn't exist.
+#[track_caller]
+pub fn entries(conn: &mut impl ConnectionLike, stream: &str) -> Vec<Entry> {
+    let raw: Vec<(String, Vec<String>)> = cmd("XRANGE")
+        .arg(stream)
+        .arg("-")
+        .arg("+")
+        .query(conn)
+        .unwrap_or_else(|error| panic!("cannot read {stream}: {error}"));
+    raw.into_iter()
+        .map(|(id, flat)| Entry {
+            id,
+            fields: flat
+                .chunks_exact(2)
+                .map(|pair| (pair[0].clone(), pair[1].clone()))
+                .collect(),
+        })
+        .collect()
+}
+
+#[track_caller]
+pub fn xlen(conn: &mut impl ConnectionLike, stream: &str) -> usize {
+    cmd("XLEN")
+        .arg(stream)
+        .query(conn)
+        .unwrap_or_else(|error| panic!("cannot count {stream}: {error}"))
+}
+
+/// How often each value of `field` stands in a stream: the ledger's view of duplicates.
+pub fn counts(entries: &[Entry], field: &str) -> BTreeMap<String, usize> {
+    let mut counts = BTreeMap::new();
+    for entry in entries {
+        *counts.entry(entry.field(field).to_string()).or_default() += 1;
+    }
+    counts
+}
+
+/// A port that no other test of this run takes, noted in a file until the value is dropped.
+#[derive(Debug)]
+struct TakenPort {
+    number: u16,
+    note: PathBuf,
+}
+
+impl TakenPort {
+    fn any() -> Self {
+        let dir = env::port_dir();
+        let span = u64::from(PORTS.end - PORTS.start);
+        for _ in 0..1_000 {
+            let (high, low) = uuid::Uuid::new_v4().as_u64_pair();
+            let offset = u16::try_from((high ^ low) % span).expect("below the span");
+            let number = PORTS.start + offset;
+            let note = dir.join(number.to_string());
+            if TcpListener::bind(("127.0.0.1", number)).is_ok() && File::create_new(&note).is_ok() {
+                return TakenPort { number, note };
+            }
+        }
+        panic!("found no free port in {PORTS:?}");
+    }
+}
+
+impl Drop for TakenPort {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.note);
+    }
+}

@@ -1,0 +1,86 @@
+//! Postgres with the extension, and the Redis that it relays to.
+
+use uuid::Uuid;
+
+use crate::postgres::Builder;
+use crate::{Entry, Postgres, Redis};
+
+/// The stream of the backend `default`.
+pub const STREAM: &str = "events";
+
+/// Both servers, the extension created in the database `postgres`, its `default` backend pointed at `redis`.
+#[derive(Debug)]
+pub struct Stack {
+    // Stopped first: it would log that Redis is gone.
+    pub pg: Postgres,
+    pub redis: Redis,
+}
+
+impl Stack {
+    #[track_caller]
+    pub fn start() -> Self {
+        Self::with(&[])
+    }
+
+    /// With these settings in postgresql.conf.
+    #[track_caller]
+    pub fn with(settings: &[(&str, &str)]) -> Self {
+        Self::of(Postgres::with(settings), Redis::start())
+    }
+
+    #[track_caller]
+    pub fn of(postgres: Builder, redis: Redis) -> Self {
+        let stack = Stack {
+            pg: postgres.start(),
+            redis,
+        };
+        stack.pg.extension();
+        stack.point("default", &stack.redis);
+        stack
+    }
+
+    /// Points a backend at a Redis server's TCP port.
+    #[track_caller]
+    pub fn point(&self, backend: &str, redis: &Redis) {
+        self.point_at(backend, "127.0.0.1", redis.port());
+    }
+
+    #[track_caller]
+    pub fn point_at(&self, backend: &str, host: &str, port: u16) {
+        let port = i32::from(port);
+        let changed = self
+            .pg
+            .client()
+            .execute(
+                "update outbox.backends set host = $1, port = $2 where name = $3",
+                &[&host, &port, &backend],
+            )
+            .unwrap_or_else(|error| panic!("cannot point {backend} at {host}:{port}: {error:?}"));
+        assert_eq!(changed, 1, "there is no backend {backend}");
+    }
+
+    /// Publishes one event of this type, with `{"type": event_type}` as its data, in a transaction of its own.
+    #[track_caller]
+    pub fn publish(&self, event_type: &str) -> Uuid {
+        self.pg
+            .client()
+            .query_one(
+                "select outbox.publish_event($1, 'kit', pg_catalog.jsonb_build_object('type', $1::text))",
+                &[&event_type],
+            )
+            .unwrap_or_else(|error| panic!("cannot publish {event_type}: {error:?}"))
+            .get(0)
+    }
+
+    /// The stream of the backend `default`, whole.
+    #[track_caller]
+    pub fn events(&self) -> Vec<Entry> {
+        self.redis.entries(STREAM)
+    }
+
+    /// The same, once it has `count` entries or more.
+    #[track_caller]
+    pub fn wait_events(&self, count: usize) -> Vec<Entry> {
+        self.redis.wait_entries(STREAM, count)
+    }
+}
