@@ -69,8 +69,8 @@ lint: headers ## formatting and clippy, as CI checks them
 	$(CARGO) fmt --all --check
 	$(cargo_env) $(CARGO) clippy --workspace --all-targets --locked --no-default-features --features $(features) -- -D warnings
 
-bench: ## measure throughput and latency
-	scripts/bench
+bench: ## measure the figures of the README (BENCH_ARGS=... for some of them)
+	scripts/bench $(BENCH_ARGS)
 
 clean: ## remove what was built
 	$(CARGO) clean

@@ -53,3 +53,15 @@ remove_temp_root() {
     done
     rm -rf "$1"
 }
+
+# Prepares what the test kit needs below directory $1, and names it in the environment: a private Postgres with the extension (built
+# before), and a data directory to copy.
+prepare_servers() {
+    OUTBOX_TEST_TMP=$1
+    OUTBOX_TEST_PGBIN=$(scripts/private-postgres "$1/postgres")
+    OUTBOX_TEST_TEMPLATE=$1/template
+    export OUTBOX_TEST_TMP OUTBOX_TEST_PGBIN OUTBOX_TEST_TEMPLATE
+    make --no-print-directory install DESTDIR="$1/postgres" >/dev/null
+    as_server "$OUTBOX_TEST_PGBIN/initdb" --pgdata="$OUTBOX_TEST_TEMPLATE" --username=postgres --auth=trust \
+        --encoding=UTF8 --locale=C.UTF-8 --no-sync >"$1/initdb.log" 2>&1 || { cat "$1/initdb.log" >&2; exit 1; }
+}

@@ -27,6 +27,8 @@ const SAVE_AFTER: Duration = Duration::from_millis(250);
 const SAVE_IDLE_AFTER: Duration = Duration::from_secs(30);
 /// The same trouble is logged again after this long.
 const REPEAT_LOG_AFTER: Duration = Duration::from_secs(60);
+/// Most different troubles in one state that are logged within that time.
+const LOGGED_TROUBLES: usize = 8;
 
 /// Who reads: a backend with its Redis, or the keeper of events that have none.
 pub enum Role {
@@ -71,7 +73,9 @@ pub struct Backend {
     saved_high_seq: i64,
     pub tick_recorded_at: Now,
     pub tick_due: bool,
-    logged: Option<(State, String, Now)>,
+    logged_state: Option<State>,
+    /// Troubles that were logged in this state within a minute.
+    logged: Vec<(String, Now)>,
     buffers: Vec<Vec<u8>>,
     scratch: Vec<u8>,
 }
@@ -106,7 +110,8 @@ impl Backend {
             saved_high_seq: position.from.high_seq,
             tick_recorded_at: Now::ZERO,
             tick_due: true,
-            logged: None,
+            logged_state: None,
+            logged: Vec::new(),
             buffers: Vec::new(),
             scratch: Vec::new(),
             delivery: Delivery::new(position, streams, guc::backoff()),
@@ -135,7 +140,9 @@ impl Backend {
         let (destination, stream, max_len) = settings(Some(&row), database);
         if destination != self.destination || !row.enabled || !self.is_enabled() {
             self.let_go();
-            self.logged = None;
+            self.delivery.forget_trouble();
+            self.logged_state = None;
+            self.delivery.forget_trouble();
         }
         if stream != self.stream {
             self.delivery
@@ -352,10 +359,13 @@ impl Backend {
             state => state,
         };
         let message = self.delivery.trouble().map(|f| f.message.clone()).unwrap_or_default();
-        let known = self.logged.as_ref();
-        let same = known.is_some_and(|(s, m, _)| *s == state && *m == message);
-        if same && (state == State::Idle || known.is_some_and(|(_, _, at)| now < *at + REPEAT_LOG_AFTER)) {
-            return;
+        if self.logged_state == Some(state) {
+            // Troubles that take turns are repeats, too.
+            self.logged.retain(|(_, at)| now < *at + REPEAT_LOG_AFTER);
+            let repeated = self.logged.len() >= LOGGED_TROUBLES || self.logged.iter().any(|(m, _)| *m == message);
+            if state == State::Idle || repeated {
+                return;
+            }
         }
         let address = self.destination.address.to_string();
         let name = self.name().to_owned();
@@ -386,7 +396,10 @@ impl Backend {
             }
             None => return,
         }
-        self.logged = Some((state, message, now));
+        if self.logged_state.replace(state) != Some(state) {
+            self.logged.clear();
+        }
+        self.logged.push((message, now));
     }
 }
 

@@ -11,6 +11,8 @@ use thiserror::Error;
 pub enum PublishError {
     #[error("{0} must not be null or empty")]
     Missing(&'static str),
+    #[error("stream must not be empty")]
+    EmptyStream,
     #[error("{field} is too long")]
     TooLong {
         field: &'static str,
@@ -29,7 +31,7 @@ pub enum PublishError {
     Config(#[from] ConfigError),
     #[error("event is too large")]
     TooLarge { size: usize, limit: usize },
-    #[error("event_id {0} is already used by a scheduled event")]
+    #[error("event_id {0} is already used")]
     RepeatedId(String),
     #[error("publish_events expects a JSON array of objects")]
     NotAnArray,
@@ -46,6 +48,7 @@ impl PublishError {
             Self::TooLarge { .. } => ERRCODE_PROGRAM_LIMIT_EXCEEDED,
             Self::RepeatedId(_) => ERRCODE_UNIQUE_VIOLATION,
             Self::Missing(_)
+            | Self::EmptyStream
             | Self::TooLong { .. }
             | Self::NegativeRetries(_)
             | Self::EndlessSchedule
@@ -58,6 +61,7 @@ impl PublishError {
     fn detail(&self) -> String {
         match self {
             Self::Missing(_) => "Every event has a type and a source.".into(),
+            Self::EmptyStream => "Every stream has a name.".into(),
             Self::TooLong { length, limit, .. } => format!("It has {length} characters; at most {limit} are allowed."),
             Self::NegativeRetries(n) => format!("It is {n}."),
             Self::EndlessSchedule => "An event scheduled for infinity would never be sent.".into(),
@@ -74,6 +78,7 @@ impl PublishError {
     fn hint(&self) -> &'static str {
         match self {
             Self::Missing(_) => "Pass a text of 1 to 255 characters.",
+            Self::EmptyStream => "Pass a name, or NULL for the backend's own stream.",
             Self::TooLong { .. } => "Put longer texts into data.",
             Self::NegativeRetries(_) => "Pass the number of attempts in all, or NULL for outbox_relay.max_retries.",
             Self::EndlessSchedule => "Pass a time, or NULL to send at once.",
@@ -96,6 +101,23 @@ impl PublishError {
                 .set_detail(self.detail())
                 .set_hint(self.hint()),
         )
+    }
+}
+
+/// Keeps pgrx from adding a Rust backtrace to the DETAIL that a user sees, wherever RUST_BACKTRACE is set. Called once, from
+/// `_PG_init`.
+pub fn hide_backtraces() {
+    const SWITCH: &str = "RUST_LIB_BACKTRACE";
+    let before = std::env::var_os(SWITCH);
+    // SAFETY: this process has one thread while it loads a library. The first capture decides for all; the variable is put
+    // back for other libraries.
+    unsafe {
+        std::env::set_var(SWITCH, "0");
+        let _ = std::backtrace::Backtrace::capture();
+        match before {
+            Some(value) => std::env::set_var(SWITCH, value),
+            None => std::env::remove_var(SWITCH),
+        }
     }
 }
 

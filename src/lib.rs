@@ -57,6 +57,7 @@ pub extern "C-unwind" fn _PG_init() {
             pg_sys::IsBinaryUpgrade,
         )
     };
+    error::hide_backtraces();
     guc::define();
     if preloading && !upgrading {
         shmem::install();

@@ -3,7 +3,9 @@
 
 use crate::error::internal;
 use crate::publish;
+use crate::rows;
 use pgrx::datum::DatumWithOid;
+use pgrx::pg_sys;
 use pgrx::spi::{Spi, SpiTupleTable};
 use relay::reader::{Position, UnderWay};
 use relay::refusal::Record;
@@ -75,6 +77,30 @@ fn value<T: pgrx::IntoDatum + pgrx::FromDatum>(row: &SpiTupleTable<'_>, ordinal:
     row.get(ordinal).unwrap_or_else(|e| internal(e.to_string()))
 }
 
+/// A text of the current row, in UTF-8 whatever the database's encoding.
+fn text(row: &SpiTupleTable<'_>, ordinal: usize) -> Option<String> {
+    let datum = row
+        .get_datum_by_ordinal(ordinal)
+        .unwrap_or_else(|e| internal(e.to_string()));
+    // SAFETY: a column of type text, in a row that is there.
+    datum.map(|d| unsafe { rows::utf8_of(d).into_owned() })
+}
+
+/// A text as an argument, in the database's encoding; one that came from there fits.
+fn argument<'a>(text: &str) -> DatumWithOid<'a> {
+    // SAFETY: to_server() gives valid text, which is copied; text has the form of bytea.
+    unsafe { DatumWithOid::new(&*rows::to_server(text), pg_sys::TEXTOID) }
+}
+
+/// As [`argument`], for words of Redis or of the system: what the database's encoding may not have is left out.
+fn words<'a>(text: &str) -> DatumWithOid<'a> {
+    // SAFETY: a plain read.
+    match unsafe { pg_sys::GetDatabaseEncoding() } as u32 {
+        pg_sys::pg_enc::PG_UTF8 => text.into(),
+        _ => text.replace(|c: char| !c.is_ascii(), "?").into(),
+    }
+}
+
 /// The installed version of the extension, if it is there.
 pub fn installed_version() -> Option<String> {
     query(
@@ -97,19 +123,19 @@ pub fn backends() -> Vec<BackendRow> {
         &[],
         |row| BackendRow {
             number: value(row, 1).unwrap_or_default(),
-            name: value(row, 2).unwrap_or_default(),
+            name: text(row, 2).unwrap_or_default(),
             enabled: value(row, 3).unwrap_or_default(),
-            host: value(row, 4),
+            host: text(row, 4),
             port: value(row, 5),
             db: value(row, 6),
-            username: value(row, 7),
-            stream_name: value(row, 8),
+            username: text(row, 7),
+            stream_name: text(row, 8),
             max_len: value(row, 9),
             connect_timeout_ms: value(row, 10),
             socket_timeout_ms: value(row, 11),
-            unix_socket: value(row, 12),
-            password_file: value(row, 13),
-            password: value(row, 14),
+            unix_socket: text(row, 12),
+            password_file: text(row, 13),
+            password: text(row, 14),
         },
     )
 }
@@ -157,7 +183,7 @@ pub fn cursor(number: i32) -> Option<(Position, Standing)> {
                 published_total: value(row, 11).unwrap_or_default(),
                 failed_total: value(row, 12).unwrap_or_default(),
                 last_published_at: value(row, 13),
-                last_error: value(row, 14),
+                last_error: text(row, 14),
                 last_error_at: value(row, 15),
                 ..Standing::default()
             };
@@ -212,7 +238,7 @@ pub fn save_cursor(number: i32, position: &Position, standing: &Standing) {
             standing.failed_total.into(),
             standing.events_per_second.into(),
             standing.last_published_at.into(),
-            standing.last_error.clone().into(),
+            standing.last_error.as_deref().map_or_else(DatumWithOid::null::<String>, words),
             standing.last_error_at.into(),
             standing.next_attempt_at.into(),
         ],
@@ -226,10 +252,10 @@ pub fn refused_streams(number: i32, own_stream: &str) -> Vec<(String, u32)> {
         from outbox.refused_events r join outbox.events e on e.seq = r.seq
         where r.backend_number = $1
         order by stream, r.seq",
-        &[number.into(), own_stream.into()],
+        &[number.into(), argument(own_stream)],
         |row| {
             (
-                value(row, 1).unwrap_or_default(),
+                text(row, 1).unwrap_or_default(),
                 value::<i32>(row, 2).unwrap_or_default() as u32,
             )
         },
@@ -242,7 +268,7 @@ pub fn refused_events(number: i32, stream: &str, own_stream: &str, count: usize)
         "select r.seq from outbox.refused_events r join outbox.events e on e.seq = r.seq
         where r.backend_number = $1 and coalesce(e.stream, $2) = $3
         order by r.seq limit $4",
-        &[number.into(), own_stream.into(), stream.into(), (count as i64).into()],
+        &[number.into(), argument(own_stream), argument(stream), (count as i64).into()],
         |row| value(row, 1).unwrap_or_default(),
     );
     if found.is_empty() {
@@ -264,7 +290,7 @@ pub fn record(number: i32, own_stream: &str, records: &[Record]) -> u64 {
                 run(
                     "insert into outbox.refused_events (seq, backend_number, attempts, last_error) values ($1, $2, $3, $4)
                     on conflict do nothing",
-                    &[(*seq).into(), number.into(), (*attempts as i32).into(), error.as_str().into()],
+                    &[(*seq).into(), number.into(), (*attempts as i32).into(), words(error)],
                 );
             }
             Record::Fail { seq, attempts, error } => failed += fail(&[*seq], *attempts, error),
@@ -274,7 +300,7 @@ pub fn record(number: i32, own_stream: &str, records: &[Record]) -> u64 {
             Record::RefusedAgain { seq, attempts, error } => {
                 run(
                     "update outbox.refused_events set attempts = $2, last_error = $3 where seq = $1",
-                    &[(*seq).into(), (*attempts as i32).into(), error.as_str().into()],
+                    &[(*seq).into(), (*attempts as i32).into(), words(error)],
                 );
             }
             Record::FailStream {
@@ -308,7 +334,7 @@ pub fn fail(seqs: &[i64], attempts: u32, error: &str) -> u64 {
             e.subject, e.stream, e.data_schema, e.publisher_config, e.max_retries, $2, $3
         from outbox.events e where e.seq = any($1)
         on conflict (event_id) do nothing",
-        &[seqs.to_vec().into(), (attempts as i32).into(), error.into()],
+        &[seqs.to_vec().into(), (attempts as i32).into(), words(error)],
     )
 }
 

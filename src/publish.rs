@@ -7,7 +7,7 @@
 use crate::catalog::{self, Relations};
 use crate::error::{PublishError, raise};
 use crate::guc;
-use crate::rows::{Row, attribute, bytes_of, utf8_of};
+use crate::rows::{Row, attribute, bytes_of, to_server, utf8, utf8_of};
 use crate::txn;
 use crate::uuid;
 use pgrx::iter::SetOfIterator;
@@ -64,7 +64,7 @@ fn check(request: &Request<'_>) -> Result<Checked, PublishError> {
     check_length("data_schema", request.data_schema.as_deref(), TEXT_LIMIT)?;
     if let Some(stream) = request.stream.as_deref() {
         if stream.is_empty() {
-            return Err(PublishError::Missing("stream"));
+            return Err(PublishError::EmptyStream);
         }
         check_length("stream", Some(stream), TEXT_LIMIT)?;
     }
@@ -75,7 +75,7 @@ fn check(request: &Request<'_>) -> Result<Checked, PublishError> {
         return Err(PublishError::EndlessSchedule);
     }
     if let Some(config) = request.publisher_config.as_deref() {
-        further_fields(&String::from_utf8_lossy(config))?;
+        further_fields(&decoded(config))?;
     }
     let texts = [
         &request.event_type,
@@ -92,13 +92,13 @@ fn check(request: &Request<'_>) -> Result<Checked, PublishError> {
         return Err(PublishError::TooLarge { size, limit });
     }
     let backend = match request.backend.as_deref() {
-        Some(name) => String::from_utf8_lossy(name).into_owned(),
+        Some(name) => decoded(name).into_owned(),
         None => guc::text(&guc::DEFAULT_BACKEND),
     };
     let Some(known) = catalog::backend(&backend) else {
         return Err(PublishError::UnknownBackend(backend));
     };
-    if let Some(stream) = request.stream.as_deref().map(String::from_utf8_lossy)
+    if let Some(stream) = request.stream.as_deref().map(decoded)
         && !known.allows(&stream)
     {
         return Err(PublishError::StreamNotAllowed {
@@ -110,6 +110,12 @@ fn check(request: &Request<'_>) -> Result<Checked, PublishError> {
         backend,
         backend_number: known.number,
     })
+}
+
+/// A request's text in UTF-8.
+fn decoded(text: &[u8]) -> Cow<'_, str> {
+    // SAFETY: the texts of a request are valid in the database's encoding.
+    unsafe { utf8(text) }
 }
 
 fn check_name(field: &'static str, text: Option<&[u8]>) -> Result<(), PublishError> {
@@ -173,7 +179,7 @@ fn publish(request: &Request<'_>) -> [u8; 16] {
     set(attribute::CREATED_AT, pg_sys::Datum::from(now));
     set(attribute::EVENT_ID, pg_sys::Datum::from(event_id.as_ptr()));
     set(attribute::BACKEND_NUMBER, pg_sys::Datum::from(checked.backend_number));
-    set(attribute::BACKEND, text_datum(checked.backend.as_bytes()));
+    set(attribute::BACKEND, text_datum(&to_server(&checked.backend)));
     let texts = [
         (attribute::EVENT_TYPE, &request.event_type),
         (attribute::SOURCE, &request.source),
@@ -405,8 +411,8 @@ struct Item<'a> {
 #[pg_extern(sql = false)]
 fn publish_events(events: pgrx::AnyElement) -> SetOfIterator<'static, pgrx::Uuid> {
     // SAFETY: the SQL declaration says jsonb, and strict.
-    let text = unsafe { rendered_jsonb(events.datum()) };
-    let items: Vec<&RawValue> = serde_json::from_slice(text).unwrap_or_else(|_| PublishError::NotAnArray.raise());
+    let text = decoded(unsafe { rendered_jsonb(events.datum()) });
+    let items: Vec<&RawValue> = serde_json::from_str(&text).unwrap_or_else(|_| PublishError::NotAnArray.raise());
     let ids: Vec<pgrx::Uuid> = items
         .iter()
         .enumerate()
@@ -423,8 +429,8 @@ fn publish_events(events: pgrx::AnyElement) -> SetOfIterator<'static, pgrx::Uuid
 }
 
 fn request_of<'a>(item: &'a Item<'a>, index: usize) -> Request<'a> {
-    let bytes = |text: &'a Option<Cow<'a, str>>| text.as_deref().map(|t| Cow::Borrowed(t.as_bytes()));
-    let raw = |value: Option<&'a RawValue>| value.map(|v| Cow::Borrowed(v.get().as_bytes()));
+    let bytes = |text: &'a Option<Cow<'a, str>>| text.as_deref().map(to_server);
+    let raw = |value: Option<&'a RawValue>| value.map(|v| to_server(v.get()));
     Request {
         event_type: bytes(&item.event_type),
         source: bytes(&item.source),
@@ -535,7 +541,7 @@ unsafe fn completed(tuple: pg_sys::HeapTuple, descriptor: pg_sys::TupleDesc) -> 
             refuse_repeated_id(&relations, &event_id, false);
         }
         set(attribute::BACKEND_NUMBER, pg_sys::Datum::from(checked.backend_number));
-        set(attribute::BACKEND, text_datum(checked.backend.as_bytes()));
+        set(attribute::BACKEND, text_datum(&to_server(&checked.backend)));
         if row
             .i64(attribute::CREATED_AT)
             .is_none_or(|at| at == i64::MIN || at == i64::MAX)

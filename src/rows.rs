@@ -147,10 +147,17 @@ pub unsafe fn bytes_of<'a>(datum: pg_sys::Datum) -> &'a [u8] {
 /// # Safety
 /// As [`bytes_of`].
 pub unsafe fn utf8_of<'a>(datum: pg_sys::Datum) -> Cow<'a, str> {
-    // SAFETY: the caller's promise; Postgres keeps only valid text in its encoding; a conversion's result is a
-    // zero-terminated string of the current memory context.
+    // SAFETY: the caller's promise; Postgres keeps only valid text in its encoding.
+    unsafe { utf8(bytes_of(datum)) }
+}
+
+/// Text in the database's encoding, in UTF-8.
+///
+/// # Safety
+/// Valid text in the database's encoding.
+pub unsafe fn utf8(bytes: &[u8]) -> Cow<'_, str> {
+    // SAFETY: the caller's promise; a conversion's result is a zero-terminated string of the current memory context.
     unsafe {
-        let bytes = bytes_of(datum);
         match pg_sys::GetDatabaseEncoding() as u32 {
             pg_sys::pg_enc::PG_UTF8 => Cow::Borrowed(std::str::from_utf8_unchecked(bytes)),
             pg_sys::pg_enc::PG_SQL_ASCII => String::from_utf8_lossy(bytes),
@@ -166,6 +173,19 @@ pub unsafe fn utf8_of<'a>(datum: pg_sys::Datum) -> Cow<'a, str> {
                 CStr::from_ptr(converted).to_string_lossy()
             }
         }
+    }
+}
+
+/// Text in the database's encoding. An ERROR when it has no such character.
+pub fn to_server(text: &str) -> Cow<'_, [u8]> {
+    // SAFETY: reads the text, or returns a zero-terminated string of the current memory context.
+    unsafe {
+        let given = text.as_ptr().cast();
+        let converted = pg_sys::pg_any_to_server(given, text.len() as i32, pg_sys::pg_enc::PG_UTF8 as i32);
+        if converted.cast_const() == given {
+            return Cow::Borrowed(text.as_bytes());
+        }
+        Cow::Borrowed(CStr::from_ptr(converted).to_bytes())
     }
 }
 

@@ -77,11 +77,14 @@ unsafe extern "C-unwind" fn leave(_code: i32, argument: pg_sys::Datum) {
     }
 }
 
-/// Ends the process. Code 1: never "do not restart me".
+/// Ends the process. Code 0, so that nothing is logged: whether it comes back is the launcher's business.
 fn leave_process(slot: &Slot, state: SlotState) -> ! {
     slot.set_state(state);
-    // SAFETY: runs the exit callbacks and ends; no Rust frame needs to be unwound. Sender threads end with the process.
-    unsafe { pg_sys::proc_exit(1) }
+    loop {
+        // SAFETY: runs the exit callbacks and ends; no Rust frame needs to be unwound. Sender threads end with the process. (The
+        // loop is for bindings that do not know that it never returns.)
+        unsafe { pg_sys::proc_exit(0) };
+    }
 }
 
 struct Worker {
@@ -145,7 +148,7 @@ impl Worker {
 
     fn run(&mut self) -> ! {
         let mut timeout = Some(Duration::ZERO);
-        let mut announced = false;
+        let mut looked = false;
         loop {
             if timeout != Some(Duration::ZERO) {
                 self.show(None);
@@ -161,8 +164,8 @@ impl Worker {
                 self.save_all();
                 leave_process(self.slot, SlotState::Wanted);
             }
-            if !announced || self.settings_changed {
-                announced = self.announce(announced);
+            if !looked || self.settings_changed {
+                looked = self.look_at_settings();
             }
             timeout = match self.step() {
                 Ok(timeout) => timeout,
@@ -182,8 +185,8 @@ impl Worker {
         }
     }
 
-    /// At the start and after a reload: what is served, and settings that somebody may not have meant.
-    fn announce(&mut self, again: bool) -> bool {
+    /// At the start and after a reload: whether this database is served, and settings that somebody may not have meant.
+    fn look_at_settings(&mut self) -> bool {
         if self.database.is_empty() {
             // SAFETY: a catalog look-up in a transaction; the text is copied.
             let name = process::transaction(|| unsafe {
@@ -212,14 +215,6 @@ impl Worker {
                 );
             }
         }
-        if !again {
-            log(
-                LogLevel::Info,
-                &format!("outbox_relay worker started in database \"{}\"", self.database),
-                None,
-                None,
-            );
-        }
         true
     }
 
@@ -235,7 +230,7 @@ impl Worker {
             (self.work, self.polled) = (true, true);
         }
         if nudged || self.settings_changed || self.generation == u64::MAX {
-            if !self.load()? {
+            if !self.load(nudged)? {
                 return Ok(Some(guc::millis(&guc::POLL_INTERVAL_MS)));
             }
             if nudged {
@@ -276,8 +271,9 @@ impl Worker {
     }
 
     /// Loads backends and settings if they may have changed. False: this database has nothing to serve now.
-    fn load(&mut self) -> Result<bool, Aborted> {
-        let (known, changed) = (self.generation, self.settings_changed);
+    fn load(&mut self, nudged: bool) -> Result<bool, Aborted> {
+        // A nudge may come before the invalidations of the commit that it tells of: they are sent last.
+        let (known, changed) = (self.generation, self.settings_changed || nudged);
         let database = self.database.clone();
         let loaded = process::transaction(|| {
             // Takes in invalidations, so that the generation is up to date.
@@ -311,7 +307,11 @@ impl Worker {
                 self.generation = u64::MAX;
                 return Ok(false);
             }
-            Some(_) => self.slot.set_state(SlotState::Running),
+            Some(_) if self.slot.state() != SlotState::Running => {
+                self.slot.set_state(SlotState::Running);
+                log(LogLevel::Info, &format!("outbox_relay worker started in database \"{database}\""), None, None);
+            }
+            Some(_) => {}
         }
         if let Some((rows, deleted)) = rows {
             let backends = &mut self.backends;

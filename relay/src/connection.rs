@@ -52,7 +52,11 @@ impl Link {
             .arg(&destination.client_name)
             .get_packed_command();
         link.send(&name)?;
-        let _ = link.receive()?;
+        match link.receive()? {
+            // Such as "max number of clients reached": the last word before the server closes the connection.
+            Err(failure) if failure.class == Class::Backend => return Err(failure),
+            _ => {}
+        }
         link.send(&redis::cmd("PING").get_packed_command())?;
         match link.receive()? {
             Ok(()) => Ok(link),
@@ -82,9 +86,18 @@ impl Link {
     /// Reads the next reply. The outer error is the connection's end; the inner one an error reply of the server. Whatever is
     /// not the reply of a command that succeeded is an error.
     pub fn receive(&mut self) -> Result<Result<(), Failure>, Failure> {
+        self.receive_if(|value| matches!(value, Value::BulkString(_) | Value::SimpleString(_) | Value::Okay))
+    }
+
+    /// The same for the reply of an XADD: an entry's id, and nothing else.
+    pub fn receive_entry_id(&mut self) -> Result<Result<(), Failure>, Failure> {
+        self.receive_if(|value| matches!(value, Value::BulkString(_)))
+    }
+
+    fn receive_if(&mut self, succeeded: impl FnOnce(&Value) -> bool) -> Result<Result<(), Failure>, Failure> {
         match self.connection.recv_response() {
             Ok(Value::ServerError(error)) => Ok(Err(classify::reply(&error))),
-            Ok(Value::BulkString(_) | Value::SimpleString(_) | Value::Okay) => Ok(Ok(())),
+            Ok(value) if succeeded(&value) => Ok(Ok(())),
             Ok(_) => Err(Failure::backend("unexpected reply; is this a Redis server?")),
             Err(error) => Err(classify::connection(&error)),
         }

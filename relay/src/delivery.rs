@@ -55,6 +55,8 @@ struct Flight {
     entries: Vec<Entry>,
     load: Load,
     bytes: usize,
+    /// Rows of `Delivery::ahead` that lie before it.
+    aside: Vec<i64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,8 +105,12 @@ pub struct Delivery {
     failures: u32,
     /// Why it is down; `None` after the next success.
     trouble: Option<Failure>,
-    /// Rows after `acked` that were accepted all the same (the backend refused one between); not to be sent again.
+    /// Rows after `acked` that are not to be sent if they are read again: accepted all the same (the backend refused one
+    /// between), or written down. They are forgotten once `acked` has passed them.
     ahead: BTreeSet<i64>,
+    /// Those of them that were read since the last batch: before the piece at hand, and in it.
+    aside: Vec<i64>,
+    piece: Vec<i64>,
     streams: Streams,
     backoff: Backoff,
     published: u64,
@@ -122,6 +128,8 @@ impl Delivery {
             failures: 0,
             trouble: None,
             ahead: BTreeSet::new(),
+            aside: Vec::new(),
+            piece: Vec::new(),
             streams,
             backoff,
             published: 0,
@@ -137,6 +145,12 @@ impl Delivery {
         if let Link::Down { retry_at } = &mut self.link {
             *retry_at = Now::ZERO;
         }
+    }
+
+    /// The settings name another destination: what was wrong with the last one is no matter.
+    pub fn forget_trouble(&mut self) {
+        self.failures = 0;
+        self.trouble = None;
     }
 
     /// Whether a sender is to be started now.
@@ -200,8 +214,9 @@ impl Delivery {
     pub fn due_at(&self) -> Option<Now> {
         match self.link {
             Link::Down { retry_at } => Some(retry_at),
-            Link::Up => self.streams.next_retry_at(),
-            Link::Connecting | Link::Draining { .. } => None,
+            Link::Up if self.has_room() => self.streams.next_retry_at(),
+            // A report will come.
+            Link::Up | Link::Connecting | Link::Draining { .. } => None,
         }
     }
 
@@ -212,6 +227,16 @@ impl Delivery {
     /// Settings of the backend changed what its streams are called, or failed events were taken away.
     pub fn set_streams(&mut self, streams: Streams) {
         self.streams = streams;
+        self.mark_retries();
+    }
+
+    /// What is being tried again is not tried once more at the same time.
+    fn mark_retries(&mut self) {
+        for flight in self.flights.iter().filter(|f| matches!(f.load, Load::Again)) {
+            if let Some(entry) = flight.entries.first() {
+                self.streams.retrying(&entry.stream);
+            }
+        }
     }
 
     /// The stream whose waiting events are to be tried again now, and how many of them: the head alone until it is
@@ -231,11 +256,13 @@ impl Delivery {
     /// The waiting events of a stream could not be read: they are tried again later.
     pub fn retry_failed(&mut self) {
         self.streams.abandon();
+        self.mark_retries();
     }
 
-    /// A row was read and skipped, as [`Self::on_row`] said.
+    /// A row was read and skipped, or parked and written down, as [`Self::on_row`] said. To be told before [`Self::advanced`].
     pub fn skipped(&mut self, seq: i64) {
-        self.ahead.remove(&seq);
+        self.ahead.insert(seq);
+        self.piece.push(seq);
     }
 
     /// What to do with a row that was read.
@@ -252,15 +279,18 @@ impl Delivery {
     /// The reader has come to `position`, and every row before it was handed over by [`Self::sent`], parked or skipped.
     pub fn advanced(&mut self, position: Position) {
         self.read = position;
+        self.aside.append(&mut self.piece);
         self.settle();
     }
 
     /// A batch of rows went to the sender; its last row ends at `end`.
     pub fn sent(&mut self, entries: Vec<Entry>, end: Position, bytes: usize) {
+        let aside = std::mem::take(&mut self.aside);
         self.take_off(Flight {
             entries,
             load: Load::Rows { end },
             bytes,
+            aside,
         });
     }
 
@@ -270,6 +300,7 @@ impl Delivery {
             entries,
             load: Load::Again,
             bytes,
+            aside: Vec::new(),
         });
     }
 
@@ -288,17 +319,16 @@ impl Delivery {
         let blamed = refused.iter().find(|r| is_backends(r)).map(|r| r.1.clone());
         let records = self.land(flight, count, refused, now, random);
         match blamed {
-            Some(failure) => {
-                if !matches!(self.link, Link::Draining { .. }) {
-                    let retry_at = self.failed(failure, now, random);
-                    self.link = Link::Draining { retry_at };
-                }
+            Some(failure) if self.link == Link::Up => {
+                let retry_at = self.failed(failure, now, random);
+                self.link = Link::Draining { retry_at };
             }
             None if self.link == Link::Up => {
                 self.failures = 0;
                 self.trouble = None;
             }
-            None => {}
+            // Replies that were still to come after the first that blamed the backend.
+            Some(_) | None => {}
         }
         self.settle();
         records
@@ -343,6 +373,7 @@ impl Delivery {
     pub fn rest(&mut self) -> bool {
         let rests = self.link == Link::Up && self.flights.is_empty();
         if rests {
+            self.ahead.clear();
             self.failures = 0;
         }
         rests && self.trouble.take().is_some()
@@ -351,6 +382,12 @@ impl Delivery {
     /// The worker lets the sender go (settings changed, backend disabled): what is in flight is in doubt.
     pub fn abandon(&mut self) {
         self.go_down(Now::ZERO);
+    }
+
+    /// The backend stands for another server now: what was wrong with the former one says nothing.
+    pub fn forget_trouble(&mut self) {
+        self.trouble = None;
+        self.failures = 0;
     }
 
     fn failed(&mut self, failure: Failure, now: Now, random: f64) -> Now {
@@ -367,6 +404,8 @@ impl Delivery {
 
     fn go_down(&mut self, retry_at: Now) {
         self.flights.clear();
+        self.aside.clear();
+        self.piece.clear();
         self.in_flight_bytes = 0;
         self.read = self.acked.clone();
         self.streams.abandon();
@@ -376,11 +415,17 @@ impl Delivery {
     /// Takes the first `known` results of a flight: moves the cursor over what is settled, remembers what was accepted beyond
     /// a gap, and says what to record.
     fn land(&mut self, flight: Flight, known: usize, refused: Vec<Refusal>, now: Now, random: f64) -> Vec<Record> {
-        let again = matches!(flight.load, Load::Again);
+        let whole = known == flight.entries.len() && !refused.iter().any(is_backends);
         let mut records = Vec::new();
+        let mut failed_stream = None;
         let mut refused = refused.into_iter().peekable();
-        // Set at the first entry that is not settled; the cursor cannot pass it.
-        let mut gap = matches!(self.link, Link::Draining { .. });
+        let (again, ends_range) = match &flight.load {
+            Load::Rows { end } => (false, end.under_way.is_none()),
+            Load::Again => (true, false),
+        };
+        // Set at the first entry that is not settled; the cursor cannot pass it. No position stands for a part of a batch
+        // that ends with its range.
+        let mut gap = matches!(self.link, Link::Draining { .. }) || (!whole && ends_range);
         let mut settled: Option<i64> = None;
         for (index, entry) in flight.entries.iter().enumerate().take(known) {
             match refused.next_if(|r| r.0 == index) {
@@ -395,26 +440,32 @@ impl Delivery {
                 Some((_, failure)) => {
                     let backoff = &self.backoff;
                     let wait = |attempt| backoff.wait(attempt, random);
-                    records.push(self.streams.refused(entry, again, &failure, now, wait));
+                    match self.streams.refused(entry, again, &failure, now, wait) {
+                        record @ Record::FailStream { .. } => failed_stream = Some(record),
+                        record => records.push(record),
+                    }
                 }
             }
-            if gap {
-                self.ahead.insert(entry.seq);
-            } else {
+            if !gap {
                 settled = Some(entry.seq);
+            } else if !again {
+                self.ahead.insert(entry.seq);
             }
         }
-        if again {
-            self.streams.end_retry(&flight.entries);
-            // Their rows lie before the cursor.
-            for entry in &flight.entries {
-                self.ahead.remove(&entry.seq);
-            }
-        } else if let Load::Rows { end } = flight.load {
-            if !gap && known == flight.entries.len() {
+        // Not before what is known of the others of this batch: some may have been accepted.
+        records.extend(failed_stream);
+        match flight.load {
+            Load::Again => self.streams.end_retry(&flight.entries),
+            Load::Rows { end } if whole && !gap => {
                 self.acked = end;
-            } else if let (Some(seq), Some(under_way)) = (settled, end.under_way) {
-                self.acked = Position::towards(end.from, under_way.to, seq);
+                for seq in &flight.aside {
+                    self.ahead.remove(seq);
+                }
+            }
+            Load::Rows { end } => {
+                if let (Some(seq), Some(under_way)) = (settled, end.under_way) {
+                    self.acked = Position::towards(end.from, under_way.to, seq);
+                }
             }
         }
         records
@@ -425,6 +476,9 @@ impl Delivery {
         let rows_in_flight = self.flights.iter().any(|f| matches!(f.load, Load::Rows { .. }));
         if !rows_in_flight && !matches!(self.link, Link::Draining { .. }) {
             self.acked = self.read.clone();
+            for seq in self.aside.drain(..) {
+                self.ahead.remove(&seq);
+            }
         }
     }
 }

@@ -6,7 +6,7 @@
 
 use crate::classify::Failure;
 use crate::delivery::{Entry, Now};
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -50,7 +50,8 @@ enum Trouble {
 /// The streams of one backend that are not well.
 #[derive(Default)]
 pub struct Streams {
-    troubled: HashMap<Rc<str>, Trouble>,
+    /// Sorted, so that a run can be replayed.
+    troubled: BTreeMap<Rc<str>, Trouble>,
 }
 
 impl Streams {
@@ -112,6 +113,15 @@ impl Streams {
         self.troubled.remove(stream);
     }
 
+    /// Events of this stream are on their way again.
+    pub(crate) fn retrying(&mut self, stream: &str) {
+        match self.troubled.get_mut(stream) {
+            Some(Trouble::Blocked { retrying, .. }) => *retrying = true,
+            Some(Trouble::Following { sending }) => *sending = true,
+            Some(Trouble::Exhausted) | None => {}
+        }
+    }
+
     /// The connection is gone: nothing is being retried.
     pub fn abandon(&mut self) {
         for trouble in self.troubled.values_mut() {
@@ -125,9 +135,6 @@ impl Streams {
 
     /// An event was accepted; `again`: it had been waiting.
     pub(crate) fn accepted(&mut self, entry: &Entry, again: bool) -> Option<Record> {
-        if self.troubled.is_empty() {
-            return None;
-        }
         match self.troubled.get(&entry.stream) {
             Some(Trouble::Blocked { retrying: true, .. }) if again => {
                 self.troubled

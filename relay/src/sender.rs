@@ -169,7 +169,7 @@ fn run(destination: &Destination, batches: &Receiver<Batch>, reporter: &Reporter
 fn answers(link: &mut Link, commands: usize) -> Result<Vec<Refusal>, (Failure, usize, Vec<Refusal>)> {
     let mut refused = Vec::new();
     for index in 0..commands {
-        match link.receive() {
+        match link.receive_entry_id() {
             Ok(Ok(())) => {}
             Ok(Err(failure)) => refused.push((index, failure)),
             Err(failure) => return Err((failure, index, refused)),

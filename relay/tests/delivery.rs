@@ -6,10 +6,10 @@ mod model;
 use model::{Database, Rng, caught, for_each_seed, likely};
 use relay::backoff::Backoff;
 use relay::classify::{Class, Failure};
-use relay::delivery::{Delivery, Entry, Now, RowFate};
+use relay::delivery::{Delivery, Entry, Now, Room, RowFate};
 use relay::reader::{Position, RangeScan, Step};
 use relay::refusal::{Record, Streams};
-use relay::sender::{PIPELINED_BATCHES, Refusal, Report, WINDOW_BATCHES};
+use relay::sender::{PIPELINED_BATCHES, Refusal, Report, WINDOW_BATCHES, is_backends};
 use relay::snapshot::Tick;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
@@ -44,6 +44,7 @@ fn out_of_memory() -> Failure {
 #[derive(Default)]
 struct Redis {
     streams: BTreeMap<Rc<str>, Vec<i64>>,
+    held: HashSet<i64>,
     /// Hold another type for now.
     sick: BTreeSet<Rc<str>>,
     /// A whole-backend trouble, for now.
@@ -83,14 +84,10 @@ impl Redis {
             None => {
                 let stream = self.streams.entry(command.stream.clone()).or_default();
                 stream.push(command.seq);
+                self.held.insert(command.seq);
             }
         }
         refusal
-    }
-
-    fn holds(&self, seq: i64, stream: u8) -> bool {
-        let entries = self.streams.get(&name(stream));
-        entries.is_some_and(|entries| entries.contains(&seq))
     }
 }
 
@@ -136,10 +133,12 @@ enum Mutant {
     SavesRead,
     /// Saves the cursor before it has recorded what was refused.
     SavesBeforeRecords,
-    /// Takes the events that were refused for accepted.
-    TakesRefusedForAccepted,
+    /// Does not write down what was refused.
+    ForgetsRefused,
     /// Does not copy the rows that must wait behind others.
     ForgetsParked,
+    /// Copies them before it has recorded that the first was refused.
+    ParksBeforeRecords,
 }
 
 /// What happens in a schedule.
@@ -150,11 +149,23 @@ struct Faults {
     losses: f64,
     crashes: f64,
     settings: f64,
+    /// Of the transactions that read.
+    aborts: f64,
     /// Nothing heals before what is on its way has been refused too: then no order is lost.
     tidy: bool,
 }
 
 impl Faults {
+    const NONE: Self = Self {
+        sick: 0.0,
+        trouble: 0.0,
+        losses: 0.0,
+        crashes: 0.0,
+        settings: 0.0,
+        aborts: 0.0,
+        tidy: false,
+    };
+
     fn random(rng: &mut Rng) -> Self {
         let mut some = |often: f64| if rng.bool() { rng.f64() * often } else { 0.0 };
         Self {
@@ -163,15 +174,10 @@ impl Faults {
             losses: some(0.04),
             crashes: some(0.02),
             settings: some(0.02),
+            aborts: some(0.2),
             tidy: some(1.0) > 0.0,
         }
     }
-}
-
-#[derive(Clone, Debug)]
-enum Write {
-    Park { seq: i64 },
-    Record(Record),
 }
 
 struct Tables {
@@ -225,10 +231,35 @@ impl AddAssign for Seen {
     }
 }
 
+/// A batch that waits for the end of the transaction it was read in.
+#[derive(Default)]
+struct Built {
+    seqs: Vec<i64>,
+    bytes: usize,
+    end: Option<Position>,
+}
+
+impl Built {
+    fn last(&self) -> i64 {
+        self.seqs.last().copied().unwrap_or(0)
+    }
+
+    fn close(&mut self, end: Position, room: &mut Room) -> Option<Self> {
+        if self.seqs.is_empty() {
+            return None;
+        }
+        room.batches -= 1;
+        room.bytes = room.bytes.saturating_sub(self.bytes);
+        self.end = Some(end);
+        Some(std::mem::take(self))
+    }
+}
+
 struct World {
     rng: Rng,
     mutant: Mutant,
     faults: Faults,
+    /// Of an event: up to this.
     max_attempts: u32,
     batch_size: usize,
     backoff: Backoff,
@@ -243,13 +274,25 @@ struct World {
     /// Of this life of the worker.
     ticks: Vec<Arc<Tick>>,
     /// Not yet written down, in order.
-    pending: Vec<Write>,
+    pending: Vec<Record>,
     /// The batches that the sender has not reported.
     in_flight: VecDeque<(Vec<i64>, usize)>,
     /// How often a row may have been executed without the worker's knowing.
     doubts: HashMap<i64, u32>,
+    /// Streams that had events in flight behind a refused one when all was in doubt: they may have overtaken it.
+    shaken: HashSet<Rc<str>>,
     accepted: u64,
     seen: Seen,
+    tells: bool,
+}
+
+/// Tells what happens, when one schedule is replayed.
+macro_rules! tell {
+    ($world:expr, $($text:tt)*) => {
+        if $world.tells {
+            eprintln!($($text)*);
+        }
+    };
 }
 
 impl World {
@@ -287,8 +330,10 @@ impl World {
             pending: Vec::new(),
             in_flight: VecDeque::new(),
             doubts: HashMap::new(),
+            shaken: HashSet::new(),
             accepted: 0,
             seen: Seen::default(),
+            tells: std::env::var_os("SEED").is_some(),
             rng,
         }
     }
@@ -316,12 +361,20 @@ impl World {
             return false;
         };
         let random = self.rng.f64();
+        tell!(self, "report {}", match &report {
+            Report::Connected => "connected".to_owned(),
+            Report::Done { refused, .. } => format!("done {:?}, refused {refused:?}", self.in_flight[0].0),
+            Report::Lost { accepted, refused, .. } => format!("lost after {accepted}, refused {refused:?}"),
+        });
         let records = match report {
             Report::Connected => {
                 self.delivery.connected();
                 Vec::new()
             }
             Report::Done { refused, .. } => {
+                if refused.iter().any(is_backends) {
+                    self.shake();
+                }
                 let (seqs, _) = self.in_flight.pop_front().expect("a batch that was sent");
                 self.accepted += (seqs.len() - refused.len()) as u64;
                 self.delivery.replied(refused, self.now, random)
@@ -344,6 +397,7 @@ impl World {
 
     fn note(&mut self, records: Vec<Record>) {
         for record in records {
+            tell!(self, "  {record:?}");
             match &record {
                 Record::Park { .. } => self.seen.parked += 1,
                 Record::Fail { .. } => self.seen.failed += 1,
@@ -351,46 +405,50 @@ impl World {
                 Record::Accepted { .. } => self.seen.accepted_after_waiting += 1,
                 Record::RefusedAgain { .. } => {}
             }
-            let forgotten = self.mutant == Mutant::TakesRefusedForAccepted && matches!(record, Record::Park { .. });
+            let forgotten = self.mutant == Mutant::ForgetsRefused && matches!(record, Record::Park { .. });
             if !forgotten {
-                self.pending.push(Write::Record(record));
+                self.pending.push(record);
             }
         }
     }
 
     /// All in flight but the first `known` of the oldest batch is in doubt.
     fn doubt(&mut self, known: usize) {
+        self.shake();
         let in_flight = self.in_flight.drain(..).flat_map(|(seqs, _)| seqs);
         for seq in in_flight.skip(known) {
             *self.doubts.entry(seq).or_default() += 1;
         }
     }
 
+    fn shake(&mut self) {
+        let in_flight = self.in_flight.iter().flat_map(|(seqs, _)| seqs);
+        let streams = in_flight.map(|seq| name(self.database.row(*seq).stream));
+        let blocked = streams.filter(|stream| self.delivery.streams().is_blocked(stream));
+        self.shaken.extend(blocked);
+    }
+
     fn write_down(&mut self) {
-        for write in std::mem::take(&mut self.pending) {
-            match write {
-                Write::Park { seq } => self.park(seq, 0),
-                Write::Record(Record::Park { seq, attempts, .. }) => self.park(seq, attempts),
-                Write::Record(Record::Fail { seq, attempts, .. }) => {
-                    self.tables.failed.insert(seq, attempts);
-                }
-                Write::Record(Record::Accepted { seq }) => {
-                    self.tables.refused.remove(&self.key(seq));
-                }
-                Write::Record(Record::RefusedAgain { seq, attempts, .. }) => {
+        for record in std::mem::take(&mut self.pending) {
+            match record {
+                Record::Park { seq, attempts, .. } => self.park(seq, attempts),
+                Record::Fail { seq, attempts, .. } => self.fail(seq, attempts),
+                Record::Accepted { seq } => drop(self.tables.refused.remove(&self.key(seq))),
+                Record::RefusedAgain { seq, attempts, .. } => {
                     let key = self.key(seq);
                     if let Some(now) = self.tables.refused.get_mut(&key) {
                         *now = attempts;
                     }
                 }
-                Write::Record(Record::FailStream {
+                Record::FailStream {
                     stream, seq, attempts, ..
-                }) => {
-                    let key = (stream.clone(), seq);
-                    assert!(self.tables.refused.contains_key(&key), "{key:?} did not wait");
+                } => {
+                    let key = self.key(seq);
+                    let known = self.tables.refused.contains_key(&key) || self.tables.failed.contains_key(&seq);
+                    assert!(known && key.0 == stream, "{key:?} did not wait");
+                    self.fail(seq, attempts);
                     for seq in self.tables.waiting(&stream, usize::MAX) {
-                        self.tables.refused.remove(&(stream.clone(), seq));
-                        self.tables.failed.insert(seq, attempts);
+                        self.fail(seq, 1);
                     }
                 }
             }
@@ -410,6 +468,11 @@ impl World {
         *known = attempts.max(*known);
     }
 
+    fn fail(&mut self, seq: i64, attempts: u32) {
+        self.tables.refused.remove(&self.key(seq));
+        self.tables.failed.entry(seq).or_insert(attempts);
+    }
+
     fn save_cursor(&mut self) {
         let cursor = match self.mutant {
             Mutant::SavesRead => self.delivery.position().clone(),
@@ -418,6 +481,7 @@ impl World {
         if self.mutant != Mutant::SavesBeforeRecords {
             self.write_down();
         }
+        tell!(self, "save {:?}", cursor.under_way.as_ref().map(|u| u.last_seq));
         self.tables.cursor = cursor;
     }
 
@@ -448,7 +512,7 @@ impl World {
         let entry = |seq: &i64| Entry {
             seq: *seq,
             stream: name(self.database.row(*seq).stream),
-            max_attempts: self.max_attempts,
+            max_attempts: 1 + *seq as u32 % self.max_attempts,
         };
         seqs.iter().map(entry).collect()
     }
@@ -461,6 +525,7 @@ impl World {
             in_flight < WINDOW_BYTES || self.in_flight.is_empty(),
             "too many bytes in flight"
         );
+        tell!(self, "send {seqs:?}");
         self.in_flight.push_back((seqs.to_vec(), bytes));
         let commands = seqs.iter().map(|seq| Command {
             seq: *seq,
@@ -488,6 +553,9 @@ impl World {
             self.seen.full_windows += u32::from(!self.in_flight.is_empty());
             return false;
         }
+        if self.mutant != Mutant::ParksBeforeRecords {
+            self.write_down();
+        }
         let start = self.delivery.position().clone();
         let from = start.from.clone();
         let (to, last_seq) = match &start.under_way {
@@ -502,61 +570,73 @@ impl World {
         };
         let towards = |seq| Position::towards(from.clone(), to.clone(), seq);
         let mut scan = RangeScan::open(&mut self.database.view(), &from, &to, last_seq);
+        // What the transaction comes to; nothing of it happens if it aborts.
+        let (mut built, mut parked, mut skipped) = (Vec::new(), Vec::new(), Vec::new());
+        let mut batch = Built::default();
+        let mut room = self.delivery.room().expect("checked above");
         let mut reached = start.clone();
-        let (mut batch, mut size): (Vec<i64>, usize) = (Vec::new(), 0);
         for _ in 0..limit {
-            match scan.step() {
+            let key = match scan.step() {
                 None => {
                     reached = Position::at(to.clone());
                     break;
                 }
-                Some(Step::Passed(key)) => reached = towards(key.seq),
+                Some(Step::Passed(key)) => key,
                 Some(Step::Row(key)) => {
                     let stream = name(self.database.row(key.seq).stream);
                     self.seen.late += u32::from(key.seq <= from.low_seq);
                     match self.delivery.on_row(key.seq, &stream) {
-                        RowFate::Skip => self.seen.skipped += 1,
-                        RowFate::Park if self.mutant == Mutant::ForgetsParked => {}
+                        RowFate::Skip => {
+                            self.seen.skipped += 1;
+                            skipped.push(key.seq);
+                        }
                         RowFate::Park => {
                             self.seen.parked += 1;
-                            self.pending.push(Write::Park { seq: key.seq });
+                            parked.push(key.seq);
                         }
                         RowFate::Send => {
-                            let full = batch.len() >= self.batch_size || size + bytes(key.seq) > BATCH_BYTES;
-                            if full && !batch.is_empty() {
-                                let end = towards(*batch.last().expect("checked above"));
-                                self.send_rows(&mut batch, &mut size, end);
-                                if !self.delivery.has_room() {
-                                    break;
-                                }
+                            let size = bytes(key.seq);
+                            if batch.seqs.len() >= self.batch_size || batch.bytes + size > BATCH_BYTES {
+                                let full = batch.close(towards(batch.last()), &mut room);
+                                built.extend(full);
                             }
-                            batch.push(key.seq);
-                            size += bytes(key.seq);
+                            if batch.seqs.is_empty() && (room.batches == 0 || room.bytes == 0) {
+                                break;
+                            }
+                            batch.seqs.push(key.seq);
+                            batch.bytes += size;
                         }
                     }
-                    reached = towards(key.seq);
+                    key
                 }
-            }
+            };
+            reached = towards(key.seq);
         }
-        if let Some(last) = batch.last() {
-            let end = towards(*last);
-            self.send_rows(&mut batch, &mut size, end);
+        built.extend(batch.close(reached.clone(), &mut room));
+        if self.likely(self.faults.aborts) {
+            tell!(self, "abort");
+            return false;
+        }
+        if self.mutant != Mutant::ForgetsParked {
+            parked.iter().for_each(|seq| self.park(*seq, 0));
+        }
+        tell!(self, "park {parked:?}, skip {skipped:?}");
+        skipped.iter().chain(&parked).for_each(|seq| self.delivery.skipped(*seq));
+        for Built { seqs, bytes, end } in built {
+            let end = end.expect("closed");
+            self.send(&seqs, bytes);
+            let entries = self.entries(&seqs);
+            self.delivery.sent(entries, end, bytes);
         }
         self.delivery.advanced(reached);
         true
     }
 
-    fn send_rows(&mut self, batch: &mut Vec<i64>, size: &mut usize, end: Position) {
-        self.send(batch, *size);
-        let entries = self.entries(batch);
-        self.delivery.sent(entries, end, *size);
-        batch.clear();
-        *size = 0;
-    }
-
     /// A new life, from what was saved.
     fn crash(&mut self) {
+        tell!(self, "crash");
         self.seen.crashes += 1;
+        self.shake();
         self.pending.clear();
         self.in_flight.clear();
         for key in self.database.rows() {
@@ -574,6 +654,7 @@ impl World {
     /// The settings changed.
     fn change_settings(&mut self) {
         if self.rng.bool() {
+            tell!(self, "abandon");
             self.doubt(0);
             self.delivery.abandon();
             self.drop_connection();
@@ -588,14 +669,23 @@ impl World {
     // --- the sender and Redis
 
     fn execute(&mut self) -> bool {
-        if !self.leftovers.is_empty() && self.rng.bool() {
-            let index = self.rng.usize(..self.leftovers.len());
-            match self.leftovers[index].pop_front() {
-                Some(command) => drop(self.redis.execute(&command, &mut self.rng)),
-                None => drop(self.leftovers.swap_remove(index)),
-            }
-            return true;
+        let old_first = self.rng.bool();
+        (old_first && self.execute_old()) || self.execute_new() || self.execute_old()
+    }
+
+    fn execute_old(&mut self) -> bool {
+        self.leftovers.retain(|written| !written.is_empty());
+        if self.leftovers.is_empty() {
+            return false;
         }
+        let index = self.rng.usize(..self.leftovers.len());
+        if let Some(command) = self.leftovers[index].pop_front() {
+            self.redis.execute(&command, &mut self.rng);
+        }
+        true
+    }
+
+    fn execute_new(&mut self) -> bool {
         let Some(connection) = self.connection.as_mut().filter(|c| c.up && !c.ended) else {
             return false;
         };
@@ -693,7 +783,7 @@ impl World {
         if self.likely(self.faults.sick) {
             let stream = name(self.rng.u8(..STREAMS));
             if self.redis.sick.contains(&stream) {
-                let disturbs = self.on_their_way().any(|command| command.stream == stream);
+                let disturbs = self.on_their_way().any(|other| other == stream);
                 if !(self.faults.tidy && disturbs) {
                     self.redis.sick.remove(&stream);
                 }
@@ -703,15 +793,17 @@ impl World {
         }
     }
 
-    fn on_their_way(&self) -> impl Iterator<Item = &Command> {
-        let batches = self.connection.iter().flat_map(|c| &c.batches);
-        let unexecuted = batches.flat_map(|sent| &sent.commands[sent.replies.len()..]);
-        unexecuted.chain(self.leftovers.iter().flatten())
+    /// The streams of all that the worker has no news of yet, or that is still to be executed.
+    fn on_their_way(&self) -> impl Iterator<Item = Rc<str>> {
+        let in_flight = self.in_flight.iter().flat_map(|(seqs, _)| seqs);
+        let in_flight = in_flight.map(|seq| name(self.database.row(*seq).stream));
+        let leftovers = self.leftovers.iter().flatten().map(|command| command.stream.clone());
+        in_flight.chain(leftovers)
     }
 
     // --- the schedule
 
-    fn random_step(&mut self) {
+    fn random_step(&mut self) -> Result<(), String> {
         match self.rng.u8(..100) {
             0..15 => self.database.steps(&mut self.rng, 6),
             15..20 => self.take_tick(),
@@ -736,7 +828,10 @@ impl World {
                 let succeeds = !self.likely(self.faults.losses * 5.0);
                 self.connect(succeeds);
             }
-            90..93 => self.save_cursor(),
+            90..93 => {
+                self.save_cursor();
+                self.check_cursor()?;
+            }
             93..96 => self.write_down(),
             _ => self.now += self.backoff.delay.mul_f64(self.rng.f64() * 2.0),
         }
@@ -750,7 +845,7 @@ impl World {
         if self.likely(self.faults.settings) {
             self.change_settings();
         }
-        self.delivery.state();
+        Ok(())
     }
 
     /// Goes on without faults until nothing is left to do at this time; how far the clock may go is the caller's.
@@ -761,7 +856,7 @@ impl World {
                 self.connect(true),
                 self.take_report(),
                 self.retry(),
-                self.read(1_000),
+                self.read_on(),
                 self.execute(),
                 self.read_reply(),
             ];
@@ -772,9 +867,19 @@ impl World {
         Err("does not come to an end".to_owned())
     }
 
+    /// Reads a large piece; true: there was something.
+    fn read_on(&mut self) -> bool {
+        self.faults.aborts = 0.0;
+        let before = self.delivery.position().clone();
+        self.read(1_000) && !self.delivery.position().same_place(&before)
+    }
+
     fn finish(&mut self) -> Result<(), String> {
         self.database.finish(&mut self.rng);
         self.take_tick();
+        if self.faults.tidy {
+            self.run_dry()?;
+        }
         self.redis.trouble = None;
         self.redis.fickle = 0.0;
         // The backend comes up; some streams are still refused, and their time does not come: the others go on.
@@ -785,12 +890,11 @@ impl World {
         let end = self.delivery.position().clone();
         self.write_down();
         for key in self.database.rows().filter(|key| self.database.is_committed(key.seq)) {
-            let row = self.database.row(key.seq);
             if !end.covers(key) {
                 return Err(format!("{} was not read, yet only some streams are refused", key.seq));
             }
             let waits = self.tables.refused.contains_key(&self.key(key.seq));
-            if !waits && !self.redis.holds(key.seq, row.stream) && !self.tables.failed.contains_key(&key.seq) {
+            if !waits && !self.redis.held.contains(&key.seq) && !self.tables.failed.contains_key(&key.seq) {
                 return Err(format!("{} was read and is nowhere", key.seq));
             }
         }
@@ -820,7 +924,7 @@ impl World {
             }
             let written = self.tables.failed.contains_key(&key.seq)
                 || self.tables.refused.contains_key(&self.key(key.seq))
-                || self.redis.holds(key.seq, self.database.row(key.seq).stream);
+                || self.redis.held.contains(&key.seq);
             if !written {
                 return Err(format!("the saved cursor passed {}, which is nowhere", key.seq));
             }
@@ -866,12 +970,12 @@ impl World {
             if failed && !self.redis.refused.contains(&stream) {
                 return Err(format!("{seq} has failed, yet none of {stream} was refused"));
             }
-            if failed && count > 0 && doubts == 0 && self.faults.tidy {
+            if failed && count > 0 && doubts == 0 {
                 return Err(format!("{seq} has failed and is in its stream"));
             }
         }
         for (stream, entries) in &self.redis.streams {
-            if !self.faults.tidy && self.redis.disturbed.contains(stream) {
+            if self.shaken.contains(stream) || (!self.faults.tidy && self.redis.disturbed.contains(stream)) {
                 continue;
             }
             let mut met = HashSet::new();
@@ -896,22 +1000,106 @@ fn bytes(seq: i64) -> usize {
 }
 
 fn schedule(seed: u64, mutant: Mutant) -> Result<Seen, String> {
-    let mut world = World::new(seed, mutant);
-    for _ in 0..world.rng.usize(20..600) {
-        world.random_step();
-        world.check_cursor()?;
-    }
-    world.finish()?;
-    world.check_end().map_err(|e| format!("{e}\n{:?}", world.faults))?;
+    run_world(World::new(seed, mutant))
+}
+
+fn run_world(mut world: World) -> Result<Seen, String> {
+    run(&mut world).map_err(|e| format!("{e}\n{:?}", world.faults))?;
     Ok(world.seen)
 }
 
+fn run(world: &mut World) -> Result<(), String> {
+    for _ in 0..world.rng.usize(20..600) {
+        world.random_step()?;
+    }
+    world.check_cursor()?;
+    world.finish()?;
+    world.check_end()
+}
+
 #[test]
-fn random_schedules() {
+fn loses_and_repeats_nothing() {
     let all = RefCell::new(Seen::default());
     for_each_seed(2_000, |seed| {
         *all.borrow_mut() += schedule(seed, Mutant::None)?;
         Ok(())
     });
     println!("{:?}", all.borrow());
+}
+
+/// The first thing that the oracle says about a worker that is wrong.
+fn said_of(mutant: Mutant) -> String {
+    caught(300, |seed| schedule(seed, mutant).map(drop))
+}
+
+#[test]
+fn the_oracle_catches_a_cursor_ahead_of_what_was_acknowledged() {
+    let said = said_of(Mutant::SavesRead);
+    assert!(said.contains("which is nowhere"), "{said}");
+}
+
+#[test]
+fn the_oracle_catches_a_cursor_ahead_of_the_records() {
+    let said = said_of(Mutant::SavesBeforeRecords);
+    assert!(said.contains("which is nowhere"), "{said}");
+}
+
+#[test]
+fn the_oracle_catches_refused_events_that_are_not_written_down() {
+    let said = said_of(Mutant::ForgetsRefused);
+    assert!(said.contains("which is nowhere"), "{said}");
+}
+
+#[test]
+fn the_oracle_catches_waiting_events_that_are_not_written_down() {
+    let said = said_of(Mutant::ForgetsParked);
+    assert!(said.contains("is nowhere"), "{said}");
+}
+
+#[test]
+fn the_oracle_catches_waiting_events_that_are_written_down_before_the_first() {
+    let said = caught(2_000, |seed| {
+        let mut world = World::new(seed, Mutant::ParksBeforeRecords);
+        world.faults = Faults {
+            sick: 0.2,
+            crashes: 0.03,
+            tidy: true,
+            ..Faults::NONE
+        };
+        run_world(world).map(drop)
+    });
+    assert!(said.contains("comes after"), "{said}");
+}
+
+#[test]
+fn an_outage_alone_fails_nothing() {
+    for_each_seed(300, |seed| {
+        let mut world = World::new(seed, Mutant::None);
+        world.faults = Faults {
+            trouble: 0.1,
+            losses: 0.05,
+            ..Faults::NONE
+        };
+        world.redis.fickle = 0.0;
+        world.max_attempts = 1;
+        let seen = run_world(world)?;
+        let untouched = seen.parked == 0 && seen.failed == 0 && seen.failed_streams == 0;
+        untouched.then_some(()).ok_or(format!("{seen:?}"))
+    });
+}
+
+/// Nothing is ever in doubt, so nothing may be repeated, whatever Redis refuses.
+#[test]
+fn refusals_alone_repeat_nothing() {
+    for_each_seed(300, |seed| {
+        let mut world = World::new(seed, Mutant::None);
+        world.faults = Faults {
+            sick: 0.1,
+            trouble: 0.1,
+            aborts: 0.1,
+            ..Faults::NONE
+        };
+        world.redis.fickle = 0.1;
+        run_world(world).map(drop)
+    });
 }

@@ -28,6 +28,20 @@ impl BlackHole {
         }
     }
 
+    /// Sends the same bytes to everybody who connects, and keeps the connection as if more were to come.
+    pub fn saying(bytes: &[u8]) -> Self {
+        let bytes = bytes.to_vec();
+        let server = Server::start(move |mut stream, held| {
+            // Who has left already is no matter.
+            let _ = stream.write_all(&bytes);
+            held.lock().expect("no holder panics").push(stream);
+        });
+        BlackHole {
+            server,
+            _queued: Vec::new(),
+        }
+    }
+
     /// Never accepts, and its queue is full: a connection attempt gets no answer at all, as from a host that is gone.
     pub fn unreachable() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("cannot listen");

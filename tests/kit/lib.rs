@@ -4,6 +4,9 @@
 //! - [`Redis`] a server of its own port and directory ([`redis`])
 //! - [`Stack`] both, with the extension created and its `default` backend pointed at that Redis ([`stack`])
 //! - [`wait_until`], [`wait_eq`], [`eventually`] poll until something holds, and say what didn't ([`wait`])
+//! - [`Standing`] and [`ids`] what the relay says of itself, and what arrived ([`relay`])
+//! - [`Ledger`], [`Load`], [`Verdict`] what was committed, who commits it, and whether the streams agree ([`ledger`])
+//! - [`Refused`] what Postgres said when it refused a statement ([`refused`])
 //! - [`BlackHole`], [`Garbage`] Redis servers that never were ([`hostile`])
 //!
 //! `scripts/test` prepares what the kit needs and names it in the environment ([`env`]): start the tests with it
@@ -12,14 +15,20 @@
 
 pub mod env;
 pub mod hostile;
+pub mod ledger;
 pub mod postgres;
 pub mod process;
 pub mod redis;
+pub mod refused;
+pub mod relay;
 pub mod stack;
 pub mod wait;
 
 pub use hostile::{BlackHole, Garbage};
+pub use ledger::{Ledger, Load, Verdict};
 pub use postgres::{Mode, Postgres};
 pub use redis::{Entry, Redis, entries, xlen};
+pub use refused::Refused;
+pub use relay::{QUICK, Standing, first_ids, ids, publish_many, standing, types, wait_drained, wait_trouble};
 pub use stack::Stack;
 pub use wait::{LIMIT, eventually, wait_eq, wait_until};

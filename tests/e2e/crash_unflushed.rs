@@ -1,0 +1,152 @@
+//! Crashes under `synchronous_commit = off`: commits that everybody saw are lost, and their transaction ids and numbers are
+//! used again. What reached Redis must not be among them, and what uses their numbers again must reach it.
+
+use kit::{LIMIT, Ledger, Load, Mode, Postgres, Redis, Stack, first_ids, publish_many, wait_drained, wait_until};
+
+/// WAL is written by nobody before it must be: commits stay unflushed for long. (Full pages are written early, hence
+/// few and small records.)
+const LAZY: &[(&str, &str)] = &[
+    ("wal_writer_delay", "10s"),
+    ("wal_writer_flush_after", "1GB"),
+    ("wal_buffers", "16MB"),
+    ("full_page_writes", "off"),
+    ("autovacuum", "off"),
+    ("checkpoint_timeout", "1d"),
+    ("bgwriter_lru_maxpages", "0"),
+    ("outbox_relay.redis_max_len", "0"),
+    ("outbox_relay.poll_interval", "1h"),
+];
+
+fn start(settings: &[(&str, &str)]) -> Stack {
+    Stack::of(Postgres::with(LAZY).with(settings), Redis::start())
+}
+
+/// A crash the moment an event is seen in Redis: the event must have survived.
+#[test]
+fn what_reached_redis_is_on_disk() {
+    let mut stack = start(&[]);
+    let ledger = Ledger::create(&stack.pg);
+    let mut total = 0;
+    for round in 0..4 {
+        let mut client = stack.pg.client();
+        client.batch_execute("set synchronous_commit = off").unwrap();
+        for _ in 0..5 {
+            client.execute("select publish_logged('k0')", &[]).unwrap();
+            total += 1;
+            wait_until("the event in its stream", || first_ids(&stack.events()).len() == total);
+        }
+        if round % 2 == 0 {
+            stack.pg.stop(Mode::Immediate);
+        } else {
+            stack.pg.crash();
+        }
+        stack.pg.start_again();
+        let verdict = ledger.settle(&stack, LIMIT);
+        verdict.assert_at_least_once();
+        assert_eq!(verdict.committed, total);
+    }
+}
+
+/// Without the relay the same crash does lose commits: or the test above would prove nothing.
+#[test]
+fn without_the_relays_flush_such_a_crash_loses_commits() {
+    let mut stack = start(&[("outbox_relay.enabled", "off")]);
+    Ledger::create(&stack.pg);
+    let mut client = stack.pg.client();
+    client.batch_execute("set synchronous_commit = off").unwrap();
+    for _ in 0..5 {
+        client.execute("select publish_logged('k0')", &[]).unwrap();
+    }
+    assert_eq!(stack.pg.one::<i64>("select count(*) from ledger"), 5);
+    stack.pg.stop(Mode::Immediate);
+    stack.pg.start_again();
+    assert_eq!(stack.pg.one::<i64>("select count(*) from ledger"), 0);
+}
+
+fn crash_rounds(settings: &[(&str, &str)], rounds: usize) {
+    let mut stack = start(settings);
+    let ledger = Ledger::create(&stack.pg);
+    let load = Load::start(&stack.pg, 6, "set synchronous_commit = off");
+    for round in 0..rounds {
+        load.wait_more(150);
+        if round % 2 == 0 {
+            stack.pg.stop(Mode::Immediate);
+        } else {
+            stack.pg.crash();
+        }
+        stack.pg.start_again();
+    }
+    load.wait_more(150);
+    load.stop();
+    let verdict = ledger.settle(&stack, LIMIT);
+    assert!(
+        verdict.committed > 100 * rounds,
+        "only {} events survived",
+        verdict.committed
+    );
+    verdict.assert_at_least_once();
+}
+
+#[test]
+fn crashes_under_a_load_of_asynchronous_commits_neither_lose_nor_make_up_events() {
+    let as_in_production = [
+        ("fsync", "on"),
+        ("full_page_writes", "on"),
+        ("wal_writer_delay", "200ms"),
+        ("wal_writer_flush_after", "1MB"),
+    ];
+    crash_rounds(&as_in_production, 3);
+}
+
+#[test]
+fn nor_when_the_wal_writer_sleeps() {
+    crash_rounds(&[], 8);
+}
+
+/// The highest transaction id that a session can see as given.
+fn next_xid(pg: &Postgres) -> i64 {
+    pg.one("select pg_snapshot_xmax(pg_current_snapshot())::text::bigint")
+}
+
+/// A session publishes and aborts, nothing of that is flushed, and after the crash others get its transaction id and its numbers.
+#[test]
+fn ids_of_aborted_transactions_that_are_used_again_after_a_crash_belong_to_the_new_events() {
+    let mut stack = start(&[]);
+    let mut published = publish_many(&mut stack.pg.client(), "default", "", "before", 3);
+    stack.wait_events(3);
+    wait_drained(&stack.pg, "default");
+    let mut used_again = 0;
+    for round in 0..6 {
+        let mut client = stack.pg.client();
+        for _ in 0..3 {
+            client.batch_execute("begin").unwrap();
+            publish_many(&mut client, "default", "", "aborted", 1);
+            client.batch_execute("rollback").unwrap();
+        }
+        let before = next_xid(&stack.pg);
+        let seen = round % 2 == 1;
+        if seen {
+            // The worker's tick sees the aborted ones: then they must not come again.
+            client.batch_execute("set synchronous_commit = off").unwrap();
+            published.extend(publish_many(&mut client, "default", "", "seen", 1));
+            wait_until("the event in its stream", || first_ids(&stack.events()) == published);
+        }
+        stack.pg.stop(Mode::Immediate);
+        stack.pg.start_again();
+        let again = next_xid(&stack.pg) < before;
+        assert!(!(seen && again), "the worker had seen what is used again");
+        used_again += i32::from(again);
+        published.extend(publish_many(
+            &mut stack.pg.client(),
+            "default",
+            "",
+            &format!("round{round}-"),
+            2,
+        ));
+        stack.wait_events(published.len());
+        wait_drained(&stack.pg, "default");
+        assert_eq!(first_ids(&stack.events()), published);
+    }
+    // Not each time: a page of WAL that is full is written at once.
+    assert!(used_again > 0, "no transaction id was ever used again");
+}

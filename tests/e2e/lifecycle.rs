@@ -1,0 +1,229 @@
+//! The extension comes and goes, and so does its worker: without a restart, and without standing in anybody's way.
+
+use std::time::{Duration, Instant};
+
+use kit::{
+    BlackHole, Ledger, Load, Postgres, Redis, Refused, Stack, ids, process, publish_many, types, wait_drained, wait_eq,
+    wait_until,
+};
+
+/// What a statement may take that is not to be blocked; it takes a few hundredths, but machines are busy.
+const PROMPTLY: Duration = Duration::from_secs(2);
+
+/// Runs a statement that is not to be blocked.
+#[track_caller]
+fn promptly(pg: &Postgres, sql: &str) {
+    let start = Instant::now();
+    pg.exec(sql);
+    let took = start.elapsed();
+    assert!(took < PROMPTLY, "{sql} took {took:?}");
+}
+
+#[track_caller]
+fn wait_gone(pg: &Postgres, worker: i32) {
+    wait_eq("the worker's title", String::new(), || process::title(worker));
+    assert_eq!(pg.worker_pid("postgres"), None);
+}
+
+fn processes(pg: &Postgres, backend_type: &str) -> i64 {
+    pg.one(&format!(
+        "select count(*) from pg_stat_activity where backend_type = '{backend_type}'"
+    ))
+}
+
+#[test]
+fn the_library_alone_runs_a_launcher_and_no_worker() {
+    let pg = Postgres::start();
+    wait_eq("launchers", 1, || processes(&pg, "outbox_relay launcher"));
+    wait_eq("workers", 0, || processes(&pg, "outbox_relay worker"));
+    assert_eq!(pg.one::<Option<String>>("select to_regnamespace('outbox')::text"), None);
+}
+
+#[test]
+fn the_extension_starts_a_worker_and_dropping_it_ends_it() {
+    let pg = Postgres::start();
+    let redis = Redis::start();
+    for round in 0..3 {
+        pg.extension();
+        let worker = pg.wait_worker("postgres");
+        wait_eq("the state", (Some(worker), "running".to_string()), || {
+            let row = pg
+                .client()
+                .query_one("select worker_pid, state from outbox.status", &[])
+                .unwrap();
+            (row.get(0), row.get(1))
+        });
+        assert!(process::title(worker).contains("outbox_relay worker"));
+        pg.exec(&format!(
+            "update outbox.backends set host = '127.0.0.1', port = {}, stream_name = 'round{round}'",
+            redis.port()
+        ));
+        let published = publish_many(&mut pg.client(), "default", "", "event", 3);
+        assert_eq!(ids(&redis.wait_entries(&format!("round{round}"), 3)), published);
+        promptly(&pg, "drop extension outbox_relay");
+        wait_gone(&pg, worker);
+    }
+    wait_eq("launchers", 1, || processes(&pg, "outbox_relay launcher"));
+}
+
+/// A rolled back CREATE or DROP changes nothing.
+#[test]
+fn what_is_rolled_back_neither_starts_nor_ends_a_worker() {
+    let stack = Stack::start();
+    let worker = stack.pg.wait_worker("postgres");
+    let mut client = stack.pg.client();
+    client
+        .batch_execute("begin; drop extension outbox_relay; rollback")
+        .unwrap();
+    let published = publish_many(&mut client, "default", "", "event", 3);
+    assert_eq!(ids(&stack.wait_events(3)), published);
+    assert_eq!(stack.pg.worker_pid("postgres"), Some(worker));
+}
+
+/// The worker looks for the extension when the transaction has committed, not when the command has run.
+#[test]
+fn a_worker_comes_with_the_commit_of_the_extension() {
+    let pg = Postgres::start();
+    let redis = Redis::start();
+    let mut client = pg.client();
+    client.batch_execute("begin; create extension outbox_relay").unwrap();
+    client
+        .execute(
+            "update outbox.backends set host = '127.0.0.1', port = $1",
+            &[&i32::from(redis.port())],
+        )
+        .unwrap();
+    let published = publish_many(&mut client, "default", "", "event", 2);
+    assert_eq!(pg.worker_pid("postgres"), None);
+    client.batch_execute("commit").unwrap();
+    assert_eq!(ids(&redis.wait_entries("events", 2)), published);
+}
+
+#[test]
+fn dropping_the_extension_waits_neither_for_a_drain_nor_for_redis() {
+    let stack = Stack::start();
+    Ledger::create(&stack.pg);
+    let load = Load::start(&stack.pg, 2, "");
+    load.wait_more(100);
+    let worker = stack.pg.wait_worker("postgres");
+    // Waits for publishers' transactions, which are short, and for no one else.
+    promptly(&stack.pg, "drop extension outbox_relay cascade");
+    wait_gone(&stack.pg, worker);
+    load.stop();
+
+    for hole in [BlackHole::start(), BlackHole::unreachable()] {
+        stack.pg.extension();
+        stack.point_at("default", "127.0.0.1", hole.port());
+        publish_many(&mut stack.pg.client(), "default", "", "event", 3);
+        let worker = stack.pg.wait_worker("postgres");
+        promptly(&stack.pg, "drop extension outbox_relay");
+        wait_gone(&stack.pg, worker);
+    }
+
+    stack.pg.extension();
+    stack.point("default", &stack.redis);
+    publish_many(&mut stack.pg.client(), "default", "other", "event", 1);
+    stack.redis.wait_entries("other", 1);
+    stack.redis.sigstop();
+    publish_many(&mut stack.pg.client(), "default", "other", "event", 1);
+    let worker = stack.pg.wait_worker("postgres");
+    promptly(&stack.pg, "drop extension outbox_relay");
+    wait_gone(&stack.pg, worker);
+    stack.redis.sigcont();
+}
+
+#[test]
+fn dropping_the_schema_takes_the_extension_and_the_worker() {
+    let stack = Stack::start();
+    let worker = stack.pg.wait_worker("postgres");
+    let refused = Refused::of(stack.pg.client().batch_execute("drop schema outbox"));
+    assert_eq!(refused.code, "2BP01", "{refused:?}");
+    promptly(&stack.pg, "drop schema outbox cascade");
+    wait_gone(&stack.pg, worker);
+    assert_eq!(
+        stack
+            .pg
+            .one::<i64>("select count(*) from pg_extension where extname = 'outbox_relay'"),
+        0
+    );
+    stack.pg.extension();
+    stack.pg.wait_worker("postgres");
+}
+
+/// Somebody else's schema of that name: the worker looks, finds no extension, and leaves without a word of trouble.
+#[test]
+fn a_schema_without_the_extension_gets_no_worker() {
+    let mut pg = Postgres::start();
+    pg.exec("create schema outbox; create table outbox.events (id integer); create table outbox.backends (name text)");
+    pg.restart();
+    wait_eq("launchers", 1, || processes(&pg, "outbox_relay launcher"));
+    let refused = Refused::of(pg.client().batch_execute("create extension outbox_relay"));
+    assert_eq!(refused.code, "42710", "{refused:?}");
+    wait_eq("workers", 0, || processes(&pg, "outbox_relay worker"));
+    for word in ["WARNING", "PANIC", "terminating connection because of crash"] {
+        assert!(!pg.log().contains(word), "{word} in the log");
+    }
+}
+
+#[test]
+fn another_version_idles_the_worker_until_it_is_set_right() {
+    let stack = Stack::with(&[("outbox_relay.poll_interval", "200ms")]);
+    let before = stack.publish("before");
+    stack.wait_events(1);
+    wait_drained(&stack.pg, "default");
+    let right: String = stack
+        .pg
+        .one("select extversion from pg_extension where extname = 'outbox_relay'");
+    let worker = stack.pg.wait_worker("postgres");
+    stack
+        .pg
+        .exec("update pg_extension set extversion = '0.0.9' where extname = 'outbox_relay'");
+    stack.pg.exec(&format!("select pg_terminate_backend({worker})"));
+    stack
+        .pg
+        .wait_log("outbox_relay worker is idle: library and extension have different versions");
+    stack
+        .pg
+        .wait_log(&format!("The library has version {right}, the extension 0.0.9."));
+    wait_eq("the state", "version mismatch".to_string(), || {
+        stack.pg.one("select state from outbox.status")
+    });
+    let meanwhile = stack.publish("meanwhile");
+    let idle = stack.pg.wait_worker("postgres");
+    stack.pg.exec(&format!(
+        "update pg_extension set extversion = '{right}' where extname = 'outbox_relay'"
+    ));
+    assert_eq!(ids(&stack.wait_events(2)), [before, meanwhile]);
+    wait_eq("the state", "running".to_string(), || {
+        stack.pg.one("select state from outbox.status")
+    });
+    assert_eq!(stack.pg.worker_pid("postgres"), Some(idle));
+    let said = stack.pg.log().matches("different versions").count();
+    assert_eq!(said, 1, "it said so {said} times");
+}
+
+#[test]
+fn a_terminated_launcher_comes_back_and_disturbs_no_worker() {
+    let stack = Stack::start();
+    let worker = stack.pg.wait_worker("postgres");
+    let launcher: i32 = stack
+        .pg
+        .one("select pid from pg_stat_activity where backend_type = 'outbox_relay launcher'");
+    stack.pg.exec(&format!("select pg_terminate_backend({launcher})"));
+    wait_until("another launcher", || {
+        stack.pg.one::<bool>(&format!(
+            "select exists (select from pg_stat_activity where backend_type = 'outbox_relay launcher' and pid <> {launcher})"
+        ))
+    });
+    let event = stack.publish("event");
+    assert_eq!(ids(&stack.wait_events(1)), [event]);
+    assert_eq!(stack.pg.worker_pid("postgres"), Some(worker));
+    // The new launcher looks after the worker of the old one.
+    stack.pg.exec(&format!("select pg_terminate_backend({worker})"));
+    wait_until("another worker", || {
+        stack.pg.worker_pid("postgres").is_some_and(|pid| pid != worker)
+    });
+    assert_eq!(processes(&stack.pg, "outbox_relay worker"), 1);
+    stack.publish("again");
+    assert_eq!(types(&stack.wait_events(2)), ["event", "again"]);
+}

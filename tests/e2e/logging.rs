@@ -1,0 +1,179 @@
+//! The worker's log: a line on each change of state, no more, and never what events contain or what opens Redis.
+
+use kit::{BlackHole, Garbage, Postgres, QUICK, Redis, Stack, standing, wait_trouble, wait_until};
+
+fn count(log: &str, text: &str) -> usize {
+    log.matches(text).count()
+}
+
+#[test]
+fn an_outage_is_logged_once_and_so_is_its_end() {
+    let mut stack = Stack::of(
+        Postgres::with(QUICK).with(&[
+            ("outbox_relay.retry_delay", "10ms"),
+            ("outbox_relay.retry_backoff", "off"),
+        ]),
+        Redis::start(),
+    );
+    for round in 1..=2 {
+        stack.publish("t");
+        stack.pg.wait_log("is connected to Redis");
+        wait_until("connected", || {
+            count(&stack.pg.log(), "backend \"default\" is connected") == round
+        });
+        stack.redis.shutdown();
+        stack.publish("meanwhile");
+        wait_trouble(&stack.pg, "default", "backoff", "refused");
+        let attempt = || -> Option<chrono::DateTime<chrono::Utc>> {
+            stack.pg.one("select next_attempt_at from outbox.backend_status")
+        };
+        // Saved a few times a second; many more attempts than that were made.
+        for _ in 0..3 {
+            let before = attempt();
+            wait_until("another attempt", || attempt() != before);
+        }
+        let log = stack.pg.log();
+        let details: Vec<&str> = log
+            .lines()
+            .filter_map(|l| l.split_once("DETAIL:  Redis at "))
+            .map(|(_, d)| d)
+            .collect();
+        assert_eq!(count(&log, "backend \"default\" cannot be reached"), details.len());
+        let refused = details.iter().filter(|d| d.contains("refused")).count();
+        assert_eq!((refused, count(&log, "is connected to Redis")), (round, round), "{log}");
+        stack.redis.start_again();
+        stack.wait_events(1);
+    }
+}
+
+/// Each attempt may end in another way; all of them are one trouble.
+#[test]
+fn troubles_that_take_turns_are_not_logged_again_and_again() {
+    let stack = Stack::of(
+        Postgres::with(QUICK).with(&[
+            ("outbox_relay.retry_delay", "5ms"),
+            ("outbox_relay.retry_backoff", "off"),
+        ]),
+        Redis::start(),
+    );
+    let garbage = Garbage::start();
+    stack.point_at("default", "127.0.0.1", garbage.port());
+    stack.publish("t");
+    wait_until("many attempts", || garbage.accepted() > 60);
+    let log = stack.pg.log();
+    let mut details: Vec<&str> = log
+        .lines()
+        .filter_map(|l| l.split_once("DETAIL:  Redis at "))
+        .map(|(_, d)| d)
+        .collect();
+    details.sort_unstable();
+    let all = details.len();
+    details.dedup();
+    assert!((1..=8).contains(&all) && details.len() == all, "{log}");
+}
+
+#[test]
+fn neither_payloads_nor_passwords_are_logged_or_shown() {
+    const PAYLOAD: &str = "payload-3f1c";
+    const PASSWORD: &str = "password-9a7e";
+    let redis = Redis::with(&["--requirepass", PASSWORD]);
+    let stack = Stack::of(
+        Postgres::with(QUICK).with(&[
+            ("outbox_relay.log_level", "debug"),
+            ("log_min_messages", "debug2"),
+            ("outbox_relay.max_retries", "2"),
+        ]),
+        redis,
+    );
+    let (garbage, hole) = (Garbage::start(), BlackHole::start());
+    let no_streams = Redis::with(&["--rename-command", "XADD", ""]);
+    stack.pg.exec(&format!(
+        "insert into outbox.backends (name, host, port, max_len) values
+            ('garbage', '127.0.0.1', {}, 0), ('hole', '127.0.0.1', {}, 0), ('old', '127.0.0.1', {}, 0)",
+        garbage.port(),
+        hole.port(),
+        no_streams.port()
+    ));
+    for (backend, password) in [
+        ("default", format!("wrong-{PASSWORD}")),
+        ("hole", PASSWORD.into()),
+        ("garbage", PASSWORD.into()),
+    ] {
+        stack.pg.exec(&format!(
+            "select outbox.set_backend_password('{backend}', '{password}')"
+        ));
+    }
+    let publish = |stream: &str| {
+        stack.pg.exec(&format!(
+            "select outbox.publish_event('e', 's', jsonb_build_object('text', '{PAYLOAD}'), subject => '{PAYLOAD}',
+                backend => name, publisher_config => jsonb_build_object('extra', '{PAYLOAD}'), stream => nullif('{stream}', ''))
+            from outbox.backends"
+        ));
+    };
+    publish("");
+    wait_trouble(&stack.pg, "default", "misconfigured", "WRONGPASS");
+    wait_trouble(&stack.pg, "hole", "backoff", "timed out");
+    wait_trouble(&stack.pg, "old", "misconfigured", "unknown command");
+    wait_trouble(&stack.pg, "garbage", "backoff", "");
+    stack
+        .pg
+        .exec(&format!("select outbox.set_backend_password('default', '{PASSWORD}')"));
+    let entry = stack.wait_events(1).remove(0);
+    assert_eq!(entry.get("extra"), Some(PAYLOAD), "the marker is in the entry");
+    stack.redis.call(&["SET", "bad", "a string"]);
+    publish("bad");
+    wait_until("the event to fail", || standing(&stack.pg, "default").failed == 1);
+    stack.pg.set("outbox_relay.log_level", "info");
+    stack
+        .pg
+        .wait_log("parameter \"outbox_relay.log_level\" changed to \"info\"");
+
+    let views: String = stack.pg.one(
+        "select concat((select jsonb_agg(s) from outbox.status s), (select jsonb_agg(b) from outbox.backend_status b),
+            (select jsonb_agg(f.last_error) from outbox.failed_events f), (select jsonb_agg(r) from outbox.refused_events r),
+            (select jsonb_agg(a.query) from pg_stat_activity a where a.backend_type like 'outbox_relay%'))",
+    );
+    for (place, text) in [("the log", stack.pg.log()), ("the views", views)] {
+        for marker in [PAYLOAD, PASSWORD] {
+            let line = text.lines().find(|line| line.contains(marker));
+            assert_eq!(line, None, "{place} shows {marker}");
+        }
+    }
+}
+
+#[test]
+fn log_level_error_silences_information_and_warnings() {
+    let mut stack = Stack::of(
+        Postgres::with(QUICK).with(&[("outbox_relay.log_level", "error")]),
+        Redis::start(),
+    );
+    stack.publish("t");
+    stack.wait_events(1);
+    stack.redis.shutdown();
+    stack.publish("t");
+    wait_trouble(&stack.pg, "default", "backoff", "refused");
+    // An error all the same: somebody must mend a setting.
+    stack.point_at("default", "no..such..host", 1);
+    stack.pg.wait_log("backend \"default\" cannot be reached");
+    let log = stack.pg.log();
+    assert!(
+        !log.contains("worker started") && !log.contains("is connected") && !log.contains("refused"),
+        "{log}"
+    );
+
+    stack.pg.set("outbox_relay.log_level", "warning");
+    stack.point_at("default", "127.0.0.1", stack.redis.port());
+    stack.pg.wait_log("refused");
+    stack.redis.start_again();
+    stack.wait_events(1);
+    assert!(!stack.pg.log().contains("is connected"));
+    stack.pg.set("outbox_relay.log_level", "info");
+    stack.redis.call(&["SET", "events2", "1"]);
+    stack.redis.shutdown();
+    stack.publish("t");
+    wait_trouble(&stack.pg, "default", "backoff", "refused");
+    stack.redis.start_again();
+    stack
+        .pg
+        .wait_log("backend \"default\" is connected to Redis at 127.0.0.1");
+}

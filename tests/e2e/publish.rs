@@ -1,0 +1,356 @@
+//! Publishing by every way there is, and what arrives.
+
+use std::io::Write;
+use std::time::{Duration, Instant};
+
+use kit::{Entry, Postgres, Redis, Refused, Stack, wait_eq};
+use postgres::Client;
+use serde_json::Value;
+use uuid::Uuid;
+
+const TYPES: &str = "event_type";
+
+fn types(entries: &[Entry]) -> Vec<&str> {
+    entries.iter().map(|entry| entry.field(TYPES)).collect()
+}
+
+/// The fields that an event of the test below must have, given the id and time that Postgres gave it.
+fn expected_fields(client: &mut Client, id: Uuid, data: &str, config: &[(&str, &str)]) -> Vec<(String, String)> {
+    let sql = "select to_char(created_at at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"+00:00\"') \
+               from outbox.events where event_id = $1";
+    let time: String = client.query_one(sql, &[&id]).unwrap().get(0);
+    let cloud_event = format!(
+        "{{\"specversion\": \"1.0\", \"type\": \"order.placed\", \"source\": \"shop \\\"é\\\"\", \"id\": \"{id}\", \
+         \"time\": \"{time}\", \"subject\": \"order/1\", \"datacontenttype\": \"application/json\", \
+         \"dataschema\": \"https://example.org/s\", \"data\": {data}}}"
+    );
+    let mut fields = vec![
+        ("event_id".to_string(), id.to_string()),
+        ("event_type".to_string(), "order.placed".to_string()),
+        ("source".to_string(), "shop \"é\"".to_string()),
+        ("timestamp".to_string(), time),
+        ("cloud_event".to_string(), cloud_event),
+    ];
+    fields.extend(config.iter().map(|(key, value)| (key.to_string(), value.to_string())));
+    fields
+}
+
+/// publish_event, publish_events, INSERT with RETURNING, INSERT .. SELECT and COPY. The functions take jsonb, which sorts its
+/// keys; the table's json columns keep the publisher's order.
+#[test]
+fn every_way_delivers_what_was_published() {
+    let stack = Stack::start();
+    let mut client = stack.pg.client();
+    client
+        .batch_execute("insert into outbox.backends (name, host, port, stream_name) select 'other', host, port, 'others' from outbox.backends")
+        .unwrap();
+    let (data, config) = (
+        "{\"z\": [1, 2.50], \"a\": {\"é\": null}}",
+        "{\"prio\": 7, \"a\": \"x y\", \"big\": 1.10, \"on\": true}",
+    );
+    let sorted = "{\"a\": {\"é\": null}, \"z\": [1, 2.50]}";
+    let as_given = [("prio", "7"), ("a", "x y"), ("big", "1.10"), ("on", "true")];
+    let by_length = [("a", "x y"), ("on", "true"), ("big", "1.10"), ("prio", "7")];
+
+    let named = "select outbox.publish_event(data_schema => 'https://example.org/s', backend => 'other', \
+                 data => $1::text::jsonb, subject => 'order/1', publisher_config => $2::text::jsonb, \
+                 source => 'shop \"é\"', event_type => 'order.placed', stream => 'orders', max_retries => 5)";
+    let by_event: Uuid = client.query_one(named, &[&data, &config]).unwrap().get(0);
+    let list = "select outbox.publish_events(jsonb_build_array(jsonb_build_object('event_type', 'order.placed', \
+                'source', 'shop \"é\"', 'data', $1::text::jsonb, 'subject', 'order/1', 'backend', 'other', 'stream', 'orders', \
+                'publisher_config', $2::text::jsonb, 'data_schema', 'https://example.org/s', 'max_retries', 5)))";
+    let by_list: Uuid = client.query_one(list, &[&data, &config]).unwrap().get(0);
+    let columns = "(event_type, source, data, subject, backend, stream, publisher_config, data_schema, max_retries)";
+    let insert = format!(
+        "insert into outbox.events {columns} values ('order.placed', 'shop \"é\"', $1::text::json, 'order/1', 'other', \
+         'orders', $2::text::json, 'https://example.org/s', 5) returning event_id"
+    );
+    let by_insert: Uuid = client.query_one(&insert, &[&data, &config]).unwrap().get(0);
+    let chosen = Uuid::new_v4();
+    let select = "insert into outbox.events (event_id, event_type, source, data, subject, backend, stream, publisher_config, \
+                  data_schema, max_retries) select $1, event_type, source, data, subject, backend, stream, publisher_config, \
+                  data_schema, max_retries from outbox.events where event_id = $2";
+    client.execute(select, &[&chosen, &by_insert]).unwrap();
+    let mut copy = client
+        .copy_in(&format!("copy outbox.events {columns} from stdin"))
+        .unwrap();
+    writeln!(
+        copy,
+        "order.placed\tshop \"é\"\t{data}\torder/1\tother\torders\t{config}\thttps://example.org/s\t5"
+    )
+    .unwrap();
+    assert_eq!(copy.finish().unwrap(), 1);
+    let by_copy: Uuid = client
+        .query_one("select event_id from outbox.events order by seq desc limit 1", &[])
+        .unwrap()
+        .get(0);
+
+    let entries = stack.redis.wait_entries("orders", 5);
+    let got: Vec<_> = entries.iter().map(|entry| entry.fields.clone()).collect();
+    let expected: Vec<_> = [
+        (by_event, sorted, by_length),
+        (by_list, sorted, by_length),
+        (by_insert, data, as_given),
+        (chosen, data, as_given),
+        (by_copy, data, as_given),
+    ]
+    .map(|(id, data, config)| expected_fields(&mut client, id, data, &config))
+    .into();
+    assert_eq!(got, expected);
+    let kept: i64 = stack
+        .pg
+        .one("select count(*) from outbox.events where backend = 'other' and max_retries = 5");
+    assert_eq!(kept, 5);
+}
+
+/// What is left out: no subject, no schema, no data, the backend's own stream.
+#[test]
+fn the_least_event_has_five_fields() {
+    let stack = Stack::start();
+    let mut client = stack.pg.client();
+    let least: Uuid = client
+        .query_one("select outbox.publish_event('t', 's')", &[])
+        .unwrap()
+        .get(0);
+    let sql = "insert into outbox.events (event_type, source, subject, data_schema, publisher_config) \
+               values ('t', 's', '', '', '{}') returning event_id";
+    let empty: Uuid = client.query_one(sql, &[]).unwrap().get(0);
+    for (entry, id) in stack.wait_events(2).iter().zip([least, empty]) {
+        let names: Vec<&str> = entry.fields.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, ["event_id", "event_type", "source", "timestamp", "cloud_event"]);
+        assert_eq!(entry.field("event_id"), id.to_string());
+        let cloud_event: Value = serde_json::from_str(entry.field("cloud_event")).unwrap();
+        let keys: Vec<&String> = cloud_event.as_object().unwrap().keys().collect();
+        assert_eq!(keys, ["specversion", "type", "source", "id", "time", "datacontenttype"]);
+        assert_eq!(cloud_event["time"], *entry.field("timestamp"));
+    }
+    // Ids are of version 7 and ascend, so that their index grows at one end.
+    assert_eq!((least.get_version_num(), least < empty), (7, true));
+}
+
+#[test]
+fn publish_events_takes_a_list_in_its_order() {
+    let stack = Stack::start();
+    let mut client = stack.pg.client();
+    let given = Uuid::new_v4();
+    let list = format!(
+        "[{{\"event_type\": \"first\", \"source\": \"s\"}}, \
+          {{\"event_type\": \"second\", \"source\": \"s\", \"event_id\": \"{given}\", \"data\": null}}, \
+          {{\"event_type\": \"later\", \"source\": \"s\", \"scheduled_at\": \"2100-01-01 00:00:00+00\"}}, \
+          {{\"event_type\": \"past\", \"source\": \"s\", \"scheduled_at\": \"2000-01-01T00:00:00Z\"}}, \
+          {{\"event_type\": \"nulls\", \"source\": \"s\", \"subject\": null, \"backend\": null, \"stream\": null, \
+            \"scheduled_at\": null, \"max_retries\": null, \"publisher_config\": null, \"data_schema\": null, \
+            \"event_id\": null}}]"
+    );
+    let ids: Vec<Uuid> = client
+        .query("select outbox.publish_events($1::text::jsonb)", &[&list])
+        .unwrap()
+        .iter()
+        .map(|row| row.get(0))
+        .collect();
+    assert_eq!((ids.len(), ids[1]), (5, given));
+    let entries = stack.wait_events(4);
+    assert_eq!(types(&entries), ["first", "second", "past", "nulls"]);
+    let delivered: Vec<&str> = entries.iter().map(|entry| entry.field("event_id")).collect();
+    let published = [ids[0], ids[1], ids[3], ids[4]].map(|id| id.to_string());
+    assert_eq!(delivered, published);
+    let waiting = client
+        .query_one(
+            "select event_id, scheduled_at = '2100-01-01 00:00:00+00' from outbox.scheduled_events",
+            &[],
+        )
+        .unwrap();
+    assert_eq!((waiting.get::<_, Uuid>(0), waiting.get::<_, bool>(1)), (ids[2], true));
+    assert_eq!(
+        client.query("select outbox.publish_events('[]')", &[]).unwrap().len(),
+        0
+    );
+    assert_eq!(
+        client.query("select outbox.publish_events(null)", &[]).unwrap().len(),
+        0
+    );
+}
+
+#[test]
+fn publish_events_says_which_element_is_wrong_and_publishes_none() {
+    let stack = Stack::start();
+    let mut client = stack.pg.client();
+    let hint = "See the arguments of outbox.publish_event.";
+    let at = |index: usize, message: &str| {
+        Refused::new(
+            "22023",
+            &format!("invalid event in publish_events: {message}"),
+            &format!("It is element {index} of the array, counted from 0."),
+            hint,
+        )
+    };
+    let good = "{\"event_type\": \"t\", \"source\": \"s\"}";
+    let mut refuse = |list: &str| Refused::of(client.query("select outbox.publish_events($1::text::jsonb)", &[&list]));
+    let with = |more: &str| format!("[{good}, {good}, {{\"event_type\": \"t\", \"source\": \"s\", {more}}}]");
+    let unknown = refuse(&with("\"priority\": 1"));
+    let keys = "unknown field `priority`, expected one of `event_type`, `source`, `data`, `subject`, `backend`, \
+                `scheduled_at`, `max_retries`, `publisher_config`, `stream`, `data_schema`, `event_id`";
+    assert_eq!(unknown, at(2, keys));
+    assert_eq!(refuse(&with("\"event_id\": \"12\"")), at(2, "event_id is not a UUID"));
+    let number = refuse(&with("\"subject\": 1"));
+    assert_eq!((number.code.as_str(), number.detail), ("22023", at(2, "").detail));
+    let object = refuse(&format!("[{good}, 3]"));
+    assert_eq!((object.code.as_str(), object.detail), ("22023", at(1, "").detail));
+    assert_eq!(refuse(&with("\"scheduled_at\": \"soon\"")).code, "22007");
+    assert_eq!(refuse(&with("\"backend\": \"nowhere\"")).code, "42704");
+    assert_eq!(
+        refuse("[{\"event_type\": \"t\"}]").message,
+        "source must not be null or empty"
+    );
+    let no_array = Refused::new(
+        "22023",
+        "publish_events expects a JSON array of objects",
+        "Each object has the keys of outbox.publish_event.",
+        "Pass for example [{\"event_type\": \"user.created\", \"source\": \"user-service\"}].",
+    );
+    for list in [good, "1", "\"[]\"", "null"] {
+        assert_eq!(refuse(list), no_array);
+    }
+    stack.publish("marker");
+    assert_eq!(types(&stack.wait_events(1)), ["marker"]);
+    assert_eq!(stack.pg.one::<i64>("select count(*) from outbox.events"), 1);
+}
+
+/// `poll_interval` is only a net: the commit wakes the worker.
+#[test]
+fn a_commit_wakes_the_worker_whoever_published() {
+    let stack = Stack::with(&[("outbox_relay.poll_interval", "1h")]);
+    stack.publish("connects");
+    stack.wait_events(1);
+    let mut client = stack.pg.client();
+    client.batch_execute("create table orders (id integer)").unwrap();
+    let ways = [
+        "select outbox.publish_event('t', 's')",
+        "insert into outbox.events (event_type, source) values ('t', 's')",
+        "select outbox.publish_events('[{\"event_type\": \"t\", \"source\": \"s\"}]')",
+        "begin; insert into orders values (1); select outbox.publish_event('t', 's'); commit",
+        "do $$ begin perform outbox.publish_event('t', 's'); commit; end $$",
+    ];
+    for (number, sql) in ways.iter().enumerate() {
+        let begin = Instant::now();
+        client.batch_execute(sql).unwrap();
+        stack.wait_events(number + 2);
+        let took = begin.elapsed();
+        assert!(took < Duration::from_secs(1), "{sql}: {took:?}");
+    }
+    assert_eq!(stack.events().len(), ways.len() + 1);
+}
+
+/// Transaction ids and numbers that the publisher made up would be read again for ever, or never.
+#[test]
+fn forged_numbers_do_not_count() {
+    let stack = Stack::start();
+    let mut client = stack.pg.client();
+    stack.publish("before");
+    for (xid, seq, event_type) in [
+        ("3", "1", "low"),
+        ("9000000000000000000", "9000000000000000000", "high"),
+    ] {
+        let sql = format!(
+            "insert into outbox.events (xid, seq, backend_number, event_type, source) \
+             values ('{xid}', {seq}, 77, '{event_type}', 'insert')"
+        );
+        client.batch_execute(&sql).unwrap();
+        let sql = "copy outbox.events (xid, seq, backend_number, backend, event_type, source) from stdin";
+        let mut copy = client.copy_in(sql).unwrap();
+        writeln!(copy, "{xid}\t{seq}\t1\tdefault\t{event_type}\tcopy").unwrap();
+        copy.finish().unwrap();
+    }
+    stack.publish("after");
+    let entries = stack.wait_events(6);
+    assert_eq!(types(&entries), ["before", "low", "low", "high", "high", "after"]);
+    let real: bool = stack.pg.one(
+        "select bool_and(seq between 1 and 100 and xid < pg_current_xact_id() and backend_number = 1) from outbox.events",
+    );
+    assert!(real);
+    // Nothing is sent again when the worker reads from its saved cursor.
+    let Stack { mut pg, redis } = stack;
+    pg.restart();
+    pg.exec("select outbox.publish_event('restarted', 's')");
+    let entries = redis.wait_entries("events", 7);
+    assert_eq!(types(&entries)[6..], ["restarted"]);
+}
+
+#[test]
+fn text_of_another_encoding_arrives_as_utf8() {
+    let stack = Stack::start();
+    stack
+        .pg
+        .exec("create database latin encoding 'LATIN1' locale 'C' template template0");
+    stack.pg.exec_db("latin", "create extension outbox_relay");
+    let mut client = stack.pg.client_db("latin");
+    let port = stack.redis.port();
+    let sql = format!(
+        "update outbox.backends set name = 'défaut', host = '127.0.0.1', port = {port}, allowed_streams = '{{é*}}'"
+    );
+    client.batch_execute(&sql).unwrap();
+    let texts = "'é.type', 'sôurce', '{\"clé\": \"ü\"}', 'sübject', 'défaut', stream => 'études', publisher_config => '{\"ñ\": \"ß\"}'";
+    client
+        .batch_execute(&format!("select outbox.publish_event({texts})"))
+        .unwrap();
+    let insert = "insert into outbox.events (event_type, source, data, subject, backend, stream, publisher_config) \
+                  values ('é.type', 'sôurce', '{\"clé\": \"ü\"}', 'sübject', 'défaut', 'études', '{\"ñ\": \"ß\"}')";
+    client.batch_execute(insert).unwrap();
+    let list = "select outbox.publish_events('[{\"event_type\": \"é.type\", \"source\": \"sôurce\", \"data\": {\"clé\": \"ü\"}, \
+                \"subject\": \"sübject\", \"backend\": \"défaut\", \"stream\": \"études\", \"publisher_config\": {\"ñ\": \"ß\"}}]')";
+    client.batch_execute(list).unwrap();
+    let entries = stack.redis.wait_entries("études", 3);
+    assert_eq!(entries.len(), 3);
+    for entry in entries {
+        assert_eq!(
+            (entry.field("event_type"), entry.field("source"), entry.field("ñ")),
+            ("é.type", "sôurce", "ß")
+        );
+        let cloud_event: Value = serde_json::from_str(entry.field("cloud_event")).unwrap();
+        assert_eq!(cloud_event["subject"], "sübject");
+        assert_eq!(cloud_event["data"].to_string(), "{\"clé\":\"ü\"}");
+    }
+    let refused = Refused::of(
+        client.simple_query("select outbox.publish_event('t', 's', stream => 'ètudes', backend => 'défaut')"),
+    );
+    assert_eq!(
+        refused.message,
+        "backend \"défaut\" does not allow the stream \"ètudes\""
+    );
+    // A character that the database cannot hold is refused by it.
+    let refused = Refused::of(client.simple_query("select outbox.publish_event('€', 's', backend => 'défaut')"));
+    assert_eq!(refused.code, "22P05");
+    assert_eq!(
+        client
+            .query_one("select backend from outbox.events limit 1", &[])
+            .unwrap()
+            .get::<_, &str>(0),
+        "défaut"
+    );
+}
+
+#[test]
+fn without_the_library_preloaded_events_queue() {
+    let redis = Redis::start();
+    let mut pg = Postgres::with(&[("shared_preload_libraries", "")]).start();
+    pg.extension();
+    let port = redis.port();
+    pg.exec(&format!("update outbox.backends set host = '127.0.0.1', port = {port}"));
+    pg.exec("select outbox.publish_event('first', 's')");
+    pg.exec("insert into outbox.events (event_type, source) values ('second', 's')");
+    pg.exec("select outbox.publish_event('due', 's', scheduled_at => now() + interval '0.2 s')");
+    let status: String = pg.one("select state from outbox.status");
+    assert_eq!(status, "library not in shared_preload_libraries");
+    assert_eq!(pg.one::<i64>("select pending from outbox.status"), 2);
+    assert_eq!(
+        Refused::of(pg.client().simple_query("select outbox.publish_event('t', '')")).code,
+        "22023"
+    );
+    wait_eq("the time of the scheduled event", true, || {
+        pg.one("select scheduled_at < now() from outbox.scheduled_events")
+    });
+    assert_eq!(redis.xlen("events"), 0);
+    pg.configure(&[("shared_preload_libraries", "outbox_relay")]);
+    pg.restart();
+    assert_eq!(types(&redis.wait_entries("events", 3)), ["first", "second", "due"]);
+}
