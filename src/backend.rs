@@ -142,7 +142,6 @@ impl Backend {
             self.let_go();
             self.delivery.forget_trouble();
             self.logged_state = None;
-            self.delivery.forget_trouble();
         }
         if stream != self.stream {
             self.delivery

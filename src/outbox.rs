@@ -44,20 +44,18 @@ pub struct Standing {
     pub next_attempt_at: Option<i64>,
 }
 
-fn query<R>(sql: &str, args: &[DatumWithOid<'_>], each: impl FnMut(&SpiTupleTable<'_>) -> R) -> Vec<R> {
-    let mut each = each;
+fn query<R>(sql: &str, args: &[DatumWithOid<'_>], mut each: impl FnMut(&SpiTupleTable<'_>) -> R) -> Vec<R> {
     Spi::connect_mut(|client| {
         let mut table = client
             .update(sql, None, args)
             .unwrap_or_else(|e| internal(e.to_string()));
         let mut found = Vec::with_capacity(table.len());
-        while !table.is_empty() {
+        if !table.is_empty() {
             table = table.first();
             for _ in 0..table.len() {
                 found.push(each(&table));
                 table.next();
             }
-            break;
         }
         found
     })
@@ -268,7 +266,12 @@ pub fn refused_events(number: i32, stream: &str, own_stream: &str, count: usize)
         "select r.seq from outbox.refused_events r join outbox.events e on e.seq = r.seq
         where r.backend_number = $1 and coalesce(e.stream, $2) = $3
         order by r.seq limit $4",
-        &[number.into(), argument(own_stream), argument(stream), (count as i64).into()],
+        &[
+            number.into(),
+            argument(own_stream),
+            argument(stream),
+            (count as i64).into(),
+        ],
         |row| value(row, 1).unwrap_or_default(),
     );
     if found.is_empty() {

@@ -140,6 +140,13 @@ fn aborted(error: &CaughtError) -> Aborted {
     }
 }
 
+/// Hands the counts of what was read and written to the statistics, as sessions do when they get idle: autovacuum of our
+/// tables goes by them. At most once a second; between transactions.
+pub fn report_statistics() {
+    // SAFETY: outside of a transaction; sends what has gathered, if anything, without waiting for locks.
+    unsafe { pg_sys::pgstat_report_stat(false) };
+}
+
 /// What pg_stat_activity shows: busy with something, or idle.
 pub fn show_activity(what: Option<&str>) {
     let state = match what {

@@ -22,6 +22,8 @@ pub fn install() {
     }
 }
 
+// The hook's signature is Postgres's.
+#[allow(clippy::too_many_arguments)]
 #[pg_guard]
 unsafe extern "C-unwind" fn process_utility(
     statement: *mut pg_sys::PlannedStmt,

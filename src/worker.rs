@@ -80,11 +80,11 @@ unsafe extern "C-unwind" fn leave(_code: i32, argument: pg_sys::Datum) {
 /// Ends the process. Code 0, so that nothing is logged: whether it comes back is the launcher's business.
 fn leave_process(slot: &Slot, state: SlotState) -> ! {
     slot.set_state(state);
-    loop {
-        // SAFETY: runs the exit callbacks and ends; no Rust frame needs to be unwound. Sender threads end with the process. (The
-        // loop is for bindings that do not know that it never returns.)
-        unsafe { pg_sys::proc_exit(0) };
-    }
+    // SAFETY: runs the exit callbacks and ends; no Rust frame needs to be unwound. Sender threads end with the process.
+    unsafe { pg_sys::proc_exit(0) };
+    // Bindings of some versions do not know that it never returns.
+    #[allow(unreachable_code)]
+    std::process::abort()
 }
 
 struct Worker {
@@ -150,6 +150,7 @@ impl Worker {
         let mut timeout = Some(Duration::ZERO);
         let mut looked = false;
         loop {
+            process::report_statistics();
             if timeout != Some(Duration::ZERO) {
                 self.show(None);
                 process::wait(Some(self.woken.as_raw_fd()), timeout);
@@ -309,7 +310,12 @@ impl Worker {
             }
             Some(_) if self.slot.state() != SlotState::Running => {
                 self.slot.set_state(SlotState::Running);
-                log(LogLevel::Info, &format!("outbox_relay worker started in database \"{database}\""), None, None);
+                log(
+                    LogLevel::Info,
+                    &format!("outbox_relay worker started in database \"{database}\""),
+                    None,
+                    None,
+                );
             }
             Some(_) => {}
         }

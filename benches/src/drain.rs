@@ -16,7 +16,13 @@ pub fn measure(scale: &Scale) -> Figure {
         let entry = drained_in(&stack, scale.events, &mut ours);
         floor.push(floor_rate(&stack.redis, &entry, scale.events));
         ratios.push(ours[run] / floor[run]);
-        eprintln!("drain {}: {:.0}/s, floor {:.0}/s, ratio {:.2}", run + 1, ours[run], floor[run], ratios[run]);
+        eprintln!(
+            "drain {}: {:.0}/s, floor {:.0}/s, ratio {:.2}",
+            run + 1,
+            ours[run],
+            floor[run],
+            ratios[run]
+        );
     }
     Figure {
         name: format!("drain of {} waiting events, default settings", scale.events),
@@ -54,14 +60,23 @@ fn drained_in(stack: &Stack, events: u64, rates: &mut Vec<f64>) -> Vec<String> {
     poll_until(|| xadds(&stack.redis) >= events);
     rates.push(events as f64 / start.elapsed().as_secs_f64());
     let mut conn = stack.redis.conn();
-    let newest: Vec<(String, Vec<String>)> =
-        redis::cmd("XREVRANGE").arg("events").arg("+").arg("-").arg("COUNT").arg(1).query(&mut conn).expect("no entry");
+    let newest: Vec<(String, Vec<String>)> = redis::cmd("XREVRANGE")
+        .arg("events")
+        .arg("+")
+        .arg("-")
+        .arg("COUNT")
+        .arg(1)
+        .query(&mut conn)
+        .expect("no entry");
     newest.into_iter().next().expect("no entry").1
 }
 
 /// How many XADDs Redis has executed.
 fn xadds(redis: &Redis) -> u64 {
-    let info: String = redis::cmd("INFO").arg("commandstats").query(&mut redis.conn()).expect("INFO");
+    let info: String = redis::cmd("INFO")
+        .arg("commandstats")
+        .query(&mut redis.conn())
+        .expect("INFO");
     let line = info.lines().find_map(|l| l.strip_prefix("cmdstat_xadd:calls="));
     line.and_then(|l| l.split(',').next()?.parse().ok()).unwrap_or(0)
 }
@@ -70,7 +85,19 @@ fn floor_rate(redis: &Redis, entry: &[String], events: u64) -> f64 {
     redis.call(&["FLUSHALL"]);
     let start = Instant::now();
     let status = Command::new("redis-benchmark")
-        .args(["-h", "127.0.0.1", "-p", &redis.port().to_string(), "-c", "1", "-P", "500", "-n", &events.to_string(), "-q"])
+        .args([
+            "-h",
+            "127.0.0.1",
+            "-p",
+            &redis.port().to_string(),
+            "-c",
+            "1",
+            "-P",
+            "500",
+            "-n",
+            &events.to_string(),
+            "-q",
+        ])
         .args(["XADD", "floor", "MAXLEN", "~", "10000", "*"])
         .args(entry)
         .stdout(std::process::Stdio::null())

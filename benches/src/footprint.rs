@@ -31,7 +31,11 @@ pub fn memory(scale: &Scale) -> Figure {
 /// Ten polls without work: WAL written, and times that the worker's threads woke.
 pub fn idle() -> Vec<Figure> {
     const POLLS: u64 = 10;
-    let stack = Stack::with(&[("outbox_relay.poll_interval", "1s"), ("autovacuum", "off"), ("checkpoint_timeout", "1h")]);
+    let stack = Stack::with(&[
+        ("outbox_relay.poll_interval", "1s"),
+        ("autovacuum", "off"),
+        ("checkpoint_timeout", "1h"),
+    ]);
     stack.publish("warm.up");
     stack.wait_events(1);
     // The last cursor is saved, and the standby snapshot of the background writer written.
@@ -41,7 +45,9 @@ pub fn idle() -> Vec<Figure> {
     let before = switches(pid);
     std::thread::sleep(Duration::from_secs(POLLS));
     let woken = switches(pid) - before;
-    let written: String = stack.pg.one(&format!("select pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '{wal}')::text"));
+    let written: String = stack.pg.one(&format!(
+        "select pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '{wal}')::text"
+    ));
     vec![
         Figure {
             name: "idle: wake-ups of the worker's threads per poll".into(),
@@ -63,7 +69,10 @@ pub fn idle() -> Vec<Figure> {
 /// Private memory that is not backed by a file.
 fn anonymous_kb(pid: i32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the worker has gone");
-    let line = status.lines().find_map(|l| l.strip_prefix("RssAnon:")).expect("no RssAnon");
+    let line = status
+        .lines()
+        .find_map(|l| l.strip_prefix("RssAnon:"))
+        .expect("no RssAnon");
     line.trim().trim_end_matches(" kB").parse().expect("no number")
 }
 
@@ -72,6 +81,9 @@ fn switches(pid: i32) -> u64 {
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).expect("the worker has gone");
     tasks
         .filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("status")).ok())
-        .filter_map(|s| s.lines().find_map(|l| l.strip_prefix("voluntary_ctxt_switches:")?.trim().parse::<u64>().ok()))
+        .filter_map(|s| {
+            s.lines()
+                .find_map(|l| l.strip_prefix("voluntary_ctxt_switches:")?.trim().parse::<u64>().ok())
+        })
         .sum()
 }

@@ -10,7 +10,9 @@ const INTERVAL: Duration = Duration::from_millis(20);
 
 pub fn measure(scale: &Scale) -> Vec<Figure> {
     let stack = stack();
-    stack.pg.exec("create table bare (like outbox.events including indexes)");
+    stack
+        .pg
+        .exec("create table bare (like outbox.events including indexes)");
     let (mut ours, mut floor) = (Vec::new(), Vec::new());
     for run in 0..scale.runs {
         ours.push(times_ms(&stack, "events", scale.transactions, relayed));
@@ -58,8 +60,13 @@ fn times_ms(stack: &Stack, stream: &'static str, transactions: usize, publish: P
     std::thread::spawn(move || {
         type Reply = Option<Vec<(String, Vec<(String, Vec<String>)>)>>;
         loop {
-            let reply: redis::RedisResult<Reply> =
-                redis::cmd("XREAD").arg("BLOCK").arg(10_000).arg("STREAMS").arg(stream).arg(&last).query(&mut consumer);
+            let reply: redis::RedisResult<Reply> = redis::cmd("XREAD")
+                .arg("BLOCK")
+                .arg(10_000)
+                .arg("STREAMS")
+                .arg(stream)
+                .arg(&last)
+                .query(&mut consumer);
             let at = Instant::now();
             let Ok(Some(streams)) = reply else {
                 return;
@@ -80,7 +87,9 @@ fn times_ms(stack: &Stack, stream: &'static str, transactions: usize, publish: P
             std::thread::sleep(wait);
         }
         let sent = publish(&mut client, &mut conn);
-        let at = arrivals.recv_timeout(Duration::from_secs(10)).expect("an event never arrived");
+        let at = arrivals
+            .recv_timeout(Duration::from_secs(10))
+            .expect("an event never arrived");
         times.push(at.saturating_duration_since(sent).as_secs_f64() * 1_000.0);
     }
     times
@@ -88,7 +97,12 @@ fn times_ms(stack: &Stack, stream: &'static str, transactions: usize, publish: P
 
 fn relayed(client: &mut postgres::Client, _: &mut redis::Connection) -> Instant {
     let mut transaction = client.transaction().expect("begin");
-    transaction.execute("select outbox.publish_event('bench.latency', 'bench', '{\"n\": 1}')", &[]).expect("publish");
+    transaction
+        .execute(
+            "select outbox.publish_event('bench.latency', 'bench', '{\"n\": 1}')",
+            &[],
+        )
+        .expect("publish");
     let sent = Instant::now();
     transaction.commit().expect("commit");
     sent
@@ -106,8 +120,23 @@ fn by_itself(client: &mut postgres::Client, conn: &mut redis::Connection) -> Ins
     let sent = Instant::now();
     transaction.commit().expect("commit");
     let _: String = redis::cmd("XADD")
-        .arg(&["floor", "MAXLEN", "~", "10000", "*", "event_id", "01a209bb-302f-746e-bb1c-b5eca618182a"])
-        .arg(&["event_type", "bench.latency", "source", "bench", "cloud_event", "{\"n\": 1}"])
+        .arg(&[
+            "floor",
+            "MAXLEN",
+            "~",
+            "10000",
+            "*",
+            "event_id",
+            "01a209bb-302f-746e-bb1c-b5eca618182a",
+        ])
+        .arg(&[
+            "event_type",
+            "bench.latency",
+            "source",
+            "bench",
+            "cloud_event",
+            "{\"n\": 1}",
+        ])
         .query(conn)
         .expect("XADD");
     sent

@@ -33,7 +33,13 @@ pub struct Figure {
 }
 
 fn main() {
-    let mut scale = Scale { runs: 5, events: 1_000_000, backlog: 10_000_000, seconds: 10, transactions: 500 };
+    let mut scale = Scale {
+        runs: 5,
+        events: 1_000_000,
+        backlog: 10_000_000,
+        seconds: 10,
+        transactions: 500,
+    };
     let mut wanted: Vec<String> = Vec::new();
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {

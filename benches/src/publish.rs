@@ -32,7 +32,10 @@ pub fn measure(scale: &Scale) -> Vec<Figure> {
                 }
             }
             ratios.push(tps[run] / floor[run]);
-            eprintln!("publish, {clients} clients: {:.0}/s, floor {:.0}/s, ratio {:.2}", tps[run], floor[run], ratios[run]);
+            eprintln!(
+                "publish, {clients} clients: {:.0}/s, floor {:.0}/s, ratio {:.2}",
+                tps[run], floor[run], ratios[run]
+            );
         }
         let commit = if durable { "on" } else { "off" };
         figures.push(Figure {
@@ -48,11 +51,33 @@ pub fn measure(scale: &Scale) -> Vec<Figure> {
 
 fn pgbench(stack: &Stack, script: &str, clients: u32, durable: bool, seconds: u32) -> f64 {
     let commit = if durable { "on" } else { "off" };
-    stack.pg.exec(&format!("alter database postgres set synchronous_commit to {commit}"));
+    stack
+        .pg
+        .exec(&format!("alter database postgres set synchronous_commit to {commit}"));
     let (clients, seconds) = (clients.to_string(), seconds.to_string());
-    let arguments = ["-n", "-M", "prepared", "-c", &clients, "-j", "2", "-T", &seconds, "-f", "/dev/stdin", "postgres"];
+    let arguments = [
+        "-n",
+        "-M",
+        "prepared",
+        "-c",
+        &clients,
+        "-j",
+        "2",
+        "-T",
+        &seconds,
+        "-f",
+        "/dev/stdin",
+        "postgres",
+    ];
     let ran = stack.pg.run("pgbench", &arguments, script);
     assert!(ran.ok, "pgbench failed: {}", ran.stderr);
-    let line = ran.stdout.lines().find_map(|l| l.strip_prefix("tps = ")).expect("no tps line");
-    line.split_whitespace().next().and_then(|n| n.parse().ok()).expect("no tps")
+    let line = ran
+        .stdout
+        .lines()
+        .find_map(|l| l.strip_prefix("tps = "))
+        .expect("no tps line");
+    line.split_whitespace()
+        .next()
+        .and_then(|n| n.parse().ok())
+        .expect("no tps")
 }

@@ -147,12 +147,6 @@ impl Delivery {
         }
     }
 
-    /// The settings name another destination: what was wrong with the last one is no matter.
-    pub fn forget_trouble(&mut self) {
-        self.failures = 0;
-        self.trouble = None;
-    }
-
     /// Whether a sender is to be started now.
     pub fn wants_connection(&self, now: Now) -> bool {
         matches!(self.link, Link::Down { retry_at } if retry_at <= now)

@@ -361,11 +361,15 @@ impl World {
             return false;
         };
         let random = self.rng.f64();
-        tell!(self, "report {}", match &report {
-            Report::Connected => "connected".to_owned(),
-            Report::Done { refused, .. } => format!("done {:?}, refused {refused:?}", self.in_flight[0].0),
-            Report::Lost { accepted, refused, .. } => format!("lost after {accepted}, refused {refused:?}"),
-        });
+        tell!(
+            self,
+            "report {}",
+            match &report {
+                Report::Connected => "connected".to_owned(),
+                Report::Done { refused, .. } => format!("done {:?}, refused {refused:?}", self.in_flight[0].0),
+                Report::Lost { accepted, refused, .. } => format!("lost after {accepted}, refused {refused:?}"),
+            }
+        );
         let records = match report {
             Report::Connected => {
                 self.delivery.connected();
@@ -621,7 +625,10 @@ impl World {
             parked.iter().for_each(|seq| self.park(*seq, 0));
         }
         tell!(self, "park {parked:?}, skip {skipped:?}");
-        skipped.iter().chain(&parked).for_each(|seq| self.delivery.skipped(*seq));
+        skipped
+            .iter()
+            .chain(&parked)
+            .for_each(|seq| self.delivery.skipped(*seq));
         for Built { seqs, bytes, end } in built {
             let end = end.expect("closed");
             self.send(&seqs, bytes);

@@ -1,1 +1,273 @@
-//! To come.
+//! Databases: each with the extension has a worker, none other costs a process, and no worker stands in the way of those
+//! who need a database to themselves.
+
+use std::time::{Duration, Instant};
+
+use kit::{
+    BlackHole, Ledger, Mode, Postgres, Redis, Refused, Stack, first_ids, ids, publish_many, wait_drained, wait_eq,
+    wait_until,
+};
+use uuid::Uuid;
+
+/// What a statement may take that is not to be blocked.
+const PROMPTLY: Duration = Duration::from_secs(2);
+
+#[track_caller]
+fn promptly(pg: &Postgres, sql: &str) {
+    let start = Instant::now();
+    pg.exec(sql);
+    let took = start.elapsed();
+    assert!(took < PROMPTLY, "{sql} took {took:?}");
+}
+
+/// The databases that have a worker, in the order of their names.
+fn served(pg: &Postgres) -> Vec<String> {
+    pg.one(
+        "select coalesce(array_agg(datname::text order by datname), '{}') from pg_stat_activity \
+         where backend_type = 'outbox_relay worker'",
+    )
+}
+
+/// A database with the extension, whose events go to the stream of its name.
+#[track_caller]
+fn database(pg: &Postgres, redis: &Redis, name: &str) {
+    pg.exec(&format!("create database {name}"));
+    pg.exec_db(name, "create extension outbox_relay");
+    configure(pg, redis, name);
+}
+
+#[track_caller]
+fn configure(pg: &Postgres, redis: &Redis, name: &str) {
+    let port = redis.port();
+    pg.exec_db(
+        name,
+        &format!("update outbox.backends set host = '127.0.0.1', port = {port}, stream_name = '{name}'"),
+    );
+}
+
+#[track_caller]
+fn publish(pg: &Postgres, database: &str, count: i32) -> Vec<Uuid> {
+    publish_many(&mut pg.client_db(database), "default", "", "event", count)
+}
+
+#[track_caller]
+fn wait_delivered(pg: &Postgres, database: &str) {
+    wait_eq("pending", 0, || {
+        pg.one_db::<i64>(database, "select pending from outbox.status")
+    });
+}
+
+#[test]
+fn each_database_with_the_extension_has_a_worker_and_no_other_has() {
+    let mut pg = Postgres::start();
+    let redis = Redis::start();
+    for name in ["one", "two", "three"] {
+        database(&pg, &redis, name);
+    }
+    pg.exec("create database without");
+    for start in 0..2 {
+        wait_eq("served databases", vec!["one", "three", "two"], || {
+            served(&pg).leak().iter().map(String::as_str).collect()
+        });
+        for name in ["one", "two", "three"] {
+            let published = publish(&pg, name, 2);
+            let entries = redis.wait_entries(name, 2 * start + 2);
+            assert_eq!(ids(&entries)[2 * start..], published, "of {name}");
+        }
+        if start == 0 {
+            pg.restart();
+        }
+    }
+    let refused = Refused::of(
+        pg.client_db("without")
+            .execute("select outbox.publish_event('a', 'b')", &[]),
+    );
+    assert_eq!(refused.code, "3F000");
+}
+
+/// CREATE DATABASE ... TEMPLATE of a database with the extension: its copy has cursors and transaction ids of the same cluster, so
+/// they mean the same there. The copy gets a worker by itself; what was pending is sent by both, what was sent by none again.
+#[test]
+fn a_copied_database_gets_a_worker_that_goes_on_where_the_original_stood() {
+    let pg = Postgres::start();
+    let redis = Redis::start();
+    database(&pg, &redis, "original");
+    let sent = publish(&pg, "original", 3);
+    redis.wait_entries("original", 3);
+    wait_delivered(&pg, "original");
+    pg.exec_db("original", "update outbox.backends set enabled = false");
+    let pending = publish(&pg, "original", 3);
+
+    promptly(&pg, "create database copy template original");
+    wait_eq(
+        "served databases",
+        vec!["copy".to_string(), "original".to_string()],
+        || served(&pg),
+    );
+    let after = publish(&pg, "copy", 2);
+    for name in ["copy", "original"] {
+        pg.exec_db(
+            name,
+            &format!("update outbox.backends set enabled = true, stream_name = '{name}'"),
+        );
+    }
+    assert_eq!(
+        ids(&redis.wait_entries("original", 6)),
+        [sent, pending.clone()].concat()
+    );
+    assert_eq!(ids(&redis.wait_entries("copy", 5)), [pending, after].concat());
+    for name in ["copy", "original"] {
+        wait_delivered(&pg, name);
+    }
+    assert_eq!((redis.xlen("original"), redis.xlen("copy")), (6, 5));
+}
+
+#[test]
+fn a_database_is_dropped_as_if_there_were_no_worker() {
+    let pg = Postgres::start();
+    let redis = Redis::start();
+    let hole = BlackHole::start();
+    for (name, force, port) in [
+        ("idle", "", redis.port()),
+        ("forced", " with (force)", redis.port()),
+        ("stuck", "", hole.port()),
+    ] {
+        database(&pg, &redis, name);
+        pg.exec_db(name, &format!("update outbox.backends set port = {port}"));
+        publish(&pg, name, 3);
+        pg.wait_worker(name);
+        promptly(&pg, &format!("drop database {name}{force}"));
+        assert_eq!(pg.worker_pid(name), None);
+        assert_eq!(
+            pg.one::<i64>(&format!("select count(*) from pg_database where datname = '{name}'")),
+            0
+        );
+    }
+    // Also while it works as fast as it can.
+    database(&pg, &redis, "busy");
+    publish(&pg, "busy", 20_000);
+    promptly(&pg, "drop database busy");
+    assert_eq!(served(&pg), Vec::<String>::new());
+}
+
+#[test]
+fn a_database_whose_dropping_failed_keeps_its_worker() {
+    let pg = Postgres::start();
+    let redis = Redis::start();
+    database(&pg, &redis, "kept");
+    pg.wait_worker("kept");
+    let mut occupant = pg.client_db("kept");
+    let refused = Refused::of(pg.client().batch_execute("drop database kept"));
+    assert_eq!(refused.code, "55006");
+    assert_eq!(
+        refused.detail.as_deref(),
+        Some("There is 1 other session using the database.")
+    );
+    let published = publish_many(&mut occupant, "default", "", "event", 3);
+    assert_eq!(ids(&redis.wait_entries("kept", 3)), published);
+    pg.wait_worker("kept");
+}
+
+#[test]
+fn a_database_is_renamed_moved_and_copied_as_if_there_were_no_worker() {
+    let pg = Postgres::start();
+    let redis = Redis::start();
+    let space = kit::env::server_dir("space");
+    pg.exec(&format!(
+        "create tablespace elsewhere location '{}'",
+        space.path().display()
+    ));
+    database(&pg, &redis, "old");
+    let mut published = publish(&pg, "old", 2);
+    pg.wait_worker("old");
+
+    promptly(&pg, "alter database old rename to new");
+    pg.wait_worker("new");
+    configure(&pg, &redis, "new");
+    published.truncate(0);
+    published.extend(publish(&pg, "new", 2));
+    assert_eq!(ids(&redis.wait_entries("new", 2)), published);
+
+    promptly(&pg, "alter database new set tablespace elsewhere");
+    published.extend(publish(&pg, "new", 2));
+    assert_eq!(ids(&redis.wait_entries("new", 4)), published);
+    pg.wait_worker("new");
+
+    promptly(&pg, "create database twin template new");
+    published.extend(publish(&pg, "new", 2));
+    assert_eq!(ids(&redis.wait_entries("new", 6)), published);
+    wait_eq("served databases", vec!["new".to_string(), "twin".to_string()], || {
+        served(&pg)
+    });
+
+    promptly(&pg, "alter database new set tablespace pg_default");
+    promptly(&pg, "drop database twin");
+    promptly(&pg, "drop database new");
+    pg.exec("drop tablespace elsewhere");
+}
+
+/// It dies while the worker is away for it; nobody is left to call the worker back but the launcher.
+#[test]
+fn a_session_that_dies_while_it_holds_a_database_gives_it_back() {
+    let pg = Postgres::start();
+    let redis = Redis::start();
+    database(&pg, &redis, "held");
+    let old = pg.wait_worker("held");
+    // Another session in the database makes ALTER DATABASE wait for it (up to 5 s).
+    let mut occupant = pg.client_db("held");
+    let mut holder = pg.client();
+    let pid: i32 = holder.query_one("select pg_backend_pid()", &[]).unwrap().get(0);
+    let thread = std::thread::spawn(move || Refused::of(holder.batch_execute("alter database held rename to other")));
+    wait_until("the worker to leave", || kit::process::title(old).is_empty());
+    pg.exec(&format!("select pg_terminate_backend({pid})"));
+    assert_eq!(thread.join().unwrap().code, "57P01");
+    let published = publish_many(&mut occupant, "default", "", "event", 3);
+    assert_eq!(ids(&redis.wait_entries("held", 3)), published);
+}
+
+/// One process for the launcher, one for a worker; the second database waits until the first needs none.
+#[test]
+fn without_a_free_process_the_launcher_says_so_and_goes_on_trying() {
+    let pg = Postgres::with(&[("max_worker_processes", "2"), ("max_logical_replication_workers", "0")]).start();
+    let redis = Redis::start();
+    database(&pg, &redis, "first");
+    pg.wait_worker("first");
+    database(&pg, &redis, "second");
+    let waiting = publish(&pg, "second", 2);
+    pg.wait_log("could not start an outbox_relay worker for database \"second\"");
+    pg.wait_log("All background worker slots are in use; it is tried again each second.");
+    pg.wait_log("Raise max_worker_processes: each database with the extension needs one, and the launcher one more.");
+    let published = publish(&pg, "first", 2);
+    assert_eq!(ids(&redis.wait_entries("first", 2)), published);
+    assert_eq!(served(&pg), ["first"]);
+    pg.exec_db("first", "drop extension outbox_relay");
+    assert_eq!(ids(&redis.wait_entries("second", 2)), waiting);
+    assert_eq!(served(&pg), ["second"]);
+    let said = pg.log().matches("could not start an outbox_relay worker").count();
+    assert_eq!(said, 1, "it said so {said} times");
+}
+
+/// Redis down for one, and a crash for all: no worker waits for another.
+#[test]
+fn the_workers_of_databases_are_independent() {
+    let mut stack = Stack::start();
+    let ledger = Ledger::create(&stack.pg);
+    let hole = BlackHole::unreachable();
+    database(&stack.pg, &stack.redis, "stuck");
+    stack
+        .pg
+        .exec_db("stuck", &format!("update outbox.backends set port = {}", hole.port()));
+    let waiting = publish(&stack.pg, "stuck", 5);
+    stack.pg.wait_worker("stuck");
+    stack.pg.exec("select publish_logged('k0') from generate_series(1, 20)");
+    stack.wait_events(20);
+    wait_drained(&stack.pg, "default");
+    stack.pg.stop(Mode::Immediate);
+    stack.pg.start_again();
+    stack.pg.exec("select publish_logged('k0') from generate_series(1, 20)");
+    ledger.settle(&stack, kit::LIMIT).assert_at_least_once();
+    configure(&stack.pg, &stack.redis, "stuck");
+    stack.redis.wait_entries("stuck", 5);
+    wait_delivered(&stack.pg, "stuck");
+    assert_eq!(first_ids(&stack.redis.entries("stuck")), waiting);
+}
