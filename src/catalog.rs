@@ -134,6 +134,9 @@ pub fn expect_relations() -> Relations {
 
 /// A backend by name. Costs nothing but a look-up unless backends have changed.
 pub fn backend(name: &str) -> Option<Rc<KnownBackend>> {
+    // A long transaction that opens no new table hears of no change by itself.
+    // SAFETY: within a transaction; as taking any lock does.
+    unsafe { pg_sys::AcceptInvalidationMessages() };
     let relations = expect_relations();
     if !BACKENDS_VALID.get() {
         BACKENDS_VALID.set(true);

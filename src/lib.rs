@@ -3,7 +3,7 @@
 //! ```text
 //! publish ─ an event becomes a row, in the caller's transaction   txn, utility ─ after the commit: wake the worker
 //! launcher ─ a worker for each database with the extension        worker ─ reads, hands to senders, keeps the books
-//! ticker, rows ─ snapshots and rows, without SQL                  backend ─ one backend within the worker
+//! ticker, rows ─ snapshots and rows, without SQL                  pass ─ one scan for many backends; backend ─ one of them
 //! outbox ─ all SQL on our tables                                  purge ─ retention
 //! catalog ─ what a session knows of our tables and backends       status ─ what the views ask
 //! guc, shmem, process, error, uuid ─ settings, shared memory, manners of a process, refusals, event ids
@@ -30,6 +30,7 @@ mod error;
 mod guc;
 mod launcher;
 mod outbox;
+mod pass;
 mod process;
 mod publish;
 mod purge;

@@ -9,19 +9,18 @@
 //! ```
 //! It never waits for the network, and holds no transaction while it waits for anything.
 
-use crate::backend::{Backend, BuiltBatch, Role};
-use crate::catalog::{self, Relations};
+use crate::backend::{Backend, Role};
+use crate::catalog;
 use crate::guc::{self, LogLevel};
 use crate::outbox;
+use crate::pass;
 use crate::process::{self, Aborted, log};
 use crate::purge::Purge;
-use crate::rows::EventsTable;
 use crate::shmem::{self, Slot, SlotState};
 use crate::ticker;
 use pgrx::{pg_guard, pg_sys};
-use relay::delivery::{Entry, Now, RowFate};
-use relay::reader::{Position, RangeScan, Scan, Step, Table, UnderWay};
-use relay::refusal::Record;
+use relay::delivery::Now;
+use relay::reader::Position;
 use relay::snapshot::Tick;
 use std::io::Read;
 use std::os::fd::AsRawFd;
@@ -29,8 +28,6 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Rows that one scan may meet before the senders are looked at again.
-const SCAN_STEPS: usize = 2_000;
 /// Scheduled events that are moved at once.
 const MOVE_COUNT: i64 = 1_000;
 /// After an ERROR in one of our transactions.
@@ -436,45 +433,17 @@ impl Worker {
 
     /// One scan for backends that stand at `position`.
     fn read_group(&mut self, group: &[usize], position: &Position, now: Now) -> Result<(), Aborted> {
-        let to = position.under_way.as_ref().map_or(&self.latest, |u| &u.to).clone();
-        let last_seq = position.under_way.as_ref().map_or(0, |u| u.last_seq);
-        let known: Vec<i32> = self.backends.iter().map(|b| b.number).collect();
-        let mut readers: Vec<Reader> = Vec::with_capacity(group.len());
-        for index in group {
-            let backend = &mut self.backends[*index];
-            readers.push(Reader::new(*index, backend));
-        }
-        let backends = &mut self.backends;
-        let from = position.from.clone();
-        let ends = process::transaction(|| {
-            let relations = catalog::expect_relations();
-            let mut table = EventsTable::open(&relations);
-            let mut pass = Pass {
-                from: from.clone(),
-                to: to.clone(),
-                seq: last_seq,
-                known: &known,
-                backends,
-                readers: &mut readers,
-            };
-            pass.run(&mut table);
-            table.close();
-            for reader in readers.iter_mut() {
-                reader.write_down(&mut backends[reader.index]);
-            }
-        });
-        ends?;
+        let readers = process::transaction(|| pass::read(&mut self.backends, group, position, &self.latest))?;
         for reader in readers {
             let backend = &mut self.backends[reader.index];
             backend.failed(reader.failed);
             reader.skipped.iter().for_each(|seq| backend.delivery.skipped(*seq));
             let sent: usize = reader.built.iter().map(|b| b.entries.len()).sum();
             backend.send(reader.built);
-            let end = reader.end.unwrap_or_else(|| Position::at(to.clone()));
             if matches!(backend.role, Role::Strays) && reader.stopped {
                 backend.rests_until = now + guc::millis(&guc::POLL_INTERVAL_MS);
             }
-            backend.advanced(end, now);
+            backend.advanced(reader.end, now);
             if sent > 0 {
                 let activity = format!("publishing {sent} events to {}", backend.name());
                 self.shown_busy = true;
@@ -505,7 +474,7 @@ impl Worker {
             }
             let batch_size = guc::BATCH_SIZE.get() as usize;
             while let Some((stream, count)) = backend.delivery.stream_to_retry(now, batch_size) {
-                let batch = process::transaction(|| refused_batch(backend, &stream, count));
+                let batch = process::transaction(|| pass::refused_batch(backend, &stream, count));
                 match batch {
                     Ok(Some(batch)) => backend.send(vec![batch]),
                     Ok(None) => backend.delivery.stream_cleared(&stream),
@@ -595,286 +564,4 @@ fn save(backends: &mut [Backend], now: Now) -> Result<(), Aborted> {
     })?;
     backends.iter_mut().for_each(|b| b.saved(now));
     Ok(())
-}
-
-/// What a pass collects for one backend, until its transaction has ended well.
-struct Reader {
-    index: usize,
-    number: i32,
-    batches_left: usize,
-    bytes_left: usize,
-    built: Vec<BuiltBatch>,
-    open: Option<BuiltBatch>,
-    records: Vec<Record>,
-    /// Rows that were accepted before, beyond a gap.
-    skipped: Vec<i64>,
-    failed: u64,
-    /// Where it stopped before the others; `None`: it went with them to the end of the range.
-    end: Option<Position>,
-    stopped: bool,
-}
-
-impl Reader {
-    fn new(index: usize, backend: &Backend) -> Self {
-        let room = backend.delivery.room();
-        Self {
-            index,
-            number: backend.number,
-            batches_left: room.map_or(0, |r| r.batches),
-            bytes_left: room.map_or(0, |r| r.bytes),
-            built: Vec::new(),
-            open: None,
-            records: Vec::new(),
-            skipped: Vec::new(),
-            failed: 0,
-            end: None,
-            stopped: false,
-        }
-    }
-
-    /// Whether another row may be added.
-    fn has_room(&self) -> bool {
-        self.open.is_some() || (self.batches_left > 0 && self.bytes_left > 0)
-    }
-
-    fn close_batch(&mut self, end: Position) {
-        if let Some(mut batch) = self.open.take() {
-            self.bytes_left = self.bytes_left.saturating_sub(batch.bytes.len());
-            batch.end = Some(end);
-            self.built.push(batch);
-        }
-    }
-
-    /// Within the pass's transaction.
-    fn write_down(&mut self, backend: &mut Backend) {
-        if !self.records.is_empty() {
-            self.failed = outbox::record(backend.number, &backend.stream, &std::mem::take(&mut self.records));
-        }
-    }
-}
-
-/// One scan over a range for several readers.
-struct Pass<'a> {
-    from: Arc<Tick>,
-    to: Arc<Tick>,
-    /// The row that was met last.
-    seq: i64,
-    known: &'a [i32],
-    backends: &'a mut Vec<Backend>,
-    readers: &'a mut Vec<Reader>,
-}
-
-impl Pass<'_> {
-    fn here(&self) -> Position {
-        Position::towards(self.from.clone(), self.to.clone(), self.seq)
-    }
-
-    fn run(&mut self, table: &mut EventsTable) {
-        let rows = RowMemory::new();
-        let mut scan = RangeScan::open(table, &self.from, &self.to, self.seq);
-        let mut at_end = false;
-        for _ in 0..SCAN_STEPS {
-            let key = match scan.step() {
-                None => {
-                    at_end = true;
-                    break;
-                }
-                Some(Step::Passed(key)) => key,
-                Some(Step::Row(key)) => {
-                    let row = scan.current().row();
-                    if let Some(reader) = self.reader_of(row.backend_number())
-                        && !rows.within(|| self.take(reader, row))
-                    {
-                        self.stop(reader);
-                        if self.readers.iter().all(|r| r.stopped) {
-                            break;
-                        }
-                    }
-                    key
-                }
-            };
-            self.seq = key.seq;
-        }
-        drop(scan);
-        let end = if at_end {
-            Position::at(self.to.clone())
-        } else {
-            self.here()
-        };
-        for reader in self.readers.iter_mut().filter(|r| !r.stopped) {
-            reader.close_batch(end.clone());
-            reader.end = Some(end.clone());
-        }
-    }
-
-    /// Who takes the rows of a backend, if it takes part and has not stopped.
-    fn reader_of(&self, number: i32) -> Option<usize> {
-        let number = if self.known.contains(&number) { number } else { 0 };
-        self.readers.iter().position(|r| r.number == number && !r.stopped)
-    }
-
-    /// A reader has no room for the row that was just met: it stays before it.
-    fn stop(&mut self, reader: usize) {
-        let here = self.here();
-        let reader = &mut self.readers[reader];
-        reader.close_batch(here.clone());
-        (reader.end, reader.stopped) = (Some(here), true);
-    }
-
-    /// Gives a row to a reader; false: it has no room.
-    fn take(&mut self, reader: usize, row: &crate::rows::Row) -> bool {
-        let here = self.here();
-        let seq = row.key().seq;
-        let reader = &mut self.readers[reader];
-        let backend = &mut self.backends[reader.index];
-        match backend.role {
-            Role::Deleted => {
-                reader.records.push(Record::Fail {
-                    seq,
-                    attempts: 0,
-                    error: "its backend was deleted".into(),
-                });
-                return true;
-            }
-            Role::Strays => {
-                // A number that was never given: the backend may be on its way (a restore in another order).
-                if row.backend_number() > outbox::last_backend_number() {
-                    return false;
-                }
-                reader.records.push(Record::Fail {
-                    seq,
-                    attempts: 0,
-                    error: "its backend was deleted".into(),
-                });
-                return true;
-            }
-            Role::Redis => {}
-        }
-        row.with_event(|event| {
-            let stream = backend.stream_of(event);
-            match backend.delivery.on_row(seq, &stream) {
-                RowFate::Skip => {
-                    reader.skipped.push(seq);
-                    return true;
-                }
-                RowFate::Park => {
-                    let error = "waits behind an event of its stream that Redis refused".into();
-                    reader.records.push(Record::Park {
-                        seq,
-                        attempts: 0,
-                        error,
-                    });
-                    return true;
-                }
-                RowFate::Send => {}
-            }
-            if !reader.has_room() {
-                return false;
-            }
-            let batch = reader.open.get_or_insert_with(|| {
-                reader.batches_left -= 1;
-                BuiltBatch {
-                    bytes: backend.buffer(),
-                    entries: Vec::new(),
-                    end: None,
-                }
-            });
-            let max_retries = row
-                .i32(crate::rows::attribute::MAX_RETRIES)
-                .unwrap_or_else(|| guc::MAX_RETRIES.get());
-            match backend.encode(&mut batch.bytes, event) {
-                Ok(()) => batch.entries.push(Entry {
-                    seq,
-                    stream,
-                    max_attempts: max_retries.max(1) as u32,
-                }),
-                Err(error) => reader.records.push(Record::Fail {
-                    seq,
-                    attempts: 0,
-                    error: error.to_string(),
-                }),
-            }
-            if Backend::is_full(batch) {
-                let end = Position {
-                    under_way: here.under_way.map(|u| UnderWay { last_seq: seq, ..u }),
-                    ..here
-                };
-                reader.close_batch(end);
-            }
-            true
-        })
-    }
-}
-
-/// The batch for the next events of a refused stream; `None`: none wait.
-fn refused_batch(backend: &mut Backend, stream: &str, count: usize) -> Option<BuiltBatch> {
-    let seqs = outbox::refused_events(backend.number, stream, &backend.stream, count);
-    let relations: Relations = catalog::expect_relations();
-    let mut table = EventsTable::open(&relations);
-    let mut batch = BuiltBatch {
-        bytes: backend.buffer(),
-        entries: Vec::new(),
-        end: None,
-    };
-    for seq in seqs {
-        let mut scan = table.by_seq(seq - 1, seq);
-        if scan.advance().is_none() {
-            continue;
-        }
-        let row = scan.row();
-        let max_retries = row
-            .i32(crate::rows::attribute::MAX_RETRIES)
-            .unwrap_or_else(|| guc::MAX_RETRIES.get());
-        row.with_event(|event| {
-            let stream = backend.stream_of(event);
-            match backend.encode(&mut batch.bytes, event) {
-                Ok(()) => batch.entries.push(Entry {
-                    seq,
-                    stream,
-                    max_attempts: max_retries.max(1) as u32,
-                }),
-                Err(error) => backend.failed(outbox::fail(&[seq], 0, &error.to_string())),
-            }
-        });
-        if Backend::is_full(&batch) {
-            break;
-        }
-    }
-    table.close();
-    (!batch.entries.is_empty()).then_some(batch)
-}
-
-/// Memory for values that had to be expanded, given back after each row.
-struct RowMemory {
-    context: pg_sys::MemoryContext,
-}
-
-impl RowMemory {
-    fn new() -> Self {
-        // SAFETY: a child of the transaction's context, which frees it at the latest.
-        let context = unsafe {
-            pg_sys::AllocSetContextCreateInternal(
-                pg_sys::CurrentMemoryContext,
-                c"outbox_relay row".as_ptr(),
-                0,
-                pg_sys::ALLOCSET_DEFAULT_INITSIZE as usize,
-                pg_sys::ALLOCSET_DEFAULT_MAXSIZE as usize,
-            )
-        };
-        Self { context }
-    }
-
-    fn within<R>(&self, f: impl FnOnce() -> R) -> R {
-        // SAFETY: the context is alive; an ERROR in `f` aborts the transaction, which resets the current context.
-        unsafe {
-            let before = pg_sys::CurrentMemoryContext;
-            pg_sys::CurrentMemoryContext = self.context;
-            let result = f();
-            pg_sys::CurrentMemoryContext = before;
-            if !(*self.context).isReset {
-                pg_sys::MemoryContextReset(self.context);
-            }
-            result
-        }
-    }
 }

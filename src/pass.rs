@@ -1,0 +1,324 @@
+//! One scan over a range for all backends that stand at one place: rows become entries of batches, or are written down.
+
+use crate::backend::{Backend, BuiltBatch, Role};
+use crate::catalog;
+use crate::guc;
+use crate::outbox;
+use crate::rows::{EventsTable, Row, attribute};
+use pgrx::pg_sys;
+use relay::delivery::{Entry, RowFate};
+use relay::reader::{Position, RangeScan, Scan, Step, Table};
+use relay::refusal::Record;
+use relay::snapshot::Tick;
+use std::sync::Arc;
+
+/// Rows that one scan may meet before the senders are looked at again.
+const SCAN_STEPS: usize = 2_000;
+
+/// Reads on from a position, for the backends of `group` (indexes into `backends`), which all stand there. Needs a transaction; what comes
+/// back is to be handed over once that has ended well.
+pub fn read(backends: &mut [Backend], group: &[usize], position: &Position, latest: &Arc<Tick>) -> Vec<Reader> {
+    let under_way = position.under_way.as_ref();
+    let relations = catalog::expect_relations();
+    let mut table = EventsTable::open(&relations);
+    let mut pass = Pass {
+        from: position.from.clone(),
+        to: under_way.map_or(latest, |u| &u.to).clone(),
+        seq: under_way.map_or(0, |u| u.last_seq),
+        known: backends.iter().map(|b| b.number).collect(),
+        readers: group
+            .iter()
+            .map(|index| Reader::new(*index, &backends[*index]))
+            .collect(),
+        backends,
+    };
+    pass.run(&mut table);
+    let mut readers = pass.readers;
+    table.close();
+    for reader in &mut readers {
+        reader.write_down(&backends[reader.index]);
+    }
+    readers
+}
+
+/// What a pass collects for one backend.
+pub struct Reader {
+    pub index: usize,
+    number: i32,
+    batches_left: usize,
+    bytes_left: usize,
+    pub built: Vec<BuiltBatch>,
+    open: Option<BuiltBatch>,
+    records: Vec<Record>,
+    /// Rows that are not to be sent if they are read once more: accepted before, beyond a gap, or parked now.
+    pub skipped: Vec<i64>,
+    /// How many events failed.
+    pub failed: u64,
+    /// How far it came.
+    pub end: Position,
+    /// It met a row for which it has no room.
+    pub stopped: bool,
+}
+
+impl Reader {
+    fn new(index: usize, backend: &Backend) -> Self {
+        let room = backend.delivery.room();
+        Self {
+            index,
+            number: backend.number,
+            batches_left: room.map_or(0, |r| r.batches),
+            bytes_left: room.map_or(0, |r| r.bytes),
+            built: Vec::new(),
+            open: None,
+            records: Vec::new(),
+            skipped: Vec::new(),
+            failed: 0,
+            end: backend.delivery.position().clone(),
+            stopped: false,
+        }
+    }
+
+    /// Whether another row may be added.
+    fn has_room(&self) -> bool {
+        self.open.is_some() || (self.batches_left > 0 && self.bytes_left > 0)
+    }
+
+    fn close_batch(&mut self, end: Position) {
+        if let Some(mut batch) = self.open.take() {
+            self.bytes_left = self.bytes_left.saturating_sub(batch.bytes.len());
+            batch.end = Some(end);
+            self.built.push(batch);
+        }
+    }
+
+    /// Within the pass's transaction.
+    fn write_down(&mut self, backend: &Backend) {
+        if !self.records.is_empty() {
+            self.failed = outbox::record(backend.number, &backend.stream, &std::mem::take(&mut self.records));
+        }
+    }
+}
+
+/// One scan over a range for several readers.
+struct Pass<'a> {
+    from: Arc<Tick>,
+    to: Arc<Tick>,
+    /// The row that was met last.
+    seq: i64,
+    /// Numbers of all backends; rows of any other are the strays' reader's.
+    known: Vec<i32>,
+    backends: &'a mut [Backend],
+    readers: Vec<Reader>,
+}
+
+impl Pass<'_> {
+    fn here(&self) -> Position {
+        Position::towards(self.from.clone(), self.to.clone(), self.seq)
+    }
+
+    fn run(&mut self, table: &mut EventsTable) {
+        let rows = RowMemory::new();
+        let mut scan = RangeScan::open(table, &self.from, &self.to, self.seq);
+        let mut at_end = false;
+        for _ in 0..SCAN_STEPS {
+            let key = match scan.step() {
+                None => {
+                    at_end = true;
+                    break;
+                }
+                Some(Step::Passed(key)) => key,
+                Some(Step::Row(key)) => {
+                    let row = scan.current().row();
+                    if let Some(reader) = self.reader_of(row.backend_number())
+                        && !rows.within(|| self.take(reader, row))
+                    {
+                        self.stop(reader);
+                        if self.readers.iter().all(|r| r.stopped) {
+                            break;
+                        }
+                    }
+                    key
+                }
+            };
+            self.seq = key.seq;
+        }
+        drop(scan);
+        let end = if at_end {
+            Position::at(self.to.clone())
+        } else {
+            self.here()
+        };
+        for reader in self.readers.iter_mut().filter(|r| !r.stopped) {
+            reader.close_batch(end.clone());
+            reader.end = end.clone();
+        }
+    }
+
+    /// Who takes the rows of a backend, if it takes part and has not stopped.
+    fn reader_of(&self, number: i32) -> Option<usize> {
+        let number = if self.known.contains(&number) { number } else { 0 };
+        self.readers.iter().position(|r| r.number == number && !r.stopped)
+    }
+
+    /// A reader has no room for the row that was just met: it stays before it.
+    fn stop(&mut self, reader: usize) {
+        let here = self.here();
+        let reader = &mut self.readers[reader];
+        reader.close_batch(here.clone());
+        (reader.end, reader.stopped) = (here, true);
+    }
+
+    /// Gives a row to a reader; false: it has no room.
+    fn take(&mut self, reader: usize, row: &Row) -> bool {
+        let seq = row.key().seq;
+        let (from, to) = (&self.from, &self.to);
+        let reader = &mut self.readers[reader];
+        let backend = &mut self.backends[reader.index];
+        match backend.role {
+            Role::Deleted => {
+                reader.records.push(Record::Fail {
+                    seq,
+                    attempts: 0,
+                    error: "its backend was deleted".into(),
+                });
+                return true;
+            }
+            Role::Strays => {
+                // A number that was never given: the backend may be on its way (a restore in another order).
+                if row.backend_number() > outbox::last_backend_number() {
+                    return false;
+                }
+                reader.records.push(Record::Fail {
+                    seq,
+                    attempts: 0,
+                    error: "its backend was deleted".into(),
+                });
+                return true;
+            }
+            Role::Redis => {}
+        }
+        row.with_event(|event| {
+            let stream = backend.stream_of(event);
+            match backend.delivery.on_row(seq, &stream) {
+                RowFate::Skip => {
+                    reader.skipped.push(seq);
+                    return true;
+                }
+                RowFate::Park => {
+                    let error = "waits behind an event of its stream that Redis refused".into();
+                    reader.records.push(Record::Park {
+                        seq,
+                        attempts: 0,
+                        error,
+                    });
+                    reader.skipped.push(seq);
+                    return true;
+                }
+                RowFate::Send => {}
+            }
+            if !reader.has_room() {
+                return false;
+            }
+            let batch = reader.open.get_or_insert_with(|| {
+                reader.batches_left -= 1;
+                BuiltBatch {
+                    bytes: backend.buffer(),
+                    entries: Vec::new(),
+                    end: None,
+                }
+            });
+            let max_retries = row
+                .i32(attribute::MAX_RETRIES)
+                .unwrap_or_else(|| guc::MAX_RETRIES.get());
+            match backend.encode(&mut batch.bytes, event) {
+                Ok(()) => batch.entries.push(Entry {
+                    seq,
+                    stream,
+                    max_attempts: max_retries.max(1) as u32,
+                }),
+                Err(error) => reader.records.push(Record::Fail {
+                    seq,
+                    attempts: 0,
+                    error: error.to_string(),
+                }),
+            }
+            if Backend::is_full(batch) {
+                reader.close_batch(Position::towards(from.clone(), to.clone(), seq));
+            }
+            true
+        })
+    }
+}
+
+/// The batch for the next events of a refused stream; `None`: none wait.
+pub fn refused_batch(backend: &mut Backend, stream: &str, count: usize) -> Option<BuiltBatch> {
+    let seqs = outbox::refused_events(backend.number, stream, &backend.stream, count);
+    let relations = catalog::expect_relations();
+    let mut table = EventsTable::open(&relations);
+    let mut batch = BuiltBatch {
+        bytes: backend.buffer(),
+        entries: Vec::new(),
+        end: None,
+    };
+    for seq in seqs {
+        let mut scan = table.by_seq(seq - 1, seq);
+        if scan.advance().is_none() {
+            continue;
+        }
+        let row = scan.row();
+        let max_retries = row
+            .i32(attribute::MAX_RETRIES)
+            .unwrap_or_else(|| guc::MAX_RETRIES.get());
+        row.with_event(|event| {
+            let stream = backend.stream_of(event);
+            match backend.encode(&mut batch.bytes, event) {
+                Ok(()) => batch.entries.push(Entry {
+                    seq,
+                    stream,
+                    max_attempts: max_retries.max(1) as u32,
+                }),
+                Err(error) => backend.failed(outbox::fail(&[seq], 0, &error.to_string())),
+            }
+        });
+        if Backend::is_full(&batch) {
+            break;
+        }
+    }
+    table.close();
+    (!batch.entries.is_empty()).then_some(batch)
+}
+
+/// Memory for values that had to be expanded, given back after each row.
+struct RowMemory {
+    context: pg_sys::MemoryContext,
+}
+
+impl RowMemory {
+    fn new() -> Self {
+        // SAFETY: a child of the transaction's context, which frees it at the latest.
+        let context = unsafe {
+            pg_sys::AllocSetContextCreateInternal(
+                pg_sys::CurrentMemoryContext,
+                c"outbox_relay row".as_ptr(),
+                0,
+                pg_sys::ALLOCSET_DEFAULT_INITSIZE as usize,
+                pg_sys::ALLOCSET_DEFAULT_MAXSIZE as usize,
+            )
+        };
+        Self { context }
+    }
+
+    fn within<R>(&self, f: impl FnOnce() -> R) -> R {
+        // SAFETY: the context is alive; an ERROR in `f` aborts the transaction, which resets the current context.
+        unsafe {
+            let before = pg_sys::CurrentMemoryContext;
+            pg_sys::CurrentMemoryContext = self.context;
+            let result = f();
+            pg_sys::CurrentMemoryContext = before;
+            if !(*self.context).isReset {
+                pg_sys::MemoryContextReset(self.context);
+            }
+            result
+        }
+    }
+}
