@@ -411,15 +411,15 @@ create procedure outbox.purge()
     as $$
 declare
     c record;
-    piece record;
+    after_seq bigint;
     retention interval := pg_catalog.current_setting('outbox_relay.failed_retention')::interval;
 begin
     for c in select k.backend_number from outbox.cursors k order by k.backend_number loop
-        piece := row(0::bigint, 0::bigint);
+        after_seq := 0;
         loop
-            select p.deleted, p.last_seq into piece from outbox.purge_piece(c.backend_number, coalesce(piece.last_seq, 0), 1000) p;
+            select p.last_seq into after_seq from outbox.purge_piece(c.backend_number, after_seq, 1000) p;
             commit;
-            exit when piece.last_seq is null;
+            exit when after_seq is null;
         end loop;
     end loop;
     if retention >= interval '0' then

@@ -39,11 +39,31 @@ pub enum Role {
     Strays,
 }
 
-/// A batch that was built but not handed over yet: that waits for the end of the reading transaction.
-pub struct BuiltBatch {
+/// A batch that is being filled.
+#[derive(Default)]
+pub struct OpenBatch {
     pub bytes: Vec<u8>,
     pub entries: Vec<Entry>,
-    pub end: Option<Position>,
+}
+
+impl OpenBatch {
+    pub fn is_full(&self) -> bool {
+        self.entries.len() >= guc::BATCH_SIZE.get() as usize || self.bytes.len() >= BATCH_BYTES
+    }
+}
+
+/// What a batch is made of.
+pub enum Load {
+    /// Rows that were read on; `end`: where the reader stands after the last.
+    Rows { end: Position },
+    /// Events of one stream that had been refused; `all`: no other waits.
+    Again { all: bool },
+}
+
+/// A batch that was built but not handed over yet: that waits for the end of the reading transaction.
+pub struct BuiltBatch {
+    pub batch: OpenBatch,
+    pub load: Load,
 }
 
 pub struct Backend {
@@ -71,7 +91,7 @@ pub struct Backend {
     pub rests_until: Now,
     /// High end of the saved cursor, and so of what a restart would read again.
     saved_high_seq: i64,
-    pub tick_recorded_at: Now,
+    pub tick_recorded_at: Option<Now>,
     pub tick_due: bool,
     logged_state: Option<State>,
     /// Troubles that were logged in this state within a minute.
@@ -108,7 +128,7 @@ impl Backend {
             pending_save: None,
             rests_until: Now::ZERO,
             saved_high_seq: position.from.high_seq,
-            tick_recorded_at: Now::ZERO,
+            tick_recorded_at: None,
             tick_due: true,
             logged_state: None,
             logged: Vec::new(),
@@ -144,6 +164,8 @@ impl Backend {
             self.logged_state = None;
         }
         if stream != self.stream {
+            // What is on its way goes by the old name.
+            self.let_go();
             self.delivery
                 .set_streams(Streams::waiting(outbox::refused_streams(self.number, &stream)));
         }
@@ -227,19 +249,20 @@ impl Backend {
 
     /// Hands over what was built in a transaction that has ended well.
     pub fn send(&mut self, batches: Vec<BuiltBatch>) {
-        for BuiltBatch { bytes, entries, end } in batches {
+        for BuiltBatch { batch, load } in batches {
             let Some(sender) = &self.sender else {
                 return;
             };
+            let OpenBatch { bytes, entries } = batch;
             let size = bytes.len();
             // There was room; a sender that has ended in between will say so, and all is read again.
             let _ = sender.send(Batch {
                 bytes,
                 commands: entries.len(),
             });
-            match end {
-                Some(end) => self.delivery.sent(entries, end, size),
-                None => self.delivery.sent_again(entries, size),
+            match load {
+                Load::Rows { end } => self.delivery.sent(entries, end, size),
+                Load::Again { all } => self.delivery.sent_again(entries, size, all),
             }
         }
     }
@@ -279,11 +302,6 @@ impl Backend {
             buffer.clear();
             self.buffers.push(buffer);
         }
-    }
-
-    /// Whether a batch is full.
-    pub fn is_full(batch: &BuiltBatch) -> bool {
-        batch.entries.len() >= guc::BATCH_SIZE.get() as usize || batch.bytes.len() >= BATCH_BYTES
     }
 
     pub fn failed(&mut self, count: u64) {

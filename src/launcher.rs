@@ -70,7 +70,8 @@ pub extern "C-unwind" fn outbox_relay_launcher(_argument: pg_sys::Datum) {
     shmem::request_rescan();
     let mut launcher = Launcher {
         workers: HashMap::new(),
-        warned: false,
+        short_since: None,
+        warned: Vec::new(),
     };
     let mut timeout = Some(Duration::ZERO);
     loop {
@@ -95,7 +96,10 @@ struct Started {
 struct Launcher {
     /// By database.
     workers: HashMap<u32, Started>,
-    warned: bool,
+    /// Since when there have been too few processes.
+    short_since: Option<Instant>,
+    /// Databases that the log has named since then.
+    warned: Vec<String>,
 }
 
 impl Launcher {
@@ -116,6 +120,7 @@ impl Launcher {
         }
         self.bury();
         let mut again = None;
+        let mut waiting = Vec::new();
         for slot in shmem::slots() {
             if slot.state() != SlotState::Wanted
                 || self.workers.contains_key(&slot.database().to_u32())
@@ -137,11 +142,36 @@ impl Launcher {
                         again = Some(RETRY_WAIT);
                     } else if !self.start(slot, name) {
                         again = Some(RETRY_WAIT);
+                        waiting.push(name.clone());
                     }
                 }
             }
         }
+        self.tell_of_shortage(waiting);
         again
+    }
+
+    /// Warns, once for each database that has to wait; not of the moments in which others look for the extension.
+    fn tell_of_shortage(&mut self, waiting: Vec<String>) {
+        if waiting.is_empty() {
+            (self.short_since, self.warned) = (None, Vec::new());
+            return;
+        }
+        let since = *self.short_since.get_or_insert_with(Instant::now);
+        if since.elapsed() < RETRY_WAIT || waiting.iter().all(|name| self.warned.contains(name)) {
+            return;
+        }
+        let names: Vec<String> = waiting.iter().map(|name| format!("\"{name}\"")).collect();
+        log(
+            LogLevel::Warning,
+            "too few background worker processes for outbox_relay",
+            Some(&format!(
+                "No worker could be started for {}; it is tried again each second.",
+                names.join(", ")
+            )),
+            Some("Raise max_worker_processes: each database with the extension needs one, and the launcher one more."),
+        );
+        self.warned = waiting;
     }
 
     fn starting(&self) -> usize {
@@ -195,17 +225,6 @@ impl Launcher {
                     handle,
                     at: Instant::now(),
                 },
-            );
-            self.warned = false;
-        } else if !self.warned {
-            self.warned = true;
-            log(
-                LogLevel::Warning,
-                &format!("could not start an outbox_relay worker for database \"{database}\""),
-                Some("All background worker slots are in use; it is tried again each second."),
-                Some(
-                    "Raise max_worker_processes: each database with the extension needs one, and the launcher one more.",
-                ),
             );
         }
         registered

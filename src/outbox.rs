@@ -44,10 +44,14 @@ pub struct Standing {
     pub next_attempt_at: Option<i64>,
 }
 
+/// Reads what is committed now. Takes no transaction id, as SPI's `update` would: looking writes no WAL, and works on a standby.
 fn query<R>(sql: &str, args: &[DatumWithOid<'_>], mut each: impl FnMut(&SpiTupleTable<'_>) -> R) -> Vec<R> {
-    Spi::connect_mut(|client| {
+    // SAFETY: within a transaction; popped below, or by its abort. A transaction without an id reads with the active
+    // snapshot, which may be older than the invalidations that were taken in.
+    unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetLatestSnapshot()) };
+    let found = Spi::connect(|client| {
         let mut table = client
-            .update(sql, None, args)
+            .select(sql, None, args)
             .unwrap_or_else(|e| internal(e.to_string()));
         let mut found = Vec::with_capacity(table.len());
         if !table.is_empty() {
@@ -58,7 +62,10 @@ fn query<R>(sql: &str, args: &[DatumWithOid<'_>], mut each: impl FnMut(&SpiTuple
             }
         }
         found
-    })
+    });
+    // SAFETY: the snapshot pushed above is the active one again.
+    unsafe { pg_sys::PopActiveSnapshot() };
+    found
 }
 
 fn run(sql: &str, args: &[DatumWithOid<'_>]) -> u64 {
@@ -146,6 +153,18 @@ pub fn deleted_backends() -> Vec<i32> {
         &[],
         |row| value(row, 1).unwrap_or_default(),
     )
+}
+
+/// Whether a backend has this number.
+pub fn is_backend(number: i32) -> bool {
+    query(
+        "select exists (select from outbox.backends b where b.number = $1)",
+        &[number.into()],
+        |row| value(row, 1),
+    )
+    .pop()
+    .flatten()
+    .unwrap_or(false)
 }
 
 /// The highest backend number that was ever given.
@@ -432,6 +451,18 @@ pub fn purged(number: i32, tick: &Tick) {
             select max(o.reached_at) from outbox.ticks o where o.backend_number = $1 and o.snapshot::text = $2)",
         &[number.into(), tick.snapshot.to_string().into()],
     );
+}
+
+/// Whether there are ticks whose events are not purged.
+pub fn ticks_wait() -> bool {
+    query(
+        "select exists (select from outbox.ticks group by backend_number having count(*) > 1)",
+        &[],
+        |row| value(row, 1),
+    )
+    .pop()
+    .flatten()
+    .unwrap_or(false)
 }
 
 pub fn delete_events(seqs: &[i64]) -> u64 {

@@ -1,6 +1,6 @@
 //! One scan over a range for all backends that stand at one place: rows become entries of batches, or are written down.
 
-use crate::backend::{Backend, BuiltBatch, Role};
+use crate::backend::{Backend, BuiltBatch, Load, OpenBatch, Role};
 use crate::catalog;
 use crate::guc;
 use crate::outbox;
@@ -10,6 +10,7 @@ use relay::delivery::{Entry, RowFate};
 use relay::reader::{Position, RangeScan, Scan, Step, Table};
 use relay::refusal::Record;
 use relay::snapshot::Tick;
+use std::rc::Rc;
 use std::sync::Arc;
 
 /// Rows that one scan may meet before the senders are looked at again.
@@ -48,7 +49,7 @@ pub struct Reader {
     batches_left: usize,
     bytes_left: usize,
     pub built: Vec<BuiltBatch>,
-    open: Option<BuiltBatch>,
+    open: Option<OpenBatch>,
     records: Vec<Record>,
     /// Rows that are not to be sent if they are read once more: accepted before, beyond a gap, or parked now.
     pub skipped: Vec<i64>,
@@ -84,10 +85,12 @@ impl Reader {
     }
 
     fn close_batch(&mut self, end: Position) {
-        if let Some(mut batch) = self.open.take() {
+        if let Some(batch) = self.open.take() {
             self.bytes_left = self.bytes_left.saturating_sub(batch.bytes.len());
-            batch.end = Some(end);
-            self.built.push(batch);
+            self.built.push(BuiltBatch {
+                batch,
+                load: Load::Rows { end },
+            });
         }
     }
 
@@ -184,8 +187,10 @@ impl Pass<'_> {
                 return true;
             }
             Role::Strays => {
-                // A number that was never given: the backend may be on its way (a restore in another order).
-                if row.backend_number() > outbox::last_backend_number() {
+                // A backend that is not loaded yet (made by the transaction that published: we may see its rows before we
+                // hear of it), or a number that was never given (a restore in another order): it may be on its way.
+                let number = row.backend_number();
+                if outbox::is_backend(number) || number > outbox::last_backend_number() {
                     return false;
                 }
                 reader.records.push(Record::Fail {
@@ -221,28 +226,20 @@ impl Pass<'_> {
             }
             let batch = reader.open.get_or_insert_with(|| {
                 reader.batches_left -= 1;
-                BuiltBatch {
+                OpenBatch {
                     bytes: backend.buffer(),
-                    entries: Vec::new(),
-                    end: None,
+                    ..OpenBatch::default()
                 }
             });
-            let max_retries = row
-                .i32(attribute::MAX_RETRIES)
-                .unwrap_or_else(|| guc::MAX_RETRIES.get());
             match backend.encode(&mut batch.bytes, event) {
-                Ok(()) => batch.entries.push(Entry {
-                    seq,
-                    stream,
-                    max_attempts: max_retries.max(1) as u32,
-                }),
+                Ok(()) => batch.entries.push(entry(row, stream)),
                 Err(error) => reader.records.push(Record::Fail {
                     seq,
                     attempts: 0,
                     error: error.to_string(),
                 }),
             }
-            if Backend::is_full(batch) {
+            if batch.is_full() {
                 reader.close_batch(Position::towards(from.clone(), to.clone(), seq));
             }
             true
@@ -250,42 +247,53 @@ impl Pass<'_> {
     }
 }
 
-/// The batch for the next events of a refused stream; `None`: none wait.
+/// The batch for the next events of a refused stream, at most `count`; `None`: none wait.
 pub fn refused_batch(backend: &mut Backend, stream: &str, count: usize) -> Option<BuiltBatch> {
-    let seqs = outbox::refused_events(backend.number, stream, &backend.stream, count);
     let relations = catalog::expect_relations();
     let mut table = EventsTable::open(&relations);
-    let mut batch = BuiltBatch {
+    let mut batch = OpenBatch {
         bytes: backend.buffer(),
-        entries: Vec::new(),
-        end: None,
+        ..OpenBatch::default()
     };
-    for seq in seqs {
-        let mut scan = table.by_seq(seq - 1, seq);
-        if scan.advance().is_none() {
-            continue;
-        }
-        let row = scan.row();
-        let max_retries = row
-            .i32(attribute::MAX_RETRIES)
-            .unwrap_or_else(|| guc::MAX_RETRIES.get());
-        row.with_event(|event| {
-            let stream = backend.stream_of(event);
-            match backend.encode(&mut batch.bytes, event) {
-                Ok(()) => batch.entries.push(Entry {
-                    seq,
-                    stream,
-                    max_attempts: max_retries.max(1) as u32,
-                }),
-                Err(error) => backend.failed(outbox::fail(&[seq], 0, &error.to_string())),
+    let mut all = false;
+    while batch.entries.is_empty() && !all {
+        let mut seqs = outbox::refused_events(backend.number, stream, &backend.stream, count + 1);
+        all = seqs.len() <= count;
+        seqs.truncate(count);
+        for seq in seqs {
+            if batch.is_full() {
+                all = false;
+                break;
             }
-        });
-        if Backend::is_full(&batch) {
-            break;
+            let mut scan = table.by_seq(seq - 1, seq);
+            if scan.advance().is_some() {
+                add_refused(backend, &mut batch, scan.row());
+            }
         }
     }
     table.close();
-    (!batch.entries.is_empty()).then_some(batch)
+    (!batch.entries.is_empty()).then_some(BuiltBatch {
+        batch,
+        load: Load::Again { all },
+    })
+}
+
+fn add_refused(backend: &mut Backend, batch: &mut OpenBatch, row: &Row) {
+    row.with_event(|event| match backend.encode(&mut batch.bytes, event) {
+        Ok(()) => batch.entries.push(entry(row, backend.stream_of(event))),
+        Err(error) => backend.failed(outbox::fail(&[row.key().seq], 0, &error.to_string())),
+    });
+}
+
+fn entry(row: &Row, stream: Rc<str>) -> Entry {
+    let max_retries = row
+        .i32(attribute::MAX_RETRIES)
+        .unwrap_or_else(|| guc::MAX_RETRIES.get());
+    Entry {
+        seq: row.key().seq,
+        stream,
+        max_attempts: max_retries.max(1) as u32,
+    }
 }
 
 /// Memory for values that had to be expanded, given back after each row.

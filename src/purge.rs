@@ -21,24 +21,59 @@ const PIECE_ROWS: usize = 250;
 const PIECE_STEPS: usize = 5_000;
 /// Ticks are recorded, and it is looked whether something can be purged, this many times within the retention.
 const TICKS_PER_RETENTION: i64 = 100;
+/// Failed events are few: they are looked for at most this often.
+const LEAST_FAILED_INTERVAL: Duration = Duration::from_secs(60);
 
 /// The worker's purging.
 #[derive(Default)]
 pub struct Purge {
     next_look_at: Now,
+    next_failed_look_at: Now,
+    /// Ticks are kept whose time will come: it is looked again without being woken.
+    ticks_wait: bool,
     /// Which backend is being purged, and after which row.
     under_way: Option<(usize, i64)>,
 }
 
 impl Purge {
+    /// The settings changed: something may be due now.
+    pub fn look_now(&mut self) {
+        (self.next_look_at, self.next_failed_look_at) = (Now::ZERO, Now::ZERO);
+    }
+
     /// One piece, if there is something to do and time for it. Returns when to come back, if sooner than otherwise.
     pub fn step(&mut self, now: Now, backends: &mut [Backend], at_leisure: bool) -> Result<Option<Duration>, Aborted> {
-        let Some(retention_us) = retention() else {
+        let failed = self.step_failed(now)?;
+        let published = match retention() {
+            Some(retention_us) => self.step_published(now, backends, at_leisure, retention_us)?,
+            None => None,
+        };
+        Ok([failed, published].into_iter().flatten().min())
+    }
+
+    fn step_failed(&mut self, now: Now) -> Result<Option<Duration>, Aborted> {
+        let Some(retention_us) = guc::retention_us(&guc::FAILED_RETENTION_MIN) else {
             return Ok(None);
         };
+        if now >= self.next_failed_look_at {
+            let deleted = process::transaction(|| outbox::purge_failed(retention_us, PIECE_ROWS as i64))?;
+            let more = deleted >= PIECE_ROWS as u64;
+            let pause = tick_interval(retention_us).max(LEAST_FAILED_INTERVAL);
+            self.next_failed_look_at = if more { now } else { now + pause };
+        }
+        Ok(Some(self.next_failed_look_at - now))
+    }
+
+    fn step_published(
+        &mut self,
+        now: Now,
+        backends: &mut [Backend],
+        at_leisure: bool,
+        retention_us: i64,
+    ) -> Result<Option<Duration>, Aborted> {
         let interval = tick_interval(retention_us);
-        let due =
-            |b: &Backend| b.tick_due && b.delivery.acked().from.high_seq > 0 && now >= b.tick_recorded_at + interval;
+        let is_clock_due = |b: &Backend| b.tick_recorded_at.is_none_or(|at| now >= at + interval);
+        let due = |b: &Backend| b.tick_due && b.delivery.acked().from.high_seq > 0 && is_clock_due(b);
         if backends.iter().any(due) {
             process::transaction(|| {
                 for backend in backends.iter().filter(|b| due(b)) {
@@ -47,22 +82,22 @@ impl Purge {
             })?;
             for backend in backends.iter_mut().filter(|b| due(b)) {
                 // What is in flight is acknowledged later, and asks again.
-                (backend.tick_recorded_at, backend.tick_due) = (now, backend.delivery.acked().under_way.is_some());
+                (backend.tick_recorded_at, backend.tick_due) =
+                    (Some(now), backend.delivery.acked().under_way.is_some());
             }
+            self.ticks_wait = true;
         }
         if self.under_way.is_none() {
             if now < self.next_look_at {
-                return Ok(None);
+                return Ok(self.next_look(now, backends, interval));
             }
             self.next_look_at = now + interval;
             self.under_way = (!backends.is_empty()).then_some((0, 0));
-            if let Some(failed_us) = guc::retention_us(&guc::FAILED_RETENTION_MIN) {
-                process::transaction(|| outbox::purge_failed(failed_us, PIECE_ROWS as i64))?;
-            }
         }
         while let Some((index, after)) = self.under_way {
             let Some(backend) = backends.get(index) else {
                 self.under_way = None;
+                self.ticks_wait = process::transaction(outbox::ticks_wait)?;
                 break;
             };
             let number = backend.number;
@@ -78,7 +113,14 @@ impl Purge {
                 return Ok(Some(pause));
             }
         }
-        Ok(backends.iter().any(|b| b.tick_due).then_some(interval))
+        Ok(self.next_look(now, backends, interval))
+    }
+
+    /// An idle server on which nothing is left to purge stays idle.
+    fn next_look(&self, now: Now, backends: &[Backend], interval: Duration) -> Option<Duration> {
+        let look = self.ticks_wait.then(|| self.next_look_at.saturating_sub(now));
+        let tick = backends.iter().any(|b| b.tick_due).then_some(interval);
+        look.into_iter().chain(tick).min()
     }
 }
 

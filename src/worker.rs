@@ -227,7 +227,12 @@ impl Worker {
             self.polled_at = now;
             (self.work, self.polled) = (true, true);
         }
+        if self.settings_changed {
+            self.purge.look_now();
+        }
         if nudged || self.settings_changed || self.generation == u64::MAX {
+            // What was acknowledged counts, also if its sender is let go now.
+            self.backends.iter_mut().for_each(|b| b.hear(now));
             if !self.load(nudged)? {
                 return Ok(Some(guc::millis(&guc::POLL_INTERVAL_MS)));
             }
@@ -239,6 +244,8 @@ impl Worker {
             backend.hear(now);
             backend.connect(now, &self.waker);
         }
+        // Before reading on: what waits behind a refused event must not be in the table sooner than that one.
+        self.save_due(now)?;
         let more = self.read(now)?;
         self.retry_refused(now)?;
         self.move_scheduled(now)?;
@@ -317,6 +324,8 @@ impl Worker {
             Some(_) => {}
         }
         if let Some((rows, deleted)) = rows {
+            // Refused events are looked up by the new settings: those of the old ones must be there.
+            save(&mut self.backends, self.started.elapsed())?;
             let backends = &mut self.backends;
             let reconciled = process::transaction(|| {
                 for backend in backends.iter_mut().filter(|b| b.reads_for_redis()) {
@@ -342,6 +351,8 @@ impl Worker {
                 missing
             });
             self.backends.extend(reconciled?);
+            // Rows of a backend that was not known may be those of one that is.
+            self.backends.iter_mut().for_each(|b| b.rests_until = Now::ZERO);
             self.share_positions();
             self.work = true;
         }
@@ -438,7 +449,7 @@ impl Worker {
             let backend = &mut self.backends[reader.index];
             backend.failed(reader.failed);
             reader.skipped.iter().for_each(|seq| backend.delivery.skipped(*seq));
-            let sent: usize = reader.built.iter().map(|b| b.entries.len()).sum();
+            let sent: usize = reader.built.iter().map(|b| b.batch.entries.len()).sum();
             backend.send(reader.built);
             if matches!(backend.role, Role::Strays) && reader.stopped {
                 backend.rests_until = now + guc::millis(&guc::POLL_INTERVAL_MS);

@@ -288,8 +288,12 @@ impl Delivery {
         });
     }
 
-    /// A batch of waiting events of one stream went to the sender.
-    pub fn sent_again(&mut self, entries: Vec<Entry>, bytes: usize) {
+    /// A batch of waiting events of one stream went to the sender; `all`: no other waits. Then what is read from now on needs not wait
+    /// either: it goes behind them.
+    pub fn sent_again(&mut self, entries: Vec<Entry>, bytes: usize, all: bool) {
+        if let Some(entry) = entries.first().filter(|_| all) {
+            self.streams.released(&entry.stream);
+        }
         self.take_off(Flight {
             entries,
             load: Load::Again,
@@ -365,7 +369,7 @@ impl Delivery {
 
     /// Nothing is left to read or in flight, and it is connected: all is well. True if that is news.
     pub fn rest(&mut self) -> bool {
-        let rests = self.link == Link::Up && self.flights.is_empty();
+        let rests = self.link == Link::Up && self.flights.is_empty() && self.streams.next_retry_at().is_none();
         if rests {
             self.ahead.clear();
             self.failures = 0;
@@ -397,7 +401,11 @@ impl Delivery {
     }
 
     fn go_down(&mut self, retry_at: Now) {
-        self.flights.clear();
+        for flight in self.flights.drain(..) {
+            if let (Load::Again, Some(entry)) = (&flight.load, flight.entries.first()) {
+                self.streams.waits_again(&entry.stream);
+            }
+        }
         self.aside.clear();
         self.piece.clear();
         self.in_flight_bytes = 0;
@@ -449,7 +457,12 @@ impl Delivery {
         // Not before what is known of the others of this batch: some may have been accepted.
         records.extend(failed_stream);
         match flight.load {
-            Load::Again => self.streams.end_retry(&flight.entries),
+            Load::Again => {
+                self.streams.end_retry(&flight.entries);
+                if let Some(entry) = flight.entries.first().filter(|_| !whole) {
+                    self.streams.waits_again(&entry.stream);
+                }
+            }
             Load::Rows { end } if whole && !gap => {
                 self.acked = end;
                 for seq in &flight.aside {

@@ -113,6 +113,20 @@ impl Streams {
         self.troubled.remove(stream);
     }
 
+    /// All that waited in a stream whose head was accepted is on its way: nothing needs to wait behind it.
+    pub(crate) fn released(&mut self, stream: &str) {
+        if matches!(self.troubled.get(stream), Some(Trouble::Following { .. })) {
+            self.troubled.remove(stream);
+        }
+    }
+
+    /// What was on its way is in doubt, and still in the table.
+    pub(crate) fn waits_again(&mut self, stream: &Rc<str>) {
+        self.troubled
+            .entry(stream.clone())
+            .or_insert(Trouble::Following { sending: false });
+    }
+
     /// Events of this stream are on their way again.
     pub(crate) fn retrying(&mut self, stream: &str) {
         match self.troubled.get_mut(stream) {

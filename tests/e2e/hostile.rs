@@ -55,7 +55,6 @@ fn no_answer_of_another_server_is_a_delivery() {
         // As if every command had succeeded: the two of the login, and whatever comes.
         BlackHole::saying(&b"+OK\r\n".repeat(50)),
         BlackHole::saying(&b"+PONG\r\n+PONG\r\n:1\r\n$-1\r\n*0\r\n".repeat(5)),
-        BlackHole::saying(&b"+OK\r\n+PONG\r\n-SOMETHING new that nobody knows\r\n$5".to_vec()),
     ];
     let ports = garbage
         .iter()
@@ -109,4 +108,22 @@ fn a_redis_without_streams_is_a_misconfiguration() {
     assert_eq!((found.pending, found.failed), (1, 0));
     stack.point("default", &modern);
     assert_eq!(types(&modern.wait_entries("events", 1)), ["t"]);
+}
+
+/// An error that nobody knows is no success either. It may be about the event, so attempts are counted, and others go on.
+#[test]
+fn an_unknown_error_is_no_delivery() {
+    let stack = stack();
+    let strange = BlackHole::saying(&[b"+OK\r\n+PONG\r\n".to_vec(), b"-STRANGE new\r\n".repeat(50)].concat());
+    stack.point_at("default", "127.0.0.1", strange.port());
+    let sql = "select outbox.publish_event('t' || n, 'kit', max_retries => 2) from generate_series(1, 3) n";
+    stack.pg.exec(sql);
+    let failed =
+        "select coalesce(string_agg(event_type || ' ' || last_error, ',' order by seq), '') from outbox.failed_events";
+    let expected = "t1 STRANGE new,t2 STRANGE new,t3 STRANGE new".to_string();
+    kit::wait_eq("failed events", expected, || stack.pg.one(failed));
+    assert_eq!(standing(&stack.pg, "default").published, 0);
+    stack.point("default", &stack.redis);
+    assert_eq!(stack.pg.one::<i64>("select outbox.retry_failed()"), 3);
+    assert_eq!(types(&stack.wait_events(3)), ["t1", "t2", "t3"]);
 }

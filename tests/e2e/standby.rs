@@ -63,11 +63,12 @@ fn a_standby_only_watches_and_delivers_the_rest_once_it_is_promoted() {
 #[test]
 fn a_promotion_after_a_crash_loses_nothing_that_the_standby_has() {
     let mut stack = Stack::of(
-        Postgres::with(&[("outbox_relay.redis_max_len", "0"), ("synchronous_standby_names", "*")]),
+        Postgres::with(&[("outbox_relay.redis_max_len", "0")]),
         kit::Redis::start(),
     );
     let ledger = Ledger::create(&stack.pg);
-    let standby = stack.pg.standby().with(&[("synchronous_standby_names", "")]).start();
+    let standby = stack.pg.standby().start();
+    stack.pg.set("synchronous_standby_names", "*");
     wait_eq("synchronous standbys", 1, || {
         stack
             .pg
