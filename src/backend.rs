@@ -155,23 +155,32 @@ impl Backend {
         self.is_enabled() && now >= self.rests_until && (!self.reads_for_redis() || self.delivery.has_room())
     }
 
-    /// Takes over changed settings. A sender of another destination, or of a backend that was disabled, is let go.
-    pub fn reconfigure(&mut self, row: BackendRow, database: &str) {
-        let (destination, stream, max_len) = settings(Some(&row), database);
-        if destination != self.destination || !row.enabled || !self.is_enabled() {
+    /// Whether a sender is busy.
+    pub fn is_sending(&self) -> bool {
+        self.sender.is_some() && !self.delivery.is_idle()
+    }
+
+    /// Whether the sender goes on with these settings: it goes to the same place, and what is on its way to the same stream.
+    pub fn keeps_sender(&self, row: &BackendRow, database: &str) -> bool {
+        let (destination, stream, _) = settings(Some(row), database);
+        row.enabled && self.is_enabled() && destination == self.destination && stream == self.stream
+    }
+
+    /// Takes over changed settings.
+    pub fn reconfigure(&mut self, row: BackendRow, database: &str, now: Now) {
+        if !self.keeps_sender(&row, database) {
             self.let_go();
             self.delivery.forget_trouble();
             self.logged_state = None;
         }
+        let (destination, stream, max_len) = settings(Some(&row), database);
         if stream != self.stream {
-            // What is on its way goes by the old name.
-            self.let_go();
             self.delivery
                 .set_streams(Streams::waiting(outbox::refused_streams(self.number, &stream)));
         }
         (self.destination, self.stream, self.max_len) = (destination, stream, max_len);
         self.row = Some(row);
-        self.delivery.set_backoff(guc::backoff());
+        self.delivery.set_backoff(guc::backoff(), now);
         self.delivery.retry_now();
         self.dirty_since.get_or_insert(self.saved_at);
     }

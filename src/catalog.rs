@@ -140,10 +140,22 @@ pub fn backend(name: &str) -> Option<Rc<KnownBackend>> {
     let relations = expect_relations();
     if !BACKENDS_VALID.get() {
         BACKENDS_VALID.set(true);
+        let _guard = InvalidOnError;
         let filled = read_backends(relations.backends);
         BACKENDS.with_borrow_mut(|known| *known = filled);
     }
     BACKENDS.with_borrow(|known| known.get(name).cloned())
+}
+
+/// If reading ends in an ERROR, what was there before must not count as valid.
+struct InvalidOnError;
+
+impl Drop for InvalidOnError {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            BACKENDS_VALID.set(false);
+        }
+    }
 }
 
 /// Reads `outbox.backends` as of now.

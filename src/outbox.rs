@@ -167,6 +167,15 @@ pub fn is_backend(number: i32) -> bool {
     .unwrap_or(false)
 }
 
+/// Numbers that have a reader of their own, or are about to.
+pub fn known_numbers() -> Vec<i32> {
+    query(
+        "select number from outbox.backends union select backend_number from outbox.cursors where backend_number > 0",
+        &[],
+        |row| value(row, 1).unwrap_or_default(),
+    )
+}
+
 /// The highest backend number that was ever given.
 pub fn last_backend_number() -> i32 {
     query(

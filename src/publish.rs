@@ -234,7 +234,9 @@ unsafe fn insert(relation: pg_sys::Oid, values: &mut [pg_sys::Datum], nulls: &mu
     unsafe {
         let lock = pg_sys::RowExclusiveLock as pg_sys::LOCKMODE;
         let rel = pg_sys::table_open(relation, lock);
-        if (*(*rel).rd_att).natts as usize != values.len() {
+        let descriptor = (*rel).rd_att;
+        let columns = (*descriptor).natts as usize;
+        if columns < values.len() {
             crate::error::internal("a table of outbox_relay does not have the columns that this version knows");
         }
         let estate = pg_sys::CreateExecutorState();
@@ -246,7 +248,15 @@ unsafe fn insert(relation: pg_sys::Oid, values: &mut [pg_sys::Datum], nulls: &mu
             .tts_values
             .copy_from_nonoverlapping(values.as_ptr(), values.len());
         (*slot).tts_isnull.copy_from_nonoverlapping(nulls.as_ptr(), nulls.len());
+        for index in values.len()..columns {
+            let default = added_column(rel, index as i32 + 1, estate);
+            *(*slot).tts_values.add(index) = default.unwrap_or(pg_sys::Datum::from(0));
+            *(*slot).tts_isnull.add(index) = default.is_none();
+        }
         pg_sys::ExecStoreVirtualTuple(slot);
+        if columns > values.len() && !(*descriptor).constr.is_null() {
+            pg_sys::ExecConstraints(result, slot, estate);
+        }
         pg_sys::table_tuple_insert(rel, slot, pg_sys::GetCurrentCommandId(true), 0, std::ptr::null_mut());
         insert_index_entries(result, slot, estate);
         pg_sys::ExecDropSingleTupleTableSlot(slot);
@@ -254,6 +264,33 @@ unsafe fn insert(relation: pg_sys::Oid, values: &mut [pg_sys::Datum], nulls: &mu
         pg_sys::FreeExecutorState(estate);
         // The lock is kept until the end of the transaction, as any writer's.
         pg_sys::table_close(rel, pg_sys::NoLock as pg_sys::LOCKMODE);
+    }
+}
+
+/// The default of a column that somebody has added to a table of ours.
+///
+/// # Safety
+/// An open relation, one of its columns, and the state of the insertion.
+unsafe fn added_column(rel: pg_sys::Relation, attribute: i32, estate: *mut pg_sys::EState) -> Option<pg_sys::Datum> {
+    // SAFETY: the caller's promise; an expression without variables needs no row to be evaluated.
+    unsafe {
+        if pg_sys::get_atttype((*rel).rd_id, attribute as i16) == pg_sys::InvalidOid {
+            // It was dropped again.
+            return None;
+        }
+        let default = pg_sys::build_column_default(rel, attribute);
+        if default.is_null() {
+            return None;
+        }
+        if pg_sys::contain_var_clause(default) {
+            crate::error::internal("a table of outbox_relay has a generated column");
+        }
+        let expression = pg_sys::ExecPrepareExpr(default.cast(), estate);
+        let evaluate = (*expression).evalfunc?;
+        let context = pg_sys::MakePerTupleExprContext(estate);
+        let mut is_null = false;
+        let value = pg_sys::ffi::pg_guard_ffi_boundary(|| evaluate(expression, context, &mut is_null));
+        (!is_null).then_some(value)
     }
 }
 

@@ -138,6 +138,13 @@ fn piece(number: i32, after: i64, retention_us: i64, count: usize) -> (u64, Opti
     let Some((from, to)) = outbox::purgeable(number, retention_us) else {
         return (0, None);
     };
+    // Number 0 stands for the events of backends that nobody knows.
+    let known = if number == 0 {
+        outbox::known_numbers()
+    } else {
+        Vec::new()
+    };
+    let is_its = |row_number: i32| row_number == number || (number == 0 && !known.contains(&row_number));
     let relations = catalog::expect_relations();
     let mut table = EventsTable::open(&relations);
     let mut scan = RangeScan::open(&mut table, &from, &to, after);
@@ -152,7 +159,7 @@ fn piece(number: i32, after: i64, retention_us: i64, count: usize) -> (u64, Opti
             Some(Step::Passed(key)) => last = Some(key.seq),
             Some(Step::Row(key)) => {
                 last = Some(key.seq);
-                if scan.current().row().backend_number() == number {
+                if is_its(scan.current().row().backend_number()) {
                     found.push(key.seq);
                 }
             }

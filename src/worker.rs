@@ -30,6 +30,12 @@ use std::time::{Duration, Instant};
 
 /// Scheduled events that are moved at once.
 const MOVE_COUNT: i64 = 1_000;
+/// How long a worker that must go waits for replies that are on their way.
+const SETTLE_AT_END: Duration = Duration::from_millis(400);
+/// The same, when a backend's settings have changed; meanwhile the others wait.
+const SETTLE_AT_CHANGE: Duration = Duration::from_millis(200);
+/// The same ERROR is logged again after this long.
+const REPEAT_LOG_AFTER: Duration = Duration::from_secs(60);
 /// After an ERROR in one of our transactions.
 const ERROR_WAIT: Duration = Duration::from_secs(1);
 
@@ -103,6 +109,7 @@ struct Worker {
     settings_changed: bool,
     /// After an ERROR, nothing is tried before this.
     pause_until: Now,
+    logged_error: Option<(String, Now)>,
     waker: UnixStream,
     woken: UnixStream,
     purge: Purge,
@@ -132,6 +139,7 @@ impl Worker {
             schedule_known: false,
             settings_changed: false,
             pause_until: Now::ZERO,
+            logged_error: None,
             waker,
             woken,
             purge: Purge::default(),
@@ -168,18 +176,27 @@ impl Worker {
             timeout = match self.step() {
                 Ok(timeout) => timeout,
                 Err(error) => {
-                    log(
-                        LogLevel::Error,
-                        &format!("outbox_relay worker: {error}"),
-                        Some("It tries again shortly."),
-                        None,
-                    );
+                    self.log_error(error.to_string());
                     self.pause_until = self.now() + ERROR_WAIT;
                     self.generation = u64::MAX;
                     self.work = true;
                     Some(ERROR_WAIT)
                 }
             };
+        }
+    }
+
+    fn log_error(&mut self, message: String) {
+        let now = self.now();
+        let known = self.logged_error.as_ref();
+        if known.is_none_or(|(text, at)| *text != message || now >= *at + REPEAT_LOG_AFTER) {
+            log(
+                LogLevel::Error,
+                &format!("outbox_relay worker: {message}"),
+                Some("It tries again shortly."),
+                None,
+            );
+            self.logged_error = Some((message, now));
         }
     }
 
@@ -245,7 +262,9 @@ impl Worker {
             backend.connect(now, &self.waker);
         }
         // Before reading on: what waits behind a refused event must not be in the table sooner than that one.
-        self.save_due(now)?;
+        if self.backends.iter().any(|b| !b.records.is_empty()) {
+            save(&mut self.backends, now)?;
+        }
         let more = self.read(now)?;
         self.retry_refused(now)?;
         self.move_scheduled(now)?;
@@ -324,13 +343,19 @@ impl Worker {
             Some(_) => {}
         }
         if let Some((rows, deleted)) = rows {
+            let stays = |b: &Backend| {
+                rows.iter()
+                    .any(|row| row.number == b.number && b.keeps_sender(row, &database))
+            };
+            self.settle(SETTLE_AT_CHANGE, |b| !stays(b));
             // Refused events are looked up by the new settings: those of the old ones must be there.
-            save(&mut self.backends, self.started.elapsed())?;
+            let now = self.started.elapsed();
+            save(&mut self.backends, now)?;
             let backends = &mut self.backends;
             let reconciled = process::transaction(|| {
                 for backend in backends.iter_mut().filter(|b| b.reads_for_redis()) {
                     match rows.iter().find(|r| r.number == backend.number) {
-                        Some(row) => backend.reconfigure(row.clone(), &database),
+                        Some(row) => backend.reconfigure(row.clone(), &database, now),
                         None => backend.delete(),
                     }
                 }
@@ -533,11 +558,24 @@ impl Worker {
         Ok(())
     }
 
-    fn save_all(&mut self) {
-        let now = self.now();
-        for backend in &mut self.backends {
-            backend.hear(now);
+    /// Waits a moment for replies that are on their way, so that nothing of it is in doubt when the senders are let go.
+    fn settle(&mut self, limit: Duration, concerned: impl Fn(&Backend) -> bool) {
+        let deadline = self.now() + limit;
+        loop {
+            let now = self.now();
+            self.backends.iter_mut().for_each(|b| b.hear(now));
+            if now >= deadline || !self.backends.iter().any(|b| concerned(b) && b.is_sending()) {
+                return;
+            }
+            process::wait(Some(self.woken.as_raw_fd()), Some(deadline - now));
+            self.drain_socket();
         }
+    }
+
+    /// Last words: saves what is known.
+    fn save_all(&mut self) {
+        self.settle(SETTLE_AT_END, |_| true);
+        let now = self.now();
         if let Err(error) = save(&mut self.backends, now) {
             log(
                 LogLevel::Warning,
@@ -548,7 +586,7 @@ impl Worker {
         }
     }
 
-    /// Told to end: saves what is known, and goes without waiting for anybody.
+    /// Told to end.
     fn end(&mut self) -> ! {
         process::set_option(c"lock_timeout", c"200ms");
         process::holding_interrupts(|| self.save_all());

@@ -136,8 +136,10 @@ impl Delivery {
         }
     }
 
-    pub fn set_backoff(&mut self, backoff: Backoff) {
+    /// Shorter waits count for what waits already.
+    pub fn set_backoff(&mut self, backoff: Backoff, now: Now) {
         self.backoff = backoff;
+        self.streams.hasten(|attempts| now + backoff.wait(attempts, 1.0));
     }
 
     /// The settings changed, or an administrator asked: forget the wait.

@@ -108,6 +108,15 @@ impl Streams {
         })
     }
 
+    /// Streams are tried again at `latest` at the latest, by the attempts of their heads.
+    pub(crate) fn hasten(&mut self, latest: impl Fn(u32) -> Now) {
+        for trouble in self.troubled.values_mut() {
+            if let Trouble::Blocked { attempts, retry_at, .. } = trouble {
+                *retry_at = latest(*attempts).min(*retry_at);
+            }
+        }
+    }
+
     /// No event of this stream waits any more.
     pub fn cleared(&mut self, stream: &str) {
         self.troubled.remove(stream);

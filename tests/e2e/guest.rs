@@ -1,1 +1,261 @@
-//! To come.
+//! A good guest: others lock, rewrite and break our tables, and the worker neither holds anything up nor gives up.
+
+use std::time::{Duration, Instant};
+
+use kit::{
+    BlackHole, LIMIT, Ledger, Load, Mode, Postgres, QUICK, Refused, Stack, ids, process, publish_many, types,
+    wait_drained, wait_until,
+};
+
+#[track_caller]
+fn enable(pg: &Postgres, enabled: bool) {
+    pg.exec(&format!("update outbox.backends set enabled = {enabled}"));
+}
+
+/// Nobody was thrown out, and the worker is the same as before.
+#[track_caller]
+fn assert_unharmed(stack: &Stack, worker: i32) {
+    assert_eq!(stack.pg.worker_pid("postgres"), Some(worker));
+    for word in ["PANIC", "reinitializing", "terminated by signal"] {
+        assert!(!stack.pg.log().contains(word), "{word} in the log");
+    }
+}
+
+/// Five seconds and more: longer than the worker waits for a lock at a time.
+#[test]
+fn a_locked_table_delays_the_worker_and_nothing_else() {
+    let stack = Stack::start();
+    let worker = stack.pg.wait_worker("postgres");
+    enable(&stack.pg, false);
+    let published = publish_many(&mut stack.pg.client(), "default", "", "event", 3);
+    let mut locker = stack.pg.client();
+    locker
+        .batch_execute("begin; lock table outbox.events in access exclusive mode")
+        .unwrap();
+    enable(&stack.pg, true);
+    let start = Instant::now();
+    wait_until("the worker to have given up twice, and 5 s", || {
+        let given_up = stack
+            .pg
+            .log()
+            .matches("canceling statement due to lock timeout")
+            .count();
+        given_up >= 2 && start.elapsed() >= Duration::from_secs(5)
+    });
+    assert_eq!(stack.events(), []);
+    locker.batch_execute("commit").unwrap();
+    assert_eq!(ids(&stack.wait_events(3)), published);
+    assert_unharmed(&stack, worker);
+}
+
+/// A lock that outlives all sessions: that of a prepared transaction.
+#[test]
+fn a_locked_table_delays_no_shutdown() {
+    let mut stack = Stack::start();
+    stack.pg.wait_worker("postgres");
+    enable(&stack.pg, false);
+    let published = publish_many(&mut stack.pg.client(), "default", "", "event", 3);
+    stack
+        .pg
+        .exec("begin; lock table outbox.events in access exclusive mode; prepare transaction 'lock'");
+    enable(&stack.pg, true);
+    wait_until("the worker to wait for the lock", || {
+        stack.pg.one::<bool>(
+            "select exists (select from pg_locks l join pg_stat_activity a using (pid) \
+             where a.backend_type = 'outbox_relay worker' and not l.granted)",
+        )
+    });
+    let start = Instant::now();
+    stack.pg.stop(Mode::Fast);
+    let took = start.elapsed();
+    assert!(took < Duration::from_secs(2), "the stop took {took:?}");
+    stack.pg.start_again();
+    stack.pg.exec("rollback prepared 'lock'");
+    assert_eq!(ids(&stack.wait_events(3)), published);
+}
+
+/// For each look at the worker during `time`: the age of its transaction in seconds (none: 0), whether it holds back vacuum, and how
+/// many locks it has.
+fn looks(pg: &Postgres, time: Duration) -> Vec<(f64, bool, i64)> {
+    let mut client = pg.client();
+    let start = Instant::now();
+    let mut looks = Vec::new();
+    while start.elapsed() < time {
+        let row = client
+            .query_one(
+                "select coalesce(extract(epoch from clock_timestamp() - xact_start), 0)::float8, \
+                 backend_xmin is not null or backend_xid is not null, \
+                 (select count(*) from pg_locks l where l.pid = a.pid) \
+                 from pg_stat_activity a where backend_type = 'outbox_relay worker'",
+                &[],
+            )
+            .expect("there is one worker");
+        looks.push((row.get(0), row.get(1), row.get(2)));
+    }
+    looks
+}
+
+/// It does keep its books meanwhile, in transactions that end at once.
+#[track_caller]
+fn assert_holds_nothing(pg: &Postgres) {
+    let looks = looks(pg, Duration::from_millis(1_500));
+    let oldest = looks.iter().map(|look| look.0).fold(0.0, f64::max);
+    assert!(oldest < 0.5, "a transaction of {oldest} s");
+    let free = looks.iter().filter(|look| !look.1 && look.2 == 0).count();
+    assert!(
+        free * 100 >= looks.len() * 95,
+        "it held something at {} of {} looks",
+        looks.len() - free,
+        looks.len()
+    );
+}
+
+#[test]
+fn nothing_is_held_while_redis_hangs() {
+    let stack = Stack::start();
+    publish_many(&mut stack.pg.client(), "default", "", "event", 3);
+    stack.wait_events(3);
+    stack.redis.sigstop();
+    publish_many(&mut stack.pg.client(), "default", "", "event", 3);
+    assert_holds_nothing(&stack.pg);
+    for hole in [BlackHole::start(), BlackHole::unreachable()] {
+        stack.point_at("default", "127.0.0.1", hole.port());
+        publish_many(&mut stack.pg.client(), "default", "", "event", 3);
+        assert_holds_nothing(&stack.pg);
+    }
+    // What was deleted after the worker had read it can be vacuumed away.
+    stack
+        .pg
+        .exec("create table t as select generate_series(1, 1000) n; delete from t");
+    let said = stack.pg.psql(&["-c", "vacuum (verbose) t"]).stderr;
+    assert!(
+        said.contains("1000 removed, 0 remain, 0 are dead but not yet removable"),
+        "{said}"
+    );
+    stack.redis.sigcont();
+}
+
+/// Rewriting the table under a load, in all ways that Postgres has.
+#[test]
+fn the_table_is_rewritten_while_it_drains() {
+    let stack = Stack::with(&[("outbox_relay.redis_max_len", "0")]);
+    let ledger = Ledger::create(&stack.pg);
+    let worker = stack.pg.wait_worker("postgres");
+    let load = Load::start(&stack.pg, 3, "");
+    for statement in [
+        "vacuum full outbox.events",
+        "reindex table outbox.events",
+        "reindex table concurrently outbox.events",
+        "cluster outbox.events using events_pkey",
+        "alter table outbox.events add column note text default 'none'",
+        "alter table outbox.events set (fillfactor = 90)",
+        "create index on outbox.events (created_at)",
+        "vacuum (analyze, freeze) outbox.events",
+        "alter table outbox.events drop column note",
+        "vacuum full outbox.cursors",
+        "alter sequence outbox.events_seq_seq owned by outbox.events.seq",
+    ] {
+        load.wait_more(50);
+        stack.pg.exec(statement);
+    }
+    load.wait_more(50);
+    load.stop();
+    ledger.settle(&stack, LIMIT).assert_exactly_once();
+    assert_unharmed(&stack, worker);
+}
+
+/// Somebody's trigger makes the books unwritable: events are sent, the worker complains, and writes it all down later.
+#[test]
+fn an_error_in_the_worker_costs_neither_the_worker_nor_an_event() {
+    let stack = Stack::with(QUICK);
+    let worker = stack.pg.wait_worker("postgres");
+    stack.pg.exec(
+        "create function broken() returns trigger language plpgsql as $$ begin raise 'the books are closed'; end $$;
+         create trigger broken before insert or update on outbox.cursors execute function broken()",
+    );
+    let mut published = publish_many(&mut stack.pg.client(), "default", "", "event", 3);
+    stack.wait_events(3);
+    stack.pg.wait_log("outbox_relay worker: the books are closed");
+    wait_until("another complaint", || {
+        stack.pg.log().matches("the books are closed").count() >= 2
+    });
+    published.extend(publish_many(&mut stack.pg.client(), "default", "", "event", 3));
+    stack.wait_events(6);
+    stack.pg.exec("drop trigger broken on outbox.cursors");
+    wait_drained(&stack.pg, "default");
+    assert_eq!(ids(&stack.events()), published);
+    assert_unharmed(&stack, worker);
+    let complaints = stack.pg.log().matches("the books are closed").count();
+    assert!(complaints < 20, "{complaints} complaints");
+}
+
+/// A column of somebody else's: publishing fills it as an INSERT would.
+#[test]
+fn columns_that_were_added_to_the_table_get_their_defaults() {
+    let stack = Stack::start();
+    let mut client = stack.pg.client();
+    let insert = "insert into outbox.events (event_type, source) values ('plain', 'kit')";
+    let call = "select outbox.publish_event('called', 'kit')";
+    client
+        .batch_execute(
+            "alter table outbox.events add note text, add gone text, add level integer not null default 1 + 2, \
+             add checked text default 'a' check (checked <> 'b'); \
+             alter table outbox.events drop gone",
+        )
+        .unwrap();
+    client.batch_execute(insert).unwrap();
+    client.batch_execute(call).unwrap();
+    assert_eq!(types(&stack.wait_events(2)), ["plain", "called"]);
+    let wrong: i64 = stack
+        .pg
+        .one("select count(*) from outbox.events where (note, level, checked) is distinct from (null, 3, 'a')");
+    assert_eq!(wrong, 0);
+    client
+        .batch_execute("alter table outbox.events alter checked set default 'b'")
+        .unwrap();
+    assert_eq!(Refused::of(client.batch_execute(insert)).code, "23514");
+    assert_eq!(Refused::of(client.batch_execute(call)).code, "23514");
+}
+
+/// Memory of its own in kilobytes: neither shared memory nor files.
+fn own_memory_kb(pid: i32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the worker lives");
+    let line = status
+        .lines()
+        .find(|line| line.starts_with("RssAnon:"))
+        .expect("Linux says it");
+    line.split_whitespace()
+        .nth(1)
+        .and_then(|kb| kb.parse().ok())
+        .expect("a number of kB")
+}
+
+#[test]
+fn memory_does_not_grow_with_the_backlog() {
+    const COUNT: i32 = 100_000;
+    let stack = Stack::with(&[
+        ("outbox_relay.redis_max_len", "0"),
+        ("outbox_relay.published_retention", "-1"),
+    ]);
+    stack.publish("first");
+    stack.wait_events(1);
+    let worker = stack.pg.wait_worker("postgres");
+    let idle_kb = own_memory_kb(worker);
+    enable(&stack.pg, false);
+    stack.pg.exec(&format!(
+        "select outbox.publish_event('event', 'kit', jsonb_build_object('n', n, 'text', repeat('x', 200))) \
+         from generate_series(1, {COUNT}) n"
+    ));
+    enable(&stack.pg, true);
+    let mut most_kb = idle_kb;
+    wait_until("the backlog in its stream", || {
+        most_kb = most_kb.max(own_memory_kb(worker));
+        stack.redis.xlen("events") > COUNT as usize
+    });
+    assert_unharmed(&stack, worker);
+    assert!(
+        most_kb < idle_kb + 20 * 1_024,
+        "{idle_kb} kB when idle, {most_kb} kB while draining"
+    );
+    assert!(!process::title(worker).is_empty());
+}

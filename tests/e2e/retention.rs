@@ -113,7 +113,8 @@ fn everything_is_kept_when_asked_to() {
     assert_eq!(kept(&stack), 10);
     change("outbox_relay.cleanup_published", "off");
     change("outbox_relay.published_retention", "0");
-    stack.pg.exec("call outbox.purge(); select outbox.wake()");
+    stack.pg.exec("call outbox.purge()");
+    stack.pg.exec("select outbox.wake()");
     publish(&stack, 1, "");
     stack.wait_events(11);
     wait_saved(&stack, 11);
