@@ -176,16 +176,18 @@ pub fn known_numbers() -> Vec<i32> {
     )
 }
 
-/// The highest backend number that was ever given.
-pub fn last_backend_number() -> i32 {
+/// Whether a backend of this number was deleted: the number was given, and nobody has it as of now. (Whether the worker knows it is
+/// another matter: a backend's events may be seen before the news of it has come.)
+pub fn is_deleted(number: i32) -> bool {
     query(
-        "select last_value::integer from outbox.backends_number_seq",
-        &[],
+        "select $1 <= s.last_value and not exists (select from outbox.backends b where b.number = $1)
+        from outbox.backends_number_seq s",
+        &[number.into()],
         |row| value(row, 1),
     )
     .pop()
     .flatten()
-    .unwrap_or(0)
+    .unwrap_or(false)
 }
 
 /// The saved position and standing of a backend.

@@ -1,1 +1,231 @@
-//! Under construction.
+//! pg_dump and restore: backends, and all events that were not sent, go along; what was sent is not sent again.
+
+use kit::{Entry, Mode, Postgres, Stack, wait_eq};
+use postgres::Client;
+
+/// How a dump is written and read.
+#[derive(Debug, Clone, Copy)]
+enum Form {
+    Plain,
+    Inserts,
+    /// pg_dump -Fc and pg_restore -j2, which loads tables in an order of its own.
+    Parallel,
+}
+
+fn types(entries: &[Entry]) -> Vec<&str> {
+    entries.iter().map(|entry| entry.field("event_type")).collect()
+}
+
+fn carry(from: &Postgres, to: &Postgres, db: &str, form: Form) {
+    match form {
+        Form::Plain => to.restore(db, &from.pg_dump("postgres")),
+        Form::Inserts => {
+            let ran = from.run("pg_dump", &["-d", "postgres", "--inserts"], "");
+            assert!(ran.ok, "{}", ran.stderr);
+            to.restore(db, &ran.stdout);
+        }
+        Form::Parallel => {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            let path = file.path().to_str().unwrap();
+            let ran = from.run("pg_dump", &["-d", "postgres", "-Fc", "-f", path], "");
+            assert!(ran.ok, "{}", ran.stderr);
+            let ran = to.run("pg_restore", &["-d", db, "-j2", "--exit-on-error", path], "");
+            assert!(ran.ok, "{}", ran.stderr);
+        }
+    }
+}
+
+const BACKENDS: &str = "select string_agg(b::text, E'\\n' order by b.number) from outbox.backends b";
+
+/// What waits in the source: of `down` 30 events, of `default` the scheduled one, and a failed one.
+const UNSENT: i64 = 30;
+
+/// A source with everything that a dump must keep apart. The backend `down` is paused, so that its copies wait as well.
+fn source(recreated_default: bool) -> Stack {
+    let stack = Stack::start();
+    let port = stack.redis.port();
+    let mut client = stack.pg.client();
+    let mut run = |sql: &str| client.batch_execute(sql).unwrap();
+    // Transaction ids that the target has not come to yet.
+    for _ in 0..200 {
+        run("select pg_current_xact_id()");
+    }
+    run("insert into outbox.backends (name) values ('short-lived')");
+    run("delete from outbox.backends where name = 'short-lived'");
+    run(&format!(
+        "insert into outbox.backends (name, enabled, host, port, stream_name, max_len, connect_timeout, allowed_streams) \
+         values ('down', false, '127.0.0.1', {port}, 'late', 0, '3 s', '{{a,b*}}')"
+    ));
+    if recreated_default {
+        run("delete from outbox.backends where name = 'default'");
+        run(&format!(
+            "insert into outbox.backends (name, host, port) values ('default', '127.0.0.1', {port})"
+        ));
+    } else {
+        run(
+            "update outbox.backends set db = 0, max_len = 5000, stream_name = 'events', connect_timeout = '4 s', \
+             socket_timeout = '6 s', allowed_streams = '{*,x}' where name = 'default'",
+        );
+    }
+    stack.redis.call(&["SET", "wrong", "no stream"]);
+    for i in 1..=UNSENT {
+        run(&format!("select outbox.publish_event('sent {i}', 's')"));
+        run(&format!(
+            "select outbox.publish_event('late {i}', 's', '{{\"n\": {i}}}', backend => 'down', publisher_config => '{{\"k\": 1}}')"
+        ));
+    }
+    run("select outbox.publish_event('failed', 's', stream => 'wrong', max_retries => 1)");
+    run("select outbox.publish_event('soon', 's', scheduled_at => '2100-01-01', stream => 'scheduled')");
+    run("select outbox.publish_event('soon too', 's', scheduled_at => '2100-01-01', stream => 'scheduled')");
+    stack.wait_events(30);
+    wait_eq("all but the late ones are done with, and saved", (30, 1), || {
+        let sql = "select published_total, failed_total from outbox.backend_status where backend = 'default'";
+        let row = stack.pg.client().query_one(sql, &[]).unwrap();
+        (row.get::<_, i64>(0), row.get::<_, i64>(1))
+    });
+    stack
+}
+
+/// Checks a restored database, then lets its worker send what it has.
+fn check(stack: &Stack, target: &Postgres, db: &str) {
+    let mut client = target.client_db(db);
+    let one = |client: &mut Client, sql: &str| -> i64 { client.query_one(sql, &[]).unwrap().get(0) };
+    let backends: String = stack.pg.one(BACKENDS);
+    assert_eq!(target.one_db::<String>(db, BACKENDS), backends);
+    let last: i64 = stack.pg.one("select last_value from outbox.backends_number_seq");
+    client
+        .batch_execute("insert into outbox.backends (name, enabled) values ('new', false)")
+        .unwrap();
+    let new = one(
+        &mut client,
+        "select number::bigint from outbox.backends where name = 'new'",
+    );
+    assert!(new > last, "number {new} was given before");
+
+    let late: Vec<String> = (1..=UNSENT).map(|i| format!("late {i}")).collect();
+    let events = "select string_agg(event_type, ',' order by seq) from outbox.events";
+    assert_eq!(target.one_db::<String>(db, events), late.join(","));
+    let fresh: bool = target.one_db(db, "select bool_and(xid < pg_current_xact_id()) from outbox.events");
+    assert!(fresh, "transaction ids of the source");
+    let whole = "select md5(string_agg((to_jsonb(e) - '{seq,xid}'::text[])::text, '|' order by e.seq)) from outbox";
+    for table in ["scheduled_events", "failed_events"] {
+        let sql = format!("{whole}.{table} e");
+        assert_eq!(
+            target.one_db::<String>(db, &sql),
+            stack.pg.one::<String>(&sql),
+            "{table}"
+        );
+    }
+    let waiting = format!("{whole}.events e where e.event_type like 'late%'");
+    assert_eq!(target.one_db::<String>(db, &waiting), stack.pg.one::<String>(&waiting));
+
+    client
+        .batch_execute("update outbox.backends set enabled = true where name = 'down'")
+        .unwrap();
+    client
+        .batch_execute("select outbox.publish_event('new', 's', backend => 'down')")
+        .unwrap();
+    let expected: Vec<&str> = late.iter().map(String::as_str).chain(["new"]).collect();
+    assert_eq!(types(&stack.redis.wait_entries("late", expected.len())), expected);
+    // Scheduled events fall due in the target, in their order; the failed one can be retried.
+    client
+        .batch_execute("update outbox.scheduled_events set scheduled_at = now()")
+        .unwrap();
+    client.batch_execute("select outbox.wake()").unwrap();
+    assert_eq!(types(&stack.redis.wait_entries("scheduled", 2)), ["soon", "soon too"]);
+    stack.redis.call(&["DEL", "wrong"]);
+    assert_eq!(one(&mut client, "select outbox.retry_failed()"), 1);
+    assert_eq!(types(&stack.redis.wait_entries("wrong", 1)), ["failed"]);
+    // What the source had sent is not sent again.
+    client
+        .batch_execute("select outbox.publish_event('marker', 's')")
+        .unwrap();
+    let sent: Vec<String> = (1..=30)
+        .map(|i| format!("sent {i}"))
+        .chain(["marker".to_string()])
+        .collect();
+    assert_eq!(types(&stack.wait_events(31)), sent);
+    assert_eq!(stack.redis.xlen("late"), expected.len());
+}
+
+fn into_another_database(form: Form, recreated_default: bool) {
+    let stack = source(recreated_default);
+    stack.pg.exec("create database copy");
+    carry(&stack.pg, &stack.pg, "copy", form);
+    check(&stack, &stack.pg, "copy");
+    // The source goes on by itself.
+    stack.redis.call(&["DEL", "late"]);
+    stack
+        .pg
+        .exec("update outbox.backends set enabled = true where name = 'down'");
+    assert_eq!(types(&stack.redis.wait_entries("late", 30)).len(), 30);
+}
+
+#[test]
+fn a_dump_goes_into_another_database() {
+    into_another_database(Form::Plain, false);
+}
+
+#[test]
+fn a_dump_with_inserts_goes_into_another_database() {
+    into_another_database(Form::Inserts, false);
+}
+
+#[test]
+fn a_dump_is_restored_in_parallel() {
+    into_another_database(Form::Parallel, true);
+}
+
+#[test]
+fn a_dump_goes_into_another_cluster() {
+    let stack = source(true);
+    let mut target = Postgres::start();
+    target.exec("create database copy");
+    let xid: i64 = target.one("select pg_current_xact_id()::text::bigint");
+    let of_source: i64 = stack.pg.one("select min(xid::text::bigint) from outbox.events");
+    assert!(
+        xid < of_source,
+        "the target has come further than the source: {xid}, {of_source}"
+    );
+    carry(&stack.pg, &target, "copy", Form::Plain);
+    check(&stack, &target, "copy");
+    // Saved cursors of the target's own: nothing is sent again after its restart.
+    target.stop(Mode::Fast);
+    target.start_again();
+    target.exec_db("copy", "select outbox.publish_event('restarted', 's')");
+    let entries = stack.wait_events(32);
+    assert_eq!((entries.len(), entries[31].field("event_type")), (32, "restarted"));
+}
+
+/// A dump of the data alone, into a database that has the extension and a life of its own.
+#[test]
+fn the_other_clusters_default_takes_the_place_of_an_untouched_one() {
+    let stack = source(true);
+    let target = Postgres::start();
+    target.extension();
+    wait_eq("its worker", true, || target.worker_pid("postgres").is_some());
+    let ran = stack.pg.run("pg_dump", &["-d", "postgres", "--data-only"], "");
+    assert!(ran.ok, "{}", ran.stderr);
+    target.restore("postgres", &ran.stdout);
+    check(&stack, &target, "postgres");
+}
+
+/// The backend that was down when the dump was made, and events that were sent but whose cursor was not saved: none is lost.
+#[test]
+fn a_dump_during_an_outage_loses_nothing() {
+    let mut stack = Stack::start();
+    stack.publish("sent");
+    wait_eq("the saved cursor", 1i64, || {
+        stack.pg.one("select published_total from outbox.status")
+    });
+    stack.redis.kill9();
+    stack
+        .pg
+        .exec("select outbox.publish_event('n' || i, 's') from generate_series(1, 2000) i");
+    stack.pg.exec("create database copy");
+    carry(&stack.pg, &stack.pg, "copy", Form::Plain);
+    stack.pg.exec("drop extension outbox_relay");
+    stack.redis.start_again();
+    let expected: Vec<String> = (1..=2_000).map(|i| format!("n{i}")).collect();
+    assert_eq!(types(&stack.wait_events(2_000)), expected);
+}

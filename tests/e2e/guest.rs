@@ -21,6 +21,13 @@ fn assert_unharmed(stack: &Stack, worker: i32) {
     }
 }
 
+fn waits_for_lock(pg: &Postgres) -> bool {
+    pg.one(
+        "select exists (select from pg_locks l join pg_stat_activity a using (pid) \
+         where a.backend_type = 'outbox_relay worker' and not l.granted)",
+    )
+}
+
 /// Five seconds and more: longer than the worker waits for a lock at a time.
 #[test]
 fn a_locked_table_delays_the_worker_and_nothing_else() {
@@ -32,16 +39,14 @@ fn a_locked_table_delays_the_worker_and_nothing_else() {
     locker
         .batch_execute("begin; lock table outbox.events in access exclusive mode")
         .unwrap();
-    enable(&stack.pg, true);
     let start = Instant::now();
-    wait_until("the worker to have given up twice, and 5 s", || {
-        let given_up = stack
-            .pg
-            .log()
-            .matches("canceling statement due to lock timeout")
-            .count();
-        given_up >= 2 && start.elapsed() >= Duration::from_secs(5)
-    });
+    enable(&stack.pg, true);
+    stack
+        .pg
+        .wait_log("outbox_relay worker: canceling statement due to lock timeout");
+    // It has given up once, waited, and waits for the lock again.
+    wait_until("another wait for the lock", || waits_for_lock(&stack.pg));
+    wait_until("five seconds of the lock", || start.elapsed() >= Duration::from_secs(5));
     assert_eq!(stack.events(), []);
     locker.batch_execute("commit").unwrap();
     assert_eq!(ids(&stack.wait_events(3)), published);
@@ -59,12 +64,7 @@ fn a_locked_table_delays_no_shutdown() {
         .pg
         .exec("begin; lock table outbox.events in access exclusive mode; prepare transaction 'lock'");
     enable(&stack.pg, true);
-    wait_until("the worker to wait for the lock", || {
-        stack.pg.one::<bool>(
-            "select exists (select from pg_locks l join pg_stat_activity a using (pid) \
-             where a.backend_type = 'outbox_relay worker' and not l.granted)",
-        )
-    });
+    wait_until("the worker to wait for the lock", || waits_for_lock(&stack.pg));
     let start = Instant::now();
     stack.pg.stop(Mode::Fast);
     let took = start.elapsed();
@@ -164,7 +164,7 @@ fn the_table_is_rewritten_while_it_drains() {
     assert_unharmed(&stack, worker);
 }
 
-/// Somebody's trigger makes the books unwritable: events are sent, the worker complains, and writes it all down later.
+/// Somebody's trigger makes the books unwritable: the worker complains, and goes on when they are writable again.
 #[test]
 fn an_error_in_the_worker_costs_neither_the_worker_nor_an_event() {
     let stack = Stack::with(QUICK);
@@ -176,17 +176,15 @@ fn an_error_in_the_worker_costs_neither_the_worker_nor_an_event() {
     let mut published = publish_many(&mut stack.pg.client(), "default", "", "event", 3);
     stack.wait_events(3);
     stack.pg.wait_log("outbox_relay worker: the books are closed");
-    wait_until("another complaint", || {
-        stack.pg.log().matches("the books are closed").count() >= 2
-    });
     published.extend(publish_many(&mut stack.pg.client(), "default", "", "event", 3));
-    stack.wait_events(6);
     stack.pg.exec("drop trigger broken on outbox.cursors");
+    stack.wait_events(6);
     wait_drained(&stack.pg, "default");
     assert_eq!(ids(&stack.events()), published);
     assert_unharmed(&stack, worker);
     let complaints = stack.pg.log().matches("the books are closed").count();
-    assert!(complaints < 20, "{complaints} complaints");
+    // One a minute at most, however often it tries.
+    assert_eq!(complaints, 1);
 }
 
 /// A column of somebody else's: publishing fills it as an INSERT would.

@@ -241,6 +241,29 @@ fn a_commit_wakes_the_worker_whoever_published() {
     assert_eq!(stack.events().len(), ways.len() + 1);
 }
 
+/// Every event that is published after the change, and only such: also when the worker is told of both at once.
+#[test]
+fn a_change_of_a_backend_counts_for_the_next_event() {
+    const CHANGES: usize = 150;
+    let stack = Stack::with(&[("outbox_relay.poll_interval", "1h")]);
+    let mut client = stack.pg.client();
+    for i in 1..=CHANGES {
+        let change = format!("update outbox.backends set stream_name = 's{i}'");
+        client.batch_execute(&change).unwrap();
+        client
+            .batch_execute(&format!("select outbox.publish_event('{i}', 's')"))
+            .unwrap();
+        if i % 3 == 0 {
+            // Not always both at once.
+            stack.redis.wait_entries(&format!("s{i}"), 1);
+        }
+    }
+    client.batch_execute("update outbox.backends set stream_name = 'last'").unwrap();
+    for i in (3..=CHANGES).step_by(3) {
+        assert_eq!(types(&stack.redis.wait_entries(&format!("s{i}"), 1)), [i.to_string()]);
+    }
+}
+
 /// Transaction ids and numbers that the publisher made up would be read again for ever, or never.
 #[test]
 fn forged_numbers_do_not_count() {

@@ -43,6 +43,9 @@ fn all_ways(event_type: &str, source: &str, more: &[(&str, &str)]) -> [String; 3
     ]
 }
 
+/// event_type and source, further arguments, all as SQL, and how they are refused.
+type Case<'a> = (&'a str, &'a str, Vec<(&'a str, &'a str)>, Refused);
+
 /// All ways are refused alike, and the transaction goes on.
 #[test]
 fn bad_input_is_refused_in_words_and_the_transaction_goes_on() {
@@ -74,7 +77,7 @@ fn bad_input_is_refused_in_words_and_the_transaction_goes_on() {
         "Check the name, or outbox_relay.default_backend if none was given.",
     );
     let (good, none) = ("'t'", Vec::new());
-    let mut cases: Vec<(&str, &str, Vec<(&str, &str)>, Refused)> = vec![
+    let mut cases: Vec<Case<'_>> = vec![
         ("null", good, none.clone(), missing("event_type")),
         ("''", good, none.clone(), missing("event_type")),
         (good, "null", none.clone(), missing("source")),

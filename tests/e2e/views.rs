@@ -137,7 +137,7 @@ fn an_outage_shows_as_backoff() {
     ]);
     let port = stack.redis.port();
     stack.publish("before");
-    stack.wait_events(1);
+    wait_shown(&stack, "default", "idle", |shown| shown.published == 1);
     let log = stack.pg.log();
     assert!(
         !log.contains(&format!("127.0.0.1:{port}: Connection refused")),

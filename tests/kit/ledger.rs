@@ -15,8 +15,8 @@ use crate::postgres::{DB, USER};
 use crate::stack::STREAM;
 use crate::{Postgres, Redis, Stack};
 
-/// Keys that publishers take turns on, `k0` and up: few, so that they meet.
-pub const KEYS: usize = 8;
+/// Keys that publishers take turns on, `k0` and up: few enough that publishers meet.
+pub const KEYS: usize = 32;
 
 const SCHEMA: &str = "
 create table aggregates (key text primary key, version bigint not null default 0);
