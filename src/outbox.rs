@@ -155,18 +155,6 @@ pub fn deleted_backends() -> Vec<i32> {
     )
 }
 
-/// Whether a backend has this number.
-pub fn is_backend(number: i32) -> bool {
-    query(
-        "select exists (select from outbox.backends b where b.number = $1)",
-        &[number.into()],
-        |row| value(row, 1),
-    )
-    .pop()
-    .flatten()
-    .unwrap_or(false)
-}
-
 /// Numbers that have a reader of their own, or are about to.
 pub fn known_numbers() -> Vec<i32> {
     query(

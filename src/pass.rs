@@ -189,8 +189,7 @@ impl Pass<'_> {
             Role::Strays => {
                 // A backend that is not loaded yet (made by the transaction that published: we may see its rows before we
                 // hear of it), or a number that was never given (a restore in another order): it may be on its way.
-                let number = row.backend_number();
-                if outbox::is_backend(number) || number > outbox::last_backend_number() {
+                if !outbox::is_deleted(row.backend_number()) {
                     return false;
                 }
                 reader.records.push(Record::Fail {
