@@ -402,7 +402,7 @@ impl Backend {
                 } else {
                     LogLevel::Warning
                 };
-                let detail = format!("Redis at {address}: {failure}.");
+                let detail = format!("Redis at {address}: {}.", failure.message.trim_end_matches('.'));
                 let hint = failure.hint().unwrap_or("Events wait until it works again.");
                 log(
                     level,

@@ -414,6 +414,10 @@ impl Worker {
         // While all are down, publishers find the flag raised and wake nobody.
         if self.work && (self.polled || self.backends.iter().any(|b| b.reads_for_redis() && b.is_ready(now))) {
             self.take_tick()?;
+            if self.generation == u64::MAX {
+                // What the tick sees may have been published for backends as they are now.
+                return Ok(true);
+            }
         }
         let mut more = false;
         let mut done: Vec<i32> = Vec::new();
@@ -450,6 +454,9 @@ impl Worker {
             let relations = catalog::relations()?;
             let tick = ticker::take(&relations);
             ticker::flush();
+            // Takes in what was told before anything that the tick sees.
+            // SAFETY: within a transaction.
+            unsafe { pg_sys::AcceptInvalidationMessages() };
             Some((tick, catalog::generation()))
         })?;
         match tick {

@@ -61,6 +61,8 @@ impl fmt::Display for Failure {
 /// An error reply to one XADD.
 pub fn reply(error: &ServerError) -> Failure {
     let details = error.details().unwrap_or_default();
+    // Some servers repeat the arguments, which are the user's.
+    let details = details.split(", with args beginning with").next().unwrap_or_default();
     Failure::new(
         reply_class(error.code(), details),
         format!("{} {details}", error.code()),

@@ -98,7 +98,7 @@ impl Link {
         match self.connection.recv_response() {
             Ok(Value::ServerError(error)) => Ok(Err(classify::reply(&error))),
             Ok(value) if succeeded(&value) => Ok(Ok(())),
-            Ok(_) => Err(Failure::backend("unexpected reply; is this a Redis server?")),
+            Ok(_) => Err(Failure::backend("unexpected reply, as from no Redis server")),
             Err(error) => Err(classify::connection(&error)),
         }
     }

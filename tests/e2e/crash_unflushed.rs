@@ -60,7 +60,9 @@ fn without_the_relays_flush_such_a_crash_loses_commits() {
     assert_eq!(stack.pg.one::<i64>("select count(*) from ledger"), 5);
     stack.pg.stop(Mode::Immediate);
     stack.pg.start_again();
-    assert_eq!(stack.pg.one::<i64>("select count(*) from ledger"), 0);
+    // Those in a page of WAL that was full may have been written.
+    let survivors: i64 = stack.pg.one("select count(*) from ledger");
+    assert!(survivors < 5, "nothing was lost");
 }
 
 fn crash_rounds(settings: &[(&str, &str)], rounds: usize) {

@@ -1,23 +1,9 @@
 //! The extension comes and goes, and so does its worker: without a restart, and without standing in anybody's way.
 
-use std::time::{Duration, Instant};
-
 use kit::{
-    BlackHole, Ledger, Load, Postgres, Redis, Refused, Stack, ids, process, publish_many, types, wait_drained, wait_eq,
-    wait_until,
+    BlackHole, Ledger, Load, Postgres, Redis, Refused, Stack, ids, process, promptly, publish_many, types,
+    wait_drained, wait_eq, wait_until,
 };
-
-/// What a statement may take that is not to be blocked; it takes a few hundredths, but machines are busy.
-const PROMPTLY: Duration = Duration::from_secs(2);
-
-/// Runs a statement that is not to be blocked.
-#[track_caller]
-fn promptly(pg: &Postgres, sql: &str) {
-    let start = Instant::now();
-    pg.exec(sql);
-    let took = start.elapsed();
-    assert!(took < PROMPTLY, "{sql} took {took:?}");
-}
 
 #[track_caller]
 fn wait_gone(pg: &Postgres, worker: i32) {

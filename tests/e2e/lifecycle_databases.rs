@@ -1,24 +1,11 @@
 //! Databases: each with the extension has a worker, none other costs a process, and no worker stands in the way of those
 //! who need a database to themselves.
 
-use std::time::{Duration, Instant};
-
 use kit::{
-    BlackHole, Ledger, Mode, Postgres, Redis, Refused, Stack, first_ids, ids, publish_many, wait_drained, wait_eq,
-    wait_until,
+    BlackHole, Ledger, Mode, Postgres, Redis, Refused, Stack, first_ids, ids, promptly, publish_many, wait_drained,
+    wait_eq, wait_until,
 };
 use uuid::Uuid;
-
-/// What a statement may take that is not to be blocked.
-const PROMPTLY: Duration = Duration::from_secs(2);
-
-#[track_caller]
-fn promptly(pg: &Postgres, sql: &str) {
-    let start = Instant::now();
-    pg.exec(sql);
-    let took = start.elapsed();
-    assert!(took < PROMPTLY, "{sql} took {took:?}");
-}
 
 /// The databases that have a worker, in the order of their names.
 fn served(pg: &Postgres) -> Vec<String> {
@@ -26,6 +13,12 @@ fn served(pg: &Postgres) -> Vec<String> {
         "select coalesce(array_agg(datname::text order by datname), '{}') from pg_stat_activity \
          where backend_type = 'outbox_relay worker'",
     )
+}
+
+#[track_caller]
+fn wait_served(pg: &Postgres, names: &[&str]) {
+    let expected: Vec<String> = names.iter().map(|name| name.to_string()).collect();
+    wait_eq("served databases", expected, || served(pg));
 }
 
 /// A database with the extension, whose events go to the stream of its name.
@@ -66,9 +59,7 @@ fn each_database_with_the_extension_has_a_worker_and_no_other_has() {
     }
     pg.exec("create database without");
     for start in 0..2 {
-        wait_eq("served databases", vec!["one", "three", "two"], || {
-            served(&pg).leak().iter().map(String::as_str).collect()
-        });
+        wait_served(&pg, &["one", "three", "two"]);
         for name in ["one", "two", "three"] {
             let published = publish(&pg, name, 2);
             let entries = redis.wait_entries(name, 2 * start + 2);
@@ -99,11 +90,7 @@ fn a_copied_database_gets_a_worker_that_goes_on_where_the_original_stood() {
     let pending = publish(&pg, "original", 3);
 
     promptly(&pg, "create database copy template original");
-    wait_eq(
-        "served databases",
-        vec!["copy".to_string(), "original".to_string()],
-        || served(&pg),
-    );
+    wait_served(&pg, &["copy", "original"]);
     let after = publish(&pg, "copy", 2);
     for name in ["copy", "original"] {
         pg.exec_db(
@@ -196,9 +183,7 @@ fn a_database_is_renamed_moved_and_copied_as_if_there_were_no_worker() {
     promptly(&pg, "create database twin template new");
     published.extend(publish(&pg, "new", 2));
     assert_eq!(ids(&redis.wait_entries("new", 6)), published);
-    wait_eq("served databases", vec!["new".to_string(), "twin".to_string()], || {
-        served(&pg)
-    });
+    wait_served(&pg, &["new", "twin"]);
 
     promptly(&pg, "alter database new set tablespace pg_default");
     promptly(&pg, "drop database twin");

@@ -56,7 +56,7 @@ fn troubles_that_take_turns_are_not_logged_again_and_again() {
         ]),
         Redis::start(),
     );
-    let garbage = Garbage::start();
+    let garbage = Garbage::saying_in_turn(&[b"HTTP/1.1 400 Bad Request\r\n", b"SSH-2.0-OpenSSH_9.2\r\n"]);
     stack.point_at("default", "127.0.0.1", garbage.port());
     stack.publish("t");
     wait_until("many attempts", || garbage.accepted() > 60);

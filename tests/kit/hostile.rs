@@ -83,10 +83,17 @@ impl Garbage {
     }
 
     pub fn saying(bytes: &[u8]) -> Self {
-        let bytes = bytes.to_vec();
+        Self::saying_in_turn(&[bytes])
+    }
+
+    /// One of these to each who connects, in turn.
+    pub fn saying_in_turn(texts: &[&[u8]]) -> Self {
+        let texts: Vec<Vec<u8>> = texts.iter().map(|text| text.to_vec()).collect();
+        let turn = AtomicUsize::new(0);
         let server = Server::start(move |mut stream, _| {
+            let text = &texts[turn.fetch_add(1, Ordering::Relaxed) % texts.len()];
             // Who has left already is no matter.
-            let _ = stream.write_all(&bytes);
+            let _ = stream.write_all(text);
         });
         Garbage { server }
     }

@@ -29,6 +29,6 @@ pub use ledger::{Ledger, Load, Verdict};
 pub use postgres::{Mode, Postgres};
 pub use redis::{Entry, Redis, entries, xlen};
 pub use refused::Refused;
-pub use relay::{QUICK, Standing, first_ids, ids, publish_many, standing, types, wait_drained, wait_trouble};
+pub use relay::{QUICK, Standing, first_ids, ids, promptly, publish_many, standing, types, wait_drained, wait_trouble};
 pub use stack::Stack;
 pub use wait::{LIMIT, eventually, wait_eq, wait_until};

@@ -105,3 +105,13 @@ pub fn first_ids(entries: &[Entry]) -> Vec<Uuid> {
 pub fn types(entries: &[Entry]) -> Vec<&str> {
     entries.iter().map(|entry| entry.field("event_type")).collect()
 }
+
+/// Runs a statement that nothing of ours may block. It takes a few hundredths of a second, but machines are busy.
+#[track_caller]
+pub fn promptly(pg: &Postgres, sql: &str) {
+    const LIMIT: Duration = Duration::from_secs(2);
+    let start = Instant::now();
+    pg.exec(sql);
+    let took = start.elapsed();
+    assert!(took < LIMIT, "{sql} took {took:?}");
+}
