@@ -54,7 +54,7 @@ fn a_million_events_of_one_insert_arrive_in_order_in_bounded_memory() {
     let grown_kb = most.saturating_sub(before);
     println!("the worker grew by {grown_kb} kB from {before} kB");
     assert!(
-        grown_kb < 48 * 1_024,
+        grown_kb < 24 * 1_024,
         "the worker grew by {grown_kb} kB from {before} kB"
     );
 }

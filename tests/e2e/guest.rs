@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use kit::{
-    BlackHole, LIMIT, Ledger, Load, Mode, Postgres, QUICK, Refused, Stack, ids, process, publish_many, types,
-    wait_drained, wait_until,
+    BlackHole, LIMIT, Ledger, Load, Mode, Postgres, QUICK, Refused, Stack, first_ids, ids, process, publish_many,
+    types, wait_drained, wait_until,
 };
 
 #[track_caller]
@@ -53,25 +53,54 @@ fn a_locked_table_delays_the_worker_and_nothing_else() {
     assert_unharmed(&stack, worker);
 }
 
-/// A lock that outlives all sessions: that of a prepared transaction.
+/// A lock that outlives all sessions, that of a prepared transaction, on what the worker reads or writes.
 #[test]
 fn a_locked_table_delays_no_shutdown() {
+    for table in ["outbox.events", "outbox.cursors"] {
+        let mut stack = Stack::start();
+        stack.pg.wait_worker("postgres");
+        enable(&stack.pg, false);
+        let published = publish_many(&mut stack.pg.client(), "default", "", "event", 3);
+        stack.pg.exec(&format!(
+            "begin; lock table {table} in access exclusive mode; prepare transaction 'lock'"
+        ));
+        enable(&stack.pg, true);
+        wait_until("the worker to wait for the lock", || waits_for_lock(&stack.pg));
+        let start = Instant::now();
+        stack.pg.stop(Mode::Fast);
+        let took = start.elapsed();
+        assert!(
+            took < Duration::from_secs(2),
+            "with {table} locked the stop took {took:?}"
+        );
+        stack.pg.start_again();
+        stack.pg.exec("rollback prepared 'lock'");
+        stack.wait_events(3);
+        assert_eq!(first_ids(&stack.events()), published);
+    }
+}
+
+/// The same when the lock is met only by the worker's last words.
+#[test]
+fn a_locked_table_delays_no_last_words() {
     let mut stack = Stack::start();
-    stack.pg.wait_worker("postgres");
-    enable(&stack.pg, false);
     let published = publish_many(&mut stack.pg.client(), "default", "", "event", 3);
+    stack.wait_events(3);
+    wait_drained(&stack.pg, "default");
     stack
         .pg
-        .exec("begin; lock table outbox.events in access exclusive mode; prepare transaction 'lock'");
-    enable(&stack.pg, true);
-    wait_until("the worker to wait for the lock", || waits_for_lock(&stack.pg));
+        .exec("begin; lock table outbox.cursors in access exclusive mode; prepare transaction 'lock'");
+    let more = publish_many(&mut stack.pg.client(), "default", "", "more", 3);
+    stack.wait_events(6);
+    // Before the quarter of a second has passed after which it would save.
     let start = Instant::now();
     stack.pg.stop(Mode::Fast);
     let took = start.elapsed();
     assert!(took < Duration::from_secs(2), "the stop took {took:?}");
     stack.pg.start_again();
     stack.pg.exec("rollback prepared 'lock'");
-    assert_eq!(ids(&stack.wait_events(3)), published);
+    wait_drained(&stack.pg, "default");
+    assert_eq!(first_ids(&stack.events()), [published, more].concat());
 }
 
 /// For each look at the worker during `time`: the age of its transaction in seconds (none: 0), whether it holds back vacuum, and how
