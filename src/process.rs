@@ -7,6 +7,11 @@ use std::ffi::{CStr, CString};
 use std::panic::AssertUnwindSafe;
 use std::time::Duration;
 
+#[cfg(not(feature = "pg18"))]
+use pg_sys::pqsignal;
+#[cfg(feature = "pg18")]
+use pg_sys::pqsignal_be as pqsignal;
+
 /// An ERROR that was caught at the edge of a transaction.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
@@ -20,6 +25,8 @@ unsafe extern "C-unwind" {
     // bookkeeping must not.
     fn die(signal: std::ffi::c_int);
     fn SignalHandlerForConfigReload(signal: std::ffi::c_int);
+    fn SignalHandlerForShutdownRequest(signal: std::ffi::c_int);
+    fn StatementCancelHandler(signal: std::ffi::c_int);
 }
 
 /// Installs the handlers of a background worker that works with a database, and lets signals come.
@@ -27,25 +34,41 @@ pub fn take_signals() {
     // SAFETY: the standard handlers, installed before signals are unblocked. `die` interrupts waits for locks too, which
     // a handler that only sets a flag does not.
     unsafe {
-        #[cfg(not(feature = "pg18"))]
-        use pg_sys::pqsignal;
-        #[cfg(feature = "pg18")]
-        use pg_sys::pqsignal_be as pqsignal;
         pqsignal(libc::SIGTERM, Some(die));
         pqsignal(libc::SIGHUP, Some(SignalHandlerForConfigReload));
         pg_sys::BackgroundWorkerUnblockSignals();
     }
 }
 
-/// Whether the process was told to end.
-pub fn is_told_to_end() -> bool {
-    // SAFETY: a plain read of the process's own flag.
-    unsafe { pg_sys::ProcDiePending != 0 }
+/// From now on an order to end no longer ends the process at once: it cancels the transaction at hand, whatever that waits for,
+/// and [`is_told_to_end`] says so.
+pub fn end_with_last_words() {
+    // No pg_guard: as Postgres's own handlers, of which it is made.
+    unsafe extern "C-unwind" fn end_soon(signal: std::ffi::c_int) {
+        // SAFETY: they only set flags and the latch.
+        unsafe {
+            SignalHandlerForShutdownRequest(signal);
+            StatementCancelHandler(signal);
+        }
+    }
+    // SAFETY: a handler that may run at any time.
+    unsafe { pqsignal(libc::SIGTERM, Some(end_soon)) };
 }
 
-/// Handles what came in: barriers, cancelled queries, memory-context logging; ends the process if it was told to.
+/// Whether the process was told to end.
+pub fn is_told_to_end() -> bool {
+    // SAFETY: plain reads of the process's own flags.
+    unsafe { pg_sys::ProcDiePending != 0 || pg_sys::ShutdownRequestPending != 0 }
+}
+
+/// Handles what came in: barriers, memory-context logging; ends the process if it is to die. A cancellation has nothing to cancel
+/// here, between transactions.
 pub fn handle_interrupts() {
-    pg_sys::check_for_interrupts!();
+    PgTryBuilder::new(|| {
+        pg_sys::check_for_interrupts!();
+    })
+    .catch_others(|_| ())
+    .execute();
 }
 
 /// Reads postgresql.conf again after a SIGHUP; true if it did.
@@ -61,14 +84,11 @@ pub fn reload_if_told() -> bool {
     true
 }
 
-/// Runs `f` with interrupts held: for the last words of a process that was told to end.
-pub fn holding_interrupts<R>(f: impl FnOnce() -> R) -> R {
-    // SAFETY: the counter is this process's own; it is put back, and by an ERROR reset.
-    unsafe { pg_sys::InterruptHoldoffCount += 1 };
-    let result = f();
-    // SAFETY: as above.
-    unsafe { pg_sys::InterruptHoldoffCount = pg_sys::InterruptHoldoffCount.saturating_sub(1) };
-    result
+/// Takes note of the order to end, so that the process may have last words before it does. They can still be interrupted: by a
+/// timeout, without which a lock could hold up the server's shutdown, and by another such order.
+pub fn accept_end() {
+    // SAFETY: the process's own flags, which its signal handlers set.
+    unsafe { (pg_sys::ProcDiePending, pg_sys::QueryCancelPending) = (0, 0) };
 }
 
 /// Waits for the latch, a readable socket, or the time; the death of the postmaster ends the process.

@@ -54,6 +54,7 @@ pub extern "C-unwind" fn outbox_relay_worker(argument: pg_sys::Datum) {
         pg_sys::before_shmem_exit(Some(leave), argument);
         slot.attach(pg_sys::MyProcPid, pg_sys::MyLatch);
     }
+    process::end_with_last_words();
     for (name, value) in [
         (c"search_path", c"pg_catalog"),
         (c"lock_timeout", c"2s"),
@@ -156,7 +157,7 @@ impl Worker {
         let mut looked = false;
         loop {
             process::report_statistics();
-            if timeout != Some(Duration::ZERO) {
+            if timeout != Some(Duration::ZERO) && !process::is_told_to_end() {
                 self.show(None);
                 process::wait(Some(self.woken.as_raw_fd()), timeout);
             }
@@ -175,6 +176,8 @@ impl Worker {
             }
             timeout = match self.step() {
                 Ok(timeout) => timeout,
+                // It cancelled what it was at.
+                Err(_) if process::is_told_to_end() => Some(Duration::ZERO),
                 Err(error) => {
                     self.log_error(error.to_string());
                     self.pause_until = self.now() + ERROR_WAIT;
@@ -595,8 +598,9 @@ impl Worker {
 
     /// Told to end.
     fn end(&mut self) -> ! {
+        process::accept_end();
         process::set_option(c"lock_timeout", c"200ms");
-        process::holding_interrupts(|| self.save_all());
+        self.save_all();
         leave_process(self.slot, SlotState::Wanted);
     }
 

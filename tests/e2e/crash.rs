@@ -50,6 +50,35 @@ fn a_terminated_worker_comes_back_by_itself_and_repeats_nothing() {
     assert!(!stack.pg.log().contains("reinitializing"), "the server restarted");
 }
 
+/// Told to end while it keeps its books, it keeps them all the same.
+#[test]
+fn a_worker_terminated_while_it_saves_repeats_nothing() {
+    let stack = Stack::with(UNTRIMMED);
+    stack.pg.exec(
+        "create function slow() returns trigger language plpgsql as $$ begin perform pg_sleep(0.1); return new; end $$;
+         create trigger slow before insert or update on outbox.cursors for each row execute function slow()",
+    );
+    let published = publish_many(&mut stack.pg.client(), "default", "", "event", 20);
+    stack.wait_events(20);
+    wait_until("the worker to save", || {
+        stack.pg.one::<bool>(
+            "select exists (select from pg_stat_activity \
+             where backend_type = 'outbox_relay worker' and wait_event = 'PgSleep')",
+        )
+    });
+    let old = stack.pg.wait_worker("postgres");
+    stack.pg.exec(&format!("select pg_terminate_backend({old})"));
+    wait_new_worker(&stack.pg, old);
+    wait_drained(&stack.pg, "default");
+    let more = publish_many(&mut stack.pg.client(), "default", "", "more", 1);
+    stack.wait_events(21);
+    assert_eq!(ids(&stack.events()), [published, more].concat());
+    let log = stack.pg.log();
+    for word in ["FATAL:  terminating", "canceling statement"] {
+        assert!(!log.contains(word), "{word} in the log");
+    }
+}
+
 /// Also in the middle of work: what was acknowledged is saved on the way out, what was in flight may be repeated.
 #[test]
 fn a_worker_terminated_again_and_again_under_load_loses_nothing() {

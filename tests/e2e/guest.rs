@@ -216,6 +216,22 @@ fn an_error_in_the_worker_costs_neither_the_worker_nor_an_event() {
     assert_eq!(complaints, 1);
 }
 
+/// pg_cancel_backend: there is nothing to cancel, or one transaction, which is tried again.
+#[test]
+fn a_cancelled_worker_lives_on() {
+    let stack = Stack::with(&[("outbox_relay.redis_max_len", "0")]);
+    let ledger = Ledger::create(&stack.pg);
+    let worker = stack.pg.wait_worker("postgres");
+    let load = Load::start(&stack.pg, 2, "");
+    for _ in 0..20 {
+        load.wait_more(5);
+        assert!(stack.pg.one::<bool>(&format!("select pg_cancel_backend({worker})")));
+    }
+    load.stop();
+    ledger.settle(&stack, LIMIT).assert_exactly_once();
+    assert_unharmed(&stack, worker);
+}
+
 /// A column of somebody else's: publishing fills it as an INSERT would.
 #[test]
 fn columns_that_were_added_to_the_table_get_their_defaults() {
