@@ -45,10 +45,13 @@ pub fn take_signals() {
 pub fn end_with_last_words() {
     // No pg_guard: as Postgres's own handlers, of which it is made.
     unsafe extern "C-unwind" fn end_soon(signal: std::ffi::c_int) {
-        // SAFETY: they only set flags and the latch.
+        // SAFETY: a plain read of a flag; the handlers only set flags and the latch.
         unsafe {
-            SignalHandlerForShutdownRequest(signal);
-            StatementCancelHandler(signal);
+            // The postmaster signals a child twice, itself and as a group: the second must not cancel the last words.
+            if pg_sys::ShutdownRequestPending == 0 {
+                SignalHandlerForShutdownRequest(signal);
+                StatementCancelHandler(signal);
+            }
         }
     }
     // SAFETY: a handler that may run at any time.
@@ -84,8 +87,8 @@ pub fn reload_if_told() -> bool {
     true
 }
 
-/// Takes note of the order to end, so that the process may have last words before it does. They can still be interrupted: by a
-/// timeout, without which a lock could hold up the server's shutdown, and by another such order.
+/// Takes note of the order to end, so that the process may have last words before it does. They can still be interrupted, by a
+/// timeout: otherwise a lock could hold up the server's shutdown.
 pub fn accept_end() {
     // SAFETY: the process's own flags, which its signal handlers set.
     unsafe { (pg_sys::ProcDiePending, pg_sys::QueryCancelPending) = (0, 0) };
