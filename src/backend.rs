@@ -21,8 +21,10 @@ use std::time::Duration;
 const BATCH_BYTES: usize = 256 * 1024;
 /// A buffer that has grown beyond this for one large event is not kept.
 const KEPT_BUFFER_BYTES: usize = 2 * BATCH_BYTES;
-/// How long a cursor that moved over delivered events may stay unsaved.
-const SAVE_AFTER: Duration = Duration::from_millis(250);
+/// A cursor that moved over delivered events is saved once nothing more was delivered for this long,
+const SAVE_WHEN_QUIET: Duration = Duration::from_millis(250);
+/// and at the latest after this long. Each save makes the WAL writer flush, which commits of the same moment wait for.
+const SAVE_AFTER: Duration = Duration::from_secs(1);
 /// How long one may that only moved over events of others.
 const SAVE_IDLE_AFTER: Duration = Duration::from_secs(30);
 /// The same trouble is logged again after this long.
@@ -82,6 +84,8 @@ pub struct Backend {
     counted: u64,
     /// Since when the cursor on disk is behind what was delivered, and behind what was read.
     dirty_since: Option<Now>,
+    /// When something was acknowledged last.
+    moved_at: Now,
     stale_since: Option<Now>,
     saved_at: Now,
     saved_published: i64,
@@ -123,6 +127,7 @@ impl Backend {
             standing,
             counted: 0,
             dirty_since: None,
+            moved_at: Now::ZERO,
             stale_since: None,
             saved_at: Now::ZERO,
             pending_save: None,
@@ -233,6 +238,7 @@ impl Backend {
                     let records = self.delivery.replied(refused, now, random());
                     self.records.extend(records);
                     self.dirty_since.get_or_insert(now);
+                    self.moved_at = now;
                     self.tick_due = true;
                 }
                 Report::Lost {
@@ -319,7 +325,9 @@ impl Backend {
 
     /// When the cursor is to be saved.
     pub fn save_at(&self) -> Option<Now> {
-        let dirty = self.dirty_since.map(|since| since + SAVE_AFTER);
+        let dirty = self
+            .dirty_since
+            .map(|since| (since + SAVE_AFTER).min(self.moved_at + SAVE_WHEN_QUIET));
         let stale = self.stale_since.map(|since| since + SAVE_IDLE_AFTER);
         dirty.into_iter().chain(stale).min()
     }

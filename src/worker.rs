@@ -258,6 +258,8 @@ impl Worker {
             }
             if nudged {
                 self.backends.iter_mut().for_each(|b| b.delivery.retry_now());
+                // Somebody may be waiting to see how far it is.
+                save(&mut self.backends, now)?;
             }
         }
         for backend in &mut self.backends {

@@ -33,6 +33,9 @@ pub fn idle() -> Vec<Figure> {
     const POLLS: u64 = 10;
     let stack = Stack::with(&[
         ("outbox_relay.poll_interval", "1s"),
+        // Otherwise the background writer logs a snapshot for standbys now and then.
+        ("wal_level", "minimal"),
+        ("max_wal_senders", "0"),
         ("autovacuum", "off"),
         ("checkpoint_timeout", "1h"),
     ]);
