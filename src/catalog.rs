@@ -48,6 +48,7 @@ thread_local! {
 }
 
 #[pg_guard]
+// SAFETY: called by Postgres alone, in this process; it touches only variables of this thread.
 unsafe extern "C-unwind" fn on_invalidation(_arg: pg_sys::Datum, relation: pg_sys::Oid) {
     let Some(known) = RELATIONS.get() else {
         return;

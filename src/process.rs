@@ -20,6 +20,7 @@ pub struct Aborted {
     pub code: PgSqlErrorCode,
 }
 
+// SAFETY: the declarations of miscadmin.h, interrupt.h and tcopprot.h.
 unsafe extern "C-unwind" {
     // Postgres's own handlers. Declared here without pgrx's guard: a handler may run at any instruction, where the guard's
     // bookkeeping must not.
@@ -44,6 +45,7 @@ pub fn take_signals() {
 /// and [`is_told_to_end`] says so.
 pub fn end_with_last_words() {
     // No pg_guard: as Postgres's own handlers, of which it is made.
+    // SAFETY: installed as a signal handler alone.
     unsafe extern "C-unwind" fn end_soon(signal: std::ffi::c_int) {
         // SAFETY: a plain read of a flag; the handlers only set flags and the latch.
         unsafe {

@@ -29,6 +29,7 @@ thread_local! {
     static MOVING: Cell<bool> = const { Cell::new(false) };
 }
 
+// SAFETY: the declaration of sequence.h.
 unsafe extern "C-unwind" {
     /// Draws the next number of a sequence (commands/sequence.h; not in pgrx's bindings).
     fn nextval_internal(relid: pg_sys::Oid, check_permissions: bool) -> i64;

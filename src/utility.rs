@@ -25,6 +25,7 @@ pub fn install() {
 // The hook's signature is Postgres's.
 #[allow(clippy::too_many_arguments)]
 #[pg_guard]
+// SAFETY: called by Postgres alone, with the arguments of its hook.
 unsafe extern "C-unwind" fn process_utility(
     statement: *mut pg_sys::PlannedStmt,
     query: *const c_char,

@@ -74,6 +74,7 @@ pub extern "C-unwind" fn outbox_relay_worker(argument: pg_sys::Datum) {
 }
 
 #[pg_guard]
+// SAFETY: called by Postgres alone, when the process ends.
 unsafe extern "C-unwind" fn leave(_code: i32, argument: pg_sys::Datum) {
     if let Some(slot) = shmem::slot_at(argument.value()) {
         slot.detach();

@@ -4,6 +4,7 @@
 // Each test uses its part.
 #![allow(dead_code)]
 
+use relay::classify::{Class, Failure};
 use relay::reader::{Key, Scan, Table};
 use relay::snapshot::{FIRST_NORMAL_XID, Snapshot, Tick};
 use std::collections::{BTreeMap, HashMap};
@@ -12,6 +13,17 @@ use std::panic::{self, AssertUnwindSafe};
 use std::rc::Rc;
 
 pub use fastrand::Rng;
+
+pub fn wrong_type() -> Failure {
+    Failure::new(
+        Class::Event,
+        "WRONGTYPE Operation against a key holding the wrong kind of value",
+    )
+}
+
+pub fn out_of_memory() -> Failure {
+    Failure::backend("OOM command not allowed")
+}
 
 /// Something happens with this probability.
 pub fn likely(rng: &mut Rng, probability: f64) -> bool {

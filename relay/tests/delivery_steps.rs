@@ -1,0 +1,379 @@
+//! The delivery, step by step: the life of a refused stream, gaps, restarts, the window.
+
+mod model;
+
+use model::{out_of_memory, wrong_type};
+use relay::backoff::Backoff;
+use relay::classify::Failure;
+use relay::delivery::{Delivery, Entry, Now, RowFate};
+use relay::reader::Position;
+use relay::refusal::{Record, Streams};
+use relay::sender::WINDOW_BATCHES;
+use relay::snapshot::Tick;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// As in the module `delivery`.
+const WINDOW_BYTES: usize = 2 * 1024 * 1024;
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// A delivery that is told everything by hand; the clock stands where it is put.
+struct Desk {
+    delivery: Delivery,
+    now: Now,
+    ticks: [Arc<Tick>; 2],
+    max_attempts: u32,
+}
+
+impl Desk {
+    fn new(max_attempts: u32) -> Self {
+        Self::with(Streams::default(), max_attempts)
+    }
+
+    /// Connected.
+    fn with(streams: Streams, max_attempts: u32) -> Self {
+        let ticks = [0, 1_000].map(|high_seq| {
+            Arc::new(Tick {
+                high_seq,
+                ..Tick::beginning()
+            })
+        });
+        let backoff = Backoff {
+            exponential: false,
+            delay: SECOND,
+            max_delay: 60 * SECOND,
+        };
+        let mut desk = Self {
+            delivery: Delivery::new(Position::at(ticks[0].clone()), streams, backoff),
+            now: Now::ZERO,
+            ticks,
+            max_attempts,
+        };
+        desk.connect();
+        desk
+    }
+
+    fn connect(&mut self) {
+        assert!(self.delivery.wants_connection(self.now));
+        self.delivery.connecting();
+        self.delivery.connected();
+    }
+
+    fn here(&self, seq: i64) -> Position {
+        Position::towards(self.ticks[0].clone(), self.ticks[1].clone(), seq)
+    }
+
+    fn entries(&self, seqs: &[i64], stream: &str) -> Vec<Entry> {
+        let entry = |seq: &i64| Entry {
+            seq: *seq,
+            stream: Rc::from(stream),
+            max_attempts: self.max_attempts,
+        };
+        seqs.iter().map(entry).collect()
+    }
+
+    /// Reads rows of one stream, and does with each what it is told to.
+    fn read(&mut self, seqs: &[i64], stream: &str) -> Vec<RowFate> {
+        let fates: Vec<_> = seqs.iter().map(|seq| self.delivery.on_row(*seq, stream)).collect();
+        let to_send = seqs.iter().zip(&fates).filter(|(_, fate)| **fate == RowFate::Send);
+        let batch: Vec<i64> = to_send.map(|(seq, _)| *seq).collect();
+        for (seq, _) in seqs.iter().zip(&fates).filter(|(_, fate)| **fate != RowFate::Send) {
+            self.delivery.skipped(*seq);
+        }
+        if let Some(last) = batch.last() {
+            self.delivery.sent(self.entries(&batch, stream), self.here(*last), 100);
+        }
+        self.delivery.advanced(self.here(*seqs.last().expect("some rows")));
+        fates
+    }
+
+    fn replied(&mut self, refused: &[(usize, Failure)]) -> Vec<String> {
+        brief(&self.delivery.replied(refused.to_vec(), self.now, 0.5))
+    }
+
+    fn lost(&mut self, accepted: usize) -> Vec<String> {
+        let reset = Failure::backend("connection reset by peer");
+        brief(&self.delivery.lost(reset, accepted, Vec::new(), self.now, 0.5))
+    }
+
+    /// The stream that is due, and how many of its events.
+    fn due(&mut self) -> Option<(String, usize)> {
+        let due = self.delivery.stream_to_retry(self.now, 10);
+        due.map(|(stream, count)| (stream.to_string(), count))
+    }
+
+    fn retry(&mut self, seqs: &[i64], stream: &str) {
+        let (due, count) = self.due().expect("a stream is due");
+        assert!(due == stream && count >= seqs.len(), "{due}, {count}");
+        self.delivery.sent_again(self.entries(seqs, stream), 100, false);
+    }
+
+    fn acked(&self) -> Option<i64> {
+        self.delivery.acked().under_way.as_ref().map(|u| u.last_seq)
+    }
+}
+
+fn brief(records: &[Record]) -> Vec<String> {
+    let brief = |record: &Record| match record {
+        Record::Park { seq, attempts, .. } => format!("{seq} waits after {attempts}"),
+        Record::Fail { seq, attempts, .. } => format!("{seq} fails after {attempts}"),
+        Record::Accepted { seq } => format!("{seq} accepted"),
+        Record::RefusedAgain { seq, attempts, .. } => format!("{seq} waits on after {attempts}"),
+        Record::FailStream {
+            stream, seq, attempts, ..
+        } => format!("{seq} and all of {stream} fail after {attempts}"),
+    };
+    records.iter().map(brief).collect()
+}
+
+const NOTHING: [String; 0] = [];
+
+#[test]
+fn a_refused_stream_fails_after_its_attempts_and_is_forgiven_by_a_success() {
+    let mut desk = Desk::new(3);
+    desk.read(&[1, 2], "a");
+    assert_eq!(
+        desk.replied(&[(0, wrong_type()), (1, wrong_type())]),
+        ["1 waits after 1", "2 waits after 1"]
+    );
+    // What comes next waits behind it, and the cursor passes them all.
+    assert_eq!(desk.read(&[3], "a"), [RowFate::Park]);
+    assert_eq!(desk.acked(), Some(3));
+
+    assert_eq!((desk.due(), desk.delivery.due_at()), (None, Some(SECOND)));
+    desk.now = SECOND;
+    desk.retry(&[1], "a");
+    assert_eq!(
+        (desk.due(), desk.delivery.due_at()),
+        (None, None),
+        "it is being tried already"
+    );
+    assert_eq!(desk.replied(&[(0, wrong_type())]), ["1 waits on after 2"]);
+    assert_eq!((desk.due(), desk.delivery.due_at()), (None, Some(2 * SECOND)));
+    desk.now = 2 * SECOND;
+    desk.retry(&[1], "a");
+    assert_eq!(desk.replied(&[(0, wrong_type())]), ["1 and all of a fail after 3"]);
+    assert_eq!((desk.due(), desk.delivery.due_at()), (None, None));
+
+    // From now on one attempt each.
+    assert_eq!(desk.read(&[4, 5], "a"), [RowFate::Send; 2]);
+    assert_eq!(
+        desk.replied(&[(0, wrong_type()), (1, wrong_type())]),
+        ["4 fails after 1", "5 fails after 1"]
+    );
+    // Until one is accepted.
+    desk.read(&[6], "a");
+    assert_eq!(desk.replied(&[]), NOTHING);
+    desk.read(&[7], "a");
+    assert_eq!(desk.replied(&[(0, wrong_type())]), ["7 waits after 1"]);
+}
+
+#[test]
+fn with_one_attempt_it_fails_at_once() {
+    let mut desk = Desk::new(1);
+    desk.read(&[1, 2, 3], "a");
+    assert_eq!(
+        desk.replied(&[(0, wrong_type()), (2, wrong_type())]),
+        ["1 fails after 1", "3 fails after 1"]
+    );
+    assert_eq!(desk.read(&[4], "a"), [RowFate::Send]);
+    assert_eq!((desk.acked(), desk.delivery.due_at()), (Some(3), None));
+}
+
+#[test]
+fn an_accepted_head_is_followed_by_the_others_in_order() {
+    let mut desk = Desk::new(5);
+    desk.read(&[1, 2], "a");
+    desk.replied(&[(0, wrong_type()), (1, wrong_type())]);
+    desk.read(&[3], "a");
+    desk.now = SECOND;
+    desk.retry(&[1], "a");
+    assert_eq!(desk.replied(&[]), ["1 accepted"]);
+    assert_eq!(desk.read(&[4], "a"), [RowFate::Park], "2 and 3 come first");
+    desk.retry(&[2, 3, 4], "a");
+    assert_eq!(desk.read(&[5], "a"), [RowFate::Park]);
+    assert_eq!(desk.replied(&[]), ["2 accepted", "3 accepted", "4 accepted"]);
+    desk.retry(&[5], "a");
+    assert_eq!(desk.replied(&[]), ["5 accepted"]);
+    assert_eq!(desk.due(), Some(("a".to_owned(), 10)));
+    desk.delivery.stream_cleared("a");
+    assert_eq!(desk.read(&[6], "a"), [RowFate::Send]);
+    assert_eq!(desk.delivery.published(), 5);
+}
+
+#[test]
+fn a_blocked_stream_does_not_stop_others() {
+    let mut desk = Desk::new(5);
+    desk.read(&[1], "a");
+    desk.replied(&[(0, wrong_type())]);
+    for seq in 2..500 {
+        let stream = ["a", "b"][seq as usize % 2];
+        let fates = desk.read(&[seq], stream);
+        match stream {
+            "a" => assert_eq!(fates, [RowFate::Park]),
+            _ => {
+                assert_eq!(fates, [RowFate::Send]);
+                assert_eq!(desk.replied(&[]), NOTHING);
+            }
+        }
+        assert_eq!(desk.acked(), Some(seq));
+    }
+}
+
+#[test]
+fn a_refused_follower_is_a_new_head() {
+    let mut desk = Desk::new(2);
+    desk.read(&[1, 2, 3], "a");
+    desk.replied(&[(0, wrong_type()), (1, wrong_type()), (2, wrong_type())]);
+    desk.now = SECOND;
+    desk.retry(&[1], "a");
+    desk.replied(&[]);
+    desk.retry(&[2, 3], "a");
+    assert_eq!(desk.replied(&[(0, wrong_type())]), ["2 waits on after 1", "3 accepted"]);
+    assert_eq!((desk.due(), desk.delivery.due_at()), (None, Some(2 * SECOND)));
+}
+
+#[test]
+fn what_was_accepted_does_not_fail_with_its_stream() {
+    let mut desk = Desk::new(1);
+    let waiting = [("a".to_owned(), 0)];
+    desk.delivery.set_streams(Streams::waiting(waiting));
+    desk.retry(&[1], "a");
+    desk.replied(&[]);
+    desk.retry(&[2, 3, 4], "a");
+    assert_eq!(
+        desk.replied(&[(0, wrong_type())]),
+        ["3 accepted", "4 accepted", "2 and all of a fail after 1"]
+    );
+}
+
+#[test]
+fn a_restart_goes_on_with_the_attempts_that_were_written_down() {
+    let mut desk = Desk::with(Streams::waiting([("a".to_owned(), 2)]), 3);
+    assert_eq!(desk.read(&[7], "a"), [RowFate::Park]);
+    desk.retry(&[5], "a");
+    assert_eq!(desk.replied(&[(0, wrong_type())]), ["5 and all of a fail after 3"]);
+}
+
+#[test]
+fn an_attempt_that_an_outage_cut_short_does_not_count() {
+    let mut desk = Desk::with(Streams::waiting([("a".to_owned(), 2)]), 3);
+    desk.retry(&[1], "a");
+    assert_eq!(desk.lost(0), NOTHING);
+    desk.connect();
+    desk.retry(&[1], "a");
+    assert_eq!(desk.replied(&[(0, out_of_memory())]), NOTHING);
+    assert!(desk.delivery.is_drained());
+    desk.delivery.drained();
+    desk.now += SECOND;
+    desk.connect();
+    desk.retry(&[1], "a");
+    assert_eq!(desk.replied(&[]), ["1 accepted"]);
+}
+
+#[test]
+fn what_is_being_tried_again_is_not_tried_once_more() {
+    let mut desk = Desk::with(Streams::waiting([("a".to_owned(), 1), ("b".to_owned(), 1)]), 3);
+    desk.retry(&[1], "a");
+    assert_eq!(desk.due(), Some(("b".to_owned(), 1)));
+    // The table could not be read.
+    desk.delivery.retry_failed();
+    assert_eq!(desk.due(), Some(("b".to_owned(), 1)));
+    assert_eq!(desk.due(), None);
+    desk.delivery.set_streams(Streams::waiting([("a".to_owned(), 1)]));
+    assert_eq!(desk.due(), None);
+    assert_eq!(desk.replied(&[]), ["1 accepted"]);
+    assert_eq!(desk.due(), Some(("a".to_owned(), 10)));
+}
+
+#[test]
+fn what_was_accepted_beyond_a_gap_is_not_sent_again() {
+    use RowFate::{Send, Skip};
+    let mut desk = Desk::new(3);
+    desk.read(&[1, 2, 3], "a");
+    desk.read(&[4], "a");
+    assert_eq!(desk.replied(&[(1, out_of_memory())]), NOTHING);
+    assert!(!desk.delivery.has_room() && !desk.delivery.is_drained());
+    assert_eq!(desk.replied(&[]), NOTHING);
+    for _ in 0..3 {
+        // However often the gap stays.
+        desk.delivery.drained();
+        assert_eq!(desk.acked(), Some(1));
+        desk.now += SECOND;
+        desk.connect();
+        assert_eq!(desk.read(&[2, 3, 4, 5], "a"), [Send, Skip, Skip, Send]);
+        assert_eq!(desk.replied(&[(0, out_of_memory()), (1, out_of_memory())]), NOTHING);
+    }
+    desk.delivery.drained();
+    desk.now += SECOND;
+    desk.connect();
+    assert_eq!(desk.read(&[2, 3, 4, 5], "a"), [Send, Skip, Skip, Send]);
+    assert_eq!(desk.replied(&[]), NOTHING);
+    assert_eq!((desk.acked(), desk.delivery.published()), (Some(5), 5));
+}
+
+#[test]
+fn no_position_stands_for_a_part_of_a_batch_that_ends_with_its_range() {
+    use RowFate::{Send, Skip};
+    let mut desk = Desk::new(3);
+    let end = Position::at(desk.ticks[1].clone());
+    desk.delivery.sent(desk.entries(&[1, 2, 3], "a"), end.clone(), 100);
+    desk.delivery.advanced(end);
+    desk.replied(&[(1, out_of_memory())]);
+    desk.delivery.drained();
+    assert!(desk.delivery.acked().same_place(&Position::at(desk.ticks[0].clone())));
+    desk.now += SECOND;
+    desk.connect();
+    assert_eq!(desk.read(&[1, 2, 3], "a"), [Skip, Send, Skip]);
+}
+
+#[test]
+fn a_lost_connection_is_looked_at_again_at_once_and_then_with_patience() {
+    let mut desk = Desk::new(3);
+    desk.read(&[1, 2], "a");
+    assert_eq!(desk.replied(&[]), NOTHING);
+    desk.read(&[3, 4, 5], "a");
+    assert_eq!(desk.lost(1), NOTHING);
+    assert_eq!((desk.acked(), desk.delivery.is_idle()), (Some(3), true));
+    assert_eq!(desk.delivery.due_at(), Some(desk.now));
+    desk.delivery.connecting();
+    desk.lost(0);
+    assert_eq!(desk.delivery.due_at(), Some(desk.now + SECOND));
+    assert!(!desk.delivery.wants_connection(desk.now));
+    desk.now += SECOND;
+    desk.delivery.connecting();
+    let denied = Failure::configuration("WRONGPASS");
+    desk.delivery.lost(denied, 0, Vec::new(), desk.now, 0.5);
+    assert_eq!(desk.delivery.due_at(), Some(desk.now + 5 * SECOND));
+    desk.delivery.retry_now();
+    desk.connect();
+    assert_eq!(desk.read(&[4, 5], "a"), [RowFate::Send; 2]);
+}
+
+#[test]
+fn the_window_is_bounded() {
+    let mut desk = Desk::with(Streams::waiting([("a".to_owned(), 1)]), 3);
+    for seq in 1..=WINDOW_BATCHES as i64 {
+        assert!(desk.delivery.has_room());
+        desk.read(&[seq], "b");
+    }
+    assert!(!desk.delivery.has_room());
+    // The stream that is due must wait for a reply, and nobody is to look for it before.
+    assert_eq!((desk.due(), desk.delivery.due_at()), (None, None));
+    desk.replied(&[]);
+    assert!(desk.delivery.has_room() && desk.due().is_some());
+
+    let mut desk = Desk::new(3);
+    desk.delivery
+        .sent(desk.entries(&[1], "a"), desk.here(1), WINDOW_BYTES - 1);
+    assert_eq!(desk.delivery.room().map(|room| room.bytes), Some(1));
+    desk.delivery
+        .sent(desk.entries(&[2], "a"), desk.here(2), 3 * WINDOW_BYTES);
+    assert!(!desk.delivery.has_room());
+    desk.replied(&[]);
+    assert!(!desk.delivery.has_room());
+    desk.replied(&[]);
+    assert!(desk.delivery.has_room());
+}
