@@ -1,7 +1,7 @@
 //! outbox_relay: a transactional outbox inside Postgres. This crate is the Postgres edge; the logic is in the `relay` crate.
 //!
 //! ```text
-//! publish ─ an event becomes a row, in the caller's transaction   txn, utility ─ after the commit: wake the worker
+//! request, publish, trigger ─ an event is checked, becomes a row   txn, utility ─ after the commit: wake the worker
 //! launcher ─ a worker for each database with the extension        worker ─ reads, hands to senders, keeps the books
 //! ticker, rows ─ snapshots and rows, without SQL                  pass ─ one scan for many backends; backend ─ one of them
 //! outbox ─ all SQL on our tables                                  purge ─ retention
@@ -34,10 +34,12 @@ mod pass;
 mod process;
 mod publish;
 mod purge;
+mod request;
 mod rows;
 mod shmem;
 mod status;
 mod ticker;
+mod trigger;
 mod txn;
 mod utility;
 mod uuid;

@@ -2,8 +2,8 @@
 //! something is wrong. (Events themselves are read in `rows.rs` and inserted in `publish.rs`, without SQL.)
 
 use crate::error::internal;
-use crate::publish;
 use crate::rows;
+use crate::trigger;
 use pgrx::datum::DatumWithOid;
 use pgrx::pg_sys;
 use pgrx::spi::{Spi, SpiTupleTable};
@@ -361,7 +361,7 @@ pub fn fail(seqs: &[i64], attempts: u32, error: &str) -> u64 {
 
 /// Moves scheduled events that are due into `outbox.events`, at most `count`; returns how many there were.
 pub fn move_due(count: i64) -> u64 {
-    publish::moving(|| {
+    trigger::moving(|| {
         run(
             "with due as (
                 delete from outbox.scheduled_events s

@@ -5,29 +5,16 @@
 //! *before* the sequence number: the reader's bounds rely on it (see `relay::snapshot::Tick`).
 
 use crate::catalog::{self, Relations};
-use crate::error::{PublishError, raise};
-use crate::guc;
-use crate::rows::{Row, attribute, bytes_of, to_server, utf8, utf8_of};
+use crate::error::PublishError;
+use crate::request::{Request, check, decoded};
+use crate::rows::{attribute, bytes_of, to_server};
 use crate::txn;
 use crate::uuid;
 use pgrx::iter::SetOfIterator;
-use pgrx::pg_sys::panic::ErrorReport;
-use pgrx::{PgSqlErrorCode, pg_extern, pg_guard, pg_sys};
-use relay::event::further_fields;
+use pgrx::{pg_extern, pg_guard, pg_sys};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use std::borrow::Cow;
-use std::cell::Cell;
-
-/// Characters of event_type and source, as in django-broadcaster's model.
-const NAME_LIMIT: usize = 255;
-/// Characters of subject, stream and data_schema.
-const TEXT_LIMIT: usize = 1_024;
-
-thread_local! {
-    /// The worker is moving events that were checked when they were scheduled.
-    static MOVING: Cell<bool> = const { Cell::new(false) };
-}
 
 // SAFETY: the declaration of sequence.h.
 unsafe extern "C-unwind" {
@@ -35,113 +22,8 @@ unsafe extern "C-unwind" {
     fn nextval_internal(relid: pg_sys::Oid, check_permissions: bool) -> i64;
 }
 
-/// What a publisher asks for; texts in the database's encoding.
-#[derive(Default)]
-struct Request<'a> {
-    event_type: Option<Cow<'a, [u8]>>,
-    source: Option<Cow<'a, [u8]>>,
-    data: Option<Cow<'a, [u8]>>,
-    subject: Option<Cow<'a, [u8]>>,
-    backend: Option<Cow<'a, [u8]>>,
-    scheduled_at: Option<i64>,
-    max_retries: Option<i32>,
-    publisher_config: Option<Cow<'a, [u8]>>,
-    stream: Option<Cow<'a, [u8]>>,
-    data_schema: Option<Cow<'a, [u8]>>,
-    event_id: Option<[u8; 16]>,
-}
-
-/// A backend that the request may use.
-struct Checked {
-    backend: String,
-    backend_number: i32,
-}
-
-/// All refusals, in one place for all ways to publish.
-fn check(request: &Request<'_>) -> Result<Checked, PublishError> {
-    check_name("event_type", request.event_type.as_deref())?;
-    check_name("source", request.source.as_deref())?;
-    check_length("subject", request.subject.as_deref(), TEXT_LIMIT)?;
-    check_length("data_schema", request.data_schema.as_deref(), TEXT_LIMIT)?;
-    if let Some(stream) = request.stream.as_deref() {
-        if stream.is_empty() {
-            return Err(PublishError::EmptyStream);
-        }
-        check_length("stream", Some(stream), TEXT_LIMIT)?;
-    }
-    if let Some(n) = request.max_retries.filter(|n| *n < 0) {
-        return Err(PublishError::NegativeRetries(n));
-    }
-    if request.scheduled_at == Some(i64::MAX) {
-        return Err(PublishError::EndlessSchedule);
-    }
-    if let Some(config) = request.publisher_config.as_deref() {
-        further_fields(&decoded(config))?;
-    }
-    let texts = [
-        &request.event_type,
-        &request.source,
-        &request.data,
-        &request.subject,
-        &request.publisher_config,
-        &request.stream,
-        &request.data_schema,
-    ];
-    let size: usize = texts.into_iter().flatten().map(|t| t.len()).sum();
-    let limit = guc::MAX_EVENT_SIZE_KB.get() as usize * 1_024;
-    if size > limit {
-        return Err(PublishError::TooLarge { size, limit });
-    }
-    let backend = match request.backend.as_deref() {
-        Some(name) => decoded(name).into_owned(),
-        None => guc::text(&guc::DEFAULT_BACKEND),
-    };
-    let Some(known) = catalog::backend(&backend) else {
-        return Err(PublishError::UnknownBackend(backend));
-    };
-    if let Some(stream) = request.stream.as_deref().map(decoded)
-        && !known.allows(&stream)
-    {
-        return Err(PublishError::StreamNotAllowed {
-            backend,
-            stream: stream.into_owned(),
-        });
-    }
-    Ok(Checked {
-        backend,
-        backend_number: known.number,
-    })
-}
-
-/// A request's text in UTF-8.
-fn decoded(text: &[u8]) -> Cow<'_, str> {
-    // SAFETY: the texts of a request are valid in the database's encoding.
-    unsafe { utf8(text) }
-}
-
-fn check_name(field: &'static str, text: Option<&[u8]>) -> Result<(), PublishError> {
-    match text {
-        None | Some([]) => Err(PublishError::Missing(field)),
-        text => check_length(field, text, NAME_LIMIT),
-    }
-}
-
-fn check_length(field: &'static str, text: Option<&[u8]>, limit: usize) -> Result<(), PublishError> {
-    // No character is shorter than a byte.
-    let Some(text) = text.filter(|t| t.len() > limit) else {
-        return Ok(());
-    };
-    // SAFETY: valid text in the database's encoding.
-    let length = unsafe { pg_sys::pg_mbstrlen_with_len(text.as_ptr().cast(), text.len() as i32) } as usize;
-    if length > limit {
-        Err(PublishError::TooLong { field, length, limit })
-    } else {
-        Ok(())
-    }
-}
-
 /// The caller's transaction id, then the next number: in this order, always.
-fn draw_numbers(relations: &Relations) -> (u64, i64) {
+pub fn draw_numbers(relations: &Relations) -> (u64, i64) {
     // SAFETY: within a transaction that may write; the sequence belongs to the extension.
     unsafe {
         let xid = pg_sys::GetTopFullTransactionId().value;
@@ -215,7 +97,7 @@ fn publish(request: &Request<'_>) -> [u8; 16] {
     event_id
 }
 
-fn text_datum(text: &[u8]) -> pg_sys::Datum {
+pub fn text_datum(text: &[u8]) -> pg_sys::Datum {
     // SAFETY: copies the bytes into a varlena of the current memory context; json has the same form as text.
     unsafe {
         pg_sys::Datum::from(pg_sys::cstring_to_text_with_len(
@@ -329,7 +211,7 @@ unsafe fn insert_index_entries(
 }
 
 /// An id that a publisher chose must not wait in the other table. (Within one table its unique index decides.)
-fn refuse_repeated_id(relations: &Relations, event_id: &[u8; 16], scheduled: bool) {
+pub fn refuse_repeated_id(relations: &Relations, event_id: &[u8; 16], scheduled: bool) {
     let (table, key) = if scheduled {
         (relations.events, c"events_event_id_idx")
     } else {
@@ -503,134 +385,4 @@ fn parse_timestamp(text: &str) -> i64 {
     // SAFETY: the input function's three arguments: text, type, no precision.
     let datum = unsafe { pgrx::direct_function_call_as_datum(pg_sys::timestamptz_in, &arguments) };
     datum.map_or(0, |d| d.value() as i64)
-}
-
-/// Runs `f` while the trigger takes rows as they are, but for their numbers: they were checked when they were scheduled.
-pub fn moving<R>(f: impl FnOnce() -> R) -> R {
-    struct Reset;
-    impl Drop for Reset {
-        fn drop(&mut self) {
-            MOVING.set(false);
-        }
-    }
-    MOVING.set(true);
-    let _reset = Reset;
-    f()
-}
-
-crate::sql_function!(complete_event, pg_finfo_complete_event);
-
-/// Trigger of `outbox.events`, before each row.
-#[pg_guard]
-#[unsafe(no_mangle)]
-extern "C-unwind" fn complete_event(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
-    // SAFETY: called as a trigger, the context is its TriggerData; otherwise this refuses.
-    unsafe {
-        let trigger = (*fcinfo).context.cast::<pg_sys::TriggerData>();
-        if trigger.is_null() || (*trigger).type_ != pg_sys::NodeTag::T_TriggerData {
-            raise(ErrorReport::new(
-                PgSqlErrorCode::ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED,
-                "complete_event() can only be called as a trigger",
-                "",
-            ));
-        }
-        (*fcinfo).isnull = false;
-        pg_sys::Datum::from(completed((*trigger).tg_trigtuple, (*(*trigger).tg_relation).rd_att))
-    }
-}
-
-/// The row with what the trigger fills in.
-///
-/// # Safety
-/// A row of `outbox.events` and its descriptor.
-unsafe fn completed(tuple: pg_sys::HeapTuple, descriptor: pg_sys::TupleDesc) -> pg_sys::HeapTuple {
-    // SAFETY: the caller's promise.
-    let row = unsafe { Row::of(tuple, descriptor) };
-    let relations = catalog::expect_relations();
-    let mut columns: [i32; 6] = [0; 6];
-    let mut values = [pg_sys::Datum::from(0); 6];
-    let mut count = 0;
-    let mut set = |attribute: usize, datum: pg_sys::Datum| {
-        columns[count] = attribute as i32;
-        values[count] = datum;
-        count += 1;
-    };
-    // SAFETY: reads the clock.
-    let now = unsafe { pg_sys::GetCurrentTimestamp() };
-    let event_id = row.uuid(attribute::EVENT_ID).unwrap_or_else(|| uuid::new_v7(now));
-    if !MOVING.get() {
-        // SAFETY: the attributes are of varlena types.
-        let text = |attribute: usize| row.get(attribute).map(|d| unsafe { Cow::Borrowed(bytes_of(d)) });
-        let request = Request {
-            event_type: text(attribute::EVENT_TYPE),
-            source: text(attribute::SOURCE),
-            data: text(attribute::DATA),
-            subject: text(attribute::SUBJECT),
-            backend: text(attribute::BACKEND),
-            scheduled_at: None,
-            max_retries: row.i32(attribute::MAX_RETRIES),
-            publisher_config: text(attribute::PUBLISHER_CONFIG),
-            stream: text(attribute::STREAM),
-            data_schema: text(attribute::DATA_SCHEMA),
-            event_id: row.uuid(attribute::EVENT_ID),
-        };
-        let checked = check_restorable(&request, &row);
-        if request.event_id.is_some() {
-            refuse_repeated_id(&relations, &event_id, false);
-        }
-        set(attribute::BACKEND_NUMBER, pg_sys::Datum::from(checked.backend_number));
-        set(attribute::BACKEND, text_datum(&to_server(&checked.backend)));
-        if row
-            .i64(attribute::CREATED_AT)
-            .is_none_or(|at| at == i64::MIN || at == i64::MAX)
-        {
-            set(attribute::CREATED_AT, pg_sys::Datum::from(now));
-        }
-        set(attribute::EVENT_ID, pg_sys::Datum::from(event_id.as_ptr()));
-    }
-    let (xid, seq) = draw_numbers(&relations);
-    set(attribute::XID, pg_sys::Datum::from(xid));
-    set(attribute::SEQ, pg_sys::Datum::from(seq));
-    let mut nulls = [false; 6];
-    txn::published();
-    // SAFETY: `count` columns of the table with values of their types; the new tuple lives in the caller's context.
-    unsafe {
-        pg_sys::heap_modify_tuple_by_cols(
-            tuple,
-            descriptor,
-            count as i32,
-            columns.as_mut_ptr(),
-            values.as_mut_ptr(),
-            nulls.as_mut_ptr(),
-        )
-    }
-}
-
-/// As [`check`]; but a dump's rows carry a backend's number, and may come before the backend itself, or under a name that it
-/// no longer has: COPY alone can give a number, and then the number is what counts.
-fn check_restorable(request: &Request<'_>, row: &Row) -> Checked {
-    let number = row.i32(attribute::BACKEND_NUMBER);
-    match (check(request), number) {
-        (Ok(checked), None) => checked,
-        (Ok(checked), Some(number)) if checked.backend_number == number => checked,
-        (Ok(_) | Err(PublishError::UnknownBackend(_)), Some(number)) if is_copy() => {
-            // SAFETY: a text of the row, if it is there.
-            let backend = row.get(attribute::BACKEND).map(|d| unsafe { utf8_of(d).into_owned() });
-            Checked {
-                backend: backend.unwrap_or_default(),
-                backend_number: number,
-            }
-        }
-        (Ok(checked), Some(_)) => checked,
-        (Err(e), _) => e.raise(),
-    }
-}
-
-/// Whether the session runs a COPY, as a restore does.
-fn is_copy() -> bool {
-    // SAFETY: the active portal of the session, if any, while it runs.
-    unsafe {
-        let portal = pg_sys::ActivePortal;
-        !portal.is_null() && (*portal).commandTag == pg_sys::CommandTag::CMDTAG_COPY
-    }
 }
