@@ -140,7 +140,7 @@ create table outbox.cursors (
     last_error_at     timestamptz,
     next_attempt_at   timestamptz
 ) with (fillfactor = 20, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);
-comment on table outbox.cursors is 'How far each backend has come, saved a few times a second while it moves. A row outlives its backend until the last of its events is purged.';
+comment on table outbox.cursors is 'How far each backend has come, saved once it is quiet for 250 ms and at the latest after a second. A row outlives its backend: events that were not committed when it was deleted may still come.';
 
 create table outbox.ticks (
     backend_number integer not null,

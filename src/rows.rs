@@ -235,10 +235,8 @@ impl Columns {
     /// As [`Row::of`].
     pub unsafe fn take_apart(&self, tuple: pg_sys::HeapTuple) -> NamedRow<'_> {
         // SAFETY: the caller's promise.
-        NamedRow {
-            columns: self,
-            row: unsafe { Row::of(tuple, self.descriptor) },
-        }
+        let row = unsafe { Row::of(tuple, self.descriptor) };
+        NamedRow { columns: self, row }
     }
 }
 

@@ -159,7 +159,7 @@ impl Worker {
         loop {
             process::report_statistics();
             if timeout != Some(Duration::ZERO) && !process::is_told_to_end() {
-                self.show(None);
+                self.show_idle();
                 process::wait(Some(self.woken.as_raw_fd()), timeout);
             }
             self.drain_socket();
@@ -502,9 +502,9 @@ impl Worker {
         Ok(())
     }
 
-    fn show(&mut self, what: Option<&str>) {
-        if what.is_some() || std::mem::take(&mut self.shown_busy) {
-            process::show_activity(what);
+    fn show_idle(&mut self) {
+        if std::mem::take(&mut self.shown_busy) {
+            process::show_activity(None);
         }
     }
 
