@@ -16,7 +16,7 @@ target_dir   := $(or $(CARGO_TARGET_DIR),target)
 library      := $(target_dir)/release/lib$(EXTENSION).so
 
 # The targets that need no Postgres must work without one.
-ifneq ($(filter-out help clean demo test bench record-broadcaster,$(or $(MAKECMDGOALS),all)),)
+ifneq ($(filter-out help clean demo test bench chaos record-broadcaster,$(or $(MAKECMDGOALS),all)),)
 major := $(shell $(PG_CONFIG) --version 2>/dev/null | sed -nE 's/^PostgreSQL ([0-9]+).*/\1/p')
 ifeq ($(major),)
 $(error "$(PG_CONFIG)" is no working pg_config. Name one with PG_CONFIG=..., or let scripts/setup install Postgres and say where it is)
@@ -36,7 +36,7 @@ empty        :=
 space        := $(empty) $(empty)
 features      = pg$(major)$(if $(strip $(FEATURES)),$(comma)$(subst $(space),$(comma),$(strip $(FEATURES))))
 
-.PHONY: all install uninstall demo test lint bench record-broadcaster clean help headers
+.PHONY: all install uninstall demo test lint bench chaos record-broadcaster clean help headers
 
 all: headers ## build the extension (release)
 	$(cargo_env) $(CARGO) build --release --locked -p $(EXTENSION) --no-default-features --features $(features)
@@ -71,6 +71,9 @@ lint: headers ## formatting and clippy, as CI checks them
 
 bench: ## measure the figures of the README (BENCH_ARGS=... for some of them)
 	scripts/bench $(BENCH_ARGS)
+
+chaos: ## break everything at random and check that nothing is lost or repeated (SEED=, MINUTES=, CHAOS_ARGS=...)
+	scripts/chaos $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) $(CHAOS_ARGS)
 
 record-broadcaster: ## record what django-broadcaster writes, for the tests (fetches it from PyPI)
 	@dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT && python3 -m venv "$$dir" && \

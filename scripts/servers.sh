@@ -65,3 +65,21 @@ prepare_servers() {
     as_server "$OUTBOX_TEST_PGBIN/initdb" --pgdata="$OUTBOX_TEST_TEMPLATE" --username=postgres --auth=trust \
         --encoding=UTF8 --locale=C.UTF-8 --no-sync >"$1/initdb.log" 2>&1 || { cat "$1/initdb.log" >&2; exit 1; }
 }
+
+# Builds the extension a second time, with the feature `faults` (crash points and mutations, see relay/src/fault.rs), in a target
+# directory of its own.
+build_faults() {
+    CARGO_TARGET_DIR=$(faults_target) make "$@" all FEATURES=faults
+}
+
+faults_target() {
+    echo "${CARGO_TARGET_DIR:-target}/faults"
+}
+
+# A second private Postgres with that build, beside the one of prepare_servers; its files are shared where they are the same.
+prepare_faults() {
+    cp -al "$OUTBOX_TEST_TMP/postgres" "$OUTBOX_TEST_TMP/faults"
+    OUTBOX_TEST_FAULTS_PGBIN=$OUTBOX_TEST_TMP/faults${OUTBOX_TEST_PGBIN#"$OUTBOX_TEST_TMP/postgres"}
+    export OUTBOX_TEST_FAULTS_PGBIN
+    CARGO_TARGET_DIR=$(faults_target) make --no-print-directory install DESTDIR="$OUTBOX_TEST_TMP/faults" >/dev/null
+}

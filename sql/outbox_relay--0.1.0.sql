@@ -22,7 +22,9 @@ create table outbox.backends (
     unix_socket     text check (unix_socket like '/%'),
     password_file   text check (password_file like '/%'),
     allowed_streams text[] not null default '{*}' check (array_position(allowed_streams, null) is null),
-    delivery        text not null default 'at_least_once' check (delivery in ('at_least_once'))
+    delivery        text not null default 'exactly_once' check (delivery in ('exactly_once', 'at_least_once')),
+    on_missing_guard text not null default 'continue' check (on_missing_guard in ('continue', 'halt', 'replay')),
+    wait_replicas   integer not null default 0 check (wait_replicas between 0 and 100)
 );
 
 comment on table outbox.backends is 'Named Redis destinations; NULL in a column means the setting outbox_relay.redis_* of that name. A change takes effect at once.';
@@ -33,7 +35,9 @@ comment on column outbox.backends.max_len is 'Approximate length to which each s
 comment on column outbox.backends.unix_socket is 'Path of a unix socket, instead of host and port.';
 comment on column outbox.backends.password_file is 'A file that the server reads at each connect; its first line is the password. Needs the rights of pg_read_server_files.';
 comment on column outbox.backends.allowed_streams is 'Glob patterns (* and ?) one of which a publisher''s stream must match.';
-comment on column outbox.backends.delivery is 'at_least_once: a crash may repeat what was sent since the cursor was last saved.';
+comment on column outbox.backends.delivery is 'exactly_once: batches are appended in transactions with the guard, see outbox.guard_key(). at_least_once: plain commands; a crash may repeat what was sent since the cursor was last saved.';
+comment on column outbox.backends.on_missing_guard is 'When Redis has lost everything, the guard too: continue with what was not sent, halt until outbox.take_over(), or replay all that is retained.';
+comment on column outbox.backends.wait_replicas is 'Replicas of Redis that must acknowledge a batch (WAIT) before it counts as delivered.';
 
 create table outbox.backend_passwords (
     backend_number integer primary key,
@@ -99,10 +103,12 @@ create table outbox.refused_events (
     seq            bigint primary key,
     backend_number integer not null,
     attempts       integer not null,
-    last_error     text not null
+    last_error     text not null,
+    accepted_in    bigint
 );
-create index refused_events_backend_idx on outbox.refused_events (backend_number, seq);
+create index refused_events_backend_idx on outbox.refused_events (backend_number, seq) where accepted_in is null;
 comment on table outbox.refused_events is 'Events of outbox.events that Redis refused and that are being tried again, and those behind them in the same stream.';
+comment on column outbox.refused_events.accepted_in is 'Number of the batch in which the event was accepted at last, out of its turn: should Redis lose that batch, it waits again. NULL: it waits.';
 
 create table outbox.failed_events (
     like outbox.events,
@@ -130,6 +136,8 @@ create table outbox.cursors (
     to_low_seq        bigint,
     to_high_seq       bigint,
     last_seq          bigint not null default 0,
+    -- The last batch that is known to be appended (exactly_once); 0: none.
+    batch_number      bigint not null default 0,
     saved_at          timestamptz not null,
     state             text not null,
     published_total   bigint not null default 0,
@@ -138,7 +146,8 @@ create table outbox.cursors (
     last_published_at timestamptz,
     last_error        text,
     last_error_at     timestamptz,
-    next_attempt_at   timestamptz
+    next_attempt_at   timestamptz,
+    healings          bigint not null default 0
 ) with (fillfactor = 20, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);
 comment on table outbox.cursors is 'How far each backend has come, saved once it is quiet for 250 ms and at the latest after a second. A row outlives its backend: events that were not committed when it was deleted may still come.';
 
@@ -152,6 +161,29 @@ create table outbox.ticks (
     primary key (backend_number, reached_at)
 );
 comment on table outbox.ticks is 'When each backend had delivered what a snapshot sees: the clock of retention. The oldest of a backend is what has been purged.';
+
+create table outbox.installation (
+    id uuid not null default pg_catalog.gen_random_uuid()
+);
+insert into outbox.installation default values;
+comment on table outbox.installation is 'The name of this installation in the keys of its guards; made by CREATE EXTENSION, never dumped.';
+
+create table outbox.incarnations (
+    number             integer generated always as identity primary key,
+    incarnation        uuid not null unique,
+    system             text not null,
+    timeline           bigint not null,
+    started_at         timestamptz not null default clock_timestamp(),
+    previous_ended_lsn pg_lsn not null
+);
+comment on table outbox.incarnations is 'The runs of this server that relayed, saved before the first claim of each: guards name them. A copy of the database knows those up to when it was made.';
+comment on column outbox.incarnations.previous_ended_lsn is 'Where the history of the one before ended, as far as this server has it.';
+
+create table outbox.take_overs (
+    backend_number integer primary key,
+    asked_at       timestamptz not null default clock_timestamp()
+);
+comment on table outbox.take_overs is 'Backends that are to be taken over; see outbox.take_over().';
 
 create function outbox.is_delivered(c outbox.cursors, xid xid8, seq bigint) returns boolean
     language sql immutable parallel safe
@@ -244,11 +276,13 @@ begin
                 set enabled = new.enabled, host = new.host, port = new.port, db = new.db, username = new.username,
                     stream_name = new.stream_name, max_len = new.max_len, connect_timeout = new.connect_timeout,
                     socket_timeout = new.socket_timeout, unix_socket = new.unix_socket,
-                    password_file = new.password_file, allowed_streams = new.allowed_streams, delivery = new.delivery
+                    password_file = new.password_file, allowed_streams = new.allowed_streams, delivery = new.delivery,
+                    on_missing_guard = new.on_missing_guard, wait_replicas = new.wait_replicas
                 where b.name = new.name;
             return null;
         elsif found
-            and (present.enabled, present.allowed_streams, present.delivery) = (true, '{*}'::text[], 'at_least_once')
+            and (present.enabled, present.allowed_streams, present.delivery, present.on_missing_guard, present.wait_replicas)
+                = (true, '{*}'::text[], 'exactly_once', 'continue', 0)
             and num_nonnulls(present.host, present.port, present.db, present.username, present.stream_name,
                     present.max_len, present.connect_timeout, present.socket_timeout, present.unix_socket,
                     present.password_file) = 0
@@ -299,6 +333,9 @@ create trigger backends_changed after insert or update or delete or truncate on 
     for each statement execute function outbox.backends_changed();
 create trigger backends_changed after insert or update or delete or truncate on outbox.backend_passwords
     for each statement execute function outbox.backends_changed();
+create trigger backends_changed after insert on outbox.take_overs
+    for each statement execute function outbox.backends_changed();
+alter table outbox.take_overs enable always trigger backends_changed;
 alter table outbox.backends enable always trigger backends_changed;
 alter table outbox.backend_passwords enable always trigger backends_changed;
 
@@ -328,14 +365,15 @@ select b.name as backend,
     c.last_published_at,
     c.last_error,
     c.last_error_at,
-    case when b.enabled then c.next_attempt_at end as next_attempt_at
+    case when b.enabled then c.next_attempt_at end as next_attempt_at,
+    coalesce(c.healings, 0) as healings
 from outbox.backends b
     left join outbox.cursors c on c.backend_number = b.number
     cross join lateral outbox.backlog(b.number) l
     cross join lateral (
         select pg_catalog.count(*) as waiting, pg_catalog.min(w.created_at) as oldest_created_at
         from (select e.created_at from outbox.refused_events f join outbox.events e on e.seq = f.seq
-            where f.backend_number = b.number order by f.seq limit 10000) w
+            where f.backend_number = b.number and f.accepted_in is null order by f.seq limit 10000) w
     ) r;
 comment on view outbox.backend_status is 'One row a backend: what it is doing, how much waits, what went wrong last.';
 
@@ -375,7 +413,7 @@ from outbox.events e
     left join outbox.backends b on b.number = e.backend_number
     left join outbox.cursors c on c.backend_number = e.backend_number
     left join outbox.failed_events f on f.event_id = e.event_id
-    left join outbox.refused_events r on r.seq = e.seq
+    left join outbox.refused_events r on r.seq = e.seq and r.accepted_in is null
 union all
 select e.event_id, e.event_type, e.source, e.subject, coalesce(b.name, e.backend),
     coalesce(e.stream, b.stream_name, pg_catalog.current_setting('outbox_relay.redis_stream_name', true)),
@@ -484,6 +522,42 @@ end
 $$;
 comment on function outbox.retry_failed(text, text, uuid) is 'Publishes failed events again, with the same event_id, in their order; returns how many.';
 
+create function outbox.guard_key(backend text) returns text
+    language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+    as $$
+declare
+    n integer;
+begin
+    select b.number into n from outbox.backends b where b.name = guard_key.backend;
+    if not found then
+        raise exception using errcode = 'undefined_object', message = format('backend "%s" does not exist', backend);
+    end if;
+    return format('outbox_relay:guard:%s:%s:%s', (select i.id from outbox.installation i),
+        (select d.oid from pg_catalog.pg_database d where d.datname = current_database()), n);
+end
+$$;
+comment on function outbox.guard_key(text) is 'Key of a backend''s guard in its Redis: a hash that says who appends to its streams, and how far that has come.';
+
+create function outbox.take_over(backend text) returns void
+    language plpgsql security definer set search_path = pg_catalog, pg_temp
+    as $$
+declare
+    n integer;
+    delivery text;
+begin
+    select b.number, b.delivery into n, delivery from outbox.backends b where b.name = take_over.backend;
+    if not found then
+        raise exception using errcode = 'undefined_object', message = format('backend "%s" does not exist', backend);
+    elsif delivery <> 'exactly_once' then
+        raise exception using errcode = 'object_not_in_prerequisite_state',
+            message = format('backend "%s" cannot be taken over', backend),
+            detail = format('Its delivery is %s, which has no owner.', delivery);
+    end if;
+    insert into outbox.take_overs (backend_number) values (n) on conflict do nothing;
+end
+$$;
+comment on function outbox.take_over(text) is 'Ends a fence on purpose: this server becomes the owner of the backend''s streams, whoever was. Also goes on after on_missing_guard = ''halt''.';
+
 create function outbox.set_backend_password(name text, password text) returns void
     language plpgsql security definer set search_path = pg_catalog, pg_temp
     as $$
@@ -525,7 +599,7 @@ select pg_catalog.pg_extension_config_dump('outbox.backends_number_seq', '');
 select pg_catalog.pg_extension_config_dump('outbox.events', $$
     where not exists (select from outbox.cursors c
         where c.backend_number = events.backend_number and outbox.is_delivered(c, events.xid, events.seq))
-        or exists (select from outbox.refused_events r where r.seq = events.seq)
+        or exists (select from outbox.refused_events r where r.seq = events.seq and r.accepted_in is null)
     order by events.seq$$);
 select pg_catalog.pg_extension_config_dump('outbox.events_seq_seq', '');
 select pg_catalog.pg_extension_config_dump('outbox.scheduled_events', '');

@@ -1,19 +1,29 @@
 //! One backend within the worker: its settings, its delivery, its sender, and what is not saved yet.
 
+mod guarded;
+mod settings;
+
+pub use guarded::ClaimStage;
+pub use settings::Home;
+
 use crate::guc::{self, LogLevel};
 use crate::outbox::{self, BackendRow, Standing};
 use crate::process::log;
+use crate::refused;
 use pgrx::pg_sys;
+use relay::claim::Watch;
 use relay::classify::{Class, Failure};
-use relay::delivery::{Delivery, Entry, Now, State};
-use relay::destination::{Address, Destination, Secret};
+use relay::delivery::{Cursor, Delivery, Entry, Now, State};
+use relay::destination::{self, Destination};
 use relay::encode::{Target, append_xadd};
 use relay::event::{ConfigError, Event};
+use relay::fault;
+use relay::guard::{self};
 use relay::reader::Position;
 use relay::refusal::{Record, Streams};
-use relay::sender::{Batch, Handle, Report};
+use relay::sender::{Batch, Handle, Order, Report};
+use settings::{mode_of, settings};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -77,6 +87,13 @@ pub struct Backend {
     max_len: i64,
     pub delivery: Delivery,
     sender: Option<Handle>,
+    pub claim: ClaimStage,
+    /// What is remembered of a guard that somebody else owns.
+    pub watch: Watch,
+    /// Goes up with each refresh of the guard.
+    beat: u64,
+    /// The guard says that we have left.
+    pub released: bool,
     /// To be written down before the cursor is saved.
     pub records: Vec<Record>,
     standing: Standing,
@@ -95,6 +112,8 @@ pub struct Backend {
     pub rests_until: Now,
     /// High end of the saved cursor, and so of what a restart would read again.
     saved_high_seq: i64,
+    /// How often it refreshes the guard, as it has told or will tell.
+    interval: Duration,
     pub tick_recorded_at: Option<Now>,
     pub tick_due: bool,
     logged_state: Option<State>,
@@ -106,14 +125,19 @@ pub struct Backend {
 
 impl Backend {
     /// A backend at its saved cursor, or at the beginning of time.
-    pub fn load(number: i32, role: Role, row: Option<BackendRow>, database: &str) -> Self {
-        let (destination, stream, max_len) = settings(row.as_ref(), database);
-        let (position, standing) =
-            outbox::cursor(number).unwrap_or_else(|| (Position::beginning(), Standing::default()));
+    pub fn load(number: i32, role: Role, row: Option<BackendRow>, home: &Home) -> Self {
+        let (destination, stream, max_len) = settings(row.as_ref(), home);
+        let (cursor, standing) = outbox::cursor(number).unwrap_or_else(|| {
+            let position = Position::beginning();
+            (Cursor { position, number: 0 }, Standing::default())
+        });
         let streams = match role {
-            Role::Redis => Streams::waiting(outbox::refused_streams(number, &stream)),
+            Role::Redis => Streams::waiting(refused::refused_streams(number, &stream)),
             Role::Deleted | Role::Strays => Streams::default(),
         };
+        let saved_high_seq = cursor.position.from.high_seq;
+        let mut delivery = Delivery::new(mode_of(&destination), cursor, streams, guc::backoff());
+        delivery.set_reread_to(refused::highest_written_down(number));
         Self {
             number,
             role,
@@ -122,6 +146,10 @@ impl Backend {
             stream,
             max_len,
             sender: None,
+            claim: ClaimStage::None,
+            watch: Watch::default(),
+            beat: 0,
+            released: false,
             records: Vec::new(),
             saved_published: standing.published_total,
             standing,
@@ -132,14 +160,15 @@ impl Backend {
             saved_at: Now::ZERO,
             pending_save: None,
             rests_until: Now::ZERO,
-            saved_high_seq: position.from.high_seq,
+            saved_high_seq,
+            interval: guc::millis(&guc::POLL_INTERVAL_MS),
             tick_recorded_at: None,
             tick_due: true,
             logged_state: None,
             logged: Vec::new(),
             buffers: Vec::new(),
             scratch: Vec::new(),
-            delivery: Delivery::new(position, streams, guc::backoff()),
+            delivery,
         }
     }
 
@@ -166,23 +195,28 @@ impl Backend {
     }
 
     /// Whether the sender goes on with these settings: it goes to the same place, and what is on its way to the same stream.
-    pub fn keeps_sender(&self, row: &BackendRow, database: &str) -> bool {
-        let (destination, stream, _) = settings(Some(row), database);
-        row.enabled && self.is_enabled() && destination == self.destination && stream == self.stream
+    pub fn keeps_sender(&self, row: &BackendRow, home: &Home) -> bool {
+        let (destination, stream, _) = settings(Some(row), home);
+        let stays = destination == self.destination && stream == self.stream;
+        // Those who watch the guard must know how often it is refreshed: a new claim says so.
+        let beats = !self.is_exactly_once() || self.interval == guc::millis(&guc::POLL_INTERVAL_MS);
+        row.enabled && self.is_enabled() && stays && beats
     }
 
     /// Takes over changed settings.
-    pub fn reconfigure(&mut self, row: BackendRow, database: &str, now: Now) {
-        if !self.keeps_sender(&row, database) {
+    pub fn reconfigure(&mut self, row: BackendRow, home: &Home, now: Now) {
+        if !self.keeps_sender(&row, home) {
             self.let_go();
             self.delivery.forget_trouble();
             self.logged_state = None;
         }
-        let (destination, stream, max_len) = settings(Some(&row), database);
+        self.interval = guc::millis(&guc::POLL_INTERVAL_MS);
+        let (destination, stream, max_len) = settings(Some(&row), home);
         if stream != self.stream {
             self.delivery
-                .set_streams(Streams::waiting(outbox::refused_streams(self.number, &stream)));
+                .set_streams(Streams::waiting(refused::refused_streams(self.number, &stream)));
         }
+        self.delivery.set_mode(mode_of(&destination));
         (self.destination, self.stream, self.max_len) = (destination, stream, max_len);
         self.row = Some(row);
         self.delivery.set_backoff(guc::backoff(), now);
@@ -199,6 +233,7 @@ impl Backend {
     }
 
     fn let_go(&mut self) {
+        self.claim = ClaimStage::None;
         if self.sender.take().is_some() {
             self.delivery.abandon();
         }
@@ -233,14 +268,36 @@ impl Backend {
         while let Some(report) = self.sender.as_ref().and_then(Handle::report) {
             match report {
                 Report::Connected => self.delivery.connected(),
+                Report::Guard(guard) => self.claim = ClaimStage::Read(*guard),
+                Report::Claimed => {
+                    self.claim = match std::mem::take(&mut self.claim) {
+                        ClaimStage::Claiming(start, guard) => ClaimStage::Claimed(start, guard),
+                        stage => stage,
+                    }
+                }
+                Report::Seen(found) => {
+                    self.claim = match std::mem::take(&mut self.claim) {
+                        ClaimStage::Looking(start, guard, candidates) => {
+                            ClaimStage::Seen(start, guard, candidates, found)
+                        }
+                        stage => stage,
+                    }
+                }
                 Report::Done { refused, buffer } => {
                     self.keep(buffer);
                     let records = self.delivery.replied(refused, now, random());
-                    self.records.extend(records);
-                    self.dirty_since.get_or_insert(now);
-                    self.moved_at = now;
-                    self.tick_due = true;
+                    self.take_in(records, now);
                 }
+                Report::Aborted { refused, buffer } => {
+                    self.keep(buffer);
+                    let records = self.delivery.aborted(refused, now, random());
+                    self.take_in(records, now);
+                }
+                Report::Behind(failure) => {
+                    self.delivery.waits_for_replicas(failure);
+                    self.dirty_since.get_or_insert(now);
+                }
+                Report::Released => self.released = true,
                 Report::Lost {
                     failure,
                     accepted,
@@ -255,26 +312,39 @@ impl Backend {
         self.log_change(now);
     }
 
+    fn take_in(&mut self, records: Vec<Record>, now: Now) {
+        self.records.extend(records);
+        self.dirty_since.get_or_insert(now);
+        self.moved_at = now;
+        self.tick_due = true;
+    }
+
     fn lost(&mut self, failure: Failure, accepted: usize, refused: Vec<relay::sender::Refusal>, now: Now) {
         self.sender = None;
+        self.watch.interrupt();
+        self.claim = ClaimStage::None;
         let records = self.delivery.lost(failure, accepted, refused, now, random());
         self.records.extend(records);
         self.dirty_since.get_or_insert(now);
     }
 
-    /// Hands over what was built in a transaction that has ended well.
-    pub fn send(&mut self, batches: Vec<BuiltBatch>) {
+    /// Hands over what was built in a transaction that has ended well. `wal`: up to where it is flushed.
+    pub fn send(&mut self, batches: Vec<BuiltBatch>, wal: u64) {
+        fault::reach("after_read");
         for BuiltBatch { batch, load } in batches {
             let Some(sender) = &self.sender else {
                 return;
             };
-            let OpenBatch { bytes, entries } = batch;
+            let OpenBatch { mut bytes, entries } = batch;
+            if let destination::Delivery::ExactlyOnce { guard, .. } = &self.destination.delivery {
+                self.append_mark(&mut bytes, guard.as_bytes(), &entries, &load, wal);
+            }
             let size = bytes.len();
             // There was room; a sender that has ended in between will say so, and all is read again.
-            let _ = sender.send(Batch {
+            let _ = sender.order(Order::Batch(Batch {
                 bytes,
                 commands: entries.len(),
-            });
+            }));
             match load {
                 Load::Rows { end } => self.delivery.sent(entries, end, size),
                 Load::Again { all } => self.delivery.sent_again(entries, size, all),
@@ -308,8 +378,13 @@ impl Backend {
         }
     }
 
+    /// Working space for a batch, begun as its delivery wants.
     pub fn buffer(&mut self) -> Vec<u8> {
-        self.buffers.pop().unwrap_or_default()
+        let mut buffer = self.buffers.pop().unwrap_or_default();
+        if self.is_exactly_once() {
+            buffer.extend_from_slice(guard::BATCH_START);
+        }
+        buffer
     }
 
     fn keep(&mut self, mut buffer: Vec<u8>) {
@@ -338,7 +413,8 @@ impl Backend {
 
     /// Writes records and cursor down. `wall_us`: the time of day.
     pub fn save(&mut self, now: Now, wall_us: i64) {
-        let failed = outbox::record(self.number, &self.stream, &self.records);
+        let batch_number = self.is_exactly_once().then(|| self.delivery.number());
+        let failed = refused::record(self.number, &self.stream, &self.records, batch_number);
         let mut standing = self.standing.clone();
         standing.failed_total += failed as i64;
         let published = self.delivery.published() - self.counted;
@@ -368,7 +444,11 @@ impl Backend {
             (Some(_), Some(due)) => Some(wall_us + due.saturating_sub(now).as_micros() as i64),
             _ => None,
         };
-        outbox::save_cursor(self.number, self.delivery.acked(), &standing);
+        let position = match fault::is_mutated("save_before_ack") {
+            true => self.delivery.position(),
+            false => self.delivery.acked(),
+        };
+        outbox::save_cursor(self.number, position, self.delivery.number(), &standing);
         self.pending_save = Some((standing, self.delivery.published()));
     }
 
@@ -405,19 +485,15 @@ impl Backend {
         let name = self.name().to_owned();
         match self.delivery.trouble() {
             Some(failure) => {
-                let level = if failure.class == Class::Configuration {
-                    LogLevel::Error
-                } else {
-                    LogLevel::Warning
+                let (level, what) = match failure.class {
+                    Class::Configuration => (LogLevel::Error, "cannot be reached"),
+                    Class::Fenced => (LogLevel::Error, "is fenced"),
+                    Class::Watching => (LogLevel::Info, "is about to be taken over"),
+                    Class::Backend | Class::Event => (LogLevel::Warning, "cannot be reached"),
                 };
                 let detail = format!("Redis at {address}: {}.", failure.message.trim_end_matches('.'));
                 let hint = failure.hint().unwrap_or("Events wait until it works again.");
-                log(
-                    level,
-                    &format!("backend \"{name}\" cannot be reached"),
-                    Some(&detail),
-                    Some(hint),
-                );
+                log(level, &format!("backend \"{name}\" {what}"), Some(&detail), Some(hint));
             }
             // Not while it is only on its way up for the first time.
             None if self.delivery.has_room() => {
@@ -445,51 +521,6 @@ fn error_of(record: &Record) -> Option<&str> {
         | Record::FailStream { error, .. } => Some(error),
         Record::Accepted { .. } => None,
     }
-}
-
-/// The settings of a backend, with `outbox_relay.redis_*` where its row has none.
-fn settings(row: Option<&BackendRow>, database: &str) -> (Destination, Rc<str>, i64) {
-    let or_setting = |value: Option<&String>, setting: &_| value.cloned().unwrap_or_else(|| guc::text(setting));
-    let field = |get: fn(&BackendRow) -> Option<&String>| row.and_then(get);
-    let millis = |own: Option<i64>, setting: &_| {
-        own.map_or_else(|| guc::millis(setting), |ms| Duration::from_millis(ms.max(1) as u64))
-    };
-    let address = match field(|r| r.unix_socket.as_ref()) {
-        Some(path) => Address::Unix(PathBuf::from(path)),
-        None => Address::Tcp {
-            host: or_setting(field(|r| r.host.as_ref()), &guc::REDIS_HOST),
-            port: row.and_then(|r| r.port).unwrap_or_else(|| guc::REDIS_PORT.get()) as u16,
-        },
-    };
-    let password = match (field(|r| r.password.as_ref()), field(|r| r.password_file.as_ref())) {
-        (Some(password), _) => Some(Secret::Text(password.clone())),
-        (None, Some(path)) => Some(Secret::File(PathBuf::from(path))),
-        (None, None) => Some(guc::text(&guc::REDIS_PASSWORD_FILE))
-            .filter(|p| !p.is_empty())
-            .map(|p| Secret::File(PathBuf::from(p))),
-    };
-    let destination = Destination {
-        address,
-        db: i64::from(row.and_then(|r| r.db).unwrap_or_else(|| guc::REDIS_DB.get())),
-        username: Some(or_setting(field(|r| r.username.as_ref()), &guc::REDIS_USERNAME)).filter(|u| !u.is_empty()),
-        password,
-        client_name: client_name(database, row.map_or("", |r| &r.name)),
-        connect_timeout: millis(row.and_then(|r| r.connect_timeout_ms), &guc::REDIS_CONNECT_TIMEOUT_MS),
-        socket_timeout: millis(row.and_then(|r| r.socket_timeout_ms), &guc::REDIS_SOCKET_TIMEOUT_MS),
-    };
-    let stream = Rc::from(or_setting(field(|r| r.stream_name.as_ref()), &guc::REDIS_STREAM_NAME));
-    let max_len = row
-        .and_then(|r| r.max_len)
-        .unwrap_or_else(|| i64::from(guc::REDIS_MAX_LEN.get()));
-    (destination, stream, max_len)
-}
-
-/// Redis allows no spaces or control characters in a client's name.
-fn client_name(database: &str, backend: &str) -> String {
-    format!("outbox_relay:{database}:{backend}")
-        .chars()
-        .map(|c| if c.is_ascii_graphic() { c } else { '_' })
-        .collect()
 }
 
 /// Starts a sender with all signals blocked in its thread: they are the main thread's.

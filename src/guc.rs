@@ -33,6 +33,19 @@ pub static REDIS_MAX_LEN: GucSetting<i32> = GucSetting::<i32>::new(10_000);
 pub static REDIS_CONNECT_TIMEOUT_MS: GucSetting<i32> = GucSetting::<i32>::new(5_000);
 pub static REDIS_SOCKET_TIMEOUT_MS: GucSetting<i32> = GucSetting::<i32>::new(5_000);
 
+pub static SEND_AFTER: GucSetting<SendAfter> = GucSetting::<SendAfter>::new(SendAfter::LocalFlush);
+
+/// When a commit may leave the server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PostgresGucEnum)]
+pub enum SendAfter {
+    /// It is on this server's disk.
+    #[name = c"local_flush"]
+    LocalFlush,
+    /// It is on the disks of the synchronous standbys too.
+    #[name = c"standby_flush"]
+    StandbyFlush,
+}
+
 /// The levels of Python's logging, as the seed names them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, PostgresGucEnum)]
 pub enum LogLevel {
@@ -170,6 +183,14 @@ pub fn define() {
         c"Least level of the worker's messages that are logged.",
         c"",
         &LOG_LEVEL,
+        Sighup,
+        plain,
+    );
+    GucRegistry::define_enum_guc(
+        c"outbox_relay.send_after",
+        c"When a committed event may be sent.",
+        c"local_flush: once it is on this server's disk; standby_flush: once it is on those of the synchronous standbys too.",
+        &SEND_AFTER,
         Sighup,
         plain,
     );

@@ -5,6 +5,7 @@
 //! a worker ends, or the settings change.
 
 use crate::guc::{self, LogLevel};
+use crate::ownership;
 use crate::process::{self, log};
 use crate::shmem::{self, Slot, SlotState};
 use pgrx::{pg_guard, pg_sys};
@@ -63,6 +64,7 @@ pub extern "C-unwind" fn outbox_relay_launcher(_argument: pg_sys::Datum) {
         pg_sys::BackgroundWorkerInitializeConnection(std::ptr::null(), std::ptr::null(), 0);
         shmem::set_launcher_latch(pg_sys::MyLatch);
     }
+    ownership::begin_incarnation();
     // Workers of a launcher before this one are not ours to watch: look again at those without a process.
     for slot in shmem::slots().filter(|s| s.pid() == 0) {
         slot.set_state(SlotState::Wanted);

@@ -5,6 +5,7 @@
 //! launcher ─ a worker for each database with the extension        worker ─ reads, hands to senders, keeps the books
 //! ticker, rows ─ snapshots and rows, without SQL                  pass ─ one scan for many backends; backend ─ one of them
 //! outbox ─ all SQL on our tables                                  purge ─ retention
+//! ownership ─ who this server is to the guards                    recovery ─ from a guard that was read to a backend that is up
 //! catalog ─ what a session knows of our tables and backends       status ─ what the views ask
 //! guc, shmem, process, error, uuid ─ settings, shared memory, manners of a process, refusals, event ids
 //! ```
@@ -30,10 +31,13 @@ mod error;
 mod guc;
 mod launcher;
 mod outbox;
+mod ownership;
 mod pass;
 mod process;
 mod publish;
 mod purge;
+mod recovery;
+mod refused;
 mod request;
 mod rows;
 mod shmem;

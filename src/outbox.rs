@@ -7,8 +7,8 @@ use crate::trigger;
 use pgrx::datum::DatumWithOid;
 use pgrx::pg_sys;
 use pgrx::spi::{Spi, SpiTupleTable};
+use relay::delivery::Cursor;
 use relay::reader::{Position, UnderWay};
-use relay::refusal::Record;
 use relay::snapshot::{Snapshot, Tick};
 use std::sync::Arc;
 
@@ -29,6 +29,11 @@ pub struct BackendRow {
     pub unix_socket: Option<String>,
     pub password_file: Option<String>,
     pub password: Option<String>,
+    pub delivery: String,
+    pub on_missing_guard: String,
+    pub wait_replicas: i32,
+    /// Somebody has asked for it, see `outbox.take_over()`.
+    pub take_over: bool,
 }
 
 /// What is saved of a backend beside its position.
@@ -42,10 +47,12 @@ pub struct Standing {
     pub last_error: Option<String>,
     pub last_error_at: Option<i64>,
     pub next_attempt_at: Option<i64>,
+    /// How often Redis was found to have lost something.
+    pub healings: i64,
 }
 
 /// Reads what is committed now. Takes no transaction id, as SPI's `update` would: looking writes no WAL, and works on a standby.
-fn query<R>(sql: &str, args: &[DatumWithOid<'_>], mut each: impl FnMut(&SpiTupleTable<'_>) -> R) -> Vec<R> {
+pub fn query<R>(sql: &str, args: &[DatumWithOid<'_>], mut each: impl FnMut(&SpiTupleTable<'_>) -> R) -> Vec<R> {
     // SAFETY: within a transaction; popped below, or by its abort. A transaction without an id reads with the active
     // snapshot, which may be older than the invalidations that were taken in.
     unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetLatestSnapshot()) };
@@ -68,7 +75,7 @@ fn query<R>(sql: &str, args: &[DatumWithOid<'_>], mut each: impl FnMut(&SpiTuple
     found
 }
 
-fn run(sql: &str, args: &[DatumWithOid<'_>]) -> u64 {
+pub fn run(sql: &str, args: &[DatumWithOid<'_>]) -> u64 {
     Spi::connect_mut(|client| {
         let table = client
             .update(sql, None, args)
@@ -78,12 +85,12 @@ fn run(sql: &str, args: &[DatumWithOid<'_>]) -> u64 {
 }
 
 /// A value of the current row; a value of another type than expected is an internal error.
-fn value<T: pgrx::IntoDatum + pgrx::FromDatum>(row: &SpiTupleTable<'_>, ordinal: usize) -> Option<T> {
+pub fn value<T: pgrx::IntoDatum + pgrx::FromDatum>(row: &SpiTupleTable<'_>, ordinal: usize) -> Option<T> {
     row.get(ordinal).unwrap_or_else(|e| internal(e.to_string()))
 }
 
 /// A text of the current row, in UTF-8 whatever the database's encoding.
-fn text(row: &SpiTupleTable<'_>, ordinal: usize) -> Option<String> {
+pub fn text(row: &SpiTupleTable<'_>, ordinal: usize) -> Option<String> {
     let datum = row
         .get_datum_by_ordinal(ordinal)
         .unwrap_or_else(|e| internal(e.to_string()));
@@ -92,13 +99,13 @@ fn text(row: &SpiTupleTable<'_>, ordinal: usize) -> Option<String> {
 }
 
 /// A text as an argument, in the database's encoding; one that came from there fits.
-fn argument<'a>(text: &str) -> DatumWithOid<'a> {
+pub fn argument<'a>(text: &str) -> DatumWithOid<'a> {
     // SAFETY: to_server() gives valid text, which is copied; text has the form of bytea.
     unsafe { DatumWithOid::new(&*rows::to_server(text), pg_sys::TEXTOID) }
 }
 
 /// As [`argument`], for words of Redis or of the system: what the database's encoding may not have is left out.
-fn words<'a>(text: &str) -> DatumWithOid<'a> {
+pub fn words<'a>(text: &str) -> DatumWithOid<'a> {
     // SAFETY: a plain read.
     match unsafe { pg_sys::GetDatabaseEncoding() } as u32 {
         pg_sys::pg_enc::PG_UTF8 => text.into(),
@@ -117,12 +124,21 @@ pub fn installed_version() -> Option<String> {
     .flatten()
 }
 
+/// The name of this installation in the keys of guards.
+pub fn installation() -> String {
+    query("select id::text from outbox.installation", &[], |row| value(row, 1))
+        .pop()
+        .flatten()
+        .unwrap_or_default()
+}
+
 /// All backends.
 pub fn backends() -> Vec<BackendRow> {
     query(
         "select b.number, b.name, b.enabled, b.host, b.port, b.db, b.username, b.stream_name, b.max_len,
             (extract(epoch from b.connect_timeout) * 1000)::bigint, (extract(epoch from b.socket_timeout) * 1000)::bigint,
-            b.unix_socket, b.password_file, p.password
+            b.unix_socket, b.password_file, p.password, b.delivery, b.on_missing_guard, b.wait_replicas,
+            exists (select from outbox.take_overs t where t.backend_number = b.number)
         from outbox.backends b left join outbox.backend_passwords p on p.backend_number = b.number
         order by b.number",
         &[],
@@ -141,6 +157,10 @@ pub fn backends() -> Vec<BackendRow> {
             unix_socket: text(row, 12),
             password_file: text(row, 13),
             password: text(row, 14),
+            delivery: value(row, 15).unwrap_or_default(),
+            on_missing_guard: value(row, 16).unwrap_or_default(),
+            wait_replicas: value(row, 17).unwrap_or_default(),
+            take_over: value(row, 18).unwrap_or_default(),
         },
     )
 }
@@ -179,13 +199,13 @@ pub fn is_deleted(number: i32) -> bool {
 }
 
 /// The saved position and standing of a backend.
-pub fn cursor(number: i32) -> Option<(Position, Standing)> {
+pub fn cursor(number: i32) -> Option<(Cursor, Standing)> {
     query(
         "select from_snapshot::text, from_next_xid::text, from_low_seq, from_high_seq,
             to_snapshot::text, to_next_xid::text, to_low_seq, to_high_seq, last_seq,
             state, published_total, failed_total,
             (extract(epoch from last_published_at) * 1000000)::bigint, last_error,
-            (extract(epoch from last_error_at) * 1000000)::bigint
+            (extract(epoch from last_error_at) * 1000000)::bigint, batch_number, healings
         from outbox.cursors where backend_number = $1",
         &[number.into()],
         |row| {
@@ -201,9 +221,14 @@ pub fn cursor(number: i32) -> Option<(Position, Standing)> {
                 last_published_at: value(row, 13),
                 last_error: text(row, 14),
                 last_error_at: value(row, 15),
+                healings: value(row, 17).unwrap_or_default(),
                 ..Standing::default()
             };
-            (Position { from, under_way }, standing)
+            let cursor = Cursor {
+                position: Position { from, under_way },
+                number: value::<i64>(row, 16).unwrap_or_default() as u64,
+            };
+            (cursor, standing)
         },
     )
     .pop()
@@ -221,14 +246,16 @@ fn tick_at(row: &SpiTupleTable<'_>, first: usize) -> Option<Arc<Tick>> {
 }
 
 /// Saves position and standing.
-pub fn save_cursor(number: i32, position: &Position, standing: &Standing) {
+pub fn save_cursor(number: i32, position: &Position, batch_number: u64, standing: &Standing) {
     let (from, to) = (&position.from, position.under_way.as_ref());
     run(
         "insert into outbox.cursors as c (backend_number, from_snapshot, from_next_xid, from_low_seq, from_high_seq,
             to_snapshot, to_next_xid, to_low_seq, to_high_seq, last_seq, saved_at,
-            state, published_total, failed_total, events_per_second, last_published_at, last_error, last_error_at, next_attempt_at)
+            state, published_total, failed_total, events_per_second, last_published_at, last_error, last_error_at, next_attempt_at,
+            batch_number, healings)
         values ($1, $2::pg_snapshot, $3::xid8, $4, $5, $6::pg_snapshot, $7::xid8, $8, $9, $10, clock_timestamp(),
-            $11, $12, $13, $14, to_timestamp($15 / 1000000.0), $16, to_timestamp($17 / 1000000.0), to_timestamp($18 / 1000000.0))
+            $11, $12, $13, $14, to_timestamp($15 / 1000000.0), $16, to_timestamp($17 / 1000000.0), to_timestamp($18 / 1000000.0),
+            $19, $20)
         on conflict (backend_number) do update set
             from_snapshot = excluded.from_snapshot, from_next_xid = excluded.from_next_xid,
             from_low_seq = excluded.from_low_seq, from_high_seq = excluded.from_high_seq,
@@ -237,7 +264,8 @@ pub fn save_cursor(number: i32, position: &Position, standing: &Standing) {
             last_seq = excluded.last_seq, saved_at = excluded.saved_at, state = excluded.state,
             published_total = excluded.published_total, failed_total = excluded.failed_total,
             events_per_second = excluded.events_per_second, last_published_at = excluded.last_published_at,
-            last_error = excluded.last_error, last_error_at = excluded.last_error_at, next_attempt_at = excluded.next_attempt_at",
+            last_error = excluded.last_error, last_error_at = excluded.last_error_at, next_attempt_at = excluded.next_attempt_at,
+            batch_number = excluded.batch_number, healings = excluded.healings",
         &[
             number.into(),
             from.snapshot.to_string().into(),
@@ -257,106 +285,30 @@ pub fn save_cursor(number: i32, position: &Position, standing: &Standing) {
             standing.last_error.as_deref().map_or_else(DatumWithOid::null::<String>, words),
             standing.last_error_at.into(),
             standing.next_attempt_at.into(),
+            (batch_number as i64).into(),
+            standing.healings.into(),
         ],
     );
 }
 
-/// Streams of a backend that have refused events waiting, with the attempts of their heads.
-pub fn refused_streams(number: i32, own_stream: &str) -> Vec<(String, u32)> {
+/// A backend was taken over.
+pub fn forget_take_over(number: i32) {
+    run(
+        "delete from outbox.take_overs where backend_number = $1",
+        &[number.into()],
+    );
+}
+
+/// Up to where a backend's events have been purged.
+pub fn oldest_tick(number: i32) -> Option<Arc<Tick>> {
     query(
-        "select distinct on (stream) coalesce(e.stream, $2) as stream, r.attempts
-        from outbox.refused_events r join outbox.events e on e.seq = r.seq
-        where r.backend_number = $1
-        order by stream, r.seq",
-        &[number.into(), argument(own_stream)],
-        |row| {
-            (
-                text(row, 1).unwrap_or_default(),
-                value::<i32>(row, 2).unwrap_or_default() as u32,
-            )
-        },
+        "select snapshot::text, next_xid::text, low_seq, high_seq from outbox.ticks
+        where backend_number = $1 order by reached_at limit 1",
+        &[number.into()],
+        |row| tick_at(row, 1),
     )
-}
-
-/// Sequence numbers of the next refused events of a stream, oldest first. Those whose rows somebody deleted are forgotten.
-pub fn refused_events(number: i32, stream: &str, own_stream: &str, count: usize) -> Vec<i64> {
-    let found = query(
-        "select r.seq from outbox.refused_events r join outbox.events e on e.seq = r.seq
-        where r.backend_number = $1 and coalesce(e.stream, $2) = $3
-        order by r.seq limit $4",
-        &[
-            number.into(),
-            argument(own_stream),
-            argument(stream),
-            (count as i64).into(),
-        ],
-        |row| value(row, 1).unwrap_or_default(),
-    );
-    if found.is_empty() {
-        run(
-            "delete from outbox.refused_events r
-            where r.backend_number = $1 and not exists (select from outbox.events e where e.seq = r.seq)",
-            &[number.into()],
-        );
-    }
-    found
-}
-
-/// Writes down what became of refused events; returns how many failed.
-pub fn record(number: i32, own_stream: &str, records: &[Record]) -> u64 {
-    let mut failed = 0;
-    for record in records {
-        match record {
-            Record::Park { seq, attempts, error } => {
-                run(
-                    "insert into outbox.refused_events (seq, backend_number, attempts, last_error) values ($1, $2, $3, $4)
-                    on conflict do nothing",
-                    &[(*seq).into(), number.into(), (*attempts as i32).into(), words(error)],
-                );
-            }
-            Record::Fail { seq, attempts, error } => failed += fail(&[*seq], *attempts, error),
-            Record::Accepted { seq } => {
-                run("delete from outbox.refused_events where seq = $1", &[(*seq).into()]);
-            }
-            Record::RefusedAgain { seq, attempts, error } => {
-                run(
-                    "update outbox.refused_events set attempts = $2, last_error = $3 where seq = $1",
-                    &[(*seq).into(), (*attempts as i32).into(), words(error)],
-                );
-            }
-            Record::FailStream {
-                stream,
-                seq,
-                attempts,
-                error,
-            } => {
-                failed += fail(&[*seq], *attempts, error);
-                let behind = refused_events(number, stream, own_stream, i32::MAX as usize);
-                failed += fail(&behind, 1, error);
-            }
-        }
-    }
-    failed
-}
-
-/// Copies events to the failed ones; they no longer wait.
-pub fn fail(seqs: &[i64], attempts: u32, error: &str) -> u64 {
-    if seqs.is_empty() {
-        return 0;
-    }
-    run(
-        "delete from outbox.refused_events where seq = any($1)",
-        &[seqs.to_vec().into()],
-    );
-    run(
-        "insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, event_type, source, backend, data,
-            subject, stream, data_schema, publisher_config, max_retries, attempts, last_error)
-        select e.seq, e.xid, e.created_at, e.event_id, e.backend_number, e.event_type, e.source, e.backend, e.data,
-            e.subject, e.stream, e.data_schema, e.publisher_config, e.max_retries, $2, $3
-        from outbox.events e where e.seq = any($1)
-        on conflict (event_id) do nothing",
-        &[seqs.to_vec().into(), (attempts as i32).into(), words(error)],
-    )
+    .pop()
+    .flatten()
 }
 
 /// Moves scheduled events that are due into `outbox.events`, at most `count`; returns how many there were.
@@ -432,7 +384,7 @@ pub fn purgeable(number: i32, retention_us: i64) -> Option<(Arc<Tick>, Arc<Tick>
         union all
         (select snapshot::text, next_xid::text, low_seq, high_seq from outbox.ticks
             where backend_number = $1 and reached_at <= clock_timestamp() - $2 * interval '1 microsecond'
-                and not exists (select from outbox.refused_events r where r.backend_number = $1)
+                and not exists (select from outbox.refused_events r where r.backend_number = $1 and r.accepted_in is null)
             order by reached_at desc limit 1)",
         &[number.into(), retention_us.into()],
         |row| tick_at(row, 1),
@@ -468,6 +420,10 @@ pub fn delete_events(seqs: &[i64]) -> u64 {
     if seqs.is_empty() {
         return 0;
     }
+    run(
+        "delete from outbox.refused_events where seq = any($1)",
+        &[seqs.to_vec().into()],
+    );
     run("delete from outbox.events where seq = any($1)", &[seqs.to_vec().into()])
 }
 
@@ -484,7 +440,7 @@ pub fn purge_failed(retention_us: i64, count: i64) -> u64 {
 pub fn waits_elsewhere(number: i32) -> bool {
     query(
         "select exists (select from outbox.scheduled_events where backend_number = $1)
-            or exists (select from outbox.refused_events where backend_number = $1)",
+            or exists (select from outbox.refused_events where backend_number = $1 and accepted_in is null)",
         &[number.into()],
         |row| value(row, 1),
     )

@@ -4,6 +4,7 @@ use crate::backend::{Backend, BuiltBatch, Load, OpenBatch, Role};
 use crate::catalog;
 use crate::guc;
 use crate::outbox;
+use crate::refused;
 use crate::rows::{EventsTable, Row, attribute};
 use pgrx::pg_sys;
 use relay::delivery::{Entry, RowFate};
@@ -51,6 +52,8 @@ pub struct Reader {
     pub built: Vec<BuiltBatch>,
     open: Option<OpenBatch>,
     records: Vec<Record>,
+    /// Something was written down, which must be durable before a batch says that it lies behind.
+    pub wrote: bool,
     /// Rows that are not to be sent if they are read once more: accepted before, beyond a gap, or parked now.
     pub skipped: Vec<i64>,
     /// How many events failed.
@@ -72,6 +75,7 @@ impl Reader {
             built: Vec::new(),
             open: None,
             records: Vec::new(),
+            wrote: false,
             skipped: Vec::new(),
             failed: 0,
             end: backend.delivery.position().clone(),
@@ -97,7 +101,13 @@ impl Reader {
     /// Within the pass's transaction.
     fn write_down(&mut self, backend: &Backend) {
         if !self.records.is_empty() {
-            self.failed = outbox::record(backend.number, &backend.stream, &std::mem::take(&mut self.records));
+            self.wrote = true;
+            self.failed = refused::record(
+                backend.number,
+                &backend.stream,
+                &std::mem::take(&mut self.records),
+                None,
+            );
         }
     }
 }
@@ -203,6 +213,10 @@ impl Pass<'_> {
         }
         row.with_event(|event| {
             let stream = backend.stream_of(event);
+            if backend.delivery.may_be_written_down(seq) && refused::is_written_down(seq, event.event_id) {
+                reader.skipped.push(seq);
+                return true;
+            }
             match backend.delivery.on_row(seq, &stream) {
                 RowFate::Skip => {
                     reader.skipped.push(seq);
@@ -256,7 +270,7 @@ pub fn refused_batch(backend: &mut Backend, stream: &str, count: usize) -> Optio
     };
     let mut all = false;
     while batch.entries.is_empty() && !all {
-        let mut seqs = outbox::refused_events(backend.number, stream, &backend.stream, count + 1);
+        let mut seqs = refused::refused_events(backend.number, stream, &backend.stream, count + 1);
         all = seqs.len() <= count;
         seqs.truncate(count);
         for seq in seqs {
@@ -280,7 +294,7 @@ pub fn refused_batch(backend: &mut Backend, stream: &str, count: usize) -> Optio
 fn add_refused(backend: &mut Backend, batch: &mut OpenBatch, row: &Row) {
     row.with_event(|event| match backend.encode(&mut batch.bytes, event) {
         Ok(()) => batch.entries.push(entry(row, backend.stream_of(event))),
-        Err(error) => backend.failed(outbox::fail(&[row.key().seq], 0, &error.to_string())),
+        Err(error) => backend.failed(refused::fail(&[row.key().seq], 0, &error.to_string())),
     });
 }
 

@@ -196,6 +196,16 @@ pub fn set_option(name: &CStr, value: &CStr) {
     }
 }
 
+/// Whether the whole server is being shut down, not this process alone: the postmaster says so in its file before it tells anybody.
+pub fn is_server_stopping() -> bool {
+    /// Counted from 0 (LOCK_FILE_LINE_PM_STATUS).
+    const STATUS_LINE: usize = 7;
+    let said = std::fs::read_to_string("postmaster.pid").unwrap_or_default();
+    said.lines()
+        .nth(STATUS_LINE)
+        .is_some_and(|status| status.trim() == "stopping")
+}
+
 /// Logs a message, if `outbox_relay.log_level` lets it.
 pub fn log(level: LogLevel, message: &str, detail: Option<&str>, hint: Option<&str>) {
     if level < guc::LOG_LEVEL.get() {

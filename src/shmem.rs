@@ -4,7 +4,7 @@
 use pgrx::{pg_guard, pg_sys};
 use std::mem::size_of;
 use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU8, AtomicU32, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
 
 /// Most databases that can have a worker at once; far above any `max_worker_processes`.
 const SLOTS: usize = 256;
@@ -61,6 +61,10 @@ struct Shared {
     /// A new database may have come with the extension in it.
     rescan: AtomicBool,
     launcher_latch: AtomicPtr<pg_sys::Latch>,
+    /// Names this run of the server, from its start, promotion or crash to its end; zeroes: not named yet.
+    incarnation: [AtomicU64; 2],
+    /// Where its WAL began.
+    started_at_lsn: AtomicU64,
     slots: [Slot; SLOTS],
 }
 
@@ -184,6 +188,24 @@ pub fn set_launcher_latch(latch: *mut pg_sys::Latch) {
 pub fn wake_launcher() {
     if let Some(shared) = shared() {
         set_latch(&shared.launcher_latch);
+    }
+}
+
+/// This run of the server, and where its WAL began: as said by the launcher, the first time that it starts.
+pub fn incarnation() -> Option<([u8; 16], u64)> {
+    let shared = shared()?;
+    let [high, low] = [0, 1].map(|half| shared.incarnation[half].load(Ordering::Acquire));
+    let name = (u128::from(high) << 64 | u128::from(low)).to_be_bytes();
+    (high != 0).then(|| (name, shared.started_at_lsn.load(Ordering::Acquire)))
+}
+
+/// Names this run of the server, if it has no name.
+pub fn name_incarnation(name: [u8; 16], started_at_lsn: u64) {
+    if let Some(shared) = shared().filter(|_| incarnation().is_none()) {
+        let name = u128::from_be_bytes(name);
+        shared.started_at_lsn.store(started_at_lsn, Ordering::Release);
+        shared.incarnation[1].store(name as u64, Ordering::Release);
+        shared.incarnation[0].store((name >> 64) as u64, Ordering::Release);
     }
 }
 

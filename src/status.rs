@@ -41,7 +41,7 @@ fn behind_cursor(number: i32, limit: i64) -> (i64, Option<i64>) {
     let Some(relations) = catalog::relations() else {
         return (0, None);
     };
-    let position = outbox::cursor(number).map_or_else(Position::beginning, |(position, _)| position);
+    let position = outbox::cursor(number).map_or_else(Position::beginning, |(cursor, _)| cursor.position);
     let now = Arc::new(ticker::take(&relations));
     let mut table = EventsTable::open(&relations);
     let (mut count, mut met, mut oldest, mut last_seq) = (0, 0, None, 0);

@@ -64,8 +64,8 @@ fn widened(xid: u32, near: u64) -> u64 {
 }
 
 /// Makes everything that any snapshot taken before sees durable: after a crash, the ids and numbers of what was not flushed
-/// are used again. Costs nothing when the WAL is flushed already.
-pub fn flush() {
+/// are used again. Costs nothing when the WAL is flushed already. Returns how far it is flushed.
+pub fn flush() -> u64 {
     /// Sizes of a WAL page's header, and of a segment's first.
     const SHORT_HEADER: u64 = 24;
     const LONG_HEADER: u64 = 40;
@@ -83,5 +83,21 @@ pub fn flush() {
         if pg_sys::GetFlushRecPtr(std::ptr::null_mut()) < position {
             pg_sys::XLogFlush(position);
         }
+        position
+    }
+}
+
+/// Whether the synchronous standbys have flushed the WAL up to `position`. True where there are none to wait for.
+pub fn standbys_have(position: u64) -> bool {
+    /// Of the positions that sessions wait for: that up to which standbys have flushed (syncrep.h).
+    const SYNC_REP_WAIT_FLUSH: usize = 1;
+    // SAFETY: shared memory that lives as long as the server; a position is read in one piece.
+    unsafe {
+        let names = pg_sys::SyncRepStandbyNames;
+        if names.is_null() || *names == 0 {
+            return true;
+        }
+        let flushed = &raw const (*pg_sys::WalSndCtl).lsn[SYNC_REP_WAIT_FLUSH];
+        flushed.read_volatile() >= position
     }
 }

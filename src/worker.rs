@@ -9,19 +9,23 @@
 //! ```
 //! It never waits for the network, and holds no transaction while it waits for anything.
 
-use crate::backend::{Backend, Role};
+mod reading;
+
+use crate::backend::{Backend, Home, Role};
 use crate::catalog;
 use crate::guc::{self, LogLevel};
 use crate::outbox;
+use crate::ownership::Identity;
 use crate::pass;
 use crate::process::{self, Aborted, log};
 use crate::purge::Purge;
+use crate::recovery;
 use crate::shmem::{self, Slot, SlotState};
-use crate::ticker;
 use pgrx::{pg_guard, pg_sys};
+use relay::classify::Failure;
 use relay::delivery::Now;
-use relay::reader::Position;
-use relay::snapshot::Tick;
+use relay::fault;
+use relay::snapshot::{FIRST_NORMAL_XID, Tick};
 use std::io::Read;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -36,6 +40,8 @@ const SETTLE_AT_END: Duration = Duration::from_millis(400);
 const SETTLE_AT_CHANGE: Duration = Duration::from_millis(200);
 /// The same ERROR is logged again after this long.
 const REPEAT_LOG_AFTER: Duration = Duration::from_secs(60);
+/// How long a worker that must go waits for Redis to take note of it.
+const RELEASE_AT_END: Duration = Duration::from_millis(100);
 /// After an ERROR in one of our transactions.
 const ERROR_WAIT: Duration = Duration::from_secs(1);
 
@@ -95,10 +101,16 @@ fn leave_process(slot: &Slot, state: SlotState) -> ! {
 struct Worker {
     slot: &'static Slot,
     started: Instant,
-    database: String,
+    home: Home,
+    /// Known once the first backend with exactly_once connects.
+    identity: Option<Identity>,
     backends: Vec<Backend>,
-    /// The newest tick.
+    /// The newest tick whose transactions may be sent.
     latest: Arc<Tick>,
+    /// A newer one, for which synchronous standbys are waited for.
+    awaited: Option<reading::Awaited>,
+    /// Up to where the WAL was flushed for `latest`.
+    flushed: u64,
     /// The catalog's generation that `backends` are of.
     generation: u64,
     /// Something may have been committed that no tick has seen.
@@ -130,9 +142,12 @@ impl Worker {
         Self {
             slot,
             started: Instant::now(),
-            database: String::new(),
+            home: Home::default(),
+            identity: None,
             backends: Vec::new(),
             latest: Arc::new(Tick::beginning()),
+            awaited: None,
+            flushed: 0,
             generation: u64::MAX,
             work: true,
             polled: true,
@@ -206,18 +221,18 @@ impl Worker {
 
     /// At the start and after a reload: whether this database is served, and settings that somebody may not have meant.
     fn look_at_settings(&mut self) -> bool {
-        if self.database.is_empty() {
+        if self.home.name.is_empty() {
             // SAFETY: a catalog look-up in a transaction; the text is copied.
             let name = process::transaction(|| unsafe {
                 let name = pg_sys::get_database_name(pg_sys::MyDatabaseId);
                 (!name.is_null()).then(|| std::ffi::CStr::from_ptr(name).to_string_lossy().into_owned())
             });
             match name {
-                Ok(Some(name)) => self.database = name,
+                Ok(Some(name)) => self.home.name = name,
                 _ => return false,
             }
         }
-        if !guc::serves(&self.database) {
+        if !guc::serves(&self.home.name) {
             self.save_all();
             leave_process(self.slot, SlotState::Absent);
         }
@@ -247,6 +262,7 @@ impl Worker {
         if now >= self.polled_at + guc::millis(&guc::POLL_INTERVAL_MS) {
             self.polled_at = now;
             (self.work, self.polled) = (true, true);
+            self.backends.iter_mut().for_each(Backend::refresh_guard);
         }
         if self.settings_changed {
             self.purge.look_now();
@@ -267,16 +283,56 @@ impl Worker {
             backend.hear(now);
             backend.connect(now, &self.waker);
         }
+        self.recover(now)?;
         // Before reading on: what waits behind a refused event must not be in the table sooner than that one.
         if self.backends.iter().any(|b| !b.records.is_empty()) {
             save(&mut self.backends, now)?;
         }
+        self.resume();
         let more = self.read(now)?;
         self.retry_refused(now)?;
         self.move_scheduled(now)?;
         self.save_due(now)?;
         let purging = self.purge.step(now, &mut self.backends, !more)?;
         Ok(self.timeout(more, purging))
+    }
+
+    /// Takes backends further whose connections have read or claimed their guards.
+    fn recover(&mut self, now: Now) -> Result<(), Aborted> {
+        // Before the first tick, nothing is known of what there is to send.
+        // Also one that standbys do not have yet: what it sees is looked for in the streams, not sent.
+        let newest = match &self.awaited {
+            Some(awaited) => Arc::new(awaited.tick.clone()),
+            None => self.latest.clone(),
+        };
+        let is_ticked = newest.next_xid > FIRST_NORMAL_XID;
+        if !is_ticked || self.backends.iter().all(|b| !b.has_claim_step()) {
+            return Ok(());
+        }
+        if self.identity.is_none() {
+            self.identity = Identity::establish()?;
+        }
+        let Some(identity) = &self.identity else {
+            return Ok(());
+        };
+        for backend in &mut self.backends {
+            if let Err(error) = recovery::step(backend, identity, &newest, now) {
+                // Its sender waits for an order that will not come.
+                backend.hold_off(Failure::backend(error.to_string()), Duration::ZERO, now);
+                return Err(error);
+            }
+        }
+        self.flush();
+        Ok(())
+    }
+
+    /// Lets senders go on that have waited until what was refused is written down. The guard tells of the last batch alone, so that
+    /// must be durable before the next.
+    fn resume(&mut self) {
+        if self.backends.iter().any(|b| b.delivery.is_stopped()) {
+            self.flush();
+            self.backends.iter_mut().for_each(Backend::resume);
+        }
     }
 
     fn timeout(&self, more: bool, purging: Option<Duration>) -> Option<Duration> {
@@ -292,7 +348,7 @@ impl Worker {
             [attempt, b.save_at()]
         });
         let next = times
-            .chain([self.next_due, Some(poll)])
+            .chain([self.next_due, Some(poll), self.awaited.as_ref().map(|a| a.look_at)])
             .flatten()
             .min()
             .unwrap_or(poll)
@@ -304,15 +360,17 @@ impl Worker {
     fn load(&mut self, nudged: bool) -> Result<bool, Aborted> {
         // A nudge may come before the invalidations of the commit that it tells of: they are sent last.
         let (known, changed) = (self.generation, self.settings_changed || nudged);
-        let database = self.database.clone();
+        let home = self.home.clone();
         let loaded = process::transaction(|| {
             // Takes in invalidations, so that the generation is up to date.
             // SAFETY: within a transaction.
             unsafe { pg_sys::AcceptInvalidationMessages() };
             let installed = catalog::relations().and_then(|_| outbox::installed_version());
             let generation = catalog::generation();
-            let rows = (installed.is_some() && (generation != known || changed))
-                .then(|| (outbox::backends(), outbox::deleted_backends()));
+            let rows = (installed.is_some() && (generation != known || changed)).then(|| {
+                let backends = (outbox::backends(), outbox::deleted_backends());
+                (backends, outbox::installation())
+            });
             (installed, generation, rows)
         });
         let (installed, generation, rows) = loaded?;
@@ -341,19 +399,27 @@ impl Worker {
                 self.slot.set_state(SlotState::Running);
                 log(
                     LogLevel::Info,
-                    &format!("outbox_relay worker started in database \"{database}\""),
+                    &format!("outbox_relay worker started in database \"{}\"", home.name),
                     None,
                     None,
                 );
             }
             Some(_) => {}
         }
-        if let Some((rows, deleted)) = rows {
+        if let Some(((rows, deleted), installation)) = rows {
+            // SAFETY: a plain read of the process's own variable.
+            let database = unsafe { pg_sys::MyDatabaseId }.to_u32();
+            let guard_prefix = format!("outbox_relay:guard:{installation}:{database}:");
+            if guard_prefix != self.home.guard_prefix {
+                // The extension was created anew: its tables have not heard of this run of the server.
+                (self.home.guard_prefix, self.identity) = (guard_prefix, None);
+            }
+            let home = self.home.clone();
             let stays = |b: &Backend| {
                 rows.iter()
-                    .any(|row| row.number == b.number && b.keeps_sender(row, &database))
+                    .any(|row| row.number == b.number && b.keeps_sender(row, &home))
             };
-            self.settle(SETTLE_AT_CHANGE, |b| !stays(b));
+            self.settle(SETTLE_AT_CHANGE, |b| !stays(b) && b.is_sending());
             // Refused events are looked up by the new settings: those of the old ones must be there.
             let now = self.started.elapsed();
             save(&mut self.backends, now)?;
@@ -361,23 +427,23 @@ impl Worker {
             let reconciled = process::transaction(|| {
                 for backend in backends.iter_mut().filter(|b| b.reads_for_redis()) {
                     match rows.iter().find(|r| r.number == backend.number) {
-                        Some(row) => backend.reconfigure(row.clone(), &database, now),
+                        Some(row) => backend.reconfigure(row.clone(), &home, now),
                         None => backend.delete(),
                     }
                 }
                 let mut missing: Vec<Backend> = Vec::new();
                 for row in rows {
                     if !backends.iter().any(|b| b.number == row.number) {
-                        missing.push(Backend::load(row.number, Role::Redis, Some(row), &database));
+                        missing.push(Backend::load(row.number, Role::Redis, Some(row), &home));
                     }
                 }
                 for number in deleted {
                     if !backends.iter().any(|b| b.number == number) {
-                        missing.push(Backend::load(number, Role::Deleted, None, &database));
+                        missing.push(Backend::load(number, Role::Deleted, None, &home));
                     }
                 }
                 if !backends.iter().any(|b| matches!(b.role, Role::Strays)) {
-                    missing.push(Backend::load(0, Role::Strays, None, &database));
+                    missing.push(Backend::load(0, Role::Strays, None, &home));
                 }
                 missing
             });
@@ -410,98 +476,6 @@ impl Worker {
         }
     }
 
-    /// Reads for every group of backends that stand at one place and can take rows. True: there is more to read now.
-    fn read(&mut self, now: Now) -> Result<bool, Aborted> {
-        self.work |= self.slot.has_work();
-        let waits = |b: &Backend, latest: &Arc<Tick>| {
-            b.is_ready(now)
-                && (b.delivery.position().under_way.is_some() || !Arc::ptr_eq(&b.delivery.position().from, latest))
-        };
-        // While all are down, publishers find the flag raised and wake nobody.
-        if self.work && (self.polled || self.backends.iter().any(|b| b.reads_for_redis() && b.is_ready(now))) {
-            self.take_tick()?;
-            if self.generation == u64::MAX {
-                // What the tick sees may have been published for backends as they are now.
-                return Ok(true);
-            }
-        }
-        let mut more = false;
-        let mut done: Vec<i32> = Vec::new();
-        while let Some(first) = self
-            .backends
-            .iter()
-            .position(|b| waits(b, &self.latest) && !done.contains(&b.number))
-        {
-            let position = self.backends[first].delivery.position().clone();
-            let group: Vec<usize> = (0..self.backends.len())
-                .filter(|i| {
-                    let b = &self.backends[*i];
-                    waits(b, &self.latest) && !done.contains(&b.number) && b.delivery.position().same_place(&position)
-                })
-                .collect();
-            done.extend(group.iter().map(|i| self.backends[*i].number));
-            self.read_group(&group, &position, now)?;
-        }
-        for backend in &mut self.backends {
-            if waits(backend, &self.latest) {
-                more = true;
-            } else if backend.reads_for_redis() && backend.delivery.rest() {
-                backend.hear(now);
-            }
-        }
-        Ok(more)
-    }
-
-    /// Takes a tick if anything has happened since the last, and makes what it sees durable.
-    fn take_tick(&mut self) -> Result<(), Aborted> {
-        self.slot.take_work();
-        (self.work, self.polled) = (false, false);
-        let tick = process::transaction(|| {
-            let relations = catalog::relations()?;
-            let tick = ticker::take(&relations);
-            ticker::flush();
-            // Takes in what was told before anything that the tick sees.
-            // SAFETY: within a transaction.
-            unsafe { pg_sys::AcceptInvalidationMessages() };
-            Some((tick, catalog::generation()))
-        })?;
-        match tick {
-            Some((tick, generation)) => {
-                if tick != *self.latest {
-                    self.latest = Arc::new(tick);
-                }
-                if generation != self.generation {
-                    self.generation = u64::MAX;
-                }
-            }
-            // The extension was dropped: the next round finds out.
-            None => self.generation = u64::MAX,
-        }
-        Ok(())
-    }
-
-    /// One scan for backends that stand at `position`.
-    fn read_group(&mut self, group: &[usize], position: &Position, now: Now) -> Result<(), Aborted> {
-        let readers = process::transaction(|| pass::read(&mut self.backends, group, position, &self.latest))?;
-        for reader in readers {
-            let backend = &mut self.backends[reader.index];
-            backend.failed(reader.failed);
-            reader.skipped.iter().for_each(|seq| backend.delivery.skipped(*seq));
-            let sent: usize = reader.built.iter().map(|b| b.batch.entries.len()).sum();
-            backend.send(reader.built);
-            if matches!(backend.role, Role::Strays) && reader.stopped {
-                backend.rests_until = now + guc::millis(&guc::POLL_INTERVAL_MS);
-            }
-            backend.advanced(reader.end, now);
-            if sent > 0 {
-                let activity = format!("publishing {sent} events to {}", backend.name());
-                self.shown_busy = true;
-                process::show_activity(Some(&activity));
-            }
-        }
-        Ok(())
-    }
-
     fn show_idle(&mut self) {
         if std::mem::take(&mut self.shown_busy) {
             process::show_activity(None);
@@ -515,17 +489,14 @@ impl Worker {
                 continue;
             }
             // What they were refused with must be written down first.
-            if backend.delivery.streams().next_retry_at().is_none_or(|at| at > now) || !backend.delivery.has_room() {
-                continue;
-            }
             if !backend.records.is_empty() {
-                save(std::slice::from_mut(backend), now)?;
+                continue;
             }
             let batch_size = guc::BATCH_SIZE.get() as usize;
             while let Some((stream, count)) = backend.delivery.stream_to_retry(now, batch_size) {
                 let batch = process::transaction(|| pass::refused_batch(backend, &stream, count));
                 match batch {
-                    Ok(Some(batch)) => backend.send(vec![batch]),
+                    Ok(Some(batch)) => backend.send(vec![batch], self.flushed),
                     Ok(None) => backend.delivery.stream_cleared(&stream),
                     Err(error) => {
                         backend.delivery.retry_failed();
@@ -577,7 +548,7 @@ impl Worker {
         loop {
             let now = self.now();
             self.backends.iter_mut().for_each(|b| b.hear(now));
-            if now >= deadline || !self.backends.iter().any(|b| concerned(b) && b.is_sending()) {
+            if now >= deadline || !self.backends.iter().any(&concerned) {
                 return;
             }
             process::wait(Some(self.woken.as_raw_fd()), Some(deadline - now));
@@ -587,8 +558,15 @@ impl Worker {
 
     /// Last words: saves what is known.
     fn save_all(&mut self) {
-        self.settle(SETTLE_AT_END, |_| true);
+        self.settle(SETTLE_AT_END, Backend::is_sending);
         let now = self.now();
+        let mut releases = false;
+        // A worker alone is back in a moment, which nobody is to take for the end of the owner.
+        if process::is_server_stopping() {
+            for backend in &mut self.backends {
+                releases |= backend.release_guard();
+            }
+        }
         if let Err(error) = save(&mut self.backends, now) {
             log(
                 LogLevel::Warning,
@@ -596,6 +574,11 @@ impl Worker {
                 None,
                 None,
             );
+        }
+        if releases {
+            self.settle(RELEASE_AT_END, |b| {
+                b.is_exactly_once() && b.delivery.has_room() && !b.released
+            });
         }
     }
 
@@ -618,6 +601,10 @@ fn save(backends: &mut [Backend], now: Now) -> Result<(), Aborted> {
     if !backends.iter().any(Backend::is_unsaved) {
         return Ok(());
     }
+    fault::reach(match backends.iter().any(|b| b.delivery.is_stopped()) {
+        true => "before_refused_saved",
+        false => "before_save",
+    });
     // SAFETY: reads the clock.
     let wall_us = unsafe { pg_sys::GetCurrentTimestamp() } + crate::rows::EPOCH_SHIFT_US;
     process::transaction(|| {
@@ -626,5 +613,6 @@ fn save(backends: &mut [Backend], now: Now) -> Result<(), Aborted> {
         }
     })?;
     backends.iter_mut().for_each(|b| b.saved(now));
+    fault::reach("after_save");
     Ok(())
 }

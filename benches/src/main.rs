@@ -56,7 +56,7 @@ fn main() {
     let wants = |figure: &str| wanted.is_empty() || wanted.iter().any(|w| w == figure);
     let mut figures: Vec<Figure> = Vec::new();
     if wants("drain") {
-        figures.push(drain::measure(&scale));
+        figures.extend(drain::measure(&scale));
     }
     if wants("publish") {
         figures.extend(publish::measure(&scale));

@@ -12,6 +12,10 @@ pub enum Class {
     Configuration,
     /// This event (or its stream) is refused for what it is; others may go on.
     Event,
+    /// Another server owns the guard.
+    Fenced,
+    /// Another server owned the guard, and may live.
+    Watching,
 }
 
 /// An error in words that can be shown: cut, on one line, without payloads or passwords.
@@ -33,17 +37,42 @@ impl Failure {
         Self::new(Class::Backend, message)
     }
 
+    /// The same trouble with what is not an event: it is the backend's.
+    #[must_use]
+    pub fn not_of_an_event(mut self) -> Self {
+        if self.class == Class::Event {
+            self.class = Class::Configuration;
+        }
+        self
+    }
+
     pub fn configuration(message: impl AsRef<str>) -> Self {
         Self::new(Class::Configuration, message)
     }
 
     /// What an administrator can do about it, where that is known.
     pub fn hint(&self) -> Option<&'static str> {
+        if self.class == Class::Fenced {
+            return Some("If that server must not go on, stop it and run outbox.take_over() here.");
+        }
+        if self.message.starts_with("its guard is missing") {
+            return Some("Run outbox.take_over() to go on without it.");
+        }
+        if self.message.contains("outbox_relay:guard:") {
+            return Some(
+                "Something else has written to that key of Redis: delete it, and what on_missing_guard says is done.",
+            );
+        }
         let code = self.message.split_whitespace().next().unwrap_or_default();
         Some(match code {
             "NOAUTH" => "Set a password with outbox.set_backend_password(), or password_file.",
             "WRONGPASS" => "Check the backend's username and password.",
-            "NOPERM" => "Allow the backend's Redis user the command XADD on its streams.",
+            "NOPERM" => {
+                "Allow the backend's Redis user XADD on its streams, and for exactly_once what the README lists on keys outbox_relay:*."
+            }
+            "ERR" if self.message.contains("unknown command") => {
+                "exactly_once needs transactions (WATCH, MULTI, EXEC): let the server or proxy have them, or set delivery to at_least_once."
+            }
             "OOM" => "Raise Redis's maxmemory, or lower the streams' max_len.",
             "MISCONF" => "Redis cannot save to disk; see its log.",
             "READONLY" => "The backend's host is a replica; point it to the primary.",
@@ -67,6 +96,22 @@ pub fn reply(error: &ServerError) -> Failure {
         reply_class(error.code(), details),
         format!("{} {details}", error.code()),
     )
+}
+
+/// An EXEC that Redis refused: the reason behind "EXECABORT Transaction discarded because of: ", where it is given.
+pub fn aborted(error: &ServerError) -> Failure {
+    let details = error.details().unwrap_or_default();
+    let reason = details
+        .split_once("because of: ")
+        .map(|(_, reason)| reason.trim_start_matches('-'));
+    let failure = match reason.and_then(|r| r.split_once(' ')) {
+        Some((code, details)) => Failure::new(reply_class(code, details), format!("{code} {details}")),
+        None => reply(error),
+    };
+    match failure.class {
+        Class::Event => Failure::backend(failure.message),
+        _ => failure,
+    }
 }
 
 fn reply_class(code: &str, details: &str) -> Class {

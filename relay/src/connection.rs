@@ -83,6 +83,11 @@ impl Link {
             .map_err(|e| classify::connection(&e))
     }
 
+    /// Reads the next reply, whatever it is.
+    pub fn receive_value(&mut self) -> Result<Value, Failure> {
+        self.connection.recv_response().map_err(|e| classify::connection(&e))
+    }
+
     /// Reads the next reply. The outer error is the connection's end; the inner one an error reply of the server. Whatever is
     /// not the reply of a command that succeeded is an error.
     pub fn receive(&mut self) -> Result<Result<(), Failure>, Failure> {

@@ -2,12 +2,18 @@
 //! random number, and does what it asks: connect, send a batch, write down what was refused, save the cursor.
 //!
 //! ```text
-//!            retry_at reached              Connected
+//!            retry_at reached        Connected, or claimed
 //!   Down ──────────────────────▶ Connecting ─────────▶ Up ──▶ batches in flight, oldest first
-//!    ▲                               │                  │
-//!    └───────── Lost ◀───────────────┴──────────────────┘   (read := acked; what was in flight is read again)
+//!    ▲                               │                  │ ▲
+//!    └───────── Lost ◀───────────────┴──────────────────┤ │ what was refused is written down
+//!               read := acked; what was in flight       ▼ │
+//!               is read again                          Stopped (exactly_once: something was refused; read := acked)
 //! ```
 //! The table is the retry buffer: nothing that is unsure is kept here but its position.
+//!
+//! With at_least_once batches are plain commands, several on their way at once: a reply that blames the backend, or a lost
+//! connection, leaves those behind it in doubt. With exactly_once a batch is appended whole or not at all and the guard
+//! says which was the last, by its number; so what is in flight is never in doubt for longer than it takes to ask.
 
 use crate::backoff::Backoff;
 use crate::classify::{Class, Failure};
@@ -20,6 +26,13 @@ use std::time::Duration;
 
 /// Time since some fixed moment.
 pub type Now = Duration;
+
+/// How a backend's batches are appended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    AtLeastOnce,
+    ExactlyOnce,
+}
 
 /// Bytes that may be on their way for one backend; a single larger batch goes alone.
 const WINDOW_BYTES: usize = 2 * 1024 * 1024;
@@ -70,6 +83,8 @@ enum Link {
     Draining {
         retry_at: Now,
     },
+    /// Something was refused: that must be written down before another batch is sent.
+    Stopped,
 }
 
 /// What a user sees as `state` in `outbox.backend_status`.
@@ -79,6 +94,7 @@ pub enum State {
     Sending,
     Backoff,
     Misconfigured,
+    Fenced,
 }
 
 impl State {
@@ -88,12 +104,16 @@ impl State {
             Self::Sending => "sending",
             Self::Backoff => "backoff",
             Self::Misconfigured => "misconfigured",
+            Self::Fenced => "fenced",
         }
     }
 }
 
 /// See the module's text.
 pub struct Delivery {
+    mode: Mode,
+    /// The last batch that is known to be appended (exactly_once).
+    number: u64,
     /// The next row is read from here.
     read: Position,
     /// Everything up to here was acknowledged (or written down as refused).
@@ -114,12 +134,39 @@ pub struct Delivery {
     streams: Streams,
     backoff: Backoff,
     published: u64,
+    /// Rows up to this number may have been written down in an earlier life, or before Redis lost something.
+    reread_to: i64,
+    /// A stream is to be tried again, which waits for what is in flight.
+    makes_way: bool,
+}
+
+/// What is saved of a delivery, and given to the next.
+#[derive(Clone, Debug)]
+pub struct Cursor {
+    pub position: Position,
+    /// The last batch that is known to be appended; 0: none.
+    pub number: u64,
+}
+
+/// What goes into the guard with a batch.
+pub struct Mark<'a> {
+    pub number: u64,
+    pub position: &'a Position,
+    pub previous: &'a Position,
 }
 
 impl Delivery {
     /// Starts down, to connect at once, at a saved cursor and with the streams that have refused events waiting.
-    pub fn new(cursor: Position, streams: Streams, backoff: Backoff) -> Self {
+    pub fn new(mode: Mode, cursor: Cursor, streams: Streams, backoff: Backoff) -> Self {
+        let Cursor {
+            position: cursor,
+            number,
+        } = cursor;
         Self {
+            mode,
+            number,
+            reread_to: 0,
+            makes_way: false,
             read: cursor.clone(),
             acked: cursor,
             flights: VecDeque::new(),
@@ -158,8 +205,96 @@ impl Delivery {
         self.link = Link::Connecting;
     }
 
+    /// Logged in, and with exactly_once: the guard is ours, and what it says was taken in.
     pub fn connected(&mut self) {
         self.link = Link::Up;
+    }
+
+    pub fn is_up(&self) -> bool {
+        matches!(self.link, Link::Up | Link::Stopped)
+    }
+
+    pub fn mode(&self) -> Mode {
+        self.mode
+    }
+
+    /// For the next connection.
+    pub fn set_mode(&mut self, mode: Mode) {
+        self.mode = mode;
+    }
+
+    /// The last batch that is known to be appended; 0: none.
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// The guard says that batches up to `number`, up to `position`, are appended, which nobody has heard of. In all, `published`
+    /// events were accepted in this life.
+    pub fn adopt(&mut self, cursor: Cursor, published: u64) {
+        self.stand_at(cursor);
+        self.published = published;
+    }
+
+    /// Redis has lost what came after `cursor`: it is read again. Rows up to `reread_to` may be written down.
+    pub fn heal(&mut self, cursor: Cursor, reread_to: i64) {
+        self.stand_at(cursor);
+        self.reread_to = self.reread_to.max(reread_to);
+        self.ahead.clear();
+    }
+
+    fn stand_at(&mut self, cursor: Cursor) {
+        self.acked = cursor.position;
+        self.number = cursor.number;
+        self.rewind();
+    }
+
+    /// Rows that need not be sent: they stand in their streams already.
+    pub fn pass_over(&mut self, seqs: impl IntoIterator<Item = i64>) {
+        self.ahead.extend(seqs);
+    }
+
+    /// Rows up to this number may be written down as refused, failed, or accepted out of turn.
+    pub fn set_reread_to(&mut self, seq: i64) {
+        self.reread_to = self.reread_to.max(seq);
+    }
+
+    /// Whether to look up if a row is written down.
+    pub fn may_be_written_down(&self, seq: i64) -> bool {
+        seq <= self.reread_to
+    }
+
+    /// What the next batch tells the guard; `end`: where its rows end, `None` for one of waiting events.
+    pub fn mark<'a>(&'a self, end: Option<&'a Position>) -> Mark<'a> {
+        let before = self.flights.iter().rev().find_map(|flight| match &flight.load {
+            Load::Rows { end } => Some(end),
+            Load::Again => None,
+        });
+        let previous = before.unwrap_or(&self.acked);
+        Mark {
+            number: self.number + self.flights.len() as u64 + 1,
+            position: end.unwrap_or(previous),
+            previous,
+        }
+    }
+
+    /// Events on their way.
+    pub fn in_flight(&self) -> usize {
+        self.flights.iter().map(|flight| flight.entries.len()).sum()
+    }
+
+    /// It cannot be its owner now: tries again after a while.
+    pub fn hold_off(&mut self, failure: Failure, retry_after: Duration, now: Now, random: f64) {
+        let retry_at = self.failed(failure, now, random);
+        self.go_down(if retry_after > Duration::ZERO {
+            now + retry_after
+        } else {
+            retry_at
+        });
+    }
+
+    /// The batch is appended, but waits for replicas.
+    pub fn waits_for_replicas(&mut self, failure: Failure) {
+        self.trouble = Some(failure);
     }
 
     /// Whether another batch may be handed to the sender.
@@ -170,9 +305,18 @@ impl Delivery {
     /// How many batches, and of how many bytes, may be handed to the sender; `None`: not one. A batch may be begun while any
     /// bytes are left, so that a single large event always fits.
     pub fn room(&self) -> Option<Room> {
+        if self.makes_way || self.retries_alone() {
+            return None;
+        }
         let batches = WINDOW_BATCHES.saturating_sub(self.flights.len());
         let bytes = WINDOW_BYTES.saturating_sub(self.in_flight_bytes);
         (self.link == Link::Up && batches > 0 && bytes > 0).then_some(Room { batches, bytes })
+    }
+
+    /// With exactly_once, waiting events go alone: the guard speaks of one batch, and what became of them is written down before
+    /// the next.
+    fn retries_alone(&self) -> bool {
+        self.mode == Mode::ExactlyOnce && self.flights.iter().any(|f| matches!(f.load, Load::Again))
     }
 
     pub fn is_idle(&self) -> bool {
@@ -200,6 +344,7 @@ impl Delivery {
     pub fn state(&self) -> State {
         match (&self.trouble, self.flights.is_empty()) {
             (Some(failure), _) if failure.class == Class::Configuration => State::Misconfigured,
+            (Some(failure), _) if failure.class == Class::Fenced => State::Fenced,
             (Some(_), _) => State::Backoff,
             (None, false) => State::Sending,
             (None, true) => State::Idle,
@@ -212,7 +357,7 @@ impl Delivery {
             Link::Down { retry_at } => Some(retry_at),
             Link::Up if self.has_room() => self.streams.next_retry_at(),
             // A report will come.
-            Link::Up | Link::Connecting | Link::Draining { .. } => None,
+            Link::Up | Link::Connecting | Link::Draining { .. } | Link::Stopped => None,
         }
     }
 
@@ -238,6 +383,11 @@ impl Delivery {
     /// The stream whose waiting events are to be tried again now, and how many of them: the head alone until it is
     /// accepted.
     pub fn stream_to_retry(&mut self, now: Now, batch_size: usize) -> Option<(Rc<str>, usize)> {
+        if self.mode == Mode::ExactlyOnce && !self.flights.is_empty() {
+            self.makes_way = self.streams.next_retry_at().is_some_and(|at| at <= now);
+            return None;
+        }
+        self.makes_way = false;
         if !self.has_room() {
             return None;
         }
@@ -316,6 +466,9 @@ impl Delivery {
         };
         self.in_flight_bytes -= flight.bytes;
         let count = flight.entries.len();
+        if self.mode == Mode::ExactlyOnce {
+            return self.appended(flight, count, refused, now, random);
+        }
         let blamed = refused.iter().find(|r| is_backends(r)).map(|r| r.1.clone());
         let records = self.land(flight, count, refused, now, random);
         match blamed {
@@ -332,6 +485,71 @@ impl Delivery {
         }
         self.settle();
         records
+    }
+
+    /// A batch was appended whole, but for what was refused.
+    fn appended(&mut self, flight: Flight, count: usize, refused: Vec<Refusal>, now: Now, random: f64) -> Vec<Record> {
+        self.number += 1;
+        self.failures = 0;
+        self.trouble = None;
+        // The guard can tell of the last batch alone which of its events were refused, or which that waited were accepted.
+        let stops = !refused.is_empty() || matches!(flight.load, Load::Again);
+        let records = self.land(flight, count, refused, now, random);
+        if stops {
+            self.stop();
+        } else {
+            self.settle();
+        }
+        records
+    }
+
+    /// Nothing of the oldest batch was appended, because these events of it were refused (exactly_once).
+    pub fn aborted(&mut self, refused: Vec<Refusal>, now: Now, random: f64) -> Vec<Record> {
+        let Some(flight) = self.flights.pop_front() else {
+            return Vec::new();
+        };
+        let again = matches!(flight.load, Load::Again);
+        let (mut records, mut failed_stream) = (Vec::new(), None);
+        for (index, failure) in refused {
+            let Some(entry) = flight.entries.get(index) else {
+                continue;
+            };
+            let backoff = &self.backoff;
+            match self
+                .streams
+                .refused(entry, again, &failure, now, |attempt| backoff.wait(attempt, random))
+            {
+                record @ Record::FailStream { .. } => failed_stream = Some(record),
+                record => records.push(record),
+            }
+            if !again {
+                self.ahead.insert(entry.seq);
+            }
+        }
+        records.extend(failed_stream);
+        if let Some(entry) = flight.entries.first().filter(|_| again) {
+            self.streams.end_retry(&flight.entries);
+            self.streams.waits_again(&entry.stream);
+        }
+        self.stop();
+        records
+    }
+
+    fn stop(&mut self) {
+        self.rewind();
+        self.link = Link::Stopped;
+    }
+
+    /// Whether [`Self::resume`] is due as soon as all records are written down.
+    pub fn is_stopped(&self) -> bool {
+        self.link == Link::Stopped
+    }
+
+    /// All records are written down.
+    pub fn resume(&mut self) {
+        if self.link == Link::Stopped {
+            self.link = Link::Up;
+        }
     }
 
     /// Whether the sender is to be let go: its last reply blamed the backend and no more are to come.
@@ -375,6 +593,7 @@ impl Delivery {
         if rests {
             self.ahead.clear();
             self.failures = 0;
+            self.reread_to = 0;
         }
         rests && self.trouble.take().is_some()
     }
@@ -403,6 +622,12 @@ impl Delivery {
     }
 
     fn go_down(&mut self, retry_at: Now) {
+        self.rewind();
+        self.link = Link::Down { retry_at };
+    }
+
+    /// Reads on from what was acknowledged; what is in flight, if anything, is none of ours any more.
+    fn rewind(&mut self) {
         for flight in self.flights.drain(..) {
             if let (Load::Again, Some(entry)) = (&flight.load, flight.entries.first()) {
                 self.streams.waits_again(&entry.stream);
@@ -413,7 +638,7 @@ impl Delivery {
         self.in_flight_bytes = 0;
         self.read = self.acked.clone();
         self.streams.abandon();
-        self.link = Link::Down { retry_at };
+        self.makes_way = false;
     }
 
     /// Takes the first `known` results of a flight: moves the cursor over what is settled, remembers what was accepted beyond

@@ -1,5 +1,6 @@
 //! A backend's settings as its sender needs them: where Redis is and how to log in.
 
+use crate::conversation::Replicas;
 use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -16,6 +17,16 @@ pub struct Destination {
     pub connect_timeout: Duration,
     /// For each write, and for the first byte of each reply after the one before.
     pub socket_timeout: Duration,
+    pub delivery: Delivery,
+}
+
+/// How batches are appended.
+#[derive(Clone, PartialEq, Eq)]
+pub enum Delivery {
+    /// As plain commands.
+    AtLeastOnce { replicas: Option<Replicas> },
+    /// In transactions with the guard at this key.
+    ExactlyOnce { guard: String, replicas: Option<Replicas> },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -90,11 +90,19 @@ fn append_json_string(out: &mut Vec<u8>, text: &str) {
     serde_json::to_writer(out, text).expect("writing a string to memory does not fail");
 }
 
-fn append_array_header(out: &mut Vec<u8>, items: usize) {
+/// Appends one command.
+pub(crate) fn append_command(out: &mut Vec<u8>, words: &[&[u8]]) {
+    append_array_header(out, words.len());
+    for word in words {
+        append_bulk(out, word);
+    }
+}
+
+pub(crate) fn append_array_header(out: &mut Vec<u8>, items: usize) {
     append_length(out, b'*', items);
 }
 
-fn append_bulk(out: &mut Vec<u8>, bytes: &[u8]) {
+pub(crate) fn append_bulk(out: &mut Vec<u8>, bytes: &[u8]) {
     append_length(out, b'$', bytes.len());
     out.extend_from_slice(bytes);
     out.extend_from_slice(b"\r\n");

@@ -3,18 +3,24 @@
 //! ```text
 //! reader ─ which rows come next (snapshot, tick, position)     event, encode ─ a row as the bytes of its XADD
 //! delivery ─ what a backend does next (refusal: its streams)   sender ─ the thread that owns its connection
+//! guard, claim ─ whose streams they are and how far they are   conversation ─ what is said on a connection, exactly once
 //! backoff, classify ─ when to try again, and who is to blame   destination, connection ─ one Redis and how to reach it
 //! ```
 #![deny(unsafe_code)]
 
 pub mod backoff;
+pub mod claim;
 pub mod classify;
 pub mod connection;
+pub mod conversation;
 pub mod delivery;
 pub mod destination;
 pub mod encode;
 pub mod event;
+pub mod fault;
+pub mod guard;
 pub mod reader;
 pub mod refusal;
 pub mod sender;
 pub mod snapshot;
+pub mod tails;

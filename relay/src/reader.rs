@@ -9,7 +9,9 @@
 //! All late rows come before all new ones, so that one number, the last sequence number read, says how far a reader has
 //! come within a range of any size.
 
-use crate::snapshot::Tick;
+use crate::snapshot::{ParseSnapshotError, Tick};
+use std::fmt;
+use std::str::FromStr;
 use std::sync::Arc;
 
 /// Where a row stands.
@@ -82,6 +84,16 @@ impl Position {
                 .is_some_and(|u| u.to.snapshot.sees(key.xid) && key.seq <= u.last_seq)
     }
 
+    /// No row above this number has been read.
+    pub fn high_seq(&self) -> i64 {
+        self.under_way.as_ref().map_or(&self.from, |u| &u.to).high_seq
+    }
+
+    /// The newest tick that it speaks of.
+    pub fn newest(&self) -> &Arc<Tick> {
+        self.under_way.as_ref().map_or(&self.from, |u| &u.to)
+    }
+
     /// Whether two readers stand at the same place, so that one scan serves both.
     pub fn same_place(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.from, &other.from)
@@ -90,6 +102,31 @@ impl Position {
                 (Some(a), Some(b)) => Arc::ptr_eq(&a.to, &b.to) && a.last_seq == b.last_seq,
                 _ => false,
             }
+    }
+}
+
+/// A tick, or `tick>tick@seq` on the way from one to the next.
+impl fmt::Display for Position {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.from)?;
+        match &self.under_way {
+            Some(UnderWay { to, last_seq }) => write!(f, ">{to}@{last_seq}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl FromStr for Position {
+    type Err = ParseSnapshotError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let Some((from, rest)) = text.split_once('>') else {
+            return Ok(Self::at(Arc::new(text.parse()?)));
+        };
+        let bad = || ParseSnapshotError::of(text);
+        let (to, last_seq) = rest.split_once('@').ok_or_else(bad)?;
+        let last_seq = last_seq.parse().map_err(|_| bad())?;
+        Ok(Self::towards(Arc::new(from.parse()?), Arc::new(to.parse()?), last_seq))
     }
 }
 

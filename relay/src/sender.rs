@@ -1,12 +1,17 @@
 //! A sender: the thread that owns one connection of one backend, from connecting to the first error.
 //!
-//! It takes batches from a bounded channel, writes up to [`PIPELINED_BATCHES`] of them ahead of their replies, reads every reply,
-//! and reports each batch in order. At the first error of the connection it says so and ends; the worker decides
-//! what was delivered and when to try again, with a new sender. It knows nothing of Postgres.
+//! It takes orders from a bounded channel, reads every reply, and reports each batch in order. With at_least_once it writes up to
+//! [`PIPELINED_BATCHES`] batches ahead of their replies; with exactly_once it says what [`Conversation`] has to say. At the first error of
+//! the connection it reports that and ends; the worker decides what was delivered and when to try again, with a new sender. It
+//! knows nothing of Postgres.
 
 use crate::classify::{Class, Failure};
 use crate::connection::Link;
-use crate::destination::Destination;
+use crate::conversation::{Claim, Conversation, Replicas};
+use crate::destination::{Delivery, Destination};
+use crate::fault;
+use crate::guard::Guard;
+use crate::tails::{Purpose, Wanted};
 use crossbeam_channel::{Receiver, Sender, TryRecvError, TrySendError, bounded};
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -19,6 +24,9 @@ pub const PIPELINED_BATCHES: usize = 4;
 /// How many batches may wait for or be with a sender; the channel's bound.
 pub const WINDOW_BATCHES: usize = 32;
 
+/// Room for orders beside batches.
+const SPARE_ORDERS: usize = 8;
+
 /// Commands for one write, ready as bytes.
 pub struct Batch {
     pub bytes: Vec<u8>,
@@ -26,15 +34,42 @@ pub struct Batch {
     pub commands: usize,
 }
 
+/// What the worker tells a sender. Only batches are told with at_least_once.
+pub enum Order {
+    /// For exactly_once it begins with MULTI and ends with the guard's HSET; `commands` are the entries alone.
+    Batch(Batch),
+    /// Claims the guard that was reported.
+    Claim(Box<Claim>),
+    /// Looks for events in their streams' tails; at least one.
+    Look { wanted: Vec<Wanted>, purpose: Purpose },
+    /// What was refused is written down: goes on.
+    Resume,
+    /// Refreshes the guard; `released`: for the last time.
+    Beat { beat: u64, released: bool },
+}
+
 /// What became of one command of a batch.
 pub type Refusal = (usize, Failure);
 
 /// What a sender reports, in order.
 pub enum Report {
-    /// Logged in; batches are welcome.
+    /// Logged in; batches are welcome (at_least_once).
     Connected,
-    /// All replies of the oldest batch are there; the commands that were refused, by index. The buffer comes back.
+    /// Logged in; this is the guard, and a claim is waited for.
+    Guard(Box<Option<Guard>>),
+    /// The guard is ours.
+    Claimed,
+    /// Whether each event was found that was to be looked for.
+    Seen(Vec<bool>),
+    /// All replies of the oldest batch are there; the commands that were refused, by index. The buffer comes back. With exactly_once
+    /// it waits for [`Order::Resume`] if any was refused, and drops the batches that come before that.
     Done { refused: Vec<Refusal>, buffer: Vec<u8> },
+    /// Nothing of the oldest batch was appended, because these commands of it were refused. Waits for [`Order::Resume`].
+    Aborted { refused: Vec<Refusal>, buffer: Vec<u8> },
+    /// The oldest batch is appended, but not replicated yet; it goes on waiting.
+    Behind(Failure),
+    /// The guard says that its owner has left.
+    Released,
     /// The connection is no more. `accepted`: replies of the oldest batch that were read before it ended, and `refused`
     /// those of them which were errors. All else that was sent is in doubt.
     Lost {
@@ -46,7 +81,7 @@ pub enum Report {
 
 /// The worker's end of a sender. Dropping it ends the thread as soon as it looks, without waiting for it.
 pub struct Handle {
-    batches: Sender<Batch>,
+    orders: Sender<Order>,
     reports: Receiver<Report>,
 }
 
@@ -54,9 +89,9 @@ impl Handle {
     /// Starts a thread that connects to `destination`. One byte is written to `waker` (non-blocking) after each report.
     /// The caller blocks all signals of its process around this call: a thread inherits the mask.
     pub fn spawn(destination: Destination, waker: UnixStream) -> io::Result<Self> {
-        let (batches, to_send) = bounded(WINDOW_BATCHES);
-        // A report for each batch, the connection's beginning and its end: a send never blocks.
-        let (to_report, reports) = bounded(WINDOW_BATCHES + 2);
+        let (orders, to_obey) = bounded(WINDOW_BATCHES + SPARE_ORDERS);
+        // Two for each batch at most, one for each other order, the connection's beginning and end: a send never blocks.
+        let (to_report, reports) = bounded(2 * WINDOW_BATCHES + SPARE_ORDERS);
         thread::Builder::new()
             .name(format!("sender {}", destination.client_name).chars().take(15).collect())
             .stack_size(512 * 1024)
@@ -65,15 +100,15 @@ impl Handle {
                     reports: to_report,
                     waker,
                 };
-                run(&destination, &to_send, &reporter);
+                run(&destination, &to_obey, &reporter);
             })?;
-        Ok(Self { batches, reports })
+        Ok(Self { orders, reports })
     }
 
-    /// Hands over a batch; gives it back when the channel is full or the thread has ended (its report says why).
-    pub fn send(&self, batch: Batch) -> Result<(), Batch> {
-        self.batches.try_send(batch).map_err(|e| match e {
-            TrySendError::Full(batch) | TrySendError::Disconnected(batch) => batch,
+    /// Gives an order; gives it back when the channel is full or the thread has ended (its report says why).
+    pub fn order(&self, order: Order) -> Result<(), Order> {
+        self.orders.try_send(order).map_err(|e| match e {
+            TrySendError::Full(order) | TrySendError::Disconnected(order) => order,
         })
     }
 
@@ -97,11 +132,22 @@ struct Reporter {
 }
 
 impl Reporter {
-    fn report(&self, report: Report) {
-        if self.reports.try_send(report).is_ok() {
+    /// False: nobody listens any more.
+    fn report(&self, report: Report) -> bool {
+        let heard = self.reports.try_send(report).is_ok();
+        if heard {
             // A full socket wakes the worker just as well.
             let _ = (&self.waker).write(&[0]);
         }
+        heard
+    }
+
+    fn lost(&self, failure: Failure) {
+        self.report(Report::Lost {
+            failure,
+            accepted: 0,
+            refused: Vec::new(),
+        });
     }
 }
 
@@ -112,55 +158,130 @@ impl Drop for Reporter {
     }
 }
 
-fn run(destination: &Destination, batches: &Receiver<Batch>, reporter: &Reporter) {
-    let mut link = match Link::open(destination) {
+fn run(destination: &Destination, orders: &Receiver<Order>, reporter: &Reporter) {
+    let link = match Link::open(destination) {
         Ok(link) => link,
-        Err(failure) => {
-            return reporter.report(Report::Lost {
-                failure,
-                accepted: 0,
-                refused: Vec::new(),
-            });
-        }
+        Err(failure) => return reporter.lost(failure),
     };
-    reporter.report(Report::Connected);
+    match &destination.delivery {
+        Delivery::AtLeastOnce { replicas } => pipeline(link, *replicas, orders, reporter),
+        Delivery::ExactlyOnce { guard, replicas } => {
+            if let Err(failure) = converse(link, Conversation::new(guard, *replicas), orders, reporter) {
+                reporter.lost(failure);
+            }
+        }
+    }
+}
+
+/// Speaks for a conversation until the connection ends, or nobody listens any more.
+fn converse(
+    mut link: Link,
+    mut conversation: Conversation,
+    orders: &Receiver<Order>,
+    reporter: &Reporter,
+) -> Result<(), Failure> {
+    let mut reports = Vec::new();
+    loop {
+        while conversation.wants_order() {
+            let idles = !conversation.awaits_reply() && conversation.output().is_empty();
+            let order = if idles {
+                orders.recv().map_err(|_| TryRecvError::Disconnected)
+            } else {
+                orders.try_recv()
+            };
+            match order {
+                Ok(order) => conversation.order(order),
+                Err(TryRecvError::Empty) => break,
+                // What is on its way will be found out by whoever claims next.
+                Err(TryRecvError::Disconnected) => return Ok(()),
+            }
+        }
+        if !conversation.output().is_empty() {
+            link.send(conversation.output())?;
+            conversation.output().clear();
+            if conversation.is_busy() {
+                fault::reach("after_write");
+            }
+        }
+        if conversation.awaits_reply() {
+            let reply = link.receive_value()?;
+            let outcome = conversation.reply(reply, &mut reports);
+            for report in reports.drain(..) {
+                if !reporter.report(report) {
+                    return Ok(());
+                }
+            }
+            outcome?;
+        }
+    }
+}
+
+/// Sends batches as they come, some ahead of their replies (at_least_once).
+fn pipeline(mut link: Link, replicas: Option<Replicas>, orders: &Receiver<Order>, reporter: &Reporter) {
+    if !reporter.report(Report::Connected) {
+        return;
+    }
+    // A WAIT that has to be repeated would come behind later batches.
+    let ahead = if replicas.is_some() { 1 } else { PIPELINED_BATCHES };
     let mut unanswered: VecDeque<Batch> = VecDeque::new();
     loop {
-        while unanswered.len() < PIPELINED_BATCHES {
+        while unanswered.len() < ahead {
             let next = if unanswered.is_empty() {
-                batches.recv().ok()
+                orders.recv().ok()
             } else {
-                batches.try_recv().ok()
+                orders.try_recv().ok()
             };
             match next {
-                Some(batch) => {
+                Some(Order::Batch(batch)) => {
                     if let Err(failure) = link.send(&batch.bytes) {
-                        return reporter.report(Report::Lost {
-                            failure,
-                            accepted: 0,
-                            refused: Vec::new(),
-                        });
+                        return reporter.lost(failure);
                     }
                     unanswered.push_back(batch);
                 }
+                Some(_) => {}
                 // The worker let go of the handle.
                 None if unanswered.is_empty() => return,
                 None => break,
             }
         }
         let batch = unanswered.pop_front().expect("at least one batch was written");
-        match answers(&mut link, batch.commands) {
-            Ok(refused) => reporter.report(Report::Done {
+        let report = match answers(&mut link, batch.commands) {
+            Ok(refused) => Report::Done {
                 refused,
                 buffer: batch.bytes,
-            }),
+            },
             Err((failure, accepted, refused)) => {
-                return reporter.report(Report::Lost {
+                reporter.report(Report::Lost {
                     failure,
                     accepted,
                     refused,
                 });
+                return;
             }
+        };
+        if let Some(replicas) = replicas
+            && let Err(failure) = replicate(&mut link, replicas, reporter)
+        {
+            return reporter.lost(failure);
+        }
+        if !reporter.report(report) {
+            return;
+        }
+    }
+}
+
+/// Waits until enough replicas have all that was written.
+fn replicate(link: &mut Link, replicas: Replicas, reporter: &Reporter) -> Result<(), Failure> {
+    let mut told = false;
+    loop {
+        let mut wait = Vec::new();
+        replicas.append_wait(&mut wait);
+        link.send(&wait)?;
+        let Err(failure) = replicas.judge(&link.receive_value()?)? else {
+            return Ok(());
+        };
+        if !std::mem::replace(&mut told, true) && !reporter.report(Report::Behind(failure)) {
+            return Err(Failure::backend("let go"));
         }
     }
 }

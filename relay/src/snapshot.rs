@@ -21,6 +21,12 @@ pub struct Snapshot {
 #[error("not a snapshot: {0:?}")]
 pub struct ParseSnapshotError(String);
 
+impl ParseSnapshotError {
+    pub(crate) fn of(text: &str) -> Self {
+        Self(text.to_owned())
+    }
+}
+
 impl Snapshot {
     pub fn new(xmin: u64, xmax: u64, mut in_progress: Vec<u64>) -> Self {
         in_progress.sort_unstable();
@@ -107,6 +113,37 @@ pub struct Tick {
     pub next_xid: u64,
     pub low_seq: i64,
     pub high_seq: i64,
+}
+
+/// Its snapshot, `next_xid`, `low_seq` and `high_seq`, with slashes between.
+impl fmt::Display for Tick {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            snapshot,
+            next_xid,
+            low_seq,
+            high_seq,
+        } = self;
+        write!(f, "{snapshot}/{next_xid}/{low_seq}/{high_seq}")
+    }
+}
+
+impl FromStr for Tick {
+    type Err = ParseSnapshotError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let bad = || ParseSnapshotError(text.to_owned());
+        let parts: Vec<&str> = text.split('/').collect();
+        let [snapshot, next_xid, low_seq, high_seq] = parts.as_slice() else {
+            return Err(bad());
+        };
+        Ok(Self {
+            snapshot: snapshot.parse()?,
+            next_xid: next_xid.parse().map_err(|_| bad())?,
+            low_seq: low_seq.parse().map_err(|_| bad())?,
+            high_seq: high_seq.parse().map_err(|_| bad())?,
+        })
+    }
 }
 
 impl Tick {

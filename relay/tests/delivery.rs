@@ -5,7 +5,7 @@ mod model;
 use model::{Database, Rng, caught, for_each_seed, likely, out_of_memory, wrong_type};
 use relay::backoff::Backoff;
 use relay::classify::{Class, Failure};
-use relay::delivery::{Delivery, Entry, Now, Room, RowFate};
+use relay::delivery::{Cursor, Delivery, Entry, Mode, Now, Room, RowFate};
 use relay::reader::{Position, RangeScan, Step};
 use relay::refusal::{Record, Streams};
 use relay::sender::{PIPELINED_BATCHES, Refusal, Report, WINDOW_BATCHES, is_backends};
@@ -317,7 +317,15 @@ impl World {
             },
             connection: None,
             leftovers: Vec::new(),
-            delivery: Delivery::new(Position::beginning(), Streams::default(), backoff),
+            delivery: Delivery::new(
+                Mode::AtLeastOnce,
+                Cursor {
+                    position: Position::beginning(),
+                    number: 0,
+                },
+                Streams::default(),
+                backoff,
+            ),
             ticks: Vec::new(),
             pending: Vec::new(),
             in_flight: VecDeque::new(),
@@ -360,6 +368,7 @@ impl World {
                 Report::Connected => "connected".to_owned(),
                 Report::Done { refused, .. } => format!("done {:?}, refused {refused:?}", self.in_flight[0].0),
                 Report::Lost { accepted, refused, .. } => format!("lost after {accepted}, refused {refused:?}"),
+                _ => "of exactly_once".to_owned(),
             }
         );
         let records = match report {
@@ -386,6 +395,7 @@ impl World {
                 self.connection = None;
                 self.delivery.lost(failure, accepted, refused, self.now, random)
             }
+            _ => unreachable!("no sender of at_least_once says that"),
         };
         self.note(records);
         true
@@ -652,7 +662,15 @@ impl World {
         self.drop_connection();
         self.ticks.clear();
         let streams = self.tables.streams();
-        self.delivery = Delivery::new(self.tables.cursor.clone(), streams, self.backoff);
+        self.delivery = Delivery::new(
+            Mode::AtLeastOnce,
+            Cursor {
+                position: self.tables.cursor.clone(),
+                number: 0,
+            },
+            streams,
+            self.backoff,
+        );
         self.accepted = 0;
     }
 

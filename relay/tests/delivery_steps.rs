@@ -5,7 +5,7 @@ mod model;
 use model::{out_of_memory, wrong_type};
 use relay::backoff::Backoff;
 use relay::classify::Failure;
-use relay::delivery::{Delivery, Entry, Now, RowFate};
+use relay::delivery::{Cursor, Delivery, Entry, Mode, Now, RowFate};
 use relay::reader::Position;
 use relay::refusal::{Record, Streams};
 use relay::sender::WINDOW_BATCHES;
@@ -46,7 +46,15 @@ impl Desk {
             max_delay: 60 * SECOND,
         };
         let mut desk = Self {
-            delivery: Delivery::new(Position::at(ticks[0].clone()), streams, backoff),
+            delivery: Delivery::new(
+                Mode::AtLeastOnce,
+                Cursor {
+                    position: Position::at(ticks[0].clone()),
+                    number: 0,
+                },
+                streams,
+                backoff,
+            ),
             now: Now::ZERO,
             ticks,
             max_attempts,

@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use kit::{
-    Postgres, QUICK, Redis, Refused, Stack, entries, ids, publish_many, standing, types, wait_drained, wait_trouble,
-    wait_until,
+    Postgres, QUICK, Redis, Refused, Stack, entries, ids, publish_many, standing, tell, types, wait_drained,
+    wait_trouble, wait_until,
 };
 
 /// A stack whose Redis wants this password, which the backend doesn't have yet.
@@ -129,14 +129,8 @@ fn passwords_are_changed_at_run_time() {
 
     // Redis changes first: what is connected goes on, and the next connection needs the new one.
     let mut admin = stack.redis.conn();
-    let mut tell = |words: &[&str]| {
-        redis::cmd(words[0])
-            .arg(&words[1..])
-            .exec(&mut admin)
-            .expect("an admin's command")
-    };
-    tell(&["CONFIG", "SET", "requirepass", "second-secret"]);
-    tell(&["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"]);
+    tell(&mut admin, &["CONFIG", "SET", "requirepass", "second-secret"]);
+    tell(&mut admin, &["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"]);
     expected.extend(publish_many(&mut stack.pg.client(), "default", "", "t", 5));
     wait_trouble(&stack.pg, "default", "misconfigured", "WRONGPASS");
     set("'second-secret'");
@@ -194,15 +188,9 @@ fn a_password_file_is_read_at_each_connect() {
     stack.publish("one");
     assert_eq!(types(&stack.wait_events(1)), ["one"]);
     let mut admin = stack.redis.conn();
-    let mut tell = |words: &[&str]| {
-        redis::cmd(words[0])
-            .arg(&words[1..])
-            .exec(&mut admin)
-            .expect("an admin's command")
-    };
-    tell(&["CONFIG", "SET", "requirepass", "second"]);
+    tell(&mut admin, &["CONFIG", "SET", "requirepass", "second"]);
     password_file(&stack.pg, "second");
-    tell(&["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"]);
+    tell(&mut admin, &["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"]);
     stack.publish("two");
     wait_until("both", || kit::xlen(&mut admin, "events") == 2);
 
@@ -240,7 +228,7 @@ fn a_user_with_no_more_rights_than_needed_is_enough() {
     ]);
     stack
         .pg
-        .exec("update outbox.backends set username = 'relay'; select outbox.set_backend_password('default', 'secret')");
+        .exec("update outbox.backends set username = 'relay', delivery = 'at_least_once'; select outbox.set_backend_password('default', 'secret')");
     let expected = publish_many(&mut stack.pg.client(), "default", "", "t", 50);
     assert_eq!(ids(&stack.wait_events(50)), expected);
     stack.pg.exec("update outbox.backends set username = 'stranger'");

@@ -1,7 +1,7 @@
 //! Crashes under `synchronous_commit = off`: commits that everybody saw are lost, and their transaction ids and numbers are
 //! used again. What reached Redis must not be among them, and what uses their numbers again must reach it.
 
-use kit::{LIMIT, Ledger, Load, Mode, Postgres, Redis, Stack, first_ids, publish_many, wait_drained, wait_until};
+use kit::{LIMIT, Ledger, Load, Mode, Postgres, Redis, Stack, ids, publish_many, wait_drained, wait_until};
 
 /// WAL is written by nobody before it must be: commits stay unflushed for long. (Full pages are written early, hence
 /// few and small records.)
@@ -33,7 +33,7 @@ fn what_reached_redis_is_on_disk() {
         for _ in 0..5 {
             client.execute("select publish_logged('k0')", &[]).unwrap();
             total += 1;
-            wait_until("the event in its stream", || first_ids(&stack.events()).len() == total);
+            wait_until("the event in its stream", || ids(&stack.events()).len() == total);
         }
         if round % 2 == 0 {
             stack.pg.stop(Mode::Immediate);
@@ -42,7 +42,7 @@ fn what_reached_redis_is_on_disk() {
         }
         stack.pg.start_again();
         let verdict = ledger.settle(&stack, LIMIT);
-        verdict.assert_at_least_once();
+        verdict.assert_exactly_once();
         assert_eq!(verdict.committed, total);
     }
 }
@@ -86,7 +86,7 @@ fn crash_rounds(settings: &[(&str, &str)], rounds: usize) {
         "only {} events survived",
         verdict.committed
     );
-    verdict.assert_at_least_once();
+    verdict.assert_exactly_once();
 }
 
 #[test]
@@ -131,7 +131,7 @@ fn ids_of_aborted_transactions_that_are_used_again_after_a_crash_belong_to_the_n
             // The worker's tick sees the aborted ones: then they must not come again.
             client.batch_execute("set synchronous_commit = off").unwrap();
             published.extend(publish_many(&mut client, "default", "", "seen", 1));
-            wait_until("the event in its stream", || first_ids(&stack.events()) == published);
+            wait_until("the event in its stream", || ids(&stack.events()) == published);
         }
         stack.pg.stop(Mode::Immediate);
         stack.pg.start_again();
@@ -147,7 +147,7 @@ fn ids_of_aborted_transactions_that_are_used_again_after_a_crash_belong_to_the_n
         ));
         stack.wait_events(published.len());
         wait_drained(&stack.pg, "default");
-        assert_eq!(first_ids(&stack.events()), published);
+        assert_eq!(ids(&stack.events()), published);
     }
     // Not each time: a page of WAL that is full is written at once.
     assert!(used_again > 0, "no transaction id was ever used again");

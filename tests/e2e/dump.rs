@@ -64,7 +64,8 @@ fn source(recreated_default: bool) -> Stack {
     } else {
         run(
             "update outbox.backends set db = 0, max_len = 5000, stream_name = 'events', connect_timeout = '4 s', \
-             socket_timeout = '6 s', allowed_streams = '{*,x}' where name = 'default'",
+             socket_timeout = '6 s', allowed_streams = '{*,x}', delivery = 'at_least_once', on_missing_guard = 'halt', \
+             wait_replicas = 0 where name = 'default'",
         );
     }
     stack.redis.call(&["SET", "wrong", "no stream"]);

@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use kit::{
-    BlackHole, LIMIT, Ledger, Load, Mode, Postgres, QUICK, Refused, Stack, first_ids, ids, process, publish_many,
-    types, wait_drained, wait_until,
+    BlackHole, LIMIT, Ledger, Load, Mode, Postgres, QUICK, Refused, Stack, ids, process, publish_many, types,
+    wait_drained, wait_until,
 };
 
 #[track_caller]
@@ -76,7 +76,7 @@ fn a_locked_table_delays_no_shutdown() {
         stack.pg.start_again();
         stack.pg.exec("rollback prepared 'lock'");
         stack.wait_events(3);
-        assert_eq!(first_ids(&stack.events()), published);
+        assert_eq!(ids(&stack.events()), published);
     }
 }
 
@@ -100,7 +100,7 @@ fn a_locked_table_delays_no_last_words() {
     stack.pg.start_again();
     stack.pg.exec("rollback prepared 'lock'");
     wait_drained(&stack.pg, "default");
-    assert_eq!(first_ids(&stack.events()), [published, more].concat());
+    assert_eq!(ids(&stack.events()), [published, more].concat());
 }
 
 /// For each look at the worker during `time`: the age of its transaction in seconds (none: 0), whether it holds back vacuum, and how

@@ -28,7 +28,7 @@ fn failed(pg: &Postgres) -> Vec<(Uuid, i32, String)> {
 }
 
 fn refused(pg: &Postgres) -> i64 {
-    pg.one("select count(*) from outbox.refused_events")
+    pg.one("select count(*) from outbox.refused_events where accepted_in is null")
 }
 
 /// Attempts that the event with this id has had.
@@ -262,9 +262,17 @@ fn refused_events_survive_restarts() {
 #[test]
 fn a_forbidden_key_is_its_streams_trouble() {
     let stack = stack(&[("outbox_relay.max_retries", "2")]);
-    stack
-        .redis
-        .call(&["ACL", "SETUSER", "relay", "on", ">secret", "~events", "~good", "+@all"]);
+    stack.redis.call(&[
+        "ACL",
+        "SETUSER",
+        "relay",
+        "on",
+        ">secret",
+        "~events",
+        "~good",
+        "~outbox_relay:*",
+        "+@all",
+    ]);
     stack
         .pg
         .exec("update outbox.backends set username = 'relay'; select outbox.set_backend_password('default', 'secret')");
@@ -296,9 +304,13 @@ fn a_forbidden_command_is_a_misconfiguration() {
     let expected = publish_many(&mut stack.pg.client(), "default", "", "t", 150);
     let found = wait_trouble(&stack.pg, "default", "misconfigured", "NOPERM");
     assert_eq!((found.pending, found.failed), (150, 0));
-    stack
-        .pg
-        .wait_log("HINT:  Allow the backend's Redis user the command XADD on its streams.");
+    stack.pg.wait_log(
+        "HINT:  Allow the backend's Redis user XADD on its streams, and for exactly_once what the README lists",
+    );
+    stack.redis.call(&["ACL", "SETUSER", "relay", "+@all", "-xadd"]);
+    stack.pg.exec("select outbox.wake()");
+    let found = wait_trouble(&stack.pg, "default", "misconfigured", "'xadd'");
+    assert_eq!((found.pending, found.failed), (150, 0));
     stack.redis.call(&["ACL", "SETUSER", "relay", "+xadd"]);
     assert_eq!(ids(&stack.wait_events(150)), expected);
     wait_drained(&stack.pg, "default");

@@ -27,6 +27,7 @@ const SETTINGS: &[(&str, &str, &str, &[&str])] = &[
     ("redis_max_len", "10000", "sighup", &["-1"]),
     ("redis_connect_timeout", "5s", "sighup", &["0", "-1", "2h"]),
     ("redis_socket_timeout", "5s", "sighup", &["0", "-1", "2h"]),
+    ("send_after", "local_flush", "sighup", &["remote_apply", "on", ""]),
 ];
 
 #[test]

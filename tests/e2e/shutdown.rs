@@ -3,8 +3,7 @@
 use std::time::{Duration, Instant};
 
 use kit::{
-    BlackHole, Mode, Postgres, Redis, Stack, eventually, first_ids, ids, publish_many, wait_drained, wait_trouble,
-    wait_until,
+    BlackHole, Mode, Postgres, Redis, Stack, eventually, ids, publish_many, wait_drained, wait_trouble, wait_until,
 };
 use uuid::Uuid;
 
@@ -72,7 +71,7 @@ fn assert_all_arrive(stack: &Stack, expected: &[Uuid]) {
     stack.redis.sigcont();
     stack.point("default", &stack.redis);
     wait_drained(&stack.pg, "default");
-    let arrived = first_ids(&stack.events());
+    let arrived = ids(&stack.events());
     assert_eq!(arrived.len(), expected.len());
     assert!(arrived == expected, "out of order");
 }
@@ -170,7 +169,7 @@ fn a_fast_stop_does_not_wait_for_many() {
     assert!(stopped.is_some_and(|status| status.success()));
     stack.pg.start_again();
     let mark = stack.publish("after");
-    assert_eq!(first_ids(&stack.wait_events(2))[1], mark);
+    assert_eq!(ids(&stack.wait_events(2))[1], mark);
 }
 
 /// What was delivered before an orderly stop is not sent again after it, although the cursor is saved only now and then.

@@ -12,6 +12,16 @@ pub fn postgres_bin() -> PathBuf {
     required("OUTBOX_TEST_PGBIN")
 }
 
+/// The same with the library built with the feature `faults`, which can be told to die and to misbehave.
+pub fn faults_bin() -> PathBuf {
+    required("OUTBOX_TEST_FAULTS_PGBIN")
+}
+
+/// Whether there is such a build.
+pub fn has_faults() -> bool {
+    std::env::var_os("OUTBOX_TEST_FAULTS_PGBIN").is_some()
+}
+
 /// A data directory fresh from initdb, that each test copies.
 pub fn template() -> PathBuf {
     required("OUTBOX_TEST_TEMPLATE")

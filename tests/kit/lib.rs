@@ -7,28 +7,47 @@
 //! - [`Standing`] and [`ids`] what the relay says of itself, and what arrived ([`relay`])
 //! - [`Ledger`], [`Load`], [`Verdict`] what was committed, who commits it, and whether the streams agree ([`ledger`])
 //! - [`Refused`] what Postgres said when it refused a statement ([`refused`])
+//! - [`Redis::persistent`], [`Saved`] what a Redis keeps on disk, and losing some of it ([`persistence`])
+//! - [`Redis::replica_of`] replicas that fall behind and are promoted ([`replication`])
+//! - [`owners`] servers that share a Redis, and who of them owns the guard
+//! - [`Proxy`], [`Way`] a network that delays, cuts and holds back ([`proxy`])
+//! - [`Postgres::crash_at`], [`Postgres::hold_at`], [`Postgres::mutation`] steer a library built for tests ([`faults`])
+//! - [`Guard`] the guard of a backend, and workers that are killed ([`guard`])
+//! - [`Dice`] chance that a seed repeats ([`dice`])
 //! - [`BlackHole`], [`Garbage`] Redis servers that never were ([`hostile`])
 //!
 //! `scripts/test` prepares what the kit needs and names it in the environment ([`env`]): start the tests with it
 //! (`make test`). Every server runs below one temporary directory, so that the script can end whatever a test
 //! that was killed has left.
 
+pub mod dice;
 pub mod env;
+pub mod faults;
+pub mod guard;
 pub mod hostile;
 pub mod ledger;
+pub mod owners;
+pub mod persistence;
+mod port;
 pub mod postgres;
 pub mod process;
+pub mod proxy;
 pub mod redis;
 pub mod refused;
 pub mod relay;
+pub mod replication;
 pub mod stack;
 pub mod wait;
 
+pub use dice::Dice;
+pub use guard::{Guard, UNTRIMMED};
 pub use hostile::{BlackHole, Garbage};
 pub use ledger::{Ledger, Load, Verdict};
+pub use persistence::Saved;
 pub use postgres::{Mode, Postgres};
-pub use redis::{Entry, Redis, entries, xlen};
+pub use proxy::{Proxy, Way};
+pub use redis::{Entry, Redis, entries, tell, xlen};
 pub use refused::Refused;
 pub use relay::{QUICK, Standing, first_ids, ids, promptly, publish_many, standing, types, wait_drained, wait_trouble};
 pub use stack::Stack;
-pub use wait::{LIMIT, eventually, wait_eq, wait_until};
+pub use wait::{LIMIT, eventually, holds_for, wait_eq, wait_until};

@@ -67,6 +67,8 @@ enum Origin {
 #[derive(Debug, Clone)]
 #[must_use]
 pub struct Builder {
+    /// The programs.
+    bin: PathBuf,
     settings: Vec<(String, String)>,
     origin: Origin,
 }
@@ -74,9 +76,16 @@ pub struct Builder {
 impl Builder {
     fn new(origin: Origin) -> Self {
         Builder {
+            bin: env::postgres_bin(),
             settings: Vec::new(),
             origin,
         }
+    }
+
+    /// With the library that can be told to die, to wait and to break its promises: see [`crate::faults`].
+    pub fn faults(mut self) -> Self {
+        self.bin = env::faults_bin();
+        self
     }
 
     /// Adds lines to postgresql.conf; the last one of a name counts, also over the kit's defaults.
@@ -106,7 +115,12 @@ impl Builder {
         }
         // A copied directory brings the postmaster.pid of a server that may still run.
         let _ = std::fs::remove_file(data.join("postmaster.pid"));
-        let server = Postgres { data, dir, child: None };
+        let server = Postgres {
+            bin: self.bin,
+            data,
+            dir,
+            child: None,
+        };
         let socket_dir = server.host().display().to_string();
         server.configure(&[("unix_socket_directories", &socket_dir)]);
         if matches!(self.origin, Origin::Template) {
@@ -124,6 +138,7 @@ impl Builder {
 #[derive(Debug)]
 pub struct Postgres {
     child: Option<Child>,
+    bin: PathBuf,
     data: PathBuf,
     /// Holds the data directory, the socket and the log; removed last.
     dir: TempDir,
@@ -151,18 +166,20 @@ impl Postgres {
 
     /// A streaming standby of this server (pg_basebackup -R), with the same settings.
     pub fn standby(&self) -> Builder {
-        Builder::new(Origin::BaseBackup {
-            host: self.host().to_path_buf(),
-            standby: true,
-        })
+        self.backup(true)
     }
 
     /// A restored base backup of this server: same system identifier and settings, a life of its own.
     pub fn base_backup(&self) -> Builder {
-        Builder::new(Origin::BaseBackup {
-            host: self.host().to_path_buf(),
-            standby: false,
-        })
+        self.backup(false)
+    }
+
+    fn backup(&self, standby: bool) -> Builder {
+        let host = self.host().to_path_buf();
+        Builder {
+            bin: self.bin.clone(),
+            ..Builder::new(Origin::BaseBackup { host, standby })
+        }
     }
 
     // --- talking to it
@@ -235,7 +252,7 @@ impl Postgres {
 
     /// Runs a client program of this installation (`pgbench`, `vacuumdb`...) against this server.
     pub fn run(&self, program: &str, args: &[&str], stdin: &str) -> Ran {
-        let mut command = Command::new(env::postgres_bin().join(program));
+        let mut command = Command::new(self.bin.join(program));
         if program == "psql" {
             command.arg("-X");
         }
@@ -318,7 +335,7 @@ impl Postgres {
             .append(true)
             .open(self.log_path())
             .expect("cannot open the log");
-        let child = env::server_command(env::postgres_bin().join("postgres"))
+        let child = env::server_command(self.bin.join("postgres"))
             .arg("-D")
             .arg(&self.data)
             .stdin(Stdio::null())

@@ -12,8 +12,19 @@ pub fn pids_in(dir: &Path) -> Vec<i32> {
     let processes = std::fs::read_dir("/proc").expect("cannot read /proc");
     processes
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
-        .filter(|pid: &i32| std::fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd == dir))
+        .filter(|pid: &i32| works_in(*pid, dir))
         .collect()
+}
+
+fn works_in(pid: i32, dir: &Path) -> bool {
+    let is_in = |path: String| std::fs::read_link(path).map(|cwd| cwd == dir);
+    is_in(format!("/proc/{pid}/cwd")).unwrap_or_else(|_| {
+        // A process that exits: its first thread has no directory any more, but another one may still hold what they share.
+        let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten();
+        threads
+            .filter_map(|thread| thread.ok()?.file_name().into_string().ok())
+            .any(|thread| is_in(format!("/proc/{pid}/task/{thread}/cwd")).unwrap_or(false))
+    })
 }
 
 /// What `pid` calls itself, such as `postgres: outbox_relay worker`.

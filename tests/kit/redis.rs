@@ -1,9 +1,8 @@
 //! A throwaway Redis server, and reading its streams.
 
 use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
-use std::net::TcpListener;
-use std::path::PathBuf;
+use std::fs::OpenOptions;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -12,12 +11,9 @@ use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
 use crate::env;
+use crate::port::TakenPort;
 use crate::process::{self, tail, wait_exit};
 use crate::wait::{LIMIT, eventually};
-
-/// Below the range from which the kernel takes the ports of outgoing connections (32768 and up on Linux), so that
-/// none of those takes a server's port while it is down.
-const PORTS: std::ops::Range<u16> = 20_000..30_000;
 
 /// A Redis server on 127.0.0.1 and on a unix socket; nothing is saved to disk unless its arguments say so. Dropping it kills
 /// it and removes its data.
@@ -126,6 +122,15 @@ impl Redis {
         self.dir.path().join("redis.sock")
     }
 
+    /// Where it keeps what it saves.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    pub fn password(&self) -> Option<&str> {
+        self.password.as_deref()
+    }
+
     /// A TCP connection, whose replies are awaited for at most [`LIMIT`].
     #[track_caller]
     pub fn conn(&self) -> Connection {
@@ -148,13 +153,7 @@ impl Redis {
     /// One command on a connection of its own: `redis.call(&["CONFIG", "SET", "maxmemory", "1mb"])`.
     #[track_caller]
     pub fn call(&self, words: &[&str]) -> Value {
-        let mut command = cmd(words[0]);
-        for word in &words[1..] {
-            command.arg(word);
-        }
-        command
-            .query(&mut self.conn())
-            .unwrap_or_else(|error| panic!("{words:?} failed: {error}"))
+        tell(&mut self.conn(), words)
     }
 
     /// The whole of a stream; see [`entries`].
@@ -182,6 +181,10 @@ impl Redis {
             std::thread::sleep(Duration::from_millis(5));
         }
         panic!("waited {LIMIT:?} for {count} entries in {stream}; there are {last}");
+    }
+
+    pub fn is_running(&self) -> bool {
+        self.child.is_some()
     }
 
     #[track_caller]
@@ -262,6 +265,15 @@ impl Entry {
     }
 }
 
+/// One command of an admin's, on a connection that stays open: after `CONFIG SET requirepass` or `maxclients` no other would come in.
+#[track_caller]
+pub fn tell(conn: &mut impl ConnectionLike, words: &[&str]) -> Value {
+    cmd(words[0])
+        .arg(&words[1..])
+        .query(conn)
+        .unwrap_or_else(|error| panic!("{words:?} failed: {error}"))
+}
+
 /// The whole of a stream, oldest entry first; empty when it doesn't exist.
 #[track_caller]
 pub fn entries(conn: &mut impl ConnectionLike, stream: &str) -> Vec<Entry> {
@@ -297,34 +309,4 @@ pub fn counts(entries: &[Entry], field: &str) -> BTreeMap<String, usize> {
         *counts.entry(entry.field(field).to_string()).or_default() += 1;
     }
     counts
-}
-
-/// A port that no other test of this run takes, noted in a file until the value is dropped.
-#[derive(Debug)]
-struct TakenPort {
-    number: u16,
-    note: PathBuf,
-}
-
-impl TakenPort {
-    fn any() -> Self {
-        let dir = env::port_dir();
-        let span = u64::from(PORTS.end - PORTS.start);
-        for _ in 0..1_000 {
-            let (high, low) = uuid::Uuid::new_v4().as_u64_pair();
-            let offset = u16::try_from((high ^ low) % span).expect("below the span");
-            let number = PORTS.start + offset;
-            let note = dir.join(number.to_string());
-            if TcpListener::bind(("127.0.0.1", number)).is_ok() && File::create_new(&note).is_ok() {
-                return TakenPort { number, note };
-            }
-        }
-        panic!("found no free port in {PORTS:?}");
-    }
-}
-
-impl Drop for TakenPort {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.note);
-    }
 }

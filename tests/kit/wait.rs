@@ -44,3 +44,13 @@ pub fn wait_eq<T: PartialEq + Debug>(what: &str, expected: T, mut probe: impl Fn
         std::thread::sleep(POLL_INTERVAL);
     }
 }
+
+/// Looks again and again for so long, and panics as soon as it does not hold: for what must not happen.
+#[track_caller]
+pub fn holds_for(span: Duration, what: &str, mut holds: impl FnMut() -> bool) {
+    let end = Instant::now() + span;
+    while Instant::now() < end {
+        assert!(holds(), "not true for {span:?}: {what}");
+        std::thread::sleep(POLL_INTERVAL);
+    }
+}

@@ -1,0 +1,387 @@
+//! Whether a guard may be claimed, and from where its new owner goes on: decisions alone.
+//!
+//! A live owner is never robbed. Who has been owner before, in the same place, claims at once: it was restarted. Another server that
+//! has the owner's history (a promoted standby, a copied data directory) first watches whether the owner still refreshes the guard.
+//! Whoever does not know the owner stays away until somebody says otherwise.
+
+use crate::classify::{Class, Failure};
+use crate::delivery::Now;
+use crate::guard::Guard;
+use std::time::Duration;
+
+/// So many refreshes must be missed before an owner counts as gone.
+const MISSED_BEATS: u32 = 3;
+/// The same, after nobody may have reached Redis for a while: its owner may wait longer than we did before it tries again.
+const MISSED_AFTER_OUTAGE: u32 = 12;
+/// A look that comes so much later than two refreshes after the one before it comes after an outage, too.
+const LATE_LOOK: Duration = Duration::from_secs(1);
+
+/// `on_missing_guard`: Redis lost everything, the guard too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnMissing {
+    /// Go on with what has not been sent.
+    Continue,
+    /// Wait for `outbox.take_over()`.
+    Halt,
+    /// Send again all that is retained.
+    Replay,
+}
+
+/// What we know of the incarnation that a guard names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Incarnation {
+    /// This run of this server.
+    Current,
+    /// An earlier one of our history, which ended at this position of the WAL.
+    Earlier { ended: u64 },
+    /// Nobody we know.
+    Unknown,
+}
+
+/// Who judges.
+pub struct Claimant<'a> {
+    /// Of the guard's incarnation.
+    pub incarnation: Incarnation,
+    pub system: &'a str,
+    pub place: &'a str,
+    /// The last batch that is known to be appended; 0: none ever.
+    pub number: u64,
+    pub on_missing: OnMissing,
+    /// Somebody asked for it.
+    pub take_over: bool,
+}
+
+/// From where the new owner goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// Where it stood.
+    Own,
+    /// At the guard's position: batches were appended that it has not heard of.
+    Adopt,
+    /// At the guard's position: Redis has lost batches that it had acknowledged.
+    Heal,
+    /// Where it stood, leaving out events that stand in the streams already.
+    Compare(Why),
+    /// At the beginning of what is retained.
+    Replay,
+}
+
+/// Why event ids are to be compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Why {
+    /// There is no guard.
+    Missing,
+    /// The guard's position lies beyond our history.
+    OtherHistory,
+    /// Whoever began to compare did not come to an end.
+    Unfinished,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Decision {
+    Claim(Start),
+    /// Look again after this long; zero: as after any failure.
+    Wait {
+        failure: Failure,
+        retry_after: Duration,
+    },
+}
+
+/// What is remembered of a guard that is being watched.
+#[derive(Default)]
+pub struct Watch {
+    seen: Option<Seen>,
+    /// It has moved under our eyes.
+    moved: bool,
+    /// Refreshes that must be missed.
+    missable: u32,
+}
+
+struct Seen {
+    mark: (String, u64, u64),
+    interval: Duration,
+    since: Now,
+    looked_at: Now,
+    /// Redis could not be reached since then.
+    interrupted: bool,
+}
+
+impl Watch {
+    /// Redis cannot be reached, perhaps by nobody: silence says nothing.
+    pub fn interrupt(&mut self) {
+        if let Some(seen) = &mut self.seen {
+            seen.interrupted = true;
+        }
+    }
+
+    /// For how much longer the guard must not move.
+    fn look(&mut self, guard: &Guard, now: Now) -> Duration {
+        let mark = (guard.token.clone(), guard.number, guard.beat);
+        let gap = guard.interval * 2 + LATE_LOOK;
+        let mut since = now;
+        match &self.seen {
+            Some(seen) if seen.mark != mark => (self.moved, self.missable) = (true, MISSED_BEATS),
+            // What was not looked at says nothing.
+            Some(seen) if seen.interrupted || now > seen.looked_at + gap => self.missable = MISSED_AFTER_OUTAGE,
+            Some(seen) => since = seen.since,
+            None => self.missable = MISSED_BEATS,
+        }
+        let looked_at = now;
+        let interval = guard.interval;
+        self.seen = Some(Seen {
+            mark,
+            interval,
+            since,
+            looked_at,
+            interrupted: false,
+        });
+        (interval * self.missable).saturating_sub(now - since)
+    }
+
+    /// The guard is missing, and somebody else owned it, who is to come first: how often to look meanwhile, and for how long.
+    fn misses(&self, now: Now) -> Option<(Duration, Duration)> {
+        let seen = self.seen.as_ref()?;
+        let rest = (seen.interval * MISSED_AFTER_OUTAGE).saturating_sub(now.saturating_sub(seen.looked_at));
+        (!rest.is_zero()).then_some((seen.interval, rest))
+    }
+}
+
+/// Judges the guard that was read at `now`.
+pub fn judge(guard: Option<&Guard>, us: &Claimant<'_>, watch: &mut Watch, now: Now) -> Decision {
+    let Some(guard) = guard else {
+        if let Some((interval, rest)) = watch.misses(now).filter(|_| !us.take_over) {
+            return Decision::Wait {
+                failure: Failure::backend("its guard is missing, and belonged to another server, which is waited for"),
+                retry_after: interval.min(rest),
+            };
+        }
+        *watch = Watch::default();
+        return missing(us);
+    };
+    let is_restart = match us.incarnation {
+        Incarnation::Current => true,
+        Incarnation::Earlier { .. } => guard.place == us.place,
+        Incarnation::Unknown => false,
+    };
+    if is_restart || us.take_over || (guard.released && us.incarnation != Incarnation::Unknown) {
+        *watch = Watch::default();
+        return Decision::Claim(start(guard, us));
+    }
+    let rest = watch.look(guard, now);
+    if us.incarnation == Incarnation::Unknown {
+        return Decision::Wait {
+            failure: fenced(guard),
+            retry_after: guard.interval,
+        };
+    }
+    if rest.is_zero() {
+        *watch = Watch::default();
+        return Decision::Claim(start(guard, us));
+    }
+    let failure = match watch.moved {
+        true => fenced(guard),
+        false => Failure::backend(format!(
+            "watching whether its former owner still lives: {}",
+            guard.place
+        )),
+    };
+    Decision::Wait {
+        failure,
+        retry_after: guard.interval.min(rest),
+    }
+}
+
+fn missing(us: &Claimant<'_>) -> Decision {
+    match us.on_missing {
+        _ if us.number == 0 => Decision::Claim(Start::Own),
+        OnMissing::Halt if !us.take_over => Decision::Wait {
+            failure: Failure::configuration("its guard is missing: Redis has lost its data, or stands for another"),
+            retry_after: Duration::ZERO,
+        },
+        OnMissing::Replay => Decision::Claim(Start::Replay),
+        OnMissing::Continue | OnMissing::Halt => Decision::Claim(Start::Compare(Why::Missing)),
+    }
+}
+
+fn fenced(guard: &Guard) -> Failure {
+    Failure::new(
+        Class::Fenced,
+        format!(
+            "it belongs to the server at {} (system {}, timeline {})",
+            guard.place, guard.system, guard.timeline
+        ),
+    )
+}
+
+fn start(guard: &Guard, us: &Claimant<'_>) -> Start {
+    if guard.position.is_none() {
+        return match us.number == 0 && guard.number == 0 {
+            true => Start::Own,
+            false => Start::Compare(Why::Unfinished),
+        };
+    }
+    let is_ours = match us.incarnation {
+        Incarnation::Current => true,
+        // WAL positions of another system mean nothing here (pg_upgrade has made a new one): equal numbers must do.
+        Incarnation::Earlier { .. } if guard.system != us.system => guard.number == us.number,
+        Incarnation::Earlier { ended } => guard.wal <= ended,
+        Incarnation::Unknown => false,
+    };
+    if !is_ours {
+        return Start::Compare(Why::OtherHistory);
+    }
+    match guard.number.cmp(&us.number) {
+        std::cmp::Ordering::Equal => Start::Own,
+        std::cmp::Ordering::Greater => Start::Adopt,
+        std::cmp::Ordering::Less => Start::Heal,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const INTERVAL: Duration = Duration::from_secs(5);
+
+    fn guard() -> Guard {
+        Guard {
+            token: "t".into(),
+            incarnation: "i".into(),
+            system: "1".into(),
+            timeline: 1,
+            place: "here".into(),
+            interval: INTERVAL,
+            beat: 0,
+            released: false,
+            number: 7,
+            position: "3:3:/3/0/0".parse().ok(),
+            previous: None,
+            again: Vec::new(),
+            wal: 100,
+            total: 0,
+        }
+    }
+
+    fn us(incarnation: Incarnation) -> Claimant<'static> {
+        Claimant {
+            incarnation,
+            system: "1",
+            place: "here",
+            number: 7,
+            on_missing: OnMissing::Continue,
+            take_over: false,
+        }
+    }
+
+    fn once(guard: Option<&Guard>, us: &Claimant<'_>) -> Decision {
+        judge(guard, us, &mut Watch::default(), Now::ZERO)
+    }
+
+    #[test]
+    fn the_numbers_say_who_is_behind() {
+        for (number, start) in [(6, Start::Adopt), (7, Start::Own), (8, Start::Heal)] {
+            let us = Claimant {
+                number,
+                ..us(Incarnation::Current)
+            };
+            assert_eq!(once(Some(&guard()), &us), Decision::Claim(start));
+        }
+    }
+
+    #[test]
+    fn a_position_beyond_our_history_is_not_believed() {
+        for (ended, start) in [(100, Start::Own), (99, Start::Compare(Why::OtherHistory))] {
+            let decision = once(Some(&guard()), &us(Incarnation::Earlier { ended }));
+            assert_eq!(decision, Decision::Claim(start));
+        }
+    }
+
+    #[test]
+    fn another_place_watches_three_refreshes() {
+        let (mut watch, elsewhere) = (Watch::default(), us(Incarnation::Earlier { ended: 100 }));
+        let elsewhere = Claimant {
+            place: "there",
+            ..elsewhere
+        };
+        let mut at = |seconds, guard: &Guard| judge(Some(guard), &elsewhere, &mut watch, Duration::from_secs(seconds));
+        let is_fenced = |d: Decision| matches!(d, Decision::Wait { failure, .. } if failure.class == Class::Fenced);
+        assert!(!is_fenced(at(0, &guard())));
+        assert!(!is_fenced(at(7, &guard())));
+        assert!(!is_fenced(at(14, &guard())));
+        let moved = Guard { beat: 1, ..guard() };
+        assert!(is_fenced(at(14, &moved)));
+        assert!(is_fenced(at(21, &moved)));
+        assert!(is_fenced(at(28, &moved)));
+        assert_eq!(at(29, &moved), Decision::Claim(Start::Own));
+    }
+
+    #[test]
+    fn while_nobody_looks_no_refresh_is_missed() {
+        let (mut watch, elsewhere) = (Watch::default(), us(Incarnation::Earlier { ended: 100 }));
+        let elsewhere = Claimant {
+            place: "there",
+            ..elsewhere
+        };
+        let mut waits = |seconds| {
+            let decision = judge(Some(&guard()), &elsewhere, &mut watch, Duration::from_secs(seconds));
+            matches!(decision, Decision::Wait { .. })
+        };
+        assert!(waits(0) && waits(10));
+        // Redis was away; its owner has up to a minute to come back.
+        assert!((100..160).step_by(10).all(&mut waits));
+        assert!(!waits(160));
+    }
+
+    #[test]
+    fn a_stranger_stays_away_until_told() {
+        let stranger = us(Incarnation::Unknown);
+        assert!(matches!(once(Some(&guard()), &stranger), Decision::Wait { .. }));
+        let released = Guard {
+            released: true,
+            ..guard()
+        };
+        assert!(matches!(once(Some(&released), &stranger), Decision::Wait { .. }));
+        let told = Claimant {
+            take_over: true,
+            ..stranger
+        };
+        let compares = Decision::Claim(Start::Compare(Why::OtherHistory));
+        assert_eq!(once(Some(&guard()), &told), compares);
+    }
+
+    #[test]
+    fn a_released_guard_is_taken_at_once_by_who_knows_it() {
+        let released = Guard {
+            released: true,
+            ..guard()
+        };
+        let us = Claimant {
+            place: "there",
+            ..us(Incarnation::Earlier { ended: 100 })
+        };
+        assert_eq!(once(Some(&released), &us), Decision::Claim(Start::Own));
+    }
+
+    #[test]
+    fn a_missing_guard_is_news_only_after_the_first_batch() {
+        let first = Claimant {
+            number: 0,
+            ..us(Incarnation::Current)
+        };
+        assert_eq!(once(None, &first), Decision::Claim(Start::Own));
+        for (on_missing, start) in [
+            (OnMissing::Continue, Some(Start::Compare(Why::Missing))),
+            (OnMissing::Replay, Some(Start::Replay)),
+            (OnMissing::Halt, None),
+        ] {
+            let us = Claimant {
+                on_missing,
+                ..us(Incarnation::Current)
+            };
+            match start {
+                Some(start) => assert_eq!(once(None, &us), Decision::Claim(start)),
+                None => assert!(matches!(once(None, &us), Decision::Wait { .. })),
+            }
+        }
+    }
+}

@@ -1,0 +1,517 @@
+//! What is said on one connection of a backend with `exactly_once`, without the connection: orders and replies go in, bytes and
+//! reports come out.
+//!
+//! ```text
+//! WATCH, HGETALL guard ──▶ report Guard ──(order Claim)──▶ MULTI, HSET, EXEC ──▶ WATCH, HMGET token ──▶ report Claimed
+//!     ┌────────────────────────────────────────────────────────────────────────────────────────┐
+//!     ▼                                                                                        │
+//! armed: the token was read under WATCH, and is ours ──(a batch is queued)──▶ EXEC, WATCH, HMGET ┴▶ report Done
+//! ```
+//! A claim by somebody else between HMGET and EXEC makes EXEC answer nil; nothing is written then. So an EXEC is sent only when
+//! armed, and the commands of the next batch are queued in Redis meanwhile. After a batch of which something was refused,
+//! nothing is sent until the worker has written that down (order Resume).
+
+use crate::classify::{self, Class, Failure};
+use crate::encode::append_command;
+use crate::fault;
+use crate::guard::{BATCH_START, Guard, Owner, append_beat, append_claim};
+use crate::sender::{Batch, Order, Refusal, Report};
+use crate::tails::Search;
+use redis::Value;
+use std::collections::VecDeque;
+
+/// A claim of the guard.
+pub struct Claim {
+    pub token: String,
+    pub owner: Owner,
+    /// Number, WAL position and total to start from, with no position; `None` leaves what the guard says.
+    pub start: Option<(u64, u64, i64)>,
+}
+
+/// Replicas that must have what was written (WAIT), and for how long the server waits for them at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Replicas {
+    pub count: u32,
+    pub wait_ms: u64,
+}
+
+impl Replicas {
+    /// Appends the WAIT for everything that this connection has written.
+    pub(crate) fn append_wait(&self, out: &mut Vec<u8>) {
+        let (count, wait_ms) = (self.count.to_string(), self.wait_ms.to_string());
+        append_command(out, &[b"WAIT", count.as_bytes(), wait_ms.as_bytes()]);
+    }
+
+    /// What the reply to WAIT says: the inner error, that there are too few.
+    pub(crate) fn judge(&self, reply: &Value) -> Result<Result<(), Failure>, Failure> {
+        let count = match reply {
+            Value::Int(count) => *count,
+            other => return Err(error_of(other)),
+        };
+        let few = || {
+            Failure::backend(format!(
+                "NOREPLICAS only {count} of {} replicas have the batch",
+                self.count
+            ))
+        };
+        Ok((count >= i64::from(self.count)).then_some(()).ok_or_else(few))
+    }
+}
+
+/// What the next replies answer.
+enum Expect {
+    Watch,
+    Guard,
+    /// A reply that matters only if it is an error: of MULTI, of a command that is queued for a claim.
+    Claiming,
+    ClaimExec,
+    Token,
+    /// Of a batch's commands being queued: MULTI, then the entries, then HSET.
+    Queued {
+        batch: u64,
+        next: usize,
+        commands: usize,
+    },
+    Exec,
+    Replicas,
+    Discard,
+    Search,
+}
+
+/// A batch whose commands were written.
+struct Written {
+    /// Tells it from the others of this connection.
+    id: u64,
+    batch: Batch,
+    /// Errors of commands that were not even queued.
+    unqueued: Vec<Refusal>,
+    kind: Kind,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Batch,
+    Beat,
+    Release,
+}
+
+enum Phase {
+    /// The guard is read, or a claim waited for.
+    Claiming,
+    Claimed,
+    /// Something was refused: waits for [`Order::Resume`].
+    Stopped,
+}
+
+/// One connection's conversation. Once [`Self::reply`] returns an error it has ended.
+pub struct Conversation {
+    key: Vec<u8>,
+    replicas: Option<Replicas>,
+    token: Option<String>,
+    /// The token has been read back.
+    was_claimed: bool,
+    phase: Phase,
+    expected: VecDeque<Expect>,
+    armed: bool,
+    /// Its commands are queued in Redis, EXEC is not sent.
+    queued: Option<Written>,
+    /// Batches written so far.
+    written: u64,
+    /// Its EXEC is sent.
+    executing: Option<Written>,
+    /// Executed; waits for replicas.
+    executed: Option<(Written, Vec<Refusal>)>,
+    search: Option<Search>,
+    /// Somebody was told that there are too few replicas.
+    told_of_replicas: bool,
+    out: Vec<u8>,
+}
+
+impl Conversation {
+    /// Begins with reading the guard at `key`.
+    pub fn new(key: &str, replicas: Option<Replicas>) -> Self {
+        let key = key.as_bytes().to_vec();
+        let mut out = Vec::new();
+        append_command(&mut out, &[b"WATCH", &key]);
+        append_command(&mut out, &[b"HGETALL", &key]);
+        Self {
+            key,
+            replicas,
+            token: None,
+            was_claimed: false,
+            phase: Phase::Claiming,
+            expected: VecDeque::from([Expect::Watch, Expect::Guard]),
+            armed: false,
+            queued: None,
+            written: 0,
+            executing: None,
+            executed: None,
+            search: None,
+            told_of_replicas: false,
+            out,
+        }
+    }
+
+    /// Bytes to be written; the caller empties it.
+    pub fn output(&mut self) -> &mut Vec<u8> {
+        &mut self.out
+    }
+
+    pub fn awaits_reply(&self) -> bool {
+        !self.expected.is_empty()
+    }
+
+    /// Whether a batch is written but not done with.
+    pub fn is_busy(&self) -> bool {
+        self.queued.is_some() || self.executing.is_some() || self.executed.is_some()
+    }
+
+    /// Whether an order may be given now.
+    pub fn wants_order(&self) -> bool {
+        match self.phase {
+            Phase::Claiming => self.expected.is_empty(),
+            // While it waits for replicas, nothing may be queued behind: a further WAIT would be queued too.
+            Phase::Claimed if self.replicas.is_some() => self.armed && !self.is_busy() && self.search.is_none(),
+            Phase::Claimed => self.queued.is_none() && self.search.is_none(),
+            Phase::Stopped => self.expected.is_empty(),
+        }
+    }
+
+    /// Takes an order of the worker.
+    pub fn order(&mut self, order: Order) {
+        match (&self.phase, order) {
+            (Phase::Claiming, Order::Claim(claim)) => self.claim(*claim),
+            (Phase::Claimed, Order::Batch(batch)) => self.queue(batch, Kind::Batch),
+            (Phase::Claimed, Order::Beat { beat, released }) => {
+                // A batch on its way says as much.
+                if released || !self.is_busy() {
+                    self.beat(beat, released);
+                }
+            }
+            (Phase::Claimed, Order::Look { wanted, purpose }) => {
+                self.search = Some(Search::new(&wanted, purpose));
+                self.ask();
+            }
+            (Phase::Stopped, Order::Resume) => {
+                self.phase = Phase::Claimed;
+                self.rearm();
+            }
+            // The worker has not heard yet that it is stopped: it will read those rows again.
+            (_, _) => {}
+        }
+    }
+
+    fn claim(&mut self, claim: Claim) {
+        self.out.extend_from_slice(BATCH_START);
+        append_claim(&mut self.out, &self.key, &claim.token, &claim.owner, claim.start);
+        append_command(&mut self.out, &[b"EXEC"]);
+        self.expected
+            .extend([Expect::Claiming, Expect::Claiming, Expect::ClaimExec]);
+        self.token = Some(claim.token);
+        self.phase = Phase::Claimed;
+    }
+
+    fn beat(&mut self, beat: u64, released: bool) {
+        let mut bytes = BATCH_START.to_vec();
+        append_beat(&mut bytes, &self.key, beat, released);
+        let kind = if released { Kind::Release } else { Kind::Beat };
+        self.queue(Batch { bytes, commands: 0 }, kind);
+    }
+
+    fn queue(&mut self, batch: Batch, kind: Kind) {
+        self.out.extend_from_slice(&batch.bytes);
+        let commands = batch.commands + 2;
+        self.written += 1;
+        self.expected.push_back(Expect::Queued {
+            batch: self.written,
+            next: 0,
+            commands,
+        });
+        self.queued = Some(Written {
+            id: self.written,
+            batch,
+            unqueued: Vec::new(),
+            kind,
+        });
+        self.execute();
+    }
+
+    /// Sends EXEC, if it may.
+    fn execute(&mut self) {
+        let may = self.armed || fault::is_mutated("two_execs");
+        if !may || self.queued.is_none() || self.executing.is_some() || self.executed.is_some() {
+            return;
+        }
+        self.armed = false;
+        self.executing = self.queued.take();
+        append_command(&mut self.out, &[b"EXEC"]);
+        self.expected.push_back(Expect::Exec);
+        match self.replicas {
+            Some(replicas) => self.wait(replicas),
+            None => self.rearm(),
+        }
+    }
+
+    fn wait(&mut self, replicas: Replicas) {
+        replicas.append_wait(&mut self.out);
+        self.expected.push_back(Expect::Replicas);
+    }
+
+    fn rearm(&mut self) {
+        if !fault::is_mutated("no_watch") {
+            append_command(&mut self.out, &[b"WATCH", &self.key]);
+            self.expected.push_back(Expect::Watch);
+        }
+        append_command(&mut self.out, &[b"HMGET", &self.key, b"token"]);
+        self.expected.push_back(Expect::Token);
+    }
+
+    fn ask(&mut self) {
+        if self.search.as_ref().is_some_and(|search| search.ask(&mut self.out)) {
+            self.expected.push_back(Expect::Search);
+        }
+    }
+
+    /// Takes in the next reply, and appends what there is to report. An error ends the connection.
+    pub fn reply(&mut self, value: Value, reports: &mut Vec<Report>) -> Result<(), Failure> {
+        match self.expected.pop_front() {
+            None => return Err(Failure::backend("a reply that nobody asked for")),
+            Some(Expect::Watch) => well(&value)?,
+            Some(Expect::Guard) => {
+                let guard = guard(value).map_err(|failure| self.at_key(failure))?;
+                reports.push(Report::Guard(Box::new(guard)));
+            }
+            Some(Expect::Claiming) => well(&value)?,
+            Some(Expect::ClaimExec) => match value {
+                Value::Array(replies) => {
+                    replies.iter().try_for_each(well)?;
+                    match self.replicas {
+                        Some(replicas) => self.wait(replicas),
+                        None => self.rearm(),
+                    }
+                }
+                Value::Nil => return Err(touched()),
+                Value::ServerError(error) => return Err(classify::aborted(&error)),
+                other => return Err(error_of(&other)),
+            },
+            Some(Expect::Token) => self.token(&value, reports)?,
+            Some(Expect::Queued { batch, next, commands }) => {
+                self.queued_one(batch, &value, next)?;
+                if next + 1 < commands {
+                    let next = next + 1;
+                    self.expected.push_front(Expect::Queued { batch, next, commands });
+                }
+            }
+            Some(Expect::Exec) => self.executed(value, reports)?,
+            Some(Expect::Replicas) => self.replicated(&value, reports)?,
+            Some(Expect::Discard) => {}
+            Some(Expect::Search) => {
+                if let Some(search) = &mut self.search {
+                    search.reply(value)?;
+                }
+                self.ask();
+                if !self.expected.iter().any(|e| matches!(e, Expect::Search))
+                    && let Some(search) = self.search.take()
+                {
+                    reports.push(Report::Seen(search.into_found()));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Where a guard is that is none; any other failure is as it is.
+    fn at_key(&self, failure: Failure) -> Failure {
+        match failure.message.starts_with("WRONGTYPE") || failure.message.starts_with("the guard") {
+            true => Failure::configuration(format!("{}: {}", failure.message, String::from_utf8_lossy(&self.key))),
+            false => failure,
+        }
+    }
+
+    fn token(&mut self, value: &Value, reports: &mut Vec<Report>) -> Result<(), Failure> {
+        let is_ours = match value {
+            Value::Array(tokens) => match tokens.as_slice() {
+                [Value::BulkString(token)] => self.token.as_ref().is_some_and(|ours| ours.as_bytes() == token),
+                _ => false,
+            },
+            other => return Err(error_of(other)),
+        };
+        if !is_ours && !fault::is_mutated("no_watch") {
+            return Err(touched());
+        }
+        if matches!(self.phase, Phase::Stopped) {
+            return Ok(());
+        }
+        if !std::mem::replace(&mut self.armed, true) && self.is_first_arming() {
+            fault::reach("after_claim");
+            reports.push(Report::Claimed);
+        }
+        self.execute();
+        Ok(())
+    }
+
+    /// Whether no batch has been armed before: the claim has just been confirmed.
+    fn is_first_arming(&mut self) -> bool {
+        !std::mem::replace(&mut self.was_claimed, true)
+    }
+
+    /// One command of a batch was queued, or was not.
+    fn queued_one(&mut self, batch: u64, value: &Value, index: usize) -> Result<(), Failure> {
+        let on_their_way = [self.queued.as_mut(), self.executing.as_mut()];
+        let Some(written) = on_their_way.into_iter().flatten().find(|written| written.id == batch) else {
+            // It has been discarded.
+            return Ok(());
+        };
+        if let Value::ServerError(error) = value {
+            let failure = classify::reply(error);
+            match index.checked_sub(1).filter(|entry| *entry < written.batch.commands) {
+                Some(entry) => written.unqueued.push((entry, failure)),
+                // MULTI or the guard's HSET: without them nothing can be appended.
+                None => return Err(failure.not_of_an_event()),
+            }
+        }
+        Ok(())
+    }
+
+    fn executed(&mut self, value: Value, reports: &mut Vec<Report>) -> Result<(), Failure> {
+        fault::reach("after_exec");
+        let Some(written) = self.executing.take() else {
+            return Err(Failure::backend("a reply to no EXEC"));
+        };
+        let replies = match value {
+            Value::Array(replies) if replies.len() == written.batch.commands + 1 => replies,
+            Value::Nil => return Err(touched()),
+            Value::ServerError(error) => return self.aborted(written, &error, reports),
+            _ => return Err(Failure::backend("unexpected reply to EXEC")),
+        };
+        let mut refused = Vec::new();
+        for (index, reply) in replies.iter().enumerate() {
+            match reply {
+                Value::ServerError(_) if fault::is_mutated("ignore_error_reply") => {}
+                Value::ServerError(error) if index < written.batch.commands => {
+                    // Within a transaction that was executed nothing will come of trying the same again at once: it is this entry's.
+                    let mut failure = classify::reply(error);
+                    failure.class = Class::Event;
+                    refused.push((index, failure));
+                }
+                Value::BulkString(_) if index < written.batch.commands => {}
+                Value::Int(_) if index == written.batch.commands => {}
+                other => return Err(error_of(other)),
+            }
+        }
+        if self.replicas.is_some() {
+            self.executed = Some((written, refused));
+        } else {
+            self.done(written, refused, reports);
+        }
+        Ok(())
+    }
+
+    fn done(&mut self, written: Written, refused: Vec<Refusal>, reports: &mut Vec<Report>) {
+        match written.kind {
+            Kind::Beat => {}
+            Kind::Release => reports.push(Report::Released),
+            Kind::Batch => {
+                if !refused.is_empty() {
+                    self.stop();
+                }
+                reports.push(Report::Done {
+                    refused,
+                    buffer: written.batch.bytes,
+                });
+            }
+        }
+    }
+
+    /// Redis would not execute the batch: nothing of it was appended.
+    fn aborted(
+        &mut self,
+        written: Written,
+        error: &redis::ServerError,
+        reports: &mut Vec<Report>,
+    ) -> Result<(), Failure> {
+        let blames_backend = written.unqueued.iter().find(|(_, f)| f.class != Class::Event);
+        if let Some((_, failure)) = blames_backend {
+            return Err(failure.clone());
+        }
+        if written.unqueued.is_empty() {
+            return Err(classify::aborted(error));
+        }
+        self.stop();
+        reports.push(Report::Aborted {
+            refused: written.unqueued,
+            buffer: written.batch.bytes,
+        });
+        Ok(())
+    }
+
+    /// Nothing more is appended until the worker has written down what was refused.
+    fn stop(&mut self) {
+        self.phase = Phase::Stopped;
+        self.armed = false;
+        if self.queued.take().is_some() {
+            append_command(&mut self.out, &[b"DISCARD"]);
+            self.expected.push_back(Expect::Discard);
+        }
+    }
+
+    fn replicated(&mut self, value: &Value, reports: &mut Vec<Report>) -> Result<(), Failure> {
+        let Some(replicas) = self.replicas else {
+            return Ok(());
+        };
+        if let Err(failure) = replicas.judge(value)? {
+            if !std::mem::replace(&mut self.told_of_replicas, true) {
+                reports.push(Report::Behind(failure));
+            }
+            self.wait(replicas);
+            return Ok(());
+        }
+        self.told_of_replicas = false;
+        if let Some((written, refused)) = self.executed.take() {
+            self.done(written, refused, reports);
+        }
+        if !matches!(self.phase, Phase::Stopped) {
+            self.rearm();
+        }
+        Ok(())
+    }
+}
+
+fn guard(value: Value) -> Result<Option<Guard>, Failure> {
+    let text = |value: Value| match value {
+        Value::BulkString(bytes) => Some(String::from_utf8_lossy(&bytes).into_owned()),
+        _ => None,
+    };
+    let mut fields = Vec::new();
+    match value {
+        Value::Array(items) => {
+            let mut items = items.into_iter();
+            while let (Some(field), Some(value)) = (items.next().and_then(text), items.next().and_then(text)) {
+                fields.push((field, value));
+            }
+        }
+        Value::Map(pairs) => fields.extend(pairs.into_iter().filter_map(|(f, v)| Some((text(f)?, text(v)?)))),
+        other => return Err(error_of(&other)),
+    }
+    Guard::parse(&fields).map_err(|e| Failure::configuration(e.to_string()))
+}
+
+/// Somebody else has claimed, or the guard is gone: whoever connects again will see.
+fn touched() -> Failure {
+    Failure::backend("its guard was touched by somebody else")
+}
+
+fn well(value: &Value) -> Result<(), Failure> {
+    match value {
+        Value::Okay | Value::SimpleString(_) | Value::Int(_) => Ok(()),
+        other => Err(error_of(other)),
+    }
+}
+
+/// The failure that a reply means which is not what was expected.
+fn error_of(value: &Value) -> Failure {
+    match value {
+        Value::ServerError(error) => classify::reply(error).not_of_an_event(),
+        _ => Failure::backend("unexpected reply, as from no Redis server"),
+    }
+}

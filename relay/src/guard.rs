@@ -1,0 +1,183 @@
+//! The guard: a small hash beside the streams that says who appends and how far that has come. A batch is one transaction
+//! with the guard's new position, so what it says is what the streams hold, whatever became of the connection.
+//!
+//! Fields: `token` (random, a claim's), `incarnation` (one run of one Postgres server), `system` (its identifier), `timeline`,
+//! `place` (where it lives), `interval_ms` (how often it refreshes the guard), `beat` (goes up with each refresh), `released`
+//! (1: the owner has left), `number` (of the last batch), `position` (the reader's, behind that batch; empty: to be found by
+//! comparing event ids), `previous` (before it), `again` (the seqs of a batch of events that had been refused), `wal` (position
+//! in the WAL up to which the batch was flushed), `total` (events so far).
+
+use crate::encode::{append_array_header, append_bulk, append_command};
+use crate::reader::Position;
+use std::time::Duration;
+use thiserror::Error;
+
+/// Before the first command of a batch.
+pub const BATCH_START: &[u8] = b"*1\r\n$5\r\nMULTI\r\n";
+
+/// A guard as Redis has it.
+#[derive(Clone, Debug)]
+pub struct Guard {
+    pub token: String,
+    pub incarnation: String,
+    pub system: String,
+    pub timeline: u32,
+    pub place: String,
+    pub interval: Duration,
+    pub beat: u64,
+    pub released: bool,
+    pub number: u64,
+    /// `None`: its owner had yet to compare event ids.
+    pub position: Option<Position>,
+    pub previous: Option<Position>,
+    pub again: Vec<i64>,
+    pub wal: u64,
+    pub total: i64,
+}
+
+#[derive(Debug, Error)]
+#[error("the guard has no readable {0}")]
+pub struct ParseGuardError(&'static str);
+
+/// Who claims.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Owner {
+    pub incarnation: String,
+    pub system: String,
+    pub timeline: u32,
+    pub place: String,
+    pub interval: Duration,
+}
+
+/// What a batch tells the guard.
+pub struct Progress<'a> {
+    pub number: u64,
+    pub position: &'a Position,
+    pub previous: &'a Position,
+    pub again: &'a [i64],
+    pub wal: u64,
+    pub total: i64,
+}
+
+impl Guard {
+    /// From the reply of HGETALL; `None`: there is no guard.
+    pub fn parse(fields: &[(String, String)]) -> Result<Option<Self>, ParseGuardError> {
+        if fields.is_empty() {
+            return Ok(None);
+        }
+        let text = |name: &'static str| {
+            let found = fields.iter().find(|(field, _)| field == name);
+            found.map(|(_, value)| value.as_str()).ok_or(ParseGuardError(name))
+        };
+        let position = |name: &'static str| match text(name)? {
+            "" => Ok(None),
+            value => value.parse().map(Some).map_err(|_| ParseGuardError(name)),
+        };
+        fn number<N: std::str::FromStr>(name: &'static str, value: &str) -> Result<N, ParseGuardError> {
+            value.parse().map_err(|_| ParseGuardError(name))
+        }
+        let again = text("again")?.split(',').filter(|seq| !seq.is_empty());
+        Ok(Some(Self {
+            token: text("token")?.to_owned(),
+            incarnation: text("incarnation")?.to_owned(),
+            system: text("system")?.to_owned(),
+            timeline: number("timeline", text("timeline")?)?,
+            place: text("place")?.to_owned(),
+            interval: Duration::from_millis(number("interval_ms", text("interval_ms")?)?),
+            beat: number("beat", text("beat")?)?,
+            released: text("released")? == "1",
+            number: number("number", text("number")?)?,
+            position: position("position")?,
+            previous: position("previous")?,
+            again: again.map(|seq| number("again", seq)).collect::<Result<_, _>>()?,
+            wal: number("wal", text("wal")?)?,
+            total: number("total", text("total")?)?,
+        }))
+    }
+}
+
+/// Appends the HSET that makes `owner` the owner. `progress`: number, WAL position and total to start from, with no position;
+/// `None` leaves what is there.
+pub fn append_claim(out: &mut Vec<u8>, key: &[u8], token: &str, owner: &Owner, progress: Option<(u64, u64, i64)>) {
+    let timeline = owner.timeline.to_string();
+    let interval_ms = owner.interval.as_millis().to_string();
+    let mut words: Vec<&[u8]> = vec![b"HSET", key];
+    for (field, value) in [
+        ("token", token),
+        ("incarnation", &owner.incarnation),
+        ("system", &owner.system),
+        ("timeline", &timeline),
+        ("place", &owner.place),
+        ("interval_ms", &interval_ms),
+        ("beat", "0"),
+        ("released", "0"),
+    ] {
+        words.extend([field.as_bytes(), value.as_bytes()]);
+    }
+    let start = progress.map(|(number, wal, total)| [number.to_string(), wal.to_string(), total.to_string()]);
+    if let Some([number, wal, total]) = &start {
+        for (field, value) in [
+            ("number", number.as_str()),
+            ("position", ""),
+            ("previous", ""),
+            ("again", ""),
+            ("wal", wal),
+            ("total", total),
+        ] {
+            words.extend([field.as_bytes(), value.as_bytes()]);
+        }
+    }
+    append_command(out, &words);
+}
+
+/// Appends the HSET that ends a batch.
+pub fn append_progress(out: &mut Vec<u8>, key: &[u8], progress: &Progress<'_>) {
+    let mut number = itoa::Buffer::new();
+    append_array_header(out, 2 + 2 * 6);
+    append_bulk(out, b"HSET");
+    append_bulk(out, key);
+    append_bulk(out, b"number");
+    append_bulk(out, number.format(progress.number).as_bytes());
+    append_bulk(out, b"position");
+    append_bulk(out, progress.position.to_string().as_bytes());
+    append_bulk(out, b"previous");
+    append_bulk(out, progress.previous.to_string().as_bytes());
+    append_bulk(out, b"again");
+    let again: Vec<String> = progress.again.iter().map(i64::to_string).collect();
+    append_bulk(out, again.join(",").as_bytes());
+    append_bulk(out, b"wal");
+    append_bulk(out, number.format(progress.wal).as_bytes());
+    append_bulk(out, b"total");
+    append_bulk(out, number.format(progress.total).as_bytes());
+}
+
+/// Appends the HSET of a refresh, which tells those who watch that the owner lives, or has left.
+pub fn append_beat(out: &mut Vec<u8>, key: &[u8], beat: u64, released: bool) {
+    let (beat, released) = (beat.to_string(), if released { "1" } else { "0" });
+    append_command(
+        out,
+        &[b"HSET", key, b"beat", beat.as_bytes(), b"released", released.as_bytes()],
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_fields_are_no_guard_and_half_of_them_an_error() {
+        assert!(Guard::parse(&[]).unwrap().is_none());
+        let half = [("token".to_owned(), "t".to_owned())];
+        assert!(Guard::parse(&half).is_err());
+    }
+
+    #[test]
+    fn positions_survive_their_text_form() {
+        for text in ["3:3:/3/0/0", "10:20:10,14/25/7/9", "10:20:10/25/7/9>30:30:/31/12/14@11"] {
+            assert_eq!(text.parse::<Position>().unwrap().to_string(), text);
+        }
+        for text in ["", "3:3:", "3:3:/3/0", "3:3:/3/0/0>3:3:/3/0/0", "3:3:/3/0/x"] {
+            assert!(text.parse::<Position>().is_err(), "{text:?}");
+        }
+    }
+}

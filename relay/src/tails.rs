@@ -1,0 +1,189 @@
+//! Looking for events in the tails of their streams, by event id: after a batch whose replies nobody read, and after a change of
+//! owner. One command at a time; replies are fed in.
+
+use crate::classify::{self, Failure};
+use crate::encode::{append_command, hyphenated};
+use redis::Value;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// How far back a stream is searched, in entries.
+const DEPTH: usize = 100_000;
+/// What a page of entries should take, in bytes; the first has few entries, since they may be large.
+const PAGE_BYTES: usize = 256 * 1024;
+const FIRST_PAGE: usize = 16;
+const MOST_OF_A_PAGE: usize = 2_000;
+
+/// An event that is looked for.
+#[derive(Clone, Debug)]
+pub struct Wanted {
+    pub stream: Arc<str>,
+    pub event_id: [u8; 16],
+}
+
+/// What an event that is not found means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// The batch was appended: what is missing was refused, unless its stream has since been trimmed or thinned out.
+    Settle,
+    /// It may never have been sent: it is not there.
+    Compare,
+}
+
+/// A search through several streams.
+pub struct Search {
+    purpose: Purpose,
+    tails: Vec<Tail>,
+    /// Those before it are done.
+    at: usize,
+    found: Vec<bool>,
+}
+
+struct Tail {
+    stream: Arc<str>,
+    /// Indexes of those not found yet.
+    wanted: HashMap<[u8; 36], usize>,
+    /// The oldest entry id that was looked at.
+    oldest: Option<Vec<u8>>,
+    page: usize,
+    looked: usize,
+    asks_for_info: bool,
+}
+
+impl Search {
+    pub fn new(wanted: &[Wanted], purpose: Purpose) -> Self {
+        let mut tails: Vec<Tail> = Vec::new();
+        let mut of_stream: HashMap<&str, usize> = HashMap::new();
+        for (index, Wanted { stream, event_id }) in wanted.iter().enumerate() {
+            let tail = *of_stream.entry(stream).or_insert_with(|| {
+                tails.push(Tail {
+                    stream: stream.clone(),
+                    wanted: HashMap::new(),
+                    oldest: None,
+                    page: FIRST_PAGE,
+                    looked: 0,
+                    asks_for_info: false,
+                });
+                tails.len() - 1
+            });
+            tails[tail].wanted.insert(hyphenated(event_id), index);
+        }
+        Self {
+            purpose,
+            tails,
+            at: 0,
+            found: vec![false; wanted.len()],
+        }
+    }
+
+    /// Appends the next command; false: the search has ended.
+    pub fn ask(&self, out: &mut Vec<u8>) -> bool {
+        let Some(tail) = self.tails.get(self.at) else {
+            return false;
+        };
+        let stream = tail.stream.as_bytes();
+        if tail.asks_for_info {
+            append_command(out, &[b"XINFO", b"STREAM", stream]);
+        } else {
+            let end = match &tail.oldest {
+                Some(id) => [b"(", id.as_slice()].concat(),
+                None => b"+".to_vec(),
+            };
+            let count = tail.page.to_string();
+            append_command(out, &[b"XREVRANGE", stream, &end, b"-", b"COUNT", count.as_bytes()]);
+        }
+        true
+    }
+
+    /// Takes in the reply of the last command. An error is that of the backend.
+    pub fn reply(&mut self, value: Value) -> Result<(), Failure> {
+        let Some(tail) = self.tails.get_mut(self.at) else {
+            return Ok(());
+        };
+        if tail.asks_for_info {
+            match value {
+                Value::ServerError(error) => is_no_stream(&error)?,
+                info => {
+                    if is_thinned(&info) {
+                        tail.wanted.drain().for_each(|(_, index)| self.found[index] = true);
+                    }
+                }
+            }
+            self.at += 1;
+            return Ok(());
+        }
+        let entries = match value {
+            Value::Array(entries) => entries,
+            Value::ServerError(error) => {
+                is_no_stream(&error)?;
+                self.at += 1;
+                return Ok(());
+            }
+            _ => return Err(Failure::backend("unexpected reply to XREVRANGE")),
+        };
+        let is_last = entries.len() < tail.page || tail.looked + entries.len() >= DEPTH;
+        let mut bytes = 0;
+        for entry in &entries {
+            let Value::Array(parts) = entry else { continue };
+            let [Value::BulkString(id), Value::Array(fields)] = parts.as_slice() else {
+                continue;
+            };
+            tail.oldest = Some(id.clone());
+            bytes += size(fields);
+            if let Some(index) = event_id(fields).and_then(|id| tail.wanted.remove(id)) {
+                self.found[index] = true;
+            }
+        }
+        tail.looked += entries.len();
+        tail.page = (PAGE_BYTES * entries.len() / bytes.max(1)).clamp(1, MOST_OF_A_PAGE);
+        if tail.wanted.is_empty() || (is_last && self.purpose == Purpose::Compare) {
+            self.at += 1;
+        } else if is_last {
+            tail.asks_for_info = true;
+        }
+        Ok(())
+    }
+
+    /// Whether each wanted event was found.
+    pub fn into_found(self) -> Vec<bool> {
+        self.found
+    }
+}
+
+/// A missing stream, or a key of another type, has none of the events; any other error says nothing about them.
+fn is_no_stream(error: &redis::ServerError) -> Result<(), Failure> {
+    let missing = error.code() == "WRONGTYPE" || error.details().is_some_and(|d| d.contains("no such key"));
+    missing
+        .then_some(())
+        .ok_or_else(|| classify::reply(error).not_of_an_event())
+}
+
+fn event_id(fields: &[Value]) -> Option<&[u8; 36]> {
+    fields.chunks_exact(2).find_map(|pair| match pair {
+        [Value::BulkString(name), Value::BulkString(value)] if name == b"event_id" => value.as_slice().try_into().ok(),
+        _ => None,
+    })
+}
+
+fn size(fields: &[Value]) -> usize {
+    let bytes = |value: &Value| match value {
+        Value::BulkString(bytes) => bytes.len(),
+        _ => 0,
+    };
+    fields.iter().map(bytes).sum()
+}
+
+/// Whether entries of a stream have been removed since they were added. Servers before 7.0 do not count those that were added: there,
+/// any stream that has ever had one may be.
+fn is_thinned(info: &Value) -> bool {
+    let Value::Array(items) = info else { return true };
+    let field = |name: &[u8]| {
+        let is_it = |pair: &&[Value]| matches!(&pair[0], Value::BulkString(n) if n == name);
+        items.chunks_exact(2).find(is_it).map(|pair| &pair[1])
+    };
+    match (field(b"length"), field(b"entries-added"), field(b"last-generated-id")) {
+        (Some(Value::Int(length)), Some(Value::Int(added)), _) => added > length,
+        (_, _, Some(Value::BulkString(last))) => last != b"0-0",
+        _ => true,
+    }
+}

@@ -1,0 +1,108 @@
+//! What must hold.
+
+use crate::site::Site;
+use crate::world::World;
+use relay::reader::Key;
+use std::collections::BTreeMap;
+
+impl World {
+    /// Whether the worker surely knows that this event was appended, whatever crashes.
+    pub fn is_known(&self, uid: u64) -> bool {
+        let Site {
+            database,
+            tables,
+            image,
+            ..
+        } = &self.site;
+        let Some(key) = database.rows().find(|key| database.row(key.seq).uid == uid) else {
+            return true;
+        };
+        let stream = database.row(key.seq).stream;
+        let oldest = image.as_ref().map(|image| &image.tables);
+        [Some(tables), oldest].into_iter().flatten().all(|tables| {
+            let refused = tables.refused.get(&(stream, key.seq));
+            tables.cursor.position.covers(key) && refused.is_none_or(|refused| refused.accepted_in.is_some())
+        })
+    }
+
+    /// Whatever the saved cursor has passed is in its stream, or written down.
+    pub fn check_cursor(&self) -> Result<(), String> {
+        if self.env.hurt {
+            return Ok(());
+        }
+        let site = &self.site;
+        let counts = self.counts();
+        for key in site.database.rows().filter(|key| site.database.is_committed(key.seq)) {
+            let row = site.database.row(key.seq);
+            let settled = site.tables.is_written_down(row.stream, key.seq)
+                || self.env.gone.contains(&row.uid)
+                || counts.contains_key(&row.uid);
+            if site.tables.cursor.position.covers(key) && !settled {
+                return Err(format!("the saved cursor passed {}, which is nowhere", key.seq));
+            }
+        }
+        Ok(())
+    }
+
+    fn counts(&self) -> BTreeMap<u64, usize> {
+        let mut counts = BTreeMap::new();
+        for uid in self.env.redis.data.streams.values().flatten() {
+            *counts.entry(*uid).or_default() += 1;
+        }
+        counts
+    }
+
+    pub fn check_end(&mut self) -> Result<(), String> {
+        self.site.save(&mut self.env);
+        let mut counts = self.counts();
+        let site = &self.site;
+        for key in site.database.rows() {
+            let count = counts.remove(&site.database.row(key.seq).uid).unwrap_or(0);
+            self.check_row(key, count)?;
+        }
+        if let Some(uid) = counts.keys().next() {
+            return Err(format!("event {uid} is in no history"));
+        }
+        let seqs: BTreeMap<u64, i64> = site
+            .database
+            .rows()
+            .map(|k| (site.database.row(k.seq).uid, k.seq))
+            .collect();
+        for (stream, entries) in &self.env.redis.data.streams {
+            let entries = entries.iter().map(|uid| seqs[uid]);
+            if let Some((before, after)) = site.database.out_of_order(entries) {
+                return Err(format!("{after} comes after {before} in stream {stream}"));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_row(&self, key: Key, count: usize) -> Result<(), String> {
+        let site = &self.site;
+        let seq = key.seq;
+        let row = site.database.row(seq);
+        let failed = site.tables.failed.contains_key(&seq);
+        if !site.database.is_committed(seq) {
+            return match count > 0 || failed {
+                true => Err(format!("{seq} never committed")),
+                false => Ok(()),
+            };
+        }
+        if !site.tables.cursor.position.covers(key) {
+            return Err(format!("the cursor does not cover {seq}"));
+        }
+        if failed && !self.env.redis.refused.contains(&row.stream) {
+            return Err(format!("{seq} has failed, yet nothing of its stream was refused"));
+        }
+        let gone = self.env.gone.contains(&row.uid);
+        let again = self.env.in_doubt.contains(&row.uid);
+        match (count, failed, gone) {
+            (1, false, false) | (0, true, _) | (0, _, true) => Ok(()),
+            (1, false, true) if again => Ok(()),
+            (0, ..) => Err(format!("{seq} is lost")),
+            (1, true, _) => Err(format!("{seq} has failed and is in its stream")),
+            (1, false, true) => Err(format!("{seq} is appended again")),
+            _ => Err(format!("{seq} is {count} times in its stream")),
+        }
+    }
+}

@@ -1,0 +1,144 @@
+//! A sender of exactly_once with its connection to the model of Redis: commands arrive one by one, and so do the replies.
+
+use super::redis::{GUARD, Redis, Words, parse};
+use redis::Value;
+use relay::classify::Failure;
+use relay::conversation::{Conversation, Replicas};
+use relay::sender::{Order, Report};
+use std::collections::VecDeque;
+
+pub struct Connection {
+    client: u64,
+    conversation: Conversation,
+    orders: VecDeque<Order>,
+    reports: VecDeque<Report>,
+    /// Written, not executed.
+    written: VecDeque<Words>,
+    /// Not read.
+    replies: VecDeque<Value>,
+    heard: Vec<Report>,
+    ended: bool,
+}
+
+/// What a connection that is no more had written: it may still arrive.
+pub struct Leftover {
+    client: u64,
+    written: VecDeque<Words>,
+}
+
+impl Connection {
+    pub fn open(redis: &mut Redis, client: u64, replicas: Option<Replicas>) -> Self {
+        redis.connect(client);
+        let mut connection = Self {
+            client,
+            conversation: Conversation::new(GUARD, replicas),
+            orders: VecDeque::new(),
+            reports: VecDeque::new(),
+            written: VecDeque::new(),
+            replies: VecDeque::new(),
+            heard: Vec::new(),
+            ended: false,
+        };
+        connection.write();
+        connection
+    }
+
+    /// A sender that has ended takes nothing more; its last report is on the way.
+    pub fn order(&mut self, order: Order) {
+        if !self.ended {
+            self.orders.push_back(order);
+        }
+    }
+
+    pub fn report(&mut self) -> Option<Report> {
+        self.reports.pop_front()
+    }
+
+    /// Takes orders, and writes what there is to be said.
+    pub fn write(&mut self) -> bool {
+        if self.ended {
+            return false;
+        }
+        while self.conversation.wants_order()
+            && let Some(order) = self.orders.pop_front()
+        {
+            self.conversation.order(order);
+        }
+        let output = self.conversation.output();
+        let says = !output.is_empty();
+        if says {
+            self.written.extend(parse(output));
+            output.clear();
+        }
+        says
+    }
+
+    /// The next command arrives.
+    pub fn execute(&mut self, redis: &mut Redis) -> bool {
+        if self.ended || !redis.knows(self.client) {
+            return false;
+        }
+        let Some(words) = self.written.pop_front() else {
+            return false;
+        };
+        self.replies.push_back(redis.execute(self.client, words));
+        true
+    }
+
+    /// The next reply is read.
+    pub fn read(&mut self) -> bool {
+        if self.ended || !self.conversation.awaits_reply() {
+            return false;
+        }
+        let Some(value) = self.replies.pop_front() else {
+            return false;
+        };
+        let outcome = self.conversation.reply(value, &mut self.heard);
+        self.reports.extend(self.heard.drain(..));
+        if let Err(failure) = outcome {
+            self.lose(failure);
+        } else {
+            self.write();
+        }
+        true
+    }
+
+    /// The connection ends; replies that were on their way are lost.
+    pub fn lose(&mut self, failure: Failure) {
+        if !std::mem::replace(&mut self.ended, true) {
+            self.reports.push_back(Report::Lost {
+                failure,
+                accepted: 0,
+                refused: Vec::new(),
+            });
+        }
+    }
+
+    pub fn has_ended(&self) -> bool {
+        self.ended
+    }
+
+    pub fn client(&self) -> u64 {
+        self.client
+    }
+
+    /// The first `kept` commands of what was written may arrive some time.
+    pub fn into_leftover(mut self, kept: impl FnOnce(usize) -> usize) -> Leftover {
+        self.written.truncate(kept(self.written.len()));
+        Leftover {
+            client: self.client,
+            written: self.written,
+        }
+    }
+}
+
+impl Leftover {
+    /// False: nothing more arrives.
+    pub fn execute(&mut self, redis: &mut Redis) -> bool {
+        if !redis.knows(self.client) {
+            return false;
+        }
+        let words = self.written.pop_front();
+        words.map(|words| redis.execute(self.client, words)).is_some()
+    }
+}

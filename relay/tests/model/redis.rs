@@ -1,0 +1,309 @@
+//! A model of a Redis server as far as exactly_once speaks with it: streams, one guard, transactions.
+
+use redis::Value;
+use std::collections::{BTreeMap, BTreeSet};
+
+pub const GUARD: &str = "guard";
+
+pub type Words = Vec<Vec<u8>>;
+
+/// The commands in these bytes.
+pub fn parse(mut bytes: &[u8]) -> Vec<Words> {
+    fn header(bytes: &mut &[u8], kind: u8) -> usize {
+        assert_eq!(bytes[0], kind, "not a command");
+        let end = bytes.iter().position(|b| *b == b'\r').expect("a whole line");
+        let number = bytes[1..end]
+            .iter()
+            .fold(0, |sum, digit| sum * 10 + usize::from(digit - b'0'));
+        *bytes = &bytes[end + 2..];
+        number
+    }
+    let mut commands = Vec::new();
+    while !bytes.is_empty() {
+        let count = header(&mut bytes, b'*');
+        let word = |_| {
+            let length = header(&mut bytes, b'$');
+            let word = bytes[..length].to_vec();
+            bytes = &bytes[length + 2..];
+            word
+        };
+        commands.push((0..count).map(word).collect());
+    }
+    commands
+}
+
+/// What an event is called in its stream; the number is no other event's.
+pub fn event_id(uid: u64) -> [u8; 16] {
+    u128::from(uid).to_be_bytes()
+}
+
+fn uid(event_id: &[u8]) -> u64 {
+    let hex = event_id.iter().filter(|byte| **byte != b'-');
+    hex.fold(0, |sum, digit| {
+        let digit = (*digit as char).to_digit(16).expect("a hexadecimal digit");
+        sum << 4 | u64::from(digit)
+    })
+}
+
+pub fn stream_name(stream: u8) -> String {
+    format!("stream-{stream}")
+}
+
+fn stream(key: &[u8]) -> u8 {
+    key.last().expect("a name") - b'0'
+}
+
+/// What it holds.
+#[derive(Clone, Default)]
+pub struct Data {
+    /// The events, by their uids; an entry's id is its place.
+    pub streams: BTreeMap<u8, Vec<u64>>,
+    guard: Option<BTreeMap<String, String>>,
+}
+
+impl Data {
+    pub fn has_guard(&self) -> bool {
+        self.guard.is_some()
+    }
+
+    /// The guard's number.
+    pub fn number(&self) -> Option<u64> {
+        self.guard.as_ref()?.get("number")?.parse().ok()
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trouble {
+    /// Holds another type: noticed when a command is executed.
+    WrongType,
+    /// The user may not touch it: noticed when a command is queued.
+    Forbidden,
+}
+
+#[derive(Default)]
+struct Client {
+    /// The guard as it was when it was watched.
+    watched: Option<u64>,
+    queue: Option<Vec<Words>>,
+    broken: bool,
+}
+
+#[derive(Default)]
+pub struct Redis {
+    pub data: Data,
+    clients: BTreeMap<u64, Client>,
+    /// How often the guard was touched.
+    touches: u64,
+    /// The client whose claim was the last.
+    owner: Option<u64>,
+    pub troubled: BTreeMap<u8, Trouble>,
+    pub out_of_memory: bool,
+    /// None has what was written.
+    pub replicas_lag: bool,
+    /// Streams of which an event was refused for what it is.
+    pub refused: BTreeSet<u8>,
+    /// All events that were ever appended.
+    pub appended: BTreeSet<u64>,
+    /// Batches that were not executed, since the guard was touched or for what they hold.
+    pub nils: u32,
+    pub aborts: u32,
+    /// Somebody appended who was not the owner.
+    pub violation: Option<String>,
+}
+
+impl Redis {
+    pub fn connect(&mut self, client: u64) {
+        self.clients.insert(client, Client::default());
+    }
+
+    /// Whether what a client has sent is still listened to.
+    pub fn knows(&self, client: u64) -> bool {
+        self.clients.contains_key(&client)
+    }
+
+    /// Starts again with what it had saved: every connection ends.
+    pub fn restart(&mut self, data: Data) {
+        self.data = data;
+        self.clients.clear();
+        self.owner = None;
+    }
+
+    pub fn flush(&mut self) {
+        self.data = Data::default();
+        self.touch();
+        self.owner = None;
+    }
+
+    pub fn delete_guard(&mut self) {
+        self.data.guard = None;
+        self.touch();
+        self.owner = None;
+    }
+
+    fn touch(&mut self) {
+        self.touches += 1;
+    }
+
+    fn client(&mut self, client: u64) -> &mut Client {
+        self.clients.get_mut(&client).expect("a client that it knows")
+    }
+
+    pub fn execute(&mut self, id: u64, words: Words) -> Value {
+        let command = words[0].as_slice();
+        match command {
+            b"EXEC" => return self.exec(id),
+            b"DISCARD" => {
+                let client = self.client(id);
+                (client.queue, client.watched, client.broken) = (None, None, false);
+                return Value::Okay;
+            }
+            b"MULTI" => {
+                self.client(id).queue = Some(Vec::new());
+                return Value::Okay;
+            }
+            b"WATCH" => {
+                let touches = self.touches;
+                let client = self.client(id);
+                if client.queue.is_some() {
+                    return error("ERR WATCH inside MULTI is not allowed");
+                }
+                client.watched.get_or_insert(touches);
+                return Value::Okay;
+            }
+            _ => {}
+        }
+        let refusal = self.refuses(&words);
+        let client = self.client(id);
+        if let Some(queue) = &mut client.queue {
+            return match refusal {
+                Some(refusal) => {
+                    client.broken = true;
+                    refusal
+                }
+                None => {
+                    queue.push(words);
+                    Value::SimpleString("QUEUED".to_owned())
+                }
+            };
+        }
+        refusal.unwrap_or_else(|| self.run(id, &words))
+    }
+
+    /// Before it is executed, or even queued.
+    fn refuses(&mut self, words: &Words) -> Option<Value> {
+        let writes = matches!(words[0].as_slice(), b"XADD" | b"HSET");
+        if writes && self.out_of_memory {
+            return Some(error("OOM command not allowed when used memory > 'maxmemory'."));
+        }
+        let key = match words[0].as_slice() {
+            b"XADD" | b"XREVRANGE" => &words[1],
+            b"XINFO" => &words[2],
+            _ => return None,
+        };
+        (self.troubled.get(&stream(key)) == Some(&Trouble::Forbidden)).then(|| {
+            if writes {
+                self.refused.insert(stream(key));
+            }
+            error("NOPERM No permissions to access a key")
+        })
+    }
+
+    fn exec(&mut self, id: u64) -> Value {
+        let touches = self.touches;
+        let client = self.client(id);
+        let Some(queue) = client.queue.take() else {
+            return error("ERR EXEC without MULTI");
+        };
+        let untouched = client.watched.take().is_none_or(|watched| watched == touches);
+        if std::mem::take(&mut client.broken) {
+            self.aborts += 1;
+            return error("EXECABORT Transaction discarded because of previous errors.");
+        }
+        if !untouched {
+            self.nils += 1;
+            return Value::Nil;
+        }
+        if queue.iter().any(|words| words[0] == b"HSET" && words[2] == b"token") {
+            self.owner = Some(id);
+        } else if self.owner != Some(id) {
+            self.violation = Some("a batch was appended behind a newer claim".to_owned());
+        }
+        Value::Array(queue.iter().map(|words| self.run(id, words)).collect())
+    }
+
+    fn run(&mut self, _id: u64, words: &Words) -> Value {
+        let sick = |redis: &Self, key: &[u8]| redis.troubled.contains_key(&stream(key));
+        let wrong_type = || error("WRONGTYPE Operation against a key holding the wrong kind of value");
+        match words[0].as_slice() {
+            b"HGETALL" => {
+                let fields = self.data.guard.iter().flatten();
+                Value::Array(fields.flat_map(|(field, value)| [bulk(field), bulk(value)]).collect())
+            }
+            b"HMGET" => {
+                let fields = words[2..].iter().map(|field| String::from_utf8_lossy(field));
+                let value = |field: &str| self.data.guard.as_ref().and_then(|guard| guard.get(field));
+                Value::Array(fields.map(|f| value(&f).map_or(Value::Nil, |v| bulk(v))).collect())
+            }
+            b"HSET" => {
+                let guard = self.data.guard.get_or_insert_default();
+                for pair in words[2..].chunks_exact(2) {
+                    let [field, value] = [0, 1].map(|i| String::from_utf8_lossy(&pair[i]).into_owned());
+                    guard.insert(field, value);
+                }
+                self.touch();
+                Value::Int(0)
+            }
+            b"XADD" => {
+                if sick(self, &words[1]) {
+                    self.refused.insert(stream(&words[1]));
+                    return wrong_type();
+                }
+                self.appended.insert(uid(&words[4]));
+                let entries = self.data.streams.entry(stream(&words[1])).or_default();
+                assert_eq!(
+                    (words[2].as_slice(), words[3].as_slice()),
+                    (&b"*"[..], &b"event_id"[..])
+                );
+                entries.push(uid(&words[4]));
+                bulk(&format!("{}-0", entries.len()))
+            }
+            b"XREVRANGE" if sick(self, &words[1]) => wrong_type(),
+            b"XREVRANGE" => {
+                let entries = self.data.streams.get(&stream(&words[1])).map_or(&[][..], Vec::as_slice);
+                let end = std::str::from_utf8(&words[2]).expect("an id");
+                let before = match end.strip_prefix('(').and_then(|id| id.strip_suffix("-0")) {
+                    Some(id) => id.parse::<usize>().expect("an id") - 1,
+                    None => entries.len(),
+                };
+                let count: usize = std::str::from_utf8(&words[5])
+                    .expect("digits")
+                    .parse()
+                    .expect("a number");
+                let entry = |at: usize| {
+                    let id = relay::encode::hyphenated(&event_id(entries[at]));
+                    let fields = vec![Value::BulkString(b"event_id".to_vec()), Value::BulkString(id.to_vec())];
+                    Value::Array(vec![bulk(&format!("{}-0", at + 1)), Value::Array(fields)])
+                };
+                Value::Array((0..before).rev().take(count).map(entry).collect())
+            }
+            b"XINFO" if sick(self, &words[2]) => wrong_type(),
+            b"XINFO" => match self.data.streams.get(&stream(&words[2])) {
+                None => error("ERR no such key"),
+                Some(entries) => {
+                    let length = Value::Int(entries.len() as i64);
+                    Value::Array(vec![bulk("length"), length.clone(), bulk("entries-added"), length])
+                }
+            },
+            b"WAIT" => Value::Int(i64::from(!self.replicas_lag)),
+            other => panic!("unknown command {}", String::from_utf8_lossy(other)),
+        }
+    }
+}
+
+fn bulk(text: &str) -> Value {
+    Value::BulkString(text.as_bytes().to_vec())
+}
+
+fn error(text: &str) -> Value {
+    redis::parse_redis_value(format!("-{text}\r\n").as_bytes()).expect("an error reply")
+}

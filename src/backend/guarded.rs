@@ -1,0 +1,151 @@
+//! What a backend does because of its guard (exactly_once).
+
+use super::{Backend, Load, random};
+use crate::process::{self, Aborted};
+use crate::recovery::Candidate;
+use crate::refused;
+use relay::claim::Start;
+use relay::classify::Failure;
+use relay::delivery::{Cursor, Entry, Mode, Now};
+use relay::guard::{self, Guard, Progress};
+use relay::refusal::Streams;
+use relay::sender::Order;
+use std::time::Duration;
+
+/// How far a connection has come on its way to being the owner's (exactly_once); see the module `recovery`.
+#[derive(Default)]
+pub enum ClaimStage {
+    #[default]
+    None,
+    /// This guard was read.
+    Read(Option<Guard>),
+    /// The claim was ordered.
+    Claiming(Start, Option<Guard>),
+    /// It is confirmed.
+    Claimed(Start, Option<Guard>),
+    /// Events are being looked for in the streams.
+    Looking(Start, Option<Guard>, Vec<Candidate>),
+    /// Whether each is there.
+    Seen(Start, Option<Guard>, Vec<Candidate>, Vec<bool>),
+}
+
+impl Backend {
+    /// Whether something is to be done about its guard.
+    pub fn has_claim_step(&self) -> bool {
+        let is_told = self.row.as_ref().is_some_and(|row| row.take_over) && self.delivery.is_up();
+        is_told
+            || !matches!(
+                self.claim,
+                ClaimStage::None | ClaimStage::Claiming(..) | ClaimStage::Looking(..)
+            )
+    }
+
+    pub fn is_exactly_once(&self) -> bool {
+        self.reads_for_redis() && self.delivery.mode() == Mode::ExactlyOnce
+    }
+
+    /// Gives the sender an order; one that has ended has said so already.
+    pub fn order(&self, order: Order) {
+        if let Some(sender) = &self.sender {
+            let _ = sender.order(order);
+        }
+    }
+
+    /// Somebody else owns the guard, or there should be one: lets go, for a while.
+    pub fn hold_off(&mut self, failure: Failure, retry_after: Duration, now: Now) {
+        self.sender = None;
+        self.claim = ClaimStage::None;
+        self.delivery.hold_off(failure, retry_after, now, random());
+        self.dirty_since.get_or_insert(now);
+        self.log_change(now);
+    }
+
+    /// The guard is ours, and what it says is taken in.
+    pub fn up(&mut self, now: Now) {
+        self.claim = ClaimStage::None;
+        self.released = false;
+        self.delivery.connected();
+        self.log_change(now);
+    }
+
+    /// All is well again: those who look at the status should see it.
+    pub fn recovered(&mut self, now: Now) {
+        self.dirty_since.get_or_insert(now);
+        self.log_change(now);
+    }
+
+    /// The guard speaks of batches that nobody has heard of; `total`: events up to them.
+    pub fn adopt(&mut self, cursor: Cursor, total: i64, now: Now) {
+        let known = self.delivery.published();
+        let base = self.total() - known as i64;
+        self.delivery.adopt(cursor, known.max((total - base).max(0) as u64));
+        self.dirty_since.get_or_insert(now);
+        (self.moved_at, self.tick_due) = (now, true);
+    }
+
+    /// Redis has lost what came after `cursor`.
+    pub fn heal(&mut self, cursor: Cursor, reread_to: i64, now: Now) {
+        self.delivery.heal(cursor, reread_to);
+        self.standing.healings += 1;
+        self.dirty_since.get_or_insert(now);
+        (self.tick_recorded_at, self.tick_due) = (None, true);
+    }
+
+    /// What waits in the table may have changed.
+    pub fn reload_streams(&mut self) -> Result<(), Aborted> {
+        let waiting = process::transaction(|| refused::refused_streams(self.number, &self.stream))?;
+        self.delivery.set_streams(Streams::waiting(waiting));
+        Ok(())
+    }
+
+    /// Events accepted in all.
+    pub fn total(&self) -> i64 {
+        self.standing.published_total + (self.delivery.published() - self.counted) as i64
+    }
+
+    /// Tells those who may watch the guard that its owner lives. A batch says as much.
+    pub fn refresh_guard(&mut self) {
+        if self.is_exactly_once() && self.delivery.has_room() && self.delivery.is_idle() {
+            self.beat += 1;
+            let beat = self.beat;
+            self.order(Order::Beat { beat, released: false });
+        }
+    }
+
+    /// Tells them that its owner leaves. True: the answer is to be waited for.
+    pub fn release_guard(&mut self) -> bool {
+        let releases = self.is_exactly_once() && self.delivery.has_room() && self.delivery.is_idle() && !self.released;
+        if releases {
+            self.beat += 1;
+            let beat = self.beat;
+            self.order(Order::Beat { beat, released: true });
+        }
+        releases
+    }
+
+    /// What was refused is written down, durably: the sender may go on.
+    pub fn resume(&mut self) {
+        if self.delivery.is_stopped() {
+            self.delivery.resume();
+            self.order(Order::Resume);
+        }
+    }
+
+    /// Ends a batch with what the guard is to say of it.
+    pub(super) fn append_mark(&self, bytes: &mut Vec<u8>, key: &[u8], entries: &[Entry], load: &Load, wal: u64) {
+        let (end, again) = match load {
+            Load::Rows { end } => (Some(end), Vec::new()),
+            Load::Again { .. } => (None, entries.iter().map(|e| e.seq).collect()),
+        };
+        let mark = self.delivery.mark(end);
+        let progress = Progress {
+            number: mark.number,
+            position: mark.position,
+            previous: mark.previous,
+            again: &again,
+            wal,
+            total: self.total() + (self.delivery.in_flight() + entries.len()) as i64,
+        };
+        guard::append_progress(bytes, key, &progress);
+    }
+}

@@ -1,0 +1,84 @@
+//! The settings of a backend as its sender needs them: its row of `outbox.backends`, and `outbox_relay.redis_*` where that has none.
+
+use crate::guc;
+use crate::outbox::BackendRow;
+use relay::conversation::Replicas;
+use relay::delivery::Mode;
+use relay::destination::{self, Address, Destination, Secret};
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::time::Duration;
+
+/// What backends need to know of their database.
+#[derive(Clone, Default)]
+pub struct Home {
+    pub name: String,
+    /// A guard's key begins with it: it names the installation and the database.
+    pub guard_prefix: String,
+}
+
+/// The settings of a backend, with `outbox_relay.redis_*` where its row has none.
+pub fn settings(row: Option<&BackendRow>, home: &Home) -> (Destination, Rc<str>, i64) {
+    let or_setting = |value: Option<&String>, setting: &_| value.cloned().unwrap_or_else(|| guc::text(setting));
+    let field = |get: fn(&BackendRow) -> Option<&String>| row.and_then(get);
+    let millis = |own: Option<i64>, setting: &_| {
+        own.map_or_else(|| guc::millis(setting), |ms| Duration::from_millis(ms.max(1) as u64))
+    };
+    let address = match field(|r| r.unix_socket.as_ref()) {
+        Some(path) => Address::Unix(PathBuf::from(path)),
+        None => Address::Tcp {
+            host: or_setting(field(|r| r.host.as_ref()), &guc::REDIS_HOST),
+            port: row.and_then(|r| r.port).unwrap_or_else(|| guc::REDIS_PORT.get()) as u16,
+        },
+    };
+    let password = match (field(|r| r.password.as_ref()), field(|r| r.password_file.as_ref())) {
+        (Some(password), _) => Some(Secret::Text(password.clone())),
+        (None, Some(path)) => Some(Secret::File(PathBuf::from(path))),
+        (None, None) => Some(guc::text(&guc::REDIS_PASSWORD_FILE))
+            .filter(|p| !p.is_empty())
+            .map(|p| Secret::File(PathBuf::from(p))),
+    };
+    let socket_timeout = millis(row.and_then(|r| r.socket_timeout_ms), &guc::REDIS_SOCKET_TIMEOUT_MS);
+    let replicas = row.filter(|r| r.wait_replicas > 0).map(|r| Replicas {
+        count: r.wait_replicas as u32,
+        // The reply must come before the connection counts as dead.
+        wait_ms: (socket_timeout / 2).as_millis().max(1) as u64,
+    });
+    let delivery = match row {
+        Some(row) if row.delivery == "exactly_once" => destination::Delivery::ExactlyOnce {
+            guard: format!("{}{}", home.guard_prefix, row.number),
+            replicas,
+        },
+        _ => destination::Delivery::AtLeastOnce { replicas },
+    };
+    let destination = Destination {
+        address,
+        db: i64::from(row.and_then(|r| r.db).unwrap_or_else(|| guc::REDIS_DB.get())),
+        username: Some(or_setting(field(|r| r.username.as_ref()), &guc::REDIS_USERNAME)).filter(|u| !u.is_empty()),
+        password,
+        client_name: client_name(&home.name, row.map_or("", |r| &r.name)),
+        connect_timeout: millis(row.and_then(|r| r.connect_timeout_ms), &guc::REDIS_CONNECT_TIMEOUT_MS),
+        socket_timeout,
+        delivery,
+    };
+    let stream = Rc::from(or_setting(field(|r| r.stream_name.as_ref()), &guc::REDIS_STREAM_NAME));
+    let max_len = row
+        .and_then(|r| r.max_len)
+        .unwrap_or_else(|| i64::from(guc::REDIS_MAX_LEN.get()));
+    (destination, stream, max_len)
+}
+
+pub fn mode_of(destination: &Destination) -> Mode {
+    match destination.delivery {
+        destination::Delivery::AtLeastOnce { .. } => Mode::AtLeastOnce,
+        destination::Delivery::ExactlyOnce { .. } => Mode::ExactlyOnce,
+    }
+}
+
+/// Redis allows no spaces or control characters in a client's name.
+fn client_name(database: &str, backend: &str) -> String {
+    format!("outbox_relay:{database}:{backend}")
+        .chars()
+        .map(|c| if c.is_ascii_graphic() { c } else { '_' })
+        .collect()
+}

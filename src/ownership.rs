@@ -1,0 +1,174 @@
+//! Who this server is to the guards: its incarnation, its place, its history.
+//!
+//! An incarnation is one run of the server, from a start, a promotion or a crash to its end. It is named in shared memory by the
+//! launcher, and saved durably in the database before the first guard is claimed in its name: so whoever has a later copy of this
+//! database knows it, and whoever has an earlier one doesn't.
+
+use crate::outbox::{query, run, value};
+use crate::process::{self, Aborted};
+use crate::{guc, shmem, ticker, uuid};
+use pgrx::datum::DatumWithOid;
+use pgrx::pg_sys;
+use relay::claim::Incarnation;
+use relay::encode::hyphenated;
+use relay::guard::Owner;
+use std::ffi::{CStr, c_void};
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
+/// Incarnations that are remembered.
+const KEPT_INCARNATIONS: i64 = 1_000;
+
+// SAFETY: the declarations of access/timeline.h; called within a guard, since they may raise an ERROR.
+unsafe extern "C-unwind" {
+    fn tliInHistory(timeline: pg_sys::TimeLineID, history: *mut c_void) -> bool;
+    fn readTimeLineHistory(timeline: pg_sys::TimeLineID) -> *mut c_void;
+    fn tliSwitchPoint(
+        timeline: pg_sys::TimeLineID,
+        history: *mut c_void,
+        next: *mut pg_sys::TimeLineID,
+    ) -> pg_sys::XLogRecPtr;
+}
+
+/// Names this run of the server. Called by the launcher when it starts, which is right after recovery.
+pub fn begin_incarnation() {
+    // SAFETY: reads positions of the WAL.
+    let started_at = unsafe {
+        match pg_sys::GetXLogReplayRecPtr(std::ptr::null_mut()) {
+            // Nothing was replayed: it had been shut down.
+            0 => pg_sys::GetXLogInsertRecPtr(),
+            replayed => replayed,
+        }
+    };
+    // SAFETY: reads the clock.
+    let now = unsafe { pg_sys::GetCurrentTimestamp() };
+    shmem::name_incarnation(uuid::new_v7(now), started_at);
+}
+
+/// This server as guards name it.
+pub struct Identity {
+    incarnation: String,
+    system: String,
+    timeline: u32,
+    place: String,
+}
+
+impl Identity {
+    /// Saves the incarnation durably, if it is not yet.
+    pub fn establish() -> Result<Option<Self>, Aborted> {
+        let Some((name, started_at)) = shmem::incarnation() else {
+            return Ok(None);
+        };
+        // SAFETY: reads what the server knows of itself.
+        let (system, timeline) = unsafe { (pg_sys::GetSystemIdentifier(), pg_sys::GetWALInsertionTimeLine()) };
+        let identity = Self {
+            incarnation: String::from_utf8_lossy(&hyphenated(&name)).into_owned(),
+            system: system.to_string(),
+            timeline,
+            place: place(),
+        };
+        process::transaction(|| identity.save(started_at))?;
+        ticker::flush();
+        Ok(Some(identity))
+    }
+
+    fn save(&self, started_at: u64) {
+        let known = query(
+            "select incarnation::text, timeline from outbox.incarnations order by number desc limit 1",
+            &[],
+            |row| {
+                (
+                    value::<String>(row, 1).unwrap_or_default(),
+                    value::<i64>(row, 2).unwrap_or_default(),
+                )
+            },
+        );
+        let previous = known.first();
+        if previous.is_some_and(|(name, _)| *name == self.incarnation) {
+            return;
+        }
+        let ended = match previous {
+            Some((_, timeline)) if *timeline != i64::from(self.timeline) => {
+                switch_point(*timeline as u32, self.timeline).min(started_at)
+            }
+            _ => started_at,
+        };
+        run(
+            "insert into outbox.incarnations (incarnation, system, timeline, previous_ended_lsn)
+            values ($1::uuid, $2, $3, '0/0'::pg_lsn + $4::text::numeric)",
+            &[
+                self.incarnation.clone().into(),
+                self.system.clone().into(),
+                i64::from(self.timeline).into(),
+                ended.to_string().into(),
+            ],
+        );
+        run(
+            "delete from outbox.incarnations i where i.number <= (select max(number) from outbox.incarnations) - $1",
+            &[KEPT_INCARNATIONS.into()],
+        );
+    }
+
+    /// What we know of an incarnation that a guard names. Within a transaction.
+    pub fn know(&self, incarnation: &str) -> Incarnation {
+        if incarnation == self.incarnation {
+            return Incarnation::Current;
+        }
+        let ended = query(
+            "select (n.previous_ended_lsn - '0/0'::pg_lsn)::text
+            from outbox.incarnations i join outbox.incarnations n on n.number > i.number
+            where i.incarnation::text = $1 order by n.number limit 1",
+            &[DatumWithOid::from(incarnation.to_owned())],
+            |row| value::<String>(row, 1).and_then(|lsn| lsn.parse().ok()),
+        );
+        match ended.first().copied().flatten() {
+            Some(ended) => Incarnation::Earlier { ended },
+            None => Incarnation::Unknown,
+        }
+    }
+
+    pub fn system(&self) -> &str {
+        &self.system
+    }
+
+    pub fn place(&self) -> &str {
+        &self.place
+    }
+
+    pub fn owner(&self) -> Owner {
+        Owner {
+            incarnation: self.incarnation.clone(),
+            system: self.system.clone(),
+            timeline: self.timeline,
+            place: self.place.clone(),
+            interval: guc::millis(&guc::POLL_INTERVAL_MS),
+        }
+    }
+}
+
+/// Where a timeline ended that the present one descends from; 0: it doesn't.
+fn switch_point(timeline: u32, present: u32) -> u64 {
+    // SAFETY: reads the history file of the present timeline, in a transaction; an ERROR aborts that.
+    unsafe {
+        pg_sys::ffi::pg_guard_ffi_boundary(|| {
+            let history = readTimeLineHistory(present);
+            match tliInHistory(timeline, history) {
+                true => tliSwitchPoint(timeline, history, std::ptr::null_mut()),
+                false => 0,
+            }
+        })
+    }
+}
+
+/// Where this server lives: two that run at the same time never say the same, since no two kernels share the name of a boot, and no two
+/// directories of one kernel a device and an inode (names, and all that a clone of a disk has, say nothing). One that is restarted says
+/// the same again, until the machine is.
+fn place() -> String {
+    let read = |path: &str| fs::read_to_string(path).unwrap_or_default().trim().to_owned();
+    // SAFETY: a zero-terminated path, set when the server started.
+    let directory = unsafe { CStr::from_ptr(pg_sys::DataDir).to_string_lossy().into_owned() };
+    let (device, inode) = fs::metadata(&directory).map(|m| (m.dev(), m.ino())).unwrap_or_default();
+    let boot: String = read("/proc/sys/kernel/random/boot_id").chars().take(18).collect();
+    let host = read("/proc/sys/kernel/hostname");
+    format!("{host}:{directory}#{device}.{inode}@{boot}")
+}

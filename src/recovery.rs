@@ -1,0 +1,388 @@
+//! From a connection that has read the guard to a backend that is up: whether to claim, and what the guard says was appended.
+
+use crate::backend::{Backend, ClaimStage};
+use crate::catalog;
+use crate::guc::LogLevel;
+use crate::outbox;
+use crate::ownership::Identity;
+use crate::process::{self, Aborted, log};
+use crate::refused;
+use crate::rows::EventsTable;
+use crate::ticker;
+use pgrx::pg_sys;
+use relay::claim::{Claimant, Decision, Incarnation, OnMissing, Start, Why, judge};
+use relay::conversation::Claim;
+use relay::delivery::{Cursor, Now};
+use relay::fault;
+use relay::guard::Guard;
+use relay::reader::{Position, RangeScan, Scan, Step, Table};
+use relay::refusal::Record;
+use relay::sender::Order;
+use relay::snapshot::Tick;
+use relay::tails::{Purpose, Wanted};
+use std::sync::Arc;
+
+/// Events that are compared with the streams' tails after a change of owner.
+const COMPARED: usize = 100_000;
+
+/// An event that may stand in its stream already.
+pub struct Candidate {
+    seq: i64,
+    wanted: Wanted,
+    /// It had been refused, and waits.
+    waits: bool,
+}
+
+/// Takes one backend as far as it can go now. `latest`: the newest tick.
+pub fn step(backend: &mut Backend, identity: &Identity, latest: &Arc<Tick>, now: Now) -> Result<(), Aborted> {
+    match std::mem::take(&mut backend.claim) {
+        ClaimStage::Read(guard) => decide(backend, identity, guard, now),
+        ClaimStage::Claimed(start, guard) => begin(backend, start, guard, latest, now),
+        ClaimStage::Seen(start, guard, candidates, found) => finish(backend, start, guard, &candidates, &found, now),
+        // It has what was asked for.
+        ClaimStage::None if backend.delivery.is_up() => forget_take_over(backend),
+        stage @ (ClaimStage::None | ClaimStage::Claiming(..) | ClaimStage::Looking(..)) => {
+            backend.claim = stage;
+            Ok(())
+        }
+    }
+}
+
+fn decide(backend: &mut Backend, identity: &Identity, guard: Option<Guard>, now: Now) -> Result<(), Aborted> {
+    let incarnation = match &guard {
+        Some(guard) => process::transaction(|| identity.know(&guard.incarnation))?,
+        None => Incarnation::Unknown,
+    };
+    let row = backend.row.as_ref();
+    let claimant = Claimant {
+        incarnation,
+        system: identity.system(),
+        place: identity.place(),
+        number: backend.delivery.number(),
+        on_missing: match row.map(|r| r.on_missing_guard.as_str()) {
+            Some("halt") => OnMissing::Halt,
+            Some("replay") => OnMissing::Replay,
+            _ => OnMissing::Continue,
+        },
+        take_over: row.is_some_and(|r| r.take_over),
+    };
+    match judge(guard.as_ref(), &claimant, &mut backend.watch, now) {
+        Decision::Claim(start) => {
+            fault::reach("before_claim");
+            let starts_anew = guard.is_none() || matches!(start, Start::Compare(_) | Start::Replay);
+            // What was appended before stays known; `position` is found by comparing.
+            let fields = (backend.delivery.number(), ticker::flush(), backend.total());
+            backend.order(Order::Claim(Box::new(Claim {
+                token: token(),
+                owner: identity.owner(),
+                start: starts_anew.then_some(fields),
+            })));
+            backend.claim = ClaimStage::Claiming(start, guard);
+        }
+        Decision::Wait { failure, retry_after } => backend.hold_off(failure, retry_after, now),
+    }
+    Ok(())
+}
+
+fn forget_take_over(backend: &mut Backend) -> Result<(), Aborted> {
+    let number = backend.number;
+    if let Some(row) = backend.row.as_mut().filter(|row| row.take_over) {
+        process::transaction(|| outbox::forget_take_over(number))?;
+        row.take_over = false;
+    }
+    Ok(())
+}
+
+/// The guard is ours.
+fn begin(
+    backend: &mut Backend,
+    start: Start,
+    guard: Option<Guard>,
+    latest: &Arc<Tick>,
+    now: Now,
+) -> Result<(), Aborted> {
+    forget_take_over(backend)?;
+    let start = if fault::is_mutated("ignore_guard") {
+        Start::Own
+    } else {
+        start
+    };
+    let (candidates, purpose) = match (start, &guard) {
+        (Start::Own, _) | (Start::Adopt | Start::Heal, None) => {
+            backend.up(now);
+            return Ok(());
+        }
+        (Start::Heal, Some(guard)) => return heal(backend, guard, now),
+        (Start::Replay, _) => return replay(backend, now),
+        (Start::Adopt, Some(guard)) => (process::transaction(|| last_batch(backend, guard))?, Purpose::Settle),
+        (Start::Compare(_), _) => (process::transaction(|| unsent(backend, latest))?, Purpose::Compare),
+    };
+    if candidates.is_empty() {
+        return finish(backend, start, guard, &[], &[], now);
+    }
+    backend.order(Order::Look {
+        wanted: candidates.iter().map(|c| c.wanted.clone()).collect(),
+        purpose,
+    });
+    backend.claim = ClaimStage::Looking(start, guard, candidates);
+    Ok(())
+}
+
+/// Which of the candidates stand in their streams is known.
+fn finish(
+    backend: &mut Backend,
+    start: Start,
+    guard: Option<Guard>,
+    candidates: &[Candidate],
+    found: &[bool],
+    now: Now,
+) -> Result<(), Aborted> {
+    let there = || {
+        candidates
+            .iter()
+            .zip(found)
+            .filter(|(_, found)| **found)
+            .map(|(c, _)| c)
+    };
+    let missing = || {
+        candidates
+            .iter()
+            .zip(found)
+            .filter(|(_, found)| !**found)
+            .map(|(c, _)| c)
+    };
+    match (start, &guard) {
+        (Start::Compare(why), _) => {
+            let accepted: Vec<Record> = there()
+                .filter(|c| c.waits)
+                .map(|c| Record::Accepted { seq: c.seq })
+                .collect();
+            write_down(backend, &accepted, backend.delivery.number())?;
+            backend.reload_streams()?;
+            backend.delivery.pass_over(there().filter(|c| !c.waits).map(|c| c.seq));
+            say_compared(backend, why, guard.as_ref(), there().count(), missing().count());
+        }
+        (_, Some(guard)) => {
+            let absent = missing().filter(|c| !c.waits).map(|c| Record::Park {
+                seq: c.seq,
+                attempts: 1,
+                error: "Redis refused it, as was seen after an interruption".to_owned(),
+            });
+            let accepted = there().filter(|c| c.waits).map(|c| Record::Accepted { seq: c.seq });
+            let refused = missing().filter(|c| !c.waits).count();
+            let records: Vec<Record> = absent.chain(accepted).collect();
+            write_down(backend, &records, guard.number)?;
+            let position = guard
+                .position
+                .clone()
+                .unwrap_or_else(|| backend.delivery.acked().clone());
+            backend.adopt(
+                Cursor {
+                    position,
+                    number: guard.number,
+                },
+                guard.total - refused as i64,
+                now,
+            );
+            backend.reload_streams()?;
+        }
+        (_, None) => {}
+    }
+    backend.up(now);
+    Ok(())
+}
+
+/// Before anything else is appended: the guard can tell of one batch alone.
+fn write_down(backend: &mut Backend, records: &[Record], batch_number: u64) -> Result<(), Aborted> {
+    if records.is_empty() {
+        return Ok(());
+    }
+    let (number, stream) = (backend.number, backend.stream.clone());
+    let failed = process::transaction(|| refused::record(number, &stream, records, Some(batch_number)))?;
+    backend.failed(failed);
+    ticker::flush();
+    Ok(())
+}
+
+fn heal(backend: &mut Backend, guard: &Guard, now: Now) -> Result<(), Aborted> {
+    let lost = backend.delivery.number() - guard.number;
+    log(
+        LogLevel::Warning,
+        &format!(
+            "backend \"{}\" heals: Redis has lost what it acknowledged",
+            backend.name()
+        ),
+        Some(&format!(
+            "Its guard says batch {}; {lost} more were acknowledged.",
+            guard.number
+        )),
+        Some("What they held is appended again. See Redis's persistence and replication, and wait_replicas."),
+    );
+    let position = guard
+        .position
+        .clone()
+        .unwrap_or_else(|| backend.delivery.acked().clone());
+    read_again(
+        backend,
+        Cursor {
+            position,
+            number: guard.number,
+        },
+        guard.number,
+        now,
+    )
+}
+
+fn replay(backend: &mut Backend, now: Now) -> Result<(), Aborted> {
+    log(
+        LogLevel::Warning,
+        &format!("guard of backend \"{}\" is missing", backend.name()),
+        Some("Redis has lost its data, or it is another Redis."),
+        Some("As on_missing_guard says, all events that are retained are sent again."),
+    );
+    let number = backend.number;
+    let oldest = process::transaction(|| outbox::oldest_tick(number))?;
+    let cursor = Cursor {
+        position: oldest.map_or_else(Position::beginning, Position::at),
+        number: backend.delivery.number(),
+    };
+    read_again(backend, cursor, 0, now)
+}
+
+/// Goes back to `cursor`; waiting events that were accepted after batch `since` wait again.
+fn read_again(backend: &mut Backend, cursor: Cursor, since: u64, now: Now) -> Result<(), Aborted> {
+    let number = backend.number;
+    let reread_to = process::transaction(|| {
+        refused::heal(number, since);
+        refused::highest_written_down(number)
+    })?;
+    backend.heal(cursor, reread_to, now);
+    backend.reload_streams()?;
+    backend.up(now);
+    Ok(())
+}
+
+fn say_compared(backend: &Backend, why: Why, guard: Option<&Guard>, there: usize, missing: usize) {
+    let (message, detail) = match (why, guard) {
+        (Why::Missing, _) => (
+            format!("guard of backend \"{}\" is missing", backend.name()),
+            "Redis has lost its data, or it is another Redis.".to_owned(),
+        ),
+        (Why::OtherHistory, Some(guard)) => (
+            format!(
+                "backend \"{}\" goes on after another history of this database",
+                backend.name()
+            ),
+            format!(
+                "Its streams were written last by the server at {} (timeline {}), up to a position that this one never had.",
+                guard.place, guard.timeline
+            ),
+        ),
+        (Why::Unfinished | Why::OtherHistory, _) => (
+            format!("backend \"{}\" goes on where comparing was interrupted", backend.name()),
+            "Its guard has no position yet.".to_owned(),
+        ),
+    };
+    let hint = format!(
+        "It goes on with what was not sent: {there} of the events after its saved position stand in the streams already and are not repeated, {missing} are sent."
+    );
+    log(LogLevel::Warning, &message, Some(&detail), Some(&hint));
+}
+
+/// The events of the last batch that the guard speaks of, as far as nobody has written down what became of them.
+fn last_batch(backend: &Backend, guard: &Guard) -> Vec<Candidate> {
+    if !guard.again.is_empty() {
+        return by_seq(backend, &refused::still_waiting(&guard.again));
+    }
+    let (Some(previous), Some(position)) = (&guard.previous, &guard.position) else {
+        return Vec::new();
+    };
+    between(backend, previous, position, usize::MAX)
+}
+
+/// Events that may have been sent by somebody of whose work we know nothing.
+fn unsent(backend: &Backend, latest: &Arc<Tick>) -> Vec<Candidate> {
+    let mut found = by_seq(backend, &refused::waiting(backend.number, COMPARED));
+    let here = backend.delivery.acked();
+    let upto = Position::at(latest.clone());
+    // A position on its way to a tick goes there first.
+    if let Some(under_way) = &here.under_way {
+        let there = Position::at(under_way.to.clone());
+        found.extend(between(backend, here, &there, COMPARED));
+        found.extend(between(backend, &there, &upto, COMPARED));
+    } else {
+        found.extend(between(backend, here, &upto, COMPARED));
+    }
+    found
+}
+
+fn by_seq(backend: &Backend, seqs: &[i64]) -> Vec<Candidate> {
+    let mut table = EventsTable::open(&catalog::expect_relations());
+    let mut found = Vec::new();
+    for seq in seqs {
+        let mut scan = table.by_seq(seq - 1, *seq);
+        if scan.advance().is_some() {
+            found.push(candidate(backend, *seq, scan.row(), true));
+        }
+    }
+    table.close();
+    found
+}
+
+/// The backend's rows from one position to another, which are written down nowhere.
+fn between(backend: &Backend, from: &Position, upto: &Position, limit: usize) -> Vec<Candidate> {
+    let mut table = EventsTable::open(&catalog::expect_relations());
+    let mut found = Vec::new();
+    let to = upto.newest();
+    // Within one range, the rows that were read before need not be passed again.
+    let after = match &from.under_way {
+        Some(under_way) if *under_way.to == **to => under_way.last_seq,
+        _ => 0,
+    };
+    let written_down_to = refused::highest_written_down(backend.number);
+    let last = upto
+        .under_way
+        .as_ref()
+        .filter(|_| after > 0 || from.under_way.is_none())
+        .map(|u| u.last_seq);
+    let mut scan = RangeScan::open(&mut table, &from.from, to, after);
+    while let Some(step) = scan.step() {
+        let (Step::Row(key) | Step::Passed(key)) = step;
+        if found.len() >= limit || last.is_some_and(|last| key.seq > last) {
+            break;
+        }
+        let row = scan.current().row();
+        let concerns = matches!(step, Step::Row(_))
+            && row.backend_number() == backend.number
+            && upto.covers(key)
+            && !from.covers(key);
+        if concerns {
+            let candidate = candidate(backend, key.seq, row, false);
+            if key.seq > written_down_to || !refused::is_written_down(key.seq, candidate.wanted.event_id) {
+                found.push(candidate);
+            }
+        }
+    }
+    drop(scan);
+    table.close();
+    found
+}
+
+fn candidate(backend: &Backend, seq: i64, row: &crate::rows::Row, waits: bool) -> Candidate {
+    row.with_event(|event| Candidate {
+        seq,
+        wanted: Wanted {
+            stream: Arc::from(&*backend.stream_of(event)),
+            event_id: event.event_id,
+        },
+        waits,
+    })
+}
+
+/// A random name for a claim.
+fn token() -> String {
+    let mut bytes = [0u8; 16];
+    // SAFETY: fills the buffer that it is given.
+    unsafe { pg_sys::pg_strong_random(bytes.as_mut_ptr().cast(), bytes.len()) };
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}

@@ -1,0 +1,173 @@
+//! Reading: ticks, what may be sent of them, and scans for the backends that can take rows.
+
+use super::Worker;
+
+use crate::backend::{Backend, Role};
+use crate::guc::{self, SendAfter};
+use crate::process::{self, Aborted};
+use crate::{catalog, pass, ticker};
+use pgrx::pg_sys;
+use relay::delivery::Now;
+use relay::fault;
+use relay::reader::Position;
+use relay::snapshot::Tick;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How soon it is looked whether standbys have flushed, and at most how much later each time.
+const STANDBY_LOOK: Duration = Duration::from_millis(1);
+const STANDBY_LONGEST_LOOK: Duration = Duration::from_millis(100);
+
+/// A tick that synchronous standbys have not flushed yet.
+pub(super) struct Awaited {
+    pub(super) tick: Tick,
+    wal: u64,
+    pub(super) look_at: Now,
+    pause: Duration,
+}
+
+impl Worker {
+    /// Reads for every group of backends that stand at one place and can take rows. True: there is more to read now.
+    pub(super) fn read(&mut self, now: Now) -> Result<bool, Aborted> {
+        self.work |= self.slot.has_work();
+        self.look_at_standbys(now);
+        let waits = |b: &Backend, latest: &Arc<Tick>| {
+            b.is_ready(now)
+                && (b.delivery.position().under_way.is_some() || !Arc::ptr_eq(&b.delivery.position().from, latest))
+        };
+        // While all are down, publishers find the flag raised and wake nobody.
+        if self.work
+            && self.awaited.is_none()
+            && (self.polled || self.backends.iter().any(|b| b.reads_for_redis() && b.is_ready(now)))
+        {
+            self.take_tick()?;
+            if self.generation == u64::MAX {
+                // What the tick sees may have been published for backends as they are now.
+                return Ok(true);
+            }
+        }
+        let mut more = false;
+        let mut done: Vec<i32> = Vec::new();
+        while let Some(first) = self
+            .backends
+            .iter()
+            .position(|b| waits(b, &self.latest) && !done.contains(&b.number))
+        {
+            let position = self.backends[first].delivery.position().clone();
+            let group: Vec<usize> = (0..self.backends.len())
+                .filter(|i| {
+                    let b = &self.backends[*i];
+                    waits(b, &self.latest) && !done.contains(&b.number) && b.delivery.position().same_place(&position)
+                })
+                .collect();
+            done.extend(group.iter().map(|i| self.backends[*i].number));
+            self.read_group(&group, &position, now)?;
+        }
+        for backend in &mut self.backends {
+            if waits(backend, &self.latest) {
+                more = true;
+            } else if backend.reads_for_redis() && backend.delivery.rest() {
+                backend.recovered(now);
+            }
+        }
+        Ok(more)
+    }
+
+    /// Takes a tick if anything has happened since the last, and makes what it sees durable.
+    fn take_tick(&mut self) -> Result<(), Aborted> {
+        self.slot.take_work();
+        (self.work, self.polled) = (false, false);
+        let tick = process::transaction(|| {
+            let relations = catalog::relations()?;
+            let early = fault::is_mutated("flush_before_snapshot").then(ticker::flush);
+            let tick = ticker::take(&relations);
+            let wal = match early {
+                Some(wal) => wal,
+                None if fault::is_mutated("skip_flush") => 0,
+                None => ticker::flush(),
+            };
+            fault::reach("after_flush");
+            // Takes in what was told before anything that the tick sees.
+            // SAFETY: within a transaction.
+            unsafe { pg_sys::AcceptInvalidationMessages() };
+            Some((tick, wal, catalog::generation()))
+        })?;
+        match tick {
+            Some((tick, wal, generation)) => {
+                self.take_over_tick(tick, wal);
+                if generation != self.generation {
+                    self.generation = u64::MAX;
+                }
+            }
+            // The extension was dropped: the next round finds out.
+            None => self.generation = u64::MAX,
+        }
+        Ok(())
+    }
+
+    /// What a tick sees may be sent, at once or when the standbys have it.
+    fn take_over_tick(&mut self, tick: Tick, wal: u64) {
+        if guc::SEND_AFTER.get() == SendAfter::StandbyFlush && !ticker::standbys_have(wal) {
+            let look_at = self.now() + STANDBY_LOOK;
+            self.awaited = Some(Awaited {
+                tick,
+                wal,
+                look_at,
+                pause: STANDBY_LOOK,
+            });
+            return;
+        }
+        self.flushed = self.flushed.max(wal);
+        if tick != *self.latest {
+            self.latest = Arc::new(tick);
+        }
+    }
+
+    /// Looks whether the standbys have what is waited for; until then no other tick is taken.
+    fn look_at_standbys(&mut self, now: Now) {
+        let Some(mut awaited) = self.awaited.take() else {
+            return;
+        };
+        let waits = guc::SEND_AFTER.get() == SendAfter::StandbyFlush && !ticker::standbys_have(awaited.wal);
+        if !waits {
+            self.flushed = self.flushed.max(awaited.wal);
+            self.latest = Arc::new(awaited.tick);
+            return;
+        }
+        if now >= awaited.look_at {
+            awaited.pause = (awaited.pause * 2).min(STANDBY_LONGEST_LOOK);
+            awaited.look_at = now + awaited.pause;
+        }
+        self.awaited = Some(awaited);
+    }
+
+    /// Makes durable what was written down: the next batch lies behind it, also in the guard's words.
+    pub(super) fn flush(&mut self) {
+        self.flushed = self.flushed.max(ticker::flush());
+    }
+
+    /// One scan for backends that stand at `position`.
+    fn read_group(&mut self, group: &[usize], position: &Position, now: Now) -> Result<(), Aborted> {
+        let readers = process::transaction(|| pass::read(&mut self.backends, group, position, &self.latest))?;
+        if readers.iter().any(|r| r.wrote) {
+            self.flush();
+        }
+        for reader in readers {
+            let backend = &mut self.backends[reader.index];
+            backend.failed(reader.failed);
+            reader.skipped.iter().for_each(|seq| backend.delivery.skipped(*seq));
+            let sent: usize = reader.built.iter().map(|b| b.batch.entries.len()).sum();
+            backend.send(reader.built, self.flushed);
+            if matches!(backend.role, Role::Strays) && reader.stopped {
+                backend.rests_until = now + guc::millis(&guc::POLL_INTERVAL_MS);
+            }
+            backend.advanced(reader.end, now);
+            if sent > 0 {
+                let activity = format!("publishing {sent} events to {}", backend.name());
+                self.shown_busy = true;
+                process::show_activity(Some(&activity));
+            }
+        }
+        Ok(())
+    }
+}

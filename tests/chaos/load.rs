@@ -1,0 +1,321 @@
+//! Sessions that publish in every way there is, and end their transactions in every way; each writes the same into the ledger.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use kit::postgres::{DB, USER};
+use kit::{Dice, Postgres};
+use postgres::{Client, Config, Error, NoTls, Statement};
+
+use crate::hasty::Hasty;
+use crate::site::{BACKENDS, CURSED, NAMED};
+
+const KEYS: u64 = 64;
+
+/// What the sessions did, as far as they were told.
+#[derive(Debug, Default)]
+pub struct Tally {
+    pub commits: AtomicU64,
+    pub aborts: AtomicU64,
+    /// In transactions or savepoints that were rolled back on purpose.
+    pub aborted_events: AtomicU64,
+    pub savepoints: AtomicU64,
+    pub prepared: AtomicU64,
+    pub hasty: AtomicU64,
+    /// Connections that ended otherwise than on purpose.
+    pub thrown_out: AtomicU64,
+    /// Deadlocks and lock timeouts: the schedule's own.
+    pub refused: AtomicU64,
+}
+
+fn count(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
+}
+
+pub struct Load {
+    stop: Arc<AtomicBool>,
+    finish: Arc<AtomicBool>,
+    pub tally: Arc<Tally>,
+    sessions: Vec<JoinHandle<()>>,
+    resolver: Option<JoinHandle<()>>,
+}
+
+impl Load {
+    pub fn start(pg: &Postgres, sessions: u64, seed: u64) -> Self {
+        let (stop, finish) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let tally = Arc::new(Tally::default());
+        let mut config = pg.config(USER, DB);
+        config.application_name("publisher");
+        let threads: Vec<JoinHandle<()>> = (0..sessions)
+            .map(|number| {
+                let mut session = Session {
+                    config: config.clone(),
+                    socket_dir: pg.host().to_path_buf(),
+                    number,
+                    incarnation: 0,
+                    turn: 0,
+                    dice: Dice::of(seed, number),
+                    tally: Arc::clone(&tally),
+                };
+                let stop = Arc::clone(&stop);
+                std::thread::spawn(move || session.live(&stop))
+            })
+            .collect();
+        let resolver = {
+            let (config, dice, finish) = (pg.config(USER, DB), Dice::of(seed, sessions), Arc::clone(&finish));
+            std::thread::spawn(move || resolve(&config, dice, &finish))
+        };
+        Load {
+            stop,
+            finish,
+            tally,
+            sessions: threads,
+            resolver: Some(resolver),
+        }
+    }
+
+    /// Ends the sessions, then all prepared transactions.
+    pub fn stop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        for session in self.sessions.drain(..) {
+            session.join().expect("a publisher panicked");
+        }
+        self.finish.store(true, Ordering::Relaxed);
+        if let Some(resolver) = self.resolver.take() {
+            resolver.join().expect("the resolver panicked");
+        }
+    }
+}
+
+struct Session {
+    config: Config,
+    socket_dir: PathBuf,
+    number: u64,
+    /// Each connection is one of its own in the ledger: who was thrown out in mid-COMMIT cannot know when that took effect.
+    incarnation: u64,
+    turn: i64,
+    dice: Dice,
+    tally: Arc<Tally>,
+}
+
+/// One call of chaos.publish().
+struct Publication {
+    key: String,
+    count: i32,
+    backend: &'static str,
+    stream: Option<&'static str>,
+    how: &'static str,
+    padding: i32,
+    due_in: Option<String>,
+}
+
+impl Session {
+    fn live(&mut self, stop: &AtomicBool) {
+        while !stop.load(Ordering::Relaxed) {
+            self.incarnation += 1;
+            // Whatever throws it out, the ledger knows what was committed.
+            if self.connected(stop).is_err() {
+                count(&self.tally.thrown_out);
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        }
+    }
+
+    fn name(&self) -> String {
+        format!("s{}.{}", self.number, self.incarnation)
+    }
+
+    fn connected(&mut self, stop: &AtomicBool) -> Result<(), Error> {
+        let mut client = self.config.connect(NoTls)?;
+        client.batch_execute("set lock_timeout = '500ms'")?;
+        if self.dice.one_in(2) {
+            client.batch_execute("set synchronous_commit = off")?;
+        }
+        let publish =
+            client.prepare("select chaos.publish($1, $2, $3, $4, $5, $6, $7, $8, $9, $10::text::interval)")?;
+        while !stop.load(Ordering::Relaxed) {
+            self.turn += 1;
+            if self.dice.one_in(30) {
+                self.hasty_transaction();
+            } else {
+                self.transaction(&mut client, &publish)?;
+            }
+            std::thread::sleep(self.dice.millis(0, 50));
+        }
+        Ok(())
+    }
+
+    fn transaction(&mut self, client: &mut Client, publish: &Statement) -> Result<(), Error> {
+        // Known before it begins: what ends at another time is ordered by its aggregates alone.
+        let prepared = self.dice.one_in(8);
+        client.batch_execute("begin")?;
+        let mut events = 0;
+        if let Err(error) = self.body(client, publish, prepared, &mut events) {
+            // Only its own doing may throw a transaction out: a deadlock, or a lock that a prepared one holds.
+            return match error.code().map(postgres::error::SqlState::code) {
+                Some("40P01" | "55P03") => {
+                    count(&self.tally.refused);
+                    client.batch_execute("rollback")
+                }
+                _ => Err(error),
+            };
+        }
+        if self.dice.one_in(5) {
+            client.batch_execute("rollback")?;
+            count(&self.tally.aborts);
+            self.tally.aborted_events.fetch_add(events, Ordering::Relaxed);
+        } else if prepared {
+            client.batch_execute(&format!("prepare transaction '{}.{}'", self.name(), self.turn))?;
+            count(&self.tally.prepared);
+        } else {
+            client.batch_execute("commit")?;
+            count(&self.tally.commits);
+        }
+        Ok(())
+    }
+
+    /// Statements, savepoints that are kept or rolled back, and now and then a long pause.
+    fn body(
+        &mut self,
+        client: &mut Client,
+        publish: &Statement,
+        prepared: bool,
+        events: &mut u64,
+    ) -> Result<(), Error> {
+        for _ in 0..self.dice.between(1, 4) {
+            if self.dice.one_in(4) {
+                count(&self.tally.savepoints);
+                client.batch_execute("savepoint a")?;
+                let outer = self.publish(client, publish, prepared)?;
+                let mut inner = 0;
+                if self.dice.one_in(3) {
+                    client.batch_execute("savepoint b")?;
+                    inner = self.publish(client, publish, prepared)?;
+                    if self.dice.one_in(2) {
+                        client.batch_execute("rollback to b")?;
+                        self.tally.aborted_events.fetch_add(inner, Ordering::Relaxed);
+                        inner = 0;
+                    } else {
+                        client.batch_execute("release b")?;
+                    }
+                }
+                if self.dice.one_in(2) {
+                    client.batch_execute("rollback to a")?;
+                    self.tally.aborted_events.fetch_add(outer + inner, Ordering::Relaxed);
+                } else {
+                    client.batch_execute("release a")?;
+                    *events += outer + inner;
+                }
+            } else {
+                *events += self.publish(client, publish, prepared)?;
+            }
+            if self.dice.one_in(60) {
+                // Others commit meanwhile, and the worker's cursor passes this transaction by.
+                std::thread::sleep(self.dice.millis(20, 1_500));
+            }
+        }
+        Ok(())
+    }
+
+    fn publish(&mut self, client: &mut Client, publish: &Statement, prepared: bool) -> Result<u64, Error> {
+        let p = self.publication();
+        client.execute(
+            publish,
+            &[
+                &self.name(),
+                &self.turn,
+                &prepared,
+                &p.key,
+                &p.count,
+                &p.backend,
+                &p.stream,
+                &p.how,
+                &p.padding,
+                &p.due_in,
+            ],
+        )?;
+        Ok(p.count.unsigned_abs().into())
+    }
+
+    fn publication(&mut self) -> Publication {
+        let dice = &mut self.dice;
+        let how = *dice.pick(&["call", "call", "insert", "batch"]);
+        let scheduled = how == "call" && dice.one_in(25);
+        Publication {
+            key: format!("k{}", dice.below(KEYS)),
+            count: match how {
+                "batch" if dice.one_in(40) => 500,
+                "batch" => dice.between(1, 12) as i32,
+                _ => dice.between(1, 3) as i32,
+            },
+            backend: dice.pick(BACKENDS).name,
+            stream: match dice.below(60) {
+                0 if !scheduled => Some(CURSED),
+                1..12 => Some(NAMED),
+                _ => None,
+            },
+            how,
+            padding: if dice.one_in(10) { dice.below(5_000) as i32 } else { 0 },
+            due_in: scheduled.then(|| format!("{} ms", dice.between(0, 2_500))),
+        }
+    }
+
+    /// A transaction whose client leaves right after it has sent COMMIT.
+    fn hasty_transaction(&mut self) {
+        let p = self.publication();
+        let text = |text: Option<&str>| text.map_or("null".to_string(), |text| format!("'{text}'"));
+        let publish = format!(
+            "begin; set local lock_timeout = '500ms'; \
+             select chaos.publish('{}.hasty', {}, true, '{}', {}, '{}', {}, '{}', {}, {})",
+            self.name(),
+            self.turn,
+            p.key,
+            p.count,
+            p.backend,
+            text(p.stream),
+            p.how,
+            p.padding,
+            text(p.due_in.as_deref()),
+        );
+        let sent = Hasty::connect(&self.socket_dir, USER, DB).and_then(|mut client| {
+            client.run(&publish)?;
+            client.send("commit")
+        });
+        if sent.is_ok() {
+            count(&self.tally.hasty);
+        }
+    }
+}
+
+/// Ends prepared transactions, at any time later, whoever has prepared them and whatever has happened since.
+fn resolve(config: &Config, mut dice: Dice, finish: &AtomicBool) {
+    loop {
+        let finishing = finish.load(Ordering::Relaxed);
+        // The server may be down; then later.
+        if let Ok(left) = config
+            .connect(NoTls)
+            .and_then(|mut client| resolve_some(&mut client, &mut dice, finishing))
+            && finishing
+            && left == 0
+        {
+            return;
+        }
+        std::thread::sleep(dice.millis(20, 150));
+    }
+}
+
+/// Gives how many there were.
+fn resolve_some(client: &mut Client, dice: &mut Dice, all: bool) -> Result<usize, Error> {
+    let prepared = client.query("select gid from pg_catalog.pg_prepared_xacts order by prepared", &[])?;
+    for row in &prepared {
+        let gid: &str = row.get(0);
+        if all || dice.one_in(4) {
+            let end = if dice.one_in(3) { "rollback" } else { "commit" };
+            client.batch_execute(&format!("{end} prepared '{gid}'"))?;
+        }
+    }
+    Ok(prepared.len())
+}

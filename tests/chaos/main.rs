@@ -1,0 +1,59 @@
+//! Chaos: sessions publish in every way there is, everything around the relay is killed, frozen, cut off and set back at random, and then
+//! each committed event must stand in its stream exactly once, in order, unchanged, and nothing else anywhere.
+//!
+//! - [`options`] the command line
+//! - [`plan`] which faults befall when, drawn from a seed
+//! - [`site`] the servers; [`load`] and [`hasty`] who publishes; [`tail`] who reads along
+//! - [`nemesis`] carries out the plan, by [`postgres_faults`], [`redis_faults`], [`settings_faults`]
+//! - [`verdict`] compares the ledger with the streams; [`run`] one seed from start to verdict
+//!
+//! A seed repeats the schedule, not the timing of the processes. `scripts/chaos` prepares what this needs.
+
+mod hasty;
+mod load;
+mod nemesis;
+mod options;
+mod plan;
+mod postgres_faults;
+mod redis_faults;
+mod run;
+mod settings_faults;
+mod site;
+mod tail;
+mod verdict;
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use options::{Options, USAGE};
+
+fn main() -> ExitCode {
+    let options = match Options::parse(std::env::args().skip(1)) {
+        Ok(options) => options,
+        Err(error) => {
+            eprintln!("chaos: {error}\n{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    let start = Instant::now();
+    let mut violated = Vec::new();
+    for turn in 0.. {
+        let enough = match (options.seeds, options.total) {
+            (Some(seeds), _) => turn >= seeds,
+            (None, Some(total)) => start.elapsed() >= total,
+            (None, None) => turn >= 1,
+        };
+        if enough {
+            break;
+        }
+        let seed = options.seed + turn;
+        if !run::run(seed, options.time, &options) {
+            violated.push(seed.to_string());
+        }
+    }
+    if violated.is_empty() {
+        return ExitCode::SUCCESS;
+    }
+    println!("violated by the seeds {}", violated.join(", "));
+    ExitCode::FAILURE
+}

@@ -1,0 +1,91 @@
+//! The command line.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::plan::KINDS;
+
+pub const USAGE: &str = "\
+usage: chaos [OPTION]...
+  --seed N          the first seed (default: by chance); a seed names a schedule of faults
+  --seeds N         so many seeds, one after the other (default: 1, or what --minutes has time for)
+  --minutes N       seeds, one after the other, until so much time has passed
+  --seconds N       time of faults for each seed (default: 60)
+  --sessions N      publishers (default: 8)
+  --kinds A,B       faults of these kinds alone: postgres, points, redis, losses, network, settings
+  --mutation NAME   break a promise of the relay (see relay/src/fault.rs); the run should fail
+  --shipped         the library as it is shipped, without crash points
+  --at-least-once   delivery = 'at_least_once': repeats are no violation, and Redis loses nothing
+  --keep DIR        leave logs, streams and ledger there
+  --quiet           print faults only when something was violated";
+
+pub struct Options {
+    pub seed: u64,
+    pub seeds: Option<u64>,
+    pub total: Option<Duration>,
+    pub time: Duration,
+    pub sessions: u64,
+    pub kinds: Vec<String>,
+    pub mutation: Option<String>,
+    pub faults: bool,
+    pub at_least_once: bool,
+    pub keep: Option<PathBuf>,
+    pub quiet: bool,
+}
+
+impl Options {
+    pub fn parse(mut words: impl Iterator<Item = String>) -> Result<Self, String> {
+        let mut options = Options {
+            // Short enough to be typed.
+            seed: uuid::Uuid::new_v4().as_u64_pair().0 % 1_000_000,
+            seeds: None,
+            total: None,
+            time: Duration::from_secs(60),
+            sessions: 8,
+            kinds: KINDS.iter().map(|kind| kind.to_string()).collect(),
+            mutation: None,
+            faults: kit::env::has_faults(),
+            at_least_once: false,
+            keep: None,
+            quiet: false,
+        };
+        while let Some(word) = words.next() {
+            let mut value = || words.next().ok_or(format!("{word} needs a value"));
+            match word.as_str() {
+                "--seed" => options.seed = number(&value()?)?,
+                "--seeds" => options.seeds = Some(number(&value()?)?),
+                "--minutes" => options.total = Some(Duration::from_secs(60 * number(&value()?)?)),
+                "--seconds" => options.time = Duration::from_secs(number(&value()?)?),
+                "--sessions" => options.sessions = number(&value()?)?,
+                "--kinds" => options.kinds = kinds(&value()?)?,
+                "--mutation" => options.mutation = Some(value()?),
+                "--shipped" => options.faults = false,
+                "--at-least-once" => options.at_least_once = true,
+                "--keep" => options.keep = Some(value()?.into()),
+                "--quiet" => options.quiet = true,
+                "--help" => return Err("breaks everything around the relay at random".to_string()),
+                _ => return Err(format!("{word} is no option")),
+            }
+        }
+        if options.mutation.is_some() && !options.faults {
+            return Err("a mutation needs the library built with the feature faults".to_string());
+        }
+        Ok(options)
+    }
+}
+
+fn number(text: &str) -> Result<u64, String> {
+    text.parse().map_err(|_| format!("{text} is no number"))
+}
+
+fn kinds(text: &str) -> Result<Vec<String>, String> {
+    text.split(',')
+        .map(|kind| {
+            if KINDS.contains(&kind) {
+                Ok(kind.to_string())
+            } else {
+                Err(format!("{kind} is none of {}", KINDS.join(", ")))
+            }
+        })
+        .collect()
+}

@@ -1,0 +1,90 @@
+-- The ledger: what each transaction published, written down in that transaction. What stands in it after all is the truth.
+
+create schema chaos;
+
+create table chaos.aggregates (key text primary key, version bigint not null default 0) with (fillfactor = 50);
+insert into chaos.aggregates select 'k' || n from generate_series(0, 63) n;
+
+create table chaos.ledger (
+    event_id  uuid not null,
+    -- The order of publishing within a transaction.
+    seq       bigint generated always as identity,
+    xid       xid8 not null default pg_current_xact_id(),
+    -- One connection, and the number of its transaction.
+    session   text not null,
+    turn      bigint not null,
+    -- Committed at another time than the connection's next transaction can know of.
+    detached  boolean not null,
+    scheduled boolean not null,
+    backend   text not null,
+    stream    text,
+    key       text not null,
+    version   bigint not null,
+    event_type text not null,
+    source    text not null,
+    subject   text,
+    data      jsonb not null,
+    config    jsonb
+);
+
+-- Publishes `count` events of one aggregate, whose row it locks first: so that its events are in the order of its versions.
+create function chaos.publish(
+    session text, turn bigint, detached boolean, key text, count integer, backend text, stream text, how text,
+    padding integer, due_in interval
+) returns void
+    language plpgsql as $$
+declare
+    line chaos.ledger;
+    lines chaos.ledger[] := '{}';
+    id uuid;
+begin
+    for n in 1 .. count loop
+        update chaos.aggregates a set version = a.version + 1 where a.key = publish.key
+            returning a.version into strict line.version;
+        line.session := publish.session;
+        line.turn := publish.turn;
+        line.detached := publish.detached;
+        line.scheduled := due_in is not null;
+        line.backend := publish.backend;
+        line.stream := publish.stream;
+        line.key := publish.key;
+        line.event_type := how || '.' || line.version;
+        line.source := 'chaos/' || publish.session;
+        line.subject := case when line.version % 3 > 0 then publish.key end;
+        line.data := jsonb_build_object('key', publish.key, 'version', line.version,
+            'text', E'\u00fc "quoted" \\ \n' || repeat('x', padding));
+        line.config := case when line.version % 5 = 0 then jsonb_build_object('tenant', 't' || line.version) end;
+        if how = 'batch' then
+            line.event_id := gen_random_uuid();
+            lines := lines || line;
+            continue;
+        elsif how = 'insert' then
+            insert into outbox.events (event_type, source, data, subject, backend, stream, publisher_config)
+                values (line.event_type, line.source, line.data, line.subject, line.backend, line.stream, line.config)
+                returning event_id into line.event_id;
+        else
+            line.event_id := outbox.publish_event(line.event_type, line.source, line.data, line.subject, line.backend,
+                stream => line.stream, publisher_config => line.config, scheduled_at => clock_timestamp() + due_in);
+        end if;
+        perform chaos.note(line);
+    end loop;
+    if how = 'batch' then
+        perform outbox.publish_events((select jsonb_agg(jsonb_strip_nulls(jsonb_build_object(
+            'event_id', l.event_id, 'event_type', l.event_type, 'source', l.source, 'subject', l.subject, 'data', l.data,
+            'backend', l.backend, 'stream', l.stream, 'publisher_config', l.config)) order by l.version) from unnest(lines) l));
+        foreach line in array lines loop
+            perform chaos.note(line);
+        end loop;
+    end if;
+end
+$$;
+
+create function chaos.note(line chaos.ledger) returns void
+    language plpgsql as $$
+begin
+    insert into chaos.ledger (event_id, session, turn, detached, scheduled, backend, stream, key, version, event_type, source, subject,
+            data, config)
+        values (line.event_id, line.session, line.turn, line.detached, line.scheduled, line.backend, line.stream, line.key,
+            line.version, line.event_type, line.source, line.subject, line.data, line.config);
+end
+$$;

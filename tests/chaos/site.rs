@@ -1,0 +1,177 @@
+//! The servers of a run: Postgres, and two Redis stores, each behind a proxy whose address never changes.
+
+use kit::{Postgres, Proxy, Redis, Saved};
+
+pub struct Backend {
+    pub name: &'static str,
+    /// Index of its store.
+    pub store: usize,
+    /// The stream of events that name none.
+    pub stream: &'static str,
+}
+
+pub const BACKENDS: &[Backend] = &[
+    Backend {
+        name: "default",
+        store: 0,
+        stream: "events",
+    },
+    Backend {
+        name: "second",
+        store: 0,
+        stream: "second",
+    },
+    Backend {
+        name: "third",
+        store: 1,
+        stream: "third",
+    },
+];
+
+/// A stream that publishers name themselves, with any backend.
+pub const NAMED: &str = "named";
+
+/// A key that is no stream: Redis refuses each event for it, and all become failed events.
+pub const CURSED: &str = "cursed";
+
+pub const STREAMS: &[&str] = &["events", "second", "third", NAMED];
+
+/// One Redis as its clients see it.
+pub struct Store {
+    /// Two of them: a primary and its replica.
+    pub nodes: Vec<Redis>,
+    /// Which of the nodes the proxy leads to.
+    pub primary: usize,
+    pub proxy: Proxy,
+    /// Its data as it was some time ago.
+    pub saved: Option<Saved>,
+}
+
+impl Store {
+    fn of(nodes: Vec<Redis>) -> Self {
+        let proxy = Proxy::to(nodes[0].port());
+        for node in &nodes {
+            node.call(&["SET", CURSED, "no stream"]);
+        }
+        Store {
+            nodes,
+            primary: 0,
+            proxy,
+            saved: None,
+        }
+    }
+
+    /// A primary and a replica without files; it loses data by going back to an older RDB file, and in failovers.
+    fn pair() -> Self {
+        let args = ["--enable-debug-command", "yes", "--repl-diskless-sync-delay", "0"];
+        let primary = Redis::with(&args);
+        primary.call(&["SET", CURSED, "no stream"]);
+        let replica = Redis::replica_with(&primary, &args);
+        let mut store = Store::of(vec![primary]);
+        store.nodes.push(replica);
+        store
+    }
+
+    /// A server with an append-only file, whose end it may lose.
+    fn logged() -> Self {
+        Store::of(vec![Redis::with(&[
+            "--enable-debug-command",
+            "yes",
+            "--appendonly",
+            "yes",
+            "--appendfsync",
+            "everysec",
+            "--auto-aof-rewrite-percentage",
+            "0",
+        ])])
+    }
+
+    pub fn primary(&self) -> &Redis {
+        &self.nodes[self.primary]
+    }
+
+    pub fn primary_mut(&mut self) -> &mut Redis {
+        &mut self.nodes[self.primary]
+    }
+
+    pub fn has_replica(&self) -> bool {
+        self.nodes.len() > 1
+    }
+}
+
+pub struct Site {
+    pub pg: Postgres,
+    pub stores: Vec<Store>,
+    /// Whether the library is the one that can be told where to die.
+    pub faults: bool,
+    pub exactly_once: bool,
+}
+
+const SETTINGS: &[(&str, &str)] = &[
+    ("outbox_relay.redis_max_len", "0"),
+    ("outbox_relay.poll_interval", "200ms"),
+    ("outbox_relay.batch_size", "20"),
+    ("outbox_relay.retry_delay", "50ms"),
+    ("outbox_relay.retry_max_delay", "500ms"),
+    ("outbox_relay.redis_connect_timeout", "400ms"),
+    ("outbox_relay.redis_socket_timeout", "400ms"),
+    ("max_connections", "60"),
+    ("max_prepared_transactions", "40"),
+    ("deadlock_timeout", "50ms"),
+    ("checkpoint_timeout", "30s"),
+];
+
+impl Site {
+    /// `mutation`: the promise that the library is to break, if any; it needs `faults`.
+    pub fn start(faults: bool, mutation: Option<&str>, at_least_once: bool) -> Self {
+        let builder = Postgres::with(SETTINGS);
+        let mut pg = if faults { builder.faults() } else { builder }.stopped();
+        if let Some(name) = mutation {
+            pg.mutation(name);
+        }
+        pg.start_again();
+        pg.extension();
+        let stores = vec![Store::pair(), Store::logged()];
+        let delivery = if at_least_once { "at_least_once" } else { "exactly_once" };
+        for backend in BACKENDS {
+            let port = stores[backend.store].proxy.port();
+            // The row `default` is there already.
+            if backend.name != "default" {
+                pg.exec(&format!(
+                    "insert into outbox.backends (name, enabled) values ('{}', false)",
+                    backend.name
+                ));
+            }
+            let sql = format!(
+                "update outbox.backends set enabled = true, host = '127.0.0.1', port = {port}, stream_name = '{}', delivery = '{delivery}' \
+                 where name = '{}'",
+                backend.stream, backend.name
+            );
+            pg.exec(&sql);
+        }
+        pg.exec(include_str!("schema.sql"));
+        Site {
+            pg,
+            stores,
+            faults,
+            exactly_once: !at_least_once,
+        }
+    }
+
+    /// Each backend has sent something, so that its guard is part of whatever Redis keeps.
+    pub fn warm_up(&mut self) {
+        for backend in BACKENDS {
+            self.pg.exec(&format!(
+                "select chaos.publish('warm-up', 1, true, 'k0', 1, '{}', null, 'call', 0, null)",
+                backend.name
+            ));
+            self.stores[backend.store].primary().wait_entries(backend.stream, 1);
+        }
+        for store in &mut self.stores {
+            if store.has_replica() {
+                store.nodes[1].wait_caught_up(&store.nodes[0]);
+                store.saved = Some(store.primary().saved());
+            }
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! Reads along: remembers every event that ever stood in a stream of any Redis, whatever that Redis lost of it later.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use redis::{Connection, RedisResult, cmd};
+
+use crate::site::{STREAMS, Site};
+
+/// What XREAD gives: streams with entries of fields and values.
+type Read = Option<Vec<(String, Vec<(String, Vec<String>)>)>>;
+
+pub struct Tail {
+    stop: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<HashSet<String>>>,
+}
+
+impl Tail {
+    /// A reader for each node of each store, past the proxies.
+    pub fn start(site: &Site) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let ports = site
+            .stores
+            .iter()
+            .flat_map(|store| &store.nodes)
+            .map(|node| node.port());
+        let threads = ports
+            .map(|port| {
+                let stop = Arc::clone(&stop);
+                std::thread::spawn(move || follow(port, &stop))
+            })
+            .collect();
+        Tail { stop, threads }
+    }
+
+    /// The event_ids that stood anywhere at any time (as far as a reader that is thrown out now and then can see).
+    pub fn stop(self) -> HashSet<String> {
+        self.stop.store(true, Ordering::Relaxed);
+        let mut seen = HashSet::new();
+        for thread in self.threads {
+            seen.extend(thread.join().expect("a reader panicked"));
+        }
+        seen
+    }
+}
+
+fn follow(port: u16, stop: &AtomicBool) -> HashSet<String> {
+    let mut seen = HashSet::new();
+    let mut last: HashMap<&str, String> = STREAMS.iter().map(|stream| (*stream, "0".to_string())).collect();
+    while !stop.load(Ordering::Relaxed) {
+        // Down, frozen, loading: later.
+        let _ = connect(port).and_then(|mut conn| read_on(&mut conn, &mut last, &mut seen, stop));
+        // What it says after a loss may have smaller ids than what it said before.
+        for id in last.values_mut() {
+            let ms: u64 = id.split('-').next().and_then(|ms| ms.parse().ok()).unwrap_or(0);
+            *id = format!("{}-0", ms.saturating_sub(10_000));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    seen
+}
+
+fn connect(port: u16) -> RedisResult<Connection> {
+    let client = redis::Client::open(format!("redis://127.0.0.1:{port}"))?;
+    let conn = client.get_connection_with_timeout(Duration::from_secs(1))?;
+    conn.set_read_timeout(Some(Duration::from_secs(2)))?;
+    Ok(conn)
+}
+
+fn read_on(
+    conn: &mut Connection,
+    last: &mut HashMap<&str, String>,
+    seen: &mut HashSet<String>,
+    stop: &AtomicBool,
+) -> RedisResult<()> {
+    while !stop.load(Ordering::Relaxed) {
+        let ids: Vec<&String> = STREAMS.iter().map(|stream| &last[stream]).collect();
+        let read: Read = cmd("XREAD")
+            .arg(&["COUNT", "500", "BLOCK", "100", "STREAMS"])
+            .arg(STREAMS)
+            .arg(ids)
+            .query(conn)?;
+        for (stream, entries) in read.into_iter().flatten() {
+            let at = last.get_mut(stream.as_str()).expect("a stream of ours");
+            for (id, fields) in entries {
+                let event_id = fields.chunks_exact(2).find(|pair| pair[0] == "event_id");
+                seen.insert(event_id.map_or_else(|| format!("(no event_id in {stream} {id})"), |pair| pair[1].clone()));
+                *at = id;
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,27 @@
+//! A short run of `make chaos`, which see: everything around the relay is broken at random, and nothing may be lost, repeated or out of order.
+
+use std::process::Command;
+
+/// Always these, so that a failure repeats: between them they have most kinds of faults.
+const SEEDS: &[&str] = &["1", "2"];
+const SECONDS: &str = "10";
+
+#[test]
+fn nothing_is_lost_repeated_or_reordered_whatever_breaks() {
+    for seed in SEEDS {
+        let ran = Command::new(env!("CARGO_BIN_EXE_chaos"))
+            .args(["--seed", seed, "--seconds", SECONDS, "--quiet"])
+            .output()
+            .expect("cannot run chaos");
+        let (said, errors) = (
+            String::from_utf8_lossy(&ran.stdout),
+            String::from_utf8_lossy(&ran.stderr),
+        );
+        println!("{said}");
+        assert!(ran.status.success(), "seed {seed}: {}\n{said}\n{errors}", ran.status);
+        assert!(
+            said.contains("nothing violated"),
+            "it said nothing of its verdict: {said}"
+        );
+    }
+}

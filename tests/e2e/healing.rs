@@ -1,0 +1,268 @@
+//! Redis loses what it acknowledged, by a crash or a failover, but not all of it: the relay finds its guard behind, and appends exactly
+//! what is missing.
+
+use kit::{
+    LIMIT, Ledger, Load, Postgres, Proxy, QUICK, Redis, Stack, UNTRIMMED, ids, publish_many, standing, wait_drained,
+    wait_eq, wait_until,
+};
+use uuid::Uuid;
+
+/// A stack that looks at its Redis every moment.
+fn stack(redis: Redis) -> Stack {
+    let postgres = Postgres::with(QUICK).with(&[UNTRIMMED, ("outbox_relay.poll_interval", "200ms")]);
+    Stack::of(postgres, redis)
+}
+
+/// Publishes batches of three events, one after the other.
+fn publish_batches(stack: &Stack, stream: &str, count: usize, published: &mut Vec<Uuid>) {
+    let mut client = stack.pg.client();
+    let name = if stream.is_empty() { "events" } else { stream };
+    for _ in 0..count {
+        let before = stack.redis.xlen(name);
+        published.extend(publish_many(&mut client, "default", stream, "event", 3));
+        stack.redis.wait_entries(name, before + 3);
+    }
+}
+
+fn healings(pg: &Postgres) -> i64 {
+    pg.one("select healings from outbox.backend_status where backend = 'default'")
+}
+
+fn enable(stack: &Stack, enabled: bool) {
+    stack
+        .pg
+        .exec(&format!("update outbox.backends set enabled = {enabled}"));
+}
+
+/// Everything stands in the stream once and in order, by the books too.
+#[track_caller]
+fn wait_healed(stack: &Stack, published: &[Uuid], times: i64) {
+    stack.wait_events(published.len());
+    wait_drained(&stack.pg, "default");
+    assert_eq!(ids(&stack.events()), published);
+    wait_eq("healings", times, || healings(&stack.pg));
+    assert_eq!(
+        stack
+            .pg
+            .log()
+            .matches("heals: Redis has lost what it acknowledged")
+            .count() as i64,
+        times
+    );
+    let found = standing(&stack.pg, "default");
+    assert_eq!((found.state.as_str(), found.failed), ("idle", 0), "{found:?}");
+}
+
+#[test]
+fn what_the_end_of_an_append_only_file_held_is_appended_again() {
+    let mut stack = stack(Redis::persistent("always"));
+    let mut published = Vec::new();
+    publish_batches(&stack, "", 20, &mut published);
+    wait_drained(&stack.pg, "default");
+    // The backend is paused, so that what Redis has left can be seen.
+    enable(&stack, false);
+    stack.redis.crash_losing(6_000);
+    let left = ids(&stack.events());
+    assert!((3..57).contains(&left.len()), "{} entries are left", left.len());
+    assert_eq!(left, published[..left.len()]);
+    let lost = 20 - left.len() / 3;
+    enable(&stack, true);
+    wait_healed(&stack, &published, 1);
+    let log = stack.pg.log();
+    let number = 20 - lost;
+    assert!(
+        log.contains(&format!(
+            "Its guard says batch {number}; {lost} more were acknowledged."
+        )),
+        "{log}"
+    );
+    publish_batches(&stack, "", 3, &mut published);
+    wait_healed(&stack, &published, 1);
+}
+
+/// Nobody pauses anything: the relay is connected when Redis dies, or in the middle of a batch.
+#[test]
+fn a_redis_that_crashes_under_load_and_loses_the_end_of_its_file_is_healed() {
+    let mut stack = stack(Redis::persistent("no"));
+    let ledger = Ledger::create(&stack.pg);
+    let load = Load::start(&stack.pg, 3, "");
+    for round in 1..=4 {
+        load.wait_more(100);
+        // Far more than what is not acknowledged yet, far less than all.
+        stack.redis.crash_losing(30_000);
+        wait_eq("healings", round, || healings(&stack.pg));
+    }
+    load.wait_more(50);
+    load.stop();
+    ledger.settle(&stack, LIMIT).assert_exactly_once();
+    assert_eq!(healings(&stack.pg), 4);
+}
+
+#[test]
+fn an_older_snapshot_of_redis_is_healed_again_and_again() {
+    let mut stack = stack(Redis::start());
+    let mut published = Vec::new();
+    publish_batches(&stack, "", 5, &mut published);
+    let saved = stack.redis.saved();
+    for times in 1..=3 {
+        publish_batches(&stack, "", 5, &mut published);
+        stack.redis.crash_back_to(&saved);
+        wait_healed(&stack, &published, times);
+    }
+    // Also with a worker, and a server, that have been started since.
+    wait_drained(&stack.pg, "default");
+    for times in 4..=5 {
+        enable(&stack, false);
+        stack.redis.crash_back_to(&saved);
+        match times {
+            4 => stack.pg.kill_worker(),
+            _ => stack.pg.restart(),
+        }
+        enable(&stack, true);
+        stack.wait_events(published.len());
+        wait_drained(&stack.pg, "default");
+        assert_eq!(ids(&stack.events()), published);
+        wait_eq("healings", times, || healings(&stack.pg));
+    }
+}
+
+/// The worker dies with Redis, and has not saved how far it had come.
+#[test]
+fn a_crash_of_both_loses_nothing() {
+    let mut stack = stack(Redis::start());
+    let mut published = Vec::new();
+    publish_batches(&stack, "", 5, &mut published);
+    wait_drained(&stack.pg, "default");
+    let saved = stack.redis.saved();
+    for _ in 0..3 {
+        publish_batches(&stack, "", 5, &mut published);
+        stack.redis.kill9();
+        stack.pg.crash();
+        stack.redis.start_again();
+        stack.redis.crash_back_to(&saved);
+        stack.pg.start_again();
+        stack.wait_events(published.len());
+        wait_drained(&stack.pg, "default");
+        assert_eq!(ids(&stack.events()), published);
+    }
+}
+
+/// A healing may be interrupted like anything else.
+#[test]
+fn a_worker_that_is_killed_while_it_heals_appends_nothing_twice() {
+    const COUNT: i32 = 5_000;
+    let mut stack = stack(Redis::start());
+    stack.publish("first");
+    stack.wait_events(1);
+    wait_drained(&stack.pg, "default");
+    let mut published = ids(&stack.events());
+    let saved = stack.redis.saved();
+    published.extend(publish_many(&mut stack.pg.client(), "default", "", "event", COUNT));
+    stack.wait_events(published.len());
+    wait_drained(&stack.pg, "default");
+    stack.redis.crash_back_to(&saved);
+    for part in [5, 2] {
+        let goal = published.len() / part;
+        wait_until("a part of it", || stack.redis.xlen("events") >= goal);
+        stack.pg.kill_worker();
+    }
+    stack.wait_events(published.len());
+    wait_drained(&stack.pg, "default");
+    assert!(ids(&stack.events()) == published, "other events, or another order");
+}
+
+/// Under load, again and again: each time what the new primary has not is lost. OUTBOX_FAILOVERS says how often.
+#[test]
+fn failovers_to_a_replica_that_lags_lose_nothing() {
+    let rounds = std::env::var("OUTBOX_FAILOVERS").map_or(5, |text| text.parse().expect("a number"));
+    let mut stack = stack(Redis::start());
+    let proxy = Proxy::to(stack.redis.port());
+    stack.point_at("default", "127.0.0.1", proxy.port());
+    let ledger = Ledger::create(&stack.pg);
+    let load = Load::start(&stack.pg, 3, "");
+    load.wait_more(20);
+    let mut replica = Redis::replica_of(&stack.redis);
+    for round in 1..=rounds {
+        load.wait_more(20);
+        replica.lag();
+        let behind = replica.xlen("events");
+        load.wait_more(40);
+        wait_until("entries that the replica has not", || {
+            stack.redis.xlen("events") > behind + 10
+        });
+        replica.promote();
+        proxy.point_to(replica.port());
+        proxy.cut();
+        std::mem::swap(&mut stack.redis, &mut replica);
+        // The old one comes back as a replica of the new.
+        wait_eq("healings", round, || healings(&stack.pg));
+        replica.follow(&stack.redis);
+    }
+    load.wait_more(20);
+    load.stop();
+    ledger.settle(&stack, LIMIT).assert_exactly_once();
+    assert_eq!(healings(&stack.pg), rounds);
+}
+
+/// What was failed before stays so; what had waited and was accepted out of its turn is appended again, and behind what came before it.
+#[test]
+fn what_was_refused_once_is_neither_resent_nor_lost_by_a_healing() {
+    let redis = Redis::start();
+    for key in ["bad", "late"] {
+        redis.call(&["SET", key, "a string"]);
+    }
+    let mut stack = stack(redis);
+    let mut plain = Vec::new();
+    publish_batches(&stack, "", 2, &mut plain);
+    // Redis as it is now has a string at both keys.
+    let saved = stack.redis.saved();
+    let publish = |stream: &str, retries: i32| -> Uuid {
+        stack.pg.one(&format!(
+            "select outbox.publish_event('refused', 'kit', stream => '{stream}', max_retries => {retries})"
+        ))
+    };
+    let failed: Vec<Uuid> = (0..3).map(|_| publish("bad", 1)).collect();
+    let failures = || -> Vec<Uuid> {
+        let rows = stack
+            .pg
+            .client()
+            .query("select event_id from outbox.failed_events order by seq", &[]);
+        rows.expect("readable").iter().map(|row| row.get(0)).collect()
+    };
+    wait_eq("failed events", failed.clone(), failures);
+    let mut late: Vec<Uuid> = (0..5).map(|_| publish("late", 1_000)).collect();
+    let waiting = || -> i64 {
+        stack
+            .pg
+            .one("select count(*) from outbox.refused_events where accepted_in is null")
+    };
+    wait_eq("refused events", 5, waiting);
+    publish_batches(&stack, "", 2, &mut plain);
+    stack.redis.call(&["DEL", "late"]);
+    assert_eq!(ids(&stack.redis.wait_entries("late", 5)), late);
+    wait_eq("refused events", 0, waiting);
+    publish_batches(&stack, "late", 1, &mut late);
+    publish_batches(&stack, "", 2, &mut plain);
+    wait_drained(&stack.pg, "default");
+
+    enable(&stack, false);
+    stack.redis.crash_back_to(&saved);
+    // Whatever were sent again would be accepted now.
+    stack.redis.call(&["DEL", "bad"]);
+    enable(&stack, true);
+    stack.wait_events(plain.len());
+    let waiting = || -> i64 {
+        stack
+            .pg
+            .one("select count(*) from outbox.refused_events where accepted_in is null")
+    };
+    // And the other stream is what it was.
+    wait_eq("refused events", 8, waiting);
+    stack.redis.call(&["DEL", "late"]);
+    assert_eq!(ids(&stack.redis.wait_entries("late", 8)), late);
+    wait_drained(&stack.pg, "default");
+    assert_eq!((ids(&stack.events()), ids(&stack.redis.entries("late"))), (plain, late));
+    assert_eq!((stack.redis.xlen("bad"), healings(&stack.pg)), (0, 1));
+    assert_eq!(standing(&stack.pg, "default").failed, 3);
+    assert_eq!(stack.pg.one::<i64>("select count(*) from outbox.failed_events"), 3);
+}

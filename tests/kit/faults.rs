@@ -1,0 +1,84 @@
+//! Steering a server whose library was built with the feature `faults`: where its worker is to die or to wait, and which of its
+//! promises it is to break.
+//!
+//! A file `outbox_relay.crash_at` in the data directory names a point of the worker's way. When the worker comes there it removes the file and kills itself;
+//! with the word `hold` behind the name it waits there until the file is gone.
+
+use std::os::unix::fs::chown;
+use std::path::PathBuf;
+
+use crate::wait::{LIMIT, eventually};
+use crate::{Postgres, env};
+
+const CRASH_AT: &str = "outbox_relay.crash_at";
+/// Written by a worker that waits at a point, with the point's name; removed when it goes on.
+const HELD: &str = "outbox_relay.held";
+const MUTATION: &str = "outbox_relay.mutation";
+
+/// Every point, in the order in which a worker passes them.
+pub const POINTS: &[&str] = &[
+    "before_claim",
+    "after_claim",
+    "after_flush",
+    "after_read",
+    "after_write",
+    "after_exec",
+    "before_refused_saved",
+    "before_save",
+    "after_save",
+];
+
+impl Postgres {
+    /// The next worker that comes to this point kills itself there (SIGKILL), and so the server starts anew.
+    #[track_caller]
+    pub fn crash_at(&self, point: &str) {
+        self.put(CRASH_AT, point);
+    }
+
+    /// The next worker that comes to this point waits there until [`release`](Self::release).
+    #[track_caller]
+    pub fn hold_at(&self, point: &str) {
+        // What a worker left that was killed while it waited.
+        let _ = std::fs::remove_file(self.data_dir().join(HELD));
+        self.put(CRASH_AT, &format!("{point} hold"));
+    }
+
+    /// Lets a worker that waits go on, and forgets a point that none has come to.
+    #[track_caller]
+    pub fn release(&self) {
+        let path = self.data_dir().join(CRASH_AT);
+        match std::fs::remove_file(&path) {
+            Ok(()) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => panic!("cannot remove {}: {error}", path.display()),
+        }
+    }
+
+    /// Waits until a worker has come to the point that [`crash_at`](Self::crash_at) or [`hold_at`](Self::hold_at) named.
+    #[track_caller]
+    pub fn wait_reached(&self) {
+        let (crash, held) = (self.data_dir().join(CRASH_AT), self.data_dir().join(HELD));
+        let point = std::fs::read_to_string(&crash).unwrap_or_else(|_| "(reached already)".to_string());
+        eventually(&format!("a worker to come to {point}"), LIMIT, || {
+            (!crash.exists() || held.exists()).then_some(())
+        });
+    }
+
+    /// From its next start on the server breaks the promise of this name; an empty name ends that.
+    #[track_caller]
+    pub fn mutation(&self, name: &str) {
+        self.put(MUTATION, name);
+    }
+
+    /// Writes a file of the server's whole, at once: nobody sees it half written.
+    #[track_caller]
+    fn put(&self, name: &str, text: &str) {
+        let path = self.data_dir().join(name);
+        let written = PathBuf::from(format!("{}.new", path.display()));
+        std::fs::write(&written, text).unwrap_or_else(|error| panic!("cannot write {}: {error}", written.display()));
+        if let Some(user) = env::server_user() {
+            chown(&written, Some(user.uid.as_raw()), Some(user.gid.as_raw())).expect("chown");
+        }
+        std::fs::rename(&written, &path).unwrap_or_else(|error| panic!("cannot write {}: {error}", path.display()));
+    }
+}

@@ -1,0 +1,71 @@
+//! Several Postgres servers that share one Redis and, up to some point, their history: who of them owns the guard.
+
+use std::time::Duration;
+
+use uuid::Uuid;
+
+use crate::relay::{publish_many, standing, wait_trouble};
+use crate::wait::{wait_eq, wait_until};
+use crate::{Guard, Postgres, Redis, Standing};
+
+/// Settings with which an owner that is silent counts as gone after [`PATIENCE`], and streams are never trimmed: each entry counts.
+pub const WATCHFUL: &[(&str, &str)] = &[
+    ("outbox_relay.poll_interval", "200ms"),
+    ("outbox_relay.redis_max_len", "0"),
+    ("outbox_relay.retry_delay", "50ms"),
+    ("outbox_relay.retry_max_delay", "200ms"),
+];
+
+/// Three of the owner's intervals.
+pub const PATIENCE: Duration = Duration::from_millis(600);
+
+/// The guard of a server's backend `default`, if there is one.
+#[track_caller]
+pub fn guard(pg: &Postgres, redis: &Redis) -> Option<Guard> {
+    redis.guard(&pg.one::<String>("select outbox.guard_key('default')"))
+}
+
+/// Whether the guard names this server.
+#[track_caller]
+pub fn owns(pg: &Postgres, redis: &Redis) -> bool {
+    let place = format!("{}#", pg.data_dir().display());
+    guard(pg, redis).is_some_and(|guard| guard.field("place").contains(&place))
+}
+
+/// Waits until this server owns the guard and is not in trouble.
+#[track_caller]
+pub fn wait_owner(pg: &Postgres, redis: &Redis) {
+    wait_until(&format!("{} to own the guard", pg.data_dir().display()), || {
+        owns(pg, redis)
+    });
+    wait_eq("the owner's state", "idle".to_string(), || {
+        standing(pg, "default").state
+    });
+}
+
+/// Waits until the backend `default` of `pg` is fenced because `owner` has the guard.
+#[track_caller]
+pub fn wait_fenced(pg: &Postgres, owner: &Postgres) -> Standing {
+    wait_trouble(pg, "default", "fenced", &format!("{}#", owner.data_dir().display()))
+}
+
+/// The standby has replayed all that the primary has flushed.
+#[track_caller]
+pub fn wait_caught_up(primary: &Postgres, standby: &Postgres) {
+    let lsn: String = primary.one("select pg_current_wal_flush_lsn()::text");
+    wait_until("the standby to have caught up", || {
+        standby.one::<bool>(&format!("select pg_last_wal_replay_lsn() >= '{lsn}'"))
+    });
+}
+
+/// `outbox.take_over('default')`.
+#[track_caller]
+pub fn take_over(pg: &Postgres) {
+    pg.exec("select outbox.take_over('default')");
+}
+
+/// Events of the types `<prefix>1` and so on for the backend `default`, in one transaction.
+#[track_caller]
+pub fn publish(pg: &Postgres, prefix: &str, count: i32) -> Vec<Uuid> {
+    publish_many(&mut pg.client(), "default", "", prefix, count)
+}
