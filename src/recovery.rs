@@ -9,9 +9,10 @@ use crate::process::{self, Aborted, log};
 use crate::refused;
 use crate::rows::EventsTable;
 use crate::ticker;
+use crate::worker;
 use pgrx::pg_sys;
 use relay::claim::{Claimant, Decision, Incarnation, OnMissing, Start, Why, judge};
-use relay::conversation::Claim;
+use relay::conversation::{Beginning, Claim};
 use relay::delivery::{Cursor, Now};
 use relay::fault;
 use relay::guard::Guard;
@@ -68,20 +69,35 @@ fn decide(backend: &mut Backend, identity: &Identity, guard: Option<Guard>, now:
     };
     match judge(guard.as_ref(), &claimant, &mut backend.watch, now) {
         Decision::Claim(start) => {
+            if start == Start::Replay {
+                // Before the guard is there again: whoever claims next would not know.
+                replay(backend, now)?;
+            }
             fault::reach("before_claim");
-            let starts_anew = guard.is_none() || matches!(start, Start::Compare(_) | Start::Replay);
-            // What was appended before stays known; `position` is found by comparing.
-            let fields = (backend.delivery.number(), ticker::flush(), backend.total());
+            let anew = guard.is_none() || start == Start::Compare(Why::OtherHistory);
+            let beginning = anew.then(|| beginning(backend, start));
             backend.order(Order::Claim(Box::new(Claim {
                 token: token(),
                 owner: identity.owner(),
-                start: starts_anew.then_some(fields),
+                start: beginning,
             })));
             backend.claim = ClaimStage::Claiming(start, guard);
         }
         Decision::Wait { failure, retry_after } => backend.hold_off(failure, retry_after, now),
     }
     Ok(())
+}
+
+/// What a new guard says.
+fn beginning(backend: &Backend, start: Start) -> Beginning {
+    Beginning {
+        // It counts as a batch: whoever has not heard of it is behind.
+        number: backend.delivery.number() + 1,
+        position: backend.delivery.acked().clone(),
+        compares: matches!(start, Start::Compare(_)),
+        wal: ticker::flush(),
+        total: backend.total(),
+    }
 }
 
 fn forget_take_over(backend: &mut Backend) -> Result<(), Aborted> {
@@ -108,14 +124,27 @@ fn begin(
         start
     };
     let (candidates, purpose) = match (start, &guard) {
-        (Start::Own, _) | (Start::Adopt | Start::Heal, None) => {
-            backend.up(now);
-            return Ok(());
+        (Start::Own, None) | (Start::Replay, _) => {
+            begin_anew(backend, now);
+            return come_up(backend, now);
         }
+        (Start::Own, Some(_)) | (Start::Adopt | Start::Heal, None) => return come_up(backend, now),
         (Start::Heal, Some(guard)) => return heal(backend, guard, now),
-        (Start::Replay, _) => return replay(backend, now),
         (Start::Adopt, Some(guard)) => (process::transaction(|| last_batch(backend, guard))?, Purpose::Settle),
-        (Start::Compare(_), _) => (process::transaction(|| unsent(backend, latest))?, Purpose::Compare),
+        (Start::Compare(Why::Unfinished), Some(guard)) => {
+            // What its last batch came to is found by comparing, too.
+            let cursor = Cursor {
+                position: guard.previous.clone(),
+                number: guard.number,
+            };
+            let reread_to = wait_again(backend, guard.number)?;
+            backend.read_again(cursor, reread_to, now);
+            (process::transaction(|| unsent(backend, latest))?, Purpose::Compare)
+        }
+        (Start::Compare(_), _) => {
+            begin_anew(backend, now);
+            (process::transaction(|| unsent(backend, latest))?, Purpose::Compare)
+        }
     };
     if candidates.is_empty() {
         return finish(backend, start, guard, &[], &[], now);
@@ -153,12 +182,8 @@ fn finish(
     };
     match (start, &guard) {
         (Start::Compare(why), _) => {
-            let accepted: Vec<Record> = there()
-                .filter(|c| c.waits)
-                .map(|c| Record::Accepted { seq: c.seq })
-                .collect();
-            write_down(backend, &accepted, backend.delivery.number())?;
-            backend.reload_streams()?;
+            let accepted = there().filter(|c| c.waits).map(|c| Record::Accepted { seq: c.seq });
+            backend.records.extend(accepted);
             backend.delivery.pass_over(there().filter(|c| !c.waits).map(|c| c.seq));
             say_compared(backend, why, guard.as_ref(), there().count(), missing().count());
         }
@@ -170,37 +195,33 @@ fn finish(
             });
             let accepted = there().filter(|c| c.waits).map(|c| Record::Accepted { seq: c.seq });
             let refused = missing().filter(|c| !c.waits).count();
-            let records: Vec<Record> = absent.chain(accepted).collect();
-            write_down(backend, &records, guard.number)?;
-            let position = guard
-                .position
-                .clone()
-                .unwrap_or_else(|| backend.delivery.acked().clone());
-            backend.adopt(
-                Cursor {
-                    position,
-                    number: guard.number,
-                },
-                guard.total - refused as i64,
-                now,
-            );
-            backend.reload_streams()?;
+            backend.records.extend(absent.chain(accepted));
+            let cursor = Cursor {
+                position: guard.position.clone(),
+                number: guard.number,
+            };
+            backend.adopt(cursor, guard.total - refused as i64, now);
         }
         (_, None) => {}
     }
-    backend.up(now);
-    Ok(())
+    come_up(backend, now)
 }
 
-/// Before anything else is appended: the guard can tell of one batch alone.
-fn write_down(backend: &mut Backend, records: &[Record], batch_number: u64) -> Result<(), Aborted> {
-    if records.is_empty() {
-        return Ok(());
-    }
-    let (number, stream) = (backend.number, backend.stream.clone());
-    let failed = process::transaction(|| refused::record(number, &stream, records, Some(batch_number)))?;
-    backend.failed(failed);
-    ticker::flush();
+/// The guard was made anew, as if with an empty batch.
+fn begin_anew(backend: &mut Backend, now: Now) {
+    let cursor = Cursor {
+        position: backend.delivery.acked().clone(),
+        number: backend.delivery.number() + 1,
+    };
+    backend.adopt(cursor, backend.total(), now);
+}
+
+/// All that was found is saved, in one go and before anything else is appended: the guard tells of one batch alone, it may be lost, and
+/// its numbers may be given again.
+fn come_up(backend: &mut Backend, now: Now) -> Result<(), Aborted> {
+    worker::save(std::slice::from_mut(backend), now)?;
+    backend.reload_streams()?;
+    backend.up(now);
     Ok(())
 }
 
@@ -218,19 +239,13 @@ fn heal(backend: &mut Backend, guard: &Guard, now: Now) -> Result<(), Aborted> {
         )),
         Some("What they held is appended again. See Redis's persistence and replication, and wait_replicas."),
     );
-    let position = guard
-        .position
-        .clone()
-        .unwrap_or_else(|| backend.delivery.acked().clone());
-    read_again(
-        backend,
-        Cursor {
-            position,
-            number: guard.number,
-        },
-        guard.number,
-        now,
-    )
+    let cursor = Cursor {
+        position: guard.position.clone(),
+        number: guard.number,
+    };
+    let reread_to = wait_again(backend, guard.number)?;
+    backend.heal(cursor, reread_to, now);
+    come_up(backend, now)
 }
 
 fn replay(backend: &mut Backend, now: Now) -> Result<(), Aborted> {
@@ -246,20 +261,18 @@ fn replay(backend: &mut Backend, now: Now) -> Result<(), Aborted> {
         position: oldest.map_or_else(Position::beginning, Position::at),
         number: backend.delivery.number(),
     };
-    read_again(backend, cursor, 0, now)
+    let reread_to = wait_again(backend, 0)?;
+    backend.heal(cursor, reread_to, now);
+    worker::save(std::slice::from_mut(backend), now)
 }
 
-/// Goes back to `cursor`; waiting events that were accepted after batch `since` wait again.
-fn read_again(backend: &mut Backend, cursor: Cursor, since: u64, now: Now) -> Result<(), Aborted> {
+/// Waiting events that were accepted after batch `since` wait again. Returns up to where rows may be written down.
+fn wait_again(backend: &Backend, since: u64) -> Result<i64, Aborted> {
     let number = backend.number;
-    let reread_to = process::transaction(|| {
+    process::transaction(|| {
         refused::heal(number, since);
         refused::highest_written_down(number)
-    })?;
-    backend.heal(cursor, reread_to, now);
-    backend.reload_streams()?;
-    backend.up(now);
-    Ok(())
+    })
 }
 
 fn say_compared(backend: &Backend, why: Why, guard: Option<&Guard>, there: usize, missing: usize) {
@@ -280,7 +293,7 @@ fn say_compared(backend: &Backend, why: Why, guard: Option<&Guard>, there: usize
         ),
         (Why::Unfinished | Why::OtherHistory, _) => (
             format!("backend \"{}\" goes on where comparing was interrupted", backend.name()),
-            "Its guard has no position yet.".to_owned(),
+            "Its guard says that events behind it may stand in the streams already.".to_owned(),
         ),
     };
     let hint = format!(
@@ -294,10 +307,7 @@ fn last_batch(backend: &Backend, guard: &Guard) -> Vec<Candidate> {
     if !guard.again.is_empty() {
         return by_seq(backend, &refused::still_waiting(&guard.again));
     }
-    let (Some(previous), Some(position)) = (&guard.previous, &guard.position) else {
-        return Vec::new();
-    };
-    between(backend, previous, position, usize::MAX)
+    between(backend, &guard.previous, &guard.position, usize::MAX)
 }
 
 /// Events that may have been sent by somebody of whose work we know nothing.

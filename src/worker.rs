@@ -283,11 +283,12 @@ impl Worker {
             backend.hear(now);
             backend.connect(now, &self.waker);
         }
-        self.recover(now)?;
-        // Before reading on: what waits behind a refused event must not be in the table sooner than that one.
+        // Before reading on: what waits behind a refused event must not be in the table sooner than that one. Before a claim, which
+        // looks there for what became of the last batch.
         if self.backends.iter().any(|b| !b.records.is_empty()) {
             save(&mut self.backends, now)?;
         }
+        self.recover(now)?;
         self.resume();
         let more = self.read(now)?;
         self.retry_refused(now)?;
@@ -315,15 +316,18 @@ impl Worker {
         let Some(identity) = &self.identity else {
             return Ok(());
         };
+        let mut outcome = Ok(());
         for backend in &mut self.backends {
-            if let Err(error) = recovery::step(backend, identity, &newest, now) {
+            outcome = recovery::step(backend, identity, &newest, now);
+            if let Err(error) = &outcome {
                 // Its sender waits for an order that will not come.
                 backend.hold_off(Failure::backend(error.to_string()), Duration::ZERO, now);
-                return Err(error);
+                break;
             }
         }
+        // What those have saved that came up is behind their next batches.
         self.flush();
-        Ok(())
+        outcome
     }
 
     /// Lets senders go on that have waited until what was refused is written down. The guard tells of the last batch alone, so that
@@ -597,7 +601,7 @@ impl Worker {
 }
 
 /// Writes down all that is unsaved, in one transaction.
-fn save(backends: &mut [Backend], now: Now) -> Result<(), Aborted> {
+pub fn save(backends: &mut [Backend], now: Now) -> Result<(), Aborted> {
     if !backends.iter().any(Backend::is_unsaved) {
         return Ok(());
     }

@@ -44,7 +44,7 @@ pub struct Claimant<'a> {
     pub incarnation: Incarnation,
     pub system: &'a str,
     pub place: &'a str,
-    /// The last batch that is known to be appended; 0: none ever.
+    /// The last batch that is known to be appended; 0: it has never been the owner.
     pub number: u64,
     pub on_missing: OnMissing,
     /// Somebody asked for it.
@@ -60,7 +60,7 @@ pub enum Start {
     Adopt,
     /// At the guard's position: Redis has lost batches that it had acknowledged.
     Heal,
-    /// Where it stood, leaving out events that stand in the streams already.
+    /// Where it stood (unfinished: at the guard's previous position), leaving out events that stand in the streams already.
     Compare(Why),
     /// At the beginning of what is retained.
     Replay,
@@ -214,12 +214,6 @@ fn fenced(guard: &Guard) -> Failure {
 }
 
 fn start(guard: &Guard, us: &Claimant<'_>) -> Start {
-    if guard.position.is_none() {
-        return match us.number == 0 && guard.number == 0 {
-            true => Start::Own,
-            false => Start::Compare(Why::Unfinished),
-        };
-    }
     let is_ours = match us.incarnation {
         Incarnation::Current => true,
         // WAL positions of another system mean nothing here (pg_upgrade has made a new one): equal numbers must do.
@@ -229,6 +223,9 @@ fn start(guard: &Guard, us: &Claimant<'_>) -> Start {
     };
     if !is_ours {
         return Start::Compare(Why::OtherHistory);
+    }
+    if guard.compares {
+        return Start::Compare(Why::Unfinished);
     }
     match guard.number.cmp(&us.number) {
         std::cmp::Ordering::Equal => Start::Own,
@@ -240,6 +237,7 @@ fn start(guard: &Guard, us: &Claimant<'_>) -> Start {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::reader::Position;
 
     const INTERVAL: Duration = Duration::from_secs(5);
 
@@ -254,9 +252,10 @@ mod tests {
             beat: 0,
             released: false,
             number: 7,
-            position: "3:3:/3/0/0".parse().ok(),
-            previous: None,
+            position: Position::beginning(),
+            previous: Position::beginning(),
             again: Vec::new(),
+            compares: false,
             wal: 100,
             total: 0,
         }

@@ -14,7 +14,8 @@
 use crate::classify::{self, Class, Failure};
 use crate::encode::append_command;
 use crate::fault;
-use crate::guard::{BATCH_START, Guard, Owner, append_beat, append_claim};
+use crate::guard::{BATCH_START, Guard, Owner, Progress, append_beat, append_claim, append_progress};
+use crate::reader::Position;
 use crate::sender::{Batch, Order, Refusal, Report};
 use crate::tails::Search;
 use redis::Value;
@@ -24,8 +25,18 @@ use std::collections::VecDeque;
 pub struct Claim {
     pub token: String,
     pub owner: Owner,
-    /// Number, WAL position and total to start from, with no position; `None` leaves what the guard says.
-    pub start: Option<(u64, u64, i64)>,
+    /// What the guard says from now on of what was appended; `None` leaves that.
+    pub start: Option<Beginning>,
+}
+
+/// Where a new guard begins: as if an empty batch had been appended.
+pub struct Beginning {
+    pub number: u64,
+    pub position: Position,
+    /// Events behind it may stand in the streams already.
+    pub compares: bool,
+    pub wal: u64,
+    pub total: i64,
 }
 
 /// Replicas that must have what was written (WAIT), and for how long the server waits for them at once.
@@ -117,8 +128,8 @@ pub struct Conversation {
     queued: Option<Written>,
     /// Batches written so far.
     written: u64,
-    /// Its EXEC is sent.
-    executing: Option<Written>,
+    /// Its EXEC is sent; one at a time.
+    executing: VecDeque<Written>,
     /// Executed; waits for replicas.
     executed: Option<(Written, Vec<Refusal>)>,
     search: Option<Search>,
@@ -144,7 +155,7 @@ impl Conversation {
             armed: false,
             queued: None,
             written: 0,
-            executing: None,
+            executing: VecDeque::new(),
             executed: None,
             search: None,
             told_of_replicas: false,
@@ -163,7 +174,7 @@ impl Conversation {
 
     /// Whether a batch is written but not done with.
     pub fn is_busy(&self) -> bool {
-        self.queued.is_some() || self.executing.is_some() || self.executed.is_some()
+        self.queued.is_some() || !self.executing.is_empty() || self.executed.is_some()
     }
 
     /// Whether an order may be given now.
@@ -203,10 +214,23 @@ impl Conversation {
 
     fn claim(&mut self, claim: Claim) {
         self.out.extend_from_slice(BATCH_START);
-        append_claim(&mut self.out, &self.key, &claim.token, &claim.owner, claim.start);
+        append_claim(&mut self.out, &self.key, &claim.token, &claim.owner);
+        self.expected.extend([Expect::Claiming, Expect::Claiming]);
+        if let Some(start) = &claim.start {
+            let progress = Progress {
+                number: start.number,
+                position: &start.position,
+                previous: &start.position,
+                again: &[],
+                compares: start.compares,
+                wal: start.wal,
+                total: start.total,
+            };
+            append_progress(&mut self.out, &self.key, &progress);
+            self.expected.push_back(Expect::Claiming);
+        }
         append_command(&mut self.out, &[b"EXEC"]);
-        self.expected
-            .extend([Expect::Claiming, Expect::Claiming, Expect::ClaimExec]);
+        self.expected.push_back(Expect::ClaimExec);
         self.token = Some(claim.token);
         self.phase = Phase::Claimed;
     }
@@ -238,12 +262,12 @@ impl Conversation {
 
     /// Sends EXEC, if it may.
     fn execute(&mut self) {
-        let may = self.armed || fault::is_mutated("two_execs");
-        if !may || self.queued.is_none() || self.executing.is_some() || self.executed.is_some() {
+        let is_free = self.armed && self.executing.is_empty() && self.executed.is_none();
+        if self.queued.is_none() || !(is_free || fault::is_mutated("two_execs")) {
             return;
         }
         self.armed = false;
-        self.executing = self.queued.take();
+        self.executing.extend(self.queued.take());
         append_command(&mut self.out, &[b"EXEC"]);
         self.expected.push_back(Expect::Exec);
         match self.replicas {
@@ -357,8 +381,8 @@ impl Conversation {
 
     /// One command of a batch was queued, or was not.
     fn queued_one(&mut self, batch: u64, value: &Value, index: usize) -> Result<(), Failure> {
-        let on_their_way = [self.queued.as_mut(), self.executing.as_mut()];
-        let Some(written) = on_their_way.into_iter().flatten().find(|written| written.id == batch) else {
+        let mut on_their_way = self.queued.iter_mut().chain(&mut self.executing);
+        let Some(written) = on_their_way.find(|written| written.id == batch) else {
             // It has been discarded.
             return Ok(());
         };
@@ -375,7 +399,7 @@ impl Conversation {
 
     fn executed(&mut self, value: Value, reports: &mut Vec<Report>) -> Result<(), Failure> {
         fault::reach("after_exec");
-        let Some(written) = self.executing.take() else {
+        let Some(written) = self.executing.pop_front() else {
             return Err(Failure::backend("a reply to no EXEC"));
         };
         let replies = match value {
@@ -403,6 +427,10 @@ impl Conversation {
             self.executed = Some((written, refused));
         } else {
             self.done(written, refused, reports);
+        }
+        if fault::is_mutated("two_execs") {
+            // Of what is queued already, before the guard's token was read.
+            self.execute();
         }
         Ok(())
     }

@@ -20,8 +20,10 @@ use crate::classify::{Class, Failure};
 use crate::reader::Position;
 use crate::refusal::{Record, Streams};
 use crate::sender::{Refusal, WINDOW_BATCHES, is_backends};
+use crate::snapshot::Tick;
 use std::collections::{BTreeSet, VecDeque};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Time since some fixed moment.
@@ -131,11 +133,15 @@ pub struct Delivery {
     /// Those of them that were read since the last batch: before the piece at hand, and in it.
     aside: Vec<i64>,
     piece: Vec<i64>,
+    /// Those of `ahead` that were found in their streams. Nobody has written that down, so whoever claims next must look again.
+    found: BTreeSet<i64>,
     streams: Streams,
     backoff: Backoff,
     published: u64,
     /// Rows up to this number may have been written down in an earlier life, or before Redis lost something.
     reread_to: i64,
+    /// Rows are read again that may belong before events that wait.
+    reread: Option<Reread>,
     /// A stream is to be tried again, which waits for what is in flight.
     makes_way: bool,
 }
@@ -153,6 +159,26 @@ pub struct Mark<'a> {
     pub number: u64,
     pub position: &'a Position,
     pub previous: &'a Position,
+    /// Events behind `previous` were found in their streams, and it may not have come past all of them.
+    pub compares: bool,
+}
+
+/// While rows are read again that may belong before events that wait, those are not tried: first such rows must wait with them.
+struct Reread {
+    /// A tick that does not see them all.
+    stale: Option<Arc<Tick>>,
+    /// None has a higher number.
+    upto: i64,
+}
+
+impl Reread {
+    fn is_done(&self, acked: &Position) -> bool {
+        let is_stale = self
+            .stale
+            .as_ref()
+            .is_some_and(|stale| Arc::ptr_eq(acked.newest(), stale));
+        !is_stale && acked.under_way.as_ref().is_none_or(|u| u.last_seq >= self.upto)
+    }
 }
 
 impl Delivery {
@@ -166,6 +192,7 @@ impl Delivery {
             mode,
             number,
             reread_to: 0,
+            reread: None,
             makes_way: false,
             read: cursor.clone(),
             acked: cursor,
@@ -177,6 +204,7 @@ impl Delivery {
             ahead: BTreeSet::new(),
             aside: Vec::new(),
             piece: Vec::new(),
+            found: BTreeSet::new(),
             streams,
             backoff,
             published: 0,
@@ -238,24 +266,52 @@ impl Delivery {
     /// Redis has lost what came after `cursor`: it is read again. Rows up to `reread_to` may be written down.
     pub fn heal(&mut self, cursor: Cursor, reread_to: i64) {
         self.stand_at(cursor);
-        self.reread_to = self.reread_to.max(reread_to);
+        self.set_reread_to(reread_to);
         self.ahead.clear();
+        self.found.clear();
     }
 
     fn stand_at(&mut self, cursor: Cursor) {
+        let moves = !Arc::ptr_eq(self.acked.newest(), cursor.position.newest());
         self.acked = cursor.position;
         self.number = cursor.number;
+        if let Some(reread) = self.reread.as_mut().filter(|_| moves) {
+            reread.stale = Some(self.acked.newest().clone());
+        }
         self.rewind();
     }
 
-    /// Rows that need not be sent: they stand in their streams already.
+    /// Rows that need not be sent: they stand in their streams already. What was found there before may be gone.
     pub fn pass_over(&mut self, seqs: impl IntoIterator<Item = i64>) {
-        self.ahead.extend(seqs);
+        for seq in std::mem::take(&mut self.found) {
+            self.ahead.remove(&seq);
+        }
+        self.found.extend(seqs);
+        self.ahead.extend(&self.found);
     }
 
     /// Rows up to this number may be written down as refused, failed, or accepted out of turn.
     pub fn set_reread_to(&mut self, seq: i64) {
         self.reread_to = self.reread_to.max(seq);
+        if seq > 0 {
+            self.reread = Some(Reread {
+                stale: Some(self.acked.newest().clone()),
+                upto: self.reread_to,
+            });
+        }
+    }
+
+    /// All up to here is settled.
+    fn ack(&mut self, position: Position) {
+        self.acked = position;
+        if self.reread.as_ref().is_some_and(|reread| reread.is_done(&self.acked)) {
+            self.reread = None;
+        }
+    }
+
+    /// Whether waiting events must wait for rows that are read again.
+    fn is_rereading(&self) -> bool {
+        self.mode == Mode::ExactlyOnce && self.reread.is_some()
     }
 
     /// Whether to look up if a row is written down.
@@ -274,6 +330,7 @@ impl Delivery {
             number: self.number + self.flights.len() as u64 + 1,
             position: end.unwrap_or(previous),
             previous,
+            compares: !self.found.is_empty(),
         }
     }
 
@@ -355,7 +412,7 @@ impl Delivery {
     pub fn due_at(&self) -> Option<Now> {
         match self.link {
             Link::Down { retry_at } => Some(retry_at),
-            Link::Up if self.has_room() => self.streams.next_retry_at(),
+            Link::Up if self.has_room() && !self.is_rereading() => self.streams.next_retry_at(),
             // A report will come.
             Link::Up | Link::Connecting | Link::Draining { .. } | Link::Stopped => None,
         }
@@ -383,6 +440,9 @@ impl Delivery {
     /// The stream whose waiting events are to be tried again now, and how many of them: the head alone until it is
     /// accepted.
     pub fn stream_to_retry(&mut self, now: Now, batch_size: usize) -> Option<(Rc<str>, usize)> {
+        if self.is_rereading() {
+            return None;
+        }
         if self.mode == Mode::ExactlyOnce && !self.flights.is_empty() {
             self.makes_way = self.streams.next_retry_at().is_some_and(|at| at <= now);
             return None;
@@ -509,6 +569,13 @@ impl Delivery {
             return Vec::new();
         };
         let again = matches!(flight.load, Load::Again);
+        if let Some(last) = flight.entries.last().filter(|_| !again) {
+            // Others of this batch may belong before what was refused.
+            let stale = self.acked.under_way.is_none().then(|| self.acked.newest().clone());
+            let upto = last.seq.max(self.reread.as_ref().map_or(0, |reread| reread.upto));
+            let stale = self.reread.take().map_or(stale, |reread| reread.stale);
+            self.reread = Some(Reread { stale, upto });
+        }
         let (mut records, mut failed_stream) = (Vec::new(), None);
         for (index, failure) in refused {
             let Some(entry) = flight.entries.get(index) else {
@@ -592,8 +659,9 @@ impl Delivery {
         let rests = self.link == Link::Up && self.flights.is_empty() && self.streams.next_retry_at().is_none();
         if rests {
             self.ahead.clear();
+            self.found.clear();
             self.failures = 0;
-            self.reread_to = 0;
+            (self.reread_to, self.reread) = (0, None);
         }
         rests && self.trouble.take().is_some()
     }
@@ -691,14 +759,15 @@ impl Delivery {
                 }
             }
             Load::Rows { end } if whole && !gap => {
-                self.acked = end;
+                self.ack(end);
                 for seq in &flight.aside {
                     self.ahead.remove(seq);
+                    self.found.remove(seq);
                 }
             }
             Load::Rows { end } => {
                 if let (Some(seq), Some(under_way)) = (settled, end.under_way) {
-                    self.acked = Position::towards(end.from, under_way.to, seq);
+                    self.ack(Position::towards(end.from, under_way.to, seq));
                 }
             }
         }
@@ -709,9 +778,10 @@ impl Delivery {
     fn settle(&mut self) {
         let rows_in_flight = self.flights.iter().any(|f| matches!(f.load, Load::Rows { .. }));
         if !rows_in_flight && !matches!(self.link, Link::Draining { .. }) {
-            self.acked = self.read.clone();
+            self.ack(self.read.clone());
             for seq in self.aside.drain(..) {
                 self.ahead.remove(&seq);
+                self.found.remove(&seq);
             }
         }
     }

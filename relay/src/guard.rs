@@ -3,9 +3,10 @@
 //!
 //! Fields: `token` (random, a claim's), `incarnation` (one run of one Postgres server), `system` (its identifier), `timeline`,
 //! `place` (where it lives), `interval_ms` (how often it refreshes the guard), `beat` (goes up with each refresh), `released`
-//! (1: the owner has left), `number` (of the last batch), `position` (the reader's, behind that batch; empty: to be found by
-//! comparing event ids), `previous` (before it), `again` (the seqs of a batch of events that had been refused), `wal` (position
-//! in the WAL up to which the batch was flushed), `total` (events so far).
+//! (1: the owner has left), `number` (of the last batch), `position` (the reader's, behind that batch), `previous` (before it),
+//! `again` (the seqs of a batch of events that had been refused), `compares` (1: events behind `previous` may stand in the
+//! streams already, as is found by comparing event ids), `wal` (position in the WAL up to which the batch was flushed), `total`
+//! (events so far). A claim that starts anew counts as a batch, an empty one.
 
 use crate::encode::{append_array_header, append_bulk, append_command};
 use crate::reader::Position;
@@ -27,10 +28,11 @@ pub struct Guard {
     pub beat: u64,
     pub released: bool,
     pub number: u64,
-    /// `None`: its owner had yet to compare event ids.
-    pub position: Option<Position>,
-    pub previous: Option<Position>,
+    pub position: Position,
+    pub previous: Position,
     pub again: Vec<i64>,
+    /// Events behind `previous` may stand in the streams already: its owner had not come past all that it had found there.
+    pub compares: bool,
     pub wal: u64,
     pub total: i64,
 }
@@ -55,6 +57,7 @@ pub struct Progress<'a> {
     pub position: &'a Position,
     pub previous: &'a Position,
     pub again: &'a [i64],
+    pub compares: bool,
     pub wal: u64,
     pub total: i64,
 }
@@ -69,10 +72,7 @@ impl Guard {
             let found = fields.iter().find(|(field, _)| field == name);
             found.map(|(_, value)| value.as_str()).ok_or(ParseGuardError(name))
         };
-        let position = |name: &'static str| match text(name)? {
-            "" => Ok(None),
-            value => value.parse().map(Some).map_err(|_| ParseGuardError(name)),
-        };
+        let position = |name: &'static str| text(name)?.parse().map_err(|_| ParseGuardError(name));
         fn number<N: std::str::FromStr>(name: &'static str, value: &str) -> Result<N, ParseGuardError> {
             value.parse().map_err(|_| ParseGuardError(name))
         }
@@ -90,15 +90,15 @@ impl Guard {
             position: position("position")?,
             previous: position("previous")?,
             again: again.map(|seq| number("again", seq)).collect::<Result<_, _>>()?,
+            compares: text("compares")? == "1",
             wal: number("wal", text("wal")?)?,
             total: number("total", text("total")?)?,
         }))
     }
 }
 
-/// Appends the HSET that makes `owner` the owner. `progress`: number, WAL position and total to start from, with no position;
-/// `None` leaves what is there.
-pub fn append_claim(out: &mut Vec<u8>, key: &[u8], token: &str, owner: &Owner, progress: Option<(u64, u64, i64)>) {
+/// Appends the HSET that makes `owner` the owner.
+pub fn append_claim(out: &mut Vec<u8>, key: &[u8], token: &str, owner: &Owner) {
     let timeline = owner.timeline.to_string();
     let interval_ms = owner.interval.as_millis().to_string();
     let mut words: Vec<&[u8]> = vec![b"HSET", key];
@@ -114,26 +114,13 @@ pub fn append_claim(out: &mut Vec<u8>, key: &[u8], token: &str, owner: &Owner, p
     ] {
         words.extend([field.as_bytes(), value.as_bytes()]);
     }
-    let start = progress.map(|(number, wal, total)| [number.to_string(), wal.to_string(), total.to_string()]);
-    if let Some([number, wal, total]) = &start {
-        for (field, value) in [
-            ("number", number.as_str()),
-            ("position", ""),
-            ("previous", ""),
-            ("again", ""),
-            ("wal", wal),
-            ("total", total),
-        ] {
-            words.extend([field.as_bytes(), value.as_bytes()]);
-        }
-    }
     append_command(out, &words);
 }
 
 /// Appends the HSET that ends a batch.
 pub fn append_progress(out: &mut Vec<u8>, key: &[u8], progress: &Progress<'_>) {
     let mut number = itoa::Buffer::new();
-    append_array_header(out, 2 + 2 * 6);
+    append_array_header(out, 2 + 2 * 7);
     append_bulk(out, b"HSET");
     append_bulk(out, key);
     append_bulk(out, b"number");
@@ -145,6 +132,8 @@ pub fn append_progress(out: &mut Vec<u8>, key: &[u8], progress: &Progress<'_>) {
     append_bulk(out, b"again");
     let again: Vec<String> = progress.again.iter().map(i64::to_string).collect();
     append_bulk(out, again.join(",").as_bytes());
+    append_bulk(out, b"compares");
+    append_bulk(out, if progress.compares { b"1" } else { b"0" });
     append_bulk(out, b"wal");
     append_bulk(out, number.format(progress.wal).as_bytes());
     append_bulk(out, b"total");

@@ -1,10 +1,11 @@
 //! Looking for events in the tails of their streams, by event id: after a batch whose replies nobody read, and after a change of
 //! owner. One command at a time; replies are fed in.
 
-use crate::classify::{self, Failure};
+use crate::classify::{self, Class, Failure};
 use crate::encode::{append_command, hyphenated};
 use redis::Value;
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
 /// How far back a stream is searched, in entries.
@@ -41,8 +42,8 @@ pub struct Search {
 
 struct Tail {
     stream: Arc<str>,
-    /// Indexes of those not found yet.
-    wanted: HashMap<[u8; 36], usize>,
+    /// Indexes of those not found yet, the last first. Events that were published again share an id: each entry counts for one.
+    wanted: HashMap<[u8; 36], Vec<usize>>,
     /// The oldest entry id that was looked at.
     oldest: Option<Vec<u8>>,
     page: usize,
@@ -66,7 +67,7 @@ impl Search {
                 });
                 tails.len() - 1
             });
-            tails[tail].wanted.insert(hyphenated(event_id), index);
+            tails[tail].wanted.entry(hyphenated(event_id)).or_default().push(index);
         }
         Self {
             purpose,
@@ -105,7 +106,8 @@ impl Search {
                 Value::ServerError(error) => is_no_stream(&error)?,
                 info => {
                     if is_thinned(&info) {
-                        tail.wanted.drain().for_each(|(_, index)| self.found[index] = true);
+                        let unseen = tail.wanted.drain().flat_map(|(_, indexes)| indexes);
+                        unseen.for_each(|index| self.found[index] = true);
                     }
                 }
             }
@@ -130,8 +132,16 @@ impl Search {
             };
             tail.oldest = Some(id.clone());
             bytes += size(fields);
-            if let Some(index) = event_id(fields).and_then(|id| tail.wanted.remove(id)) {
-                self.found[index] = true;
+            if let Some(id) = event_id(fields)
+                && let Entry::Occupied(mut indexes) = tail.wanted.entry(*id)
+            {
+                // The newest entry is that of the newest event.
+                if let Some(index) = indexes.get_mut().pop() {
+                    self.found[index] = true;
+                }
+                if indexes.get().is_empty() {
+                    indexes.remove();
+                }
             }
         }
         tail.looked += entries.len();
@@ -150,12 +160,17 @@ impl Search {
     }
 }
 
-/// A missing stream, or a key of another type, has none of the events; any other error says nothing about them.
+/// A missing stream, a key of another type or one that we may not touch has none of the events; any other error says nothing about
+/// them.
 fn is_no_stream(error: &redis::ServerError) -> Result<(), Failure> {
-    let missing = error.code() == "WRONGTYPE" || error.details().is_some_and(|d| d.contains("no such key"));
-    missing
-        .then_some(())
-        .ok_or_else(|| classify::reply(error).not_of_an_event())
+    let failure = classify::reply(error);
+    let missing = match error.code() {
+        "WRONGTYPE" => true,
+        // Else one publisher could keep all of the backend from coming up.
+        "NOPERM" => failure.class == Class::Event,
+        _ => error.details().is_some_and(|d| d.contains("no such key")),
+    };
+    missing.then_some(()).ok_or_else(|| failure.not_of_an_event())
 }
 
 fn event_id(fields: &[Value]) -> Option<&[u8; 36]> {

@@ -85,8 +85,13 @@ impl Backend {
 
     /// Redis has lost what came after `cursor`.
     pub fn heal(&mut self, cursor: Cursor, reread_to: i64, now: Now) {
-        self.delivery.heal(cursor, reread_to);
+        self.read_again(cursor, reread_to, now);
         self.standing.healings += 1;
+    }
+
+    /// Goes back to `cursor`.
+    pub fn read_again(&mut self, cursor: Cursor, reread_to: i64, now: Now) {
+        self.delivery.heal(cursor, reread_to);
         self.dirty_since.get_or_insert(now);
         (self.tick_recorded_at, self.tick_due) = (None, true);
     }
@@ -143,6 +148,7 @@ impl Backend {
             position: mark.position,
             previous: mark.previous,
             again: &again,
+            compares: mark.compares,
             wal,
             total: self.total() + (self.delivery.in_flight() + entries.len()) as i64,
         };

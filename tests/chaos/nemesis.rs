@@ -15,6 +15,8 @@ pub enum Part {
     Relay,
     Store(usize),
     Network(usize),
+    /// What is held back on the network: so long that another connection takes over meanwhile.
+    Held(usize),
     Settings,
     Backend(&'static str),
 }
@@ -28,7 +30,9 @@ pub enum Repair {
     GiveMemory(usize),
     Writable(usize),
     NotAlone(usize),
-    Network(usize),
+    Undelay(usize),
+    Accept(usize),
+    LetGo(usize),
     Enable,
     Unpause(&'static str),
 }
@@ -97,7 +101,7 @@ impl<'a> Nemesis<'a> {
         let lasting = match part {
             Part::Relay => postgres_faults::befall(self.site, fault),
             Part::Store(store) => redis_faults::befall(self.site, store, fault),
-            Part::Network(store) => redis_faults::befall_network(self.site, store, fault),
+            Part::Network(store) | Part::Held(store) => redis_faults::befall_network(self.site, store, fault),
             Part::Settings | Part::Backend(_) => settings_faults::befall(self.site, fault),
         };
         if let Some((time, repair)) = lasting {
@@ -188,12 +192,10 @@ fn part_of(fault: Fault) -> Part {
         | ReadOnly(store, _)
         | Alone(store, _)
         | Loading(store) => Part::Store(store),
-        Delay(store, ..)
-        | Cut(store)
-        | CutAfter(store, ..)
-        | Late(store, ..)
-        | LateAll(store, ..)
-        | Refuse(store, _) => Part::Network(store),
+        Delay(store, ..) | Cut(store) | CutAfter(store, ..) | CutBehindExec(store) | Refuse(store, _) => {
+            Part::Network(store)
+        }
+        LateBehindExec(store, _) | Late(store, ..) | LateAll(store, ..) => Part::Held(store),
         BatchSize(_) | PollInterval(_) | RetryDelay(_) | Disable(_) => Part::Settings,
         Pause(backend, _) => Part::Backend(backend),
     }

@@ -47,6 +47,10 @@ pub enum Fault {
     Delay(usize, Duration, Duration),
     Cut(usize),
     CutAfter(usize, Way, u64),
+    /// Cut when a transaction was sent whole: its reply is never heard.
+    CutBehindExec(usize),
+    /// What comes behind a transaction is kept, beyond the relay's patience, and comes late.
+    LateBehindExec(usize, Duration),
     /// What the relay's connections of now send is kept, beyond its patience, and comes late.
     Late(usize, Way, Duration),
     /// Also what later connections send.
@@ -93,7 +97,8 @@ impl Fault {
                 "redis"
             }
             LoseTail(..) | GoBack(..) | Failover(..) => "losses",
-            Delay(..) | Cut(..) | CutAfter(..) | Late(..) | LateAll(..) | Refuse(..) => "network",
+            Delay(..) | Cut(..) | CutAfter(..) | CutBehindExec(..) | LateBehindExec(..) | Late(..) | LateAll(..)
+            | Refuse(..) => "network",
             BatchSize(..) | PollInterval(..) | RetryDelay(..) | Disable(..) | Pause(..) => "settings",
         }
     }
@@ -136,7 +141,7 @@ fn any(dice: &mut Dice) -> Fault {
     let store = dice.below(2) as usize;
     let way = *dice.pick(&[Way::ToServer, Way::ToClient]);
     let point = *dice.pick(POINTS);
-    match dice.below(40) {
+    match dice.below(43) {
         0..2 => KillWorker,
         2 => TerminateWorker,
         3 => FreezeWorker(dice.millis(200, 2_000)),
@@ -177,10 +182,12 @@ fn any(dice: &mut Dice) -> Fault {
             way,
             dice.below(if way == Way::ToServer { 20_000 } else { 2_000 }),
         ),
-        34..36 => Late(store, way, dice.millis(200, 3_000)),
+        34..36 => Late(store, way, dice.millis(700, 3_000)),
         36 => LateAll(store, way, dice.millis(200, 2_000)),
         37 => Refuse(store, dice.millis(100, 1_500)),
-        38 => match dice.below(3) {
+        38 => CutBehindExec(store),
+        39..41 => LateBehindExec(store, dice.millis(700, 2_500)),
+        41 => match dice.below(3) {
             0 => BatchSize(*dice.pick(&[1, 2, 7, 20, 100, 1_000])),
             1 => PollInterval(*dice.pick(&[100, 200, 500, 1_000])),
             _ => RetryDelay(*dice.pick(&[1, 20, 50, 200])),

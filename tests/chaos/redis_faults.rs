@@ -2,12 +2,15 @@
 
 use std::time::Duration;
 
-use kit::Redis;
+use kit::{Redis, Way};
 use redis::cmd;
 
 use crate::nemesis::Repair;
 use crate::plan::{Failover, Fault};
 use crate::site::{Site, Store};
+
+/// As it ends a batch.
+const EXEC: &[u8] = b"\r\nEXEC\r\n";
 
 type Lasting = Option<(Duration, Repair)>;
 
@@ -57,34 +60,33 @@ pub fn befall(site: &mut Site, at: usize, fault: Fault) -> Lasting {
 
 pub fn befall_network(site: &mut Site, at: usize, fault: Fault) -> Lasting {
     let proxy = &site.stores[at].proxy;
-    let time = match fault {
+    match fault {
         Fault::Delay(_, delay, time) => {
             proxy.delay(delay);
-            time
+            return Some((time, Repair::Undelay(at)));
         }
-        Fault::Cut(_) => {
-            proxy.cut();
-            return None;
-        }
-        Fault::CutAfter(_, way, bytes) => {
-            proxy.cut_after(way, bytes);
-            return None;
+        Fault::Cut(_) => proxy.cut(),
+        Fault::CutAfter(_, way, bytes) => proxy.cut_after(way, bytes),
+        Fault::CutBehindExec(_) => proxy.cut_behind(Way::ToServer, EXEC),
+        Fault::LateBehindExec(_, time) => {
+            proxy.hold_behind(Way::ToServer, EXEC);
+            return Some((time, Repair::LetGo(at)));
         }
         Fault::Late(_, way, time) => {
             proxy.hold(way);
-            time
+            return Some((time, Repair::LetGo(at)));
         }
         Fault::LateAll(_, way, time) => {
             proxy.hold_all(way);
-            time
+            return Some((time, Repair::LetGo(at)));
         }
         Fault::Refuse(_, time) => {
             proxy.refuse();
-            time
+            return Some((time, Repair::Accept(at)));
         }
         _ => unreachable!("{fault:?} is none of the network"),
-    };
-    Some((time, Repair::Network(at)))
+    }
+    None
 }
 
 pub fn repair(site: &mut Site, repair: Repair) {
@@ -96,7 +98,9 @@ pub fn repair(site: &mut Site, repair: Repair) {
             let primary = site.stores[at].primary();
             primary.call(&["CONFIG", "SET", "min-replicas-to-write", "0"]);
         }
-        Repair::Network(at) => site.stores[at].proxy.pass(),
+        Repair::Undelay(at) => site.stores[at].proxy.delay(Duration::ZERO),
+        Repair::Accept(at) => site.stores[at].proxy.accept(),
+        Repair::LetGo(at) => site.stores[at].proxy.release(),
         _ => unreachable!("{repair:?} is none of Redis"),
     }
 }

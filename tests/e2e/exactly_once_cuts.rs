@@ -24,8 +24,7 @@ impl Line {
     fn open(settings: &[(&str, &str)]) -> Self {
         let postgres = Postgres::with(QUICK).with(QUIET).with(settings);
         let stack = Stack::of(postgres, Redis::start());
-        let proxy = Proxy::to(stack.redis.port());
-        stack.point_at("default", "127.0.0.1", proxy.port());
+        let proxy = stack.through_proxy();
         let mut line = Line {
             stack,
             proxy,

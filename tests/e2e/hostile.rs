@@ -114,6 +114,7 @@ fn a_redis_without_streams_is_a_misconfiguration() {
 #[test]
 fn an_unknown_error_is_no_delivery() {
     let stack = stack();
+    stack.pg.exec("update outbox.backends set delivery = 'at_least_once'");
     let strange = BlackHole::saying(&[b"+OK\r\n+PONG\r\n".to_vec(), b"-STRANGE new\r\n".repeat(50)].concat());
     stack.point_at("default", "127.0.0.1", strange.port());
     let sql = "select outbox.publish_event('t' || n, 'kit', max_retries => 2) from generate_series(1, 3) n";
@@ -125,5 +126,19 @@ fn an_unknown_error_is_no_delivery() {
     assert_eq!(standing(&stack.pg, "default").published, 0);
     stack.point("default", &stack.redis);
     assert_eq!(stack.pg.one::<i64>("select outbox.retry_failed()"), 3);
+    assert_eq!(types(&stack.wait_events(3)), ["t1", "t2", "t3"]);
+}
+
+/// Where the guard is to be read it can't be about an event.
+#[test]
+fn an_unknown_error_about_the_guard_fails_nothing() {
+    let stack = stack();
+    let strange = BlackHole::saying(&[b"+OK\r\n+PONG\r\n".to_vec(), b"-STRANGE new\r\n".repeat(50)].concat());
+    stack.point_at("default", "127.0.0.1", strange.port());
+    let sql = "select outbox.publish_event('t' || n, 'kit', max_retries => 1) from generate_series(1, 3) n";
+    stack.pg.exec(sql);
+    let found = wait_trouble(&stack.pg, "default", "misconfigured", "STRANGE new");
+    assert_eq!((found.pending, found.published, found.failed), (3, 0, 0));
+    stack.point("default", &stack.redis);
     assert_eq!(types(&stack.wait_events(3)), ["t1", "t2", "t3"]);
 }

@@ -102,6 +102,25 @@ fn a_cut_after_nothing_waits_for_the_next_byte() {
     assert_eq!(proxy.passed(Way::ToServer), 0);
 }
 
+#[test]
+fn a_connection_is_held_or_cut_behind_a_mark() {
+    let (listener, proxy) = proxied();
+    let (mut client, mut server) = pair(&listener, &proxy);
+    proxy.hold_behind(Way::ToServer, b"EXEC\r\n");
+    // The mark comes in two pieces, and once more behind.
+    client.write_all(b"MULTI EX").unwrap();
+    assert_eq!(receive(&mut server, 8), "MULTI EX");
+    client.write_all(b"EC\r\nWATCH EXEC\r\n").unwrap();
+    assert_eq!(receive(&mut server, 4), "EC\r\n");
+    proxy.wait_held(Way::ToServer, 12);
+    proxy.release();
+    assert_eq!(receive(&mut server, 12), "WATCH EXEC\r\n");
+    proxy.cut_behind(Way::ToServer, b"EXEC\r\n");
+    client.write_all(b"MULTI EXEC\r\nWATCH").unwrap();
+    assert_eq!(rest(&mut server), "MULTI EXEC\r\n");
+    assert_eq!(proxy.cuts(), 1);
+}
+
 /// The client is gone and another has connected; then its bytes come.
 #[test]
 fn what_is_held_arrives_after_its_sender_has_gone() {

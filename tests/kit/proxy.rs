@@ -34,6 +34,26 @@ pub struct Proxy {
     port: TakenPort,
 }
 
+/// Something that befalls the first connection which carries so much, once.
+#[derive(Debug)]
+struct Rule {
+    after: After,
+    then: Then,
+}
+
+#[derive(Debug)]
+enum After {
+    Bytes(u64),
+    /// These bytes.
+    Mark(Vec<u8>),
+}
+
+#[derive(Debug)]
+enum Then {
+    Cut,
+    Hold,
+}
+
 /// What is done to the state in the pump's thread, which owns it.
 type Order = Box<dyn FnOnce(&mut State) + Send>;
 
@@ -50,8 +70,7 @@ struct State {
     delay: Duration,
     /// Whether connections to come are held from the start.
     hold_new: Both<bool>,
-    /// So many bytes more, and the connection that carries the last one is cut.
-    cut_after: Both<Option<u64>>,
+    rules: Both<Option<Rule>>,
     passed: Both<u64>,
     accepted: usize,
     cuts: usize,
@@ -73,7 +92,7 @@ impl Proxy {
             links: Vec::new(),
             delay: Duration::ZERO,
             hold_new: [false; 2],
-            cut_after: [None; 2],
+            rules: [None, None],
             passed: [0; 2],
             accepted: 0,
             cuts: 0,
@@ -103,7 +122,7 @@ impl Proxy {
         self.accept();
         self.ask(|state| {
             state.delay = Duration::ZERO;
-            state.cut_after = [None; 2];
+            state.rules = [None, None];
         });
         self.release();
     }
@@ -124,7 +143,22 @@ impl Proxy {
     /// Lets exactly so many bytes more pass in one direction, and cuts the connection that carried the last of them.
     /// Zero cuts before the next byte.
     pub fn cut_after(&self, way: Way, bytes: u64) {
-        self.ask(move |state| state.cut_after[way as usize] = Some(bytes));
+        self.rule(way, After::Bytes(bytes), Then::Cut);
+    }
+
+    /// Cuts the next connection that carries these bytes (at most 64), right behind them.
+    pub fn cut_behind(&self, way: Way, mark: &[u8]) {
+        self.rule(way, After::mark(mark), Then::Cut);
+    }
+
+    /// Holds the next connection that carries these bytes (at most 64), right behind them: what it sends after them is kept until
+    /// [`release`](Self::release).
+    pub fn hold_behind(&self, way: Way, mark: &[u8]) {
+        self.rule(way, After::mark(mark), Then::Hold);
+    }
+
+    fn rule(&self, way: Way, after: After, then: Then) {
+        self.ask(move |state| state.rules[way as usize] = Some(Rule { after, then }));
     }
 
     /// Keeps what the connections of now send in this direction, until [`release`](Self::release); later connections pass.
@@ -242,6 +276,17 @@ impl Drop for Proxy {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+    }
+}
+
+impl After {
+    fn mark(mark: &[u8]) -> Self {
+        assert!(
+            (1..=Self::LONGEST_MARK).contains(&mark.len()),
+            "a mark of {} bytes",
+            mark.len()
+        );
+        After::Mark(mark.to_vec())
     }
 }
 

@@ -3,7 +3,7 @@
 use uuid::Uuid;
 
 use crate::postgres::Builder;
-use crate::{Entry, Postgres, Redis};
+use crate::{Entry, Postgres, Proxy, Redis, wait_until};
 
 /// The stream of the backend `default`.
 pub const STREAM: &str = "events";
@@ -57,6 +57,15 @@ impl Stack {
             )
             .unwrap_or_else(|error| panic!("cannot point {backend} at {host}:{port}: {error:?}"));
         assert_eq!(changed, 1, "there is no backend {backend}");
+    }
+
+    /// A proxy between the relay and its Redis, over which the backend `default` is connected when this returns.
+    #[track_caller]
+    pub fn through_proxy(&self) -> Proxy {
+        let proxy = Proxy::to(self.redis.port());
+        self.point_at("default", "127.0.0.1", proxy.port());
+        wait_until("the relay to come by the proxy", || proxy.connections() == 1);
+        proxy
     }
 
     /// Publishes one event of this type, with `{"type": event_type}` as its data, in a transaction of its own.

@@ -3,8 +3,8 @@
 use crate::model::redis::{event_id, stream_name};
 use crate::site::Site;
 use crate::world::{Env, Mutant, tell};
-use relay::claim::{Claimant, Decision, Incarnation, OnMissing, Start, judge};
-use relay::conversation::Claim;
+use relay::claim::{Claimant, Decision, Incarnation, Start, Why, judge};
+use relay::conversation::{Beginning, Claim};
 use relay::delivery::Cursor;
 use relay::guard::{Guard, Owner};
 use relay::reader::Position;
@@ -53,15 +53,32 @@ impl Site {
             system: "system",
             place: &self.place,
             number: self.delivery.number(),
-            on_missing: OnMissing::Continue,
+            on_missing: env.on_missing,
             take_over: false,
         };
         match judge(guard.as_ref(), &claimant, &mut self.watch, env.now) {
             Decision::Claim(start) => {
                 tell!(env, "claim: {start:?}");
+                if start == Start::Replay {
+                    // Before the guard is there again: whoever claims next would not know.
+                    env.seen.replayed += 1;
+                    let cursor = Cursor {
+                        position: Position::beginning(),
+                        number: self.delivery.number(),
+                    };
+                    self.read_again(env, cursor, 0);
+                    self.save(env);
+                }
                 self.flush(env);
-                let starts_anew = guard.is_none() || matches!(start, Start::Compare(_) | Start::Replay);
-                let fields = (self.delivery.number(), self.flushed, 0);
+                let anew = guard.is_none() || matches!(start, Start::Compare(Why::OtherHistory));
+                let beginning = anew.then(|| Beginning {
+                    // It counts as a batch, so that nobody takes it for an earlier one.
+                    number: self.delivery.number() + 1,
+                    position: self.delivery.acked().clone(),
+                    compares: matches!(start, Start::Compare(_)),
+                    wal: self.flushed,
+                    total: 0,
+                });
                 env.tokens += 1;
                 let (incarnation, _) = self.tables.incarnations.last().expect("its own");
                 self.order(Order::Claim(Box::new(Claim {
@@ -73,13 +90,12 @@ impl Site {
                         place: self.place.clone(),
                         interval: INTERVAL,
                     },
-                    start: starts_anew.then_some(fields),
+                    start: beginning,
                 })));
                 self.stage = Stage::Claiming(start, guard);
             }
             Decision::Wait { failure, retry_after } => {
                 tell!(env, "wait: {failure}");
-                env.seen.waits += 1;
                 let random = env.rng.f64();
                 self.delivery.hold_off(failure, retry_after, env.now, random);
                 self.drop_connection(env);
@@ -96,27 +112,41 @@ impl Site {
             Mutant::IgnoresGuard | Mutant::SavesAhead => Start::Own,
             _ => start,
         };
+        let own = |number| Cursor {
+            position: self.delivery.acked().clone(),
+            number,
+        };
+        let next = self.delivery.number() + 1;
         let (candidates, purpose) = match (start, &guard) {
-            (Start::Own, _) | (Start::Adopt | Start::Heal, None) => return self.up(env),
+            (Start::Own, None) | (Start::Replay, _) => {
+                self.delivery.adopt(own(next), 0);
+                return self.up(env);
+            }
+            (Start::Own, Some(_)) | (Start::Adopt | Start::Heal, None) => return self.up(env),
             (Start::Heal, Some(guard)) => {
                 env.seen.heals += 1;
-                let position = guard.position.clone().expect("judged so");
+                let position = guard.position.clone();
                 let cursor = Cursor {
                     position,
                     number: guard.number,
                 };
-                return self.read_again(env, cursor, guard.number);
-            }
-            (Start::Replay, _) => {
-                let cursor = Cursor {
-                    position: Position::beginning(),
-                    number: self.delivery.number(),
-                };
-                return self.read_again(env, cursor, 0);
+                self.read_again(env, cursor, guard.number);
+                return self.up(env);
             }
             (Start::Adopt, Some(guard)) => (self.last_batch(guard), Purpose::Settle),
-            (Start::Compare(_), _) => {
+            (Start::Compare(why), guard) => {
                 env.seen.compared += 1;
+                match guard {
+                    Some(guard) if why == Why::Unfinished => {
+                        env.seen.unfinished += 1;
+                        let cursor = Cursor {
+                            position: guard.previous.clone(),
+                            number: guard.number,
+                        };
+                        self.read_again(env, cursor, guard.number);
+                    }
+                    _ => self.delivery.adopt(own(next), 0),
+                }
                 (self.unsent(env), Purpose::Compare)
             }
         };
@@ -168,8 +198,7 @@ impl Site {
         match (start, &guard) {
             (Start::Compare(_), _) => {
                 env.seen.compared_found += there.len() as u32;
-                self.write_down(env, accepted, self.delivery.number());
-                self.delivery.set_streams(self.tables.streams());
+                self.pending.extend(accepted);
                 let rows = there.iter().filter(|(candidate, _)| !candidate.waits);
                 self.delivery.pass_over(rows.map(|(candidate, _)| candidate.seq));
             }
@@ -183,33 +212,28 @@ impl Site {
                     attempts: 1,
                     error: String::new(),
                 };
-                let records = refused.into_iter().map(park).chain(accepted).collect();
-                self.write_down(env, records, guard.number);
-                let position = guard.position.clone().expect("judged so");
+                self.pending.extend(refused.into_iter().map(park).chain(accepted));
                 let cursor = Cursor {
-                    position,
+                    position: guard.position.clone(),
                     number: guard.number,
                 };
                 self.delivery.adopt(cursor, 0);
-                self.delivery.set_streams(self.tables.streams());
             }
             (_, None) => {}
         }
         self.up(env);
     }
 
+    /// What was found is saved before anything else is appended: the guard tells of one batch alone, it may be lost, and its numbers be
+    /// given again.
     fn up(&mut self, env: &mut Env) {
         tell!(env, "up at {}", self.delivery.position());
-        self.delivery.connected();
-    }
-
-    /// Before anything else is appended: the guard can tell of one batch alone.
-    fn write_down(&mut self, env: &mut Env, records: Vec<Record>, number: u64) {
-        if records.is_empty() {
-            return;
+        self.save(env);
+        if env.mutant != Mutant::ComesUpUnflushed {
+            self.flush(env);
         }
-        records.into_iter().for_each(|record| self.record(env, record, number));
-        self.flush(env);
+        self.delivery.set_streams(self.tables.streams());
+        self.delivery.connected();
     }
 
     /// Goes back to `cursor`; waiting events that were accepted after batch `since` wait again.
@@ -220,8 +244,6 @@ impl Site {
         }
         let reread_to = self.tables.highest_written_down();
         self.delivery.heal(cursor, reread_to);
-        self.delivery.set_streams(self.tables.streams());
-        self.up(env);
     }
 
     /// The events of the last batch that the guard speaks of, as far as nobody has written down what became of them.
@@ -230,20 +252,17 @@ impl Site {
             let waiting = self.tables.waiting().filter(|(_, seq, _)| guard.again.contains(seq));
             return waiting.map(|(_, seq, _)| Candidate { seq, waits: true }).collect();
         }
-        let (Some(previous), Some(position)) = (&guard.previous, &guard.position) else {
-            return Vec::new();
-        };
-        self.between(previous, position)
+        self.between(&guard.previous, &guard.position)
     }
 
     /// Events that may have been sent by somebody of whose work we know nothing.
     fn unsent(&mut self, env: &mut Env) -> Vec<Candidate> {
         let waiting = self.tables.waiting();
         let waiting: Vec<_> = waiting.map(|(_, seq, _)| Candidate { seq, waits: true }).collect();
-        if self.ticks.is_empty() {
+        if self.latest.is_none() {
             self.take_tick(env);
         }
-        let upto = Position::at(self.ticks.last().expect("just taken").clone());
+        let upto = Position::at(self.latest.clone().expect("just taken"));
         let here = self.delivery.acked().clone();
         let mut found = self.between(&here, &upto);
         found.extend(waiting);

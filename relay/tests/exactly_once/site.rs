@@ -113,8 +113,8 @@ pub struct Site {
     pub connection: Option<Connection>,
     pub stage: Stage,
     pub watch: Watch,
-    /// Of this life of the worker.
-    pub ticks: Vec<Arc<Tick>>,
+    /// The newest tick of this life of the worker.
+    pub latest: Option<Arc<Tick>>,
     /// Not yet written down, in order.
     pub pending: Vec<Record>,
     beat: u64,
@@ -166,7 +166,7 @@ impl Site {
             connection: None,
             stage: Stage::None,
             watch: Watch::default(),
-            ticks: Vec::new(),
+            latest: None,
             pending: Vec::new(),
             beat: 0,
         }
@@ -211,7 +211,7 @@ impl Site {
         self.drop_connection(env);
         self.delivery = delivery(env, &self.tables);
         (self.stage, self.watch) = (Stage::None, Watch::default());
-        self.ticks.clear();
+        self.latest = None;
         self.pending.clear();
     }
 
@@ -308,7 +308,7 @@ impl Site {
                     guard
                         .as_ref()
                         .as_ref()
-                        .map(|g| (g.number, g.position.as_ref().map(|p| p.to_string()), &g.again))
+                        .map(|g| (g.number, g.position.to_string(), &g.again, g.compares))
                 );
                 self.decide(env, *guard);
                 Vec::new()
@@ -368,11 +368,11 @@ impl Site {
     }
 
     pub fn refresh(&mut self) {
-        self.beat += 1;
-        self.order(Order::Beat {
-            beat: self.beat,
-            released: false,
-        });
+        if self.delivery.has_room() && self.delivery.is_idle() {
+            self.beat += 1;
+            let (beat, released) = (self.beat, false);
+            self.order(Order::Beat { beat, released });
+        }
     }
 
     pub fn take_tick(&mut self, env: &mut Env) {
@@ -381,15 +381,7 @@ impl Site {
         if env.mutant != Mutant::SkipsFlush {
             self.flush(env);
         }
-        self.ticks.push(Arc::new(tick));
-    }
-
-    /// The tick that is read up to, from a position.
-    fn next_tick(&self, from: &Tick) -> Option<Arc<Tick>> {
-        match self.ticks.iter().rposition(|tick| **tick == *from) {
-            Some(index) => self.ticks.get(index + 1).cloned(),
-            None => self.ticks.last().cloned(),
-        }
+        self.latest = Some(Arc::new(tick));
     }
 
     /// Tries the streams again that are due.
@@ -454,6 +446,7 @@ impl Site {
             position: mark.position,
             previous,
             again,
+            compares: mark.compares,
             wal: self.flushed,
             total: 0,
         };
@@ -470,16 +463,16 @@ impl Site {
         let Some(mut room) = self.delivery.room() else {
             return false;
         };
-        if !self.pending.is_empty() {
+        if !self.pending.is_empty() && env.mutant != Mutant::ResumesUnsaved {
             self.save(env);
         }
         let start = self.delivery.position().clone();
         let from = start.from.clone();
         let (to, last_seq) = match &start.under_way {
             Some(under_way) => (under_way.to.clone(), under_way.last_seq),
-            None => match self.next_tick(&from) {
-                Some(tick) => (tick, 0),
-                None => return false,
+            None => match &self.latest {
+                Some(tick) if !Arc::ptr_eq(tick, &from) => (tick.clone(), 0),
+                _ => return false,
             },
         };
         let towards = |seq| Position::towards(from.clone(), to.clone(), seq);
@@ -564,6 +557,23 @@ impl Site {
     pub fn read_on(&mut self, env: &mut Env) -> bool {
         let before = self.delivery.position().clone();
         self.read(env, 1_000) && !self.delivery.position().same_place(&before)
+    }
+
+    /// Some part of the way of some event.
+    pub fn go_on(&mut self, env: &mut Env) -> bool {
+        match env.rng.u8(..16) {
+            0 => self.tend(env),
+            1 => self.retry(env),
+            2 => {
+                let limit = env.rng.usize(..30);
+                self.read(env, limit)
+            }
+            3 => self.resume(env),
+            4..6 => self.take_report(env),
+            6..11 => self.execute(env),
+            11..15 => self.read_reply(),
+            _ => self.write(),
+        }
     }
 
     // --- the way to Redis

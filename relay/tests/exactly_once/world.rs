@@ -6,10 +6,12 @@ use crate::model::{Rng, likely};
 use crate::recovery::INTERVAL;
 use crate::site::{STREAMS, Site};
 use relay::backoff::Backoff;
+use relay::claim::OnMissing;
 use relay::classify::Failure;
 use relay::conversation::Replicas;
 use relay::delivery::Now;
 use std::collections::BTreeSet;
+use std::ops::AddAssign;
 use std::time::Duration;
 
 /// Tells what happens, when one schedule is replayed.
@@ -50,6 +52,8 @@ pub enum Mutant {
     SkipsFlush,
     /// Sends what lies behind events that were written down, but are not durable.
     ParksUnflushed,
+    /// Sends before what the guard said is durable.
+    ComesUpUnflushed,
 }
 
 /// How often what goes wrong.
@@ -68,13 +72,26 @@ pub struct Faults {
 }
 
 impl Faults {
+    pub const NONE: Self = Self {
+        troubled: 0.0,
+        out_of_memory: 0.0,
+        cuts: 0.0,
+        crashes: 0.0,
+        server_crashes: 0.0,
+        aborts: 0.0,
+        tail_losses: 0.0,
+        flushes: 0.0,
+        guard_losses: 0.0,
+    };
+
     fn random(rng: &mut Rng) -> Self {
-        let mut some = |often: f64| if rng.bool() { rng.f64() * often } else { 0.0 };
+        // Few at a time: together they leave nothing to lose.
+        let mut some = |often: f64| if rng.u8(..) < 90 { rng.f64() * often } else { 0.0 };
         Self {
             troubled: some(0.1),
             out_of_memory: some(0.03),
-            cuts: some(0.05),
-            crashes: some(0.03),
+            cuts: some(0.1),
+            crashes: some(0.05),
             server_crashes: some(0.1),
             aborts: some(0.2),
             tail_losses: some(0.03),
@@ -85,34 +102,54 @@ impl Faults {
 }
 
 /// How often what is rare happened, so that no test passes for want of it.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Seen {
-    pub adopted: u32,
-    pub settled_missing: u32,
-    pub settled_again: u32,
-    pub heals: u32,
-    pub wait_again: u32,
-    pub compared: u32,
-    pub compared_found: u32,
-    pub waits: u32,
-    pub nils: u32,
-    pub aborted: u32,
-    pub stops: u32,
-    pub retries: u32,
-    pub parked: u32,
-    pub skipped: u32,
-    pub written_down: u32,
-    pub failed: u32,
-    pub accepted_after_waiting: u32,
-    pub crashes: u32,
-    pub server_crashes: u32,
-    pub lost_commits: u32,
-    pub tail_losses: u32,
-    pub flushes: u32,
-    pub guard_losses: u32,
-    pub late_commands: u32,
-    pub entries: u32,
+macro_rules! seen {
+    ($($name:ident),*) => {
+        #[derive(Clone, Copy, Debug, Default)]
+        pub struct Seen {
+            $(pub $name: u32),*
+        }
+
+        impl Seen {
+            pub fn is_lively(&self) -> bool {
+                [$(self.$name),*].iter().all(|count| *count > 0)
+            }
+        }
+
+        impl AddAssign for Seen {
+            fn add_assign(&mut self, other: Self) {
+                $(self.$name += other.$name;)*
+            }
+        }
+    };
 }
+seen!(
+    adopted,
+    settled_missing,
+    settled_again,
+    heals,
+    wait_again,
+    compared,
+    compared_found,
+    unfinished,
+    replayed,
+    nils,
+    aborted,
+    stops,
+    retries,
+    parked,
+    skipped,
+    written_down,
+    failed,
+    accepted_after_waiting,
+    crashes,
+    server_crashes,
+    lost_commits,
+    tail_losses,
+    flushes,
+    guard_losses,
+    late_commands,
+    entries
+);
 
 pub struct Env {
     pub rng: Rng,
@@ -127,6 +164,7 @@ pub struct Env {
     pub max_attempts: u32,
     pub backoff: Backoff,
     pub replicas: Option<Replicas>,
+    pub on_missing: OnMissing,
     pub leftovers: Vec<Leftover>,
     pub clients: u64,
     pub tokens: u64,
@@ -146,11 +184,17 @@ impl Env {
         let mut rng = Rng::with_seed(seed);
         let delay = [10, 1_000, 100_000][rng.usize(..3)];
         let waits = rng.u8(..) < 50;
+        let replays = rng.u8(..) < 50;
+        let mut faults = Faults::random(&mut rng);
+        if replays {
+            // All would be there twice, as was asked for.
+            faults.guard_losses = 0.0;
+        }
         Self {
             redis: Redis::default(),
             now: Now::ZERO,
             mutant,
-            faults: Faults::random(&mut rng),
+            faults,
             seen: Seen::default(),
             tells: std::env::var_os("SEED").is_some(),
             batch_size: rng.usize(1..10),
@@ -161,6 +205,11 @@ impl Env {
                 max_delay: Duration::from_millis(delay * 20),
             },
             replicas: waits.then_some(Replicas { count: 1, wait_ms: 10 }),
+            on_missing: if replays {
+                OnMissing::Replay
+            } else {
+                OnMissing::Continue
+            },
             leftovers: Vec::new(),
             clients: 0,
             tokens: 0,
@@ -225,39 +274,21 @@ impl World {
     fn random_step(&mut self) -> Result<(), String> {
         let Self { env, site } = self;
         match env.rng.u8(..100) {
-            0..15 => {
+            0..20 => {
                 site.database.steps(&mut env.rng, 6);
                 site.wal += 1;
             }
-            15..20 => site.take_tick(env),
-            20..32 => {
-                let limit = env.rng.usize(..30);
-                site.read(env, limit);
-            }
-            32..36 => drop(site.retry(env)),
-            36..41 => drop(site.write()),
-            41..57 => {
-                for _ in 0..env.rng.usize(..20) {
-                    if !site.execute(env) {
-                        break;
-                    }
+            20..28 => site.take_tick(env),
+            28..83 => {
+                for _ in 0..env.rng.usize(..30) {
+                    site.go_on(env);
                 }
             }
-            57..71 => {
-                for _ in 0..env.rng.usize(..20) {
-                    if !site.read_reply() {
-                        break;
-                    }
-                }
-            }
-            71..82 => drop(site.take_report(env)),
-            82..86 => drop(site.tend(env)),
-            86..89 => {
+            83..88 => {
                 site.save(env);
                 self.check_cursor()?;
             }
-            89..93 => drop(site.resume(env)),
-            93..95 => {
+            88..95 => {
                 for _ in 0..env.rng.usize(..10) {
                     env.execute_late();
                 }
@@ -270,7 +301,8 @@ impl World {
                     site.image = Some(image);
                 }
             }
-            _ => env.now += env.backoff.delay.max(INTERVAL / 2).mul_f64(env.rng.f64() * 2.0),
+            97 => env.now += env.backoff.delay.max(INTERVAL / 2).mul_f64(env.rng.f64() * 2.0),
+            _ => env.now = site.delivery.due_at().map_or(env.now, |due| env.now.max(due)),
         }
         self.disturb();
         Ok(())
@@ -302,8 +334,11 @@ impl World {
         self.lose_data();
     }
 
-    /// A stream is spoiled or mended. One with events of which the worker has yet to hear stays: nobody could say whether they are there.
+    /// A stream is spoiled or mended. One with events that are still to be looked for there stays: nobody could find them.
     fn trouble(&mut self) {
+        if self.env.redis.data.compares() {
+            return self.env.redis.troubled.clear();
+        }
         let stream = self.env.rng.u8(..STREAMS);
         if self.env.redis.troubled.remove(&stream).is_none() && !self.has_unheard(stream) {
             let trouble = match self.env.rng.bool() {
@@ -333,6 +368,9 @@ impl World {
             tell!(self.env, "Redis is back at {:?}", data.number());
             self.env.seen.tail_losses += 1;
             self.env.hurt = true;
+            if data.compares() {
+                self.env.redis.troubled.clear();
+            }
             self.env.redis.restart(data);
             self.env.leftovers.clear();
             if let Some(connection) = &mut self.site.connection {
@@ -343,8 +381,11 @@ impl World {
             tell!(self.env, "Redis is emptied");
             self.env.seen.flushes += 1;
             self.env.saved.clear();
-            for uid in self.env.redis.appended.clone() {
-                if !self.is_known(uid) {
+            let kept = self.env.on_missing == OnMissing::Continue;
+            self.env.hurt |= !kept;
+            for uid in self.env.redis.appended.clone().into_iter().filter(|_| kept) {
+                let lost = !self.env.redis.holds(uid);
+                if lost || !self.is_known(uid) {
                     self.env.in_doubt.insert(uid);
                 }
                 self.env.gone.insert(uid);
@@ -352,13 +393,19 @@ impl World {
             self.env.redis.flush();
         }
         // Nobody can heal what was lost before.
-        let is_whole = self.env.redis.data.number() >= Some(self.site.delivery.number());
-        if is_whole && self.env.likely(faults.guard_losses) {
+        if self.env.likely(faults.guard_losses) && self.is_whole() {
             tell!(self.env, "the guard is deleted");
             self.env.seen.guard_losses += 1;
             self.env.saved.clear();
             self.env.redis.delete_guard();
         }
+    }
+
+    /// Redis has all that was ever appended.
+    fn is_whole(&self) -> bool {
+        let redis = &self.env.redis;
+        let mut appended = redis.appended.iter();
+        appended.all(|uid| self.env.gone.contains(uid) || redis.holds(*uid))
     }
 
     // --- the end
@@ -387,6 +434,10 @@ impl World {
 
     fn finish(&mut self) -> Result<(), String> {
         let Self { env, site } = self;
+        if env.mutant == Mutant::ResumesUnsaved {
+            // The damage is done; it would not come to an end.
+            env.mutant = Mutant::None;
+        }
         (env.faults.aborts, env.faults.server_crashes) = (0.0, 0.0);
         site.image = None;
         site.database.finish(&mut env.rng);

@@ -32,12 +32,15 @@ pub fn likely(rng: &mut Rng, probability: f64) -> bool {
     rng.f64() < probability
 }
 
-/// Runs a schedule for each of the first `count` seeds. `SEED=n` runs that one alone, `SCHEDULES=n` so many.
+/// Runs a schedule for each of the first `count` seeds. `SEED=n` runs that one alone, `SCHEDULES=n` so many, from `FIRST=n` on.
 pub fn for_each_seed(count: u64, schedule: impl Fn(u64) -> Result<(), String>) {
     let number = |name| env::var(name).ok().map(|v| v.parse::<u64>().expect("a number"));
     let seeds = match number("SEED") {
         Some(seed) => seed..seed + 1,
-        None => 0..number("SCHEDULES").unwrap_or(count),
+        None => {
+            let first = number("FIRST").unwrap_or(0);
+            first..first + number("SCHEDULES").unwrap_or(count)
+        }
     };
     for seed in seeds {
         let replay = format!("replay it with SEED={seed}");

@@ -66,6 +66,11 @@ impl Data {
         self.guard.is_some()
     }
 
+    /// Whether whoever claims the guard is to compare.
+    pub fn compares(&self) -> bool {
+        self.guard.as_ref().is_some_and(|guard| guard["compares"] == "1")
+    }
+
     /// The guard's number.
     pub fn number(&self) -> Option<u64> {
         self.guard.as_ref()?.get("number")?.parse().ok()
@@ -132,6 +137,11 @@ impl Redis {
         self.data = Data::default();
         self.touch();
         self.owner = None;
+    }
+
+    /// Whether an event stands in its stream.
+    pub fn holds(&self, uid: u64) -> bool {
+        self.data.streams.values().flatten().any(|other| *other == uid)
     }
 
     pub fn delete_guard(&mut self) {
@@ -272,7 +282,7 @@ impl Redis {
                 let entries = self.data.streams.get(&stream(&words[1])).map_or(&[][..], Vec::as_slice);
                 let end = std::str::from_utf8(&words[2]).expect("an id");
                 let before = match end.strip_prefix('(').and_then(|id| id.strip_suffix("-0")) {
-                    Some(id) => id.parse::<usize>().expect("an id") - 1,
+                    Some(id) => (id.parse::<usize>().expect("an id") - 1).min(entries.len()),
                     None => entries.len(),
                 };
                 let count: usize = std::str::from_utf8(&words[5])

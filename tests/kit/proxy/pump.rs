@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::{Both, Order, State, Way};
+use super::{After, Both, Order, Rule, State, Then, Way};
 
 const CHUNK: usize = 64 << 10;
 /// Behind a slow receiver the sender must wait, as it would without a proxy.
@@ -33,6 +33,8 @@ pub(super) struct Link {
 struct Lane {
     chunks: VecDeque<Chunk>,
     queued: usize,
+    /// The last bytes that were written, in case a mark begins in them.
+    recent: Vec<u8>,
     held: bool,
     /// Its sender has closed, or died.
     ended: bool,
@@ -83,14 +85,15 @@ fn carry(state: &mut State, buffer: &mut [u8]) {
     state.links.retain_mut(|link| {
         for way in WAYS {
             link.read(way, buffer, now + state.delay);
-            let limit = &mut state.cut_after[way as usize];
-            let (bytes, cut) = link.write(way, now, *limit);
+            let (bytes, fired) = link.write(way, now, &mut state.rules[way as usize]);
             state.passed[way as usize] += bytes;
-            *limit = limit.map(|limit| limit - bytes);
-            if cut {
-                *limit = None;
-                cuts += 1;
-                return false;
+            match fired {
+                Some(Then::Cut) => {
+                    cuts += 1;
+                    return false;
+                }
+                Some(Then::Hold) => link.hold(way, true),
+                None => {}
             }
         }
         !link.lanes.iter().all(|lane| lane.done)
@@ -172,21 +175,29 @@ impl Link {
         }
     }
 
-    /// Writes what is due, up to `limit` bytes. Gives how many that were, and whether the limit was reached.
-    fn write(&mut self, way: Way, now: Instant, limit: Option<u64>) -> (u64, bool) {
+    /// Writes what is due, up to where the rule comes into force. Gives how many bytes that were, and what the rule says then.
+    fn write(&mut self, way: Way, now: Instant, rule: &mut Option<Rule>) -> (u64, Option<Then>) {
         let lane = &mut self.lanes[way as usize];
         let receiver = &mut self.sockets[1 - way as usize];
         let mut total = 0;
         while lane.is_ready(now) {
-            let left = limit.map_or(usize::MAX, |limit| usize::try_from(limit - total).unwrap_or(usize::MAX));
-            if left == 0 {
-                return (total, true);
-            }
             let bytes = lane.chunks[0].rest();
-            match receiver.write(&bytes[..bytes.len().min(left)]) {
+            let stop = rule.as_ref().and_then(|rule| rule.after.find(&lane.recent, bytes));
+            let allowed = stop.unwrap_or(bytes.len());
+            let written = match allowed {
+                0 => Ok(0),
+                _ => receiver.write(&bytes[..allowed]),
+            };
+            match written {
                 Ok(count) => {
                     lane.pop(count);
                     total += count as u64;
+                    if let Some(rule) = rule {
+                        rule.after.count(count);
+                    }
+                    if stop == Some(count) {
+                        return (total, rule.take().map(|rule| rule.then));
+                    }
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
@@ -198,7 +209,7 @@ impl Link {
             let _ = receiver.shutdown(Shutdown::Write);
             lane.done = true;
         }
-        (total, limit == Some(total) && total > 0)
+        (total, None)
     }
 
     /// What to wait for on each socket. A socket with nothing to wait for is left out: one that is dead is always ready.
@@ -244,6 +255,9 @@ impl Lane {
     fn pop(&mut self, count: usize) {
         self.queued -= count;
         let chunk = &mut self.chunks[0];
+        self.recent.extend(&chunk.rest()[..count]);
+        let old = self.recent.len().saturating_sub(After::LONGEST_MARK);
+        self.recent.drain(..old);
         chunk.written += count;
         if chunk.rest().is_empty() {
             self.chunks.pop_front();
@@ -261,5 +275,28 @@ impl Lane {
 impl Chunk {
     fn rest(&self) -> &[u8] {
         &self.bytes[self.written..]
+    }
+}
+
+impl After {
+    pub(super) const LONGEST_MARK: usize = 64;
+
+    /// Where in these bytes it is reached. `recent`: what was written before them.
+    fn find(&self, recent: &[u8], bytes: &[u8]) -> Option<usize> {
+        match self {
+            After::Bytes(left) => usize::try_from(*left).ok().filter(|left| *left <= bytes.len()),
+            After::Mark(mark) => {
+                let before = &recent[recent.len().saturating_sub(mark.len() - 1)..];
+                let all = [before, bytes].concat();
+                let at = all.windows(mark.len()).position(|window| window == mark)?;
+                Some(at + mark.len() - before.len())
+            }
+        }
+    }
+
+    fn count(&mut self, written: usize) {
+        if let After::Bytes(left) = self {
+            *left -= written as u64;
+        }
     }
 }

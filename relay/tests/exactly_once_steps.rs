@@ -1,0 +1,169 @@
+//! exactly_once, step by step: what random schedules have found to go wrong.
+
+use redis::Value;
+use relay::backoff::Backoff;
+use relay::classify::{Class, Failure};
+use relay::delivery::{Cursor, Delivery, Entry, Mode, Now, RowFate};
+use relay::encode::hyphenated;
+use relay::reader::Position;
+use relay::refusal::Streams;
+use relay::snapshot::Tick;
+use relay::tails::{Purpose, Search, Wanted};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+const STREAM: &str = "s";
+
+fn tick(high_seq: i64) -> Arc<Tick> {
+    Arc::new(Tick {
+        high_seq,
+        ..Tick::beginning()
+    })
+}
+
+/// Connected, after batch 5, with an event of the stream waiting if `waits`.
+fn delivery(position: Position, waits: bool) -> Delivery {
+    let streams = waits.then(|| (STREAM.to_owned(), 1));
+    let backoff = Backoff {
+        exponential: false,
+        delay: Duration::from_secs(1),
+        max_delay: Duration::from_secs(1),
+    };
+    let cursor = Cursor { position, number: 5 };
+    let mut delivery = Delivery::new(Mode::ExactlyOnce, cursor, Streams::waiting(streams), backoff);
+    delivery.connecting();
+    delivery.connected();
+    delivery
+}
+
+fn entries(seqs: &[i64]) -> Vec<Entry> {
+    let entry = |seq: &i64| Entry {
+        seq: *seq,
+        stream: Rc::from(STREAM),
+        max_attempts: 3,
+    };
+    seqs.iter().map(entry).collect()
+}
+
+fn is_retried(delivery: &mut Delivery) -> bool {
+    delivery.stream_to_retry(Now::from_secs(100), 10).is_some()
+}
+
+#[test]
+fn after_healing_waiting_events_wait_for_the_lost_rows_before_them() {
+    let (old, new) = (tick(10), tick(20));
+    let mut delivery = delivery(Position::at(new.clone()), true);
+    assert!(is_retried(&mut delivery));
+    let cursor = Cursor {
+        position: Position::at(old.clone()),
+        number: 3,
+    };
+    delivery.heal(cursor, 15);
+    delivery.connected();
+    assert!(!is_retried(&mut delivery) && delivery.due_at().is_none());
+    // Row 12 is of the same stream: it waits with the others.
+    assert_eq!(delivery.on_row(12, STREAM), RowFate::Park);
+    delivery.skipped(12);
+    delivery.advanced(Position::towards(old.clone(), new.clone(), 12));
+    assert!(!is_retried(&mut delivery));
+    delivery.advanced(Position::towards(old, new, 15));
+    assert!(is_retried(&mut delivery));
+}
+
+#[test]
+fn after_an_abort_waiting_events_wait_for_the_rows_that_were_sent_with_them() {
+    let (old, new) = (tick(10), tick(20));
+    let mut delivery = delivery(Position::at(old.clone()), false);
+    delivery.sent(entries(&[11, 12]), Position::at(new.clone()), 100);
+    delivery.advanced(Position::at(new.clone()));
+    // The first had been queued when the second was refused: nothing was appended.
+    let refused = Failure::new(Class::Event, "NOPERM No permissions to access a key");
+    let records = delivery.aborted(vec![(1, refused)], Now::ZERO, 0.0);
+    assert_eq!(records.len(), 1);
+    delivery.resume();
+    assert!(!is_retried(&mut delivery));
+    assert_eq!(delivery.on_row(11, STREAM), RowFate::Park);
+    assert_eq!(delivery.on_row(12, STREAM), RowFate::Skip);
+    [11, 12].iter().for_each(|seq| delivery.skipped(*seq));
+    delivery.advanced(Position::at(new));
+    assert!(is_retried(&mut delivery));
+}
+
+#[test]
+fn while_found_rows_lie_ahead_the_guard_says_so() {
+    let (old, new) = (tick(10), tick(20));
+    let mut delivery = delivery(Position::at(old.clone()), false);
+    delivery.pass_over([13]);
+    let end = Position::towards(old, new.clone(), 12);
+    assert!(delivery.mark(Some(&end)).compares);
+    delivery.sent(entries(&[11]), end.clone(), 100);
+    delivery.advanced(end);
+    delivery.replied(Vec::new(), Now::ZERO, 0.0);
+    assert_eq!(delivery.on_row(13, STREAM), RowFate::Skip);
+    delivery.skipped(13);
+    delivery.advanced(Position::at(new.clone()));
+    assert!(!delivery.mark(Some(&Position::at(new))).compares);
+}
+
+#[test]
+fn what_was_found_before_is_forgotten_when_it_is_compared_again() {
+    let mut delivery = delivery(Position::at(tick(10)), false);
+    delivery.pass_over([13, 14]);
+    // Somebody has emptied the streams since.
+    delivery.pass_over([14]);
+    let fates = [13, 14].map(|seq| delivery.on_row(seq, STREAM));
+    assert_eq!(fates, [RowFate::Send, RowFate::Skip]);
+}
+
+// --- the streams' tails
+
+fn wanted(stream: &str, id: u8) -> Wanted {
+    Wanted {
+        stream: Arc::from(stream),
+        event_id: [id; 16],
+    }
+}
+
+fn entry(id: u8) -> Value {
+    let bulk = |bytes: &[u8]| Value::BulkString(bytes.to_vec());
+    let fields = vec![bulk(b"event_id"), bulk(&hyphenated(&[id; 16]))];
+    Value::Array(vec![bulk(format!("{id}-0").as_bytes()), Value::Array(fields)])
+}
+
+fn error(text: &str) -> Value {
+    redis::parse_redis_value(format!("-{text}\r\n").as_bytes()).unwrap()
+}
+
+fn found(mut search: Search, replies: Vec<Value>) -> Vec<bool> {
+    for reply in replies {
+        assert!(search.ask(&mut Vec::new()));
+        search.reply(reply).unwrap();
+    }
+    assert!(!search.ask(&mut Vec::new()));
+    search.into_found()
+}
+
+#[test]
+fn a_forbidden_stream_does_not_keep_the_others_from_being_looked_at() {
+    let search = Search::new(&[wanted("a", 1), wanted("b", 2)], Purpose::Compare);
+    let forbidden = error("NOPERM No permissions to access a key");
+    assert_eq!(
+        found(search, vec![forbidden, Value::Array(vec![entry(2)])]),
+        [false, true]
+    );
+    // A command that may not be given says nothing about any stream.
+    let mut search = Search::new(&[wanted("a", 1)], Purpose::Compare);
+    let command = error("NOPERM User has no permissions to run the 'xrevrange' command");
+    assert_eq!(search.reply(command).unwrap_err().class, Class::Configuration);
+}
+
+/// One was published again.
+#[test]
+fn each_entry_counts_for_one_of_the_events_that_share_an_id() {
+    let twice = [wanted("a", 1), wanted("a", 1)];
+    let both = Value::Array(vec![entry(1), entry(1)]);
+    assert_eq!(found(Search::new(&twice, Purpose::Compare), vec![both]), [true, true]);
+    let one = Value::Array(vec![entry(1)]);
+    assert_eq!(found(Search::new(&twice, Purpose::Compare), vec![one]), [false, true]);
+}
