@@ -66,10 +66,12 @@ prepare_servers() {
         --encoding=UTF8 --locale=C.UTF-8 --no-sync >"$1/initdb.log" 2>&1 || { cat "$1/initdb.log" >&2; exit 1; }
 }
 
-# Builds the extension a second time, with the feature `faults` (crash points and mutations, see relay/src/fault.rs), in a target
-# directory of its own.
-build_faults() {
-    CARGO_TARGET_DIR=$(faults_target) make "$@" all FEATURES=faults
+# Builds the extension twice: with the feature `faults` (crash points and mutations, see relay/src/fault.rs), put aside, and as it is. What
+# both depend on is built once.
+build_both() {
+    make "$@" all FEATURES=faults
+    install -D "${CARGO_TARGET_DIR:-target}/release/liboutbox_relay.so" "$(faults_target)/release/liboutbox_relay.so"
+    make "$@" all
 }
 
 faults_target() {

@@ -179,9 +179,17 @@ create table outbox.incarnations (
 comment on table outbox.incarnations is 'The runs of this server that relayed, saved before the first claim of each: guards name them. A copy of the database knows those up to when it was made.';
 comment on column outbox.incarnations.previous_ended_lsn is 'Where the history of the one before ended, as far as this server has it.';
 
+create function outbox.here() returns text
+    language sql stable security definer set search_path = pg_catalog, pg_temp
+    return pg_catalog.substr(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()), 1, 8)
+        || ' ' || pg_catalog.current_setting('data_directory');
+comment on function outbox.here() is 'Timeline and data directory of this server: who is asked to take over.';
+
 create table outbox.take_overs (
     backend_number integer primary key,
-    asked_at       timestamptz not null default clock_timestamp()
+    asked_at       timestamptz not null default clock_timestamp(),
+    -- The present timeline and the directory: a promoted standby, or a copy, has not been asked.
+    asked_of       text not null default outbox.here()
 );
 comment on table outbox.take_overs is 'Backends that are to be taken over; see outbox.take_over().';
 
@@ -333,7 +341,7 @@ create trigger backends_changed after insert or update or delete or truncate on 
     for each statement execute function outbox.backends_changed();
 create trigger backends_changed after insert or update or delete or truncate on outbox.backend_passwords
     for each statement execute function outbox.backends_changed();
-create trigger backends_changed after insert on outbox.take_overs
+create trigger backends_changed after insert or update on outbox.take_overs
     for each statement execute function outbox.backends_changed();
 alter table outbox.take_overs enable always trigger backends_changed;
 alter table outbox.backends enable always trigger backends_changed;
@@ -553,7 +561,8 @@ begin
             message = format('backend "%s" cannot be taken over', backend),
             detail = format('Its delivery is %s, which has no owner.', delivery);
     end if;
-    insert into outbox.take_overs (backend_number) values (n) on conflict do nothing;
+    insert into outbox.take_overs (backend_number) values (n)
+        on conflict (backend_number) do update set asked_at = excluded.asked_at, asked_of = excluded.asked_of;
 end
 $$;
 comment on function outbox.take_over(text) is 'Ends a fence on purpose: this server becomes the owner of the backend''s streams, whoever was. Also goes on after on_missing_guard = ''halt''.';

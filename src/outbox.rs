@@ -138,7 +138,7 @@ pub fn backends() -> Vec<BackendRow> {
         "select b.number, b.name, b.enabled, b.host, b.port, b.db, b.username, b.stream_name, b.max_len,
             (extract(epoch from b.connect_timeout) * 1000)::bigint, (extract(epoch from b.socket_timeout) * 1000)::bigint,
             b.unix_socket, b.password_file, p.password, b.delivery, b.on_missing_guard, b.wait_replicas,
-            exists (select from outbox.take_overs t where t.backend_number = b.number)
+            exists (select from outbox.take_overs t where t.backend_number = b.number and t.asked_of = outbox.here())
         from outbox.backends b left join outbox.backend_passwords p on p.backend_number = b.number
         order by b.number",
         &[],

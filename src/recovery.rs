@@ -69,12 +69,21 @@ fn decide(backend: &mut Backend, identity: &Identity, guard: Option<Guard>, now:
     };
     match judge(guard.as_ref(), &claimant, &mut backend.watch, now) {
         Decision::Claim(start) => {
-            if start == Start::Replay {
-                // Before the guard is there again: whoever claims next would not know.
-                replay(backend, now)?;
+            // Before the guard is ours: whoever claims next would not know.
+            match (start, &guard) {
+                (Start::Replay, _) => {
+                    let oldest = oldest(backend)?;
+                    step_back(backend, oldest, 0, now)?;
+                }
+                (Start::Heal, Some(guard)) => step_back(backend, guard.position.clone(), guard.number, now)?,
+                // What its last batch came to is found by comparing, too.
+                (Start::Compare(Why::Unfinished), Some(guard)) => {
+                    step_back(backend, guard.previous.clone(), guard.number, now)?;
+                }
+                _ => {}
             }
             fault::reach("before_claim");
-            let anew = guard.is_none() || start == Start::Compare(Why::OtherHistory);
+            let anew = guard.is_none() || matches!(start, Start::Heal | Start::Compare(_));
             let beginning = anew.then(|| beginning(backend, start));
             backend.order(Order::Claim(Box::new(Claim {
                 token: token(),
@@ -91,7 +100,7 @@ fn decide(backend: &mut Backend, identity: &Identity, guard: Option<Guard>, now:
 /// What a new guard says.
 fn beginning(backend: &Backend, start: Start) -> Beginning {
     Beginning {
-        // It counts as a batch: whoever has not heard of it is behind.
+        // It counts as a batch, with a number that none has had: Redis may come back with any of them.
         number: backend.delivery.number() + 1,
         position: backend.delivery.acked().clone(),
         compares: matches!(start, Start::Compare(_)),
@@ -124,22 +133,20 @@ fn begin(
         start
     };
     let (candidates, purpose) = match (start, &guard) {
-        (Start::Own, None) | (Start::Replay, _) => {
+        (Start::Own, Some(_)) | (Start::Adopt, None) => return come_up(backend, now),
+        (Start::Adopt, Some(guard)) => (process::transaction(|| last_batch(backend, guard))?, Purpose::Settle),
+        (Start::Own | Start::Replay, _) => {
+            if start == Start::Replay {
+                say_replayed(backend);
+            }
             begin_anew(backend, now);
             return come_up(backend, now);
         }
-        (Start::Own, Some(_)) | (Start::Adopt | Start::Heal, None) => return come_up(backend, now),
-        (Start::Heal, Some(guard)) => return heal(backend, guard, now),
-        (Start::Adopt, Some(guard)) => (process::transaction(|| last_batch(backend, guard))?, Purpose::Settle),
-        (Start::Compare(Why::Unfinished), Some(guard)) => {
-            // What its last batch came to is found by comparing, too.
-            let cursor = Cursor {
-                position: guard.previous.clone(),
-                number: guard.number,
-            };
-            let reread_to = wait_again(backend, guard.number)?;
-            backend.read_again(cursor, reread_to, now);
-            (process::transaction(|| unsent(backend, latest))?, Purpose::Compare)
+        (Start::Heal, _) => {
+            say_healed(backend, guard.as_ref());
+            begin_anew(backend, now);
+            // Redis may have come back with what it had lost before: then some that wait now had been accepted.
+            (process::transaction(|| waiting(backend))?, Purpose::Compare)
         }
         (Start::Compare(_), _) => {
             begin_anew(backend, now);
@@ -187,6 +194,10 @@ fn finish(
             backend.delivery.pass_over(there().filter(|c| !c.waits).map(|c| c.seq));
             say_compared(backend, why, guard.as_ref(), there().count(), missing().count());
         }
+        (Start::Heal, _) => {
+            let accepted = there().map(|c| Record::Accepted { seq: c.seq });
+            backend.records.extend(accepted);
+        }
         (_, Some(guard)) => {
             let absent = missing().filter(|c| !c.waits).map(|c| Record::Park {
                 seq: c.seq,
@@ -196,8 +207,14 @@ fn finish(
             let accepted = there().filter(|c| c.waits).map(|c| Record::Accepted { seq: c.seq });
             let refused = missing().filter(|c| !c.waits).count();
             backend.records.extend(absent.chain(accepted));
+            let here = backend.delivery.acked();
+            // What was sent with at_least_once since then is not in the guard.
+            let position = match here.includes(&guard.position) {
+                true => here.clone(),
+                false => guard.position.clone(),
+            };
             let cursor = Cursor {
-                position: guard.position.clone(),
+                position,
                 number: guard.number,
             };
             backend.adopt(cursor, guard.total - refused as i64, now);
@@ -225,8 +242,31 @@ fn come_up(backend: &mut Backend, now: Now) -> Result<(), Aborted> {
     Ok(())
 }
 
-fn heal(backend: &mut Backend, guard: &Guard, now: Now) -> Result<(), Aborted> {
-    let lost = backend.delivery.number() - guard.number;
+/// Goes back to `position`, durably: events that waited and were accepted after batch `since` wait again.
+fn step_back(backend: &mut Backend, position: Position, since: u64, now: Now) -> Result<(), Aborted> {
+    let number = backend.number;
+    let reread_to = process::transaction(|| {
+        refused::heal(number, since);
+        refused::highest_written_down(number)
+    })?;
+    let cursor = Cursor {
+        position,
+        number: backend.delivery.number().max(since),
+    };
+    backend.read_again(cursor, reread_to, now);
+    worker::save(std::slice::from_mut(backend), now)
+}
+
+/// Up to where events have been purged.
+fn oldest(backend: &Backend) -> Result<Position, Aborted> {
+    let number = backend.number;
+    let oldest = process::transaction(|| outbox::oldest_tick(number))?;
+    Ok(oldest.map_or_else(Position::beginning, Position::at))
+}
+
+fn say_healed(backend: &mut Backend, guard: Option<&Guard>) {
+    backend.count_healing();
+    let (known, found) = (backend.delivery.number(), guard.map_or(0, |guard| guard.number));
     log(
         LogLevel::Warning,
         &format!(
@@ -234,45 +274,19 @@ fn heal(backend: &mut Backend, guard: &Guard, now: Now) -> Result<(), Aborted> {
             backend.name()
         ),
         Some(&format!(
-            "Its guard says batch {}; {lost} more were acknowledged.",
-            guard.number
+            "Its guard says batch {found}, the last that was acknowledged is {known}."
         )),
-        Some("What they held is appended again. See Redis's persistence and replication, and wait_replicas."),
+        Some("What was lost is appended again. See Redis's persistence and replication, and wait_replicas."),
     );
-    let cursor = Cursor {
-        position: guard.position.clone(),
-        number: guard.number,
-    };
-    let reread_to = wait_again(backend, guard.number)?;
-    backend.heal(cursor, reread_to, now);
-    come_up(backend, now)
 }
 
-fn replay(backend: &mut Backend, now: Now) -> Result<(), Aborted> {
+fn say_replayed(backend: &Backend) {
     log(
         LogLevel::Warning,
         &format!("guard of backend \"{}\" is missing", backend.name()),
         Some("Redis has lost its data, or it is another Redis."),
         Some("As on_missing_guard says, all events that are retained are sent again."),
     );
-    let number = backend.number;
-    let oldest = process::transaction(|| outbox::oldest_tick(number))?;
-    let cursor = Cursor {
-        position: oldest.map_or_else(Position::beginning, Position::at),
-        number: backend.delivery.number(),
-    };
-    let reread_to = wait_again(backend, 0)?;
-    backend.heal(cursor, reread_to, now);
-    worker::save(std::slice::from_mut(backend), now)
-}
-
-/// Waiting events that were accepted after batch `since` wait again. Returns up to where rows may be written down.
-fn wait_again(backend: &Backend, since: u64) -> Result<i64, Aborted> {
-    let number = backend.number;
-    process::transaction(|| {
-        refused::heal(number, since);
-        refused::highest_written_down(number)
-    })
 }
 
 fn say_compared(backend: &Backend, why: Why, guard: Option<&Guard>, there: usize, missing: usize) {
@@ -312,7 +326,7 @@ fn last_batch(backend: &Backend, guard: &Guard) -> Vec<Candidate> {
 
 /// Events that may have been sent by somebody of whose work we know nothing.
 fn unsent(backend: &Backend, latest: &Arc<Tick>) -> Vec<Candidate> {
-    let mut found = by_seq(backend, &refused::waiting(backend.number, COMPARED));
+    let mut found = waiting(backend);
     let here = backend.delivery.acked();
     let upto = Position::at(latest.clone());
     // A position on its way to a tick goes there first.
@@ -324,6 +338,11 @@ fn unsent(backend: &Backend, latest: &Arc<Tick>) -> Vec<Candidate> {
         found.extend(between(backend, here, &upto, COMPARED));
     }
     found
+}
+
+/// Events that were refused and wait.
+fn waiting(backend: &Backend) -> Vec<Candidate> {
+    by_seq(backend, &refused::waiting(backend.number, COMPARED))
 }
 
 fn by_seq(backend: &Backend, seqs: &[i64]) -> Vec<Candidate> {

@@ -415,8 +415,10 @@ impl Worker {
             let database = unsafe { pg_sys::MyDatabaseId }.to_u32();
             let guard_prefix = format!("outbox_relay:guard:{installation}:{database}:");
             if guard_prefix != self.home.guard_prefix {
-                // The extension was created anew: its tables have not heard of this run of the server.
+                // The extension was created anew: its tables have not heard of this run of the server, and begin at the first number.
                 (self.home.guard_prefix, self.identity) = (guard_prefix, None);
+                self.backends.clear();
+                (self.latest, self.awaited) = (Arc::new(Tick::beginning()), None);
             }
             let home = self.home.clone();
             let stays = |b: &Backend| {

@@ -654,13 +654,16 @@ impl Delivery {
         records
     }
 
-    /// Nothing is left to read or in flight, and it is connected: all is well. True if that is news.
-    pub fn rest(&mut self) -> bool {
+    /// Nothing is left to read or in flight, and it is connected: all is well. True if that is news. `is_all_read`: nor are there rows that
+    /// may not be read yet, of which something may be known.
+    pub fn rest(&mut self, is_all_read: bool) -> bool {
         let rests = self.link == Link::Up && self.flights.is_empty() && self.streams.next_retry_at().is_none();
         if rests {
+            self.failures = 0;
+        }
+        if rests && is_all_read {
             self.ahead.clear();
             self.found.clear();
-            self.failures = 0;
             (self.reread_to, self.reread) = (0, None);
         }
         rests && self.trouble.take().is_some()

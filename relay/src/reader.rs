@@ -85,6 +85,14 @@ impl Position {
                 .is_some_and(|u| u.to.snapshot.sees(key.xid) && key.seq <= u.last_seq)
     }
 
+    /// Whether everything that `other` covers has been read here, too (at the least: a position on its way counts by where it began).
+    pub fn includes(&self, other: &Self) -> bool {
+        let (ours, theirs) = (&self.from.snapshot, &other.newest().snapshot);
+        ours.xmin() >= theirs.xmin()
+            && ours.xmax() >= theirs.xmax()
+            && ours.in_progress().iter().all(|xid| !theirs.sees(*xid))
+    }
+
     /// No row above this number has been read.
     pub fn high_seq(&self) -> i64 {
         self.under_way.as_ref().map_or(&self.from, |u| &u.to).high_seq

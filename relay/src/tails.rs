@@ -4,8 +4,8 @@
 use crate::classify::{self, Class, Failure};
 use crate::encode::{append_command, hyphenated};
 use redis::Value;
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 /// How far back a stream is searched, in entries.
@@ -42,8 +42,8 @@ pub struct Search {
 
 struct Tail {
     stream: Arc<str>,
-    /// Indexes of those not found yet, the last first. Events that were published again share an id: each entry counts for one.
-    wanted: HashMap<[u8; 36], Vec<usize>>,
+    /// Indexes of those not found yet. Events that were published again share an id: each entry counts for one, the first first.
+    wanted: HashMap<[u8; 36], VecDeque<usize>>,
     /// The oldest entry id that was looked at.
     oldest: Option<Vec<u8>>,
     page: usize,
@@ -67,7 +67,11 @@ impl Search {
                 });
                 tails.len() - 1
             });
-            tails[tail].wanted.entry(hyphenated(event_id)).or_default().push(index);
+            tails[tail]
+                .wanted
+                .entry(hyphenated(event_id))
+                .or_default()
+                .push_back(index);
         }
         Self {
             purpose,
@@ -135,8 +139,7 @@ impl Search {
             if let Some(id) = event_id(fields)
                 && let Entry::Occupied(mut indexes) = tail.wanted.entry(*id)
             {
-                // The newest entry is that of the newest event.
-                if let Some(index) = indexes.get_mut().pop() {
+                if let Some(index) = indexes.get_mut().pop_front() {
                     self.found[index] = true;
                 }
                 if indexes.get().is_empty() {

@@ -83,9 +83,7 @@ impl Backend {
         (self.moved_at, self.tick_due) = (now, true);
     }
 
-    /// Redis has lost what came after `cursor`.
-    pub fn heal(&mut self, cursor: Cursor, reread_to: i64, now: Now) {
-        self.read_again(cursor, reread_to, now);
+    pub fn count_healing(&mut self) {
         self.standing.healings += 1;
     }
 

@@ -10,7 +10,7 @@ use pgrx::pg_sys;
 use relay::delivery::Now;
 use relay::fault;
 use relay::reader::Position;
-use relay::snapshot::Tick;
+use relay::snapshot::{FIRST_NORMAL_XID, Tick};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -32,8 +32,9 @@ impl Worker {
         self.work |= self.slot.has_work();
         self.look_at_standbys(now);
         let waits = |b: &Backend, latest: &Arc<Tick>| {
-            b.is_ready(now)
-                && (b.delivery.position().under_way.is_some() || !Arc::ptr_eq(&b.delivery.position().from, latest))
+            // Before the first tick there is nowhere to go, and certainly not back.
+            let goes_on = latest.next_xid > FIRST_NORMAL_XID && !Arc::ptr_eq(&b.delivery.position().from, latest);
+            b.is_ready(now) && (b.delivery.position().under_way.is_some() || goes_on)
         };
         // While all are down, publishers find the flag raised and wake nobody.
         if self.work
@@ -63,10 +64,11 @@ impl Worker {
             done.extend(group.iter().map(|i| self.backends[*i].number));
             self.read_group(&group, &position, now)?;
         }
+        let is_all_read = self.awaited.is_none();
         for backend in &mut self.backends {
             if waits(backend, &self.latest) {
                 more = true;
-            } else if backend.reads_for_redis() && backend.delivery.rest() {
+            } else if backend.reads_for_redis() && backend.delivery.rest(is_all_read) {
                 backend.recovered(now);
             }
         }
@@ -79,7 +81,12 @@ impl Worker {
         (self.work, self.polled) = (false, false);
         let tick = process::transaction(|| {
             let relations = catalog::relations()?;
-            let early = fault::is_mutated("flush_before_snapshot").then(ticker::flush);
+            let early = fault::is_mutated("flush_before_snapshot").then(|| {
+                let wal = ticker::flush();
+                // Wide enough for a commit to come between.
+                std::thread::sleep(Duration::from_millis(10));
+                wal
+            });
             let tick = ticker::take(&relations);
             let wal = match early {
                 Some(wal) => wal,

@@ -57,6 +57,13 @@ fn wait_back(stack: &Stack, mark: usize) {
     stack.pg.wait_worker("postgres");
 }
 
+/// The worker dies at the point where it is to wait: whoever publishes has heard by then that his transaction is committed.
+fn die_here(stack: &Stack) {
+    stack.pg.wait_reached();
+    stack.pg.kill_worker();
+    stack.pg.release();
+}
+
 #[test]
 fn a_worker_that_dies_at_any_point_under_load_repeats_nothing() {
     let stack = stack(&[]);
@@ -80,11 +87,14 @@ fn a_worker_that_dies_at_any_point_under_load_repeats_nothing() {
 /// Each time one batch of which a half is refused, and nothing else is going on.
 #[test]
 fn a_worker_that_dies_at_any_point_fails_what_redis_refuses_and_nothing_else() {
-    let stack = stack(&[("outbox_relay.max_retries", "2")]);
+    let stack = stack(&[
+        ("outbox_relay.max_retries", "2"),
+        // Only what is published brings the worker to a point.
+        ("outbox_relay.poll_interval", "1h"),
+    ]);
     let [mut good, mut bad] = [Vec::new(), Vec::new()];
     for point in POINTS {
-        let mark = stack.pg.log().len();
-        stack.pg.crash_at(point);
+        stack.pg.hold_at(point);
         if point.ends_with("_claim") {
             kill_clients(&stack.redis);
         }
@@ -96,8 +106,7 @@ fn a_worker_that_dies_at_any_point_fails_what_redis_refuses_and_nothing_else() {
             wait_eq("failed events", bad.len(), || failed(&stack.pg).len());
             good.push(stack.publish("alone"));
         }
-        stack.pg.wait_reached();
-        wait_back(&stack, mark);
+        die_here(&stack);
         wait_eq(&format!("failed events after {point}"), bad.len(), || {
             failed(&stack.pg).len()
         });
@@ -119,11 +128,9 @@ fn a_worker_that_dies_at_any_point_fails_what_redis_refuses_and_nothing_else() {
 #[test]
 fn refused_events_that_nobody_wrote_down_are_found_again() {
     let stack = stack(&[("outbox_relay.max_retries", "1000")]);
-    let mark = stack.pg.log().len();
-    stack.pg.crash_at("before_refused_saved");
+    stack.pg.hold_at("before_refused_saved");
     let [good, bad] = publish_to_two(&stack, "bad", 20);
-    stack.pg.wait_reached();
-    wait_back(&stack, mark);
+    die_here(&stack);
     wait_eq("refused events", 20, || refused(&stack.pg));
     wait_until("a reason", || {
         stack.pg.one::<bool>(&format!(

@@ -109,7 +109,7 @@ fn the_old_primary_comes_back_too_late_and_stays_fenced() {
         standing(&stack.pg, "default").state == "fenced"
     });
     promoted.start_again();
-    wait_owner(&promoted, &stack.redis);
+    let last = delivered_by(&promoted, &stack, "last");
     promoted.stop(Mode::Fast);
     assert_eq!(guard(&stack.pg, &stack.redis).expect("a guard").field("released"), "1");
     stack.pg.restart();
@@ -118,7 +118,7 @@ fn the_old_primary_comes_back_too_late_and_stays_fenced() {
         standing(&stack.pg, "default").state == "fenced"
     });
     assert_eq!(standing(&stack.pg, "default").pending, orphaned.len() as i64);
-    assert_eq!(ids(&stack.events()), [common, lost, after].concat());
+    assert_eq!(ids(&stack.events()), [common, lost, after, last].concat());
 }
 
 /// A crash of the primary that restarts before anybody else has lost patience.

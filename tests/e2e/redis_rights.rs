@@ -2,6 +2,7 @@
 
 use kit::{
     Postgres, QUICK, Redis, Stack, UNTRIMMED, Way, ids, publish_many, standing, wait_drained, wait_eq, wait_trouble,
+    wait_until,
 };
 use uuid::Uuid;
 
@@ -194,6 +195,17 @@ fn without_a_look_at_the_streams_a_doubtful_batch_waits() {
     wait_drained(&stack.pg, "default");
     for command in ["xrevrange", "xinfo"] {
         acl(&stack.redis, &[&format!("-{command}")]);
+        // Ready for a batch: the last that it asked for was the token.
+        wait_until("the relay to be ready", || {
+            let clients: String = redis::cmd("CLIENT")
+                .arg("LIST")
+                .query(&mut stack.redis.conn())
+                .expect("CLIENT LIST");
+            clients
+                .lines()
+                .any(|line| line.contains("user=relay ") && line.contains("cmd=hmget "))
+                && proxy.held(Way::ToClient) == 0
+        });
         proxy.hold(Way::ToClient);
         // The second is refused within the transaction.
         let mut client = stack.pg.client();

@@ -2,6 +2,9 @@
 
 use kit::{LIMIT, Ledger, Load, Mode, Postgres, Stack, ids, publish_many, wait_drained, wait_eq, wait_until};
 
+/// A promoted standby watches the guard for three of its owner's intervals.
+const SHORT: (&str, &str) = ("outbox_relay.poll_interval", "300ms");
+
 /// The standby has replayed all that the primary has flushed.
 #[track_caller]
 fn wait_caught_up(primary: &Postgres, standby: &Postgres) {
@@ -25,7 +28,7 @@ fn status(pg: &Postgres) -> (Option<i32>, String, i64) {
 
 #[test]
 fn a_standby_only_watches_and_delivers_the_rest_once_it_is_promoted() {
-    let mut stack = Stack::start();
+    let mut stack = Stack::with(&[SHORT]);
     let standby = stack.pg.standby().start();
     let mut client = stack.pg.client();
     let sent = publish_many(&mut client, "default", "", "sent", 3);
@@ -63,7 +66,7 @@ fn a_standby_only_watches_and_delivers_the_rest_once_it_is_promoted() {
 #[test]
 fn a_promotion_after_a_crash_loses_nothing_that_the_standby_has() {
     let mut stack = Stack::of(
-        Postgres::with(&[("outbox_relay.redis_max_len", "0")]),
+        Postgres::with(&[SHORT, ("outbox_relay.redis_max_len", "0")]),
         kit::Redis::start(),
     );
     let ledger = Ledger::create(&stack.pg);

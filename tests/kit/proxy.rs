@@ -172,8 +172,13 @@ impl Proxy {
 
     /// The same, for connections to come as well.
     pub fn hold_all(&self, way: Way) {
-        self.hold(way);
-        self.ask(move |state| state.hold_new[way as usize] = true);
+        // In one order: none may be accepted in between.
+        self.ask(move |state| {
+            state.hold_new[way as usize] = true;
+            for link in &mut state.links {
+                link.hold(way, true);
+            }
+        });
     }
 
     /// Sends what was held on its way, also from connections whose sender has closed them.

@@ -3,17 +3,21 @@
 //!
 //! `SEED=n` replays a schedule and tells what happens, `SCHEDULES=n` runs so many, from `FIRST=n` on.
 
+mod env;
 #[path = "../model/mod.rs"]
 mod model;
 mod oracle;
+mod reading;
 mod recovery;
 mod site;
+mod tables;
 mod world;
 
+use env::{Faults, Mutant, Seen};
 use model::{caught, for_each_seed};
 use relay::claim::OnMissing;
 use std::cell::RefCell;
-use world::{Faults, Mutant, Seen, World};
+use world::World;
 
 fn schedule(seed: u64) -> Result<Seen, String> {
     World::new(seed, Mutant::None).run()
@@ -56,11 +60,12 @@ fn losses_and_crashes_fail_nothing() {
 }
 
 /// The first thing that the oracle says about a worker that is wrong, where these things happen.
-fn said_of(mutant: Mutant, faults: Faults) -> String {
-    mutate(None);
+fn said_of(mutant: Mutant, mutation: Option<&'static str>, faults: Faults) -> String {
+    mutate(mutation);
     caught(3_000, |seed| {
         let mut world = World::new(seed, mutant);
         world.env.faults = faults;
+        world.env.on_missing = OnMissing::Continue;
         world.run().map(drop)
     })
 }
@@ -70,14 +75,14 @@ macro_rules! catches {
         $(#[$meta])*
         #[test]
         fn $name() {
-            let said = said_of(Mutant::$mutant, Faults { $($fault: $often,)* ..Faults::NONE });
+            let said = said_of(Mutant::$mutant, None, Faults { $($fault: $often,)* ..Faults::NONE });
             assert!($says.iter().any(|says| said.contains(says)), "{said}");
         }
     )*};
 }
 
 catches! {
-    the_oracle_catches_a_cursor_ahead_of_what_was_acknowledged: SavesAhead, { crashes: 0.05 }, ["which is nowhere"];
+    the_oracle_catches_a_cursor_ahead_of_what_was_acknowledged: SavesAhead, { crashes: 0.05 }, ["which is nowhere", "times in its stream"];
     the_oracle_catches_a_guard_that_is_ignored: IgnoresGuard, { crashes: 0.05 }, ["times in its stream"];
     the_oracle_catches_a_sender_that_goes_on_before_refusals_are_saved:
         ResumesUnsaved, { troubled: 0.1, crashes: 0.1 }, ["is lost", "which is nowhere"];
@@ -94,6 +99,7 @@ catches! {
         ReadsBlindly, { troubled: 0.1, tail_losses: 0.02 }, ["times in its stream", "has failed and is in its stream"];
     the_oracle_catches_healing_that_forgets_what_had_waited:
         ForgetsAccepted, { troubled: 0.1, tail_losses: 0.02 }, ["is lost"];
+    the_oracle_catches_trust_in_another_history: TrustsAnyHistory, { promotions: 0.05 }, ["is lost", "which is nowhere", "times in its stream"];
     the_oracle_catches_a_batch_before_what_the_guard_said_is_durable:
         ComesUpUnflushed, { server_crashes: 1.0, guard_losses: 0.03 }, ["is lost", "times in its stream", "which is nowhere"];
     the_oracle_catches_what_is_sent_before_it_is_durable: SkipsFlush, { server_crashes: 0.5 }, ["never committed", "is in no history", "is lost"];
@@ -106,16 +112,6 @@ catches! {
 mod mutated {
     use super::*;
 
-    fn said_of(mutation: &'static str, faults: Faults) -> String {
-        mutate(Some(mutation));
-        caught(3_000, |seed| {
-            let mut world = World::new(seed, Mutant::None);
-            world.env.faults = faults;
-            world.env.on_missing = OnMissing::Continue;
-            world.run().map(drop)
-        })
-    }
-
     const CRASHES: Faults = Faults {
         cuts: 0.1,
         crashes: 0.1,
@@ -124,13 +120,13 @@ mod mutated {
 
     #[test]
     fn the_oracle_catches_an_exec_before_the_token_was_read() {
-        let said = said_of("two_execs", CRASHES);
+        let said = said_of(Mutant::None, Some("two_execs"), CRASHES);
         assert!(said.contains("behind a newer claim"), "{said}");
     }
 
     #[test]
     fn the_oracle_catches_appending_without_a_fence() {
-        let said = said_of("no_watch", CRASHES);
+        let said = said_of(Mutant::None, Some("no_watch"), CRASHES);
         assert!(said.contains("behind a newer claim"), "{said}");
     }
 
@@ -140,7 +136,7 @@ mod mutated {
             troubled: 0.1,
             ..Faults::NONE
         };
-        let said = said_of("ignore_error_reply", faults);
+        let said = said_of(Mutant::None, Some("ignore_error_reply"), faults);
         assert!(said.contains("is lost") || said.contains("which is nowhere"), "{said}");
     }
 }

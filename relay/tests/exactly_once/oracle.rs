@@ -12,6 +12,7 @@ impl World {
             database,
             tables,
             image,
+            delivery,
             ..
         } = &self.site;
         let Some(key) = database.rows().find(|key| database.row(key.seq).uid == uid) else {
@@ -19,10 +20,11 @@ impl World {
         };
         let stream = database.row(key.seq).stream;
         let oldest = image.as_ref().map(|image| &image.tables);
-        [Some(tables), oldest].into_iter().flatten().all(|tables| {
+        let saved = [Some(tables), oldest].into_iter().flatten().all(|tables| {
             let refused = tables.refused.get(&(stream, key.seq));
             tables.cursor.position.covers(key) && refused.is_none_or(|refused| refused.accepted_in.is_some())
-        })
+        });
+        saved && delivery.acked().covers(key)
     }
 
     /// Whatever the saved cursor has passed is in its stream, or written down.
@@ -60,7 +62,7 @@ impl World {
             let count = counts.remove(&site.database.row(key.seq).uid).unwrap_or(0);
             self.check_row(key, count)?;
         }
-        if let Some(uid) = counts.keys().next() {
+        if let Some(uid) = counts.keys().find(|uid| !self.is_of_the_former(**uid)) {
             return Err(format!("event {uid} is in no history"));
         }
         let seqs: BTreeMap<u64, i64> = site
@@ -68,13 +70,29 @@ impl World {
             .rows()
             .map(|k| (site.database.row(k.seq).uid, k.seq))
             .collect();
-        for (stream, entries) in &self.env.redis.data.streams {
-            let entries = entries.iter().map(|uid| seqs[uid]);
+        // Nobody here knows what was refused there.
+        let orders = self.former.is_none() || self.env.redis.refused.is_empty();
+        for (stream, entries) in self.env.redis.data.streams.iter().filter(|_| orders) {
+            // What was repeated after two losses at once may come late.
+            let repeated =
+                |uid: &&u64| self.former.is_some() && (self.env.gone.contains(uid) || self.open.contains(uid));
+            let entries = entries.iter().filter(|uid| !repeated(uid));
+            let entries = entries.filter_map(|uid| seqs.get(uid).copied());
             if let Some((before, after)) = site.database.out_of_order(entries) {
                 return Err(format!("{after} comes after {before} in stream {stream}"));
             }
         }
         Ok(())
+    }
+
+    /// Committed by the former server, after the histories had parted.
+    fn is_of_the_former(&self, uid: u64) -> bool {
+        let Some(former) = &self.former else {
+            return false;
+        };
+        let database = &former.database;
+        let mut of_uid = database.rows().filter(|key| database.row(key.seq).uid == uid);
+        of_uid.any(|key| database.is_committed(key.seq))
     }
 
     fn check_row(&self, key: Key, count: usize) -> Result<(), String> {
@@ -83,7 +101,8 @@ impl World {
         let row = site.database.row(seq);
         let failed = site.tables.failed.contains_key(&seq);
         if !site.database.is_committed(seq) {
-            return match count > 0 || failed {
+            let is_known = count == 0 || self.is_of_the_former(row.uid);
+            return match !is_known || failed {
                 true => Err(format!("{seq} never committed")),
                 false => Ok(()),
             };
@@ -99,6 +118,7 @@ impl World {
         match (count, failed, gone) {
             (1, false, false) | (0, true, _) | (0, _, true) => Ok(()),
             (1, false, true) if again => Ok(()),
+            (2, false, false) if self.open.contains(&row.uid) && self.is_of_the_former(row.uid) => Ok(()),
             (0, ..) => Err(format!("{seq} is lost")),
             (1, true, _) => Err(format!("{seq} has failed and is in its stream")),
             (1, false, true) => Err(format!("{seq} is appended again")),

@@ -1,9 +1,10 @@
 //! From a connection that has read the guard to one that is up, as the extension's module of that name has it.
 
+use crate::env::{Env, Mutant, tell};
 use crate::model::redis::{event_id, stream_name};
 use crate::site::Site;
-use crate::world::{Env, Mutant, tell};
 use relay::claim::{Claimant, Decision, Incarnation, Start, Why, judge};
+use relay::classify::Class;
 use relay::conversation::{Beginning, Claim};
 use relay::delivery::Cursor;
 use relay::guard::{Guard, Owner};
@@ -54,23 +55,25 @@ impl Site {
             place: &self.place,
             number: self.delivery.number(),
             on_missing: env.on_missing,
-            take_over: false,
+            take_over: self.take_over,
         };
         match judge(guard.as_ref(), &claimant, &mut self.watch, env.now) {
             Decision::Claim(start) => {
                 tell!(env, "claim: {start:?}");
-                if start == Start::Replay {
-                    // Before the guard is there again: whoever claims next would not know.
-                    env.seen.replayed += 1;
-                    let cursor = Cursor {
-                        position: Position::beginning(),
-                        number: self.delivery.number(),
-                    };
-                    self.read_again(env, cursor, 0);
-                    self.save(env);
+                // Before the guard is its own: whoever claims next would not know.
+                match (start, &guard) {
+                    (Start::Replay, _) => {
+                        env.seen.replayed += 1;
+                        self.step_back(env, Position::beginning(), 0);
+                    }
+                    (Start::Heal, Some(guard)) => self.step_back(env, guard.position.clone(), guard.number),
+                    (Start::Compare(Why::Unfinished), Some(guard)) => {
+                        self.step_back(env, guard.previous.clone(), guard.number);
+                    }
+                    _ => {}
                 }
                 self.flush(env);
-                let anew = guard.is_none() || matches!(start, Start::Compare(Why::OtherHistory));
+                let anew = guard.is_none() || matches!(start, Start::Heal | Start::Compare(_));
                 let beginning = anew.then(|| Beginning {
                     // It counts as a batch, so that nobody takes it for an earlier one.
                     number: self.delivery.number() + 1,
@@ -96,6 +99,7 @@ impl Site {
             }
             Decision::Wait { failure, retry_after } => {
                 tell!(env, "wait: {failure}");
+                env.seen.fenced += u32::from(failure.class == Class::Fenced);
                 let random = env.rng.f64();
                 self.delivery.hold_off(failure, retry_after, env.now, random);
                 self.drop_connection(env);
@@ -108,6 +112,7 @@ impl Site {
         let Stage::Claiming(start, guard) = std::mem::take(&mut self.stage) else {
             unreachable!("no claim is under way");
         };
+        self.take_over = false;
         let start = match env.mutant {
             Mutant::IgnoresGuard | Mutant::SavesAhead => Start::Own,
             _ => start,
@@ -118,35 +123,22 @@ impl Site {
         };
         let next = self.delivery.number() + 1;
         let (candidates, purpose) = match (start, &guard) {
-            (Start::Own, None) | (Start::Replay, _) => {
+            (Start::Own, Some(_)) | (Start::Adopt, None) => return self.up(env),
+            (Start::Adopt, Some(guard)) => (self.last_batch(guard), Purpose::Settle),
+            (Start::Own | Start::Replay, _) => {
                 self.delivery.adopt(own(next), 0);
                 return self.up(env);
             }
-            (Start::Own, Some(_)) | (Start::Adopt | Start::Heal, None) => return self.up(env),
-            (Start::Heal, Some(guard)) => {
+            (Start::Heal, _) => {
                 env.seen.heals += 1;
-                let position = guard.position.clone();
-                let cursor = Cursor {
-                    position,
-                    number: guard.number,
-                };
-                self.read_again(env, cursor, guard.number);
-                return self.up(env);
+                self.delivery.adopt(own(next), 0);
+                (self.waiting(), Purpose::Compare)
             }
-            (Start::Adopt, Some(guard)) => (self.last_batch(guard), Purpose::Settle),
-            (Start::Compare(why), guard) => {
+            (Start::Compare(why), _) => {
                 env.seen.compared += 1;
-                match guard {
-                    Some(guard) if why == Why::Unfinished => {
-                        env.seen.unfinished += 1;
-                        let cursor = Cursor {
-                            position: guard.previous.clone(),
-                            number: guard.number,
-                        };
-                        self.read_again(env, cursor, guard.number);
-                    }
-                    _ => self.delivery.adopt(own(next), 0),
-                }
+                env.seen.other_histories += u32::from(why == Why::OtherHistory);
+                env.seen.unfinished += u32::from(why == Why::Unfinished);
+                self.delivery.adopt(own(next), 0);
                 (self.unsent(env), Purpose::Compare)
             }
         };
@@ -196,6 +188,7 @@ impl Site {
             .map(|(candidate, _)| Record::Accepted { seq: candidate.seq })
             .collect();
         match (start, &guard) {
+            (Start::Heal, _) => self.pending.extend(accepted),
             (Start::Compare(_), _) => {
                 env.seen.compared_found += there.len() as u32;
                 self.pending.extend(accepted);
@@ -236,14 +229,16 @@ impl Site {
         self.delivery.connected();
     }
 
-    /// Goes back to `cursor`; waiting events that were accepted after batch `since` wait again.
-    fn read_again(&mut self, env: &mut Env, cursor: Cursor, since: u64) {
+    /// Goes back to `position`, durably; waiting events that were accepted after batch `since` wait again.
+    fn step_back(&mut self, env: &mut Env, position: Position, since: u64) {
         if env.mutant != Mutant::ForgetsAccepted {
             env.seen.wait_again += u32::from(self.tables.heal(since));
             self.wal += 1;
         }
         let reread_to = self.tables.highest_written_down();
-        self.delivery.heal(cursor, reread_to);
+        let number = self.delivery.number().max(since);
+        self.delivery.heal(Cursor { position, number }, reread_to);
+        self.save(env);
     }
 
     /// The events of the last batch that the guard speaks of, as far as nobody has written down what became of them.
@@ -255,10 +250,15 @@ impl Site {
         self.between(&guard.previous, &guard.position)
     }
 
+    /// Events that were refused and wait.
+    fn waiting(&self) -> Vec<Candidate> {
+        let waiting = self.tables.waiting();
+        waiting.map(|(_, seq, _)| Candidate { seq, waits: true }).collect()
+    }
+
     /// Events that may have been sent by somebody of whose work we know nothing.
     fn unsent(&mut self, env: &mut Env) -> Vec<Candidate> {
-        let waiting = self.tables.waiting();
-        let waiting: Vec<_> = waiting.map(|(_, seq, _)| Candidate { seq, waits: true }).collect();
+        let waiting = self.waiting();
         if self.latest.is_none() {
             self.take_tick(env);
         }

@@ -1,16 +1,17 @@
-//! A Postgres server with its tables and its worker, which does what the extension's does.
+//! A Postgres server and its worker, which does what the extension's does.
 
+use crate::env::{Env, Mutant, tell};
 use crate::model::connection::Connection;
 use crate::model::database::Database;
 use crate::model::redis::{event_id, stream_name};
 use crate::recovery::Stage;
-use crate::world::{Env, Mutant, tell};
+use crate::tables::Tables;
 use relay::claim::Watch;
-use relay::delivery::{Cursor, Delivery, Entry, Mode, RowFate};
+use relay::delivery::{Cursor, Delivery, Entry, Mode};
 use relay::encode::hyphenated;
 use relay::guard::{BATCH_START, Progress, append_progress};
-use relay::reader::{Position, RangeScan, Step};
-use relay::refusal::{Record, Streams};
+use relay::reader::Position;
+use relay::refusal::Record;
 use relay::sender::{Batch, Order, Report};
 use relay::snapshot::Tick;
 use std::collections::BTreeMap;
@@ -18,79 +19,6 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 pub const STREAMS: u8 = 4;
-
-#[derive(Clone, Copy, Debug)]
-pub struct Refused {
-    pub attempts: u32,
-    /// The batch in which it was accepted at last; `None`: it waits.
-    pub accepted_in: Option<u64>,
-}
-
-#[derive(Clone)]
-pub struct Tables {
-    /// By stream and seq.
-    pub refused: BTreeMap<(u8, i64), Refused>,
-    pub failed: BTreeMap<i64, u32>,
-    pub cursor: Cursor,
-    /// Of the server, and where the one before it ended.
-    pub incarnations: Vec<(String, u64)>,
-}
-
-impl Tables {
-    pub fn is_written_down(&self, stream: u8, seq: i64) -> bool {
-        self.refused.contains_key(&(stream, seq)) || self.failed.contains_key(&seq)
-    }
-
-    pub fn waiting(&self) -> impl Iterator<Item = (u8, i64, u32)> {
-        let waiting = self.refused.iter().filter(|(_, refused)| refused.accepted_in.is_none());
-        waiting.map(|((stream, seq), refused)| (*stream, *seq, refused.attempts))
-    }
-
-    fn waiting_in(&self, stream: u8) -> impl Iterator<Item = i64> {
-        self.waiting()
-            .filter(move |(of, ..)| *of == stream)
-            .map(|(_, seq, _)| seq)
-    }
-
-    pub fn streams(&self) -> Streams {
-        let mut heads = BTreeMap::new();
-        for (stream, _, attempts) in self.waiting() {
-            heads.entry(stream_name(stream)).or_insert(attempts);
-        }
-        Streams::waiting(heads)
-    }
-
-    pub fn highest_written_down(&self) -> i64 {
-        let refused = self.refused.keys().map(|(_, seq)| seq);
-        refused.chain(self.failed.keys()).copied().max().unwrap_or(0)
-    }
-
-    pub fn fail(&mut self, stream: u8, seq: i64, attempts: u32) {
-        self.refused.remove(&(stream, seq));
-        self.failed.entry(seq).or_insert(attempts);
-    }
-
-    pub fn park(&mut self, stream: u8, seq: i64, attempts: u32) {
-        let new = Refused {
-            attempts,
-            accepted_in: None,
-        };
-        let known = self.refused.entry((stream, seq)).or_insert(new);
-        known.attempts = known.attempts.max(attempts);
-    }
-
-    /// Redis has lost what came after batch `number`.
-    pub fn heal(&mut self, number: u64) -> bool {
-        let mut lost = false;
-        for refused in self.refused.values_mut() {
-            if refused.accepted_in.is_some_and(|batch| batch > number) {
-                refused.accepted_in = None;
-                lost = true;
-            }
-        }
-        lost
-    }
-}
 
 /// What a crash brings back.
 #[derive(Clone)]
@@ -113,17 +41,13 @@ pub struct Site {
     pub connection: Option<Connection>,
     pub stage: Stage,
     pub watch: Watch,
+    /// Somebody has asked for it.
+    pub take_over: bool,
     /// The newest tick of this life of the worker.
     pub latest: Option<Arc<Tick>>,
     /// Not yet written down, in order.
     pub pending: Vec<Record>,
     beat: u64,
-}
-
-/// A batch that waits for the end of the transaction it was read in.
-struct Built {
-    seqs: Vec<i64>,
-    end: Position,
 }
 
 impl Site {
@@ -166,6 +90,7 @@ impl Site {
             connection: None,
             stage: Stage::None,
             watch: Watch::default(),
+            take_over: false,
             latest: None,
             pending: Vec::new(),
             beat: 0,
@@ -187,6 +112,9 @@ impl Site {
         self.flushed = self.wal;
         let may_crash = env.likely(env.faults.server_crashes);
         self.image = may_crash.then(|| Box::new(self.image()));
+        if env.faults.promotions > 0.0 && env.likely(0.1) {
+            env.standby = Some(Box::new(self.image()));
+        }
     }
 
     /// The server dies and comes back with what was on disk.
@@ -218,7 +146,7 @@ impl Site {
     /// Writes down what was refused, and how far it has come.
     pub fn save(&mut self, env: &mut Env) {
         for record in std::mem::take(&mut self.pending) {
-            self.record(env, record, self.delivery.number());
+            self.record(env, record);
         }
         let position = match env.mutant {
             Mutant::SavesAhead => self.delivery.position(),
@@ -231,39 +159,16 @@ impl Site {
         self.wal += 1;
     }
 
-    pub fn record(&mut self, env: &mut Env, record: Record, number: u64) {
-        tell!(env, "  {record:?} ({number})");
-        let tables = &mut self.tables;
-        let stream = |seq| self.database.row(seq).stream;
-        match record {
-            Record::Park { seq, attempts, .. } => {
-                env.seen.parked += 1;
-                tables.park(stream(seq), seq, attempts);
-            }
-            Record::Fail { seq, attempts, .. } => {
-                env.seen.failed += 1;
-                tables.fail(stream(seq), seq, attempts);
-            }
-            Record::Accepted { seq } => {
-                env.seen.accepted_after_waiting += 1;
-                if let Some(refused) = tables.refused.get_mut(&(stream(seq), seq)) {
-                    refused.accepted_in = Some(number);
-                }
-            }
-            Record::RefusedAgain { seq, attempts, .. } => {
-                if let Some(refused) = tables.refused.get_mut(&(stream(seq), seq)) {
-                    refused.attempts = attempts;
-                }
-            }
-            Record::FailStream { seq, attempts, .. } => {
-                env.seen.failed += 1;
-                let stream = stream(seq);
-                tables.fail(stream, seq, attempts);
-                for seq in tables.waiting_in(stream).collect::<Vec<_>>() {
-                    tables.fail(stream, seq, 1);
-                }
-            }
+    fn record(&mut self, env: &mut Env, record: Record) {
+        tell!(env, "  {record:?}");
+        match &record {
+            Record::Park { .. } => env.seen.parked += 1,
+            Record::Fail { .. } | Record::FailStream { .. } => env.seen.failed += 1,
+            Record::Accepted { .. } => env.seen.accepted_after_waiting += 1,
+            Record::RefusedAgain { .. } => {}
         }
+        let stream = self.database.row(seq_of(&record)).stream;
+        self.tables.record(stream, record, self.delivery.number());
         self.wal += 1;
     }
 
@@ -408,7 +313,7 @@ impl Site {
         did
     }
 
-    fn entries(&self, env: &Env, seqs: &[i64]) -> Vec<Entry> {
+    pub fn entries(&self, env: &Env, seqs: &[i64]) -> Vec<Entry> {
         let entry = |seq: &i64| Entry {
             seq: *seq,
             stream: Rc::from(stream_name(self.database.row(*seq).stream)),
@@ -417,7 +322,7 @@ impl Site {
         seqs.iter().map(entry).collect()
     }
 
-    fn send(&mut self, env: &mut Env, seqs: &[i64], end: Option<&Position>) {
+    pub fn send(&mut self, env: &mut Env, seqs: &[i64], end: Option<&Position>) {
         let mut bytes = BATCH_START.to_vec();
         for seq in seqs {
             let row = self.database.row(*seq);
@@ -447,7 +352,10 @@ impl Site {
             previous,
             again,
             compares: mark.compares,
-            wal: self.flushed,
+            wal: match env.mutant {
+                Mutant::TrustsAnyHistory => 0,
+                _ => self.flushed,
+            },
             total: 0,
         };
         tell!(env, "send {} {seqs:?} {}, after {previous}", mark.number, mark.position);
@@ -458,110 +366,20 @@ impl Site {
         }));
     }
 
-    /// Reads up to `limit` rows on, as far as there is room; false: there is nothing to read.
-    pub fn read(&mut self, env: &mut Env, limit: usize) -> bool {
-        let Some(mut room) = self.delivery.room() else {
-            return false;
-        };
-        if !self.pending.is_empty() && env.mutant != Mutant::ResumesUnsaved {
-            self.save(env);
+    /// Nothing is left to do, as the worker notices.
+    pub fn rest(&mut self) -> bool {
+        let position = self.delivery.position();
+        let is_latest = |latest| Arc::ptr_eq(&position.from, latest) && position.under_way.is_none();
+        if self.delivery.has_room() && self.latest.as_ref().is_some_and(is_latest) {
+            self.delivery.rest(true);
         }
-        let start = self.delivery.position().clone();
-        let from = start.from.clone();
-        let (to, last_seq) = match &start.under_way {
-            Some(under_way) => (under_way.to.clone(), under_way.last_seq),
-            None => match &self.latest {
-                Some(tick) if !Arc::ptr_eq(tick, &from) => (tick.clone(), 0),
-                _ => return false,
-            },
-        };
-        let towards = |seq| Position::towards(from.clone(), to.clone(), seq);
-        let mut scan = RangeScan::open(&mut self.database.view(), &from, &to, last_seq);
-        let (mut built, mut parked, mut skipped): (Vec<Built>, Vec<_>, Vec<i64>) = Default::default();
-        let mut batch: Vec<i64> = Vec::new();
-        let mut reached = start.clone();
-        for _ in 0..limit {
-            let key = match scan.step() {
-                None => {
-                    reached = Position::at(to.clone());
-                    break;
-                }
-                Some(Step::Passed(key)) => key,
-                Some(Step::Row(key)) => {
-                    let stream = self.database.row(key.seq).stream;
-                    let looks = env.mutant != Mutant::ReadsBlindly && self.delivery.may_be_written_down(key.seq);
-                    if looks && self.tables.is_written_down(stream, key.seq) {
-                        env.seen.written_down += 1;
-                        skipped.push(key.seq);
-                    } else {
-                        match self.delivery.on_row(key.seq, &stream_name(stream)) {
-                            RowFate::Skip => {
-                                env.seen.skipped += 1;
-                                skipped.push(key.seq);
-                            }
-                            RowFate::Park => parked.push((stream, key.seq)),
-                            RowFate::Send => {
-                                if batch.len() >= env.batch_size {
-                                    let seqs = std::mem::take(&mut batch);
-                                    let end = towards(*seqs.last().expect("full"));
-                                    built.push(Built { seqs, end });
-                                }
-                                if batch.is_empty() {
-                                    if room.batches == 0 {
-                                        break;
-                                    }
-                                    room.batches -= 1;
-                                }
-                                batch.push(key.seq);
-                            }
-                        }
-                    }
-                    key
-                }
-            };
-            reached = towards(key.seq);
-        }
-        if !batch.is_empty() {
-            built.push(Built {
-                seqs: batch,
-                end: reached.clone(),
-            });
-        }
-        if env.likely(env.faults.aborts) {
-            tell!(env, "abort");
-            return false;
-        }
-        if !parked.is_empty() {
-            env.seen.parked += parked.len() as u32;
-            tell!(env, "park {parked:?}");
-            parked
-                .iter()
-                .for_each(|(stream, seq)| self.tables.park(*stream, *seq, 0));
-            self.wal += 1;
-            if env.mutant != Mutant::ParksUnflushed {
-                self.flush(env);
-            }
-        }
-        let parked = parked.iter().map(|(_, seq)| seq);
-        skipped.iter().chain(parked).for_each(|seq| self.delivery.skipped(*seq));
-        for Built { seqs, end } in built {
-            let entries = self.entries(env, &seqs);
-            self.send(env, &seqs, Some(&end));
-            self.delivery.sent(entries, end, 100 * seqs.len());
-        }
-        self.delivery.advanced(reached);
-        true
-    }
-
-    /// A large piece; true: it came further.
-    pub fn read_on(&mut self, env: &mut Env) -> bool {
-        let before = self.delivery.position().clone();
-        self.read(env, 1_000) && !self.delivery.position().same_place(&before)
+        false
     }
 
     /// Some part of the way of some event.
     pub fn go_on(&mut self, env: &mut Env) -> bool {
-        match env.rng.u8(..16) {
+        match env.rng.u8(..17) {
+            16 => self.rest(),
             0 => self.tend(env),
             1 => self.retry(env),
             2 => {
@@ -603,5 +421,15 @@ fn append(out: &mut Vec<u8>, words: &[&[u8]]) {
         out.extend_from_slice(format!("${}\r\n", word.len()).as_bytes());
         out.extend_from_slice(word);
         out.extend_from_slice(b"\r\n");
+    }
+}
+
+fn seq_of(record: &Record) -> i64 {
+    match record {
+        Record::Park { seq, .. }
+        | Record::Fail { seq, .. }
+        | Record::Accepted { seq }
+        | Record::RefusedAgain { seq, .. }
+        | Record::FailStream { seq, .. } => *seq,
     }
 }

@@ -1,256 +1,44 @@
-//! What surrounds the servers: Redis and its troubles, time, the schedule.
+//! The schedule: what happens when, and to whom.
 
-use crate::model::connection::Leftover;
-use crate::model::redis::{Data, Redis, Trouble};
-use crate::model::{Rng, likely};
+use crate::env::{Env, Mutant, Seen, tell};
+use crate::model::redis::Trouble;
 use crate::recovery::INTERVAL;
 use crate::site::{STREAMS, Site};
-use relay::backoff::Backoff;
 use relay::claim::OnMissing;
 use relay::classify::Failure;
-use relay::conversation::Replicas;
-use relay::delivery::Now;
+use relay::delivery::State;
 use std::collections::BTreeSet;
-use std::ops::AddAssign;
-use std::time::Duration;
 
-/// Tells what happens, when one schedule is replayed.
-macro_rules! tell {
-    ($env:expr, $($text:tt)*) => {
-        if $env.tells {
-            eprintln!($($text)*);
-        }
-    };
-}
-pub(crate) use tell;
-
-/// A worker that is wrong in one way.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mutant {
-    None,
-    /// Saves what was read, not what was acknowledged, and believes that instead of the guard.
-    SavesAhead,
-    /// Believes its own cursor.
-    IgnoresGuard,
-    /// Goes on before what was refused is written down,
-    ResumesUnsaved,
-    /// or durable.
-    ResumesUnflushed,
-    /// Tells the guard no position before the batch.
-    WrongPrevious,
-    /// Does not tell the guard which waiting events it sends.
-    ForgetsAgain,
-    /// Takes all of a batch as accepted of which it has not heard.
-    AdoptsUnsettled,
-    /// Compares no event ids.
-    ComparesNothing,
-    /// Does not look whether a row is written down that it reads again.
-    ReadsBlindly,
-    /// Does not send again what waited when Redis has lost it.
-    ForgetsAccepted,
-    /// Sends what is not durable.
-    SkipsFlush,
-    /// Sends what lies behind events that were written down, but are not durable.
-    ParksUnflushed,
-    /// Sends before what the guard said is durable.
-    ComesUpUnflushed,
-}
-
-/// How often what goes wrong.
-#[derive(Clone, Copy, Debug)]
-pub struct Faults {
-    pub troubled: f64,
-    pub out_of_memory: f64,
-    pub cuts: f64,
-    pub crashes: f64,
-    pub server_crashes: f64,
-    /// Of the transactions that read.
-    pub aborts: f64,
-    pub tail_losses: f64,
-    pub flushes: f64,
-    pub guard_losses: f64,
-}
-
-impl Faults {
-    pub const NONE: Self = Self {
-        troubled: 0.0,
-        out_of_memory: 0.0,
-        cuts: 0.0,
-        crashes: 0.0,
-        server_crashes: 0.0,
-        aborts: 0.0,
-        tail_losses: 0.0,
-        flushes: 0.0,
-        guard_losses: 0.0,
-    };
-
-    fn random(rng: &mut Rng) -> Self {
-        // Few at a time: together they leave nothing to lose.
-        let mut some = |often: f64| if rng.u8(..) < 90 { rng.f64() * often } else { 0.0 };
-        Self {
-            troubled: some(0.1),
-            out_of_memory: some(0.03),
-            cuts: some(0.1),
-            crashes: some(0.05),
-            server_crashes: some(0.1),
-            aborts: some(0.2),
-            tail_losses: some(0.03),
-            flushes: some(0.01),
-            guard_losses: some(0.01),
-        }
-    }
-}
-
-/// How often what is rare happened, so that no test passes for want of it.
-macro_rules! seen {
-    ($($name:ident),*) => {
-        #[derive(Clone, Copy, Debug, Default)]
-        pub struct Seen {
-            $(pub $name: u32),*
-        }
-
-        impl Seen {
-            pub fn is_lively(&self) -> bool {
-                [$(self.$name),*].iter().all(|count| *count > 0)
-            }
-        }
-
-        impl AddAssign for Seen {
-            fn add_assign(&mut self, other: Self) {
-                $(self.$name += other.$name;)*
-            }
-        }
-    };
-}
-seen!(
-    adopted,
-    settled_missing,
-    settled_again,
-    heals,
-    wait_again,
-    compared,
-    compared_found,
-    unfinished,
-    replayed,
-    nils,
-    aborted,
-    stops,
-    retries,
-    parked,
-    skipped,
-    written_down,
-    failed,
-    accepted_after_waiting,
-    crashes,
-    server_crashes,
-    lost_commits,
-    tail_losses,
-    flushes,
-    guard_losses,
-    late_commands,
-    entries
-);
-
-pub struct Env {
-    pub rng: Rng,
-    pub redis: Redis,
-    pub now: Now,
-    pub mutant: Mutant,
-    pub faults: Faults,
-    pub seen: Seen,
-    pub tells: bool,
-    pub batch_size: usize,
-    /// Of an event: up to this.
-    pub max_attempts: u32,
-    pub backoff: Backoff,
-    pub replicas: Option<Replicas>,
-    pub on_missing: OnMissing,
-    pub leftovers: Vec<Leftover>,
-    pub clients: u64,
-    pub tokens: u64,
-    pub incarnations: u64,
-    /// What Redis may come back with.
-    saved: Vec<Data>,
-    /// Was in the streams when somebody emptied them,
-    pub gone: BTreeSet<u64>,
-    /// and whoever sent it could not know.
-    pub in_doubt: BTreeSet<u64>,
-    /// Something that was acknowledged is not in Redis, and not healed.
-    pub hurt: bool,
-}
-
-impl Env {
-    fn new(seed: u64, mutant: Mutant) -> Self {
-        let mut rng = Rng::with_seed(seed);
-        let delay = [10, 1_000, 100_000][rng.usize(..3)];
-        let waits = rng.u8(..) < 50;
-        let replays = rng.u8(..) < 50;
-        let mut faults = Faults::random(&mut rng);
-        if replays {
-            // All would be there twice, as was asked for.
-            faults.guard_losses = 0.0;
-        }
-        Self {
-            redis: Redis::default(),
-            now: Now::ZERO,
-            mutant,
-            faults,
-            seen: Seen::default(),
-            tells: std::env::var_os("SEED").is_some(),
-            batch_size: rng.usize(1..10),
-            max_attempts: rng.u32(1..5),
-            backoff: Backoff {
-                exponential: rng.bool(),
-                delay: Duration::from_millis(delay),
-                max_delay: Duration::from_millis(delay * 20),
-            },
-            replicas: waits.then_some(Replicas { count: 1, wait_ms: 10 }),
-            on_missing: if replays {
-                OnMissing::Replay
-            } else {
-                OnMissing::Continue
-            },
-            leftovers: Vec::new(),
-            clients: 0,
-            tokens: 0,
-            incarnations: 0,
-            saved: Vec::new(),
-            gone: BTreeSet::new(),
-            in_doubt: BTreeSet::new(),
-            hurt: false,
-            rng,
-        }
-    }
-
-    pub fn likely(&mut self, probability: f64) -> bool {
-        likely(&mut self.rng, probability)
-    }
-
-    /// Something of a connection that is no more arrives.
-    fn execute_late(&mut self) -> bool {
-        if self.leftovers.is_empty() {
-            return false;
-        }
-        let index = self.rng.usize(..self.leftovers.len());
-        if self.leftovers[index].execute(&mut self.redis) {
-            self.seen.late_commands += 1;
-        } else {
-            self.leftovers.swap_remove(index);
-        }
-        true
-    }
+/// What became of the server whose standby was promoted.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Life {
+    Over,
+    /// It may come back.
+    Frozen,
+    GoesOn,
 }
 
 pub struct World {
     pub env: Env,
     pub site: Site,
+    /// The server whose history is not that of `site` any more.
+    pub former: Option<Site>,
+    /// What had not committed when they parted: both may commit it.
+    pub open: BTreeSet<u64>,
+    life: Life,
 }
 
 impl World {
     pub fn new(seed: u64, mutant: Mutant) -> Self {
         let mut env = Env::new(seed, mutant);
         let site = Site::new(&mut env, "here");
-        Self { env, site }
+        Self {
+            env,
+            site,
+            former: None,
+            open: BTreeSet::new(),
+            life: Life::GoesOn,
+        }
     }
 
     pub fn run(&mut self) -> Result<Seen, String> {
@@ -272,7 +60,12 @@ impl World {
     }
 
     fn random_step(&mut self) -> Result<(), String> {
-        let Self { env, site } = self;
+        let is_former = self.life == Life::GoesOn && self.env.likely(0.3);
+        let Self { env, site, former, .. } = self;
+        let (site, is_former) = match former.as_mut().filter(|_| is_former) {
+            Some(former) => (former, true),
+            None => (site, false),
+        };
         match env.rng.u8(..100) {
             0..20 => {
                 site.database.steps(&mut env.rng, 6);
@@ -286,7 +79,9 @@ impl World {
             }
             83..88 => {
                 site.save(env);
-                self.check_cursor()?;
+                if !is_former {
+                    self.check_cursor()?;
+                }
             }
             88..95 => {
                 for _ in 0..env.rng.usize(..10) {
@@ -309,7 +104,16 @@ impl World {
     }
 
     fn disturb(&mut self) {
-        let Self { env, site } = self;
+        if self.env.likely(self.env.faults.promotions) {
+            self.promote();
+        }
+        if self.former.is_some() && self.env.likely(0.02) {
+            self.site.take_over = true;
+        }
+        if self.life == Life::Frozen && self.env.likely(0.05) {
+            self.life = Life::GoesOn;
+        }
+        let Self { env, site, .. } = self;
         let faults = env.faults;
         if env.likely(faults.out_of_memory) {
             env.redis.out_of_memory = !env.redis.out_of_memory;
@@ -332,6 +136,40 @@ impl World {
             self.trouble();
         }
         self.lose_data();
+    }
+
+    /// The standby becomes a server of its own. It cannot know what Redis has lost shortly before.
+    fn promote(&mut self) {
+        if !self.env.redis.data.has_guard() || !self.is_whole() {
+            return;
+        }
+        let Self { env, site, .. } = self;
+        let Some(image) = env.standby.take() else {
+            return;
+        };
+        tell!(env, "the standby is promoted at {} of {}", image.wal, site.wal);
+        env.seen.promotions += 1;
+        let mut former = std::mem::replace(site, Site::of(env, "there", *image));
+        self.life = [Life::Over, Life::Frozen, Life::GoesOn][env.rng.usize(..3)];
+        if self.life == Life::Over {
+            former.drop_connection(env);
+        }
+        self.former = Some(former);
+        let database = &self.site.database;
+        let open = database.rows().filter(|key| database.is_open(key.seq));
+        self.open = open.map(|key| database.row(key.seq).uid).collect();
+        for uid in self.env.gone.clone() {
+            if !self.is_known(uid) {
+                self.env.in_doubt.insert(uid);
+            }
+        }
+        // Two of these at once are more than anybody can know of.
+        let env = &mut self.env;
+        let faults = &mut env.faults;
+        (faults.tail_losses, faults.flushes, faults.guard_losses) = (0.0, 0.0, 0.0);
+        faults.promotions = 0.0;
+        env.saved.clear();
+        env.redis.troubled.clear();
     }
 
     /// A stream is spoiled or mended. One with events that are still to be looked for there stays: nobody could find them.
@@ -363,7 +201,10 @@ impl World {
         }
         if !self.env.saved.is_empty() && self.env.likely(faults.tail_losses) {
             let index = self.env.rng.usize(..self.env.saved.len());
-            self.env.saved.truncate(index + 1);
+            // Mostly what it had saved later is lost, too; otherwise it may come back with that yet.
+            if self.env.rng.bool() {
+                self.env.saved.truncate(index + 1);
+            }
             let data = self.env.saved[index].clone();
             tell!(self.env, "Redis is back at {:?}", data.number());
             self.env.seen.tail_losses += 1;
@@ -384,7 +225,8 @@ impl World {
             let kept = self.env.on_missing == OnMissing::Continue;
             self.env.hurt |= !kept;
             for uid in self.env.redis.appended.clone().into_iter().filter(|_| kept) {
-                let lost = !self.env.redis.holds(uid);
+                // Or nobody would have known before the comparison came to its end.
+                let lost = !self.env.redis.holds(uid) || self.env.redis.data.compares();
                 if lost || !self.is_known(uid) {
                     self.env.in_doubt.insert(uid);
                 }
@@ -412,7 +254,7 @@ impl World {
 
     /// Goes on without faults until nothing is left to do at this time.
     fn run_dry(&mut self) -> Result<(), String> {
-        let Self { env, site } = self;
+        let Self { env, site, .. } = self;
         for _ in 0..100_000 {
             let did = [
                 site.tend(env),
@@ -433,7 +275,10 @@ impl World {
     }
 
     fn finish(&mut self) -> Result<(), String> {
-        let Self { env, site } = self;
+        let Self { env, site, former, .. } = self;
+        if let Some(former) = former {
+            former.drop_connection(env);
+        }
         if env.mutant == Mutant::ResumesUnsaved {
             // The damage is done; it would not come to an end.
             env.mutant = Mutant::None;
@@ -444,12 +289,17 @@ impl World {
         site.take_tick(env);
         env.redis.out_of_memory = false;
         env.redis.replicas_lag = false;
+        self.run_dry()?;
+        // What has befallen Redis is noticed at the next refresh.
+        self.site.refresh();
         for round in 0..2_000 {
             self.run_dry()?;
             if let Some(violation) = self.env.redis.violation.take() {
                 return Err(violation);
             }
-            let Self { env, site } = self;
+            let Self { env, site, .. } = self;
+            // Nobody else is there any more.
+            site.take_over |= site.delivery.state() == State::Fenced;
             let waits = site.tables.waiting().next().is_some();
             let is_up = site.delivery.has_room();
             if is_up && !waits && site.delivery.is_idle() {

@@ -1,0 +1,84 @@
+//! Redis and the way to it.
+
+use super::*;
+
+#[derive(Default)]
+pub struct Redis {
+    pub streams: BTreeMap<Rc<str>, Vec<i64>>,
+    pub held: HashSet<i64>,
+    /// Hold another type for now.
+    pub sick: BTreeSet<Rc<str>>,
+    /// A whole-backend trouble, for now.
+    pub trouble: Option<Failure>,
+    /// Refuses at random, command by command.
+    pub fickle: f64,
+    /// Every stream of which it refused an event for what it is.
+    pub refused: HashSet<Rc<str>>,
+    /// Every stream of which it refused anything.
+    pub disturbed: HashSet<Rc<str>>,
+}
+
+#[derive(Clone)]
+pub struct Command {
+    pub seq: i64,
+    pub stream: Rc<str>,
+}
+
+impl Redis {
+    pub fn execute(&mut self, command: &Command, rng: &mut Rng) -> Option<Failure> {
+        let refusal = if let Some(failure) = &self.trouble {
+            Some(failure.clone())
+        } else if self.sick.contains(&command.stream) {
+            Some(wrong_type())
+        } else if likely(rng, self.fickle) {
+            Some(if rng.bool() { out_of_memory() } else { wrong_type() })
+        } else {
+            None
+        };
+        match &refusal {
+            Some(failure) => {
+                self.disturbed.insert(command.stream.clone());
+                if failure.class == Class::Event {
+                    self.refused.insert(command.stream.clone());
+                }
+            }
+            None => {
+                let stream = self.streams.entry(command.stream.clone()).or_default();
+                stream.push(command.seq);
+                self.held.insert(command.seq);
+            }
+        }
+        refusal
+    }
+}
+
+pub struct Sent {
+    pub commands: Vec<Command>,
+    pub replies: Vec<Option<Failure>>,
+    pub read: usize,
+}
+
+impl Sent {
+    pub fn refused(&self) -> Vec<Refusal> {
+        let read = self.replies.iter().take(self.read).enumerate();
+        read.filter_map(|(index, reply)| Some((index, reply.clone()?)))
+            .collect()
+    }
+}
+
+/// A sender with its connection, as `relay::sender` runs it.
+#[derive(Default)]
+pub struct Connection {
+    pub up: bool,
+    pub batches: VecDeque<Sent>,
+    pub reports: VecDeque<Report>,
+    pub ended: bool,
+}
+
+impl Connection {
+    /// What was written and has not been executed.
+    pub fn unexecuted(&self) -> impl Iterator<Item = &Command> {
+        let written = self.batches.iter().take(PIPELINED_BATCHES);
+        written.flat_map(|sent| &sent.commands[sent.replies.len()..])
+    }
+}

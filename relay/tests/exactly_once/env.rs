@@ -1,0 +1,252 @@
+//! What a schedule is made of: time and chance, Redis and its troubles, a worker that may be wrong.
+
+use crate::model::connection::Leftover;
+use crate::model::redis::{Data, Redis};
+use crate::model::{Rng, likely};
+use crate::site::Image;
+use relay::backoff::Backoff;
+use relay::claim::OnMissing;
+use relay::conversation::Replicas;
+use relay::delivery::Now;
+use std::collections::BTreeSet;
+use std::ops::AddAssign;
+use std::time::Duration;
+
+/// Tells what happens, when one schedule is replayed.
+macro_rules! tell {
+    ($env:expr, $($text:tt)*) => {
+        if $env.tells {
+            eprintln!($($text)*);
+        }
+    };
+}
+pub(crate) use tell;
+
+/// A worker that is wrong in one way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mutant {
+    None,
+    /// Saves what was read, not what was acknowledged, and believes that instead of the guard.
+    SavesAhead,
+    /// Believes its own cursor.
+    IgnoresGuard,
+    /// Goes on before what was refused is written down,
+    ResumesUnsaved,
+    /// or durable.
+    ResumesUnflushed,
+    /// Tells the guard no position before the batch.
+    WrongPrevious,
+    /// Does not tell the guard which waiting events it sends.
+    ForgetsAgain,
+    /// Takes all of a batch as accepted of which it has not heard.
+    AdoptsUnsettled,
+    /// Compares no event ids.
+    ComparesNothing,
+    /// Does not look whether a row is written down that it reads again.
+    ReadsBlindly,
+    /// Does not send again what waited when Redis has lost it.
+    ForgetsAccepted,
+    /// Sends what is not durable.
+    SkipsFlush,
+    /// Sends what lies behind events that were written down, but are not durable.
+    ParksUnflushed,
+    /// Believes the guard's position in any history.
+    TrustsAnyHistory,
+    /// Sends before what the guard said is durable.
+    ComesUpUnflushed,
+}
+
+/// How often what goes wrong.
+#[derive(Clone, Copy, Debug)]
+pub struct Faults {
+    pub troubled: f64,
+    pub out_of_memory: f64,
+    pub cuts: f64,
+    pub crashes: f64,
+    pub server_crashes: f64,
+    /// Of the transactions that read.
+    pub aborts: f64,
+    pub tail_losses: f64,
+    pub flushes: f64,
+    pub guard_losses: f64,
+    /// Of the standby, some state of which becomes another server.
+    pub promotions: f64,
+}
+
+impl Faults {
+    pub const NONE: Self = Self {
+        troubled: 0.0,
+        out_of_memory: 0.0,
+        cuts: 0.0,
+        crashes: 0.0,
+        server_crashes: 0.0,
+        aborts: 0.0,
+        tail_losses: 0.0,
+        flushes: 0.0,
+        guard_losses: 0.0,
+        promotions: 0.0,
+    };
+
+    fn random(rng: &mut Rng) -> Self {
+        // Few at a time: together they leave nothing to lose.
+        let mut some = |often: f64| if rng.u8(..) < 90 { rng.f64() * often } else { 0.0 };
+        Self {
+            troubled: some(0.1),
+            out_of_memory: some(0.03),
+            cuts: some(0.1),
+            crashes: some(0.05),
+            server_crashes: some(0.1),
+            aborts: some(0.2),
+            tail_losses: some(0.03),
+            flushes: some(0.01),
+            guard_losses: some(0.01),
+            promotions: some(0.02),
+        }
+    }
+}
+
+/// How often what is rare happened, so that no test passes for want of it.
+macro_rules! seen {
+    ($($name:ident),*) => {
+        #[derive(Clone, Copy, Debug, Default)]
+        pub struct Seen {
+            $(pub $name: u32),*
+        }
+
+        impl Seen {
+            pub fn is_lively(&self) -> bool {
+                [$(self.$name),*].iter().all(|count| *count > 0)
+            }
+        }
+
+        impl AddAssign for Seen {
+            fn add_assign(&mut self, other: Self) {
+                $(self.$name += other.$name;)*
+            }
+        }
+    };
+}
+seen!(
+    adopted,
+    settled_missing,
+    settled_again,
+    heals,
+    wait_again,
+    compared,
+    compared_found,
+    unfinished,
+    replayed,
+    promotions,
+    fenced,
+    other_histories,
+    nils,
+    aborted,
+    stops,
+    retries,
+    parked,
+    skipped,
+    written_down,
+    failed,
+    accepted_after_waiting,
+    crashes,
+    server_crashes,
+    lost_commits,
+    tail_losses,
+    flushes,
+    guard_losses,
+    late_commands,
+    entries
+);
+
+pub struct Env {
+    pub rng: Rng,
+    pub redis: Redis,
+    pub now: Now,
+    pub mutant: Mutant,
+    pub faults: Faults,
+    pub seen: Seen,
+    pub tells: bool,
+    pub batch_size: usize,
+    /// Of an event: up to this.
+    pub max_attempts: u32,
+    pub backoff: Backoff,
+    pub replicas: Option<Replicas>,
+    pub on_missing: OnMissing,
+    pub leftovers: Vec<Leftover>,
+    pub clients: u64,
+    pub tokens: u64,
+    pub incarnations: u64,
+    /// What Redis may come back with.
+    pub saved: Vec<Data>,
+    /// Was in the streams when somebody emptied them,
+    pub gone: BTreeSet<u64>,
+    /// and whoever sent it could not know.
+    pub in_doubt: BTreeSet<u64>,
+    /// Something that was acknowledged is not in Redis, and not healed.
+    pub hurt: bool,
+    /// What a standby has.
+    pub standby: Option<Box<Image>>,
+}
+
+impl Env {
+    pub fn new(seed: u64, mutant: Mutant) -> Self {
+        let mut rng = Rng::with_seed(seed);
+        let delay = [10, 1_000, 100_000][rng.usize(..3)];
+        let waits = rng.u8(..) < 50;
+        let replays = rng.u8(..) < 50;
+        let mut faults = Faults::random(&mut rng);
+        if replays {
+            // All would be there twice, as was asked for.
+            faults.guard_losses = 0.0;
+        }
+        Self {
+            redis: Redis::default(),
+            now: Now::ZERO,
+            mutant,
+            faults,
+            seen: Seen::default(),
+            tells: std::env::var_os("SEED").is_some(),
+            batch_size: rng.usize(1..10),
+            max_attempts: rng.u32(1..5),
+            backoff: Backoff {
+                exponential: rng.bool(),
+                delay: Duration::from_millis(delay),
+                max_delay: Duration::from_millis(delay * 20),
+            },
+            replicas: waits.then_some(Replicas { count: 1, wait_ms: 10 }),
+            on_missing: if replays {
+                OnMissing::Replay
+            } else {
+                OnMissing::Continue
+            },
+            leftovers: Vec::new(),
+            clients: 0,
+            tokens: 0,
+            incarnations: 0,
+            saved: Vec::new(),
+            gone: BTreeSet::new(),
+            in_doubt: BTreeSet::new(),
+            hurt: false,
+            standby: None,
+            rng,
+        }
+    }
+
+    pub fn likely(&mut self, probability: f64) -> bool {
+        likely(&mut self.rng, probability)
+    }
+
+    /// Something of a connection that is no more arrives.
+    pub fn execute_late(&mut self) -> bool {
+        if self.leftovers.is_empty() {
+            return false;
+        }
+        let index = self.rng.usize(..self.leftovers.len());
+        if self.leftovers[index].execute(&mut self.redis) {
+            self.seen.late_commands += 1;
+        } else {
+            self.leftovers.swap_remove(index);
+        }
+        true
+    }
+}

@@ -1,0 +1,103 @@
+//! What the worker writes down.
+
+use crate::model::redis::stream_name;
+use relay::delivery::Cursor;
+use relay::refusal::{Record, Streams};
+use std::collections::BTreeMap;
+
+#[derive(Clone, Copy, Debug)]
+pub struct Refused {
+    pub attempts: u32,
+    /// The batch in which it was accepted at last; `None`: it waits.
+    pub accepted_in: Option<u64>,
+}
+
+#[derive(Clone)]
+pub struct Tables {
+    /// By stream and seq.
+    pub refused: BTreeMap<(u8, i64), Refused>,
+    pub failed: BTreeMap<i64, u32>,
+    pub cursor: Cursor,
+    /// Of the server, and where the one before it ended.
+    pub incarnations: Vec<(String, u64)>,
+}
+
+impl Tables {
+    pub fn is_written_down(&self, stream: u8, seq: i64) -> bool {
+        self.refused.contains_key(&(stream, seq)) || self.failed.contains_key(&seq)
+    }
+
+    pub fn waiting(&self) -> impl Iterator<Item = (u8, i64, u32)> {
+        let waiting = self.refused.iter().filter(|(_, refused)| refused.accepted_in.is_none());
+        waiting.map(|((stream, seq), refused)| (*stream, *seq, refused.attempts))
+    }
+
+    pub fn waiting_in(&self, stream: u8) -> impl Iterator<Item = i64> {
+        self.waiting()
+            .filter(move |(of, ..)| *of == stream)
+            .map(|(_, seq, _)| seq)
+    }
+
+    pub fn streams(&self) -> Streams {
+        let mut heads = BTreeMap::new();
+        for (stream, _, attempts) in self.waiting() {
+            heads.entry(stream_name(stream)).or_insert(attempts);
+        }
+        Streams::waiting(heads)
+    }
+
+    pub fn highest_written_down(&self) -> i64 {
+        let refused = self.refused.keys().map(|(_, seq)| seq);
+        refused.chain(self.failed.keys()).copied().max().unwrap_or(0)
+    }
+
+    fn fail(&mut self, stream: u8, seq: i64, attempts: u32) {
+        self.refused.remove(&(stream, seq));
+        self.failed.entry(seq).or_insert(attempts);
+    }
+
+    pub fn park(&mut self, stream: u8, seq: i64, attempts: u32) {
+        let new = Refused {
+            attempts,
+            accepted_in: None,
+        };
+        let known = self.refused.entry((stream, seq)).or_insert(new);
+        known.attempts = known.attempts.max(attempts);
+    }
+
+    /// Redis has lost what came after batch `number`.
+    pub fn heal(&mut self, number: u64) -> bool {
+        let mut lost = false;
+        for refused in self.refused.values_mut() {
+            if refused.accepted_in.is_some_and(|batch| batch > number) {
+                refused.accepted_in = None;
+                lost = true;
+            }
+        }
+        lost
+    }
+
+    /// Writes down what became of an event of this stream; accepted it was in batch `number`.
+    pub fn record(&mut self, stream: u8, record: Record, number: u64) {
+        match record {
+            Record::Park { seq, attempts, .. } => self.park(stream, seq, attempts),
+            Record::Fail { seq, attempts, .. } => self.fail(stream, seq, attempts),
+            Record::Accepted { seq } => {
+                if let Some(refused) = self.refused.get_mut(&(stream, seq)) {
+                    refused.accepted_in = Some(number);
+                }
+            }
+            Record::RefusedAgain { seq, attempts, .. } => {
+                if let Some(refused) = self.refused.get_mut(&(stream, seq)) {
+                    refused.attempts = attempts;
+                }
+            }
+            Record::FailStream { seq, attempts, .. } => {
+                self.fail(stream, seq, attempts);
+                for seq in self.waiting_in(stream).collect::<Vec<_>>() {
+                    self.fail(stream, seq, 1);
+                }
+            }
+        }
+    }
+}
