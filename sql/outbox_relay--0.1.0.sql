@@ -138,6 +138,8 @@ create table outbox.cursors (
     last_seq          bigint not null default 0,
     -- The last batch that is known to be appended (exactly_once); 0: none.
     batch_number      bigint not null default 0,
+    -- How often its guard was claimed: the upper part of batch numbers, so that none is ever given twice.
+    epoch             bigint not null default 0,
     saved_at          timestamptz not null,
     state             text not null,
     published_total   bigint not null default 0,

@@ -49,6 +49,8 @@ pub struct Standing {
     pub next_attempt_at: Option<i64>,
     /// How often Redis was found to have lost something.
     pub healings: i64,
+    /// How often its guard was claimed.
+    pub epoch: i64,
 }
 
 /// Reads what is committed now. Takes no transaction id, as SPI's `update` would: looking writes no WAL, and works on a standby.
@@ -205,7 +207,7 @@ pub fn cursor(number: i32) -> Option<(Cursor, Standing)> {
             to_snapshot::text, to_next_xid::text, to_low_seq, to_high_seq, last_seq,
             state, published_total, failed_total,
             (extract(epoch from last_published_at) * 1000000)::bigint, last_error,
-            (extract(epoch from last_error_at) * 1000000)::bigint, batch_number, healings
+            (extract(epoch from last_error_at) * 1000000)::bigint, batch_number, healings, epoch
         from outbox.cursors where backend_number = $1",
         &[number.into()],
         |row| {
@@ -222,6 +224,7 @@ pub fn cursor(number: i32) -> Option<(Cursor, Standing)> {
                 last_error: text(row, 14),
                 last_error_at: value(row, 15),
                 healings: value(row, 17).unwrap_or_default(),
+                epoch: value(row, 18).unwrap_or_default(),
                 ..Standing::default()
             };
             let cursor = Cursor {
@@ -252,10 +255,10 @@ pub fn save_cursor(number: i32, position: &Position, batch_number: u64, standing
         "insert into outbox.cursors as c (backend_number, from_snapshot, from_next_xid, from_low_seq, from_high_seq,
             to_snapshot, to_next_xid, to_low_seq, to_high_seq, last_seq, saved_at,
             state, published_total, failed_total, events_per_second, last_published_at, last_error, last_error_at, next_attempt_at,
-            batch_number, healings)
+            batch_number, healings, epoch)
         values ($1, $2::pg_snapshot, $3::xid8, $4, $5, $6::pg_snapshot, $7::xid8, $8, $9, $10, clock_timestamp(),
             $11, $12, $13, $14, to_timestamp($15 / 1000000.0), $16, to_timestamp($17 / 1000000.0), to_timestamp($18 / 1000000.0),
-            $19, $20)
+            $19, $20, $21)
         on conflict (backend_number) do update set
             from_snapshot = excluded.from_snapshot, from_next_xid = excluded.from_next_xid,
             from_low_seq = excluded.from_low_seq, from_high_seq = excluded.from_high_seq,
@@ -265,7 +268,7 @@ pub fn save_cursor(number: i32, position: &Position, batch_number: u64, standing
             published_total = excluded.published_total, failed_total = excluded.failed_total,
             events_per_second = excluded.events_per_second, last_published_at = excluded.last_published_at,
             last_error = excluded.last_error, last_error_at = excluded.last_error_at, next_attempt_at = excluded.next_attempt_at,
-            batch_number = excluded.batch_number, healings = excluded.healings",
+            batch_number = excluded.batch_number, healings = excluded.healings, epoch = excluded.epoch",
         &[
             number.into(),
             from.snapshot.to_string().into(),
@@ -287,6 +290,7 @@ pub fn save_cursor(number: i32, position: &Position, batch_number: u64, standing
             standing.next_attempt_at.into(),
             (batch_number as i64).into(),
             standing.healings.into(),
+            standing.epoch.into(),
         ],
     );
 }

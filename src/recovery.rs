@@ -82,6 +82,9 @@ fn decide(backend: &mut Backend, identity: &Identity, guard: Option<Guard>, now:
                 }
                 _ => {}
             }
+            backend.begin_epoch(now);
+            worker::save(std::slice::from_mut(backend), now)?;
+            ticker::flush();
             fault::reach("before_claim");
             let anew = guard.is_none() || matches!(start, Start::Heal | Start::Compare(_));
             let beginning = anew.then(|| beginning(backend, start));
@@ -100,8 +103,8 @@ fn decide(backend: &mut Backend, identity: &Identity, guard: Option<Guard>, now:
 /// What a new guard says.
 fn beginning(backend: &Backend, start: Start) -> Beginning {
     Beginning {
-        // It counts as a batch, with a number that none has had: Redis may come back with any of them.
-        number: backend.delivery.number() + 1,
+        // It counts as a batch: whoever has not heard of it is behind.
+        number: backend.delivery.next_number(),
         position: backend.delivery.acked().clone(),
         compares: matches!(start, Start::Compare(_)),
         wal: ticker::flush(),
@@ -228,7 +231,7 @@ fn finish(
 fn begin_anew(backend: &mut Backend, now: Now) {
     let cursor = Cursor {
         position: backend.delivery.acked().clone(),
-        number: backend.delivery.number() + 1,
+        number: backend.delivery.next_number(),
     };
     backend.adopt(cursor, backend.total(), now);
 }
@@ -242,7 +245,7 @@ fn come_up(backend: &mut Backend, now: Now) -> Result<(), Aborted> {
     Ok(())
 }
 
-/// Goes back to `position`, durably: events that waited and were accepted after batch `since` wait again.
+/// Goes back to `position`: events that waited and were accepted after batch `since` wait again.
 fn step_back(backend: &mut Backend, position: Position, since: u64, now: Now) -> Result<(), Aborted> {
     let number = backend.number;
     let reread_to = process::transaction(|| {
@@ -254,7 +257,7 @@ fn step_back(backend: &mut Backend, position: Position, since: u64, now: Now) ->
         number: backend.delivery.number().max(since),
     };
     backend.read_again(cursor, reread_to, now);
-    worker::save(std::slice::from_mut(backend), now)
+    Ok(())
 }
 
 /// Up to where events have been purged.

@@ -39,6 +39,9 @@ pub enum Mode {
 /// Bytes that may be on their way for one backend; a single larger batch goes alone.
 const WINDOW_BYTES: usize = 2 * 1024 * 1024;
 
+/// Batches of one connection: more than any will see.
+const EPOCH_BITS: u32 = 40;
+
 /// Configuration errors wait this many times longer than outages: somebody has to mend something first.
 const CONFIGURATION_PATIENCE: u32 = 5;
 
@@ -116,6 +119,8 @@ pub struct Delivery {
     mode: Mode,
     /// The last batch that is known to be appended (exactly_once).
     number: u64,
+    /// Batches of this connection have numbers above this.
+    floor: u64,
     /// The next row is read from here.
     read: Position,
     /// Everything up to here was acknowledged (or written down as refused).
@@ -191,6 +196,7 @@ impl Delivery {
         Self {
             mode,
             number,
+            floor: 0,
             reread_to: 0,
             reread: None,
             makes_way: false,
@@ -254,6 +260,17 @@ impl Delivery {
     /// The last batch that is known to be appended; 0: none.
     pub fn number(&self) -> u64 {
         self.number
+    }
+
+    /// A claim is about to be made, the `epoch`th of this backend: its batches get numbers that none has had, so that Redis is known
+    /// whatever it may come back with. Only then do numbers tell what is newer.
+    pub fn begin_epoch(&mut self, epoch: u64) {
+        self.floor = epoch << EPOCH_BITS;
+    }
+
+    /// The next batch's number, with nothing in flight.
+    pub fn next_number(&self) -> u64 {
+        self.number.max(self.floor) + 1
     }
 
     /// The guard says that batches up to `number`, up to `position`, are appended, which nobody has heard of. In all, `published`
@@ -327,7 +344,7 @@ impl Delivery {
         });
         let previous = before.unwrap_or(&self.acked);
         Mark {
-            number: self.number + self.flights.len() as u64 + 1,
+            number: self.next_number() + self.flights.len() as u64,
             position: end.unwrap_or(previous),
             previous,
             compares: !self.found.is_empty(),
@@ -549,7 +566,7 @@ impl Delivery {
 
     /// A batch was appended whole, but for what was refused.
     fn appended(&mut self, flight: Flight, count: usize, refused: Vec<Refusal>, now: Now, random: f64) -> Vec<Record> {
-        self.number += 1;
+        self.number = self.next_number();
         self.failures = 0;
         self.trouble = None;
         // The guard can tell of the last batch alone which of its events were refused, or which that waited were accepted.

@@ -83,6 +83,13 @@ impl Backend {
         (self.moved_at, self.tick_due) = (now, true);
     }
 
+    /// A claim is about to be made. To be saved durably before it is.
+    pub fn begin_epoch(&mut self, now: Now) {
+        self.standing.epoch += 1;
+        self.delivery.begin_epoch(self.standing.epoch as u64);
+        self.dirty_since.get_or_insert(now);
+    }
+
     pub fn count_healing(&mut self) {
         self.standing.healings += 1;
     }

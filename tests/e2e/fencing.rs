@@ -117,7 +117,8 @@ fn the_old_primary_comes_back_too_late_and_stays_fenced() {
     holds_for(3 * PATIENCE, "the old primary is fenced", || {
         standing(&stack.pg, "default").state == "fenced"
     });
-    assert_eq!(standing(&stack.pg, "default").pending, orphaned.len() as i64);
+    // And those whose cursor the crash took with it.
+    assert!(standing(&stack.pg, "default").pending >= orphaned.len() as i64);
     assert_eq!(ids(&stack.events()), [common, lost, after, last].concat());
 }
 

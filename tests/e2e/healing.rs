@@ -73,7 +73,7 @@ fn what_the_end_of_an_append_only_file_held_is_appended_again() {
     let number = last - lost;
     assert!(
         log.contains(&format!(
-            "Its guard says batch {number}; {lost} more were acknowledged."
+            "Its guard says batch {number}, the last that was acknowledged is {last}."
         )),
         "{log}"
     );

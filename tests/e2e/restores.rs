@@ -59,7 +59,10 @@ fn put_in_place(copy: &Path, server: &Postgres) {
 fn archiving() -> Stack {
     stack(&[
         ("archive_mode", "on"),
-        ("archive_command", "mkdir -p ../archive && cp %p ../archive/%f"),
+        (
+            "archive_command",
+            "mkdir -p ../archive && cp %p ../archive/%f.new && mv ../archive/%f.new ../archive/%f",
+        ),
     ])
 }
 

@@ -49,9 +49,11 @@ pub fn wait_fenced(pg: &Postgres, owner: &Postgres) -> Standing {
     wait_trouble(pg, "default", "fenced", &format!("{}#", owner.data_dir().display()))
 }
 
-/// The standby has replayed all that the primary has flushed.
+/// The standby has replayed all that the primary has committed.
 #[track_caller]
 pub fn wait_caught_up(primary: &Postgres, standby: &Postgres) {
+    // Its commit flushes those before it that did not wait, as the cursors'.
+    primary.exec("select pg_current_xact_id()");
     let lsn: String = primary.one("select pg_current_wal_flush_lsn()::text");
     wait_until("the standby to have caught up", || {
         standby.one::<bool>(&format!("select pg_last_wal_replay_lsn() >= '{lsn}'"))

@@ -72,11 +72,14 @@ impl Site {
                     }
                     _ => {}
                 }
+                self.tables.epoch += 1;
+                self.delivery.begin_epoch(self.tables.epoch);
+                self.save(env);
                 self.flush(env);
                 let anew = guard.is_none() || matches!(start, Start::Heal | Start::Compare(_));
                 let beginning = anew.then(|| Beginning {
                     // It counts as a batch, so that nobody takes it for an earlier one.
-                    number: self.delivery.number() + 1,
+                    number: self.delivery.next_number(),
                     position: self.delivery.acked().clone(),
                     compares: matches!(start, Start::Compare(_)),
                     wal: self.flushed,
@@ -121,7 +124,7 @@ impl Site {
             position: self.delivery.acked().clone(),
             number,
         };
-        let next = self.delivery.number() + 1;
+        let next = self.delivery.next_number();
         let (candidates, purpose) = match (start, &guard) {
             (Start::Own, Some(_)) | (Start::Adopt, None) => return self.up(env),
             (Start::Adopt, Some(guard)) => (self.last_batch(guard), Purpose::Settle),
@@ -238,7 +241,6 @@ impl Site {
         let reread_to = self.tables.highest_written_down();
         let number = self.delivery.number().max(since);
         self.delivery.heal(Cursor { position, number }, reread_to);
-        self.save(env);
     }
 
     /// The events of the last batch that the guard speaks of, as far as nobody has written down what became of them.

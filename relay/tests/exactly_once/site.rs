@@ -59,6 +59,7 @@ impl Site {
                 position: Position::beginning(),
                 number: 0,
             },
+            epoch: 0,
             incarnations: Vec::new(),
         };
         let image = Image {
@@ -379,7 +380,6 @@ impl Site {
     /// Some part of the way of some event.
     pub fn go_on(&mut self, env: &mut Env) -> bool {
         match env.rng.u8(..17) {
-            16 => self.rest(),
             0 => self.tend(env),
             1 => self.retry(env),
             2 => {
@@ -390,6 +390,7 @@ impl Site {
             4..6 => self.take_report(env),
             6..11 => self.execute(env),
             11..15 => self.read_reply(),
+            15 => self.rest(),
             _ => self.write(),
         }
     }

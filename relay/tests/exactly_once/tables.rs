@@ -18,6 +18,8 @@ pub struct Tables {
     pub refused: BTreeMap<(u8, i64), Refused>,
     pub failed: BTreeMap<i64, u32>,
     pub cursor: Cursor,
+    /// How often the guard was claimed.
+    pub epoch: u64,
     /// Of the server, and where the one before it ended.
     pub incarnations: Vec<(String, u64)>,
 }
