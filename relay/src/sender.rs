@@ -21,7 +21,7 @@ use std::thread;
 /// How many batches are in Redis's hands at once: enough that it finds the next when it has done one.
 pub const PIPELINED_BATCHES: usize = 4;
 
-/// How many batches may wait for or be with a sender; the channel's bound.
+/// How many batches may wait for or be with a sender.
 pub const WINDOW_BATCHES: usize = 32;
 
 /// Room for orders beside batches.
@@ -89,7 +89,9 @@ impl Handle {
     /// Starts a thread that connects to `destination`. One byte is written to `waker` (non-blocking) after each report.
     /// The caller blocks all signals of its process around this call: a thread inherits the mask.
     pub fn spawn(destination: Destination, waker: UnixStream) -> io::Result<Self> {
-        let (orders, to_obey) = bounded(WINDOW_BATCHES + SPARE_ORDERS);
+        // After a refusal a second window may be handed over before the sender has dropped the first. There is always room: a batch
+        // that is not taken in would be a gap.
+        let (orders, to_obey) = bounded(2 * WINDOW_BATCHES + SPARE_ORDERS);
         // Two for each batch at most, one for each other order, the connection's beginning and end: a send never blocks.
         let (to_report, reports) = bounded(2 * WINDOW_BATCHES + SPARE_ORDERS);
         thread::Builder::new()
@@ -110,6 +112,11 @@ impl Handle {
         self.orders.try_send(order).map_err(|e| match e {
             TrySendError::Full(order) | TrySendError::Disconnected(order) => order,
         })
+    }
+
+    /// Whether it has begun with every order that it was given.
+    pub fn has_begun_all(&self) -> bool {
+        self.orders.is_empty()
     }
 
     /// The next report, without waiting. A thread that ended without a word (it panicked) counts as lost.

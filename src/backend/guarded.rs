@@ -9,7 +9,7 @@ use relay::classify::Failure;
 use relay::delivery::{Cursor, Entry, Mode, Now};
 use relay::guard::{self, Guard, Progress};
 use relay::refusal::Streams;
-use relay::sender::Order;
+use relay::sender::{Handle, Order};
 use std::time::Duration;
 
 /// How far a connection has come on its way to being the owner's (exactly_once); see the module `recovery`.
@@ -115,7 +115,9 @@ impl Backend {
 
     /// Tells those who may watch the guard that its owner lives. A batch says as much.
     pub fn refresh_guard(&mut self) {
-        if self.is_exactly_once() && self.delivery.has_room() && self.delivery.is_idle() {
+        // While Redis doesn't answer, they must not pile up and take the room of batches.
+        let has_begun_all = self.sender.as_ref().is_some_and(Handle::has_begun_all);
+        if self.is_exactly_once() && self.delivery.has_room() && self.delivery.is_idle() && has_begun_all {
             self.beat += 1;
             let beat = self.beat;
             self.order(Order::Beat { beat, released: false });

@@ -14,6 +14,8 @@ fn with_standby() -> (Stack, Postgres, Vec<Uuid>) {
     let standby = stack.pg.standby().start();
     let common = delivered(&stack, "common");
     wait_caught_up(&stack.pg, &standby);
+    // The cursor is saved without waiting for the WAL, which comes a moment later.
+    wait_drained(&standby, "default");
     (stack, standby, common)
 }
 

@@ -8,6 +8,9 @@ use kit::{
 };
 use uuid::Uuid;
 
+/// Numbers of batches behind the first claim begin here.
+const EPOCH: u64 = 1 << 40;
+
 /// Publishes to the backend `default` of a database, in one transaction.
 fn publish(pg: &Postgres, db: &str, prefix: &str, count: i32) -> Vec<Uuid> {
     publish_many(&mut pg.client_db(db), "default", "", prefix, count)
@@ -85,7 +88,7 @@ fn the_guard_says_who_appends_and_how_far_that_has_come() {
         [system.as_str(), &known, "1", "3600000", "0", "", "0"]
     );
     // The claim of a new guard counts as an empty batch.
-    assert_eq!((first.number("number"), first.number("total")), (2, 3));
+    assert_eq!((first.number("number"), first.number("total")), (EPOCH + 2, 3));
     assert_eq!(first.field("token").len(), 32);
     let wal = |guard: &Guard| -> bool {
         let sql = format!(
@@ -99,7 +102,7 @@ fn the_guard_says_who_appends_and_how_far_that_has_come() {
     publish_many(&mut client, "default", "", "second", 2);
     stack.wait_events(5);
     let second = stack.guard();
-    assert_eq!((second.number("number"), second.number("total")), (3, 5));
+    assert_eq!((second.number("number"), second.number("total")), (EPOCH + 3, 5));
     assert_eq!(second.field("previous"), first.field("position"));
     assert_ne!(second.field("position"), first.field("position"));
     assert!(second.number("wal") > first.number("wal") && wal(&second), "{second:?}");
@@ -111,7 +114,7 @@ fn the_guard_says_who_appends_and_how_far_that_has_come() {
     publish_many(&mut client, "default", "", "third", 1);
     stack.wait_events(6);
     let third = stack.guard();
-    assert_eq!((third.number("number"), third.number("total")), (4, 6));
+    assert_eq!((third.number("number"), third.number("total")), (2 * EPOCH + 1, 6));
     assert_ne!(third.field("token"), first.field("token"));
     assert_eq!(third.field("incarnation"), first.field("incarnation"));
     // A restart is another incarnation in the same place; a worker that comes back is none.
@@ -157,7 +160,7 @@ fn an_idle_owner_refreshes_its_guard_at_each_poll_and_changes_nothing_else() {
     let other = Stack::with(&[("outbox_relay.poll_interval", "100ms")]);
     wait_until("a guard that moves", || {
         let guard = other.redis.guard(&other.guard_key());
-        guard.is_some_and(|guard| guard.number("beat") > 2 && guard.number("number") == 1)
+        guard.is_some_and(|guard| guard.number("beat") > 2 && guard.number("number") == EPOCH + 1)
     });
 }
 
@@ -171,7 +174,11 @@ fn an_owner_that_leaves_in_order_says_so() {
     for mode in [Mode::Fast, Mode::Smart] {
         stack.pg.stop(mode);
         let guard = stack.redis.guard(&key).expect("a guard");
-        assert_eq!((guard.field("released"), guard.number("number")), ("1", 2), "{mode:?}");
+        assert_eq!(
+            (guard.field("released"), guard.number("number")),
+            ("1", EPOCH + 2),
+            "{mode:?}"
+        );
         stack.pg.start_again();
         wait_eq("the guard's `released`", "0".to_string(), || {
             stack.guard().field("released").to_string()
