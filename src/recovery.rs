@@ -75,7 +75,10 @@ fn decide(backend: &mut Backend, identity: &Identity, guard: Option<Guard>, now:
                     let oldest = oldest(backend)?;
                     step_back(backend, oldest, 0, now)?;
                 }
-                (Start::Heal, Some(guard)) => step_back(backend, guard.position.clone(), guard.number, now)?,
+                (Start::Heal, Some(guard)) => {
+                    say_healed(backend, guard);
+                    step_back(backend, guard.position.clone(), guard.number, now)?;
+                }
                 // What its last batch came to is found by comparing, too.
                 (Start::Compare(Why::Unfinished), Some(guard)) => {
                     step_back(backend, guard.previous.clone(), guard.number, now)?;
@@ -140,13 +143,14 @@ fn begin(
         (Start::Adopt, Some(guard)) => (process::transaction(|| last_batch(backend, guard))?, Purpose::Settle),
         (Start::Own | Start::Replay, _) => {
             if start == Start::Replay {
+                backend.count_healing();
                 say_replayed(backend);
             }
             begin_anew(backend, now);
             return come_up(backend, now);
         }
         (Start::Heal, _) => {
-            say_healed(backend, guard.as_ref());
+            backend.count_healing();
             begin_anew(backend, now);
             // Redis may have come back with what it had lost before: then some that wait now had been accepted.
             (process::transaction(|| waiting(backend))?, Purpose::Compare)
@@ -252,9 +256,10 @@ fn step_back(backend: &mut Backend, position: Position, since: u64, now: Now) ->
         refused::heal(number, since);
         refused::highest_written_down(number)
     })?;
+    // That number belongs to the position: should Redis come back with what it had lost, that is news.
     let cursor = Cursor {
         position,
-        number: backend.delivery.number().max(since),
+        number: since,
     };
     backend.read_again(cursor, reread_to, now);
     Ok(())
@@ -267,9 +272,8 @@ fn oldest(backend: &Backend) -> Result<Position, Aborted> {
     Ok(oldest.map_or_else(Position::beginning, Position::at))
 }
 
-fn say_healed(backend: &mut Backend, guard: Option<&Guard>) {
-    backend.count_healing();
-    let (known, found) = (backend.delivery.number(), guard.map_or(0, |guard| guard.number));
+fn say_healed(backend: &Backend, guard: &Guard) {
+    let (known, found) = (backend.delivery.number(), guard.number);
     log(
         LogLevel::Warning,
         &format!(

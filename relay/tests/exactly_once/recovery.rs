@@ -239,8 +239,13 @@ impl Site {
             self.wal += 1;
         }
         let reread_to = self.tables.highest_written_down();
-        let number = self.delivery.number().max(since);
-        self.delivery.heal(Cursor { position, number }, reread_to);
+        self.delivery.heal(
+            Cursor {
+                position,
+                number: since,
+            },
+            reread_to,
+        );
     }
 
     /// The events of the last batch that the guard speaks of, as far as nobody has written down what became of them.

@@ -202,10 +202,8 @@ impl World {
         if !self.env.saved.is_empty() && self.env.likely(faults.tail_losses) {
             let index = self.env.rng.usize(..self.env.saved.len());
             // Mostly what it had saved later is lost, too; otherwise it may come back with that yet.
-            // What it had saved later is lost, too; or it may come back with that yet.
-            if faults.guard_losses + faults.promotions > 0.0 || self.env.rng.bool() {
-                self.env.saved.truncate(index + 1);
-            }
+            // What it had saved later is lost, too.
+            self.env.saved.truncate(index + 1);
             let data = self.env.saved[index].clone();
             tell!(self.env, "Redis is back at {:?}", data.number());
             self.env.seen.tail_losses += 1;
