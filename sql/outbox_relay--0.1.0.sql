@@ -532,19 +532,27 @@ end
 $$;
 comment on function outbox.retry_failed(text, text, uuid) is 'Publishes failed events again, with the same event_id, in their order; returns how many.';
 
-create function outbox.guard_key(backend text) returns text
-    language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+create function outbox.expect_backend(name text) returns outbox.backends
+    language plpgsql stable set search_path = pg_catalog, pg_temp
     as $$
 declare
-    n integer;
+    found_backend outbox.backends;
 begin
-    select b.number into n from outbox.backends b where b.name = guard_key.backend;
+    select * into found_backend from outbox.backends b where b.name = expect_backend.name;
     if not found then
-        raise exception using errcode = 'undefined_object', message = format('backend "%s" does not exist', backend);
+        raise exception using errcode = 'undefined_object', message = format('backend "%s" does not exist', name);
     end if;
-    return format('outbox_relay:guard:%s:%s:%s', (select i.id from outbox.installation i),
-        (select d.oid from pg_catalog.pg_database d where d.datname = current_database()), n);
+    return found_backend;
 end
+$$;
+comment on function outbox.expect_backend(text) is 'The backend of this name; raises 42704 if there is none.';
+
+create function outbox.guard_key(backend text) returns text
+    language sql stable security definer set search_path = pg_catalog, pg_temp
+    as $$
+select format('outbox_relay:guard:%s:%s:%s', i.id, d.oid, (outbox.expect_backend(backend)).number)
+from outbox.installation i, pg_catalog.pg_database d
+where d.datname = current_database()
 $$;
 comment on function outbox.guard_key(text) is 'Key of a backend''s guard in its Redis: a hash that says who appends to its streams, and how far that has come.';
 
@@ -552,18 +560,14 @@ create function outbox.take_over(backend text) returns void
     language plpgsql security definer set search_path = pg_catalog, pg_temp
     as $$
 declare
-    n integer;
-    delivery text;
+    b outbox.backends := outbox.expect_backend(backend);
 begin
-    select b.number, b.delivery into n, delivery from outbox.backends b where b.name = take_over.backend;
-    if not found then
-        raise exception using errcode = 'undefined_object', message = format('backend "%s" does not exist', backend);
-    elsif delivery <> 'exactly_once' then
+    if b.delivery <> 'exactly_once' then
         raise exception using errcode = 'object_not_in_prerequisite_state',
             message = format('backend "%s" cannot be taken over', backend),
-            detail = format('Its delivery is %s, which has no owner.', delivery);
+            detail = format('Its delivery is %s, which has no owner.', b.delivery);
     end if;
-    insert into outbox.take_overs (backend_number) values (n)
+    insert into outbox.take_overs (backend_number) values (b.number)
         on conflict (backend_number) do update set asked_at = excluded.asked_at, asked_of = excluded.asked_of;
 end
 $$;
@@ -573,12 +577,8 @@ create function outbox.set_backend_password(name text, password text) returns vo
     language plpgsql security definer set search_path = pg_catalog, pg_temp
     as $$
 declare
-    n integer;
+    n integer := (outbox.expect_backend(name)).number;
 begin
-    select b.number into n from outbox.backends b where b.name = set_backend_password.name;
-    if not found then
-        raise exception using errcode = 'undefined_object', message = format('backend "%s" does not exist', name);
-    end if;
     if password is null then
         delete from outbox.backend_passwords p where p.backend_number = n;
     else

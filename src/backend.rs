@@ -18,7 +18,7 @@ use relay::destination::{self, Destination};
 use relay::encode::{Target, append_xadd};
 use relay::event::{ConfigError, Event};
 use relay::fault;
-use relay::guard::{self};
+use relay::guard;
 use relay::reader::Position;
 use relay::refusal::{Record, Streams};
 use relay::sender::{Batch, Handle, Order, Report};

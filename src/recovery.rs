@@ -87,10 +87,10 @@ fn decide(backend: &mut Backend, identity: &Identity, guard: Option<Guard>, now:
             }
             backend.begin_epoch(now);
             worker::save(std::slice::from_mut(backend), now)?;
-            ticker::flush();
+            let wal = ticker::flush();
             fault::reach("before_claim");
             let anew = guard.is_none() || matches!(start, Start::Heal | Start::Compare(_));
-            let beginning = anew.then(|| beginning(backend, start));
+            let beginning = anew.then(|| beginning(backend, start, wal));
             backend.order(Order::Claim(Box::new(Claim {
                 token: token(),
                 owner: identity.owner(),
@@ -103,14 +103,14 @@ fn decide(backend: &mut Backend, identity: &Identity, guard: Option<Guard>, now:
     Ok(())
 }
 
-/// What a new guard says.
-fn beginning(backend: &Backend, start: Start) -> Beginning {
+/// What a new guard says; `wal`: up to where all is flushed.
+fn beginning(backend: &Backend, start: Start, wal: u64) -> Beginning {
     Beginning {
         // It counts as a batch: whoever has not heard of it is behind.
         number: backend.delivery.next_number(),
         position: backend.delivery.acked().clone(),
         compares: matches!(start, Start::Compare(_)),
-        wal: ticker::flush(),
+        wal,
         total: backend.total(),
     }
 }
@@ -240,8 +240,8 @@ fn begin_anew(backend: &mut Backend, now: Now) {
     backend.adopt(cursor, backend.total(), now);
 }
 
-/// All that was found is saved, in one go and before anything else is appended: the guard tells of one batch alone, it may be lost, and
-/// its numbers may be given again.
+/// All that was found is saved, in one go and before anything else is appended: the guard tells of one batch alone, and it may be
+/// lost.
 fn come_up(backend: &mut Backend, now: Now) -> Result<(), Aborted> {
     worker::save(std::slice::from_mut(backend), now)?;
     backend.reload_streams()?;

@@ -87,6 +87,7 @@ pub fn install() {
 }
 
 #[pg_guard]
+// SAFETY: called by Postgres alone, as a hook.
 unsafe extern "C-unwind" fn request() {
     // SAFETY: Postgres calls this hook at the one moment at which space may be asked for.
     unsafe {
@@ -98,6 +99,7 @@ unsafe extern "C-unwind" fn request() {
 }
 
 #[pg_guard]
+// SAFETY: called by Postgres alone, as a hook.
 unsafe extern "C-unwind" fn startup() {
     // SAFETY: Postgres calls this hook once its shared memory exists; the lock is the one meant for it. A fresh block
     // (also after a crash of a child) is zeroed, which is the valid empty state of every field.

@@ -14,7 +14,7 @@
 use crate::classify::{self, Class, Failure};
 use crate::encode::append_command;
 use crate::fault;
-use crate::guard::{BATCH_START, Guard, Owner, Progress, append_beat, append_claim, append_progress};
+use crate::guard::{BATCH_START, Guard, Mark, Owner, Progress, append_beat, append_claim, append_progress};
 use crate::reader::Position;
 use crate::sender::{Batch, Order, Refusal, Report};
 use crate::tails::Search;
@@ -218,11 +218,13 @@ impl Conversation {
         self.expected.extend([Expect::Claiming, Expect::Claiming]);
         if let Some(start) = &claim.start {
             let progress = Progress {
-                number: start.number,
-                position: &start.position,
-                previous: &start.position,
+                mark: Mark {
+                    number: start.number,
+                    position: &start.position,
+                    previous: &start.position,
+                    compares: start.compares,
+                },
                 again: &[],
-                compares: start.compares,
                 wal: start.wal,
                 total: start.total,
             };
@@ -427,10 +429,6 @@ impl Conversation {
             self.executed = Some((written, refused));
         } else {
             self.done(written, refused, reports);
-        }
-        if fault::is_mutated("two_execs") {
-            // Of what is queued already, before the guard's token was read.
-            self.execute();
         }
         Ok(())
     }

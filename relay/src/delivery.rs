@@ -15,15 +15,16 @@
 //! connection, leaves those behind it in doubt. With exactly_once a batch is appended whole or not at all and the guard
 //! says which was the last, by its number; so what is in flight is never in doubt for longer than it takes to ask.
 
+mod guarded;
+
 use crate::backoff::Backoff;
 use crate::classify::{Class, Failure};
 use crate::reader::Position;
 use crate::refusal::{Record, Streams};
 use crate::sender::{Refusal, WINDOW_BATCHES, is_backends};
-use crate::snapshot::Tick;
+use guarded::Reread;
 use std::collections::{BTreeSet, VecDeque};
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::Duration;
 
 /// Time since some fixed moment.
@@ -38,9 +39,6 @@ pub enum Mode {
 
 /// Bytes that may be on their way for one backend; a single larger batch goes alone.
 const WINDOW_BYTES: usize = 2 * 1024 * 1024;
-
-/// Batches of one connection: more than any will see.
-const EPOCH_BITS: u32 = 40;
 
 /// Configuration errors wait this many times longer than outages: somebody has to mend something first.
 const CONFIGURATION_PATIENCE: u32 = 5;
@@ -159,33 +157,6 @@ pub struct Cursor {
     pub number: u64,
 }
 
-/// What goes into the guard with a batch.
-pub struct Mark<'a> {
-    pub number: u64,
-    pub position: &'a Position,
-    pub previous: &'a Position,
-    /// Events behind `previous` were found in their streams, and it may not have come past all of them.
-    pub compares: bool,
-}
-
-/// While rows are read again that may belong before events that wait, those are not tried: first such rows must wait with them.
-struct Reread {
-    /// A tick that does not see them all.
-    stale: Option<Arc<Tick>>,
-    /// None has a higher number.
-    upto: i64,
-}
-
-impl Reread {
-    fn is_done(&self, acked: &Position) -> bool {
-        let is_stale = self
-            .stale
-            .as_ref()
-            .is_some_and(|stale| Arc::ptr_eq(acked.newest(), stale));
-        !is_stale && acked.under_way.as_ref().is_none_or(|u| u.last_seq >= self.upto)
-    }
-}
-
 impl Delivery {
     /// Starts down, to connect at once, at a saved cursor and with the streams that have refused events waiting.
     pub fn new(mode: Mode, cursor: Cursor, streams: Streams, backoff: Backoff) -> Self {
@@ -257,118 +228,12 @@ impl Delivery {
         self.mode = mode;
     }
 
-    /// The last batch that is known to be appended; 0: none.
-    pub fn number(&self) -> u64 {
-        self.number
-    }
-
-    /// A claim is about to be made, the `epoch`th of this backend: its batches get numbers that none has had, so that Redis is known
-    /// whatever it may come back with. Only then do numbers tell what is newer.
-    pub fn begin_epoch(&mut self, epoch: u64) {
-        self.floor = epoch << EPOCH_BITS;
-    }
-
-    /// The next batch's number, with nothing in flight.
-    pub fn next_number(&self) -> u64 {
-        self.number.max(self.floor) + 1
-    }
-
-    /// The guard says that batches up to `number`, up to `position`, are appended, which nobody has heard of. In all, `published`
-    /// events were accepted in this life.
-    pub fn adopt(&mut self, cursor: Cursor, published: u64) {
-        self.stand_at(cursor);
-        self.published = published;
-    }
-
-    /// Redis has lost what came after `cursor`: it is read again. Rows up to `reread_to` may be written down.
-    pub fn heal(&mut self, cursor: Cursor, reread_to: i64) {
-        self.stand_at(cursor);
-        self.set_reread_to(reread_to);
-        self.ahead.clear();
-        self.found.clear();
-    }
-
-    fn stand_at(&mut self, cursor: Cursor) {
-        let moves = !Arc::ptr_eq(self.acked.newest(), cursor.position.newest());
-        self.acked = cursor.position;
-        self.number = cursor.number;
-        if let Some(reread) = self.reread.as_mut().filter(|_| moves) {
-            reread.stale = Some(self.acked.newest().clone());
-        }
-        self.rewind();
-    }
-
-    /// Rows that need not be sent: they stand in their streams already. What was found there before may be gone.
-    pub fn pass_over(&mut self, seqs: impl IntoIterator<Item = i64>) {
-        for seq in std::mem::take(&mut self.found) {
-            self.ahead.remove(&seq);
-        }
-        self.found.extend(seqs);
-        self.ahead.extend(&self.found);
-    }
-
-    /// Rows up to this number may be written down as refused, failed, or accepted out of turn.
-    pub fn set_reread_to(&mut self, seq: i64) {
-        self.reread_to = self.reread_to.max(seq);
-        if seq > 0 {
-            self.reread = Some(Reread {
-                stale: Some(self.acked.newest().clone()),
-                upto: self.reread_to,
-            });
-        }
-    }
-
     /// All up to here is settled.
     fn ack(&mut self, position: Position) {
         self.acked = position;
         if self.reread.as_ref().is_some_and(|reread| reread.is_done(&self.acked)) {
             self.reread = None;
         }
-    }
-
-    /// Whether waiting events must wait for rows that are read again.
-    fn is_rereading(&self) -> bool {
-        self.mode == Mode::ExactlyOnce && self.reread.is_some()
-    }
-
-    /// Whether to look up if a row is written down.
-    pub fn may_be_written_down(&self, seq: i64) -> bool {
-        seq <= self.reread_to
-    }
-
-    /// What the next batch tells the guard; `end`: where its rows end, `None` for one of waiting events.
-    pub fn mark<'a>(&'a self, end: Option<&'a Position>) -> Mark<'a> {
-        let before = self.flights.iter().rev().find_map(|flight| match &flight.load {
-            Load::Rows { end } => Some(end),
-            Load::Again => None,
-        });
-        let previous = before.unwrap_or(&self.acked);
-        Mark {
-            number: self.next_number() + self.flights.len() as u64,
-            position: end.unwrap_or(previous),
-            previous,
-            compares: !self.found.is_empty(),
-        }
-    }
-
-    /// Events on their way.
-    pub fn in_flight(&self) -> usize {
-        self.flights.iter().map(|flight| flight.entries.len()).sum()
-    }
-
-    /// It cannot be its owner now: tries again after a while.
-    pub fn hold_off(&mut self, failure: Failure, retry_after: Duration, now: Now, random: f64) {
-        let retry_at = self.failed(failure, now, random);
-        self.go_down(if retry_after > Duration::ZERO {
-            now + retry_after
-        } else {
-            retry_at
-        });
-    }
-
-    /// The batch is appended, but waits for replicas.
-    pub fn waits_for_replicas(&mut self, failure: Failure) {
-        self.trouble = Some(failure);
     }
 
     /// Whether another batch may be handed to the sender.
@@ -385,12 +250,6 @@ impl Delivery {
         let batches = WINDOW_BATCHES.saturating_sub(self.flights.len());
         let bytes = WINDOW_BYTES.saturating_sub(self.in_flight_bytes);
         (self.link == Link::Up && batches > 0 && bytes > 0).then_some(Room { batches, bytes })
-    }
-
-    /// With exactly_once, waiting events go alone: the guard speaks of one batch, and what became of them is written down before
-    /// the next.
-    fn retries_alone(&self) -> bool {
-        self.mode == Mode::ExactlyOnce && self.flights.iter().any(|f| matches!(f.load, Load::Again))
     }
 
     pub fn is_idle(&self) -> bool {
@@ -542,10 +401,10 @@ impl Delivery {
             return Vec::new();
         };
         self.in_flight_bytes -= flight.bytes;
-        let count = flight.entries.len();
         if self.mode == Mode::ExactlyOnce {
-            return self.appended(flight, count, refused, now, random);
+            return self.appended(flight, refused, now, random);
         }
+        let count = flight.entries.len();
         let blamed = refused.iter().find(|r| is_backends(r)).map(|r| r.1.clone());
         let records = self.land(flight, count, refused, now, random);
         match blamed {
@@ -562,78 +421,6 @@ impl Delivery {
         }
         self.settle();
         records
-    }
-
-    /// A batch was appended whole, but for what was refused.
-    fn appended(&mut self, flight: Flight, count: usize, refused: Vec<Refusal>, now: Now, random: f64) -> Vec<Record> {
-        self.number = self.next_number();
-        self.failures = 0;
-        self.trouble = None;
-        // The guard can tell of the last batch alone which of its events were refused, or which that waited were accepted.
-        let stops = !refused.is_empty() || matches!(flight.load, Load::Again);
-        let records = self.land(flight, count, refused, now, random);
-        if stops {
-            self.stop();
-        } else {
-            self.settle();
-        }
-        records
-    }
-
-    /// Nothing of the oldest batch was appended, because these events of it were refused (exactly_once).
-    pub fn aborted(&mut self, refused: Vec<Refusal>, now: Now, random: f64) -> Vec<Record> {
-        let Some(flight) = self.flights.pop_front() else {
-            return Vec::new();
-        };
-        let again = matches!(flight.load, Load::Again);
-        if let Some(last) = flight.entries.last().filter(|_| !again) {
-            // Others of this batch may belong before what was refused.
-            let stale = self.acked.under_way.is_none().then(|| self.acked.newest().clone());
-            let upto = last.seq.max(self.reread.as_ref().map_or(0, |reread| reread.upto));
-            let stale = self.reread.take().map_or(stale, |reread| reread.stale);
-            self.reread = Some(Reread { stale, upto });
-        }
-        let (mut records, mut failed_stream) = (Vec::new(), None);
-        for (index, failure) in refused {
-            let Some(entry) = flight.entries.get(index) else {
-                continue;
-            };
-            let backoff = &self.backoff;
-            match self
-                .streams
-                .refused(entry, again, &failure, now, |attempt| backoff.wait(attempt, random))
-            {
-                record @ Record::FailStream { .. } => failed_stream = Some(record),
-                record => records.push(record),
-            }
-            if !again {
-                self.ahead.insert(entry.seq);
-            }
-        }
-        records.extend(failed_stream);
-        if let Some(entry) = flight.entries.first().filter(|_| again) {
-            self.streams.end_retry(&flight.entries);
-            self.streams.waits_again(&entry.stream);
-        }
-        self.stop();
-        records
-    }
-
-    fn stop(&mut self) {
-        self.rewind();
-        self.link = Link::Stopped;
-    }
-
-    /// Whether [`Self::resume`] is due as soon as all records are written down.
-    pub fn is_stopped(&self) -> bool {
-        self.link == Link::Stopped
-    }
-
-    /// All records are written down.
-    pub fn resume(&mut self) {
-        if self.link == Link::Stopped {
-            self.link = Link::Up;
-        }
     }
 
     /// Whether the sender is to be let go: its last reply blamed the backend and no more are to come.
@@ -734,7 +521,6 @@ impl Delivery {
     fn land(&mut self, flight: Flight, known: usize, refused: Vec<Refusal>, now: Now, random: f64) -> Vec<Record> {
         let whole = known == flight.entries.len() && !refused.iter().any(is_backends);
         let mut records = Vec::new();
-        let mut failed_stream = None;
         let mut refused = refused.into_iter().peekable();
         let (again, ends_range) = match &flight.load {
             Load::Rows { end } => (false, end.under_way.is_none()),
@@ -754,14 +540,7 @@ impl Delivery {
                     gap = true;
                     continue;
                 }
-                Some((_, failure)) => {
-                    let backoff = &self.backoff;
-                    let wait = |attempt| backoff.wait(attempt, random);
-                    match self.streams.refused(entry, again, &failure, now, wait) {
-                        record @ Record::FailStream { .. } => failed_stream = Some(record),
-                        record => records.push(record),
-                    }
-                }
+                Some((_, failure)) => records.push(self.refused(entry, again, &failure, now, random)),
             }
             if !gap {
                 settled = Some(entry.seq);
@@ -769,8 +548,7 @@ impl Delivery {
                 self.ahead.insert(entry.seq);
             }
         }
-        // Not before what is known of the others of this batch: some may have been accepted.
-        records.extend(failed_stream);
+        fail_streams_last(&mut records);
         match flight.load {
             Load::Again => {
                 self.streams.end_retry(&flight.entries);
@@ -794,6 +572,12 @@ impl Delivery {
         records
     }
 
+    fn refused(&mut self, entry: &Entry, again: bool, failure: &Failure, now: Now, random: f64) -> Record {
+        let backoff = &self.backoff;
+        let wait = |attempt| backoff.wait(attempt, random);
+        self.streams.refused(entry, again, failure, now, wait)
+    }
+
     /// With nothing in flight, all that was read is settled.
     fn settle(&mut self) {
         let rows_in_flight = self.flights.iter().any(|f| matches!(f.load, Load::Rows { .. }));
@@ -805,6 +589,11 @@ impl Delivery {
             }
         }
     }
+}
+
+/// A stream fails not before what is known of the others of its batch: some may have been accepted.
+fn fail_streams_last(records: &mut [Record]) {
+    records.sort_by_key(|record| matches!(record, Record::FailStream { .. }));
 }
 
 /// What becomes of a row that was read.

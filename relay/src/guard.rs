@@ -51,13 +51,20 @@ pub struct Owner {
     pub interval: Duration,
 }
 
-/// What a batch tells the guard.
-pub struct Progress<'a> {
+/// Where a batch stands.
+#[derive(Clone, Copy)]
+pub struct Mark<'a> {
     pub number: u64,
     pub position: &'a Position,
     pub previous: &'a Position,
-    pub again: &'a [i64],
+    /// Events behind `previous` were found in their streams, and it may not have come past all of them.
     pub compares: bool,
+}
+
+/// What a batch tells the guard.
+pub struct Progress<'a> {
+    pub mark: Mark<'a>,
+    pub again: &'a [i64],
     pub wal: u64,
     pub total: i64,
 }
@@ -124,16 +131,16 @@ pub fn append_progress(out: &mut Vec<u8>, key: &[u8], progress: &Progress<'_>) {
     append_bulk(out, b"HSET");
     append_bulk(out, key);
     append_bulk(out, b"number");
-    append_bulk(out, number.format(progress.number).as_bytes());
+    append_bulk(out, number.format(progress.mark.number).as_bytes());
     append_bulk(out, b"position");
-    append_bulk(out, progress.position.to_string().as_bytes());
+    append_bulk(out, progress.mark.position.to_string().as_bytes());
     append_bulk(out, b"previous");
-    append_bulk(out, progress.previous.to_string().as_bytes());
+    append_bulk(out, progress.mark.previous.to_string().as_bytes());
     append_bulk(out, b"again");
     let again: Vec<String> = progress.again.iter().map(i64::to_string).collect();
     append_bulk(out, again.join(",").as_bytes());
     append_bulk(out, b"compares");
-    append_bulk(out, if progress.compares { b"1" } else { b"0" });
+    append_bulk(out, if progress.mark.compares { b"1" } else { b"0" });
     append_bulk(out, b"wal");
     append_bulk(out, number.format(progress.wal).as_bytes());
     append_bulk(out, b"total");

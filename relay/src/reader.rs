@@ -93,11 +93,6 @@ impl Position {
             && ours.in_progress().iter().all(|xid| !theirs.sees(*xid))
     }
 
-    /// No row above this number has been read.
-    pub fn high_seq(&self) -> i64 {
-        self.under_way.as_ref().map_or(&self.from, |u| &u.to).high_seq
-    }
-
     /// The newest tick that it speaks of.
     pub fn newest(&self) -> &Arc<Tick> {
         self.under_way.as_ref().map_or(&self.from, |u| &u.to)

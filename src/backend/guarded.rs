@@ -149,13 +149,9 @@ impl Backend {
             Load::Rows { end } => (Some(end), Vec::new()),
             Load::Again { .. } => (None, entries.iter().map(|e| e.seq).collect()),
         };
-        let mark = self.delivery.mark(end);
         let progress = Progress {
-            number: mark.number,
-            position: mark.position,
-            previous: mark.previous,
+            mark: self.delivery.mark(end),
             again: &again,
-            compares: mark.compares,
             wal,
             total: self.total() + (self.delivery.in_flight() + entries.len()) as i64,
         };

@@ -1,7 +1,6 @@
 //! Reading: ticks, what may be sent of them, and scans for the backends that can take rows.
 
 use super::Worker;
-
 use crate::backend::{Backend, Role};
 use crate::guc::{self, SendAfter};
 use crate::process::{self, Aborted};

@@ -286,13 +286,14 @@ fn whatever_was_sent_since_the_cursor_was_saved_is_known_from_the_guard() {
     drop(client);
     stack.pg.wait_reached();
     stack.pg.stop(Mode::Immediate);
-    let saved: i64 = {
-        stack.pg.release();
-        stack.pg.start_again();
-        stack
-            .pg
-            .one("select batch_number from outbox.cursors where backend_number = 1")
-    };
+    stack.pg.release();
+    // The worker cannot read the guard, and saves nothing, before the cursor was looked at.
+    stack.redis.sigstop();
+    stack.pg.start_again();
+    let saved: i64 = stack
+        .pg
+        .one("select batch_number from outbox.cursors where backend_number = 1");
+    stack.redis.sigcont();
     published.extend(publish_many(&mut stack.pg.client(), "default", "", "after", 3));
     stack.wait_events(published.len());
     wait_drained(&stack.pg, "default");

@@ -52,8 +52,8 @@ pub fn wait_fenced(pg: &Postgres, owner: &Postgres) -> Standing {
 /// The standby has replayed all that the primary has committed.
 #[track_caller]
 pub fn wait_caught_up(primary: &Postgres, standby: &Postgres) {
-    // Its commit flushes those before it that did not wait, as the cursors'.
-    primary.exec("select pg_current_xact_id()");
+    // Its commit flushes those before it that did not wait, as the cursors'. (That of a transaction which wrote nothing flushes nothing.)
+    primary.exec("select pg_logical_emit_message(true, 'kit', '')");
     let lsn: String = primary.one("select pg_current_wal_flush_lsn()::text");
     wait_until("the standby to have caught up", || {
         standby.one::<bool>(&format!("select pg_last_wal_replay_lsn() >= '{lsn}'"))

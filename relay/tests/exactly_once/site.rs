@@ -9,7 +9,7 @@ use crate::tables::Tables;
 use relay::claim::Watch;
 use relay::delivery::{Cursor, Delivery, Entry, Mode};
 use relay::encode::hyphenated;
-use relay::guard::{BATCH_START, Progress, append_progress};
+use relay::guard::{BATCH_START, Mark, Progress, append_progress};
 use relay::reader::Position;
 use relay::refusal::Record;
 use relay::sender::{Batch, Order, Report};
@@ -343,23 +343,23 @@ impl Site {
             (Some(_), _) | (None, Mutant::ForgetsAgain) => &[],
             (None, _) => seqs,
         };
-        let previous = match env.mutant {
-            Mutant::WrongPrevious => mark.position,
-            _ => mark.previous,
+        let mark = Mark {
+            previous: match env.mutant {
+                Mutant::WrongPrevious => mark.position,
+                _ => mark.previous,
+            },
+            ..mark
         };
         let progress = Progress {
-            number: mark.number,
-            position: mark.position,
-            previous,
+            mark,
             again,
-            compares: mark.compares,
             wal: match env.mutant {
                 Mutant::TrustsAnyHistory => 0,
                 _ => self.flushed,
             },
             total: 0,
         };
-        tell!(env, "send {} {seqs:?} {}, after {previous}", mark.number, mark.position);
+        tell!(env, "send {} {seqs:?} {}, after {}", mark.number, mark.position, mark.previous);
         append_progress(&mut bytes, crate::model::redis::GUARD.as_bytes(), &progress);
         self.order(Order::Batch(Batch {
             bytes,
