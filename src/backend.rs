@@ -15,7 +15,7 @@ use relay::claim::Watch;
 use relay::classify::{Class, Failure};
 use relay::delivery::{Cursor, Delivery, Entry, Now, State};
 use relay::destination::{self, Destination};
-use relay::encode::{Target, append_xadd};
+use relay::encode::{Encoder, Target};
 use relay::event::{ConfigError, Event};
 use relay::fault;
 use relay::guard;
@@ -31,6 +31,8 @@ use std::time::Duration;
 const BATCH_BYTES: usize = 256 * 1024;
 /// A buffer that has grown beyond this for one large event is not kept.
 const KEPT_BUFFER_BYTES: usize = 2 * BATCH_BYTES;
+/// Of entries for one stream that follow each other, the first of so many has MAXLEN: Redis trims by nodes of a hundred entries anyway.
+const TRIM_EVERY: usize = 16;
 /// A cursor that moved over delivered events is saved once nothing more was delivered for this long,
 const SAVE_WHEN_QUIET: Duration = Duration::from_millis(250);
 /// and at the latest after this long. Each save makes the WAL writer flush, which commits of the same moment wait for.
@@ -56,9 +58,18 @@ pub enum Role {
 pub struct OpenBatch {
     pub bytes: Vec<u8>,
     pub entries: Vec<Entry>,
+    /// Entries of the last one's stream since one that trims it.
+    untrimmed: usize,
 }
 
 impl OpenBatch {
+    pub fn new(bytes: Vec<u8>) -> Self {
+        Self {
+            bytes,
+            ..Self::default()
+        }
+    }
+
     pub fn is_full(&self) -> bool {
         self.entries.len() >= guc::BATCH_SIZE.get() as usize || self.bytes.len() >= BATCH_BYTES
     }
@@ -120,7 +131,7 @@ pub struct Backend {
     /// Troubles that were logged in this state within a minute.
     logged: Vec<(String, Now)>,
     buffers: Vec<Vec<u8>>,
-    scratch: Vec<u8>,
+    encoder: Encoder,
 }
 
 impl Backend {
@@ -167,7 +178,7 @@ impl Backend {
             logged_state: None,
             logged: Vec::new(),
             buffers: Vec::new(),
-            scratch: Vec::new(),
+            encoder: Encoder::default(),
             delivery,
         }
     }
@@ -335,7 +346,7 @@ impl Backend {
             let Some(sender) = &self.sender else {
                 return;
             };
-            let OpenBatch { mut bytes, entries } = batch;
+            let OpenBatch { mut bytes, entries, .. } = batch;
             if let destination::Delivery::ExactlyOnce { guard, .. } = &self.destination.delivery {
                 self.append_mark(&mut bytes, guard.as_bytes(), &entries, &load, wal);
             }
@@ -361,13 +372,14 @@ impl Backend {
         self.delivery.advanced(position);
     }
 
-    /// Appends an event to a batch.
-    pub fn encode(&mut self, out: &mut Vec<u8>, event: &Event<'_>) -> Result<(), ConfigError> {
-        let target = Target {
-            stream: event.stream.unwrap_or(&self.stream),
-            max_len: self.max_len,
-        };
-        append_xadd(out, &mut self.scratch, target, event)
+    /// Appends an event to a batch, in front of its entry.
+    pub fn encode(&mut self, batch: &mut OpenBatch, event: &Event<'_>) -> Result<(), ConfigError> {
+        let stream = event.stream.unwrap_or(&self.stream);
+        let follows = batch.entries.last().is_some_and(|before| *before.stream == *stream);
+        batch.untrimmed = if follows { (batch.untrimmed + 1) % TRIM_EVERY } else { 0 };
+        let max_len = if batch.untrimmed == 0 { self.max_len } else { 0 };
+        self.encoder
+            .append_xadd(&mut batch.bytes, Target { stream, max_len }, event)
     }
 
     /// The stream of an event.

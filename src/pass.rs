@@ -239,12 +239,9 @@ impl Pass<'_> {
             }
             let batch = reader.open.get_or_insert_with(|| {
                 reader.batches_left -= 1;
-                OpenBatch {
-                    bytes: backend.buffer(),
-                    ..OpenBatch::default()
-                }
+                OpenBatch::new(backend.buffer())
             });
-            match backend.encode(&mut batch.bytes, event) {
+            match backend.encode(batch, event) {
                 Ok(()) => batch.entries.push(entry(row, stream)),
                 Err(error) => reader.records.push(Record::Fail {
                     seq,
@@ -264,10 +261,7 @@ impl Pass<'_> {
 pub fn refused_batch(backend: &mut Backend, stream: &str, count: usize) -> Option<BuiltBatch> {
     let relations = catalog::expect_relations();
     let mut table = EventsTable::open(&relations);
-    let mut batch = OpenBatch {
-        bytes: backend.buffer(),
-        ..OpenBatch::default()
-    };
+    let mut batch = OpenBatch::new(backend.buffer());
     let mut all = false;
     while batch.entries.is_empty() && !all {
         let mut seqs = refused::refused_events(backend.number, stream, &backend.stream, count + 1);
@@ -292,7 +286,7 @@ pub fn refused_batch(backend: &mut Backend, stream: &str, count: usize) -> Optio
 }
 
 fn add_refused(backend: &mut Backend, batch: &mut OpenBatch, row: &Row) {
-    row.with_event(|event| match backend.encode(&mut batch.bytes, event) {
+    row.with_event(|event| match backend.encode(batch, event) {
         Ok(()) => batch.entries.push(entry(row, backend.stream_of(event))),
         Err(error) => backend.failed(refused::fail(&[row.key().seq], 0, &error.to_string())),
     });

@@ -1,7 +1,8 @@
 //! Rows of our tables, taken apart without SQL: an event as it is sent, and scans of `outbox.events` for the reader.
 
 use crate::catalog::Relations;
-use pgrx::pg_sys;
+use once_cell::unsync::OnceCell;
+use pgrx::{pg_sys, varlena};
 use relay::event::Event;
 use relay::reader::{Key, Scan, Table};
 use std::borrow::Cow;
@@ -55,20 +56,22 @@ impl Row {
     /// `tuple` is a valid tuple of `descriptor`'s table, and stays so for as long as the row is used.
     pub unsafe fn of(tuple: pg_sys::HeapTuple, descriptor: pg_sys::TupleDesc) -> Self {
         let mut row = Self::empty();
-        // SAFETY: the caller's promise.
-        unsafe { row.refill(tuple, descriptor) };
+        // SAFETY: the caller's promise; the arrays have room for all columns.
+        unsafe {
+            Self::expect_room(descriptor);
+            pg_sys::heap_deform_tuple(tuple, descriptor, row.values.as_mut_ptr(), row.nulls.as_mut_ptr());
+        }
         row
     }
 
+    /// An ERROR if somebody has widened a table beyond what a row holds.
+    ///
     /// # Safety
-    /// As [`Row::of`].
-    unsafe fn refill(&mut self, tuple: pg_sys::HeapTuple, descriptor: pg_sys::TupleDesc) {
-        // SAFETY: the arrays hold as many columns as the descriptor has; a table that somebody widened beyond that is refused.
-        unsafe {
-            if (*descriptor).natts as usize > MAX_COLUMNS {
-                crate::error::internal("a table of outbox_relay has too many columns");
-            }
-            pg_sys::heap_deform_tuple(tuple, descriptor, self.values.as_mut_ptr(), self.nulls.as_mut_ptr());
+    /// A valid descriptor.
+    unsafe fn expect_room(descriptor: pg_sys::TupleDesc) {
+        // SAFETY: the caller's promise.
+        if unsafe { (*descriptor).natts } as usize > MAX_COLUMNS {
+            crate::error::internal("a table of outbox_relay has too many columns");
         }
     }
 
@@ -137,9 +140,26 @@ impl Row {
 pub unsafe fn bytes_of<'a>(datum: pg_sys::Datum) -> &'a [u8] {
     // SAFETY: the caller's promise.
     unsafe {
-        let value = pg_sys::pg_detoast_datum_packed(datum.cast_mut_ptr());
-        pgrx::varlena::varlena_to_byte_slice(value)
+        let mut value: *mut pg_sys::varlena = datum.cast_mut_ptr();
+        // Asked here, since each call into Postgres costs more than most values' bytes.
+        let is_plain = match varlena::varatt_is_1b(value) {
+            true => !varlena::varatt_is_1b_e(value),
+            false => varlena::varatt_is_4b_u(value),
+        };
+        if !is_plain {
+            value = pg_sys::pg_detoast_datum_packed(value);
+        }
+        varlena::varlena_to_byte_slice(value)
     }
+}
+
+/// The database's encoding, which never changes.
+fn encoding() -> u32 {
+    thread_local! {
+        static ENCODING: OnceCell<u32> = const { OnceCell::new() };
+    }
+    // SAFETY: reads a variable of the session, which is connected to its database.
+    ENCODING.with(|known| *known.get_or_init(|| unsafe { pg_sys::GetDatabaseEncoding() } as u32))
 }
 
 /// A varlena's text in UTF-8, whatever the database's encoding.
@@ -158,7 +178,7 @@ pub unsafe fn utf8_of<'a>(datum: pg_sys::Datum) -> Cow<'a, str> {
 pub unsafe fn utf8(bytes: &[u8]) -> Cow<'_, str> {
     // SAFETY: the caller's promise; a conversion's result is a zero-terminated string of the current memory context.
     unsafe {
-        match pg_sys::GetDatabaseEncoding() as u32 {
+        match encoding() {
             pg_sys::pg_enc::PG_UTF8 => Cow::Borrowed(std::str::from_utf8_unchecked(bytes)),
             pg_sys::pg_enc::PG_SQL_ASCII => String::from_utf8_lossy(bytes),
             _ => {
@@ -281,6 +301,25 @@ pub unsafe fn texts_of_array(datum: pg_sys::Datum) -> Vec<String> {
     }
 }
 
+/// What is called for each row, without a guard for each call.
+mod hot {
+    use pgrx::pg_sys;
+
+    // SAFETY: the declarations of access/genam.h and access/htup_details.h; called within a guard, since they may raise an ERROR.
+    unsafe extern "C-unwind" {
+        pub fn systable_getnext_ordered(
+            scan: pg_sys::SysScanDesc,
+            direction: pg_sys::ScanDirection::Type,
+        ) -> pg_sys::HeapTuple;
+        pub fn heap_deform_tuple(
+            tuple: pg_sys::HeapTuple,
+            descriptor: pg_sys::TupleDesc,
+            values: *mut pg_sys::Datum,
+            nulls: *mut bool,
+        );
+    }
+}
+
 /// `outbox.events`, open for the reader within one transaction.
 pub struct EventsTable {
     events: pg_sys::Relation,
@@ -335,10 +374,12 @@ impl EventsTable {
                 keys.len() as i32,
                 entries.as_mut_ptr(),
             );
+            let descriptor = (*self.events).rd_att;
+            Row::expect_room(descriptor);
             EventsScan {
                 scan,
                 row: Box::new(Row::empty()),
-                descriptor: (*self.events).rd_att,
+                descriptor,
             }
         }
     }
@@ -416,15 +457,19 @@ impl EventsScan {
 
 impl Scan for EventsScan {
     fn advance(&mut self) -> Option<Key> {
-        // SAFETY: an open scan; it keeps the current tuple's buffer pinned until the next call.
-        unsafe {
-            let tuple = pg_sys::systable_getnext_ordered(self.scan, pg_sys::ScanDirection::ForwardScanDirection);
-            if tuple.is_null() {
-                return None;
-            }
-            self.row.refill(tuple, self.descriptor);
-        }
-        Some(self.row.key())
+        // SAFETY: an open scan; it keeps the current tuple's buffer pinned until the next call. One guard for both calls, since a guard
+        // costs as much as a call.
+        let is_row = unsafe {
+            pg_sys::ffi::pg_guard_ffi_boundary(|| {
+                let tuple = hot::systable_getnext_ordered(self.scan, pg_sys::ScanDirection::ForwardScanDirection);
+                if !tuple.is_null() {
+                    let (values, nulls) = (self.row.values.as_mut_ptr(), self.row.nulls.as_mut_ptr());
+                    hot::heap_deform_tuple(tuple, self.descriptor, values, nulls);
+                }
+                !tuple.is_null()
+            })
+        };
+        is_row.then(|| self.row.key())
     }
 }
 

@@ -1,112 +1,169 @@
-//! One connection to Redis: opening it with all its timeouts, writing batches, reading replies one by one.
+//! One connection to Redis: opening it with all its timeouts, logging in, writing batches, reading replies one by one.
 
 use crate::classify::{self, Class, Failure};
 use crate::destination::{Address, Destination, Secret};
-use redis::io::tcp::TcpSettings;
-use redis::{Client, Connection, ConnectionAddr, IntoConnectionInfo, RedisConnectionInfo, Value};
+use crate::encode::append_command;
+use crate::replies::{Inbox, Reply};
+use redis::{RedisError, Value};
+use socket2::SockRef;
 use std::fs;
+use std::io::{self, Read, Write};
+use std::net::{TcpStream, ToSocketAddrs};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
 /// A connection that has logged in, chosen its database and answered a PING.
 pub struct Link {
-    connection: Connection,
+    stream: Stream,
+    inbox: Inbox,
+}
+
+enum Stream {
+    Tcp(TcpStream),
+    Unix(UnixStream),
 }
 
 impl Link {
     /// Blocks for at most `connect_timeout` for each address that the host's name stands for (and, beyond our reach, the
     /// resolver's own time).
     pub fn open(destination: &Destination) -> Result<Self, Failure> {
-        let mut redis = RedisConnectionInfo::default()
-            .set_db(destination.db)
-            .set_skip_set_lib_name();
-        if let Some(username) = &destination.username {
-            redis = redis.set_username(username);
-        }
-        match &destination.password {
-            Some(Secret::Text(password)) => redis = redis.set_password(password),
-            Some(Secret::File(path)) => redis = redis.set_password(read_password(path)?),
-            None => {}
-        }
-        let address = match &destination.address {
-            Address::Tcp { host, port } => ConnectionAddr::Tcp(host.clone(), *port),
-            Address::Unix(path) => ConnectionAddr::Unix(path.clone()),
+        let mut link = Self {
+            stream: Stream::open(destination).map_err(broken)?,
+            inbox: Inbox::default(),
         };
-        let tcp = TcpSettings::default()
-            .set_nodelay(true)
-            .set_user_timeout(destination.socket_timeout);
-        let info = address
-            .into_connection_info()
-            .map_err(|e| classify::connection(&e))?
-            .set_tcp_settings(tcp)
-            .set_redis_settings(redis);
-        let client = Client::open(info).map_err(|e| classify::connection(&e))?;
-        let connection = client
-            .get_connection_with_timeout(destination.connect_timeout)
-            .map_err(|e| classify::connection(&e))?;
-        let mut link = Self { connection };
-        link.set_timeouts(destination.socket_timeout)?;
+        link.log_in(destination)?;
+        Ok(link)
+    }
+
+    fn log_in(&mut self, destination: &Destination) -> Result<(), Failure> {
+        let password = match &destination.password {
+            Some(Secret::Text(password)) => Some(password.clone()),
+            Some(Secret::File(path)) => Some(read_password(path)?),
+            None => None,
+        };
+        if let Some(password) = password {
+            match &destination.username {
+                Some(username) => self.ask(&[b"AUTH", username.as_bytes(), password.as_bytes()])?,
+                None => self.ask(&[b"AUTH", password.as_bytes()])?,
+            }
+            .map_err(Failure::not_of_an_event)?;
+        }
+        if destination.db != 0 {
+            self.ask(&[b"SELECT", destination.db.to_string().as_bytes()])?
+                .map_err(Failure::not_of_an_event)?;
+        }
         // A user without the right to name itself is welcome all the same; one who must log in first is told by PING.
-        let name = redis::cmd("CLIENT")
-            .arg("SETNAME")
-            .arg(&destination.client_name)
-            .get_packed_command();
-        link.send(&name)?;
-        match link.receive()? {
+        match self.ask(&[b"CLIENT", b"SETNAME", destination.client_name.as_bytes()])? {
             // Such as "max number of clients reached": the last word before the server closes the connection.
             Err(failure) if failure.class == Class::Backend => return Err(failure),
             _ => {}
         }
-        link.send(&redis::cmd("PING").get_packed_command())?;
-        match link.receive()? {
-            Ok(()) => Ok(link),
+        match self.ask(&[b"PING"])? {
+            Ok(()) => Ok(()),
             // Without the right to PING it may still XADD.
-            Err(failure) if failure.message.starts_with("NOPERM") => Ok(link),
+            Err(failure) if failure.message.starts_with("NOPERM") => Ok(()),
             Err(failure) if failure.class == Class::Event => Err(Failure::backend(failure.message)),
             Err(failure) => Err(failure),
         }
     }
 
-    fn set_timeouts(&self, timeout: Duration) -> Result<(), Failure> {
-        // Zero would mean "none at all" to the operating system.
-        let timeout = Some(timeout.max(Duration::from_millis(1)));
-        self.connection
-            .set_read_timeout(timeout)
-            .and_then(|()| self.connection.set_write_timeout(timeout))
-            .map_err(|e| classify::connection(&e))
+    /// Sends one command and reads its reply: the inner error is one of the server.
+    fn ask(&mut self, command: &[&[u8]]) -> Result<Result<(), Failure>, Failure> {
+        let mut bytes = Vec::new();
+        append_command(&mut bytes, command);
+        self.send(&bytes)?;
+        match self.receive()?.value()? {
+            Value::Okay | Value::SimpleString(_) => Ok(Ok(())),
+            Value::ServerError(error) => Ok(Err(classify::reply(&error))),
+            _ => Err(Failure::backend("unexpected reply, as from no Redis server")),
+        }
     }
 
     /// Writes whole commands.
     pub fn send(&mut self, commands: &[u8]) -> Result<(), Failure> {
-        self.connection
-            .send_packed_command(commands)
-            .map_err(|e| classify::connection(&e))
+        self.stream.write_all(commands).map_err(broken)
     }
 
     /// Reads the next reply, whatever it is.
-    pub fn receive_value(&mut self) -> Result<Value, Failure> {
-        self.connection.recv_response().map_err(|e| classify::connection(&e))
-    }
-
-    /// Reads the next reply. The outer error is the connection's end; the inner one an error reply of the server. Whatever is
-    /// not the reply of a command that succeeded is an error.
-    pub fn receive(&mut self) -> Result<Result<(), Failure>, Failure> {
-        self.receive_if(|value| matches!(value, Value::BulkString(_) | Value::SimpleString(_) | Value::Okay))
-    }
-
-    /// The same for the reply of an XADD: an entry's id, and nothing else.
-    pub fn receive_entry_id(&mut self) -> Result<Result<(), Failure>, Failure> {
-        self.receive_if(|value| matches!(value, Value::BulkString(_)))
-    }
-
-    fn receive_if(&mut self, succeeded: impl FnOnce(&Value) -> bool) -> Result<Result<(), Failure>, Failure> {
-        match self.connection.recv_response() {
-            Ok(Value::ServerError(error)) => Ok(Err(classify::reply(&error))),
-            Ok(value) if succeeded(&value) => Ok(Ok(())),
-            Ok(_) => Err(Failure::backend("unexpected reply, as from no Redis server")),
-            Err(error) => Err(classify::connection(&error)),
+    pub fn receive(&mut self) -> Result<Reply<'_>, Failure> {
+        loop {
+            if let Some(taken) = self.inbox.take()? {
+                return Ok(self.inbox.reply(taken));
+            }
+            match self.stream.read(self.inbox.room()?) {
+                Ok(0) => return Err(broken(io::ErrorKind::UnexpectedEof.into())),
+                Ok(bytes) => self.inbox.received(bytes),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(broken(error)),
+            }
         }
     }
+
+    /// Reads the reply of an XADD: an entry's id, and nothing else. The outer error is the connection's end; the inner one an error reply of the server.
+    pub fn receive_entry_id(&mut self) -> Result<Result<(), Failure>, Failure> {
+        let reply = self.receive()?;
+        if reply.is_bulk() {
+            return Ok(Ok(()));
+        }
+        match reply.value()? {
+            Value::ServerError(error) => Ok(Err(classify::reply(&error))),
+            _ => Err(Failure::backend("unexpected reply, as from no Redis server")),
+        }
+    }
+}
+
+impl Stream {
+    fn open(destination: &Destination) -> io::Result<Self> {
+        // Zero would mean "none at all" to the operating system.
+        let timeout = Some(destination.socket_timeout.max(Duration::from_millis(1)));
+        let stream = match &destination.address {
+            Address::Tcp { host, port } => {
+                let stream = connect(host, *port, destination.connect_timeout)?;
+                stream.set_nodelay(true)?;
+                SockRef::from(&stream).set_tcp_user_timeout(timeout)?;
+                Self::Tcp(stream)
+            }
+            Address::Unix(path) => Self::Unix(UnixStream::connect(path)?),
+        };
+        let socket = match &stream {
+            Self::Tcp(stream) => SockRef::from(stream),
+            Self::Unix(stream) => SockRef::from(stream),
+        };
+        socket.set_read_timeout(timeout)?;
+        socket.set_write_timeout(timeout)?;
+        Ok(stream)
+    }
+
+    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        match self {
+            Self::Tcp(stream) => stream.write_all(bytes),
+            Self::Unix(stream) => stream.write_all(bytes),
+        }
+    }
+
+    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Tcp(stream) => stream.read(room),
+            Self::Unix(stream) => stream.read(room),
+        }
+    }
+}
+
+/// The first address that answers; else the last one's error.
+fn connect(host: &str, port: u16, timeout: Duration) -> io::Result<TcpStream> {
+    let mut outcome = Err(io::Error::other("the name stands for no address"));
+    for address in (host, port).to_socket_addrs()? {
+        outcome = TcpStream::connect_timeout(&address, timeout.max(Duration::from_millis(1)));
+        if outcome.is_ok() {
+            break;
+        }
+    }
+    outcome
+}
+
+fn broken(error: io::Error) -> Failure {
+    classify::connection(&RedisError::from(error))
 }
 
 fn read_password(path: &Path) -> Result<String, Failure> {

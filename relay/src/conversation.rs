@@ -16,6 +16,7 @@ use crate::encode::append_command;
 use crate::fault;
 use crate::guard::{BATCH_START, Guard, Mark, Owner, Progress, append_beat, append_claim, append_progress};
 use crate::reader::Position;
+use crate::replies::Reply;
 use crate::sender::{Batch, Order, Refusal, Report};
 use crate::tails::Search;
 use redis::Value;
@@ -299,16 +300,15 @@ impl Conversation {
     }
 
     /// Takes in the next reply, and appends what there is to report. An error ends the connection.
-    pub fn reply(&mut self, value: Value, reports: &mut Vec<Report>) -> Result<(), Failure> {
+    pub fn reply(&mut self, reply: Reply<'_>, reports: &mut Vec<Report>) -> Result<(), Failure> {
         match self.expected.pop_front() {
             None => return Err(Failure::backend("a reply that nobody asked for")),
-            Some(Expect::Watch) => well(&value)?,
+            Some(Expect::Watch | Expect::Claiming) => well(&reply.value()?)?,
             Some(Expect::Guard) => {
-                let guard = guard(value).map_err(|failure| self.at_key(failure))?;
+                let guard = guard(reply.value()?).map_err(|failure| self.at_key(failure))?;
                 reports.push(Report::Guard(Box::new(guard)));
             }
-            Some(Expect::Claiming) => well(&value)?,
-            Some(Expect::ClaimExec) => match value {
+            Some(Expect::ClaimExec) => match reply.value()? {
                 Value::Array(replies) => {
                     replies.iter().try_for_each(well)?;
                     match self.replicas {
@@ -320,20 +320,22 @@ impl Conversation {
                 Value::ServerError(error) => return Err(classify::aborted(&error)),
                 other => return Err(error_of(&other)),
             },
-            Some(Expect::Token) => self.token(&value, reports)?,
+            Some(Expect::Token) => self.token(&reply.value()?, reports)?,
             Some(Expect::Queued { batch, next, commands }) => {
-                self.queued_one(batch, &value, next)?;
+                if !reply.is_queued() {
+                    self.not_queued(batch, &reply.value()?, next)?;
+                }
                 if next + 1 < commands {
                     let next = next + 1;
                     self.expected.push_front(Expect::Queued { batch, next, commands });
                 }
             }
-            Some(Expect::Exec) => self.executed(value, reports)?,
-            Some(Expect::Replicas) => self.replicated(&value, reports)?,
+            Some(Expect::Exec) => self.executed(reply, reports)?,
+            Some(Expect::Replicas) => self.replicated(&reply.value()?, reports)?,
             Some(Expect::Discard) => {}
             Some(Expect::Search) => {
                 if let Some(search) = &mut self.search {
-                    search.reply(value)?;
+                    search.reply(reply.value()?)?;
                 }
                 self.ask();
                 if !self.expected.iter().any(|e| matches!(e, Expect::Search))
@@ -381,8 +383,8 @@ impl Conversation {
         !std::mem::replace(&mut self.was_claimed, true)
     }
 
-    /// One command of a batch was queued, or was not.
-    fn queued_one(&mut self, batch: u64, value: &Value, index: usize) -> Result<(), Failure> {
+    /// One command of a batch was not queued (or is MULTI).
+    fn not_queued(&mut self, batch: u64, value: &Value, index: usize) -> Result<(), Failure> {
         let mut on_their_way = self.queued.iter_mut().chain(&mut self.executing);
         let Some(written) = on_their_way.find(|written| written.id == batch) else {
             // It has been discarded.
@@ -399,30 +401,19 @@ impl Conversation {
         Ok(())
     }
 
-    fn executed(&mut self, value: Value, reports: &mut Vec<Report>) -> Result<(), Failure> {
+    fn executed(&mut self, reply: Reply<'_>, reports: &mut Vec<Report>) -> Result<(), Failure> {
         fault::reach("after_exec");
         let Some(written) = self.executing.pop_front() else {
             return Err(Failure::backend("a reply to no EXEC"));
         };
-        let replies = match value {
-            Value::Array(replies) if replies.len() == written.batch.commands + 1 => replies,
-            Value::Nil => return Err(touched()),
-            Value::ServerError(error) => return self.aborted(written, &error, reports),
-            _ => return Err(Failure::backend("unexpected reply to EXEC")),
-        };
+        let commands = written.batch.commands;
         let mut refused = Vec::new();
-        for (index, reply) in replies.iter().enumerate() {
-            match reply {
-                Value::ServerError(_) if fault::is_mutated("ignore_error_reply") => {}
-                Value::ServerError(error) if index < written.batch.commands => {
-                    // Within a transaction that was executed nothing will come of trying the same again at once: it is this entry's.
-                    let mut failure = classify::reply(error);
-                    failure.class = Class::Event;
-                    refused.push((index, failure));
-                }
-                Value::BulkString(_) if index < written.batch.commands => {}
-                Value::Int(_) if index == written.batch.commands => {}
-                other => return Err(error_of(other)),
+        if !reply.is_strings_and_number(commands) {
+            match reply.value()? {
+                Value::Array(replies) if replies.len() == commands + 1 => refused = refusals(&replies)?,
+                Value::Nil => return Err(touched()),
+                Value::ServerError(error) => return self.aborted(written, &error, reports),
+                _ => return Err(Failure::backend("unexpected reply to EXEC")),
             }
         }
         if self.replicas.is_some() {
@@ -501,6 +492,27 @@ impl Conversation {
         }
         Ok(())
     }
+}
+
+/// Of the replies to a batch's entries and to the guard's HSET behind them.
+fn refusals(replies: &[Value]) -> Result<Vec<Refusal>, Failure> {
+    let commands = replies.len() - 1;
+    let mut refused = Vec::new();
+    for (index, reply) in replies.iter().enumerate() {
+        match reply {
+            Value::ServerError(_) if fault::is_mutated("ignore_error_reply") => {}
+            Value::ServerError(error) if index < commands => {
+                // Within a transaction that was executed nothing will come of trying the same again at once: it is this entry's.
+                let mut failure = classify::reply(error);
+                failure.class = Class::Event;
+                refused.push((index, failure));
+            }
+            Value::BulkString(_) if index < commands => {}
+            Value::Int(_) if index == commands => {}
+            other => return Err(error_of(other)),
+        }
+    }
+    Ok(refused)
 }
 
 fn guard(value: Value) -> Result<Option<Guard>, Failure> {

@@ -13,49 +13,86 @@ pub struct Target<'a> {
     pub max_len: i64,
 }
 
-/// Appends one XADD command. On an error nothing is appended. `scratch` is working space.
-pub fn append_xadd(
-    out: &mut Vec<u8>,
-    scratch: &mut Vec<u8>,
-    target: Target<'_>,
-    event: &Event<'_>,
-) -> Result<(), ConfigError> {
-    let further = event
-        .publisher_config
-        .map(further_fields)
-        .transpose()?
-        .unwrap_or_default();
-    let trims = target.max_len > 0;
-    let arguments = 3 + if trims { 3 } else { 0 } + 2 * (5 + further.len());
-    let event_id = hyphenated(&event.event_id);
-    let timestamp = rfc3339(event.created_at_us);
+/// Writes entries.
+#[derive(Default)]
+pub struct Encoder {
+    /// Working space.
+    scratch: Vec<u8>,
+    clock: Clock,
+}
 
-    append_array_header(out, arguments);
-    append_bulk(out, b"XADD");
-    append_bulk(out, target.stream.as_bytes());
-    if trims {
-        append_bulk(out, b"MAXLEN");
-        append_bulk(out, b"~");
-        append_bulk(out, itoa::Buffer::new().format(target.max_len).as_bytes());
+impl Encoder {
+    /// Appends one XADD command. On an error nothing is appended.
+    pub fn append_xadd(&mut self, out: &mut Vec<u8>, target: Target<'_>, event: &Event<'_>) -> Result<(), ConfigError> {
+        let further = event
+            .publisher_config
+            .map(further_fields)
+            .transpose()?
+            .unwrap_or_default();
+        let trims = target.max_len > 0;
+        let arguments = 3 + if trims { 3 } else { 0 } + 2 * (5 + further.len());
+        let event_id = hyphenated(&event.event_id);
+        let timestamp = self.clock.rfc3339(event.created_at_us);
+        self.scratch.clear();
+        append_cloud_event(&mut self.scratch, event, &event_id, &timestamp);
+
+        // Most of it is the same for each entry: it is written in as few pieces as there are values between.
+        append_array_header(out, arguments);
+        out.extend_from_slice(b"$4\r\nXADD\r\n");
+        append_bulk(out, target.stream.as_bytes());
+        if trims {
+            out.extend_from_slice(b"$6\r\nMAXLEN\r\n$1\r\n~\r\n");
+            append_bulk(out, itoa::Buffer::new().format(target.max_len).as_bytes());
+        }
+        out.extend_from_slice(b"$1\r\n*\r\n$8\r\nevent_id\r\n$36\r\n");
+        out.extend_from_slice(&event_id);
+        out.extend_from_slice(b"\r\n$10\r\nevent_type\r\n");
+        append_bulk(out, event.event_type.as_bytes());
+        out.extend_from_slice(b"$6\r\nsource\r\n");
+        append_bulk(out, event.source.as_bytes());
+        out.extend_from_slice(b"$9\r\ntimestamp\r\n$32\r\n");
+        out.extend_from_slice(&timestamp);
+        out.extend_from_slice(b"\r\n$11\r\ncloud_event\r\n");
+        append_bulk(out, &self.scratch);
+        for (key, value) in &further {
+            append_bulk(out, key.as_bytes());
+            append_bulk(out, value.as_bytes());
+        }
+        Ok(())
     }
-    append_bulk(out, b"*");
-    append_bulk(out, b"event_id");
-    append_bulk(out, &event_id);
-    append_bulk(out, b"event_type");
-    append_bulk(out, event.event_type.as_bytes());
-    append_bulk(out, b"source");
-    append_bulk(out, event.source.as_bytes());
-    append_bulk(out, b"timestamp");
-    append_bulk(out, &timestamp);
-    append_bulk(out, b"cloud_event");
-    scratch.clear();
-    append_cloud_event(scratch, event, &event_id, &timestamp);
-    append_bulk(out, scratch);
-    for (key, value) in &further {
-        append_bulk(out, key.as_bytes());
-        append_bulk(out, value.as_bytes());
+}
+
+/// Remembers the second of the last timestamp: those of neighbours differ in what is less.
+struct Clock {
+    second: i64,
+    text: [u8; 32],
+}
+
+impl Default for Clock {
+    fn default() -> Self {
+        Self {
+            second: 0,
+            text: rfc3339(0),
+        }
     }
-    Ok(())
+}
+
+impl Clock {
+    fn rfc3339(&mut self, us: i64) -> [u8; 32] {
+        let second = us.div_euclid(1_000_000);
+        if second != self.second {
+            (self.second, self.text) = (second, rfc3339(us));
+        }
+        put_digits(&mut self.text[20..26], us.rem_euclid(1_000_000) as u32);
+        self.text
+    }
+}
+
+fn put_digits(text: &mut [u8], mut value: u32) {
+    for digit in text.iter_mut().rev() {
+        *digit = b'0' + (value % 10) as u8;
+        value /= 10;
+    }
 }
 
 /// The CloudEvents 1.0 JSON object, with the spacing that both Python's `json.dumps` and Postgres's jsonb use.
@@ -155,12 +192,7 @@ pub fn rfc3339(us: i64) -> [u8; 32] {
     let year = year_of_era + era * 400 + i64::from(month <= 2);
 
     let mut text = *b"0000-00-00T00:00:00.000000+00:00";
-    let mut put = |at: usize, width: usize, mut value: i64| {
-        for digit in (at..at + width).rev() {
-            text[digit] = b'0' + (value % 10) as u8;
-            value /= 10;
-        }
-    };
+    let mut put = |at: usize, width: usize, value: i64| put_digits(&mut text[at..at + width], value as u32);
     let second = in_day / 1_000_000;
     put(0, 4, year);
     put(5, 2, month);
@@ -193,16 +225,11 @@ mod tests {
 
     fn encoded(event: &Event<'_>, max_len: i64) -> Vec<String> {
         let mut out = Vec::new();
-        append_xadd(
-            &mut out,
-            &mut Vec::new(),
-            Target {
-                stream: "events",
-                max_len,
-            },
-            event,
-        )
-        .unwrap();
+        let target = Target {
+            stream: "events",
+            max_len,
+        };
+        Encoder::default().append_xadd(&mut out, target, event).unwrap();
         arguments(&out)
     }
 
@@ -275,18 +302,11 @@ mod tests {
             ..Event::default()
         };
         let mut out = b"before".to_vec();
-        assert!(
-            append_xadd(
-                &mut out,
-                &mut Vec::new(),
-                Target {
-                    stream: "s",
-                    max_len: 0
-                },
-                &event
-            )
-            .is_err()
-        );
+        let target = Target {
+            stream: "s",
+            max_len: 0,
+        };
+        assert!(Encoder::default().append_xadd(&mut out, target, &event).is_err());
         assert_eq!(out, b"before");
     }
 
@@ -300,6 +320,23 @@ mod tests {
             (i64::MAX, "9999-12-31T04:00:54.775807+00:00"),
         ] {
             assert_eq!(std::str::from_utf8(&rfc3339(us)).unwrap(), text);
+        }
+    }
+
+    #[test]
+    fn a_clock_says_what_each_moment_says() {
+        let mut clock = Clock::default();
+        for us in [
+            7,
+            -1,
+            -1_000_000,
+            999_999,
+            1_767_225_599_999_999,
+            1_767_225_599_000_000,
+            i64::MAX,
+            i64::MAX - 1,
+        ] {
+            assert_eq!(clock.rfc3339(us), rfc3339(us), "{us}");
         }
     }
 }

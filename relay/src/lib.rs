@@ -4,7 +4,7 @@
 //! reader ─ which rows come next (snapshot, tick, position)     event, encode ─ a row as the bytes of its XADD
 //! delivery ─ what a backend does next (refusal: its streams)   sender ─ the thread that owns its connection
 //! guard, claim ─ whose streams they are and how far they are   conversation ─ what is said on a connection, exactly once
-//! backoff, classify ─ when to try again, and who is to blame   destination, connection ─ one Redis and how to reach it
+//! backoff, classify ─ when to try again, and who is to blame   destination, connection, replies ─ one Redis, how to reach it, what it says
 //! ```
 #![deny(unsafe_code)]
 
@@ -21,6 +21,7 @@ pub mod fault;
 pub mod guard;
 pub mod reader;
 pub mod refusal;
+pub mod replies;
 pub mod sender;
 pub mod snapshot;
 pub mod tails;

@@ -211,8 +211,7 @@ fn converse(
             }
         }
         if conversation.awaits_reply() {
-            let reply = link.receive_value()?;
-            let outcome = conversation.reply(reply, &mut reports);
+            let outcome = conversation.reply(link.receive()?, &mut reports);
             for report in reports.drain(..) {
                 if !reporter.report(report) {
                     return Ok(());
@@ -284,7 +283,7 @@ fn replicate(link: &mut Link, replicas: Replicas, reporter: &Reporter) -> Result
         let mut wait = Vec::new();
         replicas.append_wait(&mut wait);
         link.send(&wait)?;
-        let Err(failure) = replicas.judge(&link.receive_value()?)? else {
+        let Err(failure) = replicas.judge(&link.receive()?.value()?)? else {
             return Ok(());
         };
         if !std::mem::replace(&mut told, true) && !reporter.report(Report::Behind(failure)) {

@@ -359,7 +359,13 @@ impl Site {
             },
             total: 0,
         };
-        tell!(env, "send {} {seqs:?} {}, after {}", mark.number, mark.position, mark.previous);
+        tell!(
+            env,
+            "send {} {seqs:?} {}, after {}",
+            mark.number,
+            mark.position,
+            mark.previous
+        );
         append_progress(&mut bytes, crate::model::redis::GUARD.as_bytes(), &progress);
         self.order(Order::Batch(Batch {
             bytes,

@@ -1,9 +1,10 @@
 //! A sender of exactly_once with its connection to the model of Redis: commands arrive one by one, and so do the replies.
 
-use super::redis::{GUARD, Redis, Words, parse};
+use super::redis::{GUARD, Redis, Words, append_reply, parse};
 use redis::Value;
 use relay::classify::Failure;
 use relay::conversation::{Conversation, Replicas};
+use relay::replies::Reply;
 use relay::sender::{Order, Report};
 use std::collections::VecDeque;
 
@@ -93,7 +94,9 @@ impl Connection {
         let Some(value) = self.replies.pop_front() else {
             return false;
         };
-        let outcome = self.conversation.reply(value, &mut self.heard);
+        let mut bytes = Vec::new();
+        append_reply(&mut bytes, &value);
+        let outcome = self.conversation.reply(Reply::new(&bytes), &mut self.heard);
         self.reports.extend(self.heard.drain(..));
         if let Err(failure) = outcome {
             self.lose(failure);

@@ -317,3 +317,26 @@ fn bulk(text: &str) -> Value {
 fn error(text: &str) -> Value {
     redis::parse_redis_value(format!("-{text}\r\n").as_bytes()).expect("an error reply")
 }
+
+/// A reply as it is sent.
+pub fn append_reply(out: &mut Vec<u8>, value: &Value) {
+    match value {
+        Value::Okay => out.extend(b"+OK\r\n"),
+        Value::SimpleString(text) => out.extend(format!("+{text}\r\n").bytes()),
+        Value::Int(number) => out.extend(format!(":{number}\r\n").bytes()),
+        Value::Nil => out.extend(b"$-1\r\n"),
+        Value::BulkString(bytes) => {
+            out.extend(format!("${}\r\n", bytes.len()).bytes());
+            out.extend(bytes);
+            out.extend(b"\r\n");
+        }
+        Value::Array(items) => {
+            out.extend(format!("*{}\r\n", items.len()).bytes());
+            items.iter().for_each(|item| append_reply(out, item));
+        }
+        Value::ServerError(error) => {
+            out.extend(format!("-{} {}\r\n", error.code(), error.details().unwrap_or_default()).bytes());
+        }
+        other => panic!("the model sends no {other:?}"),
+    }
+}
