@@ -11,7 +11,7 @@ pub fn memory(scale: &Scale) -> Figure {
     stack.wait_events(1);
     let pid = stack.pg.wait_worker("postgres");
     let idle_kb = anonymous_kb(pid);
-    drain::fill(&stack, scale.backlog, "exactly_once");
+    drain::fill(&stack, scale.backlog, "exactly_once", false);
     let mut highest_kb = anonymous_kb(pid);
     stack.pg.exec("update outbox.backends set enabled = true");
     poll_until(|| {

@@ -26,13 +26,16 @@ enum Stream {
 
 impl Link {
     /// Blocks for at most `connect_timeout` for each address that the host's name stands for (and, beyond our reach, the
-    /// resolver's own time).
+    /// resolver's own time), and for each step of logging in.
     pub fn open(destination: &Destination) -> Result<Self, Failure> {
         let mut link = Self {
             stream: Stream::open(destination).map_err(broken)?,
             inbox: Inbox::default(),
         };
+        link.stream.set_timeout(destination.connect_timeout).map_err(broken)?;
         link.log_in(destination)?;
+        link.stream.set_timeout(destination.socket_timeout).map_err(broken)?;
+        link.introduce(destination)?;
         Ok(link)
     }
 
@@ -53,6 +56,10 @@ impl Link {
             self.ask(&[b"SELECT", destination.db.to_string().as_bytes()])?
                 .map_err(Failure::not_of_an_event)?;
         }
+        Ok(())
+    }
+
+    fn introduce(&mut self, destination: &Destination) -> Result<(), Failure> {
         // A user without the right to name itself is welcome all the same; one who must log in first is told by PING.
         match self.ask(&[b"CLIENT", b"SETNAME", destination.client_name.as_bytes()])? {
             // Such as "max number of clients reached": the last word before the server closes the connection.
@@ -115,24 +122,26 @@ impl Link {
 
 impl Stream {
     fn open(destination: &Destination) -> io::Result<Self> {
-        // Zero would mean "none at all" to the operating system.
-        let timeout = Some(destination.socket_timeout.max(Duration::from_millis(1)));
-        let stream = match &destination.address {
+        Ok(match &destination.address {
             Address::Tcp { host, port } => {
-                let stream = connect(host, *port, destination.connect_timeout)?;
+                let stream = connect(host, *port, at_least_some(destination.connect_timeout))?;
                 stream.set_nodelay(true)?;
-                SockRef::from(&stream).set_tcp_user_timeout(timeout)?;
+                SockRef::from(&stream).set_tcp_user_timeout(Some(at_least_some(destination.socket_timeout)))?;
                 Self::Tcp(stream)
             }
             Address::Unix(path) => Self::Unix(UnixStream::connect(path)?),
-        };
-        let socket = match &stream {
+        })
+    }
+
+    /// For each write, and for the first byte of each read.
+    fn set_timeout(&self, timeout: Duration) -> io::Result<()> {
+        let timeout = Some(at_least_some(timeout));
+        let socket = match self {
             Self::Tcp(stream) => SockRef::from(stream),
             Self::Unix(stream) => SockRef::from(stream),
         };
         socket.set_read_timeout(timeout)?;
-        socket.set_write_timeout(timeout)?;
-        Ok(stream)
+        socket.set_write_timeout(timeout)
     }
 
     fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
@@ -150,11 +159,16 @@ impl Stream {
     }
 }
 
+/// Zero would mean "none at all" to the operating system.
+fn at_least_some(timeout: Duration) -> Duration {
+    timeout.max(Duration::from_millis(1))
+}
+
 /// The first address that answers; else the last one's error.
 fn connect(host: &str, port: u16, timeout: Duration) -> io::Result<TcpStream> {
     let mut outcome = Err(io::Error::other("the name stands for no address"));
     for address in (host, port).to_socket_addrs()? {
-        outcome = TcpStream::connect_timeout(&address, timeout.max(Duration::from_millis(1)));
+        outcome = TcpStream::connect_timeout(&address, timeout);
         if outcome.is_ok() {
             break;
         }
