@@ -63,11 +63,19 @@ const DEFAULT: usize = 0;
 const PLAIN: usize = 3;
 const SPREAD: usize = 4;
 
+/// A name, which it is, its unit and its goal.
+type Cost = (&'static str, fn(&Drain) -> f64, &'static str, &'static str);
+
 /// How one drain went.
 struct Drain {
     rate: f64,
     /// Rate of the last tenth over that of the first.
     flatness: f64,
+    /// Time on a processor of the worker's main thread and of its senders, microseconds an event.
+    reader_us: f64,
+    sender_us: f64,
+    /// Bytes of WAL an event.
+    wal: f64,
 }
 
 pub fn measure(scale: &Scale) -> Vec<Figure> {
@@ -112,6 +120,20 @@ pub fn measure(scale: &Scale) -> Vec<Figure> {
         &rates(DEFAULT),
         "0.9",
     ));
+    let costs: [Cost; 3] = [
+        ("worker's main thread", |d| d.reader_us, "us", "1 us"),
+        ("sender", |d| d.sender_us, "us", "1 us"),
+        ("WAL of the relay", |d| d.wal, "bytes", "2 bytes"),
+    ];
+    for (name, cost, unit, goal) in costs {
+        figures.push(Figure {
+            name: format!("{name} for an event, default settings"),
+            ours: format!("{:.2} {unit}", median(drains[DEFAULT].iter().map(cost).collect())),
+            floor: String::new(),
+            ratio: String::new(),
+            goal,
+        });
+    }
     figures.push(Figure {
         name: format!("flatness of a drain of {}, last tenth beside first", scale.events),
         ours: String::new(),
@@ -163,6 +185,8 @@ fn drain(stack: &Stack, events: u64, spread: bool) -> Drain {
     stack.redis.call(&["CONFIG", "RESETSTAT"]);
     let mut conn = stack.redis.conn();
     let (mut first_tenth, mut last_tenth) = (None, None);
+    let (pid, wal) = (stack.pg.wait_worker("postgres"), wal(stack));
+    let before = Busy::of(pid);
     let start = Instant::now();
     stack.pg.exec(&format!(
         "update outbox.backends set enabled = true where (name <> 'default') = {spread}"
@@ -179,11 +203,58 @@ fn drain(stack: &Stack, events: u64, spread: bool) -> Drain {
         done >= events
     });
     let took = start.elapsed().as_secs_f64();
+    let busy = Busy::of(pid);
+    poll_until(|| stack.pg.one::<i64>("select pending from outbox.status") == 0);
     let (first, last) = first_tenth.zip(last_tenth).expect("it came past them");
     let last_rate = (events - last.1) as f64 / (took - last.0);
     Drain {
         rate: events as f64 / took,
         flatness: last_rate / (first.1 as f64 / first.0),
+        reader_us: (busy.reader - before.reader) * 1e6 / events as f64,
+        sender_us: (busy.senders - before.senders) * 1e6 / events as f64,
+        wal: (self::wal(stack) - wal) as f64 / events as f64,
+    }
+}
+
+/// WAL written so far, in bytes.
+fn wal(stack: &Stack) -> i64 {
+    stack
+        .pg
+        .one("select (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint")
+}
+
+/// Seconds that a worker's threads have been on a processor.
+struct Busy {
+    reader: f64,
+    senders: f64,
+}
+
+impl Busy {
+    fn of(pid: i32) -> Self {
+        let mut busy = Self {
+            reader: 0.0,
+            senders: 0.0,
+        };
+        for task in std::fs::read_dir(format!("/proc/{pid}/task"))
+            .expect("the worker runs")
+            .flatten()
+        {
+            // Nanoseconds on a processor come first.
+            let Ok(text) = std::fs::read_to_string(task.path().join("schedstat")) else {
+                continue;
+            };
+            let seconds = text
+                .split(' ')
+                .next()
+                .and_then(|n| n.parse::<f64>().ok())
+                .unwrap_or(0.0)
+                / 1e9;
+            match task.file_name().to_str() == Some(&pid.to_string()) {
+                true => busy.reader += seconds,
+                false => busy.senders += seconds,
+            }
+        }
+        busy
     }
 }
 
