@@ -288,6 +288,29 @@ fn streams_are_trimmed_to_about_max_len() {
     assert!((10_000..=10_200).contains(&kept), "{kept} entries");
 }
 
+/// Whether their events come in turns, in runs, or each in a transaction of its own.
+#[test]
+fn each_stream_of_several_is_trimmed() {
+    let stack = Stack::with(&[]);
+    stack.pg.exec("update outbox.backends set max_len = 200");
+    let publish = |stream: &str, events: u32| {
+        stack.pg.exec(&format!(
+            "select outbox.publish_event('t', 'kit', stream => {stream}) from generate_series(1, {events}) n"
+        ));
+    };
+    publish("'turn' || n % 3", 1_800);
+    publish("'run' || n / 600", 1_799);
+    let mut client = stack.pg.client();
+    for _ in 0..400 {
+        publish_many(&mut client, "default", "single", "t", 1);
+    }
+    wait_drained(&stack.pg, "default");
+    for stream in ["turn0", "turn1", "turn2", "run0", "run1", "run2", "single"] {
+        let kept = stack.redis.xlen(stream);
+        assert!((200..=320).contains(&kept), "{kept} entries in {stream}");
+    }
+}
+
 #[test]
 fn publishers_choose_among_the_allowed_streams() {
     let stack = Stack::start();
