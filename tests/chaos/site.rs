@@ -1,6 +1,6 @@
 //! The servers of a run: Postgres, and two Redis stores, each behind a proxy whose address never changes.
 
-use kit::{Postgres, Proxy, Redis, Saved};
+use kit::{Postgres, Proxy, Redis, Saved, wait_until};
 
 pub struct Backend {
     pub name: &'static str,
@@ -74,7 +74,7 @@ impl Store {
 
     /// A server with an append-only file, whose end it may lose.
     fn logged() -> Self {
-        Store::of(vec![Redis::with(&[
+        let store = Store::of(vec![Redis::with(&[
             "--enable-debug-command",
             "yes",
             "--appendonly",
@@ -83,7 +83,14 @@ impl Store {
             "everysec",
             "--auto-aof-rewrite-percentage",
             "0",
-        ])])
+        ])]);
+        // What stands in the base file is not of the end: the curse stays.
+        store.nodes[0].call(&["BGREWRITEAOF"]);
+        wait_until("the append-only file to be rewritten", || {
+            let info = format!("{:?}", store.nodes[0].call(&["INFO", "persistence"]));
+            info.contains("aof_rewrite_in_progress:0") && info.contains("aof_rewrite_scheduled:0")
+        });
+        store
     }
 
     pub fn primary(&self) -> &Redis {
