@@ -195,6 +195,14 @@ create table outbox.take_overs (
 );
 comment on table outbox.take_overs is 'Backends that are to be taken over; see outbox.take_over().';
 
+create table outbox.restores (
+    number         bigint generated always as identity primary key,
+    backend_number integer not null,
+    xid            xid8 not null,
+    restored_at    timestamptz not null default clock_timestamp()
+);
+comment on table outbox.restores is 'Transactions that brought events of a dump. Some may have been sent since it was taken: the worker looks for them in the streams first, and forgets the row.';
+
 create function outbox.is_delivered(c outbox.cursors, xid xid8, seq bigint) returns boolean
     language sql immutable parallel safe
     return coalesce(pg_catalog.pg_visible_in_snapshot(xid, c.from_snapshot)
@@ -346,6 +354,9 @@ create trigger backends_changed after insert or update or delete or truncate on 
 create trigger backends_changed after insert or update on outbox.take_overs
     for each statement execute function outbox.backends_changed();
 alter table outbox.take_overs enable always trigger backends_changed;
+create trigger backends_changed after insert on outbox.restores
+    for each statement execute function outbox.backends_changed();
+alter table outbox.restores enable always trigger backends_changed;
 alter table outbox.backends enable always trigger backends_changed;
 alter table outbox.backend_passwords enable always trigger backends_changed;
 

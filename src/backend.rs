@@ -211,7 +211,9 @@ impl Backend {
         let stays = destination == self.destination && stream == self.stream;
         // Those who watch the guard must know how often it is refreshed: a new claim says so.
         let beats = !self.is_exactly_once() || self.interval == guc::millis(&guc::POLL_INTERVAL_MS);
-        row.enabled && self.is_enabled() && stays && beats
+        // What a dump has brought is looked for by a new claim.
+        let claims = self.is_exactly_once() && !row.restores.is_empty();
+        row.enabled && self.is_enabled() && stays && beats && !claims
     }
 
     /// Takes over changed settings.
@@ -243,7 +245,8 @@ impl Backend {
         self.delivery.set_streams(Streams::default());
     }
 
-    fn let_go(&mut self) {
+    /// Begins anew with another connection.
+    pub fn let_go(&mut self) {
         self.claim = ClaimStage::None;
         if self.sender.take().is_some() {
             self.delivery.abandon();
@@ -370,6 +373,15 @@ impl Backend {
             self.stale_since.get_or_insert(now);
         }
         self.delivery.advanced(position);
+    }
+
+    /// Of rows that were read, these are not to be sent again.
+    pub fn skipped(&mut self, seqs: &[i64], now: Now) {
+        seqs.iter().for_each(|seq| self.delivery.skipped(*seq));
+        // The views count them as pending until the cursor is saved.
+        if !seqs.is_empty() {
+            self.dirty_since.get_or_insert(now);
+        }
     }
 
     /// Appends an event to a batch, in front of its entry.

@@ -34,6 +34,8 @@ pub struct BackendRow {
     pub wait_replicas: i32,
     /// Somebody has asked for it, see `outbox.take_over()`.
     pub take_over: bool,
+    /// Rows of `outbox.restores`: events of a dump have come.
+    pub restores: Vec<i64>,
 }
 
 /// What is saved of a backend beside its position.
@@ -51,6 +53,23 @@ pub struct Standing {
     pub healings: i64,
     /// How often its guard was claimed.
     pub epoch: i64,
+}
+
+/// Runs `f` with the rights of the bootstrap superuser: who may call these functions is a matter of EXECUTE. Nothing of a user's
+/// runs within.
+pub fn as_owner<R>(f: impl FnOnce() -> R) -> R {
+    let (mut user, mut context) = (pg_sys::InvalidOid, 0);
+    // SAFETY: saved and put back; an ERROR's abort puts them back as well.
+    unsafe {
+        pg_sys::GetUserIdAndSecContext(&mut user, &mut context);
+        let restricted =
+            context | pg_sys::SECURITY_LOCAL_USERID_CHANGE as i32 | pg_sys::SECURITY_RESTRICTED_OPERATION as i32;
+        pg_sys::SetUserIdAndSecContext(pg_sys::Oid::from(pg_sys::BOOTSTRAP_SUPERUSERID), restricted);
+    }
+    let result = f();
+    // SAFETY: as above.
+    unsafe { pg_sys::SetUserIdAndSecContext(user, context) };
+    result
 }
 
 /// Reads what is committed now. Takes no transaction id, as SPI's `update` would: looking writes no WAL, and works on a standby.
@@ -140,7 +159,8 @@ pub fn backends() -> Vec<BackendRow> {
         "select b.number, b.name, b.enabled, b.host, b.port, b.db, b.username, b.stream_name, b.max_len,
             (extract(epoch from b.connect_timeout) * 1000)::bigint, (extract(epoch from b.socket_timeout) * 1000)::bigint,
             b.unix_socket, b.password_file, p.password, b.delivery, b.on_missing_guard, b.wait_replicas,
-            exists (select from outbox.take_overs t where t.backend_number = b.number and t.asked_of = outbox.here())
+            exists (select from outbox.take_overs t where t.backend_number = b.number and t.asked_of = outbox.here()),
+            array(select r.number from outbox.restores r where r.backend_number = b.number)
         from outbox.backends b left join outbox.backend_passwords p on p.backend_number = b.number
         order by b.number",
         &[],
@@ -163,6 +183,7 @@ pub fn backends() -> Vec<BackendRow> {
             on_missing_guard: value(row, 16).unwrap_or_default(),
             wait_replicas: value(row, 17).unwrap_or_default(),
             take_over: value(row, 18).unwrap_or_default(),
+            restores: value(row, 19).unwrap_or_default(),
         },
     )
 }
@@ -187,10 +208,14 @@ pub fn known_numbers() -> Vec<i32> {
 }
 
 /// Whether a backend of this number was deleted: the number was given, and nobody has it as of now. (Whether the worker knows it is
-/// another matter: a backend's events may be seen before the news of it has come.)
+/// another matter: a backend's events may be seen before the news of it has come.) A dump brings its tables in any order: for a day,
+/// restored events wait for their backend.
 pub fn is_deleted(number: i32) -> bool {
     query(
-        "select $1 <= s.last_value and not exists (select from outbox.backends b where b.number = $1)
+        "select $1 <= s.last_value
+            and not exists (select from outbox.backends b where b.number = $1)
+            and not exists (select from outbox.restores r
+                where r.backend_number = $1 and r.restored_at > now() - '1 day'::interval)
         from outbox.backends_number_seq s",
         &[number.into()],
         |row| value(row, 1),
@@ -300,6 +325,37 @@ pub fn forget_take_over(number: i32) {
     run(
         "delete from outbox.take_overs where backend_number = $1",
         &[number.into()],
+    );
+}
+
+/// This transaction, of the id `xid`, brings events of a dump. Within the session that restores it.
+pub fn note_restore(number: i32, xid: u64) {
+    as_owner(|| {
+        run(
+            "insert into outbox.restores (backend_number, xid) values ($1, $2::text::xid8)",
+            &[number.into(), xid.to_string().into()],
+        )
+    });
+}
+
+/// How many events these restores have brought.
+pub fn count_restored(restores: &[i64]) -> i64 {
+    query(
+        "select count(*) from outbox.restores r join outbox.events e on e.xid = r.xid and e.backend_number = r.backend_number
+        where r.number = any($1)",
+        &[restores.to_vec().into()],
+        |row| value(row, 1),
+    )
+    .pop()
+    .flatten()
+    .unwrap_or(0)
+}
+
+/// What these restores have brought was looked for.
+pub fn forget_restores(restores: &[i64]) {
+    run(
+        "delete from outbox.restores where number = any($1)",
+        &[restores.to_vec().into()],
     );
 }
 

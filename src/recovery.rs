@@ -66,6 +66,7 @@ fn decide(backend: &mut Backend, identity: &Identity, guard: Option<Guard>, now:
             _ => OnMissing::Continue,
         },
         take_over: row.is_some_and(|r| r.take_over),
+        restored: row.is_some_and(|r| !r.restores.is_empty()),
     };
     match judge(guard.as_ref(), &claimant, &mut backend.watch, now) {
         Decision::Claim(start) => {
@@ -73,15 +74,20 @@ fn decide(backend: &mut Backend, identity: &Identity, guard: Option<Guard>, now:
             match (start, &guard) {
                 (Start::Replay, _) => {
                     let oldest = oldest(backend)?;
-                    step_back(backend, oldest, 0, now)?;
+                    step_back(backend, cursor(&oldest, 0), 0, now)?;
                 }
-                (Start::Heal, Some(guard)) => {
+                (Start::Heal { heard }, Some(guard)) => {
                     say_healed(backend, guard);
-                    step_back(backend, guard.position.clone(), guard.number, now)?;
+                    let cursor = match heard {
+                        // That number belongs to the position: should Redis come back with what it had lost, that is news.
+                        true => cursor(&guard.position, guard.number),
+                        false => cursor(&guard.previous, guard.number - 1),
+                    };
+                    step_back(backend, cursor, guard.number, now)?;
                 }
                 // What its last batch came to is found by comparing, too.
                 (Start::Compare(Why::Unfinished), Some(guard)) => {
-                    step_back(backend, guard.previous.clone(), guard.number, now)?;
+                    step_back(backend, cursor(&guard.previous, guard.number), guard.number, now)?;
                 }
                 _ => {}
             }
@@ -89,7 +95,7 @@ fn decide(backend: &mut Backend, identity: &Identity, guard: Option<Guard>, now:
             worker::save(std::slice::from_mut(backend), now)?;
             let wal = ticker::flush();
             fault::reach("before_claim");
-            let anew = guard.is_none() || matches!(start, Start::Heal | Start::Compare(_));
+            let anew = guard.is_none() || matches!(start, Start::Heal { .. } | Start::Compare(_));
             let beginning = anew.then(|| beginning(backend, start, wal));
             backend.order(Order::Claim(Box::new(Claim {
                 token: token(),
@@ -109,7 +115,7 @@ fn beginning(backend: &Backend, start: Start, wal: u64) -> Beginning {
         // It counts as a batch: whoever has not heard of it is behind.
         number: backend.delivery.next_number(),
         position: backend.delivery.acked().clone(),
-        compares: matches!(start, Start::Compare(_)),
+        compares: matches!(start, Start::Heal { heard: false } | Start::Compare(_)),
         wal,
         total: backend.total(),
     }
@@ -138,35 +144,43 @@ fn begin(
     } else {
         start
     };
-    let (candidates, purpose) = match (start, &guard) {
-        (Start::Own, Some(_)) | (Start::Adopt, None) => return come_up(backend, now),
-        (Start::Adopt, Some(guard)) => (process::transaction(|| last_batch(backend, guard))?, Purpose::Settle),
+    let candidates = match (start, &guard) {
+        (Start::Adopt, None) => return come_up(backend, start, now),
+        // Redis may have come back with what it had lost before: then some that wait now had been accepted.
+        (Start::Own, Some(_)) => process::transaction(|| waiting(backend))?,
+        (Start::Adopt, Some(guard)) => process::transaction(|| {
+            let others = waiting(backend).into_iter().filter(|c| !guard.again.contains(&c.seq));
+            last_batch(backend, guard).into_iter().chain(others).collect()
+        })?,
         (Start::Own | Start::Replay, _) => {
             if start == Start::Replay {
                 backend.count_healing();
                 say_replayed(backend);
             }
             begin_anew(backend, now);
-            return come_up(backend, now);
+            return come_up(backend, start, now);
         }
-        (Start::Heal, _) => {
+        (Start::Heal { .. }, guard) => {
             backend.count_healing();
             begin_anew(backend, now);
-            // Redis may have come back with what it had lost before: then some that wait now had been accepted.
-            (process::transaction(|| waiting(backend))?, Purpose::Compare)
+            process::transaction(|| {
+                let mut found = waiting(backend);
+                if let Some(guard) = guard {
+                    let here = backend.delivery.acked();
+                    found.extend(between(backend, here, &guard.position, usize::MAX, Purpose::Compare));
+                }
+                found
+            })?
         }
         (Start::Compare(_), _) => {
             begin_anew(backend, now);
-            (process::transaction(|| unsent(backend, latest))?, Purpose::Compare)
+            process::transaction(|| unsent(backend, latest))?
         }
     };
     if candidates.is_empty() {
         return finish(backend, start, guard, &[], &[], now);
     }
-    backend.order(Order::Look {
-        wanted: candidates.iter().map(|c| c.wanted.clone()).collect(),
-        purpose,
-    });
+    backend.order(Order::Look(candidates.iter().map(|c| c.wanted.clone()).collect()));
     backend.claim = ClaimStage::Looking(start, guard, candidates);
     Ok(())
 }
@@ -194,16 +208,15 @@ fn finish(
             .filter(|(_, found)| !**found)
             .map(|(c, _)| c)
     };
+    let accepted = there().filter(|c| c.waits).map(|c| Record::Accepted { seq: c.seq });
     match (start, &guard) {
-        (Start::Compare(why), _) => {
-            let accepted = there().filter(|c| c.waits).map(|c| Record::Accepted { seq: c.seq });
+        (Start::Own, _) => backend.records.extend(accepted),
+        (Start::Heal { .. } | Start::Compare(_), _) => {
             backend.records.extend(accepted);
             backend.delivery.pass_over(there().filter(|c| !c.waits).map(|c| c.seq));
-            say_compared(backend, why, guard.as_ref(), there().count(), missing().count());
-        }
-        (Start::Heal, _) => {
-            let accepted = there().map(|c| Record::Accepted { seq: c.seq });
-            backend.records.extend(accepted);
+            if let Start::Compare(why) = start {
+                say_compared(backend, why, guard.as_ref(), there().count(), missing().count());
+            }
         }
         (_, Some(guard)) => {
             let absent = missing().filter(|c| !c.waits).map(|c| Record::Park {
@@ -211,7 +224,6 @@ fn finish(
                 attempts: 1,
                 error: "Redis refused it, as was seen after an interruption".to_owned(),
             });
-            let accepted = there().filter(|c| c.waits).map(|c| Record::Accepted { seq: c.seq });
             let refused = missing().filter(|c| !c.waits).count();
             backend.records.extend(absent.chain(accepted));
             let here = backend.delivery.acked();
@@ -225,10 +237,14 @@ fn finish(
                 number: guard.number,
             };
             backend.adopt(cursor, guard.total - refused as i64, now);
+            // If Redis has come back with what it had lost, rows behind that may have been written down meanwhile.
+            let number = backend.number;
+            let written_down = process::transaction(|| refused::highest_written_down(number))?;
+            backend.delivery.set_reread_to(written_down);
         }
         (_, None) => {}
     }
-    come_up(backend, now)
+    come_up(backend, start, now)
 }
 
 /// The guard was made anew, as if with an empty batch.
@@ -242,25 +258,36 @@ fn begin_anew(backend: &mut Backend, now: Now) {
 
 /// All that was found is saved, in one go and before anything else is appended: the guard tells of one batch alone, and it may be
 /// lost.
-fn come_up(backend: &mut Backend, now: Now) -> Result<(), Aborted> {
+fn come_up(backend: &mut Backend, start: Start, now: Now) -> Result<(), Aborted> {
     worker::save(std::slice::from_mut(backend), now)?;
+    match start {
+        Start::Compare(_) | Start::Replay => backend.forget_restores()?,
+        // From here on, what a dump has brought can be compared.
+        Start::Own | Start::Adopt | Start::Heal { .. } if backend.is_restored() => {
+            backend.let_go();
+            return Ok(());
+        }
+        Start::Own | Start::Adopt | Start::Heal { .. } => {}
+    }
     backend.reload_streams()?;
     backend.up(now);
     Ok(())
 }
 
-/// Goes back to `position`: events that waited and were accepted after batch `since` wait again.
-fn step_back(backend: &mut Backend, position: Position, since: u64, now: Now) -> Result<(), Aborted> {
+fn cursor(position: &Position, number: u64) -> Cursor {
+    Cursor {
+        position: position.clone(),
+        number,
+    }
+}
+
+/// Goes back to `cursor`: events that waited and were accepted after batch `since` wait again.
+fn step_back(backend: &mut Backend, cursor: Cursor, since: u64, now: Now) -> Result<(), Aborted> {
     let number = backend.number;
     let reread_to = process::transaction(|| {
         refused::heal(number, since);
         refused::highest_written_down(number)
     })?;
-    // That number belongs to the position: should Redis come back with what it had lost, that is news.
-    let cursor = Cursor {
-        position,
-        number: since,
-    };
     backend.read_again(cursor, reread_to, now);
     Ok(())
 }
@@ -270,6 +297,21 @@ fn oldest(backend: &Backend) -> Result<Position, Aborted> {
     let number = backend.number;
     let oldest = process::transaction(|| outbox::oldest_tick(number))?;
     Ok(oldest.map_or_else(Position::beginning, Position::at))
+}
+
+/// With at_least_once, what a dump has brought is sent, wherever it may stand already.
+pub fn give_up_comparing(backend: &mut Backend) -> Result<(), Aborted> {
+    let Some(row) = backend.row.as_ref().filter(|row| !row.restores.is_empty()) else {
+        return Ok(());
+    };
+    let count = process::transaction(|| outbox::count_restored(&row.restores))?;
+    log(
+        LogLevel::Warning,
+        &format!("{count} events of a dump were restored for backend \"{}\"", row.name),
+        Some("With delivery = 'at_least_once' they are not looked for in the streams."),
+        Some("Those that have been sent since the dump was taken are sent again, with the same event_id."),
+    );
+    backend.forget_restores()
 }
 
 fn say_healed(backend: &Backend, guard: &Guard) {
@@ -312,6 +354,10 @@ fn say_compared(backend: &Backend, why: Why, guard: Option<&Guard>, there: usize
                 guard.place, guard.timeline
             ),
         ),
+        (Why::Restored, _) => (
+            format!("events of a dump were restored for backend \"{}\"", backend.name()),
+            "Some may have been sent since the dump was taken.".to_owned(),
+        ),
         (Why::Unfinished | Why::OtherHistory, _) => (
             format!("backend \"{}\" goes on where comparing was interrupted", backend.name()),
             "Its guard says that events behind it may stand in the streams already.".to_owned(),
@@ -326,9 +372,9 @@ fn say_compared(backend: &Backend, why: Why, guard: Option<&Guard>, there: usize
 /// The events of the last batch that the guard speaks of, as far as nobody has written down what became of them.
 fn last_batch(backend: &Backend, guard: &Guard) -> Vec<Candidate> {
     if !guard.again.is_empty() {
-        return by_seq(backend, &refused::still_waiting(&guard.again));
+        return by_seq(backend, &refused::still_waiting(&guard.again), Purpose::Settle);
     }
-    between(backend, &guard.previous, &guard.position, usize::MAX)
+    between(backend, &guard.previous, &guard.position, usize::MAX, Purpose::Settle)
 }
 
 /// Events that may have been sent by somebody of whose work we know nothing.
@@ -339,26 +385,26 @@ fn unsent(backend: &Backend, latest: &Arc<Tick>) -> Vec<Candidate> {
     // A position on its way to a tick goes there first.
     if let Some(under_way) = &here.under_way {
         let there = Position::at(under_way.to.clone());
-        found.extend(between(backend, here, &there, COMPARED));
-        found.extend(between(backend, &there, &upto, COMPARED));
+        found.extend(between(backend, here, &there, COMPARED, Purpose::Compare));
+        found.extend(between(backend, &there, &upto, COMPARED, Purpose::Compare));
     } else {
-        found.extend(between(backend, here, &upto, COMPARED));
+        found.extend(between(backend, here, &upto, COMPARED, Purpose::Compare));
     }
     found
 }
 
 /// Events that were refused and wait.
 fn waiting(backend: &Backend) -> Vec<Candidate> {
-    by_seq(backend, &refused::waiting(backend.number, COMPARED))
+    by_seq(backend, &refused::waiting(backend.number, COMPARED), Purpose::Compare)
 }
 
-fn by_seq(backend: &Backend, seqs: &[i64]) -> Vec<Candidate> {
+fn by_seq(backend: &Backend, seqs: &[i64], purpose: Purpose) -> Vec<Candidate> {
     let mut table = EventsTable::open(&catalog::expect_relations());
     let mut found = Vec::new();
     for seq in seqs {
         let mut scan = table.by_seq(seq - 1, *seq);
         if scan.advance().is_some() {
-            found.push(candidate(backend, *seq, scan.row(), true));
+            found.push(candidate(backend, *seq, scan.row(), true, purpose));
         }
     }
     table.close();
@@ -366,7 +412,7 @@ fn by_seq(backend: &Backend, seqs: &[i64]) -> Vec<Candidate> {
 }
 
 /// The backend's rows from one position to another, which are written down nowhere.
-fn between(backend: &Backend, from: &Position, upto: &Position, limit: usize) -> Vec<Candidate> {
+fn between(backend: &Backend, from: &Position, upto: &Position, limit: usize, purpose: Purpose) -> Vec<Candidate> {
     let mut table = EventsTable::open(&catalog::expect_relations());
     let mut found = Vec::new();
     let to = upto.newest();
@@ -393,7 +439,7 @@ fn between(backend: &Backend, from: &Position, upto: &Position, limit: usize) ->
             && upto.covers(key)
             && !from.covers(key);
         if concerns {
-            let candidate = candidate(backend, key.seq, row, false);
+            let candidate = candidate(backend, key.seq, row, false, purpose);
             if key.seq > written_down_to || !refused::is_written_down(key.seq, candidate.wanted.event_id) {
                 found.push(candidate);
             }
@@ -404,12 +450,14 @@ fn between(backend: &Backend, from: &Position, upto: &Position, limit: usize) ->
     found
 }
 
-fn candidate(backend: &Backend, seq: i64, row: &crate::rows::Row, waits: bool) -> Candidate {
+fn candidate(backend: &Backend, seq: i64, row: &crate::rows::Row, waits: bool, purpose: Purpose) -> Candidate {
     row.with_event(|event| Candidate {
         seq,
         wanted: Wanted {
             stream: Arc::from(&*backend.stream_of(event)),
             event_id: event.event_id,
+            created_at_us: event.created_at_us,
+            purpose,
         },
         waits,
     })

@@ -93,7 +93,7 @@ fn backlog(
         name!(oldest_created_at, Option<pgrx::datum::TimestampWithTimeZone>),
     ),
 > {
-    let (pending, oldest) = as_owner(|| behind_cursor(backend_number, COUNTED));
+    let (pending, oldest) = outbox::as_owner(|| behind_cursor(backend_number, COUNTED));
     let oldest = oldest.and_then(|us| pgrx::datum::TimestampWithTimeZone::try_from(us).ok());
     TableIterator::once((pending, oldest))
 }
@@ -101,7 +101,7 @@ fn backlog(
 /// `outbox.has_waiting_events(backend_number)`
 #[pg_extern(sql = false)]
 fn has_waiting_events(backend_number: i32) -> bool {
-    as_owner(|| outbox::waits_elsewhere(backend_number) || behind_cursor(backend_number, 1).0 > 0)
+    outbox::as_owner(|| outbox::waits_elsewhere(backend_number) || behind_cursor(backend_number, 1).0 > 0)
 }
 
 /// `outbox.wake()`
@@ -129,21 +129,4 @@ extern "C-unwind" fn backends_changed(fcinfo: pg_sys::FunctionCallInfo) -> pg_sy
     // SAFETY: an AFTER trigger's result is ignored.
     unsafe { (*fcinfo).isnull = false };
     pg_sys::Datum::from(0)
-}
-
-/// Runs `f` with the rights of the bootstrap superuser: who may call these functions is a matter of EXECUTE. Nothing of a user's
-/// runs within.
-fn as_owner<R>(f: impl FnOnce() -> R) -> R {
-    let (mut user, mut context) = (pg_sys::InvalidOid, 0);
-    // SAFETY: saved and put back; an ERROR's abort puts them back as well.
-    unsafe {
-        pg_sys::GetUserIdAndSecContext(&mut user, &mut context);
-        let restricted =
-            context | pg_sys::SECURITY_LOCAL_USERID_CHANGE as i32 | pg_sys::SECURITY_RESTRICTED_OPERATION as i32;
-        pg_sys::SetUserIdAndSecContext(pg_sys::Oid::from(pg_sys::BOOTSTRAP_SUPERUSERID), restricted);
-    }
-    let result = f();
-    // SAFETY: as above.
-    unsafe { pg_sys::SetUserIdAndSecContext(user, context) };
-    result
 }

@@ -2,6 +2,7 @@
 
 use crate::catalog;
 use crate::error::{PublishError, raise};
+use crate::outbox;
 use crate::publish::{draw_numbers, refuse_repeated_id, text_datum};
 use crate::request::{Checked, Request, check};
 use crate::rows::{Row, attribute, bytes_of, to_server, utf8_of};
@@ -10,11 +11,14 @@ use crate::uuid;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{PgSqlErrorCode, pg_guard, pg_sys};
 use std::borrow::Cow;
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
 
 thread_local! {
     /// The worker is moving events that were checked when they were scheduled.
     static MOVING: Cell<bool> = const { Cell::new(false) };
+    /// Backends, with the subtransactions that have noted a restore for them, in the transaction of this id.
+    static RESTORED: RefCell<(u64, BTreeSet<(u32, i32)>)> = const { RefCell::new((0, BTreeSet::new())) };
 }
 
 /// Runs `f` while the trigger takes rows as they are, but for their numbers: they were checked when they were scheduled.
@@ -70,6 +74,7 @@ unsafe fn completed(tuple: pg_sys::HeapTuple, descriptor: pg_sys::TupleDesc) -> 
     // SAFETY: reads the clock.
     let now = unsafe { pg_sys::GetCurrentTimestamp() };
     let event_id = row.uuid(attribute::EVENT_ID).unwrap_or_else(|| uuid::new_v7(now));
+    let mut restored_for = None;
     if !MOVING.get() {
         // SAFETY: the attributes are of varlena types.
         let text = |attribute: usize| row.get(attribute).map(|d| unsafe { Cow::Borrowed(bytes_of(d)) });
@@ -90,6 +95,11 @@ unsafe fn completed(tuple: pg_sys::HeapTuple, descriptor: pg_sys::TupleDesc) -> 
         if request.event_id.is_some() {
             refuse_repeated_id(&relations, &event_id, false);
         }
+        // A transaction id is given by nobody but a dump; or by the publisher of a replica, each time.
+        // SAFETY: a plain read.
+        if row.get(attribute::XID).is_some() && !unsafe { pg_sys::IsLogicalWorker() } {
+            restored_for = Some(checked.backend_number);
+        }
         set(attribute::BACKEND_NUMBER, pg_sys::Datum::from(checked.backend_number));
         set(attribute::BACKEND, text_datum(&to_server(&checked.backend)));
         if row
@@ -101,6 +111,9 @@ unsafe fn completed(tuple: pg_sys::HeapTuple, descriptor: pg_sys::TupleDesc) -> 
         set(attribute::EVENT_ID, pg_sys::Datum::from(event_id.as_ptr()));
     }
     let (xid, seq) = draw_numbers(&relations);
+    if let Some(number) = restored_for {
+        note_restore(number, xid);
+    }
     set(attribute::XID, pg_sys::Datum::from(xid));
     set(attribute::SEQ, pg_sys::Datum::from(seq));
     let mut nulls = [false; 6];
@@ -115,6 +128,23 @@ unsafe fn completed(tuple: pg_sys::HeapTuple, descriptor: pg_sys::TupleDesc) -> 
             values.as_mut_ptr(),
             nulls.as_mut_ptr(),
         )
+    }
+}
+
+/// Some of a dump's events may have been sent since it was taken: the worker is to look for them first. Once in a transaction, and
+/// again in a subtransaction, since the other may be rolled back alone.
+fn note_restore(number: i32, xid: u64) {
+    // SAFETY: a plain read.
+    let key = (unsafe { pg_sys::GetCurrentSubTransactionId() }, number);
+    let is_noted = RESTORED.with_borrow_mut(|(of, noted)| {
+        if *of != xid {
+            (*of, *noted) = (xid, BTreeSet::new());
+        }
+        noted.contains(&key)
+    });
+    if !is_noted {
+        outbox::note_restore(number, xid);
+        RESTORED.with_borrow_mut(|(_, noted)| noted.insert(key));
     }
 }
 

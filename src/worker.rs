@@ -9,10 +9,10 @@
 //! ```
 //! It never waits for the network, and holds no transaction while it waits for anything.
 
+mod loading;
 mod reading;
 
-use crate::backend::{Backend, Home, Role};
-use crate::catalog;
+use crate::backend::{Backend, Home};
 use crate::guc::{self, LogLevel};
 use crate::outbox;
 use crate::ownership::Identity;
@@ -358,128 +358,6 @@ impl Worker {
             .unwrap_or(poll)
             .saturating_sub(now);
         Some(purging.map_or(next, |p| next.min(p)))
-    }
-
-    /// Loads backends and settings if they may have changed. False: this database has nothing to serve now.
-    fn load(&mut self, nudged: bool) -> Result<bool, Aborted> {
-        // A nudge may come before the invalidations of the commit that it tells of: they are sent last.
-        let (known, changed) = (self.generation, self.settings_changed || nudged);
-        let home = self.home.clone();
-        let loaded = process::transaction(|| {
-            // Takes in invalidations, so that the generation is up to date.
-            // SAFETY: within a transaction.
-            unsafe { pg_sys::AcceptInvalidationMessages() };
-            let installed = catalog::relations().and_then(|_| outbox::installed_version());
-            let generation = catalog::generation();
-            let rows = (installed.is_some() && (generation != known || changed)).then(|| {
-                let backends = (outbox::backends(), outbox::deleted_backends());
-                (backends, outbox::installation())
-            });
-            (installed, generation, rows)
-        });
-        let (installed, generation, rows) = loaded?;
-        match installed.as_deref() {
-            None => leave_process(self.slot, SlotState::Absent),
-            Some(version) if version != env!("CARGO_PKG_VERSION") => {
-                if self.slot.state() != SlotState::Mismatched {
-                    log(
-                        LogLevel::Error,
-                        "outbox_relay worker is idle: library and extension have different versions",
-                        Some(&format!(
-                            "The library has version {}, the extension {version}.",
-                            env!("CARGO_PKG_VERSION")
-                        )),
-                        Some(
-                            "Run ALTER EXTENSION outbox_relay UPDATE, or restart the server with the matching library.",
-                        ),
-                    );
-                }
-                self.slot.set_state(SlotState::Mismatched);
-                self.backends.clear();
-                self.generation = u64::MAX;
-                return Ok(false);
-            }
-            Some(_) if self.slot.state() != SlotState::Running => {
-                self.slot.set_state(SlotState::Running);
-                log(
-                    LogLevel::Info,
-                    &format!("outbox_relay worker started in database \"{}\"", home.name),
-                    None,
-                    None,
-                );
-            }
-            Some(_) => {}
-        }
-        if let Some(((rows, deleted), installation)) = rows {
-            // SAFETY: a plain read of the process's own variable.
-            let database = unsafe { pg_sys::MyDatabaseId }.to_u32();
-            let guard_prefix = format!("outbox_relay:guard:{installation}:{database}:");
-            if guard_prefix != self.home.guard_prefix {
-                // The extension was created anew: its tables have not heard of this run of the server, and begin at the first number.
-                (self.home.guard_prefix, self.identity) = (guard_prefix, None);
-                self.backends.clear();
-                (self.latest, self.awaited) = (Arc::new(Tick::beginning()), None);
-            }
-            let home = self.home.clone();
-            let stays = |b: &Backend| {
-                rows.iter()
-                    .any(|row| row.number == b.number && b.keeps_sender(row, &home))
-            };
-            self.settle(SETTLE_AT_CHANGE, |b| !stays(b) && b.is_sending());
-            // Refused events are looked up by the new settings: those of the old ones must be there.
-            let now = self.started.elapsed();
-            save(&mut self.backends, now)?;
-            let backends = &mut self.backends;
-            let reconciled = process::transaction(|| {
-                for backend in backends.iter_mut().filter(|b| b.reads_for_redis()) {
-                    match rows.iter().find(|r| r.number == backend.number) {
-                        Some(row) => backend.reconfigure(row.clone(), &home, now),
-                        None => backend.delete(),
-                    }
-                }
-                let mut missing: Vec<Backend> = Vec::new();
-                for row in rows {
-                    if !backends.iter().any(|b| b.number == row.number) {
-                        missing.push(Backend::load(row.number, Role::Redis, Some(row), &home));
-                    }
-                }
-                for number in deleted {
-                    if !backends.iter().any(|b| b.number == number) {
-                        missing.push(Backend::load(number, Role::Deleted, None, &home));
-                    }
-                }
-                if !backends.iter().any(|b| matches!(b.role, Role::Strays)) {
-                    missing.push(Backend::load(0, Role::Strays, None, &home));
-                }
-                missing
-            });
-            self.backends.extend(reconciled?);
-            // Rows of a backend that was not known may be those of one that is.
-            self.backends.iter_mut().for_each(|b| b.rests_until = Now::ZERO);
-            self.share_positions();
-            self.work = true;
-        }
-        (self.generation, self.settings_changed) = (generation, false);
-        Ok(true)
-    }
-
-    /// Backends whose saved cursors are equal stand at the same place: one tick for all, so that one scan serves them.
-    fn share_positions(&mut self) {
-        for index in 1..self.backends.len() {
-            let (before, rest) = self.backends.split_at_mut(index);
-            let backend = &mut rest[0];
-            let position = backend.delivery.position();
-            if !backend.delivery.is_idle() || position.under_way.is_some() {
-                continue;
-            }
-            let twin = before
-                .iter()
-                .map(|b| b.delivery.position())
-                .find(|p| p.under_way.is_none() && p.from == position.from);
-            if let Some(twin) = twin.cloned() {
-                backend.delivery.advanced(twin);
-            }
-        }
     }
 
     fn show_idle(&mut self) {

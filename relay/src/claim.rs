@@ -5,7 +5,7 @@
 //! Whoever does not know the owner stays away until somebody says otherwise.
 
 use crate::classify::{Class, Failure};
-use crate::delivery::Now;
+use crate::delivery::{Now, epoch_of};
 use crate::guard::Guard;
 use std::time::Duration;
 
@@ -49,6 +49,8 @@ pub struct Claimant<'a> {
     pub on_missing: OnMissing,
     /// Somebody asked for it.
     pub take_over: bool,
+    /// Events of a dump have come.
+    pub restored: bool,
 }
 
 /// From where the new owner goes on.
@@ -58,8 +60,9 @@ pub enum Start {
     Own,
     /// At the guard's position: batches were appended that it has not heard of.
     Adopt,
-    /// At the guard's position: Redis has lost batches that it had acknowledged.
-    Heal,
+    /// At the guard's position: Redis has lost batches that it had acknowledged. Unless its last batch was `heard` of for sure, at the
+    /// previous position, leaving out those events of that batch that stand in the streams.
+    Heal { heard: bool },
     /// Where it stood (unfinished: at the guard's previous position), leaving out events that stand in the streams already.
     Compare(Why),
     /// At the beginning of what is retained.
@@ -75,6 +78,8 @@ pub enum Why {
     OtherHistory,
     /// Whoever began to compare did not come to an end.
     Unfinished,
+    /// Events of a dump have come, of which some may have been sent since it was taken.
+    Restored,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -193,13 +198,20 @@ pub fn judge(guard: Option<&Guard>, us: &Claimant<'_>, watch: &mut Watch, now: N
 
 fn missing(us: &Claimant<'_>) -> Decision {
     match us.on_missing {
-        _ if us.number == 0 => Decision::Claim(Start::Own),
+        _ if us.number == 0 => Decision::Claim(own(us)),
         OnMissing::Halt if !us.take_over => Decision::Wait {
             failure: Failure::configuration("its guard is missing: Redis has lost its data, or stands for another"),
             retry_after: Duration::ZERO,
         },
         OnMissing::Replay => Decision::Claim(Start::Replay),
         OnMissing::Continue | OnMissing::Halt => Decision::Claim(Start::Compare(Why::Missing)),
+    }
+}
+
+fn own(us: &Claimant<'_>) -> Start {
+    match us.restored {
+        true => Start::Compare(Why::Restored),
+        false => Start::Own,
     }
 }
 
@@ -228,9 +240,12 @@ fn start(guard: &Guard, us: &Claimant<'_>) -> Start {
         return Start::Compare(Why::Unfinished);
     }
     match guard.number.cmp(&us.number) {
-        std::cmp::Ordering::Equal => Start::Own,
+        std::cmp::Ordering::Equal => own(us),
         std::cmp::Ordering::Greater => Start::Adopt,
-        std::cmp::Ordering::Less => Start::Heal,
+        // Of an earlier epoch may be what Redis comes back with after it has lost it, and after that was healed.
+        std::cmp::Ordering::Less => Start::Heal {
+            heard: epoch_of(guard.number) == epoch_of(us.number),
+        },
     }
 }
 
@@ -269,6 +284,7 @@ mod tests {
             number: 7,
             on_missing: OnMissing::Continue,
             take_over: false,
+            restored: false,
         }
     }
 
@@ -278,13 +294,23 @@ mod tests {
 
     #[test]
     fn the_numbers_say_who_is_behind() {
-        for (number, start) in [(6, Start::Adopt), (7, Start::Own), (8, Start::Heal)] {
+        for (number, start) in [(6, Start::Adopt), (7, Start::Own), (8, Start::Heal { heard: true })] {
             let us = Claimant {
                 number,
                 ..us(Incarnation::Current)
             };
             assert_eq!(once(Some(&guard()), &us), Decision::Claim(start));
         }
+    }
+
+    #[test]
+    fn of_a_batch_of_another_epoch_nothing_is_known() {
+        let us = Claimant {
+            number: (1 << 40) + 1,
+            ..us(Incarnation::Current)
+        };
+        let heals = Decision::Claim(Start::Heal { heard: false });
+        assert_eq!(once(Some(&guard()), &us), heals);
     }
 
     #[test]
@@ -359,6 +385,20 @@ mod tests {
             ..us(Incarnation::Earlier { ended: 100 })
         };
         assert_eq!(once(Some(&released), &us), Decision::Claim(Start::Own));
+    }
+
+    /// Elsewhere the guard's position is to be taken in first.
+    #[test]
+    fn what_a_dump_has_brought_is_compared_from_the_own_position() {
+        let restored = |number| Claimant {
+            number,
+            restored: true,
+            ..us(Incarnation::Current)
+        };
+        let compares = Decision::Claim(Start::Compare(Why::Restored));
+        assert_eq!(once(None, &restored(0)), compares);
+        assert_eq!(once(Some(&guard()), &restored(7)), compares);
+        assert_eq!(once(Some(&guard()), &restored(6)), Decision::Claim(Start::Adopt));
     }
 
     #[test]

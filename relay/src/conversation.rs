@@ -200,8 +200,8 @@ impl Conversation {
                     self.beat(beat, released);
                 }
             }
-            (Phase::Claimed, Order::Look { wanted, purpose }) => {
-                self.search = Some(Search::new(&wanted, purpose));
+            (Phase::Claimed, Order::Look(wanted)) => {
+                self.search = Some(Search::new(&wanted));
                 self.ask();
             }
             (Phase::Stopped, Order::Resume) => {

@@ -17,6 +17,8 @@
 
 mod guarded;
 
+pub use guarded::epoch_of;
+
 use crate::backoff::Backoff;
 use crate::classify::{Class, Failure};
 use crate::reader::Position;

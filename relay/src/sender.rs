@@ -11,7 +11,7 @@ use crate::conversation::{Claim, Conversation, Replicas};
 use crate::destination::{Delivery, Destination};
 use crate::fault;
 use crate::guard::Guard;
-use crate::tails::{Purpose, Wanted};
+use crate::tails::Wanted;
 use crossbeam_channel::{Receiver, Sender, TryRecvError, TrySendError, bounded};
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -41,7 +41,7 @@ pub enum Order {
     /// Claims the guard that was reported.
     Claim(Box<Claim>),
     /// Looks for events in their streams' tails; at least one.
-    Look { wanted: Vec<Wanted>, purpose: Purpose },
+    Look(Vec<Wanted>),
     /// What was refused is written down: goes on.
     Resume,
     /// Refreshes the guard; `released`: for the last time.

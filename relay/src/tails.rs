@@ -1,8 +1,8 @@
-//! Looking for events in the tails of their streams, by event id: after a batch whose replies nobody read, and after a change of
-//! owner. One command at a time; replies are fed in.
+//! Looking for events in the tails of their streams, by event id and timestamp: after a batch whose replies nobody read, and after a
+//! change of owner. One command at a time; replies are fed in.
 
 use crate::classify::{self, Class, Failure};
-use crate::encode::{append_command, hyphenated};
+use crate::encode::{append_command, hyphenated, rfc3339};
 use redis::Value;
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
@@ -20,6 +20,18 @@ const MOST_OF_A_PAGE: usize = 2_000;
 pub struct Wanted {
     pub stream: Arc<str>,
     pub event_id: [u8; 16],
+    /// An event that was published under an id that has been used before is another one.
+    pub created_at_us: i64,
+    pub purpose: Purpose,
+}
+
+/// An entry's fields by which an event is known.
+type Name = ([u8; 36], [u8; 32]);
+
+impl Wanted {
+    fn name(&self) -> Name {
+        (hyphenated(&self.event_id), rfc3339(self.created_at_us))
+    }
 }
 
 /// What an event that is not found means.
@@ -33,7 +45,6 @@ pub enum Purpose {
 
 /// A search through several streams.
 pub struct Search {
-    purpose: Purpose,
     tails: Vec<Tail>,
     /// Those before it are done.
     at: usize,
@@ -42,8 +53,8 @@ pub struct Search {
 
 struct Tail {
     stream: Arc<str>,
-    /// Indexes of those not found yet. Events that were published again share an id: each entry counts for one, the first first.
-    wanted: HashMap<[u8; 36], VecDeque<usize>>,
+    /// Indexes of those not found yet. Events that were retried share a name: each entry counts for one, the first first.
+    wanted: HashMap<Name, VecDeque<(usize, Purpose)>>,
     /// The oldest entry id that was looked at.
     oldest: Option<Vec<u8>>,
     page: usize,
@@ -52,10 +63,11 @@ struct Tail {
 }
 
 impl Search {
-    pub fn new(wanted: &[Wanted], purpose: Purpose) -> Self {
+    pub fn new(wanted: &[Wanted]) -> Self {
         let mut tails: Vec<Tail> = Vec::new();
         let mut of_stream: HashMap<&str, usize> = HashMap::new();
-        for (index, Wanted { stream, event_id }) in wanted.iter().enumerate() {
+        for (index, event) in wanted.iter().enumerate() {
+            let stream = &event.stream;
             let tail = *of_stream.entry(stream).or_insert_with(|| {
                 tails.push(Tail {
                     stream: stream.clone(),
@@ -69,12 +81,11 @@ impl Search {
             });
             tails[tail]
                 .wanted
-                .entry(hyphenated(event_id))
+                .entry(event.name())
                 .or_default()
-                .push_back(index);
+                .push_back((index, event.purpose));
         }
         Self {
-            purpose,
             tails,
             at: 0,
             found: vec![false; wanted.len()],
@@ -110,8 +121,9 @@ impl Search {
                 Value::ServerError(error) => is_no_stream(&error)?,
                 info => {
                     if is_thinned(&info) {
-                        let unseen = tail.wanted.drain().flat_map(|(_, indexes)| indexes);
-                        unseen.for_each(|index| self.found[index] = true);
+                        let unseen = tail.wanted.drain().flat_map(|(_, events)| events);
+                        let appended = unseen.filter(|(_, purpose)| *purpose == Purpose::Settle);
+                        appended.for_each(|(index, _)| self.found[index] = true);
                     }
                 }
             }
@@ -136,23 +148,24 @@ impl Search {
             };
             tail.oldest = Some(id.clone());
             bytes += size(fields);
-            if let Some(id) = event_id(fields)
-                && let Entry::Occupied(mut indexes) = tail.wanted.entry(*id)
+            if let Some(name) = name(fields)
+                && let Entry::Occupied(mut events) = tail.wanted.entry(name)
             {
-                if let Some(index) = indexes.get_mut().pop_front() {
+                if let Some((index, _)) = events.get_mut().pop_front() {
                     self.found[index] = true;
                 }
-                if indexes.get().is_empty() {
-                    indexes.remove();
+                if events.get().is_empty() {
+                    events.remove();
                 }
             }
         }
         tail.looked += entries.len();
         tail.page = (PAGE_BYTES * entries.len() / bytes.max(1)).clamp(1, MOST_OF_A_PAGE);
-        if tail.wanted.is_empty() || (is_last && self.purpose == Purpose::Compare) {
-            self.at += 1;
-        } else if is_last {
+        let mut left = tail.wanted.values().flatten();
+        if is_last && left.any(|(_, purpose)| *purpose == Purpose::Settle) {
             tail.asks_for_info = true;
+        } else if is_last || tail.wanted.is_empty() {
+            self.at += 1;
         }
         Ok(())
     }
@@ -176,11 +189,17 @@ fn is_no_stream(error: &redis::ServerError) -> Result<(), Failure> {
     missing.then_some(()).ok_or_else(|| failure.not_of_an_event())
 }
 
-fn event_id(fields: &[Value]) -> Option<&[u8; 36]> {
-    fields.chunks_exact(2).find_map(|pair| match pair {
-        [Value::BulkString(name), Value::BulkString(value)] if name == b"event_id" => value.as_slice().try_into().ok(),
-        _ => None,
-    })
+fn name(fields: &[Value]) -> Option<Name> {
+    let field = |wanted: &[u8]| {
+        fields.chunks_exact(2).find_map(|pair| match pair {
+            [Value::BulkString(name), Value::BulkString(value)] if name == wanted => Some(value.as_slice()),
+            _ => None,
+        })
+    };
+    Some((
+        field(b"event_id")?.try_into().ok()?,
+        field(b"timestamp")?.try_into().ok()?,
+    ))
 }
 
 fn size(fields: &[Value]) -> usize {

@@ -4,7 +4,7 @@ use redis::Value;
 use relay::backoff::Backoff;
 use relay::classify::{Class, Failure};
 use relay::delivery::{Cursor, Delivery, Entry, Mode, Now, RowFate};
-use relay::encode::hyphenated;
+use relay::encode::{hyphenated, rfc3339};
 use relay::reader::Position;
 use relay::refusal::Streams;
 use relay::snapshot::Tick;
@@ -122,12 +122,20 @@ fn wanted(stream: &str, id: u8) -> Wanted {
     Wanted {
         stream: Arc::from(stream),
         event_id: [id; 16],
+        created_at_us: 1,
+        purpose: Purpose::Compare,
     }
 }
 
 fn entry(id: u8) -> Value {
+    entry_of(id, 1)
+}
+
+fn entry_of(id: u8, created_at_us: i64) -> Value {
     let bulk = |bytes: &[u8]| Value::BulkString(bytes.to_vec());
-    let fields = vec![bulk(b"event_id"), bulk(&hyphenated(&[id; 16]))];
+    let names = [bulk(b"event_id"), bulk(&hyphenated(&[id; 16]))];
+    let times = [bulk(b"timestamp"), bulk(&rfc3339(created_at_us))];
+    let fields = names.into_iter().chain(times).collect();
     Value::Array(vec![bulk(format!("{id}-0").as_bytes()), Value::Array(fields)])
 }
 
@@ -146,24 +154,49 @@ fn found(mut search: Search, replies: Vec<Value>) -> Vec<bool> {
 
 #[test]
 fn a_forbidden_stream_does_not_keep_the_others_from_being_looked_at() {
-    let search = Search::new(&[wanted("a", 1), wanted("b", 2)], Purpose::Compare);
+    let search = Search::new(&[wanted("a", 1), wanted("b", 2)]);
     let forbidden = error("NOPERM No permissions to access a key");
     assert_eq!(
         found(search, vec![forbidden, Value::Array(vec![entry(2)])]),
         [false, true]
     );
     // A command that may not be given says nothing about any stream.
-    let mut search = Search::new(&[wanted("a", 1)], Purpose::Compare);
+    let mut search = Search::new(&[wanted("a", 1)]);
     let command = error("NOPERM User has no permissions to run the 'xrevrange' command");
     assert_eq!(search.reply(command).unwrap_err().class, Class::Configuration);
 }
 
-/// One was published again.
+/// One was retried.
 #[test]
 fn each_entry_counts_for_one_of_the_events_that_share_an_id() {
     let twice = [wanted("a", 1), wanted("a", 1)];
     let both = Value::Array(vec![entry(1), entry(1)]);
-    assert_eq!(found(Search::new(&twice, Purpose::Compare), vec![both]), [true, true]);
+    assert_eq!(found(Search::new(&twice), vec![both]), [true, true]);
     let one = Value::Array(vec![entry(1)]);
-    assert_eq!(found(Search::new(&twice, Purpose::Compare), vec![one]), [true, false]);
+    assert_eq!(found(Search::new(&twice), vec![one]), [true, false]);
+}
+
+/// An id that was used again, by an event that was refused, must not be found in the entry of the other.
+#[test]
+fn an_entry_of_another_time_is_that_of_another_event() {
+    let search = Search::new(&[wanted("a", 1)]);
+    assert_eq!(found(search, vec![Value::Array(vec![entry_of(1, 2)])]), [false]);
+}
+
+/// Of a thinned stream, an event that was appended must not be taken for refused; one that perhaps was not is tried again.
+#[test]
+fn in_a_thinned_stream_only_what_was_appended_counts_as_found() {
+    let settled = Wanted {
+        purpose: Purpose::Settle,
+        ..wanted("a", 2)
+    };
+    let info = |pair: (&str, i64)| [Value::BulkString(pair.0.as_bytes().to_vec()), Value::Int(pair.1)];
+    let thinned = Value::Array(
+        [("length", 1), ("entries-added", 2)]
+            .into_iter()
+            .flat_map(info)
+            .collect(),
+    );
+    let replies = vec![Value::Array(vec![entry(3)]), thinned];
+    assert_eq!(found(Search::new(&[wanted("a", 1), settled]), replies), [false, true]);
 }

@@ -1,6 +1,7 @@
 //! What a backend does because of its guard (exactly_once).
 
 use super::{Backend, Load, random};
+use crate::outbox;
 use crate::process::{self, Aborted};
 use crate::recovery::Candidate;
 use crate::refused;
@@ -99,6 +100,20 @@ impl Backend {
         self.delivery.heal(cursor, reread_to);
         self.dirty_since.get_or_insert(now);
         (self.tick_recorded_at, self.tick_due) = (None, true);
+    }
+
+    /// Whether events of a dump have come that were not looked for in the streams yet.
+    pub fn is_restored(&self) -> bool {
+        self.row.as_ref().is_some_and(|row| !row.restores.is_empty())
+    }
+
+    /// They were looked for, or never will be.
+    pub fn forget_restores(&mut self) -> Result<(), Aborted> {
+        if let Some(row) = self.row.as_mut().filter(|row| !row.restores.is_empty()) {
+            process::transaction(|| outbox::forget_restores(&row.restores))?;
+            row.restores.clear();
+        }
+        Ok(())
     }
 
     /// What waits in the table may have changed.

@@ -75,7 +75,7 @@ impl Worker {
     }
 
     /// Takes a tick if anything has happened since the last, and makes what it sees durable.
-    fn take_tick(&mut self) -> Result<(), Aborted> {
+    pub(super) fn take_tick(&mut self) -> Result<(), Aborted> {
         self.slot.take_work();
         (self.work, self.polled) = (false, false);
         let tick = process::transaction(|| {
@@ -161,7 +161,7 @@ impl Worker {
         for reader in readers {
             let backend = &mut self.backends[reader.index];
             backend.failed(reader.failed);
-            reader.skipped.iter().for_each(|seq| backend.delivery.skipped(*seq));
+            backend.skipped(&reader.skipped, now);
             let sent: usize = reader.built.iter().map(|b| b.batch.entries.len()).sum();
             backend.send(reader.built, self.flushed);
             if matches!(backend.role, Role::Strays) && reader.stopped {

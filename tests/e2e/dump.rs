@@ -108,7 +108,8 @@ fn check(stack: &Stack, target: &Postgres, db: &str) {
     assert_eq!(target.one_db::<String>(db, events), late.join(","));
     let fresh: bool = target.one_db(db, "select bool_and(xid < pg_current_xact_id()) from outbox.events");
     assert!(fresh, "transaction ids of the source");
-    let whole = "select md5(string_agg((to_jsonb(e) - '{seq,xid}'::text[])::text, '|' order by e.seq)) from outbox";
+    let whole =
+        "select coalesce(string_agg((to_jsonb(e) - '{seq,xid}'::text[])::text, E'\\n' order by e.seq), '') from outbox";
     for table in ["scheduled_events", "failed_events"] {
         let sql = format!("{whole}.{table} e");
         assert_eq!(
@@ -229,4 +230,64 @@ fn a_dump_during_an_outage_loses_nothing() {
     stack.redis.start_again();
     let expected: Vec<String> = (1..=2_000).map(|i| format!("n{i}")).collect();
     assert_eq!(types(&stack.wait_events(2_000)), expected);
+}
+
+/// The source goes on after its dump was taken: what it has sent by the time of the restore stands in the streams already.
+fn after_the_source_went_on(form: Form, delivery: &str) -> (Stack, Postgres, Vec<Entry>) {
+    let stack = Stack::start();
+    stack.pg.exec(&format!(
+        "update outbox.backends set enabled = false, delivery = '{delivery}', host = '127.0.0.1', port = {}",
+        stack.redis.port()
+    ));
+    stack
+        .pg
+        .exec("select outbox.publish_event('n' || i, 's') from generate_series(1, 300) i");
+    stack.pg.exec("update outbox.backends set enabled = true");
+    // The dump sees them as waiting: the cursor is not saved yet.
+    let target = Postgres::start();
+    target.exec("create database copy");
+    let paused = "update outbox.backends set enabled = false";
+    stack.wait_events(300);
+    stack.pg.exec(paused);
+    stack.pg.exec("delete from outbox.cursors");
+    stack
+        .pg
+        .exec("select outbox.publish_event('late ' || i, 's') from generate_series(1, 20) i");
+    carry(&stack.pg, &target, "copy", form);
+    target.exec_db("copy", "update outbox.backends set enabled = true");
+    let expected = match delivery {
+        "exactly_once" => 320,
+        _ => 620,
+    };
+    let entries = stack.wait_events(expected);
+    (stack, target, entries)
+}
+
+#[test]
+fn what_the_source_has_sent_is_found_and_not_repeated() {
+    for form in [Form::Plain, Form::Inserts, Form::Parallel] {
+        let (stack, target, entries) = after_the_source_went_on(form, "exactly_once");
+        let expected: Vec<String> = (1..=300)
+            .map(|i| format!("n{i}"))
+            .chain((1..=20).map(|i| format!("late {i}")))
+            .collect();
+        assert_eq!(types(&entries), expected, "{form:?}");
+        target.wait_log("events of a dump were restored for backend \"default\"");
+        if !matches!(form, Form::Inserts) {
+            target.wait_log("300 of the events after its saved position stand in the streams already and are not repeated, 20 are sent");
+        }
+        wait_eq("nothing is left to compare", 0i64, || {
+            target.one_db("copy", "select count(*) from outbox.restores")
+        });
+        target.exec_db("copy", "select outbox.publish_event('new', 's')");
+        assert_eq!(types(&stack.wait_events(321))[320], "new");
+    }
+}
+
+#[test]
+fn at_least_once_repeats_it_and_says_how_much() {
+    let (_stack, target, entries) = after_the_source_went_on(Form::Plain, "at_least_once");
+    let ids = |entries: &[Entry]| -> Vec<String> { entries.iter().map(|e| e.field("event_id").to_owned()).collect() };
+    assert_eq!(ids(&entries[..300]), ids(&entries[300..600]));
+    target.wait_log("WARNING:  320 events of a dump were restored for backend \"default\"");
 }

@@ -266,3 +266,44 @@ fn what_was_refused_once_is_neither_resent_nor_lost_by_a_healing() {
     assert_eq!(standing(&stack.pg, "default").failed, 3);
     assert_eq!(stack.pg.one::<i64>("select count(*) from outbox.failed_events"), 3);
 }
+
+/// Clients that flap between a lagging replica and the old primary: what waits as refused in the one had been accepted by the other.
+#[test]
+fn a_redis_that_comes_back_with_what_it_had_lost_gets_nothing_twice() {
+    let redis = Redis::start();
+    redis.call(&["SET", "late", "a string"]);
+    let mut stack = stack(redis);
+    stack.pg.set("outbox_relay.max_retries", "1000");
+    let mut plain = Vec::new();
+    publish_batches(&stack, "", 2, &mut plain);
+    wait_drained(&stack.pg, "default");
+    let lagging = stack.redis.saved();
+    stack.redis.call(&["DEL", "late"]);
+    let mut late = Vec::new();
+    publish_batches(&stack, "late", 2, &mut late);
+    publish_batches(&stack, "", 1, &mut plain);
+    wait_drained(&stack.pg, "default");
+    let primary = stack.redis.saved();
+
+    let waiting = |stack: &Stack| -> i64 {
+        stack
+            .pg
+            .one("select count(*) from outbox.refused_events where accepted_in is null")
+    };
+    for times in 1..=2 {
+        enable(&stack, false);
+        stack.redis.crash_back_to(&lagging);
+        enable(&stack, true);
+        wait_eq("those that the replica refuses", late.len() as i64, || waiting(&stack));
+        wait_eq("healings", 2 * times - 1, || healings(&stack.pg));
+        enable(&stack, false);
+        stack.redis.crash_back_to(&primary);
+        enable(&stack, true);
+        wait_eq("those that were found", 0, || waiting(&stack));
+        wait_drained(&stack.pg, "default");
+        assert_eq!(ids(&stack.events()), plain);
+        assert_eq!(ids(&stack.redis.entries("late")), late);
+    }
+    publish_batches(&stack, "late", 1, &mut late);
+    assert_eq!(ids(&stack.redis.wait_entries("late", late.len())), late);
+}

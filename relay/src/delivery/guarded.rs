@@ -14,6 +14,11 @@ use std::time::Duration;
 /// Batches of one connection: more than any will see.
 const EPOCH_BITS: u32 = 40;
 
+/// The claim in whose name a batch was numbered.
+pub fn epoch_of(number: u64) -> u64 {
+    number >> EPOCH_BITS
+}
+
 /// While rows are read again that may belong before events that wait, those are not tried: first such rows must wait with them.
 pub(super) struct Reread {
     /// A tick that does not see them all.

@@ -184,6 +184,8 @@ pub struct Env {
     pub in_doubt: BTreeSet<u64>,
     /// Something that was acknowledged is not in Redis, and not healed.
     pub hurt: bool,
+    /// Redis has come back with what it had lost.
+    pub comes_back: bool,
     /// What a standby has.
     pub standby: Option<Box<Image>>,
 }
@@ -227,6 +229,7 @@ impl Env {
             gone: BTreeSet::new(),
             in_doubt: BTreeSet::new(),
             hurt: false,
+            comes_back: false,
             standby: None,
             rng,
         }

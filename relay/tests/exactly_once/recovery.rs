@@ -1,7 +1,7 @@
 //! From a connection that has read the guard to one that is up, as the extension's module of that name has it.
 
 use crate::env::{Env, Mutant, tell};
-use crate::model::redis::{event_id, stream_name};
+use crate::model::redis::{created_at_us, event_id, stream_name};
 use crate::site::Site;
 use relay::claim::{Claimant, Decision, Incarnation, Start, Why, judge};
 use relay::classify::Class;
@@ -21,6 +21,7 @@ pub const INTERVAL: Duration = Duration::from_secs(1);
 pub struct Candidate {
     seq: i64,
     waits: bool,
+    purpose: Purpose,
 }
 
 #[derive(Default)]
@@ -56,6 +57,7 @@ impl Site {
             number: self.delivery.number(),
             on_missing: env.on_missing,
             take_over: self.take_over,
+            restored: false,
         };
         match judge(guard.as_ref(), &claimant, &mut self.watch, env.now) {
             Decision::Claim(start) => {
@@ -64,11 +66,17 @@ impl Site {
                 match (start, &guard) {
                     (Start::Replay, _) => {
                         env.seen.replayed += 1;
-                        self.step_back(env, Position::beginning(), 0);
+                        self.step_back(env, Position::beginning(), 0, 0);
                     }
-                    (Start::Heal, Some(guard)) => self.step_back(env, guard.position.clone(), guard.number),
+                    (Start::Heal { heard: true }, Some(guard)) => {
+                        self.step_back(env, guard.position.clone(), guard.number, guard.number);
+                    }
+                    // Should that guard be found again, it is news.
+                    (Start::Heal { heard: false }, Some(guard)) => {
+                        self.step_back(env, guard.previous.clone(), guard.number - 1, guard.number);
+                    }
                     (Start::Compare(Why::Unfinished), Some(guard)) => {
-                        self.step_back(env, guard.previous.clone(), guard.number);
+                        self.step_back(env, guard.previous.clone(), guard.number, guard.number);
                     }
                     _ => {}
                 }
@@ -76,12 +84,12 @@ impl Site {
                 self.delivery.begin_epoch(self.tables.epoch);
                 self.save(env);
                 self.flush(env);
-                let anew = guard.is_none() || matches!(start, Start::Heal | Start::Compare(_));
+                let anew = guard.is_none() || matches!(start, Start::Heal { .. } | Start::Compare(_));
                 let beginning = anew.then(|| Beginning {
                     // It counts as a batch, so that nobody takes it for an earlier one.
                     number: self.delivery.next_number(),
                     position: self.delivery.acked().clone(),
-                    compares: matches!(start, Start::Compare(_)),
+                    compares: matches!(start, Start::Heal { heard: false } | Start::Compare(_)),
                     wal: self.flushed,
                     total: 0,
                 });
@@ -125,24 +133,34 @@ impl Site {
             number,
         };
         let next = self.delivery.next_number();
-        let (candidates, purpose) = match (start, &guard) {
-            (Start::Own, Some(_)) | (Start::Adopt, None) => return self.up(env),
-            (Start::Adopt, Some(guard)) => (self.last_batch(guard), Purpose::Settle),
+        let candidates = match (start, &guard) {
+            (Start::Adopt, None) => return self.up(env),
+            (Start::Own, Some(_)) => self.waiting(),
+            (Start::Adopt, Some(guard)) => {
+                let mut candidates = self.last_batch(guard);
+                candidates.extend(self.waiting().into_iter().filter(|c| !guard.again.contains(&c.seq)));
+                candidates
+            }
             (Start::Own | Start::Replay, _) => {
                 self.delivery.adopt(own(next), 0);
                 return self.up(env);
             }
-            (Start::Heal, _) => {
+            (Start::Heal { .. }, guard) => {
                 env.seen.heals += 1;
                 self.delivery.adopt(own(next), 0);
-                (self.waiting(), Purpose::Compare)
+                let here = self.delivery.acked().clone();
+                let mut candidates = self.waiting();
+                if let Some(guard) = guard {
+                    candidates.extend(self.between(&here, &guard.position, Purpose::Compare));
+                }
+                candidates
             }
             (Start::Compare(why), _) => {
                 env.seen.compared += 1;
                 env.seen.other_histories += u32::from(why == Why::OtherHistory);
                 env.seen.unfinished += u32::from(why == Why::Unfinished);
                 self.delivery.adopt(own(next), 0);
-                (self.unsent(env), Purpose::Compare)
+                self.unsent(env)
             }
         };
         tell!(
@@ -168,10 +186,12 @@ impl Site {
             Wanted {
                 stream: Arc::from(stream_name(row.stream)),
                 event_id: event_id(row.uid),
+                created_at_us: created_at_us(row.uid),
+                purpose: candidate.purpose,
             }
         });
         let wanted = wanted.collect();
-        self.order(Order::Look { wanted, purpose });
+        self.order(Order::Look(wanted));
         self.stage = Stage::Looking(start, guard, candidates);
     }
 
@@ -191,8 +211,8 @@ impl Site {
             .map(|(candidate, _)| Record::Accepted { seq: candidate.seq })
             .collect();
         match (start, &guard) {
-            (Start::Heal, _) => self.pending.extend(accepted),
-            (Start::Compare(_), _) => {
+            (Start::Own, _) => self.pending.extend(accepted),
+            (Start::Heal { .. } | Start::Compare(_), _) => {
                 env.seen.compared_found += there.len() as u32;
                 self.pending.extend(accepted);
                 let rows = there.iter().filter(|(candidate, _)| !candidate.waits);
@@ -214,6 +234,8 @@ impl Site {
                     number: guard.number,
                 };
                 self.delivery.adopt(cursor, 0);
+                // In another future of that guard, rows behind it may have been written down.
+                self.delivery.set_reread_to(self.tables.highest_written_down());
             }
             (_, None) => {}
         }
@@ -233,34 +255,37 @@ impl Site {
     }
 
     /// Goes back to `position`, durably; waiting events that were accepted after batch `since` wait again.
-    fn step_back(&mut self, env: &mut Env, position: Position, since: u64) {
+    fn step_back(&mut self, env: &mut Env, position: Position, number: u64, since: u64) {
         if env.mutant != Mutant::ForgetsAccepted {
             env.seen.wait_again += u32::from(self.tables.heal(since));
             self.wal += 1;
         }
         let reread_to = self.tables.highest_written_down();
-        self.delivery.heal(
-            Cursor {
-                position,
-                number: since,
-            },
-            reread_to,
-        );
+        self.delivery.heal(Cursor { position, number }, reread_to);
     }
 
     /// The events of the last batch that the guard speaks of, as far as nobody has written down what became of them.
     fn last_batch(&mut self, guard: &Guard) -> Vec<Candidate> {
         if !guard.again.is_empty() {
             let waiting = self.tables.waiting().filter(|(_, seq, _)| guard.again.contains(seq));
-            return waiting.map(|(_, seq, _)| Candidate { seq, waits: true }).collect();
+            let again = |(_, seq, _)| Candidate {
+                seq,
+                waits: true,
+                purpose: Purpose::Settle,
+            };
+            return waiting.map(again).collect();
         }
-        self.between(&guard.previous, &guard.position)
+        self.between(&guard.previous, &guard.position, Purpose::Settle)
     }
 
     /// Events that were refused and wait.
     fn waiting(&self) -> Vec<Candidate> {
-        let waiting = self.tables.waiting();
-        waiting.map(|(_, seq, _)| Candidate { seq, waits: true }).collect()
+        let waits = |(_, seq, _)| Candidate {
+            seq,
+            waits: true,
+            purpose: Purpose::Compare,
+        };
+        self.tables.waiting().map(waits).collect()
     }
 
     /// Events that may have been sent by somebody of whose work we know nothing.
@@ -271,13 +296,13 @@ impl Site {
         }
         let upto = Position::at(self.latest.clone().expect("just taken"));
         let here = self.delivery.acked().clone();
-        let mut found = self.between(&here, &upto);
+        let mut found = self.between(&here, &upto, Purpose::Compare);
         found.extend(waiting);
         found
     }
 
     /// The rows from one position to another, which are written down nowhere.
-    fn between(&mut self, from: &Position, upto: &Position) -> Vec<Candidate> {
+    fn between(&mut self, from: &Position, upto: &Position, purpose: Purpose) -> Vec<Candidate> {
         let keys = self.database.view().keys;
         let rows = keys.iter().filter(|key| upto.covers(**key) && !from.covers(**key));
         let unknown = rows.filter(|key| {
@@ -288,6 +313,7 @@ impl Site {
             .map(|key| Candidate {
                 seq: key.seq,
                 waits: false,
+                purpose,
             })
             .collect()
     }

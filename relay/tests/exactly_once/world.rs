@@ -2,11 +2,11 @@
 
 use crate::env::{Env, Mutant, Seen, tell};
 use crate::model::redis::Trouble;
-use crate::recovery::INTERVAL;
+use crate::recovery::{INTERVAL, Stage};
 use crate::site::{STREAMS, Site};
 use relay::claim::OnMissing;
 use relay::classify::Failure;
-use relay::delivery::State;
+use relay::delivery::{State, epoch_of};
 use std::collections::BTreeSet;
 
 /// What became of the server whose standby was promoted.
@@ -174,7 +174,7 @@ impl World {
 
     /// A stream is spoiled or mended. One with events that are still to be looked for there stays: nobody could find them.
     fn trouble(&mut self) {
-        if self.env.redis.data.compares() {
+        if self.env.redis.data.compares() || self.is_abandoned() {
             return self.env.redis.troubled.clear();
         }
         let stream = self.env.rng.u8(..STREAMS);
@@ -186,6 +186,16 @@ impl World {
             tell!(self.env, "stream {stream}: {trouble:?}");
             self.env.redis.troubled.insert(stream, trouble);
         }
+    }
+
+    /// Redis stands where its owner may never have been: what its last batch came to is to be looked for.
+    fn is_abandoned(&self) -> bool {
+        let epoch = match self.site.stage {
+            Stage::None => epoch_of(self.site.delivery.number()),
+            Stage::Claiming(..) | Stage::Looking(..) => self.site.tables.epoch,
+        };
+        let found = self.env.redis.data.number();
+        found.is_some_and(|found| epoch_of(found) < epoch)
     }
 
     fn has_unheard(&self, stream: u8) -> bool {
@@ -202,16 +212,21 @@ impl World {
         if !self.env.saved.is_empty() && self.env.likely(faults.tail_losses) {
             let index = self.env.rng.usize(..self.env.saved.len());
             // Mostly what it had saved later is lost, too; otherwise it may come back with that yet.
-            // What it had saved later is lost, too.
-            self.env.saved.truncate(index + 1);
+            match self.env.likely(0.7) {
+                true => self.env.saved.truncate(index + 1),
+                false => self.env.comes_back = true,
+            }
             let data = self.env.saved[index].clone();
             tell!(self.env, "Redis is back at {:?}", data.number());
             self.env.seen.tail_losses += 1;
             self.env.hurt = true;
-            if data.compares() {
+            let compares = data.compares();
+            self.env.redis.restart(data);
+            if compares || self.is_abandoned() {
                 self.env.redis.troubled.clear();
             }
-            self.env.redis.restart(data);
+            let unheard: Vec<u8> = (0..STREAMS).filter(|stream| self.has_unheard(*stream)).collect();
+            self.env.redis.troubled.retain(|stream, _| !unheard.contains(stream));
             self.env.leftovers.clear();
             if let Some(connection) = &mut self.site.connection {
                 connection.lose(Failure::backend("connection refused"));
@@ -223,9 +238,10 @@ impl World {
             self.env.saved.clear();
             let kept = self.env.on_missing == OnMissing::Continue;
             self.env.hurt |= !kept;
+            let looks = self.is_abandoned() || self.env.redis.data.compares();
             for uid in self.env.redis.appended.clone().into_iter().filter(|_| kept) {
                 // Or nobody would have known before the comparison came to its end.
-                let lost = !self.env.redis.holds(uid) || self.env.redis.data.compares();
+                let lost = !self.env.redis.holds(uid) || looks;
                 if lost || !self.is_known(uid) {
                     self.env.in_doubt.insert(uid);
                 }

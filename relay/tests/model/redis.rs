@@ -1,6 +1,7 @@
 //! A model of a Redis server as far as exactly_once speaks with it: streams, one guard, transactions.
 
 use redis::Value;
+use relay::encode::{hyphenated, rfc3339};
 use std::collections::{BTreeMap, BTreeSet};
 
 pub const GUARD: &str = "guard";
@@ -35,6 +36,11 @@ pub fn parse(mut bytes: &[u8]) -> Vec<Words> {
 /// What an event is called in its stream; the number is no other event's.
 pub fn event_id(uid: u64) -> [u8; 16] {
     u128::from(uid).to_be_bytes()
+}
+
+/// When it was published.
+pub fn created_at_us(uid: u64) -> i64 {
+    uid as i64
 }
 
 fn uid(event_id: &[u8]) -> u64 {
@@ -290,9 +296,11 @@ impl Redis {
                     .parse()
                     .expect("a number");
                 let entry = |at: usize| {
-                    let id = relay::encode::hyphenated(&event_id(entries[at]));
-                    let fields = vec![Value::BulkString(b"event_id".to_vec()), Value::BulkString(id.to_vec())];
-                    Value::Array(vec![bulk(&format!("{}-0", at + 1)), Value::Array(fields)])
+                    let id = hyphenated(&event_id(entries[at]));
+                    let time = rfc3339(created_at_us(entries[at]));
+                    let fields: [&[u8]; 4] = [b"event_id", &id, b"timestamp", &time];
+                    let fields = fields.map(|field| Value::BulkString(field.to_vec()));
+                    Value::Array(vec![bulk(&format!("{}-0", at + 1)), Value::Array(fields.to_vec())])
                 };
                 Value::Array((0..before).rev().take(count).map(entry).collect())
             }
