@@ -28,8 +28,13 @@ impl Link {
     /// Blocks for at most `connect_timeout` for each address that the host's name stands for (and, beyond our reach, the
     /// resolver's own time), and for each step of logging in.
     pub fn open(destination: &Destination) -> Result<Self, Failure> {
+        Self::open_at(destination, &destination.address)
+    }
+
+    /// The same at another address, with everything else that the destination says.
+    pub fn open_at(destination: &Destination, address: &Address) -> Result<Self, Failure> {
         let mut link = Self {
-            stream: Stream::open(destination).map_err(broken)?,
+            stream: Stream::open(destination, address).map_err(broken)?,
             inbox: Inbox::default(),
         };
         link.stream.set_timeout(destination.connect_timeout).map_err(broken)?;
@@ -121,8 +126,8 @@ impl Link {
 }
 
 impl Stream {
-    fn open(destination: &Destination) -> io::Result<Self> {
-        Ok(match &destination.address {
+    fn open(destination: &Destination, address: &Address) -> io::Result<Self> {
+        Ok(match address {
             Address::Tcp { host, port } => {
                 let stream = connect(host, *port, at_least_some(destination.connect_timeout))?;
                 stream.set_nodelay(true)?;
