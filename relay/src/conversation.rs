@@ -134,8 +134,8 @@ pub struct Conversation {
     /// Executed; waits for replicas.
     executed: Option<(Written, Vec<Refusal>)>,
     search: Option<Search>,
-    /// Somebody was told that there are too few replicas.
-    told_of_replicas: bool,
+    /// What was told of too few replicas.
+    told_of_replicas: Option<String>,
     out: Vec<u8>,
 }
 
@@ -159,7 +159,7 @@ impl Conversation {
             executing: VecDeque::new(),
             executed: None,
             search: None,
-            told_of_replicas: false,
+            told_of_replicas: None,
             out,
         }
     }
@@ -477,13 +477,14 @@ impl Conversation {
             return Ok(());
         };
         if let Err(failure) = replicas.judge(value)? {
-            if !std::mem::replace(&mut self.told_of_replicas, true) {
+            if self.told_of_replicas.as_ref() != Some(&failure.message) {
+                self.told_of_replicas = Some(failure.message.clone());
                 reports.push(Report::Behind(failure));
             }
             self.wait(replicas);
             return Ok(());
         }
-        self.told_of_replicas = false;
+        self.told_of_replicas = None;
         if let Some((written, refused)) = self.executed.take() {
             self.done(written, refused, reports);
         }

@@ -92,7 +92,8 @@ impl Handle {
         // After a refusal a second window may be handed over before the sender has dropped the first. There is always room: a batch
         // that is not taken in would be a gap.
         let (orders, to_obey) = bounded(2 * WINDOW_BATCHES + SPARE_ORDERS);
-        // Two for each batch at most, one for each other order, the connection's beginning and end: a send never blocks.
+        // Two for each batch at most, one for each other order, the connection's beginning and end: a send never blocks. (A worker that
+        // stood still while replicas came and went many times finds the channel closed, and begins anew.)
         let (to_report, reports) = bounded(2 * WINDOW_BATCHES + SPARE_ORDERS);
         thread::Builder::new()
             .name(format!("sender {}", destination.client_name).chars().take(15).collect())
@@ -278,7 +279,7 @@ fn pipeline(mut link: Link, replicas: Option<Replicas>, orders: &Receiver<Order>
 
 /// Waits until enough replicas have all that was written.
 fn replicate(link: &mut Link, replicas: Replicas, reporter: &Reporter) -> Result<(), Failure> {
-    let mut told = false;
+    let mut told = None;
     loop {
         let mut wait = Vec::new();
         replicas.append_wait(&mut wait);
@@ -286,8 +287,11 @@ fn replicate(link: &mut Link, replicas: Replicas, reporter: &Reporter) -> Result
         let Err(failure) = replicas.judge(&link.receive()?.value()?)? else {
             return Ok(());
         };
-        if !std::mem::replace(&mut told, true) && !reporter.report(Report::Behind(failure)) {
-            return Err(Failure::backend("let go"));
+        if told.as_ref() != Some(&failure.message) {
+            told = Some(failure.message.clone());
+            if !reporter.report(Report::Behind(failure)) {
+                return Err(Failure::backend("let go"));
+            }
         }
     }
 }

@@ -71,6 +71,8 @@ pub struct Faults {
     pub guard_losses: f64,
     /// Of the standby, some state of which becomes another server.
     pub promotions: f64,
+    /// Of a stream, perhaps to nothing.
+    pub trims: f64,
 }
 
 impl Faults {
@@ -85,12 +87,13 @@ impl Faults {
         flushes: 0.0,
         guard_losses: 0.0,
         promotions: 0.0,
+        trims: 0.0,
     };
 
     fn random(rng: &mut Rng) -> Self {
         // Few at a time: together they leave nothing to lose.
         let mut some = |often: f64| if rng.u8(..) < 90 { rng.f64() * often } else { 0.0 };
-        Self {
+        let faults = Self {
             troubled: some(0.1),
             out_of_memory: some(0.03),
             cuts: some(0.1),
@@ -101,7 +104,17 @@ impl Faults {
             flushes: some(0.01),
             guard_losses: some(0.01),
             promotions: some(0.02),
-        }
+            trims: 0.0,
+        };
+        // What was trimmed cannot be found after a loss.
+        let losses = [
+            faults.tail_losses,
+            faults.flushes,
+            faults.guard_losses,
+            faults.promotions,
+        ];
+        let trims = if losses == [0.0; 4] { some(0.1) } else { 0.0 };
+        Self { trims, ..faults }
     }
 }
 
@@ -155,6 +168,7 @@ seen!(
     flushes,
     guard_losses,
     late_commands,
+    trims,
     entries
 );
 

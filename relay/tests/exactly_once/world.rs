@@ -135,6 +135,12 @@ impl World {
         if env.likely(faults.troubled) {
             self.trouble();
         }
+        if self.env.likely(faults.trims) {
+            let (stream, length) = (self.env.rng.u8(..STREAMS), self.env.rng.usize(..3));
+            tell!(self.env, "stream {stream} is trimmed to {length}");
+            self.env.seen.trims += 1;
+            self.env.redis.trim(stream, length);
+        }
         self.lose_data();
     }
 

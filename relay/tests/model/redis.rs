@@ -64,6 +64,8 @@ fn stream(key: &[u8]) -> u8 {
 pub struct Data {
     /// The events, by their uids; an entry's id is its place.
     pub streams: BTreeMap<u8, Vec<u64>>,
+    /// How many of a stream's entries were trimmed since: nobody sees them any more.
+    trimmed: BTreeMap<u8, usize>,
     guard: Option<BTreeMap<String, String>>,
 }
 
@@ -148,6 +150,13 @@ impl Redis {
     /// Whether an event stands in its stream.
     pub fn holds(&self, uid: u64) -> bool {
         self.data.streams.values().flatten().any(|other| *other == uid)
+    }
+
+    /// Somebody trims a stream to its last `length` entries.
+    pub fn trim(&mut self, stream: u8, length: usize) {
+        let entries = self.data.streams.get(&stream).map_or(0, Vec::len);
+        let trimmed = self.data.trimmed.entry(stream).or_default();
+        *trimmed = (*trimmed).max(entries.saturating_sub(length));
     }
 
     pub fn delete_guard(&mut self) {
@@ -286,6 +295,7 @@ impl Redis {
             b"XREVRANGE" if sick(self, &words[1]) => wrong_type(),
             b"XREVRANGE" => {
                 let entries = self.data.streams.get(&stream(&words[1])).map_or(&[][..], Vec::as_slice);
+                let first = self.data.trimmed.get(&stream(&words[1])).copied().unwrap_or(0);
                 let end = std::str::from_utf8(&words[2]).expect("an id");
                 let before = match end.strip_prefix('(').and_then(|id| id.strip_suffix("-0")) {
                     Some(id) => (id.parse::<usize>().expect("an id") - 1).min(entries.len()),
@@ -302,14 +312,15 @@ impl Redis {
                     let fields = fields.map(|field| Value::BulkString(field.to_vec()));
                     Value::Array(vec![bulk(&format!("{}-0", at + 1)), Value::Array(fields.to_vec())])
                 };
-                Value::Array((0..before).rev().take(count).map(entry).collect())
+                Value::Array((first..before).rev().take(count).map(entry).collect())
             }
             b"XINFO" if sick(self, &words[2]) => wrong_type(),
             b"XINFO" => match self.data.streams.get(&stream(&words[2])) {
                 None => error("ERR no such key"),
                 Some(entries) => {
-                    let length = Value::Int(entries.len() as i64);
-                    Value::Array(vec![bulk("length"), length.clone(), bulk("entries-added"), length])
+                    let trimmed = self.data.trimmed.get(&stream(&words[2])).copied().unwrap_or(0);
+                    let [length, added] = [entries.len() - trimmed, entries.len()].map(|n| Value::Int(n as i64));
+                    Value::Array(vec![bulk("length"), length, bulk("entries-added"), added])
                 }
             },
             b"WAIT" => Value::Int(i64::from(!self.replicas_lag)),
