@@ -4,7 +4,7 @@
 //! has the owner's history (a promoted standby, a copied data directory) first watches whether the owner still refreshes the guard.
 //! Whoever does not know the owner stays away until somebody says otherwise.
 
-use crate::classify::{Class, Failure};
+use crate::classify::{Failure, Trouble};
 use crate::delivery::{Now, epoch_of};
 use crate::guard::Guard;
 use std::time::Duration;
@@ -156,7 +156,10 @@ pub fn judge(guard: Option<&Guard>, us: &Claimant<'_>, watch: &mut Watch, now: N
     let Some(guard) = guard else {
         if let Some((interval, rest)) = watch.misses(now).filter(|_| !us.take_over) {
             return Decision::Wait {
-                failure: Failure::backend("its guard is missing, and belonged to another server, which is waited for"),
+                failure: Failure {
+                    trouble: Trouble::GuardMissing,
+                    ..Failure::backend("its guard is missing, and belonged to another server, which is waited for")
+                },
                 retry_after: interval.min(rest),
             };
         }
@@ -200,7 +203,10 @@ fn missing(us: &Claimant<'_>) -> Decision {
     match us.on_missing {
         _ if us.number == 0 => Decision::Claim(own(us)),
         OnMissing::Halt if !us.take_over => Decision::Wait {
-            failure: Failure::configuration("its guard is missing: Redis has lost its data, or stands for another"),
+            failure: Failure::of(
+                Trouble::GuardMissing,
+                "its guard is missing: Redis has lost its data, or stands for another",
+            ),
             retry_after: Duration::ZERO,
         },
         OnMissing::Replay => Decision::Claim(Start::Replay),
@@ -216,8 +222,8 @@ fn own(us: &Claimant<'_>) -> Start {
 }
 
 fn fenced(guard: &Guard) -> Failure {
-    Failure::new(
-        Class::Fenced,
+    Failure::of(
+        Trouble::Fenced,
         format!(
             "it belongs to the server at {} (system {}, timeline {})",
             guard.place, guard.system, guard.timeline
@@ -329,7 +335,7 @@ mod tests {
             ..elsewhere
         };
         let mut at = |seconds, guard: &Guard| judge(Some(guard), &elsewhere, &mut watch, Duration::from_secs(seconds));
-        let is_fenced = |d: Decision| matches!(d, Decision::Wait { failure, .. } if failure.class == Class::Fenced);
+        let is_fenced = |d: Decision| matches!(d, Decision::Wait { failure, .. } if failure.trouble == Trouble::Fenced);
         assert!(!is_fenced(at(0, &guard())));
         assert!(!is_fenced(at(7, &guard())));
         assert!(!is_fenced(at(14, &guard())));

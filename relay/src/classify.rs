@@ -1,7 +1,10 @@
-//! What an error means for the delivery: one exhaustive match, in one place.
+//! What an error means for the delivery, and what helps: one exhaustive match, in one place ([`Trouble::judged`]). docs/FAILURES.md is the
+//! same for users.
 
-use redis::{ErrorKind, RedisError, ServerError};
+use redis::ServerError;
+use std::error::Error;
 use std::fmt;
+use std::io;
 
 /// Who is to blame, and so what happens next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,11 +21,231 @@ pub enum Class {
     Watching,
 }
 
+/// What is wrong, as far as it makes a difference to what happens next or to what helps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trouble {
+    // The way to Redis.
+    Refused,
+    /// Ended by the other side or by something between.
+    Closed,
+    TimedOut,
+    Unreachable,
+    NoSuchHost,
+    /// The name server does not answer.
+    Unresolved,
+    NoSocketFile,
+    Forbidden,
+    NotRedis,
+    TooLongReply,
+    // Logging in.
+    MaxClients,
+    /// Protected mode.
+    Denied,
+    NoAuth,
+    WrongPass,
+    NoPasswordSet,
+    NoSuchDb,
+    // What Redis is not ready for now.
+    Loading,
+    ReadOnly,
+    MasterDown,
+    NoReplicas,
+    Misconf,
+    OutOfMemory,
+    Busy,
+    Unkillable,
+    /// A command came in that is none: on a connection that is not to be used any more.
+    Desynchronised,
+    // Cluster.
+    ClusterDown,
+    TryAgain,
+    Moved,
+    Ask,
+    CrossSlot,
+    // What it does not let us do.
+    UnknownCommand,
+    NoStreams,
+    NoPermCommand,
+    NoPermKey,
+    WrongType,
+    StreamExhausted,
+    TooLarge,
+    /// An error reply that is none of these.
+    UnknownReply,
+    // What the guard says.
+    Fenced,
+    GuardMissing,
+    NoGuard,
+    /// Whatever else; its words must do.
+    Other,
+}
+
+impl Trouble {
+    /// Who is to blame, and what an administrator can do about it, where that is known.
+    fn judged(self) -> (Class, Option<&'static str>) {
+        use Class::{Backend, Configuration, Event, Fenced};
+        let (class, hint) = match self {
+            Self::Refused => (Backend, "Nothing listens there: start Redis, or mend the backend's host and port."),
+            Self::Closed => (
+                Backend,
+                "If this goes on, Redis's log says why it closes the connection: client-query-buffer-limit, client-output-buffer-limit, maxmemory-clients, or a port that speaks TLS.",
+            ),
+            Self::TimedOut => (
+                Backend,
+                "Redis hangs or is overloaded, or a firewall drops what is sent: check host and port. If it is only slow, raise socket_timeout or connect_timeout.",
+            ),
+            Self::Unreachable => (Backend, "There is no way to that host: check the network, and the backend's host."),
+            Self::NoSuchHost => (Configuration, "Mend the backend's host, or what the name server says of it."),
+            Self::Unresolved => (Backend, "The name server does not answer: check /etc/resolv.conf of the database server."),
+            // Redis removes it when it stops.
+            Self::NoSocketFile => (Backend, "Start Redis, or mend the backend's unix_socket."),
+            Self::Forbidden => (
+                Configuration,
+                "Let the user of the database server open the socket (Redis's unixsocketperm, or its group).",
+            ),
+            Self::NotRedis => (Backend, "Something else than Redis answers there: check the backend's host, port and tls."),
+            Self::TooLongReply => (Backend, "No Redis answers like that: check the backend's host and port."),
+            Self::MaxClients => (Backend, "Raise Redis's maxclients, or find who holds its connections (CLIENT LIST)."),
+            Self::Denied => (
+                Configuration,
+                "Redis is in protected mode: give its users passwords, and set one with outbox.set_backend_password(); or set its protected-mode to no.",
+            ),
+            Self::NoAuth => (Configuration, "Set a password with outbox.set_backend_password(), or password_file."),
+            Self::WrongPass => (Configuration, "Check the backend's username and password."),
+            Self::NoPasswordSet => (
+                Configuration,
+                "This Redis wants no password: take it away with outbox.set_backend_password(name, null), or check host and port.",
+            ),
+            Self::NoSuchDb => (
+                Configuration,
+                "Lower the backend's db, or raise \"databases\" in redis.conf; Redis Cluster has database 0 alone.",
+            ),
+            Self::Loading => (Backend, "Redis reads its data after a start; events are sent when it has done so."),
+            Self::ReadOnly => (Backend, "The backend's host is a replica; point it to the primary."),
+            Self::MasterDown => (
+                Backend,
+                "The backend's host is a replica that has lost its primary; point it to the primary.",
+            ),
+            Self::NoReplicas => (
+                Backend,
+                "Bring Redis's replicas back, or ask for fewer: min-replicas-to-write in Redis, wait_replicas of the backend.",
+            ),
+            Self::Misconf => (Backend, "Redis cannot save to disk; see its log."),
+            Self::OutOfMemory => (Backend, "Raise Redis's maxmemory, or lower the streams' max_len."),
+            Self::Busy => (
+                Backend,
+                "A script keeps Redis busy: SCRIPT KILL (or FUNCTION KILL) ends it. One that has written can only be ended with SHUTDOWN NOSAVE.",
+            ),
+            Self::Unkillable => (Backend, "A script that has written keeps Redis busy: only SHUTDOWN NOSAVE ends it."),
+            Self::Desynchronised => (Backend, "Something between the database server and Redis garbles what is sent."),
+            Self::ClusterDown => (Backend, "The cluster does not serve all of its slots: see redis-cli --cluster check."),
+            Self::TryAgain => (Backend, "The cluster is moving that slot; it passes."),
+            Self::Moved | Self::Ask | Self::CrossSlot => (
+                Configuration,
+                "This Redis is a node of a cluster: set the backend's mode to cluster, and its nodes.",
+            ),
+            Self::UnknownCommand => (
+                Configuration,
+                "exactly_once needs transactions (WATCH, MULTI, EXEC): let the server or proxy have them, or set delivery to at_least_once.",
+            ),
+            Self::NoStreams => (
+                Configuration,
+                "This server has no streams: use Redis 5 or later, and do not rename XADD away.",
+            ),
+            Self::NoPermCommand | Self::NoPermKey => (
+                if self == Self::NoPermKey { Event } else { Configuration },
+                "Allow the backend's Redis user XADD on its streams, and for exactly_once what the README lists on keys outbox_relay:*.",
+            ),
+            Self::WrongType => (Event, "The stream's key holds something else: rename or delete it, or publish to another stream."),
+            Self::StreamExhausted => (Event, "The stream has an entry with the last possible id: delete the stream, or publish to another."),
+            Self::TooLarge => (Event, "Raise Redis's proto-max-bulk-len, or lower outbox_relay.max_event_size."),
+            // Never a success, and never the end of the others.
+            Self::UnknownReply => return (Event, None),
+            Self::Fenced => (Fenced, "If that server must not go on, stop it and run outbox.take_over() here."),
+            Self::GuardMissing => (Configuration, "Run outbox.take_over() to go on without it."),
+            Self::NoGuard => (
+                Configuration,
+                "Something else has written to that key of Redis: delete it, and what on_missing_guard says is done.",
+            ),
+            Self::Other => return (Backend, None),
+        };
+        (class, Some(hint))
+    }
+
+    pub fn class(self) -> Class {
+        self.judged().0
+    }
+
+    /// What an error reply means, by its first word and the rest.
+    fn of_reply(code: &str, details: &str) -> Self {
+        match code {
+            "LOADING" => Self::Loading,
+            "READONLY" => Self::ReadOnly,
+            "OOM" => Self::OutOfMemory,
+            "MISCONF" => Self::Misconf,
+            "BUSY" => Self::Busy,
+            "UNKILLABLE" => Self::Unkillable,
+            "MASTERDOWN" => Self::MasterDown,
+            "NOREPLICAS" => Self::NoReplicas,
+            "CLUSTERDOWN" => Self::ClusterDown,
+            "TRYAGAIN" => Self::TryAgain,
+            "MOVED" => Self::Moved,
+            "ASK" => Self::Ask,
+            "CROSSSLOT" => Self::CrossSlot,
+            "NOAUTH" => Self::NoAuth,
+            "WRONGPASS" => Self::WrongPass,
+            "DENIED" => Self::Denied,
+            // A key that this user may not touch is that stream's trouble alone; a command is the whole backend's.
+            "NOPERM" if names_a_key(details) => Self::NoPermKey,
+            "NOPERM" => Self::NoPermCommand,
+            "WRONGTYPE" => Self::WrongType,
+            "ERR" => Self::of_plain_error(details),
+            _ => Self::UnknownReply,
+        }
+    }
+
+    /// The same, of errors that share the word ERR.
+    fn of_plain_error(details: &str) -> Self {
+        let says = |text| details.contains(text);
+        match details {
+            _ if says("max number of clients") => Self::MaxClients,
+            _ if details.starts_with("unknown command") && names_xadd(details) => Self::NoStreams,
+            _ if details.starts_with("unknown command") => Self::UnknownCommand,
+            _ if says("invalid bulk length") || says("invalid multibulk length") => Self::TooLarge,
+            _ if says("unauthenticated") => Self::NoAuth,
+            _ if details.starts_with("Protocol error") => Self::Desynchronised,
+            _ if says("Elements are too large") || says("exceeds maximum allowed size") => Self::TooLarge,
+            _ if says("exhausted the last possible ID") || says("smaller than the target stream top item") => {
+                Self::StreamExhausted
+            }
+            _ if says("without any password configured") || says("no password is set") => Self::NoPasswordSet,
+            // Redis 5.
+            _ if details.starts_with("invalid password") => Self::WrongPass,
+            _ if says("DB index") || says("SELECT is not allowed") => Self::NoSuchDb,
+            _ => Self::UnknownReply,
+        }
+    }
+}
+
+fn names_a_key(details: &str) -> bool {
+    // The last: in EXEC, when rights were changed after the command was queued.
+    ["access one of the keys", "access a key", "touch the specified keys"]
+        .iter()
+        .any(|text| details.contains(text))
+        || (details.contains("permissions to access the '") && details.contains("' key"))
+}
+
+fn names_xadd(details: &str) -> bool {
+    let name = details.split(['\'', '`']).nth(1).unwrap_or_default();
+    name.eq_ignore_ascii_case("XADD")
+}
+
 /// An error in words that can be shown: cut, on one line, without payloads or passwords.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {
     pub class: Class,
     pub message: String,
+    pub trouble: Trouble,
 }
 
 impl Failure {
@@ -30,11 +253,24 @@ impl Failure {
         Self {
             class,
             message: shown(message.as_ref()),
+            trouble: Trouble::Other,
+        }
+    }
+
+    pub fn of(trouble: Trouble, message: impl AsRef<str>) -> Self {
+        Self {
+            class: trouble.class(),
+            message: shown(message.as_ref()),
+            trouble,
         }
     }
 
     pub fn backend(message: impl AsRef<str>) -> Self {
         Self::new(Class::Backend, message)
+    }
+
+    pub fn configuration(message: impl AsRef<str>) -> Self {
+        Self::new(Class::Configuration, message)
     }
 
     /// The same trouble with what is not an event: it is the backend's.
@@ -46,38 +282,9 @@ impl Failure {
         self
     }
 
-    pub fn configuration(message: impl AsRef<str>) -> Self {
-        Self::new(Class::Configuration, message)
-    }
-
     /// What an administrator can do about it, where that is known.
     pub fn hint(&self) -> Option<&'static str> {
-        if self.class == Class::Fenced {
-            return Some("If that server must not go on, stop it and run outbox.take_over() here.");
-        }
-        if self.message.starts_with("its guard is missing") {
-            return Some("Run outbox.take_over() to go on without it.");
-        }
-        if self.message.contains("outbox_relay:guard:") {
-            return Some(
-                "Something else has written to that key of Redis: delete it, and what on_missing_guard says is done.",
-            );
-        }
-        let code = self.message.split_whitespace().next().unwrap_or_default();
-        Some(match code {
-            "NOAUTH" => "Set a password with outbox.set_backend_password(), or password_file.",
-            "WRONGPASS" => "Check the backend's username and password.",
-            "NOPERM" => {
-                "Allow the backend's Redis user XADD on its streams, and for exactly_once what the README lists on keys outbox_relay:*."
-            }
-            "ERR" if self.message.contains("unknown command") => {
-                "exactly_once needs transactions (WATCH, MULTI, EXEC): let the server or proxy have them, or set delivery to at_least_once."
-            }
-            "OOM" => "Raise Redis's maxmemory, or lower the streams' max_len.",
-            "MISCONF" => "Redis cannot save to disk; see its log.",
-            "READONLY" => "The backend's host is a replica; point it to the primary.",
-            _ => return None,
-        })
+        self.trouble.judged().1
     }
 }
 
@@ -87,15 +294,15 @@ impl fmt::Display for Failure {
     }
 }
 
-/// An error reply to one XADD.
+/// An error reply to one command.
 pub fn reply(error: &ServerError) -> Failure {
-    let details = error.details().unwrap_or_default();
+    of_reply(error.code(), error.details().unwrap_or_default())
+}
+
+fn of_reply(code: &str, details: &str) -> Failure {
     // Some servers repeat the arguments, which are the user's.
     let details = details.split(", with args beginning with").next().unwrap_or_default();
-    Failure::new(
-        reply_class(error.code(), details),
-        format!("{} {details}", error.code()),
-    )
+    Failure::of(Trouble::of_reply(code, details), format!("{code} {details}"))
 }
 
 /// An EXEC that Redis refused: the reason behind "EXECABORT Transaction discarded because of: ", where it is given.
@@ -104,67 +311,73 @@ pub fn aborted(error: &ServerError) -> Failure {
     let reason = details
         .split_once("because of: ")
         .map(|(_, reason)| reason.trim_start_matches('-'));
-    let failure = match reason.and_then(|r| r.split_once(' ')) {
-        Some((code, details)) => Failure::new(reply_class(code, details), format!("{code} {details}")),
+    let mut failure = match reason.and_then(|r| r.split_once(' ')) {
+        Some((code, details)) => of_reply(code, details),
         None => reply(error),
     };
-    match failure.class {
-        Class::Event => Failure::backend(failure.message),
-        _ => failure,
+    // It names no entry.
+    if failure.class == Class::Event {
+        failure.class = Class::Backend;
     }
+    failure
 }
 
-fn reply_class(code: &str, details: &str) -> Class {
-    match code {
-        "LOADING" | "READONLY" | "OOM" | "MISCONF" | "BUSY" | "MASTERDOWN" | "NOREPLICAS" | "CLUSTERDOWN"
-        | "TRYAGAIN" | "MOVED" | "ASK" | "UNKILLABLE" => Class::Backend,
-        "NOAUTH" | "WRONGPASS" => Class::Configuration,
-        // A key that this user may not touch is that stream's trouble alone; a command is the whole backend's.
-        "NOPERM" if names_a_key(details) => Class::Event,
-        "NOPERM" => Class::Configuration,
-        "ERR" if details.contains("max number of clients") => Class::Backend,
-        "ERR" if details.starts_with("unknown command") => Class::Configuration,
-        // WRONGTYPE, CROSSSLOT, "ERR string exceeds maximum allowed size", "ERR The stream has exhausted the last
-        // possible ID": and whatever is not known is never a success, and never the end of the others.
-        _ => Class::Event,
-    }
-}
-
-fn names_a_key(details: &str) -> bool {
-    details.contains("access one of the keys") || details.contains("access a key")
+/// Bytes that are no reply of a Redis, or not one to what was said.
+pub fn not_redis() -> Failure {
+    Failure::of(Trouble::NotRedis, "unexpected reply, as from no Redis server")
 }
 
 /// An error of connecting, writing or reading: of the connection as a whole.
-pub fn connection(error: &RedisError) -> Failure {
-    let class = match error.kind() {
-        ErrorKind::AuthenticationFailed | ErrorKind::InvalidClientConfig => Class::Configuration,
-        ErrorKind::Server(_) | ErrorKind::Extension => match error.code() {
-            Some(code) => match reply_class(code, error.detail().unwrap_or_default()) {
-                Class::Event => Class::Configuration,
-                class => class,
-            },
-            None => Class::Configuration,
-        },
-        ErrorKind::Io => io_class(error),
-        _ => Class::Backend,
+pub fn io(error: &io::Error) -> Failure {
+    use io::ErrorKind::*;
+    if let Some(lookup) = error.get_ref().and_then(|inner| inner.downcast_ref::<Lookup>()) {
+        return lookup.failure();
+    }
+    let trouble = match error.kind() {
+        ConnectionRefused => Trouble::Refused,
+        ConnectionReset | ConnectionAborted | BrokenPipe | NotConnected | UnexpectedEof | WriteZero => Trouble::Closed,
+        // The second: of a socket with a timeout.
+        TimedOut | WouldBlock => Trouble::TimedOut,
+        HostUnreachable | NetworkUnreachable | NetworkDown | AddrNotAvailable => Trouble::Unreachable,
+        NotFound => Trouble::NoSocketFile,
+        PermissionDenied => Trouble::Forbidden,
+        _ => Trouble::Other,
     };
     let message = match error.kind() {
-        ErrorKind::AuthenticationFailed => "WRONGPASS the server refused the username or password".to_owned(),
-        _ if error.is_timeout() => "timed out".to_owned(),
+        UnexpectedEof => "the server closed the connection".to_owned(),
+        TimedOut | WouldBlock => "timed out".to_owned(),
         _ => error.to_string(),
     };
-    Failure::new(class, message)
+    Failure::of(trouble, message)
 }
 
-fn io_class(error: &RedisError) -> Class {
-    let text = error.to_string();
-    // The resolver's errors have no kind of their own.
-    if text.contains("failed to lookup address") || text.contains("No such file or directory") {
-        Class::Configuration
-    } else {
-        Class::Backend
+/// Marks an error of the resolver, which has no kind of its own.
+pub fn lookup(error: io::Error) -> io::Error {
+    io::Error::new(error.kind(), Lookup(error))
+}
+
+#[derive(Debug)]
+struct Lookup(io::Error);
+
+impl Lookup {
+    fn failure(&self) -> Failure {
+        // In another language than English it counts as a name that does not exist, and is asked for less often.
+        let text = self.0.to_string();
+        let trouble = match text.contains("Temporary failure") {
+            true => Trouble::Unresolved,
+            false => Trouble::NoSuchHost,
+        };
+        Failure::of(trouble, text)
     }
 }
+
+impl fmt::Display for Lookup {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl Error for Lookup {}
 
 /// Text of a server on one line: control characters become spaces, at most 200 characters.
 fn shown(text: &str) -> String {
@@ -185,39 +398,147 @@ fn shown(text: &str) -> String {
 mod tests {
     use super::*;
 
+    /// As Redis 6.0 to 8 and Valkey 8 and 9 word them.
     #[test]
     fn replies() {
-        use Class::*;
-        for (code, details, class) in [
-            ("LOADING", "Redis is loading the dataset in memory", Backend),
-            ("OOM", "command not allowed when used memory > 'maxmemory'.", Backend),
-            ("READONLY", "You can't write against a read only replica.", Backend),
-            ("ERR", "max number of clients reached", Backend),
-            ("NOAUTH", "Authentication required.", Configuration),
+        use Trouble::*;
+        for (code, details, trouble) in [
+            ("LOADING", "Redis is loading the dataset in memory", Loading),
+            ("OOM", "command not allowed when used memory > 'maxmemory'.", OutOfMemory),
+            ("READONLY", "You can't write against a read only replica.", ReadOnly),
+            ("MISCONF", "Redis is configured to save RDB snapshots, but it's currently unable to persist to disk.", Misconf),
+            ("BUSY", "Redis is busy running a script. You can only call SCRIPT KILL or SHUTDOWN NOSAVE.", Busy),
+            ("UNKILLABLE", "Sorry the script already executed write commands against the dataset.", Unkillable),
+            ("MASTERDOWN", "Link with MASTER is down and replica-serve-stale-data is set to 'no'.", MasterDown),
+            ("NOREPLICAS", "Not enough good replicas to write.", NoReplicas),
+            ("CLUSTERDOWN", "Hash slot not served", ClusterDown),
+            ("CLUSTERDOWN", "The cluster is down", ClusterDown),
+            ("TRYAGAIN", "Multiple keys request during rehashing of slot", TryAgain),
+            ("MOVED", "3999 127.0.0.1:6381", Moved),
+            ("ASK", "3999 127.0.0.1:6381", Ask),
+            ("CROSSSLOT", "Keys in request don't hash to the same slot", CrossSlot),
+            ("ERR", "max number of clients reached", MaxClients),
+            ("ERR", "max number of clients + cluster connections reached", MaxClients),
+            ("NOAUTH", "Authentication required.", NoAuth),
+            ("ERR", "Protocol error: unauthenticated multibulk length", NoAuth),
+            ("WRONGPASS", "invalid username-password pair or user is disabled.", WrongPass),
+            ("ERR", "invalid password", WrongPass),
+            ("ERR", "AUTH <password> called without any password configured for the default user. Are you sure?", NoPasswordSet),
+            ("ERR", "Client sent AUTH, but no password is set", NoPasswordSet),
+            ("DENIED", "Redis is running in protected mode because protected mode is enabled", Denied),
+            ("ERR", "DB index is out of range", NoSuchDb),
+            ("ERR", "invalid DB index", NoSuchDb),
+            ("ERR", "SELECT is not allowed in cluster mode", NoSuchDb),
+            ("ERR", "unknown command 'XADD'", NoStreams),
+            ("ERR", "unknown command `xadd`", NoStreams),
+            ("ERR", "unknown command 'WATCH'", UnknownCommand),
+            ("NOPERM", "this user has no permissions to run the 'xadd' command", NoPermCommand),
+            ("NOPERM", "User relay has no permissions to run the 'xadd' command", NoPermCommand),
+            ("NOPERM", "this user has no permissions to access one of the keys used as arguments", NoPermKey),
+            ("NOPERM", "No permissions to access a key", NoPermKey),
+            ("NOPERM", "User relay has no permissions to access the 'events' key", NoPermKey),
             (
                 "NOPERM",
-                "this user has no permissions to run the 'xadd' command",
-                Configuration,
+                "ACLs rules changed between the moment the transaction was accumulated and the EXEC call. This command is no longer allowed for the following reason: no permission to touch the specified keys",
+                NoPermKey,
             ),
-            (
-                "NOPERM",
-                "this user has no permissions to access one of the keys used as arguments",
-                Event,
-            ),
-            ("NOPERM", "No permissions to access a key", Event),
-            (
-                "WRONGTYPE",
-                "Operation against a key holding the wrong kind of value",
-                Event,
-            ),
-            (
-                "ERR",
-                "The stream has exhausted the last possible ID, unable to add more items",
-                Event,
-            ),
-            ("SOMETHING", "new", Event),
+            ("WRONGTYPE", "Operation against a key holding the wrong kind of value", WrongType),
+            ("ERR", "The stream has exhausted the last possible ID, unable to add more items", StreamExhausted),
+            // Redis 6.
+            ("ERR", "The ID specified in XADD is equal or smaller than the target stream top item", StreamExhausted),
+            ("ERR", "Protocol error: invalid bulk length", TooLarge),
+            ("ERR", "Protocol error: invalid multibulk length", TooLarge),
+            ("ERR", "Elements are too large to be stored", TooLarge),
+            ("ERR", "Protocol error: expected '$', got 'x'", Desynchronised),
+            ("ERR", "syntax error", UnknownReply),
+            ("SOMETHING", "new", UnknownReply),
+            ("", "", UnknownReply),
         ] {
-            assert_eq!(reply_class(code, details), class, "{code} {details}");
+            assert_eq!(Trouble::of_reply(code, details), trouble, "{code} {details}");
+        }
+    }
+
+    #[test]
+    fn an_unknown_reply_is_about_the_event_and_never_more() {
+        assert_eq!(of_reply("SOMETHING", "new").class, Class::Event);
+        let elsewhere = of_reply("SOMETHING", "new").not_of_an_event();
+        assert_eq!((elsewhere.class, elsewhere.message.as_str()), (Class::Configuration, "SOMETHING new"));
+    }
+
+    #[test]
+    fn arguments_that_a_server_repeats_are_not_shown() {
+        let failure = of_reply("ERR", "unknown command 'XADD', with args beginning with: 'events' 'secret'");
+        assert_eq!(failure.message, "ERR unknown command 'XADD'");
+    }
+
+    fn exec_said(line: &str) -> Failure {
+        match redis::parse_redis_value(format!("-{line}\r\n").as_bytes()) {
+            Ok(redis::Value::ServerError(error)) => aborted(&error),
+            other => panic!("{line}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_reason_of_an_aborted_transaction_counts() {
+        for (line, class, message) in [
+            (
+                "EXECABORT Transaction discarded because of: OOM command not allowed when used memory > 'maxmemory'.",
+                Class::Backend,
+                "OOM command not allowed when used memory > 'maxmemory'.",
+            ),
+            (
+                "EXECABORT Transaction discarded because of: -READONLY You can't write against a read only replica.",
+                Class::Backend,
+                "READONLY You can't write against a read only replica.",
+            ),
+            (
+                "EXECABORT Transaction discarded because of: NOAUTH Authentication required.",
+                Class::Configuration,
+                "NOAUTH Authentication required.",
+            ),
+            (
+                "CROSSSLOT Keys in request don't hash to the same slot",
+                Class::Configuration,
+                "CROSSSLOT Keys in request don't hash to the same slot",
+            ),
+            // Nobody knows which event: none fails.
+            (
+                "EXECABORT Transaction discarded because of previous errors.",
+                Class::Backend,
+                "EXECABORT Transaction discarded because of previous errors.",
+            ),
+            ("SOMETHING new", Class::Backend, "SOMETHING new"),
+        ] {
+            let failure = exec_said(line);
+            assert_eq!((failure.class, failure.message.as_str()), (class, message), "{line}");
+        }
+    }
+
+    #[test]
+    fn errors_of_sockets_and_of_the_resolver() {
+        use io::ErrorKind;
+        for (error, trouble, class) in [
+            (io::Error::from(ErrorKind::ConnectionRefused), Trouble::Refused, Class::Backend),
+            (ErrorKind::UnexpectedEof.into(), Trouble::Closed, Class::Backend),
+            (ErrorKind::ConnectionReset.into(), Trouble::Closed, Class::Backend),
+            (ErrorKind::WouldBlock.into(), Trouble::TimedOut, Class::Backend),
+            (ErrorKind::NotFound.into(), Trouble::NoSocketFile, Class::Backend),
+            (ErrorKind::PermissionDenied.into(), Trouble::Forbidden, Class::Configuration),
+            (io::Error::other("whatever else"), Trouble::Other, Class::Backend),
+            (
+                lookup(io::Error::other("failed to lookup address information: Name or service not known")),
+                Trouble::NoSuchHost,
+                Class::Configuration,
+            ),
+            (
+                lookup(io::Error::other("failed to lookup address information: Temporary failure in name resolution")),
+                Trouble::Unresolved,
+                Class::Backend,
+            ),
+        ] {
+            let failure = io(&error);
+            assert_eq!((failure.trouble, failure.class), (trouble, class), "{error:?}");
+            assert!(!failure.message.is_empty());
         }
     }
 

@@ -1,10 +1,10 @@
 //! One connection to Redis: opening it with all its timeouts, logging in, writing batches, reading replies one by one.
 
-use crate::classify::{self, Class, Failure};
+use crate::classify::{self, Class, Failure, Trouble};
 use crate::destination::{Address, Destination, Secret};
 use crate::encode::append_command;
 use crate::replies::{Inbox, Reply};
-use redis::{RedisError, Value};
+use redis::Value;
 use socket2::SockRef;
 use std::fs;
 use std::io::{self, Read, Write};
@@ -68,7 +68,7 @@ impl Link {
         // A user without the right to name itself is welcome all the same; one who must log in first is told by PING.
         match self.ask(&[b"CLIENT", b"SETNAME", destination.client_name.as_bytes()])? {
             // Such as "max number of clients reached": the last word before the server closes the connection.
-            Err(failure) if failure.class == Class::Backend => return Err(failure),
+            Err(failure) if failure.class == Class::Backend || failure.trouble == Trouble::Denied => return Err(failure),
             _ => {}
         }
         match self.ask(&[b"PING"])? {
@@ -88,7 +88,7 @@ impl Link {
         match self.receive()?.value()? {
             Value::Okay | Value::SimpleString(_) => Ok(Ok(())),
             Value::ServerError(error) => Ok(Err(classify::reply(&error))),
-            _ => Err(Failure::backend("unexpected reply, as from no Redis server")),
+            _ => Err(classify::not_redis()),
         }
     }
 
@@ -120,7 +120,7 @@ impl Link {
         }
         match reply.value()? {
             Value::ServerError(error) => Ok(Err(classify::reply(&error))),
-            _ => Err(Failure::backend("unexpected reply, as from no Redis server")),
+            _ => Err(classify::not_redis()),
         }
     }
 }
@@ -172,7 +172,7 @@ fn at_least_some(timeout: Duration) -> Duration {
 /// The first address that answers; else the last one's error.
 fn connect(host: &str, port: u16, timeout: Duration) -> io::Result<TcpStream> {
     let mut outcome = Err(io::Error::other("the name stands for no address"));
-    for address in (host, port).to_socket_addrs()? {
+    for address in (host, port).to_socket_addrs().map_err(classify::lookup)? {
         outcome = TcpStream::connect_timeout(&address, timeout);
         if outcome.is_ok() {
             break;
@@ -182,7 +182,7 @@ fn connect(host: &str, port: u16, timeout: Duration) -> io::Result<TcpStream> {
 }
 
 fn broken(error: io::Error) -> Failure {
-    classify::connection(&RedisError::from(error))
+    classify::io(&error)
 }
 
 fn read_password(path: &Path) -> Result<String, Failure> {

@@ -11,7 +11,7 @@
 //! armed, and the commands of the next batch are queued in Redis meanwhile. After a batch of which something was refused,
 //! nothing is sent until the worker has written that down (order Resume).
 
-use crate::classify::{self, Class, Failure};
+use crate::classify::{self, Class, Failure, Trouble};
 use crate::encode::append_command;
 use crate::fault;
 use crate::guard::{BATCH_START, Guard, Mark, Owner, Progress, append_beat, append_claim, append_progress};
@@ -61,10 +61,8 @@ impl Replicas {
             other => return Err(error_of(other)),
         };
         let few = || {
-            Failure::backend(format!(
-                "NOREPLICAS only {count} of {} replicas have the batch",
-                self.count
-            ))
+            let text = format!("NOREPLICAS only {count} of {} replicas have the batch", self.count);
+            Failure::of(Trouble::NoReplicas, text)
         };
         Ok((count >= i64::from(self.count)).then_some(()).ok_or_else(few))
     }
@@ -351,7 +349,10 @@ impl Conversation {
     /// Where a guard is that is none; any other failure is as it is.
     fn at_key(&self, failure: Failure) -> Failure {
         match failure.message.starts_with("WRONGTYPE") || failure.message.starts_with("the guard") {
-            true => Failure::configuration(format!("{}: {}", failure.message, String::from_utf8_lossy(&self.key))),
+            true => {
+                let text = format!("{}: {}", failure.message, String::from_utf8_lossy(&self.key));
+                Failure::of(Trouble::NoGuard, text)
+            }
             false => failure,
         }
     }
@@ -551,6 +552,6 @@ fn well(value: &Value) -> Result<(), Failure> {
 fn error_of(value: &Value) -> Failure {
     match value {
         Value::ServerError(error) => classify::reply(error).not_of_an_event(),
-        _ => Failure::backend("unexpected reply, as from no Redis server"),
+        _ => classify::not_redis(),
     }
 }

@@ -60,7 +60,7 @@ impl<'a> Reply<'a> {
 
     /// Taken apart.
     pub fn value(self) -> Result<Value, Failure> {
-        redis::parse_redis_value(self.0).map_err(|e| classify::connection(&e))
+        redis::parse_redis_value(self.0).map_err(|_| classify::not_redis())
     }
 }
 
@@ -228,7 +228,7 @@ fn header(bytes: &[u8]) -> Result<Option<(Option<u64>, usize)>, Failure> {
 }
 
 fn garbage() -> Failure {
-    Failure::backend("unexpected reply, as from no Redis server")
+    classify::not_redis()
 }
 
 #[cfg(test)]
