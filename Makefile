@@ -65,9 +65,10 @@ demo: ## show it at work on throwaway servers (KEEP=1 leaves them up)
 test: ## run every test on throwaway servers (TEST_ARGS=... goes to the runner)
 	scripts/test
 
-lint: headers ## formatting and clippy, as CI checks them
+lint: headers ## formatting, clippy and the SQL script, as CI checks them
 	$(CARGO) fmt --all --check
 	$(cargo_env) $(CARGO) clippy --workspace --all-targets --locked --no-default-features --features $(features) -- -D warnings
+	scripts/lint-sql
 
 bench: ## measure the figures of the README (BENCH_ARGS=... for some of them)
 	scripts/bench $(BENCH_ARGS)

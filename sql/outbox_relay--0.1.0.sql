@@ -3,6 +3,26 @@
 -- The public face of outbox_relay, in schema outbox. Written by hand; src/ holds what is LANGUAGE c.
 -- Contents: backends, events and the tables beside it, publishing, looking, acting, dump, privileges.
 
+set local search_path = pg_catalog, pg_temp;
+
+-- Whoever owns the schema could put other functions beside ours, and whatever is there already might be meant instead of ours.
+do $$
+declare
+    n pg_catalog.pg_namespace;
+begin
+    select * into strict n from pg_catalog.pg_namespace s where s.nspname = 'outbox';
+    if not (select r.rolsuper from pg_catalog.pg_roles r where r.oid = n.nspowner)
+        or exists (select from pg_catalog.pg_depend d
+            where d.refclassid = 'pg_catalog.pg_namespace'::regclass and d.refobjid = n.oid
+                and d.classid <> 'pg_catalog.pg_extension'::regclass) then
+        raise exception using errcode = 'object_not_in_prerequisite_state',
+            message = 'schema "outbox" exists, and is not an empty one of a superuser',
+            detail = format('It belongs to "%s".', pg_get_userbyid(n.nspowner)),
+            hint = 'Drop or rename that schema: the extension makes its own.';
+    end if;
+end
+$$;
+
 ----------------------------------------------------------------------------------------------------------------------
 -- Backends: named Redis destinations
 ----------------------------------------------------------------------------------------------------------------------
@@ -45,6 +65,8 @@ create table outbox.backend_passwords (
 );
 -- No policy: even pg_read_all_data sees no row. The owner and other superusers are not bound by it.
 alter table outbox.backend_passwords enable row level security;
+-- ANALYZE would copy passwords into pg_statistic, which pg_read_all_data can read.
+alter table outbox.backend_passwords alter column password set statistics 0;
 comment on table outbox.backend_passwords is 'Passwords set by outbox.set_backend_password(); read by the worker alone, never dumped.';
 
 ----------------------------------------------------------------------------------------------------------------------
@@ -182,9 +204,8 @@ comment on table outbox.incarnations is 'The runs of this server that relayed, s
 comment on column outbox.incarnations.previous_ended_lsn is 'Where the history of the one before ended, as far as this server has it.';
 
 create function outbox.here() returns text
-    language sql stable security definer set search_path = pg_catalog, pg_temp
-    return pg_catalog.substr(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()), 1, 8)
-        || ' ' || pg_catalog.current_setting('data_directory');
+    language c stable
+    as 'MODULE_PATHNAME', 'here_wrapper';
 comment on function outbox.here() is 'Timeline and data directory of this server: who is asked to take over.';
 
 create table outbox.take_overs (
@@ -203,10 +224,13 @@ create table outbox.restores (
 );
 comment on table outbox.restores is 'Transactions that brought events of a dump. Some may have been sent since it was taken: the worker looks for them in the streams first, and forgets the row.';
 
+-- No search_path of its own: it could not be inlined.
 create function outbox.is_delivered(c outbox.cursors, xid xid8, seq bigint) returns boolean
     language sql immutable parallel safe
-    return coalesce(pg_catalog.pg_visible_in_snapshot(xid, c.from_snapshot)
-        or (pg_catalog.pg_visible_in_snapshot(xid, c.to_snapshot) and seq <= c.last_seq), false);
+    as $$
+select coalesce(pg_catalog.pg_visible_in_snapshot(xid, c.from_snapshot)
+    or (pg_catalog.pg_visible_in_snapshot(xid, c.to_snapshot) and seq operator(pg_catalog.<=) c.last_seq), false)
+$$;
 comment on function outbox.is_delivered(outbox.cursors, xid8, bigint) is 'Whether an event with this xid and seq lies behind a cursor.';
 
 ----------------------------------------------------------------------------------------------------------------------
@@ -318,8 +342,9 @@ create trigger check_backend before insert or update on outbox.backends
     for each row execute function outbox.check_backend();
 alter table outbox.backends enable always trigger check_backend;
 
+-- With the owner's rights: who may delete backends need not be one who may read all the rest.
 create function outbox.check_backend_deletion() returns trigger
-    language plpgsql set search_path = pg_catalog, pg_temp
+    language plpgsql security definer set search_path = pg_catalog, pg_temp set session_replication_role = replica
     as $$
 begin
     -- What was delivered a moment ago may not be in the saved cursor yet: let the worker save it.
@@ -465,6 +490,7 @@ create function outbox.purge_piece(backend_number integer, after_seq bigint, row
     as 'MODULE_PATHNAME', 'purge_piece_wrapper';
 comment on function outbox.purge_piece(integer, bigint, integer) is 'Deletes some published events of a backend whose retention has ended; last_seq goes into the next call, NULL: no more.';
 
+-- It commits, so it can have no search_path of its own.
 create procedure outbox.purge()
     language plpgsql
     as $$
@@ -481,11 +507,12 @@ begin
             exit when after_seq is null;
         end loop;
     end loop;
-    if retention >= interval '0' then
+    if retention operator(pg_catalog.>=) interval '0' then
         loop
             delete from outbox.failed_events f
-                where f.event_id in (select o.event_id from outbox.failed_events o
-                    where o.failed_at < pg_catalog.clock_timestamp() - retention order by o.failed_at limit 1000);
+                where f.event_id operator(pg_catalog.=) any (select o.event_id from outbox.failed_events o
+                    where o.failed_at operator(pg_catalog.<) (pg_catalog.clock_timestamp() operator(pg_catalog.-) retention)
+                    order by o.failed_at limit 1000);
             exit when not found;
             commit;
         end loop;
@@ -495,7 +522,7 @@ $$;
 comment on procedure outbox.purge() is 'Deletes published and failed events whose retention has ended, committing as it goes. The worker does the same by itself.';
 
 create function outbox.wait_published(event_id uuid, timeout interval default '10s') returns boolean
-    language plpgsql
+    language plpgsql set search_path = pg_catalog, pg_temp
     as $$
 declare
     deadline timestamptz := pg_catalog.clock_timestamp() + timeout;
@@ -515,7 +542,7 @@ $$;
 comment on function outbox.wait_published(uuid, interval) is 'Waits until an event is known to be in its stream; false if it is not within the timeout. Call it after the commit.';
 
 create function outbox.retry_failed(backend text default null, event_type text default null, event_id uuid default null) returns bigint
-    language plpgsql security definer set search_path = pg_catalog, pg_temp
+    language plpgsql security definer set search_path = pg_catalog, pg_temp set session_replication_role = replica
     as $$
 declare
     f record;
@@ -568,7 +595,7 @@ $$;
 comment on function outbox.guard_key(text) is 'Key of a backend''s guard in its Redis: a hash that says who appends to its streams, and how far that has come.';
 
 create function outbox.take_over(backend text) returns void
-    language plpgsql security definer set search_path = pg_catalog, pg_temp
+    language plpgsql security definer set search_path = pg_catalog, pg_temp set session_replication_role = replica
     as $$
 declare
     b outbox.backends := outbox.expect_backend(backend);
@@ -585,7 +612,7 @@ $$;
 comment on function outbox.take_over(text) is 'Ends a fence on purpose: this server becomes the owner of the backend''s streams, whoever was. Also goes on after on_missing_guard = ''halt''.';
 
 create function outbox.set_backend_password(name text, password text) returns void
-    language plpgsql security definer set search_path = pg_catalog, pg_temp
+    language plpgsql security definer set search_path = pg_catalog, pg_temp set session_replication_role = replica
     as $$
 declare
     n integer := (outbox.expect_backend(name)).number;

@@ -3,11 +3,14 @@
 //! Filled with the *latest* snapshot, not the transaction's (a backend made since is known), marked valid before it is read (a change
 //! in between marks it invalid again), and it sees a backend made by its own transaction.
 
-use crate::rows::{Columns, texts_of_array};
+use crate::error::{internal, raise};
+use crate::rows::{Columns, attribute, texts_of_array};
 use once_cell::unsync::OnceCell;
-use pgrx::{pg_guard, pg_sys};
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::{PgSqlErrorCode, pg_guard, pg_sys};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::ffi::CStr;
 use std::rc::Rc;
 use wildmatch::WildMatch;
 
@@ -21,7 +24,70 @@ pub struct Relations {
     pub scheduled: pg_sys::Oid,
     pub backends: pg_sys::Oid,
     pub backend_passwords: pg_sys::Oid,
+    /// All tables that the worker writes.
+    tables: [pg_sys::Oid; TABLES.len()],
 }
+
+const TABLES: [&CStr; 12] = [
+    c"events",
+    c"backends",
+    c"backend_passwords",
+    c"scheduled_events",
+    c"refused_events",
+    c"failed_events",
+    c"cursors",
+    c"ticks",
+    c"installation",
+    c"incarnations",
+    c"take_overs",
+    c"restores",
+];
+
+impl Relations {
+    /// Who owns our tables, now: what is on a table runs with its owner's rights. An ERROR if they are not all of one owner.
+    pub fn owner(&self) -> pg_sys::Oid {
+        let owner = owner_of(self.events);
+        for (table, name) in self.tables.iter().zip(TABLES) {
+            if owner_of(*table) != owner {
+                raise(
+                    ErrorReport::new(
+                        PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+                        format!(
+                            "table outbox.{} has another owner than outbox.events",
+                            name.to_string_lossy()
+                        ),
+                        "",
+                    )
+                    .set_hint("Give all tables in schema outbox the same owner, a superuser."),
+                );
+            }
+        }
+        owner
+    }
+}
+
+/// A relation's owner by the catalog as of now; nobody if it has gone.
+fn owner_of(relation: pg_sys::Oid) -> pg_sys::Oid {
+    // SAFETY: a look-up within a transaction; the tuple is released once it was read.
+    unsafe {
+        let cache = pg_sys::SysCacheIdentifier::RELOID as i32;
+        let tuple = pg_sys::SearchSysCache1(cache, pg_sys::Datum::from(relation));
+        if tuple.is_null() {
+            return pg_sys::InvalidOid;
+        }
+        let data = (*tuple).t_data;
+        let class = data
+            .cast::<u8>()
+            .add((*data).t_hoff as usize)
+            .cast::<pg_sys::FormData_pg_class>();
+        let owner = (*class).relowner;
+        pg_sys::ReleaseSysCache(tuple);
+        owner
+    }
+}
+
+/// Guards live there: no stream has such a name.
+pub const RESERVED: &str = "outbox_relay:";
 
 /// A backend as a publisher needs it.
 pub struct KnownBackend {
@@ -32,6 +98,9 @@ pub struct KnownBackend {
 
 impl KnownBackend {
     pub fn allows(&self, stream: &str) -> bool {
+        if stream.starts_with(RESERVED) {
+            return false;
+        }
         self.allowed_streams
             .as_ref()
             .is_none_or(|patterns| patterns.iter().any(|p| p.matches(stream)))
@@ -71,6 +140,8 @@ unsafe extern "C-unwind" fn on_invalidation(_arg: pg_sys::Datum, relation: pg_sy
         RELATIONS.set(None);
         BACKENDS_VALID.set(false);
         GENERATION.set(GENERATION.get() + 1);
+    } else if known.tables.contains(&relation) {
+        RELATIONS.set(None);
     }
 }
 
@@ -100,7 +171,7 @@ pub fn relations() -> Option<Relations> {
         if schema == pg_sys::InvalidOid {
             return None;
         }
-        let oid = |name: &std::ffi::CStr| pg_sys::get_relname_relid(name.as_ptr(), schema);
+        let oid = |name: &CStr| pg_sys::get_relname_relid(name.as_ptr(), schema);
         Relations {
             events: oid(c"events"),
             events_seq_key: oid(c"events_pkey"),
@@ -109,6 +180,7 @@ pub fn relations() -> Option<Relations> {
             scheduled: oid(c"scheduled_events"),
             backends: oid(c"backends"),
             backend_passwords: oid(c"backend_passwords"),
+            tables: TABLES.map(oid),
         }
     };
     let missing = [
@@ -124,13 +196,44 @@ pub fn relations() -> Option<Relations> {
     if missing {
         return None;
     }
+    expect_shape(c"events", found.events, &EVENT_TYPES);
+    expect_shape(c"scheduled_events", found.scheduled, &EVENT_TYPES);
     RELATIONS.set(Some(found));
     Some(found)
 }
 
+/// The types of the columns that events and scheduled events begin with: their values are taken apart, and put together, without asking.
+const EVENT_TYPES: [pg_sys::Oid; attribute::COUNT] = [
+    pg_sys::INT8OID,
+    pg_sys::XID8OID,
+    pg_sys::TIMESTAMPTZOID,
+    pg_sys::UUIDOID,
+    pg_sys::INT4OID,
+    pg_sys::TEXTOID,
+    pg_sys::TEXTOID,
+    pg_sys::TEXTOID,
+    pg_sys::JSONOID,
+    pg_sys::TEXTOID,
+    pg_sys::TEXTOID,
+    pg_sys::TEXTOID,
+    pg_sys::JSONOID,
+    pg_sys::INT4OID,
+];
+
+/// An ERROR if somebody has changed the type of a column that we know.
+fn expect_shape(name: &CStr, table: pg_sys::Oid, types: &[pg_sys::Oid]) {
+    for (index, expected) in types.iter().enumerate() {
+        // SAFETY: a catalog look-up within a transaction.
+        if unsafe { pg_sys::get_atttype(table, index as i16 + 1) } != *expected {
+            let name = name.to_string_lossy();
+            internal(format!("column {} of outbox.{name} does not have its type", index + 1));
+        }
+    }
+}
+
 /// Our relations, or an ERROR.
 pub fn expect_relations() -> Relations {
-    relations().unwrap_or_else(|| crate::error::internal("the tables of extension outbox_relay are missing"))
+    relations().unwrap_or_else(|| internal("the tables of extension outbox_relay are missing"))
 }
 
 /// A backend by name. Costs nothing but a look-up unless backends have changed.

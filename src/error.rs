@@ -1,6 +1,7 @@
 //! The one place that turns what went wrong into SQLSTATE and words in Postgres's style: primary line in lower case without a
 //! full stop; detail and hint are sentences.
 
+use crate::catalog;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{PgLogLevel, PgSqlErrorCode};
 use relay::event::ConfigError;
@@ -66,6 +67,9 @@ impl PublishError {
             Self::NegativeRetries(n) => format!("It is {n}."),
             Self::EndlessSchedule => "An event scheduled for infinity would never be sent.".into(),
             Self::UnknownBackend(_) => "Backends are the rows of outbox.backends.".into(),
+            Self::StreamNotAllowed { stream, .. } if stream.starts_with(catalog::RESERVED) => {
+                format!("Names that begin with {} are kept for guards.", catalog::RESERVED)
+            }
             Self::StreamNotAllowed { .. } => "None of the backend's allowed_streams matches.".into(),
             Self::Config(_) => "Its keys and values become further fields of the stream entry.".into(),
             Self::TooLarge { size, limit } => format!("It has {size} bytes; at most {limit} are allowed."),

@@ -4,7 +4,7 @@
 //! request, publish, trigger ─ an event is checked, becomes a row   txn, utility ─ after the commit: wake the worker
 //! launcher ─ a worker for each database with the extension        worker ─ reads, hands to senders, keeps the books
 //! ticker, rows ─ snapshots and rows, without SQL                  pass ─ one scan for many backends; backend ─ one of them
-//! outbox ─ all SQL on our tables                                  purge ─ retention
+//! outbox ─ all SQL on our tables; rights ─ in whose name          purge ─ retention
 //! ownership ─ who this server is to the guards                    recovery ─ from a guard that was read to a backend that is up
 //! catalog ─ what a session knows of our tables and backends       status ─ what the views ask
 //! guc, shmem, process, error, uuid ─ settings, shared memory, manners of a process, refusals, event ids
@@ -39,6 +39,7 @@ mod purge;
 mod recovery;
 mod refused;
 mod request;
+mod rights;
 mod rows;
 mod shmem;
 mod status;

@@ -2,10 +2,11 @@
 //! something is wrong. (Events themselves are read in `rows.rs` and inserted in `publish.rs`, without SQL.)
 
 use crate::error::internal;
+use crate::rights;
 use crate::rows;
 use crate::trigger;
 use pgrx::datum::DatumWithOid;
-use pgrx::pg_sys;
+use pgrx::pg_sys::{self, PgOid};
 use pgrx::spi::{Spi, SpiTupleTable};
 use relay::delivery::Cursor;
 use relay::reader::{Position, UnderWay};
@@ -55,54 +56,50 @@ pub struct Standing {
     pub epoch: i64,
 }
 
-/// Runs `f` with the rights of the bootstrap superuser: who may call these functions is a matter of EXECUTE. Nothing of a user's
-/// runs within.
-pub fn as_owner<R>(f: impl FnOnce() -> R) -> R {
-    let (mut user, mut context) = (pg_sys::InvalidOid, 0);
-    // SAFETY: saved and put back; an ERROR's abort puts them back as well.
-    unsafe {
-        pg_sys::GetUserIdAndSecContext(&mut user, &mut context);
-        let restricted =
-            context | pg_sys::SECURITY_LOCAL_USERID_CHANGE as i32 | pg_sys::SECURITY_RESTRICTED_OPERATION as i32;
-        pg_sys::SetUserIdAndSecContext(pg_sys::Oid::from(pg_sys::BOOTSTRAP_SUPERUSERID), restricted);
-    }
-    let result = f();
-    // SAFETY: as above.
-    unsafe { pg_sys::SetUserIdAndSecContext(user, context) };
-    result
-}
-
 /// Reads what is committed now. Takes no transaction id, as SPI's `update` would: looking writes no WAL, and works on a standby.
-pub fn query<R>(sql: &str, args: &[DatumWithOid<'_>], mut each: impl FnMut(&SpiTupleTable<'_>) -> R) -> Vec<R> {
+pub fn query<R>(sql: &str, args: &[DatumWithOid<'_>], each: impl FnMut(&SpiTupleTable<'_>) -> R) -> Vec<R> {
     // SAFETY: within a transaction; popped below, or by its abort. A transaction without an id reads with the active
     // snapshot, which may be older than the invalidations that were taken in.
     unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetLatestSnapshot()) };
-    let found = Spi::connect(|client| {
-        let mut table = client
-            .select(sql, None, args)
-            .unwrap_or_else(|e| internal(e.to_string()));
-        let mut found = Vec::with_capacity(table.len());
-        if !table.is_empty() {
-            table = table.first();
-            for _ in 0..table.len() {
-                found.push(each(&table));
-                table.next();
-            }
-        }
-        found
+    let found = rights::statement(|| {
+        Spi::connect(|client| {
+            let statement = client.prepare(sql, &types_of(args));
+            let statement = statement.unwrap_or_else(|e| internal(e.to_string()));
+            let table = rights::execution(|| client.select(&statement, None, args));
+            read_all(table.unwrap_or_else(|e| internal(e.to_string())), each)
+        })
     });
     // SAFETY: the snapshot pushed above is the active one again.
     unsafe { pg_sys::PopActiveSnapshot() };
     found
 }
 
+fn read_all<R>(mut table: SpiTupleTable<'_>, mut each: impl FnMut(&SpiTupleTable<'_>) -> R) -> Vec<R> {
+    let mut found = Vec::with_capacity(table.len());
+    if !table.is_empty() {
+        table = table.first();
+        for _ in 0..table.len() {
+            found.push(each(&table));
+            table.next();
+        }
+    }
+    found
+}
+
+/// Writes; returns how many rows.
 pub fn run(sql: &str, args: &[DatumWithOid<'_>]) -> u64 {
-    Spi::connect_mut(|client| {
-        let table = client
-            .update(sql, None, args)
-            .unwrap_or_else(|e| internal(e.to_string()));
-        table.len() as u64
+    rights::statement(|| {
+        Spi::connect_mut(|client| {
+            let statement = client.prepare_mut(sql, &types_of(args));
+            let statement = statement.unwrap_or_else(|e| internal(e.to_string()));
+            let table = rights::execution(|| client.update(&statement, None, args));
+            table.unwrap_or_else(|e| internal(e.to_string())).len() as u64
+        })
     })
+}
+
+fn types_of(args: &[DatumWithOid<'_>]) -> Vec<PgOid> {
+    args.iter().map(|a| PgOid::from(a.oid())).collect()
 }
 
 /// A value of the current row; a value of another type than expected is an internal error.
@@ -330,7 +327,7 @@ pub fn forget_take_over(number: i32) {
 
 /// This transaction, of the id `xid`, brings events of a dump. Within the session that restores it.
 pub fn note_restore(number: i32, xid: u64) {
-    as_owner(|| {
+    rights::of_owner(|| {
         run(
             "insert into outbox.restores (backend_number, xid) values ($1, $2::text::xid8)",
             &[number.into(), xid.to_string().into()],

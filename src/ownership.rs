@@ -8,7 +8,7 @@ use crate::outbox::{query, run, value};
 use crate::process::{self, Aborted};
 use crate::{guc, shmem, ticker, uuid};
 use pgrx::datum::DatumWithOid;
-use pgrx::pg_sys;
+use pgrx::{pg_extern, pg_sys};
 use relay::claim::Incarnation;
 use relay::encode::hyphenated;
 use relay::guard::Owner;
@@ -158,6 +158,17 @@ fn switch_point(timeline: u32, present: u32) -> u64 {
             }
         })
     }
+}
+
+/// `outbox.here()`: the timeline and the directory, which a promoted standby or a copy does not share.
+#[pg_extern(sql = false)]
+fn here() -> String {
+    // SAFETY: reads what the server knows of itself; only a primary is asked for. A zero-terminated path.
+    let (timeline, directory) = unsafe {
+        pg_sys::PreventCommandDuringRecovery(c"outbox.here()".as_ptr());
+        (pg_sys::GetWALInsertionTimeLine(), CStr::from_ptr(pg_sys::DataDir))
+    };
+    format!("{timeline:08X} {}", directory.to_string_lossy())
 }
 
 /// Where this server lives: two that run at the same time never say the same, since no two kernels share the name of a boot, and no two

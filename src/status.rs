@@ -2,6 +2,7 @@
 
 use crate::catalog;
 use crate::outbox;
+use crate::rights;
 use crate::rows::{EventsTable, attribute};
 use crate::shmem::{self, SlotState};
 use crate::ticker;
@@ -93,7 +94,7 @@ fn backlog(
         name!(oldest_created_at, Option<pgrx::datum::TimestampWithTimeZone>),
     ),
 > {
-    let (pending, oldest) = outbox::as_owner(|| behind_cursor(backend_number, COUNTED));
+    let (pending, oldest) = rights::of_owner(|| behind_cursor(backend_number, COUNTED));
     let oldest = oldest.and_then(|us| pgrx::datum::TimestampWithTimeZone::try_from(us).ok());
     TableIterator::once((pending, oldest))
 }
@@ -101,7 +102,7 @@ fn backlog(
 /// `outbox.has_waiting_events(backend_number)`
 #[pg_extern(sql = false)]
 fn has_waiting_events(backend_number: i32) -> bool {
-    outbox::as_owner(|| outbox::waits_elsewhere(backend_number) || behind_cursor(backend_number, 1).0 > 0)
+    rights::of_owner(|| outbox::waits_elsewhere(backend_number) || behind_cursor(backend_number, 1).0 > 0)
 }
 
 /// `outbox.wake()`

@@ -50,6 +50,14 @@ extern "C-unwind" fn complete_event(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys:
                 "",
             ));
         }
+        // A row of another table has other columns.
+        if (*(*trigger).tg_relation).rd_id != catalog::expect_relations().events {
+            raise(ErrorReport::new(
+                PgSqlErrorCode::ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED,
+                "complete_event() can only be the trigger of outbox.events",
+                "",
+            ));
+        }
         (*fcinfo).isnull = false;
         pg_sys::Datum::from(completed((*trigger).tg_trigtuple, (*(*trigger).tg_relation).rd_att))
     }

@@ -20,6 +20,7 @@ use crate::pass;
 use crate::process::{self, Aborted, log};
 use crate::purge::Purge;
 use crate::recovery;
+use crate::rights;
 use crate::shmem::{self, Slot, SlotState};
 use pgrx::{pg_guard, pg_sys};
 use relay::classify::Failure;
@@ -61,6 +62,7 @@ pub extern "C-unwind" fn outbox_relay_worker(argument: pg_sys::Datum) {
         slot.attach(pg_sys::MyProcPid, pg_sys::MyLatch);
     }
     process::end_with_last_words();
+    rights::are_the_workers();
     for (name, value) in [
         (c"search_path", c"pg_catalog"),
         (c"lock_timeout", c"2s"),
@@ -69,7 +71,12 @@ pub extern "C-unwind" fn outbox_relay_worker(argument: pg_sys::Datum) {
         (c"default_transaction_isolation", c"read committed"),
         (c"default_transaction_read_only", c"off"),
         (c"default_transaction_deferrable", c"off"),
-        (c"session_replication_role", c"origin"),
+        // Triggers of others do not run here, nor rules: see rights.rs. Ours are enabled always.
+        (c"session_replication_role", c"replica"),
+        // Somebody may have set one for the database.
+        (c"role", c"none"),
+        #[cfg(any(feature = "pg17", feature = "pg18"))]
+        (c"transaction_timeout", c"0"),
         (c"jit", c"off"),
         // A cursor that is lost in a crash only repeats; what it covers was flushed before it was sent.
         (c"synchronous_commit", c"off"),

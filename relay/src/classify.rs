@@ -1,6 +1,7 @@
 //! What an error means for the delivery, and what helps: one exhaustive match, in one place ([`Trouble::judged`]). docs/FAILURES.md is the
 //! same for users.
 
+use crate::server_text::shown;
 use redis::ServerError;
 use std::error::Error;
 use std::fmt;
@@ -85,7 +86,10 @@ impl Trouble {
     fn judged(self) -> (Class, Option<&'static str>) {
         use Class::{Backend, Configuration, Event, Fenced};
         let (class, hint) = match self {
-            Self::Refused => (Backend, "Nothing listens there: start Redis, or mend the backend's host and port."),
+            Self::Refused => (
+                Backend,
+                "Nothing listens there: start Redis, or mend the backend's host and port.",
+            ),
             Self::Closed => (
                 Backend,
                 "If this goes on, Redis's log says why it closes the connection: client-query-buffer-limit, client-output-buffer-limit, maxmemory-clients, or a port that speaks TLS.",
@@ -94,23 +98,44 @@ impl Trouble {
                 Backend,
                 "Redis hangs or is overloaded, or a firewall drops what is sent: check host and port. If it is only slow, raise socket_timeout or connect_timeout.",
             ),
-            Self::Unreachable => (Backend, "There is no way to that host: check the network, and the backend's host."),
-            Self::NoSuchHost => (Configuration, "Mend the backend's host, or what the name server says of it."),
-            Self::Unresolved => (Backend, "The name server does not answer: check /etc/resolv.conf of the database server."),
+            Self::Unreachable => (
+                Backend,
+                "There is no way to that host: check the network, and the backend's host.",
+            ),
+            Self::NoSuchHost => (
+                Configuration,
+                "Mend the backend's host, or what the name server says of it.",
+            ),
+            Self::Unresolved => (
+                Backend,
+                "The name server does not answer: check /etc/resolv.conf of the database server.",
+            ),
             // Redis removes it when it stops.
             Self::NoSocketFile => (Backend, "Start Redis, or mend the backend's unix_socket."),
             Self::Forbidden => (
                 Configuration,
                 "Let the user of the database server open the socket (Redis's unixsocketperm, or its group).",
             ),
-            Self::NotRedis => (Backend, "Something else than Redis answers there: check the backend's host, port and tls."),
-            Self::TooLongReply => (Backend, "No Redis answers like that: check the backend's host and port."),
-            Self::MaxClients => (Backend, "Raise Redis's maxclients, or find who holds its connections (CLIENT LIST)."),
+            Self::NotRedis => (
+                Backend,
+                "Something else than Redis answers there: check the backend's host, port and tls.",
+            ),
+            Self::TooLongReply => (
+                Backend,
+                "No Redis answers like that: check the backend's host and port.",
+            ),
+            Self::MaxClients => (
+                Backend,
+                "Raise Redis's maxclients, or find who holds its connections (CLIENT LIST).",
+            ),
             Self::Denied => (
                 Configuration,
                 "Redis is in protected mode: give its users passwords, and set one with outbox.set_backend_password(); or set its protected-mode to no.",
             ),
-            Self::NoAuth => (Configuration, "Set a password with outbox.set_backend_password(), or password_file."),
+            Self::NoAuth => (
+                Configuration,
+                "Set a password with outbox.set_backend_password(), or password_file.",
+            ),
             Self::WrongPass => (Configuration, "Check the backend's username and password."),
             Self::NoPasswordSet => (
                 Configuration,
@@ -120,7 +145,10 @@ impl Trouble {
                 Configuration,
                 "Lower the backend's db, or raise \"databases\" in redis.conf; Redis Cluster has database 0 alone.",
             ),
-            Self::Loading => (Backend, "Redis reads its data after a start; events are sent when it has done so."),
+            Self::Loading => (
+                Backend,
+                "Redis reads its data after a start; events are sent when it has done so.",
+            ),
             Self::ReadOnly => (Backend, "The backend's host is a replica; point it to the primary."),
             Self::MasterDown => (
                 Backend,
@@ -136,9 +164,18 @@ impl Trouble {
                 Backend,
                 "A script keeps Redis busy: SCRIPT KILL (or FUNCTION KILL) ends it. One that has written can only be ended with SHUTDOWN NOSAVE.",
             ),
-            Self::Unkillable => (Backend, "A script that has written keeps Redis busy: only SHUTDOWN NOSAVE ends it."),
-            Self::Desynchronised => (Backend, "Something between the database server and Redis garbles what is sent."),
-            Self::ClusterDown => (Backend, "The cluster does not serve all of its slots: see redis-cli --cluster check."),
+            Self::Unkillable => (
+                Backend,
+                "A script that has written keeps Redis busy: only SHUTDOWN NOSAVE ends it.",
+            ),
+            Self::Desynchronised => (
+                Backend,
+                "Something between the database server and Redis garbles what is sent.",
+            ),
+            Self::ClusterDown => (
+                Backend,
+                "The cluster does not serve all of its slots: see redis-cli --cluster check.",
+            ),
             Self::TryAgain => (Backend, "The cluster is moving that slot; it passes."),
             Self::Moved | Self::Ask | Self::CrossSlot => (
                 Configuration,
@@ -156,12 +193,24 @@ impl Trouble {
                 if self == Self::NoPermKey { Event } else { Configuration },
                 "Allow the backend's Redis user XADD on its streams, and for exactly_once what the README lists on keys outbox_relay:*.",
             ),
-            Self::WrongType => (Event, "The stream's key holds something else: rename or delete it, or publish to another stream."),
-            Self::StreamExhausted => (Event, "The stream has an entry with the last possible id: delete the stream, or publish to another."),
-            Self::TooLarge => (Event, "Raise Redis's proto-max-bulk-len, or lower outbox_relay.max_event_size."),
+            Self::WrongType => (
+                Event,
+                "The stream's key holds something else: rename or delete it, or publish to another stream.",
+            ),
+            Self::StreamExhausted => (
+                Event,
+                "The stream has an entry with the last possible id: delete the stream, or publish to another.",
+            ),
+            Self::TooLarge => (
+                Event,
+                "Raise Redis's proto-max-bulk-len, or lower outbox_relay.max_event_size.",
+            ),
             // Never a success, and never the end of the others.
             Self::UnknownReply => return (Event, None),
-            Self::Fenced => (Fenced, "If that server must not go on, stop it and run outbox.take_over() here."),
+            Self::Fenced => (
+                Fenced,
+                "If that server must not go on, stop it and run outbox.take_over() here.",
+            ),
             Self::GuardMissing => (Configuration, "Run outbox.take_over() to go on without it."),
             Self::NoGuard => (
                 Configuration,
@@ -379,21 +428,6 @@ impl fmt::Display for Lookup {
 
 impl Error for Lookup {}
 
-/// Text of a server on one line: control characters become spaces, at most 200 characters.
-fn shown(text: &str) -> String {
-    const LIMIT: usize = 200;
-    let mut out: String = text
-        .trim()
-        .chars()
-        .map(|c| if c.is_control() { ' ' } else { c })
-        .take(LIMIT)
-        .collect();
-    if text.trim().chars().nth(LIMIT).is_some() {
-        out.push_str("...");
-    }
-    out
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -404,12 +438,32 @@ mod tests {
         use Trouble::*;
         for (code, details, trouble) in [
             ("LOADING", "Redis is loading the dataset in memory", Loading),
-            ("OOM", "command not allowed when used memory > 'maxmemory'.", OutOfMemory),
+            (
+                "OOM",
+                "command not allowed when used memory > 'maxmemory'.",
+                OutOfMemory,
+            ),
             ("READONLY", "You can't write against a read only replica.", ReadOnly),
-            ("MISCONF", "Redis is configured to save RDB snapshots, but it's currently unable to persist to disk.", Misconf),
-            ("BUSY", "Redis is busy running a script. You can only call SCRIPT KILL or SHUTDOWN NOSAVE.", Busy),
-            ("UNKILLABLE", "Sorry the script already executed write commands against the dataset.", Unkillable),
-            ("MASTERDOWN", "Link with MASTER is down and replica-serve-stale-data is set to 'no'.", MasterDown),
+            (
+                "MISCONF",
+                "Redis is configured to save RDB snapshots, but it's currently unable to persist to disk.",
+                Misconf,
+            ),
+            (
+                "BUSY",
+                "Redis is busy running a script. You can only call SCRIPT KILL or SHUTDOWN NOSAVE.",
+                Busy,
+            ),
+            (
+                "UNKILLABLE",
+                "Sorry the script already executed write commands against the dataset.",
+                Unkillable,
+            ),
+            (
+                "MASTERDOWN",
+                "Link with MASTER is down and replica-serve-stale-data is set to 'no'.",
+                MasterDown,
+            ),
             ("NOREPLICAS", "Not enough good replicas to write.", NoReplicas),
             ("CLUSTERDOWN", "Hash slot not served", ClusterDown),
             ("CLUSTERDOWN", "The cluster is down", ClusterDown),
@@ -421,31 +475,71 @@ mod tests {
             ("ERR", "max number of clients + cluster connections reached", MaxClients),
             ("NOAUTH", "Authentication required.", NoAuth),
             ("ERR", "Protocol error: unauthenticated multibulk length", NoAuth),
-            ("WRONGPASS", "invalid username-password pair or user is disabled.", WrongPass),
+            (
+                "WRONGPASS",
+                "invalid username-password pair or user is disabled.",
+                WrongPass,
+            ),
             ("ERR", "invalid password", WrongPass),
-            ("ERR", "AUTH <password> called without any password configured for the default user. Are you sure?", NoPasswordSet),
+            (
+                "ERR",
+                "AUTH <password> called without any password configured for the default user. Are you sure?",
+                NoPasswordSet,
+            ),
             ("ERR", "Client sent AUTH, but no password is set", NoPasswordSet),
-            ("DENIED", "Redis is running in protected mode because protected mode is enabled", Denied),
+            (
+                "DENIED",
+                "Redis is running in protected mode because protected mode is enabled",
+                Denied,
+            ),
             ("ERR", "DB index is out of range", NoSuchDb),
             ("ERR", "invalid DB index", NoSuchDb),
             ("ERR", "SELECT is not allowed in cluster mode", NoSuchDb),
             ("ERR", "unknown command 'XADD'", NoStreams),
             ("ERR", "unknown command `xadd`", NoStreams),
             ("ERR", "unknown command 'WATCH'", UnknownCommand),
-            ("NOPERM", "this user has no permissions to run the 'xadd' command", NoPermCommand),
-            ("NOPERM", "User relay has no permissions to run the 'xadd' command", NoPermCommand),
-            ("NOPERM", "this user has no permissions to access one of the keys used as arguments", NoPermKey),
+            (
+                "NOPERM",
+                "this user has no permissions to run the 'xadd' command",
+                NoPermCommand,
+            ),
+            (
+                "NOPERM",
+                "User relay has no permissions to run the 'xadd' command",
+                NoPermCommand,
+            ),
+            (
+                "NOPERM",
+                "this user has no permissions to access one of the keys used as arguments",
+                NoPermKey,
+            ),
             ("NOPERM", "No permissions to access a key", NoPermKey),
-            ("NOPERM", "User relay has no permissions to access the 'events' key", NoPermKey),
+            (
+                "NOPERM",
+                "User relay has no permissions to access the 'events' key",
+                NoPermKey,
+            ),
             (
                 "NOPERM",
                 "ACLs rules changed between the moment the transaction was accumulated and the EXEC call. This command is no longer allowed for the following reason: no permission to touch the specified keys",
                 NoPermKey,
             ),
-            ("WRONGTYPE", "Operation against a key holding the wrong kind of value", WrongType),
-            ("ERR", "The stream has exhausted the last possible ID, unable to add more items", StreamExhausted),
+            (
+                "WRONGTYPE",
+                "Operation against a key holding the wrong kind of value",
+                WrongType,
+            ),
+            (
+                "ERR",
+                "The stream has exhausted the last possible ID, unable to add more items",
+                StreamExhausted,
+            ),
             // Redis 6.
-            ("ERR", "The ID specified in XADD is equal or smaller than the target stream top item", StreamExhausted),
+            (
+                "ERR",
+                "The ID specified in XADD is equal or smaller than the target stream top item",
+                StreamExhausted,
+            ),
             ("ERR", "Protocol error: invalid bulk length", TooLarge),
             ("ERR", "Protocol error: invalid multibulk length", TooLarge),
             ("ERR", "Elements are too large to be stored", TooLarge),
@@ -462,12 +556,18 @@ mod tests {
     fn an_unknown_reply_is_about_the_event_and_never_more() {
         assert_eq!(of_reply("SOMETHING", "new").class, Class::Event);
         let elsewhere = of_reply("SOMETHING", "new").not_of_an_event();
-        assert_eq!((elsewhere.class, elsewhere.message.as_str()), (Class::Configuration, "SOMETHING new"));
+        assert_eq!(
+            (elsewhere.class, elsewhere.message.as_str()),
+            (Class::Configuration, "SOMETHING new")
+        );
     }
 
     #[test]
     fn arguments_that_a_server_repeats_are_not_shown() {
-        let failure = of_reply("ERR", "unknown command 'XADD', with args beginning with: 'events' 'secret'");
+        let failure = of_reply(
+            "ERR",
+            "unknown command 'XADD', with args beginning with: 'events' 'secret'",
+        );
         assert_eq!(failure.message, "ERR unknown command 'XADD'");
     }
 
@@ -518,20 +618,32 @@ mod tests {
     fn errors_of_sockets_and_of_the_resolver() {
         use io::ErrorKind;
         for (error, trouble, class) in [
-            (io::Error::from(ErrorKind::ConnectionRefused), Trouble::Refused, Class::Backend),
+            (
+                io::Error::from(ErrorKind::ConnectionRefused),
+                Trouble::Refused,
+                Class::Backend,
+            ),
             (ErrorKind::UnexpectedEof.into(), Trouble::Closed, Class::Backend),
             (ErrorKind::ConnectionReset.into(), Trouble::Closed, Class::Backend),
             (ErrorKind::WouldBlock.into(), Trouble::TimedOut, Class::Backend),
             (ErrorKind::NotFound.into(), Trouble::NoSocketFile, Class::Backend),
-            (ErrorKind::PermissionDenied.into(), Trouble::Forbidden, Class::Configuration),
+            (
+                ErrorKind::PermissionDenied.into(),
+                Trouble::Forbidden,
+                Class::Configuration,
+            ),
             (io::Error::other("whatever else"), Trouble::Other, Class::Backend),
             (
-                lookup(io::Error::other("failed to lookup address information: Name or service not known")),
+                lookup(io::Error::other(
+                    "failed to lookup address information: Name or service not known",
+                )),
                 Trouble::NoSuchHost,
                 Class::Configuration,
             ),
             (
-                lookup(io::Error::other("failed to lookup address information: Temporary failure in name resolution")),
+                lookup(io::Error::other(
+                    "failed to lookup address information: Temporary failure in name resolution",
+                )),
                 Trouble::Unresolved,
                 Class::Backend,
             ),
@@ -540,12 +652,5 @@ mod tests {
             assert_eq!((failure.trouble, failure.class), (trouble, class), "{error:?}");
             assert!(!failure.message.is_empty());
         }
-    }
-
-    #[test]
-    fn server_text_is_cut_and_cleaned() {
-        let failure = Failure::backend(format!("a\r\nb\0{}", "x".repeat(500)));
-        assert!(failure.message.starts_with("a  b xxx") && failure.message.ends_with("..."));
-        assert_eq!(failure.message.chars().count(), 203);
     }
 }

@@ -4,6 +4,7 @@ use crate::classify::{self, Class, Failure, Trouble};
 use crate::destination::{Address, Destination, Secret};
 use crate::encode::append_command;
 use crate::replies::{Inbox, Reply};
+use crate::server_text;
 use redis::Value;
 use socket2::SockRef;
 use std::fs;
@@ -51,6 +52,7 @@ impl Link {
             None => None,
         };
         if let Some(password) = password {
+            server_text::hide(&password);
             match &destination.username {
                 Some(username) => self.ask(&[b"AUTH", username.as_bytes(), password.as_bytes()])?,
                 None => self.ask(&[b"AUTH", password.as_bytes()])?,
@@ -68,7 +70,9 @@ impl Link {
         // A user without the right to name itself is welcome all the same; one who must log in first is told by PING.
         match self.ask(&[b"CLIENT", b"SETNAME", destination.client_name.as_bytes()])? {
             // Such as "max number of clients reached": the last word before the server closes the connection.
-            Err(failure) if failure.class == Class::Backend || failure.trouble == Trouble::Denied => return Err(failure),
+            Err(failure) if failure.class == Class::Backend || failure.trouble == Trouble::Denied => {
+                return Err(failure);
+            }
             _ => {}
         }
         match self.ask(&[b"PING"])? {

@@ -1,0 +1,94 @@
+//! Words of a server that are shown to people: on one line, cut, without secrets and without what is not seen.
+
+use std::borrow::Cow;
+use std::cell::RefCell;
+
+thread_local! {
+    static SECRETS: RefCell<Vec<String>> = const { RefCell::new(Vec::new()) };
+}
+
+/// From now on no failure that this thread, so this connection, makes shows `secret`: some servers and proxies repeat what they were asked.
+pub fn hide(secret: &str) {
+    /// Shorter ones are parts of usual words.
+    const SHORTEST: usize = 4;
+    if secret.len() >= SHORTEST {
+        SECRETS.with_borrow_mut(|secrets| secrets.extend([secret.to_owned(), cleaned(secret)]));
+    }
+}
+
+/// Text of a server on one line: without secrets, and without what is not seen but moves what is; at most 200 characters.
+pub(crate) fn shown(text: &str) -> String {
+    const LIMIT: usize = 200;
+    // Hidden before it is cut, or the beginning of a secret could be left; and after it is cleaned too, for a server that has done that.
+    let text = cleaned(&hidden(text.trim()));
+    let text = hidden(text.trim());
+    let mut out: String = text.chars().take(LIMIT).collect();
+    if text.chars().nth(LIMIT).is_some() {
+        out.push_str("...");
+    }
+    out
+}
+
+/// The text up to the first secret in it.
+fn hidden(text: &str) -> Cow<'_, str> {
+    let first = SECRETS.with_borrow(|secrets| secrets.iter().filter_map(|secret| text.find(secret)).min());
+    match first {
+        Some(at) => format!("{}(the rest is left out: it holds the password)", &text[..at]).into(),
+        None => text.into(),
+    }
+}
+
+fn cleaned(text: &str) -> String {
+    text.chars().map(|c| if is_unseen(c) { ' ' } else { c }).collect()
+}
+
+/// Control characters, and those of Unicode that take no room but change direction, join, separate or tag.
+fn is_unseen(c: char) -> bool {
+    c.is_control()
+        || matches!(c,
+            '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}'
+            | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{1d173}'..='\u{1d17a}' | '\u{e0000}'..='\u{e007f}')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn server_text_is_cut_and_cleaned() {
+        let text = shown(&format!("a\r\nb\0{}", "x".repeat(500)));
+        assert!(text.starts_with("a  b xxx") && text.ends_with("..."));
+        assert_eq!(text.chars().count(), 203);
+    }
+
+    #[test]
+    fn what_is_not_seen_is_not_shown() {
+        let text = "a\u{1b}[31mb\u{202e}c\u{2066}d\u{200b}e\u{feff}f\u{2028}g\u{9b}h\u{7}i\tj\u{e0041}k";
+        assert_eq!(shown(text), "a [31mb c d e f g h i j k");
+        assert_eq!(shown("zażółć 日本 é ok"), "zażółć 日本 é ok");
+    }
+
+    #[test]
+    fn a_secret_is_not_shown_wherever_it_stands() {
+        let secret = "pa ss\rword";
+        hide(secret);
+        let rest = "(the rest is left out: it holds the password)";
+        for (text, expected) in [
+            (
+                format!("ERR you said {secret}, {secret}"),
+                format!("ERR you said {rest}"),
+            ),
+            ("ERR you said pa ss word".to_owned(), format!("ERR you said {rest}")),
+            (format!("{secret} is wrong"), rest.to_owned()),
+            ("ERR pa ss".to_owned(), "ERR pa ss".to_owned()),
+        ] {
+            assert_eq!(shown(&text), expected);
+        }
+        for before in 150..220 {
+            let message = shown(&format!("{}{secret}", "x".repeat(before)));
+            assert!(!message.contains("pa"), "{before}: {message}");
+        }
+        hide("OOM");
+        assert_eq!(shown("OOM is no secret"), "OOM is no secret");
+    }
+}

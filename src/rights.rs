@@ -1,0 +1,110 @@
+//! In whose name our SQL runs.
+//!
+//! The worker is a superuser, and so are for a moment the functions that look into our tables for somebody who may not. What others
+//! have put on those tables (triggers, policies, rules, expressions) must not run with these rights: each statement is executed
+//! as the tables' owner, in a context in which that owner's code can do nothing beyond its own rights, and finds operators and
+//! functions in pg_catalog alone. Triggers of those who were granted TRIGGER do not run at all: `session_replication_role` is `replica`
+//! wherever we write, and only an owner can have a trigger fire in that.
+
+use crate::catalog;
+use pgrx::pg_sys;
+use std::cell::Cell;
+use std::ffi::CStr;
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Name {
+    /// Whoever calls.
+    Caller,
+    /// The tables' owner, for a caller who may not do it itself.
+    Owner,
+    /// The tables' owner, for good. The settings are pinned already.
+    Worker,
+}
+
+thread_local! {
+    static NAME: Cell<Name> = const { Cell::new(Name::Caller) };
+}
+
+/// This process is a worker.
+pub fn are_the_workers() {
+    NAME.set(Name::Worker);
+}
+
+/// Runs `f`, whose statements may do what the caller may not: who may call it is a matter of EXECUTE.
+pub fn of_owner<R>(f: impl FnOnce() -> R) -> R {
+    struct Reset(Name);
+    impl Drop for Reset {
+        fn drop(&mut self) {
+            NAME.set(self.0);
+        }
+    }
+    let before = NAME.get();
+    if before == Name::Caller {
+        NAME.set(Name::Owner);
+    }
+    let _reset = Reset(before);
+    f()
+}
+
+/// Runs `f`, which makes and executes a statement, with the settings of the session out of its way.
+pub fn statement<R>(f: impl FnOnce() -> R) -> R {
+    if NAME.get() == Name::Worker {
+        return f();
+    }
+    // SAFETY: within a transaction. An ERROR in between puts the settings back when it aborts.
+    unsafe {
+        let level = pg_sys::NewGUCNestLevel();
+        set_here(c"search_path", c"pg_catalog, pg_temp");
+        let result = match NAME.get() {
+            Name::Owner => {
+                set_here(c"session_replication_role", c"replica");
+                // Its names are looked up by somebody who may.
+                as_user(catalog::expect_relations().owner(), f)
+            }
+            Name::Caller | Name::Worker => f(),
+        };
+        pg_sys::AtEOXact_GUC(true, level);
+        result
+    }
+}
+
+/// # Safety
+/// Within a nest level of settings, with the name and a value of an existing one.
+unsafe fn set_here(name: &CStr, value: &CStr) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        pg_sys::set_config_option(
+            name.as_ptr(),
+            value.as_ptr(),
+            pg_sys::GucContext::PGC_SUSET,
+            pg_sys::GucSource::PGC_S_SESSION,
+            pg_sys::GucAction::GUC_ACTION_SAVE,
+            true,
+            0,
+            false,
+        );
+    }
+}
+
+/// Runs `f`, which executes a statement that is parsed already: its tables are locked, so that their owner stays what it is.
+pub fn execution<R>(f: impl FnOnce() -> R) -> R {
+    match NAME.get() {
+        Name::Caller => f(),
+        Name::Owner | Name::Worker => as_user(catalog::expect_relations().owner(), f),
+    }
+}
+
+fn as_user<R>(other: pg_sys::Oid, f: impl FnOnce() -> R) -> R {
+    let (mut user, mut context) = (pg_sys::InvalidOid, 0);
+    // SAFETY: saved and put back; an ERROR's abort puts them back as well.
+    unsafe {
+        pg_sys::GetUserIdAndSecContext(&mut user, &mut context);
+        let restricted =
+            context | pg_sys::SECURITY_LOCAL_USERID_CHANGE as i32 | pg_sys::SECURITY_RESTRICTED_OPERATION as i32;
+        pg_sys::SetUserIdAndSecContext(other, restricted);
+    }
+    let result = f();
+    // SAFETY: as above.
+    unsafe { pg_sys::SetUserIdAndSecContext(user, context) };
+    result
+}
