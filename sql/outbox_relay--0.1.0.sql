@@ -31,6 +31,7 @@ create table outbox.backends (
     name            text primary key check (length(name) between 1 and 63),
     number          integer generated always as identity unique,
     enabled         boolean not null default true,
+    mode            text not null default 'standalone' check (mode in ('standalone', 'sentinel')),
     host            text check (host <> ''),
     port            integer check (port between 1 and 65535),
     db              integer check (db between 0 and 65535),
@@ -40,19 +41,27 @@ create table outbox.backends (
     connect_timeout interval check (connect_timeout > interval '0' and connect_timeout <= interval '1 hour'),
     socket_timeout  interval check (socket_timeout > interval '0' and socket_timeout <= interval '1 hour'),
     unix_socket     text check (unix_socket like '/%'),
+    nodes           text[] check (cardinality(nodes) between 1 and 32 and array_position(nodes, null) is null),
+    sentinel_master text check (sentinel_master <> ''),
     password_file   text check (password_file like '/%'),
     allowed_streams text[] not null default '{*}' check (array_position(allowed_streams, null) is null),
     delivery        text not null default 'exactly_once' check (delivery in ('exactly_once', 'at_least_once')),
     on_missing_guard text not null default 'continue' check (on_missing_guard in ('continue', 'halt', 'replay')),
-    wait_replicas   integer not null default 0 check (wait_replicas between 0 and 100)
+    wait_replicas   integer not null default 0 check (wait_replicas between 0 and 100),
+    constraint backends_nodes_of_mode check ((mode = 'standalone') = (nodes is null)),
+    constraint backends_sentinel_master_of_mode check ((mode = 'sentinel') = (sentinel_master is not null)),
+    constraint backends_address_of_mode check (mode = 'standalone' or (host is null and port is null and unix_socket is null))
 );
 
 comment on table outbox.backends is 'Named Redis destinations; NULL in a column means the setting outbox_relay.redis_* of that name. A change takes effect at once.';
 comment on column outbox.backends.number is 'Never changes and is never given again; events store it, so that a renamed backend keeps its events.';
 comment on column outbox.backends.enabled is 'False pauses the backend: its events wait.';
+comment on column outbox.backends.mode is 'standalone: one Redis, at host and port or unix_socket. sentinel: the primary that sentinels name.';
 comment on column outbox.backends.stream_name is 'The stream of events that name none themselves.';
 comment on column outbox.backends.max_len is 'Approximate length to which each stream is trimmed (MAXLEN ~); 0: unlimited.';
 comment on column outbox.backends.unix_socket is 'Path of a unix socket, instead of host and port.';
+comment on column outbox.backends.nodes is 'The sentinels, as host:port (an IPv6 address in brackets), in the order in which they are asked.';
+comment on column outbox.backends.sentinel_master is 'The name by which the sentinels know the primary.';
 comment on column outbox.backends.password_file is 'A file that the server reads at each connect; its first line is the password. Needs the rights of pg_read_server_files.';
 comment on column outbox.backends.allowed_streams is 'Glob patterns (* and ?) one of which a publisher''s stream must match.';
 comment on column outbox.backends.delivery is 'exactly_once: batches are appended in transactions with the guard, see outbox.guard_key(). at_least_once: plain commands; a crash may repeat what was sent since the cursor was last saved.';
@@ -171,7 +180,8 @@ create table outbox.cursors (
     last_error        text,
     last_error_at     timestamptz,
     next_attempt_at   timestamptz,
-    healings          bigint not null default 0
+    healings          bigint not null default 0,
+    address           text
 ) with (fillfactor = 20, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);
 comment on table outbox.cursors is 'How far each backend has come, saved once it is quiet for 250 ms and at the latest after a second. A row outlives its backend: events that were not committed when it was deleted may still come.';
 
@@ -296,6 +306,7 @@ create function outbox.check_backend() returns trigger
     as $$
 declare
     present outbox.backends;
+    node text;
 begin
     if tg_op = 'UPDATE' and new.number <> old.number then
         raise exception using errcode = 'feature_not_supported',
@@ -310,12 +321,21 @@ begin
             detail = 'The server reads that file.',
             hint = 'Only roles with the privileges of pg_read_server_files may set it.';
     end if;
+    foreach node in array coalesce(new.nodes, '{}') loop
+        if node !~ '^([^][:[:space:]]+|\[[0-9a-fA-F:.]+(%[^][:[:space:]]+)?\]):[0-9]{1,5}$'
+            or pg_catalog.substring(node, '[0-9]+$')::integer not between 1 and 65535 then
+            raise exception using errcode = 'invalid_parameter_value',
+                message = format('"%s" is no node of backend "%s"', node, new.name),
+                detail = 'A node is a host and a port, such as 10.0.0.1:26379.',
+                hint = 'Write an IPv6 address in brackets: [::1]:26379.';
+        end if;
+    end loop;
     if tg_op = 'INSERT' then
         -- A dump brings a "default" of its own, which takes the place of the one that CREATE EXTENSION made.
         select b.* into present from outbox.backends b where b.name = new.name;
         if found and present.number = new.number then
             update outbox.backends b
-                set enabled = new.enabled, host = new.host, port = new.port, db = new.db, username = new.username,
+                set enabled = new.enabled, mode = new.mode, nodes = new.nodes, sentinel_master = new.sentinel_master, host = new.host, port = new.port, db = new.db, username = new.username,
                     stream_name = new.stream_name, max_len = new.max_len, connect_timeout = new.connect_timeout,
                     socket_timeout = new.socket_timeout, unix_socket = new.unix_socket,
                     password_file = new.password_file, allowed_streams = new.allowed_streams, delivery = new.delivery,
@@ -323,8 +343,8 @@ begin
                 where b.name = new.name;
             return null;
         elsif found
-            and (present.enabled, present.allowed_streams, present.delivery, present.on_missing_guard, present.wait_replicas)
-                = (true, '{*}'::text[], 'exactly_once', 'continue', 0)
+            and (present.enabled, present.mode, present.allowed_streams, present.delivery, present.on_missing_guard, present.wait_replicas)
+                = (true, 'standalone', '{*}'::text[], 'exactly_once', 'continue', 0)
             and num_nonnulls(present.host, present.port, present.db, present.username, present.stream_name,
                     present.max_len, present.connect_timeout, present.socket_timeout, present.unix_socket,
                     present.password_file) = 0
@@ -337,7 +357,7 @@ begin
     return new;
 end
 $$;
-comment on function outbox.check_backend() is 'Trigger of outbox.backends: numbers never change, file columns need pg_read_server_files, and a restored "default" replaces the untouched one.';
+comment on function outbox.check_backend() is 'Trigger of outbox.backends: numbers never change, nodes are host:port, file columns need pg_read_server_files, and a restored "default" replaces the untouched one.';
 create trigger check_backend before insert or update on outbox.backends
     for each row execute function outbox.check_backend();
 alter table outbox.backends enable always trigger check_backend;
@@ -412,7 +432,8 @@ select b.name as backend,
     c.last_error,
     c.last_error_at,
     case when b.enabled then c.next_attempt_at end as next_attempt_at,
-    coalesce(c.healings, 0) as healings
+    coalesce(c.healings, 0) as healings,
+    c.address
 from outbox.backends b
     left join outbox.cursors c on c.backend_number = b.number
     cross join lateral outbox.backlog(b.number) l

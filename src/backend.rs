@@ -14,7 +14,7 @@ use pgrx::pg_sys;
 use relay::claim::Watch;
 use relay::classify::{Class, Failure};
 use relay::delivery::{Cursor, Delivery, Entry, Now, State};
-use relay::destination::{self, Destination};
+use relay::destination::{self, Address, Destination, Route};
 use relay::encode::{Encoder, Target};
 use relay::event::{ConfigError, Event};
 use relay::fault;
@@ -98,6 +98,8 @@ pub struct Backend {
     max_len: i64,
     pub delivery: Delivery,
     sender: Option<Handle>,
+    /// The node that was found last.
+    address: Option<Address>,
     pub claim: ClaimStage,
     /// What is remembered of a guard that somebody else owns.
     pub watch: Watch,
@@ -149,6 +151,7 @@ impl Backend {
         let saved_high_seq = cursor.position.from.high_seq;
         let mut delivery = Delivery::new(mode_of(&destination), cursor, streams, guc::backoff());
         delivery.set_reread_to(refused::highest_written_down(number));
+        delivery.set_follows(destination.route != Route::Direct);
         Self {
             number,
             role,
@@ -157,6 +160,7 @@ impl Backend {
             stream,
             max_len,
             sender: None,
+            address: None,
             claim: ClaimStage::None,
             watch: Watch::default(),
             beat: 0,
@@ -230,6 +234,7 @@ impl Backend {
                 .set_streams(Streams::waiting(refused::refused_streams(self.number, &stream)));
         }
         self.delivery.set_mode(mode_of(&destination));
+        self.delivery.set_follows(destination.route != Route::Direct);
         (self.destination, self.stream, self.max_len) = (destination, stream, max_len);
         self.row = Some(row);
         self.delivery.set_backoff(guc::backoff(), now);
@@ -248,6 +253,7 @@ impl Backend {
     /// Begins anew with another connection.
     pub fn let_go(&mut self) {
         self.claim = ClaimStage::None;
+        self.address = None;
         if self.sender.take().is_some() {
             self.delivery.abandon();
         }
@@ -281,6 +287,7 @@ impl Backend {
     pub fn hear(&mut self, now: Now) {
         while let Some(report) = self.sender.as_ref().and_then(Handle::report) {
             match report {
+                Report::Found(address) => self.found(address, now),
                 Report::Connected => self.delivery.connected(),
                 Report::Guard(guard) => self.claim = ClaimStage::Read(*guard),
                 Report::Claimed => {
@@ -324,6 +331,19 @@ impl Backend {
             self.delivery.drained();
         }
         self.log_change(now);
+    }
+
+    /// A node is about to be connected to.
+    fn found(&mut self, address: Address, now: Now) {
+        let shown = Some(address.to_string());
+        if self.standing.address != shown {
+            self.standing.address = shown;
+            self.dirty_since.get_or_insert(now);
+        }
+        if self.address.as_ref() != Some(&address) {
+            self.address = Some(address);
+            self.logged_state = None;
+        }
     }
 
     fn take_in(&mut self, records: Vec<Record>, now: Now) {
@@ -505,7 +525,11 @@ impl Backend {
                 return;
             }
         }
-        let address = self.destination.address.to_string();
+        let place = match (&self.address, &self.destination.route) {
+            (Some(address), _) => address.to_string(),
+            (None, Route::Direct) => self.destination.address.to_string(),
+            (None, route) => route.to_string(),
+        };
         let name = self.name().to_owned();
         match self.delivery.trouble() {
             Some(failure) => {
@@ -515,7 +539,7 @@ impl Backend {
                     Class::Watching => (LogLevel::Info, "is about to be taken over"),
                     Class::Backend | Class::Event => (LogLevel::Warning, "cannot be reached"),
                 };
-                let detail = format!("Redis at {address}: {}.", failure.message.trim_end_matches('.'));
+                let detail = format!("Redis at {place}: {}.", failure.message.trim_end_matches('.'));
                 let hint = failure.hint().unwrap_or("Events wait until it works again.");
                 log(level, &format!("backend \"{name}\" {what}"), Some(&detail), Some(hint));
             }
@@ -523,7 +547,7 @@ impl Backend {
             None if self.delivery.has_room() => {
                 log(
                     LogLevel::Info,
-                    &format!("backend \"{name}\" is connected to Redis at {address}"),
+                    &format!("backend \"{name}\" is connected to Redis at {place}"),
                     None,
                     None,
                 );

@@ -19,6 +19,9 @@ pub struct BackendRow {
     pub number: i32,
     pub name: String,
     pub enabled: bool,
+    pub mode: String,
+    pub nodes: Vec<String>,
+    pub sentinel_master: Option<String>,
     pub host: Option<String>,
     pub port: Option<i32>,
     pub db: Option<i32>,
@@ -54,6 +57,8 @@ pub struct Standing {
     pub healings: i64,
     /// How often its guard was claimed.
     pub epoch: i64,
+    /// Where it was connected last.
+    pub address: Option<String>,
 }
 
 /// Reads what is committed now. Takes no transaction id, as SPI's `update` would: looking writes no WAL, and works on a standby.
@@ -116,6 +121,15 @@ pub fn text(row: &SpiTupleTable<'_>, ordinal: usize) -> Option<String> {
     datum.map(|d| unsafe { rows::utf8_of(d).into_owned() })
 }
 
+/// An array of texts of the current row, likewise.
+fn texts(row: &SpiTupleTable<'_>, ordinal: usize) -> Vec<String> {
+    let datum = row
+        .get_datum_by_ordinal(ordinal)
+        .unwrap_or_else(|e| internal(e.to_string()));
+    // SAFETY: a column of type text[], in a row that is there.
+    datum.map_or_else(Vec::new, |d| unsafe { rows::texts_of_array(d) })
+}
+
 /// A text as an argument, in the database's encoding; one that came from there fits.
 pub fn argument<'a>(text: &str) -> DatumWithOid<'a> {
     // SAFETY: to_server() gives valid text, which is copied; text has the form of bytea.
@@ -157,7 +171,8 @@ pub fn backends() -> Vec<BackendRow> {
             (extract(epoch from b.connect_timeout) * 1000)::bigint, (extract(epoch from b.socket_timeout) * 1000)::bigint,
             b.unix_socket, b.password_file, p.password, b.delivery, b.on_missing_guard, b.wait_replicas,
             exists (select from outbox.take_overs t where t.backend_number = b.number and t.asked_of = outbox.here()),
-            array(select r.number from outbox.restores r where r.backend_number = b.number)
+            array(select r.number from outbox.restores r where r.backend_number = b.number),
+            b.mode, coalesce(b.nodes, '{}'), b.sentinel_master
         from outbox.backends b left join outbox.backend_passwords p on p.backend_number = b.number
         order by b.number",
         &[],
@@ -181,6 +196,9 @@ pub fn backends() -> Vec<BackendRow> {
             wait_replicas: value(row, 17).unwrap_or_default(),
             take_over: value(row, 18).unwrap_or_default(),
             restores: value(row, 19).unwrap_or_default(),
+            mode: value(row, 20).unwrap_or_default(),
+            nodes: texts(row, 21),
+            sentinel_master: text(row, 22),
         },
     )
 }
@@ -229,7 +247,7 @@ pub fn cursor(number: i32) -> Option<(Cursor, Standing)> {
             to_snapshot::text, to_next_xid::text, to_low_seq, to_high_seq, last_seq,
             state, published_total, failed_total,
             (extract(epoch from last_published_at) * 1000000)::bigint, last_error,
-            (extract(epoch from last_error_at) * 1000000)::bigint, batch_number, healings, epoch
+            (extract(epoch from last_error_at) * 1000000)::bigint, batch_number, healings, epoch, address
         from outbox.cursors where backend_number = $1",
         &[number.into()],
         |row| {
@@ -247,6 +265,7 @@ pub fn cursor(number: i32) -> Option<(Cursor, Standing)> {
                 last_error_at: value(row, 15),
                 healings: value(row, 17).unwrap_or_default(),
                 epoch: value(row, 18).unwrap_or_default(),
+                address: text(row, 19),
                 ..Standing::default()
             };
             let cursor = Cursor {
@@ -277,10 +296,10 @@ pub fn save_cursor(number: i32, position: &Position, batch_number: u64, standing
         "insert into outbox.cursors as c (backend_number, from_snapshot, from_next_xid, from_low_seq, from_high_seq,
             to_snapshot, to_next_xid, to_low_seq, to_high_seq, last_seq, saved_at,
             state, published_total, failed_total, events_per_second, last_published_at, last_error, last_error_at, next_attempt_at,
-            batch_number, healings, epoch)
+            batch_number, healings, epoch, address)
         values ($1, $2::pg_snapshot, $3::xid8, $4, $5, $6::pg_snapshot, $7::xid8, $8, $9, $10, clock_timestamp(),
             $11, $12, $13, $14, to_timestamp($15 / 1000000.0), $16, to_timestamp($17 / 1000000.0), to_timestamp($18 / 1000000.0),
-            $19, $20, $21)
+            $19, $20, $21, $22)
         on conflict (backend_number) do update set
             from_snapshot = excluded.from_snapshot, from_next_xid = excluded.from_next_xid,
             from_low_seq = excluded.from_low_seq, from_high_seq = excluded.from_high_seq,
@@ -290,7 +309,8 @@ pub fn save_cursor(number: i32, position: &Position, batch_number: u64, standing
             published_total = excluded.published_total, failed_total = excluded.failed_total,
             events_per_second = excluded.events_per_second, last_published_at = excluded.last_published_at,
             last_error = excluded.last_error, last_error_at = excluded.last_error_at, next_attempt_at = excluded.next_attempt_at,
-            batch_number = excluded.batch_number, healings = excluded.healings, epoch = excluded.epoch",
+            batch_number = excluded.batch_number, healings = excluded.healings, epoch = excluded.epoch,
+            address = excluded.address",
         &[
             number.into(),
             from.snapshot.to_string().into(),
@@ -313,6 +333,7 @@ pub fn save_cursor(number: i32, position: &Position, batch_number: u64, standing
             (batch_number as i64).into(),
             standing.healings.into(),
             standing.epoch.into(),
+            standing.address.as_deref().map_or_else(DatumWithOid::null::<String>, words),
         ],
     );
 }

@@ -57,6 +57,12 @@ pub enum Trouble {
     Unkillable,
     /// A command came in that is none: on a connection that is not to be used any more.
     Desynchronised,
+    // Sentinel.
+    NoSentinel,
+    SentinelRefuses,
+    NoSuchMaster,
+    /// Named by a sentinel as the primary.
+    IsReplica,
     // Cluster.
     ClusterDown,
     TryAgain,
@@ -172,6 +178,13 @@ impl Trouble {
                 Backend,
                 "Something between the database server and Redis garbles what is sent.",
             ),
+            Self::NoSentinel => (Backend, "Start the sentinels, or mend the backend's nodes."),
+            Self::SentinelRefuses => (
+                Configuration,
+                "Check the backend's nodes. Sentinels that want a password get the backend's.",
+            ),
+            Self::NoSuchMaster => (Configuration, "Check the backend's sentinel_master, and its nodes."),
+            Self::IsReplica => (Backend, "A failover is not done yet; the sentinels are asked again."),
             Self::ClusterDown => (
                 Backend,
                 "The cluster does not serve all of its slots: see redis-cli --cluster check.",

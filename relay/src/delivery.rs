@@ -45,6 +45,11 @@ const WINDOW_BYTES: usize = 2 * 1024 * 1024;
 /// Configuration errors wait this many times longer than outages: somebody has to mend something first.
 const CONFIGURATION_PATIENCE: u32 = 5;
 
+/// A backend whose node may change looks for the new one this often at least,
+const LOOK_UP_WAIT: Duration = Duration::from_secs(1);
+/// for so many failures in a row: a failover takes seconds. Then it is an outage like any other.
+const HASTY_FAILURES: u32 = 100;
+
 /// An event on its way, as far as its fate needs it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
@@ -142,6 +147,8 @@ pub struct Delivery {
     found: BTreeSet<i64>,
     streams: Streams,
     backoff: Backoff,
+    /// Another node may take the place of one that is gone.
+    follows: bool,
     published: u64,
     /// Rows up to this number may have been written down in an earlier life, or before Redis lost something.
     reread_to: i64,
@@ -186,6 +193,7 @@ impl Delivery {
             found: BTreeSet::new(),
             streams,
             backoff,
+            follows: false,
             published: 0,
         }
     }
@@ -194,6 +202,11 @@ impl Delivery {
     pub fn set_backoff(&mut self, backoff: Backoff, now: Now) {
         self.backoff = backoff;
         self.streams.hasten(|attempts| now + backoff.wait(attempts, 1.0));
+    }
+
+    /// Whether another node may take the place of one that is gone: then it is not waited for long.
+    pub fn set_follows(&mut self, follows: bool) {
+        self.follows = follows;
     }
 
     /// The settings changed, or an administrator asked: forget the wait.
@@ -493,7 +506,10 @@ impl Delivery {
         } else {
             1
         };
-        let wait = self.backoff.wait(self.failures, random) * patience;
+        let mut wait = self.backoff.wait(self.failures, random) * patience;
+        if self.follows && failure.class == Class::Backend && self.failures <= HASTY_FAILURES {
+            wait = wait.min(LOOK_UP_WAIT);
+        }
         self.trouble = Some(failure);
         now + wait.min(self.backoff.max_delay.max(self.backoff.delay))
     }

@@ -8,7 +8,9 @@ use std::time::Duration;
 /// How to reach one Redis. Two equal destinations need no new connection.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Destination {
+    /// Of the one Redis; with another route nobody is asked there.
     pub address: Address,
+    pub route: Route,
     pub db: i64,
     pub username: Option<String>,
     pub password: Option<Secret>,
@@ -18,6 +20,15 @@ pub struct Destination {
     /// For each write, and for the first byte of each reply after the one before.
     pub socket_timeout: Duration,
     pub delivery: Delivery,
+}
+
+/// How the node is found that is written to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Route {
+    /// It is at the destination's address.
+    Direct,
+    /// It is the primary of this name, as one of these sentinels says.
+    Sentinel { nodes: Vec<Address>, master: String },
 }
 
 /// How batches are appended.
@@ -43,12 +54,65 @@ pub enum Secret {
     File(PathBuf),
 }
 
+impl Address {
+    /// From `host:port`, an IPv6 address in brackets.
+    pub fn of_node(text: &str) -> Option<Self> {
+        let (host, port) = text.rsplit_once(':')?;
+        let bare = host.strip_prefix('[').and_then(|h| h.strip_suffix(']'));
+        let host = match bare {
+            Some(host) => host,
+            None if host.contains([':', '[', ']']) => return None,
+            None => host,
+        };
+        let port = port.parse().ok().filter(|port| *port > 0)?;
+        (!host.is_empty()).then(|| Self::Tcp {
+            host: host.to_owned(),
+            port,
+        })
+    }
+}
+
+/// Where it is, or who is asked for it.
+impl fmt::Display for Route {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self::Sentinel { nodes, master } = self else {
+            return Ok(());
+        };
+        write!(f, "master \"{master}\" of the sentinels ")?;
+        for (index, node) in nodes.iter().enumerate() {
+            write!(f, "{}{node}", if index > 0 { ", " } else { "" })?;
+        }
+        Ok(())
+    }
+}
+
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Tcp { host, port } if host.contains(':') => write!(f, "[{host}]:{port}"),
             Self::Tcp { host, port } => write!(f, "{host}:{port}"),
             Self::Unix(path) => write!(f, "{}", path.display()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nodes_are_a_host_and_a_port() {
+        for (text, shown) in [
+            ("a:1", "a:1"),
+            ("10.0.0.1:65535", "10.0.0.1:65535"),
+            ("[::1]:6379", "[::1]:6379"),
+        ] {
+            assert_eq!(Address::of_node(text).map(|a| a.to_string()).as_deref(), Some(shown));
+        }
+        for text in [
+            "", "a", ":1", "a:", "a:0", "a:65536", "::1:6379", "[::1]", "[]:1", "a:b",
+        ] {
+            assert_eq!(Address::of_node(text), None, "{text:?}");
         }
     }
 }

@@ -5,7 +5,7 @@
 //! delivery ─ what a backend does next (refusal: its streams)   sender ─ the thread that owns its connection
 //! guard, claim ─ whose streams they are and how far they are   conversation ─ what is said on a connection, exactly once
 //! backoff, classify ─ when to try again, and who is to blame   destination, connection, replies ─ one Redis, how to reach it, what it says
-//! server_text ─ its words, as they are shown
+//! route ─ which node of several                               server_text ─ its words, as they are shown
 //! ```
 #![deny(unsafe_code)]
 
@@ -23,6 +23,7 @@ pub mod guard;
 pub mod reader;
 pub mod refusal;
 pub mod replies;
+pub mod route;
 pub mod sender;
 mod server_text;
 pub mod snapshot;

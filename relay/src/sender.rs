@@ -8,9 +8,10 @@
 use crate::classify::{Class, Failure};
 use crate::connection::Link;
 use crate::conversation::{Claim, Conversation, Replicas};
-use crate::destination::{Delivery, Destination};
+use crate::destination::{Address, Delivery, Destination};
 use crate::fault;
 use crate::guard::Guard;
+use crate::route;
 use crate::tails::Wanted;
 use crossbeam_channel::{Receiver, Sender, TryRecvError, TrySendError, bounded};
 use std::collections::VecDeque;
@@ -53,6 +54,8 @@ pub type Refusal = (usize, Failure);
 
 /// What a sender reports, in order.
 pub enum Report {
+    /// This is the node that it is about to connect to.
+    Found(Address),
     /// Logged in; batches are welcome (at_least_once).
     Connected,
     /// Logged in; this is the guard, and a claim is waited for.
@@ -92,8 +95,9 @@ impl Handle {
         // After a refusal a second window may be handed over before the sender has dropped the first. There is always room: a batch
         // that is not taken in would be a gap.
         let (orders, to_obey) = bounded(2 * WINDOW_BATCHES + SPARE_ORDERS);
-        // Two for each batch at most, one for each other order, the connection's beginning and end: a send never blocks. (A worker that
-        // stood still while replicas came and went many times finds the channel closed, and begins anew.)
+        // Two for each batch at most, one for each other order, the connection's beginning and end: a send never blocks. Nodes that
+        // were found in vain come before any of these. (A worker that stood still while replicas came and went many times finds the
+        // channel closed, and begins anew.)
         let (to_report, reports) = bounded(2 * WINDOW_BATCHES + SPARE_ORDERS);
         thread::Builder::new()
             .name(format!("sender {}", destination.client_name).chars().take(15).collect())
@@ -167,7 +171,10 @@ impl Drop for Reporter {
 }
 
 fn run(destination: &Destination, orders: &Receiver<Order>, reporter: &Reporter) {
-    let link = match Link::open(destination) {
+    let mut found = |address: &Address| {
+        reporter.report(Report::Found(address.clone()));
+    };
+    let link = match route::open(destination, &mut found) {
         Ok(link) => link,
         Err(failure) => return reporter.lost(failure),
     };

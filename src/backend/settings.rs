@@ -4,7 +4,7 @@ use crate::guc;
 use crate::outbox::BackendRow;
 use relay::conversation::Replicas;
 use relay::delivery::Mode;
-use relay::destination::{self, Address, Destination, Secret};
+use relay::destination::{self, Address, Destination, Route, Secret};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
@@ -53,6 +53,7 @@ pub fn settings(row: Option<&BackendRow>, home: &Home) -> (Destination, Rc<str>,
     };
     let destination = Destination {
         address,
+        route: row.map_or(Route::Direct, route),
         db: i64::from(row.and_then(|r| r.db).unwrap_or_else(|| guc::REDIS_DB.get())),
         username: Some(or_setting(field(|r| r.username.as_ref()), &guc::REDIS_USERNAME)).filter(|u| !u.is_empty()),
         password,
@@ -66,6 +67,18 @@ pub fn settings(row: Option<&BackendRow>, home: &Home) -> (Destination, Rc<str>,
         .and_then(|r| r.max_len)
         .unwrap_or_else(|| i64::from(guc::REDIS_MAX_LEN.get()));
     (destination, stream, max_len)
+}
+
+/// How its node is found. The row's constraints have seen to what belongs together.
+fn route(row: &BackendRow) -> Route {
+    let nodes = row.nodes.iter().filter_map(|node| Address::of_node(node)).collect();
+    match (row.mode.as_str(), &row.sentinel_master) {
+        ("sentinel", Some(master)) => Route::Sentinel {
+            nodes,
+            master: master.clone(),
+        },
+        _ => Route::Direct,
+    }
 }
 
 pub fn mode_of(destination: &Destination) -> Mode {

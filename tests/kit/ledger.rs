@@ -258,6 +258,34 @@ impl Load {
         }
     }
 
+    /// One session that commits 100 transactions a second, which publish `rate` events in all.
+    pub fn paced(pg: &Postgres, rate: usize) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let transactions = Arc::new(AtomicU64::new(0));
+        let thread = {
+            let (stop, transactions) = (Arc::clone(&stop), Arc::clone(&transactions));
+            let mut client = pg.client();
+            std::thread::spawn(move || {
+                let (keys, count) = (KEYS as i64, (rate / 100) as i64);
+                let publish = client
+                    .prepare("select count(publish_logged('k' || n % $1)) from generate_series(1, $2) n")
+                    .expect("a statement");
+                let mut next = Instant::now();
+                while !stop.load(Ordering::Relaxed) {
+                    client.execute(&publish, &[&keys, &count]).expect("cannot publish");
+                    transactions.fetch_add(1, Ordering::Relaxed);
+                    next += Duration::from_millis(10);
+                    std::thread::sleep(next.saturating_duration_since(Instant::now()));
+                }
+            })
+        };
+        Load {
+            stop,
+            transactions,
+            threads: vec![thread],
+        }
+    }
+
     /// Committed by all sessions so far, as far as they were told.
     pub fn transactions(&self) -> u64 {
         self.transactions.load(Ordering::Relaxed)

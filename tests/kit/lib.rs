@@ -13,6 +13,7 @@
 //! - [`Proxy`], [`Way`] a network that delays, cuts and holds back ([`proxy`])
 //! - [`Postgres::crash_at`], [`Postgres::hold_at`], [`Postgres::mutation`] steer a library built for tests ([`faults`])
 //! - [`Guard`] the guard of a backend, and workers that are killed ([`guard`])
+//! - [`Watched`], [`Sentinel`] sentinels, and the primary and replica that they watch ([`sentinel`])
 //! - [`Dice`] chance that a seed repeats ([`dice`])
 //! - [`BlackHole`], [`Garbage`] Redis servers that never were ([`hostile`])
 //!
@@ -36,6 +37,7 @@ pub mod redis;
 pub mod refused;
 pub mod relay;
 pub mod replication;
+pub mod sentinel;
 pub mod stack;
 pub mod wait;
 
@@ -49,5 +51,6 @@ pub use proxy::{Proxy, Way};
 pub use redis::{Entry, Redis, entries, tell, xlen};
 pub use refused::Refused;
 pub use relay::{QUICK, Standing, first_ids, ids, promptly, publish_many, standing, types, wait_drained, wait_trouble};
+pub use sentinel::{Sentinel, Watched};
 pub use stack::Stack;
 pub use wait::{LIMIT, eventually, holds_for, wait_eq, wait_until};

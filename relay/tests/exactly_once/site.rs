@@ -250,7 +250,7 @@ impl Site {
                 self.delivery.lost(failure, accepted, refused, env.now, random)
             }
             Report::Released => Vec::new(),
-            Report::Connected => unreachable!("no sender of exactly_once says that"),
+            Report::Found(_) | Report::Connected => unreachable!("no conversation says that"),
         };
         self.pending.extend(records);
         true

@@ -1,0 +1,172 @@
+//! Redis sentinels, and a primary with a replica that they watch.
+
+use std::fs::File;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use ::redis::{Connection, Value, cmd};
+use tempfile::TempDir;
+
+use crate::port::TakenPort;
+use crate::wait::{LIMIT, eventually};
+use crate::{Redis, env};
+
+/// The name by which the sentinels know the primary.
+pub const MASTER: &str = "mymaster";
+
+/// How long a primary must be silent before they begin a failover.
+pub const DOWN_AFTER: Duration = Duration::from_millis(1_000);
+
+/// One sentinel. Dropping it kills it.
+#[derive(Debug)]
+pub struct Sentinel {
+    child: Option<Child>,
+    port: TakenPort,
+    dir: TempDir,
+}
+
+impl Sentinel {
+    /// Watches the primary at `port`; `quorum` sentinels must agree that it is down. `more`: further lines of its configuration.
+    #[track_caller]
+    pub fn watching(primary: u16, quorum: usize, more: &str) -> Self {
+        let mut sentinel = Sentinel {
+            child: None,
+            port: TakenPort::any(),
+            dir: env::server_dir("sentinel"),
+        };
+        let (port, down_after) = (sentinel.port(), DOWN_AFTER.as_millis());
+        let config = format!(
+            "port {port}\nbind 127.0.0.1\nprotected-mode no\nsentinel monitor {MASTER} 127.0.0.1 {primary} {quorum}\n\
+             sentinel down-after-milliseconds {MASTER} {down_after}\nsentinel failover-timeout {MASTER} 2000\n{more}\n"
+        );
+        std::fs::write(sentinel.config(), config).expect("cannot write a sentinel's configuration");
+        sentinel.start();
+        sentinel
+    }
+
+    fn config(&self) -> std::path::PathBuf {
+        self.dir.path().join("sentinel.conf")
+    }
+
+    /// Starts it, also again with what it had learnt.
+    #[track_caller]
+    pub fn start(&mut self) {
+        let log = File::create(self.dir.path().join("sentinel.log")).expect("cannot write a log");
+        let child = Command::new("redis-server")
+            .arg(self.config())
+            .arg("--sentinel")
+            .current_dir(self.dir.path())
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().expect("cannot duplicate the log's handle"))
+            .stderr(log)
+            .spawn()
+            .expect("cannot run redis-server --sentinel");
+        self.child = Some(child);
+        eventually("a sentinel to answer", LIMIT, || self.try_conn().ok());
+    }
+
+    pub fn port(&self) -> u16 {
+        self.port.number
+    }
+
+    pub fn node(&self) -> String {
+        format!("127.0.0.1:{}", self.port())
+    }
+
+    fn try_conn(&self) -> ::redis::RedisResult<Connection> {
+        let client = ::redis::Client::open(format!("redis://127.0.0.1:{}", self.port()))?;
+        let conn = client.get_connection_with_timeout(Duration::from_secs(2))?;
+        conn.set_read_timeout(Some(LIMIT))?;
+        Ok(conn)
+    }
+
+    /// `SENTINEL` with these words.
+    pub fn ask(&self, words: &[&str]) -> ::redis::RedisResult<Value> {
+        cmd("SENTINEL").arg(words).query(&mut self.try_conn()?)
+    }
+
+    /// The port of the primary, as this one says.
+    #[track_caller]
+    pub fn primary(&self) -> u16 {
+        let (_, port): (String, u16) = cmd("SENTINEL")
+            .arg(&["GET-MASTER-ADDR-BY-NAME", MASTER])
+            .query(&mut self.try_conn().expect("a sentinel runs"))
+            .expect("a sentinel knows its primary");
+        port
+    }
+
+    /// Whether it knows so many other sentinels, and a replica that is well.
+    fn knows(&self, others: usize) -> bool {
+        let number = |field: &str| -> Option<usize> {
+            let fields: Vec<String> = cmd("SENTINEL")
+                .arg(&["MASTER", MASTER])
+                .query(&mut self.try_conn().ok()?)
+                .ok()?;
+            let found = fields.chunks_exact(2).find(|pair| pair[0] == field)?;
+            found[1].parse().ok()
+        };
+        number("num-other-sentinels") == Some(others) && number("num-slaves").is_some_and(|n| n >= 1)
+    }
+
+    pub fn kill9(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+impl Drop for Sentinel {
+    fn drop(&mut self) {
+        self.kill9();
+    }
+}
+
+/// A primary, its replica, and three sentinels of which two must agree.
+#[derive(Debug)]
+pub struct Watched {
+    pub primary: Redis,
+    pub replica: Redis,
+    pub sentinels: Vec<Sentinel>,
+}
+
+impl Watched {
+    #[track_caller]
+    pub fn start() -> Self {
+        let primary = Redis::with(&["--repl-diskless-sync-delay", "0"]);
+        let replica = Redis::replica_with(&primary, &["--repl-diskless-sync-delay", "0"]);
+        let sentinels: Vec<Sentinel> = (0..3).map(|_| Sentinel::watching(primary.port(), 2, "")).collect();
+        let watched = Watched {
+            primary,
+            replica,
+            sentinels,
+        };
+        watched.wait_ready();
+        watched
+    }
+
+    /// Waits until a failover could be made.
+    #[track_caller]
+    pub fn wait_ready(&self) {
+        eventually("the sentinels to know each other and the replica", LIMIT, || {
+            self.sentinels.iter().all(|s| s.knows(2)).then_some(())
+        });
+    }
+
+    /// As in `outbox.backends.nodes`.
+    pub fn nodes(&self) -> String {
+        let nodes: Vec<String> = self.sentinels.iter().map(Sentinel::node).collect();
+        format!("{{{}}}", nodes.join(","))
+    }
+
+    /// Waits until the replica is the primary: from now on the two have changed places. The former primary may be down.
+    #[track_caller]
+    pub fn wait_failover(&mut self) {
+        let port = self.replica.port();
+        eventually("a failover", 3 * LIMIT, || {
+            let promoted = self.replica.replication("role").as_deref() == Some("master");
+            (promoted && self.sentinels.iter().any(|s| s.primary() == port)).then_some(())
+        });
+        std::mem::swap(&mut self.primary, &mut self.replica);
+    }
+}
