@@ -48,9 +48,17 @@ create table outbox.backends (
     delivery        text not null default 'exactly_once' check (delivery in ('exactly_once', 'at_least_once')),
     on_missing_guard text not null default 'continue' check (on_missing_guard in ('continue', 'halt', 'replay')),
     wait_replicas   integer not null default 0 check (wait_replicas between 0 and 100),
+    tls             boolean not null default false,
+    tls_ca_file     text check (tls_ca_file like '/%'),
+    tls_cert_file   text check (tls_cert_file like '/%'),
+    tls_key_file    text check (tls_key_file like '/%'),
+    tls_insecure    boolean not null default false,
     constraint backends_nodes_of_mode check ((mode = 'standalone') = (nodes is null)),
     constraint backends_sentinel_master_of_mode check ((mode = 'sentinel') = (sentinel_master is not null)),
-    constraint backends_address_of_mode check (mode = 'standalone' or (host is null and port is null and unix_socket is null))
+    constraint backends_address_of_mode check (mode = 'standalone' or (host is null and port is null and unix_socket is null)),
+    constraint backends_tls_needs_tcp check (not tls or unix_socket is null),
+    constraint backends_tls_settings_need_tls check (tls or (num_nonnulls(tls_ca_file, tls_cert_file, tls_key_file) = 0 and not tls_insecure)),
+    constraint backends_tls_key_needs_cert check ((tls_cert_file is null) = (tls_key_file is null))
 );
 
 comment on table outbox.backends is 'Named Redis destinations; NULL in a column means the setting outbox_relay.redis_* of that name. A change takes effect at once.';
@@ -62,11 +70,16 @@ comment on column outbox.backends.max_len is 'Approximate length to which each s
 comment on column outbox.backends.unix_socket is 'Path of a unix socket, instead of host and port.';
 comment on column outbox.backends.nodes is 'The sentinels, as host:port (an IPv6 address in brackets), in the order in which they are asked.';
 comment on column outbox.backends.sentinel_master is 'The name by which the sentinels know the primary.';
-comment on column outbox.backends.password_file is 'A file that the server reads at each connect; its first line is the password. Needs the rights of pg_read_server_files.';
+comment on column outbox.backends.password_file is 'A file that the server reads at each connect; its first line is the password. Nobody else may read it: 0600, or 0640 if root owns it. Needs the rights of pg_read_server_files.';
 comment on column outbox.backends.allowed_streams is 'Glob patterns (* and ?) one of which a publisher''s stream must match.';
 comment on column outbox.backends.delivery is 'exactly_once: batches are appended in transactions with the guard, see outbox.guard_key(). at_least_once: plain commands; a crash may repeat what was sent since the cursor was last saved.';
 comment on column outbox.backends.on_missing_guard is 'When Redis has lost everything, the guard too: continue with what was not sent, halt until outbox.take_over(), or replay all that is retained.';
 comment on column outbox.backends.wait_replicas is 'Replicas of Redis that must acknowledge a batch (WAIT) before it counts as delivered.';
+comment on column outbox.backends.tls is 'Speaks TLS: the server''s certificate must lead to a trusted authority and name the host.';
+comment on column outbox.backends.tls_ca_file is 'PEM file of the authorities that are trusted; NULL: those of the system. Read at each connect, like the other files; needs the rights of pg_read_server_files.';
+comment on column outbox.backends.tls_cert_file is 'PEM file of the certificate (and its chain) that is shown to the server. Needs the rights of pg_read_server_files.';
+comment on column outbox.backends.tls_key_file is 'PEM file of its key, not encrypted. Nobody else may read it: 0600, or 0640 if root owns it. Needs the rights of pg_read_server_files.';
+comment on column outbox.backends.tls_insecure is 'Takes any server for the right one, whatever its certificate says: only for trying things out.';
 
 create table outbox.backend_passwords (
     backend_number integer primary key,
@@ -307,20 +320,23 @@ create function outbox.check_backend() returns trigger
 declare
     present outbox.backends;
     node text;
+    file_column text;
 begin
     if tg_op = 'UPDATE' and new.number <> old.number then
         raise exception using errcode = 'feature_not_supported',
             message = format('number of backend "%s" cannot be changed', old.name),
             detail = 'Events refer to it.';
     end if;
-    if new.password_file is not null
-        and (tg_op = 'INSERT' or new.password_file is distinct from old.password_file)
-        and not pg_has_role('pg_read_server_files', 'usage') then
-        raise exception using errcode = 'insufficient_privilege',
-            message = 'permission denied to set password_file',
-            detail = 'The server reads that file.',
-            hint = 'Only roles with the privileges of pg_read_server_files may set it.';
-    end if;
+    foreach file_column in array array['password_file', 'tls_ca_file', 'tls_cert_file', 'tls_key_file'] loop
+        if to_jsonb(new) ->> file_column is not null
+            and (tg_op = 'INSERT' or to_jsonb(new) ->> file_column is distinct from to_jsonb(old) ->> file_column)
+            and not pg_has_role('pg_read_server_files', 'usage') then
+            raise exception using errcode = 'insufficient_privilege',
+                message = format('permission denied to set %s', file_column),
+                detail = 'The server reads that file.',
+                hint = 'Only roles with the privileges of pg_read_server_files may set it.';
+        end if;
+    end loop;
     foreach node in array coalesce(new.nodes, '{}') loop
         if node !~ '^([^][:[:space:]]+|\[[0-9a-fA-F:.]+(%[^][:[:space:]]+)?\]):[0-9]{1,5}$'
             or pg_catalog.substring(node, '[0-9]+$')::integer not between 1 and 65535 then
@@ -339,12 +355,15 @@ begin
                     stream_name = new.stream_name, max_len = new.max_len, connect_timeout = new.connect_timeout,
                     socket_timeout = new.socket_timeout, unix_socket = new.unix_socket,
                     password_file = new.password_file, allowed_streams = new.allowed_streams, delivery = new.delivery,
-                    on_missing_guard = new.on_missing_guard, wait_replicas = new.wait_replicas
+                    on_missing_guard = new.on_missing_guard, wait_replicas = new.wait_replicas,
+                    tls = new.tls, tls_ca_file = new.tls_ca_file, tls_cert_file = new.tls_cert_file,
+                    tls_key_file = new.tls_key_file, tls_insecure = new.tls_insecure
                 where b.name = new.name;
             return null;
         elsif found
-            and (present.enabled, present.mode, present.allowed_streams, present.delivery, present.on_missing_guard, present.wait_replicas)
-                = (true, 'standalone', '{*}'::text[], 'exactly_once', 'continue', 0)
+            and (present.enabled, present.mode, present.allowed_streams, present.delivery, present.on_missing_guard,
+                    present.wait_replicas, present.tls)
+                = (true, 'standalone', '{*}'::text[], 'exactly_once', 'continue', 0, false)
             and num_nonnulls(present.host, present.port, present.db, present.username, present.stream_name,
                     present.max_len, present.connect_timeout, present.socket_timeout, present.unix_socket,
                     present.password_file) = 0

@@ -544,6 +544,16 @@ impl Backend {
                 log(level, &format!("backend \"{name}\" {what}"), Some(&detail), Some(hint));
             }
             // Not while it is only on its way up for the first time.
+            None if self.delivery.has_room() && self.destination.tls.as_ref().is_some_and(|tls| tls.insecure) => {
+                log(
+                    LogLevel::Warning,
+                    &format!("backend \"{name}\" is connected to Redis at {address}, or to whoever answers there"),
+                    Some("With tls_insecure, the server's certificate is not verified."),
+                    Some(
+                        "Set tls_insecure to false, and tls_ca_file if the certificate is of an authority of your own.",
+                    ),
+                );
+            }
             None if self.delivery.has_room() => {
                 log(
                     LogLevel::Info,

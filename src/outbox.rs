@@ -36,6 +36,11 @@ pub struct BackendRow {
     pub delivery: String,
     pub on_missing_guard: String,
     pub wait_replicas: i32,
+    pub tls: bool,
+    pub tls_ca_file: Option<String>,
+    pub tls_cert_file: Option<String>,
+    pub tls_key_file: Option<String>,
+    pub tls_insecure: bool,
     /// Somebody has asked for it, see `outbox.take_over()`.
     pub take_over: bool,
     /// Rows of `outbox.restores`: events of a dump have come.
@@ -172,7 +177,8 @@ pub fn backends() -> Vec<BackendRow> {
             b.unix_socket, b.password_file, p.password, b.delivery, b.on_missing_guard, b.wait_replicas,
             exists (select from outbox.take_overs t where t.backend_number = b.number and t.asked_of = outbox.here()),
             array(select r.number from outbox.restores r where r.backend_number = b.number),
-            b.mode, coalesce(b.nodes, '{}'), b.sentinel_master
+            b.mode, coalesce(b.nodes, '{}'), b.sentinel_master,
+            b.tls, b.tls_ca_file, b.tls_cert_file, b.tls_key_file, b.tls_insecure
         from outbox.backends b left join outbox.backend_passwords p on p.backend_number = b.number
         order by b.number",
         &[],
@@ -199,6 +205,11 @@ pub fn backends() -> Vec<BackendRow> {
             mode: value(row, 20).unwrap_or_default(),
             nodes: texts(row, 21),
             sentinel_master: text(row, 22),
+            tls: value(row, 23).unwrap_or_default(),
+            tls_ca_file: text(row, 24),
+            tls_cert_file: text(row, 25),
+            tls_key_file: text(row, 26),
+            tls_insecure: value(row, 27).unwrap_or_default(),
         },
     )
 }

@@ -38,7 +38,13 @@ pub enum Trouble {
     Forbidden,
     NotRedis,
     TooLongReply,
+    /// A handshake was refused,
+    Tls,
+    /// or came to no end.
+    TlsBroken,
     // Logging in.
+    /// A file of secrets that others may read.
+    ExposedFile,
     MaxClients,
     /// Protected mode.
     Denied,
@@ -129,6 +135,14 @@ impl Trouble {
             Self::TooLongReply => (
                 Backend,
                 "No Redis answers like that: check the backend's host and port.",
+            ),
+            Self::Tls | Self::TlsBroken => (
+                if self == Self::Tls { Configuration } else { Backend },
+                "Check the port, the server's certificate and the names in it, and the backend's tls_ca_file, tls_cert_file and tls_key_file.",
+            ),
+            Self::ExposedFile => (
+                Configuration,
+                "Its permissions must be u=rw (0600) or less if it is the server user's, u=rw,g=r (0640) or less if it is root's.",
             ),
             Self::MaxClients => (
                 Backend,

@@ -4,10 +4,11 @@ use crate::classify::{self, Class, Failure, Trouble};
 use crate::destination::{Address, Destination, Secret};
 use crate::encode::append_command;
 use crate::replies::{Inbox, Reply};
+use crate::server_file;
 use crate::server_text;
+use crate::tls::{self, TlsStream};
 use redis::Value;
 use socket2::SockRef;
-use std::fs;
 use std::io::{self, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
 use std::os::unix::net::UnixStream;
@@ -22,12 +23,13 @@ pub struct Link {
 
 enum Stream {
     Tcp(TcpStream),
+    Tls(Box<TlsStream>),
     Unix(UnixStream),
 }
 
 impl Link {
     /// Blocks for at most `connect_timeout` for each address that the host's name stands for (and, beyond our reach, the
-    /// resolver's own time), and for each step of logging in.
+    /// resolver's own time), for the handshake of TLS, and for each step of logging in.
     pub fn open(destination: &Destination) -> Result<Self, Failure> {
         Self::open_at(destination, &destination.address)
     }
@@ -35,7 +37,7 @@ impl Link {
     /// The same at another address, with everything else that the destination says.
     pub fn open_at(destination: &Destination, address: &Address) -> Result<Self, Failure> {
         let mut link = Self {
-            stream: Stream::open(destination, address).map_err(broken)?,
+            stream: Stream::open(destination, address)?,
             inbox: Inbox::default(),
         };
         link.stream.set_timeout(destination.connect_timeout).map_err(broken)?;
@@ -51,14 +53,20 @@ impl Link {
             Some(Secret::File(path)) => Some(read_password(path)?),
             None => None,
         };
-        if let Some(password) = password {
-            server_text::hide(&password);
-            match &destination.username {
-                Some(username) => self.ask(&[b"AUTH", username.as_bytes(), password.as_bytes()])?,
-                None => self.ask(&[b"AUTH", password.as_bytes()])?,
-            }
-            .map_err(Failure::not_of_an_event)?;
+        if let Some(password) = &password {
+            server_text::hide(password);
         }
+        let logged_in = match (&destination.username, password) {
+            // A user without a password is somebody else than Redis's default user, too.
+            (Some(username), password) => {
+                let password = password.unwrap_or_default();
+                self.ask(&[b"AUTH", username.as_bytes(), password.as_bytes()])?
+            }
+            (None, Some(password)) => self.ask(&[b"AUTH", password.as_bytes()])?,
+            (None, None) => Ok(()),
+        };
+        // Whoever was not let in must not go on as the default user.
+        logged_in.map_err(Failure::not_of_an_event)?;
         if destination.db != 0 {
             self.ask(&[b"SELECT", destination.db.to_string().as_bytes()])?
                 .map_err(Failure::not_of_an_event)?;
@@ -130,15 +138,24 @@ impl Link {
 }
 
 impl Stream {
-    fn open(destination: &Destination, address: &Address) -> io::Result<Self> {
-        Ok(match address {
-            Address::Tcp { host, port } => {
-                let stream = connect(host, *port, at_least_some(destination.connect_timeout))?;
-                stream.set_nodelay(true)?;
-                SockRef::from(&stream).set_tcp_user_timeout(Some(at_least_some(destination.socket_timeout)))?;
-                Self::Tcp(stream)
-            }
-            Address::Unix(path) => Self::Unix(UnixStream::connect(path)?),
+    fn open(destination: &Destination, address: &Address) -> Result<Self, Failure> {
+        let (host, port) = match address {
+            Address::Tcp { host, port } => (host, *port),
+            Address::Unix(path) => return UnixStream::connect(path).map(Self::Unix).map_err(broken),
+        };
+        let timeout = at_least_some(destination.connect_timeout);
+        // Before anybody is called: its files may be unreadable.
+        let tls = destination
+            .tls
+            .as_ref()
+            .map(|tls| Ok((tls::config(tls)?, tls.insecure)));
+        let tls = tls.transpose()?;
+        let stream = connect(host, port, timeout)
+            .and_then(|stream| tune(&stream, destination).map(|()| stream))
+            .map_err(broken)?;
+        Ok(match tls {
+            None => Self::Tcp(stream),
+            Some((config, insecure)) => Self::Tls(Box::new(TlsStream::open(config, insecure, host, stream, timeout)?)),
         })
     }
 
@@ -147,6 +164,7 @@ impl Stream {
         let timeout = Some(at_least_some(timeout));
         let socket = match self {
             Self::Tcp(stream) => SockRef::from(stream),
+            Self::Tls(stream) => SockRef::from(stream.socket()),
             Self::Unix(stream) => SockRef::from(stream),
         };
         socket.set_read_timeout(timeout)?;
@@ -156,6 +174,7 @@ impl Stream {
     fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
         match self {
             Self::Tcp(stream) => stream.write_all(bytes),
+            Self::Tls(stream) => stream.write_all(bytes),
             Self::Unix(stream) => stream.write_all(bytes),
         }
     }
@@ -163,6 +182,7 @@ impl Stream {
     fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
         match self {
             Self::Tcp(stream) => stream.read(room),
+            Self::Tls(stream) => stream.read(room),
             Self::Unix(stream) => stream.read(room),
         }
     }
@@ -171,6 +191,12 @@ impl Stream {
 /// Zero would mean "none at all" to the operating system.
 fn at_least_some(timeout: Duration) -> Duration {
     timeout.max(Duration::from_millis(1))
+}
+
+/// A connection whose other side is gone is noticed after `socket_timeout`.
+fn tune(stream: &TcpStream, destination: &Destination) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    SockRef::from(stream).set_tcp_user_timeout(Some(at_least_some(destination.socket_timeout)))
 }
 
 /// The first address that answers; else the last one's error.
@@ -186,11 +212,13 @@ fn connect(host: &str, port: u16, timeout: Duration) -> io::Result<TcpStream> {
 }
 
 fn broken(error: io::Error) -> Failure {
-    classify::io(&error)
+    tls::failure(&error).unwrap_or_else(|| classify::io(&error))
 }
 
+/// Its first line.
 fn read_password(path: &Path) -> Result<String, Failure> {
-    let text = fs::read_to_string(path)
-        .map_err(|e| Failure::configuration(format!("could not read password file \"{}\": {e}", path.display())))?;
+    let bytes = server_file::read_secret("password file", path)?;
+    let text = String::from_utf8(bytes)
+        .map_err(|_| Failure::configuration(format!("password file \"{}\" is not in UTF-8", path.display())))?;
     Ok(text.lines().next().unwrap_or_default().to_owned())
 }

@@ -11,6 +11,8 @@ pub struct Destination {
     /// Of the one Redis; with another route nobody is asked there.
     pub address: Address,
     pub route: Route,
+    /// Spoken on TCP alone.
+    pub tls: Option<Tls>,
     pub db: i64,
     pub username: Option<String>,
     pub password: Option<Secret>,
@@ -44,6 +46,23 @@ pub enum Delivery {
 pub enum Address {
     Tcp { host: String, port: u16 },
     Unix(PathBuf),
+}
+
+/// How TLS is spoken. Files are read again at each connect.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tls {
+    /// Authorities that are trusted; `None`: the system's.
+    pub ca_file: Option<PathBuf>,
+    pub client: Option<ClientCertificate>,
+    /// Any server is taken for the right one.
+    pub insecure: bool,
+}
+
+/// Who we say we are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClientCertificate {
+    pub cert_file: PathBuf,
+    pub key_file: PathBuf,
 }
 
 /// Where the password comes from. It is never shown.

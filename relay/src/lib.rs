@@ -5,7 +5,8 @@
 //! delivery ─ what a backend does next (refusal: its streams)   sender ─ the thread that owns its connection
 //! guard, claim ─ whose streams they are and how far they are   conversation ─ what is said on a connection, exactly once
 //! backoff, classify ─ when to try again, and who is to blame   destination, connection, replies ─ one Redis, how to reach it, what it says
-//! route ─ which node of several                               server_text ─ its words, as they are shown
+//! route ─ which node of several                               tls, server_file ─ with certificates, and what else is in files
+//!                                                              server_text ─ its words, as they are shown
 //! ```
 #![deny(unsafe_code)]
 
@@ -25,6 +26,8 @@ pub mod refusal;
 pub mod replies;
 pub mod route;
 pub mod sender;
+mod server_file;
 mod server_text;
 pub mod snapshot;
 pub mod tails;
+mod tls;

@@ -4,7 +4,7 @@ use crate::guc;
 use crate::outbox::BackendRow;
 use relay::conversation::Replicas;
 use relay::delivery::Mode;
-use relay::destination::{self, Address, Destination, Route, Secret};
+use relay::destination::{self, Address, ClientCertificate, Destination, Route, Secret, Tls};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
@@ -54,6 +54,7 @@ pub fn settings(row: Option<&BackendRow>, home: &Home) -> (Destination, Rc<str>,
     let destination = Destination {
         address,
         route: row.map_or(Route::Direct, route),
+        tls: row.filter(|r| r.tls).map(tls),
         db: i64::from(row.and_then(|r| r.db).unwrap_or_else(|| guc::REDIS_DB.get())),
         username: Some(or_setting(field(|r| r.username.as_ref()), &guc::REDIS_USERNAME)).filter(|u| !u.is_empty()),
         password,
@@ -78,6 +79,17 @@ fn route(row: &BackendRow) -> Route {
             master: master.clone(),
         },
         _ => Route::Direct,
+    }
+}
+
+fn tls(row: &BackendRow) -> Tls {
+    let path = |column: &Option<String>| column.as_ref().map(PathBuf::from);
+    Tls {
+        ca_file: path(&row.tls_ca_file),
+        client: path(&row.tls_cert_file)
+            .zip(path(&row.tls_key_file))
+            .map(|(cert_file, key_file)| ClientCertificate { cert_file, key_file }),
+        insecure: row.tls_insecure,
     }
 }
 

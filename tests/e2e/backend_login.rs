@@ -1,5 +1,6 @@
 //! A backend's columns: what is refused, logging in to Redis, and where entries go.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use kit::{
@@ -15,7 +16,7 @@ fn locked(password: &str) -> Stack {
 /// Writes a password file beside the server's data.
 fn password_file(pg: &Postgres, text: &str) -> String {
     let path = pg.host().join("password");
-    std::fs::write(&path, text).expect("cannot write a password file");
+    kit::env::server_file(&path, text.as_bytes(), 0o600);
     path.display().to_string()
 }
 
@@ -45,6 +46,24 @@ fn nonsense_is_refused() {
         ("unix_socket", "'redis.sock'", "23514"),
         ("unix_socket", "''", "23514"),
         ("password_file", "'secret'", "23514"),
+        ("tls", "null", "23502"),
+        ("tls_insecure", "true", "23514"),
+        ("tls_ca_file", "'/ca.pem'", "23514"),
+        ("(tls, tls_ca_file)", "(true, 'ca.pem')", "23514"),
+        ("(tls, tls_cert_file)", "(true, '/cert.pem')", "23514"),
+        ("(tls, tls_key_file)", "(true, '/key.pem')", "23514"),
+        ("(tls_cert_file, tls_key_file)", "('/cert.pem', '/key.pem')", "23514"),
+        (
+            "(tls, tls_cert_file, tls_key_file)",
+            "(true, '/cert.pem', 'key.pem')",
+            "23514",
+        ),
+        (
+            "(tls, tls_cert_file, tls_key_file)",
+            "(true, 'cert.pem', '/key.pem')",
+            "23514",
+        ),
+        ("(tls, unix_socket)", "(true, '/redis.sock')", "23514"),
         ("allowed_streams", "'{a,null}'", "23514"),
         ("allowed_streams", "null", "23502"),
         ("delivery", "'perhaps'", "23514"),
@@ -74,36 +93,52 @@ fn nonsense_is_refused() {
     }
 }
 
-/// The worker reads the file as the server's user, so whoever names it must have the right to read such files.
+/// The worker reads files as the server's user, so whoever names them must have the right to read such files.
 #[test]
-fn password_file_needs_the_right_to_read_the_servers_files() {
+fn file_columns_need_the_right_to_read_the_servers_files() {
     let stack = Stack::start();
     stack.pg.exec("create role keeper login; grant usage on schema outbox to keeper; grant select, insert, update on outbox.backends to keeper");
     let mut keeper = stack.pg.client_as("keeper", "postgres");
-    for sql in [
-        "update outbox.backends set password_file = '/etc/passwd'",
-        "insert into outbox.backends (name, password_file) values ('b', '/etc/passwd')",
+    for (columns, values, denied) in [
+        ("password_file", "'/etc/passwd'", "password_file"),
+        ("tls_ca_file", "'/etc/passwd'", "tls_ca_file"),
+        (
+            "tls_cert_file, tls_key_file",
+            "'/etc/passwd', '/etc/shadow'",
+            "tls_cert_file",
+        ),
+        ("tls_key_file", "'/etc/shadow'", "tls_key_file"),
     ] {
-        let said = Refused::of(keeper.execute(sql, &[]));
-        assert_eq!(
-            (said.code.as_str(), said.message.as_str()),
-            ("42501", "permission denied to set password_file"),
-            "{sql}"
-        );
+        for sql in [
+            format!("update outbox.backends set (tls, {columns}) = (true, {values})"),
+            format!("insert into outbox.backends (name, tls, {columns}) values ('b', true, {values})"),
+            format!(
+                "insert into outbox.backends (name, number, tls, {columns}) overriding system value values ('default', 1, true, {values})"
+            ),
+        ] {
+            let said = Refused::of(keeper.execute(&sql, &[]));
+            let expected = format!("permission denied to set {denied}");
+            assert_eq!((said.code, said.message), ("42501".to_owned(), expected), "{sql}");
+        }
     }
     keeper
-        .execute("update outbox.backends set enabled = true", &[])
+        .execute("update outbox.backends set enabled = true, tls = true", &[])
         .expect("the rest may be changed");
-    stack.pg.exec("update outbox.backends set password_file = '/nowhere'");
+    let all =
+        "tls = true, password_file = '/nowhere', tls_ca_file = '/ca', tls_cert_file = '/cert', tls_key_file = '/key'";
+    stack.pg.exec(&format!("update outbox.backends set {all}"));
     keeper
         .execute("update outbox.backends set max_len = 5", &[])
         .expect("what is there may stay");
     keeper
-        .execute("update outbox.backends set password_file = null", &[])
+        .execute(
+            "update outbox.backends set password_file = null, tls_ca_file = null, tls_cert_file = null, tls_key_file = null",
+            &[],
+        )
         .expect("and go");
     stack.pg.exec("grant pg_read_server_files to keeper");
     keeper
-        .execute("update outbox.backends set password_file = '/etc/passwd'", &[])
+        .execute(&format!("update outbox.backends set {all}"), &[])
         .expect("now it may");
 }
 
@@ -209,6 +244,64 @@ fn a_password_file_is_read_at_each_connect() {
     password_file(&stack.pg, "second");
     wait_until("all", || kit::xlen(&mut admin, "events") == 3);
     assert_eq!(types(&entries(&mut admin, "events")), ["one", "two", "three"]);
+}
+
+/// As Postgres treats its own key: what others may read or write is none.
+#[test]
+fn a_password_file_that_others_may_read_is_refused() {
+    let stack = locked("first");
+    let path = password_file(&stack.pg, "first");
+    let chmod = |mode| std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).expect("chmod");
+    chmod(0o640);
+    stack
+        .pg
+        .exec(&format!("update outbox.backends set password_file = '{path}'"));
+    stack.publish("one");
+    let refused = format!("password file \"{path}\" has group or world access");
+    wait_trouble(&stack.pg, "default", "misconfigured", &refused);
+    stack.pg.wait_log("HINT:  Its permissions must be u=rw (0600) or less");
+    chmod(0o400);
+    assert_eq!(types(&stack.wait_events(1)), ["one"]);
+}
+
+/// A Redis whose default user may do everything: whoever is not let in as somebody else writes nothing as that one.
+#[test]
+fn who_is_not_let_in_is_not_the_default_user() {
+    let stack = Stack::with(QUICK);
+    let mut admin = stack.redis.conn();
+    tell(&mut admin, &["ACL", "SETUSER", "relay", "on", ">secret", "~*", "+@all"]);
+    let mark = tell(&mut admin, &["INFO", "commandstats"]);
+    assert!(!format!("{mark:?}").contains("xadd"));
+    for (username, password, error) in [
+        ("'relay'", "'wrong'", "WRONGPASS"),
+        ("'relay'", "null", "WRONGPASS"),
+        ("'nobody'", "'secret'", "WRONGPASS"),
+        // Redis would say that it has no password.
+        ("null", "'secret'", "without any password configured"),
+    ] {
+        stack.pg.exec(&format!(
+            "update outbox.backends set username = {username}; select outbox.set_backend_password('default', {password})"
+        ));
+        stack.publish("t");
+        wait_trouble(&stack.pg, "default", "misconfigured", error);
+        let attempts = || -> chrono::DateTime<chrono::Utc> {
+            stack
+                .pg
+                .one("select coalesce(next_attempt_at, '-infinity') from outbox.backend_status")
+        };
+        let first = attempts();
+        wait_until("another attempt", || attempts() > first);
+        let stats = format!("{:?}", tell(&mut admin, &["INFO", "commandstats"]));
+        assert!(!stats.contains("xadd") && !stats.contains("cmdstat_exec"), "{stats}");
+    }
+    stack.pg.exec("update outbox.backends set username = 'relay'");
+    wait_drained(&stack.pg, "default");
+    assert_eq!(stack.events().len(), 4);
+    let clients = format!("{:?}", tell(&mut admin, &["CLIENT", "LIST"]));
+    assert!(
+        clients.contains("name=outbox_relay:postgres:default") && clients.contains("user=relay"),
+        "{clients}"
+    );
 }
 
 #[test]

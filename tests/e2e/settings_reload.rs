@@ -47,7 +47,7 @@ fn the_redis_settings() {
 
     let other = Redis::with(&["--requirepass", "secret"]);
     let file = stack.pg.host().join("password");
-    std::fs::write(&file, "secret\n").expect("cannot write a password file");
+    kit::env::server_file(&file, b"secret\n", 0o600);
     set(
         &stack,
         &[

@@ -75,6 +75,15 @@ pub fn server_dir(prefix: &str) -> TempDir {
     dir
 }
 
+/// Writes a file with this mode, owned by [`server_user`].
+pub fn server_file(path: &Path, bytes: &[u8], mode: u32) {
+    std::fs::write(path, bytes).unwrap_or_else(|error| panic!("cannot write {}: {error}", path.display()));
+    std::fs::set_permissions(path, PermissionsExt::from_mode(mode)).expect("chmod");
+    if let Some(user) = server_user() {
+        chown(path, Some(user.uid.as_raw()), Some(user.gid.as_raw())).expect("chown");
+    }
+}
+
 /// Where tests that run at the same time note which TCP ports they took.
 pub(crate) fn port_dir() -> PathBuf {
     let dir = temp_root().join("ports");

@@ -15,6 +15,7 @@
 //! - [`Guard`] the guard of a backend, and workers that are killed ([`guard`])
 //! - [`Watched`], [`Sentinel`] sentinels, and the primary and replica that they watch ([`sentinel`])
 //! - [`Dice`] chance that a seed repeats ([`dice`])
+//! - [`Authority`] certificates, and Redis servers that speak TLS ([`tls`])
 //! - [`BlackHole`], [`Garbage`] Redis servers that never were ([`hostile`])
 //!
 //! `scripts/test` prepares what the kit needs and names it in the environment ([`env`]): start the tests with it
@@ -39,6 +40,7 @@ pub mod relay;
 pub mod replication;
 pub mod sentinel;
 pub mod stack;
+pub mod tls;
 pub mod wait;
 
 pub use dice::Dice;
@@ -53,4 +55,5 @@ pub use refused::Refused;
 pub use relay::{QUICK, Standing, first_ids, ids, promptly, publish_many, standing, types, wait_drained, wait_trouble};
 pub use sentinel::{Sentinel, Watched};
 pub use stack::Stack;
+pub use tls::{Authority, Certificate};
 pub use wait::{LIMIT, eventually, holds_for, wait_eq, wait_until};

@@ -70,6 +70,7 @@ pub struct Builder {
     /// The programs.
     bin: PathBuf,
     settings: Vec<(String, String)>,
+    env: Vec<(String, String)>,
     origin: Origin,
 }
 
@@ -78,6 +79,7 @@ impl Builder {
         Builder {
             bin: env::postgres_bin(),
             settings: Vec::new(),
+            env: Vec::new(),
             origin,
         }
     }
@@ -95,6 +97,12 @@ impl Builder {
                 .iter()
                 .map(|(name, value)| (name.to_string(), value.to_string())),
         );
+        self
+    }
+
+    /// With this variable in the server's environment.
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.env.push((name.to_string(), value.to_string()));
         self
     }
 
@@ -117,6 +125,7 @@ impl Builder {
         let _ = std::fs::remove_file(data.join("postmaster.pid"));
         let server = Postgres {
             bin: self.bin,
+            env: self.env,
             data,
             dir,
             child: None,
@@ -139,6 +148,7 @@ impl Builder {
 pub struct Postgres {
     child: Option<Child>,
     bin: PathBuf,
+    env: Vec<(String, String)>,
     data: PathBuf,
     /// Holds the data directory, the socket and the log; removed last.
     dir: TempDir,
@@ -338,6 +348,7 @@ impl Postgres {
         let child = env::server_command(self.bin.join("postgres"))
             .arg("-D")
             .arg(&self.data)
+            .envs(self.env.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("cannot duplicate the log's handle"))
             .stderr(log)

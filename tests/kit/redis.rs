@@ -21,6 +21,8 @@ use crate::wait::{LIMIT, eventually};
 pub struct Redis {
     child: Option<Child>,
     port: TakenPort,
+    /// Where it speaks TLS as well.
+    tls_port: Option<TakenPort>,
     args: Vec<String>,
     password: Option<String>,
     dir: TempDir,
@@ -34,6 +36,17 @@ impl Redis {
     /// A server with further arguments, such as `&["--appendonly", "yes"]`. A `--requirepass` is used by [`conn`](Self::conn) too.
     #[track_caller]
     pub fn with(args: &[&str]) -> Self {
+        Self::on(None, args)
+    }
+
+    /// The same, with a port where it speaks TLS besides; the arguments say with which certificates.
+    #[track_caller]
+    pub(crate) fn with_tls_port(args: &[&str]) -> Self {
+        Self::on(Some(TakenPort::any()), args)
+    }
+
+    #[track_caller]
+    fn on(tls_port: Option<TakenPort>, args: &[&str]) -> Self {
         let password = args
             .iter()
             .position(|arg| *arg == "--requirepass")
@@ -42,6 +55,7 @@ impl Redis {
         let mut server = Redis {
             child: None,
             port: TakenPort::any(),
+            tls_port,
             args,
             password,
             dir: env::server_dir("redis"),
@@ -52,6 +66,7 @@ impl Redis {
             }
             // Somebody else's: nobody reserves a port for ever.
             server.port = TakenPort::any();
+            server.tls_port = server.tls_port.take().map(|_| TakenPort::any());
         }
         panic!("found no port for redis-server:\n{}", tail(&server.log(), 20));
     }
@@ -76,7 +91,11 @@ impl Redis {
             .append(true)
             .open(self.log_path())
             .expect("cannot open the log");
-        let child = Command::new("redis-server")
+        let mut command = Command::new("redis-server");
+        if let Some(port) = &self.tls_port {
+            command.args(["--tls-port", &port.number.to_string()]);
+        }
+        let child = command
             .args([
                 "--port",
                 &self.port().to_string(),
@@ -116,6 +135,12 @@ impl Redis {
 
     pub fn port(&self) -> u16 {
         self.port.number
+    }
+
+    /// Where it speaks TLS; see [`crate::tls`].
+    #[track_caller]
+    pub fn tls_port(&self) -> u16 {
+        self.tls_port.as_ref().expect("it was started without TLS").number
     }
 
     pub fn socket(&self) -> PathBuf {
