@@ -248,7 +248,7 @@ fn fault(why: &CertificateError) -> String {
     match why {
         Expired | ExpiredContext { .. } => "has expired".to_owned(),
         NotValidYet | NotValidYetContext { .. } => "is not valid yet".to_owned(),
-        UnknownIssuer => "is of no authority that is trusted here".to_owned(),
+        UnknownIssuer | BadSignature => "is not signed by an authority that is trusted here".to_owned(),
         Revoked => "was revoked".to_owned(),
         NotValidForName => "is for another host".to_owned(),
         NotValidForNameContext { presented, .. } if presented.is_empty() => "names no host".to_owned(),

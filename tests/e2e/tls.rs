@@ -61,7 +61,7 @@ fn a_server_is_known_by_its_authority_and_its_name() {
         &["--bind", "127.0.0.1", "::1"],
     );
     let ca = ca(&authority);
-    for host in ["localhost", "LocalHost", "localhost.", "127.0.0.1", "::1"] {
+    for host in ["localhost", "LocalHost", "127.0.0.1", "::1"] {
         secure(&stack, host, &ca);
         assert_works(&stack);
     }
@@ -72,7 +72,7 @@ fn a_server_is_known_by_its_authority_and_its_name() {
     secure(&stack, "localhost", &format!("tls_ca_file = '{}'", stranger.ca_file()));
     assert_refused(
         &stack,
-        "TLS: the server's certificate is of no authority that is trusted here",
+        "TLS: the server's certificate is not signed by an authority that is trusted here",
     );
     // So it is to the system's.
     secure(&stack, "localhost", "tls_ca_file = null");
@@ -387,16 +387,20 @@ fn exactly_once_through_cuts() {
     wait_until("the relay to come by the proxy", || proxy.connections() == 1);
     let (mut session, mut redis) = (stack.pg.client(), stack.redis.conn());
     let mut published = Vec::new();
-    for way in [Way::ToServer, Way::ToClient] {
-        for bytes in (0..2_600).step_by(37) {
+    // Within a batch or its replies, and within what a new connection says.
+    for (way, end, step) in [(Way::ToServer, 2_800, 31), (Way::ToClient, 2_800, 31)] {
+        for bytes in (0..end).step_by(step) {
             proxy.cut_after(way, bytes);
+            if bytes % 2 == 0 {
+                proxy.cut();
+            }
             published.extend(publish_many(&mut session, "default", "", "t", 2));
             wait_until("events in the stream", || {
                 kit::xlen(&mut redis, "events") >= published.len()
             });
         }
     }
-    assert!(proxy.cuts() > 70, "{} cuts", proxy.cuts());
+    assert!(proxy.cuts() > 150, "{} cuts", proxy.cuts());
     proxy.pass();
     wait_drained(&stack.pg, "default");
     assert_eq!(ids(&stack.events()), published);
