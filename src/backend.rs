@@ -23,6 +23,7 @@ use relay::reader::Position;
 use relay::refusal::{Record, Streams};
 use relay::sender::{Batch, Handle, Order, Report};
 use settings::{mode_of, settings};
+use std::collections::HashSet;
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::time::Duration;
@@ -31,8 +32,10 @@ use std::time::Duration;
 const BATCH_BYTES: usize = 256 * 1024;
 /// A buffer that has grown beyond this for one large event is not kept.
 const KEPT_BUFFER_BYTES: usize = 2 * BATCH_BYTES;
-/// Of entries for one stream that follow each other, the first of so many has MAXLEN: Redis trims by nodes of a hundred entries anyway.
+/// Of a batch's entries for one stream, the first of so many has MAXLEN: Redis trims by nodes of a hundred entries anyway.
 const TRIM_EVERY: usize = 16;
+/// Names of streams that are kept, so that not each entry needs its own.
+const KNOWN_STREAMS: usize = 1_000;
 /// A cursor that moved over delivered events is saved once nothing more was delivered for this long,
 const SAVE_WHEN_QUIET: Duration = Duration::from_millis(250);
 /// and at the latest after this long. Each save makes the WAL writer flush, which commits of the same moment wait for.
@@ -58,8 +61,8 @@ pub enum Role {
 pub struct OpenBatch {
     pub bytes: Vec<u8>,
     pub entries: Vec<Entry>,
-    /// Entries of the last one's stream since one that trims it.
-    untrimmed: usize,
+    /// Its streams, a few of them, each with its entries since one that trims it.
+    untrimmed: Vec<(Rc<str>, usize)>,
 }
 
 impl OpenBatch {
@@ -68,6 +71,19 @@ impl OpenBatch {
             bytes,
             ..Self::default()
         }
+    }
+
+    /// Whether the next entry of a stream is to trim it.
+    fn trims(&mut self, stream: &Rc<str>) -> bool {
+        let known = self.untrimmed.iter_mut().find(|(name, _)| Rc::ptr_eq(name, stream));
+        if let Some((_, entries)) = known {
+            *entries = (*entries + 1) % TRIM_EVERY;
+            return *entries == 0;
+        }
+        if self.untrimmed.len() < TRIM_EVERY {
+            self.untrimmed.push((stream.clone(), 0));
+        }
+        true
     }
 
     pub fn is_full(&self) -> bool {
@@ -133,6 +149,8 @@ pub struct Backend {
     /// Troubles that were logged in this state within a minute.
     logged: Vec<(String, Now)>,
     buffers: Vec<Vec<u8>>,
+    /// Streams that events have named lately.
+    named_streams: HashSet<Rc<str>>,
     encoder: Encoder,
 }
 
@@ -182,6 +200,7 @@ impl Backend {
             logged_state: None,
             logged: Vec::new(),
             buffers: Vec::new(),
+            named_streams: HashSet::new(),
             encoder: Encoder::default(),
             delivery,
         }
@@ -404,22 +423,31 @@ impl Backend {
         }
     }
 
-    /// Appends an event to a batch, in front of its entry.
-    pub fn encode(&mut self, batch: &mut OpenBatch, event: &Event<'_>) -> Result<(), ConfigError> {
-        let stream = event.stream.unwrap_or(&self.stream);
-        let follows = batch.entries.last().is_some_and(|before| *before.stream == *stream);
-        batch.untrimmed = if follows { (batch.untrimmed + 1) % TRIM_EVERY } else { 0 };
-        let max_len = if batch.untrimmed == 0 { self.max_len } else { 0 };
+    /// Appends an event to a batch, in front of its entry. `stream`: as [`Self::stream_of`] says.
+    pub fn encode(&mut self, batch: &mut OpenBatch, stream: &Rc<str>, event: &Event<'_>) -> Result<(), ConfigError> {
+        let max_len = if batch.trims(stream) { self.max_len } else { 0 };
         self.encoder
             .append_xadd(&mut batch.bytes, Target { stream, max_len }, event)
     }
 
     /// The stream of an event.
-    pub fn stream_of(&self, event: &Event<'_>) -> Rc<str> {
+    pub fn stream_of(&mut self, event: &Event<'_>) -> Rc<str> {
         match event.stream {
-            Some(stream) if *stream != *self.stream => Rc::from(stream),
+            Some(stream) if *stream != *self.stream => self.named_stream(stream),
             _ => self.stream.clone(),
         }
+    }
+
+    fn named_stream(&mut self, name: &str) -> Rc<str> {
+        if let Some(stream) = self.named_streams.get(name) {
+            return stream.clone();
+        }
+        if self.named_streams.len() >= KNOWN_STREAMS {
+            self.named_streams.clear();
+        }
+        let stream: Rc<str> = Rc::from(name);
+        self.named_streams.insert(stream.clone());
+        stream
     }
 
     /// Working space for a batch, begun as its delivery wants.

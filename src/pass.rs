@@ -241,7 +241,7 @@ impl Pass<'_> {
                 reader.batches_left -= 1;
                 OpenBatch::new(backend.buffer())
             });
-            match backend.encode(batch, event) {
+            match backend.encode(batch, &stream, event) {
                 Ok(()) => batch.entries.push(entry(row, stream)),
                 Err(error) => reader.records.push(Record::Fail {
                     seq,
@@ -286,9 +286,12 @@ pub fn refused_batch(backend: &mut Backend, stream: &str, count: usize) -> Optio
 }
 
 fn add_refused(backend: &mut Backend, batch: &mut OpenBatch, row: &Row) {
-    row.with_event(|event| match backend.encode(batch, event) {
-        Ok(()) => batch.entries.push(entry(row, backend.stream_of(event))),
-        Err(error) => backend.failed(refused::fail(&[row.key().seq], 0, &error.to_string())),
+    row.with_event(|event| {
+        let stream = backend.stream_of(event);
+        match backend.encode(batch, &stream, event) {
+            Ok(()) => batch.entries.push(entry(row, stream)),
+            Err(error) => backend.failed(refused::fail(&[row.key().seq], 0, &error.to_string())),
+        }
     });
 }
 

@@ -454,7 +454,7 @@ fn candidate(backend: &Backend, seq: i64, row: &crate::rows::Row, waits: bool, p
     row.with_event(|event| Candidate {
         seq,
         wanted: Wanted {
-            stream: Arc::from(&*backend.stream_of(event)),
+            stream: Arc::from(event.stream.unwrap_or(&backend.stream)),
             event_id: event.event_id,
             created_at_us: event.created_at_us,
             purpose,

@@ -25,6 +25,12 @@ pub const PIPELINED_BATCHES: usize = 4;
 /// How many batches may wait for or be with a sender.
 pub const WINDOW_BATCHES: usize = 32;
 
+/// So many reports of batches that went well are heard together,
+const HEARD_TOGETHER: usize = WINDOW_BATCHES / 4;
+
+/// as long as more batches than this wait for the sender: meanwhile the worker has no need to hurry.
+const ENOUGH_ORDERS: usize = WINDOW_BATCHES / 4;
+
 /// Room for orders beside batches.
 const SPARE_ORDERS: usize = 8;
 
@@ -89,7 +95,7 @@ pub struct Handle {
 }
 
 impl Handle {
-    /// Starts a thread that connects to `destination`. One byte is written to `waker` (non-blocking) after each report.
+    /// Starts a thread that connects to `destination`. One byte is written to `waker` (non-blocking) after reports.
     /// The caller blocks all signals of its process around this call: a thread inherits the mask.
     pub fn spawn(destination: Destination, waker: UnixStream) -> io::Result<Self> {
         // After a refusal a second window may be handed over before the sender has dropped the first. There is always room: a batch
@@ -144,10 +150,11 @@ struct Reporter {
 }
 
 impl Reporter {
-    /// False: nobody listens any more.
-    fn report(&self, report: Report) -> bool {
+    /// False: nobody listens any more. `waiting`: orders that the sender has still to obey.
+    fn report(&self, report: Report, waiting: usize) -> bool {
+        let is_news = !matches!(&report, Report::Done { refused, .. } if refused.is_empty());
         let heard = self.reports.try_send(report).is_ok();
-        if heard {
+        if heard && (is_news || waiting <= ENOUGH_ORDERS || self.reports.len() >= HEARD_TOGETHER) {
             // A full socket wakes the worker just as well.
             let _ = (&self.waker).write(&[0]);
         }
@@ -155,11 +162,12 @@ impl Reporter {
     }
 
     fn lost(&self, failure: Failure) {
-        self.report(Report::Lost {
+        let report = Report::Lost {
             failure,
             accepted: 0,
             refused: Vec::new(),
-        });
+        };
+        self.report(report, 0);
     }
 }
 
@@ -172,7 +180,7 @@ impl Drop for Reporter {
 
 fn run(destination: &Destination, orders: &Receiver<Order>, reporter: &Reporter) {
     let mut found = |address: &Address| {
-        reporter.report(Report::Found(address.clone()));
+        reporter.report(Report::Found(address.clone()), 0);
     };
     let link = match route::open(destination, &mut found) {
         Ok(link) => link,
@@ -221,7 +229,7 @@ fn converse(
         if conversation.awaits_reply() {
             let outcome = conversation.reply(link.receive()?, &mut reports);
             for report in reports.drain(..) {
-                if !reporter.report(report) {
+                if !reporter.report(report, orders.len()) {
                     return Ok(());
                 }
             }
@@ -232,7 +240,7 @@ fn converse(
 
 /// Sends batches as they come, some ahead of their replies (at_least_once).
 fn pipeline(mut link: Link, replicas: Option<Replicas>, orders: &Receiver<Order>, reporter: &Reporter) {
-    if !reporter.report(Report::Connected) {
+    if !reporter.report(Report::Connected, 0) {
         return;
     }
     // A WAIT that has to be repeated would come behind later batches.
@@ -265,11 +273,12 @@ fn pipeline(mut link: Link, replicas: Option<Replicas>, orders: &Receiver<Order>
                 buffer: batch.bytes,
             },
             Err((failure, accepted, refused)) => {
-                reporter.report(Report::Lost {
+                let report = Report::Lost {
                     failure,
                     accepted,
                     refused,
-                });
+                };
+                reporter.report(report, 0);
                 return;
             }
         };
@@ -278,7 +287,7 @@ fn pipeline(mut link: Link, replicas: Option<Replicas>, orders: &Receiver<Order>
         {
             return reporter.lost(failure);
         }
-        if !reporter.report(report) {
+        if !reporter.report(report, orders.len() + unanswered.len()) {
             return;
         }
     }
@@ -296,7 +305,7 @@ fn replicate(link: &mut Link, replicas: Replicas, reporter: &Reporter) -> Result
         };
         if told.as_ref() != Some(&failure.message) {
             told = Some(failure.message.clone());
-            if !reporter.report(Report::Behind(failure)) {
+            if !reporter.report(Report::Behind(failure), 0) {
                 return Err(Failure::backend("let go"));
             }
         }
