@@ -575,7 +575,7 @@ impl Backend {
             None if self.delivery.has_room() && self.destination.tls.as_ref().is_some_and(|tls| tls.insecure) => {
                 log(
                     LogLevel::Warning,
-                    &format!("backend \"{name}\" is connected to Redis at {address}, or to whoever answers there"),
+                    &format!("backend \"{name}\" is connected to Redis at {place}, or to whoever answers there"),
                     Some("With tls_insecure, the server's certificate is not verified."),
                     Some(
                         "Set tls_insecure to false, and tls_ca_file if the certificate is of an authority of your own.",
