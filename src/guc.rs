@@ -1,9 +1,12 @@
 //! The settings, `outbox_relay.*`: names, defaults and units as users see them. Why each default has its value stands beside it.
 
 use pgrx::guc::{GucContext, GucFlags, GucRegistry, GucSetting};
-use pgrx::{PostgresGucEnum, pg_sys};
+use pgrx::pg_sys::AsPgCStr;
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::{PgLogLevel, PgSqlErrorCode, PostgresGucEnum, pg_guard, pg_sys};
+use relay::allowed_hosts::AllowedHosts;
 use relay::backoff::Backoff;
-use std::ffi::CString;
+use std::ffi::{CStr, CString, c_char, c_void};
 use std::time::Duration;
 
 pub static ENABLED: GucSetting<bool> = GucSetting::<bool>::new(true);
@@ -32,6 +35,9 @@ pub static REDIS_STREAM_NAME: GucSetting<Option<CString>> = GucSetting::<Option<
 pub static REDIS_MAX_LEN: GucSetting<i32> = GucSetting::<i32>::new(10_000);
 pub static REDIS_CONNECT_TIMEOUT_MS: GucSetting<i32> = GucSetting::<i32>::new(5_000);
 pub static REDIS_SOCKET_TIMEOUT_MS: GucSetting<i32> = GucSetting::<i32>::new(5_000);
+
+/// Whoever may write backends decides where the server connects to, unless this says less.
+pub static ALLOWED_HOSTS: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c"*"));
 
 pub static SEND_AFTER: GucSetting<SendAfter> = GucSetting::<SendAfter>::new(SendAfter::LocalFlush);
 
@@ -194,6 +200,20 @@ pub fn define() {
         Sighup,
         plain,
     );
+    // SAFETY: the hook is guarded.
+    unsafe {
+        GucRegistry::define_string_guc_with_hooks(
+            c"outbox_relay.allowed_hosts",
+            c"Where backends may be: names (with * and ?), addresses, networks, paths of unix sockets.",
+            c"A comma-separated list, or * for anywhere.",
+            &ALLOWED_HOSTS,
+            Sighup,
+            plain,
+            Some(check_allowed_hosts),
+            None,
+            None,
+        );
+    }
     for (name, about, setting) in [
         (
             c"outbox_relay.redis_host",
@@ -273,6 +293,38 @@ fn int(
     flags: GucFlags,
 ) {
     GucRegistry::define_int_guc(name, about, c"", setting, min, max, context, flags);
+}
+
+/// Refuses a list that cannot be read. At the server's start there is none to go back to but the default, which allows all: then it is
+/// taken, and allows nothing.
+#[pg_guard]
+// SAFETY: called by Postgres alone, with the new value.
+unsafe extern "C-unwind" fn check_allowed_hosts(
+    value: *mut *mut c_char,
+    _extra: *mut *mut c_void,
+    _source: pg_sys::GucSource::Type,
+) -> bool {
+    // SAFETY: the value is a zero-terminated text, or null.
+    let text = unsafe { (!(*value).is_null()).then(|| CStr::from_ptr(*value).to_string_lossy()) };
+    let Err(fault) = text.unwrap_or_default().parse::<AllowedHosts>() else {
+        return true;
+    };
+    // SAFETY: a plain read of the process's own variable.
+    if unsafe { pg_sys::process_shared_preload_libraries_in_progress } {
+        let message = "outbox_relay.allowed_hosts cannot be read: no backend will be connected to".to_owned();
+        ErrorReport::new(PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE, message, "")
+            .set_detail(fault)
+            .report(PgLogLevel::WARNING);
+        return true;
+    }
+    // SAFETY: a copy that lives as long as the memory context of whoever asks, as Postgres's own texts here do.
+    unsafe { pg_sys::GUC_check_errdetail_string = fault.as_str().as_pg_cstr() };
+    false
+}
+
+/// Where the relay may connect to.
+pub fn allowed_hosts() -> AllowedHosts {
+    text(&ALLOWED_HOSTS).parse().unwrap_or_default()
 }
 
 /// A text setting; empty when unset or not UTF-8.

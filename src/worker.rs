@@ -269,7 +269,7 @@ impl Worker {
         if now >= self.polled_at + guc::millis(&guc::POLL_INTERVAL_MS) {
             self.polled_at = now;
             (self.work, self.polled) = (true, true);
-            self.backends.iter_mut().for_each(Backend::refresh_guard);
+            self.backends.iter_mut().for_each(Backend::refresh);
         }
         if self.settings_changed {
             self.purge.look_now();

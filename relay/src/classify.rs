@@ -26,6 +26,7 @@ pub enum Class {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Trouble {
     // The way to Redis.
+    NotAllowed,
     Refused,
     /// Ended by the other side or by something between.
     Closed,
@@ -98,6 +99,10 @@ impl Trouble {
     fn judged(self) -> (Class, Option<&'static str>) {
         use Class::{Backend, Configuration, Event, Fenced};
         let (class, hint) = match self {
+            Self::NotAllowed => (
+                Configuration,
+                "Add its name, address or network to outbox_relay.allowed_hosts in postgresql.conf, or point the backend elsewhere.",
+            ),
             Self::Refused => (
                 Backend,
                 "Nothing listens there: start Redis, or mend the backend's host and port.",

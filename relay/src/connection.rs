@@ -8,7 +8,7 @@ use crate::server_file;
 use crate::server_text;
 use crate::tls::{self, TlsStream};
 use redis::Value;
-use socket2::SockRef;
+use socket2::{SockRef, TcpKeepalive};
 use std::io::{self, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
 use std::os::unix::net::UnixStream;
@@ -124,6 +124,19 @@ impl Link {
         }
     }
 
+    /// Whether the other side has closed, or is known to be gone; for when no reply is awaited. Does not wait.
+    pub fn look(&mut self) -> Result<(), Failure> {
+        self.stream.set_nonblocking(true).map_err(broken)?;
+        let read = self.stream.read(self.inbox.room()?);
+        self.stream.set_nonblocking(false).map_err(broken)?;
+        match read {
+            Ok(0) => Err(broken(io::ErrorKind::UnexpectedEof.into())),
+            Ok(_) => Err(Failure::backend("a reply that nobody asked for")),
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => Ok(()),
+            Err(error) => Err(broken(error)),
+        }
+    }
+
     /// Reads the reply of an XADD: an entry's id, and nothing else. The outer error is the connection's end; the inner one an error reply of the server.
     pub fn receive_entry_id(&mut self) -> Result<Result<(), Failure>, Failure> {
         let reply = self.receive()?;
@@ -141,7 +154,10 @@ impl Stream {
     fn open(destination: &Destination, address: &Address) -> Result<Self, Failure> {
         let (host, port) = match address {
             Address::Tcp { host, port } => (host, *port),
-            Address::Unix(path) => return UnixStream::connect(path).map(Self::Unix).map_err(broken),
+            Address::Unix(path) if destination.allowed_hosts.allows_path(path) => {
+                return UnixStream::connect(path).map(Self::Unix).map_err(broken);
+            }
+            Address::Unix(path) => return Err(not_allowed(format!("socket \"{}\"", path.display()))),
         };
         let timeout = at_least_some(destination.connect_timeout);
         // Before anybody is called: its files may be unreadable.
@@ -150,9 +166,8 @@ impl Stream {
             .as_ref()
             .map(|tls| Ok((tls::config(tls)?, tls.insecure)));
         let tls = tls.transpose()?;
-        let stream = connect(host, port, timeout)
-            .and_then(|stream| tune(&stream, destination).map(|()| stream))
-            .map_err(broken)?;
+        let stream = connect(destination, host, port)?;
+        tune(&stream, destination.socket_timeout).map_err(broken)?;
         Ok(match tls {
             None => Self::Tcp(stream),
             Some((config, insecure)) => Self::Tls(Box::new(TlsStream::open(config, insecure, host, stream, timeout)?)),
@@ -162,13 +177,20 @@ impl Stream {
     /// For each write, and for the first byte of each read.
     fn set_timeout(&self, timeout: Duration) -> io::Result<()> {
         let timeout = Some(at_least_some(timeout));
-        let socket = match self {
+        self.socket().set_read_timeout(timeout)?;
+        self.socket().set_write_timeout(timeout)
+    }
+
+    fn set_nonblocking(&self, nonblocking: bool) -> io::Result<()> {
+        self.socket().set_nonblocking(nonblocking)
+    }
+
+    fn socket(&self) -> SockRef<'_> {
+        match self {
             Self::Tcp(stream) => SockRef::from(stream),
             Self::Tls(stream) => SockRef::from(stream.socket()),
             Self::Unix(stream) => SockRef::from(stream),
-        };
-        socket.set_read_timeout(timeout)?;
-        socket.set_write_timeout(timeout)
+        }
     }
 
     fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
@@ -193,22 +215,54 @@ fn at_least_some(timeout: Duration) -> Duration {
     timeout.max(Duration::from_millis(1))
 }
 
-/// A connection whose other side is gone is noticed after `socket_timeout`.
-fn tune(stream: &TcpStream, destination: &Destination) -> io::Result<()> {
+/// A connection whose other side is gone is noticed: with something under way after `socket_timeout`, without after a third more.
+fn tune(stream: &TcpStream, socket_timeout: Duration) -> io::Result<()> {
     stream.set_nodelay(true)?;
-    SockRef::from(stream).set_tcp_user_timeout(Some(at_least_some(destination.socket_timeout)))
+    let socket = SockRef::from(stream);
+    socket.set_tcp_user_timeout(Some(at_least_some(socket_timeout)))?;
+    // Whole seconds.
+    let idle = socket_timeout.max(Duration::from_secs(1));
+    let interval = (idle / 3).max(Duration::from_secs(1));
+    socket.set_tcp_keepalive(
+        &TcpKeepalive::new()
+            .with_time(idle)
+            .with_interval(interval)
+            .with_retries(3),
+    )
 }
 
-/// The first address that answers; else the last one's error.
-fn connect(host: &str, port: u16, timeout: Duration) -> io::Result<TcpStream> {
-    let mut outcome = Err(io::Error::other("the name stands for no address"));
-    for address in (host, port).to_socket_addrs().map_err(classify::lookup)? {
-        outcome = TcpStream::connect_timeout(&address, timeout);
-        if outcome.is_ok() {
-            break;
+/// The first allowed address that answers; else the last one's error. The name is looked up anew each time.
+fn connect(destination: &Destination, host: &str, port: u16) -> Result<TcpStream, Failure> {
+    let allowed = &destination.allowed_hosts;
+    let is_known = allowed.allows_name(host);
+    if !is_known && !allowed.has_addresses() {
+        return Err(not_allowed(format!("host \"{host}\"")));
+    }
+    let (mut refused, mut failed) = (None, None);
+    for address in (host, port)
+        .to_socket_addrs()
+        .map_err(|e| broken(classify::lookup(e)))?
+    {
+        if !is_known && !allowed.allows_address(address.ip()) {
+            refused = Some(address.ip());
+            continue;
+        }
+        match TcpStream::connect_timeout(&address, at_least_some(destination.connect_timeout)) {
+            Ok(stream) => return Ok(stream),
+            Err(error) => failed = Some(broken(error)),
         }
     }
-    outcome
+    Err(failed.unwrap_or_else(|| match refused {
+        Some(address) => not_allowed(format!("host \"{host}\" ({address})")),
+        None => Failure::configuration(format!("host \"{host}\" stands for no address")),
+    }))
+}
+
+fn not_allowed(what: String) -> Failure {
+    Failure::of(
+        Trouble::NotAllowed,
+        format!("outbox_relay.allowed_hosts does not allow {what}"),
+    )
 }
 
 fn broken(error: io::Error) -> Failure {
@@ -221,4 +275,30 @@ fn read_password(path: &Path) -> Result<String, Failure> {
     let text = String::from_utf8(bytes)
         .map_err(|_| Failure::configuration(format!("password file \"{}\" is not in UTF-8", path.display())))?;
     Ok(text.lines().next().unwrap_or_default().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::TcpListener;
+
+    #[test]
+    fn the_other_sides_silence_is_noticed_in_time() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a listener");
+        let stream = TcpStream::connect(listener.local_addr().expect("an address")).expect("a connection");
+        let socket = SockRef::from(&stream);
+        for (timeout_ms, user_ms, idle_s, interval_s) in
+            [(6_000, 6_000, 6, 2), (1, 1, 1, 1), (3_600_000, 3_600_000, 3_600, 1_200)]
+        {
+            tune(&stream, Duration::from_millis(timeout_ms)).expect("options");
+            assert!(socket.keepalive().expect("an option"));
+            let seconds = Duration::from_secs;
+            assert_eq!(
+                socket.tcp_user_timeout().expect("an option"),
+                Some(Duration::from_millis(user_ms))
+            );
+            assert_eq!(socket.tcp_keepalive_time().expect("an option"), seconds(idle_s));
+            assert_eq!(socket.tcp_keepalive_interval().expect("an option"), seconds(interval_s));
+        }
+    }
 }

@@ -1,5 +1,6 @@
 //! A backend's settings as its sender needs them: where Redis is and how to log in.
 
+use crate::allowed_hosts::AllowedHosts;
 use crate::conversation::Replicas;
 use std::fmt;
 use std::path::PathBuf;
@@ -11,6 +12,8 @@ pub struct Destination {
     /// Of the one Redis; with another route nobody is asked there.
     pub address: Address,
     pub route: Route,
+    /// Where we may go, here or elsewhere.
+    pub allowed_hosts: AllowedHosts,
     /// Spoken on TCP alone.
     pub tls: Option<Tls>,
     pub db: i64,

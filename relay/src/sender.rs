@@ -41,7 +41,7 @@ pub struct Batch {
     pub commands: usize,
 }
 
-/// What the worker tells a sender. Only batches are told with at_least_once.
+/// What the worker tells a sender. Only batches and beats are told with at_least_once.
 pub enum Order {
     /// For exactly_once it begins with MULTI and ends with the guard's HSET; `commands` are the entries alone.
     Batch(Batch),
@@ -51,7 +51,7 @@ pub enum Order {
     Look(Vec<Wanted>),
     /// What was refused is written down: goes on.
     Resume,
-    /// Refreshes the guard; `released`: for the last time.
+    /// Refreshes the guard, and so looks whether the connection is there; `released`: for the last time.
     Beat { beat: u64, released: bool },
 }
 
@@ -259,6 +259,12 @@ fn pipeline(mut link: Link, replicas: Option<Replicas>, orders: &Receiver<Order>
                         return reporter.lost(failure);
                     }
                     unanswered.push_back(batch);
+                }
+                // Nothing is asked of Redis: only whether the connection is still there.
+                Some(Order::Beat { .. }) if unanswered.is_empty() => {
+                    if let Err(failure) = link.look() {
+                        return reporter.lost(failure);
+                    }
                 }
                 Some(_) => {}
                 // The worker let go of the handle.

@@ -128,11 +128,11 @@ impl Backend {
         self.standing.published_total + (self.delivery.published() - self.counted) as i64
     }
 
-    /// Tells those who may watch the guard that its owner lives. A batch says as much.
-    pub fn refresh_guard(&mut self) {
+    /// Has the connection looked at. With exactly_once that tells those who may watch the guard that its owner lives; a batch says as much.
+    pub fn refresh(&mut self) {
         // While Redis doesn't answer, they must not pile up and take the room of batches.
         let has_begun_all = self.sender.as_ref().is_some_and(Handle::has_begun_all);
-        if self.is_exactly_once() && self.delivery.has_room() && self.delivery.is_idle() && has_begun_all {
+        if self.reads_for_redis() && self.delivery.has_room() && self.delivery.is_idle() && has_begun_all {
             self.beat += 1;
             let beat = self.beat;
             self.order(Order::Beat { beat, released: false });

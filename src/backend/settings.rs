@@ -54,6 +54,7 @@ pub fn settings(row: Option<&BackendRow>, home: &Home) -> (Destination, Rc<str>,
     let destination = Destination {
         address,
         route: row.map_or(Route::Direct, route),
+        allowed_hosts: guc::allowed_hosts(),
         tls: row.filter(|r| r.tls).map(tls),
         db: i64::from(row.and_then(|r| r.db).unwrap_or_else(|| guc::REDIS_DB.get())),
         username: Some(or_setting(field(|r| r.username.as_ref()), &guc::REDIS_USERNAME)).filter(|u| !u.is_empty()),

@@ -27,6 +27,12 @@ const SETTINGS: &[(&str, &str, &str, &[&str])] = &[
     ("redis_max_len", "10000", "sighup", &["-1"]),
     ("redis_connect_timeout", "5s", "sighup", &["0", "-1", "2h"]),
     ("redis_socket_timeout", "5s", "sighup", &["0", "-1", "2h"]),
+    (
+        "allowed_hosts",
+        "*",
+        "sighup",
+        &["a,,b", "redis:6379", "10.0.0.0/33", "10.*", "no name", ","],
+    ),
     ("send_after", "local_flush", "sighup", &["remote_apply", "on", ""]),
 ];
 

@@ -84,6 +84,36 @@ pub fn server_file(path: &Path, bytes: &[u8], mode: u32) {
     }
 }
 
+/// A file that everybody can read and this test rewrites, in a directory that goes with its value.
+pub fn shared_file(name: &str, text: &str) -> (TempDir, PathBuf) {
+    let dir = server_dir("etc");
+    let path = dir.path().join(name);
+    std::fs::write(&path, text).expect("cannot write a file");
+    (dir, path)
+}
+
+/// As [`server_command`], with these files in the places of others (root only): it sees a mount namespace of its own.
+pub fn mounted_command(program: &Path, mounts: &[(PathBuf, String)]) -> Command {
+    if mounts.is_empty() {
+        return server_command(program);
+    }
+    let user = server_user().expect("it takes root to mount a file");
+    let mut script = String::from("set -e\n");
+    for (source, target) in mounts {
+        script += &format!("mount --bind '{}' '{target}'\n", source.display());
+    }
+    script += &format!(
+        "exec setpriv --reuid={} --regid={} --clear-groups -- \"$0\" \"$@\"",
+        user.uid, user.gid
+    );
+    let mut command = Command::new("unshare");
+    command
+        .args(["--mount", "--", "sh", "-c", &script])
+        .arg(program)
+        .current_dir("/");
+    command
+}
+
 /// Where tests that run at the same time note which TCP ports they took.
 pub(crate) fn port_dir() -> PathBuf {
     let dir = temp_root().join("ports");

@@ -71,6 +71,7 @@ pub struct Builder {
     bin: PathBuf,
     settings: Vec<(String, String)>,
     env: Vec<(String, String)>,
+    mounts: Vec<(PathBuf, String)>,
     origin: Origin,
 }
 
@@ -80,6 +81,7 @@ impl Builder {
             bin: env::postgres_bin(),
             settings: Vec::new(),
             env: Vec::new(),
+            mounts: Vec::new(),
             origin,
         }
     }
@@ -106,6 +108,12 @@ impl Builder {
         self
     }
 
+    /// With this file in the place of `target`, for this server alone; it takes root.
+    pub fn mount(mut self, file: &Path, target: &str) -> Self {
+        self.mounts.push((file.to_path_buf(), target.to_string()));
+        self
+    }
+
     pub fn start(self) -> Postgres {
         let mut server = self.stopped();
         server.start_again();
@@ -126,6 +134,7 @@ impl Builder {
         let server = Postgres {
             bin: self.bin,
             env: self.env,
+            mounts: self.mounts,
             data,
             dir,
             child: None,
@@ -149,6 +158,7 @@ pub struct Postgres {
     child: Option<Child>,
     bin: PathBuf,
     env: Vec<(String, String)>,
+    mounts: Vec<(PathBuf, String)>,
     data: PathBuf,
     /// Holds the data directory, the socket and the log; removed last.
     dir: TempDir,
@@ -345,7 +355,7 @@ impl Postgres {
             .append(true)
             .open(self.log_path())
             .expect("cannot open the log");
-        let child = env::server_command(self.bin.join("postgres"))
+        let child = env::mounted_command(&self.bin.join("postgres"), &self.mounts)
             .arg("-D")
             .arg(&self.data)
             .envs(self.env.iter().map(|(name, value)| (name, value)))
