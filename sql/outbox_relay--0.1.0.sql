@@ -653,6 +653,8 @@ comment on function outbox.take_over(text) is 'Ends a fence on purpose: this ser
 
 create function outbox.set_backend_password(name text, password text) returns void
     language plpgsql security definer set search_path = pg_catalog, pg_temp set session_replication_role = replica
+    -- A plan of its own for each password would hold it, and be logged where plans are (auto_explain).
+    set plan_cache_mode = force_generic_plan
     as $$
 declare
     n integer := (outbox.expect_backend(name)).number;

@@ -2,6 +2,7 @@
 //! something is wrong. (Events themselves are read in `rows.rs` and inserted in `publish.rs`, without SQL.)
 
 use crate::error::internal;
+use crate::ownership;
 use crate::rights;
 use crate::rows;
 use crate::trigger;
@@ -175,13 +176,13 @@ pub fn backends() -> Vec<BackendRow> {
         "select b.number, b.name, b.enabled, b.host, b.port, b.db, b.username, b.stream_name, b.max_len,
             (extract(epoch from b.connect_timeout) * 1000)::bigint, (extract(epoch from b.socket_timeout) * 1000)::bigint,
             b.unix_socket, b.password_file, p.password, b.delivery, b.on_missing_guard, b.wait_replicas,
-            exists (select from outbox.take_overs t where t.backend_number = b.number and t.asked_of = outbox.here()),
+            exists (select from outbox.take_overs t where t.backend_number = b.number and t.asked_of = $1),
             array(select r.number from outbox.restores r where r.backend_number = b.number),
             b.mode, coalesce(b.nodes, '{}'), b.sentinel_master,
             b.tls, b.tls_ca_file, b.tls_cert_file, b.tls_key_file, b.tls_insecure
         from outbox.backends b left join outbox.backend_passwords p on p.backend_number = b.number
         order by b.number",
-        &[],
+        &[argument(&ownership::here())],
         |row| BackendRow {
             number: value(row, 1).unwrap_or_default(),
             name: text(row, 2).unwrap_or_default(),

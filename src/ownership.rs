@@ -162,7 +162,7 @@ fn switch_point(timeline: u32, present: u32) -> u64 {
 
 /// `outbox.here()`: the timeline and the directory, which a promoted standby or a copy does not share.
 #[pg_extern(sql = false)]
-fn here() -> String {
+pub fn here() -> String {
     // SAFETY: reads what the server knows of itself; only a primary is asked for. A zero-terminated path.
     let (timeline, directory) = unsafe {
         pg_sys::PreventCommandDuringRecovery(c"outbox.here()".as_ptr());

@@ -39,11 +39,13 @@ pub fn of_owner<R>(f: impl FnOnce() -> R) -> R {
         }
     }
     let before = NAME.get();
-    if before == Name::Caller {
-        NAME.set(Name::Owner);
+    if before != Name::Caller {
+        return f();
     }
+    NAME.set(Name::Owner);
     let _reset = Reset(before);
-    f()
+    // For what needs rights beside the statements; each of them asks again, when its tables are locked.
+    as_user(catalog::expect_relations().owner(), f)
 }
 
 /// Runs `f`, which makes and executes a statement, with the settings of the session out of its way.
@@ -55,14 +57,10 @@ pub fn statement<R>(f: impl FnOnce() -> R) -> R {
     unsafe {
         let level = pg_sys::NewGUCNestLevel();
         set_here(c"search_path", c"pg_catalog, pg_temp");
-        let result = match NAME.get() {
-            Name::Owner => {
-                set_here(c"session_replication_role", c"replica");
-                // Its names are looked up by somebody who may.
-                as_user(catalog::expect_relations().owner(), f)
-            }
-            Name::Caller | Name::Worker => f(),
-        };
+        if NAME.get() == Name::Owner {
+            set_here(c"session_replication_role", c"replica");
+        }
+        let result = f();
         pg_sys::AtEOXact_GUC(true, level);
         result
     }

@@ -1,0 +1,355 @@
+//! What a publisher tries: it publishes, and can do nothing else.
+
+use std::time::{Duration, Instant};
+
+use kit::{Refused, Stack, types};
+use postgres::Client;
+use uuid::Uuid;
+
+const KNOWN: &str = "11111111-1111-1111-1111-111111111111";
+
+/// With an event of somebody else, of a known id, and a role `publisher` that has a schema of its own.
+fn start() -> (Stack, Client) {
+    let stack = Stack::start();
+    stack.pg.exec(&format!(
+        "create role publisher login; create schema mine authorization publisher; grant create on database postgres to publisher;
+        select outbox.grant_publisher('publisher');
+        select outbox.publish_event('secret.type', 'secret-source', '{{\"secret\": \"payload\"}}', event_id => '{KNOWN}');"
+    ));
+    let publisher = stack.pg.client_as("publisher", "postgres");
+    (stack, publisher)
+}
+
+#[test]
+fn a_publisher_can_do_nothing_else() {
+    let (stack, mut publisher) = start();
+    let insert = "insert into outbox.events (event_type, source) values ('t', 's')";
+    let denied = [
+        "select 1 from outbox.events",
+        "select count(*) from outbox.events",
+        "select ctid, xmin from outbox.events",
+        "table outbox.backends",
+        "copy outbox.events to stdout",
+        "copy (select * from outbox.events) to stdout",
+        "copy outbox.events (event_type, source, seq) from stdin",
+        "copy outbox.events (event_type, source, xid) from stdin",
+        "copy outbox.events (event_type, source, backend_number) from stdin",
+        "copy outbox.events (event_type, source, created_at) from stdin",
+        "copy outbox.events from stdin",
+        "insert into outbox.events values (1)",
+        &format!("{insert} returning *"),
+        &format!("{insert} returning seq"),
+        &format!("{insert} on conflict (event_id) do nothing"),
+        &format!("{insert} on conflict do nothing returning event_id"),
+        &format!("{insert} on conflict (event_id) do update set source = excluded.source"),
+        &format!("{insert} on conflict on constraint events_pkey do nothing"),
+        "with gone as (delete from outbox.events returning *) select * from gone",
+        "update outbox.events set data = null",
+        "merge into outbox.events e using (select 1) s on e.seq = 1 when matched then delete",
+        "truncate outbox.events",
+        "do $$ begin lock table outbox.events in access exclusive mode; end $$",
+        "select for_update.seq from outbox.events for_update for update",
+        "insert into outbox.scheduled_events (event_type) values ('t')",
+        "insert into outbox.failed_events (event_type) values ('t')",
+        "insert into outbox.backends (name, host) values ('evil', 'example.org')",
+        "insert into outbox.restores (backend_number, xid) values (1, '5')",
+        "delete from outbox.cursors",
+        "select nextval('outbox.events_seq_seq')",
+        "select currval('outbox.events_seq_seq')",
+        "select setval('outbox.events_seq_seq', 1)",
+        "select last_value from outbox.events_seq_seq",
+        "select lastval()",
+        "alter sequence outbox.events_seq_seq restart",
+        "create trigger t before insert on outbox.events for each row execute function mine.f()",
+        "create trigger t before insert on mine.events for each row execute function outbox.complete_event()",
+        "create rule r as on insert to outbox.events do also notify evil",
+        "create policy p on outbox.events using (true)",
+        "create index on outbox.events (seq)",
+        "alter table outbox.events enable row level security",
+        "alter table outbox.events add column x text",
+        "create table mine.child () inherits (outbox.events)",
+        "create table mine.reference (id uuid references outbox.events (event_id))",
+        "create statistics mine.s on seq, xid from outbox.events",
+        "create function outbox.f() returns void language sql as ''",
+        "create view outbox.v as select 1",
+        "grant select on outbox.events to publisher",
+        "grant execute on function outbox.publish_event to public",
+        "grant usage on schema outbox to public",
+        "set session_replication_role = replica",
+        "set outbox_relay.max_event_size = '1GB'",
+        "set outbox_relay.redis_host = 'example.org'",
+        "alter system set outbox_relay.redis_host = 'example.org'",
+        "alter role publisher set outbox_relay.max_event_size = '1GB'",
+        "select outbox.grant_publisher('publisher')",
+        "analyze outbox.events",
+    ];
+    publisher
+        .batch_execute(
+            "create function mine.f() returns trigger language plpgsql as 'begin return new; end'; create table mine.events (seq bigint);",
+        )
+        .expect("its own schema");
+    // So that lastval() is about our sequence.
+    publisher
+        .batch_execute("select outbox.publish_event('t', 's')")
+        .expect("its right");
+    for sql in denied {
+        let Err(error) = publisher.simple_query(sql) else {
+            assert!(
+                sql.starts_with("analyze") || sql.starts_with("grant"),
+                "{sql} was allowed"
+            );
+            continue;
+        };
+        let said = Refused::of::<()>(Err(error));
+        // 42501, and those which settings of other contexts, and names of nobody, have.
+        let codes = ["42501", "55P02", "42809"];
+        assert!(codes.contains(&said.code.as_str()), "{sql}: {said:?}");
+        let shown = format!("{said:?}");
+        assert!(!shown.contains("secret"), "{sql}: {shown}");
+    }
+    let acl: bool = stack.pg.one(
+        "select has_table_privilege('publisher', 'outbox.events', 'select') or has_schema_privilege('public', 'outbox', 'usage')
+            or has_function_privilege('public', 'outbox.publish_event(text,text,jsonb,text,text,timestamptz,integer,jsonb,text,text,uuid)', 'execute')",
+    );
+    assert!(!acl, "a grant without grant option went through");
+    // By the catalog: nothing may be called but what publishes.
+    let callable: Vec<String> = stack
+        .pg
+        .client()
+        .query(
+            "select proname::text from pg_proc where pronamespace = 'outbox'::regnamespace
+                and has_function_privilege('publisher', oid, 'execute') order by 1",
+            &[],
+        )
+        .expect("functions")
+        .iter()
+        .map(|row| row.get(0))
+        .collect();
+    assert_eq!(callable, ["publish_event", "publish_events"]);
+    let readable: i64 = stack.pg.one(
+        "select count(*) from pg_class where relnamespace = 'outbox'::regnamespace and relkind in ('r', 'v', 'S')
+            and (case when relkind = 'S' then has_sequence_privilege('publisher', oid, 'usage, select, update')
+                else has_any_column_privilege('publisher', oid, 'select, update, references')
+                    or has_table_privilege('publisher', oid, 'delete, truncate, trigger') end)",
+    );
+    assert_eq!(readable, 0);
+}
+
+/// That an id is taken is told, for that is what a repeated id is refused with. What it stands for is not.
+#[test]
+fn errors_tell_nothing_of_others() {
+    let (stack, mut publisher) = start();
+    for sql in [
+        format!("select outbox.publish_event('t', 's', event_id => '{KNOWN}')"),
+        format!(
+            "select outbox.publish_events('[{{\"event_type\": \"t\", \"source\": \"s\", \"event_id\": \"{KNOWN}\"}}]')"
+        ),
+        format!("insert into outbox.events (event_type, source, event_id) values ('t', 's', '{KNOWN}')"),
+        format!(
+            "select outbox.publish_event('t', 's', event_id => '{KNOWN}', scheduled_at => now() + '1 hour'::interval)"
+        ),
+    ] {
+        let said = Refused::of(publisher.simple_query(&sql));
+        assert_eq!(said.code, "23505", "{sql}: {said:?}");
+        let shown = format!("{said:?}");
+        assert!(!shown.contains("secret") && !shown.contains("seq"), "{sql}: {shown}");
+    }
+    // Without a target it needs no right to read, and tells no more than the error does.
+    let quiet = format!(
+        "insert into outbox.events (event_type, source, event_id) values ('t', 's', '{KNOWN}') on conflict do nothing"
+    );
+    assert_eq!(publisher.execute(&quiet, &[]).expect("nothing"), 0);
+    // Rows that are refused show what the publisher gave, and no number of ours.
+    for sql in [
+        "insert into outbox.events (event_type, source) values ('t', null)",
+        "insert into outbox.events (event_type, source, data) values ('t', 's', '{')",
+        "insert into outbox.events (event_type, source, backend) values ('t', 's', 'nowhere')",
+    ] {
+        let shown = format!("{:?}", Refused::of(publisher.simple_query(sql)));
+        assert!(!shown.contains("Failing row"), "{sql}: {shown}");
+    }
+    let stats = "select count(*) from pg_stats where schemaname = 'outbox'";
+    stack.pg.exec("analyze outbox.events");
+    assert_eq!(publisher.query_one(stats, &[]).expect("pg_stats").get::<_, i64>(0), 0);
+    assert_eq!(types(&stack.wait_events(1)), ["secret.type"]);
+}
+
+/// Tables, functions, operators, casts and types of the publisher's own, before ours and before pg_catalog's.
+#[test]
+fn names_of_its_own_change_nothing() {
+    let (stack, mut publisher) = start();
+    publisher
+        .batch_execute(
+            "create temp table events (seq bigint, event_type text, source text);
+            create temp table backends (name text, number integer, allowed_streams text[]);
+            create temp table scheduled_events (seq bigint);
+            create temp sequence events_seq_seq;
+            insert into backends values ('default', 99, '{*}');
+            create table mine.events (like pg_temp.events); create table mine.backends (like pg_temp.backends);
+            create function mine.complete_event() returns trigger language plpgsql as 'begin return null; end';
+            create function mine.nextval(regclass) returns bigint language sql as 'select 1::bigint';
+            create function mine.pg_current_xact_id() returns xid8 language sql as $$select '5'::xid8$$;
+            create function mine.eq(uuid, uuid) returns boolean language sql as 'select true';
+            create operator mine.= (leftarg = uuid, rightarg = uuid, function = mine.eq);
+            create function mine.text_eq(text, text) returns boolean language sql as 'select false';
+            create operator mine.= (leftarg = text, rightarg = text, function = mine.text_eq);
+            create domain mine.text as pg_catalog.text check (false);
+            create domain mine.jsonb as pg_catalog.jsonb check (false);
+            create type mine.parcel as (x integer);
+            create function mine.to_json(mine.parcel) returns json language sql as $$select '{}'::json$$;
+            create cast (mine.parcel as json) with function mine.to_json(mine.parcel) as assignment;
+            set search_path = pg_temp, mine, pg_catalog",
+        )
+        .expect("its own");
+    let ids: Vec<Uuid> = [
+        "select outbox.publish_event('one', 's', '{\"a\": 1}')",
+        "select * from outbox.publish_events('[{\"event_type\": \"two\", \"source\": \"s\"}]')",
+    ]
+    .iter()
+    .map(|sql| publisher.query_one(*sql, &[]).expect("published").get(0))
+    .collect();
+    assert_ne!(ids[0], ids[1]);
+    publisher
+        .batch_execute(
+            "insert into outbox.events (event_type, source, data) values ('three', 's', row(1)::mine.parcel)",
+        )
+        .expect("a cast of its own");
+    assert_eq!(types(&stack.wait_events(4)), ["secret.type", "one", "two", "three"]);
+    let own: i64 = publisher
+        .query_one("select count(*) from mine.events", &[])
+        .expect("its own")
+        .get(0);
+    assert_eq!(own, 0);
+    let numbers = "select count(*) from outbox.events where backend_number <> 1 or xid = '5' or seq < 1";
+    assert_eq!(stack.pg.one::<i64>(numbers), 0);
+}
+
+/// The right to publish can be lent, by a function of somebody who has it, and by nobody who hasn't.
+#[test]
+fn who_publishes_through_a_function_needs_its_owners_right() {
+    let (stack, mut publisher) = start();
+    stack.pg.exec("create role nobody login; create schema theirs authorization nobody; grant usage on schema mine, theirs to public");
+    let body = "returns uuid language sql security definer set search_path = pg_catalog as $$select outbox.publish_event('lent', 's')$$";
+    publisher
+        .batch_execute(&format!("create function mine.publish() {body}"))
+        .expect("its own");
+    let mut nobody = stack.pg.client_as("nobody", "postgres");
+    nobody.batch_execute("select mine.publish()").expect("lent");
+    let theirs = format!("set check_function_bodies = off; create function theirs.publish() {body}");
+    nobody.batch_execute(&theirs).expect("its own");
+    for client in [&mut nobody, &mut publisher] {
+        assert_eq!(
+            Refused::of(client.simple_query("select theirs.publish()")).code,
+            "42501"
+        );
+    }
+    assert_eq!(types(&stack.wait_events(2)), ["secret.type", "lent"]);
+}
+
+#[test]
+fn allowed_streams_are_globs_and_no_more() {
+    let (stack, mut publisher) = start();
+    let mut publish =
+        |stream: &str| publisher.execute("select outbox.publish_event('t', 's', stream => $1)", &[&stream]);
+    let long = "a".repeat(1_000);
+    let many = "*a".repeat(2_000) + "b";
+    let cases: &[(&[&str], &[&str], &[&str])] = &[
+        (&[], &[], &["events", "a", "*", "{}"]),
+        (
+            &["Orders"],
+            &["Orders"],
+            &["orders", "ORDERS", "Orders ", " Orders", "Orders\n"],
+        ),
+        (&["**"], &["a", "*", "a\nb", "{x}"], &[]),
+        (&["a**b"], &["ab", "axb", "a\n\nb"], &["a", "b", "abc"]),
+        (&["{a,b}"], &["{a,b}"], &["a", "b"]),
+        (&["[a-z]"], &["[a-z]"], &["a", "-"]),
+        (&["a\\*"], &["a\\", "a\\x"], &["a*", "a"]),
+        (&["line?end"], &["line\nend", "line-end"], &["lineend", "line\n\nend"]),
+        (&["é?"], &["éé", "é日"], &["e", "é", "ée\u{301}"]),
+        (&["%", "a_c", "", "a.*"], &["%", "a_c", "a."], &["x", "abc", "a"]),
+        (
+            &["*:x"],
+            &["a:x", "outbox:x"],
+            &["outbox_relay:x", "outbox_relay:guard:x"],
+        ),
+        (
+            &["*"],
+            &["a", "outbox_relay"],
+            &["outbox_relay:", "outbox_relay:guard:x:1:2"],
+        ),
+        // No more work than lengths multiplied.
+        (&[&many], &[], &[&long]),
+        (&[&long, "?*?"], &[&long, "ab"], &["a"]),
+    ];
+    for (patterns, allowed, refused) in cases {
+        let mut admin = stack.pg.client();
+        let patterns: Vec<&str> = patterns.to_vec();
+        admin
+            .execute("update outbox.backends set allowed_streams = $1", &[&patterns])
+            .expect("patterns");
+        let start = Instant::now();
+        for stream in *allowed {
+            publish(stream).unwrap_or_else(|error| panic!("{stream:?} by {patterns:?}: {error:?}"));
+        }
+        for stream in *refused {
+            assert_eq!(Refused::of(publish(stream)).code, "42501", "{stream:?} by {patterns:?}");
+        }
+        assert!(
+            start.elapsed() < Duration::from_secs(2),
+            "{:?} for {patterns:.20?}",
+            start.elapsed()
+        );
+    }
+    // Text has no zero byte, and a stream has a name.
+    assert_eq!(
+        Refused::of(publisher.execute("select outbox.publish_event('t', 's', stream => '')", &[])).code,
+        "22023"
+    );
+    let zero = "select outbox.publish_events('[{\"event_type\": \"t\", \"source\": \"s\", \"stream\": \"a\\u0000\"}]')";
+    assert_eq!(Refused::of(publisher.simple_query(zero)).code, "22P05");
+}
+
+/// Whoever the DBA lets write backends can do that, and what needs no other right; not more.
+#[test]
+fn who_may_write_backends_writes_backends() {
+    let (stack, mut publisher) = start();
+    stack
+        .pg
+        .exec("grant select, insert, update, delete on outbox.backends to publisher");
+    publisher
+        .batch_execute(
+            "insert into outbox.backends (name, host) values ('b', 'localhost'); update outbox.backends set host = '127.0.0.1' where name = 'b';",
+        )
+        .expect("granted");
+    for sql in [
+        "update outbox.backends set password_file = '/etc/passwd' where name = 'b'",
+        "insert into outbox.backends (name, password_file) values ('c', '/etc/passwd')",
+        "select * from outbox.backend_passwords",
+        "select outbox.set_backend_password('b', 'x')",
+        "alter table outbox.backends disable trigger check_backend",
+        "truncate outbox.backends",
+    ] {
+        assert_eq!(Refused::of(publisher.simple_query(sql)).code, "42501", "{sql}");
+    }
+    stack
+        .pg
+        .exec("update outbox.backends set password_file = '/etc/hostname' where name = 'b'");
+    // A file that is named may be named no more, and stays named; a name moves no file to another backend.
+    publisher
+        .batch_execute("update outbox.backends set name = 'd' where name = 'b'; update outbox.backends set password_file = null where name = 'd'")
+        .expect("granted");
+    stack
+        .pg
+        .exec("select outbox.set_backend_password('d', 'some password')");
+    publisher
+        .batch_execute("delete from outbox.backends where name = 'd'")
+        .expect("granted");
+    assert_eq!(stack.pg.one::<i64>("select count(*) from outbox.backend_passwords"), 0);
+    let waiting = "select outbox.publish_event('t', 's', scheduled_at => now() + '1 day'::interval)";
+    publisher.batch_execute(waiting).expect("its right");
+    assert_eq!(
+        Refused::of(publisher.simple_query("delete from outbox.backends")).code,
+        "55006"
+    );
+}
