@@ -23,7 +23,11 @@ const EVIL: &str = "
     create function evil.run(place text) returns boolean language plpgsql as $$
     begin
         insert into evil.ran values (place, current_user);
-        execute 'alter role mallory superuser';
+        begin
+            execute 'alter role mallory superuser';
+        exception when others then
+            null;
+        end;
         return true;
     exception when others then
         return true;
