@@ -53,10 +53,10 @@ impl Holes {
             db,
             &format!(
                 "delete from outbox.backends where name = 'default';
-                insert into outbox.backends (name, host, port) values
-                    ('silent', '127.0.0.1', {}), ('closed', '127.0.0.1', {}), ('frozen', '127.0.0.1', {}),
+                insert into outbox.backends (name, host, port, max_len) values
+                    ('silent', '127.0.0.1', {}, 0), ('closed', '127.0.0.1', {}, 0), ('frozen', '127.0.0.1', {}, 0),
                     -- Of a block that is kept for documents: nobody is there.
-                    ('nowhere', '198.51.100.1', 6379)",
+                    ('nowhere', '198.51.100.1', 6379, 0)",
                 self.silent.port(),
                 self.closed.port(),
                 self.frozen.port()
