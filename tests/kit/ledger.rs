@@ -268,7 +268,9 @@ impl Load {
             std::thread::spawn(move || {
                 let (keys, count) = (KEYS as i64, (rate / 100) as i64);
                 let publish = client
-                    .prepare("select count(publish_logged('k' || n % $1)) from generate_series(1, $2) n")
+                    .prepare(
+                        "select count(publish_logged('k' || n % $1::bigint)) from generate_series(1, $2::bigint) n",
+                    )
                     .expect("a statement");
                 let mut next = Instant::now();
                 while !stop.load(Ordering::Relaxed) {
