@@ -16,7 +16,7 @@ target_dir   := $(or $(CARGO_TARGET_DIR),target)
 library      := $(target_dir)/release/lib$(EXTENSION).so
 
 # The targets that need no Postgres must work without one.
-ifneq ($(filter-out help clean demo test bench chaos record-broadcaster,$(or $(MAKECMDGOALS),all)),)
+ifneq ($(filter-out help clean demo test bench bench-quick chaos record-broadcaster,$(or $(MAKECMDGOALS),all)),)
 major := $(shell $(PG_CONFIG) --version 2>/dev/null | sed -nE 's/^PostgreSQL ([0-9]+).*/\1/p')
 ifeq ($(major),)
 $(error "$(PG_CONFIG)" is no working pg_config. Name one with PG_CONFIG=..., or let scripts/setup install Postgres and say where it is)
@@ -36,7 +36,7 @@ empty        :=
 space        := $(empty) $(empty)
 features      = pg$(major)$(if $(strip $(FEATURES)),$(comma)$(subst $(space),$(comma),$(strip $(FEATURES))))
 
-.PHONY: all install uninstall demo test lint bench chaos record-broadcaster clean help headers
+.PHONY: all install uninstall demo test lint bench bench-quick chaos record-broadcaster clean help headers
 
 all: headers ## build the extension (release)
 	$(cargo_env) $(CARGO) build --release --locked -p $(EXTENSION) --no-default-features --features $(features)
@@ -70,8 +70,11 @@ lint: headers ## formatting, clippy and the SQL script, as CI checks them
 	$(cargo_env) $(CARGO) clippy --workspace --all-targets --locked --no-default-features --features $(features) -- -D warnings
 	scripts/lint-sql
 
-bench: ## measure the figures of the README (BENCH_ARGS=... for some of them)
+bench: ## measure the figures of the README beside their floors and rivals (BENCH_ARGS=... for some of them)
 	scripts/bench $(BENCH_ARGS)
+
+bench-quick: ## the same, small: a table in three minutes
+	scripts/bench --quick $(BENCH_ARGS)
 
 chaos: ## break everything at random and check that nothing is lost or repeated (SEED=, MINUTES=, CHAOS_ARGS=...)
 	scripts/chaos $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) $(CHAOS_ARGS)

@@ -1,92 +1,137 @@
-//! What the worker costs: memory with a large backlog, and what it does when there is nothing to do.
+//! What the worker takes: memory with large events and with backends that are down, and what it does when there is nothing to do.
+//! (Its memory with a large backlog is measured where that is drained.)
 
-use crate::{Figure, Scale, drain, poll_until, stack};
-use kit::Stack;
-use std::time::Duration;
+use crate::options::Scale;
+use crate::probe::{Busy, anonymous_kb, wakes, written};
+use crate::report::{Goal, Row, Taken, thousands};
+use crate::servers::{BACKENDS, DATA, SETTINGS, stack, wait_long};
+use kit::{Stack, wait_until};
+use std::time::{Duration, Instant};
 
-/// The highest private memory of the worker while it drains a large backlog, above what it has when idle.
-pub fn memory(scale: &Scale) -> Figure {
-    let stack = stack();
-    stack.publish("warm.up");
-    stack.wait_events(1);
-    let pid = stack.pg.wait_worker("postgres");
-    let idle_kb = anonymous_kb(pid);
-    drain::fill(&stack, scale.backlog, "exactly_once", false);
-    let mut highest_kb = anonymous_kb(pid);
-    stack.pg.exec("update outbox.backends set enabled = true");
-    poll_until(|| {
-        highest_kb = highest_kb.max(anonymous_kb(pid));
-        let left: i64 = stack.pg.one("select pending from outbox.status");
-        left == 0
-    });
-    Figure {
-        name: format!("worker's memory with {} waiting", scale.backlog),
-        ours: format!("{:.1} MiB", highest_kb as f64 / 1024.0),
-        floor: format!("{:.1} MiB idle", idle_kb as f64 / 1024.0),
-        ratio: format!("+{:.1} MiB", highest_kb.saturating_sub(idle_kb) as f64 / 1024.0),
-        goal: "+64 MiB",
+const LARGE_EVENTS: u64 = 300;
+
+pub fn measure_memory(scale: &Scale) -> Taken {
+    Taken {
+        rows: vec![large_events(), backends_down(scale)],
+        series: Vec::new(),
     }
 }
 
-/// Ten polls without work: WAL written, and times that the worker's threads woke.
-pub fn idle() -> Vec<Figure> {
-    const POLLS: u64 = 10;
-    let stack = Stack::with(&[
-        ("outbox_relay.poll_interval", "1s"),
-        // Otherwise the background writer logs a snapshot for standbys now and then.
-        ("wal_level", "minimal"),
-        ("max_wal_senders", "0"),
-        ("autovacuum", "off"),
-        ("checkpoint_timeout", "1h"),
-    ]);
+/// A stack whose worker has sent something and has nothing to do, with its pid and memory.
+fn settled() -> (Stack, i32, u64) {
+    let stack = stack();
     stack.publish("warm.up");
     stack.wait_events(1);
-    // The last cursor is saved, and the standby snapshot of the background writer written.
-    std::thread::sleep(Duration::from_secs(20));
+    wait_until("the cursor to be saved", || {
+        stack.pg.one::<i64>("select pending from outbox.status") == 0
+    });
     let pid = stack.pg.wait_worker("postgres");
-    let wal: String = stack.pg.one("select pg_current_wal_insert_lsn()::text");
-    let before = switches(pid);
-    std::thread::sleep(Duration::from_secs(POLLS));
-    let woken = switches(pid) - before;
-    let written: String = stack.pg.one(&format!(
-        "select pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '{wal}')::text"
+    let idle_kb = anonymous_kb(pid);
+    (stack, pid, idle_kb)
+}
+
+fn above(what: String, highest_kb: u64, idle_kb: u64) -> Row {
+    let mib = |kb: u64| kb as f64 / 1024.0;
+    eprintln!("memory: {:.1} MiB, {:.1} idle, {what}", mib(highest_kb), mib(idle_kb));
+    Row {
+        floor: format!("{:.1} MiB idle", mib(idle_kb)),
+        ..Row::plain(
+            what,
+            mib(highest_kb.saturating_sub(idle_kb)),
+            1,
+            " MiB",
+            Goal::AtMost(32.0),
+        )
+    }
+}
+
+fn large_events() -> Row {
+    let (stack, pid, idle_kb) = settled();
+    stack.pg.exec("update outbox.backends set enabled = false");
+    // With all that is around it an event has at most 1 MB.
+    stack.pg.exec(&format!(
+        "select outbox.publish_event('bench.large', 'bench', jsonb_build_object('n', g, 'pad', repeat('x', 1000000)))
+         from generate_series(1, {LARGE_EVENTS}) g"
     ));
-    vec![
-        Figure {
-            name: "idle: wake-ups of the worker's threads per poll".into(),
-            ours: format!("{:.1}", woken as f64 / POLLS as f64),
-            floor: "1 poll".into(),
-            ratio: format!("{:.1}", woken as f64 / POLLS as f64),
-            goal: "1",
-        },
-        Figure {
-            name: format!("idle: WAL in {POLLS} polls"),
-            ours: format!("{written} bytes"),
-            floor: "0 bytes".into(),
-            ratio: written,
-            goal: "0",
-        },
-    ]
+    let mut highest_kb = anonymous_kb(pid);
+    stack.pg.exec("update outbox.backends set enabled = true");
+    wait_long(|| {
+        highest_kb = highest_kb.max(anonymous_kb(pid));
+        stack.pg.one::<i64>("select pending from outbox.status") == 0
+    });
+    above(
+        format!("worker's memory above idle, {LARGE_EVENTS} events of 1 MB drain"),
+        highest_kb,
+        idle_kb,
+    )
 }
 
-/// Private memory that is not backed by a file.
-fn anonymous_kb(pid: i32) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the worker has gone");
-    let line = status
-        .lines()
-        .find_map(|l| l.strip_prefix("RssAnon:"))
-        .expect("no RssAnon");
-    line.trim().trim_end_matches(" kB").parse().expect("no number")
+fn backends_down(scale: &Scale) -> Row {
+    let (stack, pid, idle_kb) = settled();
+    // Port 1: nobody listens there.
+    stack.pg.exec(&format!(
+        "insert into outbox.backends (name, host, port) select 'd' || n, '127.0.0.1', 1 from generate_series(1, {BACKENDS}) n"
+    ));
+    let mut client = stack.pg.client();
+    let (mut highest_kb, start) = (anonymous_kb(pid), Instant::now());
+    // In many transactions, so that the backlog grows while the worker looks on.
+    for first in (1..=scale.events).step_by(1_000) {
+        let sql = format!(
+            "insert into outbox.events (event_type, source, backend, data)
+             select 'bench.down', 'bench', 'd' || 1 + g % {BACKENDS}, {DATA} from generate_series({first}, {first} + 999) g"
+        );
+        client.batch_execute(&sql).expect("cannot publish");
+        highest_kb = highest_kb.max(anonymous_kb(pid));
+    }
+    wait_long(|| {
+        highest_kb = highest_kb.max(anonymous_kb(pid));
+        start.elapsed() > Duration::from_secs(5)
+    });
+    let what = format!(
+        "worker's memory above idle, {BACKENDS} backends down, {} events published",
+        thousands(scale.events)
+    );
+    above(what, highest_kb, idle_kb)
 }
 
-/// Times that a thread of the process went to sleep, and so woke.
-fn switches(pid: i32) -> u64 {
-    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).expect("the worker has gone");
-    tasks
-        .filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("status")).ok())
-        .filter_map(|s| {
-            s.lines()
-                .find_map(|l| l.strip_prefix("voluntary_ctxt_switches:")?.trim().parse::<u64>().ok())
-        })
-        .sum()
+/// Nothing to do, at default settings: wake-ups, WAL and time on a processor.
+pub fn measure_idle(scale: &Scale) -> Taken {
+    // Otherwise the background writer logs a snapshot for standbys now and then.
+    let quiet = [("wal_level", "minimal"), ("max_wal_senders", "0")];
+    let stack = Stack::with(&[SETTINGS, &quiet].concat());
+    stack.publish("warm.up");
+    stack.wait_events(1);
+    wait_until("the cursor to be saved", || {
+        stack.pg.one::<i64>("select pending from outbox.status") == 0
+    });
+    let pid = stack.pg.wait_worker("postgres");
+    // The session that has just looked has left, too.
+    std::thread::sleep(Duration::from_secs(2));
+    let wal = written(&stack.pg);
+    let (woken, busy, start) = (wakes(pid), Busy::of(pid), Instant::now());
+    std::thread::sleep(Duration::from_secs(u64::from(scale.idle_seconds)));
+    let (now, seconds) = (Busy::of(pid), start.elapsed().as_secs_f64());
+    let busy = now.reader + now.senders - busy.reader - busy.senders;
+    let woken = (wakes(pid) - woken) as f64 / seconds;
+    Taken {
+        rows: vec![
+            // Counting whole wake-ups, one more or less is within what it may.
+            Row::plain(
+                "idle: wake-ups of all the worker's threads a second",
+                woken,
+                2,
+                "",
+                Goal::AtMost(0.2 + 1.0 / seconds),
+            ),
+            Row::plain(
+                format!("idle: WAL in {seconds:.0} s"),
+                (written(&stack.pg) - wal) as f64,
+                0,
+                " bytes",
+                Goal::AtMost(0.0),
+            ),
+            Row::plain("idle: CPU", busy / seconds * 100.0, 4, " %", Goal::AtMost(0.01)),
+        ],
+        series: Vec::new(),
+    }
 }

@@ -1,146 +1,90 @@
-//! `publish_event` beside a bare INSERT of the same columns, with the same indexes and defaults, by pgbench.
+//! `publish_event` beside a bare INSERT of the same columns, with the same indexes and defaults, and many events in one statement
+//! beside the bare INSERT ... SELECT.
 
-use crate::{Figure, Scale, median, stack};
+use crate::bare::{self, pgbench};
+use crate::options::Scale;
+use crate::report::{Goal, Row, Taken, thousands};
+use crate::servers::{DATA, stack};
+use crate::stats::median_ratio;
 use kit::Stack;
 use std::time::Instant;
 
-const PAD: usize = 174;
-
-pub fn measure(scale: &Scale) -> Vec<Figure> {
+pub fn measure(scale: &Scale) -> Taken {
     let stack = stack();
     // Published events only wait: this is about publishing.
     stack.pg.exec("update outbox.backends set enabled = false");
-    stack.pg.exec(
-        "create table bare (like outbox.events including indexes);
-         create sequence bare_seq;
-         alter table bare alter xid set default pg_current_xact_id(), alter seq set default nextval('bare_seq'),
-            alter created_at set default clock_timestamp(), alter event_id set default gen_random_uuid(),
-            alter backend set default 'default', alter backend_number set default 1",
-    );
-    let data = format!(r#"{{"n": 1000001, "pad": "{}"}}"#, "x".repeat(PAD));
-    let ours = format!("select outbox.publish_event('bench.publish', 'bench', '{data}');\n");
-    let bare = format!("insert into bare (event_type, source, data) values ('bench.publish', 'bench', '{data}');\n");
-    let mut figures = Vec::new();
+    stack.pg.exec(bare::TABLE);
+    let mut rows = Vec::new();
     for (clients, durable) in [(1, true), (8, true), (1, false), (8, false)] {
-        let (mut tps, mut floor, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
-        for run in 0..scale.runs {
-            stack.pg.exec("truncate outbox.events; truncate bare; checkpoint");
-            // Each goes first every other time.
-            for turn in 0..2 {
-                match (run + turn) % 2 {
-                    0 => tps.push(pgbench(&stack, &ours, clients, durable, scale.seconds)),
-                    _ => floor.push(pgbench(&stack, &bare, clients, durable, scale.seconds)),
-                }
-            }
-            ratios.push(tps[run] / floor[run]);
-            eprintln!(
-                "publish, {clients} clients: {:.0}/s, floor {:.0}/s, ratio {:.2}",
-                tps[run], floor[run], ratios[run]
-            );
-        }
-        let commit = if durable { "on" } else { "off" };
-        figures.push(Figure {
-            name: format!("publish_event over a bare INSERT, {clients} clients, synchronous_commit {commit}"),
-            ours: format!("{:.0}/s", median(tps)),
-            floor: format!("{:.0}/s", median(floor)),
-            ratio: format!("{:.2}", median(ratios)),
-            goal: "0.97",
-        });
+        rows.push(single(&stack, scale, clients, durable));
     }
-    figures.extend(bulk(&stack, scale));
-    figures.push(under_relay(&stack, scale, &ours));
-    figures
+    Taken {
+        rows,
+        series: Vec::new(),
+    }
 }
 
-/// Many events in one statement, over the bare INSERT ... SELECT of as many rows.
-fn bulk(stack: &Stack, scale: &Scale) -> Vec<Figure> {
-    const EVENTS: u32 = 100_000;
-    let source = format!("json_build_object('n', 1000000 + g, 'pad', repeat('x', {PAD}))");
+fn single(stack: &Stack, scale: &Scale, clients: u32, durable: bool) -> Row {
+    let (mut ours, mut floor) = (Vec::new(), Vec::new());
+    for run in 0..scale.runs {
+        bare::empty(stack);
+        // Each goes first every other time.
+        for turn in 0..2 {
+            let (rates, script) = match (run + turn) % 2 {
+                0 => (&mut ours, bare::publish_sql()),
+                _ => (&mut floor, bare::insert_sql()),
+            };
+            rates.push(pgbench(&stack.pg, &script, clients, durable, scale.seconds).tps);
+        }
+    }
+    let commit = if durable { "on" } else { "off" };
+    let name = format!("publish_event beside a bare INSERT, {clients} clients, synchronous_commit {commit}");
+    eprintln!("publish: {:.2}, {name}", median_ratio(&ours, &floor));
+    Row::rate(name, &ours, &floor, Goal::AtLeast(0.97))
+}
+
+/// Many events in one statement.
+pub fn measure_bulk(scale: &Scale) -> Taken {
+    let stack = stack();
+    stack.pg.exec("update outbox.backends set enabled = false");
+    stack.pg.exec(bare::TABLE);
+    let events = scale.bulk;
     let bare = format!(
-        "insert into bare (event_type, source, data) select 'bench.bulk', 'bench', {source} from generate_series(1, {EVENTS}) g"
+        "insert into bare (event_type, source, data) select 'bench.bulk', 'bench', {DATA} from generate_series(1, {events}) g"
     );
     let ways = [
         ("INSERT ... SELECT", bare.replace("insert into bare", "insert into outbox.events")),
         (
-            "publish_events",
+            "publish_events, arrays of 1,000",
             format!(
-                "select outbox.publish_events(jsonb_agg(jsonb_build_object('event_type', 'bench.bulk', 'source', 'bench', 'data', {source})))
-                 from generate_series(1, {EVENTS}) g group by g / 1000"
+                "select outbox.publish_events(jsonb_agg(jsonb_build_object('event_type', 'bench.bulk', 'source', 'bench', 'data', {DATA})))
+                 from generate_series(1, {events}) g group by g / 1000"
             ),
         ),
     ];
     let rate = |sql: &str| {
-        stack.pg.exec("truncate outbox.events; truncate bare; checkpoint");
+        bare::empty(&stack);
+        let mut client = stack.pg.client();
         let start = Instant::now();
-        stack.pg.exec(sql);
-        f64::from(EVENTS) / start.elapsed().as_secs_f64()
+        client.batch_execute(sql).expect("cannot publish in bulk");
+        events as f64 / start.elapsed().as_secs_f64()
     };
-    let figure = |(name, sql): &(&str, String)| {
-        let (ours, floor): (Vec<f64>, Vec<f64>) = (0..scale.runs).map(|_| (rate(sql), rate(&bare))).unzip();
-        Figure {
-            name: format!("{name} of {EVENTS} events over a bare INSERT ... SELECT"),
-            ours: format!("{:.0}/s", median(ours.clone())),
-            floor: format!("{:.0}/s", median(floor.clone())),
-            ratio: format!("{:.2}", median(ours.iter().zip(&floor).map(|(a, b)| a / b).collect())),
-            goal: "0.7",
+    let row = |(name, sql): &(&str, String)| {
+        let (mut ours, mut floor) = (Vec::new(), Vec::new());
+        for run in 0..scale.runs {
+            for turn in 0..2 {
+                match (run + turn) % 2 {
+                    0 => ours.push(rate(sql)),
+                    _ => floor.push(rate(&bare)),
+                }
+            }
         }
+        let name = format!("{name}, {} events, beside a bare INSERT ... SELECT", thousands(events));
+        eprintln!("bulk: {:.2}, {name}", median_ratio(&ours, &floor));
+        Row::rate(name, &ours, &floor, Goal::AtLeast(0.7))
     };
-    ways.iter().map(figure).collect()
-}
-
-/// Eight publishers while the relay sends what they publish, over the same while it is paused.
-fn under_relay(stack: &Stack, scale: &Scale, script: &str) -> Figure {
-    let (mut running, mut paused) = (Vec::new(), Vec::new());
-    for run in 0..scale.runs {
-        for turn in 0..2 {
-            let relays = (run + turn) % 2 == 0;
-            stack.pg.exec("truncate outbox.events; checkpoint");
-            stack.pg.exec(&format!("update outbox.backends set enabled = {relays}"));
-            let rate = pgbench(stack, script, 8, true, scale.seconds);
-            if relays { &mut running } else { &mut paused }.push(rate);
-        }
+    Taken {
+        rows: ways.iter().map(row).collect(),
+        series: Vec::new(),
     }
-    Figure {
-        name: "publish_event by 8 clients with the relay running over paused".to_owned(),
-        ours: format!("{:.0}/s", median(running.clone())),
-        floor: format!("{:.0}/s", median(paused.clone())),
-        ratio: format!(
-            "{:.2}",
-            median(running.iter().zip(&paused).map(|(a, b)| a / b).collect())
-        ),
-        goal: "0.85",
-    }
-}
-
-fn pgbench(stack: &Stack, script: &str, clients: u32, durable: bool, seconds: u32) -> f64 {
-    let commit = if durable { "on" } else { "off" };
-    stack
-        .pg
-        .exec(&format!("alter database postgres set synchronous_commit to {commit}"));
-    let (clients, seconds) = (clients.to_string(), seconds.to_string());
-    let arguments = [
-        "-n",
-        "-M",
-        "prepared",
-        "-c",
-        &clients,
-        "-j",
-        "2",
-        "-T",
-        &seconds,
-        "-f",
-        "/dev/stdin",
-        "postgres",
-    ];
-    let ran = stack.pg.run("pgbench", &arguments, script);
-    assert!(ran.ok, "pgbench failed: {}", ran.stderr);
-    let line = ran
-        .stdout
-        .lines()
-        .find_map(|l| l.strip_prefix("tps = "))
-        .expect("no tps line");
-    line.split_whitespace()
-        .next()
-        .and_then(|n| n.parse().ok())
-        .expect("no tps")
 }

@@ -1,0 +1,40 @@
+"""What the rivals share: connections to the servers that the bench names, and the entry that each of them appends."""
+
+import os
+
+import psycopg
+import redis
+
+STREAM = "events"
+BATCH = 1000
+# Between two looks while nothing is there.
+PAUSE_S = 0.005
+
+
+def connect():
+    # Host, port, user and database come from the environment.
+    return psycopg.connect("")
+
+
+def redis_client():
+    return redis.Redis(port=int(os.environ["REDIS_PORT"]))
+
+
+def append(client, events):
+    """Appends (id, type, source, created_at, data as JSON text) to the stream, in one pipeline."""
+    pipe = client.pipeline(transaction=False)
+    for event_id, event_type, source, created_at, data in events:
+        time = created_at.isoformat()
+        cloud_event = (
+            f'{{"specversion": "1.0", "type": "{event_type}", "source": "{source}", "id": "{event_id}", '
+            f'"time": "{time}", "datacontenttype": "application/json", "data": {data}}}'
+        )
+        fields = {
+            "event_id": str(event_id),
+            "event_type": event_type,
+            "source": source,
+            "timestamp": time,
+            "cloud_event": cloud_event,
+        }
+        pipe.xadd(STREAM, fields, maxlen=10000, approximate=True)
+    pipe.execute()

@@ -1,0 +1,190 @@
+//! The table, and what is kept of a run below `target/bench`, so that figures can be measured one by one and plotted together.
+
+use crate::stats::{median, median_difference, median_ratio};
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// What a figure should be.
+#[derive(Debug, Clone, Copy)]
+pub enum Goal {
+    AtLeast(f64),
+    AtMost(f64),
+    /// Only shown.
+    None,
+}
+
+impl Goal {
+    fn reached(self, value: f64) -> Option<bool> {
+        match self {
+            Goal::AtLeast(goal) => Some(value >= goal),
+            Goal::AtMost(goal) => Some(value <= goal),
+            Goal::None => None,
+        }
+    }
+}
+
+/// One line of the table.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Row {
+    pub figure: String,
+    pub ours: String,
+    pub floor: String,
+    pub ratio: String,
+    pub goal: String,
+    pub reached: Option<bool>,
+}
+
+impl Row {
+    /// Rates beside the floor's, measured in turn; the higher the better.
+    pub fn rate(figure: impl Into<String>, ours: &[f64], floor: &[f64], goal: Goal) -> Self {
+        let ratio = median_ratio(ours, floor);
+        Row {
+            figure: figure.into(),
+            ours: per_second(median(ours)),
+            floor: per_second(median(floor)),
+            ratio: format!("{ratio:.2}"),
+            goal: text(goal, 2, ""),
+            reached: goal.reached(ratio),
+        }
+    }
+
+    /// Times in milliseconds as a difference.
+    pub fn later(figure: impl Into<String>, ours: &[f64], floor: &[f64], goal: Goal) -> Self {
+        let difference = median_difference(ours, floor);
+        Row {
+            figure: figure.into(),
+            ours: format!("{:.2} ms", median(ours)),
+            floor: format!("{:.2} ms", median(floor)),
+            ratio: format!("{difference:+.2} ms"),
+            goal: text(goal, 2, " ms"),
+            reached: goal.reached(difference),
+        }
+    }
+
+    /// Times in milliseconds as a ratio.
+    pub fn longer(figure: impl Into<String>, ours: &[f64], floor: &[f64], goal: Goal) -> Self {
+        let ratio = median_ratio(ours, floor);
+        Row {
+            figure: figure.into(),
+            ours: format!("{:.2} ms", median(ours)),
+            floor: format!("{:.2} ms", median(floor)),
+            ratio: format!("{ratio:.2}"),
+            goal: text(goal, 2, ""),
+            reached: goal.reached(ratio),
+        }
+    }
+
+    /// A figure that stands for itself.
+    pub fn plain(figure: impl Into<String>, value: f64, digits: usize, unit: &str, goal: Goal) -> Self {
+        Row {
+            figure: figure.into(),
+            ours: format!("{value:.digits$}{unit}"),
+            floor: String::new(),
+            ratio: String::new(),
+            goal: text(goal, digits.min(2), unit),
+            reached: goal.reached(value),
+        }
+    }
+
+    /// A share or ratio of two figures of ours.
+    pub fn ratio(figure: impl Into<String>, ratio: f64, goal: Goal) -> Self {
+        Row {
+            figure: figure.into(),
+            ours: String::new(),
+            floor: String::new(),
+            ratio: format!("{ratio:.2}"),
+            goal: text(goal, 2, ""),
+            reached: goal.reached(ratio),
+        }
+    }
+
+    /// What could not be measured, and why.
+    pub fn missing(figure: impl Into<String>, why: &str) -> Self {
+        Row {
+            figure: figure.into(),
+            ours: why.to_owned(),
+            floor: String::new(),
+            ratio: String::new(),
+            goal: String::new(),
+            reached: None,
+        }
+    }
+}
+
+/// Points of a plot.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Series {
+    pub name: String,
+    pub points: Vec<(f64, f64)>,
+}
+
+/// What the measuring of one family of figures gave.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Taken {
+    pub rows: Vec<Row>,
+    pub series: Vec<Series>,
+}
+
+impl Taken {
+    pub fn series(&self, name: &str) -> Option<&[(f64, f64)]> {
+        let found = self.series.iter().find(|s| s.name == name)?;
+        Some(&found.points)
+    }
+
+    pub fn save(&self, family: &str) {
+        let path = place(family);
+        std::fs::create_dir_all(path.parent().expect("it has one")).expect("cannot make target/bench");
+        let text = serde_json::to_string(self).expect("it can be written as JSON");
+        std::fs::write(&path, text).expect("cannot keep what was measured");
+    }
+
+    /// What a run, this one or an earlier one, has left.
+    pub fn load(family: &str) -> Option<Self> {
+        let text = std::fs::read_to_string(place(family)).ok()?;
+        serde_json::from_str(&text).ok()
+    }
+}
+
+fn place(family: &str) -> PathBuf {
+    let target = std::env::var_os("CARGO_TARGET_DIR").unwrap_or("target".into());
+    PathBuf::from(target).join("bench").join(format!("{family}.json"))
+}
+
+pub fn print_table(rows: &[Row]) {
+    println!("\n| figure | ours | floor | ratio or difference | goal | reached |\n|---|---|---|---|---|---|");
+    for row in rows {
+        let reached = match row.reached {
+            Some(true) => "yes",
+            Some(false) => "**no**",
+            None => "",
+        };
+        println!(
+            "| {} | {} | {} | {} | {} | {reached} |",
+            row.figure, row.ours, row.floor, row.ratio, row.goal
+        );
+    }
+}
+
+/// `1234567` as `1,234,567`.
+pub fn thousands(value: u64) -> String {
+    let digits = value.to_string();
+    let groups: Vec<&str> = digits
+        .as_bytes()
+        .rchunks(3)
+        .rev()
+        .map(|group| std::str::from_utf8(group).expect("digits"))
+        .collect();
+    groups.join(",")
+}
+
+fn per_second(rate: f64) -> String {
+    format!("{}/s", thousands(rate.round() as u64))
+}
+
+fn text(goal: Goal, digits: usize, unit: &str) -> String {
+    match goal {
+        Goal::AtLeast(value) => format!("≥ {value:.digits$}{unit}"),
+        Goal::AtMost(value) => format!("≤ {value:.digits$}{unit}"),
+        Goal::None => String::new(),
+    }
+}
