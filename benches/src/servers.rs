@@ -91,10 +91,10 @@ impl Backlog {
         };
         let fill = |first: u64, last: u64| {
             let sql = format!(
-                "do $$ begin for first in {first}..{last} by {IN_ONE_TRANSACTION} loop
+                "do $$ begin for start in {first}..{last} by {IN_ONE_TRANSACTION} loop
                      insert into outbox.events (event_type, source, backend, stream, data)
                      select 'bench.drain', 'bench', {backend}, {stream}, {DATA}
-                     from generate_series(first, least(first + {IN_ONE_TRANSACTION} - 1, {last})) g;
+                     from generate_series(start, least(start + {IN_ONE_TRANSACTION} - 1, {last})) g;
                      commit;
                  end loop; end $$"
             );
@@ -122,10 +122,10 @@ impl Backlog {
         self.stop();
         pg.exec(&format!(
             "delete from outbox.cursors; delete from outbox.ticks;
-             update outbox.backends set delivery = '{}';
-             alter system set outbox_relay.batch_size = {}",
-            way.delivery, way.batch_size
+             update outbox.backends set delivery = '{}'",
+            way.delivery
         ));
+        pg.set("outbox_relay.batch_size", &way.batch_size.to_string());
         self.stack.redis.call(&["FLUSHALL"]);
         let mut conn = self.stack.redis.conn();
         let streams = self.streams();
