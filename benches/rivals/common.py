@@ -12,8 +12,8 @@ PAUSE_S = 0.005
 
 
 def connect():
-    # Host, port, user and database come from the environment.
-    return psycopg.connect("")
+    # Host, port, user and database come from the environment. What is lost of its own books in a crash is sent again.
+    return psycopg.connect("options='-c synchronous_commit=off'")
 
 
 def redis_client():

@@ -1,4 +1,7 @@
-"""PgQ with a consumer that appends each batch in one pipeline. It ticks by itself, since a tick a second would be all of the latency."""
+"""PgQ with a consumer that appends each batch in one pipeline.
+
+It ticks by itself, since a tick a second would be all of the latency, and also while nothing seems to come: an event that was
+not committed when a tick counted it makes no other tick due."""
 
 import sys
 import time
@@ -10,6 +13,7 @@ SETUP = """
 create extension pgq;
 select pgq.create_queue('outbox');
 select pgq.set_queue_config('outbox', 'ticker_max_lag', '1 millisecond');
+select pgq.set_queue_config('outbox', 'ticker_idle_period', '1 millisecond');
 select pgq.set_queue_config('outbox', 'ticker_max_count', '1000');
 select pgq.register_consumer('outbox', 'redis');
 """

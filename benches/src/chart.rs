@@ -8,11 +8,13 @@ const TOP: f64 = 84.0;
 const FONT: &str = "font-family=\"system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif\"";
 const STYLE: &str = "<style>
 .ground{fill:#ffffff;stroke:#d0d7de}.text{fill:#1f2328}.soft{fill:#59636e}.grid{stroke:#e4e8ec}.axis{stroke:#8c959f}
-.s0{--c:#1f6feb}.s1{--c:#6e7781}.s2{--c:#cf5c0a}.s3{--c:#1a7f37}.s4{--c:#8250df}.s5{--c:#5b9bf0}
-.line{fill:none;stroke:var(--c);stroke-width:2.5;stroke-linejoin:round;stroke-linecap:round}.fill{fill:var(--c)}
+.line{fill:none;stroke-width:2.5;stroke-linejoin:round;stroke-linecap:round}
+.f0{fill:#1f6feb}.f1{fill:#6e7781}.f2{fill:#cf5c0a}.f3{fill:#1a7f37}.f4{fill:#8250df}.f5{fill:#79b0ff}
+.l0{stroke:#1f6feb}.l1{stroke:#6e7781}.l2{stroke:#cf5c0a}.l3{stroke:#1a7f37}.l4{stroke:#8250df}.l5{stroke:#79b0ff}
 @media (prefers-color-scheme:dark){
 .ground{fill:#0d1117;stroke:#30363d}.text{fill:#e6edf3}.soft{fill:#9198a1}.grid{stroke:#21262d}.axis{stroke:#656c76}
-.s0{--c:#58a6ff}.s1{--c:#9198a1}.s2{--c:#f0883e}.s3{--c:#3fb950}.s4{--c:#bc8cff}.s5{--c:#2f6fc4}}
+.f0{fill:#58a6ff}.f1{fill:#9198a1}.f2{fill:#f0883e}.f3{fill:#3fb950}.f4{fill:#bc8cff}.f5{fill:#2f6fc4}
+.l0{stroke:#58a6ff}.l1{stroke:#9198a1}.l2{stroke:#f0883e}.l3{stroke:#3fb950}.l4{stroke:#bc8cff}.l5{stroke:#2f6fc4}}
 </style>";
 
 /// How values lie on an axis.
@@ -70,10 +72,10 @@ pub struct Bar {
     pub text: String,
 }
 
-/// Lines over two axes, their names above.
+/// Lines over two axes, each with its name at its end.
 pub fn lines(title: &str, subtitle: &str, x: &Axis, y: &Axis, lines: &[Line]) -> String {
-    const HEIGHT: f64 = 440.0;
-    let (left, right, top, bottom) = (78.0, WIDTH - 30.0, TOP + 34.0, HEIGHT - 58.0);
+    const HEIGHT: f64 = 420.0;
+    let (left, right, top, bottom) = (84.0, WIDTH - 190.0, TOP + 14.0, HEIGHT - 58.0);
     let at_x = |value: f64| left + x.share(value) * (right - left);
     let at_y = |value: f64| bottom - y.share(value) * (bottom - top);
     let mut svg = begin(title, subtitle, HEIGHT);
@@ -106,9 +108,8 @@ pub fn lines(title: &str, subtitle: &str, x: &Axis, y: &Axis, lines: &[Line]) ->
         13.0,
         &x.label,
     );
-    label(&mut svg, 24.0, top - 14.0, "start", "soft", 13.0, &y.label);
+    label(&mut svg, 24.0, top - 16.0, "start", "soft", 13.0, &y.label);
 
-    let mut names_at = 24.0;
     for line in lines {
         let colour = line.colour.0;
         let points: Vec<String> = line
@@ -118,28 +119,25 @@ pub fn lines(title: &str, subtitle: &str, x: &Axis, y: &Axis, lines: &[Line]) ->
             .collect();
         put(
             &mut svg,
-            format_args!("<polyline class=\"s{colour} line\" points=\"{}\"/>", points.join(" ")),
+            format_args!("<polyline class=\"line l{colour}\" points=\"{}\"/>", points.join(" ")),
         );
         for (a, b) in line.points.iter().filter(|_| line.dots) {
+            let (cx, cy) = (at_x(*a), at_y(*b));
             put(
                 &mut svg,
-                format_args!(
-                    "<circle class=\"s{colour} fill\" cx=\"{:.1}\" cy=\"{:.1}\" r=\"5\"/>",
-                    at_x(*a),
-                    at_y(*b)
-                ),
+                format_args!("<circle class=\"f{colour}\" cx=\"{cx:.1}\" cy=\"{cy:.1}\" r=\"5\"/>"),
             );
         }
-        put(
-            &mut svg,
-            format_args!(
-                "<rect class=\"s{colour} fill\" x=\"{names_at}\" y=\"{}\" width=\"14\" height=\"4\" rx=\"2\"/>",
-                TOP - 5.0
-            ),
-        );
-        label(&mut svg, names_at + 20.0, TOP, "start", "text", 13.0, &line.name);
-        // About as wide as its letters.
-        names_at += 20.0 + line.name.chars().count() as f64 * 6.9 + 20.0;
+    }
+    // From the lowest up, each name clear of the one below.
+    let ends = lines.iter().filter_map(|line| Some((line, line.points.last()?)));
+    let mut names: Vec<(f64, &Line)> = ends.map(|(line, end)| (at_y(end.1), line)).collect();
+    names.sort_by(|a, b| b.0.total_cmp(&a.0));
+    let mut below = f64::MAX;
+    for (at, line) in names {
+        below = at.min(below - 19.0);
+        let class = format!("f{}", line.colour.0);
+        label(&mut svg, right + 12.0, below + 4.5, "start", &class, 13.0, &line.name);
     }
     end(svg)
 }
@@ -147,7 +145,7 @@ pub fn lines(title: &str, subtitle: &str, x: &Axis, y: &Axis, lines: &[Line]) ->
 /// Horizontal bars with what they come to.
 pub fn bars(title: &str, subtitle: &str, bars: &[Bar]) -> String {
     const ROW: f64 = 38.0;
-    let (left, right) = (270.0, WIDTH - 130.0);
+    let (left, right) = (250.0, WIDTH - 110.0);
     let most = bars.iter().map(|bar| bar.value).fold(1.0, f64::max);
     let mut svg = begin(title, subtitle, TOP + bars.len() as f64 * ROW + 10.0);
     for (row, bar) in bars.iter().enumerate() {
@@ -157,7 +155,7 @@ pub fn bars(title: &str, subtitle: &str, bars: &[Bar]) -> String {
         put(
             &mut svg,
             format_args!(
-                "<rect class=\"s{} fill\" x=\"{left}\" y=\"{y:.1}\" width=\"{width:.1}\" height=\"26\" rx=\"3\"/>",
+                "<rect class=\"f{}\" x=\"{left}\" y=\"{y:.1}\" width=\"{width:.1}\" height=\"26\" rx=\"3\"/>",
                 bar.colour.0
             ),
         );

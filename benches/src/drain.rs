@@ -40,9 +40,9 @@ const DEFAULTS: usize = 2;
 const PLAIN_100: usize = 3;
 
 pub fn measure(scale: &Scale) -> Taken {
-    let (one, spread) = (Backlog::of(scale.events, false), Backlog::of(scale.events, true));
+    let one = Backlog::of(scale.events, false);
     let mut drains: [Vec<Drain>; WAYS.len()] = Default::default();
-    let (mut spreads, mut redis, mut copies) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut redis, mut copies) = (Vec::new(), Vec::new());
     for run in 1..=scale.runs {
         for ((name, way, _), drains) in WAYS.iter().zip(&mut drains) {
             let drain = one.drain(*way);
@@ -57,11 +57,6 @@ pub fn measure(scale: &Scale) -> Taken {
             redis[run - 1],
             copies[run - 1]
         );
-        spreads.push(spread.drain(DEFAULT).rate());
-        eprintln!(
-            "drain {run}: {:.0}/s, {STREAMS} streams and {BACKENDS} backends",
-            spreads[run - 1]
-        );
     }
     let floor: Vec<f64> = redis.iter().zip(&copies).map(|(a, b)| a.min(*b)).collect();
     let rates = |way: usize| drains[way].iter().map(Drain::rate).collect::<Vec<_>>();
@@ -71,12 +66,6 @@ pub fn measure(scale: &Scale) -> Taken {
         .enumerate()
         .map(|(index, (name, _, goal))| Row::rate(format!("{what}, {name}"), &rates(index), &floor, *goal))
         .collect();
-    rows.push(Row::rate(
-        format!("{what}, {STREAMS} streams and {BACKENDS} backends beside one, default settings"),
-        &spreads,
-        &rates(DEFAULTS),
-        Goal::AtLeast(0.9),
-    ));
     for (exact, plain, size) in [(EXACT_1000, PLAIN_1000, 1_000), (DEFAULTS, PLAIN_100, 100)] {
         rows.push(Row::rate(
             format!("exactly_once beside at_least_once, batch_size {size}"),
@@ -134,5 +123,35 @@ pub fn measure(scale: &Scale) -> Taken {
             bar("COPY TO STDOUT", &copies),
         ],
         rows,
+    }
+}
+
+/// As many events for many streams and backends as for one.
+pub fn measure_spread(scale: &Scale) -> Taken {
+    let (one, spread) = (Backlog::of(scale.events, false), Backlog::of(scale.events, true));
+    let (mut ones, mut spreads) = (Vec::new(), Vec::new());
+    for run in 0..scale.runs {
+        for turn in 0..2 {
+            match (run + turn) % 2 {
+                0 => spreads.push(spread.drain(DEFAULT).rate()),
+                _ => ones.push(one.drain(DEFAULT).rate()),
+            }
+        }
+        eprintln!(
+            "spread {}: {:.0}/s, {:.0}/s into one stream",
+            run + 1,
+            spreads[run],
+            ones[run]
+        );
+    }
+    let events = thousands(scale.events);
+    Taken {
+        rows: vec![Row::rate(
+            format!("drain of {events} into {STREAMS} streams by {BACKENDS} backends beside one, default settings"),
+            &spreads,
+            &ones,
+            Goal::AtLeast(0.9),
+        )],
+        series: Vec::new(),
     }
 }

@@ -77,7 +77,7 @@ fn drain(taken: &Taken, rivals: &Taken) -> String {
 fn latency(taken: &Taken, rivals: &Taken) -> Option<String> {
     let mut all = vec![
         ("outbox_relay", OURS, taken.series("ours, 1")?),
-        ("an application's own XADD", FLOOR, taken.series("by itself, 1")?),
+        ("the application's XADD", FLOOR, taken.series("by itself, 1")?),
     ];
     all.extend(rivals_of(rivals, "latency"));
     let values = || all.iter().flat_map(|(_, _, points)| points.iter().map(|p| p.0));
@@ -130,7 +130,7 @@ fn backlog(taken: &Taken) -> Option<String> {
         ticks: points.iter().map(|p| (p.0, thousands(p.0 as u64))).collect(),
     };
     let y = Axis {
-        label: "events/s".to_owned(),
+        label: String::new(),
         scale: Scale::Linear,
         from: 0.0,
         to: top,
@@ -139,14 +139,14 @@ fn backlog(taken: &Taken) -> Option<String> {
             .collect(),
     };
     let line = Line {
-        name: "outbox_relay, exactly_once, default settings".to_owned(),
+        name: "default settings".to_owned(),
         colour: OURS,
         points: points.to_vec(),
         dots: true,
     };
     Some(lines(
         "Throughput over backlog",
-        "the rate of a drain does not depend on how much waits",
+        "events a second of a drain, exactly_once at default settings",
         &x,
         &y,
         &[line],

@@ -2,12 +2,13 @@
 //!
 //! `scripts/rivals` installs them into a temporary directory and says in the environment what is there.
 
+use crate::bare::data;
 use crate::latency::distribution;
 use crate::load::{self, Arrivals, Pace, Way};
 use crate::options::Scale;
-use crate::probe::Progress;
+use crate::probe::{Progress, added};
 use crate::report::{Goal, Row, Series, Taken};
-use crate::servers::{Backlog, DATA, DEFAULT, stack};
+use crate::servers::{Backlog, DATA, DEFAULT, stack, wait_long};
 use crate::stats::median;
 use kit::Stack;
 use std::process::{Child, Command, Stdio};
@@ -28,7 +29,7 @@ struct Rival {
 
 const RIVALS: [Rival; 3] = [
     Rival {
-        name: "SKIP LOCKED loop (psycopg, hiredis)",
+        name: "a SKIP LOCKED loop",
         script: "skip_locked.py",
         needs: "OUTBOX_BENCH_PYTHON",
         share: 1,
@@ -38,7 +39,7 @@ const RIVALS: [Rival; 3] = [
         publish: "insert into hand_outbox (event_type, source, data) values ('bench.latency', 'bench', $1::text::json)",
     },
     Rival {
-        name: "PgQ 3.5, pipelined consumer",
+        name: "PgQ 3.5",
         script: "pgq_consumer.py",
         needs: "OUTBOX_BENCH_PGQ",
         share: 1,
@@ -48,7 +49,7 @@ const RIVALS: [Rival; 3] = [
         publish: "select pgq.insert_event('outbox', 'bench.latency', $1::text)",
     },
     Rival {
-        name: "django-broadcaster 0.1.1, interval 0",
+        name: "django-broadcaster 0.1.1",
         script: "broadcaster.py",
         needs: "OUTBOX_BENCH_PYTHON",
         share: 50,
@@ -188,6 +189,14 @@ impl Rival {
     fn latency(&self, stack: &Stack, pace: Pace) -> Arrivals {
         stack.pg.exec("vacuum analyze");
         let _relay = self.start(stack);
+        let (mut conn, streams) = (stack.redis.conn(), ["events".to_owned()]);
+        let before = added(&mut conn, &streams);
+        let mut client = stack.pg.client();
+        client
+            .execute(self.publish, &[&data(0)])
+            .expect("cannot publish to a rival");
+        // It takes a while to start.
+        wait_long(|| added(&mut conn, &streams) > before);
         let way = Way {
             sql: self.publish.to_owned(),
             stream: "events",
