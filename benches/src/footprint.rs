@@ -115,13 +115,12 @@ pub fn measure_idle(scale: &Scale) -> Taken {
     let woken = (wakes(pid) - woken) as f64 / seconds;
     Taken {
         rows: vec![
-            // Counting whole wake-ups, one more or less is within what it may.
             Row::plain(
                 "idle: wake-ups of all the worker's threads a second",
                 woken,
                 2,
                 "",
-                Goal::AtMost(0.2 + 1.0 / seconds),
+                Goal::AtMost(0.2),
             ),
             Row::plain(
                 format!("idle: WAL in {seconds:.0} s"),
