@@ -29,8 +29,11 @@ fn write(name: &str, svg: &str) {
     eprintln!("{path} drawn");
 }
 
+/// Points with their name and colour.
+type Named<'a> = (&'a str, Colour, &'a [(f64, f64)]);
+
 /// The rivals that were measured, with their colours: `NAME, WHAT` is a series.
-fn rivals_of<'a>(rivals: &'a Taken, what: &str) -> Vec<(&'a str, Colour, &'a [(f64, f64)])> {
+fn rivals_of<'a>(rivals: &'a Taken, what: &str) -> Vec<Named<'a>> {
     let ends = format!(", {what}");
     let named = rivals
         .series
