@@ -8,7 +8,7 @@ use crate::stats::median;
 
 const SMALL: u64 = 10_000;
 /// A small one is over in a moment, so several of them make one measurement.
-const SMALL_DRAINS: usize = 5;
+const SMALL_DRAINS: usize = 3;
 
 pub fn measure(scale: &Scale) -> Taken {
     let small = Backlog::of(SMALL, false);

@@ -21,7 +21,8 @@ pub fn measure(scale: &Scale) -> Taken {
             clients,
             transactions_per_second: rate,
             events: 1,
-            seconds: f64::from(scale.seconds).max(1.0),
+            // A hundredth of them should be more than one event.
+            seconds: f64::from(scale.seconds).max(150.0 / rate),
         };
         let (mut ours, mut floor) = (Vec::new(), Vec::new());
         for run in 0..scale.runs {

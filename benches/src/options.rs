@@ -36,14 +36,14 @@ impl Scale {
 
     /// For daily use: under three minutes in all.
     const QUICK: Self = Self {
-        runs: 3,
-        events: 200_000,
-        backlog: 500_000,
+        runs: 1,
+        events: 150_000,
+        backlog: 300_000,
         seconds: 1,
         bulk: 30_000,
-        idle_seconds: 10,
-        steady_minutes: 0.25,
-        rival_events: 50_000,
+        idle_seconds: 5,
+        steady_minutes: 0.15,
+        rival_events: 20_000,
     };
 }
 
