@@ -81,5 +81,6 @@ pub fn measure(scale: &Scale) -> Taken {
                 points: drains.last().map(|d| d.progress.curve(60)).unwrap_or_default(),
             },
         ],
+        ..Taken::default()
     }
 }

@@ -123,6 +123,7 @@ pub fn measure(scale: &Scale) -> Taken {
             bar("COPY TO STDOUT", &copies),
         ],
         rows,
+        ..Taken::default()
     }
 }
 
@@ -152,6 +153,6 @@ pub fn measure_spread(scale: &Scale) -> Taken {
             &ones,
             Goal::AtLeast(0.9),
         )],
-        series: Vec::new(),
+        ..Taken::default()
     }
 }

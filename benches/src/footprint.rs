@@ -13,7 +13,7 @@ const LARGE_EVENTS: u64 = 300;
 pub fn measure_memory(scale: &Scale) -> Taken {
     Taken {
         rows: vec![large_events(), backends_down(scale)],
-        series: Vec::new(),
+        ..Taken::default()
     }
 }
 
@@ -131,6 +131,6 @@ pub fn measure_idle(scale: &Scale) -> Taken {
             ),
             Row::plain("idle: CPU", busy / seconds * 100.0, 4, " %", Goal::AtMost(0.01)),
         ],
-        series: Vec::new(),
+        ..Taken::default()
     }
 }

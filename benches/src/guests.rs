@@ -38,7 +38,7 @@ pub fn measure(scale: &Scale) -> Taken {
             &paused,
             Goal::AtLeast(0.85),
         )],
-        series: Vec::new(),
+        ..Taken::default()
     }
 }
 
@@ -102,7 +102,7 @@ pub fn measure_open(scale: &Scale) -> Taken {
     }
     Taken {
         rows,
-        series: Vec::new(),
+        ..Taken::default()
     }
 }
 

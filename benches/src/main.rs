@@ -1,7 +1,7 @@
 //! `make bench`: each figure beside its floor, measured in turn within one run, since machines are noisy. Medians.
 //!
 //! - [`options`], [`report`], [`stats`] how much is done, the table, one number of several
-//! - [`servers`], [`probe`], [`floors`], [`bare`], [`load`] what is measured, seen from outside, and beside what
+//! - [`servers`], [`probe`], [`machine`], [`floors`], [`bare`], [`load`] what is measured, seen from outside, and beside what
 //! - [`drain`], [`backlog`], [`publish`], [`guests`], [`latency`], [`footprint`], [`steady`], [`rivals`] the figures
 //! - [`plots`], [`chart`] pictures of them in `docs/`
 
@@ -14,6 +14,7 @@ mod footprint;
 mod guests;
 mod latency;
 mod load;
+mod machine;
 mod options;
 mod plots;
 mod probe;
@@ -25,7 +26,7 @@ mod stats;
 mod steady;
 
 use options::{Options, Scale};
-use report::{Row, Taken};
+use report::{Row, Shelf, Taken};
 use std::time::Instant;
 
 type Measure = fn(&Scale) -> Taken;
@@ -45,8 +46,8 @@ const FIGURES: [(&str, Measure); 12] = [
     ("steady", steady::measure),
     ("rivals", rivals::measure),
 ];
-/// Draws what was measured, now or before; prints what was measured before.
-const OTHERS: [&str; 2] = ["plots", "table"];
+/// What is done with what was measured, now or before: draw it, print it, write it into the README.
+const OTHERS: [&str; 3] = ["plots", "table", "readme"];
 
 fn main() {
     let known: Vec<&str> = FIGURES.iter().map(|(name, _)| *name).chain(OTHERS).collect();
@@ -57,27 +58,53 @@ fn main() {
             std::process::exit(2);
         }
     };
+    let shelf = Shelf::new(options.quick);
+    let given: Vec<String> = std::env::args()
+        .skip(1)
+        .filter(|a| !known.contains(&a.as_str()))
+        .collect();
     let mut rows: Vec<Row> = Vec::new();
-    for (name, measure) in FIGURES {
-        if options.wants(name) {
-            let start = Instant::now();
-            // One that fails must not take with it what the others took an hour for.
-            match std::panic::catch_unwind(|| measure(&options.scale)) {
-                Ok(taken) => {
-                    taken.save(name);
-                    rows.extend(taken.rows);
-                }
-                Err(_) => rows.push(Row::missing(name, "failed: see above")),
+    for (name, measure) in FIGURES.iter().filter(|(name, _)| options.wants(name)) {
+        let start = Instant::now();
+        // One that fails must not take with it what the others took an hour for.
+        match std::panic::catch_unwind(|| measure(&options.scale)) {
+            Ok(mut taken) => {
+                taken.options = given.join(" ");
+                shelf.save(name, &taken);
+                rows.extend(taken.rows);
             }
-            eprintln!("{name} took {:.0} s", start.elapsed().as_secs_f64());
-        } else if options.wants("table") {
-            rows.extend(Taken::load(name).unwrap_or_default().rows);
+            Err(_) => rows.push(Row::missing(*name, "failed: see above")),
         }
+        eprintln!("{name} took {:.0} s", start.elapsed().as_secs_f64());
     }
     if options.wants("plots") {
-        plots::draw();
+        plots::draw(&shelf);
     }
-    if !rows.is_empty() {
-        report::print_table(&rows);
+    if options.names("table") || options.names("readme") {
+        let (machine, kept) = (machine::describe(), kept(&shelf));
+        rows = kept.iter().flat_map(|(_, taken)| taken.rows.clone()).collect();
+        if options.names("readme") {
+            report::write_readme(&format!("{machine}\n\n{}\n{}", report::table(&rows), commands(&kept)));
+        }
     }
+    println!("\n{}", report::table(&rows));
+}
+
+/// All that was measured, in the order of the table.
+fn kept(shelf: &Shelf) -> Vec<(&'static str, Taken)> {
+    FIGURES
+        .iter()
+        .filter_map(|(name, _)| Some((*name, shelf.load(name)?)))
+        .collect()
+}
+
+/// How to measure it again.
+fn commands(kept: &[(&str, Taken)]) -> String {
+    let mut text =
+        "Each comes from `make bench` with these BENCH_ARGS, medians of the runs named there (5 where none is):"
+            .to_owned();
+    for (name, taken) in kept {
+        text += &format!(" `{}`", format!("{} {name}", taken.options).trim());
+    }
+    text + ".\n"
 }

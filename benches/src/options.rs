@@ -48,6 +48,7 @@ impl Scale {
 }
 
 pub struct Options {
+    pub quick: bool,
     pub scale: Scale,
     /// Names of figures; none: all.
     pub wanted: Vec<String>,
@@ -57,10 +58,8 @@ impl Options {
     /// From the command line; `known`: the names of all figures.
     pub fn parse(arguments: impl Iterator<Item = String>, known: &[&str]) -> Result<Self, String> {
         let arguments: Vec<String> = arguments.collect();
-        let mut scale = match arguments.iter().any(|a| a == "--quick") {
-            true => Scale::QUICK,
-            false => Scale::FULL,
-        };
+        let quick = arguments.iter().any(|a| a == "--quick");
+        let mut scale = if quick { Scale::QUICK } else { Scale::FULL };
         let mut wanted = Vec::new();
         let mut arguments = arguments.iter();
         while let Some(argument) = arguments.next() {
@@ -82,10 +81,15 @@ impl Options {
                 other => return Err(format!("{other}: neither an option nor one of {}", known.join(", "))),
             }
         }
-        Ok(Self { scale, wanted })
+        Ok(Self { quick, scale, wanted })
     }
 
     pub fn wants(&self, figure: &str) -> bool {
-        self.wanted.is_empty() || self.wanted.iter().any(|w| w == figure)
+        self.wanted.is_empty() || self.names(figure)
+    }
+
+    /// Whether it was asked for by name.
+    pub fn names(&self, figure: &str) -> bool {
+        self.wanted.iter().any(|w| w == figure)
     }
 }

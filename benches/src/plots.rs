@@ -1,7 +1,8 @@
 //! The pictures in `docs/`, of what was measured in this run or before.
 
 use crate::chart::{Axis, Bar, Colour, Line, Scale, bars, lines};
-use crate::report::{Taken, thousands};
+use crate::report::{Shelf, Taken, thousands};
+use std::path::Path;
 
 const OURS: Colour = Colour(0);
 const FLOOR: Colour = Colour(1);
@@ -9,24 +10,24 @@ const OURS_TOO: Colour = Colour(5);
 /// The colour of the first rival.
 const RIVALS: usize = 2;
 
-pub fn draw() {
-    let rivals = Taken::load("rivals").unwrap_or_default();
-    if let Some(taken) = Taken::load("drain") {
-        write("drain", &drain(&taken, &rivals));
+pub fn draw(shelf: &Shelf) {
+    let rivals = shelf.load("rivals").unwrap_or_default();
+    if let Some(taken) = shelf.load("drain") {
+        write(&shelf.pictures, "drain", &drain(&taken, &rivals));
     }
-    if let Some(svg) = Taken::load("latency").and_then(|taken| latency(&taken, &rivals)) {
-        write("latency", &svg);
+    if let Some(svg) = shelf.load("latency").and_then(|taken| latency(&taken, &rivals)) {
+        write(&shelf.pictures, "latency", &svg);
     }
-    if let Some(svg) = Taken::load("backlog").and_then(|taken| backlog(&taken)) {
-        write("backlog", &svg);
+    if let Some(svg) = shelf.load("backlog").and_then(|taken| backlog(&taken)) {
+        write(&shelf.pictures, "backlog", &svg);
     }
 }
 
-fn write(name: &str, svg: &str) {
-    std::fs::create_dir_all("docs").expect("cannot make docs");
-    let path = format!("docs/{name}.svg");
-    std::fs::write(&path, svg).unwrap_or_else(|error| panic!("cannot write {path}: {error}"));
-    eprintln!("{path} drawn");
+fn write(directory: &Path, name: &str, svg: &str) {
+    std::fs::create_dir_all(directory).expect("cannot make a directory for pictures");
+    let path = directory.join(format!("{name}.svg"));
+    std::fs::write(&path, svg).unwrap_or_else(|error| panic!("cannot write {path:?}: {error}"));
+    eprintln!("{} drawn", path.display());
 }
 
 /// Points with their name and colour.

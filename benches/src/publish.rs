@@ -20,7 +20,7 @@ pub fn measure(scale: &Scale) -> Taken {
     }
     Taken {
         rows,
-        series: Vec::new(),
+        ..Taken::default()
     }
 }
 
@@ -91,6 +91,6 @@ pub fn measure_bulk(scale: &Scale) -> Taken {
     };
     Taken {
         rows: ways.iter().map(row).collect(),
-        series: Vec::new(),
+        ..Taken::default()
     }
 }

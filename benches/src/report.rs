@@ -1,4 +1,4 @@
-//! The table, and what is kept of a run below `target/bench`, so that figures can be measured one by one and plotted together.
+//! The table, and what is kept of a run below `target/bench`, so that figures can be measured one by one and shown together.
 
 use crate::stats::{median, median_difference, median_ratio};
 use serde::{Deserialize, Serialize};
@@ -123,6 +123,9 @@ pub struct Series {
 pub struct Taken {
     pub rows: Vec<Row>,
     pub series: Vec<Series>,
+    /// With which options.
+    #[serde(default)]
+    pub options: String,
 }
 
 impl Taken {
@@ -130,39 +133,68 @@ impl Taken {
         let found = self.series.iter().find(|s| s.name == name)?;
         Some(&found.points)
     }
+}
 
-    pub fn save(&self, family: &str) {
-        let path = place(family);
-        std::fs::create_dir_all(path.parent().expect("it has one")).expect("cannot make target/bench");
-        let text = serde_json::to_string(self).expect("it can be written as JSON");
-        std::fs::write(&path, text).expect("cannot keep what was measured");
+/// Where results and pictures are kept. Those of a quick run lie apart: they are not for readers.
+pub struct Shelf {
+    results: PathBuf,
+    pub pictures: PathBuf,
+}
+
+impl Shelf {
+    pub fn new(quick: bool) -> Self {
+        let target = std::env::var_os("CARGO_TARGET_DIR").unwrap_or("target".into());
+        let results = PathBuf::from(target).join(if quick { "bench/quick" } else { "bench" });
+        Self {
+            pictures: if quick { results.clone() } else { "docs".into() },
+            results,
+        }
+    }
+
+    pub fn save(&self, family: &str, taken: &Taken) {
+        std::fs::create_dir_all(&self.results).expect("cannot make a directory for the results");
+        let text = serde_json::to_string(taken).expect("it can be written as JSON");
+        std::fs::write(self.place(family), text).expect("cannot keep what was measured");
     }
 
     /// What a run, this one or an earlier one, has left.
-    pub fn load(family: &str) -> Option<Self> {
-        let text = std::fs::read_to_string(place(family)).ok()?;
+    pub fn load(&self, family: &str) -> Option<Taken> {
+        let text = std::fs::read_to_string(self.place(family)).ok()?;
         serde_json::from_str(&text).ok()
+    }
+
+    fn place(&self, family: &str) -> PathBuf {
+        self.results.join(format!("{family}.json"))
     }
 }
 
-fn place(family: &str) -> PathBuf {
-    let target = std::env::var_os("CARGO_TARGET_DIR").unwrap_or("target".into());
-    PathBuf::from(target).join("bench").join(format!("{family}.json"))
-}
-
-pub fn print_table(rows: &[Row]) {
-    println!("\n| figure | ours | floor | ratio or difference | goal | reached |\n|---|---|---|---|---|---|");
+pub fn table(rows: &[Row]) -> String {
+    let mut text =
+        "| figure | ours | floor | ratio or difference | goal | reached |\n|---|---|---|---|---|---|\n".to_owned();
     for row in rows {
         let reached = match row.reached {
             Some(true) => "yes",
             Some(false) => "**no**",
             None => "",
         };
-        println!(
-            "| {} | {} | {} | {} | {} | {reached} |",
-            row.figure, row.ours, row.floor, row.ratio, row.goal
-        );
+        let cells = [&row.figure, &row.ours, &row.floor, &row.ratio, &row.goal];
+        for cell in cells {
+            text += &format!("| {cell} ");
+        }
+        text += &format!("| {reached} |\n");
     }
+    text
+}
+
+const BEGIN: &str = "<!-- figures: written by `make bench BENCH_ARGS=readme` -->\n";
+const END: &str = "<!-- end of figures -->\n";
+
+/// Puts a text between the marks in the README.
+pub fn write_readme(figures: &str) {
+    let readme = std::fs::read_to_string("README.md").expect("run it at the top of the checkout");
+    let (before, rest) = readme.split_once(BEGIN).expect("the README has a place for figures");
+    let (_, after) = rest.split_once(END).expect("which ends");
+    std::fs::write("README.md", format!("{before}{BEGIN}{figures}{END}{after}")).expect("cannot write the README");
 }
 
 /// `1234567` as `1,234,567`.

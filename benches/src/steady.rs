@@ -97,6 +97,7 @@ pub fn measure(scale: &Scale) -> Taken {
             name: "table size".to_owned(),
             points: sizes,
         }],
+        ..Taken::default()
     }
 }
 
