@@ -16,7 +16,7 @@ target_dir   := $(or $(CARGO_TARGET_DIR),target)
 library      := $(target_dir)/release/lib$(EXTENSION).so
 
 # The targets that need no Postgres must work without one.
-ifneq ($(filter-out help clean demo test bench bench-quick chaos record-broadcaster,$(or $(MAKECMDGOALS),all)),)
+ifneq ($(filter-out help clean demo test test-redis-versions bench bench-quick chaos fuzz deny record-broadcaster,$(or $(MAKECMDGOALS),all)),)
 major := $(shell $(PG_CONFIG) --version 2>/dev/null | sed -nE 's/^PostgreSQL ([0-9]+).*/\1/p')
 ifeq ($(major),)
 $(error "$(PG_CONFIG)" is no working pg_config. Name one with PG_CONFIG=..., or let scripts/setup install Postgres and say where it is)
@@ -36,7 +36,7 @@ empty        :=
 space        := $(empty) $(empty)
 features      = pg$(major)$(if $(strip $(FEATURES)),$(comma)$(subst $(space),$(comma),$(strip $(FEATURES))))
 
-.PHONY: all install uninstall demo test lint bench bench-quick chaos record-broadcaster clean help headers
+.PHONY: all install uninstall demo test test-redis-versions lint bench bench-quick chaos fuzz deny record-broadcaster clean help headers
 
 all: headers ## build the extension (release)
 	$(cargo_env) $(CARGO) build --release --locked -p $(EXTENSION) --no-default-features --features $(features)
@@ -65,10 +65,14 @@ demo: ## show it at work on throwaway servers (KEEP=1 leaves them up)
 test: ## run every test on throwaway servers (TEST_ARGS=... goes to the runner)
 	scripts/test
 
-lint: headers ## formatting, clippy and the SQL script, as CI checks them
+test-redis-versions: ## run what speaks to Redis against Redis 6.2 and 8, Valkey 8 and 9 (fetched; VERSIONS=... for some)
+	scripts/redis-versions $(VERSIONS)
+
+lint: headers ## formatting, clippy, the SQL script and dependencies, as CI checks them
 	$(CARGO) fmt --all --check
 	$(cargo_env) $(CARGO) clippy --workspace --all-targets --locked --no-default-features --features $(features) -- -D warnings
 	scripts/lint-sql
+	scripts/deny
 
 bench: ## measure the figures of the README beside their floors and rivals (BENCH_ARGS=... for some of them)
 	scripts/bench $(BENCH_ARGS)
@@ -78,6 +82,12 @@ bench-quick: ## the same, small: a table in three minutes
 
 chaos: ## break everything at random and check that nothing is lost or repeated (SEED=, MINUTES=, CHAOS_ARGS=...)
 	scripts/chaos $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) $(CHAOS_ARGS)
+
+fuzz: ## look for inputs that break the protocol's code (FUZZ_SECONDS=60 for each target)
+	scripts/fuzz $(FUZZ_ARGS)
+
+deny: ## licences, sources and known flaws of our dependencies (cargo-deny; fetches RustSec's database)
+	scripts/deny --advisories
 
 record-broadcaster: ## record what django-broadcaster writes, for the tests (fetches it from PyPI)
 	@dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT && python3 -m venv "$$dir" && \

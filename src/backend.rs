@@ -567,7 +567,12 @@ impl Backend {
                     Class::Watching => (LogLevel::Info, "is about to be taken over"),
                     Class::Backend | Class::Event => (LogLevel::Warning, "cannot be reached"),
                 };
-                let detail = format!("Redis at {place}: {}.", failure.message.trim_end_matches('.'));
+                let stop = if failure.message.ends_with(['.', '?', '!']) {
+                    ""
+                } else {
+                    "."
+                };
+                let detail = format!("Redis at {place}: {}{stop}", failure.message);
                 let hint = failure.hint().unwrap_or("Events wait until it works again.");
                 log(level, &format!("backend \"{name}\" {what}"), Some(&detail), Some(hint));
             }

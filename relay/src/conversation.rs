@@ -321,7 +321,7 @@ impl Conversation {
             Some(Expect::Token) => self.token(&reply.value()?, reports)?,
             Some(Expect::Queued { batch, next, commands }) => {
                 if !reply.is_queued() {
-                    self.not_queued(batch, &reply.value()?, next)?;
+                    self.not_queued(batch, &reply.value()?, next, reports)?;
                 }
                 if next + 1 < commands {
                     let next = next + 1;
@@ -385,7 +385,13 @@ impl Conversation {
     }
 
     /// One command of a batch was not queued (or is MULTI).
-    fn not_queued(&mut self, batch: u64, value: &Value, index: usize) -> Result<(), Failure> {
+    fn not_queued(
+        &mut self,
+        batch: u64,
+        value: &Value,
+        index: usize,
+        reports: &mut Vec<Report>,
+    ) -> Result<(), Failure> {
         let mut on_their_way = self.queued.iter_mut().chain(&mut self.executing);
         let Some(written) = on_their_way.find(|written| written.id == batch) else {
             // It has been discarded.
@@ -394,7 +400,13 @@ impl Conversation {
         if let Value::ServerError(error) = value {
             let failure = classify::reply(error);
             match index.checked_sub(1).filter(|entry| *entry < written.batch.commands) {
-                Some(entry) => written.unqueued.push((entry, failure)),
+                Some(entry) => {
+                    let is_last_word = failure.trouble == Trouble::TooLarge;
+                    written.unqueued.push((entry, failure));
+                    if is_last_word {
+                        self.cut_off(batch, reports);
+                    }
+                }
                 // MULTI or the guard's HSET: without them nothing can be appended.
                 None => return Err(failure.not_of_an_event()),
             }
@@ -461,6 +473,21 @@ impl Conversation {
             buffer: written.batch.bytes,
         });
         Ok(())
+    }
+
+    /// The server takes no more of this connection after an entry that is too large for it: nothing of its batch is appended.
+    fn cut_off(&mut self, batch: u64, reports: &mut Vec<Report>) {
+        let is_queued = self.queued.as_ref().is_some_and(|written| written.id == batch);
+        let cut = match is_queued {
+            true => self.queued.take(),
+            false => self.executing.pop_front(),
+        };
+        self.stop();
+        let of_events = cut.filter(|written| written.unqueued.iter().all(|(_, f)| f.class == Class::Event));
+        reports.extend(of_events.map(|written| Report::Aborted {
+            refused: written.unqueued,
+            buffer: written.batch.bytes,
+        }));
     }
 
     /// Nothing more is appended until the worker has written down what was refused.

@@ -2,12 +2,12 @@
 //!
 //! Source: RESP, version 2 (Redis serialization protocol specification).
 
-use crate::classify::{self, Failure};
+use crate::classify::{self, Failure, Trouble};
 use redis::Value;
 use std::ops::Range;
 
-/// The longest value of Redis (`proto-max-bulk-len` by default), with room.
-const MAX_BULK: u64 = 1 << 30;
+/// The longest reply: a page of a stream's tail, if its entries are as large as they may be.
+const MAX_REPLY: usize = 256 << 20;
 /// The longest line of a reply.
 const MAX_LINE: usize = 64 * 1024;
 /// How deep arrays may lie within each other.
@@ -114,6 +114,9 @@ impl Inbox {
                 self.buffer.copy_within(self.start..self.end, 0);
                 (self.start, self.end) = (0, self.end - self.start);
             } else {
+                if self.buffer.len() >= MAX_REPLY {
+                    return Err(Failure::of(Trouble::TooLongReply, "a reply that does not end"));
+                }
                 let more = self.buffer.len().max(USUAL_SIZE);
                 self.buffer
                     .try_reserve_exact(more)
@@ -210,7 +213,7 @@ fn header(bytes: &[u8]) -> Result<Option<(Option<u64>, usize)>, Failure> {
             b'\r' if index > 1 => {
                 return match bytes.get(index + 1) {
                     None => Ok(None),
-                    Some(b'\n') if number <= MAX_BULK => Ok(Some((Some(number), index + 2))),
+                    Some(b'\n') if number <= MAX_REPLY as u64 => Ok(Some((Some(number), index + 2))),
                     Some(_) => Err(garbage()),
                 };
             }

@@ -5,7 +5,7 @@
 //! the connection it reports that and ends; the worker decides what was delivered and when to try again, with a new sender. It
 //! knows nothing of Postgres.
 
-use crate::classify::{Class, Failure};
+use crate::classify::{Class, Failure, Trouble};
 use crate::connection::Link;
 use crate::conversation::{Claim, Conversation, Replicas};
 use crate::destination::{Address, Delivery, Destination};
@@ -220,7 +220,9 @@ fn converse(
             }
         }
         if !conversation.output().is_empty() {
-            link.send(conversation.output())?;
+            if let Err(failure) = link.send(conversation.output()) {
+                return Err(last_words(&mut link, &mut conversation, reporter, failure));
+            }
             conversation.output().clear();
             if conversation.is_busy() {
                 fault::reach("after_write");
@@ -238,6 +240,20 @@ fn converse(
     }
 }
 
+/// Takes in what the server had said before it closed the connection in the middle of a write, such as that an entry is too large for it.
+fn last_words(link: &mut Link, conversation: &mut Conversation, reporter: &Reporter, failure: Failure) -> Failure {
+    let mut reports = Vec::new();
+    while failure.trouble == Trouble::Closed && conversation.awaits_reply() {
+        let Ok(reply) = link.receive() else { break };
+        let outcome = conversation.reply(reply, &mut reports);
+        reports.drain(..).all(|report| reporter.report(report));
+        if let Err(said) = outcome {
+            return said;
+        }
+    }
+    failure
+}
+
 /// Sends batches as they come, some ahead of their replies (at_least_once).
 fn pipeline(mut link: Link, replicas: Option<Replicas>, orders: &Receiver<Order>, reporter: &Reporter) {
     if !reporter.report(Report::Connected, 0) {
@@ -246,8 +262,10 @@ fn pipeline(mut link: Link, replicas: Option<Replicas>, orders: &Receiver<Order>
     // A WAIT that has to be repeated would come behind later batches.
     let ahead = if replicas.is_some() { 1 } else { PIPELINED_BATCHES };
     let mut unanswered: VecDeque<Batch> = VecDeque::new();
+    // The server has closed the connection: what it had said before is still to be read.
+    let mut closed: Option<Failure> = None;
     loop {
-        while unanswered.len() < ahead {
+        while closed.is_none() && unanswered.len() < ahead {
             let next = if unanswered.is_empty() {
                 orders.recv().ok()
             } else {
@@ -255,8 +273,9 @@ fn pipeline(mut link: Link, replicas: Option<Replicas>, orders: &Receiver<Order>
             };
             match next {
                 Some(Order::Batch(batch)) => {
-                    if let Err(failure) = link.send(&batch.bytes) {
-                        return reporter.lost(failure);
+                    match link.send(&batch.bytes) {
+                        Err(failure) if failure.trouble != Trouble::Closed => return reporter.lost(failure),
+                        sent => closed = sent.err(),
                     }
                     unanswered.push_back(batch);
                 }
@@ -272,7 +291,9 @@ fn pipeline(mut link: Link, replicas: Option<Replicas>, orders: &Receiver<Order>
                 None => break,
             }
         }
-        let batch = unanswered.pop_front().expect("at least one batch was written");
+        let Some(batch) = unanswered.pop_front() else {
+            return closed.into_iter().for_each(|failure| reporter.lost(failure));
+        };
         let report = match answers(&mut link, batch.commands) {
             Ok(refused) => Report::Done {
                 refused,

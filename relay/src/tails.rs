@@ -10,10 +10,11 @@ use std::sync::Arc;
 
 /// How far back a stream is searched, in entries.
 const DEPTH: usize = 100_000;
-/// What a page of entries should take, in bytes; the first has few entries, since they may be large.
+/// What a page of entries should take, in bytes; the first has one entry, since it may be large, and so may be those behind a page of
+/// small ones.
 const PAGE_BYTES: usize = 256 * 1024;
-const FIRST_PAGE: usize = 16;
-const MOST_OF_A_PAGE: usize = 2_000;
+const FIRST_PAGE: usize = 1;
+const MOST_OF_A_PAGE: usize = 200;
 
 /// An event that is looked for.
 #[derive(Clone, Debug)]

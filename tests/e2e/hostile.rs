@@ -88,7 +88,8 @@ fn a_host_that_does_not_exist_is_a_misconfiguration() {
     stack
         .pg
         .exec("update outbox.backends set unix_socket = '/nowhere/redis.sock'");
-    let found = wait_trouble(&stack.pg, "default", "misconfigured", "No such file");
+    // Redis removes it when it stops: an outage.
+    let found = wait_trouble(&stack.pg, "default", "backoff", "No such file");
     assert_eq!(found.pending, 1);
     stack.pg.exec("update outbox.backends set unix_socket = null");
     stack.point("default", &stack.redis);

@@ -259,7 +259,7 @@ fn a_redis_that_cannot_save_fails_nothing() {
 /// BUSY: a script runs for longer than Redis likes.
 #[test]
 fn a_redis_that_is_busy_with_a_script_fails_nothing() {
-    let stack = Stack::of(Postgres::with(QUICK), Redis::with(&["--busy-reply-threshold", "20"]));
+    let stack = Stack::of(Postgres::with(QUICK), Redis::with(&["--lua-time-limit", "20"]));
     let expected = std::thread::scope(|scope| {
         let mut conn = stack.redis.conn();
         let script = scope.spawn(move || redis::cmd("EVAL").arg("while true do end").arg(0).exec(&mut conn));

@@ -27,6 +27,11 @@ pub fn template() -> PathBuf {
     required("OUTBOX_TEST_TEMPLATE")
 }
 
+/// The Redis, or Valkey, that tests run against: `OUTBOX_TEST_REDIS`, else the one in PATH (see `scripts/redis-versions`).
+pub fn redis_server() -> PathBuf {
+    std::env::var_os("OUTBOX_TEST_REDIS").map_or_else(|| "redis-server".into(), PathBuf::from)
+}
+
 fn temp_root() -> PathBuf {
     required("OUTBOX_TEST_TMP")
 }

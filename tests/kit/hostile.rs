@@ -8,7 +8,8 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use nix::sys::socket::{Backlog, listen};
+use nix::libc::linger;
+use nix::sys::socket::{Backlog, listen, setsockopt, sockopt::Linger};
 
 /// Accepts connections, or not even that, and never answers.
 #[derive(Debug)]
@@ -35,6 +36,21 @@ impl BlackHole {
             // Who has left already is no matter.
             let _ = stream.write_all(&bytes);
             held.lock().expect("no holder panics").push(stream);
+        });
+        BlackHole {
+            server,
+            _queued: Vec::new(),
+        }
+    }
+
+    /// Sends `begin`, and `more` again and again for as long as the other side reads.
+    pub fn endless(begin: &[u8], more: &[u8]) -> Self {
+        let (begin, more) = (begin.to_vec(), more.repeat(64 * 1024 / more.len()));
+        let server = Server::start(move |mut stream, _| {
+            let mut sent = stream.write_all(&begin);
+            while sent.is_ok() {
+                sent = stream.write_all(&more);
+            }
         });
         BlackHole {
             server,
@@ -84,6 +100,18 @@ impl Garbage {
 
     pub fn saying(bytes: &[u8]) -> Self {
         Self::saying_in_turn(&[bytes])
+    }
+
+    /// Resets every connection (RST), as a firewall or a host that has been restarted does.
+    pub fn resetting() -> Self {
+        let server = Server::start(|stream, _| {
+            let at_once = linger {
+                l_onoff: 1,
+                l_linger: 0,
+            };
+            setsockopt(&stream, Linger, &at_once).expect("SO_LINGER");
+        });
+        Garbage { server }
     }
 
     /// One of these to each who connects, in turn.

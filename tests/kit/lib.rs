@@ -54,6 +54,6 @@ pub use redis::{Entry, Redis, entries, tell, xlen};
 pub use refused::Refused;
 pub use relay::{QUICK, Standing, first_ids, ids, promptly, publish_many, standing, types, wait_drained, wait_trouble};
 pub use sentinel::{Sentinel, Watched};
-pub use stack::Stack;
+pub use stack::{Stack, backoff, misconfigured};
 pub use tls::{Authority, Certificate};
 pub use wait::{LIMIT, eventually, holds_for, wait_eq, wait_until};

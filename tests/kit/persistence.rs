@@ -73,7 +73,7 @@ impl Redis {
     #[track_caller]
     pub fn crash_losing_everything(&mut self) {
         self.kill9();
-        for name in ["dump.rdb", "appendonlydir"] {
+        for name in ["dump.rdb", "appendonlydir", "appendonly.aof"] {
             let path = self.dir().join(name);
             // What isn't there need not be removed.
             let _ = std::fs::remove_file(&path);
@@ -82,9 +82,13 @@ impl Redis {
         self.start_again();
     }
 
-    /// The newest of its append-only files.
+    /// The newest of its append-only files; before 7.0 there is one.
     #[track_caller]
     fn aof(&self) -> PathBuf {
+        let single = self.dir().join("appendonly.aof");
+        if single.is_file() {
+            return single;
+        }
         let dir = self.dir().join("appendonlydir");
         let files = std::fs::read_dir(&dir).unwrap_or_else(|error| panic!("no append-only file here: {error}"));
         // appendonly.aof.3.incr.aof

@@ -91,7 +91,7 @@ impl Redis {
             .append(true)
             .open(self.log_path())
             .expect("cannot open the log");
-        let mut command = Command::new("redis-server");
+        let mut command = Command::new(env::redis_server());
         if let Some(port) = &self.tls_port {
             command.args(["--tls-port", &port.number.to_string()]);
         }

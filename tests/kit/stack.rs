@@ -3,10 +3,39 @@
 use uuid::Uuid;
 
 use crate::postgres::Builder;
-use crate::{Entry, Postgres, Proxy, Redis, wait_until};
+use crate::{
+    Entry, Postgres, Proxy, Redis, ids, publish_many, standing, wait_drained, wait_eq, wait_trouble, wait_until,
+};
 
 /// The stream of the backend `default`.
 pub const STREAM: &str = "events";
+
+/// What a user sees of a backend that does not work.
+pub struct Trouble<'a> {
+    pub state: &'a str,
+    /// A part of last_error.
+    pub error: &'a str,
+    /// How the hint in the log begins.
+    pub hint: &'a str,
+}
+
+/// Redis or the way to it is not ready.
+pub fn backoff<'a>(error: &'a str, hint: &'a str) -> Trouble<'a> {
+    Trouble {
+        state: "backoff",
+        error,
+        hint,
+    }
+}
+
+/// Somebody must mend a setting.
+pub fn misconfigured<'a>(error: &'a str, hint: &'a str) -> Trouble<'a> {
+    Trouble {
+        state: "misconfigured",
+        error,
+        hint,
+    }
+}
 
 /// Both servers, the extension created in the database `postgres`, its `default` backend pointed at `redis`.
 #[derive(Debug)]
@@ -79,6 +108,30 @@ impl Stack {
             )
             .unwrap_or_else(|error| panic!("cannot publish {event_type}: {error:?}"))
             .get(0)
+    }
+
+    /// Publishes so many events to the backend `default`, and waits until it is in this state with an error that contains `error`, and until the
+    /// log has the hint: they all wait, and none has failed.
+    #[track_caller]
+    pub fn publish_into(&self, trouble: &Trouble<'_>, count: i32) -> Vec<Uuid> {
+        let published = publish_many(&mut self.pg.client(), "default", "", "waits", count);
+        let found = wait_trouble(&self.pg, "default", trouble.state, trouble.error);
+        assert_eq!((found.pending, found.failed), (i64::from(count), 0), "{found:?}");
+        self.pg.wait_log(&format!("HINT:  {}", trouble.hint));
+        published
+    }
+
+    /// Waits until what was published, and nothing else, stands in the stream of the backend `default` in this Redis, in order, and nothing has failed.
+    #[track_caller]
+    pub fn assert_mended(&self, redis: &Redis, published: &[Uuid]) {
+        redis.wait_entries(STREAM, published.len());
+        wait_drained(&self.pg, "default");
+        assert_eq!(ids(&redis.entries(STREAM)), published);
+        let kept: i64 = self
+            .pg
+            .one("select (select count(*) from outbox.failed_events) + (select count(*) from outbox.refused_events)");
+        assert_eq!((standing(&self.pg, "default").failed, kept), (0, 0));
+        wait_eq("the state", "idle".to_string(), || standing(&self.pg, "default").state);
     }
 
     /// The stream of the backend `default`, whole.

@@ -1,0 +1,415 @@
+//! What must hold for any bytes: the fuzz targets' bodies. `relay/tests/fuzz_corpus.rs` runs them over the inputs that are kept in `fuzz/corpus`.
+
+use redis::Value;
+use relay::classify::{self, Class};
+use relay::conversation::{Claim, Conversation, Replicas};
+use relay::encode::{Encoder, Target, hyphenated, rfc3339};
+use relay::event::{BUILT_IN_FIELDS, Event, further_fields};
+use relay::guard::{Guard, Owner};
+use relay::replies::{Inbox, Reply};
+use relay::sender::{Batch, Order, Report};
+use relay::tails::{Purpose, Search, Wanted};
+use std::borrow::Cow;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// The reply decoder finds the same replies however the bytes arrive, and agrees with the parser on what they are.
+pub fn replies(input: &[u8]) {
+    let whole = taken(input, std::iter::repeat(usize::MAX));
+    assert_eq!(whole, taken(input, std::iter::repeat(1)), "byte by byte");
+    if input.len() <= 64 {
+        for split in 1..input.len() {
+            assert_eq!(
+                whole,
+                taken(input, [split].into_iter().chain(std::iter::repeat(usize::MAX))),
+                "split at {split}"
+            );
+        }
+    }
+    let sizes = input.iter().map(|byte| usize::from(*byte) + 1).collect::<Vec<_>>();
+    assert_eq!(whole, taken(input, sizes.into_iter().cycle()), "in pieces");
+    whole.0.iter().for_each(|reply| agrees(reply));
+}
+
+/// The replies, and whether what follows is not the protocol.
+fn taken(input: &[u8], mut sizes: impl Iterator<Item = usize>) -> (Vec<&[u8]>, bool) {
+    let (mut inbox, mut found) = (Inbox::default(), Vec::new());
+    let (mut coming, mut not_taken) = (input, input);
+    while !coming.is_empty() {
+        let size = sizes.next().expect("sizes without end");
+        let room = inbox.room().expect("there is memory");
+        let length = coming.len().min(room.len()).min(size);
+        room[..length].copy_from_slice(&coming[..length]);
+        inbox.received(length);
+        coming = &coming[length..];
+        loop {
+            match inbox.take() {
+                Ok(Some(range)) => {
+                    let (reply, rest) = not_taken.split_at(range.len());
+                    found.push(reply);
+                    not_taken = rest;
+                }
+                Ok(None) => break,
+                Err(_) => return (found, true),
+            }
+        }
+    }
+    (found, false)
+}
+
+fn agrees(bytes: &[u8]) {
+    let reply = Reply::new(bytes);
+    let Ok(value) = reply.value() else { return };
+    assert_eq!(reply.is_bulk(), matches!(value, Value::BulkString(_)), "{value:?}");
+    assert_eq!(reply.is_nil(), matches!(value, Value::Nil), "{value:?}");
+    if reply.is_queued() {
+        assert_eq!(value, Value::SimpleString("QUEUED".into()));
+    }
+    let items = match &value {
+        Value::Array(items) => items.as_slice(),
+        _ => &[],
+    };
+    let (strings, number) = items.split_at(items.len().saturating_sub(1));
+    let is_it = strings.iter().all(|item| matches!(item, Value::BulkString(_))) && matches!(number, [Value::Int(_)]);
+    assert_eq!(reply.is_strings_and_number(strings.len()), is_it, "{value:?}");
+    assert!(!reply.is_strings_and_number(items.len()), "{value:?}");
+}
+
+/// Whatever a server says, a conversation neither panics nor takes anything for a delivery that is none: a batch is done only after an EXEC with
+/// a reply for each of its entries.
+pub fn conversation(input: &[u8]) {
+    let Some((&setup, said)) = input.split_first() else {
+        return;
+    };
+    let replicas = (setup & 1 != 0).then_some(Replicas { count: 1, wait_ms: 10 });
+    let mut conversation = Conversation::new("guard", replicas);
+    let (mut reports, mut given, mut done) = (Vec::new(), 0, 0);
+    let mut bytes = Inbox::default();
+    let mut said = said;
+    // One more than was answered may wait.
+    for step in 0..200u32 {
+        while conversation.wants_order() && step < 190 {
+            let order = match (given, setup >> 1 & 3) {
+                (0, _) => claim(),
+                (n, 1) if n % 3 == 2 => Order::Look(vec![wanted()]),
+                (n, 2) if n % 3 == 2 => Order::Beat {
+                    beat: n,
+                    released: false,
+                },
+                _ => Order::Batch(Batch {
+                    bytes: b"*1\r\n$5\r\nMULTI\r\n".to_vec(),
+                    commands: 2,
+                }),
+            };
+            given += 1;
+            conversation.order(order);
+            conversation.order(Order::Resume);
+            if given > 300 {
+                return;
+            }
+        }
+        conversation.output().clear();
+        if !conversation.awaits_reply() {
+            return;
+        }
+        let range = loop {
+            match bytes.take() {
+                Ok(Some(range)) => break range,
+                Err(_) => return,
+                Ok(None) if said.is_empty() => return,
+                Ok(None) => {
+                    let room = bytes.room().expect("there is memory");
+                    let length = said.len().min(room.len());
+                    room[..length].copy_from_slice(&said[..length]);
+                    bytes.received(length);
+                    said = &said[length..];
+                }
+            }
+        };
+        let outcome = conversation.reply(bytes.reply(range), &mut reports);
+        for report in reports.drain(..) {
+            match report {
+                Report::Done { refused, .. } => {
+                    done += 1;
+                    assert!(
+                        refused.len() <= 2 && refused.iter().all(|(entry, f)| *entry < 2 && f.class == Class::Event)
+                    );
+                    assert!(done <= given, "more is done than was given");
+                }
+                Report::Aborted { refused, .. } => {
+                    assert!(
+                        !refused.is_empty() && refused.iter().all(|(entry, f)| *entry < 2 && f.class == Class::Event)
+                    );
+                }
+                Report::Seen(found) => assert_eq!(found.len(), 1),
+                _ => {}
+            }
+        }
+        if let Err(failure) = outcome {
+            assert_ne!(failure.class, Class::Event, "{failure}");
+            return;
+        }
+    }
+}
+
+fn claim() -> Order {
+    let owner = Owner {
+        incarnation: "i".into(),
+        system: "1".into(),
+        timeline: 1,
+        place: "here".into(),
+        interval: Duration::from_secs(5),
+    };
+    Order::Claim(Box::new(Claim {
+        token: "t".into(),
+        owner,
+        start: None,
+    }))
+}
+
+fn wanted() -> Wanted {
+    Wanted {
+        stream: Arc::from("s"),
+        event_id: [1; 16],
+        created_at_us: 1,
+        purpose: Purpose::Settle,
+    }
+}
+
+/// What a server says is shown on one line, cut, and blamed on somebody; about a transaction as a whole or a login, never on an event.
+pub fn classify(input: &[u8]) {
+    let line: Vec<u8> = input.iter().copied().filter(|b| !matches!(b, b'\r' | b'\n')).collect();
+    if let Ok(Value::ServerError(error)) = redis::parse_redis_value(&[b"-", line.as_slice(), b"\r\n"].concat()) {
+        let failure = classify::reply(&error);
+        let shown = failure.message.clone();
+        assert!(shown.chars().count() <= 300, "{shown}");
+        assert!(!shown.chars().any(char::is_control), "{shown:?}");
+        assert!(
+            matches!(failure.class, Class::Backend | Class::Configuration | Class::Event),
+            "{failure:?}"
+        );
+        let elsewhere = failure.not_of_an_event();
+        assert_ne!(elsewhere.class, Class::Event);
+        let aborted = classify::aborted(&error);
+        assert_ne!(aborted.class, Class::Event, "{aborted:?}");
+        if let Some(hint) = elsewhere.hint() {
+            assert!(hint.ends_with('.'), "{hint}");
+        }
+    }
+    let mut search = Search::new(&[wanted()]);
+    if let Ok(value) = redis::parse_redis_value(input)
+        && search.ask(&mut Vec::new())
+        && let Err(failure) = search.reply(value)
+    {
+        assert_ne!(failure.class, Class::Event, "{failure}");
+    }
+    guard(input);
+}
+
+/// A guard is read as a whole or not at all, and its position survives its text form.
+fn guard(input: &[u8]) {
+    let text = String::from_utf8_lossy(input);
+    let names = [
+        "token",
+        "incarnation",
+        "system",
+        "timeline",
+        "place",
+        "interval_ms",
+        "beat",
+        "released",
+        "number",
+        "position",
+        "previous",
+        "again",
+        "compares",
+        "wal",
+        "total",
+    ];
+    let values: Vec<&str> = text.split('|').collect();
+    let fields: Vec<_> = names
+        .iter()
+        .zip(&values)
+        .map(|(n, v)| ((*n).to_owned(), (*v).to_owned()))
+        .collect();
+    if let Ok(Some(guard)) = Guard::parse(&fields) {
+        assert_eq!(fields.len(), names.len());
+        let text = guard.position.to_string();
+        let again: relay::reader::Position = text.parse().expect("what was written can be read");
+        assert_eq!(again.to_string(), text);
+    }
+}
+
+/// Cuts texts off the front of the input.
+struct Texts<'a>(&'a [u8]);
+
+impl<'a> Texts<'a> {
+    fn byte(&mut self) -> u8 {
+        let (first, rest) = self.0.split_first().unwrap_or((&0, &[]));
+        self.0 = rest;
+        *first
+    }
+
+    fn number(&mut self) -> i64 {
+        (0..8).fold(0, |number, _| number << 8 | i64::from(self.byte()))
+    }
+
+    fn text(&mut self) -> Cow<'a, str> {
+        let length = usize::from(self.byte()).min(self.0.len());
+        let (text, rest) = self.0.split_at(length);
+        self.0 = rest;
+        String::from_utf8_lossy(text)
+    }
+
+    fn maybe(&mut self) -> Option<Cow<'a, str>> {
+        (self.byte() & 1 != 0).then(|| self.text())
+    }
+
+    /// A text as it is when it is JSON, and what stands for it otherwise.
+    fn json(&mut self) -> Option<String> {
+        let text = self.maybe()?;
+        let is_json = serde_json::from_str::<serde_json::Value>(&text).is_ok();
+        Some(if is_json {
+            text.into_owned()
+        } else {
+            serde_json::json!({ text.as_ref(): [text] }).to_string()
+        })
+    }
+}
+
+/// An entry decodes to the arguments that it was made of, and its cloud_event is JSON with the same values.
+pub fn encode(input: &[u8]) {
+    let mut texts = Texts(input);
+    let mut event_id = [0; 16];
+    event_id.iter_mut().for_each(|byte| *byte = texts.byte());
+    let (created_at_us, max_len) = (texts.number(), texts.number());
+    let (stream, event_type, source) = (texts.text(), texts.text(), texts.text());
+    let (subject, schema, data, config) = (texts.maybe(), texts.maybe(), texts.json(), texts.maybe());
+    let event = Event {
+        event_id,
+        created_at_us,
+        event_type: &event_type,
+        source: &source,
+        subject: subject.as_deref(),
+        data: data.as_deref(),
+        data_schema: schema.as_deref(),
+        publisher_config: config.as_deref(),
+        stream: None,
+    };
+    let further = config.as_deref().map(further_fields);
+    let mut bytes = b"before".to_vec();
+    let mut encoder = Encoder::default();
+    let target = Target {
+        stream: &stream,
+        max_len,
+    };
+    let written = encoder.append_xadd(&mut bytes, target, &event);
+    let further = match further.transpose() {
+        Err(refused) => {
+            assert_eq!((written, bytes.as_slice()), (Err(refused), b"before".as_slice()));
+            return;
+        }
+        Ok(further) => further.unwrap_or_default(),
+    };
+    assert_eq!(written, Ok(()));
+    // Remembering the last second changes nothing.
+    let first = bytes.len();
+    encoder.append_xadd(&mut bytes, target, &event).expect("as before");
+    assert_eq!(bytes[b"before".len()..first], bytes[first..]);
+
+    let id = String::from_utf8(hyphenated(&event_id).to_vec()).expect("hexadecimal digits");
+    let time = String::from_utf8(rfc3339(created_at_us).to_vec()).expect("digits");
+    let words = decoded(&bytes[b"before".len()..first]);
+    let mut expected = vec!["XADD".to_owned(), stream.clone().into_owned()];
+    if max_len > 0 {
+        expected.extend(["MAXLEN".to_owned(), "~".to_owned(), max_len.to_string()]);
+    }
+    expected.push("*".to_owned());
+    for (name, value) in [
+        ("event_id", id.as_str()),
+        ("event_type", &event_type),
+        ("source", &source),
+        ("timestamp", &time),
+    ] {
+        expected.extend([name.to_owned(), value.to_owned()]);
+    }
+    expected.push("cloud_event".to_owned());
+    let at = expected.len();
+    assert_eq!(words[..at], expected[..]);
+    let pairs: Vec<String> = further.into_iter().flat_map(|(key, value)| [key, value]).collect();
+    assert_eq!(words[at + 1..], pairs[..]);
+
+    let cloud: serde_json::Value = serde_json::from_str(&words[at]).expect("cloud_event is JSON");
+    let json = |text: &str| serde_json::from_str::<serde_json::Value>(text).expect("JSON");
+    let mut object = serde_json::json!({ "specversion": "1.0", "type": event_type, "source": source, "id": id, "time": time,
+        "datacontenttype": "application/json" });
+    for (name, value) in [
+        (
+            "subject",
+            subject.filter(|s| !s.is_empty()).map(|s| serde_json::json!(s)),
+        ),
+        (
+            "dataschema",
+            schema.filter(|s| !s.is_empty()).map(|s| serde_json::json!(s)),
+        ),
+        ("data", data.filter(|d| d.trim_ascii() != "null").map(|d| json(&d))),
+    ] {
+        value.into_iter().for_each(|value| object[name] = value);
+    }
+    // Whatever the order of the keys.
+    let same = |a: &serde_json::Value, b: &serde_json::Value| a.as_object().map(sorted) == b.as_object().map(sorted);
+    assert!(same(&cloud, &object), "{cloud} is not {object}");
+}
+
+fn sorted(object: &serde_json::Map<String, serde_json::Value>) -> Vec<(&String, &serde_json::Value)> {
+    let mut pairs: Vec<_> = object.iter().collect();
+    pairs.sort_by_key(|(key, _)| *key);
+    pairs
+}
+
+/// The words of one command, by the parser of `redis` and by the relay's own decoder.
+fn decoded(bytes: &[u8]) -> Vec<String> {
+    let (found, garbage) = taken(bytes, std::iter::repeat(usize::MAX));
+    assert!(
+        !garbage && found == [bytes],
+        "the decoder sees {} commands",
+        found.len()
+    );
+    let Ok(Value::Array(words)) = redis::parse_redis_value(bytes) else {
+        panic!("no array of words")
+    };
+    let text = |word| match word {
+        Value::BulkString(bytes) => String::from_utf8(bytes).expect("UTF-8"),
+        other => panic!("a word is {other:?}"),
+    };
+    words.into_iter().map(text).collect()
+}
+
+/// A `publisher_config` that is taken gives each of its keys once, none of them built in, with the text of its value.
+pub fn publish(input: &[u8]) {
+    let text = String::from_utf8_lossy(input);
+    let parsed = serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(&text);
+    let Ok(fields) = further_fields(&text) else {
+        let flat = |value: &serde_json::Value| value.is_string() || value.is_number() || value.is_boolean();
+        let is_refused =
+            |(key, value): (&String, &serde_json::Value)| BUILT_IN_FIELDS.contains(&key.as_str()) || !flat(value);
+        assert!(
+            parsed.is_err() || parsed.is_ok_and(|object| object.iter().any(is_refused)),
+            "{text}"
+        );
+        return;
+    };
+    let object = parsed.expect("what was taken is an object");
+    assert_eq!(fields.len(), object.len());
+    let keys: BTreeSet<&str> = fields.iter().map(|(key, _)| key.as_str()).collect();
+    assert_eq!(keys.len(), fields.len(), "a key twice");
+    for (key, value) in &fields {
+        assert!(!BUILT_IN_FIELDS.contains(&key.as_str()));
+        let expected = match &object[key] {
+            serde_json::Value::String(text) => text.clone(),
+            other => other.to_string(),
+        };
+        assert_eq!(*value, expected);
+    }
+}
