@@ -246,7 +246,7 @@ fn last_words(link: &mut Link, conversation: &mut Conversation, reporter: &Repor
     while failure.trouble == Trouble::Closed && conversation.awaits_reply() {
         let Ok(reply) = link.receive() else { break };
         let outcome = conversation.reply(reply, &mut reports);
-        reports.drain(..).all(|report| reporter.report(report));
+        reports.drain(..).all(|report| reporter.report(report, 0));
         if let Err(said) = outcome {
             return said;
         }
