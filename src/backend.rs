@@ -23,6 +23,7 @@ use relay::reader::Position;
 use relay::refusal::{Record, Streams};
 use relay::sender::{Batch, Handle, Order, Report};
 use settings::{mode_of, settings};
+use std::cell::Cell;
 use std::collections::HashSet;
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
@@ -218,6 +219,11 @@ impl Backend {
         matches!(self.role, Role::Redis)
     }
 
+    /// Whether it is up and well, so that others may wait for it to come to where they are.
+    pub fn is_keeping_up(&self) -> bool {
+        self.reads_for_redis() && self.is_enabled() && self.delivery.is_up() && self.delivery.trouble().is_none()
+    }
+
     /// Whether rows can be read for it now.
     pub fn is_ready(&self, now: Now) -> bool {
         self.is_enabled() && now >= self.rests_until && (!self.reads_for_redis() || self.delivery.has_room())
@@ -362,6 +368,18 @@ impl Backend {
         if self.address.as_ref() != Some(&address) {
             self.address = Some(address);
             self.logged_state = None;
+        }
+    }
+
+    /// When something was acknowledged last.
+    pub fn moved_at(&self) -> Now {
+        self.moved_at
+    }
+
+    /// A batch is about to come.
+    pub fn rouse(&self) {
+        if let Some(sender) = self.sender.as_ref().filter(|_| self.delivery.has_room()) {
+            sender.rouse();
         }
     }
 
@@ -627,10 +645,21 @@ fn spawn_sender(destination: Destination, waker: UnixStream) -> std::io::Result<
     }
 }
 
-/// Between 0 and 1, for jitter.
+/// Between 0 and 1, for jitter. Asked for at each report, so it must cost nothing.
 fn random() -> f64 {
-    let mut bytes = [0u8; 4];
-    // SAFETY: fills the buffer that it is given; if it cannot, there is no jitter.
-    unsafe { pg_sys::pg_strong_random(bytes.as_mut_ptr().cast(), bytes.len()) };
-    f64::from(u32::from_le_bytes(bytes)) / (f64::from(u32::MAX) + 1.0)
+    thread_local! {
+        static STATE: Cell<u64> = const { Cell::new(0) };
+    }
+    let mut state = STATE.get();
+    if state == 0 {
+        // SAFETY: fills the variable that it is given; if it cannot, all have the same jitter.
+        unsafe { pg_sys::pg_strong_random((&raw mut state).cast(), size_of::<u64>()) };
+        state |= 1;
+    }
+    // Xorshift (Marsaglia 2003).
+    state ^= state << 13;
+    state ^= state >> 7;
+    state ^= state << 17;
+    STATE.set(state);
+    (state >> 11) as f64 / (1u64 << 53) as f64
 }

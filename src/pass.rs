@@ -7,28 +7,79 @@ use crate::outbox;
 use crate::refused;
 use crate::rows::{EventsTable, Row, attribute};
 use pgrx::pg_sys;
-use relay::delivery::{Entry, RowFate};
-use relay::reader::{Position, RangeScan, Scan, Step, Table};
+use relay::delivery::{Entry, Room, RowFate};
+use relay::reader::{Key, Position, RangeScan, Scan, Step, Table};
 use relay::refusal::Record;
 use relay::snapshot::Tick;
 use std::rc::Rc;
 use std::sync::Arc;
 
-/// Rows that one scan may meet before the senders are looked at again.
+/// Rows that one scan may meet before the senders are looked at again, for each backend that it serves,
 const SCAN_STEPS: usize = 2_000;
+/// of which at most so many count.
+const SCAN_BACKENDS: usize = 4;
+/// One scan serves backends that are no further apart: half of it, so that those that are ahead have the other half.
+const NEAR_SEQS: i64 = SCAN_STEPS as i64 / 2;
 
-/// Reads on from a position, for the backends of `group` (indexes into `backends`), which all stand there. Needs a transaction; what comes
-/// back is to be handed over once that has ended well.
-pub fn read(backends: &mut [Backend], group: &[usize], position: &Position, latest: &Arc<Tick>) -> Vec<Reader> {
-    let under_way = position.under_way.as_ref();
+/// Backends (by index) that one scan serves: they are going to the same tick, and stand near each other.
+pub struct Group {
+    pub members: Vec<usize>,
+    /// From where to where; what `from` sees, each of them has.
+    from: Arc<Tick>,
+    to: Arc<Tick>,
+    last_seq: i64,
+}
+
+impl Group {
+    /// Takes the one that is furthest behind out of `waiting` (not empty), and those that one scan can serve as well.
+    ///
+    /// Numbers ascend along a range, so a scan serves readers that stand apart, and that have set out from different ticks: each takes the
+    /// rows behind its own place which its own tick does not see. Late rows are found by the tick: for them it must be the same.
+    pub fn take(backends: &[Backend], waiting: &mut Vec<usize>, latest: &Arc<Tick>) -> Self {
+        let position = |index: usize| backends[index].delivery.position();
+        let first = waiting.iter().copied().min_by_key(|index| {
+            let position = position(*index);
+            (position.place(), position.last_seq())
+        });
+        let base = position(first.unwrap_or_default()).clone();
+        let to = base.to(latest).clone();
+        let is_near = |p: &Position| Arc::ptr_eq(p.to(latest), &to) && p.place() <= base.place() + NEAR_SEQS;
+        let near = waiting.iter().map(|index| position(*index)).filter(|p| is_near(p));
+        let from = match base.is_among_late() {
+            true => base.from.clone(),
+            false => {
+                let is_passed = |p: &&Position| !p.is_among_late() && p.from.low_seq <= base.last_seq();
+                let oldest = near.filter(is_passed).min_by_key(|p| p.from.next_xid);
+                oldest.unwrap_or(&base).from.clone()
+            }
+        };
+        let is_served = |p: &Position| {
+            let is_same = Arc::ptr_eq(&p.from, &from);
+            let can_join = !base.is_among_late() && !p.is_among_late() && p.from.snapshot.includes(&from.snapshot);
+            is_near(p) && (is_same || can_join)
+        };
+        let (members, others) = waiting.iter().partition(|index| is_served(position(**index)));
+        *waiting = others;
+        Self {
+            members,
+            from,
+            to,
+            last_seq: base.last_seq(),
+        }
+    }
+}
+
+/// Reads on for a group of `backends`. Needs a transaction; what comes back is to be handed over once that has ended well.
+pub fn read(backends: &mut [Backend], group: &Group) -> Vec<Reader> {
     let relations = catalog::expect_relations();
     let mut table = EventsTable::open(&relations);
     let mut pass = Pass {
-        from: position.from.clone(),
-        to: under_way.map_or(latest, |u| &u.to).clone(),
-        seq: under_way.map_or(0, |u| u.last_seq),
+        from: group.from.clone(),
+        to: group.to.clone(),
+        seq: group.last_seq,
         known: backends.iter().map(|b| b.number).collect(),
         readers: group
+            .members
             .iter()
             .map(|index| Reader::new(*index, &backends[*index]))
             .collect(),
@@ -47,6 +98,9 @@ pub fn read(backends: &mut [Backend], group: &[usize], position: &Position, late
 pub struct Reader {
     pub index: usize,
     number: i32,
+    /// Where it stood: what `from` sees and rows up to `after` are others'.
+    from: Arc<Tick>,
+    after: i64,
     batches_left: usize,
     bytes_left: usize,
     pub built: Vec<BuiltBatch>,
@@ -70,6 +124,8 @@ impl Reader {
         Self {
             index,
             number: backend.number,
+            from: backend.delivery.position().from.clone(),
+            after: backend.delivery.position().last_seq(),
             batches_left: room.map_or(0, |r| r.batches),
             bytes_left: room.map_or(0, |r| r.bytes),
             built: Vec::new(),
@@ -86,6 +142,15 @@ impl Reader {
     /// Whether another row may be added.
     fn has_room(&self) -> bool {
         self.open.is_some() || (self.batches_left > 0 && self.bytes_left > 0)
+    }
+
+    /// Whether it can wait for others: it has enough to do, or nothing to send.
+    fn can_wait(&self, backend: &Backend) -> bool {
+        let room = Room {
+            batches: self.batches_left,
+            bytes: self.bytes_left,
+        };
+        !backend.reads_for_redis() || room.can_wait()
     }
 
     fn close_batch(&mut self, end: Position) {
@@ -125,15 +190,20 @@ struct Pass<'a> {
 }
 
 impl Pass<'_> {
-    fn here(&self) -> Position {
-        Position::towards(self.from.clone(), self.to.clone(), self.seq)
+    fn here(&self, reader: &Reader) -> Position {
+        Position::towards(reader.from.clone(), self.to.clone(), self.seq)
     }
 
     fn run(&mut self, table: &mut EventsTable) {
         let rows = RowMemory::new();
         let mut scan = RangeScan::open(table, &self.from, &self.to, self.seq);
         let mut at_end = false;
-        for _ in 0..SCAN_STEPS {
+        let sending = self
+            .readers
+            .iter()
+            .filter(|r| self.backends[r.index].reads_for_redis())
+            .count();
+        for _ in 0..SCAN_STEPS * sending.clamp(1, SCAN_BACKENDS) {
             let key = match scan.step() {
                 None => {
                     at_end = true;
@@ -142,11 +212,11 @@ impl Pass<'_> {
                 Some(Step::Passed(key)) => key,
                 Some(Step::Row(key)) => {
                     let row = scan.current().row();
-                    if let Some(reader) = self.reader_of(row.backend_number())
+                    if let Some(reader) = self.reader_of(row.backend_number(), key)
                         && !rows.within(|| self.take(reader, row))
                     {
                         self.stop(reader);
-                        if self.readers.iter().all(|r| r.stopped) {
+                        if self.can_all_wait() {
                             break;
                         }
                     }
@@ -156,26 +226,41 @@ impl Pass<'_> {
             self.seq = key.seq;
         }
         drop(scan);
-        let end = if at_end {
-            Position::at(self.to.clone())
-        } else {
-            self.here()
-        };
-        for reader in self.readers.iter_mut().filter(|r| !r.stopped) {
-            reader.close_batch(end.clone());
-            reader.end = end.clone();
+        for index in 0..self.readers.len() {
+            // Who stands further on has not been reached.
+            let reader = &self.readers[index];
+            if !reader.stopped && (at_end || reader.after <= self.seq) {
+                let end = match at_end {
+                    true => Position::at(self.to.clone()),
+                    false => self.here(reader),
+                };
+                let reader = &mut self.readers[index];
+                reader.close_batch(end.clone());
+                reader.end = end;
+            }
         }
     }
 
-    /// Who takes the rows of a backend, if it takes part and has not stopped.
-    fn reader_of(&self, number: i32) -> Option<usize> {
+    /// Who takes a row of a backend, if it takes part, stands before it and has not stopped.
+    fn reader_of(&self, number: i32, key: Key) -> Option<usize> {
         let number = if self.known.contains(&number) { number } else { 0 };
-        self.readers.iter().position(|r| r.number == number && !r.stopped)
+        let reader = self.readers.iter().position(|r| r.number == number && !r.stopped)?;
+        let Reader { from, after, .. } = &self.readers[reader];
+        let is_new = *after < key.seq && (Arc::ptr_eq(from, &self.from) || !from.snapshot.sees(key.xid));
+        is_new.then_some(reader)
+    }
+
+    /// Whether the others can wait where one has stopped: so they stay in step, and one scan goes on serving all. Not for one that has no
+    /// room because its Redis is slow: it is not of the next pass.
+    fn can_all_wait(&self) -> bool {
+        self.readers
+            .iter()
+            .all(|r| r.stopped || r.can_wait(&self.backends[r.index]))
     }
 
     /// A reader has no room for the row that was just met: it stays before it.
     fn stop(&mut self, reader: usize) {
-        let here = self.here();
+        let here = self.here(&self.readers[reader]);
         let reader = &mut self.readers[reader];
         reader.close_batch(here.clone());
         (reader.end, reader.stopped) = (here, true);
@@ -184,7 +269,7 @@ impl Pass<'_> {
     /// Gives a row to a reader; false: it has no room.
     fn take(&mut self, reader: usize, row: &Row) -> bool {
         let seq = row.key().seq;
-        let (from, to) = (&self.from, &self.to);
+        let to = &self.to;
         let reader = &mut self.readers[reader];
         let backend = &mut self.backends[reader.index];
         match backend.role {
@@ -250,7 +335,7 @@ impl Pass<'_> {
                 }),
             }
             if batch.is_full() {
-                reader.close_batch(Position::towards(from.clone(), to.clone(), seq));
+                reader.close_batch(Position::towards(reader.from.clone(), to.clone(), seq));
             }
             true
         })

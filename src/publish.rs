@@ -33,7 +33,7 @@ pub fn draw_numbers(relations: &Relations) -> (u64, i64) {
 }
 
 /// Checks and inserts one event; returns its id.
-fn publish(request: &Request<'_>) -> [u8; 16] {
+fn publish(request: &Request<'_>, tables: &mut Tables) -> [u8; 16] {
     // SAFETY: each raises the standard ERROR when the transaction may not write.
     unsafe {
         pg_sys::PreventCommandIfReadOnly(c"outbox.publish_event()".as_ptr());
@@ -83,14 +83,18 @@ fn publish(request: &Request<'_>) -> [u8; 16] {
     match scheduled_at {
         Some(at) => {
             set(attribute::SCHEDULED_AT, pg_sys::Datum::from(at));
+            let table = tables
+                .scheduled
+                .get_or_insert_with(|| Insertion::open(relations.scheduled));
             // SAFETY: the values are those of the table's columns, in its order.
-            unsafe { insert(relations.scheduled, &mut values, &mut nulls) };
+            unsafe { table.insert(&values, &nulls) };
             txn::scheduled();
         }
         None => {
             let count = attribute::COUNT;
+            let table = tables.events.get_or_insert_with(|| Insertion::open(relations.events));
             // SAFETY: as above.
-            unsafe { insert(relations.events, &mut values[..count], &mut nulls[..count]) };
+            unsafe { table.insert(&values[..count], &nulls[..count]) };
             txn::published();
         }
     }
@@ -107,46 +111,90 @@ pub fn text_datum(text: &[u8]) -> pg_sys::Datum {
     }
 }
 
-/// Inserts a row and its index entries, as INSERT does.
-///
-/// # Safety
-/// The values are those of all the table's columns, in order.
-unsafe fn insert(relation: pg_sys::Oid, values: &mut [pg_sys::Datum], nulls: &mut [bool]) {
-    // SAFETY: the executor's own steps for one row: the slot's arrays are as long as its descriptor, which is checked;
-    // everything that is opened is closed, or given back by the transaction's abort.
-    unsafe {
-        let lock = pg_sys::RowExclusiveLock as pg_sys::LOCKMODE;
-        let rel = pg_sys::table_open(relation, lock);
-        let descriptor = (*rel).rd_att;
-        let columns = (*descriptor).natts as usize;
-        if columns < values.len() {
-            crate::error::internal("a table of outbox_relay does not have the columns that this version knows");
+/// The tables that events go into, opened when the first comes.
+#[derive(Default)]
+struct Tables {
+    events: Option<Insertion>,
+    scheduled: Option<Insertion>,
+}
+
+impl Tables {
+    fn close(self) {
+        self.events.into_iter().chain(self.scheduled).for_each(Insertion::close);
+    }
+}
+
+/// A table that rows are inserted into, with their index entries, as INSERT does.
+struct Insertion {
+    relation: pg_sys::Relation,
+    estate: *mut pg_sys::EState,
+    result: *mut pg_sys::ResultRelInfo,
+    slot: *mut pg_sys::TupleTableSlot,
+}
+
+impl Insertion {
+    fn open(relation: pg_sys::Oid) -> Self {
+        // SAFETY: the executor's own steps; what is opened is closed, or given back by the transaction's abort.
+        unsafe {
+            let relation = pg_sys::table_open(relation, pg_sys::RowExclusiveLock as pg_sys::LOCKMODE);
+            let estate = pg_sys::CreateExecutorState();
+            let result = pg_sys::palloc0(size_of::<pg_sys::ResultRelInfo>()).cast::<pg_sys::ResultRelInfo>();
+            pg_sys::InitResultRelInfo(result, relation, 0, std::ptr::null_mut(), 0);
+            pg_sys::ExecOpenIndices(result, false);
+            Self {
+                relation,
+                estate,
+                result,
+                slot: pg_sys::table_slot_create(relation, std::ptr::null_mut()),
+            }
         }
-        let estate = pg_sys::CreateExecutorState();
-        let result = pg_sys::palloc0(size_of::<pg_sys::ResultRelInfo>()).cast::<pg_sys::ResultRelInfo>();
-        pg_sys::InitResultRelInfo(result, rel, 0, std::ptr::null_mut(), 0);
-        pg_sys::ExecOpenIndices(result, false);
-        let slot = pg_sys::table_slot_create(rel, std::ptr::null_mut());
-        (*slot)
-            .tts_values
-            .copy_from_nonoverlapping(values.as_ptr(), values.len());
-        (*slot).tts_isnull.copy_from_nonoverlapping(nulls.as_ptr(), nulls.len());
-        for index in values.len()..columns {
-            let default = added_column(rel, index as i32 + 1, estate);
-            *(*slot).tts_values.add(index) = default.unwrap_or(pg_sys::Datum::from(0));
-            *(*slot).tts_isnull.add(index) = default.is_none();
+    }
+
+    /// # Safety
+    /// The values are those of all the table's columns, in order.
+    unsafe fn insert(&mut self, values: &[pg_sys::Datum], nulls: &[bool]) {
+        let Self {
+            relation,
+            estate,
+            result,
+            slot,
+        } = *self;
+        // SAFETY: the executor's own steps for one row: the slot's arrays are as long as its descriptor, which is checked.
+        unsafe {
+            let descriptor = (*relation).rd_att;
+            let columns = (*descriptor).natts as usize;
+            if columns < values.len() {
+                crate::error::internal("a table of outbox_relay does not have the columns that this version knows");
+            }
+            pg_sys::ExecClearTuple(slot);
+            (*slot)
+                .tts_values
+                .copy_from_nonoverlapping(values.as_ptr(), values.len());
+            (*slot).tts_isnull.copy_from_nonoverlapping(nulls.as_ptr(), nulls.len());
+            for index in values.len()..columns {
+                let default = added_column(relation, index as i32 + 1, estate);
+                *(*slot).tts_values.add(index) = default.unwrap_or(pg_sys::Datum::from(0));
+                *(*slot).tts_isnull.add(index) = default.is_none();
+            }
+            pg_sys::ExecStoreVirtualTuple(slot);
+            if columns > values.len() && !(*descriptor).constr.is_null() {
+                pg_sys::ExecConstraints(result, slot, estate);
+            }
+            let command = pg_sys::GetCurrentCommandId(true);
+            pg_sys::table_tuple_insert(relation, slot, command, 0, std::ptr::null_mut());
+            insert_index_entries(result, slot, estate);
         }
-        pg_sys::ExecStoreVirtualTuple(slot);
-        if columns > values.len() && !(*descriptor).constr.is_null() {
-            pg_sys::ExecConstraints(result, slot, estate);
+    }
+
+    fn close(self) {
+        // SAFETY: closes what open() opened, once.
+        unsafe {
+            pg_sys::ExecDropSingleTupleTableSlot(self.slot);
+            pg_sys::ExecCloseIndices(self.result);
+            pg_sys::FreeExecutorState(self.estate);
+            // The lock is kept until the end of the transaction, as any writer's.
+            pg_sys::table_close(self.relation, pg_sys::NoLock as pg_sys::LOCKMODE);
         }
-        pg_sys::table_tuple_insert(rel, slot, pg_sys::GetCurrentCommandId(true), 0, std::ptr::null_mut());
-        insert_index_entries(result, slot, estate);
-        pg_sys::ExecDropSingleTupleTableSlot(slot);
-        pg_sys::ExecCloseIndices(result);
-        pg_sys::FreeExecutorState(estate);
-        // The lock is kept until the end of the transaction, as any writer's.
-        pg_sys::table_close(rel, pg_sys::NoLock as pg_sys::LOCKMODE);
     }
 }
 
@@ -275,7 +323,9 @@ extern "C-unwind" fn publish_event(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::
         // SAFETY: a uuid datum points to 16 bytes.
         event_id: get(10).map(|d| unsafe { *d.cast_mut_ptr::<[u8; 16]>() }),
     };
-    let event_id = publish(&request);
+    let mut tables = Tables::default();
+    let event_id = publish(&request, &mut tables);
+    tables.close();
     // SAFETY: the result lives in the caller's memory context; not null.
     unsafe {
         (*fcinfo).isnull = false;
@@ -333,6 +383,7 @@ fn publish_events(events: pgrx::AnyElement) -> SetOfIterator<'static, pgrx::Uuid
     // SAFETY: the SQL declaration says jsonb, and strict.
     let text = decoded(unsafe { rendered_jsonb(events.datum()) });
     let items: Vec<&RawValue> = serde_json::from_str(&text).unwrap_or_else(|_| PublishError::NotAnArray.raise());
+    let mut tables = Tables::default();
     let ids: Vec<pgrx::Uuid> = items
         .iter()
         .enumerate()
@@ -342,9 +393,10 @@ fn publish_events(events: pgrx::AnyElement) -> SetOfIterator<'static, pgrx::Uuid
                 let message = message.split(" at line").next().unwrap_or_default().to_owned();
                 PublishError::BadItem { index, message }.raise()
             });
-            pgrx::Uuid::from_bytes(publish(&request_of(&item, index)))
+            pgrx::Uuid::from_bytes(publish(&request_of(&item, index), &mut tables))
         })
         .collect();
+    tables.close();
     SetOfIterator::new(ids)
 }
 

@@ -66,6 +66,18 @@ pub struct Room {
     pub bytes: usize,
 }
 
+impl Room {
+    /// Whether what is on its way takes a quarter of the window or more: enough to do while others are waited for.
+    pub fn can_wait(self) -> bool {
+        self.batches <= WINDOW_BATCHES / 4 * 3 || self.bytes <= WINDOW_BYTES / 4 * 3
+    }
+
+    /// Whether a quarter of the window is free.
+    fn is_ample(self) -> bool {
+        self.batches >= WINDOW_BATCHES / 4 && self.bytes >= WINDOW_BYTES / 4
+    }
+}
+
 /// What a batch was made of.
 enum Load {
     /// Rows read in order; all acknowledged, the cursor stands at `end`.
@@ -262,9 +274,25 @@ impl Delivery {
         if self.makes_way || self.retries_alone() {
             return None;
         }
-        let batches = WINDOW_BATCHES.saturating_sub(self.flights.len());
-        let bytes = WINDOW_BYTES.saturating_sub(self.in_flight_bytes);
-        (self.link == Link::Up && batches > 0 && bytes > 0).then_some(Room { batches, bytes })
+        let room = self.window();
+        (self.link == Link::Up && room.batches > 0 && room.bytes > 0).then_some(room)
+    }
+
+    /// Whether a reader that has this much room can wait until there is more: its sender has enough to do meanwhile.
+    pub fn can_wait(&self) -> bool {
+        self.link == Link::Up && self.window().can_wait()
+    }
+
+    /// Whether reading is worth a pass now: there is ample room, or it cannot wait.
+    pub fn is_worth_reading(&self) -> bool {
+        !self.can_wait() || self.window().is_ample()
+    }
+
+    fn window(&self) -> Room {
+        Room {
+            batches: WINDOW_BATCHES.saturating_sub(self.flights.len()),
+            bytes: WINDOW_BYTES.saturating_sub(self.in_flight_bytes),
+        }
     }
 
     pub fn is_idle(&self) -> bool {

@@ -87,10 +87,7 @@ impl Position {
 
     /// Whether everything that `other` covers has been read here, too (at the least: a position on its way counts by where it began).
     pub fn includes(&self, other: &Self) -> bool {
-        let (ours, theirs) = (&self.from.snapshot, &other.newest().snapshot);
-        ours.xmin() >= theirs.xmin()
-            && ours.xmax() >= theirs.xmax()
-            && ours.in_progress().iter().all(|xid| !theirs.sees(*xid))
+        self.from.snapshot.includes(&other.newest().snapshot)
     }
 
     /// The newest tick that it speaks of.
@@ -98,7 +95,7 @@ impl Position {
         self.under_way.as_ref().map_or(&self.from, |u| &u.to)
     }
 
-    /// Whether two readers stand at the same place, so that one scan serves both.
+    /// Whether two readers stand at the same place.
     pub fn same_place(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.from, &other.from)
             && match (&self.under_way, &other.under_way) {
@@ -106,6 +103,39 @@ impl Position {
                 (Some(a), Some(b)) => Arc::ptr_eq(&a.to, &b.to) && a.last_seq == b.last_seq,
                 _ => false,
             }
+    }
+
+    /// The row of its range that was read last; 0 before the first.
+    pub fn last_seq(&self) -> i64 {
+        self.under_way.as_ref().map_or(0, |u| u.last_seq)
+    }
+
+    /// Where it is going. Who has not set out goes to `latest`.
+    pub fn to<'a>(&'a self, latest: &'a Arc<Tick>) -> &'a Arc<Tick> {
+        self.under_way.as_ref().map_or(latest, |u| &u.to)
+    }
+
+    /// Whether it may still have late rows before it.
+    pub fn is_among_late(&self) -> bool {
+        self.last_seq() < self.from.low_seq
+    }
+
+    /// The number that it has come to, but for late rows: how far readers that are going to the same tick are apart.
+    pub fn place(&self) -> i64 {
+        self.last_seq().max(self.from.low_seq)
+    }
+
+    /// Speaks of the other's ticks where its own are equal to them, so that one scan serves both.
+    pub fn share(&mut self, other: &Self) {
+        let same = |ours: &mut Arc<Tick>, theirs: &Arc<Tick>| {
+            if *ours == *theirs {
+                *ours = theirs.clone();
+            }
+        };
+        same(&mut self.from, &other.from);
+        if let (Some(ours), Some(theirs)) = (&mut self.under_way, &other.under_way) {
+            same(&mut ours.to, &theirs.to);
+        }
     }
 }
 

@@ -18,6 +18,7 @@ use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::thread;
+use std::time::{Duration, Instant};
 
 /// How many batches are in Redis's hands at once: enough that it finds the next when it has done one.
 pub const PIPELINED_BATCHES: usize = 4;
@@ -31,6 +32,10 @@ const HEARD_TOGETHER: usize = WINDOW_BATCHES / 4;
 /// as long as more batches than this wait for the sender: meanwhile the worker has no need to hurry.
 const ENOUGH_ORDERS: usize = WINDOW_BATCHES / 4;
 
+/// How long a sender that was roused stays awake: so long may the worker need until the batch is there. It gives way to whoever else
+/// wants the processor.
+const ROUSED_FOR: Duration = Duration::from_micros(200);
+
 /// Room for orders beside batches.
 const SPARE_ORDERS: usize = 8;
 
@@ -41,7 +46,7 @@ pub struct Batch {
     pub commands: usize,
 }
 
-/// What the worker tells a sender. Only batches and beats are told with at_least_once.
+/// What the worker tells a sender. Only batches, that one is about to come, and beats are told with at_least_once.
 pub enum Order {
     /// For exactly_once it begins with MULTI and ends with the guard's HSET; `commands` are the entries alone.
     Batch(Batch),
@@ -49,6 +54,8 @@ pub enum Order {
     Claim(Box<Claim>),
     /// Looks for events in their streams' tails; at least one.
     Look(Vec<Wanted>),
+    /// A batch is about to come.
+    Rouse,
     /// What was refused is written down: goes on.
     Resume,
     /// Refreshes the guard, and so looks whether the connection is there; `released`: for the last time.
@@ -125,6 +132,13 @@ impl Handle {
         })
     }
 
+    /// Lets a sender without orders be awake when the batch comes that is about to be read.
+    pub fn rouse(&self) {
+        if self.has_begun_all() {
+            let _ = self.order(Order::Rouse);
+        }
+    }
+
     /// Whether it has begun with every order that it was given.
     pub fn has_begun_all(&self) -> bool {
         self.orders.is_empty()
@@ -196,6 +210,24 @@ fn run(destination: &Destination, orders: &Receiver<Order>, reporter: &Reporter)
     }
 }
 
+/// Waits for an order: asleep or, once roused, awake, since to be woken takes as long as to read and append an event.
+fn next_order(orders: &Receiver<Order>) -> Result<Order, TryRecvError> {
+    loop {
+        let order = orders.recv().map_err(|_| TryRecvError::Disconnected)?;
+        if !matches!(order, Order::Rouse) {
+            return Ok(order);
+        }
+        let roused_at = Instant::now();
+        while roused_at.elapsed() < ROUSED_FOR {
+            match orders.try_recv() {
+                Err(TryRecvError::Empty) => thread::yield_now(),
+                Ok(Order::Rouse) => {}
+                order => return order,
+            }
+        }
+    }
+}
+
 /// Speaks for a conversation until the connection ends, or nobody listens any more.
 fn converse(
     mut link: Link,
@@ -207,11 +239,7 @@ fn converse(
     loop {
         while conversation.wants_order() {
             let idles = !conversation.awaits_reply() && conversation.output().is_empty();
-            let order = if idles {
-                orders.recv().map_err(|_| TryRecvError::Disconnected)
-            } else {
-                orders.try_recv()
-            };
+            let order = if idles { next_order(orders) } else { orders.try_recv() };
             match order {
                 Ok(order) => conversation.order(order),
                 Err(TryRecvError::Empty) => break,
@@ -267,7 +295,7 @@ fn pipeline(mut link: Link, replicas: Option<Replicas>, orders: &Receiver<Order>
     loop {
         while closed.is_none() && unanswered.len() < ahead {
             let next = if unanswered.is_empty() {
-                orders.recv().ok()
+                next_order(orders).ok()
             } else {
                 orders.try_recv().ok()
             };

@@ -49,6 +49,11 @@ impl Snapshot {
         xid < self.xmin || (xid < self.xmax && self.in_progress.binary_search(&xid).is_err())
     }
 
+    /// Whether it sees all that `other` sees.
+    pub fn includes(&self, other: &Self) -> bool {
+        self.xmin >= other.xmin && self.xmax >= other.xmax && self.in_progress.iter().all(|xid| !other.sees(*xid))
+    }
+
     /// Every transaction below this had ended.
     pub fn xmin(&self) -> u64 {
         self.xmin

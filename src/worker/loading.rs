@@ -127,22 +127,17 @@ impl Worker {
         self.take_tick()
     }
 
-    /// Backends whose saved cursors are equal stand at the same place: one tick for all, so that one scan serves them.
+    /// Backends whose saved cursors are of equal ticks speak of the same: then one scan serves them.
     fn share_positions(&mut self) {
         for index in 1..self.backends.len() {
             let (before, rest) = self.backends.split_at_mut(index);
             let backend = &mut rest[0];
-            let position = backend.delivery.position();
-            if !backend.delivery.is_idle() || position.under_way.is_some() {
+            if !backend.delivery.is_idle() {
                 continue;
             }
-            let twin = before
-                .iter()
-                .map(|b| b.delivery.position())
-                .find(|p| p.under_way.is_none() && p.from == position.from);
-            if let Some(twin) = twin.cloned() {
-                backend.delivery.advanced(twin);
-            }
+            let mut position = backend.delivery.position().clone();
+            before.iter().for_each(|b| position.share(b.delivery.position()));
+            backend.delivery.advanced(position);
         }
     }
 }

@@ -3,12 +3,12 @@
 use super::Worker;
 use crate::backend::{Backend, Role};
 use crate::guc::{self, SendAfter};
+use crate::pass::{self, Group};
 use crate::process::{self, Aborted};
-use crate::{catalog, pass, ticker};
+use crate::{catalog, ticker};
 use pgrx::pg_sys;
 use relay::delivery::Now;
 use relay::fault;
-use relay::reader::Position;
 use relay::snapshot::{FIRST_NORMAL_XID, Tick};
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,6 +16,9 @@ use std::time::Duration;
 /// How soon it is looked whether standbys have flushed, and at most how much later each time.
 const STANDBY_LOOK: Duration = Duration::from_millis(1);
 const STANDBY_LONGEST_LOOK: Duration = Duration::from_millis(100);
+
+/// Backends that are further behind are not waited for.
+const WAITED_FOR_SEQS: i64 = 100_000;
 
 /// A tick that synchronous standbys have not flushed yet.
 pub(super) struct Awaited {
@@ -30,48 +33,89 @@ impl Worker {
     pub(super) fn read(&mut self, now: Now) -> Result<bool, Aborted> {
         self.work |= self.slot.has_work();
         self.look_at_standbys(now);
-        let waits = |b: &Backend, latest: &Arc<Tick>| {
-            // Before the first tick there is nowhere to go, and certainly not back.
-            let goes_on = latest.next_xid > FIRST_NORMAL_XID && !Arc::ptr_eq(&b.delivery.position().from, latest);
-            b.is_ready(now) && (b.delivery.position().under_way.is_some() || goes_on)
-        };
         // While all are down, publishers find the flag raised and wake nobody.
         if self.work
             && self.awaited.is_none()
             && (self.polled || self.backends.iter().any(|b| b.reads_for_redis() && b.is_ready(now)))
         {
+            if self.slot.has_work() {
+                self.rouse();
+            }
             self.take_tick()?;
             if self.generation == u64::MAX {
                 // What the tick sees may have been published for backends as they are now.
                 return Ok(true);
             }
         }
-        let mut more = false;
-        let mut done: Vec<i32> = Vec::new();
-        while let Some(first) = self
-            .backends
-            .iter()
-            .position(|b| waits(b, &self.latest) && !done.contains(&b.number))
-        {
-            let position = self.backends[first].delivery.position().clone();
-            let group: Vec<usize> = (0..self.backends.len())
-                .filter(|i| {
-                    let b = &self.backends[*i];
-                    waits(b, &self.latest) && !done.contains(&b.number) && b.delivery.position().same_place(&position)
-                })
-                .collect();
-            done.extend(group.iter().map(|i| self.backends[*i].number));
-            self.read_group(&group, &position, now)?;
+        // A pass moves its readers, and who waited for them then waits no more: that is for the next round.
+        let mut waiting: Vec<usize> = (0..self.backends.len()).filter(|i| self.reads_now(*i, now)).collect();
+        while !waiting.is_empty() {
+            let group = Group::take(&self.backends, &mut waiting, &self.latest);
+            self.read_group(&group, now)?;
         }
+        let mut more = false;
         let is_all_read = self.awaited.is_none();
-        for backend in &mut self.backends {
-            if waits(backend, &self.latest) {
-                more = true;
-            } else if backend.reads_for_redis() && backend.delivery.rest(is_all_read) {
+        for index in 0..self.backends.len() {
+            let (waits, reads) = (self.waits(index, now), self.reads_now(index, now));
+            let backend = &mut self.backends[index];
+            more |= reads;
+            if !waits && backend.reads_for_redis() && backend.delivery.rest(is_all_read) {
                 backend.recovered(now);
             }
         }
         Ok(more)
+    }
+
+    /// Something was committed: whoever sent last is awake when it has been read.
+    fn rouse(&self) {
+        let idle = self
+            .backends
+            .iter()
+            .filter(|b| b.reads_for_redis() && b.delivery.is_idle());
+        if let Some(backend) = idle.max_by_key(|b| b.moved_at()) {
+            backend.rouse();
+        }
+    }
+
+    /// Whether a backend can take rows now, and there may be some.
+    fn waits(&self, index: usize, now: Now) -> bool {
+        self.has_way_to_go(index) && self.backends[index].is_ready(now)
+    }
+
+    fn has_way_to_go(&self, index: usize) -> bool {
+        let position = self.backends[index].delivery.position();
+        // Before the first tick there is nowhere to go, and certainly not back.
+        let goes_on = self.latest.next_xid > FIRST_NORMAL_XID && !Arc::ptr_eq(&position.from, &self.latest);
+        position.under_way.is_some() || goes_on
+    }
+
+    /// Whether a pass is worth while for a backend: it takes rows, and not just a few of them.
+    fn takes(&self, index: usize, now: Now) -> bool {
+        let backend = &self.backends[index];
+        self.waits(index, now) && (!backend.reads_for_redis() || backend.delivery.is_worth_reading())
+    }
+
+    /// Whether a backend is to read now. Who can wait lets those that are behind on the same way come up, so that one scan serves all
+    /// again; since its sender has enough to do meanwhile, a slow or hung one holds up nobody.
+    fn reads_now(&self, index: usize, now: Now) -> bool {
+        if !self.takes(index, now) {
+            return false;
+        }
+        let backend = &self.backends[index];
+        if backend.reads_for_redis() && !backend.delivery.can_wait() {
+            return true;
+        }
+        let position = backend.delivery.position();
+        let holds = |(other, b): (usize, &Backend)| {
+            let theirs = b.delivery.position();
+            let behind = position.place() - theirs.place();
+            other != index
+                && b.is_keeping_up()
+                && self.has_way_to_go(other)
+                && Arc::ptr_eq(theirs.to(&self.latest), position.to(&self.latest))
+                && ((1..=WAITED_FOR_SEQS).contains(&behind) || (behind == 0 && !self.takes(other, now)))
+        };
+        !self.backends.iter().enumerate().any(holds)
     }
 
     /// Takes a tick if anything has happened since the last, and makes what it sees durable.
@@ -152,9 +196,9 @@ impl Worker {
         self.flushed = self.flushed.max(ticker::flush());
     }
 
-    /// One scan for backends that stand at `position`.
-    fn read_group(&mut self, group: &[usize], position: &Position, now: Now) -> Result<(), Aborted> {
-        let readers = process::transaction(|| pass::read(&mut self.backends, group, position, &self.latest))?;
+    /// One scan for a group of backends.
+    fn read_group(&mut self, group: &Group, now: Now) -> Result<(), Aborted> {
+        let readers = process::transaction(|| pass::read(&mut self.backends, group))?;
         if readers.iter().any(|r| r.wrote) {
             self.flush();
         }
