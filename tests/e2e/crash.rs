@@ -36,7 +36,8 @@ fn a_worker_terminated_while_it_saves_repeats_nothing() {
     let stack = Stack::with(UNTRIMMED);
     stack.pg.exec(
         "create function slow() returns trigger language plpgsql as $$ begin perform pg_sleep(0.1); return new; end $$;
-         create trigger slow before insert or update on outbox.cursors for each row execute function slow()",
+         create trigger slow before insert or update on outbox.cursors for each row execute function slow();
+         alter table outbox.cursors enable always trigger slow",
     );
     let published = publish_many(&mut stack.pg.client(), "default", "", "event", 20);
     stack.wait_events(20);

@@ -1,6 +1,6 @@
 //! pg_dump and restore: backends, and all events that were not sent, go along; what was sent is not sent again.
 
-use kit::{Entry, Mode, Postgres, Stack, wait_eq};
+use kit::{Entry, Mode, Postgres, Stack, wait_eq, wait_until};
 use postgres::Client;
 
 /// How a dump is written and read.
@@ -248,7 +248,14 @@ fn after_the_source_went_on(form: Form, delivery: &str) -> (Stack, Postgres, Vec
     target.exec("create database copy");
     let paused = "update outbox.backends set enabled = false";
     stack.wait_events(300);
+    let since: String = stack.pg.one("select clock_timestamp()::text");
     stack.pg.exec(paused);
+    // What it has to save it saves now, or the cursor would come back.
+    wait_until("the paused backend's cursor to be saved", || {
+        stack.pg.one::<bool>(&format!(
+            "select exists (select from outbox.cursors where backend_number > 0 and saved_at > '{since}')"
+        ))
+    });
     stack.pg.exec("delete from outbox.cursors");
     stack
         .pg
