@@ -183,6 +183,14 @@ fn without_a_look_at_the_streams_a_doubtful_batch_waits() {
         "event_id",
         "none",
     ]);
+    let info: Vec<redis::Value> = redis::cmd("XINFO")
+        .arg(&["STREAM", "full"])
+        .query(&mut stack.redis.conn())
+        .expect("XINFO STREAM");
+    if !info.contains(&redis::Value::BulkString(b"entries-added".to_vec())) {
+        eprintln!("this Redis does not count what was added (before 7.0): see the README's limits");
+        return;
+    }
     // No refresh of the guard may be on its way when replies are held, and that one is late is no reason to connect anew.
     stack.pg.set("outbox_relay.poll_interval", "1h");
     stack.pg.exec("update outbox.backends set socket_timeout = '10s'");
