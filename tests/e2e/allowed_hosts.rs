@@ -11,13 +11,12 @@ fn is_connected(redis: &Redis) -> bool {
     format!("{:?}", redis.call(&["CLIENT", "LIST"])).contains("name=outbox_relay")
 }
 
-/// Sets the list, and waits until the worker goes by it.
+/// Sets the list, and waits until it counts.
 fn allow(stack: &Stack, list: &str) {
-    let before: String = stack.pg.one(&format!("show {SETTING}"));
     stack.pg.set(SETTING, list);
-    assert_ne!(before, list, "the next lines would wait for nothing");
-    let standing = |pg: &Postgres| -> String { pg.one(&format!("show {SETTING}")) };
-    kit::wait_eq("the setting", list.to_owned(), || standing(&stack.pg));
+    kit::wait_eq("the setting", list.to_owned(), || {
+        stack.pg.one(&format!("show {SETTING}"))
+    });
 }
 
 #[test]
@@ -43,7 +42,7 @@ fn names_addresses_networks_and_sockets() {
         ("redis.internal", "localhost", false),
         ("localhost", "127.0.0.1", false),
         // Taken for an address by the resolver alone.
-        ("localhost, *.1", "127.1", false),
+        ("localhost, *.net", "127.1", false),
         ("", "localhost", false),
         ("/*", "localhost", false),
         (&format!("{above}/*"), &socket, true),
