@@ -42,7 +42,7 @@ impl Row {
             figure: figure.into(),
             ours: per_second(median(ours)),
             floor: per_second(median(floor)),
-            ratio: format!("{ratio:.2}"),
+            ratio: share(ratio),
             goal: text(goal, 2, ""),
             reached: goal.reached(ratio),
         }
@@ -68,7 +68,7 @@ impl Row {
             figure: figure.into(),
             ours: format!("{:.2} ms", median(ours)),
             floor: format!("{:.2} ms", median(floor)),
-            ratio: format!("{ratio:.2}"),
+            ratio: share(ratio),
             goal: text(goal, 2, ""),
             reached: goal.reached(ratio),
         }
@@ -92,7 +92,7 @@ impl Row {
             figure: figure.into(),
             ours: String::new(),
             floor: String::new(),
-            ratio: format!("{ratio:.2}"),
+            ratio: share(ratio),
             goal: text(goal, 2, ""),
             reached: goal.reached(ratio),
         }
@@ -207,6 +207,13 @@ pub fn thousands(value: u64) -> String {
         .map(|group| std::str::from_utf8(group).expect("digits"))
         .collect();
     groups.join(",")
+}
+
+fn share(ratio: f64) -> String {
+    match ratio < 0.1 {
+        true => format!("{ratio:.4}"),
+        false => format!("{ratio:.2}"),
+    }
 }
 
 fn per_second(rate: f64) -> String {
