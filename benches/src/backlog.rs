@@ -71,16 +71,10 @@ pub fn measure(scale: &Scale) -> Taken {
                 )
             },
         ],
-        series: vec![
-            Series {
-                name: "rate by size".to_owned(),
-                points: by_size,
-            },
-            Series {
-                name: "rate over one drain".to_owned(),
-                points: drains.last().map(|d| d.progress.curve(60)).unwrap_or_default(),
-            },
-        ],
+        series: vec![Series {
+            name: "rate by size".to_owned(),
+            points: by_size,
+        }],
         ..Taken::default()
     }
 }

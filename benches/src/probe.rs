@@ -75,18 +75,6 @@ impl Progress {
             false => t0 + (t1 - t0) * (count - n0 as f64) / (n1 - n0) as f64,
         }
     }
-
-    /// Events a second in so many equal parts of the way, each at the share of the events that had come.
-    pub fn curve(&self, parts: usize) -> Vec<(f64, f64)> {
-        let (from, goal) = (self.points[0].1 as f64, self.goal as f64);
-        let step = (goal - from) / parts as f64;
-        (0..parts)
-            .map(|part| {
-                let (a, b) = (from + step * part as f64, from + step * (part + 1) as f64);
-                ((a + b) / 2.0, step / (self.when(b) - self.when(a)))
-            })
-            .collect()
-    }
 }
 
 /// Entries that were ever added to these streams.
