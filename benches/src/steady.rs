@@ -31,6 +31,8 @@ pub fn measure(scale: &Scale) -> Taken {
                     &format!("{}s", (retention_s / 4.0).clamp(1.0, 60.0)),
                 ),
                 ("outbox_relay.published_retention", &retention),
+                // As it is by default: a checkpoint or two in each fifth of half an hour.
+                ("checkpoint_timeout", "5min"),
             ],
         ]
         .concat(),
