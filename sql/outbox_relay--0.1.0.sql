@@ -31,7 +31,7 @@ create table outbox.backends (
     name            text primary key check (length(name) between 1 and 63),
     number          integer generated always as identity unique,
     enabled         boolean not null default true,
-    mode            text not null default 'standalone' check (mode in ('standalone', 'sentinel')),
+    mode            text not null default 'standalone' check (mode in ('standalone', 'sentinel', 'cluster')),
     host            text check (host <> ''),
     port            integer check (port between 1 and 65535),
     db              integer check (db between 0 and 65535),
@@ -55,6 +55,8 @@ create table outbox.backends (
     tls_insecure    boolean not null default false,
     constraint backends_nodes_of_mode check ((mode = 'standalone') = (nodes is null)),
     constraint backends_sentinel_master_of_mode check ((mode = 'sentinel') = (sentinel_master is not null)),
+    constraint backends_db_of_mode check (mode <> 'cluster' or coalesce(db, 0) = 0),
+    constraint backends_stream_of_mode check (mode <> 'cluster' or stream_name is not null),
     constraint backends_address_of_mode check (mode = 'standalone' or (host is null and port is null and unix_socket is null)),
     constraint backends_tls_needs_tcp check (not tls or unix_socket is null),
     constraint backends_tls_settings_need_tls check (tls or (num_nonnulls(tls_ca_file, tls_cert_file, tls_key_file) = 0 and not tls_insecure)),
@@ -64,11 +66,11 @@ create table outbox.backends (
 comment on table outbox.backends is 'Named Redis destinations; NULL in a column means the setting outbox_relay.redis_* of that name. A change takes effect at once.';
 comment on column outbox.backends.number is 'Never changes and is never given again; events store it, so that a renamed backend keeps its events.';
 comment on column outbox.backends.enabled is 'False pauses the backend: its events wait.';
-comment on column outbox.backends.mode is 'standalone: one Redis, at host and port or unix_socket. sentinel: the primary that sentinels name.';
-comment on column outbox.backends.stream_name is 'The stream of events that name none themselves.';
+comment on column outbox.backends.mode is 'standalone: one Redis, at host and port or unix_socket. sentinel: the primary that sentinels name. cluster: streams are spread by hash slot.';
+comment on column outbox.backends.stream_name is 'The stream of events that name none themselves. In a cluster it says to which slot they belong, and cannot be changed.';
 comment on column outbox.backends.max_len is 'Approximate length to which each stream is trimmed (MAXLEN ~); 0: unlimited.';
 comment on column outbox.backends.unix_socket is 'Path of a unix socket, instead of host and port.';
-comment on column outbox.backends.nodes is 'The sentinels, as host:port (an IPv6 address in brackets), in the order in which they are asked.';
+comment on column outbox.backends.nodes is 'The sentinels, or some nodes of the cluster, as host:port (an IPv6 address in brackets), in the order in which they are asked.';
 comment on column outbox.backends.sentinel_master is 'The name by which the sentinels know the primary.';
 comment on column outbox.backends.password_file is 'A file that the server reads at each connect; its first line is the password. Nobody else may read it: 0600, or 0640 if root owns it. Needs the rights of pg_read_server_files.';
 comment on column outbox.backends.allowed_streams is 'Glob patterns (* and ?) one of which a publisher''s stream must match.';
@@ -169,7 +171,9 @@ comment on table outbox.failed_events is 'Events that Redis refused max_retries 
 ----------------------------------------------------------------------------------------------------------------------
 
 create table outbox.cursors (
-    backend_number    integer primary key,
+    backend_number    integer not null,
+    -- In a cluster, the hash slot of a lane. -1: of the whole backend; or what its finder has read, for slots that have no lane.
+    slot              integer not null default -1 check (slot between -1 and 16383),
     -- Everything that from_snapshot sees is delivered, and of what to_snapshot sees the rows up to last_seq.
     from_snapshot     pg_snapshot not null,
     from_next_xid     xid8 not null,
@@ -194,9 +198,20 @@ create table outbox.cursors (
     last_error_at     timestamptz,
     next_attempt_at   timestamptz,
     healings          bigint not null default 0,
-    address           text
+    address           text,
+    primary key (backend_number, slot)
 ) with (fillfactor = 20, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);
-comment on table outbox.cursors is 'How far each backend has come, saved once it is quiet for 250 ms and at the latest after a second. A row outlives its backend: events that were not committed when it was deleted may still come.';
+comment on table outbox.cursors is 'How far each backend, and in a cluster each of its lanes, has come, saved once it is quiet for 250 ms and at the latest after a second. A row outlives its backend: events that were not committed when it was deleted may still come.';
+
+create function outbox.hash_slot(stream text) returns integer
+    language c immutable strict parallel safe
+    as 'MODULE_PATHNAME', 'hash_slot';
+comment on function outbox.hash_slot(text) is 'Hash slot of a stream in a Redis Cluster, as CLUSTER KEYSLOT says.';
+
+create function outbox.hash_tag(slot integer) returns text
+    language c immutable strict parallel safe
+    as 'MODULE_PATHNAME', 'hash_tag_wrapper';
+comment on function outbox.hash_tag(integer) is 'A short tag of a hash slot: a key with this tag in braces lies there. NULL: there is no such slot.';
 
 create table outbox.ticks (
     backend_number integer not null,
@@ -322,6 +337,17 @@ declare
     node text;
     file_column text;
 begin
+    if new.mode = 'cluster' and new.stream_name is null then
+        -- Which slot its events belong to must not change with a setting.
+        new.stream_name := coalesce(nullif(pg_catalog.current_setting('outbox_relay.redis_stream_name', true), ''), 'events');
+    end if;
+    if tg_op = 'UPDATE' and old.mode = 'cluster' and (new.mode <> 'cluster' or new.stream_name <> old.stream_name)
+        and exists (select from outbox.cursors c where c.backend_number = old.number) then
+        raise exception using errcode = 'object_not_in_prerequisite_state',
+            message = format('mode and stream_name of backend "%s" cannot be changed', old.name),
+            detail = 'What is delivered is known for each hash slot of its cluster, and its events were placed by its stream_name.',
+            hint = 'Rename it, and insert another backend under its name.';
+    end if;
     if tg_op = 'UPDATE' and new.number <> old.number then
         raise exception using errcode = 'feature_not_supported',
             message = format('number of backend "%s" cannot be changed', old.name),
@@ -376,7 +402,7 @@ begin
     return new;
 end
 $$;
-comment on function outbox.check_backend() is 'Trigger of outbox.backends: numbers never change, nodes are host:port, file columns need pg_read_server_files, and a restored "default" replaces the untouched one.';
+comment on function outbox.check_backend() is 'Trigger of outbox.backends: numbers never change, a cluster''s backend keeps its stream_name, nodes are host:port, file columns need pg_read_server_files, and a restored "default" replaces the untouched one.';
 create trigger check_backend before insert or update on outbox.backends
     for each row execute function outbox.check_backend();
 alter table outbox.backends enable always trigger check_backend;
@@ -454,7 +480,20 @@ select b.name as backend,
     coalesce(c.healings, 0) as healings,
     c.address
 from outbox.backends b
-    left join outbox.cursors c on c.backend_number = b.number
+    -- In a cluster, of all lanes: what troubles one comes first.
+    cross join lateral (
+        select (pg_catalog.array_agg(k.state order by pg_catalog.array_position(
+                '{fenced,misconfigured,backoff,sending,idle}'::text[], k.state)))[1] as state,
+            pg_catalog.sum(k.published_total)::bigint as published_total,
+            pg_catalog.sum(k.failed_total)::bigint as failed_total,
+            pg_catalog.max(k.last_published_at) as last_published_at,
+            (pg_catalog.array_agg(k.last_error order by k.last_error_at desc nulls last))[1] as last_error,
+            pg_catalog.max(k.last_error_at) as last_error_at,
+            pg_catalog.min(k.next_attempt_at) as next_attempt_at,
+            pg_catalog.sum(k.healings)::bigint as healings,
+            pg_catalog.string_agg(distinct k.address, ', ') as address
+        from outbox.cursors k where k.backend_number = b.number
+    ) c
     cross join lateral outbox.backlog(b.number) l
     cross join lateral (
         select pg_catalog.count(*) as waiting, pg_catalog.min(w.created_at) as oldest_created_at
@@ -490,14 +529,20 @@ select e.event_id, e.event_type, e.source, e.subject, coalesce(b.name, e.backend
     case
         when f.seq is not null then 'failed'
         when r.seq is not null then 'pending'
-        when outbox.is_delivered(c, e.xid, e.seq) then 'published'
+        when c.is_delivered then 'published'
         else 'pending'
     end as status,
-    coalesce(f.attempts, r.attempts, case when outbox.is_delivered(c, e.xid, e.seq) then 1 else 0 end) as attempts,
+    coalesce(f.attempts, r.attempts, case when c.is_delivered then 1 else 0 end) as attempts,
     coalesce(f.last_error, r.last_error) as last_error
 from outbox.events e
     left join outbox.backends b on b.number = e.backend_number
-    left join outbox.cursors c on c.backend_number = e.backend_number
+    -- The cursor of the event's slot, where that has one.
+    left join lateral (
+        select outbox.is_delivered(k, e.xid, e.seq) as is_delivered
+        from outbox.cursors k
+        where k.backend_number = e.backend_number and k.slot in (-1, outbox.hash_slot(coalesce(e.stream, b.stream_name, '')))
+        order by k.slot desc limit 1
+    ) c on true
     left join outbox.failed_events f on f.event_id = e.event_id
     left join outbox.refused_events r on r.seq = e.seq and r.accepted_in is null
 union all
@@ -539,7 +584,7 @@ declare
     after_seq bigint;
     retention interval := pg_catalog.current_setting('outbox_relay.failed_retention')::interval;
 begin
-    for c in select k.backend_number from outbox.cursors k order by k.backend_number loop
+    for c in select distinct k.backend_number from outbox.cursors k order by k.backend_number loop
         after_seq := 0;
         loop
             select p.last_seq into after_seq from outbox.purge_piece(c.backend_number, after_seq, 1000) p;
@@ -625,14 +670,21 @@ end
 $$;
 comment on function outbox.expect_backend(text) is 'The backend of this name; raises 42704 if there is none.';
 
-create function outbox.guard_key(backend text) returns text
+create function outbox.guard_key(backend text, stream text) returns text
     language sql stable security definer set search_path = pg_catalog, pg_temp
     as $$
-select format('outbox_relay:guard:%s:%s:%s', i.id, d.oid, (outbox.expect_backend(backend)).number)
-from outbox.installation i, pg_catalog.pg_database d
+select format('outbox_relay:guard:%s:%s:%s', i.id, d.oid, b.number)
+    || case when b.mode = 'cluster' then
+        format(':{%s}', outbox.hash_tag(outbox.hash_slot(coalesce(guard_key.stream, b.stream_name)))) else '' end
+from outbox.installation i, pg_catalog.pg_database d, outbox.expect_backend(backend) b
 where d.datname = current_database()
 $$;
-comment on function outbox.guard_key(text) is 'Key of a backend''s guard in its Redis: a hash that says who appends to its streams, and how far that has come.';
+comment on function outbox.guard_key(text, text) is 'In a cluster, key of a backend''s guard beside this stream; NULL: its own stream_name.';
+
+create function outbox.guard_key(backend text) returns text
+    language sql stable security definer set search_path = pg_catalog, pg_temp
+    return outbox.guard_key(backend, null);
+comment on function outbox.guard_key(text) is 'Key of a backend''s guard in its Redis: a hash that says who appends to its streams, and how far that has come. In a cluster, of the one beside its own stream.';
 
 create function outbox.take_over(backend text) returns void
     language plpgsql security definer set search_path = pg_catalog, pg_temp set session_replication_role = replica
@@ -688,8 +740,10 @@ comment on function outbox.grant_publisher(regrole) is 'Lets a role publish, and
 select pg_catalog.pg_extension_config_dump('outbox.backends', '');
 select pg_catalog.pg_extension_config_dump('outbox.backends_number_seq', '');
 select pg_catalog.pg_extension_config_dump('outbox.events', $$
-    where not exists (select from outbox.cursors c
-        where c.backend_number = events.backend_number and outbox.is_delivered(c, events.xid, events.seq))
+    where not coalesce((select outbox.is_delivered(c, events.xid, events.seq) from outbox.cursors c
+        where c.backend_number = events.backend_number and c.slot in (-1, outbox.hash_slot(coalesce(events.stream,
+            (select b.stream_name from outbox.backends b where b.number = events.backend_number), '')))
+        order by c.slot desc limit 1), false)
         or exists (select from outbox.refused_events r where r.seq = events.seq and r.accepted_in is null)
     order by events.seq$$);
 select pg_catalog.pg_extension_config_dump('outbox.events_seq_seq', '');
@@ -706,4 +760,4 @@ revoke all on all functions in schema outbox from public;
 revoke all on all procedures in schema outbox from public;
 grant usage on schema outbox to pg_monitor;
 grant select on outbox.status, outbox.backend_status, outbox.event_status to pg_monitor;
-grant execute on function outbox.worker_status(), outbox.backlog(integer), outbox.is_delivered(outbox.cursors, xid8, bigint) to pg_monitor;
+grant execute on function outbox.worker_status(), outbox.backlog(integer), outbox.is_delivered(outbox.cursors, xid8, bigint), outbox.hash_slot(text) to pg_monitor;

@@ -1,9 +1,11 @@
 //! One backend within the worker: its settings, its delivery, its sender, and what is not saved yet.
 
 mod guarded;
+mod lanes;
 mod settings;
 
 pub use guarded::ClaimStage;
+pub use lanes::MOST_LANES;
 pub use settings::Home;
 
 use crate::guc::{self, LogLevel};
@@ -22,6 +24,7 @@ use relay::guard;
 use relay::reader::Position;
 use relay::refusal::{Record, Streams};
 use relay::sender::{Batch, Handle, Order, Report};
+use relay::slot::slot_of;
 use settings::{mode_of, settings};
 use std::cell::Cell;
 use std::collections::HashSet;
@@ -33,6 +36,8 @@ use std::time::Duration;
 const BATCH_BYTES: usize = 256 * 1024;
 /// A buffer that has grown beyond this for one large event is not kept.
 const KEPT_BUFFER_BYTES: usize = 2 * BATCH_BYTES;
+/// Bytes that may be on their way for a lane: of those there are many.
+const LANE_WINDOW_BYTES: usize = 512 * 1024;
 /// Of a batch's entries for one stream, the first of so many has MAXLEN: Redis trims by nodes of a hundred entries anyway.
 const TRIM_EVERY: usize = 16;
 /// Names of streams that are kept, so that not each entry needs its own.
@@ -51,6 +56,8 @@ const LOGGED_TROUBLES: usize = 8;
 /// Who reads: a backend with its Redis, or the keeper of events that have none.
 pub enum Role {
     Redis,
+    /// Reads for the lanes that there are not yet (see `lanes.rs`).
+    Finder,
     /// The backend was deleted: its events fail.
     Deleted,
     /// Reads events of backends that nobody knows.
@@ -108,6 +115,8 @@ pub struct BuiltBatch {
 
 pub struct Backend {
     pub number: i32,
+    /// The hash slot of a cluster that it is for.
+    pub lane: Option<u16>,
     pub role: Role,
     pub row: Option<BackendRow>,
     destination: Destination,
@@ -140,6 +149,8 @@ pub struct Backend {
     pending_save: Option<(Standing, u64)>,
     /// It met a row that it cannot judge yet.
     pub rests_until: Now,
+    /// Restores whose events a lane has compared.
+    compared: Vec<i64>,
     /// High end of the saved cursor, and so of what a restart would read again.
     saved_high_seq: i64,
     /// How often it refreshes the guard, as it has told or will tell.
@@ -157,22 +168,39 @@ pub struct Backend {
 
 impl Backend {
     /// A backend at its saved cursor, or at the beginning of time.
-    pub fn load(number: i32, role: Role, row: Option<BackendRow>, home: &Home) -> Self {
-        let (destination, stream, max_len) = settings(row.as_ref(), home);
-        let (cursor, standing) = outbox::cursor(number).unwrap_or_else(|| {
+    pub fn load(number: i32, lane: Option<u16>, role: Role, row: Option<BackendRow>, home: &Home) -> Self {
+        let (cursor, standing) = outbox::cursor(number, lane).unwrap_or_else(|| {
             let position = Position::beginning();
             (Cursor { position, number: 0 }, Standing::default())
         });
+        Self::standing_at(number, lane, role, row, home, cursor, standing)
+    }
+
+    fn standing_at(
+        number: i32,
+        lane: Option<u16>,
+        role: Role,
+        row: Option<BackendRow>,
+        home: &Home,
+        cursor: Cursor,
+        standing: Standing,
+    ) -> Self {
+        let (destination, stream, max_len) = settings(row.as_ref(), home, lane);
         let streams = match role {
-            Role::Redis => Streams::waiting(refused::refused_streams(number, &stream)),
-            Role::Deleted | Role::Strays => Streams::default(),
+            Role::Redis => refused_streams(number, lane, &stream),
+            Role::Finder | Role::Deleted | Role::Strays => Streams::default(),
         };
         let saved_high_seq = cursor.position.from.high_seq;
         let mut delivery = Delivery::new(mode_of(&destination), cursor, streams, guc::backoff());
         delivery.set_reread_to(refused::highest_written_down(number));
         delivery.set_follows(destination.route != Route::Direct);
+        if lane.is_some() {
+            delivery.set_window_bytes(LANE_WINDOW_BYTES);
+        }
         Self {
             number,
+            lane,
+            compared: Vec::new(),
             role,
             row,
             destination,
@@ -236,12 +264,12 @@ impl Backend {
 
     /// Whether the sender goes on with these settings: it goes to the same place, and what is on its way to the same stream.
     pub fn keeps_sender(&self, row: &BackendRow, home: &Home) -> bool {
-        let (destination, stream, _) = settings(Some(row), home);
+        let (destination, stream, _) = settings(Some(row), home, self.lane);
         let stays = destination == self.destination && stream == self.stream;
         // Those who watch the guard must know how often it is refreshed: a new claim says so.
         let beats = !self.is_exactly_once() || self.interval == guc::millis(&guc::POLL_INTERVAL_MS);
         // What a dump has brought is looked for by a new claim.
-        let claims = self.is_exactly_once() && !row.restores.is_empty();
+        let claims = self.is_exactly_once() && row.restores.iter().any(|r| !self.compared.contains(r));
         row.enabled && self.is_enabled() && stays && beats && !claims
     }
 
@@ -253,11 +281,16 @@ impl Backend {
             self.logged_state = None;
         }
         self.interval = guc::millis(&guc::POLL_INTERVAL_MS);
-        let (destination, stream, max_len) = settings(Some(&row), home);
+        let (destination, stream, max_len) = settings(Some(&row), home, self.lane);
         if stream != self.stream {
             self.delivery
-                .set_streams(Streams::waiting(refused::refused_streams(self.number, &stream)));
+                .set_streams(refused_streams(self.number, self.lane, &stream));
         }
+        if self.becomes_finder(&row) {
+            self.role = Role::Finder;
+            self.delivery.set_streams(Streams::default());
+        }
+        let row = self.without_done(row);
         self.delivery.set_mode(mode_of(&destination));
         self.delivery.set_follows(destination.route != Route::Direct);
         (self.destination, self.stream, self.max_len) = (destination, stream, max_len);
@@ -478,7 +511,8 @@ impl Backend {
     }
 
     fn keep(&mut self, mut buffer: Vec<u8>) {
-        if buffer.capacity() <= KEPT_BUFFER_BYTES && self.buffers.len() < 8 {
+        let kept = if self.lane.is_some() { 1 } else { 8 };
+        if buffer.capacity() <= KEPT_BUFFER_BYTES && self.buffers.len() < kept {
             buffer.clear();
             self.buffers.push(buffer);
         }
@@ -538,7 +572,7 @@ impl Backend {
             true => self.delivery.position(),
             false => self.delivery.acked(),
         };
-        outbox::save_cursor(self.number, position, self.delivery.number(), &standing);
+        outbox::save_cursor(self.number, self.lane, position, self.delivery.number(), &standing);
         self.pending_save = Some((standing, self.delivery.published()));
     }
 
@@ -580,6 +614,7 @@ impl Backend {
         match self.delivery.trouble() {
             Some(failure) => {
                 let (level, what) = match failure.class {
+                    _ if self.is_finder() => (LogLevel::Error, "cannot send all its events"),
                     Class::Configuration => (LogLevel::Error, "cannot be reached"),
                     Class::Fenced => (LogLevel::Error, "is fenced"),
                     Class::Watching => (LogLevel::Info, "is about to be taken over"),
@@ -590,9 +625,15 @@ impl Backend {
                 } else {
                     "."
                 };
-                let detail = format!("Redis at {place}: {}{stop}", failure.message);
+                let what = format!("backend \"{name}\" {what}");
+                let detail = match self.is_finder() {
+                    true => format!("{}{stop}", failure.message),
+                    false => format!("Redis at {place}: {}{stop}", failure.message),
+                };
                 let hint = failure.hint().unwrap_or("Events wait until it works again.");
-                log(level, &format!("backend \"{name}\" {what}"), Some(&detail), Some(hint));
+                if !self.was_said(&detail, REPEAT_LOG_AFTER, now) {
+                    log(level, &what, Some(&detail), Some(hint));
+                }
             }
             // Not while it is only on its way up for the first time.
             None if self.delivery.has_room() && self.destination.tls.as_ref().is_some_and(|tls| tls.insecure) => {
@@ -606,12 +647,10 @@ impl Backend {
                 );
             }
             None if self.delivery.has_room() => {
-                log(
-                    LogLevel::Info,
-                    &format!("backend \"{name}\" is connected to Redis at {place}"),
-                    None,
-                    None,
-                );
+                let message = format!("backend \"{name}\" is connected to Redis at {place}");
+                if !self.was_said(&message, REPEAT_LOG_AFTER, now) {
+                    log(LogLevel::Info, &message, None, None);
+                }
             }
             None => return,
         }
@@ -620,6 +659,13 @@ impl Backend {
         }
         self.logged.push((message, now));
     }
+}
+
+/// Of a backend or of one lane of it.
+fn refused_streams(number: i32, lane: Option<u16>, own_stream: &str) -> Streams {
+    let serves = |stream: &str| lane.is_none_or(|slot| slot_of(stream.as_bytes()) == slot);
+    let found = refused::refused_streams(number, own_stream).into_iter();
+    Streams::waiting(found.filter(|(stream, _)| serves(stream)))
 }
 
 fn error_of(record: &Record) -> Option<&str> {

@@ -48,6 +48,19 @@ pub struct BackendRow {
     pub restores: Vec<i64>,
 }
 
+impl BackendRow {
+    pub fn is_cluster(&self) -> bool {
+        self.mode == "cluster"
+    }
+}
+
+/// A lane as a column of our tables: its slot, or this where there are none.
+const NO_LANE: i32 = -1;
+
+fn lane_number(lane: Option<u16>) -> i32 {
+    lane.map_or(NO_LANE, i32::from)
+}
+
 /// What is saved of a backend beside its position.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Standing {
@@ -218,7 +231,7 @@ pub fn backends() -> Vec<BackendRow> {
 /// Numbers of backends that were deleted but had a cursor: uncommitted events of theirs may still come.
 pub fn deleted_backends() -> Vec<i32> {
     query(
-        "select c.backend_number from outbox.cursors c
+        "select distinct c.backend_number from outbox.cursors c
         where c.backend_number > 0 and not exists (select from outbox.backends b where b.number = c.backend_number)",
         &[],
         |row| value(row, 1).unwrap_or_default(),
@@ -252,16 +265,37 @@ pub fn is_deleted(number: i32) -> bool {
     .unwrap_or(false)
 }
 
-/// The saved position and standing of a backend.
-pub fn cursor(number: i32) -> Option<(Cursor, Standing)> {
+/// The stream of a backend's events that name none.
+pub fn own_stream(number: i32) -> String {
+    query(
+        "select coalesce(b.stream_name, '') from outbox.backends b where b.number = $1",
+        &[number.into()],
+        |row| text(row, 1),
+    )
+    .pop()
+    .flatten()
+    .unwrap_or_default()
+}
+
+/// Slots of which a backend has lanes.
+pub fn lanes(number: i32) -> Vec<u16> {
+    query(
+        "select slot from outbox.cursors where backend_number = $1 and slot >= 0 order by slot",
+        &[number.into()],
+        |row| value::<i32>(row, 1).unwrap_or_default() as u16,
+    )
+}
+
+/// The saved position and standing of a backend, or of one lane of it.
+pub fn cursor(number: i32, lane: Option<u16>) -> Option<(Cursor, Standing)> {
     query(
         "select from_snapshot::text, from_next_xid::text, from_low_seq, from_high_seq,
             to_snapshot::text, to_next_xid::text, to_low_seq, to_high_seq, last_seq,
             state, published_total, failed_total,
             (extract(epoch from last_published_at) * 1000000)::bigint, last_error,
             (extract(epoch from last_error_at) * 1000000)::bigint, batch_number, healings, epoch, address
-        from outbox.cursors where backend_number = $1",
-        &[number.into()],
+        from outbox.cursors where backend_number = $1 and slot = $2",
+        &[number.into(), lane_number(lane).into()],
         |row| {
             let from = tick_at(row, 1).unwrap_or_else(|| internal("a cursor of outbox.cursors is not readable"));
             let under_way = tick_at(row, 5).map(|to| UnderWay {
@@ -302,17 +336,17 @@ fn tick_at(row: &SpiTupleTable<'_>, first: usize) -> Option<Arc<Tick>> {
 }
 
 /// Saves position and standing.
-pub fn save_cursor(number: i32, position: &Position, batch_number: u64, standing: &Standing) {
+pub fn save_cursor(number: i32, lane: Option<u16>, position: &Position, batch_number: u64, standing: &Standing) {
     let (from, to) = (&position.from, position.under_way.as_ref());
     run(
         "insert into outbox.cursors as c (backend_number, from_snapshot, from_next_xid, from_low_seq, from_high_seq,
             to_snapshot, to_next_xid, to_low_seq, to_high_seq, last_seq, saved_at,
             state, published_total, failed_total, events_per_second, last_published_at, last_error, last_error_at, next_attempt_at,
-            batch_number, healings, epoch, address)
+            batch_number, healings, epoch, address, slot)
         values ($1, $2::pg_snapshot, $3::xid8, $4, $5, $6::pg_snapshot, $7::xid8, $8, $9, $10, clock_timestamp(),
             $11, $12, $13, $14, to_timestamp($15 / 1000000.0), $16, to_timestamp($17 / 1000000.0), to_timestamp($18 / 1000000.0),
-            $19, $20, $21, $22)
-        on conflict (backend_number) do update set
+            $19, $20, $21, $22, $23)
+        on conflict (backend_number, slot) do update set
             from_snapshot = excluded.from_snapshot, from_next_xid = excluded.from_next_xid,
             from_low_seq = excluded.from_low_seq, from_high_seq = excluded.from_high_seq,
             to_snapshot = excluded.to_snapshot, to_next_xid = excluded.to_next_xid,
@@ -346,6 +380,7 @@ pub fn save_cursor(number: i32, position: &Position, batch_number: u64, standing
             standing.healings.into(),
             standing.epoch.into(),
             standing.address.as_deref().map_or_else(DatumWithOid::null::<String>, words),
+            lane_number(lane).into(),
         ],
     );
 }

@@ -10,7 +10,9 @@ use pgrx::pg_sys;
 use relay::delivery::{Entry, Room, RowFate};
 use relay::reader::{Key, Position, RangeScan, Scan, Step, Table};
 use relay::refusal::Record;
+use relay::slot::slot_of;
 use relay::snapshot::Tick;
+use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -78,6 +80,7 @@ pub fn read(backends: &mut [Backend], group: &Group) -> Vec<Reader> {
         to: group.to.clone(),
         seq: group.last_seq,
         known: backends.iter().map(|b| b.number).collect(),
+        lanes: lanes(backends),
         readers: group
             .members
             .iter()
@@ -101,6 +104,7 @@ pub struct Reader {
     /// Where it stood: what `from` sees and rows up to `after` are others'.
     from: Arc<Tick>,
     after: i64,
+    lane: Option<u16>,
     batches_left: usize,
     bytes_left: usize,
     pub built: Vec<BuiltBatch>,
@@ -116,6 +120,8 @@ pub struct Reader {
     pub end: Position,
     /// It met a row for which it has no room.
     pub stopped: bool,
+    /// That row's slot has no lane.
+    pub found: Option<u16>,
 }
 
 impl Reader {
@@ -126,6 +132,8 @@ impl Reader {
             number: backend.number,
             from: backend.delivery.position().from.clone(),
             after: backend.delivery.position().last_seq(),
+            lane: backend.lane,
+            found: None,
             batches_left: room.map_or(0, |r| r.batches),
             bytes_left: room.map_or(0, |r| r.bytes),
             built: Vec::new(),
@@ -185,6 +193,8 @@ struct Pass<'a> {
     seq: i64,
     /// Numbers of all backends; rows of any other are the strays' reader's.
     known: Vec<i32>,
+    /// Lanes of all backends, by backend and slot; empty as long as none is a cluster's.
+    lanes: BTreeSet<(i32, Option<u16>)>,
     backends: &'a mut [Backend],
     readers: Vec<Reader>,
 }
@@ -212,7 +222,7 @@ impl Pass<'_> {
                 Some(Step::Passed(key)) => key,
                 Some(Step::Row(key)) => {
                     let row = scan.current().row();
-                    if let Some(reader) = self.reader_of(row.backend_number(), key)
+                    if let Some(reader) = self.reader_of(row, key, &rows)
                         && !rows.within(|| self.take(reader, row))
                     {
                         self.stop(reader);
@@ -242,9 +252,13 @@ impl Pass<'_> {
     }
 
     /// Who takes a row of a backend, if it takes part, stands before it and has not stopped.
-    fn reader_of(&self, number: i32, key: Key) -> Option<usize> {
+    fn reader_of(&self, row: &Row, key: Key, rows: &RowMemory) -> Option<usize> {
+        let number = row.backend_number();
         let number = if self.known.contains(&number) { number } else { 0 };
-        let reader = self.readers.iter().position(|r| r.number == number && !r.stopped)?;
+        let reader = match self.lanes.contains(&(number, None)) {
+            true => self.lane_of(number, row, rows)?,
+            false => self.readers.iter().position(|r| r.number == number && !r.stopped)?,
+        };
         let Reader { from, after, .. } = &self.readers[reader];
         let is_new = *after < key.seq && (Arc::ptr_eq(from, &self.from) || !from.snapshot.sees(key.xid));
         is_new.then_some(reader)
@@ -256,6 +270,19 @@ impl Pass<'_> {
         self.readers
             .iter()
             .all(|r| r.stopped || r.can_wait(&self.backends[r.index]))
+    }
+
+    /// The same in a cluster: the lane of the row's slot, or who finds those that have none.
+    fn lane_of(&self, number: i32, row: &Row, rows: &RowMemory) -> Option<usize> {
+        let mut of_number = self.readers.iter().filter(|r| r.number == number);
+        let backend = &self.backends[of_number.next()?.index];
+        let slot = rows.within(|| match row.text(attribute::STREAM) {
+            Some(stream) => slot_of(stream.as_bytes()),
+            None => slot_of(backend.stream.as_bytes()),
+        });
+        let lane = Some(slot).filter(|slot| self.lanes.contains(&(number, Some(*slot))));
+        let is_its = |r: &Reader| r.number == number && r.lane == lane && !r.stopped;
+        self.readers.iter().position(is_its)
     }
 
     /// A reader has no room for the row that was just met: it stays before it.
@@ -293,6 +320,10 @@ impl Pass<'_> {
                     error: "its backend was deleted".into(),
                 });
                 return true;
+            }
+            Role::Finder => {
+                reader.found = Some(row.with_event(|event| backend.slot_of(event)));
+                return false;
             }
             Role::Redis => {}
         }
@@ -340,6 +371,14 @@ impl Pass<'_> {
             true
         })
     }
+}
+
+/// Of each backend that has lanes: itself, and they.
+fn lanes(backends: &[Backend]) -> BTreeSet<(i32, Option<u16>)> {
+    let with_lanes = backends.iter().filter(|b| b.is_finder() || b.lane.is_some());
+    with_lanes
+        .flat_map(|b| [(b.number, None), (b.number, b.lane)])
+        .collect()
 }
 
 /// The batch for the next events of a refused stream, at most `count`; `None`: none wait.

@@ -12,7 +12,9 @@ use crate::process::{self, Aborted};
 use crate::rows::EventsTable;
 use pgrx::pg_extern;
 use relay::delivery::Now;
-use relay::reader::{RangeScan, Step};
+use relay::reader::{Position, RangeScan, Step};
+use relay::snapshot::Tick;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Rows that the worker deletes in one transaction: a millisecond or two, so that the events' latency does not notice.
@@ -73,14 +75,19 @@ impl Purge {
     ) -> Result<Option<Duration>, Aborted> {
         let interval = tick_interval(retention_us);
         let is_clock_due = |b: &Backend| b.tick_recorded_at.is_none_or(|at| now >= at + interval);
-        let due = |b: &Backend| b.tick_due && b.delivery.acked().from.high_seq > 0 && is_clock_due(b);
-        if backends.iter().any(due) {
-            process::transaction(|| {
-                for backend in backends.iter().filter(|b| due(b)) {
-                    outbox::record_tick(backend.number, &backend.delivery.acked().from);
-                }
-            })?;
-            for backend in backends.iter_mut().filter(|b| due(b)) {
+        let is_due = |b: &Backend| b.tick_due && is_clock_due(b);
+        // What all its lanes have delivered, where it has some.
+        let due: Vec<(i32, Arc<Tick>)> = backends
+            .iter()
+            .filter(|b| b.lane.is_none())
+            .filter(|b| backends.iter().any(|lane| lane.number == b.number && is_due(lane)))
+            .map(|b| (b.number, delivered(backends, b)))
+            .filter(|(_, tick)| tick.high_seq > 0)
+            .collect();
+        if !due.is_empty() {
+            process::transaction(|| due.iter().for_each(|(number, tick)| outbox::record_tick(*number, tick)))?;
+            let is_recorded = |b: &Backend| due.iter().any(|(number, _)| *number == b.number);
+            for backend in backends.iter_mut().filter(|b| is_recorded(b)) {
                 // What is in flight is acknowledged later, and asks again.
                 (backend.tick_recorded_at, backend.tick_due) =
                     (Some(now), backend.delivery.acked().under_way.is_some());
@@ -100,6 +107,11 @@ impl Purge {
                 self.ticks_wait = process::transaction(outbox::ticks_wait)?;
                 break;
             };
+            if backend.lane.is_some() {
+                // Its finder does it for all.
+                self.under_way = Some((index + 1, 0));
+                continue;
+            }
             let number = backend.number;
             let (deleted, last) = process::transaction(|| piece(number, after, retention_us, PIECE_ROWS))?;
             self.under_way = Some(last.map_or((index + 1, 0), |seq| (index, seq)));
@@ -122,6 +134,18 @@ impl Purge {
         let tick = backends.iter().any(|b| b.tick_due).then_some(interval);
         look.into_iter().chain(tick).min()
     }
+}
+
+/// All that this tick sees is delivered by a backend, and by all its lanes.
+fn delivered(backends: &[Backend], backend: &Backend) -> Arc<Tick> {
+    let lanes = backends.iter().filter(|b| b.number == backend.number);
+    let mut lowest = backend.delivery.acked().from.clone();
+    for tick in lanes.map(|b| &b.delivery.acked().from) {
+        if !Position::at(tick.clone()).includes(&Position::at(lowest.clone())) {
+            lowest = tick.clone();
+        }
+    }
+    lowest
 }
 
 fn retention() -> Option<i64> {

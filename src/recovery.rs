@@ -122,9 +122,12 @@ fn beginning(backend: &Backend, start: Start, wal: u64) -> Beginning {
 }
 
 fn forget_take_over(backend: &mut Backend) -> Result<(), Aborted> {
-    let number = backend.number;
+    let (number, is_lane) = (backend.number, backend.lane.is_some());
     if let Some(row) = backend.row.as_mut().filter(|row| row.take_over) {
-        process::transaction(|| outbox::forget_take_over(number))?;
+        // The other lanes have been asked, too.
+        if !is_lane {
+            process::transaction(|| outbox::forget_take_over(number))?;
+        }
         row.take_over = false;
     }
     Ok(())
@@ -283,9 +286,9 @@ fn cursor(position: &Position, number: u64) -> Cursor {
 
 /// Goes back to `cursor`: events that waited and were accepted after batch `since` wait again.
 fn step_back(backend: &mut Backend, cursor: Cursor, since: u64, now: Now) -> Result<(), Aborted> {
-    let number = backend.number;
+    let (number, lane, stream) = (backend.number, backend.lane, backend.stream.clone());
     let reread_to = process::transaction(|| {
-        refused::heal(number, since);
+        refused::heal(number, lane, &stream, since);
         refused::highest_written_down(number)
     })?;
     backend.read_again(cursor, reread_to, now);
@@ -299,11 +302,40 @@ fn oldest(backend: &Backend) -> Result<Position, Aborted> {
     Ok(oldest.map_or_else(Position::beginning, Position::at))
 }
 
+/// What all lanes of a backend were to do once is done: it is forgotten. `restored`: a tick that sees what restores have brought.
+pub fn finish_lanes(backends: &mut [Backend], latest: &Arc<Tick>) -> Result<(), Aborted> {
+    for index in 0..backends.len() {
+        let finder = &backends[index];
+        let Some(row) = finder.row.as_ref().filter(|_| finder.is_finder()) else {
+            continue;
+        };
+        let number = finder.number;
+        let of_lanes = || backends.iter().filter(|b| b.number == number && b.lane.is_some());
+        let asks = |b: &Backend| b.row.as_ref().is_some_and(|row| row.take_over);
+        let is_taken_over = row.take_over && !of_lanes().any(asks);
+        // Lanes are still to be made for what lies before it.
+        let has_found_all = Arc::ptr_eq(&finder.delivery.acked().from, latest);
+        let is_compared = !row.restores.is_empty() && has_found_all && !of_lanes().any(Backend::is_restored);
+        let finder = &mut backends[index];
+        if is_taken_over {
+            forget_take_over(finder)?;
+        }
+        if is_compared {
+            finder.forget_restores()?;
+        }
+    }
+    Ok(())
+}
+
 /// With at_least_once, what a dump has brought is sent, wherever it may stand already.
 pub fn give_up_comparing(backend: &mut Backend) -> Result<(), Aborted> {
     let Some(row) = backend.row.as_ref().filter(|row| !row.restores.is_empty()) else {
         return Ok(());
     };
+    if backend.lane.is_some() {
+        // The finder says so for all.
+        return backend.forget_restores();
+    }
     let count = process::transaction(|| outbox::count_restored(&row.restores))?;
     log(
         LogLevel::Warning,
@@ -395,7 +427,9 @@ fn unsent(backend: &Backend, latest: &Arc<Tick>) -> Vec<Candidate> {
 
 /// Events that were refused and wait.
 fn waiting(backend: &Backend) -> Vec<Candidate> {
-    by_seq(backend, &refused::waiting(backend.number, COMPARED), Purpose::Compare)
+    let mut found = by_seq(backend, &refused::waiting(backend.number, COMPARED), Purpose::Compare);
+    found.retain(|candidate| backend.serves(&candidate.wanted.stream));
+    found
 }
 
 fn by_seq(backend: &Backend, seqs: &[i64], purpose: Purpose) -> Vec<Candidate> {
@@ -440,6 +474,9 @@ fn between(backend: &Backend, from: &Position, upto: &Position, limit: usize, pu
             && !from.covers(key);
         if concerns {
             let candidate = candidate(backend, key.seq, row, false, purpose);
+            if !backend.serves(&candidate.wanted.stream) {
+                continue;
+            }
             if key.seq > written_down_to || !refused::is_written_down(key.seq, candidate.wanted.event_id) {
                 found.push(candidate);
             }

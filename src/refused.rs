@@ -92,11 +92,25 @@ pub fn waiting(number: i32, count: usize) -> Vec<i64> {
 
 /// Redis has lost what came after batch `batch_number`: waiting events that were accepted since wait again, and the clock of retention
 /// starts anew.
-pub fn heal(number: i32, batch_number: u64) {
-    run(
-        "update outbox.refused_events set accepted_in = null where backend_number = $1 and accepted_in > $2",
-        &[number.into(), (batch_number as i64).into()],
-    );
+pub fn heal(number: i32, lane: Option<u16>, own_stream: &str, batch_number: u64) {
+    match lane {
+        None => run(
+            "update outbox.refused_events set accepted_in = null where backend_number = $1 and accepted_in > $2",
+            &[number.into(), (batch_number as i64).into()],
+        ),
+        // Each lane counts its own batches.
+        Some(slot) => run(
+            "update outbox.refused_events r set accepted_in = null from outbox.events e
+            where e.seq = r.seq and r.backend_number = $1 and r.accepted_in > $2
+                and outbox.hash_slot(coalesce(e.stream, $3)) = $4",
+            &[
+                number.into(),
+                (batch_number as i64).into(),
+                argument(own_stream),
+                i32::from(slot).into(),
+            ],
+        ),
+    };
     run(
         "delete from outbox.ticks t where t.backend_number = $1 and t.reached_at > (
             select min(o.reached_at) from outbox.ticks o where o.backend_number = $1)",

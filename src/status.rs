@@ -3,13 +3,15 @@
 use crate::catalog;
 use crate::outbox;
 use crate::rights;
-use crate::rows::{EventsTable, attribute};
+use crate::rows::{EventsTable, Row, attribute, utf8_of};
 use crate::shmem::{self, SlotState};
 use crate::ticker;
 use crate::txn;
 use pgrx::iter::TableIterator;
 use pgrx::{name, pg_extern, pg_guard, pg_sys};
-use relay::reader::{Position, RangeScan, Step};
+use relay::reader::{Key, Position, RangeScan, Step};
+use relay::slot::{SLOTS, slot_of, tag_of};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// Pending events are counted up to this many.
@@ -42,7 +44,8 @@ fn behind_cursor(number: i32, limit: i64) -> (i64, Option<i64>) {
     let Some(relations) = catalog::relations() else {
         return (0, None);
     };
-    let position = outbox::cursor(number).map_or_else(Position::beginning, |(cursor, _)| cursor.position);
+    let stand = Stand::of(number);
+    let position = stand.lowest();
     let now = Arc::new(ticker::take(&relations));
     let mut table = EventsTable::open(&relations);
     let (mut count, mut met, mut oldest, mut last_seq) = (0, 0, None, 0);
@@ -51,7 +54,7 @@ fn behind_cursor(number: i32, limit: i64) -> (i64, Option<i64>) {
             met += 1;
             if let Step::Row(key) = step {
                 let row = scan.current().row();
-                if row.backend_number() == number {
+                if row.backend_number() == number && stand.waits(row, key) {
                     oldest = oldest.or_else(|| row.i64(attribute::CREATED_AT));
                     count += 1;
                 }
@@ -65,7 +68,8 @@ fn behind_cursor(number: i32, limit: i64) -> (i64, Option<i64>) {
     };
     let mut whole = true;
     let mut from = position.from.clone();
-    if let Some(under_way) = &position.under_way {
+    // Lanes that are on their way somewhere are looked at from where they began.
+    if let Some(under_way) = position.under_way.as_ref().filter(|_| stand.lanes.is_empty()) {
         let mut scan = RangeScan::open(&mut table, &from, &under_way.to, under_way.last_seq);
         whole = count_range(&mut scan);
         from = under_way.to.clone();
@@ -81,6 +85,76 @@ fn behind_cursor(number: i32, limit: i64) -> (i64, Option<i64>) {
     }
     table.close();
     (count, oldest)
+}
+
+/// Where a backend stands, by its saved cursors.
+struct Stand {
+    position: Position,
+    /// Of each slot, in a cluster.
+    lanes: BTreeMap<u16, Position>,
+    own_stream: String,
+}
+
+impl Stand {
+    fn of(number: i32) -> Self {
+        let saved = |lane| outbox::cursor(number, lane).map(|(cursor, _)| cursor.position);
+        let lanes: BTreeMap<u16, Position> = outbox::lanes(number)
+            .into_iter()
+            .filter_map(|slot| Some((slot, saved(Some(slot))?)))
+            .collect();
+        Self {
+            position: saved(None).unwrap_or_else(Position::beginning),
+            own_stream: match lanes.is_empty() {
+                true => String::new(),
+                false => outbox::own_stream(number),
+            },
+            lanes,
+        }
+    }
+
+    /// Nothing that waits lies before it.
+    fn lowest(&self) -> Position {
+        let mut lowest = &self.position;
+        for lane in self.lanes.values() {
+            let began = Position::at(lane.from.clone());
+            if !began.includes(&Position::at(lowest.from.clone())) {
+                lowest = lane;
+            }
+        }
+        lowest.clone()
+    }
+
+    /// Whether a row behind [`Self::lowest`] waits.
+    fn waits(&self, row: &Row, key: Key) -> bool {
+        if self.lanes.is_empty() {
+            return true;
+        }
+        let slot = match row.text(attribute::STREAM) {
+            Some(stream) => slot_of(stream.as_bytes()),
+            None => slot_of(self.own_stream.as_bytes()),
+        };
+        !self.lanes.get(&slot).unwrap_or(&self.position).covers(key)
+    }
+}
+
+crate::sql_function!(hash_slot, pg_finfo_hash_slot);
+
+/// `outbox.hash_slot(stream)`, strict
+#[pg_guard]
+#[unsafe(no_mangle)]
+extern "C-unwind" fn hash_slot(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    // SAFETY: one argument of type text, which is not null.
+    unsafe {
+        let stream = utf8_of((*fcinfo).args.as_slice(1)[0].value);
+        (*fcinfo).isnull = false;
+        pg_sys::Datum::from(i32::from(slot_of(stream.as_bytes())))
+    }
+}
+
+/// `outbox.hash_tag(slot)`
+#[pg_extern(sql = false)]
+fn hash_tag(slot: i32) -> Option<String> {
+    u16::try_from(slot).ok().filter(|slot| *slot < SLOTS).map(tag_of)
 }
 
 /// `outbox.backlog(backend_number)`

@@ -296,6 +296,9 @@ impl Worker {
             save(&mut self.backends, now)?;
         }
         self.recover(now)?;
+        if self.awaited.is_none() {
+            recovery::finish_lanes(&mut self.backends, &self.latest)?;
+        }
         self.resume();
         let more = self.read(now)?;
         self.retry_refused(now)?;

@@ -71,6 +71,12 @@ pub enum Trouble {
     /// Named by a sentinel as the primary.
     IsReplica,
     // Cluster.
+    /// A node of it does not do what is asked of it.
+    NodeRefuses,
+    /// More hash slots are in use than are served.
+    TooManySlots,
+    /// Moved or being moved to a node that is looked up.
+    SlotMoves,
     ClusterDown,
     TryAgain,
     Moved,
@@ -204,6 +210,18 @@ impl Trouble {
             ),
             Self::NoSuchMaster => (Configuration, "Check the backend's sentinel_master, and its nodes."),
             Self::IsReplica => (Backend, "A failover is not done yet; the sentinels are asked again."),
+            Self::NodeRefuses => (
+                Configuration,
+                "The backend's nodes must be a cluster's, and its Redis user needs +cluster|slots.",
+            ),
+            Self::TooManySlots => (
+                Configuration,
+                "Give fewer streams to this backend, or names with one tag in braces, or delete those events from outbox.events.",
+            ),
+            Self::SlotMoves => (
+                Backend,
+                "The hash slot is moving, or has moved, to another node, which is looked up.",
+            ),
             Self::ClusterDown => (
                 Backend,
                 "The cluster does not serve all of its slots: see redis-cli --cluster check.",
@@ -352,6 +370,15 @@ impl Failure {
 
     pub fn configuration(message: impl AsRef<str>) -> Self {
         Self::new(Class::Configuration, message)
+    }
+
+    /// The same within a cluster, where another node is looked up.
+    #[must_use]
+    pub fn of_cluster(self) -> Self {
+        match self.trouble {
+            Trouble::Moved | Trouble::Ask => Self::of(Trouble::SlotMoves, self.message),
+            _ => self,
+        }
     }
 
     /// The same trouble with what is not an event: it is the backend's.

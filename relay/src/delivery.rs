@@ -144,6 +144,8 @@ pub struct Delivery {
     acked: Position,
     flights: VecDeque<Flight>,
     in_flight_bytes: usize,
+    /// So many may be.
+    window_bytes: usize,
     link: Link,
     /// Failures of the backend in a row.
     failures: u32,
@@ -196,6 +198,7 @@ impl Delivery {
             acked: cursor,
             flights: VecDeque::new(),
             in_flight_bytes: 0,
+            window_bytes: WINDOW_BYTES,
             link: Link::Down { retry_at: Now::ZERO },
             failures: 0,
             trouble: None,
@@ -214,6 +217,11 @@ impl Delivery {
     pub fn set_backoff(&mut self, backoff: Backoff, now: Now) {
         self.backoff = backoff;
         self.streams.hasten(|attempts| now + backoff.wait(attempts, 1.0));
+    }
+
+    /// One of many has less on its way.
+    pub fn set_window_bytes(&mut self, bytes: usize) {
+        self.window_bytes = bytes;
     }
 
     /// Whether another node may take the place of one that is gone: then it is not waited for long.
@@ -291,7 +299,7 @@ impl Delivery {
     fn window(&self) -> Room {
         Room {
             batches: WINDOW_BATCHES.saturating_sub(self.flights.len()),
-            bytes: WINDOW_BYTES.saturating_sub(self.in_flight_bytes),
+            bytes: self.window_bytes.saturating_sub(self.in_flight_bytes),
         }
     }
 

@@ -34,6 +34,8 @@ pub enum Route {
     Direct,
     /// It is the primary of this name, as one of these sentinels says.
     Sentinel { nodes: Vec<Address>, master: String },
+    /// It serves this hash slot of the cluster to which these nodes belong.
+    Cluster { nodes: Vec<Address>, slot: u16 },
 }
 
 /// How batches are appended.
@@ -45,7 +47,7 @@ pub enum Delivery {
     ExactlyOnce { guard: String, replicas: Option<Replicas> },
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Address {
     Tcp { host: String, port: u16 },
     Unix(PathBuf),
@@ -97,10 +99,17 @@ impl Address {
 /// Where it is, or who is asked for it.
 impl fmt::Display for Route {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self::Sentinel { nodes, master } = self else {
-            return Ok(());
+        let nodes = match self {
+            Self::Direct => return Ok(()),
+            Self::Sentinel { nodes, master } => {
+                write!(f, "master \"{master}\" of the sentinels ")?;
+                nodes
+            }
+            Self::Cluster { nodes, .. } => {
+                write!(f, "the cluster of ")?;
+                nodes
+            }
         };
-        write!(f, "master \"{master}\" of the sentinels ")?;
         for (index, node) in nodes.iter().enumerate() {
             write!(f, "{}{node}", if index > 0 { ", " } else { "" })?;
         }

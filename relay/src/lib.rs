@@ -6,7 +6,7 @@
 //! guard, claim ─ whose streams they are and how far they are   conversation ─ what is said on a connection, exactly once
 //! backoff, classify ─ when to try again, and who is to blame   destination, connection, replies ─ one Redis, how to reach it, what it says
 //! allowed_hosts ─ where it may be; route ─ which node of several  tls, server_file ─ with certificates, and what else is in files
-//!                                                              server_text ─ its words, as they are shown
+//! slot ─ hash slots of Redis Cluster                           server_text ─ its words, as they are shown
 //! ```
 #![deny(unsafe_code)]
 
@@ -29,6 +29,7 @@ pub mod route;
 pub mod sender;
 mod server_file;
 mod server_text;
+pub mod slot;
 pub mod snapshot;
 pub mod tails;
 mod tls;

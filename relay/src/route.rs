@@ -1,12 +1,37 @@
-//! Finding the node that has a backend's streams: at its address, or as sentinels say.
+//! Finding the node that has a backend's streams: at its address, as sentinels say, or as the nodes of a cluster do.
 //!
-//! Sources: Redis Sentinel client guidelines (redis.io/docs/latest/develop/reference/sentinel-clients).
+//! Sources: Redis Sentinel client guidelines (redis.io/docs/latest/develop/reference/sentinel-clients); Redis cluster specification.
 
 use crate::classify::{Class, Failure, Trouble};
 use crate::connection::Link;
 use crate::destination::{Address, Destination, Route};
 use crate::encode::append_command;
 use redis::Value;
+use std::collections::HashMap;
+use std::sync::{LazyLock, Mutex, PoisonError};
+
+/// Clusters and nodes of one that are remembered.
+const REMEMBERED_CLUSTERS: usize = 100;
+const REMEMBERED_NODES: usize = 100;
+
+/// What the connections of this process have learnt of a cluster, told by the nodes of its backend. No network is waited for with it locked.
+#[derive(Default)]
+struct Learnt {
+    /// Masters of the last answer: those of the settings may all be gone one day.
+    masters: Vec<Address>,
+    /// Where a node has sent us for a slot. Believed once.
+    moved: HashMap<u16, Address>,
+}
+
+static LEARNT: LazyLock<Mutex<HashMap<Vec<Address>, Learnt>>> = LazyLock::new(Mutex::default);
+
+fn with_learnt<R>(nodes: &[Address], f: impl FnOnce(&mut Learnt) -> R) -> R {
+    let mut learnt = LEARNT.lock().unwrap_or_else(PoisonError::into_inner);
+    if learnt.len() >= REMEMBERED_CLUSTERS && !learnt.contains_key(nodes) {
+        learnt.clear();
+    }
+    f(learnt.entry(nodes.to_vec()).or_default())
+}
 
 /// Opens a link to the node that is to be written to. `found` is told its address before it is tried.
 pub fn open(destination: &Destination, found: &mut dyn FnMut(&Address)) -> Result<Link, Failure> {
@@ -16,6 +41,7 @@ pub fn open(destination: &Destination, found: &mut dyn FnMut(&Address)) -> Resul
             Link::open(destination)
         }
         Route::Sentinel { nodes, master } => by_sentinels(destination, nodes, master, found),
+        Route::Cluster { nodes, slot } => in_cluster(destination, nodes, *slot, found),
     }
 }
 
@@ -127,6 +153,152 @@ fn is_replica(reply: &Value) -> bool {
     matches!(role, Some(Value::BulkString(role)) if role != b"master")
 }
 
+/// The node that serves a slot, as any node of the cluster says. During a failover some are behind the others: then the next one's word
+/// is tried.
+fn in_cluster(
+    destination: &Destination,
+    nodes: &[Address],
+    slot: u16,
+    found: &mut dyn FnMut(&Address),
+) -> Result<Link, Failure> {
+    let (moved, masters) = with_learnt(nodes, |learnt| (learnt.moved.remove(&slot), learnt.masters.clone()));
+    let mut tried: Vec<Address> = Vec::new();
+    let (mut of_node, mut unserved, mut silent) = (None, None, None);
+    if let Some(address) = moved {
+        found(&address);
+        match Link::open_at(destination, &address) {
+            Ok(link) => return Ok(link),
+            Err(failure) => of_node = Some(failure),
+        }
+        tried.push(address);
+    }
+    let others = masters.iter().filter(|master| !nodes.contains(master));
+    for node in nodes.iter().chain(others) {
+        let (link, ranges) = match ranges_of(destination, node) {
+            Ok(answer) => answer,
+            Err(failure) => {
+                let message = format!("node {node}: {}", failure.message);
+                silent = Some(match failure.class {
+                    Class::Configuration => Failure::of(Trouble::NodeRefuses, message),
+                    class => Failure {
+                        message,
+                        class,
+                        ..failure
+                    },
+                });
+                continue;
+            }
+        };
+        let serves = ranges.iter().find(|range| range.slots.contains(&slot));
+        let serves = serves.map(|range| range.master.clone());
+        with_learnt(nodes, |learnt| learnt.masters = masters_of(ranges));
+        match serves {
+            None => {
+                let message = format!("CLUSTERDOWN node {node} knows of no master for hash slot {slot}");
+                unserved = Some(Failure::of(Trouble::ClusterDown, message));
+            }
+            Some(address) if address == *node => {
+                found(&address);
+                return Ok(link);
+            }
+            Some(address) if !tried.contains(&address) => {
+                drop(link);
+                found(&address);
+                match Link::open_at(destination, &address) {
+                    Ok(link) => return Ok(link),
+                    Err(failure) => of_node = Some(failure),
+                }
+                tried.push(address);
+            }
+            Some(_) => {}
+        }
+    }
+    let failure = of_node.or(unserved).or(silent);
+    Err(failure.unwrap_or_else(|| Failure::configuration("there is no node to ask")))
+}
+
+/// What a connection has heard: if it says where a slot is, that is where the next one goes first.
+pub fn heard(destination: &Destination, failure: Failure) -> Failure {
+    let Route::Cluster { nodes, slot } = &destination.route else {
+        return failure;
+    };
+    if let Some((moved, address)) = redirect_in(&failure.message)
+        && moved == *slot
+    {
+        with_learnt(nodes, |learnt| learnt.moved.insert(moved, address));
+    }
+    failure.of_cluster()
+}
+
+/// `MOVED slot host:port`.
+fn redirect_in(message: &str) -> Option<(u16, Address)> {
+    let mut words = message.strip_prefix("MOVED ")?.split_whitespace();
+    let slot = words.next()?.parse().ok()?;
+    let (host, port) = words.next()?.rsplit_once(':')?;
+    let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
+    let port = port.parse().ok().filter(|port| *port > 0)?;
+    (!host.is_empty()).then_some((slot, Address::Tcp { host, port }))
+}
+
+/// Slots that one master serves.
+struct Range {
+    slots: std::ops::RangeInclusive<u16>,
+    master: Address,
+}
+
+fn masters_of(ranges: Vec<Range>) -> Vec<Address> {
+    let mut masters: Vec<Address> = Vec::new();
+    for range in ranges {
+        if masters.len() < REMEMBERED_NODES && !masters.contains(&range.master) {
+            masters.push(range.master);
+        }
+    }
+    masters
+}
+
+fn ranges_of(destination: &Destination, node: &Address) -> Result<(Link, Vec<Range>), Failure> {
+    let mut link = Link::open_at(destination, node)?;
+    let ranges = ranges_in(&ask(&mut link, &[b"CLUSTER", b"SLOTS"])?, node)?;
+    Ok((link, ranges))
+}
+
+/// The reply to CLUSTER SLOTS: ranges, each `[first, last, [host, port, ...] of the master, ...]`. A host that is not told is the
+/// one that was asked.
+fn ranges_in(reply: &Value, asked: &Address) -> Result<Vec<Range>, Failure> {
+    let no_cluster = || Failure::of(Trouble::NodeRefuses, "unexpected reply, as from no node of a cluster");
+    let Value::Array(ranges) = reply else {
+        return Err(no_cluster());
+    };
+    let mut found = Vec::with_capacity(ranges.len());
+    for range in ranges {
+        let Value::Array(parts) = range else {
+            return Err(no_cluster());
+        };
+        let [Value::Int(first), Value::Int(last), Value::Array(master), ..] = parts.as_slice() else {
+            return Err(no_cluster());
+        };
+        let [host, Value::Int(port), ..] = master.as_slice() else {
+            return Err(no_cluster());
+        };
+        let slot = |number: &i64| u16::try_from(*number).map_err(|_| no_cluster());
+        let host = match host {
+            Value::BulkString(host) => String::from_utf8_lossy(host).into_owned(),
+            Value::Nil => String::new(),
+            _ => return Err(no_cluster()),
+        };
+        let host = match (host.as_str(), asked) {
+            ("" | "?", Address::Tcp { host, .. }) => host.clone(),
+            _ => host,
+        };
+        let port = u16::try_from(*port).map_err(|_| no_cluster())?;
+        found.push(Range {
+            slots: slot(first)?..=slot(last)?,
+            master: Address::Tcp { host, port },
+        });
+    }
+    Ok(found)
+}
+
 /// Sends one command; an error reply is a failure, never an event's.
 fn ask(link: &mut Link, words: &[&[u8]]) -> Result<Value, Failure> {
     let mut bytes = Vec::new();
@@ -167,5 +339,52 @@ mod tests {
         let hello = |role: &str| Value::Array(vec![text("mode"), text("sentinel"), text("role"), text(role)]);
         assert!(is_replica(&hello("slave")) && is_replica(&hello("replica")) && !is_replica(&hello("master")));
         assert!(!is_replica(&Value::Nil) && !is_replica(&Value::Array(vec![text("role")])));
+    }
+
+    #[test]
+    fn ranges_have_masters_whose_host_may_be_the_one_asked() {
+        let node = |host: Value, port| Value::Array(vec![host, Value::Int(port), text("id"), Value::Array(vec![])]);
+        let range = |first, last, host, port| {
+            let replica = node(text("10.0.0.9"), 1);
+            Value::Array(vec![Value::Int(first), Value::Int(last), node(host, port), replica])
+        };
+        let asked = Address::of_node("here:7").unwrap();
+        let reply = Value::Array(vec![
+            range(0, 5, text("10.0.0.1"), 1),
+            range(6, 6, Value::Nil, 2),
+            range(7, 16_383, text("?"), 3),
+        ]);
+        let ranges = ranges_in(&reply, &asked).unwrap();
+        let found: Vec<_> = ranges.iter().map(|r| (*r.slots.end(), r.master.to_string())).collect();
+        let expected = [(5, "10.0.0.1:1"), (6, "here:2"), (16_383, "here:3")].map(|(end, m)| (end, m.to_owned()));
+        assert_eq!(found, expected);
+        assert_eq!(masters_of(ranges).len(), 3);
+        for nonsense in [
+            Value::Nil,
+            Value::Array(vec![Value::Int(1)]),
+            Value::Array(vec![Value::Array(vec![Value::Int(1)])]),
+            Value::Array(vec![range(-1, 5, text("a"), 1)]),
+            Value::Array(vec![range(0, 5, text("a"), 70_000)]),
+            Value::Array(vec![range(0, 5, Value::Int(1), 1)]),
+        ] {
+            assert!(ranges_in(&nonsense, &asked).is_err(), "{nonsense:?}");
+        }
+    }
+
+    #[test]
+    fn a_redirect_names_a_slot_and_an_address() {
+        let there = |message| redirect_in(message).map(|(slot, address)| (slot, address.to_string()));
+        assert_eq!(there("MOVED 7 10.0.0.1:6379"), Some((7, "10.0.0.1:6379".to_owned())));
+        assert_eq!(there("MOVED 7 ::1:6379"), Some((7, "[::1]:6379".to_owned())));
+        for message in [
+            "MOVED 7 :6379",
+            "MOVED 7",
+            "MOVED x a:1",
+            "ASK 7 a:1",
+            "MOVED 7 a:0",
+            "MOVED 70000 a:1",
+        ] {
+            assert_eq!(there(message), None, "{message}");
+        }
     }
 }

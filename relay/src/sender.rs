@@ -201,10 +201,10 @@ fn run(destination: &Destination, orders: &Receiver<Order>, reporter: &Reporter)
         Err(failure) => return reporter.lost(failure),
     };
     match &destination.delivery {
-        Delivery::AtLeastOnce { replicas } => pipeline(link, *replicas, orders, reporter),
+        Delivery::AtLeastOnce { replicas } => pipeline(link, destination, *replicas, orders, reporter),
         Delivery::ExactlyOnce { guard, replicas } => {
             if let Err(failure) = converse(link, Conversation::new(guard, *replicas), orders, reporter) {
-                reporter.lost(failure);
+                reporter.lost(route::heard(destination, failure));
             }
         }
     }
@@ -283,7 +283,13 @@ fn last_words(link: &mut Link, conversation: &mut Conversation, reporter: &Repor
 }
 
 /// Sends batches as they come, some ahead of their replies (at_least_once).
-fn pipeline(mut link: Link, replicas: Option<Replicas>, orders: &Receiver<Order>, reporter: &Reporter) {
+fn pipeline(
+    mut link: Link,
+    destination: &Destination,
+    replicas: Option<Replicas>,
+    orders: &Receiver<Order>,
+    reporter: &Reporter,
+) {
     if !reporter.report(Report::Connected, 0) {
         return;
     }
@@ -324,7 +330,10 @@ fn pipeline(mut link: Link, replicas: Option<Replicas>, orders: &Receiver<Order>
         };
         let report = match answers(&mut link, batch.commands) {
             Ok(refused) => Report::Done {
-                refused,
+                refused: refused
+                    .into_iter()
+                    .map(|(index, failure)| (index, route::heard(destination, failure)))
+                    .collect(),
                 buffer: batch.bytes,
             },
             Err((failure, accepted, refused)) => {

@@ -1,15 +1,13 @@
 //! What a backend does because of its guard (exactly_once).
 
-use super::{Backend, Load, random};
+use super::{Backend, Load, random, refused_streams};
 use crate::outbox;
 use crate::process::{self, Aborted};
 use crate::recovery::Candidate;
-use crate::refused;
 use relay::claim::Start;
 use relay::classify::Failure;
 use relay::delivery::{Cursor, Entry, Mode, Now};
 use relay::guard::{self, Guard, Progress};
-use relay::refusal::Streams;
 use relay::sender::{Handle, Order};
 use std::time::Duration;
 
@@ -109,7 +107,13 @@ impl Backend {
 
     /// They were looked for, or never will be.
     pub fn forget_restores(&mut self) -> Result<(), Aborted> {
+        let is_lane = self.lane.is_some();
         if let Some(row) = self.row.as_mut().filter(|row| !row.restores.is_empty()) {
+            if is_lane {
+                // The others, and the finder, have to come past them too.
+                self.compared.append(&mut row.restores);
+                return Ok(());
+            }
             process::transaction(|| outbox::forget_restores(&row.restores))?;
             row.restores.clear();
         }
@@ -118,8 +122,8 @@ impl Backend {
 
     /// What waits in the table may have changed.
     pub fn reload_streams(&mut self) -> Result<(), Aborted> {
-        let waiting = process::transaction(|| refused::refused_streams(self.number, &self.stream))?;
-        self.delivery.set_streams(Streams::waiting(waiting));
+        let waiting = process::transaction(|| refused_streams(self.number, self.lane, &self.stream))?;
+        self.delivery.set_streams(waiting);
         Ok(())
     }
 

@@ -5,6 +5,7 @@ use crate::outbox::BackendRow;
 use relay::conversation::Replicas;
 use relay::delivery::Mode;
 use relay::destination::{self, Address, ClientCertificate, Destination, Route, Secret, Tls};
+use relay::slot;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
@@ -18,7 +19,8 @@ pub struct Home {
 }
 
 /// The settings of a backend, with `outbox_relay.redis_*` where its row has none.
-pub fn settings(row: Option<&BackendRow>, home: &Home) -> (Destination, Rc<str>, i64) {
+/// `lane`: the hash slot that is served, in a cluster.
+pub fn settings(row: Option<&BackendRow>, home: &Home, lane: Option<u16>) -> (Destination, Rc<str>, i64) {
     let or_setting = |value: Option<&String>, setting: &_| value.cloned().unwrap_or_else(|| guc::text(setting));
     let field = |get: fn(&BackendRow) -> Option<&String>| row.and_then(get);
     let millis = |own: Option<i64>, setting: &_| {
@@ -46,17 +48,21 @@ pub fn settings(row: Option<&BackendRow>, home: &Home) -> (Destination, Rc<str>,
     });
     let delivery = match row {
         Some(row) if row.delivery == "exactly_once" => destination::Delivery::ExactlyOnce {
-            guard: format!("{}{}", home.guard_prefix, row.number),
+            guard: guard_key(home, row.number, lane),
             replicas,
         },
         _ => destination::Delivery::AtLeastOnce { replicas },
     };
     let destination = Destination {
         address,
-        route: row.map_or(Route::Direct, route),
+        route: row.map_or(Route::Direct, |row| route(row, lane)),
         allowed_hosts: guc::allowed_hosts(),
         tls: row.filter(|r| r.tls).map(tls),
-        db: i64::from(row.and_then(|r| r.db).unwrap_or_else(|| guc::REDIS_DB.get())),
+        // A cluster has no other.
+        db: match row {
+            Some(row) if row.is_cluster() => 0,
+            row => i64::from(row.and_then(|r| r.db).unwrap_or_else(|| guc::REDIS_DB.get())),
+        },
         username: Some(or_setting(field(|r| r.username.as_ref()), &guc::REDIS_USERNAME)).filter(|u| !u.is_empty()),
         password,
         client_name: client_name(&home.name, row.map_or("", |r| &r.name)),
@@ -71,10 +77,24 @@ pub fn settings(row: Option<&BackendRow>, home: &Home) -> (Destination, Rc<str>,
     (destination, stream, max_len)
 }
 
+/// In a cluster each slot has a guard of its own, with a tag that puts it beside the streams, whatever they are called.
+fn guard_key(home: &Home, number: i32, lane: Option<u16>) -> String {
+    let prefix = &home.guard_prefix;
+    match lane {
+        Some(slot) => format!("{prefix}{number}:{{{}}}", slot::tag_of(slot)),
+        None => format!("{prefix}{number}"),
+    }
+}
+
 /// How its node is found. The row's constraints have seen to what belongs together.
-fn route(row: &BackendRow) -> Route {
+fn route(row: &BackendRow, lane: Option<u16>) -> Route {
     let nodes = row.nodes.iter().filter_map(|node| Address::of_node(node)).collect();
     match (row.mode.as_str(), &row.sentinel_master) {
+        // What is no lane connects nowhere.
+        ("cluster", _) => Route::Cluster {
+            nodes,
+            slot: lane.unwrap_or_default(),
+        },
         ("sentinel", Some(master)) => Route::Sentinel {
             nodes,
             master: master.clone(),

@@ -1,14 +1,16 @@
 //! Loading: which backends there are, with which settings, and what has come by a restore.
 
 use super::{SETTLE_AT_CHANGE, Worker, leave_process, save};
-use crate::backend::{Backend, Role};
+use crate::backend::{Backend, Home, Role};
 use crate::guc::LogLevel;
 use crate::process::{self, Aborted, log};
 use crate::shmem::SlotState;
-use crate::{catalog, outbox, recovery};
+use crate::{catalog, outbox, recovery, refused};
 use pgrx::pg_sys;
-use relay::delivery::Now;
+use relay::delivery::{Mode, Now};
+use relay::slot::slot_of;
 use relay::snapshot::Tick;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 impl Worker {
@@ -83,7 +85,7 @@ impl Worker {
             save(&mut self.backends, now)?;
             let backends = &mut self.backends;
             let reconciled = process::transaction(|| {
-                for backend in backends.iter_mut().filter(|b| b.reads_for_redis()) {
+                for backend in backends.iter_mut().filter(|b| b.reads_for_redis() || b.is_finder()) {
                     match rows.iter().find(|r| r.number == backend.number) {
                         Some(row) => backend.reconfigure(row.clone(), &home, now),
                         None => backend.delete(),
@@ -92,17 +94,20 @@ impl Worker {
                 let mut missing: Vec<Backend> = Vec::new();
                 for row in rows {
                     if !backends.iter().any(|b| b.number == row.number) {
-                        missing.push(Backend::load(row.number, Role::Redis, Some(row), &home));
+                        let role = if row.is_cluster() { Role::Finder } else { Role::Redis };
+                        missing.push(Backend::load(row.number, None, role, Some(row), &home));
                     }
                 }
                 for number in deleted {
                     if !backends.iter().any(|b| b.number == number) {
-                        missing.push(Backend::load(number, Role::Deleted, None, &home));
+                        missing.push(Backend::load(number, None, Role::Deleted, None, &home));
                     }
                 }
                 if !backends.iter().any(|b| matches!(b.role, Role::Strays)) {
-                    missing.push(Backend::load(0, Role::Strays, None, &home));
+                    missing.push(Backend::load(0, None, Role::Strays, None, &home));
                 }
+                let lanes = missing_lanes(backends.iter().chain(&missing), &home);
+                missing.extend(lanes);
                 missing
             });
             self.backends.extend(reconciled?);
@@ -121,7 +126,11 @@ impl Worker {
         if !self.backends.iter().any(Backend::is_restored) {
             return Ok(());
         }
-        for backend in self.backends.iter_mut().filter(|b| !b.is_exactly_once()) {
+        for backend in self
+            .backends
+            .iter_mut()
+            .filter(|b| b.delivery.mode() == Mode::AtLeastOnce)
+        {
             recovery::give_up_comparing(backend)?;
         }
         self.take_tick()
@@ -140,4 +149,39 @@ impl Worker {
             backend.delivery.advanced(position);
         }
     }
+}
+
+/// Lanes that a cluster's backends have by the tables, and that are not loaded.
+fn missing_lanes<'a>(backends: impl Iterator<Item = &'a Backend> + Clone, home: &Home) -> Vec<Backend> {
+    let mut missing = Vec::new();
+    let with_lanes = |b: &&Backend| b.lane.is_none() && matches!(b.role, Role::Finder | Role::Deleted);
+    for finder in backends.clone().filter(with_lanes) {
+        let number = finder.number;
+        let known: BTreeSet<u16> = backends
+            .clone()
+            .filter_map(|b| b.lane.filter(|_| b.number == number))
+            .collect();
+        let saved = outbox::lanes(number);
+        for slot in saved.iter().filter(|slot| !known.contains(slot)) {
+            let role = match finder.role {
+                Role::Deleted => Role::Deleted,
+                _ => Role::Redis,
+            };
+            missing.push(Backend::load(number, Some(*slot), role, finder.row.clone(), home));
+        }
+        if !finder.is_finder() {
+            continue;
+        }
+        // Events that wait as refused since before the backend was a cluster's: the finder has come past them.
+        let waiting = refused::refused_streams(number, &finder.stream).into_iter();
+        let waiting: BTreeSet<u16> = waiting.map(|(stream, _)| slot_of(stream.as_bytes())).collect();
+        for slot in waiting {
+            if !known.contains(&slot) && !saved.contains(&slot) {
+                let mut lane = finder.new_lane(slot, finder.delivery.acked().clone(), home);
+                lane.save_new();
+                missing.push(lane);
+            }
+        }
+    }
+    missing
 }

@@ -1,7 +1,7 @@
 //! Reading: ticks, what may be sent of them, and scans for the backends that can take rows.
 
 use super::Worker;
-use crate::backend::{Backend, Role};
+use crate::backend::{Backend, MOST_LANES, Role};
 use crate::guc::{self, SendAfter};
 use crate::pass::{self, Group};
 use crate::process::{self, Aborted};
@@ -9,6 +9,7 @@ use crate::{catalog, ticker};
 use pgrx::pg_sys;
 use relay::delivery::Now;
 use relay::fault;
+use relay::reader::Position;
 use relay::snapshot::{FIRST_NORMAL_XID, Tick};
 use std::sync::Arc;
 use std::time::Duration;
@@ -34,10 +35,7 @@ impl Worker {
         self.work |= self.slot.has_work();
         self.look_at_standbys(now);
         // While all are down, publishers find the flag raised and wake nobody.
-        if self.work
-            && self.awaited.is_none()
-            && (self.polled || self.backends.iter().any(|b| b.reads_for_redis() && b.is_ready(now)))
-        {
+        if self.work && self.awaited.is_none() && (self.polled || self.is_any_ready(now)) {
             if self.slot.has_work() {
                 self.rouse();
             }
@@ -102,7 +100,8 @@ impl Worker {
             return false;
         }
         let backend = &self.backends[index];
-        if backend.reads_for_redis() && !backend.delivery.can_wait() {
+        // Behind a slow lane, the first event of a slot that has none is not to wait.
+        if backend.is_finder() || (backend.reads_for_redis() && !backend.delivery.can_wait()) {
             return true;
         }
         let position = backend.delivery.position();
@@ -116,6 +115,32 @@ impl Worker {
                 && ((1..=WAITED_FOR_SEQS).contains(&behind) || (behind == 0 && !self.takes(other, now)))
         };
         !self.backends.iter().enumerate().any(holds)
+    }
+
+    /// Whether there is anybody for whom a tick is of use now: while a cluster has no lane, its finder is.
+    fn is_any_ready(&self, now: Now) -> bool {
+        let has_lanes = |number: i32| self.backends.iter().any(|b| b.number == number && b.lane.is_some());
+        let counts = |b: &Backend| b.reads_for_redis() || (b.is_finder() && !has_lanes(b.number));
+        self.backends.iter().any(|b| b.is_ready(now) && counts(b))
+    }
+
+    /// A lane for a slot that has none, where its finder stands: saved before that goes on.
+    fn add_lane(&mut self, finder: usize, slot: u16, at: Position, now: Now) -> Result<(), Aborted> {
+        let number = self.backends[finder].number;
+        let lanes = self.backends.iter().filter(|b| b.number == number && b.lane.is_some());
+        if lanes.count() >= MOST_LANES {
+            let wait = guc::millis(&guc::POLL_INTERVAL_MS);
+            self.backends[finder].no_lane_left(slot, wait, now);
+            return Ok(());
+        }
+        let (finder, home) = (&self.backends[finder], &self.home);
+        let lane = process::transaction(|| {
+            let mut lane = finder.new_lane(slot, at, home);
+            lane.save_new();
+            lane
+        })?;
+        self.backends.push(lane);
+        Ok(())
     }
 
     /// Takes a tick if anything has happened since the last, and makes what it sees durable.
@@ -211,11 +236,17 @@ impl Worker {
             if matches!(backend.role, Role::Strays) && reader.stopped {
                 backend.rests_until = now + guc::millis(&guc::POLL_INTERVAL_MS);
             }
+            let end = reader.end.clone();
             backend.advanced(reader.end, now);
             if sent > 0 {
                 let activity = format!("publishing {sent} events to {}", backend.name());
                 self.shown_busy = true;
                 process::show_activity(Some(&activity));
+            }
+            match reader.found {
+                Some(slot) => self.add_lane(reader.index, slot, end, now)?,
+                None if backend.is_finder() => backend.goes_on(now),
+                None => {}
             }
         }
         Ok(())

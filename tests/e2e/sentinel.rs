@@ -59,7 +59,7 @@ fn a_failover_under_load_loses_nothing_and_stalls_no_longer_than_it_takes() {
     let mut watched = Watched::start();
     let mut stack = stack(&[], Redis::start(), &watched.nodes());
     let ledger = Ledger::create(&stack.pg);
-    let load = Load::paced(&stack.pg, 2_000);
+    let load = Load::paced(&stack.pg, 2_000, "null");
     let mut stalls = Vec::new();
     for round in 1..=rounds {
         load.wait_more(150);

@@ -26,10 +26,12 @@ create table ledger (
     xid      xid8 not null default pg_current_xact_id(),
     backend  text not null,
     key      text not null,
-    version  bigint not null
+    version  bigint not null,
+    stream   text
 );
 -- Locks the aggregate's row, then publishes: so the events of one aggregate are in the order of their versions.
-create function publish_logged(key text, backend text default 'default', plain boolean default false) returns void
+create function publish_logged(key text, backend text default 'default', plain boolean default false, stream text default null)
+    returns void
     language plpgsql as $$
 declare
     v bigint;
@@ -37,12 +39,12 @@ declare
 begin
     update aggregates a set version = a.version + 1 where a.key = publish_logged.key returning a.version into strict v;
     if plain then
-        insert into outbox.events (event_type, source, data, subject, backend)
-            values ('changed', 'ledger', jsonb_build_object('version', v), key, backend) returning event_id into id;
+        insert into outbox.events (event_type, source, data, subject, backend, stream)
+            values ('changed', 'ledger', jsonb_build_object('version', v), key, backend, stream) returning event_id into id;
     else
-        id := outbox.publish_event('changed', 'ledger', jsonb_build_object('version', v), key, backend);
+        id := outbox.publish_event('changed', 'ledger', jsonb_build_object('version', v), key, backend, stream => stream);
     end if;
-    insert into ledger (event_id, backend, key, version) values (id, backend, key, v);
+    insert into ledger (event_id, backend, key, version, stream) values (id, backend, key, v, stream);
 end
 $$;";
 
@@ -110,8 +112,32 @@ impl Ledger {
                 .iter()
                 .map(|entry| entry.field("event_id").to_string())
                 .collect();
-            verdict.add(stream, &committed, &arrived);
+            verdict.add(stream, &committed.iter().collect::<Vec<_>>(), &arrived);
         }
+        verdict
+    }
+}
+
+impl Ledger {
+    /// Compares what was published to each of these streams of a backend with what `read` finds there (event ids).
+    #[track_caller]
+    pub fn verdict_of(pg: &Postgres, backend: &str, streams: &[String], read: impl Fn(&str) -> Vec<String>) -> Verdict {
+        let mut verdict = Verdict::default();
+        let mut client = pg.client();
+        let committed = committed(&mut client, backend);
+        for name in streams {
+            let stream = Stream {
+                backend: backend.to_string(),
+                name: name.clone(),
+            };
+            let of_stream: Vec<&Line> = committed.iter().filter(|l| l.stream.as_ref() == Some(name)).collect();
+            verdict.add(&stream, &of_stream, &read(name));
+        }
+        assert_eq!(
+            verdict.committed,
+            committed.len(),
+            "events of streams that were not named"
+        );
         verdict
     }
 }
@@ -124,12 +150,13 @@ struct Line {
     xid: String,
     key: String,
     version: i64,
+    stream: Option<String>,
 }
 
 fn committed(client: &mut Client, backend: &str) -> Vec<Line> {
     let rows = client
         .query(
-            "select event_id::text, seq, xid::text, key, version from ledger where backend = $1",
+            "select event_id::text, seq, xid::text, key, version, stream from ledger where backend = $1",
             &[&backend],
         )
         .unwrap_or_else(|error| panic!("cannot read the ledger: {error:?}"));
@@ -140,6 +167,7 @@ fn committed(client: &mut Client, backend: &str) -> Vec<Line> {
             xid: row.get(2),
             key: row.get(3),
             version: row.get(4),
+            stream: row.get(5),
         })
         .collect()
 }
@@ -159,9 +187,9 @@ pub struct Verdict {
 }
 
 impl Verdict {
-    fn add(&mut self, stream: &Stream, committed: &[Line], arrived: &[String]) {
+    fn add(&mut self, stream: &Stream, committed: &[&Line], arrived: &[String]) {
         self.committed += committed.len();
-        let lines: HashMap<&str, &Line> = committed.iter().map(|line| (line.id.as_str(), line)).collect();
+        let lines: HashMap<&str, &Line> = committed.iter().map(|line| (line.id.as_str(), *line)).collect();
         let mut seen = HashSet::new();
         let mut of_key: HashMap<&str, &Line> = HashMap::new();
         let mut of_transaction: HashMap<&str, &Line> = HashMap::new();
@@ -258,26 +286,21 @@ impl Load {
         }
     }
 
-    /// One session that commits 100 transactions a second, which publish `rate` events in all.
-    pub fn paced(pg: &Postgres, rate: usize) -> Self {
+    /// One session that commits 100 transactions a second, which publish `rate` events in all; `stream`: an expression of their number `n`.
+    pub fn paced(pg: &Postgres, rate: usize, stream: &str) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let transactions = Arc::new(AtomicU64::new(0));
         let thread = {
             let (stop, transactions) = (Arc::clone(&stop), Arc::clone(&transactions));
-            let mut client = pg.client();
+            let config = pg.config(USER, DB);
+            let (keys, count) = (KEYS, rate / 100);
+            let logged = format!("publish_logged('k' || n % {keys}, stream => {stream})");
+            let publish = format!("select count({logged}) from generate_series(1, {count}) n");
             std::thread::spawn(move || {
-                let (keys, count) = (KEYS as i64, (rate / 100) as i64);
-                let publish = client
-                    .prepare(
-                        "select count(publish_logged('k' || n % $1::bigint)) from generate_series(1, $2::bigint) n",
-                    )
-                    .expect("a statement");
-                let mut next = Instant::now();
                 while !stop.load(Ordering::Relaxed) {
-                    client.execute(&publish, &[&keys, &count]).expect("cannot publish");
-                    transactions.fetch_add(1, Ordering::Relaxed);
-                    next += Duration::from_millis(10);
-                    std::thread::sleep(next.saturating_duration_since(Instant::now()));
+                    if run_paced(&config, &publish, &stop, &transactions).is_err() {
+                        std::thread::sleep(Duration::from_millis(10));
+                    }
                 }
             })
         };
@@ -315,6 +338,24 @@ impl Drop for Load {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
     }
+}
+
+fn run_paced(
+    config: &Config,
+    publish: &str,
+    stop: &AtomicBool,
+    transactions: &AtomicU64,
+) -> Result<(), ::postgres::Error> {
+    let mut client = config.connect(NoTls)?;
+    let publish = client.prepare(publish)?;
+    let mut next = Instant::now();
+    while !stop.load(Ordering::Relaxed) {
+        client.execute(&publish, &[])?;
+        transactions.fetch_add(1, Ordering::Relaxed);
+        next += Duration::from_millis(10);
+        std::thread::sleep(next.saturating_duration_since(Instant::now()));
+    }
+    Ok(())
 }
 
 fn run_session(

@@ -14,6 +14,7 @@
 //! - [`Postgres::crash_at`], [`Postgres::hold_at`], [`Postgres::mutation`] steer a library built for tests ([`faults`])
 //! - [`Guard`] the guard of a backend, and workers that are killed ([`guard`])
 //! - [`Watched`], [`Sentinel`] sentinels, and the primary and replica that they watch ([`sentinel`])
+//! - [`Cluster`] three masters with their replicas, and what a ledger says of many streams ([`cluster`])
 //! - [`Dice`] chance that a seed repeats ([`dice`])
 //! - [`Authority`] certificates, and Redis servers that speak TLS ([`tls`])
 //! - [`BlackHole`], [`Garbage`] Redis servers that never were ([`hostile`])
@@ -22,6 +23,7 @@
 //! (`make test`). Every server runs below one temporary directory, so that the script can end whatever a test
 //! that was killed has left.
 
+pub mod cluster;
 pub mod dice;
 pub mod env;
 pub mod faults;
@@ -43,6 +45,7 @@ pub mod stack;
 pub mod tls;
 pub mod wait;
 
+pub use cluster::Cluster;
 pub use dice::Dice;
 pub use guard::{Guard, UNTRIMMED};
 pub use hostile::{BlackHole, Garbage};

@@ -1,0 +1,114 @@
+//! A backend of a cluster: one *lane* for each hash slot in use, with all that another backend has (a delivery, a sender, a guard, a
+//! cursor), and a *finder*, which reads all of the backend's events and makes the lane of a slot when it meets the first.
+//!
+//! What holds: no event of a slot that has no lane lies behind the finder's position. So a lane begins where the finder stands, and is
+//! saved before the finder goes on.
+
+use super::{Backend, Home, Role};
+use crate::outbox::{self, BackendRow, Standing};
+use relay::classify::{Failure, Trouble};
+use relay::delivery::{Cursor, Now};
+use relay::event::Event;
+use relay::reader::Position;
+use relay::slot::slot_of;
+use std::cell::RefCell;
+use std::time::Duration;
+
+/// Lanes of one backend: each has a thread, a connection and buffers.
+pub const MOST_LANES: usize = 64;
+
+thread_local! {
+    /// What lanes have said lately: all that lose the same node have the same to say.
+    static SAID: RefCell<Vec<(i32, String, Now)>> = const { RefCell::new(Vec::new()) };
+}
+
+impl Backend {
+    /// The lane of a slot that has none, where the finder stands. To be saved in the same transaction.
+    pub fn new_lane(&self, slot: u16, at: Position, home: &Home) -> Self {
+        let cursor = Cursor {
+            position: at,
+            number: 0,
+        };
+        let role = match self.role {
+            Role::Deleted => Role::Deleted,
+            _ => Role::Redis,
+        };
+        Self::standing_at(
+            self.number,
+            Some(slot),
+            role,
+            self.row.clone(),
+            home,
+            cursor,
+            Standing {
+                state: "idle".to_owned(),
+                ..Standing::default()
+            },
+        )
+    }
+
+    /// Within the transaction that makes it, at the position of its finder.
+    pub fn save_new(&mut self) {
+        outbox::save_cursor(self.number, self.lane, self.delivery.acked(), 0, &self.standing);
+    }
+
+    pub fn is_finder(&self) -> bool {
+        matches!(self.role, Role::Finder)
+    }
+
+    /// Whether a stream's events are this one's to deliver.
+    pub fn serves(&self, stream: &str) -> bool {
+        self.lane.is_none_or(|slot| slot_of(stream.as_bytes()) == slot)
+    }
+
+    /// The slot of an event.
+    pub fn slot_of(&self, event: &Event<'_>) -> u16 {
+        slot_of(event.stream.unwrap_or(&self.stream).as_bytes())
+    }
+
+    /// Whether a row makes a finder of a backend that was none.
+    pub(super) fn becomes_finder(&self, row: &BackendRow) -> bool {
+        row.is_cluster() && self.lane.is_none() && matches!(self.role, Role::Redis)
+    }
+
+    /// There are no more lanes to be had: what belongs to another slot waits.
+    pub fn no_lane_left(&mut self, slot: u16, wait: Duration, now: Now) {
+        let message = format!("an event belongs to hash slot {slot}, and {MOST_LANES} others are in use");
+        self.rests_until = now + wait;
+        self.hold_off(Failure::of(Trouble::TooManySlots, message), wait, now);
+    }
+
+    /// The finder has come past what had stopped it.
+    pub fn goes_on(&mut self, now: Now) {
+        if self.delivery.trouble().is_some() {
+            self.delivery.forget_trouble();
+            self.recovered(now);
+        }
+    }
+
+    /// What a reload tells once more that this lane has done already.
+    pub(super) fn without_done(&self, mut row: BackendRow) -> BackendRow {
+        if self.lane.is_some() {
+            row.restores.retain(|restore| !self.compared.contains(restore));
+        }
+        row
+    }
+
+    /// Whether a lane has said the same within `span`.
+    pub(super) fn was_said(&self, text: &str, span: Duration, now: Now) -> bool {
+        const REMEMBERED: usize = 100;
+        if self.lane.is_none() {
+            return false;
+        }
+        SAID.with_borrow_mut(|said| {
+            said.retain(|(_, _, at)| now < *at + span);
+            let known = said
+                .iter()
+                .any(|(number, known, _)| *number == self.number && known == text);
+            if !known && said.len() < REMEMBERED {
+                said.push((self.number, text.to_owned(), now));
+            }
+            known
+        })
+    }
+}
