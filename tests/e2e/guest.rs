@@ -202,7 +202,8 @@ fn an_error_in_the_worker_costs_neither_the_worker_nor_an_event() {
     stack.wait_events(1);
     stack.pg.exec(
         "create function broken() returns trigger language plpgsql as $$ begin raise 'the books are closed'; end $$;
-         create trigger broken before insert or update on outbox.cursors execute function broken()",
+         create trigger broken before insert or update on outbox.cursors execute function broken();
+         alter table outbox.cursors enable always trigger broken",
     );
     let mut published = vec![first];
     published.extend(publish_many(&mut stack.pg.client(), "default", "", "event", 3));
