@@ -56,6 +56,8 @@ struct Tail {
     stream: Arc<str>,
     /// Indexes of those not found yet. Events that were retried share a name: each entry counts for one, the first first.
     wanted: HashMap<Name, VecDeque<(usize, Purpose)>>,
+    /// The newest entry: its id, and when its event was published.
+    newest: Option<(Vec<u8>, [u8; 32])>,
     /// The oldest entry id that was looked at.
     oldest: Option<Vec<u8>>,
     page: usize,
@@ -73,6 +75,7 @@ impl Search {
                 tails.push(Tail {
                     stream: stream.clone(),
                     wanted: HashMap::new(),
+                    newest: None,
                     oldest: None,
                     page: FIRST_PAGE,
                     looked: 0,
@@ -122,7 +125,11 @@ impl Search {
                 Value::ServerError(error) => is_no_stream(&error)?,
                 info => {
                     if is_thinned(&info) {
-                        let unseen = tail.wanted.drain().flat_map(|(_, events)| events);
+                        let newest = tail.newest.take().filter(|(id, _)| is_last_added(&info, id));
+                        // Nothing was added behind an older event's entry, so this one was not.
+                        let is_behind = |time: &[u8; 32]| newest.as_ref().is_some_and(|(_, newest)| newest < time);
+                        let unseen = tail.wanted.drain().filter(|((_, time), _)| !is_behind(time));
+                        let unseen = unseen.flat_map(|(_, events)| events);
                         let appended = unseen.filter(|(_, purpose)| *purpose == Purpose::Settle);
                         appended.for_each(|(index, _)| self.found[index] = true);
                     }
@@ -147,9 +154,13 @@ impl Search {
             let [Value::BulkString(id), Value::Array(fields)] = parts.as_slice() else {
                 continue;
             };
+            let name = name(fields);
+            if tail.oldest.is_none() {
+                tail.newest = name.map(|(_, time)| (id.clone(), time));
+            }
             tail.oldest = Some(id.clone());
             bytes += size(fields);
-            if let Some(name) = name(fields)
+            if let Some(name) = name
                 && let Entry::Occupied(mut events) = tail.wanted.entry(name)
             {
                 if let Some((index, _)) = events.get_mut().pop_front() {
@@ -214,14 +225,21 @@ fn size(fields: &[Value]) -> usize {
 /// Whether entries of a stream have been removed since they were added. Servers before 7.0 do not count those that were added: there,
 /// any stream that has ever had one may be.
 fn is_thinned(info: &Value) -> bool {
-    let Value::Array(items) = info else { return true };
-    let field = |name: &[u8]| {
-        let is_it = |pair: &&[Value]| matches!(&pair[0], Value::BulkString(n) if n == name);
-        items.chunks_exact(2).find(is_it).map(|pair| &pair[1])
-    };
+    let field = |name| field_of(info, name);
     match (field(b"length"), field(b"entries-added"), field(b"last-generated-id")) {
         (Some(Value::Int(length)), Some(Value::Int(added)), _) => added > length,
         (_, _, Some(Value::BulkString(last))) => last != b"0-0",
         _ => true,
     }
+}
+
+/// Whether no entry was ever added behind this one.
+fn is_last_added(info: &Value, id: &[u8]) -> bool {
+    matches!(field_of(info, b"last-generated-id"), Some(Value::BulkString(last)) if last == id)
+}
+
+fn field_of<'a>(info: &'a Value, name: &[u8]) -> Option<&'a Value> {
+    let Value::Array(items) = info else { return None };
+    let is_it = |pair: &&[Value]| matches!(&pair[0], Value::BulkString(n) if n == name);
+    items.chunks_exact(2).find(is_it).map(|pair| &pair[1])
 }
