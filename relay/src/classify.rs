@@ -208,7 +208,7 @@ impl Trouble {
                 Configuration,
                 "Check the backend's nodes. Sentinels that want a password get the backend's.",
             ),
-            Self::NoSuchMaster => (Configuration, "Check the backend's sentinel_master, and its nodes."),
+            Self::NoSuchMaster => (Configuration, "Check the backend's nodes and sentinel_master."),
             Self::IsReplica => (Backend, "A failover is not done yet; the sentinels are asked again."),
             Self::NodeRefuses => (
                 Configuration,

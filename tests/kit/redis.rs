@@ -163,7 +163,7 @@ impl Redis {
             .unwrap_or_else(|error| panic!("cannot connect to Redis: {error}"))
     }
 
-    fn try_conn(&self) -> ::redis::RedisResult<Connection> {
+    pub(crate) fn try_conn(&self) -> ::redis::RedisResult<Connection> {
         let user = self
             .password
             .as_ref()

@@ -79,13 +79,10 @@ impl Redis {
         });
     }
 
-    /// A line of INFO replication.
-    #[track_caller]
+    /// A line of INFO replication; `None` also while it lets its clients go, as it does when its role changes.
     pub fn replication(&self, name: &str) -> Option<String> {
-        let info: String = cmd("INFO")
-            .arg("replication")
-            .query(&mut self.conn())
-            .unwrap_or_else(|error| panic!("INFO failed: {error}"));
+        let mut conn = self.try_conn().ok()?;
+        let info: String = cmd("INFO").arg("replication").query(&mut conn).ok()?;
         let value = info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
         value.map(|value| value.trim().to_string())
     }
