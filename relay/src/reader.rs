@@ -125,17 +125,20 @@ impl Position {
         self.last_seq().max(self.from.low_seq)
     }
 
-    /// Speaks of the other's ticks where its own are equal to them, so that one scan serves both.
-    pub fn share(&mut self, other: &Self) {
+    /// Speaks of the other's ticks where its own are equal to them, so that one scan serves both. Whether it now does.
+    pub fn share(&mut self, other: &Self) -> bool {
         let same = |ours: &mut Arc<Tick>, theirs: &Arc<Tick>| {
-            if *ours == *theirs {
+            let is_equal = !Arc::ptr_eq(ours, theirs) && *ours == *theirs;
+            if is_equal {
                 *ours = theirs.clone();
             }
+            is_equal
         };
-        same(&mut self.from, &other.from);
+        let mut shares = same(&mut self.from, &other.from);
         if let (Some(ours), Some(theirs)) = (&mut self.under_way, &other.under_way) {
-            same(&mut ours.to, &theirs.to);
+            shares |= same(&mut ours.to, &theirs.to);
         }
+        shares
     }
 }
 

@@ -145,8 +145,13 @@ impl Worker {
                 continue;
             }
             let mut position = backend.delivery.position().clone();
-            before.iter().for_each(|b| position.share(b.delivery.position()));
-            backend.delivery.advanced(position);
+            let mut shares = false;
+            for other in before.iter() {
+                shares |= position.share(other.delivery.position());
+            }
+            if shares {
+                backend.delivery.advanced(position);
+            }
         }
     }
 }
