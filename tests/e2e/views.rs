@@ -72,7 +72,7 @@ fn the_views_have_the_promised_columns() {
             "backend_status",
             "backend text, state text, pending bigint, oldest_pending_age interval, published_total bigint, \
              failed_total bigint, last_published_at timestamp with time zone, last_error text, \
-             last_error_at timestamp with time zone, next_attempt_at timestamp with time zone, healings bigint",
+             last_error_at timestamp with time zone, next_attempt_at timestamp with time zone, healings bigint, address text",
         ),
         (
             "event_status",
