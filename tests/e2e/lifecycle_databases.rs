@@ -167,6 +167,8 @@ fn a_database_is_renamed_moved_and_copied_as_if_there_were_no_worker() {
     database(&pg, &redis, "old");
     let mut published = publish(&pg, "old", 2);
     pg.wait_worker("old");
+    // Afterwards the backend has another stream.
+    redis.wait_entries("old", 2);
 
     promptly(&pg, "alter database old rename to new");
     pg.wait_worker("new");
