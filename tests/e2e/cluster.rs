@@ -377,3 +377,35 @@ fn a_cluster_that_has_lost_everything_is_what_on_missing_guard_says() {
         assert_eq!(arrived.len(), 4);
     }
 }
+
+/// Each lane has a guard of its own that is missing, and one word ends it for all.
+#[test]
+fn a_take_over_is_every_lanes() {
+    let cluster = Cluster::start(0);
+    let stack = stack(QUICK, &cluster);
+    stack.pg.exec("update outbox.backends set on_missing_guard = 'halt'");
+    let streams = ["s1", "s2", "s3", "s4"];
+    for stream in streams {
+        publish(&stack, stream, 2);
+        cluster.wait_entries(stream, 2);
+    }
+    wait_drained(&stack.pg, "default");
+    for node in &cluster.nodes {
+        node.call(&["FLUSHALL"]);
+    }
+    let waiting: Vec<Vec<Uuid>> = streams.iter().map(|s| publish(&stack, s, 2)).collect();
+    wait_trouble(&stack.pg, "default", "misconfigured", "its guard is missing");
+    wait_eq("lanes that wait", 4i64, || {
+        stack
+            .pg
+            .one("select count(*) from outbox.cursors where slot >= 0 and state = 'misconfigured'")
+    });
+    stack.pg.exec("select outbox.take_over('default')");
+    for (stream, waiting) in streams.iter().zip(&waiting) {
+        assert_eq!(&ids(&cluster.wait_entries(stream, 2)), waiting, "{stream}");
+    }
+    wait_eq("take-overs that were asked for", 0i64, || {
+        stack.pg.one("select count(*) from outbox.take_overs")
+    });
+    wait_drained(&stack.pg, "default");
+}

@@ -1,6 +1,6 @@
 //! pg_dump and restore: backends, and all events that were not sent, go along; what was sent is not sent again.
 
-use kit::{Entry, Mode, Postgres, Stack, wait_eq, wait_until};
+use kit::{Cluster, Entry, Mode, Postgres, Stack, wait_drained, wait_eq, wait_until};
 use postgres::Client;
 
 /// How a dump is written and read.
@@ -297,4 +297,44 @@ fn at_least_once_repeats_it_and_says_how_much() {
     let ids = |entries: &[Entry]| -> Vec<String> { entries.iter().map(|e| e.field("event_id").to_owned()).collect() };
     assert_eq!(ids(&entries[..300]), ids(&entries[300..600]));
     target.wait_log("WARNING:  320 events of a dump were restored for backend \"default\"");
+}
+
+/// Lane by lane, also in a slot that the target finds later.
+#[test]
+fn in_a_cluster_what_the_source_has_sent_is_found_and_not_repeated() {
+    let cluster = Cluster::start(0);
+    let stack = Stack::start();
+    stack.pg.exec(&format!(
+        "update outbox.backends set mode = 'cluster', nodes = '{}', host = null, port = null",
+        cluster.addresses()
+    ));
+    let publish = "select outbox.publish_event('n' || i, 's', stream => 's' || i % 4)";
+    stack.pg.exec(&format!("{publish} from generate_series(1, 400) i"));
+    for stream in ["s0", "s1", "s2", "s3"] {
+        cluster.wait_entries(stream, 100);
+    }
+    wait_drained(&stack.pg, "default");
+    // Nobody saves the cursors any more: the dump takes all for unsent.
+    stack.pg.set("outbox_relay.enabled", "off");
+    wait_eq("the worker", None::<i32>, || {
+        stack.pg.one("select worker_pid from outbox.status")
+    });
+    stack.pg.exec("delete from outbox.cursors");
+    stack.pg.exec(&format!("{publish} from generate_series(401, 420) i"));
+    let target = Postgres::start();
+    target.exec("create database copy");
+    carry(&stack.pg, &target, "copy", Form::Plain);
+    for n in 0..4 {
+        let entries = cluster.wait_entries(&format!("s{n}"), 105);
+        let expected: Vec<String> = (1..=420).filter(|i| i % 4 == n).map(|i| format!("n{i}")).collect();
+        assert_eq!(types(&entries), expected);
+    }
+    wait_eq("nothing is left to compare", 0i64, || {
+        target.one_db("copy", "select count(*) from outbox.restores")
+    });
+    target.exec_db("copy", "select outbox.publish_event('new', 's', stream => 's9')");
+    assert_eq!(types(&cluster.wait_entries("s9", 1)), ["new"]);
+    for n in 0..4 {
+        assert_eq!(cluster.entries(&format!("s{n}")).len(), 105);
+    }
 }
