@@ -341,12 +341,14 @@ begin
         -- Which slot its events belong to must not change with a setting.
         new.stream_name := coalesce(nullif(pg_catalog.current_setting('outbox_relay.redis_stream_name', true), ''), 'events');
     end if;
-    if tg_op = 'UPDATE' and old.mode = 'cluster' and (new.mode <> 'cluster' or new.stream_name <> old.stream_name)
-        and exists (select from outbox.cursors c where c.backend_number = old.number) then
-        raise exception using errcode = 'object_not_in_prerequisite_state',
-            message = format('mode and stream_name of backend "%s" cannot be changed', old.name),
-            detail = 'What is delivered is known for each hash slot of its cluster, and its events were placed by its stream_name.',
-            hint = 'Rename it, and insert another backend under its name.';
+    if tg_op = 'UPDATE' and old.mode = 'cluster' and (new.mode <> 'cluster' or new.stream_name <> old.stream_name) then
+        -- Only now: other changes are not to wait for a lock on that table.
+        if exists (select from outbox.cursors c where c.backend_number = old.number) then
+            raise exception using errcode = 'object_not_in_prerequisite_state',
+                message = format('mode and stream_name of backend "%s" cannot be changed', old.name),
+                detail = 'What is delivered is known for each hash slot of its cluster, and its events were placed by its stream_name.',
+                hint = 'Rename it, and insert another backend under its name.';
+        end if;
     end if;
     if tg_op = 'UPDATE' and new.number <> old.number then
         raise exception using errcode = 'feature_not_supported',
