@@ -685,7 +685,9 @@ comment on function outbox.guard_key(text, text) is 'In a cluster, key of a back
 
 create function outbox.guard_key(backend text) returns text
     language sql stable security definer set search_path = pg_catalog, pg_temp
-    return outbox.guard_key(backend, null);
+    as $$
+select outbox.guard_key(backend, null)
+$$;
 comment on function outbox.guard_key(text) is 'Key of a backend''s guard in its Redis: a hash that says who appends to its streams, and how far that has come. In a cluster, of the one beside its own stream.';
 
 create function outbox.take_over(backend text) returns void

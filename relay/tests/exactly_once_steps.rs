@@ -234,6 +234,9 @@ fn behind_the_last_that_was_added_nothing_was() {
         (entry_of(3, 2), "3-0", true),
     ] {
         let replies = vec![Value::Array(vec![entry]), info(last)];
-        assert_eq!(found(Search::new(&[settled.clone()]), replies), [counts_as_appended]);
+        assert_eq!(
+            found(Search::new(std::slice::from_ref(&settled)), replies),
+            [counts_as_appended]
+        );
     }
 }
