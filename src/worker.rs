@@ -36,7 +36,7 @@ use std::time::{Duration, Instant};
 /// Scheduled events that are moved at once.
 const MOVE_COUNT: i64 = 1_000;
 /// How long a worker that must go waits for replies that are on their way.
-const SETTLE_AT_END: Duration = Duration::from_millis(400);
+const SETTLE_AT_END: Duration = Duration::from_millis(250);
 /// The same, when a backend's settings have changed; meanwhile the others wait.
 const SETTLE_AT_CHANGE: Duration = Duration::from_millis(200);
 /// The same ERROR is logged again after this long.
@@ -66,6 +66,8 @@ pub extern "C-unwind" fn outbox_relay_worker(argument: pg_sys::Datum) {
     for (name, value) in [
         (c"search_path", c"pg_catalog"),
         (c"lock_timeout", c"2s"),
+        // Before whoever is at the other end looks: DROP EXTENSION is to win, and the worker tries again.
+        (c"deadlock_timeout", c"100ms"),
         (c"statement_timeout", c"0"),
         (c"idle_in_transaction_session_timeout", c"0"),
         (c"default_transaction_isolation", c"read committed"),
