@@ -4,8 +4,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use kit::sentinel::MASTER;
 use kit::{
-    LIMIT, Ledger, Load, Postgres, QUICK, Redis, Refused, Sentinel, Stack, UNTRIMMED, Watched, holds_for, ids,
-    standing, wait_drained, wait_eq, wait_trouble, wait_until,
+    LIMIT, Ledger, Load, Postgres, QUICK, Redis, Refused, Sentinel, Stack, UNTRIMMED, Watched, eventually, holds_for,
+    ids, standing, wait_drained, wait_eq, wait_trouble, wait_until,
 };
 
 /// The stall that is allowed beyond the failover itself.
@@ -83,8 +83,10 @@ fn a_failover_under_load_loses_nothing_and_stalls_no_longer_than_it_takes() {
         );
         stalls.push(stall);
         watched.replica.start_again();
-        wait_until("the old primary to follow the new", || {
-            watched.replica.replication("master_link_status").as_deref() == Some("up")
+        // They may take their time to notice that it is back.
+        eventually("the old primary to follow the new", 3 * LIMIT, || {
+            let link = watched.replica.replication("master_link_status");
+            (link.as_deref() == Some("up")).then_some(())
         });
     }
     load.stop();
