@@ -409,3 +409,34 @@ fn a_take_over_is_every_lanes() {
     });
     wait_drained(&stack.pg, "default");
 }
+
+/// Retention counts from what all lanes have delivered.
+#[test]
+fn what_one_lane_has_not_sent_is_not_purged_while_the_others_go_on() {
+    let cluster = Cluster::start(0);
+    let at_once = ("outbox_relay.published_retention", "0");
+    let stack = stack(&[QUICK, &[at_once]].concat(), &cluster);
+    let streams = ["s1", "s2", "s3"];
+    for stream in streams {
+        publish(&stack, stream, 1);
+        cluster.wait_entries(stream, 1);
+    }
+    let slow = cluster.master_of("s1");
+    let other = streams.iter().find(|s| cluster.master_of(s) != slow);
+    let other = other.expect("streams on different nodes");
+    cluster.nodes[slow].call(&["CLIENT", "PAUSE", "4000", "WRITE"]);
+    let waiting = publish(&stack, "s1", 3);
+    for n in 0..5 {
+        publish(&stack, other, 1);
+        cluster.wait_entries(other, 2 + n);
+        // Ticks are recorded once a second.
+        std::thread::sleep(std::time::Duration::from_millis(600));
+    }
+    let kept: i64 = stack.pg.one("select count(*) from outbox.events where stream = 's1'");
+    assert!(kept >= 3, "{kept} events of the slow lane are kept");
+    assert_eq!(cluster.entries("s1").len(), 1, "the pause is over too soon");
+    assert!(ids(&cluster.wait_entries("s1", 4)).ends_with(&waiting));
+    wait_eq("events that are kept", 0i64, || {
+        stack.pg.one("select count(*) from outbox.events")
+    });
+}
