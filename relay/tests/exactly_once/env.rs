@@ -106,14 +106,15 @@ impl Faults {
             promotions: some(0.02),
             trims: 0.0,
         };
-        // What was trimmed cannot be found after a loss.
-        let losses = [
+        // What was trimmed cannot be found after a loss, nor told from what was refused.
+        let doubts = [
+            faults.troubled,
             faults.tail_losses,
             faults.flushes,
             faults.guard_losses,
             faults.promotions,
         ];
-        let trims = if losses == [0.0; 4] { some(0.1) } else { 0.0 };
+        let trims = if doubts == [0.0; 5] { some(0.3) } else { 0.0 };
         Self { trims, ..faults }
     }
 }
