@@ -83,7 +83,9 @@ fn decide(backend: &mut Backend, identity: &Identity, guard: Option<Guard>, now:
                         true => cursor(&guard.position, guard.number),
                         false => cursor(&guard.previous, guard.number - 1),
                     };
-                    step_back(backend, cursor, guard.number, now)?;
+                    // What waited and was accepted behind the number that counts from now on waits again, until it is found.
+                    let since = cursor.number;
+                    step_back(backend, cursor, since, now)?;
                 }
                 // What its last batch came to is found by comparing, too.
                 (Start::Compare(Why::Unfinished), Some(guard)) => {

@@ -73,7 +73,7 @@ impl Site {
                     }
                     // Should that guard be found again, it is news.
                     (Start::Heal { heard: false }, Some(guard)) => {
-                        self.step_back(env, guard.previous.clone(), guard.number - 1, guard.number);
+                        self.step_back(env, guard.previous.clone(), guard.number - 1, guard.number - 1);
                     }
                     (Start::Compare(Why::Unfinished), Some(guard)) => {
                         self.step_back(env, guard.previous.clone(), guard.number, guard.number);
