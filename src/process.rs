@@ -1,7 +1,6 @@
 //! Manners of a background process: signals, waiting, and transactions that can fail without ending the process.
 
 use crate::guc::{self, LogLevel};
-use once_cell::unsync::OnceCell;
 use pgrx::pg_sys::panic::CaughtError;
 use pgrx::{PgSqlErrorCode, PgTryBuilder, pg_sys};
 use std::ffi::{CStr, CString};
@@ -97,41 +96,28 @@ pub fn accept_end() {
     unsafe { (pg_sys::ProcDiePending, pg_sys::QueryCancelPending) = (0, 0) };
 }
 
-/// Waits for the latch, a readable socket, or the time; the death of the postmaster ends the process. A process waits for the same
-/// socket, or none, as long as it lives.
+/// Waits for the latch, a readable socket, or the time; the death of the postmaster ends the process.
 pub fn wait(socket: Option<i32>, timeout: Option<Duration>) {
-    thread_local! {
-        /// Made once: WaitLatchOrSocket would make one, and tell the kernel of all its parts, each time.
-        static AWAITED: OnceCell<*mut pg_sys::WaitEventSet> = const { OnceCell::new() };
+    let mut events = pg_sys::WL_LATCH_SET | pg_sys::WL_EXIT_ON_PM_DEATH;
+    if socket.is_some() {
+        events |= pg_sys::WL_SOCKET_READABLE;
     }
-    // Rounded up, or the last millisecond would be spent awake.
-    let timeout_ms = timeout.map_or(-1, |t| t.as_micros().div_ceil(1_000).min(i32::MAX as u128) as i64);
-    let awaited = AWAITED.with(|awaited| *awaited.get_or_init(|| awaited_by_process(socket)));
-    // SAFETY: a set of the process's life; room for the one event that is asked for.
+    let mut timeout_ms = -1;
+    if let Some(timeout) = timeout {
+        events |= pg_sys::WL_TIMEOUT;
+        // Rounded up, or the last millisecond would be spent awake.
+        timeout_ms = timeout.as_micros().div_ceil(1_000).min(i32::MAX as u128) as i64;
+    }
+    // SAFETY: the process's own latch; a socket that is open for the process's life.
     unsafe {
-        let mut event: pg_sys::WaitEvent = std::mem::zeroed();
-        pg_sys::WaitEventSetWait(awaited, timeout_ms, &mut event, 1, pg_sys::PG_WAIT_EXTENSION);
+        pg_sys::WaitLatchOrSocket(
+            pg_sys::MyLatch,
+            events as i32,
+            socket.unwrap_or(-1),
+            timeout_ms,
+            pg_sys::PG_WAIT_EXTENSION,
+        );
         pg_sys::ResetLatch(pg_sys::MyLatch);
-    }
-}
-
-/// What [`wait`] waits for.
-fn awaited_by_process(socket: Option<i32>) -> *mut pg_sys::WaitEventSet {
-    // SAFETY: memory and owner of the process's life; its own latch; a socket that is open as long.
-    unsafe {
-        #[cfg(any(feature = "pg15", feature = "pg16"))]
-        let set = pg_sys::CreateWaitEventSet(pg_sys::TopMemoryContext, 3);
-        #[cfg(any(feature = "pg17", feature = "pg18"))]
-        let set = pg_sys::CreateWaitEventSet(std::ptr::null_mut(), 3);
-        let add = |events: u32, fd: i32, latch: *mut pg_sys::Latch| {
-            pg_sys::AddWaitEventToSet(set, events, fd, latch, std::ptr::null_mut());
-        };
-        add(pg_sys::WL_LATCH_SET, -1, pg_sys::MyLatch);
-        add(pg_sys::WL_EXIT_ON_PM_DEATH, -1, std::ptr::null_mut());
-        if let Some(socket) = socket {
-            add(pg_sys::WL_SOCKET_READABLE, socket, std::ptr::null_mut());
-        }
-        set
     }
 }
 
