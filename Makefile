@@ -77,7 +77,7 @@ lint: headers ## formatting, clippy, the SQL script and dependencies, as CI chec
 bench: ## measure the figures of the README beside their floors and rivals (BENCH_ARGS=... for some of them)
 	scripts/bench $(BENCH_ARGS)
 
-bench-quick: ## the same, small: a table in three minutes
+bench-quick: ## the same, small
 	scripts/bench --quick $(BENCH_ARGS)
 
 chaos: ## break everything at random and check that nothing is lost or repeated (SEED=, MINUTES=, CHAOS_ARGS=...)
