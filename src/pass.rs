@@ -10,7 +10,6 @@ use pgrx::pg_sys;
 use relay::delivery::{Entry, Room, RowFate};
 use relay::reader::{Key, Position, RangeScan, Scan, Step, Table};
 use relay::refusal::Record;
-use relay::slot::slot_of;
 use relay::snapshot::Tick;
 use std::collections::BTreeSet;
 use std::rc::Rc;
@@ -276,10 +275,7 @@ impl Pass<'_> {
     fn lane_of(&self, number: i32, row: &Row, rows: &RowMemory) -> Option<usize> {
         let mut of_number = self.readers.iter().filter(|r| r.number == number);
         let backend = &self.backends[of_number.next()?.index];
-        let slot = rows.within(|| match row.text(attribute::STREAM) {
-            Some(stream) => slot_of(stream.as_bytes()),
-            None => slot_of(backend.stream.as_bytes()),
-        });
+        let slot = rows.within(|| row.slot(&backend.stream));
         let lane = Some(slot).filter(|slot| self.lanes.contains(&(number, Some(*slot))));
         let is_its = |r: &Reader| r.number == number && r.lane == lane && !r.stopped;
         self.readers.iter().position(is_its)

@@ -12,7 +12,7 @@ use crate::process::{self, Aborted};
 use crate::rows::EventsTable;
 use pgrx::pg_extern;
 use relay::delivery::Now;
-use relay::reader::{Position, RangeScan, Step};
+use relay::reader::{RangeScan, Step};
 use relay::snapshot::Tick;
 use std::sync::Arc;
 use std::time::Duration;
@@ -141,7 +141,7 @@ fn delivered(backends: &[Backend], backend: &Backend) -> Arc<Tick> {
     let lanes = backends.iter().filter(|b| b.number == backend.number);
     let mut lowest = backend.delivery.acked().from.clone();
     for tick in lanes.map(|b| &b.delivery.acked().from) {
-        if !Position::at(tick.clone()).includes(&Position::at(lowest.clone())) {
+        if !tick.snapshot.includes(&lowest.snapshot) {
             lowest = tick.clone();
         }
     }

@@ -5,6 +5,7 @@ use once_cell::unsync::OnceCell;
 use pgrx::{pg_sys, varlena};
 use relay::event::Event;
 use relay::reader::{Key, Scan, Table};
+use relay::slot::slot_of;
 use std::borrow::Cow;
 use std::ffi::CStr;
 
@@ -108,6 +109,12 @@ impl Row {
 
     pub fn backend_number(&self) -> i32 {
         self.i32(attribute::BACKEND_NUMBER).unwrap_or_default()
+    }
+
+    /// The hash slot of its stream; one that names none is in its backend's. Allocates as [`Self::text`].
+    pub fn slot(&self, own_stream: &str) -> u16 {
+        let named = self.text(attribute::STREAM);
+        slot_of(named.as_deref().unwrap_or(own_stream).as_bytes())
     }
 
     /// Calls `f` with the row as an event.

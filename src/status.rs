@@ -116,8 +116,7 @@ impl Stand {
     fn lowest(&self) -> Position {
         let mut lowest = &self.position;
         for lane in self.lanes.values() {
-            let began = Position::at(lane.from.clone());
-            if !began.includes(&Position::at(lowest.from.clone())) {
+            if !lane.from.snapshot.includes(&lowest.from.snapshot) {
                 lowest = lane;
             }
         }
@@ -129,11 +128,11 @@ impl Stand {
         if self.lanes.is_empty() {
             return true;
         }
-        let slot = match row.text(attribute::STREAM) {
-            Some(stream) => slot_of(stream.as_bytes()),
-            None => slot_of(self.own_stream.as_bytes()),
-        };
-        !self.lanes.get(&slot).unwrap_or(&self.position).covers(key)
+        !self
+            .lanes
+            .get(&row.slot(&self.own_stream))
+            .unwrap_or(&self.position)
+            .covers(key)
     }
 }
 

@@ -34,7 +34,7 @@ impl Scale {
         rival_events: 200_000,
     };
 
-    /// For daily use: under three minutes in all.
+    /// For daily use.
     const QUICK: Self = Self {
         runs: 1,
         events: 150_000,

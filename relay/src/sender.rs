@@ -164,8 +164,13 @@ struct Reporter {
 }
 
 impl Reporter {
-    /// False: nobody listens any more. `waiting`: orders that the sender has still to obey.
-    fn report(&self, report: Report, waiting: usize) -> bool {
+    /// False: nobody listens any more.
+    fn report(&self, report: Report) -> bool {
+        self.report_before(report, 0)
+    }
+
+    /// The same, while so many orders are `waiting` to be obeyed: a batch that went well need not wake the worker then.
+    fn report_before(&self, report: Report, waiting: usize) -> bool {
         let is_news = !matches!(&report, Report::Done { refused, .. } if refused.is_empty());
         let heard = self.reports.try_send(report).is_ok();
         if heard && (is_news || waiting <= ENOUGH_ORDERS || self.reports.len() >= HEARD_TOGETHER) {
@@ -176,12 +181,11 @@ impl Reporter {
     }
 
     fn lost(&self, failure: Failure) {
-        let report = Report::Lost {
+        self.report(Report::Lost {
             failure,
             accepted: 0,
             refused: Vec::new(),
-        };
-        self.report(report, 0);
+        });
     }
 }
 
@@ -194,7 +198,7 @@ impl Drop for Reporter {
 
 fn run(destination: &Destination, orders: &Receiver<Order>, reporter: &Reporter) {
     let mut found = |address: &Address| {
-        reporter.report(Report::Found(address.clone()), 0);
+        reporter.report(Report::Found(address.clone()));
     };
     let link = match route::open(destination, &mut found) {
         Ok(link) => link,
@@ -259,7 +263,7 @@ fn converse(
         if conversation.awaits_reply() {
             let outcome = conversation.reply(link.receive()?, &mut reports);
             for report in reports.drain(..) {
-                if !reporter.report(report, orders.len()) {
+                if !reporter.report_before(report, orders.len()) {
                     return Ok(());
                 }
             }
@@ -274,7 +278,7 @@ fn last_words(link: &mut Link, conversation: &mut Conversation, reporter: &Repor
     while failure.trouble == Trouble::Closed && conversation.awaits_reply() {
         let Ok(reply) = link.receive() else { break };
         let outcome = conversation.reply(reply, &mut reports);
-        reports.drain(..).all(|report| reporter.report(report, 0));
+        reports.drain(..).all(|report| reporter.report(report));
         if let Err(said) = outcome {
             return said;
         }
@@ -290,7 +294,7 @@ fn pipeline(
     orders: &Receiver<Order>,
     reporter: &Reporter,
 ) {
-    if !reporter.report(Report::Connected, 0) {
+    if !reporter.report(Report::Connected) {
         return;
     }
     // A WAIT that has to be repeated would come behind later batches.
@@ -337,12 +341,11 @@ fn pipeline(
                 buffer: batch.bytes,
             },
             Err((failure, accepted, refused)) => {
-                let report = Report::Lost {
+                reporter.report(Report::Lost {
                     failure,
                     accepted,
                     refused,
-                };
-                reporter.report(report, 0);
+                });
                 return;
             }
         };
@@ -351,7 +354,7 @@ fn pipeline(
         {
             return reporter.lost(failure);
         }
-        if !reporter.report(report, orders.len() + unanswered.len()) {
+        if !reporter.report_before(report, orders.len() + unanswered.len()) {
             return;
         }
     }
@@ -369,7 +372,7 @@ fn replicate(link: &mut Link, replicas: Replicas, reporter: &Reporter) -> Result
         };
         if told.as_ref() != Some(&failure.message) {
             told = Some(failure.message.clone());
-            if !reporter.report(Report::Behind(failure), 0) {
+            if !reporter.report(Report::Behind(failure)) {
                 return Err(Failure::backend("let go"));
             }
         }

@@ -29,14 +29,10 @@ impl Backend {
             position: at,
             number: 0,
         };
-        let role = match self.role {
-            Role::Deleted => Role::Deleted,
-            _ => Role::Redis,
-        };
         Self::standing_at(
             self.number,
             Some(slot),
-            role,
+            self.role_of_lanes(),
             self.row.clone(),
             home,
             cursor,
@@ -45,6 +41,14 @@ impl Backend {
                 ..Standing::default()
             },
         )
+    }
+
+    /// What lanes of this one are.
+    pub fn role_of_lanes(&self) -> Role {
+        match self.role {
+            Role::Deleted => Role::Deleted,
+            Role::Redis | Role::Finder | Role::Strays => Role::Redis,
+        }
     }
 
     /// Within the transaction that makes it, at the position of its finder.

@@ -168,11 +168,8 @@ fn missing_lanes<'a>(backends: impl Iterator<Item = &'a Backend> + Clone, home: 
             .collect();
         let saved = outbox::lanes(number);
         for slot in saved.iter().filter(|slot| !known.contains(slot)) {
-            let role = match finder.role {
-                Role::Deleted => Role::Deleted,
-                _ => Role::Redis,
-            };
-            missing.push(Backend::load(number, Some(*slot), role, finder.row.clone(), home));
+            let (role, row) = (finder.role_of_lanes(), finder.row.clone());
+            missing.push(Backend::load(number, Some(*slot), role, row, home));
         }
         if !finder.is_finder() {
             continue;

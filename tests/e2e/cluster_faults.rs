@@ -31,20 +31,6 @@ fn now() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970")
 }
 
-/// The longest time between two entries of a stream since `since`, by Redis's own clock.
-fn longest_stall(node: &Redis, stream: &str, since: Duration) -> Duration {
-    let entries: Vec<(String, Vec<String>)> = ::redis::cmd("XRANGE")
-        .arg(&[stream, &since.as_millis().to_string(), "+"])
-        .query(&mut node.conn())
-        .expect("a stream");
-    let times = entries
-        .iter()
-        .map(|(id, _)| id.split('-').next().and_then(|ms| ms.parse::<u64>().ok()));
-    let times: Vec<u64> = times.map(|ms| ms.expect("an entry id")).collect();
-    let longest = times.windows(2).map(|pair| pair[1] - pair[0]).max();
-    Duration::from_millis(longest.unwrap_or_default())
-}
-
 #[track_caller]
 fn assert_well(stack: &Stack, cluster: &Cluster) {
     wait_drained(&stack.pg, "default");
@@ -140,7 +126,10 @@ fn a_master_that_is_killed_under_load_is_replaced_and_nothing_is_lost() {
         });
         let of_node = streams().into_iter().filter(|s| cluster.master_of(s) == master);
         let stall = of_node
-            .map(|s| longest_stall(node, &s, killed_at - Duration::from_millis(500)))
+            .map(|s| {
+                node.longest_stall(&s, killed_at - Duration::from_millis(500))
+                    .unwrap_or_default()
+            })
             .max();
         let stall = stall.expect("a stream");
         println!("failover {round}: it took {failover:?}, the stall was {stall:?}");

@@ -37,21 +37,6 @@ fn now() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970")
 }
 
-/// The longest time between two entries since `since`, by Redis's own clock.
-fn longest_stall(redis: &Redis, since: Duration) -> Duration {
-    let mut conn = redis.conn();
-    let entries: Vec<(String, Vec<String>)> = ::redis::cmd("XRANGE")
-        .arg(&["events", &since.as_millis().to_string(), "+"])
-        .query(&mut conn)
-        .expect("a stream");
-    let times = entries
-        .iter()
-        .map(|(id, _)| id.split('-').next().and_then(|ms| ms.parse::<u64>().ok()));
-    let times: Vec<u64> = times.map(|ms| ms.expect("an entry id")).collect();
-    let longest = times.windows(2).map(|pair| pair[1] - pair[0]).max();
-    Duration::from_millis(longest.expect("two entries"))
-}
-
 /// Under 2,000 events a second. OUTBOX_FAILOVERS says how often; the stalls are printed.
 #[test]
 fn a_failover_under_load_loses_nothing_and_stalls_no_longer_than_it_takes() {
@@ -75,7 +60,8 @@ fn a_failover_under_load_loses_nothing_and_stalls_no_longer_than_it_takes() {
         wait_until("entries in the new primary", || {
             watched.primary.xlen("events") > before + 1_000
         });
-        let stall = longest_stall(&watched.primary, killed_at - Duration::from_millis(500));
+        let since = killed_at - Duration::from_millis(500);
+        let stall = watched.primary.longest_stall("events", since).expect("two entries");
         println!("failover {round}: it took {failover:?}, the stall was {stall:?}");
         assert!(
             stall <= failover + ALLOWANCE,

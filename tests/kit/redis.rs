@@ -208,6 +208,21 @@ impl Redis {
         panic!("waited {LIMIT:?} for {count} entries in {stream}; there are {last}");
     }
 
+    /// The longest time between two entries of a stream since `since` (after 1970), by Redis's own clock; `None`: there are no two.
+    #[track_caller]
+    pub fn longest_stall(&self, stream: &str, since: Duration) -> Option<Duration> {
+        let entries: Vec<(String, Vec<String>)> = cmd("XRANGE")
+            .arg(&[stream, &since.as_millis().to_string(), "+"])
+            .query(&mut self.conn())
+            .expect("a stream");
+        let times = entries
+            .iter()
+            .map(|(id, _)| id.split('-').next().and_then(|ms| ms.parse::<u64>().ok()));
+        let times: Vec<u64> = times.map(|ms| ms.expect("an entry id")).collect();
+        let longest = times.windows(2).map(|pair| pair[1] - pair[0]).max();
+        longest.map(Duration::from_millis)
+    }
+
     pub fn is_running(&self) -> bool {
         self.child.is_some()
     }

@@ -52,7 +52,7 @@ impl Sentinel {
     #[track_caller]
     pub fn start(&mut self) {
         let log = File::create(self.dir.path().join("sentinel.log")).expect("cannot write a log");
-        let child = Command::new("redis-server")
+        let child = Command::new(env::redis_server())
             .arg(self.config())
             .arg("--sentinel")
             .current_dir(self.dir.path())
