@@ -3,11 +3,14 @@
 use redis::Value;
 use relay::classify::{self, Class};
 use relay::conversation::{Claim, Conversation, Replicas};
+use relay::destination::Address;
 use relay::encode::{Encoder, Target, hyphenated, rfc3339};
 use relay::event::{BUILT_IN_FIELDS, Event, further_fields};
 use relay::guard::{Guard, Owner};
 use relay::replies::{Inbox, Reply};
+use relay::route::answers::{is_replica, primary_in, ranges_in, redirect_in};
 use relay::sender::{Batch, Order, Report};
+use relay::slot::{SLOTS, slot_of, tag_of};
 use relay::tails::{Purpose, Search, Wanted};
 use std::borrow::Cow;
 use std::collections::BTreeSet;
@@ -83,7 +86,7 @@ pub fn conversation(input: &[u8]) {
         return;
     };
     let replicas = (setup & 1 != 0).then_some(Replicas { count: 1, wait_ms: 10 });
-    let mut conversation = Conversation::new("guard", replicas);
+    let mut conversation = Conversation::new("guard", replicas, (setup & 2 != 0).then_some("ousting"));
     let (mut reports, mut given, mut done) = (Vec::new(), 0, 0);
     let mut bytes = Inbox::default();
     let mut said = said;
@@ -412,4 +415,41 @@ pub fn publish(input: &[u8]) {
         };
         assert_eq!(*value, expected);
     }
+}
+
+/// What a sentinel or a node of a cluster says is an address that can be connected to, or a failure, never an event's.
+pub fn nodes(input: &[u8]) {
+    let is_address = |address: &Address| matches!(address, Address::Tcp { host, .. } if !host.is_empty());
+    if let Some((_, address)) = redirect_in(&String::from_utf8_lossy(input)) {
+        assert!(is_address(&address), "{address:?}");
+    }
+    let Ok(value) = redis::parse_redis_value(input) else {
+        return;
+    };
+    is_replica(&value);
+    let asked = Address::of_node("asked:7000").expect("an address");
+    match ranges_in(&value, &asked) {
+        Ok(ranges) => assert!(ranges.iter().all(|range| is_address(&range.master))),
+        Err(failure) => assert_ne!(failure.class, Class::Event),
+    }
+    match primary_in(value) {
+        Ok(address) => assert!(address.is_none_or(|address| is_address(&address))),
+        Err(failure) => assert_ne!(failure.class, Class::Event),
+    }
+}
+
+/// A key lies where another's checksum of its tag puts it, and the guard beside it lies there too.
+pub fn slots(input: &[u8]) {
+    let open = input.iter().position(|byte| *byte == b'{');
+    let tag = open.map(|open| &input[open + 1..]).and_then(|rest| {
+        let close = rest.iter().position(|byte| *byte == b'}')?;
+        (close > 0).then(|| &rest[..close])
+    });
+    let checksum = crc::Crc::<u16>::new(&crc::CRC_16_XMODEM).checksum(tag.unwrap_or(input));
+    let slot = slot_of(input);
+    assert_eq!(slot, checksum % SLOTS);
+    assert_eq!(
+        slot_of(format!("outbox_relay:guard:x:1:2:{{{}}}", tag_of(slot)).as_bytes()),
+        slot
+    );
 }

@@ -236,9 +236,11 @@ create table outbox.incarnations (
     system             text not null,
     timeline           bigint not null,
     started_at         timestamptz not null default clock_timestamp(),
-    previous_ended_lsn pg_lsn not null
+    previous_ended_lsn pg_lsn not null,
+    first_xid          xid8 not null
 );
 comment on table outbox.incarnations is 'The runs of this server that relayed, saved before the first claim of each: guards name them. A copy of the database knows those up to when it was made.';
+comment on column outbox.incarnations.first_xid is 'Transactions of this run have this id or later ones. Less than what a guard of the one before says: WAL was lost, and ids are used again.';
 comment on column outbox.incarnations.previous_ended_lsn is 'Where the history of the one before ended, as far as this server has it.';
 
 create function outbox.here() returns text

@@ -1,20 +1,21 @@
-//! One backend within the worker: its settings, its delivery, its sender, and what is not saved yet.
+//! One backend within the worker: its settings, its delivery, its sender, and what is not saved yet (`books.rs`).
 
+mod books;
 mod guarded;
 mod lanes;
+mod logging;
 mod settings;
 
 pub use guarded::ClaimStage;
 pub use lanes::MOST_LANES;
 pub use settings::Home;
 
-use crate::guc::{self, LogLevel};
+use crate::guc;
 use crate::outbox::{self, BackendRow, Standing};
-use crate::process::log;
+use crate::ownership;
 use crate::refused;
-use pgrx::pg_sys;
 use relay::claim::Watch;
-use relay::classify::{Class, Failure};
+use relay::classify::Failure;
 use relay::delivery::{Cursor, Delivery, Entry, Now, State};
 use relay::destination::{self, Address, Destination, Route};
 use relay::encode::{Encoder, Target};
@@ -26,7 +27,6 @@ use relay::refusal::{Record, Streams};
 use relay::sender::{Batch, Handle, Order, Report};
 use relay::slot::slot_of;
 use settings::{mode_of, settings};
-use std::cell::Cell;
 use std::collections::HashSet;
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
@@ -42,16 +42,6 @@ const LANE_WINDOW_BYTES: usize = 512 * 1024;
 const TRIM_EVERY: usize = 16;
 /// Names of streams that are kept, so that not each entry needs its own.
 const KNOWN_STREAMS: usize = 1_000;
-/// A cursor that moved over delivered events is saved once nothing more was delivered for this long,
-const SAVE_WHEN_QUIET: Duration = Duration::from_millis(250);
-/// and at the latest after this long. Each save makes the WAL writer flush, which commits of the same moment wait for.
-const SAVE_AFTER: Duration = Duration::from_secs(1);
-/// How long one may that only moved over events of others.
-const SAVE_IDLE_AFTER: Duration = Duration::from_secs(30);
-/// The same trouble is logged again after this long.
-const REPEAT_LOG_AFTER: Duration = Duration::from_secs(60);
-/// Most different troubles in one state that are logged within that time.
-const LOGGED_TROUBLES: usize = 8;
 
 /// Who reads: a backend with its Redis, or the keeper of events that have none.
 pub enum Role {
@@ -326,9 +316,15 @@ impl Backend {
         {
             return;
         }
-        let spawned = waker
-            .try_clone()
-            .and_then(|waker| spawn_sender(self.destination.clone(), waker));
+        let mut destination = self.destination.clone();
+        if let destination::Delivery::ExactlyOnce { ousting, .. } = &mut destination.delivery {
+            *ousting = self
+                .row
+                .as_ref()
+                .filter(|row| row.take_over)
+                .map(|_| ownership::token());
+        }
+        let spawned = waker.try_clone().and_then(|waker| spawn_sender(destination, waker));
         match spawned {
             Ok(handle) => {
                 self.sender = Some(handle);
@@ -364,12 +360,12 @@ impl Backend {
                 }
                 Report::Done { refused, buffer } => {
                     self.keep(buffer);
-                    let records = self.delivery.replied(refused, now, random());
+                    let records = self.delivery.replied(refused, now, fastrand::f64());
                     self.take_in(records, now);
                 }
                 Report::Aborted { refused, buffer } => {
                     self.keep(buffer);
-                    let records = self.delivery.aborted(refused, now, random());
+                    let records = self.delivery.aborted(refused, now, fastrand::f64());
                     self.take_in(records, now);
                 }
                 Report::Behind(failure) => {
@@ -427,7 +423,7 @@ impl Backend {
         self.sender = None;
         self.watch.interrupt();
         self.claim = ClaimStage::None;
-        let records = self.delivery.lost(failure, accepted, refused, now, random());
+        let records = self.delivery.lost(failure, accepted, refused, now, fastrand::f64());
         self.records.extend(records);
         self.dirty_since.get_or_insert(now);
     }
@@ -521,144 +517,6 @@ impl Backend {
     pub fn failed(&mut self, count: u64) {
         self.standing.failed_total += count as i64;
     }
-
-    /// When the cursor is to be saved.
-    pub fn save_at(&self) -> Option<Now> {
-        let dirty = self
-            .dirty_since
-            .map(|since| (since + SAVE_AFTER).min(self.moved_at + SAVE_WHEN_QUIET));
-        let stale = self.stale_since.map(|since| since + SAVE_IDLE_AFTER);
-        dirty.into_iter().chain(stale).min()
-    }
-
-    pub fn is_unsaved(&self) -> bool {
-        self.dirty_since.is_some() || self.stale_since.is_some() || !self.records.is_empty()
-    }
-
-    /// Writes records and cursor down. `wall_us`: the time of day.
-    pub fn save(&mut self, now: Now, wall_us: i64) {
-        let batch_number = self.is_exactly_once().then(|| self.delivery.number());
-        let failed = refused::record(self.number, &self.stream, &self.records, batch_number);
-        let mut standing = self.standing.clone();
-        standing.failed_total += failed as i64;
-        let published = self.delivery.published() - self.counted;
-        if published > 0 {
-            standing.published_total += published as i64;
-            standing.last_published_at = Some(wall_us);
-        }
-        let elapsed = (now.saturating_sub(self.saved_at)).as_secs_f64();
-        standing.events_per_second = match elapsed > 0.0 {
-            true => ((standing.published_total - self.saved_published) as f64 / elapsed) as f32,
-            false => 0.0,
-        };
-        standing.state = self.delivery.state().name().to_owned();
-        if let Some(failure) = self
-            .delivery
-            .trouble()
-            .filter(|f| standing.last_error.as_ref() != Some(&f.message))
-        {
-            standing.last_error = Some(failure.message.clone());
-            standing.last_error_at = Some(wall_us);
-        }
-        if let Some(error) = self.records.iter().rev().find_map(error_of) {
-            standing.last_error = Some(error.to_owned());
-            standing.last_error_at = Some(wall_us);
-        }
-        standing.next_attempt_at = match (self.delivery.trouble(), self.delivery.due_at()) {
-            (Some(_), Some(due)) => Some(wall_us + due.saturating_sub(now).as_micros() as i64),
-            _ => None,
-        };
-        let position = match fault::is_mutated("save_before_ack") {
-            true => self.delivery.position(),
-            false => self.delivery.acked(),
-        };
-        outbox::save_cursor(self.number, self.lane, position, self.delivery.number(), &standing);
-        self.pending_save = Some((standing, self.delivery.published()));
-    }
-
-    /// The transaction of [`Self::save`] has committed.
-    pub fn saved(&mut self, now: Now) {
-        if let Some((standing, counted)) = self.pending_save.take() {
-            self.saved_published = standing.published_total;
-            self.standing = standing;
-            self.counted = counted;
-        }
-        self.records.clear();
-        // Something still in flight will be acknowledged: the flag is raised then.
-        (self.dirty_since, self.stale_since) = (None, None);
-        self.saved_high_seq = self.delivery.acked().from.high_seq;
-        self.saved_at = now;
-    }
-
-    /// A line on each change of state, and on the same trouble each minute; never one an event.
-    fn log_change(&mut self, now: Now) {
-        let state = match self.delivery.state() {
-            State::Sending => State::Idle,
-            state => state,
-        };
-        let message = self.delivery.trouble().map(|f| f.message.clone()).unwrap_or_default();
-        if self.logged_state == Some(state) {
-            // Troubles that take turns are repeats, too.
-            self.logged.retain(|(_, at)| now < *at + REPEAT_LOG_AFTER);
-            let repeated = self.logged.len() >= LOGGED_TROUBLES || self.logged.iter().any(|(m, _)| *m == message);
-            if state == State::Idle || repeated {
-                return;
-            }
-        }
-        let place = match (&self.address, &self.destination.route) {
-            (Some(address), _) => address.to_string(),
-            (None, Route::Direct) => self.destination.address.to_string(),
-            (None, route) => route.to_string(),
-        };
-        let name = self.name().to_owned();
-        match self.delivery.trouble() {
-            Some(failure) => {
-                let (level, what) = match failure.class {
-                    _ if self.is_finder() => (LogLevel::Error, "cannot send all its events"),
-                    Class::Configuration => (LogLevel::Error, "cannot be reached"),
-                    Class::Fenced => (LogLevel::Error, "is fenced"),
-                    Class::Watching => (LogLevel::Info, "is about to be taken over"),
-                    Class::Backend | Class::Event => (LogLevel::Warning, "cannot be reached"),
-                };
-                let stop = if failure.message.ends_with(['.', '?', '!']) {
-                    ""
-                } else {
-                    "."
-                };
-                let what = format!("backend \"{name}\" {what}");
-                let detail = match self.is_finder() {
-                    true => format!("{}{stop}", failure.message),
-                    false => format!("Redis at {place}: {}{stop}", failure.message),
-                };
-                let hint = failure.hint().unwrap_or("Events wait until it works again.");
-                if !self.was_said(&detail, REPEAT_LOG_AFTER, now) {
-                    log(level, &what, Some(&detail), Some(hint));
-                }
-            }
-            // Not while it is only on its way up for the first time.
-            None if self.delivery.has_room() && self.destination.tls.as_ref().is_some_and(|tls| tls.insecure) => {
-                log(
-                    LogLevel::Warning,
-                    &format!("backend \"{name}\" is connected to Redis at {place}, or to whoever answers there"),
-                    Some("With tls_insecure, the server's certificate is not verified."),
-                    Some(
-                        "Set tls_insecure to false, and tls_ca_file if the certificate is of an authority of your own.",
-                    ),
-                );
-            }
-            None if self.delivery.has_room() => {
-                let message = format!("backend \"{name}\" is connected to Redis at {place}");
-                if !self.was_said(&message, REPEAT_LOG_AFTER, now) {
-                    log(LogLevel::Info, &message, None, None);
-                }
-            }
-            None => return,
-        }
-        if self.logged_state.replace(state) != Some(state) {
-            self.logged.clear();
-        }
-        self.logged.push((message, now));
-    }
 }
 
 /// Of a backend or of one lane of it.
@@ -666,16 +524,6 @@ fn refused_streams(number: i32, lane: Option<u16>, own_stream: &str) -> Streams 
     let serves = |stream: &str| lane.is_none_or(|slot| slot_of(stream.as_bytes()) == slot);
     let found = refused::refused_streams(number, own_stream).into_iter();
     Streams::waiting(found.filter(|(stream, _)| serves(stream)))
-}
-
-fn error_of(record: &Record) -> Option<&str> {
-    match record {
-        Record::Park { error, .. }
-        | Record::Fail { error, .. }
-        | Record::RefusedAgain { error, .. }
-        | Record::FailStream { error, .. } => Some(error),
-        Record::Accepted { .. } => None,
-    }
 }
 
 /// Starts a sender with all signals blocked in its thread: they are the main thread's.
@@ -689,23 +537,4 @@ fn spawn_sender(destination: Destination, waker: UnixStream) -> std::io::Result<
         libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut());
         spawned
     }
-}
-
-/// Between 0 and 1, for jitter. Asked for at each report, so it must cost nothing.
-fn random() -> f64 {
-    thread_local! {
-        static STATE: Cell<u64> = const { Cell::new(0) };
-    }
-    let mut state = STATE.get();
-    if state == 0 {
-        // SAFETY: fills the variable that it is given; if it cannot, all have the same jitter.
-        unsafe { pg_sys::pg_strong_random((&raw mut state).cast(), size_of::<u64>()) };
-        state |= 1;
-    }
-    // Xorshift (Marsaglia 2003).
-    state ^= state << 13;
-    state ^= state >> 7;
-    state ^= state << 17;
-    STATE.set(state);
-    (state >> 11) as f64 / (1u64 << 53) as f64
 }

@@ -6,7 +6,8 @@
 
 use crate::outbox::{query, run, value};
 use crate::process::{self, Aborted};
-use crate::{guc, shmem, ticker, uuid};
+use crate::shmem::{self, Began};
+use crate::{guc, ticker, uuid};
 use pgrx::datum::DatumWithOid;
 use pgrx::{pg_extern, pg_sys};
 use relay::claim::Incarnation;
@@ -40,9 +41,9 @@ pub fn begin_incarnation() {
             replayed => replayed,
         }
     };
-    // SAFETY: reads the clock.
-    let now = unsafe { pg_sys::GetCurrentTimestamp() };
-    shmem::name_incarnation(uuid::new_v7(now), started_at);
+    // SAFETY: reads the counter under its lock, and the clock.
+    let (first_xid, now) = unsafe { (pg_sys::ReadNextFullTransactionId().value, pg_sys::GetCurrentTimestamp()) };
+    shmem::name_incarnation(uuid::new_v7(now), Began { started_at, first_xid });
 }
 
 /// This server as guards name it.
@@ -56,7 +57,7 @@ pub struct Identity {
 impl Identity {
     /// Saves the incarnation durably, if it is not yet.
     pub fn establish() -> Result<Option<Self>, Aborted> {
-        let Some((name, started_at)) = shmem::incarnation() else {
+        let Some((name, began)) = shmem::incarnation() else {
             return Ok(None);
         };
         // SAFETY: reads what the server knows of itself.
@@ -67,12 +68,12 @@ impl Identity {
             timeline,
             place: place(),
         };
-        process::transaction(|| identity.save(started_at))?;
+        process::transaction(|| identity.save(began))?;
         ticker::flush();
         Ok(Some(identity))
     }
 
-    fn save(&self, started_at: u64) {
+    fn save(&self, Began { started_at, first_xid }: Began) {
         let known = query(
             "select incarnation::text, timeline from outbox.incarnations order by number desc limit 1",
             &[],
@@ -94,13 +95,14 @@ impl Identity {
             _ => started_at,
         };
         run(
-            "insert into outbox.incarnations (incarnation, system, timeline, previous_ended_lsn)
-            values ($1::uuid, $2, $3, '0/0'::pg_lsn + $4::text::numeric)",
+            "insert into outbox.incarnations (incarnation, system, timeline, previous_ended_lsn, first_xid)
+            values ($1::uuid, $2, $3, '0/0'::pg_lsn + $4::text::numeric, $5::xid8)",
             &[
                 self.incarnation.clone().into(),
                 self.system.clone().into(),
                 i64::from(self.timeline).into(),
                 ended.to_string().into(),
+                first_xid.to_string().into(),
             ],
         );
         run(
@@ -114,15 +116,16 @@ impl Identity {
         if incarnation == self.incarnation {
             return Incarnation::Current;
         }
-        let ended = query(
-            "select (n.previous_ended_lsn - '0/0'::pg_lsn)::text
+        let parsed = |text: Option<String>| text.and_then(|text| text.parse().ok());
+        let next = query(
+            "select (n.previous_ended_lsn - '0/0'::pg_lsn)::text, n.first_xid::text
             from outbox.incarnations i join outbox.incarnations n on n.number > i.number
             where i.incarnation::text = $1 order by n.number limit 1",
             &[DatumWithOid::from(incarnation.to_owned())],
-            |row| value::<String>(row, 1).and_then(|lsn| lsn.parse().ok()),
+            |row| Some((parsed(value(row, 1))?, parsed(value(row, 2))?)),
         );
-        match ended.first().copied().flatten() {
-            Some(ended) => Incarnation::Earlier { ended },
+        match next.first().copied().flatten() {
+            Some((ended, next_xid)) => Incarnation::Earlier { ended, next_xid },
             None => Incarnation::Unknown,
         }
     }
@@ -182,4 +185,12 @@ fn place() -> String {
     let boot: String = read("/proc/sys/kernel/random/boot_id").chars().take(18).collect();
     let host = read("/proc/sys/kernel/hostname");
     format!("{host}:{directory}#{device}.{inode}@{boot}")
+}
+
+/// A random name for a claim.
+pub fn token() -> String {
+    let mut bytes = [0u8; 16];
+    // SAFETY: fills the buffer that it is given.
+    unsafe { pg_sys::pg_strong_random(bytes.as_mut_ptr().cast(), bytes.len()) };
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }

@@ -4,13 +4,12 @@ use crate::backend::{Backend, ClaimStage};
 use crate::catalog;
 use crate::guc::LogLevel;
 use crate::outbox;
-use crate::ownership::Identity;
+use crate::ownership::{Identity, token};
 use crate::process::{self, Aborted, log};
 use crate::refused;
 use crate::rows::EventsTable;
 use crate::ticker;
 use crate::worker;
-use pgrx::pg_sys;
 use relay::claim::{Claimant, Decision, Incarnation, OnMissing, Start, Why, judge};
 use relay::conversation::{Beginning, Claim};
 use relay::delivery::{Cursor, Now};
@@ -500,12 +499,4 @@ fn candidate(backend: &Backend, seq: i64, row: &crate::rows::Row, waits: bool, p
         },
         waits,
     })
-}
-
-/// A random name for a claim.
-fn token() -> String {
-    let mut bytes = [0u8; 16];
-    // SAFETY: fills the buffer that it is given.
-    unsafe { pg_sys::pg_strong_random(bytes.as_mut_ptr().cast(), bytes.len()) };
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }

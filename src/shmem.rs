@@ -63,8 +63,9 @@ struct Shared {
     launcher_latch: AtomicPtr<pg_sys::Latch>,
     /// Names this run of the server, from its start, promotion or crash to its end; zeroes: not named yet.
     incarnation: [AtomicU64; 2],
-    /// Where its WAL began.
+    /// Where it began, see [`Began`].
     started_at_lsn: AtomicU64,
+    first_xid: AtomicU64,
     slots: [Slot; SLOTS],
 }
 
@@ -193,19 +194,33 @@ pub fn wake_launcher() {
     }
 }
 
-/// This run of the server, and where its WAL began: as said by the launcher, the first time that it starts.
-pub fn incarnation() -> Option<([u8; 16], u64)> {
+/// Where a run of the server began: in the WAL, and among the ids of transactions.
+#[derive(Clone, Copy)]
+pub struct Began {
+    pub started_at: u64,
+    pub first_xid: u64,
+}
+
+/// This run of the server, and where it began: as said by the launcher, the first time that it starts.
+pub fn incarnation() -> Option<([u8; 16], Began)> {
     let shared = shared()?;
     let [high, low] = [0, 1].map(|half| shared.incarnation[half].load(Ordering::Acquire));
     let name = (u128::from(high) << 64 | u128::from(low)).to_be_bytes();
-    (high != 0).then(|| (name, shared.started_at_lsn.load(Ordering::Acquire)))
+    (high != 0).then(|| {
+        let began = Began {
+            started_at: shared.started_at_lsn.load(Ordering::Acquire),
+            first_xid: shared.first_xid.load(Ordering::Acquire),
+        };
+        (name, began)
+    })
 }
 
 /// Names this run of the server, if it has no name.
-pub fn name_incarnation(name: [u8; 16], started_at_lsn: u64) {
+pub fn name_incarnation(name: [u8; 16], began: Began) {
     if let Some(shared) = shared().filter(|_| incarnation().is_none()) {
         let name = u128::from_be_bytes(name);
-        shared.started_at_lsn.store(started_at_lsn, Ordering::Release);
+        shared.started_at_lsn.store(began.started_at, Ordering::Release);
+        shared.first_xid.store(began.first_xid, Ordering::Release);
         shared.incarnation[1].store(name as u64, Ordering::Release);
         shared.incarnation[0].store((name >> 64) as u64, Ordering::Release);
     }

@@ -32,8 +32,8 @@ pub enum OnMissing {
 pub enum Incarnation {
     /// This run of this server.
     Current,
-    /// An earlier one of our history, which ended at this position of the WAL.
-    Earlier { ended: u64 },
+    /// An earlier one of our history, which ended at this position of the WAL and before transaction `next_xid`.
+    Earlier { ended: u64, next_xid: u64 },
     /// Nobody we know.
     Unknown,
 }
@@ -236,7 +236,10 @@ fn start(guard: &Guard, us: &Claimant<'_>) -> Start {
         Incarnation::Current => true,
         // WAL positions of another system mean nothing here (pg_upgrade has made a new one): equal numbers must do.
         Incarnation::Earlier { .. } if guard.system != us.system => guard.number == us.number,
-        Incarnation::Earlier { ended } => guard.wal <= ended,
+        // Where the server has lost its WAL (pg_resetwal), the WAL goes on further ahead, and ids of transactions are used again.
+        Incarnation::Earlier { ended, next_xid } => {
+            guard.wal <= ended && guard.position.newest().snapshot.xmax() <= next_xid
+        }
         Incarnation::Unknown => false,
     };
     if !is_ours {
@@ -261,6 +264,10 @@ mod tests {
     use crate::reader::Position;
 
     const INTERVAL: Duration = Duration::from_secs(5);
+    const EARLIER: Incarnation = Incarnation::Earlier {
+        ended: 100,
+        next_xid: 1_000,
+    };
 
     fn guard() -> Guard {
         Guard {
@@ -321,15 +328,20 @@ mod tests {
 
     #[test]
     fn a_position_beyond_our_history_is_not_believed() {
-        for (ended, start) in [(100, Start::Own), (99, Start::Compare(Why::OtherHistory))] {
-            let decision = once(Some(&guard()), &us(Incarnation::Earlier { ended }));
+        let next_xid = guard().position.newest().snapshot.xmax();
+        for (ended, next_xid, start) in [
+            (100, next_xid, Start::Own),
+            (99, next_xid, Start::Compare(Why::OtherHistory)),
+            (100, next_xid - 1, Start::Compare(Why::OtherHistory)),
+        ] {
+            let decision = once(Some(&guard()), &us(Incarnation::Earlier { ended, next_xid }));
             assert_eq!(decision, Decision::Claim(start));
         }
     }
 
     #[test]
     fn another_place_watches_three_refreshes() {
-        let (mut watch, elsewhere) = (Watch::default(), us(Incarnation::Earlier { ended: 100 }));
+        let (mut watch, elsewhere) = (Watch::default(), us(EARLIER));
         let elsewhere = Claimant {
             place: "there",
             ..elsewhere
@@ -348,7 +360,7 @@ mod tests {
 
     #[test]
     fn while_nobody_looks_no_refresh_is_missed() {
-        let (mut watch, elsewhere) = (Watch::default(), us(Incarnation::Earlier { ended: 100 }));
+        let (mut watch, elsewhere) = (Watch::default(), us(EARLIER));
         let elsewhere = Claimant {
             place: "there",
             ..elsewhere
@@ -388,7 +400,7 @@ mod tests {
         };
         let us = Claimant {
             place: "there",
-            ..us(Incarnation::Earlier { ended: 100 })
+            ..us(EARLIER)
         };
         assert_eq!(once(Some(&released), &us), Decision::Claim(Start::Own));
     }

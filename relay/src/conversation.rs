@@ -14,7 +14,9 @@
 use crate::classify::{self, Class, Failure, Trouble};
 use crate::encode::append_command;
 use crate::fault;
-use crate::guard::{BATCH_START, Guard, Mark, Owner, Progress, append_beat, append_claim, append_progress};
+use crate::guard::{
+    BATCH_START, Guard, Mark, Owner, Progress, append_beat, append_claim, append_progress, append_token,
+};
 use crate::reader::Position;
 use crate::replies::Reply;
 use crate::sender::{Batch, Order, Refusal, Report};
@@ -70,6 +72,7 @@ impl Replicas {
 
 /// What the next replies answer.
 enum Expect {
+    Ousting,
     Watch,
     Guard,
     /// A reply that matters only if it is an error: of MULTI, of a command that is queued for a claim.
@@ -138,11 +141,18 @@ pub struct Conversation {
 }
 
 impl Conversation {
-    /// Begins with reading the guard at `key`.
-    pub fn new(key: &str, replicas: Option<Replicas>) -> Self {
+    /// Begins with reading the guard at `key`. `ousting`: gives it this token first. An owner who appends without a pause would touch the
+    /// guard under every claim; now it has to read it again, before it appends anything more.
+    pub fn new(key: &str, replicas: Option<Replicas>, ousting: Option<&str>) -> Self {
         let key = key.as_bytes().to_vec();
         let mut out = Vec::new();
+        let mut expected = VecDeque::new();
+        if let Some(token) = ousting {
+            append_token(&mut out, &key, token);
+            expected.push_back(Expect::Ousting);
+        }
         append_command(&mut out, &[b"WATCH", &key]);
+        expected.extend([Expect::Watch, Expect::Guard]);
         append_command(&mut out, &[b"HGETALL", &key]);
         Self {
             key,
@@ -150,7 +160,7 @@ impl Conversation {
             token: None,
             was_claimed: false,
             phase: Phase::Claiming,
-            expected: VecDeque::from([Expect::Watch, Expect::Guard]),
+            expected,
             armed: false,
             queued: None,
             written: 0,
@@ -301,6 +311,7 @@ impl Conversation {
     pub fn reply(&mut self, reply: Reply<'_>, reports: &mut Vec<Report>) -> Result<(), Failure> {
         match self.expected.pop_front() {
             None => return Err(Failure::backend("a reply that nobody asked for")),
+            Some(Expect::Ousting) => well(&reply.value()?).map_err(|failure| self.at_key(failure))?,
             Some(Expect::Watch | Expect::Claiming) => well(&reply.value()?)?,
             Some(Expect::Guard) => {
                 let guard = guard(reply.value()?).map_err(|failure| self.at_key(failure))?;

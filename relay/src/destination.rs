@@ -44,7 +44,12 @@ pub enum Delivery {
     /// As plain commands.
     AtLeastOnce { replicas: Option<Replicas> },
     /// In transactions with the guard at this key.
-    ExactlyOnce { guard: String, replicas: Option<Replicas> },
+    ExactlyOnce {
+        guard: String,
+        replicas: Option<Replicas>,
+        /// The guard is to be taken over: its token becomes this one first, so that an owner who is busy stands still.
+        ousting: Option<String>,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

@@ -70,9 +70,9 @@ pub struct Progress<'a> {
 }
 
 impl Guard {
-    /// From the reply of HGETALL; `None`: there is no guard.
+    /// From the reply of HGETALL; `None`: there is no guard, or no more of it than [`append_token`] makes of none.
     pub fn parse(fields: &[(String, String)]) -> Result<Option<Self>, ParseGuardError> {
-        if fields.is_empty() {
+        if fields.iter().all(|(field, _)| field == "token") {
             return Ok(None);
         }
         let text = |name: &'static str| {
@@ -102,6 +102,11 @@ impl Guard {
             total: number("total", text("total")?)?,
         }))
     }
+}
+
+/// Appends the HSET of a token alone: nobody owns the guard until somebody claims it.
+pub fn append_token(out: &mut Vec<u8>, key: &[u8], token: &str) {
+    append_command(out, &[b"HSET", key, b"token", token.as_bytes()]);
 }
 
 /// Appends the HSET that makes `owner` the owner.
@@ -163,7 +168,8 @@ mod tests {
     #[test]
     fn no_fields_are_no_guard_and_half_of_them_an_error() {
         assert!(Guard::parse(&[]).unwrap().is_none());
-        let half = [("token".to_owned(), "t".to_owned())];
+        let half = ["token", "place"].map(|field| (field.to_owned(), "t".to_owned()));
+        assert!(Guard::parse(&half[..1]).unwrap().is_none(), "a token alone");
         assert!(Guard::parse(&half).is_err());
     }
 

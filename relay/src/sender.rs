@@ -206,8 +206,13 @@ fn run(destination: &Destination, orders: &Receiver<Order>, reporter: &Reporter)
     };
     match &destination.delivery {
         Delivery::AtLeastOnce { replicas } => pipeline(link, destination, *replicas, orders, reporter),
-        Delivery::ExactlyOnce { guard, replicas } => {
-            if let Err(failure) = converse(link, Conversation::new(guard, *replicas), orders, reporter) {
+        Delivery::ExactlyOnce {
+            guard,
+            replicas,
+            ousting,
+        } => {
+            let conversation = Conversation::new(guard, *replicas, ousting.as_deref());
+            if let Err(failure) = converse(link, conversation, orders, reporter) {
                 reporter.lost(route::heard(destination, failure));
             }
         }

@@ -32,4 +32,4 @@ macro_rules! replays {
     )*};
 }
 
-replays!(replies conversation classify encode publish);
+replays!(replies conversation classify encode publish nodes slots);

@@ -1,6 +1,6 @@
 //! What a backend does because of its guard (exactly_once).
 
-use super::{Backend, Load, random, refused_streams};
+use super::{Backend, Load, refused_streams};
 use crate::outbox;
 use crate::process::{self, Aborted};
 use crate::recovery::Candidate;
@@ -54,7 +54,7 @@ impl Backend {
     pub fn hold_off(&mut self, failure: Failure, retry_after: Duration, now: Now) {
         self.sender = None;
         self.claim = ClaimStage::None;
-        self.delivery.hold_off(failure, retry_after, now, random());
+        self.delivery.hold_off(failure, retry_after, now, fastrand::f64());
         self.dirty_since.get_or_insert(now);
         self.log_change(now);
     }

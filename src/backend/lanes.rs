@@ -11,16 +11,10 @@ use relay::delivery::{Cursor, Now};
 use relay::event::Event;
 use relay::reader::Position;
 use relay::slot::slot_of;
-use std::cell::RefCell;
 use std::time::Duration;
 
 /// Lanes of one backend: each has a thread, a connection and buffers.
 pub const MOST_LANES: usize = 64;
-
-thread_local! {
-    /// What lanes have said lately: all that lose the same node have the same to say.
-    static SAID: RefCell<Vec<(i32, String, Now)>> = const { RefCell::new(Vec::new()) };
-}
 
 impl Backend {
     /// The lane of a slot that has none, where the finder stands. To be saved in the same transaction.
@@ -96,23 +90,5 @@ impl Backend {
             row.restores.retain(|restore| !self.compared.contains(restore));
         }
         row
-    }
-
-    /// Whether a lane has said the same within `span`.
-    pub(super) fn was_said(&self, text: &str, span: Duration, now: Now) -> bool {
-        const REMEMBERED: usize = 100;
-        if self.lane.is_none() {
-            return false;
-        }
-        SAID.with_borrow_mut(|said| {
-            said.retain(|(_, _, at)| now < *at + span);
-            let known = said
-                .iter()
-                .any(|(number, known, _)| *number == self.number && known == text);
-            if !known && said.len() < REMEMBERED {
-                said.push((self.number, text.to_owned(), now));
-            }
-            known
-        })
     }
 }

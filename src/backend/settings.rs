@@ -50,6 +50,7 @@ pub fn settings(row: Option<&BackendRow>, home: &Home, lane: Option<u16>) -> (De
         Some(row) if row.delivery == "exactly_once" => destination::Delivery::ExactlyOnce {
             guard: guard_key(home, row.number, lane),
             replicas,
+            ousting: None,
         },
         _ => destination::Delivery::AtLeastOnce { replicas },
     };

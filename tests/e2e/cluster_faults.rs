@@ -145,3 +145,30 @@ fn a_master_that_is_killed_under_load_is_replaced_and_nothing_is_lost() {
     stalls.sort();
     println!("stalls {:?} to {:?}", stalls[0], stalls[stalls.len() - 1]);
 }
+
+/// It keeps its connections and answers nothing, and goes on when its replica has taken its place.
+#[test]
+fn a_master_that_hangs_under_load_is_left() {
+    let cluster = Cluster::start(1);
+    let stack = stack(&cluster);
+    stack.pg.exec("update outbox.backends set socket_timeout = '1s'");
+    let load = load(&stack);
+    load.wait_more(150);
+    // The first node is the one that is asked about the others.
+    let (stream, hung) = streams()
+        .into_iter()
+        .map(|stream| (stream.clone(), cluster.master_of(&stream)))
+        .find(|(_, master)| *master != 0)
+        .expect("streams on all nodes");
+    cluster.nodes[hung].sigstop();
+    let master = cluster.wait_replaced(hung, &stream);
+    let before = cluster.nodes[master].xlen(&stream);
+    eventually("entries in the new master", Duration::from_secs(60), || {
+        (cluster.nodes[master].xlen(&stream) > before + 100).then_some(())
+    });
+    cluster.nodes[hung].sigcont();
+    cluster.wait_well(6);
+    load.wait_more(150);
+    load.stop();
+    assert_well(&stack, &cluster);
+}

@@ -96,6 +96,30 @@ fn a_failover_under_load_loses_nothing_and_stalls_no_longer_than_it_takes() {
     );
 }
 
+/// It keeps its connections and answers nothing, and goes on when another has taken its place: what it appends then, nobody keeps.
+#[test]
+fn a_primary_that_hangs_under_load_is_left() {
+    let mut watched = Watched::start();
+    let mut stack = stack(&[], Redis::start(), &watched.nodes());
+    stack.pg.exec("update outbox.backends set socket_timeout = '1s'");
+    let ledger = Ledger::create(&stack.pg);
+    let load = Load::paced(&stack.pg, 2_000, "null");
+    load.wait_more(150);
+    watched.primary.sigstop();
+    watched.wait_failover();
+    wait_eq("where it is connected", Some(at(&watched.primary)), || {
+        address(&stack.pg)
+    });
+    load.wait_more(150);
+    watched.replica.sigcont();
+    load.wait_more(150);
+    load.stop();
+    wait_drained(&stack.pg, "default");
+    watched.sentinels.clear();
+    std::mem::swap(&mut stack.redis, &mut watched.primary);
+    ledger.settle(&stack, LIMIT).assert_exactly_once();
+}
+
 /// `SENTINEL FAILOVER`: the old primary lives on as a replica. Nothing is lost, and nothing needs healing.
 #[test]
 fn a_switch_on_purpose_is_followed_and_the_demoted_node_not_used() {

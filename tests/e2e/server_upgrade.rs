@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Command;
 
 use kit::owners::{WATCHFUL, publish, take_over, wait_fenced, wait_owner};
-use kit::{Mode, Postgres, Redis, Stack, env, ids, standing, wait_drained};
+use kit::{Mode, Postgres, Redis, Stack, env, ids, standing, wait_drained, wait_until};
 use uuid::Uuid;
 
 fn run(program: &str, args: &[&str], dir: &Path) {
@@ -91,12 +91,8 @@ fn a_server_whose_wal_was_reset_goes_on() {
     goes_on(&stack.pg, &stack.redis, &sent, &waiting);
 }
 
-/// Its last transactions are lost, and their ids will be used again: what was sent of them must not hide what is new. It has lost its own
-/// name in the guard, too, so somebody has to say that it may go on.
-#[test]
-fn a_server_that_lost_its_last_wal_waits_for_a_word_and_delivers_what_is_new() {
-    let mut stack = Stack::of(Postgres::with(WATCHFUL), Redis::start());
-    stack.pg.exec("checkpoint");
+/// Events that were sent, and whose WAL is lost.
+fn loses_its_wal(stack: &mut Stack) -> Vec<Uuid> {
     let lost = publish(&stack.pg, "lost", 20);
     stack.redis.wait_entries("events", 20);
     wait_drained(&stack.pg, "default");
@@ -107,12 +103,42 @@ fn a_server_that_lost_its_last_wal_waits_for_a_word_and_delivers_what_is_new() {
     stack.pg.start_again();
     let rows: i64 = stack.pg.one("select count(*) from outbox.events");
     assert_eq!(rows, 0, "nothing was lost: this test tests nothing");
-    wait_fenced(&stack.pg, &stack.pg);
-    take_over(&stack.pg);
+    lost
+}
+
+fn delivers_what_is_new(stack: &Stack, lost: Vec<Uuid>) {
     let new: Vec<Uuid> = (0..30)
         .flat_map(|n| publish(&stack.pg, &format!("new{n}-"), 1))
         .collect();
     stack.redis.wait_entries("events", 50);
     wait_drained(&stack.pg, "default");
     assert_eq!(ids(&stack.events()), [lost, new].concat());
+}
+
+/// Its last transactions are lost, and their ids will be used again: what was sent of them must not hide what is new.
+#[test]
+fn a_server_that_lost_its_last_wal_delivers_what_is_new() {
+    let mut stack = Stack::of(Postgres::with(WATCHFUL), Redis::start());
+    wait_owner(&stack.pg, &stack.redis);
+    stack.pg.exec("checkpoint");
+    let lost = loses_its_wal(&mut stack);
+    wait_until("a warning that history was lost", || {
+        stack.pg.log().contains("goes on after another history")
+    });
+    delivers_what_is_new(&stack, lost);
+}
+
+/// If it has lost its own name in the guard, too, somebody has to say that it may go on.
+#[test]
+fn a_server_that_lost_its_name_waits_for_a_word_and_delivers_what_is_new() {
+    let mut stack = Stack::of(Postgres::with(WATCHFUL), Redis::start());
+    wait_owner(&stack.pg, &stack.redis);
+    // The last checkpoint comes before the name of this run.
+    stack.pg.stop(Mode::Fast);
+    stack.pg.start_again();
+    wait_owner(&stack.pg, &stack.redis);
+    let lost = loses_its_wal(&mut stack);
+    wait_fenced(&stack.pg, &stack.pg);
+    take_over(&stack.pg);
+    delivers_what_is_new(&stack, lost);
 }

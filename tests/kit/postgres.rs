@@ -441,7 +441,8 @@ impl Postgres {
     /// Makes a standby a primary, and waits until it is.
     #[track_caller]
     pub fn promote(&self) {
-        self.exec("select pg_promote(wait => true)");
+        // Its snapshot must not be in recovery's way for as long as that takes.
+        self.exec("select pg_promote(wait => false)");
         eventually("the end of recovery", LIMIT, || {
             (!self.one::<bool>("select pg_is_in_recovery()")).then_some(())
         });

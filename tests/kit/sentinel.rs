@@ -8,6 +8,7 @@ use ::redis::{Connection, Value, cmd};
 use tempfile::TempDir;
 
 use crate::port::TakenPort;
+use crate::tls::Certificate;
 use crate::wait::{LIMIT, eventually};
 use crate::{Redis, env};
 
@@ -22,6 +23,7 @@ pub const DOWN_AFTER: Duration = Duration::from_millis(1_000);
 pub struct Sentinel {
     child: Option<Child>,
     port: TakenPort,
+    tls_port: Option<TakenPort>,
     dir: TempDir,
 }
 
@@ -29,9 +31,26 @@ impl Sentinel {
     /// Watches the primary at `port`; `quorum` sentinels must agree that it is down. `more`: further lines of its configuration.
     #[track_caller]
     pub fn watching(primary: u16, quorum: usize, more: &str) -> Self {
+        Self::on(None, primary, quorum, more)
+    }
+
+    /// One that watches the primary over TLS, and speaks it too (beside its port).
+    #[track_caller]
+    pub fn over_tls(primary: &Redis, certificate: &Certificate, ca_file: &str) -> Self {
+        let tls_port = TakenPort::any();
+        let more = format!(
+            "tls-port {}\ntls-replication yes\ntls-auth-clients no\ntls-cert-file {}\ntls-key-file {}\ntls-ca-cert-file {ca_file}",
+            tls_port.number, certificate.cert_file, certificate.key_file
+        );
+        Self::on(Some(tls_port), primary.tls_port(), 1, &more)
+    }
+
+    #[track_caller]
+    fn on(tls_port: Option<TakenPort>, primary: u16, quorum: usize, more: &str) -> Self {
         let mut sentinel = Sentinel {
             child: None,
             port: TakenPort::any(),
+            tls_port,
             dir: env::server_dir("sentinel"),
         };
         let (port, down_after) = (sentinel.port(), DOWN_AFTER.as_millis());
@@ -67,6 +86,12 @@ impl Sentinel {
 
     pub fn port(&self) -> u16 {
         self.port.number
+    }
+
+    /// Where it speaks TLS.
+    #[track_caller]
+    pub fn tls_port(&self) -> u16 {
+        self.tls_port.as_ref().expect("it was started without TLS").number
     }
 
     pub fn node(&self) -> String {

@@ -38,7 +38,11 @@ impl Site {
         match known.iter().position(|(name, _)| name == incarnation) {
             None => Incarnation::Unknown,
             Some(index) => match known.get(index + 1) {
-                Some((_, ended)) => Incarnation::Earlier { ended: *ended },
+                Some((_, ended)) => Incarnation::Earlier {
+                    ended: *ended,
+                    // The model's servers never lose WAL that was flushed.
+                    next_xid: u64::MAX,
+                },
                 None => Incarnation::Current,
             },
         }

@@ -182,7 +182,9 @@ impl Site {
         assert!(self.connection.is_none(), "a second connection");
         self.delivery.connecting();
         env.clients += 1;
-        self.connection = Some(Connection::open(&mut env.redis, env.clients, env.replicas));
+        let ousting = self.take_over.then(|| format!("ousting-{}", env.clients));
+        let opened = Connection::open(&mut env.redis, env.clients, env.replicas, ousting.as_deref());
+        self.connection = Some(opened);
         true
     }
 

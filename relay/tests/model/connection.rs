@@ -28,11 +28,11 @@ pub struct Leftover {
 }
 
 impl Connection {
-    pub fn open(redis: &mut Redis, client: u64, replicas: Option<Replicas>) -> Self {
+    pub fn open(redis: &mut Redis, client: u64, replicas: Option<Replicas>, ousting: Option<&str>) -> Self {
         redis.connect(client);
         let mut connection = Self {
             client,
-            conversation: Conversation::new(GUARD, replicas),
+            conversation: Conversation::new(GUARD, replicas, ousting),
             orders: VecDeque::new(),
             reports: VecDeque::new(),
             written: VecDeque::new(),

@@ -211,6 +211,10 @@ impl Redis {
                 }
             };
         }
+        if refusal.is_none() && is_token(&words) {
+            // Whoever appends behind it has not read the guard again.
+            self.owner = None;
+        }
         refusal.unwrap_or_else(|| self.run(id, &words))
     }
 
@@ -248,7 +252,7 @@ impl Redis {
             self.nils += 1;
             return Value::Nil;
         }
-        if queue.iter().any(|words| words[0] == b"HSET" && words[2] == b"token") {
+        if queue.iter().any(is_token) {
             self.owner = Some(id);
         } else if self.owner != Some(id) {
             self.violation = Some("a batch was appended behind a newer claim".to_owned());
@@ -327,6 +331,11 @@ impl Redis {
             other => panic!("unknown command {}", String::from_utf8_lossy(other)),
         }
     }
+}
+
+/// Whether a command gives the guard a new token.
+fn is_token(words: &Words) -> bool {
+    words[0] == b"HSET" && words[2] == b"token"
 }
 
 fn bulk(text: &str) -> Value {
