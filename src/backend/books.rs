@@ -31,8 +31,8 @@ impl Backend {
 
     /// Writes records and cursor down. `wall_us`: the time of day.
     pub fn save(&mut self, now: Now, wall_us: i64) {
-        let batch_number = self.is_exactly_once().then(|| self.delivery.number());
-        let failed = refused::record(self.number, &self.stream, &self.records, batch_number);
+        let accepted_in = self.is_exactly_once().then(|| self.delivery.accepted_in());
+        let failed = refused::record(self.number, &self.stream, &self.records, accepted_in);
         let mut standing = self.standing.clone();
         standing.failed_total += failed as i64;
         let published = self.delivery.published() - self.counted;

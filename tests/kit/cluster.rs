@@ -164,12 +164,12 @@ impl Cluster {
     #[track_caller]
     pub fn wait_replaced(&self, killed: usize, stream: &str) -> usize {
         eventually("a replica to take its master's place", 3 * LIMIT, || {
-            let master = self.master_of(stream);
+            let master = Some(self.master_of(stream)).filter(|master| *master != killed)?;
             let info: String = cmd("CLUSTER")
                 .arg("INFO")
                 .query(&mut self.nodes[master].conn())
                 .expect("CLUSTER INFO");
-            (master != killed && info.contains("cluster_state:ok")).then_some(master)
+            info.contains("cluster_state:ok").then_some(master)
         })
     }
 

@@ -54,6 +54,12 @@ impl Delivery {
         self.number.max(self.floor) + 1
     }
 
+    /// What is written down of waiting events that were accepted: a Redis whose guard says less may be without them. After a claim, not
+    /// before its own number: they were found in Redis as it was then, not in what had been claimed in between, and lost.
+    pub fn accepted_in(&self) -> u64 {
+        self.number.max(self.floor)
+    }
+
     /// The guard says that batches up to `number`, up to `position`, are appended, which nobody has heard of. In all, `published`
     /// events were accepted in this life.
     pub fn adopt(&mut self, cursor: Cursor, published: u64) {

@@ -169,7 +169,7 @@ impl Site {
             Record::RefusedAgain { .. } => {}
         }
         let stream = self.database.row(seq_of(&record)).stream;
-        self.tables.record(stream, record, self.delivery.number());
+        self.tables.record(stream, record, self.delivery.accepted_in());
         self.wal += 1;
     }
 
