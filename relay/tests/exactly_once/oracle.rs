@@ -119,7 +119,7 @@ impl World {
             (1, false, false) | (0, true, _) | (0, _, true) => Ok(()),
             (1, false, true) if again => Ok(()),
             // It failed while Redis was without it.
-            (1, true, false) if self.env.comes_back => Ok(()),
+            (1, true, _) if self.env.comes_back => Ok(()),
             (2, false, false) if self.open.contains(&row.uid) && self.is_of_the_former(row.uid) => Ok(()),
             (0, ..) => Err(format!("{seq} is lost")),
             (1, true, _) => Err(format!("{seq} has failed and is in its stream")),
