@@ -197,8 +197,9 @@ impl World {
     /// Redis stands where its owner may never have been: what its last batch came to is to be looked for.
     fn is_abandoned(&self) -> bool {
         let epoch = match self.site.stage {
-            Stage::None => epoch_of(self.site.delivery.number()),
-            Stage::Claiming(..) | Stage::Looking(..) => self.site.tables.epoch,
+            // No reply of a later one may be on its way.
+            Stage::None if self.site.delivery.is_idle() => epoch_of(self.site.delivery.number()),
+            Stage::None | Stage::Claiming(..) | Stage::Looking(..) => self.site.tables.epoch,
         };
         let found = self.env.redis.data.number();
         found.is_some_and(|found| epoch_of(found) < epoch)
