@@ -28,7 +28,10 @@ pub fn befall(site: &mut Site, at: usize, fault: Fault) -> Lasting {
             store.primary_mut().start_again();
         }
         Fault::LoseTail(_, bytes) => {
-            store.primary_mut().crash_losing(if may_lose { bytes } else { 0 });
+            let most = store.primary().aof_length().saturating_sub(store.kept);
+            store
+                .primary_mut()
+                .crash_losing(if may_lose { bytes.min(most) } else { 0 });
         }
         Fault::Save(_) => store.saved = Some(store.primary().saved()),
         Fault::GoBack(_) if may_lose => {

@@ -45,6 +45,8 @@ pub struct Store {
     pub proxy: Proxy,
     /// Its data as it was some time ago.
     pub saved: Option<Saved>,
+    /// So much of an append-only file is never lost: nobody can heal what is lost together with its guard.
+    pub kept: u64,
 }
 
 impl Store {
@@ -58,6 +60,7 @@ impl Store {
             primary: 0,
             proxy,
             saved: None,
+            kept: 0,
         }
     }
 
@@ -178,6 +181,8 @@ impl Site {
             if store.has_replica() {
                 store.nodes[1].wait_caught_up(&store.nodes[0]);
                 store.saved = Some(store.primary().saved());
+            } else {
+                store.kept = store.primary().aof_length();
             }
         }
     }

@@ -44,6 +44,12 @@ impl Redis {
         (content.len() - kept) as u64
     }
 
+    /// How long its append-only file is.
+    #[track_caller]
+    pub fn aof_length(&self) -> u64 {
+        std::fs::metadata(self.aof()).expect("it could be found").len()
+    }
+
     /// SIGKILL, and the last `bytes` of the append-only file are gone; running again when it returns.
     #[track_caller]
     pub fn crash_losing(&mut self, bytes: u64) -> u64 {
