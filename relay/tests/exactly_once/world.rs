@@ -229,7 +229,8 @@ impl World {
             self.env.hurt = true;
             let compares = data.compares();
             self.env.redis.restart(data);
-            if compares || self.is_abandoned() {
+            // What it has read of the guard before may make it go back yet.
+            if compares || self.is_abandoned() || !self.site.delivery.is_up() {
                 self.env.redis.troubled.clear();
             }
             let unheard: Vec<u8> = (0..STREAMS).filter(|stream| self.has_unheard(*stream)).collect();
