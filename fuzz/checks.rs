@@ -86,7 +86,7 @@ pub fn conversation(input: &[u8]) {
         return;
     };
     let replicas = (setup & 1 != 0).then_some(Replicas { count: 1, wait_ms: 10 });
-    let mut conversation = Conversation::new("guard", replicas, (setup & 2 != 0).then_some("ousting"));
+    let mut conversation = Conversation::new("guard", replicas, (setup & 8 != 0).then_some("ousting"));
     let (mut reports, mut given, mut done) = (Vec::new(), 0, 0);
     let mut bytes = Inbox::default();
     let mut said = said;

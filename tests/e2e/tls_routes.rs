@@ -17,18 +17,20 @@ fn point(stack: &Stack, columns: &str, authority: &Authority) {
     ));
 }
 
+/// What a backend's row says to have this sentinel asked.
+fn asks(sentinel: &Sentinel) -> String {
+    format!(
+        "mode = 'sentinel', sentinel_master = '{MASTER}', nodes = '{{localhost:{}}}'",
+        sentinel.tls_port()
+    )
+}
+
 #[test]
 fn sentinels_and_their_primary_are_spoken_to_over_tls() {
     let (authority, stranger) = (Authority::new(), Authority::new());
     let certificate = authority.issue(&["localhost", "127.0.0.1"]);
     let stack = stack(Redis::tls(&certificate, &[]));
     let sentinel = Sentinel::over_tls(&stack.redis, &certificate, &authority.ca_file());
-    let asks = |sentinel: &Sentinel| {
-        format!(
-            "mode = 'sentinel', sentinel_master = '{MASTER}', nodes = '{{localhost:{}}}'",
-            sentinel.tls_port()
-        )
-    };
     point(&stack, &asks(&sentinel), &authority);
     stack.publish("t");
     stack.wait_events(1);
@@ -55,11 +57,7 @@ fn a_primary_that_cannot_show_who_it_is_gets_nothing() {
     let redis = Redis::tls(&authority.issue(&["redis.example.com"]), &[]);
     let stack = stack(redis);
     let sentinel = Sentinel::over_tls(&stack.redis, &authority.issue(&["localhost"]), &authority.ca_file());
-    let columns = format!(
-        "mode = 'sentinel', sentinel_master = '{MASTER}', nodes = '{{localhost:{}}}'",
-        sentinel.tls_port()
-    );
-    point(&stack, &columns, &authority);
+    point(&stack, &asks(&sentinel), &authority);
     stack.publish("t");
     wait_trouble(&stack.pg, "default", "misconfigured", "is for another host: ");
     assert_eq!(stack.redis.xlen("events"), 0);
