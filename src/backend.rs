@@ -7,6 +7,7 @@ mod logging;
 mod settings;
 
 pub use guarded::ClaimStage;
+use guarded::Release;
 pub use lanes::MOST_LANES;
 pub use settings::Home;
 
@@ -121,8 +122,8 @@ pub struct Backend {
     pub watch: Watch,
     /// Goes up with each refresh of the guard.
     beat: u64,
-    /// The guard says that we have left.
-    pub released: bool,
+    /// Whether the sender was told to say that the owner leaves.
+    release: Release,
     /// To be written down before the cursor is saved.
     pub records: Vec<Record>,
     standing: Standing,
@@ -201,7 +202,7 @@ impl Backend {
             claim: ClaimStage::None,
             watch: Watch::default(),
             beat: 0,
-            released: false,
+            release: Release::None,
             records: Vec::new(),
             saved_published: standing.published_total,
             standing,
@@ -266,6 +267,9 @@ impl Backend {
     /// Takes over changed settings.
     pub fn reconfigure(&mut self, row: BackendRow, home: &Home, now: Now) {
         if !self.keeps_sender(&row, home) {
+            if !row.enabled {
+                self.release_guard();
+            }
             self.let_go();
             self.delivery.forget_trouble();
             self.logged_state = None;
@@ -328,6 +332,7 @@ impl Backend {
         match spawned {
             Ok(handle) => {
                 self.sender = Some(handle);
+                self.release = Release::None;
                 self.delivery.connecting();
             }
             Err(error) => {
@@ -372,7 +377,7 @@ impl Backend {
                     self.delivery.waits_for_replicas(failure);
                     self.dirty_since.get_or_insert(now);
                 }
-                Report::Released => self.released = true,
+                Report::Released => self.release = Release::Done,
                 Report::Lost {
                     failure,
                     accepted,

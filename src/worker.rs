@@ -331,6 +331,9 @@ impl Worker {
         let mut outcome = Ok(());
         for backend in &mut self.backends {
             outcome = recovery::step(backend, identity, &newest, now);
+            if process::is_told_to_end() {
+                break;
+            }
             if let Err(error) = &outcome {
                 // Its sender waits for an order that will not come.
                 backend.hold_off(Failure::backend(error.to_string()), Duration::ZERO, now);
@@ -456,12 +459,9 @@ impl Worker {
     fn save_all(&mut self) {
         self.settle(SETTLE_AT_END, Backend::is_sending);
         let now = self.now();
-        let mut releases = false;
         // A worker alone is back in a moment, which nobody is to take for the end of the owner.
         if process::is_server_stopping() {
-            for backend in &mut self.backends {
-                releases |= backend.release_guard();
-            }
+            self.backends.iter_mut().for_each(Backend::release_guard);
         }
         if let Err(error) = save(&mut self.backends, now) {
             log(
@@ -471,11 +471,7 @@ impl Worker {
                 None,
             );
         }
-        if releases {
-            self.settle(RELEASE_AT_END, |b| {
-                b.is_exactly_once() && b.delivery.has_room() && !b.released
-            });
-        }
+        self.settle(RELEASE_AT_END, Backend::is_releasing);
     }
 
     /// Told to end.

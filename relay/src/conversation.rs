@@ -246,6 +246,14 @@ impl Conversation {
         self.phase = Phase::Claimed;
     }
 
+    /// Whether the guard's release was ordered and is not confirmed.
+    pub fn is_releasing(&self) -> bool {
+        let executing = self.executing.iter().chain(&self.queued);
+        executing
+            .chain(self.executed.iter().map(|(written, _)| written))
+            .any(|w| matches!(w.kind, Kind::Release))
+    }
+
     fn beat(&mut self, beat: u64, released: bool) {
         let mut bytes = BATCH_START.to_vec();
         append_beat(&mut bytes, &self.key, beat, released);

@@ -252,6 +252,8 @@ fn converse(
             match order {
                 Ok(order) => conversation.order(order),
                 Err(TryRecvError::Empty) => break,
+                // It was let go, but is to say so to those who watch the guard.
+                Err(TryRecvError::Disconnected) if conversation.is_releasing() => break,
                 // What is on its way will be found out by whoever claims next.
                 Err(TryRecvError::Disconnected) => return Ok(()),
             }

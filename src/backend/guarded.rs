@@ -28,6 +28,14 @@ pub enum ClaimStage {
     Seen(Start, Option<Guard>, Vec<Candidate>, Vec<bool>),
 }
 
+/// Whether a sender was told to say to those who watch the guard that its owner leaves, and has said so.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Release {
+    None,
+    Ordered,
+    Done,
+}
+
 impl Backend {
     /// Whether something is to be done about its guard.
     pub fn has_claim_step(&self) -> bool {
@@ -62,7 +70,6 @@ impl Backend {
     /// The guard is ours, and what it says is taken in.
     pub fn up(&mut self, now: Now) {
         self.claim = ClaimStage::None;
-        self.released = false;
         self.delivery.connected();
         self.log_change(now);
     }
@@ -143,15 +150,24 @@ impl Backend {
         }
     }
 
-    /// Tells them that its owner leaves. True: the answer is to be waited for.
-    pub fn release_guard(&mut self) -> bool {
-        let releases = self.is_exactly_once() && self.delivery.has_room() && self.delivery.is_idle() && !self.released;
-        if releases {
+    /// Tells them that its owner leaves, as soon as it is the owner.
+    pub fn release_guard(&mut self) {
+        let owns = self.delivery.has_room() && self.delivery.is_idle();
+        let claims = matches!(
+            self.claim,
+            ClaimStage::Claiming(..) | ClaimStage::Claimed(..) | ClaimStage::Looking(..) | ClaimStage::Seen(..)
+        );
+        if self.is_exactly_once() && self.release == Release::None && (owns || claims) {
             self.beat += 1;
             let beat = self.beat;
             self.order(Order::Beat { beat, released: true });
+            self.release = Release::Ordered;
         }
-        releases
+    }
+
+    /// Whether the answer to that is on its way.
+    pub fn is_releasing(&self) -> bool {
+        self.sender.is_some() && self.release == Release::Ordered
     }
 
     /// What was refused is written down, durably: the sender may go on.

@@ -70,15 +70,21 @@ fn a_switchover_there_and_back_is_exactly_once_and_at_once() {
     let mut stack = stack(&[]);
     let standby = stack.pg.standby().start();
     let mut expected = delivered(&stack.pg, &stack.redis, "a");
-    // The last ones are committed, but not sent: the server that comes next does that.
+    // The last ones are committed, but not sent: the server that comes next does that. Who pauses gives up the guard, too.
     stack.pg.exec("update outbox.backends set enabled = false");
-    wait_eq("the paused backend", "paused".to_string(), || {
-        kit::standing(&stack.pg, "default").state
+    wait_eq("`released` of the paused one's guard", "1".to_string(), || {
+        guard(&stack.pg, &stack.redis)
+            .expect("a guard")
+            .field("released")
+            .to_string()
     });
-    stack.pg.exec("update outbox.backends set enabled = true");
     expected.extend(publish(&stack.pg, "last", 20));
     stack.pg.stop(Mode::Fast);
-    let took = promote(&standby, &stack.redis);
+    standby.promote();
+    standby.exec("update outbox.backends set enabled = true");
+    let start = Instant::now();
+    wait_owner(&standby, &stack.redis);
+    let took = start.elapsed();
     assert!(took < PATIENCE, "there: it took {took:?}");
     let mut former = moved(&mut stack, standby);
     expected.extend(delivered(&stack.pg, &stack.redis, "b"));
