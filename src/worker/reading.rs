@@ -145,16 +145,13 @@ impl Worker {
 
     /// Takes a tick if anything has happened since the last, and makes what it sees durable.
     pub(super) fn take_tick(&mut self) -> Result<(), Aborted> {
+        fault::reach("before_tick");
         self.slot.take_work();
         (self.work, self.polled) = (false, false);
         let tick = process::transaction(|| {
             let relations = catalog::relations()?;
-            let early = fault::is_mutated("flush_before_snapshot").then(|| {
-                let wal = ticker::flush();
-                // Wide enough for a commit to come between.
-                std::thread::sleep(Duration::from_millis(10));
-                wal
-            });
+            let early = fault::is_mutated("flush_before_snapshot").then(ticker::flush);
+            fault::reach("before_snapshot");
             let tick = ticker::take(&relations);
             let wal = match early {
                 Some(wal) => wal,

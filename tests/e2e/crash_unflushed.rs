@@ -2,6 +2,7 @@
 //! used again. What reached Redis must not be among them, and what uses their numbers again must reach it.
 
 use kit::{LIMIT, Ledger, Load, Mode, Postgres, Redis, Stack, ids, publish_many, wait_drained, wait_until};
+use uuid::Uuid;
 
 /// WAL is written by nobody before it must be: commits stay unflushed for long. (Full pages are written early, hence
 /// few and small records.)
@@ -63,6 +64,49 @@ fn without_the_relays_flush_such_a_crash_loses_commits() {
     // Those in a page of WAL that was full may have been written.
     let survivors: i64 = stack.pg.one("select count(*) from ledger");
     assert!(survivors < 5, "nothing was lost");
+}
+
+/// The last moment for a commit to be seen by a tick: one that nobody has flushed comes there, and the server dies the moment it is in
+/// its stream. How many such events are there that the recovered database does not have.
+fn made_up(mutation: &str) -> usize {
+    let mut stack = Stack::of(Postgres::with(LAZY).faults(), Redis::start());
+    stack.pg.stop(Mode::Fast);
+    stack.pg.mutation(mutation);
+    stack.pg.start_again();
+    // The claim of the guard, which flushes too, is over.
+    stack.publish("first");
+    stack.wait_events(1);
+    wait_drained(&stack.pg, "default");
+    let mut client = stack.pg.client();
+    client.batch_execute("set synchronous_commit = off").unwrap();
+    stack.pg.hold_at("before_snapshot");
+    stack.publish("wakes the worker");
+    stack.pg.wait_reached();
+    publish_many(&mut client, "default", "", "unflushed", 1);
+    // The next tick, to which that commit calls, would flush it.
+    stack.pg.hold_at("before_tick");
+    let sent = ids(&stack.wait_events(3));
+    stack.pg.crash();
+    stack.pg.start_again();
+    let survived = |id: &&Uuid| {
+        stack
+            .pg
+            .one::<bool>(&format!("select exists (select from outbox.events where event_id = '{id}')"))
+    };
+    sent.len() - sent.iter().filter(survived).count()
+}
+
+#[test]
+fn a_commit_between_the_wake_up_and_the_snapshot_is_flushed_before_it_is_sent() {
+    assert_eq!(made_up(""), 0);
+}
+
+/// The server that breaks the promise does make events up: or the test above would prove nothing.
+#[test]
+fn a_flush_before_the_snapshot_or_none_makes_events_up() {
+    for mutation in ["flush_before_snapshot", "skip_flush"] {
+        assert_eq!(made_up(mutation), 1, "{mutation}");
+    }
 }
 
 fn crash_rounds(settings: &[(&str, &str)], rounds: usize) {

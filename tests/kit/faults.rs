@@ -19,6 +19,8 @@ const MUTATION: &str = "outbox_relay.mutation";
 pub const POINTS: &[&str] = &[
     "before_claim",
     "after_claim",
+    "before_tick",
+    "before_snapshot",
     "after_flush",
     "after_read",
     "after_write",
