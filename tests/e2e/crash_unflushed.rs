@@ -89,9 +89,9 @@ fn made_up(mutation: &str) -> usize {
     stack.pg.crash();
     stack.pg.start_again();
     let survived = |id: &&Uuid| {
-        stack
-            .pg
-            .one::<bool>(&format!("select exists (select from outbox.events where event_id = '{id}')"))
+        stack.pg.one::<bool>(&format!(
+            "select exists (select from outbox.events where event_id = '{id}')"
+        ))
     };
     sent.len() - sent.iter().filter(survived).count()
 }
