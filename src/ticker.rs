@@ -63,8 +63,58 @@ fn widened(xid: u32, near: u64) -> u64 {
     near.wrapping_add_signed(i64::from(distance))
 }
 
-/// Makes everything that any snapshot taken before sees durable: after a crash, the ids and numbers of what was not flushed
-/// are used again. Costs nothing when the WAL is flushed already. Returns how far it is flushed.
+/// Transactions that end between two ticks and are looked at one by one.
+const FEW: usize = 64;
+
+/// Makes durable what `tick` sees and `known`, which is durable, did not: after a crash, the ids and numbers of what was not flushed
+/// are used again. Returns how far the WAL is flushed.
+///
+/// A commit that waited for its flush is durable before it is seen; of one that did not, the commit log knows up to where the WAL
+/// must be flushed. The id of the latest to end is not used again once its commit is durable, and so none below it is; numbers
+/// are not once the page of their sequence is. All that others have in the WAL beyond need not be waited for.
+pub fn flush_seen(tick: &Tick, known: &Snapshot, relations: &Relations) -> u64 {
+    let Some(ended) = tick.snapshot.ended_since(known, FEW) else {
+        return flush();
+    };
+    let mut needed = sequence_lsn(relations);
+    let latest = tick.snapshot.xmax() - 1;
+    for xid in ended {
+        let id = pg_sys::TransactionId::from(xid as u32);
+        // SAFETY: look-ups of transactions that ended a moment ago.
+        unsafe {
+            if pg_sys::TransactionIdDidCommit(id) {
+                needed = needed.max(pg_sys::TransactionIdGetCommitLSN(id));
+            } else if xid == latest {
+                // Nobody knows where an abort stands in the WAL.
+                return flush();
+            }
+        }
+    }
+    // SAFETY: reads a position and waits for the WAL, up to the end of a record.
+    unsafe {
+        if pg_sys::GetFlushRecPtr(std::ptr::null_mut()) < needed {
+            pg_sys::XLogFlush(needed);
+        }
+        pg_sys::GetFlushRecPtr(std::ptr::null_mut())
+    }
+}
+
+/// Up to where the WAL must be flushed so that no number is drawn again which was drawn before.
+fn sequence_lsn(relations: &Relations) -> u64 {
+    // SAFETY: within a transaction; the sequence's only page is pinned while it is looked at.
+    unsafe {
+        let lock = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
+        let sequence = pg_sys::relation_open(relations.sequence, lock);
+        let buffer = pg_sys::ReadBuffer(sequence, 0);
+        let lsn = pg_sys::BufferGetLSNAtomic(buffer);
+        pg_sys::ReleaseBuffer(buffer);
+        pg_sys::relation_close(sequence, lock);
+        lsn
+    }
+}
+
+/// Makes everything that any snapshot taken before sees durable, and what this process has written. Costs nothing when the WAL is
+/// flushed already. Returns how far it is flushed.
 pub fn flush() -> u64 {
     /// Sizes of a WAL page's header, and of a segment's first.
     const SHORT_HEADER: u64 = 24;

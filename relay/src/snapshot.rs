@@ -54,6 +54,16 @@ impl Snapshot {
         self.xmin >= other.xmin && self.xmax >= other.xmax && self.in_progress.iter().all(|xid| !other.sees(*xid))
     }
 
+    /// The transactions that ended after `earlier` was taken, in order of their ids; `None`: more than `most`, or it is not earlier.
+    pub fn ended_since(&self, earlier: &Self, most: usize) -> Option<Vec<u64>> {
+        let given = self.xmax.checked_sub(earlier.xmax)?;
+        if given + earlier.in_progress.len() as u64 > most as u64 {
+            return None;
+        }
+        let candidates = earlier.in_progress.iter().copied().chain(earlier.xmax..self.xmax);
+        Some(candidates.filter(|xid| self.sees(*xid)).collect())
+    }
+
     /// Every transaction below this had ended.
     pub fn xmin(&self) -> u64 {
         self.xmin
@@ -173,6 +183,16 @@ mod tests {
         for (xid, seen) in [(9, true), (10, false), (11, true), (14, false), (19, true), (20, false)] {
             assert_eq!(s.sees(xid), seen, "{xid}");
         }
+    }
+
+    #[test]
+    fn tells_what_ended_in_between() {
+        let earlier: Snapshot = "10:20:10,14,15".parse().unwrap();
+        let later: Snapshot = "14:24:14,22".parse().unwrap();
+        assert_eq!(later.ended_since(&earlier, 7), Some(vec![10, 15, 20, 21, 23]));
+        assert_eq!(later.ended_since(&earlier, 6), None);
+        assert_eq!(later.ended_since(&later, 64), Some(vec![]));
+        assert_eq!(earlier.ended_since(&later, 64), None);
     }
 
     #[test]

@@ -156,7 +156,7 @@ impl Worker {
             let wal = match early {
                 Some(wal) => wal,
                 None if fault::is_mutated("skip_flush") => 0,
-                None => ticker::flush(),
+                None => ticker::flush_seen(&tick, &self.latest.snapshot, &relations),
             };
             fault::reach("after_flush");
             // Takes in what was told before anything that the tick sees.

@@ -2,6 +2,7 @@
 //! used again. What reached Redis must not be among them, and what uses their numbers again must reach it.
 
 use kit::{LIMIT, Ledger, Load, Mode, Postgres, Redis, Stack, ids, publish_many, wait_drained, wait_until};
+use postgres::Client;
 use uuid::Uuid;
 
 /// WAL is written by nobody before it must be: commits stay unflushed for long. (Full pages are written early, hence
@@ -66,9 +67,9 @@ fn without_the_relays_flush_such_a_crash_loses_commits() {
     assert!(survivors < 5, "nothing was lost");
 }
 
-/// The last moment for a commit to be seen by a tick: one that nobody has flushed comes there, and the server dies the moment it is in
-/// its stream. How many such events are there that the recovered database does not have.
-fn made_up(mutation: &str) -> usize {
+/// The last moment for a transaction to be seen by a tick: `meanwhile` comes there, which nobody flushes, and the server dies the moment
+/// that `count` events are in their stream. It has recovered, and this is what the stream has.
+fn dies_at_the_tick(mutation: &str, meanwhile: impl FnOnce(&mut Client), count: usize) -> (Stack, Vec<Uuid>) {
     let mut stack = Stack::of(Postgres::with(LAZY).faults(), Redis::start());
     stack.pg.stop(Mode::Fast);
     stack.pg.mutation(mutation);
@@ -82,12 +83,20 @@ fn made_up(mutation: &str) -> usize {
     stack.pg.hold_at("before_snapshot");
     stack.publish("wakes the worker");
     stack.pg.wait_reached();
-    publish_many(&mut client, "default", "", "unflushed", 1);
-    // The next tick, to which that commit calls, would flush it.
+    meanwhile(&mut client);
+    // The next tick, to which a commit calls, would flush it.
     stack.pg.hold_at("before_tick");
-    let sent = ids(&stack.wait_events(3));
+    let sent = ids(&stack.wait_events(count));
     stack.pg.crash();
+    stack.pg.release();
     stack.pg.start_again();
+    (stack, sent)
+}
+
+/// How many events reach Redis that the recovered database does not have.
+fn made_up(mutation: &str) -> usize {
+    let unflushed = |client: &mut Client| drop(publish_many(client, "default", "", "unflushed", 1));
+    let (stack, sent) = dies_at_the_tick(mutation, unflushed, 3);
     let survived = |id: &&Uuid| {
         stack.pg.one::<bool>(&format!(
             "select exists (select from outbox.events where event_id = '{id}')"
@@ -107,6 +116,46 @@ fn a_flush_before_the_snapshot_or_none_makes_events_up() {
     for mutation in ["flush_before_snapshot", "skip_flush"] {
         assert_eq!(made_up(mutation), 1, "{mutation}");
     }
+}
+
+/// What a tick took for drawn or ended, and a crash made undone, is drawn and given again: that must be new to the relay.
+fn nothing_is_taken_for_known(meanwhile: impl FnOnce(&mut Client)) {
+    let (stack, mut published) = dies_at_the_tick("", meanwhile, 2);
+    for n in 0..40 {
+        published.extend(publish_many(
+            &mut stack.pg.client(),
+            "default",
+            "",
+            &format!("again{n}-"),
+            1,
+        ));
+    }
+    stack.wait_events(published.len());
+    wait_drained(&stack.pg, "default");
+    assert_eq!(ids(&stack.events()), published);
+    // Nor for what another server did that had this one's history: then the streams' tails would have to tell.
+    assert!(!stack.pg.log().contains("goes on after another history"));
+}
+
+#[test]
+fn transactions_that_aborted_just_before_the_snapshot_are_not_taken_for_the_next_of_their_ids() {
+    nothing_is_taken_for_known(|client| {
+        // The worker itself needs some of the ids when it comes back. They write little: a page of WAL that is full is flushed.
+        for _ in 0..20 {
+            client
+                .batch_execute("begin; select pg_current_xact_id(); rollback")
+                .unwrap();
+        }
+    });
+}
+
+#[test]
+fn numbers_that_a_running_transaction_drew_just_before_the_snapshot_are_not_drawn_again() {
+    nothing_is_taken_for_known(|client| {
+        client.batch_execute("begin").unwrap();
+        // More than a sequence draws ahead of its last word in the WAL.
+        publish_many(client, "default", "", "running", 40);
+    });
 }
 
 fn crash_rounds(settings: &[(&str, &str)], rounds: usize) {
