@@ -37,14 +37,24 @@ impl SlotState {
     }
 }
 
+/// What a worker hears of commits.
+#[repr(u8)]
+enum Work {
+    /// Nothing was committed: who does, wakes it.
+    None = 0,
+    Some = 1,
+    /// Nothing was committed, but it looks in a moment anyway.
+    Asleep = 2,
+}
+
 /// One database.
 #[repr(C)]
 pub struct Slot {
     /// Its OID; 0: the slot is free.
     database: AtomicU32,
     state: AtomicU8,
-    /// Events were committed since the worker last looked.
-    work: AtomicBool,
+    /// Whether events were committed since the worker last looked, see [`Work`].
+    work: AtomicU8,
     /// Scheduled events were committed since the worker last looked.
     schedule: AtomicBool,
     /// Somebody asked for an attempt now.
@@ -262,7 +272,7 @@ impl Slot {
 
     /// The worker has come.
     pub fn attach(&self, pid: i32, latch: *mut pg_sys::Latch) {
-        self.work.store(true, Ordering::Release);
+        self.work.store(Work::Some as u8, Ordering::Release);
         self.schedule.store(true, Ordering::Release);
         self.latch.store(latch, Ordering::Release);
         self.pid.store(pid, Ordering::Release);
@@ -276,7 +286,7 @@ impl Slot {
 
     /// Events were committed. A burst is one wake: the first to raise the flag sets the latch.
     pub fn announce_work(&self) {
-        if !self.work.swap(true, Ordering::SeqCst) {
+        if self.work.swap(Work::Some as u8, Ordering::SeqCst) == Work::None as u8 {
             set_latch(&self.latch);
         }
     }
@@ -297,14 +307,30 @@ impl Slot {
     }
 
     pub fn has_work(&self) -> bool {
-        self.work.load(Ordering::Acquire)
+        self.work.load(Ordering::Acquire) == Work::Some as u8
+    }
+
+    /// The worker is about to sleep for a moment, and need not be woken.
+    pub fn sleep(&self) {
+        self.change_work(Work::None, Work::Asleep);
+    }
+
+    pub fn wake_up(&self) {
+        self.change_work(Work::Asleep, Work::None);
+    }
+
+    fn change_work(&self, from: Work, to: Work) {
+        // Otherwise there is work meanwhile.
+        let _ = self
+            .work
+            .compare_exchange(from as u8, to as u8, Ordering::SeqCst, Ordering::SeqCst);
     }
 
     /// Lowers the flag; the snapshot must be taken after, so that what is committed later raises it again.
     pub fn take_work(&self) -> bool {
-        let work = self.work.swap(false, Ordering::SeqCst);
+        let work = self.work.swap(Work::None as u8, Ordering::SeqCst);
         fence(Ordering::SeqCst);
-        work
+        work == Work::Some as u8
     }
 
     pub fn take_schedule(&self) -> bool {

@@ -26,6 +26,7 @@ use pgrx::{pg_guard, pg_sys};
 use relay::classify::Failure;
 use relay::delivery::Now;
 use relay::fault;
+use relay::pace::Pace;
 use relay::snapshot::{FIRST_NORMAL_XID, Tick};
 use std::io::Read;
 use std::os::fd::AsRawFd;
@@ -132,6 +133,7 @@ struct Worker {
     settings_changed: bool,
     /// After an ERROR, nothing is tried before this.
     pause_until: Now,
+    pace: Pace,
     logged_error: Option<(String, Now)>,
     waker: UnixStream,
     woken: UnixStream,
@@ -165,6 +167,7 @@ impl Worker {
             schedule_known: false,
             settings_changed: false,
             pause_until: Now::ZERO,
+            pace: Pace::default(),
             logged_error: None,
             waker,
             woken,
@@ -183,8 +186,7 @@ impl Worker {
         loop {
             process::report_statistics();
             if timeout != Some(Duration::ZERO) && !process::is_told_to_end() {
-                self.show_idle();
-                process::wait(Some(self.woken.as_raw_fd()), timeout);
+                self.wait(timeout);
             }
             self.drain_socket();
             if process::is_told_to_end() {
@@ -212,6 +214,19 @@ impl Worker {
                 }
             };
         }
+    }
+
+    /// Until there is news; while events come in quick succession, until the next look is due.
+    fn wait(&mut self, timeout: Option<Duration>) {
+        let rest = self.pace.rest(self.now());
+        if !rest.is_zero() {
+            self.slot.sleep();
+            process::wait_briefly(rest);
+            self.slot.wake_up();
+            return;
+        }
+        self.show_idle();
+        process::wait(Some(self.woken.as_raw_fd()), timeout);
     }
 
     fn log_error(&mut self, message: String) {

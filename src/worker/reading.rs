@@ -36,7 +36,7 @@ impl Worker {
         self.look_at_standbys(now);
         // While all are down, publishers find the flag raised and wake nobody.
         if self.work && self.awaited.is_none() && (self.polled || self.is_any_ready(now)) {
-            if self.slot.has_work() {
+            if self.slot.has_work() && !self.pace.is_busy() {
                 self.rouse();
             }
             self.take_tick()?;
@@ -147,6 +147,7 @@ impl Worker {
     pub(super) fn take_tick(&mut self) -> Result<(), Aborted> {
         fault::reach("before_tick");
         self.slot.take_work();
+        self.pace.looks(self.now());
         (self.work, self.polled) = (false, false);
         let tick = process::transaction(|| {
             let relations = catalog::relations()?;
@@ -235,6 +236,7 @@ impl Worker {
             }
             let end = reader.end.clone();
             backend.advanced(reader.end, now);
+            self.pace.finds(sent);
             if sent > 0 {
                 let activity = format!("publishing {sent} events to {}", backend.name());
                 self.shown_busy = true;
