@@ -46,7 +46,7 @@ fn behind_cursor(number: i32, limit: i64) -> (i64, Option<i64>) {
     };
     let stand = Stand::of(number);
     let position = stand.lowest();
-    let now = Arc::new(ticker::take(&relations));
+    let now = Arc::new(ticker::take(&relations).0);
     let mut table = EventsTable::open(&relations);
     let (mut count, mut met, mut oldest, mut last_seq) = (0, 0, None, 0);
     let mut count_range = |scan: &mut RangeScan<crate::rows::EventsScan>| -> bool {

@@ -4,30 +4,63 @@ use crate::catalog::Relations;
 use pgrx::pg_sys;
 use relay::snapshot::{Snapshot, Tick};
 
-/// Takes a tick, in the order that its bounds rely on (see [`Tick`]). Needs a transaction that has no id of its own.
-pub fn take(relations: &Relations) -> Tick {
-    let low_seq = last_seq(relations);
+/// Takes a tick, in the order that its bounds rely on (see [`Tick`]). Needs a transaction that has no id of its own. Also returns up
+/// to where the WAL must be flushed so that none of its numbers is drawn again after a crash.
+pub fn take(relations: &Relations) -> (Tick, u64) {
+    let sequence = Sequence::open(relations.sequence);
+    let (low_seq, _) = sequence.last();
     // SAFETY: reads the counter under its lock.
     let next_xid = unsafe { pg_sys::ReadNextFullTransactionId().value };
     let snapshot = snapshot(next_xid);
-    let high_seq = last_seq(relations);
-    Tick {
+    let (high_seq, drawn_lsn) = sequence.last();
+    sequence.close();
+    let tick = Tick {
         snapshot,
         next_xid,
         low_seq,
         high_seq,
-    }
+    };
+    (tick, drawn_lsn)
 }
 
-/// The last number that was drawn; 0 before the first.
-fn last_seq(relations: &Relations) -> i64 {
-    // SAFETY: a built-in function of one OID.
-    unsafe {
-        pgrx::direct_function_call::<i64>(
-            pg_sys::pg_sequence_last_value,
-            &[Some(pg_sys::Datum::from(relations.sequence))],
-        )
-        .unwrap_or(0)
+/// The sequence that numbers events: one page with one row. It is looked at twice a tick, which its functions would make dear.
+struct Sequence {
+    relation: pg_sys::Relation,
+}
+
+impl Sequence {
+    /// Within a transaction, whose abort closes it too.
+    fn open(sequence: pg_sys::Oid) -> Self {
+        // SAFETY: raises an ERROR if it is gone.
+        let relation = unsafe { pg_sys::relation_open(sequence, pg_sys::AccessShareLock as pg_sys::LOCKMODE) };
+        Self { relation }
+    }
+
+    fn close(self) {
+        // SAFETY: opened with this lock.
+        unsafe { pg_sys::relation_close(self.relation, pg_sys::AccessShareLock as pg_sys::LOCKMODE) };
+    }
+
+    /// The last number that was drawn (0 before the first), and where the page's last record ends in the WAL.
+    fn last(&self) -> (i64, u64) {
+        /// Of a page's header (bufpage.h), and the bits of an item's offset in what follows it (itemid.h).
+        const HEADER: usize = 24;
+        const OFFSET_BITS: u32 = 0x7FFF;
+        // SAFETY: a sequence always has a page with one item, a row of `FormData_pg_sequence_data` (sequence.h): number, count,
+        // whether the number was drawn. The page is pinned and locked while it is read.
+        unsafe {
+            let buffer = pg_sys::ReadBuffer(self.relation, 0);
+            pg_sys::LockBuffer(buffer, pg_sys::BUFFER_LOCK_SHARE as i32);
+            let page = pg_sys::BufferGetPage(buffer).cast::<u8>();
+            let offset = page.add(HEADER).cast::<u32>().read() & OFFSET_BITS;
+            let row = page.add(offset as usize);
+            let values = row.add(usize::from((*row.cast::<pg_sys::HeapTupleHeaderData>()).t_hoff));
+            let number = values.cast::<i64>().read();
+            let is_drawn = values.add(16).read() != 0;
+            let lsn = pg_sys::BufferGetLSNAtomic(buffer);
+            pg_sys::UnlockReleaseBuffer(buffer);
+            (if is_drawn { number } else { 0 }, lsn)
+        }
     }
 }
 
@@ -72,11 +105,11 @@ const FEW: usize = 64;
 /// A commit that waited for its flush is durable before it is seen; of one that did not, the commit log knows up to where the WAL
 /// must be flushed. The id of the latest to end is not used again once its commit is durable, and so none below it is; numbers
 /// are not once the page of their sequence is. All that others have in the WAL beyond need not be waited for.
-pub fn flush_seen(tick: &Tick, known: &Snapshot, relations: &Relations) -> u64 {
+pub fn flush_seen((tick, drawn_lsn): &(Tick, u64), known: &Snapshot) -> u64 {
     let Some(ended) = tick.snapshot.ended_since(known, FEW) else {
         return flush();
     };
-    let mut needed = sequence_lsn(relations);
+    let mut needed = *drawn_lsn;
     let latest = tick.snapshot.xmax() - 1;
     for xid in ended {
         let id = pg_sys::TransactionId::from(xid as u32);
@@ -96,20 +129,6 @@ pub fn flush_seen(tick: &Tick, known: &Snapshot, relations: &Relations) -> u64 {
             pg_sys::XLogFlush(needed);
         }
         pg_sys::GetFlushRecPtr(std::ptr::null_mut())
-    }
-}
-
-/// Up to where the WAL must be flushed so that no number is drawn again which was drawn before.
-fn sequence_lsn(relations: &Relations) -> u64 {
-    // SAFETY: within a transaction; the sequence's only page is pinned while it is looked at.
-    unsafe {
-        let lock = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
-        let sequence = pg_sys::relation_open(relations.sequence, lock);
-        let buffer = pg_sys::ReadBuffer(sequence, 0);
-        let lsn = pg_sys::BufferGetLSNAtomic(buffer);
-        pg_sys::ReleaseBuffer(buffer);
-        pg_sys::relation_close(sequence, lock);
-        lsn
     }
 }
 

@@ -153,17 +153,17 @@ impl Worker {
             let relations = catalog::relations()?;
             let early = fault::is_mutated("flush_before_snapshot").then(ticker::flush);
             fault::reach("before_snapshot");
-            let tick = ticker::take(&relations);
+            let taken = ticker::take(&relations);
             let wal = match early {
                 Some(wal) => wal,
                 None if fault::is_mutated("skip_flush") => 0,
-                None => ticker::flush_seen(&tick, &self.latest.snapshot, &relations),
+                None => ticker::flush_seen(&taken, &self.latest.snapshot),
             };
             fault::reach("after_flush");
             // Takes in what was told before anything that the tick sees.
             // SAFETY: within a transaction.
             unsafe { pg_sys::AcceptInvalidationMessages() };
-            Some((tick, wal, catalog::generation()))
+            Some((taken.0, wal, catalog::generation()))
         })?;
         match tick {
             Some((tick, wal, generation)) => {
