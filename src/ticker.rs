@@ -23,6 +23,12 @@ pub fn take(relations: &Relations) -> (Tick, u64) {
     (tick, drawn_lsn)
 }
 
+/// Whether something may have happened since, also what wakes nobody. Costs next to nothing, so an idle worker stays idle.
+pub fn is_outdated(tick: &Tick) -> bool {
+    // SAFETY: reads the counter under its lock.
+    !tick.is_complete() || unsafe { pg_sys::ReadNextFullTransactionId().value } != tick.next_xid
+}
+
 /// The sequence that numbers events: one page with one row. It is looked at twice a tick, which its functions would make dear.
 struct Sequence {
     relation: pg_sys::Relation,

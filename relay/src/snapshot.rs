@@ -171,6 +171,11 @@ impl Tick {
             high_seq: 0,
         }
     }
+
+    /// Whether it sees every transaction that there was: while none has begun since, a later tick sees nothing else.
+    pub fn is_complete(&self) -> bool {
+        self.snapshot.in_progress.is_empty() && self.snapshot.xmax == self.next_xid
+    }
 }
 
 #[cfg(test)]
@@ -193,6 +198,17 @@ mod tests {
         assert_eq!(later.ended_since(&earlier, 6), None);
         assert_eq!(later.ended_since(&later, 64), Some(vec![]));
         assert_eq!(earlier.ended_since(&later, 64), None);
+    }
+
+    #[test]
+    fn is_complete_when_nothing_was_running() {
+        for (text, complete) in [
+            ("20:20:/20/1/2", true),
+            ("19:20:19/20/1/2", false),
+            ("20:20:/21/1/2", false),
+        ] {
+            assert_eq!(text.parse::<Tick>().unwrap().is_complete(), complete, "{text}");
+        }
     }
 
     #[test]

@@ -35,6 +35,9 @@ impl Worker {
         self.work |= self.slot.has_work();
         self.look_at_standbys(now);
         // While all are down, publishers find the flag raised and wake nobody.
+        if self.polled && !self.slot.has_work() && !ticker::is_outdated(&self.latest) {
+            (self.work, self.polled) = (false, false);
+        }
         if self.work && self.awaited.is_none() && (self.polled || self.is_any_ready(now)) {
             if self.slot.has_work() && !self.pace.is_busy() {
                 self.rouse();
