@@ -122,7 +122,7 @@ pub struct Backend {
     pub watch: Watch,
     /// Goes up with each refresh of the guard.
     beat: u64,
-    /// Whether the sender was told to say that the owner leaves.
+    /// Of the present sender.
     release: Release,
     /// To be written down before the cursor is saved.
     pub records: Vec<Record>,

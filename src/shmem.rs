@@ -40,10 +40,10 @@ impl SlotState {
 /// What a worker hears of commits.
 #[repr(u8)]
 enum Work {
-    /// Nothing was committed: who does, wakes it.
+    /// Nothing was committed: who commits events wakes the worker.
     None = 0,
     Some = 1,
-    /// Nothing was committed, but it looks in a moment anyway.
+    /// Nothing was committed, and nobody need wake the worker: it looks in a moment anyway.
     Asleep = 2,
 }
 

@@ -219,7 +219,7 @@ impl Worker {
     /// Until there is news; while events come in quick succession, until the next look is due.
     fn wait(&mut self, timeout: Option<Duration>) {
         let rest = self.pace.rest(self.now());
-        if !rest.is_zero() {
+        if !rest.is_zero() && self.has_read_all() {
             self.slot.sleep();
             process::wait_briefly(rest);
             self.slot.wake_up();

@@ -90,6 +90,12 @@ impl Worker {
         position.under_way.is_some() || goes_on
     }
 
+    /// Whether no backend that is well waits for room.
+    pub(super) fn has_read_all(&self) -> bool {
+        let is_behind = |(index, backend): (usize, &Backend)| backend.is_keeping_up() && self.has_way_to_go(index);
+        !self.backends.iter().enumerate().any(is_behind)
+    }
+
     /// Whether a pass is worth while for a backend: it takes rows, and not just a few of them.
     fn takes(&self, index: usize, now: Now) -> bool {
         let backend = &self.backends[index];
