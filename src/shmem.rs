@@ -327,10 +327,9 @@ impl Slot {
     }
 
     /// Lowers the flag; the snapshot must be taken after, so that what is committed later raises it again.
-    pub fn take_work(&self) -> bool {
-        let work = self.work.swap(Work::None as u8, Ordering::SeqCst);
+    pub fn take_work(&self) {
+        self.work.swap(Work::None as u8, Ordering::SeqCst);
         fence(Ordering::SeqCst);
-        work == Work::Some as u8
     }
 
     pub fn take_schedule(&self) -> bool {

@@ -129,12 +129,21 @@ pub fn flush_seen((tick, drawn_lsn): &(Tick, u64), known: &Snapshot) -> u64 {
             }
         }
     }
-    // SAFETY: reads a position and waits for the WAL, up to the end of a record.
-    unsafe {
-        if pg_sys::GetFlushRecPtr(std::ptr::null_mut()) < needed {
-            pg_sys::XLogFlush(needed);
-        }
-        pg_sys::GetFlushRecPtr(std::ptr::null_mut())
+    flush_to(needed);
+    flushed()
+}
+
+/// Up to where the WAL is flushed.
+fn flushed() -> u64 {
+    // SAFETY: reads a position.
+    unsafe { pg_sys::GetFlushRecPtr(std::ptr::null_mut()) }
+}
+
+/// Flushes the WAL up to `position`, where a record ends, unless that was done.
+fn flush_to(position: u64) {
+    if flushed() < position {
+        // SAFETY: waits for the WAL.
+        unsafe { pg_sys::XLogFlush(position) };
     }
 }
 
@@ -155,9 +164,7 @@ pub fn flush() -> u64 {
         } else if in_page == SHORT_HEADER && in_segment > u64::from(pg_sys::XLOG_BLCKSZ) {
             position -= SHORT_HEADER;
         }
-        if pg_sys::GetFlushRecPtr(std::ptr::null_mut()) < position {
-            pg_sys::XLogFlush(position);
-        }
+        flush_to(position);
         position
     }
 }

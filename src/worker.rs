@@ -346,12 +346,11 @@ impl Worker {
         let mut outcome = Ok(());
         for backend in &mut self.backends {
             outcome = recovery::step(backend, identity, &newest, now);
-            if process::is_told_to_end() {
-                break;
-            }
             if let Err(error) = &outcome {
-                // Its sender waits for an order that will not come.
-                backend.hold_off(Failure::backend(error.to_string()), Duration::ZERO, now);
+                // Its sender waits for an order that will not come. (An order to end cancels the step, and is no trouble.)
+                if !process::is_told_to_end() {
+                    backend.hold_off(Failure::backend(error.to_string()), Duration::ZERO, now);
+                }
                 break;
             }
         }

@@ -7,7 +7,7 @@ use crate::delivery::Now;
 use std::time::Duration;
 
 /// Events a second from which on looks are so far apart,
-const BUSY_RATE: u32 = 6_000;
+const BUSY_RATE: f64 = 6_000.0;
 const APART: Duration = Duration::from_millis(2);
 /// and how long their rate is taken.
 const WINDOW: Duration = Duration::from_millis(50);
@@ -18,7 +18,7 @@ pub struct Pace {
     looked_at: Now,
     since: Now,
     /// Since then.
-    found: u32,
+    found: usize,
     is_busy: bool,
 }
 
@@ -27,13 +27,13 @@ impl Pace {
         self.looked_at = now;
         let time = now.saturating_sub(self.since);
         if time >= WINDOW {
-            self.is_busy = f64::from(self.found) >= f64::from(BUSY_RATE) * time.as_secs_f64();
+            self.is_busy = self.found as f64 >= BUSY_RATE * time.as_secs_f64();
             (self.since, self.found) = (now, 0);
         }
     }
 
     pub fn finds(&mut self, events: usize) {
-        self.found = self.found.saturating_add(events.min(u32::MAX as usize) as u32);
+        self.found += events;
     }
 
     /// Whether looks are apart.

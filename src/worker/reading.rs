@@ -34,10 +34,11 @@ impl Worker {
     pub(super) fn read(&mut self, now: Now) -> Result<bool, Aborted> {
         self.work |= self.slot.has_work();
         self.look_at_standbys(now);
-        // While all are down, publishers find the flag raised and wake nobody.
+        // A poll that can find nothing.
         if self.polled && !self.slot.has_work() && !ticker::is_outdated(&self.latest) {
             (self.work, self.polled) = (false, false);
         }
+        // While all are down, publishers find the flag raised and wake nobody.
         if self.work && self.awaited.is_none() && (self.polled || self.is_any_ready(now)) {
             if self.slot.has_work() && !self.pace.is_busy() {
                 self.rouse();
@@ -90,10 +91,14 @@ impl Worker {
         position.under_way.is_some() || goes_on
     }
 
+    /// Whether a backend that is well is on its way, or would be if it had room.
+    fn comes_up(&self, index: usize) -> bool {
+        self.backends[index].is_keeping_up() && self.has_way_to_go(index)
+    }
+
     /// Whether no backend that is well waits for room.
     pub(super) fn has_read_all(&self) -> bool {
-        let is_behind = |(index, backend): (usize, &Backend)| backend.is_keeping_up() && self.has_way_to_go(index);
-        !self.backends.iter().enumerate().any(is_behind)
+        !(0..self.backends.len()).any(|index| self.comes_up(index))
     }
 
     /// Whether a pass is worth while for a backend: it takes rows, and not just a few of them.
@@ -118,8 +123,7 @@ impl Worker {
             let theirs = b.delivery.position();
             let behind = position.place() - theirs.place();
             other != index
-                && b.is_keeping_up()
-                && self.has_way_to_go(other)
+                && self.comes_up(other)
                 && Arc::ptr_eq(theirs.to(&self.latest), position.to(&self.latest))
                 && ((1..=WAITED_FOR_SEQS).contains(&behind) || (behind == 0 && !self.takes(other, now)))
         };

@@ -122,17 +122,9 @@ fn a_flush_before_the_snapshot_or_none_makes_events_up() {
 fn nothing_is_taken_for_known(meanwhile: impl FnOnce(&mut Client)) {
     let (stack, mut published) = dies_at_the_tick("", meanwhile, 2);
     for n in 0..40 {
-        published.extend(publish_many(
-            &mut stack.pg.client(),
-            "default",
-            "",
-            &format!("again{n}-"),
-            1,
-        ));
+        published.push(stack.publish(&format!("again{n}")));
     }
-    stack.wait_events(published.len());
-    wait_drained(&stack.pg, "default");
-    assert_eq!(ids(&stack.events()), published);
+    stack.assert_mended(&stack.redis, &published);
     // Nor for what another server did that had this one's history: then the streams' tails would have to tell.
     assert!(!stack.pg.log().contains("goes on after another history"));
 }

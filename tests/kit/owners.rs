@@ -1,6 +1,6 @@
 //! Several Postgres servers that share one Redis and, up to some point, their history: who of them owns the guard.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
@@ -32,15 +32,17 @@ pub fn owns(pg: &Postgres, redis: &Redis) -> bool {
     guard(pg, redis).is_some_and(|guard| guard.field("place").contains(&place))
 }
 
-/// Waits until this server owns the guard and is not in trouble.
+/// Waits until this server owns the guard and is not in trouble. How long that took.
 #[track_caller]
-pub fn wait_owner(pg: &Postgres, redis: &Redis) {
+pub fn wait_owner(pg: &Postgres, redis: &Redis) -> Duration {
+    let start = Instant::now();
     wait_until(&format!("{} to own the guard", pg.data_dir().display()), || {
         owns(pg, redis)
     });
     wait_eq("the owner's state", "idle".to_string(), || {
         standing(pg, "default").state
     });
+    start.elapsed()
 }
 
 /// Waits until the backend `default` of `pg` is fenced because `owner` has the guard.
