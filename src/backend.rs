@@ -511,7 +511,7 @@ impl Backend {
         buffer
     }
 
-    fn keep(&mut self, mut buffer: Vec<u8>) {
+    pub fn keep(&mut self, mut buffer: Vec<u8>) {
         let kept = if self.lane.is_some() { 1 } else { 8 };
         if buffer.capacity() <= KEPT_BUFFER_BYTES && self.buffers.len() < kept {
             buffer.clear();

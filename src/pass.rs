@@ -1,13 +1,14 @@
 //! One scan over a range for all backends that stand at one place: rows become entries of batches, or are written down.
 
 use crate::backend::{Backend, BuiltBatch, Load, OpenBatch, Role};
-use crate::catalog;
+use crate::catalog::{self, Relations};
 use crate::guc;
 use crate::outbox;
 use crate::refused;
 use crate::rows::{EventsTable, Row, attribute};
 use pgrx::pg_sys;
 use relay::delivery::{Entry, Room, RowFate};
+use relay::fault;
 use relay::reader::{Key, Position, RangeScan, Scan, Step, Table};
 use relay::refusal::Record;
 use relay::snapshot::Tick;
@@ -94,6 +95,23 @@ pub fn read(backends: &mut [Backend], group: &Group) -> Vec<Reader> {
         reader.write_down(&backends[reader.index]);
     }
     readers
+}
+
+/// Reads and encodes the event number `seq` for nothing. Needs a transaction.
+pub fn rehearse(backend: &mut Backend, relations: &Relations, seq: i64) {
+    let mut table = EventsTable::open(relations);
+    let mut batch = OpenBatch::new(backend.buffer());
+    let mut scan = table.by_seq(seq - 1, seq);
+    if scan.advance().is_some() {
+        scan.row().with_event(|event| {
+            let stream = backend.stream_of(event);
+            let _ = backend.encode(&mut batch, &stream, event);
+        });
+        fault::reach("at_rehearsal");
+    }
+    drop(scan);
+    table.close();
+    backend.keep(batch.bytes);
 }
 
 /// What a pass collects for one backend.

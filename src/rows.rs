@@ -351,6 +351,12 @@ impl EventsTable {
         }
     }
 
+    /// Whether opening it now would wait for nobody. The lock is kept until the end of the transaction.
+    pub fn is_open_to_all(relations: &Relations) -> bool {
+        // SAFETY: takes a lock within a transaction, or does not.
+        unsafe { pg_sys::ConditionalLockRelationOid(relations.events, LOCK) }
+    }
+
     pub fn close(self) {
         // SAFETY: closes what open() opened; scans were dropped before, they borrow nothing beyond.
         unsafe {

@@ -9,6 +9,9 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU8, AtomicU32, A
 /// Most databases that can have a worker at once; far above any `max_worker_processes`.
 const SLOTS: usize = 256;
 
+/// A worker that has not looked for so long needs more time than one that just has: what it needs has left the caches.
+const COLD_AFTER_MS: u64 = 10;
+
 /// What a slot's worker is doing. Next states in brackets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -57,6 +60,8 @@ pub struct Slot {
     work: AtomicU8,
     /// Scheduled events were committed since the worker last looked.
     schedule: AtomicBool,
+    /// Events are being published, after a while without any.
+    publishing: AtomicBool,
     /// Somebody asked for an attempt now.
     nudge: AtomicBool,
     pid: AtomicI32,
@@ -64,6 +69,8 @@ pub struct Slot {
     holder: AtomicI32,
     /// The worker's latch, in shared memory too; null: none.
     latch: AtomicPtr<pg_sys::Latch>,
+    /// When the worker last looked for events, see [`clock_ms`].
+    looked_at_ms: AtomicU64,
 }
 
 #[repr(C)]
@@ -138,6 +145,14 @@ fn shared() -> Option<&'static Shared> {
 /// Whether the library was preloaded, so that workers can exist.
 pub fn is_attached() -> bool {
     shared().is_some()
+}
+
+/// Milliseconds of a clock that all processes share.
+fn clock_ms() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: reads a clock that there always is.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut time) };
+    time.tv_sec as u64 * 1_000 + time.tv_nsec as u64 / 1_000_000
 }
 
 fn set_latch(latch: &AtomicPtr<pg_sys::Latch>) {
@@ -291,6 +306,26 @@ impl Slot {
         }
     }
 
+    /// Events are being published. A worker that has not looked for a while is woken, to be ready when they are committed.
+    pub fn announce_publishing(&self) {
+        let idle_ms = clock_ms().saturating_sub(self.looked_at_ms.load(Ordering::Relaxed));
+        if idle_ms >= COLD_AFTER_MS && !self.has_work() && !self.publishing.swap(true, Ordering::SeqCst) {
+            set_latch(&self.latch);
+        }
+    }
+
+    pub fn take_publishing(&self) -> bool {
+        let is_publishing = self.publishing.swap(false, Ordering::SeqCst);
+        if is_publishing {
+            self.looks();
+        }
+        is_publishing
+    }
+
+    fn looks(&self) {
+        self.looked_at_ms.store(clock_ms(), Ordering::Relaxed);
+    }
+
     pub fn announce_schedule(&self) {
         if !self.schedule.swap(true, Ordering::SeqCst) {
             set_latch(&self.latch);
@@ -328,6 +363,7 @@ impl Slot {
 
     /// Lowers the flag; the snapshot must be taken after, so that what is committed later raises it again.
     pub fn take_work(&self) {
+        self.looks();
         self.work.swap(Work::None as u8, Ordering::SeqCst);
         fence(Ordering::SeqCst);
     }

@@ -41,6 +41,9 @@ fn note(change: impl FnOnce(&mut News)) {
 pub fn published() {
     if !NEWS.get().events {
         note(|n| n.events = true);
+        if let Some(slot) = shmem::slot_of(database()) {
+            slot.announce_publishing();
+        }
     }
 }
 
@@ -84,11 +87,15 @@ unsafe extern "C-unwind" fn on_transaction_end(event: pg_sys::XactEvent::Type, _
     }
 }
 
-fn tell(news: News) {
+/// The session's database.
+fn database() -> pg_sys::Oid {
     // SAFETY: a plain read of the process's own variable.
-    let database = unsafe { pg_sys::MyDatabaseId };
+    unsafe { pg_sys::MyDatabaseId }
+}
+
+fn tell(news: News) {
     if news.extension
-        && let Some(slot) = shmem::claim_slot(database)
+        && let Some(slot) = shmem::claim_slot(database())
     {
         if slot.pid() == 0 {
             slot.set_state(SlotState::Wanted);
@@ -99,7 +106,7 @@ fn tell(news: News) {
     if news.databases {
         shmem::request_rescan();
     }
-    if let Some(slot) = shmem::slot_of(database) {
+    if let Some(slot) = shmem::slot_of(database()) {
         if news.scheduled {
             slot.announce_schedule();
         }

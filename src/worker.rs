@@ -312,6 +312,7 @@ impl Worker {
         if self.backends.iter().any(|b| !b.records.is_empty()) {
             save(&mut self.backends, now)?;
         }
+        self.rehearse()?;
         self.recover(now)?;
         if self.awaited.is_none() {
             recovery::finish_lanes(&mut self.backends, &self.latest)?;

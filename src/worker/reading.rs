@@ -5,6 +5,7 @@ use crate::backend::{Backend, MOST_LANES, Role};
 use crate::guc::{self, SendAfter};
 use crate::pass::{self, Group};
 use crate::process::{self, Aborted};
+use crate::rows::EventsTable;
 use crate::{catalog, ticker};
 use pgrx::pg_sys;
 use relay::delivery::Now;
@@ -70,13 +71,35 @@ impl Worker {
 
     /// Something was committed: whoever sent last is awake when it has been read.
     fn rouse(&self) {
-        let idle = self
-            .backends
-            .iter()
-            .filter(|b| b.reads_for_redis() && b.delivery.is_idle());
-        if let Some(backend) = idle.max_by_key(|b| b.moved_at()) {
-            backend.rouse();
+        if let Some(index) = self.likely_next() {
+            self.backends[index].rouse();
         }
+    }
+
+    /// Of the backends that wait for events, that which sent last.
+    fn likely_next(&self) -> Option<usize> {
+        let waits = |b: &Backend| b.is_keeping_up() && b.delivery.is_idle() && b.delivery.has_room();
+        let waiting = (0..self.backends.len()).filter(|index| waits(&self.backends[*index]));
+        waiting.max_by_key(|index| self.backends[*index].moved_at())
+    }
+
+    /// An event is being published, after a while without any. What is needed once it is committed has left the processor's caches by
+    /// then, and is fetched now: by doing the same with the event that was read last, for nothing.
+    pub(super) fn rehearse(&mut self) -> Result<(), Aborted> {
+        if !self.slot.take_publishing() || self.slot.has_work() {
+            return Ok(());
+        }
+        let Some(index) = self.likely_next() else {
+            return Ok(());
+        };
+        let (backend, seq) = (&mut self.backends[index], self.latest.high_seq);
+        process::transaction(|| {
+            // Not if somebody has the table to himself, such as whoever publishes.
+            if let Some(relations) = catalog::relations().filter(EventsTable::is_open_to_all) {
+                ticker::take(&relations);
+                pass::rehearse(backend, &relations, seq);
+            }
+        })
     }
 
     /// Whether a backend can take rows now, and there may be some.

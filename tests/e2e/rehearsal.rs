@@ -1,0 +1,65 @@
+//! A worker that has been idle rehearses when an event is being published: it sends nothing by that, and is in nobody's way.
+
+use std::time::{Duration, Instant};
+
+use kit::{Postgres, QUICK, Redis, Stack, types, wait_until};
+
+/// Has sent one event, and then nothing for a while.
+fn idle() -> Stack {
+    let stack = Stack::of(Postgres::with(QUICK).faults(), Redis::start());
+    stack.publish("first");
+    stack.wait_events(1);
+    let start = Instant::now();
+    wait_until("a while to pass", || start.elapsed() > Duration::from_millis(50));
+    stack
+}
+
+#[test]
+fn what_is_being_published_is_rehearsed_and_sent_once_it_is_committed() {
+    let stack = idle();
+    let mut publisher = stack.pg.client();
+    stack.pg.hold_at("at_rehearsal");
+    publisher
+        .batch_execute("begin; select outbox.publish_event('second', 'kit')")
+        .unwrap();
+    stack.pg.wait_reached();
+    assert_eq!(types(&stack.events()), ["first"]);
+    publisher.batch_execute("commit").unwrap();
+    assert_eq!(types(&stack.events()), ["first"], "the worker is held");
+    stack.pg.release();
+    assert_eq!(types(&stack.wait_events(2)), ["first", "second"]);
+}
+
+#[test]
+fn what_is_rehearsed_and_rolled_back_is_not_sent() {
+    let stack = idle();
+    let mut publisher = stack.pg.client();
+    stack.pg.hold_at("at_rehearsal");
+    publisher
+        .batch_execute("begin; select outbox.publish_event('aborted', 'kit')")
+        .unwrap();
+    stack.pg.wait_reached();
+    publisher.batch_execute("rollback").unwrap();
+    stack.pg.release();
+    stack.publish("second");
+    assert_eq!(types(&stack.wait_events(2)), ["first", "second"]);
+}
+
+#[test]
+fn a_publisher_who_has_locked_the_table_is_not_waited_for() {
+    let stack = idle();
+    let mut publisher = stack.pg.client();
+    publisher
+        .batch_execute("begin; lock table outbox.events; select outbox.publish_event('second', 'kit')")
+        .unwrap();
+    // The worker is there for others: it takes note of a pause.
+    stack.pg.exec("update outbox.backends set enabled = false");
+    wait_until("the guard to be released", || stack.guard().field("released") == "1");
+    publisher.batch_execute("commit").unwrap();
+    stack.pg.exec("update outbox.backends set enabled = true");
+    assert_eq!(types(&stack.wait_events(2)), ["first", "second"]);
+    assert!(
+        !stack.pg.log().contains("lock timeout"),
+        "the worker waited for the table"
+    );
+}
