@@ -3,7 +3,7 @@
 use std::net::UdpSocket;
 use std::time::{Duration, Instant};
 
-use kit::{Mode, Postgres, QUICK, Redis, Stack, promptly, wait_drained, wait_trouble, wait_until};
+use kit::{Mode, Postgres, QUICK, Redis, Stack, backoff, promptly, wait_drained, wait_trouble, wait_until};
 
 /// Whether this machine lets the test mount files for a server of its own.
 fn can_mount() -> bool {
@@ -37,20 +37,42 @@ fn an_address_that_changes_is_found_again() {
     drop(hosts);
 }
 
+/// A name server that never answers, and a stack that asks it so patiently.
+fn unanswered(options: &str) -> (UdpSocket, Stack) {
+    let resolver = (1..250)
+        .find_map(|n| UdpSocket::bind((format!("127.77.{}.{n}", std::process::id() % 250), 53)).ok())
+        .expect("a port for a resolver");
+    resolver.set_read_timeout(Some(kit::LIMIT)).expect("a timeout");
+    let address = resolver.local_addr().expect("an address").ip();
+    let config = format!("nameserver {address}\noptions {options}\n");
+    let (_dir, file) = kit::env::shared_file("resolv.conf", &config);
+    let stack = Stack::of(Postgres::with(QUICK).mount(&file, "/etc/resolv.conf"), Redis::start());
+    (resolver, stack)
+}
+
+#[test]
+fn a_name_server_that_does_not_answer_is_an_outage() {
+    if !can_mount() {
+        return;
+    }
+    let (_resolver, stack) = unanswered("timeout:1 attempts:1");
+    stack.point_at("default", "redis.example.com", 6379);
+    let trouble = backoff(
+        "Temporary failure in name resolution",
+        "The name server does not answer: check /etc/resolv.conf of the database server.",
+    );
+    let expected = stack.publish_into(&trouble, 150);
+    stack.point("default", &stack.redis);
+    stack.assert_mended(&stack.redis, &expected);
+}
+
 /// A resolver that never answers, whom threads of the worker are with.
 #[test]
 fn a_resolver_that_does_not_answer_delays_nobody() {
     if !can_mount() {
         return;
     }
-    let resolver = (1..250)
-        .find_map(|n| UdpSocket::bind((format!("127.77.{}.{n}", std::process::id() % 250), 53)).ok())
-        .expect("a port for a resolver");
-    resolver.set_read_timeout(Some(kit::LIMIT)).expect("a timeout");
-    let address = resolver.local_addr().expect("an address").ip();
-    let config = format!("nameserver {address}\noptions timeout:30 attempts:5\n");
-    let (_dir, file) = kit::env::shared_file("resolv.conf", &config);
-    let mut stack = Stack::of(Postgres::with(QUICK).mount(&file, "/etc/resolv.conf"), Redis::start());
+    let (resolver, mut stack) = unanswered("timeout:30 attempts:5");
     let asked = |resolver: &UdpSocket| {
         resolver.recv(&mut [0; 512]).expect("somebody asks the resolver");
     };

@@ -1,6 +1,6 @@
 //! A backend in the mode `standalone` whose Redis is a node of a cluster: the user is told so, and nothing is lost.
 
-use kit::{Postgres, QUICK, Redis, Stack, UNTRIMMED, backoff, misconfigured, tell, wait_until};
+use kit::{Postgres, QUICK, Redis, Stack, UNTRIMMED, Way, backoff, ids, misconfigured, tell, wait_drained, wait_until};
 
 const HINT: &str = "This Redis is a node of a cluster: set the backend's mode to cluster";
 
@@ -32,6 +32,14 @@ fn id(node: &Redis) -> String {
         .arg("MYID")
         .query(&mut node.conn())
         .expect("CLUSTER MYID")
+}
+
+fn slot_of(node: &Redis, key: &str) -> String {
+    let slot: u16 = redis::cmd("CLUSTER")
+        .arg(&["KEYSLOT", key])
+        .query(&mut node.conn())
+        .expect("CLUSTER KEYSLOT");
+    slot.to_string()
 }
 
 /// Two nodes that know each other; the first serves all slots, or none.
@@ -101,16 +109,64 @@ fn a_stream_of_another_node_is_a_misconfiguration() {
 fn a_stream_that_moves_is_a_misconfiguration() {
     let (first, second) = pair(16_384);
     let stack = stack(first, "at_least_once");
-    let mut conn = stack.redis.conn();
-    let slot: u16 = redis::cmd("CLUSTER")
-        .arg(&["KEYSLOT", "events"])
-        .query(&mut conn)
-        .expect("CLUSTER KEYSLOT");
-    let slot = slot.to_string();
-    tell(&mut conn, &["CLUSTER", "SETSLOT", &slot, "MIGRATING", &id(&second)]);
+    let slot = slot_of(&stack.redis, "events");
+    stack
+        .redis
+        .call(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &id(&second)]);
     let expected = stack.publish_into(&misconfigured("ASK", HINT), 150);
-    tell(&mut conn, &["CLUSTER", "SETSLOT", &slot, "STABLE"]);
+    stack.redis.call(&["CLUSTER", "SETSLOT", &slot, "STABLE"]);
     stack.assert_mended(&stack.redis, &expected);
+}
+
+/// Whether this server says so of an EXEC whose keys are on two nodes; before version 7 it is ASK.
+fn says_try_again(conn: &mut redis::Connection) -> bool {
+    let info: String = redis::cmd("INFO").arg("server").query(conn).expect("INFO");
+    !info.contains("redis_version:6.")
+}
+
+/// The guard leaves for another node after Redis has taken in a batch, and before it is told to execute it.
+#[test]
+fn a_slot_that_is_half_moved_is_waited_for() {
+    let (first, second) = pair(16_384);
+    let stack = stack(first, "exactly_once");
+    // A beat is a transaction, too.
+    stack.pg.set("outbox_relay.poll_interval", "1h");
+    let guard = stack.guard_key();
+    // So it is in the guard's slot.
+    let stream = format!("{{{guard}}}");
+    let sql = format!("update outbox.backends set stream_name = '{stream}'");
+    stack.pg.exec(&sql);
+    let proxy = stack.through_proxy();
+    let before = stack.publish("t");
+    stack.redis.wait_entries(&stream, 1);
+    let slot = slot_of(&stack.redis, &guard);
+    second.call(&["CLUSTER", "SETSLOT", &slot, "IMPORTING", &id(&stack.redis)]);
+    stack
+        .redis
+        .call(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &id(&second)]);
+    proxy.hold_behind(Way::ToServer, b"*1\r\n$4\r\nEXEC");
+    let behind = stack.publish("t");
+    proxy.wait_held(Way::ToServer, 2);
+    let to_second = |key: &str| {
+        let port = second.port().to_string();
+        stack.redis.call(&["MIGRATE", "127.0.0.1", &port, key, "0", "5000"]);
+    };
+    to_second(&guard);
+    proxy.release();
+    let mut conn = stack.redis.conn();
+    wait_until("TRYAGAIN, and ASK to whoever looks for the guard then", || {
+        let said: String = redis::cmd("INFO").arg("errorstats").query(&mut conn).expect("INFO");
+        let is_first = said.contains("errorstat_TRYAGAIN") || !says_try_again(&mut conn);
+        is_first && said.contains("errorstat_ASK")
+    });
+    assert_eq!(stack.redis.xlen(&stream), 1);
+    to_second(&stream);
+    for node in [&second, &stack.redis] {
+        node.call(&["CLUSTER", "SETSLOT", &slot, "NODE", &id(&second)]);
+    }
+    stack.point("default", &second);
+    assert_eq!(ids(&second.wait_entries(&stream, 2)), [before, behind]);
+    wait_drained(&stack.pg, "default");
 }
 
 #[test]
