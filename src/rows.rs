@@ -107,6 +107,13 @@ impl Row {
         self.get(attribute).map(|d| unsafe { utf8_of(d) })
     }
 
+    /// Whether its data are too large to be stored in the row itself.
+    pub fn is_large(&self) -> bool {
+        // SAFETY: a datum of a varlena type.
+        self.get(attribute::DATA)
+            .is_some_and(|d| unsafe { varlena::varatt_is_1b_e(d.cast_mut_ptr()) })
+    }
+
     pub fn backend_number(&self) -> i32 {
         self.i32(attribute::BACKEND_NUMBER).unwrap_or_default()
     }

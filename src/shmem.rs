@@ -314,6 +314,7 @@ impl Slot {
         }
     }
 
+    /// Whether that was announced. It counts as a look.
     pub fn take_publishing(&self) -> bool {
         let is_publishing = self.publishing.swap(false, Ordering::SeqCst);
         if is_publishing {
@@ -322,6 +323,7 @@ impl Slot {
         is_publishing
     }
 
+    /// The worker looks, now.
     fn looks(&self) {
         self.looked_at_ms.store(clock_ms(), Ordering::Relaxed);
     }

@@ -1,7 +1,7 @@
 //! The worker of one database: reads committed events, hands them to the senders, and keeps the books.
 //!
 //! ```text
-//!  wait: latch (commit, settings, signal) or socket (a sender has reported) or time
+//!  wait: latch (publishing, commit, settings, signal) or socket (a sender has reported) or time
 //!    ├─ hear the senders ──▶ acknowledged, refused, lost
 //!    ├─ read: tick, flush, scan once for all backends that stand at the same place ──▶ batches ──▶ senders
 //!    ├─ try refused streams again, move scheduled events that are due

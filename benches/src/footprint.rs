@@ -2,10 +2,11 @@
 //! (Its memory with a large backlog is measured where that is drained.)
 
 use crate::options::Scale;
-use crate::probe::{Busy, anonymous_kb, wakes, written};
+use crate::probe::{Busy, anonymous_kb, busy_seconds, wakes, written};
 use crate::report::{Goal, Row, Taken, thousands};
 use crate::servers::{BACKENDS, DATA, SETTINGS, stack, wait_long};
 use kit::{Stack, wait_until};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 const LARGE_EVENTS: u64 = 300;
@@ -94,6 +95,19 @@ fn backends_down(scale: &Scale) -> Row {
     above(what, highest_kb, idle_kb)
 }
 
+/// As often as a worker that polls.
+const SLEEPER_WAKES_EACH: Duration = Duration::from_secs(5);
+
+/// Sleeps for this time. How long that has taken this thread on a processor, in seconds.
+fn sleeper_seconds(time: Duration) -> f64 {
+    let busy = || busy_seconds(Path::new("/proc/thread-self")).expect("Linux counts it");
+    let (start, before) = (Instant::now(), busy());
+    while let Some(rest) = time.checked_sub(start.elapsed()).filter(|rest| !rest.is_zero()) {
+        std::thread::sleep(rest.min(SLEEPER_WAKES_EACH));
+    }
+    busy() - before
+}
+
 /// Nothing to do, at default settings: wake-ups, WAL and time on a processor.
 pub fn measure_idle(scale: &Scale) -> Taken {
     // Otherwise the background writer logs a snapshot for standbys now and then.
@@ -109,7 +123,7 @@ pub fn measure_idle(scale: &Scale) -> Taken {
     std::thread::sleep(Duration::from_secs(2));
     let wal = written(&stack.pg);
     let (woken, busy, start) = (wakes(pid), Busy::of(pid), Instant::now());
-    std::thread::sleep(Duration::from_secs(u64::from(scale.idle_seconds)));
+    let slept = sleeper_seconds(Duration::from_secs(u64::from(scale.idle_seconds)));
     let (now, seconds) = (Busy::of(pid), start.elapsed().as_secs_f64());
     let busy = now.reader + now.senders - busy.reader - busy.senders;
     let woken = (wakes(pid) - woken) as f64 / seconds;
@@ -130,6 +144,16 @@ pub fn measure_idle(scale: &Scale) -> Taken {
                 Goal::AtMost(0.0),
             ),
             Row::plain("idle: CPU", busy / seconds * 100.0, 4, " %", Goal::AtMost(0.01)),
+            Row::plain(
+                format!(
+                    "this machine's CPU for a thread that wakes each {} s and does nothing",
+                    SLEEPER_WAKES_EACH.as_secs()
+                ),
+                slept / seconds * 100.0,
+                4,
+                " %",
+                Goal::None,
+            ),
         ],
         ..Taken::default()
     }

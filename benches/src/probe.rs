@@ -104,18 +104,23 @@ impl Busy {
             senders: 0.0,
         };
         for (thread, directory) in threads(pid) {
-            // Nanoseconds on a processor come first.
-            let Ok(text) = std::fs::read_to_string(directory.join("schedstat")) else {
-                continue;
-            };
-            let ns: f64 = text.split(' ').next().and_then(|n| n.parse().ok()).unwrap_or(0.0);
+            // One that has ended meanwhile counts no more.
+            let seconds = busy_seconds(&directory).unwrap_or(0.0);
             match thread == pid {
-                true => busy.reader += ns / 1e9,
-                false => busy.senders += ns / 1e9,
+                true => busy.reader += seconds,
+                false => busy.senders += seconds,
             }
         }
         busy
     }
+}
+
+/// How long a thread was on a processor, by its directory in /proc.
+pub fn busy_seconds(directory: &Path) -> Option<f64> {
+    // Nanoseconds on a processor come first.
+    let text = std::fs::read_to_string(directory.join("schedstat")).ok()?;
+    let ns: f64 = text.split(' ').next()?.parse().ok()?;
+    Some(ns / 1e9)
 }
 
 /// Times that a thread of the process went to sleep, and so woke.
