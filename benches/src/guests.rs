@@ -68,7 +68,8 @@ pub fn measure_open(scale: &Scale) -> Taken {
     };
     for run in 0..scale.runs {
         for turn in 0..GUESTS.len() {
-            // Who is first is so in turn.
+            // Who is first is so in turn, and so is who comes behind whom.
+            let turn = if run % 2 == 0 { turn } else { GUESTS.len() - turn };
             let who = (run + turn) % GUESTS.len();
             bare::empty(&stack);
             let mut guest = stack.pg.client();
