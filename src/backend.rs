@@ -117,6 +117,8 @@ pub struct Backend {
     sender: Option<Handle>,
     /// The node that was found last.
     address: Option<Address>,
+    /// That which its trouble was with.
+    failed_at: Option<Address>,
     pub claim: ClaimStage,
     /// What is remembered of a guard that somebody else owns.
     pub watch: Watch,
@@ -199,6 +201,7 @@ impl Backend {
             max_len,
             sender: None,
             address: None,
+            failed_at: None,
             claim: ClaimStage::None,
             watch: Watch::default(),
             beat: 0,
@@ -374,6 +377,7 @@ impl Backend {
                     self.take_in(records, now);
                 }
                 Report::Behind(failure) => {
+                    self.failed_at = self.address.clone();
                     self.delivery.waits_for_replicas(failure);
                     self.dirty_since.get_or_insert(now);
                 }
@@ -401,7 +405,10 @@ impl Backend {
         }
         if self.address.as_ref() != Some(&address) {
             self.address = Some(address);
-            self.logged_state = None;
+            // What it was in trouble with was another's.
+            if self.delivery.trouble().is_none() {
+                self.logged_state = None;
+            }
         }
     }
 
@@ -426,6 +433,7 @@ impl Backend {
 
     fn lost(&mut self, failure: Failure, accepted: usize, refused: Vec<relay::sender::Refusal>, now: Now) {
         self.sender = None;
+        self.failed_at = self.address.clone();
         self.watch.interrupt();
         self.claim = ClaimStage::None;
         let records = self.delivery.lost(failure, accepted, refused, now, fastrand::f64());

@@ -62,6 +62,7 @@ impl Backend {
     pub fn hold_off(&mut self, failure: Failure, retry_after: Duration, now: Now) {
         self.sender = None;
         self.claim = ClaimStage::None;
+        self.failed_at = self.address.clone();
         self.delivery.hold_off(failure, retry_after, now, fastrand::f64());
         self.dirty_since.get_or_insert(now);
         self.log_change(now);

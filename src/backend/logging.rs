@@ -26,7 +26,8 @@ impl Backend {
             State::Sending => State::Idle,
             state => state,
         };
-        let message = self.delivery.trouble().map(|f| f.message.clone()).unwrap_or_default();
+        let trouble = self.delivery.trouble();
+        let message = trouble.map_or_else(String::new, |f| format!("{}: {}", self.place(), f.message));
         if self.logged_state == Some(state) {
             // Troubles that take turns are repeats, too.
             self.logged.retain(|(_, at)| now < *at + REPEAT_LOG_AFTER);
@@ -35,12 +36,7 @@ impl Backend {
                 return;
             }
         }
-        let place = match (&self.address, &self.destination.route) {
-            (Some(address), _) => address.to_string(),
-            (None, Route::Direct) => self.destination.address.to_string(),
-            (None, route) => route.to_string(),
-        };
-        let name = self.name().to_owned();
+        let (place, name) = (self.place(), self.name().to_owned());
         match self.delivery.trouble() {
             Some(failure) => {
                 let (level, what) = match failure.class {
@@ -88,6 +84,19 @@ impl Backend {
             self.logged.clear();
         }
         self.logged.push((message, now));
+    }
+
+    /// Where its trouble is, or it is connected.
+    fn place(&self) -> String {
+        let address = match self.delivery.trouble() {
+            Some(_) => &self.failed_at,
+            None => &self.address,
+        };
+        match (address, &self.destination.route) {
+            (Some(address), _) => address.to_string(),
+            (None, Route::Direct) => self.destination.address.to_string(),
+            (None, route) => route.to_string(),
+        }
     }
 
     /// Whether a lane has said the same within `span`.
