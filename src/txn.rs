@@ -68,6 +68,7 @@ pub fn databases_changed() {
 }
 
 // No pg_guard: nothing in it calls back into Postgres but SetLatch, and it must not unwind.
+// SAFETY: called by Postgres alone, in this process, when a transaction ends.
 unsafe extern "C-unwind" fn on_transaction_end(event: pg_sys::XactEvent::Type, _arg: *mut std::ffi::c_void) {
     use pg_sys::XactEvent::{
         XACT_EVENT_ABORT, XACT_EVENT_COMMIT, XACT_EVENT_PARALLEL_ABORT, XACT_EVENT_PARALLEL_COMMIT, XACT_EVENT_PREPARE,

@@ -74,13 +74,7 @@ fn a_slot_that_stands_between_two_nodes_is_waited_for() {
     let slot = cluster.slot_of(old).to_string();
     let from = cluster.master_of(old);
     let to = (from + 1) % 3;
-    let id = |index: usize| -> String {
-        ::redis::cmd("CLUSTER")
-            .arg("MYID")
-            .query(&mut cluster.nodes[index].conn())
-            .expect("an id")
-    };
-    let (from_id, to_id) = (id(from), id(to));
+    let [from_id, to_id] = [from, to].map(|index| cluster.nodes[index].node_id());
     cluster.nodes[to].call(&["CLUSTER", "SETSLOT", &slot, "IMPORTING", &from_id]);
     cluster.nodes[from].call(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &to_id]);
     let second = publish(fresh);

@@ -27,21 +27,6 @@ fn serves(node: &Redis, slots: std::ops::Range<u16>) {
     });
 }
 
-fn id(node: &Redis) -> String {
-    redis::cmd("CLUSTER")
-        .arg("MYID")
-        .query(&mut node.conn())
-        .expect("CLUSTER MYID")
-}
-
-fn slot_of(node: &Redis, key: &str) -> String {
-    let slot: u16 = redis::cmd("CLUSTER")
-        .arg(&["KEYSLOT", key])
-        .query(&mut node.conn())
-        .expect("CLUSTER KEYSLOT");
-    slot.to_string()
-}
-
 /// Two nodes that know each other; the first serves all slots, or none.
 fn pair(of_first: u16) -> (Redis, Redis) {
     let (first, second) = (node(), node());
@@ -109,10 +94,10 @@ fn a_stream_of_another_node_is_a_misconfiguration() {
 fn a_stream_that_moves_is_a_misconfiguration() {
     let (first, second) = pair(16_384);
     let stack = stack(first, "at_least_once");
-    let slot = slot_of(&stack.redis, "events");
+    let slot = stack.redis.slot_of("events").to_string();
     stack
         .redis
-        .call(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &id(&second)]);
+        .call(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &second.node_id()]);
     let expected = stack.publish_into(&misconfigured("ASK", HINT), 150);
     stack.redis.call(&["CLUSTER", "SETSLOT", &slot, "STABLE"]);
     stack.assert_mended(&stack.redis, &expected);
@@ -139,11 +124,11 @@ fn a_slot_that_is_half_moved_is_waited_for() {
     let proxy = stack.through_proxy();
     let before = stack.publish("t");
     stack.redis.wait_entries(&stream, 1);
-    let slot = slot_of(&stack.redis, &guard);
-    second.call(&["CLUSTER", "SETSLOT", &slot, "IMPORTING", &id(&stack.redis)]);
+    let slot = stack.redis.slot_of(&guard).to_string();
+    second.call(&["CLUSTER", "SETSLOT", &slot, "IMPORTING", &stack.redis.node_id()]);
     stack
         .redis
-        .call(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &id(&second)]);
+        .call(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &second.node_id()]);
     proxy.hold_behind(Way::ToServer, b"*1\r\n$4\r\nEXEC");
     let behind = stack.publish("t");
     proxy.wait_held(Way::ToServer, 2);
@@ -154,15 +139,16 @@ fn a_slot_that_is_half_moved_is_waited_for() {
     to_second(&guard);
     proxy.release();
     let mut conn = stack.redis.conn();
+    let says_try_again = says_try_again(&mut conn);
     wait_until("TRYAGAIN, and ASK to whoever looks for the guard then", || {
         let said: String = redis::cmd("INFO").arg("errorstats").query(&mut conn).expect("INFO");
-        let is_first = said.contains("errorstat_TRYAGAIN") || !says_try_again(&mut conn);
+        let is_first = said.contains("errorstat_TRYAGAIN") || !says_try_again;
         is_first && said.contains("errorstat_ASK")
     });
     assert_eq!(stack.redis.xlen(&stream), 1);
     to_second(&stream);
     for node in [&second, &stack.redis] {
-        node.call(&["CLUSTER", "SETSLOT", &slot, "NODE", &id(&second)]);
+        node.call(&["CLUSTER", "SETSLOT", &slot, "NODE", &second.node_id()]);
     }
     stack.point("default", &second);
     assert_eq!(ids(&second.wait_entries(&stream, 2)), [before, behind]);

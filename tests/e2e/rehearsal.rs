@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use kit::{Postgres, QUICK, Redis, Stack, types, wait_until};
+use postgres::Client;
 
 /// Has sent one event, and then nothing for a while.
 fn idle() -> Stack {
@@ -14,15 +15,21 @@ fn idle() -> Stack {
     stack
 }
 
-#[test]
-fn what_is_being_published_is_rehearsed_and_sent_once_it_is_committed() {
-    let stack = idle();
+/// Publishes an event, and is about to end the transaction while the worker is held in its rehearsal.
+fn rehearsed(stack: &Stack, event_type: &str) -> Client {
     let mut publisher = stack.pg.client();
     stack.pg.hold_at("at_rehearsal");
     publisher
-        .batch_execute("begin; select outbox.publish_event('second', 'kit')")
+        .batch_execute(&format!("begin; select outbox.publish_event('{event_type}', 'kit')"))
         .unwrap();
     stack.pg.wait_reached();
+    publisher
+}
+
+#[test]
+fn what_is_being_published_is_rehearsed_and_sent_once_it_is_committed() {
+    let stack = idle();
+    let mut publisher = rehearsed(&stack, "second");
     assert_eq!(types(&stack.events()), ["first"]);
     publisher.batch_execute("commit").unwrap();
     assert_eq!(types(&stack.events()), ["first"], "the worker is held");
@@ -33,12 +40,7 @@ fn what_is_being_published_is_rehearsed_and_sent_once_it_is_committed() {
 #[test]
 fn what_is_rehearsed_and_rolled_back_is_not_sent() {
     let stack = idle();
-    let mut publisher = stack.pg.client();
-    stack.pg.hold_at("at_rehearsal");
-    publisher
-        .batch_execute("begin; select outbox.publish_event('aborted', 'kit')")
-        .unwrap();
-    stack.pg.wait_reached();
+    let mut publisher = rehearsed(&stack, "aborted");
     publisher.batch_execute("rollback").unwrap();
     stack.pg.release();
     stack.publish("second");

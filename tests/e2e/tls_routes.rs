@@ -101,11 +101,7 @@ fn the_nodes_of_a_cluster_are_spoken_to_over_tls() {
     wait_drained(&stack.pg, "default");
     let mut used = [0, 0];
     for (stream, events) in published {
-        let slot: u16 = redis::cmd("CLUSTER")
-            .arg(&["KEYSLOT", stream])
-            .query(&mut nodes[0].conn())
-            .expect("CLUSTER KEYSLOT");
-        let node = usize::from(slot > 8_191);
+        let node = usize::from(nodes[0].slot_of(stream) > 8_191);
         used[node] += 1;
         assert_eq!(ids(&nodes[node].entries(stream)), events, "{stream}");
     }

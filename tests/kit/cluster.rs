@@ -28,6 +28,26 @@ struct Seen {
     slots: Vec<(u16, u16)>,
 }
 
+impl Redis {
+    /// The hash slot of a key, as this node of a cluster says.
+    #[track_caller]
+    pub fn slot_of(&self, key: &str) -> u16 {
+        cmd("CLUSTER")
+            .arg(&["KEYSLOT", key])
+            .query(&mut self.conn())
+            .expect("CLUSTER KEYSLOT")
+    }
+
+    /// The name of this node in its cluster.
+    #[track_caller]
+    pub fn node_id(&self) -> String {
+        cmd("CLUSTER")
+            .arg("MYID")
+            .query(&mut self.conn())
+            .expect("CLUSTER MYID")
+    }
+}
+
 impl Cluster {
     /// Three masters and `replicas` of each.
     #[track_caller]
@@ -106,7 +126,7 @@ impl Cluster {
         })
     }
 
-    /// CLUSTER KEYSLOT of a server.
+    /// The hash slot of a key, as a server says.
     #[track_caller]
     pub fn slot_of(&self, key: &str) -> u16 {
         let node = self
@@ -114,11 +134,7 @@ impl Cluster {
             .iter()
             .find(|node| node.is_running())
             .expect("a node that runs");
-        cmd("CLUSTER")
-            .arg("KEYSLOT")
-            .arg(key)
-            .query(&mut node.conn())
-            .expect("CLUSTER KEYSLOT")
+        node.slot_of(key)
     }
 
     /// The whole of a stream, from the node that serves it.
