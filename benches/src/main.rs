@@ -2,12 +2,13 @@
 //!
 //! - [`options`], [`report`], [`stats`] how much is done, the table, one number of several
 //! - [`servers`], [`probe`], [`machine`], [`floors`], [`bare`], [`load`] what is measured, seen from outside, and beside what
-//! - [`drain`], [`backlog`], [`publish`], [`guests`], [`latency`], [`footprint`], [`steady`], [`rivals`] the figures
+//! - [`drain`], [`backlog`], [`publish`], [`guests`], [`latency`], [`cost`], [`footprint`], [`steady`], [`rivals`] the figures
 //! - [`plots`], [`chart`] pictures of them in `docs/`
 
 mod backlog;
 mod bare;
 mod chart;
+mod cost;
 mod drain;
 mod floors;
 mod footprint;
@@ -32,13 +33,14 @@ use std::time::Instant;
 type Measure = fn(&Scale) -> Taken;
 
 /// In the order of the table.
-const FIGURES: [(&str, Measure); 12] = [
+const FIGURES: [(&str, Measure); 13] = [
     ("drain", drain::measure),
     ("spread", drain::measure_spread),
     ("backlog", backlog::measure),
     ("publish", publish::measure),
     ("bulk", publish::measure_bulk),
     ("latency", latency::measure),
+    ("cost", cost::measure),
     ("publishers", guests::measure),
     ("open", guests::measure_open),
     ("memory", footprint::measure_memory),

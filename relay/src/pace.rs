@@ -1,15 +1,17 @@
 //! How soon the next look at the table is worth while.
 //!
-//! A look, a batch and its reply cost as much as tens of events. Up to some rate each event is sent at once; beyond, the looks are a
-//! moment apart, so that a busy database spends its processors on publishing.
+//! A look, a batch and its reply cost as much as tens of events. Up to some rate each event is sent at once. Above it, looks are a
+//! moment apart, so that a busy database spends its processors on publishing; events arrive no later, since they wait less for a processor.
 
 use crate::delivery::Now;
 use std::time::Duration;
 
-/// Events a second from which on looks are so far apart,
-const BUSY_RATE: f64 = 6_000.0;
-const APART: Duration = Duration::from_millis(2);
-/// and how long their rate is taken.
+/// From so many events a second on, looks are so far apart.
+const PAUSES: [(f64, Duration); 2] = [
+    (2_500.0, Duration::from_micros(500)),
+    (6_000.0, Duration::from_millis(2)),
+];
+/// How long the rate of events is taken.
 const WINDOW: Duration = Duration::from_millis(50);
 
 /// When the last look was, and how many events come.
@@ -19,7 +21,7 @@ pub struct Pace {
     since: Now,
     /// Since then.
     found: usize,
-    is_busy: bool,
+    apart: Duration,
 }
 
 impl Pace {
@@ -27,7 +29,9 @@ impl Pace {
         self.looked_at = now;
         let time = now.saturating_sub(self.since);
         if time >= WINDOW {
-            self.is_busy = self.found as f64 >= BUSY_RATE * time.as_secs_f64();
+            let rate = self.found as f64 / time.as_secs_f64();
+            let pause = PAUSES.iter().rev().find(|(from, _)| rate >= *from);
+            self.apart = pause.map_or(Duration::ZERO, |(_, apart)| *apart);
             (self.since, self.found) = (now, 0);
         }
     }
@@ -38,13 +42,12 @@ impl Pace {
 
     /// Whether looks are apart.
     pub fn is_busy(&self) -> bool {
-        self.is_busy
+        !self.apart.is_zero()
     }
 
     /// How long to wait with the next look.
     pub fn rest(&self, now: Now) -> Duration {
-        let pause = if self.is_busy { APART } else { Duration::ZERO };
-        (self.looked_at + pause).saturating_sub(now)
+        (self.looked_at + self.apart).saturating_sub(now)
     }
 }
 
@@ -66,19 +69,31 @@ mod tests {
     }
 
     #[test]
-    fn what_comes_slowly_is_looked_for_at_once() {
-        assert_eq!(longest_rest(&mut Pace::default(), WINDOW, 10, 2), Duration::ZERO);
+    fn the_more_come_the_longer_looks_are_apart() {
+        for (nth, apart) in [
+            (5, Duration::ZERO),
+            (3, PAUSES[0].1),
+            (2, PAUSES[0].1),
+            (1, PAUSES[1].1),
+        ] {
+            assert_eq!(
+                longest_rest(&mut Pace::default(), WINDOW, 10, nth),
+                apart,
+                "each {nth}th look"
+            );
+        }
     }
 
     #[test]
     fn looks_are_apart_while_many_come_and_no_longer() {
+        let apart = PAUSES[1].1;
         let mut pace = Pace::default();
-        assert_eq!(longest_rest(&mut pace, WINDOW, 3, 1), APART);
+        assert_eq!(longest_rest(&mut pace, WINDOW, 3, 1), apart);
         let now = 4 * WINDOW;
         pace.looks(now);
-        assert_eq!(pace.rest(now), APART);
+        assert_eq!(pace.rest(now), apart);
         assert_eq!(
-            pace.rest(now + APART),
+            pace.rest(now + apart),
             Duration::ZERO,
             "what comes later has waited enough"
         );
