@@ -393,6 +393,9 @@ impl Backend {
             self.sender = None;
             self.delivery.drained();
         }
+        if self.delivery.has_used_up_numbers() {
+            self.let_go();
+        }
         self.log_change(now);
     }
 

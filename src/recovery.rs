@@ -80,7 +80,7 @@ fn decide(backend: &mut Backend, identity: &Identity, guard: Option<Guard>, now:
                     let cursor = match heard {
                         // That number belongs to the position: should Redis come back with what it had lost, that is news.
                         true => cursor(&guard.position, guard.number),
-                        false => cursor(&guard.previous, guard.number - 1),
+                        false => cursor(&guard.previous, guard.number.saturating_sub(1)),
                     };
                     // What waited and was accepted behind the number that counts from now on waits again, until it is found.
                     let since = cursor.number;

@@ -1,6 +1,7 @@
 //! One connection to Redis: opening it with all its timeouts, logging in, writing batches, reading replies one by one.
 
 use crate::classify::{self, Class, Failure, Trouble};
+use crate::deadline::Deadline;
 use crate::destination::{Address, Destination, Secret};
 use crate::encode::append_command;
 use crate::replies::{Inbox, Reply};
@@ -8,17 +9,22 @@ use crate::server_file;
 use crate::server_text;
 use crate::tls::{self, TlsStream};
 use redis::Value;
-use socket2::{SockRef, TcpKeepalive};
+use socket2::{Domain, SockAddr, SockRef, Socket, TcpKeepalive, Type};
 use std::io::{self, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A connection that has logged in, chosen its database and answered a PING.
 pub struct Link {
     stream: Stream,
     inbox: Inbox,
+    /// For each reply and each write as a whole.
+    timeout: Duration,
+    /// The socket has what is left of it for the rest of a reply.
+    is_shortened: bool,
 }
 
 enum Stream {
@@ -39,12 +45,19 @@ impl Link {
         let mut link = Self {
             stream: Stream::open(destination, address)?,
             inbox: Inbox::default(),
+            timeout: destination.connect_timeout,
+            is_shortened: false,
         };
-        link.stream.set_timeout(destination.connect_timeout).map_err(broken)?;
+        link.set_timeout(destination.connect_timeout)?;
         link.log_in(destination)?;
-        link.stream.set_timeout(destination.socket_timeout).map_err(broken)?;
+        link.set_timeout(destination.socket_timeout)?;
         link.introduce(destination)?;
         Ok(link)
+    }
+
+    fn set_timeout(&mut self, timeout: Duration) -> Result<(), Failure> {
+        self.timeout = at_least_some(timeout);
+        self.stream.set_timeout(self.timeout).map_err(broken)
     }
 
     fn log_in(&mut self, destination: &Destination) -> Result<(), Failure> {
@@ -106,22 +119,43 @@ impl Link {
 
     /// Writes whole commands.
     pub fn send(&mut self, commands: &[u8]) -> Result<(), Failure> {
-        self.stream.write_all(commands).map_err(broken)
+        self.stream.write_all(commands, self.timeout).map_err(broken)
     }
 
     /// Reads the next reply, whatever it is.
     pub fn receive(&mut self) -> Result<Reply<'_>, Failure> {
+        let mut waits: Option<Deadline> = None;
         loop {
             if let Some(taken) = self.inbox.take()? {
+                self.shorten(None)?;
                 return Ok(self.inbox.reply(taken));
             }
-            match self.stream.read(self.inbox.room()?) {
+            let deadline = waits.get_or_insert_with(|| Deadline::new(self.timeout, Instant::now()));
+            let bytes = match self.stream.read(self.inbox.room()?) {
                 Ok(0) => return Err(broken(io::ErrorKind::UnexpectedEof.into())),
-                Ok(bytes) => self.inbox.received(bytes),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Ok(bytes) => bytes,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
                 Err(error) => return Err(broken(error)),
+            };
+            self.inbox.received(bytes);
+            let Some(left) = deadline.moved(bytes, Instant::now()) else {
+                return Err(broken(io::ErrorKind::TimedOut.into()));
+            };
+            // The usual reply comes in one piece, and soon.
+            if left < self.timeout / 2 {
+                self.shorten(Some(left))?;
             }
         }
+    }
+
+    /// Lets the next read take less than the timeout; `None`: all of it again.
+    fn shorten(&mut self, left: Option<Duration>) -> Result<(), Failure> {
+        if left.is_none() && !self.is_shortened {
+            return Ok(());
+        }
+        self.is_shortened = left.is_some();
+        let timeout = Some(at_least_some(left.unwrap_or(self.timeout)));
+        self.stream.socket().set_read_timeout(timeout).map_err(broken)
     }
 
     /// Whether the other side has closed, or is known to be gone; for when no reply is awaited. Does not wait.
@@ -155,7 +189,9 @@ impl Stream {
         let (host, port) = match address {
             Address::Tcp { host, port } => (host, *port),
             Address::Unix(path) if destination.allowed_hosts.allows_path(path) => {
-                return UnixStream::connect(path).map(Self::Unix).map_err(broken);
+                return connect_unix(path, destination.connect_timeout)
+                    .map(Self::Unix)
+                    .map_err(broken);
             }
             Address::Unix(path) => return Err(not_allowed(format!("socket \"{}\"", path.display()))),
         };
@@ -174,7 +210,7 @@ impl Stream {
         })
     }
 
-    /// For each write, and for the first byte of each read.
+    /// For each call.
     fn set_timeout(&self, timeout: Duration) -> io::Result<()> {
         let timeout = Some(at_least_some(timeout));
         self.socket().set_read_timeout(timeout)?;
@@ -193,11 +229,12 @@ impl Stream {
         }
     }
 
-    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+    /// `timeout`: of the socket, and of all.
+    fn write_all(&mut self, bytes: &[u8], timeout: Duration) -> io::Result<()> {
         match self {
-            Self::Tcp(stream) => stream.write_all(bytes),
-            Self::Tls(stream) => stream.write_all(bytes),
-            Self::Unix(stream) => stream.write_all(bytes),
+            Self::Tcp(stream) => write_all(stream, bytes, timeout),
+            Self::Tls(stream) => stream.write_all(bytes, timeout),
+            Self::Unix(stream) => write_all(stream, bytes, timeout),
         }
     }
 
@@ -208,6 +245,34 @@ impl Stream {
             Self::Unix(stream) => stream.read(room),
         }
     }
+}
+
+/// As the standard library's, within a time for all of it.
+fn write_all(stream: &mut impl Write, mut bytes: &[u8], timeout: Duration) -> io::Result<()> {
+    let mut deadline = Deadline::new(timeout, Instant::now());
+    loop {
+        let written = match stream.write(bytes) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => written,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+            Err(error) => return Err(error),
+        };
+        bytes = &bytes[written..];
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        if deadline.moved(written, Instant::now()).is_none() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+    }
+}
+
+/// A server that does not accept is waited for no longer than one that does not answer: the timeout for writes counts here, too.
+fn connect_unix(path: &Path, timeout: Duration) -> io::Result<UnixStream> {
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    socket.set_write_timeout(Some(at_least_some(timeout)))?;
+    socket.connect(&SockAddr::unix(path)?)?;
+    Ok(UnixStream::from(OwnedFd::from(socket)))
 }
 
 /// Zero would mean "none at all" to the operating system.
@@ -300,5 +365,82 @@ mod tests {
             assert_eq!(socket.tcp_keepalive_time().expect("an option"), seconds(idle_s));
             assert_eq!(socket.tcp_keepalive_interval().expect("an option"), seconds(interval_s));
         }
+    }
+
+    fn destination(address: Address) -> Destination {
+        Destination {
+            address,
+            route: crate::destination::Route::Direct,
+            allowed_hosts: "*".parse().expect("a list"),
+            tls: None,
+            db: 0,
+            username: None,
+            password: None,
+            client_name: "test".to_owned(),
+            connect_timeout: Duration::from_secs(5),
+            socket_timeout: Duration::from_millis(400),
+            delivery: crate::destination::Delivery::AtLeastOnce { replicas: None },
+        }
+    }
+
+    /// Answers CLIENT and PING, and then a byte each 50 ms of a string that is long.
+    fn drip(mut stream: impl Read + Write) {
+        let mut room = [0; 1024];
+        for reply in [b"+OK\r\n".as_slice(), b"+PONG\r\n"] {
+            let _ = stream.read(&mut room);
+            let _ = stream.write_all(reply);
+        }
+        let _ = stream.write_all(b"$1000\r\n");
+        while stream.write_all(b"x").is_ok() {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    #[track_caller]
+    fn assert_given_up_in_time(address: Address) {
+        let mut link = Link::open(&destination(address)).expect("a connection");
+        let start = Instant::now();
+        let failure = link.receive().err().expect("no whole reply");
+        let took = start.elapsed();
+        assert_eq!(failure.trouble, Trouble::TimedOut);
+        assert!((400..1_000).contains(&took.as_millis()), "given up after {took:?}");
+    }
+
+    #[test]
+    fn a_reply_that_drips_has_one_timeout() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a listener");
+        let port = listener.local_addr().expect("an address").port();
+        let server = std::thread::spawn(move || drip(listener.accept().expect("a connection").0));
+        assert_given_up_in_time(Address::Tcp {
+            host: "127.0.0.1".to_owned(),
+            port,
+        });
+        server.join().expect("the server ends");
+    }
+
+    #[test]
+    fn a_unix_socket_has_it_too_and_is_not_waited_for_when_nobody_accepts() {
+        let path = std::env::temp_dir().join(format!("outbox_relay_drip_{}.sock", std::process::id()));
+        let listener = std::os::unix::net::UnixListener::bind(&path).expect("a listener");
+        let server = std::thread::spawn(move || {
+            drip(listener.accept().expect("a connection").0);
+            listener
+        });
+        assert_given_up_in_time(Address::Unix(path.clone()));
+        let _listener = server.join().expect("the server ends");
+        // Its queue is full before long.
+        let timeout = Duration::from_millis(200);
+        let mut waiting = Vec::new();
+        let refused = loop {
+            let start = Instant::now();
+            match connect_unix(&path, timeout) {
+                Ok(stream) => waiting.push(stream),
+                Err(error) => break (error, start.elapsed()),
+            }
+            assert!(waiting.len() < 10_000, "the queue never fills");
+        };
+        assert_eq!(classify::io(&refused.0).trouble, Trouble::TimedOut);
+        assert!(refused.1 < Duration::from_secs(2), "{refused:?}");
+        std::fs::remove_file(path).expect("a socket");
     }
 }

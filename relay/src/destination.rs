@@ -22,7 +22,7 @@ pub struct Destination {
     /// Shown by Redis in CLIENT LIST.
     pub client_name: String,
     pub connect_timeout: Duration,
-    /// For each write, and for the first byte of each reply after the one before.
+    /// For each write, and for each reply after the one before: for all of it, and again for each further 64 KiB of a long one.
     pub socket_timeout: Duration,
     pub delivery: Delivery,
 }

@@ -13,6 +13,9 @@ use crate::reader::Position;
 use std::time::Duration;
 use thiserror::Error;
 
+/// No poll interval is as long as that.
+const LONGEST_INTERVAL: Duration = Duration::from_secs(24 * 3_600);
+
 /// Before the first command of a batch.
 pub const BATCH_START: &[u8] = b"*1\r\n$5\r\nMULTI\r\n";
 
@@ -84,13 +87,14 @@ impl Guard {
             value.parse().map_err(|_| ParseGuardError(name))
         }
         let again = text("again")?.split(',').filter(|seq| !seq.is_empty());
-        Ok(Some(Self {
+        let interval_ms = number("interval_ms", text("interval_ms")?)?;
+        let guard = Self {
             token: text("token")?.to_owned(),
             incarnation: text("incarnation")?.to_owned(),
             system: text("system")?.to_owned(),
             timeline: number("timeline", text("timeline")?)?,
             place: text("place")?.to_owned(),
-            interval: Duration::from_millis(number("interval_ms", text("interval_ms")?)?),
+            interval: Duration::from_millis(interval_ms),
             beat: number("beat", text("beat")?)?,
             released: text("released")? == "1",
             number: number("number", text("number")?)?,
@@ -100,7 +104,25 @@ impl Guard {
             compares: text("compares")? == "1",
             wal: number("wal", text("wal")?)?,
             total: number("total", text("total")?)?,
-        }))
+        };
+        guard
+            .absurdity()
+            .map_or(Ok(Some(guard)), |name| Err(ParseGuardError(name)))
+    }
+
+    /// What no relay writes, and nobody could go on from or save: somebody else did.
+    fn absurdity(&self) -> Option<&'static str> {
+        let most = i64::MAX as u64;
+        [
+            (self.interval > LONGEST_INTERVAL, "interval_ms"),
+            (self.number > most, "number"),
+            (self.wal > most, "wal"),
+            (!(0..i64::MAX / 2).contains(&self.total), "total"),
+            (!self.position.is_possible(), "position"),
+            (!self.previous.is_possible(), "previous"),
+        ]
+        .into_iter()
+        .find_map(|(is_absurd, name)| is_absurd.then_some(name))
     }
 }
 
@@ -171,6 +193,57 @@ mod tests {
         let half = ["token", "place"].map(|field| (field.to_owned(), "t".to_owned()));
         assert!(Guard::parse(&half[..1]).unwrap().is_none(), "a token alone");
         assert!(Guard::parse(&half).is_err());
+    }
+
+    /// A guard in which one field is another; whether it is readable.
+    fn is_readable(name: &str, value: &str) -> bool {
+        let mut fields: Vec<(String, String)> = [
+            ("token", "t"),
+            ("incarnation", "i"),
+            ("system", "1"),
+            ("timeline", "1"),
+            ("place", "p"),
+            ("interval_ms", "5000"),
+            ("beat", "1"),
+            ("released", "0"),
+            ("number", "1099511627777"),
+            ("position", "10:20:10,14/25/7/9"),
+            ("previous", "3:3:/3/0/0"),
+            ("again", ""),
+            ("compares", "0"),
+            ("wal", "12345"),
+            ("total", "7"),
+        ]
+        .map(|(field, value)| (field.to_owned(), value.to_owned()))
+        .into();
+        fields
+            .iter_mut()
+            .filter(|(field, _)| field == name)
+            .for_each(|(_, v)| *v = value.to_owned());
+        Guard::parse(&fields).is_ok()
+    }
+
+    #[test]
+    fn absurd_fields_are_not_believed() {
+        assert!(is_readable("number", &i64::MAX.to_string()));
+        for (name, value) in [
+            ("number", "9223372036854775808"),
+            ("number", "18446744073709551615"),
+            ("interval_ms", "18446744073709551615"),
+            ("wal", "18446744073709551615"),
+            ("total", "9223372036854775807"),
+            ("total", "-1"),
+            // Nobody has such ids: Postgres takes no such snapshot.
+            ("position", "0:20:/25/7/9"),
+            ("position", "4294967296:4294967299:/4294967300/7/9"),
+            ("position", "10:20:10,14/19/7/9"),
+            (
+                "previous",
+                "10:20:10/25/7/9>30:18446744069414584320:/18446744073709551615/12/14@11",
+            ),
+        ] {
+            assert!(!is_readable(name, value), "{name} {value}");
+        }
     }
 
     #[test]

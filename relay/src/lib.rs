@@ -17,6 +17,7 @@ pub mod claim;
 pub mod classify;
 pub mod connection;
 pub mod conversation;
+mod deadline;
 pub mod delivery;
 pub mod destination;
 pub mod encode;

@@ -90,6 +90,11 @@ impl Position {
         self.from.snapshot.includes(&other.newest().snapshot)
     }
 
+    /// Whether there can be such a position.
+    pub fn is_possible(&self) -> bool {
+        self.from.is_possible() && self.under_way.as_ref().is_none_or(|u| u.to.is_possible())
+    }
+
     /// The newest tick that it speaks of.
     pub fn newest(&self) -> &Arc<Tick> {
         self.under_way.as_ref().map_or(&self.from, |u| &u.to)

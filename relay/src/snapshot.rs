@@ -172,6 +172,13 @@ impl Tick {
         }
     }
 
+    /// Whether there can be such a tick. Of the 64 bits of an id, the lower half is never zero.
+    pub fn is_possible(&self) -> bool {
+        let is_id = |xid: u64| xid as u32 != 0 && xid <= i64::MAX as u64;
+        let Snapshot { xmin, xmax, .. } = self.snapshot;
+        is_id(xmin) && is_id(xmax) && is_id(self.next_xid) && xmax <= self.next_xid
+    }
+
     /// Whether it sees every transaction that there was: while none has begun since, a later tick sees nothing else.
     pub fn is_complete(&self) -> bool {
         self.snapshot.in_progress.is_empty() && self.snapshot.xmax == self.next_xid

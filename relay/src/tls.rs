@@ -2,6 +2,7 @@
 //! a trusted authority and its certificate names the host (or address) that was connected to.
 
 use crate::classify::{Class, Failure, Trouble};
+use crate::deadline::Deadline;
 use crate::destination::Tls;
 use crate::server_file;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -148,29 +149,33 @@ impl TlsStream {
         &self.stream
     }
 
-    pub fn write_all(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+    /// Within `timeout` for each piece of it, see [`Deadline`].
+    pub fn write_all(&mut self, mut bytes: &[u8], timeout: Duration) -> io::Result<()> {
+        let mut deadline = Deadline::new(timeout, Instant::now());
         while !bytes.is_empty() {
             // As much as fits into its buffer of 64 kB.
             let taken = self.session.writer().write(bytes)?;
             bytes = &bytes[taken..];
-            if let Err(error) = self.flush() {
+            if let Err(error) = self.flush_before(Some(&mut deadline)) {
                 return Err(self.why(error));
             }
         }
         Ok(())
     }
 
+    /// Receives once at most; what is no whole record then is an interruption, so that whoever waits can look at the clock.
     pub fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
-        loop {
+        for received in [false, true] {
             match self.session.reader().read(room) {
                 // Nothing has been decrypted that was not read.
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 done => return done,
             }
-            if self.take_in()? == 0 {
+            if !received && self.take_in()? == 0 {
                 return Ok(0);
             }
         }
+        Err(io::ErrorKind::Interrupted.into())
     }
 
     /// Receives, and decrypts what is there as whole records; 0: the other side has closed.
@@ -187,12 +192,22 @@ impl TlsStream {
     }
 
     fn flush(&mut self) -> io::Result<()> {
+        self.flush_before(None)
+    }
+
+    fn flush_before(&mut self, mut deadline: Option<&mut Deadline>) -> io::Result<()> {
         while self.session.wants_write() {
-            match self.session.write_tls(&mut self.stream) {
+            let written = match self.session.write_tls(&mut self.stream) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Ok(written) => written,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
                 Err(error) => return Err(error),
+            };
+            let left = deadline
+                .as_mut()
+                .map(|deadline| deadline.moved(written, Instant::now()));
+            if left == Some(None) && self.session.wants_write() {
+                return Err(io::ErrorKind::TimedOut.into());
             }
         }
         Ok(())

@@ -92,7 +92,7 @@ impl Backend {
 
     /// A claim is about to be made. To be saved durably before it is.
     pub fn begin_epoch(&mut self, now: Now) {
-        self.standing.epoch += 1;
+        self.standing.epoch = self.standing.epoch.max(0).saturating_add(1);
         self.delivery.begin_epoch(self.standing.epoch as u64);
         self.dirty_since.get_or_insert(now);
     }

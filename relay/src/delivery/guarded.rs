@@ -6,17 +6,39 @@ use crate::classify::Failure;
 use crate::guard::Mark;
 use crate::reader::Position;
 use crate::refusal::Record;
-use crate::sender::Refusal;
+use crate::sender::{Refusal, WINDOW_BATCHES};
 use crate::snapshot::Tick;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Batches of one connection: more than any will see.
-const EPOCH_BITS: u32 = 40;
+/// Of the numbers of a claim's batches, each of the first claims has 2^40, more than any connection will use.
+const EARLY_BITS: u32 = 40;
+/// So many are the first. A backend that has been claimed more often, as one that cannot keep a connection is in some months,
+const EARLY_EPOCHS: u64 = 1 << 22;
+/// has 2^32 for each of the others. (See [`Delivery::has_used_up_numbers`].)
+const LATE_BITS: u32 = 32;
+/// Numbers stay within a bigint; then there have been 2^30 claims more.
+const LAST_NUMBER: u64 = i64::MAX as u64;
+
+const LATE: u64 = EARLY_EPOCHS << EARLY_BITS;
 
 /// The claim in whose name a batch was numbered.
 pub fn epoch_of(number: u64) -> u64 {
-    number >> EPOCH_BITS
+    match number.checked_sub(LATE) {
+        None => number >> EARLY_BITS,
+        Some(late) => EARLY_EPOCHS + (late >> LATE_BITS),
+    }
+}
+
+/// Batches in the name of the `epoch`th claim have numbers above this; those of later ones are higher.
+fn floor_of(epoch: u64) -> u64 {
+    match epoch.checked_sub(EARLY_EPOCHS) {
+        None => epoch << EARLY_BITS,
+        Some(late) => {
+            let most = (LAST_NUMBER - LATE) >> LATE_BITS;
+            LATE + (late.min(most) << LATE_BITS)
+        }
+    }
 }
 
 /// While rows are read again that may belong before events that wait, those are not tried: first such rows must wait with them.
@@ -46,12 +68,21 @@ impl Delivery {
     /// A claim is about to be made, the `epoch`th of this backend: its batches get numbers that none has had, so that Redis is known
     /// whatever it may come back with. Only then do numbers tell what is newer.
     pub fn begin_epoch(&mut self, epoch: u64) {
-        self.floor = epoch << EPOCH_BITS;
+        self.floor = floor_of(epoch);
     }
 
     /// The next batch's number, with nothing in flight.
     pub fn next_number(&self) -> u64 {
-        self.number.max(self.floor) + 1
+        (self.number.max(self.floor) + 1).min(LAST_NUMBER)
+    }
+
+    /// Whether the next batches would have numbers of the next claim: it is time for that.
+    pub fn has_used_up_numbers(&self) -> bool {
+        let last = self.next_number() + WINDOW_BATCHES as u64;
+        self.mode == Mode::ExactlyOnce
+            && self.link == Link::Up
+            && self.floor > 0
+            && epoch_of(last) > epoch_of(self.floor)
     }
 
     /// What is written down of waiting events that were accepted: a Redis whose guard says less may be without them. After a claim, not
@@ -123,7 +154,7 @@ impl Delivery {
         });
         let previous = before.unwrap_or(&self.acked);
         Mark {
-            number: self.next_number() + self.flights.len() as u64,
+            number: (self.next_number() + self.flights.len() as u64).min(LAST_NUMBER),
             position: end.unwrap_or(previous),
             previous,
             compares: !self.found.is_empty(),
@@ -219,6 +250,61 @@ impl Delivery {
     pub fn resume(&mut self) {
         if self.link == Link::Stopped {
             self.link = Link::Up;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backoff::Backoff;
+    use crate::refusal::Streams;
+
+    fn delivery(epoch: u64) -> Delivery {
+        let position = Position::beginning();
+        let cursor = Cursor { position, number: 0 };
+        let backoff = Backoff {
+            exponential: false,
+            delay: Duration::ZERO,
+            max_delay: Duration::ZERO,
+        };
+        let mut delivery = Delivery::new(Mode::ExactlyOnce, cursor, Streams::default(), backoff);
+        delivery.begin_epoch(epoch);
+        delivery.connected();
+        delivery
+    }
+
+    /// Claims by the million, and by the thousand million.
+    #[test]
+    fn numbers_of_later_claims_are_higher_and_fit_into_a_bigint() {
+        let mut epochs: Vec<u64> = vec![1, 2, 1 << 20, 1 << 30, (1 << 30) + EARLY_EPOCHS - 1];
+        epochs.extend((EARLY_EPOCHS - 2)..(EARLY_EPOCHS + 3));
+        epochs.sort_unstable();
+        let first = |epoch: u64| delivery(epoch).next_number();
+        for pair in epochs.windows(2) {
+            assert!(first(pair[0]) < first(pair[1]), "{pair:?}");
+        }
+        for epoch in epochs {
+            assert_eq!(epoch_of(first(epoch)), epoch);
+            assert!(first(epoch) <= i64::MAX as u64, "{epoch}");
+        }
+        assert_eq!(first(1), (1 << 40) + 1, "as guards have it that were written before");
+        for absurd in [1 << 41, i64::MAX as u64, u64::MAX] {
+            assert!(first(absurd) <= i64::MAX as u64, "{absurd}");
+        }
+    }
+
+    #[test]
+    fn a_connection_that_has_used_up_its_numbers_is_told() {
+        for epoch in [3, EARLY_EPOCHS + 7] {
+            let mut delivery = delivery(epoch);
+            assert!(!delivery.has_used_up_numbers());
+            delivery.number = floor_of(epoch + 1) - WINDOW_BATCHES as u64 - 2;
+            assert!(!delivery.has_used_up_numbers());
+            delivery.number += 1;
+            assert!(delivery.has_used_up_numbers());
+            delivery.begin_epoch(epoch + 1);
+            assert!(!delivery.has_used_up_numbers());
         }
     }
 }
