@@ -293,11 +293,11 @@ create function outbox.publish_event(
     language c volatile parallel unsafe
     as 'MODULE_PATHNAME', 'publish_event';
 comment on function outbox.publish_event(text, text, jsonb, text, text, timestamptz, integer, jsonb, text, text, uuid) is
-    'Publishes an event within the caller''s transaction; returns its id. It is relayed after the commit.';
+    'Publishes an event within the caller''s transaction; returns its id, or NULL if somebody''s trigger on the table left the row out. It is relayed after the commit.';
 
 create function outbox.publish_events(events jsonb) returns setof uuid
     language c volatile strict parallel unsafe
-    as 'MODULE_PATHNAME', 'publish_events_wrapper';
+    as 'MODULE_PATHNAME', 'publish_events';
 comment on function outbox.publish_events(jsonb) is
     'Publishes an array of objects with the keys of outbox.publish_event, in order; returns their ids.';
 
@@ -308,6 +308,15 @@ comment on function outbox.complete_event() is 'Trigger of outbox.events: checks
 create trigger complete_event before insert on outbox.events
     for each row execute function outbox.complete_event();
 alter table outbox.events enable always trigger complete_event;
+
+create function outbox.confirm_event() returns trigger
+    language c
+    as 'MODULE_PATHNAME', 'confirm_event';
+comment on function outbox.confirm_event() is 'Trigger of outbox.events: refuses a row in which another trigger has changed seq, xid, backend_number or event_id, or that is no event any more.';
+-- Triggers fire in the order of their names: this one after those of others.
+create trigger "~confirm_event" before insert on outbox.events
+    for each row execute function outbox.confirm_event();
+alter table outbox.events enable always trigger "~confirm_event";
 
 create function outbox.refuse_update() returns trigger
     language plpgsql set search_path = pg_catalog, pg_temp

@@ -24,6 +24,9 @@ pub struct Relations {
     pub scheduled: pg_sys::Oid,
     pub backends: pg_sys::Oid,
     pub backend_passwords: pg_sys::Oid,
+    /// The functions of our own triggers on `events`.
+    pub triggers: [pg_sys::Oid; 2],
+    settings_tables: [pg_sys::Oid; 4],
     /// All tables that the worker writes.
     tables: [pg_sys::Oid; TABLES.len()],
 }
@@ -44,6 +47,11 @@ const TABLES: [&CStr; 12] = [
 ];
 
 impl Relations {
+    /// Tables whose changes the worker must hear of.
+    pub fn settings_tables(&self) -> &[pg_sys::Oid] {
+        &self.settings_tables
+    }
+
     /// Who owns our tables, now: what is on a table runs with its owner's rights. An ERROR if they are not all of one owner.
     pub fn owner(&self) -> pg_sys::Oid {
         let owner = owner_of(self.events);
@@ -180,6 +188,8 @@ pub fn relations() -> Option<Relations> {
             scheduled: oid(c"scheduled_events"),
             backends: oid(c"backends"),
             backend_passwords: oid(c"backend_passwords"),
+            triggers: [c"complete_event", c"confirm_event"].map(|name| function(schema, name)),
+            settings_tables: [c"backends", c"backend_passwords", c"take_overs", c"restores"].map(oid),
             tables: TABLES.map(oid),
         }
     };
@@ -202,8 +212,26 @@ pub fn relations() -> Option<Relations> {
     Some(found)
 }
 
+/// A function of ours without arguments; nobody's number if there is none.
+///
+/// # Safety
+/// Within a transaction.
+unsafe fn function(schema: pg_sys::Oid, name: &CStr) -> pg_sys::Oid {
+    // SAFETY: the caller's promise; keys of the types that the cache is by.
+    unsafe {
+        pg_sys::GetSysCacheOid(
+            pg_sys::SysCacheIdentifier::PROCNAMEARGSNSP as i32,
+            pg_sys::Anum_pg_proc_oid as pg_sys::AttrNumber,
+            pg_sys::Datum::from(name.as_ptr()),
+            pg_sys::Datum::from(pg_sys::buildoidvector(std::ptr::null(), 0)),
+            pg_sys::Datum::from(schema),
+            pg_sys::Datum::from(0),
+        )
+    }
+}
+
 /// The types of the columns that events and scheduled events begin with: their values are taken apart, and put together, without asking.
-const EVENT_TYPES: [pg_sys::Oid; attribute::COUNT] = [
+pub const EVENT_TYPES: [pg_sys::Oid; attribute::COUNT] = [
     pg_sys::INT8OID,
     pg_sys::XID8OID,
     pg_sys::TIMESTAMPTZOID,

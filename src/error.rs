@@ -2,8 +2,9 @@
 //! full stop; detail and hint are sentences.
 
 use crate::catalog;
+use crate::encoding::Foreign;
 use pgrx::pg_sys::panic::ErrorReport;
-use pgrx::{PgLogLevel, PgSqlErrorCode};
+use pgrx::{PgLogLevel, PgSqlErrorCode, pg_sys};
 use relay::event::ConfigError;
 use thiserror::Error;
 
@@ -32,6 +33,10 @@ pub enum PublishError {
     Config(#[from] ConfigError),
     #[error("event is too large")]
     TooLarge { size: usize, limit: usize },
+    #[error("a trigger has changed a row of outbox.events that only complete_event may fill in")]
+    Changed,
+    #[error("{field} has no UTF-8 form")]
+    Foreign { field: &'static str, text: Foreign },
     #[error("event_id {0} is already used")]
     RepeatedId(String),
     #[error("publish_events expects a JSON array of objects")]
@@ -48,6 +53,8 @@ impl PublishError {
             Self::StreamNotAllowed { .. } => ERRCODE_INSUFFICIENT_PRIVILEGE,
             Self::TooLarge { .. } => ERRCODE_PROGRAM_LIMIT_EXCEEDED,
             Self::RepeatedId(_) => ERRCODE_UNIQUE_VIOLATION,
+            Self::Changed => ERRCODE_TRIGGERED_DATA_CHANGE_VIOLATION,
+            Self::Foreign { text, .. } => text.code(),
             Self::Missing(_)
             | Self::EmptyStream
             | Self::TooLong { .. }
@@ -74,6 +81,8 @@ impl PublishError {
             Self::Config(_) => "Its keys and values become further fields of the stream entry.".into(),
             Self::TooLarge { size, limit } => format!("It has {size} bytes; at most {limit} are allowed."),
             Self::RepeatedId(_) => "Each event has an id of its own.".into(),
+            Self::Changed => "The relay goes by seq, xid, backend_number and event_id of each row.".into(),
+            Self::Foreign { text, .. } => text.detail(),
             Self::NotAnArray => "Each object has the keys of outbox.publish_event.".into(),
             Self::BadItem { index, .. } => format!("It is element {index} of the array, counted from 0."),
         }
@@ -93,6 +102,12 @@ impl PublishError {
                 "Put large payloads elsewhere and publish a reference, or raise outbox_relay.max_event_size."
             }
             Self::RepeatedId(_) => "Leave event_id out to have a new one made.",
+            Self::Changed => {
+                "Change these columns in no trigger; to replace an event, return NULL and publish another."
+            }
+            Self::Foreign { .. } => {
+                "Events are sent as UTF-8. Replace the character, or put bytes into data in another form, such as base64."
+            }
             Self::NotAnArray => "Pass for example [{\"event_type\": \"user.created\", \"source\": \"user-service\"}].",
             Self::BadItem { .. } => "See the arguments of outbox.publish_event.",
         }
@@ -129,6 +144,17 @@ pub fn hide_backtraces() {
 pub fn raise(report: ErrorReport) -> ! {
     report.report(PgLogLevel::ERROR);
     unreachable!("an ERROR does not return")
+}
+
+/// An ERROR unless a function is called with so many arguments: somebody else's declaration of it may say otherwise.
+pub fn expect_arguments(fcinfo: pg_sys::FunctionCallInfo, count: usize) {
+    // SAFETY: Postgres calls with a valid structure.
+    let given = unsafe { (*fcinfo).nargs } as usize;
+    if given != count {
+        internal(format!(
+            "a function of outbox_relay was called with {given} arguments instead of {count}"
+        ));
+    }
 }
 
 /// An internal error: something of ours is not as it must be.

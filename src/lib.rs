@@ -2,12 +2,14 @@
 //!
 //! ```text
 //! request, publish, trigger ─ an event is checked, becomes a row   txn, utility ─ after the commit: wake the worker
+//! insertion ─ a row of ours is an INSERT to everybody else
 //! launcher ─ a worker for each database with the extension        worker ─ reads, hands to senders, keeps the books
 //! ticker, rows ─ snapshots and rows, without SQL                  pass ─ one scan for many backends; backend ─ one of them
 //! outbox ─ all SQL on our tables; rights ─ in whose name          purge ─ retention
 //! ownership ─ who this server is to the guards                    recovery ─ from a guard that was read to a backend that is up
 //! catalog ─ what a session knows of our tables and backends       status ─ what the views ask
-//! guc, shmem, process, error, uuid ─ settings, shared memory, manners of a process, refusals, event ids
+//! guc, shmem, process, uuid ─ settings, shared memory, manners of a process, event ids
+//! error, report, encoding ─ refusals in words; how they get to Postgres; UTF-8 and the database's encoding
 //! ```
 
 #[cfg(not(panic = "unwind"))]
@@ -27,8 +29,10 @@ pub(crate) use sql_function;
 
 mod backend;
 mod catalog;
+mod encoding;
 mod error;
 mod guc;
+mod insertion;
 mod launcher;
 mod outbox;
 mod ownership;
@@ -38,6 +42,7 @@ mod publish;
 mod purge;
 mod recovery;
 mod refused;
+mod report;
 mod request;
 mod rights;
 mod rows;

@@ -1,6 +1,7 @@
 //! All reading and writing of our tables by SQL. Every function needs a transaction with a snapshot, and raises an ERROR when
 //! something is wrong. (Events themselves are read in `rows.rs` and inserted in `publish.rs`, without SQL.)
 
+use crate::encoding;
 use crate::error::internal;
 use crate::ownership;
 use crate::rights;
@@ -152,16 +153,13 @@ fn texts(row: &SpiTupleTable<'_>, ordinal: usize) -> Vec<String> {
 /// A text as an argument, in the database's encoding; one that came from there fits.
 pub fn argument<'a>(text: &str) -> DatumWithOid<'a> {
     // SAFETY: to_server() gives valid text, which is copied; text has the form of bytea.
-    unsafe { DatumWithOid::new(&*rows::to_server(text), pg_sys::TEXTOID) }
+    unsafe { DatumWithOid::new(&*encoding::to_server(text), pg_sys::TEXTOID) }
 }
 
 /// As [`argument`], for words of Redis or of the system: what the database's encoding may not have is left out.
 pub fn words<'a>(text: &str) -> DatumWithOid<'a> {
-    // SAFETY: a plain read.
-    match unsafe { pg_sys::GetDatabaseEncoding() } as u32 {
-        pg_sys::pg_enc::PG_UTF8 => text.into(),
-        _ => text.replace(|c: char| !c.is_ascii(), "?").into(),
-    }
+    // SAFETY: valid text, which is copied; text has the form of bytea.
+    unsafe { DatumWithOid::new(&*encoding::words_to_server(text), pg_sys::TEXTOID) }
 }
 
 /// The installed version of the extension, if it is there.

@@ -1,6 +1,7 @@
 //! Manners of a background process: signals, waiting, and transactions that can fail without ending the process.
 
 use crate::guc::{self, LogLevel};
+use crate::report;
 use pgrx::pg_sys::panic::CaughtError;
 use pgrx::{PgSqlErrorCode, PgTryBuilder, pg_sys};
 use std::ffi::{CStr, CString};
@@ -212,15 +213,8 @@ pub fn log(level: LogLevel, message: &str, detail: Option<&str>, hint: Option<&s
         return;
     }
     let (pg_level, code) = match level {
-        LogLevel::Debug | LogLevel::Info => (pgrx::PgLogLevel::LOG, PgSqlErrorCode::ERRCODE_SUCCESSFUL_COMPLETION),
-        LogLevel::Warning | LogLevel::Error => (pgrx::PgLogLevel::WARNING, PgSqlErrorCode::ERRCODE_WARNING),
+        LogLevel::Debug | LogLevel::Info => (pg_sys::LOG, PgSqlErrorCode::ERRCODE_SUCCESSFUL_COMPLETION),
+        LogLevel::Warning | LogLevel::Error => (pg_sys::WARNING, PgSqlErrorCode::ERRCODE_WARNING),
     };
-    let mut report = pgrx::pg_sys::panic::ErrorReport::new(code, message.to_owned(), "");
-    if let Some(detail) = detail {
-        report = report.set_detail(detail);
-    }
-    if let Some(hint) = hint {
-        report = report.set_hint(hint);
-    }
-    report.report(pg_level);
+    report::say(pg_level as i32, code, message, detail, hint);
 }

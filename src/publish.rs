@@ -1,25 +1,35 @@
 //! Publishing: an event becomes a row of `outbox.events` in the caller's transaction. Nothing here depends on the worker.
 //!
-//! `publish_event` inserts through the table's access method, not the executor: it needs no rights on the table, and no plan.
+//! `publish_event` inserts through the table's access method, not the executor, where nobody else has a say (see `insertion.rs`): it
+//! needs no rights on the table, and no plan.
 //! A plain INSERT comes by the trigger `complete_event`. Both check the same things and draw the same numbers, the transaction id
 //! *before* the sequence number: the reader's bounds rely on it (see `relay::snapshot::Tick`).
 
 use crate::catalog::{self, Relations};
-use crate::error::PublishError;
+use crate::encoding::to_server;
+use crate::error::{PublishError, expect_arguments};
+use crate::insertion::{Insertion, NewRow, RowKey};
+use crate::report;
 use crate::request::{Request, check, decoded};
-use crate::rows::{attribute, bytes_of, to_server};
+use crate::rows::{attribute, bytes_of};
 use crate::txn;
 use crate::uuid;
-use pgrx::iter::SetOfIterator;
-use pgrx::{pg_extern, pg_guard, pg_sys};
+use pgrx::pg_sys;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use std::borrow::Cow;
 
-// SAFETY: the declaration of sequence.h.
+// SAFETY: the declarations of sequence.h and tuplestore.h.
 unsafe extern "C-unwind" {
     /// Draws the next number of a sequence (commands/sequence.h; not in pgrx's bindings).
     fn nextval_internal(relid: pg_sys::Oid, check_permissions: bool) -> i64;
+    /// Without pgrx's guard: it is called where other people's ERRORs may pass.
+    fn tuplestore_putvalues(
+        state: *mut pg_sys::Tuplestorestate,
+        descriptor: pg_sys::TupleDesc,
+        values: *const pg_sys::Datum,
+        nulls: *const bool,
+    );
 }
 
 /// The caller's transaction id, then the next number: in this order, always.
@@ -32,8 +42,8 @@ pub fn draw_numbers(relations: &Relations) -> (u64, i64) {
     }
 }
 
-/// Checks and inserts one event; returns its id.
-fn publish(request: &Request<'_>, tables: &mut Tables) -> [u8; 16] {
+/// Checks an event, and makes a row of it. Returns nothing that needs to be dropped: from here on, other people's code may run.
+fn prepared(request: &Request<'_>, relations: &Relations) -> NewRow {
     // SAFETY: each raises the standard ERROR when the transaction may not write.
     unsafe {
         pg_sys::PreventCommandIfReadOnly(c"outbox.publish_event()".as_ptr());
@@ -41,15 +51,14 @@ fn publish(request: &Request<'_>, tables: &mut Tables) -> [u8; 16] {
         pg_sys::PreventCommandIfParallelMode(c"outbox.publish_event()".as_ptr());
     }
     let checked = check(request).unwrap_or_else(|e| e.raise());
-    let relations = catalog::expect_relations();
     // SAFETY: reads the clock.
     let now = unsafe { pg_sys::GetCurrentTimestamp() };
     let scheduled_at = request.scheduled_at.filter(|at| *at > now);
     let event_id = request.event_id.unwrap_or_else(|| uuid::new_v7(now));
     if request.event_id.is_some() {
-        refuse_repeated_id(&relations, &event_id, scheduled_at.is_some());
+        refuse_repeated_id(relations, &event_id, scheduled_at.is_some());
     }
-    let (xid, seq) = draw_numbers(&relations);
+    let (xid, seq) = draw_numbers(relations);
 
     let mut values = [pg_sys::Datum::from(0); attribute::SCHEDULED_AT];
     let mut nulls = [true; attribute::SCHEDULED_AT];
@@ -60,7 +69,7 @@ fn publish(request: &Request<'_>, tables: &mut Tables) -> [u8; 16] {
     set(attribute::SEQ, pg_sys::Datum::from(seq));
     set(attribute::XID, pg_sys::Datum::from(xid));
     set(attribute::CREATED_AT, pg_sys::Datum::from(now));
-    set(attribute::EVENT_ID, pg_sys::Datum::from(event_id.as_ptr()));
+    set(attribute::EVENT_ID, uuid_datum(&event_id));
     set(attribute::BACKEND_NUMBER, pg_sys::Datum::from(checked.backend_number));
     set(attribute::BACKEND, text_datum(&to_server(&checked.backend)));
     let texts = [
@@ -83,22 +92,66 @@ fn publish(request: &Request<'_>, tables: &mut Tables) -> [u8; 16] {
     match scheduled_at {
         Some(at) => {
             set(attribute::SCHEDULED_AT, pg_sys::Datum::from(at));
-            let table = tables
-                .scheduled
-                .get_or_insert_with(|| Insertion::open(relations.scheduled));
-            // SAFETY: the values are those of the table's columns, in its order.
-            unsafe { table.insert(&values, &nulls) };
             txn::scheduled();
         }
-        None => {
-            let count = attribute::COUNT;
-            let table = tables.events.get_or_insert_with(|| Insertion::open(relations.events));
-            // SAFETY: as above.
-            unsafe { table.insert(&values[..count], &nulls[..count]) };
-            txn::published();
+        None => txn::published(),
+    }
+    NewRow {
+        is_scheduled: scheduled_at.is_some(),
+        values,
+        nulls,
+        key: RowKey {
+            xid,
+            seq,
+            backend_number: checked.backend_number,
+            event_id,
+        },
+    }
+}
+
+fn uuid_datum(id: &[u8; 16]) -> pg_sys::Datum {
+    // SAFETY: memory of the current context, as large as it must be.
+    unsafe {
+        let copy = pg_sys::palloc(id.len()).cast::<[u8; 16]>();
+        *copy = *id;
+        pg_sys::Datum::from(copy)
+    }
+}
+
+/// The tables that events go into, opened when the first comes.
+#[derive(Clone, Copy, Default)]
+struct Tables {
+    events: Option<Insertion>,
+    scheduled: Option<Insertion>,
+}
+
+impl Tables {
+    /// # Safety
+    /// As [`Insertion::insert`].
+    unsafe fn insert(&mut self, relations: &Relations, row: &NewRow) -> bool {
+        let table = match row.is_scheduled {
+            true => &mut self.scheduled,
+            false => &mut self.events,
+        };
+        // SAFETY: the caller's promise.
+        unsafe {
+            let opened = match *table {
+                Some(opened) => opened,
+                None => Insertion::open(relations, row.is_scheduled),
+            };
+            *table = Some(opened);
+            opened.insert(row)
         }
     }
-    event_id
+
+    /// # Safety
+    /// As [`Insertion::close`].
+    unsafe fn close(self) {
+        for table in [self.events, self.scheduled].into_iter().flatten() {
+            // SAFETY: the caller's promise.
+            unsafe { table.close() };
+        }
+    }
 }
 
 pub fn text_datum(text: &[u8]) -> pg_sys::Datum {
@@ -108,153 +161,6 @@ pub fn text_datum(text: &[u8]) -> pg_sys::Datum {
             text.as_ptr().cast(),
             text.len() as i32,
         ))
-    }
-}
-
-/// The tables that events go into, opened when the first comes.
-#[derive(Default)]
-struct Tables {
-    events: Option<Insertion>,
-    scheduled: Option<Insertion>,
-}
-
-impl Tables {
-    fn close(self) {
-        self.events.into_iter().chain(self.scheduled).for_each(Insertion::close);
-    }
-}
-
-/// A table that rows are inserted into, with their index entries, as INSERT does.
-struct Insertion {
-    relation: pg_sys::Relation,
-    estate: *mut pg_sys::EState,
-    result: *mut pg_sys::ResultRelInfo,
-    slot: *mut pg_sys::TupleTableSlot,
-}
-
-impl Insertion {
-    fn open(relation: pg_sys::Oid) -> Self {
-        // SAFETY: the executor's own steps; what is opened is closed, or given back by the transaction's abort.
-        unsafe {
-            let relation = pg_sys::table_open(relation, pg_sys::RowExclusiveLock as pg_sys::LOCKMODE);
-            let estate = pg_sys::CreateExecutorState();
-            let result = pg_sys::palloc0(size_of::<pg_sys::ResultRelInfo>()).cast::<pg_sys::ResultRelInfo>();
-            pg_sys::InitResultRelInfo(result, relation, 0, std::ptr::null_mut(), 0);
-            pg_sys::ExecOpenIndices(result, false);
-            Self {
-                relation,
-                estate,
-                result,
-                slot: pg_sys::table_slot_create(relation, std::ptr::null_mut()),
-            }
-        }
-    }
-
-    /// # Safety
-    /// The values are those of all the table's columns, in order.
-    unsafe fn insert(&mut self, values: &[pg_sys::Datum], nulls: &[bool]) {
-        let Self {
-            relation,
-            estate,
-            result,
-            slot,
-        } = *self;
-        // SAFETY: the executor's own steps for one row: the slot's arrays are as long as its descriptor, which is checked.
-        unsafe {
-            let descriptor = (*relation).rd_att;
-            let columns = (*descriptor).natts as usize;
-            if columns < values.len() {
-                crate::error::internal("a table of outbox_relay does not have the columns that this version knows");
-            }
-            pg_sys::ExecClearTuple(slot);
-            (*slot)
-                .tts_values
-                .copy_from_nonoverlapping(values.as_ptr(), values.len());
-            (*slot).tts_isnull.copy_from_nonoverlapping(nulls.as_ptr(), nulls.len());
-            for index in values.len()..columns {
-                let default = added_column(relation, index as i32 + 1, estate);
-                *(*slot).tts_values.add(index) = default.unwrap_or(pg_sys::Datum::from(0));
-                *(*slot).tts_isnull.add(index) = default.is_none();
-            }
-            pg_sys::ExecStoreVirtualTuple(slot);
-            if columns > values.len() && !(*descriptor).constr.is_null() {
-                pg_sys::ExecConstraints(result, slot, estate);
-            }
-            let command = pg_sys::GetCurrentCommandId(true);
-            pg_sys::table_tuple_insert(relation, slot, command, 0, std::ptr::null_mut());
-            insert_index_entries(result, slot, estate);
-        }
-    }
-
-    fn close(self) {
-        // SAFETY: closes what open() opened, once.
-        unsafe {
-            pg_sys::ExecDropSingleTupleTableSlot(self.slot);
-            pg_sys::ExecCloseIndices(self.result);
-            pg_sys::FreeExecutorState(self.estate);
-            // The lock is kept until the end of the transaction, as any writer's.
-            pg_sys::table_close(self.relation, pg_sys::NoLock as pg_sys::LOCKMODE);
-        }
-    }
-}
-
-/// The default of a column that somebody has added to a table of ours.
-///
-/// # Safety
-/// An open relation, one of its columns, and the state of the insertion.
-unsafe fn added_column(rel: pg_sys::Relation, attribute: i32, estate: *mut pg_sys::EState) -> Option<pg_sys::Datum> {
-    // SAFETY: the caller's promise; an expression without variables needs no row to be evaluated.
-    unsafe {
-        if pg_sys::get_atttype((*rel).rd_id, attribute as i16) == pg_sys::InvalidOid {
-            // It was dropped again.
-            return None;
-        }
-        let default = pg_sys::build_column_default(rel, attribute);
-        if default.is_null() {
-            return None;
-        }
-        if pg_sys::contain_var_clause(default) {
-            crate::error::internal("a table of outbox_relay has a generated column");
-        }
-        let expression = pg_sys::ExecPrepareExpr(default.cast(), estate);
-        let evaluate = (*expression).evalfunc?;
-        let context = pg_sys::MakePerTupleExprContext(estate);
-        let mut is_null = false;
-        let value = pg_sys::ffi::pg_guard_ffi_boundary(|| evaluate(expression, context, &mut is_null));
-        (!is_null).then_some(value)
-    }
-}
-
-/// # Safety
-/// The indexes of `result` are open and `slot` holds the row just inserted.
-unsafe fn insert_index_entries(
-    result: *mut pg_sys::ResultRelInfo,
-    slot: *mut pg_sys::TupleTableSlot,
-    estate: *mut pg_sys::EState,
-) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        #[cfg(feature = "pg15")]
-        pg_sys::ExecInsertIndexTuples(
-            result,
-            slot,
-            estate,
-            false,
-            false,
-            std::ptr::null_mut(),
-            std::ptr::null_mut(),
-        );
-        #[cfg(any(feature = "pg16", feature = "pg17", feature = "pg18"))]
-        pg_sys::ExecInsertIndexTuples(
-            result,
-            slot,
-            estate,
-            false,
-            false,
-            std::ptr::null_mut(),
-            std::ptr::null_mut(),
-            false,
-        );
     }
 }
 
@@ -296,10 +202,34 @@ pub fn refuse_repeated_id(relations: &Relations, event_id: &[u8; 16], scheduled:
 crate::sql_function!(publish_event, pg_finfo_publish_event);
 
 /// `outbox.publish_event(...)`
-#[pg_guard]
+// No pg_guard: ERRORs of other people's triggers pass through; nothing here needs to be dropped.
 #[unsafe(no_mangle)]
 extern "C-unwind" fn publish_event(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
-    // SAFETY: Postgres calls this with the eleven arguments of the SQL declaration.
+    let (row, relations) = report::guard(|| {
+        expect_arguments(fcinfo, 11);
+        (prepared(&request_of_call(fcinfo), &relations()), relations())
+    });
+    // SAFETY: within a call by Postgres, as said above; the id lies in the memory of the call.
+    unsafe {
+        let mut tables = Tables::default();
+        let inserted = tables.insert(&relations, &row);
+        tables.close();
+        // A trigger of somebody may leave a row out, as in an INSERT that inserts none.
+        (*fcinfo).isnull = !inserted;
+        if inserted {
+            row.values[attribute::EVENT_ID - 1]
+        } else {
+            pg_sys::Datum::from(0)
+        }
+    }
+}
+
+fn relations() -> Relations {
+    catalog::expect_relations()
+}
+
+fn request_of_call<'a>(fcinfo: pg_sys::FunctionCallInfo) -> Request<'a> {
+    // SAFETY: Postgres calls with the eleven arguments of the SQL declaration, of which there are so many.
     let arguments = unsafe { (*fcinfo).args.as_slice(11) };
     let get = |index: usize| (!arguments[index].isnull).then_some(arguments[index].value);
     // SAFETY: arguments 0, 1, 3, 4, 8, 9 are text, 2 and 7 jsonb, 10 uuid.
@@ -309,7 +239,7 @@ extern "C-unwind" fn publish_event(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::
             |index: usize| get(index).map(|d| Cow::Borrowed(rendered_jsonb(d))),
         )
     };
-    let request = Request {
+    Request {
         event_type: text(0),
         source: text(1),
         data: json(2),
@@ -322,16 +252,6 @@ extern "C-unwind" fn publish_event(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::
         data_schema: text(9),
         // SAFETY: a uuid datum points to 16 bytes.
         event_id: get(10).map(|d| unsafe { *d.cast_mut_ptr::<[u8; 16]>() }),
-    };
-    let mut tables = Tables::default();
-    let event_id = publish(&request, &mut tables);
-    tables.close();
-    // SAFETY: the result lives in the caller's memory context; not null.
-    unsafe {
-        (*fcinfo).isnull = false;
-        let result = pg_sys::palloc(event_id.len()).cast::<[u8; 16]>();
-        *result = event_id;
-        pg_sys::Datum::from(result)
     }
 }
 
@@ -377,27 +297,81 @@ struct Item<'a> {
     event_id: Option<Cow<'a, str>>,
 }
 
-/// `outbox.publish_events(jsonb)`
-#[pg_extern(sql = false)]
-fn publish_events(events: pgrx::AnyElement) -> SetOfIterator<'static, pgrx::Uuid> {
-    // SAFETY: the SQL declaration says jsonb, and strict.
-    let text = decoded(unsafe { rendered_jsonb(events.datum()) });
-    let items: Vec<&RawValue> = serde_json::from_str(&text).unwrap_or_else(|_| PublishError::NotAnArray.raise());
+crate::sql_function!(publish_events, pg_finfo_publish_events);
+
+/// `outbox.publish_events(jsonb)`, strict
+// No pg_guard: as publish_event.
+#[unsafe(no_mangle)]
+extern "C-unwind" fn publish_events(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    let (relations, items) = report::guard(|| {
+        expect_arguments(fcinfo, 1);
+        (relations(), items_of_call(fcinfo))
+    });
     let mut tables = Tables::default();
-    let ids: Vec<pgrx::Uuid> = items
-        .iter()
-        .enumerate()
-        .map(|(index, item)| {
-            let item: Item<'_> = serde_json::from_str(item.get()).unwrap_or_else(|e| {
-                let message = e.to_string();
-                let message = message.split(" at line").next().unwrap_or_default().to_owned();
-                PublishError::BadItem { index, message }.raise()
-            });
-            pgrx::Uuid::from_bytes(publish(&request_of(&item, index), &mut tables))
-        })
-        .collect();
-    tables.close();
-    SetOfIterator::new(ids)
+    // SAFETY: within a call by Postgres; the set of results was made by guard's body, and so was the list of items.
+    unsafe {
+        let results = (*fcinfo).resultinfo.cast::<pg_sys::ReturnSetInfo>();
+        for index in 0..items.count {
+            let row = report::guard(|| prepared_item(&items, index, &relations));
+            let inserted = tables.insert(&relations, &row);
+            let (mut value, mut is_null) = (row.values[attribute::EVENT_ID - 1], !inserted);
+            tuplestore_putvalues((*results).setResult, (*results).setDesc, &mut value, &mut is_null);
+        }
+        tables.close();
+        (*fcinfo).isnull = true;
+    }
+    pg_sys::Datum::from(0)
+}
+
+/// The elements of an array, as texts in the memory of the call.
+#[derive(Clone, Copy)]
+struct Items {
+    first: *mut (*const u8, usize),
+    count: usize,
+}
+
+/// The elements of the argument, and a place for the results.
+fn items_of_call(fcinfo: pg_sys::FunctionCallInfo) -> Items {
+    // SAFETY: one argument of type jsonb, by the SQL declaration, which is strict; a strictness that somebody else's has not is asked for.
+    unsafe {
+        let argument = &(*fcinfo).args.as_slice(1)[0];
+        if argument.isnull {
+            PublishError::NotAnArray.raise();
+        }
+        #[cfg(feature = "pg15")]
+        pg_sys::SetSingleFuncCall(fcinfo, pg_sys::MAT_SRF_USE_EXPECTED_DESC);
+        #[cfg(not(feature = "pg15"))]
+        pg_sys::InitMaterializedSRF(fcinfo, pg_sys::MAT_SRF_USE_EXPECTED_DESC);
+        let text: &str = match decoded(rendered_jsonb(argument.value)) {
+            Cow::Borrowed(text) => text,
+            // No conversion gives one of ours, which would have to outlive this.
+            Cow::Owned(text) => text.leak(),
+        };
+        let items: Vec<&RawValue> = serde_json::from_str(text).unwrap_or_else(|_| PublishError::NotAnArray.raise());
+        let size = size_of::<(*const u8, usize)>() * items.len().max(1);
+        let first = pg_sys::MemoryContextAllocHuge(pg_sys::CurrentMemoryContext, size).cast::<(*const u8, usize)>();
+        for (index, item) in items.iter().enumerate() {
+            *first.add(index) = (item.get().as_ptr(), item.get().len());
+        }
+        Items {
+            first,
+            count: items.len(),
+        }
+    }
+}
+
+fn prepared_item(items: &Items, index: usize, relations: &Relations) -> NewRow {
+    // SAFETY: an element of the list, which is UTF-8 as all of the text.
+    let text = unsafe {
+        let (start, length) = *items.first.add(index);
+        std::str::from_utf8_unchecked(std::slice::from_raw_parts(start, length))
+    };
+    let item: Item<'_> = serde_json::from_str(text).unwrap_or_else(|e| {
+        let message = e.to_string();
+        let message = message.split(" at line").next().unwrap_or_default().to_owned();
+        PublishError::BadItem { index, message }.raise()
+    });
+    prepared(&request_of(&item, index), relations)
 }
 
 fn request_of<'a>(item: &'a Item<'a>, index: usize) -> Request<'a> {

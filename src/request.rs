@@ -1,9 +1,9 @@
 //! What a publisher asks for, and all refusals: in one place for all ways to publish.
 
 use crate::catalog;
+use crate::encoding::{has_utf8_form, utf8};
 use crate::error::PublishError;
 use crate::guc;
-use crate::rows::utf8;
 use pgrx::pg_sys;
 use relay::event::further_fields;
 use std::borrow::Cow;
@@ -53,22 +53,31 @@ pub fn check(request: &Request<'_>) -> Result<Checked, PublishError> {
     if request.scheduled_at == Some(i64::MAX) {
         return Err(PublishError::EndlessSchedule);
     }
-    if let Some(config) = request.publisher_config.as_deref() {
-        further_fields(&decoded(config))?;
-    }
     let texts = [
-        &request.event_type,
-        &request.source,
-        &request.data,
-        &request.subject,
-        &request.publisher_config,
-        &request.stream,
-        &request.data_schema,
+        ("event_type", &request.event_type),
+        ("source", &request.source),
+        ("data", &request.data),
+        ("subject", &request.subject),
+        ("publisher_config", &request.publisher_config),
+        ("stream", &request.stream),
+        ("data_schema", &request.data_schema),
     ];
-    let size: usize = texts.into_iter().flatten().map(|t| t.len()).sum();
+    let size: usize = texts
+        .iter()
+        .filter_map(|(_, text)| text.as_ref())
+        .map(|t| t.len())
+        .sum();
     let limit = guc::MAX_EVENT_SIZE_KB.get() as usize * 1_024;
     if size > limit {
         return Err(PublishError::TooLarge { size, limit });
+    }
+    for (field, text) in texts.into_iter().chain([("backend", &request.backend)]) {
+        if let Some(text) = text {
+            has_utf8_form(text).map_err(|text| PublishError::Foreign { field, text })?;
+        }
+    }
+    if let Some(config) = request.publisher_config.as_deref() {
+        further_fields(&decoded(config))?;
     }
     let backend = match request.backend.as_deref() {
         Some(name) => decoded(name).into_owned(),

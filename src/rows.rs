@@ -1,13 +1,12 @@
 //! Rows of our tables, taken apart without SQL: an event as it is sent, and scans of `outbox.events` for the reader.
 
 use crate::catalog::Relations;
-use once_cell::unsync::OnceCell;
+use crate::encoding::utf8;
 use pgrx::{pg_sys, varlena};
 use relay::event::Event;
 use relay::reader::{Key, Scan, Table};
 use relay::slot::slot_of;
 use std::borrow::Cow;
-use std::ffi::CStr;
 
 /// Microseconds from 1970, the epoch of Unix, to 2000, that of Postgres.
 pub const EPOCH_SHIFT_US: i64 = 946_684_800_000_000;
@@ -167,60 +166,13 @@ pub unsafe fn bytes_of<'a>(datum: pg_sys::Datum) -> &'a [u8] {
     }
 }
 
-/// The database's encoding, which never changes.
-fn encoding() -> u32 {
-    thread_local! {
-        static ENCODING: OnceCell<u32> = const { OnceCell::new() };
-    }
-    // SAFETY: reads a variable of the session, which is connected to its database.
-    ENCODING.with(|known| *known.get_or_init(|| unsafe { pg_sys::GetDatabaseEncoding() } as u32))
-}
-
-/// A varlena's text in UTF-8, whatever the database's encoding.
+/// A varlena's text in UTF-8, whatever the database's encoding. An ERROR when it has no such form.
 ///
 /// # Safety
 /// As [`bytes_of`].
 pub unsafe fn utf8_of<'a>(datum: pg_sys::Datum) -> Cow<'a, str> {
     // SAFETY: the caller's promise; Postgres keeps only valid text in its encoding.
     unsafe { utf8(bytes_of(datum)) }
-}
-
-/// Text in the database's encoding, in UTF-8.
-///
-/// # Safety
-/// Valid text in the database's encoding.
-pub unsafe fn utf8(bytes: &[u8]) -> Cow<'_, str> {
-    // SAFETY: the caller's promise; a conversion's result is a zero-terminated string of the current memory context.
-    unsafe {
-        match encoding() {
-            pg_sys::pg_enc::PG_UTF8 => Cow::Borrowed(std::str::from_utf8_unchecked(bytes)),
-            pg_sys::pg_enc::PG_SQL_ASCII => String::from_utf8_lossy(bytes),
-            _ => {
-                let converted = pg_sys::pg_server_to_any(
-                    bytes.as_ptr().cast(),
-                    bytes.len() as i32,
-                    pg_sys::pg_enc::PG_UTF8 as i32,
-                );
-                if converted.cast_const().cast::<u8>() == bytes.as_ptr() {
-                    return String::from_utf8_lossy(bytes);
-                }
-                CStr::from_ptr(converted).to_string_lossy()
-            }
-        }
-    }
-}
-
-/// Text in the database's encoding. An ERROR when it has no such character.
-pub fn to_server(text: &str) -> Cow<'_, [u8]> {
-    // SAFETY: reads the text, or returns a zero-terminated string of the current memory context.
-    unsafe {
-        let given = text.as_ptr().cast();
-        let converted = pg_sys::pg_any_to_server(given, text.len() as i32, pg_sys::pg_enc::PG_UTF8 as i32);
-        if converted.cast_const() == given {
-            return Cow::Borrowed(text.as_bytes());
-        }
-        Cow::Borrowed(CStr::from_ptr(converted).to_bytes())
-    }
 }
 
 /// Some named columns of a table that is read whole.

@@ -1,14 +1,17 @@
 //! What the views ask of the library: the worker's state, and how much waits behind a saved cursor.
 
 use crate::catalog;
+use crate::error::expect_arguments;
 use crate::outbox;
+use crate::report;
 use crate::rights;
 use crate::rows::{EventsTable, Row, attribute, utf8_of};
 use crate::shmem::{self, SlotState};
 use crate::ticker;
+use crate::trigger::{When, expect_trigger};
 use crate::txn;
 use pgrx::iter::TableIterator;
-use pgrx::{name, pg_extern, pg_guard, pg_sys};
+use pgrx::{name, pg_extern, pg_sys};
 use relay::reader::{Key, Position, RangeScan, Step};
 use relay::slot::{SLOTS, slot_of, tag_of};
 use std::collections::BTreeMap;
@@ -139,15 +142,21 @@ impl Stand {
 crate::sql_function!(hash_slot, pg_finfo_hash_slot);
 
 /// `outbox.hash_slot(stream)`, strict
-#[pg_guard]
+// No pg_guard: as the other functions that are declared by hand.
 #[unsafe(no_mangle)]
 extern "C-unwind" fn hash_slot(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
-    // SAFETY: one argument of type text, which is not null.
-    unsafe {
-        let stream = utf8_of((*fcinfo).args.as_slice(1)[0].value);
-        (*fcinfo).isnull = false;
-        pg_sys::Datum::from(i32::from(slot_of(stream.as_bytes())))
-    }
+    report::guard(|| {
+        expect_arguments(fcinfo, 1);
+        // SAFETY: one argument of type text, which is not null unless somebody has declared the function otherwise.
+        unsafe {
+            let argument = &(*fcinfo).args.as_slice(1)[0];
+            (*fcinfo).isnull = argument.isnull;
+            match argument.isnull {
+                true => pg_sys::Datum::from(0),
+                false => pg_sys::Datum::from(i32::from(slot_of(utf8_of(argument.value).as_bytes()))),
+            }
+        }
+    })
 }
 
 /// `outbox.hash_tag(slot)`
@@ -191,16 +200,25 @@ fn wake() {
 
 crate::sql_function!(backends_changed, pg_finfo_backends_changed);
 
-/// `outbox.backends_changed()`, after a statement on `backends` or `backend_passwords`
-#[pg_guard]
+/// `outbox.backends_changed()`, after a statement on `backends`, `backend_passwords`, `take_overs` or `restores`
+// No pg_guard: as the other triggers.
 #[unsafe(no_mangle)]
 extern "C-unwind" fn backends_changed(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
-    if let Some(relations) = catalog::relations() {
-        // SAFETY: marks the table's cache entries of all sessions as stale when this transaction commits.
-        unsafe { pg_sys::CacheInvalidateRelcacheByRelid(relations.backends) };
-    }
-    txn::backends_changed();
-    // SAFETY: an AFTER trigger's result is ignored.
-    unsafe { (*fcinfo).isnull = false };
+    report::guard(|| {
+        let relations = catalog::expect_relations();
+        // SAFETY: called by Postgres. Marks the table's cache entries of all sessions as stale when this transaction commits.
+        unsafe {
+            expect_trigger(
+                fcinfo,
+                "backends_changed",
+                When::AfterStatement,
+                relations.settings_tables(),
+            );
+            pg_sys::CacheInvalidateRelcacheByRelid(relations.backends);
+            // An AFTER trigger's result is ignored.
+            (*fcinfo).isnull = false;
+        }
+        txn::backends_changed();
+    });
     pg_sys::Datum::from(0)
 }

@@ -1,15 +1,18 @@
 //! Plain INSERT and COPY into `outbox.events`: the trigger that checks a row as `publish_event` does, and fills in what is ours.
 
 use crate::catalog;
+use crate::encoding::to_server;
 use crate::error::{PublishError, raise};
+use crate::insertion::{self, RowKey};
 use crate::outbox;
 use crate::publish::{draw_numbers, refuse_repeated_id, text_datum};
+use crate::report;
 use crate::request::{Checked, Request, check};
-use crate::rows::{Row, attribute, bytes_of, to_server, utf8_of};
+use crate::rows::{Row, attribute, bytes_of, utf8_of};
 use crate::txn;
 use crate::uuid;
 use pgrx::pg_sys::panic::ErrorReport;
-use pgrx::{PgSqlErrorCode, pg_guard, pg_sys};
+use pgrx::{PgSqlErrorCode, pg_sys};
 use std::borrow::Cow;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
@@ -17,6 +20,10 @@ use std::collections::BTreeSet;
 thread_local! {
     /// The worker is moving events that were checked when they were scheduled.
     static MOVING: Cell<bool> = const { Cell::new(false) };
+    /// See [`inserting`].
+    static INSERTING: Cell<Option<(RowKey, u32)>> = const { Cell::new(None) };
+    /// Rows between `complete_event` and `confirm_event`.
+    static COMPLETED: RefCell<Vec<RowKey>> = const { RefCell::new(Vec::new()) };
     /// Backends, with the subtransactions that have noted a restore for them, in the transaction of this id.
     static RESTORED: RefCell<(u64, BTreeSet<(u32, i32)>)> = const { RefCell::new((0, BTreeSet::new())) };
 }
@@ -34,33 +41,194 @@ pub fn moving<R>(f: impl FnOnce() -> R) -> R {
     f()
 }
 
+/// The row that `publish_event` is inserting by a statement: it is checked and numbered already.
+pub fn inserting(row: Option<RowKey>) {
+    INSERTING.set(row.map(|key| (key, subtransaction())));
+}
+
+/// The row that is being inserted so, if this is it. By its number or its id, since somebody may have changed the other. What an ERROR
+/// has left behind is of a subtransaction that has ended.
+fn inserted(row: &Row) -> Option<RowKey> {
+    let (key, within) = INSERTING.get()?;
+    let is_its = row.i64(attribute::SEQ) == Some(key.seq) || row.uuid(attribute::EVENT_ID) == Some(key.event_id);
+    // SAFETY: a plain read.
+    let is_now = within == subtransaction() && key.xid == unsafe { pg_sys::GetTopFullTransactionIdIfAny().value };
+    (is_its && is_now).then_some(key)
+}
+
+fn subtransaction() -> u32 {
+    // SAFETY: a plain read.
+    unsafe { pg_sys::GetCurrentSubTransactionId() }
+}
+
+/// When a trigger of ours may be called.
+#[derive(Clone, Copy)]
+pub enum When {
+    BeforeInsertOfRow,
+    AfterStatement,
+}
+
+/// What a trigger function of ours was called with, if it was called as it is meant to be: by a trigger of this kind, on one of these
+/// tables. Otherwise an ERROR: a row of another table has other columns, and a statement has none.
+///
+/// # Safety
+/// Called by Postgres.
+pub unsafe fn expect_trigger<'a>(
+    fcinfo: pg_sys::FunctionCallInfo,
+    name: &str,
+    when: When,
+    tables: &[pg_sys::Oid],
+) -> &'a pg_sys::TriggerData {
+    let refuse = |how: &str| -> ! {
+        raise(
+            ErrorReport::new(
+                PgSqlErrorCode::ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED,
+                format!("{name}() can only be called as {how}"),
+                "",
+            )
+            .set_hint("It belongs to the triggers that the extension has made; drop the one that called it."),
+        )
+    };
+    // SAFETY: called as a trigger, the context is its TriggerData; otherwise this refuses.
+    unsafe {
+        let data = (*fcinfo).context.cast::<pg_sys::TriggerData>();
+        if data.is_null() || (*data).type_ != pg_sys::NodeTag::T_TriggerData {
+            refuse("a trigger");
+        }
+        let data = &*data;
+        let is_of_row = data.tg_event & pg_sys::TRIGGER_EVENT_ROW != 0;
+        let timing = data.tg_event & pg_sys::TRIGGER_EVENT_TIMINGMASK;
+        match when {
+            When::BeforeInsertOfRow => {
+                let is_insert = data.tg_event & pg_sys::TRIGGER_EVENT_OPMASK == pg_sys::TRIGGER_EVENT_INSERT;
+                if !is_insert || !is_of_row || timing != pg_sys::TRIGGER_EVENT_BEFORE {
+                    refuse("a trigger before insert, for each row");
+                }
+            }
+            When::AfterStatement => {
+                if is_of_row || timing != 0 {
+                    refuse("a trigger after a statement");
+                }
+            }
+        }
+        if !tables.contains(&(*data.tg_relation).rd_id) {
+            refuse("the trigger of its own tables");
+        }
+        data
+    }
+}
+
 crate::sql_function!(complete_event, pg_finfo_complete_event);
 
 /// Trigger of `outbox.events`, before each row.
-#[pg_guard]
+// No pg_guard: the guard that says our errors in the database's encoding.
 #[unsafe(no_mangle)]
 extern "C-unwind" fn complete_event(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
-    // SAFETY: called as a trigger, the context is its TriggerData; otherwise this refuses.
-    unsafe {
-        let trigger = (*fcinfo).context.cast::<pg_sys::TriggerData>();
-        if trigger.is_null() || (*trigger).type_ != pg_sys::NodeTag::T_TriggerData {
-            raise(ErrorReport::new(
-                PgSqlErrorCode::ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED,
-                "complete_event() can only be called as a trigger",
-                "",
-            ));
+    report::guard(|| {
+        let events = catalog::expect_relations().events;
+        // SAFETY: called by Postgres; a trigger of this kind has a row.
+        unsafe {
+            let trigger = expect_trigger(fcinfo, "complete_event", When::BeforeInsertOfRow, &[events]);
+            (*fcinfo).isnull = false;
+            pg_sys::Datum::from(completed(trigger.tg_trigtuple, (*trigger.tg_relation).rd_att))
         }
-        // A row of another table has other columns.
-        if (*(*trigger).tg_relation).rd_id != catalog::expect_relations().events {
-            raise(ErrorReport::new(
-                PgSqlErrorCode::ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED,
-                "complete_event() can only be the trigger of outbox.events",
-                "",
-            ));
+    })
+}
+
+crate::sql_function!(confirm_event, pg_finfo_confirm_event);
+
+/// Trigger of `outbox.events`, before each row and after all other triggers: what `complete_event` has filled in must still be there, and
+/// what others have changed since must be an event.
+// No pg_guard: as complete_event.
+#[unsafe(no_mangle)]
+extern "C-unwind" fn confirm_event(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    report::guard(|| {
+        let relations = catalog::expect_relations();
+        // SAFETY: as above.
+        unsafe {
+            let trigger = expect_trigger(fcinfo, "confirm_event", When::BeforeInsertOfRow, &[relations.events]);
+            let triggers = (*trigger.tg_relation).trigdesc;
+            if insertion::has_foreign_triggers(triggers, &relations.triggers) {
+                let row = Row::of(trigger.tg_trigtuple, (*trigger.tg_relation).rd_att);
+                confirm(&row);
+            } else {
+                COMPLETED.with_borrow_mut(Vec::clear);
+            }
+            (*fcinfo).isnull = false;
+            pg_sys::Datum::from(trigger.tg_trigtuple)
         }
-        (*fcinfo).isnull = false;
-        pg_sys::Datum::from(completed((*trigger).tg_trigtuple, (*(*trigger).tg_relation).rd_att))
+    })
+}
+
+/// Rows that were completed and wait to be confirmed: that of each statement within a statement, and those that a trigger left out.
+const MOST_COMPLETED: usize = 64;
+
+fn note_completed(key: RowKey) {
+    COMPLETED.with_borrow_mut(|completed| {
+        if completed.len() >= MOST_COMPLETED {
+            completed.remove(0);
+        }
+        completed.push(key);
+    });
+}
+
+fn confirm(row: &Row) {
+    let key = key_of(row);
+    let is_completed = COMPLETED.with_borrow_mut(|completed| {
+        let place = completed.iter().rposition(|known| *known == key);
+        completed.truncate(place.unwrap_or(completed.len()));
+        place.is_some()
+    });
+    if !is_completed {
+        PublishError::Changed.raise();
     }
+    if MOVING.get() {
+        return;
+    }
+    let request = request_of(row);
+    match check(&request) {
+        Ok(checked) if checked.backend_number == key.backend_number => {}
+        // The backend's name is that of a dump, or another has changed it: the number counts.
+        Ok(_) | Err(PublishError::UnknownBackend(_)) => {}
+        Err(e) => e.raise(),
+    }
+}
+
+fn key_of(row: &Row) -> RowKey {
+    let key = row.key();
+    RowKey {
+        xid: key.xid,
+        seq: key.seq,
+        backend_number: row.backend_number(),
+        event_id: row.uuid(attribute::EVENT_ID).unwrap_or_default(),
+    }
+}
+
+/// What a row asks for.
+fn request_of(row: &Row) -> Request<'_> {
+    // SAFETY: the attributes are of varlena types.
+    let text = |attribute: usize| row.get(attribute).map(|d| unsafe { Cow::Borrowed(bytes_of(d)) });
+    Request {
+        event_type: text(attribute::EVENT_TYPE),
+        source: text(attribute::SOURCE),
+        data: text(attribute::DATA),
+        subject: text(attribute::SUBJECT),
+        backend: text(attribute::BACKEND),
+        scheduled_at: None,
+        max_retries: row.i32(attribute::MAX_RETRIES),
+        publisher_config: text(attribute::PUBLISHER_CONFIG),
+        stream: text(attribute::STREAM),
+        data_schema: text(attribute::DATA_SCHEMA),
+        event_id: row.uuid(attribute::EVENT_ID),
+    }
+}
+
+/// The row of `publish_event`, which other triggers may have seen before: it must be an event still.
+fn confirm_published(key: RowKey, row: &Row) {
+    if key_of(row) != key {
+        PublishError::Changed.raise();
+    }
+    check(&request_of(row)).map_or_else(|e| e.raise(), |_| note_completed(key));
 }
 
 /// The row with what the trigger fills in.
@@ -70,6 +238,10 @@ extern "C-unwind" fn complete_event(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys:
 unsafe fn completed(tuple: pg_sys::HeapTuple, descriptor: pg_sys::TupleDesc) -> pg_sys::HeapTuple {
     // SAFETY: the caller's promise.
     let row = unsafe { Row::of(tuple, descriptor) };
+    if let Some(key) = inserted(&row) {
+        confirm_published(key, &row);
+        return tuple;
+    }
     let relations = catalog::expect_relations();
     let mut columns: [i32; 6] = [0; 6];
     let mut values = [pg_sys::Datum::from(0); 6];
@@ -82,23 +254,10 @@ unsafe fn completed(tuple: pg_sys::HeapTuple, descriptor: pg_sys::TupleDesc) -> 
     // SAFETY: reads the clock.
     let now = unsafe { pg_sys::GetCurrentTimestamp() };
     let event_id = row.uuid(attribute::EVENT_ID).unwrap_or_else(|| uuid::new_v7(now));
+    let mut backend_number = row.backend_number();
     let mut restored_for = None;
     if !MOVING.get() {
-        // SAFETY: the attributes are of varlena types.
-        let text = |attribute: usize| row.get(attribute).map(|d| unsafe { Cow::Borrowed(bytes_of(d)) });
-        let request = Request {
-            event_type: text(attribute::EVENT_TYPE),
-            source: text(attribute::SOURCE),
-            data: text(attribute::DATA),
-            subject: text(attribute::SUBJECT),
-            backend: text(attribute::BACKEND),
-            scheduled_at: None,
-            max_retries: row.i32(attribute::MAX_RETRIES),
-            publisher_config: text(attribute::PUBLISHER_CONFIG),
-            stream: text(attribute::STREAM),
-            data_schema: text(attribute::DATA_SCHEMA),
-            event_id: row.uuid(attribute::EVENT_ID),
-        };
+        let request = request_of(&row);
         let checked = check_restorable(&request, &row);
         if request.event_id.is_some() {
             refuse_repeated_id(&relations, &event_id, false);
@@ -108,7 +267,8 @@ unsafe fn completed(tuple: pg_sys::HeapTuple, descriptor: pg_sys::TupleDesc) -> 
         if row.get(attribute::XID).is_some() && !unsafe { pg_sys::IsLogicalWorker() } {
             restored_for = Some(checked.backend_number);
         }
-        set(attribute::BACKEND_NUMBER, pg_sys::Datum::from(checked.backend_number));
+        backend_number = checked.backend_number;
+        set(attribute::BACKEND_NUMBER, pg_sys::Datum::from(backend_number));
         set(attribute::BACKEND, text_datum(&to_server(&checked.backend)));
         if row
             .i64(attribute::CREATED_AT)
@@ -124,6 +284,12 @@ unsafe fn completed(tuple: pg_sys::HeapTuple, descriptor: pg_sys::TupleDesc) -> 
     }
     set(attribute::XID, pg_sys::Datum::from(xid));
     set(attribute::SEQ, pg_sys::Datum::from(seq));
+    note_completed(RowKey {
+        xid,
+        seq,
+        backend_number,
+        event_id,
+    });
     let mut nulls = [false; 6];
     txn::published();
     // SAFETY: `count` columns of the table with values of their types; the new tuple lives in the caller's context.
@@ -142,8 +308,7 @@ unsafe fn completed(tuple: pg_sys::HeapTuple, descriptor: pg_sys::TupleDesc) -> 
 /// Some of a dump's events may have been sent since it was taken: the worker is to look for them first. Once in a transaction, and
 /// again in a subtransaction, since the other may be rolled back alone.
 fn note_restore(number: i32, xid: u64) {
-    // SAFETY: a plain read.
-    let key = (unsafe { pg_sys::GetCurrentSubTransactionId() }, number);
+    let key = (subtransaction(), number);
     let is_noted = RESTORED.with_borrow_mut(|(of, noted)| {
         if *of != xid {
             (*of, *noted) = (xid, BTreeSet::new());
