@@ -127,7 +127,7 @@ create unique index events_event_id_idx on outbox.events (event_id);
 create index events_xid_idx on outbox.events (xid, seq);
 
 comment on table outbox.events is 'The outbox: one row an event, kept until its retention ends. Rows are never updated; what was delivered is in outbox.cursors.';
-comment on sequence outbox.events_seq_seq is 'Publishing order. Must keep cache 1: the reader relies on it.';
+comment on sequence outbox.events_seq_seq is 'Publishing order. May be set back or forward by anybody: numbers go on above all that were given. With another type, INCREMENT, CACHE or CYCLE, publishing is refused.';
 comment on column outbox.events.seq is 'Publishing order; always drawn by the trigger, after xid.';
 comment on column outbox.events.xid is 'The publishing transaction; always filled in by the trigger.';
 comment on column outbox.events.backend_number is 'Number of the backend, found by name when the event was published.';

@@ -12,6 +12,7 @@ pub use lanes::MOST_LANES;
 pub use settings::Home;
 
 use crate::guc;
+use crate::numbers;
 use crate::outbox::{self, BackendRow, Standing};
 use crate::ownership;
 use crate::refused;
@@ -162,11 +163,19 @@ pub struct Backend {
 impl Backend {
     /// A backend at its saved cursor, or at the beginning of time.
     pub fn load(number: i32, lane: Option<u16>, role: Role, row: Option<BackendRow>, home: &Home) -> Self {
-        let (cursor, standing) = outbox::cursor(number, lane).unwrap_or_else(|| {
+        let (mut cursor, standing) = outbox::cursor(number, lane).unwrap_or_else(|| {
             let position = Position::beginning();
             (Cursor { position, number: 0 }, Standing::default())
         });
-        Self::standing_at(number, lane, role, row, home, cursor, standing)
+        let vouched = numbers::vouched(&cursor.position);
+        let is_saved = vouched.ticks().eq(cursor.position.ticks());
+        cursor.position = vouched;
+        let mut backend = Self::standing_at(number, lane, role, row, home, cursor, standing);
+        if !is_saved {
+            // The views go by what is saved.
+            backend.dirty_since = Some(Now::ZERO);
+        }
+        backend
     }
 
     fn standing_at(

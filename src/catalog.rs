@@ -75,7 +75,7 @@ impl Relations {
 }
 
 /// A relation's owner by the catalog as of now; nobody if it has gone.
-fn owner_of(relation: pg_sys::Oid) -> pg_sys::Oid {
+pub fn owner_of(relation: pg_sys::Oid) -> pg_sys::Oid {
     // SAFETY: a look-up within a transaction; the tuple is released once it was read.
     unsafe {
         let cache = pg_sys::SysCacheIdentifier::RELOID as i32;

@@ -8,6 +8,10 @@ use pgrx::{PgLogLevel, PgSqlErrorCode, pg_sys};
 use relay::event::ConfigError;
 use thiserror::Error;
 
+/// What gives the sequence the parameters that it must have.
+pub const MEND_SEQUENCE: &str =
+    "Run ALTER SEQUENCE outbox.events_seq_seq AS bigint INCREMENT 1 NO MAXVALUE CACHE 1 NO CYCLE.";
+
 /// Why an event is refused, in the publisher's transaction.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum PublishError {
@@ -39,6 +43,8 @@ pub enum PublishError {
     Foreign { field: &'static str, text: Foreign },
     #[error("event_id {0} is already used")]
     RepeatedId(String),
+    #[error("sequence outbox.events_seq_seq cannot number events")]
+    Sequence(String),
     #[error("publish_events expects a JSON array of objects")]
     NotAnArray,
     #[error("invalid event in publish_events: {message}")]
@@ -55,6 +61,7 @@ impl PublishError {
             Self::RepeatedId(_) => ERRCODE_UNIQUE_VIOLATION,
             Self::Changed => ERRCODE_TRIGGERED_DATA_CHANGE_VIOLATION,
             Self::Foreign { text, .. } => text.code(),
+            Self::Sequence(_) => ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             Self::Missing(_)
             | Self::EmptyStream
             | Self::TooLong { .. }
@@ -83,6 +90,7 @@ impl PublishError {
             Self::RepeatedId(_) => "Each event has an id of its own.".into(),
             Self::Changed => "The relay goes by seq, xid, backend_number and event_id of each row.".into(),
             Self::Foreign { text, .. } => text.detail(),
+            Self::Sequence(trouble) => trouble.clone(),
             Self::NotAnArray => "Each object has the keys of outbox.publish_event.".into(),
             Self::BadItem { index, .. } => format!("It is element {index} of the array, counted from 0."),
         }
@@ -108,6 +116,7 @@ impl PublishError {
             Self::Foreign { .. } => {
                 "Events are sent as UTF-8. Replace the character, or put bytes into data in another form, such as base64."
             }
+            Self::Sequence(_) => MEND_SEQUENCE,
             Self::NotAnArray => "Pass for example [{\"event_type\": \"user.created\", \"source\": \"user-service\"}].",
             Self::BadItem { .. } => "See the arguments of outbox.publish_event.",
         }

@@ -4,6 +4,7 @@
 //! request, publish, trigger ─ an event is checked, becomes a row   txn, utility ─ after the commit: wake the worker
 //! insertion ─ a row of ours is an INSERT to everybody else
 //! launcher ─ a worker for each database with the extension        worker ─ reads, hands to senders, keeps the books
+//! numbers, sequence ─ numbers that ascend, whatever is done to the sequence
 //! ticker, rows ─ snapshots and rows, without SQL                  pass ─ one scan for many backends; backend ─ one of them
 //! outbox ─ all SQL on our tables; rights ─ in whose name          purge ─ retention
 //! ownership ─ who this server is to the guards                    recovery ─ from a guard that was read to a backend that is up
@@ -34,6 +35,7 @@ mod error;
 mod guc;
 mod insertion;
 mod launcher;
+mod numbers;
 mod outbox;
 mod ownership;
 mod pass;
@@ -46,6 +48,7 @@ mod report;
 mod request;
 mod rights;
 mod rows;
+mod sequence;
 mod shmem;
 mod status;
 mod ticker;

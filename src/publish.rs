@@ -9,6 +9,7 @@ use crate::catalog::{self, Relations};
 use crate::encoding::to_server;
 use crate::error::{PublishError, expect_arguments};
 use crate::insertion::{Insertion, NewRow, RowKey};
+use crate::numbers::draw_numbers;
 use crate::report;
 use crate::request::{Request, check, decoded};
 use crate::rows::{attribute, bytes_of};
@@ -19,10 +20,8 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use std::borrow::Cow;
 
-// SAFETY: the declarations of sequence.h and tuplestore.h.
+// SAFETY: the declaration of tuplestore.h.
 unsafe extern "C-unwind" {
-    /// Draws the next number of a sequence (commands/sequence.h; not in pgrx's bindings).
-    fn nextval_internal(relid: pg_sys::Oid, check_permissions: bool) -> i64;
     /// Without pgrx's guard: it is called where other people's ERRORs may pass.
     fn tuplestore_putvalues(
         state: *mut pg_sys::Tuplestorestate,
@@ -30,16 +29,6 @@ unsafe extern "C-unwind" {
         values: *const pg_sys::Datum,
         nulls: *const bool,
     );
-}
-
-/// The caller's transaction id, then the next number: in this order, always.
-pub fn draw_numbers(relations: &Relations) -> (u64, i64) {
-    // SAFETY: within a transaction that may write; the sequence belongs to the extension.
-    unsafe {
-        let xid = pg_sys::GetTopFullTransactionId().value;
-        let seq = pg_sys::ffi::pg_guard_ffi_boundary(|| nextval_internal(relations.sequence, false));
-        (xid, seq)
-    }
 }
 
 /// Checks an event, and makes a row of it. Returns nothing that needs to be dropped: from here on, other people's code may run.

@@ -3,6 +3,7 @@
 use crate::backend::{Backend, ClaimStage};
 use crate::catalog;
 use crate::guc::LogLevel;
+use crate::numbers;
 use crate::outbox;
 use crate::ownership::{Identity, token};
 use crate::process::{self, Aborted, log};
@@ -69,6 +70,7 @@ fn decide(backend: &mut Backend, identity: &Identity, guard: Option<Guard>, now:
     };
     match judge(guard.as_ref(), &claimant, &mut backend.watch, now) {
         Decision::Claim(start) => {
+            let guard = guard.map(vouched).transpose()?;
             // Before the guard is ours: whoever claims next would not know.
             match (start, &guard) {
                 (Start::Replay, _) => {
@@ -108,6 +110,17 @@ fn decide(backend: &mut Backend, identity: &Identity, guard: Option<Guard>, now:
         Decision::Wait { failure, retry_after } => backend.hold_off(failure, retry_after, now),
     }
     Ok(())
+}
+
+/// A guard that an earlier run of the server has left may have seen numbers that were lost with it.
+fn vouched(guard: Guard) -> Result<Guard, Aborted> {
+    let [position, previous] =
+        process::transaction(|| [&guard.position, &guard.previous].map(numbers::vouched_of_guard))?;
+    Ok(Guard {
+        position,
+        previous,
+        ..guard
+    })
 }
 
 /// What a new guard says; `wal`: up to where all is flushed.
@@ -299,8 +312,10 @@ fn step_back(backend: &mut Backend, cursor: Cursor, since: u64, now: Now) -> Res
 /// Up to where events have been purged.
 fn oldest(backend: &Backend) -> Result<Position, Aborted> {
     let number = backend.number;
-    let oldest = process::transaction(|| outbox::oldest_tick(number))?;
-    Ok(oldest.map_or_else(Position::beginning, Position::at))
+    process::transaction(|| {
+        let oldest = outbox::oldest_tick(number);
+        numbers::vouched(&oldest.map_or_else(Position::beginning, Position::at))
+    })
 }
 
 /// What all lanes of a backend were to do once is done: it is forgotten. `restored`: a tick that sees what restores have brought.

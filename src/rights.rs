@@ -92,6 +92,11 @@ pub fn execution<R>(f: impl FnOnce() -> R) -> R {
     }
 }
 
+/// Runs `f` in the name of the owner of `relation`, which is locked.
+pub fn as_owner_of<R>(relation: pg_sys::Oid, f: impl FnOnce() -> R) -> R {
+    as_user(catalog::owner_of(relation), f)
+}
+
 fn as_user<R>(other: pg_sys::Oid, f: impl FnOnce() -> R) -> R {
     let (mut user, mut context) = (pg_sys::InvalidOid, 0);
     // SAFETY: saved and put back; an ERROR's abort puts them back as well.

@@ -326,7 +326,22 @@ impl EventsTable {
         }
     }
 
+    /// The lowest number, up to `upto`, of the transactions from `xid` on, whatever became of them.
+    pub fn lowest_since(&self, xid: u64, upto: i64) -> Option<i64> {
+        let keys = [
+            xid_key(pg_sys::BTGreaterEqualStrategyNumber, pg_sys::F_XID8GE, xid),
+            seq_up_to(upto),
+        ];
+        // SAFETY: a snapshot that lives for ever.
+        let mut scan = self.scan_as(&raw mut pg_sys::SnapshotAnyData, self.xid_key, &keys);
+        std::iter::from_fn(|| scan.advance()).map(|key| key.seq).min()
+    }
+
     fn scan(&self, index: pg_sys::Relation, keys: &[ScanKey]) -> EventsScan {
+        self.scan_as(self.snapshot, index, keys)
+    }
+
+    fn scan_as(&self, snapshot: pg_sys::Snapshot, index: pg_sys::Relation, keys: &[ScanKey]) -> EventsScan {
         // SAFETY: the keys are on columns of the index, with comparison functions of their types; the scan copies them.
         unsafe {
             let mut entries: [pg_sys::ScanKeyData; 3] = std::array::from_fn(|_| std::mem::zeroed());
@@ -342,7 +357,7 @@ impl EventsTable {
             let scan = pg_sys::systable_beginscan_ordered(
                 self.events,
                 index,
-                self.snapshot,
+                snapshot,
                 keys.len() as i32,
                 entries.as_mut_ptr(),
             );

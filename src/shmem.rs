@@ -2,6 +2,7 @@
 //! without locks, allocation or failure.
 
 use pgrx::{pg_guard, pg_sys};
+use relay::numbers::Highest;
 use std::mem::size_of;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
@@ -71,6 +72,10 @@ pub struct Slot {
     latch: AtomicPtr<pg_sys::Latch>,
     /// When the worker last looked for events, see [`clock_ms`].
     looked_at_ms: AtomicU64,
+    /// The highest number that an event was given, see `numbers.rs`.
+    pub numbers: Highest,
+    /// The sequence that gives them.
+    sequence: AtomicU32,
 }
 
 #[repr(C)]
@@ -278,7 +283,13 @@ impl Slot {
 
     pub fn free(&self) {
         self.set_state(SlotState::Absent);
+        self.numbers.forget();
         self.database.store(0, Ordering::Release);
+    }
+
+    /// Events are numbered by this sequence. Whether another did before, or none.
+    pub fn numbered_by(&self, sequence: pg_sys::Oid) -> bool {
+        self.sequence.swap(sequence.to_u32(), Ordering::AcqRel) != sequence.to_u32()
     }
 
     pub fn pid(&self) -> i32 {

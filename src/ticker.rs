@@ -1,19 +1,20 @@
 //! Taking ticks: a snapshot with its bounds, and the flush that must come before anything it sees may leave the server.
 
 use crate::catalog::Relations;
+use crate::{numbers, sequence};
 use pgrx::pg_sys;
 use relay::snapshot::{Snapshot, Tick};
 
 /// Takes a tick, in the order that its bounds rely on (see [`Tick`]). Needs a transaction that has no id of its own. Also returns up
 /// to where the WAL must be flushed so that none of its numbers is drawn again after a crash.
 pub fn take(relations: &Relations) -> (Tick, u64) {
-    let sequence = Sequence::open(relations.sequence);
-    let (low_seq, _) = sequence.last();
+    let low_seq = numbers::highest(relations);
     // SAFETY: reads the counter under its lock.
     let next_xid = unsafe { pg_sys::ReadNextFullTransactionId().value };
     let snapshot = snapshot(next_xid);
-    let (high_seq, drawn_lsn) = sequence.last();
-    sequence.close();
+    let high_seq = numbers::highest(relations);
+    // After the numbers were read: whoever gave them had them written to the page before.
+    let (_, drawn_lsn) = sequence::last(relations.sequence);
     let tick = Tick {
         snapshot,
         next_xid,
@@ -27,47 +28,6 @@ pub fn take(relations: &Relations) -> (Tick, u64) {
 pub fn is_outdated(tick: &Tick) -> bool {
     // SAFETY: reads the counter under its lock.
     !tick.is_complete() || unsafe { pg_sys::ReadNextFullTransactionId().value } != tick.next_xid
-}
-
-/// The sequence that numbers events: one page with one row. It is looked at twice a tick, which its functions would make dear.
-struct Sequence {
-    relation: pg_sys::Relation,
-}
-
-impl Sequence {
-    /// Within a transaction, whose abort closes it too.
-    fn open(sequence: pg_sys::Oid) -> Self {
-        // SAFETY: raises an ERROR if it is gone.
-        let relation = unsafe { pg_sys::relation_open(sequence, pg_sys::AccessShareLock as pg_sys::LOCKMODE) };
-        Self { relation }
-    }
-
-    fn close(self) {
-        // SAFETY: opened with this lock.
-        unsafe { pg_sys::relation_close(self.relation, pg_sys::AccessShareLock as pg_sys::LOCKMODE) };
-    }
-
-    /// The last number that was drawn (0 before the first), and where the page's last record ends in the WAL.
-    fn last(&self) -> (i64, u64) {
-        /// Of a page's header (bufpage.h), and the bits of an item's offset in what follows it (itemid.h).
-        const HEADER: usize = 24;
-        const OFFSET_BITS: u32 = 0x7FFF;
-        // SAFETY: a sequence always has a page with one item, a row of `FormData_pg_sequence_data` (sequence.h): number, count,
-        // whether the number was drawn. The page is pinned and locked while it is read.
-        unsafe {
-            let buffer = pg_sys::ReadBuffer(self.relation, 0);
-            pg_sys::LockBuffer(buffer, pg_sys::BUFFER_LOCK_SHARE as i32);
-            let page = pg_sys::BufferGetPage(buffer).cast::<u8>();
-            let offset = page.add(HEADER).cast::<u32>().read() & OFFSET_BITS;
-            let row = page.add(offset as usize);
-            let values = row.add(usize::from((*row.cast::<pg_sys::HeapTupleHeaderData>()).t_hoff));
-            let number = values.cast::<i64>().read();
-            let is_drawn = values.add(16).read() != 0;
-            let lsn = pg_sys::BufferGetLSNAtomic(buffer);
-            pg_sys::UnlockReleaseBuffer(buffer);
-            (if is_drawn { number } else { 0 }, lsn)
-        }
-    }
 }
 
 /// The latest snapshot, in 64-bit ids, as `pg_current_snapshot()` shows it.

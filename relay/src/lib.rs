@@ -24,6 +24,7 @@ pub mod encode;
 pub mod event;
 pub mod fault;
 pub mod guard;
+pub mod numbers;
 pub mod pace;
 pub mod reader;
 pub mod refusal;

@@ -76,6 +76,20 @@ impl Position {
         }
     }
 
+    /// The ticks that it speaks of.
+    pub fn ticks(&self) -> impl Iterator<Item = &Arc<Tick>> {
+        [&self.from].into_iter().chain(self.under_way.as_ref().map(|u| &u.to))
+    }
+
+    /// The same, with other bounds in its ticks.
+    pub fn with_ticks(&self, mut f: impl FnMut(&Arc<Tick>) -> Arc<Tick>) -> Self {
+        let from = f(&self.from);
+        match &self.under_way {
+            None => Self::at(from),
+            Some(UnderWay { to, last_seq }) => Self::towards(from, f(to), *last_seq),
+        }
+    }
+
     /// Whether a row has been read.
     pub fn covers(&self, key: Key) -> bool {
         self.from.snapshot.sees(key.xid)

@@ -121,6 +121,8 @@ impl FromStr for Snapshot {
 /// * a transaction with `xid >= next_xid` has only numbers above `low_seq`;
 /// * a row that `snapshot` sees has a number of at most `high_seq`.
 ///
+/// The two numbers are not the sequence's, which anybody may set back, but the highest that was given (see [`crate::numbers`]).
+///
 /// Note that `snapshot.xmax()` is the latest *ended* transaction + 1: those in `[xmax, next_xid)` were running too.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tick {
@@ -177,6 +179,14 @@ impl Tick {
         let is_id = |xid: u64| xid as u32 != 0 && xid <= i64::MAX as u64;
         let Snapshot { xmin, xmax, .. } = self.snapshot;
         is_id(xmin) && is_id(xmax) && is_id(self.next_xid) && xmax <= self.next_xid
+    }
+
+    /// Where it is not certain that later transactions have only numbers above `low_seq`, but above `seq` they are.
+    pub fn lowered_to(&self, seq: i64) -> Self {
+        Self {
+            low_seq: self.low_seq.min(seq),
+            ..self.clone()
+        }
     }
 
     /// Whether it sees every transaction that there was: while none has begun since, a later tick sees nothing else.

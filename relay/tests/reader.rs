@@ -2,7 +2,7 @@
 
 mod model;
 
-use model::{Database, READINGS, Reading, Rng, Rows, View, caught, for_each_seed, likely};
+use model::{Database, Numbering, READINGS, Reading, Rng, Rows, View, caught, for_each_seed, likely};
 use relay::reader::{Key, Position, RangeScan, Scan, Step, Table};
 use relay::snapshot::Tick;
 use std::cell::Cell;
@@ -224,6 +224,118 @@ fn schedule(seed: u64, mutant: Mutant) -> Result<(), Violation> {
         return violated(Wrong::Order { first }, seq);
     }
     Ok(())
+}
+
+/// What is done about numbers that do not ascend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Care {
+    All,
+    /// Publishers trust the sequence, and so do ticks.
+    None,
+    /// Ticks do.
+    PublishersAlone,
+    /// What was numbered by others is not looked for when a position is loaded.
+    NotAtLoad,
+    /// Numbers that were lost in a crash are not given up.
+    NotForLost,
+}
+
+/// A position of before the last crash, as it is loaded.
+fn vouched(database: &Database, position: &Position, care: Care) -> Position {
+    position.with_ticks(|tick| {
+        let lowest = database
+            .lowest_since(tick.next_xid, tick.low_seq)
+            .map_or(i64::MAX, |seq| seq - 1);
+        let bound = match care {
+            Care::NotAtLoad => database.began(),
+            Care::NotForLost => lowest,
+            _ => lowest.min(database.began()),
+        };
+        Arc::new(tick.lowered_to(bound))
+    })
+}
+
+/// The sequence is set again and again; the server dies, with numbers that only a guard has heard of; others number events meanwhile.
+fn misused(seed: u64, care: Care) -> Result<(), Violation> {
+    let rng = &mut Rng::with_seed(seed);
+    let mut database = Database::new(rng, 4);
+    if care == Care::None {
+        database.numbering = Numbering::Sequence;
+    }
+    database.ticks_by_sequence = matches!(care, Care::None | Care::PublishersAlone);
+    let mut reader = Reader::new(Mutant::None);
+    let mut in_order = true;
+    for _ in 0..rng.usize(20..150) {
+        database.steps(rng, 4);
+        match rng.u8(..100) {
+            0..25 => reader.take_tick(&mut database, rng),
+            25..55 => {
+                let limit = rng.usize(..=20);
+                reader.read_piece(&mut database, rng, limit)?;
+                reader.check_position(&database)?;
+            }
+            55..65 => database.set_sequence(rng),
+            65..68 if care != Care::None => {
+                let position = reader.position.clone();
+                let newest = position.ticks().map(|tick| tick.low_seq.max(tick.high_seq)).max();
+                // The guard alone has heard of the newest numbers, and the sequence has forgotten them.
+                let is_saved = rng.bool();
+                if !is_saved {
+                    database.set_sequence(rng);
+                }
+                database.crash_and_find(newest.filter(|_| is_saved).unwrap_or(0));
+                (reader.scan, reader.ticks) = (None, VecDeque::new());
+                if rng.bool() {
+                    // Nobody reads, and another version of the library numbers events.
+                    database.numbering = Numbering::Sequence;
+                    for _ in 0..rng.usize(..40) {
+                        database.step(rng);
+                        if likely(rng, 0.1) {
+                            database.set_sequence(rng);
+                        }
+                    }
+                    database.numbering = Numbering::Ascending;
+                    database.crash_and_find(newest.filter(|_| is_saved).unwrap_or(0));
+                    in_order = false;
+                }
+                database.steps(rng, 20);
+                reader.position = vouched(&database, &position, care);
+            }
+            _ => {}
+        }
+    }
+    database.finish(rng);
+    reader.take_tick(&mut database, rng);
+    while reader.read_piece(&mut database, rng, 50)? {
+        reader.check_position(&database)?;
+    }
+    let mut committed = database.rows().filter(|key| database.is_committed(key.seq));
+    if let Some(lost) = committed.find(|key| !reader.has_read.contains(&key.seq)) {
+        return violated(Wrong::Lost, lost.seq);
+    }
+    if in_order && let Some((first, seq)) = database.out_of_order(reader.read.iter().copied()) {
+        return violated(Wrong::Order { first }, seq);
+    }
+    Ok(())
+}
+
+#[test]
+fn loses_repeats_and_reorders_nothing_whatever_is_done_to_the_sequence() {
+    for_each_seed(5_000, |seed| misused(seed, Care::All).map_err(|v| v.to_string()));
+}
+
+#[test]
+fn the_oracle_catches_numbers_that_are_trusted() {
+    for care in [Care::None, Care::PublishersAlone, Care::NotAtLoad, Care::NotForLost] {
+        let violation = caught(2_000, |seed| misused(seed, care));
+        assert!(
+            matches!(
+                violation.wrong,
+                Wrong::Lost | Wrong::CoversUnread | Wrong::ReadUncovered | Wrong::CoversOpen
+            ),
+            "{care:?}: {violation}"
+        );
+    }
 }
 
 #[test]

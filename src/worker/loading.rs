@@ -2,10 +2,12 @@
 
 use super::{SETTLE_AT_CHANGE, Worker, leave_process, save};
 use crate::backend::{Backend, Home, Role};
+use crate::catalog::Relations;
+use crate::error::{MEND_SEQUENCE, PublishError};
 use crate::guc::LogLevel;
 use crate::process::{self, Aborted, log};
 use crate::shmem::SlotState;
-use crate::{catalog, outbox, recovery, refused};
+use crate::{catalog, numbers, outbox, recovery, refused, sequence};
 use pgrx::pg_sys;
 use relay::delivery::{Mode, Now};
 use relay::slot::slot_of;
@@ -23,9 +25,11 @@ impl Worker {
             // Takes in invalidations, so that the generation is up to date.
             // SAFETY: within a transaction.
             unsafe { pg_sys::AcceptInvalidationMessages() };
-            let installed = catalog::relations().and_then(|_| outbox::installed_version());
+            let relations = catalog::relations();
+            let installed = relations.and_then(|_| outbox::installed_version());
             let generation = catalog::generation();
             let rows = (installed.is_some() && (generation != known || changed)).then(|| {
+                relations.iter().for_each(say_trouble_of_sequence);
                 let backends = (outbox::backends(), outbox::deleted_backends());
                 (backends, outbox::installation())
             });
@@ -85,6 +89,7 @@ impl Worker {
             save(&mut self.backends, now)?;
             let backends = &mut self.backends;
             let reconciled = process::transaction(|| {
+                numbers::vouch_anew();
                 for backend in backends.iter_mut().filter(|b| b.reads_for_redis() || b.is_finder()) {
                     match rows.iter().find(|r| r.number == backend.number) {
                         Some(row) => backend.reconfigure(row.clone(), &home, now),
@@ -153,6 +158,19 @@ impl Worker {
                 backend.delivery.advanced(position);
             }
         }
+    }
+}
+
+/// Nobody can publish, and what is scheduled waits; what is there is sent all the same.
+fn say_trouble_of_sequence(relations: &Relations) {
+    if let Some(trouble) = sequence::trouble(relations.sequence) {
+        let refusal = PublishError::Sequence(trouble.clone());
+        log(
+            LogLevel::Warning,
+            &refusal.to_string(),
+            Some(&trouble),
+            Some(MEND_SEQUENCE),
+        );
     }
 }
 

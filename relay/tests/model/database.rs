@@ -27,6 +27,15 @@ pub enum Status {
     Aborted,
 }
 
+/// Who sees to it that numbers ascend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Numbering {
+    /// Publishers take what the sequence gives.
+    Sequence,
+    /// They take only numbers above the highest, as of when they had their transaction ids; and set the sequence forward.
+    Ascending,
+}
+
 #[derive(Clone, Debug)]
 pub struct Transaction {
     /// Drawn at the first write.
@@ -36,6 +45,8 @@ pub struct Transaction {
     status: Status,
     /// Its id is drawn, its event's number not yet.
     publishing: bool,
+    /// The highest number that there was then.
+    before: i64,
     /// What it still means to do before it ends.
     plans: u32,
     /// Publishes in its plans; otherwise it writes elsewhere.
@@ -52,6 +63,7 @@ impl Transaction {
             levels: vec![Level::default()],
             status: Status::Running,
             publishing: false,
+            before: 0,
             plans: 0,
             publishes: true,
             streams: Vec::new(),
@@ -84,7 +96,14 @@ pub struct Row {
 pub struct Database {
     next_xid: u64,
     latest_completed: u64,
+    /// The sequence, which anybody may set.
     last_seq: i64,
+    /// The highest number that was given, and that above which all are since it is known.
+    highest: i64,
+    began: i64,
+    pub numbering: Numbering,
+    /// Ticks look at the sequence alone.
+    pub ticks_by_sequence: bool,
     clock: u64,
     streams: u8,
     transactions: Vec<Transaction>,
@@ -104,6 +123,10 @@ impl Database {
             next_xid,
             latest_completed: next_xid - 1,
             last_seq: 0,
+            highest: 0,
+            began: 0,
+            numbering: Numbering::Ascending,
+            ticks_by_sequence: false,
             clock: 0,
             streams,
             transactions: Vec::new(),
@@ -155,6 +178,7 @@ impl Database {
             _ if publishes => {
                 self.assign_top_xid(index);
                 self.transactions[index].publishing = true;
+                self.transactions[index].before = self.highest;
                 // Mostly the two are close together.
                 if rng.u8(..) < 180 {
                     self.draw(index, rng);
@@ -216,6 +240,7 @@ impl Database {
             let index = self.transactions.len() - 1;
             self.assign_top_xid(index);
             for _ in 0..rng.usize(20..60) {
+                self.transactions[index].before = self.highest;
                 self.draw(index, rng);
             }
         }
@@ -246,6 +271,15 @@ impl Database {
     /// Draws the number of an event and inserts it.
     fn draw(&mut self, index: usize, rng: &mut Rng) {
         self.last_seq += 1;
+        if self.numbering == Numbering::Ascending && self.last_seq <= self.transactions[index].before {
+            self.last_seq = self.highest + 1;
+        }
+        if self.rows.contains_key(&self.last_seq) {
+            // The key of the table refuses it.
+            self.transactions[index].publishing = false;
+            return self.end(index, false);
+        }
+        self.highest = self.highest.max(self.last_seq);
         self.assign_xids(index);
         let transaction = &mut self.transactions[index];
         transaction.publishing = false;
@@ -317,6 +351,7 @@ impl Database {
         for stream in streams {
             self.clock += 1;
             self.transactions[index].streams = vec![*stream];
+            self.transactions[index].before = self.highest;
             self.draw(index, &mut Rng::with_seed(0));
         }
         index
@@ -342,15 +377,58 @@ impl Database {
         Snapshot::new(xmin, xmax, running)
     }
 
+    fn bound(&self) -> i64 {
+        match self.ticks_by_sequence {
+            true => self.last_seq,
+            false => self.highest,
+        }
+    }
+
+    /// Somebody sets the sequence: mostly back, sometimes forward; or a session gives numbers that it had drawn in advance.
+    pub fn set_sequence(&mut self, rng: &mut Rng) {
+        self.last_seq = match rng.u8(..4) {
+            0 => 0,
+            1 => self.last_seq + rng.i64(0..30),
+            _ => rng.i64(0..=self.last_seq),
+        };
+    }
+
+    /// The server dies and comes back. The highest number is found in what is durable: rows, the sequence, and `saved`.
+    pub fn crash_and_find(&mut self, saved: i64) {
+        self.crash();
+        let rows = self
+            .rows
+            .iter()
+            .filter(|(_, row)| self.transactions[row.transaction].status != Status::Aborted);
+        let kept = rows.map(|(seq, _)| *seq).max().unwrap_or(0);
+        self.highest = kept.max(self.last_seq).max(saved);
+        self.began = self.highest;
+    }
+
+    pub fn next_xid(&self) -> u64 {
+        self.next_xid
+    }
+
+    /// Numbers that are given since the last crash are above it.
+    pub fn began(&self) -> i64 {
+        self.began
+    }
+
+    /// The lowest number up to `upto` of transactions from `xid` on, whatever became of them.
+    pub fn lowest_since(&self, xid: u64, upto: i64) -> Option<i64> {
+        let later = self.rows.range(..=upto).filter(|(_, row)| row.xid >= xid);
+        later.map(|(seq, _)| *seq).next()
+    }
+
     /// The four readings in the order given, with steps of others in between.
     pub fn tick_in_order(&mut self, rng: &mut Rng, order: [Reading; 4]) -> Tick {
         let mut tick = Tick::beginning();
         for reading in order {
             match reading {
-                Reading::LowSeq => tick.low_seq = self.last_seq,
+                Reading::LowSeq => tick.low_seq = self.bound(),
                 Reading::NextXid => tick.next_xid = self.next_xid,
                 Reading::Snapshot => tick.snapshot = self.snapshot(),
-                Reading::HighSeq => tick.high_seq = self.last_seq,
+                Reading::HighSeq => tick.high_seq = self.bound(),
             }
             if rng.bool() {
                 self.steps(rng, 4);

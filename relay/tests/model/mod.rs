@@ -8,7 +8,7 @@ pub mod database;
 pub mod redis;
 pub mod view;
 
-pub use database::{Database, READINGS, Reading};
+pub use database::{Database, Numbering, READINGS, Reading};
 pub use fastrand::Rng;
 pub use view::{Rows, View};
 
