@@ -1,8 +1,9 @@
 //! Sessions that publish in every way there is, and end their transactions in every way; each writes the same into the ledger.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -27,8 +28,42 @@ pub struct Tally {
     pub hasty: AtomicU64,
     /// Connections that ended otherwise than on purpose.
     pub thrown_out: AtomicU64,
-    /// Deadlocks and lock timeouts: the schedule's own.
-    pub refused: AtomicU64,
+    /// By SQLSTATE: the schedule's own, see [`REFUSALS`].
+    pub refused: Mutex<BTreeMap<String, u64>>,
+    /// Other errors of statements: there should be none.
+    pub errors: Mutex<BTreeMap<String, u64>>,
+}
+
+/// Deadlocks and lock timeouts, and a sequence that is not as it must be or has reached its end.
+const REFUSALS: &[&str] = &["40P01", "55P03", "55000", "2200H"];
+
+/// Classes of errors with which a server that is stopped, or has no room, throws a session out.
+const THROWN_OUT: &[&str] = &["08", "53", "57"];
+
+fn count_in(counters: &Mutex<BTreeMap<String, u64>>, name: String) {
+    let mut counters = counters.lock().expect("nobody panics while counting");
+    *counters.entry(name).or_default() += 1;
+}
+
+/// Whether sessions may be in the database.
+#[derive(Debug, Default)]
+pub struct Gate {
+    closed: AtomicBool,
+}
+
+impl Gate {
+    /// All sessions leave when they have ended their transactions.
+    pub fn close(&self) {
+        self.closed.store(true, Ordering::Relaxed);
+    }
+
+    pub fn open(&self) {
+        self.closed.store(false, Ordering::Relaxed);
+    }
+
+    fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Relaxed)
+    }
 }
 
 fn count(counter: &AtomicU64) {
@@ -39,6 +74,7 @@ pub struct Load {
     stop: Arc<AtomicBool>,
     finish: Arc<AtomicBool>,
     pub tally: Arc<Tally>,
+    pub gate: Arc<Gate>,
     sessions: Vec<JoinHandle<()>>,
     resolver: Option<JoinHandle<()>>,
 }
@@ -46,7 +82,7 @@ pub struct Load {
 impl Load {
     pub fn start(pg: &Postgres, sessions: u64, seed: u64) -> Self {
         let (stop, finish) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
-        let tally = Arc::new(Tally::default());
+        let (tally, gate) = (Arc::new(Tally::default()), Arc::new(Gate::default()));
         let mut config = pg.config(USER, DB);
         config.application_name("publisher");
         let threads: Vec<JoinHandle<()>> = (0..sessions)
@@ -59,19 +95,22 @@ impl Load {
                     turn: 0,
                     dice: Dice::of(seed, number),
                     tally: Arc::clone(&tally),
+                    gate: Arc::clone(&gate),
                 };
                 let stop = Arc::clone(&stop);
                 std::thread::spawn(move || session.live(&stop))
             })
             .collect();
         let resolver = {
-            let (config, dice, finish) = (pg.config(USER, DB), Dice::of(seed, sessions), Arc::clone(&finish));
-            std::thread::spawn(move || resolve(&config, dice, &finish))
+            let (config, dice) = (pg.config(USER, DB), Dice::of(seed, sessions));
+            let (finish, gate) = (Arc::clone(&finish), Arc::clone(&gate));
+            std::thread::spawn(move || resolve(&config, dice, &finish, &gate))
         };
         Load {
             stop,
             finish,
             tally,
+            gate,
             sessions: threads,
             resolver: Some(resolver),
         }
@@ -99,6 +138,7 @@ struct Session {
     turn: i64,
     dice: Dice,
     tally: Arc<Tally>,
+    gate: Arc<Gate>,
 }
 
 /// One call of chaos.publish().
@@ -115,12 +155,28 @@ struct Publication {
 impl Session {
     fn live(&mut self, stop: &AtomicBool) {
         while !stop.load(Ordering::Relaxed) {
+            if self.gate.is_closed() {
+                std::thread::sleep(Duration::from_millis(5));
+                continue;
+            }
             self.incarnation += 1;
             // Whatever throws it out, the ledger knows what was committed.
-            if self.connected(stop).is_err() {
-                count(&self.tally.thrown_out);
+            if let Err(error) = self.connected(stop) {
+                self.note(&error);
                 std::thread::sleep(Duration::from_millis(20));
             }
+        }
+    }
+
+    fn note(&self, error: &Error) {
+        match error.as_db_error() {
+            Some(said) if !THROWN_OUT.iter().any(|class| said.code().code().starts_with(class)) => {
+                count_in(
+                    &self.tally.errors,
+                    format!("{}: {}", said.code().code(), said.message()),
+                );
+            }
+            _ => count(&self.tally.thrown_out),
         }
     }
 
@@ -136,7 +192,7 @@ impl Session {
         }
         let publish =
             client.prepare("select chaos.publish($1, $2, $3, $4, $5, $6, $7, $8, $9, $10::text::interval)")?;
-        while !stop.load(Ordering::Relaxed) {
+        while !stop.load(Ordering::Relaxed) && !self.gate.is_closed() {
             self.turn += 1;
             if self.dice.one_in(30) {
                 self.hasty_transaction();
@@ -154,10 +210,9 @@ impl Session {
         client.batch_execute("begin")?;
         let mut events = 0;
         if let Err(error) = self.body(client, publish, prepared, &mut events) {
-            // Only its own doing may throw a transaction out: a deadlock, or a lock that a prepared one holds.
             return match error.code().map(postgres::error::SqlState::code) {
-                Some("40P01" | "55P03") => {
-                    count(&self.tally.refused);
+                Some(code) if REFUSALS.contains(&code) => {
+                    count_in(&self.tally.refused, code.to_string());
                     client.batch_execute("rollback")
                 }
                 _ => Err(error),
@@ -291,9 +346,14 @@ impl Session {
 }
 
 /// Ends prepared transactions, at any time later, whoever has prepared them and whatever has happened since.
-fn resolve(config: &Config, mut dice: Dice, finish: &AtomicBool) {
+fn resolve(config: &Config, mut dice: Dice, finish: &AtomicBool, gate: &Gate) {
     loop {
         let finishing = finish.load(Ordering::Relaxed);
+        if gate.is_closed() {
+            // Whoever closed it sees to them.
+            std::thread::sleep(Duration::from_millis(5));
+            continue;
+        }
         // The server may be down; then later.
         if let Ok(left) = config
             .connect(NoTls)

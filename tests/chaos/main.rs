@@ -5,10 +5,15 @@
 //! - [`plan`] which faults befall when, drawn from a seed
 //! - [`site`] the servers; [`load`] and [`hasty`] who publishes; [`tail`] who reads along
 //! - [`nemesis`] carries out the plan, by [`postgres_faults`], [`redis_faults`], [`settings_faults`]
+//! - [`acts`] what people do to a server in ordinary weeks: [`dba`] does [`dba_acts`] beside everything else, [`copies`] come alone
 //! - [`verdict`] compares the ledger with the streams; [`run`] one seed from start to verdict
 //!
 //! A seed repeats the schedule, not the timing of the processes. `scripts/chaos` prepares what this needs.
 
+mod acts;
+mod copies;
+mod dba;
+mod dba_acts;
 mod hasty;
 mod load;
 mod nemesis;

@@ -1,13 +1,18 @@
 //! Carries out the plan, one fault after the other, and repairs everything at the end.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use chrono::Utc;
 
+use crate::acts::{Act, CopyLife};
+use crate::dba::Dba;
+use crate::load::Gate;
 use crate::plan::Fault;
 use crate::site::{BACKENDS, Site};
-use crate::{postgres_faults, redis_faults, settings_faults};
+use crate::{copies, dba_acts, postgres_faults, redis_faults, settings_faults};
 
 /// What is broken for a while. Each has one standing fault at most: the next one ends it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,6 +24,8 @@ pub enum Part {
     Held(usize),
     Settings,
     Backend(&'static str),
+    /// Paused backends, all of them.
+    Backends,
 }
 
 /// How a fault that lasts is ended.
@@ -35,6 +42,7 @@ pub enum Repair {
     LetGo(usize),
     Enable,
     Unpause(&'static str),
+    UnpauseAll,
 }
 
 #[derive(Debug)]
@@ -48,6 +56,12 @@ pub struct Nemesis<'a> {
     site: &'a mut Site,
     start: Instant,
     standing: Vec<Standing>,
+    gate: Arc<Gate>,
+    dba: Dba,
+    /// What a DBA does beside everything else.
+    work: Option<(Act, JoinHandle<Result<(), String>>)>,
+    /// Acts that something was in the way of, and what that was.
+    pub hindered: Vec<String>,
     /// How often each fault befell.
     pub counts: BTreeMap<String, usize>,
     /// Its log: also printed when the run fails.
@@ -56,11 +70,15 @@ pub struct Nemesis<'a> {
 }
 
 impl<'a> Nemesis<'a> {
-    pub fn new(site: &'a mut Site, quiet: bool) -> Self {
+    pub fn new(site: &'a mut Site, gate: &Arc<Gate>, quiet: bool) -> Self {
         Nemesis {
+            dba: Dba::of(&site.pg),
             site,
             start: Instant::now(),
             standing: Vec::new(),
+            gate: Arc::clone(gate),
+            work: None,
+            hindered: Vec::new(),
             counts: BTreeMap::new(),
             log: Vec::new(),
             quiet,
@@ -76,20 +94,102 @@ impl<'a> Nemesis<'a> {
 
     /// Ends what stands, and sees that every server runs.
     pub fn repair_all(&mut self) {
-        while let Some(standing) = self.standing.pop() {
-            self.repair(standing.repair);
-        }
-        for store in 0..self.site.stores.len() {
-            self.site.stores[store].proxy.pass();
-        }
+        self.wait_work();
+        self.end_all();
         self.repair(Repair::Release);
         for backend in BACKENDS {
             self.repair(Repair::Unpause(backend.name));
         }
+        self.repair(Repair::UnpauseAll);
+        let mended = dba_acts::mend(&self.dba).and_then(|()| copies::remove_copy(&self.dba));
+        self.hindered.extend(mended.err());
         self.note("all is repaired");
     }
 
+    fn act(&mut self, act: Act) {
+        // One at a time; and those that are exclusive wait for it as well.
+        if !matches!(act, Act::PauseAll(_)) {
+            self.wait_work();
+        }
+        self.note(&format!("{act:?}"));
+        let outcome = match act {
+            Act::PauseAll(time) => {
+                self.end(Part::Backends);
+                self.end(Part::Relay);
+                copies::enable_all(self.site, false);
+                self.stand(Part::Backends, time, Repair::UnpauseAll);
+                return;
+            }
+            Act::Stop(mode, time) => {
+                self.end(Part::Relay);
+                copies::stop(self.site, &self.gate, mode, time)
+            }
+            Act::CopyDatabase(life, time) => {
+                self.end(Part::Relay);
+                if matches!(life, CopyLife::TakenOver) {
+                    // It waits for what is sent.
+                    self.end_all();
+                }
+                copies::copy_database(self.site, &self.gate, life, time)
+            }
+            Act::CloneServer(original, time) => {
+                self.end(Part::Relay);
+                copies::clone_server(self.site, original, time)
+            }
+            _ => {
+                self.work = Some((act, self.dba.start(act)));
+                return;
+            }
+        };
+        self.done(act, outcome);
+    }
+
+    fn done(&mut self, act: Act, outcome: Result<(), String>) {
+        match outcome {
+            Ok(()) => self.note(&format!("done: {act:?}")),
+            Err(error) => {
+                let case = format!("{act:?}: {error}");
+                self.note(&format!("HINDERED: {case}"));
+                self.hindered.push(case);
+            }
+        }
+    }
+
+    /// Waits until the DBA has done what he does. What has lasted its time ends meanwhile.
+    fn wait_work(&mut self) {
+        while let Some((act, work)) = self.work.take() {
+            if work.is_finished() {
+                let outcome = work.join().expect("a DBA panicked");
+                self.done(act, outcome);
+            } else {
+                self.work = Some((act, work));
+                self.wait_until(Instant::now() + Duration::from_millis(10));
+            }
+        }
+    }
+
+    fn end_all(&mut self) {
+        while let Some(standing) = self.standing.pop() {
+            self.repair(standing.repair);
+        }
+        for store in &self.site.stores {
+            store.proxy.pass();
+        }
+    }
+
+    fn stand(&mut self, part: Part, time: Duration, repair: Repair) {
+        self.standing.push(Standing {
+            part,
+            until: Instant::now() + time,
+            repair,
+        });
+    }
+
     fn befall(&mut self, fault: Fault) {
+        *self.counts.entry(fault.name()).or_default() += 1;
+        if let Fault::Act(act) = fault {
+            return self.act(act);
+        }
         let part = part_of(fault);
         self.end(part);
         if needs_postgres(fault) {
@@ -97,19 +197,14 @@ impl<'a> Nemesis<'a> {
             self.end(Part::Relay);
         }
         self.note(&format!("{fault:?}"));
-        *self.counts.entry(fault.name()).or_default() += 1;
         let lasting = match part {
             Part::Relay => postgres_faults::befall(self.site, fault),
             Part::Store(store) => redis_faults::befall(self.site, store, fault),
             Part::Network(store) | Part::Held(store) => redis_faults::befall_network(self.site, store, fault),
-            Part::Settings | Part::Backend(_) => settings_faults::befall(self.site, fault),
+            Part::Settings | Part::Backend(_) | Part::Backends => settings_faults::befall(self.site, fault),
         };
         if let Some((time, repair)) = lasting {
-            self.standing.push(Standing {
-                part,
-                until: Instant::now() + time,
-                repair,
-            });
+            self.stand(part, time, repair);
         }
     }
 
@@ -123,6 +218,7 @@ impl<'a> Nemesis<'a> {
     fn repair(&mut self, repair: Repair) {
         match repair {
             Repair::ThawWorker(_) | Repair::Release => postgres_faults::repair(self.site, repair),
+            Repair::UnpauseAll => copies::enable_all(self.site, true),
             Repair::Enable | Repair::Unpause(_) => settings_faults::repair(self.site, repair),
             _ => redis_faults::repair(self.site, repair),
         }
@@ -198,6 +294,7 @@ fn part_of(fault: Fault) -> Part {
         LateBehindExec(store, _) | Late(store, ..) | LateAll(store, ..) => Part::Held(store),
         BatchSize(_) | PollInterval(_) | RetryDelay(_) | Disable(_) => Part::Settings,
         Pause(backend, _) => Part::Backend(backend),
+        Act(act) => unreachable!("{act:?} is no fault"),
     }
 }
 

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::acts;
 use crate::plan::KINDS;
 
 pub const USAGE: &str = "\
@@ -12,7 +13,9 @@ usage: chaos [OPTION]...
   --minutes N       seeds, one after the other, until so much time has passed
   --seconds N       time of faults for each seed (default: 60)
   --sessions N      publishers (default: 8)
-  --kinds A,B       faults of these kinds alone: postgres, points, redis, losses, network, settings
+  --kinds A,B       faults of these kinds alone: postgres, points, redis, losses, network, settings;
+                    and what people do: index, repack, truncate, sequence, locks, pause, stop, copy, clone
+                    (or acts: all of these)
   --mutation NAME   break a promise of the relay (see relay/src/fault.rs); the run should fail
   --shipped         the library as it is shipped, without crash points
   --at-least-once   delivery = 'at_least_once': repeats are no violation, and Redis loses nothing
@@ -42,7 +45,7 @@ impl Options {
             total: None,
             time: Duration::from_secs(60),
             sessions: 8,
-            kinds: KINDS.iter().map(|kind| kind.to_string()).collect(),
+            kinds: all_kinds().map(str::to_string).collect(),
             mutation: None,
             faults: kit::env::has_faults(),
             at_least_once: false,
@@ -78,14 +81,21 @@ fn number(text: &str) -> Result<u64, String> {
     text.parse().map_err(|_| format!("{text} is no number"))
 }
 
+fn all_kinds() -> impl Iterator<Item = &'static str> {
+    KINDS.iter().chain(acts::KINDS).copied()
+}
+
 fn kinds(text: &str) -> Result<Vec<String>, String> {
-    text.split(',')
-        .map(|kind| {
-            if KINDS.contains(&kind) {
-                Ok(kind.to_string())
-            } else {
-                Err(format!("{kind} is none of {}", KINDS.join(", ")))
-            }
-        })
-        .collect()
+    let mut kinds = Vec::new();
+    for kind in text.split(',') {
+        if kind == "acts" {
+            kinds.extend(acts::KINDS.iter().map(|kind| kind.to_string()));
+        } else if all_kinds().any(|known| known == kind) {
+            kinds.push(kind.to_string());
+        } else {
+            let known: Vec<&str> = all_kinds().collect();
+            return Err(format!("{kind} is none of {}, acts", known.join(", ")));
+        }
+    }
+    Ok(kinds)
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 use kit::faults::POINTS;
 use kit::{Dice, Way};
 
+use crate::acts::{self, Act};
 use crate::site::BACKENDS;
 
 /// Something that goes wrong. What lasts ends after its time, or when the next fault befalls the same part.
@@ -63,6 +64,9 @@ pub enum Fault {
     RetryDelay(u64),
     Disable(Duration),
     Pause(&'static str, Duration),
+
+    // --- what people do
+    Act(Act),
 }
 
 /// How a replica takes over.
@@ -76,7 +80,7 @@ pub struct Failover {
     pub zombie: Duration,
 }
 
-/// Kinds of faults, for the command line and for counting.
+/// Kinds of faults, for the command line and for counting, beside [`acts::KINDS`].
 pub const KINDS: &[&str] = &["postgres", "points", "redis", "losses", "network", "settings"];
 
 impl Fault {
@@ -100,12 +104,16 @@ impl Fault {
             Delay(..) | Cut(..) | CutAfter(..) | CutBehindExec(..) | LateBehindExec(..) | Late(..) | LateAll(..)
             | Refuse(..) => "network",
             BatchSize(..) | PollInterval(..) | RetryDelay(..) | Disable(..) | Pause(..) => "settings",
+            Act(act) => act.kind(),
         }
     }
 
     /// Its name without what was drawn for it.
     pub fn name(&self) -> String {
-        let text = format!("{self:?}");
+        let text = match self {
+            Fault::Act(act) => format!("{act:?}"),
+            _ => format!("{self:?}"),
+        };
         text.split('(').next().unwrap_or_default().to_string()
     }
 }
@@ -113,6 +121,11 @@ impl Fault {
 /// The faults of `time`, each with the pause before it.
 pub fn draw(seed: u64, time: Duration, kinds: &[String]) -> Vec<(Duration, Fault)> {
     let mut dice = Dice::new(seed);
+    let acts: Vec<&str> = kinds
+        .iter()
+        .map(String::as_str)
+        .filter(|kind| acts::KINDS.contains(kind))
+        .collect();
     let mut plan = Vec::new();
     let mut at = Duration::ZERO;
     loop {
@@ -126,10 +139,15 @@ pub fn draw(seed: u64, time: Duration, kinds: &[String]) -> Vec<(Duration, Fault
         if at > time {
             return plan;
         }
-        let fault = loop {
-            let fault = any(&mut dice);
-            if kinds.iter().any(|kind| kind == fault.kind()) {
-                break fault;
+        // As many acts as faults. Without acts a seed names what it always named.
+        let fault = if !acts.is_empty() && (acts.len() == kinds.len() || dice.one_in(2)) {
+            Fault::Act(acts::draw(&mut dice, &acts))
+        } else {
+            loop {
+                let fault = any(&mut dice);
+                if kinds.iter().any(|kind| kind == fault.kind()) {
+                    break fault;
+                }
             }
         };
         plan.push((pause, fault));

@@ -27,6 +27,21 @@ create table chaos.ledger (
     config    jsonb
 );
 
+-- Events that TRUNCATE took away, and whether a cursor had passed them.
+create table chaos.truncated (event_id uuid primary key, delivered boolean not null);
+
+-- A log of what is inserted into outbox.events, as tools that rewrite a table under load keep one; what stood there before; what it missed.
+create table chaos.event_log (event_id uuid not null, line text not null);
+create table chaos.before_log (event_id uuid not null, seq bigint not null);
+create table chaos.unlogged (event_id uuid not null, seq bigint not null, logged text);
+create function chaos.log_event() returns trigger
+    language plpgsql as $$
+begin
+    insert into chaos.event_log values (new.event_id, new::text);
+    return null;
+end
+$$;
+
 -- Publishes `count` events of one aggregate, whose row it locks first: so that its events are in the order of its versions.
 create function chaos.publish(
     session text, turn bigint, detached boolean, key text, count integer, backend text, stream text, how text,

@@ -41,6 +41,8 @@ pub struct Sin {
 pub struct Verdict {
     pub committed: usize,
     pub failed: usize,
+    /// Of which TRUNCATE took away the proof that they were sent.
+    pub truncated: usize,
     /// With at_least_once, where they are no sin.
     pub repeats: usize,
     pub sins: Vec<Sin>,
@@ -119,9 +121,23 @@ pub fn ledger(pg: &Postgres) -> HashMap<String, Line> {
     lines.map(|line| (line.id.clone(), line)).collect()
 }
 
-/// `ever`: every event_id that stood in a stream at any time. `once`: whether repeats are a sin.
-pub fn judge(site: &Site, ever: &HashSet<String>, once: bool) -> Verdict {
+/// Events that may be missing: TRUNCATE has taken them away before a cursor had passed them, or before Redis lost them.
+pub fn dispensable(pg: &Postgres, redis_loses: bool) -> HashSet<String> {
+    let mut client = pg.client_db(DB);
+    let rows = client
+        .query(
+            "select t.event_id::text from chaos.truncated t join chaos.ledger l using (event_id) \
+             where $1 or not t.delivered or l.stream = $2",
+            &[&redis_loses, &CURSED],
+        )
+        .unwrap_or_else(|error| panic!("cannot read what was truncated: {error:?}"));
+    rows.iter().map(|row| row.get(0)).collect()
+}
+
+/// `ever`: every event_id that stood in a stream at any time. `once`: whether repeats are a sin. `redis_loses`: whether it lost anything.
+pub fn judge(site: &Site, ever: &HashSet<String>, once: bool, redis_loses: bool) -> Verdict {
     let ledger = ledger(&site.pg);
+    let dispensable = dispensable(&site.pg, redis_loses);
     let mut findings = Findings::default();
     let mut arrived = HashSet::new();
     for (number, store) in site.stores.iter().enumerate() {
@@ -132,7 +148,8 @@ pub fn judge(site: &Site, ever: &HashSet<String>, once: bool) -> Verdict {
     }
     let failed = judge_failed(&mut site.pg.client_db(DB), &ledger, &mut findings);
     for line in ledger.values() {
-        if !arrived.contains(line.id.as_str()) && !failed.contains(&line.id) {
+        let arrived = arrived.contains(line.id.as_str()) || failed.contains(&line.id);
+        if !arrived && !dispensable.contains(&line.id) {
             findings.lost.push(format!("{line:?}"));
         }
     }
@@ -154,6 +171,7 @@ pub fn judge(site: &Site, ever: &HashSet<String>, once: bool) -> Verdict {
     let sin = |name, cases| Sin { name, cases };
     Verdict {
         committed: ledger.len(),
+        truncated: dispensable.len(),
         failed: failed.len(),
         repeats,
         sins: vec![
@@ -163,6 +181,7 @@ pub fn judge(site: &Site, ever: &HashSet<String>, once: bool) -> Verdict {
             sin("out of order", findings.disorder),
             sin("altered", findings.altered),
             sin("failed wrongly", findings.failed),
+            sin("unlogged", unlogged(&site.pg)),
             sin("panics", broken.map(str::to_string).collect()),
         ],
     }
@@ -267,6 +286,22 @@ fn difference(line: &Line, entry: &Entry, stream: &str, store: usize) -> Option<
         }
     }
     None
+}
+
+/// Rows of `outbox.events` that a trigger for each INSERT has not seen as they are.
+fn unlogged(pg: &Postgres) -> Vec<String> {
+    let rows = pg
+        .client_db(DB)
+        .query(
+            "select event_id::text, seq, logged from chaos.unlogged order by seq",
+            &[],
+        )
+        .unwrap_or_else(|error| panic!("cannot read what was not logged: {error:?}"));
+    let case = |row: &postgres::Row| {
+        let (id, seq, logged): (String, i64, Option<String>) = (row.get(0), row.get(1), row.get(2));
+        format!("{id} with seq {seq}, logged: {logged:?}")
+    };
+    rows.iter().map(case).collect()
 }
 
 /// Events for the key that is no stream must have failed, once each, and no others. Gives the ids of all that did as they should.

@@ -66,6 +66,13 @@ impl Postgres {
         });
     }
 
+    /// In a copied data directory: it forgets where the original's worker was to die or to wait.
+    pub fn forget_points(&self) {
+        for name in [CRASH_AT, HELD] {
+            let _ = std::fs::remove_file(self.data_dir().join(name));
+        }
+    }
+
     /// From its next start on the server breaks the promise of this name; an empty name ends that.
     #[track_caller]
     pub fn mutation(&self, name: &str) {

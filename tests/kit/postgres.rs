@@ -484,6 +484,11 @@ impl Postgres {
         &self.data
     }
 
+    /// The directory of its programs.
+    pub fn programs(&self) -> &Path {
+        &self.bin
+    }
+
     /// The directory of the socket: libpq's `host`.
     pub fn host(&self) -> &Path {
         self.dir.path()

@@ -1,0 +1,226 @@
+//! Acts that nothing else may meet: the server is stopped for a while, its database is copied, or a clone of it is started beside it.
+//! What is published in a copy stands in the copy's ledger alone, so the verdict calls it a phantom wherever it turns up.
+
+use std::time::{Duration, Instant};
+
+use kit::postgres::DB;
+use kit::{Mode, Postgres};
+use postgres::{Client, Error};
+
+use crate::acts::{CopyLife, Original, Return};
+use crate::dba::Dba;
+use crate::load::Gate;
+use crate::postgres_faults::{sql, with_client};
+use crate::site::{BACKENDS, Site};
+
+type Outcome = Result<(), String>;
+
+/// A database that no publisher is in.
+const ELSEWHERE: &str = "template1";
+const COPY: &str = "copy";
+
+/// The server is stopped, and comes back after so long.
+pub fn stop(site: &mut Site, gate: &Gate, mode: Mode, time: Duration) -> Outcome {
+    settle(site);
+    if mode == Mode::Smart {
+        // It waits until all clients have left.
+        gate.close();
+        empty(&Dba::of(&site.pg))?;
+    }
+    site.pg.stop(mode);
+    std::thread::sleep(time);
+    site.pg.start_again();
+    gate.open();
+    Ok(())
+}
+
+pub fn copy_database(site: &Site, gate: &Gate, life: CopyLife, time: Duration) -> Outcome {
+    settle(site);
+    let dba = Dba::of(&site.pg);
+    gate.close();
+    let copied = empty(&dba).and_then(|()| {
+        let create = format!("create database {COPY} template {DB}");
+        dba.until_done_in(ELSEWHERE, &create, |client| {
+            client.batch_execute(&format!("drop database if exists {COPY}"))?;
+            client.batch_execute(&create)
+        })
+    });
+    gate.open();
+    copied?;
+    let lived = live(site, &dba, life, time);
+    remove_copy(&dba)?;
+    lived
+}
+
+/// Also one that a run which was cut off has left.
+pub fn remove_copy(dba: &Dba) -> Outcome {
+    let drop = format!("drop database if exists {COPY}");
+    dba.until_done_in(ELSEWHERE, &drop, |client| client.batch_execute(&drop))
+}
+
+/// Waits until no session of a client is in the database, and no prepared transaction.
+fn empty(dba: &Dba) -> Outcome {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let row = dba.until_done_in(ELSEWHERE, "look for sessions", |client| {
+            client.query_one(
+                "select (select count(*) from pg_catalog.pg_stat_activity where datname = $1 and backend_type = 'client backend'), \
+                     (select count(*) from pg_catalog.pg_prepared_xacts)",
+                &[&DB],
+            )
+        })?;
+        let (sessions, prepared): (i64, i64) = (row.get(0), row.get(1));
+        if (sessions, prepared) == (0, 0) {
+            return Ok(());
+        }
+        if Instant::now() >= deadline {
+            return Err(format!("{sessions} sessions and {prepared} prepared transactions stay"));
+        }
+        if sessions == 0 {
+            dba.until_done("end prepared transactions", |client| end_prepared(client, "commit"))?;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn end_prepared(client: &mut Client, end: &str) -> Result<(), Error> {
+    let rows = client.query(
+        "select gid from pg_catalog.pg_prepared_xacts where database = pg_catalog.current_database()",
+        &[],
+    )?;
+    rows.iter()
+        .try_for_each(|row| client.batch_execute(&format!("{end} prepared '{}'", row.get::<_, &str>(0))))
+}
+
+/// Publishes in the copy, and sees that what should come of that does.
+fn live(site: &Site, dba: &Dba, life: CopyLife, time: Duration) -> Outcome {
+    dba.until_done_in(COPY, "publish in the copy", publish)?;
+    if matches!(life, CopyLife::Silent) {
+        std::thread::sleep(time);
+        return Ok(());
+    }
+    dba.until_done_in(COPY, "take over in the copy", |client| {
+        BACKENDS.iter().try_for_each(|backend| {
+            client.batch_execute(&format!(
+                "update outbox.backends set stream_name = '{0}' where name = '{1}'; select outbox.take_over('{1}')",
+                copied(backend.stream),
+                backend.name
+            ))
+        })
+    })?;
+    std::thread::sleep(time);
+    let arrived = BACKENDS
+        .iter()
+        .try_for_each(|backend| wait_sent(site, dba, backend.name, backend.store, &copied(backend.stream)));
+    for backend in BACKENDS {
+        site.stores[backend.store]
+            .primary()
+            .call(&["DEL", &copied(backend.stream)]);
+    }
+    arrived
+}
+
+fn copied(stream: &str) -> String {
+    format!("{stream}-of-the-copy")
+}
+
+/// What was published in the copy stands there, and nothing that waited when it was made.
+fn wait_sent(site: &Site, dba: &Dba, backend: &str, store: usize, stream: &str) -> Outcome {
+    let rows = dba.until_done_in(COPY, "read the copy's ledger", |client| {
+        client.query(
+            "select event_id::text from chaos.ledger where session = $1 and backend = $2 order by seq",
+            &[&PUBLISHER, &backend],
+        )
+    })?;
+    let expected: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        let entries = site.stores[store].primary().entries(stream);
+        let found: Vec<&str> = entries.iter().filter_map(|entry| entry.get("event_id")).collect();
+        if found == expected {
+            return Ok(());
+        }
+        if Instant::now() >= deadline || found.len() > expected.len() {
+            return Err(format!(
+                "{stream} should have {expected:?} after the take-over in the copy; it has {found:?}"
+            ));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+const PUBLISHER: &str = "copy";
+
+/// A few events for each backend, to its own stream. (In the copy of a database, or of a server, that nobody else is in.)
+fn publish(client: &mut Client) -> Result<(), Error> {
+    client.batch_execute("begin")?;
+    for backend in BACKENDS {
+        client.execute(
+            "select chaos.publish($1, 1, false, 'k0', 3, $2, null, 'call', 0, null)",
+            &[&PUBLISHER, &backend.name],
+        )?;
+    }
+    client.batch_execute("commit")
+}
+
+/// Nothing of the relay's is held or about to die, so that what follows finds a server that answers.
+fn settle(site: &Site) {
+    if site.faults {
+        site.pg.release();
+    }
+    std::thread::sleep(Duration::from_millis(200));
+    with_client(site, "settle", |client| client.batch_execute("select"));
+}
+
+/// A server with the same history and the same settings, beside this one.
+pub fn clone_server(site: &mut Site, original: Original, time: Duration) -> Outcome {
+    settle(site);
+    let clone = match original {
+        Original::StoppedBefore(_) => {
+            site.pg.stop(Mode::Fast);
+            let clone = Postgres::copy_of(site.pg.data_dir());
+            if site.faults { clone.faults() } else { clone }
+        }
+        _ => site.pg.base_backup(),
+    };
+    let mut clone = clone.stopped();
+    clone.forget_points();
+    match original {
+        Original::Runs | Original::StoppedBefore(_) => {}
+        Original::Paused => enable_all(site, false),
+        Original::Stopped(mode, _) => drop(site.pg.stop(mode)),
+    }
+    clone.start_again();
+    let published = publish_in_clone(&clone);
+    std::thread::sleep(time);
+    match original {
+        Original::Runs => {}
+        Original::Paused => enable_all(site, true),
+        Original::Stopped(_, back) | Original::StoppedBefore(back) => {
+            if back == Return::BesideTheClone {
+                site.pg.start_again();
+                std::thread::sleep(time / 2);
+                drop(clone);
+            } else {
+                drop(clone);
+                site.pg.start_again();
+            }
+        }
+    }
+    published
+}
+
+fn publish_in_clone(clone: &Postgres) -> Outcome {
+    let dba = Dba::of(clone);
+    dba.until_done("end the prepared transactions of the clone", |client| {
+        end_prepared(client, "rollback")
+    })?;
+    dba.until_done("publish in the clone", publish)
+}
+
+pub fn enable_all(site: &Site, enabled: bool) {
+    sql(
+        site,
+        &format!("update outbox.backends set enabled = {enabled} where enabled <> {enabled}"),
+    );
+}

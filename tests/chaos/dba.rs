@@ -1,0 +1,85 @@
+//! Somebody who works at the server while everything else goes on: in sessions of his own, which are thrown out like all others, and then does it again.
+
+use std::path::PathBuf;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use kit::Postgres;
+use kit::postgres::{DB, USER};
+use postgres::{Client, Config, Error, NoTls};
+
+use crate::acts::Act;
+use crate::dba_acts;
+
+/// So long an act is tried again. Nothing that befalls the site lasts as long.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How a session of an act starts: publishers must not stand behind it for long while it waits itself.
+const SETUP: &str = "set lock_timeout = '3s'; set statement_timeout = '30s'; set application_name = 'dba'";
+
+#[derive(Clone)]
+pub struct Dba {
+    config: Config,
+    /// Client programs of the installation.
+    pub programs: PathBuf,
+    /// The directory of the socket.
+    pub host: PathBuf,
+}
+
+impl Dba {
+    pub fn of(pg: &Postgres) -> Self {
+        Dba {
+            config: pg.config(USER, DB),
+            programs: pg.programs().to_path_buf(),
+            host: pg.host().to_path_buf(),
+        }
+    }
+
+    /// Something that can be done twice, until it has succeeded. `Err`: what was in the way all along.
+    pub fn until_done<T>(&self, what: &str, deed: impl FnMut(&mut Client) -> Result<T, Error>) -> Result<T, String> {
+        self.until_done_in(DB, what, deed)
+    }
+
+    pub fn until_done_in<T>(
+        &self,
+        database: &str,
+        what: &str,
+        mut deed: impl FnMut(&mut Client) -> Result<T, Error>,
+    ) -> Result<T, String> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let error = match self.connect(database).and_then(|mut client| deed(&mut client)) {
+                Ok(value) => return Ok(value),
+                Err(error) => error,
+            };
+            if Instant::now() >= deadline {
+                return Err(format!("cannot {what}: {error:?}"));
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Statements one by one, each of them until it has succeeded.
+    pub fn run(&self, statements: &[&str]) -> Result<(), String> {
+        statements
+            .iter()
+            .try_for_each(|sql| self.until_done(sql, |client| client.batch_execute(sql)))
+    }
+
+    /// Statements that may be refused.
+    pub fn try_once(&self, sql: &str) -> Result<(), Error> {
+        self.connect(DB)?.batch_execute(sql)
+    }
+
+    pub fn connect(&self, database: &str) -> Result<Client, Error> {
+        let mut client = self.config.clone().dbname(database).connect(NoTls)?;
+        client.batch_execute(SETUP)?;
+        Ok(client)
+    }
+
+    /// Does it in a thread of its own.
+    pub fn start(&self, act: Act) -> JoinHandle<Result<(), String>> {
+        let dba = self.clone();
+        std::thread::spawn(move || dba_acts::perform(&dba, act))
+    }
+}
