@@ -160,13 +160,47 @@ impl Link {
 
     /// Whether the other side has closed, or is known to be gone; for when no reply is awaited. Does not wait.
     pub fn look(&mut self) -> Result<(), Failure> {
+        self.receive_at_once()?;
+        match self.inbox().is_empty() {
+            true => Ok(()),
+            false => Err(Failure::backend("a reply that nobody asked for")),
+        }
+    }
+
+    /// Receives what is there, without waiting.
+    pub(crate) fn receive_at_once(&mut self) -> Result<(), Failure> {
         self.stream.set_nonblocking(true).map_err(broken)?;
         let read = self.stream.read(self.inbox.room()?);
         self.stream.set_nonblocking(false).map_err(broken)?;
         match read {
             Ok(0) => Err(broken(io::ErrorKind::UnexpectedEof.into())),
-            Ok(_) => Err(Failure::backend("a reply that nobody asked for")),
+            Ok(bytes) => {
+                self.inbox.received(bytes);
+                Ok(())
+            }
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => Ok(()),
+            Err(error) => Err(broken(error)),
+        }
+    }
+
+    /// The next reply, if it was received as a whole.
+    pub(crate) fn received(&mut self) -> Result<Option<Reply<'_>>, Failure> {
+        Ok(self.inbox.take()?.map(|taken| self.inbox.reply(taken)))
+    }
+
+    /// What was received, and not taken as a reply.
+    pub(crate) fn inbox(&self) -> &[u8] {
+        self.inbox.rest()
+    }
+
+    /// Writes a few bytes without waiting. False: not all of them could be written.
+    pub(crate) fn send_at_once(&mut self, bytes: &[u8]) -> Result<bool, Failure> {
+        self.stream.set_nonblocking(true).map_err(broken)?;
+        let written = self.stream.write_all(bytes, self.timeout);
+        self.stream.set_nonblocking(false).map_err(broken)?;
+        match written {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
             Err(error) => Err(broken(error)),
         }
     }

@@ -246,6 +246,18 @@ impl Conversation {
         self.phase = Phase::Claimed;
     }
 
+    /// The replies to a refresh if all is as usual; `None`: none may be written now, or not at one go.
+    pub fn usual_answer_to_beat(&self) -> Option<Vec<u8>> {
+        let may = matches!(self.phase, Phase::Claimed) && self.armed && !self.is_busy() && !self.awaits_reply();
+        let token = self.token.as_ref().filter(|_| may && self.replicas.is_none())?;
+        // MULTI, HSET of fields that are there, EXEC; WATCH, HMGET.
+        let answer = format!(
+            "+OK\r\n+QUEUED\r\n*1\r\n:0\r\n+OK\r\n*1\r\n${}\r\n{token}\r\n",
+            token.len()
+        );
+        Some(answer.into_bytes())
+    }
+
     /// Whether the guard's release was ordered and is not confirmed.
     pub fn is_releasing(&self) -> bool {
         let executing = self.executing.iter().chain(&self.queued);

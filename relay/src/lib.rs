@@ -25,6 +25,7 @@ pub mod event;
 pub mod fault;
 pub mod guard;
 pub mod numbers;
+mod idle;
 pub mod pace;
 pub mod reader;
 pub mod refusal;

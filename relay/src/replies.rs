@@ -101,6 +101,11 @@ impl Inbox {
         Reply(&self.buffer[taken])
     }
 
+    /// What was received and not taken.
+    pub fn rest(&self) -> &[u8] {
+        &self.buffer[self.start..self.end]
+    }
+
     /// Where to receive more; [`Self::received`] is to be told how much it was.
     pub fn room(&mut self) -> Result<&mut [u8], Failure> {
         if self.start == self.end {

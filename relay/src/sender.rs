@@ -11,6 +11,7 @@ use crate::conversation::{Claim, Conversation, Replicas};
 use crate::destination::{Address, Delivery, Destination};
 use crate::fault;
 use crate::guard::Guard;
+use crate::idle::{Idle, Line};
 use crate::route;
 use crate::tails::Wanted;
 use crossbeam_channel::{Receiver, Sender, TryRecvError, TrySendError, bounded};
@@ -99,6 +100,7 @@ pub enum Report {
 pub struct Handle {
     orders: Sender<Order>,
     reports: Receiver<Report>,
+    idle: Idle,
 }
 
 impl Handle {
@@ -112,6 +114,8 @@ impl Handle {
         // were found in vain come before any of these. (A worker that stood still while replicas came and went many times finds the
         // channel closed, and begins anew.)
         let (to_report, reports) = bounded(2 * WINDOW_BATCHES + SPARE_ORDERS);
+        let idle = Idle::default();
+        let to_idle = idle.clone();
         thread::Builder::new()
             .name(format!("sender {}", destination.client_name).chars().take(15).collect())
             .stack_size(512 * 1024)
@@ -120,9 +124,18 @@ impl Handle {
                     reports: to_report,
                     waker,
                 };
-                run(&destination, &to_obey, &reporter);
+                run(&destination, &to_obey, &reporter, &to_idle);
             })?;
-        Ok(Self { orders, reports })
+        Ok(Self { orders, reports, idle })
+    }
+
+    /// Refreshes the guard over a connection that is idle, or looks whether the connection is there (at_least_once). Without waking the
+    /// sender, as long as the one before was answered as usual.
+    pub fn beat(&self, beat: u64) {
+        // While Redis doesn't answer, orders must not pile up and take the room of batches.
+        if !self.idle.beat(beat) && self.has_begun_all() {
+            let _ = self.order(Order::Beat { beat, released: false });
+        }
     }
 
     /// Gives an order; gives it back when the channel is full or the thread has ended (its report says why).
@@ -196,7 +209,7 @@ impl Drop for Reporter {
     }
 }
 
-fn run(destination: &Destination, orders: &Receiver<Order>, reporter: &Reporter) {
+fn run(destination: &Destination, orders: &Receiver<Order>, reporter: &Reporter, idle: &Idle) {
     let mut found = |address: &Address| {
         reporter.report(Report::Found(address.clone()));
     };
@@ -205,14 +218,15 @@ fn run(destination: &Destination, orders: &Receiver<Order>, reporter: &Reporter)
         Err(failure) => return reporter.lost(failure),
     };
     match &destination.delivery {
-        Delivery::AtLeastOnce { replicas } => pipeline(link, destination, *replicas, orders, reporter),
+        Delivery::AtLeastOnce { replicas } => pipeline(link, destination, *replicas, orders, reporter, idle),
         Delivery::ExactlyOnce {
             guard,
             replicas,
             ousting,
         } => {
             let conversation = Conversation::new(guard, *replicas, ousting.as_deref());
-            if let Err(failure) = converse(link, conversation, orders, reporter) {
+            let line = Line::of(link, Some(conversation));
+            if let Err(failure) = converse(line, orders, reporter, idle) {
                 reporter.lost(route::heard(destination, failure));
             }
         }
@@ -238,18 +252,20 @@ fn next_order(orders: &Receiver<Order>) -> Result<Order, TryRecvError> {
 }
 
 /// Speaks for a conversation until the connection ends, or nobody listens any more.
-fn converse(
-    mut link: Link,
-    mut conversation: Conversation,
-    orders: &Receiver<Order>,
-    reporter: &Reporter,
-) -> Result<(), Failure> {
+fn converse(mut line: Box<Line>, orders: &Receiver<Order>, reporter: &Reporter, idle: &Idle) -> Result<(), Failure> {
     let mut reports = Vec::new();
     loop {
-        while conversation.wants_order() {
-            let idles = !conversation.awaits_reply() && conversation.output().is_empty();
-            let order = if idles { next_order(orders) } else { orders.try_recv() };
-            match order {
+        let mut next = None;
+        if line.is_idle() {
+            let (back, order) = idle.keep(line, || next_order(orders))?;
+            (line, next) = (back, Some(order));
+            line.take_in_answers()?;
+        }
+        let Some((link, conversation)) = line.conversation() else {
+            return Ok(());
+        };
+        while next.is_some() || conversation.wants_order() {
+            match next.take().unwrap_or_else(|| orders.try_recv()) {
                 Ok(order) => conversation.order(order),
                 Err(TryRecvError::Empty) => break,
                 // It was let go, but is to say so to those who watch the guard.
@@ -260,7 +276,7 @@ fn converse(
         }
         if !conversation.output().is_empty() {
             if let Err(failure) = link.send(conversation.output()) {
-                return Err(last_words(&mut link, &mut conversation, reporter, failure));
+                return Err(last_words(link, conversation, reporter, failure));
             }
             conversation.output().clear();
             if conversation.is_busy() {
@@ -295,15 +311,17 @@ fn last_words(link: &mut Link, conversation: &mut Conversation, reporter: &Repor
 
 /// Sends batches as they come, some ahead of their replies (at_least_once).
 fn pipeline(
-    mut link: Link,
+    link: Link,
     destination: &Destination,
     replicas: Option<Replicas>,
     orders: &Receiver<Order>,
     reporter: &Reporter,
+    idle: &Idle,
 ) {
     if !reporter.report(Report::Connected) {
         return;
     }
+    let mut line = Line::of(link, None);
     // A WAIT that has to be repeated would come behind later batches.
     let ahead = if replicas.is_some() { 1 } else { PIPELINED_BATCHES };
     let mut unanswered: VecDeque<Batch> = VecDeque::new();
@@ -311,14 +329,19 @@ fn pipeline(
     let mut closed: Option<Failure> = None;
     loop {
         while closed.is_none() && unanswered.len() < ahead {
-            let next = if unanswered.is_empty() {
-                next_order(orders).ok()
-            } else {
-                orders.try_recv().ok()
+            let next = match unanswered.is_empty() {
+                true => match idle.keep(line, || next_order(orders)) {
+                    Ok((back, order)) => {
+                        line = back;
+                        order.ok()
+                    }
+                    Err(failure) => return reporter.lost(failure),
+                },
+                false => orders.try_recv().ok(),
             };
             match next {
                 Some(Order::Batch(batch)) => {
-                    match link.send(&batch.bytes) {
+                    match line.link().send(&batch.bytes) {
                         Err(failure) if failure.trouble != Trouble::Closed => return reporter.lost(failure),
                         sent => closed = sent.err(),
                     }
@@ -326,7 +349,7 @@ fn pipeline(
                 }
                 // Nothing is asked of Redis: only whether the connection is still there.
                 Some(Order::Beat { .. }) if unanswered.is_empty() => {
-                    if let Err(failure) = link.look() {
+                    if let Err(failure) = line.link().look() {
                         return reporter.lost(failure);
                     }
                 }
@@ -339,7 +362,7 @@ fn pipeline(
         let Some(batch) = unanswered.pop_front() else {
             return closed.into_iter().for_each(|failure| reporter.lost(failure));
         };
-        let report = match answers(&mut link, batch.commands) {
+        let report = match answers(line.link(), batch.commands) {
             Ok(refused) => Report::Done {
                 refused: refused
                     .into_iter()
@@ -357,7 +380,7 @@ fn pipeline(
             }
         };
         if let Some(replicas) = replicas
-            && let Err(failure) = replicate(&mut link, replicas, reporter)
+            && let Err(failure) = replicate(line.link(), replicas, reporter)
         {
             return reporter.lost(failure);
         }

@@ -8,7 +8,7 @@ use relay::claim::Start;
 use relay::classify::Failure;
 use relay::delivery::{Cursor, Entry, Mode, Now};
 use relay::guard::{self, Guard, Progress};
-use relay::sender::{Handle, Order};
+use relay::sender::Order;
 use std::time::Duration;
 
 /// How far a connection has come on its way to being the owner's (exactly_once); see the module `recovery`.
@@ -142,12 +142,10 @@ impl Backend {
 
     /// Has the connection looked at. With exactly_once that tells those who may watch the guard that its owner lives; a batch says as much.
     pub fn refresh(&mut self) {
-        // While Redis doesn't answer, they must not pile up and take the room of batches.
-        let has_begun_all = self.sender.as_ref().is_some_and(Handle::has_begun_all);
-        if self.reads_for_redis() && self.delivery.has_room() && self.delivery.is_idle() && has_begun_all {
+        let is_idle = self.reads_for_redis() && self.delivery.has_room() && self.delivery.is_idle();
+        if let Some(sender) = self.sender.as_ref().filter(|_| is_idle) {
             self.beat += 1;
-            let beat = self.beat;
-            self.order(Order::Beat { beat, released: false });
+            sender.beat(self.beat);
         }
     }
 
