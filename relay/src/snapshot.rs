@@ -174,11 +174,12 @@ impl Tick {
         }
     }
 
-    /// Whether there can be such a tick. Of the 64 bits of an id, the lower half is never zero.
+    /// Whether there can be such a tick. Of the 64 bits of an id, the lower half is never zero. (The snapshot may be ahead of `next_xid`, which
+    /// is read before it.)
     pub fn is_possible(&self) -> bool {
         let is_id = |xid: u64| xid as u32 != 0 && xid <= i64::MAX as u64;
         let Snapshot { xmin, xmax, .. } = self.snapshot;
-        is_id(xmin) && is_id(xmax) && is_id(self.next_xid) && xmax <= self.next_xid
+        is_id(xmin) && is_id(xmax) && is_id(self.next_xid)
     }
 
     /// Where it is not certain that later transactions have only numbers above `low_seq`, but above `seq` they are.
