@@ -776,3 +776,11 @@ revoke all on all procedures in schema outbox from public;
 grant usage on schema outbox to pg_monitor;
 grant select on outbox.status, outbox.backend_status, outbox.event_status to pg_monitor;
 grant execute on function outbox.worker_status(), outbox.backlog(integer), outbox.is_delivered(outbox.cursors, xid8, bigint), outbox.hash_slot(text) to pg_monitor;
+
+----------------------------------------------------------------------------------------------------------------------
+-- A worker is to come once this is committed, by whatever statement the extension was created
+----------------------------------------------------------------------------------------------------------------------
+
+create function outbox.announce_extension() returns void language c as 'MODULE_PATHNAME', 'announce_extension_wrapper';
+select outbox.announce_extension();
+drop function outbox.announce_extension();

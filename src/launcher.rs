@@ -1,23 +1,49 @@
 //! The launcher: one process for the whole server, which starts a worker for each database that has the extension.
 //!
-//! It is connected to no database, so it cannot see where the extension is: it starts a worker in every database that is served, and
-//! those that find nothing say so and end. After that it sleeps until somebody creates the extension or a database,
-//! a worker ends, or the settings change.
+//! It is connected to no database, so it cannot see where the extension is: it starts a worker in every database that is served, once,
+//! and those that find nothing say so and end. Who creates the extension announces it (`shmem::announce`). After that it sleeps until
+//! somebody does, or the list of databases or the settings change, or a worker ends.
+
+mod databases;
 
 use crate::guc::{self, LogLevel};
 use crate::ownership;
 use crate::process::{self, log};
 use crate::shmem::{self, Slot, SlotState};
+use databases::Found;
 use pgrx::{pg_guard, pg_sys};
-use std::collections::HashMap;
+use relay::backoff::Backoff;
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-/// Between two starts of the same worker, so that one that fails does not spin.
-const RESTART_WAIT: Duration = Duration::from_secs(1);
-/// While no process can be had, or a database is held.
+/// After a worker that has ended before it was at work, or soon after: so that one that fails does not spin.
+const RESTARTS: Backoff = Backoff {
+    exponential: true,
+    delay: Duration::from_millis(200),
+    max_delay: Duration::from_secs(60),
+};
+/// A worker that ends sooner than that, without having been told to, has failed.
+const STEADY_AFTER: Duration = Duration::from_secs(10);
+/// So many failures in a row are worth a word.
+const WORTH_A_WORD: u32 = 4;
+/// While no process can be had.
 const RETRY_WAIT: Duration = Duration::from_secs(1);
-/// How many workers may be looking for the extension at once: with many databases, processes are scarce.
-const STARTING_AT_ONCE: usize = 2;
+/// While a statement has the database to itself. Then the worker waits for its lock, as any session does: whoever takes the lock for
+/// moments again and again does not keep it away.
+const LOCKED_WAIT: Duration = Duration::from_millis(25);
+const LONGEST_LOCKED_WAIT: Duration = Duration::from_secs(3);
+/// One that is still not at work then waits for something: others need not wait for it.
+const LONGEST_START: Duration = Duration::from_secs(5);
+/// A reason for an absence is logged again after this long.
+const REPEAT_LOG_AFTER: Duration = Duration::from_secs(60);
+/// Databases that a log line names.
+const NAMED: usize = 10;
+
+/// How many workers may be looking for the extension at once: processes are scarce, and others want some, too.
+fn starting_at_once() -> usize {
+    // SAFETY: a plain read of a setting.
+    (unsafe { pg_sys::max_worker_processes } as usize / 4).clamp(2, 16)
+}
 
 /// Registers the launcher; called once, by the postmaster.
 pub fn register() {
@@ -65,16 +91,8 @@ pub extern "C-unwind" fn outbox_relay_launcher(_argument: pg_sys::Datum) {
         shmem::set_launcher_latch(pg_sys::MyLatch);
     }
     ownership::begin_incarnation();
-    // Workers of a launcher before this one are not ours to watch: look again at those without a process.
-    for slot in shmem::slots().filter(|s| s.pid() == 0) {
-        slot.set_state(SlotState::Wanted);
-    }
     shmem::request_rescan();
-    let mut launcher = Launcher {
-        workers: HashMap::new(),
-        short_since: None,
-        warned: Vec::new(),
-    };
+    let mut launcher = Launcher::default();
     let mut timeout = Some(Duration::ZERO);
     loop {
         process::wait(None, timeout);
@@ -95,189 +113,333 @@ struct Started {
     at: Instant,
 }
 
+/// What is known of a database.
+struct Database {
+    name: String,
+    is_template: bool,
+    is_open: bool,
+    /// Whether the extension is to be looked for: nobody has, or it was announced since.
+    look: bool,
+    /// Whether the extension was there once: what waits is worth a word.
+    has_extension: bool,
+    worker: Option<Started>,
+    /// In a row.
+    failures: u32,
+    not_before: Option<Instant>,
+    locked_since: Option<Instant>,
+}
+
+impl Database {
+    fn of(found: Found) -> Self {
+        Self {
+            name: found.name,
+            is_template: found.is_template,
+            is_open: found.is_open,
+            look: true,
+            has_extension: false,
+            worker: None,
+            failures: 0,
+            not_before: None,
+            locked_since: None,
+        }
+    }
+
+    /// What the catalog says now.
+    fn learn(&mut self, found: Found) {
+        (self.name, self.is_template, self.is_open) = (found.name, found.is_template, found.is_open);
+    }
+}
+
+#[derive(Default)]
 struct Launcher {
-    /// By database.
-    workers: HashMap<u32, Started>,
-    /// Since when there have been too few processes.
-    short_since: Option<Instant>,
-    /// Databases that the log has named since then.
-    warned: Vec<String>,
+    /// By OID. One that has gone stays until its worker has.
+    databases: BTreeMap<u32, Database>,
+    /// Since when there have been too few processes, and when the log said so.
+    short: Option<(Instant, Option<Instant>)>,
+    /// When the log said of databases that their workers fail.
+    failing_said: Option<Instant>,
 }
 
 impl Launcher {
     /// One round; returns when to come back without being woken.
     fn step(&mut self) -> Option<Duration> {
-        let mut databases = None;
-        if shmem::take_rescan() {
-            let found = self.databases();
-            for (oid, name) in &found {
-                if guc::serves(name)
-                    && let Some(slot) = shmem::claim_slot(*oid)
-                    && slot.state() == SlotState::Absent
-                {
-                    slot.set_state(SlotState::Wanted);
-                }
+        let (announced, everywhere) = shmem::take_announced();
+        let is_new = |oid: &pg_sys::Oid| !self.databases.contains_key(&oid.to_u32());
+        if shmem::take_rescan() || everywhere || announced.iter().any(is_new) {
+            self.list_again();
+        }
+        for (oid, database) in &mut self.databases {
+            let is_announced = announced.iter().any(|a| a.to_u32() == *oid);
+            if is_announced {
+                (database.has_extension, database.failures, database.not_before) = (true, 0, None);
             }
-            databases = Some(found);
+            database.look |= is_announced || everywhere;
         }
         self.bury();
-        let mut again = None;
-        let mut waiting = Vec::new();
-        for slot in shmem::slots() {
-            if slot.state() != SlotState::Wanted
-                || self.workers.contains_key(&slot.database().to_u32())
-                || slot.pid() != 0
-            {
-                continue;
+        self.start_wanted()
+    }
+
+    /// Takes in which databases have come, gone, or have another name.
+    fn list_again(&mut self) {
+        let Some(found) = databases::list() else {
+            // Looked at again a moment later.
+            shmem::request_rescan();
+            return;
+        };
+        let has_gone = |oid: u32| found.iter().all(|f| f.oid.to_u32() != oid);
+        self.databases
+            .retain(|oid, database| database.worker.is_some() || !has_gone(*oid));
+        for slot in shmem::slots().filter(|slot| slot.pid() == 0) {
+            let oid = slot.database().to_u32();
+            if has_gone(oid) && !self.databases.contains_key(&oid) {
+                shmem::take_back(slot);
             }
-            if slot.is_held() {
-                again = Some(RETRY_WAIT);
-                continue;
-            }
-            let known = databases.get_or_insert_with(|| self.databases());
-            match known.iter().find(|(oid, _)| *oid == slot.database()) {
-                None => slot.free(),
-                Some((_, name)) if !guc::serves(name) => slot.set_state(SlotState::Absent),
-                Some((_, name)) => {
-                    if self.starting() >= STARTING_AT_ONCE {
-                        // Woken when one of them has found out.
-                        again = Some(RETRY_WAIT);
-                    } else if !self.start(slot, name) {
-                        again = Some(RETRY_WAIT);
-                        waiting.push(name.clone());
-                    }
+        }
+        for found in found {
+            match self.databases.get_mut(&found.oid.to_u32()) {
+                Some(known) => known.learn(found),
+                None => {
+                    self.databases.insert(found.oid.to_u32(), Database::of(found));
                 }
             }
         }
-        self.tell_of_shortage(waiting);
-        again
     }
 
-    /// Warns, once for each database that has to wait; not of the moments in which others look for the extension.
-    fn tell_of_shortage(&mut self, waiting: Vec<String>) {
-        if waiting.is_empty() {
-            (self.short_since, self.warned) = (None, Vec::new());
-            return;
-        }
-        let since = *self.short_since.get_or_insert_with(Instant::now);
-        if since.elapsed() < RETRY_WAIT || waiting.iter().all(|name| self.warned.contains(name)) {
-            return;
-        }
-        let names: Vec<String> = waiting.iter().map(|name| format!("\"{name}\"")).collect();
-        log(
-            LogLevel::Warning,
-            "too few background worker processes for outbox_relay",
-            Some(&format!(
-                "No worker could be started for {}; it is tried again each second.",
-                names.join(", ")
-            )),
-            Some("Raise max_worker_processes: each database with the extension needs one, and the launcher one more."),
-        );
-        self.warned = waiting;
-    }
-
-    fn starting(&self) -> usize {
-        shmem::slots().filter(|s| s.state() == SlotState::Starting).count()
-    }
-
-    /// Forgets workers that have ended; those that are still wanted are started again, after a while.
+    /// Forgets workers that have ended.
     fn bury(&mut self) {
-        self.workers.retain(|database, started| {
+        let mut failed = false;
+        for (oid, database) in &mut self.databases {
+            let Some(started) = &database.worker else {
+                continue;
+            };
             let mut pid = 0;
             // SAFETY: a handle of this process, freed once it is done with.
             let status = unsafe { pg_sys::GetBackgroundWorkerPid(started.handle, &mut pid) };
             if status != pg_sys::BgwHandleStatus::BGWH_STOPPED {
-                return true;
-            }
-            let slot = shmem::slot_of(pg_sys::Oid::from(*database));
-            // Died without a word: not for want of the extension.
-            if let Some(slot) = slot.filter(|s| s.state() != SlotState::Absent) {
-                slot.detach();
-                slot.set_state(SlotState::Wanted);
-            }
-            let wanted = slot.is_some_and(|s| s.state() == SlotState::Wanted && !s.is_held());
-            if wanted && started.at.elapsed() < RESTART_WAIT {
-                std::thread::sleep(Duration::from_millis(100));
+                continue;
             }
             // SAFETY: allocated by RegisterDynamicBackgroundWorker for this process.
             unsafe { pg_sys::pfree(started.handle.cast()) };
-            false
-        });
-    }
-
-    fn start(&mut self, slot: &'static Slot, database: &str) -> bool {
-        let name = std::ffi::CString::new(format!("outbox_relay worker {database}")).unwrap_or_default();
-        let mut worker = description(&name, c"outbox_relay worker", c"outbox_relay_worker");
-        worker.bgw_main_arg = pg_sys::Datum::from(shmem::index_of(slot));
-        let mut handle = std::ptr::null_mut();
-        // SAFETY: a complete description; the handle is kept in the process's own memory.
-        let registered = unsafe {
-            worker.bgw_notify_pid = pg_sys::MyProcPid;
-            let before = pg_sys::CurrentMemoryContext;
-            pg_sys::CurrentMemoryContext = pg_sys::TopMemoryContext;
-            let registered = pg_sys::RegisterDynamicBackgroundWorker(&mut worker, &mut handle);
-            pg_sys::CurrentMemoryContext = before;
-            registered
-        };
-        if registered {
-            slot.set_state(SlotState::Starting);
-            self.workers.insert(
-                slot.database().to_u32(),
-                Started {
-                    handle,
-                    at: Instant::now(),
-                },
-            );
+            let lived = started.at.elapsed();
+            database.worker = None;
+            let Some(slot) = shmem::slot_of(pg_sys::Oid::from(*oid)) else {
+                continue;
+            };
+            let state = slot.state();
+            database.has_extension |= state == SlotState::Running || state == SlotState::Mismatched;
+            match state {
+                // It was told to leave, and comes back.
+                SlotState::Wanted => (database.look, database.failures) = (true, 0),
+                SlotState::Absent => (database.has_extension, database.failures) = (database.look, 0),
+                // Nobody knows what happens there until it is served again.
+                SlotState::Unserved => {
+                    (database.look, database.failures) = (true, 0);
+                    continue;
+                }
+                // Died without a word: not for want of the extension.
+                _ => {
+                    failed = true;
+                    database.look = true;
+                    let was_steady = state == SlotState::Running && lived >= STEADY_AFTER;
+                    database.failures = if was_steady { 0 } else { database.failures + 1 };
+                    let wait = RESTARTS.wait(database.failures.max(1), fastrand::f64());
+                    database.not_before = Some(Instant::now() + wait);
+                }
+            }
+            match database.look {
+                true if database.failures >= WORTH_A_WORD => slot.set_state(SlotState::Failing),
+                true => slot.set_state(SlotState::Wanted),
+                // Somebody may be publishing, if anybody ever has: the numbers of events are kept there.
+                false if slot.numbers.get().is_none() => shmem::take_back(slot),
+                false => {}
+            }
         }
-        registered
+        if failed {
+            // Perhaps the database has gone, or has another name.
+            self.list_again();
+        }
     }
 
-    /// All databases that take connections.
-    fn databases(&self) -> Vec<(pg_sys::Oid, String)> {
-        process::transaction(|| {
-            let mut found = Vec::new();
-            // SAFETY: a scan of a shared catalog; the tuple's fixed columns are never null.
-            unsafe {
-                let rel = pg_sys::table_open(pg_sys::DatabaseRelationId, pg_sys::AccessShareLock as _);
-                let columns = crate::rows::Columns::at(
-                    rel,
-                    vec![
-                        pg_sys::Anum_pg_database_oid as usize,
-                        pg_sys::Anum_pg_database_datname as usize,
-                        pg_sys::Anum_pg_database_datallowconn as usize,
-                    ],
-                );
-                let scan = pg_sys::table_beginscan_catalog(rel, 0, std::ptr::null_mut());
-                loop {
-                    let tuple = pg_sys::heap_getnext(scan, pg_sys::ScanDirection::ForwardScanDirection);
-                    if tuple.is_null() {
-                        break;
-                    }
-                    let row = columns.take_apart(tuple);
-                    let (Some(oid), Some(name), Some(allows)) = (row.datum(0), row.datum(1), row.datum(2)) else {
+    /// Starts what is to be started, as far as there are processes.
+    fn start_wanted(&mut self) -> Option<Duration> {
+        let mut again: Option<Duration> = None;
+        let mut sooner = |wait: Duration| again = Some(again.map_or(wait, |a| a.min(wait)));
+        let mut waiting = Vec::new();
+        let mut starting = self.starting();
+        // Those that are known to have the extension first, templates last.
+        let mut order: Vec<u32> = self.databases.keys().copied().collect();
+        order.sort_by_key(|oid| {
+            let database = &self.databases[oid];
+            (!database.has_extension, database.is_template)
+        });
+        for oid in order {
+            let Some(database) = self.databases.get_mut(&oid) else {
+                continue;
+            };
+            let id = pg_sys::Oid::from(oid);
+            // A worker of a launcher before this one is looked after by its slot alone.
+            let stranger = shmem::slot_of(id).is_some_and(|slot| slot.pid() != 0);
+            if !database.look || database.worker.is_some() || stranger {
+                continue;
+            }
+            if !database.is_open || !guc::serves(&database.name) {
+                continue;
+            }
+            if let Some(wait) = database
+                .not_before
+                .map(|at| at.saturating_duration_since(Instant::now()))
+                && !wait.is_zero()
+            {
+                sooner(wait);
+                continue;
+            }
+            if database.has_extension {
+                match shmem::claim_slot(id) {
+                    Some(slot) if slot.state() == SlotState::Absent => slot.set_state(SlotState::Wanted),
+                    Some(_) => {}
+                    None => {
+                        waiting.push(oid);
                         continue;
-                    };
-                    if allows.value() as u8 != 0 {
-                        let name = std::ffi::CStr::from_ptr((*name.cast_mut_ptr::<pg_sys::NameData>()).data.as_ptr());
-                        found.push((
-                            pg_sys::Oid::from(oid.value() as u32),
-                            name.to_string_lossy().into_owned(),
-                        ));
                     }
                 }
-                pg_sys::table_endscan(scan);
-                pg_sys::table_close(rel, pg_sys::AccessShareLock as _);
             }
-            found
-        })
-        .unwrap_or_else(|error| {
+            if starting >= starting_at_once() {
+                // Woken when one of them is at work, or has ended.
+                sooner(RETRY_WAIT);
+                continue;
+            }
+            if databases::is_locked(id) {
+                let since = *database.locked_since.get_or_insert_with(Instant::now);
+                if since.elapsed() < LONGEST_LOCKED_WAIT {
+                    sooner(LOCKED_WAIT);
+                    continue;
+                }
+            }
+            let started = shmem::claim_slot(id).is_some_and(|slot| start(slot, database));
+            if started {
+                starting += 1;
+            } else {
+                sooner(RETRY_WAIT);
+                waiting.push(oid);
+            }
+        }
+        self.tell_of_shortage(&waiting);
+        self.tell_of_failures();
+        again
+    }
+
+    /// How many have been started and are not at work yet.
+    fn starting(&self) -> usize {
+        let is_starting = |(oid, database): &(&u32, &Database)| {
+            let slot = shmem::slot_of(pg_sys::Oid::from(**oid));
+            let is_new = database.worker.as_ref().is_some_and(|w| w.at.elapsed() < LONGEST_START);
+            is_new && slot.is_some_and(|slot| slot.state() == SlotState::Starting)
+        };
+        self.databases.iter().filter(is_starting).count()
+    }
+
+    /// Warns, again each minute; not of the moments in which others look for the extension.
+    fn tell_of_shortage(&mut self, waiting: &[u32]) {
+        // Where nobody has looked yet, it is not known whether anything waits; if nothing else does, that is worth a word, too.
+        let is_known = |oid: &&u32| self.databases[oid].has_extension;
+        let known: Vec<&u32> = waiting.iter().filter(is_known).collect();
+        let others = waiting.iter().filter(|oid| !self.databases[oid].is_template);
+        let named: Vec<&u32> = if known.is_empty() { others.collect() } else { known };
+        for slot in waiting.iter().filter_map(|oid| shmem::slot_of(pg_sys::Oid::from(*oid))) {
+            slot.set_state(SlotState::Short);
+        }
+        if named.is_empty() {
+            self.short = None;
+            return;
+        }
+        let (since, said) = self.short.get_or_insert_with(|| (Instant::now(), None));
+        if since.elapsed() < RETRY_WAIT || said.is_some_and(|said| said.elapsed() < REPEAT_LOG_AFTER) {
+            return;
+        }
+        *said = Some(Instant::now());
+        let names = self.names(named.into_iter());
+        if shmem::is_full() {
             log(
                 LogLevel::Warning,
-                &format!("could not list the databases: {error}"),
-                None,
-                None,
+                "too many databases for outbox_relay",
+                Some(&format!("No worker could be started for {names}.")),
+                Some("Raise max_worker_processes: there is room for two databases for each, and 1,024."),
             );
-            Vec::new()
-        })
+            return;
+        }
+        log(
+            LogLevel::Warning,
+            "too few background worker processes for outbox_relay",
+            Some(&format!(
+                "No worker could be started for {names}; it is tried again each second."
+            )),
+            Some("Raise max_worker_processes: each database with the extension needs one, and the launcher one more."),
+        );
     }
+
+    fn tell_of_failures(&mut self) {
+        let failing = self.databases.iter().filter(|(_, d)| d.failures >= WORTH_A_WORD);
+        let failing: Vec<&u32> = failing.map(|(oid, _)| oid).collect();
+        if failing.is_empty() {
+            self.failing_said = None;
+            return;
+        }
+        if self.failing_said.is_some_and(|said| said.elapsed() < REPEAT_LOG_AFTER) {
+            return;
+        }
+        self.failing_said = Some(Instant::now());
+        let names = self.names(failing.into_iter());
+        log(
+            LogLevel::Warning,
+            "workers of outbox_relay end as soon as they are started",
+            Some(&format!(
+                "This happens in {names}; it is tried again each minute at least."
+            )),
+            Some("The lines of \"outbox_relay worker\" in the server's log say why."),
+        );
+    }
+
+    /// Names of databases, for the log.
+    fn names<'a>(&self, oids: impl ExactSizeIterator<Item = &'a u32>) -> String {
+        let count = oids.len();
+        let mut names: Vec<String> = oids
+            .take(NAMED)
+            .map(|oid| format!("\"{}\"", self.databases[oid].name))
+            .collect();
+        if count > NAMED {
+            names.push(format!("{} more", count - NAMED));
+        }
+        names.join(", ")
+    }
+}
+
+/// Starts a worker; false if there is no process for it.
+fn start(slot: &'static Slot, database: &mut Database) -> bool {
+    let name = std::ffi::CString::new(format!("outbox_relay worker {}", database.name)).unwrap_or_default();
+    let mut worker = description(&name, c"outbox_relay worker", c"outbox_relay_worker");
+    worker.bgw_main_arg = pg_sys::Datum::from(shmem::address_of(slot));
+    let mut handle = std::ptr::null_mut();
+    let before = slot.state();
+    // Before it is registered: it may be at work before that returns.
+    slot.set_state(SlotState::Starting);
+    // SAFETY: a complete description; the handle is kept in the process's own memory.
+    let registered = unsafe {
+        worker.bgw_notify_pid = pg_sys::MyProcPid;
+        let before = pg_sys::CurrentMemoryContext;
+        pg_sys::CurrentMemoryContext = pg_sys::TopMemoryContext;
+        let registered = pg_sys::RegisterDynamicBackgroundWorker(&mut worker, &mut handle);
+        pg_sys::CurrentMemoryContext = before;
+        registered
+    };
+    if !registered {
+        slot.set_state(before);
+        return false;
+    }
+    // What is announced from now on, it may not have seen.
+    (database.look, database.locked_since) = (false, None);
+    database.worker = Some(Started {
+        handle,
+        at: Instant::now(),
+    });
+    true
 }

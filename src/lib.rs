@@ -1,7 +1,7 @@
 //! outbox_relay: a transactional outbox inside Postgres. This crate is the Postgres edge; the logic is in the `relay` crate.
 //!
 //! ```text
-//! request, publish, trigger ─ an event is checked, becomes a row   txn, utility ─ after the commit: wake the worker
+//! request, publish, trigger ─ an event is checked, becomes a row   txn ─ after the commit: wake the worker
 //! insertion ─ a row of ours is an INSERT to everybody else
 //! launcher ─ a worker for each database with the extension        worker ─ reads, hands to senders, keeps the books
 //! numbers, sequence ─ numbers that ascend, whatever is done to the sequence
@@ -11,6 +11,7 @@
 //! catalog ─ what a session knows of our tables and backends       status ─ what the views ask
 //! guc, shmem, process, uuid ─ settings, shared memory, manners of a process, event ids
 //! error, report, encoding ─ refusals in words; how they get to Postgres; UTF-8 and the database's encoding
+//! object_access ─ extension and databases come and go             untouched, unguarded ─ ERRORs of others pass as they are
 //! ```
 
 #[cfg(not(panic = "unwind"))]
@@ -36,6 +37,7 @@ mod guc;
 mod insertion;
 mod launcher;
 mod numbers;
+mod object_access;
 mod outbox;
 mod ownership;
 mod pass;
@@ -54,7 +56,8 @@ mod status;
 mod ticker;
 mod trigger;
 mod txn;
-mod utility;
+mod unguarded;
+mod untouched;
 mod uuid;
 mod worker;
 
@@ -77,7 +80,8 @@ pub extern "C-unwind" fn _PG_init() {
     guc::define();
     if preloading && !upgrading {
         shmem::install();
-        utility::install();
+        txn::install();
+        object_access::install();
         launcher::register();
     }
 }

@@ -24,8 +24,6 @@ const LOCK: pg_sys::LOCKMODE = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
 const ATTEMPTS: usize = 10;
 
 thread_local! {
-    /// Of this session's database.
-    static SLOT: Cell<Option<&'static Slot>> = const { Cell::new(None) };
     /// Without shared memory: the sequence, and the highest number of it that this session knows of.
     static OWN: Cell<(pg_sys::Oid, i64)> = const { Cell::new((pg_sys::InvalidOid, 0)) };
 }
@@ -72,16 +70,7 @@ fn raise(relations: &Relations, seq: i64) {
 
 /// Of this session's database; `None`: not preloaded.
 fn slot() -> Option<&'static Slot> {
-    // SAFETY: a plain read of the process's own variable.
-    let database = unsafe { pg_sys::MyDatabaseId };
-    if let Some(slot) = SLOT.get()
-        && slot.database() == database
-    {
-        return Some(slot);
-    }
-    let slot = shmem::claim_slot(database);
-    SLOT.set(slot);
-    slot
+    shmem::claim_slot_here()
 }
 
 /// Finds the highest number after a start. On a standby it is found each time: rows come without us.

@@ -2,6 +2,7 @@
 
 use crate::guc::{self, LogLevel};
 use crate::report;
+use crate::unguarded::NamedLock;
 use pgrx::pg_sys::panic::CaughtError;
 use pgrx::{PgSqlErrorCode, PgTryBuilder, pg_sys};
 use std::ffi::{CStr, CString};
@@ -59,6 +60,30 @@ pub fn end_with_last_words() {
     }
     // SAFETY: a handler that may run at any time.
     unsafe { pqsignal(libc::SIGTERM, Some(end_soon)) };
+}
+
+/// Makes the statements that need a database to themselves (DROP, RENAME and SET TABLESPACE of a database, CREATE DATABASE ... TEMPLATE)
+/// tell this process to end when it is in their way.
+///
+/// When all their checks are done, they count who else is in the database, for up to five seconds. Meanwhile they send SIGTERM to
+/// autovacuum's workers there, which they know by a flag in shared memory, and to nobody else (`CountOtherDBBackends`). A relay's worker
+/// has the same duty to leave, so it has the same flag. Whoever connects to the database waits until the statement has ended; so does
+/// the worker that the launcher starts then, whatever became of the statement.
+///
+/// The flag has two more effects (Postgres 15 to 18). Who waits for one of our locks longer than its deadlock_timeout cancels our
+/// transaction. And CREATE INDEX CONCURRENTLY does not wait for our snapshots: those that it would matter to are of rows that nobody
+/// but us deletes.
+pub fn give_way_to_database_statements() {
+    // SAFETY: the process's own entry, changed under the lock that guards it, as vacuum does. The end of a transaction does not
+    // reset this flag.
+    unsafe {
+        let lock = NamedLock::ProcArray.get();
+        pg_sys::LWLockAcquire(lock, pg_sys::LWLockMode::LW_EXCLUSIVE);
+        let process = pg_sys::MyProc;
+        (*process).statusFlags |= pg_sys::PROC_IS_AUTOVACUUM as u8;
+        *(*pg_sys::ProcGlobal).statusFlags.add((*process).pgxactoff as usize) = (*process).statusFlags;
+        pg_sys::LWLockRelease(lock);
+    }
 }
 
 /// Whether the process was told to end.

@@ -208,9 +208,10 @@ fn purge_piece(
     after_seq: i64,
     row_count: i32,
 ) -> pgrx::iter::TableIterator<'static, (pgrx::name!(deleted, i64), pgrx::name!(last_seq, Option<i64>))> {
-    let (deleted, last) = match retention() {
+    let delete = || match retention() {
         Some(retention_us) => piece(backend_number, after_seq, retention_us, row_count.max(1) as usize),
         None => (0, None),
     };
+    let (deleted, last) = crate::report::guard(delete);
     pgrx::iter::TableIterator::once((deleted as i64, last))
 }

@@ -3,6 +3,7 @@
 //! pgrx hands over texts in UTF-8 as they are, which a database in another encoding would show as something else, or refuse.
 
 use crate::encoding::words_to_server;
+use crate::untouched::{self, Failed};
 use pgrx::pg_sys::panic::CaughtError;
 use pgrx::{PgSqlErrorCode, PgTryBuilder, pg_sys};
 use std::any::Any;
@@ -19,12 +20,14 @@ unsafe extern "C-unwind" {
     fn errfinish(file: *const c_char, line: c_int, function: *const c_char);
 }
 
-/// Runs the body of a C function of ours that is written in Rust: a panic, or an ERROR that was caught in it, leaves as an ERROR of
-/// Postgres. Nothing in the frames of the caller may need to be dropped.
+/// Runs the body of a C function of ours that is written in Rust: an ERROR of Postgres leaves as it was raised, and a panic as an ERROR.
+/// Nothing in the frames of the caller may need to be dropped.
 pub fn guard<R>(body: impl FnOnce() -> R) -> R {
-    match std::panic::catch_unwind(AssertUnwindSafe(body)) {
+    match untouched::attempt(body) {
         Ok(result) => result,
-        Err(payload) => throw(payload),
+        // SAFETY: the caller's promise.
+        Err(Failed::OfPostgres) => unsafe { untouched::raise_again() },
+        Err(Failed::Panic(payload)) => throw(payload),
     }
 }
 

@@ -1,14 +1,23 @@
-//! What processes share: a slot for each database that has or may get a worker. Atomics only, so that a commit can wake the worker
-//! without locks, allocation or failure.
+//! What processes share: a slot for each database that has a worker, or is to have one. Atomics only, so that a commit can wake the
+//! worker without locks, allocation or failure.
+//!
+//! The launcher gives a slot to each database that is to have a worker, and whoever publishes in one that has none yet takes it one.
+//! Only the launcher takes slots back: once the database has gone, or nothing was ever published there.
 
-use pgrx::{pg_guard, pg_sys};
+use crate::unguarded::{self, NamedLock};
+use pgrx::pg_sys;
 use relay::numbers::Highest;
+use std::cell::Cell;
 use std::mem::size_of;
 use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::atomic::{
+    AtomicBool, AtomicI32, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence,
+};
 
-/// Most databases that can have a worker at once; far above any `max_worker_processes`.
-const SLOTS: usize = 256;
+/// Slots beside two for each of `max_worker_processes`: for databases that wait for a process, so that they can be told of it.
+const ROOM: usize = 1_024;
+/// Databases that can be announced between two looks of the launcher; if there are more, it looks into all.
+const ANNOUNCEMENTS: usize = 64;
 
 /// A worker that has not looked for so long needs more time than one that just has: what it needs has left the caches.
 const COLD_AFTER_MS: u64 = 10;
@@ -17,16 +26,22 @@ const COLD_AFTER_MS: u64 = 10;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum SlotState {
-    /// No worker wanted: the extension is not there, or the database is not served. [Wanted]
+    /// The worker has found no extension. [Starting]
     Absent = 0,
-    /// The launcher is asked to start one. [Starting, Absent]
+    /// To be started. [Starting, Short, Failing]
     Wanted = 1,
-    /// Started, looking for the extension. [Running, Mismatched, Absent, Wanted]
+    /// Started, looking for the extension. [Running, Mismatched, Absent, Unserved, Wanted]
     Starting = 2,
-    /// At work. [Wanted, Absent]
+    /// At work. [Wanted, Absent, Unserved]
     Running = 3,
-    /// Idle: the library and the extension's SQL have different versions. [Running, Wanted, Absent]
+    /// Idle: the library and the extension's SQL have different versions. [Running, Wanted, Absent, Unserved]
     Mismatched = 4,
+    /// To be started once there is a background worker process for it. [Starting]
+    Short = 5,
+    /// It has ended several times before it was at work. [Starting]
+    Failing = 6,
+    /// The settings do not name the database any more. [Starting]
+    Unserved = 7,
 }
 
 impl SlotState {
@@ -36,6 +51,9 @@ impl SlotState {
             2 => Self::Starting,
             3 => Self::Running,
             4 => Self::Mismatched,
+            5 => Self::Short,
+            6 => Self::Failing,
+            7 => Self::Unserved,
             _ => Self::Absent,
         }
     }
@@ -66,8 +84,6 @@ pub struct Slot {
     /// Somebody asked for an attempt now.
     nudge: AtomicBool,
     pid: AtomicI32,
-    /// Process that needs the database to itself (DROP DATABASE and its kind); 0: none.
-    holder: AtomicI32,
     /// The worker's latch, in shared memory too; null: none.
     latch: AtomicPtr<pg_sys::Latch>,
     /// When the worker last looked for events, see [`clock_ms`].
@@ -78,25 +94,39 @@ pub struct Slot {
     sequence: AtomicU32,
 }
 
+/// The slots follow it in memory.
 #[repr(C)]
 struct Shared {
-    /// A new database may have come with the extension in it.
+    /// How many slots there are.
+    slot_count: AtomicUsize,
+    /// Changes whenever a slot is given or taken back.
+    generation: AtomicU64,
+    /// A database got no slot, the last time that one was asked for.
+    is_full: AtomicBool,
+    /// Databases may have come, gone or changed.
     rescan: AtomicBool,
+    /// More databases were announced than there was room for.
+    look_everywhere: AtomicBool,
+    /// Databases in which the extension was created; 0: none.
+    announced: [AtomicU32; ANNOUNCEMENTS],
+    /// Since the server's start, a transaction that did so was prepared.
+    extension_prepared: AtomicBool,
     launcher_latch: AtomicPtr<pg_sys::Latch>,
     /// Names this run of the server, from its start, promotion or crash to its end; zeroes: not named yet.
     incarnation: [AtomicU64; 2],
     /// Where it began, see [`Began`].
     started_at_lsn: AtomicU64,
     first_xid: AtomicU64,
-    slots: [Slot; SLOTS],
 }
-
-/// Place of `AddinShmemInitLock` in the array (lwlocknames.h, Postgres 15 to 18).
-const ADDIN_SHMEM_INIT_LOCK: usize = 21;
 
 static SHARED: AtomicPtr<Shared> = AtomicPtr::new(ptr::null_mut());
 static mut PREVIOUS_REQUEST_HOOK: pg_sys::shmem_request_hook_type = None;
 static mut PREVIOUS_STARTUP_HOOK: pg_sys::shmem_startup_hook_type = None;
+
+thread_local! {
+    /// The slot of the process's own database, or that there is none, as of a generation.
+    static HERE: Cell<(u64, Option<&'static Slot>)> = const { Cell::new((u64::MAX, None)) };
+}
 
 /// Asks for the shared memory; called once, by the postmaster.
 pub fn install() {
@@ -109,36 +139,47 @@ pub fn install() {
     }
 }
 
-#[pg_guard]
+fn slots_wanted() -> usize {
+    // SAFETY: a plain read of a setting that does not change after the server's start.
+    2 * unsafe { pg_sys::max_worker_processes }.max(0) as usize + ROOM
+}
+
+fn size(slots: usize) -> usize {
+    size_of::<Shared>() + slots * size_of::<Slot>()
+}
+
+// No pg_guard: another library's hook is called in it, whose ERRORs are its own.
 // SAFETY: called by Postgres alone, as a hook.
 unsafe extern "C-unwind" fn request() {
-    // SAFETY: Postgres calls this hook at the one moment at which space may be asked for.
+    // SAFETY: Postgres calls this hook at the one moment at which space may be asked for. Nothing in it needs dropping.
     unsafe {
         if let Some(previous) = PREVIOUS_REQUEST_HOOK {
             previous();
         }
-        pg_sys::RequestAddinShmemSpace(size_of::<Shared>());
+        unguarded::RequestAddinShmemSpace(size(slots_wanted()));
     }
 }
 
-#[pg_guard]
+// No pg_guard: as above.
 // SAFETY: called by Postgres alone, as a hook.
 unsafe extern "C-unwind" fn startup() {
-    // SAFETY: Postgres calls this hook once its shared memory exists; the lock is the one meant for it. A fresh block
-    // (also after a crash of a child) is zeroed, which is the valid empty state of every field.
+    // SAFETY: Postgres calls this hook once its shared memory exists; the lock is the one meant for it. Zeroes are the valid empty
+    // state of every field. Nothing in it needs dropping.
     unsafe {
         if let Some(previous) = PREVIOUS_STARTUP_HOOK {
             previous();
         }
-        let lock = &raw mut (*pg_sys::MainLWLockArray.add(ADDIN_SHMEM_INIT_LOCK)).lock;
-        pg_sys::LWLockAcquire(lock, pg_sys::LWLockMode::LW_EXCLUSIVE);
+        let lock = NamedLock::AddinShmemInit.get();
+        unguarded::LWLockAcquire(lock, pg_sys::LWLockMode::LW_EXCLUSIVE);
         let mut found = false;
-        let block = pg_sys::ShmemInitStruct(c"outbox_relay".as_ptr(), size_of::<Shared>(), &mut found);
+        let size = size(slots_wanted());
+        let block = unguarded::ShmemInitStruct(c"outbox_relay".as_ptr(), size, &mut found).cast::<Shared>();
         if !found {
-            ptr::write_bytes(block.cast::<u8>(), 0, size_of::<Shared>());
+            ptr::write_bytes(block.cast::<u8>(), 0, size);
+            (*block).slot_count.store(slots_wanted(), Ordering::Relaxed);
         }
-        SHARED.store(block.cast(), Ordering::Release);
-        pg_sys::LWLockRelease(lock);
+        SHARED.store(block, Ordering::Release);
+        unguarded::LWLockRelease(lock);
     }
 }
 
@@ -146,6 +187,19 @@ fn shared() -> Option<&'static Shared> {
     // SAFETY: null, or the block that lives as long as the server; all its fields are atomics.
     unsafe { SHARED.load(Ordering::Acquire).as_ref() }
 }
+
+fn all_slots() -> &'static [Slot] {
+    let Some(shared) = shared() else {
+        return &[];
+    };
+    // SAFETY: so many slots follow the block's head, whose size is a multiple of their alignment.
+    unsafe {
+        let first = ptr::from_ref(shared).add(1).cast::<Slot>();
+        std::slice::from_raw_parts(first, shared.slot_count.load(Ordering::Relaxed))
+    }
+}
+
+const _: () = assert!(size_of::<Shared>() % align_of::<Slot>() == 0);
 
 /// Whether the library was preloaded, so that workers can exist.
 pub fn is_attached() -> bool {
@@ -169,47 +223,84 @@ fn set_latch(latch: &AtomicPtr<pg_sys::Latch>) {
     }
 }
 
-/// The slot of a database, if it has one.
-pub fn slot_of(database: pg_sys::Oid) -> Option<&'static Slot> {
-    shared()?
-        .slots
-        .iter()
-        .find(|s| s.database.load(Ordering::Acquire) == database.to_u32())
+/// The slot of the session's own database, if it has one: a comparison, unless slots were given or taken back since.
+pub fn slot_here() -> Option<&'static Slot> {
+    let generation = shared()?.generation.load(Ordering::Acquire);
+    let (known, slot) = HERE.get();
+    if known == generation {
+        return slot;
+    }
+    // SAFETY: a plain read of the process's own variable.
+    let slot = slot_of(unsafe { pg_sys::MyDatabaseId });
+    HERE.set((generation, slot));
+    slot
 }
 
-/// The slot of a database, made if need be; `None` when not preloaded or all are taken.
+/// The slot of a database, if it has one.
+pub fn slot_of(database: pg_sys::Oid) -> Option<&'static Slot> {
+    slots().find(|slot| slot.database() == database)
+}
+
+/// The slot of a database, given to it if need be; `None` when not preloaded or all are taken.
 pub fn claim_slot(database: pg_sys::Oid) -> Option<&'static Slot> {
     if let Some(slot) = slot_of(database) {
         return Some(slot);
     }
-    let claimed = shared()?.slots.iter().find(|s| {
-        s.database
-            .compare_exchange(0, database.to_u32(), Ordering::AcqRel, Ordering::Relaxed)
-            .is_ok()
-    })?;
+    let shared = shared()?;
+    let id = database.to_u32();
+    let claimed = all_slots().iter().find(|slot| {
+        let taken = slot
+            .database
+            .compare_exchange(0, id, Ordering::AcqRel, Ordering::Relaxed);
+        taken.is_ok()
+    });
+    shared.is_full.store(claimed.is_none(), Ordering::Release);
+    let claimed = claimed?;
     // Two processes may have claimed at once: the lower slot wins, and the other is given back.
     let winner = slot_of(database)?;
     if !ptr::eq(winner, claimed) {
         claimed.database.store(0, Ordering::Release);
     }
+    shared.generation.fetch_add(1, Ordering::AcqRel);
     Some(winner)
+}
+
+/// The same for the session's own database.
+pub fn claim_slot_here() -> Option<&'static Slot> {
+    // SAFETY: a plain read of the process's own variable.
+    slot_here().or_else(|| claim_slot(unsafe { pg_sys::MyDatabaseId }))
+}
+
+/// Takes a slot back that has no worker. For the launcher alone.
+pub fn take_back(slot: &Slot) {
+    slot.set_state(SlotState::Absent);
+    slot.numbers.forget();
+    slot.database.store(0, Ordering::Release);
+    if let Some(shared) = shared() {
+        shared.generation.fetch_add(1, Ordering::AcqRel);
+    }
 }
 
 /// All slots in use.
 pub fn slots() -> impl Iterator<Item = &'static Slot> {
-    shared()
-        .into_iter()
-        .flat_map(|s| s.slots.iter())
-        .filter(|s| s.database.load(Ordering::Acquire) != 0)
+    all_slots().iter().filter(|s| s.database.load(Ordering::Acquire) != 0)
 }
 
-pub fn index_of(slot: &'static Slot) -> usize {
-    let base = shared().map_or(ptr::null(), |s| s.slots.as_ptr());
-    (std::ptr::from_ref(slot).addr() - base.addr()) / size_of::<Slot>()
+/// Whether there are more databases than slots.
+pub fn is_full() -> bool {
+    shared().is_some_and(|s| s.is_full.load(Ordering::Acquire))
 }
 
-pub fn slot_at(index: usize) -> Option<&'static Slot> {
-    shared()?.slots.get(index)
+/// Where a slot is, for its worker: its place, and its database, since another may have been given it meanwhile.
+pub fn address_of(slot: &'static Slot) -> u64 {
+    let base = all_slots().as_ptr();
+    let index = (std::ptr::from_ref(slot).addr() - base.addr()) / size_of::<Slot>();
+    (index as u64) << 32 | u64::from(slot.database().to_u32())
+}
+
+pub fn slot_at(address: u64) -> Option<&'static Slot> {
+    let slot = all_slots().get((address >> 32) as usize)?;
+    (u64::from(slot.database().to_u32()) == address & u64::from(u32::MAX)).then_some(slot)
 }
 
 pub fn set_launcher_latch(latch: *mut pg_sys::Latch) {
@@ -256,7 +347,12 @@ pub fn name_incarnation(name: [u8; 16], began: Began) {
     }
 }
 
-/// Makes the launcher look at all databases again.
+/// Whether the launcher has come.
+pub fn has_launcher() -> bool {
+    shared().is_some_and(|s| !s.launcher_latch.load(Ordering::Acquire).is_null())
+}
+
+/// Makes the launcher look at the list of databases again.
 pub fn request_rescan() {
     if let Some(shared) = shared() {
         shared.rescan.store(true, Ordering::Release);
@@ -266,6 +362,48 @@ pub fn request_rescan() {
 
 pub fn take_rescan() -> bool {
     shared().is_some_and(|s| s.rescan.swap(false, Ordering::AcqRel))
+}
+
+/// Tells the launcher that the extension was created in a database.
+pub fn announce(database: pg_sys::Oid) {
+    let Some(shared) = shared() else {
+        return;
+    };
+    let database = database.to_u32();
+    let noted = shared.announced.iter().any(|entry| {
+        let before = entry.compare_exchange(0, database, Ordering::AcqRel, Ordering::Acquire);
+        before.is_ok() || before == Err(database)
+    });
+    if !noted {
+        shared.look_everywhere.store(true, Ordering::Release);
+    }
+    set_latch(&shared.launcher_latch);
+}
+
+/// The databases that were announced; and whether there may be more.
+pub fn take_announced() -> (Vec<pg_sys::Oid>, bool) {
+    let Some(shared) = shared() else {
+        return (Vec::new(), false);
+    };
+    let announced = shared.announced.iter().map(|entry| entry.swap(0, Ordering::AcqRel));
+    (
+        announced
+            .filter(|database| *database != 0)
+            .map(pg_sys::Oid::from)
+            .collect(),
+        shared.look_everywhere.swap(false, Ordering::AcqRel),
+    )
+}
+
+/// A transaction that created the extension was prepared: nobody can tell which commit of a prepared one is its.
+pub fn note_extension_prepared() {
+    if let Some(shared) = shared() {
+        shared.extension_prepared.store(true, Ordering::Release);
+    }
+}
+
+pub fn is_extension_prepared() -> bool {
+    shared().is_some_and(|s| s.extension_prepared.load(Ordering::Acquire))
 }
 
 impl Slot {
@@ -281,12 +419,6 @@ impl Slot {
         self.state.store(state as u8, Ordering::Release);
     }
 
-    pub fn free(&self) {
-        self.set_state(SlotState::Absent);
-        self.numbers.forget();
-        self.database.store(0, Ordering::Release);
-    }
-
     /// Events are numbered by this sequence. Whether another did before, or none.
     pub fn numbered_by(&self, sequence: pg_sys::Oid) -> bool {
         self.sequence.swap(sequence.to_u32(), Ordering::AcqRel) != sequence.to_u32()
@@ -296,18 +428,23 @@ impl Slot {
         self.pid.load(Ordering::Acquire)
     }
 
-    /// The worker has come.
-    pub fn attach(&self, pid: i32, latch: *mut pg_sys::Latch) {
-        self.work.store(Work::Some as u8, Ordering::Release);
-        self.schedule.store(true, Ordering::Release);
-        self.latch.store(latch, Ordering::Release);
-        self.pid.store(pid, Ordering::Release);
+    /// The worker has come; false if there is another.
+    pub fn attach(&self, pid: i32, latch: *mut pg_sys::Latch) -> bool {
+        let attached = self.pid.compare_exchange(0, pid, Ordering::AcqRel, Ordering::Acquire);
+        if attached.is_ok() {
+            self.work.store(Work::Some as u8, Ordering::Release);
+            self.schedule.store(true, Ordering::Release);
+            self.latch.store(latch, Ordering::Release);
+        }
+        attached.is_ok()
     }
 
-    /// The worker goes.
-    pub fn detach(&self) {
-        self.latch.store(ptr::null_mut(), Ordering::Release);
-        self.pid.store(0, Ordering::Release);
+    /// The worker goes, if it is this one.
+    pub fn detach(&self, pid: i32) {
+        if self.pid() == pid {
+            self.latch.store(ptr::null_mut(), Ordering::Release);
+            self.pid.store(0, Ordering::Release);
+        }
     }
 
     /// Events were committed. A burst is one wake: the first to raise the flag sets the latch.
@@ -387,29 +524,5 @@ impl Slot {
 
     pub fn take_nudge(&self) -> bool {
         self.nudge.swap(false, Ordering::SeqCst)
-    }
-
-    /// A process wants the database to itself; one at a time is enough, the database's own lock orders the rest.
-    pub fn hold(&self, pid: i32) {
-        self.holder.store(pid, Ordering::SeqCst);
-        set_latch(&self.latch);
-    }
-
-    pub fn release(&self, pid: i32) {
-        let _ = self.holder.compare_exchange(pid, 0, Ordering::SeqCst, Ordering::SeqCst);
-    }
-
-    /// Whether a living process holds the database.
-    pub fn is_held(&self) -> bool {
-        let holder = self.holder.load(Ordering::SeqCst);
-        if holder == 0 {
-            return false;
-        }
-        // SAFETY: signal 0 only asks whether the process exists.
-        if unsafe { libc::kill(holder, 0) } == 0 {
-            return true;
-        }
-        self.release(holder);
-        false
     }
 }

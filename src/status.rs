@@ -11,7 +11,7 @@ use crate::ticker;
 use crate::trigger::{When, expect_trigger};
 use crate::txn;
 use pgrx::iter::TableIterator;
-use pgrx::{name, pg_extern, pg_sys};
+use pgrx::{PgLogLevel, PgSqlErrorCode, name, pg_extern, pg_sys};
 use relay::reader::{Key, Position, RangeScan, Step};
 use relay::slot::{SLOTS, slot_of, tag_of};
 use std::collections::BTreeMap;
@@ -25,8 +25,7 @@ const COUNT_STEPS: i64 = 100_000;
 /// `outbox.worker_status()`
 #[pg_extern(sql = false)]
 fn worker_status() -> TableIterator<'static, (name!(worker_pid, Option<i32>), name!(state, String))> {
-    // SAFETY: a plain read of the process's own variable.
-    let slot = shmem::slot_of(unsafe { pg_sys::MyDatabaseId });
+    let slot = shmem::slot_here();
     let pid = slot.map(|s| s.pid()).filter(|pid| *pid != 0);
     let state = match slot.map(|s| (s.state(), pid)) {
         _ if !shmem::is_attached() => "library not in shared_preload_libraries",
@@ -36,6 +35,10 @@ fn worker_status() -> TableIterator<'static, (name!(worker_pid, Option<i32>), na
         Some((SlotState::Running, Some(_))) => "running",
         Some((SlotState::Mismatched, Some(_))) => "version mismatch",
         Some((SlotState::Starting | SlotState::Wanted, _)) => "starting",
+        Some((SlotState::Short, _)) => "waiting for a background worker process",
+        Some((SlotState::Failing, _)) => "failing to start, see the server's log",
+        None if !shmem::has_launcher() => "waiting for the launcher",
+        None if shmem::is_full() => "waiting for a background worker process",
         _ => "stopped",
     };
     TableIterator::once((pid, state.to_owned()))
@@ -176,7 +179,7 @@ fn backlog(
         name!(oldest_created_at, Option<pgrx::datum::TimestampWithTimeZone>),
     ),
 > {
-    let (pending, oldest) = rights::of_owner(|| behind_cursor(backend_number, COUNTED));
+    let (pending, oldest) = report::guard(|| rights::of_owner(|| behind_cursor(backend_number, COUNTED)));
     let oldest = oldest.and_then(|us| pgrx::datum::TimestampWithTimeZone::try_from(us).ok());
     TableIterator::once((pending, oldest))
 }
@@ -184,14 +187,29 @@ fn backlog(
 /// `outbox.has_waiting_events(backend_number)`
 #[pg_extern(sql = false)]
 fn has_waiting_events(backend_number: i32) -> bool {
-    rights::of_owner(|| outbox::waits_elsewhere(backend_number) || behind_cursor(backend_number, 1).0 > 0)
+    let waits = || outbox::waits_elsewhere(backend_number) || behind_cursor(backend_number, 1).0 > 0;
+    report::guard(|| rights::of_owner(waits))
+}
+
+/// Called by the script that creates the extension, whichever statement runs it.
+#[pg_extern(sql = false)]
+fn announce_extension() {
+    txn::extension_created();
+    if !shmem::is_attached() {
+        report::say(
+            PgLogLevel::WARNING as i32,
+            PgSqlErrorCode::ERRCODE_WARNING,
+            "outbox_relay is not preloaded: events are kept, and nothing sends them",
+            None,
+            Some("Add outbox_relay to shared_preload_libraries, and restart the server."),
+        );
+    }
 }
 
 /// `outbox.wake()`
 #[pg_extern(sql = false)]
 fn wake() {
-    // SAFETY: a plain read of the process's own variable.
-    if let Some(slot) = shmem::slot_of(unsafe { pg_sys::MyDatabaseId }) {
+    if let Some(slot) = shmem::slot_here() {
         slot.announce_work();
         slot.announce_schedule();
         slot.nudge();

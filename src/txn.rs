@@ -3,10 +3,11 @@
 //! The callback runs after the rows became visible. An ERROR in it would be a PANIC of the server, so it only touches
 //! atomics and sets latches.
 
-use crate::shmem::{self, SlotState};
-use once_cell::unsync::OnceCell;
+use crate::shmem;
+use crate::unguarded;
 use pgrx::pg_sys;
 use std::cell::Cell;
+use std::ffi::CStr;
 
 /// What the transaction did that somebody must hear of.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
@@ -14,24 +15,26 @@ struct News {
     events: bool,
     scheduled: bool,
     backends: bool,
-    /// The extension was created or dropped, or a database was created.
+    /// The extension was created.
     extension: bool,
+    /// A database was created, changed or dropped.
     databases: bool,
 }
 
 thread_local! {
     static NEWS: Cell<News> = const { Cell::new(News { events: false, scheduled: false, backends: false, extension: false, databases: false }) };
-    static REGISTERED: OnceCell<()> = const { OnceCell::new() };
+}
+
+/// Called once, by the postmaster: all its children have the callback. Where the library was not preloaded, there is nobody to tell.
+pub fn install() {
+    // SAFETY: registers a callback of this library for the life of the process.
+    unsafe { pg_sys::RegisterXactCallback(Some(on_transaction_end), std::ptr::null_mut()) };
 }
 
 fn note(change: impl FnOnce(&mut News)) {
-    REGISTERED.with(|r| {
-        r.get_or_init(|| {
-            // SAFETY: registers a callback of this library for the life of the process. This allocates, hence here and
-            // not in the callback.
-            unsafe { pg_sys::RegisterXactCallback(Some(on_transaction_end), std::ptr::null_mut()) };
-        });
-    });
+    if !shmem::is_attached() {
+        return;
+    }
     let mut news = NEWS.get();
     change(&mut news);
     NEWS.set(news);
@@ -41,7 +44,7 @@ fn note(change: impl FnOnce(&mut News)) {
 pub fn published() {
     if !NEWS.get().events {
         note(|n| n.events = true);
-        if let Some(slot) = shmem::slot_of(database()) {
+        if let Some(slot) = shmem::slot_here() {
             slot.announce_publishing();
         }
     }
@@ -57,12 +60,17 @@ pub fn backends_changed() {
     note(|n| n.backends = true);
 }
 
-/// The transaction created, updated or dropped the extension.
-pub fn extension_changed() {
+/// The transaction created the extension: a worker is to come.
+pub fn extension_created() {
     note(|n| n.extension = true);
 }
 
-/// The transaction made a database, perhaps with the extension in it.
+/// The transaction updated or dropped the extension: its worker is to look.
+pub fn extension_changed() {
+    note(|n| n.backends = true);
+}
+
+/// The transaction made, changed or dropped a database.
 pub fn databases_changed() {
     note(|n| n.databases = true);
 }
@@ -75,57 +83,58 @@ unsafe extern "C-unwind" fn on_transaction_end(event: pg_sys::XactEvent::Type, _
     };
     match event {
         XACT_EVENT_COMMIT => {
-            let news = NEWS.take();
+            let mut news = NEWS.take();
+            if is_commit_prepared() {
+                // What that had done is not known here.
+                (news.events, news.scheduled, news.backends) = (true, true, true);
+                news.extension |= shmem::is_extension_prepared();
+            }
             if news != News::default() {
                 tell(news);
             }
         }
-        // A prepared transaction's commit is told by the utility hook.
-        XACT_EVENT_ABORT | XACT_EVENT_PREPARE | XACT_EVENT_PARALLEL_ABORT | XACT_EVENT_PARALLEL_COMMIT => {
-            NEWS.set(News::default())
+        XACT_EVENT_PREPARE => {
+            if NEWS.take().extension {
+                shmem::note_extension_prepared();
+            }
         }
+        XACT_EVENT_ABORT | XACT_EVENT_PARALLEL_ABORT | XACT_EVENT_PARALLEL_COMMIT => NEWS.set(News::default()),
         _ => {}
     }
 }
 
-/// The session's database.
-fn database() -> pg_sys::Oid {
-    // SAFETY: a plain read of the process's own variable.
-    unsafe { pg_sys::MyDatabaseId }
+/// Whether the transaction that ends is that of a COMMIT PREPARED. It is always the only statement of its message, so its text tells;
+/// taking another one for it wakes the worker for nothing.
+fn is_commit_prepared() -> bool {
+    // SAFETY: plain reads of the process's own variables. A session has a text there while it executes a statement.
+    let text = unsafe {
+        let is_session = pg_sys::MyBackendType == pg_sys::BackendType::B_BACKEND;
+        if unguarded::max_prepared_xacts == 0 || !is_session || pg_sys::debug_query_string.is_null() {
+            return false;
+        }
+        CStr::from_ptr(pg_sys::debug_query_string)
+    };
+    relay::statement::is_commit_prepared(text.to_bytes())
 }
 
 fn tell(news: News) {
-    if news.extension
-        && let Some(slot) = shmem::claim_slot(database())
-    {
-        if slot.pid() == 0 {
-            slot.set_state(SlotState::Wanted);
-        }
-        slot.nudge();
-        shmem::wake_launcher();
+    // SAFETY: a plain read of the process's own variable.
+    let database = unsafe { pg_sys::MyDatabaseId };
+    if news.extension {
+        shmem::announce(database);
     }
     if news.databases {
         shmem::request_rescan();
     }
-    if let Some(slot) = shmem::slot_of(database()) {
+    if let Some(slot) = shmem::slot_here() {
         if news.scheduled {
             slot.announce_schedule();
         }
         if news.events {
             slot.announce_work();
         }
-        if news.backends {
+        if news.backends || news.extension {
             slot.nudge();
         }
     }
-}
-
-/// A prepared transaction was committed: whether it published is not known here.
-pub fn prepared_committed() {
-    tell(News {
-        events: true,
-        scheduled: true,
-        backends: true,
-        ..News::default()
-    });
 }

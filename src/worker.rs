@@ -52,16 +52,19 @@ const ERROR_WAIT: Duration = Duration::from_secs(1);
 #[unsafe(no_mangle)]
 pub extern "C-unwind" fn outbox_relay_worker(argument: pg_sys::Datum) {
     process::take_signals();
-    let Some(slot) = shmem::slot_at(argument.value()) else {
+    let Some(slot) = shmem::slot_at(argument.value() as u64) else {
         return;
     };
-    slot.set_state(SlotState::Starting);
     // SAFETY: once, at the start of a worker that asked for a database connection.
     unsafe {
         pg_sys::BackgroundWorkerInitializeConnectionByOid(slot.database(), pg_sys::InvalidOid, 0);
+        if !slot.attach(pg_sys::MyProcPid, pg_sys::MyLatch) {
+            // That of a launcher before this one.
+            return;
+        }
         pg_sys::before_shmem_exit(Some(leave), argument);
-        slot.attach(pg_sys::MyProcPid, pg_sys::MyLatch);
     }
+    process::give_way_to_database_statements();
     process::end_with_last_words();
     rights::are_the_workers();
     for (name, value) in [
@@ -92,8 +95,9 @@ pub extern "C-unwind" fn outbox_relay_worker(argument: pg_sys::Datum) {
 #[pg_guard]
 // SAFETY: called by Postgres alone, when the process ends.
 unsafe extern "C-unwind" fn leave(_code: i32, argument: pg_sys::Datum) {
-    if let Some(slot) = shmem::slot_at(argument.value()) {
-        slot.detach();
+    if let Some(slot) = shmem::slot_at(argument.value() as u64) {
+        // SAFETY: a plain read of the process's own variable.
+        slot.detach(unsafe { pg_sys::MyProcPid });
         shmem::wake_launcher();
     }
 }
@@ -194,10 +198,6 @@ impl Worker {
             }
             process::handle_interrupts();
             self.settings_changed |= process::reload_if_told();
-            if self.slot.is_held() {
-                self.save_all();
-                leave_process(self.slot, SlotState::Wanted);
-            }
             if !looked || self.settings_changed {
                 looked = self.look_at_settings();
             }
@@ -258,7 +258,7 @@ impl Worker {
         }
         if !guc::serves(&self.home.name) {
             self.save_all();
-            leave_process(self.slot, SlotState::Absent);
+            leave_process(self.slot, SlotState::Unserved);
         }
         for (name, setting) in [
             ("published_retention", &guc::PUBLISHED_RETENTION_MIN),

@@ -36,5 +36,6 @@ mod server_file;
 mod server_text;
 pub mod slot;
 pub mod snapshot;
+pub mod statement;
 pub mod tails;
 mod tls;

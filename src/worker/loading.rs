@@ -6,7 +6,7 @@ use crate::catalog::Relations;
 use crate::error::{MEND_SEQUENCE, PublishError};
 use crate::guc::LogLevel;
 use crate::process::{self, Aborted, log};
-use crate::shmem::SlotState;
+use crate::shmem::{self, SlotState};
 use crate::{catalog, numbers, outbox, recovery, refused, sequence};
 use pgrx::pg_sys;
 use relay::delivery::{Mode, Now};
@@ -53,12 +53,15 @@ impl Worker {
                     );
                 }
                 self.slot.set_state(SlotState::Mismatched);
+                shmem::wake_launcher();
                 self.backends.clear();
                 self.generation = u64::MAX;
                 return Ok(false);
             }
             Some(_) if self.slot.state() != SlotState::Running => {
                 self.slot.set_state(SlotState::Running);
+                // Others may be started.
+                shmem::wake_launcher();
                 log(
                     LogLevel::Info,
                     &format!("outbox_relay worker started in database \"{}\"", home.name),

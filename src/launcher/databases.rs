@@ -1,0 +1,88 @@
+//! Which databases there are, by the shared catalogs.
+
+use crate::guc::LogLevel;
+use crate::process::{self, log};
+use pgrx::pg_sys;
+
+/// A database.
+pub struct Found {
+    pub oid: pg_sys::Oid,
+    pub name: String,
+    pub is_template: bool,
+    /// It takes connections.
+    pub is_open: bool,
+}
+
+/// All databases; `None` if they cannot be listed now.
+pub fn list() -> Option<Vec<Found>> {
+    let found = process::transaction(|| {
+        let mut found = Vec::new();
+        // SAFETY: a scan of a shared catalog; the tuple's fixed columns are never null.
+        unsafe {
+            let rel = pg_sys::table_open(pg_sys::DatabaseRelationId, pg_sys::AccessShareLock as _);
+            let columns = crate::rows::Columns::at(
+                rel,
+                vec![
+                    pg_sys::Anum_pg_database_oid as usize,
+                    pg_sys::Anum_pg_database_datname as usize,
+                    pg_sys::Anum_pg_database_datallowconn as usize,
+                    pg_sys::Anum_pg_database_datistemplate as usize,
+                    pg_sys::Anum_pg_database_datconnlimit as usize,
+                ],
+            );
+            let scan = pg_sys::table_beginscan_catalog(rel, 0, std::ptr::null_mut());
+            loop {
+                let tuple = pg_sys::heap_getnext(scan, pg_sys::ScanDirection::ForwardScanDirection);
+                if tuple.is_null() {
+                    break;
+                }
+                let row = columns.take_apart(tuple);
+                let (Some(oid), Some(name), Some(allows), Some(template)) =
+                    (row.datum(0), row.datum(1), row.datum(2), row.datum(3))
+                else {
+                    continue;
+                };
+                let name = std::ffi::CStr::from_ptr((*name.cast_mut_ptr::<pg_sys::NameData>()).data.as_ptr());
+                found.push(Found {
+                    oid: pg_sys::Oid::from(oid.value() as u32),
+                    name: name.to_string_lossy().into_owned(),
+                    is_template: template.value() as u8 != 0,
+                    is_open: allows.value() as u8 != 0 && row.i32(4) != Some(INVALID),
+                });
+            }
+            pg_sys::table_endscan(scan);
+            pg_sys::table_close(rel, pg_sys::AccessShareLock as _);
+        }
+        found
+    });
+    found
+        .inspect_err(|error| {
+            log(
+                LogLevel::Warning,
+                &format!("could not list the databases: {error}"),
+                None,
+                None,
+            );
+        })
+        .ok()
+}
+
+/// Connection limit of a database whose DROP was interrupted (DATCONNLIMIT_INVALID_DB): nobody can connect to it.
+const INVALID: i32 = -2;
+
+/// Whether a statement has the database to itself: whoever connects to it waits, and is refused if it is gone, or has another name.
+pub fn is_locked(database: pg_sys::Oid) -> bool {
+    let tag = pg_sys::LOCKTAG {
+        locktag_field1: 0,
+        locktag_field2: pg_sys::DatabaseRelationId.to_u32(),
+        locktag_field3: database.to_u32(),
+        locktag_field4: 0,
+        locktag_type: pg_sys::LockTagType::LOCKTAG_OBJECT as u8,
+        locktag_lockmethodid: pg_sys::DEFAULT_LOCKMETHOD as u8,
+    };
+    // The mode of whoever connects. The end of the transaction gives it back.
+    let mode = pg_sys::RowExclusiveLock as pg_sys::LOCKMODE;
+    // SAFETY: a lock that is not waited for, within a transaction.
+    let taken = process::transaction(|| unsafe { pg_sys::LockAcquire(&tag, mode, false, true) });
+    taken.is_ok_and(|taken| taken == pg_sys::LockAcquireResult::LOCKACQUIRE_NOT_AVAIL)
+}

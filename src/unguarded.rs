@@ -1,0 +1,63 @@
+//! Functions of Postgres without pgrx's guard around them: an ERROR in one goes its way, to the client, as Postgres made it. It jumps
+//! over the frames in between, so these must hold nothing that needs dropping.
+//!
+//! pgrx's guard is for our own code: it turns an ERROR into a panic that carries a copy of it, in which constraint, column,
+//! position, context and any SQLSTATE that pgrx does not know are lost.
+
+use pgrx::pg_sys;
+use std::ffi::{c_char, c_int};
+use std::time::Duration;
+
+// SAFETY: the declarations of Postgres's headers (storage/lwlock.h, shmem.h, ipc.h, procarray.h, miscadmin.h, elog.h,
+// commands/extension.h, access/twophase.h).
+#[allow(clashing_extern_declarations)]
+unsafe extern "C-unwind" {
+    pub fn LWLockAcquire(lock: *mut pg_sys::LWLock, mode: pg_sys::LWLockMode::Type) -> bool;
+    pub fn LWLockRelease(lock: *mut pg_sys::LWLock);
+    pub fn RequestAddinShmemSpace(size: pg_sys::Size);
+    pub fn ShmemInitStruct(name: *const c_char, size: pg_sys::Size, found: *mut bool) -> *mut std::ffi::c_void;
+    pub fn BackendPidGetProc(pid: c_int) -> *mut pg_sys::PGPROC;
+    pub fn CopyErrorData() -> *mut pg_sys::ErrorData;
+    pub fn FreeErrorData(error: *mut pg_sys::ErrorData);
+    /// Does not return for an ERROR.
+    pub fn ThrowErrorData(error: *mut pg_sys::ErrorData);
+    pub fn get_extension_name(extension: pg_sys::Oid) -> *mut c_char;
+    pub static max_prepared_xacts: c_int;
+    fn ProcessInterrupts();
+}
+
+/// Places in the array of named locks (lwlocknames.h, the same in Postgres 15 to 18).
+#[derive(Clone, Copy)]
+#[repr(usize)]
+pub enum NamedLock {
+    ProcArray = 4,
+    AddinShmemInit = 21,
+}
+
+impl NamedLock {
+    /// # Safety
+    /// In a process that is attached to shared memory.
+    pub unsafe fn get(self) -> *mut pg_sys::LWLock {
+        // SAFETY: the array lives as long as shared memory, and is longer than these.
+        unsafe { &raw mut (*pg_sys::MainLWLockArray.add(self as usize)).lock }
+    }
+}
+
+/// CHECK_FOR_INTERRUPTS(): the statement may be cancelled here.
+///
+/// # Safety
+/// No frame up to Postgres's own holds anything that needs dropping.
+pub unsafe fn check_for_interrupts() {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if pg_sys::InterruptPending != 0 {
+            ProcessInterrupts();
+        }
+    }
+}
+
+/// A moment of sleep; a signal ends it sooner.
+pub fn sleep(time: Duration) {
+    // SAFETY: only sleeps.
+    unsafe { libc::usleep(time.as_micros() as u32) };
+}
