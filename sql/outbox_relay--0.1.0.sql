@@ -161,7 +161,8 @@ create table outbox.failed_events (
     attempts   integer not null,
     last_error text not null,
     failed_at  timestamptz not null default clock_timestamp(),
-    primary key (event_id)
+    -- An event_id may be used again once its first event has gone from outbox.events: both are kept.
+    primary key (event_id, seq)
 );
 create index failed_events_failed_at_idx on outbox.failed_events (failed_at);
 comment on table outbox.failed_events is 'Events that Redis refused max_retries times, or whose backend was deleted; kept for outbox_relay.failed_retention. See outbox.retry_failed().';
@@ -556,7 +557,7 @@ from outbox.events e
         where k.backend_number = e.backend_number and k.slot in (-1, outbox.hash_slot(coalesce(e.stream, b.stream_name, '')))
         order by k.slot desc limit 1
     ) c on true
-    left join outbox.failed_events f on f.event_id = e.event_id
+    left join outbox.failed_events f on f.event_id = e.event_id and f.seq = e.seq
     left join outbox.refused_events r on r.seq = e.seq and r.accepted_in is null
 union all
 select e.event_id, e.event_type, e.source, e.subject, coalesce(b.name, e.backend),
@@ -571,7 +572,7 @@ select e.event_id, e.event_type, e.source, e.subject, coalesce(b.name, e.backend
     e.created_at, null, 'failed', e.attempts, e.last_error
 from outbox.failed_events e
     left join outbox.backends b on b.number = e.backend_number
-where not exists (select from outbox.events o where o.event_id = e.event_id);
+where not exists (select from outbox.events o where o.event_id = e.event_id and o.seq = e.seq);
 comment on view outbox.event_status is 'One row an event, without its payload. Ask for one by event_id: that is an index look-up.';
 
 ----------------------------------------------------------------------------------------------------------------------
@@ -584,7 +585,7 @@ create function outbox.wake() returns void
 comment on function outbox.wake() is 'Wakes this database''s worker; a backend that is waiting to try again does so at once.';
 
 create function outbox.purge_piece(backend_number integer, after_seq bigint, row_count integer, out deleted bigint, out last_seq bigint) returns setof record
-    language c volatile
+    language c volatile strict
     as 'MODULE_PATHNAME', 'purge_piece_wrapper';
 comment on function outbox.purge_piece(integer, bigint, integer) is 'Deletes some published events of a backend whose retention has ended; last_seq goes into the next call, NULL: no more.';
 
@@ -608,9 +609,9 @@ begin
     if retention operator(pg_catalog.>=) interval '0' then
         loop
             delete from outbox.failed_events f
-                where f.event_id operator(pg_catalog.=) any (select o.event_id from outbox.failed_events o
+                where f.ctid operator(pg_catalog.=) any (array(select o.ctid from outbox.failed_events o
                     where o.failed_at operator(pg_catalog.<) (pg_catalog.clock_timestamp() operator(pg_catalog.-) retention)
-                    order by o.failed_at limit 1000);
+                    order by o.failed_at limit 1000));
             exit when not found;
             commit;
         end loop;
@@ -625,6 +626,10 @@ create function outbox.wait_published(event_id uuid, timeout interval default '1
 declare
     deadline timestamptz := pg_catalog.clock_timestamp() + timeout;
 begin
+    if event_id is null or timeout is null then
+        raise exception using errcode = 'null_value_not_allowed', message = 'event_id and timeout must not be null',
+            hint = 'Pass the id that outbox.publish_event returned; it is null if a trigger has left the event out.';
+    end if;
     loop
         -- In the transaction that published it, an event never gets published: it returns false after the timeout.
         if exists (select from outbox.event_status s where s.event_id = wait_published.event_id and s.status = 'published') then
@@ -639,34 +644,93 @@ end
 $$;
 comment on function outbox.wait_published(uuid, interval) is 'Waits until an event is known to be in its stream; false if it is not within the timeout. Call it after the commit.';
 
+create function outbox.publish_failed(failed outbox.failed_events, backend text) returns boolean
+    language plpgsql set search_path = pg_catalog, pg_temp
+    as $$
+begin
+    -- What is there under the same id is another event: that stays, and this one waits until it has gone.
+    if exists (select from outbox.events e where e.event_id = failed.event_id and e.seq <> failed.seq)
+        or exists (select from outbox.scheduled_events s where s.event_id = failed.event_id) then
+        return false;
+    end if;
+    delete from outbox.failed_events e where e.event_id = failed.event_id and e.seq = failed.seq;
+    delete from outbox.events e where e.event_id = failed.event_id and e.seq = failed.seq;
+    insert into outbox.events (created_at, event_id, event_type, source, backend, data, subject, stream, data_schema, publisher_config, max_retries)
+        values (failed.created_at, failed.event_id, failed.event_type, failed.source, publish_failed.backend, failed.data, failed.subject,
+            failed.stream, failed.data_schema, failed.publisher_config, failed.max_retries);
+    return found;
+end
+$$;
+comment on function outbox.publish_failed(outbox.failed_events, text) is 'Publishes one failed event again; false if its event_id has been used again.';
+
 create function outbox.retry_failed(backend text default null, event_type text default null, event_id uuid default null) returns bigint
     language plpgsql security definer set search_path = pg_catalog, pg_temp set session_replication_role = replica
     as $$
 declare
     f record;
     retried bigint := 0;
+    used_again bigint := 0;
+    refused bigint := 0;
+    reason text;
+    one_by_one boolean := false;
 begin
-    for f in
-        select e.*, b.name as backend_name
-        from outbox.failed_events e
-            join outbox.backends b on b.number = e.backend_number
-                or (b.name = e.backend and not exists (select from outbox.backends n where n.number = e.backend_number))
-        where (retry_failed.backend is null or b.name = retry_failed.backend)
-            and (retry_failed.event_type is null or e.event_type = retry_failed.event_type)
-            and (retry_failed.event_id is null or e.event_id = retry_failed.event_id)
-        order by e.seq
-        for update of e
     loop
-        delete from outbox.failed_events e where e.event_id = f.event_id;
-        delete from outbox.events e where e.event_id = f.event_id;
-        insert into outbox.events (created_at, event_id, event_type, source, backend, data, subject, stream, data_schema, publisher_config, max_retries)
-            values (f.created_at, f.event_id, f.event_type, f.source, f.backend_name, f.data, f.subject, f.stream, f.data_schema, f.publisher_config, f.max_retries);
-        retried := retried + 1;
+        begin
+            for f in
+                select e as event, b.name as backend_name
+                from outbox.failed_events e
+                    join outbox.backends b on b.number = e.backend_number
+                        or (b.name = e.backend and not exists (select from outbox.backends n where n.number = e.backend_number))
+                where (retry_failed.backend is null or b.name = retry_failed.backend)
+                    and (retry_failed.event_type is null or e.event_type = retry_failed.event_type)
+                    and (retry_failed.event_id is null or e.event_id = retry_failed.event_id)
+                order by e.seq
+                for update of e
+            loop
+                if one_by_one then
+                    begin
+                        if outbox.publish_failed(f.event, f.backend_name) then
+                            retried := retried + 1;
+                        else
+                            used_again := used_again + 1;
+                        end if;
+                    exception when data_exception or integrity_constraint_violation or program_limit_exceeded or data_corrupted
+                        or index_corrupted or internal_error or plpgsql_error or undefined_object or insufficient_privilege then
+                        refused := refused + 1;
+                        reason := sqlerrm;
+                    end;
+                elsif outbox.publish_failed(f.event, f.backend_name) then
+                    retried := retried + 1;
+                else
+                    used_again := used_again + 1;
+                end if;
+            end loop;
+            exit;
+        exception when data_exception or integrity_constraint_violation or program_limit_exceeded or data_corrupted
+            or index_corrupted or internal_error or plpgsql_error or undefined_object or insufficient_privilege then
+            if one_by_one then
+                raise;
+            end if;
+            -- One of them cannot be published: it stays, and the others go on, each in a subtransaction.
+            one_by_one := true;
+            retried := 0;
+            used_again := 0;
+        end;
     end loop;
+    if used_again > 0 then
+        raise warning using message = format('%s failed events were not published again', used_again),
+            detail = 'Other events with their event_id stand in outbox.events or outbox.scheduled_events.',
+            hint = 'Retry them when those have gone, after outbox_relay.published_retention.';
+    end if;
+    if refused > 0 then
+        raise warning using message = format('%s failed events were not published again', refused),
+            detail = format('The last was refused: %s.', reason),
+            hint = 'They stay in outbox.failed_events.';
+    end if;
     return retried;
 end
 $$;
-comment on function outbox.retry_failed(text, text, uuid) is 'Publishes failed events again, with the same event_id, in their order; returns how many.';
+comment on function outbox.retry_failed(text, text, uuid) is 'Publishes failed events again, with the same event_id, in their order; returns how many. Those that are refused, and those whose event_id stands for another event, stay.';
 
 create function outbox.expect_backend(name text) returns outbox.backends
     language plpgsql stable set search_path = pg_catalog, pg_temp
@@ -740,6 +804,9 @@ create function outbox.grant_publisher(role regrole) returns void
     language plpgsql set search_path = pg_catalog, pg_temp
     as $$
 begin
+    if role is null then
+        raise exception using errcode = 'null_value_not_allowed', message = 'role must not be null';
+    end if;
     execute format('grant usage on schema outbox to %s', role);
     execute format('grant execute on function outbox.publish_event(text, text, jsonb, text, text, timestamptz, integer, jsonb, text, text, uuid) to %s', role);
     execute format('grant execute on function outbox.publish_events(jsonb) to %s', role);

@@ -16,7 +16,7 @@ use crate::numbers;
 use crate::outbox::{self, BackendRow, Standing};
 use crate::ownership;
 use crate::refused;
-use relay::claim::Watch;
+use relay::claim::{Start, Watch};
 use relay::classify::Failure;
 use relay::delivery::{Cursor, Delivery, Entry, Now, State};
 use relay::destination::{self, Address, Destination, Route};
@@ -121,6 +121,8 @@ pub struct Backend {
     /// That which its trouble was with.
     failed_at: Option<Address>,
     pub claim: ClaimStage,
+    /// Of the events that wait as refused, those behind this one are still to be compared, before it comes up by this start.
+    pub to_compare: Option<(Start, i64)>,
     /// What is remembered of a guard that somebody else owns.
     pub watch: Watch,
     /// Goes up with each refresh of the guard.
@@ -212,6 +214,7 @@ impl Backend {
             address: None,
             failed_at: None,
             claim: ClaimStage::None,
+            to_compare: None,
             watch: Watch::default(),
             beat: 0,
             release: Release::None,

@@ -7,6 +7,7 @@
 //! numbers, sequence ─ numbers that ascend, whatever is done to the sequence
 //! ticker, rows ─ snapshots and rows, without SQL                  pass ─ one scan for many backends; backend ─ one of them
 //! outbox ─ all SQL on our tables; rights ─ in whose name          purge ─ retention
+//! care ─ a row that cannot be read fails alone
 //! ownership ─ who this server is to the guards                    recovery ─ from a guard that was read to a backend that is up
 //! catalog ─ what a session knows of our tables and backends       status ─ what the views ask
 //! guc, shmem, process, uuid ─ settings, shared memory, manners of a process, event ids
@@ -30,6 +31,7 @@ macro_rules! sql_function {
 pub(crate) use sql_function;
 
 mod backend;
+mod care;
 mod catalog;
 mod encoding;
 mod error;

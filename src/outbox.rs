@@ -1,6 +1,7 @@
 //! All reading and writing of our tables by SQL. Every function needs a transaction with a snapshot, and raises an ERROR when
 //! something is wrong. (Events themselves are read in `rows.rs` and inserted in `publish.rs`, without SQL.)
 
+use crate::care::{self, Kept};
 use crate::encoding;
 use crate::error::internal;
 use crate::ownership;
@@ -436,12 +437,54 @@ pub fn oldest_tick(number: i32) -> Option<Arc<Tick>> {
 
 /// Moves scheduled events that are due into `outbox.events`, at most `count`; returns how many there were.
 pub fn move_due(count: i64) -> u64 {
+    move_scheduled(
+        "select d.event_id from outbox.scheduled_events d
+            where d.scheduled_at <= clock_timestamp() order by d.scheduled_at, d.seq limit $1",
+        &[count.into()],
+    )
+}
+
+/// The same one by one: what cannot be moved fails alone.
+pub fn move_due_one_by_one(count: i64) -> u64 {
+    let due = query(
+        "select d.event_id from outbox.scheduled_events d
+        where d.scheduled_at <= clock_timestamp() order by d.scheduled_at, d.seq limit $1",
+        &[count.into()],
+        |row| value::<pgrx::Uuid>(row, 1),
+    );
+    for id in due.iter().flatten() {
+        if let Err(error) = care::tried_new(|| move_scheduled("select $1", &[(*id).into()])) {
+            care::as_much_as_can_be_read(|kept| fail_scheduled(*id, &error, kept));
+        }
+    }
+    due.len() as u64
+}
+
+/// A scheduled event that cannot be moved.
+fn fail_scheduled(id: pgrx::Uuid, error: &str, kept: Kept) -> u64 {
+    run(
+        "with gone as (delete from outbox.scheduled_events s where s.event_id = $1 returning s.*)
+        insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, event_type, source, backend,
+            data, subject, stream, data_schema, publisher_config, max_retries, attempts, last_error)
+        select g.seq, g.xid, g.created_at, g.event_id, g.backend_number,
+            case when $3 then g.event_type else '(not readable)' end, case when $3 then g.source else '(not readable)' end,
+            case when $3 then g.backend else '(not readable)' end, case when $4 then g.data end, case when $3 then g.subject end,
+            case when $3 then g.stream end, case when $3 then g.data_schema end, case when $4 then g.publisher_config end,
+            g.max_retries, 0, $2
+        from gone g
+        on conflict (event_id, seq) do nothing",
+        &[id.into(), words(error), kept.texts.into(), kept.payload.into()],
+    )
+}
+
+/// Moves the scheduled events whose ids a query selects.
+fn move_scheduled(selected: &str, arguments: &[DatumWithOid<'_>]) -> u64 {
     trigger::moving(|| {
         run(
-            "with due as (
+            &format!(
+                "with due as (
                 delete from outbox.scheduled_events s
-                where s.event_id in (select d.event_id from outbox.scheduled_events d
-                    where d.scheduled_at <= clock_timestamp() order by d.scheduled_at, d.seq limit $1)
+                where s.event_id in ({selected})
                 returning s.*
             ), moved as (
                 insert into outbox.events (created_at, event_id, backend_number, event_type, source, backend, data, subject,
@@ -456,12 +499,15 @@ pub fn move_due(count: i64) -> u64 {
                     data, subject, stream, data_schema, publisher_config, max_retries, attempts, last_error)
                 select d.seq, d.xid, d.created_at, d.event_id, d.backend_number, d.event_type, d.source, d.backend,
                     d.data, d.subject, d.stream, d.data_schema, d.publisher_config, d.max_retries, 0,
-                    'an event with this event_id was already published'
+                    case when exists (select from outbox.events e where e.event_id = d.event_id)
+                        then 'an event with this event_id was already published'
+                        else 'a trigger of outbox.events has left it out' end
                 from due d where not exists (select from moved m where m.event_id = d.event_id)
-                on conflict (event_id) do nothing
+                on conflict (event_id, seq) do nothing
             )
-            select from due",
-            &[count.into()],
+            select from due"
+            ),
+            arguments,
         )
     })
 }
@@ -553,7 +599,7 @@ pub fn delete_events(seqs: &[i64]) -> u64 {
 /// Deletes failed events older than their retention, at most `count`.
 pub fn purge_failed(retention_us: i64, count: i64) -> u64 {
     run(
-        "delete from outbox.failed_events f where f.event_id in (select o.event_id from outbox.failed_events o
+        "delete from outbox.failed_events f where (f.event_id, f.seq) in (select o.event_id, o.seq from outbox.failed_events o
             where o.failed_at <= clock_timestamp() - $1 * interval '1 microsecond' order by o.failed_at limit $2)",
         &[retention_us.into(), count.into()],
     )

@@ -1,6 +1,7 @@
 //! One scan over a range for all backends that stand at one place: rows become entries of batches, or are written down.
 
 use crate::backend::{Backend, BuiltBatch, Load, OpenBatch, Role};
+use crate::care;
 use crate::catalog::{self, Relations};
 use crate::guc;
 use crate::outbox;
@@ -239,7 +240,9 @@ impl Pass<'_> {
                 Some(Step::Passed(key)) => key,
                 Some(Step::Row(key)) => {
                     let row = scan.current().row();
-                    if let Some(reader) = self.reader_of(row, key, &rows)
+                    if let Some(error) = rows.within(|| care::unreadable(row)) {
+                        self.fail_unreadable(row, key, error);
+                    } else if let Some(reader) = self.reader_of(row, key, &rows)
                         && !rows.within(|| self.take(reader, row))
                     {
                         self.stop(reader);
@@ -279,6 +282,21 @@ impl Pass<'_> {
         let Reader { from, after, .. } = &self.readers[reader];
         let is_new = *after < key.seq && (Arc::ptr_eq(from, &self.from) || !from.snapshot.sees(key.xid));
         is_new.then_some(reader)
+    }
+
+    /// Whoever reads for the row's backend writes it down: of which lane it is may not be known.
+    fn fail_unreadable(&mut self, row: &Row, key: Key, error: String) {
+        let number = row.backend_number();
+        let number = if self.known.contains(&number) { number } else { 0 };
+        let (seq, of_pass) = (key.seq, self.from.clone());
+        let is_its = |r: &&mut Reader| {
+            let is_new = r.after < seq && (Arc::ptr_eq(&r.from, &of_pass) || !r.from.snapshot.sees(key.xid));
+            r.number == number && !r.stopped && is_new
+        };
+        if let Some(reader) = self.readers.iter_mut().find(is_its) {
+            let attempts = 0;
+            reader.records.push(Record::Fail { seq, attempts, error });
+        }
     }
 
     /// Whether the others can wait where one has stopped: so they stay in step, and one scan goes on serving all. Not for one that has no
@@ -424,6 +442,10 @@ pub fn refused_batch(backend: &mut Backend, stream: &str, count: usize) -> Optio
 }
 
 fn add_refused(backend: &mut Backend, batch: &mut OpenBatch, row: &Row) {
+    if let Some(error) = care::unreadable(row) {
+        backend.failed(refused::fail(&[row.key().seq], 0, &error));
+        return;
+    }
     row.with_event(|event| {
         let stream = backend.stream_of(event);
         match backend.encode(batch, &stream, event) {

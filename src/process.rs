@@ -180,6 +180,28 @@ pub fn transaction<R>(f: impl FnOnce() -> R) -> Result<R, Aborted> {
     outcome
 }
 
+/// Runs `f` in a subtransaction of the transaction at hand. An ERROR or panic in it aborts that alone, and comes back as a value.
+pub fn attempt<R>(f: impl FnOnce() -> R) -> Result<R, Aborted> {
+    // SAFETY: within a transaction; what was current is so again, whatever happened within.
+    unsafe {
+        let (owner, context) = (pg_sys::CurrentResourceOwner, pg_sys::CurrentMemoryContext);
+        pg_sys::BeginInternalSubTransaction(std::ptr::null());
+        pg_sys::CurrentMemoryContext = context;
+        let outcome = PgTryBuilder::new(AssertUnwindSafe(|| {
+            let result = f();
+            pg_sys::ReleaseCurrentSubTransaction();
+            Ok(result)
+        }))
+        .catch_others(|error| Err(aborted(&error)))
+        .execute();
+        if outcome.is_err() {
+            pg_sys::RollbackAndReleaseCurrentSubTransaction();
+        }
+        (pg_sys::CurrentResourceOwner, pg_sys::CurrentMemoryContext) = (owner, context);
+        outcome
+    }
+}
+
 fn aborted(error: &CaughtError) -> Aborted {
     match error {
         CaughtError::PostgresError(report)

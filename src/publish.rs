@@ -6,7 +6,7 @@
 //! *before* the sequence number: the reader's bounds rely on it (see `relay::snapshot::Tick`).
 
 use crate::catalog::{self, Relations};
-use crate::encoding::to_server;
+use crate::encoding::{has_utf8_form, to_server};
 use crate::error::{PublishError, expect_arguments};
 use crate::insertion::{Insertion, NewRow, RowKey};
 use crate::numbers::draw_numbers;
@@ -331,7 +331,11 @@ fn items_of_call(fcinfo: pg_sys::FunctionCallInfo) -> Items {
         pg_sys::SetSingleFuncCall(fcinfo, pg_sys::MAT_SRF_USE_EXPECTED_DESC);
         #[cfg(not(feature = "pg15"))]
         pg_sys::InitMaterializedSRF(fcinfo, pg_sys::MAT_SRF_USE_EXPECTED_DESC);
-        let text: &str = match decoded(rendered_jsonb(argument.value)) {
+        let rendered = rendered_jsonb(argument.value);
+        if let Err(text) = has_utf8_form(rendered) {
+            PublishError::Foreign { field: "events", text }.raise();
+        }
+        let text: &str = match decoded(rendered) {
             Cow::Borrowed(text) => text,
             // No conversion gives one of ours, which would have to outlive this.
             Cow::Owned(text) => text.leak(),

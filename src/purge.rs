@@ -9,6 +9,7 @@ use crate::catalog;
 use crate::guc;
 use crate::outbox;
 use crate::process::{self, Aborted};
+use crate::report;
 use crate::rows::EventsTable;
 use pgrx::pg_extern;
 use relay::delivery::Now;
@@ -212,6 +213,6 @@ fn purge_piece(
         Some(retention_us) => piece(backend_number, after_seq, retention_us, row_count.max(1) as usize),
         None => (0, None),
     };
-    let (deleted, last) = crate::report::guard(delete);
+    let (deleted, last) = report::guard(delete);
     pgrx::iter::TableIterator::once((deleted as i64, last))
 }

@@ -1,6 +1,7 @@
 //! From a connection that has read the guard to a backend that is up: whether to claim, and what the guard says was appended.
 
 use crate::backend::{Backend, ClaimStage};
+use crate::care;
 use crate::catalog;
 use crate::guc::LogLevel;
 use crate::numbers;
@@ -8,7 +9,7 @@ use crate::outbox;
 use crate::ownership::{Identity, token};
 use crate::process::{self, Aborted, log};
 use crate::refused;
-use crate::rows::EventsTable;
+use crate::rows::{EventsTable, Row, attribute};
 use crate::ticker;
 use crate::worker;
 use relay::claim::{Claimant, Decision, Incarnation, OnMissing, Start, Why, judge};
@@ -23,7 +24,8 @@ use relay::snapshot::Tick;
 use relay::tails::{Purpose, Wanted};
 use std::sync::Arc;
 
-/// Events that are compared with the streams' tails after a change of owner.
+/// Events that are compared with the streams' tails after a change of owner; and of those that were refused and wait, which are all compared,
+/// so many at a time.
 const COMPARED: usize = 100_000;
 
 /// An event that may stand in its stream already.
@@ -156,6 +158,7 @@ fn begin(
     now: Now,
 ) -> Result<(), Aborted> {
     forget_take_over(backend)?;
+    backend.to_compare = None;
     let start = if fault::is_mutated("ignore_guard") {
         Start::Own
     } else {
@@ -164,8 +167,8 @@ fn begin(
     let candidates = match (start, &guard) {
         (Start::Adopt, None) => return come_up(backend, start, now),
         // Redis may have come back with what it had lost before: then some that wait now had been accepted.
-        (Start::Own, Some(_)) => process::transaction(|| waiting(backend))?,
-        (Start::Adopt, Some(guard)) => process::transaction(|| {
+        (Start::Own, Some(_)) => care::transaction(|| waiting(backend))?,
+        (Start::Adopt, Some(guard)) => care::transaction(|| {
             let others = waiting(backend).into_iter().filter(|c| !guard.again.contains(&c.seq));
             last_batch(backend, guard).into_iter().chain(others).collect()
         })?,
@@ -180,7 +183,7 @@ fn begin(
         (Start::Heal { .. }, guard) => {
             backend.count_healing();
             begin_anew(backend, now);
-            process::transaction(|| {
+            care::transaction(|| {
                 let mut found = waiting(backend);
                 if let Some(guard) = guard {
                     let here = backend.delivery.acked();
@@ -191,15 +194,59 @@ fn begin(
         }
         (Start::Compare(_), _) => {
             begin_anew(backend, now);
-            process::transaction(|| unsent(backend, latest))?
+            care::transaction(|| unsent(backend, latest))?
         }
     };
+    note_rest(backend, start, &candidates);
     if candidates.is_empty() {
         return finish(backend, start, guard, &[], &[], now);
     }
+    look(backend, start, guard, candidates);
+    Ok(())
+}
+
+fn look(backend: &mut Backend, start: Start, guard: Option<Guard>, candidates: Vec<Candidate>) {
     backend.order(Order::Look(candidates.iter().map(|c| c.wanted.clone()).collect()));
     backend.claim = ClaimStage::Looking(start, guard, candidates);
-    Ok(())
+}
+
+/// If not all that wait are among the candidates, where those go on that are to be compared next.
+fn note_rest(backend: &mut Backend, start: Start, candidates: &[Candidate]) {
+    let waiting = || candidates.iter().filter(|c| c.waits);
+    if waiting().count() >= compared() {
+        // Those of the last batch may be further on.
+        let in_order = waiting().filter(|c| c.wanted.purpose == Purpose::Compare);
+        backend.to_compare = Some((start, in_order.map(|c| c.seq).max().unwrap_or(0)));
+    }
+}
+
+/// Before it comes up: what waits and was not compared yet, the next of it. So nothing is sent again that Redis has.
+fn compare_rest(backend: &mut Backend, now: Now) -> Result<Option<Start>, Aborted> {
+    while let Some((start, after)) = backend.to_compare.take() {
+        // What was found is not kept in memory.
+        worker::save(std::slice::from_mut(backend), now)?;
+        let seqs = process::transaction(|| refused::waiting(backend.number, after, compared()))?;
+        let Some(last) = seqs.last() else {
+            return Ok(Some(start));
+        };
+        backend.to_compare = Some((start, *last));
+        let candidates = care::transaction(|| served(backend, by_seq(backend, &seqs, Purpose::Compare)))?;
+        if !candidates.is_empty() {
+            // What is done with those that are found is the same, whatever the start was.
+            look(backend, Start::Own, None, candidates);
+            return Ok(None);
+        }
+    }
+    Ok(None)
+}
+
+/// [`COMPARED`], or fewer in tests.
+fn compared() -> usize {
+    if fault::is_mutated("compare_by_two") {
+        2
+    } else {
+        COMPARED
+    }
 }
 
 /// Which of the candidates stand in their streams is known.
@@ -276,6 +323,12 @@ fn begin_anew(backend: &mut Backend, now: Now) {
 /// All that was found is saved, in one go and before anything else is appended: the guard tells of one batch alone, and it may be
 /// lost.
 fn come_up(backend: &mut Backend, start: Start, now: Now) -> Result<(), Aborted> {
+    let start = match (backend.to_compare.is_some(), compare_rest(backend, now)?) {
+        (false, _) => start,
+        (true, Some(first)) => first,
+        // Some are being looked for.
+        (true, None) => return Ok(()),
+    };
     worker::save(std::slice::from_mut(backend), now)?;
     match start {
         Start::Compare(_) | Start::Replay => backend.forget_restores()?,
@@ -443,9 +496,22 @@ fn unsent(backend: &Backend, latest: &Arc<Tick>) -> Vec<Candidate> {
 
 /// Events that were refused and wait.
 fn waiting(backend: &Backend) -> Vec<Candidate> {
-    let mut found = by_seq(backend, &refused::waiting(backend.number, COMPARED), Purpose::Compare);
-    found.retain(|candidate| backend.serves(&candidate.wanted.stream));
+    let mut found = Vec::new();
+    let mut after = 0;
+    // Until there are enough that are its own: other lanes have some of them.
+    while found.len() < compared() {
+        let seqs = refused::waiting(backend.number, after, compared());
+        let Some(last) = seqs.last() else { break };
+        after = *last;
+        found.extend(served(backend, by_seq(backend, &seqs, Purpose::Compare)));
+    }
     found
+}
+
+/// Those of a lane.
+fn served(backend: &Backend, mut candidates: Vec<Candidate>) -> Vec<Candidate> {
+    candidates.retain(|candidate| backend.serves(&candidate.wanted.stream));
+    candidates
 }
 
 fn by_seq(backend: &Backend, seqs: &[i64], purpose: Purpose) -> Vec<Candidate> {
@@ -453,7 +519,7 @@ fn by_seq(backend: &Backend, seqs: &[i64], purpose: Purpose) -> Vec<Candidate> {
     let mut found = Vec::new();
     for seq in seqs {
         let mut scan = table.by_seq(seq - 1, *seq);
-        if scan.advance().is_some() {
+        if scan.advance().is_some() && is_comparable(scan.row()) {
             found.push(candidate(backend, *seq, scan.row(), true, purpose));
         }
     }
@@ -487,7 +553,8 @@ fn between(backend: &Backend, from: &Position, upto: &Position, limit: usize, pu
         let concerns = matches!(step, Step::Row(_))
             && row.backend_number() == backend.number
             && upto.covers(key)
-            && !from.covers(key);
+            && !from.covers(key)
+            && is_comparable(row);
         if concerns {
             let candidate = candidate(backend, key.seq, row, false, purpose);
             if !backend.serves(&candidate.wanted.stream) {
@@ -503,15 +570,22 @@ fn between(backend: &Backend, from: &Position, upto: &Position, limit: usize, pu
     found
 }
 
-fn candidate(backend: &Backend, seq: i64, row: &crate::rows::Row, waits: bool, purpose: Purpose) -> Candidate {
-    row.with_event(|event| Candidate {
+/// Whether it can be said which stream a row is to be looked for in. One of which it cannot fails when it is read to be sent.
+fn is_comparable(row: &Row) -> bool {
+    !care::is_careful() || care::tried(|| row.text(attribute::STREAM).map(|_| ())).is_ok()
+}
+
+fn candidate(backend: &Backend, seq: i64, row: &Row, waits: bool, purpose: Purpose) -> Candidate {
+    // Of the row no more is read than this: what else is in it may not be readable.
+    let stream = row.text(attribute::STREAM);
+    Candidate {
         seq,
         wanted: Wanted {
-            stream: Arc::from(event.stream.unwrap_or(&backend.stream)),
-            event_id: event.event_id,
-            created_at_us: event.created_at_us,
+            stream: Arc::from(stream.as_deref().unwrap_or(&backend.stream)),
+            event_id: row.uuid(attribute::EVENT_ID).unwrap_or_default(),
+            created_at_us: row.created_at_us(),
             purpose,
         },
         waits,
-    })
+    }
 }

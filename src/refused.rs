@@ -1,6 +1,7 @@
 //! Events that Redis refused: those that wait, those that failed, and those that were accepted out of their turn. All SQL on
 //! `refused_events` and `failed_events` but retention's. Needs a transaction.
 
+use crate::care::{self, Kept};
 use crate::outbox::{argument, query, run, text, value, words};
 use relay::refusal::Record;
 
@@ -81,11 +82,11 @@ pub fn still_waiting(seqs: &[i64]) -> Vec<i64> {
     )
 }
 
-/// The events of a backend that wait to be tried again, at most `count`.
-pub fn waiting(number: i32, count: usize) -> Vec<i64> {
+/// The events of a backend that wait to be tried again, behind `after`, at most `count`.
+pub fn waiting(number: i32, after: i64, count: usize) -> Vec<i64> {
     query(
-        "select seq from outbox.refused_events where backend_number = $1 and accepted_in is null order by seq limit $2",
-        &[number.into(), (count as i64).into()],
+        "select seq from outbox.refused_events where backend_number = $1 and accepted_in is null and seq > $2 order by seq limit $3",
+        &[number.into(), after.into(), (count as i64).into()],
         |row| value(row, 1).unwrap_or_default(),
     )
 }
@@ -173,13 +174,32 @@ pub fn fail(seqs: &[i64], attempts: u32, error: &str) -> u64 {
         "delete from outbox.refused_events where seq = any($1)",
         &[seqs.to_vec().into()],
     );
+    match care::is_careful() {
+        false => copy_to_failed(seqs, attempts, error, care::ALL),
+        true => seqs
+            .iter()
+            .map(|seq| care::as_much_as_can_be_read(|kept| copy_to_failed(&[*seq], attempts, error, kept)))
+            .sum(),
+    }
+}
+
+fn copy_to_failed(seqs: &[i64], attempts: u32, error: &str, kept: Kept) -> u64 {
     run(
         "insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, event_type, source, backend, data,
             subject, stream, data_schema, publisher_config, max_retries, attempts, last_error)
-        select e.seq, e.xid, e.created_at, e.event_id, e.backend_number, e.event_type, e.source, e.backend, e.data,
-            e.subject, e.stream, e.data_schema, e.publisher_config, e.max_retries, $2, $3
+        select e.seq, e.xid, e.created_at, e.event_id, e.backend_number,
+            case when $4 then e.event_type else '(not readable)' end, case when $4 then e.source else '(not readable)' end,
+            case when $4 then e.backend else coalesce((select b.name from outbox.backends b where b.number = e.backend_number), '') end,
+            case when $5 then e.data end, case when $4 then e.subject end, case when $4 then e.stream end,
+            case when $4 then e.data_schema end, case when $5 then e.publisher_config end, e.max_retries, $2, $3
         from outbox.events e where e.seq = any($1)
-        on conflict (event_id) do nothing",
-        &[seqs.to_vec().into(), (attempts as i32).into(), words(error)],
+        on conflict (event_id, seq) do nothing",
+        &[
+            seqs.to_vec().into(),
+            (attempts as i32).into(),
+            words(error),
+            kept.texts.into(),
+            kept.payload.into(),
+        ],
     )
 }

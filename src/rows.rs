@@ -1,7 +1,7 @@
 //! Rows of our tables, taken apart without SQL: an event as it is sent, and scans of `outbox.events` for the reader.
 
 use crate::catalog::Relations;
-use crate::encoding::utf8;
+use crate::encoding::{has_utf8_form, utf8};
 use pgrx::{pg_sys, varlena};
 use relay::event::Event;
 use relay::reader::{Key, Scan, Table};
@@ -100,6 +100,13 @@ impl Row {
         }
     }
 
+    /// When it was published, in microseconds since 1970.
+    pub fn created_at_us(&self) -> i64 {
+        self.i64(attribute::CREATED_AT)
+            .unwrap_or_default()
+            .saturating_add(EPOCH_SHIFT_US)
+    }
+
     /// A text in UTF-8. Allocates in the current memory context when the value was compressed or stored apart.
     pub fn text(&self, attribute: usize) -> Option<Cow<'_, str>> {
         // SAFETY: the attribute is of a varlena type in the database's encoding.
@@ -119,8 +126,11 @@ impl Row {
 
     /// The hash slot of its stream; one that names none is in its backend's. Allocates as [`Self::text`].
     pub fn slot(&self, own_stream: &str) -> u16 {
-        let named = self.text(attribute::STREAM);
-        slot_of(named.as_deref().unwrap_or(own_stream).as_bytes())
+        // SAFETY: the attribute is of type text.
+        let named = self
+            .get(attribute::STREAM)
+            .map(|d| unsafe { slot_of_text(bytes_of(d)) });
+        named.unwrap_or_else(|| slot_of(own_stream.as_bytes()))
     }
 
     /// Calls `f` with the row as an event.
@@ -131,10 +141,7 @@ impl Row {
         let publisher_config = self.text(attribute::PUBLISHER_CONFIG);
         f(&Event {
             event_id: self.uuid(attribute::EVENT_ID).unwrap_or_default(),
-            created_at_us: self
-                .i64(attribute::CREATED_AT)
-                .unwrap_or_default()
-                .saturating_add(EPOCH_SHIFT_US),
+            created_at_us: self.created_at_us(),
             event_type: event_type.as_deref().unwrap_or_default(),
             source: source.as_deref().unwrap_or_default(),
             subject: subject.as_deref(),
@@ -163,6 +170,16 @@ pub unsafe fn bytes_of<'a>(datum: pg_sys::Datum) -> &'a [u8] {
             value = pg_sys::pg_detoast_datum_packed(value);
         }
         varlena::varlena_to_byte_slice(value)
+    }
+}
+
+/// The hash slot of a stream's name in the database's encoding. One that has no UTF-8 form is nobody's stream, and has a slot all the
+/// same: a view, or a dump, is not to end over it.
+pub fn slot_of_text(name: &[u8]) -> u16 {
+    match has_utf8_form(name) {
+        // SAFETY: text of a row, in the database's encoding.
+        Ok(()) => slot_of(unsafe { utf8(name) }.as_bytes()),
+        Err(_) => slot_of(name),
     }
 }
 

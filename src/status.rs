@@ -5,7 +5,7 @@ use crate::error::expect_arguments;
 use crate::outbox;
 use crate::report;
 use crate::rights;
-use crate::rows::{EventsTable, Row, attribute, utf8_of};
+use crate::rows::{EventsTable, Row, attribute, bytes_of, slot_of_text};
 use crate::shmem::{self, SlotState};
 use crate::ticker;
 use crate::trigger::{When, expect_trigger};
@@ -13,7 +13,7 @@ use crate::txn;
 use pgrx::iter::TableIterator;
 use pgrx::{PgLogLevel, PgSqlErrorCode, name, pg_extern, pg_sys};
 use relay::reader::{Key, Position, RangeScan, Step};
-use relay::slot::{SLOTS, slot_of, tag_of};
+use relay::slot::{SLOTS, tag_of};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -156,7 +156,7 @@ extern "C-unwind" fn hash_slot(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datu
             (*fcinfo).isnull = argument.isnull;
             match argument.isnull {
                 true => pg_sys::Datum::from(0),
-                false => pg_sys::Datum::from(i32::from(slot_of(utf8_of(argument.value).as_bytes()))),
+                false => pg_sys::Datum::from(i32::from(slot_of_text(bytes_of(argument.value)))),
             }
         }
     })

@@ -13,6 +13,7 @@ mod loading;
 mod reading;
 
 use crate::backend::{Backend, Home};
+use crate::care;
 use crate::guc::{self, LogLevel};
 use crate::outbox;
 use crate::ownership::Identity;
@@ -36,6 +37,8 @@ use std::time::{Duration, Instant};
 
 /// Scheduled events that are moved at once.
 const MOVE_COUNT: i64 = 1_000;
+/// The same, in a subtransaction each, where one of them cannot be moved.
+const MOVE_COUNT_WITH_CARE: i64 = 50;
 /// How long a worker that must go waits for replies that are on their way.
 const SETTLE_AT_END: Duration = Duration::from_millis(250);
 /// The same, when a backend's settings have changed; meanwhile the others wait.
@@ -408,7 +411,7 @@ impl Worker {
             }
             let batch_size = guc::BATCH_SIZE.get() as usize;
             while let Some((stream, count)) = backend.delivery.stream_to_retry(now, batch_size) {
-                let batch = process::transaction(|| pass::refused_batch(backend, &stream, count));
+                let batch = care::transaction(|| pass::refused_batch(backend, &stream, count));
                 match batch {
                     Ok(Some(batch)) => backend.send(vec![batch], self.flushed),
                     Ok(None) => backend.delivery.stream_cleared(&stream),
@@ -437,6 +440,14 @@ impl Worker {
                 other => (0, other),
             }
         });
+        // What cannot be moved must not hold up the others.
+        let moved = match moved {
+            Err(error) if care::is_of_a_new_row(error.code) => process::transaction(|| {
+                let moved = care::carefully(|| outbox::move_due_one_by_one(MOVE_COUNT_WITH_CARE));
+                (moved, Some(0))
+            }),
+            moved => moved,
+        };
         if moved.is_err() {
             self.schedule_known = false;
         }
@@ -514,7 +525,7 @@ pub fn save(backends: &mut [Backend], now: Now) -> Result<(), Aborted> {
     });
     // SAFETY: reads the clock.
     let wall_us = unsafe { pg_sys::GetCurrentTimestamp() } + crate::rows::EPOCH_SHIFT_US;
-    process::transaction(|| {
+    care::transaction(|| {
         for backend in backends.iter_mut().filter(|b| b.is_unsaved()) {
             backend.save(now, wall_us);
         }

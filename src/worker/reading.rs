@@ -2,6 +2,7 @@
 
 use super::Worker;
 use crate::backend::{Backend, MOST_LANES, Role};
+use crate::care;
 use crate::guc::{self, SendAfter};
 use crate::pass::{self, Group};
 use crate::process::{self, Aborted};
@@ -93,13 +94,18 @@ impl Worker {
             return Ok(());
         };
         let (backend, seq) = (&mut self.backends[index], self.latest.high_seq);
-        process::transaction(|| {
+        let rehearsed = process::transaction(|| {
             // Not if somebody has the table to himself, such as whoever publishes.
             if let Some(relations) = catalog::relations().filter(EventsTable::is_open_to_all) {
                 ticker::take(&relations);
                 pass::rehearse(backend, &relations, seq);
             }
-        })
+        });
+        match rehearsed {
+            // One that cannot be read has failed, and is nothing to rehearse with.
+            Err(error) if care::is_of_a_row(error.code) => Ok(()),
+            rehearsed => rehearsed,
+        }
     }
 
     /// Whether a backend can take rows now, and there may be some.
@@ -257,7 +263,7 @@ impl Worker {
 
     /// One scan for a group of backends.
     fn read_group(&mut self, group: &Group, now: Now) -> Result<(), Aborted> {
-        let readers = process::transaction(|| pass::read(&mut self.backends, group))?;
+        let readers = care::transaction(|| pass::read(&mut self.backends, group))?;
         if readers.iter().any(|r| r.wrote) {
             self.flush();
         }

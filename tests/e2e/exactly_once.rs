@@ -1,7 +1,10 @@
 //! With the default delivery every event stands in its stream once and in order, whatever is interrupted in the middle of work. (Of
 //! processes that are killed under load: `crash.rs`.)
 
-use kit::{Dice, LIMIT, Ledger, Load, Stack, UNTRIMMED, ids, publish_many, standing, wait_drained, wait_until};
+use kit::{
+    Dice, LIMIT, Ledger, Load, Postgres, Redis, Stack, UNTRIMMED, ids, publish_many, standing, wait_drained, wait_eq,
+    wait_until,
+};
 
 /// Every connection but the one that says so is closed by Redis.
 fn kill_clients(stack: &Stack) {
@@ -106,4 +109,52 @@ fn backends_share_a_redis_and_take_no_notice_of_each_other() {
             .guard(&stack.pg.one::<String>(&format!("select outbox.guard_key('{backend}')")));
         assert_eq!(guard.expect("a guard").number("total"), 600, "{backend}");
     }
+}
+
+/// Events that wait as refused, and that Redis turns out to have: all of them are looked for, also where they are more than are compared at once.
+#[test]
+fn whatever_waits_is_compared_piece_by_piece() {
+    let stack = Stack::of(
+        Postgres::with(&[
+            UNTRIMMED,
+            ("outbox_relay.retry_delay", "1h"),
+            ("outbox_relay.retry_max_delay", "1h"),
+        ])
+        .faults(),
+        Redis::start(),
+    );
+    stack.redis.call(&["SET", "bad", "a string"]);
+    let mut expected = publish_many(&mut stack.pg.client(), "default", "bad", "waits", 7);
+    wait_eq("events that wait", 7i64, || {
+        stack.pg.one("select count(*) from outbox.refused_events")
+    });
+    stack.redis.call(&["DEL", "bad"]);
+    let names = stack
+        .pg
+        .client()
+        .query(
+            r#"select event_id::text, to_char(created_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"+00:00"') from outbox.events order by seq"#,
+            &[],
+        )
+        .expect("events");
+    for row in &names {
+        stack
+            .redis
+            .call(&["XADD", "bad", "*", "event_id", row.get(0), "timestamp", row.get(1)]);
+    }
+    // A worker that compares two at a time.
+    stack.pg.mutation("compare_by_two");
+    let old = stack.pg.wait_worker("postgres");
+    stack.pg.exec(&format!("select pg_terminate_backend({old})"));
+    stack.pg.wait_new_worker(old);
+    expected.extend(publish_many(&mut stack.pg.client(), "default", "bad", "after", 1));
+    assert_eq!(ids(&stack.redis.wait_entries("bad", 8)), expected);
+    wait_drained(&stack.pg, "default");
+    assert_eq!(stack.redis.xlen("bad"), 8);
+    assert_eq!(
+        stack
+            .pg
+            .one::<i64>("select count(*) from outbox.refused_events where accepted_in is null"),
+        0
+    );
 }

@@ -517,7 +517,8 @@ impl Postgres {
         });
     }
 
-    fn log_path(&self) -> PathBuf {
+    /// The file of the log, whose bytes are in the encodings of many databases.
+    pub fn log_path(&self) -> PathBuf {
         self.dir.path().join("postgres.log")
     }
 
