@@ -648,20 +648,28 @@ create function outbox.publish_failed(failed outbox.failed_events, backend text)
     language plpgsql set search_path = pg_catalog, pg_temp
     as $$
 begin
-    -- What is there under the same id is another event: that stays, and this one waits until it has gone.
-    if exists (select from outbox.events e where e.event_id = failed.event_id and e.seq <> failed.seq)
-        or exists (select from outbox.scheduled_events s where s.event_id = failed.event_id) then
+    -- What is there under the same id is another event. As long as that waits to be sent it stays, and this one waits for it; once it has
+    -- been published, or has failed too, its row makes room.
+    if exists (select from outbox.scheduled_events s where s.event_id = failed.event_id)
+        or exists (select from outbox.events e left join outbox.backends b on b.number = e.backend_number
+            where e.event_id = failed.event_id and e.seq <> failed.seq
+                and not exists (select from outbox.failed_events o where o.event_id = e.event_id and o.seq = e.seq)
+                and (exists (select from outbox.refused_events r where r.seq = e.seq and r.accepted_in is null)
+                    or not coalesce((select outbox.is_delivered(k, e.xid, e.seq) from outbox.cursors k
+                        where k.backend_number = e.backend_number
+                            and k.slot in (-1, outbox.hash_slot(coalesce(e.stream, b.stream_name, '')))
+                        order by k.slot desc limit 1), false))) then
         return false;
     end if;
     delete from outbox.failed_events e where e.event_id = failed.event_id and e.seq = failed.seq;
-    delete from outbox.events e where e.event_id = failed.event_id and e.seq = failed.seq;
+    delete from outbox.events e where e.event_id = failed.event_id;
     insert into outbox.events (created_at, event_id, event_type, source, backend, data, subject, stream, data_schema, publisher_config, max_retries)
         values (failed.created_at, failed.event_id, failed.event_type, failed.source, publish_failed.backend, failed.data, failed.subject,
             failed.stream, failed.data_schema, failed.publisher_config, failed.max_retries);
     return found;
 end
 $$;
-comment on function outbox.publish_failed(outbox.failed_events, text) is 'Publishes one failed event again; false if its event_id has been used again.';
+comment on function outbox.publish_failed(outbox.failed_events, text) is 'Publishes one failed event again; false if another event with its event_id waits to be sent.';
 
 create function outbox.retry_failed(backend text default null, event_type text default null, event_id uuid default null) returns bigint
     language plpgsql security definer set search_path = pg_catalog, pg_temp set session_replication_role = replica
@@ -719,8 +727,8 @@ begin
     end loop;
     if used_again > 0 then
         raise warning using message = format('%s failed events were not published again', used_again),
-            detail = 'Other events with their event_id stand in outbox.events or outbox.scheduled_events.',
-            hint = 'Retry them when those have gone, after outbox_relay.published_retention.';
+            detail = 'Other events with their event_id wait to be sent.',
+            hint = 'Retry them when those have been published.';
     end if;
     if refused > 0 then
         raise warning using message = format('%s failed events were not published again', refused),
@@ -730,7 +738,7 @@ begin
     return retried;
 end
 $$;
-comment on function outbox.retry_failed(text, text, uuid) is 'Publishes failed events again, with the same event_id, in their order; returns how many. Those that are refused, and those whose event_id stands for another event, stay.';
+comment on function outbox.retry_failed(text, text, uuid) is 'Publishes failed events again, with the same event_id, in their order; returns how many. Those that are refused stay, and those whose event_id another event has that waits to be sent.';
 
 create function outbox.expect_backend(name text) returns outbox.backends
     language plpgsql stable set search_path = pg_catalog, pg_temp

@@ -623,6 +623,39 @@ fn our_functions_refuse_what_they_are_not_for() {
     });
 }
 
+/// Whoever reads the WAL sees all rows that come and go, whoever writes them.
+#[test]
+fn logical_decoding_sees_every_row() {
+    let stack = Stack::with(&[("wal_level", "logical")]);
+    stack
+        .pg
+        .exec("select pg_create_logical_replication_slot('seen', 'test_decoding')");
+    for sql in ways("t") {
+        stack.pg.exec(&sql);
+    }
+    stack
+        .pg
+        .exec("select outbox.publish_event('due', 's', scheduled_at => now() + interval '0.2 s')");
+    stack.wait_events(5);
+    wait_drained(&stack.pg, "default");
+    stack.pg.set("outbox_relay.published_retention", "0");
+    wait_eq("rows that are left", 0i64, || {
+        stack.pg.one("select count(*) from outbox.events")
+    });
+    let count = |what: &str| -> i64 {
+        stack.pg.one(&format!(
+            "select count(*) from pg_logical_slot_peek_changes('seen', null, null) where data like 'table outbox.{what}:%'"
+        ))
+    };
+    // The worker's commits are flushed a moment later.
+    wait_eq("rows of events in the WAL", (5, 5), || {
+        (count("events: INSERT"), count("events: DELETE"))
+    });
+    wait_eq("rows of scheduled events in the WAL", (1, 1), || {
+        (count("scheduled_events: INSERT"), count("scheduled_events: DELETE"))
+    });
+}
+
 /// Streams that are never trimmed: each entry counts.
 const UNTRIMMED: &[(&str, &str)] = &[("outbox_relay.redis_max_len", "0")];
 
