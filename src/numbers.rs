@@ -29,9 +29,15 @@ thread_local! {
 }
 
 /// The caller's transaction id, then the next number: in this order, always (see [`Tick`]). Within a transaction that may write.
+///
+/// The table is locked before the sequence, as by any INSERT: TRUNCATE with RESTART IDENTITY does so, too, and would come to a deadlock
+/// with whoever has the sequence and waits for the table.
 pub fn draw_numbers(relations: &Relations) -> (u64, i64) {
-    // SAFETY: within a transaction that may write.
-    let xid = unsafe { pg_sys::GetTopFullTransactionId().value };
+    // SAFETY: within a transaction that may write; locks are kept until its end.
+    let xid = unsafe {
+        pg_sys::LockRelationOid(relations.events, pg_sys::RowExclusiveLock as pg_sys::LOCKMODE);
+        pg_sys::GetTopFullTransactionId().value
+    };
     let before = highest(relations);
     let mut seq = sequence::next(relations.sequence);
     sequence::expect_ascending(relations.sequence);
