@@ -144,6 +144,7 @@ create table outbox.scheduled_events (
 );
 create index scheduled_events_due_idx on outbox.scheduled_events (scheduled_at, seq);
 comment on table outbox.scheduled_events is 'Events that are not due yet; moved to outbox.events when they are, in the order of scheduled_at and seq.';
+comment on column outbox.scheduled_events.xid is 'The scheduling transaction; 0: a dump brought it when it was overdue, so that it may have been sent since.';
 
 create table outbox.refused_events (
     seq            bigint primary key,
@@ -305,19 +306,17 @@ comment on function outbox.publish_events(jsonb) is
 create function outbox.complete_event() returns trigger
     language c
     as 'MODULE_PATHNAME', 'complete_event';
-comment on function outbox.complete_event() is 'Trigger of outbox.events: checks a row as publish_event does, and fills in xid, seq and backend_number.';
-create trigger complete_event before insert on outbox.events
-    for each row execute function outbox.complete_event();
-alter table outbox.events enable always trigger complete_event;
+comment on function outbox.complete_event() is 'Trigger of outbox.events and outbox.scheduled_events: checks a row as publish_event does, and fills in xid, seq and backend_number.';
+
+create function outbox.draw_seq() returns bigint
+    language c volatile
+    as 'MODULE_PATHNAME', 'draw_seq_wrapper';
+comment on function outbox.draw_seq() is 'The next number of an event, for a row of the calling transaction that is inserted with both; drawn after its transaction id.';
 
 create function outbox.confirm_event() returns trigger
     language c
     as 'MODULE_PATHNAME', 'confirm_event';
 comment on function outbox.confirm_event() is 'Trigger of outbox.events: refuses a row in which another trigger has changed seq, xid, backend_number or event_id, or that is no event any more.';
--- Triggers fire in the order of their names: this one after those of others.
-create trigger "~confirm_event" before insert on outbox.events
-    for each row execute function outbox.confirm_event();
-alter table outbox.events enable always trigger "~confirm_event";
 
 create function outbox.refuse_update() returns trigger
     language plpgsql set search_path = pg_catalog, pg_temp
@@ -329,8 +328,6 @@ begin
 end
 $$;
 comment on function outbox.refuse_update() is 'Trigger of outbox.events: an event that may have been sent cannot be changed.';
-create trigger refuse_update before update on outbox.events
-    for each statement execute function outbox.refuse_update();
 
 ----------------------------------------------------------------------------------------------------------------------
 -- The backends' triggers
@@ -417,9 +414,6 @@ begin
 end
 $$;
 comment on function outbox.check_backend() is 'Trigger of outbox.backends: numbers never change, a cluster''s backend keeps its stream_name, nodes are host:port, file columns need pg_read_server_files, and a restored "default" replaces the untouched one.';
-create trigger check_backend before insert or update on outbox.backends
-    for each row execute function outbox.check_backend();
-alter table outbox.backends enable always trigger check_backend;
 
 -- With the owner's rights: who may delete backends need not be one who may read all the rest.
 create function outbox.check_backend_deletion() returns trigger
@@ -443,26 +437,65 @@ begin
 end
 $$;
 comment on function outbox.check_backend_deletion() is 'Trigger of outbox.backends: a backend with waiting events is not deleted.';
-create trigger check_backend_deletion before delete on outbox.backends
-    for each row execute function outbox.check_backend_deletion();
-alter table outbox.backends enable always trigger check_backend_deletion;
 
 create function outbox.backends_changed() returns trigger
     language c
     as 'MODULE_PATHNAME', 'backends_changed';
 comment on function outbox.backends_changed() is 'Trigger of outbox.backends and outbox.backend_passwords: tells sessions and the worker.';
-create trigger backends_changed after insert or update or delete or truncate on outbox.backends
-    for each statement execute function outbox.backends_changed();
-create trigger backends_changed after insert or update or delete or truncate on outbox.backend_passwords
-    for each statement execute function outbox.backends_changed();
-create trigger backends_changed after insert or update on outbox.take_overs
-    for each statement execute function outbox.backends_changed();
-alter table outbox.take_overs enable always trigger backends_changed;
-create trigger backends_changed after insert on outbox.restores
-    for each statement execute function outbox.backends_changed();
-alter table outbox.restores enable always trigger backends_changed;
-alter table outbox.backends enable always trigger backends_changed;
-alter table outbox.backend_passwords enable always trigger backends_changed;
+----------------------------------------------------------------------------------------------------------------------
+-- All triggers: made by this list, looked after by the worker
+----------------------------------------------------------------------------------------------------------------------
+
+create function outbox.our_triggers(out relation text, out name text, out definition text) returns setof record
+    language sql immutable set search_path = pg_catalog, pg_temp
+    as $$
+values
+    ('events', 'complete_event', 'before insert on outbox.events for each row execute function outbox.complete_event()'),
+    -- Triggers fire in the order of their names: this one after those of others.
+    ('events', '~confirm_event', 'before insert on outbox.events for each row execute function outbox.confirm_event()'),
+    ('events', 'refuse_update', 'before update on outbox.events for each statement execute function outbox.refuse_update()'),
+    ('scheduled_events', 'complete_event', 'before insert on outbox.scheduled_events for each row execute function outbox.complete_event()'),
+    ('backends', 'check_backend', 'before insert or update on outbox.backends for each row execute function outbox.check_backend()'),
+    ('backends', 'check_backend_deletion', 'before delete on outbox.backends for each row execute function outbox.check_backend_deletion()'),
+    ('backends', 'backends_changed', 'after insert or update or delete or truncate on outbox.backends for each statement execute function outbox.backends_changed()'),
+    ('backend_passwords', 'backends_changed', 'after insert or update or delete or truncate on outbox.backend_passwords for each statement execute function outbox.backends_changed()'),
+    ('take_overs', 'backends_changed', 'after insert or update on outbox.take_overs for each statement execute function outbox.backends_changed()'),
+    ('restores', 'backends_changed', 'after insert on outbox.restores for each statement execute function outbox.backends_changed()')
+$$;
+comment on function outbox.our_triggers() is 'The triggers of this extension''s tables. All are enabled always: also where session_replication_role is replica.';
+
+create function outbox.broken_triggers(out relation text, out name text, out found text) returns setof record
+    language sql stable set search_path = pg_catalog, pg_temp
+    as $$
+select o.relation, o.name,
+    case t.tgenabled when 'D' then 'disabled' when 'O' then 'not enabled always' when 'R' then 'enabled for replicas alone' else 'missing' end
+from outbox.our_triggers() o
+    left join pg_trigger t on t.tgrelid = to_regclass('outbox.' || o.relation) and t.tgname = o.name and not t.tgisinternal
+where t.tgenabled is distinct from 'A' and to_regclass('outbox.' || o.relation) is not null
+$$;
+comment on function outbox.broken_triggers() is 'Triggers of this extension that are missing, or not enabled always, as pg_restore --disable-triggers leaves them. The worker mends them.';
+
+create function outbox.mend_trigger(relation text, name text) returns void
+    language plpgsql set search_path = pg_catalog, pg_temp set lock_timeout = '100ms'
+    as $$
+declare
+    o record;
+begin
+    select * into strict o from outbox.our_triggers() t where t.relation = mend_trigger.relation and t.name = mend_trigger.name;
+    if not exists (select from pg_trigger t
+        where t.tgrelid = format('outbox.%I', o.relation)::regclass and t.tgname = o.name and not t.tgisinternal) then
+        execute format('create trigger %I %s', o.name, o.definition);
+    end if;
+    execute format('alter table outbox.%I enable always trigger %I', o.relation, o.name);
+end
+$$;
+comment on function outbox.mend_trigger(text, text) is 'Makes one of this extension''s triggers if it is missing, and enables it always.';
+
+do $$
+begin
+    perform outbox.mend_trigger(o.relation, o.name) from outbox.our_triggers() o;
+end
+$$;
 
 insert into outbox.backends (name) values ('default');
 
@@ -663,8 +696,10 @@ begin
     end if;
     delete from outbox.failed_events e where e.event_id = failed.event_id and e.seq = failed.seq;
     delete from outbox.events e where e.event_id = failed.event_id;
-    insert into outbox.events (created_at, event_id, event_type, source, backend, data, subject, stream, data_schema, publisher_config, max_retries)
-        values (failed.created_at, failed.event_id, failed.event_type, failed.source, publish_failed.backend, failed.data, failed.subject,
+    -- With all that the trigger fills in: it may be off.
+    insert into outbox.events (xid, seq, created_at, event_id, backend_number, event_type, source, backend, data, subject, stream, data_schema, publisher_config, max_retries)
+        values (pg_current_xact_id(), outbox.draw_seq(), failed.created_at, failed.event_id, (outbox.expect_backend(publish_failed.backend)).number,
+            failed.event_type, failed.source, publish_failed.backend, failed.data, failed.subject,
             failed.stream, failed.data_schema, failed.publisher_config, failed.max_retries);
     return found;
 end
@@ -837,8 +872,35 @@ select pg_catalog.pg_extension_config_dump('outbox.events', $$
         or exists (select from outbox.refused_events r where r.seq = events.seq and r.accepted_in is null)
     order by events.seq$$);
 select pg_catalog.pg_extension_config_dump('outbox.events_seq_seq', '');
-select pg_catalog.pg_extension_config_dump('outbox.scheduled_events', '');
+select pg_catalog.pg_extension_config_dump('outbox.scheduled_events', 'order by scheduled_at, seq');
 select pg_catalog.pg_extension_config_dump('outbox.failed_events', '');
+
+----------------------------------------------------------------------------------------------------------------------
+-- Rows that come while triggers are off carry ids of another cluster: the worker looks for them when a trigger has been touched
+----------------------------------------------------------------------------------------------------------------------
+
+create function outbox.trigger_state(out triggers text, out filenode oid) returns record
+    language sql stable set search_path = pg_catalog, pg_temp
+    as $$
+select (select t.oid || ' ' || t.xmin from pg_trigger t where t.tgrelid = 'outbox.events'::regclass and t.tgname = 'complete_event'),
+    pg_relation_filenode('outbox.events')
+$$;
+comment on function outbox.trigger_state() is 'What the trigger of outbox.events, and the file of the table, are: other than they were whenever somebody has touched them.';
+
+create table outbox.known_triggers (
+    only_row boolean primary key default true check (only_row),
+    triggers text,
+    filenode oid,
+    snapshot pg_snapshot not null,
+    next_xid xid8 not null,
+    low_seq  bigint not null,
+    high_seq bigint not null
+);
+insert into outbox.known_triggers (triggers, filenode, snapshot, next_xid, low_seq, high_seq)
+    select s.triggers, s.filenode, format('%s:%s:', x, x)::pg_snapshot, x, 0, 0
+    from outbox.trigger_state() s, pg_snapshot_xmin(pg_current_snapshot()) as x;
+comment on table outbox.known_triggers is 'How outbox.trigger_state() was when all rows of outbox.events were last known to have come by its trigger, and the tick of then.';
+comment on column outbox.known_triggers.triggers is 'NULL: rows that came otherwise are being looked for, with this tick.';
 
 ----------------------------------------------------------------------------------------------------------------------
 -- Privileges: PUBLIC has nothing, pg_monitor may look

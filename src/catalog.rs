@@ -31,7 +31,7 @@ pub struct Relations {
     tables: [pg_sys::Oid; TABLES.len()],
 }
 
-const TABLES: [&CStr; 12] = [
+const TABLES: [&CStr; 13] = [
     c"events",
     c"backends",
     c"backend_passwords",
@@ -44,6 +44,7 @@ const TABLES: [&CStr; 12] = [
     c"incarnations",
     c"take_overs",
     c"restores",
+    c"known_triggers",
 ];
 
 impl Relations {

@@ -435,7 +435,8 @@ pub fn oldest_tick(number: i32) -> Option<Arc<Tick>> {
     .flatten()
 }
 
-/// Moves scheduled events that are due into `outbox.events`, at most `count`; returns how many there were.
+/// Moves scheduled events that are due into `outbox.events`, at most `count`; returns how many there were. With all that the trigger
+/// fills in: it may be off.
 pub fn move_due(count: i64) -> u64 {
     move_scheduled(
         "select d.event_id from outbox.scheduled_events d
@@ -487,13 +488,16 @@ fn move_scheduled(selected: &str, arguments: &[DatumWithOid<'_>]) -> u64 {
                 where s.event_id in ({selected})
                 returning s.*
             ), moved as (
-                insert into outbox.events (created_at, event_id, backend_number, event_type, source, backend, data, subject,
-                    stream, data_schema, publisher_config, max_retries)
-                select d.created_at, d.event_id, d.backend_number, d.event_type, d.source, d.backend, d.data, d.subject,
-                    d.stream, d.data_schema, d.publisher_config, d.max_retries
-                from due d order by d.scheduled_at, d.seq
+                insert into outbox.events (xid, seq, created_at, event_id, backend_number, event_type, source, backend, data,
+                    subject, stream, data_schema, publisher_config, max_retries)
+                select pg_current_xact_id(), outbox.draw_seq(), d.created_at, d.event_id, d.backend_number, d.event_type,
+                    d.source, d.backend, d.data, d.subject, d.stream, d.data_schema, d.publisher_config, d.max_retries
+                from (select * from due order by scheduled_at, seq) d
                 on conflict (event_id) do nothing
                 returning event_id
+            ), restored as (
+                insert into outbox.restores (backend_number, xid)
+                select distinct d.backend_number, pg_current_xact_id() from due d where d.xid = '0'
             ), repeated as (
                 insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, event_type, source, backend,
                     data, subject, stream, data_schema, publisher_config, max_retries, attempts, last_error)

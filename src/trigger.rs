@@ -1,4 +1,5 @@
-//! Plain INSERT and COPY into `outbox.events`: the trigger that checks a row as `publish_event` does, and fills in what is ours.
+//! Plain INSERT and COPY into `outbox.events` and `outbox.scheduled_events`: the trigger that checks a row as `publish_event` does, and
+//! fills in what is ours.
 
 use crate::catalog;
 use crate::encoding::to_server;
@@ -13,7 +14,8 @@ use crate::rows::{Row, attribute, bytes_of, utf8_of};
 use crate::txn;
 use crate::uuid;
 use pgrx::pg_sys::panic::ErrorReport;
-use pgrx::{PgSqlErrorCode, pg_sys};
+use pgrx::{PgSqlErrorCode, pg_extern, pg_sys};
+use relay::reader::Key;
 use std::borrow::Cow;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
@@ -25,6 +27,8 @@ thread_local! {
     static INSERTING: Cell<Option<(RowKey, u32)>> = const { Cell::new(None) };
     /// Rows between `complete_event` and `confirm_event`.
     static COMPLETED: RefCell<Vec<RowKey>> = const { RefCell::new(Vec::new()) };
+    /// Numbers that `draw_seq` has drawn in the transaction of this id: the lowest and the highest.
+    static DRAWN: Cell<(u64, i64, i64)> = const { Cell::new((0, 0, 0)) };
     /// Backends, with the subtransactions that have noted a restore for them, in the transaction of this id.
     static RESTORED: RefCell<(u64, BTreeSet<(u32, i32)>)> = const { RefCell::new((0, BTreeSet::new())) };
 }
@@ -121,17 +125,22 @@ pub unsafe fn expect_trigger<'a>(
 
 crate::sql_function!(complete_event, pg_finfo_complete_event);
 
-/// Trigger of `outbox.events`, before each row.
+/// Trigger of `outbox.events` and `outbox.scheduled_events`, before each row.
 // No pg_guard: the guard that says our errors in the database's encoding.
 #[unsafe(no_mangle)]
 extern "C-unwind" fn complete_event(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
     report::guard(|| {
-        let events = catalog::expect_relations().events;
+        let relations = catalog::expect_relations();
         // SAFETY: called by Postgres; a trigger of this kind has a row.
         unsafe {
-            let trigger = expect_trigger(fcinfo, "complete_event", When::BeforeInsertOfRow, &[events]);
+            let tables = [relations.events, relations.scheduled];
+            let trigger = expect_trigger(fcinfo, "complete_event", When::BeforeInsertOfRow, &tables);
+            let table = match (*trigger.tg_relation).rd_id == relations.scheduled {
+                true => Table::Scheduled,
+                false => Table::Events,
+            };
             (*fcinfo).isnull = false;
-            pg_sys::Datum::from(completed(trigger.tg_trigtuple, (*trigger.tg_relation).rd_att))
+            pg_sys::Datum::from(completed(table, trigger.tg_trigtuple, (*trigger.tg_relation).rd_att))
         }
     })
 }
@@ -232,11 +241,42 @@ fn confirm_published(key: RowKey, row: &Row) {
     check(&request_of(row)).map_or_else(|e| e.raise(), |_| note_completed(key));
 }
 
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Table {
+    Events,
+    Scheduled,
+}
+
+/// The transaction id of a scheduled event that a dump brought when it was overdue: it is looked for before it is sent.
+const RESTORED_OVERDUE: u64 = 0;
+
+/// `outbox.draw_seq()`
+#[pg_extern(sql = false)]
+fn draw_seq() -> i64 {
+    let (xid, seq) = draw_numbers(&catalog::expect_relations());
+    let (of, lowest, highest) = DRAWN.get();
+    DRAWN.set(match of == xid {
+        true => (xid, lowest.min(seq), highest.max(seq)),
+        false => (xid, seq, seq),
+    });
+    txn::published();
+    seq
+}
+
+/// Whether a row's numbers were drawn for it by this transaction.
+fn has_numbers(row: &Row) -> bool {
+    let (xid, lowest, highest) = DRAWN.get();
+    let key = row.key();
+    // SAFETY: a plain read; a transaction that has drawn numbers has an id.
+    let current = unsafe { pg_sys::GetTopFullTransactionIdIfAny().value };
+    xid != 0 && key.xid == xid && xid == current && (lowest..=highest).contains(&key.seq)
+}
+
 /// The row with what the trigger fills in.
 ///
 /// # Safety
-/// A row of `outbox.events` and its descriptor.
-unsafe fn completed(tuple: pg_sys::HeapTuple, descriptor: pg_sys::TupleDesc) -> pg_sys::HeapTuple {
+/// A row of that table and its descriptor.
+unsafe fn completed(table: Table, tuple: pg_sys::HeapTuple, descriptor: pg_sys::TupleDesc) -> pg_sys::HeapTuple {
     // SAFETY: the caller's promise.
     let row = unsafe { Row::of(tuple, descriptor) };
     if let Some(key) = inserted(&row) {
@@ -256,16 +296,22 @@ unsafe fn completed(tuple: pg_sys::HeapTuple, descriptor: pg_sys::TupleDesc) -> 
     let now = unsafe { pg_sys::GetCurrentTimestamp() };
     let event_id = row.uuid(attribute::EVENT_ID).unwrap_or_else(|| uuid::new_v7(now));
     let mut backend_number = row.backend_number();
+    let has_numbers = row.get(attribute::XID).is_some() && has_numbers(&row);
+    let is_scheduled = table == Table::Scheduled;
+    let scheduled_at = row.i64(attribute::SCHEDULED_AT).filter(|_| is_scheduled);
     let mut restored_for = None;
     if !MOVING.get() {
-        let request = request_of(&row);
+        let request = Request {
+            scheduled_at,
+            ..request_of(&row)
+        };
         let checked = check_restorable(&request, &row);
         if request.event_id.is_some() {
-            refuse_repeated_id(&relations, &event_id, false);
+            refuse_repeated_id(&relations, &event_id, is_scheduled);
         }
         // A transaction id is given by nobody but a dump; or by the publisher of a replica, each time.
         // SAFETY: a plain read.
-        if row.get(attribute::XID).is_some() && !unsafe { pg_sys::IsLogicalWorker() } {
+        if row.get(attribute::XID).is_some() && !has_numbers && !unsafe { pg_sys::IsLogicalWorker() } {
             restored_for = Some(checked.backend_number);
         }
         backend_number = checked.backend_number;
@@ -279,20 +325,30 @@ unsafe fn completed(tuple: pg_sys::HeapTuple, descriptor: pg_sys::TupleDesc) -> 
         }
         set(attribute::EVENT_ID, pg_sys::Datum::from(event_id.as_ptr()));
     }
-    let (xid, seq) = draw_numbers(&relations);
-    if let Some(number) = restored_for {
-        note_restore(number, xid);
+    let Key { mut xid, mut seq } = row.key();
+    if !has_numbers {
+        (xid, seq) = draw_numbers(&relations);
+        match restored_for {
+            Some(number) if !is_scheduled => note_restore(number, xid),
+            Some(_) if scheduled_at.is_some_and(|at| at <= now) => xid = RESTORED_OVERDUE,
+            _ => {}
+        }
+        set(attribute::XID, pg_sys::Datum::from(xid));
+        set(attribute::SEQ, pg_sys::Datum::from(seq));
     }
-    set(attribute::XID, pg_sys::Datum::from(xid));
-    set(attribute::SEQ, pg_sys::Datum::from(seq));
-    note_completed(RowKey {
-        xid,
-        seq,
-        backend_number,
-        event_id,
-    });
     let mut nulls = [false; 6];
-    txn::published();
+    match table {
+        Table::Events => {
+            note_completed(RowKey {
+                xid,
+                seq,
+                backend_number,
+                event_id,
+            });
+            txn::published();
+        }
+        Table::Scheduled => txn::scheduled(),
+    }
     // SAFETY: `count` columns of the table with values of their types; the new tuple lives in the caller's context.
     unsafe {
         pg_sys::heap_modify_tuple_by_cols(

@@ -10,6 +10,7 @@
 //! It never waits for the network, and holds no transaction while it waits for anything.
 
 mod loading;
+mod mending;
 mod reading;
 
 use crate::backend::{Backend, Home};
@@ -145,6 +146,7 @@ struct Worker {
     waker: UnixStream,
     woken: UnixStream,
     purge: Purge,
+    mending: mending::Mending,
     shown_busy: bool,
 }
 
@@ -179,6 +181,7 @@ impl Worker {
             waker,
             woken,
             purge: Purge::default(),
+            mending: mending::Mending::default(),
             shown_busy: false,
         }
     }
@@ -321,6 +324,8 @@ impl Worker {
             recovery::finish_lanes(&mut self.backends, &self.latest)?;
         }
         self.resume();
+        // Before rows are read that came while triggers were off.
+        self.mend(now);
         let more = self.read(now)?;
         self.retry_refused(now)?;
         self.move_scheduled(now)?;
@@ -385,7 +390,12 @@ impl Worker {
             [attempt, b.save_at()]
         });
         let next = times
-            .chain([self.next_due, Some(poll), self.awaited.as_ref().map(|a| a.look_at)])
+            .chain([
+                self.next_due,
+                Some(poll),
+                self.awaited.as_ref().map(|a| a.look_at),
+                self.mending.due_at(),
+            ])
             .flatten()
             .min()
             .unwrap_or(poll)

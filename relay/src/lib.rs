@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! reader ─ which rows come next (snapshot, tick, position)     event, encode ─ a row as the bytes of its XADD
+//! foreign ─ rows that carry ids of another cluster
 //! delivery ─ what a backend does next (refusal: its streams)   sender ─ the thread that owns its connection
 //! guard, claim ─ whose streams they are and how far they are   conversation ─ what is said on a connection, exactly once
 //! backoff, classify ─ when to try again, and who is to blame   destination, connection, replies ─ one Redis, how to reach it, what it says
@@ -23,6 +24,7 @@ pub mod destination;
 pub mod encode;
 pub mod event;
 pub mod fault;
+pub mod foreign;
 pub mod guard;
 mod idle;
 pub mod numbers;

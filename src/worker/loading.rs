@@ -124,6 +124,9 @@ impl Worker {
             self.share_positions();
             self.work = true;
         }
+        if generation != self.generation {
+            self.mending.look_again();
+        }
         (self.generation, self.settings_changed) = (generation, false);
         self.look_at_restores()?;
         Ok(true)

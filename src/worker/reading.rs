@@ -210,8 +210,9 @@ impl Worker {
         match tick {
             Some((tick, wal, generation)) => {
                 self.take_over_tick(tick, wal);
-                if generation != self.generation {
-                    self.generation = u64::MAX;
+                match generation == self.generation {
+                    true => self.mending.is_clean_at(&self.latest),
+                    false => self.generation = u64::MAX,
                 }
             }
             // The extension was dropped: the next round finds out.

@@ -1,0 +1,259 @@
+//! Mending: triggers of ours that were switched off, and rows that came meanwhile. It has its own patience: whatever stands in its way,
+//! delivery goes on.
+
+use super::{REPEAT_LOG_AFTER, Worker};
+use crate::foreign::{self, Look};
+use crate::guc::LogLevel;
+use crate::process::{self, Aborted, log};
+use relay::delivery::Now;
+use relay::foreign::Judge;
+use relay::snapshot::{FIRST_NORMAL_XID, Tick};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Between two pieces of a sweep, and between two tries.
+const PIECE_PAUSE: Duration = Duration::from_millis(5);
+const TRY_PAUSE: Duration = Duration::from_secs(1);
+/// Who has disabled a trigger may be about to restore rows one by one: they are not to come half with it, half without.
+const GRACE: Duration = Duration::from_secs(5);
+
+#[derive(Default)]
+pub(super) struct Mending {
+    /// Our tables may have been touched since it was looked.
+    is_look_due: bool,
+    /// Table, trigger and what is wrong with it.
+    broken: Vec<[String; 3]>,
+    mend_at: Now,
+    /// The newest tick by which nobody had touched the trigger since it was looked after.
+    clean: Option<Arc<Tick>>,
+    /// Somebody has touched it: a sweep is to begin.
+    touched: Option<Look>,
+    sweep: Option<Sweep>,
+    sweep_at: Now,
+    /// What was said last of what cannot be mended.
+    said: Option<(String, Now)>,
+}
+
+/// A pass over the table under way.
+struct Sweep {
+    /// While rows are looked at.
+    judge: Option<Judge>,
+    after: i64,
+    upto: i64,
+    /// Then: those that are not ours.
+    foreign: Vec<i64>,
+    moved: u64,
+    /// Trigger and tick at its beginning.
+    triggers: Option<String>,
+    tick: Tick,
+}
+
+impl Mending {
+    /// Something of our tables has changed.
+    pub(super) fn look_again(&mut self) {
+        self.is_look_due = true;
+    }
+
+    /// A tick was taken, and nothing of our tables had changed.
+    pub(super) fn is_clean_at(&mut self, tick: &Arc<Tick>) {
+        if !self.has_work() {
+            self.clean = Some(tick.clone());
+        }
+    }
+
+    fn has_work(&self) -> bool {
+        self.due_at().is_some()
+    }
+
+    /// When it has something to do.
+    pub(super) fn due_at(&self) -> Option<Now> {
+        let sweeps = self.is_look_due || self.touched.is_some() || self.sweep.is_some();
+        let mend_at = (!self.broken.is_empty()).then_some(self.mend_at);
+        sweeps.then_some(self.sweep_at).into_iter().chain(mend_at).min()
+    }
+}
+
+impl Worker {
+    /// One step, if there is something to mend.
+    pub(super) fn mend(&mut self, now: Now) {
+        if self.mending.due_at().is_none_or(|at| at > now) {
+            return;
+        }
+        if let Err(error) = self.try_mending(now)
+            && !process::is_told_to_end()
+        {
+            self.mending.sweep_at = self.now() + TRY_PAUSE;
+            self.say_not_mended(&error);
+        }
+    }
+
+    fn try_mending(&mut self, now: Now) -> Result<(), Aborted> {
+        if self.mending.is_look_due {
+            self.look_at_triggers()?;
+        }
+        if !self.mending.broken.is_empty() && self.mending.mend_at <= now {
+            self.mending.mend_at = now + TRY_PAUSE;
+            self.mend_triggers()?;
+        }
+        if self.mending.sweep.is_none()
+            && let Some(look) = self.mending.touched.take()
+        {
+            self.begin_sweep(look)?;
+        }
+        self.sweep()
+    }
+
+    fn look_at_triggers(&mut self) -> Result<(), Aborted> {
+        let look = process::transaction(foreign::look)?;
+        self.mending.is_look_due = false;
+        let Some(look) = look else {
+            return Ok(());
+        };
+        if self.mending.broken.is_empty() && look.broken.iter().any(|[_, _, found]| found == "disabled") {
+            self.mending.mend_at = self.now() + GRACE;
+        }
+        self.mending.broken.clone_from(&look.broken);
+        if look.is_touched() {
+            self.mending.touched = Some(look);
+        } else if look.is_rewritten() && self.is_ticked() {
+            // By VACUUM FULL, TRUNCATE or pg_repack: who wrote a row before says nothing any more.
+            let latest = self.latest.clone();
+            process::transaction(|| foreign::note_known(look.triggers.as_deref(), look.filenode, &latest))?;
+        }
+        Ok(())
+    }
+
+    fn mend_triggers(&mut self) -> Result<(), Aborted> {
+        let mut failed = None;
+        for [table, name, found] in &self.mending.broken {
+            match process::transaction(|| foreign::mend_trigger(table, name)) {
+                Ok(()) => say_mended(table, name, found),
+                Err(error) if process::is_told_to_end() => return Err(error),
+                Err(error) => failed = Some(error),
+            }
+        }
+        self.look_at_triggers()?;
+        if let Some(error) = failed {
+            self.say_not_mended(&error);
+        }
+        Ok(())
+    }
+
+    /// Before anything else: the tick from before those rows came is kept, whatever happens to this worker.
+    fn begin_sweep(&mut self, look: Look) -> Result<(), Aborted> {
+        let clean = self.mending.clean.take();
+        let is_rewritten = look.known_triggers.is_some() && look.is_rewritten() && clean.is_none();
+        let mut known = look.known;
+        // Unless a sweep was cut short, a newer one tells more of them.
+        if look.known_triggers.is_some() {
+            let saved = self.backends.iter().map(|b| &b.delivery.acked().from);
+            let newest = clean.as_ref().or_else(|| saved.max_by_key(|tick| tick.next_xid));
+            if let Some(newest) = newest.filter(|tick| tick.next_xid > known.next_xid) {
+                known = Tick::clone(newest);
+            }
+        }
+        let upto = process::transaction(|| {
+            foreign::note_known(None, None, &known);
+            foreign::last_seq()
+        })?;
+        self.mending.sweep = Some(Sweep {
+            triggers: look.triggers,
+            tick: match self.is_ticked() {
+                true => Tick::clone(&self.latest),
+                false => known.clone(),
+            },
+            judge: Some(Judge::new(known, is_rewritten)),
+            after: 0,
+            upto,
+            foreign: Vec::new(),
+            moved: 0,
+        });
+        Ok(())
+    }
+
+    fn sweep(&mut self) -> Result<(), Aborted> {
+        self.mending.sweep_at = self.now() + PIECE_PAUSE;
+        let Some(sweep) = &mut self.mending.sweep else {
+            return Ok(());
+        };
+        let (after, upto) = (sweep.after, sweep.upto);
+        if let Some(judge) = &mut sweep.judge {
+            let last = process::transaction(|| foreign::look_at_rows(judge, after, upto))?;
+            if let Some(last) = last.filter(|last| *last < upto) {
+                sweep.after = last;
+                return Ok(());
+            }
+            sweep.foreign = sweep.judge.take().map(Judge::into_found).unwrap_or_default();
+        }
+        let piece = &sweep.foreign[..sweep.foreign.len().min(foreign::PIECE_ROWS as usize)];
+        if !piece.is_empty() {
+            sweep.moved += process::transaction(|| foreign::publish_anew(piece))?;
+            let count = piece.len();
+            sweep.foreign.drain(..count);
+            self.work = true;
+            // The note of it is to be read, also where no trigger tells of it.
+            self.generation = u64::MAX;
+        }
+        match sweep.foreign.is_empty() {
+            true => self.end_sweep(),
+            false => Ok(()),
+        }
+    }
+
+    fn end_sweep(&mut self) -> Result<(), Aborted> {
+        let look = process::transaction(foreign::look)?;
+        let (Some(sweep), Some(look)) = (self.mending.sweep.take(), look) else {
+            return Ok(());
+        };
+        say_swept(sweep.moved);
+        if look.triggers != sweep.triggers {
+            // Touched again meanwhile: another pass, from the same tick.
+            self.mending.touched = Some(look);
+        } else if look.broken.is_empty() {
+            process::transaction(|| foreign::note_known(look.triggers.as_deref(), look.filenode, &sweep.tick))?;
+        }
+        Ok(())
+    }
+
+    fn is_ticked(&self) -> bool {
+        self.latest.next_xid > FIRST_NORMAL_XID
+    }
+
+    fn say_not_mended(&mut self, error: &Aborted) {
+        let now = self.now();
+        let said = self.mending.said.as_ref();
+        if said.is_some_and(|(text, at)| *text == error.message && now < *at + REPEAT_LOG_AFTER) {
+            return;
+        }
+        log(
+            LogLevel::Error,
+            &format!("triggers of outbox_relay cannot be mended: {}", error.message),
+            Some(
+                "Rows that come without them carry transaction ids of another cluster, or are refused. Delivery goes on.",
+            ),
+            Some("It is tried again each second. See outbox.broken_triggers()."),
+        );
+        self.mending.said = Some((error.message.clone(), now));
+    }
+}
+
+fn say_mended(table: &str, name: &str, found: &str) {
+    log(
+        LogLevel::Warning,
+        &format!("trigger \"{name}\" of outbox.{table} was {found}: it is enabled always again"),
+        Some("Rows that came without it are looked for."),
+        Some("pg_restore --disable-triggers leaves triggers so; restore without it."),
+    );
+}
+
+fn say_swept(moved: u64) {
+    if moved == 0 {
+        return;
+    }
+    log(
+        LogLevel::Warning,
+        &format!("{moved} rows of outbox.events carried transaction ids of another cluster"),
+        Some("They came while the table's trigger was off, as with pg_restore --disable-triggers."),
+        Some("They are published anew, unless they stand in their streams already."),
+    );
+}
