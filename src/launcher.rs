@@ -298,6 +298,7 @@ impl Launcher {
                     Some(slot) if slot.state() == SlotState::Absent => slot.set_state(SlotState::Wanted),
                     Some(_) => {}
                     None => {
+                        sooner(RETRY_WAIT);
                         waiting.push(oid);
                         continue;
                     }

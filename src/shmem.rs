@@ -140,6 +140,9 @@ pub fn install() {
 }
 
 fn slots_wanted() -> usize {
+    if relay::fault::is_mutated("few_slots") {
+        return 4;
+    }
     // SAFETY: a plain read of a setting that does not change after the server's start.
     2 * unsafe { pg_sys::max_worker_processes }.max(0) as usize + ROOM
 }

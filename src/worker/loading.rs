@@ -80,6 +80,8 @@ impl Worker {
                 (self.home.guard_prefix, self.identity) = (guard_prefix, None);
                 self.backends.clear();
                 (self.latest, self.awaited) = (Arc::new(Tick::beginning()), None);
+                // As at the start: claims wait for a tick, and a tick for somebody who is up.
+                self.polled = true;
             }
             let home = self.home.clone();
             let stays = |b: &Backend| {
