@@ -86,6 +86,22 @@ pub fn give_way_to_database_statements() {
     }
 }
 
+/// Makes the end of this process, whatever its reason, its very end once Postgres's own callbacks have run: `exit()` would go on to run
+/// the handlers and destructors of all libraries of the process (resolver, allocator, other extensions), while sender threads still use
+/// them, and a crash there would restart the whole server. Senders are not waited for: one may be stuck in a system call, and what
+/// they have under way is in doubt whether they are told or not, which the next worker settles. Called first: the callback that was
+/// registered first runs last.
+pub fn end_without_exit_handlers() {
+    // No pg_guard: it calls nothing of Postgres.
+    // SAFETY: called by Postgres alone, when all else is done.
+    unsafe extern "C-unwind" fn end(code: i32, _argument: pg_sys::Datum) {
+        // SAFETY: ends the process with its threads.
+        unsafe { libc::_exit(code) };
+    }
+    // SAFETY: registers a function of this library for the life of the process.
+    unsafe { pg_sys::on_proc_exit(Some(end), pg_sys::Datum::from(0)) };
+}
+
 /// Whether the process was told to end.
 pub fn is_told_to_end() -> bool {
     // SAFETY: plain reads of the process's own flags.

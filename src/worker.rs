@@ -11,6 +11,7 @@
 
 mod loading;
 mod mending;
+mod pinned;
 mod reading;
 
 use crate::backend::{Backend, Home};
@@ -55,6 +56,7 @@ const ERROR_WAIT: Duration = Duration::from_secs(1);
 #[pg_guard]
 #[unsafe(no_mangle)]
 pub extern "C-unwind" fn outbox_relay_worker(argument: pg_sys::Datum) {
+    process::end_without_exit_handlers();
     process::take_signals();
     let Some(slot) = shmem::slot_at(argument.value() as u64) else {
         return;
@@ -71,28 +73,7 @@ pub extern "C-unwind" fn outbox_relay_worker(argument: pg_sys::Datum) {
     process::give_way_to_database_statements();
     process::end_with_last_words();
     rights::are_the_workers();
-    for (name, value) in [
-        (c"search_path", c"pg_catalog"),
-        (c"lock_timeout", c"2s"),
-        // Before whoever is at the other end looks: DROP EXTENSION is to win, and the worker tries again.
-        (c"deadlock_timeout", c"100ms"),
-        (c"statement_timeout", c"0"),
-        (c"idle_in_transaction_session_timeout", c"0"),
-        (c"default_transaction_isolation", c"read committed"),
-        (c"default_transaction_read_only", c"off"),
-        (c"default_transaction_deferrable", c"off"),
-        // Triggers of others do not run here, nor rules: see rights.rs. Ours are enabled always.
-        (c"session_replication_role", c"replica"),
-        // Somebody may have set one for the database.
-        (c"role", c"none"),
-        #[cfg(any(feature = "pg17", feature = "pg18"))]
-        (c"transaction_timeout", c"0"),
-        (c"jit", c"off"),
-        // A cursor that is lost in a crash only repeats; what it covers was flushed before it was sent.
-        (c"synchronous_commit", c"off"),
-    ] {
-        process::set_option(name, value);
-    }
+    pinned::pin_settings();
     Worker::new(slot).run();
 }
 
@@ -109,7 +90,7 @@ unsafe extern "C-unwind" fn leave(_code: i32, argument: pg_sys::Datum) {
 /// Ends the process. Code 0, so that nothing is logged: whether it comes back is the launcher's business.
 fn leave_process(slot: &Slot, state: SlotState) -> ! {
     slot.set_state(state);
-    // SAFETY: runs the exit callbacks and ends; no Rust frame needs to be unwound. Sender threads end with the process.
+    // SAFETY: runs Postgres's exit callbacks and ends, see `process::end_without_exit_handlers`; no Rust frame needs to be unwound.
     unsafe { pg_sys::proc_exit(0) };
     // Bindings of some versions do not know that it never returns.
     #[allow(unreachable_code)]

@@ -264,3 +264,60 @@ fn the_workers_of_databases_are_independent() {
     wait_delivered(&stack.pg, "stuck");
     assert_eq!(ids(&stack.redis.entries("stuck")), waiting);
 }
+
+/// Whatever somebody has set for a database or the superuser's role.
+#[test]
+fn settings_of_a_database_or_a_role_do_not_stop_its_relay() {
+    let pg = Postgres::start();
+    let redis = Redis::start();
+    pg.exec("create role nobody");
+    let groups: [&[&str]; 3] = [
+        &["session_authorization = 'nobody'"],
+        &["role = 'nobody'", "search_path = 'nowhere'", "row_security = off"],
+        &[
+            "statement_timeout = '1ms'",
+            "default_transaction_read_only = on",
+            "default_transaction_isolation = 'serializable'",
+            "session_replication_role = 'local'",
+            "standard_conforming_strings = off",
+            "datestyle = 'German'",
+            "intervalstyle = 'iso_8601'",
+            "timezone = 'Asia/Kathmandu'",
+            "bytea_output = 'escape'",
+            "extra_float_digits = -15",
+            "client_encoding = 'sjis'",
+            "default_tablespace = 'nowhere'",
+            "temp_tablespaces = 'nowhere'",
+            "force_parallel_mode = on",
+            "enable_indexscan = off",
+            "idle_session_timeout = '1ms'",
+            "local_preload_libraries = 'nowhere'",
+        ],
+    ];
+    for (n, settings) in groups.iter().enumerate() {
+        let name = format!("set{n}");
+        database(&pg, &redis, &name);
+        let worker = pg.wait_worker(&name);
+        // Sessions that begin later have the settings, too.
+        let (mut publisher, mut other) = (pg.client_db(&name), pg.client_db("template1"));
+        for setting in *settings {
+            for whose in [format!("database {name}"), "role postgres".to_string()] {
+                let set = format!("alter {whose} set {setting}");
+                other.batch_execute(&set).unwrap_or_else(|e| panic!("{set}: {e:?}"));
+            }
+        }
+        other
+            .execute("select pg_terminate_backend($1)", &[&worker])
+            .expect("a session that was there before");
+        wait_until("another worker", || {
+            let found = other.query_opt(
+                "select pid from pg_stat_activity where backend_type = 'outbox_relay worker' and datname = $1 and pid <> $2",
+                &[&name, &worker],
+            );
+            found.expect("it reads").is_some()
+        });
+        let published = publish_many(&mut publisher, "default", "", "event", 3);
+        assert_eq!(ids(&redis.wait_entries(&name, 3)), published, "{settings:?}");
+        publisher.batch_execute("alter role postgres reset all").unwrap();
+    }
+}
