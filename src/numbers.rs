@@ -150,8 +150,7 @@ fn highest_kept(relations: &Relations) -> i64 {
         true => 0,
         false => last_of(table, index),
     };
-    let (drawn, _) = sequence::last(relations.sequence);
-    drawn
+    sequence::last(relations.sequence)
         .max(highest_event(relations))
         .max(highest_refused)
         .max(highest_of_positions())

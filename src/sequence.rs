@@ -27,18 +27,42 @@ pub fn set(sequence: pg_sys::Oid, number: i64) {
     });
 }
 
-/// The last number that was drawn (0 before the first), and where the page's last record ends in the WAL: once it is flushed up to
-/// there, none of the numbers is drawn again after a crash.
-pub fn last(sequence: pg_sys::Oid) -> (i64, u64) {
+/// The last number that was drawn (0 before the first).
+pub fn last(sequence: pg_sys::Oid) -> i64 {
+    // SAFETY: raises an ERROR if it is gone.
+    let relation = unsafe { pg_sys::relation_open(sequence, LOCK) };
+    let (number, _) = page_of(relation);
+    // SAFETY: opened above.
+    unsafe { pg_sys::relation_close(relation, LOCK) };
+    number
+}
+
+/// Where its page's last record ends in the WAL: once it is flushed up to there, none of the numbers that were drawn is drawn again after
+/// a crash. `None`: somebody has locked it for himself, whom delivery does not wait for.
+pub fn last_record(sequence: pg_sys::Oid) -> Option<u64> {
+    // SAFETY: takes a lock, or does not, within a transaction; raises an ERROR if it is gone.
+    let relation = unsafe {
+        if !pg_sys::ConditionalLockRelationOid(sequence, LOCK) {
+            return None;
+        }
+        pg_sys::relation_open(sequence, pg_sys::NoLock as pg_sys::LOCKMODE)
+    };
+    let (_, lsn) = page_of(relation);
+    // SAFETY: locked and opened above.
+    unsafe { pg_sys::relation_close(relation, LOCK) };
+    Some(lsn)
+}
+
+const LOCK: pg_sys::LOCKMODE = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
+
+/// The last number, and where the page's last record ends. (Its functions would make this dear.)
+fn page_of(relation: pg_sys::Relation) -> (i64, u64) {
     /// Of a page's header (bufpage.h), and the bits of an item's offset in what follows it (itemid.h).
     const HEADER: usize = 24;
     const OFFSET_BITS: u32 = 0x7FFF;
-    let lock = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
-    // SAFETY: raises an ERROR if it is gone; closed below, or by the transaction's abort. A sequence always has a page with one item, a
-    // row of `FormData_pg_sequence_data` (sequence.h): number, count, whether the number was drawn. The page is pinned and locked while
-    // it is read. (Its functions would make this dear.)
+    // SAFETY: an open sequence always has a page with one item, a row of `FormData_pg_sequence_data` (sequence.h): number, count,
+    // whether the number was drawn. The page is pinned and locked while it is read.
     unsafe {
-        let relation = pg_sys::relation_open(sequence, lock);
         let buffer = pg_sys::ReadBuffer(relation, 0);
         pg_sys::LockBuffer(buffer, pg_sys::BUFFER_LOCK_SHARE as i32);
         let page = pg_sys::BufferGetPage(buffer).cast::<u8>();
@@ -49,7 +73,6 @@ pub fn last(sequence: pg_sys::Oid) -> (i64, u64) {
         let is_drawn = values.add(16).read() != 0;
         let lsn = pg_sys::BufferGetLSNAtomic(buffer);
         pg_sys::UnlockReleaseBuffer(buffer);
-        pg_sys::relation_close(relation, lock);
         (if is_drawn { number } else { 0 }, lsn)
     }
 }

@@ -6,15 +6,15 @@ use pgrx::pg_sys;
 use relay::snapshot::{Snapshot, Tick};
 
 /// Takes a tick, in the order that its bounds rely on (see [`Tick`]). Needs a transaction that has no id of its own. Also returns up
-/// to where the WAL must be flushed so that none of its numbers is drawn again after a crash.
-pub fn take(relations: &Relations) -> (Tick, u64) {
+/// to where the WAL must be flushed so that none of its numbers is drawn again after a crash; `None`: all of it.
+pub fn take(relations: &Relations) -> (Tick, Option<u64>) {
     let low_seq = numbers::highest(relations);
     // SAFETY: reads the counter under its lock.
     let next_xid = unsafe { pg_sys::ReadNextFullTransactionId().value };
     let snapshot = snapshot(next_xid);
     let high_seq = numbers::highest(relations);
     // After the numbers were read: whoever gave them had them written to the page before.
-    let (_, drawn_lsn) = sequence::last(relations.sequence);
+    let drawn_lsn = sequence::last_record(relations.sequence);
     let tick = Tick {
         snapshot,
         next_xid,
@@ -71,11 +71,10 @@ const FEW: usize = 64;
 /// A commit that waited for its flush is durable before it is seen; of one that did not, the commit log knows up to where the WAL
 /// must be flushed. The id of the latest to end is not used again once its commit is durable, and so none below it is; numbers
 /// are not once the page of their sequence is. All that others have in the WAL beyond need not be waited for.
-pub fn flush_seen((tick, drawn_lsn): &(Tick, u64), known: &Snapshot) -> u64 {
-    let Some(ended) = tick.snapshot.ended_since(known, FEW) else {
+pub fn flush_seen((tick, drawn_lsn): &(Tick, Option<u64>), known: &Snapshot) -> u64 {
+    let (Some(ended), Some(mut needed)) = (tick.snapshot.ended_since(known, FEW), *drawn_lsn) else {
         return flush();
     };
-    let mut needed = *drawn_lsn;
     let latest = tick.snapshot.xmax() - 1;
     for xid in ended {
         let id = pg_sys::TransactionId::from(xid as u32);

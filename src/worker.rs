@@ -425,6 +425,9 @@ impl Worker {
         }
         let moved = process::transaction(|| {
             let due = outbox::next_due_us();
+            if due.is_some_and(|us| us <= 0) && loading::says_trouble_of_sequence() {
+                return (0, Some(guc::millis(&guc::POLL_INTERVAL_MS).as_micros() as i64));
+            }
             match due {
                 // The move gets a transaction id: no tick may be taken in this transaction.
                 Some(us) if us <= 0 => (outbox::move_due(MOVE_COUNT), Some(0)),

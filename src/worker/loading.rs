@@ -1,8 +1,7 @@
 //! Loading: which backends there are, with which settings, and what has come by a restore.
 
-use super::{SETTLE_AT_CHANGE, Worker, leave_process, save};
+use super::{REPEAT_LOG_AFTER, SETTLE_AT_CHANGE, Worker, leave_process, save};
 use crate::backend::{Backend, Home, Role};
-use crate::catalog::Relations;
 use crate::error::{MEND_SEQUENCE, PublishError};
 use crate::guc::LogLevel;
 use crate::process::{self, Aborted, log};
@@ -12,8 +11,10 @@ use pgrx::pg_sys;
 use relay::delivery::{Mode, Now};
 use relay::slot::slot_of;
 use relay::snapshot::Tick;
+use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Instant;
 
 impl Worker {
     /// Loads backends and settings if they may have changed. False: this database has nothing to serve now.
@@ -29,7 +30,7 @@ impl Worker {
             let installed = relations.and_then(|_| outbox::installed_version());
             let generation = catalog::generation();
             let rows = (installed.is_some() && (generation != known || changed)).then(|| {
-                relations.iter().for_each(say_trouble_of_sequence);
+                says_trouble_of_sequence();
                 let backends = (outbox::backends(), outbox::deleted_backends());
                 (backends, outbox::installation())
             });
@@ -169,17 +170,27 @@ impl Worker {
     }
 }
 
-/// Nobody can publish, and what is scheduled waits; what is there is sent all the same.
-fn say_trouble_of_sequence(relations: &Relations) {
-    if let Some(trouble) = sequence::trouble(relations.sequence) {
-        let refusal = PublishError::Sequence(trouble.clone());
+/// Nobody can publish, and what is scheduled waits; what is there is sent all the same. It is said once a minute. Whether there is such a
+/// trouble: within a transaction.
+pub(super) fn says_trouble_of_sequence() -> bool {
+    thread_local! {
+        static SAID: Cell<Option<Instant>> = const { Cell::new(None) };
+    }
+    let trouble = catalog::relations().and_then(|relations| sequence::trouble(relations.sequence));
+    let Some(trouble) = trouble else {
+        SAID.set(None);
+        return false;
+    };
+    if SAID.get().is_none_or(|at| at.elapsed() >= REPEAT_LOG_AFTER) {
+        SAID.set(Some(Instant::now()));
         log(
             LogLevel::Warning,
-            &refusal.to_string(),
+            &PublishError::Sequence(trouble.clone()).to_string(),
             Some(&trouble),
             Some(MEND_SEQUENCE),
         );
     }
+    true
 }
 
 /// Lanes that a cluster's backends have by the tables, and that are not loaded.

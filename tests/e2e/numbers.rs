@@ -490,6 +490,73 @@ fn a_sequence_with_other_parameters_is_refused_in_words() {
     assert_arrived(&stack, &publisher.published, "changed parameters");
 }
 
+/// The mend is heard of, and what was scheduled goes on.
+#[test]
+fn what_is_there_is_sent_while_the_sequence_is_refused() {
+    let stack = Stack::with(&[("outbox_relay.poll_interval", "1s")]);
+    let mut publisher = Publisher::of(&stack.pg);
+    let soon = "now() + interval '2 s'";
+    let scheduled = publisher.of_query(&format!(
+        "select outbox.publish_event('later', 's', scheduled_at => {soon})"
+    ));
+    publisher.run(PAUSE);
+    publisher.many(40);
+    publisher.run("alter sequence outbox.events_seq_seq cache 50");
+    publisher.run("select pg_sleep_until(scheduled_at + interval '0.1 s') from outbox.scheduled_events");
+    // It would fail each time that it looks, and pause each time.
+    let mark = stack.pg.log().len();
+    publisher.run(RESUME);
+    stack.wait_events(40);
+    let waiting: i64 = stack.pg.one("select count(*) from outbox.scheduled_events");
+    assert_eq!(waiting, 1);
+    assert!(!stack.pg.log()[mark..].contains("ERROR"));
+    publisher.run(MEND);
+    publisher.published.push(scheduled);
+    assert_arrived(&stack, &publisher.published, "a scheduled event");
+}
+
+#[test]
+fn whoever_locks_the_sequence_holds_up_publishers_alone() {
+    let stack = Stack::start();
+    let mut publisher = Publisher::of(&stack.pg);
+    publisher.run(PAUSE);
+    publisher.many(20);
+    let mut other = stack.pg.client();
+    other
+        .batch_execute("begin; alter sequence outbox.events_seq_seq rename to other")
+        .unwrap();
+    publisher.run(RESUME);
+    let mark = stack.pg.log().len();
+    stack.wait_events(20);
+    assert!(!stack.pg.log()[mark..].contains("lock timeout"));
+    other.batch_execute("rollback").unwrap();
+    publisher.many(4);
+    assert_arrived(&stack, &publisher.published, "a lock");
+}
+
+/// Cleaners of tests, beside publishers: neither makes the other fail.
+#[test]
+fn truncating_under_load_makes_nobody_fail() {
+    let stack = Stack::with(&[UNTRIMMED]);
+    let _ledger = Ledger::create(&stack.pg);
+    let load = Load::start(&stack.pg, 6, "");
+    for _ in 0..60 {
+        load.wait_more(5);
+        stack.pg.exec("truncate outbox.events restart identity");
+    }
+    load.stop();
+    let log = stack.pg.log();
+    assert!(
+        !log.contains("deadlock detected") && !log.contains("duplicate key"),
+        "{log}"
+    );
+    let mut publisher = Publisher::of(&stack.pg);
+    publisher.many(4);
+    wait_until("the last events", || {
+        ids(&stack.events()).ends_with(&publisher.published)
+    });
+}
+
 /// Publishers are refused, and none of the numbers that were drawn in advance is used, neither then nor later.
 #[test]
 fn a_cache_under_load_loses_nothing() {

@@ -45,8 +45,9 @@ pub struct Transaction {
     status: Status,
     /// Its id is drawn, its event's number not yet.
     publishing: bool,
-    /// The highest number that there was then.
+    /// The highest number that there was then, and when that was.
     before: i64,
+    looked: u64,
     /// What it still means to do before it ends.
     plans: u32,
     /// Publishes in its plans; otherwise it writes elsewhere.
@@ -64,6 +65,7 @@ impl Transaction {
             status: Status::Running,
             publishing: false,
             before: 0,
+            looked: 0,
             plans: 0,
             publishes: true,
             streams: Vec::new(),
@@ -86,7 +88,7 @@ pub struct Row {
     /// No other row has it, not even one that gets the same number after a crash, or in a copy.
     pub uid: u64,
     transaction: usize,
-    /// The moment its number was drawn.
+    /// The moment its number was drawn; where the sequence was set, that at which its publisher looked up the highest.
     drawn: u64,
     rolled_back: bool,
     purged: bool,
@@ -101,6 +103,7 @@ pub struct Database {
     /// The highest number that was given, and that above which all are since it is known.
     highest: i64,
     began: i64,
+    was_set: bool,
     pub numbering: Numbering,
     /// Ticks look at the sequence alone.
     pub ticks_by_sequence: bool,
@@ -125,6 +128,7 @@ impl Database {
             last_seq: 0,
             highest: 0,
             began: 0,
+            was_set: false,
             numbering: Numbering::Ascending,
             ticks_by_sequence: false,
             clock: 0,
@@ -178,7 +182,7 @@ impl Database {
             _ if publishes => {
                 self.assign_top_xid(index);
                 self.transactions[index].publishing = true;
-                self.transactions[index].before = self.highest;
+                self.look(index);
                 // Mostly the two are close together.
                 if rng.u8(..) < 180 {
                     self.draw(index, rng);
@@ -240,7 +244,7 @@ impl Database {
             let index = self.transactions.len() - 1;
             self.assign_top_xid(index);
             for _ in 0..rng.usize(20..60) {
-                self.transactions[index].before = self.highest;
+                self.look(index);
                 self.draw(index, rng);
             }
         }
@@ -268,6 +272,12 @@ impl Database {
         }
     }
 
+    /// Looks up the number above which the next one must be.
+    fn look(&mut self, index: usize) {
+        let transaction = &mut self.transactions[index];
+        (transaction.before, transaction.looked) = (self.highest, self.clock);
+    }
+
     /// Draws the number of an event and inserts it.
     fn draw(&mut self, index: usize, rng: &mut Rng) {
         self.last_seq += 1;
@@ -289,7 +299,10 @@ impl Database {
             stream: transaction.streams[rng.usize(..transaction.streams.len())],
             uid: self.uids.get(),
             transaction: index,
-            drawn: self.clock,
+            drawn: match self.was_set {
+                true => transaction.looked,
+                false => self.clock,
+            },
             rolled_back: false,
             purged: false,
         };
@@ -351,7 +364,7 @@ impl Database {
         for stream in streams {
             self.clock += 1;
             self.transactions[index].streams = vec![*stream];
-            self.transactions[index].before = self.highest;
+            self.look(index);
             self.draw(index, &mut Rng::with_seed(0));
         }
         index
@@ -386,6 +399,7 @@ impl Database {
 
     /// Somebody sets the sequence: mostly back, sometimes forward; or a session gives numbers that it had drawn in advance.
     pub fn set_sequence(&mut self, rng: &mut Rng) {
+        self.was_set = true;
         self.last_seq = match rng.u8(..4) {
             0 => 0,
             1 => self.last_seq + rng.i64(0..30),
