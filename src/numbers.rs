@@ -233,9 +233,12 @@ thread_local! {
     static VOUCHED: RefCell<Vec<((u64, i64), Option<i64>)>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Positions are loaded: what was vouched for before may be so no more.
+/// Positions are loaded: what was vouched for before may be so no more. And rows may have come with higher numbers than were drawn,
+/// without the trigger: ticks are to see them, and nobody is to draw the same. Within a transaction.
 pub fn vouch_anew() {
     VOUCHED.with_borrow_mut(Vec::clear);
+    let relations = catalog::expect_relations();
+    raise(&relations, highest(&relations).max(highest_event(&relations)));
 }
 
 /// A saved position with bounds that hold. Its ticks say that later transactions have only numbers above `low_seq`. Rows may have come
