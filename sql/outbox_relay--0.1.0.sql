@@ -151,11 +151,14 @@ create table outbox.refused_events (
     backend_number integer not null,
     attempts       integer not null,
     last_error     text not null,
-    accepted_in    bigint
+    accepted_in    bigint,
+    stream         text
 );
 create index refused_events_backend_idx on outbox.refused_events (backend_number, seq) where accepted_in is null;
+create index refused_events_stream_idx on outbox.refused_events (backend_number, stream, seq) where accepted_in is null;
 comment on table outbox.refused_events is 'Events of outbox.events that Redis refused and that are being tried again, and those behind them in the same stream.';
 comment on column outbox.refused_events.accepted_in is 'Number of the batch in which the event was accepted at last, out of its turn: should Redis lose that batch, it waits again. NULL: it waits.';
+comment on column outbox.refused_events.stream is 'As the event names it; NULL: its backend''s own.';
 
 create table outbox.failed_events (
     like outbox.events,

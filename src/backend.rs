@@ -35,7 +35,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 /// Larger batches miss the CPU's cache.
-const BATCH_BYTES: usize = 256 * 1024;
+pub const BATCH_BYTES: usize = 256 * 1024;
 /// A buffer that has grown beyond this for one large event is not kept.
 const KEPT_BUFFER_BYTES: usize = 2 * BATCH_BYTES;
 /// Bytes that may be on their way for a lane: of those there are many.
@@ -95,8 +95,8 @@ impl OpenBatch {
 pub enum Load {
     /// Rows that were read on; `end`: where the reader stands after the last.
     Rows { end: Position },
-    /// Events of one stream that had been refused; `all`: no other waits.
-    Again { all: bool },
+    /// Events that had been refused; `all`: streams of which no other waits.
+    Again { all: Vec<Rc<str>> },
 }
 
 /// A batch that was built but not handed over yet: that waits for the end of the reading transaction.
@@ -475,7 +475,7 @@ impl Backend {
             }));
             match load {
                 Load::Rows { end } => self.delivery.sent(entries, end, size),
-                Load::Again { all } => self.delivery.sent_again(entries, size, all),
+                Load::Again { all } => self.delivery.sent_again(entries, size, &all),
             }
         }
     }

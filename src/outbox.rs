@@ -5,6 +5,7 @@ use crate::care::{self, Kept};
 use crate::encoding;
 use crate::error::internal;
 use crate::ownership;
+use crate::publish::text_datum;
 use crate::rights;
 use crate::rows;
 use crate::trigger;
@@ -14,6 +15,7 @@ use pgrx::spi::{Spi, SpiTupleTable};
 use relay::delivery::Cursor;
 use relay::reader::{Position, UnderWay};
 use relay::snapshot::{Snapshot, Tick};
+use std::borrow::Cow;
 use std::sync::Arc;
 
 /// A row of `outbox.backends`, with its password.
@@ -157,10 +159,36 @@ pub fn argument<'a>(text: &str) -> DatumWithOid<'a> {
     unsafe { DatumWithOid::new(&*encoding::to_server(text), pg_sys::TEXTOID) }
 }
 
+/// Several texts as one argument, an array; as [`argument`].
+pub fn arguments<'a>(texts: &[&str]) -> DatumWithOid<'a> {
+    array_of(texts.iter().map(|text| encoding::to_server(text)))
+}
+
+fn array_of<'a, 'b>(texts: impl Iterator<Item = Cow<'b, [u8]>>) -> DatumWithOid<'a> {
+    let mut datums: Vec<_> = texts.map(|text| text_datum(&text)).collect();
+    // SAFETY: an array of texts of the current memory context, which lives as long as the transaction.
+    unsafe {
+        let array = pg_sys::construct_array(
+            datums.as_mut_ptr(),
+            datums.len() as i32,
+            pg_sys::TEXTOID,
+            -1,
+            false,
+            pg_sys::TYPALIGN_INT as _,
+        );
+        DatumWithOid::new(pg_sys::Datum::from(array), pg_sys::TEXTARRAYOID)
+    }
+}
+
 /// As [`argument`], for words of Redis or of the system: what the database's encoding may not have is left out.
 pub fn words<'a>(text: &str) -> DatumWithOid<'a> {
     // SAFETY: valid text, which is copied; text has the form of bytea.
     unsafe { DatumWithOid::new(&*encoding::words_to_server(text), pg_sys::TEXTOID) }
+}
+
+/// Several of them as one argument, an array.
+pub fn all_words<'a>(texts: &[&str]) -> DatumWithOid<'a> {
+    array_of(texts.iter().map(|text| encoding::words_to_server(text)))
 }
 
 /// The installed version of the extension, if it is there.
@@ -435,24 +463,22 @@ pub fn oldest_tick(number: i32) -> Option<Arc<Tick>> {
     .flatten()
 }
 
-/// Moves scheduled events that are due into `outbox.events`, at most `count`; returns how many there were. With all that the trigger
-/// fills in: it may be off.
-pub fn move_due(count: i64) -> u64 {
-    move_scheduled(
-        "select d.event_id from outbox.scheduled_events d
-            where d.scheduled_at <= clock_timestamp() order by d.scheduled_at, d.seq limit $1",
-        &[count.into()],
-    )
+/// Scheduled events that are due at the time $1, at most $2. The time is a value, so that the index is read up to there; a clock would be
+/// asked again at each row of it.
+const DUE: &str = "select d.event_id from outbox.scheduled_events d
+    where d.scheduled_at <= $1 order by d.scheduled_at, d.seq limit $2";
+
+/// Moves scheduled events that are due at `now_us` (microseconds since 2000) into `outbox.events`, at most `count`; returns how many there
+/// were. With all that the trigger fills in: it may be off.
+pub fn move_due(now_us: i64, count: i64) -> u64 {
+    move_scheduled(DUE, &[timestamp(now_us), count.into()])
 }
 
 /// The same one by one: what cannot be moved fails alone.
-pub fn move_due_one_by_one(count: i64) -> u64 {
-    let due = query(
-        "select d.event_id from outbox.scheduled_events d
-        where d.scheduled_at <= clock_timestamp() order by d.scheduled_at, d.seq limit $1",
-        &[count.into()],
-        |row| value::<pgrx::Uuid>(row, 1),
-    );
+pub fn move_due_one_by_one(now_us: i64, count: i64) -> u64 {
+    let due = query(DUE, &[timestamp(now_us), count.into()], |row| {
+        value::<pgrx::Uuid>(row, 1)
+    });
     for id in due.iter().flatten() {
         if let Err(error) = care::tried_new(|| move_scheduled("select $1", &[(*id).into()])) {
             care::as_much_as_can_be_read(|kept| fail_scheduled(*id, &error, kept));
@@ -516,16 +542,25 @@ fn move_scheduled(selected: &str, arguments: &[DatumWithOid<'_>]) -> u64 {
     })
 }
 
-/// Microseconds until the next scheduled event is due (negative: overdue); `None`: none is scheduled.
-pub fn next_due_us() -> Option<i64> {
-    query(
-        "select (extract(epoch from s.scheduled_at - clock_timestamp()) * 1000000)::bigint
-        from outbox.scheduled_events s order by s.scheduled_at, s.seq limit 1",
+/// When the next scheduled event is due (`None`: none is scheduled), and what time it is, in microseconds since 2000.
+pub fn next_due() -> (Option<i64>, i64) {
+    let due = query(
+        "select s.scheduled_at from outbox.scheduled_events s order by s.scheduled_at, s.seq limit 1",
         &[],
-        |row| value(row, 1),
-    )
-    .pop()
-    .flatten()
+        |row| {
+            let datum = row.get_datum_by_ordinal(1).unwrap_or_else(|e| internal(e.to_string()));
+            datum.map(|d| d.value() as i64)
+        },
+    );
+    // SAFETY: reads the clock.
+    (due.into_iter().flatten().next(), unsafe {
+        pg_sys::GetCurrentTimestamp()
+    })
+}
+
+fn timestamp<'a>(us: i64) -> DatumWithOid<'a> {
+    // SAFETY: a timestamptz is passed by value, as microseconds since 2000.
+    unsafe { DatumWithOid::new(pg_sys::Datum::from(us), pg_sys::TIMESTAMPTZOID) }
 }
 
 /// Records that a backend has delivered what a tick sees. The first of a backend is the beginning of time.
@@ -589,15 +624,20 @@ pub fn ticks_wait() -> bool {
     .unwrap_or(false)
 }
 
-pub fn delete_events(seqs: &[i64]) -> u64 {
-    if seqs.is_empty() {
-        return 0;
-    }
-    run(
-        "delete from outbox.refused_events where seq = any($1)",
-        &[seqs.to_vec().into()],
-    );
-    run("delete from outbox.events where seq = any($1)", &[seqs.to_vec().into()])
+/// Runs `f`, which deletes events in steps, by a statement that is prepared once.
+pub fn delete_events<R>(f: impl FnOnce(&mut dyn FnMut(&[i64])) -> R) -> R {
+    let sql = "delete from outbox.events where seq = any($1)";
+    rights::statement(|| {
+        Spi::connect_mut(|client| {
+            let statement = client.prepare_mut(sql, &[PgOid::from(pg_sys::INT8ARRAYOID)]);
+            let statement = statement.unwrap_or_else(|e| internal(e.to_string()));
+            f(&mut |seqs| {
+                let args = [seqs.to_vec().into()];
+                let deleted = rights::execution(|| client.update(&statement, None, &args));
+                deleted.map(drop).unwrap_or_else(|e| internal(e.to_string()));
+            })
+        })
+    })
 }
 
 /// Deletes failed events older than their retention, at most `count`.

@@ -1,6 +1,6 @@
 //! One scan over a range for all backends that stand at one place: rows become entries of batches, or are written down.
 
-use crate::backend::{Backend, BuiltBatch, Load, OpenBatch, Role};
+use crate::backend::{BATCH_BYTES, Backend, BuiltBatch, Load, OpenBatch, Role};
 use crate::care;
 use crate::catalog::{self, Relations};
 use crate::guc;
@@ -11,7 +11,7 @@ use pgrx::pg_sys;
 use relay::delivery::{Entry, Room, RowFate};
 use relay::fault;
 use relay::reader::{Key, Position, RangeScan, Scan, Step, Table};
-use relay::refusal::Record;
+use relay::refusal::{Record, Retry};
 use relay::snapshot::Tick;
 use std::collections::BTreeSet;
 use std::rc::Rc;
@@ -21,6 +21,9 @@ use std::sync::Arc;
 const SCAN_STEPS: usize = 2_000;
 /// of which at most so many count.
 const SCAN_BACKENDS: usize = 4;
+/// Rows that one pass may write down as waiting or failed, for each backend: a millisecond or two. The others' events are looked at in
+/// between.
+const WRITTEN_DOWN: usize = 250;
 /// One scan serves backends that are no further apart: half of it, so that those that are ahead have the other half.
 const NEAR_SEQS: i64 = SCAN_STEPS as i64 / 2;
 
@@ -193,12 +196,7 @@ impl Reader {
     fn write_down(&mut self, backend: &Backend) {
         if !self.records.is_empty() {
             self.wrote = true;
-            self.failed = refused::record(
-                backend.number,
-                &backend.stream,
-                &std::mem::take(&mut self.records),
-                None,
-            );
+            self.failed = refused::record(backend.number, &std::mem::take(&mut self.records), None);
         }
     }
 }
@@ -295,6 +293,7 @@ impl Pass<'_> {
         };
         if let Some(reader) = self.readers.iter_mut().find(is_its) {
             let attempts = 0;
+            let error = error.into();
             reader.records.push(Record::Fail { seq, attempts, error });
         }
     }
@@ -330,6 +329,9 @@ impl Pass<'_> {
         let seq = row.key().seq;
         let to = &self.to;
         let reader = &mut self.readers[reader];
+        if reader.records.len() >= WRITTEN_DOWN {
+            return false;
+        }
         let backend = &mut self.backends[reader.index];
         match backend.role {
             Role::Deleted => {
@@ -394,7 +396,7 @@ impl Pass<'_> {
                 Err(error) => reader.records.push(Record::Fail {
                     seq,
                     attempts: 0,
-                    error: error.to_string(),
+                    error: error.to_string().into(),
                 }),
             }
             if batch.is_full() {
@@ -413,46 +415,99 @@ fn lanes(backends: &[Backend]) -> BTreeSet<(i32, Option<u16>)> {
         .collect()
 }
 
-/// The batch for the next events of a refused stream, at most `count`; `None`: none wait.
-pub fn refused_batch(backend: &mut Backend, stream: &str, count: usize) -> Option<BuiltBatch> {
+/// What became of streams that were to be tried again.
+#[derive(Default)]
+pub struct Retried {
+    /// A batch of their next events; `None`: there are none.
+    pub batch: Option<BuiltBatch>,
+    /// Streams of which no event waits any more.
+    pub cleared: Vec<Rc<str>>,
+    /// Those for which there was no room.
+    pub put_back: Vec<Rc<str>>,
+}
+
+/// The batch for the next events of refused streams.
+pub fn refused_batch(backend: &mut Backend, retries: &[Retry]) -> Retried {
+    // One more says whether there are others.
+    let wanted: Vec<_> = retries.iter().map(|r| (&*r.stream, r.count + 1)).collect();
+    let waiting = refused::next_waiting(backend.number, &backend.stream, &wanted);
     let relations = catalog::expect_relations();
     let mut table = EventsTable::open(&relations);
     let mut batch = OpenBatch::new(backend.buffer());
-    let mut all = false;
-    while batch.entries.is_empty() && !all {
-        let mut seqs = refused::refused_events(backend.number, stream, &backend.stream, count + 1);
-        all = seqs.len() <= count;
-        seqs.truncate(count);
+    let (mut retried, mut all, mut gone) = (Retried::default(), Vec::new(), Vec::new());
+    for (Retry { stream, count }, mut seqs) in retries.iter().zip(waiting) {
+        if batch.bytes.len() >= BATCH_BYTES {
+            retried.put_back.push(stream.clone());
+            continue;
+        }
+        let mut is_whole = seqs.len() <= *count;
+        seqs.truncate(*count);
+        let before = batch.entries.len();
         for seq in seqs {
-            if batch.is_full() {
-                all = false;
+            if batch.bytes.len() >= BATCH_BYTES {
+                is_whole = false;
                 break;
             }
             let mut scan = table.by_seq(seq - 1, seq);
-            if scan.advance().is_some() {
-                add_refused(backend, &mut batch, scan.row());
+            match scan.advance() {
+                Some(_) => add_refused(backend, &mut batch, scan.row()),
+                None => gone.push(seq),
             }
+        }
+        match (batch.entries.len() > before, is_whole) {
+            (true, true) => all.push(stream.clone()),
+            (true, false) => {}
+            (false, true) => retried.cleared.push(stream.clone()),
+            (false, false) => retried.put_back.push(stream.clone()),
         }
     }
     table.close();
-    (!batch.entries.is_empty()).then_some(BuiltBatch {
-        batch,
-        load: Load::Again { all },
-    })
+    if !gone.is_empty() {
+        refused::forget(&gone);
+    }
+    if batch.entries.is_empty() {
+        backend.keep(batch.bytes);
+    } else {
+        retried.batch = Some(BuiltBatch {
+            batch,
+            load: Load::Again { all },
+        });
+    }
+    retried
 }
 
 fn add_refused(backend: &mut Backend, batch: &mut OpenBatch, row: &Row) {
     if let Some(error) = care::unreadable(row) {
-        backend.failed(refused::fail(&[row.key().seq], 0, &error));
+        backend.failed(refused::fail(backend.number, &[row.key().seq], 0, &error));
         return;
     }
     row.with_event(|event| {
         let stream = backend.stream_of(event);
         match backend.encode(batch, &stream, event) {
             Ok(()) => batch.entries.push(entry(row, stream)),
-            Err(error) => backend.failed(refused::fail(&[row.key().seq], 0, &error.to_string())),
+            Err(error) => backend.failed(refused::fail(backend.number, &[row.key().seq], 0, &error.to_string())),
         }
     });
+}
+
+/// Up to `count` events of these streams, whose heads have failed for these reasons: they fail, too. Also the streams of which no other
+/// is left.
+pub fn fail_waiting(backend: &Backend, failing: &[(Rc<str>, Rc<str>)], count: usize) -> (Vec<Record>, Vec<Rc<str>>) {
+    let each = (count / failing.len().max(1)).max(1);
+    let wanted: Vec<_> = failing.iter().map(|(stream, _)| (&**stream, each)).collect();
+    let waiting = refused::next_waiting(backend.number, &backend.stream, &wanted);
+    let (mut records, mut through) = (Vec::new(), Vec::new());
+    for ((stream, error), seqs) in failing.iter().zip(waiting) {
+        if seqs.len() < each {
+            through.push(stream.clone());
+        }
+        records.extend(seqs.into_iter().map(|seq| Record::Fail {
+            seq,
+            attempts: 1,
+            error: error.clone(),
+        }));
+    }
+    (records, through)
 }
 
 fn entry(row: &Row, stream: Rc<str>) -> Entry {

@@ -9,6 +9,7 @@ use crate::catalog;
 use crate::guc;
 use crate::outbox;
 use crate::process::{self, Aborted};
+use crate::refused;
 use crate::report;
 use crate::rows::EventsTable;
 use pgrx::pg_extern;
@@ -16,12 +17,23 @@ use relay::delivery::Now;
 use relay::reader::{RangeScan, Step};
 use relay::snapshot::Tick;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-/// Rows that the worker deletes in one transaction: a millisecond or two, so that the events' latency does not notice.
-const PIECE_ROWS: usize = 250;
-/// Rows that one piece may meet.
-const PIECE_STEPS: usize = 5_000;
+/// Rows that one statement deletes: a tenth of a millisecond or so. Between two, it is looked whether an event has come.
+const STEP_ROWS: usize = 32;
+/// How long one transaction of the worker deletes, if none comes, and how many rows at most.
+const PIECE_TIME: Duration = Duration::from_millis(2);
+const PIECE_ROWS: usize = 1_000;
+/// Numbers that one scan looks at. Index entries of rows that are deleted already count, and a scan passes them without a stop.
+const WINDOW_SEQS: i64 = 2_000;
+/// Failed events that are deleted at once.
+const FAILED_ROWS: i64 = 100;
+/// While events come, so often.
+const FAILED_EVERY: Duration = Duration::from_millis(5);
+/// While events come without a pause, a step is made this often all the same: some 20,000 rows a second.
+const STEP_EVERY: Duration = Duration::from_micros(1_500);
+/// If that is not enough, since the next rows wait already, they have to share.
+const PIECE_TIME_BEHIND: Duration = Duration::from_micros(500);
 /// Ticks are recorded, and it is looked whether something can be purged, this many times within the retention.
 const TICKS_PER_RETENTION: i64 = 100;
 /// Failed events are few: they are looked for at most this often.
@@ -36,6 +48,8 @@ pub struct Purge {
     ticks_wait: bool,
     /// Which backend is being purged, and after which row.
     under_way: Option<(usize, i64)>,
+    began_at: Now,
+    stepped_at: Now,
 }
 
 impl Purge {
@@ -44,25 +58,36 @@ impl Purge {
         (self.next_look_at, self.next_failed_look_at) = (Now::ZERO, Now::ZERO);
     }
 
-    /// One piece, if there is something to do and time for it. Returns when to come back, if sooner than otherwise.
-    pub fn step(&mut self, now: Now, backends: &mut [Backend], at_leisure: bool) -> Result<Option<Duration>, Aborted> {
-        let failed = self.step_failed(now)?;
+    /// One piece, if there is something to do and time for it. Returns when to come back, if sooner than otherwise. `is_wanted`: whether
+    /// there is anything else to do, since events go first.
+    pub fn step(
+        &mut self,
+        now: Now,
+        backends: &mut [Backend],
+        is_wanted: &dyn Fn() -> bool,
+    ) -> Result<Option<Duration>, Aborted> {
+        let failed = self.step_failed(now, is_wanted)?;
         let published = match retention() {
-            Some(retention_us) => self.step_published(now, backends, at_leisure, retention_us)?,
+            Some(retention_us) => self.step_published(now, backends, is_wanted, retention_us)?,
             None => None,
         };
         Ok([failed, published].into_iter().flatten().min())
     }
 
-    fn step_failed(&mut self, now: Now) -> Result<Option<Duration>, Aborted> {
+    fn step_failed(&mut self, now: Now, is_wanted: &dyn Fn() -> bool) -> Result<Option<Duration>, Aborted> {
         let Some(retention_us) = guc::retention_us(&guc::FAILED_RETENTION_MIN) else {
             return Ok(None);
         };
         if now >= self.next_failed_look_at {
-            let deleted = process::transaction(|| outbox::purge_failed(retention_us, PIECE_ROWS as i64))?;
-            let more = deleted >= PIECE_ROWS as u64;
+            let deleted = process::transaction(|| outbox::purge_failed(retention_us, FAILED_ROWS))?;
+            let more = deleted >= FAILED_ROWS as u64;
             let pause = tick_interval(retention_us).max(LEAST_FAILED_INTERVAL);
-            self.next_failed_look_at = if more { now } else { now + pause };
+            self.next_failed_look_at = now
+                + match more {
+                    true if is_wanted() => FAILED_EVERY,
+                    true => Duration::ZERO,
+                    false => pause,
+                };
         }
         Ok(Some(self.next_failed_look_at - now))
     }
@@ -71,7 +96,7 @@ impl Purge {
         &mut self,
         now: Now,
         backends: &mut [Backend],
-        at_leisure: bool,
+        is_wanted: &dyn Fn() -> bool,
         retention_us: i64,
     ) -> Result<Option<Duration>, Aborted> {
         let interval = tick_interval(retention_us);
@@ -101,6 +126,7 @@ impl Purge {
             }
             self.next_look_at = now + interval;
             self.under_way = (!backends.is_empty()).then_some((0, 0));
+            self.began_at = now;
         }
         while let Some((index, after)) = self.under_way {
             let Some(backend) = backends.get(index) else {
@@ -113,17 +139,20 @@ impl Purge {
                 self.under_way = Some((index + 1, 0));
                 continue;
             }
-            let number = backend.number;
-            let (deleted, last) = process::transaction(|| piece(number, after, retention_us, PIECE_ROWS))?;
+            if is_wanted() && now < self.stepped_at + STEP_EVERY {
+                return Ok(Some(Duration::ZERO));
+            }
+            self.stepped_at = now;
+            let (number, start) = (backend.number, Instant::now());
+            let is_behind = now >= self.began_at + interval;
+            let is_over = || match is_wanted() {
+                true => !is_behind || start.elapsed() >= PIECE_TIME_BEHIND,
+                false => start.elapsed() >= PIECE_TIME,
+            };
+            let (deleted, last) = process::transaction(|| piece(number, after, retention_us, PIECE_ROWS, is_over))?;
             self.under_way = Some(last.map_or((index + 1, 0), |seq| (index, seq)));
             if deleted > 0 || last.is_some() {
-                // Events go first; without any, it goes on at once.
-                let pause = if at_leisure {
-                    Duration::ZERO
-                } else {
-                    Duration::from_millis(5)
-                };
-                return Ok(Some(pause));
+                return Ok(Some(Duration::ZERO));
             }
         }
         Ok(self.next_look(now, backends, interval))
@@ -158,8 +187,8 @@ fn tick_interval(retention_us: i64) -> Duration {
         .clamp(Duration::from_secs(1), Duration::from_secs(3_600))
 }
 
-/// Deletes up to `count` rows of a backend after `after`. Returns how many, and after which row to go on; `None`: all done.
-fn piece(number: i32, after: i64, retention_us: i64, count: usize) -> (u64, Option<i64>) {
+/// Deletes up to `count` rows of a backend after `after`, or fewer: until `is_over`, which is asked after each step. Returns how many, and after which row to go on; `None`: all done.
+fn piece(number: i32, after: i64, retention_us: i64, count: usize, is_over: impl Fn() -> bool) -> (u64, Option<i64>) {
     let Some((from, to)) = outbox::purgeable(number, retention_us) else {
         return (0, None);
     };
@@ -172,34 +201,52 @@ fn piece(number: i32, after: i64, retention_us: i64, count: usize) -> (u64, Opti
     let is_its = |row_number: i32| row_number == number || (number == 0 && !known.contains(&row_number));
     let relations = catalog::expect_relations();
     let mut table = EventsTable::open(&relations);
-    let mut scan = RangeScan::open(&mut table, &from, &to, after);
-    let mut found = Vec::new();
-    let mut last = None;
-    for _ in 0..PIECE_STEPS {
-        match scan.step() {
-            None => {
-                last = None;
-                break;
-            }
-            Some(Step::Passed(key)) => last = Some(key.seq),
-            Some(Step::Row(key)) => {
+    let (mut found, mut deleted, mut last) = (Vec::new(), Vec::new(), Some(after));
+    outbox::delete_events(|delete| {
+        'windows: while let Some(after) = last {
+            let upto = after.max(from.low_seq).saturating_add(WINDOW_SEQS);
+            let window = Arc::new(Tick {
+                high_seq: upto.min(to.high_seq),
+                ..Tick::clone(&to)
+            });
+            pgrx::check_for_interrupts!();
+            let mut scan = RangeScan::open(&mut table, &from, &window, after);
+            loop {
+                let step = scan.step();
+                let (Some(Step::Row(key)) | Some(Step::Passed(key))) = step else {
+                    break;
+                };
                 last = Some(key.seq);
-                if is_its(scan.current().row().backend_number()) {
+                if matches!(step, Some(Step::Row(_))) && is_its(scan.current().row().backend_number()) {
                     found.push(key.seq);
                 }
+                if found.len() >= STEP_ROWS.min(count - deleted.len()) {
+                    delete(&found);
+                    deleted.append(&mut found);
+                    if deleted.len() >= count || is_over() {
+                        break 'windows;
+                    }
+                }
+            }
+            last = (upto < to.high_seq).then_some(upto);
+            if is_over() {
+                break;
             }
         }
-        if found.len() >= count {
-            break;
+        if !found.is_empty() {
+            delete(&found);
+            deleted.append(&mut found);
         }
-    }
-    drop(scan);
+    });
     table.close();
-    let deleted = outbox::delete_events(&found);
+    if !deleted.is_empty() {
+        // Those that were accepted at last.
+        refused::forget(&deleted);
+    }
     if last.is_none() {
         outbox::purged(number, &to);
     }
-    (deleted, last)
+    (deleted.len() as u64, last)
 }
 
 /// `outbox.purge_piece(backend_number, after_seq, row_count)`
@@ -210,7 +257,10 @@ fn purge_piece(
     row_count: i32,
 ) -> pgrx::iter::TableIterator<'static, (pgrx::name!(deleted, i64), pgrx::name!(last_seq, Option<i64>))> {
     let delete = || match retention() {
-        Some(retention_us) => piece(backend_number, after_seq, retention_us, row_count.max(1) as usize),
+        Some(retention_us) => {
+            let count = row_count.max(1) as usize;
+            piece(backend_number, after_seq, retention_us, count, || false)
+        }
         None => (0, None),
     };
     let (deleted, last) = report::guard(delete);

@@ -286,7 +286,7 @@ fn finish(
             let absent = missing().filter(|c| !c.waits).map(|c| Record::Park {
                 seq: c.seq,
                 attempts: 1,
-                error: "Redis refused it, as was seen after an interruption".to_owned(),
+                error: "Redis refused it, as was seen after an interruption".into(),
             });
             let refused = missing().filter(|c| !c.waits).count();
             backend.records.extend(absent.chain(accepted));

@@ -2,16 +2,19 @@
 //! `refused_events` and `failed_events` but retention's. Needs a transaction.
 
 use crate::care::{self, Kept};
-use crate::outbox::{argument, query, run, text, value, words};
+use crate::outbox::{all_words, argument, arguments, query, run, text, value};
+use pgrx::datum::DatumWithOid;
+use pgrx::spi::SpiTupleTable;
 use relay::refusal::Record;
 
-/// Streams of a backend that have refused events waiting, with the attempts of their heads.
+/// Streams of a backend that have refused events waiting, with the attempts of their heads. (An event that names no stream is in the
+/// backend's own.)
 pub fn refused_streams(number: i32, own_stream: &str) -> Vec<(String, u32)> {
     query(
-        "select distinct on (stream) coalesce(e.stream, $2) as stream, r.attempts
-        from outbox.refused_events r join outbox.events e on e.seq = r.seq
+        "select distinct on (coalesce(r.stream, $2)) coalesce(r.stream, $2), r.attempts
+        from outbox.refused_events r
         where r.backend_number = $1 and r.accepted_in is null
-        order by stream, r.seq",
+        order by coalesce(r.stream, $2), r.seq",
         &[number.into(), argument(own_stream)],
         |row| {
             (
@@ -22,28 +25,54 @@ pub fn refused_streams(number: i32, own_stream: &str) -> Vec<(String, u32)> {
     )
 }
 
-/// Sequence numbers of the next refused events of a stream, oldest first. Those whose rows somebody deleted are forgotten.
-pub fn refused_events(number: i32, stream: &str, own_stream: &str, count: usize) -> Vec<i64> {
-    let found = query(
-        "select r.seq from outbox.refused_events r join outbox.events e on e.seq = r.seq
-        where r.backend_number = $1 and r.accepted_in is null and coalesce(e.stream, $2) = $3
-        order by r.seq limit $4",
-        &[
-            number.into(),
-            argument(own_stream),
-            argument(stream),
-            (count as i64).into(),
-        ],
-        |row| value(row, 1).unwrap_or_default(),
-    );
-    if found.is_empty() {
-        run(
-            "delete from outbox.refused_events r
-            where r.backend_number = $1 and not exists (select from outbox.events e where e.seq = r.seq)",
-            &[number.into()],
+/// Sequence numbers of the next refused events of each of these streams, oldest first, at most so many of each.
+pub fn next_waiting(number: i32, own_stream: &str, streams: &[(&str, usize)]) -> Vec<Vec<i64>> {
+    let mut found = vec![Vec::new(); streams.len()];
+    let (own, named): (Vec<_>, Vec<_>) = (0..streams.len()).partition(|index| streams[*index].0 == own_stream);
+    let counts = |indexes: &[usize]| -> Vec<i32> { indexes.iter().map(|index| streams[*index].1 as i32).collect() };
+    let mut note = |indexes: &[usize], rows: Vec<(i64, i64)>| {
+        for (nth, seq) in rows {
+            found[indexes[nth as usize - 1]].push(seq);
+        }
+    };
+    let read = |row: &SpiTupleTable<'_>| (value(row, 1).unwrap_or_default(), value(row, 2).unwrap_or_default());
+    if !named.is_empty() {
+        let names: Vec<&str> = named.iter().map(|index| streams[*index].0).collect();
+        let rows = query(
+            "select s.nth, w.seq
+            from unnest($2, $3) with ordinality s(name, count, nth) cross join lateral (
+                select r.seq from outbox.refused_events r
+                where r.backend_number = $1 and r.accepted_in is null and r.stream = s.name
+                order by r.seq limit s.count) w
+            order by s.nth, w.seq",
+            &[number.into(), arguments(&names), counts(&named).into()],
+            read,
         );
+        note(&named, rows);
+    }
+    if !own.is_empty() {
+        let rows = query(
+            "select 1::bigint, w.seq from (
+                (select r.seq from outbox.refused_events r
+                    where r.backend_number = $1 and r.accepted_in is null and r.stream is null order by r.seq limit $3)
+                union all
+                (select r.seq from outbox.refused_events r
+                    where r.backend_number = $1 and r.accepted_in is null and r.stream = $2 order by r.seq limit $3)
+            ) w order by w.seq limit $3",
+            &[number.into(), argument(own_stream), counts(&own)[0].into()],
+            read,
+        );
+        note(&own, rows);
     }
     found
+}
+
+/// Somebody has deleted these rows: they are forgotten.
+pub fn forget(seqs: &[i64]) {
+    run(
+        "delete from outbox.refused_events where seq = any($1)",
+        &[seqs.to_vec().into()],
+    );
 }
 
 /// The highest sequence number of a backend's events that were refused or have failed; 0: there is none.
@@ -119,87 +148,136 @@ pub fn heal(number: i32, lane: Option<u16>, own_stream: &str, batch_number: u64)
     );
 }
 
-/// Writes down what became of refused events; returns how many failed. `batch_number`: in which those that had waited were accepted
-/// (exactly_once), so that they wait again should Redis lose it.
-pub fn record(number: i32, own_stream: &str, records: &[Record], batch_number: Option<u64>) -> u64 {
-    let mut failed = 0;
+/// Writes down what became of refused events, a statement for all of a kind; returns how many failed. An event has one record at most.
+/// `batch_number`: in which those that had waited were accepted (exactly_once), so that they wait again should Redis lose it.
+pub fn record(number: i32, records: &[Record], batch_number: Option<u64>) -> u64 {
+    let (mut parked, mut failed, mut again, mut accepted) =
+        (Notes::default(), Notes::default(), Notes::default(), Vec::new());
     for record in records {
         match record {
-            Record::Park { seq, attempts, error } => {
-                run(
-                    "insert into outbox.refused_events (seq, backend_number, attempts, last_error) values ($1, $2, $3, $4)
-                    on conflict do nothing",
-                    &[(*seq).into(), number.into(), (*attempts as i32).into(), words(error)],
-                );
-            }
-            Record::Fail { seq, attempts, error } => failed += fail(&[*seq], *attempts, error),
-            Record::Accepted { seq } => match batch_number {
-                Some(batch_number) => {
-                    run(
-                        "update outbox.refused_events set accepted_in = $2 where seq = $1",
-                        &[(*seq).into(), (batch_number as i64).into()],
-                    );
-                }
-                None => {
-                    run("delete from outbox.refused_events where seq = $1", &[(*seq).into()]);
-                }
-            },
-            Record::RefusedAgain { seq, attempts, error } => {
-                run(
-                    "update outbox.refused_events set attempts = $2, last_error = $3 where seq = $1",
-                    &[(*seq).into(), (*attempts as i32).into(), words(error)],
-                );
-            }
-            Record::FailStream {
-                stream,
-                seq,
-                attempts,
-                error,
-            } => {
-                failed += fail(&[*seq], *attempts, error);
-                let behind = refused_events(number, stream, own_stream, i32::MAX as usize);
-                failed += fail(&behind, 1, error);
-            }
+            Record::Park { seq, attempts, error } => parked.add(*seq, *attempts, error),
+            Record::Fail { seq, attempts, error } => failed.add(*seq, *attempts, error),
+            Record::RefusedAgain { seq, attempts, error } => again.add(*seq, *attempts, error),
+            Record::Accepted { seq } => accepted.push(*seq),
         }
     }
-    failed
+    if !parked.seqs.is_empty() {
+        run(
+            "insert into outbox.refused_events (seq, backend_number, attempts, last_error, stream)
+            select n.seq, $1, n.attempts, ($4::text[])[n.error], e.stream
+            from unnest($2, $3, $5) n(seq, attempts, error) join outbox.events e on e.seq = n.seq
+            order by n.seq
+            on conflict do nothing",
+            &parked.arguments(number),
+        );
+    }
+    match batch_number {
+        _ if accepted.is_empty() => {}
+        Some(batch_number) => {
+            run(
+                "update outbox.refused_events set accepted_in = $2 where seq = any($1)",
+                &[accepted.into(), (batch_number as i64).into()],
+            );
+        }
+        None => forget(&accepted),
+    }
+    if !again.seqs.is_empty() {
+        run(
+            "update outbox.refused_events r set attempts = n.attempts, last_error = ($4::text[])[n.error]
+            from unnest($2, $3, $5) n(seq, attempts, error)
+            where r.seq = n.seq and r.backend_number = $1",
+            &again.arguments(number),
+        );
+    }
+    fail_all(number, &failed)
+}
+
+/// Events with their attempts and reasons, as arguments of a statement. Reasons are few: each is there once.
+#[derive(Default)]
+struct Notes<'a> {
+    seqs: Vec<i64>,
+    attempts: Vec<i32>,
+    errors: Vec<&'a str>,
+    /// Of each event: which of `errors`, from 1.
+    reasons: Vec<i32>,
+}
+
+impl<'a> Notes<'a> {
+    fn add(&mut self, seq: i64, attempts: u32, error: &'a str) {
+        /// Beyond so many it is not looked whether one is there.
+        const LOOKED_AT: usize = 8;
+        let known = self
+            .errors
+            .iter()
+            .rev()
+            .take(LOOKED_AT)
+            .position(|known| *known == error);
+        if known.is_none() {
+            self.errors.push(error);
+        }
+        self.seqs.push(seq);
+        self.attempts.push(attempts as i32);
+        self.reasons.push((self.errors.len() - known.unwrap_or(0)) as i32);
+    }
+
+    /// One of them alone.
+    fn only(&self, index: usize) -> Self {
+        let mut one = Self::default();
+        let error = self.errors[self.reasons[index] as usize - 1];
+        one.add(self.seqs[index], self.attempts[index] as u32, error);
+        one
+    }
+
+    /// $1: the backend, $2: seqs, $3: attempts, $4: all reasons, $5: which of them.
+    fn arguments<'b>(&self, number: i32) -> [DatumWithOid<'b>; 5] {
+        [
+            number.into(),
+            self.seqs.clone().into(),
+            self.attempts.clone().into(),
+            all_words(&self.errors),
+            self.reasons.clone().into(),
+        ]
+    }
 }
 
 /// Copies events to the failed ones; they no longer wait.
-pub fn fail(seqs: &[i64], attempts: u32, error: &str) -> u64 {
-    if seqs.is_empty() {
+fn fail_all(number: i32, failed: &Notes<'_>) -> u64 {
+    if failed.seqs.is_empty() {
         return 0;
     }
-    run(
-        "delete from outbox.refused_events where seq = any($1)",
-        &[seqs.to_vec().into()],
-    );
+    forget(&failed.seqs);
     match care::is_careful() {
-        false => copy_to_failed(seqs, attempts, error, care::ALL),
-        true => seqs
-            .iter()
-            .map(|seq| care::as_much_as_can_be_read(|kept| copy_to_failed(&[*seq], attempts, error, kept)))
+        false => copy_to_failed(failed.arguments(number), care::ALL),
+        true => (0..failed.seqs.len())
+            .map(|index| {
+                care::as_much_as_can_be_read(|kept| copy_to_failed(failed.only(index).arguments(number), kept))
+            })
             .sum(),
     }
 }
 
-fn copy_to_failed(seqs: &[i64], attempts: u32, error: &str, kept: Kept) -> u64 {
+fn copy_to_failed(notes: [DatumWithOid<'_>; 5], kept: Kept) -> u64 {
+    let [number, seqs, attempts, errors, reasons] = notes;
     run(
         "insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, event_type, source, backend, data,
             subject, stream, data_schema, publisher_config, max_retries, attempts, last_error)
         select e.seq, e.xid, e.created_at, e.event_id, e.backend_number,
-            case when $4 then e.event_type else '(not readable)' end, case when $4 then e.source else '(not readable)' end,
-            case when $4 then e.backend else coalesce((select b.name from outbox.backends b where b.number = e.backend_number), '') end,
-            case when $5 then e.data end, case when $4 then e.subject end, case when $4 then e.stream end,
-            case when $4 then e.data_schema end, case when $5 then e.publisher_config end, e.max_retries, $2, $3
-        from outbox.events e where e.seq = any($1)
+            case when $6 then e.event_type else '(not readable)' end, case when $6 then e.source else '(not readable)' end,
+            case when $6 then e.backend else coalesce((select b.name from outbox.backends b where b.number = e.backend_number), '') end,
+            case when $7 then e.data end, case when $6 then e.subject end, case when $6 then e.stream end,
+            case when $6 then e.data_schema end, case when $7 then e.publisher_config end, e.max_retries,
+            n.attempts, ($4::text[])[n.error]
+        from unnest($2, $3, $5) n(seq, attempts, error) join outbox.events e on e.seq = n.seq
+        where $1 is not null
+        order by n.seq
         on conflict (event_id, seq) do nothing",
-        &[
-            seqs.to_vec().into(),
-            (attempts as i32).into(),
-            words(error),
-            kept.texts.into(),
-            kept.payload.into(),
-        ],
+        &[number, seqs, attempts, errors, reasons, kept.texts.into(), kept.payload.into()],
     )
+}
+
+/// Copies events to the failed ones, all for one reason; they no longer wait.
+pub fn fail(number: i32, seqs: &[i64], attempts: u32, error: &str) -> u64 {
+    let mut failed = Notes::default();
+    seqs.iter().for_each(|seq| failed.add(*seq, attempts, error));
+    fail_all(number, &failed)
 }

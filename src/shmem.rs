@@ -465,6 +465,10 @@ impl Slot {
         }
     }
 
+    pub fn is_publishing(&self) -> bool {
+        self.publishing.load(Ordering::Relaxed)
+    }
+
     /// Whether that was announced. It counts as a look.
     pub fn take_publishing(&self) -> bool {
         let is_publishing = self.publishing.swap(false, Ordering::SeqCst);

@@ -29,18 +29,24 @@ use pgrx::{pg_guard, pg_sys};
 use relay::classify::Failure;
 use relay::delivery::Now;
 use relay::fault;
-use relay::pace::Pace;
+use relay::pace::{Pace, Portion};
 use relay::snapshot::{FIRST_NORMAL_XID, Tick};
 use std::io::Read;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Scheduled events that are moved at once.
-const MOVE_COUNT: i64 = 1_000;
-/// The same, in a subtransaction each, where one of them cannot be moved.
+/// Scheduled events that are moved at once, in a subtransaction each, where one of them cannot be moved.
 const MOVE_COUNT_WITH_CARE: i64 = 50;
+/// How long scheduled events may be moved in one round.
+const MOVE_TIME: Duration = Duration::from_millis(1);
+/// Waiting events of a backend that fail in one round, with the head of their streams, and of how many streams.
+const FAILED_AT_ONCE: usize = 250;
+const FAILED_STREAMS: usize = 100;
+/// Waiting events that follow an accepted one go in batches of so many times the usual size: with exactly_once, one batch at a time.
+const FOLLOWING_BATCHES: usize = 5;
 /// How long a worker that must go waits for replies that are on their way.
 const SETTLE_AT_END: Duration = Duration::from_millis(250);
 /// The same, when a backend's settings have changed; meanwhile the others wait.
@@ -119,6 +125,10 @@ struct Worker {
     polled_at: Now,
     next_due: Option<Now>,
     schedule_known: bool,
+    /// How many scheduled events are moved at once.
+    move_portion: Portion,
+    /// Streams, by the index of their backend, of which nothing waits any more once what is to fail is written down.
+    failed_streams: Vec<(usize, Vec<Rc<str>>)>,
     settings_changed: bool,
     /// After an ERROR, nothing is tried before this.
     pause_until: Now,
@@ -155,6 +165,8 @@ impl Worker {
             polled_at: Now::ZERO,
             next_due: None,
             schedule_known: false,
+            move_portion: Portion::new(MOVE_TIME),
+            failed_streams: Vec::new(),
             settings_changed: false,
             pause_until: Now::ZERO,
             pace: Pace::default(),
@@ -308,10 +320,14 @@ impl Worker {
         // Before rows are read that came while triggers were off.
         self.mend(now);
         let more = self.read(now)?;
-        self.retry_refused(now)?;
+        self.failed_streams.clear();
+        let more = self.retry_refused(now)? || more;
         self.move_scheduled(now)?;
         self.save_due(now)?;
-        let purging = self.purge.step(now, &mut self.backends, !more)?;
+        self.end_failing();
+        let slot = self.slot;
+        let is_wanted = || more || slot.has_work() || slot.is_publishing();
+        let purging = self.purge.step(now, &mut self.backends, &is_wanted)?;
         Ok(self.timeout(more, purging))
     }
 
@@ -390,30 +406,66 @@ impl Worker {
         }
     }
 
-    /// Sends the heads of refused streams that are due again.
-    fn retry_refused(&mut self, now: Now) -> Result<(), Aborted> {
-        for backend in &mut self.backends {
-            if !backend.reads_for_redis() || !backend.is_enabled() {
-                continue;
-            }
+    /// Sends what is due of refused streams again, a batch of each backend, and fails what waits behind a head that has failed. True: there
+    /// is more to fail.
+    fn retry_refused(&mut self, now: Now) -> Result<bool, Aborted> {
+        let mut more = false;
+        for (index, backend) in self.backends.iter_mut().enumerate() {
             // What they were refused with must be written down first.
-            if !backend.records.is_empty() {
+            if !backend.reads_for_redis() || !backend.is_enabled() || !backend.records.is_empty() {
                 continue;
             }
-            let batch_size = guc::BATCH_SIZE.get() as usize;
-            while let Some((stream, count)) = backend.delivery.stream_to_retry(now, batch_size) {
-                let batch = care::transaction(|| pass::refused_batch(backend, &stream, count));
-                match batch {
-                    Ok(Some(batch)) => backend.send(vec![batch], self.flushed),
-                    Ok(None) => backend.delivery.stream_cleared(&stream),
-                    Err(error) => {
-                        backend.delivery.retry_failed();
-                        return Err(error);
-                    }
+            let failing = backend.delivery.streams_to_fail(FAILED_STREAMS);
+            if !failing.is_empty() {
+                let (records, streams) =
+                    process::transaction(|| pass::fail_waiting(backend, &failing, FAILED_AT_ONCE))?;
+                backend.records.extend(records);
+                self.failed_streams.push((index, streams));
+                more = true;
+                continue;
+            }
+            let heads = guc::BATCH_SIZE.get() as usize;
+            let retries = backend.delivery.streams_to_retry(now, heads, heads * FOLLOWING_BATCHES);
+            if retries.is_empty() {
+                continue;
+            }
+            match care::transaction(|| pass::refused_batch(backend, &retries)) {
+                Ok(retried) => {
+                    let is_sent = retried.batch.is_some();
+                    backend.send(retried.batch.into_iter().collect(), self.flushed);
+                    let delivery = &mut backend.delivery;
+                    retried
+                        .cleared
+                        .iter()
+                        .for_each(|stream| delivery.stream_cleared(stream));
+                    retried
+                        .put_back
+                        .iter()
+                        .for_each(|stream| delivery.stream_put_back(stream));
+                    // None of those was left; the next are for the next round.
+                    more |= !is_sent;
+                }
+                Err(error) => {
+                    backend.delivery.retry_failed();
+                    return Err(error);
                 }
             }
         }
-        Ok(())
+        Ok(more)
+    }
+
+    /// All that waited in these streams has failed, and that is written down. What comes next in them may be accepted: nothing that was
+    /// before it must come back after a crash to wait.
+    fn end_failing(&mut self) {
+        let failed = std::mem::take(&mut self.failed_streams);
+        if failed.iter().all(|(_, streams)| streams.is_empty()) {
+            return;
+        }
+        self.flush();
+        for (index, streams) in failed {
+            let delivery = &mut self.backends[index].delivery;
+            streams.iter().for_each(|stream| delivery.stream_failed(stream));
+        }
     }
 
     fn move_scheduled(&mut self, now: Now) -> Result<(), Aborted> {
@@ -423,21 +475,22 @@ impl Worker {
         if self.schedule_known && self.next_due.is_none_or(|due| due > now) {
             return Ok(());
         }
+        let (count, start) = (self.move_portion.count(), Instant::now());
         let moved = process::transaction(|| {
-            let due = outbox::next_due_us();
-            if due.is_some_and(|us| us <= 0) && loading::says_trouble_of_sequence() {
+            let (due, now_us) = outbox::next_due();
+            if due.is_some_and(|at| at <= now_us) && loading::says_trouble_of_sequence() {
                 return (0, Some(guc::millis(&guc::POLL_INTERVAL_MS).as_micros() as i64));
             }
             match due {
                 // The move gets a transaction id: no tick may be taken in this transaction.
-                Some(us) if us <= 0 => (outbox::move_due(MOVE_COUNT), Some(0)),
-                other => (0, other),
+                Some(at) if at <= now_us => (outbox::move_due(now_us, count as i64), Some(0)),
+                other => (0, other.map(|at| at - now_us)),
             }
         });
         // What cannot be moved must not hold up the others.
         let moved = match moved {
             Err(error) if care::is_of_a_new_row(error.code) => process::transaction(|| {
-                let moved = care::carefully(|| outbox::move_due_one_by_one(MOVE_COUNT_WITH_CARE));
+                let moved = care::carefully(|| outbox::move_due_one_by_one(outbox::next_due().1, MOVE_COUNT_WITH_CARE));
                 (moved, Some(0))
             }),
             moved => moved,
@@ -446,6 +499,9 @@ impl Worker {
             self.schedule_known = false;
         }
         let (moved, due_us) = moved?;
+        if moved > 0 {
+            self.move_portion.took(moved as usize, start.elapsed());
+        }
         self.work |= moved > 0;
         self.schedule_known = true;
         self.next_due = due_us.map(|us| now + Duration::from_micros(us.max(0) as u64));

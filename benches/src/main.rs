@@ -2,7 +2,7 @@
 //!
 //! - [`options`], [`report`], [`stats`] how much is done, the table, one number of several
 //! - [`servers`], [`probe`], [`machine`], [`floors`], [`bare`], [`load`] what is measured, seen from outside, and beside what
-//! - [`drain`], [`backlog`], [`publish`], [`guests`], [`latency`], [`cost`], [`footprint`], [`steady`], [`rivals`] the figures
+//! - [`drain`], [`backlog`], [`publish`], [`guests`], [`latency`], [`cost`], [`others`], [`footprint`], [`steady`], [`rivals`] the figures
 //! - [`plots`], [`chart`] pictures of them in `docs/`
 
 mod backlog;
@@ -17,6 +17,7 @@ mod latency;
 mod load;
 mod machine;
 mod options;
+mod others;
 mod plots;
 mod probe;
 mod publish;
@@ -33,7 +34,7 @@ use std::time::Instant;
 type Measure = fn(&Scale) -> Taken;
 
 /// In the order of the table.
-const FIGURES: [(&str, Measure); 13] = [
+const FIGURES: [(&str, Measure); 18] = [
     ("drain", drain::measure),
     ("spread", drain::measure_spread),
     ("backlog", backlog::measure),
@@ -43,6 +44,11 @@ const FIGURES: [(&str, Measure); 13] = [
     ("cost", cost::measure),
     ("publishers", guests::measure),
     ("open", guests::measure_open),
+    ("scheduled", others::measure_scheduled),
+    ("purge", others::measure_purge),
+    ("beside_bulk", others::measure_beside_bulk),
+    ("refused", others::measure_refused),
+    ("looking", others::measure_looking),
     ("memory", footprint::measure_memory),
     ("idle", footprint::measure_idle),
     ("steady", steady::measure),

@@ -22,7 +22,7 @@ pub use guarded::epoch_of;
 use crate::backoff::Backoff;
 use crate::classify::{Class, Failure};
 use crate::reader::Position;
-use crate::refusal::{Record, Streams};
+use crate::refusal::{Record, Retry, Streams};
 use crate::sender::{Refusal, WINDOW_BATCHES, is_backends};
 use guarded::Reread;
 use std::collections::{BTreeSet, VecDeque};
@@ -82,7 +82,7 @@ impl Room {
 enum Load {
     /// Rows read in order; all acknowledged, the cursor stands at `end`.
     Rows { end: Position },
-    /// Events that wait in the table of refused ones, all of one stream, tried again.
+    /// Events that wait in the table of refused ones, tried again.
     Again,
 }
 
@@ -92,6 +92,23 @@ struct Flight {
     bytes: usize,
     /// Rows of `Delivery::ahead` that lie before it.
     aside: Vec<i64>,
+}
+
+impl Flight {
+    /// The streams whose waiting events it tries again, each once.
+    fn retried(&self) -> Vec<Rc<str>> {
+        match self.load {
+            Load::Again => streams_of(&self.entries),
+            Load::Rows { .. } => Vec::new(),
+        }
+    }
+}
+
+/// Events of one stream stand together.
+fn streams_of(entries: &[Entry]) -> Vec<Rc<str>> {
+    let mut streams: Vec<Rc<str>> = entries.iter().map(|e| e.stream.clone()).collect();
+    streams.dedup();
+    streams
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -350,39 +367,55 @@ impl Delivery {
     }
 
     /// Settings of the backend changed what its streams are called, or failed events were taken away.
-    pub fn set_streams(&mut self, streams: Streams) {
+    pub fn set_streams(&mut self, mut streams: Streams) {
+        streams.go_on_failing(&self.streams);
         self.streams = streams;
         self.mark_retries();
     }
 
     /// What is being tried again is not tried once more at the same time.
     fn mark_retries(&mut self) {
-        for flight in self.flights.iter().filter(|f| matches!(f.load, Load::Again)) {
-            if let Some(entry) = flight.entries.first() {
-                self.streams.retrying(&entry.stream);
-            }
+        for stream in self.flights.iter().flat_map(Flight::retried) {
+            self.streams.retrying(&stream);
         }
     }
 
-    /// The stream whose waiting events are to be tried again now, and how many of them: the head alone until it is
-    /// accepted.
-    pub fn stream_to_retry(&mut self, now: Now, batch_size: usize) -> Option<(Rc<str>, usize)> {
+    /// Streams whose waiting events are to be tried again now in one batch, and how many of each: of those whose head is not accepted yet,
+    /// that alone, and as many streams as `heads` says; `followers` of the others. Empty: none. What is not sent is to be told to
+    /// [`Self::stream_cleared`] or [`Self::stream_put_back`].
+    pub fn streams_to_retry(&mut self, now: Now, heads: usize, followers: usize) -> Vec<Retry> {
         if self.is_rereading() {
-            return None;
+            return Vec::new();
         }
         if self.mode == Mode::ExactlyOnce && !self.flights.is_empty() {
             self.makes_way = self.streams.next_retry_at().is_some_and(|at| at <= now);
-            return None;
+            return Vec::new();
         }
         self.makes_way = false;
         if !self.has_room() {
-            return None;
+            return Vec::new();
         }
-        self.streams.due(now, batch_size)
+        self.streams.due(now, heads, followers)
+    }
+
+    /// There was no room for events of this stream: they are tried again with the next.
+    pub fn stream_put_back(&mut self, stream: &Rc<str>) {
+        self.streams.rests(stream);
+    }
+
+    /// Streams whose head has failed, at most `count`, with the reason: all that waits in them is to fail, once all records are written
+    /// down, and then [`Self::stream_failed`] is to be told.
+    pub fn streams_to_fail(&self, count: usize) -> Vec<(Rc<str>, Rc<str>)> {
+        self.streams.to_fail(count)
+    }
+
+    /// All that waited in this stream has failed, durably: what comes has one attempt.
+    pub fn stream_failed(&mut self, stream: &Rc<str>) {
+        self.streams.failed(stream);
     }
 
     /// No event of this stream waits any more.
-    pub fn stream_cleared(&mut self, stream: &str) {
+    pub fn stream_cleared(&mut self, stream: &Rc<str>) {
         self.streams.cleared(stream);
     }
 
@@ -427,12 +460,10 @@ impl Delivery {
         });
     }
 
-    /// A batch of waiting events of one stream went to the sender; `all`: no other waits. Then what is read from now on needs not wait
-    /// either: it goes behind them.
-    pub fn sent_again(&mut self, entries: Vec<Entry>, bytes: usize, all: bool) {
-        if let Some(entry) = entries.first().filter(|_| all) {
-            self.streams.released(&entry.stream);
-        }
+    /// A batch of waiting events went to the sender, those of a stream together; `all`: streams of which no other waits. What is read of
+    /// those from now on needs not wait either: it goes behind them.
+    pub fn sent_again(&mut self, entries: Vec<Entry>, bytes: usize, all: &[Rc<str>]) {
+        all.iter().for_each(|stream| self.streams.released(stream));
         self.take_off(Flight {
             entries,
             load: Load::Again,
@@ -512,7 +543,8 @@ impl Delivery {
     /// Nothing is left to read or in flight, and it is connected: all is well. True if that is news. `is_all_read`: nor are there rows that
     /// may not be read yet, of which something may be known.
     pub fn rest(&mut self, is_all_read: bool) -> bool {
-        let rests = self.link == Link::Up && self.flights.is_empty() && self.streams.next_retry_at().is_none();
+        let is_calm = self.streams.next_retry_at().is_none() && self.streams.to_fail(1).is_empty();
+        let rests = self.link == Link::Up && self.flights.is_empty() && is_calm;
         if rests {
             self.failures = 0;
         }
@@ -558,8 +590,8 @@ impl Delivery {
     /// Reads on from what was acknowledged; what is in flight, if anything, is none of ours any more.
     fn rewind(&mut self) {
         for flight in self.flights.drain(..) {
-            if let (Load::Again, Some(entry)) = (&flight.load, flight.entries.first()) {
-                self.streams.waits_again(&entry.stream);
+            for stream in flight.retried() {
+                self.streams.waits_again(&stream);
             }
         }
         self.aside.clear();
@@ -602,12 +634,13 @@ impl Delivery {
                 self.ahead.insert(entry.seq);
             }
         }
-        fail_streams_last(&mut records);
         match flight.load {
             Load::Again => {
-                self.streams.end_retry(&flight.entries);
-                if let Some(entry) = flight.entries.first().filter(|_| !whole) {
-                    self.streams.waits_again(&entry.stream);
+                for stream in streams_of(&flight.entries) {
+                    self.streams.end_retry(&stream);
+                    if !whole {
+                        self.streams.waits_again(&stream);
+                    }
                 }
             }
             Load::Rows { end } if whole && !gap => {
@@ -643,11 +676,6 @@ impl Delivery {
             }
         }
     }
-}
-
-/// A stream fails not before what is known of the others of its batch: some may have been accepted.
-fn fail_streams_last(records: &mut [Record]) {
-    records.sort_by_key(|record| matches!(record, Record::FailStream { .. }));
 }
 
 /// What becomes of a row that was read.

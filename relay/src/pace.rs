@@ -51,9 +51,55 @@ impl Pace {
     }
 }
 
+/// How many rows are dealt with at once, so that it takes about so long: what an event of others may have to wait.
+pub struct Portion {
+    time: Duration,
+    count: usize,
+}
+
+impl Portion {
+    const LEAST: usize = 10;
+    const MOST: usize = 1_000;
+
+    pub fn new(time: Duration) -> Self {
+        Self { time, count: 50 }
+    }
+
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    /// So many rows have taken so long. What took long once may have had to wait for something else: it is halved at most.
+    pub fn took(&mut self, rows: usize, took: Duration) {
+        if took > self.time {
+            self.count = (rows / 2).max(Self::LEAST).min(self.count);
+        } else if rows >= self.count && took * 2 < self.time {
+            self.count = (self.count + self.count / 2).min(Self::MOST);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_portion_comes_to_take_about_its_time() {
+        for us_each in [1, 5, 30, 200] {
+            let mut portion = Portion::new(Duration::from_millis(1));
+            for _ in 0..100 {
+                portion.took(portion.count(), portion.count() as u32 * Duration::from_micros(us_each));
+            }
+            let took = portion.count() as u64 * us_each;
+            let is_bound = [Portion::LEAST, Portion::MOST].contains(&portion.count());
+            assert!((300..=1_500).contains(&took) || is_bound, "{took} us");
+        }
+        let mut portion = Portion::new(Duration::from_millis(1));
+        portion.took(3, Duration::from_micros(10));
+        assert_eq!(portion.count(), 50, "there were no more");
+        portion.took(50, Duration::from_secs(1));
+        assert_eq!(portion.count(), 25);
+    }
 
     /// Looks each 100 us for so many windows, and finds an event each `nth` time. How long is the rest after each look at most?
     fn longest_rest(pace: &mut Pace, from: Now, windows: u32, nth: u32) -> Duration {

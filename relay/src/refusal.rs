@@ -3,10 +3,12 @@
 //! The head of a refused stream is tried again up to its `max_retries`; meanwhile everything behind it in the same stream waits
 //! in the table of refused events, and other streams go on. When the head is accepted the others follow in order; when it
 //! has failed they fail with it, and the next event of that stream has one attempt, until one is accepted.
+//!
+//! There may be a hundred thousand such streams: nothing here looks at all of them, but when settings change.
 
 use crate::classify::Failure;
 use crate::delivery::{Entry, Now};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -17,23 +19,16 @@ const REMEMBERED_STREAMS: usize = 10_000;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Record {
     /// Copy the row to the refused events, to be tried again.
-    Park { seq: i64, attempts: u32, error: String },
+    Park { seq: i64, attempts: u32, error: Rc<str> },
     /// Copy the row to the failed events.
-    Fail { seq: i64, attempts: u32, error: String },
+    Fail { seq: i64, attempts: u32, error: Rc<str> },
     /// A waiting event was accepted: it need not wait any more.
     Accepted { seq: i64 },
     /// A waiting event was refused again.
-    RefusedAgain { seq: i64, attempts: u32, error: String },
-    /// A waiting event was refused for the last time: it and everything that waits behind it in its stream fail.
-    FailStream {
-        stream: Rc<str>,
-        seq: i64,
-        attempts: u32,
-        error: String,
-    },
+    RefusedAgain { seq: i64, attempts: u32, error: Rc<str> },
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 enum Trouble {
     /// Events wait; the head had `attempts`.
     Blocked {
@@ -43,8 +38,17 @@ enum Trouble {
     },
     /// The head was accepted; the others follow.
     Following { sending: bool },
+    /// The head failed for this reason, and all that wait are about to.
+    Failing { error: Rc<str> },
     /// The head failed: the next refusal fails at once.
     Exhausted,
+}
+
+/// A stream that is to be tried again, and how many of its events.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Retry {
+    pub stream: Rc<str>,
+    pub count: usize,
 }
 
 /// The streams of one backend that are not well.
@@ -52,21 +56,67 @@ enum Trouble {
 pub struct Streams {
     /// Sorted, so that a run can be replayed.
     troubled: BTreeMap<Rc<str>, Trouble>,
+    /// Those that are blocked and not being tried, by the time at which they are to be.
+    waiting: BTreeSet<(Now, Rc<str>)>,
+    /// Those whose next events may follow, first come first served. One may be here that has no more to do with it.
+    following: VecDeque<Rc<str>>,
+    /// Those of which something is on its way.
+    busy: BTreeSet<Rc<str>>,
+    failing: BTreeSet<Rc<str>>,
+    exhausted: usize,
 }
 
 impl Streams {
     /// From the table: a stream and the attempts of its head.
     pub fn waiting(streams: impl IntoIterator<Item = (String, u32)>) -> Self {
-        let blocked = |attempts| Trouble::Blocked {
-            attempts,
-            retry_at: Now::ZERO,
-            retrying: false,
-        };
-        Self {
-            troubled: streams
-                .into_iter()
-                .map(|(name, attempts)| (Rc::from(name), blocked(attempts)))
-                .collect(),
+        let mut all = Self::default();
+        for (name, attempts) in streams {
+            all.set(
+                Rc::from(name),
+                Trouble::Blocked {
+                    attempts,
+                    retry_at: Now::ZERO,
+                    retrying: false,
+                },
+            );
+        }
+        all
+    }
+
+    /// The one place where a stream's trouble changes.
+    fn set(&mut self, stream: Rc<str>, trouble: Trouble) {
+        self.forget(&stream);
+        match &trouble {
+            Trouble::Blocked { retrying: true, .. } | Trouble::Following { sending: true } => {
+                self.busy.insert(stream.clone());
+            }
+            Trouble::Blocked { retry_at, .. } => {
+                self.waiting.insert((*retry_at, stream.clone()));
+            }
+            Trouble::Following { .. } => self.following.push_back(stream.clone()),
+            Trouble::Failing { .. } => {
+                self.failing.insert(stream.clone());
+            }
+            Trouble::Exhausted => self.exhausted += 1,
+        }
+        self.troubled.insert(stream, trouble);
+    }
+
+    /// The stream is well.
+    fn forget(&mut self, stream: &Rc<str>) {
+        match self.troubled.remove(stream) {
+            Some(Trouble::Blocked { retrying: true, .. } | Trouble::Following { sending: true }) => {
+                self.busy.remove(stream);
+            }
+            Some(Trouble::Blocked { retry_at, .. }) => {
+                self.waiting.remove(&(retry_at, stream.clone()));
+            }
+            Some(Trouble::Failing { .. }) => {
+                self.failing.remove(stream);
+            }
+            Some(Trouble::Exhausted) => self.exhausted -= 1,
+            // Its place in the queue is passed over.
+            Some(Trouble::Following { .. }) | None => {}
         }
     }
 
@@ -75,37 +125,46 @@ impl Streams {
         !self.troubled.is_empty()
             && matches!(
                 self.troubled.get(stream),
-                Some(Trouble::Blocked { .. } | Trouble::Following { .. })
+                Some(Trouble::Blocked { .. } | Trouble::Following { .. } | Trouble::Failing { .. })
             )
     }
 
     /// When the next stream is to be tried again.
     pub fn next_retry_at(&self) -> Option<Now> {
-        let due = |trouble: &Trouble| match *trouble {
-            Trouble::Blocked {
-                retry_at,
-                retrying: false,
-                ..
-            } => Some(retry_at),
-            Trouble::Following { sending: false } => Some(Now::ZERO),
-            _ => None,
-        };
-        self.troubled.values().filter_map(due).min()
+        match self.following.iter().any(|stream| self.may_follow(stream)) {
+            true => Some(Now::ZERO),
+            false => self.waiting.first().map(|(at, _)| *at),
+        }
     }
 
-    /// A stream to be tried again now, marked as such, and how many of its events.
-    pub fn due(&mut self, now: Now, batch_size: usize) -> Option<(Rc<str>, usize)> {
-        self.troubled.iter_mut().find_map(|(stream, trouble)| match trouble {
-            Trouble::Blocked { retry_at, retrying, .. } if !*retrying && *retry_at <= now => {
-                *retrying = true;
-                Some((stream.clone(), 1))
+    fn may_follow(&self, stream: &Rc<str>) -> bool {
+        self.troubled.get(stream) == Some(&Trouble::Following { sending: false })
+    }
+
+    /// Streams to be tried again now in one batch, marked as such: heads of those that are due, at most `heads`, and events that follow,
+    /// `followers` in all. Who waits longest comes first, and those that follow share what there is: nobody waits until another is through.
+    pub fn due(&mut self, now: Now, heads: usize, followers: usize) -> Vec<Retry> {
+        let mut due = Vec::new();
+        while due.len() < heads
+            && let Some((at, stream)) = self.waiting.first().cloned()
+            && at <= now
+        {
+            self.retrying(&stream);
+            due.push(Retry { stream, count: 1 });
+        }
+        let blocked = due.len();
+        while due.len() < blocked + heads
+            && let Some(stream) = self.following.pop_front()
+        {
+            if self.may_follow(&stream) {
+                self.retrying(&stream);
+                due.push(Retry { stream, count: 1 });
             }
-            Trouble::Following { sending } if !*sending => {
-                *sending = true;
-                Some((stream.clone(), batch_size))
-            }
-            _ => None,
-        })
+        }
+        let following = &mut due[blocked..];
+        let share = followers / following.len().max(1);
+        following.iter_mut().for_each(|retry| retry.count = share.max(1));
+        due
     }
 
     /// Streams are tried again at `latest` at the latest, by the attempts of their heads.
@@ -115,57 +174,110 @@ impl Streams {
                 *retry_at = latest(*attempts).min(*retry_at);
             }
         }
+        let waits = |(stream, trouble): (&Rc<str>, &Trouble)| match trouble {
+            Trouble::Blocked {
+                retry_at,
+                retrying: false,
+                ..
+            } => Some((*retry_at, stream.clone())),
+            _ => None,
+        };
+        self.waiting = self.troubled.iter().filter_map(waits).collect();
     }
 
     /// No event of this stream waits any more.
-    pub fn cleared(&mut self, stream: &str) {
-        self.troubled.remove(stream);
+    pub fn cleared(&mut self, stream: &Rc<str>) {
+        self.forget(stream);
     }
 
     /// All that waited in a stream whose head was accepted is on its way: nothing needs to wait behind it.
-    pub(crate) fn released(&mut self, stream: &str) {
+    pub(crate) fn released(&mut self, stream: &Rc<str>) {
         if matches!(self.troubled.get(stream), Some(Trouble::Following { .. })) {
-            self.troubled.remove(stream);
+            self.forget(stream);
         }
     }
 
     /// What was on its way is in doubt, and still in the table.
     pub(crate) fn waits_again(&mut self, stream: &Rc<str>) {
-        self.troubled
-            .entry(stream.clone())
-            .or_insert(Trouble::Following { sending: false });
+        if !self.troubled.contains_key(stream) {
+            self.set(stream.clone(), Trouble::Following { sending: false });
+        }
     }
 
     /// Events of this stream are on their way again.
-    pub(crate) fn retrying(&mut self, stream: &str) {
-        match self.troubled.get_mut(stream) {
-            Some(Trouble::Blocked { retrying, .. }) => *retrying = true,
-            Some(Trouble::Following { sending }) => *sending = true,
-            Some(Trouble::Exhausted) | None => {}
-        }
+    pub(crate) fn retrying(&mut self, stream: &Rc<str>) {
+        self.mark(stream, true);
+    }
+
+    /// They are not.
+    pub(crate) fn rests(&mut self, stream: &Rc<str>) {
+        self.mark(stream, false);
+    }
+
+    fn mark(&mut self, stream: &Rc<str>, busy: bool) {
+        let trouble = match self.troubled.get(stream) {
+            Some(Trouble::Blocked {
+                attempts,
+                retry_at,
+                retrying,
+            }) if *retrying != busy => Trouble::Blocked {
+                attempts: *attempts,
+                retry_at: *retry_at,
+                retrying: busy,
+            },
+            Some(Trouble::Following { sending }) if *sending != busy => Trouble::Following { sending: busy },
+            _ => return,
+        };
+        self.set(stream.clone(), trouble);
     }
 
     /// The connection is gone: nothing is being retried.
     pub fn abandon(&mut self) {
-        for trouble in self.troubled.values_mut() {
-            match trouble {
-                Trouble::Blocked { retrying, .. } => *retrying = false,
-                Trouble::Following { sending } => *sending = false,
-                Trouble::Exhausted => {}
+        while let Some(stream) = self.busy.first().cloned() {
+            self.rests(&stream);
+        }
+    }
+
+    /// Streams of which all that waits is to fail, at most `count`, with the reason.
+    pub fn to_fail(&self, count: usize) -> Vec<(Rc<str>, Rc<str>)> {
+        let reason = |stream: &Rc<str>| match self.troubled.get(stream) {
+            Some(Trouble::Failing { error }) => Some((stream.clone(), error.clone())),
+            _ => None,
+        };
+        self.failing.iter().take(count).filter_map(reason).collect()
+    }
+
+    /// All that waited in this stream has failed.
+    pub(crate) fn failed(&mut self, stream: &Rc<str>) {
+        if self.failing.contains(stream) {
+            self.exhaust(stream.clone());
+        }
+    }
+
+    /// Those that `other` says are to fail are, if they wait here.
+    pub(crate) fn go_on_failing(&mut self, other: &Self) {
+        for (stream, error) in other.to_fail(usize::MAX) {
+            if self.troubled.contains_key(&stream) {
+                self.set(stream, Trouble::Failing { error });
             }
         }
+    }
+
+    fn exhaust(&mut self, stream: Rc<str>) {
+        if self.exhausted >= REMEMBERED_STREAMS {
+            self.troubled.retain(|_, trouble| *trouble != Trouble::Exhausted);
+            self.exhausted = 0;
+        }
+        self.set(stream, Trouble::Exhausted);
     }
 
     /// An event was accepted; `again`: it had been waiting.
     pub(crate) fn accepted(&mut self, entry: &Entry, again: bool) -> Option<Record> {
         match self.troubled.get(&entry.stream) {
             Some(Trouble::Blocked { retrying: true, .. }) if again => {
-                self.troubled
-                    .insert(entry.stream.clone(), Trouble::Following { sending: true });
+                self.set(entry.stream.clone(), Trouble::Following { sending: true });
             }
-            Some(Trouble::Exhausted) => {
-                self.troubled.remove(&entry.stream);
-            }
+            Some(Trouble::Exhausted) => self.forget(&entry.stream),
             _ => {}
         }
         again.then_some(Record::Accepted { seq: entry.seq })
@@ -180,25 +292,18 @@ impl Streams {
         now: Now,
         wait: impl Fn(u32) -> Duration,
     ) -> Record {
-        let (seq, error) = (entry.seq, failure.message.clone());
+        let (seq, error): (i64, Rc<str>) = (entry.seq, Rc::from(failure.message.as_str()));
         let attempts = match self.troubled.get(&entry.stream) {
             // Behind the head: it was on its way already.
-            Some(Trouble::Blocked { .. }) if !again => {
+            Some(Trouble::Blocked { .. } | Trouble::Following { .. } | Trouble::Failing { .. }) if !again => {
                 return Record::Park {
                     seq,
                     attempts: 1,
                     error,
                 };
             }
-            Some(Trouble::Blocked { retrying: false, .. }) => {
+            Some(Trouble::Blocked { retrying: false, .. } | Trouble::Failing { .. }) => {
                 return Record::RefusedAgain {
-                    seq,
-                    attempts: 1,
-                    error,
-                };
-            }
-            Some(Trouble::Following { .. }) if !again => {
-                return Record::Park {
                     seq,
                     attempts: 1,
                     error,
@@ -220,33 +325,24 @@ impl Streams {
                 retry_at: now + wait(attempts),
                 retrying: false,
             };
-            self.troubled.insert(entry.stream.clone(), blocked);
+            self.set(entry.stream.clone(), blocked);
             return match again {
                 true => Record::RefusedAgain { seq, attempts, error },
                 false => Record::Park { seq, attempts, error },
             };
         }
-        if self.troubled.len() >= REMEMBERED_STREAMS {
-            self.troubled
-                .retain(|_, trouble| !matches!(trouble, Trouble::Exhausted));
-        }
-        self.troubled.insert(entry.stream.clone(), Trouble::Exhausted);
         match again {
-            true => Record::FailStream {
-                stream: entry.stream.clone(),
-                seq,
-                attempts,
-                error,
-            },
-            false => Record::Fail { seq, attempts, error },
+            // Others may wait behind it.
+            true => self.set(entry.stream.clone(), Trouble::Failing { error: error.clone() }),
+            false => self.exhaust(entry.stream.clone()),
         }
+        Record::Fail { seq, attempts, error }
     }
 
     /// The replies of a retry were looked at.
-    pub(crate) fn end_retry(&mut self, entries: &[Entry]) {
-        let stream = entries.first().map(|e| e.stream.clone());
-        if let Some(Trouble::Following { sending }) = stream.and_then(|s| self.troubled.get_mut(&s)) {
-            *sending = false;
+    pub(crate) fn end_retry(&mut self, stream: &Rc<str>) {
+        if let Some(Trouble::Following { sending: true }) = self.troubled.get(stream) {
+            self.rests(stream);
         }
     }
 }

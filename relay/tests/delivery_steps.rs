@@ -108,14 +108,21 @@ impl Desk {
 
     /// The stream that is due, and how many of its events.
     fn due(&mut self) -> Option<(String, usize)> {
-        let due = self.delivery.stream_to_retry(self.now, 10);
-        due.map(|(stream, count)| (stream.to_string(), count))
+        let mut due = self.delivery.streams_to_retry(self.now, 1, 10);
+        assert!(due.len() <= 1, "{due:?}");
+        due.pop().map(|retry| (retry.stream.to_string(), retry.count))
+    }
+
+    /// Streams whose waiting events are to fail.
+    fn failing(&self) -> Vec<String> {
+        let failing = self.delivery.streams_to_fail(10);
+        failing.iter().map(|(stream, _)| stream.to_string()).collect()
     }
 
     fn retry(&mut self, seqs: &[i64], stream: &str) {
         let (due, count) = self.due().expect("a stream is due");
         assert!(due == stream && count >= seqs.len(), "{due}, {count}");
-        self.delivery.sent_again(self.entries(seqs, stream), 100, false);
+        self.delivery.sent_again(self.entries(seqs, stream), 100, &[]);
     }
 
     fn acked(&self) -> Option<i64> {
@@ -129,9 +136,6 @@ fn brief(records: &[Record]) -> Vec<String> {
         Record::Fail { seq, attempts, .. } => format!("{seq} fails after {attempts}"),
         Record::Accepted { seq } => format!("{seq} accepted"),
         Record::RefusedAgain { seq, attempts, .. } => format!("{seq} waits on after {attempts}"),
-        Record::FailStream {
-            stream, seq, attempts, ..
-        } => format!("{seq} and all of {stream} fail after {attempts}"),
     };
     records.iter().map(brief).collect()
 }
@@ -162,8 +166,13 @@ fn a_refused_stream_fails_after_its_attempts_and_is_forgiven_by_a_success() {
     assert_eq!((desk.due(), desk.delivery.due_at()), (None, Some(2 * SECOND)));
     desk.now = 2 * SECOND;
     desk.retry(&[1], "a");
-    assert_eq!(desk.replied(&[(0, wrong_type())]), ["1 and all of a fail after 3"]);
+    assert_eq!(desk.replied(&[(0, wrong_type())]), ["1 fails after 3"]);
     assert_eq!((desk.due(), desk.delivery.due_at()), (None, None));
+    // What waits behind it is to fail, and what comes meanwhile must not overtake it.
+    assert_eq!(desk.failing(), ["a"]);
+    assert_eq!(desk.read(&[8], "a"), [RowFate::Park]);
+    desk.delivery.stream_failed(&Rc::from("a"));
+    assert_eq!(desk.failing(), NOTHING);
 
     // From now on one attempt each.
     assert_eq!(desk.read(&[4, 5], "a"), [RowFate::Send; 2]);
@@ -206,7 +215,7 @@ fn an_accepted_head_is_followed_by_the_others_in_order() {
     desk.retry(&[5], "a");
     assert_eq!(desk.replied(&[]), ["5 accepted"]);
     assert_eq!(desk.due(), Some(("a".to_owned(), 10)));
-    desk.delivery.stream_cleared("a");
+    desk.delivery.stream_cleared(&Rc::from("a"));
     assert_eq!(desk.read(&[6], "a"), [RowFate::Send]);
     assert_eq!(desk.delivery.published(), 5);
 }
@@ -253,8 +262,9 @@ fn what_was_accepted_does_not_fail_with_its_stream() {
     desk.retry(&[2, 3, 4], "a");
     assert_eq!(
         desk.replied(&[(0, wrong_type())]),
-        ["3 accepted", "4 accepted", "2 and all of a fail after 1"]
+        ["2 fails after 1", "3 accepted", "4 accepted"]
     );
+    assert_eq!(desk.failing(), ["a"]);
 }
 
 #[test]
@@ -262,7 +272,37 @@ fn a_restart_goes_on_with_the_attempts_that_were_written_down() {
     let mut desk = Desk::with(Streams::waiting([("a".to_owned(), 2)]), 3);
     assert_eq!(desk.read(&[7], "a"), [RowFate::Park]);
     desk.retry(&[5], "a");
-    assert_eq!(desk.replied(&[(0, wrong_type())]), ["5 and all of a fail after 3"]);
+    assert_eq!(desk.replied(&[(0, wrong_type())]), ["5 fails after 3"]);
+    assert_eq!(desk.failing(), ["a"]);
+    // What is looked for anew in the table is to fail all the same.
+    desk.delivery
+        .set_streams(Streams::waiting([("a".to_owned(), 0), ("b".to_owned(), 1)]));
+    assert_eq!(desk.failing(), ["a"]);
+    desk.retry(&[8], "b");
+    assert_eq!(desk.due(), None);
+}
+
+#[test]
+fn heads_of_many_streams_are_tried_in_one_batch_and_each_goes_its_own_way() {
+    let names = ["a", "b", "c", "d"].map(str::to_owned);
+    let mut desk = Desk::with(Streams::waiting(names.map(|name| (name, 1))), 3);
+    let due = desk.delivery.streams_to_retry(desk.now, 3, 10);
+    let due: Vec<_> = due.iter().map(|retry| (&*retry.stream, retry.count)).collect();
+    assert_eq!(due, [("a", 1), ("b", 1), ("c", 1)]);
+    let of = |seq: i64, stream: &str| desk.entries(&[seq], stream);
+    let entries = [of(1, "a"), of(2, "b"), of(3, "c")].concat();
+    desk.delivery.sent_again(entries, 100, &[]);
+    assert_eq!(
+        desk.replied(&[(1, wrong_type())]),
+        ["1 accepted", "2 waits on after 2", "3 accepted"]
+    );
+    // The fourth, and what follows in two of them: they share what there is.
+    let due = desk.delivery.streams_to_retry(desk.now, 3, 10);
+    let due: Vec<_> = due.iter().map(|retry| (&*retry.stream, retry.count)).collect();
+    assert_eq!(due, [("d", 1), ("a", 5), ("c", 5)]);
+    desk.delivery.stream_put_back(&Rc::from("c"));
+    assert_eq!(desk.due(), Some(("c".to_owned(), 10)));
+    assert_eq!((desk.due(), desk.delivery.due_at()), (None, Some(SECOND)));
 }
 
 #[test]

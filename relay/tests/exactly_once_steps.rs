@@ -48,7 +48,7 @@ fn entries(seqs: &[i64]) -> Vec<Entry> {
 }
 
 fn is_retried(delivery: &mut Delivery) -> bool {
-    delivery.stream_to_retry(Now::from_secs(100), 10).is_some()
+    !delivery.streams_to_retry(Now::from_secs(100), 10, 10).is_empty()
 }
 
 #[test]

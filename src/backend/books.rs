@@ -32,7 +32,7 @@ impl Backend {
     /// Writes records and cursor down. `wall_us`: the time of day.
     pub fn save(&mut self, now: Now, wall_us: i64) {
         let accepted_in = self.is_exactly_once().then(|| self.delivery.accepted_in());
-        let failed = refused::record(self.number, &self.stream, &self.records, accepted_in);
+        let failed = refused::record(self.number, &self.records, accepted_in);
         let mut standing = self.standing.clone();
         standing.failed_total += failed as i64;
         let published = self.delivery.published() - self.counted;
@@ -87,10 +87,7 @@ impl Backend {
 
 fn error_of(record: &Record) -> Option<&str> {
     match record {
-        Record::Park { error, .. }
-        | Record::Fail { error, .. }
-        | Record::RefusedAgain { error, .. }
-        | Record::FailStream { error, .. } => Some(error),
+        Record::Park { error, .. } | Record::Fail { error, .. } | Record::RefusedAgain { error, .. } => Some(error),
         Record::Accepted { .. } => None,
     }
 }

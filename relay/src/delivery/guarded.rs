@@ -1,7 +1,7 @@
 //! What a delivery does with a guard (exactly_once): numbers of batches, where it stands after a claim, and a batch that was appended
 //! whole or not at all.
 
-use super::{Cursor, Delivery, Flight, Link, Load, Mode, Now, fail_streams_last};
+use super::{Cursor, Delivery, Flight, Link, Load, Mode, Now};
 use crate::classify::Failure;
 use crate::guard::Mark;
 use crate::reader::Position;
@@ -227,10 +227,9 @@ impl Delivery {
                 self.ahead.insert(entry.seq);
             }
         }
-        fail_streams_last(&mut records);
-        if let Some(entry) = flight.entries.first().filter(|_| again) {
-            self.streams.end_retry(&flight.entries);
-            self.streams.waits_again(&entry.stream);
+        for stream in flight.retried() {
+            self.streams.end_retry(&stream);
+            self.streams.waits_again(&stream);
         }
         self.stop();
         records

@@ -90,7 +90,6 @@ impl World {
             match &record {
                 Record::Park { .. } => self.seen.parked += 1,
                 Record::Fail { .. } => self.seen.failed += 1,
-                Record::FailStream { .. } => self.seen.failed_streams += 1,
                 Record::Accepted { .. } => self.seen.accepted_after_waiting += 1,
                 Record::RefusedAgain { .. } => {}
             }
@@ -127,17 +126,6 @@ impl World {
                     let key = self.key(seq);
                     if let Some(now) = self.tables.refused.get_mut(&key) {
                         *now = attempts;
-                    }
-                }
-                Record::FailStream {
-                    stream, seq, attempts, ..
-                } => {
-                    let key = self.key(seq);
-                    let known = self.tables.refused.contains_key(&key) || self.tables.failed.contains_key(&seq);
-                    assert!(known && key.0 == stream, "{key:?} did not wait");
-                    self.fail(seq, attempts);
-                    for seq in self.tables.waiting(&stream, usize::MAX) {
-                        self.fail(seq, 1);
                     }
                 }
             }
@@ -178,23 +166,53 @@ impl World {
         self.tables.cursor = cursor;
     }
 
+    /// Fails some of what waits in streams whose head has failed.
+    fn fail_waiting(&mut self) -> bool {
+        let failing = self.delivery.streams_to_fail(2);
+        for (stream, _) in &failing {
+            let limit = self.rng.usize(1..5);
+            let seqs = self.tables.waiting(stream, limit);
+            seqs.iter().for_each(|seq| self.fail(*seq, 1));
+            if seqs.len() < limit {
+                self.seen.failed_streams += 1;
+                self.delivery.stream_failed(stream);
+            }
+        }
+        !failing.is_empty()
+    }
+
     /// Tries the streams again that are due.
     pub fn retry(&mut self) -> bool {
         self.write_down();
-        let mut did = false;
-        while let Some((stream, limit)) = self.delivery.stream_to_retry(self.now, self.batch_size) {
+        let mut did = self.fail_waiting();
+        loop {
+            let (heads, followers) = (self.rng.usize(1..4), self.batch_size);
+            let due = self.delivery.streams_to_retry(self.now, heads, followers);
+            if due.is_empty() {
+                break;
+            }
             did = true;
-            let mut seqs = self.tables.waiting(&stream, limit + 1);
-            let all = seqs.len() <= limit;
-            seqs.truncate(limit);
-            if seqs.is_empty() {
-                self.delivery.stream_cleared(&stream);
+            let (mut batch, mut all) = (Vec::new(), Vec::new());
+            for Retry { stream, count } in due {
+                if !batch.is_empty() && self.likely(0.1) {
+                    self.delivery.stream_put_back(&stream);
+                    continue;
+                }
+                let mut seqs = self.tables.waiting(&stream, count + 1);
+                match seqs.len() {
+                    0 => self.delivery.stream_cleared(&stream),
+                    found if found <= count => all.push(stream),
+                    _ => seqs.truncate(count),
+                }
+                batch.append(&mut seqs);
+            }
+            if batch.is_empty() {
                 continue;
             }
-            let bytes = seqs.iter().map(|seq| bytes(*seq)).sum();
-            let entries = self.entries(&seqs);
-            self.send(&seqs, bytes);
-            self.delivery.sent_again(entries, bytes, all);
+            let bytes = batch.iter().map(|seq| bytes(*seq)).sum();
+            let entries = self.entries(&batch);
+            self.send(&batch, bytes);
+            self.delivery.sent_again(entries, bytes, &all);
         }
         // Whoever waits until then must not find that nothing is to be done.
         let due = self.delivery.due_at();
@@ -338,8 +356,13 @@ impl World {
         self.pending.clear();
         self.in_flight.clear();
         for key in self.database.rows() {
-            if !self.tables.cursor.covers(key) || self.tables.refused.contains_key(&self.key(key.seq)) {
-                *self.doubts.entry(key.seq).or_default() += 1;
+            // One that waits in the table, and is read once more, is sent by both ways.
+            let (is_read, waits) = (
+                !self.tables.cursor.covers(key),
+                self.tables.refused.contains_key(&self.key(key.seq)),
+            );
+            if is_read || waits {
+                *self.doubts.entry(key.seq).or_default() += u32::from(is_read) + u32::from(waits);
             }
         }
         self.drop_connection();

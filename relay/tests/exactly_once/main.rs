@@ -90,7 +90,7 @@ catches! {
         ResumesUnflushed, { troubled: 0.1, server_crashes: 0.5 }, ["is lost", "which is nowhere", "times in its stream"];
     the_oracle_catches_a_wrong_previous_position: WrongPrevious, { troubled: 0.1, crashes: 0.1 }, ["is lost", "which is nowhere"];
     the_oracle_catches_waiting_events_that_the_guard_does_not_name:
-        ForgetsAgain, { troubled: 0.1, crashes: 0.1, trims: 0.3 }, ["times in its stream"];
+        ForgetsAgain, { troubled: 0.1, crashes: 0.1, trims: 0.3 }, ["times in its stream", "which is nowhere"];
     the_oracle_catches_a_last_batch_that_is_not_looked_for:
         AdoptsUnsettled, { troubled: 0.1, crashes: 0.1 }, ["is lost", "which is nowhere"];
     the_oracle_catches_a_missing_guard_without_comparing:

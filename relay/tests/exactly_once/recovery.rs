@@ -230,7 +230,7 @@ impl Site {
                 let park = |seq| Record::Park {
                     seq,
                     attempts: 1,
-                    error: String::new(),
+                    error: "".into(),
                 };
                 self.pending.extend(refused.into_iter().map(park).chain(accepted));
                 let cursor = Cursor {

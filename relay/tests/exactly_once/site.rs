@@ -11,7 +11,7 @@ use relay::delivery::{Cursor, Delivery, Entry, Mode};
 use relay::encode::hyphenated;
 use relay::guard::{BATCH_START, Mark, Progress, append_progress};
 use relay::reader::Position;
-use relay::refusal::Record;
+use relay::refusal::{Record, Retry};
 use relay::sender::{Batch, Order, Report};
 use relay::snapshot::Tick;
 use std::collections::BTreeMap;
@@ -164,7 +164,7 @@ impl Site {
         tell!(env, "  {record:?}");
         match &record {
             Record::Park { .. } => env.seen.parked += 1,
-            Record::Fail { .. } | Record::FailStream { .. } => env.seen.failed += 1,
+            Record::Fail { .. } => env.seen.failed += 1,
             Record::Accepted { .. } => env.seen.accepted_after_waiting += 1,
             Record::RefusedAgain { .. } => {}
         }
@@ -297,23 +297,64 @@ impl Site {
         if !self.pending.is_empty() {
             return false;
         }
-        let mut did = false;
-        while let Some((stream, limit)) = self.delivery.stream_to_retry(env.now, env.batch_size) {
+        let mut did = self.fail_waiting(env);
+        loop {
+            let due = self
+                .delivery
+                .streams_to_retry(env.now, env.rng.usize(1..4), env.batch_size);
+            if due.is_empty() {
+                return did;
+            }
             did = true;
-            let number = stream.as_bytes().last().expect("a name") - b'0';
-            let mut seqs: Vec<i64> = self.tables.waiting_in(number).take(limit + 1).collect();
-            let all = seqs.len() <= limit;
-            seqs.truncate(limit);
-            if seqs.is_empty() {
-                self.delivery.stream_cleared(&stream);
+            let (mut batch, mut all) = (Vec::new(), Vec::new());
+            for Retry { stream, count } in due {
+                if !batch.is_empty() && env.likely(0.1) {
+                    self.delivery.stream_put_back(&stream);
+                    continue;
+                }
+                let waiting = self.tables.waiting_in(number_of(&stream));
+                let mut seqs: Vec<i64> = waiting.take(count + 1).collect();
+                match seqs.len() {
+                    0 => self.delivery.stream_cleared(&stream),
+                    found if found <= count => all.push(stream),
+                    _ => seqs.truncate(count),
+                }
+                batch.append(&mut seqs);
+            }
+            if batch.is_empty() {
                 continue;
             }
             env.seen.retries += 1;
-            let entries = self.entries(env, &seqs);
-            self.send(env, &seqs, None);
-            self.delivery.sent_again(entries, 100, all);
+            let entries = self.entries(env, &batch);
+            self.send(env, &batch, None);
+            self.delivery.sent_again(entries, 100, &all);
         }
-        did
+    }
+
+    /// Fails some of what waits in streams whose head has failed.
+    fn fail_waiting(&mut self, env: &mut Env) -> bool {
+        let failing = self.delivery.streams_to_fail(2);
+        let mut through = Vec::new();
+        for (stream, _) in &failing {
+            let number = number_of(stream);
+            let limit = env.rng.usize(1..5);
+            let seqs: Vec<i64> = self.tables.waiting_in(number).take(limit).collect();
+            tell!(env, "fails with its stream: {seqs:?}");
+            for seq in &seqs {
+                self.tables.fail(number, *seq, 1);
+            }
+            if seqs.len() < limit {
+                through.push(stream);
+            }
+        }
+        if !failing.is_empty() {
+            self.wal += 1;
+        }
+        if !through.is_empty() {
+            self.flush(env);
+            through.iter().for_each(|stream| self.delivery.stream_failed(stream));
+        }
+        !failing.is_empty()
     }
 
     pub fn entries(&self, env: &Env, seqs: &[i64]) -> Vec<Entry> {
@@ -433,12 +474,15 @@ fn append(out: &mut Vec<u8>, words: &[&[u8]]) {
     }
 }
 
+fn number_of(stream: &str) -> u8 {
+    stream.as_bytes().last().expect("a name") - b'0'
+}
+
 fn seq_of(record: &Record) -> i64 {
     match record {
         Record::Park { seq, .. }
         | Record::Fail { seq, .. }
         | Record::Accepted { seq }
-        | Record::RefusedAgain { seq, .. }
-        | Record::FailStream { seq, .. } => *seq,
+        | Record::RefusedAgain { seq, .. } => *seq,
     }
 }

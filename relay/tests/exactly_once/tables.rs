@@ -53,7 +53,7 @@ impl Tables {
         refused.chain(self.failed.keys()).copied().max().unwrap_or(0)
     }
 
-    fn fail(&mut self, stream: u8, seq: i64, attempts: u32) {
+    pub fn fail(&mut self, stream: u8, seq: i64, attempts: u32) {
         self.refused.remove(&(stream, seq));
         self.failed.entry(seq).or_insert(attempts);
     }
@@ -92,12 +92,6 @@ impl Tables {
             Record::RefusedAgain { seq, attempts, .. } => {
                 if let Some(refused) = self.refused.get_mut(&(stream, seq)) {
                     refused.attempts = attempts;
-                }
-            }
-            Record::FailStream { seq, attempts, .. } => {
-                self.fail(stream, seq, attempts);
-                for seq in self.waiting_in(stream).collect::<Vec<_>>() {
-                    self.fail(stream, seq, 1);
                 }
             }
         }
