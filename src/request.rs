@@ -81,7 +81,7 @@ pub fn check(request: &Request<'_>) -> Result<Checked, PublishError> {
     }
     let backend = match request.backend.as_deref() {
         Some(name) => decoded(name).into_owned(),
-        None => guc::text(&guc::DEFAULT_BACKEND),
+        None => default_backend(),
     };
     let Some(known) = catalog::backend(&backend) else {
         return Err(PublishError::UnknownBackend(backend));
@@ -98,6 +98,24 @@ pub fn check(request: &Request<'_>) -> Result<Checked, PublishError> {
         backend,
         backend_number: known.number,
     })
+}
+
+/// The backend of a setting, whose bytes may be in the database's encoding (a session, a role or a database has it) or in that of
+/// postgresql.conf, which is UTF-8 as a rule.
+fn default_backend() -> String {
+    let name = guc::DEFAULT_BACKEND.get().unwrap_or_default();
+    let in_file = name.to_str().ok().map(str::to_owned);
+    match in_file {
+        Some(name) if name.is_ascii() => return name,
+        _ => {}
+    }
+    let in_database = has_utf8_form(name.to_bytes())
+        .ok()
+        .map(|()| decoded(name.to_bytes()).into_owned());
+    let is_there = |name: &&String| catalog::backend(name).is_some();
+    let names = [in_database, in_file];
+    let known = names.iter().flatten().find(is_there).or(names.iter().flatten().next());
+    known.cloned().unwrap_or_default()
 }
 
 /// A request's text in UTF-8.

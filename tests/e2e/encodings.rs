@@ -360,6 +360,12 @@ fn our_words_are_in_the_databases_encoding() {
         client
             .batch_execute(&format!("update outbox.backends set name = '{word}', port = 1"))
             .unwrap();
+        // A setting of the session is, too.
+        client
+            .batch_execute(&format!(
+                "set outbox_relay.default_backend = '{word}'; select outbox.publish_event('t', 's')"
+            ))
+            .unwrap();
         let bytes: Vec<u8> = client
             .query_one(
                 &format!("select convert_to('backend \"{word}\" cannot be reached', '{encoding}')"),
