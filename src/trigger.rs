@@ -2,7 +2,7 @@
 //! fills in what is ours.
 
 use crate::catalog;
-use crate::encoding::to_server;
+use crate::encoding::{has_utf8_form, to_server, utf8};
 use crate::error::{PublishError, raise};
 use crate::insertion::{self, RowKey};
 use crate::numbers::draw_numbers;
@@ -10,7 +10,7 @@ use crate::outbox;
 use crate::publish::{refuse_repeated_id, text_datum};
 use crate::report;
 use crate::request::{Checked, Request, check};
-use crate::rows::{Row, attribute, bytes_of, utf8_of};
+use crate::rows::{Row, attribute, bytes_of};
 use crate::txn;
 use crate::uuid;
 use pgrx::pg_sys::panic::ErrorReport;
@@ -200,6 +200,7 @@ fn confirm(row: &Row) {
         Ok(checked) if checked.backend_number == key.backend_number => {}
         // The backend's name is that of a dump, or another has changed it: the number counts.
         Ok(_) | Err(PublishError::UnknownBackend(_)) => {}
+        Err(PublishError::Foreign { .. }) if is_copy() => {}
         Err(e) => e.raise(),
     }
 }
@@ -385,9 +386,13 @@ fn check_restorable(request: &Request<'_>, row: &Row) -> Checked {
     match (check(request), number) {
         (Ok(checked), None) => checked,
         (Ok(checked), Some(number)) if checked.backend_number == number => checked,
-        (Ok(_) | Err(PublishError::UnknownBackend(_)), Some(number)) if is_copy() => {
+        // An event that cannot be sent was let in by an earlier version: it fails when its turn comes, not the restore of all others.
+        (Ok(_) | Err(PublishError::UnknownBackend(_) | PublishError::Foreign { .. }), Some(number)) if is_copy() => {
             // SAFETY: a text of the row, if it is there.
-            let backend = row.get(attribute::BACKEND).map(|d| unsafe { utf8_of(d).into_owned() });
+            let name = row.get(attribute::BACKEND).map(|d| unsafe { bytes_of(d) });
+            let name = name.filter(|name| has_utf8_form(name).is_ok());
+            // SAFETY: as above.
+            let backend = name.map(|name| unsafe { utf8(name) }.into_owned());
             Checked {
                 backend: backend.unwrap_or_default(),
                 backend_number: number,

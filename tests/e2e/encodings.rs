@@ -227,6 +227,42 @@ fn a_row_that_cannot_be_converted_fails_alone() {
     }
 }
 
+/// A dump that has such a row is restored whole, and the row fails alone there.
+#[test]
+fn a_dump_with_a_row_that_cannot_be_converted_is_restored() {
+    let stack = Stack::start();
+    let (name, mut client) = database(&stack, "WIN1252");
+    client
+        .batch_execute("update outbox.backends set enabled = false")
+        .unwrap();
+    client
+        .batch_execute("select outbox.publish_event('before', 's')")
+        .unwrap();
+    insert_unchecked(&mut client, "bad", "convert_from('\\x81', 'WIN1252')", "null");
+    let file = stack.pg.data_dir().join("dump.sql");
+    let file = file.to_str().unwrap();
+    let dumped = stack.pg.run("pg_dump", &["-d", &name, "-f", file], "");
+    assert!(dumped.ok, "{}", dumped.stderr);
+    stack
+        .pg
+        .exec("create database other encoding 'WIN1252' locale 'C' template template0");
+    let restored = stack
+        .pg
+        .run("psql", &["-q", "-v", "ON_ERROR_STOP=1", "-d", "other", "-f", file], "");
+    assert!(restored.ok, "{}", restored.stderr);
+    stack.pg.exec_db(
+        "other",
+        "update outbox.backends set enabled = true, stream_name = 'other'",
+    );
+    assert_eq!(types(&stack.redis.wait_entries("other", 2)), ["before", "after"]);
+    wait_eq("failed events", 1i64, || {
+        stack.pg.one_db(
+            "other",
+            "select count(*) from outbox.failed_events where event_type = 'bad'",
+        )
+    });
+}
+
 /// Kills the values that a table has stored apart: what a damaged disk does.
 fn damage(stack: &Stack, table: &str) {
     stack.pg.exec("create extension if not exists pg_surgery");
