@@ -20,6 +20,7 @@ usage: chaos [OPTION]...
   --shipped         the library as it is shipped, without crash points
   --at-least-once   delivery = 'at_least_once': repeats are no violation, and Redis loses nothing
   --keep DIR        leave logs, streams and ledger there
+  --plan            print the schedule, and do nothing
   --quiet           print faults only when something was violated";
 
 pub struct Options {
@@ -33,6 +34,7 @@ pub struct Options {
     pub faults: bool,
     pub at_least_once: bool,
     pub keep: Option<PathBuf>,
+    pub plan_only: bool,
     pub quiet: bool,
 }
 
@@ -50,6 +52,7 @@ impl Options {
             faults: kit::env::has_faults(),
             at_least_once: false,
             keep: None,
+            plan_only: false,
             quiet: false,
         };
         while let Some(word) = words.next() {
@@ -65,6 +68,7 @@ impl Options {
                 "--shipped" => options.faults = false,
                 "--at-least-once" => options.at_least_once = true,
                 "--keep" => options.keep = Some(value()?.into()),
+                "--plan" => options.plan_only = true,
                 "--quiet" => options.quiet = true,
                 "--help" => return Err("breaks everything around the relay at random".to_string()),
                 _ => return Err(format!("{word} is no option")),

@@ -25,6 +25,14 @@ const SHOWN: usize = 3;
 /// Whether nothing was violated.
 pub fn run(seed: u64, time: Duration, options: &Options) -> bool {
     let plan = plan::draw(seed, time, &options.kinds);
+    if options.plan_only {
+        let faults: Vec<String> = plan
+            .iter()
+            .map(|(pause, fault)| format!("{pause:?} {fault:?}"))
+            .collect();
+        println!("seed {seed}: {}", faults.join("; "));
+        return true;
+    }
     let mut site = Site::start(options.faults, options.mutation.as_deref(), options.at_least_once);
     site.warm_up();
     let tail = Tail::start(&site);
