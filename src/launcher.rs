@@ -90,6 +90,7 @@ pub extern "C-unwind" fn outbox_relay_launcher(_argument: pg_sys::Datum) {
         pg_sys::BackgroundWorkerInitializeConnection(std::ptr::null(), std::ptr::null(), 0);
         shmem::set_launcher_latch(pg_sys::MyLatch);
     }
+    crate::pinned::pin_settings();
     ownership::begin_incarnation();
     shmem::request_rescan();
     let mut launcher = Launcher::default();
@@ -154,6 +155,8 @@ impl Database {
 struct Launcher {
     /// By OID. One that has gone stays until its worker has.
     databases: BTreeMap<u32, Database>,
+    /// They could not be listed.
+    list_due: bool,
     /// Since when there have been too few processes, and when the log said so.
     short: Option<(Instant, Option<Instant>)>,
     /// When the log said of databases that their workers fail.
@@ -165,7 +168,7 @@ impl Launcher {
     fn step(&mut self) -> Option<Duration> {
         let (announced, everywhere) = shmem::take_announced();
         let is_new = |oid: &pg_sys::Oid| !self.databases.contains_key(&oid.to_u32());
-        if shmem::take_rescan() || everywhere || announced.iter().any(is_new) {
+        if shmem::take_rescan() || everywhere || self.list_due || announced.iter().any(is_new) {
             self.list_again();
         }
         for (oid, database) in &mut self.databases {
@@ -176,14 +179,18 @@ impl Launcher {
             database.look |= is_announced || everywhere;
         }
         self.bury();
-        self.start_wanted()
+        let again = self.start_wanted();
+        match self.list_due {
+            true => Some(again.map_or(RETRY_WAIT, |again| again.min(RETRY_WAIT))),
+            false => again,
+        }
     }
 
     /// Takes in which databases have come, gone, or have another name.
     fn list_again(&mut self) {
-        let Some(found) = databases::list() else {
-            // Looked at again a moment later.
-            shmem::request_rescan();
+        let found = databases::list();
+        self.list_due = found.is_none();
+        let Some(found) = found else {
             return;
         };
         let has_gone = |oid: u32| found.iter().all(|f| f.oid.to_u32() != oid);

@@ -45,6 +45,7 @@ mod object_access;
 mod outbox;
 mod ownership;
 mod pass;
+mod pinned;
 mod process;
 mod publish;
 mod purge;

@@ -11,7 +11,6 @@
 
 mod loading;
 mod mending;
-mod pinned;
 mod reading;
 
 use crate::backend::{Backend, Home};
@@ -79,7 +78,7 @@ pub extern "C-unwind" fn outbox_relay_worker(argument: pg_sys::Datum) {
     process::give_way_to_database_statements();
     process::end_with_last_words();
     rights::are_the_workers();
-    pinned::pin_settings();
+    crate::pinned::pin_settings();
     Worker::new(slot).run();
 }
 

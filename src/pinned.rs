@@ -1,4 +1,5 @@
-//! Settings that somebody may have given the database, or the superuser's role, and that must not change what a worker does.
+//! Settings that somebody may have given a database, or the superuser's role, and that must not change what the launcher and the
+//! workers do.
 //!
 //! Left alone: what only says how much is logged or how much memory a query may use; what counts for sessions with a client alone
 //! (`client_encoding`, `idle_session_timeout`, `session_preload_libraries`, login event triggers); and where files are put, since a
@@ -48,7 +49,7 @@ const PINNED: &[(&CStr, &CStr)] = &[
     (c"enable_sort", c"on"),
 ];
 
-/// Once, when a worker is connected.
+/// Once, when the process is connected.
 pub fn pin_settings() {
     // Whose name it goes by: `session_authorization` is no setting that could be set without a transaction.
     // SAFETY: the process was authenticated as this superuser, and goes back to it.
