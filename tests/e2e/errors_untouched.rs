@@ -293,3 +293,48 @@ fn an_error_of_a_users_code_below_our_functions_arrives_whole() {
          end $$",
     );
 }
+
+/// The same below a statement of ours that a function of ours executes: there the ERROR has to cross our frames.
+#[test]
+fn an_error_below_our_own_statements_arrives_whole() {
+    let stack = Stack::start();
+    stack.pg.exec(
+        "create function raising() returns trigger language plpgsql as $$ begin
+           raise 'of our own' using errcode = 'UX001', detail = 'a detail', hint = 'a hint', column = 'c', constraint = 'k',
+             datatype = 't', table = 'tt', schema = 's';
+         end $$;
+         create trigger raising before insert on outbox.restores for each row execute function raising();
+         alter table outbox.restores enable always trigger raising",
+    );
+    let said = refused(
+        &stack,
+        "do $$ begin insert into outbox.events (xid, event_type, source) values ('3', 'restored', 'kit'); end $$",
+    );
+    assert_eq!(
+        (said.code().code(), said.message(), said.detail(), said.hint()),
+        ("UX001", "of our own", Some("a detail"), Some("a hint")),
+    );
+    assert_eq!(
+        (
+            said.column(),
+            said.constraint(),
+            said.datatype(),
+            said.table(),
+            said.schema()
+        ),
+        (Some("c"), Some("k"), Some("t"), Some("tt"), Some("s")),
+    );
+    let context = said.where_().unwrap_or_default();
+    for part in [
+        "raising() line 2 at RAISE",
+        "SQL statement \"insert into outbox.restores",
+        "inline_code_block",
+    ] {
+        assert!(context.contains(part), "{context}");
+    }
+    assert_eq!(context.matches("inline_code_block").count(), 1, "{context}");
+    assert_eq!(
+        (said.file(), said.routine()),
+        (Some("pl_exec.c"), Some("exec_stmt_raise"))
+    );
+}
