@@ -446,13 +446,276 @@ create function outbox.backends_changed() returns trigger
     as 'MODULE_PATHNAME', 'backends_changed';
 comment on function outbox.backends_changed() is 'Trigger of outbox.backends and outbox.backend_passwords: tells sessions and the worker.';
 ----------------------------------------------------------------------------------------------------------------------
+-- Logical replication: what another server's tables bring is kept aside until outbox.take_over()
+----------------------------------------------------------------------------------------------------------------------
+
+-- UPDATE and DELETE of a published table need a key.
+alter table outbox.installation add primary key (id);
+
+create function outbox.is_applied() returns boolean
+    language c volatile
+    as 'MODULE_PATHNAME', 'is_applied_wrapper';
+comment on function outbox.is_applied() is 'Whether this is a worker of a subscription, which brings the rows of another server.';
+
+create table outbox.held_events (
+    like outbox.events,
+    number  bigint generated always as identity primary key,
+    held_at timestamptz not null default clock_timestamp()
+);
+create index held_events_backend_idx on outbox.held_events (backend, seq);
+create index held_events_number_idx on outbox.held_events (backend_number, seq);
+create index held_events_event_id_idx on outbox.held_events (event_id);
+comment on table outbox.held_events is 'Events of another server that a subscription has brought, with its numbers. It sends them; outbox.take_over() here publishes what it has not sent.';
+
+create table outbox.held_scheduled (
+    event_id     uuid primary key,
+    scheduled_at timestamptz not null
+);
+comment on table outbox.held_scheduled is 'Times of events in outbox.scheduled_events that are another server''s: there they are due in 9999, until outbox.take_over().';
+
+create table outbox.held_cursors (
+    like outbox.cursors,
+    primary key (backend_number, slot)
+);
+comment on table outbox.held_cursors is 'How far another server has come, as a subscription tells: by its own numbers of backends. Never ahead of that server.';
+
+create table outbox.held_refused (
+    seq bigint primary key
+);
+comment on table outbox.held_refused is 'Held events that the other server has passed because Redis refused them: they are looked for in the streams.';
+
+create function outbox.hold_event() returns trigger
+    language plpgsql security definer set search_path = pg_catalog, pg_temp
+    as $$
+begin
+    if not outbox.is_applied() then
+        return new;
+    end if;
+    -- It has fallen due there, or was retried.
+    delete from outbox.held_scheduled h where h.event_id = new.event_id;
+    delete from outbox.held_events h where h.event_id = new.event_id;
+    insert into outbox.held_events (seq, xid, created_at, event_id, backend_number, event_type, source, backend, data, subject, stream,
+            data_schema, publisher_config, max_retries)
+        values (new.seq, new.xid, new.created_at, new.event_id, new.backend_number, new.event_type, new.source, new.backend, new.data,
+            new.subject, new.stream, new.data_schema, new.publisher_config, new.max_retries);
+    return null;
+end
+$$;
+comment on function outbox.hold_event() is 'Trigger of outbox.events: an event that a subscription brings is held.';
+
+create function outbox.hold_scheduled() returns trigger
+    language plpgsql security definer set search_path = pg_catalog, pg_temp
+    as $$
+begin
+    if not outbox.is_applied() then
+        if tg_op = 'DELETE' then
+            return old;
+        end if;
+        return new;
+    end if;
+    if tg_op <> 'INSERT' and not exists (select from outbox.held_scheduled h where h.event_id = old.event_id) then
+        return null;
+    end if;
+    if tg_op = 'DELETE' then
+        delete from outbox.held_scheduled h where h.event_id = old.event_id;
+        return old;
+    end if;
+    insert into outbox.held_scheduled as h (event_id, scheduled_at) values (new.event_id, new.scheduled_at)
+        on conflict (event_id) do update set scheduled_at = excluded.scheduled_at;
+    new.scheduled_at := '9999-12-31';
+    return new;
+end
+$$;
+comment on function outbox.hold_scheduled() is 'Trigger of outbox.scheduled_events: an event that a subscription brings does not fall due here, and the other server''s changes concern its own alone.';
+
+create function outbox.hold_cursor() returns trigger
+    language plpgsql security definer set search_path = pg_catalog, pg_temp
+    as $$
+begin
+    if not outbox.is_applied() then
+        if tg_op = 'DELETE' then
+            return old;
+        end if;
+        return new;
+    end if;
+    if tg_op = 'DELETE' then
+        delete from outbox.held_cursors h where h.backend_number = old.backend_number and h.slot = old.slot;
+        return null;
+    end if;
+    delete from outbox.held_cursors h where h.backend_number = new.backend_number and h.slot = new.slot;
+    insert into outbox.held_cursors select new.*;
+    if new.slot = -1 and not exists (select from outbox.held_cursors h where h.backend_number = new.backend_number and h.slot >= 0) then
+        delete from outbox.held_events h where h.number = any (array(
+            select o.number from outbox.held_events o
+            where o.backend_number = new.backend_number
+                and not exists (select from outbox.held_refused r where r.seq = o.seq)
+            order by o.seq limit 5000)) and pg_visible_in_snapshot(h.xid, new.from_snapshot);
+    end if;
+    if tg_op = 'UPDATE' or new.slot <> -1
+        or exists (select from outbox.cursors c where c.backend_number = new.backend_number and c.slot = new.slot) then
+        return null;
+    end if;
+    -- Changes of a row are told only to who has one of its key: this is as that of a backend which has sent nothing.
+    new.from_snapshot := '3:3:';
+    new.from_next_xid := '3';
+    new.from_low_seq := 0;
+    new.from_high_seq := 0;
+    new.to_snapshot := null;
+    new.to_next_xid := null;
+    new.to_low_seq := null;
+    new.to_high_seq := null;
+    new.last_seq := 0;
+    new.batch_number := 0;
+    new.epoch := 0;
+    new.state := 'idle';
+    new.published_total := 0;
+    new.failed_total := 0;
+    new.events_per_second := 0;
+    new.last_published_at := null;
+    new.last_error := null;
+    new.last_error_at := null;
+    new.next_attempt_at := null;
+    new.healings := 0;
+    new.address := null;
+    return new;
+end
+$$;
+comment on function outbox.hold_cursor() is 'Trigger of outbox.cursors: how far another server has come, as a subscription tells, is kept apart; what it has sent is held no longer.';
+
+create function outbox.hold_refused() returns trigger
+    language plpgsql security definer set search_path = pg_catalog, pg_temp
+    as $$
+begin
+    if not outbox.is_applied() then
+        return new;
+    end if;
+    insert into outbox.held_refused (seq) values (new.seq) on conflict do nothing;
+    return null;
+end
+$$;
+comment on function outbox.hold_refused() is 'Trigger of outbox.refused_events: what another server''s Redis has refused, as a subscription tells.';
+
+create function outbox.place_failed() returns trigger
+    language plpgsql security definer set search_path = pg_catalog, pg_temp
+    as $$
+begin
+    if outbox.is_applied() then
+        -- Its number is the other server's: here its name counts.
+        new.backend_number := coalesce((select b.number from outbox.backends b where b.name = new.backend), -1);
+    end if;
+    return new;
+end
+$$;
+comment on function outbox.place_failed() is 'Trigger of outbox.failed_events: those that a subscription brings are of the backend with their name.';
+
+create function outbox.leave_local() returns trigger
+    language c
+    as 'MODULE_PATHNAME', 'leave_local';
+comment on function outbox.leave_local() is 'Trigger of tables that do not travel: what a subscription brings, changes or deletes there is passed over.';
+
+----------------------------------------------------------------------------------------------------------------------
 -- All triggers: made by this list, looked after by the worker
 ----------------------------------------------------------------------------------------------------------------------
+
+create table outbox.known_triggers (
+    only_row boolean primary key default true check (only_row),
+    triggers text,
+    filenode oid,
+    snapshot pg_snapshot not null,
+    next_xid xid8 not null,
+    low_seq  bigint not null,
+    high_seq bigint not null
+);
+comment on table outbox.known_triggers is 'How outbox.trigger_state() was when all rows of outbox.events were last known to have come by its trigger, and the tick of then.';
+comment on column outbox.known_triggers.triggers is 'NULL: rows that came otherwise are being looked for, with this tick.';
+
+create table outbox.kept_rows (
+    number   bigint generated always as identity primary key,
+    relation text not null,
+    kept     text not null
+);
+comment on table outbox.kept_rows is 'Empty, but while a subscription empties a table of this extension: rows of this server, which are put back.';
+
+create function outbox.keep_rows() returns trigger
+    language plpgsql security definer set search_path = pg_catalog, pg_temp
+    as $$
+begin
+    if outbox.is_applied() then
+        if tg_table_name = 'events' then
+            delete from outbox.held_events;
+        end if;
+        execute format('insert into outbox.kept_rows (relation, kept) select %1$L, t::text from outbox.%1$I t', tg_table_name);
+    end if;
+    return null;
+end
+$$;
+comment on function outbox.keep_rows() is 'Trigger of all tables: the TRUNCATE of another server, which a subscription brings, leaves the rows of this one.';
+
+create function outbox.put_rows_back() returns trigger
+    language plpgsql security definer set search_path = pg_catalog, pg_temp
+    as $$
+begin
+    if outbox.is_applied() then
+        perform outbox.put_back(format('insert into outbox.%1$I overriding system value
+            select (k.kept::outbox.%1$I).* from outbox.kept_rows k where k.relation = %1$L order by k.number', tg_table_name));
+        delete from outbox.kept_rows k where k.relation = tg_table_name;
+    end if;
+    return null;
+end
+$$;
+comment on function outbox.put_rows_back() is 'Trigger of all tables: see outbox.keep_rows().';
+
+create function outbox.put_back(statement text) returns void
+    language c strict volatile
+    as 'MODULE_PATHNAME', 'put_back_wrapper';
+comment on function outbox.put_back(text) is 'Executes an INSERT of rows that were here before, which are taken as they are.';
 
 create function outbox.our_triggers(out relation text, out name text, out definition text) returns setof record
     language sql immutable set search_path = pg_catalog, pg_temp
     as $$
 values
+    ('events', 'applied_truncate', 'before truncate on outbox.events for each statement execute function outbox.keep_rows()'),
+    ('events', 'applied_truncated', 'after truncate on outbox.events for each statement execute function outbox.put_rows_back()'),
+    ('scheduled_events', 'applied_truncate', 'before truncate on outbox.scheduled_events for each statement execute function outbox.keep_rows()'),
+    ('scheduled_events', 'applied_truncated', 'after truncate on outbox.scheduled_events for each statement execute function outbox.put_rows_back()'),
+    ('refused_events', 'applied_truncate', 'before truncate on outbox.refused_events for each statement execute function outbox.keep_rows()'),
+    ('refused_events', 'applied_truncated', 'after truncate on outbox.refused_events for each statement execute function outbox.put_rows_back()'),
+    ('failed_events', 'applied_truncate', 'before truncate on outbox.failed_events for each statement execute function outbox.keep_rows()'),
+    ('failed_events', 'applied_truncated', 'after truncate on outbox.failed_events for each statement execute function outbox.put_rows_back()'),
+    ('cursors', 'applied_truncate', 'before truncate on outbox.cursors for each statement execute function outbox.keep_rows()'),
+    ('cursors', 'applied_truncated', 'after truncate on outbox.cursors for each statement execute function outbox.put_rows_back()'),
+    ('backends', 'applied_truncate', 'before truncate on outbox.backends for each statement execute function outbox.keep_rows()'),
+    ('backends', 'applied_truncated', 'after truncate on outbox.backends for each statement execute function outbox.put_rows_back()'),
+    ('backend_passwords', 'applied_truncate', 'before truncate on outbox.backend_passwords for each statement execute function outbox.keep_rows()'),
+    ('backend_passwords', 'applied_truncated', 'after truncate on outbox.backend_passwords for each statement execute function outbox.put_rows_back()'),
+    ('ticks', 'applied_truncate', 'before truncate on outbox.ticks for each statement execute function outbox.keep_rows()'),
+    ('ticks', 'applied_truncated', 'after truncate on outbox.ticks for each statement execute function outbox.put_rows_back()'),
+    ('installation', 'applied_truncate', 'before truncate on outbox.installation for each statement execute function outbox.keep_rows()'),
+    ('installation', 'applied_truncated', 'after truncate on outbox.installation for each statement execute function outbox.put_rows_back()'),
+    ('incarnations', 'applied_truncate', 'before truncate on outbox.incarnations for each statement execute function outbox.keep_rows()'),
+    ('incarnations', 'applied_truncated', 'after truncate on outbox.incarnations for each statement execute function outbox.put_rows_back()'),
+    ('take_overs', 'applied_truncate', 'before truncate on outbox.take_overs for each statement execute function outbox.keep_rows()'),
+    ('take_overs', 'applied_truncated', 'after truncate on outbox.take_overs for each statement execute function outbox.put_rows_back()'),
+    ('restores', 'applied_truncate', 'before truncate on outbox.restores for each statement execute function outbox.keep_rows()'),
+    ('restores', 'applied_truncated', 'after truncate on outbox.restores for each statement execute function outbox.put_rows_back()'),
+    ('known_triggers', 'applied_truncate', 'before truncate on outbox.known_triggers for each statement execute function outbox.keep_rows()'),
+    ('known_triggers', 'applied_truncated', 'after truncate on outbox.known_triggers for each statement execute function outbox.put_rows_back()'),
+    -- Before all others, by its name.
+    ('events', 'applied_event', 'before insert on outbox.events for each row when (current_setting(''session_replication_role'') = ''replica'') execute function outbox.hold_event()'),
+    ('events', 'applied_change', 'before update or delete on outbox.events for each row execute function outbox.leave_local()'),
+    ('scheduled_events', 'applied_event', 'before insert or update or delete on outbox.scheduled_events for each row when (current_setting(''session_replication_role'') = ''replica'') execute function outbox.hold_scheduled()'),
+    ('cursors', 'applied_cursor', 'before insert or update or delete on outbox.cursors for each row when (outbox.is_applied()) execute function outbox.hold_cursor()'),
+    ('refused_events', 'applied_event', 'before insert on outbox.refused_events for each row when (outbox.is_applied()) execute function outbox.hold_refused()'),
+    ('refused_events', 'applied_change', 'before update or delete on outbox.refused_events for each row execute function outbox.leave_local()'),
+    ('failed_events', 'applied_event', 'before insert on outbox.failed_events for each row when (outbox.is_applied()) execute function outbox.place_failed()'),
+    ('backends', 'applied_change', 'before insert or update or delete on outbox.backends for each row execute function outbox.leave_local()'),
+    ('backend_passwords', 'applied_change', 'before insert or update or delete on outbox.backend_passwords for each row execute function outbox.leave_local()'),
+    ('ticks', 'applied_change', 'before insert or update or delete on outbox.ticks for each row execute function outbox.leave_local()'),
+    ('installation', 'applied_change', 'before insert or update or delete on outbox.installation for each row execute function outbox.leave_local()'),
+    ('incarnations', 'applied_change', 'before insert or update or delete on outbox.incarnations for each row execute function outbox.leave_local()'),
+    ('take_overs', 'applied_change', 'before insert or update or delete on outbox.take_overs for each row execute function outbox.leave_local()'),
+    ('known_triggers', 'applied_change', 'before insert or update or delete on outbox.known_triggers for each row execute function outbox.leave_local()'),
+    ('restores', 'applied_change', 'before insert or update or delete on outbox.restores for each row execute function outbox.leave_local()'),
     ('events', 'complete_event', 'before insert on outbox.events for each row execute function outbox.complete_event()'),
     -- Triggers fire in the order of their names: this one after those of others.
     ('events', '~confirm_event', 'before insert on outbox.events for each row execute function outbox.confirm_event()'),
@@ -811,12 +1074,71 @@ select outbox.guard_key(backend, null)
 $$;
 comment on function outbox.guard_key(text) is 'Key of a backend''s guard in its Redis: a hash that says who appends to its streams, and how far that has come. In a cluster, of the one beside its own stream.';
 
+create function outbox.accept_held(backend text) returns bigint
+    language plpgsql security definer set search_path = pg_catalog, pg_temp set session_replication_role = replica
+    as $$
+declare
+    b outbox.backends := outbox.expect_backend(backend);
+    sent bigint;
+    accepted bigint;
+    scheduled bigint;
+begin
+    -- What its server had sent, as far as that is known.
+    delete from outbox.held_events h
+        where h.backend = b.name
+            and not exists (select from outbox.held_refused r where r.seq = h.seq)
+            and exists (select from outbox.held_cursors c
+                where c.backend_number = h.backend_number
+                    and (c.slot = outbox.hash_slot(coalesce(h.stream, b.stream_name, ''))
+                        or c.slot = -1 and not exists (select from outbox.held_cursors l where l.backend_number = c.backend_number and l.slot >= 0))
+                    and (pg_visible_in_snapshot(h.xid, c.from_snapshot)
+                        or pg_visible_in_snapshot(h.xid, c.to_snapshot) and h.seq <= c.last_seq));
+    get diagnostics sent = row_count;
+    with gone as (
+        delete from outbox.held_events h where h.backend = b.name returning h.*
+    )
+    insert into outbox.events (xid, seq, created_at, event_id, backend_number, event_type, source, backend, data, subject, stream,
+            data_schema, publisher_config, max_retries)
+        select pg_current_xact_id(), outbox.draw_seq(), g.created_at, g.event_id, b.number, g.event_type, g.source, b.name, g.data,
+            g.subject, g.stream, g.data_schema, g.publisher_config, g.max_retries
+        from (select * from gone order by seq) g
+        where not exists (select from outbox.events e where e.event_id = g.event_id)
+            and not exists (select from outbox.failed_events f where f.event_id = g.event_id);
+    get diagnostics accepted = row_count;
+    if accepted > 0 then
+        -- Some may stand in their streams already: they are looked for first.
+        insert into outbox.restores (backend_number, xid) values (b.number, pg_current_xact_id());
+    end if;
+    with due as (
+        delete from outbox.held_scheduled h using outbox.scheduled_events s
+            where s.event_id = h.event_id and s.backend = b.name returning h.*
+    )
+    update outbox.scheduled_events s
+        set scheduled_at = d.scheduled_at, backend_number = b.number,
+            xid = case when d.scheduled_at <= clock_timestamp() then '0'::xid8 else pg_current_xact_id() end
+        from due d where s.event_id = d.event_id;
+    get diagnostics scheduled = row_count;
+    delete from outbox.held_refused r where not exists (select from outbox.held_events h where h.seq = r.seq);
+    if sent + accepted + scheduled > 0 then
+        raise log using message = format('backend "%s" goes on in place of another server: %s held events are published, %s had been sent, %s are scheduled',
+            b.name, accepted, sent, scheduled);
+        perform outbox.wake();
+    end if;
+    return sent + accepted + scheduled;
+end
+$$;
+comment on function outbox.accept_held(text) is 'Publishes here what a subscription has brought of a backend and its own server has not sent; outbox.take_over() calls it.';
+
 create function outbox.take_over(backend text) returns void
     language plpgsql security definer set search_path = pg_catalog, pg_temp set session_replication_role = replica
     as $$
 declare
     b outbox.backends := outbox.expect_backend(backend);
+    held bigint := outbox.accept_held(backend);
 begin
+    if b.delivery <> 'exactly_once' and held > 0 then
+        return;
+    end if;
     if b.delivery <> 'exactly_once' then
         raise exception using errcode = 'object_not_in_prerequisite_state',
             message = format('backend "%s" cannot be taken over', backend),
@@ -890,20 +1212,9 @@ select (select t.oid || ' ' || t.xmin from pg_trigger t where t.tgrelid = 'outbo
 $$;
 comment on function outbox.trigger_state() is 'What the trigger of outbox.events, and the file of the table, are: other than they were whenever somebody has touched them.';
 
-create table outbox.known_triggers (
-    only_row boolean primary key default true check (only_row),
-    triggers text,
-    filenode oid,
-    snapshot pg_snapshot not null,
-    next_xid xid8 not null,
-    low_seq  bigint not null,
-    high_seq bigint not null
-);
 insert into outbox.known_triggers (triggers, filenode, snapshot, next_xid, low_seq, high_seq)
     select s.triggers, s.filenode, format('%s:%s:', x, x)::pg_snapshot, x, 0, 0
     from outbox.trigger_state() s, pg_snapshot_xmin(pg_current_snapshot()) as x;
-comment on table outbox.known_triggers is 'How outbox.trigger_state() was when all rows of outbox.events were last known to have come by its trigger, and the tick of then.';
-comment on column outbox.known_triggers.triggers is 'NULL: rows that came otherwise are being looked for, with this tick.';
 
 ----------------------------------------------------------------------------------------------------------------------
 -- Privileges: PUBLIC has nothing, pg_monitor may look

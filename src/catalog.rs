@@ -25,13 +25,13 @@ pub struct Relations {
     pub backends: pg_sys::Oid,
     pub backend_passwords: pg_sys::Oid,
     /// The functions of our own triggers on `events`.
-    pub triggers: [pg_sys::Oid; 2],
+    pub triggers: [pg_sys::Oid; 4],
     settings_tables: [pg_sys::Oid; 4],
     /// All tables that the worker writes.
     tables: [pg_sys::Oid; TABLES.len()],
 }
 
-const TABLES: [&CStr; 13] = [
+const TABLES: [&CStr; 18] = [
     c"events",
     c"backends",
     c"backend_passwords",
@@ -45,9 +45,19 @@ const TABLES: [&CStr; 13] = [
     c"take_overs",
     c"restores",
     c"known_triggers",
+    c"held_events",
+    c"held_scheduled",
+    c"held_cursors",
+    c"held_refused",
+    c"kept_rows",
 ];
 
 impl Relations {
+    /// All tables that the worker writes.
+    pub fn tables(&self) -> &[pg_sys::Oid] {
+        &self.tables
+    }
+
     /// Tables whose changes the worker must hear of.
     pub fn settings_tables(&self) -> &[pg_sys::Oid] {
         &self.settings_tables
@@ -189,7 +199,8 @@ pub fn relations() -> Option<Relations> {
             scheduled: oid(c"scheduled_events"),
             backends: oid(c"backends"),
             backend_passwords: oid(c"backend_passwords"),
-            triggers: [c"complete_event", c"confirm_event"].map(|name| function(schema, name)),
+            triggers: [c"complete_event", c"confirm_event", c"hold_event", c"hold_scheduled"]
+                .map(|name| function(schema, name)),
             settings_tables: [c"backends", c"backend_passwords", c"take_overs", c"restores"].map(oid),
             tables: TABLES.map(oid),
         }

@@ -9,7 +9,7 @@
 //! outbox ─ all SQL on our tables; rights ─ in whose name          purge ─ retention
 //! care ─ a row that cannot be read fails alone
 //! ownership ─ who this server is to the guards                    recovery ─ from a guard that was read to a backend that is up
-//! foreign ─ triggers that were switched off, rows that came meanwhile
+//! foreign ─ triggers that were switched off, rows that came meanwhile; applied ─ logical replication
 //! catalog ─ what a session knows of our tables and backends       status ─ what the views ask
 //! guc, shmem, process, uuid ─ settings, shared memory, manners of a process, event ids
 //! error, report, encoding ─ refusals in words; how they get to Postgres; UTF-8 and the database's encoding
@@ -31,6 +31,7 @@ macro_rules! sql_function {
 }
 pub(crate) use sql_function;
 
+mod applied;
 mod backend;
 mod care;
 mod catalog;

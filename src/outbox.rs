@@ -259,7 +259,9 @@ pub fn backends() -> Vec<BackendRow> {
 pub fn deleted_backends() -> Vec<i32> {
     query(
         "select distinct c.backend_number from outbox.cursors c
-        where c.backend_number > 0 and not exists (select from outbox.backends b where b.number = c.backend_number)",
+        where c.backend_number > 0 and not exists (select from outbox.backends b where b.number = c.backend_number)
+            -- A number that was not given yet is another server's: see outbox.hold_cursor().
+            and c.backend_number <= (select s.last_value from outbox.backends_number_seq s)",
         &[],
         |row| value(row, 1).unwrap_or_default(),
     )

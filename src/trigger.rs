@@ -1,6 +1,7 @@
 //! Plain INSERT and COPY into `outbox.events` and `outbox.scheduled_events`: the trigger that checks a row as `publish_event` does, and
 //! fills in what is ours.
 
+use crate::applied;
 use crate::catalog;
 use crate::encoding::{has_utf8_form, to_server, utf8};
 use crate::error::{PublishError, raise};
@@ -70,6 +71,7 @@ fn subtransaction() -> u32 {
 #[derive(Clone, Copy)]
 pub enum When {
     BeforeInsertOfRow,
+    BeforeRow,
     AfterStatement,
 }
 
@@ -110,6 +112,11 @@ pub unsafe fn expect_trigger<'a>(
                     refuse("a trigger before insert, for each row");
                 }
             }
+            When::BeforeRow => {
+                if !is_of_row || timing != pg_sys::TRIGGER_EVENT_BEFORE {
+                    refuse("a trigger before each row");
+                }
+            }
             When::AfterStatement => {
                 if is_of_row || timing != 0 {
                     refuse("a trigger after a statement");
@@ -139,6 +146,11 @@ extern "C-unwind" fn complete_event(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys:
                 true => Table::Scheduled,
                 false => Table::Events,
             };
+            // It is held as it is, or was here before.
+            if (table == Table::Scheduled && applied::is_worker()) || applied::puts_back() {
+                (*fcinfo).isnull = false;
+                return pg_sys::Datum::from(trigger.tg_trigtuple);
+            }
             (*fcinfo).isnull = false;
             pg_sys::Datum::from(completed(table, trigger.tg_trigtuple, (*trigger.tg_relation).rd_att))
         }
@@ -158,7 +170,8 @@ extern "C-unwind" fn confirm_event(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::
         unsafe {
             let trigger = expect_trigger(fcinfo, "confirm_event", When::BeforeInsertOfRow, &[relations.events]);
             let triggers = (*trigger.tg_relation).trigdesc;
-            if insertion::has_foreign_triggers(triggers, &relations.triggers) {
+            let is_new = !applied::puts_back();
+            if is_new && insertion::has_foreign_triggers(triggers, &relations.triggers) {
                 let row = Row::of(trigger.tg_trigtuple, (*trigger.tg_relation).rd_att);
                 confirm(&row);
             } else {
@@ -310,9 +323,8 @@ unsafe fn completed(table: Table, tuple: pg_sys::HeapTuple, descriptor: pg_sys::
         if request.event_id.is_some() {
             refuse_repeated_id(&relations, &event_id, is_scheduled);
         }
-        // A transaction id is given by nobody but a dump; or by the publisher of a replica, each time.
-        // SAFETY: a plain read.
-        if row.get(attribute::XID).is_some() && !has_numbers && !unsafe { pg_sys::IsLogicalWorker() } {
+        // A transaction id is given by nobody but a dump. (What a subscription brings is held.)
+        if row.get(attribute::XID).is_some() && !has_numbers {
             restored_for = Some(checked.backend_number);
         }
         backend_number = checked.backend_number;

@@ -2,6 +2,7 @@
 //! delivery goes on.
 
 use super::{REPEAT_LOG_AFTER, Worker};
+use crate::applied;
 use crate::foreign::{self, Look};
 use crate::guc::LogLevel;
 use crate::process::{self, Aborted, log};
@@ -30,6 +31,9 @@ pub(super) struct Mending {
     touched: Option<Look>,
     sweep: Option<Sweep>,
     sweep_at: Now,
+    /// Publications with tables that must not travel, and backends of which another server's events are held, as was said.
+    published: Vec<String>,
+    held: Vec<String>,
     /// What was said last of what cannot be mended.
     said: Option<(String, Now)>,
 }
@@ -104,8 +108,18 @@ impl Worker {
     }
 
     fn look_at_triggers(&mut self) -> Result<(), Aborted> {
-        let look = process::transaction(foreign::look)?;
+        let (look, published, held) =
+            process::transaction(|| (foreign::look(), applied::publications(), applied::held()))?;
         self.mending.is_look_due = false;
+        published
+            .iter()
+            .filter(|name| !self.mending.published.contains(name))
+            .for_each(|name| applied::say_published(name));
+        self.mending.published = published;
+        held.iter()
+            .filter(|name| !self.mending.held.contains(name))
+            .for_each(|name| applied::say_held(name));
+        self.mending.held = held;
         let Some(look) = look else {
             return Ok(());
         };

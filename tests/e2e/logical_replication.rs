@@ -1,0 +1,244 @@
+//! Our tables travel by logical replication: what they bring is held by the subscriber, and sent by one server alone. The way from an old
+//! server to a new one, as docs/blue-green.md has it.
+
+use std::time::Duration;
+
+use kit::ledger::{Ledger, Load};
+use kit::{Postgres, Stack, types, wait_drained, wait_eq, wait_until};
+
+const LOGICAL: &[(&str, &str)] = &[("wal_level", "logical"), ("wal_receiver_status_interval", "1s")];
+
+/// The new server, with the old one's schema and backends, and a subscription to everything.
+fn subscribed(old: &Postgres) -> Postgres {
+    let new = Postgres::with(LOGICAL).start();
+    for args in [
+        &["-d", "postgres", "--schema-only"][..],
+        &["-d", "postgres", "--data-only", "--table=outbox.backends"],
+    ] {
+        let ran = old.run("pg_dump", args, "");
+        assert!(ran.ok, "{}", ran.stderr);
+        new.restore("postgres", &ran.stdout);
+    }
+    old.exec("create publication everything for all tables");
+    new.exec(&format!(
+        "create subscription old connection 'host={} port=5432 dbname=postgres user=postgres' publication everything",
+        old.host().display()
+    ));
+    wait_until("the tables to be copied", || {
+        new.one::<bool>("select count(*) > 0 and bool_and(srsubstate = 'r') from pg_subscription_rel")
+    });
+    new
+}
+
+/// Waits until the new server has all that the old one has committed.
+fn wait_caught_up(old: &Postgres) {
+    let lsn: String = old.one("select pg_current_wal_lsn()::text");
+    wait_until("the subscriber to catch up", || {
+        old.one::<bool>(&format!(
+            "select coalesce(bool_and(confirmed_flush_lsn >= '{lsn}'), false) from pg_replication_slots where slot_name = 'old'"
+        ))
+    });
+}
+
+/// The subscription has met no error.
+fn assert_undisturbed(new: &Postgres) {
+    let errors =
+        "select coalesce(sum(apply_error_count + sync_error_count), 0)::bigint from pg_stat_subscription_stats";
+    assert_eq!(new.one::<i64>(errors), 0, "{}", new.log());
+}
+
+fn old_server() -> Stack {
+    Stack::with(LOGICAL)
+}
+
+/// From the old server to the new one while clients publish: some events have not been sent by the old one.
+#[test]
+fn a_new_server_goes_on_where_the_old_one_stopped() {
+    for leaves_a_rest in [false, true] {
+        let old = old_server();
+        old.pg.exec("update outbox.backends set max_len = 0");
+        let ledger = Ledger::create(&old.pg);
+        let load = Load::start(&old.pg, 2, "");
+        load.wait_more(50);
+        let new = subscribed(&old.pg);
+        load.wait_more(100);
+        if leaves_a_rest {
+            old.pg.exec("update outbox.backends set enabled = false");
+            load.wait_more(50);
+        }
+        load.stop();
+        if !leaves_a_rest {
+            wait_drained(&old.pg, "default");
+            old.pg.exec("update outbox.backends set enabled = false");
+        }
+        wait_caught_up(&old.pg);
+        let sent = old.redis.xlen(kit::stack::STREAM);
+        let pending: i64 = old.pg.one("select pending from outbox.backend_status");
+        assert_eq!(pending > 0, leaves_a_rest, "{pending}");
+        assert_undisturbed(&new);
+        new.exec("select outbox.take_over('default')");
+        new.exec("alter table ledger alter seq restart with 1000000");
+        let load = Load::start(&new, 2, "");
+        load.wait_more(50);
+        load.stop();
+        new.exec("drop subscription old");
+        assert_eq!(new.one::<i64>("select count(*) from outbox.held_events"), 0);
+        let Stack { pg: old_pg, redis } = old;
+        let stack = Stack { pg: new, redis };
+        let verdict = ledger.settle(&stack, Duration::from_secs(20));
+        verdict.assert_exactly_once();
+        assert!(
+            verdict.committed as i64 > sent as i64 + pending,
+            "{}",
+            verdict.committed
+        );
+        drop(old_pg);
+    }
+}
+
+/// Nothing is sent twice, nothing of the old server's own settings is taken over, and nothing stops the subscription.
+#[test]
+fn a_subscriber_holds_what_comes_and_keeps_what_it_has() {
+    let old = old_server();
+    old.redis.call(&["SET", "wrong", "no stream"]);
+    let mut client = old.pg.client();
+    let mut run = |sql: &str| client.batch_execute(sql).unwrap();
+    run("select outbox.publish_event('before ' || i, 's') from generate_series(1, 20) i");
+    run("select outbox.set_backend_password('default', 'secret')");
+    run("select outbox.set_backend_password('default', null)");
+    old.wait_events(20);
+    let new = subscribed(&old.pg);
+    // Of the same numbers as the old one's.
+    new.exec("select outbox.publish_event('own ' || i, 's', stream => 'own') from generate_series(1, 50) i");
+    old.redis.wait_entries("own", 50);
+    wait_drained(&new, "default");
+    run("select outbox.publish_event('after ' || i, 's') from generate_series(1, 20) i");
+    run("insert into outbox.events (event_type, source) values ('plain', 's')");
+    run("select outbox.publish_event('failed', 's', stream => 'wrong', max_retries => 1)");
+    run("select outbox.publish_event('soon', 's', scheduled_at => now() + interval '1 s')");
+    run(
+        "select outbox.publish_event('late', 's', scheduled_at => '2100-01-01', event_id => '018f0000-0000-7000-8000-000000000001')",
+    );
+    run(
+        "select outbox.publish_event('never', 's', scheduled_at => '2100-01-01', event_id => '018f0000-0000-7000-8000-000000000002')",
+    );
+    run("insert into outbox.backends (name, enabled) values ('other', false)");
+    run("select outbox.publish_event('waits', 's', backend => 'other')");
+    run("select outbox.set_backend_password('other', 'secret')");
+    run("select outbox.take_over('default')");
+    wait_eq("a failed event", 1i64, || {
+        old.pg.one("select count(*) from outbox.failed_events")
+    });
+    old.redis.call(&["DEL", "wrong"]);
+    run("select outbox.retry_failed()");
+    old.redis.wait_entries("wrong", 1);
+    old.wait_events(42);
+    wait_drained(&old.pg, "default");
+    run("delete from outbox.scheduled_events where event_type = 'never'");
+    run("update outbox.scheduled_events set scheduled_at = '2101-01-01' where event_type = 'late'");
+    run("alter system set outbox_relay.published_retention = 0");
+    run("select pg_reload_conf()");
+    run("call outbox.purge()");
+    wait_until("the old server to purge", || {
+        old.pg.one::<i64>("select count(*) from outbox.events") < 5
+    });
+    run("select outbox.publish_event('last', 's')");
+    old.wait_events(43);
+    wait_drained(&old.pg, "default");
+    wait_caught_up(&old.pg);
+    assert_undisturbed(&new);
+
+    // What does not travel is the new server's own.
+    let count = |table: &str| new.one::<i64>(&format!("select count(*) from outbox.{table}"));
+    assert_eq!(
+        (count("backend_passwords"), count("installation"), count("backends")),
+        (0, 1, 1)
+    );
+    assert_ne!(
+        new.one::<String>("select id::text from outbox.installation"),
+        old.pg.one::<String>("select id::text from outbox.installation")
+    );
+    assert_eq!(
+        new.one::<i64>("select count(*) from outbox.events where event_type like 'own%'"),
+        50
+    );
+    assert_eq!(
+        (count("events"), count("restores"), count("refused_events")),
+        (50, 0, 0)
+    );
+    new.exec("select outbox.publish_event('own 51', 's', stream => 'own')");
+    old.redis.wait_entries("own", 51);
+    assert_eq!(old.redis.xlen("own"), 51);
+    old.pg
+        .wait_log("WARNING:  publication \"everything\" has tables of outbox_relay that must not leave this server");
+
+    // One scheduled event and one of a backend that is missing here are left.
+    old.pg.exec("update outbox.backends set enabled = false");
+    new.exec("insert into outbox.backends (name, host, port, stream_name) select 'other', host, port, 'other' from outbox.backends where name = 'default'");
+    new.exec("select outbox.take_over('default')");
+    new.exec("select outbox.take_over('other')");
+    assert_eq!(types(&old.redis.wait_entries("other", 1)), ["waits"]);
+    let scheduled =
+        "select string_agg(event_type || ' ' || extract(year from scheduled_at), ',') from outbox.scheduled_events";
+    assert_eq!(new.one::<String>(scheduled), "late 2101");
+    new.exec("update outbox.scheduled_events set scheduled_at = now()");
+    new.exec("select outbox.wake()");
+    assert_eq!(types(&old.wait_events(44))[43], "late");
+    assert_eq!((count("held_events"), count("held_scheduled")), (0, 0));
+    assert_eq!(old.redis.xlen("wrong"), 1);
+    assert_eq!(old.redis.xlen(kit::stack::STREAM), 44);
+}
+
+/// TRUNCATE travels, too: it empties what the old server has sent, and no table of the new one's own.
+#[test]
+fn a_truncate_of_the_old_server_leaves_the_rows_of_the_new_one() {
+    let old = old_server();
+    let new = subscribed(&old.pg);
+    new.exec("update outbox.backends set enabled = false");
+    new.exec(
+        "select outbox.publish_event('own ' || i, 's', '{\"a\":  1}', stream => 'own') from generate_series(1, 20) i",
+    );
+    new.exec("select outbox.publish_event('soon', 's', stream => 'own', scheduled_at => '2100-01-01')");
+    new.exec("select outbox.set_backend_password('default', null)");
+    old.pg
+        .exec("select outbox.publish_event('old ' || i, 's') from generate_series(1, 20) i");
+    old.wait_events(20);
+    wait_drained(&old.pg, "default");
+    let tables: Vec<String> = [
+        "events",
+        "scheduled_events",
+        "failed_events",
+        "refused_events",
+        "backends",
+        "backend_passwords",
+        "installation",
+        "incarnations",
+        "ticks",
+        "take_overs",
+        "restores",
+    ]
+    .map(|table| format!("(select coalesce(string_agg(t::text, ',' order by t::text), '') from outbox.{table} t)"))
+    .to_vec();
+    let all = format!("select concat_ws('|', {})", tables.join(", "));
+    let before: String = new.one(&all);
+    for table in [
+        "events",
+        "scheduled_events",
+        "failed_events",
+        "refused_events",
+        "cursors",
+        "ticks",
+        "restores",
+        "take_overs",
+        "incarnations",
+    ] {
+        old.pg.exec(&format!("truncate outbox.{table}"));
+    }
+    wait_caught_up(&old.pg);
+    assert_undisturbed(&new);
+    assert_eq!(new.one::<String>(&all), before);
+    assert_eq!(new.one::<i64>("select count(*) from outbox.held_events"), 0);
+    new.exec("update outbox.backends set enabled = true");
+    let expected: Vec<String> = (1..=20).map(|i| format!("own {i}")).collect();
+    assert_eq!(types(&old.redis.wait_entries("own", 20)), expected);
+}
