@@ -33,19 +33,45 @@ thread_local! {
 /// The table is locked before the sequence, as by any INSERT: TRUNCATE with RESTART IDENTITY does so, too, and would come to a deadlock
 /// with whoever has the sequence and waits for the table.
 pub fn draw_numbers(relations: &Relations) -> (u64, i64) {
-    // SAFETY: within a transaction that may write; locks are kept until its end.
-    let xid = unsafe {
-        pg_sys::LockRelationOid(relations.events, pg_sys::RowExclusiveLock as pg_sys::LOCKMODE);
-        pg_sys::GetTopFullTransactionId().value
+    let slot = slot().filter(|slot| slot.numbers.get().is_some());
+    // One guard for all, since a guard costs as much as a call.
+    // SAFETY: within a transaction that may write; locks are kept until its end. Nothing in it needs to be dropped.
+    let (xid, before, mut seq) = unsafe {
+        pg_sys::ffi::pg_guard_ffi_boundary(|| {
+            hot::LockRelationOid(relations.events, pg_sys::RowExclusiveLock as pg_sys::LOCKMODE);
+            let xid = hot::GetTopFullTransactionId().value;
+            let Some(slot) = slot else {
+                return (xid, None, 0);
+            };
+            let before = slot.numbers.get();
+            (xid, before, sequence::nextval_internal(relations.sequence, false))
+        })
     };
-    let before = highest(relations);
-    let mut seq = sequence::next(relations.sequence);
+    let before = before.unwrap_or_else(|| {
+        let before = highest(relations);
+        seq = sequence::next(relations.sequence);
+        before
+    });
     sequence::expect_ascending(relations.sequence);
     if seq <= before {
         seq = go_on(relations, seq);
     }
-    raise(relations, seq);
+    match slot {
+        Some(slot) => slot.numbers.raise(seq),
+        None => raise(relations, seq),
+    }
     (xid, seq)
+}
+
+/// What is called for each event, without a guard for each call.
+mod hot {
+    use pgrx::pg_sys;
+
+    // SAFETY: the declarations of storage/lmgr.h and access/xact.h; called within a guard, since they may raise an ERROR.
+    unsafe extern "C-unwind" {
+        pub fn LockRelationOid(relation: pg_sys::Oid, mode: pg_sys::LOCKMODE);
+        pub fn GetTopFullTransactionId() -> pg_sys::FullTransactionId;
+    }
 }
 
 /// The highest number that any event was given, whether it has committed, and whether it is still there. Within a transaction.

@@ -8,8 +8,8 @@ use std::ffi::CStr;
 
 // SAFETY: the declaration of sequence.h.
 unsafe extern "C-unwind" {
-    /// Draws the next number of a sequence (commands/sequence.h; not in pgrx's bindings).
-    fn nextval_internal(relid: pg_sys::Oid, check_permissions: bool) -> i64;
+    /// Draws the next number of a sequence (commands/sequence.h; not in pgrx's bindings). To be called within a guard.
+    pub fn nextval_internal(relid: pg_sys::Oid, check_permissions: bool) -> i64;
 }
 
 /// Draws the next number. Within a transaction that may write.
