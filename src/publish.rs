@@ -303,8 +303,8 @@ extern "C-unwind" fn publish_events(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys:
         for index in 0..items.count {
             let row = report::guard(|| prepared_item(&items, index, &relations));
             let inserted = tables.insert(&relations, &row);
-            let (mut value, mut is_null) = (row.values[attribute::EVENT_ID - 1], !inserted);
-            tuplestore_putvalues((*results).setResult, (*results).setDesc, &mut value, &mut is_null);
+            let (value, is_null) = (row.values[attribute::EVENT_ID - 1], !inserted);
+            tuplestore_putvalues((*results).setResult, (*results).setDesc, &value, &is_null);
         }
         tables.close();
         (*fcinfo).isnull = true;
