@@ -15,6 +15,8 @@ use std::time::Duration;
 /// Between two pieces of a sweep, and between two tries.
 const PIECE_PAUSE: Duration = Duration::from_millis(5);
 const TRY_PAUSE: Duration = Duration::from_secs(1);
+/// While something of our tables changes all the time.
+const LOOK_PAUSE: Duration = Duration::from_millis(250);
 /// Who has disabled a trigger may be about to restore rows one by one: they are not to come half with it, half without.
 const GRACE: Duration = Duration::from_secs(5);
 
@@ -22,6 +24,7 @@ const GRACE: Duration = Duration::from_secs(5);
 pub(super) struct Mending {
     /// Our tables may have been touched since it was looked.
     is_look_due: bool,
+    look_at: Now,
     /// Table, trigger and what is wrong with it.
     broken: Vec<[String; 3]>,
     mend_at: Now,
@@ -71,9 +74,13 @@ impl Mending {
 
     /// When it has something to do.
     pub(super) fn due_at(&self) -> Option<Now> {
-        let sweeps = self.is_look_due || self.touched.is_some() || self.sweep.is_some();
+        let look_at = self.is_look_due.then(|| self.look_at.max(self.sweep_at));
+        let sweeps = self.touched.is_some() || self.sweep.is_some();
         let mend_at = (!self.broken.is_empty()).then_some(self.mend_at);
-        sweeps.then_some(self.sweep_at).into_iter().chain(mend_at).min()
+        [sweeps.then_some(self.sweep_at), look_at, mend_at]
+            .into_iter()
+            .flatten()
+            .min()
     }
 }
 
@@ -92,7 +99,8 @@ impl Worker {
     }
 
     fn try_mending(&mut self, now: Now) -> Result<(), Aborted> {
-        if self.mending.is_look_due {
+        if self.mending.is_look_due && self.mending.look_at <= now {
+            self.mending.look_at = now + LOOK_PAUSE;
             self.look_at_triggers()?;
         }
         if !self.mending.broken.is_empty() && self.mending.mend_at <= now {

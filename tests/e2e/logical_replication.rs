@@ -10,6 +10,10 @@ const LOGICAL: &[(&str, &str)] = &[("wal_level", "logical"), ("wal_receiver_stat
 
 /// The new server, with the old one's schema and backends, and a subscription to everything.
 fn subscribed(old: &Postgres) -> Postgres {
+    subscribed_to(old, "all tables")
+}
+
+fn subscribed_to(old: &Postgres, what: &str) -> Postgres {
     let new = Postgres::with(LOGICAL).start();
     for args in [
         &["-d", "postgres", "--schema-only"][..],
@@ -19,7 +23,7 @@ fn subscribed(old: &Postgres) -> Postgres {
         assert!(ran.ok, "{}", ran.stderr);
         new.restore("postgres", &ran.stdout);
     }
-    old.exec("create publication everything for all tables");
+    old.exec(&format!("create publication everything for {what}"));
     new.exec(&format!(
         "create subscription old connection 'host={} port=5432 dbname=postgres user=postgres' publication everything",
         old.host().display()
@@ -241,4 +245,30 @@ fn a_truncate_of_the_old_server_leaves_the_rows_of_the_new_one() {
     new.exec("update outbox.backends set enabled = true");
     let expected: Vec<String> = (1..=20).map(|i| format!("own {i}")).collect();
     assert_eq!(types(&old.redis.wait_entries("own", 20)), expected);
+}
+
+/// The old server is gone, and nobody knows how far it came: its events are looked for in the streams.
+#[test]
+fn what_a_lost_server_had_sent_is_found_and_not_repeated() {
+    let mut old = old_server();
+    let new = subscribed_to(&old.pg, "table outbox.events");
+    let expected: Vec<String> = (1..=110).map(|i| format!("n{i}")).collect();
+    for event in &expected[..100] {
+        old.publish(event);
+    }
+    old.wait_events(100);
+    old.pg.exec("update outbox.backends set enabled = false");
+    for event in &expected[100..] {
+        old.publish(event);
+    }
+    wait_caught_up(&old.pg);
+    old.pg.crash();
+    assert_eq!(new.one::<i64>("select count(*) from outbox.held_events"), 110);
+    new.exec("select outbox.take_over('default')");
+    assert_eq!(types(&old.wait_events(110)), expected);
+    new.wait_log(
+        "100 of the events after its saved position stand in the streams already and are not repeated, 10 are sent",
+    );
+    new.exec("select outbox.publish_event('new', 's')");
+    assert_eq!(types(&old.wait_events(111))[110], "new");
 }
