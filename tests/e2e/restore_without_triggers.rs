@@ -127,9 +127,8 @@ fn carry(from: &Postgres, to: &Postgres, form: Form) {
                 "postgres",
                 &format!(
                     "begin; alter table outbox.events disable trigger user; {script}\n\
-                     alter table outbox.events enable always trigger complete_event;\n\
-                     alter table outbox.events enable always trigger \"~confirm_event\";\n\
-                     alter table outbox.events enable always trigger refuse_update; commit;"
+                     do $$ declare t record; begin for t in select name from outbox.our_triggers() where relation = 'events' loop \
+                     execute format('alter table outbox.events enable always trigger %I', t.name); end loop; end $$; commit;"
                 ),
             );
         }
@@ -326,7 +325,11 @@ fn scheduled_and_failed_events_go_on_while_a_trigger_cannot_be_mended() {
     stack.redis.call(&["DEL", "wrong"]);
     assert_eq!(stack.pg.one::<i64>("select outbox.retry_failed()"), 1);
     assert_eq!(types(&stack.redis.wait_entries("wrong", 1)), ["failed"]);
-    assert_eq!(stack.pg.one::<i64>(BROKEN), 3);
+    assert!(
+        stack
+            .pg
+            .one::<bool>("select count(*) > 0 and bool_and(found = 'disabled') from outbox.broken_triggers()")
+    );
     open.commit().unwrap();
     wait_eq("the triggers", 0i64, || stack.pg.one(BROKEN));
     assert_eq!(types(&stack.wait_events(3)), ["looks", "soon", "open"]);
