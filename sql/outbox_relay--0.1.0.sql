@@ -125,6 +125,8 @@ alter sequence outbox.events_seq_seq owned by outbox.events.seq;
 alter table outbox.events add primary key (seq);
 create unique index events_event_id_idx on outbox.events (event_id);
 create index events_xid_idx on outbox.events (xid, seq);
+-- For those who look: the latest events, and those of some time.
+create index events_created_at_idx on outbox.events (created_at);
 
 comment on table outbox.events is 'The outbox: one row an event, kept until its retention ends. Rows are never updated; what was delivered is in outbox.cursors.';
 comment on sequence outbox.events_seq_seq is 'Publishing order. May be set back or forward by anybody: numbers go on above all that were given. With another type, INCREMENT, CACHE or CYCLE, publishing is refused.';
@@ -835,29 +837,14 @@ from outbox.worker_status() w
     ) b;
 comment on view outbox.status is 'The relay of this database in one row.';
 
+-- One branch for each status, so that who asks for one looks at nothing else.
 create view outbox.event_status with (security_barrier) as
-select e.event_id, e.event_type, e.source, e.subject, coalesce(b.name, e.backend) as backend,
-    coalesce(e.stream, b.stream_name, pg_catalog.current_setting('outbox_relay.redis_stream_name', true)) as stream,
-    e.created_at, null::timestamptz as scheduled_at,
-    case
-        when f.seq is not null then 'failed'
-        when r.seq is not null then 'pending'
-        when c.is_delivered then 'published'
-        else 'pending'
-    end as status,
-    coalesce(f.attempts, r.attempts, case when c.is_delivered then 1 else 0 end) as attempts,
-    coalesce(f.last_error, r.last_error) as last_error
-from outbox.events e
-    left join outbox.backends b on b.number = e.backend_number
-    -- The cursor of the event's slot, where that has one.
-    left join lateral (
-        select outbox.is_delivered(k, e.xid, e.seq) as is_delivered
-        from outbox.cursors k
-        where k.backend_number = e.backend_number and k.slot in (-1, outbox.hash_slot(coalesce(e.stream, b.stream_name, '')))
-        order by k.slot desc limit 1
-    ) c on true
-    left join outbox.failed_events f on f.event_id = e.event_id and f.seq = e.seq
-    left join outbox.refused_events r on r.seq = e.seq and r.accepted_in is null
+select f.event_id, f.event_type, f.source, f.subject, coalesce(b.name, f.backend) as backend,
+    coalesce(f.stream, b.stream_name, pg_catalog.current_setting('outbox_relay.redis_stream_name', true)) as stream,
+    f.created_at, null::timestamptz as scheduled_at, 'failed' as status, f.attempts, f.last_error
+-- Kept here longer than in outbox.events.
+from outbox.failed_events f
+    left join outbox.backends b on b.number = f.backend_number
 union all
 select e.event_id, e.event_type, e.source, e.subject, coalesce(b.name, e.backend),
     coalesce(e.stream, b.stream_name, pg_catalog.current_setting('outbox_relay.redis_stream_name', true)),
@@ -865,14 +852,62 @@ select e.event_id, e.event_type, e.source, e.subject, coalesce(b.name, e.backend
 from outbox.scheduled_events e
     left join outbox.backends b on b.number = e.backend_number
 union all
--- Kept here longer than in outbox.events.
 select e.event_id, e.event_type, e.source, e.subject, coalesce(b.name, e.backend),
     coalesce(e.stream, b.stream_name, pg_catalog.current_setting('outbox_relay.redis_stream_name', true)),
-    e.created_at, null, 'failed', e.attempts, e.last_error
-from outbox.failed_events e
+    e.created_at, null, 'pending', r.attempts, r.last_error
+from outbox.refused_events r
+    join outbox.events e on e.seq = r.seq
     left join outbox.backends b on b.number = e.backend_number
-where not exists (select from outbox.events o where o.event_id = e.event_id and o.seq = e.seq);
-comment on view outbox.event_status is 'One row an event, without its payload. Ask for one by event_id: that is an index look-up.';
+where r.accepted_in is null
+    and not exists (select from outbox.failed_events f where f.event_id = e.event_id and f.seq = e.seq)
+union all
+select e.event_id, e.event_type, e.source, e.subject, coalesce(b.name, e.backend),
+    coalesce(e.stream, b.stream_name, pg_catalog.current_setting('outbox_relay.redis_stream_name', true)),
+    e.created_at, null, 'pending', 0, null
+-- What not all cursors see: events of later transactions, and of those that were open for one. (That they have numbers is always so; it
+-- tells the planner that they are few, as a rule.)
+from (
+        select n.* from outbox.events n
+        where n.xid >= coalesce((select case when exists (select from outbox.backends s where not exists (select from outbox.cursors k where k.backend_number = s.number))
+                then '0' else (select pg_snapshot_xmax(k.from_snapshot) as xid from outbox.cursors k order by xid limit 1) end), '0')
+            and n.xid <= '18446744073709551615'
+            and n.seq between (select -9223372036854775808) and (select 9223372036854775807)
+        union all
+        select l.* from outbox.events l
+        where exists (select from outbox.cursors k, pg_snapshot_xip(k.from_snapshot))
+            and l.xid = any (array(select running.xid from outbox.cursors k, pg_snapshot_xip(k.from_snapshot) running(xid)))
+            and l.xid < coalesce((select case when exists (select from outbox.backends s where not exists (select from outbox.cursors k where k.backend_number = s.number))
+                then '0' else (select pg_snapshot_xmax(k.from_snapshot) as xid from outbox.cursors k order by xid limit 1) end), '0')
+            and l.backend_number between (select -2147483648) and (select 2147483647)
+    ) e
+    left join outbox.backends b on b.number = e.backend_number
+    left join lateral (
+        select outbox.is_delivered(k, e.xid, e.seq) as is_delivered
+        from outbox.cursors k
+        where k.backend_number = e.backend_number and k.slot in (-1, outbox.hash_slot(coalesce(e.stream, b.stream_name, '')))
+        order by k.slot desc limit 1
+    ) c on true
+where c.is_delivered is not true
+    and not exists (select from outbox.refused_events r where r.seq = e.seq and r.accepted_in is null)
+    and not exists (select from outbox.failed_events f where f.event_id = e.event_id and f.seq = e.seq)
+union all
+(select e.event_id, e.event_type, e.source, e.subject, coalesce(b.name, e.backend),
+    coalesce(e.stream, b.stream_name, pg_catalog.current_setting('outbox_relay.redis_stream_name', true)),
+    e.created_at, null, 'published', 1, null
+from outbox.events e
+    left join outbox.backends b on b.number = e.backend_number
+    left join lateral (
+        select outbox.is_delivered(k, e.xid, e.seq) as is_delivered
+        from outbox.cursors k
+        where k.backend_number = e.backend_number and k.slot in (-1, outbox.hash_slot(coalesce(e.stream, b.stream_name, '')))
+        order by k.slot desc limit 1
+    ) c on true
+where c.is_delivered
+    and not exists (select from outbox.refused_events r where r.seq = e.seq and r.accepted_in is null)
+    and not exists (select from outbox.failed_events f where f.event_id = e.event_id and f.seq = e.seq)
+-- In an order in which the latest few are found at once.
+order by e.created_at desc);
+comment on view outbox.event_status is 'One row an event, without its payload. Quick to ask by event_id, by status (all but published) and for the latest by created_at; for anything else, say from when on (created_at >= ...).';
 
 ----------------------------------------------------------------------------------------------------------------------
 -- Acting

@@ -131,6 +131,8 @@ pub struct Backend {
     release: Release,
     /// To be written down before the cursor is saved.
     pub records: Vec<Record>,
+    /// A pass has written something down, which must be durable before a batch says that it lies behind.
+    pub is_unflushed: bool,
     standing: Standing,
     /// `delivery.published()` that `standing` includes already.
     counted: u64,
@@ -219,6 +221,7 @@ impl Backend {
             beat: 0,
             release: Release::None,
             records: Vec::new(),
+            is_unflushed: false,
             saved_published: standing.published_total,
             standing,
             counted: 0,

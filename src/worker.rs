@@ -24,6 +24,7 @@ use crate::purge::Purge;
 use crate::recovery;
 use crate::rights;
 use crate::shmem::{self, Slot, SlotState};
+use crate::ticker;
 use pgrx::{pg_guard, pg_sys};
 use relay::classify::Failure;
 use relay::delivery::Now;
@@ -431,6 +432,9 @@ impl Worker {
             match care::transaction(|| pass::refused_batch(backend, &retries)) {
                 Ok(retried) => {
                     let is_sent = retried.batch.is_some();
+                    if is_sent && std::mem::take(&mut backend.is_unflushed) {
+                        self.flushed = self.flushed.max(ticker::flush());
+                    }
                     backend.send(retried.batch.into_iter().collect(), self.flushed);
                     let delivery = &mut backend.delivery;
                     retried

@@ -260,12 +260,18 @@ impl Worker {
     /// Makes durable what was written down: the next batch lies behind it, also in the guard's words.
     pub(super) fn flush(&mut self) {
         self.flushed = self.flushed.max(ticker::flush());
+        self.backends.iter_mut().for_each(|b| b.is_unflushed = false);
     }
 
     /// One scan for a group of backends.
     fn read_group(&mut self, group: &Group, now: Now) -> Result<(), Aborted> {
         let readers = care::transaction(|| pass::read(&mut self.backends, group))?;
-        if readers.iter().any(|r| r.wrote) {
+        for reader in readers.iter().filter(|r| r.wrote) {
+            self.backends[reader.index].is_unflushed = true;
+        }
+        // Each pass that only parks need not wait for the disk.
+        let tells = |r: &pass::Reader| !r.built.is_empty() && self.backends[r.index].is_unflushed;
+        if readers.iter().any(tells) {
             self.flush();
         }
         for reader in readers {
