@@ -75,6 +75,10 @@ fn words_of(error: Aborted, is_its: fn(PgSqlErrorCode) -> bool) -> String {
 /// Whether an ERROR may be the fault of one row: not one of locks, memory, files, or somebody's will.
 pub fn is_of_a_row(code: PgSqlErrorCode) -> bool {
     use PgSqlErrorCode::*;
+    // Of the same class, but no row's fault: nothing gets a number.
+    if code == ERRCODE_SEQUENCE_GENERATOR_LIMIT_EXCEEDED {
+        return false;
+    }
     is_of(
         code,
         &[

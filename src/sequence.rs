@@ -40,6 +40,18 @@ pub fn last(sequence: pg_sys::Oid) -> i64 {
 /// Where its page's last record ends in the WAL: once it is flushed up to there, none of the numbers that were drawn is drawn again after
 /// a crash. `None`: somebody has locked it for himself, whom delivery does not wait for.
 pub fn last_record(sequence: pg_sys::Oid) -> Option<u64> {
+    look(sequence).map(|(_, lsn)| lsn)
+}
+
+/// That it has come to its end, as a sentence.
+pub fn end_reached(sequence: pg_sys::Oid) -> Option<String> {
+    let maximum = maximum(sequence);
+    let is_reached = look(sequence).is_some_and(|(last, _)| last >= maximum);
+    is_reached.then(|| format!("Its MAXVALUE is {maximum}, and that number was given."))
+}
+
+/// Its page, unless somebody has locked it for himself.
+fn look(sequence: pg_sys::Oid) -> Option<(i64, u64)> {
     // SAFETY: takes a lock, or does not, within a transaction; raises an ERROR if it is gone.
     let relation = unsafe {
         if !pg_sys::ConditionalLockRelationOid(sequence, LOCK) {
@@ -47,10 +59,10 @@ pub fn last_record(sequence: pg_sys::Oid) -> Option<u64> {
         }
         pg_sys::relation_open(sequence, pg_sys::NoLock as pg_sys::LOCKMODE)
     };
-    let (_, lsn) = page_of(relation);
+    let page = page_of(relation);
     // SAFETY: locked and opened above.
     unsafe { pg_sys::relation_close(relation, LOCK) };
-    Some(lsn)
+    Some(page)
 }
 
 const LOCK: pg_sys::LOCKMODE = pg_sys::AccessShareLock as pg_sys::LOCKMODE;

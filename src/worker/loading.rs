@@ -176,7 +176,9 @@ pub(super) fn says_trouble_of_sequence() -> bool {
     thread_local! {
         static SAID: Cell<Option<Instant>> = const { Cell::new(None) };
     }
-    let trouble = catalog::relations().and_then(|relations| sequence::trouble(relations.sequence));
+    let trouble = catalog::relations()
+        .map(|relations| relations.sequence)
+        .and_then(|sequence| sequence::trouble(sequence).or_else(|| sequence::end_reached(sequence)));
     let Some(trouble) = trouble else {
         SAID.set(None);
         return false;
