@@ -149,6 +149,10 @@ pub struct Backend {
     pub rests_until: Now,
     /// Restores whose events a lane has compared.
     compared: Vec<i64>,
+    /// More events of a dump have come meanwhile: nothing is read until they are compared, too.
+    holds: bool,
+    /// Events of a dump are compared again not before this.
+    compares_at: Now,
     /// High end of the saved cursor, and so of what a restart would read again.
     saved_high_seq: i64,
     /// How often it refreshes the guard, as it has told or will tell.
@@ -207,6 +211,8 @@ impl Backend {
             number,
             lane,
             compared: Vec::new(),
+            holds: false,
+            compares_at: Now::ZERO,
             role,
             row,
             destination,
@@ -258,12 +264,19 @@ impl Backend {
 
     /// Whether it is up and well, so that others may wait for it to come to where they are.
     pub fn is_keeping_up(&self) -> bool {
-        self.reads_for_redis() && self.is_enabled() && self.delivery.is_up() && self.delivery.trouble().is_none()
+        self.reads_for_redis()
+            && self.is_enabled()
+            && self.delivery.is_up()
+            && self.delivery.trouble().is_none()
+            && self.records.is_empty()
+            && !self.holds
     }
 
     /// Whether rows can be read for it now.
     pub fn is_ready(&self, now: Now) -> bool {
-        self.is_enabled() && now >= self.rests_until && (!self.reads_for_redis() || self.delivery.has_room())
+        // What was refused must be written down first.
+        let can_send = || self.delivery.has_room() && self.records.is_empty() && !self.holds;
+        self.is_enabled() && now >= self.rests_until && (!self.reads_for_redis() || can_send())
     }
 
     /// Whether a sender is busy.

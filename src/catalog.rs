@@ -4,7 +4,8 @@
 //! in between marks it invalid again), and it sees a backend made by its own transaction.
 
 use crate::error::{internal, raise};
-use crate::rows::{Columns, attribute, texts_of_array};
+use crate::missing;
+use crate::rows::{Columns, EventsTable, attribute, texts_of_array};
 use once_cell::unsync::OnceCell;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{PgSqlErrorCode, pg_guard, pg_sys};
@@ -14,12 +15,16 @@ use std::ffi::CStr;
 use std::rc::Rc;
 use wildmatch::WildMatch;
 
-/// OIDs of what we read and write without SQL.
+/// OIDs of what we read and write without SQL. Those of `events`, the sequence and `backends` are there, others may be missing
+/// (`InvalidOid`); see the module `missing`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Relations {
     pub events: pg_sys::Oid,
+    /// Indexes are known by what they index, whatever they are called: somebody may have put another in the place of ours.
     pub events_seq_key: pg_sys::Oid,
     pub events_xid_key: pg_sys::Oid,
+    pub events_id_key: pg_sys::Oid,
+    pub scheduled_id_key: pg_sys::Oid,
     pub sequence: pg_sys::Oid,
     pub scheduled: pg_sys::Oid,
     pub backends: pg_sys::Oid,
@@ -52,6 +57,10 @@ const TABLES: [&CStr; 18] = [
     c"kept_rows",
 ];
 
+type Watched = [pg_sys::Oid; TABLES.len() + 1];
+/// Of `backends` among [`TABLES`].
+const BACKENDS_TABLE: usize = 1;
+
 impl Relations {
     /// All tables that the worker writes.
     pub fn tables(&self) -> &[pg_sys::Oid] {
@@ -63,45 +72,87 @@ impl Relations {
         &self.settings_tables
     }
 
-    /// Who owns our tables, now: what is on a table runs with its owner's rights. An ERROR if they are not all of one owner.
-    pub fn owner(&self) -> pg_sys::Oid {
-        let owner = owner_of(self.events);
+    /// Who owns our tables, as far as they are there.
+    fn owner(&self) -> pg_sys::Oid {
+        let mut first: Option<(pg_sys::Oid, &CStr)> = None;
         for (table, name) in self.tables.iter().zip(TABLES) {
-            if owner_of(*table) != owner {
-                raise(
+            let owner = class_of(*table).owner;
+            match first {
+                _ if owner == pg_sys::InvalidOid => {}
+                None => first = Some((owner, name)),
+                Some((other, other_name)) if other != owner => raise(
                     ErrorReport::new(
                         PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
                         format!(
-                            "table outbox.{} has another owner than outbox.events",
-                            name.to_string_lossy()
+                            "table outbox.{} has another owner than outbox.{}",
+                            name.to_string_lossy(),
+                            other_name.to_string_lossy()
                         ),
                         "",
                     )
                     .set_hint("Give all tables in schema outbox the same owner, a superuser."),
-                );
+                ),
+                Some(_) => {}
             }
         }
-        owner
+        first.map_or_else(|| missing::table(c"events"), |(owner, _)| owner)
     }
+
+    fn is_whole(&self) -> bool {
+        !self.tables.contains(&pg_sys::InvalidOid) && self.sequence != pg_sys::InvalidOid
+    }
+
+    fn has(&self, relation: pg_sys::Oid) -> bool {
+        let others = [
+            self.events_seq_key,
+            self.events_xid_key,
+            self.events_id_key,
+            self.scheduled_id_key,
+            self.sequence,
+        ];
+        others.contains(&relation) || self.tables.contains(&relation)
+    }
+}
+
+/// Who owns our tables, now: what is on a table runs with its owner's rights. An ERROR if they are not all of one owner.
+pub fn owner() -> pg_sys::Oid {
+    let known = RELATIONS.get().or_else(look_up);
+    known.unwrap_or_else(|| missing::extension()).owner()
 }
 
 /// A relation's owner by the catalog as of now; nobody if it has gone.
 pub fn owner_of(relation: pg_sys::Oid) -> pg_sys::Oid {
+    class_of(relation).owner
+}
+
+/// Of a relation by the catalog as of now; nothing if it has gone.
+struct Class {
+    owner: pg_sys::Oid,
+    method: pg_sys::Oid,
+}
+
+fn class_of(relation: pg_sys::Oid) -> Class {
     // SAFETY: a look-up within a transaction; the tuple is released once it was read.
     unsafe {
         let cache = pg_sys::SysCacheIdentifier::RELOID as i32;
         let tuple = pg_sys::SearchSysCache1(cache, pg_sys::Datum::from(relation));
         if tuple.is_null() {
-            return pg_sys::InvalidOid;
+            return Class {
+                owner: pg_sys::InvalidOid,
+                method: pg_sys::InvalidOid,
+            };
         }
         let data = (*tuple).t_data;
         let class = data
             .cast::<u8>()
             .add((*data).t_hoff as usize)
             .cast::<pg_sys::FormData_pg_class>();
-        let owner = (*class).relowner;
+        let found = Class {
+            owner: (*class).relowner,
+            method: (*class).relam,
+        };
         pg_sys::ReleaseSysCache(tuple);
-        owner
+        found
     }
 }
 
@@ -131,35 +182,24 @@ thread_local! {
     static RELATIONS: Cell<Option<Relations>> = const { Cell::new(None) };
     static BACKENDS_VALID: Cell<bool> = const { Cell::new(false) };
     static BACKENDS: RefCell<HashMap<String, Rc<KnownBackend>>> = RefCell::new(HashMap::new());
-    /// Counts invalidations, for the worker.
+    /// All our tables and the sequence, as they were known last.
+    static WATCHED: Cell<Watched> = const { Cell::new([pg_sys::InvalidOid; TABLES.len() + 1]) };
+    /// Counts their invalidations, for the worker.
     static GENERATION: Cell<u64> = const { Cell::new(0) };
 }
 
 #[pg_guard]
 // SAFETY: called by Postgres alone, in this process; it touches only variables of this thread.
 unsafe extern "C-unwind" fn on_invalidation(_arg: pg_sys::Datum, relation: pg_sys::Oid) {
-    let Some(known) = RELATIONS.get() else {
-        return;
-    };
     let all = relation == pg_sys::InvalidOid;
-    if all || relation == known.backends || relation == known.backend_passwords {
-        BACKENDS_VALID.set(false);
+    let watched = WATCHED.get();
+    if all || watched.contains(&relation) {
         GENERATION.set(GENERATION.get() + 1);
     }
-    let ours = [
-        known.events,
-        known.events_seq_key,
-        known.events_xid_key,
-        known.sequence,
-        known.scheduled,
-        known.backends,
-        known.backend_passwords,
-    ];
-    if all || ours.contains(&relation) {
-        RELATIONS.set(None);
+    if all || watched[BACKENDS_TABLE] == relation {
         BACKENDS_VALID.set(false);
-        GENERATION.set(GENERATION.get() + 1);
-    } else if known.tables.contains(&relation) {
+    }
+    if RELATIONS.get().is_some_and(|known| all || known.has(relation)) {
         RELATIONS.set(None);
     }
 }
@@ -173,30 +213,56 @@ fn register() {
     });
 }
 
-/// Changes whenever backends or our tables may have changed. Needs a transaction that has taken in invalidations.
+/// Changes whenever our tables may have changed. Needs a transaction that has taken in invalidations.
 pub fn generation() -> u64 {
     GENERATION.get()
 }
 
-/// Our relations, or `None` where the extension is not installed. Needs a transaction.
+/// Our relations, or `None` where the extension is not installed. An ERROR in words where it is, and what everybody needs of it is
+/// missing. Needs a transaction.
 pub fn relations() -> Option<Relations> {
     if let Some(known) = RELATIONS.get() {
         return Some(known);
     }
+    let found = look_up()?;
+    for (table, name) in [(found.events, c"events"), (found.backends, c"backends")] {
+        if table == pg_sys::InvalidOid {
+            missing::table(name);
+        }
+    }
+    if found.sequence == pg_sys::InvalidOid {
+        missing::sequence();
+    }
+    expect_shape(c"events", found.events, &EVENT_TYPES);
+    if found.scheduled != pg_sys::InvalidOid {
+        expect_shape(c"scheduled_events", found.scheduled, &EVENT_TYPES);
+    }
+    if found.is_whole() {
+        RELATIONS.set(Some(found));
+    }
+    Some(found)
+}
+
+/// What is there; `None`: the extension is not. From now on its changes are heard of.
+fn look_up() -> Option<Relations> {
     register();
     // SAFETY: catalog look-ups by constant names within a transaction.
     let found = unsafe {
         let schema = pg_sys::get_namespace_oid(c"outbox".as_ptr(), true);
-        if schema == pg_sys::InvalidOid {
-            return None;
-        }
-        let oid = |name: &CStr| pg_sys::get_relname_relid(name.as_ptr(), schema);
+        let oid = |name: &CStr| match schema {
+            pg_sys::InvalidOid => pg_sys::InvalidOid,
+            schema => pg_sys::get_relname_relid(name.as_ptr(), schema),
+        };
+        let (events, scheduled) = (oid(c"events"), oid(c"scheduled_events"));
+        let [seq, xid, event_id] = [attribute::SEQ, attribute::XID, attribute::EVENT_ID];
         Relations {
-            events: oid(c"events"),
-            events_seq_key: oid(c"events_pkey"),
-            events_xid_key: oid(c"events_xid_idx"),
+            events,
+            events_seq_key: index_on(events, &[seq], false),
+            events_xid_key: index_on(events, &[xid, seq], false),
+            events_id_key: index_on(events, &[event_id], true),
+            scheduled_id_key: index_on(scheduled, &[event_id], true),
             sequence: oid(c"events_seq_seq"),
-            scheduled: oid(c"scheduled_events"),
+            scheduled,
             backends: oid(c"backends"),
             backend_passwords: oid(c"backend_passwords"),
             triggers: [c"complete_event", c"confirm_event", c"hold_event", c"hold_scheduled"]
@@ -205,23 +271,115 @@ pub fn relations() -> Option<Relations> {
             tables: TABLES.map(oid),
         }
     };
-    let missing = [
-        found.events,
-        found.events_seq_key,
-        found.events_xid_key,
-        found.sequence,
-        found.scheduled,
-        found.backends,
-        found.backend_passwords,
-    ]
-    .contains(&pg_sys::InvalidOid);
-    if missing {
-        return None;
+    let mut watched = WATCHED.get();
+    let now = found.tables.iter().chain([&found.sequence]);
+    for (known, relation) in watched.iter_mut().zip(now).filter(|(_, r)| **r != pg_sys::InvalidOid) {
+        *known = *relation;
     }
-    expect_shape(c"events", found.events, &EVENT_TYPES);
-    expect_shape(c"scheduled_events", found.scheduled, &EVENT_TYPES);
-    RELATIONS.set(Some(found));
-    Some(found)
+    WATCHED.set(watched);
+    // Only then is it worth a look whether the extension is there.
+    (found.is_whole() || is_installed()).then_some(found)
+}
+
+/// Whether the extension is installed in this database, whatever of it is there.
+pub fn is_installed() -> bool {
+    // SAFETY: a catalog look-up within a transaction.
+    unsafe { pg_sys::get_extension_oid(c"outbox_relay".as_ptr(), true) != pg_sys::InvalidOid }
+}
+
+/// A valid btree index that begins with these columns, in this order; `is_unique`: on them alone, so that each value is there once.
+/// By the catalog, without a lock on the table.
+///
+/// # Safety
+/// Within a transaction.
+unsafe fn index_on(table: pg_sys::Oid, columns: &[usize], is_unique: bool) -> pg_sys::Oid {
+    if table == pg_sys::InvalidOid {
+        return pg_sys::InvalidOid;
+    }
+    let lock = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
+    let mut index = pg_sys::InvalidOid;
+    // SAFETY: a scan of a catalog; the values are of its columns' types, and live as long as the tuple.
+    unsafe {
+        let catalog = pg_sys::table_open(pg_sys::IndexRelationId, lock);
+        let attributes = [
+            pg_sys::Anum_pg_index_indexrelid,
+            pg_sys::Anum_pg_index_indisunique,
+            pg_sys::Anum_pg_index_indimmediate,
+            pg_sys::Anum_pg_index_indisvalid,
+            pg_sys::Anum_pg_index_indisready,
+            pg_sys::Anum_pg_index_indislive,
+            pg_sys::Anum_pg_index_indnkeyatts,
+            pg_sys::Anum_pg_index_indkey,
+            pg_sys::Anum_pg_index_indoption,
+            pg_sys::Anum_pg_index_indexprs,
+            pg_sys::Anum_pg_index_indpred,
+        ];
+        let rows = Columns::at(catalog, attributes.map(|number| number as usize).into());
+        let mut key: pg_sys::ScanKeyData = std::mem::zeroed();
+        pg_sys::ScanKeyInit(
+            &mut key,
+            pg_sys::Anum_pg_index_indrelid as i16,
+            pg_sys::BTEqualStrategyNumber as u16,
+            pg_sys::Oid::from(pg_sys::F_OIDEQ),
+            pg_sys::Datum::from(table),
+        );
+        let by_table = pg_sys::Oid::from(pg_sys::IndexIndrelidIndexId);
+        let scan = pg_sys::systable_beginscan(catalog, by_table, true, std::ptr::null_mut(), 1, &mut key);
+        loop {
+            let tuple = pg_sys::systable_getnext(scan);
+            if tuple.is_null() {
+                break;
+            }
+            let row = rows.take_apart(tuple);
+            let says = |column: usize| row.datum(column).is_some_and(|d| d.value() as u8 != 0);
+            let count = row.datum(6).map_or(0, |d| d.value() as i16 as usize);
+            let (Some(oid), Some(indexed), Some(options)) = (row.datum(0), row.datum(7), row.datum(8)) else {
+                continue;
+            };
+            let is_usable = says(3) && says(4) && says(5) && row.datum(9).is_none() && row.datum(10).is_none();
+            let is_key = match is_unique {
+                true => says(1) && says(2) && count == columns.len(),
+                false => count >= columns.len(),
+            };
+            if !is_usable || !is_key {
+                continue;
+            }
+            let (indexed, options) = (
+                indexed.cast_mut_ptr::<pg_sys::int2vector>(),
+                options.cast_mut_ptr::<pg_sys::int2vector>(),
+            );
+            let indexed = (*indexed).values.as_slice(columns.len());
+            // Descending, or nulls first, which come with it: another order.
+            let options = (*options).values.as_slice(columns.len());
+            let begins = indexed.iter().zip(columns).all(|(is, must)| *is as usize == *must);
+            let oid = pg_sys::Oid::from(oid.value() as u32);
+            if begins && options.iter().all(|o| *o == 0) && class_of(oid).method == BTREE {
+                index = oid;
+                break;
+            }
+        }
+        pg_sys::systable_endscan(scan);
+        pg_sys::table_close(catalog, lock);
+    }
+    index
+}
+
+/// The access method of btree indexes (pg_am.dat).
+const BTREE: pg_sys::Oid = pg_sys::BTREE_AM_OID;
+
+/// Whether the table of events can be opened now, with what is needed to read it. Needs a transaction.
+pub fn can_read() -> bool {
+    relations().is_some_and(|known| EventsTable::is_open_to_all(&known))
+}
+
+/// Whether the table of cursors can be written to now. Needs a transaction.
+pub fn can_save() -> bool {
+    let lock = pg_sys::RowExclusiveLock as pg_sys::LOCKMODE;
+    let cursors = TABLES.iter().position(|table| *table == c"cursors");
+    let table = relations().zip(cursors).map(|(known, index)| known.tables[index]);
+    let table = table.filter(|table| *table != pg_sys::InvalidOid);
+    // SAFETY: takes a lock within a transaction, or does not.
+    table.is_some_and(|table| unsafe { pg_sys::ConditionalLockRelationOid(table, lock) })
 }
 
 /// A function of ours without arguments; nobody's number if there is none.
@@ -273,7 +431,7 @@ fn expect_shape(name: &CStr, table: pg_sys::Oid, types: &[pg_sys::Oid]) {
 
 /// Our relations, or an ERROR.
 pub fn expect_relations() -> Relations {
-    relations().unwrap_or_else(|| internal("the tables of extension outbox_relay are missing"))
+    relations().unwrap_or_else(|| missing::extension())
 }
 
 /// A backend by name. Costs nothing but a look-up unless backends have changed.

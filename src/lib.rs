@@ -41,6 +41,7 @@ mod foreign;
 mod guc;
 mod insertion;
 mod launcher;
+mod missing;
 mod numbers;
 mod object_access;
 mod outbox;

@@ -184,7 +184,11 @@ fn highest_kept(relations: &Relations) -> i64 {
 
 /// The highest number of a row of `outbox.events`, whoever has inserted it.
 fn highest_event(relations: &Relations) -> i64 {
-    last_of(relations.events, relations.events_seq_key)
+    match relations.events_seq_key {
+        // Somebody has dropped it. All rows are looked at then; but it is not asked often.
+        pg_sys::InvalidOid => highest_of_columns(relations.events, &["seq"]),
+        key => last_of(relations.events, key),
+    }
 }
 
 /// A table of ours.

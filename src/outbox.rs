@@ -2,8 +2,10 @@
 //! something is wrong. (Events themselves are read in `rows.rs` and inserted in `publish.rs`, without SQL.)
 
 use crate::care::{self, Kept};
+use crate::catalog;
 use crate::encoding;
 use crate::error::internal;
+use crate::missing::Index;
 use crate::ownership;
 use crate::publish::text_datum;
 use crate::rights;
@@ -210,19 +212,40 @@ pub fn installation() -> String {
         .unwrap_or_default()
 }
 
-/// All backends.
-pub fn backends() -> Vec<BackendRow> {
+/// Restores of one backend that are looked at at once.
+const RESTORES_AT_ONCE: i32 = 1_000;
+
+/// Whether there are restores that a snapshot does not see.
+pub fn has_later_restores(seen: &Snapshot) -> bool {
+    query(
+        "select exists (select from outbox.restores r where not pg_visible_in_snapshot(r.xid, $1::pg_snapshot))",
+        &[seen.to_string().into()],
+        |row| value(row, 1),
+    )
+    .pop()
+    .flatten()
+    .unwrap_or(false)
+}
+
+/// All backends, with those restores that a snapshot sees, some of them.
+pub fn backends(seen: &Snapshot) -> Vec<BackendRow> {
     query(
         "select b.number, b.name, b.enabled, b.host, b.port, b.db, b.username, b.stream_name, b.max_len,
             (extract(epoch from b.connect_timeout) * 1000)::bigint, (extract(epoch from b.socket_timeout) * 1000)::bigint,
             b.unix_socket, b.password_file, p.password, b.delivery, b.on_missing_guard, b.wait_replicas,
             exists (select from outbox.take_overs t where t.backend_number = b.number and t.asked_of = $1),
-            array(select r.number from outbox.restores r where r.backend_number = b.number),
+            array(select r.number from outbox.restores r
+                where r.backend_number = b.number and pg_visible_in_snapshot(r.xid, $2::pg_snapshot)
+                order by r.number limit $3),
             b.mode, coalesce(b.nodes, '{}'), b.sentinel_master,
             b.tls, b.tls_ca_file, b.tls_cert_file, b.tls_key_file, b.tls_insecure
         from outbox.backends b left join outbox.backend_passwords p on p.backend_number = b.number
         order by b.number",
-        &[argument(&ownership::here())],
+        &[
+            argument(&ownership::here()),
+            seen.to_string().into(),
+            RESTORES_AT_ONCE.into(),
+        ],
         |row| BackendRow {
             number: value(row, 1).unwrap_or_default(),
             name: text(row, 2).unwrap_or_default(),
@@ -465,25 +488,66 @@ pub fn oldest_tick(number: i32) -> Option<Arc<Tick>> {
     .flatten()
 }
 
-/// Scheduled events that are due at the time $1, at most $2. The time is a value, so that the index is read up to there; a clock would be
-/// asked again at each row of it.
-const DUE: &str = "select d.event_id from outbox.scheduled_events d
-    where d.scheduled_at <= $1 order by d.scheduled_at, d.seq limit $2";
+fn uuids<'a>(ids: &[[u8; 16]]) -> DatumWithOid<'a> {
+    let ids: Vec<pgrx::Uuid> = ids.iter().map(|id| pgrx::Uuid::from_bytes(*id)).collect();
+    ids.into()
+}
 
-/// Moves scheduled events that are due at `now_us` (microseconds since 2000) into `outbox.events`, at most `count`; returns how many there
-/// were. With all that the trigger fills in: it may be off.
-pub fn move_due(now_us: i64, count: i64) -> u64 {
-    move_scheduled(DUE, &[timestamp(now_us), count.into()])
+/// Scheduled events that are due at the time $1, at most $2, but for those that are held ($3). The time is a value, so that the index is
+/// read up to there; a clock would be asked again at each row of it.
+const DUE: &str = "select d.event_id from outbox.scheduled_events d
+    where d.scheduled_at <= $1 and d.event_id <> all($3) order by d.scheduled_at, d.seq limit $2";
+/// The same but for those whose rows somebody has locked.
+const DUE_AND_FREE: &str = "select d.event_id from outbox.scheduled_events d
+    where d.scheduled_at <= $1 and d.event_id <> all($3) order by d.scheduled_at, d.seq limit $2 for update skip locked";
+
+/// Scheduled events that are due at `now_us` (microseconds since 2000), but for those that are `held`: at most `count`.
+pub fn due(now_us: i64, count: i64, held: &[[u8; 16]]) -> Vec<[u8; 16]> {
+    query(DUE, &[timestamp(now_us), count.into(), uuids(held)], |row| {
+        value::<pgrx::Uuid>(row, 1).map(|id| *id.as_bytes())
+    })
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+/// Those of these scheduled events whose rows nobody has locked, with those that are there no more. They are locked until the end of the
+/// transaction.
+pub fn lockable(ids: &[[u8; 16]]) -> Vec<[u8; 16]> {
+    let mut free = Vec::new();
+    rights::statement(|| {
+        Spi::connect_mut(|client| {
+            let args = [uuids(ids)];
+            let sql = "with free as materialized (
+                    select s.event_id from outbox.scheduled_events s where s.event_id = any($1) for update skip locked)
+                select event_id from free
+                union all
+                select g.id from unnest($1) g(id)
+                where not exists (select from outbox.scheduled_events s where s.event_id = g.id)";
+            let statement = client.prepare_mut(sql, &types_of(&args));
+            let statement = statement.unwrap_or_else(|e| internal(e.to_string()));
+            let table = rights::execution(|| client.update(&statement, None, &args));
+            let table = table.unwrap_or_else(|e| internal(e.to_string()));
+            let found = read_all(table, |row| value::<pgrx::Uuid>(row, 1).map(|id| *id.as_bytes()));
+            free.extend(found.into_iter().flatten());
+        });
+    });
+    free
+}
+
+/// Moves scheduled events that are due at `now_us` into `outbox.events`, at most `count`, but for those that are `held` and those whose
+/// rows somebody has locked; returns how many there were. With all that the trigger fills in: it may be off.
+pub fn move_due(now_us: i64, count: i64, held: &[[u8; 16]]) -> u64 {
+    move_scheduled(DUE_AND_FREE, &[timestamp(now_us), count.into(), uuids(held)])
 }
 
 /// The same one by one: what cannot be moved fails alone.
-pub fn move_due_one_by_one(now_us: i64, count: i64) -> u64 {
-    let due = query(DUE, &[timestamp(now_us), count.into()], |row| {
-        value::<pgrx::Uuid>(row, 1)
-    });
-    for id in due.iter().flatten() {
-        if let Err(error) = care::tried_new(|| move_scheduled("select $1", &[(*id).into()])) {
-            care::as_much_as_can_be_read(|kept| fail_scheduled(*id, &error, kept));
+pub fn move_due_one_by_one(now_us: i64, count: i64, held: &[[u8; 16]]) -> u64 {
+    let due = due(now_us, count, held);
+    for id in &due {
+        let id = pgrx::Uuid::from_bytes(*id);
+        if let Err(error) = care::tried_new(|| move_scheduled("select $1", &[id.into()])) {
+            care::as_much_as_can_be_read(|kept| fail_scheduled(id, &error, kept));
         }
     }
     due.len() as u64
@@ -508,6 +572,9 @@ fn fail_scheduled(id: pgrx::Uuid, error: &str, kept: Kept) -> u64 {
 
 /// Moves the scheduled events whose ids a query selects.
 fn move_scheduled(selected: &str, arguments: &[DatumWithOid<'_>]) -> u64 {
+    if catalog::expect_relations().events_id_key == pg_sys::InvalidOid {
+        Index::EventId.refuse();
+    }
     trigger::moving(|| {
         run(
             &format!(
@@ -544,11 +611,12 @@ fn move_scheduled(selected: &str, arguments: &[DatumWithOid<'_>]) -> u64 {
     })
 }
 
-/// When the next scheduled event is due (`None`: none is scheduled), and what time it is, in microseconds since 2000.
-pub fn next_due() -> (Option<i64>, i64) {
+/// When the next scheduled event is due that is not `held` (`None`: none is scheduled), and what time it is, in microseconds since 2000.
+pub fn next_due(held: &[[u8; 16]]) -> (Option<i64>, i64) {
     let due = query(
-        "select s.scheduled_at from outbox.scheduled_events s order by s.scheduled_at, s.seq limit 1",
-        &[],
+        "select s.scheduled_at from outbox.scheduled_events s where s.event_id <> all($1)
+        order by s.scheduled_at, s.seq limit 1",
+        &[uuids(held)],
         |row| {
             let datum = row.get_datum_by_ordinal(1).unwrap_or_else(|e| internal(e.to_string()));
             datum.map(|d| d.value() as i64)
@@ -646,7 +714,8 @@ pub fn delete_events<R>(f: impl FnOnce(&mut dyn FnMut(&[i64])) -> R) -> R {
 pub fn purge_failed(retention_us: i64, count: i64) -> u64 {
     run(
         "delete from outbox.failed_events f where (f.event_id, f.seq) in (select o.event_id, o.seq from outbox.failed_events o
-            where o.failed_at <= clock_timestamp() - $1 * interval '1 microsecond' order by o.failed_at limit $2)",
+            where o.failed_at <= clock_timestamp() - $1 * interval '1 microsecond' order by o.failed_at limit $2
+            for update skip locked)",
         &[retention_us.into(), count.into()],
     )
 }

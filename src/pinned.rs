@@ -17,8 +17,8 @@ const PINNED: &[(&CStr, &CStr)] = &[
     (c"row_security", c"on"),
     // Triggers of others do not run here, nor rules: see rights.rs. Ours are enabled always.
     (c"session_replication_role", c"replica"),
-    // How long anything may take.
-    (c"lock_timeout", c"2s"),
+    // How long anything may take. What has waited for a lock is tried again, and all else of the worker does not wait for it.
+    (c"lock_timeout", c"25ms"),
     // Before whoever is at the other end looks: DROP EXTENSION is to win, and the worker tries again.
     (c"deadlock_timeout", c"100ms"),
     (c"statement_timeout", c"0"),

@@ -19,6 +19,8 @@ use pg_sys::pqsignal_be as pqsignal;
 #[error("{message}")]
 pub struct Aborted {
     pub message: String,
+    pub detail: Option<String>,
+    pub hint: Option<String>,
     pub code: PgSqlErrorCode,
 }
 
@@ -30,6 +32,18 @@ unsafe extern "C-unwind" {
     fn SignalHandlerForConfigReload(signal: std::ffi::c_int);
     fn SignalHandlerForShutdownRequest(signal: std::ffi::c_int);
     fn StatementCancelHandler(signal: std::ffi::c_int);
+}
+
+impl Aborted {
+    /// Nothing was tried.
+    pub fn because(message: &str) -> Self {
+        Self {
+            message: message.to_owned(),
+            detail: None,
+            hint: None,
+            code: PgSqlErrorCode::ERRCODE_LOCK_NOT_AVAILABLE,
+        }
+    }
 }
 
 /// Installs the handlers of a background worker that works with a database, and lets signals come.
@@ -224,6 +238,8 @@ fn aborted(error: &CaughtError) -> Aborted {
         | CaughtError::ErrorReport(report)
         | CaughtError::RustPanic { ereport: report, .. } => Aborted {
             message: report.message().to_owned(),
+            detail: report.detail().map(str::to_owned),
+            hint: report.hint().map(str::to_owned),
             code: report.sql_error_code(),
         },
     }

@@ -9,6 +9,7 @@ use crate::catalog::{self, Relations};
 use crate::encoding::{has_utf8_form, to_server};
 use crate::error::{PublishError, expect_arguments};
 use crate::insertion::{Insertion, NewRow, RowKey};
+use crate::missing::{self, Index};
 use crate::numbers::draw_numbers;
 use crate::report;
 use crate::request::{Request, check, decoded};
@@ -43,6 +44,9 @@ fn prepared(request: &Request<'_>, relations: &Relations) -> NewRow {
     // SAFETY: reads the clock.
     let now = unsafe { pg_sys::GetCurrentTimestamp() };
     let scheduled_at = request.scheduled_at.filter(|at| *at > now);
+    if scheduled_at.is_some() && relations.scheduled == pg_sys::InvalidOid {
+        missing::table(c"scheduled_events");
+    }
     let event_id = request.event_id.unwrap_or_else(|| uuid::new_v7(now));
     if request.event_id.is_some() {
         refuse_repeated_id(relations, &event_id, scheduled_at.is_some());
@@ -155,15 +159,24 @@ pub fn text_datum(text: &[u8]) -> pg_sys::Datum {
 
 /// An id that a publisher chose must not wait in the other table. (Within one table its unique index decides.)
 pub fn refuse_repeated_id(relations: &Relations, event_id: &[u8; 16], scheduled: bool) {
-    let (table, key) = if scheduled {
-        (relations.events, c"events_event_id_idx")
+    if relations.scheduled == pg_sys::InvalidOid {
+        missing::table(c"scheduled_events");
+    }
+    for (index, name) in [
+        (relations.events_id_key, Index::EventId),
+        (relations.scheduled_id_key, Index::ScheduledEventId),
+    ] {
+        if index == pg_sys::InvalidOid {
+            name.refuse();
+        }
+    }
+    let (table, index) = if scheduled {
+        (relations.events, relations.events_id_key)
     } else {
-        (relations.scheduled, c"scheduled_events_pkey")
+        (relations.scheduled, relations.scheduled_id_key)
     };
     // SAFETY: an index look-up by an equality key of the column's type, under the latest snapshot.
     let found = unsafe {
-        let schema = pg_sys::get_namespace_oid(c"outbox".as_ptr(), false);
-        let index = pg_sys::get_relname_relid(key.as_ptr(), schema);
         let lock = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
         let rel = pg_sys::table_open(table, lock);
         let snapshot = pg_sys::RegisterSnapshot(pg_sys::GetLatestSnapshot());

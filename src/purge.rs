@@ -58,23 +58,9 @@ impl Purge {
         (self.next_look_at, self.next_failed_look_at) = (Now::ZERO, Now::ZERO);
     }
 
-    /// One piece, if there is something to do and time for it. Returns when to come back, if sooner than otherwise. `is_wanted`: whether
-    /// there is anything else to do, since events go first.
-    pub fn step(
-        &mut self,
-        now: Now,
-        backends: &mut [Backend],
-        is_wanted: &dyn Fn() -> bool,
-    ) -> Result<Option<Duration>, Aborted> {
-        let failed = self.step_failed(now, is_wanted)?;
-        let published = match retention() {
-            Some(retention_us) => self.step_published(now, backends, is_wanted, retention_us)?,
-            None => None,
-        };
-        Ok([failed, published].into_iter().flatten().min())
-    }
-
-    fn step_failed(&mut self, now: Now, is_wanted: &dyn Fn() -> bool) -> Result<Option<Duration>, Aborted> {
+    /// One piece of the failed events, if there is something to do. Returns when to come back, if sooner than otherwise. `is_wanted`:
+    /// whether there is anything else to do, since events go first.
+    pub fn step_failed(&mut self, now: Now, is_wanted: &dyn Fn() -> bool) -> Result<Option<Duration>, Aborted> {
         let Some(retention_us) = guc::retention_us(&guc::FAILED_RETENTION_MIN) else {
             return Ok(None);
         };
@@ -92,13 +78,11 @@ impl Purge {
         Ok(Some(self.next_failed_look_at - now))
     }
 
-    fn step_published(
-        &mut self,
-        now: Now,
-        backends: &mut [Backend],
-        is_wanted: &dyn Fn() -> bool,
-        retention_us: i64,
-    ) -> Result<Option<Duration>, Aborted> {
+    /// Records what has been delivered by now, if it is time for that.
+    pub fn record_ticks(&mut self, now: Now, backends: &mut [Backend]) -> Result<(), Aborted> {
+        let Some(retention_us) = retention() else {
+            return Ok(());
+        };
         let interval = tick_interval(retention_us);
         let is_clock_due = |b: &Backend| b.tick_recorded_at.is_none_or(|at| now >= at + interval);
         let is_due = |b: &Backend| b.tick_due && is_clock_due(b);
@@ -120,6 +104,20 @@ impl Purge {
             }
             self.ticks_wait = true;
         }
+        Ok(())
+    }
+
+    /// One piece of the published events, if there is something to do and time for it. Returns when to come back, likewise.
+    pub fn step_published(
+        &mut self,
+        now: Now,
+        backends: &[Backend],
+        is_wanted: &dyn Fn() -> bool,
+    ) -> Result<Option<Duration>, Aborted> {
+        let Some(retention_us) = retention() else {
+            return Ok(None);
+        };
+        let interval = tick_interval(retention_us);
         if self.under_way.is_none() {
             if now < self.next_look_at {
                 return Ok(self.next_look(now, backends, interval));
@@ -149,6 +147,8 @@ impl Purge {
                 true => !is_behind || start.elapsed() >= PIECE_TIME_BEHIND,
                 false => start.elapsed() >= PIECE_TIME,
             };
+            // Should somebody be in the way of this one, the next is next.
+            self.under_way = Some((index + 1, 0));
             let (deleted, last) = process::transaction(|| piece(number, after, retention_us, PIECE_ROWS, is_over))?;
             self.under_way = Some(last.map_or((index + 1, 0), |seq| (index, seq)));
             if deleted > 0 || last.is_some() {

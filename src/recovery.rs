@@ -97,7 +97,7 @@ fn decide(backend: &mut Backend, identity: &Identity, guard: Option<Guard>, now:
                 _ => {}
             }
             backend.begin_epoch(now);
-            worker::save(std::slice::from_mut(backend), now)?;
+            worker::save(std::slice::from_mut(backend), |_| true, now)?;
             let wal = ticker::flush();
             fault::reach("before_claim");
             let anew = guard.is_none() || matches!(start, Start::Heal { .. } | Start::Compare(_));
@@ -224,7 +224,7 @@ fn note_rest(backend: &mut Backend, start: Start, candidates: &[Candidate]) {
 fn compare_rest(backend: &mut Backend, now: Now) -> Result<Option<Start>, Aborted> {
     while let Some((start, after)) = backend.to_compare.take() {
         // What was found is not kept in memory.
-        worker::save(std::slice::from_mut(backend), now)?;
+        worker::save(std::slice::from_mut(backend), |_| true, now)?;
         let seqs = process::transaction(|| refused::waiting(backend.number, after, compared()))?;
         let Some(last) = seqs.last() else {
             return Ok(Some(start));
@@ -329,7 +329,7 @@ fn come_up(backend: &mut Backend, start: Start, now: Now) -> Result<(), Aborted>
         // Some are being looked for.
         (true, None) => return Ok(()),
     };
-    worker::save(std::slice::from_mut(backend), now)?;
+    worker::save(std::slice::from_mut(backend), |_| true, now)?;
     match start {
         Start::Compare(_) | Start::Replay => backend.forget_restores()?,
         // From here on, what a dump has brought can be compared.

@@ -45,7 +45,7 @@ pub fn of_owner<R>(f: impl FnOnce() -> R) -> R {
     NAME.set(Name::Owner);
     let _reset = Reset(before);
     // For what needs rights beside the statements; each of them asks again, when its tables are locked.
-    as_user(catalog::expect_relations().owner(), f)
+    as_user(catalog::owner(), f)
 }
 
 /// Runs `f`, which makes and executes a statement, with the settings of the session out of its way.
@@ -88,7 +88,7 @@ unsafe fn set_here(name: &CStr, value: &CStr) {
 pub fn execution<R>(f: impl FnOnce() -> R) -> R {
     match NAME.get() {
         Name::Caller => f(),
-        Name::Owner | Name::Worker => as_user(catalog::expect_relations().owner(), f),
+        Name::Owner | Name::Worker => as_user(catalog::owner(), f),
     }
 }
 

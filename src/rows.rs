@@ -2,6 +2,7 @@
 
 use crate::catalog::Relations;
 use crate::encoding::{has_utf8_form, utf8};
+use crate::missing::Index;
 use pgrx::{pg_sys, varlena};
 use relay::event::Event;
 use relay::reader::{Key, Scan, Table};
@@ -303,6 +304,34 @@ mod hot {
     }
 }
 
+/// Whether a transaction that has not ended has published an event with this id, or deleted one. Waits for nobody. Needs the index.
+pub fn is_contested(relations: &Relations, event_id: &[u8; 16]) -> bool {
+    // SAFETY: an index look-up by an equality key of the column's type. A dirty snapshot says of each row that it shows who is about to
+    // insert or delete it; it is nobody's but ours.
+    unsafe {
+        let events = pg_sys::table_open(relations.events, LOCK);
+        let mut dirty: pg_sys::SnapshotData = std::mem::zeroed();
+        dirty.snapshot_type = pg_sys::SnapshotType::SNAPSHOT_DIRTY;
+        let mut entry: pg_sys::ScanKeyData = std::mem::zeroed();
+        pg_sys::ScanKeyInit(
+            &mut entry,
+            attribute::EVENT_ID as i16,
+            pg_sys::BTEqualStrategyNumber as u16,
+            pg_sys::Oid::from(pg_sys::F_UUID_EQ),
+            pg_sys::Datum::from(event_id.as_ptr()),
+        );
+        let key = relations.events_id_key;
+        let scan = pg_sys::systable_beginscan(events, key, true, &mut dirty, 1, &mut entry);
+        let mut is_contested = false;
+        while !is_contested && !pg_sys::systable_getnext(scan).is_null() {
+            is_contested = dirty.xmin != pg_sys::InvalidTransactionId || dirty.xmax != pg_sys::InvalidTransactionId;
+        }
+        pg_sys::systable_endscan(scan);
+        pg_sys::table_close(events, LOCK);
+        is_contested
+    }
+}
+
 /// `outbox.events`, open for the reader within one transaction.
 pub struct EventsTable {
     events: pg_sys::Relation,
@@ -316,6 +345,14 @@ const LOCK: pg_sys::LOCKMODE = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
 impl EventsTable {
     /// Opens the table and registers a new snapshot. All is given back at the end of the transaction at the latest.
     pub fn open(relations: &Relations) -> Self {
+        for (index, name) in [
+            (relations.events_seq_key, Index::Seq),
+            (relations.events_xid_key, Index::Xid),
+        ] {
+            if index == pg_sys::InvalidOid {
+                name.refuse();
+            }
+        }
         // SAFETY: opens relations by OID within a transaction; an ERROR if one has gone.
         unsafe {
             Self {
@@ -327,10 +364,19 @@ impl EventsTable {
         }
     }
 
-    /// Whether opening it now would wait for nobody. The lock is kept until the end of the transaction.
+    /// Whether opening it now would wait for nobody, and lacks nothing. The locks are kept until the end of the transaction.
     pub fn is_open_to_all(relations: &Relations) -> bool {
+        let needed = [
+            relations.events,
+            relations.events_seq_key,
+            relations.events_xid_key,
+            relations.sequence,
+        ];
         // SAFETY: takes a lock within a transaction, or does not.
-        unsafe { pg_sys::ConditionalLockRelationOid(relations.events, LOCK) }
+        let can_lock = |relation| unsafe { pg_sys::ConditionalLockRelationOid(relation, LOCK) };
+        needed
+            .iter()
+            .all(|relation| *relation != pg_sys::InvalidOid && can_lock(*relation))
     }
 
     pub fn close(self) {

@@ -232,7 +232,12 @@ extern "C-unwind" fn backends_changed(fcinfo: pg_sys::FunctionCallInfo) -> pg_sy
                 When::AfterStatement,
                 relations.settings_tables(),
             );
-            pg_sys::CacheInvalidateRelcacheByRelid(relations.backends);
+            // Sessions know nothing of the other two; and many restores are no many changes of backends.
+            let trigger = (*fcinfo).context.cast::<pg_sys::TriggerData>();
+            let table = (*(*trigger).tg_relation).rd_id;
+            if [relations.backends, relations.backend_passwords].contains(&table) {
+                pg_sys::CacheInvalidateRelcacheByRelid(relations.backends);
+            }
             // An AFTER trigger's result is ignored.
             (*fcinfo).isnull = false;
         }

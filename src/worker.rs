@@ -7,16 +7,18 @@
 //!    ├─ try refused streams again, move scheduled events that are due
 //!    └─ save records and cursors, record ticks, purge
 //! ```
-//! It never waits for the network, and holds no transaction while it waits for anything.
+//! It never waits for the network, and holds no transaction while it waits for anything. Of these tasks none waits for another that fails
+//! (`tasks.rs`): whoever holds a lock holds up what needs it.
 
 mod loading;
 mod mending;
 mod reading;
+mod scheduled;
+mod tasks;
 
 use crate::backend::{Backend, Home};
 use crate::care;
 use crate::guc::{self, LogLevel};
-use crate::outbox;
 use crate::ownership::Identity;
 use crate::pass;
 use crate::process::{self, Aborted, log};
@@ -25,11 +27,13 @@ use crate::recovery;
 use crate::rights;
 use crate::shmem::{self, Slot, SlotState};
 use crate::ticker;
+use loading::Loaded;
 use pgrx::{pg_guard, pg_sys};
 use relay::classify::Failure;
 use relay::delivery::Now;
 use relay::fault;
-use relay::pace::{Pace, Portion};
+use relay::pace::Pace;
+use relay::patience::Patience;
 use relay::snapshot::{FIRST_NORMAL_XID, Tick};
 use std::io::Read;
 use std::os::fd::AsRawFd;
@@ -37,11 +41,8 @@ use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tasks::Task;
 
-/// Scheduled events that are moved at once, in a subtransaction each, where one of them cannot be moved.
-const MOVE_COUNT_WITH_CARE: i64 = 50;
-/// How long scheduled events may be moved in one round.
-const MOVE_TIME: Duration = Duration::from_millis(1);
 /// Waiting events of a backend that fail in one round, with the head of their streams, and of how many streams.
 const FAILED_AT_ONCE: usize = 250;
 const FAILED_STREAMS: usize = 100;
@@ -51,11 +52,11 @@ const FOLLOWING_BATCHES: usize = 5;
 const SETTLE_AT_END: Duration = Duration::from_millis(250);
 /// The same, when a backend's settings have changed; meanwhile the others wait.
 const SETTLE_AT_CHANGE: Duration = Duration::from_millis(200);
-/// The same ERROR is logged again after this long.
+/// The same ERROR of a round is logged again after this long.
 const REPEAT_LOG_AFTER: Duration = Duration::from_secs(60);
 /// How long a worker that must go waits for Redis to take note of it.
 const RELEASE_AT_END: Duration = Duration::from_millis(100);
-/// After an ERROR in one of our transactions.
+/// After an ERROR that no task accounts for.
 const ERROR_WAIT: Duration = Duration::from_secs(1);
 
 /// Entry point of the process; the argument is the index of its slot.
@@ -93,8 +94,17 @@ unsafe extern "C-unwind" fn leave(_code: i32, argument: pg_sys::Datum) {
     }
 }
 
-/// Ends the process. Code 0, so that nothing is logged: whether it comes back is the launcher's business.
-fn leave_process(slot: &Slot, state: SlotState) -> ! {
+/// Ends the process, after a log line with the reason, unless it never came to work here. Code 0, so that Postgres logs nothing: whether
+/// it comes back is the launcher's business.
+fn leave_process(slot: &Slot, state: SlotState, database: &str, reason: &str) -> ! {
+    if slot.state() != SlotState::Starting {
+        log(
+            LogLevel::Info,
+            &format!("outbox_relay worker leaves database \"{database}\": {reason}"),
+            None,
+            None,
+        );
+    }
     slot.set_state(state);
     // SAFETY: runs Postgres's exit callbacks and ends, see `process::end_without_exit_handlers`; no Rust frame needs to be unwound.
     unsafe { pg_sys::proc_exit(0) };
@@ -123,13 +133,17 @@ struct Worker {
     /// It is time to look, whoever is up.
     polled: bool,
     polled_at: Now,
-    next_due: Option<Now>,
-    schedule_known: bool,
-    /// How many scheduled events are moved at once.
-    move_portion: Portion,
+    scheduled: scheduled::Scheduled,
     /// Streams, by the index of their backend, of which nothing waits any more once what is to fail is written down.
     failed_streams: Vec<(usize, Vec<Rc<str>>)>,
     settings_changed: bool,
+    /// Somebody has changed a backend, or asked for an attempt, and that is still to be followed.
+    nudged: bool,
+    /// Since when loading has failed.
+    stale_since: Option<Now>,
+    /// A tick was taken in this round.
+    ticked: bool,
+    patience: Patience<tasks::Task>,
     /// After an ERROR, nothing is tried before this.
     pause_until: Now,
     pace: Pace,
@@ -163,11 +177,13 @@ impl Worker {
             work: true,
             polled: true,
             polled_at: Now::ZERO,
-            next_due: None,
-            schedule_known: false,
-            move_portion: Portion::new(MOVE_TIME),
+            scheduled: scheduled::Scheduled::default(),
             failed_streams: Vec::new(),
             settings_changed: false,
+            nudged: false,
+            stale_since: None,
+            ticked: false,
+            patience: Patience::default(),
             pause_until: Now::ZERO,
             pace: Pace::default(),
             logged_error: None,
@@ -257,7 +273,8 @@ impl Worker {
         }
         if !guc::serves(&self.home.name) {
             self.save_all();
-            leave_process(self.slot, SlotState::Unserved);
+            let reason = "outbox_relay.enabled is off, or outbox_relay.databases leaves it out";
+            leave_process(self.slot, SlotState::Unserved, &self.home.name, reason);
         }
         for (name, setting) in [
             ("published_retention", &guc::PUBLISHED_RETENTION_MIN),
@@ -281,7 +298,7 @@ impl Worker {
         if now < self.pause_until {
             return Ok(Some(self.pause_until - now));
         }
-        let nudged = self.slot.take_nudge();
+        self.ticked = false;
         if now >= self.polled_at + guc::millis(&guc::POLL_INTERVAL_MS) {
             self.polled_at = now;
             (self.work, self.polled) = (true, true);
@@ -290,49 +307,65 @@ impl Worker {
         if self.settings_changed {
             self.purge.look_now();
         }
-        if nudged || self.settings_changed || self.generation == u64::MAX {
-            // What was acknowledged counts, also if its sender is let go now.
-            self.backends.iter_mut().for_each(|b| b.hear(now));
-            if !self.load(nudged)? {
-                return Ok(Some(guc::millis(&guc::POLL_INTERVAL_MS)));
+        // What was acknowledged counts, also if its sender is let go now.
+        self.backends.iter_mut().for_each(|b| b.hear(now));
+        let mut changed = false;
+        if self.must_load(now) {
+            // What is loaded after a tick is at least as new as what the tick sees.
+            if !self.backends.is_empty() {
+                self.tick_if_due(now);
             }
-            if nudged {
-                self.backends.iter_mut().for_each(|b| b.delivery.retry_now());
-                // Somebody may be waiting to see how far it is.
-                save(&mut self.backends, now)?;
+            match self.load_now(now) {
+                Some(Loaded::Idle) => return Ok(Some(guc::millis(&guc::POLL_INTERVAL_MS))),
+                Some(Loaded::Same) => {}
+                Some(Loaded::Changed) => changed = true,
+                None if self.backends.is_empty() => return Ok(self.timeout(false, None)),
+                None => {}
             }
         }
         for backend in &mut self.backends {
-            backend.hear(now);
             backend.connect(now, &self.waker);
         }
-        // Before reading on: what waits behind a refused event must not be in the table sooner than that one. Before a claim, which
-        // looks there for what became of the last batch.
+        // A backend with records reads nothing, and claims nothing: what waits behind a refused event must not be in the table sooner
+        // than that one, and a claim looks there for what became of the last batch.
         if self.backends.iter().any(|b| !b.records.is_empty()) {
-            save(&mut self.backends, now)?;
+            self.save_unsaved(now);
         }
-        self.rehearse()?;
-        self.recover(now)?;
+        // For nothing: what is wrong comes to light when it is done in earnest.
+        let _ = self.rehearse();
+        self.recover(now);
         if self.awaited.is_none() {
-            recovery::finish_lanes(&mut self.backends, &self.latest)?;
+            self.attempt(Task::FinishLanes, now, |w| {
+                recovery::finish_lanes(&mut w.backends, &w.latest)
+            });
         }
         self.resume();
         // Before rows are read that came while triggers were off.
         self.mend(now);
-        let more = self.read(now)?;
+        let more = self.read(now) || changed;
         self.failed_streams.clear();
-        let more = self.retry_refused(now)? || more;
-        self.move_scheduled(now)?;
-        self.save_due(now)?;
+        let more = self.retry_refused(now) || more;
+        self.move_scheduled(now);
+        self.save_due(now);
         self.end_failing();
-        let slot = self.slot;
-        let is_wanted = || more || slot.has_work() || slot.is_publishing();
-        let purging = self.purge.step(now, &mut self.backends, &is_wanted)?;
+        let purging = self.purge(now, more);
         Ok(self.timeout(more, purging))
     }
 
+    /// `more`: there are events to be read.
+    fn purge(&mut self, now: Now, more: bool) -> Option<Duration> {
+        let slot = self.slot;
+        let is_wanted = || more || slot.has_work() || slot.is_publishing();
+        let failed = self.attempt(Task::PurgeFailed, now, |w| w.purge.step_failed(now, &is_wanted));
+        self.attempt(Task::RecordTicks, now, |w| w.purge.record_ticks(now, &mut w.backends));
+        let published = self.attempt(Task::PurgePublished, now, |w| {
+            w.purge.step_published(now, &w.backends, &is_wanted)
+        });
+        [failed, published].into_iter().flatten().flatten().min()
+    }
+
     /// Takes backends further whose connections have read or claimed their guards.
-    fn recover(&mut self, now: Now) -> Result<(), Aborted> {
+    fn recover(&mut self, now: Now) {
         // Before the first tick, nothing is known of what there is to send.
         // Also one that standbys do not have yet: what it sees is looked for in the streams, not sent.
         let newest = match &self.awaited {
@@ -341,36 +374,42 @@ impl Worker {
         };
         let is_ticked = newest.next_xid > FIRST_NORMAL_XID;
         if !is_ticked || self.backends.iter().all(|b| !b.has_claim_step()) {
-            return Ok(());
+            return;
         }
         if self.identity.is_none() {
-            self.identity = Identity::establish()?;
+            let found = self.attempt(Task::Identify, now, |_| Identity::establish());
+            self.identity = found.flatten();
         }
         let Some(identity) = &self.identity else {
-            return Ok(());
+            return;
         };
-        let mut outcome = Ok(());
-        for backend in &mut self.backends {
-            outcome = recovery::step(backend, identity, &newest, now);
-            if let Err(error) = &outcome {
-                // Its sender waits for an order that will not come. (An order to end cancels the step, and is no trouble.)
-                if !process::is_told_to_end() {
-                    backend.hold_off(Failure::backend(error.to_string()), Duration::ZERO, now);
+        let mut failures = Vec::new();
+        for backend in self.backends.iter_mut().filter(|b| b.records.is_empty()) {
+            if let Err(error) = recovery::step(backend, identity, &newest, now) {
+                // An order to end cancels the step, and is no trouble.
+                if process::is_told_to_end() {
+                    break;
                 }
-                break;
+                // Its sender waits for an order that will not come.
+                backend.hold_off(Failure::backend(error.to_string()), Duration::ZERO, now);
+                failures.push((backend.whose(), error));
             }
+        }
+        for (whose, error) in failures {
+            self.failed(Task::Claim(whose), &error, now);
         }
         // What those have saved that came up is behind their next batches.
         self.flush();
-        outcome
     }
 
     /// Lets senders go on that have waited until what was refused is written down. The guard tells of the last batch alone, so that
     /// must be durable before the next.
     fn resume(&mut self) {
-        if self.backends.iter().any(|b| b.delivery.is_stopped()) {
+        let is_written_down = |b: &Backend| b.delivery.is_stopped() && b.records.is_empty();
+        if self.backends.iter().any(is_written_down) {
             self.flush();
-            self.backends.iter_mut().for_each(Backend::resume);
+            let written_down = self.backends.iter_mut().filter(|b| is_written_down(b));
+            written_down.for_each(Backend::resume);
         }
     }
 
@@ -382,16 +421,22 @@ impl Worker {
         let poll = self.polled_at + guc::millis(&guc::POLL_INTERVAL_MS);
         let times = self.backends.iter().flat_map(|b| {
             let attempt = Some(&b.delivery)
-                .filter(|_| b.reads_for_redis() && b.is_enabled())
-                .and_then(|d| d.due_at());
-            [attempt, b.save_at()]
+                .filter(|_| b.reads_for_redis() && b.is_enabled() && b.records.is_empty())
+                .and_then(|d| d.due_at())
+                .map(|due| {
+                    self.patience
+                        .retry_at(Task::Retry(b.whose()))
+                        .map_or(due, |at| at.max(due))
+                });
+            [attempt, self.save_at(b), b.load_at()]
         });
         let next = times
             .chain([
-                self.next_due,
+                self.scheduled_at(),
                 Some(poll),
                 self.awaited.as_ref().map(|a| a.look_at),
                 self.mending.due_at(),
+                self.patience.next_retry_at(),
             ])
             .flatten()
             .min()
@@ -408,20 +453,28 @@ impl Worker {
 
     /// Sends what is due of refused streams again, a batch of each backend, and fails what waits behind a head that has failed. True: there
     /// is more to fail.
-    fn retry_refused(&mut self, now: Now) -> Result<bool, Aborted> {
+    fn retry_refused(&mut self, now: Now) -> bool {
         let mut more = false;
+        let mut failures = Vec::new();
         for (index, backend) in self.backends.iter_mut().enumerate() {
             // What they were refused with must be written down first.
             if !backend.reads_for_redis() || !backend.is_enabled() || !backend.records.is_empty() {
                 continue;
             }
+            let task = Task::Retry(backend.whose());
+            if !self.patience.allows(task, now) {
+                continue;
+            }
             let failing = backend.delivery.streams_to_fail(FAILED_STREAMS);
             if !failing.is_empty() {
-                let (records, streams) =
-                    process::transaction(|| pass::fail_waiting(backend, &failing, FAILED_AT_ONCE))?;
-                backend.records.extend(records);
-                self.failed_streams.push((index, streams));
-                more = true;
+                match process::transaction(|| pass::fail_waiting(backend, &failing, FAILED_AT_ONCE)) {
+                    Ok((records, streams)) => {
+                        backend.records.extend(records);
+                        self.failed_streams.push((index, streams));
+                        more = true;
+                    }
+                    Err(error) => failures.push((task, error)),
+                }
                 continue;
             }
             let heads = guc::BATCH_SIZE.get() as usize;
@@ -447,14 +500,18 @@ impl Worker {
                         .for_each(|stream| delivery.stream_put_back(stream));
                     // None of those was left; the next are for the next round.
                     more |= !is_sent;
+                    self.patience.succeeded(task);
                 }
                 Err(error) => {
                     backend.delivery.retry_failed();
-                    return Err(error);
+                    failures.push((task, error));
                 }
             }
         }
-        Ok(more)
+        for (task, error) in failures {
+            self.failed(task, &error, now);
+        }
+        more
     }
 
     /// All that waited in these streams has failed, and that is written down. What comes next in them may be accepted: nothing that was
@@ -465,59 +522,23 @@ impl Worker {
             return;
         }
         self.flush();
+        // Those of a backend that could not be saved are for another time.
         for (index, streams) in failed {
-            let delivery = &mut self.backends[index].delivery;
-            streams.iter().for_each(|stream| delivery.stream_failed(stream));
+            let backend = &mut self.backends[index];
+            if backend.records.is_empty() {
+                streams.iter().for_each(|stream| backend.delivery.stream_failed(stream));
+            }
         }
     }
 
-    fn move_scheduled(&mut self, now: Now) -> Result<(), Aborted> {
-        if self.slot.take_schedule() {
-            self.schedule_known = false;
+    fn save_due(&mut self, now: Now) {
+        if self
+            .backends
+            .iter()
+            .any(|b| self.save_at(b).is_some_and(|at| at <= now))
+        {
+            self.save_unsaved(now);
         }
-        if self.schedule_known && self.next_due.is_none_or(|due| due > now) {
-            return Ok(());
-        }
-        let (count, start) = (self.move_portion.count(), Instant::now());
-        let moved = process::transaction(|| {
-            let (due, now_us) = outbox::next_due();
-            if due.is_some_and(|at| at <= now_us) && loading::says_trouble_of_sequence() {
-                return (0, Some(guc::millis(&guc::POLL_INTERVAL_MS).as_micros() as i64));
-            }
-            match due {
-                // The move gets a transaction id: no tick may be taken in this transaction.
-                Some(at) if at <= now_us => (outbox::move_due(now_us, count as i64), Some(0)),
-                other => (0, other.map(|at| at - now_us)),
-            }
-        });
-        // What cannot be moved must not hold up the others.
-        let moved = match moved {
-            Err(error) if care::is_of_a_new_row(error.code) => process::transaction(|| {
-                let moved = care::carefully(|| outbox::move_due_one_by_one(outbox::next_due().1, MOVE_COUNT_WITH_CARE));
-                (moved, Some(0))
-            }),
-            moved => moved,
-        };
-        if moved.is_err() {
-            self.schedule_known = false;
-        }
-        let (moved, due_us) = moved?;
-        if moved > 0 {
-            self.move_portion.took(moved as usize, start.elapsed());
-        }
-        self.work |= moved > 0;
-        self.schedule_known = true;
-        self.next_due = due_us.map(|us| now + Duration::from_micros(us.max(0) as u64));
-        Ok(())
-    }
-
-    fn save_due(&mut self, now: Now) -> Result<(), Aborted> {
-        let due = |b: &Backend| !b.records.is_empty() || b.save_at().is_some_and(|at| at <= now);
-        if self.backends.iter().any(due) {
-            // One transaction for all that move: a commit each would cost more.
-            save(&mut self.backends, now)?;
-        }
-        Ok(())
     }
 
     /// Waits a moment for replies that are on their way, so that nothing of it is in doubt when the senders are let go.
@@ -542,7 +563,7 @@ impl Worker {
         if process::is_server_stopping() {
             self.backends.iter_mut().for_each(Backend::release_guard);
         }
-        if let Err(error) = save(&mut self.backends, now) {
+        if let Err(error) = save(&mut self.backends, |_| true, now) {
             log(
                 LogLevel::Warning,
                 &format!("could not save the cursors: {error}"),
@@ -558,7 +579,7 @@ impl Worker {
         process::accept_end();
         process::set_option(c"lock_timeout", c"200ms");
         self.save_all();
-        leave_process(self.slot, SlotState::Wanted);
+        leave_process(self.slot, SlotState::Wanted, &self.home.name, "it was told to end");
     }
 
     fn drain_socket(&mut self) {
@@ -567,9 +588,10 @@ impl Worker {
     }
 }
 
-/// Writes down all that is unsaved, in one transaction.
-pub fn save(backends: &mut [Backend], now: Now) -> Result<(), Aborted> {
-    if !backends.iter().any(Backend::is_unsaved) {
+/// Writes down what is unsaved of some, in one transaction.
+pub fn save(backends: &mut [Backend], which: impl Fn(&Backend) -> bool, now: Now) -> Result<(), Aborted> {
+    let which = |b: &Backend| b.is_unsaved() && which(b);
+    if !backends.iter().any(&which) {
         return Ok(());
     }
     fault::reach(match backends.iter().any(|b| b.delivery.is_stopped()) {
@@ -579,11 +601,11 @@ pub fn save(backends: &mut [Backend], now: Now) -> Result<(), Aborted> {
     // SAFETY: reads the clock.
     let wall_us = unsafe { pg_sys::GetCurrentTimestamp() } + crate::rows::EPOCH_SHIFT_US;
     care::transaction(|| {
-        for backend in backends.iter_mut().filter(|b| b.is_unsaved()) {
+        for backend in backends.iter_mut().filter(|b| which(b)) {
             backend.save(now, wall_us);
         }
     })?;
-    backends.iter_mut().for_each(|b| b.saved(now));
+    backends.iter_mut().filter(|b| which(b)).for_each(|b| b.saved(now));
     fault::reach("after_save");
     Ok(())
 }

@@ -6,7 +6,7 @@
 //! delivery ─ what a backend does next (refusal: its streams)   sender ─ the thread that owns its connection
 //! guard, claim ─ whose streams they are and how far they are   conversation ─ what is said on a connection, exactly once
 //! backoff, classify ─ when to try again, and who is to blame   destination, connection, replies ─ one Redis, how to reach it, what it says
-//! pace ─ when to look at the table again
+//! pace ─ when to look at the table again; patience ─ with what fails
 //! allowed_hosts ─ where it may be; route ─ which node of several  tls, server_file ─ with certificates, and what else is in files
 //! slot ─ hash slots of Redis Cluster                           server_text ─ its words, as they are shown
 //! ```
@@ -29,6 +29,7 @@ pub mod guard;
 mod idle;
 pub mod numbers;
 pub mod pace;
+pub mod patience;
 pub mod reader;
 pub mod refusal;
 pub mod replies;

@@ -1,7 +1,7 @@
 //! What a backend does because of its guard (exactly_once).
 
 use super::{Backend, Load, refused_streams};
-use crate::outbox;
+use crate::outbox::{self, BackendRow};
 use crate::process::{self, Aborted};
 use crate::recovery::Candidate;
 use relay::claim::Start;
@@ -10,6 +10,9 @@ use relay::delivery::{Cursor, Entry, Mode, Now};
 use relay::guard::{self, Guard, Progress};
 use relay::sender::Order;
 use std::time::Duration;
+
+/// From one comparison with what a dump has brought to the next.
+const COMPARE_PAUSE: Duration = Duration::from_millis(250);
 
 /// How far a connection has come on its way to being the owner's (exactly_once); see the module `recovery`.
 #[derive(Default)]
@@ -111,6 +114,42 @@ impl Backend {
     /// Whether events of a dump have come that were not looked for in the streams yet.
     pub fn is_restored(&self) -> bool {
         self.row.as_ref().is_some_and(|row| !row.restores.is_empty())
+    }
+
+    /// The row as it is to be taken over now. To compare what a dump has brought, the connection is let go, and a restore may commit row by
+    /// row: what comes while some are compared, or a moment later, waits for the next time, and the backend with it.
+    pub fn due_row(&mut self, row: BackendRow, now: Now) -> BackendRow {
+        let mut row = self.without_done(row);
+        if !self.is_exactly_once() || self.lane.is_some() {
+            return row;
+        }
+        let known = self.row.as_ref().map_or(&[][..], |row| &row.restores);
+        let is_new = row.restores.iter().any(|restore| !known.contains(restore));
+        self.holds = is_new && (!known.is_empty() || now < self.compares_at);
+        if self.holds {
+            row.restores = known.to_vec();
+        } else if is_new {
+            self.compares_at = now + COMPARE_PAUSE;
+        }
+        row
+    }
+
+    /// When its row is to be looked at again because of restores that wait.
+    pub fn load_at(&self) -> Option<Now> {
+        let waits = match self.is_exactly_once() {
+            true => self.holds && !self.is_restored(),
+            false => self.reads_for_redis() && self.is_restored(),
+        };
+        waits.then_some(self.compares_at)
+    }
+
+    /// Whether it is time to see to restores (at_least_once).
+    pub fn may_compare(&mut self, now: Now) -> bool {
+        let may = now >= self.compares_at;
+        if may {
+            self.compares_at = now + COMPARE_PAUSE;
+        }
+        may
     }
 
     /// They were looked for, or never will be.

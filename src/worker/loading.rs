@@ -1,9 +1,11 @@
 //! Loading: which backends there are, with which settings, and what has come by a restore.
 
-use super::{REPEAT_LOG_AFTER, SETTLE_AT_CHANGE, Worker, leave_process, save};
+use super::tasks::{Task, Whose};
+use super::{REPEAT_LOG_AFTER, SETTLE_AT_CHANGE, Worker, leave_process};
 use crate::backend::{Backend, Home, Role};
 use crate::error::{MEND_SEQUENCE, PublishError};
 use crate::guc::LogLevel;
+use crate::outbox::BackendRow;
 use crate::process::{self, Aborted, log};
 use crate::shmem::{self, SlotState};
 use crate::{catalog, numbers, outbox, recovery, refused, sequence};
@@ -16,12 +18,70 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Instant;
 
+/// What the tables say.
+struct Rows {
+    backends: Vec<BackendRow>,
+    deleted: Vec<i32>,
+    installation: String,
+    /// There are restores that the newest tick does not see.
+    more_restores: bool,
+}
+
+/// What loading has found.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Loaded {
+    /// The library and the extension have different versions: nothing is served.
+    Idle,
+    /// All is as it was.
+    Same,
+    Changed,
+}
+
 impl Worker {
-    /// Loads backends and settings if they may have changed. False: this database has nothing to serve now.
-    pub(super) fn load(&mut self, nudged: bool) -> Result<bool, Aborted> {
+    /// Whether backends and settings are to be loaded, now.
+    pub(super) fn must_load(&mut self, now: Now) -> bool {
+        self.nudged |= self.slot.take_nudge();
+        self.nudged
+            || self.settings_changed
+            || self.generation == u64::MAX
+            || self.backends.iter().any(|b| b.load_at().is_some_and(|at| at <= now))
+    }
+
+    /// Loads, unless that failed a moment ago: then all goes on with what was known.
+    pub(super) fn load_now(&mut self, now: Now) -> Option<Loaded> {
+        let nudged = std::mem::take(&mut self.nudged);
+        let loaded = self.attempt(Task::Load, now, |worker| worker.load(nudged, now));
+        match loaded {
+            Some(Loaded::Idle) => {}
+            Some(_) => {
+                self.stale_since = None;
+                if nudged {
+                    self.backends.iter_mut().for_each(|b| b.delivery.retry_now());
+                    // Somebody may be waiting to see how far it is.
+                    self.save_unsaved(now);
+                }
+            }
+            None => {
+                self.nudged |= nudged;
+                self.stale_since.get_or_insert(now);
+            }
+        }
+        loaded
+    }
+
+    /// The newest tick, also one that standbys do not have yet.
+    pub(super) fn newest(&self) -> Arc<Tick> {
+        match &self.awaited {
+            Some(awaited) => Arc::new(awaited.tick.clone()),
+            None => self.latest.clone(),
+        }
+    }
+
+    fn load(&mut self, nudged: bool, now: Now) -> Result<Loaded, Aborted> {
         // A nudge may come before the invalidations of the commit that it tells of: they are sent last.
-        let (known, changed) = (self.generation, self.settings_changed || nudged);
-        let home = self.home.clone();
+        let (known, all) = (self.generation, self.settings_changed);
+        let changed = nudged || all || self.backends.iter().any(|b| b.load_at().is_some_and(|at| at <= now));
+        let newest = self.newest();
         let loaded = process::transaction(|| {
             // Takes in invalidations, so that the generation is up to date.
             // SAFETY: within a transaction.
@@ -29,35 +89,27 @@ impl Worker {
             let relations = catalog::relations();
             let installed = relations.and_then(|_| outbox::installed_version());
             let generation = catalog::generation();
-            let rows = (installed.is_some() && (generation != known || changed)).then(|| {
+            let is_ours = installed.as_deref() == Some(env!("CARGO_PKG_VERSION"));
+            let rows = (is_ours && (generation != known || changed)).then(|| {
                 says_trouble_of_sequence();
-                let backends = (outbox::backends(), outbox::deleted_backends());
-                (backends, outbox::installation())
+                Rows {
+                    backends: outbox::backends(&newest.snapshot),
+                    deleted: outbox::deleted_backends(),
+                    installation: outbox::installation(),
+                    more_restores: outbox::has_later_restores(&newest.snapshot),
+                }
             });
             (installed, generation, rows)
         });
         let (installed, generation, rows) = loaded?;
         match installed.as_deref() {
-            None => leave_process(self.slot, SlotState::Absent),
+            None => {
+                let reason = "the extension was dropped";
+                leave_process(self.slot, SlotState::Absent, &self.home.name, reason)
+            }
             Some(version) if version != env!("CARGO_PKG_VERSION") => {
-                if self.slot.state() != SlotState::Mismatched {
-                    log(
-                        LogLevel::Error,
-                        "outbox_relay worker is idle: library and extension have different versions",
-                        Some(&format!(
-                            "The library has version {}, the extension {version}.",
-                            env!("CARGO_PKG_VERSION")
-                        )),
-                        Some(
-                            "Run ALTER EXTENSION outbox_relay UPDATE, or restart the server with the matching library.",
-                        ),
-                    );
-                }
-                self.slot.set_state(SlotState::Mismatched);
-                shmem::wake_launcher();
-                self.backends.clear();
-                self.generation = u64::MAX;
-                return Ok(false);
+                self.rest_for_version(version, now);
+                return Ok(Loaded::Idle);
             }
             Some(_) if self.slot.state() != SlotState::Running => {
                 self.slot.set_state(SlotState::Running);
@@ -65,89 +117,145 @@ impl Worker {
                 shmem::wake_launcher();
                 log(
                     LogLevel::Info,
-                    &format!("outbox_relay worker started in database \"{}\"", home.name),
+                    &format!("outbox_relay worker started in database \"{}\"", self.home.name),
                     None,
                     None,
                 );
             }
             Some(_) => {}
         }
-        if let Some(((rows, deleted), installation)) = rows {
-            // SAFETY: a plain read of the process's own variable.
-            let database = unsafe { pg_sys::MyDatabaseId }.to_u32();
-            let guard_prefix = format!("outbox_relay:guard:{installation}:{database}:");
-            if guard_prefix != self.home.guard_prefix {
-                // The extension was created anew: its tables have not heard of this run of the server, and begin at the first number.
-                (self.home.guard_prefix, self.identity) = (guard_prefix, None);
-                self.backends.clear();
-                (self.latest, self.awaited) = (Arc::new(Tick::beginning()), None);
-                // As at the start: claims wait for a tick, and a tick for somebody who is up.
-                self.polled = true;
+        let mut outcome = Loaded::Same;
+        let mut next_generation = generation;
+        if let Some(rows) = rows {
+            if rows.more_restores {
+                // They are for the next tick: before its rows are read, all is loaded again.
+                (next_generation, self.work) = (u64::MAX, true);
             }
-            let home = self.home.clone();
-            let stays = |b: &Backend| {
-                rows.iter()
-                    .any(|row| row.number == b.number && b.keeps_sender(row, &home))
-            };
-            self.settle(SETTLE_AT_CHANGE, |b| !stays(b) && b.is_sending());
-            // Refused events are looked up by the new settings: those of the old ones must be there.
-            let now = self.started.elapsed();
-            save(&mut self.backends, now)?;
-            let backends = &mut self.backends;
-            let reconciled = process::transaction(|| {
-                numbers::vouch_anew();
-                for backend in backends.iter_mut().filter(|b| b.reads_for_redis() || b.is_finder()) {
-                    match rows.iter().find(|r| r.number == backend.number) {
-                        Some(row) => backend.reconfigure(row.clone(), &home, now),
-                        None => backend.delete(),
-                    }
-                }
-                let mut missing: Vec<Backend> = Vec::new();
-                for row in rows {
-                    if !backends.iter().any(|b| b.number == row.number) {
-                        let role = if row.is_cluster() { Role::Finder } else { Role::Redis };
-                        missing.push(Backend::load(row.number, None, role, Some(row), &home));
-                    }
-                }
-                for number in deleted {
-                    if !backends.iter().any(|b| b.number == number) {
-                        missing.push(Backend::load(number, None, Role::Deleted, None, &home));
-                    }
-                }
-                if !backends.iter().any(|b| matches!(b.role, Role::Strays)) {
-                    missing.push(Backend::load(0, None, Role::Strays, None, &home));
-                }
-                let lanes = missing_lanes(backends.iter().chain(&missing), &home);
-                missing.extend(lanes);
-                missing
-            });
-            self.backends.extend(reconciled?);
-            // Rows of a backend that was not known may be those of one that is.
-            self.backends.iter_mut().for_each(|b| b.rests_until = Now::ZERO);
-            self.share_positions();
-            self.work = true;
+            outcome = self.take_over_rows(rows, all, now)?;
         }
         if generation != self.generation {
             self.mending.look_again();
         }
-        (self.generation, self.settings_changed) = (generation, false);
-        self.look_at_restores()?;
-        Ok(true)
+        (self.generation, self.settings_changed) = (next_generation, false);
+        for backend in &mut self.backends {
+            if backend.delivery.mode() == Mode::AtLeastOnce && backend.is_restored() && backend.may_compare(now) {
+                recovery::give_up_comparing(backend)?;
+            }
+        }
+        Ok(outcome)
     }
 
-    /// Events of a dump may stand in the streams already: a claim looks for them, with a tick that sees them. Without one, they are sent.
-    fn look_at_restores(&mut self) -> Result<(), Aborted> {
-        if !self.backends.iter().any(Backend::is_restored) {
-            return Ok(());
+    fn rest_for_version(&mut self, version: &str, now: Now) {
+        if self.slot.state() != SlotState::Mismatched {
+            log(
+                LogLevel::Error,
+                "outbox_relay worker is idle: library and extension have different versions",
+                Some(&format!(
+                    "The library has version {}, the extension {version}.",
+                    env!("CARGO_PKG_VERSION")
+                )),
+                Some("Run ALTER EXTENSION outbox_relay UPDATE, or restart the server with the matching library."),
+            );
         }
+        self.slot.set_state(SlotState::Mismatched);
+        shmem::wake_launcher();
+        if !self.backends.is_empty() {
+            // What was acknowledged is not to be sent again.
+            self.settle(SETTLE_AT_CHANGE, Backend::is_sending);
+            self.save_unsaved(now);
+            self.backends.clear();
+        }
+        self.generation = u64::MAX;
+    }
+
+    /// Takes over what has changed. `all`: settings have, which concern every backend.
+    fn take_over_rows(&mut self, rows: Rows, all: bool, now: Now) -> Result<Loaded, Aborted> {
+        // SAFETY: a plain read of the process's own variable.
+        let database = unsafe { pg_sys::MyDatabaseId }.to_u32();
+        let guard_prefix = format!("outbox_relay:guard:{}:{database}:", rows.installation);
+        if guard_prefix != self.home.guard_prefix {
+            // The extension was created anew: its tables have not heard of this run of the server, and begin at the first number.
+            (self.home.guard_prefix, self.identity) = (guard_prefix, None);
+            self.backends.clear();
+            (self.latest, self.awaited) = (Arc::new(Tick::beginning()), None);
+            (self.work, self.polled, self.ticked) = (true, true, false);
+        }
+        let home = self.home.clone();
+        let mut changed: Vec<(Whose, Option<BackendRow>)> = Vec::new();
         for backend in self
             .backends
             .iter_mut()
-            .filter(|b| b.delivery.mode() == Mode::AtLeastOnce)
+            .filter(|b| b.reads_for_redis() || b.is_finder())
         {
-            recovery::give_up_comparing(backend)?;
+            let row = rows.backends.iter().find(|row| row.number == backend.number).cloned();
+            let row = row.map(|row| backend.due_row(row, now));
+            if all || backend.row != row {
+                changed.push((backend.whose(), row));
+            }
         }
-        self.take_tick()
+        let is_known = |number: i32| self.backends.iter().any(|b| b.number == number);
+        let numbers = rows.backends.iter().map(|row| row.number);
+        let mut numbers = numbers.chain(rows.deleted.iter().copied()).chain([0]);
+        if changed.is_empty() && numbers.all(is_known) {
+            return Ok(Loaded::Same);
+        }
+        let row_of = |b: &Backend| {
+            changed
+                .iter()
+                .find(|(whose, _)| *whose == b.whose())
+                .map(|(_, row)| row.as_ref())
+        };
+        let stays = |b: &Backend| match row_of(b) {
+            None => true,
+            Some(row) => row.is_some_and(|row| b.keeps_sender(row, &home)),
+        };
+        self.settle(SETTLE_AT_CHANGE, |b| !stays(b) && b.is_sending());
+        // Refused events are looked up by the new settings: those of the old ones must be there.
+        self.save_unsaved(now);
+        if changed.iter().any(|(whose, _)| {
+            self.backends
+                .iter()
+                .any(|b| b.whose() == *whose && !b.records.is_empty())
+        }) {
+            return Err(Aborted::because("what was refused could not be written down"));
+        }
+        let backends = &mut self.backends;
+        let reconciled = process::transaction(|| {
+            numbers::vouch_anew();
+            for (whose, row) in changed {
+                let Some(backend) = backends.iter_mut().find(|b| b.whose() == whose) else {
+                    continue;
+                };
+                match row {
+                    Some(row) => backend.reconfigure(row, &home, now),
+                    None => backend.delete(),
+                }
+            }
+            let mut missing: Vec<Backend> = Vec::new();
+            for row in rows.backends {
+                if !backends.iter().any(|b| b.number == row.number) {
+                    let role = if row.is_cluster() { Role::Finder } else { Role::Redis };
+                    missing.push(Backend::load(row.number, None, role, Some(row), &home));
+                }
+            }
+            for number in rows.deleted {
+                if !backends.iter().any(|b| b.number == number) {
+                    missing.push(Backend::load(number, None, Role::Deleted, None, &home));
+                }
+            }
+            if !backends.iter().any(|b| matches!(b.role, Role::Strays)) {
+                missing.push(Backend::load(0, None, Role::Strays, None, &home));
+            }
+            let lanes = missing_lanes(backends.iter().chain(&missing), &home);
+            missing.extend(lanes);
+            missing
+        });
+        self.backends.extend(reconciled?);
+        // Rows of a backend that was not known may be those of one that is.
+        self.backends.iter_mut().for_each(|b| b.rests_until = Now::ZERO);
+        self.share_positions();
+        self.work = true;
+        Ok(Loaded::Changed)
     }
 
     /// Backends whose saved cursors are of equal ticks speak of the same: then one scan serves them.

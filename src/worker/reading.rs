@@ -1,6 +1,8 @@
 //! Reading: ticks, what may be sent of them, and scans for the backends that can take rows.
 
 use super::Worker;
+use super::loading::Loaded;
+use super::tasks::Task;
 use crate::backend::{Backend, MOST_LANES, Role};
 use crate::care;
 use crate::guc::{self, SendAfter};
@@ -20,6 +22,12 @@ use std::time::Duration;
 const STANDBY_LOOK: Duration = Duration::from_millis(1);
 const STANDBY_LONGEST_LOOK: Duration = Duration::from_millis(100);
 
+/// Settings that may be old count for so long, and then what was known goes on to count, while they cannot be loaded.
+const STALE_READING: Duration = Duration::from_millis(500);
+
+/// While a lane cannot be made.
+const LANE_PAUSE: Duration = Duration::from_millis(100);
+
 /// Backends that are further behind are not waited for.
 const WAITED_FOR_SEQS: i64 = 100_000;
 
@@ -33,31 +41,40 @@ pub(super) struct Awaited {
 
 impl Worker {
     /// Reads for every group of backends that stand at one place and can take rows. True: there is more to read now.
-    pub(super) fn read(&mut self, now: Now) -> Result<bool, Aborted> {
+    pub(super) fn read(&mut self, now: Now) -> bool {
         self.work |= self.slot.has_work();
         self.look_at_standbys(now);
         // A poll that can find nothing.
         if self.polled && !self.slot.has_work() && !ticker::is_outdated(&self.latest) {
             (self.work, self.polled) = (false, false);
         }
-        // While all are down, publishers find the flag raised and wake nobody.
-        if self.work && self.awaited.is_none() && (self.polled || self.is_any_ready(now)) {
-            if self.slot.has_work() && !self.pace.is_busy() {
-                self.rouse();
-            }
-            self.take_tick()?;
-            if self.generation == u64::MAX {
-                // What the tick sees may have been published for backends as they are now.
-                return Ok(true);
+        self.tick_if_due(now);
+        // What the tick sees may have been published for backends as they are now.
+        let mut changed = false;
+        if self.must_load(now) {
+            match self.load_now(now) {
+                Some(Loaded::Idle) => return true,
+                Some(loaded) => {
+                    changed = loaded == Loaded::Changed;
+                    // Rows may have come while triggers were off.
+                    self.mend(now);
+                }
+                // Somebody has the table of backends to himself.
+                None if self.stale_since.is_some_and(|since| now < since + STALE_READING) => return false,
+                None => {}
             }
         }
         // A pass moves its readers, and who waited for them then waits no more: that is for the next round.
         let mut waiting: Vec<usize> = (0..self.backends.len()).filter(|i| self.reads_now(*i, now)).collect();
         while !waiting.is_empty() {
             let group = Group::take(&self.backends, &mut waiting, &self.latest);
-            self.read_group(&group, now)?;
+            match self.read_group(&group, now) {
+                Ok(()) => group.members.iter().for_each(|index| self.has_read_for(*index)),
+                Err(error) if !self.read_apart(&group, &error, now) => break,
+                Err(_) => {}
+            }
         }
-        let mut more = false;
+        let mut more = changed;
         let is_all_read = self.awaited.is_none();
         for index in 0..self.backends.len() {
             let (waits, reads) = (self.waits(index, now), self.reads_now(index, now));
@@ -67,7 +84,52 @@ impl Worker {
                 backend.recovered(now);
             }
         }
-        Ok(more)
+        more
+    }
+
+    /// Takes a tick if there may be something new for somebody.
+    pub(super) fn tick_if_due(&mut self, now: Now) {
+        self.work |= self.slot.has_work();
+        // While all are down, publishers find the flag raised and wake nobody.
+        let is_due = self.work && self.awaited.is_none() && (self.polled || self.is_any_ready(now));
+        if self.ticked || !is_due || !self.patience.allows(Task::Read, now) {
+            return;
+        }
+        if self.slot.has_work() && !self.pace.is_busy() {
+            self.rouse();
+        }
+        self.ticked = true;
+        if self.attempt(Task::Read, now, Self::take_tick).is_none() {
+            self.work = true;
+        }
+    }
+
+    fn has_read_for(&mut self, index: usize) {
+        self.patience.succeeded(Task::ReadFor(self.backends[index].whose()));
+    }
+
+    /// A pass has failed. If that concerns one of its readers, only that one waits. False: it concerns all.
+    fn read_apart(&mut self, group: &Group, error: &Aborted, now: Now) -> bool {
+        if !process::transaction(catalog::can_read).unwrap_or(false) {
+            self.failed(Task::Read, error, now);
+            return false;
+        }
+        let fails_for = |index: usize, error: &Aborted, worker: &mut Self| {
+            let whose = worker.backends[index].whose();
+            worker.failed(Task::ReadFor(whose), error, now);
+        };
+        if let [index] = group.members.as_slice() {
+            fails_for(*index, error, self);
+            return true;
+        }
+        for index in &group.members {
+            let alone = Group::take(&self.backends, &mut vec![*index], &self.latest);
+            match self.read_group(&alone, now) {
+                Ok(()) => self.has_read_for(*index),
+                Err(error) => fails_for(*index, &error, self),
+            }
+        }
+        true
     }
 
     /// Something was committed: whoever sent last is awake when it has been read.
@@ -110,7 +172,11 @@ impl Worker {
 
     /// Whether a backend can take rows now, and there may be some.
     fn waits(&self, index: usize, now: Now) -> bool {
-        self.has_way_to_go(index) && self.backends[index].is_ready(now)
+        let backend = &self.backends[index];
+        self.has_way_to_go(index)
+            && backend.is_ready(now)
+            && self.patience.allows(Task::Read, now)
+            && self.patience.allows(Task::ReadFor(backend.whose()), now)
     }
 
     fn has_way_to_go(&self, index: usize) -> bool {
@@ -122,7 +188,9 @@ impl Worker {
 
     /// Whether a backend that is well is on its way, or would be if it had room.
     fn comes_up(&self, index: usize) -> bool {
-        self.backends[index].is_keeping_up() && self.has_way_to_go(index)
+        let backend = &self.backends[index];
+        let is_able = || self.patience.retry_at(Task::ReadFor(backend.whose())).is_none();
+        backend.is_keeping_up() && self.has_way_to_go(index) && is_able()
     }
 
     /// Whether no backend that is well waits for room.
@@ -292,7 +360,15 @@ impl Worker {
                 process::show_activity(Some(&activity));
             }
             match reader.found {
-                Some(slot) => self.add_lane(reader.index, slot, end, now)?,
+                Some(slot) => {
+                    let task = Task::AddLane(self.backends[reader.index].whose());
+                    if self
+                        .attempt(task, now, |w| w.add_lane(reader.index, slot, end, now))
+                        .is_none()
+                    {
+                        self.backends[reader.index].rests_until = now + LANE_PAUSE;
+                    }
+                }
                 None if backend.is_finder() => backend.goes_on(now),
                 None => {}
             }

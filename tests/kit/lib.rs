@@ -23,6 +23,7 @@
 //! (`make test`). Every server runs below one temporary directory, so that the script can end whatever a test
 //! that was killed has left.
 
+pub mod bystander;
 pub mod cluster;
 pub mod dice;
 pub mod env;
@@ -45,6 +46,7 @@ pub mod stack;
 pub mod tls;
 pub mod wait;
 
+pub use bystander::Bystander;
 pub use cluster::Cluster;
 pub use dice::Dice;
 pub use guard::{Guard, UNTRIMMED};

@@ -1,0 +1,166 @@
+//! Scheduled events, which are moved to `outbox.events` when they are due.
+//!
+//! One that cannot be moved now is *held*: somebody has its row locked, or keeps open a transaction that published an event with the same
+//! `event_id`. It is looked at again by itself; the others are moved.
+
+use super::Worker;
+use super::loading::says_trouble_of_sequence;
+use super::tasks::{Task, is_lock};
+use crate::guc;
+use crate::process::{self, Aborted};
+use crate::{care, catalog, outbox, rows};
+use relay::delivery::Now;
+use relay::pace::Portion;
+use relay::patience::{Patience, Waits};
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+/// How long scheduled events may be moved in one round.
+const MOVE_TIME: Duration = Duration::from_millis(1);
+/// Events that are looked at once for whoever is in their way.
+const LOOK_COUNT: i64 = 1_000;
+/// Those that are moved at once in a subtransaction each, where one of them cannot be moved.
+const MOVE_COUNT_WITH_CARE: i64 = 50;
+/// How soon a held one is looked at again.
+const HELD_WAITS: Waits = Waits {
+    first: Duration::from_millis(50),
+    longest: Duration::from_secs(1),
+};
+
+type EventId = [u8; 16];
+
+pub(super) struct Scheduled {
+    /// How many are moved at once.
+    portion: Portion,
+    next_due: Option<Now>,
+    is_known: bool,
+    held: BTreeSet<EventId>,
+    patience: Patience<EventId>,
+}
+
+impl Default for Scheduled {
+    fn default() -> Self {
+        Self {
+            portion: Portion::new(MOVE_TIME),
+            next_due: None,
+            is_known: false,
+            held: BTreeSet::new(),
+            patience: Patience::default(),
+        }
+    }
+}
+
+impl Scheduled {
+    fn hold(&mut self, event_id: EventId, now: Now) {
+        self.held.insert(event_id);
+        self.patience.failed(event_id, "", true, HELD_WAITS, now);
+    }
+}
+
+impl Worker {
+    /// When there is something to move, as far as is known.
+    pub(super) fn scheduled_at(&self) -> Option<Now> {
+        let due = [self.scheduled.next_due, self.scheduled.patience.next_retry_at()];
+        let due = due.into_iter().flatten().min()?;
+        Some(self.patience.retry_at(Task::Move).map_or(due, |at| at.max(due)))
+    }
+
+    pub(super) fn move_scheduled(&mut self, now: Now) {
+        if self.slot.take_schedule() {
+            self.scheduled.is_known = false;
+        }
+        let is_due = self.scheduled_at().is_some_and(|due| due <= now);
+        if (self.scheduled.is_known && !is_due) || !self.patience.allows(Task::Move, now) {
+            return;
+        }
+        self.look_at_held(now);
+        match self.move_due(now) {
+            Ok(()) => self.patience.succeeded(Task::Move),
+            Err(error) => {
+                self.scheduled.is_known = false;
+                // Whoever is in the way of one is in the way of no other.
+                let held = match is_lock(&error) {
+                    true => self.hold_contested(now).unwrap_or(0),
+                    false => 0,
+                };
+                if held == 0 {
+                    self.failed(Task::Move, &error, now);
+                }
+            }
+        }
+    }
+
+    fn move_due(&mut self, now: Now) -> Result<(), Aborted> {
+        let held: Vec<EventId> = self.scheduled.held.iter().copied().collect();
+        let (count, start) = (self.scheduled.portion.count(), Instant::now());
+        let moved = process::transaction(|| {
+            let (due, now_us) = outbox::next_due(&held);
+            if due.is_some_and(|at| at <= now_us) && says_trouble_of_sequence() {
+                return (0, Some(guc::millis(&guc::POLL_INTERVAL_MS).as_micros() as i64));
+            }
+            match due {
+                // The move gets a transaction id: no tick may be taken in this transaction.
+                Some(at) if at <= now_us => (outbox::move_due(now_us, count as i64, &held), Some(0)),
+                other => (0, other.map(|at| at - now_us)),
+            }
+        });
+        // What cannot be moved must not hold up the others.
+        let (moved, due_us) = match moved {
+            Err(error) if care::is_of_a_new_row(error.code) => process::transaction(|| {
+                let moved = care::carefully(|| {
+                    outbox::move_due_one_by_one(outbox::next_due(&held).1, MOVE_COUNT_WITH_CARE, &held)
+                });
+                (moved, Some(0))
+            }),
+            moved => moved,
+        }?;
+        if moved == 0 && due_us == Some(0) {
+            // All that are due are locked.
+            self.hold_contested(now)?;
+        }
+        if moved > 0 {
+            self.scheduled.portion.took(moved as usize, start.elapsed());
+        }
+        self.work |= moved > 0;
+        self.scheduled.is_known = true;
+        self.scheduled.next_due = due_us.map(|us| now + Duration::from_micros(us.max(0) as u64));
+        Ok(())
+    }
+
+    /// Lets go of held events whose time has come to be looked at, and that nobody contests any more.
+    fn look_at_held(&mut self, now: Now) {
+        let Scheduled { held, patience, .. } = &self.scheduled;
+        let due: Vec<EventId> = held.iter().copied().filter(|id| patience.allows(*id, now)).collect();
+        if due.is_empty() {
+            return;
+        }
+        let contested = process::transaction(|| contested(&due)).unwrap_or_else(|_| due.clone());
+        for event_id in due {
+            match contested.contains(&event_id) {
+                true => self.scheduled.hold(event_id, now),
+                false => {
+                    self.scheduled.held.remove(&event_id);
+                    self.scheduled.patience.succeeded(event_id);
+                }
+            }
+        }
+    }
+
+    /// Holds those of the events that are due which cannot be moved now; returns how many.
+    fn hold_contested(&mut self, now: Now) -> Result<usize, Aborted> {
+        let held: Vec<EventId> = self.scheduled.held.iter().copied().collect();
+        let found = process::transaction(|| contested(&outbox::due(outbox::next_due(&held).1, LOOK_COUNT, &held)))?;
+        for event_id in &found {
+            self.scheduled.hold(*event_id, now);
+        }
+        Ok(found.len())
+    }
+}
+
+/// Which of these somebody else is about to publish or delete. Without waiting for anybody.
+fn contested(event_ids: &[EventId]) -> Vec<EventId> {
+    let relations = catalog::expect_relations();
+    let free = outbox::lockable(event_ids);
+    let is_contested = |id: &EventId| !free.contains(id) || rows::is_contested(&relations, id);
+    event_ids.iter().copied().filter(is_contested).collect()
+}

@@ -1,0 +1,226 @@
+//! Whoever locks our tables, or makes one of the worker's tasks fail, is in the way of what needs just that, and of nobody else.
+
+use std::time::Duration;
+
+use kit::{Bystander, QUICK, Stack, holds_for, ids, publish_many, standing, types, wait_drained, wait_eq, wait_until};
+
+fn set(stack: &Stack, alter_system: &str) {
+    stack.pg.exec(alter_system);
+    stack.pg.exec("select pg_reload_conf()");
+}
+
+/// While this is held, by a transaction that is open for a second and a half, events arrive as ever.
+#[track_caller]
+fn assert_nobody_waits_for(stack: &Stack, statement: &str) {
+    let worker = stack.pg.wait_worker("postgres");
+    let bystander = Bystander::start(stack);
+    let mut holder = stack.pg.client();
+    holder.batch_execute(&format!("begin; {statement}")).expect(statement);
+    // There is something to save, to record, to purge and to move all the time.
+    let load = || {
+        stack.pg.exec("select outbox.publish_event('event', 'kit')");
+        true
+    };
+    holds_for(Duration::from_millis(1_500), "publishing", load);
+    holder.batch_execute("rollback").expect("an end");
+    bystander.stop(stack).assert_undisturbed(statement);
+    assert_eq!(stack.pg.worker_pid("postgres"), Some(worker));
+}
+
+#[test]
+fn a_lock_on_the_cursors_delays_no_event() {
+    let stack = Stack::with(QUICK);
+    stack.publish("first");
+    stack.wait_events(1);
+    wait_drained(&stack.pg, "default");
+    for statement in [
+        "lock table outbox.cursors in access exclusive mode",
+        "lock table outbox.cursors in share mode",
+        "select from outbox.cursors for update",
+        "update outbox.cursors set healings = healings",
+    ] {
+        assert_nobody_waits_for(&stack, statement);
+    }
+    // And what could not be saved is saved afterwards.
+    stack.publish("last");
+    wait_drained(&stack.pg, "default");
+    stack.pg.wait_log("It was saving cursors and what was refused");
+}
+
+#[test]
+fn a_lock_on_any_other_table_but_that_of_the_events_delays_no_event() {
+    let stack = Stack::with(QUICK);
+    for table in [
+        "backends",
+        "backend_passwords",
+        "scheduled_events",
+        "refused_events",
+        "failed_events",
+        "ticks",
+        "installation",
+        "incarnations",
+        "take_overs",
+        "restores",
+    ] {
+        assert_nobody_waits_for(&stack, &format!("lock table outbox.{table} in access exclusive mode"));
+    }
+}
+
+/// Events cannot be read meanwhile; they are at once when that is over.
+#[test]
+fn a_lock_on_the_events_is_waited_for_and_soon_noticed_to_be_gone() {
+    let stack = Stack::start();
+    stack.publish("first");
+    stack.wait_events(1);
+    stack.pg.exec("update outbox.backends set enabled = false");
+    let published = publish_many(&mut stack.pg.client(), "default", "", "event", 3);
+    let mut holder = stack.pg.client();
+    holder
+        .batch_execute("begin; lock table outbox.events in access exclusive mode")
+        .expect("a lock");
+    stack.pg.exec("update outbox.backends set enabled = true");
+    stack.pg.wait_log("It was reading events");
+    let mark = std::time::Instant::now();
+    holder.batch_execute("commit").expect("an end");
+    let entries = stack.wait_events(4);
+    let took = mark.elapsed();
+    assert_eq!(ids(&entries)[1..], published);
+    assert!(took < Duration::from_millis(800), "{took:?} after the lock was gone");
+}
+
+/// Others are purged meanwhile, and that backend afterwards.
+#[test]
+fn rows_that_somebody_is_deleting_keep_nobody_from_his_events() {
+    let stack = Stack::with(&[
+        ("outbox_relay.published_retention", "0"),
+        ("outbox_relay.failed_retention", "0"),
+    ]);
+    set(&stack, "alter system set outbox_relay.cleanup_published = off");
+    let _ = publish_many(&mut stack.pg.client(), "default", "", "old", 10);
+    stack.wait_events(10);
+    let mut holder = stack.pg.client();
+    holder
+        .batch_execute("begin; delete from outbox.events where event_type = 'old1'")
+        .expect("a row");
+    set(&stack, "alter system reset outbox_relay.cleanup_published");
+    let bystander = Bystander::start(&stack);
+    // It comes by that row again and again.
+    std::thread::sleep(Duration::from_secs(3));
+    bystander.stop(&stack).assert_undisturbed("an open DELETE");
+    holder.batch_execute("rollback").expect("an end");
+    stack.pg.exec("select pg_reload_conf()");
+    wait_eq("rows", 0, || -> i64 {
+        stack
+            .pg
+            .one("select count(*) from outbox.events where event_type like 'old%'")
+    });
+}
+
+/// The same with failed events, which somebody looks at for a while.
+#[test]
+fn failed_events_that_somebody_has_locked_keep_nobody_from_his_events() {
+    let mut settings = QUICK.to_vec();
+    settings.push(("outbox_relay.max_retries", "1"));
+    let stack = Stack::with(&settings);
+    stack.redis.call(&["SET", "bad", "a string"]);
+    stack
+        .pg
+        .exec("select outbox.publish_event('t', 'kit', stream => 'bad')");
+    let failed = || -> i64 { stack.pg.one("select count(*) from outbox.failed_events") };
+    wait_eq("failed events", 1, failed);
+    let mut holder = stack.pg.client();
+    holder
+        .batch_execute("begin; select from outbox.failed_events for update")
+        .expect("a row");
+    set(&stack, "alter system set outbox_relay.failed_retention = 0");
+    let bystander = Bystander::start(&stack);
+    stack
+        .pg
+        .exec("select outbox.publish_event('t', 'kit', stream => 'bad')");
+    std::thread::sleep(Duration::from_millis(1_500));
+    bystander.stop(&stack).assert_undisturbed("failed_events for update");
+    holder.batch_execute("rollback").expect("an end");
+}
+
+/// The event that somebody else has published, as it seems, waits; the others leave when they are due.
+#[test]
+fn an_event_id_that_a_publisher_keeps_open_delays_that_event_alone() {
+    let stack = Stack::start();
+    let id = "a0000000-0000-4000-8000-000000000001";
+    let mut publisher = stack.pg.client();
+    publisher
+        .batch_execute(&format!(
+            "begin; select outbox.publish_event('open', 'kit', event_id => '{id}')"
+        ))
+        .expect("published");
+    let schedule = |name: &str, id: &str| {
+        stack.pg.exec(&format!(
+            "select outbox.publish_event('{name}', 'kit', scheduled_at => clock_timestamp() + interval '300 ms', event_id => {id})"
+        ));
+    };
+    schedule("contested", &format!("'{id}'"));
+    let bystander = Bystander::start(&stack);
+    for n in 1..=5 {
+        schedule(&format!("free{n}"), "null");
+        assert_eq!(types(&stack.wait_events(n)).last(), Some(&format!("free{n}").as_str()));
+    }
+    bystander.stop(&stack).assert_undisturbed("an event_id that is open");
+    publisher.batch_execute("rollback").expect("an end");
+    let entries = stack.wait_events(6);
+    assert_eq!(types(&entries)[5], "contested");
+}
+
+/// A scheduled event that somebody is about to cancel, or not.
+#[test]
+fn a_scheduled_event_that_somebody_has_locked_delays_that_event_alone() {
+    let stack = Stack::start();
+    stack
+        .pg
+        .exec("select outbox.publish_event('locked', 'kit', scheduled_at => clock_timestamp() + interval '300 ms')");
+    let mut holder = stack.pg.client();
+    holder
+        .batch_execute("begin; delete from outbox.scheduled_events")
+        .expect("a row");
+    let bystander = Bystander::start(&stack);
+    for n in 1..=5 {
+        stack.pg.exec(&format!(
+            "select outbox.publish_event('free{n}', 'kit', scheduled_at => clock_timestamp() + interval '300 ms')"
+        ));
+        stack.wait_events(n);
+    }
+    bystander
+        .stop(&stack)
+        .assert_undisturbed("a scheduled event that is locked");
+    holder.batch_execute("rollback").expect("an end");
+    assert_eq!(types(&stack.wait_events(6))[5], "locked");
+}
+
+#[test]
+fn a_backend_that_cannot_be_saved_keeps_no_other_from_being_saved() {
+    let stack = Stack::with(QUICK);
+    let bystander = Bystander::start(&stack);
+    stack.pg.exec(
+        "create function broken() returns trigger language plpgsql as $$
+            begin if new.backend_number = 1 then raise 'this one is closed'; end if; return new; end $$;
+         create trigger broken before insert or update on outbox.cursors for each row execute function broken();
+         alter table outbox.cursors enable always trigger broken",
+    );
+    let published = publish_many(&mut stack.pg.client(), "default", "", "event", 3);
+    stack.wait_events(3);
+    stack.pg.wait_log("outbox_relay worker: this one is closed");
+    stack
+        .pg
+        .wait_log("It was saving cursors and what was refused, for backend \"default\".");
+    let before = standing(&stack.pg, "bystander").published;
+    wait_until("the other's cursor", || {
+        standing(&stack.pg, "bystander").published > before
+    });
+    bystander
+        .stop(&stack)
+        .assert_undisturbed("a trigger that refuses one backend");
+    assert_eq!(standing(&stack.pg, "default").published, 0);
+    stack.pg.exec("drop trigger broken on outbox.cursors");
+    wait_drained(&stack.pg, "default");
+    assert_eq!(ids(&stack.events()), published);
+    assert_eq!(stack.pg.log().matches("this one is closed").count(), 1);
+}

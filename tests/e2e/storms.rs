@@ -1,0 +1,97 @@
+//! Many changes, or what looks like some: settings are loaded, and events are read all the same.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use kit::{Bystander, Stack, ids, wait_drained, wait_until};
+
+/// Runs statements again and again in a session of its own, while `f` runs.
+fn during<R>(stack: &Stack, statements: &[&str], f: impl FnOnce() -> R) -> R {
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for statement in statements {
+            let mut client = stack.pg.client();
+            let stop = &stop;
+            scope.spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    client.batch_execute(statement).expect(statement);
+                }
+            });
+        }
+        let result = f();
+        stop.store(true, Ordering::Relaxed);
+        result
+    })
+}
+
+#[test]
+fn changes_that_change_nothing_delay_no_event() {
+    let stack = Stack::start();
+    stack.pg.exec("create role somebody");
+    for statements in [
+        ["update outbox.backends set enabled = true where false"; 2],
+        ["grant select on outbox.backends to somebody; revoke select on outbox.backends from somebody"; 2],
+        ["grant insert on outbox.events to somebody; revoke insert on outbox.events from somebody"; 2],
+    ] {
+        let bystander = Bystander::start(&stack);
+        let delays = during(&stack, &statements, || {
+            std::thread::sleep(Duration::from_secs(2));
+            bystander.stop(&stack)
+        });
+        delays.assert_undisturbed(statements[0]);
+    }
+}
+
+/// In the midst of it, what a transaction publishes behind its own change goes by that.
+#[test]
+fn a_change_takes_effect_at_once_in_the_midst_of_them() {
+    let stack = Stack::start();
+    stack.publish("first");
+    stack.wait_events(1);
+    let storm = ["update outbox.backends set enabled = true where false"; 2];
+    during(&stack, &storm, || {
+        let mut client = stack.pg.client();
+        for n in 1..=20 {
+            let sql = format!(
+                "begin; update outbox.backends set stream_name = 'stream{n}' where name = 'default'; \
+                 select outbox.publish_event('event', 'kit'); commit"
+            );
+            client.batch_execute(&sql).expect("published");
+            assert_eq!(stack.redis.wait_entries(&format!("stream{n}"), 1).len(), 1);
+        }
+    });
+}
+
+/// One transaction a row: the backend goes on in batches while they come, and others do not notice.
+#[test]
+fn a_restore_row_by_row_delays_nobody_else_and_goes_on_meanwhile() {
+    const ROWS: usize = 1_500;
+    let stack = Stack::with(&[("outbox_relay.redis_max_len", "0")]);
+    stack.publish("first");
+    stack.wait_events(1);
+    wait_drained(&stack.pg, "default");
+    let bystander = Bystander::start(&stack);
+    let mut client = stack.pg.client();
+    let mut seen_meanwhile = 0;
+    let mut published = Vec::new();
+    for _ in 0..ROWS {
+        let row = client
+            .query_one(
+                "insert into outbox.events (xid, backend_number, event_type, source, backend) \
+                 values ('5', 1, 'restored', 'kit', 'default') returning event_id",
+                &[],
+            )
+            .expect("restored");
+        published.push(row.get::<_, uuid::Uuid>(0));
+        if seen_meanwhile == 0 {
+            seen_meanwhile = stack.redis.xlen("events") - 1;
+        }
+    }
+    bystander.stop(&stack).assert_undisturbed("a restore row by row");
+    assert!(seen_meanwhile > 0, "none arrived before the restore was over");
+    let entries = stack.wait_events(ROWS + 1);
+    assert_eq!(ids(&entries)[1..], published);
+    wait_until("the restores to be forgotten", || {
+        stack.pg.one::<i64>("select count(*) from outbox.restores") == 0
+    });
+}

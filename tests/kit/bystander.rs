@@ -1,0 +1,97 @@
+//! Somebody who has nothing to do with what others do, and is not to notice it: publishes to a backend of his own, and says how long his
+//! events took.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crate::postgres::{DB, USER};
+use crate::{Stack, wait_until};
+
+/// His backend, and its stream.
+const NAME: &str = "bystander";
+const PAUSE: Duration = Duration::from_millis(5);
+
+/// Publishes an event each few milliseconds.
+#[derive(Debug)]
+pub struct Bystander {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<usize>,
+}
+
+/// In milliseconds, from publishing to Redis's clock: sorted.
+#[derive(Debug)]
+pub struct Delays(Vec<i64>);
+
+impl Bystander {
+    /// Makes his backend, in the stack's Redis, and begins once its events arrive.
+    #[track_caller]
+    pub fn start(stack: &Stack) -> Self {
+        let port = stack.redis.port();
+        stack.pg.exec(&format!(
+            "insert into outbox.backends (name, host, port, stream_name) values ('{NAME}', '127.0.0.1', {port}, '{NAME}')
+                on conflict do nothing"
+        ));
+        let publish = format!("select outbox.publish_event('event', 'kit', backend => '{NAME}')");
+        stack.pg.exec(&publish);
+        wait_until("the bystander's first event", || stack.redis.xlen(NAME) > 0);
+        stack.redis.call(&["DEL", NAME]);
+        let stop = Arc::new(AtomicBool::new(false));
+        let (stopped, config) = (Arc::clone(&stop), stack.pg.config(USER, DB));
+        let thread = std::thread::spawn(move || {
+            let mut client = config.connect(::postgres::NoTls).expect("a session");
+            let mut count = 0;
+            while !stopped.load(Ordering::Relaxed) {
+                client.batch_execute(&publish).expect("published");
+                count += 1;
+                std::thread::sleep(PAUSE);
+            }
+            count
+        });
+        Bystander { stop, thread }
+    }
+
+    /// How long his events took, once they have all arrived.
+    #[track_caller]
+    pub fn stop(self, stack: &Stack) -> Delays {
+        self.stop.store(true, Ordering::Relaxed);
+        let count = self.thread.join().expect("the bystander published");
+        let entries = stack.redis.wait_entries(NAME, count);
+        assert_eq!(entries.len(), count, "each event once");
+        let delay_ms = |entry: &crate::Entry| -> i64 {
+            let published = chrono::DateTime::parse_from_rfc3339(entry.field("timestamp")).expect("a time");
+            let arrived: i64 = entry
+                .id
+                .split('-')
+                .next()
+                .expect("an id")
+                .parse()
+                .expect("milliseconds");
+            arrived - published.timestamp_millis()
+        };
+        let mut delays: Vec<i64> = entries.iter().map(delay_ms).collect();
+        delays.sort_unstable();
+        stack.redis.call(&["DEL", NAME]);
+        Delays(delays)
+    }
+}
+
+impl Delays {
+    /// The delay that this share of the events did not exceed.
+    pub fn quantile(&self, share: f64) -> Duration {
+        let index = (self.0.len() as f64 * share) as usize;
+        Duration::from_millis(self.0[index.min(self.0.len() - 1)].max(0) as u64)
+    }
+
+    /// What is held up by whoever locks, floods or fails is seconds late, as a rule; machines are busy.
+    #[track_caller]
+    pub fn assert_undisturbed(&self, by: &str) {
+        let [median, most] = [0.5, 0.99].map(|share| self.quantile(share));
+        println!("{by}: {} events, median {median:?}, p99 {most:?}", self.0.len());
+        assert!(
+            most < Duration::from_millis(800),
+            "{by}: p99 {most:?}, median {median:?}"
+        );
+    }
+}
