@@ -232,6 +232,11 @@ impl Launcher {
             let Some(slot) = shmem::slot_of(pg_sys::Oid::from(*oid)) else {
                 continue;
             };
+            if slot.pid() != 0 {
+                // It has found that of a launcher before this one, and left it alone.
+                database.look = true;
+                continue;
+            }
             let state = slot.state();
             database.has_extension |= state == SlotState::Running || state == SlotState::Mismatched;
             match state {

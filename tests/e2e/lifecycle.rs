@@ -85,6 +85,55 @@ fn a_worker_comes_with_the_commit_of_the_extension() {
     assert_eq!(ids(&redis.wait_entries("events", 2)), published);
 }
 
+/// It can be created all the same, and whoever does so hears what is missing.
+#[test]
+fn without_the_library_preloaded_creating_the_extension_warns() {
+    let pg = Postgres::with(&[("shared_preload_libraries", "")]).start();
+    for (create, drop) in [
+        ("create extension outbox_relay", "drop extension outbox_relay"),
+        ("create extension if not exists outbox_relay cascade", "select 1"),
+    ] {
+        let ran = pg.psql(&["-c", create]);
+        assert!(ran.ok, "{}", ran.stderr);
+        assert_eq!(
+            ran.stderr,
+            "WARNING:  outbox_relay is not preloaded: events are kept, and nothing sends them\n\
+             HINT:  Add outbox_relay to shared_preload_libraries, and restart the server.\n"
+        );
+        pg.exec(drop);
+    }
+    assert_eq!(
+        pg.one::<String>("select state from outbox.status"),
+        "library not in shared_preload_libraries"
+    );
+    let preloaded = Postgres::start();
+    assert_eq!(preloaded.psql(&["-c", "create extension outbox_relay"]).stderr, "");
+}
+
+/// COMMIT PREPARED tells of what was prepared, whatever stands before it in its text.
+#[test]
+fn a_prepared_extension_gets_its_worker_when_it_is_committed() {
+    let pg = Postgres::with(&[("outbox_relay.poll_interval", "1h")]).start();
+    let redis = Redis::start();
+    let mut client = pg.client();
+    let point = format!("update outbox.backends set host = '127.0.0.1', port = {}", redis.port());
+    client
+        .batch_execute(&format!(
+            "begin; create extension outbox_relay; {point}; prepare transaction 'extension'"
+        ))
+        .unwrap();
+    wait_eq("workers", 0, || processes(&pg, "outbox_relay worker"));
+    client
+        .batch_execute("/* of a tool */ commit prepared 'extension'")
+        .unwrap();
+    pg.wait_worker("postgres");
+    client
+        .batch_execute("begin; select outbox.publish_event('prepared', 'kit'); prepare transaction 'event'")
+        .unwrap();
+    client.execute("commit prepared 'event'", &[]).unwrap();
+    assert_eq!(types(&redis.wait_entries("events", 1)), ["prepared"]);
+}
+
 #[test]
 fn dropping_the_extension_waits_neither_for_a_drain_nor_for_redis() {
     let stack = Stack::start();
