@@ -30,15 +30,15 @@ thread_local! {
 
 /// The caller's transaction id, then the next number: in this order, always (see [`Tick`]). Within a transaction that may write.
 ///
-/// The table is locked before the sequence, as by any INSERT: TRUNCATE with RESTART IDENTITY does so, too, and would come to a deadlock
-/// with whoever has the sequence and waits for the table.
+/// Both the table and the sequence are locked first, and neither is kept while the other is waited for: TRUNCATE with RESTART IDENTITY
+/// takes the table first, DROP EXTENSION the sequence, and each would come to a deadlock with whoever did it the other way round.
 pub fn draw_numbers(relations: &Relations) -> (u64, i64) {
     let slot = slot().filter(|slot| slot.numbers.get().is_some());
     // One guard for all, since a guard costs as much as a call.
     // SAFETY: within a transaction that may write; locks are kept until its end. Nothing in it needs to be dropped.
     let (xid, before, mut seq) = unsafe {
         pg_sys::ffi::pg_guard_ffi_boundary(|| {
-            hot::LockRelationOid(relations.events, pg_sys::RowExclusiveLock as pg_sys::LOCKMODE);
+            hot::lock(relations.events, relations.sequence);
             let xid = hot::GetTopFullTransactionId().value;
             let Some(slot) = slot else {
                 return (xid, None, 0);
@@ -69,8 +69,28 @@ mod hot {
 
     // SAFETY: the declarations of storage/lmgr.h and access/xact.h; called within a guard, since they may raise an ERROR.
     unsafe extern "C-unwind" {
-        pub fn LockRelationOid(relation: pg_sys::Oid, mode: pg_sys::LOCKMODE);
+        fn LockRelationOid(relation: pg_sys::Oid, mode: pg_sys::LOCKMODE);
+        fn ConditionalLockRelationOid(relation: pg_sys::Oid, mode: pg_sys::LOCKMODE) -> bool;
+        fn UnlockRelationOid(relation: pg_sys::Oid, mode: pg_sys::LOCKMODE);
         pub fn GetTopFullTransactionId() -> pg_sys::FullTransactionId;
+    }
+
+    /// # Safety
+    /// Within a transaction and a guard.
+    pub unsafe fn lock(table: pg_sys::Oid, sequence: pg_sys::Oid) {
+        const MODE: pg_sys::LOCKMODE = pg_sys::RowExclusiveLock as pg_sys::LOCKMODE;
+        // SAFETY: the caller's promise; what is given back was taken here.
+        unsafe {
+            loop {
+                LockRelationOid(table, MODE);
+                if ConditionalLockRelationOid(sequence, MODE) {
+                    return;
+                }
+                UnlockRelationOid(table, MODE);
+                LockRelationOid(sequence, MODE);
+                UnlockRelationOid(sequence, MODE);
+            }
+        }
     }
 }
 
