@@ -365,7 +365,7 @@ unsafe fn statement(relation: pg_sys::Relation, columns: usize, text: &'static C
         for index in 0..length(plans) {
             let plan = item(plans, index).cast::<pg_sys::PlannedStmt>();
             if (*plan).commandType == pg_sys::CmdType::CMD_UTILITY {
-                report::guard(|| refuse_rule());
+                report::guard(refuse_rule);
             }
             insert_by_right_of((*relation).rd_id, owner, plan);
         }

@@ -278,9 +278,12 @@ fn highest_of_columns(table: pg_sys::Oid, names: &[&str]) -> i64 {
     highest
 }
 
+/// A tick's `next_xid` and `low_seq`, and the lowest number of later rows.
+type Vouched = ((u64, i64), Option<i64>);
+
 thread_local! {
-    /// Of ticks that were vouched for, by `next_xid` and `low_seq`: the lowest number of later rows.
-    static VOUCHED: RefCell<Vec<((u64, i64), Option<i64>)>> = const { RefCell::new(Vec::new()) };
+    /// Ticks that were vouched for.
+    static VOUCHED: RefCell<Vec<Vouched>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Positions are loaded: what was vouched for before may be so no more. And rows may have come with higher numbers than were drawn,

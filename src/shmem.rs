@@ -202,7 +202,7 @@ fn all_slots() -> &'static [Slot] {
     }
 }
 
-const _: () = assert!(size_of::<Shared>() % align_of::<Slot>() == 0);
+const _: () = assert!(size_of::<Shared>().is_multiple_of(align_of::<Slot>()));
 
 /// Whether the library was preloaded, so that workers can exist.
 pub fn is_attached() -> bool {

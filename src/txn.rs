@@ -94,7 +94,8 @@ unsafe extern "C-unwind" fn on_transaction_end(event: pg_sys::XactEvent::Type, _
             }
         }
         XACT_EVENT_PREPARE => {
-            if NEWS.take().extension {
+            let news = NEWS.take();
+            if news.extension {
                 shmem::note_extension_prepared();
             }
         }
