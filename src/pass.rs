@@ -49,7 +49,14 @@ impl Group {
         });
         let base = position(first.unwrap_or_default()).clone();
         let to = base.to(latest).clone();
-        let is_near = |p: &Position| Arc::ptr_eq(p.to(latest), &to) && p.place() <= base.place() + NEAR_SEQS;
+        // Among late rows all have come to the same place: there, what counts is the last row.
+        let is_near = |p: &Position| {
+            let (theirs, first) = match base.is_among_late() {
+                true => (p.last_seq(), base.last_seq()),
+                false => (p.place(), base.place()),
+            };
+            Arc::ptr_eq(p.to(latest), &to) && theirs <= first + NEAR_SEQS
+        };
         let near = waiting.iter().map(|index| position(*index)).filter(|p| is_near(p));
         let from = match base.is_among_late() {
             true => base.from.clone(),
