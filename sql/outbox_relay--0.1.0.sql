@@ -232,10 +232,13 @@ create table outbox.ticks (
 comment on table outbox.ticks is 'When each backend had delivered what a snapshot sees: the clock of retention. The oldest of a backend is what has been purged.';
 
 create table outbox.installation (
-    id uuid not null default pg_catalog.gen_random_uuid()
+    id       uuid not null default pg_catalog.gen_random_uuid(),
+    database oid not null
 );
-insert into outbox.installation default values;
+insert into outbox.installation (database)
+select d.oid from pg_catalog.pg_database d where d.datname = current_database();
 comment on table outbox.installation is 'The name of this installation in the keys of its guards; made by CREATE EXTENSION, never dumped.';
+comment on column outbox.installation.database is 'The database that it belongs to. Another one: this database was made of that (CREATE DATABASE ... TEMPLATE). pg_upgrade keeps it.';
 
 create table outbox.incarnations (
     number             integer generated always as identity primary key,
@@ -244,9 +247,11 @@ create table outbox.incarnations (
     timeline           bigint not null,
     started_at         timestamptz not null default clock_timestamp(),
     previous_ended_lsn pg_lsn not null,
-    first_xid          xid8 not null
+    first_xid          xid8 not null,
+    place              text not null
 );
 comment on table outbox.incarnations is 'The runs of this server that relayed, saved before the first claim of each: guards name them. A copy of the database knows those up to when it was made.';
+comment on column outbox.incarnations.place is 'Where the server lived: a run in another place is a copy''s, unless it was promoted there.';
 comment on column outbox.incarnations.first_xid is 'Transactions of this run have this id or later ones. Less than what a guard of the one before says: WAL was lost, and ids are used again.';
 comment on column outbox.incarnations.previous_ended_lsn is 'Where the history of the one before ended, as far as this server has it.';
 
@@ -262,6 +267,15 @@ create table outbox.take_overs (
     asked_of       text not null default outbox.here()
 );
 comment on table outbox.take_overs is 'Backends that are to be taken over; see outbox.take_over().';
+
+create table outbox.copied_backends (
+    backend_number integer primary key,
+    original       text not null,
+    is_database    boolean not null,
+    copied_at      timestamptz not null default clock_timestamp()
+);
+comment on table outbox.copied_backends is 'Backends that are another''s, of which this database is a copy: nothing is sent for them before outbox.take_over().';
+comment on column outbox.copied_backends.is_database is 'The original is a database of the same server (CREATE DATABASE ... TEMPLATE); otherwise this whole server is a copy.';
 
 create table outbox.restores (
     number         bigint generated always as identity primary key,
@@ -429,6 +443,7 @@ begin
     for i in 1..20 loop
         if not outbox.has_waiting_events(old.number) then
             delete from outbox.backend_passwords p where p.backend_number = old.number;
+            delete from outbox.copied_backends c where c.backend_number = old.number;
             return old;
         end if;
         exit when i = 20 or pg_catalog.current_setting('transaction_isolation') not in ('read committed', 'read uncommitted');
@@ -728,6 +743,7 @@ values
     ('backends', 'backends_changed', 'after insert or update or delete or truncate on outbox.backends for each statement execute function outbox.backends_changed()'),
     ('backend_passwords', 'backends_changed', 'after insert or update or delete or truncate on outbox.backend_passwords for each statement execute function outbox.backends_changed()'),
     ('take_overs', 'backends_changed', 'after insert or update on outbox.take_overs for each statement execute function outbox.backends_changed()'),
+    ('copied_backends', 'backends_changed', 'after insert or update or delete or truncate on outbox.copied_backends for each statement execute function outbox.backends_changed()'),
     ('restores', 'backends_changed', 'after insert on outbox.restores for each statement execute function outbox.backends_changed()')
 $$;
 comment on function outbox.our_triggers() is 'The triggers of this extension''s tables. All are enabled always: also where session_replication_role is replica.';
@@ -783,7 +799,12 @@ comment on function outbox.backlog(integer) is 'Committed events of a backend be
 
 create view outbox.backend_status with (security_barrier) as
 select b.name as backend,
-    case when not b.enabled then 'paused' else coalesce(c.state, 'idle') end as state,
+    case
+        when h.is_copy or o.is_database or (o.backend_number is not null and b.delivery <> 'exactly_once'
+            and coalesce(pg_catalog.current_setting('outbox_relay.take_over', true), 'standby') = 'standby') then 'copy'
+        when not b.enabled then 'paused'
+        else coalesce(c.state, 'idle')
+    end as state,
     l.pending + r.waiting as pending,
     pg_catalog.clock_timestamp() - least(l.oldest_created_at, r.oldest_created_at) as oldest_pending_age,
     coalesce(c.published_total, 0) as published_total,
@@ -795,10 +816,16 @@ select b.name as backend,
     coalesce(c.healings, 0) as healings,
     c.address
 from outbox.backends b
+    left join outbox.copied_backends o on o.backend_number = b.number
+    -- No worker has been here yet to take note of it.
+    cross join (
+        select i.database <> d.oid as is_copy
+        from outbox.installation i, pg_catalog.pg_database d where d.datname = pg_catalog.current_database()
+    ) h
     -- In a cluster, of all lanes: what troubles one comes first.
     cross join lateral (
         select (pg_catalog.array_agg(k.state order by pg_catalog.array_position(
-                '{fenced,misconfigured,backoff,sending,idle}'::text[], k.state)))[1] as state,
+                '{fenced,copy,misconfigured,backoff,sending,idle}'::text[], k.state)))[1] as state,
             pg_catalog.sum(k.published_total)::bigint as published_total,
             pg_catalog.sum(k.failed_total)::bigint as failed_total,
             pg_catalog.max(k.last_published_at) as last_published_at,
@@ -819,7 +846,7 @@ comment on view outbox.backend_status is 'One row a backend: what it is doing, h
 
 create view outbox.status with (security_barrier) as
 select w.worker_pid,
-    w.state,
+    case when w.state = 'running' and b.copies > 0 then 'copy' else w.state end as state,
     b.backends,
     b.pending,
     b.oldest_pending_age,
@@ -830,7 +857,7 @@ select w.worker_pid,
         where c.saved_at > pg_catalog.clock_timestamp() - interval '5 s') as events_per_second
 from outbox.worker_status() w
     cross join (
-        select pg_catalog.count(*) as backends, coalesce(pg_catalog.sum(s.pending), 0)::bigint as pending,
+        select pg_catalog.count(*) as backends, pg_catalog.count(*) filter (where s.state = 'copy') as copies, coalesce(pg_catalog.sum(s.pending), 0)::bigint as pending,
             pg_catalog.max(s.oldest_pending_age) as oldest_pending_age,
             coalesce(pg_catalog.sum(s.published_total), 0)::bigint as published_total
         from outbox.backend_status s
@@ -1164,14 +1191,130 @@ end
 $$;
 comment on function outbox.accept_held(text) is 'Publishes here what a subscription has brought of a backend and its own server has not sent; outbox.take_over() calls it.';
 
+create function outbox.database_made_by(out xid bigint, out is_certain boolean) returns setof record
+    language c volatile
+    as 'MODULE_PATHNAME', 'database_made_by_wrapper';
+comment on function outbox.database_made_by() is 'The transaction that made this database; not certain if its row of pg_database was changed since.';
+
+create function outbox.note_copy() returns boolean
+    language plpgsql security definer set search_path = pg_catalog, pg_temp set session_replication_role = replica
+    as $$
+declare
+    reason constant text := 'it waited when this database was copied, and is the original''s to send';
+    here oid;
+    original oid;
+    made_in xid8;
+    is_certain boolean;
+    made_at timestamptz;
+    oldest xid8;
+    low bigint;
+begin
+    select d.oid into here from pg_database d where d.datname = current_database();
+    select i.database into original from outbox.installation i where i.database <> here for update;
+    if not found then
+        return false;
+    end if;
+    -- What the original published has an id below that of the transaction which made this database, and what is published here one above.
+    select m.xid::text::xid8, m.is_certain into made_in, is_certain from outbox.database_made_by() m;
+    if not is_certain then
+        -- That row has been changed, perhaps after the first event was published here: files are as old as the copy.
+        select f.modification into made_at
+            from pg_stat_file(regexp_replace(pg_relation_filepath('pg_catalog.pg_class'), '[^/]*$', 'PG_VERSION')) f;
+        made_in := least(made_in,
+            (select e.xid from outbox.events e where e.created_at > made_at order by e.xid limit 1),
+            (select s.xid from outbox.scheduled_events s where s.created_at > made_at order by s.xid limit 1));
+    end if;
+    low := coalesce((select e.seq from outbox.events e where e.xid < made_in order by e.seq desc limit 1), 0);
+    -- What is made to be copied, and has never been used, is nobody's.
+    if not exists (select from pg_database d where d.oid = original and d.datistemplate)
+        or exists (select from outbox.events e where e.xid < made_in)
+        or exists (select from outbox.scheduled_events e where e.xid < made_in)
+        or exists (select from outbox.failed_events e where e.xid < made_in)
+        or exists (select from outbox.cursors c where c.published_total > 0) then
+        insert into outbox.copied_backends (backend_number, original, is_database)
+            select b.number, format('the database with OID %s', original), true from outbox.backends b
+            on conflict (backend_number) do update
+            set original = excluded.original, is_database = true, copied_at = excluded.copied_at;
+    end if;
+
+    -- What waited then is not sent from here.
+    oldest := case
+        when exists (select from outbox.backends b where not exists (select from outbox.cursors c where c.backend_number = b.number)) then '3'
+        else (select pg_snapshot_xmin(c.from_snapshot) from outbox.cursors c
+            where exists (select from outbox.backends b where b.number = c.backend_number) order by 1 limit 1)
+    end;
+    insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, event_type, source, backend, data, subject, stream,
+            data_schema, publisher_config, max_retries, attempts, last_error)
+        select e.seq, e.xid, e.created_at, e.event_id, e.backend_number, e.event_type, e.source, e.backend, e.data, e.subject, e.stream,
+            e.data_schema, e.publisher_config, e.max_retries, r.attempts, reason
+        from outbox.refused_events r join outbox.events e on e.seq = r.seq
+        where r.accepted_in is null
+        on conflict (event_id, seq) do nothing;
+    insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, event_type, source, backend, data, subject, stream,
+            data_schema, publisher_config, max_retries, attempts, last_error)
+        select e.seq, e.xid, e.created_at, e.event_id, e.backend_number, e.event_type, e.source, e.backend, e.data, e.subject, e.stream,
+            e.data_schema, e.publisher_config, e.max_retries, 0, reason
+        from outbox.events e join outbox.backends b on b.number = e.backend_number
+        where e.xid >= oldest and e.xid < made_in
+            and not coalesce((select outbox.is_delivered(c, e.xid, e.seq) from outbox.cursors c
+                where c.backend_number = e.backend_number and c.slot in (-1, outbox.hash_slot(coalesce(e.stream, b.stream_name, '')))
+                order by c.slot desc limit 1), false)
+        on conflict (event_id, seq) do nothing;
+    with gone as (
+        delete from outbox.scheduled_events s where s.xid < made_in returning s.*
+    )
+    insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, event_type, source, backend, data, subject, stream,
+            data_schema, publisher_config, max_retries, attempts, last_error)
+        select e.seq, e.xid, e.created_at, e.event_id, e.backend_number, e.event_type, e.source, e.backend, e.data, e.subject, e.stream,
+            e.data_schema, e.publisher_config, e.max_retries, 0, reason
+        from gone e
+        on conflict (event_id, seq) do nothing;
+    with gone as (
+        delete from outbox.held_events returning *
+    )
+    insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, event_type, source, backend, data, subject, stream,
+            data_schema, publisher_config, max_retries, attempts, last_error)
+        select e.seq, e.xid, e.created_at, e.event_id, e.backend_number, e.event_type, e.source, e.backend, e.data, e.subject, e.stream,
+            e.data_schema, e.publisher_config, e.max_retries, 0, reason
+        from gone e
+        on conflict (event_id, seq) do nothing;
+    delete from outbox.held_scheduled;
+    delete from outbox.held_cursors;
+    delete from outbox.held_refused;
+    delete from outbox.refused_events;
+    delete from outbox.take_overs;
+    delete from outbox.restores;
+
+    -- Each reader stands where the database was made, under a guard that is yet to come.
+    insert into outbox.cursors (backend_number, from_snapshot, from_next_xid, from_low_seq, from_high_seq, saved_at, state)
+        select b.number, '3:3:', '3', 0, 0, clock_timestamp(), 'idle' from outbox.backends b
+        on conflict (backend_number, slot) do nothing;
+    update outbox.cursors c
+        set from_snapshot = format('%s:%s:', made_in, made_in)::pg_snapshot, from_next_xid = made_in, from_low_seq = low, from_high_seq = low,
+            to_snapshot = null, to_next_xid = null, to_low_seq = null, to_high_seq = null, last_seq = 0,
+            batch_number = 0, epoch = 0, saved_at = clock_timestamp(), state = 'idle', events_per_second = 0,
+            last_error = null, last_error_at = null, next_attempt_at = null, address = null
+        where exists (select from outbox.backends b where b.number = c.backend_number);
+    update outbox.installation set id = gen_random_uuid(), database = here;
+    return true;
+end
+$$;
+comment on function outbox.note_copy() is 'Whether this database was made of another one and nobody had noticed: then what waited there has failed here, and the copy sends nothing before outbox.take_over().';
+
 create function outbox.take_over(backend text) returns void
     language plpgsql security definer set search_path = pg_catalog, pg_temp set session_replication_role = replica
     as $$
 declare
     b outbox.backends := outbox.expect_backend(backend);
-    held bigint := outbox.accept_held(backend);
+    copied outbox.copied_backends;
+    held bigint;
 begin
-    if b.delivery <> 'exactly_once' and held > 0 then
+    -- Without a worker nobody may have noticed.
+    perform outbox.note_copy();
+    held := outbox.accept_held(backend);
+    delete from outbox.copied_backends c where c.backend_number = b.number returning c.* into copied;
+    -- Of a copied database, the guard is new; without a guard, nobody is ousted.
+    if copied.is_database or (b.delivery <> 'exactly_once' and (copied.backend_number is not null or held > 0)) then
         return;
     end if;
     if b.delivery <> 'exactly_once' then
@@ -1183,7 +1326,7 @@ begin
         on conflict (backend_number) do update set asked_at = excluded.asked_at, asked_of = excluded.asked_of;
 end
 $$;
-comment on function outbox.take_over(text) is 'Ends a fence on purpose: this server becomes the owner of the backend''s streams, whoever was. Also goes on after on_missing_guard = ''halt''.';
+comment on function outbox.take_over(text) is 'Ends a fence on purpose: this server becomes the owner of the backend''s streams, whoever was; a copy of a database begins to send what is published in it. Also goes on after on_missing_guard = ''halt''.';
 
 create function outbox.set_backend_password(name text, password text) returns void
     language plpgsql security definer set search_path = pg_catalog, pg_temp set session_replication_role = replica

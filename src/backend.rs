@@ -258,6 +258,20 @@ impl Backend {
         self.row.as_ref().is_none_or(|r| r.enabled)
     }
 
+    /// Whether it is to be connected: with exactly_once also a paused one, whose owner is alive.
+    fn connects(&self) -> bool {
+        self.reads_for_redis() && !self.is_withheld() && (self.is_enabled() || self.is_exactly_once())
+    }
+
+    /// When something is to be done without any report.
+    pub fn due_at(&self) -> Option<Now> {
+        match self.is_enabled() {
+            _ if !self.connects() => None,
+            true => self.delivery.due_at(),
+            false => self.delivery.connects_at(),
+        }
+    }
+
     pub fn reads_for_redis(&self) -> bool {
         matches!(self.role, Role::Redis)
     }
@@ -276,7 +290,7 @@ impl Backend {
     pub fn is_ready(&self, now: Now) -> bool {
         // What was refused must be written down first.
         let can_send = || self.delivery.has_room() && self.records.is_empty() && !self.holds;
-        self.is_enabled() && now >= self.rests_until && (!self.reads_for_redis() || can_send())
+        self.is_enabled() && !self.is_withheld() && now >= self.rests_until && (!self.reads_for_redis() || can_send())
     }
 
     /// Whether a sender is busy.
@@ -291,17 +305,26 @@ impl Backend {
         // Those who watch the guard must know how often it is refreshed: a new claim says so.
         let beats = !self.is_exactly_once() || self.interval == guc::millis(&guc::POLL_INTERVAL_MS);
         // What a dump has brought is looked for by a new claim.
-        let claims = self.is_exactly_once() && row.restores.iter().any(|r| !self.compared.contains(r));
-        row.enabled && self.is_enabled() && stays && beats && !claims
+        let is_new = |r: &i64| !self.compared.contains(r);
+        let claims = self.is_exactly_once() && row.enabled && row.restores.iter().any(is_new);
+        // A paused backend's owner keeps its guard. What is on its way would still be sent.
+        let is_enabled = match (row.enabled, self.is_enabled()) {
+            (true, true) => true,
+            _ => self.is_exactly_once() && self.delivery.is_idle(),
+        };
+        is_enabled && stays && beats && !claims
     }
 
     /// Takes over changed settings.
     pub fn reconfigure(&mut self, row: BackendRow, home: &Home, now: Now) {
+        let was_copy = self.is_copy();
         if !self.keeps_sender(&row, home) {
-            if !row.enabled {
-                self.release_guard();
-            }
             self.let_go();
+            self.delivery.forget_trouble();
+            self.logged_state = None;
+        }
+        if row.enabled != self.is_enabled() {
+            // While it was paused, nobody heard of it.
             self.delivery.forget_trouble();
             self.logged_state = None;
         }
@@ -320,6 +343,10 @@ impl Backend {
         self.delivery.set_follows(destination.route != Route::Direct);
         (self.destination, self.stream, self.max_len) = (destination, stream, max_len);
         self.row = Some(row);
+        if was_copy && !self.is_copy() {
+            self.delivery.forget_trouble();
+            self.logged_state = None;
+        }
         self.delivery.set_backoff(guc::backoff(), now);
         self.delivery.retry_now();
         self.dirty_since.get_or_insert(self.saved_at);
@@ -344,11 +371,8 @@ impl Backend {
 
     /// Starts a sender when one is due.
     pub fn connect(&mut self, now: Now, waker: &UnixStream) {
-        if !self.reads_for_redis()
-            || !self.is_enabled()
-            || self.sender.is_some()
-            || !self.delivery.wants_connection(now)
-        {
+        self.withhold(now);
+        if !self.connects() || self.sender.is_some() || !self.delivery.wants_connection(now) {
             return;
         }
         let mut destination = self.destination.clone();
@@ -356,7 +380,7 @@ impl Backend {
             *ousting = self
                 .row
                 .as_ref()
-                .filter(|row| row.take_over)
+                .filter(|row| row.take_over && row.enabled)
                 .map(|_| ownership::token());
         }
         let spawned = waker.try_clone().and_then(|waker| spawn_sender(destination, waker));
@@ -468,8 +492,11 @@ impl Backend {
         self.watch.interrupt();
         self.claim = ClaimStage::None;
         let records = self.delivery.lost(failure, accepted, refused, now, fastrand::f64());
+        // Of a paused one, nobody is told.
+        if self.is_enabled() || !records.is_empty() {
+            self.dirty_since.get_or_insert(now);
+        }
         self.records.extend(records);
-        self.dirty_since.get_or_insert(now);
     }
 
     /// Hands over what was built in a transaction that has ended well. `wal`: up to where it is flushed.

@@ -31,12 +31,12 @@ pub struct Relations {
     pub backend_passwords: pg_sys::Oid,
     /// The functions of our own triggers on `events`.
     pub triggers: [pg_sys::Oid; 4],
-    settings_tables: [pg_sys::Oid; 4],
+    settings_tables: [pg_sys::Oid; 5],
     /// All tables that the worker writes.
     tables: [pg_sys::Oid; TABLES.len()],
 }
 
-const TABLES: [&CStr; 18] = [
+const TABLES: [&CStr; 19] = [
     c"events",
     c"backends",
     c"backend_passwords",
@@ -55,6 +55,7 @@ const TABLES: [&CStr; 18] = [
     c"held_cursors",
     c"held_refused",
     c"kept_rows",
+    c"copied_backends",
 ];
 
 type Watched = [pg_sys::Oid; TABLES.len() + 1];
@@ -267,7 +268,14 @@ fn look_up() -> Option<Relations> {
             backend_passwords: oid(c"backend_passwords"),
             triggers: [c"complete_event", c"confirm_event", c"hold_event", c"hold_scheduled"]
                 .map(|name| function(schema, name)),
-            settings_tables: [c"backends", c"backend_passwords", c"take_overs", c"restores"].map(oid),
+            settings_tables: [
+                c"backends",
+                c"backend_passwords",
+                c"take_overs",
+                c"restores",
+                c"copied_backends",
+            ]
+            .map(oid),
             tables: TABLES.map(oid),
         }
     };

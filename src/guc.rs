@@ -41,6 +41,20 @@ pub static ALLOWED_HOSTS: GucSetting<Option<CString>> = GucSetting::<Option<CStr
 
 pub static SEND_AFTER: GucSetting<SendAfter> = GucSetting::<SendAfter>::new(SendAfter::LocalFlush);
 
+/// Silence of an owner proves nothing to a copy.
+pub static TAKE_OVER: GucSetting<TakeOver> = GucSetting::<TakeOver>::new(TakeOver::Standby);
+
+/// Who follows the owner of a backend by itself, once that is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PostgresGucEnum)]
+pub enum TakeOver {
+    /// A streaming standby that was promoted.
+    #[name = c"standby"]
+    Standby,
+    /// Every server that has its history.
+    #[name = c"any"]
+    Any,
+}
+
 /// When a commit may leave the server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PostgresGucEnum)]
 pub enum SendAfter {
@@ -197,6 +211,14 @@ pub fn define() {
         c"When a committed event may be sent.",
         c"local_flush: once it is on this server's disk; standby_flush: once it is on those of the synchronous standbys too.",
         &SEND_AFTER,
+        Sighup,
+        plain,
+    );
+    GucRegistry::define_enum_guc(
+        c"outbox_relay.take_over",
+        c"Who takes over by itself the backends of a server that is gone.",
+        c"standby: a streaming standby that was promoted. any: whoever has that server's history and sees it silent for three of its poll intervals; where a failover starts a copy of the data (shared storage, log shipping, snapshots), and clones cannot reach Redis.",
+        &TAKE_OVER,
         Sighup,
         plain,
     );

@@ -10,6 +10,7 @@ use crate::guc::{self, LogLevel};
 use crate::ownership;
 use crate::process::{self, log};
 use crate::shmem::{self, Slot, SlotState};
+use crate::standby;
 use databases::Found;
 use pgrx::{pg_guard, pg_sys};
 use relay::backoff::Backoff;
@@ -57,6 +58,19 @@ pub fn register() {
     unsafe { pg_sys::RegisterBackgroundWorker(&mut worker) };
 }
 
+/// Registers the process that watches a standby; called once, by the postmaster.
+pub fn register_standby_watch() {
+    let mut worker = description(
+        c"outbox_relay standby",
+        c"outbox_relay standby",
+        c"outbox_relay_standby",
+    );
+    worker.bgw_flags = pg_sys::BGWORKER_SHMEM_ACCESS as i32;
+    worker.bgw_start_time = pg_sys::BgWorkerStartTime::BgWorkerStart_PostmasterStart;
+    // SAFETY: a complete description, at the time for static workers.
+    unsafe { pg_sys::RegisterBackgroundWorker(&mut worker) };
+}
+
 fn description(name: &std::ffi::CStr, kind: &std::ffi::CStr, function: &std::ffi::CStr) -> pg_sys::BackgroundWorker {
     let mut worker = pg_sys::BackgroundWorker {
         bgw_flags: (pg_sys::BGWORKER_SHMEM_ACCESS | pg_sys::BGWORKER_BACKEND_DATABASE_CONNECTION) as i32,
@@ -91,6 +105,7 @@ pub extern "C-unwind" fn outbox_relay_launcher(_argument: pg_sys::Datum) {
         shmem::set_launcher_latch(pg_sys::MyLatch);
     }
     crate::pinned::pin_settings();
+    standby::note_promotion();
     ownership::begin_incarnation();
     shmem::request_rescan();
     let mut launcher = Launcher::default();

@@ -10,6 +10,7 @@
 //! care ─ a row that cannot be read fails alone
 //! ownership ─ who this server is to the guards                    recovery ─ from a guard that was read to a backend that is up
 //! foreign ─ triggers that were switched off, rows that came meanwhile; applied ─ logical replication
+//! copies ─ databases made of others                            standby ─ whether this one was promoted
 //! catalog ─ what a session knows of our tables and backends       status ─ what the views ask
 //! guc, shmem, process, uuid ─ settings, shared memory, manners of a process, event ids
 //! error, report, encoding ─ refusals in words; how they get to Postgres; UTF-8 and the database's encoding
@@ -35,6 +36,7 @@ mod applied;
 mod backend;
 mod care;
 mod catalog;
+mod copies;
 mod encoding;
 mod error;
 mod foreign;
@@ -59,6 +61,7 @@ mod rights;
 mod rows;
 mod sequence;
 mod shmem;
+mod standby;
 mod status;
 mod ticker;
 mod trigger;
@@ -90,5 +93,6 @@ pub extern "C-unwind" fn _PG_init() {
         txn::install();
         object_access::install();
         launcher::register();
+        standby::install();
     }
 }

@@ -3,6 +3,7 @@
 
 use crate::care::{self, Kept};
 use crate::catalog;
+use crate::copies::Original;
 use crate::encoding;
 use crate::error::internal;
 use crate::missing::Index;
@@ -52,6 +53,8 @@ pub struct BackendRow {
     pub take_over: bool,
     /// Rows of `outbox.restores`: events of a dump have come.
     pub restores: Vec<i64>,
+    /// This database is a copy, and nobody has said that it is to send the backend's events.
+    pub original: Option<Original>,
 }
 
 impl BackendRow {
@@ -238,8 +241,9 @@ pub fn backends(seen: &Snapshot) -> Vec<BackendRow> {
                 where r.backend_number = b.number and pg_visible_in_snapshot(r.xid, $2::pg_snapshot)
                 order by r.number limit $3),
             b.mode, coalesce(b.nodes, '{}'), b.sentinel_master,
-            b.tls, b.tls_ca_file, b.tls_cert_file, b.tls_key_file, b.tls_insecure
+            b.tls, b.tls_ca_file, b.tls_cert_file, b.tls_key_file, b.tls_insecure, c.original, c.is_database
         from outbox.backends b left join outbox.backend_passwords p on p.backend_number = b.number
+            left join outbox.copied_backends c on c.backend_number = b.number
         order by b.number",
         &[
             argument(&ownership::here()),
@@ -274,6 +278,10 @@ pub fn backends(seen: &Snapshot) -> Vec<BackendRow> {
             tls_cert_file: text(row, 25),
             tls_key_file: text(row, 26),
             tls_insecure: value(row, 27).unwrap_or_default(),
+            original: text(row, 28).map(|words| Original {
+                words,
+                is_database: value(row, 29).unwrap_or_default(),
+            }),
         },
     )
 }

@@ -4,18 +4,20 @@
 //! launcher, and saved durably in the database before the first guard is claimed in its name: so whoever has a later copy of this
 //! database knows it, and whoever has an earlier one doesn't.
 
-use crate::outbox::{query, run, value};
+use crate::outbox::{query, run, text, value, words};
 use crate::process::{self, Aborted};
 use crate::shmem::{self, Began};
-use crate::{guc, ticker, uuid};
+use crate::{copies, guc, standby, ticker, uuid};
 use pgrx::datum::DatumWithOid;
 use pgrx::{pg_extern, pg_sys};
 use relay::claim::Incarnation;
 use relay::encode::hyphenated;
 use relay::guard::Owner;
+use relay::place::Place;
 use std::ffi::{CStr, c_void};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
+use std::time::UNIX_EPOCH;
 
 /// Incarnations that are remembered.
 const KEPT_INCARNATIONS: i64 = 1_000;
@@ -52,6 +54,16 @@ pub struct Identity {
     system: String,
     timeline: u32,
     place: String,
+    /// See [`standby::promoted_to`].
+    promoted_to: u32,
+}
+
+/// A run of this server, or of the one that it is a copy of.
+pub struct Run {
+    incarnation: String,
+    pub system: String,
+    pub timeline: i64,
+    pub place: String,
 }
 
 impl Identity {
@@ -60,13 +72,13 @@ impl Identity {
         let Some((name, began)) = shmem::incarnation() else {
             return Ok(None);
         };
-        // SAFETY: reads what the server knows of itself.
-        let (system, timeline) = unsafe { (pg_sys::GetSystemIdentifier(), pg_sys::GetWALInsertionTimeLine()) };
         let identity = Self {
             incarnation: String::from_utf8_lossy(&hyphenated(&name)).into_owned(),
-            system: system.to_string(),
-            timeline,
+            system: system(),
+            // SAFETY: reads what the server knows of itself.
+            timeline: unsafe { pg_sys::GetWALInsertionTimeLine() },
             place: place(),
+            promoted_to: standby::promoted_to(),
         };
         process::transaction(|| identity.save(began))?;
         ticker::flush();
@@ -75,34 +87,38 @@ impl Identity {
 
     fn save(&self, Began { started_at, first_xid }: Began) {
         let known = query(
-            "select incarnation::text, timeline from outbox.incarnations order by number desc limit 1",
+            "select incarnation::text, system, timeline, place from outbox.incarnations order by number desc limit 1",
             &[],
-            |row| {
-                (
-                    value::<String>(row, 1).unwrap_or_default(),
-                    value::<i64>(row, 2).unwrap_or_default(),
-                )
+            |row| Run {
+                incarnation: value(row, 1).unwrap_or_default(),
+                system: value(row, 2).unwrap_or_default(),
+                timeline: value(row, 3).unwrap_or_default(),
+                place: text(row, 4).unwrap_or_default(),
             },
         );
         let previous = known.first();
-        if previous.is_some_and(|(name, _)| *name == self.incarnation) {
+        if previous.is_some_and(|run| run.incarnation == self.incarnation) {
             return;
         }
+        if let Some(run) = previous {
+            copies::note_if_copy_of(run, self);
+        }
         let ended = match previous {
-            Some((_, timeline)) if *timeline != i64::from(self.timeline) => {
+            Some(Run { timeline, .. }) if *timeline != i64::from(self.timeline) => {
                 switch_point(*timeline as u32, self.timeline).min(started_at)
             }
             _ => started_at,
         };
         run(
-            "insert into outbox.incarnations (incarnation, system, timeline, previous_ended_lsn, first_xid)
-            values ($1::uuid, $2, $3, '0/0'::pg_lsn + $4::text::numeric, $5::xid8)",
+            "insert into outbox.incarnations (incarnation, system, timeline, previous_ended_lsn, first_xid, place)
+            values ($1::uuid, $2, $3, '0/0'::pg_lsn + $4::text::numeric, $5::xid8, $6)",
             &[
                 self.incarnation.clone().into(),
                 self.system.clone().into(),
                 i64::from(self.timeline).into(),
                 ended.to_string().into(),
                 first_xid.to_string().into(),
+                words(&self.place),
             ],
         );
         run(
@@ -136,6 +152,10 @@ impl Identity {
 
     pub fn place(&self) -> &str {
         &self.place
+    }
+
+    pub fn promoted_to(&self) -> u32 {
+        self.promoted_to
     }
 
     pub fn owner(&self) -> Owner {
@@ -174,17 +194,26 @@ pub fn here() -> String {
     format!("{timeline:08X} {}", directory.to_string_lossy())
 }
 
-/// Where this server lives: two that run at the same time never say the same, since no two kernels share the name of a boot, and no two
-/// directories of one kernel a device and an inode (names, and all that a clone of a disk has, say nothing). One that is restarted says
-/// the same again, until the machine is.
-fn place() -> String {
+/// The system identifier, which a base backup keeps.
+pub fn system() -> String {
+    // SAFETY: reads what the server knows of itself.
+    unsafe { pg_sys::GetSystemIdentifier() }.to_string()
+}
+
+/// Where this server lives, see [`Place`].
+pub fn place() -> String {
     let read = |path: &str| fs::read_to_string(path).unwrap_or_default().trim().to_owned();
     // SAFETY: a zero-terminated path, set when the server started.
     let directory = unsafe { CStr::from_ptr(pg_sys::DataDir).to_string_lossy().into_owned() };
-    let (device, inode) = fs::metadata(&directory).map(|m| (m.dev(), m.ino())).unwrap_or_default();
+    let found = fs::metadata(&directory);
+    let (device, inode) = found.as_ref().map(|m| (m.dev(), m.ino())).unwrap_or_default();
+    let made_at = found.and_then(|m| m.created()).ok();
+    let birth_us = made_at.and_then(|at| at.duration_since(UNIX_EPOCH).ok());
+    // Zero: the file system doesn't know.
+    let birth_us = birth_us.map(|at| at.as_micros() as u64).filter(|us| *us > 0);
     let boot: String = read("/proc/sys/kernel/random/boot_id").chars().take(18).collect();
     let host = read("/proc/sys/kernel/hostname");
-    format!("{host}:{directory}#{device}.{inode}@{boot}")
+    Place::new(&host, &directory, device, inode, birth_us, &boot).to_string()
 }
 
 /// A random name for a claim.

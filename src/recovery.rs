@@ -3,7 +3,7 @@
 use crate::backend::{Backend, ClaimStage};
 use crate::care;
 use crate::catalog;
-use crate::guc::LogLevel;
+use crate::guc::{self, LogLevel, TakeOver};
 use crate::numbers;
 use crate::outbox;
 use crate::ownership::{Identity, token};
@@ -61,14 +61,18 @@ fn decide(backend: &mut Backend, identity: &Identity, guard: Option<Guard>, now:
         incarnation,
         system: identity.system(),
         place: identity.place(),
+        promoted_to: identity.promoted_to(),
+        anybody: guc::TAKE_OVER.get() == TakeOver::Any,
+        copy: backend.is_copy(),
+        paused: !backend.is_enabled(),
         number: backend.delivery.number(),
         on_missing: match row.map(|r| r.on_missing_guard.as_str()) {
             Some("halt") => OnMissing::Halt,
             Some("replay") => OnMissing::Replay,
             _ => OnMissing::Continue,
         },
-        take_over: row.is_some_and(|r| r.take_over),
-        restored: row.is_some_and(|r| !r.restores.is_empty()),
+        take_over: backend.is_told_to_take_over(),
+        restored: backend.is_restored(),
     };
     match judge(guard.as_ref(), &claimant, &mut backend.watch, now) {
         Decision::Claim(start) => {
@@ -139,6 +143,9 @@ fn beginning(backend: &Backend, start: Start, wal: u64) -> Beginning {
 
 fn forget_take_over(backend: &mut Backend) -> Result<(), Aborted> {
     let (number, is_lane) = (backend.number, backend.lane.is_some());
+    if !backend.is_enabled() {
+        return Ok(());
+    }
     if let Some(row) = backend.row.as_mut().filter(|row| row.take_over) {
         // The other lanes have been asked, too.
         if !is_lane {

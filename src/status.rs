@@ -218,7 +218,7 @@ fn wake() {
 
 crate::sql_function!(backends_changed, pg_finfo_backends_changed);
 
-/// `outbox.backends_changed()`, after a statement on `backends`, `backend_passwords`, `take_overs` or `restores`
+/// `outbox.backends_changed()`, after a statement on `backends`, `backend_passwords`, `take_overs`, `restores` or `copied_backends`
 // No pg_guard: as the other triggers.
 #[unsafe(no_mangle)]
 extern "C-unwind" fn backends_changed(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {

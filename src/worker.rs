@@ -117,7 +117,7 @@ struct Worker {
     slot: &'static Slot,
     started: Instant,
     home: Home,
-    /// Known once the first backend with exactly_once connects.
+    /// Known once the extension is.
     identity: Option<Identity>,
     backends: Vec<Backend>,
     /// The newest tick whose transactions may be sent.
@@ -376,10 +376,6 @@ impl Worker {
         if !is_ticked || self.backends.iter().all(|b| !b.has_claim_step()) {
             return;
         }
-        if self.identity.is_none() {
-            let found = self.attempt(Task::Identify, now, |_| Identity::establish());
-            self.identity = found.flatten();
-        }
         let Some(identity) = &self.identity else {
             return;
         };
@@ -420,9 +416,9 @@ impl Worker {
         let now = self.now();
         let poll = self.polled_at + guc::millis(&guc::POLL_INTERVAL_MS);
         let times = self.backends.iter().flat_map(|b| {
-            let attempt = Some(&b.delivery)
-                .filter(|_| b.reads_for_redis() && b.is_enabled() && b.records.is_empty())
-                .and_then(|d| d.due_at())
+            let attempt = Some(b)
+                .filter(|b| b.records.is_empty())
+                .and_then(Backend::due_at)
                 .map(|due| {
                     self.patience
                         .retry_at(Task::Retry(b.whose()))

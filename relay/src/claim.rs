@@ -1,12 +1,20 @@
 //! Whether a guard may be claimed, and from where its new owner goes on: decisions alone.
 //!
-//! A live owner is never robbed. Who has been owner before, in the same place, claims at once: it was restarted. Another server that
-//! has the owner's history (a promoted standby, a copied data directory) first watches whether the owner still refreshes the guard.
-//! Whoever does not know the owner stays away until somebody says otherwise.
+//! A live owner is never robbed, and an owner who is silent, or has left, is followed by its heirs alone:
+//!
+//! - Who has been owner before, in the same place, claims at once: it was restarted.
+//! - The same data directory after the machine was started again, a streaming standby that was promoted since, and a server that
+//!   pg_upgrade has made of the owner's first watch whether the owner still refreshes the guard, unless that says that he has left.
+//! - Everybody else who has the owner's history (a base backup, a snapshot, a recovery to a target) is a copy. Silence proves nothing to it:
+//!   it waits for `outbox.take_over()`, as does whoever does not know the owner. (The setting outbox_relay.take_over makes heirs of all
+//!   that know him.)
+//!
+//! pg_upgrade of a copy cannot be told from pg_upgrade of the owner.
 
 use crate::classify::{Failure, Trouble};
 use crate::delivery::{Now, epoch_of};
 use crate::guard::Guard;
+use crate::place::{self, Likeness};
 use std::time::Duration;
 
 /// So many refreshes must be missed before an owner counts as gone.
@@ -44,6 +52,14 @@ pub struct Claimant<'a> {
     pub incarnation: Incarnation,
     pub system: &'a str,
     pub place: &'a str,
+    /// The timeline that this data directory was promoted to, as a standby that had streamed; 0: it never was.
+    pub promoted_to: u32,
+    /// Whoever knows the owner may follow him.
+    pub anybody: bool,
+    /// This database is a copy of the one that relayed, and nobody has said that it is to go on.
+    pub copy: bool,
+    /// It sends nothing now: what is its own it keeps, and nothing else does it claim.
+    pub paused: bool,
     /// The last batch that is known to be appended; 0: it has never been the owner.
     pub number: u64,
     pub on_missing: OnMissing,
@@ -151,32 +167,43 @@ impl Watch {
     }
 }
 
+/// What the judge is to the guard's owner.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kinship {
+    /// The same.
+    Owner,
+    /// May follow, once the owner is gone.
+    Heir,
+    Stranger,
+}
+
+fn kinship(guard: &Guard, us: &Claimant<'_>) -> Kinship {
+    let likeness = place::compare(&guard.place, us.place);
+    match us.incarnation {
+        Incarnation::Current => Kinship::Owner,
+        Incarnation::Earlier { .. } if likeness == Likeness::Same => Kinship::Owner,
+        Incarnation::Earlier { .. } if us.copy => Kinship::Stranger,
+        Incarnation::Earlier { .. } if likeness == Likeness::Rebooted => Kinship::Heir,
+        Incarnation::Earlier { .. } if us.paused => Kinship::Stranger,
+        Incarnation::Earlier { .. } if us.promoted_to > guard.timeline || us.anybody => Kinship::Heir,
+        // A base backup keeps its identifier.
+        Incarnation::Earlier { .. } if guard.system != us.system => Kinship::Heir,
+        Incarnation::Earlier { .. } | Incarnation::Unknown => Kinship::Stranger,
+    }
+}
+
 /// Judges the guard that was read at `now`.
 pub fn judge(guard: Option<&Guard>, us: &Claimant<'_>, watch: &mut Watch, now: Now) -> Decision {
     let Some(guard) = guard else {
-        if let Some((interval, rest)) = watch.misses(now).filter(|_| !us.take_over) {
-            return Decision::Wait {
-                failure: Failure {
-                    trouble: Trouble::GuardMissing,
-                    ..Failure::backend("its guard is missing, and belonged to another server, which is waited for")
-                },
-                retry_after: interval.min(rest),
-            };
-        }
-        *watch = Watch::default();
-        return missing(us);
+        return judge_missing(us, watch, now);
     };
-    let is_restart = match us.incarnation {
-        Incarnation::Current => true,
-        Incarnation::Earlier { .. } => guard.place == us.place,
-        Incarnation::Unknown => false,
-    };
-    if is_restart || us.take_over || (guard.released && us.incarnation != Incarnation::Unknown) {
+    let kinship = kinship(guard, us);
+    if kinship == Kinship::Owner || us.take_over || (guard.released && kinship == Kinship::Heir) {
         *watch = Watch::default();
         return Decision::Claim(start(guard, us));
     }
     let rest = watch.look(guard, now);
-    if us.incarnation == Incarnation::Unknown {
+    if kinship == Kinship::Stranger {
         return Decision::Wait {
             failure: fenced(guard),
             retry_after: guard.interval,
@@ -197,6 +224,31 @@ pub fn judge(guard: Option<&Guard>, us: &Claimant<'_>, watch: &mut Watch, now: N
         failure,
         retry_after: guard.interval.min(rest),
     }
+}
+
+fn judge_missing(us: &Claimant<'_>, watch: &mut Watch, now: Now) -> Decision {
+    let waits = |trouble, text: &str, retry_after| Decision::Wait {
+        failure: Failure::of(trouble, text),
+        retry_after,
+    };
+    if us.copy && !us.take_over {
+        let text = "its guard is missing, and this server is a copy of the one that relayed";
+        return waits(Trouble::Copied, text, Duration::ZERO);
+    }
+    if us.paused {
+        return waits(Trouble::GuardMissing, "its guard is missing", Duration::ZERO);
+    }
+    if let Some((interval, rest)) = watch.misses(now).filter(|_| !us.take_over) {
+        return Decision::Wait {
+            failure: Failure {
+                trouble: Trouble::GuardMissing,
+                ..Failure::backend("its guard is missing, and belonged to another server, which is waited for")
+            },
+            retry_after: interval.min(rest),
+        };
+    }
+    *watch = Watch::default();
+    missing(us)
 }
 
 fn missing(us: &Claimant<'_>) -> Decision {
@@ -294,10 +346,22 @@ mod tests {
             incarnation,
             system: "1",
             place: "here",
+            promoted_to: 0,
+            anybody: false,
+            copy: false,
+            paused: false,
             number: 7,
             on_missing: OnMissing::Continue,
             take_over: false,
             restored: false,
+        }
+    }
+
+    fn promoted() -> Claimant<'static> {
+        Claimant {
+            place: "there",
+            promoted_to: 2,
+            ..us(EARLIER)
         }
     }
 
@@ -340,12 +404,8 @@ mod tests {
     }
 
     #[test]
-    fn another_place_watches_three_refreshes() {
-        let (mut watch, elsewhere) = (Watch::default(), us(EARLIER));
-        let elsewhere = Claimant {
-            place: "there",
-            ..elsewhere
-        };
+    fn a_promoted_standby_watches_three_refreshes() {
+        let (mut watch, elsewhere) = (Watch::default(), promoted());
         let mut at = |seconds, guard: &Guard| judge(Some(guard), &elsewhere, &mut watch, Duration::from_secs(seconds));
         let is_fenced = |d: Decision| matches!(d, Decision::Wait { failure, .. } if failure.trouble == Trouble::Fenced);
         assert!(!is_fenced(at(0, &guard())));
@@ -360,11 +420,7 @@ mod tests {
 
     #[test]
     fn while_nobody_looks_no_refresh_is_missed() {
-        let (mut watch, elsewhere) = (Watch::default(), us(EARLIER));
-        let elsewhere = Claimant {
-            place: "there",
-            ..elsewhere
-        };
+        let (mut watch, elsewhere) = (Watch::default(), promoted());
         let mut waits = |seconds| {
             let decision = judge(Some(&guard()), &elsewhere, &mut watch, Duration::from_secs(seconds));
             matches!(decision, Decision::Wait { .. })
@@ -392,17 +448,99 @@ mod tests {
         assert_eq!(once(Some(&guard()), &told), compares);
     }
 
+    /// Whether it claims at once, and whether it does so after a year of silence.
+    fn claims(guard: &Guard, us: &Claimant<'_>) -> (bool, bool) {
+        let mut watch = Watch::default();
+        let mut at = |days: u64| {
+            // It looks all the time.
+            let looks = (0..400).map(|look| Duration::from_secs(days * 86_400 + look));
+            let mut decisions = looks.map(|now| judge(Some(guard), us, &mut watch, now));
+            decisions.any(|decision| matches!(decision, Decision::Claim(_)))
+        };
+        let at_once = matches!(once(Some(guard), us), Decision::Claim(_));
+        (at_once, at(0) || at(365))
+    }
+
     #[test]
-    fn a_released_guard_is_taken_at_once_by_who_knows_it() {
+    fn only_heirs_follow_an_owner_who_is_silent_or_has_left() {
+        const GUARD: &str = "db:/data#1.2.3@boot1";
+        const REBOOTED: &str = "db:/data#9.2.3@boot2";
+        let silent = Guard {
+            place: GUARD.into(),
+            ..guard()
+        };
         let released = Guard {
+            released: true,
+            ..silent.clone()
+        };
+        let earlier = |place| Claimant { place, ..us(EARLIER) };
+        let upgraded = Claimant {
+            system: "2",
+            ..earlier("db:/new#1.7.8@boot1")
+        };
+        let copied = |us: Claimant<'static>| Claimant { copy: true, ..us };
+        let paused = |us: Claimant<'static>| Claimant { paused: true, ..us };
+        let anybody = Claimant {
+            anybody: true,
+            ..us(EARLIER)
+        };
+        let unknown = Claimant {
+            place: GUARD,
+            ..us(Incarnation::Unknown)
+        };
+        for (name, us, when_silent, when_released) in [
+            ("a restart", earlier(GUARD), (true, true), true),
+            ("a reboot", earlier(REBOOTED), (false, true), true),
+            ("a promoted standby", promoted(), (false, true), true),
+            ("an upgrade", upgraded, (false, true), true),
+            ("anybody", anybody, (false, true), true),
+            ("a copy", earlier("db:/copy#1.4.5@boot1"), (false, false), false),
+            ("a stranger", unknown, (false, false), false),
+            ("a promoted copy", copied(promoted()), (false, false), false),
+            ("a paused restart", paused(earlier(GUARD)), (true, true), true),
+            ("a paused reboot", paused(earlier(REBOOTED)), (false, true), true),
+            ("a paused heir", paused(promoted()), (false, false), false),
+        ] {
+            let (of_silent, of_released) = (claims(&silent, &us), claims(&released, &us));
+            assert_eq!(of_silent, when_silent, "{name}, silent");
+            assert_eq!(of_released, (when_released, when_released), "{name}, released");
+        }
+    }
+
+    #[test]
+    fn who_was_promoted_before_the_owner_is_no_heir() {
+        let later = Guard {
+            timeline: 2,
             released: true,
             ..guard()
         };
-        let us = Claimant {
-            place: "there",
-            ..us(EARLIER)
-        };
-        assert_eq!(once(Some(&released), &us), Decision::Claim(Start::Own));
+        assert!(matches!(once(Some(&later), &promoted()), Decision::Wait { .. }));
+    }
+
+    #[test]
+    fn a_copy_begins_no_guard_and_neither_does_who_is_paused() {
+        for number in [0, 7] {
+            let copy = Claimant {
+                copy: true,
+                number,
+                ..us(EARLIER)
+            };
+            let Decision::Wait { failure, .. } = once(None, &copy) else {
+                panic!("it claims at {number}");
+            };
+            assert_eq!(failure.trouble, Trouble::Copied);
+            let told = Claimant {
+                take_over: true,
+                ..copy
+            };
+            assert!(matches!(once(None, &told), Decision::Claim(_)));
+            let paused = Claimant {
+                paused: true,
+                number,
+                ..us(Incarnation::Current)
+            };
+            assert!(matches!(once(None, &paused), Decision::Wait { .. }));
+        }
     }
 
     /// Elsewhere the guard's position is to be taken in first.

@@ -22,6 +22,8 @@ pub enum Class {
     Event,
     /// Another server owns the guard.
     Fenced,
+    /// This database is a copy: it is not its own to send.
+    Copy,
     /// Another server owned the guard, and may live.
     Watching,
 }

@@ -134,6 +134,7 @@ pub enum State {
     Backoff,
     Misconfigured,
     Fenced,
+    Copy,
 }
 
 impl State {
@@ -144,6 +145,7 @@ impl State {
             Self::Backoff => "backoff",
             Self::Misconfigured => "misconfigured",
             Self::Fenced => "fenced",
+            Self::Copy => "copy",
         }
     }
 }
@@ -258,6 +260,14 @@ impl Delivery {
         matches!(self.link, Link::Down { retry_at } if retry_at <= now)
     }
 
+    /// When that will be, if it is down.
+    pub fn connects_at(&self) -> Option<Now> {
+        match self.link {
+            Link::Down { retry_at } => Some(retry_at),
+            Link::Connecting | Link::Up | Link::Draining { .. } | Link::Stopped => None,
+        }
+    }
+
     pub fn connecting(&mut self) {
         self.link = Link::Connecting;
     }
@@ -346,6 +356,7 @@ impl Delivery {
         match (&self.trouble, self.flights.is_empty()) {
             (Some(failure), _) if failure.class == Class::Configuration => State::Misconfigured,
             (Some(failure), _) if failure.class == Class::Fenced => State::Fenced,
+            (Some(failure), _) if failure.class == Class::Copy => State::Copy,
             (Some(_), _) => State::Backoff,
             (None, false) => State::Sending,
             (None, true) => State::Idle,

@@ -7,6 +7,7 @@
 //! guard, claim ─ whose streams they are and how far they are   conversation ─ what is said on a connection, exactly once
 //! backoff, classify ─ when to try again, and who is to blame   destination, connection, replies ─ one Redis, how to reach it, what it says
 //! pace ─ when to look at the table again; patience ─ with what fails
+//! place ─ whether two names mean one data directory
 //! allowed_hosts ─ where it may be; route ─ which node of several  tls, server_file ─ with certificates, and what else is in files
 //! slot ─ hash slots of Redis Cluster                           server_text ─ its words, as they are shown
 //! ```
@@ -30,6 +31,7 @@ mod idle;
 pub mod numbers;
 pub mod pace;
 pub mod patience;
+pub mod place;
 pub mod reader;
 pub mod refusal;
 pub mod replies;

@@ -49,6 +49,7 @@ impl Backend {
         if let Some(failure) = self
             .delivery
             .trouble()
+            .filter(|_| self.is_enabled())
             .filter(|f| standing.last_error.as_ref() != Some(&f.message))
         {
             standing.last_error = Some(failure.message.clone());

@@ -42,12 +42,17 @@ pub enum Release {
 impl Backend {
     /// Whether something is to be done about its guard.
     pub fn has_claim_step(&self) -> bool {
-        let is_told = self.row.as_ref().is_some_and(|row| row.take_over) && self.delivery.is_up();
+        let is_told = self.is_told_to_take_over() && self.delivery.is_up();
         is_told
             || !matches!(
                 self.claim,
                 ClaimStage::None | ClaimStage::Claiming(..) | ClaimStage::Looking(..)
             )
+    }
+
+    /// A paused backend is taken over when it goes on.
+    pub fn is_told_to_take_over(&self) -> bool {
+        self.row.as_ref().is_some_and(|row| row.take_over && row.enabled)
     }
 
     pub fn is_exactly_once(&self) -> bool {
@@ -67,7 +72,9 @@ impl Backend {
         self.claim = ClaimStage::None;
         self.failed_at = self.address.clone();
         self.delivery.hold_off(failure, retry_after, now, fastrand::f64());
-        self.dirty_since.get_or_insert(now);
+        if self.is_enabled() {
+            self.dirty_since.get_or_insert(now);
+        }
         self.log_change(now);
     }
 
@@ -111,9 +118,11 @@ impl Backend {
         (self.tick_recorded_at, self.tick_due) = (None, true);
     }
 
-    /// Whether events of a dump have come that were not looked for in the streams yet.
+    /// Whether events of a dump have come that were not looked for in the streams yet. A paused backend has time.
     pub fn is_restored(&self) -> bool {
-        self.row.as_ref().is_some_and(|row| !row.restores.is_empty())
+        self.row
+            .as_ref()
+            .is_some_and(|row| row.enabled && !row.restores.is_empty())
     }
 
     /// The row as it is to be taken over now. To compare what a dump has brought, the connection is let go, and a restore may commit row by
@@ -181,7 +190,7 @@ impl Backend {
 
     /// Has the connection looked at. With exactly_once that tells those who may watch the guard that its owner lives; a batch says as much.
     pub fn refresh(&mut self) {
-        let is_idle = self.reads_for_redis() && self.delivery.has_room() && self.delivery.is_idle();
+        let is_idle = self.reads_for_redis() && self.delivery.is_up() && self.delivery.is_idle();
         if let Some(sender) = self.sender.as_ref().filter(|_| is_idle) {
             self.beat += 1;
             sender.beat(self.beat);
@@ -190,7 +199,7 @@ impl Backend {
 
     /// Tells them that its owner leaves, as soon as it is the owner.
     pub fn release_guard(&mut self) {
-        let owns = self.delivery.has_room() && self.delivery.is_idle();
+        let owns = self.delivery.is_up() && self.delivery.is_idle();
         let claims = matches!(
             self.claim,
             ClaimStage::Claiming(..) | ClaimStage::Claimed(..) | ClaimStage::Looking(..) | ClaimStage::Seen(..)

@@ -19,9 +19,19 @@ thread_local! {
     static SAID: RefCell<Vec<(i32, String, Now)>> = const { RefCell::new(Vec::new()) };
 }
 
+/// As a sentence begins.
+fn sentence(text: &str) -> String {
+    let mut chars = text.chars();
+    let first = chars.next().map(|c| c.to_ascii_uppercase());
+    first.into_iter().chain(chars).collect()
+}
+
 impl Backend {
     /// A line on each change of state, and on the same trouble each minute; never one an event.
     pub(super) fn log_change(&mut self, now: Now) {
+        if !self.is_enabled() {
+            return;
+        }
         let state = match self.delivery.state() {
             State::Sending => State::Idle,
             state => state,
@@ -40,6 +50,7 @@ impl Backend {
         match self.delivery.trouble() {
             Some(failure) => {
                 let (level, what) = match failure.class {
+                    Class::Copy => (LogLevel::Warning, "sends nothing"),
                     _ if self.is_finder() => (LogLevel::Error, "cannot send all its events"),
                     Class::Configuration => (LogLevel::Error, "cannot be reached"),
                     Class::Fenced => (LogLevel::Error, "is fenced"),
@@ -53,6 +64,7 @@ impl Backend {
                 };
                 let what = format!("backend \"{name}\" {what}");
                 let detail = match self.is_finder() {
+                    _ if self.is_withheld() => format!("{}{stop}", sentence(&failure.message)),
                     true => format!("{}{stop}", failure.message),
                     false => format!("Redis at {place}: {}{stop}", failure.message),
                 };

@@ -6,9 +6,10 @@ use crate::backend::{Backend, Home, Role};
 use crate::error::{MEND_SEQUENCE, PublishError};
 use crate::guc::LogLevel;
 use crate::outbox::BackendRow;
+use crate::ownership::Identity;
 use crate::process::{self, Aborted, log};
 use crate::shmem::{self, SlotState};
-use crate::{catalog, numbers, outbox, recovery, refused, sequence};
+use crate::{catalog, copies, numbers, outbox, recovery, refused, sequence};
 use pgrx::pg_sys;
 use relay::delivery::{Mode, Now};
 use relay::slot::slot_of;
@@ -127,6 +128,9 @@ impl Worker {
         let mut outcome = Loaded::Same;
         let mut next_generation = generation;
         if let Some(rows) = rows {
+            if self.settles_in(&rows.installation)? {
+                return self.load(nudged, now);
+            }
             if rows.more_restores {
                 // They are for the next tick: before its rows are read, all is loaded again.
                 (next_generation, self.work) = (u64::MAX, true);
@@ -168,11 +172,11 @@ impl Worker {
         self.generation = u64::MAX;
     }
 
-    /// Takes over what has changed. `all`: settings have, which concern every backend.
-    fn take_over_rows(&mut self, rows: Rows, all: bool, now: Now) -> Result<Loaded, Aborted> {
+    /// This database may be new to the worker: is it a copy, and who are we to it? True: what was loaded is to be loaded again.
+    fn settles_in(&mut self, installation: &str) -> Result<bool, Aborted> {
         // SAFETY: a plain read of the process's own variable.
         let database = unsafe { pg_sys::MyDatabaseId }.to_u32();
-        let guard_prefix = format!("outbox_relay:guard:{}:{database}:", rows.installation);
+        let guard_prefix = format!("outbox_relay:guard:{installation}:{database}:");
         if guard_prefix != self.home.guard_prefix {
             // The extension was created anew: its tables have not heard of this run of the server, and begin at the first number.
             (self.home.guard_prefix, self.identity) = (guard_prefix, None);
@@ -180,6 +184,17 @@ impl Worker {
             (self.latest, self.awaited) = (Arc::new(Tick::beginning()), None);
             (self.work, self.polled, self.ticked) = (true, true, false);
         }
+        if self.identity.is_some() {
+            return Ok(false);
+        }
+        process::transaction(copies::note_copy)?;
+        self.identity = Identity::establish()?;
+        self.generation = u64::MAX;
+        Ok(self.identity.is_some())
+    }
+
+    /// Takes over what has changed. `all`: settings have, which concern every backend.
+    fn take_over_rows(&mut self, rows: Rows, all: bool, now: Now) -> Result<Loaded, Aborted> {
         let home = self.home.clone();
         let mut changed: Vec<(Whose, Option<BackendRow>)> = Vec::new();
         for backend in self

@@ -24,7 +24,6 @@ pub(super) enum Task {
     /// Save what is unsaved of all.
     Save,
     SaveOf(Whose),
-    Identify,
     Claim(Whose),
     FinishLanes,
     AddLane(Whose),
@@ -47,7 +46,7 @@ impl Task {
             Self::Load => waits(20, 500),
             Self::ReadFor(_) => waits(50, 2_000),
             Self::Save | Self::SaveOf(_) | Self::Retry(_) | Self::Move => waits(100, 5_000),
-            Self::Identify | Self::Claim(_) | Self::FinishLanes | Self::AddLane(_) => waits(100, 5_000),
+            Self::Claim(_) | Self::FinishLanes | Self::AddLane(_) => waits(100, 5_000),
             Self::RecordTicks | Self::PurgePublished | Self::PurgeFailed => waits(1_000, 60_000),
         }
     }
@@ -66,7 +65,6 @@ impl Task {
             Self::Load => "It was loading the backends",
             Self::Read | Self::ReadFor(_) => "It was reading events",
             Self::Save | Self::SaveOf(_) => "It was saving cursors and what was refused",
-            Self::Identify => "It was writing down this run of the server",
             Self::Claim(_) => "It was claiming the guard",
             Self::FinishLanes | Self::AddLane(_) => "It was looking after the lanes of a cluster",
             Self::Retry(_) => "It was trying refused events again",
@@ -81,7 +79,7 @@ impl Task {
         match self {
             Self::Load => "Backends are served as they were known last. It tries again shortly.",
             Self::Read | Self::ReadFor(_) => "Events wait. It tries again shortly.",
-            Self::Claim(_) | Self::Identify => "Its events wait. It tries again shortly.",
+            Self::Claim(_) => "Its events wait. It tries again shortly.",
             _ => "Other events are delivered meanwhile. It tries again shortly.",
         }
     }

@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use kit::owners::{PATIENCE, WATCHFUL, guard, owns, publish, wait_caught_up, wait_fenced, wait_owner};
-use kit::{Mode, Postgres, Proxy, Stack, eventually, holds_for, ids, standing, wait_drained, wait_eq, wait_until};
+use kit::{Mode, Postgres, Proxy, Stack, holds_for, ids, standing, wait_drained, wait_eq, wait_until};
 use nix::sys::signal::Signal;
 use uuid::Uuid;
 
@@ -141,22 +141,21 @@ fn the_old_primary_restarts_in_time_and_stays_owner() {
     assert_eq!(ids(&stack.events()), [common, after].concat());
 }
 
+/// However long the original is away: that it left proves nothing to its copies.
 #[test]
-fn of_two_clusters_restored_from_one_backup_one_owns_and_the_other_waits() {
+fn of_two_clusters_restored_from_one_backup_that_owns_which_is_told_to() {
     let mut stack = Stack::with(WATCHFUL);
     let common = delivered(&stack, "common");
     let mut clones: Vec<Postgres> = (0..2).map(|_| stack.pg.base_backup().stopped()).collect();
     stack.pg.stop(Mode::Fast);
     clones.iter_mut().for_each(Postgres::start_again);
-    let (owner, other) = eventually("one owner and one that is fenced", kit::LIMIT, || {
-        let states: Vec<String> = clones.iter().map(|pg| standing(pg, "default").state).collect();
-        match [states[0].as_str(), states[1].as_str()] {
-            ["idle", "fenced"] => Some((0, 1)),
-            ["fenced", "idle"] => Some((1, 0)),
-            _ => None,
-        }
-    });
+    for clone in &clones {
+        wait_fenced(clone, &stack.pg);
+    }
+    let (owner, other) = (0, 1);
     let waiting = publish(&clones[other], "waits", 3);
+    holds_for(3 * PATIENCE, "nobody appends", || stack.events().len() == 3);
+    kit::owners::take_over(&clones[owner]);
     let sent = delivered_by(&clones[owner], &stack, "owner");
     wait_fenced(&clones[other], &clones[owner]);
     holds_for(2 * PATIENCE, "one owns", || owns(&clones[owner], &stack.redis));
@@ -195,13 +194,15 @@ fn copies_of_a_live_owner_are_fenced_however_they_were_made() {
     assert_eq!(ids(&stack.events()), [common, after].concat());
 }
 
-/// A server is moved to another directory: its owner has left, and the copy has all of its history.
+/// A server is copied to another directory, and is to go on there: somebody says so.
 #[test]
-fn a_moved_data_directory_goes_on_at_once_and_the_original_is_fenced_when_it_comes_back() {
+fn a_copied_data_directory_goes_on_when_it_is_told_to_and_the_original_is_fenced_when_it_comes_back() {
     let mut stack = Stack::with(WATCHFUL);
     let common = delivered(&stack, "common");
     stack.pg.stop(Mode::Fast);
     let moved = Postgres::copy_of(stack.pg.data_dir()).start();
+    wait_fenced(&moved, &stack.pg);
+    kit::owners::take_over(&moved);
     let start = Instant::now();
     let sent = delivered_by(&moved, &stack, "moved");
     assert!(
@@ -209,9 +210,22 @@ fn a_moved_data_directory_goes_on_at_once_and_the_original_is_fenced_when_it_com
         "it took {:?}",
         start.elapsed()
     );
-    assert!(!moved.log().contains("WARNING:  backend"), "a move is no trouble");
     stack.pg.start_again();
     wait_fenced(&stack.pg, &moved);
+    assert_eq!(ids(&stack.events()), [common, sent].concat());
+}
+
+/// The directory itself is renamed: there is no other.
+#[test]
+fn a_renamed_data_directory_goes_on_at_once() {
+    let mut stack = Stack::with(WATCHFUL);
+    let common = delivered(&stack, "common");
+    stack.pg.stop(Mode::Fast);
+    stack.pg.move_data("renamed");
+    stack.pg.start_again();
+    let took = wait_owner(&stack.pg, &stack.redis);
+    assert!(took < PATIENCE, "it took {took:?}");
+    let sent = delivered(&stack, "renamed");
     assert_eq!(ids(&stack.events()), [common, sent].concat());
 }
 

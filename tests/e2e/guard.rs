@@ -298,7 +298,7 @@ fn a_renamed_database_keeps_its_guard() {
     assert_eq!(guards, [before]);
 }
 
-/// The copy begins with what its model had delivered, and appends under a guard of its own: neither fences the other.
+/// The copy begins with what its model had delivered, and once it is told to, appends under a guard of its own: neither fences the other.
 #[test]
 fn a_database_made_from_a_template_has_its_own_guard() {
     let stack = Stack::with(&[UNTRIMMED, ("outbox_relay.databases", "model, copy")]);
@@ -316,6 +316,7 @@ fn a_database_made_from_a_template_has_its_own_guard() {
     wait_until("the worker to leave", || stack.pg.worker_pid("model").is_none());
     stack.pg.exec("create database copy template model");
     stack.pg.set("outbox_relay.enabled", "on");
+    stack.pg.exec_db("copy", "select outbox.take_over('default')");
     let keys = [key(&stack.pg, "model"), key(&stack.pg, "copy")];
     assert_ne!(keys[0], keys[1]);
     for round in 0..5 {

@@ -55,6 +55,15 @@ fn put_in_place(copy: &Path, server: &Postgres) {
     server.configure(&[("unix_socket_directories", &socket_dir)]);
 }
 
+/// Puts a copy of a data directory's contents into a stopped server's.
+fn put_into(copy: &Path, server: &Postgres) {
+    let data = server.data_dir();
+    as_server("find", &[&data.display().to_string(), "-mindepth", "1", "-delete"], &[]);
+    as_server("cp", &["-R"], &[&copy.join("."), data]);
+    let socket_dir = server.host().display().to_string();
+    server.configure(&[("unix_socket_directories", &socket_dir)]);
+}
+
 /// A primary that archives its WAL beside its data directory.
 fn archiving() -> Stack {
     stack(&[
@@ -107,6 +116,8 @@ fn a_recovery_to_a_point_in_time_repeats_nothing_and_delivers_what_is_new() {
         backup.one::<i64>("select count(*) from outbox.events where event_type like 'lost%'"),
         0
     );
+    wait_fenced(&backup, &stack.pg);
+    take_over(&backup);
     let new = delivered(&backup, &stack.redis, "new", 30);
     assert_eq!(ids(&stack.events()), [base, before, lost, new].concat());
     assert_compared(&backup, 0);
@@ -127,6 +138,8 @@ fn a_recovery_to_a_point_in_time_sends_what_nobody_sent() {
 
     recover_to(&mut backup, &stack.pg, "here");
     backup.exec("update outbox.backends set enabled = true");
+    wait_fenced(&backup, &stack.pg);
+    take_over(&backup);
     wait_owner(&backup, &stack.redis);
     let new = delivered(&backup, &stack.redis, "new", 5);
     assert_eq!(ids(&stack.events()), [base, unsent, new].concat());
@@ -147,6 +160,8 @@ fn a_second_recovery_waits_for_a_word_after_the_first_was_owner() {
     stack.pg.stop(Mode::Fast);
     let [first, second] = &mut attempts;
     recover_to(first, &stack.pg, "one");
+    wait_fenced(first, &stack.pg);
+    take_over(first);
     expected.extend(delivered(first, &stack.redis, "first", 5));
     first.stop(Mode::Fast);
 
@@ -162,7 +177,7 @@ fn a_second_recovery_waits_for_a_word_after_the_first_was_owner() {
 
 /// The original is dead; its backup takes its place, elsewhere or in the same directory.
 #[test]
-fn a_restored_backup_goes_on_in_place_of_the_dead_original() {
+fn a_restored_backup_goes_on_in_place_of_the_dead_original_when_it_is_told_to() {
     for in_place in [false, true] {
         let mut stack = stack(&[]);
         let mut expected = delivered(&stack.pg, &stack.redis, "base", 5);
@@ -176,6 +191,8 @@ fn a_restored_backup_goes_on_in_place_of_the_dead_original() {
             backup.start_again();
         }
         let restored = if in_place { &stack.pg } else { &backup };
+        wait_fenced(restored, &stack.pg);
+        take_over(restored);
         let new: Vec<Uuid> = (0..30)
             .flat_map(|n| publish(restored, &format!("new{n}-"), 1))
             .collect();
@@ -225,15 +242,16 @@ fn a_data_directory_that_was_set_back_loses_nothing_once_it_is_told_to_go_on() {
     );
 }
 
-/// The snapshot was taken of the run that relayed on: it is known, and its history goes beyond what came back.
+/// The snapshot was taken of the run that relayed on: it is known, and its history goes beyond what came back. It is put into the original's own
+/// directory: nobody else can have that.
 #[test]
-fn a_snapshot_of_a_running_server_goes_on_by_itself() {
+fn a_snapshot_of_a_running_server_that_is_put_back_goes_on_by_itself() {
     let mut stack = stack(&[]);
     let mut expected = delivered(&stack.pg, &stack.redis, "base", 5);
     let snapshot = stack.pg.base_backup().stopped();
     expected.extend(delivered(&stack.pg, &stack.redis, "lost", 10));
     stack.pg.stop(Mode::Fast);
-    put_in_place(snapshot.data_dir(), &stack.pg);
+    put_into(snapshot.data_dir(), &stack.pg);
     stack.pg.start_again();
     expected.extend(delivered(&stack.pg, &stack.redis, "new", 10));
     assert_eq!(ids(&stack.events()), expected);

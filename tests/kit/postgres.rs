@@ -344,6 +344,14 @@ impl Postgres {
         }
     }
 
+    /// Renames the data directory of a stopped server.
+    #[track_caller]
+    pub fn move_data(&mut self, name: &str) {
+        let to = self.dir.path().join(name);
+        std::fs::rename(&self.data, &to).expect("cannot rename the data directory");
+        self.data = to;
+    }
+
     // --- living and dying
 
     /// Starts a stopped server, and waits until it takes connections (until it is consistent, for a standby).

@@ -75,6 +75,8 @@ pub enum Trouble {
     UnknownReply,
     // What the guard says.
     Fenced,
+    /// Nobody has said that this copy is to send anything.
+    Copied,
     GuardMissing,
     NoGuard,
     /// Whatever else; its words must do.
@@ -84,7 +86,7 @@ pub enum Trouble {
 impl Trouble {
     /// Who is to blame, and what an administrator can do about it, where that is known.
     pub(super) fn judged(self) -> (Class, Option<&'static str>) {
-        use Class::{Backend, Configuration, Event, Fenced};
+        use Class::{Backend, Configuration, Copy, Event, Fenced};
         let (class, hint) = match self {
             Self::NotAllowed => (
                 Configuration,
@@ -241,6 +243,10 @@ impl Trouble {
             Self::Fenced => (
                 Fenced,
                 "If that server must not go on, stop it and run outbox.take_over() here.",
+            ),
+            Self::Copied => (
+                Copy,
+                "If this copy is to send the backend's events from now on, run outbox.take_over(backend) here.",
             ),
             Self::GuardMissing => (Configuration, "Run outbox.take_over() to go on without it."),
             Self::NoGuard => (

@@ -54,6 +54,8 @@ pub enum Mutant {
     TrustsAnyHistory,
     /// Sends before what the guard said is durable.
     ComesUpUnflushed,
+    /// Takes over from whoever is silent.
+    CopiesTakeOver,
 }
 
 /// How often what goes wrong.
@@ -71,6 +73,8 @@ pub struct Faults {
     pub guard_losses: f64,
     /// Of the standby, some state of which becomes another server.
     pub promotions: f64,
+    /// Copies that are started beside the original.
+    pub clones: f64,
     /// Of a stream, perhaps to nothing.
     pub trims: f64,
 }
@@ -87,6 +91,7 @@ impl Faults {
         flushes: 0.0,
         guard_losses: 0.0,
         promotions: 0.0,
+        clones: 0.0,
         trims: 0.0,
     };
 
@@ -104,6 +109,7 @@ impl Faults {
             flushes: some(0.01),
             guard_losses: some(0.01),
             promotions: some(0.02),
+            clones: some(0.02),
             trims: 0.0,
         };
         // What was trimmed cannot be found after a loss, nor told from what was refused.
@@ -151,6 +157,7 @@ seen!(
     unfinished,
     replayed,
     promotions,
+    copies_held_off,
     fenced,
     other_histories,
     nils,

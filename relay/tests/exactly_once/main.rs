@@ -100,6 +100,7 @@ catches! {
     the_oracle_catches_healing_that_forgets_what_had_waited:
         ForgetsAccepted, { troubled: 0.1, tail_losses: 0.02 }, ["is lost"];
     the_oracle_catches_trust_in_another_history: TrustsAnyHistory, { promotions: 0.05 }, ["is lost", "which is nowhere", "times in its stream"];
+    the_oracle_catches_copies_that_take_over: CopiesTakeOver, { clones: 0.05, crashes: 0.05 }, ["is in no history", "is lost", "never committed", "times in its stream", "which is nowhere"];
     the_oracle_catches_a_batch_before_what_the_guard_said_is_durable:
         ComesUpUnflushed, { server_crashes: 1.0, guard_losses: 0.03 }, ["is lost", "times in its stream", "which is nowhere"];
     the_oracle_catches_what_is_sent_before_it_is_durable: SkipsFlush, { server_crashes: 0.5 }, ["never committed", "is in no history", "is lost"];

@@ -30,6 +30,10 @@ pub struct Image {
 
 pub struct Site {
     pub place: String,
+    /// Its timeline, if it was promoted; 0: it was not.
+    pub promoted_to: u32,
+    /// It was started beside the original.
+    pub is_copy: bool,
     pub database: Database,
     pub tables: Tables,
     /// Position of the WAL, and up to where it is surely on disk.
@@ -82,6 +86,8 @@ impl Site {
         tables.incarnations.push((format!("run-{}", env.incarnations), wal));
         Self {
             place: place.to_owned(),
+            promoted_to: 0,
+            is_copy: false,
             delivery: delivery(env, &tables),
             database,
             tables,
@@ -113,7 +119,7 @@ impl Site {
         self.flushed = self.wal;
         let may_crash = env.likely(env.faults.server_crashes);
         self.image = may_crash.then(|| Box::new(self.image()));
-        if env.faults.promotions > 0.0 && env.likely(0.1) {
+        if env.faults.promotions > 0.0 && !self.is_copy && env.likely(0.1) {
             env.standby = Some(Box::new(self.image()));
         }
     }
@@ -129,8 +135,9 @@ impl Site {
         env.seen.lost_commits += u32::from(image.wal < self.wal);
         env.seen.server_crashes += 1;
         tell!(env, "the server crashes, and is back at {} of {}", image.wal, self.wal);
-        let place = std::mem::take(&mut self.place);
+        let (place, promoted_to) = (std::mem::take(&mut self.place), self.promoted_to);
         *self = Self::of(env, &place, image);
+        self.promoted_to = promoted_to;
     }
 
     /// The worker dies and comes back.

@@ -23,6 +23,8 @@ pub struct World {
     pub site: Site,
     /// The server whose history is not that of `site` any more.
     pub former: Option<Site>,
+    /// A copy of a server, which nobody tells to send anything.
+    pub clone: Option<Site>,
     /// What had not committed when they parted: both may commit it.
     pub open: BTreeSet<u64>,
     life: Life,
@@ -36,6 +38,7 @@ impl World {
             env,
             site,
             former: None,
+            clone: None,
             open: BTreeSet::new(),
             life: Life::GoesOn,
         }
@@ -60,6 +63,10 @@ impl World {
     }
 
     fn random_step(&mut self) -> Result<(), String> {
+        if self.clone.is_some() && self.env.likely(0.1) {
+            self.clone_step();
+            return Ok(());
+        }
         let is_former = self.life == Life::GoesOn && self.env.likely(0.3);
         let Self { env, site, former, .. } = self;
         let (site, is_former) = match former.as_mut().filter(|_| is_former) {
@@ -103,7 +110,32 @@ impl World {
         Ok(())
     }
 
+    /// The copy does all that a server does, and has time.
+    fn clone_step(&mut self) {
+        let Self { env, clone, .. } = self;
+        let Some(clone) = clone else {
+            return;
+        };
+        clone.database.steps(&mut env.rng, 6);
+        clone.take_tick(env);
+        for _ in 0..env.rng.usize(..60) {
+            clone.go_on(env);
+        }
+        if env.likely(0.3) {
+            env.now = clone.delivery.due_at().map_or(env.now, |due| env.now.max(due));
+        }
+        let held_off = clone.delivery.state();
+        env.seen.copies_held_off += u32::from(matches!(held_off, State::Fenced | State::Copy));
+    }
+
     fn disturb(&mut self) {
+        if self.clone.is_none() && self.env.likely(self.env.faults.clones) {
+            tell!(self.env, "a copy is started");
+            let image = self.site.image();
+            let mut clone = Site::of(&mut self.env, "elsewhere", image);
+            clone.is_copy = true;
+            self.clone = Some(clone);
+        }
         if self.env.likely(self.env.faults.promotions) {
             self.promote();
         }
@@ -155,7 +187,9 @@ impl World {
         };
         tell!(env, "the standby is promoted at {} of {}", image.wal, site.wal);
         env.seen.promotions += 1;
-        let mut former = std::mem::replace(site, Site::of(env, "there", *image));
+        let mut promoted = Site::of(env, "there", *image);
+        promoted.promoted_to = 2;
+        let mut former = std::mem::replace(site, promoted);
         self.life = [Life::Over, Life::Frozen, Life::GoesOn][env.rng.usize(..3)];
         if self.life == Life::Over {
             former.drop_connection(env);
@@ -298,9 +332,18 @@ impl World {
     }
 
     fn finish(&mut self) -> Result<(), String> {
-        let Self { env, site, former, .. } = self;
+        let Self {
+            env,
+            site,
+            former,
+            clone,
+            ..
+        } = self;
         if let Some(former) = former {
             former.drop_connection(env);
+        }
+        if let Some(clone) = clone {
+            clone.drop_connection(env);
         }
         if env.mutant == Mutant::ResumesUnsaved {
             // The damage is done; it would not come to an end.
