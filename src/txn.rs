@@ -128,14 +128,15 @@ fn tell(news: News) {
         shmem::request_rescan();
     }
     if let Some(slot) = shmem::slot_here() {
+        // First: events are sent as backends are now.
+        if news.backends || news.extension {
+            slot.nudge();
+        }
         if news.scheduled {
             slot.announce_schedule();
         }
         if news.events {
             slot.announce_work();
-        }
-        if news.backends || news.extension {
-            slot.nudge();
         }
     }
 }

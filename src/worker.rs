@@ -128,6 +128,8 @@ struct Worker {
     flushed: u64,
     /// The catalog's generation that `backends` are of.
     generation: u64,
+    /// The table of events that `backends` stand in; `None`: it has gone.
+    events: Option<pg_sys::Oid>,
     /// Something may have been committed that no tick has seen.
     work: bool,
     /// It is time to look, whoever is up.
@@ -174,6 +176,7 @@ impl Worker {
             awaited: None,
             flushed: 0,
             generation: u64::MAX,
+            events: None,
             work: true,
             polled: true,
             polled_at: Now::ZERO,

@@ -100,9 +100,14 @@ impl Worker {
                     more_restores: outbox::has_later_restores(&newest.snapshot),
                 }
             });
-            (installed, generation, rows)
+            // Reading them has taken in what was told meanwhile.
+            let events = catalog::relations().map(|relations| relations.events);
+            (installed, generation, rows, events)
         });
-        let (installed, generation, rows) = loaded?;
+        let (installed, generation, rows, events) = loaded?;
+        if rows.is_some() {
+            self.events = events;
+        }
         match installed.as_deref() {
             None => {
                 let reason = "the extension was dropped";

@@ -333,7 +333,14 @@ impl Worker {
 
     /// One scan for a group of backends.
     fn read_group(&mut self, group: &Group, now: Now) -> Result<(), Aborted> {
-        let readers = care::transaction(|| pass::read(&mut self.backends, group))?;
+        let (backends, events) = (&mut self.backends, self.events);
+        // The extension may have been dropped and created again since the backends were loaded: its events are not for those.
+        let is_known = || events.is_some() && catalog::relations().map(|relations| relations.events) == events;
+        let readers = care::transaction(|| is_known().then(|| pass::read(backends, group)))?;
+        let Some(readers) = readers else {
+            self.generation = u64::MAX;
+            return Ok(());
+        };
         for reader in readers.iter().filter(|r| r.wrote) {
             self.backends[reader.index].is_unflushed = true;
         }
