@@ -3,15 +3,14 @@
 use std::process::Command;
 
 /// Always these, so that a failure repeats: between them they have most kinds of faults.
-const SEEDS: &[&str] = &["128", "137"];
+const SEEDS: &[&str] = &["216", "46"];
 const SECONDS: &str = "8";
-const KINDS: &str = "postgres,points,redis,losses,network,settings,truncate,sequence,repack,locks,pause,stop";
 
 #[test]
 fn nothing_is_lost_repeated_or_reordered_whatever_breaks() {
     for seed in SEEDS {
         let ran = Command::new(env!("CARGO_BIN_EXE_chaos"))
-            .args(["--seed", seed, "--seconds", SECONDS, "--kinds", KINDS, "--quiet"])
+            .args(["--seed", seed, "--seconds", SECONDS, "--quiet"])
             .output()
             .expect("cannot run chaos");
         let (said, errors) = (
