@@ -28,13 +28,14 @@ fn during<R>(stack: &Stack, statements: &[&str], f: impl FnOnce() -> R) -> R {
 fn changes_that_change_nothing_delay_no_event() {
     let stack = Stack::start();
     stack.pg.exec("create role somebody");
+    // Two sessions that GRANT on one table disturb each other.
     for statements in [
-        ["update outbox.backends set enabled = true where false"; 2],
-        ["grant select on outbox.backends to somebody; revoke select on outbox.backends from somebody"; 2],
-        ["grant insert on outbox.events to somebody; revoke insert on outbox.events from somebody"; 2],
+        &["update outbox.backends set enabled = true where false"; 2][..],
+        &["grant select on outbox.backends to somebody; revoke select on outbox.backends from somebody"],
+        &["grant insert on outbox.events to somebody; revoke insert on outbox.events from somebody"],
     ] {
         let bystander = Bystander::start(&stack);
-        let delays = during(&stack, &statements, || {
+        let delays = during(&stack, statements, || {
             std::thread::sleep(Duration::from_secs(2));
             bystander.stop(&stack)
         });
