@@ -50,8 +50,8 @@ fn a_lock_on_the_cursors_delays_no_event() {
 #[test]
 fn a_lock_on_any_other_table_but_that_of_the_events_delays_no_event() {
     let stack = Stack::with(QUICK);
+    // Not `backends`: a session that has not published yet looks at it.
     for table in [
-        "backends",
         "backend_passwords",
         "scheduled_events",
         "refused_events",
