@@ -1184,7 +1184,6 @@ begin
     if sent + accepted + scheduled > 0 then
         raise log using message = format('backend "%s" goes on in place of another server: %s held events are published, %s had been sent, %s are scheduled',
             b.name, accepted, sent, scheduled);
-        perform outbox.wake();
     end if;
     return sent + accepted + scheduled;
 end

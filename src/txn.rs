@@ -128,11 +128,11 @@ fn tell(news: News) {
         shmem::request_rescan();
     }
     if let Some(slot) = shmem::slot_here() {
-        // First: events are sent as backends are now.
+        // First: events are sent as backends are now, and with what came with them, such as the note that they are restored.
         if news.backends || news.extension {
             slot.nudge();
         }
-        if news.scheduled {
+        if news.scheduled || news.backends {
             slot.announce_schedule();
         }
         if news.events {
