@@ -743,6 +743,7 @@ values
     ('backends', 'backends_changed', 'after insert or update or delete or truncate on outbox.backends for each statement execute function outbox.backends_changed()'),
     ('backend_passwords', 'backends_changed', 'after insert or update or delete or truncate on outbox.backend_passwords for each statement execute function outbox.backends_changed()'),
     ('take_overs', 'backends_changed', 'after insert or update on outbox.take_overs for each statement execute function outbox.backends_changed()'),
+    ('copied_backends', 'applied_change', 'before insert or update or delete on outbox.copied_backends for each row execute function outbox.leave_local()'),
     ('copied_backends', 'backends_changed', 'after insert or update or delete or truncate on outbox.copied_backends for each statement execute function outbox.backends_changed()'),
     ('restores', 'backends_changed', 'after insert on outbox.restores for each statement execute function outbox.backends_changed()')
 $$;
