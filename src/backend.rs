@@ -28,10 +28,12 @@ use relay::reader::Position;
 use relay::refusal::{Record, Streams};
 use relay::sender::{Batch, Handle, Order, Report};
 use relay::slot::slot_of;
+use relay::snapshot::Tick;
 use settings::{mode_of, settings};
 use std::collections::HashSet;
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Larger batches miss the CPU's cache.
@@ -149,8 +151,11 @@ pub struct Backend {
     pub rests_until: Now,
     /// Restores whose events a lane has compared.
     compared: Vec<i64>,
-    /// More events of a dump have come meanwhile: nothing is read until they are compared, too.
+    /// More events of a dump have come meanwhile: nothing is read beyond `compared_to` until they are compared, too.
     holds: bool,
+    /// The tick up to which the streams are being looked through, and that up to which they were.
+    comparing_to: Option<Arc<Tick>>,
+    compared_to: Option<Arc<Tick>>,
     /// Events of a dump are compared again not before this.
     compares_at: Now,
     /// High end of the saved cursor, and so of what a restart would read again.
@@ -212,6 +217,8 @@ impl Backend {
             lane,
             compared: Vec::new(),
             holds: false,
+            comparing_to: None,
+            compared_to: None,
             compares_at: Now::ZERO,
             role,
             row,
@@ -283,13 +290,13 @@ impl Backend {
             && self.delivery.is_up()
             && self.delivery.trouble().is_none()
             && self.records.is_empty()
-            && !self.holds
+            && !self.is_held()
     }
 
     /// Whether rows can be read for it now.
     pub fn is_ready(&self, now: Now) -> bool {
         // What was refused must be written down first.
-        let can_send = || self.delivery.has_room() && self.records.is_empty() && !self.holds;
+        let can_send = || self.delivery.has_room() && self.records.is_empty();
         self.is_enabled() && !self.is_withheld() && now >= self.rests_until && (!self.reads_for_redis() || can_send())
     }
 
@@ -357,6 +364,7 @@ impl Backend {
         self.let_go();
         self.role = Role::Deleted;
         self.row = None;
+        self.holds = false;
         self.delivery.set_streams(Streams::default());
     }
 

@@ -48,16 +48,21 @@ impl Group {
             (position.place(), position.last_seq())
         });
         let base = position(first.unwrap_or_default()).clone();
-        let to = base.to(latest).clone();
+        let goal = |index: usize| backends[index].goal(latest);
+        let to = goal(first.unwrap_or_default()).clone();
         // Among late rows all have come to the same place: there, what counts is the last row.
-        let is_near = |p: &Position| {
+        let is_near = |index: usize| {
+            let p = position(index);
             let (theirs, first) = match base.is_among_late() {
                 true => (p.last_seq(), base.last_seq()),
                 false => (p.place(), base.place()),
             };
-            Arc::ptr_eq(p.to(latest), &to) && theirs <= first + NEAR_SEQS
+            Arc::ptr_eq(goal(index), &to) && theirs <= first + NEAR_SEQS
         };
-        let near = waiting.iter().map(|index| position(*index)).filter(|p| is_near(p));
+        let near = waiting
+            .iter()
+            .filter(|index| is_near(**index))
+            .map(|index| position(*index));
         let from = match base.is_among_late() {
             true => base.from.clone(),
             false => {
@@ -66,12 +71,13 @@ impl Group {
                 oldest.unwrap_or(&base).from.clone()
             }
         };
-        let is_served = |p: &Position| {
+        let is_served = |index: usize| {
+            let p = position(index);
             let is_same = Arc::ptr_eq(&p.from, &from);
             let can_join = !base.is_among_late() && !p.is_among_late() && p.from.snapshot.includes(&from.snapshot);
-            is_near(p) && (is_same || can_join)
+            is_near(index) && (is_same || can_join)
         };
-        let (members, others) = waiting.iter().partition(|index| is_served(position(**index)));
+        let (members, others) = waiting.iter().partition(|index| is_served(**index));
         *waiting = others;
         Self {
             members,

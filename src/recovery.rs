@@ -166,6 +166,9 @@ fn begin(
 ) -> Result<(), Aborted> {
     forget_take_over(backend)?;
     backend.to_compare = None;
+    if matches!(start, Start::Compare(_) | Start::Replay) {
+        backend.compares_to(latest);
+    }
     let start = if fault::is_mutated("ignore_guard") {
         Start::Own
     } else {
@@ -338,7 +341,10 @@ fn come_up(backend: &mut Backend, start: Start, now: Now) -> Result<(), Aborted>
     };
     worker::save(std::slice::from_mut(backend), |_| true, now)?;
     match start {
-        Start::Compare(_) | Start::Replay => backend.forget_restores()?,
+        Start::Compare(_) | Start::Replay => {
+            backend.forget_restores()?;
+            backend.has_compared(now);
+        }
         // From here on, what a dump has brought can be compared.
         Start::Own | Start::Adopt | Start::Heal { .. } if backend.is_restored() => {
             backend.let_go();

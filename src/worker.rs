@@ -399,6 +399,10 @@ impl Worker {
         }
         // What those have saved that came up is behind their next batches.
         self.flush();
+        // More may have been restored while they compared.
+        if self.backends.iter().any(Backend::is_held) {
+            self.generation = u64::MAX;
+        }
     }
 
     /// Lets senders go on that have waited until what was refused is written down. The guard tells of the last batch alone, so that

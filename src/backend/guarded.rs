@@ -9,6 +9,8 @@ use relay::classify::Failure;
 use relay::delivery::{Cursor, Entry, Mode, Now};
 use relay::guard::{self, Guard, Progress};
 use relay::sender::Order;
+use relay::snapshot::Tick;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// From one comparison with what a dump has brought to the next.
@@ -126,15 +128,17 @@ impl Backend {
     }
 
     /// The row as it is to be taken over now. To compare what a dump has brought, the connection is let go, and a restore may commit row by
-    /// row: what comes while some are compared, or a moment later, waits for the next time, and the backend with it.
+    /// row: what comes while some are compared, or a moment later, or while something is on its way, waits for the next time. The backend
+    /// goes on meanwhile, up to the tick that it has compared with: see [`Self::goal`].
     pub fn due_row(&mut self, row: BackendRow, now: Now) -> BackendRow {
         let mut row = self.without_done(row);
         if !self.is_exactly_once() || self.lane.is_some() {
+            self.holds = false;
             return row;
         }
         let known = self.row.as_ref().map_or(&[][..], |row| &row.restores);
         let is_new = row.restores.iter().any(|restore| !known.contains(restore));
-        self.holds = is_new && (!known.is_empty() || now < self.compares_at);
+        self.holds = is_new && (!known.is_empty() || now < self.compares_at || self.is_sending());
         if self.holds {
             row.restores = known.to_vec();
         } else if is_new {
@@ -146,10 +150,50 @@ impl Backend {
     /// When its row is to be looked at again because of restores that wait.
     pub fn load_at(&self) -> Option<Now> {
         let waits = match self.is_exactly_once() {
-            true => self.holds && !self.is_restored(),
+            true => self.holds && !self.is_sending() && self.row.as_ref().is_none_or(|row| row.restores.is_empty()),
             false => self.reads_for_redis() && self.is_restored(),
         };
         waits.then_some(self.compares_at)
+    }
+
+    /// Whether there are events of a dump that it may not read yet, since they are still to be compared.
+    pub fn is_held(&self) -> bool {
+        self.holds && self.is_exactly_once()
+    }
+
+    /// Whether it would take rows that another tick sees. One that is held would once those are to be compared.
+    pub fn wants_tick(&self, now: Now) -> bool {
+        self.is_ready(now) && (!self.is_held() || self.load_at().is_some_and(|at| at <= now))
+    }
+
+    /// Where it is going; `latest`: the newest tick that may be sent. One that is held goes no further than what it has compared with.
+    pub fn goal<'a>(&'a self, latest: &'a Arc<Tick>) -> &'a Arc<Tick> {
+        let position = self.delivery.position();
+        if !self.is_held() || position.under_way.is_some() {
+            return position.to(latest);
+        }
+        let here = &position.from;
+        let compared = self.compared_to.as_ref().unwrap_or(here);
+        let goal = match latest.snapshot.includes(&compared.snapshot) {
+            true => compared,
+            false => latest,
+        };
+        match here.snapshot.includes(&goal.snapshot) {
+            true => here,
+            false => goal,
+        }
+    }
+
+    /// What `tick` sees is going to be looked for in the streams.
+    pub fn compares_to(&mut self, tick: &Arc<Tick>) {
+        self.comparing_to = Some(tick.clone());
+    }
+
+    /// All of that was looked for. It is sent before the next is compared; whether there is more is to be looked at before anything is read.
+    pub fn has_compared(&mut self, now: Now) {
+        self.compared_to = self.comparing_to.take();
+        self.holds = true;
+        self.compares_at = now + COMPARE_PAUSE;
     }
 
     /// Whether it is time to see to restores (at_least_once).

@@ -80,6 +80,7 @@ impl Worker {
             let (waits, reads) = (self.waits(index, now), self.reads_now(index, now));
             let backend = &mut self.backends[index];
             more |= reads;
+            let is_all_read = is_all_read && !backend.is_held();
             if !waits && backend.reads_for_redis() && backend.delivery.rest(is_all_read) {
                 backend.recovered(now);
             }
@@ -180,9 +181,11 @@ impl Worker {
     }
 
     fn has_way_to_go(&self, index: usize) -> bool {
-        let position = self.backends[index].delivery.position();
+        let backend = &self.backends[index];
+        let position = backend.delivery.position();
         // Before the first tick there is nowhere to go, and certainly not back.
-        let goes_on = self.latest.next_xid > FIRST_NORMAL_XID && !Arc::ptr_eq(&position.from, &self.latest);
+        let is_ticked = self.latest.next_xid > FIRST_NORMAL_XID;
+        let goes_on = is_ticked && !Arc::ptr_eq(&position.from, backend.goal(&self.latest));
         position.under_way.is_some() || goes_on
     }
 
@@ -221,7 +224,7 @@ impl Worker {
             let behind = position.place() - theirs.place();
             other != index
                 && self.comes_up(other)
-                && Arc::ptr_eq(theirs.to(&self.latest), position.to(&self.latest))
+                && Arc::ptr_eq(b.goal(&self.latest), backend.goal(&self.latest))
                 && ((1..=WAITED_FOR_SEQS).contains(&behind) || (behind == 0 && !self.takes(other, now)))
         };
         !self.backends.iter().enumerate().any(holds)
@@ -231,7 +234,7 @@ impl Worker {
     fn is_any_ready(&self, now: Now) -> bool {
         let has_lanes = |number: i32| self.backends.iter().any(|b| b.number == number && b.lane.is_some());
         let counts = |b: &Backend| b.reads_for_redis() || (b.is_finder() && !has_lanes(b.number));
-        self.backends.iter().any(|b| b.is_ready(now) && counts(b))
+        self.backends.iter().any(|b| b.wants_tick(now) && counts(b))
     }
 
     /// A lane for a slot that has none, where its finder stands: saved before that goes on.
