@@ -1164,9 +1164,11 @@ begin
             data_schema, publisher_config, max_retries)
         select pg_current_xact_id(), outbox.draw_seq(), g.created_at, g.event_id, b.number, g.event_type, g.source, b.name, g.data,
             g.subject, g.stream, g.data_schema, g.publisher_config, g.max_retries
-        from (select * from gone order by seq) g
-        where not exists (select from outbox.events e where e.event_id = g.event_id)
-            and not exists (select from outbox.failed_events f where f.event_id = g.event_id);
+        -- Sorted last: a join (a right anti-join, since Postgres 16) need not keep the order of what it reads.
+        from (select * from gone
+            where not exists (select from outbox.events e where e.event_id = gone.event_id)
+                and not exists (select from outbox.failed_events f where f.event_id = gone.event_id)
+            order by gone.seq) g;
     get diagnostics accepted = row_count;
     if accepted > 0 then
         -- Some may stand in their streams already: they are looked for first.
