@@ -352,6 +352,11 @@ comment on function outbox.refuse_update() is 'Trigger of outbox.events: an even
 -- The backends' triggers
 ----------------------------------------------------------------------------------------------------------------------
 
+create function outbox.silence_triggers() returns void
+    language c
+    as 'MODULE_PATHNAME', 'silence_triggers_wrapper';
+comment on function outbox.silence_triggers() is 'Until the end of the function that calls it, triggers of others do not fire: for what writes with the owner''s rights. The owner must be a superuser.';
+
 create function outbox.has_waiting_events(backend_number integer) returns boolean
     language c strict
     as 'MODULE_PATHNAME', 'has_waiting_events_wrapper';
@@ -436,9 +441,10 @@ comment on function outbox.check_backend() is 'Trigger of outbox.backends: numbe
 
 -- With the owner's rights: who may delete backends need not be one who may read all the rest.
 create function outbox.check_backend_deletion() returns trigger
-    language plpgsql security definer set search_path = pg_catalog, pg_temp set session_replication_role = replica
+    language plpgsql security definer set search_path = pg_catalog, pg_temp
     as $$
 begin
+    perform outbox.silence_triggers();
     -- What was delivered a moment ago may not be in the saved cursor yet: let the worker save it.
     for i in 1..20 loop
         if not outbox.has_waiting_events(old.number) then
@@ -1036,7 +1042,7 @@ $$;
 comment on function outbox.publish_failed(outbox.failed_events, text) is 'Publishes one failed event again; false if another event with its event_id waits to be sent.';
 
 create function outbox.retry_failed(backend text default null, event_type text default null, event_id uuid default null) returns bigint
-    language plpgsql security definer set search_path = pg_catalog, pg_temp set session_replication_role = replica
+    language plpgsql security definer set search_path = pg_catalog, pg_temp
     as $$
 declare
     f record;
@@ -1046,6 +1052,7 @@ declare
     reason text;
     one_by_one boolean := false;
 begin
+    perform outbox.silence_triggers();
     loop
         begin
             for f in
@@ -1138,7 +1145,7 @@ $$;
 comment on function outbox.guard_key(text) is 'Key of a backend''s guard in its Redis: a hash that says who appends to its streams, and how far that has come. In a cluster, of the one beside its own stream.';
 
 create function outbox.accept_held(backend text) returns bigint
-    language plpgsql security definer set search_path = pg_catalog, pg_temp set session_replication_role = replica
+    language plpgsql security definer set search_path = pg_catalog, pg_temp
     as $$
 declare
     b outbox.backends := outbox.expect_backend(backend);
@@ -1146,6 +1153,7 @@ declare
     accepted bigint;
     scheduled bigint;
 begin
+    perform outbox.silence_triggers();
     -- What its server had sent, as far as that is known.
     delete from outbox.held_events h
         where h.backend = b.name
@@ -1199,7 +1207,7 @@ create function outbox.database_made_by(out xid bigint, out is_certain boolean) 
 comment on function outbox.database_made_by() is 'The transaction that made this database; not certain if its row of pg_database was changed since.';
 
 create function outbox.note_copy() returns boolean
-    language plpgsql security definer set search_path = pg_catalog, pg_temp set session_replication_role = replica
+    language plpgsql security definer set search_path = pg_catalog, pg_temp
     as $$
 declare
     reason constant text := 'it waited when this database was copied, and is the original''s to send';
@@ -1211,6 +1219,7 @@ declare
     oldest xid8;
     low bigint;
 begin
+    perform outbox.silence_triggers();
     select d.oid into here from pg_database d where d.datname = current_database();
     select i.database into original from outbox.installation i where i.database <> here for update;
     if not found then
@@ -1304,13 +1313,14 @@ $$;
 comment on function outbox.note_copy() is 'Whether this database was made of another one and nobody had noticed: then what waited there has failed here, and the copy sends nothing before outbox.take_over().';
 
 create function outbox.take_over(backend text) returns void
-    language plpgsql security definer set search_path = pg_catalog, pg_temp set session_replication_role = replica
+    language plpgsql security definer set search_path = pg_catalog, pg_temp
     as $$
 declare
     b outbox.backends := outbox.expect_backend(backend);
     copied outbox.copied_backends;
     held bigint;
 begin
+    perform outbox.silence_triggers();
     -- Without a worker nobody may have noticed.
     perform outbox.note_copy();
     held := outbox.accept_held(backend);
@@ -1331,13 +1341,14 @@ $$;
 comment on function outbox.take_over(text) is 'Ends a fence on purpose: this server becomes the owner of the backend''s streams, whoever was; a copy of a database begins to send what is published in it. Also goes on after on_missing_guard = ''halt''.';
 
 create function outbox.set_backend_password(name text, password text) returns void
-    language plpgsql security definer set search_path = pg_catalog, pg_temp set session_replication_role = replica
+    language plpgsql security definer set search_path = pg_catalog, pg_temp
     -- A plan of its own for each password would hold it, and be logged where plans are (auto_explain).
     set plan_cache_mode = force_generic_plan
     as $$
 declare
     n integer := (outbox.expect_backend(name)).number;
 begin
+    perform outbox.silence_triggers();
     if password is null then
         delete from outbox.backend_passwords p where p.backend_number = n;
     else

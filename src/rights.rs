@@ -6,8 +6,11 @@
 //! functions in pg_catalog alone. Triggers of those who were granted TRIGGER do not run at all: `session_replication_role` is `replica`
 //! wherever we write, and only an owner can have a trigger fire in that.
 
-use crate::catalog;
-use pgrx::pg_sys;
+use crate::encoding::{has_utf8_form, utf8};
+use crate::error::raise;
+use crate::{catalog, report};
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::{PgSqlErrorCode, pg_extern, pg_sys};
 use std::cell::Cell;
 use std::ffi::CStr;
 
@@ -64,6 +67,66 @@ pub fn statement<R>(f: impl FnOnce() -> R) -> R {
         pg_sys::AtEOXact_GUC(true, level);
         result
     }
+}
+
+/// `outbox.silence_triggers()`, at the beginning of a function that writes with its owner's rights. (As a setting of the function itself,
+/// Postgres would refuse it with words that tell nobody what to do.)
+#[pg_extern(sql = false)]
+fn silence_triggers() {
+    report::guard(|| {
+        let (owner, user) = (catalog::owner(), current_user());
+        // Triggers of a table's owner do fire: with the rights of a superuser they must not.
+        if owner != user && !is_superuser(owner) {
+            refuse_owner(owner);
+        }
+        // SAFETY: a plain read of the process's own variable.
+        if unsafe { pg_sys::SessionReplicationRole } == pg_sys::SESSION_REPLICATION_ROLE_REPLICA as i32 {
+            return;
+        }
+        if !is_superuser(user) {
+            refuse_owner(user);
+        }
+        // SAFETY: within the nest level of the function that calls, which has a setting of its own; or the transaction's.
+        unsafe { set_here(c"session_replication_role", c"replica") };
+    });
+}
+
+fn current_user() -> pg_sys::Oid {
+    // SAFETY: a plain read.
+    unsafe { pg_sys::GetUserId() }
+}
+
+fn is_superuser(role: pg_sys::Oid) -> bool {
+    // SAFETY: a look-up within a transaction.
+    unsafe { pg_sys::superuser_arg(role) }
+}
+
+fn refuse_owner(role: pg_sys::Oid) -> ! {
+    // SAFETY: a look-up within a transaction; the texts are in the transaction's memory.
+    let [name, quoted] = unsafe {
+        let name = pg_sys::GetUserNameFromId(role, false);
+        [name.cast_const(), pg_sys::quote_identifier(name)].map(|text| CStr::from_ptr(text).to_bytes())
+    };
+    // Roles are the whole server's: the name may have been given in a database of another encoding.
+    let words = |text| match has_utf8_form(text) {
+        // SAFETY: it was checked.
+        Ok(()) => unsafe { utf8(text) },
+        Err(_) => String::from_utf8_lossy(text),
+    };
+    let (name, quoted) = (words(name), words(quoted));
+    raise(
+        ErrorReport::new(
+            PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            "the owner of schema outbox's tables and functions is no superuser",
+            "",
+        )
+        .set_detail(format!(
+            "It is \"{name}\", whose rights are not enough to keep triggers of others from running."
+        ))
+        .set_hint(format!(
+            "Run ALTER ROLE {quoted} SUPERUSER, or REASSIGN OWNED BY {quoted} to a superuser."
+        )),
+    )
 }
 
 /// # Safety

@@ -215,6 +215,102 @@ fn an_owner_gets_no_more_than_its_own_rights() {
     assert_nothing_was_won(&stack.pg, "mallory");
 }
 
+/// What writes with the owner's rights keeps others' triggers from running, which an owner that is no superuser any more may not. All else
+/// works, also for a worker that starts then.
+#[test]
+fn an_owner_that_is_no_superuser_is_named_to_who_needs_its_rights() {
+    let stack = Stack {
+        pg: Postgres::with(BUSY).start(),
+        redis: Redis::start(),
+    };
+    stack.pg.exec("create role mallory login superuser");
+    let mut mallory = stack.pg.client_as("mallory", "postgres");
+    mallory
+        .batch_execute("create extension outbox_relay")
+        .expect("a superuser");
+    stack.point("default", &stack.redis);
+    stack.pg.exec("alter role mallory nosuperuser");
+    let worker = stack.pg.wait_worker("postgres");
+    stack.pg.exec(&format!("select pg_terminate_backend({worker})"));
+    wait_until("another worker", || {
+        stack.pg.worker_pid("postgres").is_some_and(|pid| pid != worker)
+    });
+    let mut admin = stack.pg.client();
+    stack.redis.call(&["SET", "wrong", "a string"]);
+    admin
+        .batch_execute(
+            "select outbox.publish_event('published', 's');
+            select outbox.publish_event('scheduled', 's', scheduled_at => now() + interval '100 ms');
+            select outbox.publish_event('refused', 's', stream => 'wrong');
+            insert into outbox.events (event_type, source) values ('inserted', 's');
+            insert into outbox.events (event_type, source, xid) values ('of a dump', 's', '5');
+            insert into outbox.backends (name, host) values ('other', 'localhost');
+            update outbox.backends set enabled = false where name = 'other';
+            select * from outbox.backend_status, outbox.status;
+            select outbox.has_waiting_events(1)",
+        )
+        .expect("a superuser");
+    admin.batch_execute("call outbox.purge()").expect("a superuser");
+    stack.wait_events(4);
+    wait_eq("failed events", 1, || {
+        stack.pg.one::<i64>("select count(*) from outbox.failed_events")
+    });
+    wait_eq("events that are left", 0, || {
+        stack.pg.one::<i64>("select count(*) from outbox.events")
+    });
+    let calls = [
+        "select outbox.retry_failed()",
+        "select outbox.take_over('default')",
+        "select outbox.set_backend_password('default', 'some password')",
+        "delete from outbox.backends where name = 'other'",
+    ];
+    let refused = |admin: &mut Client, detail: &str| {
+        let expected = Refused::new(
+            "55000",
+            "the owner of schema outbox's tables and functions is no superuser",
+            detail,
+            "Run ALTER ROLE mallory SUPERUSER, or REASSIGN OWNED BY mallory to a superuser.",
+        );
+        for sql in calls {
+            assert_eq!(Refused::of(admin.simple_query(sql)), expected, "{sql}");
+        }
+    };
+    refused(
+        &mut admin,
+        "It is \"mallory\", whose rights are not enough to keep triggers of others from running.",
+    );
+    // Nor do functions of a superuser write into tables of somebody else, whose triggers would run with his rights.
+    admin
+        .batch_execute(
+            "do $$ declare f text; begin
+                for f in select oid::regprocedure from pg_proc where pronamespace = 'outbox'::regnamespace and prokind = 'f' loop
+                    execute format('alter function %s owner to postgres', f);
+                end loop;
+            end $$",
+        )
+        .expect("a superuser");
+    refused(
+        &mut admin,
+        "It is \"mallory\", whose rights are not enough to keep triggers of others from running.",
+    );
+    // As the hint says.
+    admin
+        .batch_execute("reassign owned by mallory to postgres")
+        .expect("a superuser");
+    for sql in calls {
+        admin
+            .batch_execute(sql)
+            .unwrap_or_else(|error| panic!("{sql}: {error:?}"));
+    }
+    // Who may call it all the same wins nothing by it.
+    stack
+        .pg
+        .exec("grant usage on schema outbox to mallory; grant execute on all functions in schema outbox to mallory");
+    let said = Refused::of(mallory.simple_query("select outbox.silence_triggers()"));
+    assert_eq!(said.code, "55000", "{said:?}");
+    assert_eq!(stack.pg.one::<String>("show session_replication_role"), "origin");
+}
+
 /// With two owners, one's code could run with the other's rights.
 #[test]
 fn all_tables_have_one_owner() {
@@ -246,7 +342,7 @@ fn all_tables_have_one_owner() {
     stack.wait_events(1);
     // And the columns are what the code takes them for.
     client
-        .batch_execute("alter table outbox.events alter column max_retries type bigint")
+        .batch_execute("alter extension outbox_relay drop view outbox.event_status; drop view outbox.event_status; alter table outbox.events alter column max_retries type bigint")
         .expect("a superuser");
     let said = Refused::of(stack.pg.client().simple_query("select outbox.publish_event('t', 's')"));
     assert_eq!(said.message, "column 14 of outbox.events does not have its type");
