@@ -48,6 +48,8 @@ pub struct Purge {
     ticks_wait: bool,
     /// Which backend is being purged, and after which row.
     under_way: Option<(usize, i64)>,
+    /// Its number.
+    backend: i32,
     began_at: Now,
     stepped_at: Now,
 }
@@ -76,6 +78,16 @@ impl Purge {
                 };
         }
         Ok(Some(self.next_failed_look_at - now))
+    }
+
+    /// Somebody is in the way of one backend: it is looked at again then, whatever the interval is.
+    pub fn look_at(&mut self, at: Now) {
+        self.next_look_at = self.next_look_at.min(at);
+    }
+
+    /// The number of the backend that was looked at last.
+    pub fn backend(&self) -> i32 {
+        self.backend
     }
 
     /// Records what has been delivered by now, if it is time for that.
@@ -107,12 +119,15 @@ impl Purge {
         Ok(())
     }
 
-    /// One piece of the published events, if there is something to do and time for it. Returns when to come back, likewise.
+    /// One piece of the published events of a backend, if there is something to do and time for it. Returns when to come back, likewise.
+    /// `allows`: whether a backend may be looked at now. `succeeded`: nobody is in the way of one.
     pub fn step_published(
         &mut self,
         now: Now,
         backends: &[Backend],
         is_wanted: &dyn Fn() -> bool,
+        allows: &dyn Fn(i32) -> bool,
+        succeeded: &mut dyn FnMut(i32),
     ) -> Result<Option<Duration>, Aborted> {
         let Some(retention_us) = retention() else {
             return Ok(None);
@@ -132,8 +147,9 @@ impl Purge {
                 self.ticks_wait = process::transaction(outbox::ticks_wait)?;
                 break;
             };
-            if backend.lane.is_some() {
-                // Its finder does it for all.
+            self.backend = backend.number;
+            if backend.lane.is_some() || !allows(backend.number) {
+                // A lane's finder does it for all.
                 self.under_way = Some((index + 1, 0));
                 continue;
             }
@@ -150,6 +166,7 @@ impl Purge {
             // Should somebody be in the way of this one, the next is next.
             self.under_way = Some((index + 1, 0));
             let (deleted, last) = process::transaction(|| piece(number, after, retention_us, PIECE_ROWS, is_over))?;
+            succeeded(number);
             self.under_way = Some(last.map_or((index + 1, 0), |seq| (index, seq)));
             if deleted > 0 || last.is_some() {
                 return Ok(Some(Duration::ZERO));
@@ -176,6 +193,11 @@ fn delivered(backends: &[Backend], backend: &Backend) -> Arc<Tick> {
         }
     }
     lowest
+}
+
+/// Whether published events are deleted at all.
+pub fn is_on() -> bool {
+    retention().is_some()
 }
 
 fn retention() -> Option<i64> {

@@ -22,7 +22,7 @@ use crate::guc::{self, LogLevel};
 use crate::ownership::Identity;
 use crate::pass;
 use crate::process::{self, Aborted, log};
-use crate::purge::Purge;
+use crate::purge::{self, Purge};
 use crate::recovery;
 use crate::rights;
 use crate::shmem::{self, Slot, SlotState};
@@ -361,10 +361,42 @@ impl Worker {
         let is_wanted = || more || slot.has_work() || slot.is_publishing();
         let failed = self.attempt(Task::PurgeFailed, now, |w| w.purge.step_failed(now, &is_wanted));
         self.attempt(Task::RecordTicks, now, |w| w.purge.record_ticks(now, &mut w.backends));
-        let published = self.attempt(Task::PurgePublished, now, |w| {
-            w.purge.step_published(now, &w.backends, &is_wanted)
-        });
+        let published = self.purge_published(now, &is_wanted);
         [failed, published].into_iter().flatten().flatten().min()
+    }
+
+    /// Each backend has its own patience: another's success says nothing of who is in the way of this one.
+    fn purge_published(&mut self, now: Now, is_wanted: &dyn Fn() -> bool) -> Option<Option<Duration>> {
+        let (purge, backends) = (&mut self.purge, &self.backends);
+        // What is not for now any more would be waited for.
+        self.patience.retain(|task| match task {
+            Task::PurgePublished((number, _)) => purge::is_on() && backends.iter().any(|b| b.number == number),
+            _ => true,
+        });
+        let patience = &self.patience;
+        let mut succeeded = Vec::new();
+        let outcome = purge.step_published(
+            now,
+            backends,
+            is_wanted,
+            &|number| patience.allows(Task::PurgePublished((number, None)), now),
+            &mut |number| succeeded.push(number),
+        );
+        for number in succeeded {
+            self.patience.succeeded(Task::PurgePublished((number, None)));
+        }
+        match outcome {
+            Ok(due) => Some(due),
+            Err(error) => {
+                let task = Task::PurgePublished((self.purge.backend(), None));
+                self.failed(task, &error, now);
+                if let Some(at) = self.patience.retry_at(task) {
+                    self.purge.look_at(at);
+                }
+                // The next backend is next.
+                Some(Some(Duration::ZERO))
+            }
+        }
     }
 
     /// Takes backends further whose connections have read or claimed their guards.

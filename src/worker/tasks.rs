@@ -30,7 +30,7 @@ pub(super) enum Task {
     Retry(Whose),
     Move,
     RecordTicks,
-    PurgePublished,
+    PurgePublished(Whose),
     PurgeFailed,
 }
 
@@ -47,14 +47,14 @@ impl Task {
             Self::ReadFor(_) => waits(50, 2_000),
             Self::Save | Self::SaveOf(_) | Self::Retry(_) | Self::Move => waits(100, 5_000),
             Self::Claim(_) | Self::FinishLanes | Self::AddLane(_) => waits(100, 5_000),
-            Self::RecordTicks | Self::PurgePublished | Self::PurgeFailed => waits(1_000, 60_000),
+            Self::RecordTicks | Self::PurgePublished(_) | Self::PurgeFailed => waits(1_000, 60_000),
         }
     }
 
     fn whose(self) -> Option<Whose> {
         match self {
             Self::ReadFor(whose) | Self::SaveOf(whose) | Self::Claim(whose) | Self::AddLane(whose) => Some(whose),
-            Self::Retry(whose) => Some(whose),
+            Self::Retry(whose) | Self::PurgePublished(whose) => Some(whose),
             _ => None,
         }
     }
@@ -70,7 +70,7 @@ impl Task {
             Self::Retry(_) => "It was trying refused events again",
             Self::Move => "It was moving scheduled events that are due",
             Self::RecordTicks => "It was recording what has been delivered, for retention",
-            Self::PurgePublished => "It was purging published events",
+            Self::PurgePublished(_) => "It was purging published events",
             Self::PurgeFailed => "It was purging failed events",
         }
     }
