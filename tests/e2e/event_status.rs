@@ -137,7 +137,7 @@ fn looking_reads_no_more_than_what_is_asked_for() {
         "where status = 'pending'",
         "order by created_at desc limit 20",
         "where status = 'published' order by created_at desc limit 20",
-        "where subject = 'x' and created_at > now() - interval '1 s'",
+        "where subject = 'x' and created_at > now() - interval '1 ms'",
         "where event_id = '00000000-0000-0000-0000-000000000000'",
     ] {
         let plan = plan(pg, condition);
