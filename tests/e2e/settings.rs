@@ -34,6 +34,7 @@ const SETTINGS: &[(&str, &str, &str, &[&str])] = &[
         &["a,,b", "redis:6379", "10.0.0.0/33", "10.*", "no name", ","],
     ),
     ("send_after", "local_flush", "sighup", &["remote_apply", "on", ""]),
+    ("take_over", "standby", "sighup", &["on", "copy", ""]),
 ];
 
 #[test]
