@@ -287,14 +287,15 @@ thread_local! {
 }
 
 /// Positions are loaded: what was vouched for before may be so no more. And rows may have come with higher numbers than were drawn,
-/// without the trigger: ticks are to see them, and nobody is to draw the same. Within a transaction.
-pub fn vouch_anew() {
+/// without the trigger: ticks are to see them, and nobody is to draw the same. Returns the highest. Within a transaction.
+pub fn vouch_anew() -> i64 {
     VOUCHED.with_borrow_mut(Vec::clear);
     let relations = catalog::expect_relations();
     // Whoever has the table to himself is not waited for: what he brings past the trigger is news of the table when he commits.
     if EventsTable::is_open_to_all(&relations) {
         raise(&relations, highest(&relations).max(highest_event(&relations)));
     }
+    highest(&relations)
 }
 
 /// A saved position with bounds that hold. Its ticks say that later transactions have only numbers above `low_seq`. Rows may have come

@@ -37,10 +37,10 @@ pub fn last(sequence: pg_sys::Oid) -> i64 {
     number
 }
 
-/// Where its page's last record ends in the WAL: once it is flushed up to there, none of the numbers that were drawn is drawn again after
-/// a crash. `None`: somebody has locked it for himself, whom delivery does not wait for.
-pub fn last_record(sequence: pg_sys::Oid) -> Option<u64> {
-    look(sequence).map(|(_, lsn)| lsn)
+/// The last number that was drawn, and where its page's last record ends in the WAL: once it is flushed up to there, none of the numbers
+/// that were drawn is drawn again after a crash. `None`: somebody has locked it for himself, whom delivery does not wait for.
+pub fn last_record(sequence: pg_sys::Oid) -> Option<(i64, u64)> {
+    look(sequence)
 }
 
 /// That it has come to its end, as a sentence.

@@ -14,7 +14,9 @@ pub fn take(relations: &Relations) -> (Tick, Option<u64>) {
     let snapshot = snapshot(next_xid);
     let high_seq = numbers::highest(relations);
     // After the numbers were read: whoever gave them had them written to the page before.
-    let drawn_lsn = sequence::last_record(relations.sequence);
+    let (drawn, drawn_lsn) = sequence::last_record(relations.sequence).unzip();
+    // Who inserted past the trigger has drawn a number, and told nobody.
+    let high_seq = high_seq.max(drawn.unwrap_or_default());
     let tick = Tick {
         snapshot,
         next_xid,

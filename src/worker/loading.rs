@@ -13,7 +13,7 @@ use crate::{catalog, copies, numbers, outbox, recovery, refused, sequence};
 use pgrx::pg_sys;
 use relay::delivery::{Mode, Now};
 use relay::slot::slot_of;
-use relay::snapshot::Tick;
+use relay::snapshot::{FIRST_NORMAL_XID, Tick};
 use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -26,6 +26,8 @@ struct Rows {
     installation: String,
     /// There are restores that the newest tick does not see.
     more_restores: bool,
+    /// The highest number that any event has.
+    highest: i64,
 }
 
 /// What loading has found.
@@ -78,6 +80,17 @@ impl Worker {
         }
     }
 
+    /// What the newest tick sees may have come past the trigger, with a number that nobody knew of then. Nobody has read of it yet.
+    fn raise_bound(&mut self, highest: i64) {
+        let is_low = |tick: &Tick| tick.next_xid > FIRST_NORMAL_XID && tick.high_seq < highest;
+        if is_low(&self.latest) {
+            Arc::make_mut(&mut self.latest).high_seq = highest;
+        }
+        if let Some(awaited) = self.awaited.as_mut().filter(|awaited| is_low(&awaited.tick)) {
+            awaited.tick.high_seq = highest;
+        }
+    }
+
     fn load(&mut self, nudged: bool, now: Now) -> Result<Loaded, Aborted> {
         // A nudge may come before the invalidations of the commit that it tells of: they are sent last.
         let (known, all) = (self.generation, self.settings_changed);
@@ -94,6 +107,7 @@ impl Worker {
             let rows = (is_ours && (generation != known || changed)).then(|| {
                 says_trouble_of_sequence();
                 Rows {
+                    highest: numbers::vouch_anew(),
                     backends: outbox::backends(&newest.snapshot),
                     deleted: outbox::deleted_backends(),
                     installation: outbox::installation(),
@@ -133,6 +147,7 @@ impl Worker {
         let mut outcome = Loaded::Same;
         let mut next_generation = generation;
         if let Some(rows) = rows {
+            self.raise_bound(rows.highest);
             if self.settles_in(&rows.installation)? {
                 return self.load(nudged, now);
             }
@@ -241,7 +256,6 @@ impl Worker {
         }
         let backends = &mut self.backends;
         let reconciled = process::transaction(|| {
-            numbers::vouch_anew();
             for (whose, row) in changed {
                 let Some(backend) = backends.iter_mut().find(|b| b.whose() == whose) else {
                     continue;
