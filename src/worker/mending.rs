@@ -30,6 +30,8 @@ pub(super) struct Mending {
     mend_at: Now,
     /// The newest tick by which nobody had touched the trigger since it was looked after.
     clean: Option<Arc<Tick>>,
+    /// This worker has looked before: its backends' positions may be from after those rows.
+    has_looked: bool,
     /// Somebody has touched it: a sweep is to begin.
     touched: Option<Look>,
     sweep: Option<Sweep>,
@@ -135,7 +137,9 @@ impl Worker {
             self.mending.mend_at = self.now() + GRACE;
         }
         self.mending.broken.clone_from(&look.broken);
-        if look.is_touched() {
+        let is_touched = look.is_touched();
+        self.mending.has_looked |= !is_touched;
+        if is_touched {
             self.mending.touched = Some(look);
         } else if look.is_rewritten() && self.is_ticked() {
             // By VACUUM FULL, TRUNCATE or pg_repack: who wrote a row before says nothing any more.
@@ -168,12 +172,18 @@ impl Worker {
         let mut known = look.known;
         // Unless a sweep was cut short, a newer one tells more of them.
         if look.known_triggers.is_some() {
-            let saved = self.backends.iter().map(|b| &b.delivery.acked().from);
+            let is_first = !self.mending.has_looked;
+            let saved = self
+                .backends
+                .iter()
+                .filter(|_| is_first)
+                .map(|b| &b.delivery.acked().from);
             let newest = clean.as_ref().or_else(|| saved.max_by_key(|tick| tick.next_xid));
             if let Some(newest) = newest.filter(|tick| tick.next_xid > known.next_xid) {
                 known = Tick::clone(newest);
             }
         }
+        self.mending.has_looked = true;
         let upto = process::transaction(|| {
             foreign::note_known(None, None, &known);
             foreign::last_seq()
