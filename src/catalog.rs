@@ -28,6 +28,8 @@ pub struct Relations {
     pub sequence: pg_sys::Oid,
     pub scheduled: pg_sys::Oid,
     pub backends: pg_sys::Oid,
+    /// The sequence of their numbers, which nearly nobody opens: what is news of backends is told as news of it.
+    pub backends_news: pg_sys::Oid,
     pub backend_passwords: pg_sys::Oid,
     /// The functions of our own triggers on `events`.
     pub triggers: [pg_sys::Oid; 4],
@@ -58,9 +60,10 @@ const TABLES: [&CStr; 19] = [
     c"copied_backends",
 ];
 
-type Watched = [pg_sys::Oid; TABLES.len() + 1];
+type Watched = [pg_sys::Oid; TABLES.len() + 2];
 /// Of `backends` among [`TABLES`].
 const BACKENDS_TABLE: usize = 1;
+const BACKENDS_NEWS: usize = TABLES.len() + 1;
 
 impl Relations {
     /// All tables that the worker writes.
@@ -184,7 +187,7 @@ thread_local! {
     static BACKENDS_VALID: Cell<bool> = const { Cell::new(false) };
     static BACKENDS: RefCell<HashMap<String, Rc<KnownBackend>>> = RefCell::new(HashMap::new());
     /// All our tables and the sequence, as they were known last.
-    static WATCHED: Cell<Watched> = const { Cell::new([pg_sys::InvalidOid; TABLES.len() + 1]) };
+    static WATCHED: Cell<Watched> = const { Cell::new([pg_sys::InvalidOid; TABLES.len() + 2]) };
     /// Counts their invalidations, for the worker.
     static GENERATION: Cell<u64> = const { Cell::new(0) };
 }
@@ -197,7 +200,7 @@ unsafe extern "C-unwind" fn on_invalidation(_arg: pg_sys::Datum, relation: pg_sy
     if all || watched.contains(&relation) {
         GENERATION.set(GENERATION.get() + 1);
     }
-    if all || watched[BACKENDS_TABLE] == relation {
+    if all || [watched[BACKENDS_TABLE], watched[BACKENDS_NEWS]].contains(&relation) {
         BACKENDS_VALID.set(false);
     }
     if RELATIONS.get().is_some_and(|known| all || known.has(relation)) {
@@ -265,6 +268,7 @@ fn look_up() -> Option<Relations> {
             sequence: oid(c"events_seq_seq"),
             scheduled,
             backends: oid(c"backends"),
+            backends_news: oid(c"backends_number_seq"),
             backend_passwords: oid(c"backend_passwords"),
             triggers: [c"complete_event", c"confirm_event", c"hold_event", c"hold_scheduled"]
                 .map(|name| function(schema, name)),
@@ -280,7 +284,7 @@ fn look_up() -> Option<Relations> {
         }
     };
     let mut watched = WATCHED.get();
-    let now = found.tables.iter().chain([&found.sequence]);
+    let now = found.tables.iter().chain([&found.sequence, &found.backends_news]);
     for (known, relation) in watched.iter_mut().zip(now).filter(|(_, r)| **r != pg_sys::InvalidOid) {
         *known = *relation;
     }

@@ -236,7 +236,13 @@ extern "C-unwind" fn backends_changed(fcinfo: pg_sys::FunctionCallInfo) -> pg_sy
             let trigger = (*fcinfo).context.cast::<pg_sys::TriggerData>();
             let table = (*(*trigger).tg_relation).rd_id;
             if [relations.backends, relations.backend_passwords].contains(&table) {
-                pg_sys::CacheInvalidateRelcacheByRelid(relations.backends);
+                // Not of the table itself: who has that open builds its entry anew, and takes in what came meanwhile, within each other
+                // until there is no room on the stack, as long as others say so faster than that.
+                let news = match relations.backends_news {
+                    pg_sys::InvalidOid => relations.backends,
+                    sequence => sequence,
+                };
+                pg_sys::CacheInvalidateRelcacheByRelid(news);
             }
             // An AFTER trigger's result is ignored.
             (*fcinfo).isnull = false;
