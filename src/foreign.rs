@@ -36,6 +36,13 @@ impl Look {
     }
 }
 
+/// What the trigger of `outbox.events` is: another text whenever somebody has touched it.
+pub fn trigger_state() -> Option<String> {
+    query("select triggers from outbox.trigger_state()", &[], |row| value(row, 1))
+        .pop()
+        .flatten()
+}
+
 /// Looks at our triggers, in a transaction.
 pub fn look() -> Option<Look> {
     let broken = query(

@@ -9,7 +9,7 @@ use crate::outbox::BackendRow;
 use crate::ownership::Identity;
 use crate::process::{self, Aborted, log};
 use crate::shmem::{self, SlotState};
-use crate::{catalog, copies, numbers, outbox, recovery, refused, sequence};
+use crate::{catalog, copies, foreign, numbers, outbox, recovery, refused, sequence};
 use pgrx::pg_sys;
 use relay::delivery::{Mode, Now};
 use relay::slot::slot_of;
@@ -28,6 +28,8 @@ struct Rows {
     more_restores: bool,
     /// The highest number that any event has.
     highest: i64,
+    /// What the trigger of events is.
+    triggers: Option<String>,
 }
 
 /// What loading has found.
@@ -108,6 +110,7 @@ impl Worker {
                 says_trouble_of_sequence();
                 Rows {
                     highest: numbers::vouch_anew(),
+                    triggers: foreign::trigger_state(),
                     backends: outbox::backends(&newest.snapshot),
                     deleted: outbox::deleted_backends(),
                     installation: outbox::installation(),
@@ -148,6 +151,9 @@ impl Worker {
         let mut next_generation = generation;
         if let Some(rows) = rows {
             self.raise_bound(rows.highest);
+            if generation != self.generation {
+                self.mending.look_again(rows.triggers.as_deref());
+            }
             if self.settles_in(&rows.installation)? {
                 return self.load(nudged, now);
             }
@@ -156,9 +162,6 @@ impl Worker {
                 (next_generation, self.work) = (u64::MAX, true);
             }
             outcome = self.take_over_rows(rows, all, now)?;
-        }
-        if generation != self.generation {
-            self.mending.look_again();
         }
         (self.generation, self.settings_changed) = (next_generation, false);
         for backend in &mut self.backends {

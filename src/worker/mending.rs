@@ -25,6 +25,8 @@ pub(super) struct Mending {
     /// Our tables may have been touched since it was looked.
     is_look_due: bool,
     look_at: Now,
+    /// The trigger of `outbox.events`, when it was looked at last.
+    seen: Option<String>,
     /// Table, trigger and what is wrong with it.
     broken: Vec<[String; 3]>,
     mend_at: Now,
@@ -58,9 +60,13 @@ struct Sweep {
 }
 
 impl Mending {
-    /// Something of our tables has changed.
-    pub(super) fn look_again(&mut self) {
+    /// Something of our tables has changed. If it is the trigger, rows may have come with it: they are not to be read before they were
+    /// looked at.
+    pub(super) fn look_again(&mut self, triggers: Option<&str>) {
         self.is_look_due = true;
+        if self.seen.as_deref() != triggers {
+            (self.look_at, self.sweep_at) = (Now::ZERO, Now::ZERO);
+        }
     }
 
     /// A tick was taken, and nothing of our tables had changed.
@@ -137,6 +143,7 @@ impl Worker {
             self.mending.mend_at = self.now() + GRACE;
         }
         self.mending.broken.clone_from(&look.broken);
+        self.mending.seen.clone_from(&look.triggers);
         let is_touched = look.is_touched();
         self.mending.has_looked |= !is_touched;
         if is_touched {
