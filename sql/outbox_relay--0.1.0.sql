@@ -574,33 +574,14 @@ begin
                 and not exists (select from outbox.held_refused r where r.seq = o.seq)
             order by o.seq limit 5000)) and pg_visible_in_snapshot(h.xid, new.from_snapshot);
     end if;
-    if tg_op = 'UPDATE' or new.slot <> -1
-        or exists (select from outbox.cursors c where c.backend_number = new.backend_number and c.slot = new.slot) then
-        return null;
+    if tg_op = 'INSERT' and new.slot = -1 then
+        -- Changes of a row are told only to who has one of its key: this is as that of a backend which has sent nothing. This server's
+        -- own worker may be inserting that row just now.
+        perform outbox.put_back(format('insert into outbox.cursors (backend_number, slot, from_snapshot, from_next_xid, from_low_seq,
+                from_high_seq, saved_at, state)
+            values (%s, -1, ''3:3:'', ''3'', 0, 0, %L, ''idle'') on conflict do nothing', new.backend_number, new.saved_at));
     end if;
-    -- Changes of a row are told only to who has one of its key: this is as that of a backend which has sent nothing.
-    new.from_snapshot := '3:3:';
-    new.from_next_xid := '3';
-    new.from_low_seq := 0;
-    new.from_high_seq := 0;
-    new.to_snapshot := null;
-    new.to_next_xid := null;
-    new.to_low_seq := null;
-    new.to_high_seq := null;
-    new.last_seq := 0;
-    new.batch_number := 0;
-    new.epoch := 0;
-    new.state := 'idle';
-    new.published_total := 0;
-    new.failed_total := 0;
-    new.events_per_second := 0;
-    new.last_published_at := null;
-    new.last_error := null;
-    new.last_error_at := null;
-    new.next_attempt_at := null;
-    new.healings := 0;
-    new.address := null;
-    return new;
+    return null;
 end
 $$;
 comment on function outbox.hold_cursor() is 'Trigger of outbox.cursors: how far another server has come, as a subscription tells, is kept apart; what it has sent is held no longer.';
@@ -691,7 +672,7 @@ comment on function outbox.put_rows_back() is 'Trigger of all tables: see outbox
 create function outbox.put_back(statement text) returns void
     language c strict volatile
     as 'MODULE_PATHNAME', 'put_back_wrapper';
-comment on function outbox.put_back(text) is 'Executes an INSERT of rows that were here before, which are taken as they are.';
+comment on function outbox.put_back(text) is 'Executes an INSERT of rows of this server while a subscription applies changes: they are taken as they are.';
 
 create function outbox.our_triggers(out relation text, out name text, out definition text) returns setof record
     language sql immutable set search_path = pg_catalog, pg_temp

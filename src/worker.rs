@@ -635,12 +635,11 @@ pub fn save(backends: &mut [Backend], which: impl Fn(&Backend) -> bool, now: Now
     });
     // SAFETY: reads the clock.
     let wall_us = unsafe { pg_sys::GetCurrentTimestamp() } + crate::rows::EPOCH_SHIFT_US;
-    care::transaction(|| {
-        for backend in backends.iter_mut().filter(|b| which(b)) {
-            backend.save(now, wall_us);
-        }
-    })?;
-    backends.iter_mut().filter(|b| which(b)).for_each(|b| b.saved(now));
+    // In one order on all servers: a subscription locks the same rows here in the order in which the other server has saved its own.
+    let mut saved: Vec<&mut Backend> = backends.iter_mut().filter(|b| which(b)).collect();
+    saved.sort_unstable_by_key(|b| b.whose());
+    care::transaction(|| saved.iter_mut().for_each(|b| b.save(now, wall_us)))?;
+    saved.iter_mut().for_each(|b| b.saved(now));
     fault::reach("after_save");
     Ok(())
 }

@@ -6,7 +6,14 @@ use std::time::Duration;
 use kit::ledger::{Ledger, Load};
 use kit::{Postgres, Stack, types, wait_drained, wait_eq, wait_until};
 
-const LOGICAL: &[(&str, &str)] = &[("wal_level", "logical"), ("wal_receiver_status_interval", "1s")];
+const LOGICAL: &[(&str, &str)] = &[
+    ("wal_level", "logical"),
+    ("wal_receiver_status_interval", "1s"),
+    // A loaded machine must not make Postgres give up by itself.
+    ("wal_sender_timeout", "0"),
+    ("wal_receiver_timeout", "0"),
+    ("max_replication_slots", "40"),
+];
 
 /// The new server, with the old one's schema and backends, and a subscription to everything.
 fn subscribed(old: &Postgres) -> Postgres {
@@ -49,13 +56,10 @@ fn assert_undisturbed(new: &Postgres) {
     let errors =
         "select coalesce(sum(apply_error_count + sync_error_count), 0)::bigint from pg_stat_subscription_stats";
     let log = new.log();
-    let lines: Vec<&str> = log
+    let told: Vec<&str> = log
         .lines()
-        .filter(|line| line.contains("logical replication worker"))
-        .collect();
-    let told: Vec<&str> = lines
-        .into_iter()
-        .filter(|line| !line.contains(" LOG: ") && !line.contains(" NOTICE: "))
+        .filter(|line| line.contains("logical replication"))
+        .filter(|line| !line.contains("LOG:") && !line.contains("NOTICE:"))
         .collect();
     assert_eq!(new.one::<i64>(errors), 0, "{}", told.join("\n"));
 }
@@ -107,6 +111,39 @@ fn a_new_server_goes_on_where_the_old_one_stopped() {
         );
         drop(old_pg);
     }
+}
+
+/// The new server's own worker saves a cursor for the first time just when the old one's arrives.
+#[test]
+fn a_cursor_that_both_servers_insert_at_once_disturbs_nothing() {
+    let old = old_server();
+    let new = subscribed(&old.pg);
+    let cursor = "insert into outbox.cursors (backend_number, from_snapshot, from_next_xid, from_low_seq, from_high_seq, saved_at, state,
+            published_total)
+        values (77, '3:3:', '3', 0, 0, now(), 'idle', $)";
+    let mut worker = new.client();
+    worker.batch_execute("begin").unwrap();
+    worker.batch_execute(&cursor.replace('$', "1")).unwrap();
+    old.pg.exec(&cursor.replace('$', "2"));
+    wait_until("the subscription to wait for the worker", || {
+        new.one::<bool>(
+            "select exists (select from pg_stat_activity where backend_type like 'logical replication%' and wait_event = 'transactionid')",
+        )
+    });
+    worker.batch_execute("commit").unwrap();
+    wait_caught_up(&old.pg);
+    assert_undisturbed(&new);
+    let total = |table: &str| {
+        new.one::<i64>(&format!(
+            "select published_total from outbox.{table} where backend_number = 77"
+        ))
+    };
+    assert_eq!((total("cursors"), total("held_cursors")), (1, 2));
+    // Changes of it go on to be heard of.
+    old.pg
+        .exec("update outbox.cursors set published_total = 3 where backend_number = 77");
+    wait_caught_up(&old.pg);
+    assert_eq!((total("cursors"), total("held_cursors")), (1, 3));
 }
 
 /// Nothing is sent twice, nothing of the old server's own settings is taken over, and nothing stops the subscription.
