@@ -83,15 +83,34 @@ comment on column outbox.backends.tls_cert_file is 'PEM file of the certificate 
 comment on column outbox.backends.tls_key_file is 'PEM file of its key, not encrypted. Nobody else may read it: 0600, or 0640 if root owns it. Needs the rights of pg_read_server_files.';
 comment on column outbox.backends.tls_insecure is 'Takes any server for the right one, whatever its certificate says: only for trying things out.';
 
+create function outbox.destination(backend outbox.backends) returns jsonb
+    language sql stable parallel safe set search_path = pg_catalog, pg_temp
+    as $$
+select jsonb_strip_nulls(jsonb_build_object('mode', backend.mode, 'host', backend.host, 'port', backend.port, 'unix_socket', backend.unix_socket,
+    'nodes', backend.nodes, 'sentinel_master', backend.sentinel_master, 'username', backend.username, 'tls', backend.tls,
+    'tls_insecure', backend.tls_insecure, 'tls_ca_file', backend.tls_ca_file, 'tls_cert_file', backend.tls_cert_file,
+    'tls_key_file', backend.tls_key_file))
+$$;
+comment on function outbox.destination(outbox.backends) is 'Where and how a backend connects: a secret that was set for one destination is not sent to another.';
+
 create table outbox.backend_passwords (
     backend_number integer primary key,
-    password       text not null
+    password       text not null,
+    destination    jsonb not null
 );
 -- No policy: even pg_read_all_data sees no row. The owner and other superusers are not bound by it.
 alter table outbox.backend_passwords enable row level security;
 -- ANALYZE would copy passwords into pg_statistic, which pg_read_all_data can read.
 alter table outbox.backend_passwords alter column password set statistics 0;
 comment on table outbox.backend_passwords is 'Passwords set by outbox.set_backend_password(); read by the worker alone, never dumped.';
+comment on column outbox.backend_passwords.destination is 'What the password was set for, see outbox.destination(): with another one, the backend is misconfigured.';
+
+create table outbox.moved_backends (
+    backend_number integer primary key,
+    destination    jsonb not null
+);
+alter table outbox.moved_backends enable row level security;
+comment on table outbox.moved_backends is 'Backends whose destination was changed by a role that may not read the server''s files, and the one before: their password files are not read for another.';
 
 ----------------------------------------------------------------------------------------------------------------------
 -- Events, and the tables of those that wait elsewhere
@@ -449,6 +468,7 @@ begin
     for i in 1..20 loop
         if not outbox.has_waiting_events(old.number) then
             delete from outbox.backend_passwords p where p.backend_number = old.number;
+            delete from outbox.moved_backends m where m.backend_number = old.number;
             delete from outbox.copied_backends c where c.backend_number = old.number;
             return old;
         end if;
@@ -463,6 +483,51 @@ begin
 end
 $$;
 comment on function outbox.check_backend_deletion() is 'Trigger of outbox.backends: a backend with waiting events is not deleted.';
+
+-- Who may do that is asked by the triggers' conditions, which are evaluated for whoever changes the backend; the functions have the owner's rights.
+create function outbox.keep_password() returns trigger
+    language plpgsql security definer set search_path = pg_catalog, pg_temp
+    as $$
+begin
+    if outbox.destination(old) <> outbox.destination(new)
+        and exists (select from outbox.backend_passwords p where p.backend_number = old.number and p.destination = outbox.destination(old)) then
+        perform outbox.silence_triggers();
+        update outbox.backend_passwords p set destination = outbox.destination(new) where p.backend_number = old.number;
+    end if;
+    return null;
+end
+$$;
+comment on function outbox.keep_password() is 'Trigger of outbox.backends: where somebody who may set a backend''s password changes its destination, the password goes along.';
+
+create function outbox.note_move() returns trigger
+    language plpgsql security definer set search_path = pg_catalog, pg_temp
+    as $$
+begin
+    if outbox.destination(old) <> outbox.destination(new)
+        and not exists (select from outbox.moved_backends m where m.backend_number = old.number) then
+        perform outbox.silence_triggers();
+        insert into outbox.moved_backends (backend_number, destination) values (old.number, outbox.destination(old));
+    end if;
+    return null;
+end
+$$;
+comment on function outbox.note_move() is 'Trigger of outbox.backends: a change of destination by somebody who may not read the server''s files is noted.';
+
+create function outbox.forget_move() returns trigger
+    language plpgsql security definer set search_path = pg_catalog, pg_temp
+    as $$
+begin
+    -- Whoever changes something else, of a backend that was moved, need not have looked where to.
+    if exists (select from outbox.moved_backends m where m.backend_number = old.number
+        and (new.password_file <> coalesce(old.password_file, '')
+            or (m.destination = outbox.destination(old) and m.destination <> outbox.destination(new)))) then
+        perform outbox.silence_triggers();
+        delete from outbox.moved_backends m where m.backend_number = old.number;
+    end if;
+    return null;
+end
+$$;
+comment on function outbox.forget_move() is 'Trigger of outbox.backends: whoever may read the server''s files has named another file, or another destination for it.';
 
 create function outbox.backends_changed() returns trigger
     language c
@@ -727,9 +792,13 @@ values
     ('scheduled_events', 'complete_event', 'before insert on outbox.scheduled_events for each row execute function outbox.complete_event()'),
     ('backends', 'check_backend', 'before insert or update on outbox.backends for each row execute function outbox.check_backend()'),
     ('backends', 'check_backend_deletion', 'before delete on outbox.backends for each row execute function outbox.check_backend_deletion()'),
+    ('backends', 'keep_password', 'after update on outbox.backends for each row when (pg_catalog.has_function_privilege(''outbox.set_backend_password(pg_catalog.text, pg_catalog.text)'', ''execute'')) execute function outbox.keep_password()'),
+    ('backends', 'note_move', 'after update on outbox.backends for each row when (not pg_catalog.pg_has_role(''pg_read_server_files'', ''usage'')) execute function outbox.note_move()'),
+    ('backends', 'forget_move', 'after update on outbox.backends for each row when (pg_catalog.pg_has_role(''pg_read_server_files'', ''usage'')) execute function outbox.forget_move()'),
     ('backends', 'backends_changed', 'after insert or update or delete or truncate on outbox.backends for each statement execute function outbox.backends_changed()'),
     ('backend_passwords', 'backends_changed', 'after insert or update or delete or truncate on outbox.backend_passwords for each statement execute function outbox.backends_changed()'),
     ('take_overs', 'backends_changed', 'after insert or update on outbox.take_overs for each statement execute function outbox.backends_changed()'),
+    ('moved_backends', 'applied_change', 'before insert or update or delete on outbox.moved_backends for each row execute function outbox.leave_local()'),
     ('copied_backends', 'applied_change', 'before insert or update or delete on outbox.copied_backends for each row execute function outbox.leave_local()'),
     ('copied_backends', 'backends_changed', 'after insert or update or delete or truncate on outbox.copied_backends for each statement execute function outbox.backends_changed()'),
     ('restores', 'backends_changed', 'after insert on outbox.restores for each statement execute function outbox.backends_changed()')
@@ -1327,18 +1396,19 @@ create function outbox.set_backend_password(name text, password text) returns vo
     set plan_cache_mode = force_generic_plan
     as $$
 declare
-    n integer := (outbox.expect_backend(name)).number;
+    b outbox.backends := outbox.expect_backend(name);
 begin
     perform outbox.silence_triggers();
     if password is null then
-        delete from outbox.backend_passwords p where p.backend_number = n;
+        delete from outbox.backend_passwords p where p.backend_number = b.number;
     else
-        insert into outbox.backend_passwords as p (backend_number, password) values (n, set_backend_password.password)
-            on conflict (backend_number) do update set password = excluded.password;
+        insert into outbox.backend_passwords as p (backend_number, password, destination)
+            values (b.number, set_backend_password.password, outbox.destination(b))
+            on conflict (backend_number) do update set password = excluded.password, destination = excluded.destination;
     end if;
 end
 $$;
-comment on function outbox.set_backend_password(text, text) is 'Sets the password with which the worker logs in to a backend; NULL removes it. It is kept apart, unreadable, and not dumped.';
+comment on function outbox.set_backend_password(text, text) is 'Sets the password with which the worker logs in to a backend, where it connects now; NULL removes it. It is kept apart, unreadable, and not dumped.';
 
 create function outbox.grant_publisher(role regrole) returns void
     language plpgsql set search_path = pg_catalog, pg_temp

@@ -38,10 +38,11 @@ pub struct Relations {
     tables: [pg_sys::Oid; TABLES.len()],
 }
 
-const TABLES: [&CStr; 19] = [
+const TABLES: [&CStr; 20] = [
     c"events",
     c"backends",
     c"backend_passwords",
+    c"moved_backends",
     c"scheduled_events",
     c"refused_events",
     c"failed_events",

@@ -41,6 +41,8 @@ pub struct BackendRow {
     pub unix_socket: Option<String>,
     pub password_file: Option<String>,
     pub password: Option<String>,
+    /// Which of its secrets were set for another destination.
+    pub withheld: Withheld,
     pub delivery: String,
     pub on_missing_guard: String,
     pub wait_replicas: i32,
@@ -55,6 +57,17 @@ pub struct BackendRow {
     pub restores: Vec<i64>,
     /// This database is a copy, and nobody has said that it is to send the backend's events.
     pub original: Option<Original>,
+}
+
+/// Secrets that are not sent to where a backend connects now: see `outbox.destination()`.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+pub struct Withheld {
+    /// That of `outbox.set_backend_password()`.
+    pub password: bool,
+    /// Its own file.
+    pub file: bool,
+    /// The file of the settings: of a backend that was to speak TLS, and has been moved to something weaker.
+    pub common_file: bool,
 }
 
 impl BackendRow {
@@ -235,14 +248,17 @@ pub fn backends(seen: &Snapshot) -> Vec<BackendRow> {
     query(
         "select b.number, b.name, b.enabled, b.host, b.port, b.db, b.username, b.stream_name, b.max_len,
             (extract(epoch from b.connect_timeout) * 1000)::bigint, (extract(epoch from b.socket_timeout) * 1000)::bigint,
-            b.unix_socket, b.password_file, p.password, b.delivery, b.on_missing_guard, b.wait_replicas,
+            b.unix_socket, b.password_file, case when p.destination = outbox.destination(b) then p.password end, b.delivery, b.on_missing_guard, b.wait_replicas,
             exists (select from outbox.take_overs t where t.backend_number = b.number and t.asked_of = $1),
             array(select r.number from outbox.restores r
                 where r.backend_number = b.number and pg_visible_in_snapshot(r.xid, $2::pg_snapshot)
                 order by r.number limit $3),
             b.mode, coalesce(b.nodes, '{}'), b.sentinel_master,
-            b.tls, b.tls_ca_file, b.tls_cert_file, b.tls_key_file, b.tls_insecure, c.original, c.is_database
+            b.tls, b.tls_ca_file, b.tls_cert_file, b.tls_key_file, b.tls_insecure, c.original, c.is_database,
+            coalesce(p.destination <> outbox.destination(b), false), coalesce(m.destination <> outbox.destination(b), false),
+            coalesce((m.destination ->> 'tls')::boolean and not (b.tls and b.tls_insecure <= (m.destination ->> 'tls_insecure')::boolean), false)
         from outbox.backends b left join outbox.backend_passwords p on p.backend_number = b.number
+            left join outbox.moved_backends m on m.backend_number = b.number
             left join outbox.copied_backends c on c.backend_number = b.number
         order by b.number",
         &[
@@ -282,6 +298,11 @@ pub fn backends(seen: &Snapshot) -> Vec<BackendRow> {
                 words,
                 is_database: value(row, 29).unwrap_or_default(),
             }),
+            withheld: Withheld {
+                password: value(row, 30).unwrap_or_default(),
+                file: value(row, 31).unwrap_or_default(),
+                common_file: value(row, 32).unwrap_or_default(),
+            },
         },
     )
 }

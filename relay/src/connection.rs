@@ -64,6 +64,7 @@ impl Link {
         let password = match &destination.password {
             Some(Secret::Text(password)) => Some(password.clone()),
             Some(Secret::File(path)) => Some(read_password(path)?),
+            Some(Secret::Withheld) => return Err(withheld()),
             None => None,
         };
         if let Some(password) = &password {
@@ -361,6 +362,14 @@ fn not_allowed(what: String) -> Failure {
     Failure::of(
         Trouble::NotAllowed,
         format!("outbox_relay.allowed_hosts does not allow {what}"),
+    )
+}
+
+/// Somebody has pointed the backend elsewhere who may not do that to its password.
+pub(crate) fn withheld() -> Failure {
+    Failure::of(
+        Trouble::Withheld,
+        "the backend's password was set for another destination",
     )
 }
 

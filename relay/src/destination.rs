@@ -81,6 +81,8 @@ pub enum Secret {
     Text(String),
     /// Read again at each connect; its first line.
     File(PathBuf),
+    /// It was set for another destination: nothing is sent to this one.
+    Withheld,
 }
 
 impl Address {

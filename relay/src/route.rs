@@ -4,8 +4,8 @@
 
 use self::answers::{Range, is_replica, primary_in, ranges_in, redirect_in};
 use crate::classify::{Class, Failure, Trouble};
-use crate::connection::Link;
-use crate::destination::{Address, Destination, Route};
+use crate::connection::{Link, withheld};
+use crate::destination::{Address, Destination, Route, Secret};
 use crate::encode::append_command;
 use redis::Value;
 use std::collections::HashMap;
@@ -38,6 +38,10 @@ fn with_learnt<R>(nodes: &[Address], f: impl FnOnce(&mut Learnt) -> R) -> R {
 
 /// Opens a link to the node that is to be written to. `found` is told its address before it is tried.
 pub fn open(destination: &Destination, found: &mut dyn FnMut(&Address)) -> Result<Link, Failure> {
+    if destination.password == Some(Secret::Withheld) {
+        // Not even called: events are as good as the password to whoever has pointed the backend there.
+        return Err(withheld());
+    }
     match &destination.route {
         Route::Direct => {
             found(&destination.address);

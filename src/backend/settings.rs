@@ -33,13 +33,6 @@ pub fn settings(row: Option<&BackendRow>, home: &Home, lane: Option<u16>) -> (De
             port: row.and_then(|r| r.port).unwrap_or_else(|| guc::REDIS_PORT.get()) as u16,
         },
     };
-    let password = match (field(|r| r.password.as_ref()), field(|r| r.password_file.as_ref())) {
-        (Some(password), _) => Some(Secret::Text(password.clone())),
-        (None, Some(path)) => Some(Secret::File(PathBuf::from(path))),
-        (None, None) => Some(guc::text(&guc::REDIS_PASSWORD_FILE))
-            .filter(|p| !p.is_empty())
-            .map(|p| Secret::File(PathBuf::from(p))),
-    };
     let socket_timeout = millis(row.and_then(|r| r.socket_timeout_ms), &guc::REDIS_SOCKET_TIMEOUT_MS);
     let replicas = row.filter(|r| r.wait_replicas > 0).map(|r| Replicas {
         count: r.wait_replicas as u32,
@@ -54,6 +47,7 @@ pub fn settings(row: Option<&BackendRow>, home: &Home, lane: Option<u16>) -> (De
         },
         _ => destination::Delivery::AtLeastOnce { replicas },
     };
+    let password = secret(row, &address);
     let destination = Destination {
         address,
         route: row.map_or(Route::Direct, |row| route(row, lane)),
@@ -76,6 +70,32 @@ pub fn settings(row: Option<&BackendRow>, home: &Home, lane: Option<u16>) -> (De
         .and_then(|r| r.max_len)
         .unwrap_or_else(|| i64::from(guc::REDIS_MAX_LEN.get()));
     (destination, stream, max_len)
+}
+
+/// What the backend logs in with, where it connects now.
+fn secret(row: Option<&BackendRow>, address: &Address) -> Option<Secret> {
+    let file = |path: String, is_withheld| match is_withheld {
+        true => Secret::Withheld,
+        false => Secret::File(PathBuf::from(path)),
+    };
+    let withheld = row.map(|row| row.withheld).unwrap_or_default();
+    if withheld.password {
+        return Some(Secret::Withheld);
+    }
+    if let Some(password) = row.and_then(|row| row.password.clone()) {
+        return Some(Secret::Text(password));
+    }
+    if let Some(path) = row.and_then(|row| row.password_file.clone()) {
+        return Some(file(path, withheld.file));
+    }
+    // Whoever may write backends may name any host: the file of the settings is for that of the settings.
+    let common = Address::Tcp {
+        host: guc::text(&guc::REDIS_HOST),
+        port: guc::REDIS_PORT.get() as u16,
+    };
+    let is_common = *address == common && row.is_none_or(|row| row.nodes.is_empty());
+    let path = guc::text(&guc::REDIS_PASSWORD_FILE);
+    (is_common && !path.is_empty()).then(|| file(path, withheld.common_file))
 }
 
 /// In a cluster each slot has a guard of its own, with a tag that puts it beside the streams, whatever they are called.

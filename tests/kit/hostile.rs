@@ -1,6 +1,6 @@
 //! TCP servers that misbehave where a Redis is expected.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -132,6 +132,42 @@ impl Garbage {
 
     pub fn accepted(&self) -> usize {
         self.server.accepted.load(Ordering::Relaxed)
+    }
+}
+
+/// Says OK to whatever it is told, and remembers that.
+#[derive(Debug)]
+pub struct Eavesdropper {
+    server: Server,
+    heard: Arc<Mutex<Vec<u8>>>,
+}
+
+impl Eavesdropper {
+    pub fn start() -> Self {
+        let heard = Arc::new(Mutex::new(Vec::new()));
+        let hears = Arc::clone(&heard);
+        let server = Server::start(move |mut stream, _| {
+            let mut bytes = [0; 4096];
+            // Who has left already is no matter.
+            while let Ok(length @ 1..) = stream.read(&mut bytes) {
+                hears.lock().expect("no holder panics").extend(&bytes[..length]);
+                let _ = stream.write_all(b"+OK\r\n");
+            }
+        });
+        Eavesdropper { server, heard }
+    }
+
+    pub fn port(&self) -> u16 {
+        self.server.address.port()
+    }
+
+    pub fn accepted(&self) -> usize {
+        self.server.accepted.load(Ordering::Relaxed)
+    }
+
+    /// All that it was told, by everybody.
+    pub fn heard(&self) -> String {
+        String::from_utf8_lossy(&self.heard.lock().expect("no holder panics")).into_owned()
     }
 }
 

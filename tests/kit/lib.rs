@@ -17,7 +17,7 @@
 //! - [`Cluster`] three masters with their replicas, and what a ledger says of many streams ([`cluster`])
 //! - [`Dice`] chance that a seed repeats ([`dice`])
 //! - [`Authority`] certificates, and Redis servers that speak TLS ([`tls`])
-//! - [`BlackHole`], [`Garbage`] Redis servers that never were ([`hostile`])
+//! - [`BlackHole`], [`Garbage`], [`Eavesdropper`] Redis servers that never were ([`hostile`])
 //!
 //! `scripts/test` prepares what the kit needs and names it in the environment ([`env`]): start the tests with it
 //! (`make test`). Every server runs below one temporary directory, so that the script can end whatever a test
@@ -50,7 +50,7 @@ pub use bystander::Bystander;
 pub use cluster::Cluster;
 pub use dice::Dice;
 pub use guard::{Guard, UNTRIMMED};
-pub use hostile::{BlackHole, Garbage};
+pub use hostile::{BlackHole, Eavesdropper, Garbage};
 pub use ledger::{Ledger, Load, Verdict};
 pub use persistence::Saved;
 pub use postgres::{Mode, Postgres};

@@ -27,6 +27,8 @@ pub enum Trouble {
     // Logging in.
     /// A file of secrets that others may read.
     ExposedFile,
+    /// The backend was pointed elsewhere by somebody who may not set its password.
+    Withheld,
     MaxClients,
     /// Protected mode.
     Denied,
@@ -138,6 +140,10 @@ impl Trouble {
                 Configuration,
                 "Its permissions must be u=rw (0600) or less if it is the server user's, u=rw,g=r (0640) or less if it is root's.",
             ),
+            Self::Withheld => (
+                Configuration,
+                "A role that may not set its password has changed where or how the backend connects. Change that back, or set the password for it as it is now: outbox.set_backend_password(), or password_file set to NULL and then to the file.",
+            ),
             Self::MaxClients => (
                 Backend,
                 "Raise Redis's maxclients, or find who holds its connections (CLIENT LIST).",
@@ -148,7 +154,7 @@ impl Trouble {
             ),
             Self::NoAuth => (
                 Configuration,
-                "Set a password with outbox.set_backend_password(), or password_file.",
+                "Set a password with outbox.set_backend_password(), or password_file. outbox_relay.redis_password_file is for backends at redis_host and redis_port alone.",
             ),
             Self::WrongPass => (Configuration, "Check the backend's username and password."),
             Self::NoPasswordSet => (

@@ -1,0 +1,445 @@
+//! Secrets stay with their destination: a role that may write backends, and may not set their passwords, moves none of them elsewhere.
+
+use kit::{
+    Authority, Eavesdropper, Postgres, QUICK, Redis, Refused, Stack, standing, types, wait_drained, wait_trouble,
+    wait_until,
+};
+use postgres::Client;
+
+const SECRET: &str = "Xq7-zK9.wQ2y";
+const MOVED: &str = "the backend's password was set for another destination";
+
+/// A Redis that wants a password, which the backend `default` has; the role `keeper`, who may write backends, and `writer`, who may write all.
+fn start() -> (Stack, Client, Client) {
+    let redis = Redis::with(&["--requirepass", SECRET]);
+    let stack = Stack::of(Postgres::with(QUICK), redis);
+    roles(&stack.pg);
+    stack
+        .pg
+        .exec(&format!("select outbox.set_backend_password('default', '{SECRET}')"));
+    stack.publish("first");
+    wait_drained(&stack.pg, "default");
+    let (keeper, writer) = (
+        stack.pg.client_as("keeper", "postgres"),
+        stack.pg.client_as("writer", "postgres"),
+    );
+    (stack, keeper, writer)
+}
+
+fn roles(pg: &Postgres) {
+    pg.exec(
+        "create role keeper login; grant usage on schema outbox to keeper;
+        grant select, insert, update, delete on outbox.backends to keeper;
+        create role writer login in role pg_write_all_data, pg_read_all_data",
+    );
+}
+
+fn secret_file(pg: &Postgres) -> String {
+    let path = pg.host().join("password");
+    kit::env::server_file(&path, SECRET.as_bytes(), 0o600);
+    path.display().to_string()
+}
+
+#[track_caller]
+fn assert_told_nothing(evil: &Eavesdropper) {
+    assert_eq!((evil.accepted(), evil.heard()), (0, String::new()));
+}
+
+/// Each column that says where or how: the password is not sent, nobody is called, and what was there before gets it again.
+#[test]
+fn a_password_stays_with_its_destination() {
+    let (stack, mut keeper, mut writer) = start();
+    let evil = Eavesdropper::start();
+    let (port, own) = (evil.port(), stack.redis.port());
+    let socket = stack.redis.socket().display().to_string();
+    let back = format!(
+        "update outbox.backends set mode = 'standalone', host = '127.0.0.1', port = {own}, unix_socket = null, nodes = null,
+            sentinel_master = null, tls = false, tls_insecure = false, username = null, name = 'default' where number = 1"
+    );
+    for (number, change) in [
+        format!("port = {port}"),
+        format!("host = 'localhost', port = {port}"),
+        "host = 'localhost'".to_owned(),
+        "host = null".to_owned(),
+        format!("host = null, port = null, unix_socket = '{socket}'"),
+        format!("mode = 'sentinel', host = null, port = null, nodes = '{{127.0.0.1:{port}}}', sentinel_master = 'm'"),
+        "tls = true".to_owned(),
+        "tls = true, tls_insecure = true".to_owned(),
+        "username = 'other'".to_owned(),
+        format!("name = 'renamed', port = {port}"),
+    ]
+    .iter()
+    .enumerate()
+    {
+        let role = if number % 2 == 0 { &mut keeper } else { &mut writer };
+        role.batch_execute(&format!("update outbox.backends set {change} where number = 1"))
+            .unwrap_or_else(|error| panic!("{change}: {error:?}"));
+        let name: String = stack.pg.one("select name from outbox.backends where number = 1");
+        wait_trouble(&stack.pg, &name, "misconfigured", MOVED);
+        role.batch_execute(&back).expect("granted");
+        stack.publish("again");
+        wait_until("the entry", || stack.redis.xlen("events") == number + 2);
+    }
+    stack
+        .pg
+        .wait_log("HINT:  A role that may not set its password has changed where or how the backend connects.");
+    assert_told_nothing(&evil);
+    // What is about something else changes nothing.
+    keeper
+        .batch_execute("update outbox.backends set enabled = false, max_len = 7, stream_name = 'events', name = 'd', db = 0 where number = 1")
+        .expect("granted");
+    keeper
+        .batch_execute("update outbox.backends set enabled = true, name = 'default' where number = 1")
+        .expect("granted");
+    stack.publish("last");
+    wait_drained(&stack.pg, "default");
+    assert!(!stack.pg.log().contains(SECRET));
+}
+
+/// Every statement that changes a backend or puts another in its place.
+#[test]
+fn no_statement_takes_a_password_along() {
+    let (stack, mut keeper, mut writer) = start();
+    let evil = Eavesdropper::start();
+    let (port, own) = (evil.port(), stack.redis.port());
+    let mended = format!("update outbox.backends set host = '127.0.0.1', port = {own} where name = 'default'");
+    for (sql, moved) in [
+        (
+            format!(
+                "insert into outbox.backends (name, host, port) values ('default', '127.0.0.1', {port}) on conflict (name) do update set port = excluded.port"
+            ),
+            true,
+        ),
+        (
+            format!(
+                "insert into outbox.backends (name, number, host, port) overriding system value values ('default', 1, '127.0.0.1', {port})"
+            ),
+            true,
+        ),
+        (
+            format!(
+                "merge into outbox.backends b using (select 1) s on b.name = 'default' when matched then update set port = {port}"
+            ),
+            true,
+        ),
+        (
+            format!(
+                "with changed as (update outbox.backends set port = {port} where name = 'default' returning 1) select count(*) from changed"
+            ),
+            true,
+        ),
+        (
+            format!(
+                "begin; update outbox.backends set port = {port} where name = 'default'; savepoint s;
+                update outbox.backends set max_len = 100 where name = 'default'; release s; commit"
+            ),
+            true,
+        ),
+        (
+            format!(
+                "delete from outbox.backends where name = 'default'; insert into outbox.backends (name, host, port) values ('default', '127.0.0.1', {port})"
+            ),
+            false,
+        ),
+    ] {
+        // A merge is of Postgres 15.
+        if sql.starts_with("merge")
+            && stack
+                .pg
+                .one::<i32>("select current_setting('server_version_num')::integer")
+                < 150_000
+        {
+            continue;
+        }
+        keeper
+            .batch_execute(&sql)
+            .unwrap_or_else(|error| panic!("{sql}: {error:?}"));
+        if moved {
+            wait_trouble(&stack.pg, "default", "misconfigured", MOVED);
+            assert_told_nothing(&evil);
+            writer.batch_execute(&mended).expect("it may write all");
+            stack.publish("again");
+            wait_drained(&stack.pg, "default");
+        } else {
+            stack.publish("for somebody else");
+            wait_until("somebody else", || evil.accepted() > 0);
+        }
+    }
+    assert!(!evil.heard().contains("AUTH"), "{}", evil.heard());
+}
+
+/// Names are only names: two backends that change theirs keep their passwords.
+#[test]
+fn names_that_are_swapped_take_nothing_along() {
+    let (stack, mut keeper, _) = start();
+    let evil = Eavesdropper::start();
+    stack.pg.exec(&format!(
+        "insert into outbox.backends (name, host, port) values ('evil', '127.0.0.1', {});
+        select outbox.set_backend_password('evil', 'of its own')",
+        evil.port()
+    ));
+    wait_until("a call", || evil.accepted() > 0);
+    keeper
+        .batch_execute(
+            "update outbox.backends set name = 'x' where name = 'evil'; update outbox.backends set name = 'evil' where name = 'default';
+            update outbox.backends set name = 'default' where name = 'x'; update outbox.backends set enabled = false where name = 'default';
+            update outbox.backends set enabled = true where name = 'default'",
+        )
+        .expect("granted");
+    stack.pg.exec("select outbox.publish_event('t', 's', backend => 'evil'), outbox.publish_event('t', 's', backend => 'default')");
+    wait_drained(&stack.pg, "evil");
+    let calls = evil.accepted();
+    wait_until("another call", || evil.accepted() > calls);
+    assert!(
+        evil.heard().contains("of its own") && !evil.heard().contains(SECRET),
+        "{}",
+        evil.heard()
+    );
+}
+
+/// Who may set the password, or is a superuser, moves it; and whoever sets something else moves nothing for somebody else.
+#[test]
+fn who_may_set_a_password_moves_it() {
+    let (stack, mut keeper, _) = start();
+    let other = Redis::with(&["--requirepass", SECRET]);
+    stack.point("default", &other);
+    stack.publish("moved by a superuser");
+    assert_eq!(types(&other.wait_entries("events", 1)), ["moved by a superuser"]);
+    keeper
+        .batch_execute(&format!("update outbox.backends set port = {}", stack.redis.port()))
+        .expect("granted");
+    wait_trouble(&stack.pg, "default", "misconfigured", MOVED);
+    // A superuser who changes something else, or one column of several, has not looked where it points to.
+    stack
+        .pg
+        .exec("update outbox.backends set max_len = 1000; update outbox.backends set host = 'localhost'");
+    stack.publish("waits");
+    wait_trouble(&stack.pg, "default", "misconfigured", MOVED);
+    assert_eq!(stack.redis.xlen("events"), 1);
+    stack
+        .pg
+        .exec(&format!("select outbox.set_backend_password('default', '{SECRET}')"));
+    stack.redis.wait_entries("events", 2);
+    stack
+        .pg
+        .exec("grant execute on function outbox.set_backend_password to keeper");
+    keeper
+        .batch_execute(&format!("update outbox.backends set port = {}", other.port()))
+        .expect("granted");
+    stack.publish("moved by a keeper of passwords");
+    other.wait_entries("events", 2);
+    // The settings are a superuser's.
+    stack.pg.exec("update outbox.backends set host = null, port = null");
+    let port = stack.redis.port().to_string();
+    stack.pg.configure(&[
+        ("outbox_relay.redis_host", "127.0.0.1"),
+        ("outbox_relay.redis_port", &port),
+    ]);
+    stack.pg.reload();
+    stack.publish("moved by the settings");
+    wait_until("the entry", || {
+        types(&stack.events()).contains(&"moved by the settings")
+    });
+}
+
+/// What says where a password belongs is as far from others as the password is.
+#[test]
+fn nobody_writes_where_a_password_belongs() {
+    let (stack, mut keeper, mut writer) = start();
+    let evil = Eavesdropper::start();
+    keeper
+        .batch_execute(&format!("update outbox.backends set port = {}", evil.port()))
+        .expect("granted");
+    for sql in [
+        "update outbox.backend_passwords set destination = (select outbox.destination(b) from outbox.backends b)",
+        "update outbox.backend_passwords set destination = '{}'",
+        "delete from outbox.backend_passwords",
+        "delete from outbox.moved_backends",
+        "update outbox.moved_backends set destination = '{}'",
+    ] {
+        let changed = writer.execute(sql, &[]);
+        assert!(
+            matches!(changed, Ok(0)) || Refused::of(changed).code == "42501",
+            "{sql}"
+        );
+    }
+    for sql in [
+        "insert into outbox.backend_passwords values (1, 'x', '{}') on conflict (backend_number) do update set destination = '{}'",
+        "insert into outbox.moved_backends values (1, '{}')",
+        "select outbox.destination(b) from outbox.backends b",
+        "select outbox.set_backend_password('default', 'x')",
+        "create trigger t after update on mine for each row execute function outbox.keep_password()",
+    ] {
+        if sql.starts_with("create") {
+            stack.pg.exec("create table mine (like outbox.backends); alter table mine owner to writer; grant all on schema public to writer");
+        }
+        assert_eq!(Refused::of(writer.simple_query(sql)).code, "42501", "{sql}");
+    }
+    wait_trouble(&stack.pg, "default", "misconfigured", MOVED);
+    assert_told_nothing(&evil);
+    // Also past the trigger.
+    stack
+        .pg
+        .exec(&format!("update outbox.backends set port = {}", stack.redis.port()));
+    stack.publish("again");
+    wait_drained(&stack.pg, "default");
+    stack.pg.exec(&format!(
+        "begin; alter table outbox.backends disable trigger user; update outbox.backends set port = {};
+        alter table outbox.backends enable trigger user; commit",
+        evil.port()
+    ));
+    stack.pg.exec("update outbox.backends set max_len = 5");
+    wait_trouble(&stack.pg, "default", "misconfigured", MOVED);
+    assert_told_nothing(&evil);
+}
+
+/// A file is as good as what is in it.
+#[test]
+fn a_password_file_stays_with_its_destination() {
+    let stack = Stack::of(Postgres::with(QUICK), Redis::with(&["--requirepass", SECRET]));
+    roles(&stack.pg);
+    let mut keeper = stack.pg.client_as("keeper", "postgres");
+    let evil = Eavesdropper::start();
+    let file = secret_file(&stack.pg);
+    stack
+        .pg
+        .exec(&format!("update outbox.backends set password_file = '{file}'"));
+    stack.publish("one");
+    wait_drained(&stack.pg, "default");
+    keeper
+        .batch_execute(&format!("update outbox.backends set port = {}", evil.port()))
+        .expect("granted");
+    wait_trouble(&stack.pg, "default", "misconfigured", MOVED);
+    // Neither by another change of his, nor by one of a superuser who has not looked.
+    keeper
+        .batch_execute("update outbox.backends set host = 'localhost'")
+        .expect("granted");
+    stack
+        .pg
+        .exec("update outbox.backends set max_len = 100; update outbox.backends set host = '127.0.0.1'");
+    stack.publish("two");
+    wait_trouble(&stack.pg, "default", "misconfigured", MOVED);
+    assert_told_nothing(&evil);
+    keeper
+        .batch_execute(&format!("update outbox.backends set port = {}", stack.redis.port()))
+        .expect("granted");
+    stack.redis.wait_entries("events", 2);
+    // A superuser moves it; and names it anew for where it is.
+    let other = Redis::with(&["--requirepass", SECRET]);
+    stack.point("default", &other);
+    stack.publish("three");
+    other.wait_entries("events", 1);
+    keeper
+        .batch_execute(&format!("update outbox.backends set port = {}", stack.redis.port()))
+        .expect("granted");
+    wait_trouble(&stack.pg, "default", "misconfigured", MOVED);
+    stack.pg.exec("update outbox.backends set password_file = null");
+    wait_trouble(&stack.pg, "default", "misconfigured", "NOAUTH");
+    stack
+        .pg
+        .exec(&format!("update outbox.backends set password_file = '{file}'"));
+    stack.publish("four");
+    stack.redis.wait_entries("events", 3);
+}
+
+/// The file of the settings is for the address of the settings.
+#[test]
+fn the_file_of_the_settings_goes_to_the_address_of_the_settings() {
+    let redis = Redis::with(&["--requirepass", SECRET]);
+    let stack = Stack::of(Postgres::with(QUICK), redis);
+    roles(&stack.pg);
+    let mut keeper = stack.pg.client_as("keeper", "postgres");
+    let evil = Eavesdropper::start();
+    let (file, port) = (secret_file(&stack.pg), stack.redis.port());
+    stack.pg.exec("update outbox.backends set host = null, port = null");
+    stack.pg.configure(&[
+        ("outbox_relay.redis_host", "127.0.0.1"),
+        ("outbox_relay.redis_port", &port.to_string()),
+        ("outbox_relay.redis_password_file", &file),
+    ]);
+    stack.pg.reload();
+    stack.publish("one");
+    wait_drained(&stack.pg, "default");
+    // Of a role's own, at that address: named or not.
+    keeper
+        .batch_execute(&format!(
+            "insert into outbox.backends (name, stream_name) values ('same', 'same');
+            insert into outbox.backends (name, stream_name, host, port) values ('named', 'named', '127.0.0.1', {port})"
+        ))
+        .expect("granted");
+    stack.pg.exec(
+        "select outbox.publish_event('t', 's', backend => 'same'), outbox.publish_event('t', 's', backend => 'named')",
+    );
+    stack.redis.wait_entries("same", 1);
+    stack.redis.wait_entries("named", 1);
+    let port = evil.port();
+    for (number, more) in [
+        format!("host, port) values ('b0', '127.0.0.1', {port}"),
+        format!("port) values ('b1', {port}"),
+        format!("mode, nodes, sentinel_master) values ('b2', 'sentinel', '{{127.0.0.1:{port}}}', 'm'"),
+        format!("mode, stream_name, nodes) values ('b3', 'cluster', 's', '{{127.0.0.1:{port}}}'"),
+        format!("host, port, username) values ('b4', '127.0.0.1', {port}, 'somebody'"),
+    ]
+    .iter()
+    .enumerate()
+    {
+        let calls = evil.accepted();
+        keeper
+            .batch_execute(&format!("insert into outbox.backends (name, {more})"))
+            .unwrap_or_else(|error| panic!("{more}: {error:?}"));
+        stack.pg.exec(&format!(
+            "select outbox.publish_event('t', 's', backend => 'b{number}')"
+        ));
+        wait_until("a call", || evil.accepted() > calls);
+        keeper
+            .batch_execute(&format!(
+                "update outbox.backends set enabled = false where name = 'b{number}'"
+            ))
+            .expect("granted");
+    }
+    keeper
+        .batch_execute(&format!(
+            "update outbox.backends set port = {port} where name = 'default'"
+        ))
+        .expect("granted");
+    let calls = evil.accepted();
+    stack.publish("two");
+    wait_until("a call", || evil.accepted() > calls);
+    assert!(!evil.heard().contains(SECRET), "{}", evil.heard());
+}
+
+/// A backend that was to speak TLS does not say the file of the settings in the clear, or to anybody, because somebody has said so.
+#[test]
+fn the_file_of_the_settings_is_not_said_in_the_clear() {
+    let authority = Authority::new();
+    let certificate = authority.issue(&["127.0.0.1"]);
+    let redis = Redis::tls(&certificate, &["--requirepass", SECRET]);
+    let (file, port) = (authority.file("password", SECRET.as_bytes(), 0o600), redis.tls_port());
+    let stack = Stack::of(Postgres::with(QUICK), redis);
+    roles(&stack.pg);
+    let mut keeper = stack.pg.client_as("keeper", "postgres");
+    stack.pg.configure(&[
+        ("outbox_relay.redis_host", "127.0.0.1"),
+        ("outbox_relay.redis_port", &port.to_string()),
+        ("outbox_relay.redis_password_file", &file),
+    ]);
+    stack.pg.reload();
+    let ca = authority.ca_file();
+    let set = format!("update outbox.backends set host = null, port = null, tls = true, tls_ca_file = '{ca}'");
+    stack.pg.exec(&set);
+    stack.publish("one");
+    wait_drained(&stack.pg, "default");
+    for change in ["tls = false, tls_ca_file = null", "tls_insecure = true"] {
+        keeper
+            .batch_execute(&format!("update outbox.backends set {change}"))
+            .expect("granted");
+        wait_trouble(&stack.pg, "default", "misconfigured", MOVED);
+        stack
+            .pg
+            .exec("update outbox.backends set tls = true, tls_insecure = false");
+        stack.pg.exec(&set);
+        stack.publish("more");
+        wait_drained(&stack.pg, "default");
+    }
+    assert_eq!(standing(&stack.pg, "default").failed, 0);
+}
