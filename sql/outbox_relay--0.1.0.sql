@@ -11,6 +11,12 @@ declare
     n pg_catalog.pg_namespace;
 begin
     select * into strict n from pg_catalog.pg_namespace s where s.nspname = 'outbox';
+    if exists (select from pg_catalog.aclexplode(n.nspacl) a where a.privilege_type = 'CREATE' and a.grantee <> n.nspowner) then
+        raise exception using errcode = 'object_not_in_prerequisite_state',
+            message = 'schema "outbox" exists, and others than its owner may create objects in it',
+            detail = 'Calls of the extension''s functions could reach functions of theirs.',
+            hint = 'Drop that schema: the extension makes its own. Or revoke CREATE on it from all others.';
+    end if;
     if not (select r.rolsuper from pg_catalog.pg_roles r where r.oid = n.nspowner)
         or exists (select from pg_catalog.pg_depend d
             where d.refclassid = 'pg_catalog.pg_namespace'::regclass and d.refobjid = n.oid
@@ -29,7 +35,7 @@ $$;
 
 create table outbox.backends (
     name            text primary key check (length(name) between 1 and 63),
-    number          integer generated always as identity unique,
+    number          integer generated always as identity unique check (number > 0),
     enabled         boolean not null default true,
     mode            text not null default 'standalone' check (mode in ('standalone', 'sentinel', 'cluster')),
     host            text check (host <> ''),
@@ -458,6 +464,33 @@ end
 $$;
 comment on function outbox.check_backend() is 'Trigger of outbox.backends: numbers never change, a cluster''s backend keeps its stream_name, nodes are host:port, file columns need pg_read_server_files, and a restored "default" replaces the untouched one.';
 
+create function outbox.check_number() returns trigger
+    language plpgsql security definer set search_path = pg_catalog, pg_temp
+    as $$
+declare
+    drawn integer;
+begin
+    begin
+        drawn := currval('outbox.backends_number_seq');
+    exception when object_not_in_prerequisite_state then
+        null;
+    end;
+    if new.number is distinct from drawn then
+        raise exception using errcode = 'insufficient_privilege',
+            message = format('permission denied to choose the number of backend "%s"', new.name),
+            detail = 'Events refer to backends by their numbers, also to those that were deleted.',
+            hint = 'Leave number out: it is drawn from a sequence.';
+    end if;
+    -- Somebody may have set the sequence back.
+    while exists (select from outbox.backends b where b.number = new.number)
+        or exists (select from outbox.cursors c where c.backend_number = new.number) loop
+        new.number := nextval('outbox.backends_number_seq');
+    end loop;
+    return new;
+end
+$$;
+comment on function outbox.check_number() is 'Trigger of outbox.backends: only a superuser, and whom it is granted to execute this function, chooses a backend''s number, as a dump does. For others a number that was given before is not given again.';
+
 -- With the owner's rights: who may delete backends need not be one who may read all the rest.
 create function outbox.check_backend_deletion() returns trigger
     language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -791,6 +824,8 @@ values
     ('events', 'refuse_update', 'before update on outbox.events for each statement execute function outbox.refuse_update()'),
     ('scheduled_events', 'complete_event', 'before insert on outbox.scheduled_events for each row execute function outbox.complete_event()'),
     ('backends', 'check_backend', 'before insert or update on outbox.backends for each row execute function outbox.check_backend()'),
+    -- After check_backend, by its name.
+    ('backends', 'check_number', 'before insert on outbox.backends for each row when (not pg_catalog.has_function_privilege(''outbox.check_number()'', ''execute'')) execute function outbox.check_number()'),
     ('backends', 'check_backend_deletion', 'before delete on outbox.backends for each row execute function outbox.check_backend_deletion()'),
     ('backends', 'keep_password', 'after update on outbox.backends for each row when (pg_catalog.has_function_privilege(''outbox.set_backend_password(pg_catalog.text, pg_catalog.text)'', ''execute'')) execute function outbox.keep_password()'),
     ('backends', 'note_move', 'after update on outbox.backends for each row when (not pg_catalog.pg_has_role(''pg_read_server_files'', ''usage'')) execute function outbox.note_move()'),
