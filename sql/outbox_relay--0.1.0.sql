@@ -79,7 +79,7 @@ comment on column outbox.backends.unix_socket is 'Path of a unix socket, instead
 comment on column outbox.backends.nodes is 'The sentinels, or some nodes of the cluster, as host:port (an IPv6 address in brackets), in the order in which they are asked.';
 comment on column outbox.backends.sentinel_master is 'The name by which the sentinels know the primary.';
 comment on column outbox.backends.password_file is 'A file that the server reads at each connect; its first line is the password. Nobody else may read it: 0600, or 0640 if root owns it. Needs the rights of pg_read_server_files.';
-comment on column outbox.backends.allowed_streams is 'Glob patterns (* and ?) one of which a publisher''s stream must match.';
+comment on column outbox.backends.allowed_streams is 'Glob patterns (* and ?) one of which a publisher''s stream must match. With {*}, a publisher may append to any stream of that Redis, which is then trimmed to max_len.';
 comment on column outbox.backends.delivery is 'exactly_once: batches are appended in transactions with the guard, see outbox.guard_key(). at_least_once: plain commands; a crash may repeat what was sent since the cursor was last saved.';
 comment on column outbox.backends.on_missing_guard is 'When Redis has lost everything, the guard too: continue with what was not sent, halt until outbox.take_over(), or replay all that is retained.';
 comment on column outbox.backends.wait_replicas is 'Replicas of Redis that must acknowledge a batch (WAIT) before it counts as delivered.';
@@ -1458,7 +1458,31 @@ begin
     execute format('grant insert (event_id, event_type, source, backend, data, subject, stream, data_schema, publisher_config, max_retries) on outbox.events to %s', role);
 end
 $$;
-comment on function outbox.grant_publisher(regrole) is 'Lets a role publish, and nothing else.';
+comment on function outbox.grant_publisher(regrole) is 'Lets a role publish, and nothing else. See outbox.revoke_publisher(), and allowed_streams of outbox.backends.';
+
+create function outbox.revoke_publisher(role regrole) returns void
+    language plpgsql set search_path = pg_catalog, pg_temp
+    as $$
+begin
+    if role is null then
+        raise exception using errcode = 'null_value_not_allowed', message = 'role must not be null';
+    end if;
+    execute format('revoke execute on function outbox.publish_event(text, text, jsonb, text, text, timestamptz, integer, jsonb, text, text, uuid) from %s', role);
+    execute format('revoke execute on function outbox.publish_events(jsonb) from %s', role);
+    execute format('revoke insert (event_id, event_type, source, backend, data, subject, stream, data_schema, publisher_config, max_retries) on outbox.events from %s', role);
+    -- Unless it has been granted something else here.
+    if not exists (
+        select from pg_class c, aclexplode(c.relacl) a where c.relnamespace = 'outbox'::regnamespace and a.grantee = role::oid
+        union all
+        select from pg_proc p, aclexplode(p.proacl) a where p.pronamespace = 'outbox'::regnamespace and a.grantee = role::oid
+        union all
+        select from pg_attribute t join pg_class c on c.oid = t.attrelid, aclexplode(t.attacl) a
+            where c.relnamespace = 'outbox'::regnamespace and a.grantee = role::oid) then
+        execute format('revoke usage on schema outbox from %s', role);
+    end if;
+end
+$$;
+comment on function outbox.revoke_publisher(regrole) is 'Takes away what outbox.grant_publisher() has given to a role. What it has by being a member of another role, it keeps.';
 
 ----------------------------------------------------------------------------------------------------------------------
 -- Dump: backends, and events that have not been sent. Cursors mean nothing in another cluster.
