@@ -16,8 +16,9 @@ use crate::numbers;
 use crate::outbox::{self, BackendRow, Standing};
 use crate::ownership;
 use crate::refused;
+use logging::REPEAT_LOG_AFTER;
 use relay::claim::{Start, Watch};
-use relay::classify::Failure;
+use relay::classify::{Failure, Trouble};
 use relay::delivery::{Cursor, Delivery, Entry, Now, State};
 use relay::destination::{self, Address, Destination, Route};
 use relay::encode::{Encoder, Target};
@@ -147,6 +148,8 @@ pub struct Backend {
     saved_published: i64,
     /// What a save has written, until its transaction has committed.
     pending_save: Option<(Standing, u64)>,
+    /// When it is said that it is still on its way up.
+    slow_at: Option<Now>,
     /// It met a row that it cannot judge yet.
     pub rests_until: Now,
     /// Restores whose events a lane has compared.
@@ -243,6 +246,7 @@ impl Backend {
             stale_since: None,
             saved_at: Now::ZERO,
             pending_save: None,
+            slow_at: None,
             rests_until: Now::ZERO,
             saved_high_seq,
             interval: guc::millis(&guc::POLL_INTERVAL_MS),
@@ -274,7 +278,7 @@ impl Backend {
     pub fn due_at(&self) -> Option<Now> {
         match self.is_enabled() {
             _ if !self.connects() => None,
-            true => self.delivery.due_at(),
+            true => self.delivery.due_at().into_iter().chain(self.slow_at).min(),
             false => self.delivery.connects_at(),
         }
     }
@@ -397,6 +401,7 @@ impl Backend {
                 self.sender = Some(handle);
                 self.release = Release::None;
                 self.delivery.connecting();
+                self.slow_at = Some(now + 2 * (self.destination.connect_timeout + self.destination.socket_timeout));
             }
             Err(error) => {
                 let failure = Failure::backend(format!("could not start a sender: {error}"));
@@ -455,6 +460,17 @@ impl Backend {
         }
         if self.delivery.has_used_up_numbers() {
             self.let_go();
+        }
+        if self.slow_at.is_some_and(|at| at <= now) {
+            let failure = Failure::of(
+                Trouble::TimedOut,
+                "it answers, but has not come to be ready in twice its timeouts",
+            );
+            let is_slow = self.sender.is_some() && self.delivery.takes_long(failure);
+            self.slow_at = is_slow.then(|| now + REPEAT_LOG_AFTER);
+            if is_slow {
+                self.dirty_since.get_or_insert(now);
+            }
         }
         self.log_change(now);
     }

@@ -1,5 +1,6 @@
 //! One connection to Redis: opening it with all its timeouts, logging in, writing batches, reading replies one by one.
 
+use crate::bounds::Bounds;
 use crate::classify::{self, Class, Failure, Trouble};
 use crate::deadline::Deadline;
 use crate::destination::{Address, Destination, Secret};
@@ -23,6 +24,8 @@ pub struct Link {
     inbox: Inbox,
     /// For each reply and each write as a whole.
     timeout: Duration,
+    /// Of the reply that is being received.
+    deadline: Option<Deadline>,
     /// The socket has what is left of it for the rest of a reply.
     is_shortened: bool,
 }
@@ -46,6 +49,7 @@ impl Link {
             stream: Stream::open(destination, address)?,
             inbox: Inbox::default(),
             timeout: destination.connect_timeout,
+            deadline: None,
             is_shortened: false,
         };
         link.set_timeout(destination.connect_timeout)?;
@@ -74,15 +78,15 @@ impl Link {
             // A user without a password is somebody else than Redis's default user, too.
             (Some(username), password) => {
                 let password = password.unwrap_or_default();
-                self.ask(&[b"AUTH", username.as_bytes(), password.as_bytes()])?
+                self.ask("AUTH", &[b"AUTH", username.as_bytes(), password.as_bytes()])?
             }
-            (None, Some(password)) => self.ask(&[b"AUTH", password.as_bytes()])?,
+            (None, Some(password)) => self.ask("AUTH", &[b"AUTH", password.as_bytes()])?,
             (None, None) => Ok(()),
         };
         // Whoever was not let in must not go on as the default user.
         logged_in.map_err(Failure::not_of_an_event)?;
         if destination.db != 0 {
-            self.ask(&[b"SELECT", destination.db.to_string().as_bytes()])?
+            self.ask("SELECT", &[b"SELECT", destination.db.to_string().as_bytes()])?
                 .map_err(Failure::not_of_an_event)?;
         }
         Ok(())
@@ -90,14 +94,17 @@ impl Link {
 
     fn introduce(&mut self, destination: &Destination) -> Result<(), Failure> {
         // A user without the right to name itself is welcome all the same; one who must log in first is told by PING.
-        match self.ask(&[b"CLIENT", b"SETNAME", destination.client_name.as_bytes()])? {
+        match self.ask(
+            "CLIENT SETNAME",
+            &[b"CLIENT", b"SETNAME", destination.client_name.as_bytes()],
+        )? {
             // Such as "max number of clients reached": the last word before the server closes the connection.
             Err(failure) if failure.class == Class::Backend || failure.trouble == Trouble::Denied => {
                 return Err(failure);
             }
             _ => {}
         }
-        match self.ask(&[b"PING"])? {
+        match self.ask("PING", &[b"PING"])? {
             Ok(()) => Ok(()),
             // Without the right to PING it may still XADD.
             Err(failure) if failure.message.starts_with("NOPERM") => Ok(()),
@@ -107,11 +114,11 @@ impl Link {
     }
 
     /// Sends one command and reads its reply: the inner error is one of the server.
-    fn ask(&mut self, command: &[&[u8]]) -> Result<Result<(), Failure>, Failure> {
+    fn ask(&mut self, name: &'static str, command: &[&[u8]]) -> Result<Result<(), Failure>, Failure> {
         let mut bytes = Vec::new();
         append_command(&mut bytes, command);
         self.send(&bytes)?;
-        match self.receive()?.value()? {
+        match self.receive(&Bounds::line(name))?.value()? {
             Value::Okay | Value::SimpleString(_) => Ok(Ok(())),
             Value::ServerError(error) => Ok(Err(classify::reply(&error))),
             _ => Err(classify::not_redis()),
@@ -123,15 +130,20 @@ impl Link {
         self.stream.write_all(commands, self.timeout).map_err(broken)
     }
 
-    /// Reads the next reply, whatever it is.
-    pub fn receive(&mut self) -> Result<Reply<'_>, Failure> {
-        let mut waits: Option<Deadline> = None;
+    /// Reads the next reply (or the next piece of it), whatever it is, within these bounds and one timeout for all of it.
+    pub fn receive(&mut self, bounds: &Bounds) -> Result<Reply<'_>, Failure> {
         loop {
-            if let Some(taken) = self.inbox.take()? {
-                self.shorten(None)?;
+            if let Some(taken) = self.inbox.take(bounds)? {
+                if self.inbox.is_between_replies() {
+                    self.deadline = None;
+                    self.shorten(None)?;
+                }
                 return Ok(self.inbox.reply(taken));
             }
-            let deadline = waits.get_or_insert_with(|| Deadline::new(self.timeout, Instant::now()));
+            let timeout = self.timeout;
+            let deadline = self
+                .deadline
+                .get_or_insert_with(|| Deadline::new(timeout, Instant::now()));
             let bytes = match self.stream.read(self.inbox.room()?) {
                 Ok(0) => return Err(broken(io::ErrorKind::UnexpectedEof.into())),
                 Ok(bytes) => bytes,
@@ -185,8 +197,8 @@ impl Link {
     }
 
     /// The next reply, if it was received as a whole.
-    pub(crate) fn received(&mut self) -> Result<Option<Reply<'_>>, Failure> {
-        Ok(self.inbox.take()?.map(|taken| self.inbox.reply(taken)))
+    pub(crate) fn received(&mut self, bounds: &Bounds) -> Result<Option<Reply<'_>>, Failure> {
+        Ok(self.inbox.take(bounds)?.map(|taken| self.inbox.reply(taken)))
     }
 
     /// What was received, and not taken as a reply.
@@ -208,7 +220,7 @@ impl Link {
 
     /// Reads the reply of an XADD: an entry's id, and nothing else. The outer error is the connection's end; the inner one an error reply of the server.
     pub fn receive_entry_id(&mut self) -> Result<Result<(), Failure>, Failure> {
-        let reply = self.receive()?;
+        let reply = self.receive(&Bounds::XADD)?;
         if reply.is_bulk() {
             return Ok(Ok(()));
         }
@@ -443,7 +455,7 @@ mod tests {
     fn assert_given_up_in_time(address: Address) {
         let mut link = Link::open(&destination(address)).expect("a connection");
         let start = Instant::now();
-        let failure = link.receive().err().expect("no whole reply");
+        let failure = link.receive(&Bounds::guard()).err().expect("no whole reply");
         let took = start.elapsed();
         assert_eq!(failure.trouble, Trouble::TimedOut);
         assert!((400..1_000).contains(&took.as_millis()), "given up after {took:?}");

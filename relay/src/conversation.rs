@@ -11,6 +11,7 @@
 //! armed, and the commands of the next batch are queued in Redis meanwhile. After a batch of which something was refused,
 //! nothing is sent until the worker has written that down (order Resume).
 
+use crate::bounds::Bounds;
 use crate::classify::{self, Class, Failure, Trouble};
 use crate::encode::append_command;
 use crate::fault;
@@ -18,7 +19,7 @@ use crate::guard::{
     BATCH_START, Guard, Mark, Owner, Progress, append_beat, append_claim, append_progress, append_token,
 };
 use crate::reader::Position;
-use crate::replies::Reply;
+use crate::replies::{Items, Reply};
 use crate::sender::{Batch, Order, Refusal, Report};
 use crate::tails::Search;
 use redis::Value;
@@ -181,6 +182,34 @@ impl Conversation {
         !self.expected.is_empty()
     }
 
+    /// What the next reply may have.
+    pub fn bounds(&self) -> Bounds {
+        match self.expected.front() {
+            Some(Expect::Guard) => Bounds::guard(),
+            Some(Expect::Token) => Bounds::TOKEN,
+            Some(Expect::ClaimExec) => Bounds::CLAIM,
+            Some(Expect::Exec) => Bounds::executed(self.executing.front().map_or(0, |w| w.batch.commands)),
+            Some(Expect::Search) => self.search.as_ref().map_or(Bounds::INFO, Search::bounds),
+            Some(Expect::Ousting) => Bounds::line("HSET of the guard"),
+            Some(Expect::Watch) => Bounds::line("WATCH"),
+            Some(Expect::Claiming) => Bounds::line("a command of a claim"),
+            Some(Expect::Queued { .. }) => Bounds::line("a command of a batch"),
+            Some(Expect::Replicas) => Bounds::line("WAIT"),
+            Some(Expect::Discard) => Bounds::line("DISCARD"),
+            None => Bounds::line("nothing"),
+        }
+    }
+
+    /// What it means that the next reply could not be received.
+    pub fn unreadable(&self, failure: Failure) -> Failure {
+        match self.expected.front() {
+            Some(Expect::Guard) if failure.trouble == Trouble::TooLongReply => {
+                self.no_guard("the guard is larger than any")
+            }
+            _ => failure,
+        }
+    }
+
     /// Whether a batch is written but not done with.
     pub fn is_busy(&self) -> bool {
         self.queued.is_some() || !self.executing.is_empty() || self.executed.is_some()
@@ -334,7 +363,7 @@ impl Conversation {
             Some(Expect::Ousting) => well(&reply.value()?).map_err(|failure| self.at_key(failure))?,
             Some(Expect::Watch | Expect::Claiming) => well(&reply.value()?)?,
             Some(Expect::Guard) => {
-                let guard = guard(reply.value()?).map_err(|failure| self.at_key(failure))?;
+                let guard = guard(reply).map_err(|failure| self.at_key(failure))?;
                 reports.push(Report::Guard(Box::new(guard)));
             }
             Some(Expect::ClaimExec) => match reply.value()? {
@@ -363,8 +392,13 @@ impl Conversation {
             Some(Expect::Replicas) => self.replicated(&reply.value()?, reports)?,
             Some(Expect::Discard) => {}
             Some(Expect::Search) => {
-                if let Some(search) = &mut self.search {
-                    search.reply(reply.value()?)?;
+                let is_whole = match &mut self.search {
+                    Some(search) => search.reply(reply)?,
+                    None => true,
+                };
+                if !is_whole {
+                    self.expected.push_front(Expect::Search);
+                    return Ok(());
                 }
                 self.ask();
                 if !self.expected.iter().any(|e| matches!(e, Expect::Search))
@@ -380,12 +414,16 @@ impl Conversation {
     /// Where a guard is that is none; any other failure is as it is.
     fn at_key(&self, failure: Failure) -> Failure {
         match failure.message.starts_with("WRONGTYPE") || failure.message.starts_with("the guard") {
-            true => {
-                let text = format!("{}: {}", failure.message, String::from_utf8_lossy(&self.key));
-                Failure::of(Trouble::NoGuard, text)
-            }
+            true => self.no_guard(&failure.message),
             false => failure,
         }
+    }
+
+    fn no_guard(&self, what: &str) -> Failure {
+        Failure::of(
+            Trouble::NoGuard,
+            format!("{what}: {}", String::from_utf8_lossy(&self.key)),
+        )
     }
 
     fn token(&mut self, value: &Value, reports: &mut Vec<Report>) -> Result<(), Failure> {
@@ -452,13 +490,15 @@ impl Conversation {
         };
         let commands = written.batch.commands;
         let mut refused = Vec::new();
-        if !reply.is_strings_and_number(commands) {
-            match reply.value()? {
-                Value::Array(replies) if replies.len() == commands + 1 => refused = refusals(&replies)?,
-                Value::Nil => return Err(touched()),
+        match reply.items() {
+            _ if reply.is_strings_and_number(commands) => {}
+            Some(replies) if replies.len() == commands + 1 => refused = refusals(replies)?,
+            Some(_) => return Err(Failure::backend("unexpected reply to EXEC")),
+            None if reply.is_nil() => return Err(touched()),
+            None => match reply.value()? {
                 Value::ServerError(error) => return self.aborted(written, &error, reports),
                 _ => return Err(Failure::backend("unexpected reply to EXEC")),
-            }
+            },
         }
         if self.replicas.is_some() {
             self.executed = Some((written, refused));
@@ -555,43 +595,40 @@ impl Conversation {
 }
 
 /// Of the replies to a batch's entries and to the guard's HSET behind them.
-fn refusals(replies: &[Value]) -> Result<Vec<Refusal>, Failure> {
+fn refusals(replies: Items<'_>) -> Result<Vec<Refusal>, Failure> {
     let commands = replies.len() - 1;
     let mut refused = Vec::new();
-    for (index, reply) in replies.iter().enumerate() {
-        match reply {
+    for (index, reply) in replies.enumerate() {
+        if index < commands && reply.is_bulk() {
+            continue;
+        }
+        match reply.value()? {
             Value::ServerError(_) if fault::is_mutated("ignore_error_reply") => {}
             Value::ServerError(error) if index < commands => {
                 // Within a transaction that was executed nothing will come of trying the same again at once: it is this entry's.
-                let mut failure = classify::reply(error);
+                let mut failure = classify::reply(&error);
                 failure.class = Class::Event;
                 refused.push((index, failure));
             }
-            Value::BulkString(_) if index < commands => {}
             Value::Int(_) if index == commands => {}
-            other => return Err(error_of(other)),
+            other => return Err(error_of(&other)),
         }
     }
     Ok(refused)
 }
 
-fn guard(value: Value) -> Result<Option<Guard>, Failure> {
-    let text = |value: Value| match value {
-        Value::BulkString(bytes) => Some(String::from_utf8_lossy(&bytes).into_owned()),
-        _ => None,
+fn guard(reply: Reply<'_>) -> Result<Option<Guard>, Failure> {
+    let Some(mut items) = reply.items() else {
+        return Err(error_of(&reply.value()?));
     };
     let mut fields = Vec::new();
-    match value {
-        Value::Array(items) => {
-            let mut items = items.into_iter();
-            while let (Some(field), Some(value)) = (items.next().and_then(text), items.next().and_then(text)) {
-                fields.push((field, value));
-            }
+    while let (Some(field), Some(value)) = (items.next(), items.next()) {
+        match (field.string(), value.string()) {
+            (Some(field), Some(value)) => fields.push((field, value)),
+            _ => return Err(classify::not_redis()),
         }
-        Value::Map(pairs) => fields.extend(pairs.into_iter().filter_map(|(f, v)| Some((text(f)?, text(v)?)))),
-        other => return Err(error_of(&other)),
     }
-    Guard::parse(&fields).map_err(|e| Failure::configuration(e.to_string()))
+    Guard::parse(&fields).map_err(|e| Failure::of(Trouble::NoGuard, e.to_string()))
 }
 
 /// Somebody else has claimed, or the guard is gone: whoever connects again will see.

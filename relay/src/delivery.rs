@@ -17,7 +17,7 @@
 
 mod guarded;
 
-pub use guarded::epoch_of;
+pub use guarded::{MOST_EPOCHS, epoch_of};
 
 use crate::backoff::Backoff;
 use crate::classify::{Class, Failure};
@@ -270,6 +270,15 @@ impl Delivery {
 
     pub fn connecting(&mut self) {
         self.link = Link::Connecting;
+    }
+
+    /// It should be up by now, but its sender has not failed either: somebody answers, slowly or much. False: that is not so.
+    pub fn takes_long(&mut self, failure: Failure) -> bool {
+        let is_so = self.link == Link::Connecting;
+        if is_so {
+            self.trouble.get_or_insert(failure);
+        }
+        is_so
     }
 
     /// Logged in, and with exactly_once: the guard is ours, and what it says was taken in.

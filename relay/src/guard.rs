@@ -8,13 +8,20 @@
 //! streams already, as is found by comparing event ids), `wal` (position in the WAL up to which the batch was flushed), `total`
 //! (events so far). A claim that starts anew counts as a batch, an empty one.
 
+use crate::delivery::{MOST_EPOCHS, epoch_of};
 use crate::encode::{append_array_header, append_bulk, append_command};
 use crate::reader::Position;
 use std::time::Duration;
 use thiserror::Error;
 
-/// No poll interval is as long as that.
-const LONGEST_INTERVAL: Duration = Duration::from_secs(24 * 3_600);
+/// No poll interval is longer than that.
+const LONGEST_INTERVAL: Duration = Duration::from_secs(3_600);
+/// No batch has more events.
+const MOST_AGAIN: usize = 10_000;
+/// Random, or the name of something: shorter than this.
+const LONGEST_NAME: usize = 128;
+/// A host's name, and a path.
+const LONGEST_PLACE: usize = 4_096;
 
 /// Before the first command of a batch.
 pub const BATCH_START: &[u8] = b"*1\r\n$5\r\nMULTI\r\n";
@@ -74,13 +81,18 @@ pub struct Progress<'a> {
 
 impl Guard {
     /// From the reply of HGETALL; `None`: there is no guard, or no more of it than [`append_token`] makes of none.
-    pub fn parse(fields: &[(String, String)]) -> Result<Option<Self>, ParseGuardError> {
-        if fields.iter().all(|(field, _)| field == "token") {
+    pub fn parse(fields: &[(&[u8], &[u8])]) -> Result<Option<Self>, ParseGuardError> {
+        if fields.iter().all(|(field, _)| *field == b"token") {
             return Ok(None);
         }
         let text = |name: &'static str| {
-            let found = fields.iter().find(|(field, _)| field == name);
-            found.map(|(_, value)| value.as_str()).ok_or(ParseGuardError(name))
+            let found = fields.iter().find(|(field, _)| *field == name.as_bytes());
+            let text = found.and_then(|(_, value)| std::str::from_utf8(value).ok());
+            text.ok_or(ParseGuardError(name))
+        };
+        let name = |name: &'static str| {
+            let is_name = |text: &&str| text.len() <= LONGEST_NAME && text.bytes().all(|b| b.is_ascii_graphic());
+            Some(text(name)?).filter(is_name).ok_or(ParseGuardError(name))
         };
         let position = |name: &'static str| text(name)?.parse().map_err(|_| ParseGuardError(name));
         fn number<N: std::str::FromStr>(name: &'static str, value: &str) -> Result<N, ParseGuardError> {
@@ -89,9 +101,9 @@ impl Guard {
         let again = text("again")?.split(',').filter(|seq| !seq.is_empty());
         let interval_ms = number("interval_ms", text("interval_ms")?)?;
         let guard = Self {
-            token: text("token")?.to_owned(),
-            incarnation: text("incarnation")?.to_owned(),
-            system: text("system")?.to_owned(),
+            token: name("token")?.to_owned(),
+            incarnation: name("incarnation")?.to_owned(),
+            system: name("system")?.to_owned(),
             timeline: number("timeline", text("timeline")?)?,
             place: text("place")?.to_owned(),
             interval: Duration::from_millis(interval_ms),
@@ -100,7 +112,10 @@ impl Guard {
             number: number("number", text("number")?)?,
             position: position("position")?,
             previous: position("previous")?,
-            again: again.map(|seq| number("again", seq)).collect::<Result<_, _>>()?,
+            again: again
+                .take(MOST_AGAIN + 1)
+                .map(|seq| number("again", seq))
+                .collect::<Result<_, _>>()?,
             compares: text("compares")? == "1",
             wal: number("wal", text("wal")?)?,
             total: number("total", text("total")?)?,
@@ -114,15 +129,69 @@ impl Guard {
     fn absurdity(&self) -> Option<&'static str> {
         let most = i64::MAX as u64;
         [
-            (self.interval > LONGEST_INTERVAL, "interval_ms"),
+            (self.place.len() > LONGEST_PLACE, "place"),
+            (
+                self.interval.is_zero() || self.interval > LONGEST_INTERVAL,
+                "interval_ms",
+            ),
+            (self.beat > most, "beat"),
             (self.number > most, "number"),
             (self.wal > most, "wal"),
             (!(0..i64::MAX / 2).contains(&self.total), "total"),
             (!self.position.is_possible(), "position"),
             (!self.previous.is_possible(), "previous"),
+            (
+                self.again.len() > MOST_AGAIN || self.again.iter().any(|seq| *seq <= 0),
+                "again",
+            ),
         ]
         .into_iter()
         .find_map(|(is_absurd, name)| is_absurd.then_some(name))
+    }
+}
+
+/// How far a server has come itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reach {
+    /// No transaction has this id yet.
+    pub next_xid: u64,
+    /// The highest number that an event was given.
+    pub highest_seq: i64,
+    /// The WAL ends here.
+    pub wal: u64,
+    /// How often the guard was claimed; 0: not known.
+    pub epoch: u64,
+    /// Events that were accepted in all, as far as is known.
+    pub total: i64,
+}
+
+impl Guard {
+    /// What no guard of our own history can say: who has written that is somebody else. Whoever believed it would pass over events that come, or
+    /// have no numbers left. `is_current`: it is of this run of the server. (Numbers of an earlier one may have been lost with it.)
+    pub fn beyond(&self, reach: &Reach, is_current: bool) -> Option<&'static str> {
+        let is_beyond = |position: &Position| {
+            let mut ticks = position.ticks();
+            position.last_seq() > reach.highest_seq
+                || ticks.any(|tick| {
+                    tick.snapshot.xmax().max(tick.next_xid) > reach.next_xid || tick.high_seq > reach.highest_seq
+                })
+        };
+        let epochs = if reach.epoch > 0 { reach.epoch } else { MOST_EPOCHS };
+        // Each event of which nobody has heard has a number of its own.
+        let total = reach.total.max(0).saturating_add(reach.highest_seq);
+        [
+            (is_current && is_beyond(&self.position), "position"),
+            (is_current && is_beyond(&self.previous), "previous"),
+            (is_current && self.wal > reach.wal, "wal"),
+            (epoch_of(self.number) > epochs, "number"),
+            (reach.epoch > 0 && self.total > total, "total"),
+            (
+                is_current && self.again.iter().any(|seq| *seq > reach.highest_seq),
+                "again",
+            ),
+        ]
+        .into_iter()
+        .find_map(|(is_beyond, name)| is_beyond.then_some(name))
     }
 }
 
@@ -190,14 +259,14 @@ mod tests {
     #[test]
     fn no_fields_are_no_guard_and_half_of_them_an_error() {
         assert!(Guard::parse(&[]).unwrap().is_none());
-        let half = ["token", "place"].map(|field| (field.to_owned(), "t".to_owned()));
+        let half = [b"token".as_slice(), b"place"].map(|field| (field, b"t".as_slice()));
         assert!(Guard::parse(&half[..1]).unwrap().is_none(), "a token alone");
         assert!(Guard::parse(&half).is_err());
     }
 
     /// A guard in which one field is another; whether it is readable.
     fn is_readable(name: &str, value: &str) -> bool {
-        let mut fields: Vec<(String, String)> = [
+        let mut fields: [(&str, &str); 15] = [
             ("token", "t"),
             ("incarnation", "i"),
             ("system", "1"),
@@ -213,13 +282,12 @@ mod tests {
             ("compares", "0"),
             ("wal", "12345"),
             ("total", "7"),
-        ]
-        .map(|(field, value)| (field.to_owned(), value.to_owned()))
-        .into();
+        ];
         fields
             .iter_mut()
-            .filter(|(field, _)| field == name)
-            .for_each(|(_, v)| *v = value.to_owned());
+            .filter(|(field, _)| *field == name)
+            .for_each(|(_, v)| *v = value);
+        let fields = fields.map(|(field, value)| (field.as_bytes(), value.as_bytes()));
         Guard::parse(&fields).is_ok()
     }
 

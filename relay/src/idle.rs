@@ -53,7 +53,7 @@ impl Line {
             self.link.receive_at_once()?;
         }
         while conversation.awaits_reply()
-            && let Some(reply) = self.link.received()?
+            && let Some(reply) = self.link.received(&conversation.bounds())?
         {
             // Nothing is reported of a refresh.
             conversation.reply(reply, &mut Vec::new())?;

@@ -15,12 +15,12 @@
 
 pub mod allowed_hosts;
 pub mod backoff;
+pub mod bounds;
 pub mod claim;
 pub mod classify;
 pub mod connection;
 pub mod conversation;
 mod deadline;
-mod decimal;
 pub mod delivery;
 pub mod destination;
 pub mod encode;
@@ -39,7 +39,7 @@ pub mod replies;
 pub mod route;
 pub mod sender;
 mod server_file;
-mod server_text;
+pub mod server_text;
 pub mod slot;
 pub mod snapshot;
 pub mod statement;

@@ -106,7 +106,8 @@ impl Position {
 
     /// Whether there can be such a position.
     pub fn is_possible(&self) -> bool {
-        self.from.is_possible() && self.under_way.as_ref().is_none_or(|u| u.to.is_possible())
+        let can_be = |u: &UnderWay| u.to.is_possible() && (0..i64::MAX).contains(&u.last_seq);
+        self.from.is_possible() && self.under_way.as_ref().is_none_or(can_be)
     }
 
     /// The newest tick that it speaks of.

@@ -2,11 +2,13 @@
 //!
 //! Sources: Redis Sentinel client guidelines (redis.io/docs/latest/develop/reference/sentinel-clients); Redis cluster specification.
 
-use self::answers::{Range, is_replica, primary_in, ranges_in, redirect_in};
+use self::answers::{is_replica, primary_in, ranges_in, redirect_in};
+use crate::bounds::Bounds;
 use crate::classify::{Class, Failure, Trouble};
 use crate::connection::{Link, withheld};
 use crate::destination::{Address, Destination, Route, Secret};
 use crate::encode::append_command;
+use crate::replies::Reply;
 use redis::Value;
 use std::collections::HashMap;
 use std::sync::{LazyLock, Mutex, PoisonError};
@@ -111,14 +113,14 @@ fn primary_of(destination: &Destination, sentinel: &Address, master: &str) -> Re
         opened => opened,
     };
     let words: [&[u8]; 3] = [b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", master.as_bytes()];
-    primary_in(ask(&mut link?, &words)?)
+    primary_in(ask(&mut link?, &words, &Bounds::MASTER)?)
 }
 
 /// Only a node that does not say that it is a replica is written to.
 fn open_primary(destination: &Destination, address: &Address) -> Result<Link, Failure> {
     let mut link = Link::open_at(destination, address)?;
     // Needs no right that connecting does not need. A server or proxy that does not know HELLO tells by READONLY.
-    let is_replica = match ask(&mut link, &[b"HELLO", b"2"]) {
+    let is_replica = match ask(&mut link, &[b"HELLO", b"2"], &Bounds::HELLO) {
         Ok(reply) => is_replica(&reply),
         Err(failure) if failure.class == Class::Backend => return Err(failure),
         Err(_) => false,
@@ -153,7 +155,7 @@ fn in_cluster(
     }
     let others = masters.iter().filter(|master| !nodes.contains(master));
     for node in nodes.iter().chain(others) {
-        let (link, ranges) = match ranges_of(destination, node) {
+        let (link, told) = match ranges_of(destination, node, slot) {
             Ok(answer) => answer,
             Err(failure) => {
                 let message = format!("node {node}: {}", failure.message);
@@ -168,10 +170,8 @@ fn in_cluster(
                 continue;
             }
         };
-        let serves = ranges.iter().find(|range| range.slots.contains(&slot));
-        let serves = serves.map(|range| range.master.clone());
-        with_learnt(nodes, |learnt| learnt.masters = masters_of(ranges));
-        match serves {
+        with_learnt(nodes, |learnt| learnt.masters = told.masters);
+        match told.serves {
             None => {
                 let message = format!("CLUSTERDOWN node {node} knows of no master for hash slot {slot}");
                 unserved = Some(Failure::of(Trouble::ClusterDown, message));
@@ -209,28 +209,56 @@ pub fn heard(destination: &Destination, failure: Failure) -> Failure {
     failure.of_cluster()
 }
 
-fn masters_of(ranges: Vec<Range>) -> Vec<Address> {
-    let mut masters: Vec<Address> = Vec::new();
-    for range in ranges {
-        if masters.len() < REMEMBERED_NODES && !masters.contains(&range.master) {
-            masters.push(range.master);
+/// What a node says of its cluster.
+struct Told {
+    /// Who serves the slot that was asked for.
+    serves: Option<Address>,
+    /// Some of all masters.
+    masters: Vec<Address>,
+}
+
+fn ranges_of(destination: &Destination, node: &Address, slot: u16) -> Result<(Link, Told), Failure> {
+    let mut link = Link::open_at(destination, node)?;
+    let mut told = Told {
+        serves: None,
+        masters: Vec::new(),
+    };
+    let reply = reply_to(&mut link, &[b"CLUSTER", b"SLOTS"], &Bounds::SLOTS)?;
+    if reply.items().is_none()
+        && let Value::ServerError(error) = reply.value()?
+    {
+        return Err(crate::classify::reply(&error).not_of_an_event());
+    }
+    for range in ranges_in(reply, node)? {
+        let range = range?;
+        let is_asked_for = told.serves.is_none() && range.slots.contains(&slot);
+        match range.master {
+            Err(failure) if is_asked_for => return Err(failure),
+            // Of a slot that is another's to look for.
+            Err(_) => {}
+            Ok(master) => {
+                if told.masters.len() < REMEMBERED_NODES && !told.masters.contains(&master) {
+                    told.masters.push(master.clone());
+                }
+                if is_asked_for {
+                    told.serves = Some(master);
+                }
+            }
         }
     }
-    masters
+    Ok((link, told))
 }
 
-fn ranges_of(destination: &Destination, node: &Address) -> Result<(Link, Vec<Range>), Failure> {
-    let mut link = Link::open_at(destination, node)?;
-    let ranges = ranges_in(&ask(&mut link, &[b"CLUSTER", b"SLOTS"])?, node)?;
-    Ok((link, ranges))
-}
-
-/// Sends one command; an error reply is a failure, never an event's.
-fn ask(link: &mut Link, words: &[&[u8]]) -> Result<Value, Failure> {
+fn reply_to<'a>(link: &'a mut Link, words: &[&[u8]], bounds: &Bounds) -> Result<Reply<'a>, Failure> {
     let mut bytes = Vec::new();
     append_command(&mut bytes, words);
     link.send(&bytes)?;
-    match link.receive()?.value()? {
+    link.receive(bounds)
+}
+
+/// Sends one command; an error reply is a failure, never an event's.
+fn ask(link: &mut Link, words: &[&[u8]], bounds: &Bounds) -> Result<Value, Failure> {
+    match reply_to(link, words, bounds)?.value()? {
         Value::ServerError(error) => Err(crate::classify::reply(&error).not_of_an_event()),
         value => Ok(value),
     }

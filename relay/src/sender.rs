@@ -5,6 +5,7 @@
 //! the connection it reports that and ends; the worker decides what was delivered and when to try again, with a new sender. It
 //! knows nothing of Postgres.
 
+use crate::bounds::Bounds;
 use crate::classify::{Class, Failure, Trouble};
 use crate::connection::Link;
 use crate::conversation::{Claim, Conversation, Replicas};
@@ -284,7 +285,11 @@ fn converse(mut line: Box<Line>, orders: &Receiver<Order>, reporter: &Reporter, 
             }
         }
         if conversation.awaits_reply() {
-            let outcome = conversation.reply(link.receive()?, &mut reports);
+            let bounds = conversation.bounds();
+            let outcome = match link.receive(&bounds) {
+                Ok(reply) => conversation.reply(reply, &mut reports),
+                Err(failure) => Err(conversation.unreadable(failure)),
+            };
             for report in reports.drain(..) {
                 if !reporter.report_before(report, orders.len()) {
                     return Ok(());
@@ -299,7 +304,9 @@ fn converse(mut line: Box<Line>, orders: &Receiver<Order>, reporter: &Reporter, 
 fn last_words(link: &mut Link, conversation: &mut Conversation, reporter: &Reporter, failure: Failure) -> Failure {
     let mut reports = Vec::new();
     while failure.trouble == Trouble::Closed && conversation.awaits_reply() {
-        let Ok(reply) = link.receive() else { break };
+        let Ok(reply) = link.receive(&conversation.bounds()) else {
+            break;
+        };
         let outcome = conversation.reply(reply, &mut reports);
         reports.drain(..).all(|report| reporter.report(report));
         if let Err(said) = outcome {
@@ -397,7 +404,7 @@ fn replicate(link: &mut Link, replicas: Replicas, reporter: &Reporter) -> Result
         let mut wait = Vec::new();
         replicas.append_wait(&mut wait);
         link.send(&wait)?;
-        let Err(failure) = replicas.judge(&link.receive()?.value()?)? else {
+        let Err(failure) = replicas.judge(&link.receive(&Bounds::line("WAIT"))?.value()?)? else {
             return Ok(());
         };
         if told.as_ref() != Some(&failure.message) {

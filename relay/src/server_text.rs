@@ -17,7 +17,7 @@ pub fn hide(secret: &str) {
 }
 
 /// Text of a server on one line: without secrets, and without what is not seen but moves what is; at most 200 characters.
-pub(crate) fn shown(text: &str) -> String {
+pub fn shown(text: &str) -> String {
     const LIMIT: usize = 200;
     // Hidden before it is cut, or the beginning of a secret could be left; and after it is cleaned too, for a server that has done that.
     let text = cleaned(&hidden(text.trim()));

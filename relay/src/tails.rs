@@ -1,8 +1,13 @@
 //! Looking for events in the tails of their streams, by event id and timestamp: after a batch whose replies nobody read, and after a
-//! change of owner. One command at a time; replies are fed in.
+//! change of owner. One command at a time; replies are fed in, in pieces.
 
+mod pieces;
+
+use self::pieces::{Info, Name, Page};
+use crate::bounds::Bounds;
 use crate::classify::{self, Class, Failure};
 use crate::encode::{append_command, hyphenated, rfc3339};
+use crate::replies::{Piece, Reply};
 use redis::Value;
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
@@ -14,6 +19,8 @@ const DEPTH: usize = 100_000;
 /// small ones.
 const PAGE_BYTES: usize = 256 * 1024;
 const FIRST_PAGE: usize = 1;
+/// What is looked through in all. Then no further back than to the end of each stream's first page.
+const MOST_BYTES: u64 = 16 << 30;
 const MOST_OF_A_PAGE: usize = 200;
 
 /// An event that is looked for.
@@ -25,9 +32,6 @@ pub struct Wanted {
     pub created_at_us: i64,
     pub purpose: Purpose,
 }
-
-/// An entry's fields by which an event is known.
-type Name = ([u8; 36], [u8; 32]);
 
 impl Wanted {
     fn name(&self) -> Name {
@@ -50,6 +54,15 @@ pub struct Search {
     /// Those before it are done.
     at: usize,
     found: Vec<bool>,
+    /// What has been looked through.
+    bytes: u64,
+    /// The reply that is coming in.
+    reading: Option<Reading>,
+}
+
+enum Reading {
+    Page(Page),
+    Info(Info),
 }
 
 struct Tail {
@@ -93,6 +106,8 @@ impl Search {
             tails,
             at: 0,
             found: vec![false; wanted.len()],
+            bytes: 0,
+            reading: None,
         }
     }
 
@@ -115,76 +130,134 @@ impl Search {
         true
     }
 
-    /// Takes in the reply of the last command. An error is that of the backend.
-    pub fn reply(&mut self, value: Value) -> Result<(), Failure> {
+    /// What the reply to the last command may have.
+    pub fn bounds(&self) -> Bounds {
+        match self.tails.get(self.at) {
+            Some(tail) if tail.asks_for_info => Bounds::INFO,
+            _ => Bounds::ENTRIES,
+        }
+    }
+
+    /// Takes in the reply of the last command, or some pieces of it. Whether that is all of it. An error is that of the backend.
+    pub fn reply(&mut self, reply: Reply<'_>) -> Result<bool, Failure> {
+        for piece in reply.pieces() {
+            if self.piece(piece)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    fn piece(&mut self, piece: Piece<'_>) -> Result<bool, Failure> {
         let Some(tail) = self.tails.get_mut(self.at) else {
-            return Ok(());
+            return Ok(true);
         };
-        if tail.asks_for_info {
-            match value {
-                Value::ServerError(error) => is_no_stream(&error)?,
-                info => {
-                    if is_thinned(&info) {
-                        let newest = tail.newest.take().filter(|(id, _)| is_last_added(&info, id));
-                        // Nothing was added behind an older event's entry, so this one was not.
-                        let is_behind = |time: &[u8; 32]| newest.as_ref().is_some_and(|(_, newest)| newest < time);
-                        let unseen = tail.wanted.drain().filter(|((_, time), _)| !is_behind(time));
-                        let unseen = unseen.flat_map(|(_, events)| events);
-                        let appended = unseen.filter(|(_, purpose)| *purpose == Purpose::Settle);
-                        appended.for_each(|(index, _)| self.found[index] = true);
-                    }
+        match (&mut self.reading, piece) {
+            (None, Piece::Line(line)) => return self.line(Reply::new(line).value()?).map(|()| true),
+            (None, Piece::Array(items)) if tail.asks_for_info => {
+                self.reading = (items > 0).then(|| Reading::Info(Info::of(items)));
+                if items == 0 {
+                    self.end_of_info(&Info::default());
                 }
             }
-            self.at += 1;
-            return Ok(());
+            (None, Piece::Array(entries)) if entries <= MOST_OF_A_PAGE as u64 => {
+                self.reading = (entries > 0).then(|| Reading::Page(Page::of(entries)));
+                if entries == 0 {
+                    self.end_of_page(&Page::of(0));
+                }
+            }
+            (None, _) => return Err(unexpected(tail)),
+            (Some(Reading::Page(page)), piece) => {
+                if let Some(entry) = page.take(piece)? {
+                    tail.entry(entry, &mut self.found);
+                }
+                if page.is_whole()
+                    && let Some(Reading::Page(page)) = self.reading.take()
+                {
+                    self.end_of_page(&page);
+                }
+            }
+            (Some(Reading::Info(info)), piece) => {
+                info.take(piece);
+                if info.is_whole()
+                    && let Some(Reading::Info(info)) = self.reading.take()
+                {
+                    self.end_of_info(&info);
+                }
+            }
         }
-        let entries = match value {
-            Value::Array(entries) => entries,
-            Value::ServerError(error) => {
+        Ok(self.reading.is_none())
+    }
+
+    /// A reply that is no array.
+    fn line(&mut self, value: Value) -> Result<(), Failure> {
+        match (value, self.tails.get(self.at)) {
+            (Value::ServerError(error), _) => {
                 is_no_stream(&error)?;
                 self.at += 1;
-                return Ok(());
             }
-            _ => return Err(Failure::backend("unexpected reply to XREVRANGE")),
-        };
-        let is_last = entries.len() < tail.page || tail.looked + entries.len() >= DEPTH;
-        let mut bytes = 0;
-        for entry in &entries {
-            let Value::Array(parts) = entry else { continue };
-            let [Value::BulkString(id), Value::Array(fields)] = parts.as_slice() else {
-                continue;
-            };
-            let name = name(fields);
-            if tail.oldest.is_none() {
-                tail.newest = name.map(|(_, time)| (id.clone(), time));
-            }
-            tail.oldest = Some(id.clone());
-            bytes += size(fields);
-            if let Some(name) = name
-                && let Entry::Occupied(mut events) = tail.wanted.entry(name)
-            {
-                if let Some((index, _)) = events.get_mut().pop_front() {
-                    self.found[index] = true;
-                }
-                if events.get().is_empty() {
-                    events.remove();
-                }
-            }
+            (_, Some(tail)) => return Err(unexpected(tail)),
+            (_, None) => {}
         }
-        tail.looked += entries.len();
-        tail.page = (PAGE_BYTES * entries.len() / bytes.max(1)).clamp(1, MOST_OF_A_PAGE);
+        Ok(())
+    }
+
+    fn end_of_info(&mut self, info: &Info) {
+        let Some(tail) = self.tails.get_mut(self.at) else {
+            return;
+        };
+        if info.is_thinned() {
+            let newest = tail.newest.take().filter(|(id, _)| info.is_last_added(id));
+            // Nothing was added behind an older event's entry, so this one was not.
+            let is_behind = |time: &[u8; 32]| newest.as_ref().is_some_and(|(_, newest)| newest < time);
+            let unseen = tail.wanted.drain().filter(|((_, time), _)| !is_behind(time));
+            let unseen = unseen.flat_map(|(_, events)| events);
+            let appended = unseen.filter(|(_, purpose)| *purpose == Purpose::Settle);
+            appended.for_each(|(index, _)| self.found[index] = true);
+        }
+        self.at += 1;
+    }
+
+    fn end_of_page(&mut self, page: &Page) {
+        let Some(tail) = self.tails.get_mut(self.at) else {
+            return;
+        };
+        self.bytes = self.bytes.saturating_add(page.bytes);
+        let is_enough = tail.looked + page.entries >= DEPTH || self.bytes >= MOST_BYTES;
+        let is_last = page.entries < tail.page || is_enough;
+        tail.looked += page.entries;
+        tail.page = (PAGE_BYTES * page.entries / (page.bytes as usize).max(1)).clamp(1, MOST_OF_A_PAGE);
         let mut left = tail.wanted.values().flatten();
         if is_last && left.any(|(_, purpose)| *purpose == Purpose::Settle) {
             tail.asks_for_info = true;
         } else if is_last || tail.wanted.is_empty() {
             self.at += 1;
         }
-        Ok(())
     }
 
     /// Whether each wanted event was found.
     pub fn into_found(self) -> Vec<bool> {
         self.found
+    }
+}
+
+impl Tail {
+    fn entry(&mut self, entry: pieces::Entry, found: &mut [bool]) {
+        let pieces::Entry { id, name } = entry;
+        if self.oldest.is_none() {
+            self.newest = name.map(|(_, time)| (id.clone(), time));
+        }
+        self.oldest = Some(id);
+        if let Some(name) = name
+            && let Entry::Occupied(mut events) = self.wanted.entry(name)
+        {
+            if let Some((index, _)) = events.get_mut().pop_front() {
+                found[index] = true;
+            }
+            if events.get().is_empty() {
+                events.remove();
+            }
+        }
     }
 }
 
@@ -201,45 +274,7 @@ fn is_no_stream(error: &redis::ServerError) -> Result<(), Failure> {
     missing.then_some(()).ok_or_else(|| failure.not_of_an_event())
 }
 
-fn name(fields: &[Value]) -> Option<Name> {
-    let field = |wanted: &[u8]| {
-        fields.chunks_exact(2).find_map(|pair| match pair {
-            [Value::BulkString(name), Value::BulkString(value)] if name == wanted => Some(value.as_slice()),
-            _ => None,
-        })
-    };
-    Some((
-        field(b"event_id")?.try_into().ok()?,
-        field(b"timestamp")?.try_into().ok()?,
-    ))
-}
-
-fn size(fields: &[Value]) -> usize {
-    let bytes = |value: &Value| match value {
-        Value::BulkString(bytes) => bytes.len(),
-        _ => 0,
-    };
-    fields.iter().map(bytes).sum()
-}
-
-/// Whether entries of a stream have been removed since they were added. Servers before 7.0 do not count those that were added: there,
-/// any stream that has ever had one may be.
-fn is_thinned(info: &Value) -> bool {
-    let field = |name| field_of(info, name);
-    match (field(b"length"), field(b"entries-added"), field(b"last-generated-id")) {
-        (Some(Value::Int(length)), Some(Value::Int(added)), _) => added > length,
-        (_, _, Some(Value::BulkString(last))) => last != b"0-0",
-        _ => true,
-    }
-}
-
-/// Whether no entry was ever added behind this one.
-fn is_last_added(info: &Value, id: &[u8]) -> bool {
-    matches!(field_of(info, b"last-generated-id"), Some(Value::BulkString(last)) if last == id)
-}
-
-fn field_of<'a>(info: &'a Value, name: &[u8]) -> Option<&'a Value> {
-    let Value::Array(items) = info else { return None };
-    let is_it = |pair: &&[Value]| matches!(&pair[0], Value::BulkString(n) if n == name);
-    items.chunks_exact(2).find(is_it).map(|pair| &pair[1])
+fn unexpected(tail: &Tail) -> Failure {
+    let command = if tail.asks_for_info { "XINFO" } else { "XREVRANGE" };
+    Failure::backend(format!("unexpected reply to {command}"))
 }

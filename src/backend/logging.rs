@@ -10,7 +10,7 @@ use std::cell::RefCell;
 use std::time::Duration;
 
 /// The same trouble is logged again after this long.
-const REPEAT_LOG_AFTER: Duration = Duration::from_secs(60);
+pub(super) const REPEAT_LOG_AFTER: Duration = Duration::from_secs(60);
 /// Most different troubles in one state that are logged within that time.
 const LOGGED_TROUBLES: usize = 8;
 

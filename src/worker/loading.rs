@@ -9,7 +9,7 @@ use crate::outbox::BackendRow;
 use crate::ownership::Identity;
 use crate::process::{self, Aborted, log};
 use crate::shmem::{self, SlotState};
-use crate::{catalog, copies, foreign, numbers, outbox, recovery, refused, sequence};
+use crate::{catalog, copies, foreign, numbers, outbox, recovery, refused, sequence, unguarded};
 use pgrx::pg_sys;
 use relay::delivery::{Mode, Now};
 use relay::slot::slot_of;
@@ -212,6 +212,7 @@ impl Worker {
         }
         process::transaction(copies::note_copy)?;
         self.identity = Identity::establish()?;
+        relay::bounds::expect_running(running_at_most());
         self.generation = u64::MAX;
         Ok(self.identity.is_some())
     }
@@ -370,4 +371,11 @@ fn missing_lanes<'a>(backends: impl Iterator<Item = &'a Backend> + Clone, home: 
         }
     }
     missing
+}
+
+/// Transactions that may run at once in this server.
+fn running_at_most() -> usize {
+    // SAFETY: set when the server started.
+    let (sessions, prepared) = unsafe { (pg_sys::MaxBackends, unguarded::max_prepared_xacts) };
+    sessions.max(0) as usize + prepared.max(0) as usize
 }

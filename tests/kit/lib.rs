@@ -17,7 +17,7 @@
 //! - [`Cluster`] three masters with their replicas, and what a ledger says of many streams ([`cluster`])
 //! - [`Dice`] chance that a seed repeats ([`dice`])
 //! - [`Authority`] certificates, and Redis servers that speak TLS ([`tls`])
-//! - [`BlackHole`], [`Garbage`], [`Eavesdropper`] Redis servers that never were ([`hostile`])
+//! - [`BlackHole`], [`Garbage`], [`Eavesdropper`] Redis servers that never were ([`hostile`]); [`Liar`] one that lies ([`liar`])
 //!
 //! `scripts/test` prepares what the kit needs and names it in the environment ([`env`]): start the tests with it
 //! (`make test`). Every server runs below one temporary directory, so that the script can end whatever a test
@@ -31,6 +31,7 @@ pub mod faults;
 pub mod guard;
 pub mod hostile;
 pub mod ledger;
+pub mod liar;
 pub mod owners;
 pub mod persistence;
 mod port;
@@ -52,6 +53,7 @@ pub use dice::Dice;
 pub use guard::{Guard, UNTRIMMED};
 pub use hostile::{BlackHole, Eavesdropper, Garbage};
 pub use ledger::{Ledger, Load, Verdict};
+pub use liar::{Liar, Lie};
 pub use persistence::Saved;
 pub use postgres::{Mode, Postgres};
 pub use proxy::{Proxy, Way};

@@ -20,6 +20,9 @@ const LATE_BITS: u32 = 32;
 /// Numbers stay within a bigint; then there have been 2^30 claims more.
 const LAST_NUMBER: u64 = i64::MAX as u64;
 
+/// A guard that says that it was claimed more often is somebody's invention: after it, numbers would soon be used up.
+pub const MOST_EPOCHS: u64 = 1 << 30;
+
 const LATE: u64 = EARLY_EPOCHS << EARLY_BITS;
 
 /// The claim in whose name a batch was numbered.

@@ -2,6 +2,7 @@
 
 use crate::classify::{Failure, Trouble};
 use crate::destination::Address;
+use crate::replies::Reply;
 use redis::Value;
 
 /// The reply to SENTINEL GET-MASTER-ADDR-BY-NAME; `None`: it knows none of that name.
@@ -10,9 +11,9 @@ pub fn primary_in(reply: Value) -> Result<Option<Address>, Failure> {
         Value::Nil => Ok(None),
         Value::Array(parts) => match parts.as_slice() {
             [Value::BulkString(host), Value::BulkString(port)] => {
-                let host = String::from_utf8_lossy(host).into_owned();
+                let host = host_in(host)?;
                 let port = std::str::from_utf8(port).ok().and_then(|port| port.parse().ok());
-                let port = port.filter(|_| !host.is_empty()).ok_or_else(no_sentinel)?;
+                let port = port.filter(|port| *port > 0).ok_or_else(no_sentinel)?;
                 Ok(Some(Address::Tcp { host, port }))
             }
             _ => Err(no_sentinel()),
@@ -23,6 +24,26 @@ pub fn primary_in(reply: Value) -> Result<Option<Address>, Failure> {
 
 fn no_sentinel() -> Failure {
     Failure::configuration("unexpected reply, as from no sentinel")
+}
+
+/// The name or address of a host, as a server tells it. Whatever else it tells is connected to by nobody, and shown by nobody as an address.
+fn host_in(told: &[u8]) -> Result<String, Failure> {
+    let host = std::str::from_utf8(told).ok().filter(|host| is_host(host));
+    host.map(str::to_owned).ok_or_else(|| {
+        let shown: String = String::from_utf8_lossy(&told[..told.len().min(60)]).into_owned();
+        let cut = if told.len() > 60 { "..." } else { "" };
+        let size = told.len();
+        Failure::configuration(format!(
+            "it names a host that can be none: \"{shown}{cut}\" ({size} bytes)"
+        ))
+    })
+}
+
+/// Letters, digits, and what stands between them in names and in addresses.
+fn is_host(host: &str) -> bool {
+    const LONGEST: usize = 253;
+    let is_part = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_' | b':' | b'%');
+    (1..=LONGEST).contains(&host.len()) && host.bytes().all(is_part)
 }
 
 /// Whether the reply to HELLO says so: pairs of a name and a value, one of them `role`.
@@ -40,50 +61,47 @@ pub fn redirect_in(message: &str) -> Option<(u16, Address)> {
     let (host, port) = words.next()?.rsplit_once(':')?;
     let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
     let port = port.parse().ok().filter(|port| *port > 0)?;
-    (!host.is_empty()).then_some((slot, Address::Tcp { host, port }))
+    is_host(&host).then_some((slot, Address::Tcp { host, port }))
 }
 
 /// Slots that one master serves.
 pub struct Range {
     pub slots: std::ops::RangeInclusive<u16>,
-    pub master: Address,
+    /// An error: what is told of it is no address.
+    pub master: Result<Address, Failure>,
 }
 
 /// The reply to CLUSTER SLOTS: ranges, each `[first, last, [host, port, ...] of the master, ...]`. A host that is not told is the
 /// one that was asked.
-pub fn ranges_in(reply: &Value, asked: &Address) -> Result<Vec<Range>, Failure> {
-    let no_cluster = || Failure::of(Trouble::NodeRefuses, "unexpected reply, as from no node of a cluster");
-    let Value::Array(ranges) = reply else {
-        return Err(no_cluster());
+pub fn ranges_in<'a>(
+    reply: Reply<'a>,
+    asked: &'a Address,
+) -> Result<impl Iterator<Item = Result<Range, Failure>> + 'a, Failure> {
+    let ranges = reply.items().ok_or_else(no_cluster)?;
+    Ok(ranges.map(|range| range_in(range, asked).unwrap_or_else(|| Err(no_cluster()))))
+}
+
+fn no_cluster() -> Failure {
+    Failure::of(Trouble::NodeRefuses, "unexpected reply, as from no node of a cluster")
+}
+
+fn range_in(range: Reply<'_>, asked: &Address) -> Option<Result<Range, Failure>> {
+    let mut parts = range.items()?;
+    let mut slot = || u16::try_from(parts.next()?.number()?).ok();
+    let slots = slot()?..=slot()?;
+    let mut master = parts.next()?.items()?;
+    let (host, port) = (master.next()?, master.next()?.number()?);
+    let port = u16::try_from(port).ok()?;
+    let host = match host.string() {
+        None if host.is_nil() => b"",
+        host => host?,
     };
-    let mut found = Vec::with_capacity(ranges.len());
-    for range in ranges {
-        let Value::Array(parts) = range else {
-            return Err(no_cluster());
-        };
-        let [Value::Int(first), Value::Int(last), Value::Array(master), ..] = parts.as_slice() else {
-            return Err(no_cluster());
-        };
-        let [host, Value::Int(port), ..] = master.as_slice() else {
-            return Err(no_cluster());
-        };
-        let slot = |number: &i64| u16::try_from(*number).map_err(|_| no_cluster());
-        let host = match host {
-            Value::BulkString(host) => String::from_utf8_lossy(host).into_owned(),
-            Value::Nil => String::new(),
-            _ => return Err(no_cluster()),
-        };
-        let host = match (host.as_str(), asked) {
-            ("" | "?", Address::Tcp { host, .. }) => host.clone(),
-            _ => host,
-        };
-        let port = u16::try_from(*port).map_err(|_| no_cluster())?;
-        found.push(Range {
-            slots: slot(first)?..=slot(last)?,
-            master: Address::Tcp { host, port },
-        });
-    }
-    Ok(found)
+    let host = match (host, asked) {
+        (b"" | b"?", Address::Tcp { host, .. }) => Ok(host.clone()),
+        (host, _) => host_in(host),
+    };
+    let master = host.map(|host| Address::Tcp { host, port });
+    Some(Ok(Range { slots, master }))
 }
 
 #[cfg(test)]
@@ -117,32 +135,73 @@ mod tests {
         assert!(!is_replica(&Value::Nil) && !is_replica(&Value::Array(vec![text("role")])));
     }
 
+    fn ranges(reply: &[u8]) -> Result<Vec<Range>, Failure> {
+        let asked = Address::of_node("here:7").unwrap();
+        ranges_in(Reply::new(reply), &asked)?.collect()
+    }
+
     #[test]
     fn ranges_have_masters_whose_host_may_be_the_one_asked() {
-        let node = |host: Value, port| Value::Array(vec![host, Value::Int(port), text("id"), Value::Array(vec![])]);
-        let range = |first, last, host, port| {
-            let replica = node(text("10.0.0.9"), 1);
-            Value::Array(vec![Value::Int(first), Value::Int(last), node(host, port), replica])
+        let range = |first: i64, last: i64, host: &str, port: i64| {
+            let replica = "*2\r\n$8\r\n10.0.0.9\r\n:1\r\n";
+            format!(
+                "*4\r\n:{first}\r\n:{last}\r\n*4\r\n{host}\r\n:{port}\r\n$2\r\nid\r\n*1\r\n*2\r\n$1\r\na\r\n$1\r\nb\r\n{replica}"
+            )
         };
-        let asked = Address::of_node("here:7").unwrap();
-        let reply = Value::Array(vec![
-            range(0, 5, text("10.0.0.1"), 1),
-            range(6, 6, Value::Nil, 2),
-            range(7, 16_383, text("?"), 3),
-        ]);
-        let ranges = ranges_in(&reply, &asked).unwrap();
-        let found: Vec<_> = ranges.iter().map(|r| (*r.slots.end(), r.master.to_string())).collect();
+        let reply = [
+            "*3\r\n".to_owned(),
+            range(0, 5, "$8\r\n10.0.0.1", 1),
+            range(6, 6, "$-1", 2),
+            range(7, 16_383, "$1\r\n?", 3),
+        ]
+        .concat();
+        let found = ranges(reply.as_bytes()).unwrap();
+        let found: Vec<_> = found
+            .iter()
+            .map(|r| (*r.slots.end(), r.master.as_ref().unwrap().to_string()))
+            .collect();
         let expected = [(5, "10.0.0.1:1"), (6, "here:2"), (16_383, "here:3")].map(|(end, m)| (end, m.to_owned()));
         assert_eq!(found, expected);
         for nonsense in [
-            Value::Nil,
-            Value::Array(vec![Value::Int(1)]),
-            Value::Array(vec![Value::Array(vec![Value::Int(1)])]),
-            Value::Array(vec![range(-1, 5, text("a"), 1)]),
-            Value::Array(vec![range(0, 5, text("a"), 70_000)]),
-            Value::Array(vec![range(0, 5, Value::Int(1), 1)]),
+            "$-1\r\n".to_owned(),
+            "*1\r\n:1\r\n".to_owned(),
+            "*1\r\n*1\r\n:1\r\n".to_owned(),
+            format!("*1\r\n{}", range(-1, 5, "$1\r\na", 1)),
+            format!("*1\r\n{}", range(0, 5, "$1\r\na", 70_000)),
+            format!("*1\r\n{}", range(0, 5, ":1", 1)),
         ] {
-            assert!(ranges_in(&nonsense, &asked).is_err(), "{nonsense:?}");
+            assert!(ranges(nonsense.as_bytes()).is_err(), "{nonsense:?}");
+        }
+    }
+
+    /// What an address could do to a log, a view or a terminal, and what is too long for one.
+    #[test]
+    fn what_is_no_host_is_no_address() {
+        let long = "a".repeat(254);
+        for host in [
+            "",
+            " ",
+            "a b",
+            "a\r\nb",
+            "a\x1b[2J",
+            "a\0",
+            "\u{202e}a",
+            "zażółć",
+            "a/b",
+            "\"",
+            &long,
+        ] {
+            let failure = primary_in(Value::Array(vec![text(host), text("1")])).unwrap_err();
+            assert!(failure.message.contains("a host that can be none"), "{failure}");
+            assert!(!failure.message.chars().any(char::is_control), "{failure}");
+            let reply = format!("*1\r\n*3\r\n:0\r\n:5\r\n*2\r\n${}\r\n{host}\r\n:1\r\n", host.len());
+            let found = ranges(reply.as_bytes()).unwrap();
+            assert_eq!(found[0].master.is_err(), !host.is_empty(), "{host:?}");
+            assert_eq!(redirect_in(&format!("MOVED 7 {host}:1")), None, "{host:?}");
+        }
+        let longest = format!("{}.example", "a".repeat(245));
+        for host in ["a", "10.0.0.1", "fe80::1%eth0", "redis_1.internal.", &longest] {
+            assert!(primary_in(Value::Array(vec![text(host), text("1")])).is_ok(), "{host}");
         }
     }
 

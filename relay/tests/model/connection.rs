@@ -4,7 +4,7 @@ use super::redis::{GUARD, Redis, Words, append_reply, parse};
 use redis::Value;
 use relay::classify::Failure;
 use relay::conversation::{Conversation, Replicas};
-use relay::replies::Reply;
+use relay::replies::Inbox;
 use relay::sender::{Order, Report};
 use std::collections::VecDeque;
 
@@ -96,11 +96,20 @@ impl Connection {
         };
         let mut bytes = Vec::new();
         append_reply(&mut bytes, &value);
-        let outcome = self.conversation.reply(Reply::new(&bytes), &mut self.heard);
+        let mut inbox = Inbox::default();
+        inbox.receive(&bytes);
+        // As a whole or in pieces; within bounds, as an honest server is.
+        let mut outcome = Ok(());
+        while outcome.is_ok() {
+            let taken = inbox.take(&self.conversation.bounds()).expect("a reply within bounds");
+            let Some(taken) = taken else { break };
+            outcome = self.conversation.reply(inbox.reply(taken), &mut self.heard);
+        }
         self.reports.extend(self.heard.drain(..));
         if let Err(failure) = outcome {
             self.lose(failure);
         } else {
+            assert!(inbox.rest().is_empty() && inbox.is_between_replies(), "{value:?}");
             self.write();
         }
         true

@@ -1,0 +1,90 @@
+//! How large a reply may be. Nobody who was asked this has more to say, so whoever says more is not believed, and nothing is allocated for it.
+//!
+//! A reply's bytes, items and depth are counted as they arrive: by its headers first, which say what is to come. What a search looks through
+//! (entries of others, as large as they like) is not kept as a whole but taken in pieces.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Also in any other reply: how long a line may be. Redis's errors have some hundred bytes.
+pub const MAX_LINE: usize = 16 * 1024;
+/// In pieces: strings up to this are kept. What a search wants to know is shorter.
+pub const KEPT_STRING: usize = 128;
+
+const LEAST_GUARD_BYTES: usize = 256 * 1024;
+static GUARD_BYTES: AtomicUsize = AtomicUsize::new(0);
+
+/// So many transactions may run at once in this server. To be told before a guard is read.
+pub fn expect_running(transactions: usize) {
+    /// Two positions of two snapshots each, with ids of up to 15 digits and a comma.
+    const OF_EACH: usize = 4 * 16;
+    GUARD_BYTES.store(transactions.saturating_mul(OF_EACH), Ordering::Relaxed);
+}
+
+/// What the reply to one command may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bounds {
+    /// The command, for the words of an error.
+    pub to: &'static str,
+    /// As received.
+    pub bytes: usize,
+    /// Of all of its arrays together.
+    pub items: usize,
+    /// Arrays within each other.
+    pub depth: usize,
+    /// Taken piece by piece: the header of an array, a string, a line; of a long string its header alone. Of the whole no more is kept.
+    pub in_pieces: bool,
+}
+
+impl Bounds {
+    const fn new(to: &'static str, bytes: usize, items: usize, depth: usize) -> Self {
+        Self {
+            to,
+            bytes,
+            items,
+            depth,
+            in_pieces: false,
+        }
+    }
+
+    /// A status, a number or an error.
+    pub const fn line(to: &'static str) -> Self {
+        Self::new(to, MAX_LINE, 0, 0)
+    }
+
+    /// Any: for what has been received as a whole.
+    pub const ANY: Self = Self::new("a command", usize::MAX, usize::MAX, usize::MAX);
+    /// An entry's id.
+    pub const XADD: Self = Self::line("XADD");
+    pub const TOKEN: Self = Self::new("HMGET of the guard", MAX_LINE + 64, 1, 1);
+    pub const CLAIM: Self = Self::new("EXEC of a claim", 4 * MAX_LINE, 3, 1);
+    /// Its modules, each with its arguments.
+    pub const HELLO: Self = Self::new("HELLO", 64 * 1024, 2_048, 6);
+    pub const MASTER: Self = Self::new("SENTINEL GET-MASTER-ADDR-BY-NAME", MAX_LINE + 64, 2, 1);
+    /// A range of slots with a master and two replicas has 200 to 300 bytes.
+    pub const SLOTS: Self = Self::new("CLUSTER SLOTS", 1024 * 1024, 256 * 1024, 6);
+    pub const ENTRIES: Self = Self::pieces("XREVRANGE");
+    pub const INFO: Self = Self::pieces("XINFO STREAM");
+
+    /// Fields and values. A position names the transactions that are running: so it may be as long as this server's can be, or another's that has some
+    /// thousand that write.
+    pub fn guard() -> Self {
+        let bytes = GUARD_BYTES.load(Ordering::Relaxed).max(LEAST_GUARD_BYTES);
+        Self::new("HGETALL of the guard", bytes, 64, 1)
+    }
+
+    /// Of a batch: an id of an entry or an error each, and a number.
+    pub const fn executed(commands: usize) -> Self {
+        /// An error names a key at most.
+        const OF_EACH: usize = 512;
+        Self::new("EXEC", 4 * MAX_LINE + commands * OF_EACH, commands + 1, 1)
+    }
+
+    const fn pieces(to: &'static str) -> Self {
+        /// Two hundred entries of a few MB.
+        const BYTES: usize = 1 << 30;
+        Self {
+            in_pieces: true,
+            ..Self::new(to, BYTES, usize::MAX, 6)
+        }
+    }
+}

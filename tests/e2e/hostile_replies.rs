@@ -1,0 +1,192 @@
+//! Servers that answer more than anybody has asked for: nothing of it is believed, no memory is taken for it, and others go on.
+
+use std::time::{Duration, Instant};
+
+use kit::{Liar, Lie, Postgres, QUICK, Redis, Stack, standing, types, wait_drained, wait_trouble, wait_until};
+
+/// Memory of its own in kilobytes: neither shared memory nor files.
+fn own_memory_kb(pid: i32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the worker lives");
+    let line = status.lines().find(|line| line.starts_with("RssAnon:"));
+    let kb = line.and_then(|line| line.split_whitespace().nth(1)?.parse().ok());
+    kb.expect("a number of kB")
+}
+
+/// The commands that the relay has an answer of, each at its time.
+const ASKED: [&str; 14] = [
+    "AUTH",
+    "SELECT",
+    "CLIENT",
+    "PING",
+    "WATCH",
+    "HGETALL",
+    "HMGET",
+    "MULTI",
+    "XADD",
+    "EXEC",
+    "XREVRANGE",
+    "XINFO",
+    "SENTINEL",
+    "CLUSTER",
+];
+
+/// Lies when it is asked this for the first time on a connection, or for a later one of its kind where that matters.
+fn lies_to(command: &'static str, lie: Lie) -> impl FnMut(&[String]) -> Option<Lie> + Send + 'static {
+    let (mut is_known, mut has_sent) = (false, false);
+    move |words| {
+        let asked = words[0].to_ascii_uppercase();
+        let looks = matches!(command, "XREVRANGE" | "XINFO");
+        match asked.as_str() {
+            // A server that has lost its guard is searched for what it may have had.
+            "EXEC" if looks && has_sent && !is_known => {
+                is_known = true;
+                return Some(Lie::Close);
+            }
+            "HGETALL" if command == "XREVRANGE" && is_known => return Lie::say("*0\r\n"),
+            // Its guard says that a batch was appended, and the stream has none of it.
+            "XREVRANGE" if command == "XINFO" => return Lie::say("*0\r\n"),
+            "XADD" => has_sent = true,
+            _ => {}
+        }
+        (asked == command).then(|| lie.clone())
+    }
+}
+
+fn endless() -> Vec<(&'static str, Lie)> {
+    let flood = |begin: &str, more: &str| Lie::flood(begin, more).expect("a lie");
+    let field = format!("$300000\r\n{}\r\n", "x".repeat(300_000));
+    let nested = "*2\r\n$3\r\n1-0\r\n";
+    vec![
+        ("80,000,000 empty strings", flood("*80000000\r\n", "$0\r\n\r\n")),
+        ("a string of 250 MB", flood("$250000000\r\n", "x")),
+        ("arrays within each other", flood("", "*1\r\n")),
+        ("wide arrays within each other", flood("", "*1000000\r\n")),
+        ("digits without end", flood("$", "1")),
+        ("a number without end", flood(":", "1")),
+        ("a status without end", flood("+", "x")),
+        ("an error without end", flood("-ERR ", "x")),
+        ("a push type", flood("", ">1000\r\n$1\r\na\r\n")),
+        ("an attribute", flood("", "|1\r\n$1\r\na\r\n$1\r\nb\r\n")),
+        ("a map", flood("%80000000\r\n", "$0\r\n\r\n")),
+        ("the largest size", flood("$9223372036854775807\r\n", "x")),
+        ("the largest array", flood("*9223372036854775807\r\n", ":1\r\n")),
+        ("a negative array", flood("*-2\r\n", ":1\r\n")),
+        ("a negative size", flood("$-2147483648\r\n", "x")),
+        ("large fields", flood("*30\r\n", &field)),
+        ("replies that nobody asked for", flood("", "+OK\r\n")),
+        (
+            "an entry with fields by the million",
+            flood(&format!("*1\r\n{nested}*80000000\r\n"), "$0\r\n\r\n"),
+        ),
+        (
+            "entries without end",
+            flood("*99999999\r\n", &format!("{nested}*0\r\n")),
+        ),
+        (
+            "an error for each",
+            flood("*101\r\n", &format!("-ERR {}\r\n", "e".repeat(16_000))),
+        ),
+    ]
+}
+
+/// Twenty at once, of which each floods another question with each kind in turn: a worker's memory stays within 32 MiB of what it is when idle, and
+/// a backend that is well hears nothing of it.
+#[test]
+fn no_flood_takes_memory_or_the_time_of_others() {
+    const LIMIT_KB: u64 = 32 * 1_024;
+    let stack = Stack::of(
+        Postgres::with(QUICK).with(&[("outbox_relay.redis_socket_timeout", "2s")]),
+        Redis::start(),
+    );
+    stack.publish("first");
+    stack.wait_events(1);
+    wait_drained(&stack.pg, "default");
+    let worker = stack.pg.wait_worker("postgres");
+    let idle_kb = own_memory_kb(worker);
+    let (mut client, mut published) = (stack.pg.client(), 1);
+    let (mut most_kb, mut latencies) = (idle_kb, Vec::new());
+    let kinds = endless();
+    for round in 0..3 {
+        let liars: Vec<(Liar, &str)> = (0..20)
+            .map(|n| {
+                // Each question is flooded by each kind, in as many rounds as there are; here by some, and HGETALL by all.
+                let command = if round == 0 {
+                    "HGETALL"
+                } else {
+                    ASKED[(n + 5 * round) % ASKED.len()]
+                };
+                (
+                    Liar::start(lies_to(command, kinds[(n * round.max(1) + round) % 20].1.clone())),
+                    command,
+                )
+            })
+            .collect();
+        for (n, (liar, command)) in liars.iter().enumerate() {
+            let (host, nodes, mode) = match *command {
+                "SENTINEL" => ("null", format!("'{{127.0.0.1:{}}}'", liar.port()), "'sentinel', 'm'"),
+                "CLUSTER" => ("null", format!("'{{127.0.0.1:{}}}'", liar.port()), "'cluster', null"),
+                _ => ("'127.0.0.1'", "null".to_owned(), "'standalone', null"),
+            };
+            let port = if host == "null" {
+                "null".to_owned()
+            } else {
+                liar.port().to_string()
+            };
+            let db = if *command == "SELECT" { 1 } else { 0 };
+            stack.pg.exec(&format!(
+                "insert into outbox.backends (name, host, port, nodes, mode, sentinel_master, db)
+                values ('liar{round}_{n}', {host}, {port}, {nodes}, {mode}, {db});
+                select outbox.publish_event('t', 'kit', backend => 'liar{round}_{n}') from generate_series(1, 50);"
+            ));
+            if *command == "AUTH" {
+                stack.pg.exec(&format!(
+                    "select outbox.set_backend_password('liar{round}_{n}', 'secret')"
+                ));
+            }
+        }
+        let until = Instant::now() + Duration::from_secs(4);
+        while Instant::now() < until {
+            let start = Instant::now();
+            client
+                .execute("select outbox.publish_event('t', 'kit')", &[])
+                .expect("publish");
+            published += 1;
+            wait_until("the event of the backend that is well", || {
+                most_kb = most_kb.max(own_memory_kb(worker));
+                stack.redis.xlen("events") >= published
+            });
+            latencies.push(start.elapsed());
+        }
+        for (n, (liar, command)) in liars.iter().enumerate() {
+            assert!(liar.asked(command) > 0, "{command} was never asked");
+            let found = standing(&stack.pg, &format!("liar{round}_{n}"));
+            assert!(
+                matches!(found.state.as_str(), "backoff" | "misconfigured") && found.last_error.is_some(),
+                "{command}: {found:?}"
+            );
+            assert_eq!(
+                (found.pending, found.published, found.failed),
+                (50, 0, 0),
+                "{command}: {found:?}"
+            );
+        }
+        stack.pg.exec(
+            "delete from outbox.refused_events; delete from outbox.events where backend_number <> 1;
+            delete from outbox.backends where name <> 'default'",
+        );
+    }
+    latencies.sort();
+    let at = |share: f64| latencies[((latencies.len() - 1) as f64 * share) as usize];
+    println!(
+        "the worker had {idle_kb} kB when idle and {most_kb} kB at most; {} events of the other: p50 {:?}, p99 {:?}",
+        latencies.len(),
+        at(0.5),
+        at(0.99)
+    );
+    assert_eq!(stack.pg.wait_worker("postgres"), worker, "it has not died");
+    assert!(
+        most_kb < idle_kb + LIMIT_KB,
+        "{idle_kb} kB when idle, {most_kb} kB at most"
+    );
+    assert!(at(0.99) < Duration::from_secs(2), "{:?}", at(0.99));
+}
