@@ -13,20 +13,26 @@ use crate::rows::{EventsTable, Row, attribute};
 use crate::ticker;
 use crate::worker;
 use relay::claim::{Claimant, Decision, Incarnation, OnMissing, Start, Why, judge};
+use relay::classify::{Failure, Trouble};
 use relay::conversation::{Beginning, Claim};
-use relay::delivery::{Cursor, Now};
+use relay::delivery::{Cursor, Now, epoch_of};
 use relay::fault;
 use relay::guard::Guard;
 use relay::reader::{Position, RangeScan, Scan, Step, Table};
 use relay::refusal::Record;
 use relay::sender::Order;
+use relay::server_text::shown;
 use relay::snapshot::Tick;
 use relay::tails::{Purpose, Wanted};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Events that are compared with the streams' tails after a change of owner; and of those that were refused and wait, which are all compared,
 /// so many at a time.
 const COMPARED: usize = 100_000;
+
+/// No batch has more events (`outbox_relay.batch_size`).
+const MOST_OF_A_BATCH: usize = 10_000;
 
 /// An event that may stand in its stream already.
 pub struct Candidate {
@@ -52,10 +58,10 @@ pub fn step(backend: &mut Backend, identity: &Identity, latest: &Arc<Tick>, now:
 }
 
 fn decide(backend: &mut Backend, identity: &Identity, guard: Option<Guard>, now: Now) -> Result<(), Aborted> {
-    let incarnation = match &guard {
-        Some(guard) => process::transaction(|| identity.know(&guard.incarnation))?,
-        None => Incarnation::Unknown,
-    };
+    let (incarnation, reach) = process::transaction(|| {
+        let known = |guard: &Guard| identity.know(&guard.incarnation);
+        (guard.as_ref().map_or(Incarnation::Unknown, known), backend.reach())
+    })?;
     let row = backend.row.as_ref();
     let claimant = Claimant {
         incarnation,
@@ -66,6 +72,7 @@ fn decide(backend: &mut Backend, identity: &Identity, guard: Option<Guard>, now:
         copy: backend.is_copy(),
         paused: !backend.is_enabled(),
         number: backend.delivery.number(),
+        reach,
         on_missing: match row.map(|r| r.on_missing_guard.as_str()) {
             Some("halt") => OnMissing::Halt,
             Some("replay") => OnMissing::Replay,
@@ -77,6 +84,12 @@ fn decide(backend: &mut Backend, identity: &Identity, guard: Option<Guard>, now:
     match judge(guard.as_ref(), &claimant, &mut backend.watch, now) {
         Decision::Claim(start) => {
             let guard = guard.map(vouched).transpose()?;
+            if let (Start::Adopt | Start::Heal { .. }, Some(guard)) = (start, &guard)
+                && is_more_than_a_batch(backend, guard)?
+            {
+                disbelieve(backend, "previous", now);
+                return Ok(());
+            }
             // Before the guard is ours: whoever claims next would not know.
             match (start, &guard) {
                 (Start::Replay, _) => {
@@ -100,7 +113,11 @@ fn decide(backend: &mut Backend, identity: &Identity, guard: Option<Guard>, now:
                 }
                 _ => {}
             }
-            backend.begin_epoch(now);
+            let claimed = match (start, &guard) {
+                (Start::Compare(Why::OtherHistory), _) | (_, None) => 0,
+                (_, Some(guard)) => epoch_of(guard.number),
+            };
+            backend.begin_epoch(claimed, now);
             worker::save(std::slice::from_mut(backend), |_| true, now)?;
             let wal = ticker::flush();
             fault::reach("before_claim");
@@ -113,9 +130,23 @@ fn decide(backend: &mut Backend, identity: &Identity, guard: Option<Guard>, now:
             })));
             backend.claim = ClaimStage::Claiming(start, guard);
         }
+        Decision::Disbelieve(field) => disbelieve(backend, field, now),
         Decision::Wait { failure, retry_after } => backend.hold_off(failure, retry_after, now),
     }
     Ok(())
+}
+
+/// Somebody else has written this field of the guard.
+fn disbelieve(backend: &mut Backend, field: &str, now: Now) {
+    let key = backend.guard_key();
+    let text = format!("the guard says what this server has never written, in {field}: {key}");
+    backend.hold_off(Failure::of(Trouble::NoGuard, text), Duration::ZERO, now);
+}
+
+/// The guard speaks of one batch. Who believed that it was all that is retained would look for all of that.
+fn is_more_than_a_batch(backend: &Backend, guard: &Guard) -> Result<bool, Aborted> {
+    let (from, upto) = (&guard.previous, &guard.position);
+    care::transaction(|| between(backend, from, upto, MOST_OF_A_BATCH + 1, Purpose::Settle).len() > MOST_OF_A_BATCH)
 }
 
 /// A guard that an earlier run of the server has left may have seen numbers that were lost with it.
@@ -465,7 +496,8 @@ fn say_compared(backend: &Backend, why: Why, guard: Option<&Guard>, there: usize
             ),
             format!(
                 "Its streams were written last by the server at {} (timeline {}), up to a position that this one never had.",
-                guard.place, guard.timeline
+                shown(&guard.place),
+                guard.timeline
             ),
         ),
         (Why::Restored, _) => (

@@ -13,7 +13,7 @@
 
 use crate::classify::{Failure, Trouble};
 use crate::delivery::{Now, epoch_of};
-use crate::guard::Guard;
+use crate::guard::{Guard, Reach};
 use crate::place::{self, Likeness};
 use std::time::Duration;
 
@@ -62,6 +62,7 @@ pub struct Claimant<'a> {
     pub paused: bool,
     /// The last batch that is known to be appended; 0: it has never been the owner.
     pub number: u64,
+    pub reach: Reach,
     pub on_missing: OnMissing,
     /// Somebody asked for it.
     pub take_over: bool,
@@ -101,6 +102,8 @@ pub enum Why {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Decision {
     Claim(Start),
+    /// The guard says of itself that it is of our history, but this field of it can't be.
+    Disbelieve(&'static str),
     /// Look again after this long; zero: as after any failure.
     Wait {
         failure: Failure,
@@ -199,8 +202,7 @@ pub fn judge(guard: Option<&Guard>, us: &Claimant<'_>, watch: &mut Watch, now: N
     };
     let kinship = kinship(guard, us);
     if kinship == Kinship::Owner || us.take_over || (guard.released && kinship == Kinship::Heir) {
-        *watch = Watch::default();
-        return Decision::Claim(start(guard, us));
+        return claim(guard, us, watch);
     }
     let rest = watch.look(guard, now);
     if kinship == Kinship::Stranger {
@@ -210,8 +212,7 @@ pub fn judge(guard: Option<&Guard>, us: &Claimant<'_>, watch: &mut Watch, now: N
         };
     }
     if rest.is_zero() {
-        *watch = Watch::default();
-        return Decision::Claim(start(guard, us));
+        return claim(guard, us, watch);
     }
     let failure = match watch.moved {
         true => fenced(guard),
@@ -223,6 +224,17 @@ pub fn judge(guard: Option<&Guard>, us: &Claimant<'_>, watch: &mut Watch, now: N
     Decision::Wait {
         failure,
         retry_after: guard.interval.min(rest),
+    }
+}
+
+fn claim(guard: &Guard, us: &Claimant<'_>, watch: &mut Watch) -> Decision {
+    *watch = Watch::default();
+    let is_current = us.incarnation == Incarnation::Current;
+    match (start(guard, us), guard.beyond(&us.reach, is_current)) {
+        // Nothing that it says is gone by.
+        (start @ Start::Compare(Why::OtherHistory), _) => Decision::Claim(start),
+        (_, Some(field)) => Decision::Disbelieve(field),
+        (start, None) => Decision::Claim(start),
     }
 }
 
@@ -341,8 +353,17 @@ mod tests {
         }
     }
 
+    const REACH: Reach = Reach {
+        next_xid: 1_000,
+        highest_seq: 100,
+        wal: 200,
+        epoch: 1,
+        total: 50,
+    };
+
     fn us(incarnation: Incarnation) -> Claimant<'static> {
         Claimant {
+            reach: REACH,
             incarnation,
             system: "1",
             place: "here",
@@ -377,6 +398,69 @@ mod tests {
                 ..us(Incarnation::Current)
             };
             assert_eq!(once(Some(&guard()), &us), Decision::Claim(start));
+        }
+    }
+
+    #[test]
+    fn a_guard_of_our_history_that_says_what_cannot_be_is_not_believed() {
+        let position = |text: &str| text.parse::<Position>().unwrap();
+        type Forge = Box<dyn Fn(&mut Guard)>;
+        let forge = |f: fn(&mut Guard)| -> Forge { Box::new(f) };
+        let at = |text: &'static str| -> Forge { Box::new(move |g| g.position = position(text)) };
+        let before = |text: &'static str| -> Forge { Box::new(move |g| g.previous = position(text)) };
+        let forged: [(Forge, Option<&str>); 16] = [
+            (at("900:1000:/1000/100/100"), None),
+            (at("900:1001:/1000/100/100"), Some("position")),
+            (at("900:1000:/1001/100/100"), Some("position")),
+            (at("900:1000:/1000/101/101"), Some("position")),
+            (at("900:1000:/1000/100/101"), Some("position")),
+            (at("10:20:/20/1/2>900:1001:/1000/3/4@3"), Some("position")),
+            (at("10:20:/20/1/2>30:30:/30/3/4@101"), Some("position")),
+            (before("900:1000:/1000/100/100"), None),
+            (before("900:1001:/1000/100/100"), Some("previous")),
+            (forge(|g| g.wal = 200), None),
+            (forge(|g| g.wal = 201), Some("wal")),
+            (forge(|g| g.number = (2 << 40) - 1), None),
+            (forge(|g| g.number = 2 << 40), Some("number")),
+            (forge(|g| g.total = 151), Some("total")),
+            (forge(|g| g.again = vec![100, 101]), Some("again")),
+            (forge(|g| g.again = vec![100]), None),
+        ];
+        for (index, (forge, field)) in forged.into_iter().enumerate() {
+            let mut guard = guard();
+            forge(&mut guard);
+            let expected = |start| field.map_or(Decision::Claim(start), Decision::Disbelieve);
+            let decision = once(Some(&guard), &us(Incarnation::Current));
+            let start = if guard.number > 7 { Start::Adopt } else { Start::Own };
+            assert_eq!(decision, expected(start), "{index}");
+            // Whose history is not ours may have come further.
+            let told = Claimant {
+                take_over: true,
+                ..us(Incarnation::Unknown)
+            };
+            let compares = Decision::Claim(Start::Compare(Why::OtherHistory));
+            assert_eq!(once(Some(&guard), &told), compares, "{index}");
+        }
+        // A server that has lost its cursors knows neither total nor epoch.
+        let lost = Claimant {
+            number: 0,
+            reach: Reach {
+                epoch: 0,
+                total: 0,
+                ..REACH
+            },
+            ..us(Incarnation::Current)
+        };
+        for (number, decision) in [
+            (9 << 40, Decision::Claim(Start::Adopt)),
+            (i64::MAX as u64, Decision::Disbelieve("number")),
+        ] {
+            let guard = Guard {
+                number,
+                total: 1_000,
+                ..guard()
+            };
+            assert_eq!(once(Some(&guard), &lost), decision);
         }
     }
 

@@ -1,13 +1,17 @@
 //! What a backend does because of its guard (exactly_once).
 
 use super::{Backend, Load, refused_streams};
+use crate::catalog;
+use crate::numbers;
 use crate::outbox::{self, BackendRow};
 use crate::process::{self, Aborted};
 use crate::recovery::Candidate;
+use pgrx::pg_sys;
 use relay::claim::Start;
 use relay::classify::Failure;
-use relay::delivery::{Cursor, Entry, Mode, Now};
-use relay::guard::{self, Guard, Progress};
+use relay::delivery::{Cursor, Entry, Mode, Now, epoch_of};
+use relay::destination;
+use relay::guard::{self, Guard, Progress, Reach};
 use relay::sender::Order;
 use relay::snapshot::Tick;
 use std::sync::Arc;
@@ -102,9 +106,12 @@ impl Backend {
         (self.moved_at, self.tick_due) = (now, true);
     }
 
-    /// A claim is about to be made. To be saved durably before it is.
-    pub fn begin_epoch(&mut self, now: Now) {
-        self.standing.epoch = self.standing.epoch.max(0).saturating_add(1);
+    /// A claim is about to be made, behind one in the name of epoch `claimed` at least. To be saved durably before it is.
+    pub fn begin_epoch(&mut self, claimed: u64, now: Now) {
+        // What was saved of it may have been lost.
+        let claimed = claimed.max(epoch_of(self.delivery.number()));
+        let known = self.standing.epoch.max(claimed as i64);
+        self.standing.epoch = known.saturating_add(1);
         self.delivery.begin_epoch(self.standing.epoch as u64);
         self.dirty_since.get_or_insert(now);
     }
@@ -225,6 +232,27 @@ impl Backend {
         let waiting = process::transaction(|| refused_streams(self.number, self.lane, &self.stream))?;
         self.delivery.set_streams(waiting);
         Ok(())
+    }
+
+    /// What no guard of ours can be beyond. Within a transaction.
+    pub fn reach(&self) -> Reach {
+        // SAFETY: reads a counter under its lock, and a position.
+        let (next_xid, wal) = unsafe { (pg_sys::ReadNextFullTransactionId().value, pg_sys::GetXLogInsertRecPtr()) };
+        Reach {
+            next_xid,
+            highest_seq: numbers::highest(&catalog::expect_relations()),
+            wal,
+            epoch: self.standing.epoch.max(0) as u64,
+            total: self.total(),
+        }
+    }
+
+    /// The key of its guard (exactly_once).
+    pub fn guard_key(&self) -> &str {
+        match &self.destination.delivery {
+            destination::Delivery::ExactlyOnce { guard, .. } => guard,
+            destination::Delivery::AtLeastOnce { .. } => "",
+        }
     }
 
     /// Events accepted in all.

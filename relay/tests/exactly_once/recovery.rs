@@ -7,7 +7,7 @@ use relay::claim::{Claimant, Decision, Incarnation, Start, Why, judge};
 use relay::classify::Class;
 use relay::conversation::{Beginning, Claim};
 use relay::delivery::Cursor;
-use relay::guard::{Guard, Owner};
+use relay::guard::{Guard, Owner, Reach};
 use relay::reader::Position;
 use relay::refusal::Record;
 use relay::sender::Order;
@@ -63,6 +63,13 @@ impl Site {
             copy: self.is_copy && env.mutant != Mutant::CopiesTakeOver,
             paused: false,
             number: self.delivery.number(),
+            reach: Reach {
+                next_xid: u64::MAX,
+                highest_seq: i64::MAX,
+                wal: self.flushed,
+                epoch: self.tables.epoch,
+                total: 0,
+            },
             on_missing: env.on_missing,
             take_over: self.take_over,
             restored: false,
@@ -116,6 +123,7 @@ impl Site {
                 })));
                 self.stage = Stage::Claiming(start, guard);
             }
+            Decision::Disbelieve(field) => panic!("{field} of an honest guard is not believed: {guard:?}"),
             Decision::Wait { failure, retry_after } => {
                 tell!(env, "wait: {failure}");
                 env.seen.fenced += u32::from(failure.class == Class::Fenced);
