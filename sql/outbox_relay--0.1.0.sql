@@ -11,6 +11,12 @@ declare
     n pg_catalog.pg_namespace;
 begin
     select * into strict n from pg_catalog.pg_namespace s where s.nspname = 'outbox';
+    if exists (select from pg_catalog.aclexplode(n.nspacl) a where a.privilege_type = 'CREATE' and a.grantee <> n.nspowner) then
+        raise exception using errcode = 'object_not_in_prerequisite_state',
+            message = 'schema "outbox" exists, and others than its owner may create objects in it',
+            detail = 'Calls of the extension''s functions could reach functions of theirs.',
+            hint = 'Drop that schema: the extension makes its own. Or revoke CREATE on it from all others.';
+    end if;
     if not (select r.rolsuper from pg_catalog.pg_roles r where r.oid = n.nspowner)
         or exists (select from pg_catalog.pg_depend d
             where d.refclassid = 'pg_catalog.pg_namespace'::regclass and d.refobjid = n.oid
@@ -29,7 +35,7 @@ $$;
 
 create table outbox.backends (
     name            text primary key check (length(name) between 1 and 63),
-    number          integer generated always as identity unique,
+    number          integer generated always as identity unique check (number > 0),
     enabled         boolean not null default true,
     mode            text not null default 'standalone' check (mode in ('standalone', 'sentinel', 'cluster')),
     host            text check (host <> ''),
@@ -73,7 +79,7 @@ comment on column outbox.backends.unix_socket is 'Path of a unix socket, instead
 comment on column outbox.backends.nodes is 'The sentinels, or some nodes of the cluster, as host:port (an IPv6 address in brackets), in the order in which they are asked.';
 comment on column outbox.backends.sentinel_master is 'The name by which the sentinels know the primary.';
 comment on column outbox.backends.password_file is 'A file that the server reads at each connect; its first line is the password. Nobody else may read it: 0600, or 0640 if root owns it. Needs the rights of pg_read_server_files.';
-comment on column outbox.backends.allowed_streams is 'Glob patterns (* and ?) one of which a publisher''s stream must match.';
+comment on column outbox.backends.allowed_streams is 'Glob patterns (* and ?) one of which a publisher''s stream must match. With {*}, a publisher may append to any stream of that Redis, which is then trimmed to max_len.';
 comment on column outbox.backends.delivery is 'exactly_once: batches are appended in transactions with the guard, see outbox.guard_key(). at_least_once: plain commands; a crash may repeat what was sent since the cursor was last saved.';
 comment on column outbox.backends.on_missing_guard is 'When Redis has lost everything, the guard too: continue with what was not sent, halt until outbox.take_over(), or replay all that is retained.';
 comment on column outbox.backends.wait_replicas is 'Replicas of Redis that must acknowledge a batch (WAIT) before it counts as delivered.';
@@ -458,6 +464,33 @@ end
 $$;
 comment on function outbox.check_backend() is 'Trigger of outbox.backends: numbers never change, a cluster''s backend keeps its stream_name, nodes are host:port, file columns need pg_read_server_files, and a restored "default" replaces the untouched one.';
 
+create function outbox.check_number() returns trigger
+    language plpgsql security definer set search_path = pg_catalog, pg_temp
+    as $$
+declare
+    drawn integer;
+begin
+    begin
+        drawn := currval('outbox.backends_number_seq');
+    exception when object_not_in_prerequisite_state then
+        null;
+    end;
+    if new.number is distinct from drawn then
+        raise exception using errcode = 'insufficient_privilege',
+            message = format('permission denied to choose the number of backend "%s"', new.name),
+            detail = 'Events refer to backends by their numbers, also to those that were deleted.',
+            hint = 'Leave number out: it is drawn from a sequence.';
+    end if;
+    -- Somebody may have set the sequence back.
+    while exists (select from outbox.backends b where b.number = new.number)
+        or exists (select from outbox.cursors c where c.backend_number = new.number) loop
+        new.number := nextval('outbox.backends_number_seq');
+    end loop;
+    return new;
+end
+$$;
+comment on function outbox.check_number() is 'Trigger of outbox.backends: only a superuser, and whom it is granted to execute this function, chooses a backend''s number, as a dump does. For others a number that was given before is not given again.';
+
 -- With the owner's rights: who may delete backends need not be one who may read all the rest.
 create function outbox.check_backend_deletion() returns trigger
     language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -791,6 +824,8 @@ values
     ('events', 'refuse_update', 'before update on outbox.events for each statement execute function outbox.refuse_update()'),
     ('scheduled_events', 'complete_event', 'before insert on outbox.scheduled_events for each row execute function outbox.complete_event()'),
     ('backends', 'check_backend', 'before insert or update on outbox.backends for each row execute function outbox.check_backend()'),
+    -- After check_backend, by its name.
+    ('backends', 'check_number', 'before insert on outbox.backends for each row when (not pg_catalog.has_function_privilege(''outbox.check_number()'', ''execute'')) execute function outbox.check_number()'),
     ('backends', 'check_backend_deletion', 'before delete on outbox.backends for each row execute function outbox.check_backend_deletion()'),
     ('backends', 'keep_password', 'after update on outbox.backends for each row when (pg_catalog.has_function_privilege(''outbox.set_backend_password(pg_catalog.text, pg_catalog.text)'', ''execute'')) execute function outbox.keep_password()'),
     ('backends', 'note_move', 'after update on outbox.backends for each row when (not pg_catalog.pg_has_role(''pg_read_server_files'', ''usage'')) execute function outbox.note_move()'),
@@ -1423,7 +1458,31 @@ begin
     execute format('grant insert (event_id, event_type, source, backend, data, subject, stream, data_schema, publisher_config, max_retries) on outbox.events to %s', role);
 end
 $$;
-comment on function outbox.grant_publisher(regrole) is 'Lets a role publish, and nothing else.';
+comment on function outbox.grant_publisher(regrole) is 'Lets a role publish, and nothing else. See outbox.revoke_publisher(), and allowed_streams of outbox.backends.';
+
+create function outbox.revoke_publisher(role regrole) returns void
+    language plpgsql set search_path = pg_catalog, pg_temp
+    as $$
+begin
+    if role is null then
+        raise exception using errcode = 'null_value_not_allowed', message = 'role must not be null';
+    end if;
+    execute format('revoke execute on function outbox.publish_event(text, text, jsonb, text, text, timestamptz, integer, jsonb, text, text, uuid) from %s', role);
+    execute format('revoke execute on function outbox.publish_events(jsonb) from %s', role);
+    execute format('revoke insert (event_id, event_type, source, backend, data, subject, stream, data_schema, publisher_config, max_retries) on outbox.events from %s', role);
+    -- Unless it has been granted something else here.
+    if not exists (
+        select from pg_class c, aclexplode(c.relacl) a where c.relnamespace = 'outbox'::regnamespace and a.grantee = role::oid
+        union all
+        select from pg_proc p, aclexplode(p.proacl) a where p.pronamespace = 'outbox'::regnamespace and a.grantee = role::oid
+        union all
+        select from pg_attribute t join pg_class c on c.oid = t.attrelid, aclexplode(t.attacl) a
+            where c.relnamespace = 'outbox'::regnamespace and a.grantee = role::oid) then
+        execute format('revoke usage on schema outbox from %s', role);
+    end if;
+end
+$$;
+comment on function outbox.revoke_publisher(regrole) is 'Takes away what outbox.grant_publisher() has given to a role. What it has by being a member of another role, it keeps.';
 
 ----------------------------------------------------------------------------------------------------------------------
 -- Dump: backends, and events that have not been sent. Cursors mean nothing in another cluster.

@@ -61,6 +61,9 @@ impl PublishError {
             Self::RepeatedId(_) => ERRCODE_UNIQUE_VIOLATION,
             Self::Changed => ERRCODE_TRIGGERED_DATA_CHANGE_VIOLATION,
             Self::Foreign { text, .. } => text.code(),
+            Self::Config(ConfigError::TooManyDigits) => ERRCODE_PROGRAM_LIMIT_EXCEEDED,
+            // As jsonb says it.
+            Self::Config(ConfigError::OutOfRange(_)) => ERRCODE_NUMERIC_VALUE_OUT_OF_RANGE,
             Self::Sequence(_) => ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             Self::Missing(_)
             | Self::EmptyStream
@@ -105,6 +108,7 @@ impl PublishError {
             Self::EndlessSchedule => "Pass a time, or NULL to send at once.",
             Self::UnknownBackend(_) => "Check the name, or outbox_relay.default_backend if none was given.",
             Self::StreamNotAllowed { .. } => "Ask the administrator to extend allowed_streams.",
+            Self::Config(ConfigError::OutOfRange(_) | ConfigError::TooManyDigits) => "Pass it as a string.",
             Self::Config(_) => "Pass a flat JSON object such as {\"priority\": 1}.",
             Self::TooLarge { .. } => {
                 "Put large payloads elsewhere and publish a reference, or raise outbox_relay.max_event_size."

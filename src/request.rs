@@ -77,7 +77,13 @@ pub fn check(request: &Request<'_>) -> Result<Checked, PublishError> {
         }
     }
     if let Some(config) = request.publisher_config.as_deref() {
-        further_fields(&decoded(config))?;
+        let fields = further_fields(&decoded(config))?;
+        // As jsonb, its numbers have all their digits.
+        let sent: usize = fields.iter().map(|(key, value)| key.len() + value.len()).sum();
+        let size = size + sent.saturating_sub(config.len());
+        if size > limit {
+            return Err(PublishError::TooLarge { size, limit });
+        }
     }
     let backend = match request.backend.as_deref() {
         Some(name) => decoded(name).into_owned(),

@@ -21,6 +21,7 @@ pub mod classify;
 pub mod connection;
 pub mod conversation;
 mod deadline;
+mod decimal;
 pub mod delivery;
 pub mod destination;
 pub mod encode;

@@ -15,6 +15,7 @@ const CALLS: &[&str] = &[
     "select outbox.wait_published('00000000-0000-0000-0000-000000000000', '0')",
     "select outbox.set_backend_password('default', 'x')",
     "select outbox.grant_publisher('nobody')",
+    "select outbox.revoke_publisher('nobody')",
     "select outbox.has_waiting_events(1)",
     "select * from outbox.worker_status()",
     "select * from outbox.backlog(1)",

@@ -353,3 +353,75 @@ fn who_may_write_backends_writes_backends() {
         "55006"
     );
 }
+
+/// A stream that a publisher may not name is neither appended to nor trimmed.
+#[test]
+fn a_stream_that_is_not_allowed_is_not_trimmed() {
+    let (stack, mut publisher) = start();
+    let mut admin = stack.redis.conn();
+    for _ in 0..500 {
+        kit::tell(&mut admin, &["XADD", "of-others", "*", "k", "v"]);
+    }
+    stack
+        .pg
+        .exec("update outbox.backends set max_len = 1, allowed_streams = '{mine:*}'");
+    for sql in [
+        "select outbox.publish_event('t', 's', stream => 'of-others')",
+        "insert into outbox.events (event_type, source, stream) values ('t', 's', 'of-others')",
+        "select outbox.publish_event('t', 's', stream => 'of-others', scheduled_at => now() + interval '1 hour')",
+    ] {
+        assert_eq!(Refused::of(publisher.simple_query(sql)).code, "42501", "{sql}");
+    }
+    publisher
+        .batch_execute("select outbox.publish_event('t', 's', stream => 'mine:1')")
+        .expect("allowed");
+    stack.redis.wait_entries("mine:1", 1);
+    assert_eq!(stack.redis.xlen("of-others"), 500);
+    // With all streams allowed, as a new backend has it, that is what naming one means.
+    stack.pg.exec("update outbox.backends set allowed_streams = default");
+    publisher
+        .batch_execute("select outbox.publish_event('t', 's', stream => 'of-others')")
+        .expect("allowed");
+    kit::wait_until("trimming", || stack.redis.xlen("of-others") < 500);
+}
+
+/// What was granted is taken back, and nothing else.
+#[test]
+fn a_publisher_is_one_no_more() {
+    let (stack, mut publisher) = start();
+    stack
+        .pg
+        .exec("create role other login; grant usage on schema outbox to other; grant select on outbox.backends to other; select outbox.grant_publisher('other')");
+    let ways = [
+        "select outbox.publish_event('t', 's')",
+        "select outbox.publish_events('[]')",
+        "insert into outbox.events (event_type, source) values ('t', 's')",
+    ];
+    let mut other = stack.pg.client_as("other", "postgres");
+    for sql in ways {
+        publisher
+            .batch_execute(sql)
+            .unwrap_or_else(|error| panic!("{sql}: {error:?}"));
+    }
+    stack
+        .pg
+        .exec("select outbox.revoke_publisher('publisher'), outbox.revoke_publisher('other'), outbox.revoke_publisher('other')");
+    for sql in ways {
+        for role in [&mut publisher, &mut other] {
+            assert_eq!(Refused::of(role.simple_query(sql)).code, "42501", "{sql}");
+        }
+    }
+    other
+        .batch_execute("table outbox.backends")
+        .expect("it was granted that");
+    let usage = "select has_schema_privilege('publisher', 'outbox', 'usage') or has_any_column_privilege('publisher', 'outbox.events', 'insert')";
+    assert!(!stack.pg.one::<bool>(usage));
+    assert_eq!(
+        Refused::of(other.simple_query("select outbox.revoke_publisher('publisher')")).code,
+        "42501"
+    );
+    assert_eq!(
+        Refused::of(stack.pg.client().simple_query("select outbox.revoke_publisher(null)")).code,
+        "22004"
+    );
+}
