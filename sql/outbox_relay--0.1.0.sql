@@ -161,7 +161,7 @@ comment on column outbox.events.backend_number is 'Number of the backend, found 
 comment on column outbox.events.backend is 'Name of the backend when the event was published; NULL in an INSERT: outbox_relay.default_backend.';
 comment on column outbox.events.data is 'The payload, as JSON text.';
 comment on column outbox.events.stream is 'NULL: the backend''s stream_name when it is sent.';
-comment on column outbox.events.max_retries is 'Attempts in all if Redis refuses the event; NULL: outbox_relay.max_retries when it is sent.';
+comment on column outbox.events.max_retries is 'Attempts in all if Redis refuses the event, at most 1000; NULL: outbox_relay.max_retries when it is sent.';
 comment on column outbox.events.publisher_config is 'Further fields of the stream entry: a flat JSON object.';
 
 create table outbox.scheduled_events (
@@ -181,7 +181,9 @@ create table outbox.refused_events (
     accepted_in    bigint,
     stream         text
 );
-create index refused_events_backend_idx on outbox.refused_events (backend_number, seq) where accepted_in is null;
+-- Who asks for one stream must not be given this index, whatever the planner knows of a table that has just grown: only those can use it
+-- who say that seq > 0, which it always is.
+create index refused_events_backend_idx on outbox.refused_events (backend_number, seq) where accepted_in is null and seq > 0;
 create index refused_events_stream_idx on outbox.refused_events (backend_number, stream, seq) where accepted_in is null;
 comment on table outbox.refused_events is 'Events of outbox.events that Redis refused and that are being tried again, and those behind them in the same stream.';
 comment on column outbox.refused_events.accepted_in is 'Number of the batch in which the event was accepted at last, out of its turn: should Redis lose that batch, it waits again. NULL: it waits.';
@@ -932,7 +934,7 @@ from outbox.backends b
     cross join lateral (
         select pg_catalog.count(*) as waiting, pg_catalog.min(w.created_at) as oldest_created_at
         from (select e.created_at from outbox.refused_events f join outbox.events e on e.seq = f.seq
-            where f.backend_number = b.number and f.accepted_in is null order by f.seq limit 10000) w
+            where f.backend_number = b.number and f.accepted_in is null and f.seq > 0 order by f.seq limit 10000) w
     ) r;
 comment on view outbox.backend_status is 'One row a backend: what it is doing, how much waits, what went wrong last.';
 

@@ -6,6 +6,7 @@ use crate::encoding::Foreign;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{PgLogLevel, PgSqlErrorCode, pg_sys};
 use relay::event::ConfigError;
+use relay::refusal::MOST_ATTEMPTS;
 use thiserror::Error;
 
 /// What gives the sequence the parameters that it must have.
@@ -27,6 +28,8 @@ pub enum PublishError {
     },
     #[error("max_retries must not be negative")]
     NegativeRetries(i32),
+    #[error("max_retries is too high")]
+    ManyRetries(i32),
     #[error("scheduled_at must be a finite time")]
     EndlessSchedule,
     #[error("backend \"{0}\" does not exist")]
@@ -69,6 +72,7 @@ impl PublishError {
             | Self::EmptyStream
             | Self::TooLong { .. }
             | Self::NegativeRetries(_)
+            | Self::ManyRetries(_)
             | Self::EndlessSchedule
             | Self::Config(_)
             | Self::NotAnArray
@@ -82,6 +86,7 @@ impl PublishError {
             Self::EmptyStream => "Every stream has a name.".into(),
             Self::TooLong { length, limit, .. } => format!("It has {length} characters; at most {limit} are allowed."),
             Self::NegativeRetries(n) => format!("It is {n}."),
+            Self::ManyRetries(n) => format!("It is {n}; at most {MOST_ATTEMPTS} are allowed."),
             Self::EndlessSchedule => "An event scheduled for infinity would never be sent.".into(),
             Self::UnknownBackend(_) => "Backends are the rows of outbox.backends.".into(),
             Self::StreamNotAllowed { stream, .. } if stream.starts_with(catalog::RESERVED) => {
@@ -104,7 +109,9 @@ impl PublishError {
             Self::Missing(_) => "Pass a text of 1 to 255 characters.",
             Self::EmptyStream => "Pass a name, or NULL for the backend's own stream.",
             Self::TooLong { .. } => "Put longer texts into data.",
-            Self::NegativeRetries(_) => "Pass the number of attempts in all, or NULL for outbox_relay.max_retries.",
+            Self::NegativeRetries(_) | Self::ManyRetries(_) => {
+                "Pass the number of attempts in all, or NULL for outbox_relay.max_retries."
+            }
             Self::EndlessSchedule => "Pass a time, or NULL to send at once.",
             Self::UnknownBackend(_) => "Check the name, or outbox_relay.default_backend if none was given.",
             Self::StreamNotAllowed { .. } => "Ask the administrator to extend allowed_streams.",

@@ -133,7 +133,7 @@ pub fn define() {
         c"Attempts in all for an event that Redis refuses.",
         &MAX_RETRIES,
         1,
-        1_000,
+        relay::refusal::MOST_ATTEMPTS,
         Sighup,
         plain,
     );

@@ -11,7 +11,7 @@ use pgrx::pg_sys;
 use relay::delivery::{Entry, Room, RowFate};
 use relay::fault;
 use relay::reader::{Key, Position, RangeScan, Scan, Step, Table};
-use relay::refusal::{Record, Retry};
+use relay::refusal::{MOST_ATTEMPTS, Record, Retry};
 use relay::snapshot::Tick;
 use std::collections::BTreeSet;
 use std::rc::Rc;
@@ -530,7 +530,8 @@ fn entry(row: &Row, stream: Rc<str>) -> Entry {
     Entry {
         seq: row.key().seq,
         stream,
-        max_attempts: max_retries.max(1) as u32,
+        // A row may have come past the trigger.
+        max_attempts: max_retries.clamp(1, MOST_ATTEMPTS) as u32,
     }
 }
 

@@ -114,7 +114,8 @@ pub fn still_waiting(seqs: &[i64]) -> Vec<i64> {
 /// The events of a backend that wait to be tried again, behind `after`, at most `count`.
 pub fn waiting(number: i32, after: i64, count: usize) -> Vec<i64> {
     query(
-        "select seq from outbox.refused_events where backend_number = $1 and accepted_in is null and seq > $2 order by seq limit $3",
+        "select seq from outbox.refused_events where backend_number = $1 and accepted_in is null and seq > 0 and seq > $2
+        order by seq limit $3",
         &[number.into(), after.into(), (count as i64).into()],
         |row| value(row, 1).unwrap_or_default(),
     )
@@ -148,6 +149,8 @@ pub fn heal(number: i32, lane: Option<u16>, own_stream: &str, batch_number: u64)
     );
 }
 
+/// (The statements leave the planner no choice but the indexes: it knows nothing of a table that has just grown, and would read all of it.)
+///
 /// Writes down what became of refused events, a statement for all of a kind; returns how many failed. An event has one record at most.
 /// `batch_number`: in which those that had waited were accepted (exactly_once), so that they wait again should Redis lose it.
 pub fn record(number: i32, records: &[Record], batch_number: Option<u64>) -> u64 {
@@ -165,7 +168,8 @@ pub fn record(number: i32, records: &[Record], batch_number: Option<u64>) -> u64
         run(
             "insert into outbox.refused_events (seq, backend_number, attempts, last_error, stream)
             select n.seq, $1, n.attempts, ($4::text[])[n.error], e.stream
-            from unnest($2, $3, $5) n(seq, attempts, error) join outbox.events e on e.seq = n.seq
+            from unnest($2, $3, $5) n(seq, attempts, error)
+                cross join lateral (select o.stream from outbox.events o where o.seq = n.seq limit 1) e
             order by n.seq
             on conflict do nothing",
             &parked.arguments(number),
@@ -183,9 +187,9 @@ pub fn record(number: i32, records: &[Record], batch_number: Option<u64>) -> u64
     }
     if !again.seqs.is_empty() {
         run(
-            "update outbox.refused_events r set attempts = n.attempts, last_error = ($4::text[])[n.error]
-            from unnest($2, $3, $5) n(seq, attempts, error)
-            where r.seq = n.seq and r.backend_number = $1",
+            "update outbox.refused_events r set attempts = ($3::integer[])[array_position($2::bigint[], r.seq)],
+                last_error = ($4::text[])[($5::integer[])[array_position($2::bigint[], r.seq)]]
+            where r.seq = any($2::bigint[]) and r.backend_number = $1",
             &again.arguments(number),
         );
     }
@@ -267,7 +271,8 @@ fn copy_to_failed(notes: [DatumWithOid<'_>; 5], kept: Kept) -> u64 {
             case when $7 then e.data end, case when $6 then e.subject end, case when $6 then e.stream end,
             case when $6 then e.data_schema end, case when $7 then e.publisher_config end, e.max_retries,
             n.attempts, ($4::text[])[n.error]
-        from unnest($2, $3, $5) n(seq, attempts, error) join outbox.events e on e.seq = n.seq
+        from unnest($2, $3, $5) n(seq, attempts, error)
+            cross join lateral (select o.* from outbox.events o where o.seq = n.seq limit 1) e
         where $1 is not null
         order by n.seq
         on conflict (event_id, seq) do nothing",

@@ -6,6 +6,7 @@ use crate::error::PublishError;
 use crate::guc;
 use pgrx::pg_sys;
 use relay::event::further_fields;
+use relay::refusal::MOST_ATTEMPTS;
 use std::borrow::Cow;
 
 /// Characters of event_type and source, as in django-broadcaster's model.
@@ -49,6 +50,9 @@ pub fn check(request: &Request<'_>) -> Result<Checked, PublishError> {
     }
     if let Some(n) = request.max_retries.filter(|n| *n < 0) {
         return Err(PublishError::NegativeRetries(n));
+    }
+    if let Some(n) = request.max_retries.filter(|n| *n > MOST_ATTEMPTS) {
+        return Err(PublishError::ManyRetries(n));
     }
     if request.scheduled_at == Some(i64::MAX) {
         return Err(PublishError::EndlessSchedule);

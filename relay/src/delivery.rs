@@ -388,7 +388,7 @@ impl Delivery {
 
     /// Settings of the backend changed what its streams are called, or failed events were taken away.
     pub fn set_streams(&mut self, mut streams: Streams) {
-        streams.go_on_failing(&self.streams);
+        streams.go_on_from(&self.streams);
         self.streams = streams;
         self.mark_retries();
     }
@@ -404,6 +404,9 @@ impl Delivery {
     /// that alone, and as many streams as `heads` says; `followers` of the others. Empty: none. What is not sent is to be told to
     /// [`Self::stream_cleared`] or [`Self::stream_put_back`].
     pub fn streams_to_retry(&mut self, now: Now, heads: usize, followers: usize) -> Vec<Retry> {
+        if self.link == Link::Up && !self.flights.iter().any(|f| matches!(f.load, Load::Again)) {
+            self.streams.retried(now);
+        }
         if self.is_rereading() {
             return Vec::new();
         }

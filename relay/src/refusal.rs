@@ -4,16 +4,28 @@
 //! in the table of refused events, and other streams go on. When the head is accepted the others follow in order; when it
 //! has failed they fail with it, and the next event of that stream has one attempt, until one is accepted.
 //!
-//! There may be a hundred thousand such streams: nothing here looks at all of them, but when settings change.
+//! There may be a hundred thousand such streams: nothing here looks at all of them, but when settings change. What they cost is bounded:
+//! attempts have a share of the time (`waiting.rs`), and streams a share of the memory.
+
+mod waiting;
 
 use crate::classify::Failure;
 use crate::delivery::{Entry, Now};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
 use std::time::Duration;
+use waiting::{Budget, Waiting};
+
+/// Most attempts that an event may ask for: also the bound of the setting `max_retries`.
+pub const MOST_ATTEMPTS: i32 = 1_000;
 
 /// Streams that have exhausted their attempts are remembered up to this many; beyond it, all are forgiven.
 const REMEMBERED_STREAMS: usize = 10_000;
+
+/// Memory for streams that are not well. An event of another stream that Redis refuses when it is used up has one attempt.
+const MOST_BYTES: usize = 32 * 1024 * 1024;
+/// Of a stream beside its name, as was measured.
+const STREAM_BYTES: usize = 200;
 
 /// What must be written down in Postgres before the cursor passes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,14 +68,24 @@ pub struct Retry {
 pub struct Streams {
     /// Sorted, so that a run can be replayed.
     troubled: BTreeMap<Rc<str>, Trouble>,
-    /// Those that are blocked and not being tried, by the time at which they are to be.
-    waiting: BTreeSet<(Now, Rc<str>)>,
+    /// Those that are blocked and not being tried.
+    waiting: Waiting,
+    budget: Budget,
+    /// Those that were in a batch of which nothing was appended because of others: they are tried next, without any others, or a crowd of
+    /// streams that are refused before a transaction is executed would keep them from ever being appended.
+    innocent: BTreeSet<Rc<str>>,
+    /// Memory that they take.
+    bytes: usize,
     /// Those whose next events may follow, first come first served. One may be here that has no more to do with it.
     following: VecDeque<Rc<str>>,
     /// Those of which something is on its way.
     busy: BTreeSet<Rc<str>>,
     failing: BTreeSet<Rc<str>>,
     exhausted: usize,
+}
+
+fn bytes_of(stream: &Rc<str>) -> usize {
+    stream.len() + STREAM_BYTES
 }
 
 impl Streams {
@@ -86,12 +108,13 @@ impl Streams {
     /// The one place where a stream's trouble changes.
     fn set(&mut self, stream: Rc<str>, trouble: Trouble) {
         self.forget(&stream);
+        self.bytes += bytes_of(&stream);
         match &trouble {
             Trouble::Blocked { retrying: true, .. } | Trouble::Following { sending: true } => {
                 self.busy.insert(stream.clone());
             }
-            Trouble::Blocked { retry_at, .. } => {
-                self.waiting.insert((*retry_at, stream.clone()));
+            Trouble::Blocked { attempts, retry_at, .. } => {
+                self.waiting.insert(*attempts, *retry_at, stream.clone());
             }
             Trouble::Following { .. } => self.following.push_back(stream.clone()),
             Trouble::Failing { .. } => {
@@ -104,12 +127,16 @@ impl Streams {
 
     /// The stream is well.
     fn forget(&mut self, stream: &Rc<str>) {
-        match self.troubled.remove(stream) {
+        let trouble = self.troubled.remove(stream);
+        if trouble.is_some() {
+            self.bytes -= bytes_of(stream);
+        }
+        match trouble {
             Some(Trouble::Blocked { retrying: true, .. } | Trouble::Following { sending: true }) => {
                 self.busy.remove(stream);
             }
-            Some(Trouble::Blocked { retry_at, .. }) => {
-                self.waiting.remove(&(retry_at, stream.clone()));
+            Some(Trouble::Blocked { attempts, retry_at, .. }) => {
+                self.waiting.remove(attempts, retry_at, stream);
             }
             Some(Trouble::Failing { .. }) => {
                 self.failing.remove(stream);
@@ -131,9 +158,10 @@ impl Streams {
 
     /// When the next stream is to be tried again.
     pub fn next_retry_at(&self) -> Option<Now> {
-        match self.following.iter().any(|stream| self.may_follow(stream)) {
+        let may_follow = || self.following.iter().any(|stream| self.may_follow(stream));
+        match !self.innocent.is_empty() || may_follow() {
             true => Some(Now::ZERO),
-            false => self.waiting.first().map(|(at, _)| *at),
+            false => self.waiting.first_at().map(|at| at.max(self.budget.rests_until())),
         }
     }
 
@@ -142,17 +170,25 @@ impl Streams {
     }
 
     /// Streams to be tried again now in one batch, marked as such: heads of those that are due, at most `heads`, and events that follow,
-    /// `followers` in all. Who waits longest comes first, and those that follow share what there is: nobody waits until another is through.
+    /// `followers` in all. Those that follow share what there is: nobody waits until another is through. Heads are chosen by `waiting.rs`;
+    /// when they were tried, [`Self::retried`] is to be told.
     pub fn due(&mut self, now: Now, heads: usize, followers: usize) -> Vec<Retry> {
-        let mut due = Vec::new();
-        while due.len() < heads
-            && let Some((at, stream)) = self.waiting.first().cloned()
-            && at <= now
+        let mut due = self.due_innocent(followers);
+        if !due.is_empty() {
+            return due;
+        }
+        let may_try = now >= self.budget.rests_until();
+        while may_try
+            && due.len() < heads
+            && let Some(stream) = self.waiting.next_due(now)
         {
             self.retrying(&stream);
             due.push(Retry { stream, count: 1 });
         }
         let blocked = due.len();
+        if blocked > 0 && !self.waiting.is_empty() {
+            self.budget.begin(now, blocked);
+        }
         while due.len() < blocked + heads
             && let Some(stream) = self.following.pop_front()
         {
@@ -167,6 +203,35 @@ impl Streams {
         due
     }
 
+    /// Those that are tried without any others.
+    fn due_innocent(&mut self, followers: usize) -> Vec<Retry> {
+        let mut due = Vec::new();
+        for stream in std::mem::take(&mut self.innocent) {
+            let count = match self.troubled.get(&stream) {
+                Some(Trouble::Blocked { retrying: false, .. }) => 1,
+                Some(Trouble::Following { sending: false }) => followers,
+                _ => continue,
+            };
+            self.retrying(&stream);
+            due.push(Retry { stream, count });
+        }
+        let sharing = due.iter().filter(|retry| retry.count > 1).count().max(1);
+        for retry in due.iter_mut().filter(|retry| retry.count > 1) {
+            retry.count = (followers / sharing).max(1);
+        }
+        due
+    }
+
+    /// Of a batch of which nothing was appended, nothing of this stream was refused.
+    pub(crate) fn is_innocent(&mut self, stream: Rc<str>) {
+        self.innocent.insert(stream);
+    }
+
+    /// Nothing is being tried, and what became of it is written down.
+    pub(crate) fn retried(&mut self, now: Now) {
+        self.budget.end(now);
+    }
+
     /// Streams are tried again at `latest` at the latest, by the attempts of their heads.
     pub(crate) fn hasten(&mut self, latest: impl Fn(u32) -> Now) {
         for trouble in self.troubled.values_mut() {
@@ -174,15 +239,17 @@ impl Streams {
                 *retry_at = latest(*attempts).min(*retry_at);
             }
         }
-        let waits = |(stream, trouble): (&Rc<str>, &Trouble)| match trouble {
-            Trouble::Blocked {
+        self.waiting = Waiting::default();
+        for (stream, trouble) in &self.troubled {
+            if let Trouble::Blocked {
+                attempts,
                 retry_at,
                 retrying: false,
-                ..
-            } => Some((*retry_at, stream.clone())),
-            _ => None,
-        };
-        self.waiting = self.troubled.iter().filter_map(waits).collect();
+            } = trouble
+            {
+                self.waiting.insert(*attempts, *retry_at, stream.clone());
+            }
+        }
     }
 
     /// No event of this stream waits any more.
@@ -254,8 +321,9 @@ impl Streams {
         }
     }
 
-    /// Those that `other` says are to fail are, if they wait here.
-    pub(crate) fn go_on_failing(&mut self, other: &Self) {
+    /// Takes the place of `other`: those that are to fail by that are, if they wait here.
+    pub(crate) fn go_on_from(&mut self, other: &Self) {
+        self.budget = other.budget.clone();
         for (stream, error) in other.to_fail(usize::MAX) {
             if self.troubled.contains_key(&stream) {
                 self.set(stream, Trouble::Failing { error });
@@ -265,7 +333,12 @@ impl Streams {
 
     fn exhaust(&mut self, stream: Rc<str>) {
         if self.exhausted >= REMEMBERED_STREAMS {
-            self.troubled.retain(|_, trouble| *trouble != Trouble::Exhausted);
+            let bytes = &mut self.bytes;
+            self.troubled.retain(|stream, trouble| {
+                let stays = *trouble != Trouble::Exhausted;
+                *bytes -= if stays { 0 } else { bytes_of(stream) };
+                stays
+            });
             self.exhausted = 0;
         }
         self.set(stream, Trouble::Exhausted);
@@ -319,6 +392,15 @@ impl Streams {
             Some(Trouble::Blocked { attempts, .. }) => attempts + 1,
             Some(Trouble::Following { .. }) | None => 1,
         };
+        if again {
+            self.budget.refused();
+        }
+        let has_room = again || self.troubled.contains_key(&entry.stream) || self.bytes < MOST_BYTES;
+        if attempts < entry.max_attempts && !has_room {
+            let error = format!("{error} (not tried again: too many streams of its backend are refused)");
+            let error = error.into();
+            return Record::Fail { seq, attempts, error };
+        }
         if attempts < entry.max_attempts {
             let blocked = Trouble::Blocked {
                 attempts,

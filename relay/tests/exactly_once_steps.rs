@@ -92,6 +92,46 @@ fn after_an_abort_waiting_events_wait_for_the_rows_that_were_sent_with_them() {
     assert!(is_retried(&mut delivery));
 }
 
+/// Streams that Redis refuses before it executes a transaction keep no other from being appended, however many they are.
+#[test]
+fn waiting_events_are_not_tried_with_the_same_company_again() {
+    let mut delivery = delivery(Position::at(tick(10)), false);
+    delivery.set_streams(Streams::waiting(
+        (0..50).map(|n| (format!("no{n:02}"), 1)).chain([("yes".to_owned(), 1)]),
+    ));
+    let (mut now, mut batches) = (Now::from_secs(100), 0);
+    loop {
+        let due = delivery.streams_to_retry(now, 10, 10);
+        let entries: Vec<Entry> = due
+            .iter()
+            .map(|retry| Entry {
+                seq: 1,
+                stream: retry.stream.clone(),
+                max_attempts: 1_000,
+            })
+            .collect();
+        let refusals = |entries: &[Entry]| -> Vec<_> {
+            let refused = entries.iter().enumerate().filter(|(_, entry)| &*entry.stream != "yes");
+            refused
+                .map(|(index, _)| (index, Failure::new(Class::Event, "NOPERM")))
+                .collect()
+        };
+        let refused = refusals(&entries);
+        if entries.is_empty() {
+            now = delivery.due_at().expect("they wait");
+            continue;
+        }
+        delivery.sent_again(entries, 100, &[]);
+        if refused.is_empty() {
+            break;
+        }
+        delivery.aborted(refused, now, 1.0);
+        delivery.resume();
+        batches += 1;
+        assert!(batches < 20, "the stream is never tried alone");
+    }
+}
+
 #[test]
 fn while_found_rows_lie_ahead_the_guard_says_so() {
     let (old, new) = (tick(10), tick(20));

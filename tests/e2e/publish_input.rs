@@ -136,6 +136,17 @@ fn bad_input_is_refused_in_words_and_the_transaction_goes_on() {
                 "Pass the number of attempts in all, or NULL for outbox_relay.max_retries.",
             ),
         ),
+        (
+            good,
+            good,
+            vec![("max_retries", "1001")],
+            Refused::new(
+                "22023",
+                "max_retries is too high",
+                "It is 1001; at most 1000 are allowed.",
+                "Pass the number of attempts in all, or NULL for outbox_relay.max_retries.",
+            ),
+        ),
     ];
     let built_in = ["event_id", "event_type", "source", "timestamp", "cloud_event"].map(|field| {
         (

@@ -33,6 +33,18 @@ pub fn title(pid: i32) -> String {
     String::from_utf8_lossy(&bytes).replace('\0', " ").trim().to_string()
 }
 
+/// How long all threads of a process have computed, in steps of ten milliseconds.
+pub fn cpu_time(pid: i32) -> Duration {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("the process lives");
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+    // utime and stime: fields 14 and 15 of the line, of which two stand before.
+    let ticks: u64 = [11, 12]
+        .map(|index: usize| fields[index].parse::<u64>().expect("a number"))
+        .iter()
+        .sum();
+    Duration::from_millis(ticks * 10)
+}
+
 /// Sends a signal; a process that is gone already is no error.
 pub fn signal(pid: i32, signal: Signal) {
     match kill(Pid::from_raw(pid), signal) {

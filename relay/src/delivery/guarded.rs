@@ -8,6 +8,7 @@ use crate::reader::Position;
 use crate::refusal::Record;
 use crate::sender::{Refusal, WINDOW_BATCHES};
 use crate::snapshot::Tick;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -221,10 +222,12 @@ impl Delivery {
             self.reread = Some(Reread { stale, upto });
         }
         let mut records = Vec::new();
+        let mut innocent: BTreeSet<_> = flight.retried().into_iter().collect();
         for (index, failure) in refused {
             let Some(entry) = flight.entries.get(index) else {
                 continue;
             };
+            innocent.remove(&entry.stream);
             records.push(self.refused(entry, again, &failure, now, random));
             if !again {
                 self.ahead.insert(entry.seq);
@@ -234,6 +237,7 @@ impl Delivery {
             self.streams.end_retry(&stream);
             self.streams.waits_again(&stream);
         }
+        innocent.into_iter().for_each(|stream| self.streams.is_innocent(stream));
         self.stop();
         records
     }

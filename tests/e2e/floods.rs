@@ -1,0 +1,192 @@
+//! Floods by one publisher, who may do nothing but publish: what they cost everybody else.
+
+use std::time::{Duration, Instant};
+
+use kit::process::cpu_time;
+use kit::{Bystander, Stack, wait_until};
+
+const DEFAULT_USER: &str = "relay";
+
+/// A role that may publish, and no more.
+fn publisher(stack: &Stack) -> postgres::Client {
+    stack
+        .pg
+        .exec("create role somebody login; select outbox.grant_publisher('somebody')");
+    stack.pg.client_as("somebody", "postgres")
+}
+
+/// Redis lets the relay write to the stream `events` of the backend `default` alone.
+fn allow_one_stream(stack: &Stack) {
+    let keys = ["~events", "~outbox_relay:*", "+@all"];
+    let user = ["ACL", "SETUSER", DEFAULT_USER, "on", ">secret"];
+    stack.redis.call(&[&user[..], &keys[..]].concat());
+    stack.pg.exec(&format!(
+        "update outbox.backends set username = '{DEFAULT_USER}' where name = 'default';
+         select outbox.set_backend_password('default', 'secret')"
+    ));
+    stack.publish("before");
+    stack.wait_events(1);
+}
+
+fn waiting(stack: &Stack) -> i64 {
+    stack
+        .pg
+        .one("select count(*) from outbox.refused_events where accepted_in is null")
+}
+
+/// The share of a processor that the worker takes within this time.
+fn busy(stack: &Stack, time: Duration) -> f64 {
+    let worker = stack.pg.wait_worker("postgres");
+    let (before, start) = (cpu_time(worker), Instant::now());
+    std::thread::sleep(time);
+    (cpu_time(worker) - before).as_secs_f64() / start.elapsed().as_secs_f64()
+}
+
+/// How long a bystander's events take while `attack` is done by a publisher, beside how long they take alone.
+fn beside(stack: &Stack, what: &str, attack: impl FnOnce(&mut postgres::Client)) {
+    let mut client = publisher(stack);
+    let alone = Bystander::start(stack);
+    std::thread::sleep(Duration::from_secs(1));
+    alone.stop(stack).assert_undisturbed("nobody");
+    let bystander = Bystander::start(stack);
+    attack(&mut client);
+    bystander.stop(stack).assert_undisturbed(what);
+}
+
+/// Each of many streams is refused, with as many attempts as one may ask for.
+#[test]
+fn refused_streams_by_the_thousand_cost_others_little() {
+    const STREAMS: i64 = 20_000;
+    let stack = Stack::start();
+    allow_one_stream(&stack);
+    beside(&stack, "refused streams", |client| {
+        client
+            .batch_execute(&format!(
+                "select outbox.publish_event('flood', 'kit', stream => 'refused' || n, max_retries => 1000) from generate_series(1, {STREAMS}) n"
+            ))
+            .expect("published");
+        let start = Instant::now();
+        wait_until("all to be refused", || waiting(&stack) == STREAMS);
+        println!("all refused after {:?}", start.elapsed());
+        let attempts = || -> i64 { stack.pg.one("select sum(attempts)::bigint from outbox.refused_events") };
+        let before = attempts();
+        let share = busy(&stack, Duration::from_secs(4));
+        println!(
+            "worker takes {share:.2} of a processor, {} attempts a second",
+            (attempts() - before) / 4
+        );
+        assert!(share < 0.5, "the worker takes {share:.2} of a processor");
+        // Another publisher's stream that is refused for a moment does not wait behind all of them.
+        stack.redis.call(&["SET", "events", "a string"]);
+        stack.publish("after");
+        wait_until("it to be refused", || waiting(&stack) == STREAMS + 1);
+        stack.redis.call(&["DEL", "events"]);
+        let mended = Instant::now();
+        stack.wait_events(1);
+        println!("mended after {:?}", mended.elapsed());
+    });
+}
+
+#[test]
+fn many_scheduled_events_that_are_due_at_one_moment_hold_up_nobody() {
+    const COUNT: usize = 50_000;
+    let stack = Stack::with(&[("outbox_relay.redis_max_len", "0")]);
+    beside(&stack, "events due at one moment", |client| {
+        client
+            .batch_execute(&format!(
+                "select outbox.publish_event('flood', 'kit', scheduled_at => date_trunc('second', now()) + interval '4 s')
+                 from generate_series(1, {COUNT})"
+            ))
+            .expect("scheduled");
+        let start = Instant::now();
+        kit::eventually("all to arrive", Duration::from_secs(60), || {
+            (stack.redis.xlen("events") == COUNT).then_some(())
+        });
+        println!("arrived after {:?}", start.elapsed());
+    });
+}
+
+#[test]
+fn many_streams_that_are_well_hold_up_nobody() {
+    const COUNT: i64 = 50_000;
+    let stack = Stack::start();
+    beside(&stack, "many streams", |client| {
+        client
+            .batch_execute(&format!(
+                "select outbox.publish_event('flood', 'kit', stream => 'stream' || n) from generate_series(1, {COUNT}) n"
+            ))
+            .expect("published");
+        wait_until("the last to arrive", || {
+            stack.redis.xlen(&format!("stream{COUNT}")) == 1
+        });
+    });
+}
+
+#[test]
+fn large_events_in_a_loop_hold_up_nobody() {
+    let stack = Stack::start();
+    stack.pg.exec("update outbox.backends set max_len = 20");
+    beside(&stack, "large events", |client| {
+        for _ in 0..150 {
+            client
+                .batch_execute("select outbox.publish_event('flood', 'kit', to_jsonb(repeat('x', 1000000)))")
+                .expect("published");
+        }
+    });
+}
+
+#[test]
+fn a_long_transaction_with_many_events_and_savepoints_holds_up_nobody() {
+    let stack = Stack::start();
+    stack.pg.exec("update outbox.backends set max_len = 1000");
+    beside(&stack, "a long transaction", |client| {
+        client.batch_execute("begin").expect("begun");
+        for _ in 0..10 {
+            client
+                .batch_execute("select outbox.publish_event('flood', 'kit') from generate_series(1, 10000)")
+                .expect("published");
+        }
+        client
+            .batch_execute(
+                "do $$ begin for i in 1..10000 loop
+                    begin
+                        perform outbox.publish_event('flood', 'kit');
+                        if i % 2 = 0 then raise division_by_zero; end if;
+                    exception when division_by_zero then null;
+                    end;
+                end loop; end $$",
+            )
+            .expect("published");
+        client.batch_execute("commit").expect("committed");
+    });
+    kit::wait_drained(&stack.pg, "default");
+    assert_eq!(
+        stack
+            .pg
+            .one::<i64>("select published_total from outbox.backend_status where backend = 'default'"),
+        105_000
+    );
+}
+
+#[test]
+fn events_of_a_paused_backend_cost_nothing_while_they_wait() {
+    const COUNT: i64 = 200_000;
+    let stack = Stack::start();
+    stack
+        .pg
+        .exec("update outbox.backends set enabled = false where name = 'default'");
+    beside(&stack, "events of a paused backend", |client| {
+        for _ in 0..10 {
+            client
+                .batch_execute(&format!(
+                    "select outbox.publish_event('flood', 'kit') from generate_series(1, {})",
+                    COUNT / 10
+                ))
+                .expect("published");
+        }
+        std::thread::sleep(Duration::from_secs(2));
+    });
+    let share = busy(&stack, Duration::from_secs(3));
+    println!("worker takes {share:.3} of a processor");
+    assert!(share < 0.1, "the worker takes {share:.2} of a processor");
+}
