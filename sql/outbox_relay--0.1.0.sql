@@ -1436,6 +1436,11 @@ declare
     b outbox.backends := outbox.expect_backend(name);
 begin
     perform outbox.silence_triggers();
+    -- What is logged of the caller's statement once it has ended shows its parameters, and auto_explain also what a plan has made of them.
+    perform set_config('log_parameter_max_length', '0', true);
+    if current_setting('auto_explain.log_min_duration', true) is not null then
+        perform set_config('auto_explain.log_min_duration', '-1', true);
+    end if;
     if password is null then
         delete from outbox.backend_passwords p where p.backend_number = b.number;
     else
@@ -1445,7 +1450,7 @@ begin
     end if;
 end
 $$;
-comment on function outbox.set_backend_password(text, text) is 'Sets the password with which the worker logs in to a backend, where it connects now; NULL removes it. It is kept apart, unreadable, and not dumped.';
+comment on function outbox.set_backend_password(text, text) is 'Sets the password with which the worker logs in to a backend, where it connects now; NULL removes it. It is kept apart, unreadable, and not dumped. What the server logs of a statement before it is executed shows its text and parameters: contrib/set_backend_password.sql passes by all logs, and so does password_file.';
 
 create function outbox.grant_publisher(role regrole) returns void
     language plpgsql set search_path = pg_catalog, pg_temp
