@@ -21,8 +21,7 @@ use std::time::{Duration, Instant};
 
 /// Rows that one statement deletes: a tenth of a millisecond or so. Between two, it is looked whether an event has come.
 const STEP_ROWS: usize = 32;
-/// How long one transaction of the worker deletes, if none comes, and how many rows at most.
-const PIECE_TIME: Duration = Duration::from_millis(2);
+/// How many rows one transaction of the worker deletes at most.
 const PIECE_ROWS: usize = 1_000;
 /// Numbers that one scan looks at. Index entries of rows that are deleted already count, and a scan passes them without a stop.
 const WINDOW_SEQS: i64 = 2_000;
@@ -30,14 +29,39 @@ const WINDOW_SEQS: i64 = 2_000;
 const FAILED_ROWS: i64 = 100;
 /// While events come, so often.
 const FAILED_EVERY: Duration = Duration::from_millis(5);
-/// While events come without a pause, a step is made this often all the same: some 20,000 rows a second.
-const STEP_EVERY: Duration = Duration::from_micros(1_500);
-/// If that is not enough, since the next rows wait already, they have to share.
-const PIECE_TIME_BEHIND: Duration = Duration::from_micros(500);
+/// Nobody waits for what is purged, but events wait for the worker, for a processor and for the disk: some 30,000 rows a second.
+const USUAL: Share = Share {
+    rest: 4,
+    time: Duration::from_micros(500),
+    every: Duration::from_millis(5),
+    time_then: Duration::from_micros(250),
+};
+/// If that has not been enough for so long,
+const BEHIND_AFTER: Duration = Duration::from_secs(600);
+/// since the next rows wait already, they have to share.
+const BEHIND: Share = Share {
+    rest: 1,
+    time: Duration::from_micros(500),
+    every: Duration::from_micros(1_500),
+    time_then: Duration::from_micros(500),
+};
 /// Ticks are recorded, and it is looked whether something can be purged, this many times within the retention.
 const TICKS_PER_RETENTION: i64 = 100;
 /// Failed events are few: they are looked for at most this often.
 const LEAST_FAILED_INTERVAL: Duration = Duration::from_secs(60);
+
+/// How much of the worker's time purging takes.
+struct Share {
+    /// After each transaction it rests so many times as long as that took.
+    rest: u32,
+    /// How long one transaction deletes.
+    time: Duration,
+    /// It waits for a moment in which no event is about to be committed: then the commit of the event flushes what was written here, and
+    /// no tick has to. While there is no such moment, a transaction is made this often all the same.
+    every: Duration,
+    /// How long that one deletes, also when an event has come.
+    time_then: Duration,
+}
 
 /// The worker's purging.
 #[derive(Default)]
@@ -52,6 +76,7 @@ pub struct Purge {
     backend: i32,
     began_at: Now,
     stepped_at: Now,
+    rests_until: Now,
 }
 
 impl Purge {
@@ -67,13 +92,15 @@ impl Purge {
             return Ok(None);
         };
         if now >= self.next_failed_look_at {
+            let start = Instant::now();
             let deleted = process::transaction(|| outbox::purge_failed(retention_us, FAILED_ROWS))?;
+            let took = start.elapsed();
             let more = deleted >= FAILED_ROWS as u64;
             let pause = tick_interval(retention_us).max(LEAST_FAILED_INTERVAL);
             self.next_failed_look_at = now
                 + match more {
-                    true if is_wanted() => FAILED_EVERY,
-                    true => Duration::ZERO,
+                    true if is_wanted() => FAILED_EVERY.max(took * USUAL.rest),
+                    true => took * USUAL.rest,
                     false => pause,
                 };
         }
@@ -153,15 +180,21 @@ impl Purge {
                 self.under_way = Some((index + 1, 0));
                 continue;
             }
-            if is_wanted() && now < self.stepped_at + STEP_EVERY {
-                return Ok(Some(Duration::ZERO));
+            let is_behind = now >= self.began_at + interval.max(BEHIND_AFTER);
+            let share = if is_behind { &BEHIND } else { &USUAL };
+            let is_forced = is_wanted();
+            let begins_at = match is_forced {
+                true => self.rests_until.max(self.stepped_at + share.every),
+                false => self.rests_until,
+            };
+            if now < begins_at {
+                return Ok(Some(begins_at - now));
             }
             self.stepped_at = now;
             let (number, start) = (backend.number, Instant::now());
-            let is_behind = now >= self.began_at + interval;
-            let is_over = || match is_wanted() {
-                true => !is_behind || start.elapsed() >= PIECE_TIME_BEHIND,
-                false => start.elapsed() >= PIECE_TIME,
+            let is_over = || match is_forced {
+                true => start.elapsed() >= share.time_then,
+                false => start.elapsed() >= share.time || is_wanted(),
             };
             // Should somebody be in the way of this one, the next is next.
             self.under_way = Some((index + 1, 0));
@@ -169,7 +202,10 @@ impl Purge {
             succeeded(number);
             self.under_way = Some(last.map_or((index + 1, 0), |seq| (index, seq)));
             if deleted > 0 || last.is_some() {
-                return Ok(Some(Duration::ZERO));
+                let took = start.elapsed();
+                let rest = took * share.rest;
+                self.rests_until = now + took + rest;
+                return Ok(Some(rest));
             }
         }
         Ok(self.next_look(now, backends, interval))

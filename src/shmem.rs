@@ -22,6 +22,9 @@ const ANNOUNCEMENTS: usize = 64;
 /// A worker that has not looked for so long needs more time than one that just has: what it needs has left the caches.
 const COLD_AFTER_MS: u64 = 10;
 
+/// Who publishes commits within so long, as a rule. Whoever takes longer is not waited for.
+const COMMITS_WITHIN_MS: u64 = 3;
+
 /// What a slot's worker is doing. Next states in brackets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -88,6 +91,8 @@ pub struct Slot {
     latch: AtomicPtr<pg_sys::Latch>,
     /// When the worker last looked for events, see [`clock_ms`].
     looked_at_ms: AtomicU64,
+    /// When a transaction last published its first event; 0: the worker has looked since.
+    published_at_ms: AtomicU64,
     /// The highest number that an event was given, see `numbers.rs`.
     pub numbers: Highest,
     /// The sequence that gives them.
@@ -459,14 +464,21 @@ impl Slot {
 
     /// Events are being published. A worker that has not looked for a while is woken, to be ready when they are committed.
     pub fn announce_publishing(&self) {
-        let idle_ms = clock_ms().saturating_sub(self.looked_at_ms.load(Ordering::Relaxed));
+        let now_ms = clock_ms();
+        // At most once a millisecond: many may publish.
+        if self.published_at_ms.load(Ordering::Relaxed) != now_ms {
+            self.published_at_ms.store(now_ms, Ordering::Relaxed);
+        }
+        let idle_ms = now_ms.saturating_sub(self.looked_at_ms.load(Ordering::Relaxed));
         if idle_ms >= COLD_AFTER_MS && !self.has_work() && !self.publishing.swap(true, Ordering::SeqCst) {
             set_latch(&self.latch);
         }
     }
 
+    /// Whether somebody has begun to publish a moment ago, and is probably about to commit.
     pub fn is_publishing(&self) -> bool {
-        self.publishing.load(Ordering::Relaxed)
+        let published_at_ms = self.published_at_ms.load(Ordering::Relaxed);
+        published_at_ms > 0 && clock_ms().saturating_sub(published_at_ms) <= COMMITS_WITHIN_MS
     }
 
     /// Whether that was announced. It counts as a look.
@@ -521,6 +533,7 @@ impl Slot {
     /// Lowers the flag; the snapshot must be taken after, so that what is committed later raises it again.
     pub fn take_work(&self) {
         self.looks();
+        self.published_at_ms.store(0, Ordering::Relaxed);
         self.work.swap(Work::None as u8, Ordering::SeqCst);
         fence(Ordering::SeqCst);
     }

@@ -1,6 +1,7 @@
 //! Retention: what was delivered goes after its time, what wasn't never does.
 
 use kit::{Refused, Stack, wait_eq, wait_until};
+use std::time::{Duration, Instant};
 
 fn kept(stack: &Stack) -> i64 {
     stack.pg.one("select count(*) from outbox.events")
@@ -192,6 +193,36 @@ fn purge_commits_as_it_goes() {
     assert_eq!(kept(&stack), 0);
     let refused = Refused::of(stack.pg.client().batch_execute("begin; call outbox.purge()"));
     assert_eq!(refused.code, "2D000");
+}
+
+/// Time on a processor of a process, all its threads.
+fn busy(pid: i32) -> Duration {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).expect("the worker is gone");
+    let of_thread = |path: std::path::PathBuf| -> u64 {
+        let text = std::fs::read_to_string(path.join("schedstat")).unwrap_or_default();
+        text.split(' ').next().and_then(|ns| ns.parse().ok()).unwrap_or(0)
+    };
+    Duration::from_nanos(threads.filter_map(|t| Some(of_thread(t.ok()?.path()))).sum())
+}
+
+/// Nobody waits for what is purged, but events wait for the worker and for a processor.
+#[test]
+fn a_large_purge_leaves_the_worker_idle_most_of_the_time() {
+    let stack = Stack::with(&[("outbox_relay.published_retention", "-1")]);
+    publish(&stack, 40_000, "");
+    wait_saved(&stack, 40_000);
+    age_by_an_hour(&stack);
+    let worker = stack.pg.wait_worker("postgres");
+    stack.pg.set("outbox_relay.published_retention", "30min");
+    let is_gone = |seq: i64| {
+        let sql = format!("select not exists (select from outbox.events where seq = {seq})");
+        stack.pg.one::<bool>(&sql)
+    };
+    wait_until("the first to be purged", || is_gone(2_000));
+    let (before, start) = (busy(worker), Instant::now());
+    wait_until("the last to be purged", || is_gone(40_000));
+    let (spent, took) = (busy(worker) - before, start.elapsed());
+    assert!(spent < took / 4, "{spent:?} of {took:?}");
 }
 
 /// A snapshot that is held for hours sees what it saw, and neither purge nor relay waits for it.
