@@ -26,7 +26,10 @@ pub enum Lie {
     },
     /// Nothing, for ever.
     Hang,
+    /// It does what it was told, and closes without a word,
     Close,
+    /// or does nothing, and closes.
+    Refuse,
 }
 
 impl Lie {
@@ -185,6 +188,9 @@ fn serve(shared: &Shared, reader: impl Read, mut writer: impl Write, port: u16) 
         }
         lock(&shared.kept).asked.push(words[0].to_ascii_uppercase());
         let lie = (*lock(&shared.lies))(&words);
+        if matches!(lie, Some(Lie::Refuse)) {
+            return;
+        }
         // What it would have said is done all the same.
         let truth = answer(&mut lock(&shared.kept), &mut queue, words, port);
         let sent = match lie {
@@ -215,7 +221,7 @@ fn serve(shared: &Shared, reader: impl Read, mut writer: impl Write, port: u16) 
                 }
                 return;
             }
-            Some(Lie::Close) => return,
+            Some(Lie::Close | Lie::Refuse) => return,
         };
         if sent.is_err() {
             return;
