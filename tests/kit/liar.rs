@@ -14,6 +14,8 @@ use std::time::Duration;
 #[derive(Clone, Debug)]
 pub enum Lie {
     Say(Vec<u8>),
+    /// And does not do it; a transaction that it was for is discarded.
+    Deny(Vec<u8>),
     /// `begin`, and `more` again and again for as long as the other side reads.
     Flood {
         begin: Vec<u8>,
@@ -23,6 +25,11 @@ pub enum Lie {
     Drip {
         bytes: Vec<u8>,
         every: Duration,
+    },
+    /// After a while.
+    Late {
+        bytes: Vec<u8>,
+        after: Duration,
     },
     /// Nothing, for ever.
     Hang,
@@ -182,6 +189,7 @@ fn serve(shared: &Shared, reader: impl Read, mut writer: impl Write, port: u16) 
     shared.accepted.fetch_add(1, Ordering::Relaxed);
     let mut reader = BufReader::new(reader);
     let mut queue: Option<Vec<Vec<String>>> = None;
+    let mut is_dirty = false;
     while let Some(words) = command(&mut reader) {
         if shared.stop.load(Ordering::Relaxed) {
             return;
@@ -190,6 +198,21 @@ fn serve(shared: &Shared, reader: impl Read, mut writer: impl Write, port: u16) 
         let lie = (*lock(&shared.lies))(&words);
         if matches!(lie, Some(Lie::Refuse)) {
             return;
+        }
+        if let Some(Lie::Deny(bytes)) = &lie {
+            is_dirty |= queue.is_some();
+            if writer.write_all(bytes).is_err() {
+                return;
+            }
+            continue;
+        }
+        if is_dirty && words[0].eq_ignore_ascii_case("EXEC") {
+            (is_dirty, queue) = (false, None);
+            let discarded = b"-EXECABORT Transaction discarded because of previous errors.\r\n";
+            if writer.write_all(discarded).is_err() {
+                return;
+            }
+            continue;
         }
         // What it would have said is done all the same.
         let truth = answer(&mut lock(&shared.kept), &mut queue, words, port);
@@ -215,13 +238,17 @@ fn serve(shared: &Shared, reader: impl Read, mut writer: impl Write, port: u16) 
                 }
                 sent
             }
+            Some(Lie::Late { bytes, after }) => {
+                std::thread::sleep(after);
+                writer.write_all(&bytes)
+            }
             Some(Lie::Hang) => {
                 while !shared.stop.load(Ordering::Relaxed) {
                     std::thread::sleep(Duration::from_millis(50));
                 }
                 return;
             }
-            Some(Lie::Close | Lie::Refuse) => return,
+            Some(Lie::Close | Lie::Refuse | Lie::Deny(_)) => return,
         };
         if sent.is_err() {
             return;

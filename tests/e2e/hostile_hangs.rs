@@ -1,0 +1,203 @@
+//! Servers that never come to an end: whatever step of a connection hangs, the backend is soon said to be in trouble, and is not idle with events waiting.
+
+use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::{Duration, Instant};
+
+use kit::{BlackHole, Liar, Lie, Postgres, QUICK, Redis, Stack, standing, wait_eq, wait_trouble, wait_until};
+use nix::sys::socket::{Backlog, listen};
+
+fn stack() -> Stack {
+    Stack::of(Postgres::with(QUICK), Redis::start())
+}
+
+/// A byte each tenth of a second, where a reply has three: no single byte is late, and the whole is.
+#[test]
+fn a_reply_that_drips_is_given_up_at_each_step() {
+    let stack = stack();
+    let steps = [
+        "AUTH",
+        "SELECT",
+        "CLIENT",
+        "PING",
+        "WATCH",
+        "HGETALL",
+        "MULTI",
+        "HSET",
+        "EXEC",
+        "HMGET",
+        "XADD",
+        "XREVRANGE",
+        "XINFO",
+        "SENTINEL",
+        "HELLO",
+        "CLUSTER",
+    ];
+    let liars: Vec<(&str, Liar)> = steps
+        .into_iter()
+        .map(|step| {
+            let (mut has_sent, mut is_known) = (false, false);
+            let looks = matches!(step, "XREVRANGE" | "XINFO");
+            let liar = Liar::start(move |words| {
+                let asked = words[0].as_str();
+                match asked {
+                    "EXEC" if looks && has_sent && !is_known => {
+                        is_known = true;
+                        return Some(Lie::Close);
+                    }
+                    "HGETALL" if step == "XREVRANGE" && is_known => return Lie::say("*0\r\n"),
+                    "XREVRANGE" if step == "XINFO" => return Lie::say("*0\r\n"),
+                    "XADD" => has_sent = true,
+                    _ => {}
+                }
+                let reply = match step {
+                    "HGETALL" | "HMGET" | "EXEC" | "XREVRANGE" | "XINFO" | "SENTINEL" | "HELLO" | "CLUSTER" => {
+                        "*2\r\n$900\r\n"
+                    }
+                    _ => "+",
+                };
+                (asked == step).then(|| Lie::drip(format!("{reply}{}", "x".repeat(100)), Duration::from_millis(100)))?
+            });
+            (step, liar)
+        })
+        .collect();
+    for (step, liar) in &liars {
+        let at = match *step {
+            "SENTINEL" | "HELLO" => format!(
+                "mode = 'sentinel', sentinel_master = 'm', nodes = '{{127.0.0.1:{}}}'",
+                liar.port()
+            ),
+            "CLUSTER" => format!("mode = 'cluster', nodes = '{{127.0.0.1:{}}}'", liar.port()),
+            _ => format!("host = '127.0.0.1', port = {}", liar.port()),
+        };
+        let db = i32::from(*step == "SELECT");
+        let name = step.to_lowercase();
+        stack.pg.exec(&format!(
+            "insert into outbox.backends (name, enabled, db) values ('{name}', false, {db});
+            update outbox.backends set {at} where name = '{name}';
+            select outbox.publish_event('t', 'kit', backend => '{name}');"
+        ));
+        if *step == "AUTH" {
+            stack.pg.exec("select outbox.set_backend_password('auth', 'secret')");
+        }
+    }
+    let start = Instant::now();
+    stack
+        .pg
+        .exec("update outbox.backends set enabled = true where not enabled");
+    for (step, liar) in &liars {
+        let found = wait_trouble(&stack.pg, &step.to_lowercase(), "backoff", "timed out");
+        assert_eq!((found.pending, found.published), (1, 0), "{step}");
+        assert!(liar.asked(step) > 0, "{step}");
+    }
+    println!("{} steps: in backoff within {:?}", liars.len(), start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
+    stack.publish("the backend that works");
+    stack.wait_events(1);
+    for (step, liar) in &liars {
+        liar.lie(|_| None);
+        wait_until(step, || liar.entries("events") > 0);
+    }
+}
+
+/// Each answer is in time, and there is no end of them: a search that goes on for minutes.
+#[test]
+fn a_backend_that_is_long_on_its_way_up_says_so() {
+    let stack = stack();
+    let (mut has_sent, mut is_known) = (false, false);
+    let liar = Liar::start(move |words| match words[0].as_str() {
+        "EXEC" if has_sent && !is_known => {
+            is_known = true;
+            Some(Lie::Refuse)
+        }
+        "XADD" => {
+            has_sent = true;
+            None
+        }
+        "HGETALL" if is_known => Lie::say("*0\r\n"),
+        "XREVRANGE" => {
+            let count: usize = words.last().and_then(|n| n.parse().ok()).unwrap_or(1);
+            let entry = "*2\r\n$3\r\n1-0\r\n*2\r\n$1\r\na\r\n$1\r\nb\r\n";
+            let bytes = format!("*{count}\r\n{}", entry.repeat(count)).into_bytes();
+            let after = Duration::from_millis(100);
+            Some(Lie::Late { bytes, after })
+        }
+        _ => None,
+    });
+    stack.point_at("default", "127.0.0.1", liar.port());
+    stack.publish("t");
+    let found = wait_trouble(&stack.pg, "default", "backoff", "has not come to be ready");
+    assert_eq!((found.pending, found.published), (1, 0), "{found:?}");
+    stack
+        .pg
+        .wait_log("it answers, but has not come to be ready in twice its timeouts");
+    let accepted = liar.accepted();
+    liar.lie(|_| None);
+    wait_eq("the event", 1, || liar.entries("events"));
+    assert_eq!(liar.accepted(), accepted, "it was not cut off");
+    wait_eq("the state", "idle".to_owned(), || standing(&stack.pg, "default").state);
+}
+
+/// As a TCP port has them, and with no timeout of the operating system's.
+#[test]
+fn a_unix_socket_hangs_in_no_step() {
+    let stack = stack();
+    let directory = stack.redis.socket().parent().expect("a directory").to_owned();
+    // Its queue is full.
+    let path = directory.join("full.sock");
+    let listener = UnixListener::bind(&path).expect("cannot listen");
+    open_to_all(&path);
+    listen(&listener.as_fd(), Backlog::new(0).expect("a valid backlog")).expect("cannot shorten the queue");
+    // The one that is left of it.
+    let queued = UnixStream::connect(&path).expect("the queue's only place");
+    stack.pg.exec(&format!(
+        "update outbox.backends set unix_socket = '{}'",
+        path.display()
+    ));
+    stack.publish("full");
+    let found = wait_trouble(&stack.pg, "default", "backoff", "timed out");
+    assert_eq!((found.pending, found.published), (1, 0));
+    drop((listener, queued));
+    // It reads nothing any more, in the middle of what is written.
+    let mut liar = Liar::start(|words| (words[0] == "XADD").then_some(Lie::Hang));
+    let path = directory.join("deaf.sock");
+    liar.listen_at(path.clone());
+    open_to_all(&path);
+    stack.pg.exec(&format!(
+        "update outbox.backends set unix_socket = '{}'",
+        path.display()
+    ));
+    stack.pg.exec("select outbox.publish_event('t', 'kit', jsonb_build_object('x', repeat('x', 100000))) from generate_series(1, 50)");
+    let found = wait_trouble(&stack.pg, "default", "backoff", "timed out");
+    assert_eq!((found.pending, found.published), (51, 0), "{found:?}");
+    assert!(liar.asked("XADD") > 0);
+    // And each answer drips.
+    liar.lie(|words| {
+        (words[0] == "HGETALL")
+            .then(|| Lie::drip("*2\r\n$900\r\nxxxxxxxxxxxxxxxxxxxxxxxxxx", Duration::from_millis(100)))?
+    });
+    let mark = stack.pg.log().len();
+    stack.pg.exec("update outbox.backends set db = 1");
+    stack.pg.wait_log_after(mark, "timed out");
+    liar.lie(|_| None);
+    wait_eq("all events", 51, || liar.entries("events"));
+}
+
+fn open_to_all(path: &std::path::Path) {
+    std::fs::set_permissions(path, PermissionsExt::from_mode(0o777)).expect("chmod");
+}
+
+/// Nothing but a handshake: TLS has a deadline for all of it.
+#[test]
+fn a_handshake_that_gets_nowhere_is_given_up() {
+    let stack = stack();
+    let hole = BlackHole::start();
+    stack.pg.exec(&format!(
+        "update outbox.backends set tls = true, tls_insecure = true, host = '127.0.0.1', port = {}",
+        hole.port()
+    ));
+    stack.publish("t");
+    let found = wait_trouble(&stack.pg, "default", "backoff", "TLS handshake: timed out");
+    assert_eq!((found.pending, found.published), (1, 0));
+}
