@@ -1037,7 +1037,7 @@ comment on view outbox.event_status is 'One row an event, without its payload. Q
 create function outbox.wake() returns void
     language c volatile
     as 'MODULE_PATHNAME', 'wake_wrapper';
-comment on function outbox.wake() is 'Wakes this database''s worker; a backend that is waiting to try again does so at once.';
+comment on function outbox.wake() is 'Wakes this database''s worker; a backend that is waiting to try again does so at once, or if that was asked for within the last second, once it has passed. Otherwise its waits go on as if nobody had asked.';
 
 create function outbox.purge_piece(backend_number integer, after_seq bigint, row_count integer, out deleted bigint, out last_seq bigint) returns setof record
     language c volatile strict

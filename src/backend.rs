@@ -329,6 +329,7 @@ impl Backend {
     /// Takes over changed settings.
     pub fn reconfigure(&mut self, row: BackendRow, home: &Home, now: Now) {
         let was_copy = self.is_copy();
+        let is_other = self.row.as_ref() != Some(&row);
         if !self.keeps_sender(&row, home) {
             self.let_go();
             self.delivery.forget_trouble();
@@ -349,6 +350,7 @@ impl Backend {
             self.role = Role::Finder;
             self.delivery.set_streams(Streams::default());
         }
+        let is_other = is_other || destination != self.destination || stream != self.stream;
         let row = self.without_done(row);
         self.delivery.set_mode(mode_of(&destination));
         self.delivery.set_follows(destination.route != Route::Direct);
@@ -359,7 +361,11 @@ impl Backend {
             self.logged_state = None;
         }
         self.delivery.set_backoff(guc::backoff(), now);
-        self.delivery.retry_now();
+        match is_other {
+            true => self.delivery.retry_now(),
+            // Settings were read again, that is all: something outside of them may have been mended.
+            false => self.delivery.retry_asked(now),
+        }
         self.dirty_since.get_or_insert(self.saved_at);
     }
 

@@ -107,6 +107,9 @@ pub extern "C-unwind" fn outbox_relay_launcher(_argument: pg_sys::Datum) {
     crate::pinned::pin_settings();
     standby::note_promotion();
     ownership::begin_incarnation();
+    if std::fs::read_dir("pg_twophase").is_ok_and(|mut files| files.next().is_some()) {
+        shmem::note_backends_prepared();
+    }
     shmem::request_rescan();
     let mut launcher = Launcher::default();
     let mut timeout = Some(Duration::ZERO);

@@ -84,8 +84,10 @@ pub struct Slot {
     schedule: AtomicBool,
     /// Events are being published, after a while without any.
     publishing: AtomicBool,
-    /// Somebody asked for an attempt now.
+    /// Somebody has changed a backend.
     nudge: AtomicBool,
+    /// Somebody asked for an attempt now.
+    asked: AtomicBool,
     pid: AtomicI32,
     /// The worker's latch, in shared memory too; null: none.
     latch: AtomicPtr<pg_sys::Latch>,
@@ -116,6 +118,8 @@ struct Shared {
     announced: [AtomicU32; ANNOUNCEMENTS],
     /// Since the server's start, a transaction that did so was prepared.
     extension_prepared: AtomicBool,
+    /// One that changed backends was, or may have been before.
+    backends_prepared: AtomicBool,
     launcher_latch: AtomicPtr<pg_sys::Latch>,
     /// Names this run of the server, from its start, promotion or crash to its end; zeroes: not named yet.
     incarnation: [AtomicU64; 2],
@@ -414,6 +418,17 @@ pub fn is_extension_prepared() -> bool {
     shared().is_some_and(|s| s.extension_prepared.load(Ordering::Acquire))
 }
 
+/// A transaction that changed backends was prepared.
+pub fn note_backends_prepared() {
+    if let Some(shared) = shared() {
+        shared.backends_prepared.store(true, Ordering::Release);
+    }
+}
+
+pub fn are_backends_prepared() -> bool {
+    shared().is_some_and(|s| s.backends_prepared.load(Ordering::Acquire))
+}
+
 impl Slot {
     pub fn database(&self) -> pg_sys::Oid {
         pg_sys::Oid::from(self.database.load(Ordering::Acquire))
@@ -504,6 +519,17 @@ impl Slot {
     pub fn nudge(&self) {
         self.nudge.store(true, Ordering::SeqCst);
         self.wake();
+    }
+
+    /// Asks for an attempt of each backend that waits for one.
+    pub fn ask(&self) {
+        if !self.asked.swap(true, Ordering::SeqCst) {
+            set_latch(&self.latch);
+        }
+    }
+
+    pub fn take_asked(&self) -> bool {
+        self.asked.swap(false, Ordering::SeqCst)
     }
 
     pub fn wake(&self) {

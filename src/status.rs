@@ -212,7 +212,7 @@ fn wake() {
     if let Some(slot) = shmem::slot_here() {
         slot.announce_work();
         slot.announce_schedule();
-        slot.nudge();
+        slot.ask();
     }
 }
 

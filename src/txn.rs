@@ -85,8 +85,9 @@ unsafe extern "C-unwind" fn on_transaction_end(event: pg_sys::XactEvent::Type, _
         XACT_EVENT_COMMIT => {
             let mut news = NEWS.take();
             if is_commit_prepared() {
-                // What that had done is not known here.
-                (news.events, news.scheduled, news.backends) = (true, true, true);
+                // What that had done is not known here. Who has nothing to do with backends is not to have them loaded.
+                (news.events, news.scheduled) = (true, true);
+                news.backends |= shmem::are_backends_prepared();
                 news.extension |= shmem::is_extension_prepared();
             }
             if news != News::default() {
@@ -97,6 +98,9 @@ unsafe extern "C-unwind" fn on_transaction_end(event: pg_sys::XactEvent::Type, _
             let news = NEWS.take();
             if news.extension {
                 shmem::note_extension_prepared();
+            }
+            if news.backends || news.extension {
+                shmem::note_backends_prepared();
             }
         }
         XACT_EVENT_ABORT | XACT_EVENT_PARALLEL_ABORT | XACT_EVENT_PARALLEL_COMMIT => NEWS.set(News::default()),

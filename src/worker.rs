@@ -139,8 +139,10 @@ struct Worker {
     /// Streams, by the index of their backend, of which nothing waits any more once what is to fail is written down.
     failed_streams: Vec<(usize, Vec<Rc<str>>)>,
     settings_changed: bool,
-    /// Somebody has changed a backend, or asked for an attempt, and that is still to be followed.
+    /// Somebody has changed a backend, and that is still to be followed.
     nudged: bool,
+    /// When all was looked at because somebody asked for an attempt.
+    asked_at: Option<Now>,
     /// Since when loading has failed.
     stale_since: Option<Now>,
     /// A tick was taken in this round.
@@ -184,6 +186,7 @@ impl Worker {
             failed_streams: Vec::new(),
             settings_changed: false,
             nudged: false,
+            asked_at: None,
             stale_since: None,
             ticked: false,
             patience: Patience::default(),
@@ -312,6 +315,7 @@ impl Worker {
         }
         // What was acknowledged counts, also if its sender is let go now.
         self.backends.iter_mut().for_each(|b| b.hear(now));
+        self.heed_wishes(now);
         let mut changed = false;
         if self.must_load(now) {
             // What is loaded after a tick is at least as new as what the tick sees.

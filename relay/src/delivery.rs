@@ -50,6 +50,9 @@ const LOOK_UP_WAIT: Duration = Duration::from_secs(1);
 /// for so many failures in a row: a failover takes seconds. Then it is an outage like any other.
 const HASTY_FAILURES: u32 = 100;
 
+/// Attempts that somebody asks for are at least so far apart.
+const ASKED_PAUSE: Duration = Duration::from_secs(1);
+
 /// An event on its way, as far as its fate needs it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
@@ -168,6 +171,10 @@ pub struct Delivery {
     link: Link,
     /// Failures of the backend in a row.
     failures: u32,
+    /// When it is next tried, or was, because somebody had asked.
+    asked_at: Option<Now>,
+    /// When it would be tried if nobody had.
+    unasked: Option<Now>,
     /// Why it is down; `None` after the next success.
     trouble: Option<Failure>,
     /// Rows after `acked` that are not to be sent if they are read again: accepted all the same (the backend refused one
@@ -220,6 +227,8 @@ impl Delivery {
             window_bytes: WINDOW_BYTES,
             link: Link::Down { retry_at: Now::ZERO },
             failures: 0,
+            asked_at: None,
+            unasked: None,
             trouble: None,
             ahead: BTreeSet::new(),
             aside: Vec::new(),
@@ -248,8 +257,21 @@ impl Delivery {
         self.follows = follows;
     }
 
-    /// The settings changed, or an administrator asked: forget the wait.
+    /// Somebody has asked for an attempt: there is one, but not more than one each second, and if it fails the wait goes on as if nobody had.
+    pub fn retry_asked(&mut self, now: Now) {
+        let Link::Down { retry_at } = &mut self.link else {
+            return;
+        };
+        let at = self.asked_at.map_or(now, |last| now.max(last + ASKED_PAUSE));
+        if at < *retry_at {
+            self.unasked = self.unasked.or(Some(*retry_at));
+            (self.asked_at, *retry_at) = (Some(at), at);
+        }
+    }
+
+    /// The settings changed: forget the wait.
     pub fn retry_now(&mut self) {
+        self.unasked = None;
         if let Link::Down { retry_at } = &mut self.link {
             *retry_at = Now::ZERO;
         }
@@ -283,6 +305,7 @@ impl Delivery {
 
     /// Logged in, and with exactly_once: the guard is ours, and what it says was taken in.
     pub fn connected(&mut self) {
+        self.unasked = None;
         self.link = Link::Up;
     }
 
@@ -588,9 +611,14 @@ impl Delivery {
     pub fn forget_trouble(&mut self) {
         self.trouble = None;
         self.failures = 0;
+        self.unasked = None;
     }
 
     fn failed(&mut self, failure: Failure, now: Now, random: f64) -> Now {
+        if let Some(unasked) = self.unasked.take().filter(|at| *at > now) {
+            self.trouble = Some(failure);
+            return unasked;
+        }
         self.failures = self.failures.saturating_add(1);
         let patience = if failure.class == Class::Configuration {
             CONFIGURATION_PATIENCE

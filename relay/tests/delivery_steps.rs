@@ -400,6 +400,42 @@ fn a_lost_connection_is_looked_at_again_at_once_and_then_with_patience() {
     assert_eq!(desk.read(&[4, 5], "a"), [RowFate::Send; 2]);
 }
 
+/// Who asks all the time gets an attempt a second, and changes nothing else.
+#[test]
+fn attempts_that_were_asked_for_do_not_count() {
+    let mut desk = Desk::new(3);
+    let fails = |desk: &mut Desk| {
+        desk.delivery.connecting();
+        let failure = Failure::backend("refused");
+        desk.delivery.lost(failure, 0, Vec::new(), desk.now, 0.5);
+    };
+    fails(&mut desk);
+    fails(&mut desk);
+    let due = desk.delivery.due_at().expect("a wait");
+    let far = due + 100 * SECOND;
+    desk.delivery
+        .hold_off(Failure::backend("refused"), far - desk.now, desk.now, 0.5);
+    let (mut attempts, end) = (0, desk.now + 10 * SECOND);
+    while desk.now < end {
+        desk.delivery.retry_asked(desk.now);
+        if desk.delivery.wants_connection(desk.now) {
+            fails(&mut desk);
+            attempts += 1;
+            assert_eq!(desk.delivery.due_at(), Some(far));
+        }
+        desk.now += SECOND / 100;
+    }
+    assert!((9..=10).contains(&attempts), "{attempts}");
+    desk.now = far;
+    let before = desk.now;
+    fails(&mut desk);
+    assert_eq!(
+        desk.delivery.due_at(),
+        Some(before + SECOND),
+        "as after the failure before"
+    );
+}
+
 #[test]
 fn the_window_is_bounded() {
     let mut desk = Desk::with(Streams::waiting([("a".to_owned(), 1)]), 3);

@@ -17,7 +17,7 @@ use relay::snapshot::{FIRST_NORMAL_XID, Tick};
 use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// What the tables say.
 struct Rows {
@@ -42,7 +42,23 @@ pub(super) enum Loaded {
     Changed,
 }
 
+/// However often somebody asks for an attempt, settings are looked at for that no sooner than this again.
+const LOOK_PAUSE: Duration = Duration::from_millis(100);
+
 impl Worker {
+    /// Somebody has called `outbox.wake()`.
+    pub(super) fn heed_wishes(&mut self, now: Now) {
+        if !self.slot.take_asked() {
+            return;
+        }
+        self.backends.iter_mut().for_each(|b| b.delivery.retry_asked(now));
+        if self.asked_at.is_none_or(|at| now >= at + LOOK_PAUSE) {
+            (self.asked_at, self.nudged) = (Some(now), true);
+        }
+        // Somebody may be waiting to see how far it is.
+        self.save_unsaved(now);
+    }
+
     /// Whether backends and settings are to be loaded, now.
     pub(super) fn must_load(&mut self, now: Now) -> bool {
         self.nudged |= self.slot.take_nudge();
@@ -61,7 +77,6 @@ impl Worker {
             Some(_) => {
                 self.stale_since = None;
                 if nudged {
-                    self.backends.iter_mut().for_each(|b| b.delivery.retry_now());
                     // Somebody may be waiting to see how far it is.
                     self.save_unsaved(now);
                 }
