@@ -99,9 +99,20 @@ select jsonb_strip_nulls(jsonb_build_object('mode', backend.mode, 'host', backen
 $$;
 comment on function outbox.destination(outbox.backends) is 'Where and how a backend connects: a secret that was set for one destination is not sent to another.';
 
+-- The key of passwords is an option of a user mapping: catalogs are in no dump, and are not decoded from the WAL.
+create foreign data wrapper outbox_relay;
+comment on foreign data wrapper outbox_relay is 'Reads no tables: the server below belongs to it.';
+create server outbox_relay foreign data wrapper outbox_relay;
+comment on server outbox_relay is 'Its user mapping for PUBLIC holds the key with which outbox.backend_passwords is sealed. Made when the first password is set.';
+
+create function outbox.seal_password(backend_number integer, password text) returns bytea
+    language c volatile strict
+    as 'MODULE_PATHNAME', 'seal_password';
+comment on function outbox.seal_password(integer, text) is 'A password as it lies in outbox.backend_passwords; makes the key if there is none. Needs the rights of the owner of server outbox_relay.';
+
 create table outbox.backend_passwords (
     backend_number integer primary key,
-    password       text not null,
+    password       bytea not null,
     destination    jsonb not null
 );
 -- No policy: even pg_read_all_data sees no row. The owner and other superusers are not bound by it.
@@ -109,6 +120,7 @@ alter table outbox.backend_passwords enable row level security;
 -- ANALYZE would copy passwords into pg_statistic, which pg_read_all_data can read.
 alter table outbox.backend_passwords alter column password set statistics 0;
 comment on table outbox.backend_passwords is 'Passwords set by outbox.set_backend_password(); read by the worker alone, never dumped.';
+comment on column outbox.backend_passwords.password is 'Sealed for this backend, with AES-256-GCM and the key of server outbox_relay.';
 comment on column outbox.backend_passwords.destination is 'What the password was set for, see outbox.destination(): with another one, the backend is misconfigured.';
 
 create table outbox.moved_backends (
@@ -1445,7 +1457,7 @@ begin
         delete from outbox.backend_passwords p where p.backend_number = b.number;
     else
         insert into outbox.backend_passwords as p (backend_number, password, destination)
-            values (b.number, set_backend_password.password, outbox.destination(b))
+            values (b.number, outbox.seal_password(b.number, set_backend_password.password), outbox.destination(b))
             on conflict (backend_number) do update set password = excluded.password, destination = excluded.destination;
     end if;
 end

@@ -46,7 +46,8 @@ fn is_applied() -> bool {
     is_worker()
 }
 
-/// Publications that take along what must not leave this server: passwords among it, which whoever may decode the WAL then reads.
+/// Publications that take along what must not leave this server: where backends connect among it, and sealed passwords, which whoever may
+/// decode the WAL then has.
 pub fn publications() -> Vec<String> {
     outbox::query(
         "select p.pubname::text from pg_publication p
@@ -84,10 +85,10 @@ pub fn say_published(name: &str) {
     log(
         LogLevel::Warning,
         &format!("publication \"{name}\" has tables of outbox_relay that must not leave this server"),
-        Some("Passwords of backends are in what it sends. A subscriber with this extension passes them over."),
         Some(
-            "Publish only events, scheduled_events, failed_events, refused_events and cursors of schema outbox. Keep passwords in files, see password_file.",
+            "Hosts, users and sealed passwords of backends are in what it sends. A subscriber with this extension passes them over.",
         ),
+        Some("Publish only events, scheduled_events, failed_events, refused_events and cursors of schema outbox."),
     );
 }
 

@@ -59,6 +59,7 @@ mod report;
 mod request;
 mod rights;
 mod rows;
+mod secret_key;
 mod sequence;
 mod shmem;
 mod standby;

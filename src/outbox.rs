@@ -11,12 +11,14 @@ use crate::ownership;
 use crate::publish::text_datum;
 use crate::rights;
 use crate::rows;
+use crate::secret_key;
 use crate::trigger;
 use pgrx::datum::DatumWithOid;
 use pgrx::pg_sys::{self, PgOid};
 use pgrx::spi::{Spi, SpiTupleTable};
 use relay::delivery::Cursor;
 use relay::reader::{Position, UnderWay};
+use relay::seal;
 use relay::snapshot::{Snapshot, Tick};
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -64,6 +66,8 @@ pub struct BackendRow {
 pub struct Withheld {
     /// That of `outbox.set_backend_password()`.
     pub password: bool,
+    /// It cannot be opened: the key is another one.
+    pub is_unreadable: bool,
     /// Its own file.
     pub file: bool,
     /// The file of the settings: of a backend that was to speak TLS, and has been moved to something weaker.
@@ -245,7 +249,7 @@ pub fn has_later_restores(seen: &Snapshot) -> bool {
 
 /// All backends, with those restores that a snapshot sees, some of them.
 pub fn backends(seen: &Snapshot) -> Vec<BackendRow> {
-    query(
+    let found = query(
         "select b.number, b.name, b.enabled, b.host, b.port, b.db, b.username, b.stream_name, b.max_len,
             (extract(epoch from b.connect_timeout) * 1000)::bigint, (extract(epoch from b.socket_timeout) * 1000)::bigint,
             b.unix_socket, b.password_file, case when p.destination = outbox.destination(b) then p.password end, b.delivery, b.on_missing_guard, b.wait_replicas,
@@ -266,7 +270,8 @@ pub fn backends(seen: &Snapshot) -> Vec<BackendRow> {
             seen.to_string().into(),
             RESTORES_AT_ONCE.into(),
         ],
-        |row| BackendRow {
+        |row| {
+            let backend = BackendRow {
             number: value(row, 1).unwrap_or_default(),
             name: text(row, 2).unwrap_or_default(),
             enabled: value(row, 3).unwrap_or_default(),
@@ -280,7 +285,7 @@ pub fn backends(seen: &Snapshot) -> Vec<BackendRow> {
             socket_timeout_ms: value(row, 11),
             unix_socket: text(row, 12),
             password_file: text(row, 13),
-            password: text(row, 14),
+            password: None,
             delivery: value(row, 15).unwrap_or_default(),
             on_missing_guard: value(row, 16).unwrap_or_default(),
             wait_replicas: value(row, 17).unwrap_or_default(),
@@ -300,11 +305,24 @@ pub fn backends(seen: &Snapshot) -> Vec<BackendRow> {
             }),
             withheld: Withheld {
                 password: value(row, 30).unwrap_or_default(),
+                is_unreadable: false,
                 file: value(row, 31).unwrap_or_default(),
                 common_file: value(row, 32).unwrap_or_default(),
             },
+            };
+            (backend, value::<Vec<u8>>(row, 14))
         },
-    )
+    );
+    let mut key = None;
+    let opened = found.into_iter().map(|(mut backend, sealed)| {
+        if let Some(sealed) = sealed {
+            let key = key.get_or_insert_with(secret_key::key);
+            backend.password = key.and_then(|key| seal::open(&key, backend.number, &sealed));
+            backend.withheld.is_unreadable = backend.password.is_none();
+        }
+        backend
+    });
+    opened.collect()
 }
 
 /// Numbers of backends that were deleted but had a cursor: uncommitted events of theirs may still come.

@@ -65,11 +65,13 @@ impl Link {
     }
 
     fn log_in(&mut self, destination: &Destination) -> Result<(), Failure> {
+        if let Some(refusal) = destination.password.as_ref().and_then(Secret::refusal) {
+            return Err(refusal);
+        }
         let password = match &destination.password {
             Some(Secret::Text(password)) => Some(password.clone()),
             Some(Secret::File(path)) => Some(read_password(path)?),
-            Some(Secret::Withheld) => return Err(withheld()),
-            None => None,
+            Some(Secret::Withheld | Secret::Unreadable) | None => None,
         };
         if let Some(password) = &password {
             server_text::hide(password);
@@ -374,14 +376,6 @@ fn not_allowed(what: String) -> Failure {
     Failure::of(
         Trouble::NotAllowed,
         format!("outbox_relay.allowed_hosts does not allow {what}"),
-    )
-}
-
-/// Somebody has pointed the backend elsewhere who may not do that to its password.
-pub(crate) fn withheld() -> Failure {
-    Failure::of(
-        Trouble::Withheld,
-        "the backend's password was set for another destination",
     )
 }
 

@@ -1,6 +1,7 @@
 //! A backend's settings as its sender needs them: where Redis is and how to log in.
 
 use crate::allowed_hosts::AllowedHosts;
+use crate::classify::{Failure, Trouble};
 use crate::conversation::Replicas;
 use std::fmt;
 use std::path::PathBuf;
@@ -83,6 +84,25 @@ pub enum Secret {
     File(PathBuf),
     /// It was set for another destination: nothing is sent to this one.
     Withheld,
+    /// It is there, and cannot be opened.
+    Unreadable,
+}
+
+impl Secret {
+    /// Why there is nobody to be called.
+    pub fn refusal(&self) -> Option<Failure> {
+        match self {
+            Self::Text(_) | Self::File(_) => None,
+            Self::Withheld => Some(Failure::of(
+                Trouble::Withheld,
+                "the backend's password was set for another destination",
+            )),
+            Self::Unreadable => Some(Failure::of(
+                Trouble::Unreadable,
+                "the backend's password cannot be opened: it was sealed with another key",
+            )),
+        }
+    }
 }
 
 impl Address {

@@ -38,6 +38,7 @@ pub mod reader;
 pub mod refusal;
 pub mod replies;
 pub mod route;
+pub mod seal;
 pub mod sender;
 mod server_file;
 pub mod server_text;

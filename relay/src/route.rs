@@ -5,7 +5,7 @@
 use self::answers::{is_replica, primary_in, ranges_in, redirect_in};
 use crate::bounds::Bounds;
 use crate::classify::{Class, Failure, Trouble};
-use crate::connection::{Link, withheld};
+use crate::connection::Link;
 use crate::destination::{Address, Destination, Route, Secret};
 use crate::encode::append_command;
 use crate::replies::Reply;
@@ -40,9 +40,9 @@ fn with_learnt<R>(nodes: &[Address], f: impl FnOnce(&mut Learnt) -> R) -> R {
 
 /// Opens a link to the node that is to be written to. `found` is told its address before it is tried.
 pub fn open(destination: &Destination, found: &mut dyn FnMut(&Address)) -> Result<Link, Failure> {
-    if destination.password == Some(Secret::Withheld) {
+    if let Some(refusal) = destination.password.as_ref().and_then(Secret::refusal) {
         // Not even called: events are as good as the password to whoever has pointed the backend there.
-        return Err(withheld());
+        return Err(refusal);
     }
     match &destination.route {
         Route::Direct => {

@@ -82,6 +82,9 @@ fn secret(row: Option<&BackendRow>, address: &Address) -> Option<Secret> {
     if withheld.password {
         return Some(Secret::Withheld);
     }
+    if withheld.is_unreadable {
+        return Some(Secret::Unreadable);
+    }
     if let Some(password) = row.and_then(|row| row.password.clone()) {
         return Some(Secret::Text(password));
     }

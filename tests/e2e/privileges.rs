@@ -287,9 +287,11 @@ fn nobody_reads_a_password() {
     assert_eq!(refused.code, "42501");
     assert_eq!(client.query("select * from outbox.backends", &[]).unwrap().len(), 1);
     assert!(!stack.pg.pg_dump("postgres").contains("secret-word"));
-    assert_eq!(
-        stack.pg.one::<String>("select password from outbox.backend_passwords"),
-        "secret-word"
+    assert!(
+        stack.pg.one::<bool>(
+            "select length(password) > 11 and encode(password, 'escape') !~ 'secret' from outbox.backend_passwords"
+        ),
+        "it is there, and sealed"
     );
     stack.pg.exec("select outbox.set_backend_password('default', null)");
     assert_eq!(stack.pg.one::<i64>("select count(*) from outbox.backend_passwords"), 0);

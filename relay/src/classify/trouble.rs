@@ -29,6 +29,8 @@ pub enum Trouble {
     ExposedFile,
     /// The backend was pointed elsewhere by somebody who may not set its password.
     Withheld,
+    /// Its password cannot be opened.
+    Unreadable,
     MaxClients,
     /// Protected mode.
     Denied,
@@ -143,6 +145,10 @@ impl Trouble {
             Self::Withheld => (
                 Configuration,
                 "A role that may not set its password has changed where or how the backend connects. Change that back, or set the password for it as it is now: outbox.set_backend_password(), or password_file set to NULL and then to the file.",
+            ),
+            Self::Unreadable => (
+                Configuration,
+                "The key is an option of a user mapping for server outbox_relay, which may have been dropped. Set the password again with outbox.set_backend_password().",
             ),
             Self::MaxClients => (
                 Backend,

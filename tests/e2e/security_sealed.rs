@@ -1,0 +1,112 @@
+//! A stored password is sealed: whoever is shown its table reads nothing, and whoever reads the key has no table.
+
+use kit::owners::{WATCHFUL, wait_caught_up};
+use kit::{Mode, Postgres, QUICK, Redis, Refused, Stack, types, wait_drained, wait_trouble, wait_until};
+
+const SECRET: &str = "Xq7-zK9.wQ2y";
+const SET: &str = "select outbox.set_backend_password('default', 'Xq7-zK9.wQ2y')";
+const LOGICAL: &[(&str, &str)] = &[("wal_level", "logical")];
+const KEY: &str = "select umoptions[1] from pg_user_mapping";
+
+fn start(settings: &[(&str, &str)]) -> Stack {
+    Stack::of(
+        Postgres::with(QUICK).with(settings),
+        Redis::with(&["--requirepass", SECRET]),
+    )
+}
+
+/// By a plugin that decodes all tables, and by a publication of all tables.
+#[test]
+fn logical_decoding_shows_no_password() {
+    let stack = start(LOGICAL);
+    stack.pg.exec("create publication everything for all tables");
+    stack.pg.exec("select pg_create_logical_replication_slot('plain', 'test_decoding'), pg_create_logical_replication_slot('published', 'pgoutput')");
+    stack.pg.exec(&format!(
+        "{SET}; create role reader login in role pg_read_all_data, pg_monitor; create role nobody login"
+    ));
+    stack.publish("t");
+    assert_eq!(types(&stack.wait_events(1)), ["t"]);
+    let mut reader = stack.pg.client_as("reader", "postgres");
+    let mut nobody = stack.pg.client_as("nobody", "postgres");
+    assert_eq!(
+        reader
+            .query("table outbox.backend_passwords", &[])
+            .expect("no right is missing")
+            .len(),
+        0
+    );
+    assert_eq!(Refused::of(nobody.simple_query("table pg_user_mapping")).code, "42501");
+    for sql in [
+        "select count(*) from pg_user_mappings where umoptions is not null",
+        "select count(*) from information_schema.user_mapping_options where option_value is not null",
+        "select count(*) from pg_foreign_server where srvoptions is not null",
+    ] {
+        assert_eq!(
+            nobody.query_one(sql, &[]).expect("a catalog").get::<_, i64>(0),
+            0,
+            "{sql}"
+        );
+    }
+    for sql in [
+        "select outbox.seal_password(1, 'x')",
+        "create user mapping for nobody server outbox_relay",
+        "alter user mapping for public server outbox_relay options (set key '00')",
+        "drop user mapping for public server outbox_relay",
+    ] {
+        assert_eq!(Refused::of(nobody.simple_query(sql)).code, "42501", "{sql}");
+    }
+    // It goes with the extension, and not without.
+    let dump = stack.pg.pg_dump("postgres");
+    let key: String = stack.pg.one(KEY);
+    assert!(!dump.contains(&key[4..]) && !dump.contains("USER MAPPING") && !dump.contains(SECRET));
+    let drop = "drop user mapping for public server outbox_relay";
+    assert_eq!(Refused::of(stack.pg.client().simple_query(drop)).code, "2BP01");
+    stack.pg.exec("drop extension outbox_relay");
+    assert_eq!(stack.pg.one::<i64>("select count(*) from pg_user_mapping"), 0);
+    stack.pg.extension();
+    stack.pg.exec(SET);
+    assert_ne!(stack.pg.one::<String>(KEY), key);
+}
+
+#[test]
+fn without_its_key_a_password_is_set_again() {
+    let stack = start(&[]);
+    stack.pg.exec(SET);
+    stack.publish("one");
+    wait_drained(&stack.pg, "default");
+    let other = "0123456789abcdef".repeat(4);
+    stack.pg.exec(&format!(
+        "alter user mapping for public server outbox_relay options (set key '{other}'); select outbox.wake()"
+    ));
+    wait_trouble(&stack.pg, "default", "misconfigured", "it was sealed with another key");
+    stack.pg.wait_log("HINT:  The key is an option of a user mapping");
+    stack.publish("two");
+    stack.pg.exec(SET);
+    stack.redis.wait_entries("events", 2);
+    // That of one backend is none of another's.
+    stack.pg.exec(
+        "insert into outbox.backends (name, host, port) select 'other', host, port from outbox.backends;
+        insert into outbox.backend_passwords select b.number, p.password, p.destination from outbox.backend_passwords p, outbox.backends b
+            where b.name = 'other'; select outbox.publish_event('t', 's', backend => 'other')",
+    );
+    wait_trouble(&stack.pg, "other", "misconfigured", "it was sealed with another key");
+}
+
+/// The key comes by streaming, also to a standby that was there before the key, and with a base backup.
+#[test]
+fn a_standby_has_the_key() {
+    let mut stack = Stack::of(
+        Postgres::with(WATCHFUL).with(QUICK),
+        Redis::with(&["--requirepass", SECRET]),
+    );
+    let standby = stack.pg.standby().start();
+    stack.pg.exec(SET);
+    stack.publish("one");
+    wait_drained(&stack.pg, "default");
+    wait_caught_up(&stack.pg, &standby);
+    stack.pg.stop(Mode::Fast);
+    standby.promote();
+    standby.exec("select outbox.publish_event('two', 's')");
+    wait_until("the entry", || stack.redis.xlen("events") == 2);
+    assert_eq!(types(&stack.redis.entries("events")), ["one", "two"]);
+}
