@@ -159,7 +159,8 @@ create table outbox.events (
     autovacuum_analyze_scale_factor = 0.2
 );
 alter sequence outbox.events_seq_seq owned by outbox.events.seq;
-alter table outbox.events add primary key (seq);
+-- Whose row it is, for those who pass by it.
+alter table outbox.events add primary key (seq) include (backend_number);
 create unique index events_event_id_idx on outbox.events (event_id);
 create index events_xid_idx on outbox.events (xid, seq);
 -- For those who look: the latest events, and those of some time.

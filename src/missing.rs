@@ -52,7 +52,7 @@ impl Index {
             Self::Seq => (
                 "outbox.events has no index on (seq)",
                 "Events are read by it.",
-                "ALTER TABLE outbox.events ADD PRIMARY KEY (seq)",
+                "ALTER TABLE outbox.events ADD PRIMARY KEY (seq) INCLUDE (backend_number)",
             ),
             Self::Xid => (
                 "outbox.events has no index on (xid, seq)",

@@ -26,6 +26,8 @@ const SCAN_BACKENDS: usize = 4;
 const WRITTEN_DOWN: usize = 250;
 /// One scan serves backends that are no further apart: half of it, so that those that are ahead have the other half.
 const NEAR_SEQS: i64 = SCAN_STEPS as i64 / 2;
+/// A pass that others wait for ends after so many rows.
+const LEAST_STEPS: usize = 256;
 
 /// Backends (by index) that one scan serves: they are going to the same tick, and stand near each other.
 pub struct Group {
@@ -37,18 +39,29 @@ pub struct Group {
 }
 
 impl Group {
-    /// Takes the one that is furthest behind out of `waiting` (not empty), and those that one scan can serve as well.
+    /// Takes the one that is furthest behind out of `waiting` (not empty), and those that one scan can serve as well. Those that have a short
+    /// way to go come first: they are not to wait for one that has a long way.
     ///
     /// Numbers ascend along a range, so a scan serves readers that stand apart, and that have set out from different ticks: each takes the
     /// rows behind its own place which its own tick does not see. Late rows are found by the tick: for them it must be the same.
     pub fn take(backends: &[Backend], waiting: &mut Vec<usize>, latest: &Arc<Tick>) -> Self {
         let position = |index: usize| backends[index].delivery.position();
-        let first = waiting.iter().copied().min_by_key(|index| {
+        let goal = |index: usize| backends[index].goal(latest);
+        let is_short = |index: &usize| goal(*index).high_seq - position(*index).place() <= NEAR_SEQS;
+        let (short, long): (Vec<usize>, Vec<usize>) = waiting.iter().partition(|index| is_short(index));
+        // Nor for those who look at each row.
+        let is_choosy = |index: &usize| backends[*index].number != 0;
+        let (choosy, others): (Vec<usize>, Vec<usize>) = long.into_iter().partition(is_choosy);
+        let (candidates, later) = match (short.is_empty(), choosy.is_empty()) {
+            (false, _) => (short, [choosy, others].concat()),
+            (true, false) => (choosy, others),
+            (true, true) => (others, Vec::new()),
+        };
+        let first = candidates.iter().copied().min_by_key(|index| {
             let position = position(*index);
             (position.place(), position.last_seq())
         });
         let base = position(first.unwrap_or_default()).clone();
-        let goal = |index: usize| backends[index].goal(latest);
         let to = goal(first.unwrap_or_default()).clone();
         // Among late rows all have come to the same place: there, what counts is the last row.
         let is_near = |index: usize| {
@@ -59,7 +72,7 @@ impl Group {
             };
             Arc::ptr_eq(goal(index), &to) && theirs <= first + NEAR_SEQS
         };
-        let near = waiting
+        let near = candidates
             .iter()
             .filter(|index| is_near(**index))
             .map(|index| position(*index));
@@ -77,8 +90,8 @@ impl Group {
             let can_join = !base.is_among_late() && !p.is_among_late() && p.from.snapshot.includes(&from.snapshot);
             is_near(index) && (is_same || can_join)
         };
-        let (members, others) = waiting.iter().partition(|index| is_served(**index));
-        *waiting = others;
+        let (members, others): (Vec<usize>, Vec<usize>) = candidates.into_iter().partition(|index| is_served(*index));
+        *waiting = [others, later].concat();
         Self {
             members,
             from,
@@ -88,10 +101,16 @@ impl Group {
     }
 }
 
-/// Reads on for a group of `backends`. Needs a transaction; what comes back is to be handed over once that has ended well.
-pub fn read(backends: &mut [Backend], group: &Group) -> Vec<Reader> {
+/// Reads on for a group of `backends`, and not for long if `is_wanted` for others. Needs a transaction; what comes back is to be handed over
+/// once that has ended well.
+pub fn read(backends: &mut [Backend], group: &Group, is_wanted: &dyn Fn() -> bool) -> Vec<Reader> {
     let relations = catalog::expect_relations();
     let mut table = EventsTable::open(&relations);
+    let numbers: Vec<i32> = group.members.iter().map(|index| backends[*index].number).collect();
+    // Number 0 reads rows of all that nobody knows.
+    if !numbers.contains(&0) {
+        table.want_only(numbers);
+    }
     let mut pass = Pass {
         from: group.from.clone(),
         to: group.to.clone(),
@@ -105,7 +124,7 @@ pub fn read(backends: &mut [Backend], group: &Group) -> Vec<Reader> {
             .collect(),
         backends,
     };
-    pass.run(&mut table);
+    pass.run(&mut table, is_wanted);
     let mut readers = pass.readers;
     table.close();
     for reader in &mut readers {
@@ -181,6 +200,11 @@ impl Reader {
         }
     }
 
+    /// Whether it has met a row of its own.
+    pub fn has_found(&self) -> bool {
+        self.stopped || self.open.is_some() || !self.built.is_empty() || !self.skipped.is_empty() || self.wrote
+    }
+
     /// Whether another row may be added.
     fn has_room(&self) -> bool {
         self.open.is_some() || (self.batches_left > 0 && self.bytes_left > 0)
@@ -233,7 +257,7 @@ impl Pass<'_> {
         Position::towards(reader.from.clone(), self.to.clone(), self.seq)
     }
 
-    fn run(&mut self, table: &mut EventsTable) {
+    fn run(&mut self, table: &mut EventsTable, is_wanted: &dyn Fn() -> bool) {
         let rows = RowMemory::new();
         let mut scan = RangeScan::open(table, &self.from, &self.to, self.seq);
         let mut at_end = false;
@@ -242,7 +266,11 @@ impl Pass<'_> {
             .iter()
             .filter(|r| self.backends[r.index].reads_for_redis())
             .count();
-        for _ in 0..SCAN_STEPS * sending.clamp(1, SCAN_BACKENDS) {
+        for step in 1..=SCAN_STEPS * sending.clamp(1, SCAN_BACKENDS) {
+            // Who passes by rows of others alone has to come through first.
+            if step % LEAST_STEPS == 0 && self.readers.iter().any(Reader::has_found) && is_wanted() {
+                break;
+            }
             let key = match scan.step() {
                 None => {
                     at_end = true;

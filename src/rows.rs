@@ -8,6 +8,7 @@ use relay::event::Event;
 use relay::reader::{Key, Scan, Table};
 use relay::slot::slot_of;
 use std::borrow::Cow;
+use std::rc::Rc;
 
 /// Microseconds from 1970, the epoch of Unix, to 2000, that of Postgres.
 pub const EPOCH_SHIFT_US: i64 = 946_684_800_000_000;
@@ -295,6 +296,16 @@ mod hot {
             scan: pg_sys::SysScanDesc,
             direction: pg_sys::ScanDirection::Type,
         ) -> pg_sys::HeapTuple;
+        pub fn index_getnext_tid(
+            scan: pg_sys::IndexScanDesc,
+            direction: pg_sys::ScanDirection::Type,
+        ) -> pg_sys::ItemPointer;
+        pub fn index_fetch_heap(scan: pg_sys::IndexScanDesc, slot: *mut pg_sys::TupleTableSlot) -> bool;
+        pub fn ExecFetchSlotHeapTuple(
+            slot: *mut pg_sys::TupleTableSlot,
+            materialize: bool,
+            should_free: *mut bool,
+        ) -> pg_sys::HeapTuple;
         pub fn heap_deform_tuple(
             tuple: pg_sys::HeapTuple,
             descriptor: pg_sys::TupleDesc,
@@ -338,6 +349,8 @@ pub struct EventsTable {
     seq_key: pg_sys::Relation,
     xid_key: pg_sys::Relation,
     snapshot: pg_sys::Snapshot,
+    /// Numbers of the backends whose rows are looked at; `None`: all.
+    wanted: Option<Rc<[i32]>>,
 }
 
 const LOCK: pg_sys::LOCKMODE = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
@@ -360,8 +373,20 @@ impl EventsTable {
                 seq_key: pg_sys::index_open(relations.events_seq_key, LOCK),
                 xid_key: pg_sys::index_open(relations.events_xid_key, LOCK),
                 snapshot: pg_sys::RegisterSnapshot(pg_sys::GetLatestSnapshot()),
+                wanted: None,
             }
         }
+    }
+
+    /// From now on, scans by number pass by rows of other backends, as far as the index tells whose they are.
+    pub fn want_only(&mut self, numbers: Vec<i32>) {
+        // SAFETY: an open index; the first columns of it, of which there are so many.
+        let is_told = unsafe {
+            let index = (*self.seq_key).rd_index;
+            let columns = std::slice::from_raw_parts((*index).indkey.values.as_ptr(), (*index).indnatts as usize);
+            columns.get(1) == Some(&(attribute::BACKEND_NUMBER as i16))
+        };
+        self.wanted = is_told.then(|| numbers.into());
     }
 
     /// Whether opening it now would wait for nobody, and lacks nothing. The locks are kept until the end of the transaction.
@@ -430,6 +455,8 @@ impl EventsTable {
                 scan,
                 row: Box::new(Row::empty()),
                 descriptor,
+                wanted: None,
+                is_at_end: false,
             }
         }
     }
@@ -473,7 +500,11 @@ impl Table for EventsTable {
     type Scan = EventsScan;
 
     fn by_seq(&mut self, after: i64, upto: i64) -> EventsScan {
-        self.scan(self.seq_key, &[seq_above(after), seq_up_to(upto)])
+        let scan = self.scan(self.seq_key, &[seq_above(after), seq_up_to(upto)]);
+        match &self.wanted {
+            Some(wanted) => scan.wanting(wanted.clone()),
+            None => scan,
+        }
     }
 
     fn by_xid(&mut self, xid: u64, after: i64, upto: i64) -> EventsScan {
@@ -496,30 +527,117 @@ pub struct EventsScan {
     scan: pg_sys::SysScanDesc,
     row: Box<Row>,
     descriptor: pg_sys::TupleDesc,
+    /// Rows of other backends are passed by; the index says whose each is.
+    wanted: Option<Rc<[i32]>>,
+    /// It has come to its end. (Asked once more, Postgres would begin anew.)
+    is_at_end: bool,
 }
+
+/// What a scan has come to.
+enum Met {
+    End,
+    Row(pg_sys::HeapTuple),
+    /// Others' rows, up to this number.
+    Others(i64),
+}
+
+/// Rows of others that are passed by at once.
+const OTHERS_AT_ONCE: usize = 16;
 
 impl EventsScan {
     /// The current row; its texts live until the scan moves on.
     pub fn row(&self) -> &Row {
         &self.row
     }
+
+    /// The index has, behind its key, the number of the backend.
+    fn wanting(mut self, wanted: Rc<[i32]>) -> Self {
+        // SAFETY: the scan was just opened. It is told to give the index's entries as well, which must be known before it begins; the keys
+        // stay as they are.
+        unsafe {
+            let scan = (*self.scan).iscan;
+            (*scan).xs_want_itup = true;
+            pg_sys::index_rescan(scan, std::ptr::null_mut(), 0, std::ptr::null_mut(), 0);
+        }
+        self.wanted = Some(wanted);
+        self
+    }
+
+    /// The next row.
+    ///
+    /// # Safety
+    /// An open scan that is not at its end; within a guard.
+    unsafe fn next(scan: pg_sys::SysScanDesc) -> Met {
+        // SAFETY: the caller's promise.
+        let tuple = unsafe { hot::systable_getnext_ordered(scan, pg_sys::ScanDirection::ForwardScanDirection) };
+        match tuple.is_null() {
+            true => Met::End,
+            false => Met::Row(tuple),
+        }
+    }
+
+    /// The next row of those that are wanted; of others, only the entries in the index are looked at.
+    ///
+    /// # Safety
+    /// As [`Self::next`]; `wanted` is that of the scan, see [`Self::wanting`].
+    unsafe fn next_wanted(scan: pg_sys::SysScanDesc, wanted: &[i32]) -> Met {
+        /// Of an entry's header (itup.h): its size, and a bit of its second word.
+        const HEADER: usize = 8;
+        const HAS_NULLS: u16 = 0x8000;
+        // SAFETY: a scan of an index on (seq, backend_number) that was told to give its entries: an int8, and an int4 behind it.
+        unsafe {
+            let (index_scan, slot) = ((*scan).iscan, (*scan).slot);
+            for count in 1.. {
+                if hot::index_getnext_tid(index_scan, pg_sys::ScanDirection::ForwardScanDirection).is_null() {
+                    break;
+                }
+                let entry = (*index_scan).xs_itup;
+                let values = entry.cast::<u8>().add(HEADER);
+                let is_others =
+                    (*entry).t_info & HAS_NULLS == 0 && !wanted.contains(&values.add(8).cast::<i32>().read());
+                if is_others {
+                    if count >= OTHERS_AT_ONCE {
+                        return Met::Others(values.cast::<i64>().read());
+                    }
+                } else if hot::index_fetch_heap(index_scan, slot) {
+                    let mut is_copy = false;
+                    return Met::Row(hot::ExecFetchSlotHeapTuple(slot, false, &mut is_copy));
+                }
+            }
+            Met::End
+        }
+    }
 }
 
 impl Scan for EventsScan {
     fn advance(&mut self) -> Option<Key> {
-        // SAFETY: an open scan; it keeps the current tuple's buffer pinned until the next call. One guard for both calls, since a guard
+        if self.is_at_end {
+            return None;
+        }
+        // SAFETY: an open scan; it keeps the current tuple's buffer pinned until the next call. One guard for all calls, since a guard
         // costs as much as a call.
-        let is_row = unsafe {
+        let met = unsafe {
             pg_sys::ffi::pg_guard_ffi_boundary(|| {
-                let tuple = hot::systable_getnext_ordered(self.scan, pg_sys::ScanDirection::ForwardScanDirection);
-                if !tuple.is_null() {
+                let met = match &self.wanted {
+                    None => Self::next(self.scan),
+                    Some(wanted) => Self::next_wanted(self.scan, wanted),
+                };
+                if let Met::Row(tuple) = met {
                     let (values, nulls) = (self.row.values.as_mut_ptr(), self.row.nulls.as_mut_ptr());
                     hot::heap_deform_tuple(tuple, self.descriptor, values, nulls);
                 }
-                !tuple.is_null()
+                met
             })
         };
-        is_row.then(|| self.row.key())
+        match met {
+            Met::End => {
+                self.is_at_end = true;
+                None
+            }
+            Met::Row(_) => Some(self.row.key()),
+            // Of a transaction that every position has seen.
+            Met::Others(seq) => Some(Key { xid: 0, seq }),
+        }
     }
 }
 

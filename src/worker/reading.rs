@@ -31,6 +31,9 @@ const LANE_PAUSE: Duration = Duration::from_millis(100);
 /// Backends that are further behind are not waited for.
 const WAITED_FOR_SEQS: i64 = 100_000;
 
+/// How long passes follow each other that find nothing.
+const PASSING_TIME: Duration = Duration::from_millis(20);
+
 /// A tick that synchronous standbys have not flushed yet.
 pub(super) struct Awaited {
     pub(super) tick: Tick,
@@ -69,7 +72,15 @@ impl Worker {
         while !waiting.is_empty() {
             let group = Group::take(&self.backends, &mut waiting, &self.latest);
             match self.read_group(&group, now) {
-                Ok(()) => group.members.iter().for_each(|index| self.has_read_for(*index)),
+                Ok(has_found) => {
+                    group.members.iter().for_each(|index| self.has_read_for(*index));
+                    // Among many rows of others: none of its own is sent before it has come through.
+                    if !has_found && self.now() < now + PASSING_TIME {
+                        let is_on_its_way =
+                            |index: &usize| self.backends[*index].reads_for_redis() && self.reads_now(*index, now);
+                        waiting.extend(group.members.iter().copied().filter(is_on_its_way));
+                    }
+                }
                 Err(error) if !self.read_apart(&group, &error, now) => break,
                 Err(_) => {}
             }
@@ -126,7 +137,7 @@ impl Worker {
         for index in &group.members {
             let alone = Group::take(&self.backends, &mut vec![*index], &self.latest);
             match self.read_group(&alone, now) {
-                Ok(()) => self.has_read_for(*index),
+                Ok(_) => self.has_read_for(*index),
                 Err(error) => fails_for(*index, &error, self),
             }
         }
@@ -334,16 +345,20 @@ impl Worker {
         self.backends.iter_mut().for_each(|b| b.is_unflushed = false);
     }
 
-    /// One scan for a group of backends.
-    fn read_group(&mut self, group: &Group, now: Now) -> Result<(), Aborted> {
-        let (backends, events) = (&mut self.backends, self.events);
+    /// One scan for a group of backends. Whether it found something for one of them.
+    fn read_group(&mut self, group: &Group, now: Now) -> Result<bool, Aborted> {
+        let (backends, events, slot) = (&mut self.backends, self.events, self.slot);
+        let sending = backends.iter().filter(|b| b.reads_for_redis()).count();
+        // Who is alone waits for nobody.
+        let is_wanted = || sending > 1 && slot.has_work();
         // The extension may have been dropped and created again since the backends were loaded: its events are not for those.
         let is_known = || events.is_some() && catalog::relations().map(|relations| relations.events) == events;
-        let readers = care::transaction(|| is_known().then(|| pass::read(backends, group)))?;
+        let readers = care::transaction(|| is_known().then(|| pass::read(backends, group, &is_wanted)))?;
         let Some(readers) = readers else {
             self.generation = u64::MAX;
-            return Ok(());
+            return Ok(true);
         };
+        let has_found = readers.iter().any(pass::Reader::has_found);
         for reader in readers.iter().filter(|r| r.wrote) {
             self.backends[reader.index].is_unflushed = true;
         }
@@ -383,6 +398,6 @@ impl Worker {
                 None => {}
             }
         }
-        Ok(())
+        Ok(has_found)
     }
 }

@@ -66,3 +66,45 @@ fn a_million_events_of_one_insert_arrive_in_order_in_bounded_memory() {
         "the worker grew by {grown_kb} kB from {before} kB"
     );
 }
+
+/// Rows of others are passed by in the index: none of one's own is, also none that was rolled back, or of a backend that comes later.
+#[test]
+fn whoever_has_few_events_among_many_of_another_gets_each_in_its_order() {
+    const ROWS: usize = 12_000;
+    let stack = Stack::with(&[("outbox_relay.redis_max_len", "0")]);
+    stack.pg.exec(
+        "insert into outbox.backends (name, host, port, stream_name, enabled)
+         select n, host, port, n, n <> 'later' from outbox.backends, unnest(array['few', 'later']) n where name = 'default'",
+    );
+    stack.publish("warm-up");
+    stack.wait_events(1);
+    let insert = |first: usize, last: usize| {
+        format!(
+            "insert into outbox.events (event_type, source, data, backend)
+             select 'bulk', g::text, '1', case when g % 997 = 0 then 'few' when g % 1499 = 0 then 'later' else 'default' end
+             from generate_series({first}, {last}) g;"
+        )
+    };
+    stack.pg.exec(&format!(
+        "begin; {} savepoint s; {} rollback to s; {} commit",
+        insert(1, ROWS / 2),
+        insert(1, ROWS / 4),
+        insert(ROWS / 2 + 1, ROWS)
+    ));
+    stack.pg.exec(&insert(ROWS + 1, ROWS + 3_000));
+    let is_few = |n: &usize| n.is_multiple_of(997);
+    let is_later = |n: &usize| !is_few(n) && n.is_multiple_of(1_499);
+    let all = || 1..=ROWS + 3_000;
+    let of = |stream: &str, wanted: Vec<usize>| {
+        let entries = stack.redis.wait_entries(stream, wanted.len());
+        let sources: Vec<usize> = entries.iter().map(|e| e.field("source").parse().unwrap()).collect();
+        assert_eq!(sources, wanted, "{stream}");
+    };
+    of("few", all().filter(is_few).collect());
+    stack
+        .pg
+        .exec("update outbox.backends set enabled = true where name = 'later'");
+    of("later", all().filter(is_later).collect());
+    let usual = all().filter(|n| !is_few(n) && !is_later(n)).count();
+    kit::wait_eq("events of the usual backend", usual + 1, || stack.redis.xlen("events"));
+}
