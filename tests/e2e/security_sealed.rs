@@ -21,6 +21,35 @@ fn logical_decoding_shows_no_password() {
     let stack = start(LOGICAL);
     stack.pg.exec("create publication everything for all tables");
     stack.pg.exec("select pg_create_logical_replication_slot('plain', 'test_decoding'), pg_create_logical_replication_slot('published', 'pgoutput')");
+    stack
+        .pg
+        .exec(&format!("{SET}; {SET}; update outbox.backends set max_len = 10"));
+    stack.publish("t");
+    wait_drained(&stack.pg, "default");
+    stack
+        .pg
+        .exec(&format!("{SET}; select outbox.set_backend_password('default', null)"));
+    let key: String = stack.pg.one(KEY);
+    let key = key.strip_prefix("key=").expect("the key");
+    assert_eq!(key.len(), 64);
+    for sql in [
+        "select string_agg(data, ' ') from pg_logical_slot_peek_changes('plain', null, null)",
+        "select string_agg(encode(data, 'escape'), ' ') from pg_logical_slot_peek_binary_changes('published', null, null,
+            'proto_version', '1', 'publication_names', 'everything')",
+    ] {
+        let decoded: String = stack.pg.one(sql);
+        assert!(decoded.contains("backend_passwords"), "{sql} decodes nothing of it");
+        // As it is, and as a bytea is shown.
+        let hex: String = SECRET.bytes().map(|byte| format!("{byte:02x}")).collect();
+        for text in [SECRET, &hex, key] {
+            assert!(!decoded.contains(text), "{text} is in what {sql} says");
+        }
+    }
+}
+
+#[test]
+fn nobody_has_the_key_and_what_it_opens() {
+    let stack = start(&[]);
     stack.pg.exec(&format!(
         "{SET}; create role reader login in role pg_read_all_data, pg_monitor; create role nobody login"
     ));
@@ -59,6 +88,9 @@ fn logical_decoding_shows_no_password() {
     let dump = stack.pg.pg_dump("postgres");
     let key: String = stack.pg.one(KEY);
     assert!(!dump.contains(&key[4..]) && !dump.contains("USER MAPPING") && !dump.contains(SECRET));
+    // What pg_upgrade takes along.
+    let upgrade = stack.pg.run("pg_dump", &["--binary-upgrade", "--schema-only"], "");
+    assert!(upgrade.stdout.contains(&key[4..]), "{}", upgrade.stderr);
     let drop = "drop user mapping for public server outbox_relay";
     assert_eq!(Refused::of(stack.pg.client().simple_query(drop)).code, "2BP01");
     stack.pg.exec("drop extension outbox_relay");
