@@ -805,6 +805,8 @@ values
     ('backends', 'applied_truncated', 'after truncate on outbox.backends for each statement execute function outbox.put_rows_back()'),
     ('backend_passwords', 'applied_truncate', 'before truncate on outbox.backend_passwords for each statement execute function outbox.keep_rows()'),
     ('backend_passwords', 'applied_truncated', 'after truncate on outbox.backend_passwords for each statement execute function outbox.put_rows_back()'),
+    ('moved_backends', 'applied_truncate', 'before truncate on outbox.moved_backends for each statement execute function outbox.keep_rows()'),
+    ('moved_backends', 'applied_truncated', 'after truncate on outbox.moved_backends for each statement execute function outbox.put_rows_back()'),
     ('ticks', 'applied_truncate', 'before truncate on outbox.ticks for each statement execute function outbox.keep_rows()'),
     ('ticks', 'applied_truncated', 'after truncate on outbox.ticks for each statement execute function outbox.put_rows_back()'),
     ('installation', 'applied_truncate', 'before truncate on outbox.installation for each statement execute function outbox.keep_rows()'),

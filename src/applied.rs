@@ -54,7 +54,7 @@ pub fn publications() -> Vec<String> {
         where p.puballtables
             or exists (select from pg_publication_namespace n where n.pnpubid = p.oid and n.pnnspid = 'outbox'::regnamespace)
             or exists (select from pg_publication_rel r where r.prpubid = p.oid and r.prrelid in ('outbox.backend_passwords'::regclass,
-                'outbox.backends'::regclass, 'outbox.ticks'::regclass, 'outbox.installation'::regclass,
+                'outbox.backends'::regclass, 'outbox.moved_backends'::regclass, 'outbox.ticks'::regclass, 'outbox.installation'::regclass,
                 'outbox.incarnations'::regclass, 'outbox.take_overs'::regclass, 'outbox.restores'::regclass,
                 'outbox.known_triggers'::regclass))
         order by 1",

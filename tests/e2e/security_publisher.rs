@@ -425,3 +425,29 @@ fn a_publisher_is_one_no_more() {
         "22004"
     );
 }
+
+/// A narrower right than a publisher's: a function that publishes one kind of event, for a role that may do nothing else here.
+#[test]
+fn a_function_lends_a_narrower_right() {
+    let (stack, mut publisher) = start();
+    stack.pg.exec(
+        "create role app login; create schema app;
+        create function app.order_placed(data jsonb) returns uuid language sql security definer set search_path = pg_catalog, pg_temp
+            return outbox.publish_event('order.placed', 'shop', data, backend => 'default', stream => 'orders');
+        revoke all on function app.order_placed from public; grant usage on schema app to app; grant execute on function app.order_placed to app",
+    );
+    let mut app = stack.pg.client_as("app", "postgres");
+    app.batch_execute("select app.order_placed('{\"id\": 1}')")
+        .expect("lent");
+    assert_eq!(types(&stack.redis.wait_entries("orders", 1)), ["order.placed"]);
+    for sql in [
+        "select outbox.publish_event('t', 's', stream => 'of-others')",
+        "insert into outbox.events (event_type, source) values ('t', 's')",
+    ] {
+        assert_eq!(Refused::of(app.simple_query(sql)).code, "42501", "{sql}");
+    }
+    assert_eq!(
+        Refused::of(publisher.simple_query("select app.order_placed('{}')")).code,
+        "42501"
+    );
+}

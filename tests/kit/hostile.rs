@@ -144,9 +144,14 @@ pub struct Eavesdropper {
 
 impl Eavesdropper {
     pub fn start() -> Self {
+        Self::at("127.0.0.1")
+    }
+
+    /// At another address of this machine, such as 127.0.0.2.
+    pub fn at(host: &str) -> Self {
         let heard = Arc::new(Mutex::new(Vec::new()));
         let hears = Arc::clone(&heard);
-        let server = Server::start(move |mut stream, _| {
+        let server = Server::start_at(host, move |mut stream, _| {
             let mut bytes = [0; 4096];
             // Who has left already is no matter.
             while let Ok(length @ 1..) = stream.read(&mut bytes) {
@@ -173,7 +178,7 @@ impl Eavesdropper {
 
 type Held = Mutex<Vec<TcpStream>>;
 
-/// A listener on 127.0.0.1, and the thread that treats its connections.
+/// A listener, on 127.0.0.1 as a rule, and the thread that treats its connections.
 #[derive(Debug)]
 struct Server {
     address: SocketAddr,
@@ -186,7 +191,11 @@ struct Server {
 
 impl Server {
     fn start(treat: impl Fn(TcpStream, &Held) + Send + 'static) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("cannot listen");
+        Self::start_at("127.0.0.1", treat)
+    }
+
+    fn start_at(host: &str, treat: impl Fn(TcpStream, &Held) + Send + 'static) -> Self {
+        let listener = TcpListener::bind((host, 0)).expect("cannot listen");
         let address = listener.local_addr().expect("a bound socket has an address");
         let accepted = Arc::new(AtomicUsize::new(0));
         let stop = Arc::new(AtomicBool::new(false));
