@@ -83,6 +83,12 @@ fn decide(backend: &mut Backend, identity: &Identity, guard: Option<Guard>, now:
     };
     match judge(guard.as_ref(), &claimant, &mut backend.watch, now) {
         Decision::Claim(start) => {
+            if let (Start::Adopt, Incarnation::Current, Some(guard)) = (start, incarnation, &guard)
+                && let Err(field) = backend.delivery.may_have_sent(guard.number, &guard.position)
+            {
+                disbelieve(backend, field, now);
+                return Ok(());
+            }
             let guard = guard.map(vouched).transpose()?;
             if let (Start::Adopt | Start::Heal { .. }, Some(guard)) = (start, &guard)
                 && is_more_than_a_batch(backend, guard)?
@@ -123,6 +129,9 @@ fn decide(backend: &mut Backend, identity: &Identity, guard: Option<Guard>, now:
             fault::reach("before_claim");
             let anew = guard.is_none() || matches!(start, Start::Heal { .. } | Start::Compare(_));
             let beginning = anew.then(|| beginning(backend, start, wal));
+            if anew {
+                backend.delivery.begins_anew();
+            }
             backend.order(Order::Claim(Box::new(Claim {
                 token: token(),
                 owner: identity.owner(),

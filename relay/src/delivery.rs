@@ -196,6 +196,9 @@ pub struct Delivery {
     reread: Option<Reread>,
     /// A stream is to be tried again, which waits for what is in flight.
     makes_way: bool,
+    /// Batches that were sent, or begun with, and of which nobody has heard: where a guard that says more than is known must stand. `None`: others of
+    /// our name may have sent some, too (exactly_once).
+    in_doubt: Option<Vec<(u64, Position)>>,
 }
 
 /// What is saved of a delivery, and given to the next.
@@ -220,6 +223,7 @@ impl Delivery {
             reread_to: 0,
             reread: None,
             makes_way: false,
+            in_doubt: None,
             read: cursor.clone(),
             acked: cursor,
             flights: VecDeque::new(),
@@ -572,6 +576,7 @@ impl Delivery {
         now: Now,
         random: f64,
     ) -> Vec<Record> {
+        self.doubt_flights();
         let records = match self.flights.pop_front() {
             Some(flight) => self.land(flight, accepted, refused, now, random),
             None => Vec::new(),
@@ -604,6 +609,7 @@ impl Delivery {
 
     /// The worker lets the sender go (settings changed, backend disabled): what is in flight is in doubt.
     pub fn abandon(&mut self) {
+        self.doubt_flights();
         self.go_down(Now::ZERO);
     }
 

@@ -235,9 +235,59 @@ fn a_position_that_is_possible_hides_no_event_that_it_has_not_seen() {
     ];
     let lie = reply(&guard, &forged);
     liar.lie(move |words| (words[0] == "HGETALL").then(|| Lie::Say(lie.clone())));
+    // Whoever has sent all batches of this run himself knows that this is none of them.
+    let found = wait_trouble(&stack.pg, "default", "misconfigured", "position");
+    assert!(found.last_error.is_some_and(|e| e.contains(&key)));
+    assert_eq!(liar.entries("events"), 1);
+    let worker = stack.pg.wait_worker("postgres");
+    stack.pg.exec(&format!("select pg_terminate_backend({worker})"));
     wait_eq("the other five", 6, || liar.entries("events"));
     wait_drained(&stack.pg, "default");
     assert_eq!(standing(&stack.pg, "default").published, 6);
+}
+
+/// A worker knows which batches it has sent: no Redis can say of others that they were appended, and so make events that wait pass for published.
+#[test]
+fn a_batch_that_was_never_sent_is_not_taken_for_appended() {
+    let stack = Stack::of(Postgres::with(QUICK), Redis::start());
+    let liar = Liar::honest();
+    stack.point_at("default", "127.0.0.1", liar.port());
+    stack.publish("first");
+    wait_eq("the first event", 1, || liar.entries("events"));
+    wait_drained(&stack.pg, "default");
+    let key = stack.guard_key();
+    let guard = liar.hash(&key);
+    let number: u64 = guard
+        .iter()
+        .find(|(f, _)| f == "number")
+        .expect("a field")
+        .1
+        .parse()
+        .expect("a number");
+    liar.lie(|words| (words[0] == "WATCH" || words[0] == "EXEC").then_some(Lie::Refuse));
+    for n in 1..=5 {
+        stack.publish(&format!("t{n}"));
+    }
+    wait_trouble(&stack.pg, "default", "backoff", "");
+    // All that is there now.
+    let position: String = stack.pg.one(
+        "select pg_current_snapshot()::text || '/' || pg_snapshot_xmax(pg_current_snapshot()) || '/' || max(seq) || '/' || max(seq)
+        from outbox.events",
+    );
+    for (ahead, field) in [(1, "position"), (2, "number"), (1_000, "number")] {
+        let forged = [
+            ("position", position.clone()),
+            ("previous", position.clone()),
+            ("number", (number + ahead).to_string()),
+        ];
+        let lie = reply(&guard, &forged);
+        liar.lie(move |words| (words[0] == "HGETALL").then(|| Lie::Say(lie.clone())));
+        let found = wait_trouble(&stack.pg, "default", "misconfigured", &format!("in {field}: {key}"));
+        assert_eq!((found.pending, found.published), (5, 1), "{field}");
+    }
+    liar.lie(|_| None);
+    wait_eq("the other five", 6, || liar.entries("events"));
+    wait_drained(&stack.pg, "default");
 }
 
 /// Whoever believed that the last batch was all that is retained would look for all of that.
@@ -273,6 +323,8 @@ fn a_last_batch_of_all_that_is_retained_is_not_believed() {
         "EXEC" => Some(Lie::Close),
         _ => None,
     });
+    let worker = stack.pg.wait_worker("postgres");
+    stack.pg.exec(&format!("select pg_terminate_backend({worker})"));
     stack.publish("last");
     let found = wait_trouble(&stack.pg, "default", "misconfigured", "previous");
     assert!(found.last_error.is_some_and(|e| e.contains(&key)));

@@ -24,6 +24,9 @@ const LAST_NUMBER: u64 = i64::MAX as u64;
 /// A guard that says that it was claimed more often is somebody's invention: after it, numbers would soon be used up.
 pub const MOST_EPOCHS: u64 = 1 << 30;
 
+/// Batches of which nobody has heard are remembered, so many.
+const MOST_IN_DOUBT: usize = 1_000;
+
 const LATE: u64 = EARLY_EPOCHS << EARLY_BITS;
 
 /// The claim in whose name a batch was numbered.
@@ -80,6 +83,50 @@ impl Delivery {
         (self.number.max(self.floor) + 1).min(LAST_NUMBER)
     }
 
+    /// A claim is about to be made that begins anew, as if with an empty batch.
+    pub fn begins_anew(&mut self) {
+        let begun = (self.next_number(), self.acked.clone());
+        self.doubt(begun);
+    }
+
+    /// What is in flight may be appended, whatever becomes of its replies.
+    pub(super) fn doubt_flights(&mut self) {
+        if self.mode != Mode::ExactlyOnce || self.in_doubt.is_none() || self.flights.is_empty() {
+            return;
+        }
+        let first = self.next_number();
+        let mut position = self.acked.clone();
+        for index in 0..self.flights.len() {
+            if let Load::Rows { end } = &self.flights[index].load {
+                position = end.clone();
+            }
+            self.doubt((first + index as u64, position.clone()));
+        }
+    }
+
+    fn doubt(&mut self, batch: (u64, Position)) {
+        let Some(doubted) = &mut self.in_doubt else { return };
+        doubted.push(batch);
+        // After hundreds of connections, none of which was heard of again.
+        if doubted.len() > MOST_IN_DOUBT {
+            self.in_doubt = None;
+        }
+    }
+
+    /// Whether a guard of this run of the server, which says more than is known, can say that this was the last batch. The error names what cannot be.
+    pub fn may_have_sent(&self, number: u64, position: &Position) -> Result<(), &'static str> {
+        let Some(doubted) = &self.in_doubt else {
+            return Ok(());
+        };
+        let sent = || doubted.iter().filter(|(sent, _)| *sent == number);
+        let text = position.to_string();
+        match sent().any(|(_, position)| position.to_string() == text) {
+            true => Ok(()),
+            false if sent().next().is_none() => Err("number"),
+            false => Err("position"),
+        }
+    }
+
     /// Whether the next batches would have numbers of the next claim: it is time for that.
     pub fn has_used_up_numbers(&self) -> bool {
         let last = self.next_number() + WINDOW_BATCHES as u64;
@@ -112,6 +159,10 @@ impl Delivery {
 
     fn stand_at(&mut self, cursor: Cursor) {
         let moves = !Arc::ptr_eq(self.acked.newest(), cursor.position.newest());
+        if cursor.number < self.number {
+            // Redis may come back with what it has lost, and was known.
+            self.in_doubt = None;
+        }
         self.acked = cursor.position;
         self.number = cursor.number;
         if let Some(reread) = self.reread.as_mut().filter(|_| moves) {
@@ -194,6 +245,11 @@ impl Delivery {
     /// A batch was appended whole, but for what was refused.
     pub(super) fn appended(&mut self, flight: Flight, refused: Vec<Refusal>, now: Now, random: f64) -> Vec<Record> {
         self.number = self.next_number();
+        // Its number is above all that anybody else has given.
+        let known = self.number;
+        self.in_doubt
+            .get_or_insert_default()
+            .retain(|(number, _)| *number > known);
         self.failures = 0;
         self.trouble = None;
         // The guard can tell of the last batch alone which of its events were refused, or which that waited were accepted.

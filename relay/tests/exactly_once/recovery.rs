@@ -77,6 +77,10 @@ impl Site {
         match judge(guard.as_ref(), &claimant, &mut self.watch, env.now) {
             Decision::Claim(start) => {
                 tell!(env, "claim: {start:?}");
+                if let (Start::Adopt, Incarnation::Current, Some(guard)) = (start, claimant.incarnation, &guard) {
+                    let sent = self.delivery.may_have_sent(guard.number, &guard.position);
+                    assert_eq!(sent, Ok(()), "an honest guard is not believed: {guard:?}");
+                }
                 // Before the guard is its own: whoever claims next would not know.
                 match (start, &guard) {
                     (Start::Replay, _) => {
@@ -108,6 +112,9 @@ impl Site {
                     wal: self.flushed,
                     total: 0,
                 });
+                if anew {
+                    self.delivery.begins_anew();
+                }
                 env.tokens += 1;
                 let (incarnation, _) = self.tables.incarnations.last().expect("its own");
                 self.order(Order::Claim(Box::new(Claim {
