@@ -321,9 +321,11 @@ create table outbox.restores (
     number         bigint generated always as identity primary key,
     backend_number integer not null,
     xid            xid8 not null,
-    restored_at    timestamptz not null default clock_timestamp()
+    restored_at    timestamptz not null default clock_timestamp(),
+    is_looked_for  boolean not null default false
 );
-comment on table outbox.restores is 'Transactions that brought events of a dump. Some may have been sent since it was taken: the worker looks for them in the streams first, and forgets the row.';
+comment on table outbox.restores is 'Transactions that brought events of a dump. Some may have been sent since it was taken: the worker looks for them in the streams first.';
+comment on column outbox.restores.is_looked_for is 'That is done. The latest of a backend is kept: should Redis come back as it was before, its events are looked for again.';
 
 -- No search_path of its own: it could not be inlined.
 create function outbox.is_delivered(c outbox.cursors, xid xid8, seq bigint) returns boolean

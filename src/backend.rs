@@ -6,7 +6,6 @@ mod lanes;
 mod logging;
 mod settings;
 
-pub use guarded::ClaimStage;
 use guarded::Release;
 pub use lanes::MOST_LANES;
 pub use settings::Home;
@@ -17,7 +16,6 @@ use crate::outbox::{self, BackendRow, Standing};
 use crate::ownership;
 use crate::refused;
 use logging::REPEAT_LOG_AFTER;
-use relay::claim::{Start, Watch};
 use relay::classify::{Failure, Trouble};
 use relay::delivery::{Cursor, Delivery, Entry, Now, State};
 use relay::destination::{self, Address, Destination, Route};
@@ -26,6 +24,7 @@ use relay::event::{ConfigError, Event};
 use relay::fault;
 use relay::guard;
 use relay::reader::Position;
+use relay::recovery::Recovery;
 use relay::refusal::{Record, Streams};
 use relay::sender::{Batch, Handle, Order, Report};
 use relay::slot::slot_of;
@@ -123,11 +122,8 @@ pub struct Backend {
     address: Option<Address>,
     /// That which its trouble was with.
     failed_at: Option<Address>,
-    pub claim: ClaimStage,
-    /// Of the events that wait as refused, those behind this one are still to be compared, before it comes up by this start.
-    pub to_compare: Option<(Start, i64)>,
-    /// What is remembered of a guard that somebody else owns.
-    pub watch: Watch,
+    /// How far its connection has come on its way to being the owner's.
+    pub recovery: Recovery,
     /// Goes up with each refresh of the guard.
     beat: u64,
     /// Of the present sender.
@@ -231,9 +227,7 @@ impl Backend {
             sender: None,
             address: None,
             failed_at: None,
-            claim: ClaimStage::None,
-            to_compare: None,
-            watch: Watch::default(),
+            recovery: Recovery::default(),
             beat: 0,
             release: Release::None,
             records: Vec::new(),
@@ -380,7 +374,7 @@ impl Backend {
 
     /// Begins anew with another connection.
     pub fn let_go(&mut self) {
-        self.claim = ClaimStage::None;
+        self.recovery.reset();
         self.address = None;
         if self.sender.take().is_some() {
             self.delivery.abandon();
@@ -422,21 +416,9 @@ impl Backend {
             match report {
                 Report::Found(address) => self.found(address, now),
                 Report::Connected => self.delivery.connected(),
-                Report::Guard(guard) => self.claim = ClaimStage::Read(*guard),
-                Report::Claimed => {
-                    self.claim = match std::mem::take(&mut self.claim) {
-                        ClaimStage::Claiming(start, guard) => ClaimStage::Claimed(start, guard),
-                        stage => stage,
-                    }
-                }
-                Report::Seen(found) => {
-                    self.claim = match std::mem::take(&mut self.claim) {
-                        ClaimStage::Looking(start, guard, candidates) => {
-                            ClaimStage::Seen(start, guard, candidates, found)
-                        }
-                        stage => stage,
-                    }
-                }
+                Report::Guard(guard) => self.recovery.read(*guard),
+                Report::Claimed => self.recovery.claimed(),
+                Report::Seen(found) => self.recovery.seen(found),
                 Report::Done { refused, buffer } => {
                     self.keep(buffer);
                     let records = self.delivery.replied(refused, now, fastrand::f64());
@@ -519,8 +501,7 @@ impl Backend {
     fn lost(&mut self, failure: Failure, accepted: usize, refused: Vec<relay::sender::Refusal>, now: Now) {
         self.sender = None;
         self.failed_at = self.address.clone();
-        self.watch.interrupt();
-        self.claim = ClaimStage::None;
+        self.recovery.interrupt();
         let records = self.delivery.lost(failure, accepted, refused, now, fastrand::f64());
         // Of a paused one, nobody is told.
         if self.is_enabled() || !records.is_empty() {

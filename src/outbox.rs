@@ -57,6 +57,8 @@ pub struct BackendRow {
     pub take_over: bool,
     /// Rows of `outbox.restores`: events of a dump have come.
     pub restores: Vec<i64>,
+    /// The latest transaction that has brought such events which were looked for; 0: none has.
+    pub last_restore: u64,
     /// This database is a copy, and nobody has said that it is to send the backend's events.
     pub original: Option<Original>,
 }
@@ -255,12 +257,13 @@ pub fn backends(seen: &Snapshot) -> Vec<BackendRow> {
             b.unix_socket, b.password_file, case when p.destination = outbox.destination(b) then p.password end, b.delivery, b.on_missing_guard, b.wait_replicas,
             exists (select from outbox.take_overs t where t.backend_number = b.number and t.asked_of = $1),
             array(select r.number from outbox.restores r
-                where r.backend_number = b.number and pg_visible_in_snapshot(r.xid, $2::pg_snapshot)
+                where r.backend_number = b.number and not r.is_looked_for and pg_visible_in_snapshot(r.xid, $2::pg_snapshot)
                 order by r.number limit $3),
             b.mode, coalesce(b.nodes, '{}'), b.sentinel_master,
             b.tls, b.tls_ca_file, b.tls_cert_file, b.tls_key_file, b.tls_insecure, c.original, c.is_database,
             coalesce(p.destination <> outbox.destination(b), false), coalesce(m.destination <> outbox.destination(b), false),
-            coalesce((m.destination ->> 'tls')::boolean and not (b.tls and b.tls_insecure <= (m.destination ->> 'tls_insecure')::boolean), false)
+            coalesce((m.destination ->> 'tls')::boolean and not (b.tls and b.tls_insecure <= (m.destination ->> 'tls_insecure')::boolean), false),
+            (select max(r.xid)::text from outbox.restores r where r.backend_number = b.number and r.is_looked_for)
         from outbox.backends b left join outbox.backend_passwords p on p.backend_number = b.number
             left join outbox.moved_backends m on m.backend_number = b.number
             left join outbox.copied_backends c on c.backend_number = b.number
@@ -309,6 +312,7 @@ pub fn backends(seen: &Snapshot) -> Vec<BackendRow> {
                 file: value(row, 31).unwrap_or_default(),
                 common_file: value(row, 32).unwrap_or_default(),
             },
+            last_restore: text(row, 33).and_then(|xid| xid.parse().ok()).unwrap_or_default(),
             };
             (backend, value::<Vec<u8>>(row, 14))
         },
@@ -515,12 +519,23 @@ pub fn count_restored(restores: &[i64]) -> i64 {
     .unwrap_or(0)
 }
 
-/// What these restores have brought was looked for.
-pub fn forget_restores(restores: &[i64]) {
+/// What these restores have brought was looked for. Of each backend the latest is remembered; returns that of theirs.
+pub fn note_looked_for(restores: &[i64]) -> u64 {
+    let latest = query(
+        "select max(xid)::text from outbox.restores where number = any($1)",
+        &[restores.to_vec().into()],
+        |row| text(row, 1).and_then(|xid| xid.parse().ok()),
+    );
     run(
-        "delete from outbox.restores where number = any($1)",
+        "update outbox.restores set is_looked_for = true where number = any($1)",
         &[restores.to_vec().into()],
     );
+    run(
+        "delete from outbox.restores r where r.is_looked_for and exists (select from outbox.restores l
+            where l.backend_number = r.backend_number and l.is_looked_for and (l.xid, l.number) > (r.xid, r.number))",
+        &[],
+    );
+    latest.into_iter().flatten().next().unwrap_or_default()
 }
 
 /// Up to where a backend's events have been purged.

@@ -1,6 +1,6 @@
-//! From a connection that has read the guard to a backend that is up: whether to claim, and what the guard says was appended.
+//! Recovery at its place in the worker: [`relay::recovery`] with the tables, the backend and the log that it works with.
 
-use crate::backend::{Backend, ClaimStage};
+use crate::backend::Backend;
 use crate::care;
 use crate::catalog;
 use crate::guc::{self, LogLevel, TakeOver};
@@ -9,16 +9,16 @@ use crate::outbox;
 use crate::ownership::{Identity, token};
 use crate::process::{self, Aborted, log};
 use crate::refused;
-use crate::rows::{EventsTable, Row, attribute};
+use crate::rows::{EventsScan, EventsTable, Row, attribute};
 use crate::ticker;
 use crate::worker;
-use relay::claim::{Claimant, Decision, Incarnation, OnMissing, Start, Why, judge};
+use relay::claim::{Claimant, Incarnation, OnMissing, Why};
 use relay::classify::{Failure, Trouble};
-use relay::conversation::{Beginning, Claim};
-use relay::delivery::{Cursor, Now, epoch_of};
+use relay::delivery::{Cursor, Delivery, Now};
 use relay::fault;
-use relay::guard::Guard;
-use relay::reader::{Position, RangeScan, Scan, Step, Table};
+use relay::guard::{Guard, Owner};
+use relay::reader::Position;
+use relay::recovery::{Books, Notice, Rows};
 use relay::refusal::Record;
 use relay::sender::Order;
 use relay::server_text::shown;
@@ -27,158 +27,261 @@ use relay::tails::{Purpose, Wanted};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Events that are compared with the streams' tails after a change of owner; and of those that were refused and wait, which are all compared,
-/// so many at a time.
-const COMPARED: usize = 100_000;
-
-/// No batch has more events (`outbox_relay.batch_size`).
-const MOST_OF_A_BATCH: usize = 10_000;
-
-/// An event that may stand in its stream already.
-pub struct Candidate {
-    seq: i64,
-    wanted: Wanted,
-    /// It had been refused, and waits.
-    waits: bool,
-}
-
-/// Takes one backend as far as it can go now. `latest`: the newest tick.
-pub fn step(backend: &mut Backend, identity: &Identity, latest: &Arc<Tick>, now: Now) -> Result<(), Aborted> {
-    match std::mem::take(&mut backend.claim) {
-        ClaimStage::Read(guard) => decide(backend, identity, guard, now),
-        ClaimStage::Claimed(start, guard) => begin(backend, start, guard, latest, now),
-        ClaimStage::Seen(start, guard, candidates, found) => finish(backend, start, guard, &candidates, &found, now),
+/// Takes one backend as far as it can go now. `newest`: the newest tick.
+pub fn step(backend: &mut Backend, identity: &Identity, newest: &Arc<Tick>, now: Now) -> Result<(), Aborted> {
+    if !backend.recovery.is_due() && backend.delivery.is_up() {
         // It has what was asked for.
-        ClaimStage::None if backend.delivery.is_up() => forget_take_over(backend),
-        stage @ (ClaimStage::None | ClaimStage::Claiming(..) | ClaimStage::Looking(..)) => {
-            backend.claim = stage;
-            Ok(())
-        }
+        return forget_take_over(backend);
     }
-}
-
-fn decide(backend: &mut Backend, identity: &Identity, guard: Option<Guard>, now: Now) -> Result<(), Aborted> {
-    let (incarnation, reach) = process::transaction(|| {
-        let known = |guard: &Guard| identity.know(&guard.incarnation);
-        (guard.as_ref().map_or(Incarnation::Unknown, known), backend.reach())
-    })?;
-    let row = backend.row.as_ref();
-    let claimant = Claimant {
-        incarnation,
-        system: identity.system(),
-        place: identity.place(),
-        promoted_to: identity.promoted_to(),
-        anybody: guc::TAKE_OVER.get() == TakeOver::Any,
-        copy: backend.is_copy(),
-        paused: !backend.is_enabled(),
-        number: backend.delivery.number(),
-        reach,
-        on_missing: match row.map(|r| r.on_missing_guard.as_str()) {
-            Some("halt") => OnMissing::Halt,
-            Some("replay") => OnMissing::Replay,
-            _ => OnMissing::Continue,
+    let mut recovery = std::mem::take(&mut backend.recovery);
+    let stepped = recovery.step(
+        &mut BackendBooks {
+            backend,
+            identity,
+            newest,
+            now,
         },
-        take_over: backend.is_told_to_take_over(),
-        restored: backend.is_restored(),
-    };
-    match judge(guard.as_ref(), &claimant, &mut backend.watch, now) {
-        Decision::Claim(start) => {
-            if let (Start::Adopt, Incarnation::Current, Some(guard)) = (start, incarnation, &guard)
-                && let Err(field) = backend.delivery.may_have_sent(guard.number, &guard.position)
-            {
-                disbelieve(backend, field, now);
-                return Ok(());
-            }
-            let guard = guard.map(vouched).transpose()?;
-            if let (Start::Adopt | Start::Heal { .. }, Some(guard)) = (start, &guard)
-                && is_more_than_a_batch(backend, guard)?
-            {
-                disbelieve(backend, "previous", now);
-                return Ok(());
-            }
-            // Before the guard is ours: whoever claims next would not know.
-            match (start, &guard) {
-                (Start::Replay, _) => {
-                    let oldest = oldest(backend)?;
-                    step_back(backend, cursor(&oldest, 0), 0, now)?;
-                }
-                (Start::Heal { heard }, Some(guard)) => {
-                    say_healed(backend, guard);
-                    let cursor = match heard {
-                        // That number belongs to the position: should Redis come back with what it had lost, that is news.
-                        true => cursor(&guard.position, guard.number),
-                        false => cursor(&guard.previous, guard.number.saturating_sub(1)),
-                    };
-                    // What waited and was accepted behind the number that counts from now on waits again, until it is found.
-                    let since = cursor.number;
-                    step_back(backend, cursor, since, now)?;
-                }
-                // What its last batch came to is found by comparing, too.
-                (Start::Compare(Why::Unfinished), Some(guard)) => {
-                    step_back(backend, cursor(&guard.previous, guard.number), guard.number, now)?;
-                }
-                _ => {}
-            }
-            let claimed = match (start, &guard) {
-                (Start::Compare(Why::OtherHistory), _) | (_, None) => 0,
-                (_, Some(guard)) => epoch_of(guard.number),
-            };
-            backend.begin_epoch(claimed, now);
-            worker::save(std::slice::from_mut(backend), |_| true, now)?;
-            let wal = ticker::flush();
-            fault::reach("before_claim");
-            let anew = guard.is_none() || matches!(start, Start::Heal { .. } | Start::Compare(_));
-            let beginning = anew.then(|| beginning(backend, start, wal));
-            if anew {
-                backend.delivery.begins_anew();
-            }
-            backend.order(Order::Claim(Box::new(Claim {
-                token: token(),
-                owner: identity.owner(),
-                start: beginning,
-            })));
-            backend.claim = ClaimStage::Claiming(start, guard);
+        now,
+    );
+    backend.recovery = recovery;
+    stepped
+}
+
+/// A backend, and who it belongs to.
+struct BackendBooks<'a> {
+    backend: &'a mut Backend,
+    identity: &'a Identity,
+    newest: &'a Arc<Tick>,
+    now: Now,
+}
+
+impl Books for BackendBooks<'_> {
+    type Error = Aborted;
+    type Rows<'a>
+        = BackendRows<'a>
+    where
+        Self: 'a;
+
+    fn delivery(&mut self) -> &mut Delivery {
+        &mut self.backend.delivery
+    }
+
+    fn claimant(&mut self, guard: Option<&Guard>) -> Result<Claimant<'_>, Aborted> {
+        let (backend, identity) = (&*self.backend, self.identity);
+        let (incarnation, reach) = process::transaction(|| {
+            let known = |guard: &Guard| identity.know(&guard.incarnation);
+            (guard.map_or(Incarnation::Unknown, known), backend.reach())
+        })?;
+        Ok(Claimant {
+            incarnation,
+            system: identity.system(),
+            place: identity.place(),
+            promoted_to: identity.promoted_to(),
+            anybody: guc::TAKE_OVER.get() == TakeOver::Any,
+            copy: backend.is_copy(),
+            paused: !backend.is_enabled(),
+            number: backend.delivery.number(),
+            reach,
+            on_missing: match backend.row.as_ref().map(|r| r.on_missing_guard.as_str()) {
+                Some("halt") => OnMissing::Halt,
+                Some("replay") => OnMissing::Replay,
+                _ => OnMissing::Continue,
+            },
+            take_over: backend.is_told_to_take_over(),
+            restored: backend.is_restored(),
+            last_restore: backend.row.as_ref().map_or(0, |row| row.last_restore),
+        })
+    }
+
+    fn owner(&self) -> Owner {
+        self.identity.owner()
+    }
+
+    fn token(&mut self) -> String {
+        token()
+    }
+
+    fn total(&self) -> i64 {
+        self.backend.total()
+    }
+
+    fn newest_tick(&mut self) -> Arc<Tick> {
+        self.newest.clone()
+    }
+
+    fn oldest(&mut self) -> Result<Position, Aborted> {
+        let number = self.backend.number;
+        process::transaction(|| {
+            let oldest = outbox::oldest_tick(number);
+            numbers::vouched(&oldest.map_or_else(Position::beginning, Position::at))
+        })
+    }
+
+    /// A guard that an earlier run of the server has left may have seen numbers that were lost with it.
+    fn vouched(&mut self, guard: Guard) -> Result<Guard, Aborted> {
+        let [position, previous] =
+            process::transaction(|| [&guard.position, &guard.previous].map(numbers::vouched_of_guard))?;
+        Ok(Guard {
+            position,
+            previous,
+            ..guard
+        })
+    }
+
+    fn in_tables<R>(&mut self, mut f: impl FnMut(&mut BackendRows<'_>) -> R) -> Result<R, Aborted> {
+        let backend = &*self.backend;
+        care::transaction(|| f(&mut BackendRows { backend }))
+    }
+
+    fn begin_epoch(&mut self, claimed: u64) {
+        self.backend.begin_epoch(claimed, self.now);
+    }
+
+    fn record(&mut self, record: Record) {
+        self.backend.records.push(record);
+    }
+
+    fn save(&mut self) -> Result<(), Aborted> {
+        worker::save(std::slice::from_mut(self.backend), |_| true, self.now)
+    }
+
+    fn flush(&mut self) -> u64 {
+        ticker::flush()
+    }
+
+    fn wait_again(&mut self, since: u64) -> Result<(), Aborted> {
+        let backend = &*self.backend;
+        process::transaction(|| refused::heal(backend.number, backend.lane, &backend.stream, since))
+    }
+
+    fn adopt(&mut self, cursor: Cursor, total: i64) {
+        self.backend.adopt(cursor, total, self.now);
+    }
+
+    fn read_again(&mut self, cursor: Cursor, reread_to: i64) {
+        self.backend.read_again(cursor, reread_to, self.now);
+    }
+
+    fn count_healing(&mut self) {
+        self.backend.count_healing();
+    }
+
+    fn tell(&mut self, notice: Notice<'_>) {
+        match notice {
+            Notice::Heals(guard) => say_healed(self.backend, guard),
+            Notice::Replays => say_replayed(self.backend),
+            Notice::Compared {
+                why,
+                guard,
+                found,
+                missing,
+            } => say_compared(self.backend, why, guard, found, missing),
         }
-        Decision::Disbelieve(field) => disbelieve(backend, field, now),
-        Decision::Wait { failure, retry_after } => backend.hold_off(failure, retry_after, now),
     }
-    Ok(())
-}
 
-/// Somebody else has written this field of the guard.
-fn disbelieve(backend: &mut Backend, field: &str, now: Now) {
-    let key = backend.guard_key();
-    let text = format!("the guard says what this server has never written, in {field}: {key}");
-    backend.hold_off(Failure::of(Trouble::NoGuard, text), Duration::ZERO, now);
-}
-
-/// The guard speaks of one batch. Who believed that it was all that is retained would look for all of that.
-fn is_more_than_a_batch(backend: &Backend, guard: &Guard) -> Result<bool, Aborted> {
-    let (from, upto) = (&guard.previous, &guard.position);
-    care::transaction(|| between(backend, from, upto, MOST_OF_A_BATCH + 1, Purpose::Settle).len() > MOST_OF_A_BATCH)
-}
-
-/// A guard that an earlier run of the server has left may have seen numbers that were lost with it.
-fn vouched(guard: Guard) -> Result<Guard, Aborted> {
-    let [position, previous] =
-        process::transaction(|| [&guard.position, &guard.previous].map(numbers::vouched_of_guard))?;
-    Ok(Guard {
-        position,
-        previous,
-        ..guard
-    })
-}
-
-/// What a new guard says; `wal`: up to where all is flushed.
-fn beginning(backend: &Backend, start: Start, wal: u64) -> Beginning {
-    Beginning {
-        // It counts as a batch: whoever has not heard of it is behind.
-        number: backend.delivery.next_number(),
-        position: backend.delivery.acked().clone(),
-        compares: matches!(start, Start::Heal { heard: false } | Start::Compare(_)),
-        wal,
-        total: backend.total(),
+    fn is_restored(&self) -> bool {
+        self.backend.is_restored()
     }
+
+    fn compares_to(&mut self, tick: &Arc<Tick>) {
+        self.backend.compares_to(tick);
+    }
+
+    fn has_compared(&mut self) -> Result<(), Aborted> {
+        self.backend.forget_restores()?;
+        self.backend.has_compared(self.now);
+        Ok(())
+    }
+
+    fn has_taken_over(&mut self) -> Result<(), Aborted> {
+        forget_take_over(self.backend)
+    }
+
+    fn order(&mut self, order: Order) {
+        self.backend.order(order);
+    }
+
+    fn disbelieve(&mut self, field: &str) {
+        let key = self.backend.guard_key();
+        let text = format!("the guard says what this server has never written, in {field}: {key}");
+        self.hold_off(Failure::of(Trouble::NoGuard, text), Duration::ZERO);
+    }
+
+    fn hold_off(&mut self, failure: Failure, retry_after: Duration) {
+        self.backend.hold_off(failure, retry_after, self.now);
+    }
+
+    fn let_go(&mut self) {
+        self.backend.let_go();
+    }
+
+    fn come_up(&mut self) -> Result<(), Aborted> {
+        self.backend.reload_streams()?;
+        self.backend.up(self.now);
+        Ok(())
+    }
+
+    /// Few in tests.
+    fn waiting_at_once(&self) -> usize {
+        match fault::is_mutated("compare_by_two") {
+            true => 2,
+            false => 100_000,
+        }
+    }
+}
+
+/// The tables, within a transaction, as one backend or lane sees them.
+struct BackendRows<'a> {
+    backend: &'a Backend,
+}
+
+impl Rows for BackendRows<'_> {
+    type Table = EventsTable;
+
+    fn open(&mut self) -> EventsTable {
+        EventsTable::open(&catalog::expect_relations())
+    }
+
+    fn close(&mut self, table: EventsTable) {
+        table.close();
+    }
+
+    fn wanted(&self, scan: &EventsScan, purpose: Purpose) -> Option<Wanted> {
+        let row = scan.row();
+        if row.backend_number() != self.backend.number || !is_comparable(row) {
+            return None;
+        }
+        // Of the row no more is read than this: what else is in it may not be readable.
+        let stream = row.text(attribute::STREAM);
+        let stream = stream.as_deref().unwrap_or(&self.backend.stream);
+        self.backend.serves(stream).then(|| Wanted {
+            stream: Arc::from(stream),
+            event_id: row.uuid(attribute::EVENT_ID).unwrap_or_default(),
+            created_at_us: row.created_at_us(),
+            purpose,
+        })
+    }
+
+    fn waiting(&mut self, after: i64, limit: usize) -> Vec<i64> {
+        refused::waiting(self.backend.number, after, limit)
+    }
+
+    fn still_waiting(&mut self, seqs: &[i64]) -> Vec<i64> {
+        refused::still_waiting(seqs)
+    }
+
+    fn highest_written_down(&mut self) -> i64 {
+        refused::highest_written_down(self.backend.number)
+    }
+
+    fn is_written_down(&mut self, seq: i64, wanted: &Wanted) -> bool {
+        refused::is_written_down(seq, wanted.event_id)
+    }
+}
+
+/// Whether it can be said which stream a row is to be looked for in. One of which it cannot fails when it is read to be sent.
+fn is_comparable(row: &Row) -> bool {
+    !care::is_careful() || care::tried(|| row.text(attribute::STREAM).map(|_| ())).is_ok()
 }
 
 fn forget_take_over(backend: &mut Backend) -> Result<(), Aborted> {
@@ -194,234 +297,6 @@ fn forget_take_over(backend: &mut Backend) -> Result<(), Aborted> {
         row.take_over = false;
     }
     Ok(())
-}
-
-/// The guard is ours.
-fn begin(
-    backend: &mut Backend,
-    start: Start,
-    guard: Option<Guard>,
-    latest: &Arc<Tick>,
-    now: Now,
-) -> Result<(), Aborted> {
-    forget_take_over(backend)?;
-    backend.to_compare = None;
-    if matches!(start, Start::Compare(_) | Start::Replay) {
-        backend.compares_to(latest);
-    }
-    let start = if fault::is_mutated("ignore_guard") {
-        Start::Own
-    } else {
-        start
-    };
-    let candidates = match (start, &guard) {
-        (Start::Adopt, None) => return come_up(backend, start, now),
-        // Redis may have come back with what it had lost before: then some that wait now had been accepted.
-        (Start::Own, Some(_)) => care::transaction(|| waiting(backend))?,
-        (Start::Adopt, Some(guard)) => care::transaction(|| {
-            let others = waiting(backend).into_iter().filter(|c| !guard.again.contains(&c.seq));
-            last_batch(backend, guard).into_iter().chain(others).collect()
-        })?,
-        (Start::Own | Start::Replay, _) => {
-            if start == Start::Replay {
-                backend.count_healing();
-                say_replayed(backend);
-            }
-            begin_anew(backend, now);
-            return come_up(backend, start, now);
-        }
-        (Start::Heal { .. }, guard) => {
-            backend.count_healing();
-            begin_anew(backend, now);
-            care::transaction(|| {
-                let mut found = waiting(backend);
-                if let Some(guard) = guard {
-                    let here = backend.delivery.acked();
-                    found.extend(between(backend, here, &guard.position, usize::MAX, Purpose::Compare));
-                }
-                found
-            })?
-        }
-        (Start::Compare(_), _) => {
-            begin_anew(backend, now);
-            care::transaction(|| unsent(backend, latest))?
-        }
-    };
-    note_rest(backend, start, &candidates);
-    if candidates.is_empty() {
-        return finish(backend, start, guard, &[], &[], now);
-    }
-    look(backend, start, guard, candidates);
-    Ok(())
-}
-
-fn look(backend: &mut Backend, start: Start, guard: Option<Guard>, candidates: Vec<Candidate>) {
-    backend.order(Order::Look(candidates.iter().map(|c| c.wanted.clone()).collect()));
-    backend.claim = ClaimStage::Looking(start, guard, candidates);
-}
-
-/// If not all that wait are among the candidates, where those go on that are to be compared next.
-fn note_rest(backend: &mut Backend, start: Start, candidates: &[Candidate]) {
-    let waiting = || candidates.iter().filter(|c| c.waits);
-    if waiting().count() >= compared() {
-        // Those of the last batch may be further on.
-        let in_order = waiting().filter(|c| c.wanted.purpose == Purpose::Compare);
-        backend.to_compare = Some((start, in_order.map(|c| c.seq).max().unwrap_or(0)));
-    }
-}
-
-/// Before it comes up: what waits and was not compared yet, the next of it. So nothing is sent again that Redis has.
-fn compare_rest(backend: &mut Backend, now: Now) -> Result<Option<Start>, Aborted> {
-    while let Some((start, after)) = backend.to_compare.take() {
-        // What was found is not kept in memory.
-        worker::save(std::slice::from_mut(backend), |_| true, now)?;
-        let seqs = process::transaction(|| refused::waiting(backend.number, after, compared()))?;
-        let Some(last) = seqs.last() else {
-            return Ok(Some(start));
-        };
-        backend.to_compare = Some((start, *last));
-        let candidates = care::transaction(|| served(backend, by_seq(backend, &seqs, Purpose::Compare)))?;
-        if !candidates.is_empty() {
-            // What is done with those that are found is the same, whatever the start was.
-            look(backend, Start::Own, None, candidates);
-            return Ok(None);
-        }
-    }
-    Ok(None)
-}
-
-/// [`COMPARED`], or fewer in tests.
-fn compared() -> usize {
-    if fault::is_mutated("compare_by_two") {
-        2
-    } else {
-        COMPARED
-    }
-}
-
-/// Which of the candidates stand in their streams is known.
-fn finish(
-    backend: &mut Backend,
-    start: Start,
-    guard: Option<Guard>,
-    candidates: &[Candidate],
-    found: &[bool],
-    now: Now,
-) -> Result<(), Aborted> {
-    let there = || {
-        candidates
-            .iter()
-            .zip(found)
-            .filter(|(_, found)| **found)
-            .map(|(c, _)| c)
-    };
-    let missing = || {
-        candidates
-            .iter()
-            .zip(found)
-            .filter(|(_, found)| !**found)
-            .map(|(c, _)| c)
-    };
-    let accepted = there().filter(|c| c.waits).map(|c| Record::Accepted { seq: c.seq });
-    match (start, &guard) {
-        (Start::Own, _) => backend.records.extend(accepted),
-        (Start::Heal { .. } | Start::Compare(_), _) => {
-            backend.records.extend(accepted);
-            backend.delivery.pass_over(there().filter(|c| !c.waits).map(|c| c.seq));
-            if let Start::Compare(why) = start {
-                say_compared(backend, why, guard.as_ref(), there().count(), missing().count());
-            }
-        }
-        (_, Some(guard)) => {
-            let absent = missing().filter(|c| !c.waits).map(|c| Record::Park {
-                seq: c.seq,
-                attempts: 1,
-                error: "Redis refused it, as was seen after an interruption".into(),
-            });
-            let refused = missing().filter(|c| !c.waits).count();
-            backend.records.extend(absent.chain(accepted));
-            let here = backend.delivery.acked();
-            // What was sent with at_least_once since then is not in the guard.
-            let position = match here.includes(&guard.position) {
-                true => here.clone(),
-                false => guard.position.clone(),
-            };
-            let cursor = Cursor {
-                position,
-                number: guard.number,
-            };
-            backend.adopt(cursor, guard.total - refused as i64, now);
-            // If Redis has come back with what it had lost, rows behind that may have been written down meanwhile.
-            let number = backend.number;
-            let written_down = process::transaction(|| refused::highest_written_down(number))?;
-            backend.delivery.set_reread_to(written_down);
-        }
-        (_, None) => {}
-    }
-    come_up(backend, start, now)
-}
-
-/// The guard was made anew, as if with an empty batch.
-fn begin_anew(backend: &mut Backend, now: Now) {
-    let cursor = Cursor {
-        position: backend.delivery.acked().clone(),
-        number: backend.delivery.next_number(),
-    };
-    backend.adopt(cursor, backend.total(), now);
-}
-
-/// All that was found is saved, in one go and before anything else is appended: the guard tells of one batch alone, and it may be
-/// lost.
-fn come_up(backend: &mut Backend, start: Start, now: Now) -> Result<(), Aborted> {
-    let start = match (backend.to_compare.is_some(), compare_rest(backend, now)?) {
-        (false, _) => start,
-        (true, Some(first)) => first,
-        // Some are being looked for.
-        (true, None) => return Ok(()),
-    };
-    worker::save(std::slice::from_mut(backend), |_| true, now)?;
-    match start {
-        Start::Compare(_) | Start::Replay => {
-            backend.forget_restores()?;
-            backend.has_compared(now);
-        }
-        // From here on, what a dump has brought can be compared.
-        Start::Own | Start::Adopt | Start::Heal { .. } if backend.is_restored() => {
-            backend.let_go();
-            return Ok(());
-        }
-        Start::Own | Start::Adopt | Start::Heal { .. } => {}
-    }
-    backend.reload_streams()?;
-    backend.up(now);
-    Ok(())
-}
-
-fn cursor(position: &Position, number: u64) -> Cursor {
-    Cursor {
-        position: position.clone(),
-        number,
-    }
-}
-
-/// Goes back to `cursor`: events that waited and were accepted after batch `since` wait again.
-fn step_back(backend: &mut Backend, cursor: Cursor, since: u64, now: Now) -> Result<(), Aborted> {
-    let (number, lane, stream) = (backend.number, backend.lane, backend.stream.clone());
-    let reread_to = process::transaction(|| {
-        refused::heal(number, lane, &stream, since);
-        refused::highest_written_down(number)
-    })?;
-    backend.read_again(cursor, reread_to, now);
-    Ok(())
-}
-
-/// Up to where events have been purged.
-fn oldest(backend: &Backend) -> Result<Position, Aborted> {
-    let number = backend.number;
-    process::transaction(|| {
-        let oldest = outbox::oldest_tick(number);
-        numbers::vouched(&oldest.map_or_else(Position::beginning, Position::at))
-    })
 }
 
 /// What all lanes of a backend were to do once is done: it is forgotten. `restored`: a tick that sees what restores have brought.
@@ -522,124 +397,4 @@ fn say_compared(backend: &Backend, why: Why, guard: Option<&Guard>, there: usize
         "It goes on with what was not sent: {there} of the events after its saved position stand in the streams already and are not repeated, {missing} are sent."
     );
     log(LogLevel::Warning, &message, Some(&detail), Some(&hint));
-}
-
-/// The events of the last batch that the guard speaks of, as far as nobody has written down what became of them.
-fn last_batch(backend: &Backend, guard: &Guard) -> Vec<Candidate> {
-    if !guard.again.is_empty() {
-        return by_seq(backend, &refused::still_waiting(&guard.again), Purpose::Settle);
-    }
-    between(backend, &guard.previous, &guard.position, usize::MAX, Purpose::Settle)
-}
-
-/// Events that may have been sent by somebody of whose work we know nothing.
-fn unsent(backend: &Backend, latest: &Arc<Tick>) -> Vec<Candidate> {
-    let mut found = waiting(backend);
-    let here = backend.delivery.acked();
-    let upto = Position::at(latest.clone());
-    // A position on its way to a tick goes there first.
-    if let Some(under_way) = &here.under_way {
-        let there = Position::at(under_way.to.clone());
-        found.extend(between(backend, here, &there, COMPARED, Purpose::Compare));
-        found.extend(between(backend, &there, &upto, COMPARED, Purpose::Compare));
-    } else {
-        found.extend(between(backend, here, &upto, COMPARED, Purpose::Compare));
-    }
-    found
-}
-
-/// Events that were refused and wait.
-fn waiting(backend: &Backend) -> Vec<Candidate> {
-    let mut found = Vec::new();
-    let mut after = 0;
-    // Until there are enough that are its own: other lanes have some of them.
-    while found.len() < compared() {
-        let seqs = refused::waiting(backend.number, after, compared());
-        let Some(last) = seqs.last() else { break };
-        after = *last;
-        found.extend(served(backend, by_seq(backend, &seqs, Purpose::Compare)));
-    }
-    found
-}
-
-/// Those of a lane.
-fn served(backend: &Backend, mut candidates: Vec<Candidate>) -> Vec<Candidate> {
-    candidates.retain(|candidate| backend.serves(&candidate.wanted.stream));
-    candidates
-}
-
-fn by_seq(backend: &Backend, seqs: &[i64], purpose: Purpose) -> Vec<Candidate> {
-    let mut table = EventsTable::open(&catalog::expect_relations());
-    let mut found = Vec::new();
-    for seq in seqs {
-        let mut scan = table.by_seq(seq - 1, *seq);
-        if scan.advance().is_some() && is_comparable(scan.row()) {
-            found.push(candidate(backend, *seq, scan.row(), true, purpose));
-        }
-    }
-    table.close();
-    found
-}
-
-/// The backend's rows from one position to another, which are written down nowhere.
-fn between(backend: &Backend, from: &Position, upto: &Position, limit: usize, purpose: Purpose) -> Vec<Candidate> {
-    let mut table = EventsTable::open(&catalog::expect_relations());
-    let mut found = Vec::new();
-    let to = upto.newest();
-    // Within one range, the rows that were read before need not be passed again.
-    let after = match &from.under_way {
-        Some(under_way) if *under_way.to == **to => under_way.last_seq,
-        _ => 0,
-    };
-    let written_down_to = refused::highest_written_down(backend.number);
-    let last = upto
-        .under_way
-        .as_ref()
-        .filter(|_| after > 0 || from.under_way.is_none())
-        .map(|u| u.last_seq);
-    let mut scan = RangeScan::open(&mut table, &from.from, to, after);
-    while let Some(step) = scan.step() {
-        let (Step::Row(key) | Step::Passed(key)) = step;
-        if found.len() >= limit || last.is_some_and(|last| key.seq > last) {
-            break;
-        }
-        let row = scan.current().row();
-        let concerns = matches!(step, Step::Row(_))
-            && row.backend_number() == backend.number
-            && upto.covers(key)
-            && !from.covers(key)
-            && is_comparable(row);
-        if concerns {
-            let candidate = candidate(backend, key.seq, row, false, purpose);
-            if !backend.serves(&candidate.wanted.stream) {
-                continue;
-            }
-            if key.seq > written_down_to || !refused::is_written_down(key.seq, candidate.wanted.event_id) {
-                found.push(candidate);
-            }
-        }
-    }
-    drop(scan);
-    table.close();
-    found
-}
-
-/// Whether it can be said which stream a row is to be looked for in. One of which it cannot fails when it is read to be sent.
-fn is_comparable(row: &Row) -> bool {
-    !care::is_careful() || care::tried(|| row.text(attribute::STREAM).map(|_| ())).is_ok()
-}
-
-fn candidate(backend: &Backend, seq: i64, row: &Row, waits: bool, purpose: Purpose) -> Candidate {
-    // Of the row no more is read than this: what else is in it may not be readable.
-    let stream = row.text(attribute::STREAM);
-    Candidate {
-        seq,
-        wanted: Wanted {
-            stream: Arc::from(stream.as_deref().unwrap_or(&backend.stream)),
-            event_id: row.uuid(attribute::EVENT_ID).unwrap_or_default(),
-            created_at_us: row.created_at_us(),
-            purpose,
-        },
-        waits,
-    }
 }

@@ -68,6 +68,8 @@ pub struct Claimant<'a> {
     pub take_over: bool,
     /// Events of a dump have come.
     pub restored: bool,
+    /// The latest transaction that has brought some which were looked for; 0: none has.
+    pub last_restore: u64,
 }
 
 /// From where the new owner goes on.
@@ -78,8 +80,9 @@ pub enum Start {
     /// At the guard's position: batches were appended that it has not heard of.
     Adopt,
     /// At the guard's position: Redis has lost batches that it had acknowledged. Unless its last batch was `heard` of for sure, at the
-    /// previous position, leaving out those events of that batch that stand in the streams.
-    Heal { heard: bool },
+    /// previous position, leaving out those events of that batch that stand in the streams. If events of a dump have come since
+    /// (`restored`), of all events.
+    Heal { heard: bool, restored: bool },
     /// Where it stood (unfinished: at the guard's previous position), leaving out events that stand in the streams already.
     Compare(Why),
     /// At the beginning of what is retained.
@@ -312,12 +315,16 @@ fn start(guard: &Guard, us: &Claimant<'_>) -> Start {
     if guard.compares {
         return Start::Compare(Why::Unfinished);
     }
+    // What a dump has brought since may be the same events as those that the guard has passed, with new numbers.
+    let restored = us.last_restore > 0 && !guard.position.from.snapshot.sees(us.last_restore);
     match guard.number.cmp(&us.number) {
-        std::cmp::Ordering::Equal => own(us),
-        std::cmp::Ordering::Greater => Start::Adopt,
+        std::cmp::Ordering::Equal if us.restored || !restored => own(us),
+        std::cmp::Ordering::Greater if !restored => Start::Adopt,
+        std::cmp::Ordering::Equal | std::cmp::Ordering::Greater => Start::Compare(Why::Unfinished),
         // Of an earlier epoch may be what Redis comes back with after it has lost it, and after that was healed.
         std::cmp::Ordering::Less => Start::Heal {
             heard: epoch_of(guard.number) == epoch_of(us.number),
+            restored,
         },
     }
 }
@@ -332,6 +339,10 @@ mod tests {
         ended: 100,
         next_xid: 1_000,
     };
+
+    fn heal(heard: bool) -> Start {
+        Start::Heal { heard, restored: false }
+    }
 
     fn guard() -> Guard {
         Guard {
@@ -375,6 +386,7 @@ mod tests {
             on_missing: OnMissing::Continue,
             take_over: false,
             restored: false,
+            last_restore: 0,
         }
     }
 
@@ -392,7 +404,7 @@ mod tests {
 
     #[test]
     fn the_numbers_say_who_is_behind() {
-        for (number, start) in [(6, Start::Adopt), (7, Start::Own), (8, Start::Heal { heard: true })] {
+        for (number, start) in [(6, Start::Adopt), (7, Start::Own), (8, heal(true))] {
             let us = Claimant {
                 number,
                 ..us(Incarnation::Current)
@@ -470,7 +482,7 @@ mod tests {
             number: (1 << 40) + 1,
             ..us(Incarnation::Current)
         };
-        let heals = Decision::Claim(Start::Heal { heard: false });
+        let heals = Decision::Claim(heal(false));
         assert_eq!(once(Some(&guard()), &us), heals);
     }
 

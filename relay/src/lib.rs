@@ -4,6 +4,7 @@
 //! reader ─ which rows come next (snapshot, tick, position)     event, encode ─ a row as the bytes of its XADD
 //! foreign ─ rows that carry ids of another cluster
 //! delivery ─ what a backend does next (refusal: its streams)   sender ─ the thread that owns its connection
+//! recovery ─ from a guard that was read to a backend that is up
 //! guard, claim ─ whose streams they are and how far they are   conversation ─ what is said on a connection, exactly once
 //! backoff, classify ─ when to try again, and who is to blame   destination, connection, replies ─ one Redis, how to reach it, what it says
 //! pace ─ when to look at the table again; patience ─ with what fails
@@ -35,6 +36,7 @@ pub mod pace;
 pub mod patience;
 pub mod place;
 pub mod reader;
+pub mod recovery;
 pub mod refusal;
 pub mod replies;
 pub mod route;

@@ -5,13 +5,11 @@ use crate::catalog;
 use crate::numbers;
 use crate::outbox::{self, BackendRow};
 use crate::process::{self, Aborted};
-use crate::recovery::Candidate;
 use pgrx::pg_sys;
-use relay::claim::Start;
 use relay::classify::Failure;
 use relay::delivery::{Cursor, Entry, Mode, Now, epoch_of};
 use relay::destination;
-use relay::guard::{self, Guard, Progress, Reach};
+use relay::guard::{self, Progress, Reach};
 use relay::sender::Order;
 use relay::snapshot::Tick;
 use std::sync::Arc;
@@ -19,23 +17,6 @@ use std::time::Duration;
 
 /// From one comparison with what a dump has brought to the next.
 const COMPARE_PAUSE: Duration = Duration::from_millis(250);
-
-/// How far a connection has come on its way to being the owner's (exactly_once); see the module `recovery`.
-#[derive(Default)]
-pub enum ClaimStage {
-    #[default]
-    None,
-    /// This guard was read.
-    Read(Option<Guard>),
-    /// The claim was ordered.
-    Claiming(Start, Option<Guard>),
-    /// It is confirmed.
-    Claimed(Start, Option<Guard>),
-    /// Events are being looked for in the streams.
-    Looking(Start, Option<Guard>, Vec<Candidate>),
-    /// Whether each is there.
-    Seen(Start, Option<Guard>, Vec<Candidate>, Vec<bool>),
-}
 
 /// Whether a sender was told to say to those who watch the guard that its owner leaves, and has said so.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -48,12 +29,7 @@ pub enum Release {
 impl Backend {
     /// Whether something is to be done about its guard.
     pub fn has_claim_step(&self) -> bool {
-        let is_told = self.is_told_to_take_over() && self.delivery.is_up();
-        is_told
-            || !matches!(
-                self.claim,
-                ClaimStage::None | ClaimStage::Claiming(..) | ClaimStage::Looking(..)
-            )
+        self.recovery.is_due() || (self.is_told_to_take_over() && self.delivery.is_up())
     }
 
     /// A paused backend is taken over when it goes on.
@@ -75,7 +51,7 @@ impl Backend {
     /// Somebody else owns the guard, or there should be one: lets go, for a while.
     pub fn hold_off(&mut self, failure: Failure, retry_after: Duration, now: Now) {
         self.sender = None;
-        self.claim = ClaimStage::None;
+        self.recovery.reset();
         self.failed_at = self.address.clone();
         self.delivery.hold_off(failure, retry_after, now, fastrand::f64());
         if self.is_enabled() {
@@ -86,7 +62,7 @@ impl Backend {
 
     /// The guard is ours, and what it says is taken in.
     pub fn up(&mut self, now: Now) {
-        self.claim = ClaimStage::None;
+        self.recovery.reset();
         self.delivery.connected();
         self.log_change(now);
     }
@@ -221,7 +197,8 @@ impl Backend {
                 self.compared.append(&mut row.restores);
                 return Ok(());
             }
-            process::transaction(|| outbox::forget_restores(&row.restores))?;
+            let latest = process::transaction(|| outbox::note_looked_for(&row.restores))?;
+            row.last_restore = row.last_restore.max(latest);
             row.restores.clear();
         }
         Ok(())
@@ -272,10 +249,7 @@ impl Backend {
     /// Tells them that its owner leaves, as soon as it is the owner.
     pub fn release_guard(&mut self) {
         let owns = self.delivery.is_up() && self.delivery.is_idle();
-        let claims = matches!(
-            self.claim,
-            ClaimStage::Claiming(..) | ClaimStage::Claimed(..) | ClaimStage::Looking(..) | ClaimStage::Seen(..)
-        );
+        let claims = self.recovery.has_claimed();
         if self.is_exactly_once() && self.release == Release::None && (owns || claims) {
             self.beat += 1;
             let beat = self.beat;

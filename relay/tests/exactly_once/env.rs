@@ -26,10 +26,8 @@ pub(crate) use tell;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mutant {
     None,
-    /// Saves what was read, not what was acknowledged, and believes that instead of the guard.
+    /// Saves what was read, not what was acknowledged.
     SavesAhead,
-    /// Believes its own cursor.
-    IgnoresGuard,
     /// Goes on before what was refused is written down,
     ResumesUnsaved,
     /// or durable.
@@ -56,6 +54,10 @@ pub enum Mutant {
     ComesUpUnflushed,
     /// Takes over from whoever is silent.
     CopiesTakeOver,
+    /// Sends what a dump has brought without looking for it.
+    SendsRestored,
+    /// Heals as if nothing of a dump had come since.
+    ForgetsRestores,
 }
 
 /// How often what goes wrong.
@@ -77,6 +79,8 @@ pub struct Faults {
     pub clones: f64,
     /// Of a stream, perhaps to nothing.
     pub trims: f64,
+    /// Of a dump, whose events may have been sent since it was taken.
+    pub restores: f64,
 }
 
 impl Faults {
@@ -93,6 +97,7 @@ impl Faults {
         promotions: 0.0,
         clones: 0.0,
         trims: 0.0,
+        restores: 0.0,
     };
 
     fn random(rng: &mut Rng) -> Self {
@@ -111,6 +116,12 @@ impl Faults {
             promotions: some(0.02),
             clones: some(0.02),
             trims: 0.0,
+            restores: some(0.05),
+        };
+        let faults = Self {
+            // Of what a standby has not heard, nobody here can say where it stood before.
+            restores: if faults.promotions == 0.0 { faults.restores } else { 0.0 },
+            ..faults
         };
         // What was trimmed cannot be found after a loss, nor told from what was refused.
         let doubts = [
@@ -119,8 +130,9 @@ impl Faults {
             faults.flushes,
             faults.guard_losses,
             faults.promotions,
+            faults.restores,
         ];
-        let trims = if doubts == [0.0; 5] { some(0.3) } else { 0.0 };
+        let trims = if doubts == [0.0; 6] { some(0.3) } else { 0.0 };
         Self { trims, ..faults }
     }
 }
@@ -154,6 +166,7 @@ seen!(
     wait_again,
     compared,
     compared_found,
+    restores,
     unfinished,
     replayed,
     promotions,
@@ -189,6 +202,8 @@ pub struct Env {
     pub seen: Seen,
     pub tells: bool,
     pub batch_size: usize,
+    /// Waiting events that recovery looks for at a time.
+    pub waiting_at_once: usize,
     /// Of an event: up to this.
     pub max_attempts: u32,
     pub backoff: Backoff,
@@ -208,6 +223,8 @@ pub struct Env {
     pub hurt: bool,
     /// Redis has come back with what it had lost.
     pub comes_back: bool,
+    /// Events that a dump has brought.
+    pub restored: BTreeSet<u64>,
     /// What a standby has.
     pub standby: Option<Box<Image>>,
 }
@@ -231,6 +248,7 @@ impl Env {
             seen: Seen::default(),
             tells: std::env::var_os("SEED").is_some(),
             batch_size: rng.usize(1..10),
+            waiting_at_once: rng.usize(1..6),
             max_attempts: rng.u32(1..5),
             backoff: Backoff {
                 exponential: rng.bool(),
@@ -252,6 +270,7 @@ impl Env {
             in_doubt: BTreeSet::new(),
             hurt: false,
             comes_back: false,
+            restored: BTreeSet::new(),
             standby: None,
             rng,
         }

@@ -82,12 +82,10 @@ macro_rules! catches {
 }
 
 catches! {
-    the_oracle_catches_a_cursor_ahead_of_what_was_acknowledged: SavesAhead, { crashes: 0.05 }, ["which is nowhere", "times in its stream"];
-    the_oracle_catches_a_guard_that_is_ignored: IgnoresGuard, { crashes: 0.05 }, ["times in its stream"];
     the_oracle_catches_a_sender_that_goes_on_before_refusals_are_saved:
         ResumesUnsaved, { troubled: 0.1, crashes: 0.1 }, ["is lost", "which is nowhere"];
     the_oracle_catches_a_sender_that_goes_on_before_refusals_are_durable:
-        ResumesUnflushed, { troubled: 0.1, server_crashes: 0.5 }, ["is lost", "which is nowhere", "times in its stream"];
+        ResumesUnflushed, { troubled: 0.1, server_crashes: 0.5 }, ["is lost", "which is nowhere", "times in its stream", "comes after"];
     the_oracle_catches_a_wrong_previous_position: WrongPrevious, { troubled: 0.1, crashes: 0.1 }, ["is lost", "which is nowhere"];
     the_oracle_catches_waiting_events_that_the_guard_does_not_name:
         ForgetsAgain, { troubled: 0.1, crashes: 0.1, trims: 0.3 }, ["times in its stream", "which is nowhere"];
@@ -100,6 +98,10 @@ catches! {
     the_oracle_catches_healing_that_forgets_what_had_waited:
         ForgetsAccepted, { troubled: 0.1, tail_losses: 0.02 }, ["is lost"];
     the_oracle_catches_trust_in_another_history: TrustsAnyHistory, { promotions: 0.05 }, ["is lost", "which is nowhere", "times in its stream"];
+    the_oracle_catches_a_dump_of_which_nothing_is_looked_for:
+        SendsRestored, { restores: 0.2, crashes: 0.05 }, ["times in its stream"];
+    the_oracle_catches_healing_that_forgets_what_a_dump_has_brought:
+        ForgetsRestores, { restores: 0.2, tail_losses: 0.02 }, ["times in its stream"];
     the_oracle_catches_copies_that_take_over: CopiesTakeOver, { clones: 0.05, crashes: 0.05 }, ["is in no history", "is lost", "never committed", "times in its stream", "which is nowhere"];
     the_oracle_catches_a_batch_before_what_the_guard_said_is_durable:
         ComesUpUnflushed, { server_crashes: 1.0, guard_losses: 0.03 }, ["is lost", "times in its stream", "which is nowhere"];
@@ -108,7 +110,7 @@ catches! {
         ParksUnflushed, { troubled: 0.1, server_crashes: 0.5 }, ["is lost", "which is nowhere", "times in its stream", "nothing is due"];
 }
 
-/// Mutations of the conversation itself; see `relay::fault`.
+/// Mutations of the conversation and of recovery themselves; see `relay::fault`.
 #[cfg(feature = "faults")]
 mod mutated {
     use super::*;
@@ -118,6 +120,27 @@ mod mutated {
         crashes: 0.1,
         ..Faults::NONE
     };
+
+    const CRASHES_ALONE: Faults = Faults {
+        crashes: 0.05,
+        ..Faults::NONE
+    };
+
+    #[test]
+    fn the_oracle_catches_a_guard_that_is_ignored() {
+        let said = said_of(Mutant::None, Some("ignore_guard"), CRASHES_ALONE);
+        assert!(said.contains("times in its stream"), "{said}");
+    }
+
+    /// The guard would set it right.
+    #[test]
+    fn the_oracle_catches_a_cursor_ahead_of_what_was_acknowledged() {
+        let said = said_of(Mutant::SavesAhead, Some("ignore_guard"), CRASHES_ALONE);
+        assert!(
+            said.contains("which is nowhere") || said.contains("times in its stream"),
+            "{said}"
+        );
+    }
 
     #[test]
     fn the_oracle_catches_an_exec_before_the_token_was_read() {

@@ -15,7 +15,8 @@ impl World {
             delivery,
             ..
         } = &self.site;
-        let Some(key) = database.rows().find(|key| database.row(key.seq).uid == uid) else {
+        let is_it = |key: &Key| database.row(key.seq).uid == uid && !database.is_purged(key.seq);
+        let Some(key) = database.rows().find(is_it) else {
             return true;
         };
         let stream = database.row(key.seq).stream;
@@ -34,7 +35,8 @@ impl World {
         }
         let site = &self.site;
         let counts = self.counts();
-        for key in site.database.rows().filter(|key| site.database.is_committed(key.seq)) {
+        let stays = |key: &Key| site.database.is_committed(key.seq) && !site.database.is_purged(key.seq);
+        for key in site.database.rows().filter(stays) {
             let row = site.database.row(key.seq);
             let settled = site.tables.is_written_down(row.stream, key.seq)
                 || self.env.gone.contains(&row.uid)
@@ -58,7 +60,7 @@ impl World {
         self.site.save(&mut self.env);
         let mut counts = self.counts();
         let site = &self.site;
-        for key in site.database.rows() {
+        for key in site.database.rows().filter(|key| !site.database.is_purged(key.seq)) {
             let count = counts.remove(&site.database.row(key.seq).uid).unwrap_or(0);
             self.check_row(key, count)?;
         }
@@ -76,7 +78,10 @@ impl World {
             // What was repeated after two losses at once may come late.
             let repeated =
                 |uid: &&u64| self.former.is_some() && (self.env.gone.contains(uid) || self.open.contains(uid));
-            let entries = entries.iter().filter(|uid| !repeated(uid));
+            // What a dump has brought stands where it was sent first.
+            let entries = entries
+                .iter()
+                .filter(|uid| !repeated(uid) && !self.env.restored.contains(uid));
             let entries = entries.filter_map(|uid| seqs.get(uid).copied());
             if let Some((before, after)) = site.database.out_of_order(entries) {
                 return Err(format!("{after} comes after {before} in stream {stream}"));

@@ -4,13 +4,12 @@ use crate::env::{Env, Mutant, tell};
 use crate::model::connection::Connection;
 use crate::model::database::Database;
 use crate::model::redis::{event_id, stream_name};
-use crate::recovery::Stage;
 use crate::tables::Tables;
-use relay::claim::Watch;
 use relay::delivery::{Cursor, Delivery, Entry, Mode};
 use relay::encode::hyphenated;
 use relay::guard::{BATCH_START, Mark, Progress, append_progress};
 use relay::reader::Position;
+use relay::recovery::Recovery;
 use relay::refusal::{Record, Retry};
 use relay::sender::{Batch, Order, Report};
 use relay::snapshot::Tick;
@@ -43,12 +42,13 @@ pub struct Site {
     pub image: Option<Box<Image>>,
     pub delivery: Delivery,
     pub connection: Option<Connection>,
-    pub stage: Stage,
-    pub watch: Watch,
+    pub recovery: Recovery,
     /// Somebody has asked for it.
     pub take_over: bool,
     /// The newest tick of this life of the worker.
     pub latest: Option<Arc<Tick>>,
+    /// What it sees is being looked for in the streams.
+    pub comparing_to: Option<Arc<Tick>>,
     /// Not yet written down, in order.
     pub pending: Vec<Record>,
     beat: u64,
@@ -64,6 +64,8 @@ impl Site {
                 number: 0,
             },
             epoch: 0,
+            restores: Vec::new(),
+            last_restore: 0,
             incarnations: Vec::new(),
         };
         let image = Image {
@@ -95,10 +97,10 @@ impl Site {
             flushed: wal + 1,
             image: None,
             connection: None,
-            stage: Stage::None,
-            watch: Watch::default(),
+            recovery: Recovery::default(),
             take_over: false,
             latest: None,
+            comparing_to: None,
             pending: Vec::new(),
             beat: 0,
         }
@@ -146,7 +148,7 @@ impl Site {
         env.seen.crashes += 1;
         self.drop_connection(env);
         self.delivery = delivery(env, &self.tables);
-        (self.stage, self.watch) = (Stage::None, Watch::default());
+        self.recovery = Recovery::default();
         self.latest = None;
         self.pending.clear();
     }
@@ -196,7 +198,7 @@ impl Site {
     }
 
     pub fn drop_connection(&mut self, env: &mut Env) {
-        self.stage = Stage::None;
+        self.recovery.reset();
         if let Some(connection) = self.connection.take() {
             let rng = &mut env.rng;
             env.leftovers
@@ -225,15 +227,15 @@ impl Site {
                         .as_ref()
                         .map(|g| (g.number, g.position.to_string(), &g.again, g.compares))
                 );
-                self.decide(env, *guard);
+                self.recovery.read(*guard);
                 Vec::new()
             }
             Report::Claimed => {
-                self.begin(env);
+                self.recovery.claimed();
                 Vec::new()
             }
             Report::Seen(found) => {
-                self.seen(env, found);
+                self.recovery.seen(found);
                 Vec::new()
             }
             Report::Done { refused, .. } => {
@@ -256,12 +258,14 @@ impl Site {
             } => {
                 tell!(env, "lost: {failure}");
                 self.drop_connection(env);
+                self.recovery.interrupt();
                 self.delivery.lost(failure, accepted, refused, env.now, random)
             }
             Report::Released => Vec::new(),
             Report::Found(_) | Report::Connected => unreachable!("no conversation says that"),
         };
         self.pending.extend(records);
+        self.recover(env);
         true
     }
 
@@ -296,7 +300,24 @@ impl Site {
         if env.mutant != Mutant::SkipsFlush {
             self.flush(env);
         }
+        let before = self.restores_seen();
         self.latest = Some(Arc::new(tick));
+        if self.restores_seen() > before && self.connection.is_some() && env.mutant != Mutant::SendsRestored {
+            tell!(env, "events of a dump have come");
+            self.let_go(env);
+        }
+    }
+
+    /// Restores that the newest tick sees, of which not all was looked for.
+    pub fn restores_seen(&self) -> usize {
+        let seen = |xid: &&u64| self.latest.as_ref().is_some_and(|tick| tick.snapshot.sees(**xid));
+        self.tables.restores.iter().filter(seen).count()
+    }
+
+    /// Begins anew with another connection.
+    pub fn let_go(&mut self, env: &mut Env) {
+        self.drop_connection(env);
+        self.delivery.abandon();
     }
 
     /// Tries the streams again that are due.

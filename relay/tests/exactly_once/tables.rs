@@ -20,6 +20,10 @@ pub struct Tables {
     pub cursor: Cursor,
     /// How often the guard was claimed.
     pub epoch: u64,
+    /// Transactions that have brought events of a dump, which are still to be looked for.
+    pub restores: Vec<u64>,
+    /// The latest of those that were.
+    pub last_restore: u64,
     /// Of the server, and where the one before it ended.
     pub incarnations: Vec<(String, u64)>,
 }

@@ -2,11 +2,12 @@
 
 use crate::env::{Env, Mutant, Seen, tell};
 use crate::model::redis::Trouble;
-use crate::recovery::{INTERVAL, Stage};
+use crate::recovery::INTERVAL;
 use crate::site::{STREAMS, Site};
 use relay::claim::OnMissing;
 use relay::classify::Failure;
 use relay::delivery::{State, epoch_of};
+use relay::reader::Key;
 use std::collections::BTreeSet;
 
 /// What became of the server whose standby was promoted.
@@ -25,6 +26,8 @@ pub struct World {
     pub former: Option<Site>,
     /// A copy of a server, which nobody tells to send anything.
     pub clone: Option<Site>,
+    /// Numbers of the events that a dump has.
+    dump: Vec<i64>,
     /// What had not committed when they parted: both may commit it.
     pub open: BTreeSet<u64>,
     life: Life,
@@ -39,6 +42,7 @@ impl World {
             site,
             former: None,
             clone: None,
+            dump: Vec::new(),
             open: BTreeSet::new(),
             life: Life::GoesOn,
         }
@@ -139,6 +143,7 @@ impl World {
         if self.env.likely(self.env.faults.promotions) {
             self.promote();
         }
+        self.dump_and_restore();
         if self.former.is_some() && self.env.likely(0.02) {
             self.site.take_over = true;
         }
@@ -212,9 +217,47 @@ impl World {
         env.redis.troubled.clear();
     }
 
+    /// A dump is taken of what was not sent, or what it has comes back: events were deleted meanwhile, sent or not.
+    fn dump_and_restore(&mut self) {
+        let Self { env, site, .. } = self;
+        if self.former.is_some() || self.clone.is_some() {
+            return;
+        }
+        let database = &site.database;
+        let is_there = |key: &Key| {
+            database.is_committed(key.seq)
+                && !database.is_purged(key.seq)
+                && !site.tables.is_written_down(database.row(key.seq).stream, key.seq)
+        };
+        if env.likely(env.faults.restores) {
+            let unsent = database.rows().filter(is_there);
+            let unsent = unsent.filter(|key| !site.tables.cursor.position.covers(*key));
+            self.dump = unsent.map(|key| key.seq).collect();
+        }
+        // What is being written down of the deleted rows would be sent here, and is not by the extension.
+        let is_quiet = site.delivery.is_idle() && site.pending.is_empty() && !site.recovery.has_claimed();
+        if self.dump.is_empty() || !is_quiet || !env.likely(0.1) {
+            return;
+        }
+        let there: Vec<i64> = database.rows().filter(is_there).map(|key| key.seq).collect();
+        self.dump.retain(|seq| there.contains(seq));
+        for seq in &self.dump {
+            let uid = site.database.row(*seq).uid;
+            env.restored.insert(uid);
+            if env.gone.contains(&uid) {
+                env.in_doubt.insert(uid);
+            }
+        }
+        tell!(env, "a dump is restored: {:?}", self.dump);
+        let xid = site.database.restore(&std::mem::take(&mut self.dump));
+        site.tables.restores.push(xid);
+        env.redis.troubled.clear();
+        site.wal += 1;
+    }
+
     /// A stream is spoiled or mended. One with events that are still to be looked for there stays: nobody could find them.
     fn trouble(&mut self) {
-        if self.env.redis.data.compares() || self.is_abandoned() {
+        if self.env.redis.data.compares() || self.is_abandoned() || self.may_look_for_restored() {
             return self.env.redis.troubled.clear();
         }
         let stream = self.env.rng.u8(..STREAMS);
@@ -228,12 +271,19 @@ impl World {
         }
     }
 
+    /// Events of a dump are looked for, or may be by the next claim.
+    fn may_look_for_restored(&self) -> bool {
+        let tables = &self.site.tables;
+        !tables.restores.is_empty() || (tables.last_restore > 0 && !self.site.delivery.is_up())
+    }
+
     /// Redis stands where its owner may never have been: what its last batch came to is to be looked for.
     fn is_abandoned(&self) -> bool {
-        let epoch = match self.site.stage {
-            // No reply of a later one may be on its way.
-            Stage::None if self.site.delivery.is_idle() => epoch_of(self.site.delivery.number()),
-            Stage::None | Stage::Claiming(..) | Stage::Looking(..) => self.site.tables.epoch,
+        let site = &self.site;
+        // No reply of a later one may be on its way.
+        let epoch = match site.delivery.is_idle() && !site.recovery.has_claimed() {
+            true => epoch_of(site.delivery.number()),
+            false => site.tables.epoch,
         };
         let found = self.env.redis.data.number();
         found.is_some_and(|found| epoch_of(found) < epoch)
@@ -264,7 +314,7 @@ impl World {
             let compares = data.compares();
             self.env.redis.restart(data);
             // What it has read of the guard before may make it go back yet.
-            if compares || self.is_abandoned() || !self.site.delivery.is_up() {
+            if compares || self.is_abandoned() || !self.site.delivery.is_up() || self.site.tables.last_restore > 0 {
                 self.env.redis.troubled.clear();
             }
             let unheard: Vec<u8> = (0..STREAMS).filter(|stream| self.has_unheard(*stream)).collect();

@@ -381,6 +381,25 @@ impl Database {
         self.commit(transaction);
     }
 
+    /// Rows of a dump come back, in a transaction of their own: the same events with new numbers. Those that were there had been deleted.
+    pub fn restore(&mut self, seqs: &[i64]) -> u64 {
+        let transaction = self.begin_publishing(&[]);
+        for seq in seqs {
+            self.clock += 1;
+            let old = self.rows.get_mut(seq).expect("it was dumped");
+            let (stream, uid) = (old.stream, old.uid);
+            old.purged = true;
+            self.transactions[transaction].streams = vec![stream];
+            self.look(transaction);
+            self.draw(transaction, &mut Rng::with_seed(0));
+            let new = self.rows.get_mut(&self.last_seq).expect("just drawn");
+            new.uid = uid;
+        }
+        let xid = self.transactions[transaction].xid.expect("assigned at its beginning");
+        self.commit(transaction);
+        xid
+    }
+
     /// As `GetSnapshotData` has it: xmax is the latest *completed* id + 1.
     pub fn snapshot(&self) -> Snapshot {
         let xmax = self.latest_completed + 1;
@@ -504,6 +523,11 @@ impl Database {
             xid: row.xid,
             seq: *seq,
         })
+    }
+
+    /// Whether a row was deleted.
+    pub fn is_purged(&self, seq: i64) -> bool {
+        self.row(seq).purged
     }
 
     /// Whether a row has come to stay.

@@ -14,6 +14,14 @@ pub struct Rows {
     next: usize,
     upto: i64,
     xid: Option<u64>,
+    current: i64,
+}
+
+impl Rows {
+    /// The number of the current row.
+    pub fn seq(&self) -> i64 {
+        self.current
+    }
 }
 
 impl View {
@@ -23,6 +31,7 @@ impl View {
             keys: self.keys.clone(),
             upto,
             xid,
+            current: 0,
         }
     }
 }
@@ -49,6 +58,7 @@ impl Scan for Rows {
         while let Some(key) = self.keys.get(self.next).filter(|key| key.seq <= self.upto) {
             self.next += 1;
             if self.xid.is_none_or(|xid| xid == key.xid) {
+                self.current = key.seq;
                 return Some(*key);
             }
         }

@@ -1,0 +1,178 @@
+//! Which events are looked for in the streams before anything is sent.
+
+use super::{Books, Candidate};
+use crate::claim::Start;
+use crate::guard::Guard;
+use crate::reader::{Key, Position, RangeScan, Scan, Step, Table};
+use crate::snapshot::Tick;
+use crate::tails::{Purpose, Wanted};
+use std::sync::Arc;
+
+/// No batch has more events (`outbox_relay.batch_size`).
+const MOST_OF_A_BATCH: usize = 10_000;
+
+/// The tables, as seen by one transaction.
+pub trait Rows {
+    type Table: Table;
+
+    /// Opens the table of events.
+    fn open(&mut self) -> Self::Table;
+    fn close(&mut self, table: Self::Table);
+    /// How the event that a scan stands on is looked for; `None`: it is not this backend's, or its stream cannot be read.
+    fn wanted(&self, scan: &<Self::Table as Table>::Scan, purpose: Purpose) -> Option<Wanted>;
+
+    /// Events that wait as refused and have a number above `after`, in order, so many at most. Also those of other lanes.
+    fn waiting(&mut self, after: i64, limit: usize) -> Vec<i64>;
+    /// Those of these that still wait.
+    fn still_waiting(&mut self, seqs: &[i64]) -> Vec<i64>;
+    /// No event of the backend that was refused, failed, or accepted out of turn has a higher number.
+    fn highest_written_down(&mut self) -> i64;
+    /// Whether this event is one of them.
+    fn is_written_down(&mut self, seq: i64, wanted: &Wanted) -> bool;
+}
+
+/// Those that may stand in their streams, for a backend that has claimed its guard.
+pub(super) fn of<B: Books>(
+    books: &mut B,
+    start: Start,
+    guard: Option<&Guard>,
+    newest: &Arc<Tick>,
+) -> Result<Vec<Candidate>, B::Error> {
+    let (at_once, most) = (books.waiting_at_once(), books.most_compared());
+    let here = books.delivery().acked().clone();
+    match (start, guard) {
+        (Start::Adopt | Start::Own, None) | (Start::Replay, _) => Ok(Vec::new()),
+        // Redis may have come back with what it had lost before: then some that wait now had been accepted.
+        (Start::Own, Some(_)) => books.in_tables(|rows| waiting(rows, at_once)),
+        (Start::Adopt, Some(guard)) => books.in_tables(|rows| {
+            let mut found = last_batch(rows, guard);
+            let others = waiting(rows, at_once).into_iter();
+            found.extend(others.filter(|c| !guard.again.contains(&c.seq)));
+            found
+        }),
+        (Start::Heal { restored: false, .. }, Some(guard)) => books.in_tables(|rows| {
+            let mut found = waiting(rows, at_once);
+            found.extend(between(rows, &here, &guard.position, usize::MAX, Purpose::Compare));
+            found
+        }),
+        (Start::Heal { .. } | Start::Compare(_), _) => books.in_tables(|rows| {
+            let mut found = waiting(rows, at_once);
+            found.extend(unsent(rows, &here, newest, most));
+            found
+        }),
+    }
+}
+
+/// The guard speaks of one batch. Who believed that it was all that is retained would look for all of that.
+pub(super) fn is_more_than_a_batch<R: Rows>(rows: &mut R, guard: &Guard) -> bool {
+    let limit = MOST_OF_A_BATCH + 1;
+    between(rows, &guard.previous, &guard.position, limit, Purpose::Settle).len() == limit
+}
+
+/// Up to where waiting events are among the candidates.
+pub(super) fn last_compared(candidates: &[Candidate]) -> i64 {
+    let in_order = |c: &&Candidate| c.waits && c.wanted.purpose == Purpose::Compare;
+    candidates
+        .iter()
+        .filter(in_order)
+        .map(|c| c.seq)
+        .max()
+        .unwrap_or_default()
+}
+
+/// The next of the waiting events after `after`, and the number of the last that was looked at; `None`: there are no more.
+pub(super) fn next_waiting<R: Rows>(rows: &mut R, after: i64, limit: usize) -> (Option<i64>, Vec<Candidate>) {
+    let seqs = rows.waiting(after, limit);
+    (seqs.last().copied(), by_seq(rows, &seqs, Purpose::Compare))
+}
+
+/// Events that were refused and wait.
+fn waiting<R: Rows>(rows: &mut R, limit: usize) -> Vec<Candidate> {
+    let mut found = Vec::new();
+    let mut after = 0;
+    // Until there are enough that are its own: other lanes have some of them.
+    while found.len() < limit {
+        let (last, candidates) = next_waiting(rows, after, limit);
+        let Some(last) = last else { break };
+        after = last;
+        found.extend(candidates);
+    }
+    found
+}
+
+/// The events of the last batch that the guard speaks of, as far as nobody has written down what became of them.
+fn last_batch<R: Rows>(rows: &mut R, guard: &Guard) -> Vec<Candidate> {
+    if !guard.again.is_empty() {
+        let waiting = rows.still_waiting(&guard.again);
+        return by_seq(rows, &waiting, Purpose::Settle);
+    }
+    between(rows, &guard.previous, &guard.position, usize::MAX, Purpose::Settle)
+}
+
+/// Events that may have been sent by somebody of whose work we know nothing; so many on each part of the way.
+fn unsent<R: Rows>(rows: &mut R, here: &Position, newest: &Arc<Tick>, limit: usize) -> Vec<Candidate> {
+    let upto = Position::at(newest.clone());
+    // A position on its way to a tick goes there first.
+    let Some(under_way) = &here.under_way else {
+        return between(rows, here, &upto, limit, Purpose::Compare);
+    };
+    let there = Position::at(under_way.to.clone());
+    let mut found = between(rows, here, &there, limit, Purpose::Compare);
+    found.extend(between(rows, &there, &upto, limit, Purpose::Compare));
+    found
+}
+
+fn by_seq<R: Rows>(rows: &mut R, seqs: &[i64], purpose: Purpose) -> Vec<Candidate> {
+    let mut table = rows.open();
+    let mut found = Vec::new();
+    for &seq in seqs {
+        let mut scan = table.by_seq(seq - 1, seq);
+        let wanted = scan.advance().and_then(|_| rows.wanted(&scan, purpose));
+        found.extend(wanted.map(|wanted| Candidate {
+            seq,
+            waits: true,
+            wanted,
+        }));
+    }
+    rows.close(table);
+    found
+}
+
+/// The backend's rows from one position to another, which are written down nowhere.
+fn between<R: Rows>(rows: &mut R, from: &Position, upto: &Position, limit: usize, purpose: Purpose) -> Vec<Candidate> {
+    let written_down_to = rows.highest_written_down();
+    let mut table = rows.open();
+    let mut found = Vec::new();
+    let to = upto.newest();
+    // Within one range, the rows that were read before need not be passed again.
+    let after = match &from.under_way {
+        Some(under_way) if *under_way.to == **to => under_way.last_seq,
+        _ => 0,
+    };
+    let goes_straight = after > 0 || from.under_way.is_none();
+    let last = upto.under_way.as_ref().filter(|_| goes_straight).map(|u| u.last_seq);
+    let is_between = |key: Key| upto.covers(key) && !from.covers(key);
+    let mut scan = RangeScan::open(&mut table, &from.from, to, after);
+    while let Some(step) = scan.step() {
+        let (Step::Row(key) | Step::Passed(key)) = step;
+        if found.len() >= limit || last.is_some_and(|last| key.seq > last) {
+            break;
+        }
+        if !matches!(step, Step::Row(_)) || !is_between(key) {
+            continue;
+        }
+        let Some(wanted) = rows.wanted(scan.current(), purpose) else {
+            continue;
+        };
+        if key.seq > written_down_to || !rows.is_written_down(key.seq, &wanted) {
+            found.push(Candidate {
+                seq: key.seq,
+                waits: false,
+                wanted,
+            });
+        }
+    }
+    drop(scan);
+    rows.close(table);
+    found
+}
