@@ -1451,6 +1451,7 @@ create function outbox.set_backend_password(name text, password text) returns vo
     as $$
 declare
     b outbox.backends := outbox.expect_backend(name);
+    before jsonb;
 begin
     perform outbox.silence_triggers();
     -- What is logged of the caller's statement once it has ended shows its parameters, and auto_explain also what a plan has made of them.
@@ -1461,6 +1462,13 @@ begin
     if password is null then
         delete from outbox.backend_passwords p where p.backend_number = b.number;
     else
+        select p.destination into before from outbox.backend_passwords p
+            where p.backend_number = b.number and p.destination <> outbox.destination(b);
+        if found then
+            raise warning using message = format('backend "%s" connects elsewhere than when its password was set', b.name),
+                detail = format('It was %s, and is %s.', before, outbox.destination(b)),
+                hint = 'Take the password away again if that is not where it belongs.';
+        end if;
         insert into outbox.backend_passwords as p (backend_number, password, destination)
             values (b.number, outbox.seal_password(b.number, set_backend_password.password), outbox.destination(b))
             on conflict (backend_number) do update set password = excluded.password, destination = excluded.destination;

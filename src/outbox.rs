@@ -72,7 +72,7 @@ pub struct Withheld {
     pub is_unreadable: bool,
     /// Its own file.
     pub file: bool,
-    /// The file of the settings: of a backend that was to speak TLS, and has been moved to something weaker.
+    /// The file of the settings: of a backend that was to speak TLS, and now trusts others or none.
     pub common_file: bool,
 }
 
@@ -254,18 +254,23 @@ pub fn backends(seen: &Snapshot) -> Vec<BackendRow> {
     let found = query(
         "select b.number, b.name, b.enabled, b.host, b.port, b.db, b.username, b.stream_name, b.max_len,
             (extract(epoch from b.connect_timeout) * 1000)::bigint, (extract(epoch from b.socket_timeout) * 1000)::bigint,
-            b.unix_socket, b.password_file, case when p.destination = outbox.destination(b) then p.password end, b.delivery, b.on_missing_guard, b.wait_replicas,
+            b.unix_socket, b.password_file, case when p.destination = d.destination then p.password end, b.delivery, b.on_missing_guard, b.wait_replicas,
             exists (select from outbox.take_overs t where t.backend_number = b.number and t.asked_of = $1),
             array(select r.number from outbox.restores r
                 where r.backend_number = b.number and not r.is_looked_for and pg_visible_in_snapshot(r.xid, $2::pg_snapshot)
                 order by r.number limit $3),
             b.mode, coalesce(b.nodes, '{}'), b.sentinel_master,
             b.tls, b.tls_ca_file, b.tls_cert_file, b.tls_key_file, b.tls_insecure, c.original, c.is_database,
-            coalesce(p.destination <> outbox.destination(b), false), coalesce(m.destination <> outbox.destination(b), false),
-            coalesce((m.destination ->> 'tls')::boolean and not (b.tls and b.tls_insecure <= (m.destination ->> 'tls_insecure')::boolean), false),
+            coalesce(p.destination <> d.destination, false), coalesce(m.destination <> d.destination, false),
+            coalesce((m.destination ->> 'tls')::boolean and (b.tls, b.tls_insecure, b.tls_ca_file)
+                is distinct from (true, (m.destination ->> 'tls_insecure')::boolean, m.destination ->> 'tls_ca_file'), false),
             (select max(r.xid)::text from outbox.restores r where r.backend_number = b.number and r.is_looked_for)
         from outbox.backends b left join outbox.backend_passwords p on p.backend_number = b.number
             left join outbox.moved_backends m on m.backend_number = b.number
+            -- Of thousands of backends few have secrets.
+            left join lateral (
+                select outbox.destination(b) as destination where p.backend_number is not null or m.backend_number is not null
+            ) d on true
             left join outbox.copied_backends c on c.backend_number = b.number
         order by b.number",
         &[

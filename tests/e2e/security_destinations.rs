@@ -220,6 +220,10 @@ fn who_may_set_a_password_moves_it() {
         .pg
         .exec(&format!("select outbox.set_backend_password('default', '{SECRET}')"));
     stack.redis.wait_entries("events", 2);
+    // It was told that somebody has changed where to.
+    stack
+        .pg
+        .wait_log("WARNING:  backend \"default\" connects elsewhere than when its password was set");
     stack
         .pg
         .exec("grant execute on function outbox.set_backend_password to keeper");
@@ -429,7 +433,11 @@ fn the_file_of_the_settings_is_not_said_in_the_clear() {
     stack.pg.exec(&set);
     stack.publish("one");
     wait_drained(&stack.pg, "default");
-    for change in ["tls = false, tls_ca_file = null", "tls_insecure = true"] {
+    for change in [
+        "tls = false, tls_ca_file = null",
+        "tls_insecure = true",
+        "tls_ca_file = null",
+    ] {
         keeper
             .batch_execute(&format!("update outbox.backends set {change}"))
             .expect("granted");
