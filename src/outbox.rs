@@ -249,6 +249,50 @@ pub fn has_later_restores(seen: &Snapshot) -> bool {
     .unwrap_or(false)
 }
 
+/// A row of the statement below, but for its password.
+fn backend_row(row: &SpiTupleTable<'_>) -> BackendRow {
+    BackendRow {
+        number: value(row, 1).unwrap_or_default(),
+        name: text(row, 2).unwrap_or_default(),
+        enabled: value(row, 3).unwrap_or_default(),
+        host: text(row, 4),
+        port: value(row, 5),
+        db: value(row, 6),
+        username: text(row, 7),
+        stream_name: text(row, 8),
+        max_len: value(row, 9),
+        connect_timeout_ms: value(row, 10),
+        socket_timeout_ms: value(row, 11),
+        unix_socket: text(row, 12),
+        password_file: text(row, 13),
+        password: None,
+        delivery: value(row, 15).unwrap_or_default(),
+        on_missing_guard: value(row, 16).unwrap_or_default(),
+        wait_replicas: value(row, 17).unwrap_or_default(),
+        take_over: value(row, 18).unwrap_or_default(),
+        restores: value(row, 19).unwrap_or_default(),
+        mode: value(row, 20).unwrap_or_default(),
+        nodes: texts(row, 21),
+        sentinel_master: text(row, 22),
+        tls: value(row, 23).unwrap_or_default(),
+        tls_ca_file: text(row, 24),
+        tls_cert_file: text(row, 25),
+        tls_key_file: text(row, 26),
+        tls_insecure: value(row, 27).unwrap_or_default(),
+        original: text(row, 28).map(|words| Original {
+            words,
+            is_database: value(row, 29).unwrap_or_default(),
+        }),
+        withheld: Withheld {
+            password: value(row, 30).unwrap_or_default(),
+            is_unreadable: false,
+            file: value(row, 31).unwrap_or_default(),
+            common_file: value(row, 32).unwrap_or_default(),
+        },
+        last_restore: text(row, 33).and_then(|xid| xid.parse().ok()).unwrap_or_default(),
+    }
+}
+
 /// All backends, with those restores that a snapshot sees, some of them.
 pub fn backends(seen: &Snapshot) -> Vec<BackendRow> {
     let found = query(
@@ -278,49 +322,7 @@ pub fn backends(seen: &Snapshot) -> Vec<BackendRow> {
             seen.to_string().into(),
             RESTORES_AT_ONCE.into(),
         ],
-        |row| {
-            let backend = BackendRow {
-            number: value(row, 1).unwrap_or_default(),
-            name: text(row, 2).unwrap_or_default(),
-            enabled: value(row, 3).unwrap_or_default(),
-            host: text(row, 4),
-            port: value(row, 5),
-            db: value(row, 6),
-            username: text(row, 7),
-            stream_name: text(row, 8),
-            max_len: value(row, 9),
-            connect_timeout_ms: value(row, 10),
-            socket_timeout_ms: value(row, 11),
-            unix_socket: text(row, 12),
-            password_file: text(row, 13),
-            password: None,
-            delivery: value(row, 15).unwrap_or_default(),
-            on_missing_guard: value(row, 16).unwrap_or_default(),
-            wait_replicas: value(row, 17).unwrap_or_default(),
-            take_over: value(row, 18).unwrap_or_default(),
-            restores: value(row, 19).unwrap_or_default(),
-            mode: value(row, 20).unwrap_or_default(),
-            nodes: texts(row, 21),
-            sentinel_master: text(row, 22),
-            tls: value(row, 23).unwrap_or_default(),
-            tls_ca_file: text(row, 24),
-            tls_cert_file: text(row, 25),
-            tls_key_file: text(row, 26),
-            tls_insecure: value(row, 27).unwrap_or_default(),
-            original: text(row, 28).map(|words| Original {
-                words,
-                is_database: value(row, 29).unwrap_or_default(),
-            }),
-            withheld: Withheld {
-                password: value(row, 30).unwrap_or_default(),
-                is_unreadable: false,
-                file: value(row, 31).unwrap_or_default(),
-                common_file: value(row, 32).unwrap_or_default(),
-            },
-            last_restore: text(row, 33).and_then(|xid| xid.parse().ok()).unwrap_or_default(),
-            };
-            (backend, value::<Vec<u8>>(row, 14))
-        },
+        |row| (backend_row(row), value::<Vec<u8>>(row, 14)),
     );
     let mut key = None;
     let opened = found.into_iter().map(|(mut backend, sealed)| {
