@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use kit::{Liar, Lie, Postgres, QUICK, Redis, Stack, standing, types, wait_drained, wait_trouble, wait_until};
+use kit::{Dice, Liar, Lie, Postgres, QUICK, Redis, Stack, standing, types, wait_drained, wait_trouble, wait_until};
 
 /// Memory of its own in kilobytes: neither shared memory nor files.
 fn own_memory_kb(pid: i32) -> u64 {
@@ -189,4 +189,90 @@ fn no_flood_takes_memory_or_the_time_of_others() {
         "{idle_kb} kB when idle, {most_kb} kB at most"
     );
     assert!(at(0.99) < Duration::from_secs(2), "{:?}", at(0.99));
+}
+
+/// Some answer to whatever was asked.
+fn any_lie(dice: &mut Dice, kinds: &[(&'static str, Lie)]) -> Lie {
+    let says = [
+        "+OK\r\n",
+        "+QUEUED\r\n",
+        "$-1\r\n",
+        "*-1\r\n",
+        "*0\r\n",
+        ":7\r\n",
+        "$3\r\n1-0\r\n",
+        "*1\r\n$1\r\nt\r\n",
+        "*2\r\n$3\r\n1-0\r\n:7\r\n",
+        "-ERR no\r\n",
+        "-OOM command not allowed\r\n",
+        "-MOVED 7 \x1b[2J:1\r\n",
+        "-WRONGTYPE no\r\n",
+        "-NOAUTH no\r\n",
+        "-EXECABORT no\r\n",
+        ">1\r\n+a\r\n",
+        "HTTP/1.1 400\r\n",
+        "*4\r\n$5\r\ntoken\r\n$1\r\nt\r\n$6\r\nnumber\r\n$19\r\n9223372036854775807\r\n",
+        "+OK\r\n+OK\r\n+OK\r\n",
+    ];
+    match dice.below(10) {
+        0 => Lie::Close,
+        1 => Lie::Refuse,
+        2 => dice.pick(kinds).1.clone(),
+        3 => Lie::Deny(dice.pick(&says).as_bytes().to_vec()),
+        4 => Lie::Late {
+            bytes: dice.pick(&says).as_bytes().to_vec(),
+            after: dice.millis(1, 400),
+        },
+        _ => Lie::Say(dice.pick(&says).as_bytes().to_vec()),
+    }
+}
+
+/// Five servers that answer anything to anything, now and then the truth. `OUTBOX_LIAR_SEED=n` repeats a run, `OUTBOX_LIAR_SECONDS=n` takes longer.
+#[test]
+fn whatever_servers_answer_the_worker_lives_and_events_wait() {
+    let given = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
+    let seed = given("OUTBOX_LIAR_SEED").unwrap_or_else(|| u64::from(std::process::id()));
+    println!("OUTBOX_LIAR_SEED={seed}");
+    let stack = Stack::of(Postgres::with(QUICK), Redis::start());
+    stack.publish("first");
+    stack.wait_events(1);
+    let worker = stack.pg.wait_worker("postgres");
+    let idle_kb = own_memory_kb(worker);
+    let liars: Vec<Liar> = (0..5).map(|_| Liar::honest()).collect();
+    for (n, liar) in liars.iter().enumerate() {
+        let delivery = ["exactly_once", "at_least_once"][usize::from(n == 4)];
+        stack.pg.exec(&format!(
+            "insert into outbox.backends (name, host, port, delivery) values ('liar{n}', '127.0.0.1', {}, '{delivery}')",
+            liar.port()
+        ));
+        let mut dice = Dice::of(seed, n as u64);
+        let kinds = endless();
+        let chances = dice.between(3, 30);
+        liar.lie(move |_| dice.one_in(chances).then(|| any_lie(&mut dice, &kinds)));
+    }
+    let (mut most_kb, mut published) = (idle_kb, 0);
+    let until = Instant::now() + Duration::from_secs(given("OUTBOX_LIAR_SECONDS").unwrap_or(6));
+    while Instant::now() < until {
+        stack
+            .pg
+            .exec("select outbox.publish_event('t', 'kit', backend => name, max_retries => 1000) from outbox.backends");
+        published += 1;
+        wait_until("the event of the backend that is well", || {
+            most_kb = most_kb.max(own_memory_kb(worker));
+            stack.redis.xlen("events") > published
+        });
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    // From now on the truth. (What was lied of is lost or repeated there; but nothing waits for ever.)
+    for (n, liar) in liars.iter().enumerate() {
+        liar.lie(|_| None);
+        wait_drained(&stack.pg, &format!("liar{n}"));
+    }
+    assert_eq!(stack.pg.wait_worker("postgres"), worker, "it has not died");
+    println!("{published} rounds; the worker had {idle_kb} kB when idle and {most_kb} kB at most");
+    assert!(
+        most_kb < idle_kb + 32 * 1_024,
+        "{idle_kb} kB when idle, {most_kb} kB at most"
+    );
+    assert_eq!(standing(&stack.pg, "default").published, published as i64 + 1);
 }
