@@ -330,7 +330,9 @@ impl World {
             self.env.saved.clear();
             let kept = self.env.on_missing == OnMissing::Continue;
             self.env.hurt |= !kept;
-            let looks = self.is_abandoned() || self.env.redis.data.compares();
+            // Also by what it has read of the guard before.
+            let is_up = self.site.delivery.is_up();
+            let looks = self.is_abandoned() || self.env.redis.data.compares() || !is_up;
             for uid in self.env.redis.appended.clone().into_iter().filter(|_| kept) {
                 // Or nobody would have known before the comparison came to its end.
                 let lost = !self.env.redis.holds(uid) || looks;
