@@ -38,8 +38,13 @@ features      = pg$(major)$(if $(strip $(FEATURES)),$(comma)$(subst $(space),$(c
 
 .PHONY: all install uninstall demo test test-redis-versions lint bench bench-quick chaos fuzz deny record-broadcaster clean help headers
 
+# What the library was built for: installing another one would keep the server from starting.
+stamp := $(target_dir)/release/$(EXTENSION).built-for
+
 all: headers ## build the extension (release)
+	@rm -f "$(stamp)"
 	$(cargo_env) $(CARGO) build --release --locked -p $(EXTENSION) --no-default-features --features $(features)
+	@echo "$(features)" >"$(stamp)"
 
 headers:
 	@test -f "$(includedir_server)/postgres.h" || { \
@@ -47,9 +52,9 @@ headers:
 	    echo "On Debian and Ubuntu: apt install postgresql-server-dev-$(major), or run scripts/setup." >&2; \
 	    exit 1; }
 
-# Cargo knows what is up to date; installing must not build, since it often runs as another user.
-install: ## copy it into Postgres's directories
-	@test -f "$(library)" || { echo "$(library) is missing: run make first" >&2; exit 1; }
+# Builds only what is missing, since it often runs as another user.
+install: ## copy it into Postgres's directories (built first if it was not, or for another Postgres)
+	@test -f "$(library)" && test "$$(cat "$(stamp)" 2>/dev/null)" = "$(features)" || $(MAKE) --no-print-directory all
 	$(INSTALL) -d "$(DESTDIR)$(pkglibdir)" "$(DESTDIR)$(sharedir)/extension"
 	$(INSTALL) -m 755 "$(library)" "$(DESTDIR)$(pkglibdir)/$(EXTENSION).so"
 	$(INSTALL) -m 644 $(EXTENSION).control sql/$(EXTENSION)--*.sql "$(DESTDIR)$(sharedir)/extension/"

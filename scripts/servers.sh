@@ -69,8 +69,9 @@ prepare_servers() {
 # Builds the extension twice: with the feature `faults` (crash points and mutations, see relay/src/fault.rs), put aside, and as it is. What
 # both depend on is built once.
 build_both() {
+    local built=${CARGO_TARGET_DIR:-target}/release
     make "$@" all FEATURES=faults
-    install -D "${CARGO_TARGET_DIR:-target}/release/liboutbox_relay.so" "$(faults_target)/release/liboutbox_relay.so"
+    install -D -t "$(faults_target)/release" "$built/liboutbox_relay.so" "$built/outbox_relay.built-for"
     make "$@" all
 }
 
@@ -83,5 +84,5 @@ prepare_faults() {
     cp -al "$OUTBOX_TEST_TMP/postgres" "$OUTBOX_TEST_TMP/faults"
     OUTBOX_TEST_FAULTS_PGBIN=$OUTBOX_TEST_TMP/faults${OUTBOX_TEST_PGBIN#"$OUTBOX_TEST_TMP/postgres"}
     export OUTBOX_TEST_FAULTS_PGBIN
-    CARGO_TARGET_DIR=$(faults_target) make --no-print-directory install DESTDIR="$OUTBOX_TEST_TMP/faults" >/dev/null
+    CARGO_TARGET_DIR=$(faults_target) make --no-print-directory install FEATURES=faults DESTDIR="$OUTBOX_TEST_TMP/faults" >/dev/null
 }
