@@ -16,7 +16,7 @@ target_dir   := $(or $(CARGO_TARGET_DIR),target)
 library      := $(target_dir)/release/lib$(EXTENSION).so
 
 # The targets that need no Postgres must work without one.
-ifneq ($(filter-out help clean demo test test-redis-versions bench bench-quick chaos fuzz deny record-broadcaster,$(or $(MAKECMDGOALS),all)),)
+ifneq ($(filter-out help clean demo test test-redis-versions test-assertions bench bench-quick chaos fuzz deny record-broadcaster,$(or $(MAKECMDGOALS),all)),)
 major := $(shell $(PG_CONFIG) --version 2>/dev/null | sed -nE 's/^PostgreSQL ([0-9]+).*/\1/p')
 ifeq ($(major),)
 $(error "$(PG_CONFIG)" is no working pg_config. Name one with PG_CONFIG=..., or let scripts/setup install Postgres and say where it is)
@@ -36,7 +36,7 @@ empty        :=
 space        := $(empty) $(empty)
 features      = pg$(major)$(if $(strip $(FEATURES)),$(comma)$(subst $(space),$(comma),$(strip $(FEATURES))))
 
-.PHONY: all install uninstall demo test test-redis-versions lint bench bench-quick chaos fuzz deny record-broadcaster clean help headers
+.PHONY: all install uninstall demo test test-redis-versions test-assertions lint bench bench-quick chaos fuzz deny record-broadcaster clean help headers
 
 # What the library was built for: installing another one would keep the server from starting.
 stamp := $(target_dir)/release/$(EXTENSION).built-for
@@ -72,6 +72,9 @@ test: ## run every test on throwaway servers (TEST_ARGS=... goes to the runner)
 
 test-redis-versions: ## run what speaks to Redis against Redis 6.2 and 8, Valkey 8 and 9 (fetched; VERSIONS=... for some)
 	scripts/redis-versions $(VERSIONS)
+
+test-assertions: ## run every test against a Postgres that checks its callers (built from Debian's source package; TEST_ARGS=...)
+	PG_CONFIG=$$(scripts/postgres-with-assertions) && export PG_CONFIG && scripts/test
 
 lint: headers ## formatting, clippy, the SQL script and dependencies, as CI checks them
 	$(CARGO) fmt --all --check
