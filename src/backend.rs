@@ -15,6 +15,7 @@ use crate::numbers;
 use crate::outbox::{self, BackendRow, Standing};
 use crate::ownership;
 use crate::refused;
+use crate::senders::{Place, Room};
 use logging::REPEAT_LOG_AFTER;
 use relay::classify::{Failure, Trouble};
 use relay::delivery::{Cursor, Delivery, Entry, Now, State};
@@ -118,6 +119,11 @@ pub struct Backend {
     max_len: i64,
     pub delivery: Delivery,
     sender: Option<Handle>,
+    /// There is no room for one.
+    waits_for_turn: bool,
+    /// It has one only for a while, and since when.
+    pub takes_turns: bool,
+    pub turn_began: Now,
     /// The node that was found last.
     address: Option<Address>,
     /// That which its trouble was with.
@@ -225,6 +231,9 @@ impl Backend {
             stream,
             max_len,
             sender: None,
+            waits_for_turn: false,
+            takes_turns: false,
+            turn_began: Now::ZERO,
             address: None,
             failed_at: None,
             recovery: Recovery::default(),
@@ -264,14 +273,14 @@ impl Backend {
     }
 
     /// Whether it is to be connected: with exactly_once also a paused one, whose owner is alive.
-    fn connects(&self) -> bool {
+    pub fn connects(&self) -> bool {
         self.reads_for_redis() && !self.is_withheld() && (self.is_enabled() || self.is_exactly_once())
     }
 
     /// When something is to be done without any report.
     pub fn due_at(&self) -> Option<Now> {
         match self.is_enabled() {
-            _ if !self.connects() => None,
+            _ if !self.connects() || self.waits_for_turn => None,
             true => self.delivery.due_at().into_iter().chain(self.slow_at).min(),
             false => self.delivery.connects_at(),
         }
@@ -381,12 +390,32 @@ impl Backend {
         }
     }
 
-    /// Starts a sender when one is due.
-    pub fn connect(&mut self, now: Now, waker: &UnixStream) {
-        self.withhold(now);
-        if !self.connects() || self.sender.is_some() || !self.delivery.wants_connection(now) {
-            return;
+    /// Whether it is time to start a sender.
+    pub fn wants_sender(&self, now: Now) -> bool {
+        self.connects() && self.sender.is_none() && self.delivery.wants_connection(now)
+    }
+
+    pub fn has_sender(&self) -> bool {
+        self.sender.is_some()
+    }
+
+    /// There is no room for its sender.
+    pub fn wait_for_turn(&mut self, now: Now) {
+        self.waits_for_turn = true;
+        // What went wrong in its last turn says more.
+        if self.delivery.trouble().is_none() {
+            let failure = Failure::of(
+                Trouble::NoDescriptor,
+                "it waits for its turn to connect: there are more backends than file descriptors",
+            );
+            self.delivery.waits_for_room(failure);
+            self.dirty_since.get_or_insert(now);
         }
+    }
+
+    /// Starts a sender; there is room for it.
+    pub fn connect(&mut self, now: Now, waker: &Arc<UnixStream>, room: &mut Room) {
+        (self.waits_for_turn, self.turn_began) = (false, now);
         let mut destination = self.destination.clone();
         if let destination::Delivery::ExactlyOnce { ousting, .. } = &mut destination.delivery {
             *ousting = self
@@ -395,8 +424,7 @@ impl Backend {
                 .filter(|row| row.take_over && row.enabled)
                 .map(|_| ownership::token());
         }
-        let spawned = waker.try_clone().and_then(|waker| spawn_sender(destination, waker));
-        match spawned {
+        match spawn_sender(destination, waker.clone(), room.take()) {
             Ok(handle) => {
                 self.sender = Some(handle);
                 self.release = Release::None;
@@ -609,13 +637,13 @@ fn refused_streams(number: i32, lane: Option<u16>, own_stream: &str) -> Streams 
 }
 
 /// Starts a sender with all signals blocked in its thread: they are the main thread's.
-fn spawn_sender(destination: Destination, waker: UnixStream) -> std::io::Result<Handle> {
+fn spawn_sender(destination: Destination, waker: Arc<UnixStream>, place: Place) -> std::io::Result<Handle> {
     // SAFETY: the mask is saved, and put back on all ways out: spawn returns its errors.
     unsafe {
         let (mut all, mut before) = (std::mem::zeroed(), std::mem::zeroed());
         libc::sigfillset(&mut all);
         libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
-        let spawned = Handle::spawn(destination, waker);
+        let spawned = Handle::spawn(destination, waker, place);
         libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut());
         spawned
     }

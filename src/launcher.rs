@@ -99,6 +99,7 @@ fn put(field: &mut [std::ffi::c_char], text: &std::ffi::CStr) {
 #[unsafe(no_mangle)]
 pub extern "C-unwind" fn outbox_relay_launcher(_argument: pg_sys::Datum) {
     process::take_signals();
+    process::prepare_to_wait(None);
     // SAFETY: once, at the start; no database, for shared catalogs only.
     unsafe {
         pg_sys::BackgroundWorkerInitializeConnection(std::ptr::null(), std::ptr::null(), 0);
@@ -114,7 +115,7 @@ pub extern "C-unwind" fn outbox_relay_launcher(_argument: pg_sys::Datum) {
     let mut launcher = Launcher::default();
     let mut timeout = Some(Duration::ZERO);
     loop {
-        process::wait(None, timeout);
+        process::wait(timeout);
         if process::is_told_to_end() {
             // SAFETY: ends the process; code 1, so that it is started again if the server goes on.
             unsafe { pg_sys::proc_exit(1) };

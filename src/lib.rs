@@ -60,6 +60,7 @@ mod request;
 mod rights;
 mod rows;
 mod secret_key;
+mod senders;
 mod sequence;
 mod shmem;
 mod standby;

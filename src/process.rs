@@ -5,6 +5,7 @@ use crate::report;
 use crate::unguarded::NamedLock;
 use pgrx::pg_sys::panic::CaughtError;
 use pgrx::{PgSqlErrorCode, PgTryBuilder, pg_sys};
+use std::cell::Cell;
 use std::ffi::{CStr, CString};
 use std::panic::AssertUnwindSafe;
 use std::time::Duration;
@@ -152,27 +153,40 @@ pub fn accept_end() {
     unsafe { (pg_sys::ProcDiePending, pg_sys::QueryCancelPending) = (0, 0) };
 }
 
-/// Waits for the latch, a readable socket, or the time; the death of the postmaster ends the process.
-pub fn wait(socket: Option<i32>, timeout: Option<Duration>) {
-    let mut events = pg_sys::WL_LATCH_SET | pg_sys::WL_EXIT_ON_PM_DEATH;
-    if socket.is_some() {
-        events |= pg_sys::WL_SOCKET_READABLE;
-    }
-    let mut timeout_ms = -1;
-    if let Some(timeout) = timeout {
-        events |= pg_sys::WL_TIMEOUT;
-        // Rounded up, or the last millisecond would be spent awake.
-        timeout_ms = timeout.as_micros().div_ceil(1_000).min(i32::MAX as u128) as i64;
-    }
-    // SAFETY: the process's own latch; a socket that is open for the process's life.
+thread_local! {
+    /// What the process waits for, made once: later there may be no descriptor left for another.
+    static WAITED_FOR: Cell<*mut pg_sys::WaitEventSet> = const { Cell::new(std::ptr::null_mut()) };
+}
+
+/// Prepares to wait for the latch, and a socket that is open for the process's life. Once.
+pub fn prepare_to_wait(socket: Option<i32>) {
+    let no_socket = pg_sys::PGINVALID_SOCKET;
+    // SAFETY: once, in a process with a latch; the set lives as long as the process.
     unsafe {
-        pg_sys::WaitLatchOrSocket(
-            pg_sys::MyLatch,
-            events as i32,
-            socket.unwrap_or(-1),
-            timeout_ms,
-            pg_sys::PG_WAIT_EXTENSION,
-        );
+        #[cfg(any(feature = "pg15", feature = "pg16"))]
+        let set = pg_sys::CreateWaitEventSet(pg_sys::TopMemoryContext, 3);
+        #[cfg(not(any(feature = "pg15", feature = "pg16")))]
+        let set = pg_sys::CreateWaitEventSet(std::ptr::null_mut(), 3);
+        let add = |event: u32, socket: i32, latch: *mut pg_sys::Latch| {
+            pg_sys::AddWaitEventToSet(set, event, socket, latch, std::ptr::null_mut());
+        };
+        add(pg_sys::WL_LATCH_SET, no_socket, pg_sys::MyLatch);
+        add(pg_sys::WL_EXIT_ON_PM_DEATH, no_socket, std::ptr::null_mut());
+        if let Some(socket) = socket {
+            add(pg_sys::WL_SOCKET_READABLE, socket, std::ptr::null_mut());
+        }
+        WAITED_FOR.set(set);
+    }
+}
+
+/// Waits for what was prepared for, or the time; the death of the postmaster ends the process.
+pub fn wait(timeout: Option<Duration>) {
+    // Rounded up, or the last millisecond would be spent awake.
+    let timeout_ms = timeout.map_or(-1, |t| t.as_micros().div_ceil(1_000).min(i32::MAX as u128) as i64);
+    // SAFETY: the process's own set and latch.
+    unsafe {
+        let mut event: pg_sys::WaitEvent = std::mem::zeroed();
+        pg_sys::WaitEventSetWait(WAITED_FOR.get(), timeout_ms, &mut event, 1, pg_sys::PG_WAIT_EXTENSION);
         pg_sys::ResetLatch(pg_sys::MyLatch);
     }
 }

@@ -59,6 +59,7 @@ pub fn install() {
 #[unsafe(no_mangle)]
 pub extern "C-unwind" fn outbox_relay_standby(_argument: pg_sys::Datum) {
     process::take_signals();
+    process::prepare_to_wait(None);
     let mut wait = LOOK_WAIT;
     // SAFETY: reads shared state.
     while !process::is_told_to_end() && unsafe { pg_sys::RecoveryInProgress() } {
@@ -66,7 +67,7 @@ pub extern "C-unwind" fn outbox_relay_standby(_argument: pg_sys::Datum) {
             keep(&Seen::Streamed { timeline });
             break;
         }
-        process::wait(None, Some(wait));
+        process::wait(Some(wait));
         wait = (wait + wait / 10).min(LONGEST_LOOK_WAIT);
     }
     // SAFETY: ends the process, which is not started again.

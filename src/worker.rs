@@ -10,6 +10,7 @@
 //! It never waits for the network, and holds no transaction while it waits for anything. Of these tasks none waits for another that fails
 //! (`tasks.rs`): whoever holds a lock holds up what needs it.
 
+mod connecting;
 mod loading;
 mod mending;
 mod reading;
@@ -25,6 +26,7 @@ use crate::process::{self, Aborted, log};
 use crate::purge::{self, Purge};
 use crate::recovery;
 use crate::rights;
+use crate::senders::Room;
 use crate::shmem::{self, Slot, SlotState};
 use crate::ticker;
 use loading::Loaded;
@@ -152,8 +154,11 @@ struct Worker {
     pause_until: Now,
     pace: Pace,
     logged_error: Option<(String, Now)>,
-    waker: UnixStream,
+    /// All senders write to it.
+    waker: Arc<UnixStream>,
     woken: UnixStream,
+    room: Room,
+    turns: connecting::Turns,
     purge: Purge,
     mending: mending::Mending,
     shown_busy: bool,
@@ -168,6 +173,7 @@ impl Worker {
         });
         let (waker, woken) =
             pair.unwrap_or_else(|e| crate::error::internal(format!("could not create a socket pair: {e}")));
+        process::prepare_to_wait(Some(woken.as_raw_fd()));
         Self {
             slot,
             started: Instant::now(),
@@ -193,8 +199,10 @@ impl Worker {
             pause_until: Now::ZERO,
             pace: Pace::default(),
             logged_error: None,
-            waker,
+            waker: Arc::new(waker),
             woken,
+            room: Room::new(),
+            turns: connecting::Turns::default(),
             purge: Purge::default(),
             mending: mending::Mending::default(),
             shown_busy: false,
@@ -247,7 +255,7 @@ impl Worker {
             return;
         }
         self.show_idle();
-        process::wait(Some(self.woken.as_raw_fd()), timeout);
+        process::wait(timeout);
     }
 
     fn log_error(&mut self, message: String) {
@@ -330,9 +338,7 @@ impl Worker {
                 None => {}
             }
         }
-        for backend in &mut self.backends {
-            backend.connect(now, &self.waker);
-        }
+        self.connect(now);
         // A backend with records reads nothing, and claims nothing: what waits behind a refused event must not be in the table sooner
         // than that one, and a claim looks there for what became of the last batch.
         if self.backends.iter().any(|b| !b.records.is_empty()) {
@@ -475,6 +481,7 @@ impl Worker {
                 Some(poll),
                 self.awaited.as_ref().map(|a| a.look_at),
                 self.mending.due_at(),
+                self.turns.look_at,
                 self.patience.next_retry_at(),
             ])
             .flatten()
@@ -589,7 +596,7 @@ impl Worker {
             if now >= deadline || !self.backends.iter().any(&concerned) {
                 return;
             }
-            process::wait(Some(self.woken.as_raw_fd()), Some(deadline - now));
+            process::wait(Some(deadline - now));
             self.drain_socket();
         }
     }

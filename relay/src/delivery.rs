@@ -261,6 +261,11 @@ impl Delivery {
         self.follows = follows;
     }
 
+    /// It is due, but there is no room for its connection.
+    pub fn waits_for_room(&mut self, failure: Failure) {
+        self.trouble = Some(failure);
+    }
+
     /// Somebody has asked for an attempt: there is one, but not more than one each second, and if it fails the wait goes on as if nobody had.
     pub fn retry_asked(&mut self, now: Now) {
         let Link::Down { retry_at } = &mut self.link else {

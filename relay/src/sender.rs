@@ -19,6 +19,7 @@ use crossbeam_channel::{Receiver, Sender, TryRecvError, TrySendError, bounded};
 use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -107,7 +108,8 @@ pub struct Handle {
 impl Handle {
     /// Starts a thread that connects to `destination`. One byte is written to `waker` (non-blocking) after reports.
     /// The caller blocks all signals of its process around this call: a thread inherits the mask.
-    pub fn spawn(destination: Destination, waker: UnixStream) -> io::Result<Self> {
+    /// `place` is dropped when the thread ends.
+    pub fn spawn(destination: Destination, waker: Arc<UnixStream>, place: impl Send + 'static) -> io::Result<Self> {
         // After a refusal a second window may be handed over before the sender has dropped the first. There is always room: a batch
         // that is not taken in would be a gap.
         let (orders, to_obey) = bounded(2 * WINDOW_BATCHES + SPARE_ORDERS);
@@ -121,6 +123,7 @@ impl Handle {
             .name(format!("sender {}", destination.client_name).chars().take(15).collect())
             .stack_size(512 * 1024)
             .spawn(move || {
+                let _place = place;
                 let reporter = Reporter {
                     reports: to_report,
                     waker,
@@ -174,7 +177,7 @@ impl Handle {
 
 struct Reporter {
     reports: Sender<Report>,
-    waker: UnixStream,
+    waker: Arc<UnixStream>,
 }
 
 impl Reporter {
@@ -189,7 +192,7 @@ impl Reporter {
         let heard = self.reports.try_send(report).is_ok();
         if heard && (is_news || waiting <= ENOUGH_ORDERS || self.reports.len() >= HEARD_TOGETHER) {
             // A full socket wakes the worker just as well.
-            let _ = (&self.waker).write(&[0]);
+            let _ = (&*self.waker).write(&[0]);
         }
         heard
     }
@@ -206,7 +209,7 @@ impl Reporter {
 impl Drop for Reporter {
     /// Also when the thread panics: the worker sees the closed channel.
     fn drop(&mut self) {
-        let _ = (&self.waker).write(&[0]);
+        let _ = (&*self.waker).write(&[0]);
     }
 }
 

@@ -3,7 +3,7 @@
 use super::Backend;
 use crate::guc::LogLevel;
 use crate::process::log;
-use relay::classify::Class;
+use relay::classify::{Class, Trouble};
 use relay::delivery::{Now, State};
 use relay::destination::Route;
 use std::cell::RefCell;
@@ -45,6 +45,10 @@ impl Backend {
             if state == State::Idle || repeated {
                 return;
             }
+        }
+        // One line for all is said by the worker, not one at each turn of each.
+        if trouble.is_some_and(|f| f.trouble == Trouble::NoDescriptor) || (self.takes_turns && trouble.is_none()) {
+            return;
         }
         let (place, name) = (self.place(), self.name().to_owned());
         match self.delivery.trouble() {

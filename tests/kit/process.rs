@@ -33,6 +33,13 @@ pub fn title(pid: i32) -> String {
     String::from_utf8_lossy(&bytes).replace('\0', " ").trim().to_string()
 }
 
+/// How many file descriptors a process has open.
+pub fn descriptors(pid: i32) -> usize {
+    std::fs::read_dir(format!("/proc/{pid}/fd"))
+        .expect("the process lives")
+        .count()
+}
+
 /// How long all threads of a process have computed, in steps of ten milliseconds.
 pub fn cpu_time(pid: i32) -> Duration {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("the process lives");

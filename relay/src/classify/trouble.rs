@@ -7,6 +7,8 @@ use super::Class;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Trouble {
     // The way to Redis.
+    /// There are too few file descriptors for all connections.
+    NoDescriptor,
     NotAllowed,
     Refused,
     /// Ended by the other side or by something between.
@@ -92,6 +94,10 @@ impl Trouble {
     pub(super) fn judged(self) -> (Class, Option<&'static str>) {
         use Class::{Backend, Configuration, Copy, Event, Fenced};
         let (class, hint) = match self {
+            Self::NoDescriptor => (
+                Backend,
+                "Raise max_files_per_process, and the limit of open files that the server is started with (ulimit -n), and restart it.",
+            ),
             Self::NotAllowed => (
                 Configuration,
                 "Add its name, address or network to outbox_relay.allowed_hosts in postgresql.conf, or point the backend elsewhere.",

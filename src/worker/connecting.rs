@@ -1,0 +1,94 @@
+//! Which backends have a sender. There is room for so many (`senders.rs`); with more backends than that, the first of them keep their
+//! connections, and the others take turns with what is left.
+
+use super::{REPEAT_LOG_AFTER, Worker};
+use crate::guc::LogLevel;
+use crate::process::log;
+use relay::delivery::Now;
+use std::time::Duration;
+
+/// How long one of those that take turns has a connection at least, while others wait,
+const TURN: Duration = Duration::from_secs(3);
+/// and at most, if it always has something to send.
+const LONGEST_TURN: Duration = Duration::from_secs(30);
+/// How soon it is looked for room again.
+const LOOK_AFTER: Duration = Duration::from_millis(250);
+
+#[derive(Default)]
+pub(super) struct Turns {
+    /// Somebody waits: then there is a look.
+    pub(super) look_at: Option<Now>,
+    said_at: Option<Now>,
+}
+
+impl Worker {
+    /// Starts the senders that are due, as far as there is room for them.
+    pub(super) fn connect(&mut self, now: Now) {
+        self.room.tell();
+        let most = self.room.most();
+        let count = self.backends.iter().filter(|b| b.connects()).count();
+        let kept = if count <= most { count } else { most - most.div_ceil(4) };
+        let (mut rank, mut waiting, mut in_turn, mut queue) = (0, 0, 0, Vec::new());
+        for (index, backend) in self.backends.iter_mut().enumerate() {
+            backend.withhold(now);
+            if !backend.connects() {
+                continue;
+            }
+            rank += 1;
+            backend.takes_turns = rank > kept;
+            match (backend.wants_sender(now), backend.takes_turns) {
+                (true, false) if self.room.free() > 0 => backend.connect(now, &self.waker, &mut self.room),
+                // For a thread that was let go and has not ended.
+                (true, false) => {
+                    backend.wait_for_turn(now);
+                    waiting += 1;
+                }
+                (true, true) => queue.push((backend.turn_began, index)),
+                (false, takes_turns) => in_turn += usize::from(takes_turns && backend.has_sender()),
+            }
+        }
+        queue.sort_unstable();
+        let free = (most - kept).saturating_sub(in_turn).min(self.room.free());
+        for (nth, (_, index)) in queue.iter().enumerate() {
+            let backend = &mut self.backends[*index];
+            match nth < free {
+                true => backend.connect(now, &self.waker, &mut self.room),
+                false => backend.wait_for_turn(now),
+            }
+        }
+        let queued = queue.len().saturating_sub(free);
+        waiting += queued;
+        if queued > 0 {
+            self.end_turns(queued, now);
+        }
+        self.turns.look_at = (waiting > 0).then_some(now + LOOK_AFTER);
+        if waiting > 0 && self.turns.said_at.is_none_or(|at| now >= at + REPEAT_LOG_AFTER) {
+            self.turns.said_at = Some(now);
+            log(
+                LogLevel::Warning,
+                &format!("{waiting} backends wait for their turn to connect"),
+                Some(&format!(
+                    "The worker has file descriptors for {most} connections: the first {kept} backends keep theirs, the others take turns."
+                )),
+                Some(
+                    "Raise max_files_per_process, and the limit of open files that the server is started with (ulimit -n), and restart it.",
+                ),
+            );
+        }
+    }
+
+    /// Lets as many go of those that take turns as there are others who wait.
+    fn end_turns(&mut self, count: usize, now: Now) {
+        let has_had = |b: &&mut crate::backend::Backend| {
+            let had = now.saturating_sub(b.turn_began);
+            b.takes_turns
+                && b.has_sender()
+                && b.delivery.is_up()
+                && had >= TURN
+                && (!b.is_sending() || had >= LONGEST_TURN)
+        };
+        for backend in self.backends.iter_mut().filter(has_had).take(count) {
+            backend.let_go();
+        }
+    }
+}

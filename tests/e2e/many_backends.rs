@@ -1,0 +1,131 @@
+//! More backends than the server has file descriptors and threads for: the worker stays, and serves them all in turn.
+
+use std::time::{Duration, Instant};
+
+use kit::process::descriptors;
+use kit::{Stack, eventually, wait_until};
+
+/// Anonymous memory of a process, in KiB.
+fn memory_kb(pid: i32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the worker lives");
+    let line = status.lines().find(|line| line.starts_with("RssAnon:"));
+    line.and_then(|line| line.split_whitespace().nth(1)?.parse().ok())
+        .expect("Linux says")
+}
+
+fn threads(pid: i32) -> usize {
+    std::fs::read_dir(format!("/proc/{pid}/task"))
+        .expect("the worker lives")
+        .count()
+}
+
+/// How long an event of the backend `default` takes.
+fn takes(stack: &Stack) -> Duration {
+    let before = stack.redis.xlen("events");
+    let start = Instant::now();
+    stack.publish("event");
+    wait_until("the event", || stack.redis.xlen("events") > before);
+    start.elapsed()
+}
+
+/// Of three thousand backends, some have a Redis, and most have none.
+#[test]
+fn thousands_of_backends_neither_end_the_worker_nor_hold_up_others() {
+    let stack = Stack::with(&[("max_files_per_process", "200")]);
+    stack.publish("first");
+    stack.wait_events(1);
+    let worker = stack.pg.wait_worker("postgres");
+    let idle_kb = memory_kb(worker);
+    let port = stack.redis.port();
+    stack.pg.exec(&format!(
+        "insert into outbox.backends (name, host, port, stream_name)
+         select 'backend' || n, '127.0.0.1', case when n % 100 = 0 then {port} else 1 end, 'stream' || n from generate_series(1, 3000) n"
+    ));
+    let (mut most_descriptors, mut most_threads, mut longest) = (0, 0, Duration::ZERO);
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(10) {
+        longest = longest.max(takes(&stack));
+        most_descriptors = most_descriptors.max(descriptors(worker));
+        most_threads = most_threads.max(threads(worker));
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    println!(
+        "{most_descriptors} descriptors, {most_threads} threads, {} KiB more memory, longest {longest:?}",
+        memory_kb(worker).saturating_sub(idle_kb)
+    );
+    assert_eq!(stack.pg.wait_worker("postgres"), worker, "the worker has ended");
+    assert!(most_descriptors < 200 && most_threads < 100);
+    assert!(longest < Duration::from_secs(5), "{longest:?}");
+    stack.pg.wait_log("backends wait for their turn to connect");
+
+    // Those behind have their turn.
+    stack.pg.exec(
+        "select outbox.publish_event('event', 'kit', backend => 'backend' || n * 100) from generate_series(1, 30) n",
+    );
+    let arrived = || {
+        (1..=30)
+            .filter(|n| stack.redis.xlen(&format!("stream{}", n * 100)) > 0)
+            .count()
+    };
+    let start = Instant::now();
+    eventually("all to have their turn", Duration::from_secs(120), || {
+        (arrived() == 30).then_some(())
+    });
+    println!("all had their turn after {:?}", start.elapsed());
+    assert_eq!(stack.pg.wait_worker("postgres"), worker, "the worker has ended");
+}
+
+/// Sets a limit of a process; returns what it was.
+fn limit(pid: i32, what: &str, value: &str) -> String {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/limits")).expect("the worker lives");
+    let row = if what == "nofile" {
+        "Max open files"
+    } else {
+        "Max processes"
+    };
+    let line = text.lines().find_map(|line| line.strip_prefix(row)).expect("a limit");
+    let before = line.split_whitespace().next().expect("a value").to_owned();
+    let ran = kit::env::server_command("prlimit")
+        .args([&format!("--pid={pid}"), &format!("--{what}={value}:")])
+        .output()
+        .expect("prlimit runs");
+    assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
+    before
+}
+
+/// Nothing can be opened, and no thread be started: what is connected goes on, and all others come up once they can.
+#[test]
+fn a_worker_that_can_open_nothing_goes_on_with_what_it_has() {
+    let stack = Stack::with(&[
+        ("outbox_relay.retry_delay", "200ms"),
+        ("outbox_relay.retry_max_delay", "500ms"),
+    ]);
+    stack.publish("first");
+    stack.wait_events(1);
+    let worker = stack.pg.wait_worker("postgres");
+    for what in ["nofile", "nproc"] {
+        let few = if what == "nofile" { descriptors(worker) } else { 1 };
+        let before = limit(worker, what, &few.to_string());
+        let port = stack.redis.port();
+        stack.pg.exec(&format!(
+            "insert into outbox.backends (name, host, port, stream_name)
+             select '{what}' || n, '127.0.0.1', {port}, '{what}' || n from generate_series(1, 20) n;
+             select outbox.publish_event('event', 'kit', backend => '{what}' || n) from generate_series(1, 20) n"
+        ));
+        let trouble = format!(
+            "select count(*) from outbox.backend_status where backend like '{what}%' and last_error is not null"
+        );
+        wait_until("trouble", || stack.pg.one::<i64>(&trouble) > 0);
+        let why: String = stack.pg.one(&format!(
+            "select string_agg(distinct last_error, ',') from outbox.backend_status where backend like '{what}%'"
+        ));
+        println!("{what}: {why}");
+        for _ in 0..20 {
+            takes(&stack);
+        }
+        limit(worker, what, &before);
+        let arrived = || (1..=20).filter(|n| stack.redis.xlen(&format!("{what}{n}")) > 0).count();
+        wait_until("all to come up", || arrived() == 20);
+        assert_eq!(stack.pg.wait_worker("postgres"), worker, "the worker has ended");
+    }
+}
