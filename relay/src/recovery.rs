@@ -229,7 +229,11 @@ impl Recovery {
             books.disbelieve(field);
             return Ok(());
         }
-        let guard = guard.map(|guard| books.vouched(guard)).transpose()?;
+        // Who knows all that the guard says goes by that: whoever has the table to himself is not waited for.
+        let guard = match start {
+            Start::Own => guard,
+            _ => guard.map(|guard| books.vouched(guard)).transpose()?,
+        };
         if let (Start::Adopt | Start::Heal { .. }, Some(guard)) = (start, &guard)
             && books.in_tables(|rows| candidates::is_more_than_a_batch(rows, guard))?
         {
