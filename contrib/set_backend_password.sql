@@ -7,6 +7,9 @@
 -- statement and no parameter. Needs the right to execute outbox.set_backend_password(), and TEMPORARY on the database.
 
 \set ON_ERROR_STOP on
+\set QUIET on
+\pset pager off
+\pset tuples_only on
 begin;
 set local client_min_messages = warning;
 create temporary table new_password (password text not null check (password <> '')) on commit drop;
