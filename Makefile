@@ -85,7 +85,7 @@ lint: headers ## formatting, clippy, the SQL script and dependencies, as CI chec
 bench: ## measure the figures of the README beside their floors and rivals (BENCH_ARGS=... for some of them)
 	scripts/bench $(BENCH_ARGS)
 
-bench-quick: ## the same, small
+bench-quick: ## the same, small, without the rivals (three minutes)
 	scripts/bench --quick $(BENCH_ARGS)
 
 chaos: ## break everything at random and check that nothing is lost or repeated (SEED=, MINUTES=, CHAOS_ARGS=...)
