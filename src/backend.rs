@@ -45,6 +45,8 @@ const KEPT_BUFFER_BYTES: usize = 2 * BATCH_BYTES;
 const LANE_WINDOW_BYTES: usize = 512 * 1024;
 /// Of a batch's entries for one stream, the first of so many has MAXLEN: Redis trims by nodes of a hundred entries anyway.
 const TRIM_EVERY: usize = 16;
+/// How often it is looked what is to be logged, without news.
+const LOG_LOOK: Duration = Duration::from_millis(250);
 /// Names of streams that are kept, so that not each entry needs its own.
 const KNOWN_STREAMS: usize = 1_000;
 
@@ -170,6 +172,8 @@ pub struct Backend {
     pub tick_recorded_at: Option<Now>,
     pub tick_due: bool,
     logged_state: Option<State>,
+    /// When it is looked again what is to be logged, without news.
+    log_at: Now,
     /// Troubles that were logged in this state within a minute.
     logged: Vec<(String, Now)>,
     buffers: Vec<Vec<u8>>,
@@ -256,6 +260,7 @@ impl Backend {
             tick_recorded_at: None,
             tick_due: true,
             logged_state: None,
+            log_at: Now::ZERO,
             logged: Vec::new(),
             buffers: Vec::new(),
             named_streams: HashSet::new(),
@@ -440,7 +445,10 @@ impl Backend {
 
     /// Takes in what the sender has to report.
     pub fn hear(&mut self, now: Now) {
+        // There may be thousands: without news, it is not looked in each round what is to be logged.
+        let mut has_news = now >= self.log_at;
         while let Some(report) = self.sender.as_ref().and_then(Handle::report) {
+            has_news = true;
             match report {
                 Report::Found(address) => self.found(address, now),
                 Report::Connected => self.delivery.connected(),
@@ -485,10 +493,14 @@ impl Backend {
             let is_slow = self.sender.is_some() && self.delivery.takes_long(failure);
             self.slow_at = is_slow.then(|| now + REPEAT_LOG_AFTER);
             if is_slow {
+                has_news = true;
                 self.dirty_since.get_or_insert(now);
             }
         }
-        self.log_change(now);
+        if has_news {
+            self.log_at = now + LOG_LOOK;
+            self.log_change(now);
+        }
     }
 
     /// A node is about to be connected to.

@@ -16,6 +16,7 @@ use pgrx::pg_extern;
 use relay::delivery::Now;
 use relay::reader::{RangeScan, Step};
 use relay::snapshot::Tick;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -125,11 +126,13 @@ impl Purge {
         let interval = tick_interval(retention_us);
         let is_clock_due = |b: &Backend| b.tick_recorded_at.is_none_or(|at| now >= at + interval);
         let is_due = |b: &Backend| b.tick_due && is_clock_due(b);
+        // There may be thousands, of which most have never delivered anything.
+        let has_come_on = |b: &&Backend| is_due(b) && b.delivery.acked().from.high_seq > 0;
+        let numbers: BTreeSet<i32> = backends.iter().filter(has_come_on).map(|b| b.number).collect();
         // What all its lanes have delivered, where it has some.
         let due: Vec<(i32, Arc<Tick>)> = backends
             .iter()
-            .filter(|b| b.lane.is_none())
-            .filter(|b| backends.iter().any(|lane| lane.number == b.number && is_due(lane)))
+            .filter(|b| b.lane.is_none() && numbers.contains(&b.number))
             .map(|b| (b.number, delivered(backends, b)))
             .filter(|(_, tick)| tick.high_seq > 0)
             .collect();

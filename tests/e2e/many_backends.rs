@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use kit::process::descriptors;
+use kit::process::{cpu_time, descriptors};
 use kit::{Stack, eventually, wait_until};
 
 /// Anonymous memory of a process, in KiB.
@@ -57,6 +57,20 @@ fn thousands_of_backends_neither_end_the_worker_nor_hold_up_others() {
     assert!(most_descriptors < 200 && most_threads < 100);
     assert!(longest < Duration::from_secs(5), "{longest:?}");
     stack.pg.wait_log("backends wait for their turn to connect");
+
+    let (before, start) = (cpu_time(worker), Instant::now());
+    let mut delays: Vec<Duration> = (0..40)
+        .map(|_| {
+            std::thread::sleep(Duration::from_millis(100));
+            takes(&stack)
+        })
+        .collect();
+    let share = (cpu_time(worker) - before).as_secs_f64() / start.elapsed().as_secs_f64();
+    delays.sort();
+    println!(
+        "worker takes {share:.2} of a processor, median {:?}, longest {:?}",
+        delays[20], delays[39]
+    );
 
     // Those behind have their turn.
     stack.pg.exec(

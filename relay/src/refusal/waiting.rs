@@ -20,6 +20,7 @@ const LONGEST_REST: Duration = Duration::from_secs(2);
 pub(super) struct Waiting {
     /// By how often their heads were refused, then by the time at which they are to be tried.
     groups: [BTreeSet<(Now, Rc<str>)>; GROUPS],
+    count: usize,
     /// Of [`TURNS`], the next.
     turn: usize,
 }
@@ -44,20 +45,24 @@ fn group_of(attempts: u32) -> usize {
 
 impl Waiting {
     pub(super) fn insert(&mut self, attempts: u32, at: Now, stream: Rc<str>) {
-        self.groups[group_of(attempts)].insert((at, stream));
+        self.count += usize::from(self.groups[group_of(attempts)].insert((at, stream)));
     }
 
     pub(super) fn remove(&mut self, attempts: u32, at: Now, stream: &Rc<str>) {
-        self.groups[group_of(attempts)].remove(&(at, stream.clone()));
+        self.count -= usize::from(self.groups[group_of(attempts)].remove(&(at, stream.clone())));
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.groups.iter().all(BTreeSet::is_empty)
+        self.count == 0
     }
 
     /// When the next is to be tried.
     pub(super) fn first_at(&self) -> Option<Now> {
-        self.firsts().map(|(at, _)| *at).min()
+        // The usual case costs nothing: it is asked of each backend in each round.
+        match self.is_empty() {
+            true => None,
+            false => self.firsts().map(|(at, _)| *at).min(),
+        }
     }
 
     /// Of each group, who has waited longest.
