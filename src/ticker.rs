@@ -73,6 +73,11 @@ const FEW: usize = 64;
 /// A commit that waited for its flush is durable before it is seen; of one that did not, the commit log knows up to where the WAL
 /// must be flushed. The id of the latest to end is not used again once its commit is durable, and so none below it is; numbers
 /// are not once the page of their sequence is. All that others have in the WAL beyond need not be waited for.
+///
+/// Our own commits that did not wait for their flush (saving, purging) are flushed like others'. A tick could do without them, by taking them
+/// for transactions that still run; but the commit log keeps one position for 32 neighbouring ids, so that nobody could tell whether another's
+/// commit below our own is durable. Hence purging begins no piece while an event is about to be
+/// committed: that commit flushes what was written before.
 pub fn flush_seen((tick, drawn_lsn): &(Tick, Option<u64>), known: &Snapshot) -> u64 {
     let (Some(ended), Some(mut needed)) = (tick.snapshot.ended_since(known, FEW), *drawn_lsn) else {
         return flush();

@@ -31,8 +31,8 @@ const LANE_PAUSE: Duration = Duration::from_millis(100);
 /// Backends that are further behind are not waited for.
 const WAITED_FOR_SEQS: i64 = 100_000;
 
-/// How long passes follow each other that find nothing.
-const PASSING_TIME: Duration = Duration::from_millis(20);
+/// How long passes follow each other that find nothing, before the others are looked at again.
+const PASSING_TIME: Duration = Duration::from_millis(5);
 
 /// A tick that synchronous standbys have not flushed yet.
 pub(super) struct Awaited {
