@@ -22,7 +22,7 @@ use relay::delivery::{Cursor, Delivery, Entry, Now, State};
 use relay::destination::{self, Address, Destination, Route};
 use relay::encode::{Encoder, Target};
 use relay::event::{ConfigError, Event};
-use relay::fault;
+use relay::fault::{self, Point};
 use relay::guard;
 use relay::reader::Position;
 use relay::recovery::Recovery;
@@ -552,7 +552,7 @@ impl Backend {
 
     /// Hands over what was built in a transaction that has ended well. `wal`: up to where it is flushed.
     pub fn send(&mut self, batches: Vec<BuiltBatch>, wal: u64) {
-        fault::reach("after_read");
+        fault::reach(Point::AfterRead);
         for BuiltBatch { batch, load } in batches {
             let Some(sender) = &self.sender else {
                 return;

@@ -9,7 +9,7 @@ use crate::refused;
 use crate::rows::{EventsTable, Row, attribute};
 use pgrx::pg_sys;
 use relay::delivery::{Entry, Room, RowFate};
-use relay::fault;
+use relay::fault::{self, Point};
 use relay::reader::{Key, Position, RangeScan, Scan, Step, Table};
 use relay::refusal::{MOST_ATTEMPTS, Record, Retry};
 use relay::snapshot::Tick;
@@ -143,7 +143,7 @@ pub fn rehearse(backend: &mut Backend, relations: &Relations, seq: i64) {
             let stream = backend.stream_of(event);
             let _ = backend.encode(&mut batch, &stream, event);
         });
-        fault::reach("at_rehearsal");
+        fault::reach(Point::AtRehearsal);
     }
     drop(scan);
     table.close();

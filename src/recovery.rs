@@ -15,7 +15,7 @@ use crate::worker;
 use relay::claim::{Claimant, Incarnation, OnMissing, Why};
 use relay::classify::{Failure, Trouble};
 use relay::delivery::{Cursor, Delivery, Now};
-use relay::fault;
+use relay::fault::{self, Mutation};
 use relay::guard::{Guard, Owner};
 use relay::reader::Position;
 use relay::recovery::{Books, Notice, Rows};
@@ -223,7 +223,7 @@ impl Books for BackendBooks<'_> {
 
     /// Few in tests.
     fn waiting_at_once(&self) -> usize {
-        match fault::is_mutated("compare_by_two") {
+        match fault::is_mutated(Mutation::CompareByTwo) {
             true => 2,
             false => 100_000,
         }

@@ -149,7 +149,7 @@ pub fn install() {
 }
 
 fn slots_wanted() -> usize {
-    if relay::fault::is_mutated("few_slots") {
+    if relay::fault::is_mutated(relay::fault::Mutation::FewSlots) {
         return 4;
     }
     // SAFETY: a plain read of a setting that does not change after the server's start.

@@ -33,7 +33,7 @@ use loading::Loaded;
 use pgrx::{pg_guard, pg_sys};
 use relay::classify::Failure;
 use relay::delivery::Now;
-use relay::fault;
+use relay::fault::{self, Point};
 use relay::pace::Pace;
 use relay::patience::Patience;
 use relay::snapshot::{FIRST_NORMAL_XID, Tick};
@@ -641,8 +641,8 @@ pub fn save(backends: &mut [Backend], which: impl Fn(&Backend) -> bool, now: Now
         return Ok(());
     }
     fault::reach(match backends.iter().any(|b| b.delivery.is_stopped()) {
-        true => "before_refused_saved",
-        false => "before_save",
+        true => Point::BeforeRefusedSaved,
+        false => Point::BeforeSave,
     });
     // SAFETY: reads the clock.
     let wall_us = unsafe { pg_sys::GetCurrentTimestamp() } + crate::rows::EPOCH_SHIFT_US;
@@ -651,6 +651,6 @@ pub fn save(backends: &mut [Backend], which: impl Fn(&Backend) -> bool, now: Now
     saved.sort_unstable_by_key(|b| b.whose());
     care::transaction(|| saved.iter_mut().for_each(|b| b.save(now, wall_us)))?;
     saved.iter_mut().for_each(|b| b.saved(now));
-    fault::reach("after_save");
+    fault::reach(Point::AfterSave);
     Ok(())
 }

@@ -14,7 +14,7 @@
 use crate::bounds::Bounds;
 use crate::classify::{self, Class, Failure, Trouble};
 use crate::encode::append_command;
-use crate::fault;
+use crate::fault::{self, Mutation, Point};
 use crate::guard::{
     BATCH_START, Guard, Mark, Owner, Progress, append_beat, append_claim, append_progress, append_token,
 };
@@ -323,7 +323,7 @@ impl Conversation {
     /// Sends EXEC, if it may.
     fn execute(&mut self) {
         let is_free = self.armed && self.executing.is_empty() && self.executed.is_none();
-        if self.queued.is_none() || !(is_free || fault::is_mutated("two_execs")) {
+        if self.queued.is_none() || !(is_free || fault::is_mutated(Mutation::TwoExecs)) {
             return;
         }
         self.armed = false;
@@ -342,7 +342,7 @@ impl Conversation {
     }
 
     fn rearm(&mut self) {
-        if !fault::is_mutated("no_watch") {
+        if !fault::is_mutated(Mutation::NoWatch) {
             append_command(&mut self.out, &[b"WATCH", &self.key]);
             self.expected.push_back(Expect::Watch);
         }
@@ -434,14 +434,14 @@ impl Conversation {
             },
             other => return Err(error_of(other)),
         };
-        if !is_ours && !fault::is_mutated("no_watch") {
+        if !is_ours && !fault::is_mutated(Mutation::NoWatch) {
             return Err(touched());
         }
         if matches!(self.phase, Phase::Stopped) {
             return Ok(());
         }
         if !std::mem::replace(&mut self.armed, true) && self.is_first_arming() {
-            fault::reach("after_claim");
+            fault::reach(Point::AfterClaim);
             reports.push(Report::Claimed);
         }
         self.execute();
@@ -484,7 +484,7 @@ impl Conversation {
     }
 
     fn executed(&mut self, reply: Reply<'_>, reports: &mut Vec<Report>) -> Result<(), Failure> {
-        fault::reach("after_exec");
+        fault::reach(Point::AfterExec);
         let Some(written) = self.executing.pop_front() else {
             return Err(Failure::backend("a reply to no EXEC"));
         };
@@ -603,7 +603,7 @@ fn refusals(replies: Items<'_>) -> Result<Vec<Refusal>, Failure> {
             continue;
         }
         match reply.value()? {
-            Value::ServerError(_) if fault::is_mutated("ignore_error_reply") => {}
+            Value::ServerError(_) if fault::is_mutated(Mutation::IgnoreErrorReply) => {}
             Value::ServerError(error) if index < commands => {
                 // Within a transaction that was executed nothing will come of trying the same again at once: it is this entry's.
                 let mut failure = classify::reply(&error);

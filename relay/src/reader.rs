@@ -9,7 +9,7 @@
 //! All late rows come before all new ones, so that one number, the last sequence number read, says how far a reader has
 //! come within a range of any size.
 
-use crate::fault;
+use crate::fault::{self, Mutation};
 use crate::snapshot::{ParseSnapshotError, Tick};
 use std::fmt;
 use std::str::FromStr;
@@ -210,7 +210,7 @@ impl<S: Scan> RangeScan<S> {
     /// Opens the scan of what `to` sees and `from` does not, after `last_seq` (0 at the start of the range).
     pub fn open<T: Table<Scan = S>>(table: &mut T, from: &Arc<Tick>, to: &Arc<Tick>, last_seq: i64) -> Self {
         let mut late = Vec::new();
-        let by_seq_alone = fault::is_mutated("seq_after_last");
+        let by_seq_alone = fault::is_mutated(Mutation::SeqAfterLast);
         if last_seq < from.low_seq && !by_seq_alone {
             for xid in late_xids(table, from, to) {
                 let mut scan = table.by_xid(xid, last_seq, from.low_seq);

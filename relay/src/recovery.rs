@@ -14,7 +14,7 @@ use crate::claim::{Claimant, Decision, Incarnation, Start, Watch, Why, judge};
 use crate::classify::Failure;
 use crate::conversation::{Beginning, Claim};
 use crate::delivery::{Cursor, Delivery, Now, epoch_of};
-use crate::fault;
+use crate::fault::{self, Mutation, Point};
 use crate::guard::{Guard, Owner};
 use crate::reader::Position;
 use crate::refusal::Record;
@@ -247,7 +247,7 @@ impl Recovery {
         });
         books.save()?;
         let wal = books.flush();
-        fault::reach("before_claim");
+        fault::reach(Point::BeforeClaim);
         let is_new = guard.is_none() || matches!(start, Start::Heal { .. } | Start::Compare(_));
         let beginning = is_new.then(|| beginning(books, start, wal));
         if is_new {
@@ -271,7 +271,7 @@ impl Recovery {
         if matches!(start, Start::Compare(_) | Start::Replay) {
             books.compares_to(&newest);
         }
-        let start = match fault::is_mutated("ignore_guard") {
+        let start = match fault::is_mutated(Mutation::IgnoreGuard) {
             true => Start::Own,
             false => start,
         };

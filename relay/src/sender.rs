@@ -10,7 +10,7 @@ use crate::classify::{Class, Failure, Trouble};
 use crate::connection::Link;
 use crate::conversation::{Claim, Conversation, Replicas};
 use crate::destination::{Address, Delivery, Destination};
-use crate::fault;
+use crate::fault::{self, Point};
 use crate::guard::Guard;
 use crate::idle::{Idle, Line};
 use crate::route;
@@ -284,7 +284,7 @@ fn converse(mut line: Box<Line>, orders: &Receiver<Order>, reporter: &Reporter, 
             }
             conversation.output().clear();
             if conversation.is_busy() {
-                fault::reach("after_write");
+                fault::reach(Point::AfterWrite);
             }
         }
         if conversation.awaits_reply() {

@@ -4,7 +4,7 @@ use super::Backend;
 use crate::outbox;
 use crate::refused;
 use relay::delivery::Now;
-use relay::fault;
+use relay::fault::{self, Mutation};
 use relay::refusal::Record;
 use std::time::Duration;
 
@@ -63,7 +63,7 @@ impl Backend {
             (Some(_), Some(due)) => Some(wall_us + due.saturating_sub(now).as_micros() as i64),
             _ => None,
         };
-        let position = match fault::is_mutated("save_before_ack") {
+        let position = match fault::is_mutated(Mutation::SaveBeforeAck) {
             true => self.delivery.position(),
             false => self.delivery.acked(),
         };

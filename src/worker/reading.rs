@@ -12,7 +12,7 @@ use crate::rows::EventsTable;
 use crate::{catalog, ticker};
 use pgrx::pg_sys;
 use relay::delivery::Now;
-use relay::fault;
+use relay::fault::{self, Mutation, Point};
 use relay::reader::Position;
 use relay::snapshot::{FIRST_NORMAL_XID, Tick};
 use std::sync::Arc;
@@ -269,21 +269,21 @@ impl Worker {
 
     /// Takes a tick if anything has happened since the last, and makes what it sees durable.
     pub(super) fn take_tick(&mut self) -> Result<(), Aborted> {
-        fault::reach("before_tick");
+        fault::reach(Point::BeforeTick);
         self.slot.take_work();
         self.pace.looks(self.now());
         (self.work, self.polled) = (false, false);
         let tick = process::transaction(|| {
             let relations = catalog::relations()?;
-            let early = fault::is_mutated("flush_before_snapshot").then(ticker::flush);
-            fault::reach("before_snapshot");
+            let early = fault::is_mutated(Mutation::FlushBeforeSnapshot).then(ticker::flush);
+            fault::reach(Point::BeforeSnapshot);
             let taken = ticker::take(&relations);
             let wal = match early {
                 Some(wal) => wal,
-                None if fault::is_mutated("skip_flush") => 0,
+                None if fault::is_mutated(Mutation::SkipFlush) => 0,
                 None => ticker::flush_seen(&taken, &self.latest.snapshot),
             };
-            fault::reach("after_flush");
+            fault::reach(Point::AfterFlush);
             // Takes in what was told before anything that the tick sees.
             // SAFETY: within a transaction.
             unsafe { pg_sys::AcceptInvalidationMessages() };

@@ -1,5 +1,6 @@
 //! The command line.
 
+use relay::fault::Mutation;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -64,7 +65,7 @@ impl Options {
                 "--seconds" => options.time = Duration::from_secs(number(&value()?)?),
                 "--sessions" => options.sessions = number(&value()?)?,
                 "--kinds" => options.kinds = kinds(&value()?)?,
-                "--mutation" => options.mutation = Some(value()?),
+                "--mutation" => options.mutation = Some(value()?.parse::<Mutation>()?.name().to_owned()),
                 "--shipped" => options.faults = false,
                 "--at-least-once" => options.at_least_once = true,
                 "--keep" => options.keep = Some(value()?.into()),

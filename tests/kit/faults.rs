@@ -9,6 +9,7 @@ use std::path::PathBuf;
 
 use crate::wait::{LIMIT, eventually};
 use crate::{Postgres, env};
+use relay::fault::{Mutation, Point};
 
 const CRASH_AT: &str = "outbox_relay.crash_at";
 /// Written by a worker that waits at a point, with the point's name; removed when it goes on.
@@ -30,11 +31,17 @@ pub const POINTS: &[&str] = &[
     "after_save",
 ];
 
+/// No worker would ever come to another, and a test would pass for nothing.
+#[track_caller]
+fn known(point: &str) -> Point {
+    point.parse().unwrap_or_else(|error| panic!("{error}"))
+}
+
 impl Postgres {
     /// The next worker that comes to this point kills itself there (SIGKILL), and so the server starts anew.
     #[track_caller]
     pub fn crash_at(&self, point: &str) {
-        self.put(CRASH_AT, point);
+        self.put(CRASH_AT, known(point).name());
     }
 
     /// The next worker that comes to this point waits there until [`release`](Self::release).
@@ -42,7 +49,7 @@ impl Postgres {
     pub fn hold_at(&self, point: &str) {
         // What a worker left that was killed while it waited.
         let _ = std::fs::remove_file(self.data_dir().join(HELD));
-        self.put(CRASH_AT, &format!("{point} hold"));
+        self.put(CRASH_AT, &format!("{} hold", known(point).name()));
     }
 
     /// Lets a worker that waits go on, and forgets a point that none has come to.
@@ -76,7 +83,12 @@ impl Postgres {
     /// From its next start on the server breaks the promise of this name; an empty name ends that.
     #[track_caller]
     pub fn mutation(&self, name: &str) {
-        self.put(MUTATION, name);
+        let known = || {
+            name.parse::<Mutation>()
+                .unwrap_or_else(|error| panic!("{error}"))
+                .name()
+        };
+        self.put(MUTATION, if name.is_empty() { "" } else { known() });
     }
 
     /// Writes a file of the server's whole, at once: nobody sees it half written.

@@ -16,6 +16,7 @@ mod world;
 use env::{Faults, Mutant, Seen};
 use model::{caught, for_each_seed};
 use relay::claim::OnMissing;
+use relay::fault::Mutation;
 use std::cell::RefCell;
 use world::World;
 
@@ -60,7 +61,7 @@ fn losses_and_crashes_fail_nothing() {
 }
 
 /// The first thing that the oracle says about a worker that is wrong, where these things happen.
-fn said_of(mutant: Mutant, mutation: Option<&'static str>, faults: Faults) -> String {
+fn said_of(mutant: Mutant, mutation: Option<Mutation>, faults: Faults) -> String {
     mutate(mutation);
     caught(10_000, |seed| {
         let mut world = World::new(seed, mutant);
@@ -128,14 +129,14 @@ mod mutated {
 
     #[test]
     fn the_oracle_catches_a_guard_that_is_ignored() {
-        let said = said_of(Mutant::None, Some("ignore_guard"), CRASHES_ALONE);
+        let said = said_of(Mutant::None, Some(Mutation::IgnoreGuard), CRASHES_ALONE);
         assert!(said.contains("times in its stream"), "{said}");
     }
 
     /// The guard would set it right.
     #[test]
     fn the_oracle_catches_a_cursor_ahead_of_what_was_acknowledged() {
-        let said = said_of(Mutant::SavesAhead, Some("ignore_guard"), CRASHES_ALONE);
+        let said = said_of(Mutant::SavesAhead, Some(Mutation::IgnoreGuard), CRASHES_ALONE);
         assert!(
             said.contains("which is nowhere") || said.contains("times in its stream"),
             "{said}"
@@ -144,13 +145,13 @@ mod mutated {
 
     #[test]
     fn the_oracle_catches_an_exec_before_the_token_was_read() {
-        let said = said_of(Mutant::None, Some("two_execs"), CRASHES);
+        let said = said_of(Mutant::None, Some(Mutation::TwoExecs), CRASHES);
         assert!(said.contains("behind a newer claim"), "{said}");
     }
 
     #[test]
     fn the_oracle_catches_appending_without_a_fence() {
-        let said = said_of(Mutant::None, Some("no_watch"), CRASHES);
+        let said = said_of(Mutant::None, Some(Mutation::NoWatch), CRASHES);
         assert!(said.contains("behind a newer claim"), "{said}");
     }
 
@@ -160,15 +161,15 @@ mod mutated {
             troubled: 0.1,
             ..Faults::NONE
         };
-        let said = said_of(Mutant::None, Some("ignore_error_reply"), faults);
+        let said = said_of(Mutant::None, Some(Mutation::IgnoreErrorReply), faults);
         assert!(said.contains("is lost") || said.contains("which is nowhere"), "{said}");
     }
 }
 
 #[cfg(feature = "faults")]
-fn mutate(mutation: Option<&'static str>) {
+fn mutate(mutation: Option<Mutation>) {
     relay::fault::mutate(mutation);
 }
 
 #[cfg(not(feature = "faults"))]
-fn mutate(_mutation: Option<&'static str>) {}
+fn mutate(_mutation: Option<Mutation>) {}
