@@ -557,7 +557,8 @@ impl EventsScan {
         unsafe {
             let scan = (*self.scan).iscan;
             (*scan).xs_want_itup = true;
-            pg_sys::index_rescan(scan, std::ptr::null_mut(), 0, std::ptr::null_mut(), 0);
+            let (keys, orders) = ((*scan).numberOfKeys, (*scan).numberOfOrderBys);
+            pg_sys::index_rescan(scan, std::ptr::null_mut(), keys, std::ptr::null_mut(), orders);
         }
         self.wanted = Some(wanted);
         self
