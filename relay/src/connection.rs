@@ -345,6 +345,9 @@ fn tune(stream: &TcpStream, socket_timeout: Duration) -> io::Result<()> {
     )
 }
 
+/// Of a name that stands for more, the others are not waited for.
+const MOST_ADDRESSES: usize = 16;
+
 /// The first allowed address that answers; else the last one's error. The name is looked up anew each time.
 fn connect(destination: &Destination, host: &str, port: u16) -> Result<TcpStream, Failure> {
     let allowed = &destination.allowed_hosts;
@@ -353,10 +356,8 @@ fn connect(destination: &Destination, host: &str, port: u16) -> Result<TcpStream
         return Err(not_allowed(format!("host \"{host}\"")));
     }
     let (mut refused, mut failed) = (None, None);
-    for address in (host, port)
-        .to_socket_addrs()
-        .map_err(|e| broken(classify::lookup(e)))?
-    {
+    let found = (host, port).to_socket_addrs();
+    for address in found.map_err(|e| broken(classify::lookup(e)))?.take(MOST_ADDRESSES) {
         if !is_known && !allowed.allows_address(address.ip()) {
             refused = Some(address.ip());
             continue;

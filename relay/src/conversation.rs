@@ -24,6 +24,7 @@ use crate::sender::{Batch, Order, Refusal, Report};
 use crate::tails::Search;
 use redis::Value;
 use std::collections::VecDeque;
+use std::time::Duration;
 
 /// A claim of the guard.
 pub struct Claim {
@@ -50,6 +51,9 @@ pub struct Replicas {
     pub wait_ms: u64,
 }
 
+/// Between two WAITs: a server that does not wait is not asked without a pause.
+pub(crate) const WAIT_PAUSE: Duration = Duration::from_millis(20);
+
 impl Replicas {
     /// Appends the WAIT for everything that this connection has written.
     pub(crate) fn append_wait(&self, out: &mut Vec<u8>) {
@@ -60,7 +64,7 @@ impl Replicas {
     /// What the reply to WAIT says: the inner error, that there are too few.
     pub(crate) fn judge(&self, reply: &Value) -> Result<Result<(), Failure>, Failure> {
         let count = match reply {
-            Value::Int(count) => *count,
+            Value::Int(count @ 0..) => *count,
             other => return Err(error_of(other)),
         };
         let few = || {
@@ -198,6 +202,11 @@ impl Conversation {
             Some(Expect::Discard) => Bounds::line("DISCARD"),
             None => Bounds::line("nothing"),
         }
+    }
+
+    /// Whether the same WAIT is about to be said once more, which is no hurry.
+    pub fn waits_again(&self) -> bool {
+        self.told_of_replicas.is_some() && !self.out.is_empty()
     }
 
     /// What it means that the next reply could not be received.

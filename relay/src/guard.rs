@@ -14,7 +14,9 @@ use crate::reader::Position;
 use std::time::Duration;
 use thiserror::Error;
 
-/// No poll interval is longer than that.
+/// No poll interval is shorter than that: so often does it look who waits for the owner,
+const SHORTEST_INTERVAL: Duration = Duration::from_millis(100);
+/// or longer than that.
 const LONGEST_INTERVAL: Duration = Duration::from_secs(3_600);
 /// No batch has more events.
 const MOST_AGAIN: usize = 10_000;
@@ -131,7 +133,7 @@ impl Guard {
         [
             (self.place.len() > LONGEST_PLACE, "place"),
             (
-                self.interval.is_zero() || self.interval > LONGEST_INTERVAL,
+                !(SHORTEST_INTERVAL..=LONGEST_INTERVAL).contains(&self.interval),
                 "interval_ms",
             ),
             (self.beat > most, "beat"),
@@ -300,6 +302,7 @@ mod tests {
             ("number", "9223372036854775808"),
             ("number", "18446744073709551615"),
             ("interval_ms", "18446744073709551615"),
+            ("interval_ms", "1"),
             ("wal", "18446744073709551615"),
             ("total", "9223372036854775807"),
             ("total", "-1"),

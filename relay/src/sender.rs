@@ -8,7 +8,7 @@
 use crate::bounds::Bounds;
 use crate::classify::{Class, Failure, Trouble};
 use crate::connection::Link;
-use crate::conversation::{Claim, Conversation, Replicas};
+use crate::conversation::{Claim, Conversation, Replicas, WAIT_PAUSE};
 use crate::destination::{Address, Delivery, Destination};
 use crate::fault::{self, Point};
 use crate::guard::Guard;
@@ -278,6 +278,9 @@ fn converse(mut line: Box<Line>, orders: &Receiver<Order>, reporter: &Reporter, 
                 Err(TryRecvError::Disconnected) => return Ok(()),
             }
         }
+        if conversation.waits_again() {
+            thread::sleep(WAIT_PAUSE);
+        }
         if !conversation.output().is_empty() {
             if let Err(failure) = link.send(conversation.output()) {
                 return Err(last_words(link, conversation, reporter, failure));
@@ -416,6 +419,7 @@ fn replicate(link: &mut Link, replicas: Replicas, reporter: &Reporter) -> Result
                 return Err(Failure::backend("let go"));
             }
         }
+        thread::sleep(WAIT_PAUSE);
     }
 }
 

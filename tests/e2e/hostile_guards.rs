@@ -76,6 +76,8 @@ fn beyond(pg: &Postgres) -> Vec<(&'static str, String)> {
         ("number", (1u64 << 62).to_string()),
         ("interval_ms", u64::MAX.to_string()),
         ("interval_ms", "0".to_owned()),
+        // Who waits for that owner would look a thousand times a second.
+        ("interval_ms", "1".to_owned()),
         ("wal", (i64::MAX - 1).to_string()),
         ("wal", u64::MAX.to_string()),
         ("beat", u64::MAX.to_string()),

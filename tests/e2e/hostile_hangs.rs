@@ -201,3 +201,31 @@ fn a_handshake_that_gets_nowhere_is_given_up() {
     let found = wait_trouble(&stack.pg, "default", "backoff", "TLS handshake: timed out");
     assert_eq!((found.pending, found.published), (1, 0));
 }
+
+/// Redis keeps a WAIT until its time is over. Who answers at once that there are too few replicas is asked again, but not by a thread that never rests.
+#[test]
+fn a_server_that_does_not_wait_is_not_asked_without_a_pause() {
+    let stack = stack();
+    for delivery in ["exactly_once", "at_least_once"] {
+        let mut count = 0;
+        // Each time another number, which is news.
+        let liar = Liar::start(move |words| {
+            count = 1 - count;
+            (words[0] == "WAIT").then(|| Lie::Say(format!(":{count}\r\n").into_bytes()))
+        });
+        stack.pg.exec(&format!(
+            "update outbox.backends set host = '127.0.0.1', port = {}, delivery = '{delivery}', wait_replicas = 2",
+            liar.port()
+        ));
+        stack.publish(delivery);
+        wait_trouble(&stack.pg, "default", "backoff", "NOREPLICAS");
+        let before = liar.asked("WAIT");
+        let start = Instant::now();
+        std::thread::sleep(Duration::from_secs(1));
+        let (asked, took) = (liar.asked("WAIT") - before, start.elapsed().as_secs_f64());
+        println!("{delivery}: asked {asked} times in {took:.1} s");
+        assert!((asked as f64) < 60.0 * took, "{delivery}: {asked} times in {took} s");
+        liar.lie(|words| (words[0] == "WAIT").then(|| Lie::Say(b":2\r\n".to_vec())));
+        wait_until("the event", || standing(&stack.pg, "default").pending == 0);
+    }
+}
