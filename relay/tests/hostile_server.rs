@@ -3,6 +3,8 @@
 //!
 //! `SEED=n` runs that one alone, `SCHEDULES=n` so many, from `FIRST=n` on.
 
+// It uses a part of them.
+#[allow(dead_code)]
 #[path = "../../fuzz/checks.rs"]
 mod checks;
 #[path = "model/mod.rs"]

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use kit::{Dice, Liar, Lie, Postgres, QUICK, Redis, Stack, standing, types, wait_drained, wait_trouble, wait_until};
+use kit::{Dice, Liar, Lie, Postgres, QUICK, Redis, Stack, standing, wait_drained, wait_until};
 
 /// Memory of its own in kilobytes: neither shared memory nor files.
 fn own_memory_kb(pid: i32) -> u64 {
