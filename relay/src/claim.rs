@@ -318,9 +318,10 @@ fn start(guard: &Guard, us: &Claimant<'_>) -> Start {
     // What a dump has brought since may be the same events as those that the guard has passed, with new numbers.
     let restored = us.last_restore > 0 && !guard.position.from.snapshot.sees(us.last_restore);
     match guard.number.cmp(&us.number) {
-        std::cmp::Ordering::Equal if us.restored || !restored => own(us),
-        std::cmp::Ordering::Greater if !restored => Start::Adopt,
-        std::cmp::Ordering::Equal | std::cmp::Ordering::Greater => Start::Compare(Why::Unfinished),
+        std::cmp::Ordering::Equal if restored => Start::Compare(Why::Restored),
+        std::cmp::Ordering::Equal => own(us),
+        std::cmp::Ordering::Greater if restored => Start::Compare(Why::Unfinished),
+        std::cmp::Ordering::Greater => Start::Adopt,
         // Of an earlier epoch may be what Redis comes back with after it has lost it, and after that was healed.
         std::cmp::Ordering::Less => Start::Heal {
             heard: epoch_of(guard.number) == epoch_of(us.number),
