@@ -14,7 +14,7 @@ use pgrx::pg_sys;
 use relay::delivery::{Mode, Now};
 use relay::slot::slot_of;
 use relay::snapshot::{FIRST_NORMAL_XID, Tick};
-use std::cell::Cell;
+use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -335,7 +335,7 @@ impl Worker {
 /// trouble: within a transaction.
 pub(super) fn says_trouble_of_sequence() -> bool {
     thread_local! {
-        static SAID: Cell<Option<Instant>> = const { Cell::new(None) };
+        static SAID: RefCell<Option<(String, Instant)>> = const { RefCell::new(None) };
     }
     let trouble = catalog::relations()
         .map(|relations| relations.sequence)
@@ -344,8 +344,9 @@ pub(super) fn says_trouble_of_sequence() -> bool {
         SAID.set(None);
         return false;
     };
-    if SAID.get().is_none_or(|at| at.elapsed() >= REPEAT_LOG_AFTER) {
-        SAID.set(Some(Instant::now()));
+    let is_new = |(text, at): &(String, Instant)| *text != trouble || at.elapsed() >= REPEAT_LOG_AFTER;
+    if SAID.with_borrow(|said| said.as_ref().is_none_or(is_new)) {
+        SAID.set(Some((trouble.clone(), Instant::now())));
         log(
             LogLevel::Warning,
             &PublishError::Sequence(trouble.clone()).to_string(),
