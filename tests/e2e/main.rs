@@ -90,3 +90,4 @@ mod transactions;
 mod views;
 mod wait_replicas;
 mod wake_ups;
+mod wal_consistency;

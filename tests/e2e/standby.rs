@@ -1,18 +1,10 @@
 //! The relay runs on a primary alone, and follows a promotion.
 
+use kit::owners::wait_caught_up;
 use kit::{LIMIT, Ledger, Load, Mode, Postgres, Stack, ids, publish_many, wait_drained, wait_eq, wait_until};
 
 /// A promoted standby watches the guard for three of its owner's intervals.
 const SHORT: (&str, &str) = ("outbox_relay.poll_interval", "300ms");
-
-/// The standby has replayed all that the primary has flushed.
-#[track_caller]
-fn wait_caught_up(primary: &Postgres, standby: &Postgres) {
-    let lsn: String = primary.one("select pg_current_wal_flush_lsn()::text");
-    wait_until("the standby to have caught up", || {
-        standby.one::<bool>(&format!("select pg_last_wal_replay_lsn() >= '{lsn}'"))
-    });
-}
 
 fn relay_processes(pg: &Postgres) -> i64 {
     pg.one("select count(*) from pg_stat_activity where backend_type like 'outbox_relay%'")
