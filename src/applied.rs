@@ -2,8 +2,8 @@
 //! it asks.
 
 use crate::guc::LogLevel;
-use crate::outbox;
 use crate::process::log;
+use crate::tables::sql;
 use crate::trigger::{When, expect_trigger};
 use crate::{catalog, report};
 use pgrx::{pg_extern, pg_sys};
@@ -37,7 +37,7 @@ fn put_back(statement: &str) {
     }
     PUTS_BACK.set(true);
     let _reset = Reset;
-    outbox::run(statement, &[]);
+    sql::run(statement, &[]);
 }
 
 /// `outbox.is_applied()`
@@ -49,7 +49,7 @@ fn is_applied() -> bool {
 /// Publications that take along what must not leave this server: where backends connect among it, and sealed passwords, which whoever may
 /// decode the WAL then has.
 pub fn publications() -> Vec<String> {
-    outbox::query(
+    sql::query(
         "select p.pubname::text from pg_publication p
         where p.puballtables
             or exists (select from pg_publication_namespace n where n.pnpubid = p.oid and n.pnnspid = 'outbox'::regnamespace)
@@ -59,16 +59,16 @@ pub fn publications() -> Vec<String> {
                 'outbox.known_triggers'::regclass))
         order by 1",
         &[],
-        |row| outbox::text(row, 1).unwrap_or_default(),
+        |row| sql::text(row, 1).unwrap_or_default(),
     )
 }
 
 /// Backends, by name, of which events of another server are held.
 pub fn held() -> Vec<String> {
-    outbox::query(
+    sql::query(
         "select distinct h.backend from (select backend from outbox.held_events order by number limit 1000) h order by 1",
         &[],
-        |row| outbox::text(row, 1).unwrap_or_default(),
+        |row| sql::text(row, 1).unwrap_or_default(),
     )
 }
 

@@ -12,10 +12,11 @@ pub use settings::Home;
 
 use crate::guc;
 use crate::numbers;
-use crate::outbox::{self, BackendRow, Standing};
 use crate::ownership;
-use crate::refused;
 use crate::senders::{Place, Room};
+use crate::tables::backends::BackendRow;
+use crate::tables::cursors::Standing;
+use crate::tables::{cursors, refused};
 use logging::REPEAT_LOG_AFTER;
 use relay::classify::{Failure, Trouble};
 use relay::delivery::{Cursor, Delivery, Entry, Now, State};
@@ -185,7 +186,7 @@ pub struct Backend {
 impl Backend {
     /// A backend at its saved cursor, or at the beginning of time.
     pub fn load(number: i32, lane: Option<u16>, role: Role, row: Option<BackendRow>, home: &Home) -> Self {
-        let (mut cursor, standing) = outbox::cursor(number, lane).unwrap_or_else(|| {
+        let (mut cursor, standing) = cursors::cursor(number, lane).unwrap_or_else(|| {
             let position = Position::beginning();
             (Cursor { position, number: 0 }, Standing::default())
         });

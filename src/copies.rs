@@ -5,9 +5,9 @@
 
 use crate::backend::Backend;
 use crate::guc::{self, TakeOver};
-use crate::outbox::{query, run, value, words};
 use crate::ownership::{Identity, Run};
 use crate::rows::Columns;
+use crate::tables::sql::{query, run, value, words};
 use pgrx::iter::TableIterator;
 use pgrx::{name, pg_extern, pg_sys};
 use relay::classify::{Failure, Trouble};

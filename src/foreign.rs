@@ -1,7 +1,7 @@
 //! Triggers of ours that somebody has switched off, as `pg_restore --disable-triggers` does, and the rows that came meanwhile: they carry
 //! transaction ids of another cluster, and would be sent when this one comes to them, or never.
 
-use crate::outbox::{query, run, value};
+use crate::tables::sql::{query, run, value};
 use crate::trigger;
 use pgrx::pg_sys;
 use relay::foreign::{Judge, Written};

@@ -6,7 +6,7 @@
 //! launcher ─ a worker for each database with the extension        worker ─ reads, hands to senders, keeps the books
 //! numbers, sequence ─ numbers that ascend, whatever is done to the sequence
 //! ticker, rows ─ snapshots and rows, without SQL                  pass ─ one scan for many backends; backend ─ one of them
-//! outbox ─ all SQL on our tables; rights ─ in whose name          purge ─ retention
+//! tables ─ all SQL on our tables; rights ─ in whose name          purge ─ retention
 //! care ─ a row that cannot be read fails alone
 //! ownership ─ who this server is to the guards                    recovery ─ from a guard that was read to a backend that is up
 //! foreign ─ triggers that were switched off, rows that came meanwhile; applied ─ logical replication
@@ -46,7 +46,6 @@ mod launcher;
 mod missing;
 mod numbers;
 mod object_access;
-mod outbox;
 mod ownership;
 mod pass;
 mod pinned;
@@ -54,7 +53,6 @@ mod process;
 mod publish;
 mod purge;
 mod recovery;
-mod refused;
 mod report;
 mod request;
 mod rights;
@@ -65,6 +63,7 @@ mod sequence;
 mod shmem;
 mod standby;
 mod status;
+mod tables;
 mod ticker;
 mod trigger;
 mod txn;

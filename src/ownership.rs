@@ -4,9 +4,9 @@
 //! launcher, and saved durably in the database before the first guard is claimed in its name: so whoever has a later copy of this
 //! database knows it, and whoever has an earlier one doesn't.
 
-use crate::outbox::{query, run, text, value, words};
 use crate::process::{self, Aborted};
 use crate::shmem::{self, Began};
+use crate::tables::sql::{query, run, text, value, words};
 use crate::{copies, guc, standby, ticker, uuid};
 use pgrx::datum::DatumWithOid;
 use pgrx::{pg_extern, pg_sys};

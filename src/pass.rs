@@ -4,9 +4,8 @@ use crate::backend::{BATCH_BYTES, Backend, BuiltBatch, Load, OpenBatch, Role};
 use crate::care;
 use crate::catalog::{self, Relations};
 use crate::guc;
-use crate::outbox;
-use crate::refused;
 use crate::rows::{EventsTable, Row, attribute};
+use crate::tables::{backends, refused};
 use pgrx::pg_sys;
 use relay::delivery::{Entry, Room, RowFate};
 use relay::fault::{self, Point};
@@ -386,7 +385,7 @@ impl Pass<'_> {
             Role::Strays => {
                 // A backend that is not loaded yet (made by the transaction that published: we may see its rows before we
                 // hear of it), or a number that was never given (a restore in another order): it may be on its way.
-                if !outbox::is_deleted(row.backend_number()) {
+                if !backends::is_deleted(row.backend_number()) {
                     return false;
                 }
                 reader.records.push(Record::Fail {

@@ -7,11 +7,10 @@
 use crate::backend::Backend;
 use crate::catalog;
 use crate::guc;
-use crate::outbox;
 use crate::process::{self, Aborted};
-use crate::refused;
 use crate::report;
 use crate::rows::EventsTable;
+use crate::tables::{backends, refused, retention};
 use pgrx::pg_extern;
 use relay::delivery::Now;
 use relay::reader::{RangeScan, Step};
@@ -94,7 +93,7 @@ impl Purge {
         };
         if now >= self.next_failed_look_at {
             let start = Instant::now();
-            let deleted = process::transaction(|| outbox::purge_failed(retention_us, FAILED_ROWS))?;
+            let deleted = process::transaction(|| retention::purge_failed(retention_us, FAILED_ROWS))?;
             let took = start.elapsed();
             let more = deleted >= FAILED_ROWS as u64;
             let pause = tick_interval(retention_us).max(LEAST_FAILED_INTERVAL);
@@ -137,7 +136,10 @@ impl Purge {
             .filter(|(_, tick)| tick.high_seq > 0)
             .collect();
         if !due.is_empty() {
-            process::transaction(|| due.iter().for_each(|(number, tick)| outbox::record_tick(*number, tick)))?;
+            process::transaction(|| {
+                due.iter()
+                    .for_each(|(number, tick)| retention::record_tick(*number, tick))
+            })?;
             let is_recorded = |b: &Backend| due.iter().any(|(number, _)| *number == b.number);
             for backend in backends.iter_mut().filter(|b| is_recorded(b)) {
                 // What is in flight is acknowledged later, and asks again.
@@ -174,7 +176,7 @@ impl Purge {
         while let Some((index, after)) = self.under_way {
             let Some(backend) = backends.get(index) else {
                 self.under_way = None;
-                self.ticks_wait = process::transaction(outbox::ticks_wait)?;
+                self.ticks_wait = process::transaction(retention::ticks_wait)?;
                 break;
             };
             self.backend = backend.number;
@@ -250,12 +252,12 @@ fn tick_interval(retention_us: i64) -> Duration {
 
 /// Deletes up to `count` rows of a backend after `after`, or fewer: until `is_over`, which is asked after each step. Returns how many, and after which row to go on; `None`: all done.
 fn piece(number: i32, after: i64, retention_us: i64, count: usize, is_over: impl Fn() -> bool) -> (u64, Option<i64>) {
-    let Some((from, to)) = outbox::purgeable(number, retention_us) else {
+    let Some((from, to)) = retention::purgeable(number, retention_us) else {
         return (0, None);
     };
     // Number 0 stands for the events of backends that nobody knows.
     let known = if number == 0 {
-        outbox::known_numbers()
+        backends::known_numbers()
     } else {
         Vec::new()
     };
@@ -263,7 +265,7 @@ fn piece(number: i32, after: i64, retention_us: i64, count: usize, is_over: impl
     let relations = catalog::expect_relations();
     let mut table = EventsTable::open(&relations);
     let (mut found, mut deleted, mut last) = (Vec::new(), Vec::new(), Some(after));
-    outbox::delete_events(|delete| {
+    retention::delete_events(|delete| {
         'windows: while let Some(after) = last {
             let upto = after.max(from.low_seq).saturating_add(WINDOW_SEQS);
             let window = Arc::new(Tick {
@@ -305,7 +307,7 @@ fn piece(number: i32, after: i64, retention_us: i64, count: usize, is_over: impl
         refused::forget(&deleted);
     }
     if last.is_none() {
-        outbox::purged(number, &to);
+        retention::purged(number, &to);
     }
     (deleted.len() as u64, last)
 }

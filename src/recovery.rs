@@ -5,11 +5,10 @@ use crate::care;
 use crate::catalog;
 use crate::guc::{self, LogLevel, TakeOver};
 use crate::numbers;
-use crate::outbox;
 use crate::ownership::{Identity, token};
 use crate::process::{self, Aborted, log};
-use crate::refused;
 use crate::rows::{EventsScan, EventsTable, Row, attribute};
+use crate::tables::{backends, refused, restores, retention};
 use crate::ticker;
 use crate::worker;
 use relay::claim::{Claimant, Incarnation, OnMissing, Why};
@@ -112,7 +111,7 @@ impl Books for BackendBooks<'_> {
     fn oldest(&mut self) -> Result<Position, Aborted> {
         let number = self.backend.number;
         process::transaction(|| {
-            let oldest = outbox::oldest_tick(number);
+            let oldest = retention::oldest_tick(number);
             numbers::vouched(&oldest.map_or_else(Position::beginning, Position::at))
         })
     }
@@ -292,7 +291,7 @@ fn forget_take_over(backend: &mut Backend) -> Result<(), Aborted> {
     if let Some(row) = backend.row.as_mut().filter(|row| row.take_over) {
         // The other lanes have been asked, too.
         if !is_lane {
-            process::transaction(|| outbox::forget_take_over(number))?;
+            process::transaction(|| backends::forget_take_over(number))?;
         }
         row.take_over = false;
     }
@@ -333,7 +332,7 @@ pub fn give_up_comparing(backend: &mut Backend) -> Result<(), Aborted> {
         // The finder says so for all.
         return backend.forget_restores();
     }
-    let count = process::transaction(|| outbox::count_restored(&row.restores))?;
+    let count = process::transaction(|| restores::count_restored(&row.restores))?;
     log(
         LogLevel::Warning,
         &format!("{count} events of a dump were restored for backend \"{}\"", row.name),

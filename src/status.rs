@@ -2,11 +2,11 @@
 
 use crate::catalog;
 use crate::error::expect_arguments;
-use crate::outbox;
 use crate::report;
 use crate::rights;
 use crate::rows::{EventsTable, Row, attribute, bytes_of, slot_of_text};
 use crate::shmem::{self, SlotState};
+use crate::tables::{backends, cursors};
 use crate::ticker;
 use crate::trigger::{When, expect_trigger};
 use crate::txn;
@@ -103,8 +103,8 @@ struct Stand {
 
 impl Stand {
     fn of(number: i32) -> Self {
-        let saved = |lane| outbox::cursor(number, lane).map(|(cursor, _)| cursor.position);
-        let lanes: BTreeMap<u16, Position> = outbox::lanes(number)
+        let saved = |lane| cursors::cursor(number, lane).map(|(cursor, _)| cursor.position);
+        let lanes: BTreeMap<u16, Position> = cursors::lanes(number)
             .into_iter()
             .filter_map(|slot| Some((slot, saved(Some(slot))?)))
             .collect();
@@ -112,7 +112,7 @@ impl Stand {
             position: saved(None).unwrap_or_else(Position::beginning),
             own_stream: match lanes.is_empty() {
                 true => String::new(),
-                false => outbox::own_stream(number),
+                false => backends::own_stream(number),
             },
             lanes,
         }
@@ -187,7 +187,7 @@ fn backlog(
 /// `outbox.has_waiting_events(backend_number)`
 #[pg_extern(sql = false)]
 fn has_waiting_events(backend_number: i32) -> bool {
-    let waits = || outbox::waits_elsewhere(backend_number) || behind_cursor(backend_number, 1).0 > 0;
+    let waits = || backends::waits_elsewhere(backend_number) || behind_cursor(backend_number, 1).0 > 0;
     report::guard(|| rights::of_owner(waits))
 }
 

@@ -7,11 +7,11 @@ use crate::encoding::{has_utf8_form, to_server, utf8};
 use crate::error::{PublishError, raise};
 use crate::insertion::{self, RowKey};
 use crate::numbers::draw_numbers;
-use crate::outbox;
 use crate::publish::{refuse_repeated_id, text_datum};
 use crate::report;
 use crate::request::{Checked, Request, check};
 use crate::rows::{Row, attribute, bytes_of};
+use crate::tables::restores;
 use crate::txn;
 use crate::uuid;
 use pgrx::pg_sys::panic::ErrorReport;
@@ -386,7 +386,7 @@ fn note_restore(number: i32, xid: u64) {
         noted.contains(&key)
     });
     if !is_noted {
-        outbox::note_restore(number, xid);
+        restores::note_restore(number, xid);
         RESTORED.with_borrow_mut(|(_, noted)| noted.insert(key));
     }
 }

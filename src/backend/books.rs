@@ -1,8 +1,7 @@
 //! What of a backend is to be saved, and when: its cursor, its counters, and what was refused.
 
 use super::Backend;
-use crate::outbox;
-use crate::refused;
+use crate::tables::{cursors, refused};
 use relay::delivery::Now;
 use relay::fault::{self, Mutation};
 use relay::refusal::Record;
@@ -67,7 +66,7 @@ impl Backend {
             true => self.delivery.position(),
             false => self.delivery.acked(),
         };
-        outbox::save_cursor(self.number, self.lane, position, self.delivery.number(), &standing);
+        cursors::save_cursor(self.number, self.lane, position, self.delivery.number(), &standing);
         self.pending_save = Some((standing, self.delivery.published()));
     }
 

@@ -3,8 +3,9 @@
 use super::{Backend, Load, refused_streams};
 use crate::catalog;
 use crate::numbers;
-use crate::outbox::{self, BackendRow};
 use crate::process::{self, Aborted};
+use crate::tables::backends::BackendRow;
+use crate::tables::restores;
 use pgrx::pg_sys;
 use relay::classify::Failure;
 use relay::delivery::{Cursor, Entry, Mode, Now, epoch_of};
@@ -197,7 +198,7 @@ impl Backend {
                 self.compared.append(&mut row.restores);
                 return Ok(());
             }
-            let latest = process::transaction(|| outbox::note_looked_for(&row.restores))?;
+            let latest = process::transaction(|| restores::note_looked_for(&row.restores))?;
             row.last_restore = row.last_restore.max(latest);
             row.restores.clear();
         }

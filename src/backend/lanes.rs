@@ -5,7 +5,9 @@
 //! saved before the finder goes on.
 
 use super::{Backend, Home, Role};
-use crate::outbox::{self, BackendRow, Standing};
+use crate::tables::backends::BackendRow;
+use crate::tables::cursors;
+use crate::tables::cursors::Standing;
 use relay::classify::{Failure, Trouble};
 use relay::delivery::{Cursor, Now};
 use relay::event::Event;
@@ -47,7 +49,7 @@ impl Backend {
 
     /// Within the transaction that makes it, at the position of its finder.
     pub fn save_new(&mut self) {
-        outbox::save_cursor(self.number, self.lane, self.delivery.acked(), 0, &self.standing);
+        cursors::save_cursor(self.number, self.lane, self.delivery.acked(), 0, &self.standing);
     }
 
     pub fn is_finder(&self) -> bool {

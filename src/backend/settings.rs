@@ -1,7 +1,7 @@
 //! The settings of a backend as its sender needs them: its row of `outbox.backends`, and `outbox_relay.redis_*` where that has none.
 
 use crate::guc;
-use crate::outbox::BackendRow;
+use crate::tables::backends::BackendRow;
 use relay::conversation::Replicas;
 use relay::delivery::Mode;
 use relay::destination::{self, Address, ClientCertificate, Destination, Route, Secret, Tls};

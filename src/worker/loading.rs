@@ -5,11 +5,12 @@ use super::{REPEAT_LOG_AFTER, SETTLE_AT_CHANGE, Worker, leave_process};
 use crate::backend::{Backend, Home, Role};
 use crate::error::{MEND_SEQUENCE, PublishError};
 use crate::guc::LogLevel;
-use crate::outbox::BackendRow;
 use crate::ownership::Identity;
 use crate::process::{self, Aborted, log};
 use crate::shmem::{self, SlotState};
-use crate::{catalog, copies, foreign, numbers, outbox, recovery, refused, sequence, unguarded};
+use crate::tables::backends::BackendRow;
+use crate::tables::{backends, cursors, refused, restores};
+use crate::{catalog, copies, foreign, numbers, recovery, sequence, unguarded};
 use pgrx::pg_sys;
 use relay::delivery::{Mode, Now};
 use relay::slot::slot_of;
@@ -118,7 +119,7 @@ impl Worker {
             // SAFETY: within a transaction.
             unsafe { pg_sys::AcceptInvalidationMessages() };
             let relations = catalog::relations();
-            let installed = relations.and_then(|_| outbox::installed_version());
+            let installed = relations.and_then(|_| backends::installed_version());
             let generation = catalog::generation();
             let is_ours = installed.as_deref() == Some(env!("CARGO_PKG_VERSION"));
             let rows = (is_ours && (generation != known || changed)).then(|| {
@@ -126,10 +127,10 @@ impl Worker {
                 Rows {
                     highest: numbers::vouch_anew(),
                     triggers: foreign::trigger_state(),
-                    backends: outbox::backends(&newest.snapshot),
-                    deleted: outbox::deleted_backends(),
-                    installation: outbox::installation(),
-                    more_restores: outbox::has_later_restores(&newest.snapshot),
+                    backends: backends::all(&newest.snapshot),
+                    deleted: backends::deleted_backends(),
+                    installation: backends::installation(),
+                    more_restores: restores::has_later_restores(&newest.snapshot),
                 }
             });
             // Reading them has taken in what was told meanwhile.
@@ -367,7 +368,7 @@ fn missing_lanes<'a>(backends: impl Iterator<Item = &'a Backend> + Clone, home: 
             .clone()
             .filter_map(|b| b.lane.filter(|_| b.number == number))
             .collect();
-        let saved = outbox::lanes(number);
+        let saved = cursors::lanes(number);
         for slot in saved.iter().filter(|slot| !known.contains(slot)) {
             let (role, row) = (finder.role_of_lanes(), finder.row.clone());
             missing.push(Backend::load(number, Some(*slot), role, row, home));

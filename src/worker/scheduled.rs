@@ -8,7 +8,8 @@ use super::loading::says_trouble_of_sequence;
 use super::tasks::{Task, is_lock};
 use crate::guc;
 use crate::process::{self, Aborted};
-use crate::{care, catalog, outbox, rows};
+use crate::tables::scheduled;
+use crate::{care, catalog, rows};
 use relay::delivery::Now;
 use relay::pace::Portion;
 use relay::patience::{Patience, Waits};
@@ -94,13 +95,13 @@ impl Worker {
         let held: Vec<EventId> = self.scheduled.held.iter().copied().collect();
         let (count, start) = (self.scheduled.portion.count(), Instant::now());
         let moved = process::transaction(|| {
-            let (due, now_us) = outbox::next_due(&held);
+            let (due, now_us) = scheduled::next_due(&held);
             if due.is_some_and(|at| at <= now_us) && says_trouble_of_sequence() {
                 return (0, Some(guc::millis(&guc::POLL_INTERVAL_MS).as_micros() as i64));
             }
             match due {
                 // The move gets a transaction id: no tick may be taken in this transaction.
-                Some(at) if at <= now_us => (outbox::move_due(now_us, count as i64, &held), Some(0)),
+                Some(at) if at <= now_us => (scheduled::move_due(now_us, count as i64, &held), Some(0)),
                 other => (0, other.map(|at| at - now_us)),
             }
         });
@@ -108,7 +109,7 @@ impl Worker {
         let (moved, due_us) = match moved {
             Err(error) if care::is_of_a_new_row(error.code) => process::transaction(|| {
                 let moved = care::carefully(|| {
-                    outbox::move_due_one_by_one(outbox::next_due(&held).1, MOVE_COUNT_WITH_CARE, &held)
+                    scheduled::move_due_one_by_one(scheduled::next_due(&held).1, MOVE_COUNT_WITH_CARE, &held)
                 });
                 (moved, Some(0))
             }),
@@ -149,7 +150,8 @@ impl Worker {
     /// Holds those of the events that are due which cannot be moved now; returns how many.
     fn hold_contested(&mut self, now: Now) -> Result<usize, Aborted> {
         let held: Vec<EventId> = self.scheduled.held.iter().copied().collect();
-        let found = process::transaction(|| contested(&outbox::due(outbox::next_due(&held).1, LOOK_COUNT, &held)))?;
+        let found =
+            process::transaction(|| contested(&scheduled::due(scheduled::next_due(&held).1, LOOK_COUNT, &held)))?;
         for event_id in &found {
             self.scheduled.hold(*event_id, now);
         }
@@ -160,7 +162,7 @@ impl Worker {
 /// Which of these somebody else is about to publish or delete. Without waiting for anybody.
 fn contested(event_ids: &[EventId]) -> Vec<EventId> {
     let relations = catalog::expect_relations();
-    let free = outbox::lockable(event_ids);
+    let free = scheduled::lockable(event_ids);
     let is_contested = |id: &EventId| !free.contains(id) || rows::is_contested(&relations, id);
     event_ids.iter().copied().filter(is_contested).collect()
 }

@@ -2,7 +2,7 @@
 //! `refused_events` and `failed_events` but retention's. Needs a transaction.
 
 use crate::care::{self, Kept};
-use crate::outbox::{all_words, argument, arguments, query, run, text, value};
+use crate::tables::sql::{all_words, argument, arguments, query, run, text, value};
 use pgrx::datum::DatumWithOid;
 use pgrx::spi::SpiTupleTable;
 use relay::refusal::Record;

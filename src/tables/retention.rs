@@ -1,0 +1,109 @@
+//! Ticks, and what they allow to be purged.
+
+use super::cursors::tick_at;
+use super::sql::{query, run, value};
+use crate::error::internal;
+use crate::rights;
+use pgrx::pg_sys::{self, PgOid};
+use pgrx::spi::Spi;
+use relay::snapshot::Tick;
+use std::sync::Arc;
+
+/// Up to where a backend's events have been purged.
+pub fn oldest_tick(number: i32) -> Option<Arc<Tick>> {
+    query(
+        "select snapshot::text, next_xid::text, low_seq, high_seq from outbox.ticks
+        where backend_number = $1 order by reached_at limit 1",
+        &[number.into()],
+        |row| tick_at(row, 1),
+    )
+    .pop()
+    .flatten()
+}
+
+/// Records that a backend has delivered what a tick sees. The first of a backend is the beginning of time.
+pub fn record_tick(number: i32, tick: &Tick) {
+    run(
+        "insert into outbox.ticks (backend_number, reached_at, snapshot, next_xid, low_seq, high_seq)
+        select $1, '-infinity', '3:3:', '3', 0, 0
+        where not exists (select from outbox.ticks t where t.backend_number = $1)",
+        &[number.into()],
+    );
+    run(
+        "insert into outbox.ticks (backend_number, reached_at, snapshot, next_xid, low_seq, high_seq)
+        values ($1, clock_timestamp(), $2::pg_snapshot, $3::xid8, $4, $5) on conflict do nothing",
+        &[
+            number.into(),
+            tick.snapshot.to_string().into(),
+            tick.next_xid.to_string().into(),
+            tick.low_seq.into(),
+            tick.high_seq.into(),
+        ],
+    );
+}
+
+/// What may be purged of a backend: from the tick up to which it has been, to the newest that is old enough.
+pub fn purgeable(number: i32, retention_us: i64) -> Option<(Arc<Tick>, Arc<Tick>)> {
+    let ticks = query(
+        "(select snapshot::text, next_xid::text, low_seq, high_seq from outbox.ticks
+            where backend_number = $1 order by reached_at limit 1)
+        union all
+        (select snapshot::text, next_xid::text, low_seq, high_seq from outbox.ticks
+            where backend_number = $1 and reached_at <= clock_timestamp() - $2 * interval '1 microsecond'
+                and not exists (select from outbox.refused_events r where r.backend_number = $1 and r.accepted_in is null)
+            order by reached_at desc limit 1)",
+        &[number.into(), retention_us.into()],
+        |row| tick_at(row, 1),
+    );
+    match ticks.as_slice() {
+        [Some(from), Some(to)] if from != to => Some((from.clone(), to.clone())),
+        _ => None,
+    }
+}
+
+/// All up to `tick` has been purged.
+pub fn purged(number: i32, tick: &Tick) {
+    run(
+        "delete from outbox.ticks t where t.backend_number = $1 and t.reached_at < (
+            select max(o.reached_at) from outbox.ticks o where o.backend_number = $1 and o.snapshot::text = $2)",
+        &[number.into(), tick.snapshot.to_string().into()],
+    );
+}
+
+/// Whether there are ticks whose events are not purged.
+pub fn ticks_wait() -> bool {
+    query(
+        "select exists (select from outbox.ticks group by backend_number having count(*) > 1)",
+        &[],
+        |row| value(row, 1),
+    )
+    .pop()
+    .flatten()
+    .unwrap_or(false)
+}
+
+/// Runs `f`, which deletes events in steps, by a statement that is prepared once.
+pub fn delete_events<R>(f: impl FnOnce(&mut dyn FnMut(&[i64])) -> R) -> R {
+    let sql = "delete from outbox.events where seq = any($1)";
+    rights::statement(|| {
+        Spi::connect_mut(|client| {
+            let statement = client.prepare_mut(sql, &[PgOid::from(pg_sys::INT8ARRAYOID)]);
+            let statement = statement.unwrap_or_else(|e| internal(e.to_string()));
+            f(&mut |seqs| {
+                let args = [seqs.to_vec().into()];
+                let deleted = rights::execution(|| client.update(&statement, None, &args));
+                deleted.map(drop).unwrap_or_else(|e| internal(e.to_string()));
+            })
+        })
+    })
+}
+
+/// Deletes failed events older than their retention, at most `count`.
+pub fn purge_failed(retention_us: i64, count: i64) -> u64 {
+    run(
+        "delete from outbox.failed_events f where (f.event_id, f.seq) in (select o.event_id, o.seq from outbox.failed_events o
+            where o.failed_at <= clock_timestamp() - $1 * interval '1 microsecond' order by o.failed_at limit $2
+            for update skip locked)",
+        &[retention_us.into(), count.into()],
+    )
+}

@@ -1,0 +1,147 @@
+//! Events that wait for their time, and are moved when it has come.
+
+use super::sql::{query, read_all, run, timestamp, types_of, uuids, value, words};
+use crate::care::{self, Kept};
+use crate::catalog;
+use crate::error::internal;
+use crate::missing::Index;
+use crate::rights;
+use crate::trigger;
+use pgrx::datum::DatumWithOid;
+use pgrx::pg_sys;
+use pgrx::spi::Spi;
+
+/// Scheduled events that are due at the time $1, at most $2, but for those that are held ($3). The time is a value, so that the index is
+/// read up to there; a clock would be asked again at each row of it.
+const DUE: &str = "select d.event_id from outbox.scheduled_events d
+    where d.scheduled_at <= $1 and d.event_id <> all($3) order by d.scheduled_at, d.seq limit $2";
+/// The same but for those whose rows somebody has locked.
+const DUE_AND_FREE: &str = "select d.event_id from outbox.scheduled_events d
+    where d.scheduled_at <= $1 and d.event_id <> all($3) order by d.scheduled_at, d.seq limit $2 for update skip locked";
+
+/// Scheduled events that are due at `now_us` (microseconds since 2000), but for those that are `held`: at most `count`.
+pub fn due(now_us: i64, count: i64, held: &[[u8; 16]]) -> Vec<[u8; 16]> {
+    query(DUE, &[timestamp(now_us), count.into(), uuids(held)], |row| {
+        value::<pgrx::Uuid>(row, 1).map(|id| *id.as_bytes())
+    })
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+/// Those of these scheduled events whose rows nobody has locked, with those that are there no more. They are locked until the end of the
+/// transaction.
+pub fn lockable(ids: &[[u8; 16]]) -> Vec<[u8; 16]> {
+    let mut free = Vec::new();
+    rights::statement(|| {
+        Spi::connect_mut(|client| {
+            let args = [uuids(ids)];
+            let sql = "with free as materialized (
+                    select s.event_id from outbox.scheduled_events s where s.event_id = any($1) for update skip locked)
+                select event_id from free
+                union all
+                select g.id from unnest($1) g(id)
+                where not exists (select from outbox.scheduled_events s where s.event_id = g.id)";
+            let statement = client.prepare_mut(sql, &types_of(&args));
+            let statement = statement.unwrap_or_else(|e| internal(e.to_string()));
+            let table = rights::execution(|| client.update(&statement, None, &args));
+            let table = table.unwrap_or_else(|e| internal(e.to_string()));
+            let found = read_all(table, |row| value::<pgrx::Uuid>(row, 1).map(|id| *id.as_bytes()));
+            free.extend(found.into_iter().flatten());
+        });
+    });
+    free
+}
+
+/// Moves scheduled events that are due at `now_us` into `outbox.events`, at most `count`, but for those that are `held` and those whose
+/// rows somebody has locked; returns how many there were. With all that the trigger fills in: it may be off.
+pub fn move_due(now_us: i64, count: i64, held: &[[u8; 16]]) -> u64 {
+    move_scheduled(DUE_AND_FREE, &[timestamp(now_us), count.into(), uuids(held)])
+}
+
+/// The same one by one: what cannot be moved fails alone.
+pub fn move_due_one_by_one(now_us: i64, count: i64, held: &[[u8; 16]]) -> u64 {
+    let due = due(now_us, count, held);
+    for id in &due {
+        let id = pgrx::Uuid::from_bytes(*id);
+        if let Err(error) = care::tried_new(|| move_scheduled("select $1", &[id.into()])) {
+            care::as_much_as_can_be_read(|kept| fail_scheduled(id, &error, kept));
+        }
+    }
+    due.len() as u64
+}
+
+/// A scheduled event that cannot be moved.
+fn fail_scheduled(id: pgrx::Uuid, error: &str, kept: Kept) -> u64 {
+    run(
+        "with gone as (delete from outbox.scheduled_events s where s.event_id = $1 returning s.*)
+        insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, event_type, source, backend,
+            data, subject, stream, data_schema, publisher_config, max_retries, attempts, last_error)
+        select g.seq, g.xid, g.created_at, g.event_id, g.backend_number,
+            case when $3 then g.event_type else '(not readable)' end, case when $3 then g.source else '(not readable)' end,
+            case when $3 then g.backend else '(not readable)' end, case when $4 then g.data end, case when $3 then g.subject end,
+            case when $3 then g.stream end, case when $3 then g.data_schema end, case when $4 then g.publisher_config end,
+            g.max_retries, 0, $2
+        from gone g
+        on conflict (event_id, seq) do nothing",
+        &[id.into(), words(error), kept.texts.into(), kept.payload.into()],
+    )
+}
+
+/// Moves the scheduled events whose ids a query selects.
+fn move_scheduled(selected: &str, arguments: &[DatumWithOid<'_>]) -> u64 {
+    if catalog::expect_relations().events_id_key == pg_sys::InvalidOid {
+        Index::EventId.refuse();
+    }
+    trigger::moving(|| {
+        run(
+            &format!(
+                "with due as (
+                delete from outbox.scheduled_events s
+                where s.event_id in ({selected})
+                returning s.*
+            ), moved as (
+                insert into outbox.events (xid, seq, created_at, event_id, backend_number, event_type, source, backend, data,
+                    subject, stream, data_schema, publisher_config, max_retries)
+                select pg_current_xact_id(), outbox.draw_seq(), d.created_at, d.event_id, d.backend_number, d.event_type,
+                    d.source, d.backend, d.data, d.subject, d.stream, d.data_schema, d.publisher_config, d.max_retries
+                from (select * from due order by scheduled_at, seq) d
+                on conflict (event_id) do nothing
+                returning event_id
+            ), restored as (
+                insert into outbox.restores (backend_number, xid)
+                select distinct d.backend_number, pg_current_xact_id() from due d where d.xid = '0'
+            ), repeated as (
+                insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, event_type, source, backend,
+                    data, subject, stream, data_schema, publisher_config, max_retries, attempts, last_error)
+                select d.seq, d.xid, d.created_at, d.event_id, d.backend_number, d.event_type, d.source, d.backend,
+                    d.data, d.subject, d.stream, d.data_schema, d.publisher_config, d.max_retries, 0,
+                    case when exists (select from outbox.events e where e.event_id = d.event_id)
+                        then 'an event with this event_id was already published'
+                        else 'a trigger of outbox.events has left it out' end
+                from due d where not exists (select from moved m where m.event_id = d.event_id)
+                on conflict (event_id, seq) do nothing
+            )
+            select from due"
+            ),
+            arguments,
+        )
+    })
+}
+
+/// When the next scheduled event is due that is not `held` (`None`: none is scheduled), and what time it is, in microseconds since 2000.
+pub fn next_due(held: &[[u8; 16]]) -> (Option<i64>, i64) {
+    let due = query(
+        "select s.scheduled_at from outbox.scheduled_events s where s.event_id <> all($1)
+        order by s.scheduled_at, s.seq limit 1",
+        &[uuids(held)],
+        |row| {
+            let datum = row.get_datum_by_ordinal(1).unwrap_or_else(|e| internal(e.to_string()));
+            datum.map(|d| d.value() as i64)
+        },
+    );
+    // SAFETY: reads the clock.
+    (due.into_iter().flatten().next(), unsafe {
+        pg_sys::GetCurrentTimestamp()
+    })
+}
