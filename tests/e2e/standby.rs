@@ -1,7 +1,7 @@
 //! The relay runs on a primary alone, and follows a promotion.
 
 use kit::owners::wait_caught_up;
-use kit::{LIMIT, Ledger, Load, Mode, Postgres, Stack, ids, publish_many, wait_drained, wait_eq, wait_until};
+use kit::{LIMIT, Ledger, Load, Mode, Postgres, Stack, ids, publish_many, wait_drained, wait_eq};
 
 /// A promoted standby watches the guard for three of its owner's intervals.
 const SHORT: (&str, &str) = ("outbox_relay.poll_interval", "300ms");
