@@ -4,7 +4,7 @@
 use crate::tables::sql::{query, run, value};
 use crate::trigger;
 use pgrx::pg_sys;
-use relay::foreign::{Judge, Written};
+use relay::foreign::{Judge, Written, latest};
 use relay::snapshot::Tick;
 
 /// Rows that one piece looks at, or publishes anew: some milliseconds.
@@ -22,6 +22,8 @@ pub struct Look {
     pub known: Tick,
     /// A row carries the id of a transaction that is still to come.
     has_future_xid: bool,
+    /// Who has touched the trigger last; 0: nobody that is known.
+    pub touched_by: u64,
 }
 
 impl Look {
@@ -69,11 +71,21 @@ pub fn look() -> Option<Look> {
                     high_seq: value(row, 8)?,
                 },
                 has_future_xid,
+                touched_by: value::<String>(row, 1).map_or(0, |state| toucher(&state)),
             })
         },
     )
     .pop()
     .flatten()
+}
+
+/// The transaction that a trigger's state names, behind its OID.
+fn toucher(state: &str) -> u64 {
+    let xmin = state.split(' ').nth(1).and_then(|xmin| xmin.parse().ok());
+    // SAFETY: reads the counter under its lock; whoever has touched it has begun by now.
+    xmin.map_or(0, |xmin| {
+        latest(xmin, unsafe { pg_sys::ReadNextFullTransactionId().value })
+    })
 }
 
 /// Enables a trigger always, and makes it if it is missing. Waits a moment for those who write to its table, and raises an ERROR then.

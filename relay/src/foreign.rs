@@ -27,6 +27,8 @@ pub struct Written {
 /// Finds rows that are not ours in one pass over the table.
 pub struct Judge {
     known: Tick,
+    /// The latest transaction to have touched the trigger.
+    touched_by: u64,
     /// The table was written anew by somebody (pg_repack), so that who wrote a row says nothing.
     is_rewritten: bool,
     /// By writing transaction: the one id that its rows carry, and its row; or `None`, it brings what is not ours.
@@ -35,10 +37,11 @@ pub struct Judge {
 }
 
 impl Judge {
-    /// `known`: a tick from before those rows can have come.
-    pub fn new(known: Tick, is_rewritten: bool) -> Self {
+    /// `known`: a tick from before those rows can have come; `touched_by`: who has switched the trigger on again, 0: nobody yet.
+    pub fn new(known: Tick, touched_by: u64, is_rewritten: bool) -> Self {
         Self {
             known,
+            touched_by,
             is_rewritten,
             of_writer: HashMap::new(),
             found: Vec::new(),
@@ -102,7 +105,9 @@ impl Judge {
         }
         let had_ended = self.known.snapshot.sees(row.xid) && writer >= self.known.next_xid;
         let has_early_number = row.xid >= self.known.next_xid && row.seq <= self.known.low_seq;
-        row.xid > writer || (!self.is_rewritten && (had_ended || has_early_number))
+        // One that a subtransaction has published just then is taken along: it is looked for in the streams, too.
+        let came_meanwhile = writer >= self.known.next_xid && writer < self.touched_by;
+        row.xid > writer || (!self.is_rewritten && (had_ended || has_early_number || came_meanwhile))
     }
 
     /// Whether the other rows of a writer say anything of a row.
@@ -139,7 +144,7 @@ impl Judge {
 }
 
 /// A transaction id in 64 bits: the latest before `next_xid` that it can be.
-fn latest(xid: u32, next_xid: u64) -> u64 {
+pub fn latest(xid: u32, next_xid: u64) -> u64 {
     const EPOCH: u64 = 1 << 32;
     let xid = (next_xid & !(EPOCH - 1)) | u64::from(xid);
     if xid < next_xid { xid } else { xid.saturating_sub(EPOCH) }
@@ -154,7 +159,7 @@ mod tests {
     }
 
     fn found(known: &str, rows: &[Written], next_xid: u64) -> Vec<i64> {
-        let mut judge = Judge::new(known.parse().unwrap(), false);
+        let mut judge = Judge::new(known.parse().unwrap(), 0, false);
         judge.look_at(rows, next_xid);
         judge.into_found()
     }
@@ -206,6 +211,21 @@ mod tests {
         assert_eq!(found("100:100:/100/50/55", &rows, 130), [80, 81]);
     }
 
+    /// Each inserted by a transaction of its own, with the ids of others that had run here shortly before.
+    #[test]
+    fn what_came_before_the_trigger_was_switched_on_again_is_not_ours() {
+        let rows = [
+            row(60, 104, 112),
+            row(61, 105, 113),
+            row(62, 114, 114),
+            row(63, 125, 130),
+        ];
+        let mut judge = Judge::new("100:100:/100/50/55".parse().unwrap(), 115, false);
+        judge.look_at(&rows, 140);
+        assert_eq!(judge.into_found(), [60, 61]);
+        assert_eq!(found("100:100:/100/50/55", &rows, 140), Vec::<i64>::new());
+    }
+
     #[test]
     fn single_rows_that_came_among_them_are_not_ours_either() {
         let rows = [
@@ -220,7 +240,7 @@ mod tests {
 
     #[test]
     fn in_a_table_that_was_written_anew_only_the_future_counts() {
-        let mut judge = Judge::new("100:100:/100/50/55".parse().unwrap(), true);
+        let mut judge = Judge::new("100:100:/100/50/55".parse().unwrap(), 0, true);
         let rows = [row(1, 20, 110), row(2, 104, 110), row(3, 111, 110), row(4, 120, 110)];
         judge.look_at(&rows, 120);
         assert_eq!(judge.into_found(), [3, 4]);

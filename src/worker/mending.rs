@@ -201,7 +201,7 @@ impl Worker {
                 true => Tick::clone(&self.latest),
                 false => known.clone(),
             },
-            judge: Some(Judge::new(known, is_rewritten)),
+            judge: Some(Judge::new(known, look.touched_by, is_rewritten)),
             after: 0,
             upto,
             foreign: Vec::new(),
