@@ -270,11 +270,11 @@ fn who_is_not_let_in_is_not_the_default_user() {
     let stack = Stack::with(QUICK);
     let mut admin = stack.redis.conn();
     tell(&mut admin, &["ACL", "SETUSER", "relay", "on", ">secret", "~*", "+@all"]);
-    // The connection of before was the default user's.
-    stack.pg.exec("update outbox.backends set enabled = false");
-    wait_until("the relay to leave", || {
-        !format!("{:?}", tell(&mut admin, &["CLIENT", "LIST"])).contains("outbox_relay")
+    // The connection of before is the default user's, and has claimed the guard.
+    wait_until("the claim", || {
+        format!("{:?}", tell(&mut admin, &["INFO", "commandstats"])).contains("cmdstat_exec")
     });
+    stack.pg.exec("update outbox.backends set enabled = false");
     tell(&mut admin, &["CONFIG", "RESETSTAT"]);
     for (username, password, error) in [
         ("'relay'", "'wrong'", "WRONGPASS"),
