@@ -413,10 +413,7 @@ impl Worker {
     fn recover(&mut self, now: Now) {
         // Before the first tick, nothing is known of what there is to send.
         // Also one that standbys do not have yet: what it sees is looked for in the streams, not sent.
-        let newest = match &self.awaited {
-            Some(awaited) => Arc::new(awaited.tick.clone()),
-            None => self.latest.clone(),
-        };
+        let newest = self.newest();
         let is_ticked = newest.next_xid > FIRST_NORMAL_XID;
         if !is_ticked || self.backends.iter().all(|b| !b.has_claim_step()) {
             return;

@@ -1,5 +1,6 @@
 //! Guards that somebody else has written, or a Redis that lies: nothing that cannot be is believed, and nobody else suffers from it.
 
+use kit::liar;
 use kit::{
     Guard, Liar, Lie, Postgres, QUICK, Redis, Stack, standing, types, wait_drained, wait_eq, wait_trouble, wait_until,
 };
@@ -217,12 +218,7 @@ fn reply(fields: &[(String, String)], changed: &[(&str, String)]) -> Vec<u8> {
 /// Every number in it is one that this server has given, but not to what it saw. Rows that the position has not seen are found by their transactions.
 #[test]
 fn a_position_that_is_possible_hides_no_event_that_it_has_not_seen() {
-    let stack = Stack::of(Postgres::with(QUICK), Redis::start());
-    let liar = Liar::honest();
-    stack.point_at("default", "127.0.0.1", liar.port());
-    stack.publish("first");
-    wait_eq("the first event", 1, || liar.entries("events"));
-    wait_drained(&stack.pg, "default");
+    let (stack, liar) = liar::trusted();
     let key = stack.guard_key();
     let guard = liar.hash(&key);
     let field = |name: &str| guard.iter().find(|(f, _)| f == name).expect("a field").1.clone();
@@ -259,24 +255,19 @@ fn a_position_that_is_possible_hides_no_event_that_it_has_not_seen() {
     assert_eq!(standing(&stack.pg, "default").published, 6);
 }
 
+/// The number of a guard's last batch.
+fn number_of(guard: &[(String, String)]) -> u64 {
+    let (_, number) = guard.iter().find(|(field, _)| field == "number").expect("a field");
+    number.parse().expect("a number")
+}
+
 /// A worker knows which batches it has sent: no Redis can say of others that they were appended, and so make events that wait pass for published.
 #[test]
 fn a_batch_that_was_never_sent_is_not_taken_for_appended() {
-    let stack = Stack::of(Postgres::with(QUICK), Redis::start());
-    let liar = Liar::honest();
-    stack.point_at("default", "127.0.0.1", liar.port());
-    stack.publish("first");
-    wait_eq("the first event", 1, || liar.entries("events"));
-    wait_drained(&stack.pg, "default");
+    let (stack, liar) = liar::trusted();
     let key = stack.guard_key();
     let guard = liar.hash(&key);
-    let number: u64 = guard
-        .iter()
-        .find(|(f, _)| f == "number")
-        .expect("a field")
-        .1
-        .parse()
-        .expect("a number");
+    let number = number_of(&guard);
     liar.lie(|words| (words[0] == "WATCH" || words[0] == "EXEC").then_some(Lie::Refuse));
     for n in 1..=5 {
         stack.publish(&format!("t{n}"));
@@ -316,13 +307,7 @@ fn a_last_batch_of_all_that_is_retained_is_not_believed() {
     wait_drained(&stack.pg, "default");
     let key = stack.guard_key();
     let guard = liar.hash(&key);
-    let number: u64 = guard
-        .iter()
-        .find(|(f, _)| f == "number")
-        .expect("a field")
-        .1
-        .parse()
-        .expect("a number");
+    let number = number_of(&guard);
     let lie = reply(
         &guard,
         &[

@@ -5,6 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
+use kit::liar;
 use kit::{BlackHole, Liar, Lie, Postgres, QUICK, Redis, Stack, standing, wait_eq, wait_trouble, wait_until};
 use nix::sys::socket::{Backlog, listen};
 
@@ -37,28 +38,14 @@ fn a_reply_that_drips_is_given_up_at_each_step() {
     let liars: Vec<(&str, Liar)> = steps
         .into_iter()
         .map(|step| {
-            let (mut has_sent, mut is_known) = (false, false);
-            let looks = matches!(step, "XREVRANGE" | "XINFO");
-            let liar = Liar::start(move |words| {
-                let asked = words[0].as_str();
-                match asked {
-                    "EXEC" if looks && has_sent && !is_known => {
-                        is_known = true;
-                        return Some(Lie::Close);
-                    }
-                    "HGETALL" if step == "XREVRANGE" && is_known => return Lie::say("*0\r\n"),
-                    "XREVRANGE" if step == "XINFO" => return Lie::say("*0\r\n"),
-                    "XADD" => has_sent = true,
-                    _ => {}
+            let reply = match step {
+                "HGETALL" | "HMGET" | "EXEC" | "XREVRANGE" | "XINFO" | "SENTINEL" | "HELLO" | "CLUSTER" => {
+                    "*2\r\n$900\r\n"
                 }
-                let reply = match step {
-                    "HGETALL" | "HMGET" | "EXEC" | "XREVRANGE" | "XINFO" | "SENTINEL" | "HELLO" | "CLUSTER" => {
-                        "*2\r\n$900\r\n"
-                    }
-                    _ => "+",
-                };
-                (asked == step).then(|| Lie::drip(format!("{reply}{}", "x".repeat(100)), Duration::from_millis(100)))?
-            });
+                _ => "+",
+            };
+            let drips = Lie::drip(format!("{reply}{}", "x".repeat(100)), Duration::from_millis(100));
+            let liar = Liar::start(liar::when_asked(step, drips.expect("a lie")));
             (step, liar)
         })
         .collect();

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use kit::liar;
 use kit::{Dice, Liar, Lie, Postgres, QUICK, Redis, Stack, standing, wait_drained, wait_until};
 
 /// Memory of its own in kilobytes: neither shared memory nor files.
@@ -29,28 +30,6 @@ const ASKED: [&str; 14] = [
     "SENTINEL",
     "CLUSTER",
 ];
-
-/// Lies when it is asked this for the first time on a connection, or for a later one of its kind where that matters.
-fn lies_to(command: &'static str, lie: Lie) -> impl FnMut(&[String]) -> Option<Lie> + Send + 'static {
-    let (mut is_known, mut has_sent) = (false, false);
-    move |words| {
-        let asked = words[0].to_ascii_uppercase();
-        let looks = matches!(command, "XREVRANGE" | "XINFO");
-        match asked.as_str() {
-            // A server that has lost its guard is searched for what it may have had.
-            "EXEC" if looks && has_sent && !is_known => {
-                is_known = true;
-                return Some(Lie::Close);
-            }
-            "HGETALL" if command == "XREVRANGE" && is_known => return Lie::say("*0\r\n"),
-            // Its guard says that a batch was appended, and the stream has none of it.
-            "XREVRANGE" if command == "XINFO" => return Lie::say("*0\r\n"),
-            "XADD" => has_sent = true,
-            _ => {}
-        }
-        (asked == command).then(|| lie.clone())
-    }
-}
 
 fn endless() -> Vec<(&'static str, Lie)> {
     let flood = |begin: &str, more: &str| Lie::flood(begin, more).expect("a lie");
@@ -118,7 +97,10 @@ fn no_flood_takes_memory_or_the_time_of_others() {
                     ASKED[(n + 5 * round) % ASKED.len()]
                 };
                 (
-                    Liar::start(lies_to(command, kinds[(n * round.max(1) + round) % 20].1.clone())),
+                    Liar::start(liar::when_asked(
+                        command,
+                        kinds[(n * round.max(1) + round) % 20].1.clone(),
+                    )),
                     command,
                 )
             })

@@ -1,5 +1,6 @@
 //! Words of servers that could do something to whoever reads them: in a log, a view, a table, a terminal.
 
+use kit::liar;
 use kit::{Liar, Lie, Postgres, QUICK, Redis, Stack, standing, types, wait_drained, wait_eq, wait_until};
 
 /// No host of these: control characters, direction, a quote, too long, and what a terminal or a text of Postgres would not survive.
@@ -123,12 +124,7 @@ fn what_a_node_of_a_cluster_calls_a_host_is_one_or_is_refused() {
 /// Of each answer the first: errors, statuses and ids.
 #[test]
 fn what_a_server_says_is_shown_cleaned_and_cut_or_not_at_all() {
-    let stack = Stack::of(Postgres::with(QUICK), Redis::start());
-    let liar = Liar::honest();
-    stack.point_at("default", "127.0.0.1", liar.port());
-    stack.publish("first");
-    wait_eq("the first event", 1, || liar.entries("events"));
-    wait_drained(&stack.pg, "default");
+    let (stack, liar) = liar::trusted();
     let words: [&[u8]; 5] = [
         b"-ERR \x1b[2J\x07\0 \xe2\x80\xae evil\r\n",
         b"-WRONGTYPE\0\x1b]0;x\x07\r\n",

@@ -10,6 +10,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use crate::{Postgres, QUICK, Redis, Stack, wait_drained, wait_eq};
+
 /// What it says instead of the truth.
 #[derive(Clone, Debug)]
 pub enum Lie {
@@ -55,6 +57,40 @@ impl Lie {
         let bytes = bytes.as_ref().to_vec();
         Some(Self::Drip { bytes, every })
     }
+}
+
+/// Lies when it is asked this for the first time on a connection, or for a later one of its kind where that matters.
+pub fn when_asked(command: &'static str, lie: Lie) -> impl FnMut(&[String]) -> Option<Lie> + Send + 'static {
+    let (mut is_known, mut has_sent) = (false, false);
+    move |words| {
+        let asked = words[0].to_ascii_uppercase();
+        let looks = matches!(command, "XREVRANGE" | "XINFO");
+        match asked.as_str() {
+            // A server that has lost its guard is searched for what it may have had.
+            "EXEC" if looks && has_sent && !is_known => {
+                is_known = true;
+                return Some(Lie::Close);
+            }
+            "HGETALL" if command == "XREVRANGE" && is_known => return Lie::say("*0\r\n"),
+            // Its guard says that a batch was appended, and the stream has none of it.
+            "XREVRANGE" if command == "XINFO" => return Lie::say("*0\r\n"),
+            "XADD" => has_sent = true,
+            _ => {}
+        }
+        (asked == command).then(|| lie.clone())
+    }
+}
+
+/// Its guard and its first event are there, as at an honest server.
+#[track_caller]
+pub fn trusted() -> (Stack, Liar) {
+    let stack = Stack::of(Postgres::with(QUICK), Redis::start());
+    let liar = Liar::honest();
+    stack.point_at("default", "127.0.0.1", liar.port());
+    stack.publish("first");
+    wait_eq("the first event", 1, || liar.entries("events"));
+    wait_drained(&stack.pg, "default");
+    (stack, liar)
 }
 
 /// Told the words of each command; `None`: the truth is told.
