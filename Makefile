@@ -76,9 +76,10 @@ test-redis-versions: ## run what speaks to Redis against Redis 6.2 and 8, Valkey
 test-assertions: ## run every test against a Postgres that checks its callers (built from Debian's source package; TEST_ARGS=...)
 	PG_CONFIG=$$(scripts/postgres-with-assertions) && export PG_CONFIG && scripts/test
 
-lint: headers ## formatting, clippy, the SQL script and dependencies, as CI checks them
+lint: headers ## formatting, clippy, arrows between modules, the SQL script and dependencies, as CI checks them
 	$(CARGO) fmt --all --check
 	$(cargo_env) $(CARGO) clippy --workspace --all-targets --locked --no-default-features --features $(features) -- -D warnings
+	scripts/lint-structure
 	scripts/lint-sql
 	scripts/deny
 

@@ -1,18 +1,22 @@
 //! What must hold for any bytes: the fuzz targets' bodies. `relay/tests/fuzz_corpus.rs` runs them over the inputs that are kept in `fuzz/corpus`.
 
 use redis::Value;
-use relay::bounds::Bounds;
-use relay::classify::{self, Class};
-use relay::conversation::{Claim, Conversation, Replicas};
-use relay::destination::Address;
-use relay::encode::{Encoder, Target, hyphenated, rfc3339};
+use relay::event::broadcaster::{Encoder, Target};
+use relay::event::text::{hyphenated, rfc3339};
+use relay::event::wanted::{Purpose, Wanted};
 use relay::event::{BUILT_IN_FIELDS, ConfigError, Event, further_fields};
+use relay::failure::{self, Class};
 use relay::guard::{Guard, Owner};
-use relay::replies::{Inbox, Piece, Reply};
-use relay::route::answers::{is_replica, primary_in, ranges_in, redirect_in};
-use relay::sender::{Batch, Order, Report};
-use relay::slot::{SLOTS, slot_of, tag_of};
-use relay::tails::{Purpose, Search, Wanted};
+use relay::redis::answers::{is_replica, primary_in, ranges_in, redirect_in};
+use relay::redis::destination::Address;
+use relay::redis::replicas::Replicas;
+use relay::redis::slot::{SLOTS, slot_of, tag_of};
+use relay::resp::bounds::Bounds;
+use relay::resp::read::{Inbox, Piece, Reply};
+use relay::sender::conversation::Conversation;
+use relay::sender::orders::Claim;
+use relay::sender::orders::{Batch, Order, Report};
+use relay::sender::tails::Search;
 use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -249,7 +253,7 @@ fn wanted() -> Wanted {
 pub fn classify(input: &[u8]) {
     let line: Vec<u8> = input.iter().copied().filter(|b| !matches!(b, b'\r' | b'\n')).collect();
     if let Ok(Value::ServerError(error)) = redis::parse_redis_value(&[b"-", line.as_slice(), b"\r\n"].concat()) {
-        let failure = classify::reply(&error);
+        let failure = failure::reply(&error);
         let shown = failure.message.clone();
         assert!(shown.chars().count() <= 300, "{shown}");
         assert!(!shown.chars().any(char::is_control), "{shown:?}");
@@ -259,7 +263,7 @@ pub fn classify(input: &[u8]) {
         );
         let elsewhere = failure.not_of_an_event();
         assert_ne!(elsewhere.class, Class::Event);
-        let aborted = classify::aborted(&error);
+        let aborted = failure::aborted(&error);
         assert_ne!(aborted.class, Class::Event, "{aborted:?}");
         if let Some(hint) = elsewhere.hint() {
             assert!(hint.ends_with('.'), "{hint}");
@@ -323,7 +327,7 @@ fn guard(input: &[u8]) {
             assert!(tick.snapshot.xmax().max(tick.next_xid) <= i64::MAX as u64);
         }
         let text = guard.position.to_string();
-        let again: relay::reader::Position = text.parse().expect("what was written can be read");
+        let again: relay::reading::range::Position = text.parse().expect("what was written can be read");
         assert_eq!(again.to_string(), text);
     }
 }

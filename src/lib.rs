@@ -1,20 +1,14 @@
 //! outbox_relay: a transactional outbox inside Postgres. This crate is the Postgres edge; the logic is in the `relay` crate.
 //!
+//! A folder uses those below it, and none above (`scripts/lint-structure`):
+//!
 //! ```text
-//! request, publish, trigger ─ an event is checked, becomes a row   txn ─ after the commit: wake the worker
-//! insertion ─ a row of ours is an INSERT to everybody else
-//! launcher ─ a worker for each database with the extension        worker ─ reads, hands to senders, keeps the books
-//! numbers, sequence ─ numbers that ascend, whatever is done to the sequence
-//! ticker, rows ─ snapshots and rows, without SQL                  pass ─ one scan for many backends; backend ─ one of them
-//! tables ─ all SQL on our tables; rights ─ in whose name          purge ─ retention
-//! care ─ a row that cannot be read fails alone
-//! ownership ─ who this server is to the guards                    recovery ─ from a guard that was read to a backend that is up
-//! foreign ─ triggers that were switched off, rows that came meanwhile; applied ─ logical replication
-//! copies ─ databases made of others                            standby ─ whether this one was promoted
-//! catalog ─ what a session knows of our tables and backends       status ─ what the views ask
-//! guc, shmem, process, uuid ─ settings, shared memory, manners of a process, event ids
-//! error, report, encoding ─ refusals in words; how they get to Postgres; UTF-8 and the database's encoding
-//! object_access ─ extension and databases come and go             untouched, unguarded ─ ERRORs of others pass as they are
+//! worker      reads, hands to senders, keeps the books: one process a database
+//! launcher    a worker for each database with the extension
+//! functions   what SQL calls
+//! publish     from arguments to a row
+//! tables      all that touches our tables
+//! server      manners of a Postgres process
 //! ```
 
 #[cfg(not(panic = "unwind"))]
@@ -32,46 +26,14 @@ macro_rules! sql_function {
 }
 pub(crate) use sql_function;
 
-mod applied;
-mod backend;
-mod care;
-mod catalog;
-mod copies;
-mod encoding;
-mod error;
-mod foreign;
-mod guc;
-mod insertion;
+mod functions;
 mod launcher;
-mod missing;
-mod numbers;
-mod object_access;
-mod ownership;
-mod pass;
-mod pinned;
-mod process;
 mod publish;
-mod purge;
-mod recovery;
-mod report;
-mod request;
-mod rights;
-mod rows;
-mod secret_key;
-mod senders;
-mod sequence;
-mod shmem;
-mod standby;
-mod status;
+mod server;
 mod tables;
-mod ticker;
-mod trigger;
-mod txn;
-mod unguarded;
-mod untouched;
-mod uuid;
 mod worker;
 
+use crate::server::{error, guc, object_access, shmem, standby, txn};
 use pgrx::{pg_guard, pg_sys};
 
 pgrx::pg_module_magic!();
@@ -94,6 +56,8 @@ pub extern "C-unwind" fn _PG_init() {
         txn::install();
         object_access::install();
         launcher::register();
-        standby::install();
+        if standby::install() {
+            launcher::register_standby_watch();
+        }
     }
 }

@@ -3,13 +3,15 @@
 mod model;
 
 use model::{out_of_memory, wrong_type};
-use relay::backoff::Backoff;
-use relay::classify::Failure;
-use relay::delivery::{Cursor, Delivery, Entry, Mode, Now, RowFate};
-use relay::reader::Position;
-use relay::refusal::{Record, Streams};
-use relay::sender::WINDOW_BATCHES;
-use relay::snapshot::Tick;
+use relay::delivery::backoff::Backoff;
+use relay::delivery::flight::Entry;
+use relay::delivery::flight::WINDOW_BATCHES;
+use relay::delivery::refusal::{Record, Streams};
+use relay::delivery::{Cursor, Delivery, Mode, RowFate};
+use relay::failure::Failure;
+use relay::reading::range::Position;
+use relay::reading::snapshot::Tick;
+use relay::time::Now;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;

@@ -1,15 +1,18 @@
 //! exactly_once, step by step: what random schedules have found to go wrong.
 
 use redis::Value;
-use relay::backoff::Backoff;
-use relay::classify::{Class, Failure};
-use relay::delivery::{Cursor, Delivery, Entry, Mode, Now, RowFate};
-use relay::encode::{hyphenated, rfc3339};
-use relay::reader::Position;
-use relay::refusal::Streams;
-use relay::replies::Inbox;
-use relay::snapshot::Tick;
-use relay::tails::{Purpose, Search, Wanted};
+use relay::delivery::backoff::Backoff;
+use relay::delivery::flight::Entry;
+use relay::delivery::refusal::Streams;
+use relay::delivery::{Cursor, Delivery, Mode, RowFate};
+use relay::event::text::{hyphenated, rfc3339};
+use relay::event::wanted::{Purpose, Wanted};
+use relay::failure::{Class, Failure};
+use relay::reading::range::Position;
+use relay::reading::snapshot::Tick;
+use relay::resp::read::Inbox;
+use relay::sender::tails::Search;
+use relay::time::Now;
 use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::Arc;

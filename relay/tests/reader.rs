@@ -3,8 +3,8 @@
 mod model;
 
 use model::{Database, Numbering, READINGS, Reading, Rng, Rows, View, caught, for_each_seed, likely};
-use relay::reader::{Key, Position, RangeScan, Scan, Step, Table};
-use relay::snapshot::Tick;
+use relay::reading::range::{Key, Position, RangeScan, Scan, Step, Table};
+use relay::reading::snapshot::Tick;
 use std::cell::Cell;
 use std::collections::{HashSet, VecDeque};
 use std::fmt;

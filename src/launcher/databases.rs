@@ -1,7 +1,8 @@
 //! Which databases there are, by the shared catalogs.
 
-use crate::guc::LogLevel;
-use crate::process::{self, log};
+use crate::server::guc::LogLevel;
+use crate::server::process::{self, log};
+use crate::tables::row::Columns;
 use pgrx::pg_sys;
 
 /// A database.
@@ -20,7 +21,7 @@ pub fn list() -> Option<Vec<Found>> {
         // SAFETY: a scan of a shared catalog; the tuple's fixed columns are never null.
         unsafe {
             let rel = pg_sys::table_open(pg_sys::DatabaseRelationId, pg_sys::AccessShareLock as _);
-            let columns = crate::rows::Columns::at(
+            let columns = Columns::at(
                 rel,
                 vec![
                     pg_sys::Anum_pg_database_oid as usize,

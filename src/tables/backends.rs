@@ -1,12 +1,12 @@
 //! What `outbox.backends` and its companions say.
 
-use super::sql::{argument, query, run, text, texts, value};
-use crate::copies::Original;
-use crate::ownership;
-use crate::secret_key;
+use crate::server::place::here;
+use crate::tables::copies::Original;
+use crate::tables::secret_key;
+use crate::tables::sql::{argument, query, run, text, texts, value};
 use pgrx::spi::SpiTupleTable;
+use relay::reading::snapshot::Snapshot;
 use relay::seal;
-use relay::snapshot::Snapshot;
 
 /// A row of `outbox.backends`, with its password.
 #[derive(Clone, PartialEq, Eq)]
@@ -158,7 +158,7 @@ pub fn all(seen: &Snapshot) -> Vec<BackendRow> {
             left join outbox.copied_backends c on c.backend_number = b.number
         order by b.number",
         &[
-            argument(&ownership::here()),
+            argument(&here()),
             seen.to_string().into(),
             RESTORES_AT_ONCE.into(),
         ],

@@ -1,12 +1,12 @@
 //! How far each backend has come: `outbox.cursors`.
 
-use super::sql::{query, run, text, value, words};
-use crate::error::internal;
+use crate::server::error::internal;
+use crate::tables::sql::{query, run, text, value, words};
 use pgrx::datum::DatumWithOid;
 use pgrx::spi::SpiTupleTable;
 use relay::delivery::Cursor;
-use relay::reader::{Position, UnderWay};
-use relay::snapshot::{Snapshot, Tick};
+use relay::reading::range::{Position, UnderWay};
+use relay::reading::snapshot::{Snapshot, Tick};
 use std::sync::Arc;
 
 /// A lane as a column of our tables: its slot, or this where there are none.

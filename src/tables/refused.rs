@@ -1,11 +1,11 @@
 //! Events that Redis refused: those that wait, those that failed, and those that were accepted out of their turn. All SQL on
 //! `refused_events` and `failed_events` but retention's. Needs a transaction.
 
-use crate::care::{self, Kept};
+use crate::tables::care::{self, Kept};
 use crate::tables::sql::{all_words, argument, arguments, query, run, text, value};
 use pgrx::datum::DatumWithOid;
 use pgrx::spi::SpiTupleTable;
-use relay::refusal::Record;
+use relay::delivery::refusal::Record;
 
 /// Streams of a backend that have refused events waiting, with the attempts of their heads. (An event that names no stream is in the
 /// backend's own.)

@@ -1,8 +1,8 @@
 //! Transactions that brought events of a dump: `outbox.restores`.
 
-use super::sql::{query, run, text, value};
-use crate::rights;
-use relay::snapshot::Snapshot;
+use crate::tables::rights;
+use crate::tables::sql::{query, run, text, value};
+use relay::reading::snapshot::Snapshot;
 
 /// Whether there are restores that a snapshot does not see.
 pub fn has_later_restores(seen: &Snapshot) -> bool {

@@ -1,12 +1,12 @@
 //! Ticks, and what they allow to be purged.
 
-use super::cursors::tick_at;
-use super::sql::{query, run, value};
-use crate::error::internal;
-use crate::rights;
+use crate::server::error::internal;
+use crate::tables::cursors::tick_at;
+use crate::tables::rights;
+use crate::tables::sql::{query, run, value};
 use pgrx::pg_sys::{self, PgOid};
 use pgrx::spi::Spi;
-use relay::snapshot::Tick;
+use relay::reading::snapshot::Tick;
 use std::sync::Arc;
 
 /// Up to where a backend's events have been purged.

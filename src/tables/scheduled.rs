@@ -1,12 +1,12 @@
 //! Events that wait for their time, and are moved when it has come.
 
-use super::sql::{query, read_all, run, timestamp, types_of, uuids, value, words};
-use crate::care::{self, Kept};
-use crate::catalog;
-use crate::error::internal;
-use crate::missing::Index;
-use crate::rights;
-use crate::trigger;
+use crate::server::error::internal;
+use crate::tables::care::{self, Kept};
+use crate::tables::catalog;
+use crate::tables::missing::Index;
+use crate::tables::rights;
+use crate::tables::sql::{query, read_all, run, timestamp, types_of, uuids, value, words};
+use crate::tables::trusted;
 use pgrx::datum::DatumWithOid;
 use pgrx::pg_sys;
 use pgrx::spi::Spi;
@@ -93,7 +93,7 @@ fn move_scheduled(selected: &str, arguments: &[DatumWithOid<'_>]) -> u64 {
     if catalog::expect_relations().events_id_key == pg_sys::InvalidOid {
         Index::EventId.refuse();
     }
-    trigger::moving(|| {
+    trusted::moving(|| {
         run(
             &format!(
                 "with due as (

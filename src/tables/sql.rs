@@ -1,10 +1,11 @@
 //! How our SQL runs: reading and writing through SPI, arguments and values.
 
-use crate::encoding;
-use crate::error::internal;
-use crate::publish::text_datum;
-use crate::rights;
-use crate::rows;
+use crate::server::datum::text_datum;
+use crate::server::datum::utf8_of;
+use crate::server::encoding;
+use crate::server::error::internal;
+use crate::tables::rights;
+use crate::tables::row::texts_of_array;
 use pgrx::datum::DatumWithOid;
 use pgrx::pg_sys::{self, PgOid};
 use pgrx::spi::{Spi, SpiTupleTable};
@@ -67,7 +68,7 @@ pub fn text(row: &SpiTupleTable<'_>, ordinal: usize) -> Option<String> {
         .get_datum_by_ordinal(ordinal)
         .unwrap_or_else(|e| internal(e.to_string()));
     // SAFETY: a column of type text, in a row that is there.
-    datum.map(|d| unsafe { rows::utf8_of(d).into_owned() })
+    datum.map(|d| unsafe { utf8_of(d).into_owned() })
 }
 
 /// An array of texts of the current row, likewise.
@@ -76,7 +77,7 @@ pub(super) fn texts(row: &SpiTupleTable<'_>, ordinal: usize) -> Vec<String> {
         .get_datum_by_ordinal(ordinal)
         .unwrap_or_else(|e| internal(e.to_string()));
     // SAFETY: a column of type text[], in a row that is there.
-    datum.map_or_else(Vec::new, |d| unsafe { rows::texts_of_array(d) })
+    datum.map_or_else(Vec::new, |d| unsafe { texts_of_array(d) })
 }
 
 /// A text as an argument, in the database's encoding; one that came from there fits.

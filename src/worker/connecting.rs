@@ -1,10 +1,11 @@
 //! Which backends have a sender. There is room for so many (`senders.rs`); with more backends than that, the first of them keep their
 //! connections, and the others take turns with what is left.
 
-use super::{REPEAT_LOG_AFTER, Worker};
-use crate::guc::LogLevel;
-use crate::process::log;
-use relay::delivery::Now;
+use crate::server::guc::LogLevel;
+use crate::server::process::REPEAT_LOG_AFTER;
+use crate::server::process::log;
+use crate::worker::state::Worker;
+use relay::time::Now;
 use std::time::Duration;
 
 /// How long one of those that take turns has a connection at least, while others wait,
@@ -13,13 +14,6 @@ const TURN: Duration = Duration::from_secs(3);
 const LONGEST_TURN: Duration = Duration::from_secs(30);
 /// How soon it is looked for room again.
 const LOOK_AFTER: Duration = Duration::from_millis(250);
-
-#[derive(Default)]
-pub(super) struct Turns {
-    /// Somebody waits: then there is a look.
-    pub(super) look_at: Option<Now>,
-    said_at: Option<Now>,
-}
 
 impl Worker {
     /// Starts the senders that are due, as far as there is room for them.
@@ -79,7 +73,7 @@ impl Worker {
 
     /// Lets as many go of those that take turns as there are others who wait.
     fn end_turns(&mut self, count: usize, now: Now) {
-        let has_had = |b: &&mut crate::backend::Backend| {
+        let has_had = |b: &&mut crate::worker::backend::Backend| {
             let had = now.saturating_sub(b.turn_began);
             b.takes_turns
                 && b.has_sender()

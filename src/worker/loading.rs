@@ -1,20 +1,30 @@
 //! Loading: which backends there are, with which settings, and what has come by a restore.
 
-use super::tasks::{Task, Whose};
-use super::{REPEAT_LOG_AFTER, SETTLE_AT_CHANGE, Worker, leave_process};
-use crate::backend::{Backend, Home, Role};
-use crate::error::{MEND_SEQUENCE, PublishError};
-use crate::guc::LogLevel;
-use crate::ownership::Identity;
-use crate::process::{self, Aborted, log};
-use crate::shmem::{self, SlotState};
+use crate::server::guc::LogLevel;
+use crate::server::process::REPEAT_LOG_AFTER;
+use crate::server::process::{self, Aborted, log};
+use crate::server::shmem::{self, SlotState};
+use crate::server::unguarded;
 use crate::tables::backends::BackendRow;
+use crate::tables::catalog;
+use crate::tables::copies;
+use crate::tables::foreign;
+use crate::tables::identity::Identity;
+use crate::tables::numbers;
+use crate::tables::sequence;
 use crate::tables::{backends, cursors, refused, restores};
-use crate::{catalog, copies, foreign, numbers, recovery, sequence, unguarded};
+use crate::worker::backend::Whose;
+use crate::worker::backend::{Backend, Home, Role};
+use crate::worker::leave::leave_process;
+use crate::worker::recovery;
+use crate::worker::state::Loaded;
+use crate::worker::state::{SETTLE_AT_CHANGE, Worker};
+use crate::worker::task::Task;
 use pgrx::pg_sys;
-use relay::delivery::{Mode, Now};
-use relay::slot::slot_of;
-use relay::snapshot::{FIRST_NORMAL_XID, Tick};
+use relay::delivery::Mode;
+use relay::reading::snapshot::{FIRST_NORMAL_XID, Tick};
+use relay::redis::slot::slot_of;
+use relay::time::Now;
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -31,16 +41,6 @@ struct Rows {
     highest: i64,
     /// What the trigger of events is.
     triggers: Option<String>,
-}
-
-/// What loading has found.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Loaded {
-    /// The library and the extension have different versions: nothing is served.
-    Idle,
-    /// All is as it was.
-    Same,
-    Changed,
 }
 
 /// However often somebody asks for an attempt, settings are looked at for that no sooner than this again.
@@ -228,7 +228,7 @@ impl Worker {
         }
         process::transaction(copies::note_copy)?;
         self.identity = Identity::establish()?;
-        relay::bounds::expect_running(running_at_most());
+        relay::resp::bounds::expect_running(running_at_most());
         self.generation = u64::MAX;
         Ok(self.identity.is_some())
     }
@@ -350,9 +350,9 @@ pub(super) fn says_trouble_of_sequence() -> bool {
         SAID.set(Some((trouble.clone(), Instant::now())));
         log(
             LogLevel::Warning,
-            &PublishError::Sequence(trouble.clone()).to_string(),
+            sequence::MESSAGE,
             Some(&trouble),
-            Some(MEND_SEQUENCE),
+            Some(sequence::MEND),
         );
     }
     true

@@ -1,15 +1,16 @@
 //! Mending: triggers of ours that were switched off, and rows that came meanwhile. It has its own patience: whatever stands in its way,
 //! delivery goes on.
 
-use super::{REPEAT_LOG_AFTER, Worker};
-use crate::applied;
-use crate::foreign::{self, Look};
-use crate::guc::LogLevel;
-use crate::process::{self, Aborted, log};
-use relay::delivery::Now;
-use relay::foreign::Judge;
-use relay::snapshot::{FIRST_NORMAL_XID, Tick};
-use std::sync::Arc;
+use crate::server::guc::LogLevel;
+use crate::server::process::REPEAT_LOG_AFTER;
+use crate::server::process::{self, Aborted, log};
+use crate::tables::applied;
+use crate::tables::foreign::{self, Look};
+use crate::worker::mended::Sweep;
+use crate::worker::state::Worker;
+use relay::reading::foreign::Judge;
+use relay::reading::snapshot::{FIRST_NORMAL_XID, Tick};
+use relay::time::Now;
 use std::time::Duration;
 
 /// Between two pieces of a sweep, and between two tries.
@@ -19,78 +20,6 @@ const TRY_PAUSE: Duration = Duration::from_secs(1);
 const LOOK_PAUSE: Duration = Duration::from_millis(250);
 /// Who has disabled a trigger may be about to restore rows one by one: they are not to come half with it, half without.
 const GRACE: Duration = Duration::from_secs(5);
-
-#[derive(Default)]
-pub(super) struct Mending {
-    /// Our tables may have been touched since it was looked.
-    is_look_due: bool,
-    look_at: Now,
-    /// The trigger of `outbox.events`, when it was looked at last.
-    seen: Option<String>,
-    /// Table, trigger and what is wrong with it.
-    broken: Vec<[String; 3]>,
-    mend_at: Now,
-    /// The newest tick by which nobody had touched the trigger since it was looked after.
-    clean: Option<Arc<Tick>>,
-    /// This worker has looked before: its backends' positions may be from after those rows.
-    has_looked: bool,
-    /// Somebody has touched it: a sweep is to begin.
-    touched: Option<Look>,
-    sweep: Option<Sweep>,
-    sweep_at: Now,
-    /// Publications with tables that must not travel, and backends of which another server's events are held, as was said.
-    published: Vec<String>,
-    held: Vec<String>,
-    /// What was said last of what cannot be mended.
-    said: Option<(String, Now)>,
-}
-
-/// A pass over the table under way.
-struct Sweep {
-    /// While rows are looked at.
-    judge: Option<Judge>,
-    after: i64,
-    upto: i64,
-    /// Then: those that are not ours.
-    foreign: Vec<i64>,
-    moved: u64,
-    /// Trigger and tick at its beginning.
-    triggers: Option<String>,
-    tick: Tick,
-}
-
-impl Mending {
-    /// Something of our tables has changed. If it is the trigger, rows may have come with it: they are not to be read before they were
-    /// looked at.
-    pub(super) fn look_again(&mut self, triggers: Option<&str>) {
-        self.is_look_due = true;
-        if self.seen.as_deref() != triggers {
-            (self.look_at, self.sweep_at) = (Now::ZERO, Now::ZERO);
-        }
-    }
-
-    /// A tick was taken, and nothing of our tables had changed.
-    pub(super) fn is_clean_at(&mut self, tick: &Arc<Tick>) {
-        if !self.has_work() {
-            self.clean = Some(tick.clone());
-        }
-    }
-
-    fn has_work(&self) -> bool {
-        self.due_at().is_some()
-    }
-
-    /// When it has something to do.
-    pub(super) fn due_at(&self) -> Option<Now> {
-        let look_at = self.is_look_due.then(|| self.look_at.max(self.sweep_at));
-        let sweeps = self.touched.is_some() || self.sweep.is_some();
-        let mend_at = (!self.broken.is_empty()).then_some(self.mend_at);
-        [sweeps.then_some(self.sweep_at), look_at, mend_at]
-            .into_iter()
-            .flatten()
-            .min()
-    }
-}
 
 impl Worker {
     /// One step, if there is something to mend.

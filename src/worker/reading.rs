@@ -1,20 +1,23 @@
 //! Reading: ticks, what may be sent of them, and scans for the backends that can take rows.
 
-use super::Worker;
-use super::loading::Loaded;
-use super::tasks::Task;
-use crate::backend::{Backend, MOST_LANES, Role};
-use crate::care;
-use crate::guc::{self, SendAfter};
-use crate::pass::{self, Group};
-use crate::process::{self, Aborted};
-use crate::rows::EventsTable;
-use crate::{catalog, ticker};
+use crate::server::guc::{self, SendAfter};
+use crate::server::process::{self, Aborted};
+use crate::tables::care;
+use crate::tables::catalog;
+use crate::tables::events;
+use crate::tables::events::EventsTable;
+use crate::tables::ticks;
+use crate::worker::backend::{Backend, MOST_LANES, Role};
+use crate::worker::pass::{self, Group};
+use crate::worker::state::Awaited;
+use crate::worker::state::Loaded;
+use crate::worker::state::Worker;
+use crate::worker::task::Task;
 use pgrx::pg_sys;
-use relay::delivery::Now;
 use relay::fault::{self, Mutation, Point};
-use relay::reader::Position;
-use relay::snapshot::{FIRST_NORMAL_XID, Tick};
+use relay::reading::range::Position;
+use relay::reading::snapshot::{FIRST_NORMAL_XID, Tick};
+use relay::time::Now;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -34,21 +37,13 @@ const WAITED_FOR_SEQS: i64 = 100_000;
 /// How long passes follow each other that find nothing, before the others are looked at again.
 const PASSING_TIME: Duration = Duration::from_millis(5);
 
-/// A tick that synchronous standbys have not flushed yet.
-pub(super) struct Awaited {
-    pub(super) tick: Tick,
-    wal: u64,
-    pub(super) look_at: Now,
-    pause: Duration,
-}
-
 impl Worker {
     /// Reads for every group of backends that stand at one place and can take rows. True: there is more to read now.
     pub(super) fn read(&mut self, now: Now) -> bool {
         self.work |= self.slot.has_work();
         self.look_at_standbys(now);
         // A poll that can find nothing.
-        if self.polled && !self.slot.has_work() && !ticker::is_outdated(&self.latest) {
+        if self.polled && !self.slot.has_work() && !ticks::is_outdated(&self.latest) {
             (self.work, self.polled) = (false, false);
         }
         self.tick_if_due(now);
@@ -122,7 +117,7 @@ impl Worker {
 
     /// A pass has failed. If that concerns one of its readers, only that one waits. False: it concerns all.
     fn read_apart(&mut self, group: &Group, error: &Aborted, now: Now) -> bool {
-        if !process::transaction(catalog::can_read).unwrap_or(false) {
+        if !process::transaction(events::can_read).unwrap_or(false) {
             self.failed(Task::Read, error, now);
             return false;
         }
@@ -171,7 +166,7 @@ impl Worker {
         let rehearsed = process::transaction(|| {
             // Not if somebody has the table to himself, such as whoever publishes.
             if let Some(relations) = catalog::relations().filter(EventsTable::is_open_to_all) {
-                ticker::take(&relations);
+                ticks::take(&relations);
                 pass::rehearse(backend, &relations, seq);
             }
         });
@@ -275,13 +270,13 @@ impl Worker {
         (self.work, self.polled) = (false, false);
         let tick = process::transaction(|| {
             let relations = catalog::relations()?;
-            let early = fault::is_mutated(Mutation::FlushBeforeSnapshot).then(ticker::flush);
+            let early = fault::is_mutated(Mutation::FlushBeforeSnapshot).then(ticks::flush);
             fault::reach(Point::BeforeSnapshot);
-            let taken = ticker::take(&relations);
+            let taken = ticks::take(&relations);
             let wal = match early {
                 Some(wal) => wal,
                 None if fault::is_mutated(Mutation::SkipFlush) => 0,
-                None => ticker::flush_seen(&taken, &self.latest.snapshot),
+                None => ticks::flush_seen(&taken, &self.latest.snapshot),
             };
             fault::reach(Point::AfterFlush);
             // Takes in what was told before anything that the tick sees.
@@ -305,7 +300,7 @@ impl Worker {
 
     /// What a tick sees may be sent, at once or when the standbys have it.
     fn take_over_tick(&mut self, tick: Tick, wal: u64) {
-        if guc::SEND_AFTER.get() == SendAfter::StandbyFlush && !ticker::standbys_have(wal) {
+        if guc::SEND_AFTER.get() == SendAfter::StandbyFlush && !ticks::standbys_have(wal) {
             let look_at = self.now() + STANDBY_LOOK;
             self.awaited = Some(Awaited {
                 tick,
@@ -326,7 +321,7 @@ impl Worker {
         let Some(mut awaited) = self.awaited.take() else {
             return;
         };
-        let waits = guc::SEND_AFTER.get() == SendAfter::StandbyFlush && !ticker::standbys_have(awaited.wal);
+        let waits = guc::SEND_AFTER.get() == SendAfter::StandbyFlush && !ticks::standbys_have(awaited.wal);
         if !waits {
             self.flushed = self.flushed.max(awaited.wal);
             self.latest = Arc::new(awaited.tick);
@@ -341,7 +336,7 @@ impl Worker {
 
     /// Makes durable what was written down: the next batch lies behind it, also in the guard's words.
     pub(super) fn flush(&mut self) {
-        self.flushed = self.flushed.max(ticker::flush());
+        self.flushed = self.flushed.max(ticks::flush());
         self.backends.iter_mut().for_each(|b| b.is_unflushed = false);
     }
 

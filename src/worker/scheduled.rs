@@ -3,60 +3,24 @@
 //! One that cannot be moved now is *held*: somebody has its row locked, or keeps open a transaction that published an event with the same
 //! `event_id`. It is looked at again by itself; the others are moved.
 
-use super::Worker;
-use super::loading::says_trouble_of_sequence;
-use super::tasks::{Task, is_lock};
-use crate::guc;
-use crate::process::{self, Aborted};
+use crate::server::guc;
+use crate::server::process::{self, Aborted};
+use crate::tables::care;
+use crate::tables::catalog;
+use crate::tables::events;
 use crate::tables::scheduled;
-use crate::{care, catalog, rows};
-use relay::delivery::Now;
-use relay::pace::Portion;
-use relay::patience::{Patience, Waits};
-use std::collections::BTreeSet;
+use crate::worker::held::EventId;
+use crate::worker::held::Scheduled;
+use crate::worker::loading::says_trouble_of_sequence;
+use crate::worker::state::Worker;
+use crate::worker::task::{Task, is_lock};
+use relay::time::Now;
 use std::time::{Duration, Instant};
 
-/// How long scheduled events may be moved in one round.
-const MOVE_TIME: Duration = Duration::from_millis(1);
 /// Events that are looked at once for whoever is in their way.
 const LOOK_COUNT: i64 = 1_000;
 /// Those that are moved at once in a subtransaction each, where one of them cannot be moved.
 const MOVE_COUNT_WITH_CARE: i64 = 50;
-/// How soon a held one is looked at again.
-const HELD_WAITS: Waits = Waits {
-    first: Duration::from_millis(50),
-    longest: Duration::from_secs(1),
-};
-
-type EventId = [u8; 16];
-
-pub(super) struct Scheduled {
-    /// How many are moved at once.
-    portion: Portion,
-    next_due: Option<Now>,
-    is_known: bool,
-    held: BTreeSet<EventId>,
-    patience: Patience<EventId>,
-}
-
-impl Default for Scheduled {
-    fn default() -> Self {
-        Self {
-            portion: Portion::new(MOVE_TIME),
-            next_due: None,
-            is_known: false,
-            held: BTreeSet::new(),
-            patience: Patience::default(),
-        }
-    }
-}
-
-impl Scheduled {
-    fn hold(&mut self, event_id: EventId, now: Now) {
-        self.held.insert(event_id);
-        self.patience.failed(event_id, "", true, HELD_WAITS, now);
-    }
-}
 
 impl Worker {
     /// When there is something to move, as far as is known.
@@ -163,6 +127,6 @@ impl Worker {
 fn contested(event_ids: &[EventId]) -> Vec<EventId> {
     let relations = catalog::expect_relations();
     let free = scheduled::lockable(event_ids);
-    let is_contested = |id: &EventId| !free.contains(id) || rows::is_contested(&relations, id);
+    let is_contested = |id: &EventId| !free.contains(id) || events::is_contested(&relations, id);
     event_ids.iter().copied().filter(is_contested).collect()
 }

@@ -1,70 +1,24 @@
 //! What a delivery does with a guard (exactly_once): numbers of batches, where it stands after a claim, and a batch that was appended
 //! whole or not at all.
 
-use super::{Cursor, Delivery, Flight, Link, Load, Mode, Now};
-use crate::classify::Failure;
+use crate::delivery::flight::{Flight, Load};
+use crate::delivery::flight::{Refusal, WINDOW_BATCHES};
+use crate::delivery::refusal::Record;
+use crate::delivery::reread::Reread;
+use crate::delivery::{Cursor, Delivery, Link, Mode};
+use crate::failure::Failure;
 use crate::guard::Mark;
-use crate::reader::Position;
-use crate::refusal::Record;
-use crate::sender::{Refusal, WINDOW_BATCHES};
-use crate::snapshot::Tick;
+use crate::guard::epoch::LAST_NUMBER;
+use crate::guard::epoch::epoch_of;
+use crate::guard::epoch::floor_of;
+use crate::reading::range::Position;
+use crate::time::Now;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Of the numbers of a claim's batches, each of the first claims has 2^40, more than any connection will use.
-const EARLY_BITS: u32 = 40;
-/// So many are the first. A backend that has been claimed more often, as one that cannot keep a connection is in some months,
-const EARLY_EPOCHS: u64 = 1 << 22;
-/// has 2^32 for each of the others. (See [`Delivery::has_used_up_numbers`].)
-const LATE_BITS: u32 = 32;
-/// Numbers stay within a bigint; then there have been 2^30 claims more.
-const LAST_NUMBER: u64 = i64::MAX as u64;
-
-/// A guard that says that it was claimed more often is somebody's invention: after it, numbers would soon be used up.
-pub const MOST_EPOCHS: u64 = 1 << 30;
-
 /// Batches of which nobody has heard are remembered, so many.
 const MOST_IN_DOUBT: usize = 1_000;
-
-const LATE: u64 = EARLY_EPOCHS << EARLY_BITS;
-
-/// The claim in whose name a batch was numbered.
-pub fn epoch_of(number: u64) -> u64 {
-    match number.checked_sub(LATE) {
-        None => number >> EARLY_BITS,
-        Some(late) => EARLY_EPOCHS + (late >> LATE_BITS),
-    }
-}
-
-/// Batches in the name of the `epoch`th claim have numbers above this; those of later ones are higher.
-fn floor_of(epoch: u64) -> u64 {
-    match epoch.checked_sub(EARLY_EPOCHS) {
-        None => epoch << EARLY_BITS,
-        Some(late) => {
-            let most = (LAST_NUMBER - LATE) >> LATE_BITS;
-            LATE + (late.min(most) << LATE_BITS)
-        }
-    }
-}
-
-/// While rows are read again that may belong before events that wait, those are not tried: first such rows must wait with them.
-pub(super) struct Reread {
-    /// A tick that does not see them all.
-    stale: Option<Arc<Tick>>,
-    /// None has a higher number.
-    upto: i64,
-}
-
-impl Reread {
-    pub(super) fn is_done(&self, acked: &Position) -> bool {
-        let is_stale = self
-            .stale
-            .as_ref()
-            .is_some_and(|stale| Arc::ptr_eq(acked.newest(), stale));
-        !is_stale && acked.under_way.as_ref().is_none_or(|u| u.last_seq >= self.upto)
-    }
-}
 
 impl Delivery {
     /// The last batch that is known to be appended; 0: none.
@@ -319,8 +273,9 @@ impl Delivery {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backoff::Backoff;
-    use crate::refusal::Streams;
+    use crate::delivery::backoff::Backoff;
+    use crate::delivery::refusal::Streams;
+    use crate::guard::epoch::EARLY_EPOCHS;
 
     fn delivery(epoch: u64) -> Delivery {
         let position = Position::beginning();

@@ -1,35 +1,16 @@
 //! Which events are looked for in the streams before anything is sent.
 
-use super::{Books, Candidate};
-use crate::claim::Start;
+use crate::event::wanted::Purpose;
 use crate::guard::Guard;
-use crate::reader::{Key, Position, RangeScan, Scan, Step, Table};
-use crate::snapshot::Tick;
-use crate::tails::{Purpose, Wanted};
+use crate::guard::claim::Start;
+use crate::reading::range::{Key, Position, RangeScan, Scan, Step, Table};
+use crate::reading::snapshot::Tick;
+use crate::recovery::books::Rows;
+use crate::recovery::books::{Books, Candidate};
 use std::sync::Arc;
 
 /// No batch has more events (`outbox_relay.batch_size`).
 const MOST_OF_A_BATCH: usize = 10_000;
-
-/// The tables, as seen by one transaction.
-pub trait Rows {
-    type Table: Table;
-
-    /// Opens the table of events.
-    fn open(&mut self) -> Self::Table;
-    fn close(&mut self, table: Self::Table);
-    /// How the event that a scan stands on is looked for; `None`: it is not this backend's, or its stream cannot be read.
-    fn wanted(&self, scan: &<Self::Table as Table>::Scan, purpose: Purpose) -> Option<Wanted>;
-
-    /// Events that wait as refused and have a number above `after`, in order, so many at most. Also those of other lanes.
-    fn waiting(&mut self, after: i64, limit: usize) -> Vec<i64>;
-    /// Those of these that still wait.
-    fn still_waiting(&mut self, seqs: &[i64]) -> Vec<i64>;
-    /// No event of the backend that was refused, failed, or accepted out of turn has a higher number.
-    fn highest_written_down(&mut self) -> i64;
-    /// Whether this event is one of them.
-    fn is_written_down(&mut self, seq: i64, wanted: &Wanted) -> bool;
-}
 
 /// Those that may stand in their streams, for a backend that has claimed its guard.
 pub(super) fn of<B: Books>(

@@ -15,8 +15,8 @@ mod world;
 
 use env::{Faults, Mutant, Seen};
 use model::{caught, for_each_seed};
-use relay::claim::OnMissing;
 use relay::fault::Mutation;
+use relay::guard::claim::OnMissing;
 use std::cell::RefCell;
 use world::World;
 

@@ -2,7 +2,7 @@
 
 use crate::site::Site;
 use crate::world::World;
-use relay::reader::Key;
+use relay::reading::range::Key;
 use std::collections::BTreeMap;
 
 impl World {

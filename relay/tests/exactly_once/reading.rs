@@ -4,7 +4,7 @@ use crate::env::{Env, Mutant, tell};
 use crate::model::redis::stream_name;
 use crate::site::Site;
 use relay::delivery::RowFate;
-use relay::reader::{Position, RangeScan, Step};
+use relay::reading::range::{Position, RangeScan, Step};
 use std::sync::Arc;
 
 /// A batch that waits for the end of the transaction it was read in.

@@ -2,7 +2,7 @@
 
 use crate::model::redis::stream_name;
 use relay::delivery::Cursor;
-use relay::refusal::{Record, Streams};
+use relay::delivery::refusal::{Record, Streams};
 use std::collections::BTreeMap;
 
 #[derive(Clone, Copy, Debug)]

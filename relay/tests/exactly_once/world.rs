@@ -4,10 +4,11 @@ use crate::env::{Env, Mutant, Seen, tell};
 use crate::model::redis::Trouble;
 use crate::recovery::INTERVAL;
 use crate::site::{STREAMS, Site};
-use relay::claim::OnMissing;
-use relay::classify::Failure;
-use relay::delivery::{State, epoch_of};
-use relay::reader::Key;
+use relay::delivery::State;
+use relay::failure::Failure;
+use relay::guard::claim::OnMissing;
+use relay::guard::epoch::epoch_of;
+use relay::reading::range::Key;
 use std::collections::BTreeSet;
 
 /// What became of the server whose standby was promoted.

@@ -2,10 +2,11 @@
 
 use super::redis::{GUARD, Redis, Words, append_reply, parse};
 use redis::Value;
-use relay::classify::Failure;
-use relay::conversation::{Conversation, Replicas};
-use relay::replies::Inbox;
-use relay::sender::{Order, Report};
+use relay::failure::Failure;
+use relay::redis::replicas::Replicas;
+use relay::resp::read::Inbox;
+use relay::sender::conversation::Conversation;
+use relay::sender::orders::{Order, Report};
 use std::collections::VecDeque;
 
 pub struct Connection {

@@ -2,8 +2,8 @@
 
 use super::Rng;
 use super::view::View;
-use relay::reader::Key;
-use relay::snapshot::{FIRST_NORMAL_XID, Snapshot, Tick};
+use relay::reading::range::Key;
+use relay::reading::snapshot::{FIRST_NORMAL_XID, Snapshot, Tick};
 use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap};
 use std::rc::Rc;

@@ -12,7 +12,7 @@ pub use database::{Database, Numbering, READINGS, Reading};
 pub use fastrand::Rng;
 pub use view::{Rows, View};
 
-use relay::classify::{Class, Failure};
+use relay::failure::{Class, Failure};
 use std::env;
 use std::panic::{self, AssertUnwindSafe};
 

@@ -1,7 +1,7 @@
 //! A model of a Redis server as far as exactly_once speaks with it: streams, one guard, transactions.
 
 use redis::Value;
-use relay::encode::{hyphenated, rfc3339};
+use relay::event::text::{hyphenated, rfc3339};
 use std::collections::{BTreeMap, BTreeSet};
 
 pub const GUARD: &str = "guard";

@@ -1,6 +1,6 @@
 //! What a statement sees of the model's table of events.
 
-use relay::reader::{Key, Scan, Table};
+use relay::reading::range::{Key, Scan, Table};
 use std::rc::Rc;
 
 /// The committed rows at one moment, by number.

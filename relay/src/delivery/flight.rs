@@ -1,0 +1,83 @@
+//! Batches on their way to Redis, and how much may be.
+
+use crate::failure::{Class, Failure};
+use crate::reading::range::Position;
+use std::rc::Rc;
+
+/// How many batches are in Redis's hands at once: enough that it finds the next when it has done one.
+pub const PIPELINED_BATCHES: usize = 4;
+
+/// How many batches may wait for or be with a sender.
+pub const WINDOW_BATCHES: usize = 32;
+
+/// Bytes that may be on their way for one backend; a single larger batch goes alone.
+pub(super) const WINDOW_BYTES: usize = 2 * 1024 * 1024;
+
+/// What became of one command of a batch.
+pub type Refusal = (usize, Failure);
+
+/// Whether a refusal blames the backend rather than the event.
+pub fn is_backends(refusal: &Refusal) -> bool {
+    refusal.1.class != Class::Event
+}
+
+/// An event on its way, as far as its fate needs it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    pub seq: i64,
+    pub stream: Rc<str>,
+    /// Attempts in all before it fails, if Redis refuses it.
+    pub max_attempts: u32,
+}
+
+/// See [`Delivery::room`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    pub batches: usize,
+    pub bytes: usize,
+}
+
+impl Room {
+    /// Whether what is on its way takes a quarter of the window or more: enough to do while others are waited for.
+    pub fn can_wait(self) -> bool {
+        self.batches <= WINDOW_BATCHES / 4 * 3 || self.bytes <= WINDOW_BYTES / 4 * 3
+    }
+
+    /// Whether a quarter of the window is free.
+    pub(super) fn is_ample(self) -> bool {
+        self.batches >= WINDOW_BATCHES / 4 && self.bytes >= WINDOW_BYTES / 4
+    }
+}
+
+/// What a batch was made of.
+pub(super) enum Load {
+    /// Rows read in order; all acknowledged, the cursor stands at `end`.
+    Rows { end: Position },
+    /// Events that wait in the table of refused ones, tried again.
+    Again,
+}
+
+pub(super) struct Flight {
+    pub(super) entries: Vec<Entry>,
+    pub(super) load: Load,
+    pub(super) bytes: usize,
+    /// Rows of `Delivery::ahead` that lie before it.
+    pub(super) aside: Vec<i64>,
+}
+
+impl Flight {
+    /// The streams whose waiting events it tries again, each once.
+    pub(super) fn retried(&self) -> Vec<Rc<str>> {
+        match self.load {
+            Load::Again => streams_of(&self.entries),
+            Load::Rows { .. } => Vec::new(),
+        }
+    }
+}
+
+/// Events of one stream stand together.
+pub(super) fn streams_of(entries: &[Entry]) -> Vec<Rc<str>> {
+    let mut streams: Vec<Rc<str>> = entries.iter().map(|e| e.stream.clone()).collect();
+    streams.dedup();
+    streams
+}

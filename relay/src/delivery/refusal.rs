@@ -1,0 +1,429 @@
+//! Events that Redis refuses for what they are, stream by stream.
+//!
+//! The head of a refused stream is tried again up to its `max_retries`; meanwhile everything behind it in the same stream waits
+//! in the table of refused events, and other streams go on. When the head is accepted the others follow in order; when it
+//! has failed they fail with it, and the next event of that stream has one attempt, until one is accepted.
+//!
+//! There may be a hundred thousand such streams: nothing here looks at all of them, but when settings change. What they cost is bounded:
+//! attempts have a share of the time (`waiting.rs`), and streams a share of the memory.
+
+use crate::delivery::flight::Entry;
+use crate::delivery::waiting::{Budget, Waiting};
+use crate::failure::Failure;
+use crate::time::Now;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::rc::Rc;
+use std::time::Duration;
+
+/// Most attempts that an event may ask for: also the bound of the setting `max_retries`.
+pub const MOST_ATTEMPTS: i32 = 1_000;
+
+/// Streams that have exhausted their attempts are remembered up to this many; beyond it, all are forgiven.
+const REMEMBERED_STREAMS: usize = 10_000;
+
+/// Memory for streams that are not well. An event of another stream that Redis refuses when it is used up has one attempt.
+const MOST_BYTES: usize = 32 * 1024 * 1024;
+/// Of a stream beside its name, as was measured.
+const STREAM_BYTES: usize = 200;
+
+/// What must be written down in Postgres before the cursor passes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Record {
+    /// Copy the row to the refused events, to be tried again.
+    Park { seq: i64, attempts: u32, error: Rc<str> },
+    /// Copy the row to the failed events.
+    Fail { seq: i64, attempts: u32, error: Rc<str> },
+    /// A waiting event was accepted: it need not wait any more.
+    Accepted { seq: i64 },
+    /// A waiting event was refused again.
+    RefusedAgain { seq: i64, attempts: u32, error: Rc<str> },
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Trouble {
+    /// Events wait; the head had `attempts`.
+    Blocked {
+        attempts: u32,
+        retry_at: Now,
+        retrying: bool,
+    },
+    /// The head was accepted; the others follow.
+    Following { sending: bool },
+    /// The head failed for this reason, and all that wait are about to.
+    Failing { error: Rc<str> },
+    /// The head failed: the next refusal fails at once.
+    Exhausted,
+}
+
+/// A stream that is to be tried again, and how many of its events.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Retry {
+    pub stream: Rc<str>,
+    pub count: usize,
+}
+
+/// The streams of one backend that are not well.
+#[derive(Default)]
+pub struct Streams {
+    /// Sorted, so that a run can be replayed.
+    troubled: BTreeMap<Rc<str>, Trouble>,
+    /// Those that are blocked and not being tried.
+    waiting: Waiting,
+    budget: Budget,
+    /// Those that were in a batch of which nothing was appended because of others: they are tried next, without any others, or a crowd of
+    /// streams that are refused before a transaction is executed would keep them from ever being appended.
+    innocent: BTreeSet<Rc<str>>,
+    /// Memory that they take.
+    bytes: usize,
+    /// Those whose next events may follow, first come first served. One may be here that has no more to do with it.
+    following: VecDeque<Rc<str>>,
+    /// Those of which something is on its way.
+    busy: BTreeSet<Rc<str>>,
+    failing: BTreeSet<Rc<str>>,
+    exhausted: usize,
+}
+
+fn bytes_of(stream: &Rc<str>) -> usize {
+    stream.len() + STREAM_BYTES
+}
+
+impl Streams {
+    /// From the table: a stream and the attempts of its head.
+    pub fn waiting(streams: impl IntoIterator<Item = (String, u32)>) -> Self {
+        let mut all = Self::default();
+        for (name, attempts) in streams {
+            all.set(
+                Rc::from(name),
+                Trouble::Blocked {
+                    attempts,
+                    retry_at: Now::ZERO,
+                    retrying: false,
+                },
+            );
+        }
+        all
+    }
+
+    /// The one place where a stream's trouble changes.
+    fn set(&mut self, stream: Rc<str>, trouble: Trouble) {
+        self.forget(&stream);
+        self.bytes += bytes_of(&stream);
+        match &trouble {
+            Trouble::Blocked { retrying: true, .. } | Trouble::Following { sending: true } => {
+                self.busy.insert(stream.clone());
+            }
+            Trouble::Blocked { attempts, retry_at, .. } => {
+                self.waiting.insert(*attempts, *retry_at, stream.clone());
+            }
+            Trouble::Following { .. } => self.following.push_back(stream.clone()),
+            Trouble::Failing { .. } => {
+                self.failing.insert(stream.clone());
+            }
+            Trouble::Exhausted => self.exhausted += 1,
+        }
+        self.troubled.insert(stream, trouble);
+    }
+
+    /// The stream is well.
+    fn forget(&mut self, stream: &Rc<str>) {
+        let trouble = self.troubled.remove(stream);
+        if trouble.is_some() {
+            self.bytes -= bytes_of(stream);
+        }
+        match trouble {
+            Some(Trouble::Blocked { retrying: true, .. } | Trouble::Following { sending: true }) => {
+                self.busy.remove(stream);
+            }
+            Some(Trouble::Blocked { attempts, retry_at, .. }) => {
+                self.waiting.remove(attempts, retry_at, stream);
+            }
+            Some(Trouble::Failing { .. }) => {
+                self.failing.remove(stream);
+            }
+            Some(Trouble::Exhausted) => self.exhausted -= 1,
+            // Its place in the queue is passed over.
+            Some(Trouble::Following { .. }) | None => {}
+        }
+    }
+
+    /// Whether events of this stream must wait behind others.
+    pub fn is_blocked(&self, stream: &str) -> bool {
+        !self.troubled.is_empty()
+            && matches!(
+                self.troubled.get(stream),
+                Some(Trouble::Blocked { .. } | Trouble::Following { .. } | Trouble::Failing { .. })
+            )
+    }
+
+    /// When the next stream is to be tried again.
+    pub fn next_retry_at(&self) -> Option<Now> {
+        let may_follow = || self.following.iter().any(|stream| self.may_follow(stream));
+        match !self.innocent.is_empty() || may_follow() {
+            true => Some(Now::ZERO),
+            false => self.waiting.first_at().map(|at| at.max(self.budget.rests_until())),
+        }
+    }
+
+    fn may_follow(&self, stream: &Rc<str>) -> bool {
+        self.troubled.get(stream) == Some(&Trouble::Following { sending: false })
+    }
+
+    /// Streams to be tried again now in one batch, marked as such: heads of those that are due, at most `heads`, and events that follow,
+    /// `followers` in all. Those that follow share what there is: nobody waits until another is through. Heads are chosen by `waiting.rs`;
+    /// when they were tried, [`Self::retried`] is to be told.
+    pub fn due(&mut self, now: Now, heads: usize, followers: usize) -> Vec<Retry> {
+        let mut due = self.due_innocent(followers);
+        if !due.is_empty() {
+            return due;
+        }
+        let may_try = now >= self.budget.rests_until();
+        while may_try
+            && due.len() < heads
+            && let Some(stream) = self.waiting.next_due(now)
+        {
+            self.retrying(&stream);
+            due.push(Retry { stream, count: 1 });
+        }
+        let blocked = due.len();
+        if blocked > 0 && !self.waiting.is_empty() {
+            self.budget.begin(now, blocked);
+        }
+        while due.len() < blocked + heads
+            && let Some(stream) = self.following.pop_front()
+        {
+            if self.may_follow(&stream) {
+                self.retrying(&stream);
+                due.push(Retry { stream, count: 1 });
+            }
+        }
+        let following = &mut due[blocked..];
+        let share = followers / following.len().max(1);
+        following.iter_mut().for_each(|retry| retry.count = share.max(1));
+        due
+    }
+
+    /// Those that are tried without any others.
+    fn due_innocent(&mut self, followers: usize) -> Vec<Retry> {
+        let mut due = Vec::new();
+        for stream in std::mem::take(&mut self.innocent) {
+            let count = match self.troubled.get(&stream) {
+                Some(Trouble::Blocked { retrying: false, .. }) => 1,
+                Some(Trouble::Following { sending: false }) => followers,
+                _ => continue,
+            };
+            self.retrying(&stream);
+            due.push(Retry { stream, count });
+        }
+        let sharing = due.iter().filter(|retry| retry.count > 1).count().max(1);
+        for retry in due.iter_mut().filter(|retry| retry.count > 1) {
+            retry.count = (followers / sharing).max(1);
+        }
+        due
+    }
+
+    /// Of a batch of which nothing was appended, nothing of this stream was refused.
+    pub(crate) fn is_innocent(&mut self, stream: Rc<str>) {
+        self.innocent.insert(stream);
+    }
+
+    /// Nothing is being tried, and what became of it is written down.
+    pub(crate) fn retried(&mut self, now: Now) {
+        self.budget.end(now);
+    }
+
+    /// Streams are tried again at `latest` at the latest, by the attempts of their heads.
+    pub(crate) fn hasten(&mut self, latest: impl Fn(u32) -> Now) {
+        for trouble in self.troubled.values_mut() {
+            if let Trouble::Blocked { attempts, retry_at, .. } = trouble {
+                *retry_at = latest(*attempts).min(*retry_at);
+            }
+        }
+        self.waiting = Waiting::default();
+        for (stream, trouble) in &self.troubled {
+            if let Trouble::Blocked {
+                attempts,
+                retry_at,
+                retrying: false,
+            } = trouble
+            {
+                self.waiting.insert(*attempts, *retry_at, stream.clone());
+            }
+        }
+    }
+
+    /// No event of this stream waits any more.
+    pub fn cleared(&mut self, stream: &Rc<str>) {
+        self.forget(stream);
+    }
+
+    /// All that waited in a stream whose head was accepted is on its way: nothing needs to wait behind it.
+    pub(crate) fn released(&mut self, stream: &Rc<str>) {
+        if matches!(self.troubled.get(stream), Some(Trouble::Following { .. })) {
+            self.forget(stream);
+        }
+    }
+
+    /// What was on its way is in doubt, and still in the table.
+    pub(crate) fn waits_again(&mut self, stream: &Rc<str>) {
+        if !self.troubled.contains_key(stream) {
+            self.set(stream.clone(), Trouble::Following { sending: false });
+        }
+    }
+
+    /// Events of this stream are on their way again.
+    pub(crate) fn retrying(&mut self, stream: &Rc<str>) {
+        self.mark(stream, true);
+    }
+
+    /// They are not.
+    pub(crate) fn rests(&mut self, stream: &Rc<str>) {
+        self.mark(stream, false);
+    }
+
+    fn mark(&mut self, stream: &Rc<str>, busy: bool) {
+        let trouble = match self.troubled.get(stream) {
+            Some(Trouble::Blocked {
+                attempts,
+                retry_at,
+                retrying,
+            }) if *retrying != busy => Trouble::Blocked {
+                attempts: *attempts,
+                retry_at: *retry_at,
+                retrying: busy,
+            },
+            Some(Trouble::Following { sending }) if *sending != busy => Trouble::Following { sending: busy },
+            _ => return,
+        };
+        self.set(stream.clone(), trouble);
+    }
+
+    /// The connection is gone: nothing is being retried.
+    pub fn abandon(&mut self) {
+        while let Some(stream) = self.busy.first().cloned() {
+            self.rests(&stream);
+        }
+    }
+
+    /// Streams of which all that waits is to fail, at most `count`, with the reason.
+    pub fn to_fail(&self, count: usize) -> Vec<(Rc<str>, Rc<str>)> {
+        let reason = |stream: &Rc<str>| match self.troubled.get(stream) {
+            Some(Trouble::Failing { error }) => Some((stream.clone(), error.clone())),
+            _ => None,
+        };
+        self.failing.iter().take(count).filter_map(reason).collect()
+    }
+
+    /// All that waited in this stream has failed.
+    pub(crate) fn failed(&mut self, stream: &Rc<str>) {
+        if self.failing.contains(stream) {
+            self.exhaust(stream.clone());
+        }
+    }
+
+    /// Takes the place of `other`: those that are to fail by that are, if they wait here.
+    pub(crate) fn go_on_from(&mut self, other: &Self) {
+        self.budget = other.budget.clone();
+        for (stream, error) in other.to_fail(usize::MAX) {
+            if self.troubled.contains_key(&stream) {
+                self.set(stream, Trouble::Failing { error });
+            }
+        }
+    }
+
+    fn exhaust(&mut self, stream: Rc<str>) {
+        if self.exhausted >= REMEMBERED_STREAMS {
+            let bytes = &mut self.bytes;
+            self.troubled.retain(|stream, trouble| {
+                let stays = *trouble != Trouble::Exhausted;
+                *bytes -= if stays { 0 } else { bytes_of(stream) };
+                stays
+            });
+            self.exhausted = 0;
+        }
+        self.set(stream, Trouble::Exhausted);
+    }
+
+    /// An event was accepted; `again`: it had been waiting.
+    pub(crate) fn accepted(&mut self, entry: &Entry, again: bool) -> Option<Record> {
+        match self.troubled.get(&entry.stream) {
+            Some(Trouble::Blocked { retrying: true, .. }) if again => {
+                self.set(entry.stream.clone(), Trouble::Following { sending: true });
+            }
+            Some(Trouble::Exhausted) => self.forget(&entry.stream),
+            _ => {}
+        }
+        again.then_some(Record::Accepted { seq: entry.seq })
+    }
+
+    /// An event was refused; `again`: it had been waiting.
+    pub(crate) fn refused(
+        &mut self,
+        entry: &Entry,
+        again: bool,
+        failure: &Failure,
+        now: Now,
+        wait: impl Fn(u32) -> Duration,
+    ) -> Record {
+        let (seq, error): (i64, Rc<str>) = (entry.seq, Rc::from(failure.message.as_str()));
+        let attempts = match self.troubled.get(&entry.stream) {
+            // Behind the head: it was on its way already.
+            Some(Trouble::Blocked { .. } | Trouble::Following { .. } | Trouble::Failing { .. }) if !again => {
+                return Record::Park {
+                    seq,
+                    attempts: 1,
+                    error,
+                };
+            }
+            Some(Trouble::Blocked { retrying: false, .. } | Trouble::Failing { .. }) => {
+                return Record::RefusedAgain {
+                    seq,
+                    attempts: 1,
+                    error,
+                };
+            }
+            Some(Trouble::Exhausted) => {
+                return Record::Fail {
+                    seq,
+                    attempts: 1,
+                    error,
+                };
+            }
+            Some(Trouble::Blocked { attempts, .. }) => attempts + 1,
+            Some(Trouble::Following { .. }) | None => 1,
+        };
+        if again {
+            self.budget.refused();
+        }
+        let has_room = again || self.troubled.contains_key(&entry.stream) || self.bytes < MOST_BYTES;
+        if attempts < entry.max_attempts && !has_room {
+            let error = format!("{error} (not tried again: too many streams of its backend are refused)");
+            let error = error.into();
+            return Record::Fail { seq, attempts, error };
+        }
+        if attempts < entry.max_attempts {
+            let blocked = Trouble::Blocked {
+                attempts,
+                retry_at: now + wait(attempts),
+                retrying: false,
+            };
+            self.set(entry.stream.clone(), blocked);
+            return match again {
+                true => Record::RefusedAgain { seq, attempts, error },
+                false => Record::Park { seq, attempts, error },
+            };
+        }
+        match again {
+            // Others may wait behind it.
+            true => self.set(entry.stream.clone(), Trouble::Failing { error: error.clone() }),
+            false => self.exhaust(entry.stream.clone()),
+        }
+        Record::Fail { seq, attempts, error }
+    }
+
+    /// The replies of a retry were looked at.
+    pub(crate) fn end_retry(&mut self, stream: &Rc<str>) {
+        if let Some(Trouble::Following { sending: true }) = self.troubled.get(stream) {
+            self.rests(stream);
+        }
+    }
+}

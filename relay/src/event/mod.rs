@@ -1,0 +1,171 @@
+//! An event as it is read from the table and encoded, borrowed from wherever its row lies.
+
+pub mod broadcaster;
+mod decimal;
+pub mod text;
+pub mod wanted;
+
+use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
+use serde_json::value::RawValue;
+use std::collections::HashMap;
+use std::fmt;
+
+/// One event. Texts are UTF-8; `data` and `publisher_config` are JSON texts as Postgres rendered them.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Event<'a> {
+    pub event_id: [u8; 16],
+    /// Microseconds since 1970-01-01 UTC.
+    pub created_at_us: i64,
+    pub event_type: &'a str,
+    pub source: &'a str,
+    pub subject: Option<&'a str>,
+    pub data: Option<&'a str>,
+    pub data_schema: Option<&'a str>,
+    /// A flat JSON object: further fields of the entry.
+    pub publisher_config: Option<&'a str>,
+    /// `None`: the backend's own stream.
+    pub stream: Option<&'a str>,
+}
+
+/// Fields of an entry that `publisher_config` may not name.
+pub const BUILT_IN_FIELDS: [&str; 5] = ["event_id", "event_type", "source", "timestamp", "cloud_event"];
+
+/// Why a `publisher_config` is refused.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum ConfigError {
+    #[error("publisher_config must be a JSON object")]
+    NotAnObject,
+    #[error("publisher_config key \"{0}\" has a value that is not a string, number or boolean")]
+    NotFlat(String),
+    #[error("publisher_config must not name the built-in field \"{0}\"")]
+    BuiltIn(String),
+    #[error("publisher_config key \"{0}\" has a number that is out of range")]
+    OutOfRange(String),
+    #[error("publisher_config has numbers of too many digits")]
+    TooManyDigits,
+}
+
+/// What numbers with exponents may become longer by, all in all.
+const MOST_ADDED: usize = 1024 * 1024;
+
+/// The further stream fields that a `publisher_config` stands for, in its order: strings as they are, numbers as jsonb shows them, and
+/// booleans as JSON writes them.
+pub fn further_fields(publisher_config: &str) -> Result<Vec<(String, String)>, ConfigError> {
+    let Members(members) = serde_json::from_str(publisher_config).map_err(|_| ConfigError::NotAnObject)?;
+    let mut fields: Vec<(String, String)> = Vec::with_capacity(members.len());
+    let mut room = publisher_config.len() + MOST_ADDED;
+    for (key, value) in members {
+        if BUILT_IN_FIELDS.contains(&key.as_str()) {
+            return Err(ConfigError::BuiltIn(key));
+        }
+        // By the text: a parsed value would be taken for a number by a name that an object in it has.
+        let value = value.get();
+        let text = match value.as_bytes() {
+            [b'"', ..] => serde_json::from_str(value).map_err(|_| ConfigError::NotAnObject)?,
+            [b't' | b'f', ..] => value.to_owned(),
+            [b'-' | b'0'..=b'9', ..] => match decimal::plain(value) {
+                Some(text) => text.into_owned(),
+                None => return Err(ConfigError::OutOfRange(key)),
+            },
+            _ => return Err(ConfigError::NotFlat(key)),
+        };
+        room = match room.checked_sub(text.len()) {
+            Some(room) => room,
+            None => return Err(ConfigError::TooManyDigits),
+        };
+        fields.push((key, text));
+    }
+    Ok(fields)
+}
+
+/// The members of a JSON object, each key once: where it came first, with its last value.
+struct Members<'a>(Vec<(String, &'a RawValue)>);
+
+impl<'de> Deserialize<'de> for Members<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Object;
+        impl<'de> Visitor<'de> for Object {
+            type Value = Members<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut members: Vec<(String, &'de RawValue)> = Vec::new();
+                let mut places: HashMap<String, usize> = HashMap::new();
+                while let Some((key, value)) = map.next_entry::<String, &RawValue>()? {
+                    match places.get(&key) {
+                        Some(place) => members[*place].1 = value,
+                        None => {
+                            places.insert(key.clone(), members.len());
+                            members.push((key, value));
+                        }
+                    }
+                }
+                Ok(Members(members))
+            }
+        }
+        deserializer.deserialize_map(Object)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn further_fields_keep_order_and_digits() {
+        let fields = further_fields(r#"{"z": "a\nb", "n": 1.10, "big": 123456789012345678901234567890, "t": true}"#);
+        let expected = [
+            ("z", "a\nb"),
+            ("n", "1.10"),
+            ("big", "123456789012345678901234567890"),
+            ("t", "true"),
+        ];
+        assert_eq!(fields.unwrap(), expected.map(|(k, v)| (k.to_owned(), v.to_owned())));
+    }
+
+    #[test]
+    fn numbers_are_as_many_as_they_take_room() {
+        let many = |count: usize| {
+            let numbers: Vec<String> = (0..count).map(|n| format!(r#""{n}": 1e131071"#)).collect();
+            further_fields(&format!("{{{}}}", numbers.join(", ")))
+        };
+        assert_eq!(many(8).map(|fields| fields.len()), Ok(8));
+        assert_eq!(many(60_000), Err(ConfigError::TooManyDigits));
+        assert_eq!(
+            further_fields(r#"{"a": 1e999999}"#),
+            Err(ConfigError::OutOfRange("a".into()))
+        );
+    }
+
+    #[test]
+    fn a_key_that_comes_twice_has_its_last_value() {
+        let fields = further_fields(r#"{"a": {}, "b": 2, "a": "last"}"#);
+        assert_eq!(fields, Ok(vec![("a".into(), "last".into()), ("b".into(), "2".into())]));
+    }
+
+    #[test]
+    fn refuses_what_is_not_flat() {
+        assert_eq!(further_fields("[1]"), Err(ConfigError::NotAnObject));
+        assert_eq!(further_fields("3"), Err(ConfigError::NotAnObject));
+        for text in [r#"{"a": {}}"#, r#"{"a": [1]}"#, r#"{"a": null}"#] {
+            assert_eq!(further_fields(text), Err(ConfigError::NotFlat("a".into())), "{text}");
+        }
+        // Names by which the parser of JSON would know a number of its own.
+        for name in [
+            "$serde_json::private::Number",
+            "$serde_json::private::RawValue",
+            "\\u0024serde_json::private::Number",
+        ] {
+            let text = format!(r#"{{"a": {{"{name}": "1"}}}}"#);
+            assert_eq!(further_fields(&text), Err(ConfigError::NotFlat("a".into())), "{text}");
+            let text = format!(r#"{{"{name}": "1"}}"#);
+            let key = name.replace("\\u0024", "$");
+            assert_eq!(further_fields(&text), Ok(vec![(key, "1".into())]), "{text}");
+        }
+        let built_in = further_fields(r#"{"event_id": "x"}"#);
+        assert_eq!(built_in, Err(ConfigError::BuiltIn("event_id".into())));
+    }
+}

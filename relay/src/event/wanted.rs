@@ -1,0 +1,32 @@
+//! Events that are looked for in their streams.
+
+use crate::event::text::{hyphenated, rfc3339};
+use std::sync::Arc;
+
+/// What an event is known by in its stream: its id and its timestamp, as they stand in the entry.
+pub(crate) type Name = ([u8; 36], [u8; 32]);
+
+/// An event that is looked for.
+#[derive(Clone, Debug)]
+pub struct Wanted {
+    pub stream: Arc<str>,
+    pub event_id: [u8; 16],
+    /// An event that was published under an id that has been used before is another one.
+    pub created_at_us: i64,
+    pub purpose: Purpose,
+}
+
+impl Wanted {
+    pub(crate) fn name(&self) -> Name {
+        (hyphenated(&self.event_id), rfc3339(self.created_at_us))
+    }
+}
+
+/// What an event that is not found means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// The batch was appended: what is missing was refused, unless its stream has since been trimmed or thinned out.
+    Settle,
+    /// It may never have been sent: it is not there.
+    Compare,
+}

@@ -1,0 +1,276 @@
+//! What an error means for the delivery: from what Redis, the socket or the resolver says to a [`Failure`]. Who is to blame and what helps is
+//! judged in `trouble.rs`.
+
+pub mod server_text;
+mod trouble;
+
+pub use trouble::{Class, Trouble};
+
+use crate::failure::server_text::shown;
+use redis::{ServerError, Value};
+use std::error::Error;
+use std::fmt;
+use std::io;
+
+/// An error in words that can be shown: cut, on one line, without payloads or passwords.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    pub class: Class,
+    pub message: String,
+    pub trouble: Trouble,
+}
+
+impl Failure {
+    pub fn new(class: Class, message: impl AsRef<str>) -> Self {
+        Self {
+            class,
+            message: shown(message.as_ref()),
+            trouble: Trouble::Other,
+        }
+    }
+
+    pub fn of(trouble: Trouble, message: impl AsRef<str>) -> Self {
+        Self {
+            class: trouble.class(),
+            message: shown(message.as_ref()),
+            trouble,
+        }
+    }
+
+    pub fn backend(message: impl AsRef<str>) -> Self {
+        Self::new(Class::Backend, message)
+    }
+
+    pub fn configuration(message: impl AsRef<str>) -> Self {
+        Self::new(Class::Configuration, message)
+    }
+
+    /// The same within a cluster, where another node is looked up.
+    #[must_use]
+    pub fn of_cluster(self) -> Self {
+        match self.trouble {
+            Trouble::Moved | Trouble::Ask => Self::of(Trouble::SlotMoves, self.message),
+            _ => self,
+        }
+    }
+
+    /// The same trouble with what is not an event: it is the backend's.
+    #[must_use]
+    pub fn not_of_an_event(mut self) -> Self {
+        if self.class == Class::Event {
+            self.class = Class::Configuration;
+        }
+        self
+    }
+
+    /// What an administrator can do about it, where that is known.
+    pub fn hint(&self) -> Option<&'static str> {
+        self.trouble.judged().1
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+/// An error reply to one command.
+pub fn reply(error: &ServerError) -> Failure {
+    of_reply(error.code(), error.details().unwrap_or_default())
+}
+
+fn of_reply(code: &str, details: &str) -> Failure {
+    // Some servers repeat the arguments, which are the user's.
+    let details = details.split(", with args beginning with").next().unwrap_or_default();
+    Failure::of(Trouble::of_reply(code, details), format!("{code} {details}"))
+}
+
+/// The failure that a reply means which is not what was expected.
+pub(crate) fn unexpected(value: &Value) -> Failure {
+    match value {
+        Value::ServerError(error) => reply(error).not_of_an_event(),
+        _ => not_redis(),
+    }
+}
+
+/// An EXEC that Redis refused: the reason behind "EXECABORT Transaction discarded because of: ", where it is given.
+pub fn aborted(error: &ServerError) -> Failure {
+    let details = error.details().unwrap_or_default();
+    let reason = details
+        .split_once("because of: ")
+        .map(|(_, reason)| reason.trim_start_matches('-'));
+    let mut failure = match reason.and_then(|r| r.split_once(' ')) {
+        Some((code, details)) => of_reply(code, details),
+        None => reply(error),
+    };
+    // It names no entry.
+    if failure.class == Class::Event {
+        failure.class = Class::Backend;
+    }
+    failure
+}
+
+/// Bytes that are no reply of a Redis, or not one to what was said.
+pub fn not_redis() -> Failure {
+    Failure::of(Trouble::NotRedis, "unexpected reply, as from no Redis server")
+}
+
+/// An error of connecting, writing or reading: of the connection as a whole.
+pub fn io(error: &io::Error) -> Failure {
+    use io::ErrorKind::*;
+    if let Some(lookup) = error.get_ref().and_then(|inner| inner.downcast_ref::<Lookup>()) {
+        return lookup.failure();
+    }
+    let trouble = match error.kind() {
+        ConnectionRefused => Trouble::Refused,
+        ConnectionReset | ConnectionAborted | BrokenPipe | NotConnected | UnexpectedEof | WriteZero => Trouble::Closed,
+        // The second: of a socket with a timeout.
+        TimedOut | WouldBlock => Trouble::TimedOut,
+        HostUnreachable | NetworkUnreachable | NetworkDown | AddrNotAvailable => Trouble::Unreachable,
+        NotFound => Trouble::NoSocketFile,
+        PermissionDenied => Trouble::Forbidden,
+        _ => Trouble::Other,
+    };
+    let message = match error.kind() {
+        UnexpectedEof => "the server closed the connection".to_owned(),
+        TimedOut | WouldBlock => "timed out".to_owned(),
+        _ => error.to_string(),
+    };
+    Failure::of(trouble, message)
+}
+
+/// Marks an error of the resolver, which has no kind of its own.
+pub fn lookup(error: io::Error) -> io::Error {
+    io::Error::new(error.kind(), Lookup(error))
+}
+
+#[derive(Debug)]
+struct Lookup(io::Error);
+
+impl Lookup {
+    fn failure(&self) -> Failure {
+        // In another language than English it counts as a name that does not exist, and is asked for less often.
+        let text = self.0.to_string();
+        let trouble = match text.contains("Temporary failure") {
+            true => Trouble::Unresolved,
+            false => Trouble::NoSuchHost,
+        };
+        Failure::of(trouble, text)
+    }
+}
+
+impl fmt::Display for Lookup {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl Error for Lookup {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unknown_reply_is_about_the_event_and_never_more() {
+        assert_eq!(of_reply("SOMETHING", "new").class, Class::Event);
+        let elsewhere = of_reply("SOMETHING", "new").not_of_an_event();
+        assert_eq!(
+            (elsewhere.class, elsewhere.message.as_str()),
+            (Class::Configuration, "SOMETHING new")
+        );
+    }
+
+    #[test]
+    fn arguments_that_a_server_repeats_are_not_shown() {
+        let failure = of_reply(
+            "ERR",
+            "unknown command 'XADD', with args beginning with: 'events' 'secret'",
+        );
+        assert_eq!(failure.message, "ERR unknown command 'XADD'");
+    }
+
+    fn exec_said(line: &str) -> Failure {
+        match redis::parse_redis_value(format!("-{line}\r\n").as_bytes()) {
+            Ok(redis::Value::ServerError(error)) => aborted(&error),
+            other => panic!("{line}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_reason_of_an_aborted_transaction_counts() {
+        for (line, class, message) in [
+            (
+                "EXECABORT Transaction discarded because of: OOM command not allowed when used memory > 'maxmemory'.",
+                Class::Backend,
+                "OOM command not allowed when used memory > 'maxmemory'.",
+            ),
+            (
+                "EXECABORT Transaction discarded because of: -READONLY You can't write against a read only replica.",
+                Class::Backend,
+                "READONLY You can't write against a read only replica.",
+            ),
+            (
+                "EXECABORT Transaction discarded because of: NOAUTH Authentication required.",
+                Class::Configuration,
+                "NOAUTH Authentication required.",
+            ),
+            (
+                "CROSSSLOT Keys in request don't hash to the same slot",
+                Class::Configuration,
+                "CROSSSLOT Keys in request don't hash to the same slot",
+            ),
+            // Nobody knows which event: none fails.
+            (
+                "EXECABORT Transaction discarded because of previous errors.",
+                Class::Backend,
+                "EXECABORT Transaction discarded because of previous errors.",
+            ),
+            ("SOMETHING new", Class::Backend, "SOMETHING new"),
+        ] {
+            let failure = exec_said(line);
+            assert_eq!((failure.class, failure.message.as_str()), (class, message), "{line}");
+        }
+    }
+
+    #[test]
+    fn errors_of_sockets_and_of_the_resolver() {
+        use io::ErrorKind;
+        for (error, trouble, class) in [
+            (
+                io::Error::from(ErrorKind::ConnectionRefused),
+                Trouble::Refused,
+                Class::Backend,
+            ),
+            (ErrorKind::UnexpectedEof.into(), Trouble::Closed, Class::Backend),
+            (ErrorKind::ConnectionReset.into(), Trouble::Closed, Class::Backend),
+            (ErrorKind::WouldBlock.into(), Trouble::TimedOut, Class::Backend),
+            (ErrorKind::NotFound.into(), Trouble::NoSocketFile, Class::Backend),
+            (
+                ErrorKind::PermissionDenied.into(),
+                Trouble::Forbidden,
+                Class::Configuration,
+            ),
+            (io::Error::other("whatever else"), Trouble::Other, Class::Backend),
+            (
+                lookup(io::Error::other(
+                    "failed to lookup address information: Name or service not known",
+                )),
+                Trouble::NoSuchHost,
+                Class::Configuration,
+            ),
+            (
+                lookup(io::Error::other(
+                    "failed to lookup address information: Temporary failure in name resolution",
+                )),
+                Trouble::Unresolved,
+                Class::Backend,
+            ),
+        ] {
+            let failure = io(&error);
+            assert_eq!((failure.trouble, failure.class), (trouble, class), "{error:?}");
+            assert!(!failure.message.is_empty());
+        }
+    }
+}

@@ -1,0 +1,485 @@
+//! Kinds of trouble: who is to blame for each, and what helps, in one exhaustive match ([`Trouble::judged`]); docs/FAILURES.md is the same
+//! for users. And which kind an error reply is.
+
+/// Who is to blame, and so what happens next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// Redis or the way to it: wait with backoff, for ever; nothing fails.
+    Backend,
+    /// Somebody must mend a setting: the same, slower, saying what to mend.
+    Configuration,
+    /// This event (or its stream) is refused for what it is; others may go on.
+    Event,
+    /// Another server owns the guard.
+    Fenced,
+    /// This database is a copy: it is not its own to send.
+    Copy,
+    /// Another server owned the guard, and may live.
+    Watching,
+}
+
+/// What is wrong, as far as it makes a difference to what happens next or to what helps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trouble {
+    // The way to Redis.
+    /// There are too few file descriptors for all connections.
+    NoDescriptor,
+    NotAllowed,
+    Refused,
+    /// Ended by the other side or by something between.
+    Closed,
+    TimedOut,
+    Unreachable,
+    NoSuchHost,
+    /// The name server does not answer.
+    Unresolved,
+    NoSocketFile,
+    Forbidden,
+    NotRedis,
+    TooLongReply,
+    /// A handshake was refused,
+    Tls,
+    /// or came to no end.
+    TlsBroken,
+    // Logging in.
+    /// A file of secrets that others may read.
+    ExposedFile,
+    /// The backend was pointed elsewhere by somebody who may not set its password.
+    Withheld,
+    /// Its password cannot be opened.
+    Unreadable,
+    MaxClients,
+    /// Protected mode.
+    Denied,
+    NoAuth,
+    WrongPass,
+    NoPasswordSet,
+    NoSuchDb,
+    // What Redis is not ready for now.
+    Loading,
+    ReadOnly,
+    MasterDown,
+    NoReplicas,
+    Misconf,
+    OutOfMemory,
+    Busy,
+    Unkillable,
+    /// A command came in that is none: on a connection that is not to be used any more.
+    Desynchronised,
+    // Sentinel.
+    NoSentinel,
+    SentinelRefuses,
+    NoSuchMaster,
+    /// Named by a sentinel as the primary.
+    IsReplica,
+    // Cluster.
+    /// A node of it does not do what is asked of it.
+    NodeRefuses,
+    /// More hash slots are in use than are served.
+    TooManySlots,
+    /// Moved or being moved to a node that is looked up.
+    SlotMoves,
+    ClusterDown,
+    TryAgain,
+    Moved,
+    Ask,
+    CrossSlot,
+    // What it does not let us do.
+    UnknownCommand,
+    NoStreams,
+    NoPermCommand,
+    NoPermKey,
+    WrongType,
+    StreamExhausted,
+    TooLarge,
+    /// An error reply that is none of these.
+    UnknownReply,
+    // What the guard says.
+    Fenced,
+    /// Nobody has said that this copy is to send anything.
+    Copied,
+    GuardMissing,
+    NoGuard,
+    /// Whatever else; its words must do.
+    Other,
+}
+
+impl Trouble {
+    /// Who is to blame, and what an administrator can do about it, where that is known.
+    pub(super) fn judged(self) -> (Class, Option<&'static str>) {
+        use Class::{Backend, Configuration, Copy, Event, Fenced};
+        let (class, hint) = match self {
+            Self::NoDescriptor => (
+                Backend,
+                "Raise max_files_per_process, and the limit of open files that the server is started with (ulimit -n), and restart it.",
+            ),
+            Self::NotAllowed => (
+                Configuration,
+                "Add its name, address or network to outbox_relay.allowed_hosts in postgresql.conf, or point the backend elsewhere.",
+            ),
+            Self::Refused => (
+                Backend,
+                "Nothing listens there: start Redis, or mend the backend's host and port.",
+            ),
+            Self::Closed => (
+                Backend,
+                "If this goes on, Redis's log says why it closes the connection: client-query-buffer-limit, client-output-buffer-limit, maxmemory-clients, or a port that speaks TLS.",
+            ),
+            Self::TimedOut => (
+                Backend,
+                "Redis hangs or is overloaded, or a firewall drops what is sent: check host and port. If it is only slow, raise socket_timeout or connect_timeout.",
+            ),
+            Self::Unreachable => (
+                Backend,
+                "There is no way to that host: check the network, and the backend's host.",
+            ),
+            Self::NoSuchHost => (
+                Configuration,
+                "Mend the backend's host, or what the name server says of it.",
+            ),
+            Self::Unresolved => (
+                Backend,
+                "The name server does not answer: check /etc/resolv.conf of the database server.",
+            ),
+            // Redis removes it when it stops.
+            Self::NoSocketFile => (Backend, "Start Redis, or mend the backend's unix_socket."),
+            Self::Forbidden => (
+                Configuration,
+                "Let the user of the database server open the socket (Redis's unixsocketperm, or its group).",
+            ),
+            Self::NotRedis => (
+                Backend,
+                "Something else than Redis answers there: check the backend's host, port and tls.",
+            ),
+            Self::TooLongReply => (
+                Backend,
+                "No Redis answers like that: check the backend's host and port.",
+            ),
+            Self::Tls | Self::TlsBroken => (
+                if self == Self::Tls { Configuration } else { Backend },
+                "Check the port, the server's certificate and the names in it, and the backend's tls_ca_file, tls_cert_file and tls_key_file.",
+            ),
+            Self::ExposedFile => (
+                Configuration,
+                "Its permissions must be u=rw (0600) or less if it is the server user's, u=rw,g=r (0640) or less if it is root's.",
+            ),
+            Self::Withheld => (
+                Configuration,
+                "A role that may not set its password has changed where or how the backend connects. Change that back, or set the password for it as it is now: outbox.set_backend_password(), or password_file set to NULL and then to the file.",
+            ),
+            Self::Unreadable => (
+                Configuration,
+                "The key is an option of a user mapping for server outbox_relay, which may have been dropped. Set the password again with outbox.set_backend_password().",
+            ),
+            Self::MaxClients => (
+                Backend,
+                "Raise Redis's maxclients, or find who holds its connections (CLIENT LIST).",
+            ),
+            Self::Denied => (
+                Configuration,
+                "Redis is in protected mode: give its users passwords, and set one with outbox.set_backend_password(); or set its protected-mode to no.",
+            ),
+            Self::NoAuth => (
+                Configuration,
+                "Set a password with outbox.set_backend_password(), or password_file. outbox_relay.redis_password_file is for backends at redis_host and redis_port alone.",
+            ),
+            Self::WrongPass => (Configuration, "Check the backend's username and password."),
+            Self::NoPasswordSet => (
+                Configuration,
+                "This Redis wants no password: take it away with outbox.set_backend_password(name, null), or check host and port.",
+            ),
+            Self::NoSuchDb => (
+                Configuration,
+                "Lower the backend's db, or raise \"databases\" in redis.conf; Redis Cluster has database 0 alone.",
+            ),
+            Self::Loading => (
+                Backend,
+                "Redis reads its data after a start; events are sent when it has done so.",
+            ),
+            Self::ReadOnly => (Backend, "The backend's host is a replica; point it to the primary."),
+            Self::MasterDown => (
+                Backend,
+                "The backend's host is a replica that has lost its primary; point it to the primary.",
+            ),
+            Self::NoReplicas => (
+                Backend,
+                "Bring Redis's replicas back, or ask for fewer: min-replicas-to-write in Redis, wait_replicas of the backend.",
+            ),
+            Self::Misconf => (Backend, "Redis cannot save to disk; see its log."),
+            Self::OutOfMemory => (Backend, "Raise Redis's maxmemory, or lower the streams' max_len."),
+            Self::Busy => (
+                Backend,
+                "A script keeps Redis busy: SCRIPT KILL (or FUNCTION KILL) ends it. One that has written can only be ended with SHUTDOWN NOSAVE.",
+            ),
+            Self::Unkillable => (
+                Backend,
+                "A script that has written keeps Redis busy: only SHUTDOWN NOSAVE ends it.",
+            ),
+            Self::Desynchronised => (
+                Backend,
+                "Something between the database server and Redis garbles what is sent.",
+            ),
+            Self::NoSentinel => (Backend, "Start the sentinels, or mend the backend's nodes."),
+            Self::SentinelRefuses => (
+                Configuration,
+                "Check the backend's nodes. Sentinels that want a password get the backend's.",
+            ),
+            Self::NoSuchMaster => (Configuration, "Check the backend's nodes and sentinel_master."),
+            Self::IsReplica => (Backend, "A failover is not done yet; the sentinels are asked again."),
+            Self::NodeRefuses => (
+                Configuration,
+                "The backend's nodes must be a cluster's, and its Redis user needs +cluster|slots.",
+            ),
+            Self::TooManySlots => (
+                Configuration,
+                "Give fewer streams to this backend, or names with one tag in braces, or delete those events from outbox.events.",
+            ),
+            Self::SlotMoves => (
+                Backend,
+                "The hash slot is moving, or has moved, to another node, which is looked up.",
+            ),
+            Self::ClusterDown => (
+                Backend,
+                "The cluster does not serve all of its slots: see redis-cli --cluster check.",
+            ),
+            Self::TryAgain => (Backend, "The cluster is moving that slot; it passes."),
+            Self::Moved | Self::Ask | Self::CrossSlot => (
+                Configuration,
+                "This Redis is a node of a cluster: set the backend's mode to cluster, and its nodes.",
+            ),
+            Self::UnknownCommand => (
+                Configuration,
+                "exactly_once needs transactions (WATCH, MULTI, EXEC): let the server or proxy have them, or set delivery to at_least_once.",
+            ),
+            Self::NoStreams => (
+                Configuration,
+                "This server has no streams: use Redis 5 or later, and do not rename XADD away.",
+            ),
+            Self::NoPermCommand | Self::NoPermKey => (
+                if self == Self::NoPermKey { Event } else { Configuration },
+                "Allow the backend's Redis user XADD on its streams, and for exactly_once what the README lists on keys outbox_relay:*.",
+            ),
+            Self::WrongType => (
+                Event,
+                "The stream's key holds something else: rename or delete it, or publish to another stream.",
+            ),
+            Self::StreamExhausted => (
+                Event,
+                "The stream has an entry with the last possible id: delete the stream, or publish to another.",
+            ),
+            Self::TooLarge => (
+                Event,
+                "Raise Redis's proto-max-bulk-len, or lower outbox_relay.max_event_size.",
+            ),
+            // Never a success, and never the end of the others.
+            Self::UnknownReply => return (Event, None),
+            Self::Fenced => (
+                Fenced,
+                "If that server must not go on, stop it and run outbox.take_over() here.",
+            ),
+            Self::Copied => (
+                Copy,
+                "If this copy is to send the backend's events from now on, run outbox.take_over(backend) here.",
+            ),
+            Self::GuardMissing => (Configuration, "Run outbox.take_over() to go on without it."),
+            Self::NoGuard => (
+                Configuration,
+                "Something else has written to that key of Redis: delete it, and what on_missing_guard says is done.",
+            ),
+            Self::Other => return (Backend, None),
+        };
+        (class, Some(hint))
+    }
+
+    pub fn class(self) -> Class {
+        self.judged().0
+    }
+
+    /// What an error reply means, by its first word and the rest.
+    pub(super) fn of_reply(code: &str, details: &str) -> Self {
+        match code {
+            "LOADING" => Self::Loading,
+            "READONLY" => Self::ReadOnly,
+            "OOM" => Self::OutOfMemory,
+            "MISCONF" => Self::Misconf,
+            "BUSY" => Self::Busy,
+            "UNKILLABLE" => Self::Unkillable,
+            "MASTERDOWN" => Self::MasterDown,
+            "NOREPLICAS" => Self::NoReplicas,
+            "CLUSTERDOWN" => Self::ClusterDown,
+            "TRYAGAIN" => Self::TryAgain,
+            "MOVED" => Self::Moved,
+            "ASK" => Self::Ask,
+            "CROSSSLOT" => Self::CrossSlot,
+            "NOAUTH" => Self::NoAuth,
+            "WRONGPASS" => Self::WrongPass,
+            "DENIED" => Self::Denied,
+            // A key that this user may not touch is that stream's trouble alone; a command is the whole backend's.
+            "NOPERM" if names_a_key(details) => Self::NoPermKey,
+            "NOPERM" => Self::NoPermCommand,
+            "WRONGTYPE" => Self::WrongType,
+            "ERR" => Self::of_plain_error(details),
+            _ => Self::UnknownReply,
+        }
+    }
+
+    /// The same, of errors that share the word ERR.
+    fn of_plain_error(details: &str) -> Self {
+        let says = |text| details.contains(text);
+        match details {
+            _ if says("max number of clients") => Self::MaxClients,
+            _ if details.starts_with("unknown command") && names_xadd(details) => Self::NoStreams,
+            _ if details.starts_with("unknown command") => Self::UnknownCommand,
+            _ if says("invalid bulk length") || says("invalid multibulk length") => Self::TooLarge,
+            _ if says("unauthenticated") => Self::NoAuth,
+            _ if details.starts_with("Protocol error") => Self::Desynchronised,
+            _ if says("Elements are too large") || says("exceeds maximum allowed size") => Self::TooLarge,
+            _ if says("exhausted the last possible ID") || says("smaller than the target stream top item") => {
+                Self::StreamExhausted
+            }
+            _ if says("without any password configured") || says("no password is set") => Self::NoPasswordSet,
+            // Redis 5.
+            _ if details.starts_with("invalid password") => Self::WrongPass,
+            _ if says("DB index") || says("SELECT is not allowed") => Self::NoSuchDb,
+            _ => Self::UnknownReply,
+        }
+    }
+}
+
+fn names_a_key(details: &str) -> bool {
+    // The last: in EXEC, when rights were changed after the command was queued.
+    ["access one of the keys", "access a key", "touch the specified keys"]
+        .iter()
+        .any(|text| details.contains(text))
+        || (details.contains("permissions to access the '") && details.contains("' key"))
+}
+
+fn names_xadd(details: &str) -> bool {
+    let name = details.split(['\'', '`']).nth(1).unwrap_or_default();
+    name.eq_ignore_ascii_case("XADD")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As Redis 6.0 to 8 and Valkey 8 and 9 word them.
+    #[test]
+    fn replies() {
+        use Trouble::*;
+        for (code, details, trouble) in [
+            ("LOADING", "Redis is loading the dataset in memory", Loading),
+            (
+                "OOM",
+                "command not allowed when used memory > 'maxmemory'.",
+                OutOfMemory,
+            ),
+            ("READONLY", "You can't write against a read only replica.", ReadOnly),
+            (
+                "MISCONF",
+                "Redis is configured to save RDB snapshots, but it's currently unable to persist to disk.",
+                Misconf,
+            ),
+            (
+                "BUSY",
+                "Redis is busy running a script. You can only call SCRIPT KILL or SHUTDOWN NOSAVE.",
+                Busy,
+            ),
+            (
+                "UNKILLABLE",
+                "Sorry the script already executed write commands against the dataset.",
+                Unkillable,
+            ),
+            (
+                "MASTERDOWN",
+                "Link with MASTER is down and replica-serve-stale-data is set to 'no'.",
+                MasterDown,
+            ),
+            ("NOREPLICAS", "Not enough good replicas to write.", NoReplicas),
+            ("CLUSTERDOWN", "Hash slot not served", ClusterDown),
+            ("CLUSTERDOWN", "The cluster is down", ClusterDown),
+            ("TRYAGAIN", "Multiple keys request during rehashing of slot", TryAgain),
+            ("MOVED", "3999 127.0.0.1:6381", Moved),
+            ("ASK", "3999 127.0.0.1:6381", Ask),
+            ("CROSSSLOT", "Keys in request don't hash to the same slot", CrossSlot),
+            ("ERR", "max number of clients reached", MaxClients),
+            ("ERR", "max number of clients + cluster connections reached", MaxClients),
+            ("NOAUTH", "Authentication required.", NoAuth),
+            ("ERR", "Protocol error: unauthenticated multibulk length", NoAuth),
+            (
+                "WRONGPASS",
+                "invalid username-password pair or user is disabled.",
+                WrongPass,
+            ),
+            ("ERR", "invalid password", WrongPass),
+            (
+                "ERR",
+                "AUTH <password> called without any password configured for the default user. Are you sure?",
+                NoPasswordSet,
+            ),
+            ("ERR", "Client sent AUTH, but no password is set", NoPasswordSet),
+            (
+                "DENIED",
+                "Redis is running in protected mode because protected mode is enabled",
+                Denied,
+            ),
+            ("ERR", "DB index is out of range", NoSuchDb),
+            ("ERR", "invalid DB index", NoSuchDb),
+            ("ERR", "SELECT is not allowed in cluster mode", NoSuchDb),
+            ("ERR", "unknown command 'XADD'", NoStreams),
+            ("ERR", "unknown command `xadd`", NoStreams),
+            ("ERR", "unknown command 'WATCH'", UnknownCommand),
+            (
+                "NOPERM",
+                "this user has no permissions to run the 'xadd' command",
+                NoPermCommand,
+            ),
+            (
+                "NOPERM",
+                "User relay has no permissions to run the 'xadd' command",
+                NoPermCommand,
+            ),
+            (
+                "NOPERM",
+                "this user has no permissions to access one of the keys used as arguments",
+                NoPermKey,
+            ),
+            ("NOPERM", "No permissions to access a key", NoPermKey),
+            (
+                "NOPERM",
+                "User relay has no permissions to access the 'events' key",
+                NoPermKey,
+            ),
+            (
+                "NOPERM",
+                "ACLs rules changed between the moment the transaction was accumulated and the EXEC call. This command is no longer allowed for the following reason: no permission to touch the specified keys",
+                NoPermKey,
+            ),
+            (
+                "WRONGTYPE",
+                "Operation against a key holding the wrong kind of value",
+                WrongType,
+            ),
+            (
+                "ERR",
+                "The stream has exhausted the last possible ID, unable to add more items",
+                StreamExhausted,
+            ),
+            // Redis 6.
+            (
+                "ERR",
+                "The ID specified in XADD is equal or smaller than the target stream top item",
+                StreamExhausted,
+            ),
+            ("ERR", "Protocol error: invalid bulk length", TooLarge),
+            ("ERR", "Protocol error: invalid multibulk length", TooLarge),
+            ("ERR", "Elements are too large to be stored", TooLarge),
+            ("ERR", "Protocol error: expected '$', got 'x'", Desynchronised),
+            ("ERR", "syntax error", UnknownReply),
+            ("SOMETHING", "new", UnknownReply),
+            ("", "", UnknownReply),
+        ] {
+            assert_eq!(Trouble::of_reply(code, details), trouble, "{code} {details}");
+        }
+    }
+}

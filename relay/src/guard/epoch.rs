@@ -1,0 +1,34 @@
+//! Numbers of batches: the upper bits are the epoch of the claim in whose name a batch was sent, so that no number is given twice.
+
+/// Of the numbers of a claim's batches, each of the first claims has 2^40, more than any connection will use.
+const EARLY_BITS: u32 = 40;
+/// So many are the first. A backend that has been claimed more often, as one that cannot keep a connection is in some months,
+pub(crate) const EARLY_EPOCHS: u64 = 1 << 22;
+/// has 2^32 for each of the others. (See [`Delivery::has_used_up_numbers`].)
+const LATE_BITS: u32 = 32;
+/// Numbers stay within a bigint; then there have been 2^30 claims more.
+pub(crate) const LAST_NUMBER: u64 = i64::MAX as u64;
+
+/// A guard that says that it was claimed more often is somebody's invention: after it, numbers would soon be used up.
+pub const MOST_EPOCHS: u64 = 1 << 30;
+
+const LATE: u64 = EARLY_EPOCHS << EARLY_BITS;
+
+/// The claim in whose name a batch was numbered.
+pub fn epoch_of(number: u64) -> u64 {
+    match number.checked_sub(LATE) {
+        None => number >> EARLY_BITS,
+        Some(late) => EARLY_EPOCHS + (late >> LATE_BITS),
+    }
+}
+
+/// Batches in the name of the `epoch`th claim have numbers above this; those of later ones are higher.
+pub(crate) fn floor_of(epoch: u64) -> u64 {
+    match epoch.checked_sub(EARLY_EPOCHS) {
+        None => epoch << EARLY_BITS,
+        Some(late) => {
+            let most = (LAST_NUMBER - LATE) >> LATE_BITS;
+            LATE + (late.min(most) << LATE_BITS)
+        }
+    }
+}

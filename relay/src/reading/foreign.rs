@@ -1,0 +1,258 @@
+//! Rows that did not come through the trigger of `outbox.events`: the transaction ids that they carry are not of this table's history.
+//!
+//! A row of ours was written by the transaction whose id it carries, or by a subtransaction of it, whose id is higher and was given while
+//! the other ran. What contradicts this is another cluster's, or an older life's.
+
+use crate::reading::snapshot::Tick;
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+
+/// Transactions of which one row alone was met; beyond, they are forgotten.
+const MOST_SINGLES: usize = 100_000;
+/// Transactions that come in quick succession are at most this far apart.
+const NEAR: u64 = 8;
+/// Ids below are no transaction's.
+const FIRST_NORMAL: u32 = 3;
+
+/// A row, as it claims to be and as it was written.
+#[derive(Clone, Copy, Debug)]
+pub struct Written {
+    pub seq: i64,
+    /// The publishing transaction, by its own column.
+    pub xid: u64,
+    /// The transaction that wrote it: the system column.
+    pub xmin: u32,
+}
+
+/// Finds rows that are not ours in one pass over the table.
+pub struct Judge {
+    known: Tick,
+    /// The latest transaction to have touched the trigger.
+    touched_by: u64,
+    /// The table was written anew by somebody (pg_repack), so that who wrote a row says nothing.
+    is_rewritten: bool,
+    /// By writing transaction: the one id that its rows carry, and its row; or `None`, it brings what is not ours.
+    of_writer: HashMap<u64, Option<(u64, i64)>>,
+    found: Vec<i64>,
+}
+
+impl Judge {
+    /// `known`: a tick from before those rows can have come; `touched_by`: who has switched the trigger on again, 0: nobody yet.
+    pub fn new(known: Tick, touched_by: u64, is_rewritten: bool) -> Self {
+        Self {
+            known,
+            touched_by,
+            is_rewritten,
+            of_writer: HashMap::new(),
+            found: Vec::new(),
+        }
+    }
+
+    /// Takes in rows: those that carry another id than that of who wrote them, and all others of the same writers. `next_xid` was read
+    /// after them.
+    pub fn look_at(&mut self, rows: &[Written], next_xid: u64) {
+        let is_its_own = |row: &&Written| row.xid as u32 == row.xmin && row.xid < next_xid;
+        for row in rows.iter().filter(|row| !is_its_own(row)) {
+            let writer = latest(row.xmin, next_xid);
+            if self.contradicts(row, writer, next_xid) {
+                self.found.push(row.seq);
+                self.gives_away(writer);
+            } else if self.tells_of(writer, row.xmin) {
+                self.look_at_others(writer, row);
+            }
+        }
+        // Whoever brought such rows may have brought one with his own id, by chance.
+        for row in rows.iter().filter(is_its_own) {
+            if self.tells_of(row.xid, row.xmin) && self.of_writer.contains_key(&row.xid) {
+                self.look_at_others(row.xid, row);
+            }
+        }
+    }
+
+    /// The numbers of those that are not ours, in order. Also of single rows that came among them or next to them, each in a transaction
+    /// of its own.
+    pub fn into_found(mut self) -> Vec<i64> {
+        let mut writers: Vec<(u64, Option<(u64, i64)>)> = self.of_writer.drain().collect();
+        writers.sort_unstable();
+        for _ in 0..2 {
+            let mut last_foreign = None;
+            for (writer, row) in &mut writers {
+                let is_near = last_foreign.is_some_and(|last: u64| writer.abs_diff(last) <= NEAR);
+                if let Some((_, seq)) = row.filter(|_| is_near) {
+                    self.found.push(seq);
+                    *row = None;
+                }
+                if row.is_none() {
+                    last_foreign = Some(*writer);
+                }
+            }
+            // And the other way round.
+            writers.reverse();
+        }
+        self.found.sort_unstable();
+        self.found.dedup();
+        self.found
+    }
+
+    /// Whether a row that was not written under its own id cannot have been written by a subtransaction of that.
+    fn contradicts(&self, row: &Written, writer: u64, next_xid: u64) -> bool {
+        // A transaction that is still to come cannot have published.
+        if row.xid >= next_xid {
+            return true;
+        }
+        if row.xmin < FIRST_NORMAL {
+            return false;
+        }
+        let had_ended = self.known.snapshot.sees(row.xid) && writer >= self.known.next_xid;
+        let has_early_number = row.xid >= self.known.next_xid && row.seq <= self.known.low_seq;
+        // One that a subtransaction has published just then is taken along: it is looked for in the streams, too.
+        let came_meanwhile = writer >= self.known.next_xid && writer < self.touched_by;
+        row.xid > writer || (!self.is_rewritten && (had_ended || has_early_number || came_meanwhile))
+    }
+
+    /// Whether the other rows of a writer say anything of a row.
+    fn tells_of(&self, writer: u64, xmin: u32) -> bool {
+        !self.is_rewritten && xmin >= FIRST_NORMAL && writer >= self.known.next_xid
+    }
+
+    /// What this transaction wrote is not ours.
+    fn gives_away(&mut self, writer: u64) {
+        if let Some(Some((_, seq))) = self.of_writer.insert(writer, None) {
+            self.found.push(seq);
+        }
+    }
+
+    /// A transaction or subtransaction publishes in the name of one.
+    fn look_at_others(&mut self, writer: u64, row: &Written) {
+        if self.of_writer.len() >= MOST_SINGLES {
+            self.of_writer.clear();
+        }
+        match self.of_writer.entry(writer) {
+            Entry::Vacant(entry) => {
+                entry.insert(Some((row.xid, row.seq)));
+            }
+            Entry::Occupied(entry) => match *entry.get() {
+                Some((xid, _)) if xid == row.xid => {}
+                Some(_) => {
+                    self.found.push(row.seq);
+                    self.gives_away(writer);
+                }
+                None => self.found.push(row.seq),
+            },
+        }
+    }
+}
+
+/// A transaction id in 64 bits: the latest before `next_xid` that it can be.
+pub fn latest(xid: u32, next_xid: u64) -> u64 {
+    const EPOCH: u64 = 1 << 32;
+    let xid = (next_xid & !(EPOCH - 1)) | u64::from(xid);
+    if xid < next_xid { xid } else { xid.saturating_sub(EPOCH) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(seq: i64, xid: u64, xmin: u32) -> Written {
+        Written { seq, xid, xmin }
+    }
+
+    fn found(known: &str, rows: &[Written], next_xid: u64) -> Vec<i64> {
+        let mut judge = Judge::new(known.parse().unwrap(), 0, false);
+        judge.look_at(rows, next_xid);
+        judge.into_found()
+    }
+
+    #[test]
+    fn a_row_of_its_own_transaction_or_of_a_subtransaction_is_ours() {
+        let rows = [
+            row(60, 110, 110),
+            row(61, 110, 111),
+            row(62, 110, 113),
+            row(40, 90, 95),
+            row(41, 101, 104),
+            // Frozen at the beginning of time.
+            row(1, 90, 2),
+        ];
+        assert_eq!(found("100:100:/102/30/55", &rows, 120), Vec::<i64>::new());
+    }
+
+    #[test]
+    fn what_is_to_come_or_had_ended_is_not() {
+        let rows = [
+            row(60, 140, 110),
+            row(61, 500, 111),
+            row(62, 113, 112),
+            row(63, 99, 114),
+            row(64, 95, 130),
+        ];
+        assert_eq!(found("90:100:95/102/50/55", &rows, 140), [60, 61, 62, 63]);
+        // It has a number that was drawn before its transaction began.
+        assert_eq!(found("90:100:95/102/50/55", &[row(50, 104, 112)], 120), [50]);
+    }
+
+    #[test]
+    fn a_transaction_that_wrote_in_the_name_of_several_gives_all_its_rows_away() {
+        let rows = [
+            row(60, 104, 110),
+            row(62, 110, 110),
+            row(70, 105, 110),
+            row(71, 104, 110),
+        ];
+        assert_eq!(found("100:100:/100/50/55", &rows, 120), [60, 62, 70, 71]);
+        // One contradicts by itself, the other has its writer's id by chance; the third came after them.
+        let rows = [
+            row(80, 112, 112),
+            row(81, 99, 112),
+            row(82, 122, 122),
+            row(83, 122, 124),
+        ];
+        assert_eq!(found("100:100:/100/50/55", &rows, 130), [80, 81]);
+    }
+
+    /// Each inserted by a transaction of its own, with the ids of others that had run here shortly before.
+    #[test]
+    fn what_came_before_the_trigger_was_switched_on_again_is_not_ours() {
+        let rows = [
+            row(60, 104, 112),
+            row(61, 105, 113),
+            row(62, 114, 114),
+            row(63, 125, 130),
+        ];
+        let mut judge = Judge::new("100:100:/100/50/55".parse().unwrap(), 115, false);
+        judge.look_at(&rows, 140);
+        assert_eq!(judge.into_found(), [60, 61]);
+        assert_eq!(found("100:100:/100/50/55", &rows, 140), Vec::<i64>::new());
+    }
+
+    #[test]
+    fn single_rows_that_came_among_them_are_not_ours_either() {
+        let rows = [
+            row(79, 101, 108),
+            row(80, 99, 110),
+            row(81, 101, 112),
+            row(82, 101, 115),
+            row(83, 110, 130),
+        ];
+        assert_eq!(found("100:100:/100/50/55", &rows, 140), [79, 80, 81, 82]);
+    }
+
+    #[test]
+    fn in_a_table_that_was_written_anew_only_the_future_counts() {
+        let mut judge = Judge::new("100:100:/100/50/55".parse().unwrap(), 0, true);
+        let rows = [row(1, 20, 110), row(2, 104, 110), row(3, 111, 110), row(4, 120, 110)];
+        judge.look_at(&rows, 120);
+        assert_eq!(judge.into_found(), [3, 4]);
+    }
+
+    #[test]
+    fn ids_are_of_the_epoch_that_they_can_be_of() {
+        let epoch = 1u64 << 32;
+        assert_eq!(latest(7, epoch + 8), epoch + 7);
+        assert_eq!(latest(8, epoch + 8), 8);
+        assert_eq!(latest(u32::MAX, epoch + 8), epoch - 1);
+        let rows = [row(101, epoch + 7, 7), row(102, epoch - 1, u32::MAX)];
+        assert_eq!(found("100:100:/100/50/55", &rows, epoch + 8), Vec::<i64>::new());
+    }
+}

@@ -1,0 +1,13 @@
+//! Which rows come next, and when it is worth while to look.
+//!
+//! - [`snapshot`] what a transaction sees: ticks
+//! - [`range`] the rows between two ticks, once each, in order; how far a reader has come
+//! - [`numbers`] the highest number that was given
+//! - [`foreign`] rows of another cluster's transactions
+//! - [`pace`] how soon to look again
+
+pub mod foreign;
+pub mod numbers;
+pub mod pace;
+pub mod range;
+pub mod snapshot;

@@ -1,0 +1,153 @@
+//! How soon the next look at the table is worth while.
+//!
+//! A look, a batch and its reply cost as much as tens of events. Up to some rate each event is sent at once. Above it, looks are a
+//! moment apart, so that a busy database spends its processors on publishing; events arrive no later, since they wait less for a processor.
+
+use crate::time::Now;
+use std::time::Duration;
+
+/// From so many events a second on, looks are so far apart.
+const PAUSES: [(f64, Duration); 2] = [
+    (2_500.0, Duration::from_micros(500)),
+    (6_000.0, Duration::from_millis(2)),
+];
+/// How long the rate of events is taken.
+const WINDOW: Duration = Duration::from_millis(50);
+
+/// When the last look was, and how many events come.
+#[derive(Default)]
+pub struct Pace {
+    looked_at: Now,
+    since: Now,
+    /// Since then.
+    found: usize,
+    apart: Duration,
+}
+
+impl Pace {
+    pub fn looks(&mut self, now: Now) {
+        self.looked_at = now;
+        let time = now.saturating_sub(self.since);
+        if time >= WINDOW {
+            let rate = self.found as f64 / time.as_secs_f64();
+            let pause = PAUSES.iter().rev().find(|(from, _)| rate >= *from);
+            self.apart = pause.map_or(Duration::ZERO, |(_, apart)| *apart);
+            (self.since, self.found) = (now, 0);
+        }
+    }
+
+    pub fn finds(&mut self, events: usize) {
+        self.found += events;
+    }
+
+    /// Whether looks are apart.
+    pub fn is_busy(&self) -> bool {
+        !self.apart.is_zero()
+    }
+
+    /// How long to wait with the next look.
+    pub fn rest(&self, now: Now) -> Duration {
+        (self.looked_at + self.apart).saturating_sub(now)
+    }
+}
+
+/// How many rows are dealt with at once, so that it takes about so long: what an event of others may have to wait.
+pub struct Portion {
+    time: Duration,
+    count: usize,
+}
+
+impl Portion {
+    const LEAST: usize = 10;
+    const MOST: usize = 1_000;
+
+    pub fn new(time: Duration) -> Self {
+        Self { time, count: 50 }
+    }
+
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    /// So many rows have taken so long. What took long once may have had to wait for something else: it is halved at most.
+    pub fn took(&mut self, rows: usize, took: Duration) {
+        if took > self.time {
+            self.count = (rows / 2).max(Self::LEAST).min(self.count);
+        } else if rows >= self.count && took * 2 < self.time {
+            self.count = (self.count + self.count / 2).min(Self::MOST);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_portion_comes_to_take_about_its_time() {
+        for us_each in [1, 5, 30, 200] {
+            let mut portion = Portion::new(Duration::from_millis(1));
+            for _ in 0..100 {
+                portion.took(portion.count(), portion.count() as u32 * Duration::from_micros(us_each));
+            }
+            let took = portion.count() as u64 * us_each;
+            let is_bound = [Portion::LEAST, Portion::MOST].contains(&portion.count());
+            assert!((300..=1_500).contains(&took) || is_bound, "{took} us");
+        }
+        let mut portion = Portion::new(Duration::from_millis(1));
+        portion.took(3, Duration::from_micros(10));
+        assert_eq!(portion.count(), 50, "there were no more");
+        portion.took(50, Duration::from_secs(1));
+        assert_eq!(portion.count(), 25);
+    }
+
+    /// Looks each 100 us for so many windows, and finds an event each `nth` time. How long is the rest after each look at most?
+    fn longest_rest(pace: &mut Pace, from: Now, windows: u32, nth: u32) -> Duration {
+        let step = Duration::from_micros(100);
+        let looks = windows * (WINDOW.as_micros() / step.as_micros()) as u32;
+        let rests = (0..looks).map(|n| {
+            let now = from + n * step;
+            pace.looks(now);
+            pace.finds(usize::from(n % nth == 0));
+            pace.rest(now)
+        });
+        rests.max().unwrap_or_default()
+    }
+
+    #[test]
+    fn the_more_come_the_longer_looks_are_apart() {
+        for (nth, apart) in [
+            (5, Duration::ZERO),
+            (3, PAUSES[0].1),
+            (2, PAUSES[0].1),
+            (1, PAUSES[1].1),
+        ] {
+            assert_eq!(
+                longest_rest(&mut Pace::default(), WINDOW, 10, nth),
+                apart,
+                "each {nth}th look"
+            );
+        }
+    }
+
+    #[test]
+    fn looks_are_apart_while_many_come_and_no_longer() {
+        let apart = PAUSES[1].1;
+        let mut pace = Pace::default();
+        assert_eq!(longest_rest(&mut pace, WINDOW, 3, 1), apart);
+        let now = 4 * WINDOW;
+        pace.looks(now);
+        assert_eq!(pace.rest(now), apart);
+        assert_eq!(
+            pace.rest(now + apart),
+            Duration::ZERO,
+            "what comes later has waited enough"
+        );
+        pace.looks(now + 100 * WINDOW);
+        assert_eq!(
+            pace.rest(now + 100 * WINDOW),
+            Duration::ZERO,
+            "nothing came for a while"
+        );
+    }
+}

@@ -1,0 +1,372 @@
+//! From a guard that was read to a backend that is up: whether to claim it, where the backend stands then, and which events are looked
+//! for in the streams before anything is sent.
+//!
+//! ```text
+//! Idle ── guard read ──▶ Read ── judged ──▶ Claiming ── confirmed ──▶ Claimed ──▶ Looking ── answered ──▶ Seen ──▶ Idle: it is up
+//!                          └─ somebody else's: held off, Idle             └──── nothing to look for ────────────────▶ Idle: it is up
+//! ```
+//! Reports of the sender move it to *Read*, *Claimed* and *Seen*; [`Recovery::step`] takes it on from there. What it asks of the outside,
+//! and all that it writes down, goes through [`Books`]: the extension's are tables, the simulation's are a model of them.
+
+pub mod books;
+mod candidates;
+
+use crate::delivery::Cursor;
+use crate::delivery::refusal::Record;
+use crate::fault::{self, Mutation, Point};
+use crate::guard::Guard;
+use crate::guard::claim::{Decision, Incarnation, Start, Watch, Why, judge};
+use crate::guard::epoch::epoch_of;
+use crate::reading::range::Position;
+use crate::recovery::books::Books;
+use crate::recovery::books::Candidate;
+use crate::recovery::books::Notice;
+use crate::recovery::books::Rows;
+use crate::sender::orders::Order;
+use crate::sender::orders::{Beginning, Claim};
+use crate::time::Now;
+
+/// The error of an event that Redis has refused unheard.
+const REFUSED_UNHEARD: &str = "Redis refused it, as was seen after an interruption";
+
+#[derive(Default)]
+enum Stage {
+    #[default]
+    Idle,
+    /// This guard was read.
+    Read(Option<Guard>),
+    /// The claim was ordered.
+    Claiming(Start, Option<Guard>),
+    /// It is confirmed.
+    Claimed(Start, Option<Guard>),
+    /// Events are being looked for in the streams.
+    Looking(Start, Option<Guard>, Vec<Candidate>),
+    /// Whether each is there.
+    Seen(Start, Option<Guard>, Vec<Candidate>, Vec<bool>),
+}
+
+/// How far a connection has come on its way to being the owner's.
+#[derive(Default)]
+pub struct Recovery {
+    stage: Stage,
+    /// What is remembered of a guard that somebody else owns.
+    watch: Watch,
+    /// Of the events that wait as refused, those behind this one are still to be looked for, before the backend comes up by this start.
+    rest: Option<(Start, i64)>,
+}
+
+impl Recovery {
+    // --- what the sender reports
+
+    pub fn read(&mut self, guard: Option<Guard>) {
+        self.stage = Stage::Read(guard);
+    }
+
+    pub fn claimed(&mut self) {
+        self.stage = match std::mem::take(&mut self.stage) {
+            Stage::Claiming(start, guard) => Stage::Claimed(start, guard),
+            stage => stage,
+        }
+    }
+
+    pub fn seen(&mut self, found: Vec<bool>) {
+        self.stage = match std::mem::take(&mut self.stage) {
+            Stage::Looking(start, guard, candidates) => Stage::Seen(start, guard, candidates, found),
+            stage => stage,
+        }
+    }
+
+    /// The connection is let go.
+    pub fn reset(&mut self) {
+        self.stage = Stage::Idle;
+    }
+
+    /// Redis cannot be reached: silence of the owner says nothing.
+    pub fn interrupt(&mut self) {
+        self.reset();
+        self.watch.interrupt();
+    }
+
+    // --- how far it is
+
+    /// Whether there is something to do that waits for no report.
+    pub fn is_due(&self) -> bool {
+        matches!(self.stage, Stage::Read(_) | Stage::Claimed(..) | Stage::Seen(..))
+    }
+
+    /// Whether a claim was ordered.
+    pub fn has_claimed(&self) -> bool {
+        !matches!(self.stage, Stage::Idle | Stage::Read(_))
+    }
+
+    /// Goes as far as it can without another report. After an error it has nothing more to do on this connection.
+    pub fn step<B: Books>(&mut self, books: &mut B, now: Now) -> Result<(), B::Error> {
+        match std::mem::take(&mut self.stage) {
+            Stage::Read(guard) => self.decide(books, guard, now),
+            Stage::Claimed(start, guard) => self.begin(books, start, guard),
+            Stage::Seen(start, guard, candidates, found) => self.finish(books, start, guard, &candidates, &found),
+            stage @ (Stage::Idle | Stage::Claiming(..) | Stage::Looking(..)) => {
+                self.stage = stage;
+                Ok(())
+            }
+        }
+    }
+
+    fn decide<B: Books>(&mut self, books: &mut B, guard: Option<Guard>, now: Now) -> Result<(), B::Error> {
+        let claimant = books.claimant(guard.as_ref())?;
+        let incarnation = claimant.incarnation;
+        let decision = judge(guard.as_ref(), &claimant, &mut self.watch, now);
+        let start = match decision {
+            Decision::Claim(start) => start,
+            Decision::Disbelieve(field) => {
+                books.disbelieve(field);
+                return Ok(());
+            }
+            Decision::Wait { failure, retry_after } => {
+                books.hold_off(failure, retry_after);
+                return Ok(());
+            }
+        };
+        if let (Start::Adopt, Incarnation::Current, Some(guard)) = (start, incarnation, &guard)
+            && let Err(field) = books.delivery().may_have_sent(guard.number, &guard.position)
+        {
+            books.disbelieve(field);
+            return Ok(());
+        }
+        // Who knows all that the guard says goes by that: whoever has the table to himself is not waited for.
+        let guard = match start {
+            Start::Own => guard,
+            _ => guard.map(|guard| books.vouched(guard)).transpose()?,
+        };
+        if let (Start::Adopt | Start::Heal { .. }, Some(guard)) = (start, &guard)
+            && books.in_tables(|rows| candidates::is_more_than_a_batch(rows, guard))?
+        {
+            books.disbelieve("previous");
+            return Ok(());
+        }
+        go_back(books, start, guard.as_ref())?;
+        books.begin_epoch(match (start, &guard) {
+            (Start::Compare(Why::OtherHistory), _) | (_, None) => 0,
+            (_, Some(guard)) => epoch_of(guard.number),
+        });
+        books.save()?;
+        let wal = books.flush();
+        fault::reach(Point::BeforeClaim);
+        let is_new = guard.is_none() || matches!(start, Start::Heal { .. } | Start::Compare(_));
+        let beginning = is_new.then(|| beginning(books, start, wal));
+        if is_new {
+            books.delivery().begins_anew();
+        }
+        let claim = Claim {
+            token: books.token(),
+            owner: books.owner(),
+            start: beginning,
+        };
+        books.order(Order::Claim(Box::new(claim)));
+        self.stage = Stage::Claiming(start, guard);
+        Ok(())
+    }
+
+    /// The guard is ours.
+    fn begin<B: Books>(&mut self, books: &mut B, start: Start, guard: Option<Guard>) -> Result<(), B::Error> {
+        books.has_taken_over()?;
+        self.rest = None;
+        let newest = books.newest_tick();
+        if matches!(start, Start::Compare(_) | Start::Replay) {
+            books.compares_to(&newest);
+        }
+        let start = match fault::is_mutated(Mutation::IgnoreGuard) {
+            true => Start::Own,
+            false => start,
+        };
+        if !matches!((start, &guard), (Start::Adopt, _) | (Start::Own, Some(_))) {
+            // It was made anew, as if with an empty batch.
+            let cursor = Cursor {
+                position: books.delivery().acked().clone(),
+                number: books.delivery().next_number(),
+            };
+            let total = books.total();
+            books.adopt(cursor, total);
+        }
+        if matches!(start, Start::Heal { .. } | Start::Replay) {
+            books.count_healing();
+        }
+        if start == Start::Replay {
+            books.tell(Notice::Replays);
+        }
+        let candidates = candidates::of(books, start, guard.as_ref(), &newest)?;
+        // If not all that wait are among them, the rest comes next. Those of the last batch may be further on.
+        let waiting = candidates.iter().filter(|c| c.waits);
+        if waiting.count() >= books.waiting_at_once() {
+            self.rest = Some((start, candidates::last_compared(&candidates)));
+        }
+        if candidates.is_empty() {
+            return self.finish(books, start, guard, &[], &[]);
+        }
+        self.look(books, start, guard, candidates);
+        Ok(())
+    }
+
+    fn look<B: Books>(&mut self, books: &mut B, start: Start, guard: Option<Guard>, candidates: Vec<Candidate>) {
+        books.order(Order::Look(candidates.iter().map(|c| c.wanted.clone()).collect()));
+        self.stage = Stage::Looking(start, guard, candidates);
+    }
+
+    /// Which of the candidates stand in their streams is known.
+    fn finish<B: Books>(
+        &mut self,
+        books: &mut B,
+        start: Start,
+        guard: Option<Guard>,
+        candidates: &[Candidate],
+        found: &[bool],
+    ) -> Result<(), B::Error> {
+        let all = || candidates.iter().zip(found);
+        let (there, missing): (Vec<_>, Vec<_>) = all().partition(|(_, found)| **found);
+        let rows = |of: &[(&Candidate, &bool)]| -> Vec<i64> {
+            of.iter().filter(|(c, _)| !c.waits).map(|(c, _)| c.seq).collect()
+        };
+        let accepted = there.iter().filter(|(c, _)| c.waits);
+        let accepted = accepted.map(|(c, _)| Record::Accepted { seq: c.seq });
+        match (start, &guard) {
+            (Start::Own, _) => accepted.for_each(|record| books.record(record)),
+            (Start::Heal { .. } | Start::Compare(_), _) => {
+                accepted.for_each(|record| books.record(record));
+                books.delivery().pass_over(rows(&there));
+                if let Start::Compare(why) = start {
+                    books.tell(Notice::Compared {
+                        why,
+                        guard: guard.as_ref(),
+                        found: there.len(),
+                        missing: missing.len(),
+                    });
+                }
+            }
+            // There is nothing that was looked for.
+            (Start::Replay, _) | (Start::Adopt, None) => {}
+            (Start::Adopt, Some(guard)) => {
+                let refused = rows(&missing);
+                for &seq in &refused {
+                    books.record(Record::Park {
+                        seq,
+                        attempts: 1,
+                        error: REFUSED_UNHEARD.into(),
+                    });
+                }
+                accepted.for_each(|record| books.record(record));
+                adopt(books, guard, refused.len())?;
+            }
+        }
+        self.come_up(books, start)
+    }
+
+    /// All that was found is saved, in one go and before anything else is appended: the guard tells of one batch alone, and it may be lost.
+    fn come_up<B: Books>(&mut self, books: &mut B, start: Start) -> Result<(), B::Error> {
+        let start = match (self.rest.is_some(), self.look_for_rest(books)?) {
+            (false, _) => start,
+            (true, Some(first)) => first,
+            // Some are being looked for.
+            (true, None) => return Ok(()),
+        };
+        books.save()?;
+        match start {
+            Start::Compare(_) | Start::Replay => books.has_compared()?,
+            // From here on, what a dump has brought can be compared.
+            Start::Own | Start::Adopt | Start::Heal { .. } if books.is_restored() => {
+                books.let_go();
+                return Ok(());
+            }
+            Start::Own | Start::Adopt | Start::Heal { .. } => {}
+        }
+        books.come_up()
+    }
+
+    /// What waits and was not looked for yet, the next of it: so nothing is sent again that Redis has. When nothing is left: how the backend
+    /// comes up.
+    fn look_for_rest<B: Books>(&mut self, books: &mut B) -> Result<Option<Start>, B::Error> {
+        while let Some((start, after)) = self.rest.take() {
+            // What was found is not kept in memory.
+            books.save()?;
+            let limit = books.waiting_at_once();
+            let (last, candidates) = books.in_tables(|rows| candidates::next_waiting(rows, after, limit))?;
+            let Some(last) = last else {
+                return Ok(Some(start));
+            };
+            self.rest = Some((start, last));
+            if !candidates.is_empty() {
+                // What is done with those that are found is the same, whatever the start was.
+                self.look(books, Start::Own, None, candidates);
+                return Ok(None);
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// Before the guard is ours, and durably: whoever claims next would not know.
+fn go_back<B: Books>(books: &mut B, start: Start, guard: Option<&Guard>) -> Result<(), B::Error> {
+    let cursor = |position: &Position, number| Cursor {
+        position: position.clone(),
+        number,
+    };
+    let cursor = match (start, guard) {
+        (Start::Replay, _) => Cursor {
+            position: books.oldest()?,
+            number: 0,
+        },
+        (Start::Heal { heard, .. }, Some(guard)) => {
+            books.tell(Notice::Heals(guard));
+            match heard {
+                // That number belongs to the position: should Redis come back with what it had lost, that is news.
+                true => cursor(&guard.position, guard.number),
+                false => cursor(&guard.previous, guard.number.saturating_sub(1)),
+            }
+        }
+        // What its last batch came to is found by comparing, too.
+        (Start::Compare(Why::Unfinished), Some(guard)) => cursor(&guard.previous, guard.number),
+        _ => return Ok(()),
+    };
+    // What waited and was accepted behind the number that counts from now on waits again, until it is found.
+    books.wait_again(cursor.number)?;
+    let reread_to = books.in_tables(|rows| rows.highest_written_down())?;
+    books.read_again(cursor, reread_to);
+    Ok(())
+}
+
+/// What a new guard says; `wal`: up to where all is flushed.
+fn beginning<B: Books>(books: &mut B, start: Start, wal: u64) -> Beginning {
+    let total = books.total();
+    let delivery = books.delivery();
+    Beginning {
+        // It counts as a batch: whoever has not heard of it is behind.
+        number: delivery.next_number(),
+        position: delivery.acked().clone(),
+        // Events behind that position may stand in the streams.
+        compares: match start {
+            Start::Heal { heard, restored } => !heard || restored,
+            Start::Compare(_) => true,
+            Start::Own | Start::Adopt | Start::Replay => false,
+        },
+        wal,
+        total,
+    }
+}
+
+/// Stands where the guard says; of its last batch, so many events were refused.
+fn adopt<B: Books>(books: &mut B, guard: &Guard, refused: usize) -> Result<(), B::Error> {
+    let here = books.delivery().acked();
+    // What was sent with at_least_once since then is not in the guard.
+    let position = match here.includes(&guard.position) {
+        true => here.clone(),
+        false => guard.position.clone(),
+    };
+    let cursor = Cursor {
+        position,
+        number: guard.number,
+    };
+    books.adopt(cursor, guard.total - refused as i64);
+    // If Redis has come back with what it had lost, rows behind that may have been written down meanwhile.
+    let written_down = books.in_tables(|rows| rows.highest_written_down())?;
+    books.delivery().set_reread_to(written_down);
+    Ok(())
+}

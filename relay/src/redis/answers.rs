@@ -1,0 +1,224 @@
+//! What sentinels and the nodes of a cluster answer. Whatever the bytes: an address, or an error.
+
+use crate::failure::{Failure, Trouble};
+use crate::redis::destination::Address;
+use crate::resp::read::Reply;
+use redis::Value;
+
+/// The reply to SENTINEL GET-MASTER-ADDR-BY-NAME; `None`: it knows none of that name.
+pub fn primary_in(reply: Value) -> Result<Option<Address>, Failure> {
+    match reply {
+        Value::Nil => Ok(None),
+        Value::Array(parts) => match parts.as_slice() {
+            [Value::BulkString(host), Value::BulkString(port)] => {
+                let host = host_in(host)?;
+                let port = std::str::from_utf8(port).ok().and_then(|port| port.parse().ok());
+                let port = port.filter(|port| *port > 0).ok_or_else(no_sentinel)?;
+                Ok(Some(Address::Tcp { host, port }))
+            }
+            _ => Err(no_sentinel()),
+        },
+        _ => Err(no_sentinel()),
+    }
+}
+
+fn no_sentinel() -> Failure {
+    Failure::configuration("unexpected reply, as from no sentinel")
+}
+
+/// The name or address of a host, as a server tells it. Whatever else it tells is connected to by nobody, and shown by nobody as an address.
+fn host_in(told: &[u8]) -> Result<String, Failure> {
+    let host = std::str::from_utf8(told).ok().filter(|host| is_host(host));
+    host.map(str::to_owned).ok_or_else(|| {
+        let shown: String = String::from_utf8_lossy(&told[..told.len().min(60)]).into_owned();
+        let cut = if told.len() > 60 { "..." } else { "" };
+        let size = told.len();
+        Failure::configuration(format!(
+            "it names a host that can be none: \"{shown}{cut}\" ({size} bytes)"
+        ))
+    })
+}
+
+/// Letters, digits, and what stands between them in names and in addresses.
+fn is_host(host: &str) -> bool {
+    const LONGEST: usize = 253;
+    let is_part = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_' | b':' | b'%');
+    (1..=LONGEST).contains(&host.len()) && host.bytes().all(is_part)
+}
+
+/// Whether the reply to HELLO says so: pairs of a name and a value, one of them `role`.
+pub fn is_replica(reply: &Value) -> bool {
+    let Value::Array(items) = reply else { return false };
+    let is_role = |pair: &&[Value]| matches!(&pair[0], Value::BulkString(name) if name == b"role");
+    let role = items.chunks_exact(2).find(is_role).map(|pair| &pair[1]);
+    matches!(role, Some(Value::BulkString(role)) if role != b"master")
+}
+
+/// `MOVED slot host:port`.
+pub fn redirect_in(message: &str) -> Option<(u16, Address)> {
+    let mut words = message.strip_prefix("MOVED ")?.split_whitespace();
+    let slot = words.next()?.parse().ok()?;
+    let (host, port) = words.next()?.rsplit_once(':')?;
+    let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
+    let port = port.parse().ok().filter(|port| *port > 0)?;
+    is_host(&host).then_some((slot, Address::Tcp { host, port }))
+}
+
+/// Slots that one master serves.
+pub struct Range {
+    pub slots: std::ops::RangeInclusive<u16>,
+    /// An error: what is told of it is no address.
+    pub master: Result<Address, Failure>,
+}
+
+/// The reply to CLUSTER SLOTS: ranges, each `[first, last, [host, port, ...] of the master, ...]`. A host that is not told is the
+/// one that was asked.
+pub fn ranges_in<'a>(
+    reply: Reply<'a>,
+    asked: &'a Address,
+) -> Result<impl Iterator<Item = Result<Range, Failure>> + 'a, Failure> {
+    let ranges = reply.items().ok_or_else(no_cluster)?;
+    Ok(ranges.map(|range| range_in(range, asked).unwrap_or_else(|| Err(no_cluster()))))
+}
+
+fn no_cluster() -> Failure {
+    Failure::of(Trouble::NodeRefuses, "unexpected reply, as from no node of a cluster")
+}
+
+fn range_in(range: Reply<'_>, asked: &Address) -> Option<Result<Range, Failure>> {
+    let mut parts = range.items()?;
+    let mut slot = || u16::try_from(parts.next()?.number()?).ok();
+    let slots = slot()?..=slot()?;
+    let mut master = parts.next()?.items()?;
+    let (host, port) = (master.next()?, master.next()?.number()?);
+    let port = u16::try_from(port).ok()?;
+    let host = match host.string() {
+        None if host.is_nil() => b"",
+        host => host?,
+    };
+    let host = match (host, asked) {
+        (b"" | b"?", Address::Tcp { host, .. }) => Ok(host.clone()),
+        (host, _) => host_in(host),
+    };
+    let master = host.map(|host| Address::Tcp { host, port });
+    Some(Ok(Range { slots, master }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn text(text: &str) -> Value {
+        Value::BulkString(text.as_bytes().to_vec())
+    }
+
+    #[test]
+    fn a_sentinels_word_is_an_address_or_nothing() {
+        let there = primary_in(Value::Array(vec![text("::1"), text("6379")])).unwrap();
+        assert_eq!(there.map(|a| a.to_string()).as_deref(), Some("[::1]:6379"));
+        assert_eq!(primary_in(Value::Nil).unwrap(), None);
+        for parts in [
+            vec![],
+            vec![text("a")],
+            vec![text("a"), text("x")],
+            vec![text(""), text("1")],
+        ] {
+            assert!(primary_in(Value::Array(parts)).is_err());
+        }
+        assert!(primary_in(Value::Int(1)).is_err());
+    }
+
+    #[test]
+    fn only_who_says_so_is_a_replica() {
+        let hello = |role: &str| Value::Array(vec![text("mode"), text("sentinel"), text("role"), text(role)]);
+        assert!(is_replica(&hello("slave")) && is_replica(&hello("replica")) && !is_replica(&hello("master")));
+        assert!(!is_replica(&Value::Nil) && !is_replica(&Value::Array(vec![text("role")])));
+    }
+
+    fn ranges(reply: &[u8]) -> Result<Vec<Range>, Failure> {
+        let asked = Address::of_node("here:7").unwrap();
+        ranges_in(Reply::new(reply), &asked)?.collect()
+    }
+
+    #[test]
+    fn ranges_have_masters_whose_host_may_be_the_one_asked() {
+        let range = |first: i64, last: i64, host: &str, port: i64| {
+            let replica = "*2\r\n$8\r\n10.0.0.9\r\n:1\r\n";
+            format!(
+                "*4\r\n:{first}\r\n:{last}\r\n*4\r\n{host}\r\n:{port}\r\n$2\r\nid\r\n*1\r\n*2\r\n$1\r\na\r\n$1\r\nb\r\n{replica}"
+            )
+        };
+        let reply = [
+            "*3\r\n".to_owned(),
+            range(0, 5, "$8\r\n10.0.0.1", 1),
+            range(6, 6, "$-1", 2),
+            range(7, 16_383, "$1\r\n?", 3),
+        ]
+        .concat();
+        let found = ranges(reply.as_bytes()).unwrap();
+        let found: Vec<_> = found
+            .iter()
+            .map(|r| (*r.slots.end(), r.master.as_ref().unwrap().to_string()))
+            .collect();
+        let expected = [(5, "10.0.0.1:1"), (6, "here:2"), (16_383, "here:3")].map(|(end, m)| (end, m.to_owned()));
+        assert_eq!(found, expected);
+        for nonsense in [
+            "$-1\r\n".to_owned(),
+            "*1\r\n:1\r\n".to_owned(),
+            "*1\r\n*1\r\n:1\r\n".to_owned(),
+            format!("*1\r\n{}", range(-1, 5, "$1\r\na", 1)),
+            format!("*1\r\n{}", range(0, 5, "$1\r\na", 70_000)),
+            format!("*1\r\n{}", range(0, 5, ":1", 1)),
+        ] {
+            assert!(ranges(nonsense.as_bytes()).is_err(), "{nonsense:?}");
+        }
+    }
+
+    /// What an address could do to a log, a view or a terminal, and what is too long for one.
+    #[test]
+    fn what_is_no_host_is_no_address() {
+        let long = "a".repeat(254);
+        for host in [
+            "",
+            " ",
+            "a b",
+            "a\r\nb",
+            "a\x1b[2J",
+            "a\0",
+            "\u{202e}a",
+            "zażółć",
+            "a/b",
+            "\"",
+            &long,
+        ] {
+            let failure = primary_in(Value::Array(vec![text(host), text("1")])).unwrap_err();
+            assert!(failure.message.contains("a host that can be none"), "{failure}");
+            assert!(!failure.message.chars().any(char::is_control), "{failure}");
+            let reply = format!("*1\r\n*3\r\n:0\r\n:5\r\n*2\r\n${}\r\n{host}\r\n:1\r\n", host.len());
+            let found = ranges(reply.as_bytes()).unwrap();
+            assert_eq!(found[0].master.is_err(), !host.is_empty(), "{host:?}");
+            assert_eq!(redirect_in(&format!("MOVED 7 {host}:1")), None, "{host:?}");
+        }
+        let longest = format!("{}.example", "a".repeat(245));
+        for host in ["a", "10.0.0.1", "fe80::1%eth0", "redis_1.internal.", &longest] {
+            assert!(primary_in(Value::Array(vec![text(host), text("1")])).is_ok(), "{host}");
+        }
+    }
+
+    #[test]
+    fn a_redirect_names_a_slot_and_an_address() {
+        let there = |message| redirect_in(message).map(|(slot, address)| (slot, address.to_string()));
+        assert_eq!(there("MOVED 7 10.0.0.1:6379"), Some((7, "10.0.0.1:6379".to_owned())));
+        assert_eq!(there("MOVED 7 ::1:6379"), Some((7, "[::1]:6379".to_owned())));
+        for message in [
+            "MOVED 7 :6379",
+            "MOVED 7",
+            "MOVED x a:1",
+            "ASK 7 a:1",
+            "MOVED 7 a:0",
+            "MOVED 70000 a:1",
+        ] {
+            assert_eq!(there(message), None, "{message}");
+        }
+    }
+}

@@ -1,0 +1,263 @@
+//! Finding the node that has a backend's streams: at its address, as sentinels say, or as the nodes of a cluster do.
+//!
+//! Sources: Redis Sentinel client guidelines (redis.io/docs/latest/develop/reference/sentinel-clients); Redis cluster specification.
+
+use crate::failure::{Class, Failure, Trouble};
+use crate::redis::answers::{is_replica, primary_in, ranges_in, redirect_in};
+use crate::redis::connection::Link;
+use crate::redis::destination::{Address, Destination, Route, Secret};
+use crate::resp::bounds::Bounds;
+use crate::resp::read::Reply;
+use crate::resp::write::append_command;
+use redis::Value;
+use std::collections::HashMap;
+use std::sync::{LazyLock, Mutex, PoisonError};
+
+/// Clusters and nodes of one that are remembered.
+const REMEMBERED_CLUSTERS: usize = 100;
+const REMEMBERED_NODES: usize = 100;
+
+/// What the connections of this process have learnt of a cluster, told by the nodes of its backend. No network is waited for with it locked.
+#[derive(Default)]
+struct Learnt {
+    /// Masters of the last answer: those of the settings may all be gone one day.
+    masters: Vec<Address>,
+    /// Where a node has sent us for a slot. Believed once.
+    moved: HashMap<u16, Address>,
+}
+
+static LEARNT: LazyLock<Mutex<HashMap<Vec<Address>, Learnt>>> = LazyLock::new(Mutex::default);
+
+fn with_learnt<R>(nodes: &[Address], f: impl FnOnce(&mut Learnt) -> R) -> R {
+    let mut learnt = LEARNT.lock().unwrap_or_else(PoisonError::into_inner);
+    if learnt.len() >= REMEMBERED_CLUSTERS && !learnt.contains_key(nodes) {
+        learnt.clear();
+    }
+    f(learnt.entry(nodes.to_vec()).or_default())
+}
+
+/// Opens a link to the node that is to be written to. `found` is told its address before it is tried.
+pub fn open(destination: &Destination, found: &mut dyn FnMut(&Address)) -> Result<Link, Failure> {
+    if let Some(refusal) = destination.password.as_ref().and_then(Secret::refusal) {
+        // Not even called: events are as good as the password to whoever has pointed the backend there.
+        return Err(refusal);
+    }
+    match &destination.route {
+        Route::Direct => {
+            found(&destination.address);
+            Link::open(destination)
+        }
+        Route::Sentinel { nodes, master } => by_sentinels(destination, nodes, master, found),
+        Route::Cluster { nodes, slot } => in_cluster(destination, nodes, *slot, found),
+    }
+}
+
+/// The primary that a sentinel names, the sentinels taken in order. One that is behind the others names a node that is gone, or a
+/// replica: then the next one's word is tried.
+fn by_sentinels(
+    destination: &Destination,
+    nodes: &[Address],
+    master: &str,
+    found: &mut dyn FnMut(&Address),
+) -> Result<Link, Failure> {
+    let mut tried: Vec<Address> = Vec::new();
+    let (mut of_node, mut unknown, mut silent) = (None, None, None);
+    for sentinel in nodes {
+        match primary_of(destination, sentinel, master) {
+            Ok(Some(address)) if !tried.contains(&address) => {
+                found(&address);
+                match open_primary(destination, &address) {
+                    Ok(link) => return Ok(link),
+                    Err(failure) => of_node = Some(failure),
+                }
+                tried.push(address);
+            }
+            Ok(Some(_)) => {}
+            Ok(None) => {
+                let message = format!("sentinel {sentinel} knows no master \"{master}\"");
+                unknown = Some(Failure::of(Trouble::NoSuchMaster, message));
+            }
+            Err(failure) => {
+                let message = format!("sentinel {sentinel}: {}", failure.message);
+                let trouble = match failure.class {
+                    Class::Configuration => Trouble::SentinelRefuses,
+                    _ => Trouble::NoSentinel,
+                };
+                silent = Some(Failure::of(trouble, message));
+            }
+        }
+    }
+    let failure = of_node.or(unknown).or(silent);
+    Err(failure.unwrap_or_else(|| Failure::configuration("there is no sentinel to ask")))
+}
+
+/// Where a sentinel says that the primary is; `None`: it knows none of that name.
+fn primary_of(destination: &Destination, sentinel: &Address, master: &str) -> Result<Option<Address>, Failure> {
+    // A sentinel has users of its own, or none.
+    let nobody = Destination {
+        username: None,
+        password: None,
+        db: 0,
+        ..destination.clone()
+    };
+    let link = match Link::open_at(&nobody, sentinel) {
+        Err(failure) if failure.message.starts_with("NOAUTH") => {
+            let login = Destination {
+                db: 0,
+                ..destination.clone()
+            };
+            Link::open_at(&login, sentinel)
+        }
+        opened => opened,
+    };
+    let words: [&[u8]; 3] = [b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", master.as_bytes()];
+    primary_in(ask(&mut link?, &words, &Bounds::MASTER)?)
+}
+
+/// Only a node that does not say that it is a replica is written to.
+fn open_primary(destination: &Destination, address: &Address) -> Result<Link, Failure> {
+    let mut link = Link::open_at(destination, address)?;
+    // Needs no right that connecting does not need. A server or proxy that does not know HELLO tells by READONLY.
+    let is_replica = match ask(&mut link, &[b"HELLO", b"2"], &Bounds::HELLO) {
+        Ok(reply) => is_replica(&reply),
+        Err(failure) if failure.class == Class::Backend => return Err(failure),
+        Err(_) => false,
+    };
+    match is_replica {
+        true => Err(Failure::of(
+            Trouble::IsReplica,
+            "READONLY it is a replica: a failover is not done yet",
+        )),
+        false => Ok(link),
+    }
+}
+
+/// The node that serves a slot, as any node of the cluster says. During a failover some are behind the others: then the next one's word
+/// is tried.
+fn in_cluster(
+    destination: &Destination,
+    nodes: &[Address],
+    slot: u16,
+    found: &mut dyn FnMut(&Address),
+) -> Result<Link, Failure> {
+    let (moved, masters) = with_learnt(nodes, |learnt| (learnt.moved.remove(&slot), learnt.masters.clone()));
+    let mut tried: Vec<Address> = Vec::new();
+    let (mut of_node, mut unserved, mut silent) = (None, None, None);
+    if let Some(address) = moved {
+        found(&address);
+        match Link::open_at(destination, &address) {
+            Ok(link) => return Ok(link),
+            Err(failure) => of_node = Some(failure),
+        }
+        tried.push(address);
+    }
+    let others = masters.iter().filter(|master| !nodes.contains(master));
+    for node in nodes.iter().chain(others) {
+        let (link, told) = match ranges_of(destination, node, slot) {
+            Ok(answer) => answer,
+            Err(failure) => {
+                let message = format!("node {node}: {}", failure.message);
+                silent = Some(match failure.class {
+                    Class::Configuration => Failure::of(Trouble::NodeRefuses, message),
+                    class => Failure {
+                        message,
+                        class,
+                        ..failure
+                    },
+                });
+                continue;
+            }
+        };
+        with_learnt(nodes, |learnt| learnt.masters = told.masters);
+        match told.serves {
+            None => {
+                let message = format!("CLUSTERDOWN node {node} knows of no master for hash slot {slot}");
+                unserved = Some(Failure::of(Trouble::ClusterDown, message));
+            }
+            Some(address) if address == *node => {
+                found(&address);
+                return Ok(link);
+            }
+            Some(address) if !tried.contains(&address) => {
+                drop(link);
+                found(&address);
+                match Link::open_at(destination, &address) {
+                    Ok(link) => return Ok(link),
+                    Err(failure) => of_node = Some(failure),
+                }
+                tried.push(address);
+            }
+            Some(_) => {}
+        }
+    }
+    let failure = of_node.or(unserved).or(silent);
+    Err(failure.unwrap_or_else(|| Failure::configuration("there is no node to ask")))
+}
+
+/// What a connection has heard: if it says where a slot is, that is where the next one goes first.
+pub fn heard(destination: &Destination, failure: Failure) -> Failure {
+    let Route::Cluster { nodes, slot } = &destination.route else {
+        return failure;
+    };
+    if let Some((moved, address)) = redirect_in(&failure.message)
+        && moved == *slot
+    {
+        with_learnt(nodes, |learnt| learnt.moved.insert(moved, address));
+    }
+    failure.of_cluster()
+}
+
+/// What a node says of its cluster.
+struct Told {
+    /// Who serves the slot that was asked for.
+    serves: Option<Address>,
+    /// Some of all masters.
+    masters: Vec<Address>,
+}
+
+fn ranges_of(destination: &Destination, node: &Address, slot: u16) -> Result<(Link, Told), Failure> {
+    let mut link = Link::open_at(destination, node)?;
+    let mut told = Told {
+        serves: None,
+        masters: Vec::new(),
+    };
+    let reply = reply_to(&mut link, &[b"CLUSTER", b"SLOTS"], &Bounds::SLOTS)?;
+    if reply.items().is_none()
+        && let Value::ServerError(error) = reply.value()?
+    {
+        return Err(crate::failure::reply(&error).not_of_an_event());
+    }
+    for range in ranges_in(reply, node)? {
+        let range = range?;
+        let is_asked_for = told.serves.is_none() && range.slots.contains(&slot);
+        match range.master {
+            Err(failure) if is_asked_for => return Err(failure),
+            // Of a slot that is another's to look for.
+            Err(_) => {}
+            Ok(master) => {
+                if told.masters.len() < REMEMBERED_NODES && !told.masters.contains(&master) {
+                    told.masters.push(master.clone());
+                }
+                if is_asked_for {
+                    told.serves = Some(master);
+                }
+            }
+        }
+    }
+    Ok((link, told))
+}
+
+fn reply_to<'a>(link: &'a mut Link, words: &[&[u8]], bounds: &Bounds) -> Result<Reply<'a>, Failure> {
+    let mut bytes = Vec::new();
+    append_command(&mut bytes, words);
+    link.send(&bytes)?;
+    link.receive(bounds)
+}
+
+/// Sends one command; an error reply is a failure, never an event's.
+fn ask(link: &mut Link, words: &[&[u8]], bounds: &Bounds) -> Result<Value, Failure> {
+    match reply_to(link, words, bounds)?.value()? {
+        Value::ServerError(error) => Err(crate::failure::reply(&error).not_of_an_event()),
+        value => Ok(value),
+    }
+}

@@ -1,0 +1,558 @@
+//! Replies as they come in: where one ends is seen in place, what the usual ones say too. All others are parsed by `redis`. None is larger than
+//! who asked for it expects ([`Bounds`]): what its headers announce is counted before there is room for it.
+//!
+//! Source: RESP, version 2 (Redis serialization protocol specification).
+
+use crate::failure::{self, Failure, Trouble};
+use crate::resp::bounds::{Bounds, KEPT_STRING, MAX_LINE};
+use redis::Value;
+use std::ops::Range;
+
+/// What a buffer that has grown for a large reply goes back to.
+const USUAL_SIZE: usize = 64 * 1024;
+
+/// One whole reply, as it came; or a piece of one (see [`Bounds::in_pieces`]).
+#[derive(Clone, Copy)]
+pub struct Reply<'a>(&'a [u8]);
+
+impl<'a> Reply<'a> {
+    /// `bytes`: one whole reply, as [`Inbox::take`] finds it.
+    pub fn new(bytes: &'a [u8]) -> Self {
+        Self(bytes)
+    }
+
+    pub fn bytes(self) -> &'a [u8] {
+        self.0
+    }
+
+    /// Whether it says that a command waits for EXEC.
+    pub fn is_queued(self) -> bool {
+        self.0 == b"+QUEUED\r\n"
+    }
+
+    /// Whether it is the id of an entry, or whatever else is a string.
+    pub fn is_bulk(self) -> bool {
+        self.0.first() == Some(&b'$') && !self.is_nil()
+    }
+
+    pub fn is_nil(self) -> bool {
+        matches!(self.0, b"$-1\r\n" | b"*-1\r\n")
+    }
+
+    /// Whether it is an array of `strings` strings and one number behind them.
+    pub fn is_strings_and_number(self, strings: usize) -> bool {
+        let mut rest = self.0;
+        let Ok(Some((Token::Array(items), used))) = token(rest, usize::MAX) else {
+            return false;
+        };
+        if items != strings as u64 + 1 {
+            return false;
+        }
+        rest = &rest[used..];
+        for _ in 0..strings {
+            match token(rest, usize::MAX) {
+                Ok(Some((Token::Bulk(_), used))) => rest = &rest[used..],
+                _ => return false,
+            }
+        }
+        rest.first() == Some(&b':')
+    }
+
+    /// The items of an array, each as a reply; `None`: it is no array.
+    pub fn items(self) -> Option<Items<'a>> {
+        match token(self.0, usize::MAX) {
+            Ok(Some((Token::Array(items), length))) => Some(Items {
+                rest: &self.0[length..],
+                left: items,
+            }),
+            _ => None,
+        }
+    }
+
+    /// What a string says.
+    pub fn string(self) -> Option<&'a [u8]> {
+        match self.pieces().next() {
+            Some(Piece::String { text: Some(text), .. }) => Some(text),
+            _ => None,
+        }
+    }
+
+    /// What a number says.
+    pub fn number(self) -> Option<i64> {
+        let digits = self.0.strip_prefix(b":")?.strip_suffix(b"\r\n")?;
+        std::str::from_utf8(digits).ok()?.parse().ok()
+    }
+
+    /// What it consists of, in order.
+    pub fn pieces(self) -> Pieces<'a> {
+        Pieces(self.0)
+    }
+
+    /// Taken apart.
+    pub fn value(self) -> Result<Value, Failure> {
+        redis::parse_redis_value(self.0).map_err(|_| failure::not_redis())
+    }
+}
+
+/// See [`Reply::items`].
+pub struct Items<'a> {
+    rest: &'a [u8],
+    left: u64,
+}
+
+impl<'a> Iterator for Items<'a> {
+    type Item = Reply<'a>;
+
+    fn next(&mut self) -> Option<Reply<'a>> {
+        self.left = self.left.checked_sub(1)?;
+        let length = Progress::default().look(self.rest, &Bounds::ANY).ok()??;
+        let (item, rest) = self.rest.split_at(length);
+        self.rest = rest;
+        Some(Reply(item))
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        let left = usize::try_from(self.left).unwrap_or(usize::MAX);
+        (left, Some(left))
+    }
+}
+
+/// Of a reply that is there as a whole.
+impl ExactSizeIterator for Items<'_> {}
+
+/// A part of a reply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Piece<'a> {
+    /// So many items follow.
+    Array(u64),
+    /// `None`: its text was too long to be kept.
+    String { size: u64, text: Option<&'a [u8]> },
+    /// A status, an error, a number, or nil: the whole line.
+    Line(&'a [u8]),
+}
+
+/// See [`Reply::pieces`].
+pub struct Pieces<'a>(&'a [u8]);
+
+impl<'a> Iterator for Pieces<'a> {
+    type Item = Piece<'a>;
+
+    fn next(&mut self) -> Option<Piece<'a>> {
+        let bytes = std::mem::take(&mut self.0);
+        let (token, length) = match token(bytes, usize::MAX) {
+            Ok(Some(found)) => found,
+            // Nothing, or a header alone.
+            _ => match header(bytes) {
+                Ok(Some((Some(size), _))) => return Some(Piece::String { size, text: None }),
+                _ => return None,
+            },
+        };
+        let (piece, rest) = bytes.split_at(length);
+        self.0 = rest;
+        Some(match token {
+            Token::Array(items) => Piece::Array(items),
+            Token::Bulk(size) => Piece::String {
+                size: size as u64,
+                text: Some(&piece[length - 2 - size..length - 2]),
+            },
+            Token::Line => Piece::Line(piece),
+        })
+    }
+}
+
+/// Bytes that were received and not taken yet.
+#[derive(Default)]
+pub struct Inbox {
+    buffer: Vec<u8>,
+    /// What was received and not taken lies between.
+    start: usize,
+    end: usize,
+    progress: Progress,
+    /// Of a long string, and of no interest: so many bytes are still to come.
+    unkept: u64,
+}
+
+/// How far the next reply has been looked at.
+#[derive(Default)]
+struct Progress {
+    /// From where the reply, or its piece, starts.
+    at: usize,
+    /// What is missing of each array that is open, outermost first.
+    open: Vec<u64>,
+    /// Of all arrays so far.
+    items: u64,
+    /// Of the pieces before this one.
+    bytes: u64,
+}
+
+impl Inbox {
+    /// Takes the next reply (or the next piece of it), if it is there as a whole, for [`Self::reply`]. An error: what comes in is not the protocol, or
+    /// more than was asked for.
+    pub fn take(&mut self, bounds: &Bounds) -> Result<Option<Range<usize>>, Failure> {
+        self.pass_unkept();
+        if self.unkept > 0 {
+            return Ok(None);
+        }
+        let received = &self.buffer[self.start..self.end];
+        let found = match bounds.in_pieces {
+            false => self.progress.look(received, bounds)?.map(|length| (length, 0)),
+            true => self.progress.look_at_piece(received, bounds)?,
+        };
+        let Some((length, unkept)) = found else {
+            return Ok(None);
+        };
+        let taken = self.start..self.start + length;
+        (self.start, self.unkept) = (taken.end, unkept);
+        self.progress.at = 0;
+        if self.progress.open.is_empty() {
+            (self.progress.items, self.progress.bytes) = (0, 0);
+        }
+        Ok(Some(taken))
+    }
+
+    /// What was taken, until there is asked for room.
+    pub fn reply(&self, taken: Range<usize>) -> Reply<'_> {
+        Reply(&self.buffer[taken])
+    }
+
+    /// Whether what was taken last was a whole reply, or the last piece of one.
+    pub fn is_between_replies(&self) -> bool {
+        self.progress.open.is_empty() && self.unkept == 0
+    }
+
+    /// What was received and not taken.
+    pub fn rest(&self) -> &[u8] {
+        &self.buffer[self.start..self.end]
+    }
+
+    /// Bytes of memory that it takes.
+    pub fn size(&self) -> usize {
+        self.buffer.capacity()
+    }
+
+    fn pass_unkept(&mut self) {
+        let there = self.unkept.min((self.end - self.start) as u64);
+        self.start += there as usize;
+        self.unkept -= there;
+    }
+
+    /// Where to receive more; [`Self::received`] is to be told how much it was. To be asked for when [`Self::take`] found nothing: so the buffer grows
+    /// for what is within bounds alone.
+    pub fn room(&mut self) -> Result<&mut [u8], Failure> {
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
+            if self.buffer.len() > USUAL_SIZE {
+                self.buffer = Vec::new();
+            }
+        }
+        if self.end == self.buffer.len() {
+            if self.start > 0 {
+                self.buffer.copy_within(self.start..self.end, 0);
+                (self.start, self.end) = (0, self.end - self.start);
+            } else {
+                let more = self.buffer.len().max(USUAL_SIZE);
+                self.buffer
+                    .try_reserve_exact(more)
+                    .map_err(|_| Failure::backend("no memory for a reply"))?;
+                self.buffer.resize(self.buffer.len() + more, 0);
+            }
+        }
+        Ok(&mut self.buffer[self.end..])
+    }
+
+    pub fn received(&mut self, bytes: usize) {
+        self.end += bytes;
+    }
+
+    /// Receives all of these bytes, whatever is taken meanwhile: for those who have them already.
+    pub fn receive(&mut self, mut bytes: &[u8]) {
+        while let (false, Ok(room)) = (bytes.is_empty(), self.room()) {
+            let length = bytes.len().min(room.len());
+            room[..length].copy_from_slice(&bytes[..length]);
+            self.received(length);
+            bytes = &bytes[length..];
+        }
+    }
+}
+
+impl Progress {
+    /// The length of the first reply of `received`.
+    fn look(&mut self, received: &[u8], bounds: &Bounds) -> Result<Option<usize>, Failure> {
+        loop {
+            let room = bounds.bytes.saturating_sub(self.at);
+            let Some((token, length)) = token(&received[self.at..], room).map_err(|wrong| wrong.failure(bounds))?
+            else {
+                return match received.len() > bounds.bytes {
+                    true => Err(too_long(bounds)),
+                    false => Ok(None),
+                };
+            };
+            self.at += length;
+            if self.at > bounds.bytes {
+                return Err(too_long(bounds));
+            }
+            if self.ends_with(&token, bounds)? {
+                return Ok(Some(self.at));
+            }
+        }
+    }
+
+    /// The length of the first piece of `received`, and how much follows it that is not kept.
+    fn look_at_piece(&mut self, received: &[u8], bounds: &Bounds) -> Result<Option<(usize, u64)>, Failure> {
+        let unkept = match received.first() {
+            Some(b'$') => header(received).map_err(|wrong| wrong.failure(bounds))?,
+            _ => None,
+        };
+        if let Some((Some(size), length)) = unkept
+            && size > KEPT_STRING as u64
+        {
+            self.counts(length as u64 + size + 2, bounds)?;
+            self.ends_with(&Token::Bulk(0), bounds)?;
+            return Ok(Some((length, size + 2)));
+        }
+        let Some((token, length)) = token(received, usize::MAX).map_err(|wrong| wrong.failure(bounds))? else {
+            return Ok(None);
+        };
+        self.counts(length as u64, bounds)?;
+        self.ends_with(&token, bounds)?;
+        Ok(Some((length, 0)))
+    }
+
+    /// A piece has so many bytes.
+    fn counts(&mut self, bytes: u64, bounds: &Bounds) -> Result<(), Failure> {
+        self.bytes = self.bytes.saturating_add(bytes);
+        match self.bytes > bounds.bytes as u64 {
+            true => Err(too_long(bounds)),
+            false => Ok(()),
+        }
+    }
+
+    /// Whether the reply ends with this token.
+    fn ends_with(&mut self, token: &Token, bounds: &Bounds) -> Result<bool, Failure> {
+        if let Token::Array(items @ 1..) = token {
+            self.items = self.items.saturating_add(*items);
+            // Each has three bytes at least.
+            let announced = items.saturating_mul(3).saturating_add(self.at as u64);
+            if self.open.len() >= bounds.depth {
+                return Err(garbage());
+            }
+            if self.items > bounds.items as u64 || announced > bounds.bytes as u64 {
+                return Err(too_long(bounds));
+            }
+            self.open.push(*items);
+            return Ok(false);
+        }
+        while let Some(missing) = self.open.last_mut() {
+            *missing -= 1;
+            if *missing > 0 {
+                break;
+            }
+            self.open.pop();
+        }
+        Ok(self.open.is_empty())
+    }
+}
+
+enum Token {
+    /// The header of an array of so many items.
+    Array(u64),
+    /// A string of so many bytes, whole.
+    Bulk(usize),
+    /// A status, an error, a number, or nil.
+    Line,
+}
+
+/// What is wrong with bytes.
+enum Wrong {
+    NotTheProtocol,
+    /// More is announced than there is room for.
+    TooLong,
+}
+
+impl Wrong {
+    fn failure(self, bounds: &Bounds) -> Failure {
+        match self {
+            Self::NotTheProtocol => garbage(),
+            Self::TooLong => too_long(bounds),
+        }
+    }
+}
+
+/// The first token and its length; `None`: it is not there as a whole. It may have `most` bytes.
+fn token(bytes: &[u8], most: usize) -> Result<Option<(Token, usize)>, Wrong> {
+    let Some(&kind) = bytes.first() else {
+        return Ok(None);
+    };
+    match kind {
+        b'+' | b'-' | b':' => {}
+        b'$' | b'*' => {
+            let Some((number, length)) = header(bytes)? else {
+                return Ok(None);
+            };
+            return Ok(match (kind, number) {
+                (_, None) => Some((Token::Line, length)),
+                (b'*', Some(items)) => Some((Token::Array(items), length)),
+                (_, Some(size)) => {
+                    let whole = usize::try_from(size).unwrap_or(usize::MAX).saturating_add(length + 2);
+                    if whole > most {
+                        return Err(Wrong::TooLong);
+                    }
+                    (bytes.len() >= whole).then_some((Token::Bulk(whole - length - 2), whole))
+                }
+            });
+        }
+        _ => return Err(Wrong::NotTheProtocol),
+    }
+    let line = &bytes[..bytes.len().min(MAX_LINE)];
+    match line.iter().position(|b| *b == b'\n') {
+        Some(end) => Ok(Some((Token::Line, end + 1))),
+        None if line.len() == MAX_LINE => Err(Wrong::NotTheProtocol),
+        None => Ok(None),
+    }
+}
+
+/// The number of a `$` or `*` line (`None`: nil), and the line's length; `None`: it is not there as a whole.
+fn header(bytes: &[u8]) -> Result<Option<(Option<u64>, usize)>, Wrong> {
+    const MAX_DIGITS: usize = 10;
+    let mut number = 0u64;
+    for (index, byte) in bytes.iter().enumerate().skip(1) {
+        match byte {
+            b'0'..=b'9' if index <= MAX_DIGITS => number = number * 10 + u64::from(byte - b'0'),
+            b'0'..=b'9' => return Err(Wrong::TooLong),
+            b'\r' if index > 1 => {
+                return match bytes.get(index + 1) {
+                    None => Ok(None),
+                    Some(b'\n') => Ok(Some((Some(number), index + 2))),
+                    Some(_) => Err(Wrong::NotTheProtocol),
+                };
+            }
+            b'-' if index == 1 => {
+                return match bytes.get(2..5) {
+                    None => Ok(None),
+                    Some(b"1\r\n") => Ok(Some((None, 5))),
+                    Some(_) => Err(Wrong::NotTheProtocol),
+                };
+            }
+            _ => return Err(Wrong::NotTheProtocol),
+        }
+    }
+    Ok(None)
+}
+
+fn too_long(bounds: &Bounds) -> Failure {
+    let what = format!("a reply to {} that is longer than any of Redis", bounds.to);
+    Failure::of(Trouble::TooLongReply, what)
+}
+
+fn garbage() -> Failure {
+    failure::not_redis()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const REPLIES: &[&[u8]] = &[
+        b"+OK\r\n",
+        b"+QUEUED\r\n",
+        b"-ERR no such thing\r\n",
+        b":-12\r\n",
+        b"$-1\r\n",
+        b"*-1\r\n",
+        b"*0\r\n",
+        b"$0\r\n\r\n",
+        b"$4\r\n\r\n+O\r\n",
+        b"*3\r\n$3\r\n1-0\r\n$3\r\n1-1\r\n:6\r\n",
+        b"*2\r\n*2\r\n$3\r\n1-0\r\n*0\r\n*2\r\n$3\r\n2-0\r\n*2\r\n$1\r\na\r\n$1\r\nb\r\n",
+    ];
+
+    fn taken(inbox: &mut Inbox, found: &mut Vec<Vec<u8>>) {
+        while let Some(reply) = inbox.take(&Bounds::ANY).unwrap() {
+            found.push(inbox.reply(reply).0.to_vec());
+        }
+    }
+
+    #[test]
+    fn replies_are_found_however_they_arrive() {
+        let all = REPLIES.concat();
+        for pieces in 1..=all.len() {
+            let (mut inbox, mut found) = (Inbox::default(), Vec::new());
+            for piece in all.chunks(pieces) {
+                let mut piece = piece;
+                while !piece.is_empty() {
+                    let room = inbox.room().unwrap();
+                    let length = piece.len().min(room.len());
+                    room[..length].copy_from_slice(&piece[..length]);
+                    inbox.received(length);
+                    piece = &piece[length..];
+                }
+                taken(&mut inbox, &mut found);
+            }
+            assert_eq!(found, REPLIES, "in pieces of {pieces}");
+        }
+    }
+
+    #[test]
+    fn a_reply_may_be_larger_than_the_buffer() {
+        let large = [b"$300000\r\n".as_slice(), &vec![b'x'; 300_000], b"\r\n"].concat();
+        let (mut inbox, mut found) = (Inbox::default(), Vec::new());
+        for reply in [&large, REPLIES[0], &large] {
+            let mut piece: &[u8] = reply;
+            while !piece.is_empty() {
+                let room = inbox.room().unwrap();
+                let length = piece.len().min(room.len()).min(1_000);
+                room[..length].copy_from_slice(&piece[..length]);
+                inbox.received(length);
+                piece = &piece[length..];
+                taken(&mut inbox, &mut found);
+            }
+        }
+        assert_eq!(found, [large.as_slice(), REPLIES[0], &large]);
+    }
+
+    #[test]
+    fn what_is_not_the_protocol_is_said_to_be() {
+        for bytes in [
+            b"HTTP/1.1 400 Bad Request\r\n".as_slice(),
+            b"$x\r\n",
+            b"$-2\r\n",
+            b"$\r\n",
+            b"*1\rx",
+            b"%1\r\n",
+            &b"+".repeat(MAX_LINE + 1),
+        ] {
+            let mut inbox = Inbox::default();
+            let mut piece = bytes;
+            while !piece.is_empty() {
+                let room = inbox.room().unwrap();
+                let length = piece.len().min(room.len());
+                room[..length].copy_from_slice(&piece[..length]);
+                inbox.received(length);
+                piece = &piece[length..];
+            }
+            assert!(
+                inbox.take(&Bounds::ANY).is_err(),
+                "{:?}",
+                String::from_utf8_lossy(bytes)
+            );
+        }
+    }
+
+    #[test]
+    fn the_usual_replies_are_known_in_place() {
+        assert!(Reply(b"+QUEUED\r\n").is_queued() && !Reply(b"+OK\r\n").is_queued());
+        assert!(Reply(b"$3\r\n1-0\r\n").is_bulk() && !Reply(b"$-1\r\n").is_bulk() && !Reply(b":1\r\n").is_bulk());
+        let executed = Reply(REPLIES[9]);
+        assert!(executed.is_strings_and_number(2));
+        assert!(!executed.is_strings_and_number(1) && !executed.is_strings_and_number(3));
+        assert!(Reply(b"*1\r\n:0\r\n").is_strings_and_number(0));
+        for refused in [
+            b"*3\r\n$3\r\n1-0\r\n-ERR no\r\n:6\r\n".as_slice(),
+            b"*2\r\n$-1\r\n:6\r\n",
+            b"*2\r\n:6\r\n$3\r\n1-0\r\n",
+            b"*-1\r\n",
+        ] {
+            assert!(!Reply(refused).is_strings_and_number(1) && !Reply(refused).is_strings_and_number(2));
+        }
+    }
+}

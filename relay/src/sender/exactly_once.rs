@@ -1,0 +1,85 @@
+//! A connection with exactly_once: says what [`Conversation`] has to say, and hears the replies.
+
+use crate::failure::{Failure, Trouble};
+use crate::fault::{self, Point};
+use crate::redis::connection::Link;
+use crate::redis::replicas::WAIT_PAUSE;
+use crate::sender::conversation::Conversation;
+use crate::sender::idle::{Idle, Line};
+use crate::sender::next_order::next_order;
+use crate::sender::orders::Order;
+use crate::sender::reporter::Reporter;
+use crossbeam_channel::{Receiver, TryRecvError};
+use std::thread;
+
+/// Speaks for a conversation until the connection ends, or nobody listens any more.
+pub(super) fn converse(
+    mut line: Box<Line>,
+    orders: &Receiver<Order>,
+    reporter: &Reporter,
+    idle: &Idle,
+) -> Result<(), Failure> {
+    let mut reports = Vec::new();
+    loop {
+        let mut next = None;
+        if line.is_idle() {
+            let (back, order) = idle.keep(line, || next_order(orders))?;
+            (line, next) = (back, Some(order));
+            line.take_in_answers()?;
+        }
+        let Some((link, conversation)) = line.conversation() else {
+            return Ok(());
+        };
+        while next.is_some() || conversation.wants_order() {
+            match next.take().unwrap_or_else(|| orders.try_recv()) {
+                Ok(order) => conversation.order(order),
+                Err(TryRecvError::Empty) => break,
+                // It was let go, but is to say so to those who watch the guard.
+                Err(TryRecvError::Disconnected) if conversation.is_releasing() => break,
+                // What is on its way will be found out by whoever claims next.
+                Err(TryRecvError::Disconnected) => return Ok(()),
+            }
+        }
+        if conversation.waits_again() {
+            thread::sleep(WAIT_PAUSE);
+        }
+        if !conversation.output().is_empty() {
+            if let Err(failure) = link.send(conversation.output()) {
+                return Err(last_words(link, conversation, reporter, failure));
+            }
+            conversation.output().clear();
+            if conversation.is_busy() {
+                fault::reach(Point::AfterWrite);
+            }
+        }
+        if conversation.awaits_reply() {
+            let bounds = conversation.bounds();
+            let outcome = match link.receive(&bounds) {
+                Ok(reply) => conversation.reply(reply, &mut reports),
+                Err(failure) => Err(conversation.unreadable(failure)),
+            };
+            for report in reports.drain(..) {
+                if !reporter.report_before(report, orders.len()) {
+                    return Ok(());
+                }
+            }
+            outcome?;
+        }
+    }
+}
+
+/// Takes in what the server had said before it closed the connection in the middle of a write, such as that an entry is too large for it.
+fn last_words(link: &mut Link, conversation: &mut Conversation, reporter: &Reporter, failure: Failure) -> Failure {
+    let mut reports = Vec::new();
+    while failure.trouble == Trouble::Closed && conversation.awaits_reply() {
+        let Ok(reply) = link.receive(&conversation.bounds()) else {
+            break;
+        };
+        let outcome = conversation.reply(reply, &mut reports);
+        reports.drain(..).all(|report| reporter.report(report));
+        if let Err(said) = outcome {
+            return said;
+        }
+    }
+    failure
+}

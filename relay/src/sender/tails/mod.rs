@@ -1,0 +1,256 @@
+//! Looking for events in the tails of their streams, by event id and timestamp: after a batch whose replies nobody read, and after a
+//! change of owner. One command at a time; replies are fed in, in pieces.
+
+mod pieces;
+
+use crate::event::wanted::{Name, Purpose, Wanted};
+use crate::failure::{self, Class, Failure};
+use crate::resp::bounds::Bounds;
+use crate::resp::read::{Piece, Reply};
+use crate::resp::write::append_command;
+use crate::sender::tails::pieces::{Info, Page};
+use redis::Value;
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+/// How far back a stream is searched, in entries.
+const DEPTH: usize = 100_000;
+/// What a page of entries should take, in bytes; the first has one entry, since it may be large, and so may be those behind a page of
+/// small ones.
+const PAGE_BYTES: usize = 256 * 1024;
+const FIRST_PAGE: usize = 1;
+/// What is looked through in all. Then no further back than to the end of each stream's first page.
+const MOST_BYTES: u64 = 16 << 30;
+const MOST_OF_A_PAGE: usize = 200;
+
+/// A search through several streams.
+pub struct Search {
+    tails: Vec<Tail>,
+    /// Those before it are done.
+    at: usize,
+    found: Vec<bool>,
+    /// What has been looked through.
+    bytes: u64,
+    /// The reply that is coming in.
+    reading: Option<Reading>,
+}
+
+enum Reading {
+    Page(Page),
+    Info(Info),
+}
+
+struct Tail {
+    stream: Arc<str>,
+    /// Indexes of those not found yet. Events that were retried share a name: each entry counts for one, the first first.
+    wanted: HashMap<Name, VecDeque<(usize, Purpose)>>,
+    /// The newest entry: its id, and when its event was published.
+    newest: Option<(Vec<u8>, [u8; 32])>,
+    /// The oldest entry id that was looked at.
+    oldest: Option<Vec<u8>>,
+    page: usize,
+    looked: usize,
+    asks_for_info: bool,
+}
+
+impl Search {
+    pub fn new(wanted: &[Wanted]) -> Self {
+        let mut tails: Vec<Tail> = Vec::new();
+        let mut of_stream: HashMap<&str, usize> = HashMap::new();
+        for (index, event) in wanted.iter().enumerate() {
+            let stream = &event.stream;
+            let tail = *of_stream.entry(stream).or_insert_with(|| {
+                tails.push(Tail {
+                    stream: stream.clone(),
+                    wanted: HashMap::new(),
+                    newest: None,
+                    oldest: None,
+                    page: FIRST_PAGE,
+                    looked: 0,
+                    asks_for_info: false,
+                });
+                tails.len() - 1
+            });
+            tails[tail]
+                .wanted
+                .entry(event.name())
+                .or_default()
+                .push_back((index, event.purpose));
+        }
+        Self {
+            tails,
+            at: 0,
+            found: vec![false; wanted.len()],
+            bytes: 0,
+            reading: None,
+        }
+    }
+
+    /// Appends the next command; false: the search has ended.
+    pub fn ask(&self, out: &mut Vec<u8>) -> bool {
+        let Some(tail) = self.tails.get(self.at) else {
+            return false;
+        };
+        let stream = tail.stream.as_bytes();
+        if tail.asks_for_info {
+            append_command(out, &[b"XINFO", b"STREAM", stream]);
+        } else {
+            let end = match &tail.oldest {
+                Some(id) => [b"(", id.as_slice()].concat(),
+                None => b"+".to_vec(),
+            };
+            let count = tail.page.to_string();
+            append_command(out, &[b"XREVRANGE", stream, &end, b"-", b"COUNT", count.as_bytes()]);
+        }
+        true
+    }
+
+    /// What the reply to the last command may have.
+    pub fn bounds(&self) -> Bounds {
+        match self.tails.get(self.at) {
+            Some(tail) if tail.asks_for_info => Bounds::INFO,
+            _ => Bounds::ENTRIES,
+        }
+    }
+
+    /// Takes in the reply of the last command, or some pieces of it. Whether that is all of it. An error is that of the backend.
+    pub fn reply(&mut self, reply: Reply<'_>) -> Result<bool, Failure> {
+        for piece in reply.pieces() {
+            if self.piece(piece)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    fn piece(&mut self, piece: Piece<'_>) -> Result<bool, Failure> {
+        let Some(tail) = self.tails.get_mut(self.at) else {
+            return Ok(true);
+        };
+        match (&mut self.reading, piece) {
+            (None, Piece::Line(line)) => return self.line(Reply::new(line).value()?).map(|()| true),
+            (None, Piece::Array(items)) if tail.asks_for_info => {
+                self.reading = (items > 0).then(|| Reading::Info(Info::of(items)));
+                if items == 0 {
+                    self.end_of_info(&Info::default());
+                }
+            }
+            (None, Piece::Array(entries)) if entries <= MOST_OF_A_PAGE as u64 => {
+                self.reading = (entries > 0).then(|| Reading::Page(Page::of(entries)));
+                if entries == 0 {
+                    self.end_of_page(&Page::of(0));
+                }
+            }
+            (None, _) => return Err(unexpected(tail)),
+            (Some(Reading::Page(page)), piece) => {
+                if let Some(entry) = page.take(piece)? {
+                    tail.entry(entry, &mut self.found);
+                }
+                if page.is_whole()
+                    && let Some(Reading::Page(page)) = self.reading.take()
+                {
+                    self.end_of_page(&page);
+                }
+            }
+            (Some(Reading::Info(info)), piece) => {
+                info.take(piece);
+                if info.is_whole()
+                    && let Some(Reading::Info(info)) = self.reading.take()
+                {
+                    self.end_of_info(&info);
+                }
+            }
+        }
+        Ok(self.reading.is_none())
+    }
+
+    /// A reply that is no array.
+    fn line(&mut self, value: Value) -> Result<(), Failure> {
+        match (value, self.tails.get(self.at)) {
+            (Value::ServerError(error), _) => {
+                is_no_stream(&error)?;
+                self.at += 1;
+            }
+            (_, Some(tail)) => return Err(unexpected(tail)),
+            (_, None) => {}
+        }
+        Ok(())
+    }
+
+    fn end_of_info(&mut self, info: &Info) {
+        let Some(tail) = self.tails.get_mut(self.at) else {
+            return;
+        };
+        if info.is_thinned() {
+            let newest = tail.newest.take().filter(|(id, _)| info.is_last_added(id));
+            // Nothing was added behind an older event's entry, so this one was not.
+            let is_behind = |time: &[u8; 32]| newest.as_ref().is_some_and(|(_, newest)| newest < time);
+            let unseen = tail.wanted.drain().filter(|((_, time), _)| !is_behind(time));
+            let unseen = unseen.flat_map(|(_, events)| events);
+            let appended = unseen.filter(|(_, purpose)| *purpose == Purpose::Settle);
+            appended.for_each(|(index, _)| self.found[index] = true);
+        }
+        self.at += 1;
+    }
+
+    fn end_of_page(&mut self, page: &Page) {
+        let Some(tail) = self.tails.get_mut(self.at) else {
+            return;
+        };
+        self.bytes = self.bytes.saturating_add(page.bytes);
+        let is_enough = tail.looked + page.entries >= DEPTH || self.bytes >= MOST_BYTES;
+        let is_last = page.entries < tail.page || is_enough;
+        tail.looked += page.entries;
+        tail.page = (PAGE_BYTES * page.entries / (page.bytes as usize).max(1)).clamp(1, MOST_OF_A_PAGE);
+        let mut left = tail.wanted.values().flatten();
+        if is_last && left.any(|(_, purpose)| *purpose == Purpose::Settle) {
+            tail.asks_for_info = true;
+        } else if is_last || tail.wanted.is_empty() {
+            self.at += 1;
+        }
+    }
+
+    /// Whether each wanted event was found.
+    pub fn into_found(self) -> Vec<bool> {
+        self.found
+    }
+}
+
+impl Tail {
+    fn entry(&mut self, entry: pieces::Entry, found: &mut [bool]) {
+        let pieces::Entry { id, name } = entry;
+        if self.oldest.is_none() {
+            self.newest = name.map(|(_, time)| (id.clone(), time));
+        }
+        self.oldest = Some(id);
+        if let Some(name) = name
+            && let Entry::Occupied(mut events) = self.wanted.entry(name)
+        {
+            if let Some((index, _)) = events.get_mut().pop_front() {
+                found[index] = true;
+            }
+            if events.get().is_empty() {
+                events.remove();
+            }
+        }
+    }
+}
+
+/// A missing stream, a key of another type or one that we may not touch has none of the events; any other error says nothing about
+/// them.
+fn is_no_stream(error: &redis::ServerError) -> Result<(), Failure> {
+    let failure = failure::reply(error);
+    let missing = match error.code() {
+        "WRONGTYPE" => true,
+        // Else one publisher could keep all of the backend from coming up.
+        "NOPERM" => failure.class == Class::Event,
+        _ => error.details().is_some_and(|d| d.contains("no such key")),
+    };
+    missing.then_some(()).ok_or_else(|| failure.not_of_an_event())
+}
+
+fn unexpected(tail: &Tail) -> Failure {
+    let command = if tail.asks_for_info { "XINFO" } else { "XREVRANGE" };
+    Failure::backend(format!("unexpected reply to {command}"))
+}

@@ -1,0 +1,207 @@
+//! Replies to a search, piece by piece: entries may be large and many, and have fields by the million. Of each entry no more is kept than tells which event it
+//! is of.
+
+use crate::event::wanted::Name;
+use crate::failure::Failure;
+use crate::resp::read::{Piece, Reply};
+
+/// Its length, in digits, and ends of lines.
+const AROUND_A_STRING: u64 = 8;
+
+/// An entry that has been read.
+pub(super) struct Entry {
+    pub id: Vec<u8>,
+    /// `None`: it is of somebody else.
+    pub name: Option<Name>,
+}
+
+/// The reply to XREVRANGE.
+pub(super) struct Page {
+    /// Entries that it has,
+    pub entries: usize,
+    /// of which so many are still to come.
+    left: u64,
+    /// Of all of their fields, about.
+    pub bytes: u64,
+    next: Next,
+    /// Of the entry at hand.
+    id: Vec<u8>,
+    event_id: Option<[u8; 36]>,
+    time: Option<[u8; 32]>,
+}
+
+/// What an entry goes on with.
+#[derive(Clone, Copy)]
+enum Next {
+    Entry,
+    Id,
+    Fields,
+    /// So many names and values are to come.
+    Name(u64),
+    Value(u64, Option<Known>),
+}
+
+/// A field that tells.
+#[derive(Clone, Copy)]
+enum Known {
+    EventId,
+    Time,
+}
+
+impl Page {
+    pub(super) fn of(entries: u64) -> Self {
+        Self {
+            entries: entries as usize,
+            left: entries,
+            bytes: 0,
+            next: Next::Entry,
+            id: Vec::new(),
+            event_id: None,
+            time: None,
+        }
+    }
+
+    pub(super) fn is_whole(&self) -> bool {
+        self.left == 0
+    }
+
+    /// Takes in the next piece; gives the entry that ends with it.
+    pub(super) fn take(&mut self, piece: Piece<'_>) -> Result<Option<Entry>, Failure> {
+        self.next = match (self.next, piece) {
+            (Next::Entry, Piece::Array(2)) => Next::Id,
+            (Next::Id, Piece::String { text: Some(id), .. }) => {
+                self.id = id.to_vec();
+                Next::Fields
+            }
+            (Next::Fields, Piece::Array(0)) => return Ok(self.end()),
+            (Next::Fields, Piece::Array(fields)) if fields % 2 == 0 => Next::Name(fields),
+            (Next::Name(left), Piece::String { size, text }) => {
+                self.bytes = self.bytes.saturating_add(size + AROUND_A_STRING);
+                let known = match text {
+                    Some(b"event_id") => Some(Known::EventId),
+                    Some(b"timestamp") => Some(Known::Time),
+                    _ => None,
+                };
+                Next::Value(left - 1, known)
+            }
+            (Next::Value(left, known), Piece::String { size, text }) => {
+                self.bytes = self.bytes.saturating_add(size + AROUND_A_STRING);
+                let text = text.unwrap_or_default();
+                match known {
+                    Some(Known::EventId) => self.event_id = self.event_id.or_else(|| text.try_into().ok()),
+                    Some(Known::Time) => self.time = self.time.or_else(|| text.try_into().ok()),
+                    None => {}
+                }
+                match left - 1 {
+                    0 => return Ok(self.end()),
+                    left => Next::Name(left),
+                }
+            }
+            _ => return Err(Failure::backend("unexpected reply to XREVRANGE")),
+        };
+        Ok(None)
+    }
+
+    fn end(&mut self) -> Option<Entry> {
+        self.next = Next::Entry;
+        self.left = self.left.saturating_sub(1);
+        let (event_id, time) = (self.event_id.take(), self.time.take());
+        Some(Entry {
+            id: std::mem::take(&mut self.id),
+            name: event_id.zip(time),
+        })
+    }
+}
+
+/// The reply to XINFO STREAM.
+#[derive(Default)]
+pub(super) struct Info {
+    length: Option<i64>,
+    added: Option<i64>,
+    last: Option<Vec<u8>>,
+    /// What is missing of each array that is open, outermost first.
+    open: Vec<u64>,
+    /// The value of this is next.
+    of: Option<Field>,
+}
+
+#[derive(Clone, Copy)]
+enum Field {
+    Length,
+    Added,
+    Last,
+    Other,
+}
+
+impl Info {
+    pub(super) fn of(items: u64) -> Self {
+        Self {
+            open: vec![items],
+            ..Self::default()
+        }
+    }
+
+    pub(super) fn is_whole(&self) -> bool {
+        self.open.is_empty()
+    }
+
+    pub(super) fn take(&mut self, piece: Piece<'_>) {
+        if self.open.len() == 1 {
+            self.of = match self.of {
+                None => Some(match piece {
+                    Piece::String {
+                        text: Some(b"length"), ..
+                    } => Field::Length,
+                    Piece::String {
+                        text: Some(b"entries-added"),
+                        ..
+                    } => Field::Added,
+                    Piece::String {
+                        text: Some(b"last-generated-id"),
+                        ..
+                    } => Field::Last,
+                    _ => Field::Other,
+                }),
+                Some(field) => {
+                    self.note(field, piece);
+                    None
+                }
+            };
+        }
+        if let Piece::Array(items @ 1..) = piece {
+            self.open.push(items);
+            return;
+        }
+        while let Some(missing) = self.open.last_mut() {
+            *missing -= 1;
+            if *missing > 0 {
+                break;
+            }
+            self.open.pop();
+        }
+    }
+
+    fn note(&mut self, field: Field, piece: Piece<'_>) {
+        match (field, piece) {
+            (Field::Length, Piece::Line(line)) => self.length = Reply::new(line).number(),
+            (Field::Added, Piece::Line(line)) => self.added = Reply::new(line).number(),
+            (Field::Last, Piece::String { text: Some(id), .. }) => self.last = Some(id.to_vec()),
+            _ => {}
+        }
+    }
+
+    /// Whether entries of the stream have been removed since they were added. Servers before 7.0 do not count those that were added: there,
+    /// any stream that has ever had one may be.
+    pub(super) fn is_thinned(&self) -> bool {
+        match (self.length, self.added, &self.last) {
+            (Some(length), Some(added), _) => added > length,
+            (_, _, Some(last)) => last != b"0-0",
+            _ => true,
+        }
+    }
+
+    /// Whether no entry was ever added behind this one.
+    pub(super) fn is_last_added(&self, id: &[u8]) -> bool {
+        self.last.as_deref() == Some(id)
+    }
+}

@@ -1,0 +1,131 @@
+//! Patience with tasks that fail, each by itself: what failed is tried again after a while, twice as long each time, and nothing else
+//! waits for it. A trouble is told at once and again each minute; one that may be over in a moment (a lock) once it has lasted.
+
+use crate::time::Now;
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+/// The same trouble is told again after this long.
+const TELL_AGAIN_AFTER: Duration = Duration::from_secs(60);
+/// A trouble that may pass is told once it has lasted so long.
+const MAY_PASS_WITHIN: Duration = Duration::from_secs(1);
+
+/// The first wait, and the longest.
+#[derive(Clone, Copy, Debug)]
+pub struct Waits {
+    pub first: Duration,
+    pub longest: Duration,
+}
+
+struct Trouble {
+    since: Now,
+    failures: u32,
+    retry_at: Now,
+    told: Vec<(String, Now)>,
+}
+
+/// By task.
+pub struct Patience<T> {
+    troubles: BTreeMap<T, Trouble>,
+}
+
+impl<T> Default for Patience<T> {
+    fn default() -> Self {
+        Self {
+            troubles: BTreeMap::new(),
+        }
+    }
+}
+
+impl<T: Ord + Copy> Patience<T> {
+    /// Whether a task may be tried now.
+    pub fn allows(&self, task: T, now: Now) -> bool {
+        self.retry_at(task).is_none_or(|at| at <= now)
+    }
+
+    /// When a task that failed is tried again.
+    pub fn retry_at(&self, task: T) -> Option<Now> {
+        // The usual case costs next to nothing.
+        if self.troubles.is_empty() {
+            return None;
+        }
+        self.troubles.get(&task).map(|trouble| trouble.retry_at)
+    }
+
+    /// When the next of all is.
+    pub fn next_retry_at(&self) -> Option<Now> {
+        self.troubles.values().map(|trouble| trouble.retry_at).min()
+    }
+
+    pub fn succeeded(&mut self, task: T) {
+        if !self.troubles.is_empty() {
+            self.troubles.remove(&task);
+        }
+    }
+
+    /// A task is not for now any more.
+    pub fn retain(&mut self, mut is_known: impl FnMut(T) -> bool) {
+        self.troubles.retain(|task, _| is_known(*task));
+    }
+
+    /// Returns whether to tell of it. `may_pass`: it may be over in a moment.
+    pub fn failed(&mut self, task: T, message: &str, may_pass: bool, waits: Waits, now: Now) -> bool {
+        let trouble = self.troubles.entry(task).or_insert(Trouble {
+            since: now,
+            failures: 0,
+            retry_at: now,
+            told: Vec::new(),
+        });
+        let wait = waits.first.saturating_mul(1 << trouble.failures.min(20));
+        trouble.failures += 1;
+        trouble.retry_at = now + wait.min(waits.longest);
+        trouble.told.retain(|(_, at)| now < *at + TELL_AGAIN_AFTER);
+        let is_told = trouble.told.iter().any(|(told, _)| told == message);
+        if is_told || (may_pass && now < trouble.since + MAY_PASS_WITHIN) {
+            return false;
+        }
+        trouble.told.push((message.to_owned(), now));
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WAITS: Waits = Waits {
+        first: Duration::from_millis(100),
+        longest: Duration::from_millis(500),
+    };
+
+    fn ms(ms: u64) -> Now {
+        Duration::from_millis(ms)
+    }
+
+    #[test]
+    fn each_task_waits_by_itself_twice_as_long_each_time() {
+        let mut patience = Patience::default();
+        patience.failed(1, "no", false, WAITS, ms(0));
+        assert!(!patience.allows(1, ms(99)) && patience.allows(1, ms(100)) && patience.allows(2, ms(0)));
+        for (now, then) in [(100, 300), (300, 700), (700, 1_200), (1_200, 1_700)] {
+            patience.failed(1, "no", false, WAITS, ms(now));
+            assert_eq!(patience.retry_at(1), Some(ms(then)));
+        }
+        assert_eq!(patience.next_retry_at(), Some(ms(1_700)));
+        patience.succeeded(1);
+        assert_eq!((patience.retry_at(1), patience.next_retry_at()), (None, None));
+    }
+
+    #[test]
+    fn a_trouble_is_told_at_once_and_each_minute_and_a_lock_when_it_lasts() {
+        let mut patience = Patience::default();
+        assert!(patience.failed(1, "broken", false, WAITS, ms(0)));
+        assert!(!patience.failed(1, "broken", false, WAITS, ms(59_999)));
+        assert!(patience.failed(1, "otherwise", false, WAITS, ms(59_999)));
+        assert!(patience.failed(1, "broken", false, WAITS, ms(60_000)));
+        assert!(!patience.failed(2, "locked", true, WAITS, ms(0)));
+        assert!(!patience.failed(2, "locked", true, WAITS, ms(999)));
+        assert!(patience.failed(2, "locked", true, WAITS, ms(1_000)));
+        assert!(!patience.failed(2, "locked", true, WAITS, ms(2_000)));
+    }
+}

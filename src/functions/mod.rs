@@ -1,0 +1,5 @@
+//! What SQL calls, but for publishing.
+//!
+//! - [`status`] what the views ask
+
+pub mod status;

@@ -1,0 +1,255 @@
+//! What the views ask of the library: the worker's state, and how much waits behind a saved cursor.
+
+use crate::server::datum::bytes_of;
+use crate::server::error::expect_arguments;
+use crate::server::report;
+use crate::server::shmem::{self, SlotState};
+use crate::server::trigger_call::{When, expect_trigger};
+use crate::server::txn;
+use crate::tables::catalog;
+use crate::tables::events::EventsTable;
+use crate::tables::rights;
+use crate::tables::row::{Row, attribute, slot_of_text};
+use crate::tables::ticks;
+use crate::tables::{backends, cursors};
+use pgrx::iter::TableIterator;
+use pgrx::{PgLogLevel, PgSqlErrorCode, name, pg_extern, pg_sys};
+use relay::reading::range::{Key, Position, RangeScan, Step};
+use relay::redis::slot::{SLOTS, tag_of};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// Pending events are counted up to this many.
+const COUNTED: i64 = 10_000;
+/// Rows that counting may meet, with those of other backends.
+const COUNT_STEPS: i64 = 100_000;
+
+/// `outbox.worker_status()`
+#[pg_extern(sql = false)]
+fn worker_status() -> TableIterator<'static, (name!(worker_pid, Option<i32>), name!(state, String))> {
+    let slot = shmem::slot_here();
+    let pid = slot.map(|s| s.pid()).filter(|pid| *pid != 0);
+    let state = match slot.map(|s| (s.state(), pid)) {
+        _ if !shmem::is_attached() => "library not in shared_preload_libraries",
+        // SAFETY: reads shared state.
+        _ if unsafe { pg_sys::RecoveryInProgress() } => "standby",
+        _ if !crate::server::guc::ENABLED.get() => "disabled",
+        Some((SlotState::Running, Some(_))) => "running",
+        Some((SlotState::Mismatched, Some(_))) => "version mismatch",
+        Some((SlotState::Starting | SlotState::Wanted, _)) => "starting",
+        Some((SlotState::Short, _)) => "waiting for a background worker process",
+        Some((SlotState::Failing, _)) => "failing to start, see the server's log",
+        None if !shmem::has_launcher() => "waiting for the launcher",
+        None if shmem::is_full() => "waiting for a background worker process",
+        _ => "stopped",
+    };
+    TableIterator::once((pid, state.to_owned()))
+}
+
+/// The committed rows of a backend behind its saved cursor: how many up to `limit`, the oldest one's time, and whether there
+/// are more, as an estimate.
+fn behind_cursor(number: i32, limit: i64) -> (i64, Option<i64>) {
+    let Some(relations) = catalog::relations() else {
+        return (0, None);
+    };
+    let stand = Stand::of(number);
+    let position = stand.lowest();
+    let now = Arc::new(ticks::take(&relations).0);
+    let mut table = EventsTable::open(&relations);
+    let (mut count, mut met, mut oldest, mut last_seq) = (0, 0, None, 0);
+    let mut count_range = |scan: &mut RangeScan<crate::tables::events::EventsScan>| -> bool {
+        while let Some(step) = scan.step() {
+            met += 1;
+            if let Step::Row(key) = step {
+                let row = scan.current().row();
+                if row.backend_number() == number && stand.waits(row, key) {
+                    oldest = oldest.or_else(|| row.i64(attribute::CREATED_AT));
+                    count += 1;
+                }
+                last_seq = key.seq;
+            }
+            if count >= limit || met >= COUNT_STEPS {
+                return false;
+            }
+        }
+        true
+    };
+    let mut whole = true;
+    let mut from = position.from.clone();
+    // Lanes that are on their way somewhere are looked at from where they began.
+    if let Some(under_way) = position.under_way.as_ref().filter(|_| stand.lanes.is_empty()) {
+        let mut scan = RangeScan::open(&mut table, &from, &under_way.to, under_way.last_seq);
+        whole = count_range(&mut scan);
+        from = under_way.to.clone();
+    }
+    if whole {
+        let mut scan = RangeScan::open(&mut table, &from, &now, 0);
+        whole = count_range(&mut scan);
+    }
+    if !whole && limit > 1 {
+        // The rest is taken to be of the same mix as what was met.
+        let rest = (now.high_seq - last_seq).max(0) as f64;
+        count += (rest * count as f64 / (met as f64).max(1.0)) as i64;
+    }
+    table.close();
+    (count, oldest)
+}
+
+/// Where a backend stands, by its saved cursors.
+struct Stand {
+    position: Position,
+    /// Of each slot, in a cluster.
+    lanes: BTreeMap<u16, Position>,
+    own_stream: String,
+}
+
+impl Stand {
+    fn of(number: i32) -> Self {
+        let saved = |lane| cursors::cursor(number, lane).map(|(cursor, _)| cursor.position);
+        let lanes: BTreeMap<u16, Position> = cursors::lanes(number)
+            .into_iter()
+            .filter_map(|slot| Some((slot, saved(Some(slot))?)))
+            .collect();
+        Self {
+            position: saved(None).unwrap_or_else(Position::beginning),
+            own_stream: match lanes.is_empty() {
+                true => String::new(),
+                false => backends::own_stream(number),
+            },
+            lanes,
+        }
+    }
+
+    /// Nothing that waits lies before it.
+    fn lowest(&self) -> Position {
+        let mut lowest = &self.position;
+        for lane in self.lanes.values() {
+            if !lane.from.snapshot.includes(&lowest.from.snapshot) {
+                lowest = lane;
+            }
+        }
+        lowest.clone()
+    }
+
+    /// Whether a row behind [`Self::lowest`] waits.
+    fn waits(&self, row: &Row, key: Key) -> bool {
+        if self.lanes.is_empty() {
+            return true;
+        }
+        !self
+            .lanes
+            .get(&row.slot(&self.own_stream))
+            .unwrap_or(&self.position)
+            .covers(key)
+    }
+}
+
+crate::sql_function!(hash_slot, pg_finfo_hash_slot);
+
+/// `outbox.hash_slot(stream)`, strict
+// No pg_guard: as the other functions that are declared by hand.
+#[unsafe(no_mangle)]
+extern "C-unwind" fn hash_slot(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    report::guard(|| {
+        expect_arguments(fcinfo, 1);
+        // SAFETY: one argument of type text, which is not null unless somebody has declared the function otherwise.
+        unsafe {
+            let argument = &(*fcinfo).args.as_slice(1)[0];
+            (*fcinfo).isnull = argument.isnull;
+            match argument.isnull {
+                true => pg_sys::Datum::from(0),
+                false => pg_sys::Datum::from(i32::from(slot_of_text(bytes_of(argument.value)))),
+            }
+        }
+    })
+}
+
+/// `outbox.hash_tag(slot)`
+#[pg_extern(sql = false)]
+fn hash_tag(slot: i32) -> Option<String> {
+    u16::try_from(slot).ok().filter(|slot| *slot < SLOTS).map(tag_of)
+}
+
+/// `outbox.backlog(backend_number)`
+#[pg_extern(sql = false)]
+fn backlog(
+    backend_number: i32,
+) -> TableIterator<
+    'static,
+    (
+        name!(pending, i64),
+        name!(oldest_created_at, Option<pgrx::datum::TimestampWithTimeZone>),
+    ),
+> {
+    let (pending, oldest) = report::guard(|| rights::of_owner(|| behind_cursor(backend_number, COUNTED)));
+    let oldest = oldest.and_then(|us| pgrx::datum::TimestampWithTimeZone::try_from(us).ok());
+    TableIterator::once((pending, oldest))
+}
+
+/// `outbox.has_waiting_events(backend_number)`
+#[pg_extern(sql = false)]
+fn has_waiting_events(backend_number: i32) -> bool {
+    let waits = || backends::waits_elsewhere(backend_number) || behind_cursor(backend_number, 1).0 > 0;
+    report::guard(|| rights::of_owner(waits))
+}
+
+/// Called by the script that creates the extension, whichever statement runs it.
+#[pg_extern(sql = false)]
+fn announce_extension() {
+    txn::extension_created();
+    if !shmem::is_attached() {
+        report::say(
+            PgLogLevel::WARNING as i32,
+            PgSqlErrorCode::ERRCODE_WARNING,
+            "outbox_relay is not preloaded: events are kept, and nothing sends them",
+            None,
+            Some("Add outbox_relay to shared_preload_libraries, and restart the server."),
+        );
+    }
+}
+
+/// `outbox.wake()`
+#[pg_extern(sql = false)]
+fn wake() {
+    if let Some(slot) = shmem::slot_here() {
+        slot.announce_work();
+        slot.announce_schedule();
+        slot.ask();
+    }
+}
+
+crate::sql_function!(backends_changed, pg_finfo_backends_changed);
+
+/// `outbox.backends_changed()`, after a statement on `backends`, `backend_passwords`, `take_overs`, `restores` or `copied_backends`
+// No pg_guard: as the other triggers.
+#[unsafe(no_mangle)]
+extern "C-unwind" fn backends_changed(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    report::guard(|| {
+        let relations = catalog::expect_relations();
+        // SAFETY: called by Postgres. Marks the table's cache entries of all sessions as stale when this transaction commits.
+        unsafe {
+            expect_trigger(
+                fcinfo,
+                "backends_changed",
+                When::AfterStatement,
+                relations.settings_tables(),
+            );
+            // Sessions know nothing of the other two; and many restores are no many changes of backends.
+            let trigger = (*fcinfo).context.cast::<pg_sys::TriggerData>();
+            let table = (*(*trigger).tg_relation).rd_id;
+            if [relations.backends, relations.backend_passwords].contains(&table) {
+                // Not of the table itself: who has that open builds its entry anew, and takes in what came meanwhile, within each other
+                // until there is no room on the stack, as long as others say so faster than that.
+                let news = match relations.backends_news {
+                    pg_sys::InvalidOid => relations.backends,
+                    sequence => sequence,
+                };
+                pg_sys::CacheInvalidateRelcacheByRelid(news);
+            }
+            // An AFTER trigger's result is ignored.
+            (*fcinfo).isnull = false;
+        }
+        txn::backends_changed();
+    });
+    pg_sys::Datum::from(0)
+}

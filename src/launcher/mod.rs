@@ -1,0 +1,477 @@
+//! The launcher: one process for the whole server, which starts a worker for each database that has the extension.
+//!
+//! It is connected to no database, so it cannot see where the extension is: it starts a worker in every database that is served, once,
+//! and those that find nothing say so and end. Who creates the extension announces it (`shmem::announce`). After that it sleeps until
+//! somebody does, or the list of databases or the settings change, or a worker ends.
+
+mod databases;
+mod incarnation;
+
+use crate::launcher::databases::Found;
+use crate::server::guc::{self, LogLevel};
+use crate::server::process::{self, log};
+use crate::server::shmem::{self, Slot, SlotState};
+use crate::server::standby;
+use pgrx::{pg_guard, pg_sys};
+use relay::delivery::backoff::Backoff;
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+/// After a worker that has ended before it was at work, or soon after: so that one that fails does not spin.
+const RESTARTS: Backoff = Backoff {
+    exponential: true,
+    delay: Duration::from_millis(200),
+    max_delay: Duration::from_secs(60),
+};
+/// A worker that ends sooner than that, without having been told to, has failed.
+const STEADY_AFTER: Duration = Duration::from_secs(10);
+/// So many failures in a row are worth a word.
+const WORTH_A_WORD: u32 = 4;
+/// While no process can be had.
+const RETRY_WAIT: Duration = Duration::from_secs(1);
+/// While a statement has the database to itself. Then the worker waits for its lock, as any session does: whoever takes the lock for
+/// moments again and again does not keep it away.
+const LOCKED_WAIT: Duration = Duration::from_millis(25);
+const LONGEST_LOCKED_WAIT: Duration = Duration::from_secs(3);
+/// One that is still not at work then waits for something: others need not wait for it.
+const LONGEST_START: Duration = Duration::from_secs(5);
+/// A reason for an absence is logged again after this long.
+const REPEAT_LOG_AFTER: Duration = Duration::from_secs(60);
+/// Databases that a log line names.
+const NAMED: usize = 10;
+
+/// How many workers may be looking for the extension at once: processes are scarce, and others want some, too.
+fn starting_at_once() -> usize {
+    // SAFETY: a plain read of a setting.
+    (unsafe { pg_sys::max_worker_processes } as usize / 4).clamp(2, 16)
+}
+
+/// Registers the launcher; called once, by the postmaster.
+pub fn register() {
+    let mut worker = description(
+        c"outbox_relay launcher",
+        c"outbox_relay launcher",
+        c"outbox_relay_launcher",
+    );
+    worker.bgw_restart_time = 1;
+    // SAFETY: a complete description, at the time for static workers.
+    unsafe { pg_sys::RegisterBackgroundWorker(&mut worker) };
+}
+
+/// Registers the process that watches a standby; called once, by the postmaster.
+pub fn register_standby_watch() {
+    let mut worker = description(
+        c"outbox_relay standby",
+        c"outbox_relay standby",
+        c"outbox_relay_standby",
+    );
+    worker.bgw_flags = pg_sys::BGWORKER_SHMEM_ACCESS as i32;
+    worker.bgw_start_time = pg_sys::BgWorkerStartTime::BgWorkerStart_PostmasterStart;
+    // SAFETY: a complete description, at the time for static workers.
+    unsafe { pg_sys::RegisterBackgroundWorker(&mut worker) };
+}
+
+fn description(name: &std::ffi::CStr, kind: &std::ffi::CStr, function: &std::ffi::CStr) -> pg_sys::BackgroundWorker {
+    let mut worker = pg_sys::BackgroundWorker {
+        bgw_flags: (pg_sys::BGWORKER_SHMEM_ACCESS | pg_sys::BGWORKER_BACKEND_DATABASE_CONNECTION) as i32,
+        // Only on a primary; after a promotion at once.
+        bgw_start_time: pg_sys::BgWorkerStartTime::BgWorkerStart_RecoveryFinished,
+        bgw_restart_time: pg_sys::BGW_NEVER_RESTART,
+        ..Default::default()
+    };
+    put(&mut worker.bgw_name, name);
+    put(&mut worker.bgw_type, kind);
+    put(&mut worker.bgw_library_name, c"outbox_relay");
+    put(&mut worker.bgw_function_name, function);
+    worker
+}
+
+/// Copies a text into a fixed field, cut to fit, zero-terminated.
+fn put(field: &mut [std::ffi::c_char], text: &std::ffi::CStr) {
+    let room = field.len() - 1;
+    for (to, from) in field[..room].iter_mut().zip(text.to_bytes()) {
+        *to = *from as std::ffi::c_char;
+    }
+}
+
+/// Entry point of the process.
+#[pg_guard]
+#[unsafe(no_mangle)]
+pub extern "C-unwind" fn outbox_relay_launcher(_argument: pg_sys::Datum) {
+    process::take_signals();
+    process::prepare_to_wait(None);
+    // SAFETY: once, at the start; no database, for shared catalogs only.
+    unsafe {
+        pg_sys::BackgroundWorkerInitializeConnection(std::ptr::null(), std::ptr::null(), 0);
+        shmem::set_launcher_latch(pg_sys::MyLatch);
+    }
+    crate::server::pinned::pin_settings();
+    standby::note_promotion();
+    incarnation::begin_incarnation();
+    if std::fs::read_dir("pg_twophase").is_ok_and(|mut files| files.next().is_some()) {
+        shmem::note_backends_prepared();
+    }
+    shmem::request_rescan();
+    let mut launcher = Launcher::default();
+    let mut timeout = Some(Duration::ZERO);
+    loop {
+        process::wait(timeout);
+        if process::is_told_to_end() {
+            // SAFETY: ends the process; code 1, so that it is started again if the server goes on.
+            unsafe { pg_sys::proc_exit(1) };
+        }
+        process::handle_interrupts();
+        if process::reload_if_told() {
+            shmem::request_rescan();
+        }
+        timeout = launcher.step();
+    }
+}
+
+struct Started {
+    handle: *mut pg_sys::BackgroundWorkerHandle,
+    at: Instant,
+}
+
+/// What is known of a database.
+struct Database {
+    name: String,
+    is_template: bool,
+    is_open: bool,
+    /// Whether the extension is to be looked for: nobody has, or it was announced since.
+    look: bool,
+    /// Whether the extension was there once: what waits is worth a word.
+    has_extension: bool,
+    worker: Option<Started>,
+    /// In a row.
+    failures: u32,
+    not_before: Option<Instant>,
+    locked_since: Option<Instant>,
+}
+
+impl Database {
+    fn of(found: Found) -> Self {
+        Self {
+            name: found.name,
+            is_template: found.is_template,
+            is_open: found.is_open,
+            look: true,
+            has_extension: false,
+            worker: None,
+            failures: 0,
+            not_before: None,
+            locked_since: None,
+        }
+    }
+
+    /// What the catalog says now.
+    fn learn(&mut self, found: Found) {
+        (self.name, self.is_template, self.is_open) = (found.name, found.is_template, found.is_open);
+    }
+}
+
+#[derive(Default)]
+struct Launcher {
+    /// By OID. One that has gone stays until its worker has.
+    databases: BTreeMap<u32, Database>,
+    /// They could not be listed.
+    list_due: bool,
+    /// Since when there have been too few processes, and when the log said so.
+    short: Option<(Instant, Option<Instant>)>,
+    /// When the log said of databases that their workers fail.
+    failing_said: Option<Instant>,
+}
+
+impl Launcher {
+    /// One round; returns when to come back without being woken.
+    fn step(&mut self) -> Option<Duration> {
+        let (announced, everywhere) = shmem::take_announced();
+        let is_new = |oid: &pg_sys::Oid| !self.databases.contains_key(&oid.to_u32());
+        if shmem::take_rescan() || everywhere || self.list_due || announced.iter().any(is_new) {
+            self.list_again();
+        }
+        for (oid, database) in &mut self.databases {
+            let is_announced = announced.iter().any(|a| a.to_u32() == *oid);
+            if is_announced {
+                (database.has_extension, database.failures, database.not_before) = (true, 0, None);
+            }
+            database.look |= is_announced || everywhere;
+        }
+        self.bury();
+        let again = self.start_wanted();
+        match self.list_due {
+            true => Some(again.map_or(RETRY_WAIT, |again| again.min(RETRY_WAIT))),
+            false => again,
+        }
+    }
+
+    /// Takes in which databases have come, gone, or have another name.
+    fn list_again(&mut self) {
+        let found = databases::list();
+        self.list_due = found.is_none();
+        let Some(found) = found else {
+            return;
+        };
+        let has_gone = |oid: u32| found.iter().all(|f| f.oid.to_u32() != oid);
+        self.databases
+            .retain(|oid, database| database.worker.is_some() || !has_gone(*oid));
+        for slot in shmem::slots().filter(|slot| slot.pid() == 0) {
+            let oid = slot.database().to_u32();
+            if has_gone(oid) && !self.databases.contains_key(&oid) {
+                shmem::take_back(slot);
+            }
+        }
+        for found in found {
+            match self.databases.get_mut(&found.oid.to_u32()) {
+                Some(known) => known.learn(found),
+                None => {
+                    self.databases.insert(found.oid.to_u32(), Database::of(found));
+                }
+            }
+        }
+    }
+
+    /// Forgets workers that have ended.
+    fn bury(&mut self) {
+        let mut failed = false;
+        for (oid, database) in &mut self.databases {
+            let Some(started) = &database.worker else {
+                continue;
+            };
+            let mut pid = 0;
+            // SAFETY: a handle of this process, freed once it is done with.
+            let status = unsafe { pg_sys::GetBackgroundWorkerPid(started.handle, &mut pid) };
+            if status != pg_sys::BgwHandleStatus::BGWH_STOPPED {
+                continue;
+            }
+            // SAFETY: allocated by RegisterDynamicBackgroundWorker for this process.
+            unsafe { pg_sys::pfree(started.handle.cast()) };
+            let lived = started.at.elapsed();
+            database.worker = None;
+            let Some(slot) = shmem::slot_of(pg_sys::Oid::from(*oid)) else {
+                continue;
+            };
+            if slot.pid() != 0 {
+                // It has found that of a launcher before this one, and left it alone.
+                database.look = true;
+                continue;
+            }
+            let state = slot.state();
+            database.has_extension |= state == SlotState::Running || state == SlotState::Mismatched;
+            match state {
+                // It was told to leave, and comes back.
+                SlotState::Wanted => (database.look, database.failures) = (true, 0),
+                SlotState::Absent => (database.has_extension, database.failures) = (database.look, 0),
+                // Nobody knows what happens there until it is served again.
+                SlotState::Unserved => {
+                    (database.look, database.failures) = (true, 0);
+                    continue;
+                }
+                // Died without a word: not for want of the extension.
+                _ => {
+                    failed = true;
+                    database.look = true;
+                    let was_steady = state == SlotState::Running && lived >= STEADY_AFTER;
+                    database.failures = if was_steady { 0 } else { database.failures + 1 };
+                    let wait = RESTARTS.wait(database.failures.max(1), fastrand::f64());
+                    database.not_before = Some(Instant::now() + wait);
+                }
+            }
+            match database.look {
+                true if database.failures >= WORTH_A_WORD => slot.set_state(SlotState::Failing),
+                true => slot.set_state(SlotState::Wanted),
+                // Somebody may be publishing, if anybody ever has: the numbers of events are kept there.
+                false if slot.numbers.get().is_none() => shmem::take_back(slot),
+                false => {}
+            }
+        }
+        if failed {
+            // Perhaps the database has gone, or has another name.
+            self.list_again();
+        }
+    }
+
+    /// Starts what is to be started, as far as there are processes.
+    fn start_wanted(&mut self) -> Option<Duration> {
+        let mut again: Option<Duration> = None;
+        let mut sooner = |wait: Duration| again = Some(again.map_or(wait, |a| a.min(wait)));
+        let mut waiting = Vec::new();
+        let mut starting = self.starting();
+        // Those that are known to have the extension first, templates last.
+        let mut order: Vec<u32> = self.databases.keys().copied().collect();
+        order.sort_by_key(|oid| {
+            let database = &self.databases[oid];
+            (!database.has_extension, database.is_template)
+        });
+        for oid in order {
+            let Some(database) = self.databases.get_mut(&oid) else {
+                continue;
+            };
+            let id = pg_sys::Oid::from(oid);
+            // A worker of a launcher before this one is looked after by its slot alone.
+            let stranger = shmem::slot_of(id).is_some_and(|slot| slot.pid() != 0);
+            if !database.look || database.worker.is_some() || stranger {
+                continue;
+            }
+            if !database.is_open || !guc::serves(&database.name) {
+                continue;
+            }
+            if let Some(wait) = database
+                .not_before
+                .map(|at| at.saturating_duration_since(Instant::now()))
+                && !wait.is_zero()
+            {
+                sooner(wait);
+                continue;
+            }
+            if database.has_extension {
+                match shmem::claim_slot(id) {
+                    Some(slot) if slot.state() == SlotState::Absent => slot.set_state(SlotState::Wanted),
+                    Some(_) => {}
+                    None => {
+                        sooner(RETRY_WAIT);
+                        waiting.push(oid);
+                        continue;
+                    }
+                }
+            }
+            if starting >= starting_at_once() {
+                // Woken when one of them is at work, or has ended.
+                sooner(RETRY_WAIT);
+                continue;
+            }
+            if databases::is_locked(id) {
+                let since = *database.locked_since.get_or_insert_with(Instant::now);
+                if since.elapsed() < LONGEST_LOCKED_WAIT {
+                    sooner(LOCKED_WAIT);
+                    continue;
+                }
+            }
+            let started = shmem::claim_slot(id).is_some_and(|slot| start(slot, database));
+            if started {
+                starting += 1;
+            } else {
+                sooner(RETRY_WAIT);
+                waiting.push(oid);
+            }
+        }
+        self.tell_of_shortage(&waiting);
+        self.tell_of_failures();
+        again
+    }
+
+    /// How many have been started and are not at work yet.
+    fn starting(&self) -> usize {
+        let is_starting = |(oid, database): &(&u32, &Database)| {
+            let slot = shmem::slot_of(pg_sys::Oid::from(**oid));
+            let is_new = database.worker.as_ref().is_some_and(|w| w.at.elapsed() < LONGEST_START);
+            is_new && slot.is_some_and(|slot| slot.state() == SlotState::Starting)
+        };
+        self.databases.iter().filter(is_starting).count()
+    }
+
+    /// Warns, again each minute; not of the moments in which others look for the extension.
+    fn tell_of_shortage(&mut self, waiting: &[u32]) {
+        // Where nobody has looked yet, it is not known whether anything waits; if nothing else does, that is worth a word, too.
+        let is_known = |oid: &&u32| self.databases[oid].has_extension;
+        let known: Vec<&u32> = waiting.iter().filter(is_known).collect();
+        let others = waiting.iter().filter(|oid| !self.databases[oid].is_template);
+        let named: Vec<&u32> = if known.is_empty() { others.collect() } else { known };
+        for slot in waiting.iter().filter_map(|oid| shmem::slot_of(pg_sys::Oid::from(*oid))) {
+            slot.set_state(SlotState::Short);
+        }
+        if named.is_empty() {
+            self.short = None;
+            return;
+        }
+        let (since, said) = self.short.get_or_insert_with(|| (Instant::now(), None));
+        if since.elapsed() < RETRY_WAIT || said.is_some_and(|said| said.elapsed() < REPEAT_LOG_AFTER) {
+            return;
+        }
+        *said = Some(Instant::now());
+        let names = self.names(named.into_iter());
+        if shmem::is_full() {
+            log(
+                LogLevel::Warning,
+                "too many databases for outbox_relay",
+                Some(&format!("No worker could be started for {names}.")),
+                Some("Raise max_worker_processes: there is room for two databases for each, and 1,024."),
+            );
+            return;
+        }
+        log(
+            LogLevel::Warning,
+            "too few background worker processes for outbox_relay",
+            Some(&format!(
+                "No worker could be started for {names}; it is tried again each second."
+            )),
+            Some("Raise max_worker_processes: each database with the extension needs one, and the launcher one more."),
+        );
+    }
+
+    fn tell_of_failures(&mut self) {
+        let failing = self.databases.iter().filter(|(_, d)| d.failures >= WORTH_A_WORD);
+        let failing: Vec<&u32> = failing.map(|(oid, _)| oid).collect();
+        if failing.is_empty() {
+            self.failing_said = None;
+            return;
+        }
+        if self.failing_said.is_some_and(|said| said.elapsed() < REPEAT_LOG_AFTER) {
+            return;
+        }
+        self.failing_said = Some(Instant::now());
+        let names = self.names(failing.into_iter());
+        log(
+            LogLevel::Warning,
+            "workers of outbox_relay end as soon as they are started",
+            Some(&format!(
+                "This happens in {names}; it is tried again each minute at least."
+            )),
+            Some("The lines of \"outbox_relay worker\" in the server's log say why."),
+        );
+    }
+
+    /// Names of databases, for the log.
+    fn names<'a>(&self, oids: impl ExactSizeIterator<Item = &'a u32>) -> String {
+        let count = oids.len();
+        let mut names: Vec<String> = oids
+            .take(NAMED)
+            .map(|oid| format!("\"{}\"", self.databases[oid].name))
+            .collect();
+        if count > NAMED {
+            names.push(format!("{} more", count - NAMED));
+        }
+        names.join(", ")
+    }
+}
+
+/// Starts a worker; false if there is no process for it.
+fn start(slot: &'static Slot, database: &mut Database) -> bool {
+    let name = std::ffi::CString::new(format!("outbox_relay worker {}", database.name)).unwrap_or_default();
+    let mut worker = description(&name, c"outbox_relay worker", c"outbox_relay_worker");
+    worker.bgw_main_arg = pg_sys::Datum::from(shmem::address_of(slot));
+    let mut handle = std::ptr::null_mut();
+    let before = slot.state();
+    // Before it is registered: it may be at work before that returns.
+    slot.set_state(SlotState::Starting);
+    // SAFETY: a complete description; the handle is kept in the process's own memory.
+    let registered = unsafe {
+        worker.bgw_notify_pid = pg_sys::MyProcPid;
+        let before = pg_sys::CurrentMemoryContext;
+        pg_sys::CurrentMemoryContext = pg_sys::TopMemoryContext;
+        let registered = pg_sys::RegisterDynamicBackgroundWorker(&mut worker, &mut handle);
+        pg_sys::CurrentMemoryContext = before;
+        registered
+    };
+    if !registered {
+        slot.set_state(before);
+        return false;
+    }
+    // What is announced from now on, it may not have seen.
+    (database.look, database.locked_since) = (false, None);
+    database.worker = Some(Started {
+        handle,
+        at: Instant::now(),
+    });
+    true
+}

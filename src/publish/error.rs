@@ -1,0 +1,135 @@
+//! Why an event is refused, as SQLSTATE and words.
+
+use crate::server::encoding::Foreign;
+use crate::server::error::raise;
+use crate::tables::catalog;
+use pgrx::PgSqlErrorCode;
+use pgrx::pg_sys::panic::ErrorReport;
+use relay::delivery::refusal::MOST_ATTEMPTS;
+use relay::event::ConfigError;
+use thiserror::Error;
+
+/// Why an event is refused, in the publisher's transaction.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum PublishError {
+    #[error("{0} must not be null or empty")]
+    Missing(&'static str),
+    #[error("stream must not be empty")]
+    EmptyStream,
+    #[error("{field} is too long")]
+    TooLong {
+        field: &'static str,
+        length: usize,
+        limit: usize,
+    },
+    #[error("max_retries must not be negative")]
+    NegativeRetries(i32),
+    #[error("max_retries is too high")]
+    ManyRetries(i32),
+    #[error("scheduled_at must be a finite time")]
+    EndlessSchedule,
+    #[error("backend \"{0}\" does not exist")]
+    UnknownBackend(String),
+    #[error("backend \"{backend}\" does not allow the stream \"{stream}\"")]
+    StreamNotAllowed { backend: String, stream: String },
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error("event is too large")]
+    TooLarge { size: usize, limit: usize },
+    #[error("a trigger has changed a row of outbox.events that only complete_event may fill in")]
+    Changed,
+    #[error("{field} has no UTF-8 form")]
+    Foreign { field: &'static str, text: Foreign },
+    #[error("event_id {0} is already used")]
+    RepeatedId(String),
+    #[error("publish_events expects a JSON array of objects")]
+    NotAnArray,
+    #[error("invalid event in publish_events: {message}")]
+    BadItem { index: usize, message: String },
+}
+
+impl PublishError {
+    fn code(&self) -> PgSqlErrorCode {
+        use PgSqlErrorCode::*;
+        match self {
+            Self::UnknownBackend(_) => ERRCODE_UNDEFINED_OBJECT,
+            Self::StreamNotAllowed { .. } => ERRCODE_INSUFFICIENT_PRIVILEGE,
+            Self::TooLarge { .. } => ERRCODE_PROGRAM_LIMIT_EXCEEDED,
+            Self::RepeatedId(_) => ERRCODE_UNIQUE_VIOLATION,
+            Self::Changed => ERRCODE_TRIGGERED_DATA_CHANGE_VIOLATION,
+            Self::Foreign { text, .. } => text.code(),
+            Self::Config(ConfigError::TooManyDigits) => ERRCODE_PROGRAM_LIMIT_EXCEEDED,
+            // As jsonb says it.
+            Self::Config(ConfigError::OutOfRange(_)) => ERRCODE_NUMERIC_VALUE_OUT_OF_RANGE,
+            Self::Missing(_)
+            | Self::EmptyStream
+            | Self::TooLong { .. }
+            | Self::NegativeRetries(_)
+            | Self::ManyRetries(_)
+            | Self::EndlessSchedule
+            | Self::Config(_)
+            | Self::NotAnArray
+            | Self::BadItem { .. } => ERRCODE_INVALID_PARAMETER_VALUE,
+        }
+    }
+
+    fn detail(&self) -> String {
+        match self {
+            Self::Missing(_) => "Every event has a type and a source.".into(),
+            Self::EmptyStream => "Every stream has a name.".into(),
+            Self::TooLong { length, limit, .. } => format!("It has {length} characters; at most {limit} are allowed."),
+            Self::NegativeRetries(n) => format!("It is {n}."),
+            Self::ManyRetries(n) => format!("It is {n}; at most {MOST_ATTEMPTS} are allowed."),
+            Self::EndlessSchedule => "An event scheduled for infinity would never be sent.".into(),
+            Self::UnknownBackend(_) => "Backends are the rows of outbox.backends.".into(),
+            Self::StreamNotAllowed { stream, .. } if stream.starts_with(catalog::RESERVED) => {
+                format!("Names that begin with {} are kept for guards.", catalog::RESERVED)
+            }
+            Self::StreamNotAllowed { .. } => "None of the backend's allowed_streams matches.".into(),
+            Self::Config(_) => "Its keys and values become further fields of the stream entry.".into(),
+            Self::TooLarge { size, limit } => format!("It has {size} bytes; at most {limit} are allowed."),
+            Self::RepeatedId(_) => "Each event has an id of its own.".into(),
+            Self::Changed => "The relay goes by seq, xid, backend_number and event_id of each row.".into(),
+            Self::Foreign { text, .. } => text.detail(),
+            Self::NotAnArray => "Each object has the keys of outbox.publish_event.".into(),
+            Self::BadItem { index, .. } => format!("It is element {index} of the array, counted from 0."),
+        }
+    }
+
+    fn hint(&self) -> &'static str {
+        match self {
+            Self::Missing(_) => "Pass a text of 1 to 255 characters.",
+            Self::EmptyStream => "Pass a name, or NULL for the backend's own stream.",
+            Self::TooLong { .. } => "Put longer texts into data.",
+            Self::NegativeRetries(_) | Self::ManyRetries(_) => {
+                "Pass the number of attempts in all, or NULL for outbox_relay.max_retries."
+            }
+            Self::EndlessSchedule => "Pass a time, or NULL to send at once.",
+            Self::UnknownBackend(_) => "Check the name, or outbox_relay.default_backend if none was given.",
+            Self::StreamNotAllowed { .. } => "Ask the administrator to extend allowed_streams.",
+            Self::Config(ConfigError::OutOfRange(_) | ConfigError::TooManyDigits) => "Pass it as a string.",
+            Self::Config(_) => "Pass a flat JSON object such as {\"priority\": 1}.",
+            Self::TooLarge { .. } => {
+                "Put large payloads elsewhere and publish a reference, or raise outbox_relay.max_event_size."
+            }
+            Self::RepeatedId(_) => "Leave event_id out to have a new one made.",
+            Self::Changed => {
+                "Change these columns in no trigger; to replace an event, return NULL and publish another."
+            }
+            Self::Foreign { .. } => {
+                "Events are sent as UTF-8. Replace the character, or put bytes into data in another form, such as base64."
+            }
+            Self::NotAnArray => "Pass for example [{\"event_type\": \"user.created\", \"source\": \"user-service\"}].",
+            Self::BadItem { .. } => "See the arguments of outbox.publish_event.",
+        }
+    }
+
+    /// Raises it as an ERROR.
+    pub fn raise(self) -> ! {
+        raise(
+            ErrorReport::new(self.code(), self.to_string(), "")
+                .set_detail(self.detail())
+                .set_hint(self.hint()),
+        )
+    }
+}

@@ -1,0 +1,331 @@
+//! Plain INSERT and COPY into `outbox.events` and `outbox.scheduled_events`: the trigger that checks a row as `publish_event` does, and
+//! fills in what is ours.
+
+use crate::publish::error::PublishError;
+use crate::publish::repeated_id::refuse_repeated_id;
+use crate::publish::request::{Checked, Request, check};
+use crate::server::datum::bytes_of;
+use crate::server::datum::text_datum;
+use crate::server::encoding::{has_utf8_form, to_server, utf8};
+use crate::server::report;
+use crate::server::trigger_call::When;
+use crate::server::trigger_call::expect_trigger;
+use crate::server::txn;
+use crate::server::uuid;
+use crate::tables::applied;
+use crate::tables::catalog;
+use crate::tables::insertion::{self};
+use crate::tables::numbers::draw_numbers;
+use crate::tables::restores;
+use crate::tables::row::{Row, attribute};
+use crate::tables::trusted::RowKey;
+use crate::tables::trusted::inserted;
+use crate::tables::trusted::{is_moving, subtransaction};
+use pgrx::{pg_extern, pg_sys};
+use relay::reading::range::Key;
+use std::borrow::Cow;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
+
+thread_local! {
+    /// Rows between `complete_event` and `confirm_event`.
+    static COMPLETED: RefCell<Vec<RowKey>> = const { RefCell::new(Vec::new()) };
+    /// Numbers that `draw_seq` has drawn in the transaction of this id: the lowest and the highest.
+    static DRAWN: Cell<(u64, i64, i64)> = const { Cell::new((0, 0, 0)) };
+    /// Backends, with the subtransactions that have noted a restore for them, in the transaction of this id.
+    static RESTORED: RefCell<(u64, BTreeSet<(u32, i32)>)> = const { RefCell::new((0, BTreeSet::new())) };
+}
+
+crate::sql_function!(complete_event, pg_finfo_complete_event);
+
+/// Trigger of `outbox.events` and `outbox.scheduled_events`, before each row.
+// No pg_guard: the guard that says our errors in the database's encoding.
+#[unsafe(no_mangle)]
+extern "C-unwind" fn complete_event(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    report::guard(|| {
+        let relations = catalog::expect_relations();
+        // SAFETY: called by Postgres; a trigger of this kind has a row.
+        unsafe {
+            let tables = [relations.events, relations.scheduled];
+            let trigger = expect_trigger(fcinfo, "complete_event", When::BeforeInsertOfRow, &tables);
+            let table = match (*trigger.tg_relation).rd_id == relations.scheduled {
+                true => Table::Scheduled,
+                false => Table::Events,
+            };
+            // It is held as it is, or was here before.
+            if (table == Table::Scheduled && applied::is_worker()) || applied::puts_back() {
+                (*fcinfo).isnull = false;
+                return pg_sys::Datum::from(trigger.tg_trigtuple);
+            }
+            (*fcinfo).isnull = false;
+            pg_sys::Datum::from(completed(table, trigger.tg_trigtuple, (*trigger.tg_relation).rd_att))
+        }
+    })
+}
+
+crate::sql_function!(confirm_event, pg_finfo_confirm_event);
+
+/// Trigger of `outbox.events`, before each row and after all other triggers: what `complete_event` has filled in must still be there, and
+/// what others have changed since must be an event.
+// No pg_guard: as complete_event.
+#[unsafe(no_mangle)]
+extern "C-unwind" fn confirm_event(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    report::guard(|| {
+        let relations = catalog::expect_relations();
+        // SAFETY: as above.
+        unsafe {
+            let trigger = expect_trigger(fcinfo, "confirm_event", When::BeforeInsertOfRow, &[relations.events]);
+            let triggers = (*trigger.tg_relation).trigdesc;
+            let is_new = !applied::puts_back();
+            if is_new && insertion::has_foreign_triggers(triggers, &relations.triggers) {
+                let row = Row::of(trigger.tg_trigtuple, (*trigger.tg_relation).rd_att);
+                confirm(&row);
+            } else {
+                COMPLETED.with_borrow_mut(Vec::clear);
+            }
+            (*fcinfo).isnull = false;
+            pg_sys::Datum::from(trigger.tg_trigtuple)
+        }
+    })
+}
+
+/// Rows that were completed and wait to be confirmed: that of each statement within a statement, and those that a trigger left out.
+const MOST_COMPLETED: usize = 64;
+
+fn note_completed(key: RowKey) {
+    COMPLETED.with_borrow_mut(|completed| {
+        if completed.len() >= MOST_COMPLETED {
+            completed.remove(0);
+        }
+        completed.push(key);
+    });
+}
+
+fn confirm(row: &Row) {
+    let key = key_of(row);
+    let is_completed = COMPLETED.with_borrow_mut(|completed| {
+        let place = completed.iter().rposition(|known| *known == key);
+        completed.truncate(place.unwrap_or(completed.len()));
+        place.is_some()
+    });
+    if !is_completed {
+        PublishError::Changed.raise();
+    }
+    if is_moving() {
+        return;
+    }
+    let request = request_of(row);
+    match check(&request) {
+        Ok(checked) if checked.backend_number == key.backend_number => {}
+        // The backend's name is that of a dump, or another has changed it: the number counts.
+        Ok(_) | Err(PublishError::UnknownBackend(_)) => {}
+        Err(PublishError::Foreign { .. }) if is_copy() => {}
+        Err(e) => e.raise(),
+    }
+}
+
+fn key_of(row: &Row) -> RowKey {
+    let key = row.key();
+    RowKey {
+        xid: key.xid,
+        seq: key.seq,
+        backend_number: row.backend_number(),
+        event_id: row.uuid(attribute::EVENT_ID).unwrap_or_default(),
+    }
+}
+
+/// What a row asks for.
+fn request_of(row: &Row) -> Request<'_> {
+    // SAFETY: the attributes are of varlena types.
+    let text = |attribute: usize| row.get(attribute).map(|d| unsafe { Cow::Borrowed(bytes_of(d)) });
+    Request {
+        event_type: text(attribute::EVENT_TYPE),
+        source: text(attribute::SOURCE),
+        data: text(attribute::DATA),
+        subject: text(attribute::SUBJECT),
+        backend: text(attribute::BACKEND),
+        scheduled_at: None,
+        max_retries: row.i32(attribute::MAX_RETRIES),
+        publisher_config: text(attribute::PUBLISHER_CONFIG),
+        stream: text(attribute::STREAM),
+        data_schema: text(attribute::DATA_SCHEMA),
+        event_id: row.uuid(attribute::EVENT_ID),
+    }
+}
+
+/// The row of `publish_event`, which other triggers may have seen before: it must be an event still.
+fn confirm_published(key: RowKey, row: &Row) {
+    if key_of(row) != key {
+        PublishError::Changed.raise();
+    }
+    check(&request_of(row)).map_or_else(|e| e.raise(), |_| note_completed(key));
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Table {
+    Events,
+    Scheduled,
+}
+
+/// The transaction id of a scheduled event that a dump brought when it was overdue: it is looked for before it is sent.
+const RESTORED_OVERDUE: u64 = 0;
+
+/// `outbox.draw_seq()`
+#[pg_extern(sql = false)]
+fn draw_seq() -> i64 {
+    let (xid, seq) = draw_numbers(&catalog::expect_relations());
+    let (of, lowest, highest) = DRAWN.get();
+    DRAWN.set(match of == xid {
+        true => (xid, lowest.min(seq), highest.max(seq)),
+        false => (xid, seq, seq),
+    });
+    txn::published();
+    seq
+}
+
+/// Whether a row's numbers were drawn for it by this transaction.
+fn has_numbers(row: &Row) -> bool {
+    let (xid, lowest, highest) = DRAWN.get();
+    let key = row.key();
+    // SAFETY: a plain read; a transaction that has drawn numbers has an id.
+    let current = unsafe { pg_sys::GetTopFullTransactionIdIfAny().value };
+    xid != 0 && key.xid == xid && xid == current && (lowest..=highest).contains(&key.seq)
+}
+
+/// The row with what the trigger fills in.
+///
+/// # Safety
+/// A row of that table and its descriptor.
+unsafe fn completed(table: Table, tuple: pg_sys::HeapTuple, descriptor: pg_sys::TupleDesc) -> pg_sys::HeapTuple {
+    // SAFETY: the caller's promise.
+    let row = unsafe { Row::of(tuple, descriptor) };
+    if let Some(key) = inserted(&row) {
+        confirm_published(key, &row);
+        return tuple;
+    }
+    let relations = catalog::expect_relations();
+    let mut columns: [i32; 6] = [0; 6];
+    let mut values = [pg_sys::Datum::from(0); 6];
+    let mut count = 0;
+    let mut set = |attribute: usize, datum: pg_sys::Datum| {
+        columns[count] = attribute as i32;
+        values[count] = datum;
+        count += 1;
+    };
+    // SAFETY: reads the clock.
+    let now = unsafe { pg_sys::GetCurrentTimestamp() };
+    let event_id = row.uuid(attribute::EVENT_ID).unwrap_or_else(|| uuid::new_v7(now));
+    let mut backend_number = row.backend_number();
+    let has_numbers = row.get(attribute::XID).is_some() && has_numbers(&row);
+    let is_scheduled = table == Table::Scheduled;
+    let scheduled_at = row.i64(attribute::SCHEDULED_AT).filter(|_| is_scheduled);
+    let mut restored_for = None;
+    if !is_moving() {
+        let request = Request {
+            scheduled_at,
+            ..request_of(&row)
+        };
+        let checked = check_restorable(&request, &row);
+        if request.event_id.is_some() {
+            refuse_repeated_id(&relations, &event_id, is_scheduled);
+        }
+        // A transaction id is given by nobody but a dump. (What a subscription brings is held.)
+        if row.get(attribute::XID).is_some() && !has_numbers {
+            restored_for = Some(checked.backend_number);
+        }
+        backend_number = checked.backend_number;
+        set(attribute::BACKEND_NUMBER, pg_sys::Datum::from(backend_number));
+        set(attribute::BACKEND, text_datum(&to_server(&checked.backend)));
+        if row
+            .i64(attribute::CREATED_AT)
+            .is_none_or(|at| at == i64::MIN || at == i64::MAX)
+        {
+            set(attribute::CREATED_AT, pg_sys::Datum::from(now));
+        }
+        set(attribute::EVENT_ID, pg_sys::Datum::from(event_id.as_ptr()));
+    }
+    let Key { mut xid, mut seq } = row.key();
+    if !has_numbers {
+        (xid, seq) = draw_numbers(&relations);
+        match restored_for {
+            Some(number) if !is_scheduled => note_restore(number, xid),
+            Some(_) if scheduled_at.is_some_and(|at| at <= now) => xid = RESTORED_OVERDUE,
+            _ => {}
+        }
+        set(attribute::XID, pg_sys::Datum::from(xid));
+        set(attribute::SEQ, pg_sys::Datum::from(seq));
+    }
+    let mut nulls = [false; 6];
+    match table {
+        Table::Events => {
+            note_completed(RowKey {
+                xid,
+                seq,
+                backend_number,
+                event_id,
+            });
+            txn::published();
+        }
+        Table::Scheduled => txn::scheduled(),
+    }
+    // SAFETY: `count` columns of the table with values of their types; the new tuple lives in the caller's context.
+    unsafe {
+        pg_sys::heap_modify_tuple_by_cols(
+            tuple,
+            descriptor,
+            count as i32,
+            columns.as_mut_ptr(),
+            values.as_mut_ptr(),
+            nulls.as_mut_ptr(),
+        )
+    }
+}
+
+/// Some of a dump's events may have been sent since it was taken: the worker is to look for them first. Once in a transaction, and
+/// again in a subtransaction, since the other may be rolled back alone.
+fn note_restore(number: i32, xid: u64) {
+    let key = (subtransaction(), number);
+    let is_noted = RESTORED.with_borrow_mut(|(of, noted)| {
+        if *of != xid {
+            (*of, *noted) = (xid, BTreeSet::new());
+        }
+        noted.contains(&key)
+    });
+    if !is_noted {
+        restores::note_restore(number, xid);
+        RESTORED.with_borrow_mut(|(_, noted)| noted.insert(key));
+    }
+}
+
+/// As [`check`]; but a dump's rows carry a backend's number, and may come before the backend itself, or under a name that it
+/// no longer has: COPY alone can give a number, and then the number is what counts.
+fn check_restorable(request: &Request<'_>, row: &Row) -> Checked {
+    let number = row.i32(attribute::BACKEND_NUMBER);
+    match (check(request), number) {
+        (Ok(checked), None) => checked,
+        (Ok(checked), Some(number)) if checked.backend_number == number => checked,
+        // An event that cannot be sent was let in by an earlier version: it fails when its turn comes, not the restore of all others.
+        (Ok(_) | Err(PublishError::UnknownBackend(_) | PublishError::Foreign { .. }), Some(number)) if is_copy() => {
+            // SAFETY: a text of the row, if it is there.
+            let name = row.get(attribute::BACKEND).map(|d| unsafe { bytes_of(d) });
+            let name = name.filter(|name| has_utf8_form(name).is_ok());
+            // SAFETY: as above.
+            let backend = name.map(|name| unsafe { utf8(name) }.into_owned());
+            Checked {
+                backend: backend.unwrap_or_default(),
+                backend_number: number,
+            }
+        }
+        (Ok(checked), Some(_)) => checked,
+        (Err(e), _) => e.raise(),
+    }
+}
+
+/// Whether the session runs a COPY, as a restore does.
+fn is_copy() -> bool {
+    // SAFETY: the active portal of the session, if any, while it runs.
+    unsafe {
+        let portal = pg_sys::ActivePortal;
+        !portal.is_null() && (*portal).commandTag == pg_sys::CommandTag::CMDTAG_COPY
+    }
+}

@@ -1,0 +1,207 @@
+//! Between the database's encoding and UTF-8, in which everything of ours is.
+
+use crate::server::error::raise;
+use once_cell::unsync::OnceCell;
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::{PgSqlErrorCode, PgTryBuilder, pg_sys};
+use std::borrow::Cow;
+use std::ffi::CStr;
+use std::panic::AssertUnwindSafe;
+
+/// Text is converted in pieces of so many bytes where the result is not needed.
+const PIECE_BYTES: usize = 8_192;
+/// Most bytes that one byte of any encoding becomes (MAX_CONVERSION_GROWTH of mb/pg_wchar.h).
+const GROWTH: usize = 4;
+/// Most bytes of one character in a server's encoding (MAX_UNICODE_EQUIVALENT_STRING of mb/pg_wchar.h).
+const LONGEST_CHARACTER: usize = 16;
+
+/// The database's encoding, which never changes.
+fn encoding() -> u32 {
+    thread_local! {
+        static ENCODING: OnceCell<u32> = const { OnceCell::new() };
+    }
+    // SAFETY: reads a variable of the process.
+    let read = || unsafe { (pg_sys::MyDatabaseId, pg_sys::GetDatabaseEncoding() as u32) };
+    // A process without a database, and one that is about to connect to it, does not know yet.
+    match read() {
+        (pg_sys::InvalidOid, encoding) => encoding,
+        (_, encoding) => ENCODING.with(|known| *known.get_or_init(|| encoding)),
+    }
+}
+
+/// Why a text has no UTF-8 form.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Foreign {
+    /// These bytes are no text in UTF-8, and the database (SQL_ASCII) does not know what else they are.
+    Invalid(Vec<u8>),
+    /// This character of the database's encoding is none in Unicode.
+    Unknown(Vec<u8>),
+}
+
+impl Foreign {
+    pub fn code(&self) -> PgSqlErrorCode {
+        match self {
+            Self::Invalid(_) => PgSqlErrorCode::ERRCODE_CHARACTER_NOT_IN_REPERTOIRE,
+            Self::Unknown(_) => PgSqlErrorCode::ERRCODE_UNTRANSLATABLE_CHARACTER,
+        }
+    }
+
+    pub fn detail(&self) -> String {
+        let shown = |bytes: &[u8]| {
+            let bytes: Vec<String> = bytes.iter().map(|byte| format!("0x{byte:02x}")).collect();
+            bytes.join(" ")
+        };
+        match self {
+            Self::Invalid(bytes) => format!(
+                "Its bytes {} are no text in UTF-8, and a database in SQL_ASCII does not know in which encoding they are.",
+                shown(bytes)
+            ),
+            Self::Unknown(bytes) => format!(
+                "Its character with the byte sequence {} in encoding \"{}\" has no equivalent in UTF-8.",
+                shown(bytes),
+                encoding_name()
+            ),
+        }
+    }
+}
+
+fn encoding_name() -> String {
+    // SAFETY: a constant, zero-terminated text.
+    unsafe {
+        CStr::from_ptr(pg_sys::GetDatabaseEncodingName())
+            .to_string_lossy()
+            .into_owned()
+    }
+}
+
+/// Whether a text in the database's encoding has a UTF-8 form. Costs nothing in a database in UTF-8, and little for ASCII.
+pub fn has_utf8_form(text: &[u8]) -> Result<(), Foreign> {
+    match encoding() {
+        pg_sys::pg_enc::PG_UTF8 => Ok(()),
+        _ if text.is_ascii() => Ok(()),
+        pg_sys::pg_enc::PG_SQL_ASCII => std::str::from_utf8(text).map(|_| ()).map_err(|error| {
+            let rest = &text[error.valid_up_to()..];
+            Foreign::Invalid(rest[..rest.len().min(error.error_len().unwrap_or(4))].to_vec())
+        }),
+        encoding => converts_to_utf8(text, encoding),
+    }
+}
+
+fn converts_to_utf8(text: &[u8], encoding: u32) -> Result<(), Foreign> {
+    let (from, to) = (encoding as i32, pg_sys::pg_enc::PG_UTF8 as i32);
+    // SAFETY: a catalog look-up in a transaction; the buffer has room for what a piece becomes at most, and its end.
+    unsafe {
+        let conversion = pg_sys::FindDefaultConversionProc(from, to);
+        let room = PIECE_BYTES * GROWTH + 1;
+        let buffer = pg_sys::palloc(room).cast::<u8>();
+        let mut rest = text;
+        while !rest.is_empty() {
+            let piece = rest.len().min(PIECE_BYTES) as i32;
+            let done = match conversion {
+                pg_sys::InvalidOid => 0,
+                _ => pg_sys::pg_do_encoding_conversion_buf(
+                    conversion,
+                    from,
+                    to,
+                    rest.as_ptr().cast_mut(),
+                    piece,
+                    buffer,
+                    room as i32,
+                    true,
+                ),
+            };
+            if done <= 0 {
+                break;
+            }
+            rest = &rest[done as usize..];
+        }
+        pg_sys::pfree(buffer.cast());
+        if rest.is_empty() {
+            return Ok(());
+        }
+        let length = pg_sys::pg_mblen(rest.as_ptr().cast()).max(1) as usize;
+        Err(Foreign::Unknown(rest[..length.min(rest.len())].to_vec()))
+    }
+}
+
+/// Text in the database's encoding, in UTF-8. An ERROR when it has no such form.
+///
+/// # Safety
+/// Valid text in the database's encoding.
+pub unsafe fn utf8(bytes: &[u8]) -> Cow<'_, str> {
+    // SAFETY: the caller's promise; a conversion's result is a zero-terminated string of the current memory context.
+    unsafe {
+        match encoding() {
+            pg_sys::pg_enc::PG_UTF8 => Cow::Borrowed(std::str::from_utf8_unchecked(bytes)),
+            pg_sys::pg_enc::PG_SQL_ASCII => expect_utf8(bytes),
+            _ => {
+                let converted = pg_sys::pg_server_to_any(
+                    bytes.as_ptr().cast(),
+                    bytes.len() as i32,
+                    pg_sys::pg_enc::PG_UTF8 as i32,
+                );
+                if converted.cast_const().cast::<u8>() == bytes.as_ptr() {
+                    return expect_utf8(bytes);
+                }
+                expect_utf8(CStr::from_ptr(converted).to_bytes())
+            }
+        }
+    }
+}
+
+/// Bytes that must be UTF-8: what would stand for others was never published.
+fn expect_utf8(bytes: &[u8]) -> Cow<'_, str> {
+    match std::str::from_utf8(bytes) {
+        Ok(text) => Cow::Borrowed(text),
+        Err(error) => {
+            let rest = &bytes[error.valid_up_to()..];
+            let foreign = Foreign::Invalid(rest[..rest.len().min(error.error_len().unwrap_or(4))].to_vec());
+            raise(
+                ErrorReport::new(foreign.code(), "invalid byte sequence for encoding \"UTF8\"", "")
+                    .set_detail(foreign.detail()),
+            )
+        }
+    }
+}
+
+/// Text in the database's encoding. An ERROR when it has no such character.
+pub fn to_server(text: &str) -> Cow<'_, [u8]> {
+    // SAFETY: reads the text, or returns a zero-terminated string of the current memory context.
+    unsafe {
+        let given = text.as_ptr().cast();
+        let converted = pg_sys::pg_any_to_server(given, text.len() as i32, pg_sys::pg_enc::PG_UTF8 as i32);
+        if converted.cast_const() == given {
+            return Cow::Borrowed(text.as_bytes());
+        }
+        Cow::Borrowed(CStr::from_ptr(converted).to_bytes())
+    }
+}
+
+/// The same for words that somebody is to read, wherever they are said, also outside of a transaction: what the database's encoding does
+/// not have becomes a question mark.
+pub fn words_to_server(text: &str) -> Cow<'_, [u8]> {
+    if text.is_ascii() || matches!(encoding(), pg_sys::pg_enc::PG_UTF8 | pg_sys::pg_enc::PG_SQL_ASCII) {
+        return Cow::Borrowed(text.as_bytes());
+    }
+    let mut converted = Vec::with_capacity(text.len());
+    for character in text.chars() {
+        match character.is_ascii() {
+            true => converted.push(character as u8),
+            false => converted.extend(character_to_server(character).unwrap_or_else(|| b"?".to_vec())),
+        }
+    }
+    Cow::Owned(converted)
+}
+
+fn character_to_server(character: char) -> Option<Vec<u8>> {
+    PgTryBuilder::new(AssertUnwindSafe(|| {
+        let mut buffer = [0u8; LONGEST_CHARACTER + 1];
+        // SAFETY: writes a zero-terminated character; an ERROR when there is none. The conversion was looked up when the process began.
+        unsafe { pg_sys::pg_unicode_to_server(character as pg_sys::pg_wchar, buffer.as_mut_ptr()) };
+        CStr::from_bytes_until_nul(&buffer)
+            .ok()
+            .map(|text| text.to_bytes().to_vec())
+    }))
+    .catch_others(|_| None)
+    .execute()
+}

@@ -1,0 +1,382 @@
+//! The settings, `outbox_relay.*`: names, defaults and units as users see them. Why each default has its value stands beside it.
+
+use pgrx::guc::{GucContext, GucFlags, GucRegistry, GucSetting};
+use pgrx::pg_sys::AsPgCStr;
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::{PgLogLevel, PgSqlErrorCode, PostgresGucEnum, pg_guard, pg_sys};
+use relay::delivery::backoff::Backoff;
+use relay::redis::allowed_hosts::AllowedHosts;
+use std::ffi::{CStr, CString, c_char, c_void};
+use std::time::Duration;
+
+pub static ENABLED: GucSetting<bool> = GucSetting::<bool>::new(true);
+pub static DATABASES: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c"*"));
+pub static DEFAULT_BACKEND: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c"default"));
+/// Small enough that a batch and its replies stay in the CPU's cache.
+pub static BATCH_SIZE: GucSetting<i32> = GucSetting::<i32>::new(100);
+/// Only a net: commits wake the worker.
+pub static POLL_INTERVAL_MS: GucSetting<i32> = GucSetting::<i32>::new(5_000);
+pub static MAX_RETRIES: GucSetting<i32> = GucSetting::<i32>::new(3);
+pub static RETRY_BACKOFF: GucSetting<bool> = GucSetting::<bool>::new(true);
+pub static RETRY_DELAY_MS: GucSetting<i32> = GucSetting::<i32>::new(1_000);
+pub static RETRY_MAX_DELAY_MS: GucSetting<i32> = GucSetting::<i32>::new(60_000);
+pub static CLEANUP_PUBLISHED: GucSetting<bool> = GucSetting::<bool>::new(true);
+pub static PUBLISHED_RETENTION_MIN: GucSetting<i32> = GucSetting::<i32>::new(7 * 24 * 60);
+pub static FAILED_RETENTION_MIN: GucSetting<i32> = GucSetting::<i32>::new(30 * 24 * 60);
+/// Redis takes 512 MB, but an entry is held in memory by every party on its way.
+pub static MAX_EVENT_SIZE_KB: GucSetting<i32> = GucSetting::<i32>::new(1_024);
+pub static LOG_LEVEL: GucSetting<LogLevel> = GucSetting::<LogLevel>::new(LogLevel::Info);
+pub static REDIS_HOST: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c"localhost"));
+pub static REDIS_PORT: GucSetting<i32> = GucSetting::<i32>::new(6_379);
+pub static REDIS_DB: GucSetting<i32> = GucSetting::<i32>::new(0);
+pub static REDIS_USERNAME: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c""));
+pub static REDIS_PASSWORD_FILE: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c""));
+pub static REDIS_STREAM_NAME: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c"events"));
+pub static REDIS_MAX_LEN: GucSetting<i32> = GucSetting::<i32>::new(10_000);
+pub static REDIS_CONNECT_TIMEOUT_MS: GucSetting<i32> = GucSetting::<i32>::new(5_000);
+pub static REDIS_SOCKET_TIMEOUT_MS: GucSetting<i32> = GucSetting::<i32>::new(5_000);
+
+/// Whoever may write backends decides where the server connects to, unless this says less.
+pub static ALLOWED_HOSTS: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c"*"));
+
+pub static SEND_AFTER: GucSetting<SendAfter> = GucSetting::<SendAfter>::new(SendAfter::LocalFlush);
+
+/// Silence of an owner proves nothing to a copy.
+pub static TAKE_OVER: GucSetting<TakeOver> = GucSetting::<TakeOver>::new(TakeOver::Standby);
+
+/// Who follows the owner of a backend by itself, once that is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PostgresGucEnum)]
+pub enum TakeOver {
+    /// A streaming standby that was promoted.
+    #[name = c"standby"]
+    Standby,
+    /// Every server that has its history.
+    #[name = c"any"]
+    Any,
+}
+
+/// When a commit may leave the server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PostgresGucEnum)]
+pub enum SendAfter {
+    /// It is on this server's disk.
+    #[name = c"local_flush"]
+    LocalFlush,
+    /// It is on the disks of the synchronous standbys too.
+    #[name = c"standby_flush"]
+    StandbyFlush,
+}
+
+/// The levels of Python's logging, as the seed names them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, PostgresGucEnum)]
+pub enum LogLevel {
+    #[name = c"debug"]
+    Debug,
+    #[name = c"info"]
+    Info,
+    #[name = c"warning"]
+    Warning,
+    #[name = c"error"]
+    Error,
+}
+
+const HOUR_MS: i32 = 3_600_000;
+
+/// Defines all settings; called once from `_PG_init`.
+pub fn define() {
+    use GucContext::{Sighup, Suset, Userset};
+    let plain = GucFlags::default();
+
+    GucRegistry::define_bool_guc(
+        c"outbox_relay.enabled",
+        c"Runs the relay.",
+        c"Off stops all workers; events wait.",
+        &ENABLED,
+        Sighup,
+        plain,
+    );
+    GucRegistry::define_string_guc(
+        c"outbox_relay.databases",
+        c"Databases that get a worker, where the extension exists.",
+        c"A comma-separated list, or * for all.",
+        &DATABASES,
+        Sighup,
+        plain,
+    );
+    GucRegistry::define_string_guc(
+        c"outbox_relay.default_backend",
+        c"Backend of events that name none.",
+        c"",
+        &DEFAULT_BACKEND,
+        Userset,
+        plain,
+    );
+    int(
+        c"outbox_relay.batch_size",
+        c"Most events in one batch.",
+        &BATCH_SIZE,
+        1,
+        10_000,
+        Sighup,
+        plain,
+    );
+    int(
+        c"outbox_relay.poll_interval",
+        c"Longest time between two looks for events; commits wake the worker at once.",
+        &POLL_INTERVAL_MS,
+        100,
+        HOUR_MS,
+        Sighup,
+        GucFlags::UNIT_MS,
+    );
+    int(
+        c"outbox_relay.max_retries",
+        c"Attempts in all for an event that Redis refuses.",
+        &MAX_RETRIES,
+        1,
+        relay::delivery::refusal::MOST_ATTEMPTS,
+        Sighup,
+        plain,
+    );
+    GucRegistry::define_bool_guc(
+        c"outbox_relay.retry_backoff",
+        c"Doubles the wait after each attempt.",
+        c"Off waits retry_delay each time.",
+        &RETRY_BACKOFF,
+        Sighup,
+        plain,
+    );
+    int(
+        c"outbox_relay.retry_delay",
+        c"Wait after the first failed attempt.",
+        &RETRY_DELAY_MS,
+        1,
+        HOUR_MS,
+        Sighup,
+        GucFlags::UNIT_MS,
+    );
+    int(
+        c"outbox_relay.retry_max_delay",
+        c"Longest wait between two attempts.",
+        &RETRY_MAX_DELAY_MS,
+        1,
+        HOUR_MS,
+        Sighup,
+        GucFlags::UNIT_MS,
+    );
+    GucRegistry::define_bool_guc(
+        c"outbox_relay.cleanup_published",
+        c"Deletes published events after their retention.",
+        c"",
+        &CLEANUP_PUBLISHED,
+        Sighup,
+        plain,
+    );
+    int(
+        c"outbox_relay.published_retention",
+        c"How long published events are kept; -1 keeps them for ever.",
+        &PUBLISHED_RETENTION_MIN,
+        -1,
+        i32::MAX,
+        Sighup,
+        GucFlags::UNIT_MIN,
+    );
+    int(
+        c"outbox_relay.failed_retention",
+        c"How long failed events are kept; -1 keeps them for ever.",
+        &FAILED_RETENTION_MIN,
+        -1,
+        i32::MAX,
+        Sighup,
+        GucFlags::UNIT_MIN,
+    );
+    int(
+        c"outbox_relay.max_event_size",
+        c"Largest event that is accepted, all its texts together.",
+        &MAX_EVENT_SIZE_KB,
+        1,
+        64 * 1_024,
+        Suset,
+        GucFlags::UNIT_KB,
+    );
+    GucRegistry::define_enum_guc(
+        c"outbox_relay.log_level",
+        c"Least level of the worker's messages that are logged.",
+        c"",
+        &LOG_LEVEL,
+        Sighup,
+        plain,
+    );
+    GucRegistry::define_enum_guc(
+        c"outbox_relay.send_after",
+        c"When a committed event may be sent.",
+        c"local_flush: once it is on this server's disk; standby_flush: once it is on those of the synchronous standbys too.",
+        &SEND_AFTER,
+        Sighup,
+        plain,
+    );
+    GucRegistry::define_enum_guc(
+        c"outbox_relay.take_over",
+        c"Who takes over by itself the backends of a server that is gone.",
+        c"standby: a streaming standby that was promoted. any: whoever has that server's history and sees it silent for three of its poll intervals; where a failover starts a copy of the data (shared storage, log shipping, snapshots), and clones cannot reach Redis.",
+        &TAKE_OVER,
+        Sighup,
+        plain,
+    );
+    // SAFETY: the hook is guarded.
+    unsafe {
+        GucRegistry::define_string_guc_with_hooks(
+            c"outbox_relay.allowed_hosts",
+            c"Where backends may be: names (with * and ?), addresses, networks, paths of unix sockets.",
+            c"A comma-separated list, or * for anywhere.",
+            &ALLOWED_HOSTS,
+            Sighup,
+            plain,
+            Some(check_allowed_hosts),
+            None,
+            None,
+        );
+    }
+    for (name, about, setting) in [
+        (
+            c"outbox_relay.redis_host",
+            c"Host of backends that name none.",
+            &REDIS_HOST,
+        ),
+        (
+            c"outbox_relay.redis_username",
+            c"User of backends that name none; empty: Redis's default user.",
+            &REDIS_USERNAME,
+        ),
+        (
+            c"outbox_relay.redis_password_file",
+            c"Password file of backends that have no password of their own; empty: none.",
+            &REDIS_PASSWORD_FILE,
+        ),
+        (
+            c"outbox_relay.redis_stream_name",
+            c"Stream of backends that name none.",
+            &REDIS_STREAM_NAME,
+        ),
+    ] {
+        GucRegistry::define_string_guc(name, about, c"", setting, Sighup, plain);
+    }
+    int(
+        c"outbox_relay.redis_port",
+        c"Port of backends that name none.",
+        &REDIS_PORT,
+        1,
+        65_535,
+        Sighup,
+        plain,
+    );
+    int(
+        c"outbox_relay.redis_db",
+        c"Database of backends that name none.",
+        &REDIS_DB,
+        0,
+        65_535,
+        Sighup,
+        plain,
+    );
+    int(
+        c"outbox_relay.redis_max_len",
+        c"Approximate length of the streams of backends that name none; 0 is unlimited.",
+        &REDIS_MAX_LEN,
+        0,
+        i32::MAX,
+        Sighup,
+        plain,
+    );
+    for (name, about, setting) in [
+        (
+            c"outbox_relay.redis_connect_timeout",
+            c"Longest time to connect.",
+            &REDIS_CONNECT_TIMEOUT_MS,
+        ),
+        (
+            c"outbox_relay.redis_socket_timeout",
+            c"Longest time to wait for a write or a reply.",
+            &REDIS_SOCKET_TIMEOUT_MS,
+        ),
+    ] {
+        int(name, about, setting, 1, HOUR_MS, Sighup, GucFlags::UNIT_MS);
+    }
+    // SAFETY: a constant C string; the prefix has just been defined.
+    unsafe { pg_sys::MarkGUCPrefixReserved(c"outbox_relay".as_ptr()) };
+}
+
+fn int(
+    name: &'static std::ffi::CStr,
+    about: &'static std::ffi::CStr,
+    setting: &'static GucSetting<i32>,
+    min: i32,
+    max: i32,
+    context: GucContext,
+    flags: GucFlags,
+) {
+    GucRegistry::define_int_guc(name, about, c"", setting, min, max, context, flags);
+}
+
+/// Refuses a list that cannot be read. At the server's start there is none to go back to but the default, which allows all: then it is
+/// taken, and allows nothing.
+#[pg_guard]
+// SAFETY: called by Postgres alone, with the new value.
+unsafe extern "C-unwind" fn check_allowed_hosts(
+    value: *mut *mut c_char,
+    _extra: *mut *mut c_void,
+    _source: pg_sys::GucSource::Type,
+) -> bool {
+    // SAFETY: the value is a zero-terminated text, or null.
+    let text = unsafe { (!(*value).is_null()).then(|| CStr::from_ptr(*value).to_string_lossy()) };
+    let Err(fault) = text.unwrap_or_default().parse::<AllowedHosts>() else {
+        return true;
+    };
+    // SAFETY: a plain read of the process's own variable.
+    if unsafe { pg_sys::process_shared_preload_libraries_in_progress } {
+        let message = "outbox_relay.allowed_hosts cannot be read: no backend will be connected to".to_owned();
+        ErrorReport::new(PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE, message, "")
+            .set_detail(fault)
+            .report(PgLogLevel::WARNING);
+        return true;
+    }
+    // SAFETY: a copy that lives as long as the memory context of whoever asks, as Postgres's own texts here do.
+    unsafe { pg_sys::GUC_check_errdetail_string = fault.as_str().as_pg_cstr() };
+    false
+}
+
+/// Where the relay may connect to.
+pub fn allowed_hosts() -> AllowedHosts {
+    text(&ALLOWED_HOSTS).parse().unwrap_or_default()
+}
+
+/// A text setting; empty when unset or not UTF-8.
+pub fn text(setting: &GucSetting<Option<CString>>) -> String {
+    setting.get().and_then(|s| s.into_string().ok()).unwrap_or_default()
+}
+
+pub fn millis(setting: &GucSetting<i32>) -> Duration {
+    Duration::from_millis(setting.get().max(0) as u64)
+}
+
+/// A retention in microseconds; `None` keeps all.
+pub fn retention_us(setting: &GucSetting<i32>) -> Option<i64> {
+    let minutes = i64::from(setting.get());
+    (minutes >= 0).then_some(minutes * 60_000_000)
+}
+
+pub fn backoff() -> Backoff {
+    Backoff {
+        exponential: RETRY_BACKOFF.get(),
+        delay: millis(&RETRY_DELAY_MS),
+        max_delay: millis(&RETRY_MAX_DELAY_MS),
+    }
+}
+
+/// Whether `outbox_relay.databases` names this database.
+pub fn serves(database: &str) -> bool {
+    ENABLED.get()
+        && text(&DATABASES)
+            .split(',')
+            .map(str::trim)
+            .any(|entry| entry == "*" || entry == database)
+}

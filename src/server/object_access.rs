@@ -1,0 +1,94 @@
+//! What Postgres tells of objects that come and go: of our extension, by whatever statement (CASCADE, OWNED BY, a schema's DROP), and
+//! of databases.
+//!
+//! A hook on all utility statements would stand between Postgres and everybody's statements, before their rights are checked.
+//! This one comes after. It runs without a guard and holds nothing: an ERROR in it, or in the hook of another library behind it, passes.
+//!
+//! DROP DATABASE comes by here before it looks for sessions that are in its way. RENAME, SET TABLESPACE and CREATE DATABASE ...
+//! TEMPLATE do not: for those, see [`crate::server::process::give_way_to_database_statements`], which is all that DROP needs, too, but for
+//! WITH (FORCE) by an owner who is no superuser, and may not end a superuser's process.
+
+use crate::server::shmem;
+use crate::server::txn;
+use crate::server::unguarded;
+use pgrx::pg_sys;
+use std::ffi::{CStr, c_int, c_void};
+use std::time::{Duration, Instant};
+
+/// How long a worker may take to leave; it does within milliseconds. As long as Postgres itself waits.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(5);
+
+static mut PREVIOUS_HOOK: pg_sys::object_access_hook_type = None;
+
+/// Called once, by the postmaster.
+pub fn install() {
+    // SAFETY: the postmaster is single-threaded and calls this once.
+    unsafe {
+        PREVIOUS_HOOK = pg_sys::object_access_hook;
+        pg_sys::object_access_hook = Some(on_access);
+    }
+}
+
+// SAFETY: called by Postgres alone, within a transaction.
+unsafe extern "C-unwind" fn on_access(
+    access: pg_sys::ObjectAccessType::Type,
+    class: pg_sys::Oid,
+    object: pg_sys::Oid,
+    part: c_int,
+    argument: *mut c_void,
+) {
+    use pg_sys::ObjectAccessType::{OAT_DROP, OAT_POST_ALTER, OAT_POST_CREATE};
+    // SAFETY: the arguments that Postgres gave us, passed on unchanged. Nothing in this frame needs dropping.
+    unsafe {
+        if let Some(previous) = PREVIOUS_HOOK {
+            previous(access, class, object, part, argument);
+        }
+        match (class, access) {
+            // What creates it tells of it by its script: its row is not visible yet.
+            (pg_sys::ExtensionRelationId, OAT_DROP | OAT_POST_ALTER) if is_ours(object) => txn::extension_changed(),
+            (pg_sys::DatabaseRelationId, OAT_DROP) => {
+                make_way(object);
+                txn::databases_changed();
+            }
+            (pg_sys::DatabaseRelationId, OAT_POST_CREATE | OAT_POST_ALTER) => txn::databases_changed(),
+            _ => {}
+        }
+    }
+}
+
+/// # Safety
+/// Within a transaction, in a frame that holds nothing.
+unsafe fn is_ours(extension: pg_sys::Oid) -> bool {
+    // SAFETY: a catalog look-up; the name lives as long as the memory context.
+    unsafe {
+        let name = unguarded::get_extension_name(extension);
+        !name.is_null() && CStr::from_ptr(name) == c"outbox_relay"
+    }
+}
+
+/// Tells the worker of a database to end, and waits until it has. If the statement fails, the launcher starts another.
+///
+/// # Safety
+/// Within a transaction that may drop the database and has locked it, in a frame that holds nothing.
+unsafe fn make_way(database: pg_sys::Oid) {
+    let Some(pid) = shmem::slot_of(database).map(|slot| slot.pid()).filter(|pid| *pid != 0) else {
+        return;
+    };
+    let deadline = Instant::now() + LEAVE_TIMEOUT;
+    let mut told = false;
+    // SAFETY: an entry of the process array is shared memory, also when its process has just gone.
+    unsafe {
+        loop {
+            let process = unguarded::BackendPidGetProc(pid);
+            if process.is_null() || (*process).databaseId != database || Instant::now() > deadline {
+                return;
+            }
+            if !told {
+                libc::kill(pid, libc::SIGTERM);
+                told = true;
+            }
+            unguarded::check_for_interrupts();
+            unguarded::sleep(Duration::from_millis(2));
+        }
+    }
+}

@@ -1,0 +1,41 @@
+//! Where this server lives, and its identifier.
+
+use pgrx::{pg_extern, pg_sys};
+use relay::guard::place::Place;
+use std::ffi::CStr;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::time::UNIX_EPOCH;
+
+/// `outbox.here()`: the timeline and the directory, which a promoted standby or a copy does not share.
+#[pg_extern(sql = false)]
+pub fn here() -> String {
+    // SAFETY: reads what the server knows of itself; only a primary is asked for. A zero-terminated path.
+    let (timeline, directory) = unsafe {
+        pg_sys::PreventCommandDuringRecovery(c"outbox.here()".as_ptr());
+        (pg_sys::GetWALInsertionTimeLine(), CStr::from_ptr(pg_sys::DataDir))
+    };
+    format!("{timeline:08X} {}", directory.to_string_lossy())
+}
+
+/// The system identifier, which a base backup keeps.
+pub fn system() -> String {
+    // SAFETY: reads what the server knows of itself.
+    unsafe { pg_sys::GetSystemIdentifier() }.to_string()
+}
+
+/// Where this server lives, see [`Place`].
+pub fn place() -> String {
+    let read = |path: &str| fs::read_to_string(path).unwrap_or_default().trim().to_owned();
+    // SAFETY: a zero-terminated path, set when the server started.
+    let directory = unsafe { CStr::from_ptr(pg_sys::DataDir).to_string_lossy().into_owned() };
+    let found = fs::metadata(&directory);
+    let (device, inode) = found.as_ref().map(|m| (m.dev(), m.ino())).unwrap_or_default();
+    let made_at = found.and_then(|m| m.created()).ok();
+    let birth_us = made_at.and_then(|at| at.duration_since(UNIX_EPOCH).ok());
+    // Zero: the file system doesn't know.
+    let birth_us = birth_us.map(|at| at.as_micros() as u64).filter(|us| *us > 0);
+    let boot: String = read("/proc/sys/kernel/random/boot_id").chars().take(18).collect();
+    let host = read("/proc/sys/kernel/hostname");
+    Place::new(&host, &directory, device, inode, birth_us, &boot).to_string()
+}

@@ -1,0 +1,316 @@
+//! Manners of a background process: signals, waiting, and transactions that can fail without ending the process.
+
+use crate::server::guc::{self, LogLevel};
+use crate::server::report;
+use crate::server::unguarded::NamedLock;
+use pgrx::pg_sys::panic::CaughtError;
+use pgrx::{PgSqlErrorCode, PgTryBuilder, pg_sys};
+use std::cell::Cell;
+use std::ffi::{CStr, CString};
+use std::panic::AssertUnwindSafe;
+use std::time::Duration;
+
+/// The same trouble is logged again after this long.
+pub const REPEAT_LOG_AFTER: Duration = Duration::from_secs(60);
+
+#[cfg(not(feature = "pg18"))]
+use pg_sys::pqsignal;
+#[cfg(feature = "pg18")]
+use pg_sys::pqsignal_be as pqsignal;
+
+/// An ERROR that was caught at the edge of a transaction.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct Aborted {
+    pub message: String,
+    pub detail: Option<String>,
+    pub hint: Option<String>,
+    pub code: PgSqlErrorCode,
+}
+
+// SAFETY: the declarations of miscadmin.h, interrupt.h and tcopprot.h.
+unsafe extern "C-unwind" {
+    // Postgres's own handlers. Declared here without pgrx's guard: a handler may run at any instruction, where the guard's
+    // bookkeeping must not.
+    fn die(signal: std::ffi::c_int);
+    fn SignalHandlerForConfigReload(signal: std::ffi::c_int);
+    fn SignalHandlerForShutdownRequest(signal: std::ffi::c_int);
+    fn StatementCancelHandler(signal: std::ffi::c_int);
+}
+
+impl Aborted {
+    /// Nothing was tried.
+    pub fn because(message: &str) -> Self {
+        Self {
+            message: message.to_owned(),
+            detail: None,
+            hint: None,
+            code: PgSqlErrorCode::ERRCODE_LOCK_NOT_AVAILABLE,
+        }
+    }
+}
+
+/// Installs the handlers of a background worker that works with a database, and lets signals come.
+pub fn take_signals() {
+    // SAFETY: the standard handlers, installed before signals are unblocked. `die` interrupts waits for locks too, which
+    // a handler that only sets a flag does not.
+    unsafe {
+        pqsignal(libc::SIGTERM, Some(die));
+        pqsignal(libc::SIGHUP, Some(SignalHandlerForConfigReload));
+        pg_sys::BackgroundWorkerUnblockSignals();
+    }
+}
+
+/// From now on an order to end no longer ends the process at once: it cancels the transaction at hand, whatever that waits for,
+/// and [`is_told_to_end`] says so.
+pub fn end_with_last_words() {
+    // No pg_guard: as Postgres's own handlers, of which it is made.
+    // SAFETY: installed as a signal handler alone.
+    unsafe extern "C-unwind" fn end_soon(signal: std::ffi::c_int) {
+        // SAFETY: a plain read of a flag; the handlers only set flags and the latch.
+        unsafe {
+            // The postmaster signals a child twice, itself and as a group: the second must not cancel the last words.
+            if pg_sys::ShutdownRequestPending == 0 {
+                SignalHandlerForShutdownRequest(signal);
+                StatementCancelHandler(signal);
+            }
+        }
+    }
+    // SAFETY: a handler that may run at any time.
+    unsafe { pqsignal(libc::SIGTERM, Some(end_soon)) };
+}
+
+/// Makes the statements that need a database to themselves (DROP, RENAME and SET TABLESPACE of a database, CREATE DATABASE ... TEMPLATE)
+/// tell this process to end when it is in their way.
+///
+/// When all their checks are done, they count who else is in the database, for up to five seconds. Meanwhile they send SIGTERM to
+/// autovacuum's workers there, which they know by a flag in shared memory, and to nobody else (`CountOtherDBBackends`). A relay's worker
+/// has the same duty to leave, so it has the same flag. Whoever connects to the database waits until the statement has ended; so does
+/// the worker that the launcher starts then, whatever became of the statement.
+///
+/// The flag has two more effects (Postgres 15 to 18). Who waits for one of our locks longer than its deadlock_timeout cancels our
+/// transaction. And CREATE INDEX CONCURRENTLY does not wait for our snapshots: those that it would matter to are of rows that nobody
+/// but us deletes.
+pub fn give_way_to_database_statements() {
+    // SAFETY: the process's own entry, changed under the lock that guards it, as vacuum does. The end of a transaction does not
+    // reset this flag.
+    unsafe {
+        let lock = NamedLock::ProcArray.get();
+        pg_sys::LWLockAcquire(lock, pg_sys::LWLockMode::LW_EXCLUSIVE);
+        let process = pg_sys::MyProc;
+        (*process).statusFlags |= pg_sys::PROC_IS_AUTOVACUUM as u8;
+        *(*pg_sys::ProcGlobal).statusFlags.add((*process).pgxactoff as usize) = (*process).statusFlags;
+        pg_sys::LWLockRelease(lock);
+    }
+}
+
+/// Makes the end of this process, whatever its reason, its very end once Postgres's own callbacks have run: `exit()` would go on to run
+/// the handlers and destructors of all libraries of the process (resolver, allocator, other extensions), while sender threads still use
+/// them, and a crash there would restart the whole server. Senders are not waited for: one may be stuck in a system call, and what
+/// they have under way is in doubt whether they are told or not, which the next worker settles. Called first: the callback that was
+/// registered first runs last.
+pub fn end_without_exit_handlers() {
+    // No pg_guard: it calls nothing of Postgres.
+    // SAFETY: called by Postgres alone, when all else is done.
+    unsafe extern "C-unwind" fn end(code: i32, _argument: pg_sys::Datum) {
+        // SAFETY: ends the process with its threads.
+        unsafe { libc::_exit(code) };
+    }
+    // SAFETY: registers a function of this library for the life of the process.
+    unsafe { pg_sys::on_proc_exit(Some(end), pg_sys::Datum::from(0)) };
+}
+
+/// Whether the process was told to end.
+pub fn is_told_to_end() -> bool {
+    // SAFETY: plain reads of the process's own flags.
+    unsafe { pg_sys::ProcDiePending != 0 || pg_sys::ShutdownRequestPending != 0 }
+}
+
+/// Handles what came in: barriers, memory-context logging; ends the process if it is to die. A cancellation has nothing to cancel
+/// here, between transactions.
+pub fn handle_interrupts() {
+    PgTryBuilder::new(|| {
+        pg_sys::check_for_interrupts!();
+    })
+    .catch_others(|_| ())
+    .execute();
+}
+
+/// Reads postgresql.conf again after a SIGHUP; true if it did.
+pub fn reload_if_told() -> bool {
+    // SAFETY: between transactions, as Postgres's own main loops do.
+    unsafe {
+        if pg_sys::ConfigReloadPending == 0 {
+            return false;
+        }
+        pg_sys::ConfigReloadPending = 0;
+        pg_sys::ProcessConfigFile(pg_sys::GucContext::PGC_SIGHUP);
+    }
+    true
+}
+
+/// Takes note of the order to end, so that the process may have last words before it does. They can still be interrupted, by a
+/// timeout: otherwise a lock could hold up the server's shutdown.
+pub fn accept_end() {
+    // SAFETY: the process's own flags, which its signal handlers set.
+    unsafe { (pg_sys::ProcDiePending, pg_sys::QueryCancelPending) = (0, 0) };
+}
+
+thread_local! {
+    /// What the process waits for, made once: later there may be no descriptor left for another.
+    static WAITED_FOR: Cell<*mut pg_sys::WaitEventSet> = const { Cell::new(std::ptr::null_mut()) };
+}
+
+/// Prepares to wait for the latch, and a socket that is open for the process's life. Once.
+pub fn prepare_to_wait(socket: Option<i32>) {
+    let no_socket = pg_sys::PGINVALID_SOCKET;
+    // SAFETY: once, in a process with a latch; the set lives as long as the process.
+    unsafe {
+        #[cfg(any(feature = "pg15", feature = "pg16"))]
+        let set = pg_sys::CreateWaitEventSet(pg_sys::TopMemoryContext, 3);
+        #[cfg(not(any(feature = "pg15", feature = "pg16")))]
+        let set = pg_sys::CreateWaitEventSet(std::ptr::null_mut(), 3);
+        let add = |event: u32, socket: i32, latch: *mut pg_sys::Latch| {
+            pg_sys::AddWaitEventToSet(set, event, socket, latch, std::ptr::null_mut());
+        };
+        add(pg_sys::WL_LATCH_SET, no_socket, pg_sys::MyLatch);
+        add(pg_sys::WL_EXIT_ON_PM_DEATH, no_socket, std::ptr::null_mut());
+        if let Some(socket) = socket {
+            add(pg_sys::WL_SOCKET_READABLE, socket, std::ptr::null_mut());
+        }
+        WAITED_FOR.set(set);
+    }
+}
+
+/// Waits for what was prepared for, or the time; the death of the postmaster ends the process.
+pub fn wait(timeout: Option<Duration>) {
+    // Rounded up, or the last millisecond would be spent awake.
+    let timeout_ms = timeout.map_or(-1, |t| t.as_micros().div_ceil(1_000).min(i32::MAX as u128) as i64);
+    // SAFETY: the process's own set and latch.
+    unsafe {
+        let mut event: pg_sys::WaitEvent = std::mem::zeroed();
+        pg_sys::WaitEventSetWait(WAITED_FOR.get(), timeout_ms, &mut event, 1, pg_sys::PG_WAIT_EXTENSION);
+        pg_sys::ResetLatch(pg_sys::MyLatch);
+    }
+}
+
+/// Lets a session wait a moment without taking its latch from it.
+pub fn wait_briefly(time: Duration) {
+    // SAFETY: sleeps; a signal ends it sooner.
+    unsafe { pg_sys::pg_usleep(time.as_micros() as i64) };
+}
+
+/// Runs `f` in a transaction of its own, with a snapshot for SPI. An ERROR or panic in it aborts the transaction and comes back
+/// as a value: the process goes on.
+pub fn transaction<R>(f: impl FnOnce() -> R) -> Result<R, Aborted> {
+    let outcome = PgTryBuilder::new(AssertUnwindSafe(|| {
+        // SAFETY: between transactions; what is started here is committed here or aborted below.
+        unsafe {
+            pg_sys::SetCurrentStatementStartTimestamp();
+            pg_sys::StartTransactionCommand();
+            pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot());
+        }
+        let result = f();
+        // SAFETY: the snapshot pushed above is the active one again.
+        unsafe {
+            pg_sys::PopActiveSnapshot();
+            pg_sys::CommitTransactionCommand();
+        }
+        Ok(result)
+    }))
+    .catch_others(|error| Err(aborted(&error)))
+    .execute();
+    if outcome.is_err() {
+        // SAFETY: leaves the failed transaction whatever state it is in.
+        unsafe { pg_sys::AbortCurrentTransaction() };
+    }
+    outcome
+}
+
+/// Runs `f` in a subtransaction of the transaction at hand. An ERROR or panic in it aborts that alone, and comes back as a value.
+pub fn attempt<R>(f: impl FnOnce() -> R) -> Result<R, Aborted> {
+    // SAFETY: within a transaction; what was current is so again, whatever happened within.
+    unsafe {
+        let (owner, context) = (pg_sys::CurrentResourceOwner, pg_sys::CurrentMemoryContext);
+        pg_sys::BeginInternalSubTransaction(std::ptr::null());
+        pg_sys::CurrentMemoryContext = context;
+        let outcome = PgTryBuilder::new(AssertUnwindSafe(|| {
+            let result = f();
+            pg_sys::ReleaseCurrentSubTransaction();
+            Ok(result)
+        }))
+        .catch_others(|error| Err(aborted(&error)))
+        .execute();
+        if outcome.is_err() {
+            pg_sys::RollbackAndReleaseCurrentSubTransaction();
+        }
+        (pg_sys::CurrentResourceOwner, pg_sys::CurrentMemoryContext) = (owner, context);
+        outcome
+    }
+}
+
+fn aborted(error: &CaughtError) -> Aborted {
+    match error {
+        CaughtError::PostgresError(report)
+        | CaughtError::ErrorReport(report)
+        | CaughtError::RustPanic { ereport: report, .. } => Aborted {
+            message: report.message().to_owned(),
+            detail: report.detail().map(str::to_owned),
+            hint: report.hint().map(str::to_owned),
+            code: report.sql_error_code(),
+        },
+    }
+}
+
+/// Hands the counts of what was read and written to the statistics, as sessions do when they get idle: autovacuum of our
+/// tables goes by them. At most once a second; between transactions.
+pub fn report_statistics() {
+    // SAFETY: outside of a transaction; sends what has gathered, if anything, without waiting for locks.
+    unsafe { pg_sys::pgstat_report_stat(false) };
+}
+
+/// What pg_stat_activity shows: busy with something, or idle.
+pub fn show_activity(what: Option<&str>) {
+    let state = match what {
+        Some(_) => pg_sys::BackendState::STATE_RUNNING,
+        None => pg_sys::BackendState::STATE_IDLE,
+    };
+    let text = what.and_then(|w| CString::new(w).ok());
+    // SAFETY: a zero-terminated text, which is copied.
+    unsafe { pg_sys::pgstat_report_activity(state, text.as_ref().map_or(std::ptr::null(), |t| t.as_ptr())) };
+}
+
+/// Sets a session setting, whatever the database or role says.
+pub fn set_option(name: &CStr, value: &CStr) {
+    // SAFETY: constant names and values of existing settings.
+    unsafe {
+        pg_sys::SetConfigOption(
+            name.as_ptr(),
+            value.as_ptr(),
+            pg_sys::GucContext::PGC_SUSET,
+            pg_sys::GucSource::PGC_S_OVERRIDE,
+        );
+    }
+}
+
+/// Whether the whole server is being shut down, not this process alone: the postmaster says so in its file before it tells anybody.
+pub fn is_server_stopping() -> bool {
+    /// Counted from 0 (LOCK_FILE_LINE_PM_STATUS).
+    const STATUS_LINE: usize = 7;
+    let said = std::fs::read_to_string("postmaster.pid").unwrap_or_default();
+    said.lines()
+        .nth(STATUS_LINE)
+        .is_some_and(|status| status.trim() == "stopping")
+}
+
+/// Logs a message, if `outbox_relay.log_level` lets it.
+pub fn log(level: LogLevel, message: &str, detail: Option<&str>, hint: Option<&str>) {
+    if level < guc::LOG_LEVEL.get() {
+        return;
+    }
+    let (pg_level, code) = match level {
+        LogLevel::Debug | LogLevel::Info => (pg_sys::LOG, PgSqlErrorCode::ERRCODE_SUCCESSFUL_COMPLETION),
+        LogLevel::Warning | LogLevel::Error => (pg_sys::WARNING, PgSqlErrorCode::ERRCODE_WARNING),
+    };
+    report::say(pg_level as i32, code, message, detail, hint);
+}

@@ -1,0 +1,19 @@
+//! Random bytes, each time with a look whether there were any.
+
+use crate::server::error::internal;
+use pgrx::pg_sys;
+
+/// Bytes that nobody can guess. An ERROR if the system has none.
+pub fn bytes<const N: usize>() -> [u8; N] {
+    let mut bytes = [0; N];
+    // SAFETY: fills the buffer that it is given.
+    if !unsafe { pg_sys::pg_strong_random(bytes.as_mut_ptr().cast(), N) } {
+        internal("could not generate random values");
+    }
+    bytes
+}
+
+/// A random name for a claim.
+pub fn token() -> String {
+    bytes::<16>().iter().map(|b| format!("{b:02x}")).collect()
+}

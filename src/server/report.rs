@@ -1,0 +1,123 @@
+//! What we have to say, on its way to Postgres: errors of our C functions, and log lines, with their words in the database's encoding.
+//!
+//! pgrx hands over texts in UTF-8 as they are, which a database in another encoding would show as something else, or refuse.
+
+use crate::server::encoding::words_to_server;
+use crate::server::untouched::{self, Failed};
+use pgrx::pg_sys::panic::CaughtError;
+use pgrx::{PgSqlErrorCode, PgTryBuilder, pg_sys};
+use std::any::Any;
+use std::ffi::{CStr, CString, c_char, c_int};
+use std::panic::AssertUnwindSafe;
+
+// SAFETY: the declarations of elog.h.
+unsafe extern "C-unwind" {
+    fn errstart(level: c_int, domain: *const c_char) -> bool;
+    fn errcode(code: c_int) -> c_int;
+    fn errmsg_internal(format: *const c_char, ...) -> c_int;
+    fn errdetail_internal(format: *const c_char, ...) -> c_int;
+    fn errhint(format: *const c_char, ...) -> c_int;
+    fn errfinish(file: *const c_char, line: c_int, function: *const c_char);
+}
+
+/// Runs the body of a C function of ours that is written in Rust: an ERROR of Postgres leaves as it was raised, and a panic as an ERROR.
+/// Nothing in the frames of the caller may need to be dropped.
+pub fn guard<R>(body: impl FnOnce() -> R) -> R {
+    match untouched::attempt(body) {
+        Ok(result) => result,
+        // SAFETY: the caller's promise.
+        Err(Failed::OfPostgres) => unsafe { untouched::raise_again() },
+        Err(Failed::Panic(payload)) => throw(payload),
+    }
+}
+
+#[cold]
+fn throw(payload: Box<dyn Any + Send>) -> ! {
+    let report = PgTryBuilder::new(AssertUnwindSafe(move || -> Report {
+        std::panic::resume_unwind(payload)
+    }))
+    .catch_others(Report::of)
+    .execute();
+    // SAFETY: an ERROR does not return; the texts are copied, and dropped before it leaves.
+    unsafe {
+        report.begin(pg_sys::PGERROR as c_int);
+        errfinish(std::ptr::null(), 0, std::ptr::null());
+    }
+    unreachable!("an ERROR does not return")
+}
+
+/// Says something at a level below ERROR.
+pub fn say(level: c_int, code: PgSqlErrorCode, message: &str, detail: Option<&str>, hint: Option<&str>) {
+    let report = Report {
+        code,
+        message: in_server(message),
+        detail: detail.map(in_server),
+        hint: hint.map(in_server),
+    };
+    // SAFETY: calls of Postgres alone; a cancellation that was waiting is an ERROR here.
+    unsafe {
+        pg_sys::ffi::pg_guard_ffi_boundary(|| {
+            if report.start(level) {
+                errfinish(std::ptr::null(), 0, std::ptr::null());
+            }
+        });
+    }
+}
+
+/// In the database's encoding.
+struct Report {
+    code: PgSqlErrorCode,
+    message: CString,
+    detail: Option<CString>,
+    hint: Option<CString>,
+}
+
+impl Report {
+    fn of(error: CaughtError) -> Self {
+        let (CaughtError::PostgresError(report)
+        | CaughtError::ErrorReport(report)
+        | CaughtError::RustPanic { ereport: report, .. }) = &error;
+        Self {
+            code: report.sql_error_code(),
+            message: in_server(report.message()),
+            detail: report.detail().map(in_server),
+            hint: report.hint().map(in_server),
+        }
+    }
+
+    /// # Safety
+    /// `errfinish` follows.
+    unsafe fn begin(self, level: c_int) {
+        // SAFETY: the caller's promise.
+        unsafe { self.start(level) };
+    }
+
+    /// False: nobody wants to hear it.
+    ///
+    /// # Safety
+    /// `errfinish` follows if this is true.
+    unsafe fn start(&self, level: c_int) -> bool {
+        const TEXT: &CStr = c"%s";
+        // SAFETY: zero-terminated texts, which are copied.
+        unsafe {
+            if !errstart(level, std::ptr::null()) {
+                return false;
+            }
+            errcode(self.code as c_int);
+            errmsg_internal(TEXT.as_ptr(), self.message.as_ptr());
+            if let Some(detail) = &self.detail {
+                errdetail_internal(TEXT.as_ptr(), detail.as_ptr());
+            }
+            if let Some(hint) = &self.hint {
+                errhint(TEXT.as_ptr(), hint.as_ptr());
+            }
+        }
+        true
+    }
+}
+
+fn in_server(text: &str) -> CString {
+    let mut bytes = words_to_server(text).into_owned();
+    bytes.retain(|byte| *byte != 0);
+    CString::new(bytes).unwrap_or_default()
+}

@@ -1,0 +1,574 @@
+//! What processes share: a slot for each database that has a worker, or is to have one. Atomics only, so that a commit can wake the
+//! worker without locks, allocation or failure.
+//!
+//! The launcher gives a slot to each database that is to have a worker, and whoever publishes in one that has none yet takes it one.
+//! Only the launcher takes slots back: once the database has gone, or nothing was ever published there.
+
+use crate::server::unguarded::{self, NamedLock};
+use pgrx::pg_sys;
+use relay::reading::numbers::Highest;
+use std::cell::Cell;
+use std::mem::size_of;
+use std::ptr;
+use std::sync::atomic::{
+    AtomicBool, AtomicI32, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence,
+};
+
+/// Slots beside two for each of `max_worker_processes`: for databases that wait for a process, so that they can be told of it.
+const ROOM: usize = 1_024;
+/// Databases that can be announced between two looks of the launcher; if there are more, it looks into all.
+const ANNOUNCEMENTS: usize = 64;
+
+/// A worker that has not looked for so long needs more time than one that just has: what it needs has left the caches.
+const COLD_AFTER_MS: u64 = 10;
+
+/// Who publishes commits within so long, as a rule. Whoever takes longer is not waited for.
+const COMMITS_WITHIN_MS: u64 = 3;
+
+/// What a slot's worker is doing. Next states in brackets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum SlotState {
+    /// The worker has found no extension. [Starting]
+    Absent = 0,
+    /// To be started. [Starting, Short, Failing]
+    Wanted = 1,
+    /// Started, looking for the extension. [Running, Mismatched, Absent, Unserved, Wanted]
+    Starting = 2,
+    /// At work. [Wanted, Absent, Unserved]
+    Running = 3,
+    /// Idle: the library and the extension's SQL have different versions. [Running, Wanted, Absent, Unserved]
+    Mismatched = 4,
+    /// To be started once there is a background worker process for it. [Starting]
+    Short = 5,
+    /// It has ended several times before it was at work. [Starting]
+    Failing = 6,
+    /// The settings do not name the database any more. [Starting]
+    Unserved = 7,
+}
+
+impl SlotState {
+    fn from_u8(value: u8) -> Self {
+        match value {
+            1 => Self::Wanted,
+            2 => Self::Starting,
+            3 => Self::Running,
+            4 => Self::Mismatched,
+            5 => Self::Short,
+            6 => Self::Failing,
+            7 => Self::Unserved,
+            _ => Self::Absent,
+        }
+    }
+}
+
+/// What a worker hears of commits.
+#[repr(u8)]
+enum Work {
+    /// Nothing was committed: who commits events wakes the worker.
+    None = 0,
+    Some = 1,
+    /// Nothing was committed, and nobody need wake the worker: it looks in a moment anyway.
+    Asleep = 2,
+}
+
+/// One database.
+#[repr(C)]
+pub struct Slot {
+    /// Its OID; 0: the slot is free.
+    database: AtomicU32,
+    state: AtomicU8,
+    /// Whether events were committed since the worker last looked, see [`Work`].
+    work: AtomicU8,
+    /// Scheduled events were committed since the worker last looked.
+    schedule: AtomicBool,
+    /// Events are being published, after a while without any.
+    publishing: AtomicBool,
+    /// Somebody has changed a backend.
+    nudge: AtomicBool,
+    /// Somebody asked for an attempt now.
+    asked: AtomicBool,
+    pid: AtomicI32,
+    /// The worker's latch, in shared memory too; null: none.
+    latch: AtomicPtr<pg_sys::Latch>,
+    /// When the worker last looked for events, see [`clock_ms`].
+    looked_at_ms: AtomicU64,
+    /// When a transaction last published its first event; 0: the worker has looked since.
+    published_at_ms: AtomicU64,
+    /// The highest number that an event was given, see `numbers.rs`.
+    pub numbers: Highest,
+    /// The sequence that gives them.
+    sequence: AtomicU32,
+}
+
+/// The slots follow it in memory.
+#[repr(C)]
+struct Shared {
+    /// How many slots there are.
+    slot_count: AtomicUsize,
+    /// Changes whenever a slot is given or taken back.
+    generation: AtomicU64,
+    /// A database got no slot, the last time that one was asked for.
+    is_full: AtomicBool,
+    /// Databases may have come, gone or changed.
+    rescan: AtomicBool,
+    /// More databases were announced than there was room for.
+    look_everywhere: AtomicBool,
+    /// Databases in which the extension was created; 0: none.
+    announced: [AtomicU32; ANNOUNCEMENTS],
+    /// Since the server's start, a transaction that did so was prepared.
+    extension_prepared: AtomicBool,
+    /// One that changed backends was, or may have been before.
+    backends_prepared: AtomicBool,
+    launcher_latch: AtomicPtr<pg_sys::Latch>,
+    /// Names this run of the server, from its start, promotion or crash to its end; zeroes: not named yet.
+    incarnation: [AtomicU64; 2],
+    /// Where it began, see [`Began`].
+    started_at_lsn: AtomicU64,
+    first_xid: AtomicU64,
+}
+
+static SHARED: AtomicPtr<Shared> = AtomicPtr::new(ptr::null_mut());
+static mut PREVIOUS_REQUEST_HOOK: pg_sys::shmem_request_hook_type = None;
+static mut PREVIOUS_STARTUP_HOOK: pg_sys::shmem_startup_hook_type = None;
+
+thread_local! {
+    /// The slot of the process's own database, or that there is none, as of a generation.
+    static HERE: Cell<(u64, Option<&'static Slot>)> = const { Cell::new((u64::MAX, None)) };
+}
+
+/// Asks for the shared memory; called once, by the postmaster.
+pub fn install() {
+    // SAFETY: the postmaster is single-threaded and calls this once, before any child exists.
+    unsafe {
+        PREVIOUS_REQUEST_HOOK = pg_sys::shmem_request_hook;
+        pg_sys::shmem_request_hook = Some(request);
+        PREVIOUS_STARTUP_HOOK = pg_sys::shmem_startup_hook;
+        pg_sys::shmem_startup_hook = Some(startup);
+    }
+}
+
+fn slots_wanted() -> usize {
+    if relay::fault::is_mutated(relay::fault::Mutation::FewSlots) {
+        return 4;
+    }
+    // SAFETY: a plain read of a setting that does not change after the server's start.
+    2 * unsafe { pg_sys::max_worker_processes }.max(0) as usize + ROOM
+}
+
+fn size(slots: usize) -> usize {
+    size_of::<Shared>() + slots * size_of::<Slot>()
+}
+
+// No pg_guard: another library's hook is called in it, whose ERRORs are its own.
+// SAFETY: called by Postgres alone, as a hook.
+unsafe extern "C-unwind" fn request() {
+    // SAFETY: Postgres calls this hook at the one moment at which space may be asked for. Nothing in it needs dropping.
+    unsafe {
+        if let Some(previous) = PREVIOUS_REQUEST_HOOK {
+            previous();
+        }
+        unguarded::RequestAddinShmemSpace(size(slots_wanted()));
+    }
+}
+
+// No pg_guard: as above.
+// SAFETY: called by Postgres alone, as a hook.
+unsafe extern "C-unwind" fn startup() {
+    // SAFETY: Postgres calls this hook once its shared memory exists; the lock is the one meant for it. Zeroes are the valid empty
+    // state of every field. Nothing in it needs dropping.
+    unsafe {
+        if let Some(previous) = PREVIOUS_STARTUP_HOOK {
+            previous();
+        }
+        let lock = NamedLock::AddinShmemInit.get();
+        unguarded::LWLockAcquire(lock, pg_sys::LWLockMode::LW_EXCLUSIVE);
+        let mut found = false;
+        let size = size(slots_wanted());
+        let block = unguarded::ShmemInitStruct(c"outbox_relay".as_ptr(), size, &mut found).cast::<Shared>();
+        if !found {
+            ptr::write_bytes(block.cast::<u8>(), 0, size);
+            (*block).slot_count.store(slots_wanted(), Ordering::Relaxed);
+        }
+        SHARED.store(block, Ordering::Release);
+        unguarded::LWLockRelease(lock);
+    }
+}
+
+fn shared() -> Option<&'static Shared> {
+    // SAFETY: null, or the block that lives as long as the server; all its fields are atomics.
+    unsafe { SHARED.load(Ordering::Acquire).as_ref() }
+}
+
+fn all_slots() -> &'static [Slot] {
+    let Some(shared) = shared() else {
+        return &[];
+    };
+    // SAFETY: so many slots follow the block's head, whose size is a multiple of their alignment.
+    unsafe {
+        let first = ptr::from_ref(shared).add(1).cast::<Slot>();
+        std::slice::from_raw_parts(first, shared.slot_count.load(Ordering::Relaxed))
+    }
+}
+
+const _: () = assert!(size_of::<Shared>().is_multiple_of(align_of::<Slot>()));
+
+/// Whether the library was preloaded, so that workers can exist.
+pub fn is_attached() -> bool {
+    shared().is_some()
+}
+
+/// Milliseconds of a clock that all processes share.
+fn clock_ms() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: reads a clock that there always is.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut time) };
+    time.tv_sec as u64 * 1_000 + time.tv_nsec as u64 / 1_000_000
+}
+
+fn set_latch(latch: &AtomicPtr<pg_sys::Latch>) {
+    let latch = latch.load(Ordering::Acquire);
+    if !latch.is_null() {
+        // SAFETY: a process latch lies in shared memory for the server's life. If its owner has gone, a stranger
+        // wakes for nothing. SetLatch neither allocates nor fails.
+        unsafe { pg_sys::SetLatch(latch) };
+    }
+}
+
+/// The slot of the session's own database, if it has one: a comparison, unless slots were given or taken back since.
+pub fn slot_here() -> Option<&'static Slot> {
+    let generation = shared()?.generation.load(Ordering::Acquire);
+    let (known, slot) = HERE.get();
+    if known == generation {
+        return slot;
+    }
+    // SAFETY: a plain read of the process's own variable.
+    let slot = slot_of(unsafe { pg_sys::MyDatabaseId });
+    HERE.set((generation, slot));
+    slot
+}
+
+/// The slot of a database, if it has one.
+pub fn slot_of(database: pg_sys::Oid) -> Option<&'static Slot> {
+    slots().find(|slot| slot.database() == database)
+}
+
+/// The slot of a database, given to it if need be; `None` when not preloaded or all are taken.
+pub fn claim_slot(database: pg_sys::Oid) -> Option<&'static Slot> {
+    if let Some(slot) = slot_of(database) {
+        return Some(slot);
+    }
+    let shared = shared()?;
+    let id = database.to_u32();
+    let claimed = all_slots().iter().find(|slot| {
+        let taken = slot
+            .database
+            .compare_exchange(0, id, Ordering::AcqRel, Ordering::Relaxed);
+        taken.is_ok()
+    });
+    shared.is_full.store(claimed.is_none(), Ordering::Release);
+    let claimed = claimed?;
+    // Two processes may have claimed at once: the lower slot wins, and the other is given back.
+    let winner = slot_of(database)?;
+    if !ptr::eq(winner, claimed) {
+        claimed.database.store(0, Ordering::Release);
+    }
+    shared.generation.fetch_add(1, Ordering::AcqRel);
+    Some(winner)
+}
+
+/// The same for the session's own database.
+pub fn claim_slot_here() -> Option<&'static Slot> {
+    // SAFETY: a plain read of the process's own variable.
+    slot_here().or_else(|| claim_slot(unsafe { pg_sys::MyDatabaseId }))
+}
+
+/// Takes a slot back that has no worker. For the launcher alone.
+pub fn take_back(slot: &Slot) {
+    slot.set_state(SlotState::Absent);
+    slot.numbers.forget();
+    slot.database.store(0, Ordering::Release);
+    if let Some(shared) = shared() {
+        shared.generation.fetch_add(1, Ordering::AcqRel);
+    }
+}
+
+/// All slots in use.
+pub fn slots() -> impl Iterator<Item = &'static Slot> {
+    all_slots().iter().filter(|s| s.database.load(Ordering::Acquire) != 0)
+}
+
+/// Whether there are more databases than slots.
+pub fn is_full() -> bool {
+    shared().is_some_and(|s| s.is_full.load(Ordering::Acquire))
+}
+
+/// Where a slot is, for its worker: its place, and its database, since another may have been given it meanwhile.
+pub fn address_of(slot: &'static Slot) -> u64 {
+    let base = all_slots().as_ptr();
+    let index = (std::ptr::from_ref(slot).addr() - base.addr()) / size_of::<Slot>();
+    (index as u64) << 32 | u64::from(slot.database().to_u32())
+}
+
+pub fn slot_at(address: u64) -> Option<&'static Slot> {
+    let slot = all_slots().get((address >> 32) as usize)?;
+    (u64::from(slot.database().to_u32()) == address & u64::from(u32::MAX)).then_some(slot)
+}
+
+pub fn set_launcher_latch(latch: *mut pg_sys::Latch) {
+    if let Some(shared) = shared() {
+        shared.launcher_latch.store(latch, Ordering::Release);
+    }
+}
+
+pub fn wake_launcher() {
+    if let Some(shared) = shared() {
+        set_latch(&shared.launcher_latch);
+    }
+}
+
+/// Where a run of the server began: in the WAL, and among the ids of transactions.
+#[derive(Clone, Copy)]
+pub struct Began {
+    pub started_at: u64,
+    pub first_xid: u64,
+}
+
+/// This run of the server, and where it began: as said by the launcher, the first time that it starts.
+pub fn incarnation() -> Option<([u8; 16], Began)> {
+    let shared = shared()?;
+    let [high, low] = [0, 1].map(|half| shared.incarnation[half].load(Ordering::Acquire));
+    let name = (u128::from(high) << 64 | u128::from(low)).to_be_bytes();
+    (high != 0).then(|| {
+        let began = Began {
+            started_at: shared.started_at_lsn.load(Ordering::Acquire),
+            first_xid: shared.first_xid.load(Ordering::Acquire),
+        };
+        (name, began)
+    })
+}
+
+/// Names this run of the server, if it has no name.
+pub fn name_incarnation(name: [u8; 16], began: Began) {
+    if let Some(shared) = shared().filter(|_| incarnation().is_none()) {
+        let name = u128::from_be_bytes(name);
+        shared.started_at_lsn.store(began.started_at, Ordering::Release);
+        shared.first_xid.store(began.first_xid, Ordering::Release);
+        shared.incarnation[1].store(name as u64, Ordering::Release);
+        shared.incarnation[0].store((name >> 64) as u64, Ordering::Release);
+    }
+}
+
+/// Whether the launcher has come.
+pub fn has_launcher() -> bool {
+    shared().is_some_and(|s| !s.launcher_latch.load(Ordering::Acquire).is_null())
+}
+
+/// Makes the launcher look at the list of databases again.
+pub fn request_rescan() {
+    if let Some(shared) = shared() {
+        shared.rescan.store(true, Ordering::Release);
+        set_latch(&shared.launcher_latch);
+    }
+}
+
+pub fn take_rescan() -> bool {
+    shared().is_some_and(|s| s.rescan.swap(false, Ordering::AcqRel))
+}
+
+/// Tells the launcher that the extension was created in a database.
+pub fn announce(database: pg_sys::Oid) {
+    let Some(shared) = shared() else {
+        return;
+    };
+    let database = database.to_u32();
+    let noted = shared.announced.iter().any(|entry| {
+        let before = entry.compare_exchange(0, database, Ordering::AcqRel, Ordering::Acquire);
+        before.is_ok() || before == Err(database)
+    });
+    if !noted {
+        shared.look_everywhere.store(true, Ordering::Release);
+    }
+    set_latch(&shared.launcher_latch);
+}
+
+/// The databases that were announced; and whether there may be more.
+pub fn take_announced() -> (Vec<pg_sys::Oid>, bool) {
+    let Some(shared) = shared() else {
+        return (Vec::new(), false);
+    };
+    let announced = shared.announced.iter().map(|entry| entry.swap(0, Ordering::AcqRel));
+    (
+        announced
+            .filter(|database| *database != 0)
+            .map(pg_sys::Oid::from)
+            .collect(),
+        shared.look_everywhere.swap(false, Ordering::AcqRel),
+    )
+}
+
+/// A transaction that created the extension was prepared: nobody can tell which commit of a prepared one is its.
+pub fn note_extension_prepared() {
+    if let Some(shared) = shared() {
+        shared.extension_prepared.store(true, Ordering::Release);
+    }
+}
+
+pub fn is_extension_prepared() -> bool {
+    shared().is_some_and(|s| s.extension_prepared.load(Ordering::Acquire))
+}
+
+/// A transaction that changed backends was prepared.
+pub fn note_backends_prepared() {
+    if let Some(shared) = shared() {
+        shared.backends_prepared.store(true, Ordering::Release);
+    }
+}
+
+pub fn are_backends_prepared() -> bool {
+    shared().is_some_and(|s| s.backends_prepared.load(Ordering::Acquire))
+}
+
+impl Slot {
+    pub fn database(&self) -> pg_sys::Oid {
+        pg_sys::Oid::from(self.database.load(Ordering::Acquire))
+    }
+
+    pub fn state(&self) -> SlotState {
+        SlotState::from_u8(self.state.load(Ordering::Acquire))
+    }
+
+    pub fn set_state(&self, state: SlotState) {
+        self.state.store(state as u8, Ordering::Release);
+    }
+
+    /// Events are numbered by this sequence. Whether another did before, or none.
+    pub fn numbered_by(&self, sequence: pg_sys::Oid) -> bool {
+        self.sequence.swap(sequence.to_u32(), Ordering::AcqRel) != sequence.to_u32()
+    }
+
+    pub fn pid(&self) -> i32 {
+        self.pid.load(Ordering::Acquire)
+    }
+
+    /// The worker has come; false if there is another.
+    pub fn attach(&self, pid: i32, latch: *mut pg_sys::Latch) -> bool {
+        let attached = self.pid.compare_exchange(0, pid, Ordering::AcqRel, Ordering::Acquire);
+        if attached.is_ok() {
+            self.work.store(Work::Some as u8, Ordering::Release);
+            self.schedule.store(true, Ordering::Release);
+            self.latch.store(latch, Ordering::Release);
+        }
+        attached.is_ok()
+    }
+
+    /// The worker goes, if it is this one.
+    pub fn detach(&self, pid: i32) {
+        if self.pid() == pid {
+            self.latch.store(ptr::null_mut(), Ordering::Release);
+            self.pid.store(0, Ordering::Release);
+        }
+    }
+
+    /// Events were committed. A burst is one wake: the first to raise the flag sets the latch.
+    pub fn announce_work(&self) {
+        if self.work.swap(Work::Some as u8, Ordering::SeqCst) == Work::None as u8 {
+            set_latch(&self.latch);
+        }
+    }
+
+    /// Events are being published. A worker that has not looked for a while is woken, to be ready when they are committed.
+    pub fn announce_publishing(&self) {
+        let now_ms = clock_ms();
+        // At most once a millisecond: many may publish.
+        if self.published_at_ms.load(Ordering::Relaxed) != now_ms {
+            self.published_at_ms.store(now_ms, Ordering::Relaxed);
+        }
+        let idle_ms = now_ms.saturating_sub(self.looked_at_ms.load(Ordering::Relaxed));
+        if idle_ms >= COLD_AFTER_MS && !self.has_work() && !self.publishing.swap(true, Ordering::SeqCst) {
+            set_latch(&self.latch);
+        }
+    }
+
+    /// Whether somebody has begun to publish a moment ago, and is probably about to commit.
+    pub fn is_publishing(&self) -> bool {
+        let published_at_ms = self.published_at_ms.load(Ordering::Relaxed);
+        published_at_ms > 0 && clock_ms().saturating_sub(published_at_ms) <= COMMITS_WITHIN_MS
+    }
+
+    /// Whether that was announced. It counts as a look.
+    pub fn take_publishing(&self) -> bool {
+        let is_publishing = self.publishing.swap(false, Ordering::SeqCst);
+        if is_publishing {
+            self.looks();
+        }
+        is_publishing
+    }
+
+    /// The worker looks, now.
+    fn looks(&self) {
+        self.looked_at_ms.store(clock_ms(), Ordering::Relaxed);
+    }
+
+    pub fn announce_schedule(&self) {
+        if !self.schedule.swap(true, Ordering::SeqCst) {
+            set_latch(&self.latch);
+        }
+    }
+
+    pub fn nudge(&self) {
+        self.nudge.store(true, Ordering::SeqCst);
+        self.wake();
+    }
+
+    /// Asks for an attempt of each backend that waits for one.
+    pub fn ask(&self) {
+        if !self.asked.swap(true, Ordering::SeqCst) {
+            set_latch(&self.latch);
+        }
+    }
+
+    pub fn take_asked(&self) -> bool {
+        self.asked.swap(false, Ordering::SeqCst)
+    }
+
+    pub fn wake(&self) {
+        set_latch(&self.latch);
+    }
+
+    pub fn has_work(&self) -> bool {
+        self.work.load(Ordering::Acquire) == Work::Some as u8
+    }
+
+    /// The worker is about to sleep for a moment, and need not be woken.
+    pub fn sleep(&self) {
+        self.change_work(Work::None, Work::Asleep);
+    }
+
+    pub fn wake_up(&self) {
+        self.change_work(Work::Asleep, Work::None);
+    }
+
+    fn change_work(&self, from: Work, to: Work) {
+        // Otherwise there is work meanwhile.
+        let _ = self
+            .work
+            .compare_exchange(from as u8, to as u8, Ordering::SeqCst, Ordering::SeqCst);
+    }
+
+    /// Lowers the flag; the snapshot must be taken after, so that what is committed later raises it again.
+    pub fn take_work(&self) {
+        self.looks();
+        self.published_at_ms.store(0, Ordering::Relaxed);
+        self.work.swap(Work::None as u8, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+    }
+
+    pub fn take_schedule(&self) -> bool {
+        self.schedule.swap(false, Ordering::SeqCst)
+    }
+
+    pub fn take_nudge(&self) -> bool {
+        self.nudge.swap(false, Ordering::SeqCst)
+    }
+}

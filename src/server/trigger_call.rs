@@ -1,0 +1,68 @@
+//! What a trigger function of ours was called with.
+
+use crate::server::error::raise;
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::{PgSqlErrorCode, pg_sys};
+
+/// When a trigger of ours may be called.
+#[derive(Clone, Copy)]
+pub enum When {
+    BeforeInsertOfRow,
+    BeforeRow,
+    AfterStatement,
+}
+
+/// What a trigger function of ours was called with, if it was called as it is meant to be: by a trigger of this kind, on one of these
+/// tables. Otherwise an ERROR: a row of another table has other columns, and a statement has none.
+///
+/// # Safety
+/// Called by Postgres.
+pub unsafe fn expect_trigger<'a>(
+    fcinfo: pg_sys::FunctionCallInfo,
+    name: &str,
+    when: When,
+    tables: &[pg_sys::Oid],
+) -> &'a pg_sys::TriggerData {
+    let refuse = |how: &str| -> ! {
+        raise(
+            ErrorReport::new(
+                PgSqlErrorCode::ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED,
+                format!("{name}() can only be called as {how}"),
+                "",
+            )
+            .set_hint("It belongs to the triggers that the extension has made; drop the one that called it."),
+        )
+    };
+    // SAFETY: called as a trigger, the context is its TriggerData; otherwise this refuses.
+    unsafe {
+        let data = (*fcinfo).context.cast::<pg_sys::TriggerData>();
+        if data.is_null() || (*data).type_ != pg_sys::NodeTag::T_TriggerData {
+            refuse("a trigger");
+        }
+        let data = &*data;
+        let is_of_row = data.tg_event & pg_sys::TRIGGER_EVENT_ROW != 0;
+        let timing = data.tg_event & pg_sys::TRIGGER_EVENT_TIMINGMASK;
+        match when {
+            When::BeforeInsertOfRow => {
+                let is_insert = data.tg_event & pg_sys::TRIGGER_EVENT_OPMASK == pg_sys::TRIGGER_EVENT_INSERT;
+                if !is_insert || !is_of_row || timing != pg_sys::TRIGGER_EVENT_BEFORE {
+                    refuse("a trigger before insert, for each row");
+                }
+            }
+            When::BeforeRow => {
+                if !is_of_row || timing != pg_sys::TRIGGER_EVENT_BEFORE {
+                    refuse("a trigger before each row");
+                }
+            }
+            When::AfterStatement => {
+                if is_of_row || timing != 0 {
+                    refuse("a trigger after a statement");
+                }
+            }
+        }
+        if !tables.contains(&(*data.tg_relation).rd_id) {
+            refuse("the trigger of its own tables");
+        }
+        data
+    }
+}

@@ -1,0 +1,120 @@
+//! ERRORs of Postgres, and of other people's code, that pass through our functions: their client gets them whole.
+//!
+//! Where we call Postgres, pgrx turns an ERROR into a panic, so that Rust's frames are left in order; what the panic carries is a copy
+//! without constraint, column, position, context and most SQLSTATEs. So each entry into our code (`report::guard`) keeps a copy of the
+//! whole error, made when it is raised, and raises that one again once our frames have been left.
+
+use crate::server::unguarded;
+use pgrx::PgLogLevel;
+use pgrx::pg_sys::{self, panic::CaughtError};
+use std::any::Any;
+use std::cell::{Cell, RefCell};
+use std::collections::HashSet;
+use std::ffi::{CStr, CString, c_char, c_void};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr;
+
+thread_local! {
+    /// The last ERROR that was raised below one of our entries. It stays until the next: whoever is raising it still reads it.
+    static LAST: Cell<*mut pg_sys::ErrorData> = const { Cell::new(ptr::null_mut()) };
+    /// Names of source files and functions. Those of errors that Rust raised would be gone by then; there are only so many.
+    static PLACES: RefCell<HashSet<CString>> = RefCell::new(HashSet::new());
+}
+
+/// How a function of ours has failed.
+pub enum Failed {
+    /// By an ERROR of Postgres: [`raise_again`].
+    OfPostgres,
+    /// Otherwise.
+    Panic(Box<dyn Any + Send>),
+}
+
+/// Runs `f`, and keeps an ERROR of Postgres that ends it.
+pub fn attempt<R>(f: impl FnOnce() -> R) -> Result<R, Failed> {
+    let raised = Cell::new(false);
+    // SAFETY: the entry is taken off the stack again, here or by whoever catches an ERROR further out.
+    let outcome = unsafe {
+        let mut entry = pg_sys::ErrorContextCallback {
+            previous: pg_sys::error_context_stack,
+            callback: Some(remember),
+            arg: (&raw const raised).cast_mut().cast(),
+        };
+        pg_sys::error_context_stack = &mut entry;
+        let outcome = catch_unwind(AssertUnwindSafe(f));
+        pg_sys::error_context_stack = entry.previous;
+        outcome
+    };
+    outcome.map_err(|payload| match raised.get() && is_last(payload.downcast_ref()) {
+        true => Failed::OfPostgres,
+        false => Failed::Panic(payload),
+    })
+}
+
+/// Raises the ERROR that ended an attempt once more, for whoever is further out.
+///
+/// # Safety
+/// No frame up to Postgres's own holds anything that needs dropping.
+pub unsafe fn raise_again() -> ! {
+    // SAFETY: the caller's promise.
+    unsafe { unguarded::ThrowErrorData(LAST.get()) };
+    unreachable!("an ERROR does not return")
+}
+
+/// Whether a panic is the last ERROR, and not one of our own that came of it.
+fn is_last(caught: Option<&CaughtError>) -> bool {
+    let (Some(CaughtError::PostgresError(report)), last) = (caught, LAST.get()) else {
+        return false;
+    };
+    // SAFETY: null, or a copy that only we free.
+    unsafe {
+        !last.is_null()
+            && !(*last).message.is_null()
+            && CStr::from_ptr((*last).message).to_string_lossy() == report.message()
+    }
+}
+
+/// Called while a message is made, by whoever raises it, when all that was called by us has added its context.
+// No pg_guard: it must not unwind. What it calls fails for want of memory alone; Postgres then reports that instead.
+// SAFETY: called by Postgres alone, with the cell that belongs to the entry.
+unsafe extern "C-unwind" fn remember(raised: *mut c_void) {
+    // SAFETY: the cell outlives the entry; the copy is the process's own.
+    unsafe {
+        let before = pg_sys::CurrentMemoryContext;
+        pg_sys::CurrentMemoryContext = pg_sys::TopMemoryContext;
+        let error = unguarded::CopyErrorData();
+        pg_sys::CurrentMemoryContext = before;
+        if (*error).elevel < PgLogLevel::ERROR as i32 {
+            unguarded::FreeErrorData(error);
+            return;
+        }
+        (*error).filename = kept((*error).filename);
+        (*error).funcname = kept((*error).funcname);
+        (*raised.cast::<Cell<bool>>()).set(true);
+        let earlier = LAST.replace(error);
+        if !earlier.is_null() {
+            unguarded::FreeErrorData(earlier);
+        }
+    }
+}
+
+/// The same text, in a place where it stays.
+///
+/// # Safety
+/// A zero-terminated text, or null.
+unsafe fn kept(text: *const c_char) -> *const c_char {
+    if text.is_null() {
+        return text;
+    }
+    // SAFETY: the caller's promise.
+    let text = unsafe { CStr::from_ptr(text) };
+    PLACES.with_borrow_mut(|places| {
+        if let Some(known) = places.get(text) {
+            return known.as_ptr();
+        }
+        let copy = text.to_owned();
+        let place = copy.as_ptr();
+        // Moved into the set, its bytes stay where they are.
+        places.insert(copy);
+        place
+    })
+}

@@ -1,0 +1,117 @@
+//! Logical replication: rows of other servers' tables that a subscription brings. What becomes of them is in the SQL script; here is what
+//! it asks.
+
+use crate::server::guc::LogLevel;
+use crate::server::process::log;
+use crate::server::report;
+use crate::server::trigger_call::{When, expect_trigger};
+use crate::tables::catalog;
+use crate::tables::sql;
+use pgrx::{pg_extern, pg_sys};
+use std::cell::Cell;
+
+thread_local! {
+    /// Rows of this server are put back.
+    static PUTS_BACK: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether this process is a worker of a subscription, one that applies changes or one that copies a table, and not putting back rows of
+/// this server.
+pub fn is_worker() -> bool {
+    // SAFETY: a plain read.
+    unsafe { pg_sys::IsLogicalWorker() && !puts_back() }
+}
+
+/// Rows are taken as they are.
+pub fn puts_back() -> bool {
+    PUTS_BACK.get()
+}
+
+/// `outbox.put_back(statement)`
+#[pg_extern(sql = false)]
+fn put_back(statement: &str) {
+    struct Reset;
+    impl Drop for Reset {
+        fn drop(&mut self) {
+            PUTS_BACK.set(false);
+        }
+    }
+    PUTS_BACK.set(true);
+    let _reset = Reset;
+    sql::run(statement, &[]);
+}
+
+/// `outbox.is_applied()`
+#[pg_extern(sql = false)]
+fn is_applied() -> bool {
+    is_worker()
+}
+
+/// Publications that take along what must not leave this server: where backends connect among it, and sealed passwords, which whoever may
+/// decode the WAL then has.
+pub fn publications() -> Vec<String> {
+    sql::query(
+        "select p.pubname::text from pg_publication p
+        where p.puballtables
+            or exists (select from pg_publication_namespace n where n.pnpubid = p.oid and n.pnnspid = 'outbox'::regnamespace)
+            or exists (select from pg_publication_rel r where r.prpubid = p.oid and r.prrelid in ('outbox.backend_passwords'::regclass,
+                'outbox.backends'::regclass, 'outbox.moved_backends'::regclass, 'outbox.ticks'::regclass, 'outbox.installation'::regclass,
+                'outbox.incarnations'::regclass, 'outbox.take_overs'::regclass, 'outbox.restores'::regclass,
+                'outbox.known_triggers'::regclass))
+        order by 1",
+        &[],
+        |row| sql::text(row, 1).unwrap_or_default(),
+    )
+}
+
+/// Backends, by name, of which events of another server are held.
+pub fn held() -> Vec<String> {
+    sql::query(
+        "select distinct h.backend from (select backend from outbox.held_events order by number limit 1000) h order by 1",
+        &[],
+        |row| sql::text(row, 1).unwrap_or_default(),
+    )
+}
+
+pub fn say_held(backend: &str) {
+    log(
+        LogLevel::Info,
+        &format!("events of another server are held for backend \"{backend}\""),
+        Some("A subscription has brought them. That server sends them."),
+        Some("Call outbox.take_over() for the backend when this server is to send what the other has not."),
+    );
+}
+
+pub fn say_published(name: &str) {
+    log(
+        LogLevel::Warning,
+        &format!("publication \"{name}\" has tables of outbox_relay that must not leave this server"),
+        Some(
+            "Hosts, users and sealed passwords of backends are in what it sends. A subscriber with this extension passes them over.",
+        ),
+        Some("Publish only events, scheduled_events, failed_events, refused_events and cursors of schema outbox."),
+    );
+}
+
+crate::sql_function!(leave_local, pg_finfo_leave_local);
+
+/// Trigger of tables that do not travel, before each row.
+// No pg_guard: the guard that says our errors in the database's encoding.
+#[unsafe(no_mangle)]
+extern "C-unwind" fn leave_local(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    report::guard(|| {
+        let relations = catalog::expect_relations();
+        // SAFETY: called by Postgres; a trigger of this kind has a row, and on UPDATE a new one.
+        unsafe {
+            let trigger = expect_trigger(fcinfo, "leave_local", When::BeforeRow, relations.tables());
+            (*fcinfo).isnull = false;
+            let is_update = trigger.tg_event & pg_sys::TRIGGER_EVENT_OPMASK == pg_sys::TRIGGER_EVENT_UPDATE;
+            match (is_worker(), is_update) {
+                // Passed over.
+                (true, _) => pg_sys::Datum::from(0),
+                (false, true) => pg_sys::Datum::from(trigger.tg_newtuple),
+                (false, false) => pg_sys::Datum::from(trigger.tg_trigtuple),
+            }
+        }
+    })
+}

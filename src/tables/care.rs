@@ -1,0 +1,159 @@
+//! A row that cannot be read, converted or encoded fails alone.
+//!
+//! Reading takes rows as they come, without a subtransaction for each. Where an ERROR may be that of one row (text that has no UTF-8
+//! form, a damaged value), the transaction is done once more, with care: then each row is first tried by itself, and one that cannot be
+//! read is written down as failed, with the reason. So a bad row costs one transaction more, and holds up nobody.
+
+use crate::server::error::raise;
+use crate::server::guc::LogLevel;
+use crate::server::process::{self, Aborted, log};
+use crate::tables::row::Row;
+use pgrx::PgSqlErrorCode;
+use pgrx::pg_sys::panic::ErrorReport;
+use std::cell::Cell;
+use std::time::{Duration, Instant};
+
+thread_local! {
+    static CAREFUL: Cell<bool> = const { Cell::new(false) };
+    static SAID_AT: Cell<Option<Instant>> = const { Cell::new(None) };
+}
+
+/// Log lines of rows that cannot be read are this far apart.
+const SAY_AFTER: Duration = Duration::from_secs(60);
+
+/// As [`process::transaction`]; with care if a row may have been the trouble.
+pub fn transaction<R>(mut f: impl FnMut() -> R) -> Result<R, Aborted> {
+    match process::transaction(&mut f) {
+        Err(error) if is_of_a_row(error.code) => process::transaction(|| carefully(&mut f)),
+        outcome => outcome,
+    }
+}
+
+/// Runs `f` with care.
+pub fn carefully<R>(f: impl FnOnce() -> R) -> R {
+    struct Reset(bool);
+    impl Drop for Reset {
+        fn drop(&mut self) {
+            CAREFUL.set(self.0);
+        }
+    }
+    let _reset = Reset(CAREFUL.replace(true));
+    f()
+}
+
+/// Whether each row is to be tried by itself.
+pub fn is_careful() -> bool {
+    CAREFUL.get()
+}
+
+/// Why a row cannot be read, if it cannot, and if care is taken.
+pub fn unreadable(row: &Row) -> Option<String> {
+    if !is_careful() {
+        return None;
+    }
+    tried(|| row.with_event(|_| ())).err()
+}
+
+/// Runs `f`, which reads a row, in a subtransaction; the words of an ERROR that may be the row's. Any other goes on.
+pub fn tried<R>(f: impl FnOnce() -> R) -> Result<R, String> {
+    process::attempt(f).map_err(|error| words_of(error, is_of_a_row))
+}
+
+/// The same for `f` that inserts a row.
+pub fn tried_new<R>(f: impl FnOnce() -> R) -> Result<R, String> {
+    process::attempt(f).map_err(|error| words_of(error, is_of_a_new_row))
+}
+
+fn words_of(error: Aborted, is_its: fn(PgSqlErrorCode) -> bool) -> String {
+    if !is_its(error.code) {
+        raise(ErrorReport::new(error.code, error.message, ""));
+    }
+    say(&error.message);
+    error.message
+}
+
+/// Whether an ERROR may be the fault of one row: not one of locks, memory, files, or somebody's will.
+pub fn is_of_a_row(code: PgSqlErrorCode) -> bool {
+    use PgSqlErrorCode::*;
+    // Of the same class, but no row's fault: nothing gets a number.
+    if code == ERRCODE_SEQUENCE_GENERATOR_LIMIT_EXCEEDED {
+        return false;
+    }
+    is_of(
+        code,
+        &[
+            ERRCODE_DATA_EXCEPTION,
+            ERRCODE_PROGRAM_LIMIT_EXCEEDED,
+            ERRCODE_INTERNAL_ERROR,
+        ],
+    )
+}
+
+/// The same for one that is inserted somewhere: also what constraints and triggers have against it.
+pub fn is_of_a_new_row(code: PgSqlErrorCode) -> bool {
+    use PgSqlErrorCode::*;
+    let others = [
+        ERRCODE_INTEGRITY_CONSTRAINT_VIOLATION,
+        ERRCODE_TRIGGERED_DATA_CHANGE_VIOLATION,
+        ERRCODE_WITH_CHECK_OPTION_VIOLATION,
+        ERRCODE_PLPGSQL_ERROR,
+    ];
+    is_of_a_row(code) || is_of(code, &others)
+}
+
+fn is_of(code: PgSqlErrorCode, classes: &[PgSqlErrorCode]) -> bool {
+    /// The class of a SQLSTATE is in its lower bits (ERRCODE_TO_CATEGORY of elog.h).
+    const CLASS: i32 = (1 << 12) - 1;
+    classes.iter().any(|of| *of as i32 & CLASS == code as i32 & CLASS)
+}
+
+fn say(error: &str) {
+    if SAID_AT.get().is_some_and(|at| at.elapsed() < SAY_AFTER) {
+        return;
+    }
+    SAID_AT.set(Some(Instant::now()));
+    log(
+        LogLevel::Warning,
+        "an event cannot be processed",
+        Some(&format!("{error}. It fails alone; the others go on.")),
+        Some(
+            "See last_error in outbox.failed_events. If storage is damaged, its row in outbox.events is kept until its retention ends.",
+        ),
+    );
+}
+
+/// How much of an event is copied: all that can be read.
+#[derive(Clone, Copy)]
+pub struct Kept {
+    pub texts: bool,
+    pub payload: bool,
+}
+
+pub const ALL: Kept = Kept {
+    texts: true,
+    payload: true,
+};
+
+/// From all to as good as nothing.
+const LESS_AND_LESS: [Kept; 3] = [
+    ALL,
+    Kept {
+        texts: true,
+        payload: false,
+    },
+    Kept {
+        texts: false,
+        payload: false,
+    },
+];
+
+/// Runs `copy`, which copies one event somewhere, with as much of it as can be read.
+pub fn as_much_as_can_be_read(mut copy: impl FnMut(Kept) -> u64) -> u64 {
+    if !is_careful() {
+        return copy(ALL);
+    }
+    LESS_AND_LESS
+        .into_iter()
+        .find_map(|kept| tried(|| copy(kept)).ok())
+        .unwrap_or(0)
+}

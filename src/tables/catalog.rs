@@ -1,0 +1,506 @@
+//! What a session knows of our tables and backends without asking each time: the relations' OIDs and the backends by name.
+//!
+//! Filled with the *latest* snapshot, not the transaction's (a backend made since is known), marked valid before it is read (a change
+//! in between marks it invalid again), and it sees a backend made by its own transaction.
+
+use crate::server::error::{internal, raise};
+use crate::tables::missing;
+use crate::tables::row::{Columns, attribute, texts_of_array};
+use once_cell::unsync::OnceCell;
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::{PgSqlErrorCode, pg_guard, pg_sys};
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::ffi::CStr;
+use std::rc::Rc;
+use wildmatch::WildMatch;
+
+/// OIDs of what we read and write without SQL. Those of `events`, the sequence and `backends` are there, others may be missing
+/// (`InvalidOid`); see the module `missing`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Relations {
+    pub events: pg_sys::Oid,
+    /// Indexes are known by what they index, whatever they are called: somebody may have put another in the place of ours.
+    pub events_seq_key: pg_sys::Oid,
+    pub events_xid_key: pg_sys::Oid,
+    pub events_id_key: pg_sys::Oid,
+    pub scheduled_id_key: pg_sys::Oid,
+    pub sequence: pg_sys::Oid,
+    pub scheduled: pg_sys::Oid,
+    pub backends: pg_sys::Oid,
+    /// The sequence of their numbers, which nearly nobody opens: what is news of backends is told as news of it.
+    pub backends_news: pg_sys::Oid,
+    pub backend_passwords: pg_sys::Oid,
+    /// The functions of our own triggers on `events`.
+    pub triggers: [pg_sys::Oid; 4],
+    settings_tables: [pg_sys::Oid; 5],
+    /// All tables that the worker writes.
+    tables: [pg_sys::Oid; TABLES.len()],
+}
+
+const TABLES: [&CStr; 20] = [
+    c"events",
+    c"backends",
+    c"backend_passwords",
+    c"moved_backends",
+    c"scheduled_events",
+    c"refused_events",
+    c"failed_events",
+    c"cursors",
+    c"ticks",
+    c"installation",
+    c"incarnations",
+    c"take_overs",
+    c"restores",
+    c"known_triggers",
+    c"held_events",
+    c"held_scheduled",
+    c"held_cursors",
+    c"held_refused",
+    c"kept_rows",
+    c"copied_backends",
+];
+
+type Watched = [pg_sys::Oid; TABLES.len() + 2];
+/// Of `backends` among [`TABLES`].
+const BACKENDS_TABLE: usize = 1;
+const BACKENDS_NEWS: usize = TABLES.len() + 1;
+
+impl Relations {
+    /// All tables that the worker writes.
+    pub fn tables(&self) -> &[pg_sys::Oid] {
+        &self.tables
+    }
+
+    /// Tables whose changes the worker must hear of.
+    pub fn settings_tables(&self) -> &[pg_sys::Oid] {
+        &self.settings_tables
+    }
+
+    /// Who owns our tables, as far as they are there.
+    fn owner(&self) -> pg_sys::Oid {
+        let mut first: Option<(pg_sys::Oid, &CStr)> = None;
+        for (table, name) in self.tables.iter().zip(TABLES) {
+            let owner = class_of(*table).owner;
+            match first {
+                _ if owner == pg_sys::InvalidOid => {}
+                None => first = Some((owner, name)),
+                Some((other, other_name)) if other != owner => raise(
+                    ErrorReport::new(
+                        PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+                        format!(
+                            "table outbox.{} has another owner than outbox.{}",
+                            name.to_string_lossy(),
+                            other_name.to_string_lossy()
+                        ),
+                        "",
+                    )
+                    .set_hint("Give all tables in schema outbox the same owner, a superuser."),
+                ),
+                Some(_) => {}
+            }
+        }
+        first.map_or_else(|| missing::table(c"events"), |(owner, _)| owner)
+    }
+
+    fn is_whole(&self) -> bool {
+        !self.tables.contains(&pg_sys::InvalidOid) && self.sequence != pg_sys::InvalidOid
+    }
+
+    fn has(&self, relation: pg_sys::Oid) -> bool {
+        let others = [
+            self.events_seq_key,
+            self.events_xid_key,
+            self.events_id_key,
+            self.scheduled_id_key,
+            self.sequence,
+        ];
+        others.contains(&relation) || self.tables.contains(&relation)
+    }
+}
+
+/// Who owns our tables, now: what is on a table runs with its owner's rights. An ERROR if they are not all of one owner.
+pub fn owner() -> pg_sys::Oid {
+    let known = RELATIONS.get().or_else(look_up);
+    known.unwrap_or_else(|| missing::extension()).owner()
+}
+
+/// A relation's owner by the catalog as of now; nobody if it has gone.
+pub fn owner_of(relation: pg_sys::Oid) -> pg_sys::Oid {
+    class_of(relation).owner
+}
+
+/// Of a relation by the catalog as of now; nothing if it has gone.
+struct Class {
+    owner: pg_sys::Oid,
+    method: pg_sys::Oid,
+}
+
+fn class_of(relation: pg_sys::Oid) -> Class {
+    // SAFETY: a look-up within a transaction; the tuple is released once it was read.
+    unsafe {
+        let cache = pg_sys::SysCacheIdentifier::RELOID as i32;
+        let tuple = pg_sys::SearchSysCache1(cache, pg_sys::Datum::from(relation));
+        if tuple.is_null() {
+            return Class {
+                owner: pg_sys::InvalidOid,
+                method: pg_sys::InvalidOid,
+            };
+        }
+        let data = (*tuple).t_data;
+        let class = data
+            .cast::<u8>()
+            .add((*data).t_hoff as usize)
+            .cast::<pg_sys::FormData_pg_class>();
+        let found = Class {
+            owner: (*class).relowner,
+            method: (*class).relam,
+        };
+        pg_sys::ReleaseSysCache(tuple);
+        found
+    }
+}
+
+/// Guards live there: no stream has such a name.
+pub const RESERVED: &str = "outbox_relay:";
+
+/// A backend as a publisher needs it.
+pub struct KnownBackend {
+    pub number: i32,
+    /// `None`: any stream.
+    allowed_streams: Option<Vec<WildMatch>>,
+}
+
+impl KnownBackend {
+    pub fn allows(&self, stream: &str) -> bool {
+        if stream.starts_with(RESERVED) {
+            return false;
+        }
+        self.allowed_streams
+            .as_ref()
+            .is_none_or(|patterns| patterns.iter().any(|p| p.matches(stream)))
+    }
+}
+
+thread_local! {
+    static REGISTERED: OnceCell<()> = const { OnceCell::new() };
+    static RELATIONS: Cell<Option<Relations>> = const { Cell::new(None) };
+    static BACKENDS_VALID: Cell<bool> = const { Cell::new(false) };
+    static BACKENDS: RefCell<HashMap<String, Rc<KnownBackend>>> = RefCell::new(HashMap::new());
+    /// All our tables and the sequence, as they were known last.
+    static WATCHED: Cell<Watched> = const { Cell::new([pg_sys::InvalidOid; TABLES.len() + 2]) };
+    /// Counts their invalidations, for the worker.
+    static GENERATION: Cell<u64> = const { Cell::new(0) };
+}
+
+#[pg_guard]
+// SAFETY: called by Postgres alone, in this process; it touches only variables of this thread.
+unsafe extern "C-unwind" fn on_invalidation(_arg: pg_sys::Datum, relation: pg_sys::Oid) {
+    let all = relation == pg_sys::InvalidOid;
+    let watched = WATCHED.get();
+    if all || watched.contains(&relation) {
+        GENERATION.set(GENERATION.get() + 1);
+    }
+    if all || [watched[BACKENDS_TABLE], watched[BACKENDS_NEWS]].contains(&relation) {
+        BACKENDS_VALID.set(false);
+    }
+    if RELATIONS.get().is_some_and(|known| all || known.has(relation)) {
+        RELATIONS.set(None);
+    }
+}
+
+fn register() {
+    REGISTERED.with(|r| {
+        r.get_or_init(|| {
+            // SAFETY: registers a callback of this library for the life of the process.
+            unsafe { pg_sys::CacheRegisterRelcacheCallback(Some(on_invalidation), pg_sys::Datum::from(0)) };
+        });
+    });
+}
+
+/// Changes whenever our tables may have changed. Needs a transaction that has taken in invalidations.
+pub fn generation() -> u64 {
+    GENERATION.get()
+}
+
+/// Our relations, or `None` where the extension is not installed. An ERROR in words where it is, and what everybody needs of it is
+/// missing. Needs a transaction.
+pub fn relations() -> Option<Relations> {
+    if let Some(known) = RELATIONS.get() {
+        return Some(known);
+    }
+    let found = look_up()?;
+    for (table, name) in [(found.events, c"events"), (found.backends, c"backends")] {
+        if table == pg_sys::InvalidOid {
+            missing::table(name);
+        }
+    }
+    if found.sequence == pg_sys::InvalidOid {
+        missing::sequence();
+    }
+    expect_shape(c"events", found.events, &EVENT_TYPES);
+    if found.scheduled != pg_sys::InvalidOid {
+        expect_shape(c"scheduled_events", found.scheduled, &EVENT_TYPES);
+    }
+    if found.is_whole() {
+        RELATIONS.set(Some(found));
+    }
+    Some(found)
+}
+
+/// What is there; `None`: the extension is not. From now on its changes are heard of.
+fn look_up() -> Option<Relations> {
+    register();
+    // SAFETY: catalog look-ups by constant names within a transaction.
+    let found = unsafe {
+        let schema = pg_sys::get_namespace_oid(c"outbox".as_ptr(), true);
+        let oid = |name: &CStr| match schema {
+            pg_sys::InvalidOid => pg_sys::InvalidOid,
+            schema => pg_sys::get_relname_relid(name.as_ptr(), schema),
+        };
+        let (events, scheduled) = (oid(c"events"), oid(c"scheduled_events"));
+        let [seq, xid, event_id] = [attribute::SEQ, attribute::XID, attribute::EVENT_ID];
+        Relations {
+            events,
+            events_seq_key: index_on(events, &[seq], false),
+            events_xid_key: index_on(events, &[xid, seq], false),
+            events_id_key: index_on(events, &[event_id], true),
+            scheduled_id_key: index_on(scheduled, &[event_id], true),
+            sequence: oid(c"events_seq_seq"),
+            scheduled,
+            backends: oid(c"backends"),
+            backends_news: oid(c"backends_number_seq"),
+            backend_passwords: oid(c"backend_passwords"),
+            triggers: [c"complete_event", c"confirm_event", c"hold_event", c"hold_scheduled"]
+                .map(|name| function(schema, name)),
+            settings_tables: [
+                c"backends",
+                c"backend_passwords",
+                c"take_overs",
+                c"restores",
+                c"copied_backends",
+            ]
+            .map(oid),
+            tables: TABLES.map(oid),
+        }
+    };
+    let mut watched = WATCHED.get();
+    let now = found.tables.iter().chain([&found.sequence, &found.backends_news]);
+    for (known, relation) in watched.iter_mut().zip(now).filter(|(_, r)| **r != pg_sys::InvalidOid) {
+        *known = *relation;
+    }
+    WATCHED.set(watched);
+    // Only then is it worth a look whether the extension is there.
+    (found.is_whole() || is_installed()).then_some(found)
+}
+
+/// Whether the extension is installed in this database, whatever of it is there.
+pub fn is_installed() -> bool {
+    // SAFETY: a catalog look-up within a transaction.
+    unsafe { pg_sys::get_extension_oid(c"outbox_relay".as_ptr(), true) != pg_sys::InvalidOid }
+}
+
+/// A valid btree index that begins with these columns, in this order; `is_unique`: on them alone, so that each value is there once.
+/// By the catalog, without a lock on the table.
+///
+/// # Safety
+/// Within a transaction.
+unsafe fn index_on(table: pg_sys::Oid, columns: &[usize], is_unique: bool) -> pg_sys::Oid {
+    if table == pg_sys::InvalidOid {
+        return pg_sys::InvalidOid;
+    }
+    let lock = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
+    let mut index = pg_sys::InvalidOid;
+    // SAFETY: a scan of a catalog; the values are of its columns' types, and live as long as the tuple.
+    unsafe {
+        let catalog = pg_sys::table_open(pg_sys::IndexRelationId, lock);
+        let attributes = [
+            pg_sys::Anum_pg_index_indexrelid,
+            pg_sys::Anum_pg_index_indisunique,
+            pg_sys::Anum_pg_index_indimmediate,
+            pg_sys::Anum_pg_index_indisvalid,
+            pg_sys::Anum_pg_index_indisready,
+            pg_sys::Anum_pg_index_indislive,
+            pg_sys::Anum_pg_index_indnkeyatts,
+            pg_sys::Anum_pg_index_indkey,
+            pg_sys::Anum_pg_index_indoption,
+            pg_sys::Anum_pg_index_indexprs,
+            pg_sys::Anum_pg_index_indpred,
+        ];
+        let rows = Columns::at(catalog, attributes.map(|number| number as usize).into());
+        let mut key: pg_sys::ScanKeyData = std::mem::zeroed();
+        pg_sys::ScanKeyInit(
+            &mut key,
+            pg_sys::Anum_pg_index_indrelid as i16,
+            pg_sys::BTEqualStrategyNumber as u16,
+            pg_sys::Oid::from(pg_sys::F_OIDEQ),
+            pg_sys::Datum::from(table),
+        );
+        let by_table = pg_sys::Oid::from(pg_sys::IndexIndrelidIndexId);
+        let scan = pg_sys::systable_beginscan(catalog, by_table, true, std::ptr::null_mut(), 1, &mut key);
+        loop {
+            let tuple = pg_sys::systable_getnext(scan);
+            if tuple.is_null() {
+                break;
+            }
+            let row = rows.take_apart(tuple);
+            let says = |column: usize| row.datum(column).is_some_and(|d| d.value() as u8 != 0);
+            let count = row.datum(6).map_or(0, |d| d.value() as i16 as usize);
+            let (Some(oid), Some(indexed), Some(options)) = (row.datum(0), row.datum(7), row.datum(8)) else {
+                continue;
+            };
+            let is_usable = says(3) && says(4) && says(5) && row.datum(9).is_none() && row.datum(10).is_none();
+            let is_key = match is_unique {
+                true => says(1) && says(2) && count == columns.len(),
+                false => count >= columns.len(),
+            };
+            if !is_usable || !is_key {
+                continue;
+            }
+            let (indexed, options) = (
+                indexed.cast_mut_ptr::<pg_sys::int2vector>(),
+                options.cast_mut_ptr::<pg_sys::int2vector>(),
+            );
+            let indexed = (*indexed).values.as_slice(columns.len());
+            // Descending, or nulls first, which come with it: another order.
+            let options = (*options).values.as_slice(columns.len());
+            let begins = indexed.iter().zip(columns).all(|(is, must)| *is as usize == *must);
+            let oid = pg_sys::Oid::from(oid.value() as u32);
+            if begins && options.iter().all(|o| *o == 0) && class_of(oid).method == BTREE {
+                index = oid;
+                break;
+            }
+        }
+        pg_sys::systable_endscan(scan);
+        pg_sys::table_close(catalog, lock);
+    }
+    index
+}
+
+/// The access method of btree indexes (pg_am.dat).
+const BTREE: pg_sys::Oid = pg_sys::BTREE_AM_OID;
+
+/// Whether the table of cursors can be written to now. Needs a transaction.
+pub fn can_save() -> bool {
+    let lock = pg_sys::RowExclusiveLock as pg_sys::LOCKMODE;
+    let cursors = TABLES.iter().position(|table| *table == c"cursors");
+    let table = relations().zip(cursors).map(|(known, index)| known.tables[index]);
+    let table = table.filter(|table| *table != pg_sys::InvalidOid);
+    // SAFETY: takes a lock within a transaction, or does not.
+    table.is_some_and(|table| unsafe { pg_sys::ConditionalLockRelationOid(table, lock) })
+}
+
+/// A function of ours without arguments; nobody's number if there is none.
+///
+/// # Safety
+/// Within a transaction.
+unsafe fn function(schema: pg_sys::Oid, name: &CStr) -> pg_sys::Oid {
+    // SAFETY: the caller's promise; keys of the types that the cache is by.
+    unsafe {
+        pg_sys::GetSysCacheOid(
+            pg_sys::SysCacheIdentifier::PROCNAMEARGSNSP as i32,
+            pg_sys::Anum_pg_proc_oid as pg_sys::AttrNumber,
+            pg_sys::Datum::from(name.as_ptr()),
+            pg_sys::Datum::from(pg_sys::buildoidvector(std::ptr::null(), 0)),
+            pg_sys::Datum::from(schema),
+            pg_sys::Datum::from(0),
+        )
+    }
+}
+
+/// The types of the columns that events and scheduled events begin with: their values are taken apart, and put together, without asking.
+pub const EVENT_TYPES: [pg_sys::Oid; attribute::COUNT] = [
+    pg_sys::INT8OID,
+    pg_sys::XID8OID,
+    pg_sys::TIMESTAMPTZOID,
+    pg_sys::UUIDOID,
+    pg_sys::INT4OID,
+    pg_sys::TEXTOID,
+    pg_sys::TEXTOID,
+    pg_sys::TEXTOID,
+    pg_sys::JSONOID,
+    pg_sys::TEXTOID,
+    pg_sys::TEXTOID,
+    pg_sys::TEXTOID,
+    pg_sys::JSONOID,
+    pg_sys::INT4OID,
+];
+
+/// An ERROR if somebody has changed the type of a column that we know.
+fn expect_shape(name: &CStr, table: pg_sys::Oid, types: &[pg_sys::Oid]) {
+    for (index, expected) in types.iter().enumerate() {
+        // SAFETY: a catalog look-up within a transaction.
+        if unsafe { pg_sys::get_atttype(table, index as i16 + 1) } != *expected {
+            let name = name.to_string_lossy();
+            internal(format!("column {} of outbox.{name} does not have its type", index + 1));
+        }
+    }
+}
+
+/// Our relations, or an ERROR.
+pub fn expect_relations() -> Relations {
+    relations().unwrap_or_else(|| missing::extension())
+}
+
+/// A backend by name. Costs nothing but a look-up unless backends have changed.
+pub fn backend(name: &str) -> Option<Rc<KnownBackend>> {
+    // A long transaction that opens no new table hears of no change by itself.
+    // SAFETY: within a transaction; as taking any lock does.
+    unsafe { pg_sys::AcceptInvalidationMessages() };
+    let relations = expect_relations();
+    if !BACKENDS_VALID.get() {
+        BACKENDS_VALID.set(true);
+        let _guard = InvalidOnError;
+        let filled = read_backends(relations.backends);
+        BACKENDS.with_borrow_mut(|known| *known = filled);
+    }
+    BACKENDS.with_borrow(|known| known.get(name).cloned())
+}
+
+/// If reading ends in an ERROR, what was there before must not count as valid.
+struct InvalidOnError;
+
+impl Drop for InvalidOnError {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            BACKENDS_VALID.set(false);
+        }
+    }
+}
+
+/// Reads `outbox.backends` as of now.
+fn read_backends(relation: pg_sys::Oid) -> HashMap<String, Rc<KnownBackend>> {
+    let mut found = HashMap::new();
+    // SAFETY: a heap scan under a registered snapshot; the relation is locked by table_open. Opening it takes in
+    // pending invalidations, which may mark the cache invalid again: then it is read once more at the next use.
+    unsafe {
+        let rel = pg_sys::table_open(relation, pg_sys::AccessShareLock as _);
+        let columns = Columns::of(rel, &["name", "number", "allowed_streams"]);
+        let snapshot = pg_sys::RegisterSnapshot(pg_sys::GetLatestSnapshot());
+        let scan = pg_sys::systable_beginscan(rel, pg_sys::InvalidOid, false, snapshot, 0, std::ptr::null_mut());
+        loop {
+            let tuple = pg_sys::systable_getnext(scan);
+            if tuple.is_null() {
+                break;
+            }
+            let row = columns.take_apart(tuple);
+            let (Some(name), Some(number), Some(streams)) = (row.text(0), row.i32(1), row.datum(2)) else {
+                continue;
+            };
+            let patterns = texts_of_array(streams);
+            let any = patterns.iter().any(|p| p == "*");
+            let allowed_streams = (!any).then(|| patterns.iter().map(|p| WildMatch::new(p)).collect());
+            found.insert(
+                name,
+                Rc::new(KnownBackend {
+                    number,
+                    allowed_streams,
+                }),
+            );
+        }
+        pg_sys::systable_endscan(scan);
+        pg_sys::UnregisterSnapshot(snapshot);
+        pg_sys::table_close(rel, pg_sys::AccessShareLock as _);
+    }
+    found
+}

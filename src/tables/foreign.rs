@@ -1,0 +1,183 @@
+//! Triggers of ours that somebody has switched off, as `pg_restore --disable-triggers` does, and the rows that came meanwhile: they carry
+//! transaction ids of another cluster, and would be sent when this one comes to them, or never.
+
+use crate::tables::sql::{query, run, value};
+use crate::tables::trusted;
+use pgrx::pg_sys;
+use relay::reading::foreign::{Judge, Written, latest};
+use relay::reading::snapshot::Tick;
+
+/// Rows that one piece looks at, or publishes anew: some milliseconds.
+pub const PIECE_ROWS: i64 = 2_000;
+
+/// How our triggers are, and how the one of `outbox.events` was when all rows were last known to have come by it.
+pub struct Look {
+    /// Table, trigger and what is wrong with it.
+    pub broken: Vec<[String; 3]>,
+    /// What the trigger and the table's file are.
+    pub triggers: Option<String>,
+    pub filenode: Option<pg_sys::Oid>,
+    pub known_triggers: Option<String>,
+    pub known_filenode: Option<pg_sys::Oid>,
+    pub known: Tick,
+    /// A row carries the id of a transaction that is still to come.
+    has_future_xid: bool,
+    /// Who has touched the trigger last; 0: nobody that is known.
+    pub touched_by: u64,
+}
+
+impl Look {
+    /// Whether rows may have come by another way since.
+    pub fn is_touched(&self) -> bool {
+        self.triggers != self.known_triggers || self.has_future_xid
+    }
+
+    /// Whether the table was written anew since.
+    pub fn is_rewritten(&self) -> bool {
+        self.filenode != self.known_filenode
+    }
+}
+
+/// What the trigger of `outbox.events` is: another text whenever somebody has touched it.
+pub fn trigger_state() -> Option<String> {
+    query("select triggers from outbox.trigger_state()", &[], |row| value(row, 1))
+        .pop()
+        .flatten()
+}
+
+/// Looks at our triggers, in a transaction.
+pub fn look() -> Option<Look> {
+    let broken = query(
+        "select relation, name, found from outbox.broken_triggers()",
+        &[],
+        |row| [1, 2, 3].map(|n| value::<String>(row, n).unwrap_or_default()),
+    );
+    let has_future_xid = has_future_xid();
+    query(
+        "select s.triggers, s.filenode, k.triggers, k.filenode, k.snapshot::text, k.next_xid::text, k.low_seq, k.high_seq
+        from outbox.trigger_state() s, outbox.known_triggers k",
+        &[],
+        |row| {
+            Some(Look {
+                broken: broken.clone(),
+                triggers: value(row, 1),
+                filenode: value(row, 2),
+                known_triggers: value(row, 3),
+                known_filenode: value(row, 4),
+                known: Tick {
+                    snapshot: value::<String>(row, 5)?.parse().ok()?,
+                    next_xid: value::<String>(row, 6)?.parse().ok()?,
+                    low_seq: value(row, 7)?,
+                    high_seq: value(row, 8)?,
+                },
+                has_future_xid,
+                touched_by: value::<String>(row, 1).map_or(0, |state| toucher(&state)),
+            })
+        },
+    )
+    .pop()
+    .flatten()
+}
+
+/// The transaction that a trigger's state names, behind its OID.
+fn toucher(state: &str) -> u64 {
+    let xmin = state.split(' ').nth(1).and_then(|xmin| xmin.parse().ok());
+    // SAFETY: reads the counter under its lock; whoever has touched it has begun by now.
+    xmin.map_or(0, |xmin| {
+        latest(xmin, unsafe { pg_sys::ReadNextFullTransactionId().value })
+    })
+}
+
+/// Enables a trigger always, and makes it if it is missing. Waits a moment for those who write to its table, and raises an ERROR then.
+pub fn mend_trigger(table: &str, name: &str) {
+    run("select outbox.mend_trigger($1, $2)", &[table.into(), name.into()]);
+}
+
+/// Notes down that all rows have come by the trigger as it is, as of this tick; `None`: they are being looked for, with this tick.
+pub fn note_known(triggers: Option<&str>, filenode: Option<pg_sys::Oid>, tick: &Tick) {
+    run(
+        "update outbox.known_triggers set triggers = $1, filenode = coalesce($2, filenode), snapshot = $3::pg_snapshot,
+            next_xid = $4::xid8, low_seq = $5, high_seq = $6",
+        &[
+            triggers.into(),
+            filenode.into(),
+            tick.snapshot.to_string().into(),
+            tick.next_xid.to_string().into(),
+            tick.low_seq.into(),
+            tick.high_seq.into(),
+        ],
+    );
+}
+
+/// The highest number that a row has.
+pub fn last_seq() -> i64 {
+    query("select coalesce(max(seq), 0) from outbox.events", &[], |row| {
+        value(row, 1)
+    })
+    .pop()
+    .flatten()
+    .unwrap_or(0)
+}
+
+/// One look at the end of an index.
+fn has_future_xid() -> bool {
+    let highest: Option<String> = query("select max(xid)::text from outbox.events", &[], |row| value(row, 1))
+        .pop()
+        .flatten();
+    // SAFETY: reads the counter under its lock; what the rows carry has begun by now.
+    let next_xid = unsafe { pg_sys::ReadNextFullTransactionId().value };
+    highest
+        .and_then(|xid| xid.parse::<u64>().ok())
+        .is_some_and(|xid| xid >= next_xid)
+}
+
+/// Looks at some rows after `after`, up to `upto`. Returns up to where it has looked; `None`: there are no more.
+pub fn look_at_rows(judge: &mut Judge, after: i64, upto: i64) -> Option<i64> {
+    let piece = query(
+        "with piece as (select seq, xid::text::bigint as xid, xmin::text::bigint as xmin from outbox.events
+            where seq > $1 and seq <= $2 order by seq limit $3)
+        select (select max(seq) from piece), array_agg(seq order by seq), array_agg(xid order by seq), array_agg(xmin order by seq)
+        from piece where xid <> xmin or xmin in (select p.xmin from piece p where p.xid <> p.xmin)",
+        &[after.into(), upto.into(), PIECE_ROWS.into()],
+        |row| {
+            let numbers = |n| value::<Vec<i64>>(row, n).unwrap_or_default();
+            let others = numbers(3).into_iter().zip(numbers(4));
+            let rows = numbers(2).into_iter().zip(others).map(|(seq, (xid, xmin))| Written {
+                seq,
+                xid: xid as u64,
+                xmin: xmin as u32,
+            });
+            (value::<i64>(row, 1), rows.collect::<Vec<_>>())
+        },
+    );
+    let (last, rows) = piece.into_iter().next()?;
+    // SAFETY: reads the counter under its lock; the rows were read before.
+    judge.look_at(&rows, unsafe { pg_sys::ReadNextFullTransactionId().value });
+    last
+}
+
+/// The rows get numbers of ours, in their order, and are noted as restored: they are looked for in the streams before they are sent. A
+/// backend is found by its number; by its name, if nobody has that number.
+pub fn publish_anew(seqs: &[i64]) -> u64 {
+    trusted::moving(|| {
+        run(
+            "with gone as (
+                delete from outbox.events e where e.seq = any($1) returning e.*
+            ), placed as (
+                select g.*, case when not exists (select from outbox.backends b where b.number = g.backend_number) then
+                        (select b.number from outbox.backends b where b.name = g.backend) end as other_number
+                from gone g
+            ), noted as (
+                insert into outbox.restores (backend_number, xid)
+                select distinct coalesce(p.other_number, p.backend_number), pg_current_xact_id() from placed p
+            )
+            insert into outbox.events (xid, seq, created_at, event_id, backend_number, event_type, source, backend, data, subject,
+                stream, data_schema, publisher_config, max_retries)
+            select pg_current_xact_id(), outbox.draw_seq(), p.created_at, p.event_id, coalesce(p.other_number, p.backend_number),
+                p.event_type, p.source, p.backend, p.data, p.subject, p.stream, p.data_schema, p.publisher_config, p.max_retries
+            from (select * from placed order by seq) p
+            returning seq",
+            &[seqs.to_vec().into()],
+        )
+    })
+}

@@ -1,0 +1,185 @@
+//! Who this server is to the guards: its incarnation, its place, its history.
+//!
+//! An incarnation is one run of the server, from a start, a promotion or a crash to its end. It is named in shared memory by the
+//! launcher, and saved durably in the database before the first guard is claimed in its name: so whoever has a later copy of this
+//! database knows it, and whoever has an earlier one doesn't.
+
+use crate::server::guc::{self, TakeOver};
+use crate::server::place::{place, system};
+use crate::server::process::{self, Aborted};
+use crate::server::shmem::{self, Began};
+use crate::server::standby;
+use crate::tables::sql::{query, run, text, value, words};
+use crate::tables::ticks;
+use pgrx::datum::DatumWithOid;
+use pgrx::pg_sys;
+use relay::event::text::hyphenated;
+use relay::guard::Owner;
+use relay::guard::claim::Incarnation;
+use relay::guard::place::{Likeness, compare};
+use std::ffi::c_void;
+
+/// Incarnations that are remembered.
+const KEPT_INCARNATIONS: i64 = 1_000;
+
+// SAFETY: the declarations of access/timeline.h; called within a guard, since they may raise an ERROR.
+unsafe extern "C-unwind" {
+    fn tliInHistory(timeline: pg_sys::TimeLineID, history: *mut c_void) -> bool;
+    fn readTimeLineHistory(timeline: pg_sys::TimeLineID) -> *mut c_void;
+    fn tliSwitchPoint(
+        timeline: pg_sys::TimeLineID,
+        history: *mut c_void,
+        next: *mut pg_sys::TimeLineID,
+    ) -> pg_sys::XLogRecPtr;
+}
+
+/// This server as guards name it.
+pub struct Identity {
+    incarnation: String,
+    system: String,
+    timeline: u32,
+    place: String,
+    /// See [`standby::promoted_to`].
+    promoted_to: u32,
+}
+
+/// A run of this server, or of the one that it is a copy of.
+pub struct Run {
+    incarnation: String,
+    pub system: String,
+    pub timeline: i64,
+    pub place: String,
+}
+
+impl Identity {
+    /// Saves the incarnation durably, if it is not yet.
+    pub fn establish() -> Result<Option<Self>, Aborted> {
+        let Some((name, began)) = shmem::incarnation() else {
+            return Ok(None);
+        };
+        let identity = Self {
+            incarnation: String::from_utf8_lossy(&hyphenated(&name)).into_owned(),
+            system: system(),
+            // SAFETY: reads what the server knows of itself.
+            timeline: unsafe { pg_sys::GetWALInsertionTimeLine() },
+            place: place(),
+            promoted_to: standby::promoted_to(),
+        };
+        process::transaction(|| identity.save(began))?;
+        ticks::flush();
+        Ok(Some(identity))
+    }
+
+    fn save(&self, Began { started_at, first_xid }: Began) {
+        let known = query(
+            "select incarnation::text, system, timeline, place from outbox.incarnations order by number desc limit 1",
+            &[],
+            |row| Run {
+                incarnation: value(row, 1).unwrap_or_default(),
+                system: value(row, 2).unwrap_or_default(),
+                timeline: value(row, 3).unwrap_or_default(),
+                place: text(row, 4).unwrap_or_default(),
+            },
+        );
+        let previous = known.first();
+        if previous.is_some_and(|run| run.incarnation == self.incarnation) {
+            return;
+        }
+        if let Some(run) = previous {
+            note_if_copy_of(run, self);
+        }
+        let ended = match previous {
+            Some(Run { timeline, .. }) if *timeline != i64::from(self.timeline) => {
+                switch_point(*timeline as u32, self.timeline).min(started_at)
+            }
+            _ => started_at,
+        };
+        run(
+            "insert into outbox.incarnations (incarnation, system, timeline, previous_ended_lsn, first_xid, place)
+            values ($1::uuid, $2, $3, '0/0'::pg_lsn + $4::text::numeric, $5::xid8, $6)",
+            &[
+                self.incarnation.clone().into(),
+                self.system.clone().into(),
+                i64::from(self.timeline).into(),
+                ended.to_string().into(),
+                first_xid.to_string().into(),
+                words(&self.place),
+            ],
+        );
+        run(
+            "delete from outbox.incarnations i where i.number <= (select max(number) from outbox.incarnations) - $1",
+            &[KEPT_INCARNATIONS.into()],
+        );
+    }
+
+    /// What we know of an incarnation that a guard names. Within a transaction.
+    pub fn know(&self, incarnation: &str) -> Incarnation {
+        if incarnation == self.incarnation {
+            return Incarnation::Current;
+        }
+        let parsed = |text: Option<String>| text.and_then(|text| text.parse().ok());
+        let next = query(
+            "select (n.previous_ended_lsn - '0/0'::pg_lsn)::text, n.first_xid::text
+            from outbox.incarnations i join outbox.incarnations n on n.number > i.number
+            where i.incarnation::text = $1 order by n.number limit 1",
+            &[DatumWithOid::from(incarnation.to_owned())],
+            |row| Some((parsed(value(row, 1))?, parsed(value(row, 2))?)),
+        );
+        match next.first().copied().flatten() {
+            Some((ended, next_xid)) => Incarnation::Earlier { ended, next_xid },
+            None => Incarnation::Unknown,
+        }
+    }
+
+    pub fn system(&self) -> &str {
+        &self.system
+    }
+
+    pub fn place(&self) -> &str {
+        &self.place
+    }
+
+    pub fn promoted_to(&self) -> u32 {
+        self.promoted_to
+    }
+
+    pub fn owner(&self) -> Owner {
+        Owner {
+            incarnation: self.incarnation.clone(),
+            system: self.system.clone(),
+            timeline: self.timeline,
+            place: self.place.clone(),
+            interval: guc::millis(&guc::POLL_INTERVAL_MS),
+        }
+    }
+}
+
+/// Where a timeline ended that the present one descends from; 0: it doesn't.
+fn switch_point(timeline: u32, present: u32) -> u64 {
+    // SAFETY: reads the history file of the present timeline, in a transaction; an ERROR aborts that.
+    unsafe {
+        pg_sys::ffi::pg_guard_ffi_boundary(|| {
+            let history = readTimeLineHistory(present);
+            match tliInHistory(timeline, history) {
+                true => tliSwitchPoint(timeline, history, std::ptr::null_mut()),
+                false => 0,
+            }
+        })
+    }
+}
+
+/// This run is the first in this place. `before`: the run before it, as this database knows it.
+fn note_if_copy_of(before: &Run, us: &Identity) {
+    let is_here = compare(&before.place, us.place()) != Likeness::Elsewhere;
+    let is_promoted = i64::from(us.promoted_to()) > before.timeline;
+    // A copy keeps the identifier. pg_upgrade does not; nor does it tell whether that was the original.
+    let is_upgraded = before.system != us.system();
+    if is_here || is_promoted || is_upgraded || guc::TAKE_OVER.get() == TakeOver::Any {
+        return;
+    }
+    run(
+        "insert into outbox.copied_backends (backend_number, original, is_database)
+        select b.number, $1, false from outbox.backends b on conflict (backend_number) do nothing",
+        &[words(&before.place)],
+    );
+}

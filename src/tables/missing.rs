@@ -1,0 +1,75 @@
+//! What of ours is missing, in words: somebody has dropped or renamed it. What needs it is refused, or waits; all else goes on.
+
+use crate::server::error::raise;
+use pgrx::PgSqlErrorCode;
+use pgrx::pg_sys::panic::ErrorReport;
+use std::ffi::CStr;
+
+fn refuse(message: String, detail: &str, hint: String) -> ! {
+    let code = PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
+    raise(ErrorReport::new(code, message, "").set_detail(detail).set_hint(hint))
+}
+
+pub fn extension() -> ! {
+    refuse(
+        "extension outbox_relay is not installed in this database".to_owned(),
+        "There is no schema outbox with its tables.",
+        "Run CREATE EXTENSION outbox_relay.".to_owned(),
+    )
+}
+
+const NOT_WHOLE: &str = "The extension outbox_relay is installed, but not all that belongs to it is there.";
+
+pub fn table(name: &CStr) -> ! {
+    let name = name.to_string_lossy();
+    refuse(
+        format!("table outbox.{name} is missing"),
+        NOT_WHOLE,
+        format!("If it was renamed, give it its name back: ALTER TABLE ... RENAME TO {name}."),
+    )
+}
+
+pub fn sequence() -> ! {
+    refuse(
+        "sequence outbox.events_seq_seq is missing".to_owned(),
+        NOT_WHOLE,
+        "If it was renamed, give it its name back: ALTER SEQUENCE ... RENAME TO events_seq_seq.".to_owned(),
+    )
+}
+
+/// An index that is needed.
+#[derive(Clone, Copy)]
+pub enum Index {
+    Seq,
+    Xid,
+    EventId,
+    ScheduledEventId,
+}
+
+impl Index {
+    pub fn refuse(self) -> ! {
+        let (message, detail, statement) = match self {
+            Self::Seq => (
+                "outbox.events has no index on (seq)",
+                "Events are read by it.",
+                "ALTER TABLE outbox.events ADD PRIMARY KEY (seq) INCLUDE (backend_number)",
+            ),
+            Self::Xid => (
+                "outbox.events has no index on (xid, seq)",
+                "Events are read by it.",
+                "CREATE INDEX events_xid_idx ON outbox.events (xid, seq)",
+            ),
+            Self::EventId => (
+                "outbox.events has no unique index on (event_id)",
+                "Without it nobody knows whether an event_id was used before.",
+                "CREATE UNIQUE INDEX events_event_id_idx ON outbox.events (event_id)",
+            ),
+            Self::ScheduledEventId => (
+                "outbox.scheduled_events has no unique index on (event_id)",
+                "Without it nobody knows whether an event_id was used before.",
+                "ALTER TABLE outbox.scheduled_events ADD PRIMARY KEY (event_id)",
+            ),
+        };
+        refuse(message.to_owned(), detail, format!("Run: {statement};"))
+    }
+}

@@ -1,0 +1,367 @@
+//! Numbers of events: drawn from a sequence, and ascending whatever is done to that (see `relay::reading::numbers`).
+//!
+//! The highest number that was given is kept in shared memory, for each database. It is not known after a start or a crash: who needs it
+//! first, a publisher or the worker, finds it in what is durable. Where the library is not preloaded each session looks for itself; there
+//! is no worker then, so that only the rows, and the cursors that were saved, must not be mistaken.
+
+use crate::server::guc::LogLevel;
+use crate::server::process::log;
+use crate::server::shmem::{self, Slot};
+use crate::tables::catalog::{self, Relations};
+use crate::tables::events::EventsTable;
+use crate::tables::row::{Columns, Row, attribute};
+use crate::tables::sequence;
+use pgrx::pg_sys;
+use relay::reading::range::Position;
+use relay::reading::snapshot::Tick;
+use std::cell::{Cell, RefCell};
+use std::ffi::CStr;
+use std::sync::Arc;
+
+const LOCK: pg_sys::LOCKMODE = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
+
+/// The sequence is set forward at most this often for one number: somebody would have to set it back each time in between.
+const ATTEMPTS: usize = 10;
+
+thread_local! {
+    /// Without shared memory: the sequence, and the highest number of it that this session knows of.
+    static OWN: Cell<(pg_sys::Oid, i64)> = const { Cell::new((pg_sys::InvalidOid, 0)) };
+}
+
+/// The caller's transaction id, then the next number: in this order, always (see [`Tick`]). Within a transaction that may write.
+///
+/// Both the table and the sequence are locked first, and neither is kept while the other is waited for: TRUNCATE with RESTART IDENTITY
+/// takes the table first, DROP EXTENSION the sequence, and each would come to a deadlock with whoever did it the other way round.
+pub fn draw_numbers(relations: &Relations) -> (u64, i64) {
+    let slot = slot().filter(|slot| slot.numbers.get().is_some());
+    // One guard for all, since a guard costs as much as a call.
+    // SAFETY: within a transaction that may write; locks are kept until its end. Nothing in it needs to be dropped.
+    let (xid, before, mut seq) = unsafe {
+        pg_sys::ffi::pg_guard_ffi_boundary(|| {
+            hot::lock(relations.events, relations.sequence);
+            let xid = hot::GetTopFullTransactionId().value;
+            let Some(slot) = slot else {
+                return (xid, None, 0);
+            };
+            let before = slot.numbers.get();
+            (xid, before, sequence::nextval_internal(relations.sequence, false))
+        })
+    };
+    let before = before.unwrap_or_else(|| {
+        let before = highest(relations);
+        seq = sequence::next(relations.sequence);
+        before
+    });
+    sequence::expect_ascending(relations.sequence);
+    if seq <= before {
+        seq = go_on(relations, seq);
+    }
+    match slot {
+        Some(slot) => slot.numbers.raise(seq),
+        None => raise(relations, seq),
+    }
+    (xid, seq)
+}
+
+/// What is called for each event, without a guard for each call.
+mod hot {
+    use pgrx::pg_sys;
+
+    // SAFETY: the declarations of storage/lmgr.h and access/xact.h; called within a guard, since they may raise an ERROR.
+    unsafe extern "C-unwind" {
+        fn LockRelationOid(relation: pg_sys::Oid, mode: pg_sys::LOCKMODE);
+        fn ConditionalLockRelationOid(relation: pg_sys::Oid, mode: pg_sys::LOCKMODE) -> bool;
+        fn UnlockRelationOid(relation: pg_sys::Oid, mode: pg_sys::LOCKMODE);
+        pub fn GetTopFullTransactionId() -> pg_sys::FullTransactionId;
+    }
+
+    /// # Safety
+    /// Within a transaction and a guard.
+    pub unsafe fn lock(table: pg_sys::Oid, sequence: pg_sys::Oid) {
+        const MODE: pg_sys::LOCKMODE = pg_sys::RowExclusiveLock as pg_sys::LOCKMODE;
+        // SAFETY: the caller's promise; what is given back was taken here.
+        unsafe {
+            loop {
+                LockRelationOid(table, MODE);
+                if ConditionalLockRelationOid(sequence, MODE) {
+                    return;
+                }
+                UnlockRelationOid(table, MODE);
+                LockRelationOid(sequence, MODE);
+                UnlockRelationOid(sequence, MODE);
+            }
+        }
+    }
+}
+
+/// The highest number that any event was given, whether it has committed, and whether it is still there. Within a transaction.
+pub fn highest(relations: &Relations) -> i64 {
+    match slot() {
+        Some(slot) => slot.numbers.get().unwrap_or_else(|| find(relations, slot)),
+        None => {
+            let (of, own) = OWN.get();
+            match of == relations.sequence {
+                // Other sessions may have drawn since.
+                true => own.max(highest_event(relations)),
+                false => {
+                    let found = highest_kept(relations);
+                    OWN.set((relations.sequence, found));
+                    found
+                }
+            }
+        }
+    }
+}
+
+fn raise(relations: &Relations, seq: i64) {
+    match slot() {
+        Some(slot) => slot.numbers.raise(seq),
+        None => OWN.set((relations.sequence, seq)),
+    }
+}
+
+/// Of this session's database; `None`: not preloaded.
+fn slot() -> Option<&'static Slot> {
+    shmem::claim_slot_here()
+}
+
+/// Finds the highest number after a start. On a standby it is found each time: rows come without us.
+fn find(relations: &Relations, slot: &Slot) -> i64 {
+    let found = highest_kept(relations);
+    // SAFETY: reads shared state.
+    if unsafe { pg_sys::RecoveryInProgress() } {
+        return found;
+    }
+    slot.numbered_by(relations.sequence);
+    slot.numbers.found(found);
+    slot.numbers.get().unwrap_or(found)
+}
+
+/// The sequence has given a number that is not above those that were given before. It is set forward; one session does it.
+fn go_on(relations: &Relations, given: i64) -> i64 {
+    let (sequence, exclusive) = (relations.sequence, pg_sys::ExclusiveLock as pg_sys::LOCKMODE);
+    // SAFETY: a lock of the transaction, given back below or by its abort. Nobody else takes one on this object; whoever has it has
+    // drawn from the sequence before, and so waits for nobody who changes it.
+    unsafe { pg_sys::LockDatabaseObject(pg_sys::RelationRelationId, sequence, 0, exclusive) };
+    // Somebody may have set it meanwhile.
+    let mut before = highest(relations);
+    let mut seq = sequence::next(sequence);
+    for _ in 0..ATTEMPTS {
+        if seq > before {
+            break;
+        }
+        let highest = before.max(highest_scheduled(relations)).max(highest_kept(relations));
+        let maximum = sequence::maximum(sequence);
+        if highest >= maximum {
+            let trouble = format!("Its MAXVALUE is {maximum}, and numbers up to {highest} were given.");
+            sequence::refuse(trouble);
+        }
+        // Numbers that others have drawn a moment ago, and not used yet, are passed over: at most one a session.
+        // SAFETY: a plain read.
+        let margin = i64::from(unsafe { pg_sys::MaxBackends });
+        sequence::set(sequence, highest.saturating_add(margin).min(maximum - 1).max(highest));
+        raise(relations, highest);
+        before = highest;
+        seq = sequence::next(sequence);
+        say_gone_on(sequence, given, seq);
+    }
+    // SAFETY: taken above.
+    unsafe { pg_sys::UnlockDatabaseObject(pg_sys::RelationRelationId, sequence, 0, exclusive) };
+    if seq <= before {
+        let trouble = "It is set back again and again.".to_owned();
+        sequence::refuse(trouble);
+    }
+    seq
+}
+
+fn say_gone_on(sequence: pg_sys::Oid, given: i64, seq: i64) {
+    // The extension was created anew: its sequence begins as it should, and no other has gone back.
+    if slot().is_some_and(|slot| slot.numbered_by(sequence)) {
+        return;
+    }
+    log(
+        LogLevel::Info,
+        &format!("numbers of events went on at {seq}: sequence outbox.events_seq_seq had gone back to {given}"),
+        Some("TRUNCATE with RESTART IDENTITY, setval(), ALTER SEQUENCE and restored data set it back."),
+        Some("Nothing is lost, and there is nothing to do."),
+    );
+}
+
+/// The highest number in what survives a crash, but for scheduled events, which get new ones when they are due: of rows (also those of
+/// prepared transactions), of positions, of the sequence itself.
+fn highest_kept(relations: &Relations) -> i64 {
+    let refused = (c"refused_events", c"refused_events_pkey");
+    let [table, index] = [refused.0, refused.1].map(relation);
+    let highest_refused = match table == pg_sys::InvalidOid || index == pg_sys::InvalidOid {
+        true => 0,
+        false => last_of(table, index),
+    };
+    sequence::last(relations.sequence)
+        .max(highest_event(relations))
+        .max(highest_refused)
+        .max(highest_of_positions())
+}
+
+/// The highest number of a row of `outbox.events`, whoever has inserted it.
+fn highest_event(relations: &Relations) -> i64 {
+    match relations.events_seq_key {
+        // Somebody has dropped it. All rows are looked at then; but it is not asked often.
+        pg_sys::InvalidOid => highest_of_columns(relations.events, &["seq"]),
+        key => last_of(relations.events, key),
+    }
+}
+
+/// A table of ours.
+fn relation(name: &CStr) -> pg_sys::Oid {
+    // SAFETY: catalog look-ups by constant names within a transaction.
+    unsafe {
+        let schema = pg_sys::get_namespace_oid(c"outbox".as_ptr(), false);
+        pg_sys::get_relname_relid(name.as_ptr(), schema)
+    }
+}
+
+/// The last value in an index on the first column, a number: also of rows that nobody sees yet, or any more. 0: there is none.
+fn last_of(table: pg_sys::Oid, index: pg_sys::Oid) -> i64 {
+    // SAFETY: an index scan backwards without keys; what is opened is closed, or given back by the transaction's abort.
+    unsafe {
+        let (table, index) = (pg_sys::table_open(table, LOCK), pg_sys::index_open(index, LOCK));
+        let any = &raw mut pg_sys::SnapshotAnyData;
+        let scan = pg_sys::systable_beginscan_ordered(table, index, any, 0, std::ptr::null_mut());
+        let tuple = pg_sys::systable_getnext_ordered(scan, pg_sys::ScanDirection::BackwardScanDirection);
+        let last = match tuple.is_null() {
+            true => 0,
+            false => Row::of(tuple, (*table).rd_att).i64(attribute::SEQ).unwrap_or_default(),
+        };
+        pg_sys::systable_endscan_ordered(scan);
+        pg_sys::index_close(index, LOCK);
+        pg_sys::table_close(table, LOCK);
+        last
+    }
+}
+
+/// Of scheduled events. All of them are looked at.
+fn highest_scheduled(relations: &Relations) -> i64 {
+    highest_of_columns(relations.scheduled, &["seq"])
+}
+
+/// Of the saved cursors, and the ticks that they speak of.
+fn highest_of_positions() -> i64 {
+    const COLUMNS: [&str; 5] = ["from_low_seq", "from_high_seq", "to_low_seq", "to_high_seq", "last_seq"];
+    match relation(c"cursors") {
+        pg_sys::InvalidOid => 0,
+        cursors => highest_of_columns(cursors, &COLUMNS),
+    }
+}
+
+/// The highest value in some columns of a table, which hold numbers. Read without SQL: publishers may have no rights on it.
+fn highest_of_columns(table: pg_sys::Oid, names: &[&str]) -> i64 {
+    let mut highest = 0;
+    // SAFETY: a heap scan under a registered snapshot; what is opened is closed, or given back by the transaction's abort.
+    unsafe {
+        let table = pg_sys::table_open(table, LOCK);
+        let columns = Columns::of(table, names);
+        let snapshot = pg_sys::RegisterSnapshot(pg_sys::GetLatestSnapshot());
+        let scan = pg_sys::systable_beginscan(table, pg_sys::InvalidOid, false, snapshot, 0, std::ptr::null_mut());
+        loop {
+            let tuple = pg_sys::systable_getnext(scan);
+            if tuple.is_null() {
+                break;
+            }
+            let row = columns.take_apart(tuple);
+            let values = (0..names.len()).filter_map(|index| row.datum(index));
+            highest = values.map(|value| value.value() as i64).fold(highest, i64::max);
+        }
+        pg_sys::systable_endscan(scan);
+        pg_sys::UnregisterSnapshot(snapshot);
+        pg_sys::table_close(table, LOCK);
+    }
+    highest
+}
+
+/// A tick's `next_xid` and `low_seq`, and the lowest number of later rows.
+type Vouched = ((u64, i64), Option<i64>);
+
+thread_local! {
+    /// Ticks that were vouched for.
+    static VOUCHED: RefCell<Vec<Vouched>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Positions are loaded: what was vouched for before may be so no more. And rows may have come with higher numbers than were drawn,
+/// without the trigger: ticks are to see them, and nobody is to draw the same. Returns the highest. Within a transaction.
+pub fn vouch_anew() -> i64 {
+    VOUCHED.with_borrow_mut(Vec::clear);
+    let relations = catalog::expect_relations();
+    // Whoever has the table to himself is not waited for: what he brings past the trigger is news of the table when he commits.
+    if EventsTable::is_open_to_all(&relations) {
+        raise(&relations, highest(&relations).max(highest_event(&relations)));
+    }
+    highest(&relations)
+}
+
+/// A saved position with bounds that hold. Its ticks say that later transactions have only numbers above `low_seq`. Rows may have come
+/// that were numbered by nobody of ours (by another version of the library, or without the trigger), and numbers may have been lost in a
+/// crash: then the bound is put lower, where it holds, and what lies above it is read once more, and told apart by transaction ids.
+/// Looks at what comes after the position in an index; within a transaction.
+pub fn vouched(position: &Position) -> Position {
+    let relations = catalog::expect_relations();
+    let highest = highest(&relations);
+    let began = slot().and_then(|slot| slot.numbers.began()).unwrap_or(highest);
+    position.with_ticks(|tick| {
+        if tick.low_seq == 0 {
+            return tick.clone();
+        }
+        let lowest = lowest_since(&relations, tick).map_or(i64::MAX, |seq| seq - 1);
+        let bound = match is_of_this_run(tick) {
+            true => lowest,
+            false => lowest.min(began),
+        };
+        match bound < tick.low_seq {
+            true => Arc::new(tick.lowered_to(bound)),
+            false => tick.clone(),
+        }
+    })
+}
+
+/// The same of a guard's position. Somebody else may have written it, and what is saved of it bounds the numbers of all events that come: none in it is
+/// above those that were given.
+pub fn vouched_of_guard(position: &Position) -> Position {
+    let highest = highest(&catalog::expect_relations());
+    let within = position.with_ticks(|tick| match tick.high_seq > highest {
+        true => Arc::new(Tick {
+            high_seq: highest,
+            ..tick.lowered_to(highest)
+        }),
+        false => tick.clone(),
+    });
+    let within = match within.under_way {
+        Some(way) if way.last_seq > highest => Position::towards(within.from, way.to, highest),
+        _ => within,
+    };
+    vouched(&within)
+}
+
+fn is_of_this_run(tick: &Tick) -> bool {
+    shmem::incarnation().is_some_and(|(_, began)| tick.snapshot.xmax() > began.first_xid)
+}
+
+/// The lowest number, among those that `tick` has passed, of rows that came later. Backends often stand at the same one.
+fn lowest_since(relations: &Relations, tick: &Tick) -> Option<i64> {
+    let key = (tick.next_xid, tick.low_seq);
+    let known = VOUCHED.with_borrow(|known| known.iter().find(|(k, _)| *k == key).map(|(_, lowest)| *lowest));
+    if let Some(known) = known {
+        return known;
+    }
+    let table = EventsTable::open(relations);
+    let lowest = table.lowest_since(tick.next_xid, tick.low_seq);
+    table.close();
+    VOUCHED.with_borrow_mut(|known| known.push((key, lowest)));
+    if let Some(seq) = lowest {
+        log(
+            LogLevel::Warning,
+            &format!("events have come with numbers from {seq} on, which a saved position had passed"),
+            Some("They were not numbered by this version of the library, or without its trigger."),
+            Some("They are found by their transactions: nothing is lost, and there is nothing to do."),
+        );
+    }
+    lowest
+}

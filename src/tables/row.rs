@@ -1,0 +1,253 @@
+//! Rows of our tables, taken apart without SQL.
+
+use crate::server::datum::{EPOCH_SHIFT_US, bytes_of, utf8_of};
+use crate::server::encoding::{has_utf8_form, utf8};
+use pgrx::{pg_sys, varlena};
+use relay::event::Event;
+use relay::reading::range::Key;
+use relay::redis::slot::slot_of;
+use std::borrow::Cow;
+
+/// Attribute numbers of `outbox.events`, in the order of the SQL script; the first ones of `scheduled_events` and
+/// `failed_events` too.
+pub mod attribute {
+    pub const SEQ: usize = 1;
+    pub const XID: usize = 2;
+    pub const CREATED_AT: usize = 3;
+    pub const EVENT_ID: usize = 4;
+    pub const BACKEND_NUMBER: usize = 5;
+    pub const EVENT_TYPE: usize = 6;
+    pub const SOURCE: usize = 7;
+    pub const BACKEND: usize = 8;
+    pub const DATA: usize = 9;
+    pub const SUBJECT: usize = 10;
+    pub const STREAM: usize = 11;
+    pub const DATA_SCHEMA: usize = 12;
+    pub const PUBLISHER_CONFIG: usize = 13;
+    pub const MAX_RETRIES: usize = 14;
+    pub const COUNT: usize = 14;
+    /// Of `scheduled_events` alone.
+    pub const SCHEDULED_AT: usize = 15;
+}
+
+/// Most columns that any of our tables has, with room for those that users add.
+const MAX_COLUMNS: usize = 64;
+
+/// The values of one row, as long as the row's buffer is pinned.
+pub struct Row {
+    pub(super) values: [pg_sys::Datum; MAX_COLUMNS],
+    pub(super) nulls: [bool; MAX_COLUMNS],
+}
+
+impl Row {
+    pub(super) fn empty() -> Self {
+        Self {
+            values: [pg_sys::Datum::from(0); MAX_COLUMNS],
+            nulls: [true; MAX_COLUMNS],
+        }
+    }
+
+    /// Takes a heap tuple apart.
+    ///
+    /// # Safety
+    /// `tuple` is a valid tuple of `descriptor`'s table, and stays so for as long as the row is used.
+    pub unsafe fn of(tuple: pg_sys::HeapTuple, descriptor: pg_sys::TupleDesc) -> Self {
+        let mut row = Self::empty();
+        // SAFETY: the caller's promise; the arrays have room for all columns.
+        unsafe {
+            Self::expect_room(descriptor);
+            pg_sys::heap_deform_tuple(tuple, descriptor, row.values.as_mut_ptr(), row.nulls.as_mut_ptr());
+        }
+        row
+    }
+
+    /// An ERROR if somebody has widened a table beyond what a row holds.
+    ///
+    /// # Safety
+    /// A valid descriptor.
+    pub(super) unsafe fn expect_room(descriptor: pg_sys::TupleDesc) {
+        // SAFETY: the caller's promise.
+        if unsafe { (*descriptor).natts } as usize > MAX_COLUMNS {
+            crate::server::error::internal("a table of outbox_relay has too many columns");
+        }
+    }
+
+    /// The value of an attribute (from 1), unless it is null.
+    pub fn get(&self, attribute: usize) -> Option<pg_sys::Datum> {
+        (!self.nulls[attribute - 1]).then(|| self.values[attribute - 1])
+    }
+
+    pub fn i64(&self, attribute: usize) -> Option<i64> {
+        self.get(attribute).map(|d| d.value() as i64)
+    }
+
+    pub fn i32(&self, attribute: usize) -> Option<i32> {
+        self.get(attribute).map(|d| d.value() as i32)
+    }
+
+    pub fn uuid(&self, attribute: usize) -> Option<[u8; 16]> {
+        // SAFETY: a uuid datum points to 16 bytes.
+        self.get(attribute).map(|d| unsafe { *d.cast_mut_ptr::<[u8; 16]>() })
+    }
+
+    pub fn key(&self) -> Key {
+        Key {
+            xid: self.get(attribute::XID).map_or(0, |d| d.value() as u64),
+            seq: self.i64(attribute::SEQ).unwrap_or_default(),
+        }
+    }
+
+    /// When it was published, in microseconds since 1970.
+    pub fn created_at_us(&self) -> i64 {
+        self.i64(attribute::CREATED_AT)
+            .unwrap_or_default()
+            .saturating_add(EPOCH_SHIFT_US)
+    }
+
+    /// A text in UTF-8. Allocates in the current memory context when the value was compressed or stored apart.
+    pub fn text(&self, attribute: usize) -> Option<Cow<'_, str>> {
+        // SAFETY: the attribute is of a varlena type in the database's encoding.
+        self.get(attribute).map(|d| unsafe { utf8_of(d) })
+    }
+
+    /// Whether its data are too large to be stored in the row itself.
+    pub fn is_large(&self) -> bool {
+        // SAFETY: a datum of a varlena type.
+        self.get(attribute::DATA)
+            .is_some_and(|d| unsafe { varlena::varatt_is_1b_e(d.cast_mut_ptr()) })
+    }
+
+    pub fn backend_number(&self) -> i32 {
+        self.i32(attribute::BACKEND_NUMBER).unwrap_or_default()
+    }
+
+    /// The hash slot of its stream; one that names none is in its backend's. Allocates as [`Self::text`].
+    pub fn slot(&self, own_stream: &str) -> u16 {
+        // SAFETY: the attribute is of type text.
+        let named = self
+            .get(attribute::STREAM)
+            .map(|d| unsafe { slot_of_text(bytes_of(d)) });
+        named.unwrap_or_else(|| slot_of(own_stream.as_bytes()))
+    }
+
+    /// Calls `f` with the row as an event.
+    pub fn with_event<R>(&self, f: impl FnOnce(&Event<'_>) -> R) -> R {
+        let (event_type, source) = (self.text(attribute::EVENT_TYPE), self.text(attribute::SOURCE));
+        let (subject, data) = (self.text(attribute::SUBJECT), self.text(attribute::DATA));
+        let (stream, data_schema) = (self.text(attribute::STREAM), self.text(attribute::DATA_SCHEMA));
+        let publisher_config = self.text(attribute::PUBLISHER_CONFIG);
+        f(&Event {
+            event_id: self.uuid(attribute::EVENT_ID).unwrap_or_default(),
+            created_at_us: self.created_at_us(),
+            event_type: event_type.as_deref().unwrap_or_default(),
+            source: source.as_deref().unwrap_or_default(),
+            subject: subject.as_deref(),
+            data: data.as_deref(),
+            data_schema: data_schema.as_deref(),
+            publisher_config: publisher_config.as_deref(),
+            stream: stream.as_deref(),
+        })
+    }
+}
+
+/// The hash slot of a stream's name in the database's encoding. One that has no UTF-8 form is nobody's stream, and has a slot all the
+/// same: a view, or a dump, is not to end over it.
+pub fn slot_of_text(name: &[u8]) -> u16 {
+    match has_utf8_form(name) {
+        // SAFETY: text of a row, in the database's encoding.
+        Ok(()) => slot_of(unsafe { utf8(name) }.as_bytes()),
+        Err(_) => slot_of(name),
+    }
+}
+
+/// Some named columns of a table that is read whole.
+pub struct Columns {
+    descriptor: pg_sys::TupleDesc,
+    attributes: Vec<usize>,
+}
+
+/// The values of some named columns.
+pub struct NamedRow<'a> {
+    columns: &'a Columns,
+    row: Row,
+}
+
+impl Columns {
+    /// # Safety
+    /// `relation` is open, and stays so.
+    pub unsafe fn of(relation: pg_sys::Relation, names: &[&str]) -> Self {
+        // SAFETY: an open relation has a descriptor; attribute names are zero-terminated.
+        unsafe {
+            let descriptor = (*relation).rd_att;
+            let attributes = names
+                .iter()
+                .map(|name| {
+                    let name = std::ffi::CString::new(*name).unwrap_or_default();
+                    pg_sys::get_attnum((*relation).rd_id, name.as_ptr()) as usize
+                })
+                .collect();
+            Self { descriptor, attributes }
+        }
+    }
+
+    /// By attribute number.
+    ///
+    /// # Safety
+    /// `relation` is open, and stays so.
+    pub unsafe fn at(relation: pg_sys::Relation, attributes: Vec<usize>) -> Self {
+        // SAFETY: an open relation has a descriptor.
+        Self {
+            descriptor: unsafe { (*relation).rd_att },
+            attributes,
+        }
+    }
+
+    /// # Safety
+    /// As [`Row::of`].
+    pub unsafe fn take_apart(&self, tuple: pg_sys::HeapTuple) -> NamedRow<'_> {
+        // SAFETY: the caller's promise.
+        let row = unsafe { Row::of(tuple, self.descriptor) };
+        NamedRow { columns: self, row }
+    }
+}
+
+impl NamedRow<'_> {
+    /// The `index`-th of the named columns.
+    pub fn datum(&self, index: usize) -> Option<pg_sys::Datum> {
+        self.row.get(self.columns.attributes[index])
+    }
+
+    pub fn text(&self, index: usize) -> Option<String> {
+        self.row.text(self.columns.attributes[index]).map(Cow::into_owned)
+    }
+
+    pub fn i32(&self, index: usize) -> Option<i32> {
+        self.row.i32(self.columns.attributes[index])
+    }
+}
+
+/// The elements of a `text[]`, in UTF-8; nulls are left out.
+///
+/// # Safety
+/// The datum is a valid `text[]`.
+pub unsafe fn texts_of_array(datum: pg_sys::Datum) -> Vec<String> {
+    // SAFETY: the caller's promise; text is of variable length and int-aligned.
+    unsafe {
+        let array = pg_sys::pg_detoast_datum(datum.cast_mut_ptr()).cast();
+        let (mut values, mut nulls, mut count) = (std::ptr::null_mut(), std::ptr::null_mut(), 0);
+        pg_sys::deconstruct_array(
+            array,
+            pg_sys::TEXTOID,
+            -1,
+            false,
+            pg_sys::TYPALIGN_INT as _,
+            &mut values,
+            &mut nulls,
+            &mut count,
+        );
+        (0..count as usize)
+            .filter(|i| !*nulls.add(*i))
+            .map(|i| utf8_of(*values.add(i)).into_owned())
+            .collect()
+    }
+}

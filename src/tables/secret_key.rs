@@ -1,0 +1,112 @@
+//! The key with which passwords of backends are sealed. It lies in a catalog, as an option of a user mapping, for these are what the whole
+//! server takes along, to standbys, into backups and through pg_upgrade, and what logical decoding and dumps leave behind. Roles that
+//! may read all data see the key there, and no row of `outbox.backend_passwords`.
+
+use crate::server::datum::bytes_of;
+use crate::server::encoding;
+use crate::server::error;
+use crate::server::error::{internal, raise};
+use crate::server::random;
+use crate::server::report;
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::{PgSqlErrorCode, pg_sys};
+use relay::seal::{self, Key, NONCE_BYTES};
+use std::ffi::{CStr, CString};
+
+const SERVER: &CStr = c"outbox_relay";
+const OPTION: &CStr = c"key";
+
+/// The key, if there is one; it is made when the first password is set. Within a transaction.
+pub fn key() -> Option<Key> {
+    // SAFETY: look-ups within a transaction; the option's text lies in the transaction's memory.
+    unsafe {
+        let server = pg_sys::GetForeignServerByName(SERVER.as_ptr(), true);
+        if server.is_null() {
+            return None;
+        }
+        let exists = pg_sys::SearchSysCacheExists(
+            pg_sys::SysCacheIdentifier::USERMAPPINGUSERSERVER as i32,
+            pg_sys::Datum::from(pg_sys::InvalidOid),
+            pg_sys::Datum::from((*server).serverid),
+            pg_sys::Datum::from(0),
+            pg_sys::Datum::from(0),
+        );
+        if !exists {
+            return None;
+        }
+        // Of PUBLIC, which is no role.
+        let mapping = pg_sys::GetUserMapping(pg_sys::InvalidOid, (*server).serverid);
+        let options = pgrx::PgList::<pg_sys::DefElem>::from_pg((*mapping).options);
+        options
+            .iter_ptr()
+            .find(|option| CStr::from_ptr((**option).defname) == OPTION)
+            .and_then(|option| CStr::from_ptr(pg_sys::defGetString(option)).to_str().ok())
+            .and_then(seal::key_of_text)
+    }
+}
+
+/// Makes the key. By the catalog's own function: its text is in no statement that somebody could log.
+fn make_key() -> Key {
+    let key: Key = random::bytes();
+    let text = CString::new(seal::key_text(&key)).unwrap_or_default();
+    // SAFETY: within a transaction, in the name of the server's owner; all nodes are of the current memory context.
+    unsafe {
+        let role = pgrx::PgBox::<pg_sys::RoleSpec>::alloc_node(pg_sys::NodeTag::T_RoleSpec).into_pg();
+        (*role).roletype = pg_sys::RoleSpecType::ROLESPEC_PUBLIC;
+        let statement =
+            pgrx::PgBox::<pg_sys::CreateUserMappingStmt>::alloc_node(pg_sys::NodeTag::T_CreateUserMappingStmt)
+                .into_pg();
+        let value = pg_sys::makeString(pg_sys::pstrdup(text.as_ptr()));
+        let option = pg_sys::makeDefElem(pg_sys::pstrdup(OPTION.as_ptr()), value.cast(), -1);
+        (*statement).user = role;
+        (*statement).servername = pg_sys::pstrdup(SERVER.as_ptr());
+        (*statement).options = pg_sys::lappend(std::ptr::null_mut(), option.cast());
+        let mapping = pg_sys::CreateUserMapping(statement);
+        // It goes with the extension, though no user mapping is a part of one.
+        let extension = pg_sys::ObjectAddress {
+            classId: pg_sys::ExtensionRelationId,
+            objectId: pg_sys::get_extension_oid(c"outbox_relay".as_ptr(), false),
+            objectSubId: 0,
+        };
+        pg_sys::recordDependencyOn(&mapping, &extension, pg_sys::DependencyType::DEPENDENCY_EXTENSION);
+        pg_sys::CommandCounterIncrement();
+    }
+    key
+}
+
+crate::sql_function!(seal_password, pg_finfo_seal_password);
+
+/// `outbox.seal_password(backend_number, password)`, strict: in the name of the key's owner, by `set_backend_password`
+// No pg_guard: as the other functions that are declared by hand.
+#[unsafe(no_mangle)]
+extern "C-unwind" fn seal_password(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    report::guard(|| {
+        error::expect_arguments(fcinfo, 2);
+        // SAFETY: an integer and a text, none of them null unless somebody has declared the function otherwise.
+        let (number, password) = unsafe {
+            let arguments = (*fcinfo).args.as_slice(2);
+            if arguments.iter().any(|argument| argument.isnull) {
+                internal("a password and its backend must not be null");
+            }
+            (*fcinfo).isnull = false;
+            (arguments[0].value.value() as i32, bytes_of(arguments[1].value))
+        };
+        if let Err(foreign) = encoding::has_utf8_form(password) {
+            raise(
+                ErrorReport::new(foreign.code(), "the password has no form in UTF-8", "").set_detail(foreign.detail()),
+            );
+        }
+        // SAFETY: it was checked.
+        let password = unsafe { encoding::utf8(password) };
+        let key = key().unwrap_or_else(make_key);
+        match seal::seal(&key, random::bytes::<NONCE_BYTES>(), number, &password) {
+            // A bytea has the form of text.
+            Some(sealed) => crate::server::datum::text_datum(&sealed),
+            None => raise(ErrorReport::new(
+                PgSqlErrorCode::ERRCODE_PROGRAM_LIMIT_EXCEEDED,
+                "the password is too long",
+                "",
+            )),
+        }
+    })
+}

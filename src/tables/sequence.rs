@@ -1,0 +1,189 @@
+//! The sequence that numbers events: its page, its parameters, and setting it forward.
+
+use crate::server::error::raise;
+use crate::tables::rights;
+use pgrx::PgSqlErrorCode;
+use pgrx::pg_sys;
+use pgrx::pg_sys::panic::ErrorReport;
+use std::cell::Cell;
+use std::ffi::CStr;
+
+// SAFETY: the declaration of sequence.h.
+unsafe extern "C-unwind" {
+    /// Draws the next number of a sequence (commands/sequence.h; not in pgrx's bindings). To be called within a guard.
+    pub fn nextval_internal(relid: pg_sys::Oid, check_permissions: bool) -> i64;
+}
+
+/// Draws the next number. Within a transaction that may write.
+pub fn next(sequence: pg_sys::Oid) -> i64 {
+    // SAFETY: within a transaction; an ERROR becomes a panic of Rust.
+    unsafe { pg_sys::ffi::pg_guard_ffi_boundary(|| nextval_internal(sequence, false)) }
+}
+
+/// Sets it, so that the next number is above `number`. Whoever publishes may not: it is done in its owner's name.
+pub fn set(sequence: pg_sys::Oid, number: i64) {
+    let arguments = [Some(pg_sys::Datum::from(sequence)), Some(pg_sys::Datum::from(number))];
+    rights::as_owner_of(sequence, || {
+        // SAFETY: setval(regclass, bigint), of this type.
+        unsafe { pgrx::direct_function_call_as_datum(pg_sys::setval_oid, &arguments) }
+    });
+}
+
+/// The last number that was drawn (0 before the first).
+pub fn last(sequence: pg_sys::Oid) -> i64 {
+    // SAFETY: raises an ERROR if it is gone.
+    let relation = unsafe { pg_sys::relation_open(sequence, LOCK) };
+    let (number, _) = page_of(relation);
+    // SAFETY: opened above.
+    unsafe { pg_sys::relation_close(relation, LOCK) };
+    number
+}
+
+/// The last number that was drawn, and where its page's last record ends in the WAL: once it is flushed up to there, none of the numbers
+/// that were drawn is drawn again after a crash. `None`: somebody has locked it for himself, whom delivery does not wait for.
+pub fn last_record(sequence: pg_sys::Oid) -> Option<(i64, u64)> {
+    look(sequence)
+}
+
+/// That it has come to its end, as a sentence.
+pub fn end_reached(sequence: pg_sys::Oid) -> Option<String> {
+    let maximum = maximum(sequence);
+    let is_reached = look(sequence).is_some_and(|(last, _)| last >= maximum);
+    is_reached.then(|| format!("Its MAXVALUE is {maximum}, and that number was given."))
+}
+
+/// Its page, unless somebody has locked it for himself.
+fn look(sequence: pg_sys::Oid) -> Option<(i64, u64)> {
+    // SAFETY: takes a lock, or does not, within a transaction; raises an ERROR if it is gone.
+    let relation = unsafe {
+        if !pg_sys::ConditionalLockRelationOid(sequence, LOCK) {
+            return None;
+        }
+        pg_sys::relation_open(sequence, pg_sys::NoLock as pg_sys::LOCKMODE)
+    };
+    let page = page_of(relation);
+    // SAFETY: locked and opened above.
+    unsafe { pg_sys::relation_close(relation, LOCK) };
+    Some(page)
+}
+
+const LOCK: pg_sys::LOCKMODE = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
+
+/// The last number, and where the page's last record ends. (Its functions would make this dear.)
+fn page_of(relation: pg_sys::Relation) -> (i64, u64) {
+    /// Of a page's header (bufpage.h), and the bits of an item's offset in what follows it (itemid.h).
+    const HEADER: usize = 24;
+    const OFFSET_BITS: u32 = 0x7FFF;
+    // SAFETY: an open sequence always has a page with one item, a row of `FormData_pg_sequence_data` (sequence.h): number, count,
+    // whether the number was drawn. The page is pinned and locked while it is read.
+    unsafe {
+        let buffer = pg_sys::ReadBuffer(relation, 0);
+        pg_sys::LockBuffer(buffer, pg_sys::BUFFER_LOCK_SHARE as i32);
+        let page = pg_sys::BufferGetPage(buffer).cast::<u8>();
+        let offset = page.add(HEADER).cast::<u32>().read() & OFFSET_BITS;
+        let row = page.add(offset as usize);
+        let values = row.add(usize::from((*row.cast::<pg_sys::HeapTupleHeaderData>()).t_hoff));
+        let number = values.cast::<i64>().read();
+        let is_drawn = values.add(16).read() != 0;
+        let lsn = pg_sys::BufferGetLSNAtomic(buffer);
+        pg_sys::UnlockReleaseBuffer(buffer);
+        (if is_drawn { number } else { 0 }, lsn)
+    }
+}
+
+/// `FormData_pg_sequence` (catalog/pg_sequence.h, Postgres 15 to 18).
+#[repr(C)]
+struct Form {
+    relation: pg_sys::Oid,
+    type_: pg_sys::Oid,
+    start: i64,
+    increment: i64,
+    maximum: i64,
+    minimum: i64,
+    cache: i64,
+    cycles: bool,
+}
+
+thread_local! {
+    /// The sequence whose parameters were found to be right, and have not changed since.
+    static CHECKED: Cell<pg_sys::Oid> = const { Cell::new(pg_sys::InvalidOid) };
+    static IS_REGISTERED: Cell<bool> = const { Cell::new(false) };
+}
+
+// No pg_guard: it cannot fail.
+// SAFETY: called by Postgres alone, in this process; it touches only a variable of this thread.
+unsafe extern "C-unwind" fn on_invalidation(_arg: pg_sys::Datum, _cache: i32, _hash: u32) {
+    CHECKED.set(pg_sys::InvalidOid);
+}
+
+/// Raises an ERROR if the sequence gives other numbers than ascending ones, one by one. Costs nothing unless a sequence was changed.
+/// Whoever asks has drawn from it in this transaction: it is locked, so that nobody else can change it, and has heard of all changes.
+pub fn expect_ascending(sequence: pg_sys::Oid) {
+    if CHECKED.get() == sequence {
+        return;
+    }
+    if let Some(trouble) = trouble(sequence) {
+        refuse(trouble);
+    }
+    CHECKED.set(sequence);
+}
+
+/// What is wrong with its parameters, as a sentence. Within a transaction.
+pub fn trouble(sequence: pg_sys::Oid) -> Option<String> {
+    if !IS_REGISTERED.replace(true) {
+        let cache = pg_sys::SysCacheIdentifier::SEQRELID as i32;
+        // SAFETY: registers a callback of this library for the life of the process.
+        unsafe { pg_sys::CacheRegisterSyscacheCallback(cache, Some(on_invalidation), pg_sys::Datum::from(0)) };
+    }
+    with_form(sequence, |form| {
+        if form.type_ != pg_sys::INT8OID {
+            // SAFETY: a catalog look-up; a zero-terminated text.
+            let name = unsafe { CStr::from_ptr(pg_sys::format_type_be(form.type_)).to_string_lossy() };
+            return Some(format!("It is of type {name} instead of bigint."));
+        }
+        match form {
+            Form { increment, .. } if *increment != 1 => Some(format!("It has INCREMENT {increment} instead of 1.")),
+            Form { cache, .. } if *cache != 1 => {
+                Some(format!("It has CACHE {cache}: sessions would draw numbers in advance."))
+            }
+            Form { cycles: true, .. } => Some("It has CYCLE: numbers would be given again.".to_owned()),
+            _ => None,
+        }
+    })
+    .flatten()
+}
+
+/// The highest number that it may give.
+pub fn maximum(sequence: pg_sys::Oid) -> i64 {
+    with_form(sequence, |form| form.maximum).unwrap_or(i64::MAX)
+}
+
+/// `None`: it has gone.
+fn with_form<R>(sequence: pg_sys::Oid, f: impl FnOnce(&Form) -> R) -> Option<R> {
+    // SAFETY: a look-up within a transaction; the tuple is released once it was read. Its columns are never null.
+    unsafe {
+        let cache = pg_sys::SysCacheIdentifier::SEQRELID as i32;
+        let tuple = pg_sys::SearchSysCache1(cache, pg_sys::Datum::from(sequence));
+        if tuple.is_null() {
+            return None;
+        }
+        let data = (*tuple).t_data;
+        let form = data.cast::<u8>().add((*data).t_hoff as usize).cast::<Form>();
+        debug_assert_eq!((*form).relation, sequence);
+        let result = f(&*form);
+        pg_sys::ReleaseSysCache(tuple);
+        Some(result)
+    }
+}
+
+/// What gives the sequence the parameters that it must have.
+pub const MEND: &str = "Run ALTER SEQUENCE outbox.events_seq_seq AS bigint INCREMENT 1 NO MAXVALUE CACHE 1 NO CYCLE.";
+
+/// What is wrong, in short.
+pub const MESSAGE: &str = "sequence outbox.events_seq_seq cannot number events";
+
+/// Refuses an event, since it cannot get a number. `trouble`: why, as a sentence.
+pub fn refuse(trouble: String) -> ! {
+    let code = PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
+    raise(ErrorReport::new(code, MESSAGE, "").set_detail(trouble).set_hint(MEND))
+}

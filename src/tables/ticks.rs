@@ -1,0 +1,152 @@
+//! Taking ticks: a snapshot with its bounds, and the flush that must come before anything it sees may leave the server.
+
+use crate::tables::catalog::Relations;
+use crate::tables::numbers;
+use crate::tables::sequence;
+use pgrx::pg_sys;
+use relay::reading::snapshot::{Snapshot, Tick};
+
+/// Takes a tick, in the order that its bounds rely on (see [`Tick`]). Needs a transaction that has no id of its own. Also returns up
+/// to where the WAL must be flushed so that none of its numbers is drawn again after a crash; `None`: all of it.
+pub fn take(relations: &Relations) -> (Tick, Option<u64>) {
+    let low_seq = numbers::highest(relations);
+    // SAFETY: reads the counter under its lock.
+    let next_xid = unsafe { pg_sys::ReadNextFullTransactionId().value };
+    let snapshot = snapshot(next_xid);
+    let high_seq = numbers::highest(relations);
+    // After the numbers were read: whoever gave them had them written to the page before.
+    let (drawn, drawn_lsn) = sequence::last_record(relations.sequence).unzip();
+    // Who inserted past the trigger has drawn a number, and told nobody.
+    let high_seq = high_seq.max(drawn.unwrap_or_default());
+    let tick = Tick {
+        snapshot,
+        next_xid,
+        low_seq,
+        high_seq,
+    };
+    (tick, drawn_lsn)
+}
+
+/// Whether something may have happened since, also what wakes nobody. Costs next to nothing, so an idle worker stays idle.
+pub fn is_outdated(tick: &Tick) -> bool {
+    // SAFETY: reads the counter under its lock.
+    !tick.is_complete() || unsafe { pg_sys::ReadNextFullTransactionId().value } != tick.next_xid
+}
+
+/// The latest snapshot, in 64-bit ids, as `pg_current_snapshot()` shows it.
+fn snapshot(next_xid: u64) -> Snapshot {
+    // SAFETY: a snapshot's arrays are as long as its counts say; it is static memory until the next call.
+    let (xmin, xmax, running) = unsafe {
+        let snapshot = pg_sys::GetLatestSnapshot();
+        let running = if (*snapshot).xcnt == 0 {
+            &[]
+        } else {
+            std::slice::from_raw_parts((*snapshot).xip, (*snapshot).xcnt as usize)
+        };
+        (
+            (*snapshot).xmin,
+            (*snapshot).xmax,
+            running.iter().map(|x| x.into_inner()).collect::<Vec<u32>>(),
+        )
+    };
+    let widen = |xid: u32| widened(xid, next_xid);
+    let (xmin, xmax) = (widen(xmin.into_inner()), widen(xmax.into_inner()));
+    let running = running
+        .into_iter()
+        .map(widen)
+        .filter(|x| (xmin..xmax).contains(x))
+        .collect();
+    Snapshot::new(xmin, xmax, running)
+}
+
+/// A 32-bit transaction id that is less than 2^31 away from `near`, in 64 bits.
+fn widened(xid: u32, near: u64) -> u64 {
+    let distance = xid.wrapping_sub(near as u32) as i32;
+    near.wrapping_add_signed(i64::from(distance))
+}
+
+/// Transactions that end between two ticks and are looked at one by one.
+const FEW: usize = 64;
+
+/// Makes durable what `tick` sees and `known`, which is durable, did not: after a crash, the ids and numbers of what was not flushed
+/// are used again. Returns how far the WAL is flushed.
+///
+/// A commit that waited for its flush is durable before it is seen; of one that did not, the commit log knows up to where the WAL
+/// must be flushed. The id of the latest to end is not used again once its commit is durable, and so none below it is; numbers
+/// are not once the page of their sequence is. All that others have in the WAL beyond need not be waited for.
+///
+/// Our own commits that did not wait for their flush (saving, purging) are flushed like others'. A tick could do without them, by taking them
+/// for transactions that still run; but the commit log keeps one position for 32 neighbouring ids, so that nobody could tell whether another's
+/// commit below our own is durable. Hence purging begins no piece while an event is about to be
+/// committed: that commit flushes what was written before.
+pub fn flush_seen((tick, drawn_lsn): &(Tick, Option<u64>), known: &Snapshot) -> u64 {
+    let (Some(ended), Some(mut needed)) = (tick.snapshot.ended_since(known, FEW), *drawn_lsn) else {
+        return flush();
+    };
+    let latest = tick.snapshot.xmax() - 1;
+    for xid in ended {
+        let id = pg_sys::TransactionId::from(xid as u32);
+        // SAFETY: look-ups of transactions that ended a moment ago.
+        unsafe {
+            if pg_sys::TransactionIdDidCommit(id) {
+                needed = needed.max(pg_sys::TransactionIdGetCommitLSN(id));
+            } else if xid == latest {
+                // Nobody knows where an abort stands in the WAL.
+                return flush();
+            }
+        }
+    }
+    flush_to(needed);
+    flushed()
+}
+
+/// Up to where the WAL is flushed.
+fn flushed() -> u64 {
+    // SAFETY: reads a position.
+    unsafe { pg_sys::GetFlushRecPtr(std::ptr::null_mut()) }
+}
+
+/// Flushes the WAL up to `position`, where a record ends, unless that was done.
+fn flush_to(position: u64) {
+    if flushed() < position {
+        // SAFETY: waits for the WAL.
+        unsafe { pg_sys::XLogFlush(position) };
+    }
+}
+
+/// Makes everything that any snapshot taken before sees durable, and what this process has written. Costs nothing when the WAL is
+/// flushed already. Returns how far it is flushed.
+pub fn flush() -> u64 {
+    /// Sizes of a WAL page's header, and of a segment's first.
+    const SHORT_HEADER: u64 = 24;
+    const LONG_HEADER: u64 = 40;
+    // SAFETY: reads positions and waits for the WAL; the segment size is set at start.
+    unsafe {
+        let mut position = pg_sys::GetXLogInsertRecPtr();
+        // Right behind a page's header nothing is inserted yet, and a flush up to there would be an ERROR.
+        let in_segment = position % pg_sys::wal_segment_size as u64;
+        let in_page = position % u64::from(pg_sys::XLOG_BLCKSZ);
+        if in_segment == LONG_HEADER {
+            position -= LONG_HEADER;
+        } else if in_page == SHORT_HEADER && in_segment > u64::from(pg_sys::XLOG_BLCKSZ) {
+            position -= SHORT_HEADER;
+        }
+        flush_to(position);
+        position
+    }
+}
+
+/// Whether the synchronous standbys have flushed the WAL up to `position`. True where there are none to wait for.
+pub fn standbys_have(position: u64) -> bool {
+    /// Of the positions that sessions wait for: that up to which standbys have flushed (syncrep.h).
+    const SYNC_REP_WAIT_FLUSH: usize = 1;
+    // SAFETY: shared memory that lives as long as the server; a position is read in one piece.
+    unsafe {
+        let names = pg_sys::SyncRepStandbyNames;
+        if names.is_null() || *names == 0 {
+            return true;
+        }
+        let flushed = &raw const (*pg_sys::WalSndCtl).lsn[SYNC_REP_WAIT_FLUSH];
+        flushed.read_volatile() >= position
+    }
+}

@@ -1,0 +1,60 @@
+//! Rows that we insert ourselves, and that the trigger of the table need not check once more.
+
+use crate::tables::row::{Row, attribute};
+use pgrx::pg_sys;
+use std::cell::Cell;
+
+thread_local! {
+    /// The worker is moving events that were checked when they were scheduled.
+    static MOVING: Cell<bool> = const { Cell::new(false) };
+    /// See [`inserting`].
+    static INSERTING: Cell<Option<(RowKey, u32)>> = const { Cell::new(None) };
+}
+
+/// What nobody may change of a row: we go by it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct RowKey {
+    pub xid: u64,
+    pub seq: i64,
+    pub backend_number: i32,
+    pub event_id: [u8; 16],
+}
+
+/// Runs `f` while the trigger takes rows as they are, but for their numbers: they were checked when they were scheduled.
+pub fn moving<R>(f: impl FnOnce() -> R) -> R {
+    struct Reset;
+    impl Drop for Reset {
+        fn drop(&mut self) {
+            MOVING.set(false);
+        }
+    }
+    MOVING.set(true);
+    let _reset = Reset;
+    f()
+}
+
+/// The row that `publish_event` is inserting by a statement: it is checked and numbered already.
+pub fn inserting(row: Option<RowKey>) {
+    INSERTING.set(row.map(|key| (key, subtransaction())));
+}
+
+/// The row that is being inserted so, if this is it. By its number or its id, since somebody may have changed the other. What an ERROR
+/// has left behind is of a subtransaction that has ended.
+pub fn inserted(row: &Row) -> Option<RowKey> {
+    let (key, within) = INSERTING.get()?;
+    let is_its = row.i64(attribute::SEQ) == Some(key.seq) || row.uuid(attribute::EVENT_ID) == Some(key.event_id);
+    // SAFETY: a plain read.
+    let is_now = within == subtransaction() && key.xid == unsafe { pg_sys::GetTopFullTransactionIdIfAny().value };
+    (is_its && is_now).then_some(key)
+}
+
+/// The current subtransaction.
+pub fn subtransaction() -> u32 {
+    // SAFETY: a plain read.
+    unsafe { pg_sys::GetCurrentSubTransactionId() }
+}
+
+/// Whether rows are moved that were checked when they were scheduled.
+pub fn is_moving() -> bool {
+    MOVING.get()
+}

@@ -1,0 +1,94 @@
+//! A backend of a cluster: one *lane* for each hash slot in use, with all that another backend has (a delivery, a sender, a guard, a
+//! cursor), and a *finder*, which reads all of the backend's events and makes the lane of a slot when it meets the first.
+//!
+//! What holds: no event of a slot that has no lane lies behind the finder's position. So a lane begins where the finder stands, and is
+//! saved before the finder goes on.
+
+use crate::tables::backends::BackendRow;
+use crate::tables::cursors;
+use crate::tables::cursors::Standing;
+use crate::worker::backend::{Backend, Home, MOST_LANES, Role};
+use relay::delivery::Cursor;
+use relay::event::Event;
+use relay::failure::{Failure, Trouble};
+use relay::reading::range::Position;
+use relay::redis::slot::slot_of;
+use relay::time::Now;
+use std::time::Duration;
+
+impl Backend {
+    /// The lane of a slot that has none, where the finder stands. To be saved in the same transaction.
+    pub fn new_lane(&self, slot: u16, at: Position, home: &Home) -> Self {
+        let cursor = Cursor {
+            position: at,
+            number: 0,
+        };
+        Self::standing_at(
+            self.number,
+            Some(slot),
+            self.role_of_lanes(),
+            self.row.clone(),
+            home,
+            cursor,
+            Standing {
+                state: "idle".to_owned(),
+                ..Standing::default()
+            },
+        )
+    }
+
+    /// What lanes of this one are.
+    pub fn role_of_lanes(&self) -> Role {
+        match self.role {
+            Role::Deleted => Role::Deleted,
+            Role::Redis | Role::Finder | Role::Strays => Role::Redis,
+        }
+    }
+
+    /// Within the transaction that makes it, at the position of its finder.
+    pub fn save_new(&mut self) {
+        cursors::save_cursor(self.number, self.lane, self.delivery.acked(), 0, &self.standing);
+    }
+
+    pub fn is_finder(&self) -> bool {
+        matches!(self.role, Role::Finder)
+    }
+
+    /// Whether a stream's events are this one's to deliver.
+    pub fn serves(&self, stream: &str) -> bool {
+        self.lane.is_none_or(|slot| slot_of(stream.as_bytes()) == slot)
+    }
+
+    /// The slot of an event.
+    pub fn slot_of(&self, event: &Event<'_>) -> u16 {
+        slot_of(event.stream.unwrap_or(&self.stream).as_bytes())
+    }
+
+    /// Whether a row makes a finder of a backend that was none.
+    pub(super) fn becomes_finder(&self, row: &BackendRow) -> bool {
+        row.is_cluster() && self.lane.is_none() && matches!(self.role, Role::Redis)
+    }
+
+    /// There are no more lanes to be had: what belongs to another slot waits.
+    pub fn no_lane_left(&mut self, slot: u16, wait: Duration, now: Now) {
+        let message = format!("an event belongs to hash slot {slot}, and {MOST_LANES} others are in use");
+        self.rests_until = now + wait;
+        self.hold_off(Failure::of(Trouble::TooManySlots, message), wait, now);
+    }
+
+    /// The finder has come past what had stopped it.
+    pub fn goes_on(&mut self, now: Now) {
+        if self.delivery.trouble().is_some() {
+            self.delivery.forget_trouble();
+            self.recovered(now);
+        }
+    }
+
+    /// What a reload tells once more that this lane has done already.
+    pub(super) fn without_done(&self, mut row: BackendRow) -> BackendRow {
+        if self.lane.is_some() {
+            row.restores.retain(|restore| !self.compared.contains(restore));
+        }
+        row
+    }
+}

@@ -1,0 +1,25 @@
+//! The end of a worker's process, which always has a reason.
+
+use crate::server::guc::LogLevel;
+use crate::server::process::log;
+use crate::server::shmem::{Slot, SlotState};
+use pgrx::pg_sys;
+
+/// Ends the process, after a log line with the reason, unless it never came to work here. Code 0, so that Postgres logs nothing: whether
+/// it comes back is the launcher's business.
+pub(super) fn leave_process(slot: &Slot, state: SlotState, database: &str, reason: &str) -> ! {
+    if slot.state() != SlotState::Starting {
+        log(
+            LogLevel::Info,
+            &format!("outbox_relay worker leaves database \"{database}\": {reason}"),
+            None,
+            None,
+        );
+    }
+    slot.set_state(state);
+    // SAFETY: runs Postgres's exit callbacks and ends, see `process::end_without_exit_handlers`; no Rust frame needs to be unwound.
+    unsafe { pg_sys::proc_exit(0) };
+    // Bindings of some versions do not know that it never returns.
+    #[allow(unreachable_code)]
+    std::process::abort()
+}

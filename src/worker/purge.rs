@@ -1,0 +1,331 @@
+//! Retention: deleting published events some time after they were sent, and failed ones after they failed, in small pieces.
+//!
+//! There is no sent-at on a row. Instead each backend records ticks, "all that this snapshot sees is delivered now"; what is visible
+//! in a tick older than the retention may go. Purging is reading with another position: from the tick up to which has
+//! been purged to the newest that is old enough.
+
+use crate::server::guc;
+use crate::server::process::{self, Aborted};
+use crate::server::report;
+use crate::tables::catalog;
+use crate::tables::events::EventsTable;
+use crate::tables::{backends, refused, retention};
+use crate::worker::backend::Backend;
+use pgrx::pg_extern;
+use relay::reading::range::{RangeScan, Step};
+use relay::reading::snapshot::Tick;
+use relay::time::Now;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Rows that one statement deletes: a tenth of a millisecond or so. Between two, it is looked whether an event has come.
+const STEP_ROWS: usize = 32;
+/// How many rows one transaction of the worker deletes at most.
+const PIECE_ROWS: usize = 1_000;
+/// Numbers that one scan looks at. Index entries of rows that are deleted already count, and a scan passes them without a stop.
+const WINDOW_SEQS: i64 = 2_000;
+/// Failed events that are deleted at once.
+const FAILED_ROWS: i64 = 100;
+/// While events come, so often.
+const FAILED_EVERY: Duration = Duration::from_millis(5);
+/// Nobody waits for what is purged, but events wait for the worker, for a processor and for the disk: some 30,000 rows a second.
+const USUAL: Share = Share {
+    rest: 4,
+    time: Duration::from_micros(500),
+    every: Duration::from_millis(5),
+    time_then: Duration::from_micros(250),
+};
+/// If that has not been enough for so long,
+const BEHIND_AFTER: Duration = Duration::from_secs(600);
+/// since the next rows wait already, they have to share.
+const BEHIND: Share = Share {
+    rest: 1,
+    time: Duration::from_micros(500),
+    every: Duration::from_micros(1_500),
+    time_then: Duration::from_micros(500),
+};
+/// Ticks are recorded, and it is looked whether something can be purged, this many times within the retention.
+const TICKS_PER_RETENTION: i64 = 100;
+/// Failed events are few: they are looked for at most this often.
+const LEAST_FAILED_INTERVAL: Duration = Duration::from_secs(60);
+
+/// How much of the worker's time purging takes.
+struct Share {
+    /// After each transaction it rests so many times as long as that took.
+    rest: u32,
+    /// How long one transaction deletes.
+    time: Duration,
+    /// It waits for a moment in which no event is about to be committed: then the commit of the event flushes what was written here, and
+    /// no tick has to. While there is no such moment, a transaction is made this often all the same.
+    every: Duration,
+    /// How long that one deletes, also when an event has come.
+    time_then: Duration,
+}
+
+/// The worker's purging.
+#[derive(Default)]
+pub struct Purge {
+    next_look_at: Now,
+    next_failed_look_at: Now,
+    /// Ticks are kept whose time will come: it is looked again without being woken.
+    ticks_wait: bool,
+    /// Which backend is being purged, and after which row.
+    under_way: Option<(usize, i64)>,
+    /// Its number.
+    backend: i32,
+    began_at: Now,
+    stepped_at: Now,
+    rests_until: Now,
+}
+
+impl Purge {
+    /// The settings changed: something may be due now.
+    pub fn look_now(&mut self) {
+        (self.next_look_at, self.next_failed_look_at) = (Now::ZERO, Now::ZERO);
+    }
+
+    /// One piece of the failed events, if there is something to do. Returns when to come back, if sooner than otherwise. `is_wanted`:
+    /// whether there is anything else to do, since events go first.
+    pub fn step_failed(&mut self, now: Now, is_wanted: &dyn Fn() -> bool) -> Result<Option<Duration>, Aborted> {
+        let Some(retention_us) = guc::retention_us(&guc::FAILED_RETENTION_MIN) else {
+            return Ok(None);
+        };
+        if now >= self.next_failed_look_at {
+            let start = Instant::now();
+            let deleted = process::transaction(|| retention::purge_failed(retention_us, FAILED_ROWS))?;
+            let took = start.elapsed();
+            let more = deleted >= FAILED_ROWS as u64;
+            let pause = tick_interval(retention_us).max(LEAST_FAILED_INTERVAL);
+            self.next_failed_look_at = now
+                + match more {
+                    true if is_wanted() => FAILED_EVERY.max(took * USUAL.rest),
+                    true => took * USUAL.rest,
+                    false => pause,
+                };
+        }
+        Ok(Some(self.next_failed_look_at - now))
+    }
+
+    /// Somebody is in the way of one backend: it is looked at again then, whatever the interval is.
+    pub fn look_at(&mut self, at: Now) {
+        self.next_look_at = self.next_look_at.min(at);
+    }
+
+    /// The number of the backend that was looked at last.
+    pub fn backend(&self) -> i32 {
+        self.backend
+    }
+
+    /// Records what has been delivered by now, if it is time for that.
+    pub fn record_ticks(&mut self, now: Now, backends: &mut [Backend]) -> Result<(), Aborted> {
+        let Some(retention_us) = retention() else {
+            return Ok(());
+        };
+        let interval = tick_interval(retention_us);
+        let is_clock_due = |b: &Backend| b.tick_recorded_at.is_none_or(|at| now >= at + interval);
+        let is_due = |b: &Backend| b.tick_due && is_clock_due(b);
+        // There may be thousands, of which most have never delivered anything.
+        let has_come_on = |b: &&Backend| is_due(b) && b.delivery.acked().from.high_seq > 0;
+        let numbers: BTreeSet<i32> = backends.iter().filter(has_come_on).map(|b| b.number).collect();
+        // What all its lanes have delivered, where it has some.
+        let due: Vec<(i32, Arc<Tick>)> = backends
+            .iter()
+            .filter(|b| b.lane.is_none() && numbers.contains(&b.number))
+            .map(|b| (b.number, delivered(backends, b)))
+            .filter(|(_, tick)| tick.high_seq > 0)
+            .collect();
+        if !due.is_empty() {
+            process::transaction(|| {
+                due.iter()
+                    .for_each(|(number, tick)| retention::record_tick(*number, tick))
+            })?;
+            let is_recorded = |b: &Backend| due.iter().any(|(number, _)| *number == b.number);
+            for backend in backends.iter_mut().filter(|b| is_recorded(b)) {
+                // What is in flight is acknowledged later, and asks again.
+                (backend.tick_recorded_at, backend.tick_due) =
+                    (Some(now), backend.delivery.acked().under_way.is_some());
+            }
+            self.ticks_wait = true;
+        }
+        Ok(())
+    }
+
+    /// One piece of the published events of a backend, if there is something to do and time for it. Returns when to come back, likewise.
+    /// `allows`: whether a backend may be looked at now. `succeeded`: nobody is in the way of one.
+    pub fn step_published(
+        &mut self,
+        now: Now,
+        backends: &[Backend],
+        is_wanted: &dyn Fn() -> bool,
+        allows: &dyn Fn(i32) -> bool,
+        succeeded: &mut dyn FnMut(i32),
+    ) -> Result<Option<Duration>, Aborted> {
+        let Some(retention_us) = retention() else {
+            return Ok(None);
+        };
+        let interval = tick_interval(retention_us);
+        if self.under_way.is_none() {
+            if now < self.next_look_at {
+                return Ok(self.next_look(now, backends, interval));
+            }
+            self.next_look_at = now + interval;
+            self.under_way = (!backends.is_empty()).then_some((0, 0));
+            self.began_at = now;
+        }
+        while let Some((index, after)) = self.under_way {
+            let Some(backend) = backends.get(index) else {
+                self.under_way = None;
+                self.ticks_wait = process::transaction(retention::ticks_wait)?;
+                break;
+            };
+            self.backend = backend.number;
+            if backend.lane.is_some() || !allows(backend.number) {
+                // A lane's finder does it for all.
+                self.under_way = Some((index + 1, 0));
+                continue;
+            }
+            let is_behind = now >= self.began_at + interval.max(BEHIND_AFTER);
+            let share = if is_behind { &BEHIND } else { &USUAL };
+            let is_forced = is_wanted();
+            let begins_at = match is_forced {
+                true => self.rests_until.max(self.stepped_at + share.every),
+                false => self.rests_until,
+            };
+            if now < begins_at {
+                return Ok(Some(begins_at - now));
+            }
+            self.stepped_at = now;
+            let (number, start) = (backend.number, Instant::now());
+            let is_over = || match is_forced {
+                true => start.elapsed() >= share.time_then,
+                false => start.elapsed() >= share.time || is_wanted(),
+            };
+            // Should somebody be in the way of this one, the next is next.
+            self.under_way = Some((index + 1, 0));
+            let (deleted, last) = process::transaction(|| piece(number, after, retention_us, PIECE_ROWS, is_over))?;
+            succeeded(number);
+            self.under_way = Some(last.map_or((index + 1, 0), |seq| (index, seq)));
+            if deleted > 0 || last.is_some() {
+                let took = start.elapsed();
+                let rest = took * share.rest;
+                self.rests_until = now + took + rest;
+                return Ok(Some(rest));
+            }
+        }
+        Ok(self.next_look(now, backends, interval))
+    }
+
+    /// An idle server on which nothing is left to purge stays idle.
+    fn next_look(&self, now: Now, backends: &[Backend], interval: Duration) -> Option<Duration> {
+        let look = self.ticks_wait.then(|| self.next_look_at.saturating_sub(now));
+        let tick = backends.iter().any(|b| b.tick_due).then_some(interval);
+        look.into_iter().chain(tick).min()
+    }
+}
+
+/// All that this tick sees is delivered by a backend, and by all its lanes.
+fn delivered(backends: &[Backend], backend: &Backend) -> Arc<Tick> {
+    let lanes = backends.iter().filter(|b| b.number == backend.number);
+    let mut lowest = backend.delivery.acked().from.clone();
+    for tick in lanes.map(|b| &b.delivery.acked().from) {
+        if !tick.snapshot.includes(&lowest.snapshot) {
+            lowest = tick.clone();
+        }
+    }
+    lowest
+}
+
+/// Whether published events are deleted at all.
+pub fn is_on() -> bool {
+    retention().is_some()
+}
+
+fn retention() -> Option<i64> {
+    guc::retention_us(&guc::PUBLISHED_RETENTION_MIN).filter(|_| guc::CLEANUP_PUBLISHED.get())
+}
+
+fn tick_interval(retention_us: i64) -> Duration {
+    Duration::from_micros((retention_us / TICKS_PER_RETENTION) as u64)
+        .clamp(Duration::from_secs(1), Duration::from_secs(3_600))
+}
+
+/// Deletes up to `count` rows of a backend after `after`, or fewer: until `is_over`, which is asked after each step. Returns how many, and after which row to go on; `None`: all done.
+fn piece(number: i32, after: i64, retention_us: i64, count: usize, is_over: impl Fn() -> bool) -> (u64, Option<i64>) {
+    let Some((from, to)) = retention::purgeable(number, retention_us) else {
+        return (0, None);
+    };
+    // Number 0 stands for the events of backends that nobody knows.
+    let known = if number == 0 {
+        backends::known_numbers()
+    } else {
+        Vec::new()
+    };
+    let is_its = |row_number: i32| row_number == number || (number == 0 && !known.contains(&row_number));
+    let relations = catalog::expect_relations();
+    let mut table = EventsTable::open(&relations);
+    let (mut found, mut deleted, mut last) = (Vec::new(), Vec::new(), Some(after));
+    retention::delete_events(|delete| {
+        'windows: while let Some(after) = last {
+            let upto = after.max(from.low_seq).saturating_add(WINDOW_SEQS);
+            let window = Arc::new(Tick {
+                high_seq: upto.min(to.high_seq),
+                ..Tick::clone(&to)
+            });
+            pgrx::check_for_interrupts!();
+            let mut scan = RangeScan::open(&mut table, &from, &window, after);
+            loop {
+                let step = scan.step();
+                let (Some(Step::Row(key)) | Some(Step::Passed(key))) = step else {
+                    break;
+                };
+                last = Some(key.seq);
+                if matches!(step, Some(Step::Row(_))) && is_its(scan.current().row().backend_number()) {
+                    found.push(key.seq);
+                }
+                if found.len() >= STEP_ROWS.min(count - deleted.len()) {
+                    delete(&found);
+                    deleted.append(&mut found);
+                    if deleted.len() >= count || is_over() {
+                        break 'windows;
+                    }
+                }
+            }
+            last = (upto < to.high_seq).then_some(upto);
+            if is_over() {
+                break;
+            }
+        }
+        if !found.is_empty() {
+            delete(&found);
+            deleted.append(&mut found);
+        }
+    });
+    table.close();
+    if !deleted.is_empty() {
+        // Those that were accepted at last.
+        refused::forget(&deleted);
+    }
+    if last.is_none() {
+        retention::purged(number, &to);
+    }
+    (deleted.len() as u64, last)
+}
+
+/// `outbox.purge_piece(backend_number, after_seq, row_count)`
+#[pg_extern(sql = false)]
+fn purge_piece(
+    backend_number: i32,
+    after_seq: i64,
+    row_count: i32,
+) -> pgrx::iter::TableIterator<'static, (pgrx::name!(deleted, i64), pgrx::name!(last_seq, Option<i64>))> {
+    let delete = || match retention() {
+        Some(retention_us) => {
+            let count = row_count.max(1) as usize;
+            piece(backend_number, after_seq, retention_us, count, || false)
+        }
+        None => (0, None),
+    };
+    let (deleted, last) = report::guard(delete);
+    pgrx::iter::TableIterator::once((deleted as i64, last))
+}

@@ -1,0 +1,402 @@
+//! Recovery at its place in the worker: [`relay::recovery`] with the tables, the backend and the log that it works with.
+
+use crate::server::guc::{self, LogLevel, TakeOver};
+use crate::server::process::{self, Aborted, log};
+use crate::server::random::token;
+use crate::tables::care;
+use crate::tables::catalog;
+use crate::tables::events::{EventsScan, EventsTable};
+use crate::tables::identity::Identity;
+use crate::tables::numbers;
+use crate::tables::row::{Row, attribute};
+use crate::tables::ticks;
+use crate::tables::{backends, refused, restores, retention};
+use crate::worker::backend::Backend;
+use crate::worker::backend::books::save;
+use relay::delivery::refusal::Record;
+use relay::delivery::{Cursor, Delivery};
+use relay::event::wanted::{Purpose, Wanted};
+use relay::failure::server_text::shown;
+use relay::failure::{Failure, Trouble};
+use relay::fault::{self, Mutation};
+use relay::guard::claim::{Claimant, Incarnation, OnMissing, Why};
+use relay::guard::{Guard, Owner};
+use relay::reading::range::Position;
+use relay::reading::snapshot::Tick;
+use relay::recovery::books::{Books, Notice, Rows};
+use relay::sender::orders::Order;
+use relay::time::Now;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Takes one backend as far as it can go now. `newest`: the newest tick.
+pub fn step(backend: &mut Backend, identity: &Identity, newest: &Arc<Tick>, now: Now) -> Result<(), Aborted> {
+    if !backend.recovery.is_due() && backend.delivery.is_up() {
+        // It has what was asked for.
+        return forget_take_over(backend);
+    }
+    let mut recovery = std::mem::take(&mut backend.recovery);
+    let stepped = recovery.step(
+        &mut BackendBooks {
+            backend,
+            identity,
+            newest,
+            now,
+        },
+        now,
+    );
+    backend.recovery = recovery;
+    stepped
+}
+
+/// A backend, and who it belongs to.
+struct BackendBooks<'a> {
+    backend: &'a mut Backend,
+    identity: &'a Identity,
+    newest: &'a Arc<Tick>,
+    now: Now,
+}
+
+impl Books for BackendBooks<'_> {
+    type Error = Aborted;
+    type Rows<'a>
+        = BackendRows<'a>
+    where
+        Self: 'a;
+
+    fn delivery(&mut self) -> &mut Delivery {
+        &mut self.backend.delivery
+    }
+
+    fn claimant(&mut self, guard: Option<&Guard>) -> Result<Claimant<'_>, Aborted> {
+        let (backend, identity) = (&*self.backend, self.identity);
+        let (incarnation, reach) = process::transaction(|| {
+            let known = |guard: &Guard| identity.know(&guard.incarnation);
+            (guard.map_or(Incarnation::Unknown, known), backend.reach())
+        })?;
+        Ok(Claimant {
+            incarnation,
+            system: identity.system(),
+            place: identity.place(),
+            promoted_to: identity.promoted_to(),
+            anybody: guc::TAKE_OVER.get() == TakeOver::Any,
+            copy: backend.is_copy(),
+            paused: !backend.is_enabled(),
+            number: backend.delivery.number(),
+            reach,
+            on_missing: match backend.row.as_ref().map(|r| r.on_missing_guard.as_str()) {
+                Some("halt") => OnMissing::Halt,
+                Some("replay") => OnMissing::Replay,
+                _ => OnMissing::Continue,
+            },
+            take_over: backend.is_told_to_take_over(),
+            restored: backend.is_restored(),
+            last_restore: backend.row.as_ref().map_or(0, |row| row.last_restore),
+        })
+    }
+
+    fn owner(&self) -> Owner {
+        self.identity.owner()
+    }
+
+    fn token(&mut self) -> String {
+        token()
+    }
+
+    fn total(&self) -> i64 {
+        self.backend.total()
+    }
+
+    fn newest_tick(&mut self) -> Arc<Tick> {
+        self.newest.clone()
+    }
+
+    fn oldest(&mut self) -> Result<Position, Aborted> {
+        let number = self.backend.number;
+        process::transaction(|| {
+            let oldest = retention::oldest_tick(number);
+            numbers::vouched(&oldest.map_or_else(Position::beginning, Position::at))
+        })
+    }
+
+    /// A guard that an earlier run of the server has left may have seen numbers that were lost with it.
+    fn vouched(&mut self, guard: Guard) -> Result<Guard, Aborted> {
+        let [position, previous] =
+            process::transaction(|| [&guard.position, &guard.previous].map(numbers::vouched_of_guard))?;
+        Ok(Guard {
+            position,
+            previous,
+            ..guard
+        })
+    }
+
+    fn in_tables<R>(&mut self, mut f: impl FnMut(&mut BackendRows<'_>) -> R) -> Result<R, Aborted> {
+        let backend = &*self.backend;
+        care::transaction(|| f(&mut BackendRows { backend }))
+    }
+
+    fn begin_epoch(&mut self, claimed: u64) {
+        self.backend.begin_epoch(claimed, self.now);
+    }
+
+    fn record(&mut self, record: Record) {
+        self.backend.records.push(record);
+    }
+
+    fn save(&mut self) -> Result<(), Aborted> {
+        save(std::slice::from_mut(self.backend), |_| true, self.now)
+    }
+
+    fn flush(&mut self) -> u64 {
+        ticks::flush()
+    }
+
+    fn wait_again(&mut self, since: u64) -> Result<(), Aborted> {
+        let backend = &*self.backend;
+        process::transaction(|| refused::heal(backend.number, backend.lane, &backend.stream, since))
+    }
+
+    fn adopt(&mut self, cursor: Cursor, total: i64) {
+        self.backend.adopt(cursor, total, self.now);
+    }
+
+    fn read_again(&mut self, cursor: Cursor, reread_to: i64) {
+        self.backend.read_again(cursor, reread_to, self.now);
+    }
+
+    fn count_healing(&mut self) {
+        self.backend.count_healing();
+    }
+
+    fn tell(&mut self, notice: Notice<'_>) {
+        match notice {
+            Notice::Heals(guard) => say_healed(self.backend, guard),
+            Notice::Replays => say_replayed(self.backend),
+            Notice::Compared {
+                why,
+                guard,
+                found,
+                missing,
+            } => say_compared(self.backend, why, guard, found, missing),
+        }
+    }
+
+    fn is_restored(&self) -> bool {
+        self.backend.is_restored()
+    }
+
+    fn compares_to(&mut self, tick: &Arc<Tick>) {
+        self.backend.compares_to(tick);
+    }
+
+    fn has_compared(&mut self) -> Result<(), Aborted> {
+        self.backend.forget_restores()?;
+        self.backend.has_compared(self.now);
+        Ok(())
+    }
+
+    fn has_taken_over(&mut self) -> Result<(), Aborted> {
+        forget_take_over(self.backend)
+    }
+
+    fn order(&mut self, order: Order) {
+        self.backend.order(order);
+    }
+
+    fn disbelieve(&mut self, field: &str) {
+        let key = self.backend.guard_key();
+        let text = format!("the guard says what this server has never written, in {field}: {key}");
+        self.hold_off(Failure::of(Trouble::NoGuard, text), Duration::ZERO);
+    }
+
+    fn hold_off(&mut self, failure: Failure, retry_after: Duration) {
+        self.backend.hold_off(failure, retry_after, self.now);
+    }
+
+    fn let_go(&mut self) {
+        self.backend.let_go();
+    }
+
+    fn come_up(&mut self) -> Result<(), Aborted> {
+        self.backend.reload_streams()?;
+        self.backend.up(self.now);
+        Ok(())
+    }
+
+    /// Few in tests.
+    fn waiting_at_once(&self) -> usize {
+        match fault::is_mutated(Mutation::CompareByTwo) {
+            true => 2,
+            false => 100_000,
+        }
+    }
+}
+
+/// The tables, within a transaction, as one backend or lane sees them.
+struct BackendRows<'a> {
+    backend: &'a Backend,
+}
+
+impl Rows for BackendRows<'_> {
+    type Table = EventsTable;
+
+    fn open(&mut self) -> EventsTable {
+        EventsTable::open(&catalog::expect_relations())
+    }
+
+    fn close(&mut self, table: EventsTable) {
+        table.close();
+    }
+
+    fn wanted(&self, scan: &EventsScan, purpose: Purpose) -> Option<Wanted> {
+        let row = scan.row();
+        if row.backend_number() != self.backend.number || !is_comparable(row) {
+            return None;
+        }
+        // Of the row no more is read than this: what else is in it may not be readable.
+        let stream = row.text(attribute::STREAM);
+        let stream = stream.as_deref().unwrap_or(&self.backend.stream);
+        self.backend.serves(stream).then(|| Wanted {
+            stream: Arc::from(stream),
+            event_id: row.uuid(attribute::EVENT_ID).unwrap_or_default(),
+            created_at_us: row.created_at_us(),
+            purpose,
+        })
+    }
+
+    fn waiting(&mut self, after: i64, limit: usize) -> Vec<i64> {
+        refused::waiting(self.backend.number, after, limit)
+    }
+
+    fn still_waiting(&mut self, seqs: &[i64]) -> Vec<i64> {
+        refused::still_waiting(seqs)
+    }
+
+    fn highest_written_down(&mut self) -> i64 {
+        refused::highest_written_down(self.backend.number)
+    }
+
+    fn is_written_down(&mut self, seq: i64, wanted: &Wanted) -> bool {
+        refused::is_written_down(seq, wanted.event_id)
+    }
+}
+
+/// Whether it can be said which stream a row is to be looked for in. One of which it cannot fails when it is read to be sent.
+fn is_comparable(row: &Row) -> bool {
+    !care::is_careful() || care::tried(|| row.text(attribute::STREAM).map(|_| ())).is_ok()
+}
+
+fn forget_take_over(backend: &mut Backend) -> Result<(), Aborted> {
+    let (number, is_lane) = (backend.number, backend.lane.is_some());
+    if !backend.is_enabled() {
+        return Ok(());
+    }
+    if let Some(row) = backend.row.as_mut().filter(|row| row.take_over) {
+        // The other lanes have been asked, too.
+        if !is_lane {
+            process::transaction(|| backends::forget_take_over(number))?;
+        }
+        row.take_over = false;
+    }
+    Ok(())
+}
+
+/// What all lanes of a backend were to do once is done: it is forgotten. `restored`: a tick that sees what restores have brought.
+pub fn finish_lanes(backends: &mut [Backend], latest: &Arc<Tick>) -> Result<(), Aborted> {
+    for index in 0..backends.len() {
+        let finder = &backends[index];
+        let Some(row) = finder.row.as_ref().filter(|_| finder.is_finder()) else {
+            continue;
+        };
+        let number = finder.number;
+        let of_lanes = || backends.iter().filter(|b| b.number == number && b.lane.is_some());
+        let asks = |b: &Backend| b.row.as_ref().is_some_and(|row| row.take_over);
+        let is_taken_over = row.take_over && !of_lanes().any(asks);
+        // Lanes are still to be made for what lies before it.
+        let has_found_all = Arc::ptr_eq(&finder.delivery.acked().from, latest);
+        let is_compared = !row.restores.is_empty() && has_found_all && !of_lanes().any(Backend::is_restored);
+        let finder = &mut backends[index];
+        if is_taken_over {
+            forget_take_over(finder)?;
+        }
+        if is_compared {
+            finder.forget_restores()?;
+        }
+    }
+    Ok(())
+}
+
+/// With at_least_once, what a dump has brought is sent, wherever it may stand already.
+pub fn give_up_comparing(backend: &mut Backend) -> Result<(), Aborted> {
+    let Some(row) = backend.row.as_ref().filter(|row| !row.restores.is_empty()) else {
+        return Ok(());
+    };
+    if backend.lane.is_some() {
+        // The finder says so for all.
+        return backend.forget_restores();
+    }
+    let count = process::transaction(|| restores::count_restored(&row.restores))?;
+    log(
+        LogLevel::Warning,
+        &format!("{count} events of a dump were restored for backend \"{}\"", row.name),
+        Some("With delivery = 'at_least_once' they are not looked for in the streams."),
+        Some("Those that have been sent since the dump was taken are sent again, with the same event_id."),
+    );
+    backend.forget_restores()
+}
+
+fn say_healed(backend: &Backend, guard: &Guard) {
+    let (known, found) = (backend.delivery.number(), guard.number);
+    log(
+        LogLevel::Warning,
+        &format!(
+            "backend \"{}\" heals: Redis has lost what it acknowledged",
+            backend.name()
+        ),
+        Some(&format!(
+            "Its guard says batch {found}, the last that was acknowledged is {known}."
+        )),
+        Some("What was lost is appended again. See Redis's persistence and replication, and wait_replicas."),
+    );
+}
+
+fn say_replayed(backend: &Backend) {
+    log(
+        LogLevel::Warning,
+        &format!("guard of backend \"{}\" is missing", backend.name()),
+        Some("Redis has lost its data, or it is another Redis."),
+        Some("As on_missing_guard says, all events that are retained are sent again."),
+    );
+}
+
+fn say_compared(backend: &Backend, why: Why, guard: Option<&Guard>, there: usize, missing: usize) {
+    let (message, detail) = match (why, guard) {
+        (Why::Missing, _) => (
+            format!("guard of backend \"{}\" is missing", backend.name()),
+            "Redis has lost its data, or it is another Redis.".to_owned(),
+        ),
+        (Why::OtherHistory, Some(guard)) => (
+            format!(
+                "backend \"{}\" goes on after another history of this database",
+                backend.name()
+            ),
+            format!(
+                "Its streams were written last by the server at {} (timeline {}), up to a position that this one never had.",
+                shown(&guard.place),
+                guard.timeline
+            ),
+        ),
+        (Why::Restored, _) => (
+            format!("events of a dump were restored for backend \"{}\"", backend.name()),
+            "Some may have been sent since the dump was taken.".to_owned(),
+        ),
+        (Why::Unfinished | Why::OtherHistory, _) => (
+            format!("backend \"{}\" goes on where comparing was interrupted", backend.name()),
+            "Its guard says that events behind it may stand in the streams already.".to_owned(),
+        ),
+    };
+    let hint = format!(
+        "It goes on with what was not sent: {there} of the events after its saved position stand in the streams already and are not repeated, {missing} are sent."
+    );
+    log(LogLevel::Warning, &message, Some(&detail), Some(&hint));
+}

@@ -1,0 +1,142 @@
+//! What a worker knows from round to round.
+
+use crate::server::process;
+use crate::server::shmem::Slot;
+use crate::tables::identity::Identity;
+use crate::worker::backend::{Backend, Home};
+use crate::worker::held::Scheduled;
+use crate::worker::mended::Mending;
+use crate::worker::purge::Purge;
+use crate::worker::room::Room;
+use crate::worker::task::Task;
+use crate::worker::turns::Turns;
+use pgrx::pg_sys;
+use relay::reading::pace::Pace;
+use relay::reading::snapshot::Tick;
+use relay::time::Now;
+use relay::time::patience::Patience;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long replies on their way are waited for when a backend's settings have changed; meanwhile the others wait.
+pub(super) const SETTLE_AT_CHANGE: Duration = Duration::from_millis(200);
+
+/// A tick that synchronous standbys have not flushed yet.
+pub(super) struct Awaited {
+    pub(super) tick: Tick,
+    pub(super) wal: u64,
+    pub(super) look_at: Now,
+    pub(super) pause: Duration,
+}
+
+/// What loading has found.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Loaded {
+    /// The library and the extension have different versions: nothing is served.
+    Idle,
+    /// All is as it was.
+    Same,
+    Changed,
+}
+
+pub(super) struct Worker {
+    pub(super) slot: &'static Slot,
+    pub(super) started: Instant,
+    pub(super) home: Home,
+    /// Known once the extension is.
+    pub(super) identity: Option<Identity>,
+    pub(super) backends: Vec<Backend>,
+    /// The newest tick whose transactions may be sent.
+    pub(super) latest: Arc<Tick>,
+    /// A newer one, for which synchronous standbys are waited for.
+    pub(super) awaited: Option<Awaited>,
+    /// Up to where the WAL was flushed for `latest`.
+    pub(super) flushed: u64,
+    /// The catalog's generation that `backends` are of.
+    pub(super) generation: u64,
+    /// The table of events that `backends` stand in; `None`: it has gone.
+    pub(super) events: Option<pg_sys::Oid>,
+    /// Something may have been committed that no tick has seen.
+    pub(super) work: bool,
+    /// It is time to look, whoever is up.
+    pub(super) polled: bool,
+    pub(super) polled_at: Now,
+    pub(super) scheduled: Scheduled,
+    /// Streams, by the index of their backend, of which nothing waits any more once what is to fail is written down.
+    pub(super) failed_streams: Vec<(usize, Vec<Rc<str>>)>,
+    pub(super) settings_changed: bool,
+    /// Somebody has changed a backend, and that is still to be followed.
+    pub(super) nudged: bool,
+    /// When all was looked at because somebody asked for an attempt.
+    pub(super) asked_at: Option<Now>,
+    /// Since when loading has failed.
+    pub(super) stale_since: Option<Now>,
+    /// A tick was taken in this round.
+    pub(super) ticked: bool,
+    pub(super) patience: Patience<Task>,
+    /// After an ERROR, nothing is tried before this.
+    pub(super) pause_until: Now,
+    pub(super) pace: Pace,
+    pub(super) logged_error: Option<(String, Now)>,
+    /// All senders write to it.
+    pub(super) waker: Arc<UnixStream>,
+    pub(super) woken: UnixStream,
+    pub(super) room: Room,
+    pub(super) turns: Turns,
+    pub(super) purge: Purge,
+    pub(super) mending: Mending,
+    pub(super) shown_busy: bool,
+}
+
+impl Worker {
+    pub(super) fn new(slot: &'static Slot) -> Self {
+        let pair = UnixStream::pair().and_then(|(a, b)| {
+            a.set_nonblocking(true)?;
+            b.set_nonblocking(true)?;
+            Ok((a, b))
+        });
+        let (waker, woken) =
+            pair.unwrap_or_else(|e| crate::server::error::internal(format!("could not create a socket pair: {e}")));
+        process::prepare_to_wait(Some(woken.as_raw_fd()));
+        Self {
+            slot,
+            started: Instant::now(),
+            home: Home::default(),
+            identity: None,
+            backends: Vec::new(),
+            latest: Arc::new(Tick::beginning()),
+            awaited: None,
+            flushed: 0,
+            generation: u64::MAX,
+            events: None,
+            work: true,
+            polled: true,
+            polled_at: Now::ZERO,
+            scheduled: Scheduled::default(),
+            failed_streams: Vec::new(),
+            settings_changed: false,
+            nudged: false,
+            asked_at: None,
+            stale_since: None,
+            ticked: false,
+            patience: Patience::default(),
+            pause_until: Now::ZERO,
+            pace: Pace::default(),
+            logged_error: None,
+            waker: Arc::new(waker),
+            woken,
+            room: Room::new(),
+            turns: Turns::default(),
+            purge: Purge::default(),
+            mending: Mending::default(),
+            shown_busy: false,
+        }
+    }
+
+    pub(super) fn now(&self) -> Now {
+        self.started.elapsed()
+    }
+}
