@@ -83,9 +83,8 @@ pub fn look() -> Option<Look> {
 fn toucher(state: &str) -> u64 {
     let xmin = state.split(' ').nth(1).and_then(|xmin| xmin.parse().ok());
     // SAFETY: reads the counter under its lock; whoever has touched it has begun by now.
-    xmin.map_or(0, |xmin| {
-        latest(xmin, unsafe { pg_sys::ReadNextFullTransactionId().value })
-    })
+    let next = unsafe { pg_sys::ReadNextFullTransactionId().value };
+    xmin.map_or(0, |xmin| latest(xmin, next))
 }
 
 /// Enables a trigger always, and makes it if it is missing. Waits a moment for those who write to its table, and raises an ERROR then.

@@ -195,8 +195,8 @@ impl Columns {
     /// # Safety
     /// `relation` is open, and stays so.
     pub unsafe fn at(relation: pg_sys::Relation, attributes: Vec<usize>) -> Self {
-        // SAFETY: an open relation has a descriptor.
         Self {
+            // SAFETY: an open relation has a descriptor.
             descriptor: unsafe { (*relation).rd_att },
             attributes,
         }
