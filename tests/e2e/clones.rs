@@ -1,7 +1,9 @@
 //! A whole server is copied (a base backup, a recovery) and started beside the original, which is paused, stopped, killed, or has lost its guard: the
 //! copy sends nothing, however long the original is away, and the original goes on when it comes back.
 
-use kit::owners::{PATIENCE, WATCHFUL, guard, owns, publish, take_over, wait_caught_up, wait_fenced, wait_owner};
+use kit::owners::{
+    PATIENCE, WATCHFUL, delivered, guard, owns, publish, take_over, wait_caught_up, wait_fenced, wait_owner,
+};
 use kit::{Mode, Postgres, Redis, Stack, holds_for, ids, standing, wait_drained, wait_eq, wait_until};
 use std::time::Duration;
 use uuid::Uuid;
@@ -12,14 +14,6 @@ fn with_clone() -> (Stack, Postgres, Vec<Uuid>) {
     let sent = delivered(&stack, "sent");
     let clone = stack.pg.base_backup().stopped();
     (stack, clone, sent)
-}
-
-fn delivered(stack: &Stack, prefix: &str) -> Vec<Uuid> {
-    let there = stack.events().len();
-    let sent = publish(&stack.pg, prefix, 3);
-    stack.wait_events(there + 3);
-    wait_drained(&stack.pg, "default");
-    sent
 }
 
 fn set_enabled(pg: &Postgres, enabled: bool) {

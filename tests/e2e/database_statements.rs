@@ -41,11 +41,7 @@ fn assert_prompt(pg: &Postgres, redis: &Redis, name: &str, count: usize) {
 fn a_statement_that_is_not_allowed_disturbs_no_worker() {
     let pg = Postgres::start();
     let redis = Redis::start();
-    let space = kit::env::server_dir("space");
-    pg.exec(&format!(
-        "create tablespace elsewhere location '{}'",
-        space.path().display()
-    ));
+    let _space = pg.make_tablespace("elsewhere");
     let worker = database(&pg, &redis, "app");
     pg.exec("create role nobody login; create role maker login createdb");
     for (role, statement, code) in [

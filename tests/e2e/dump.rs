@@ -1,6 +1,6 @@
 //! pg_dump and restore: backends, and all events that were not sent, go along; what was sent is not sent again.
 
-use kit::{Cluster, Entry, Mode, Postgres, Stack, wait_drained, wait_eq, wait_until};
+use kit::{Cluster, Entry, Mode, Postgres, Stack, types, wait_drained, wait_eq, wait_until};
 use postgres::Client;
 
 /// How a dump is written and read.
@@ -10,10 +10,6 @@ enum Form {
     Inserts,
     /// pg_dump -Fc and pg_restore -j2, which loads tables in an order of its own.
     Parallel,
-}
-
-fn types(entries: &[Entry]) -> Vec<&str> {
-    entries.iter().map(|entry| entry.field("event_type")).collect()
 }
 
 fn carry(from: &Postgres, to: &Postgres, db: &str, form: Form) {

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use kit::owners::{PATIENCE, WATCHFUL, guard, owns, publish, wait_caught_up, wait_fenced, wait_owner};
+use kit::owners::{PATIENCE, WATCHFUL, delivered, guard, owns, publish, wait_caught_up, wait_fenced, wait_owner};
 use kit::{Mode, Postgres, Proxy, Stack, holds_for, ids, standing, wait_drained, wait_eq, wait_until};
 use nix::sys::signal::Signal;
 use uuid::Uuid;
@@ -17,15 +17,6 @@ fn with_standby() -> (Stack, Postgres, Vec<Uuid>) {
     // The cursor is saved without waiting for the WAL, which comes a moment later.
     wait_drained(&standby, "default");
     (stack, standby, common)
-}
-
-/// Three events that are delivered, by the saved cursor too.
-fn delivered(stack: &Stack, prefix: &str) -> Vec<Uuid> {
-    let there = stack.events().len();
-    let sent = publish(&stack.pg, prefix, 3);
-    stack.wait_events(there + 3);
-    wait_drained(&stack.pg, "default");
-    sent
 }
 
 #[test]

@@ -157,11 +157,7 @@ fn a_database_whose_dropping_failed_keeps_its_worker() {
 fn a_database_is_renamed_moved_and_copied_as_if_there_were_no_worker() {
     let pg = Postgres::start();
     let redis = Redis::start();
-    let space = kit::env::server_dir("space");
-    pg.exec(&format!(
-        "create tablespace elsewhere location '{}'",
-        space.path().display()
-    ));
+    let _space = pg.make_tablespace("elsewhere");
     database(&pg, &redis, "old");
     let mut published = publish(&pg, "old", 2);
     pg.wait_worker("old");

@@ -3,12 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use kit::{Entry, Stack, wait_eq};
+use kit::{Stack, types, wait_eq};
 use postgres::Client;
-
-fn types(entries: &[Entry]) -> Vec<&str> {
-    entries.iter().map(|entry| entry.field("event_type")).collect()
-}
 
 fn lock(client: &mut Client) -> Result<(), postgres::Error> {
     client.batch_execute("update accounts set balance = balance + 1 where id = 1")

@@ -3,16 +3,10 @@
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-use kit::{Entry, Postgres, Redis, Refused, Stack, wait_eq, wait_until};
+use kit::{Postgres, Redis, Refused, Stack, types, wait_eq, wait_until};
 use postgres::Client;
 use serde_json::Value;
 use uuid::Uuid;
-
-const TYPES: &str = "event_type";
-
-fn types(entries: &[Entry]) -> Vec<&str> {
-    entries.iter().map(|entry| entry.field(TYPES)).collect()
-}
 
 /// The fields that an event of the test below must have, given the id and time that Postgres gave it.
 fn expected_fields(client: &mut Client, id: Uuid, data: &str, config: &[(&str, &str)]) -> Vec<(String, String)> {

@@ -1,12 +1,8 @@
 //! Events with a time: they wait apart, and get their place in the order when they fall due.
 
 use chrono::{DateTime, Utc};
-use kit::{Entry, Refused, Stack, wait_eq};
+use kit::{Refused, Stack, types, wait_eq};
 use uuid::Uuid;
-
-fn types(entries: &[Entry]) -> Vec<&str> {
-    entries.iter().map(|entry| entry.field("event_type")).collect()
-}
 
 /// Publishes an event for a moment, an SQL expression.
 fn schedule(stack: &Stack, event_type: &str, at: &str) -> Uuid {

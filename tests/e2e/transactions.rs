@@ -2,12 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use kit::{Entry, Refused, Stack};
+use kit::{Refused, Stack, types};
 use postgres::Client;
-
-fn types(entries: &[Entry]) -> Vec<&str> {
-    entries.iter().map(|entry| entry.field("event_type")).collect()
-}
 
 /// Publishes a marker and returns the stream up to it: whatever was to arrive before has arrived.
 #[track_caller]

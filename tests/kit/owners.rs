@@ -4,9 +4,9 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
-use crate::relay::{publish_many, standing, wait_trouble};
+use crate::relay::{publish_many, standing, wait_drained, wait_trouble};
 use crate::wait::{wait_eq, wait_until};
-use crate::{Guard, Postgres, Redis, Standing};
+use crate::{Guard, Postgres, Redis, Stack, Standing};
 
 /// Settings with which an owner that is silent counts as gone after [`PATIENCE`], and streams are never trimmed: each entry counts.
 pub const WATCHFUL: &[(&str, &str)] = &[
@@ -72,4 +72,14 @@ pub fn take_over(pg: &Postgres) {
 #[track_caller]
 pub fn publish(pg: &Postgres, prefix: &str, count: i32) -> Vec<Uuid> {
     publish_many(&mut pg.client(), "default", "", prefix, count)
+}
+
+/// Three events that are delivered, by the saved cursor too.
+#[track_caller]
+pub fn delivered(stack: &Stack, prefix: &str) -> Vec<Uuid> {
+    let there = stack.events().len();
+    let sent = publish(&stack.pg, prefix, 3);
+    stack.wait_events(there + 3);
+    wait_drained(&stack.pg, "default");
+    sent
 }

@@ -456,6 +456,14 @@ impl Postgres {
         });
     }
 
+    /// Makes a tablespace, which lives as long as the directory that comes back.
+    #[track_caller]
+    pub fn make_tablespace(&self, name: &str) -> TempDir {
+        let dir = env::server_dir("space");
+        self.exec(&format!("create tablespace {name} location '{}'", dir.path().display()));
+        dir
+    }
+
     // --- looking at it
 
     pub fn is_running(&self) -> bool {
