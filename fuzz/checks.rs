@@ -9,8 +9,8 @@ use relay::failure::{self, Class};
 use relay::guard::{Guard, Owner};
 use relay::redis::answers::{is_replica, primary_in, ranges_in, redirect_in};
 use relay::redis::destination::Address;
+use relay::redis::hash_slot::{HASH_SLOTS, hash_slot_of, tag_of};
 use relay::redis::replicas::Replicas;
-use relay::redis::slot::{SLOTS, slot_of, tag_of};
 use relay::resp::bounds::Bounds;
 use relay::resp::read::{Inbox, Piece, Reply};
 use relay::sender::conversation::Conversation;
@@ -564,10 +564,10 @@ pub fn slots(input: &[u8]) {
         (close > 0).then(|| &rest[..close])
     });
     let checksum = crc::Crc::<u16>::new(&crc::CRC_16_XMODEM).checksum(tag.unwrap_or(input));
-    let slot = slot_of(input);
-    assert_eq!(slot, checksum % SLOTS);
+    let slot = hash_slot_of(input);
+    assert_eq!(slot, checksum % HASH_SLOTS);
     assert_eq!(
-        slot_of(format!("outbox_relay:guard:x:1:2:{{{}}}", tag_of(slot)).as_bytes()),
+        hash_slot_of(format!("outbox_relay:guard:x:1:2:{{{}}}", tag_of(slot)).as_bytes()),
         slot
     );
 }

@@ -66,7 +66,7 @@ named! {
         NoWatch: "no_watch",
         IgnoreErrorReply: "ignore_error_reply",
         IgnoreGuard: "ignore_guard",
-        FewSlots: "few_slots",
+        FewDatabaseSlots: "few_database_slots",
         CompareByTwo: "compare_by_two",
     }
 }

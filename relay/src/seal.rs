@@ -6,10 +6,10 @@ pub const KEY_BYTES: usize = 32;
 /// Drawn anew for each password.
 pub const NONCE_BYTES: usize = NONCE_LEN;
 
-pub type Key = [u8; KEY_BYTES];
+pub type SealKey = [u8; KEY_BYTES];
 
 /// The nonce, and the password of this backend sealed with it; `None` if it is longer than anybody's.
-pub fn seal(key: &Key, nonce: [u8; NONCE_BYTES], backend_number: i32, password: &str) -> Option<Vec<u8>> {
+pub fn seal(key: &SealKey, nonce: [u8; NONCE_BYTES], backend_number: i32, password: &str) -> Option<Vec<u8>> {
     let mut sealed = password.as_bytes().to_vec();
     opener(key)?
         .seal_in_place_append_tag(Nonce::assume_unique_for_key(nonce), about(backend_number), &mut sealed)
@@ -18,7 +18,7 @@ pub fn seal(key: &Key, nonce: [u8; NONCE_BYTES], backend_number: i32, password: 
 }
 
 /// `None`: it was sealed with another key, or for another backend, or is damaged.
-pub fn open(key: &Key, backend_number: i32, sealed: &[u8]) -> Option<String> {
+pub fn open(key: &SealKey, backend_number: i32, sealed: &[u8]) -> Option<String> {
     let (nonce, sealed) = sealed.split_first_chunk()?;
     let mut bytes = sealed.to_vec();
     let nonce = Nonce::assume_unique_for_key(*nonce);
@@ -28,7 +28,7 @@ pub fn open(key: &Key, backend_number: i32, sealed: &[u8]) -> Option<String> {
     String::from_utf8(password.to_vec()).ok()
 }
 
-fn opener(key: &Key) -> Option<LessSafeKey> {
+fn opener(key: &SealKey) -> Option<LessSafeKey> {
     UnboundKey::new(&AES_256_GCM, key).ok().map(LessSafeKey::new)
 }
 
@@ -37,11 +37,11 @@ fn about(backend_number: i32) -> Aad<[u8; 4]> {
 }
 
 /// A key as text, in hexadecimal digits.
-pub fn key_text(key: &Key) -> String {
+pub fn key_text(key: &SealKey) -> String {
     key.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-pub fn key_of_text(text: &str) -> Option<Key> {
+pub fn key_of_text(text: &str) -> Option<SealKey> {
     let mut key = [0; KEY_BYTES];
     if text.len() != 2 * KEY_BYTES || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
         return None;
@@ -56,7 +56,7 @@ pub fn key_of_text(text: &str) -> Option<Key> {
 mod tests {
     use super::*;
 
-    const KEY: Key = [7; KEY_BYTES];
+    const KEY: SealKey = [7; KEY_BYTES];
 
     #[test]
     fn what_is_sealed_is_opened_with_its_key_for_its_backend() {

@@ -4,10 +4,10 @@ mod model;
 
 use model::{out_of_memory, wrong_type};
 use relay::delivery::backoff::Backoff;
-use relay::delivery::flight::Entry;
 use relay::delivery::flight::WINDOW_BATCHES;
+use relay::delivery::flight::{BatchedEvent, Contents};
 use relay::delivery::refusal::{Record, Streams};
-use relay::delivery::{Cursor, Delivery, Mode, RowFate};
+use relay::delivery::{Cursor, Delivery, Guarantee, RowFate};
 use relay::failure::Failure;
 use relay::reading::range::Position;
 use relay::reading::snapshot::Tick;
@@ -49,7 +49,7 @@ impl Desk {
         };
         let mut desk = Self {
             delivery: Delivery::new(
-                Mode::AtLeastOnce,
+                Guarantee::AtLeastOnce,
                 Cursor {
                     position: Position::at(ticks[0].clone()),
                     number: 0,
@@ -75,8 +75,8 @@ impl Desk {
         Position::towards(self.ticks[0].clone(), self.ticks[1].clone(), seq)
     }
 
-    fn entries(&self, seqs: &[i64], stream: &str) -> Vec<Entry> {
-        let entry = |seq: &i64| Entry {
+    fn entries(&self, seqs: &[i64], stream: &str) -> Vec<BatchedEvent> {
+        let entry = |seq: &i64| BatchedEvent {
             seq: *seq,
             stream: Rc::from(stream),
             max_attempts: self.max_attempts,
@@ -93,7 +93,11 @@ impl Desk {
             self.delivery.skipped(*seq);
         }
         if let Some(last) = batch.last() {
-            self.delivery.sent(self.entries(&batch, stream), self.here(*last), 100);
+            self.delivery.sent(
+                self.entries(&batch, stream),
+                Contents::Rows { end: self.here(*last) },
+                100,
+            );
         }
         self.delivery.advanced(self.here(*seqs.last().expect("some rows")));
         fates
@@ -124,7 +128,8 @@ impl Desk {
     fn retry(&mut self, seqs: &[i64], stream: &str) {
         let (due, count) = self.due().expect("a stream is due");
         assert!(due == stream && count >= seqs.len(), "{due}, {count}");
-        self.delivery.sent_again(self.entries(seqs, stream), 100, &[]);
+        self.delivery
+            .sent(self.entries(seqs, stream), Contents::Waiting { all: Vec::new() }, 100);
     }
 
     fn acked(&self) -> Option<i64> {
@@ -293,7 +298,7 @@ fn heads_of_many_streams_are_tried_in_one_batch_and_each_goes_its_own_way() {
     assert_eq!(due, [("a", 1), ("b", 1), ("c", 1)]);
     let of = |seq: i64, stream: &str| desk.entries(&[seq], stream);
     let entries = [of(1, "a"), of(2, "b"), of(3, "c")].concat();
-    desk.delivery.sent_again(entries, 100, &[]);
+    desk.delivery.sent(entries, Contents::Waiting { all: Vec::new() }, 100);
     assert_eq!(
         desk.replied(&[(1, wrong_type())]),
         ["1 accepted", "2 waits on after 2", "3 accepted"]
@@ -369,7 +374,8 @@ fn no_position_stands_for_a_part_of_a_batch_that_ends_with_its_range() {
     use RowFate::{Send, Skip};
     let mut desk = Desk::new(3);
     let end = Position::at(desk.ticks[1].clone());
-    desk.delivery.sent(desk.entries(&[1, 2, 3], "a"), end.clone(), 100);
+    desk.delivery
+        .sent(desk.entries(&[1, 2, 3], "a"), Contents::Rows { end: end.clone() }, 100);
     desk.delivery.advanced(end);
     desk.replied(&[(1, out_of_memory())]);
     desk.delivery.drained();
@@ -452,11 +458,17 @@ fn the_window_is_bounded() {
     assert!(desk.delivery.has_room() && desk.due().is_some());
 
     let mut desk = Desk::new(3);
-    desk.delivery
-        .sent(desk.entries(&[1], "a"), desk.here(1), WINDOW_BYTES - 1);
+    desk.delivery.sent(
+        desk.entries(&[1], "a"),
+        Contents::Rows { end: desk.here(1) },
+        WINDOW_BYTES - 1,
+    );
     assert_eq!(desk.delivery.room().map(|room| room.bytes), Some(1));
-    desk.delivery
-        .sent(desk.entries(&[2], "a"), desk.here(2), 3 * WINDOW_BYTES);
+    desk.delivery.sent(
+        desk.entries(&[2], "a"),
+        Contents::Rows { end: desk.here(2) },
+        3 * WINDOW_BYTES,
+    );
     assert!(!desk.delivery.has_room());
     desk.replied(&[]);
     assert!(!desk.delivery.has_room());

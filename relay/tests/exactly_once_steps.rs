@@ -2,9 +2,9 @@
 
 use redis::Value;
 use relay::delivery::backoff::Backoff;
-use relay::delivery::flight::Entry;
+use relay::delivery::flight::{BatchedEvent, Contents};
 use relay::delivery::refusal::Streams;
-use relay::delivery::{Cursor, Delivery, Mode, RowFate};
+use relay::delivery::{Cursor, Delivery, Guarantee, RowFate};
 use relay::event::text::{hyphenated, rfc3339};
 use relay::event::wanted::{Purpose, Wanted};
 use relay::failure::{Class, Failure};
@@ -36,14 +36,14 @@ fn delivery(position: Position, waits: bool) -> Delivery {
         max_delay: Duration::from_secs(1),
     };
     let cursor = Cursor { position, number: 5 };
-    let mut delivery = Delivery::new(Mode::ExactlyOnce, cursor, Streams::waiting(streams), backoff);
+    let mut delivery = Delivery::new(Guarantee::ExactlyOnce, cursor, Streams::waiting(streams), backoff);
     delivery.connecting();
     delivery.connected();
     delivery
 }
 
-fn entries(seqs: &[i64]) -> Vec<Entry> {
-    let entry = |seq: &i64| Entry {
+fn entries(seqs: &[i64]) -> Vec<BatchedEvent> {
+    let entry = |seq: &i64| BatchedEvent {
         seq: *seq,
         stream: Rc::from(STREAM),
         max_attempts: 3,
@@ -80,7 +80,13 @@ fn after_healing_waiting_events_wait_for_the_lost_rows_before_them() {
 fn after_an_abort_waiting_events_wait_for_the_rows_that_were_sent_with_them() {
     let (old, new) = (tick(10), tick(20));
     let mut delivery = delivery(Position::at(old.clone()), false);
-    delivery.sent(entries(&[11, 12]), Position::at(new.clone()), 100);
+    delivery.sent(
+        entries(&[11, 12]),
+        Contents::Rows {
+            end: Position::at(new.clone()),
+        },
+        100,
+    );
     delivery.advanced(Position::at(new.clone()));
     // The first had been queued when the second was refused: nothing was appended.
     let refused = Failure::new(Class::Event, "NOPERM No permissions to access a key");
@@ -105,15 +111,15 @@ fn waiting_events_are_not_tried_with_the_same_company_again() {
     let (mut now, mut batches) = (Now::from_secs(100), 0);
     loop {
         let due = delivery.streams_to_retry(now, 10, 10);
-        let entries: Vec<Entry> = due
+        let entries: Vec<BatchedEvent> = due
             .iter()
-            .map(|retry| Entry {
+            .map(|retry| BatchedEvent {
                 seq: 1,
                 stream: retry.stream.clone(),
                 max_attempts: 1_000,
             })
             .collect();
-        let refusals = |entries: &[Entry]| -> Vec<_> {
+        let refusals = |entries: &[BatchedEvent]| -> Vec<_> {
             let refused = entries.iter().enumerate().filter(|(_, entry)| &*entry.stream != "yes");
             refused
                 .map(|(index, _)| (index, Failure::new(Class::Event, "NOPERM")))
@@ -124,7 +130,7 @@ fn waiting_events_are_not_tried_with_the_same_company_again() {
             now = delivery.due_at().expect("they wait");
             continue;
         }
-        delivery.sent_again(entries, 100, &[]);
+        delivery.sent(entries, Contents::Waiting { all: Vec::new() }, 100);
         if refused.is_empty() {
             break;
         }
@@ -144,7 +150,7 @@ fn while_found_rows_lie_ahead_the_guard_says_so() {
     delivery.pass_over([13]);
     let end = Position::towards(old, new.clone(), 12);
     assert!(delivery.mark(Some(&end)).compares);
-    delivery.sent(entries(&[11]), end.clone(), 100);
+    delivery.sent(entries(&[11]), Contents::Rows { end: end.clone() }, 100);
     delivery.advanced(end);
     delivery.replied(Vec::new(), Now::ZERO, 0.0);
     assert_eq!(delivery.on_row(13, STREAM), RowFate::Skip);

@@ -9,13 +9,13 @@ use crate::server::txn;
 use crate::tables::catalog;
 use crate::tables::events::EventsTable;
 use crate::tables::rights;
-use crate::tables::row::{Row, attribute, slot_of_text};
+use crate::tables::row::{Row, attribute, hash_slot_of_text};
 use crate::tables::ticks;
 use crate::tables::{backends, cursors};
 use pgrx::iter::TableIterator;
 use pgrx::{PgLogLevel, PgSqlErrorCode, name, pg_extern, pg_sys};
 use relay::reading::range::{Key, Position, RangeScan, Step};
-use relay::redis::slot::{SLOTS, tag_of};
+use relay::redis::hash_slot::{HASH_SLOTS, tag_of};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -27,7 +27,7 @@ const COUNT_STEPS: i64 = 100_000;
 /// `outbox.worker_status()`
 #[pg_extern(sql = false)]
 fn worker_status() -> TableIterator<'static, (name!(worker_pid, Option<i32>), name!(state, String))> {
-    let slot = shmem::slot_here();
+    let slot = shmem::database_slot_here();
     let pid = slot.map(|s| s.pid()).filter(|pid| *pid != 0);
     let state = match slot.map(|s| (s.state(), pid)) {
         _ if !shmem::is_attached() => "library not in shared_preload_libraries",
@@ -98,7 +98,7 @@ fn behind_cursor(number: i32, limit: i64) -> (i64, Option<i64>) {
 /// Where a backend stands, by its saved cursors.
 struct Stand {
     position: Position,
-    /// Of each slot, in a cluster.
+    /// Of each hash slot, in a cluster.
     lanes: BTreeMap<u16, Position>,
     own_stream: String,
 }
@@ -138,7 +138,7 @@ impl Stand {
         }
         !self
             .lanes
-            .get(&row.slot(&self.own_stream))
+            .get(&row.hash_slot(&self.own_stream))
             .unwrap_or(&self.position)
             .covers(key)
     }
@@ -158,7 +158,7 @@ extern "C-unwind" fn hash_slot(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datu
             (*fcinfo).isnull = argument.isnull;
             match argument.isnull {
                 true => pg_sys::Datum::from(0),
-                false => pg_sys::Datum::from(i32::from(slot_of_text(bytes_of(argument.value)))),
+                false => pg_sys::Datum::from(i32::from(hash_slot_of_text(bytes_of(argument.value)))),
             }
         }
     })
@@ -166,8 +166,11 @@ extern "C-unwind" fn hash_slot(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datu
 
 /// `outbox.hash_tag(slot)`
 #[pg_extern(sql = false)]
-fn hash_tag(slot: i32) -> Option<String> {
-    u16::try_from(slot).ok().filter(|slot| *slot < SLOTS).map(tag_of)
+fn hash_tag(hash_slot: i32) -> Option<String> {
+    u16::try_from(hash_slot)
+        .ok()
+        .filter(|slot| *slot < HASH_SLOTS)
+        .map(tag_of)
 }
 
 /// `outbox.backlog(backend_number)`
@@ -211,7 +214,7 @@ fn announce_extension() {
 /// `outbox.wake()`
 #[pg_extern(sql = false)]
 fn wake() {
-    if let Some(slot) = shmem::slot_here() {
+    if let Some(slot) = shmem::database_slot_here() {
         slot.announce_work();
         slot.announce_schedule();
         slot.ask();

@@ -10,7 +10,7 @@ mod incarnation;
 use crate::launcher::databases::Found;
 use crate::server::guc::{self, LogLevel};
 use crate::server::process::{self, log};
-use crate::server::shmem::{self, Slot, SlotState};
+use crate::server::shmem::{self, DatabaseSlot, SlotState};
 use crate::server::standby;
 use pgrx::{pg_guard, pg_sys};
 use relay::delivery::backoff::Backoff;
@@ -215,7 +215,7 @@ impl Launcher {
         let has_gone = |oid: u32| found.iter().all(|f| f.oid.to_u32() != oid);
         self.databases
             .retain(|oid, database| database.worker.is_some() || !has_gone(*oid));
-        for slot in shmem::slots().filter(|slot| slot.pid() == 0) {
+        for slot in shmem::database_slots().filter(|slot| slot.pid() == 0) {
             let oid = slot.database().to_u32();
             if has_gone(oid) && !self.databases.contains_key(&oid) {
                 shmem::take_back(slot);
@@ -248,7 +248,7 @@ impl Launcher {
             unsafe { pg_sys::pfree(started.handle.cast()) };
             let lived = started.at.elapsed();
             database.worker = None;
-            let Some(slot) = shmem::slot_of(pg_sys::Oid::from(*oid)) else {
+            let Some(slot) = shmem::database_slot_of(pg_sys::Oid::from(*oid)) else {
                 continue;
             };
             if slot.pid() != 0 {
@@ -309,7 +309,7 @@ impl Launcher {
             };
             let id = pg_sys::Oid::from(oid);
             // A worker of a launcher before this one is looked after by its slot alone.
-            let stranger = shmem::slot_of(id).is_some_and(|slot| slot.pid() != 0);
+            let stranger = shmem::database_slot_of(id).is_some_and(|slot| slot.pid() != 0);
             if !database.look || database.worker.is_some() || stranger {
                 continue;
             }
@@ -325,7 +325,7 @@ impl Launcher {
                 continue;
             }
             if database.has_extension {
-                match shmem::claim_slot(id) {
+                match shmem::claim_database_slot(id) {
                     Some(slot) if slot.state() == SlotState::Absent => slot.set_state(SlotState::Wanted),
                     Some(_) => {}
                     None => {
@@ -347,7 +347,7 @@ impl Launcher {
                     continue;
                 }
             }
-            let started = shmem::claim_slot(id).is_some_and(|slot| start(slot, database));
+            let started = shmem::claim_database_slot(id).is_some_and(|slot| start(slot, database));
             if started {
                 starting += 1;
             } else {
@@ -363,7 +363,7 @@ impl Launcher {
     /// How many have been started and are not at work yet.
     fn starting(&self) -> usize {
         let is_starting = |(oid, database): &(&u32, &Database)| {
-            let slot = shmem::slot_of(pg_sys::Oid::from(**oid));
+            let slot = shmem::database_slot_of(pg_sys::Oid::from(**oid));
             let is_new = database.worker.as_ref().is_some_and(|w| w.at.elapsed() < LONGEST_START);
             is_new && slot.is_some_and(|slot| slot.state() == SlotState::Starting)
         };
@@ -377,7 +377,10 @@ impl Launcher {
         let known: Vec<&u32> = waiting.iter().filter(is_known).collect();
         let others = waiting.iter().filter(|oid| !self.databases[oid].is_template);
         let named: Vec<&u32> = if known.is_empty() { others.collect() } else { known };
-        for slot in waiting.iter().filter_map(|oid| shmem::slot_of(pg_sys::Oid::from(*oid))) {
+        for slot in waiting
+            .iter()
+            .filter_map(|oid| shmem::database_slot_of(pg_sys::Oid::from(*oid)))
+        {
             slot.set_state(SlotState::Short);
         }
         if named.is_empty() {
@@ -446,7 +449,7 @@ impl Launcher {
 }
 
 /// Starts a worker; false if there is no process for it.
-fn start(slot: &'static Slot, database: &mut Database) -> bool {
+fn start(slot: &'static DatabaseSlot, database: &mut Database) -> bool {
     let name = std::ffi::CString::new(format!("outbox_relay worker {}", database.name)).unwrap_or_default();
     let mut worker = description(&name, c"outbox_relay worker", c"outbox_relay_worker");
     worker.bgw_main_arg = pg_sys::Datum::from(shmem::address_of(slot));

@@ -49,11 +49,11 @@ extern "C-unwind" fn complete_event(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys:
             let tables = [relations.events, relations.scheduled];
             let trigger = expect_trigger(fcinfo, "complete_event", When::BeforeInsertOfRow, &tables);
             let table = match (*trigger.tg_relation).rd_id == relations.scheduled {
-                true => Table::Scheduled,
-                false => Table::Events,
+                true => EventTable::Scheduled,
+                false => EventTable::Events,
             };
             // It is held as it is, or was here before.
-            if (table == Table::Scheduled && applied::is_worker()) || applied::puts_back() {
+            if (table == EventTable::Scheduled && applied::is_worker()) || applied::puts_back() {
                 (*fcinfo).isnull = false;
                 return pg_sys::Datum::from(trigger.tg_trigtuple);
             }
@@ -162,7 +162,7 @@ fn confirm_published(key: RowKey, row: &Row) {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Table {
+enum EventTable {
     Events,
     Scheduled,
 }
@@ -196,7 +196,7 @@ fn has_numbers(row: &Row) -> bool {
 ///
 /// # Safety
 /// A row of that table and its descriptor.
-unsafe fn completed(table: Table, tuple: pg_sys::HeapTuple, descriptor: pg_sys::TupleDesc) -> pg_sys::HeapTuple {
+unsafe fn completed(table: EventTable, tuple: pg_sys::HeapTuple, descriptor: pg_sys::TupleDesc) -> pg_sys::HeapTuple {
     // SAFETY: the caller's promise.
     let row = unsafe { Row::of(tuple, descriptor) };
     if let Some(key) = inserted(&row) {
@@ -217,7 +217,7 @@ unsafe fn completed(table: Table, tuple: pg_sys::HeapTuple, descriptor: pg_sys::
     let event_id = row.uuid(attribute::EVENT_ID).unwrap_or_else(|| uuid::new_v7(now));
     let mut backend_number = row.backend_number();
     let has_numbers = row.get(attribute::XID).is_some() && has_numbers(&row);
-    let is_scheduled = table == Table::Scheduled;
+    let is_scheduled = table == EventTable::Scheduled;
     let scheduled_at = row.i64(attribute::SCHEDULED_AT).filter(|_| is_scheduled);
     let mut restored_for = None;
     if !is_moving() {
@@ -257,7 +257,7 @@ unsafe fn completed(table: Table, tuple: pg_sys::HeapTuple, descriptor: pg_sys::
     }
     let mut nulls = [false; 6];
     match table {
-        Table::Events => {
+        EventTable::Events => {
             note_completed(RowKey {
                 xid,
                 seq,
@@ -266,7 +266,7 @@ unsafe fn completed(table: Table, tuple: pg_sys::HeapTuple, descriptor: pg_sys::
             });
             txn::published();
         }
-        Table::Scheduled => txn::scheduled(),
+        EventTable::Scheduled => txn::scheduled(),
     }
     // SAFETY: `count` columns of the table with values of their types; the new tuple lives in the caller's context.
     unsafe {

@@ -71,7 +71,10 @@ unsafe fn is_ours(extension: pg_sys::Oid) -> bool {
 /// # Safety
 /// Within a transaction that may drop the database and has locked it, in a frame that holds nothing.
 unsafe fn make_way(database: pg_sys::Oid) {
-    let Some(pid) = shmem::slot_of(database).map(|slot| slot.pid()).filter(|pid| *pid != 0) else {
+    let Some(pid) = shmem::database_slot_of(database)
+        .map(|slot| slot.pid())
+        .filter(|pid| *pid != 0)
+    else {
         return;
     };
     let deadline = Instant::now() + LEAVE_TIMEOUT;

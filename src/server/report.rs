@@ -33,10 +33,10 @@ pub fn guard<R>(body: impl FnOnce() -> R) -> R {
 
 #[cold]
 fn throw(payload: Box<dyn Any + Send>) -> ! {
-    let report = PgTryBuilder::new(AssertUnwindSafe(move || -> Report {
+    let report = PgTryBuilder::new(AssertUnwindSafe(move || -> ErrorText {
         std::panic::resume_unwind(payload)
     }))
-    .catch_others(Report::of)
+    .catch_others(ErrorText::of)
     .execute();
     // SAFETY: an ERROR does not return; the texts are copied, and dropped before it leaves.
     unsafe {
@@ -48,7 +48,7 @@ fn throw(payload: Box<dyn Any + Send>) -> ! {
 
 /// Says something at a level below ERROR.
 pub fn say(level: c_int, code: PgSqlErrorCode, message: &str, detail: Option<&str>, hint: Option<&str>) {
-    let report = Report {
+    let report = ErrorText {
         code,
         message: in_server(message),
         detail: detail.map(in_server),
@@ -65,14 +65,14 @@ pub fn say(level: c_int, code: PgSqlErrorCode, message: &str, detail: Option<&st
 }
 
 /// In the database's encoding.
-struct Report {
+struct ErrorText {
     code: PgSqlErrorCode,
     message: CString,
     detail: Option<CString>,
     hint: Option<CString>,
 }
 
-impl Report {
+impl ErrorText {
     fn of(error: CaughtError) -> Self {
         let (CaughtError::PostgresError(report)
         | CaughtError::ErrorReport(report)

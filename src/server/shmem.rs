@@ -1,4 +1,4 @@
-//! What processes share: a slot for each database that has a worker, or is to have one. Atomics only, so that a commit can wake the
+//! What processes share: a *slot* for each database that has a worker, or is to have one. Atomics only, so that a commit can wake the
 //! worker without locks, allocation or failure.
 //!
 //! The launcher gives a slot to each database that is to have a worker, and whoever publishes in one that has none yet takes it one.
@@ -74,7 +74,7 @@ enum Work {
 
 /// One database.
 #[repr(C)]
-pub struct Slot {
+pub struct DatabaseSlot {
     /// Its OID; 0: the slot is free.
     database: AtomicU32,
     state: AtomicU8,
@@ -134,7 +134,7 @@ static mut PREVIOUS_STARTUP_HOOK: pg_sys::shmem_startup_hook_type = None;
 
 thread_local! {
     /// The slot of the process's own database, or that there is none, as of a generation.
-    static HERE: Cell<(u64, Option<&'static Slot>)> = const { Cell::new((u64::MAX, None)) };
+    static HERE: Cell<(u64, Option<&'static DatabaseSlot>)> = const { Cell::new((u64::MAX, None)) };
 }
 
 /// Asks for the shared memory; called once, by the postmaster.
@@ -149,7 +149,7 @@ pub fn install() {
 }
 
 fn slots_wanted() -> usize {
-    if relay::fault::is_mutated(relay::fault::Mutation::FewSlots) {
+    if relay::fault::is_mutated(relay::fault::Mutation::FewDatabaseSlots) {
         return 4;
     }
     // SAFETY: a plain read of a setting that does not change after the server's start.
@@ -157,7 +157,7 @@ fn slots_wanted() -> usize {
 }
 
 fn size(slots: usize) -> usize {
-    size_of::<Shared>() + slots * size_of::<Slot>()
+    size_of::<Shared>() + slots * size_of::<DatabaseSlot>()
 }
 
 // No pg_guard: another library's hook is called in it, whose ERRORs are its own.
@@ -200,18 +200,18 @@ fn shared() -> Option<&'static Shared> {
     unsafe { SHARED.load(Ordering::Acquire).as_ref() }
 }
 
-fn all_slots() -> &'static [Slot] {
+fn all_slots() -> &'static [DatabaseSlot] {
     let Some(shared) = shared() else {
         return &[];
     };
     // SAFETY: so many slots follow the block's head, whose size is a multiple of their alignment.
     unsafe {
-        let first = ptr::from_ref(shared).add(1).cast::<Slot>();
+        let first = ptr::from_ref(shared).add(1).cast::<DatabaseSlot>();
         std::slice::from_raw_parts(first, shared.slot_count.load(Ordering::Relaxed))
     }
 }
 
-const _: () = assert!(size_of::<Shared>().is_multiple_of(align_of::<Slot>()));
+const _: () = assert!(size_of::<Shared>().is_multiple_of(align_of::<DatabaseSlot>()));
 
 /// Whether the library was preloaded, so that workers can exist.
 pub fn is_attached() -> bool {
@@ -236,26 +236,26 @@ fn set_latch(latch: &AtomicPtr<pg_sys::Latch>) {
 }
 
 /// The slot of the session's own database, if it has one: a comparison, unless slots were given or taken back since.
-pub fn slot_here() -> Option<&'static Slot> {
+pub fn database_slot_here() -> Option<&'static DatabaseSlot> {
     let generation = shared()?.generation.load(Ordering::Acquire);
     let (known, slot) = HERE.get();
     if known == generation {
         return slot;
     }
     // SAFETY: a plain read of the process's own variable.
-    let slot = slot_of(unsafe { pg_sys::MyDatabaseId });
+    let slot = database_slot_of(unsafe { pg_sys::MyDatabaseId });
     HERE.set((generation, slot));
     slot
 }
 
 /// The slot of a database, if it has one.
-pub fn slot_of(database: pg_sys::Oid) -> Option<&'static Slot> {
-    slots().find(|slot| slot.database() == database)
+pub fn database_slot_of(database: pg_sys::Oid) -> Option<&'static DatabaseSlot> {
+    database_slots().find(|slot| slot.database() == database)
 }
 
 /// The slot of a database, given to it if need be; `None` when not preloaded or all are taken.
-pub fn claim_slot(database: pg_sys::Oid) -> Option<&'static Slot> {
-    if let Some(slot) = slot_of(database) {
+pub fn claim_database_slot(database: pg_sys::Oid) -> Option<&'static DatabaseSlot> {
+    if let Some(slot) = database_slot_of(database) {
         return Some(slot);
     }
     let shared = shared()?;
@@ -269,7 +269,7 @@ pub fn claim_slot(database: pg_sys::Oid) -> Option<&'static Slot> {
     shared.is_full.store(claimed.is_none(), Ordering::Release);
     let claimed = claimed?;
     // Two processes may have claimed at once: the lower slot wins, and the other is given back.
-    let winner = slot_of(database)?;
+    let winner = database_slot_of(database)?;
     if !ptr::eq(winner, claimed) {
         claimed.database.store(0, Ordering::Release);
     }
@@ -278,13 +278,13 @@ pub fn claim_slot(database: pg_sys::Oid) -> Option<&'static Slot> {
 }
 
 /// The same for the session's own database.
-pub fn claim_slot_here() -> Option<&'static Slot> {
+pub fn claim_database_slot_here() -> Option<&'static DatabaseSlot> {
     // SAFETY: a plain read of the process's own variable.
-    slot_here().or_else(|| claim_slot(unsafe { pg_sys::MyDatabaseId }))
+    database_slot_here().or_else(|| claim_database_slot(unsafe { pg_sys::MyDatabaseId }))
 }
 
 /// Takes a slot back that has no worker. For the launcher alone.
-pub fn take_back(slot: &Slot) {
+pub fn take_back(slot: &DatabaseSlot) {
     slot.set_state(SlotState::Absent);
     slot.numbers.forget();
     slot.database.store(0, Ordering::Release);
@@ -294,7 +294,7 @@ pub fn take_back(slot: &Slot) {
 }
 
 /// All slots in use.
-pub fn slots() -> impl Iterator<Item = &'static Slot> {
+pub fn database_slots() -> impl Iterator<Item = &'static DatabaseSlot> {
     all_slots().iter().filter(|s| s.database.load(Ordering::Acquire) != 0)
 }
 
@@ -304,13 +304,13 @@ pub fn is_full() -> bool {
 }
 
 /// Where a slot is, for its worker: its place, and its database, since another may have been given it meanwhile.
-pub fn address_of(slot: &'static Slot) -> u64 {
+pub fn address_of(slot: &'static DatabaseSlot) -> u64 {
     let base = all_slots().as_ptr();
-    let index = (std::ptr::from_ref(slot).addr() - base.addr()) / size_of::<Slot>();
+    let index = (std::ptr::from_ref(slot).addr() - base.addr()) / size_of::<DatabaseSlot>();
     (index as u64) << 32 | u64::from(slot.database().to_u32())
 }
 
-pub fn slot_at(address: u64) -> Option<&'static Slot> {
+pub fn database_slot_at(address: u64) -> Option<&'static DatabaseSlot> {
     let slot = all_slots().get((address >> 32) as usize)?;
     (u64::from(slot.database().to_u32()) == address & u64::from(u32::MAX)).then_some(slot)
 }
@@ -429,7 +429,7 @@ pub fn are_backends_prepared() -> bool {
     shared().is_some_and(|s| s.backends_prepared.load(Ordering::Acquire))
 }
 
-impl Slot {
+impl DatabaseSlot {
     pub fn database(&self) -> pg_sys::Oid {
         pg_sys::Oid::from(self.database.load(Ordering::Acquire))
     }
@@ -541,11 +541,11 @@ impl Slot {
     }
 
     /// The worker is about to sleep for a moment, and need not be woken.
-    pub fn sleep(&self) {
+    pub fn mark_asleep(&self) {
         self.change_work(Work::None, Work::Asleep);
     }
 
-    pub fn wake_up(&self) {
+    pub fn mark_awake(&self) {
         self.change_work(Work::Asleep, Work::None);
     }
 

@@ -44,7 +44,7 @@ fn note(change: impl FnOnce(&mut News)) {
 pub fn published() {
     if !NEWS.get().events {
         note(|n| n.events = true);
-        if let Some(slot) = shmem::slot_here() {
+        if let Some(slot) = shmem::database_slot_here() {
             slot.announce_publishing();
         }
     }
@@ -131,7 +131,7 @@ fn tell(news: News) {
     if news.databases {
         shmem::request_rescan();
     }
-    if let Some(slot) = shmem::slot_here() {
+    if let Some(slot) = shmem::database_slot_here() {
         // First: events are sent as backends are now, and with what came with them, such as the note that they are restored.
         if news.backends || news.extension {
             slot.nudge();

@@ -131,18 +131,18 @@ pub fn owner_of(relation: pg_sys::Oid) -> pg_sys::Oid {
 }
 
 /// Of a relation by the catalog as of now; nothing if it has gone.
-struct Class {
+struct RelationClass {
     owner: pg_sys::Oid,
     method: pg_sys::Oid,
 }
 
-fn class_of(relation: pg_sys::Oid) -> Class {
+fn class_of(relation: pg_sys::Oid) -> RelationClass {
     // SAFETY: a look-up within a transaction; the tuple is released once it was read.
     unsafe {
         let cache = pg_sys::SysCacheIdentifier::RELOID as i32;
         let tuple = pg_sys::SearchSysCache1(cache, pg_sys::Datum::from(relation));
         if tuple.is_null() {
-            return Class {
+            return RelationClass {
                 owner: pg_sys::InvalidOid,
                 method: pg_sys::InvalidOid,
             };
@@ -152,7 +152,7 @@ fn class_of(relation: pg_sys::Oid) -> Class {
             .cast::<u8>()
             .add((*data).t_hoff as usize)
             .cast::<pg_sys::FormData_pg_class>();
-        let found = Class {
+        let found = RelationClass {
             owner: (*class).relowner,
             method: (*class).relam,
         };

@@ -9,7 +9,7 @@ use relay::reading::range::{Position, UnderWay};
 use relay::reading::snapshot::{Snapshot, Tick};
 use std::sync::Arc;
 
-/// A lane as a column of our tables: its slot, or this where there are none.
+/// A lane as a column of our tables: its hash slot, or this where there are none.
 const NO_LANE: i32 = -1;
 
 pub(super) fn lane_number(lane: Option<u16>) -> i32 {
@@ -35,7 +35,7 @@ pub struct Standing {
     pub address: Option<String>,
 }
 
-/// Slots of which a backend has lanes.
+/// Hash slots of which a backend has lanes.
 pub fn lanes(number: i32) -> Vec<u16> {
     query(
         "select slot from outbox.cursors where backend_number = $1 and slot >= 0 order by slot",

@@ -23,9 +23,9 @@ mod hot {
             scan: pg_sys::IndexScanDesc,
             direction: pg_sys::ScanDirection::Type,
         ) -> pg_sys::ItemPointer;
-        pub fn index_fetch_heap(scan: pg_sys::IndexScanDesc, slot: *mut pg_sys::TupleTableSlot) -> bool;
+        pub fn index_fetch_heap(scan: pg_sys::IndexScanDesc, tuple_slot: *mut pg_sys::TupleTableSlot) -> bool;
         pub fn ExecFetchSlotHeapTuple(
-            slot: *mut pg_sys::TupleTableSlot,
+            tuple_slot: *mut pg_sys::TupleTableSlot,
             materialize: bool,
             should_free: *mut bool,
         ) -> pg_sys::HeapTuple;
@@ -310,7 +310,7 @@ impl EventsScan {
         const HAS_NULLS: u16 = 0x8000;
         // SAFETY: a scan of an index on (seq, backend_number) that was told to give its entries: an int8, and an int4 behind it.
         unsafe {
-            let (index_scan, slot) = ((*scan).iscan, (*scan).slot);
+            let (index_scan, tuple_slot) = ((*scan).iscan, (*scan).slot);
             for count in 1.. {
                 if hot::index_getnext_tid(index_scan, pg_sys::ScanDirection::ForwardScanDirection).is_null() {
                     break;
@@ -323,9 +323,9 @@ impl EventsScan {
                     if count >= OTHERS_AT_ONCE {
                         return Met::Others(values.cast::<i64>().read());
                     }
-                } else if hot::index_fetch_heap(index_scan, slot) {
+                } else if hot::index_fetch_heap(index_scan, tuple_slot) {
                     let mut is_copy = false;
-                    return Met::Row(hot::ExecFetchSlotHeapTuple(slot, false, &mut is_copy));
+                    return Met::Row(hot::ExecFetchSlotHeapTuple(tuple_slot, false, &mut is_copy));
                 }
             }
             Met::End

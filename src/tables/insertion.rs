@@ -59,12 +59,12 @@ unsafe extern "C-unwind" {
     );
     fn ExecOpenIndices(result: *mut pg_sys::ResultRelInfo, speculative: bool);
     fn ExecCloseIndices(result: *mut pg_sys::ResultRelInfo);
-    fn ExecStoreVirtualTuple(slot: *mut pg_sys::TupleTableSlot) -> *mut pg_sys::TupleTableSlot;
-    fn ExecDropSingleTupleTableSlot(slot: *mut pg_sys::TupleTableSlot);
+    fn ExecStoreVirtualTuple(tuple_slot: *mut pg_sys::TupleTableSlot) -> *mut pg_sys::TupleTableSlot;
+    fn ExecDropSingleTupleTableSlot(tuple_slot: *mut pg_sys::TupleTableSlot);
     #[cfg(feature = "pg15")]
     fn ExecInsertIndexTuples(
         result: *mut pg_sys::ResultRelInfo,
-        slot: *mut pg_sys::TupleTableSlot,
+        tuple_slot: *mut pg_sys::TupleTableSlot,
         estate: *mut pg_sys::EState,
         update: bool,
         no_duplicate_error: bool,
@@ -74,7 +74,7 @@ unsafe extern "C-unwind" {
     #[cfg(not(feature = "pg15"))]
     fn ExecInsertIndexTuples(
         result: *mut pg_sys::ResultRelInfo,
-        slot: *mut pg_sys::TupleTableSlot,
+        tuple_slot: *mut pg_sys::TupleTableSlot,
         estate: *mut pg_sys::EState,
         update: bool,
         no_duplicate_error: bool,
@@ -141,7 +141,7 @@ enum Way {
     Straight {
         estate: *mut pg_sys::EState,
         result: *mut pg_sys::ResultRelInfo,
-        slot: *mut pg_sys::TupleTableSlot,
+        tuple_slot: *mut pg_sys::TupleTableSlot,
     },
     /// An INSERT statement, planned.
     Statement {
@@ -178,8 +178,12 @@ impl Insertion {
         // SAFETY: the caller's promise.
         unsafe {
             match self.way {
-                Way::Straight { estate, result, slot } => {
-                    insert_straight(self.relation, estate, result, slot, row);
+                Way::Straight {
+                    estate,
+                    result,
+                    tuple_slot,
+                } => {
+                    insert_straight(self.relation, estate, result, tuple_slot, row);
                     true
                 }
                 Way::Statement { text, plans, params } => {
@@ -197,8 +201,13 @@ impl Insertion {
     pub unsafe fn close(self) {
         // SAFETY: closes what open() opened; the lock is kept until the end of the transaction, as any writer's.
         unsafe {
-            if let Way::Straight { estate, result, slot } = self.way {
-                ExecDropSingleTupleTableSlot(slot);
+            if let Way::Straight {
+                estate,
+                result,
+                tuple_slot,
+            } = self.way
+            {
+                ExecDropSingleTupleTableSlot(tuple_slot);
                 ExecCloseIndices(result);
                 FreeExecutorState(estate);
             }
@@ -284,8 +293,12 @@ unsafe fn straight(relation: pg_sys::Relation) -> Way {
         let result = palloc0(size_of::<pg_sys::ResultRelInfo>()).cast::<pg_sys::ResultRelInfo>();
         InitResultRelInfo(result, relation, 0, std::ptr::null_mut(), 0);
         ExecOpenIndices(result, false);
-        let slot = table_slot_create(relation, std::ptr::null_mut());
-        Way::Straight { estate, result, slot }
+        let tuple_slot = table_slot_create(relation, std::ptr::null_mut());
+        Way::Straight {
+            estate,
+            result,
+            tuple_slot,
+        }
     }
 }
 
@@ -295,30 +308,32 @@ unsafe fn insert_straight(
     relation: pg_sys::Relation,
     estate: *mut pg_sys::EState,
     result: *mut pg_sys::ResultRelInfo,
-    slot: *mut pg_sys::TupleTableSlot,
+    tuple_slot: *mut pg_sys::TupleTableSlot,
     row: &NewRow,
 ) {
-    // SAFETY: the executor's own steps for one row; the slot's arrays are as long as its descriptor, which was looked at. The slot and the
+    // SAFETY: the executor's own steps for one row; the tuple slot's arrays are as long as its descriptor, which was looked at. The tuple slot and the
     // table have these functions always.
     unsafe {
         let columns = (*(*relation).rd_att).natts as usize;
-        if let Some(clear) = (*(*slot).tts_ops).clear {
-            clear(slot);
+        if let Some(clear) = (*(*tuple_slot).tts_ops).clear {
+            clear(tuple_slot);
         }
-        (*slot)
+        (*tuple_slot)
             .tts_values
             .copy_from_nonoverlapping(row.values.as_ptr(), columns);
-        (*slot).tts_isnull.copy_from_nonoverlapping(row.nulls.as_ptr(), columns);
-        ExecStoreVirtualTuple(slot);
+        (*tuple_slot)
+            .tts_isnull
+            .copy_from_nonoverlapping(row.nulls.as_ptr(), columns);
+        ExecStoreVirtualTuple(tuple_slot);
         let command = GetCurrentCommandId(true);
         if let Some(insert) = (*(*relation).rd_tableam).tuple_insert {
-            insert(relation, slot, command, 0, std::ptr::null_mut());
+            insert(relation, tuple_slot, command, 0, std::ptr::null_mut());
         }
         let (none, arbiters) = (std::ptr::null_mut(), std::ptr::null_mut());
         #[cfg(feature = "pg15")]
-        ExecInsertIndexTuples(result, slot, estate, false, false, none, arbiters);
+        ExecInsertIndexTuples(result, tuple_slot, estate, false, false, none, arbiters);
         #[cfg(not(feature = "pg15"))]
-        ExecInsertIndexTuples(result, slot, estate, false, false, none, arbiters, false);
+        ExecInsertIndexTuples(result, tuple_slot, estate, false, false, none, arbiters, false);
     }
 }
 

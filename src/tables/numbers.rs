@@ -6,7 +6,7 @@
 
 use crate::server::guc::LogLevel;
 use crate::server::process::log;
-use crate::server::shmem::{self, Slot};
+use crate::server::shmem::{self, DatabaseSlot};
 use crate::tables::catalog::{self, Relations};
 use crate::tables::events::EventsTable;
 use crate::tables::row::{Columns, Row, attribute};
@@ -121,12 +121,12 @@ fn raise(relations: &Relations, seq: i64) {
 }
 
 /// Of this session's database; `None`: not preloaded.
-fn slot() -> Option<&'static Slot> {
-    shmem::claim_slot_here()
+fn slot() -> Option<&'static DatabaseSlot> {
+    shmem::claim_database_slot_here()
 }
 
 /// Finds the highest number after a start. On a standby it is found each time: rows come without us.
-fn find(relations: &Relations, slot: &Slot) -> i64 {
+fn find(relations: &Relations, slot: &DatabaseSlot) -> i64 {
     let found = highest_kept(relations);
     // SAFETY: reads shared state.
     if unsafe { pg_sys::RecoveryInProgress() } {

@@ -130,7 +130,7 @@ pub fn heal(number: i32, lane: Option<u16>, own_stream: &str, batch_number: u64)
             &[number.into(), (batch_number as i64).into()],
         ),
         // Each lane counts its own batches.
-        Some(slot) => run(
+        Some(hash_slot) => run(
             "update outbox.refused_events r set accepted_in = null from outbox.events e
             where e.seq = r.seq and r.backend_number = $1 and r.accepted_in > $2
                 and outbox.hash_slot(coalesce(e.stream, $3)) = $4",
@@ -138,7 +138,7 @@ pub fn heal(number: i32, lane: Option<u16>, own_stream: &str, batch_number: u64)
                 number.into(),
                 (batch_number as i64).into(),
                 argument(own_stream),
-                i32::from(slot).into(),
+                i32::from(hash_slot).into(),
             ],
         ),
     };

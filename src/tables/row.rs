@@ -5,7 +5,7 @@ use crate::server::encoding::{has_utf8_form, utf8};
 use pgrx::{pg_sys, varlena};
 use relay::event::Event;
 use relay::reading::range::Key;
-use relay::redis::slot::slot_of;
+use relay::redis::hash_slot::hash_slot_of;
 use std::borrow::Cow;
 
 /// Attribute numbers of `outbox.events`, in the order of the SQL script; the first ones of `scheduled_events` and
@@ -122,12 +122,12 @@ impl Row {
     }
 
     /// The hash slot of its stream; one that names none is in its backend's. Allocates as [`Self::text`].
-    pub fn slot(&self, own_stream: &str) -> u16 {
+    pub fn hash_slot(&self, own_stream: &str) -> u16 {
         // SAFETY: the attribute is of type text.
         let named = self
             .get(attribute::STREAM)
-            .map(|d| unsafe { slot_of_text(bytes_of(d)) });
-        named.unwrap_or_else(|| slot_of(own_stream.as_bytes()))
+            .map(|d| unsafe { hash_slot_of_text(bytes_of(d)) });
+        named.unwrap_or_else(|| hash_slot_of(own_stream.as_bytes()))
     }
 
     /// Calls `f` with the row as an event.
@@ -150,13 +150,13 @@ impl Row {
     }
 }
 
-/// The hash slot of a stream's name in the database's encoding. One that has no UTF-8 form is nobody's stream, and has a slot all the
+/// The hash slot of a stream's name in the database's encoding. One that has no UTF-8 form is nobody's stream, and has a hash slot all the
 /// same: a view, or a dump, is not to end over it.
-pub fn slot_of_text(name: &[u8]) -> u16 {
+pub fn hash_slot_of_text(name: &[u8]) -> u16 {
     match has_utf8_form(name) {
         // SAFETY: text of a row, in the database's encoding.
-        Ok(()) => slot_of(unsafe { utf8(name) }.as_bytes()),
-        Err(_) => slot_of(name),
+        Ok(()) => hash_slot_of(unsafe { utf8(name) }.as_bytes()),
+        Err(_) => hash_slot_of(name),
     }
 }
 

@@ -10,14 +10,14 @@ use crate::server::random;
 use crate::server::report;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{PgSqlErrorCode, pg_sys};
-use relay::seal::{self, Key, NONCE_BYTES};
+use relay::seal::{self, NONCE_BYTES, SealKey};
 use std::ffi::{CStr, CString};
 
 const SERVER: &CStr = c"outbox_relay";
 const OPTION: &CStr = c"key";
 
 /// The key, if there is one; it is made when the first password is set. Within a transaction.
-pub fn key() -> Option<Key> {
+pub fn key() -> Option<SealKey> {
     // SAFETY: look-ups within a transaction; the option's text lies in the transaction's memory.
     unsafe {
         let server = pg_sys::GetForeignServerByName(SERVER.as_ptr(), true);
@@ -46,8 +46,8 @@ pub fn key() -> Option<Key> {
 }
 
 /// Makes the key. By the catalog's own function: its text is in no statement that somebody could log.
-fn make_key() -> Key {
-    let key: Key = random::bytes();
+fn make_key() -> SealKey {
+    let key: SealKey = random::bytes();
     let text = CString::new(seal::key_text(&key)).unwrap_or_default();
     // SAFETY: within a transaction, in the name of the server's owner; all nodes are of the current memory context.
     unsafe {

@@ -18,8 +18,8 @@ const LOOK_AFTER: Duration = Duration::from_millis(250);
 impl Worker {
     /// Starts the senders that are due, as far as there is room for them.
     pub(super) fn connect(&mut self, now: Now) {
-        self.room.tell();
-        let most = self.room.most();
+        self.permits.tell();
+        let most = self.permits.most();
         let count = self.backends.iter().filter(|b| b.connects()).count();
         let kept = if count <= most { count } else { most - most.div_ceil(4) };
         let (mut rank, mut waiting, mut in_turn, mut queue) = (0, 0, 0, Vec::new());
@@ -31,7 +31,7 @@ impl Worker {
             rank += 1;
             backend.takes_turns = rank > kept;
             match (backend.wants_sender(now), backend.takes_turns) {
-                (true, false) if self.room.free() > 0 => backend.connect(now, &self.waker, &mut self.room),
+                (true, false) if self.permits.free() > 0 => backend.connect(now, &self.waker, &mut self.permits),
                 // For a thread that was let go and has not ended.
                 (true, false) => {
                     backend.wait_for_turn(now);
@@ -42,11 +42,11 @@ impl Worker {
             }
         }
         queue.sort_unstable();
-        let free = (most - kept).saturating_sub(in_turn).min(self.room.free());
+        let free = (most - kept).saturating_sub(in_turn).min(self.permits.free());
         for (nth, (_, index)) in queue.iter().enumerate() {
             let backend = &mut self.backends[*index];
             match nth < free {
-                true => backend.connect(now, &self.waker, &mut self.room),
+                true => backend.connect(now, &self.waker, &mut self.permits),
                 false => backend.wait_for_turn(now),
             }
         }

@@ -2,12 +2,12 @@
 
 use crate::server::guc::LogLevel;
 use crate::server::process::log;
-use crate::server::shmem::{Slot, SlotState};
+use crate::server::shmem::{DatabaseSlot, SlotState};
 use pgrx::pg_sys;
 
 /// Ends the process, after a log line with the reason, unless it never came to work here. Code 0, so that Postgres logs nothing: whether
 /// it comes back is the launcher's business.
-pub(super) fn leave_process(slot: &Slot, state: SlotState, database: &str, reason: &str) -> ! {
+pub(super) fn leave_process(slot: &DatabaseSlot, state: SlotState, database: &str, reason: &str) -> ! {
     if slot.state() != SlotState::Starting {
         log(
             LogLevel::Info,

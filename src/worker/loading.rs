@@ -21,9 +21,9 @@ use crate::worker::state::Loaded;
 use crate::worker::state::{SETTLE_AT_CHANGE, Worker};
 use crate::worker::task::Task;
 use pgrx::pg_sys;
-use relay::delivery::Mode;
+use relay::delivery::Guarantee;
 use relay::reading::snapshot::{FIRST_NORMAL_XID, Tick};
-use relay::redis::slot::slot_of;
+use relay::redis::hash_slot::hash_slot_of;
 use relay::time::Now;
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -181,7 +181,10 @@ impl Worker {
         }
         (self.generation, self.settings_changed) = (next_generation, false);
         for backend in &mut self.backends {
-            if backend.delivery.mode() == Mode::AtLeastOnce && backend.is_restored() && backend.may_compare(now) {
+            if backend.delivery.guarantee() == Guarantee::AtLeastOnce
+                && backend.is_restored()
+                && backend.may_compare(now)
+            {
                 recovery::give_up_comparing(backend)?;
             }
         }
@@ -369,19 +372,19 @@ fn missing_lanes<'a>(backends: impl Iterator<Item = &'a Backend> + Clone, home: 
             .filter_map(|b| b.lane.filter(|_| b.number == number))
             .collect();
         let saved = cursors::lanes(number);
-        for slot in saved.iter().filter(|slot| !known.contains(slot)) {
+        for hash_slot in saved.iter().filter(|slot| !known.contains(slot)) {
             let (role, row) = (finder.role_of_lanes(), finder.row.clone());
-            missing.push(Backend::load(number, Some(*slot), role, row, home));
+            missing.push(Backend::load(number, Some(*hash_slot), role, row, home));
         }
         if !finder.is_finder() {
             continue;
         }
         // Events that wait as refused since before the backend was a cluster's: the finder has come past them.
         let waiting = refused::refused_streams(number, &finder.stream).into_iter();
-        let waiting: BTreeSet<u16> = waiting.map(|(stream, _)| slot_of(stream.as_bytes())).collect();
-        for slot in waiting {
-            if !known.contains(&slot) && !saved.contains(&slot) {
-                let mut lane = finder.new_lane(slot, finder.delivery.acked().clone(), home);
+        let waiting: BTreeSet<u16> = waiting.map(|(stream, _)| hash_slot_of(stream.as_bytes())).collect();
+        for hash_slot in waiting {
+            if !known.contains(&hash_slot) && !saved.contains(&hash_slot) {
+                let mut lane = finder.new_lane(hash_slot, finder.delivery.acked().clone(), home);
                 lane.save_new();
                 missing.push(lane);
             }

@@ -18,10 +18,10 @@ mod loading;
 mod mended;
 mod mending;
 mod pass;
+mod permits;
 mod purge;
 mod reading;
 mod recovery;
-mod room;
 mod scheduled;
 mod state;
 mod task;
@@ -60,13 +60,13 @@ const RELEASE_AT_END: Duration = Duration::from_millis(100);
 /// After an ERROR that no task accounts for.
 const ERROR_WAIT: Duration = Duration::from_secs(1);
 
-/// Entry point of the process; the argument is the index of its slot.
+/// Entry point of the process; the argument is its database's slot in shared memory.
 #[pg_guard]
 #[unsafe(no_mangle)]
 pub extern "C-unwind" fn outbox_relay_worker(argument: pg_sys::Datum) {
     process::end_without_exit_handlers();
     process::take_signals();
-    let Some(slot) = shmem::slot_at(argument.value() as u64) else {
+    let Some(slot) = shmem::database_slot_at(argument.value() as u64) else {
         return;
     };
     // SAFETY: once, at the start of a worker that asked for a database connection.
@@ -88,7 +88,7 @@ pub extern "C-unwind" fn outbox_relay_worker(argument: pg_sys::Datum) {
 #[pg_guard]
 // SAFETY: called by Postgres alone, when the process ends.
 unsafe extern "C-unwind" fn leave(_code: i32, argument: pg_sys::Datum) {
-    if let Some(slot) = shmem::slot_at(argument.value() as u64) {
+    if let Some(slot) = shmem::database_slot_at(argument.value() as u64) {
         // SAFETY: a plain read of the process's own variable.
         slot.detach(unsafe { pg_sys::MyProcPid });
         shmem::wake_launcher();
@@ -132,9 +132,9 @@ impl Worker {
     fn wait(&mut self, timeout: Option<Duration>) {
         let rest = self.pace.rest(self.now());
         if !rest.is_zero() && self.has_read_all() {
-            self.slot.sleep();
+            self.slot.mark_asleep();
             process::wait_briefly(rest);
-            self.slot.wake_up();
+            self.slot.mark_awake();
             return;
         }
         self.show_idle();

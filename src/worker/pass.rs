@@ -6,10 +6,10 @@ use crate::tables::catalog::{self, Relations};
 use crate::tables::events::EventsTable;
 use crate::tables::row::{Row, attribute};
 use crate::tables::{backends, refused};
-use crate::worker::backend::{BATCH_BYTES, Backend, BuiltBatch, Load, OpenBatch, Role};
+use crate::worker::backend::{BATCH_BYTES, Backend, BuiltBatch, OpenBatch, Role};
 use pgrx::pg_sys;
 use relay::delivery::RowFate;
-use relay::delivery::flight::{Entry, Room};
+use relay::delivery::flight::{BatchedEvent, Contents, Window};
 use relay::delivery::refusal::{MOST_ATTEMPTS, Record, Retry};
 use relay::fault::{self, Point};
 use relay::reading::range::{Key, Position, RangeScan, Scan, Step, Table};
@@ -174,7 +174,7 @@ pub struct Reader {
     pub end: Position,
     /// It met a row for which it has no room.
     pub stopped: bool,
-    /// That row's slot has no lane.
+    /// That row's hash slot has no lane.
     pub found: Option<u16>,
 }
 
@@ -213,7 +213,7 @@ impl Reader {
 
     /// Whether it can wait for others: it has enough to do, or nothing to send.
     fn can_wait(&self, backend: &Backend) -> bool {
-        let room = Room {
+        let room = Window {
             batches: self.batches_left,
             bytes: self.bytes_left,
         };
@@ -225,7 +225,7 @@ impl Reader {
             self.bytes_left = self.bytes_left.saturating_sub(batch.bytes.len());
             self.built.push(BuiltBatch {
                 batch,
-                load: Load::Rows { end },
+                contents: Contents::Rows { end },
             });
         }
     }
@@ -247,7 +247,7 @@ struct Pass<'a> {
     seq: i64,
     /// Numbers of all backends; rows of any other are the strays' reader's.
     known: Vec<i32>,
-    /// Lanes of all backends, by backend and slot; empty as long as none is a cluster's.
+    /// Lanes of all backends, by backend and hash slot; empty as long as none is a cluster's.
     lanes: BTreeSet<(i32, Option<u16>)>,
     backends: &'a mut [Backend],
     readers: Vec<Reader>,
@@ -348,12 +348,12 @@ impl Pass<'_> {
             .all(|r| r.stopped || r.can_wait(&self.backends[r.index]))
     }
 
-    /// The same in a cluster: the lane of the row's slot, or who finds those that have none.
+    /// The same in a cluster: the lane of the row's hash slot, or who finds those that have none.
     fn lane_of(&self, number: i32, row: &Row, rows: &RowMemory) -> Option<usize> {
         let mut of_number = self.readers.iter().filter(|r| r.number == number);
         let backend = &self.backends[of_number.next()?.index];
-        let slot = rows.within(|| row.slot(&backend.stream));
-        let lane = Some(slot).filter(|slot| self.lanes.contains(&(number, Some(*slot))));
+        let hash_slot = rows.within(|| row.hash_slot(&backend.stream));
+        let lane = Some(hash_slot).filter(|slot| self.lanes.contains(&(number, Some(*slot))));
         let is_its = |r: &Reader| r.number == number && r.lane == lane && !r.stopped;
         self.readers.iter().position(is_its)
     }
@@ -398,7 +398,7 @@ impl Pass<'_> {
                 return true;
             }
             Role::Finder => {
-                reader.found = Some(row.with_event(|event| backend.slot_of(event)));
+                reader.found = Some(row.with_event(|event| backend.hash_slot_of(event)));
                 return false;
             }
             Role::Redis => {}
@@ -512,7 +512,7 @@ pub fn refused_batch(backend: &mut Backend, retries: &[Retry]) -> Retried {
     } else {
         retried.batch = Some(BuiltBatch {
             batch,
-            load: Load::Again { all },
+            contents: Contents::Waiting { all },
         });
     }
     retried
@@ -552,11 +552,11 @@ pub fn fail_waiting(backend: &Backend, failing: &[(Rc<str>, Rc<str>)], count: us
     (records, through)
 }
 
-fn entry(row: &Row, stream: Rc<str>) -> Entry {
+fn entry(row: &Row, stream: Rc<str>) -> BatchedEvent {
     let max_retries = row
         .i32(attribute::MAX_RETRIES)
         .unwrap_or_else(|| guc::MAX_RETRIES.get());
-    Entry {
+    BatchedEvent {
         seq: row.key().seq,
         stream,
         // A row may have come past the trigger.

@@ -88,7 +88,7 @@ impl Worker {
             more |= reads;
             let is_all_read = is_all_read && !backend.is_held();
             if !waits && backend.reads_for_redis() && backend.delivery.rest(is_all_read) {
-                backend.recovered(now);
+                backend.note_recovery(now);
             }
         }
         more
@@ -220,7 +220,7 @@ impl Worker {
             return false;
         }
         let backend = &self.backends[index];
-        // Behind a slow lane, the first event of a slot that has none is not to wait.
+        // Behind a slow lane, the first event of a hash slot that has none is not to wait.
         if backend.is_finder() || (backend.reads_for_redis() && !backend.delivery.can_wait()) {
             return true;
         }
@@ -243,18 +243,18 @@ impl Worker {
         self.backends.iter().any(|b| b.wants_tick(now) && counts(b))
     }
 
-    /// A lane for a slot that has none, where its finder stands: saved before that goes on.
-    fn add_lane(&mut self, finder: usize, slot: u16, at: Position, now: Now) -> Result<(), Aborted> {
+    /// A lane for a hash slot that has none, where its finder stands: saved before that goes on.
+    fn add_lane(&mut self, finder: usize, hash_slot: u16, at: Position, now: Now) -> Result<(), Aborted> {
         let number = self.backends[finder].number;
         let lanes = self.backends.iter().filter(|b| b.number == number && b.lane.is_some());
         if lanes.count() >= MOST_LANES {
             let wait = guc::millis(&guc::POLL_INTERVAL_MS);
-            self.backends[finder].no_lane_left(slot, wait, now);
+            self.backends[finder].no_lane_left(hash_slot, wait, now);
             return Ok(());
         }
         let (finder, home) = (&self.backends[finder], &self.home);
         let lane = process::transaction(|| {
-            let mut lane = finder.new_lane(slot, at, home);
+            let mut lane = finder.new_lane(hash_slot, at, home);
             lane.save_new();
             lane
         })?;
@@ -380,10 +380,10 @@ impl Worker {
                 process::show_activity(Some(&activity));
             }
             match reader.found {
-                Some(slot) => {
+                Some(hash_slot) => {
                     let task = Task::AddLane(self.backends[reader.index].whose());
                     if self
-                        .attempt(task, now, |w| w.add_lane(reader.index, slot, end, now))
+                        .attempt(task, now, |w| w.add_lane(reader.index, hash_slot, end, now))
                         .is_none()
                     {
                         self.backends[reader.index].rests_until = now + LANE_PAUSE;

@@ -1,13 +1,13 @@
 //! What a worker knows from round to round.
 
 use crate::server::process;
-use crate::server::shmem::Slot;
+use crate::server::shmem::DatabaseSlot;
 use crate::tables::identity::Identity;
 use crate::worker::backend::{Backend, Home};
 use crate::worker::held::Scheduled;
 use crate::worker::mended::Mending;
+use crate::worker::permits::SenderPermits;
 use crate::worker::purge::Purge;
-use crate::worker::room::Room;
 use crate::worker::task::Task;
 use crate::worker::turns::Turns;
 use pgrx::pg_sys;
@@ -43,7 +43,7 @@ pub(super) enum Loaded {
 }
 
 pub(super) struct Worker {
-    pub(super) slot: &'static Slot,
+    pub(super) slot: &'static DatabaseSlot,
     pub(super) started: Instant,
     pub(super) home: Home,
     /// Known once the extension is.
@@ -84,7 +84,7 @@ pub(super) struct Worker {
     /// All senders write to it.
     pub(super) waker: Arc<UnixStream>,
     pub(super) woken: UnixStream,
-    pub(super) room: Room,
+    pub(super) permits: SenderPermits,
     pub(super) turns: Turns,
     pub(super) purge: Purge,
     pub(super) mending: Mending,
@@ -92,7 +92,7 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    pub(super) fn new(slot: &'static Slot) -> Self {
+    pub(super) fn new(slot: &'static DatabaseSlot) -> Self {
         let pair = UnixStream::pair().and_then(|(a, b)| {
             a.set_nonblocking(true)?;
             b.set_nonblocking(true)?;
@@ -128,7 +128,7 @@ impl Worker {
             logged_error: None,
             waker: Arc::new(waker),
             woken,
-            room: Room::new(),
+            permits: SenderPermits::new(),
             turns: Turns::default(),
             purge: Purge::default(),
             mending: Mending::default(),

@@ -177,7 +177,7 @@ fn a_database_that_waits_for_a_process_says_so() {
 #[test]
 fn a_slot_is_free_again_when_its_database_has_gone() {
     let mut pg = Postgres::builder().faults().stopped();
-    pg.mutation("few_slots");
+    pg.mutation("few_database_slots");
     pg.start_again();
     for n in 0..6 {
         pg.exec(&format!("create database plain{n}"));

@@ -23,7 +23,7 @@ pub fn is_backends(refusal: &Refusal) -> bool {
 
 /// An event on its way, as far as its fate needs it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Entry {
+pub struct BatchedEvent {
     pub seq: i64,
     pub stream: Rc<str>,
     /// Attempts in all before it fails, if Redis refuses it.
@@ -32,12 +32,12 @@ pub struct Entry {
 
 /// See [`Delivery::room`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Room {
+pub struct Window {
     pub batches: usize,
     pub bytes: usize,
 }
 
-impl Room {
+impl Window {
     /// Whether what is on its way takes a quarter of the window or more: enough to do while others are waited for.
     pub fn can_wait(self) -> bool {
         self.batches <= WINDOW_BATCHES / 4 * 3 || self.bytes <= WINDOW_BYTES / 4 * 3
@@ -49,17 +49,17 @@ impl Room {
     }
 }
 
-/// What a batch was made of.
-pub(super) enum Load {
-    /// Rows read in order; all acknowledged, the cursor stands at `end`.
+/// What a batch is made of.
+pub enum Contents {
+    /// Rows that were read in order. When all are acknowledged, the cursor stands at `end`.
     Rows { end: Position },
-    /// Events that wait in the table of refused ones, tried again.
-    Again,
+    /// Events that wait in the table of refused ones, tried again, those of a stream together; `all`: streams of which no other waits.
+    Waiting { all: Vec<Rc<str>> },
 }
 
 pub(super) struct Flight {
-    pub(super) entries: Vec<Entry>,
-    pub(super) load: Load,
+    pub(super) entries: Vec<BatchedEvent>,
+    pub(super) contents: Contents,
     pub(super) bytes: usize,
     /// Rows of `Delivery::ahead` that lie before it.
     pub(super) aside: Vec<i64>,
@@ -68,15 +68,15 @@ pub(super) struct Flight {
 impl Flight {
     /// The streams whose waiting events it tries again, each once.
     pub(super) fn retried(&self) -> Vec<Rc<str>> {
-        match self.load {
-            Load::Again => streams_of(&self.entries),
-            Load::Rows { .. } => Vec::new(),
+        match self.contents {
+            Contents::Waiting { .. } => streams_of(&self.entries),
+            Contents::Rows { .. } => Vec::new(),
         }
     }
 }
 
 /// Events of one stream stand together.
-pub(super) fn streams_of(entries: &[Entry]) -> Vec<Rc<str>> {
+pub(super) fn streams_of(entries: &[BatchedEvent]) -> Vec<Rc<str>> {
     let mut streams: Vec<Rc<str>> = entries.iter().map(|e| e.stream.clone()).collect();
     streams.dedup();
     streams

@@ -1,11 +1,11 @@
 //! What a delivery does with a guard (exactly_once): numbers of batches, where it stands after a claim, and a batch that was appended
 //! whole or not at all.
 
-use crate::delivery::flight::{Flight, Load};
+use crate::delivery::flight::{Contents, Flight};
 use crate::delivery::flight::{Refusal, WINDOW_BATCHES};
 use crate::delivery::refusal::Record;
 use crate::delivery::reread::Reread;
-use crate::delivery::{Cursor, Delivery, Link, Mode};
+use crate::delivery::{ConnectionState, Cursor, Delivery, Guarantee};
 use crate::failure::Failure;
 use crate::guard::Mark;
 use crate::guard::epoch::LAST_NUMBER;
@@ -45,13 +45,13 @@ impl Delivery {
 
     /// What is in flight may be appended, whatever becomes of its replies.
     pub(super) fn doubt_flights(&mut self) {
-        if self.mode != Mode::ExactlyOnce || self.in_doubt.is_none() || self.flights.is_empty() {
+        if self.guarantee != Guarantee::ExactlyOnce || self.in_doubt.is_none() || self.flights.is_empty() {
             return;
         }
         let first = self.next_number();
         let mut position = self.acked.clone();
         for index in 0..self.flights.len() {
-            if let Load::Rows { end } = &self.flights[index].load {
+            if let Contents::Rows { end } = &self.flights[index].contents {
                 position = end.clone();
             }
             self.doubt((first + index as u64, position.clone()));
@@ -84,8 +84,8 @@ impl Delivery {
     /// Whether the next batches would have numbers of the next claim: it is time for that.
     pub fn has_used_up_numbers(&self) -> bool {
         let last = self.next_number() + WINDOW_BATCHES as u64;
-        self.mode == Mode::ExactlyOnce
-            && self.link == Link::Up
+        self.guarantee == Guarantee::ExactlyOnce
+            && self.connection == ConnectionState::Up
             && self.floor > 0
             && epoch_of(last) > epoch_of(self.floor)
     }
@@ -147,7 +147,7 @@ impl Delivery {
 
     /// Whether waiting events must wait for rows that are read again.
     pub(super) fn is_rereading(&self) -> bool {
-        self.mode == Mode::ExactlyOnce && self.reread.is_some()
+        self.guarantee == Guarantee::ExactlyOnce && self.reread.is_some()
     }
 
     /// Whether to look up if a row is written down.
@@ -157,9 +157,9 @@ impl Delivery {
 
     /// What the next batch tells the guard; `end`: where its rows end, `None` for one of waiting events.
     pub fn mark<'a>(&'a self, end: Option<&'a Position>) -> Mark<'a> {
-        let before = self.flights.iter().rev().find_map(|flight| match &flight.load {
-            Load::Rows { end } => Some(end),
-            Load::Again => None,
+        let before = self.flights.iter().rev().find_map(|flight| match &flight.contents {
+            Contents::Rows { end } => Some(end),
+            Contents::Waiting { .. } => None,
         });
         let previous = before.unwrap_or(&self.acked);
         Mark {
@@ -193,7 +193,11 @@ impl Delivery {
     /// With exactly_once, waiting events go alone: the guard speaks of one batch, and what became of them is written down before
     /// the next.
     pub(super) fn retries_alone(&self) -> bool {
-        self.mode == Mode::ExactlyOnce && self.flights.iter().any(|f| matches!(f.load, Load::Again))
+        self.guarantee == Guarantee::ExactlyOnce
+            && self
+                .flights
+                .iter()
+                .any(|f| matches!(f.contents, Contents::Waiting { .. }))
     }
 
     /// A batch was appended whole, but for what was refused.
@@ -207,7 +211,7 @@ impl Delivery {
         self.failures = 0;
         self.trouble = None;
         // The guard can tell of the last batch alone which of its events were refused, or which that waited were accepted.
-        let stops = !refused.is_empty() || matches!(flight.load, Load::Again);
+        let stops = !refused.is_empty() || matches!(flight.contents, Contents::Waiting { .. });
         let count = flight.entries.len();
         let records = self.land(flight, count, refused, now, random);
         if stops {
@@ -223,7 +227,7 @@ impl Delivery {
         let Some(flight) = self.flights.pop_front() else {
             return Vec::new();
         };
-        let again = matches!(flight.load, Load::Again);
+        let again = matches!(flight.contents, Contents::Waiting { .. });
         if let Some(last) = flight.entries.last().filter(|_| !again) {
             // Others of this batch may belong before what was refused.
             let stale = self.acked.under_way.is_none().then(|| self.acked.newest().clone());
@@ -254,18 +258,18 @@ impl Delivery {
 
     fn stop(&mut self) {
         self.rewind();
-        self.link = Link::Stopped;
+        self.connection = ConnectionState::Stopped;
     }
 
     /// Whether [`Self::resume`] is due as soon as all records are written down.
     pub fn is_stopped(&self) -> bool {
-        self.link == Link::Stopped
+        self.connection == ConnectionState::Stopped
     }
 
     /// All records are written down.
     pub fn resume(&mut self) {
-        if self.link == Link::Stopped {
-            self.link = Link::Up;
+        if self.connection == ConnectionState::Stopped {
+            self.connection = ConnectionState::Up;
         }
     }
 }
@@ -285,7 +289,7 @@ mod tests {
             delay: Duration::ZERO,
             max_delay: Duration::ZERO,
         };
-        let mut delivery = Delivery::new(Mode::ExactlyOnce, cursor, Streams::default(), backoff);
+        let mut delivery = Delivery::new(Guarantee::ExactlyOnce, cursor, Streams::default(), backoff);
         delivery.begin_epoch(epoch);
         delivery.connected();
         delivery

@@ -23,9 +23,9 @@ mod reread;
 mod waiting;
 
 use crate::delivery::backoff::Backoff;
-use crate::delivery::flight::Entry;
-use crate::delivery::flight::Room;
-use crate::delivery::flight::{Flight, Load, WINDOW_BYTES, streams_of};
+use crate::delivery::flight::BatchedEvent;
+use crate::delivery::flight::Window;
+use crate::delivery::flight::{Contents, Flight, WINDOW_BYTES, streams_of};
 use crate::delivery::flight::{Refusal, WINDOW_BATCHES, is_backends};
 use crate::delivery::refusal::{Record, Retry, Streams};
 use crate::delivery::reread::Reread;
@@ -38,7 +38,7 @@ use std::time::Duration;
 
 /// How a backend's batches are appended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mode {
+pub enum Guarantee {
     AtLeastOnce,
     ExactlyOnce,
 }
@@ -55,7 +55,7 @@ const HASTY_FAILURES: u32 = 100;
 const ASKED_PAUSE: Duration = Duration::from_secs(1);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Link {
+enum ConnectionState {
     Down {
         retry_at: Now,
     },
@@ -95,7 +95,7 @@ impl State {
 
 /// See the module's text.
 pub struct Delivery {
-    mode: Mode,
+    guarantee: Guarantee,
     /// The last batch that is known to be appended (exactly_once).
     number: u64,
     /// Batches of this connection have numbers above this.
@@ -108,7 +108,7 @@ pub struct Delivery {
     in_flight_bytes: usize,
     /// So many may be.
     window_bytes: usize,
-    link: Link,
+    connection: ConnectionState,
     /// Failures of the backend in a row.
     failures: u32,
     /// When it is next tried, or was, because somebody had asked.
@@ -151,13 +151,13 @@ pub struct Cursor {
 
 impl Delivery {
     /// Starts down, to connect at once, at a saved cursor and with the streams that have refused events waiting.
-    pub fn new(mode: Mode, cursor: Cursor, streams: Streams, backoff: Backoff) -> Self {
+    pub fn new(guarantee: Guarantee, cursor: Cursor, streams: Streams, backoff: Backoff) -> Self {
         let Cursor {
             position: cursor,
             number,
         } = cursor;
         Self {
-            mode,
+            guarantee,
             number,
             floor: 0,
             reread_to: 0,
@@ -169,7 +169,7 @@ impl Delivery {
             flights: VecDeque::new(),
             in_flight_bytes: 0,
             window_bytes: WINDOW_BYTES,
-            link: Link::Down { retry_at: Now::ZERO },
+            connection: ConnectionState::Down { retry_at: Now::ZERO },
             failures: 0,
             asked_at: None,
             unasked: None,
@@ -208,7 +208,7 @@ impl Delivery {
 
     /// Somebody has asked for an attempt: there is one, but not more than one each second, and if it fails the wait goes on as if nobody had.
     pub fn retry_asked(&mut self, now: Now) {
-        let Link::Down { retry_at } = &mut self.link else {
+        let ConnectionState::Down { retry_at } = &mut self.connection else {
             return;
         };
         let at = self.asked_at.map_or(now, |last| now.max(last + ASKED_PAUSE));
@@ -221,31 +221,34 @@ impl Delivery {
     /// The settings changed: forget the wait.
     pub fn retry_now(&mut self) {
         self.unasked = None;
-        if let Link::Down { retry_at } = &mut self.link {
+        if let ConnectionState::Down { retry_at } = &mut self.connection {
             *retry_at = Now::ZERO;
         }
     }
 
     /// Whether a sender is to be started now.
     pub fn wants_connection(&self, now: Now) -> bool {
-        matches!(self.link, Link::Down { retry_at } if retry_at <= now)
+        matches!(self.connection, ConnectionState::Down { retry_at } if retry_at <= now)
     }
 
     /// When that will be, if it is down.
     pub fn connects_at(&self) -> Option<Now> {
-        match self.link {
-            Link::Down { retry_at } => Some(retry_at),
-            Link::Connecting | Link::Up | Link::Draining { .. } | Link::Stopped => None,
+        match self.connection {
+            ConnectionState::Down { retry_at } => Some(retry_at),
+            ConnectionState::Connecting
+            | ConnectionState::Up
+            | ConnectionState::Draining { .. }
+            | ConnectionState::Stopped => None,
         }
     }
 
     pub fn connecting(&mut self) {
-        self.link = Link::Connecting;
+        self.connection = ConnectionState::Connecting;
     }
 
     /// It should be up by now, but its sender has not failed either: somebody answers, slowly or much. False: that is not so.
     pub fn takes_long(&mut self, failure: Failure) -> bool {
-        let is_so = self.link == Link::Connecting;
+        let is_so = self.connection == ConnectionState::Connecting;
         if is_so {
             self.trouble.get_or_insert(failure);
         }
@@ -255,20 +258,20 @@ impl Delivery {
     /// Logged in, and with exactly_once: the guard is ours, and what it says was taken in.
     pub fn connected(&mut self) {
         self.unasked = None;
-        self.link = Link::Up;
+        self.connection = ConnectionState::Up;
     }
 
     pub fn is_up(&self) -> bool {
-        matches!(self.link, Link::Up | Link::Stopped)
+        matches!(self.connection, ConnectionState::Up | ConnectionState::Stopped)
     }
 
-    pub fn mode(&self) -> Mode {
-        self.mode
+    pub fn guarantee(&self) -> Guarantee {
+        self.guarantee
     }
 
     /// For the next connection.
-    pub fn set_mode(&mut self, mode: Mode) {
-        self.mode = mode;
+    pub fn set_guarantee(&mut self, guarantee: Guarantee) {
+        self.guarantee = guarantee;
     }
 
     /// All up to here is settled.
@@ -286,17 +289,17 @@ impl Delivery {
 
     /// How many batches, and of how many bytes, may be handed to the sender; `None`: not one. A batch may be begun while any
     /// bytes are left, so that a single large event always fits.
-    pub fn room(&self) -> Option<Room> {
+    pub fn room(&self) -> Option<Window> {
         if self.makes_way || self.retries_alone() {
             return None;
         }
         let room = self.window();
-        (self.link == Link::Up && room.batches > 0 && room.bytes > 0).then_some(room)
+        (self.connection == ConnectionState::Up && room.batches > 0 && room.bytes > 0).then_some(room)
     }
 
     /// Whether a reader that has this much room can wait until there is more: its sender has enough to do meanwhile.
     pub fn can_wait(&self) -> bool {
-        self.link == Link::Up && self.window().can_wait()
+        self.connection == ConnectionState::Up && self.window().can_wait()
     }
 
     /// Whether reading is worth a pass now: there is ample room, or it cannot wait.
@@ -304,8 +307,8 @@ impl Delivery {
         !self.can_wait() || self.window().is_ample()
     }
 
-    fn window(&self) -> Room {
-        Room {
+    fn window(&self) -> Window {
+        Window {
             batches: WINDOW_BATCHES.saturating_sub(self.flights.len()),
             bytes: self.window_bytes.saturating_sub(self.in_flight_bytes),
         }
@@ -346,11 +349,14 @@ impl Delivery {
 
     /// When something is due without any report: the next attempt of the backend or of a stream.
     pub fn due_at(&self) -> Option<Now> {
-        match self.link {
-            Link::Down { retry_at } => Some(retry_at),
-            Link::Up if self.has_room() && !self.is_rereading() => self.streams.next_retry_at(),
+        match self.connection {
+            ConnectionState::Down { retry_at } => Some(retry_at),
+            ConnectionState::Up if self.has_room() && !self.is_rereading() => self.streams.next_retry_at(),
             // A report will come.
-            Link::Up | Link::Connecting | Link::Draining { .. } | Link::Stopped => None,
+            ConnectionState::Up
+            | ConnectionState::Connecting
+            | ConnectionState::Draining { .. }
+            | ConnectionState::Stopped => None,
         }
     }
 
@@ -376,13 +382,18 @@ impl Delivery {
     /// that alone, and as many streams as `heads` says; `followers` of the others. Empty: none. What is not sent is to be told to
     /// [`Self::stream_cleared`] or [`Self::stream_put_back`].
     pub fn streams_to_retry(&mut self, now: Now, heads: usize, followers: usize) -> Vec<Retry> {
-        if self.link == Link::Up && !self.flights.iter().any(|f| matches!(f.load, Load::Again)) {
+        if self.connection == ConnectionState::Up
+            && !self
+                .flights
+                .iter()
+                .any(|f| matches!(f.contents, Contents::Waiting { .. }))
+        {
             self.streams.retried(now);
         }
         if self.is_rereading() {
             return Vec::new();
         }
-        if self.mode == Mode::ExactlyOnce && !self.flights.is_empty() {
+        if self.guarantee == Guarantee::ExactlyOnce && !self.flights.is_empty() {
             self.makes_way = self.streams.next_retry_at().is_some_and(|at| at <= now);
             return Vec::new();
         }
@@ -444,32 +455,23 @@ impl Delivery {
         self.settle();
     }
 
-    /// A batch of rows went to the sender; its last row ends at `end`.
-    pub fn sent(&mut self, entries: Vec<Entry>, end: Position, bytes: usize) {
-        let aside = std::mem::take(&mut self.aside);
-        self.take_off(Flight {
+    /// A batch went to the sender. Streams of which no other event waits are not blocked any more: what is read of them from now on goes
+    /// behind the batch.
+    pub fn sent(&mut self, entries: Vec<BatchedEvent>, contents: Contents, bytes: usize) {
+        let aside = match &contents {
+            Contents::Rows { .. } => std::mem::take(&mut self.aside),
+            Contents::Waiting { all } => {
+                all.iter().for_each(|stream| self.streams.released(stream));
+                Vec::new()
+            }
+        };
+        self.in_flight_bytes += bytes;
+        self.flights.push_back(Flight {
             entries,
-            load: Load::Rows { end },
+            contents,
             bytes,
             aside,
         });
-    }
-
-    /// A batch of waiting events went to the sender, those of a stream together; `all`: streams of which no other waits. What is read of
-    /// those from now on needs not wait either: it goes behind them.
-    pub fn sent_again(&mut self, entries: Vec<Entry>, bytes: usize, all: &[Rc<str>]) {
-        all.iter().for_each(|stream| self.streams.released(stream));
-        self.take_off(Flight {
-            entries,
-            load: Load::Again,
-            bytes,
-            aside: Vec::new(),
-        });
-    }
-
-    fn take_off(&mut self, flight: Flight) {
-        self.in_flight_bytes += flight.bytes;
-        self.flights.push_back(flight);
     }
 
     /// All replies of the oldest batch are there. Returns what must be recorded before the cursor is saved.
@@ -478,18 +480,18 @@ impl Delivery {
             return Vec::new();
         };
         self.in_flight_bytes -= flight.bytes;
-        if self.mode == Mode::ExactlyOnce {
+        if self.guarantee == Guarantee::ExactlyOnce {
             return self.appended(flight, refused, now, random);
         }
         let count = flight.entries.len();
         let blamed = refused.iter().find(|r| is_backends(r)).map(|r| r.1.clone());
         let records = self.land(flight, count, refused, now, random);
         match blamed {
-            Some(failure) if self.link == Link::Up => {
+            Some(failure) if self.connection == ConnectionState::Up => {
                 let retry_at = self.failed(failure, now, random);
-                self.link = Link::Draining { retry_at };
+                self.connection = ConnectionState::Draining { retry_at };
             }
-            None if self.link == Link::Up => {
+            None if self.connection == ConnectionState::Up => {
                 self.failures = 0;
                 self.trouble = None;
             }
@@ -502,12 +504,12 @@ impl Delivery {
 
     /// Whether the sender is to be let go: its last reply blamed the backend and no more are to come.
     pub fn is_drained(&self) -> bool {
-        matches!(self.link, Link::Draining { .. }) && self.flights.is_empty()
+        matches!(self.connection, ConnectionState::Draining { .. }) && self.flights.is_empty()
     }
 
     /// Goes down after [`Self::is_drained`].
     pub fn drained(&mut self) {
-        if let Link::Draining { retry_at } = self.link {
+        if let ConnectionState::Draining { retry_at } = self.connection {
             self.go_down(retry_at);
         }
     }
@@ -527,7 +529,7 @@ impl Delivery {
             None => Vec::new(),
         };
         // A connection that had worked may just have been closed for idling: look again at once, but only once.
-        let fresh = self.failures == 0 && self.link == Link::Up && failure.class == Class::Backend;
+        let fresh = self.failures == 0 && self.connection == ConnectionState::Up && failure.class == Class::Backend;
         let retry_at = self.failed(failure, now, random);
         if fresh {
             self.trouble = None;
@@ -540,7 +542,7 @@ impl Delivery {
     /// may not be read yet, of which something may be known.
     pub fn rest(&mut self, is_all_read: bool) -> bool {
         let is_calm = self.streams.next_retry_at().is_none() && self.streams.to_fail(1).is_empty();
-        let rests = self.link == Link::Up && self.flights.is_empty() && is_calm;
+        let rests = self.connection == ConnectionState::Up && self.flights.is_empty() && is_calm;
         if rests {
             self.failures = 0;
         }
@@ -586,7 +588,7 @@ impl Delivery {
 
     fn go_down(&mut self, retry_at: Now) {
         self.rewind();
-        self.link = Link::Down { retry_at };
+        self.connection = ConnectionState::Down { retry_at };
     }
 
     /// Reads on from what was acknowledged; what is in flight, if anything, is none of ours any more.
@@ -610,13 +612,13 @@ impl Delivery {
         let whole = known == flight.entries.len() && !refused.iter().any(is_backends);
         let mut records = Vec::new();
         let mut refused = refused.into_iter().peekable();
-        let (again, ends_range) = match &flight.load {
-            Load::Rows { end } => (false, end.under_way.is_none()),
-            Load::Again => (true, false),
+        let (again, ends_range) = match &flight.contents {
+            Contents::Rows { end } => (false, end.under_way.is_none()),
+            Contents::Waiting { .. } => (true, false),
         };
         // Set at the first entry that is not settled; the cursor cannot pass it. No position stands for a part of a batch
         // that ends with its range.
-        let mut gap = matches!(self.link, Link::Draining { .. }) || (!whole && ends_range);
+        let mut gap = matches!(self.connection, ConnectionState::Draining { .. }) || (!whole && ends_range);
         let mut settled: Option<i64> = None;
         for (index, entry) in flight.entries.iter().enumerate().take(known) {
             match refused.next_if(|r| r.0 == index) {
@@ -636,8 +638,8 @@ impl Delivery {
                 self.ahead.insert(entry.seq);
             }
         }
-        match flight.load {
-            Load::Again => {
+        match flight.contents {
+            Contents::Waiting { .. } => {
                 for stream in streams_of(&flight.entries) {
                     self.streams.end_retry(&stream);
                     if !whole {
@@ -645,14 +647,14 @@ impl Delivery {
                     }
                 }
             }
-            Load::Rows { end } if whole && !gap => {
+            Contents::Rows { end } if whole && !gap => {
                 self.ack(end);
                 for seq in &flight.aside {
                     self.ahead.remove(seq);
                     self.found.remove(seq);
                 }
             }
-            Load::Rows { end } => {
+            Contents::Rows { end } => {
                 if let (Some(seq), Some(under_way)) = (settled, end.under_way) {
                     self.ack(Position::towards(end.from, under_way.to, seq));
                 }
@@ -661,7 +663,7 @@ impl Delivery {
         records
     }
 
-    fn refused(&mut self, entry: &Entry, again: bool, failure: &Failure, now: Now, random: f64) -> Record {
+    fn refused(&mut self, entry: &BatchedEvent, again: bool, failure: &Failure, now: Now, random: f64) -> Record {
         let backoff = &self.backoff;
         let wait = |attempt| backoff.wait(attempt, random);
         self.streams.refused(entry, again, failure, now, wait)
@@ -669,8 +671,8 @@ impl Delivery {
 
     /// With nothing in flight, all that was read is settled.
     fn settle(&mut self) {
-        let rows_in_flight = self.flights.iter().any(|f| matches!(f.load, Load::Rows { .. }));
-        if !rows_in_flight && !matches!(self.link, Link::Draining { .. }) {
+        let rows_in_flight = self.flights.iter().any(|f| matches!(f.contents, Contents::Rows { .. }));
+        if !rows_in_flight && !matches!(self.connection, ConnectionState::Draining { .. }) {
             self.ack(self.read.clone());
             for seq in self.aside.drain(..) {
                 self.ahead.remove(&seq);

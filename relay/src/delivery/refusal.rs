@@ -7,7 +7,7 @@
 //! There may be a hundred thousand such streams: nothing here looks at all of them, but when settings change. What they cost is bounded:
 //! attempts have a share of the time (`waiting.rs`), and streams a share of the memory.
 
-use crate::delivery::flight::Entry;
+use crate::delivery::flight::BatchedEvent;
 use crate::delivery::waiting::{Budget, Waiting};
 use crate::failure::Failure;
 use crate::time::Now;
@@ -40,7 +40,7 @@ pub enum Record {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Trouble {
+enum StreamState {
     /// Events wait; the head had `attempts`.
     Blocked {
         attempts: u32,
@@ -66,7 +66,7 @@ pub struct Retry {
 #[derive(Default)]
 pub struct Streams {
     /// Sorted, so that a run can be replayed.
-    troubled: BTreeMap<Rc<str>, Trouble>,
+    troubled: BTreeMap<Rc<str>, StreamState>,
     /// Those that are blocked and not being tried.
     waiting: Waiting,
     budget: Budget,
@@ -94,7 +94,7 @@ impl Streams {
         for (name, attempts) in streams {
             all.set(
                 Rc::from(name),
-                Trouble::Blocked {
+                StreamState::Blocked {
                     attempts,
                     retry_at: Now::ZERO,
                     retrying: false,
@@ -104,45 +104,45 @@ impl Streams {
         all
     }
 
-    /// The one place where a stream's trouble changes.
-    fn set(&mut self, stream: Rc<str>, trouble: Trouble) {
+    /// The one place where a stream's state changes.
+    fn set(&mut self, stream: Rc<str>, state: StreamState) {
         self.forget(&stream);
         self.bytes += bytes_of(&stream);
-        match &trouble {
-            Trouble::Blocked { retrying: true, .. } | Trouble::Following { sending: true } => {
+        match &state {
+            StreamState::Blocked { retrying: true, .. } | StreamState::Following { sending: true } => {
                 self.busy.insert(stream.clone());
             }
-            Trouble::Blocked { attempts, retry_at, .. } => {
+            StreamState::Blocked { attempts, retry_at, .. } => {
                 self.waiting.insert(*attempts, *retry_at, stream.clone());
             }
-            Trouble::Following { .. } => self.following.push_back(stream.clone()),
-            Trouble::Failing { .. } => {
+            StreamState::Following { .. } => self.following.push_back(stream.clone()),
+            StreamState::Failing { .. } => {
                 self.failing.insert(stream.clone());
             }
-            Trouble::Exhausted => self.exhausted += 1,
+            StreamState::Exhausted => self.exhausted += 1,
         }
-        self.troubled.insert(stream, trouble);
+        self.troubled.insert(stream, state);
     }
 
     /// The stream is well.
     fn forget(&mut self, stream: &Rc<str>) {
-        let trouble = self.troubled.remove(stream);
-        if trouble.is_some() {
+        let state = self.troubled.remove(stream);
+        if state.is_some() {
             self.bytes -= bytes_of(stream);
         }
-        match trouble {
-            Some(Trouble::Blocked { retrying: true, .. } | Trouble::Following { sending: true }) => {
+        match state {
+            Some(StreamState::Blocked { retrying: true, .. } | StreamState::Following { sending: true }) => {
                 self.busy.remove(stream);
             }
-            Some(Trouble::Blocked { attempts, retry_at, .. }) => {
+            Some(StreamState::Blocked { attempts, retry_at, .. }) => {
                 self.waiting.remove(attempts, retry_at, stream);
             }
-            Some(Trouble::Failing { .. }) => {
+            Some(StreamState::Failing { .. }) => {
                 self.failing.remove(stream);
             }
-            Some(Trouble::Exhausted) => self.exhausted -= 1,
+            Some(StreamState::Exhausted) => self.exhausted -= 1,
             // Its place in the queue is passed over.
-            Some(Trouble::Following { .. }) | None => {}
+            Some(StreamState::Following { .. }) | None => {}
         }
     }
 
@@ -151,7 +151,7 @@ impl Streams {
         !self.troubled.is_empty()
             && matches!(
                 self.troubled.get(stream),
-                Some(Trouble::Blocked { .. } | Trouble::Following { .. } | Trouble::Failing { .. })
+                Some(StreamState::Blocked { .. } | StreamState::Following { .. } | StreamState::Failing { .. })
             )
     }
 
@@ -165,7 +165,7 @@ impl Streams {
     }
 
     fn may_follow(&self, stream: &Rc<str>) -> bool {
-        self.troubled.get(stream) == Some(&Trouble::Following { sending: false })
+        self.troubled.get(stream) == Some(&StreamState::Following { sending: false })
     }
 
     /// Streams to be tried again now in one batch, marked as such: heads of those that are due, at most `heads`, and events that follow,
@@ -207,8 +207,8 @@ impl Streams {
         let mut due = Vec::new();
         for stream in std::mem::take(&mut self.innocent) {
             let count = match self.troubled.get(&stream) {
-                Some(Trouble::Blocked { retrying: false, .. }) => 1,
-                Some(Trouble::Following { sending: false }) => followers,
+                Some(StreamState::Blocked { retrying: false, .. }) => 1,
+                Some(StreamState::Following { sending: false }) => followers,
                 _ => continue,
             };
             self.retrying(&stream);
@@ -233,18 +233,18 @@ impl Streams {
 
     /// Streams are tried again at `latest` at the latest, by the attempts of their heads.
     pub(crate) fn hasten(&mut self, latest: impl Fn(u32) -> Now) {
-        for trouble in self.troubled.values_mut() {
-            if let Trouble::Blocked { attempts, retry_at, .. } = trouble {
+        for state in self.troubled.values_mut() {
+            if let StreamState::Blocked { attempts, retry_at, .. } = state {
                 *retry_at = latest(*attempts).min(*retry_at);
             }
         }
         self.waiting = Waiting::default();
-        for (stream, trouble) in &self.troubled {
-            if let Trouble::Blocked {
+        for (stream, state) in &self.troubled {
+            if let StreamState::Blocked {
                 attempts,
                 retry_at,
                 retrying: false,
-            } = trouble
+            } = state
             {
                 self.waiting.insert(*attempts, *retry_at, stream.clone());
             }
@@ -258,7 +258,7 @@ impl Streams {
 
     /// All that waited in a stream whose head was accepted is on its way: nothing needs to wait behind it.
     pub(crate) fn released(&mut self, stream: &Rc<str>) {
-        if matches!(self.troubled.get(stream), Some(Trouble::Following { .. })) {
+        if matches!(self.troubled.get(stream), Some(StreamState::Following { .. })) {
             self.forget(stream);
         }
     }
@@ -266,7 +266,7 @@ impl Streams {
     /// What was on its way is in doubt, and still in the table.
     pub(crate) fn waits_again(&mut self, stream: &Rc<str>) {
         if !self.troubled.contains_key(stream) {
-            self.set(stream.clone(), Trouble::Following { sending: false });
+            self.set(stream.clone(), StreamState::Following { sending: false });
         }
     }
 
@@ -281,20 +281,20 @@ impl Streams {
     }
 
     fn mark(&mut self, stream: &Rc<str>, busy: bool) {
-        let trouble = match self.troubled.get(stream) {
-            Some(Trouble::Blocked {
+        let state = match self.troubled.get(stream) {
+            Some(StreamState::Blocked {
                 attempts,
                 retry_at,
                 retrying,
-            }) if *retrying != busy => Trouble::Blocked {
+            }) if *retrying != busy => StreamState::Blocked {
                 attempts: *attempts,
                 retry_at: *retry_at,
                 retrying: busy,
             },
-            Some(Trouble::Following { sending }) if *sending != busy => Trouble::Following { sending: busy },
+            Some(StreamState::Following { sending }) if *sending != busy => StreamState::Following { sending: busy },
             _ => return,
         };
-        self.set(stream.clone(), trouble);
+        self.set(stream.clone(), state);
     }
 
     /// The connection is gone: nothing is being retried.
@@ -307,7 +307,7 @@ impl Streams {
     /// Streams of which all that waits is to fail, at most `count`, with the reason.
     pub fn to_fail(&self, count: usize) -> Vec<(Rc<str>, Rc<str>)> {
         let reason = |stream: &Rc<str>| match self.troubled.get(stream) {
-            Some(Trouble::Failing { error }) => Some((stream.clone(), error.clone())),
+            Some(StreamState::Failing { error }) => Some((stream.clone(), error.clone())),
             _ => None,
         };
         self.failing.iter().take(count).filter_map(reason).collect()
@@ -325,7 +325,7 @@ impl Streams {
         self.budget = other.budget.clone();
         for (stream, error) in other.to_fail(usize::MAX) {
             if self.troubled.contains_key(&stream) {
-                self.set(stream, Trouble::Failing { error });
+                self.set(stream, StreamState::Failing { error });
             }
         }
     }
@@ -333,23 +333,23 @@ impl Streams {
     fn exhaust(&mut self, stream: Rc<str>) {
         if self.exhausted >= REMEMBERED_STREAMS {
             let bytes = &mut self.bytes;
-            self.troubled.retain(|stream, trouble| {
-                let stays = *trouble != Trouble::Exhausted;
+            self.troubled.retain(|stream, state| {
+                let stays = *state != StreamState::Exhausted;
                 *bytes -= if stays { 0 } else { bytes_of(stream) };
                 stays
             });
             self.exhausted = 0;
         }
-        self.set(stream, Trouble::Exhausted);
+        self.set(stream, StreamState::Exhausted);
     }
 
     /// An event was accepted; `again`: it had been waiting.
-    pub(crate) fn accepted(&mut self, entry: &Entry, again: bool) -> Option<Record> {
+    pub(crate) fn accepted(&mut self, entry: &BatchedEvent, again: bool) -> Option<Record> {
         match self.troubled.get(&entry.stream) {
-            Some(Trouble::Blocked { retrying: true, .. }) if again => {
-                self.set(entry.stream.clone(), Trouble::Following { sending: true });
+            Some(StreamState::Blocked { retrying: true, .. }) if again => {
+                self.set(entry.stream.clone(), StreamState::Following { sending: true });
             }
-            Some(Trouble::Exhausted) => self.forget(&entry.stream),
+            Some(StreamState::Exhausted) => self.forget(&entry.stream),
             _ => {}
         }
         again.then_some(Record::Accepted { seq: entry.seq })
@@ -358,7 +358,7 @@ impl Streams {
     /// An event was refused; `again`: it had been waiting.
     pub(crate) fn refused(
         &mut self,
-        entry: &Entry,
+        entry: &BatchedEvent,
         again: bool,
         failure: &Failure,
         now: Now,
@@ -367,29 +367,31 @@ impl Streams {
         let (seq, error): (i64, Rc<str>) = (entry.seq, Rc::from(failure.message.as_str()));
         let attempts = match self.troubled.get(&entry.stream) {
             // Behind the head: it was on its way already.
-            Some(Trouble::Blocked { .. } | Trouble::Following { .. } | Trouble::Failing { .. }) if !again => {
+            Some(StreamState::Blocked { .. } | StreamState::Following { .. } | StreamState::Failing { .. })
+                if !again =>
+            {
                 return Record::Park {
                     seq,
                     attempts: 1,
                     error,
                 };
             }
-            Some(Trouble::Blocked { retrying: false, .. } | Trouble::Failing { .. }) => {
+            Some(StreamState::Blocked { retrying: false, .. } | StreamState::Failing { .. }) => {
                 return Record::RefusedAgain {
                     seq,
                     attempts: 1,
                     error,
                 };
             }
-            Some(Trouble::Exhausted) => {
+            Some(StreamState::Exhausted) => {
                 return Record::Fail {
                     seq,
                     attempts: 1,
                     error,
                 };
             }
-            Some(Trouble::Blocked { attempts, .. }) => attempts + 1,
-            Some(Trouble::Following { .. }) | None => 1,
+            Some(StreamState::Blocked { attempts, .. }) => attempts + 1,
+            Some(StreamState::Following { .. }) | None => 1,
         };
         if again {
             self.budget.refused();
@@ -401,7 +403,7 @@ impl Streams {
             return Record::Fail { seq, attempts, error };
         }
         if attempts < entry.max_attempts {
-            let blocked = Trouble::Blocked {
+            let blocked = StreamState::Blocked {
                 attempts,
                 retry_at: now + wait(attempts),
                 retrying: false,
@@ -414,7 +416,7 @@ impl Streams {
         }
         match again {
             // Others may wait behind it.
-            true => self.set(entry.stream.clone(), Trouble::Failing { error: error.clone() }),
+            true => self.set(entry.stream.clone(), StreamState::Failing { error: error.clone() }),
             false => self.exhaust(entry.stream.clone()),
         }
         Record::Fail { seq, attempts, error }
@@ -422,7 +424,7 @@ impl Streams {
 
     /// The replies of a retry were looked at.
     pub(crate) fn end_retry(&mut self, stream: &Rc<str>) {
-        if let Some(Trouble::Following { sending: true }) = self.troubled.get(stream) {
+        if let Some(StreamState::Following { sending: true }) = self.troubled.get(stream) {
             self.rests(stream);
         }
     }

@@ -124,14 +124,14 @@ impl Budget {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::delivery::flight::Entry;
+    use crate::delivery::flight::BatchedEvent;
     use crate::delivery::refusal::{Record, Streams};
     use crate::failure::{Class, Failure};
 
     const MS: Duration = Duration::from_millis(1);
 
     fn refuse(streams: &mut Streams, stream: &Rc<str>, again: bool, now: Now) -> Record {
-        let entry = Entry {
+        let entry = BatchedEvent {
             seq: 1,
             stream: stream.clone(),
             max_attempts: 1_000,
@@ -184,7 +184,7 @@ mod tests {
         for (count, is_accepted) in [(10_000, true), (50, false)] {
             let mut streams = crowd(count);
             for retry in streams.due(MS, 100, 100) {
-                let entry = Entry {
+                let entry = BatchedEvent {
                     seq: 1,
                     stream: retry.stream.clone(),
                     max_attempts: 1_000,

@@ -4,7 +4,7 @@ use crate::event::text::{hyphenated, rfc3339};
 use std::sync::Arc;
 
 /// What an event is known by in its stream: its id and its timestamp, as they stand in the entry.
-pub(crate) type Name = ([u8; 36], [u8; 32]);
+pub(crate) type EventName = ([u8; 36], [u8; 32]);
 
 /// An event that is looked for.
 #[derive(Clone, Debug)]
@@ -17,7 +17,7 @@ pub struct Wanted {
 }
 
 impl Wanted {
-    pub(crate) fn name(&self) -> Name {
+    pub(crate) fn name(&self) -> EventName {
         (hyphenated(&self.event_id), rfc3339(self.created_at_us))
     }
 }

@@ -118,14 +118,14 @@ pub enum Decision {
 /// What is remembered of a guard that is being watched.
 #[derive(Default)]
 pub struct Watch {
-    seen: Option<Seen>,
+    seen: Option<Sighting>,
     /// It has moved under our eyes.
     moved: bool,
     /// Refreshes that must be missed.
     missable: u32,
 }
 
-struct Seen {
+struct Sighting {
     mark: (String, u64, u64),
     interval: Duration,
     since: Now,
@@ -156,7 +156,7 @@ impl Watch {
         }
         let looked_at = now;
         let interval = guard.interval;
-        self.seen = Some(Seen {
+        self.seen = Some(Sighting {
             mark,
             interval,
             since,

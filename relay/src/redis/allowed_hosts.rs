@@ -13,11 +13,11 @@ use wildmatch::WildMatch;
 #[derive(Clone, Debug, Default)]
 pub struct AllowedHosts {
     text: String,
-    entries: Vec<Entry>,
+    rules: Vec<Rule>,
 }
 
 #[derive(Clone, Debug)]
-enum Entry {
+enum Rule {
     /// `*`
     Everywhere,
     /// A glob, in lower case.
@@ -32,35 +32,35 @@ impl AllowedHosts {
     pub fn allows_name(&self, host: &str) -> bool {
         // An address is none, or "10.*" could be had as a name.
         let name = Some(plain(host)).filter(|name| name.parse::<IpAddr>().is_err());
-        self.entries.iter().any(|entry| match (entry, &name) {
-            (Entry::Everywhere, _) => true,
-            (Entry::Name(glob), Some(name)) => glob.matches(name),
+        self.rules.iter().any(|rule| match (rule, &name) {
+            (Rule::Everywhere, _) => true,
+            (Rule::Name(glob), Some(name)) => glob.matches(name),
             _ => false,
         })
     }
 
     pub fn allows_address(&self, address: IpAddr) -> bool {
         let address = address.to_canonical();
-        self.entries.iter().any(|entry| match entry {
-            Entry::Everywhere => true,
-            Entry::Network(network) => network.contains(&address),
-            Entry::Name(_) | Entry::Path(_) => false,
+        self.rules.iter().any(|rule| match rule {
+            Rule::Everywhere => true,
+            Rule::Network(network) => network.contains(&address),
+            Rule::Name(_) | Rule::Path(_) => false,
         })
     }
 
     /// Whether some address might be allowed: otherwise there is no need to ask for those of a name.
     pub fn has_addresses(&self) -> bool {
-        let is_one = |entry: &Entry| matches!(entry, Entry::Everywhere | Entry::Network(_));
-        self.entries.iter().any(is_one)
+        let is_one = |rule: &Rule| matches!(rule, Rule::Everywhere | Rule::Network(_));
+        self.rules.iter().any(is_one)
     }
 
     /// A path that leads upwards could leave what a glob means.
     pub fn allows_path(&self, path: &Path) -> bool {
         let is_straight = !path.components().any(|part| part == Component::ParentDir);
-        self.entries.iter().any(|entry| match entry {
-            Entry::Everywhere => true,
-            Entry::Path(glob) => is_straight && path.to_str().is_some_and(|path| glob.matches(path)),
-            Entry::Name(_) | Entry::Network(_) => false,
+        self.rules.iter().any(|rule| match rule {
+            Rule::Everywhere => true,
+            Rule::Path(glob) => is_straight && path.to_str().is_some_and(|path| glob.matches(path)),
+            Rule::Name(_) | Rule::Network(_) => false,
         })
     }
 }
@@ -79,34 +79,34 @@ impl FromStr for AllowedHosts {
 
     /// An empty text allows nothing.
     fn from_str(text: &str) -> Result<Self, String> {
-        let entries = match text.trim() {
+        let rules = match text.trim() {
             "" => Vec::new(),
-            list => list.split(',').map(|e| entry(e.trim())).collect::<Result<_, _>>()?,
+            list => list.split(',').map(|e| rule(e.trim())).collect::<Result<_, _>>()?,
         };
         let text = text.to_owned();
-        Ok(Self { text, entries })
+        Ok(Self { text, rules })
     }
 }
 
-fn entry(text: &str) -> Result<Entry, String> {
+fn rule(text: &str) -> Result<Rule, String> {
     if text.is_empty() {
-        return Err("An entry is empty.".to_owned());
+        return Err("An rule is empty.".to_owned());
     }
     if text == "*" {
-        return Ok(Entry::Everywhere);
+        return Ok(Rule::Everywhere);
     }
     if text.starts_with('/') {
-        return Ok(Entry::Path(WildMatch::new(text)));
+        return Ok(Rule::Path(WildMatch::new(text)));
     }
     if text.contains('/') {
         let network = text
             .parse()
             .map_err(|_| format!("\"{text}\" is no network such as 10.0.0.0/8."))?;
-        return Ok(Entry::Network(network));
+        return Ok(Rule::Network(network));
     }
     let bare = text.strip_prefix('[').and_then(|t| t.strip_suffix(']')).unwrap_or(text);
     if let Ok(address) = bare.parse::<IpAddr>() {
-        return Ok(Entry::Network(address.to_canonical().into()));
+        return Ok(Rule::Network(address.to_canonical().into()));
     }
     if text.contains(':') {
         return Err(format!("\"{text}\" is no address; ports cannot be listed."));
@@ -120,7 +120,7 @@ fn entry(text: &str) -> Result<Entry, String> {
             "\"{text}\" is neither a name nor an address; write networks as 10.0.0.0/8."
         ));
     }
-    Ok(Entry::Name(WildMatch::new(&plain(text))))
+    Ok(Rule::Name(WildMatch::new(&plain(text))))
 }
 
 /// As names are compared: in lower case, without the dot that may end them.

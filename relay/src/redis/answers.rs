@@ -54,7 +54,7 @@ pub fn is_replica(reply: &Value) -> bool {
     matches!(role, Some(Value::BulkString(role)) if role != b"master")
 }
 
-/// `MOVED slot host:port`.
+/// `MOVED hash-slot host:port`.
 pub fn redirect_in(message: &str) -> Option<(u16, Address)> {
     let mut words = message.strip_prefix("MOVED ")?.split_whitespace();
     let slot = words.next()?.parse().ok()?;
@@ -64,9 +64,9 @@ pub fn redirect_in(message: &str) -> Option<(u16, Address)> {
     is_host(&host).then_some((slot, Address::Tcp { host, port }))
 }
 
-/// Slots that one master serves.
+/// Hash slots that one master serves.
 pub struct Range {
-    pub slots: std::ops::RangeInclusive<u16>,
+    pub hash_slots: std::ops::RangeInclusive<u16>,
     /// An error: what is told of it is no address.
     pub master: Result<Address, Failure>,
 }
@@ -87,8 +87,8 @@ fn no_cluster() -> Failure {
 
 fn range_in(range: Reply<'_>, asked: &Address) -> Option<Result<Range, Failure>> {
     let mut parts = range.items()?;
-    let mut slot = || u16::try_from(parts.next()?.number()?).ok();
-    let slots = slot()?..=slot()?;
+    let mut number = || u16::try_from(parts.next()?.number()?).ok();
+    let hash_slots = number()?..=number()?;
     let mut master = parts.next()?.items()?;
     let (host, port) = (master.next()?, master.next()?.number()?);
     let port = u16::try_from(port).ok()?;
@@ -101,7 +101,7 @@ fn range_in(range: Reply<'_>, asked: &Address) -> Option<Result<Range, Failure>>
         (host, _) => host_in(host),
     };
     let master = host.map(|host| Address::Tcp { host, port });
-    Some(Ok(Range { slots, master }))
+    Some(Ok(Range { hash_slots, master }))
 }
 
 #[cfg(test)]
@@ -158,7 +158,7 @@ mod tests {
         let found = ranges(reply.as_bytes()).unwrap();
         let found: Vec<_> = found
             .iter()
-            .map(|r| (*r.slots.end(), r.master.as_ref().unwrap().to_string()))
+            .map(|r| (*r.hash_slots.end(), r.master.as_ref().unwrap().to_string()))
             .collect();
         let expected = [(5, "10.0.0.1:1"), (6, "here:2"), (16_383, "here:3")].map(|(end, m)| (end, m.to_owned()));
         assert_eq!(found, expected);

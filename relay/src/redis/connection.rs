@@ -19,7 +19,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// A connection that has logged in, chosen its database and answered a PING.
-pub struct Link {
+pub struct Connection {
     stream: Stream,
     inbox: Inbox,
     /// For each reply and each write as a whole.
@@ -36,7 +36,7 @@ enum Stream {
     Unix(UnixStream),
 }
 
-impl Link {
+impl Connection {
     /// Blocks for at most `connect_timeout` for each address that the host's name stands for (and, beyond our reach, the
     /// resolver's own time), for the handshake of TLS, and for each step of logging in.
     pub fn open(destination: &Destination) -> Result<Self, Failure> {
@@ -45,18 +45,18 @@ impl Link {
 
     /// The same at another address, with everything else that the destination says.
     pub fn open_at(destination: &Destination, address: &Address) -> Result<Self, Failure> {
-        let mut link = Self {
+        let mut connection = Self {
             stream: Stream::open(destination, address)?,
             inbox: Inbox::default(),
             timeout: destination.connect_timeout,
             deadline: None,
             is_shortened: false,
         };
-        link.set_timeout(destination.connect_timeout)?;
-        link.log_in(destination)?;
-        link.set_timeout(destination.socket_timeout)?;
-        link.introduce(destination)?;
-        Ok(link)
+        connection.set_timeout(destination.connect_timeout)?;
+        connection.log_in(destination)?;
+        connection.set_timeout(destination.socket_timeout)?;
+        connection.introduce(destination)?;
+        Ok(connection)
     }
 
     fn set_timeout(&mut self, timeout: Duration) -> Result<(), Failure> {
@@ -429,7 +429,7 @@ mod tests {
             client_name: "test".to_owned(),
             connect_timeout: Duration::from_secs(5),
             socket_timeout: Duration::from_millis(400),
-            delivery: crate::redis::destination::Delivery::AtLeastOnce { replicas: None },
+            protocol: crate::redis::destination::Protocol::AtLeastOnce { replicas: None },
         }
     }
 
@@ -448,9 +448,9 @@ mod tests {
 
     #[track_caller]
     fn assert_given_up_in_time(address: Address) {
-        let mut link = Link::open(&destination(address)).expect("a connection");
+        let mut connection = Connection::open(&destination(address)).expect("a connection");
         let start = Instant::now();
-        let failure = link.receive(&Bounds::guard()).err().expect("no whole reply");
+        let failure = connection.receive(&Bounds::guard()).err().expect("no whole reply");
         let took = start.elapsed();
         assert_eq!(failure.trouble, Trouble::TimedOut);
         assert!((400..1_000).contains(&took.as_millis()), "given up after {took:?}");

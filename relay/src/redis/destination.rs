@@ -25,7 +25,7 @@ pub struct Destination {
     pub connect_timeout: Duration,
     /// For each write, and for each reply after the one before: for all of it, and again for each further 64 KiB of a long one.
     pub socket_timeout: Duration,
-    pub delivery: Delivery,
+    pub protocol: Protocol,
 }
 
 /// How the node is found that is written to.
@@ -36,12 +36,12 @@ pub enum Route {
     /// It is the primary of this name, as one of these sentinels says.
     Sentinel { nodes: Vec<Address>, master: String },
     /// It serves this hash slot of the cluster to which these nodes belong.
-    Cluster { nodes: Vec<Address>, slot: u16 },
+    Cluster { nodes: Vec<Address>, hash_slot: u16 },
 }
 
 /// How batches are appended.
 #[derive(Clone, PartialEq, Eq)]
-pub enum Delivery {
+pub enum Protocol {
     /// As plain commands.
     AtLeastOnce { replicas: Option<Replicas> },
     /// In transactions with the guard at this key.

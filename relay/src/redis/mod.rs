@@ -2,7 +2,7 @@
 //!
 //! - [`destination`] where it is and how to log in; [`allowed_hosts`] where it may be; [`server_file`] secrets and certificates on disk
 //! - [`connection`] a socket, logged in; [`deadline`] of a whole reply; [`tls`]
-//! - [`topology`] which node of several, [`answers`] what sentinels and nodes say of that; [`slot`] hash slots of Redis Cluster
+//! - [`topology`] which node of several, [`answers`] what sentinels and nodes say of that; [`hash_slot`] hash slots of Redis Cluster
 //! - [`replicas`] WAIT
 
 pub mod allowed_hosts;
@@ -10,8 +10,8 @@ pub mod answers;
 pub mod connection;
 mod deadline;
 pub mod destination;
+pub mod hash_slot;
 pub mod replicas;
 mod server_file;
-pub mod slot;
 mod tls;
 pub mod topology;

@@ -4,7 +4,7 @@
 
 use crate::failure::{Class, Failure, Trouble};
 use crate::redis::answers::{is_replica, primary_in, ranges_in, redirect_in};
-use crate::redis::connection::Link;
+use crate::redis::connection::Connection;
 use crate::redis::destination::{Address, Destination, Route, Secret};
 use crate::resp::bounds::Bounds;
 use crate::resp::read::Reply;
@@ -22,7 +22,7 @@ const REMEMBERED_NODES: usize = 100;
 struct Learnt {
     /// Masters of the last answer: those of the settings may all be gone one day.
     masters: Vec<Address>,
-    /// Where a node has sent us for a slot. Believed once.
+    /// Where a node has sent us for a hash slot. Believed once.
     moved: HashMap<u16, Address>,
 }
 
@@ -36,8 +36,8 @@ fn with_learnt<R>(nodes: &[Address], f: impl FnOnce(&mut Learnt) -> R) -> R {
     f(learnt.entry(nodes.to_vec()).or_default())
 }
 
-/// Opens a link to the node that is to be written to. `found` is told its address before it is tried.
-pub fn open(destination: &Destination, found: &mut dyn FnMut(&Address)) -> Result<Link, Failure> {
+/// Opens a connection to the node that is to be written to. `found` is told its address before it is tried.
+pub fn open(destination: &Destination, found: &mut dyn FnMut(&Address)) -> Result<Connection, Failure> {
     if let Some(refusal) = destination.password.as_ref().and_then(Secret::refusal) {
         // Not even called: events are as good as the password to whoever has pointed the backend there.
         return Err(refusal);
@@ -45,10 +45,10 @@ pub fn open(destination: &Destination, found: &mut dyn FnMut(&Address)) -> Resul
     match &destination.route {
         Route::Direct => {
             found(&destination.address);
-            Link::open(destination)
+            Connection::open(destination)
         }
         Route::Sentinel { nodes, master } => by_sentinels(destination, nodes, master, found),
-        Route::Cluster { nodes, slot } => in_cluster(destination, nodes, *slot, found),
+        Route::Cluster { nodes, hash_slot } => in_cluster(destination, nodes, *hash_slot, found),
     }
 }
 
@@ -59,7 +59,7 @@ fn by_sentinels(
     nodes: &[Address],
     master: &str,
     found: &mut dyn FnMut(&Address),
-) -> Result<Link, Failure> {
+) -> Result<Connection, Failure> {
     let mut tried: Vec<Address> = Vec::new();
     let (mut of_node, mut unknown, mut silent) = (None, None, None);
     for sentinel in nodes {
@@ -67,7 +67,7 @@ fn by_sentinels(
             Ok(Some(address)) if !tried.contains(&address) => {
                 found(&address);
                 match open_primary(destination, &address) {
-                    Ok(link) => return Ok(link),
+                    Ok(connection) => return Ok(connection),
                     Err(failure) => of_node = Some(failure),
                 }
                 tried.push(address);
@@ -100,25 +100,25 @@ fn primary_of(destination: &Destination, sentinel: &Address, master: &str) -> Re
         db: 0,
         ..destination.clone()
     };
-    let link = match Link::open_at(&nobody, sentinel) {
+    let connection = match Connection::open_at(&nobody, sentinel) {
         Err(failure) if failure.message.starts_with("NOAUTH") => {
             let login = Destination {
                 db: 0,
                 ..destination.clone()
             };
-            Link::open_at(&login, sentinel)
+            Connection::open_at(&login, sentinel)
         }
         opened => opened,
     };
     let words: [&[u8]; 3] = [b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", master.as_bytes()];
-    primary_in(ask(&mut link?, &words, &Bounds::MASTER)?)
+    primary_in(ask(&mut connection?, &words, &Bounds::MASTER)?)
 }
 
 /// Only a node that does not say that it is a replica is written to.
-fn open_primary(destination: &Destination, address: &Address) -> Result<Link, Failure> {
-    let mut link = Link::open_at(destination, address)?;
+fn open_primary(destination: &Destination, address: &Address) -> Result<Connection, Failure> {
+    let mut connection = Connection::open_at(destination, address)?;
     // Needs no right that connecting does not need. A server or proxy that does not know HELLO tells by READONLY.
-    let is_replica = match ask(&mut link, &[b"HELLO", b"2"], &Bounds::HELLO) {
+    let is_replica = match ask(&mut connection, &[b"HELLO", b"2"], &Bounds::HELLO) {
         Ok(reply) => is_replica(&reply),
         Err(failure) if failure.class == Class::Backend => return Err(failure),
         Err(_) => false,
@@ -128,32 +128,34 @@ fn open_primary(destination: &Destination, address: &Address) -> Result<Link, Fa
             Trouble::IsReplica,
             "READONLY it is a replica: a failover is not done yet",
         )),
-        false => Ok(link),
+        false => Ok(connection),
     }
 }
 
-/// The node that serves a slot, as any node of the cluster says. During a failover some are behind the others: then the next one's word
+/// The node that serves a hash slot, as any node of the cluster says. During a failover some are behind the others: then the next one's word
 /// is tried.
 fn in_cluster(
     destination: &Destination,
     nodes: &[Address],
-    slot: u16,
+    hash_slot: u16,
     found: &mut dyn FnMut(&Address),
-) -> Result<Link, Failure> {
-    let (moved, masters) = with_learnt(nodes, |learnt| (learnt.moved.remove(&slot), learnt.masters.clone()));
+) -> Result<Connection, Failure> {
+    let (moved, masters) = with_learnt(nodes, |learnt| {
+        (learnt.moved.remove(&hash_slot), learnt.masters.clone())
+    });
     let mut tried: Vec<Address> = Vec::new();
     let (mut of_node, mut unserved, mut silent) = (None, None, None);
     if let Some(address) = moved {
         found(&address);
-        match Link::open_at(destination, &address) {
-            Ok(link) => return Ok(link),
+        match Connection::open_at(destination, &address) {
+            Ok(connection) => return Ok(connection),
             Err(failure) => of_node = Some(failure),
         }
         tried.push(address);
     }
     let others = masters.iter().filter(|master| !nodes.contains(master));
     for node in nodes.iter().chain(others) {
-        let (link, told) = match ranges_of(destination, node, slot) {
+        let (connection, told) = match ranges_of(destination, node, hash_slot) {
             Ok(answer) => answer,
             Err(failure) => {
                 let message = format!("node {node}: {}", failure.message);
@@ -171,18 +173,18 @@ fn in_cluster(
         with_learnt(nodes, |learnt| learnt.masters = told.masters);
         match told.serves {
             None => {
-                let message = format!("CLUSTERDOWN node {node} knows of no master for hash slot {slot}");
+                let message = format!("CLUSTERDOWN node {node} knows of no master for hash slot {hash_slot}");
                 unserved = Some(Failure::of(Trouble::ClusterDown, message));
             }
             Some(address) if address == *node => {
                 found(&address);
-                return Ok(link);
+                return Ok(connection);
             }
             Some(address) if !tried.contains(&address) => {
-                drop(link);
+                drop(connection);
                 found(&address);
-                match Link::open_at(destination, &address) {
-                    Ok(link) => return Ok(link),
+                match Connection::open_at(destination, &address) {
+                    Ok(connection) => return Ok(connection),
                     Err(failure) => of_node = Some(failure),
                 }
                 tried.push(address);
@@ -194,13 +196,13 @@ fn in_cluster(
     Err(failure.unwrap_or_else(|| Failure::configuration("there is no node to ask")))
 }
 
-/// What a connection has heard: if it says where a slot is, that is where the next one goes first.
+/// What a connection has heard: if it says where a hash slot is, that is where the next one goes first.
 pub fn heard(destination: &Destination, failure: Failure) -> Failure {
-    let Route::Cluster { nodes, slot } = &destination.route else {
+    let Route::Cluster { nodes, hash_slot } = &destination.route else {
         return failure;
     };
     if let Some((moved, address)) = redirect_in(&failure.message)
-        && moved == *slot
+        && moved == *hash_slot
     {
         with_learnt(nodes, |learnt| learnt.moved.insert(moved, address));
     }
@@ -209,19 +211,19 @@ pub fn heard(destination: &Destination, failure: Failure) -> Failure {
 
 /// What a node says of its cluster.
 struct Told {
-    /// Who serves the slot that was asked for.
+    /// Who serves the hash slot that was asked for.
     serves: Option<Address>,
     /// Some of all masters.
     masters: Vec<Address>,
 }
 
-fn ranges_of(destination: &Destination, node: &Address, slot: u16) -> Result<(Link, Told), Failure> {
-    let mut link = Link::open_at(destination, node)?;
+fn ranges_of(destination: &Destination, node: &Address, hash_slot: u16) -> Result<(Connection, Told), Failure> {
+    let mut connection = Connection::open_at(destination, node)?;
     let mut told = Told {
         serves: None,
         masters: Vec::new(),
     };
-    let reply = reply_to(&mut link, &[b"CLUSTER", b"SLOTS"], &Bounds::SLOTS)?;
+    let reply = reply_to(&mut connection, &[b"CLUSTER", b"SLOTS"], &Bounds::SLOTS)?;
     if reply.items().is_none()
         && let Value::ServerError(error) = reply.value()?
     {
@@ -229,10 +231,10 @@ fn ranges_of(destination: &Destination, node: &Address, slot: u16) -> Result<(Li
     }
     for range in ranges_in(reply, node)? {
         let range = range?;
-        let is_asked_for = told.serves.is_none() && range.slots.contains(&slot);
+        let is_asked_for = told.serves.is_none() && range.hash_slots.contains(&hash_slot);
         match range.master {
             Err(failure) if is_asked_for => return Err(failure),
-            // Of a slot that is another's to look for.
+            // Of a hash slot that is another's to look for.
             Err(_) => {}
             Ok(master) => {
                 if told.masters.len() < REMEMBERED_NODES && !told.masters.contains(&master) {
@@ -244,19 +246,19 @@ fn ranges_of(destination: &Destination, node: &Address, slot: u16) -> Result<(Li
             }
         }
     }
-    Ok((link, told))
+    Ok((connection, told))
 }
 
-fn reply_to<'a>(link: &'a mut Link, words: &[&[u8]], bounds: &Bounds) -> Result<Reply<'a>, Failure> {
+fn reply_to<'a>(connection: &'a mut Connection, words: &[&[u8]], bounds: &Bounds) -> Result<Reply<'a>, Failure> {
     let mut bytes = Vec::new();
     append_command(&mut bytes, words);
-    link.send(&bytes)?;
-    link.receive(bounds)
+    connection.send(&bytes)?;
+    connection.receive(bounds)
 }
 
 /// Sends one command; an error reply is a failure, never an event's.
-fn ask(link: &mut Link, words: &[&[u8]], bounds: &Bounds) -> Result<Value, Failure> {
-    match reply_to(link, words, bounds)?.value()? {
+fn ask(connection: &mut Connection, words: &[&[u8]], bounds: &Bounds) -> Result<Value, Failure> {
+    match reply_to(connection, words, bounds)?.value()? {
         Value::ServerError(error) => Err(crate::failure::reply(&error).not_of_an_event()),
         value => Ok(value),
     }

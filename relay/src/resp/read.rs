@@ -59,9 +59,9 @@ impl<'a> Reply<'a> {
     }
 
     /// The items of an array, each as a reply; `None`: it is no array.
-    pub fn items(self) -> Option<Items<'a>> {
+    pub fn items(self) -> Option<ReplyItems<'a>> {
         match token(self.0, usize::MAX) {
-            Ok(Some((Token::Array(items), length))) => Some(Items {
+            Ok(Some((Token::Array(items), length))) => Some(ReplyItems {
                 rest: &self.0[length..],
                 left: items,
             }),
@@ -95,17 +95,17 @@ impl<'a> Reply<'a> {
 }
 
 /// See [`Reply::items`].
-pub struct Items<'a> {
+pub struct ReplyItems<'a> {
     rest: &'a [u8],
     left: u64,
 }
 
-impl<'a> Iterator for Items<'a> {
+impl<'a> Iterator for ReplyItems<'a> {
     type Item = Reply<'a>;
 
     fn next(&mut self) -> Option<Reply<'a>> {
         self.left = self.left.checked_sub(1)?;
-        let length = Progress::default().look(self.rest, &Bounds::ANY).ok()??;
+        let length = Scan::default().look(self.rest, &Bounds::ANY).ok()??;
         let (item, rest) = self.rest.split_at(length);
         self.rest = rest;
         Some(Reply(item))
@@ -118,7 +118,7 @@ impl<'a> Iterator for Items<'a> {
 }
 
 /// Of a reply that is there as a whole.
-impl ExactSizeIterator for Items<'_> {}
+impl ExactSizeIterator for ReplyItems<'_> {}
 
 /// A part of a reply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -167,14 +167,14 @@ pub struct Inbox {
     /// What was received and not taken lies between.
     start: usize,
     end: usize,
-    progress: Progress,
+    progress: Scan,
     /// Of a long string, and of no interest: so many bytes are still to come.
     unkept: u64,
 }
 
 /// How far the next reply has been looked at.
 #[derive(Default)]
-struct Progress {
+struct Scan {
     /// From where the reply, or its piece, starts.
     at: usize,
     /// What is missing of each array that is open, outermost first.
@@ -275,7 +275,7 @@ impl Inbox {
     }
 }
 
-impl Progress {
+impl Scan {
     /// The length of the first reply of `received`.
     fn look(&mut self, received: &[u8], bounds: &Bounds) -> Result<Option<usize>, Failure> {
         loop {

@@ -2,7 +2,7 @@
 
 use crate::delivery::flight::{PIPELINED_BATCHES, Refusal};
 use crate::failure::{Failure, Trouble};
-use crate::redis::connection::Link;
+use crate::redis::connection::Connection;
 use crate::redis::destination::Destination;
 use crate::redis::replicas::{Replicas, WAIT_PAUSE};
 use crate::redis::topology;
@@ -17,7 +17,7 @@ use std::thread;
 
 /// Sends batches as they come, some ahead of their replies (at_least_once).
 pub(super) fn pipeline(
-    link: Link,
+    connection: Connection,
     destination: &Destination,
     replicas: Option<Replicas>,
     orders: &Receiver<Order>,
@@ -27,7 +27,7 @@ pub(super) fn pipeline(
     if !reporter.report(Report::Connected) {
         return;
     }
-    let mut line = Line::of(link, None);
+    let mut line = Line::of(connection, None);
     // A WAIT that has to be repeated would come behind later batches.
     let ahead = if replicas.is_some() { 1 } else { PIPELINED_BATCHES };
     let mut unanswered: VecDeque<Batch> = VecDeque::new();
@@ -47,7 +47,7 @@ pub(super) fn pipeline(
             };
             match next {
                 Some(Order::Batch(batch)) => {
-                    match line.link().send(&batch.bytes) {
+                    match line.connection().send(&batch.bytes) {
                         Err(failure) if failure.trouble != Trouble::Closed => return reporter.lost(failure),
                         sent => closed = sent.err(),
                     }
@@ -55,7 +55,7 @@ pub(super) fn pipeline(
                 }
                 // Nothing is asked of Redis: only whether the connection is still there.
                 Some(Order::Beat { .. }) if unanswered.is_empty() => {
-                    if let Err(failure) = line.link().look() {
+                    if let Err(failure) = line.connection().look() {
                         return reporter.lost(failure);
                     }
                 }
@@ -68,7 +68,7 @@ pub(super) fn pipeline(
         let Some(batch) = unanswered.pop_front() else {
             return closed.into_iter().for_each(|failure| reporter.lost(failure));
         };
-        let report = match answers(line.link(), batch.commands) {
+        let report = match answers(line.connection(), batch.commands) {
             Ok(refused) => Report::Done {
                 refused: refused
                     .into_iter()
@@ -86,7 +86,7 @@ pub(super) fn pipeline(
             }
         };
         if let Some(replicas) = replicas
-            && let Err(failure) = replicate(line.link(), replicas, reporter)
+            && let Err(failure) = replicate(line.connection(), replicas, reporter)
         {
             return reporter.lost(failure);
         }
@@ -97,13 +97,13 @@ pub(super) fn pipeline(
 }
 
 /// Waits until enough replicas have all that was written.
-fn replicate(link: &mut Link, replicas: Replicas, reporter: &Reporter) -> Result<(), Failure> {
+fn replicate(connection: &mut Connection, replicas: Replicas, reporter: &Reporter) -> Result<(), Failure> {
     let mut told = None;
     loop {
         let mut wait = Vec::new();
         replicas.append_wait(&mut wait);
-        link.send(&wait)?;
-        let Err(failure) = replicas.judge(&link.receive(&Bounds::line("WAIT"))?.value()?)? else {
+        connection.send(&wait)?;
+        let Err(failure) = replicas.judge(&connection.receive(&Bounds::line("WAIT"))?.value()?)? else {
             return Ok(());
         };
         if told.as_ref() != Some(&failure.message) {
@@ -117,10 +117,10 @@ fn replicate(link: &mut Link, replicas: Replicas, reporter: &Reporter) -> Result
 }
 
 /// Reads the replies of one batch.
-fn answers(link: &mut Link, commands: usize) -> Result<Vec<Refusal>, (Failure, usize, Vec<Refusal>)> {
+fn answers(connection: &mut Connection, commands: usize) -> Result<Vec<Refusal>, (Failure, usize, Vec<Refusal>)> {
     let mut refused = Vec::new();
     for index in 0..commands {
-        match link.receive_entry_id() {
+        match connection.receive_entry_id() {
             Ok(Ok(())) => {}
             Ok(Err(failure)) => refused.push((index, failure)),
             Err(failure) => return Err((failure, index, refused)),

@@ -17,7 +17,7 @@ use crate::fault::{self, Mutation, Point};
 use crate::guard::{BATCH_START, Guard, Mark, Progress, append_beat, append_claim, append_progress, append_token};
 use crate::redis::replicas::Replicas;
 use crate::resp::bounds::Bounds;
-use crate::resp::read::{Items, Reply};
+use crate::resp::read::{Reply, ReplyItems};
 use crate::resp::write::append_command;
 use crate::sender::orders::Claim;
 use crate::sender::orders::{Batch, Order, Report};
@@ -554,7 +554,7 @@ impl Conversation {
 }
 
 /// Of the replies to a batch's entries and to the guard's HSET behind them.
-fn refusals(replies: Items<'_>) -> Result<Vec<Refusal>, Failure> {
+fn refusals(replies: ReplyItems<'_>) -> Result<Vec<Refusal>, Failure> {
     let commands = replies.len() - 1;
     let mut refused = Vec::new();
     for (index, reply) in replies.enumerate() {

@@ -2,7 +2,7 @@
 
 use crate::failure::{Failure, Trouble};
 use crate::fault::{self, Point};
-use crate::redis::connection::Link;
+use crate::redis::connection::Connection;
 use crate::redis::replicas::WAIT_PAUSE;
 use crate::sender::conversation::Conversation;
 use crate::sender::idle::{Idle, Line};
@@ -27,7 +27,7 @@ pub(super) fn converse(
             (line, next) = (back, Some(order));
             line.take_in_answers()?;
         }
-        let Some((link, conversation)) = line.conversation() else {
+        let Some((connection, conversation)) = line.conversation() else {
             return Ok(());
         };
         while next.is_some() || conversation.wants_order() {
@@ -44,8 +44,8 @@ pub(super) fn converse(
             thread::sleep(WAIT_PAUSE);
         }
         if !conversation.output().is_empty() {
-            if let Err(failure) = link.send(conversation.output()) {
-                return Err(last_words(link, conversation, reporter, failure));
+            if let Err(failure) = connection.send(conversation.output()) {
+                return Err(last_words(connection, conversation, reporter, failure));
             }
             conversation.output().clear();
             if conversation.is_busy() {
@@ -54,7 +54,7 @@ pub(super) fn converse(
         }
         if conversation.awaits_reply() {
             let bounds = conversation.bounds();
-            let outcome = match link.receive(&bounds) {
+            let outcome = match connection.receive(&bounds) {
                 Ok(reply) => conversation.reply(reply, &mut reports),
                 Err(failure) => Err(conversation.unreadable(failure)),
             };
@@ -69,10 +69,15 @@ pub(super) fn converse(
 }
 
 /// Takes in what the server had said before it closed the connection in the middle of a write, such as that an entry is too large for it.
-fn last_words(link: &mut Link, conversation: &mut Conversation, reporter: &Reporter, failure: Failure) -> Failure {
+fn last_words(
+    connection: &mut Connection,
+    conversation: &mut Conversation,
+    reporter: &Reporter,
+    failure: Failure,
+) -> Failure {
     let mut reports = Vec::new();
     while failure.trouble == Trouble::Closed && conversation.awaits_reply() {
-        let Ok(reply) = link.receive(&conversation.bounds()) else {
+        let Ok(reply) = connection.receive(&conversation.bounds()) else {
             break;
         };
         let outcome = conversation.reply(reply, &mut reports);

@@ -5,36 +5,36 @@
 //! (another answer, none, an error) is the sender's to read, which has the time to wait and knows which words must not be shown.
 
 use crate::failure::Failure;
-use crate::redis::connection::Link;
+use crate::redis::connection::Connection;
 use crate::sender::conversation::Conversation;
 use crate::sender::orders::Order;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// A connection and, with exactly_once, what was said on it.
 pub(crate) struct Line {
-    link: Link,
+    connection: Connection,
     conversation: Option<Conversation>,
     /// The usual answer to the refresh that was written last.
     expected: Vec<u8>,
 }
 
 impl Line {
-    pub(crate) fn of(link: Link, conversation: Option<Conversation>) -> Box<Self> {
+    pub(crate) fn of(connection: Connection, conversation: Option<Conversation>) -> Box<Self> {
         Box::new(Self {
-            link,
+            connection,
             conversation,
             expected: Vec::new(),
         })
     }
 
-    pub(crate) fn link(&mut self) -> &mut Link {
-        &mut self.link
+    pub(crate) fn connection(&mut self) -> &mut Connection {
+        &mut self.connection
     }
 
     /// With exactly_once.
-    pub(crate) fn conversation(&mut self) -> Option<(&mut Link, &mut Conversation)> {
+    pub(crate) fn conversation(&mut self) -> Option<(&mut Connection, &mut Conversation)> {
         let conversation = self.conversation.as_mut()?;
-        Some((&mut self.link, conversation))
+        Some((&mut self.connection, conversation))
     }
 
     /// Whether there is nothing to be said or heard before an order comes.
@@ -50,10 +50,10 @@ impl Line {
             return Ok(());
         };
         if conversation.awaits_reply() {
-            self.link.receive_at_once()?;
+            self.connection.receive_at_once()?;
         }
         while conversation.awaits_reply()
-            && let Some(reply) = self.link.received(&conversation.bounds())?
+            && let Some(reply) = self.connection.received(&conversation.bounds())?
         {
             // Nothing is reported of a refresh.
             conversation.reply(reply, &mut Vec::new())?;
@@ -64,11 +64,11 @@ impl Line {
     /// See [`Idle::beat`].
     fn beat(&mut self, beat: u64) -> Result<bool, Failure> {
         let Some(conversation) = &mut self.conversation else {
-            return self.link.look().map(|()| true);
+            return self.connection.look().map(|()| true);
         };
         if conversation.awaits_reply() {
-            self.link.receive_at_once()?;
-            if self.link.inbox() != self.expected {
+            self.connection.receive_at_once()?;
+            if self.connection.inbox() != self.expected {
                 return Ok(false);
             }
             self.take_in_answers()?;
@@ -81,7 +81,7 @@ impl Line {
         };
         self.expected = expected;
         conversation.order(Order::Beat { beat, released: false });
-        let is_whole = self.link.send_at_once(conversation.output())?;
+        let is_whole = self.connection.send_at_once(conversation.output())?;
         conversation.output().clear();
         Ok(is_whole)
     }

@@ -16,7 +16,7 @@ pub mod tails;
 
 use crate::delivery::flight::WINDOW_BATCHES;
 use crate::failure::Failure;
-use crate::redis::destination::{Address, Delivery, Destination};
+use crate::redis::destination::{Address, Destination, Protocol};
 use crate::redis::topology;
 use crate::sender::at_least_once::pipeline;
 use crate::sender::conversation::Conversation;
@@ -45,8 +45,8 @@ pub struct Handle {
 impl Handle {
     /// Starts a thread that connects to `destination`. One byte is written to `waker` (non-blocking) after reports.
     /// The caller blocks all signals of its process around this call: a thread inherits the mask.
-    /// `place` is dropped when the thread ends.
-    pub fn spawn(destination: Destination, waker: Arc<UnixStream>, place: impl Send + 'static) -> io::Result<Self> {
+    /// `permit` is dropped when the thread ends.
+    pub fn spawn(destination: Destination, waker: Arc<UnixStream>, permit: impl Send + 'static) -> io::Result<Self> {
         // After a refusal a second window may be handed over before the sender has dropped the first. There is always room: a batch
         // that is not taken in would be a gap.
         let (orders, to_obey) = bounded(2 * WINDOW_BATCHES + SPARE_ORDERS);
@@ -60,7 +60,7 @@ impl Handle {
             .name(format!("sender {}", destination.client_name).chars().take(15).collect())
             .stack_size(512 * 1024)
             .spawn(move || {
-                let _place = place;
+                let _permit = permit;
                 let reporter = Reporter {
                     reports: to_report,
                     waker,
@@ -116,19 +116,19 @@ fn run(destination: &Destination, orders: &Receiver<Order>, reporter: &Reporter,
     let mut found = |address: &Address| {
         reporter.report(Report::Found(address.clone()));
     };
-    let link = match topology::open(destination, &mut found) {
-        Ok(link) => link,
+    let connection = match topology::open(destination, &mut found) {
+        Ok(connection) => connection,
         Err(failure) => return reporter.lost(failure),
     };
-    match &destination.delivery {
-        Delivery::AtLeastOnce { replicas } => pipeline(link, destination, *replicas, orders, reporter, idle),
-        Delivery::ExactlyOnce {
+    match &destination.protocol {
+        Protocol::AtLeastOnce { replicas } => pipeline(connection, destination, *replicas, orders, reporter, idle),
+        Protocol::ExactlyOnce {
             guard,
             replicas,
             ousting,
         } => {
             let conversation = Conversation::new(guard, *replicas, ousting.as_deref());
-            let line = Line::of(link, Some(conversation));
+            let line = Line::of(connection, Some(conversation));
             if let Err(failure) = converse(line, orders, reporter, idle) {
                 reporter.lost(topology::heard(destination, failure));
             }

@@ -1,13 +1,13 @@
 //! Patience with tasks that fail, each by itself: what failed is tried again after a while, twice as long each time, and nothing else
-//! waits for it. A trouble is told at once and again each minute; one that may be over in a moment (a lock) once it has lasted.
+//! waits for it. A setback is told at once and again each minute; one that may be over in a moment (a lock) once it has lasted.
 
 use crate::time::Now;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-/// The same trouble is told again after this long.
+/// The same setback is told again after this long.
 const TELL_AGAIN_AFTER: Duration = Duration::from_secs(60);
-/// A trouble that may pass is told once it has lasted so long.
+/// A setback that may pass is told once it has lasted so long.
 const MAY_PASS_WITHIN: Duration = Duration::from_secs(1);
 
 /// The first wait, and the longest.
@@ -17,7 +17,7 @@ pub struct Waits {
     pub longest: Duration,
 }
 
-struct Trouble {
+struct Setback {
     since: Now,
     failures: u32,
     retry_at: Now,
@@ -26,13 +26,13 @@ struct Trouble {
 
 /// By task.
 pub struct Patience<T> {
-    troubles: BTreeMap<T, Trouble>,
+    setbacks: BTreeMap<T, Setback>,
 }
 
 impl<T> Default for Patience<T> {
     fn default() -> Self {
         Self {
-            troubles: BTreeMap::new(),
+            setbacks: BTreeMap::new(),
         }
     }
 }
@@ -46,45 +46,45 @@ impl<T: Ord + Copy> Patience<T> {
     /// When a task that failed is tried again.
     pub fn retry_at(&self, task: T) -> Option<Now> {
         // The usual case costs next to nothing.
-        if self.troubles.is_empty() {
+        if self.setbacks.is_empty() {
             return None;
         }
-        self.troubles.get(&task).map(|trouble| trouble.retry_at)
+        self.setbacks.get(&task).map(|setback| setback.retry_at)
     }
 
     /// When the next of all is.
     pub fn next_retry_at(&self) -> Option<Now> {
-        self.troubles.values().map(|trouble| trouble.retry_at).min()
+        self.setbacks.values().map(|setback| setback.retry_at).min()
     }
 
     pub fn succeeded(&mut self, task: T) {
-        if !self.troubles.is_empty() {
-            self.troubles.remove(&task);
+        if !self.setbacks.is_empty() {
+            self.setbacks.remove(&task);
         }
     }
 
     /// A task is not for now any more.
     pub fn retain(&mut self, mut is_known: impl FnMut(T) -> bool) {
-        self.troubles.retain(|task, _| is_known(*task));
+        self.setbacks.retain(|task, _| is_known(*task));
     }
 
     /// Returns whether to tell of it. `may_pass`: it may be over in a moment.
     pub fn failed(&mut self, task: T, message: &str, may_pass: bool, waits: Waits, now: Now) -> bool {
-        let trouble = self.troubles.entry(task).or_insert(Trouble {
+        let setback = self.setbacks.entry(task).or_insert(Setback {
             since: now,
             failures: 0,
             retry_at: now,
             told: Vec::new(),
         });
-        let wait = waits.first.saturating_mul(1 << trouble.failures.min(20));
-        trouble.failures += 1;
-        trouble.retry_at = now + wait.min(waits.longest);
-        trouble.told.retain(|(_, at)| now < *at + TELL_AGAIN_AFTER);
-        let is_told = trouble.told.iter().any(|(told, _)| told == message);
-        if is_told || (may_pass && now < trouble.since + MAY_PASS_WITHIN) {
+        let wait = waits.first.saturating_mul(1 << setback.failures.min(20));
+        setback.failures += 1;
+        setback.retry_at = now + wait.min(waits.longest);
+        setback.told.retain(|(_, at)| now < *at + TELL_AGAIN_AFTER);
+        let is_told = setback.told.iter().any(|(told, _)| told == message);
+        if is_told || (may_pass && now < setback.since + MAY_PASS_WITHIN) {
             return false;
         }
-        trouble.told.push((message.to_owned(), now));
+        setback.told.push((message.to_owned(), now));
         true
     }
 }

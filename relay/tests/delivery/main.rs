@@ -12,11 +12,11 @@ mod world;
 use model::{Database, Rng, caught, for_each_seed, likely, out_of_memory, wrong_type};
 use redis::{Command, Connection, Redis, Sent};
 use relay::delivery::backoff::Backoff;
-use relay::delivery::flight::PIPELINED_BATCHES;
-use relay::delivery::flight::{Entry, Room};
-use relay::delivery::flight::{Refusal, WINDOW_BATCHES, is_backends};
+use relay::delivery::flight::{
+    BatchedEvent, Contents, PIPELINED_BATCHES, Refusal, WINDOW_BATCHES, Window, is_backends,
+};
 use relay::delivery::refusal::{Record, Retry, Streams};
-use relay::delivery::{Cursor, Delivery, Mode, RowFate};
+use relay::delivery::{Cursor, Delivery, Guarantee, RowFate};
 use relay::failure::{Class, Failure};
 use relay::reading::range::{Position, RangeScan, Step};
 use relay::reading::snapshot::Tick;

@@ -15,7 +15,7 @@ impl Built {
         self.seqs.last().copied().unwrap_or(0)
     }
 
-    fn close(&mut self, end: Position, room: &mut Room) -> Option<Self> {
+    fn close(&mut self, end: Position, room: &mut Window) -> Option<Self> {
         if self.seqs.is_empty() {
             return None;
         }
@@ -212,7 +212,7 @@ impl World {
             let bytes = batch.iter().map(|seq| bytes(*seq)).sum();
             let entries = self.entries(&batch);
             self.send(&batch, bytes);
-            self.delivery.sent_again(entries, bytes, &all);
+            self.delivery.sent(entries, Contents::Waiting { all }, bytes);
         }
         // Whoever waits until then must not find that nothing is to be done.
         let due = self.delivery.due_at();
@@ -221,8 +221,8 @@ impl World {
         did
     }
 
-    pub fn entries(&self, seqs: &[i64]) -> Vec<Entry> {
-        let entry = |seq: &i64| Entry {
+    pub fn entries(&self, seqs: &[i64]) -> Vec<BatchedEvent> {
+        let entry = |seq: &i64| BatchedEvent {
             seq: *seq,
             stream: name(self.database.row(*seq).stream),
             max_attempts: 1 + *seq as u32 % self.max_attempts,
@@ -342,7 +342,7 @@ impl World {
             let end = end.expect("closed");
             self.send(&seqs, bytes);
             let entries = self.entries(&seqs);
-            self.delivery.sent(entries, end, bytes);
+            self.delivery.sent(entries, Contents::Rows { end }, bytes);
         }
         self.delivery.advanced(reached);
         true
@@ -369,7 +369,7 @@ impl World {
         self.ticks.clear();
         let streams = self.tables.streams();
         self.delivery = Delivery::new(
-            Mode::AtLeastOnce,
+            Guarantee::AtLeastOnce,
             Cursor {
                 position: self.tables.cursor.clone(),
                 number: 0,

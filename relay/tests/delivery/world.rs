@@ -151,7 +151,7 @@ impl World {
             connection: None,
             leftovers: Vec::new(),
             delivery: Delivery::new(
-                Mode::AtLeastOnce,
+                Guarantee::AtLeastOnce,
                 Cursor {
                     position: Position::beginning(),
                     number: 0,

@@ -4,6 +4,7 @@ use crate::env::{Env, Mutant, tell};
 use crate::model::redis::stream_name;
 use crate::site::Site;
 use relay::delivery::RowFate;
+use relay::delivery::flight::Contents;
 use relay::reading::range::{Position, RangeScan, Step};
 use std::sync::Arc;
 
@@ -103,7 +104,7 @@ impl Site {
         for Built { seqs, end } in built {
             let entries = self.entries(env, &seqs);
             self.send(env, &seqs, Some(&end));
-            self.delivery.sent(entries, end, 100 * seqs.len());
+            self.delivery.sent(entries, Contents::Rows { end }, 100 * seqs.len());
         }
         self.delivery.advanced(reached);
         true

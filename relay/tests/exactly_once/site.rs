@@ -5,9 +5,9 @@ use crate::model::connection::Connection;
 use crate::model::database::Database;
 use crate::model::redis::{event_id, stream_name};
 use crate::tables::Tables;
-use relay::delivery::flight::Entry;
+use relay::delivery::flight::{BatchedEvent, Contents};
 use relay::delivery::refusal::{Record, Retry};
-use relay::delivery::{Cursor, Delivery, Mode};
+use relay::delivery::{Cursor, Delivery, Guarantee};
 use relay::event::text::hyphenated;
 use relay::guard::{BATCH_START, Mark, Progress, append_progress};
 use relay::reading::range::Position;
@@ -356,7 +356,7 @@ impl Site {
             env.seen.retries += 1;
             let entries = self.entries(env, &batch);
             self.send(env, &batch, None);
-            self.delivery.sent_again(entries, 100, &all);
+            self.delivery.sent(entries, Contents::Waiting { all }, 100);
         }
     }
 
@@ -386,8 +386,8 @@ impl Site {
         !failing.is_empty()
     }
 
-    pub fn entries(&self, env: &Env, seqs: &[i64]) -> Vec<Entry> {
-        let entry = |seq: &i64| Entry {
+    pub fn entries(&self, env: &Env, seqs: &[i64]) -> Vec<BatchedEvent> {
+        let entry = |seq: &i64| BatchedEvent {
             seq: *seq,
             stream: Rc::from(stream_name(self.database.row(*seq).stream)),
             max_attempts: 1 + *seq as u32 % env.max_attempts,
@@ -489,7 +489,12 @@ impl Site {
 }
 
 fn delivery(env: &Env, tables: &Tables) -> Delivery {
-    let mut delivery = Delivery::new(Mode::ExactlyOnce, tables.cursor.clone(), tables.streams(), env.backoff);
+    let mut delivery = Delivery::new(
+        Guarantee::ExactlyOnce,
+        tables.cursor.clone(),
+        tables.streams(),
+        env.backoff,
+    );
     delivery.set_reread_to(tables.highest_written_down());
     delivery
 }

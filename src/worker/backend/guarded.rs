@@ -6,15 +6,15 @@ use crate::tables::catalog;
 use crate::tables::numbers;
 use crate::tables::restores;
 use crate::worker::backend::Release;
-use crate::worker::backend::{Backend, Load, refused_streams};
+use crate::worker::backend::{Backend, refused_streams};
 use pgrx::pg_sys;
-use relay::delivery::flight::Entry;
-use relay::delivery::{Cursor, Mode};
+use relay::delivery::flight::{BatchedEvent, Contents};
+use relay::delivery::{Cursor, Guarantee};
 use relay::failure::Failure;
 use relay::guard::epoch::epoch_of;
 use relay::guard::{self, Progress, Reach};
 use relay::reading::snapshot::Tick;
-use relay::redis::destination;
+use relay::redis::destination::Protocol;
 use relay::sender::orders::Order;
 use relay::time::Now;
 use std::sync::Arc;
@@ -35,7 +35,7 @@ impl Backend {
     }
 
     pub fn is_exactly_once(&self) -> bool {
-        self.reads_for_redis() && self.delivery.mode() == Mode::ExactlyOnce
+        self.reads_for_redis() && self.delivery.guarantee() == Guarantee::ExactlyOnce
     }
 
     /// Gives the sender an order; one that has ended has said so already.
@@ -65,7 +65,7 @@ impl Backend {
     }
 
     /// All is well again: those who look at the status should see it.
-    pub fn recovered(&mut self, now: Now) {
+    pub fn note_recovery(&mut self, now: Now) {
         self.dirty_since.get_or_insert(now);
         self.log_change(now);
     }
@@ -223,9 +223,9 @@ impl Backend {
 
     /// The key of its guard (exactly_once).
     pub fn guard_key(&self) -> &str {
-        match &self.destination.delivery {
-            destination::Delivery::ExactlyOnce { guard, .. } => guard,
-            destination::Delivery::AtLeastOnce { .. } => "",
+        match &self.destination.protocol {
+            Protocol::ExactlyOnce { guard, .. } => guard,
+            Protocol::AtLeastOnce { .. } => "",
         }
     }
 
@@ -269,10 +269,17 @@ impl Backend {
     }
 
     /// Ends a batch with what the guard is to say of it.
-    pub(super) fn append_mark(&self, bytes: &mut Vec<u8>, key: &[u8], entries: &[Entry], load: &Load, wal: u64) {
-        let (end, again) = match load {
-            Load::Rows { end } => (Some(end), Vec::new()),
-            Load::Again { .. } => (None, entries.iter().map(|e| e.seq).collect()),
+    pub(super) fn append_mark(
+        &self,
+        bytes: &mut Vec<u8>,
+        key: &[u8],
+        entries: &[BatchedEvent],
+        contents: &Contents,
+        wal: u64,
+    ) {
+        let (end, again) = match contents {
+            Contents::Rows { end } => (Some(end), Vec::new()),
+            Contents::Waiting { .. } => (None, entries.iter().map(|e| e.seq).collect()),
         };
         let progress = Progress {
             mark: self.delivery.mark(end),

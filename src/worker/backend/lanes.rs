@@ -1,7 +1,7 @@
 //! A backend of a cluster: one *lane* for each hash slot in use, with all that another backend has (a delivery, a sender, a guard, a
-//! cursor), and a *finder*, which reads all of the backend's events and makes the lane of a slot when it meets the first.
+//! cursor), and a *finder*, which reads all of the backend's events and makes the lane of a hash slot when it meets the first.
 //!
-//! What holds: no event of a slot that has no lane lies behind the finder's position. So a lane begins where the finder stands, and is
+//! What holds: no event of a hash slot that has no lane lies behind the finder's position. So a lane begins where the finder stands, and is
 //! saved before the finder goes on.
 
 use crate::tables::backends::BackendRow;
@@ -12,20 +12,20 @@ use relay::delivery::Cursor;
 use relay::event::Event;
 use relay::failure::{Failure, Trouble};
 use relay::reading::range::Position;
-use relay::redis::slot::slot_of;
+use relay::redis::hash_slot::hash_slot_of;
 use relay::time::Now;
 use std::time::Duration;
 
 impl Backend {
-    /// The lane of a slot that has none, where the finder stands. To be saved in the same transaction.
-    pub fn new_lane(&self, slot: u16, at: Position, home: &Home) -> Self {
+    /// The lane of a hash slot that has none, where the finder stands. To be saved in the same transaction.
+    pub fn new_lane(&self, hash_slot: u16, at: Position, home: &Home) -> Self {
         let cursor = Cursor {
             position: at,
             number: 0,
         };
         Self::standing_at(
             self.number,
-            Some(slot),
+            Some(hash_slot),
             self.role_of_lanes(),
             self.row.clone(),
             home,
@@ -56,12 +56,13 @@ impl Backend {
 
     /// Whether a stream's events are this one's to deliver.
     pub fn serves(&self, stream: &str) -> bool {
-        self.lane.is_none_or(|slot| slot_of(stream.as_bytes()) == slot)
+        self.lane
+            .is_none_or(|hash_slot| hash_slot_of(stream.as_bytes()) == hash_slot)
     }
 
-    /// The slot of an event.
-    pub fn slot_of(&self, event: &Event<'_>) -> u16 {
-        slot_of(event.stream.unwrap_or(&self.stream).as_bytes())
+    /// The hash slot of an event.
+    pub fn hash_slot_of(&self, event: &Event<'_>) -> u16 {
+        hash_slot_of(event.stream.unwrap_or(&self.stream).as_bytes())
     }
 
     /// Whether a row makes a finder of a backend that was none.
@@ -69,9 +70,9 @@ impl Backend {
         row.is_cluster() && self.lane.is_none() && matches!(self.role, Role::Redis)
     }
 
-    /// There are no more lanes to be had: what belongs to another slot waits.
-    pub fn no_lane_left(&mut self, slot: u16, wait: Duration, now: Now) {
-        let message = format!("an event belongs to hash slot {slot}, and {MOST_LANES} others are in use");
+    /// There are no more lanes to be had: what belongs to another hash slot waits.
+    pub fn no_lane_left(&mut self, hash_slot: u16, wait: Duration, now: Now) {
+        let message = format!("an event belongs to hash slot {hash_slot}, and {MOST_LANES} others are in use");
         self.rests_until = now + wait;
         self.hold_off(Failure::of(Trouble::TooManySlots, message), wait, now);
     }
@@ -80,7 +81,7 @@ impl Backend {
     pub fn goes_on(&mut self, now: Now) {
         if self.delivery.trouble().is_some() {
             self.delivery.forget_trouble();
-            self.recovered(now);
+            self.note_recovery(now);
         }
     }
 

@@ -8,7 +8,7 @@ mod logging;
 mod settings;
 
 use crate::server::random;
-use crate::worker::backend::settings::{mode_of, settings};
+use crate::worker::backend::settings::{guarantee_of, settings};
 pub use settings::Home;
 
 use crate::server::guc;
@@ -17,8 +17,8 @@ use crate::tables::backends::BackendRow;
 use crate::tables::cursors::Standing;
 use crate::tables::numbers;
 use crate::tables::{cursors, refused};
-use crate::worker::room::{Place, Room};
-use relay::delivery::flight::Entry;
+use crate::worker::permits::{SenderPermit, SenderPermits};
+use relay::delivery::flight::{BatchedEvent, Contents};
 use relay::delivery::refusal::{Record, Streams};
 use relay::delivery::{Cursor, Delivery, State};
 use relay::event::broadcaster::{Encoder, Target};
@@ -29,8 +29,8 @@ use relay::guard;
 use relay::reading::range::Position;
 use relay::reading::snapshot::Tick;
 use relay::recovery::Recovery;
-use relay::redis::destination::{self, Address, Destination, Route};
-use relay::redis::slot::slot_of;
+use relay::redis::destination::{Address, Destination, Protocol, Route};
+use relay::redis::hash_slot::hash_slot_of;
 use relay::sender::Handle;
 use relay::sender::orders::{Batch, Order, Report};
 use relay::time::Now;
@@ -70,7 +70,7 @@ pub enum Role {
 #[derive(Default)]
 pub struct OpenBatch {
     pub bytes: Vec<u8>,
-    pub entries: Vec<Entry>,
+    pub entries: Vec<BatchedEvent>,
     /// Its streams, a few of them, each with its entries since one that trims it.
     untrimmed: Vec<(Rc<str>, usize)>,
 }
@@ -101,18 +101,10 @@ impl OpenBatch {
     }
 }
 
-/// What a batch is made of.
-pub enum Load {
-    /// Rows that were read on; `end`: where the reader stands after the last.
-    Rows { end: Position },
-    /// Events that had been refused; `all`: streams of which no other waits.
-    Again { all: Vec<Rc<str>> },
-}
-
 /// A batch that was built but not handed over yet: that waits for the end of the reading transaction.
 pub struct BuiltBatch {
     pub batch: OpenBatch,
-    pub load: Load,
+    pub contents: Contents,
 }
 
 /// A backend, or one of its lanes.
@@ -137,7 +129,7 @@ pub struct Backend {
     max_len: i64,
     pub delivery: Delivery,
     sender: Option<Handle>,
-    /// There is no room for one.
+    /// There is no permit for one.
     waits_for_turn: bool,
     /// It has one only for a while, and since when.
     pub takes_turns: bool,
@@ -236,7 +228,7 @@ impl Backend {
             Role::Finder | Role::Deleted | Role::Strays => Streams::default(),
         };
         let saved_high_seq = cursor.position.from.high_seq;
-        let mut delivery = Delivery::new(mode_of(&destination), cursor, streams, guc::backoff());
+        let mut delivery = Delivery::new(guarantee_of(&destination), cursor, streams, guc::backoff());
         delivery.set_reread_to(refused::highest_written_down(number));
         delivery.set_follows(destination.route != Route::Direct);
         if lane.is_some() {
@@ -381,7 +373,7 @@ impl Backend {
         }
         let is_other = is_other || destination != self.destination || stream != self.stream;
         let row = self.without_done(row);
-        self.delivery.set_mode(mode_of(&destination));
+        self.delivery.set_guarantee(guarantee_of(&destination));
         self.delivery.set_follows(destination.route != Route::Direct);
         (self.destination, self.stream, self.max_len) = (destination, stream, max_len);
         self.row = Some(row);
@@ -425,7 +417,7 @@ impl Backend {
         self.sender.is_some()
     }
 
-    /// There is no room for its sender.
+    /// There is no permit for its sender.
     pub fn wait_for_turn(&mut self, now: Now) {
         self.waits_for_turn = true;
         // What went wrong in its last turn says more.
@@ -439,18 +431,18 @@ impl Backend {
         }
     }
 
-    /// Starts a sender; there is room for it.
-    pub fn connect(&mut self, now: Now, waker: &Arc<UnixStream>, room: &mut Room) {
+    /// Starts a sender; there is a permit for it.
+    pub fn connect(&mut self, now: Now, waker: &Arc<UnixStream>, permits: &mut SenderPermits) {
         (self.waits_for_turn, self.turn_began) = (false, now);
         let mut destination = self.destination.clone();
-        if let destination::Delivery::ExactlyOnce { ousting, .. } = &mut destination.delivery {
+        if let Protocol::ExactlyOnce { ousting, .. } = &mut destination.protocol {
             *ousting = self
                 .row
                 .as_ref()
                 .filter(|row| row.take_over && row.enabled)
                 .map(|_| random::token());
         }
-        match spawn_sender(destination, waker.clone(), room.take()) {
+        match spawn_sender(destination, waker.clone(), permits.take()) {
             Ok(handle) => {
                 self.sender = Some(handle);
                 self.release = Release::None;
@@ -574,13 +566,13 @@ impl Backend {
     /// Hands over what was built in a transaction that has ended well. `wal`: up to where it is flushed.
     pub fn send(&mut self, batches: Vec<BuiltBatch>, wal: u64) {
         fault::reach(Point::AfterRead);
-        for BuiltBatch { batch, load } in batches {
+        for BuiltBatch { batch, contents } in batches {
             let Some(sender) = &self.sender else {
                 return;
             };
             let OpenBatch { mut bytes, entries, .. } = batch;
-            if let destination::Delivery::ExactlyOnce { guard, .. } = &self.destination.delivery {
-                self.append_mark(&mut bytes, guard.as_bytes(), &entries, &load, wal);
+            if let Protocol::ExactlyOnce { guard, .. } = &self.destination.protocol {
+                self.append_mark(&mut bytes, guard.as_bytes(), &entries, &contents, wal);
             }
             let size = bytes.len();
             // There was room; a sender that has ended in between will say so, and all is read again.
@@ -588,10 +580,7 @@ impl Backend {
                 bytes,
                 commands: entries.len(),
             }));
-            match load {
-                Load::Rows { end } => self.delivery.sent(entries, end, size),
-                Load::Again { all } => self.delivery.sent_again(entries, size, &all),
-            }
+            self.delivery.sent(entries, contents, size);
         }
     }
 
@@ -664,19 +653,19 @@ impl Backend {
 
 /// Of a backend or of one lane of it.
 fn refused_streams(number: i32, lane: Option<u16>, own_stream: &str) -> Streams {
-    let serves = |stream: &str| lane.is_none_or(|slot| slot_of(stream.as_bytes()) == slot);
+    let serves = |stream: &str| lane.is_none_or(|hash_slot| hash_slot_of(stream.as_bytes()) == hash_slot);
     let found = refused::refused_streams(number, own_stream).into_iter();
     Streams::waiting(found.filter(|(stream, _)| serves(stream)))
 }
 
 /// Starts a sender with all signals blocked in its thread: they are the main thread's.
-fn spawn_sender(destination: Destination, waker: Arc<UnixStream>, place: Place) -> std::io::Result<Handle> {
+fn spawn_sender(destination: Destination, waker: Arc<UnixStream>, permit: SenderPermit) -> std::io::Result<Handle> {
     // SAFETY: the mask is saved, and put back on all ways out: spawn returns its errors.
     unsafe {
         let (mut all, mut before) = (std::mem::zeroed(), std::mem::zeroed());
         libc::sigfillset(&mut all);
         libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
-        let spawned = Handle::spawn(destination, waker, place);
+        let spawned = Handle::spawn(destination, waker, permit);
         libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut());
         spawned
     }

@@ -2,10 +2,10 @@
 
 use crate::server::guc;
 use crate::tables::backends::BackendRow;
-use relay::delivery::Mode;
-use relay::redis::destination::{self, Address, ClientCertificate, Destination, Route, Secret, Tls};
+use relay::delivery::Guarantee;
+use relay::redis::destination::{Address, ClientCertificate, Destination, Protocol, Route, Secret, Tls};
+use relay::redis::hash_slot::tag_of;
 use relay::redis::replicas::Replicas;
-use relay::redis::slot;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
@@ -39,13 +39,13 @@ pub fn settings(row: Option<&BackendRow>, home: &Home, lane: Option<u16>) -> (De
         // The reply must come before the connection counts as dead.
         wait_ms: (socket_timeout / 2).as_millis().max(1) as u64,
     });
-    let delivery = match row {
-        Some(row) if row.delivery == "exactly_once" => destination::Delivery::ExactlyOnce {
+    let protocol = match row {
+        Some(row) if row.delivery == "exactly_once" => Protocol::ExactlyOnce {
             guard: guard_key(home, row.number, lane),
             replicas,
             ousting: None,
         },
-        _ => destination::Delivery::AtLeastOnce { replicas },
+        _ => Protocol::AtLeastOnce { replicas },
     };
     let password = secret(row, &address);
     let destination = Destination {
@@ -63,7 +63,7 @@ pub fn settings(row: Option<&BackendRow>, home: &Home, lane: Option<u16>) -> (De
         client_name: client_name(&home.name, row.map_or("", |r| &r.name)),
         connect_timeout: millis(row.and_then(|r| r.connect_timeout_ms), &guc::REDIS_CONNECT_TIMEOUT_MS),
         socket_timeout,
-        delivery,
+        protocol,
     };
     let stream = Rc::from(or_setting(field(|r| r.stream_name.as_ref()), &guc::REDIS_STREAM_NAME));
     let max_len = row
@@ -101,11 +101,11 @@ fn secret(row: Option<&BackendRow>, address: &Address) -> Option<Secret> {
     (is_common && !path.is_empty()).then(|| file(path, withheld.common_file))
 }
 
-/// In a cluster each slot has a guard of its own, with a tag that puts it beside the streams, whatever they are called.
+/// In a cluster each hash slot has a guard of its own, with a tag that puts it beside the streams, whatever they are called.
 fn guard_key(home: &Home, number: i32, lane: Option<u16>) -> String {
     let prefix = &home.guard_prefix;
     match lane {
-        Some(slot) => format!("{prefix}{number}:{{{}}}", slot::tag_of(slot)),
+        Some(hash_slot) => format!("{prefix}{number}:{{{}}}", tag_of(hash_slot)),
         None => format!("{prefix}{number}"),
     }
 }
@@ -117,7 +117,7 @@ fn route(row: &BackendRow, lane: Option<u16>) -> Route {
         // What is no lane connects nowhere.
         ("cluster", _) => Route::Cluster {
             nodes,
-            slot: lane.unwrap_or_default(),
+            hash_slot: lane.unwrap_or_default(),
         },
         ("sentinel", Some(master)) => Route::Sentinel {
             nodes,
@@ -138,10 +138,10 @@ fn tls(row: &BackendRow) -> Tls {
     }
 }
 
-pub fn mode_of(destination: &Destination) -> Mode {
-    match destination.delivery {
-        destination::Delivery::AtLeastOnce { .. } => Mode::AtLeastOnce,
-        destination::Delivery::ExactlyOnce { .. } => Mode::ExactlyOnce,
+pub fn guarantee_of(destination: &Destination) -> Guarantee {
+    match destination.protocol {
+        Protocol::AtLeastOnce { .. } => Guarantee::AtLeastOnce,
+        Protocol::ExactlyOnce { .. } => Guarantee::ExactlyOnce,
     }
 }
 

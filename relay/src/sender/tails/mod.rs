@@ -3,14 +3,14 @@
 
 mod pieces;
 
-use crate::event::wanted::{Name, Purpose, Wanted};
+use crate::event::wanted::{EventName, Purpose, Wanted};
 use crate::failure::{self, Class, Failure};
 use crate::resp::bounds::Bounds;
 use crate::resp::read::{Piece, Reply};
 use crate::resp::write::append_command;
 use crate::sender::tails::pieces::{Info, Page};
 use redis::Value;
-use std::collections::hash_map::Entry;
+use std::collections::hash_map;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
@@ -44,7 +44,7 @@ enum Reading {
 struct Tail {
     stream: Arc<str>,
     /// Indexes of those not found yet. Events that were retried share a name: each entry counts for one, the first first.
-    wanted: HashMap<Name, VecDeque<(usize, Purpose)>>,
+    wanted: HashMap<EventName, VecDeque<(usize, Purpose)>>,
     /// The newest entry: its id, and when its event was published.
     newest: Option<(Vec<u8>, [u8; 32])>,
     /// The oldest entry id that was looked at.
@@ -225,7 +225,7 @@ impl Tail {
         }
         self.oldest = Some(id);
         if let Some(name) = name
-            && let Entry::Occupied(mut events) = self.wanted.entry(name)
+            && let hash_map::Entry::Occupied(mut events) = self.wanted.entry(name)
         {
             if let Some((index, _)) = events.get_mut().pop_front() {
                 found[index] = true;

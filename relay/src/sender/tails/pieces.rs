@@ -1,7 +1,7 @@
 //! Replies to a search, piece by piece: entries may be large and many, and have fields by the million. Of each entry no more is kept than tells which event it
 //! is of.
 
-use crate::event::wanted::Name;
+use crate::event::wanted::EventName;
 use crate::failure::Failure;
 use crate::resp::read::{Piece, Reply};
 
@@ -12,7 +12,7 @@ const AROUND_A_STRING: u64 = 8;
 pub(super) struct Entry {
     pub id: Vec<u8>,
     /// `None`: it is of somebody else.
-    pub name: Option<Name>,
+    pub name: Option<EventName>,
 }
 
 /// The reply to XREVRANGE.

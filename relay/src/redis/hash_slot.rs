@@ -6,7 +6,7 @@
 use std::sync::OnceLock;
 
 /// How many there are.
-pub const SLOTS: u16 = 16_384;
+pub const HASH_SLOTS: u16 = 16_384;
 
 const REMAINDERS: [u16; 256] = remainders();
 
@@ -33,9 +33,9 @@ fn crc16(bytes: &[u8]) -> u16 {
     bytes.iter().fold(0, step)
 }
 
-/// The slot of a key.
-pub fn slot_of(key: &[u8]) -> u16 {
-    crc16(hashed(key)) % SLOTS
+/// The hash slot of a key.
+pub fn hash_slot_of(key: &[u8]) -> u16 {
+    crc16(hashed(key)) % HASH_SLOTS
 }
 
 /// The part of a key that counts: what lies between the first `{` and the first `}` behind it, if that is anything.
@@ -48,15 +48,15 @@ fn hashed(key: &[u8]) -> &[u8] {
     tag.filter(|tag| !tag.is_empty()).unwrap_or(key)
 }
 
-/// A short tag of this slot: `{tag}` in a key puts it there. The least number whose digits lie in that slot. Keys of guards have it: it
+/// A short tag of this hash slot: `{tag}` in a key puts it there. The least number whose digits lie in that hash slot. Keys of guards have it: it
 /// must be the same for ever.
-pub fn tag_of(slot: u16) -> String {
+pub fn tag_of(hash_slot: u16) -> String {
     static TAGS: OnceLock<Vec<u32>> = OnceLock::new();
     let tags = TAGS.get_or_init(|| {
-        let mut tags = vec![u32::MAX; usize::from(SLOTS)];
+        let mut tags = vec![u32::MAX; usize::from(HASH_SLOTS)];
         let (mut missing, mut number, mut digits) = (tags.len(), 0, itoa::Buffer::new());
         while missing > 0 {
-            let tag = &mut tags[usize::from(slot_of(digits.format(number).as_bytes()))];
+            let tag = &mut tags[usize::from(hash_slot_of(digits.format(number).as_bytes()))];
             if *tag == u32::MAX {
                 (*tag, missing) = (number, missing - 1);
             }
@@ -64,7 +64,7 @@ pub fn tag_of(slot: u16) -> String {
         }
         tags
     });
-    tags[usize::from(slot % SLOTS)].to_string()
+    tags[usize::from(hash_slot % HASH_SLOTS)].to_string()
 }
 
 #[cfg(test)]
@@ -113,10 +113,13 @@ mod tests {
     #[test]
     fn every_slot_has_a_short_tag_and_that_never_changes() {
         let mut checksum = 0;
-        for slot in 0..SLOTS {
-            let tag = tag_of(slot);
+        for hash_slot in 0..HASH_SLOTS {
+            let tag = tag_of(hash_slot);
             assert!(tag.len() <= 6, "{tag}");
-            assert_eq!(slot_of(format!("outbox_relay:guard:x:1:2:{{{tag}}}").as_bytes()), slot);
+            assert_eq!(
+                hash_slot_of(format!("outbox_relay:guard:x:1:2:{{{tag}}}").as_bytes()),
+                hash_slot
+            );
             checksum = crc16(format!("{checksum}{tag}").as_bytes());
         }
         assert_eq!([0, 5_000, 16_383].map(tag_of), ["3560", "1324", "39296"]);
@@ -128,8 +131,8 @@ mod tests {
         let mut random = fastrand::Rng::with_seed(2);
         for _ in 0..10_000 {
             let stream = random_key(&mut random);
-            let guard = format!("outbox_relay:guard:x:1:2:{{{}}}", tag_of(slot_of(&stream)));
-            assert_eq!(slot_of(guard.as_bytes()), slot_of(&stream), "{stream:?}");
+            let guard = format!("outbox_relay:guard:x:1:2:{{{}}}", tag_of(hash_slot_of(&stream)));
+            assert_eq!(hash_slot_of(guard.as_bytes()), hash_slot_of(&stream), "{stream:?}");
         }
     }
 }

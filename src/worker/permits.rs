@@ -11,7 +11,7 @@ const DESCRIPTORS: usize = 2;
 const SPARE: usize = 8;
 
 /// The room that a worker has for senders.
-pub struct Room {
+pub struct SenderPermits {
     most: usize,
     /// Of threads that have not ended; one that was let go may need a while.
     live: Arc<AtomicUsize>,
@@ -20,15 +20,15 @@ pub struct Room {
 }
 
 /// A sender's place. It is free when the thread has ended.
-pub struct Place(Arc<AtomicUsize>);
+pub struct SenderPermit(Arc<AtomicUsize>);
 
-impl Drop for Place {
+impl Drop for SenderPermit {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
-impl Room {
+impl SenderPermits {
     pub fn new() -> Self {
         // SAFETY: a plain read of what the postmaster has found out by its settings and limits.
         let descriptors = unsafe { pg_sys::max_safe_fds }.max(0) as usize;
@@ -49,10 +49,10 @@ impl Room {
     }
 
     /// For a sender that is started now; there must be room.
-    pub fn take(&mut self) -> Place {
+    pub fn take(&mut self) -> SenderPermit {
         self.live.fetch_add(1, Ordering::AcqRel);
         self.tell();
-        Place(self.live.clone())
+        SenderPermit(self.live.clone())
     }
 
     /// Tells Postgres how many descriptors are not its own.
