@@ -134,6 +134,16 @@ impl Figures {
             })
             .collect()
     }
+
+    /// The p99 beside that of another disturbance.
+    fn p99_beside(&self, floor: &Self, what: &str, goal: Goal) -> Row {
+        Row::longer(
+            format!("another backend's p99 {what}"),
+            &self.with[1],
+            &floor.with[1],
+            goal,
+        )
+    }
 }
 
 /// Many events are scheduled for another day, some for soon, and a tenth of them become due at one moment.
@@ -239,25 +249,43 @@ pub fn measure_purge(scale: &Scale) -> Taken {
 }
 
 /// One transaction publishes many.
+/// Beside the same without, and beside the same rows in a plain table: what then is left is Postgres's own (a commit waits for the WAL that
+/// others have written, and for the processor).
 pub fn measure_beside_bulk(scale: &Scale) -> Taken {
-    let stack = stack(&[]);
+    // Segments of the WAL that are recycled: a new one is filled with zeros first, and all commits wait for that.
+    let stack = stack(&[("min_wal_size", "2GB"), ("max_wal_size", "4GB")]);
     let count = scale.events * 2 / 5;
-    let mut figures = Figures::default();
+    let publish = format!(
+        "insert into outbox.events (event_type, source, data)
+         select 'bench.cost', 'bench', {DATA} from generate_series(1, {count}) g"
+    );
+    let plain = format!(
+        "insert into plain (seq, xid, created_at, event_id, backend_number, event_type, source, backend, data)
+         select g, pg_current_xact_id(), now(), gen_random_uuid(), 1, 'bench.cost', 'bench', 'default', {DATA}
+         from generate_series(1, {count}) g"
+    );
+    stack
+        .pg
+        .exec("create table plain (like outbox.events including indexes)");
+    stack.pg.exec(&plain);
+    stack.pg.exec("truncate plain");
+    stack.pg.exec("checkpoint");
+    let (mut figures, mut floor) = (Figures::default(), Figures::default());
     for _ in 0..scale.runs {
-        let both = beside(&stack, scale, || {
-            stack.pg.exec(&format!(
-                "insert into outbox.events (event_type, source, data)
-                 select 'bench.cost', 'bench', {DATA} from generate_series(1, {count}) g"
-            ));
-        });
-        figures.take("beside bulk", both);
+        figures.take("beside bulk", beside(&stack, scale, || stack.pg.exec(&publish)));
         wait_sent(&stack);
+        floor.take("beside a plain bulk", beside(&stack, scale, || stack.pg.exec(&plain)));
+        stack.pg.exec("truncate plain");
     }
+    let what = format!("while another publishes {} in one transaction", thousands(count));
+    let mut rows = figures.rows(&what, Goal::AtMost(1.5));
+    rows.push(figures.p99_beside(
+        &floor,
+        &format!("{what}, beside the same into a plain table"),
+        Goal::AtMost(1.5),
+    ));
     Taken {
-        rows: figures.rows(
-            &format!("while another publishes {} in one transaction", thousands(count)),
-            Goal::AtMost(1.5),
-        ),
+        rows,
         ..Taken::default()
     }
 }
