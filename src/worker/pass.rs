@@ -6,101 +6,27 @@ use crate::tables::catalog::{self, Relations};
 use crate::tables::events::EventsTable;
 use crate::tables::row::{Row, attribute};
 use crate::tables::{backends, refused};
-use crate::worker::backend::{BATCH_BYTES, Backend, BuiltBatch, OpenBatch, Role};
+use crate::worker::backend::{BATCH_BYTES, Backend, BuiltBatch, OpenBatch};
 use pgrx::pg_sys;
 use relay::delivery::RowFate;
 use relay::delivery::flight::{BatchedEvent, Contents, Window};
 use relay::delivery::refusal::{MOST_ATTEMPTS, Record, Retry};
 use relay::fault::{self, Point};
 use relay::reading::range::{Key, Position, RangeScan, Scan, Step, Table};
+use relay::reading::role::Role;
+use relay::reading::schedule::{Group, SCAN_STEPS, Supply};
 use relay::reading::snapshot::Tick;
 use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::sync::Arc;
 
-/// Rows that one scan may meet before the senders are looked at again, for each backend that it serves,
-const SCAN_STEPS: usize = 2_000;
-/// of which at most so many count.
+/// Of the backends that one scan serves, so many count at most for how long it is.
 const SCAN_BACKENDS: usize = 4;
 /// Rows that one pass may write down as waiting or failed, for each backend: a millisecond or two. The others' events are looked at in
 /// between.
 const WRITTEN_DOWN: usize = 250;
-/// One scan serves backends that are no further apart: half of it, so that those that are ahead have the other half.
-const NEAR_SEQS: i64 = SCAN_STEPS as i64 / 2;
 /// A pass that others wait for ends after so many rows.
 const LEAST_STEPS: usize = 256;
-
-/// Backends (by index) that one scan serves: they are going to the same tick, and stand near each other.
-pub struct Group {
-    pub members: Vec<usize>,
-    /// From where to where; what `from` sees, each of them has.
-    from: Arc<Tick>,
-    to: Arc<Tick>,
-    last_seq: i64,
-}
-
-impl Group {
-    /// Takes the one that is furthest behind out of `waiting` (not empty), and those that one scan can serve as well. Those that have a short
-    /// way to go come first: they are not to wait for one that has a long way.
-    ///
-    /// Numbers ascend along a range, so a scan serves readers that stand apart, and that have set out from different ticks: each takes the
-    /// rows behind its own place which its own tick does not see. Late rows are found by the tick: for them it must be the same.
-    pub fn take(backends: &[Backend], waiting: &mut Vec<usize>, latest: &Arc<Tick>) -> Self {
-        let position = |index: usize| backends[index].delivery.position();
-        let goal = |index: usize| backends[index].goal(latest);
-        let is_short = |index: &usize| goal(*index).high_seq - position(*index).place() <= NEAR_SEQS;
-        let (short, long): (Vec<usize>, Vec<usize>) = waiting.iter().partition(|index| is_short(index));
-        // Nor for those who look at each row.
-        let is_choosy = |index: &usize| backends[*index].number != 0;
-        let (choosy, others): (Vec<usize>, Vec<usize>) = long.into_iter().partition(is_choosy);
-        let (candidates, later) = match (short.is_empty(), choosy.is_empty()) {
-            (false, _) => (short, [choosy, others].concat()),
-            (true, false) => (choosy, others),
-            (true, true) => (others, Vec::new()),
-        };
-        let first = candidates.iter().copied().min_by_key(|index| {
-            let position = position(*index);
-            (position.place(), position.last_seq())
-        });
-        let base = position(first.unwrap_or_default()).clone();
-        let to = goal(first.unwrap_or_default()).clone();
-        // Among late rows all have come to the same place: there, what counts is the last row.
-        let is_near = |index: usize| {
-            let p = position(index);
-            let (theirs, first) = match base.is_among_late() {
-                true => (p.last_seq(), base.last_seq()),
-                false => (p.place(), base.place()),
-            };
-            Arc::ptr_eq(goal(index), &to) && theirs <= first + NEAR_SEQS
-        };
-        let near = candidates
-            .iter()
-            .filter(|index| is_near(**index))
-            .map(|index| position(*index));
-        let from = match base.is_among_late() {
-            true => base.from.clone(),
-            false => {
-                let is_passed = |p: &&Position| !p.is_among_late() && p.from.low_seq <= base.last_seq();
-                let oldest = near.filter(is_passed).min_by_key(|p| p.from.next_xid);
-                oldest.unwrap_or(&base).from.clone()
-            }
-        };
-        let is_served = |index: usize| {
-            let p = position(index);
-            let is_same = Arc::ptr_eq(&p.from, &from);
-            let can_join = !base.is_among_late() && !p.is_among_late() && p.from.snapshot.includes(&from.snapshot);
-            is_near(index) && (is_same || can_join)
-        };
-        let (members, others): (Vec<usize>, Vec<usize>) = candidates.into_iter().partition(|index| is_served(*index));
-        *waiting = [others, later].concat();
-        Self {
-            members,
-            from,
-            to,
-            last_seq: base.last_seq(),
-        }
-    }
-}
 
 /// Reads on for a group of `backends`, and not for long if `is_wanted` for others. Needs a transaction; what comes back is to be handed over
 /// once that has ended well.
@@ -217,7 +143,7 @@ impl Reader {
             batches: self.batches_left,
             bytes: self.bytes_left,
         };
-        !backend.reads_for_redis() || room.can_wait()
+        !backend.reads_for_redis() || room.supply() != Supply::Low
     }
 
     fn close_batch(&mut self, end: Position) {

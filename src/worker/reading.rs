@@ -7,8 +7,8 @@ use crate::tables::catalog;
 use crate::tables::events;
 use crate::tables::events::EventsTable;
 use crate::tables::ticks;
-use crate::worker::backend::{Backend, MOST_LANES, Role};
-use crate::worker::pass::{self, Group};
+use crate::worker::backend::{Backend, MOST_LANES};
+use crate::worker::pass;
 use crate::worker::state::Awaited;
 use crate::worker::state::Loaded;
 use crate::worker::state::Worker;
@@ -16,7 +16,9 @@ use crate::worker::task::Task;
 use pgrx::pg_sys;
 use relay::fault::{self, Mutation, Point};
 use relay::reading::range::Position;
-use relay::reading::snapshot::{FIRST_NORMAL_XID, Tick};
+use relay::reading::role::Role;
+use relay::reading::schedule::{self, Group, Reader, Schedule, Supply, Way, Wish};
+use relay::reading::snapshot::Tick;
 use relay::time::Now;
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,9 +32,6 @@ const STALE_READING: Duration = Duration::from_millis(500);
 
 /// While a lane cannot be made.
 const LANE_PAUSE: Duration = Duration::from_millis(100);
-
-/// Backends that are further behind are not waited for.
-const WAITED_FOR_SEQS: i64 = 100_000;
 
 /// How long passes follow each other that find nothing, before the others are looked at again.
 const PASSING_TIME: Duration = Duration::from_millis(5);
@@ -62,43 +61,46 @@ impl Worker {
                 None => {}
             }
         }
-        // A pass moves its readers, and who waited for them then waits no more: that is for the next round.
-        let mut waiting: Vec<usize> = (0..self.backends.len()).filter(|i| self.reads_now(*i, now)).collect();
-        while !waiting.is_empty() {
-            let group = Group::take(&self.backends, &mut waiting, &self.latest);
+        self.read_in_groups(now);
+        let is_more = changed || self.schedule(now).reading().next().is_some();
+        let is_all_read = self.awaited.is_none();
+        for index in 0..self.backends.len() {
+            let waits = self.waits(index, now);
+            let backend = &mut self.backends[index];
+            let is_all_read = is_all_read && !backend.is_held();
+            if !waits && backend.reads_for_redis() && backend.delivery.rest(is_all_read) {
+                backend.note_recovery(now);
+            }
+        }
+        is_more
+    }
+
+    /// A scan for each group of those who read now. A scan moves its readers; who waited for them is for the next round.
+    fn read_in_groups(&mut self, now: Now) {
+        let mut waiting: Vec<usize> = self.schedule(now).reading().collect();
+        while let Some(group) = Group::take(&mut waiting, |index| self.way(index)) {
             match self.read_group(&group, now) {
                 Ok(has_found) => {
                     group.members.iter().for_each(|index| self.has_read_for(*index));
                     // Among many rows of others: none of its own is sent before it has come through.
                     if !has_found && self.now() < now + PASSING_TIME {
-                        let is_on_its_way =
-                            |index: &usize| self.backends[*index].reads_for_redis() && self.reads_now(*index, now);
-                        waiting.extend(group.members.iter().copied().filter(is_on_its_way));
+                        let schedule = self.schedule(now);
+                        let sends = |index: &usize| self.backends[*index].reads_for_redis();
+                        let on_their_way = group.members.iter().copied();
+                        waiting.extend(on_their_way.filter(|index| sends(index) && schedule.reads(*index)));
                     }
                 }
                 Err(error) if !self.read_apart(&group, &error, now) => break,
                 Err(_) => {}
             }
         }
-        let mut more = changed;
-        let is_all_read = self.awaited.is_none();
-        for index in 0..self.backends.len() {
-            let (waits, reads) = (self.waits(index, now), self.reads_now(index, now));
-            let backend = &mut self.backends[index];
-            more |= reads;
-            let is_all_read = is_all_read && !backend.is_held();
-            if !waits && backend.reads_for_redis() && backend.delivery.rest(is_all_read) {
-                backend.note_recovery(now);
-            }
-        }
-        more
     }
 
     /// Takes a tick if there may be something new for somebody.
     pub(super) fn tick_if_due(&mut self, now: Now) {
         self.work |= self.slot.has_work();
         // While all are down, publishers find the flag raised and wake nobody.
-        let is_due = self.work && self.awaited.is_none() && (self.polled || self.is_any_ready(now));
+        let is_due = self.work && self.awaited.is_none() && (self.polled || self.is_tick_of_use(now));
         if self.ticked || !is_due || !self.patience.allows(Task::Read, now) {
             return;
         }
@@ -130,7 +132,9 @@ impl Worker {
             return true;
         }
         for index in &group.members {
-            let alone = Group::take(&self.backends, &mut vec![*index], &self.latest);
+            let Some(alone) = Group::take(&mut vec![*index], |index| self.way(index)) else {
+                continue;
+            };
             match self.read_group(&alone, now) {
                 Ok(_) => self.has_read_for(*index),
                 Err(error) => fails_for(*index, &error, self),
@@ -177,70 +181,65 @@ impl Worker {
         }
     }
 
-    /// Whether a backend can take rows now, and there may be some.
-    fn waits(&self, index: usize, now: Now) -> bool {
+    fn way(&self, index: usize) -> Way<'_> {
         let backend = &self.backends[index];
-        self.has_way_to_go(index)
-            && backend.is_ready(now)
+        Way {
+            position: backend.delivery.position(),
+            goal: backend.goal(&self.latest),
+            role: backend.role,
+        }
+    }
+
+    /// Whether rows can be read for a backend now.
+    fn is_ready(&self, backend: &Backend, now: Now) -> bool {
+        backend.is_ready(now)
             && self.patience.allows(Task::Read, now)
             && self.patience.allows(Task::ReadFor(backend.whose()), now)
     }
 
-    fn has_way_to_go(&self, index: usize) -> bool {
-        let backend = &self.backends[index];
-        let position = backend.delivery.position();
-        // Before the first tick there is nowhere to go, and certainly not back.
-        let is_ticked = self.latest.next_xid > FIRST_NORMAL_XID;
-        let goes_on = is_ticked && !Arc::ptr_eq(&position.from, backend.goal(&self.latest));
-        position.under_way.is_some() || goes_on
+    /// Whether a backend can take rows now, and there may be some.
+    fn waits(&self, index: usize, now: Now) -> bool {
+        self.way(index).leads_on() && self.is_ready(&self.backends[index], now)
     }
 
-    /// Whether a backend that is well is on its way, or would be if it had room.
-    fn comes_up(&self, index: usize) -> bool {
+    /// What the schedule is to know of a backend; `None`: it has no way to go.
+    fn reader(&self, index: usize, now: Now) -> Option<Reader<'_>> {
+        let way = self.way(index);
         let backend = &self.backends[index];
-        let is_able = || self.patience.retry_at(Task::ReadFor(backend.whose())).is_none();
-        backend.is_keeping_up() && self.has_way_to_go(index) && is_able()
+        way.leads_on().then(|| Reader {
+            index,
+            way,
+            is_ready: self.is_ready(backend, now),
+            is_well: self.is_well(backend),
+            supply: match way.role {
+                Role::Redis => backend.delivery.supply(),
+                Role::Finder | Role::Deleted | Role::Strays => Supply::Low,
+            },
+        })
+    }
+
+    fn is_well(&self, backend: &Backend) -> bool {
+        backend.is_keeping_up() && self.patience.retry_at(Task::ReadFor(backend.whose())).is_none()
+    }
+
+    fn schedule(&self, now: Now) -> Schedule<'_> {
+        Schedule::of((0..self.backends.len()).filter_map(|index| self.reader(index, now)))
     }
 
     /// Whether no backend that is well waits for room.
     pub(super) fn has_read_all(&self) -> bool {
-        !(0..self.backends.len()).any(|index| self.comes_up(index))
+        let is_behind = |index: usize| self.way(index).leads_on() && self.is_well(&self.backends[index]);
+        !(0..self.backends.len()).any(is_behind)
     }
 
-    /// Whether a pass is worth while for a backend: it takes rows, and not just a few of them.
-    fn takes(&self, index: usize, now: Now) -> bool {
-        let backend = &self.backends[index];
-        self.waits(index, now) && (!backend.reads_for_redis() || backend.delivery.is_worth_reading())
-    }
-
-    /// Whether a backend is to read now. Who can wait lets those that are behind on the same way come up, so that one scan serves all
-    /// again; since its sender has enough to do meanwhile, a slow or hung one holds up nobody.
-    fn reads_now(&self, index: usize, now: Now) -> bool {
-        if !self.takes(index, now) {
-            return false;
-        }
-        let backend = &self.backends[index];
-        // Behind a slow lane, the first event of a hash slot that has none is not to wait.
-        if backend.is_finder() || (backend.reads_for_redis() && !backend.delivery.can_wait()) {
-            return true;
-        }
-        let position = backend.delivery.position();
-        let holds = |(other, b): (usize, &Backend)| {
-            let theirs = b.delivery.position();
-            let behind = position.place() - theirs.place();
-            other != index
-                && self.comes_up(other)
-                && Arc::ptr_eq(b.goal(&self.latest), backend.goal(&self.latest))
-                && ((1..=WAITED_FOR_SEQS).contains(&behind) || (behind == 0 && !self.takes(other, now)))
-        };
-        !self.backends.iter().enumerate().any(holds)
-    }
-
-    /// Whether there is anybody for whom a tick is of use now: while a cluster has no lane, its finder is.
-    fn is_any_ready(&self, now: Now) -> bool {
-        let has_lanes = |number: i32| self.backends.iter().any(|b| b.number == number && b.lane.is_some());
-        let counts = |b: &Backend| b.reads_for_redis() || (b.is_finder() && !has_lanes(b.number));
-        self.backends.iter().any(|b| b.wants_tick(now) && counts(b))
+    /// Whether there is anybody for whom a tick is of use now.
+    fn is_tick_of_use(&self, now: Now) -> bool {
+        schedule::is_tick_of_use(self.backends.iter().map(|b| Wish {
+            number: b.number,
+            role: b.role,
+            is_lane: b.lane.is_some(),
+            wants_tick: b.wants_tick(now),
+        }))
     }
 
     /// A lane for a hash slot that has none, where its finder stands: saved before that goes on.

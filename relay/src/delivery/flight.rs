@@ -2,6 +2,7 @@
 
 use crate::failure::{Class, Failure};
 use crate::reading::range::Position;
+use crate::reading::schedule::Supply;
 use std::rc::Rc;
 
 /// How many batches are in Redis's hands at once: enough that it finds the next when it has done one.
@@ -38,14 +39,15 @@ pub struct Window {
 }
 
 impl Window {
-    /// Whether what is on its way takes a quarter of the window or more: enough to do while others are waited for.
-    pub fn can_wait(self) -> bool {
-        self.batches <= WINDOW_BATCHES / 4 * 3 || self.bytes <= WINDOW_BYTES / 4 * 3
-    }
-
-    /// Whether a quarter of the window is free.
-    pub(super) fn is_ample(self) -> bool {
-        self.batches >= WINDOW_BATCHES / 4 && self.bytes >= WINDOW_BYTES / 4
+    /// What a sender with this much room has to do. It has enough if a quarter of the window or more is on its way.
+    pub fn supply(self) -> Supply {
+        let has_enough = self.batches <= WINDOW_BATCHES / 4 * 3 || self.bytes <= WINDOW_BYTES / 4 * 3;
+        let is_ample = self.batches >= WINDOW_BATCHES / 4 && self.bytes >= WINDOW_BYTES / 4;
+        match (has_enough, is_ample) {
+            (false, _) => Supply::Low,
+            (true, true) => Supply::Enough,
+            (true, false) => Supply::Full,
+        }
     }
 }
 

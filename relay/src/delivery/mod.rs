@@ -31,6 +31,7 @@ use crate::delivery::refusal::{Record, Retry, Streams};
 use crate::delivery::reread::Reread;
 use crate::failure::{Class, Failure};
 use crate::reading::range::Position;
+use crate::reading::schedule::Supply;
 use crate::time::Now;
 use std::collections::{BTreeSet, VecDeque};
 use std::rc::Rc;
@@ -297,14 +298,15 @@ impl Delivery {
         (self.connection == ConnectionState::Up && room.batches > 0 && room.bytes > 0).then_some(room)
     }
 
-    /// Whether a reader that has this much room can wait until there is more: its sender has enough to do meanwhile.
-    pub fn can_wait(&self) -> bool {
-        self.connection == ConnectionState::Up && self.window().can_wait()
-    }
-
-    /// Whether reading is worth a pass now: there is ample room, or it cannot wait.
-    pub fn is_worth_reading(&self) -> bool {
-        !self.can_wait() || self.window().is_ample()
+    /// How much its sender has to do: whether its reader can wait for others, and whether reading is worth it.
+    pub fn supply(&self) -> Supply {
+        match self.connection {
+            ConnectionState::Up => self.window().supply(),
+            ConnectionState::Down { .. }
+            | ConnectionState::Connecting
+            | ConnectionState::Draining { .. }
+            | ConnectionState::Stopped => Supply::Low,
+        }
     }
 
     fn window(&self) -> Window {

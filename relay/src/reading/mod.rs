@@ -4,10 +4,14 @@
 //! - [`range`] the rows between two ticks, once each, in order; how far a reader has come
 //! - [`numbers`] the highest number that was given
 //! - [`foreign`] rows of another cluster's transactions
+//! - [`role`] what a reader does with its rows
+//! - [`schedule`] who reads next, and which readers share a scan
 //! - [`pace`] how soon to look again
 
 pub mod foreign;
 pub mod numbers;
 pub mod pace;
 pub mod range;
+pub mod role;
+pub mod schedule;
 pub mod snapshot;

@@ -7,11 +7,12 @@
 use crate::tables::backends::BackendRow;
 use crate::tables::cursors;
 use crate::tables::cursors::Standing;
-use crate::worker::backend::{Backend, Home, MOST_LANES, Role};
+use crate::worker::backend::{Backend, Home, MOST_LANES};
 use relay::delivery::Cursor;
 use relay::event::Event;
 use relay::failure::{Failure, Trouble};
 use relay::reading::range::Position;
+use relay::reading::role::Role;
 use relay::redis::hash_slot::hash_slot_of;
 use relay::time::Now;
 use std::time::Duration;

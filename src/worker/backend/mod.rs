@@ -27,6 +27,7 @@ use relay::failure::{Failure, Trouble};
 use relay::fault::{self, Point};
 use relay::guard;
 use relay::reading::range::Position;
+use relay::reading::role::Role;
 use relay::reading::snapshot::Tick;
 use relay::recovery::Recovery;
 use relay::redis::destination::{Address, Destination, Protocol, Route};
@@ -54,17 +55,6 @@ const TRIM_EVERY: usize = 16;
 const LOG_LOOK: Duration = Duration::from_millis(250);
 /// Names of streams that are kept, so that not each entry needs its own.
 const KNOWN_STREAMS: usize = 1_000;
-
-/// Who reads: a backend with its Redis, or the keeper of events that have none.
-pub enum Role {
-    Redis,
-    /// Reads for the lanes that there are not yet (see `lanes.rs`).
-    Finder,
-    /// The backend was deleted: its events fail.
-    Deleted,
-    /// Reads events of backends that nobody knows.
-    Strays,
-}
 
 /// A batch that is being filled.
 #[derive(Default)]
