@@ -32,6 +32,7 @@ mod guard;
 mod guest;
 mod guest_idle;
 mod healing;
+mod health;
 mod histories;
 mod hostile;
 mod hostile_guards;
