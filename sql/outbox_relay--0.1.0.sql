@@ -70,19 +70,26 @@ create table outbox.backends (
 );
 
 comment on table outbox.backends is 'Named Redis destinations; NULL in a column means the setting outbox_relay.redis_* of that name. A change takes effect at once.';
+comment on column outbox.backends.name is 'How publishers name the backend; it may be changed.';
 comment on column outbox.backends.number is 'Never changes and is never given again; events store it, so that a renamed backend keeps its events.';
 comment on column outbox.backends.enabled is 'False pauses the backend: its events wait.';
 comment on column outbox.backends.mode is 'standalone: one Redis, at host and port or unix_socket. sentinel: the primary that sentinels name. cluster: streams are spread by hash slot.';
+comment on column outbox.backends.host is 'Name or address of the Redis server (standalone).';
+comment on column outbox.backends.port is 'Port of the Redis server (standalone), 1 to 65535.';
+comment on column outbox.backends.db is 'Number of the Redis database; a cluster has database 0 alone.';
+comment on column outbox.backends.username is 'Redis user (ACL).';
 comment on column outbox.backends.stream_name is 'The stream of events that name none themselves. In a cluster it says to which slot they belong, and cannot be changed.';
 comment on column outbox.backends.max_len is 'Approximate length to which each stream is trimmed (MAXLEN ~); 0: unlimited.';
+comment on column outbox.backends.connect_timeout is 'How long connecting and logging in may take, at most an hour.';
+comment on column outbox.backends.socket_timeout is 'How long each write and each reply may take, at most an hour.';
 comment on column outbox.backends.unix_socket is 'Path of a unix socket, instead of host and port.';
-comment on column outbox.backends.nodes is 'The sentinels, or some nodes of the cluster, as host:port (an IPv6 address in brackets), in the order in which they are asked.';
-comment on column outbox.backends.sentinel_master is 'The name by which the sentinels know the primary.';
+comment on column outbox.backends.nodes is 'The sentinels, or some nodes of the cluster, as host:port (an IPv6 address in brackets), in the order in which they are asked. NULL if mode is standalone.';
+comment on column outbox.backends.sentinel_master is 'The name by which the sentinels know the primary; NULL unless mode is sentinel.';
 comment on column outbox.backends.password_file is 'A file that the server reads at each connect; its first line is the password. Nobody else may read it: 0600, or 0640 if root owns it. Needs the rights of pg_read_server_files.';
 comment on column outbox.backends.allowed_streams is 'Glob patterns (* and ?) one of which a publisher''s stream must match. With {*}, a publisher may append to any stream of that Redis, which is then trimmed to max_len.';
 comment on column outbox.backends.delivery is 'exactly_once: batches are appended in transactions with the guard, see outbox.guard_key(). at_least_once: plain commands; a crash may repeat what was sent since the cursor was last saved.';
 comment on column outbox.backends.on_missing_guard is 'When Redis has lost everything, the guard too: continue with what was not sent, halt until outbox.take_over(), or replay all that is retained.';
-comment on column outbox.backends.wait_replicas is 'Replicas of Redis that must acknowledge a batch (WAIT) before it counts as delivered.';
+comment on column outbox.backends.wait_replicas is 'Replicas of Redis that must acknowledge a batch (WAIT) before it counts as delivered, 0 to 100.';
 comment on column outbox.backends.tls is 'Speaks TLS: the server''s certificate must lead to a trusted authority and name the host.';
 comment on column outbox.backends.tls_ca_file is 'PEM file of the authorities that are trusted; NULL: those of the system. Read at each connect, like the other files; needs the rights of pg_read_server_files.';
 comment on column outbox.backends.tls_cert_file is 'PEM file of the certificate (and its chain) that is shown to the server. Needs the rights of pg_read_server_files.';
@@ -409,6 +416,7 @@ create function outbox.check_backend() returns trigger
     as $$
 declare
     present outbox.backends;
+    defaults jsonb;
     node text;
     file_column text;
 begin
@@ -453,27 +461,31 @@ begin
         -- A dump brings a "default" of its own, which takes the place of the one that CREATE EXTENSION made.
         select b.* into present from outbox.backends b where b.name = new.name;
         if found and present.number = new.number then
-            update outbox.backends b
-                set enabled = new.enabled, mode = new.mode, nodes = new.nodes, sentinel_master = new.sentinel_master, host = new.host, port = new.port, db = new.db, username = new.username,
-                    stream_name = new.stream_name, max_len = new.max_len, connect_timeout = new.connect_timeout,
-                    socket_timeout = new.socket_timeout, unix_socket = new.unix_socket,
-                    password_file = new.password_file, allowed_streams = new.allowed_streams, delivery = new.delivery,
-                    on_missing_guard = new.on_missing_guard, wait_replicas = new.wait_replicas,
-                    tls = new.tls, tls_ca_file = new.tls_ca_file, tls_cert_file = new.tls_cert_file,
-                    tls_key_file = new.tls_key_file, tls_insecure = new.tls_insecure
-                where b.name = new.name;
+            -- All but name and number: an option that is added needs no change here.
+            execute (
+                select format('update outbox.backends b set (%s) = row(%s) where b.name = ($1).name',
+                    string_agg(quote_ident(a.attname), ', '), string_agg('($1).' || quote_ident(a.attname), ', '))
+                from pg_attribute a
+                where a.attrelid = 'outbox.backends'::regclass and a.attnum > 0 and not a.attisdropped and a.attgenerated = ''
+                    and a.attname not in ('name', 'number')
+            ) using new;
             return null;
-        elsif found
-            and (present.enabled, present.mode, present.allowed_streams, present.delivery, present.on_missing_guard,
-                    present.wait_replicas, present.tls)
-                = (true, 'standalone', '{*}'::text[], 'exactly_once', 'continue', 0, false)
-            and num_nonnulls(present.host, present.port, present.db, present.username, present.stream_name,
-                    present.max_len, present.connect_timeout, present.socket_timeout, present.unix_socket,
-                    present.password_file) = 0
-            and not exists (select from outbox.events e where e.backend_number = present.number)
-            and not exists (select from outbox.backend_passwords p where p.backend_number = present.number)
-            and not outbox.has_waiting_events(present.number) then
-            delete from outbox.backends b where b.name = new.name;
+        elsif found then
+            -- What a row has of which nothing was said; of columns that are added, too.
+            execute (
+                select format('select jsonb_strip_nulls(jsonb_build_object(%s))',
+                    string_agg(format('%L, %s', a.attname, pg_get_expr(d.adbin, d.adrelid)), ', '))
+                from pg_attribute a join pg_attrdef d on d.adrelid = a.attrelid and d.adnum = a.attnum
+                where a.attrelid = 'outbox.backends'::regclass and a.attgenerated = ''
+            ) into defaults;
+            if jsonb_strip_nulls(to_jsonb(present)) - '{name,number}'::text[] = defaults then
+                -- In a statement of its own: it needs rights that only those have who restore a dump.
+                if not exists (select from outbox.events e where e.backend_number = present.number)
+                    and not exists (select from outbox.backend_passwords p where p.backend_number = present.number)
+                    and not outbox.has_waiting_events(present.number) then
+                    delete from outbox.backends b where b.name = new.name;
+                end if;
+            end if;
         end if;
     end if;
     return new;

@@ -60,7 +60,7 @@ pub fn publications() -> Vec<String> {
                 'outbox.known_triggers'::regclass))
         order by 1",
         &[],
-        |row| sql::text(row, 1).unwrap_or_default(),
+        |row| row.text("pubname").unwrap_or_default(),
     )
 }
 
@@ -69,7 +69,7 @@ pub fn held() -> Vec<String> {
     sql::query(
         "select distinct h.backend from (select backend from outbox.held_events order by number limit 1000) h order by 1",
         &[],
-        |row| sql::text(row, 1).unwrap_or_default(),
+        |row| row.text("backend").unwrap_or_default(),
     )
 }
 

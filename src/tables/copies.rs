@@ -5,7 +5,7 @@
 
 use crate::server::guc::{self, TakeOver};
 use crate::tables::row::Columns;
-use crate::tables::sql::{query, run, value};
+use crate::tables::sql::{query_value, run};
 use pgrx::iter::TableIterator;
 use pgrx::{name, pg_extern, pg_sys};
 
@@ -28,10 +28,7 @@ impl Original {
 /// Within the worker's transaction: whether this database was made of another one, which is noted.
 pub fn note_copy() -> bool {
     let is_copy = "select i.database <> d.oid from outbox.installation i, pg_catalog.pg_database d where d.datname = current_database()";
-    let is_copy = query(is_copy, &[], |row| value(row, 1))
-        .pop()
-        .flatten()
-        .unwrap_or(false);
+    let is_copy = query_value(is_copy, &[]).unwrap_or(false);
     if is_copy {
         run("select outbox.note_copy()", &[]);
     }

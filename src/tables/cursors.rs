@@ -1,10 +1,10 @@
 //! How far each backend has come: `outbox.cursors`.
 
 use crate::server::error::internal;
-use crate::tables::sql::{query, run, text, value, words};
+use crate::tables::found_row::FoundRow;
+use crate::tables::sql::{Assignment, query_column, query_named, upsert, words};
 use pgrx::datum::DatumWithOid;
-use pgrx::spi::SpiTupleTable;
-use relay::delivery::Cursor;
+use relay::delivery::{Cursor, State};
 use relay::reading::range::{Position, UnderWay};
 use relay::reading::snapshot::{Snapshot, Tick};
 use std::sync::Arc;
@@ -16,17 +16,14 @@ pub(super) fn lane_number(lane: Option<u16>) -> i32 {
     lane.map_or(NO_LANE, i32::from)
 }
 
-/// What is saved of a backend beside its position.
+/// What is known of a backend beside its position, and outlives the worker. Times are in microseconds since 1970.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Standing {
-    pub state: String,
-    pub published_total: i64,
+    pub accepted_total: i64,
     pub failed_total: i64,
-    pub events_per_second: f32,
-    pub last_published_at: Option<i64>,
+    pub last_accepted_us: Option<i64>,
     pub last_error: Option<String>,
-    pub last_error_at: Option<i64>,
-    pub next_attempt_at: Option<i64>,
+    pub last_error_us: Option<i64>,
     /// How often Redis was found to have lost something.
     pub healings: i64,
     /// How often its guard was claimed.
@@ -35,46 +32,54 @@ pub struct Standing {
     pub address: Option<String>,
 }
 
+/// All that is saved of a backend.
+pub struct Saved<'a> {
+    pub position: &'a Position,
+    pub batch_number: u64,
+    pub standing: &'a Standing,
+    pub state: State,
+    pub events_per_second: f32,
+    pub next_attempt_us: Option<i64>,
+}
+
 /// Hash slots of which a backend has lanes.
 pub fn lanes(number: i32) -> Vec<u16> {
-    query(
+    let slots: Vec<i32> = query_column(
         "select slot from outbox.cursors where backend_number = $1 and slot >= 0 order by slot",
         &[number.into()],
-        |row| value::<i32>(row, 1).unwrap_or_default() as u16,
-    )
+    );
+    slots.into_iter().map(|slot| slot as u16).collect()
 }
 
 /// The saved position and standing of a backend, or of one lane of it.
 pub fn cursor(number: i32, lane: Option<u16>) -> Option<(Cursor, Standing)> {
-    query(
-        "select from_snapshot::text, from_next_xid::text, from_low_seq, from_high_seq,
-            to_snapshot::text, to_next_xid::text, to_low_seq, to_high_seq, last_seq,
-            state, published_total, failed_total,
-            (extract(epoch from last_published_at) * 1000000)::bigint, last_error,
-            (extract(epoch from last_error_at) * 1000000)::bigint, batch_number, healings, epoch, address
-        from outbox.cursors where backend_number = $1 and slot = $2",
-        &[number.into(), lane_number(lane).into()],
+    query_named(
+        "select c.from_snapshot::text, c.from_next_xid::text, c.from_low_seq, c.from_high_seq,
+            c.to_snapshot::text, c.to_next_xid::text, c.to_low_seq, c.to_high_seq, c.last_seq,
+            c.published_total, c.failed_total, (extract(epoch from c.last_published_at) * 1000000)::bigint as last_published_us,
+            c.last_error, (extract(epoch from c.last_error_at) * 1000000)::bigint as last_error_us,
+            c.batch_number, c.healings, c.epoch, c.address
+        from outbox.cursors c where c.backend_number = $number and c.slot = $slot",
+        [("number", number.into()), ("slot", lane_number(lane).into())],
         |row| {
-            let from = tick_at(row, 1).unwrap_or_else(|| internal("a cursor of outbox.cursors is not readable"));
-            let under_way = tick_at(row, 5).map(|to| UnderWay {
+            let from = tick_of(row, &FROM).unwrap_or_else(|| internal("a cursor of outbox.cursors is not readable"));
+            let under_way = tick_of(row, &TO).map(|to| UnderWay {
                 to,
-                last_seq: value(row, 9).unwrap_or_default(),
+                last_seq: row.value("last_seq").unwrap_or_default(),
             });
             let standing = Standing {
-                state: value(row, 10).unwrap_or_default(),
-                published_total: value(row, 11).unwrap_or_default(),
-                failed_total: value(row, 12).unwrap_or_default(),
-                last_published_at: value(row, 13),
-                last_error: text(row, 14),
-                last_error_at: value(row, 15),
-                healings: value(row, 17).unwrap_or_default(),
-                epoch: value(row, 18).unwrap_or_default(),
-                address: text(row, 19),
-                ..Standing::default()
+                accepted_total: row.value("published_total").unwrap_or_default(),
+                failed_total: row.value("failed_total").unwrap_or_default(),
+                last_accepted_us: row.value("last_published_us"),
+                last_error: row.text("last_error"),
+                last_error_us: row.value("last_error_us"),
+                healings: row.value("healings").unwrap_or_default(),
+                epoch: row.value("epoch").unwrap_or_default(),
+                address: row.text("address"),
             };
             let cursor = Cursor {
                 position: Position { from, under_way },
-                number: value::<i64>(row, 16).unwrap_or_default() as u64,
+                number: row.value::<i64>("batch_number").unwrap_or_default() as u64,
             };
             (cursor, standing)
         },
@@ -82,63 +87,81 @@ pub fn cursor(number: i32, lane: Option<u16>) -> Option<(Cursor, Standing)> {
     .pop()
 }
 
-/// A tick in four columns: snapshot and next_xid as text, low_seq, high_seq.
-pub(super) fn tick_at(row: &SpiTupleTable<'_>, first: usize) -> Option<Arc<Tick>> {
-    let snapshot: Snapshot = value::<String>(row, first)?.parse().ok()?;
+/// The columns of a tick; snapshot and next_xid are texts.
+pub(super) struct TickColumns {
+    snapshot: &'static str,
+    next_xid: &'static str,
+    low_seq: &'static str,
+    high_seq: &'static str,
+}
+
+const FROM: TickColumns = TickColumns {
+    snapshot: "from_snapshot",
+    next_xid: "from_next_xid",
+    low_seq: "from_low_seq",
+    high_seq: "from_high_seq",
+};
+const TO: TickColumns = TickColumns {
+    snapshot: "to_snapshot",
+    next_xid: "to_next_xid",
+    low_seq: "to_low_seq",
+    high_seq: "to_high_seq",
+};
+/// Where there is but one tick.
+pub(super) const TICK: TickColumns = TickColumns {
+    snapshot: "snapshot",
+    next_xid: "next_xid",
+    low_seq: "low_seq",
+    high_seq: "high_seq",
+};
+
+/// A tick in four columns.
+pub(super) fn tick_of(row: &FoundRow<'_>, columns: &TickColumns) -> Option<Arc<Tick>> {
+    let snapshot: Snapshot = row.value::<String>(columns.snapshot)?.parse().ok()?;
     Some(Arc::new(Tick {
         snapshot,
-        next_xid: value::<String>(row, first + 1)?.parse().ok()?,
-        low_seq: value(row, first + 2)?,
-        high_seq: value(row, first + 3)?,
+        next_xid: row.value::<String>(columns.next_xid)?.parse().ok()?,
+        low_seq: row.value(columns.low_seq)?,
+        high_seq: row.value(columns.high_seq)?,
     }))
 }
 
-/// Saves position and standing.
-pub fn save_cursor(number: i32, lane: Option<u16>, position: &Position, batch_number: u64, standing: &Standing) {
-    let (from, to) = (&position.from, position.under_way.as_ref());
-    run(
-        "insert into outbox.cursors as c (backend_number, from_snapshot, from_next_xid, from_low_seq, from_high_seq,
-            to_snapshot, to_next_xid, to_low_seq, to_high_seq, last_seq, saved_at,
-            state, published_total, failed_total, events_per_second, last_published_at, last_error, last_error_at, next_attempt_at,
-            batch_number, healings, epoch, address, slot)
-        values ($1, $2::pg_snapshot, $3::xid8, $4, $5, $6::pg_snapshot, $7::xid8, $8, $9, $10, clock_timestamp(),
-            $11, $12, $13, $14, to_timestamp($15 / 1000000.0), $16, to_timestamp($17 / 1000000.0), to_timestamp($18 / 1000000.0),
-            $19, $20, $21, $22, $23)
-        on conflict (backend_number, slot) do update set
-            from_snapshot = excluded.from_snapshot, from_next_xid = excluded.from_next_xid,
-            from_low_seq = excluded.from_low_seq, from_high_seq = excluded.from_high_seq,
-            to_snapshot = excluded.to_snapshot, to_next_xid = excluded.to_next_xid,
-            to_low_seq = excluded.to_low_seq, to_high_seq = excluded.to_high_seq,
-            last_seq = excluded.last_seq, saved_at = excluded.saved_at, state = excluded.state,
-            published_total = excluded.published_total, failed_total = excluded.failed_total,
-            events_per_second = excluded.events_per_second, last_published_at = excluded.last_published_at,
-            last_error = excluded.last_error, last_error_at = excluded.last_error_at, next_attempt_at = excluded.next_attempt_at,
-            batch_number = excluded.batch_number, healings = excluded.healings, epoch = excluded.epoch,
-            address = excluded.address",
-        &[
-            number.into(),
-            from.snapshot.to_string().into(),
-            from.next_xid.to_string().into(),
-            from.low_seq.into(),
-            from.high_seq.into(),
-            to.map(|u| u.to.snapshot.to_string()).into(),
-            to.map(|u| u.to.next_xid.to_string()).into(),
-            to.map(|u| u.to.low_seq).into(),
-            to.map(|u| u.to.high_seq).into(),
-            to.map_or(0, |u| u.last_seq).into(),
-            standing.state.clone().into(),
-            standing.published_total.into(),
-            standing.failed_total.into(),
-            standing.events_per_second.into(),
-            standing.last_published_at.into(),
-            standing.last_error.as_deref().map_or_else(DatumWithOid::null::<String>, words),
-            standing.last_error_at.into(),
-            standing.next_attempt_at.into(),
-            (batch_number as i64).into(),
-            standing.healings.into(),
-            standing.epoch.into(),
-            standing.address.as_deref().map_or_else(DatumWithOid::null::<String>, words),
-            lane_number(lane).into(),
+/// Saves how far a backend, or a lane of it, has come.
+pub fn save_cursor(number: i32, lane: Option<u16>, saved: &Saved<'_>) {
+    /// A time in microseconds since 1970.
+    const TIME: &str = "to_timestamp($ / 1000000.0)";
+    let (from, to) = (&saved.position.from, saved.position.under_way.as_ref());
+    let standing = saved.standing;
+    let word = |text: &Option<String>| text.as_deref().map_or_else(DatumWithOid::null::<String>, words);
+    upsert(
+        "outbox.cursors",
+        [
+            Assignment::new("backend_number", number),
+            Assignment::new("slot", lane_number(lane)),
+        ],
+        [
+            Assignment::by("from_snapshot", "$::pg_snapshot", from.snapshot.to_string()),
+            Assignment::by("from_next_xid", "$::xid8", from.next_xid.to_string()),
+            Assignment::new("from_low_seq", from.low_seq),
+            Assignment::new("from_high_seq", from.high_seq),
+            Assignment::by("to_snapshot", "$::pg_snapshot", to.map(|w| w.to.snapshot.to_string())),
+            Assignment::by("to_next_xid", "$::xid8", to.map(|w| w.to.next_xid.to_string())),
+            Assignment::new("to_low_seq", to.map(|w| w.to.low_seq)),
+            Assignment::new("to_high_seq", to.map(|w| w.to.high_seq)),
+            Assignment::new("last_seq", to.map_or(0, |w| w.last_seq)),
+            Assignment::new("batch_number", saved.batch_number as i64),
+            Assignment::computed("saved_at", "clock_timestamp()"),
+            Assignment::new("state", saved.state.name()),
+            Assignment::new("events_per_second", saved.events_per_second),
+            Assignment::by("next_attempt_at", TIME, saved.next_attempt_us),
+            Assignment::new("published_total", standing.accepted_total),
+            Assignment::new("failed_total", standing.failed_total),
+            Assignment::by("last_published_at", TIME, standing.last_accepted_us),
+            Assignment::new("last_error", word(&standing.last_error)),
+            Assignment::by("last_error_at", TIME, standing.last_error_us),
+            Assignment::new("healings", standing.healings),
+            Assignment::new("epoch", standing.epoch),
+            Assignment::new("address", word(&standing.address)),
         ],
     );
 }

@@ -1,7 +1,8 @@
 //! Triggers of ours that somebody has switched off, as `pg_restore --disable-triggers` does, and the rows that came meanwhile: they carry
 //! transaction ids of another cluster, and would be sent when this one comes to them, or never.
 
-use crate::tables::sql::{query, run, value};
+use crate::tables::cursors::{TICK, tick_of};
+use crate::tables::sql::{query, query_value, run, run_named};
 use crate::tables::trusted;
 use pgrx::pg_sys;
 use relay::reading::foreign::{Judge, Written, latest};
@@ -40,9 +41,7 @@ impl Look {
 
 /// What the trigger of `outbox.events` is: another text whenever somebody has touched it.
 pub fn trigger_state() -> Option<String> {
-    query("select triggers from outbox.trigger_state()", &[], |row| value(row, 1))
-        .pop()
-        .flatten()
+    query_value("select triggers from outbox.trigger_state()", &[])
 }
 
 /// Looks at our triggers, in a transaction.
@@ -50,28 +49,23 @@ pub fn look() -> Option<Look> {
     let broken = query(
         "select relation, name, found from outbox.broken_triggers()",
         &[],
-        |row| [1, 2, 3].map(|n| value::<String>(row, n).unwrap_or_default()),
+        |row| ["relation", "name", "found"].map(|column| row.value::<String>(column).unwrap_or_default()),
     );
     let has_future_xid = has_future_xid();
     query(
-        "select s.triggers, s.filenode, k.triggers, k.filenode, k.snapshot::text, k.next_xid::text, k.low_seq, k.high_seq
+        "select s.triggers, s.filenode, k.triggers as known_triggers, k.filenode as known_filenode, k.snapshot::text, k.next_xid::text, k.low_seq, k.high_seq
         from outbox.trigger_state() s, outbox.known_triggers k",
         &[],
         |row| {
             Some(Look {
                 broken: broken.clone(),
-                triggers: value(row, 1),
-                filenode: value(row, 2),
-                known_triggers: value(row, 3),
-                known_filenode: value(row, 4),
-                known: Tick {
-                    snapshot: value::<String>(row, 5)?.parse().ok()?,
-                    next_xid: value::<String>(row, 6)?.parse().ok()?,
-                    low_seq: value(row, 7)?,
-                    high_seq: value(row, 8)?,
-                },
+                triggers: row.value("triggers"),
+                filenode: row.value("filenode"),
+                known_triggers: row.value("known_triggers"),
+                known_filenode: row.value("known_filenode"),
+                known: Tick::clone(&*tick_of(row, &TICK)?),
                 has_future_xid,
-                touched_by: value::<String>(row, 1).map_or(0, |state| toucher(&state)),
+                touched_by: row.value::<String>("triggers").map_or(0, |state| toucher(&state)),
             })
         },
     )
@@ -94,35 +88,28 @@ pub fn mend_trigger(table: &str, name: &str) {
 
 /// Notes down that all rows have come by the trigger as it is, as of this tick; `None`: they are being looked for, with this tick.
 pub fn note_known(triggers: Option<&str>, filenode: Option<pg_sys::Oid>, tick: &Tick) {
-    run(
-        "update outbox.known_triggers set triggers = $1, filenode = coalesce($2, filenode), snapshot = $3::pg_snapshot,
-            next_xid = $4::xid8, low_seq = $5, high_seq = $6",
-        &[
-            triggers.into(),
-            filenode.into(),
-            tick.snapshot.to_string().into(),
-            tick.next_xid.to_string().into(),
-            tick.low_seq.into(),
-            tick.high_seq.into(),
+    run_named(
+        "update outbox.known_triggers set triggers = $triggers, filenode = coalesce($filenode, filenode),
+            snapshot = $snapshot::pg_snapshot, next_xid = $next_xid::xid8, low_seq = $low_seq, high_seq = $high_seq",
+        [
+            ("triggers", triggers.into()),
+            ("filenode", filenode.into()),
+            ("snapshot", tick.snapshot.to_string().into()),
+            ("next_xid", tick.next_xid.to_string().into()),
+            ("low_seq", tick.low_seq.into()),
+            ("high_seq", tick.high_seq.into()),
         ],
     );
 }
 
 /// The highest number that a row has.
 pub fn last_seq() -> i64 {
-    query("select coalesce(max(seq), 0) from outbox.events", &[], |row| {
-        value(row, 1)
-    })
-    .pop()
-    .flatten()
-    .unwrap_or(0)
+    query_value("select coalesce(max(seq), 0) from outbox.events", &[]).unwrap_or(0)
 }
 
 /// One look at the end of an index.
 fn has_future_xid() -> bool {
-    let highest: Option<String> = query("select max(xid)::text from outbox.events", &[], |row| value(row, 1))
-        .pop()
-        .flatten();
+    let highest: Option<String> = query_value("select max(xid)::text from outbox.events", &[]);
     // SAFETY: reads the counter under its lock; what the rows carry has begun by now.
     let next_xid = unsafe { pg_sys::ReadNextFullTransactionId().value };
     highest
@@ -135,18 +122,19 @@ pub fn look_at_rows(judge: &mut Judge, after: i64, upto: i64) -> Option<i64> {
     let piece = query(
         "with piece as (select seq, xid::text::bigint as xid, xmin::text::bigint as xmin from outbox.events
             where seq > $1 and seq <= $2 order by seq limit $3)
-        select (select max(seq) from piece), array_agg(seq order by seq), array_agg(xid order by seq), array_agg(xmin order by seq)
+        select (select max(seq) from piece) as last, array_agg(seq order by seq) as seqs, array_agg(xid order by seq) as xids,
+            array_agg(xmin order by seq) as xmins
         from piece where xid <> xmin or xmin in (select p.xmin from piece p where p.xid <> p.xmin)",
         &[after.into(), upto.into(), PIECE_ROWS.into()],
         |row| {
-            let numbers = |n| value::<Vec<i64>>(row, n).unwrap_or_default();
-            let others = numbers(3).into_iter().zip(numbers(4));
-            let rows = numbers(2).into_iter().zip(others).map(|(seq, (xid, xmin))| Written {
+            let numbers = |column| row.value::<Vec<i64>>(column).unwrap_or_default();
+            let others = numbers("xids").into_iter().zip(numbers("xmins"));
+            let rows = numbers("seqs").into_iter().zip(others).map(|(seq, (xid, xmin))| Written {
                 seq,
                 xid: xid as u64,
                 xmin: xmin as u32,
             });
-            (value::<i64>(row, 1), rows.collect::<Vec<_>>())
+            (row.value::<i64>("last"), rows.collect::<Vec<_>>())
         },
     );
     let (last, rows) = piece.into_iter().next()?;

@@ -9,7 +9,7 @@ use crate::server::place::{place, system};
 use crate::server::process::{self, Aborted};
 use crate::server::shmem::{self, Began};
 use crate::server::standby;
-use crate::tables::sql::{query, run, text, value, words};
+use crate::tables::sql::{query, run, run_named, words};
 use crate::tables::ticks;
 use pgrx::datum::DatumWithOid;
 use pgrx::pg_sys;
@@ -75,10 +75,10 @@ impl Identity {
             "select incarnation::text, system, timeline, place from outbox.incarnations order by number desc limit 1",
             &[],
             |row| Run {
-                incarnation: value(row, 1).unwrap_or_default(),
-                system: value(row, 2).unwrap_or_default(),
-                timeline: value(row, 3).unwrap_or_default(),
-                place: text(row, 4).unwrap_or_default(),
+                incarnation: row.value("incarnation").unwrap_or_default(),
+                system: row.value("system").unwrap_or_default(),
+                timeline: row.value("timeline").unwrap_or_default(),
+                place: row.text("place").unwrap_or_default(),
             },
         );
         let previous = known.first();
@@ -94,16 +94,16 @@ impl Identity {
             }
             _ => started_at,
         };
-        run(
+        run_named(
             "insert into outbox.incarnations (incarnation, system, timeline, previous_ended_lsn, first_xid, place)
-            values ($1::uuid, $2, $3, '0/0'::pg_lsn + $4::text::numeric, $5::xid8, $6)",
-            &[
-                self.incarnation.clone().into(),
-                self.system.clone().into(),
-                i64::from(self.timeline).into(),
-                ended.to_string().into(),
-                first_xid.to_string().into(),
-                words(&self.place),
+            values ($incarnation::uuid, $system, $timeline, '0/0'::pg_lsn + $ended::text::numeric, $first_xid::xid8, $place)",
+            [
+                ("incarnation", self.incarnation.clone().into()),
+                ("system", self.system.clone().into()),
+                ("timeline", i64::from(self.timeline).into()),
+                ("ended", ended.to_string().into()),
+                ("first_xid", first_xid.to_string().into()),
+                ("place", words(&self.place)),
             ],
         );
         run(
@@ -119,11 +119,11 @@ impl Identity {
         }
         let parsed = |text: Option<String>| text.and_then(|text| text.parse().ok());
         let next = query(
-            "select (n.previous_ended_lsn - '0/0'::pg_lsn)::text, n.first_xid::text
+            "select (n.previous_ended_lsn - '0/0'::pg_lsn)::text as ended, n.first_xid::text
             from outbox.incarnations i join outbox.incarnations n on n.number > i.number
             where i.incarnation::text = $1 order by n.number limit 1",
             &[DatumWithOid::from(incarnation.to_owned())],
-            |row| Some((parsed(value(row, 1))?, parsed(value(row, 2))?)),
+            |row| Some((parsed(row.value("ended"))?, parsed(row.value("first_xid"))?)),
         );
         match next.first().copied().flatten() {
             Some((ended, next_xid)) => Incarnation::Earlier { ended, next_xid },

@@ -2,24 +2,25 @@
 //! `refused_events` and `failed_events` but retention's. Needs a transaction.
 
 use crate::tables::care::{self, Kept};
-use crate::tables::sql::{all_words, argument, arguments, query, run, text, value};
-use pgrx::datum::DatumWithOid;
-use pgrx::spi::SpiTupleTable;
+use crate::tables::found_row::FoundRow;
+use crate::tables::sql::{
+    Parameter, all_words, argument, arguments, query, query_column, query_named, query_value, run, run_named,
+};
 use relay::delivery::refusal::Record;
 
 /// Streams of a backend that have refused events waiting, with the attempts of their heads. (An event that names no stream is in the
 /// backend's own.)
 pub fn refused_streams(number: i32, own_stream: &str) -> Vec<(String, u32)> {
     query(
-        "select distinct on (coalesce(r.stream, $2)) coalesce(r.stream, $2), r.attempts
+        "select distinct on (coalesce(r.stream, $2)) coalesce(r.stream, $2) as stream, r.attempts
         from outbox.refused_events r
         where r.backend_number = $1 and r.accepted_in is null
         order by coalesce(r.stream, $2), r.seq",
         &[number.into(), argument(own_stream)],
         |row| {
             (
-                text(row, 1).unwrap_or_default(),
-                value::<i32>(row, 2).unwrap_or_default() as u32,
+                row.text("stream").unwrap_or_default(),
+                row.value::<i32>("attempts").unwrap_or_default() as u32,
             )
         },
     )
@@ -35,31 +36,42 @@ pub fn next_waiting(number: i32, own_stream: &str, streams: &[(&str, usize)]) ->
             found[indexes[nth as usize - 1]].push(seq);
         }
     };
-    let read = |row: &SpiTupleTable<'_>| (value(row, 1).unwrap_or_default(), value(row, 2).unwrap_or_default());
+    let read = |row: &FoundRow<'_>| {
+        let number = |column| row.value::<i64>(column).unwrap_or_default();
+        (number("nth"), number("seq"))
+    };
     if !named.is_empty() {
         let names: Vec<&str> = named.iter().map(|index| streams[*index].0).collect();
-        let rows = query(
+        let rows = query_named(
             "select s.nth, w.seq
-            from unnest($2, $3) with ordinality s(name, count, nth) cross join lateral (
+            from unnest($names, $counts) with ordinality s(name, count, nth) cross join lateral (
                 select r.seq from outbox.refused_events r
-                where r.backend_number = $1 and r.accepted_in is null and r.stream = s.name
+                where r.backend_number = $number and r.accepted_in is null and r.stream = s.name
                 order by r.seq limit s.count) w
             order by s.nth, w.seq",
-            &[number.into(), arguments(&names), counts(&named).into()],
+            [
+                ("number", number.into()),
+                ("names", arguments(&names)),
+                ("counts", counts(&named).into()),
+            ],
             read,
         );
         note(&named, rows);
     }
     if !own.is_empty() {
-        let rows = query(
-            "select 1::bigint, w.seq from (
+        let rows = query_named(
+            "select 1::bigint as nth, w.seq from (
                 (select r.seq from outbox.refused_events r
-                    where r.backend_number = $1 and r.accepted_in is null and r.stream is null order by r.seq limit $3)
+                    where r.backend_number = $number and r.accepted_in is null and r.stream is null order by r.seq limit $count)
                 union all
                 (select r.seq from outbox.refused_events r
-                    where r.backend_number = $1 and r.accepted_in is null and r.stream = $2 order by r.seq limit $3)
-            ) w order by w.seq limit $3",
-            &[number.into(), argument(own_stream), counts(&own)[0].into()],
+                    where r.backend_number = $number and r.accepted_in is null and r.stream = $name order by r.seq limit $count)
+            ) w order by w.seq limit $count",
+            [
+                ("number", number.into()),
+                ("name", argument(own_stream)),
+                ("count", counts(&own)[0].into()),
+            ],
             read,
         );
         note(&own, rows);
@@ -77,47 +89,44 @@ pub fn forget(seqs: &[i64]) {
 
 /// The highest sequence number of a backend's events that were refused or have failed; 0: there is none.
 pub fn highest_written_down(number: i32) -> i64 {
-    query(
+    query_value(
         "select greatest(
             (select max(seq) from outbox.refused_events where backend_number = $1),
             (select max(seq) from outbox.failed_events where backend_number = $1), 0)",
         &[number.into()],
-        |row| value(row, 1),
     )
-    .pop()
-    .flatten()
     .unwrap_or(0)
 }
 
 /// Whether an event was refused (and waits, or was accepted out of its turn) or has failed.
 pub fn is_written_down(seq: i64, event_id: [u8; 16]) -> bool {
-    query(
+    query_value(
         "select exists (select from outbox.refused_events where seq = $1)
             or exists (select from outbox.failed_events where event_id = $2 and seq = $1)",
         &[seq.into(), pgrx::Uuid::from_bytes(event_id).into()],
-        |row| value(row, 1),
     )
-    .pop()
-    .flatten()
     .unwrap_or(false)
 }
 
 /// Which of these events still wait to be tried again.
 pub fn still_waiting(seqs: &[i64]) -> Vec<i64> {
-    query(
+    query_column(
         "select seq from outbox.refused_events where seq = any($1) and accepted_in is null order by seq",
         &[seqs.to_vec().into()],
-        |row| value(row, 1).unwrap_or_default(),
     )
 }
 
 /// The events of a backend that wait to be tried again, behind `after`, at most `count`.
 pub fn waiting(number: i32, after: i64, count: usize) -> Vec<i64> {
-    query(
-        "select seq from outbox.refused_events where backend_number = $1 and accepted_in is null and seq > 0 and seq > $2
-        order by seq limit $3",
-        &[number.into(), after.into(), (count as i64).into()],
-        |row| value(row, 1).unwrap_or_default(),
+    query_named(
+        "select r.seq from outbox.refused_events r
+        where r.backend_number = $number and r.accepted_in is null and r.seq > 0 and r.seq > $after order by r.seq limit $count",
+        [
+            ("number", number.into()),
+            ("after", after.into()),
+            ("count", (count as i64).into()),
+        ],
+        |row| row.value("seq").unwrap_or_default(),
     )
 }
 
@@ -130,15 +139,15 @@ pub fn heal(number: i32, lane: Option<u16>, own_stream: &str, batch_number: u64)
             &[number.into(), (batch_number as i64).into()],
         ),
         // Each lane counts its own batches.
-        Some(hash_slot) => run(
+        Some(hash_slot) => run_named(
             "update outbox.refused_events r set accepted_in = null from outbox.events e
-            where e.seq = r.seq and r.backend_number = $1 and r.accepted_in > $2
-                and outbox.hash_slot(coalesce(e.stream, $3)) = $4",
-            &[
-                number.into(),
-                (batch_number as i64).into(),
-                argument(own_stream),
-                i32::from(hash_slot).into(),
+            where e.seq = r.seq and r.backend_number = $number and r.accepted_in > $batch_number
+                and outbox.hash_slot(coalesce(e.stream, $own_stream)) = $slot",
+            [
+                ("number", number.into()),
+                ("batch_number", (batch_number as i64).into()),
+                ("own_stream", argument(own_stream)),
+                ("slot", i32::from(hash_slot).into()),
             ],
         ),
     };
@@ -165,14 +174,14 @@ pub fn record(number: i32, records: &[Record], batch_number: Option<u64>) -> u64
         }
     }
     if !parked.seqs.is_empty() {
-        run(
+        run_named(
             "insert into outbox.refused_events (seq, backend_number, attempts, last_error, stream)
-            select n.seq, $1, n.attempts, ($4::text[])[n.error], e.stream
-            from unnest($2, $3, $5) n(seq, attempts, error)
+            select n.seq, $number, n.attempts, ($errors::text[])[n.error], e.stream
+            from unnest($seqs, $attempts, $reasons) n(seq, attempts, error)
                 cross join lateral (select o.stream from outbox.events o where o.seq = n.seq limit 1) e
             order by n.seq
             on conflict do nothing",
-            &parked.arguments(number),
+            parked.parameters(number),
         );
     }
     match batch_number {
@@ -186,11 +195,11 @@ pub fn record(number: i32, records: &[Record], batch_number: Option<u64>) -> u64
         None => forget(&accepted),
     }
     if !again.seqs.is_empty() {
-        run(
-            "update outbox.refused_events r set attempts = ($3::integer[])[array_position($2::bigint[], r.seq)],
-                last_error = ($4::text[])[($5::integer[])[array_position($2::bigint[], r.seq)]]
-            where r.seq = any($2::bigint[]) and r.backend_number = $1",
-            &again.arguments(number),
+        run_named(
+            "update outbox.refused_events r set attempts = ($attempts::integer[])[array_position($seqs::bigint[], r.seq)],
+                last_error = ($errors::text[])[($reasons::integer[])[array_position($seqs::bigint[], r.seq)]]
+            where r.seq = any($seqs::bigint[]) and r.backend_number = $number",
+            again.parameters(number),
         );
     }
     fail_all(number, &failed)
@@ -232,14 +241,14 @@ impl<'a> Notes<'a> {
         one
     }
 
-    /// $1: the backend, $2: seqs, $3: attempts, $4: all reasons, $5: which of them.
-    fn arguments<'b>(&self, number: i32) -> [DatumWithOid<'b>; 5] {
+    /// `errors` are all reasons, `reasons` says which of them is each event's, from 1.
+    fn parameters<'b>(&self, number: i32) -> [Parameter<'b>; 5] {
         [
-            number.into(),
-            self.seqs.clone().into(),
-            self.attempts.clone().into(),
-            all_words(&self.errors),
-            self.reasons.clone().into(),
+            ("number", number.into()),
+            ("seqs", self.seqs.clone().into()),
+            ("attempts", self.attempts.clone().into()),
+            ("errors", all_words(&self.errors)),
+            ("reasons", self.reasons.clone().into()),
         ]
     }
 }
@@ -251,32 +260,31 @@ fn fail_all(number: i32, failed: &Notes<'_>) -> u64 {
     }
     forget(&failed.seqs);
     match care::is_careful() {
-        false => copy_to_failed(failed.arguments(number), care::ALL),
+        false => copy_to_failed(failed.parameters(number), care::ALL),
         true => (0..failed.seqs.len())
             .map(|index| {
-                care::as_much_as_can_be_read(|kept| copy_to_failed(failed.only(index).arguments(number), kept))
+                care::as_much_as_can_be_read(|kept| copy_to_failed(failed.only(index).parameters(number), kept))
             })
             .sum(),
     }
 }
 
-fn copy_to_failed(notes: [DatumWithOid<'_>; 5], kept: Kept) -> u64 {
-    let [number, seqs, attempts, errors, reasons] = notes;
-    run(
+fn copy_to_failed(notes: [Parameter<'_>; 5], kept: Kept) -> u64 {
+    let kept = [("texts", kept.texts.into()), ("payload", kept.payload.into())];
+    run_named(
         "insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, event_type, source, backend, data,
             subject, stream, data_schema, publisher_config, max_retries, attempts, last_error)
         select e.seq, e.xid, e.created_at, e.event_id, e.backend_number,
-            case when $6 then e.event_type else '(not readable)' end, case when $6 then e.source else '(not readable)' end,
-            case when $6 then e.backend else coalesce((select b.name from outbox.backends b where b.number = e.backend_number), '') end,
-            case when $7 then e.data end, case when $6 then e.subject end, case when $6 then e.stream end,
-            case when $6 then e.data_schema end, case when $7 then e.publisher_config end, e.max_retries,
-            n.attempts, ($4::text[])[n.error]
-        from unnest($2, $3, $5) n(seq, attempts, error)
+            case when $texts then e.event_type else '(not readable)' end, case when $texts then e.source else '(not readable)' end,
+            case when $texts then e.backend else coalesce((select b.name from outbox.backends b where b.number = e.backend_number), '') end,
+            case when $payload then e.data end, case when $texts then e.subject end, case when $texts then e.stream end,
+            case when $texts then e.data_schema end, case when $payload then e.publisher_config end, e.max_retries,
+            n.attempts, ($errors::text[])[n.error]
+        from unnest($seqs, $attempts, $reasons) n(seq, attempts, error)
             cross join lateral (select o.* from outbox.events o where o.seq = n.seq limit 1) e
-        where $1 is not null
         order by n.seq
         on conflict (event_id, seq) do nothing",
-        &[number, seqs, attempts, errors, reasons, kept.texts.into(), kept.payload.into()],
+        notes.into_iter().chain(kept),
     )
 }
 

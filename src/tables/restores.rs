@@ -1,18 +1,15 @@
 //! Transactions that brought events of a dump: `outbox.restores`.
 
 use crate::tables::rights;
-use crate::tables::sql::{query, run, text, value};
+use crate::tables::sql::{query_value, run};
 use relay::reading::snapshot::Snapshot;
 
 /// Whether there are restores that a snapshot does not see.
 pub fn has_later_restores(seen: &Snapshot) -> bool {
-    query(
+    query_value(
         "select exists (select from outbox.restores r where not pg_visible_in_snapshot(r.xid, $1::pg_snapshot))",
         &[seen.to_string().into()],
-        |row| value(row, 1),
     )
-    .pop()
-    .flatten()
     .unwrap_or(false)
 }
 
@@ -28,23 +25,19 @@ pub fn note_restore(number: i32, xid: u64) {
 
 /// How many events these restores have brought.
 pub fn count_restored(restores: &[i64]) -> i64 {
-    query(
+    query_value(
         "select count(*) from outbox.restores r join outbox.events e on e.xid = r.xid and e.backend_number = r.backend_number
         where r.number = any($1)",
         &[restores.to_vec().into()],
-        |row| value(row, 1),
     )
-    .pop()
-    .flatten()
     .unwrap_or(0)
 }
 
 /// What these restores have brought was looked for. Of each backend the latest is remembered; returns that of theirs.
 pub fn note_looked_for(restores: &[i64]) -> u64 {
-    let latest = query(
+    let latest: Option<String> = query_value(
         "select max(xid)::text from outbox.restores where number = any($1)",
         &[restores.to_vec().into()],
-        |row| text(row, 1).and_then(|xid| xid.parse().ok()),
     );
     run(
         "update outbox.restores set is_looked_for = true where number = any($1)",
@@ -55,5 +48,5 @@ pub fn note_looked_for(restores: &[i64]) -> u64 {
             where l.backend_number = r.backend_number and l.is_looked_for and (l.xid, l.number) > (r.xid, r.number))",
         &[],
     );
-    latest.into_iter().flatten().next().unwrap_or_default()
+    latest.and_then(|xid| xid.parse().ok()).unwrap_or_default()
 }

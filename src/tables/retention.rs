@@ -1,9 +1,9 @@
 //! Ticks, and what they allow to be purged.
 
 use crate::server::error::internal;
-use crate::tables::cursors::tick_at;
+use crate::tables::cursors::{TICK, tick_of};
 use crate::tables::rights;
-use crate::tables::sql::{query, run, value};
+use crate::tables::sql::{query, query_value, run, run_named};
 use pgrx::pg_sys::{self, PgOid};
 use pgrx::spi::Spi;
 use relay::reading::snapshot::Tick;
@@ -15,7 +15,7 @@ pub fn oldest_tick(number: i32) -> Option<Arc<Tick>> {
         "select snapshot::text, next_xid::text, low_seq, high_seq from outbox.ticks
         where backend_number = $1 order by reached_at limit 1",
         &[number.into()],
-        |row| tick_at(row, 1),
+        |row| tick_of(row, &TICK),
     )
     .pop()
     .flatten()
@@ -29,15 +29,15 @@ pub fn record_tick(number: i32, tick: &Tick) {
         where not exists (select from outbox.ticks t where t.backend_number = $1)",
         &[number.into()],
     );
-    run(
+    run_named(
         "insert into outbox.ticks (backend_number, reached_at, snapshot, next_xid, low_seq, high_seq)
-        values ($1, clock_timestamp(), $2::pg_snapshot, $3::xid8, $4, $5) on conflict do nothing",
-        &[
-            number.into(),
-            tick.snapshot.to_string().into(),
-            tick.next_xid.to_string().into(),
-            tick.low_seq.into(),
-            tick.high_seq.into(),
+        values ($number, clock_timestamp(), $snapshot::pg_snapshot, $next_xid::xid8, $low_seq, $high_seq) on conflict do nothing",
+        [
+            ("number", number.into()),
+            ("snapshot", tick.snapshot.to_string().into()),
+            ("next_xid", tick.next_xid.to_string().into()),
+            ("low_seq", tick.low_seq.into()),
+            ("high_seq", tick.high_seq.into()),
         ],
     );
 }
@@ -53,7 +53,7 @@ pub fn purgeable(number: i32, retention_us: i64) -> Option<(Arc<Tick>, Arc<Tick>
                 and not exists (select from outbox.refused_events r where r.backend_number = $1 and r.accepted_in is null)
             order by reached_at desc limit 1)",
         &[number.into(), retention_us.into()],
-        |row| tick_at(row, 1),
+        |row| tick_of(row, &TICK),
     );
     match ticks.as_slice() {
         [Some(from), Some(to)] if from != to => Some((from.clone(), to.clone())),
@@ -72,13 +72,10 @@ pub fn purged(number: i32, tick: &Tick) {
 
 /// Whether there are ticks whose events are not purged.
 pub fn ticks_wait() -> bool {
-    query(
+    query_value(
         "select exists (select from outbox.ticks group by backend_number having count(*) > 1)",
         &[],
-        |row| value(row, 1),
     )
-    .pop()
-    .flatten()
     .unwrap_or(false)
 }
 

@@ -3,9 +3,10 @@
 use crate::server::error::internal;
 use crate::tables::care::{self, Kept};
 use crate::tables::catalog;
+use crate::tables::found_row::FoundRow;
 use crate::tables::missing::Index;
 use crate::tables::rights;
-use crate::tables::sql::{query, read_all, run, timestamp, types_of, uuids, value, words};
+use crate::tables::sql::{query, query_column, run, run_named, timestamp, types_of, uuids, words};
 use crate::tables::trusted;
 use pgrx::datum::DatumWithOid;
 use pgrx::pg_sys;
@@ -21,12 +22,8 @@ const DUE_AND_FREE: &str = "select d.event_id from outbox.scheduled_events d
 
 /// Scheduled events that are due at `now_us` (microseconds since 2000), but for those that are `held`: at most `count`.
 pub fn due(now_us: i64, count: i64, held: &[[u8; 16]]) -> Vec<[u8; 16]> {
-    query(DUE, &[timestamp(now_us), count.into(), uuids(held)], |row| {
-        value::<pgrx::Uuid>(row, 1).map(|id| *id.as_bytes())
-    })
-    .into_iter()
-    .flatten()
-    .collect()
+    let ids: Vec<pgrx::Uuid> = query_column(DUE, &[timestamp(now_us), count.into(), uuids(held)]);
+    ids.iter().map(|id| *id.as_bytes()).collect()
 }
 
 /// Those of these scheduled events whose rows nobody has locked, with those that are there no more. They are locked until the end of the
@@ -46,7 +43,9 @@ pub fn lockable(ids: &[[u8; 16]]) -> Vec<[u8; 16]> {
             let statement = statement.unwrap_or_else(|e| internal(e.to_string()));
             let table = rights::execution(|| client.update(&statement, None, &args));
             let table = table.unwrap_or_else(|e| internal(e.to_string()));
-            let found = read_all(table, |row| value::<pgrx::Uuid>(row, 1).map(|id| *id.as_bytes()));
+            let found = FoundRow::for_all(table, |row| {
+                row.value::<pgrx::Uuid>("event_id").map(|id| *id.as_bytes())
+            });
             free.extend(found.into_iter().flatten());
         });
     });
@@ -73,18 +72,23 @@ pub fn move_due_one_by_one(now_us: i64, count: i64, held: &[[u8; 16]]) -> u64 {
 
 /// A scheduled event that cannot be moved.
 fn fail_scheduled(id: pgrx::Uuid, error: &str, kept: Kept) -> u64 {
-    run(
-        "with gone as (delete from outbox.scheduled_events s where s.event_id = $1 returning s.*)
+    run_named(
+        "with gone as (delete from outbox.scheduled_events s where s.event_id = $event_id returning s.*)
         insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, event_type, source, backend,
             data, subject, stream, data_schema, publisher_config, max_retries, attempts, last_error)
         select g.seq, g.xid, g.created_at, g.event_id, g.backend_number,
-            case when $3 then g.event_type else '(not readable)' end, case when $3 then g.source else '(not readable)' end,
-            case when $3 then g.backend else '(not readable)' end, case when $4 then g.data end, case when $3 then g.subject end,
-            case when $3 then g.stream end, case when $3 then g.data_schema end, case when $4 then g.publisher_config end,
-            g.max_retries, 0, $2
+            case when $texts then g.event_type else '(not readable)' end, case when $texts then g.source else '(not readable)' end,
+            case when $texts then g.backend else '(not readable)' end, case when $payload then g.data end,
+            case when $texts then g.subject end, case when $texts then g.stream end, case when $texts then g.data_schema end,
+            case when $payload then g.publisher_config end, g.max_retries, 0, $error
         from gone g
         on conflict (event_id, seq) do nothing",
-        &[id.into(), words(error), kept.texts.into(), kept.payload.into()],
+        [
+            ("event_id", id.into()),
+            ("error", words(error)),
+            ("texts", kept.texts.into()),
+            ("payload", kept.payload.into()),
+        ],
     )
 }
 
@@ -135,10 +139,7 @@ pub fn next_due(held: &[[u8; 16]]) -> (Option<i64>, i64) {
         "select s.scheduled_at from outbox.scheduled_events s where s.event_id <> all($1)
         order by s.scheduled_at, s.seq limit 1",
         &[uuids(held)],
-        |row| {
-            let datum = row.get_datum_by_ordinal(1).unwrap_or_else(|e| internal(e.to_string()));
-            datum.map(|d| d.value() as i64)
-        },
+        |row| row.datum("scheduled_at").map(|d| d.value() as i64),
     );
     // SAFETY: reads the clock.
     (due.into_iter().flatten().next(), unsafe {

@@ -1,18 +1,18 @@
-//! How our SQL runs: reading and writing through SPI, arguments and values.
+//! How our SQL runs: reading and writing through SPI, and what statements are given. What they find is read by name ([`FoundRow`]).
 
 use crate::server::datum::text_datum;
-use crate::server::datum::utf8_of;
 use crate::server::encoding;
 use crate::server::error::internal;
+use crate::tables::found_row::FoundRow;
 use crate::tables::rights;
-use crate::tables::row::texts_of_array;
 use pgrx::datum::DatumWithOid;
 use pgrx::pg_sys::{self, PgOid};
-use pgrx::spi::{Spi, SpiTupleTable};
+use pgrx::spi::Spi;
 use std::borrow::Cow;
+use std::fmt::Write;
 
 /// Reads what is committed now. Takes no transaction id, as SPI's `update` would: looking writes no WAL, and works on a standby.
-pub fn query<R>(sql: &str, args: &[DatumWithOid<'_>], each: impl FnMut(&SpiTupleTable<'_>) -> R) -> Vec<R> {
+pub fn query<R>(sql: &str, args: &[DatumWithOid<'_>], each: impl FnMut(&FoundRow<'_>) -> R) -> Vec<R> {
     // SAFETY: within a transaction; popped below, or by its abort. A transaction without an id reads with the active
     // snapshot, which may be older than the invalidations that were taken in.
     unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetLatestSnapshot()) };
@@ -21,7 +21,7 @@ pub fn query<R>(sql: &str, args: &[DatumWithOid<'_>], each: impl FnMut(&SpiTuple
             let statement = client.prepare(sql, &types_of(args));
             let statement = statement.unwrap_or_else(|e| internal(e.to_string()));
             let table = rights::execution(|| client.select(&statement, None, args));
-            read_all(table.unwrap_or_else(|e| internal(e.to_string())), each)
+            FoundRow::for_all(table.unwrap_or_else(|e| internal(e.to_string())), each)
         })
     });
     // SAFETY: the snapshot pushed above is the active one again.
@@ -29,16 +29,21 @@ pub fn query<R>(sql: &str, args: &[DatumWithOid<'_>], each: impl FnMut(&SpiTuple
     found
 }
 
-pub(super) fn read_all<R>(mut table: SpiTupleTable<'_>, mut each: impl FnMut(&SpiTupleTable<'_>) -> R) -> Vec<R> {
-    let mut found = Vec::with_capacity(table.len());
-    if !table.is_empty() {
-        table = table.first();
-        for _ in 0..table.len() {
-            found.push(each(&table));
-            table.next();
-        }
-    }
-    found
+/// The values of a query's only column.
+pub fn query_column<T>(sql: &str, args: &[DatumWithOid<'_>]) -> Vec<T>
+where
+    T: pgrx::IntoDatum + pgrx::FromDatum,
+{
+    let found = query(sql, args, |row| row.only_value());
+    found.into_iter().flatten().collect()
+}
+
+/// The only value of a query; `None`: it is null, or there is no row.
+pub fn query_value<T>(sql: &str, args: &[DatumWithOid<'_>]) -> Option<T>
+where
+    T: pgrx::IntoDatum + pgrx::FromDatum,
+{
+    query(sql, args, |row| row.only_value()).into_iter().next().flatten()
 }
 
 /// Writes; returns how many rows.
@@ -53,31 +58,115 @@ pub fn run(sql: &str, args: &[DatumWithOid<'_>]) -> u64 {
     })
 }
 
+/// A parameter of a statement, with its name.
+pub type Parameter<'a> = (&'static str, DatumWithOid<'a>);
+
+/// As [`query`], with parameters that have names: `$name` in the statement.
+pub fn query_named<'a, R>(
+    sql: &str,
+    parameters: impl IntoIterator<Item = Parameter<'a>>,
+    each: impl FnMut(&FoundRow<'_>) -> R,
+) -> Vec<R> {
+    let (sql, args) = numbered(sql, parameters);
+    query(&sql, &args, each)
+}
+
+/// As [`run`], with parameters that have names: `$name` in the statement.
+pub fn run_named<'a>(sql: &str, parameters: impl IntoIterator<Item = Parameter<'a>>) -> u64 {
+    let (sql, args) = numbered(sql, parameters);
+    run(&sql, &args)
+}
+
+/// Puts numbers in the place of parameters' names.
+fn numbered<'a>(sql: &str, parameters: impl IntoIterator<Item = Parameter<'a>>) -> (String, Vec<DatumWithOid<'a>>) {
+    let (names, values): (Vec<&str>, Vec<DatumWithOid<'a>>) = parameters.into_iter().unzip();
+    let mut pieces = sql.split('$');
+    let mut numbered = String::with_capacity(sql.len());
+    numbered.push_str(pieces.next().unwrap_or_default());
+    for piece in pieces {
+        let end = piece.find(|c: char| !c.is_ascii_lowercase() && c != '_');
+        let (name, rest) = piece.split_at(end.unwrap_or(piece.len()));
+        let index = names.iter().position(|known| *known == name);
+        let index = index.unwrap_or_else(|| internal(format!("a statement has no parameter \"{name}\"")));
+        let _ = write!(numbered, "${}{rest}", index + 1);
+    }
+    (numbered, values)
+}
+
+/// What a column is set to.
+pub struct Assignment<'a> {
+    column: &'static str,
+    /// The value as SQL; `$` stands for the parameter.
+    expression: &'static str,
+    parameter: Option<DatumWithOid<'a>>,
+}
+
+impl<'a> Assignment<'a> {
+    /// To a value.
+    pub fn new(column: &'static str, value: impl Into<DatumWithOid<'a>>) -> Self {
+        Self::by(column, "$", value)
+    }
+
+    /// To what an expression makes of a value, for which `$` stands.
+    pub fn by(column: &'static str, expression: &'static str, value: impl Into<DatumWithOid<'a>>) -> Self {
+        Self {
+            column,
+            expression,
+            parameter: Some(value.into()),
+        }
+    }
+
+    /// To the value of an expression.
+    pub fn computed(column: &'static str, expression: &'static str) -> Self {
+        Self {
+            column,
+            expression,
+            parameter: None,
+        }
+    }
+}
+
+/// Inserts a row, or updates the one with this key.
+pub fn upsert<const KEYS: usize, const REST: usize>(
+    table: &str,
+    key: [Assignment<'_>; KEYS],
+    rest: [Assignment<'_>; REST],
+) {
+    let (mut columns, mut values, mut keys, mut updates) = (String::new(), String::new(), String::new(), String::new());
+    let mut args = Vec::with_capacity(KEYS + REST);
+    for (index, assignment) in key.into_iter().chain(rest).enumerate() {
+        let Assignment {
+            column,
+            expression,
+            parameter,
+        } = assignment;
+        let comma = if index > 0 { ", " } else { "" };
+        let _ = write!(columns, "{comma}{column}");
+        if index < KEYS {
+            let _ = write!(keys, "{comma}{column}");
+        } else {
+            let comma = if index > KEYS { ", " } else { "" };
+            let _ = write!(updates, "{comma}{column} = excluded.{column}");
+        }
+        match parameter {
+            Some(parameter) => {
+                args.push(parameter);
+                let value = expression.replace('$', &format!("${}", args.len()));
+                let _ = write!(values, "{comma}{value}");
+            }
+            None => {
+                let _ = write!(values, "{comma}{expression}");
+            }
+        }
+    }
+    run(
+        &format!("insert into {table} ({columns}) values ({values}) on conflict ({keys}) do update set {updates}"),
+        &args,
+    );
+}
+
 pub(super) fn types_of(args: &[DatumWithOid<'_>]) -> Vec<PgOid> {
     args.iter().map(|a| PgOid::from(a.oid())).collect()
-}
-
-/// A value of the current row; a value of another type than expected is an internal error.
-pub fn value<T: pgrx::IntoDatum + pgrx::FromDatum>(row: &SpiTupleTable<'_>, ordinal: usize) -> Option<T> {
-    row.get(ordinal).unwrap_or_else(|e| internal(e.to_string()))
-}
-
-/// A text of the current row, in UTF-8 whatever the database's encoding.
-pub fn text(row: &SpiTupleTable<'_>, ordinal: usize) -> Option<String> {
-    let datum = row
-        .get_datum_by_ordinal(ordinal)
-        .unwrap_or_else(|e| internal(e.to_string()));
-    // SAFETY: a column of type text, in a row that is there.
-    datum.map(|d| unsafe { utf8_of(d).into_owned() })
-}
-
-/// An array of texts of the current row, likewise.
-pub(super) fn texts(row: &SpiTupleTable<'_>, ordinal: usize) -> Vec<String> {
-    let datum = row
-        .get_datum_by_ordinal(ordinal)
-        .unwrap_or_else(|e| internal(e.to_string()));
-    // SAFETY: a column of type text[], in a row that is there.
-    datum.map_or_else(Vec::new, |d| unsafe { texts_of_array(d) })
 }
 
 /// A text as an argument, in the database's encoding; one that came from there fits.

@@ -19,7 +19,7 @@ use relay::event::wanted::{Purpose, Wanted};
 use relay::failure::server_text::shown;
 use relay::failure::{Failure, Trouble};
 use relay::fault::{self, Mutation};
-use relay::guard::claim::{Claimant, Incarnation, OnMissing, Why};
+use relay::guard::claim::{Claimant, Incarnation, Why};
 use relay::guard::{Guard, Owner};
 use relay::reading::range::Position;
 use relay::reading::snapshot::Tick;
@@ -84,11 +84,7 @@ impl Books for BackendBooks<'_> {
             paused: !backend.is_enabled(),
             number: backend.delivery.number(),
             reach,
-            on_missing: match backend.row.as_ref().map(|r| r.on_missing_guard.as_str()) {
-                Some("halt") => OnMissing::Halt,
-                Some("replay") => OnMissing::Replay,
-                _ => OnMissing::Continue,
-            },
+            on_missing: backend.on_missing_guard(),
             take_over: backend.is_told_to_take_over(),
             restored: backend.is_restored(),
             last_restore: backend.row.as_ref().map_or(0, |row| row.last_restore),
@@ -204,7 +200,7 @@ impl Books for BackendBooks<'_> {
     }
 
     fn disbelieve(&mut self, field: &str) {
-        let key = self.backend.guard_key();
+        let key = self.backend.guard_key().unwrap_or_default();
         let text = format!("the guard says what this server has never written, in {field}: {key}");
         self.hold_off(Failure::of(Trouble::NoGuard, text), Duration::ZERO);
     }

@@ -88,6 +88,7 @@ mod take_over;
 mod tls;
 mod tls_routes;
 mod transactions;
+mod unusable_options;
 mod views;
 mod wait_replicas;
 mod wake_ups;

@@ -48,6 +48,8 @@ pub enum Trouble {
     Withheld,
     /// Its password cannot be opened.
     Unreadable,
+    /// Its row holds what the constraints of the table would have refused.
+    UnusableOption,
     MaxClients,
     /// Protected mode.
     Denied,
@@ -170,6 +172,10 @@ impl Trouble {
             Self::Unreadable => (
                 Configuration,
                 "The key is an option of a user mapping for server outbox_relay, which may have been dropped. Set the password again with outbox.set_backend_password().",
+            ),
+            Self::UnusableOption => (
+                Configuration,
+                "Correct that column of outbox.backends; its COMMENT says what it may hold. The backend's events wait until then.",
             ),
             Self::MaxClients => (
                 Backend,

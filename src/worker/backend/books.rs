@@ -2,6 +2,7 @@
 
 use crate::server::process::Aborted;
 use crate::tables::care;
+use crate::tables::cursors::Saved;
 use crate::tables::{cursors, refused};
 use crate::worker::backend::Backend;
 use pgrx::pg_sys;
@@ -40,15 +41,14 @@ impl Backend {
         standing.failed_total += failed as i64;
         let published = self.delivery.published() - self.counted;
         if published > 0 {
-            standing.published_total += published as i64;
-            standing.last_published_at = Some(wall_us);
+            standing.accepted_total += published as i64;
+            standing.last_accepted_us = Some(wall_us);
         }
         let elapsed = (now.saturating_sub(self.saved_at)).as_secs_f64();
-        standing.events_per_second = match elapsed > 0.0 {
-            true => ((standing.published_total - self.saved_published) as f64 / elapsed) as f32,
+        let events_per_second = match elapsed > 0.0 {
+            true => ((standing.accepted_total - self.saved_published) as f64 / elapsed) as f32,
             false => 0.0,
         };
-        standing.state = self.delivery.state().name().to_owned();
         if let Some(failure) = self
             .delivery
             .trouble()
@@ -56,13 +56,13 @@ impl Backend {
             .filter(|f| standing.last_error.as_ref() != Some(&f.message))
         {
             standing.last_error = Some(failure.message.clone());
-            standing.last_error_at = Some(wall_us);
+            standing.last_error_us = Some(wall_us);
         }
         if let Some(error) = self.records.iter().rev().find_map(error_of) {
             standing.last_error = Some(error.to_owned());
-            standing.last_error_at = Some(wall_us);
+            standing.last_error_us = Some(wall_us);
         }
-        standing.next_attempt_at = match (self.delivery.trouble(), self.delivery.due_at()) {
+        let next_attempt_us = match (self.delivery.trouble(), self.delivery.due_at()) {
             (Some(_), Some(due)) => Some(wall_us + due.saturating_sub(now).as_micros() as i64),
             _ => None,
         };
@@ -70,14 +70,22 @@ impl Backend {
             true => self.delivery.position(),
             false => self.delivery.acked(),
         };
-        cursors::save_cursor(self.number, self.lane, position, self.delivery.number(), &standing);
+        let saved = Saved {
+            position,
+            batch_number: self.delivery.number(),
+            standing: &standing,
+            state: self.delivery.state(),
+            events_per_second,
+            next_attempt_us,
+        };
+        cursors::save_cursor(self.number, self.lane, &saved);
         self.pending_save = Some((standing, self.delivery.published()));
     }
 
     /// The transaction of [`Self::save`] has committed.
     pub fn saved(&mut self, now: Now) {
         if let Some((standing, counted)) = self.pending_save.take() {
-            self.saved_published = standing.published_total;
+            self.saved_published = standing.accepted_total;
             self.standing = standing;
             self.counted = counted;
         }

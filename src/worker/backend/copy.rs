@@ -1,7 +1,10 @@
-//! A backend of a database that is a copy of another one: it sends nothing.
+//! Backends that connect nowhere until somebody changes something: those of a database that is a copy of another one, and those of which
+//! the row holds something that cannot be used.
 
 use crate::tables::copies::Original;
+use crate::tables::options::Unusable;
 use crate::worker::backend::Backend;
+use relay::delivery::Guarantee;
 use relay::failure::{Failure, Trouble};
 use relay::time::Now;
 use std::time::Duration;
@@ -20,22 +23,35 @@ impl Backend {
         self.original().is_some()
     }
 
-    /// Whether it connects nowhere, since there is no guard that could say whose its streams are.
-    pub fn is_withheld(&self) -> bool {
+    /// The original, if no guard could say whose the streams are.
+    fn unguarded_original(&self) -> Option<&Original> {
         let row = self.row.as_ref();
-        let is_guarded = row.is_some_and(|row| row.delivery == "exactly_once");
-        self.original()
-            .is_some_and(|original| original.is_database || !is_guarded)
+        let is_guarded = row.is_some_and(|row| row.options.delivery == Ok(Guarantee::ExactlyOnce));
+        self.original().filter(|original| original.is_database || !is_guarded)
     }
 
-    /// Shows that.
+    fn unusable_option(&self) -> Option<&Unusable> {
+        self.destination.as_ref().err().filter(|_| self.row.is_some())
+    }
+
+    /// Whether it connects nowhere.
+    pub fn is_withheld(&self) -> bool {
+        self.unusable_option().is_some() || self.unguarded_original().is_some()
+    }
+
+    /// Shows why.
     pub fn withhold(&mut self, now: Now) {
-        let is_shown = self.delivery.trouble().is_some_and(|f| f.trouble == Trouble::Copied);
-        let Some(original) = self.original().filter(|_| self.is_withheld() && !is_shown) else {
-            return;
+        let shown = self.delivery.trouble().map(|failure| failure.trouble);
+        let failure = match (self.unusable_option(), self.unguarded_original()) {
+            (Some(unusable), _) if shown != Some(Trouble::UnusableOption) => {
+                Failure::of(Trouble::UnusableOption, unusable.to_string())
+            }
+            (None, Some(original)) if shown != Some(Trouble::Copied) => {
+                let what = if original.is_database { "database" } else { "server" };
+                Failure::of(Trouble::Copied, format!("this {what} is a copy of {}", original.words))
+            }
+            _ => return,
         };
-        let what = if original.is_database { "database" } else { "server" };
-        let text = format!("this {what} is a copy of {}", original.words);
-        self.hold_off(Failure::of(Trouble::Copied, text), FOR_LONG, now);
+        self.hold_off(failure, FOR_LONG, now);
     }
 }

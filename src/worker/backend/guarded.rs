@@ -11,6 +11,7 @@ use pgrx::pg_sys;
 use relay::delivery::flight::{BatchedEvent, Contents};
 use relay::delivery::{Cursor, Guarantee};
 use relay::failure::Failure;
+use relay::guard::claim::OnMissing;
 use relay::guard::epoch::epoch_of;
 use relay::guard::{self, Progress, Reach};
 use relay::reading::snapshot::Tick;
@@ -32,6 +33,13 @@ impl Backend {
     /// A paused backend is taken over when it goes on.
     pub fn is_told_to_take_over(&self) -> bool {
         self.row.as_ref().is_some_and(|row| row.take_over && row.enabled)
+    }
+
+    /// What is to be done if Redis has lost everything. A backend without an answer does not claim.
+    pub fn on_missing_guard(&self) -> OnMissing {
+        let row = self.row.as_ref();
+        row.and_then(|row| row.options.on_missing_guard.clone().ok())
+            .unwrap_or(OnMissing::Halt)
     }
 
     pub fn is_exactly_once(&self) -> bool {
@@ -222,16 +230,16 @@ impl Backend {
     }
 
     /// The key of its guard (exactly_once).
-    pub fn guard_key(&self) -> &str {
-        match &self.destination.protocol {
-            Protocol::ExactlyOnce { guard, .. } => guard,
-            Protocol::AtLeastOnce { .. } => "",
+    pub fn guard_key(&self) -> Option<&str> {
+        match &self.destination.as_ref().ok()?.protocol {
+            Protocol::ExactlyOnce { guard, .. } => Some(guard),
+            Protocol::AtLeastOnce { .. } => None,
         }
     }
 
     /// Events accepted in all.
     pub fn total(&self) -> i64 {
-        self.standing.published_total + (self.delivery.published() - self.counted) as i64
+        self.standing.accepted_total + (self.delivery.published() - self.counted) as i64
     }
 
     /// Has the connection looked at. With exactly_once that tells those who may watch the guard that its owner lives; a batch says as much.

@@ -6,9 +6,9 @@
 
 use crate::tables::backends::BackendRow;
 use crate::tables::cursors;
-use crate::tables::cursors::Standing;
+use crate::tables::cursors::{Saved, Standing};
 use crate::worker::backend::{Backend, Home, MOST_LANES};
-use relay::delivery::Cursor;
+use relay::delivery::{Cursor, State};
 use relay::event::Event;
 use relay::failure::{Failure, Trouble};
 use relay::reading::range::Position;
@@ -31,10 +31,7 @@ impl Backend {
             self.row.clone(),
             home,
             cursor,
-            Standing {
-                state: "idle".to_owned(),
-                ..Standing::default()
-            },
+            Standing::default(),
         )
     }
 
@@ -48,7 +45,15 @@ impl Backend {
 
     /// Within the transaction that makes it, at the position of its finder.
     pub fn save_new(&mut self) {
-        cursors::save_cursor(self.number, self.lane, self.delivery.acked(), 0, &self.standing);
+        let saved = Saved {
+            position: self.delivery.acked(),
+            batch_number: 0,
+            standing: &self.standing,
+            state: State::Idle,
+            events_per_second: 0.0,
+            next_attempt_us: None,
+        };
+        cursors::save_cursor(self.number, self.lane, &saved);
     }
 
     pub fn is_finder(&self) -> bool {

@@ -68,6 +68,9 @@ impl Backend {
                 };
                 let what = format!("backend \"{name}\" {what}");
                 let detail = match self.is_finder() {
+                    _ if failure.trouble == Trouble::UnusableOption => {
+                        format!("Its row of outbox.backends cannot be used: {}{stop}", failure.message)
+                    }
                     _ if self.is_withheld() => format!("{}{stop}", sentence(&failure.message)),
                     true => format!("{}{stop}", failure.message),
                     false => format!("Redis at {place}: {}{stop}", failure.message),
@@ -78,7 +81,7 @@ impl Backend {
                 }
             }
             // Not while it is only on its way up for the first time.
-            None if self.delivery.has_room() && self.destination.tls.as_ref().is_some_and(|tls| tls.insecure) => {
+            None if self.delivery.has_room() && self.is_insecure() => {
                 log(
                     LogLevel::Warning,
                     &format!("backend \"{name}\" is connected to Redis at {place}, or to whoever answers there"),
@@ -108,11 +111,17 @@ impl Backend {
             Some(_) => &self.failed_at,
             None => &self.address,
         };
-        match (address, &self.destination.route) {
+        match (address, &self.destination) {
             (Some(address), _) => address.to_string(),
-            (None, Route::Direct) => self.destination.address.to_string(),
-            (None, route) => route.to_string(),
+            (None, Ok(destination)) if destination.route == Route::Direct => destination.address.to_string(),
+            (None, Ok(destination)) => destination.route.to_string(),
+            (None, Err(_)) => String::new(),
         }
+    }
+
+    fn is_insecure(&self) -> bool {
+        let tls = self.destination.as_ref().ok().and_then(|d| d.tls.as_ref());
+        tls.is_some_and(|tls| tls.insecure)
     }
 
     /// Whether a lane has said the same within `span`.

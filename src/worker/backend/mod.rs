@@ -8,7 +8,6 @@ mod logging;
 mod settings;
 
 use crate::server::random;
-use crate::worker::backend::settings::{guarantee_of, settings};
 pub use settings::Home;
 
 use crate::server::guc;
@@ -16,11 +15,12 @@ use crate::server::process::REPEAT_LOG_AFTER;
 use crate::tables::backends::BackendRow;
 use crate::tables::cursors::Standing;
 use crate::tables::numbers;
+use crate::tables::options::{Known, Unusable};
 use crate::tables::{cursors, refused};
 use crate::worker::permits::{SenderPermit, SenderPermits};
 use relay::delivery::flight::{BatchedEvent, Contents};
 use relay::delivery::refusal::{Record, Streams};
-use relay::delivery::{Cursor, Delivery, State};
+use relay::delivery::{Cursor, Delivery, Guarantee, State};
 use relay::event::broadcaster::{Encoder, Target};
 use relay::event::{ConfigError, Event};
 use relay::failure::{Failure, Trouble};
@@ -114,7 +114,8 @@ pub struct Backend {
     pub lane: Option<u16>,
     pub role: Role,
     pub row: Option<BackendRow>,
-    destination: Destination,
+    /// Unless its row holds something that cannot be used.
+    destination: Known<Destination>,
     pub stream: Rc<str>,
     max_len: i64,
     pub delivery: Delivery,
@@ -218,9 +219,14 @@ impl Backend {
             Role::Finder | Role::Deleted | Role::Strays => Streams::default(),
         };
         let saved_high_seq = cursor.position.from.high_seq;
-        let mut delivery = Delivery::new(guarantee_of(&destination), cursor, streams, guc::backoff());
+        let mut delivery = Delivery::new(
+            guarantee_of(row.as_ref()).unwrap_or(Guarantee::ExactlyOnce),
+            cursor,
+            streams,
+            guc::backoff(),
+        );
         delivery.set_reread_to(refused::highest_written_down(number));
-        delivery.set_follows(destination.route != Route::Direct);
+        delivery.set_follows(is_looked_up(&destination));
         if lane.is_some() {
             delivery.set_window_bytes(LANE_WINDOW_BYTES);
         }
@@ -248,7 +254,7 @@ impl Backend {
             release: Release::None,
             records: Vec::new(),
             is_unflushed: false,
-            saved_published: standing.published_total,
+            saved_published: standing.accepted_total,
             standing,
             counted: 0,
             dirty_since: None,
@@ -363,8 +369,10 @@ impl Backend {
         }
         let is_other = is_other || destination != self.destination || stream != self.stream;
         let row = self.without_done(row);
-        self.delivery.set_guarantee(guarantee_of(&destination));
-        self.delivery.set_follows(destination.route != Route::Direct);
+        if let Some(guarantee) = guarantee_of(Some(&row)) {
+            self.delivery.set_guarantee(guarantee);
+        }
+        self.delivery.set_follows(is_looked_up(&destination));
         (self.destination, self.stream, self.max_len) = (destination, stream, max_len);
         self.row = Some(row);
         if was_copy && !self.is_copy() {
@@ -424,7 +432,10 @@ impl Backend {
     /// Starts a sender; there is a permit for it.
     pub fn connect(&mut self, now: Now, waker: &Arc<UnixStream>, permits: &mut SenderPermits) {
         (self.waits_for_turn, self.turn_began) = (false, now);
-        let mut destination = self.destination.clone();
+        let Ok(mut destination) = self.destination.clone() else {
+            return;
+        };
+        let longest = 2 * (destination.connect_timeout + destination.socket_timeout);
         if let Protocol::ExactlyOnce { ousting, .. } = &mut destination.protocol {
             *ousting = self
                 .row
@@ -437,7 +448,7 @@ impl Backend {
                 self.sender = Some(handle);
                 self.release = Release::None;
                 self.delivery.connecting();
-                self.slow_at = Some(now + 2 * (self.destination.connect_timeout + self.destination.socket_timeout));
+                self.slow_at = Some(now + longest);
             }
             Err(error) => {
                 let failure = Failure::backend(format!("could not start a sender: {error}"));
@@ -561,7 +572,7 @@ impl Backend {
                 return;
             };
             let OpenBatch { mut bytes, entries, .. } = batch;
-            if let Protocol::ExactlyOnce { guard, .. } = &self.destination.protocol {
+            if let Some(guard) = self.guard_key() {
                 self.append_mark(&mut bytes, guard.as_bytes(), &entries, &contents, wal);
             }
             let size = bytes.len();
@@ -639,6 +650,24 @@ impl Backend {
     pub fn failed(&mut self, count: u64) {
         self.standing.failed_total += count as i64;
     }
+}
+
+/// Where, to which stream, and how long that may become.
+fn settings(row: Option<&BackendRow>, home: &Home, lane: Option<u16>) -> (Known<Destination>, Rc<str>, i64) {
+    let destination = match row {
+        Some(row) => settings::destination(row, home, lane),
+        None => Err(Unusable::new("name", "is that of a deleted backend")),
+    };
+    (destination, settings::stream(row), settings::max_len(row))
+}
+
+fn guarantee_of(row: Option<&BackendRow>) -> Option<Guarantee> {
+    row?.options.delivery.clone().ok()
+}
+
+/// Whether another node may take the place of the one that is connected to.
+fn is_looked_up(destination: &Known<Destination>) -> bool {
+    destination.as_ref().is_ok_and(|d| d.route != Route::Direct)
 }
 
 /// Of a backend or of one lane of it.

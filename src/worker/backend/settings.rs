@@ -2,6 +2,7 @@
 
 use crate::server::guc;
 use crate::tables::backends::BackendRow;
+use crate::tables::options::{Known, Options, Topology, Unusable};
 use relay::delivery::Guarantee;
 use relay::redis::destination::{Address, ClientCertificate, Destination, Protocol, Route, Secret, Tls};
 use relay::redis::hash_slot::tag_of;
@@ -18,87 +19,98 @@ pub struct Home {
     pub guard_prefix: String,
 }
 
-/// The settings of a backend, with `outbox_relay.redis_*` where its row has none.
-/// `lane`: the hash slot that is served, in a cluster.
-pub fn settings(row: Option<&BackendRow>, home: &Home, lane: Option<u16>) -> (Destination, Rc<str>, i64) {
-    let or_setting = |value: Option<&String>, setting: &_| value.cloned().unwrap_or_else(|| guc::text(setting));
-    let field = |get: fn(&BackendRow) -> Option<&String>| row.and_then(get);
-    let millis = |own: Option<i64>, setting: &_| {
-        own.map_or_else(|| guc::millis(setting), |ms| Duration::from_millis(ms.max(1) as u64))
-    };
-    let address = match field(|r| r.unix_socket.as_ref()) {
+/// Where and how the events of a backend are sent. `lane`: the hash slot that is served, in a cluster. An option of the row that cannot be
+/// used is never taken for another: then there is no destination.
+pub fn destination(row: &BackendRow, home: &Home, lane: Option<u16>) -> Known<Destination> {
+    let options = &row.options;
+    let text = |own: &Option<String>, setting: &_| own.clone().unwrap_or_else(|| guc::text(setting));
+    let time = |own: Option<Duration>, setting: &_| own.unwrap_or_else(|| guc::millis(setting));
+    // Of those that are not used below.
+    options.max_len.clone()?;
+    options.on_missing_guard.clone()?;
+    let port = options.port.clone()?;
+    let address = match &options.unix_socket {
         Some(path) => Address::Unix(PathBuf::from(path)),
         None => Address::Tcp {
-            host: or_setting(field(|r| r.host.as_ref()), &guc::REDIS_HOST),
-            port: row.and_then(|r| r.port).unwrap_or_else(|| guc::REDIS_PORT.get()) as u16,
+            host: text(&options.host, &guc::REDIS_HOST),
+            port: port.unwrap_or_else(|| guc::REDIS_PORT.get() as u16),
         },
     };
-    let socket_timeout = millis(row.and_then(|r| r.socket_timeout_ms), &guc::REDIS_SOCKET_TIMEOUT_MS);
-    let replicas = row.filter(|r| r.wait_replicas > 0).map(|r| Replicas {
-        count: r.wait_replicas as u32,
-        // The reply must come before the connection counts as dead.
-        wait_ms: (socket_timeout / 2).as_millis().max(1) as u64,
-    });
-    let protocol = match row {
-        Some(row) if row.delivery == "exactly_once" => Protocol::ExactlyOnce {
+    let socket_timeout = time(options.socket_timeout, &guc::REDIS_SOCKET_TIMEOUT_MS);
+    let replicas = Some(options.wait_replicas.clone()?)
+        .filter(|count| *count > 0)
+        .map(|count| Replicas {
+            count,
+            // The reply must come before the connection counts as dead.
+            wait_ms: (socket_timeout / 2).as_millis().max(1) as u64,
+        });
+    let protocol = match options.delivery.clone()? {
+        Guarantee::ExactlyOnce => Protocol::ExactlyOnce {
             guard: guard_key(home, row.number, lane),
             replicas,
             ousting: None,
         },
-        _ => Protocol::AtLeastOnce { replicas },
+        Guarantee::AtLeastOnce => Protocol::AtLeastOnce { replicas },
     };
-    let password = secret(row, &address);
-    let destination = Destination {
+    let password = secret(row, &address)?;
+    Ok(Destination {
         address,
-        route: row.map_or(Route::Direct, |row| route(row, lane)),
+        route: route(options, lane)?,
         allowed_hosts: guc::allowed_hosts(),
-        tls: row.filter(|r| r.tls).map(tls),
+        tls: options.tls.clone()?.then(|| tls(options)),
         // A cluster has no other.
-        db: match row {
-            Some(row) if row.is_cluster() => 0,
-            row => i64::from(row.and_then(|r| r.db).unwrap_or_else(|| guc::REDIS_DB.get())),
+        db: match row.is_cluster() {
+            true => 0,
+            false => i64::from(options.db.unwrap_or_else(|| guc::REDIS_DB.get())),
         },
-        username: Some(or_setting(field(|r| r.username.as_ref()), &guc::REDIS_USERNAME)).filter(|u| !u.is_empty()),
+        username: Some(text(&options.username, &guc::REDIS_USERNAME)).filter(|u| !u.is_empty()),
         password,
-        client_name: client_name(&home.name, row.map_or("", |r| &r.name)),
-        connect_timeout: millis(row.and_then(|r| r.connect_timeout_ms), &guc::REDIS_CONNECT_TIMEOUT_MS),
+        client_name: client_name(&home.name, &row.name),
+        connect_timeout: time(options.connect_timeout, &guc::REDIS_CONNECT_TIMEOUT_MS),
         socket_timeout,
         protocol,
-    };
-    let stream = Rc::from(or_setting(field(|r| r.stream_name.as_ref()), &guc::REDIS_STREAM_NAME));
-    let max_len = row
-        .and_then(|r| r.max_len)
-        .unwrap_or_else(|| i64::from(guc::REDIS_MAX_LEN.get()));
-    (destination, stream, max_len)
+    })
+}
+
+/// The stream of events that name none.
+pub fn stream(row: Option<&BackendRow>) -> Rc<str> {
+    let own = row.and_then(|row| row.options.stream_name.as_deref());
+    own.map_or_else(|| guc::text(&guc::REDIS_STREAM_NAME).into(), Rc::from)
+}
+
+/// The length to which streams are trimmed; 0: they are not.
+pub fn max_len(row: Option<&BackendRow>) -> i64 {
+    let own = row.and_then(|row| row.options.max_len.clone().ok().flatten());
+    own.unwrap_or_else(|| i64::from(guc::REDIS_MAX_LEN.get()))
 }
 
 /// What the backend logs in with, where it connects now.
-fn secret(row: Option<&BackendRow>, address: &Address) -> Option<Secret> {
+fn secret(row: &BackendRow, address: &Address) -> Known<Option<Secret>> {
     let file = |path: String, is_withheld| match is_withheld {
         true => Secret::Withheld,
         false => Secret::File(PathBuf::from(path)),
     };
-    let withheld = row.map(|row| row.withheld).unwrap_or_default();
+    let withheld = row.withheld;
     if withheld.password {
-        return Some(Secret::Withheld);
+        return Ok(Some(Secret::Withheld));
     }
     if withheld.is_unreadable {
-        return Some(Secret::Unreadable);
+        return Ok(Some(Secret::Unreadable));
     }
-    if let Some(password) = row.and_then(|row| row.password.clone()) {
-        return Some(Secret::Text(password));
+    if let Some(password) = row.password.clone() {
+        return Ok(Some(Secret::Text(password)));
     }
-    if let Some(path) = row.and_then(|row| row.password_file.clone()) {
-        return Some(file(path, withheld.file));
+    if let Some(path) = row.options.password_file.clone() {
+        return Ok(Some(file(path, withheld.file)));
     }
     // Whoever may write backends may name any host: the file of the settings is for that of the settings.
     let common = Address::Tcp {
         host: guc::text(&guc::REDIS_HOST),
         port: guc::REDIS_PORT.get() as u16,
     };
-    let is_common = *address == common && row.is_none_or(|row| row.nodes.is_empty());
+    let is_common = *address == common && row.options.nodes.clone()?.is_empty();
     let path = guc::text(&guc::REDIS_PASSWORD_FILE);
-    (is_common && !path.is_empty()).then(|| file(path, withheld.common_file))
+    Ok((is_common && !path.is_empty()).then(|| file(path, withheld.common_file)))
 }
 
 /// In a cluster each hash slot has a guard of its own, with a tag that puts it beside the streams, whatever they are called.
@@ -110,38 +122,37 @@ fn guard_key(home: &Home, number: i32, lane: Option<u16>) -> String {
     }
 }
 
-/// How its node is found. The row's constraints have seen to what belongs together.
-fn route(row: &BackendRow, lane: Option<u16>) -> Route {
-    let nodes = row.nodes.iter().filter_map(|node| Address::of_node(node)).collect();
-    match (row.mode.as_str(), &row.sentinel_master) {
+/// How its node is found.
+fn route(options: &Options, lane: Option<u16>) -> Known<Route> {
+    let nodes = || match options.nodes.clone()? {
+        nodes if nodes.is_empty() => Err(Unusable::null("nodes")),
+        nodes => Ok(nodes),
+    };
+    Ok(match options.mode.clone()? {
+        Topology::Standalone => Route::Direct,
+        Topology::Sentinel => Route::Sentinel {
+            nodes: nodes()?,
+            master: options
+                .sentinel_master
+                .clone()
+                .ok_or_else(|| Unusable::null("sentinel_master"))?,
+        },
         // What is no lane connects nowhere.
-        ("cluster", _) => Route::Cluster {
-            nodes,
+        Topology::Cluster => Route::Cluster {
+            nodes: nodes()?,
             hash_slot: lane.unwrap_or_default(),
         },
-        ("sentinel", Some(master)) => Route::Sentinel {
-            nodes,
-            master: master.clone(),
-        },
-        _ => Route::Direct,
-    }
+    })
 }
 
-fn tls(row: &BackendRow) -> Tls {
+fn tls(options: &Options) -> Tls {
     let path = |column: &Option<String>| column.as_ref().map(PathBuf::from);
     Tls {
-        ca_file: path(&row.tls_ca_file),
-        client: path(&row.tls_cert_file)
-            .zip(path(&row.tls_key_file))
+        ca_file: path(&options.tls_ca_file),
+        client: path(&options.tls_cert_file)
+            .zip(path(&options.tls_key_file))
             .map(|(cert_file, key_file)| ClientCertificate { cert_file, key_file }),
-        insecure: row.tls_insecure,
-    }
-}
-
-pub fn guarantee_of(destination: &Destination) -> Guarantee {
-    match destination.protocol {
-        Protocol::AtLeastOnce { .. } => Guarantee::AtLeastOnce,
-        Protocol::ExactlyOnce { .. } => Guarantee::ExactlyOnce,
+        insecure: options.tls_insecure,
     }
 }
 

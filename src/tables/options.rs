@@ -1,0 +1,205 @@
+//! The options of a backend: columns of `outbox.backends`, with what they mean.
+//!
+//! The table's constraints refuse what has no meaning here, but an administrator may have dropped them. Such a value is [`Unusable`]: never
+//! read as another one, which could be a weaker promise or another Redis.
+
+use crate::tables::found_row::FoundRow;
+use pgrx::datum::Interval;
+use relay::delivery::Guarantee;
+use relay::guard::claim::OnMissing;
+use relay::redis::destination::Address;
+use std::fmt;
+use std::time::Duration;
+
+/// Declares options by the names of their columns; the type says how a column is read (see [`Column`]).
+macro_rules! options {
+    ($(#[$doc:meta])* pub struct $name:ident { $($(#[$field_doc:meta])* pub $field:ident: $type:ty,)* }) => {
+        $(#[$doc])*
+        pub struct $name { $($(#[$field_doc])* pub $field: $type,)* }
+
+        impl $name {
+            pub(super) fn of(row: &FoundRow<'_>) -> Self {
+                Self { $($field: Column::read(row, stringify!($field)),)* }
+            }
+        }
+    };
+}
+
+options! {
+    /// What a row of `outbox.backends` says of how its events are sent. NULL (`None`) of most is the setting `outbox_relay.redis_*` of that name.
+    #[derive(Clone, PartialEq, Eq)]
+    pub struct Options {
+        pub mode: Known<Topology>,
+        pub host: Option<String>,
+        pub port: Known<Option<u16>>,
+        pub db: Option<i32>,
+        pub username: Option<String>,
+        pub stream_name: Option<String>,
+        pub max_len: Known<Option<i64>>,
+        pub connect_timeout: Option<Duration>,
+        pub socket_timeout: Option<Duration>,
+        pub unix_socket: Option<String>,
+        pub nodes: Known<Vec<Address>>,
+        pub sentinel_master: Option<String>,
+        pub password_file: Option<String>,
+        pub delivery: Known<Guarantee>,
+        pub on_missing_guard: Known<OnMissing>,
+        pub wait_replicas: Known<u32>,
+        pub tls: Known<bool>,
+        pub tls_ca_file: Option<String>,
+        pub tls_cert_file: Option<String>,
+        pub tls_key_file: Option<String>,
+        pub tls_insecure: bool,
+    }
+}
+
+/// How a backend's nodes belong together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Topology {
+    Standalone,
+    Sentinel,
+    Cluster,
+}
+
+/// An option, or why it cannot be used.
+pub type Known<T> = Result<T, Unusable>;
+
+/// A column holds what it must not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unusable {
+    column: &'static str,
+    /// What is wrong, as a sentence goes on behind the column's name.
+    problem: String,
+}
+
+impl Unusable {
+    pub fn new(column: &'static str, problem: impl Into<String>) -> Self {
+        Self {
+            column,
+            problem: problem.into(),
+        }
+    }
+
+    pub fn null(column: &'static str) -> Self {
+        Self::new(column, "is NULL")
+    }
+}
+
+impl fmt::Display for Unusable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.column, self.problem)
+    }
+}
+
+/// What a column of `outbox.backends` can be read as.
+trait Column: Sized {
+    fn read(row: &FoundRow<'_>, column: &'static str) -> Self;
+}
+
+impl Column for Option<String> {
+    fn read(row: &FoundRow<'_>, column: &'static str) -> Self {
+        row.text(column)
+    }
+}
+
+impl Column for Option<i32> {
+    fn read(row: &FoundRow<'_>, column: &'static str) -> Self {
+        row.value(column)
+    }
+}
+
+/// NULL is false: only for options of which false is the safer one.
+impl Column for bool {
+    fn read(row: &FoundRow<'_>, column: &'static str) -> Self {
+        row.value(column).unwrap_or_default()
+    }
+}
+
+impl Column for Known<bool> {
+    fn read(row: &FoundRow<'_>, column: &'static str) -> Self {
+        row.value(column).ok_or_else(|| Unusable::null(column))
+    }
+}
+
+impl Column for Option<Duration> {
+    fn read(row: &FoundRow<'_>, column: &'static str) -> Self {
+        const LIMITS: (Duration, Duration) = (Duration::from_millis(1), Duration::from_secs(3_600));
+        let micros = row.value::<Interval>(column)?.as_micros();
+        let micros = u64::try_from(micros.max(0)).unwrap_or(u64::MAX);
+        Some(Duration::from_micros(micros).clamp(LIMITS.0, LIMITS.1))
+    }
+}
+
+impl Column for Known<u32> {
+    fn read(row: &FoundRow<'_>, column: &'static str) -> Self {
+        let number: i32 = row.value(column).ok_or_else(|| Unusable::null(column))?;
+        number
+            .try_into()
+            .map_err(|_| Unusable::new(column, format!("is {number}")))
+    }
+}
+
+/// A port.
+impl Column for Known<Option<u16>> {
+    fn read(row: &FoundRow<'_>, column: &'static str) -> Self {
+        let port = |port: i32| match port.try_into() {
+            Ok(port) if port > 0 => Ok(port),
+            _ => Err(Unusable::new(column, format!("is {port}"))),
+        };
+        row.value(column).map(port).transpose()
+    }
+}
+
+/// A length.
+impl Column for Known<Option<i64>> {
+    fn read(row: &FoundRow<'_>, column: &'static str) -> Self {
+        match row.value(column) {
+            Some(length) if length < 0 => Err(Unusable::new(column, format!("is {length}"))),
+            length => Ok(length),
+        }
+    }
+}
+
+/// Hosts and ports.
+impl Column for Known<Vec<Address>> {
+    fn read(row: &FoundRow<'_>, column: &'static str) -> Self {
+        let address = |node: &String| {
+            let problem = || Unusable::new(column, format!("holds \"{node}\", which is not a host and a port"));
+            Address::of_node(node).ok_or_else(problem)
+        };
+        row.texts(column).unwrap_or_default().iter().map(address).collect()
+    }
+}
+
+/// Options that are one of some words.
+macro_rules! words {
+    ($type:ty: $($word:literal => $value:expr,)*) => {
+        impl Column for Known<$type> {
+            fn read(row: &FoundRow<'_>, column: &'static str) -> Self {
+                match row.text(column).as_deref() {
+                    $(Some($word) => Ok($value),)*
+                    Some(other) => {
+                        let all = [$($word),*].join(", ");
+                        Err(Unusable::new(column, format!("is \"{other}\", and must be one of {all}")))
+                    }
+                    None => Err(Unusable::null(column)),
+                }
+            }
+        }
+    };
+}
+
+words!(Topology:
+    "standalone" => Topology::Standalone,
+    "sentinel" => Topology::Sentinel,
+    "cluster" => Topology::Cluster,
+);
+words!(Guarantee:
+    "exactly_once" => Guarantee::ExactlyOnce,
+    "at_least_once" => Guarantee::AtLeastOnce,
+);
+words!(OnMissing:
+    "continue" => OnMissing::Continue,
+    "halt" => OnMissing::Halt,
+    "replay" => OnMissing::Replay,
+);
