@@ -87,6 +87,11 @@ impl Search {
         }
     }
 
+    /// Whether there is nothing more to ask.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.at >= self.tails.len()
+    }
+
     /// Appends the next command; false: the search has ended.
     pub fn ask(&self, out: &mut Vec<u8>) -> bool {
         let Some(tail) = self.tails.get(self.at) else {

@@ -1,0 +1,59 @@
+//! What replies mean, whatever the state.
+
+use crate::delivery::flight::Refusal;
+use crate::failure::{self, Class, Failure, Trouble};
+use crate::fault::{self, Mutation};
+use crate::guard::Guard;
+use crate::resp::read::{Reply, ReplyItems};
+use redis::Value;
+
+/// The reply to HGETALL.
+pub(super) fn guard_of(reply: Reply<'_>) -> Result<Option<Guard>, Failure> {
+    let Some(mut items) = reply.items() else {
+        return Err(failure::unexpected(&reply.value()?));
+    };
+    let mut fields = Vec::new();
+    while let (Some(field), Some(value)) = (items.next(), items.next()) {
+        match (field.string(), value.string()) {
+            (Some(field), Some(value)) => fields.push((field, value)),
+            _ => return Err(failure::not_redis()),
+        }
+    }
+    Guard::parse(&fields).map_err(|e| Failure::of(Trouble::NoGuard, e.to_string()))
+}
+
+/// Somebody else has claimed the guard, or it is gone. The next connection finds out which.
+pub(super) fn touched() -> Failure {
+    Failure::backend("its guard was touched by somebody else")
+}
+
+/// The reply to a command that matters only if it fails.
+pub(super) fn well(value: &Value) -> Result<(), Failure> {
+    match value {
+        Value::Okay | Value::SimpleString(_) | Value::Int(_) => Ok(()),
+        other => Err(failure::unexpected(other)),
+    }
+}
+
+/// What was refused, from the replies to a batch's entries and to the guard's HSET behind them.
+pub(super) fn refusals(replies: ReplyItems<'_>) -> Result<Vec<Refusal>, Failure> {
+    let commands = replies.len() - 1;
+    let mut refused = Vec::new();
+    for (index, reply) in replies.enumerate() {
+        if index < commands && reply.is_bulk() {
+            continue;
+        }
+        match reply.value()? {
+            Value::ServerError(_) if fault::is_mutated(Mutation::IgnoreErrorReply) => {}
+            Value::ServerError(error) if index < commands => {
+                // The transaction was executed, so the same entry would be refused again: it is this event's failure.
+                let mut failure = failure::reply(&error);
+                failure.class = Class::Event;
+                refused.push((index, failure));
+            }
+            Value::Int(_) if index == commands => {}
+            other => return Err(failure::unexpected(&other)),
+        }
+    }
+    Ok(refused)
+}

@@ -1,0 +1,121 @@
+//! The states of a conversation. Each holds what exists in that state, and nothing else.
+//!
+//! ```text
+//! Unclaimed ── claim ──▶ Claiming ── our token ──▶ Armed ◀───────── all found ─────────── Searching
+//!                                                  │ ▲ └──────────── look ───────────────────▲
+//!                                                batch └───────────── our token ───────────┐
+//!                                                  ▼                                       │
+//!              Executing ── executed ──▶ (Replicating ── enough replicas ──▶) ──────▶ Rearming
+//!                  └──── something was refused ──▶ Stopped ── resume ────────────────────▶─┘
+//! ```
+
+use crate::delivery::flight::Refusal;
+use crate::sender::orders::Batch;
+use crate::sender::tails::Search;
+
+#[derive(Default)]
+pub(super) enum State {
+    /// The guard is being read, or was reported and a claim is waited for.
+    #[default]
+    Unclaimed,
+    /// The claim was sent. The guard is ours when this token is read back.
+    Claiming { token: String },
+    /// The token was read under WATCH and is ours. Nothing is on its way, so the next EXEC may be sent.
+    Armed { token: String },
+    /// As armed, and events are being looked for.
+    Searching { token: String, search: Box<Search> },
+    /// The EXEC of a batch was sent.
+    Executing { token: String, batch: Written, next: Next },
+    /// The batch is appended, and waits for replicas. Nothing comes behind it: a further WAIT would be queued.
+    Replicating {
+        token: String,
+        batch: Written,
+        refused: Vec<Refusal>,
+    },
+    /// WATCH was sent, and the question for the token: no EXEC may be sent before the answer.
+    Rearming { token: String, next: Next },
+    /// Something was refused: nothing is sent before [`Order::Resume`](crate::sender::orders::Order::Resume).
+    Stopped { token: String },
+}
+
+impl State {
+    /// The token of our claim.
+    pub(super) fn token(&self) -> Option<&str> {
+        match self {
+            Self::Unclaimed => None,
+            Self::Claiming { token }
+            | Self::Armed { token }
+            | Self::Searching { token, .. }
+            | Self::Executing { token, .. }
+            | Self::Replicating { token, .. }
+            | Self::Rearming { token, .. }
+            | Self::Stopped { token } => Some(token),
+        }
+    }
+
+    /// Batches that were written and are not done with.
+    pub(super) fn batches(&self) -> impl Iterator<Item = &Written> {
+        let (batch, next) = match self {
+            Self::Executing { batch, next, .. } => (Some(batch), Some(next)),
+            Self::Replicating { batch, .. } => (Some(batch), None),
+            Self::Rearming { next, .. } => (None, Some(next)),
+            Self::Unclaimed
+            | Self::Claiming { .. }
+            | Self::Armed { .. }
+            | Self::Searching { .. }
+            | Self::Stopped { .. } => (None, None),
+        };
+        let queued = next.and_then(|next| match next {
+            Next::Batch(batch) => Some(batch),
+            Next::Nothing | Next::Search(_) => None,
+        });
+        batch.into_iter().chain(queued)
+    }
+}
+
+/// What begins as soon as the token is read again.
+pub(super) enum Next {
+    Nothing,
+    /// Its commands are queued in Redis; its EXEC is not sent.
+    Batch(Written),
+    Search(Box<Search>),
+}
+
+/// A batch whose commands were written.
+pub(super) struct Written {
+    pub(super) batch: Batch,
+    pub(super) kind: Kind,
+    /// Errors of commands that were not even queued.
+    pub(super) unqueued: Vec<Refusal>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    Batch,
+    Beat,
+    Release,
+}
+
+/// What the next reply answers.
+pub(super) enum Expect {
+    /// The HSET that takes the guard from its owner.
+    Ousting,
+    Watch,
+    Guard,
+    /// MULTI of a claim, or a command that is queued for it: only an error matters.
+    Claiming,
+    ClaimExec,
+    Token,
+    /// Command number `next` of a batch of `commands`: MULTI, then the entries, then HSET.
+    Queued {
+        next: usize,
+        commands: usize,
+    },
+    Exec,
+    /// WAIT; what was reported when it found too few replicas before.
+    Replicas {
+        reported: Option<String>,
+    },
+    Discard,
+    Search,
+}

@@ -1,0 +1,285 @@
+//! The conversation of exactly_once, step by step: which bytes an order or a reply leads to.
+
+use relay::delivery::flight::Refusal;
+use relay::failure::{Class, Failure};
+use relay::guard::Owner;
+use relay::redis::replicas::Replicas;
+use relay::resp::read::Reply;
+use relay::sender::conversation::Conversation;
+use relay::sender::orders::{Batch, Claim, Order, Report};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// A conversation whose other side is the test.
+struct Talk {
+    conversation: Conversation,
+    reports: Vec<Report>,
+}
+
+/// The names of the commands in `bytes`.
+fn commands(bytes: &[u8]) -> Vec<String> {
+    let text = String::from_utf8_lossy(bytes);
+    let names = text.split("\r\n").map(str::to_owned);
+    names
+        .filter(|w| w.len() > 1 && w.bytes().all(|b| b.is_ascii_uppercase()))
+        .collect()
+}
+
+impl Talk {
+    /// A connection that has read that there is no guard.
+    fn begun(replicas: Option<Replicas>) -> Self {
+        let conversation = Conversation::new("guard", replicas, None);
+        let mut talk = Self {
+            conversation,
+            reports: Vec::new(),
+        };
+        assert_eq!(talk.says(), "WATCH HGETALL");
+        talk.hears(&["+OK", "*0"]);
+        assert_eq!(talk.reported(), "guard");
+        talk
+    }
+
+    /// A connection that owns the guard.
+    fn armed() -> Self {
+        let mut talk = Self::begun(None);
+        talk.orders(claim());
+        assert_eq!(talk.says(), "MULTI HSET EXEC");
+        talk.hears(&["+OK", "+QUEUED", "*1\r\n:8"]);
+        assert_eq!(talk.says(), "WATCH HMGET");
+        talk.hears(&["+OK", "*1\r\n$1\r\nt"]);
+        assert_eq!(talk.reported(), "claimed");
+        talk
+    }
+
+    fn orders(&mut self, order: Order) {
+        assert!(self.conversation.wants_order());
+        self.conversation.order(order);
+    }
+
+    fn says(&mut self) -> String {
+        let said = commands(self.conversation.output()).join(" ");
+        self.conversation.output().clear();
+        said
+    }
+
+    fn hears(&mut self, replies: &[&str]) {
+        replies
+            .iter()
+            .for_each(|reply| self.try_hear(reply).expect("all is well"));
+    }
+
+    fn try_hear(&mut self, reply: &str) -> Result<(), Failure> {
+        let bytes = format!("{reply}\r\n");
+        self.conversation.reply(Reply::new(bytes.as_bytes()), &mut self.reports)
+    }
+
+    fn reported(&mut self) -> String {
+        let brief = |refused: &[Refusal]| -> String { refused.iter().map(|(entry, _)| format!(" {entry}")).collect() };
+        let names = self.reports.drain(..).map(|report| match report {
+            Report::Guard(_) => "guard".to_owned(),
+            Report::Claimed => "claimed".to_owned(),
+            Report::Seen(found) => format!("seen {found:?}"),
+            Report::Done { refused, .. } => format!("done{}", brief(&refused)),
+            Report::Aborted { refused, .. } => format!("aborted{}", brief(&refused)),
+            Report::Behind(_) => "behind".to_owned(),
+            Report::Released => "released".to_owned(),
+            Report::Found(_) | Report::Connected | Report::Lost { .. } => unreachable!("no conversation says that"),
+        });
+        names.collect::<Vec<_>>().join(", ")
+    }
+}
+
+fn claim() -> Order {
+    let owner = Owner {
+        incarnation: "i".into(),
+        system: "1".into(),
+        timeline: 1,
+        place: "here".into(),
+        interval: Duration::from_secs(5),
+    };
+    Order::Claim(Box::new(Claim {
+        token: "t".into(),
+        owner,
+        start: None,
+    }))
+}
+
+/// Two entries and the guard's HSET.
+fn batch() -> Order {
+    let bytes = "*1\r\n$5\r\nMULTI\r\n*1\r\n$4\r\nXADD\r\n*1\r\n$4\r\nXADD\r\n*1\r\n$4\r\nHSET\r\n";
+    Order::Batch(Batch {
+        bytes: bytes.as_bytes().to_vec(),
+        commands: 2,
+    })
+}
+
+fn look() -> Order {
+    Order::Look(vec![relay::event::wanted::Wanted {
+        stream: Arc::from("s"),
+        event_id: [1; 16],
+        created_at_us: 1,
+        purpose: relay::event::wanted::Purpose::Compare,
+    }])
+}
+
+const QUEUED: [&str; 4] = ["+OK", "+QUEUED", "+QUEUED", "+QUEUED"];
+const EXECUTED: &str = "*3\r\n$3\r\n1-0\r\n$3\r\n2-0\r\n:0";
+const TOKEN: [&str; 2] = ["+OK", "*1\r\n$1\r\nt"];
+
+#[test]
+fn the_next_exec_is_sent_only_after_the_token_was_read_again() {
+    let mut talk = Talk::armed();
+    talk.orders(batch());
+    assert_eq!(talk.says(), "MULTI XADD XADD HSET EXEC WATCH HMGET");
+    talk.orders(batch());
+    assert_eq!(talk.says(), "MULTI XADD XADD HSET");
+    assert!(!talk.conversation.wants_order(), "one batch is queued");
+    talk.hears(&QUEUED);
+    talk.hears(&[EXECUTED]);
+    assert_eq!((talk.reported().as_str(), talk.says().as_str()), ("done", ""));
+    talk.hears(&TOKEN);
+    assert_eq!(talk.says(), "EXEC WATCH HMGET");
+    talk.hears(&QUEUED);
+    talk.hears(&[EXECUTED]);
+    assert_eq!(talk.reported(), "done");
+}
+
+#[test]
+fn a_token_of_somebody_else_and_an_exec_that_wrote_nothing_end_it() {
+    let mut talk = Talk::armed();
+    talk.orders(batch());
+    talk.hears(&QUEUED);
+    assert_eq!(
+        talk.try_hear("*-1").expect_err("nothing is written").class,
+        Class::Backend
+    );
+    let mut talk = Talk::armed();
+    talk.orders(batch());
+    talk.hears(&QUEUED);
+    talk.hears(&[EXECUTED, "+OK"]);
+    assert!(talk.try_hear("*1\r\n$1\r\nx").is_err());
+}
+
+#[test]
+fn after_a_refusal_nothing_is_sent_until_it_is_written_down() {
+    let mut talk = Talk::armed();
+    talk.orders(batch());
+    talk.orders(batch());
+    talk.says();
+    talk.hears(&QUEUED);
+    talk.hears(&["*3\r\n$3\r\n1-0\r\n-WRONGTYPE no\r\n:0"]);
+    assert_eq!((talk.reported().as_str(), talk.says().as_str()), ("done 1", "DISCARD"));
+    talk.hears(&TOKEN);
+    assert_eq!(talk.says(), "", "the token is ours, and yet nothing is executed");
+    talk.hears(&QUEUED);
+    assert!(
+        !talk.conversation.wants_order(),
+        "replies to what was discarded are on their way"
+    );
+    talk.hears(&["+OK"]);
+    // The worker has not heard of it yet.
+    talk.orders(batch());
+    assert_eq!(talk.says(), "");
+    talk.orders(Order::Resume);
+    assert_eq!(talk.says(), "WATCH HMGET");
+    talk.orders(batch());
+    assert_eq!(talk.says(), "MULTI XADD XADD HSET");
+    talk.hears(&TOKEN);
+    assert_eq!(talk.says(), "EXEC WATCH HMGET");
+}
+
+#[test]
+fn of_an_aborted_batch_only_what_was_not_queued_is_refused() {
+    let mut talk = Talk::armed();
+    talk.orders(batch());
+    talk.says();
+    talk.hears(&["+OK", "+QUEUED", "-NOPERM No permissions to access a key", "+QUEUED"]);
+    talk.hears(&["-EXECABORT Transaction discarded because of previous errors."]);
+    assert_eq!((talk.reported().as_str(), talk.says().as_str()), ("aborted 1", ""));
+}
+
+#[test]
+fn an_entry_that_is_too_large_for_the_server_is_its_last_word() {
+    let mut talk = Talk::armed();
+    talk.orders(batch());
+    talk.orders(batch());
+    talk.says();
+    talk.hears(&["+OK", "-ERR Protocol error: invalid bulk length"]);
+    assert_eq!(
+        (talk.reported().as_str(), talk.says().as_str()),
+        ("aborted 0", "DISCARD")
+    );
+}
+
+/// A worker that leaves orders it as soon as it has ordered the claim.
+#[test]
+fn an_order_waits_until_the_claim_is_confirmed() {
+    let mut talk = Talk::begun(None);
+    talk.orders(claim());
+    assert!(!talk.conversation.wants_order());
+    talk.hears(&["+OK", "+QUEUED", "*1\r\n:8"]);
+    assert!(!talk.conversation.wants_order());
+    assert_eq!(talk.says(), "MULTI HSET EXEC WATCH HMGET");
+    talk.hears(&TOKEN);
+    assert_eq!(talk.reported(), "claimed");
+    let leaves = |beat| Order::Beat { beat, released: true };
+    talk.orders(leaves(1));
+    assert_eq!(talk.says(), "MULTI HSET EXEC WATCH HMGET");
+    assert!(talk.conversation.is_releasing());
+    // What was ordered meanwhile comes after it.
+    talk.orders(look());
+    assert_eq!(talk.says(), "");
+    talk.hears(&["+OK", "+QUEUED", "*1\r\n:0"]);
+    assert_eq!((talk.reported().as_str(), talk.says().as_str()), ("released", ""));
+    talk.hears(&TOKEN);
+    assert_eq!(talk.says(), "XREVRANGE COUNT");
+    talk.hears(&["*0"]);
+    assert_eq!(talk.reported(), "seen [false]");
+    assert!(talk.conversation.wants_order() && !talk.conversation.awaits_reply());
+}
+
+#[test]
+fn a_batch_is_done_when_enough_replicas_have_it() {
+    let replicas = Replicas { count: 1, wait_ms: 10 };
+    let mut talk = Talk::begun(Some(replicas));
+    talk.orders(claim());
+    assert_eq!(talk.says(), "MULTI HSET EXEC");
+    talk.hears(&["+OK", "+QUEUED", "*1\r\n:8"]);
+    assert_eq!(talk.says(), "WAIT");
+    talk.hears(&[":1"]);
+    talk.hears(&TOKEN);
+    talk.orders(batch());
+    assert_eq!(talk.says(), "WATCH HMGET MULTI XADD XADD HSET EXEC WAIT");
+    assert!(!talk.conversation.wants_order());
+    talk.hears(&QUEUED);
+    talk.hears(&[EXECUTED, ":0"]);
+    assert_eq!(talk.reported(), "claimed, behind");
+    assert!(talk.conversation.waits_again());
+    talk.hears(&[":0"]);
+    assert_eq!(talk.reported(), "", "the same is told once");
+    talk.hears(&[":1"]);
+    assert_eq!(
+        (talk.reported().as_str(), talk.says().as_str()),
+        ("done", "WAIT WAIT WATCH HMGET")
+    );
+    assert!(!talk.conversation.waits_again() && !talk.conversation.wants_order());
+    talk.hears(&TOKEN);
+    assert!(talk.conversation.wants_order());
+}
+
+#[test]
+fn a_refresh_has_its_usual_answer_only_when_nothing_is_on_its_way() {
+    let mut talk = Talk::armed();
+    let answer = talk.conversation.usual_answer_to_beat().expect("it is armed");
+    let beat = |beat| Order::Beat { beat, released: false };
+    talk.orders(beat(1));
+    assert_eq!(talk.says(), "MULTI HSET EXEC WATCH HMGET");
+    assert_eq!(talk.conversation.usual_answer_to_beat(), None);
+    talk.orders(beat(2));
+    assert_eq!(talk.says(), "", "one is on its way");
+    assert_eq!(answer, b"+OK\r\n+QUEUED\r\n*1\r\n:0\r\n+OK\r\n*1\r\n$1\r\nt\r\n");
+    talk.hears(&["+OK", "+QUEUED", "*1\r\n:0"]);
+    talk.hears(&TOKEN);
+    assert_eq!(talk.reported(), "");
+    assert!(talk.conversation.usual_answer_to_beat().is_some());
+}
