@@ -989,6 +989,19 @@ from outbox.worker_status() w
     ) b;
 comment on view outbox.status is 'The relay of this database in one row.';
 
+create view outbox.top with (security_barrier) as
+select pg_catalog.left(s.backend, 14) as backend,
+    s.state,
+    coalesce((select pg_catalog.sum(c.events_per_second)::bigint from outbox.cursors c join outbox.backends b on b.number = c.backend_number
+        where b.name = s.backend and c.saved_at > pg_catalog.clock_timestamp() - interval '5 s'), 0) as per_s,
+    s.pending,
+    pg_catalog.date_trunc('second', s.oldest_pending_age) as lag,
+    pg_catalog.left(s.address, 20) as address,
+    case when s.state not in ('idle', 'sending') then pg_catalog.left(s.last_error, 16) end as last_error
+from outbox.backend_status s
+order by s.pending desc, s.backend;
+comment on view outbox.top is 'What each backend is doing, on one screen of at most 100 columns: for \watch 1 in psql.';
+
 -- One branch for each status, so that who asks for one looks at nothing else.
 create view outbox.event_status with (security_barrier) as
 select f.event_id, f.event_type, f.source, f.subject, coalesce(b.name, f.backend) as backend,
@@ -1364,6 +1377,52 @@ end
 $$;
 comment on function outbox.wait_published(uuid, interval) is 'Waits until an event is known to be in its stream; false if it is not within the timeout. Call it after the commit.';
 
+create function outbox.waits_since(seen pg_snapshot) returns boolean
+    language sql volatile set search_path = pg_catalog, pg_temp
+    as $$
+-- An event that was committed by then, and lies behind no cursor.
+select exists (
+    select from outbox.events e join outbox.backends b on b.number = e.backend_number
+    where e.xid >= (select coalesce(min(pg_snapshot_xmin(c.from_snapshot)), '0') from outbox.cursors c join outbox.backends k on k.number = c.backend_number)
+        and e.xid < pg_snapshot_xmax(seen) and pg_visible_in_snapshot(e.xid, seen)
+        and not coalesce((select outbox.is_delivered(c, e.xid, e.seq) from outbox.cursors c
+            where c.backend_number = e.backend_number and c.slot in (-1, outbox.hash_slot(coalesce(e.stream, b.stream_name, '')))
+            order by c.slot desc limit 1), false)
+) or exists (
+    select from outbox.refused_events r join outbox.events e on e.seq = r.seq
+    where r.accepted_in is null and r.seq > 0 and pg_visible_in_snapshot(e.xid, seen)
+)
+$$;
+comment on function outbox.waits_since(pg_snapshot) is 'Whether an event that this snapshot sees is not known to be in its stream yet, and has not failed.';
+
+create function outbox.drain(timeout interval default '10s') returns boolean
+    language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+    as $$
+declare
+    seen constant pg_snapshot := pg_current_snapshot();
+    deadline constant timestamptz := clock_timestamp() + timeout;
+    asked timestamptz;
+begin
+    if timeout is null then
+        raise exception using errcode = 'null_value_not_allowed', message = 'timeout must not be null',
+            hint = 'Pass how long to wait, such as ''10 s''.';
+    end if;
+    perform outbox.wake();
+    loop
+        asked := clock_timestamp();
+        if not outbox.waits_since(seen) then
+            return true;
+        end if;
+        if clock_timestamp() >= deadline then
+            return false;
+        end if;
+        -- Asking takes longer the more there is to be sent: it rests at least as long.
+        perform pg_sleep(greatest(0.02, extract(epoch from clock_timestamp() - asked)));
+    end loop;
+end
+$$;
+comment on function outbox.drain(interval) is 'Waits until all events that were committed before it was called are in their streams, or have failed; false if they are not within the timeout. Events of a paused backend, and those that Redis refuses, are waited for; scheduled ones that are not due are not. Call it outside a transaction.';
+
 create function outbox.publish_failed(failed outbox.failed_events, backend text) returns boolean
     language plpgsql set search_path = pg_catalog, pg_temp
     as $$
@@ -1462,6 +1521,26 @@ begin
 end
 $$;
 comment on function outbox.retry_failed(text, text, uuid) is 'Publishes failed events again, with the same event_id, in their order; returns how many. Those that are refused stay, and those whose event_id another event has that waits to be sent.';
+
+create function outbox.discard_failed(backend text default null, event_type text default null, event_id uuid default null) returns bigint
+    language plpgsql security definer set search_path = pg_catalog, pg_temp
+    as $$
+declare
+    discarded bigint;
+begin
+    perform outbox.silence_triggers();
+    delete from outbox.failed_events f
+    where (discard_failed.backend is null or f.backend = discard_failed.backend)
+        and (discard_failed.event_type is null or f.event_type = discard_failed.event_type)
+        and (discard_failed.event_id is null or f.event_id = discard_failed.event_id);
+    get diagnostics discarded = row_count;
+    if discarded > 0 then
+        raise log '% failed events were discarded', discarded;
+    end if;
+    return discarded;
+end
+$$;
+comment on function outbox.discard_failed(text, text, uuid) is 'Deletes failed events for good: those of this backend, type and id, NULL means any. Returns how many; the server''s log has a line. See outbox.retry_failed(), which publishes them again.';
 
 create function outbox.expect_backend(name text) returns outbox.backends
     language plpgsql stable set search_path = pg_catalog, pg_temp
@@ -1806,8 +1885,8 @@ revoke all on all tables in schema outbox from public;
 revoke all on all functions in schema outbox from public;
 revoke all on all procedures in schema outbox from public;
 grant usage on schema outbox to pg_monitor;
-grant select on outbox.status, outbox.backend_status, outbox.event_status to pg_monitor;
-grant execute on function outbox.worker_status(), outbox.backlog(integer), outbox.is_delivered(outbox.cursors, xid8, bigint), outbox.hash_slot(text), outbox.health(interval) to pg_monitor;
+grant select on outbox.status, outbox.backend_status, outbox.event_status, outbox.top to pg_monitor;
+grant execute on function outbox.worker_status(), outbox.backlog(integer), outbox.is_delivered(outbox.cursors, xid8, bigint), outbox.hash_slot(text), outbox.health(interval), outbox.drain(interval) to pg_monitor;
 
 ----------------------------------------------------------------------------------------------------------------------
 -- A worker is to come once this is committed, by whatever statement the extension was created

@@ -314,3 +314,10 @@ pub fn log(level: LogLevel, message: &str, detail: Option<&str>, hint: Option<&s
     };
     report::say(pg_level as i32, code, message, detail, hint);
 }
+
+/// Logs what happens step by step, for who has set `outbox_relay.log_level` to debug; for anybody else the words are not even made.
+pub fn debug(message: impl FnOnce() -> String) {
+    if guc::LOG_LEVEL.get() == LogLevel::Debug {
+        log(LogLevel::Debug, &message(), None, None);
+    }
+}

@@ -312,6 +312,15 @@ impl Worker {
         // Rows of a backend that was not known may be those of one that is.
         self.backends.iter_mut().for_each(|b| b.rests_until = Now::ZERO);
         self.share_positions();
+        process::debug(|| {
+            format!(
+                "loaded the settings of {} backends",
+                self.backends
+                    .iter()
+                    .filter(|b| b.row.is_some() && b.lane.is_none())
+                    .count()
+            )
+        });
         self.work = true;
         Ok(Loaded::Changed)
     }

@@ -309,6 +309,9 @@ fn piece(number: i32, after: i64, retention_us: i64, count: usize, is_over: impl
     if last.is_none() {
         retention::purged(number, &to);
     }
+    if !deleted.is_empty() {
+        process::debug(|| format!("purged {} published events", deleted.len()));
+    }
     (deleted.len() as u64, last)
 }
 

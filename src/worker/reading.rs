@@ -377,6 +377,7 @@ impl Worker {
                 let activity = format!("publishing {sent} events to {}", backend.name());
                 self.shown_busy = true;
                 process::show_activity(Some(&activity));
+                process::debug(|| format!("sent {sent} events to backend \"{}\"", backend.name()));
             }
             match reader.found {
                 Some(hash_slot) => {

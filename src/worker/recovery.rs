@@ -133,6 +133,7 @@ impl Books for BackendBooks<'_> {
 
     fn begin_epoch(&mut self, claimed: u64) {
         self.backend.begin_epoch(claimed, self.now);
+        process::debug(|| format!("claiming the guard of backend \"{}\"", self.backend.name()));
     }
 
     fn record(&mut self, record: Record) {

@@ -85,6 +85,7 @@ impl Worker {
         }
         if moved > 0 {
             self.scheduled.portion.took(moved as usize, start.elapsed());
+            process::debug(|| format!("moved {moved} scheduled events that are due"));
         }
         self.work |= moved > 0;
         self.scheduled.is_known = true;

@@ -1,6 +1,6 @@
 //! The worker's log: a line on each change of state, no more, and never what events contain or what opens Redis.
 
-use kit::{BlackHole, Garbage, Postgres, QUICK, Redis, Stack, standing, wait_trouble, wait_until};
+use kit::{BlackHole, Garbage, Postgres, QUICK, Redis, Stack, standing, wait_drained, wait_trouble, wait_until};
 
 fn count(log: &str, text: &str) -> usize {
     log.matches(text).count()
@@ -175,4 +175,32 @@ fn log_level_error_silences_information_and_warnings() {
     stack
         .pg
         .wait_log("backend \"default\" is connected to Redis at 127.0.0.1");
+}
+
+#[test]
+fn at_level_debug_each_step_is_logged_and_at_info_none() {
+    const STEPS: [&str; 5] = [
+        "connecting to Redis at 127.0.0.1:",
+        "claiming the guard of backend \"default\"",
+        "sent 1 events to backend \"default\"",
+        "saved the cursor of backend \"default\": ",
+        "loaded the settings of 1 backends",
+    ];
+    let stack = Stack::start();
+    stack.publish("one");
+    wait_drained(&stack.pg, "default");
+    for step in STEPS {
+        assert!(!stack.pg.log().contains(step), "{step}");
+    }
+    stack.pg.set("outbox_relay.log_level", "debug");
+    // Another connection, which is claimed anew.
+    stack.pg.exec("update outbox.backends set db = 1");
+    stack
+        .pg
+        .exec("select outbox.publish_event('later', 'kit', scheduled_at => clock_timestamp() + '50 ms')");
+    stack.publish("two");
+    for step in STEPS {
+        stack.pg.wait_log(step);
+    }
+    stack.pg.wait_log("moved 1 scheduled events that are due");
 }

@@ -1,6 +1,6 @@
 //! What of a backend is to be saved, and when: its cursor, its counters, and what was refused.
 
-use crate::server::process::Aborted;
+use crate::server::process::{self, Aborted};
 use crate::tables::care;
 use crate::tables::cursors::Saved;
 use crate::tables::{cursors, refused};
@@ -89,6 +89,10 @@ impl Backend {
             self.standing = standing;
             self.counted = counted;
         }
+        process::debug(|| {
+            let (name, total) = (self.name(), self.standing.accepted_total);
+            format!("saved the cursor of backend \"{name}\": {total} events accepted so far")
+        });
         self.records.clear();
         // Something still in flight will be acknowledged: the flag is raised then.
         (self.dirty_since, self.stale_since) = (None, None);

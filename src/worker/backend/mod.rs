@@ -11,7 +11,7 @@ use crate::server::random;
 pub use settings::Home;
 
 use crate::server::guc;
-use crate::server::process::REPEAT_LOG_AFTER;
+use crate::server::process::{self, REPEAT_LOG_AFTER};
 use crate::tables::backends::BackendRow;
 use crate::tables::cursors::Standing;
 use crate::tables::numbers;
@@ -519,6 +519,7 @@ impl Backend {
 
     /// A node is about to be connected to.
     fn found(&mut self, address: Address, now: Now) {
+        process::debug(|| format!("connecting to Redis at {address} for backend \"{}\"", self.name()));
         let shown = Some(address.to_string());
         if self.standing.address != shown {
             self.standing.address = shown;

@@ -1,0 +1,111 @@
+//! What a DBA does by hand: wait until all is sent, throw failed events away, look at one screen.
+
+use kit::{Postgres, QUICK, Redis, Stack, publish_many, wait_drained, wait_eq};
+
+fn quick() -> Stack {
+    Stack::of(Postgres::with(QUICK), Redis::start())
+}
+
+fn drain(stack: &Stack, timeout: &str) -> bool {
+    stack.pg.one(&format!("select outbox.drain('{timeout}')"))
+}
+
+#[test]
+fn drain_waits_for_all_that_was_committed_before_it() {
+    let mut stack = quick();
+    assert!(drain(&stack, "5 s"), "nothing was published");
+    publish_many(&mut stack.pg.client(), "default", "", "event", 3_000);
+    assert!(drain(&stack, "10 s"));
+    assert_eq!(stack.events().len(), 3_000);
+    // What others have not committed is not waited for.
+    let mut open = stack.pg.client();
+    open.batch_execute("begin; select outbox.publish_event('open', 'kit')")
+        .expect("it publishes");
+    assert!(drain(&stack, "10 s"));
+    open.batch_execute("commit").expect("it commits");
+    assert!(drain(&stack, "10 s"));
+    assert_eq!(stack.events().len(), 3_001);
+    stack.redis.kill9();
+    stack.publish("waits");
+    assert!(!drain(&stack, "100 ms"), "Redis is down");
+    stack.redis.start_again();
+    assert!(drain(&stack, "10 s"), "it wakes the worker");
+}
+
+#[test]
+fn drain_does_not_take_a_refused_or_paused_event_for_sent() {
+    let stack = Stack::of(
+        Postgres::with(QUICK).with(&[("outbox_relay.max_retries", "1000")]),
+        Redis::start(),
+    );
+    stack.redis.call(&["SET", "wrong", "no stream"]);
+    stack
+        .pg
+        .exec("select outbox.publish_event('refused', 'kit', stream => 'wrong')");
+    wait_eq("refused events", 1, || {
+        stack.pg.one::<i64>("select count(*) from outbox.refused_events")
+    });
+    assert!(!drain(&stack, "100 ms"));
+    stack.redis.call(&["DEL", "wrong"]);
+    assert!(drain(&stack, "10 s"));
+    stack.pg.exec("update outbox.backends set enabled = false");
+    stack.publish("paused");
+    assert!(!drain(&stack, "100 ms"));
+    stack.pg.exec("update outbox.backends set enabled = true");
+    assert!(drain(&stack, "10 s"));
+}
+
+#[test]
+fn discarded_events_are_gone_for_good() {
+    let stack = Stack::of(
+        Postgres::with(QUICK).with(&[("outbox_relay.max_retries", "1")]),
+        Redis::start(),
+    );
+    stack.redis.call(&["SET", "wrong", "no stream"]);
+    for event_type in ["one", "one", "two"] {
+        stack.pg.exec(&format!(
+            "select outbox.publish_event('{event_type}', 'kit', stream => 'wrong')"
+        ));
+    }
+    let failed = || stack.pg.one::<i64>("select count(*) from outbox.failed_events");
+    wait_eq("failed events", 3, failed);
+    stack.pg.exec("begin; select outbox.discard_failed(); rollback");
+    assert_eq!(failed(), 3, "it is transactional");
+    let discarded: i64 = stack.pg.one("select outbox.discard_failed(event_type => 'one')");
+    assert_eq!((discarded, failed()), (2, 1));
+    assert_eq!(stack.pg.one::<i64>("select outbox.discard_failed('other')"), 0);
+    assert_eq!(stack.pg.one::<i64>("select outbox.discard_failed('default')"), 1);
+    stack.pg.wait_log("2 failed events were discarded");
+    assert_eq!(stack.pg.one::<i64>("select outbox.retry_failed()"), 0);
+    stack.pg.exec("create role nobody login");
+    let refused = stack
+        .pg
+        .client_as("nobody", "postgres")
+        .execute("select outbox.discard_failed()", &[])
+        .expect_err("it is not for everybody");
+    assert_eq!(refused.code().map(|code| code.code()), Some("42501"));
+}
+
+#[test]
+fn one_screen_shows_what_each_backend_is_doing() {
+    let stack = quick();
+    stack.pg.exec(
+        "insert into outbox.backends (name, host, port, stream_name) values
+            (repeat('a', 63), repeat('h', 63), 1, 's')",
+    );
+    publish_many(&mut stack.pg.client(), "default", "", "event", 10);
+    wait_drained(&stack.pg, "default");
+    wait_eq("the state of the other", "misconfigured".to_string(), || {
+        stack
+            .pg
+            .one::<String>("select state from outbox.top where backend like 'aaa%'")
+    });
+    let shown = stack
+        .pg
+        .psql(&["-d", "postgres", "-c", "select * from outbox.top"])
+        .stdout;
+    assert!(shown.contains("default"), "{shown}");
+    for line in shown.lines() {
+        assert!(line.chars().count() <= 100, "{} columns: {line}", line.chars().count());
+    }
+}
