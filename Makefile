@@ -83,7 +83,7 @@ lint: headers ## formatting, clippy, arrows between modules, the SQL script and 
 	scripts/lint-sql
 	scripts/deny
 
-bench: ## measure the figures of the README beside their floors and rivals (BENCH_ARGS=... for some of them)
+bench: ## measure the figures of docs/performance.md beside their floors and rivals (BENCH_ARGS=... for some of them)
 	scripts/bench $(BENCH_ARGS)
 
 bench-quick: ## the same, small, without the rivals (three minutes)

@@ -54,8 +54,8 @@ const FIGURES: [(&str, Measure); 18] = [
     ("steady", steady::measure),
     ("rivals", rivals::measure),
 ];
-/// What is done with what was measured, now or before: draw it, print it, write it into the README.
-const OTHERS: [&str; 3] = ["plots", "table", "readme"];
+/// What is done with what was measured, now or before: draw it, print it, write it into the document.
+const OTHERS: [&str; 3] = ["plots", "table", "document"];
 
 fn main() {
     let known: Vec<&str> = FIGURES.iter().map(|(name, _)| *name).chain(OTHERS).collect();
@@ -88,11 +88,11 @@ fn main() {
     if options.wants("plots") {
         plots::draw(&shelf);
     }
-    if options.names("table") || options.names("readme") {
+    if options.names("table") || options.names("document") {
         let (machine, kept) = (machine::describe(), kept(&shelf));
         rows = kept.iter().flat_map(|(_, taken)| taken.rows.clone()).collect();
-        if options.names("readme") {
-            report::write_readme(&format!("{machine}\n\n{}\n{}", report::table(&rows), commands(&kept)));
+        if options.names("document") {
+            report::write_document(&format!("{machine}\n\n{}\n{}", report::table(&rows), commands(&kept)));
         }
     }
     println!("\n{}", report::table(&rows));

@@ -22,7 +22,7 @@ pub struct Scale {
 }
 
 impl Scale {
-    /// What the README's figures are made with.
+    /// What the figures of docs/performance.md are made with.
     const FULL: Self = Self {
         runs: 5,
         events: 1_000_000,

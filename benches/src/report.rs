@@ -186,15 +186,18 @@ pub fn table(rows: &[Row]) -> String {
     text
 }
 
-const BEGIN: &str = "<!-- figures: written by `make bench BENCH_ARGS=readme` -->\n";
+const BEGIN: &str = "<!-- figures: written by `make bench BENCH_ARGS=document` -->\n";
 const END: &str = "<!-- end of figures -->\n";
 
-/// Puts a text between the marks in the README.
-pub fn write_readme(figures: &str) {
-    let readme = std::fs::read_to_string("README.md").expect("run it at the top of the checkout");
-    let (before, rest) = readme.split_once(BEGIN).expect("the README has a place for figures");
+/// Where figures are shown.
+const DOCUMENT: &str = "docs/performance.md";
+
+/// Puts a text between the marks in the document.
+pub fn write_document(figures: &str) {
+    let document = std::fs::read_to_string(DOCUMENT).expect("run it at the top of the checkout");
+    let (before, rest) = document.split_once(BEGIN).expect("it has a place for figures");
     let (_, after) = rest.split_once(END).expect("which ends");
-    std::fs::write("README.md", format!("{before}{BEGIN}{figures}{END}{after}")).expect("cannot write the README");
+    std::fs::write(DOCUMENT, format!("{before}{BEGIN}{figures}{END}{after}")).expect("cannot write the document");
 }
 
 /// `1234567` as `1,234,567`.

@@ -6,7 +6,7 @@ use kit::{
 };
 use uuid::Uuid;
 
-/// As the README has it, but for the streams.
+/// As docs/guarantees.md has it, but for the streams.
 const RIGHTS: &[&str] = &[
     "+@connection",
     "+xadd",
@@ -56,7 +56,7 @@ fn kill_clients(stack: &Stack) {
 }
 
 #[test]
-fn what_the_readme_lists_is_enough() {
+fn what_the_guarantees_list_is_enough() {
     let stack = stack();
     let mut published = publish(&stack, 250);
     let good = publish_many(&mut stack.pg.client(), "default", "good", "event", 50);
@@ -188,7 +188,7 @@ fn without_a_look_at_the_streams_a_doubtful_batch_waits() {
         .query(&mut stack.redis.conn())
         .expect("XINFO STREAM");
     if !info.contains(&redis::Value::BulkString(b"entries-added".to_vec())) {
-        eprintln!("this Redis does not count what was added (before 7.0): see the README's limits");
+        eprintln!("this Redis does not count what was added (before 7.0): see the limits in docs/guarantees.md");
         return;
     }
     // No refresh of the guard may be on its way when replies are held, and that one is late is no reason to connect anew.

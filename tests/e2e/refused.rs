@@ -305,7 +305,7 @@ fn a_forbidden_command_is_a_misconfiguration() {
     let found = wait_trouble(&stack.pg, "default", "misconfigured", "NOPERM");
     assert_eq!((found.pending, found.failed), (150, 0));
     stack.pg.wait_log(
-        "HINT:  Allow the backend's Redis user XADD on its streams, and for exactly_once what the README lists",
+        "HINT:  Allow the backend's Redis user XADD on its streams, and for exactly_once what docs/guarantees.md lists",
     );
     stack.redis.call(&["ACL", "SETUSER", "relay", "+@all", "-xadd"]);
     stack.pg.exec("select outbox.wake()");

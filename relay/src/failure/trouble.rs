@@ -263,7 +263,7 @@ impl Trouble {
             ),
             Self::NoPermCommand | Self::NoPermKey => (
                 if self == Self::NoPermKey { Event } else { Configuration },
-                "Allow the backend's Redis user XADD on its streams, and for exactly_once what the README lists on keys outbox_relay:*.",
+                "Allow the backend's Redis user XADD on its streams, and for exactly_once what docs/guarantees.md lists on keys outbox_relay:*.",
             ),
             Self::WrongType => (
                 Event,
