@@ -363,13 +363,59 @@ create function outbox.publish_event(
     language c volatile parallel unsafe
     as 'MODULE_PATHNAME', 'publish_event';
 comment on function outbox.publish_event(text, text, jsonb, text, text, timestamptz, integer, jsonb, text, text, uuid) is
-    'Publishes an event within the caller''s transaction; returns its id, or NULL if somebody''s trigger on the table left the row out. It is relayed after the commit.';
+    'Publishes an event within the caller''s transaction, and returns its id, or NULL if somebody''s trigger on the table left the row out. The event is sent after the commit. backend, subject, stream and data_schema: an empty text counts as NULL. scheduled_at: a time without a zone, as drivers send for a naive one, is taken in the session''s TimeZone; send one with a zone.';
+
+-- Drivers type what they send: json, text or varchar for JSON, bigint or double precision for a number. The same function for them. It
+-- never competes with the one above. Its first argument is a domain, which loses to text for a literal, for a parameter without a type and
+-- for all types of text. Its other types are of the categories of those above (U and N), where none is preferred.
+create domain outbox.any_text as text;
+comment on domain outbox.any_text is 'A text as an argument of outbox.publish_event, where other arguments have types of their own.';
+create type outbox.any_value;
+create function outbox.any_value_in(cstring) returns outbox.any_value language internal immutable strict parallel safe as 'textin';
+create function outbox.any_value_out(outbox.any_value) returns cstring language internal immutable strict parallel safe as 'textout';
+create function outbox.any_value_recv(internal) returns outbox.any_value language internal stable strict parallel safe as 'textrecv';
+create function outbox.any_value_send(outbox.any_value) returns bytea language internal stable strict parallel safe as 'textsend';
+create type outbox.any_value (input = outbox.any_value_in, output = outbox.any_value_out, receive = outbox.any_value_recv,
+    send = outbox.any_value_send, like = text, category = 'U');
+comment on type outbox.any_value is 'An argument of outbox.publish_event in whatever type a driver sends it; read by what is written. Nothing else takes it.';
+comment on function outbox.any_value_in(cstring) is 'Input of type outbox.any_value, which is that of text.';
+comment on function outbox.any_value_out(outbox.any_value) is 'Output of type outbox.any_value, which is that of text.';
+comment on function outbox.any_value_recv(internal) is 'Binary input of type outbox.any_value, which is that of text.';
+comment on function outbox.any_value_send(outbox.any_value) is 'Binary output of type outbox.any_value, which is that of text.';
+create cast (text as outbox.any_value) without function as implicit;
+create cast (varchar as outbox.any_value) without function as implicit;
+create cast (bpchar as outbox.any_value) without function as implicit;
+create cast (json as outbox.any_value) without function as implicit;
+create cast (bytea as outbox.any_value) without function as implicit;
+create cast (jsonb as outbox.any_value) with inout as implicit;
+create cast (uuid as outbox.any_value) with inout as implicit;
+-- All types of numbers become this one by themselves.
+create domain outbox.any_number as double precision;
+comment on domain outbox.any_number is 'A number as an argument of outbox.publish_event, in whatever type a driver sends it.';
+
+create function outbox.publish_event(
+    event_type       outbox.any_text,
+    source           text,
+    data             outbox.any_value default null,
+    subject          text default null,
+    backend          text default null,
+    scheduled_at     timestamptz default null,
+    max_retries      outbox.any_number default null,
+    publisher_config outbox.any_value default null,
+    stream           text default null,
+    data_schema      text default null,
+    event_id         outbox.any_value default null
+) returns uuid
+    language c volatile parallel unsafe
+    as 'MODULE_PATHNAME', 'publish_event_of_any_types';
+comment on function outbox.publish_event(outbox.any_text, text, outbox.any_value, text, text, timestamptz, outbox.any_number, outbox.any_value, text, text, outbox.any_value) is
+    'The same for arguments that a driver types otherwise: json, text or bytea for JSON, any number for max_retries, text for event_id.';
 
 create function outbox.publish_events(events jsonb) returns setof uuid
     language c volatile strict parallel unsafe
     as 'MODULE_PATHNAME', 'publish_events';
 comment on function outbox.publish_events(jsonb) is
-    'Publishes an array of objects with the keys of outbox.publish_event, in order; returns their ids.';
+    'Publishes an array of objects with the keys of outbox.publish_event, in order; returns their ids. The CONTEXT of an error says which element it is about.';
 
 create function outbox.complete_event() returns trigger
     language c
@@ -1804,31 +1850,79 @@ end
 $$;
 comment on function outbox.set_backend_password(text, text) is 'Sets the password with which the worker logs in to a backend, where it connects now; NULL removes it. It is kept apart, unreadable, and not dumped. What the server logs of a statement before it is executed shows its text and parameters: contrib/set_backend_password.sql passes by all logs, and so does password_file.';
 
+create function outbox.publisher_rights(out right_to text, out object text) returns setof record
+    language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+    as $$
+values
+    ('usage', 'schema outbox'),
+    ('execute', 'function outbox.publish_event(text, text, jsonb, text, text, timestamptz, integer, jsonb, text, text, uuid)'),
+    ('execute', 'function outbox.publish_event(outbox.any_text, text, outbox.any_value, text, text, timestamptz, outbox.any_number, outbox.any_value, text, text, outbox.any_value)'),
+    ('execute', 'function outbox.publish_events(jsonb)'),
+    ('insert (event_id, event_type, source, backend, data, subject, stream, data_schema, publisher_config, max_retries)', 'table outbox.events')
+$$;
+comment on function outbox.publisher_rights() is 'What outbox.grant_publisher() grants, as words of GRANT.';
+
+create function outbox.expect_role(name text) returns regrole
+    language plpgsql stable set search_path = pg_catalog, pg_temp
+    as $$
+declare
+    found_role regrole;
+begin
+    if name is null then
+        raise exception using errcode = 'null_value_not_allowed', message = 'role must not be null',
+            detail = 'It says who may publish.', hint = 'Pass the name of a role, as pg_roles shows it.';
+    end if;
+    select r.oid into found_role from pg_roles r where r.rolname = expect_role.name;
+    if not found then
+        -- As regrole reads a name: in lower case unless it is quoted.
+        begin
+            found_role := to_regrole(name);
+        exception when invalid_name or syntax_error then
+            null;
+        end;
+    end if;
+    if found_role is null or found_role = 0 then
+        raise exception using errcode = 'undefined_object', message = format('role "%s" does not exist', name),
+            detail = 'Roles are in pg_roles, with their names in upper and lower case as they were created.',
+            hint = case when lower(name) = 'public' then 'Publishing is granted to a role, not to PUBLIC: create one, and grant it to whoever publishes.'
+                else format('Check the name, or run CREATE ROLE %I LOGIN first.', name) end;
+    end if;
+    return found_role;
+end
+$$;
+comment on function outbox.expect_role(text) is 'The role of this name, or an ERROR in words.';
+
 create function outbox.grant_publisher(role regrole) returns void
     language plpgsql set search_path = pg_catalog, pg_temp
     as $$
+declare
+    r record;
+    grantee text := outbox.expect_role(coalesce((select p.rolname from pg_roles p where p.oid = role), role::text))::text;
 begin
-    if role is null then
-        raise exception using errcode = 'null_value_not_allowed', message = 'role must not be null';
-    end if;
-    execute format('grant usage on schema outbox to %s', role);
-    execute format('grant execute on function outbox.publish_event(text, text, jsonb, text, text, timestamptz, integer, jsonb, text, text, uuid) to %s', role);
-    execute format('grant execute on function outbox.publish_events(jsonb) to %s', role);
-    execute format('grant insert (event_id, event_type, source, backend, data, subject, stream, data_schema, publisher_config, max_retries) on outbox.events to %s', role);
+    for r in select * from outbox.publisher_rights() loop
+        execute format('grant %s on %s to %s', r.right_to, r.object, grantee);
+    end loop;
 end
 $$;
 comment on function outbox.grant_publisher(regrole) is 'Lets a role publish, and nothing else. See outbox.revoke_publisher(), and allowed_streams of outbox.backends.';
 
+create function outbox.grant_publisher(role text) returns void
+    language sql set search_path = pg_catalog, pg_temp
+    as $$
+select outbox.grant_publisher(outbox.expect_role(role))
+$$;
+comment on function outbox.grant_publisher(text) is 'The same by the role''s name, as pg_roles shows it: ''Shop-App'', or current_user.';
+
 create function outbox.revoke_publisher(role regrole) returns void
     language plpgsql set search_path = pg_catalog, pg_temp
     as $$
+declare
+    r record;
+    grantee text := outbox.expect_role(coalesce((select p.rolname from pg_roles p where p.oid = role), role::text))::text;
 begin
-    if role is null then
-        raise exception using errcode = 'null_value_not_allowed', message = 'role must not be null';
-    end if;
-    execute format('revoke execute on function outbox.publish_event(text, text, jsonb, text, text, timestamptz, integer, jsonb, text, text, uuid) from %s', role);
-    execute format('revoke execute on function outbox.publish_events(jsonb) from %s', role);
-    execute format('revoke insert (event_id, event_type, source, backend, data, subject, stream, data_schema, publisher_config, max_retries) on outbox.events from %s', role);
+    for r in select * from outbox.publisher_rights() p where p.object <> 'schema outbox' loop
+        execute format('revoke %s on %s from %s', r.right_to, r.object, grantee);
+    end loop;
     -- Unless it has been granted something else here.
     if not exists (
         select from pg_class c, aclexplode(c.relacl) a where c.relnamespace = 'outbox'::regnamespace and a.grantee = role::oid
@@ -1837,11 +1931,18 @@ begin
         union all
         select from pg_attribute t join pg_class c on c.oid = t.attrelid, aclexplode(t.attacl) a
             where c.relnamespace = 'outbox'::regnamespace and a.grantee = role::oid) then
-        execute format('revoke usage on schema outbox from %s', role);
+        execute format('revoke usage on schema outbox from %s', grantee);
     end if;
 end
 $$;
 comment on function outbox.revoke_publisher(regrole) is 'Takes away what outbox.grant_publisher() has given to a role. What it has by being a member of another role, it keeps.';
+
+create function outbox.revoke_publisher(role text) returns void
+    language sql set search_path = pg_catalog, pg_temp
+    as $$
+select outbox.revoke_publisher(outbox.expect_role(role))
+$$;
+comment on function outbox.revoke_publisher(text) is 'The same by the role''s name, as pg_roles shows it.';
 
 ----------------------------------------------------------------------------------------------------------------------
 -- Dump: backends, and events that have not been sent. Cursors mean nothing in another cluster.
@@ -1884,6 +1985,7 @@ revoke all on schema outbox from public;
 revoke all on all tables in schema outbox from public;
 revoke all on all functions in schema outbox from public;
 revoke all on all procedures in schema outbox from public;
+revoke all on type outbox.any_text, outbox.any_value, outbox.any_number from public;
 grant usage on schema outbox to pg_monitor;
 grant select on outbox.status, outbox.backend_status, outbox.event_status, outbox.top to pg_monitor;
 grant execute on function outbox.worker_status(), outbox.backlog(integer), outbox.is_delivered(outbox.cursors, xid8, bigint), outbox.hash_slot(text), outbox.health(interval), outbox.drain(interval) to pg_monitor;

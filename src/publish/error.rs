@@ -14,6 +14,7 @@ use thiserror::Error;
 pub enum PublishError {
     #[error("{0} must not be null or empty")]
     Missing(&'static str),
+    /// By a trigger of somebody: publishers who say '' mean NULL.
     #[error("stream must not be empty")]
     EmptyStream,
     #[error("{field} is too long")]
@@ -23,9 +24,11 @@ pub enum PublishError {
         limit: usize,
     },
     #[error("max_retries must not be negative")]
-    NegativeRetries(i32),
+    NegativeRetries(String),
     #[error("max_retries is too high")]
-    ManyRetries(i32),
+    ManyRetries(String),
+    #[error("max_retries must be a whole number")]
+    BadRetries(String),
     #[error("scheduled_at must be a finite time")]
     EndlessSchedule,
     #[error("backend \"{0}\" does not exist")]
@@ -40,8 +43,6 @@ pub enum PublishError {
     Changed,
     #[error("{field} has no UTF-8 form")]
     Foreign { field: &'static str, text: Foreign },
-    #[error("event_id {0} is already used")]
-    RepeatedId(String),
     #[error("publish_events expects a JSON array of objects")]
     NotAnArray,
     #[error("invalid event in publish_events: {message}")]
@@ -55,7 +56,6 @@ impl PublishError {
             Self::UnknownBackend(_) => ERRCODE_UNDEFINED_OBJECT,
             Self::StreamNotAllowed { .. } => ERRCODE_INSUFFICIENT_PRIVILEGE,
             Self::TooLarge { .. } => ERRCODE_PROGRAM_LIMIT_EXCEEDED,
-            Self::RepeatedId(_) => ERRCODE_UNIQUE_VIOLATION,
             Self::Changed => ERRCODE_TRIGGERED_DATA_CHANGE_VIOLATION,
             Self::Foreign { text, .. } => text.code(),
             Self::Config(ConfigError::TooManyDigits) => ERRCODE_PROGRAM_LIMIT_EXCEEDED,
@@ -66,6 +66,7 @@ impl PublishError {
             | Self::TooLong { .. }
             | Self::NegativeRetries(_)
             | Self::ManyRetries(_)
+            | Self::BadRetries(_)
             | Self::EndlessSchedule
             | Self::Config(_)
             | Self::NotAnArray
@@ -78,7 +79,7 @@ impl PublishError {
             Self::Missing(_) => "Every event has a type and a source.".into(),
             Self::EmptyStream => "Every stream has a name.".into(),
             Self::TooLong { length, limit, .. } => format!("It has {length} characters; at most {limit} are allowed."),
-            Self::NegativeRetries(n) => format!("It is {n}."),
+            Self::NegativeRetries(n) | Self::BadRetries(n) => format!("It is {n}."),
             Self::ManyRetries(n) => format!("It is {n}; at most {MOST_ATTEMPTS} are allowed."),
             Self::EndlessSchedule => "An event scheduled for infinity would never be sent.".into(),
             Self::UnknownBackend(_) => "Backends are the rows of outbox.backends.".into(),
@@ -86,9 +87,11 @@ impl PublishError {
                 format!("Names that begin with {} are kept for guards.", catalog::RESERVED)
             }
             Self::StreamNotAllowed { .. } => "None of the backend's allowed_streams matches.".into(),
+            Self::Config(ConfigError::EncodedTwice) => {
+                "It is a JSON string that holds an object: it was encoded twice.".into()
+            }
             Self::Config(_) => "Its keys and values become further fields of the stream entry.".into(),
             Self::TooLarge { size, limit } => format!("It has {size} bytes; at most {limit} are allowed."),
-            Self::RepeatedId(_) => "Each event has an id of its own.".into(),
             Self::Changed => "The relay goes by seq, xid, backend_number and event_id of each row.".into(),
             Self::Foreign { text, .. } => text.detail(),
             Self::NotAnArray => "Each object has the keys of outbox.publish_event.".into(),
@@ -101,7 +104,7 @@ impl PublishError {
             Self::Missing(_) => "Pass a text of 1 to 255 characters.",
             Self::EmptyStream => "Pass a name, or NULL for the backend's own stream.",
             Self::TooLong { .. } => "Put longer texts into data.",
-            Self::NegativeRetries(_) | Self::ManyRetries(_) => {
+            Self::NegativeRetries(_) | Self::ManyRetries(_) | Self::BadRetries(_) => {
                 "Pass the number of attempts in all, or NULL for outbox_relay.max_retries."
             }
             Self::EndlessSchedule => "Pass a time, or NULL to send at once.",
@@ -112,7 +115,6 @@ impl PublishError {
             Self::TooLarge { .. } => {
                 "Put large payloads elsewhere and publish a reference, or raise outbox_relay.max_event_size."
             }
-            Self::RepeatedId(_) => "Leave event_id out to have a new one made.",
             Self::Changed => {
                 "Change these columns in no trigger; to replace an event, return NULL and publish another."
             }
@@ -120,7 +122,10 @@ impl PublishError {
                 "Events are sent as UTF-8. Replace the character, or put bytes into data in another form, such as base64."
             }
             Self::NotAnArray => "Pass for example [{\"event_type\": \"user.created\", \"source\": \"user-service\"}].",
-            Self::BadItem { .. } => "See the arguments of outbox.publish_event.",
+            Self::BadItem { .. } => {
+                "The keys are event_type, source, data, subject, backend, scheduled_at, max_retries, publisher_config, stream, \
+                 data_schema and event_id, with values as outbox.publish_event takes them."
+            }
         }
     }
 

@@ -1,13 +1,26 @@
-//! Event ids that are used already.
+//! Event ids that are used already. An event that waits for its time has its id in another table than the others, so that no index
+//! alone can tell; whoever tells, it is a violation of the unique index of `outbox.events`, in the same words.
 
-use crate::publish::error::PublishError;
+use crate::server::report::{self, Constraint};
 use crate::tables::catalog::Relations;
 use crate::tables::missing::{self, Index};
 use crate::tables::row::attribute;
-use pgrx::pg_sys;
+use pgrx::{PgSqlErrorCode, pg_sys};
+use std::ffi::CStr;
 
-/// An id that a publisher chose must not wait in the other table. (Within one table its unique index decides.)
-pub fn refuse_repeated_id(relations: &Relations, event_id: &[u8; 16], scheduled: bool) {
+/// How an id that a publisher has chosen comes into its table.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// By one of our functions, by COPY, or by an INSERT without ON CONFLICT: a repeated id is refused.
+    Refusing,
+    /// By an INSERT with ON CONFLICT DO NOTHING: the row is left out.
+    LeavingOut,
+    /// By an INSERT of which nobody knows. If the id is in the same table, its index decides.
+    Unknown,
+}
+
+/// False: the id is used already, and the row is to be left out. An ERROR if it is to be refused.
+pub fn is_new(relations: &Relations, event_id: &[u8; 16], scheduled: bool, way: Way) -> bool {
     if relations.scheduled == pg_sys::InvalidOid {
         missing::table(c"scheduled_events");
     }
@@ -19,16 +32,29 @@ pub fn refuse_repeated_id(relations: &Relations, event_id: &[u8; 16], scheduled:
             name.refuse();
         }
     }
-    let (table, index) = if scheduled {
-        (relations.events, relations.events_id_key)
+    let events = (relations.events, relations.events_id_key);
+    let waiting = (relations.scheduled, relations.scheduled_id_key);
+    let (own, other) = if scheduled {
+        (waiting, events)
     } else {
-        (relations.scheduled, relations.scheduled_id_key)
+        (events, waiting)
     };
-    // SAFETY: an index look-up by an equality key of the column's type, under the latest snapshot.
-    let found = unsafe {
+    if !(is_in(other, event_id) || way == Way::Refusing && is_in(own, event_id)) {
+        return true;
+    }
+    if way != Way::LeavingOut {
+        refuse(relations, event_id);
+    }
+    false
+}
+
+/// Whether a table has a row with this id that has committed, or is this transaction's own. By a look at the index alone as a rule.
+fn is_in((table, index): (pg_sys::Oid, pg_sys::Oid), event_id: &[u8; 16]) -> bool {
+    // SAFETY: an index look-up by an equality key of the column's type. The snapshot is a constant, which also sees rows that the present
+    // command has inserted.
+    unsafe {
         let lock = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
         let rel = pg_sys::table_open(table, lock);
-        let snapshot = pg_sys::RegisterSnapshot(pg_sys::GetLatestSnapshot());
         let mut entry: pg_sys::ScanKeyData = std::mem::zeroed();
         pg_sys::ScanKeyInit(
             &mut entry,
@@ -37,15 +63,94 @@ pub fn refuse_repeated_id(relations: &Relations, event_id: &[u8; 16], scheduled:
             pg_sys::Oid::from(pg_sys::F_UUID_EQ),
             pg_sys::Datum::from(event_id.as_ptr()),
         );
-        let scan = pg_sys::systable_beginscan(rel, index, true, snapshot, 1, &mut entry);
+        let scan = pg_sys::systable_beginscan(rel, index, true, &raw mut pg_sys::SnapshotSelfData, 1, &mut entry);
         let found = !pg_sys::systable_getnext(scan).is_null();
         pg_sys::systable_endscan(scan);
-        pg_sys::UnregisterSnapshot(snapshot);
         pg_sys::table_close(rel, lock);
         found
+    }
+}
+
+/// In the words of Postgres, which says it where two sessions use an id at the same time.
+fn refuse(relations: &Relations, event_id: &[u8; 16]) -> ! {
+    let id = String::from_utf8_lossy(&relay::event::text::hyphenated(event_id)).into_owned();
+    // SAFETY: a catalog look-up; the name lives in the current memory context. The index is there: it was looked at.
+    let index = unsafe {
+        let name = pg_sys::get_rel_name(relations.events_id_key);
+        if name.is_null() {
+            c"events_event_id_idx"
+        } else {
+            CStr::from_ptr(name)
+        }
     };
-    if found {
-        let id = String::from_utf8_lossy(&relay::event::text::hyphenated(event_id)).into_owned();
-        PublishError::RepeatedId(id).raise();
+    report::raise_for_constraint(
+        PgSqlErrorCode::ERRCODE_UNIQUE_VIOLATION,
+        &format!(
+            "duplicate key value violates unique constraint \"{}\"",
+            index.to_string_lossy()
+        ),
+        &format!("Key (event_id)=({id}) already exists."),
+        "If this is the same event, it need not be published again. Otherwise leave event_id out to have a new one made.",
+        &Constraint {
+            schema: c"outbox",
+            table: c"events",
+            name: index,
+        },
+    )
+}
+
+/// How a row comes for which a trigger of this table has been called.
+pub fn way_of_statement(table: pg_sys::Oid) -> Way {
+    // SAFETY: plain calls; the session's running portal, if any, and its plans live as long as it runs.
+    unsafe {
+        let depth = pgrx::direct_function_call::<i32>(pg_sys::pg_trigger_depth, &[]);
+        let portal = pg_sys::ActivePortal;
+        // What a trigger or a function inserts is not the statement of the portal.
+        if depth != Some(1) || portal.is_null() {
+            return Way::Unknown;
+        }
+        if (*portal).commandTag == pg_sys::CommandTag::CMDTAG_COPY {
+            return Way::Refusing;
+        }
+        let statement = match (*portal).stmts.as_ref() {
+            Some(statements) if statements.length == 1 => {
+                (*statements.elements).ptr_value.cast::<pg_sys::PlannedStmt>()
+            }
+            _ => return Way::Unknown,
+        };
+        let plan = (*statement).planTree.cast::<pg_sys::ModifyTable>();
+        if (*statement).commandType != pg_sys::CmdType::CMD_INSERT
+            || plan.is_null()
+            || (*plan).plan.type_ != pg_sys::NodeTag::T_ModifyTable
+            || !inserts_into(statement, plan, table)
+        {
+            return Way::Unknown;
+        }
+        match (*plan).onConflictAction {
+            pg_sys::OnConflictAction::ONCONFLICT_NONE => Way::Refusing,
+            pg_sys::OnConflictAction::ONCONFLICT_NOTHING => Way::LeavingOut,
+            _ => Way::Unknown,
+        }
+    }
+}
+
+/// # Safety
+/// A valid plan of this statement.
+unsafe fn inserts_into(
+    statement: *const pg_sys::PlannedStmt,
+    plan: *const pg_sys::ModifyTable,
+    table: pg_sys::Oid,
+) -> bool {
+    // SAFETY: the caller's promise; relations are counted from 1 in the range table.
+    unsafe {
+        let index = (*plan).nominalRelation as usize;
+        let entries = (*statement).rtable;
+        index > 0
+            && index <= (*entries).length as usize
+            && (*(*(*entries).elements.add(index - 1))
+                .ptr_value
+                .cast::<pg_sys::RangeTblEntry>())
+            .relid
+                == table
     }
 }

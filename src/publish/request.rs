@@ -1,6 +1,7 @@
 //! What a publisher asks for, and all refusals: in one place for all ways to publish.
 
 use crate::publish::error::PublishError;
+use crate::publish::json;
 use crate::server::encoding::{has_utf8_form, utf8};
 use crate::server::guc;
 use crate::tables::catalog;
@@ -8,9 +9,12 @@ use pgrx::pg_sys;
 use relay::delivery::refusal::MOST_ATTEMPTS;
 use relay::event::further_fields;
 use std::borrow::Cow;
+use std::ffi::CString;
 
 /// Characters of event_type and source, as in django-broadcaster's model.
 const NAME_LIMIT: usize = 255;
+/// Characters of a wrong number that an error shows.
+const SHOWN: usize = 40;
 /// Characters of subject, stream and data_schema.
 const TEXT_LIMIT: usize = 1_024;
 
@@ -30,6 +34,38 @@ pub struct Request<'a> {
     pub event_id: Option<[u8; 16]>,
 }
 
+impl Request<'_> {
+    /// What ORMs send for nothing is nothing: an empty text where a text need not be given, and the null of JSON for further fields.
+    pub fn without_empty(mut self) -> Self {
+        for text in [
+            &mut self.subject,
+            &mut self.backend,
+            &mut self.stream,
+            &mut self.data_schema,
+        ] {
+            if text.as_deref().is_some_and(<[u8]>::is_empty) {
+                *text = None;
+            }
+        }
+        if self.publisher_config.as_deref().is_some_and(json::is_null) {
+            self.publisher_config = None;
+        }
+        self
+    }
+
+    fn texts(&self) -> [(&'static str, Option<&[u8]>); 7] {
+        [
+            ("event_type", self.event_type.as_deref()),
+            ("source", self.source.as_deref()),
+            ("data", self.data.as_deref()),
+            ("subject", self.subject.as_deref()),
+            ("publisher_config", self.publisher_config.as_deref()),
+            ("stream", self.stream.as_deref()),
+            ("data_schema", self.data_schema.as_deref()),
+        ]
+    }
+}
+
 /// A backend that the request may use.
 pub struct Checked {
     pub backend: String,
@@ -42,53 +78,19 @@ pub fn check(request: &Request<'_>) -> Result<Checked, PublishError> {
     check_name("source", request.source.as_deref())?;
     check_length("subject", request.subject.as_deref(), TEXT_LIMIT)?;
     check_length("data_schema", request.data_schema.as_deref(), TEXT_LIMIT)?;
-    if let Some(stream) = request.stream.as_deref() {
-        if stream.is_empty() {
-            return Err(PublishError::EmptyStream);
-        }
-        check_length("stream", Some(stream), TEXT_LIMIT)?;
+    if request.stream.as_deref().is_some_and(<[u8]>::is_empty) {
+        return Err(PublishError::EmptyStream);
     }
-    if let Some(n) = request.max_retries.filter(|n| *n < 0) {
-        return Err(PublishError::NegativeRetries(n));
-    }
-    if let Some(n) = request.max_retries.filter(|n| *n > MOST_ATTEMPTS) {
-        return Err(PublishError::ManyRetries(n));
+    check_length("stream", request.stream.as_deref(), TEXT_LIMIT)?;
+    match request.max_retries {
+        Some(n) if n < 0 => return Err(PublishError::NegativeRetries(n.to_string())),
+        Some(n) if n > MOST_ATTEMPTS => return Err(PublishError::ManyRetries(n.to_string())),
+        _ => {}
     }
     if request.scheduled_at == Some(i64::MAX) {
         return Err(PublishError::EndlessSchedule);
     }
-    let texts = [
-        ("event_type", &request.event_type),
-        ("source", &request.source),
-        ("data", &request.data),
-        ("subject", &request.subject),
-        ("publisher_config", &request.publisher_config),
-        ("stream", &request.stream),
-        ("data_schema", &request.data_schema),
-    ];
-    let size: usize = texts
-        .iter()
-        .filter_map(|(_, text)| text.as_ref())
-        .map(|t| t.len())
-        .sum();
-    let limit = guc::MAX_EVENT_SIZE_KB.get() as usize * 1_024;
-    if size > limit {
-        return Err(PublishError::TooLarge { size, limit });
-    }
-    for (field, text) in texts.into_iter().chain([("backend", &request.backend)]) {
-        if let Some(text) = text {
-            has_utf8_form(text).map_err(|text| PublishError::Foreign { field, text })?;
-        }
-    }
-    if let Some(config) = request.publisher_config.as_deref() {
-        let fields = further_fields(&decoded(config))?;
-        // As jsonb, its numbers have all their digits.
-        let sent: usize = fields.iter().map(|(key, value)| key.len() + value.len()).sum();
-        let size = size + sent.saturating_sub(config.len());
-        if size > limit {
-            return Err(PublishError::TooLarge { size, limit });
-        }
-    }
+    check_size_and_encoding(request)?;
     let backend = match request.backend.as_deref() {
         Some(name) => decoded(name).into_owned(),
         None => default_backend(),
@@ -108,6 +110,70 @@ pub fn check(request: &Request<'_>) -> Result<Checked, PublishError> {
         backend,
         backend_number: known.number,
     })
+}
+
+/// An event is at most so large, and all of it can be sent: its texts have a UTF-8 form, and its further fields are flat.
+fn check_size_and_encoding(request: &Request<'_>) -> Result<(), PublishError> {
+    let texts = request.texts();
+    let size: usize = texts.iter().filter_map(|(_, text)| *text).map(<[u8]>::len).sum();
+    let limit = guc::MAX_EVENT_SIZE_KB.get() as usize * 1_024;
+    if size > limit {
+        return Err(PublishError::TooLarge { size, limit });
+    }
+    for (field, text) in texts.into_iter().chain([("backend", request.backend.as_deref())]) {
+        if let Some(text) = text {
+            has_utf8_form(text).map_err(|text| PublishError::Foreign { field, text })?;
+        }
+    }
+    if let Some(config) = request.publisher_config.as_deref() {
+        let fields = further_fields(&decoded(config))?;
+        // As jsonb, its numbers have all their digits.
+        let sent: usize = fields.iter().map(|(key, value)| key.len() + value.len()).sum();
+        let size = size + sent.saturating_sub(config.len());
+        if size > limit {
+            return Err(PublishError::TooLarge { size, limit });
+        }
+    }
+    Ok(())
+}
+
+/// A number of attempts as it is written.
+pub fn attempts(text: &[u8]) -> Result<i32, PublishError> {
+    let shown = || String::from_utf8_lossy(text).chars().take(SHOWN).collect();
+    let number = std::str::from_utf8(text)
+        .ok()
+        .and_then(|text| text.trim().parse::<f64>().ok());
+    match number {
+        Some(n) if !n.is_finite() || n.fract() != 0.0 => Err(PublishError::BadRetries(shown())),
+        Some(n) if n < 0.0 => Err(PublishError::NegativeRetries(shown())),
+        Some(n) if n > f64::from(MOST_ATTEMPTS) => Err(PublishError::ManyRetries(shown())),
+        Some(n) => Ok(n as i32),
+        None => Err(PublishError::BadRetries(shown())),
+    }
+}
+
+/// An id as it is written, with the errors of type uuid.
+pub fn event_id(text: &[u8]) -> [u8; 16] {
+    let text = CString::new(text).unwrap_or_default();
+    let arguments = [Some(pg_sys::Datum::from(text.as_ptr()))];
+    // SAFETY: the input function's argument; its result points to 16 bytes.
+    unsafe {
+        let id = pgrx::direct_function_call_as_datum(pg_sys::uuid_in, &arguments);
+        id.map_or([0; 16], |id| *id.cast_mut_ptr::<[u8; 16]>())
+    }
+}
+
+/// A time as it is written, with the errors of type timestamptz. Without a zone it is one of the session's TimeZone.
+pub fn time(text: &[u8]) -> i64 {
+    let text = CString::new(text).unwrap_or_default();
+    let arguments = [
+        Some(pg_sys::Datum::from(text.as_ptr())),
+        Some(pg_sys::Datum::from(pg_sys::TIMESTAMPTZOID)),
+        Some(pg_sys::Datum::from(-1i32)),
+    ];
+    // SAFETY: the input function's three arguments: text, type, no precision.
+    let time = unsafe { pgrx::direct_function_call_as_datum(pg_sys::timestamptz_in, &arguments) };
+    time.map_or(0, |time| time.value() as i64)
 }
 
 /// The backend of a setting, whose bytes may be in the database's encoding (a session, a role or a database has it) or in that of

@@ -1,8 +1,10 @@
 //! Plain INSERT and COPY into `outbox.events` and `outbox.scheduled_events`: the trigger that checks a row as `publish_event` does, and
 //! fills in what is ours.
 
+use crate::publish::doubts;
 use crate::publish::error::PublishError;
-use crate::publish::repeated_id::refuse_repeated_id;
+use crate::publish::json;
+use crate::publish::repeated_id;
 use crate::publish::request::{Checked, Request, check};
 use crate::server::datum::bytes_of;
 use crate::server::datum::text_datum;
@@ -58,7 +60,8 @@ extern "C-unwind" fn complete_event(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys:
                 return pg_sys::Datum::from(trigger.tg_trigtuple);
             }
             (*fcinfo).isnull = false;
-            pg_sys::Datum::from(completed(table, trigger.tg_trigtuple, (*trigger.tg_relation).rd_att))
+            // A null tuple leaves the row out.
+            pg_sys::Datum::from(completed(table, trigger.tg_trigtuple, trigger.tg_relation))
         }
     })
 }
@@ -192,70 +195,104 @@ fn has_numbers(row: &Row) -> bool {
     xid != 0 && key.xid == xid && xid == current && (lowest..=highest).contains(&key.seq)
 }
 
-/// The row with what the trigger fills in.
+/// What the trigger changes of a row.
+struct Changes {
+    count: usize,
+    columns: [i32; Self::MOST],
+    values: [pg_sys::Datum; Self::MOST],
+    nulls: [bool; Self::MOST],
+}
+
+impl Changes {
+    /// What is ours, and the texts that may be empty.
+    const MOST: usize = 10;
+
+    fn none() -> Self {
+        Self {
+            count: 0,
+            columns: [0; Self::MOST],
+            values: [pg_sys::Datum::from(0); Self::MOST],
+            nulls: [false; Self::MOST],
+        }
+    }
+
+    fn set(&mut self, attribute: usize, value: impl Into<Option<pg_sys::Datum>>) {
+        let value = value.into();
+        self.columns[self.count] = attribute as i32;
+        self.nulls[self.count] = value.is_none();
+        self.values[self.count] = value.unwrap_or(pg_sys::Datum::from(0));
+        self.count += 1;
+    }
+
+    /// # Safety
+    /// A tuple and its descriptor; the values are of their columns' types. The new tuple lives in the current memory context.
+    unsafe fn made(&mut self, tuple: pg_sys::HeapTuple, descriptor: pg_sys::TupleDesc) -> pg_sys::HeapTuple {
+        // SAFETY: the caller's promise; the arrays are as long as `count`.
+        unsafe {
+            pg_sys::heap_modify_tuple_by_cols(
+                tuple,
+                descriptor,
+                self.count as i32,
+                self.columns.as_mut_ptr(),
+                self.values.as_mut_ptr(),
+                self.nulls.as_mut_ptr(),
+            )
+        }
+    }
+}
+
+/// The row with what the trigger fills in; null: it is left out.
 ///
 /// # Safety
-/// A row of that table and its descriptor.
-unsafe fn completed(table: EventTable, tuple: pg_sys::HeapTuple, descriptor: pg_sys::TupleDesc) -> pg_sys::HeapTuple {
+/// A row of that table, whose relation is open.
+unsafe fn completed(table: EventTable, tuple: pg_sys::HeapTuple, relation: pg_sys::Relation) -> pg_sys::HeapTuple {
     // SAFETY: the caller's promise.
-    let row = unsafe { Row::of(tuple, descriptor) };
+    let (row, descriptor) = unsafe { (Row::of(tuple, (*relation).rd_att), (*relation).rd_att) };
     if let Some(key) = inserted(&row) {
         confirm_published(key, &row);
         return tuple;
     }
     let relations = catalog::expect_relations();
-    let mut columns: [i32; 6] = [0; 6];
-    let mut values = [pg_sys::Datum::from(0); 6];
-    let mut count = 0;
-    let mut set = |attribute: usize, datum: pg_sys::Datum| {
-        columns[count] = attribute as i32;
-        values[count] = datum;
-        count += 1;
-    };
+    let mut changes = Changes::none();
     // SAFETY: reads the clock.
     let now = unsafe { pg_sys::GetCurrentTimestamp() };
-    let event_id = row.uuid(attribute::EVENT_ID).unwrap_or_else(|| uuid::new_v7(now));
+    let mut event_id = row.uuid(attribute::EVENT_ID).unwrap_or_else(|| uuid::new_v7(now));
     let mut backend_number = row.backend_number();
+    let mut restored_for = None;
     let has_numbers = row.get(attribute::XID).is_some() && has_numbers(&row);
     let is_scheduled = table == EventTable::Scheduled;
-    let scheduled_at = row.i64(attribute::SCHEDULED_AT).filter(|_| is_scheduled);
-    let mut restored_for = None;
     if !is_moving() {
-        let request = Request {
-            scheduled_at,
-            ..request_of(&row)
-        };
-        let checked = check_restorable(&request, &row);
-        if request.event_id.is_some() {
-            refuse_repeated_id(&relations, &event_id, is_scheduled);
+        // SAFETY: the caller's promise.
+        let oid = unsafe { (*relation).rd_id };
+        let is_restored = row.get(attribute::XID).is_some() && !has_numbers;
+        let published = expect_published(&row, is_scheduled, is_restored || has_numbers, &mut changes);
+        if row.get(attribute::EVENT_ID).is_some()
+            && !repeated_id::is_new(&relations, &event_id, is_scheduled, repeated_id::way_of_statement(oid))
+        {
+            return std::ptr::null_mut();
         }
-        // A transaction id is given by nobody but a dump. (What a subscription brings is held.)
-        if row.get(attribute::XID).is_some() && !has_numbers {
-            restored_for = Some(checked.backend_number);
-        }
-        backend_number = checked.backend_number;
-        set(attribute::BACKEND_NUMBER, pg_sys::Datum::from(backend_number));
-        set(attribute::BACKEND, text_datum(&to_server(&checked.backend)));
+        restored_for = is_restored.then_some(published.backend_number);
+        backend_number = published.backend_number;
         if row
             .i64(attribute::CREATED_AT)
             .is_none_or(|at| at == i64::MIN || at == i64::MAX)
         {
-            set(attribute::CREATED_AT, pg_sys::Datum::from(now));
+            changes.set(attribute::CREATED_AT, pg_sys::Datum::from(now));
         }
-        set(attribute::EVENT_ID, pg_sys::Datum::from(event_id.as_ptr()));
+        changes.set(attribute::EVENT_ID, pg_sys::Datum::from(event_id.as_mut_ptr()));
     }
     let Key { mut xid, mut seq } = row.key();
     if !has_numbers {
         (xid, seq) = draw_numbers(&relations);
+        let due_at = row.i64(attribute::SCHEDULED_AT).filter(|_| is_scheduled);
         match restored_for {
             Some(number) if !is_scheduled => note_restore(number, xid),
-            Some(_) if scheduled_at.is_some_and(|at| at <= now) => xid = RESTORED_OVERDUE,
+            Some(_) if due_at.is_some_and(|at| at <= now) => xid = RESTORED_OVERDUE,
             _ => {}
         }
-        set(attribute::XID, pg_sys::Datum::from(xid));
-        set(attribute::SEQ, pg_sys::Datum::from(seq));
+        changes.set(attribute::XID, pg_sys::Datum::from(xid));
+        changes.set(attribute::SEQ, pg_sys::Datum::from(seq));
     }
-    let mut nulls = [false; 6];
     match table {
         EventTable::Events => {
             note_completed(RowKey {
@@ -268,17 +305,45 @@ unsafe fn completed(table: EventTable, tuple: pg_sys::HeapTuple, descriptor: pg_
         }
         EventTable::Scheduled => txn::scheduled(),
     }
-    // SAFETY: `count` columns of the table with values of their types; the new tuple lives in the caller's context.
-    unsafe {
-        pg_sys::heap_modify_tuple_by_cols(
-            tuple,
-            descriptor,
-            count as i32,
-            columns.as_mut_ptr(),
-            values.as_mut_ptr(),
-            nulls.as_mut_ptr(),
-        )
+    // SAFETY: the caller's promise; the values are of the columns' types.
+    unsafe { changes.made(tuple, descriptor) }
+}
+
+/// Checks what the publisher has given, and fills in its backend. What was published before (`again`) was checked then.
+fn expect_published(row: &Row, is_scheduled: bool, again: bool, changes: &mut Changes) -> Checked {
+    let given = request_of(row);
+    if !again {
+        for json in [&given.data, &given.publisher_config].into_iter().flatten() {
+            json::expect_jsonb(json);
+        }
     }
+    let had = optional(&given);
+    let request = Request {
+        scheduled_at: row.i64(attribute::SCHEDULED_AT).filter(|_| is_scheduled),
+        ..given.without_empty()
+    };
+    let checked = check_restorable(&request, row);
+    if !again {
+        doubts::say(&request);
+    }
+    for ((attribute, had), (_, has)) in had.into_iter().zip(optional(&request)) {
+        if had && !has {
+            changes.set(attribute, None);
+        }
+    }
+    changes.set(attribute::BACKEND_NUMBER, pg_sys::Datum::from(checked.backend_number));
+    changes.set(attribute::BACKEND, text_datum(&to_server(&checked.backend)));
+    checked
+}
+
+/// Which columns that may be empty are given.
+fn optional(request: &Request<'_>) -> [(usize, bool); 4] {
+    [
+        (attribute::SUBJECT, request.subject.is_some()),
+        (attribute::STREAM, request.stream.is_some()),
+        (attribute::DATA_SCHEMA, request.data_schema.is_some()),
+        (attribute::PUBLISHER_CONFIG, request.publisher_config.is_some()),
+    ]
 }
 
 /// Some of a dump's events may have been sent since it was taken: the worker is to look for them first. Once in a transaction, and

@@ -17,6 +17,7 @@ unsafe extern "C-unwind" {
     fn errmsg_internal(format: *const c_char, ...) -> c_int;
     fn errdetail_internal(format: *const c_char, ...) -> c_int;
     fn errhint(format: *const c_char, ...) -> c_int;
+    fn err_generic_string(field: c_int, text: *const c_char) -> c_int;
     fn errfinish(file: *const c_char, line: c_int, function: *const c_char);
 }
 
@@ -62,6 +63,40 @@ pub fn say(level: c_int, code: PgSqlErrorCode, message: &str, detail: Option<&st
             }
         });
     }
+}
+
+/// A constraint that an ERROR names.
+pub struct Constraint<'a> {
+    pub schema: &'a CStr,
+    pub table: &'a CStr,
+    pub name: &'a CStr,
+}
+
+/// Raises an ERROR that names a constraint, as those of Postgres do.
+pub fn raise_for_constraint(
+    code: PgSqlErrorCode,
+    message: &str,
+    detail: &str,
+    hint: &str,
+    constraint: &Constraint<'_>,
+) -> ! {
+    let report = ErrorText {
+        code,
+        message: in_server(message),
+        detail: Some(in_server(detail)),
+        hint: Some(in_server(hint)),
+    };
+    // SAFETY: calls of Postgres alone, which copy the texts; the ERROR becomes a panic here.
+    unsafe {
+        pg_sys::ffi::pg_guard_ffi_boundary(|| {
+            report.start(pg_sys::PGERROR as c_int);
+            err_generic_string(pg_sys::PG_DIAG_SCHEMA_NAME as c_int, constraint.schema.as_ptr());
+            err_generic_string(pg_sys::PG_DIAG_TABLE_NAME as c_int, constraint.table.as_ptr());
+            err_generic_string(pg_sys::PG_DIAG_CONSTRAINT_NAME as c_int, constraint.name.as_ptr());
+            errfinish(std::ptr::null(), 0, std::ptr::null());
+        });
+    }
+    unreachable!("an ERROR does not return")
 }
 
 /// In the database's encoding.

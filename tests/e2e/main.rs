@@ -59,6 +59,7 @@ mod privileges;
 mod property;
 mod publish;
 mod publish_input;
+mod publish_types;
 mod redis_rights;
 mod refused;
 mod rehearsal;

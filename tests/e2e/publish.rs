@@ -169,7 +169,8 @@ fn publish_events_takes_a_list_in_its_order() {
 fn publish_events_says_which_element_is_wrong_and_publishes_none() {
     let stack = Stack::start();
     let mut client = stack.pg.client();
-    let hint = "See the arguments of outbox.publish_event.";
+    let hint = "The keys are event_type, source, data, subject, backend, scheduled_at, max_retries, publisher_config, stream, \
+                data_schema and event_id, with values as outbox.publish_event takes them.";
     let at = |index: usize, message: &str| {
         Refused::new(
             "22023",
@@ -181,15 +182,27 @@ fn publish_events_says_which_element_is_wrong_and_publishes_none() {
     let good = "{\"event_type\": \"t\", \"source\": \"s\"}";
     let mut refuse = |list: &str| Refused::of(client.query("select outbox.publish_events($1::text::jsonb)", &[&list]));
     let with = |more: &str| format!("[{good}, {good}, {{\"event_type\": \"t\", \"source\": \"s\", {more}}}]");
-    let unknown = refuse(&with("\"priority\": 1"));
-    let keys = "unknown field `priority`, expected one of `event_type`, `source`, `data`, `subject`, `backend`, \
-                `scheduled_at`, `max_retries`, `publisher_config`, `stream`, `data_schema`, `event_id`";
-    assert_eq!(unknown, at(2, keys));
-    assert_eq!(refuse(&with("\"event_id\": \"12\"")), at(2, "event_id is not a UUID"));
-    let number = refuse(&with("\"subject\": 1"));
-    assert_eq!((number.code.as_str(), number.detail), ("22023", at(2, "").detail));
-    let object = refuse(&format!("[{good}, 3]"));
-    assert_eq!((object.code.as_str(), object.detail), ("22023", at(1, "").detail));
+    for (more, message) in [
+        ("\"priority\": 1", "key \"priority\" is unknown"),
+        ("\"subject\": 1", "subject must be a string"),
+        ("\"backend\": {\"a\": 1}", "backend must be a string"),
+        ("\"scheduled_at\": 5", "scheduled_at must be a string"),
+        ("\"event_id\": true", "event_id must be a string"),
+        ("\"max_retries\": true", "max_retries must be a number"),
+        ("\"max_retries\": [1]", "max_retries must be a number"),
+    ] {
+        assert_eq!(refuse(&with(more)), at(2, message));
+    }
+    for element in ["3", "[]", "\"text\"", "null", "true"] {
+        assert_eq!(
+            refuse(&format!("[{good}, {element}]")),
+            at(1, "it is not a JSON object")
+        );
+    }
+    assert_eq!(
+        refuse(&with("\"event_id\": \"12\"")).message,
+        "invalid input syntax for type uuid: \"12\""
+    );
     assert_eq!(refuse(&with("\"scheduled_at\": \"soon\"")).code, "22007");
     assert_eq!(refuse(&with("\"backend\": \"nowhere\"")).code, "42704");
     assert_eq!(
@@ -208,6 +221,60 @@ fn publish_events_says_which_element_is_wrong_and_publishes_none() {
     stack.publish("marker");
     assert_eq!(types(&stack.wait_events(1)), ["marker"]);
     assert_eq!(stack.pg.one::<i64>("select count(*) from outbox.events"), 1);
+}
+
+/// Of every refusal, whoever refuses: as COPY says its line.
+#[test]
+fn the_context_of_an_error_says_which_element_it_is_about() {
+    let stack = Stack::start();
+    let mut client = stack.pg.client();
+    client
+        .batch_execute(
+            "create function public.refuse() returns trigger language plpgsql as $$
+            begin
+                if new.event_type = 'trigger' then raise exception 'not this'; end if;
+                return new;
+            end $$",
+        )
+        .unwrap();
+    let id = Uuid::new_v4();
+    let good = format!("{{\"event_type\": \"t\", \"source\": \"s\", \"event_id\": \"{id}\"}}");
+    let mut cases = vec![
+        "\"source\": \"\"".to_owned(),
+        "\"source\": \"s\", \"priority\": 1".to_owned(),
+        "\"source\": \"s\", \"backend\": \"nowhere\"".to_owned(),
+        "\"source\": \"s\", \"scheduled_at\": \"soon\"".to_owned(),
+        "\"source\": \"s\", \"scheduled_at\": \"infinity\"".to_owned(),
+        "\"source\": \"s\", \"event_id\": \"12\"".to_owned(),
+        "\"source\": \"s\", \"max_retries\": 2.5".to_owned(),
+        "\"source\": \"s\", \"stream\": \"outbox_relay:guard\"".to_owned(),
+        "\"source\": \"s\", \"publisher_config\": [1]".to_owned(),
+        format!("\"source\": \"s\", \"event_id\": \"{id}\""),
+    ];
+    let context = "publish_events, element 1 of the array, counted from 0";
+    for step in ["alone", "with a trigger of somebody"] {
+        for case in &cases {
+            let list = format!("[{good}, {{\"event_type\": \"t\", {case}}}]");
+            let error = client
+                .query("select outbox.publish_events($1::text::jsonb)", &[&list])
+                .unwrap_err();
+            let error = error.as_db_error().unwrap();
+            let shown = error.where_().unwrap_or_default();
+            assert!(shown.lines().any(|line| line == context), "{step}, {case}: {error:?}");
+            assert!(
+                !error.message().contains('`') && !error.message().contains("expected"),
+                "{error:?}"
+            );
+        }
+        cases.push("\"source\": \"s\", \"event_type\": \"trigger\"".to_owned());
+        let create =
+            "create trigger refuse after insert on outbox.events for each row execute function public.refuse()";
+        client.batch_execute(create).ok();
+    }
+    // Of other statements nothing of the kind is said.
+    let error = client.simple_query("select outbox.publish_event('t', '')").unwrap_err();
+    assert_eq!(error.as_db_error().unwrap().where_(), None);
+    assert_eq!(stack.pg.one::<i64>("select count(*) from outbox.events"), 0);
 }
 
 /// `poll_interval` is only a net: the commit wakes the worker.

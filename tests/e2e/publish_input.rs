@@ -258,8 +258,8 @@ fn text_that_is_no_text_never_gets_in() {
         "insert into outbox.events (event_type, source, publisher_config) values ('t', 's', '{\"a\": \"\\ud800\"}')";
     let half = refuse(&mut client, half);
     assert_eq!(
-        (half.code.as_str(), half.message.as_str()),
-        ("22023", "publisher_config must be a JSON object")
+        (half.code.as_str(), half.detail.as_deref()),
+        ("22P02", Some("Unicode low surrogate must follow a high surrogate."))
     );
     client.batch_execute("commit").unwrap();
     assert_eq!(stack.pg.one::<i64>("select count(*) from outbox.events"), 0);
@@ -382,68 +382,45 @@ fn an_event_id_is_used_once() {
     let stack = Stack::start();
     let mut client = stack.pg.client();
     let [published, scheduled] = [Uuid::new_v4(), Uuid::new_v4()];
-    let taken = |id: Uuid, index: &str| {
+    let taken = |id: Uuid| {
         Refused::new(
             "23505",
-            &format!("duplicate key value violates unique constraint \"{index}\""),
+            "duplicate key value violates unique constraint \"events_event_id_idx\"",
             &format!("Key (event_id)=({id}) already exists."),
-            "",
-        )
-    };
-    let elsewhere = |id: Uuid| {
-        Refused::new(
-            "23505",
-            &format!("event_id {id} is already used"),
-            "Each event has an id of its own.",
-            "Leave event_id out to have a new one made.",
+            "If this is the same event, it need not be published again. Otherwise leave event_id out to have a new one made.",
         )
     };
     // In one transaction, which the refusal ends.
     client.batch_execute("begin").unwrap();
     publish_id(&mut client, published).unwrap();
-    assert_eq!(
-        Refused::of(publish_id(&mut client, published)),
-        taken(published, "events_event_id_idx")
-    );
+    assert_eq!(Refused::of(publish_id(&mut client, published)), taken(published));
     client.batch_execute("rollback").unwrap();
     // Later, and against what is scheduled, by either way.
     let returned: Uuid = publish_id(&mut client, published).unwrap().get(0);
     assert_eq!(returned, published);
     schedule_id(&mut client, scheduled).unwrap();
     for _ in 0..2 {
-        assert_eq!(
-            Refused::of(publish_id(&mut client, published)),
-            taken(published, "events_event_id_idx")
-        );
-        assert_eq!(
-            Refused::of(insert_id(&mut client, published)),
-            taken(published, "events_event_id_idx")
-        );
-        assert_eq!(
-            Refused::of(schedule_id(&mut client, scheduled)),
-            taken(scheduled, "scheduled_events_pkey")
-        );
-        assert_eq!(Refused::of(schedule_id(&mut client, published)), elsewhere(published));
-        assert_eq!(Refused::of(publish_id(&mut client, scheduled)), elsewhere(scheduled));
-        assert_eq!(Refused::of(insert_id(&mut client, scheduled)), elsewhere(scheduled));
+        assert_eq!(Refused::of(publish_id(&mut client, published)), taken(published));
+        assert_eq!(Refused::of(insert_id(&mut client, published)), taken(published));
+        assert_eq!(Refused::of(schedule_id(&mut client, scheduled)), taken(scheduled));
+        assert_eq!(Refused::of(schedule_id(&mut client, published)), taken(published));
+        assert_eq!(Refused::of(publish_id(&mut client, scheduled)), taken(scheduled));
+        assert_eq!(Refused::of(insert_id(&mut client, scheduled)), taken(scheduled));
         // Also once it was delivered.
         assert_eq!(stack.wait_events(1).len(), 1);
     }
     let elements = format!(
         "select outbox.publish_events('[{{\"event_type\": \"t\", \"source\": \"s\", \"event_id\": \"{published}\"}}]')"
     );
-    assert_eq!(
-        Refused::of(client.simple_query(&elements)),
-        taken(published, "events_event_id_idx")
-    );
+    assert_eq!(Refused::of(client.simple_query(&elements)), taken(published));
     // Both in one transaction, and the other way about.
     let both = Uuid::new_v4();
     client.batch_execute("begin").unwrap();
     publish_id(&mut client, both).unwrap();
-    assert_eq!(Refused::of(schedule_id(&mut client, both)), elsewhere(both));
+    assert_eq!(Refused::of(schedule_id(&mut client, both)), taken(both));
     client.batch_execute("rollback; begin").unwrap();
     schedule_id(&mut client, both).unwrap();
-    assert_eq!(Refused::of(publish_id(&mut client, both)), elsewhere(both));
+    assert_eq!(Refused::of(publish_id(&mut client, both)), taken(both));
     client.batch_execute("rollback").unwrap();
     assert_eq!(stack.events().len(), 1);
 }
@@ -503,15 +480,8 @@ fn a_stream_must_match_the_backends_patterns() {
     assert_eq!(Refused::of(publish("orders")).code, "42501");
     allow("{order*}");
     publish("orders2").unwrap();
-    assert_eq!(
-        Refused::of(named("")),
-        Refused::new(
-            "22023",
-            "stream must not be empty",
-            "Every stream has a name.",
-            "Pass a name, or NULL for the backend's own stream."
-        )
-    );
+    // An empty name is none: the backend's own stream.
+    named("").unwrap();
     for stream in ["orders", "user.", "user.created", "log-1", "orders2"] {
         let entries = stack.redis.wait_entries(stream, 1);
         assert_eq!(
@@ -519,5 +489,6 @@ fn a_stream_must_match_the_backends_patterns() {
             [stream]
         );
     }
-    assert_eq!(stack.wait_events(1)[0].field("event_type"), "own");
+    let own = stack.wait_events(2);
+    assert_eq!([own[0].field("event_type"), own[1].field("event_type")], ["own", "t"]);
 }

@@ -507,7 +507,7 @@ fn the_extension_is_a_superusers() {
         "create index on outbox.events (seq)",
         "create trigger t after insert on outbox.events execute function evil.trigger()",
         "create statistics evil_stats on seq, xid from outbox.events",
-        "alter function outbox.publish_event owner to mallory",
+        "alter function outbox.publish_events owner to mallory",
         "alter function outbox.set_backend_password security invoker",
         "create function outbox.mine() returns void language sql as ''",
         "create table outbox.mine ()",

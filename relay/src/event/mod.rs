@@ -2,6 +2,7 @@
 
 pub mod broadcaster;
 mod decimal;
+pub mod doubts;
 pub mod text;
 pub mod wanted;
 
@@ -35,6 +36,9 @@ pub const BUILT_IN_FIELDS: [&str; 5] = ["event_id", "event_type", "source", "tim
 pub enum ConfigError {
     #[error("publisher_config must be a JSON object")]
     NotAnObject,
+    /// A string that holds an object.
+    #[error("publisher_config must be a JSON object")]
+    EncodedTwice,
     #[error("publisher_config key \"{0}\" has a value that is not a string, number or boolean")]
     NotFlat(String),
     #[error("publisher_config must not name the built-in field \"{0}\"")]
@@ -51,7 +55,7 @@ const MOST_ADDED: usize = 1024 * 1024;
 /// The further stream fields that a `publisher_config` stands for, in its order: strings as they are, numbers as jsonb shows them, and
 /// booleans as JSON writes them.
 pub fn further_fields(publisher_config: &str) -> Result<Vec<(String, String)>, ConfigError> {
-    let Members(members) = serde_json::from_str(publisher_config).map_err(|_| ConfigError::NotAnObject)?;
+    let Members(members) = serde_json::from_str(publisher_config).map_err(|_| not_an_object(publisher_config))?;
     let mut fields: Vec<(String, String)> = Vec::with_capacity(members.len());
     let mut room = publisher_config.len() + MOST_ADDED;
     for (key, value) in members {
@@ -76,6 +80,13 @@ pub fn further_fields(publisher_config: &str) -> Result<Vec<(String, String)>, C
         fields.push((key, text));
     }
     Ok(fields)
+}
+
+fn not_an_object(publisher_config: &str) -> ConfigError {
+    match doubts::holds_json(publisher_config) {
+        true => ConfigError::EncodedTwice,
+        false => ConfigError::NotAnObject,
+    }
 }
 
 /// The members of a JSON object, each key once: where it came first, with its last value.
@@ -150,6 +161,7 @@ mod tests {
     fn refuses_what_is_not_flat() {
         assert_eq!(further_fields("[1]"), Err(ConfigError::NotAnObject));
         assert_eq!(further_fields("3"), Err(ConfigError::NotAnObject));
+        assert_eq!(further_fields(r#""{\"a\": 1}""#), Err(ConfigError::EncodedTwice));
         for text in [r#"{"a": {}}"#, r#"{"a": [1]}"#, r#"{"a": null}"#] {
             assert_eq!(further_fields(text), Err(ConfigError::NotFlat("a".into())), "{text}");
         }

@@ -1,0 +1,228 @@
+//! `outbox.publish_events`: an array of objects with the keys of `publish_event`.
+
+use crate::publish::appending::{Tables, prepared};
+use crate::publish::error::PublishError;
+use crate::publish::json;
+use crate::publish::request::{Request, attempts, decoded, event_id, time};
+use crate::server::encoding::{has_utf8_form, to_server};
+use crate::server::error::expect_arguments;
+use crate::server::report;
+use crate::tables::catalog::{self, Relations};
+use crate::tables::insertion::NewRow;
+use crate::tables::row::attribute;
+use pgrx::pg_sys;
+use serde::Deserialize;
+use serde::de::{Deserializer, MapAccess, Visitor};
+use serde_json::value::RawValue;
+use std::borrow::Cow;
+use std::ffi::{CStr, c_char, c_int, c_void};
+use std::fmt;
+
+// SAFETY: the declarations of tuplestore.h and elog.h.
+unsafe extern "C-unwind" {
+    /// Without pgrx's guard: it is called where other people's ERRORs may pass.
+    fn tuplestore_putvalues(
+        state: *mut pg_sys::Tuplestorestate,
+        descriptor: pg_sys::TupleDesc,
+        values: *const pg_sys::Datum,
+        nulls: *const bool,
+    );
+    fn set_errcontext_domain(domain: *const c_char) -> c_int;
+    fn errcontext_msg(format: *const c_char, ...) -> c_int;
+}
+
+crate::sql_function!(publish_events, pg_finfo_publish_events);
+
+/// `outbox.publish_events(jsonb)`, strict
+// No pg_guard: as publish_event.
+#[unsafe(no_mangle)]
+extern "C-unwind" fn publish_events(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    let (relations, items) = report::guard(|| {
+        expect_arguments(fcinfo, 1);
+        (catalog::expect_relations(), items_of_call(fcinfo))
+    });
+    let mut tables = Tables::default();
+    let mut index: c_int = 0;
+    // SAFETY: within a call by Postgres; the set of results was made by guard's body, and so was the list of items. The entry for errors is
+    // taken off again below, or by whoever catches an ERROR further out.
+    unsafe {
+        let results = (*fcinfo).resultinfo.cast::<pg_sys::ReturnSetInfo>();
+        let mut entry = pg_sys::ErrorContextCallback {
+            previous: pg_sys::error_context_stack,
+            callback: Some(say_element),
+            arg: (&raw mut index).cast(),
+        };
+        pg_sys::error_context_stack = &mut entry;
+        for at in 0..items.count {
+            (&raw mut index).write_volatile(at as c_int);
+            let row = report::guard(|| prepared_item(&items, at, &relations));
+            let inserted = tables.insert(&relations, &row);
+            let (value, is_null) = (row.values[attribute::EVENT_ID - 1], !inserted);
+            tuplestore_putvalues((*results).setResult, (*results).setDesc, &value, &is_null);
+        }
+        tables.close();
+        pg_sys::error_context_stack = entry.previous;
+        (*fcinfo).isnull = true;
+    }
+    pg_sys::Datum::from(0)
+}
+
+/// Says in the CONTEXT of whatever is reported which element it is about, as COPY says its line.
+// No pg_guard: it must not unwind. What it calls fails for want of memory alone; Postgres then reports that instead.
+// SAFETY: called by Postgres alone, with the index that belongs to the entry.
+unsafe extern "C-unwind" fn say_element(index: *mut c_void) {
+    const WORDS: &CStr = c"publish_events, element %d of the array, counted from 0";
+    // SAFETY: the index outlives the entry; the text is copied.
+    unsafe {
+        set_errcontext_domain(std::ptr::null());
+        errcontext_msg(WORDS.as_ptr(), index.cast::<c_int>().read_volatile());
+    }
+}
+
+/// The elements of an array, as texts in the memory of the call.
+#[derive(Clone, Copy)]
+struct Items {
+    first: *mut (*const u8, usize),
+    count: usize,
+}
+
+/// The elements of the argument, and a place for the results.
+fn items_of_call(fcinfo: pg_sys::FunctionCallInfo) -> Items {
+    // SAFETY: one argument of type jsonb, by the SQL declaration, which is strict; a strictness that somebody else's has not is asked for.
+    unsafe {
+        let argument = &(*fcinfo).args.as_slice(1)[0];
+        if argument.isnull {
+            PublishError::NotAnArray.raise();
+        }
+        #[cfg(feature = "pg15")]
+        pg_sys::SetSingleFuncCall(fcinfo, pg_sys::MAT_SRF_USE_EXPECTED_DESC);
+        #[cfg(not(feature = "pg15"))]
+        pg_sys::InitMaterializedSRF(fcinfo, pg_sys::MAT_SRF_USE_EXPECTED_DESC);
+        let rendered = json::rendered(argument.value);
+        if let Err(text) = has_utf8_form(rendered) {
+            PublishError::Foreign { field: "events", text }.raise();
+        }
+        let text: &str = match decoded(rendered) {
+            Cow::Borrowed(text) => text,
+            // No conversion gives one of ours, which would have to outlive this.
+            Cow::Owned(text) => text.leak(),
+        };
+        let items: Vec<&RawValue> = serde_json::from_str(text).unwrap_or_else(|_| PublishError::NotAnArray.raise());
+        let size = size_of::<(*const u8, usize)>() * items.len().max(1);
+        let first = pg_sys::MemoryContextAllocHuge(pg_sys::CurrentMemoryContext, size).cast::<(*const u8, usize)>();
+        for (index, item) in items.iter().enumerate() {
+            *first.add(index) = (item.get().as_ptr(), item.get().len());
+        }
+        Items {
+            first,
+            count: items.len(),
+        }
+    }
+}
+
+fn prepared_item(items: &Items, index: usize, relations: &Relations) -> NewRow {
+    // SAFETY: an element of the list, which is UTF-8 as all of the text.
+    let text = unsafe {
+        let (start, length) = *items.first.add(index);
+        std::str::from_utf8_unchecked(std::slice::from_raw_parts(start, length))
+    };
+    let request = match serde_json::from_str::<Item<'_>>(text) {
+        Err(_) => Err("it is not a JSON object".to_owned()),
+        Ok(Item { unknown: Some(key), .. }) => Err(format!("key \"{key}\" is unknown")),
+        Ok(item) => request_of(&item),
+    };
+    let request = request.unwrap_or_else(|message| PublishError::BadItem { index, message }.raise());
+    prepared(&request.without_empty(), relations)
+}
+
+const KEYS: [&str; 11] = [
+    "event_type",
+    "source",
+    "data",
+    "subject",
+    "backend",
+    "scheduled_at",
+    "max_retries",
+    "publisher_config",
+    "stream",
+    "data_schema",
+    "event_id",
+];
+
+/// One element: its values by [`KEYS`], as JSON texts. JSON null is none.
+#[derive(Default)]
+struct Item<'a> {
+    values: [Option<&'a str>; KEYS.len()],
+    unknown: Option<String>,
+}
+
+/// A JSON string, borrowed where it has no escapes.
+#[derive(Deserialize)]
+#[serde(transparent)]
+struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+
+impl<'de> Deserialize<'de> for Item<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Object;
+        impl<'de> Visitor<'de> for Object {
+            type Value = Item<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut item = Item::default();
+                while let Some((Text(key), value)) = map.next_entry::<Text<'de>, &'de RawValue>()? {
+                    match KEYS.iter().position(|known| *known == key) {
+                        Some(place) => item.values[place] = Some(value.get()).filter(|text| *text != "null"),
+                        None => item.unknown = Some(key.into_owned()),
+                    }
+                }
+                Ok(item)
+            }
+        }
+        deserializer.deserialize_map(Object)
+    }
+}
+
+/// What an element asks for, or what is wrong with its shape.
+fn request_of<'a>(item: &Item<'a>) -> Result<Request<'a>, String> {
+    let given = |key: &str| {
+        KEYS.iter()
+            .position(|known| *known == key)
+            .and_then(|place| item.values[place])
+    };
+    let string = |key: &str| -> Result<Option<Cow<'a, str>>, String> {
+        let text = given(key).map(|value| serde_json::from_str::<Text<'a>>(value).map(|text| text.0));
+        text.transpose().map_err(|_| format!("{key} must be a string"))
+    };
+    let text = |key: &str| Ok::<_, String>(string(key)?.map(in_server));
+    let raw = |key: &str| given(key).map(to_server);
+    let max_retries = match given("max_retries") {
+        Some(value) if value.starts_with('"') => string("max_retries")?,
+        Some(value) if value.starts_with(['-', '0', '1', '2', '3', '4', '5', '6', '7', '8', '9']) => Some(value.into()),
+        Some(_) => return Err("max_retries must be a number".to_owned()),
+        None => None,
+    };
+    Ok(Request {
+        event_type: text("event_type")?,
+        source: text("source")?,
+        data: raw("data"),
+        subject: text("subject")?,
+        backend: text("backend")?,
+        scheduled_at: text("scheduled_at")?.map(|text| time(&text)),
+        max_retries: max_retries.map(|text| attempts(text.as_bytes()).unwrap_or_else(|e| e.raise())),
+        publisher_config: raw("publisher_config"),
+        stream: text("stream")?,
+        data_schema: text("data_schema")?,
+        event_id: text("event_id")?.map(|text| event_id(&text)),
+    })
+}
+
+fn in_server(text: Cow<'_, str>) -> Cow<'_, [u8]> {
+    match text {
+        Cow::Borrowed(text) => to_server(text),
+        Cow::Owned(text) => Cow::Owned(to_server(&text).into_owned()),
+    }
+}

@@ -1,0 +1,136 @@
+//! `outbox.publish_event`, in two signatures. The documented one takes what its argument list says. The other takes what a driver has
+//! typed otherwise: `json` or `text` for JSON, any number for max_retries, `text` for event_id. Those arguments are of type
+//! `outbox.any_value`, which is read by what is written there, or `outbox.any_number`. Where a call fits both, Postgres decides for the documented one.
+
+use crate::publish::appending::{Tables, prepared};
+use crate::publish::json;
+use crate::publish::request::{Request, attempts, event_id};
+use crate::server::datum::bytes_of;
+use crate::server::error::expect_arguments;
+use crate::server::report;
+use crate::tables::catalog;
+use crate::tables::row::attribute;
+use pgrx::pg_sys;
+use std::borrow::Cow;
+
+/// Of both signatures.
+const ARGUMENTS: usize = 11;
+
+crate::sql_function!(publish_event, pg_finfo_publish_event);
+
+/// `outbox.publish_event(...)`
+// No pg_guard: ERRORs of other people's triggers pass through; nothing here needs to be dropped.
+#[unsafe(no_mangle)]
+extern "C-unwind" fn publish_event(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    // SAFETY: within a call by Postgres, with the arguments of the SQL declaration.
+    unsafe { publish(fcinfo, request_of_call) }
+}
+
+crate::sql_function!(publish_event_of_any_types, pg_finfo_publish_event_of_any_types);
+
+/// `outbox.publish_event(...)` with arguments of type `outbox.any_value`
+// No pg_guard: as publish_event.
+#[unsafe(no_mangle)]
+extern "C-unwind" fn publish_event_of_any_types(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    // SAFETY: as publish_event.
+    unsafe { publish(fcinfo, request_of_any_call) }
+}
+
+type Arguments = [pg_sys::NullableDatum];
+
+/// # Safety
+/// Within a call by Postgres, with arguments that `request_of` reads. No frame up to Postgres's holds anything that needs dropping.
+unsafe fn publish(
+    fcinfo: pg_sys::FunctionCallInfo,
+    request_of: for<'a> unsafe fn(&'a Arguments) -> Request<'a>,
+) -> pg_sys::Datum {
+    let (row, relations) = report::guard(|| {
+        expect_arguments(fcinfo, ARGUMENTS);
+        // SAFETY: the caller's promise; there are so many.
+        let request = unsafe { request_of((*fcinfo).args.as_slice(ARGUMENTS)) };
+        let relations = catalog::expect_relations();
+        (prepared(&request.without_empty(), &relations), relations)
+    });
+    // SAFETY: the caller's promise; the id lies in the memory of the call.
+    unsafe {
+        let mut tables = Tables::default();
+        let inserted = tables.insert(&relations, &row);
+        tables.close();
+        // A trigger of somebody may leave a row out, as in an INSERT that inserts none.
+        (*fcinfo).isnull = !inserted;
+        if inserted {
+            row.values[attribute::EVENT_ID - 1]
+        } else {
+            pg_sys::Datum::from(0)
+        }
+    }
+}
+
+fn given(arguments: &Arguments, index: usize) -> Option<pg_sys::Datum> {
+    (!arguments[index].isnull).then_some(arguments[index].value)
+}
+
+/// # Safety
+/// Arguments of the documented signature. The request lies in their memory and in that of the call.
+unsafe fn request_of_call(arguments: &Arguments) -> Request<'_> {
+    let get = |index: usize| given(arguments, index);
+    // SAFETY: the caller's promise: arguments 2 and 7 are jsonb, 10 is a uuid, which points to 16 bytes.
+    unsafe {
+        Request {
+            data: get(2).map(|d| Cow::Borrowed(json::rendered(d))),
+            max_retries: get(6).map(|d| d.value() as i32),
+            publisher_config: get(7).map(|d| Cow::Borrowed(json::rendered(d))),
+            event_id: get(10).map(|d| *d.cast_mut_ptr::<[u8; 16]>()),
+            ..request_of_texts(arguments)
+        }
+    }
+}
+
+/// # Safety
+/// As [`request_of_call`], of the other signature.
+unsafe fn request_of_any_call(arguments: &Arguments) -> Request<'_> {
+    let get = |index: usize| given(arguments, index);
+    // SAFETY: the caller's promise: arguments 2, 7 and 10 are any_value, which has the form of text, 6 is a double precision.
+    unsafe {
+        let written = |index: usize| get(index).map(|d| text_of(bytes_of(d)));
+        let json = |text: &[u8]| Cow::Borrowed(json::rendered(json::parsed(text)));
+        Request {
+            data: written(2).map(json),
+            max_retries: get(6).map(|d| attempts_of(f64::from_bits(d.value() as u64))),
+            publisher_config: written(7).map(json),
+            event_id: written(10).map(event_id),
+            ..request_of_texts(arguments)
+        }
+    }
+}
+
+fn attempts_of(number: f64) -> i32 {
+    attempts(number.to_string().as_bytes()).unwrap_or_else(|e| e.raise())
+}
+
+/// What both signatures have alike.
+///
+/// # Safety
+/// Arguments 0, 1, 3, 4, 8, 9 are text, 5 is a timestamptz.
+unsafe fn request_of_texts(arguments: &Arguments) -> Request<'_> {
+    let get = |index: usize| given(arguments, index);
+    // SAFETY: the caller's promise.
+    let text = |index: usize| get(index).map(|d| Cow::Borrowed(unsafe { bytes_of(d) }));
+    Request {
+        event_type: text(0),
+        source: text(1),
+        subject: text(3),
+        backend: text(4),
+        scheduled_at: get(5).map(|d| d.value() as i64),
+        stream: text(8),
+        data_schema: text(9),
+        ..Request::default()
+    }
+}
+
+/// What is written must be text: a bytea that was given as an any_value can be anything.
+fn text_of(bytes: &[u8]) -> &[u8] {
+    // SAFETY: reads the bytes; an ERROR if they are no text in the database's encoding.
+    unsafe { pg_sys::pg_verifymbstr(bytes.as_ptr().cast(), bytes.len() as i32, false) };
+    bytes
+}

@@ -1,0 +1,58 @@
+//! JSON as publishers give it. Whatever its type was, what jsonb refuses is refused.
+
+use pgrx::pg_sys;
+use std::ffi::{CStr, CString};
+
+/// Longer runs of digits may be no number of Postgres's.
+const MOST_DIGITS: usize = 1_000;
+
+/// The text of a jsonb, as `::text` shows it.
+///
+/// # Safety
+/// The datum is a jsonb; the slice lives as long as the current memory context.
+pub unsafe fn rendered<'a>(datum: pg_sys::Datum) -> &'a [u8] {
+    // SAFETY: the caller's promise; the result is zero-terminated and a JSON text holds no zero byte.
+    unsafe {
+        let jsonb = pg_sys::pg_detoast_datum(datum.cast_mut_ptr()).cast::<pg_sys::Jsonb>();
+        let length = pgrx::varlena::varsize(jsonb.cast());
+        let text = pg_sys::JsonbToCString(std::ptr::null_mut(), &raw mut (*jsonb).root, length as i32);
+        CStr::from_ptr(text).to_bytes()
+    }
+}
+
+/// A JSON text as jsonb, in the current memory context, with the errors of jsonb. The text is valid in the database's encoding.
+pub fn parsed(text: &[u8]) -> pg_sys::Datum {
+    let text = CString::new(text).unwrap_or_default();
+    let arguments = [Some(pg_sys::Datum::from(text.as_ptr()))];
+    // SAFETY: the input function's argument.
+    let jsonb = unsafe { pgrx::direct_function_call_as_datum(pg_sys::jsonb_in, &arguments) };
+    jsonb.unwrap_or(pg_sys::Datum::from(0))
+}
+
+/// An ERROR of jsonb if a value of type json is none of type jsonb: json takes escapes that stand for no text, and numbers of any size.
+pub fn expect_jsonb(text: &[u8]) {
+    if may_be_none(text) {
+        parsed(text);
+    }
+}
+
+fn may_be_none(text: &[u8]) -> bool {
+    let mut digits = 0;
+    for (index, byte) in text.iter().enumerate() {
+        match byte {
+            b'0'..=b'9' => digits += 1,
+            b'e' | b'E' if digits > 0 => return true,
+            b'\\' if text.get(index + 1) == Some(&b'u') => return true,
+            _ => digits = 0,
+        }
+        if digits > MOST_DIGITS {
+            return true;
+        }
+    }
+    false
+}
+
+/// Whether it is JSON's null.
+pub fn is_null(text: &[u8]) -> bool {
+    text.trim_ascii() == b"null"
+}

@@ -1,0 +1,484 @@
+//! Arguments as drivers type them: no cast is needed, and no call is ambiguous.
+
+use kit::{Refused, Stack, types, wait_eq};
+use postgres::types::{Json, Type};
+use postgres::{Client, NoTls};
+use serde_json::{Value, json};
+use std::sync::{Arc, Mutex};
+use uuid::Uuid;
+
+const ID: &str = "0190d1f0-0000-7000-8000-000000000001";
+
+/// What was stored of the event of one call, which is rolled back.
+fn stored(client: &mut Client, call: &str) -> (Option<Value>, Option<i32>, Option<Value>, Uuid) {
+    let mut transaction = client.transaction().unwrap();
+    let id: Uuid = transaction
+        .query_one(call, &[])
+        .unwrap_or_else(|error| panic!("{call}: {error:?}"))
+        .get(0);
+    let sql =
+        "select data::jsonb, max_retries, publisher_config::jsonb, event_id from outbox.events where event_id = $1";
+    let row = transaction.query_one(sql, &[&id]).unwrap();
+    let row = (row.get(0), row.get(1), row.get(2), row.get(3));
+    transaction.rollback().unwrap();
+    row
+}
+
+#[test]
+fn json_of_any_type_is_data() {
+    let stack = Stack::start();
+    let mut client = stack.pg.client();
+    let expected = (Some(json!({"a": 1})), None, None, Uuid::nil());
+    for data in [
+        "'{\"a\": 1}'",
+        "'{\"a\": 1}'::json",
+        "'{\"a\": 1}'::jsonb",
+        "'{\"a\": 1}'::text",
+        "'{\"a\": 1}'::varchar",
+        "'{\"a\": 1}'::varchar(50)",
+        "'{\"a\": 1}'::char(20)",
+        "'{\"a\": 1}'::bytea",
+        "json_build_object('a', 1)",
+        "to_json(row(1)::pg_temp.parcel)",
+        "format('{\"a\": %s}', 1)",
+    ] {
+        client.batch_execute("create type pg_temp.parcel as (a int)").ok();
+        for call in [
+            format!("select outbox.publish_event('t', 's', {data})"),
+            format!("select outbox.publish_event('t'::text, 's'::text, {data})"),
+            format!("select outbox.publish_event('t'::varchar, 's'::varchar, {data})"),
+            format!("select outbox.publish_event(event_type => 't', source => 's', data => {data})"),
+            format!("select outbox.publish_event('t', 's', data => {data}, backend => 'default')"),
+            format!("select outbox.publish_event('t', 's', {data}, null, null, null, null, null, null, null, null)"),
+            format!("select * from outbox.publish_event('t', 's', {data}, subject => null, publisher_config => null)"),
+        ] {
+            let row = stored(&mut client, &call);
+            assert_eq!(
+                (row.0, row.1, row.2),
+                (expected.0.clone(), expected.1, expected.2.clone()),
+                "{call}"
+            );
+        }
+        let config = format!("select outbox.publish_event('t', 's', publisher_config => {data})");
+        assert_eq!(stored(&mut client, &config).2, Some(json!({"a": 1})), "{config}");
+    }
+}
+
+#[test]
+fn any_number_is_a_number_of_attempts() {
+    let stack = Stack::start();
+    let mut client = stack.pg.client();
+    let numbers = [
+        "7",
+        "7::smallint",
+        "7::integer",
+        "7::bigint",
+        "7::numeric",
+        "7.0",
+        "7::real",
+        "7::double precision",
+        "'7'",
+        "7e0",
+    ];
+    for number in numbers {
+        for call in [
+            format!("select outbox.publish_event('t', 's', max_retries => {number})"),
+            format!("select outbox.publish_event('t', 's', null, null, null, null, {number})"),
+            format!("select outbox.publish_event('t'::varchar, 's', '1'::json, max_retries => {number})"),
+        ] {
+            assert_eq!(stored(&mut client, &call).1, Some(7), "{call}");
+        }
+    }
+    for number in ["7", "7.0", "7e0", "\"7\""] {
+        let list = format!(
+            "select outbox.publish_events('[{{\"event_type\": \"t\", \"source\": \"s\", \"max_retries\": {number}}}]')"
+        );
+        assert_eq!(stored(&mut client, &list).1, Some(7), "{list}");
+    }
+    let refused = |message: &str, shown: &str| {
+        Refused::new(
+            "22023",
+            message,
+            &format!("It is {shown}."),
+            "Pass the number of attempts in all, or NULL for outbox_relay.max_retries.",
+        )
+    };
+    for (number, expected) in [
+        ("-1::bigint", refused("max_retries must not be negative", "-1")),
+        (
+            "1001::bigint",
+            refused("max_retries is too high", "1001; at most 1000 are allowed"),
+        ),
+        (
+            "99999999999",
+            refused("max_retries is too high", "99999999999; at most 1000 are allowed"),
+        ),
+        ("2.5", refused("max_retries must be a whole number", "2.5")),
+        ("'NaN'::float8", refused("max_retries must be a whole number", "NaN")),
+    ] {
+        let call = format!("select outbox.publish_event('t', 's', max_retries => {number})");
+        assert_eq!(Refused::of(client.simple_query(&call)), expected, "{call}");
+    }
+    let many =
+        "select outbox.publish_events('[{\"event_type\": \"t\", \"source\": \"s\", \"max_retries\": \"many\"}]')";
+    assert_eq!(
+        Refused::of(client.simple_query(many)),
+        refused("max_retries must be a whole number", "many")
+    );
+}
+
+#[test]
+fn an_id_may_be_a_text() {
+    let stack = Stack::start();
+    let mut client = stack.pg.client();
+    for id in ["", "::uuid", "::text", "::varchar"] {
+        let call = format!("select outbox.publish_event('t', 's', event_id => '{ID}'{id})");
+        assert_eq!(stored(&mut client, &call).3.to_string(), ID, "{call}");
+    }
+    let wrong = ["", "::text"].map(|cast| {
+        let call = format!("select outbox.publish_event('t', 's', event_id => '12'{cast})");
+        Refused::of(client.simple_query(&call))
+    });
+    assert_eq!((wrong[0].code.as_str(), &wrong[0]), ("22P02", &wrong[1]));
+}
+
+/// Each argument in each type that a driver may send, in all combinations: Postgres finds one function, and knows the types.
+#[test]
+fn no_call_is_ambiguous() {
+    let stack = Stack::start();
+    let jsons = [
+        "",
+        "null",
+        "$",
+        "'1'",
+        "'1'::json",
+        "'1'::jsonb",
+        "'1'::text",
+        "'1'::varchar",
+    ];
+    let numbers = ["", "null", "$", "1", "1::smallint", "1::bigint", "1.0", "1::float8"];
+    let rest = [
+        "",
+        "scheduled_at => now()",
+        "scheduled_at => localtimestamp",
+        "event_id => gen_random_uuid()",
+        "event_id => 'x'::text",
+        "scheduled_at => null, event_id => null",
+    ];
+    let mut calls = Vec::new();
+    for event_type in ["'t'", "$", "'t'::text", "'t'::varchar", "'t'::name"] {
+        for source in ["'s'", "$", "'s'::text", "'s'::varchar"] {
+            for data in jsons {
+                for max_retries in numbers {
+                    for config in jsons {
+                        for rest in rest {
+                            let mut places = 0;
+                            let mut arguments = Vec::new();
+                            for (name, value) in [
+                                ("", event_type),
+                                ("", source),
+                                ("data => ", data),
+                                ("max_retries => ", max_retries),
+                                ("publisher_config => ", config),
+                                ("", rest),
+                            ] {
+                                if value == "$" {
+                                    places += 1;
+                                    arguments.push(format!("{name}${places}"));
+                                } else if !value.is_empty() {
+                                    arguments.push(format!("{name}{value}"));
+                                }
+                            }
+                            calls.push(format!("outbox.publish_event({})", arguments.join(", ")));
+                        }
+                    }
+                }
+            }
+        }
+    }
+    let mut client = stack.pg.client();
+    client
+        .batch_execute(
+            "create function pg_temp.try(calls text[]) returns bigint language plpgsql as $$
+            declare
+                call text;
+            begin
+                foreach call in array calls loop
+                    execute 'prepare p as select ' || call;
+                    deallocate p;
+                end loop;
+                return cardinality(calls);
+            exception when others then
+                raise exception '%: %', call, sqlerrm;
+            end $$",
+        )
+        .unwrap();
+    let tried: i64 = client.query_one("select pg_temp.try($1)", &[&calls]).unwrap().get(0);
+    assert_eq!(tried, 5 * 4 * 8 * 8 * 8 * 6);
+}
+
+/// A driver that asks for the types of parameters hears those of the documented function.
+#[test]
+fn untyped_parameters_are_those_of_the_documented_function() {
+    let stack = Stack::start();
+    let mut client = stack.pg.client();
+    let statement = client
+        .prepare("select outbox.publish_event($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)")
+        .unwrap();
+    let documented = [
+        Type::TEXT,
+        Type::TEXT,
+        Type::JSONB,
+        Type::TEXT,
+        Type::TEXT,
+        Type::TIMESTAMPTZ,
+        Type::INT4,
+        Type::JSONB,
+        Type::TEXT,
+        Type::TEXT,
+        Type::UUID,
+    ];
+    assert_eq!(statement.params(), documented);
+    let named = client
+        .prepare(
+            "select outbox.publish_event(event_type => $1, source => $2, publisher_config => $3, max_retries => $4)",
+        )
+        .unwrap();
+    assert_eq!(named.params(), [Type::TEXT, Type::TEXT, Type::JSONB, Type::INT4]);
+    // A driver that says the types itself.
+    let text = "{\"a\": 1}";
+    let value = json!({"a": 1});
+    for data in [Type::JSON, Type::JSONB] {
+        let typed = client
+            .prepare_typed(
+                "select outbox.publish_event($1, $2, $3, $4)",
+                &[Type::VARCHAR, Type::VARCHAR, data],
+            )
+            .unwrap();
+        client
+            .query_one(&typed, &[&"typed", &"s", &Json(&value), &None::<&str>])
+            .unwrap();
+    }
+    for data in [Type::TEXT, Type::VARCHAR, Type::BPCHAR] {
+        let typed = client
+            .prepare_typed(
+                "select outbox.publish_event($1, $2, $3)",
+                &[Type::TEXT, Type::TEXT, data],
+            )
+            .unwrap();
+        client.query_one(&typed, &[&"typed", &"s", &text]).unwrap();
+    }
+    let typed = client
+        .prepare_typed(
+            "select outbox.publish_event($1, $2, $3, max_retries => $4)",
+            &[Type::TEXT, Type::TEXT, Type::BYTEA, Type::INT8],
+        )
+        .unwrap();
+    client
+        .query_one(&typed, &[&"typed", &"s", &text.as_bytes(), &3i64])
+        .unwrap();
+    let entries = stack.wait_events(6);
+    assert_eq!(types(&entries), ["typed"; 6]);
+    for entry in &entries {
+        let event: Value = serde_json::from_str(entry.field("cloud_event")).unwrap();
+        assert_eq!(event["data"], value);
+    }
+}
+
+#[test]
+fn text_that_is_no_json_is_refused_as_jsonb_refuses_it() {
+    let stack = Stack::start();
+    let mut client = stack.pg.client();
+    for bad in [
+        "{\"a\": ",
+        "",
+        "hello",
+        "{\"a\": \"\\u0000\"}",
+        "\"\\ud800\"",
+        "{'a': 1}",
+        "1e400000",
+    ] {
+        for argument in ["data", "publisher_config"] {
+            let refused = ["", "::text", "::varchar", "::bytea"].map(|cast| {
+                let bad = if cast == "::bytea" {
+                    bad.replace('\\', "\\\\")
+                } else {
+                    bad.to_owned()
+                };
+                let bad = bad.replace('\'', "''");
+                let sql = format!("select outbox.publish_event('t', 's', {argument} => '{bad}'{cast})");
+                Refused::of(client.simple_query(&sql))
+            });
+            for other in &refused[1..] {
+                assert_eq!(&refused[0], other, "{bad} as {argument}");
+            }
+            assert!(
+                ["22P02", "22P05", "22003"].contains(&refused[0].code.as_str()),
+                "{refused:?}"
+            );
+        }
+    }
+    let bytes = "select outbox.publish_event('t', 's', '\\xff'::bytea)";
+    assert_eq!(Refused::of(client.simple_query(bytes)).code, "22021");
+    let zero = "select outbox.publish_event('t', 's', '\\x2200622200'::bytea)";
+    assert_eq!(Refused::of(client.simple_query(zero)).code, "22021");
+}
+
+/// As the function takes jsonb, so do INSERT, COPY and arrays.
+#[test]
+fn json_that_jsonb_refuses_is_refused_by_all_ways() {
+    let stack = Stack::start();
+    let mut client = stack.pg.client();
+    for bad in [
+        "{\"a\": \"\\u0000\"}",
+        "{\"\\u0000\": 1}",
+        "\"\\ud800\"",
+        "{\"a\": \"\\udc00\"}",
+        "{\"a\": \"\\ud800\\ud800\"}",
+        "[1e400000]",
+    ] {
+        for argument in ["data", "publisher_config"] {
+            let function = format!("select outbox.publish_event('t', 's', {argument} => '{bad}')");
+            let said = Refused::of(client.simple_query(&function));
+            assert!(["22P02", "22P05", "22003"].contains(&said.code.as_str()), "{said:?}");
+            let insert =
+                format!("insert into outbox.events (event_type, source, {argument}) values ('t', 's', '{bad}')");
+            assert_eq!(Refused::of(client.simple_query(&insert)), said, "{insert}");
+            let array = format!(
+                "select outbox.publish_events('[{{\"event_type\": \"t\", \"source\": \"s\", \"{argument}\": {bad}}}]')"
+            );
+            assert_eq!(Refused::of(client.simple_query(&array)).code, said.code, "{array}");
+            let mut copy = client
+                .copy_in(&format!(
+                    "copy outbox.events (event_type, source, {argument}) from stdin"
+                ))
+                .unwrap();
+            std::io::Write::write_all(&mut copy, format!("t\ts\t{}\n", bad.replace('\\', "\\\\")).as_bytes()).unwrap();
+            assert_eq!(Refused::of(copy.finish()), said, "{bad} by COPY");
+        }
+    }
+    // What is well written stays as it is.
+    let good = "{\"b\": \"\\u00e9 \\ud83d\\ude00 3e5\", \"a\": 1e3, \"a\": \"\\\\u0000\"}";
+    client
+        .execute(
+            "insert into outbox.events (event_type, source, data) values ('good', 's', $1::text::json)",
+            &[&good],
+        )
+        .unwrap();
+    assert_eq!(stack.pg.one::<String>("select data::text from outbox.events"), good);
+    assert_eq!(types(&stack.wait_events(1)), ["good"]);
+}
+
+/// What ORMs send for nothing, in each way; stored as NULL.
+#[test]
+fn empty_texts_and_json_null_are_nothing() {
+    let stack = Stack::start();
+    let mut client = stack.pg.client();
+    let given = "subject, backend, stream, data_schema, publisher_config";
+    client
+        .batch_execute(&format!(
+            "select outbox.publish_event('t', 's', null, '', '', publisher_config => 'null', stream => '', data_schema => '');
+            select outbox.publish_event('t', 's', '1'::json, '', '', publisher_config => 'null'::json, stream => '', data_schema => '');
+            select outbox.publish_events('[{{\"event_type\": \"t\", \"source\": \"s\", \"subject\": \"\", \"backend\": \"\", \"stream\": \"\", \
+                \"data_schema\": \"\", \"publisher_config\": null}}]');
+            insert into outbox.events (event_type, source, {given}) values ('t', 's', '', '', '', '', ' null ');
+            select outbox.publish_event('later', 's', null, '', '', '2100-01-01', publisher_config => 'null', stream => '', data_schema => '')"
+        ))
+        .unwrap();
+    let mut copy = client
+        .copy_in(&format!("copy outbox.events (event_type, source, {given}) from stdin (format csv, force_not_null (subject, backend, stream, data_schema))"))
+        .unwrap();
+    std::io::Write::write_all(&mut copy, b"t,s,,,,,null\n").unwrap();
+    copy.finish().unwrap();
+    let rows: i64 = stack.pg.one(
+        "select count(*) from (select subject, backend, stream, data_schema, publisher_config::text from outbox.events
+            union all select subject, backend, stream, data_schema, publisher_config::text from outbox.scheduled_events) e
+            where num_nonnulls(subject, stream, data_schema, publisher_config) = 0 and backend = 'default'",
+    );
+    assert_eq!(rows, 6);
+    assert_eq!(types(&stack.wait_events(5)), ["t"; 5]);
+    // A setting of the session counts as if nothing had been said.
+    stack.pg.exec("insert into outbox.backends (name, host, port, stream_name) select 'other', host, port, 'others' from outbox.backends");
+    client
+        .batch_execute(
+            "set outbox_relay.default_backend = 'other'; select outbox.publish_event('o', 's', backend => '')",
+        )
+        .unwrap();
+    wait_eq("its stream", 1, || stack.redis.xlen("others"));
+}
+
+/// A client that keeps what the server says beside its answers.
+fn noticing(stack: &Stack) -> (Client, Arc<Mutex<Vec<(String, String)>>>) {
+    let said = Arc::new(Mutex::new(Vec::new()));
+    let heard = said.clone();
+    let mut config = stack.pg.config("postgres", "postgres");
+    config.notice_callback(move |notice| {
+        let hint = notice.hint().unwrap_or_default();
+        assert!(
+            notice.detail().is_some() && hint.ends_with("This is said once in a session."),
+            "{notice:?}"
+        );
+        heard
+            .lock()
+            .unwrap()
+            .push((notice.severity().to_owned(), notice.message().to_owned()));
+    });
+    (config.connect(NoTls).unwrap(), said)
+}
+
+#[test]
+fn json_that_was_encoded_twice_is_said_once_in_a_session() {
+    let stack = Stack::start();
+    let expected = vec![("WARNING".to_owned(), "data is a JSON string that holds JSON".to_owned())];
+    for publish in [
+        "select outbox.publish_event('t', 's', to_jsonb('{\"a\": 1}'::text))",
+        "select outbox.publish_event('t', 's', to_json('{\"a\": 1}'::text))",
+        "select outbox.publish_events(jsonb_build_array(jsonb_build_object('event_type', 't', 'source', 's', 'data', '{\"a\": 1}'::text)))",
+        "insert into outbox.events (event_type, source, data) values ('t', 's', to_json('{\"a\": 1}'::text))",
+    ] {
+        let (mut client, said) = noticing(&stack);
+        for harmless in ["'\"words\"'", "'\"{words}\"'", "'{\"a\": \"{}\"}'", "'1'", "null"] {
+            client
+                .batch_execute(&format!("select outbox.publish_event('t', 's', {harmless})"))
+                .unwrap();
+        }
+        assert_eq!(*said.lock().unwrap(), [], "before {publish}");
+        client.batch_execute(publish).unwrap();
+        client.batch_execute(publish).unwrap();
+        assert_eq!(*said.lock().unwrap(), expected, "{publish}");
+    }
+    let mut client = stack.pg.client();
+    let config = "select outbox.publish_event('t', 's', publisher_config => to_jsonb('{\"a\": 1}'::text))";
+    assert_eq!(
+        Refused::of(client.simple_query(config)),
+        Refused::new(
+            "22023",
+            "publisher_config must be a JSON object",
+            "It is a JSON string that holds an object: it was encoded twice.",
+            "Pass a flat JSON object such as {\"priority\": 1}."
+        )
+    );
+}
+
+#[test]
+fn a_source_that_is_no_uri_reference_is_said_once_in_a_session() {
+    let stack = Stack::start();
+    for publish in [
+        "select outbox.publish_event('t', 'user service')",
+        "select outbox.publish_events('[{\"event_type\": \"t\", \"source\": \"user service\"}]')",
+        "insert into outbox.events (event_type, source) values ('t', 'user service')",
+    ] {
+        let (mut client, said) = noticing(&stack);
+        client
+            .batch_execute("select outbox.publish_event('t', '/a/b?c#d')")
+            .unwrap();
+        client.batch_execute(publish).unwrap();
+        client.batch_execute(publish).unwrap();
+        let expected = [(
+            "WARNING".to_owned(),
+            "source \"user service\" is not a URI reference".to_owned(),
+        )];
+        assert_eq!(*said.lock().unwrap(), expected, "{publish}");
+    }
+    assert_eq!(stack.wait_events(9).len(), 9);
+}
