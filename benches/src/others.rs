@@ -248,9 +248,8 @@ pub fn measure_purge(scale: &Scale) -> Taken {
     }
 }
 
-/// One transaction publishes many.
-/// Beside the same without, and beside the same rows in a plain table: what then is left is Postgres's own (a commit waits for the WAL that
-/// others have written, and for the processor).
+/// One transaction publishes many events. The others' latency stands beside the same without, and beside the same rows in a plain table:
+/// the latter is Postgres's own effect, since a commit waits for the WAL of others and for the processor.
 pub fn measure_beside_bulk(scale: &Scale) -> Taken {
     // Segments of the WAL that are recycled: a new one is filled with zeros first, and all commits wait for that.
     let stack = stack(&[("min_wal_size", "2GB"), ("max_wal_size", "4GB")]);

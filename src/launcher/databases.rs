@@ -10,7 +10,7 @@ pub struct Found {
     pub oid: pg_sys::Oid,
     pub name: String,
     pub is_template: bool,
-    /// It takes connections.
+    /// Whether it accepts connections.
     pub is_open: bool,
 }
 
@@ -71,7 +71,7 @@ pub fn list() -> Option<Vec<Found>> {
 /// Connection limit of a database whose DROP was interrupted (DATCONNLIMIT_INVALID_DB): nobody can connect to it.
 const INVALID: i32 = -2;
 
-/// Whether a statement has the database to itself: whoever connects to it waits, and is refused if it is gone, or has another name.
+/// Whether a statement holds the database exclusively. A connection to it would wait, and fail if the database is gone or renamed.
 pub fn is_locked(database: pg_sys::Oid) -> bool {
     let tag = pg_sys::LOCKTAG {
         locktag_field1: 0,
@@ -81,7 +81,7 @@ pub fn is_locked(database: pg_sys::Oid) -> bool {
         locktag_type: pg_sys::LockTagType::LOCKTAG_OBJECT as u8,
         locktag_lockmethodid: pg_sys::DEFAULT_LOCKMETHOD as u8,
     };
-    // The mode of whoever connects. The end of the transaction gives it back.
+    // The lock mode that a connecting session takes. It is released when the transaction ends.
     let mode = pg_sys::RowExclusiveLock as pg_sys::LOCKMODE;
     // SAFETY: a lock that is not waited for, within a transaction.
     let taken = process::transaction(|| unsafe { pg_sys::LockAcquire(&tag, mode, false, true) });

@@ -9,7 +9,7 @@ pub fn begin_incarnation() {
     // SAFETY: reads positions of the WAL.
     let started_at = unsafe {
         match pg_sys::GetXLogReplayRecPtr(std::ptr::null_mut()) {
-            // Nothing was replayed: it had been shut down.
+            // Nothing was replayed: the server had been shut down cleanly.
             0 => pg_sys::GetXLogInsertRecPtr(),
             replayed => replayed,
         }

@@ -1,8 +1,8 @@
 //! The launcher: one process for the whole server, which starts a worker for each database that has the extension.
 //!
-//! It is connected to no database, so it cannot see where the extension is: it starts a worker in every database that is served, once,
-//! and those that find nothing say so and end. Who creates the extension announces it (`shmem::announce`). After that it sleeps until
-//! somebody does, or the list of databases or the settings change, or a worker ends.
+//! The launcher is connected to no database, so it cannot see which ones have the extension. It therefore starts a worker once in every
+//! database that the settings name; a worker that finds no extension says so and ends. CREATE EXTENSION announces itself
+//! (`shmem::announce`). The launcher sleeps until that happens, the list of databases or the settings change, or a worker ends.
 
 mod databases;
 mod incarnation;
@@ -17,30 +17,30 @@ use relay::delivery::backoff::Backoff;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-/// After a worker that has ended before it was at work, or soon after: so that one that fails does not spin.
+/// How long to wait before a worker is started again that ended before it was at work, so that a failing one does not spin.
 const RESTARTS: Backoff = Backoff {
     exponential: true,
     delay: Duration::from_millis(200),
     max_delay: Duration::from_secs(60),
 };
-/// A worker that ends sooner than that, without having been told to, has failed.
+/// A worker that ends earlier than this, without having been told to, has failed.
 const STEADY_AFTER: Duration = Duration::from_secs(10);
-/// So many failures in a row are worth a word.
+/// This many failures in a row are logged.
 const WORTH_A_WORD: u32 = 4;
-/// While no process can be had.
+/// How soon to try again while there is no free background worker process.
 const RETRY_WAIT: Duration = Duration::from_secs(1);
-/// While a statement has the database to itself. Then the worker waits for its lock, as any session does: whoever takes the lock for
-/// moments again and again does not keep it away.
+/// How soon to look again while a statement holds the database exclusively. After that the worker is started and waits for its lock, as
+/// any session does, so that repeated short locks cannot keep it away.
 const LOCKED_WAIT: Duration = Duration::from_millis(25);
 const LONGEST_LOCKED_WAIT: Duration = Duration::from_secs(3);
-/// One that is still not at work then waits for something: others need not wait for it.
+/// A worker that is not at work after this long is waiting for something; others are started meanwhile.
 const LONGEST_START: Duration = Duration::from_secs(5);
-/// A reason for an absence is logged again after this long.
+/// Why a worker is missing is logged again after this long.
 const REPEAT_LOG_AFTER: Duration = Duration::from_secs(60);
-/// Databases that a log line names.
+/// A log line names at most this many databases.
 const NAMED: usize = 10;
 
-/// How many workers may be looking for the extension at once: processes are scarce, and others want some, too.
+/// How many workers may look for the extension at once. Background worker processes are scarce, and others need some.
 fn starting_at_once() -> usize {
     // SAFETY: a plain read of a setting.
     (unsafe { pg_sys::max_worker_processes } as usize / 4).clamp(2, 16)
@@ -74,7 +74,7 @@ pub fn register_standby_watch() {
 fn description(name: &std::ffi::CStr, kind: &std::ffi::CStr, function: &std::ffi::CStr) -> pg_sys::BackgroundWorker {
     let mut worker = pg_sys::BackgroundWorker {
         bgw_flags: (pg_sys::BGWORKER_SHMEM_ACCESS | pg_sys::BGWORKER_BACKEND_DATABASE_CONNECTION) as i32,
-        // Only on a primary; after a promotion at once.
+        // Only on a primary; right after a promotion.
         bgw_start_time: pg_sys::BgWorkerStartTime::BgWorkerStart_RecoveryFinished,
         bgw_restart_time: pg_sys::BGW_NEVER_RESTART,
         ..Default::default()
@@ -138,12 +138,12 @@ struct Database {
     name: String,
     is_template: bool,
     is_open: bool,
-    /// Whether the extension is to be looked for: nobody has, or it was announced since.
+    /// Whether to look for the extension: nobody has looked, or it was announced since.
     look: bool,
-    /// Whether the extension was there once: what waits is worth a word.
+    /// Whether the extension was there once: then a missing worker is logged.
     has_extension: bool,
     worker: Option<Started>,
-    /// In a row.
+    /// Failed starts in a row.
     failures: u32,
     not_before: Option<Instant>,
     locked_since: Option<Instant>,
@@ -172,13 +172,13 @@ impl Database {
 
 #[derive(Default)]
 struct Launcher {
-    /// By OID. One that has gone stays until its worker has.
+    /// By OID. A database that is gone stays here until its worker has ended.
     databases: BTreeMap<u32, Database>,
-    /// They could not be listed.
+    /// The databases could not be listed.
     list_due: bool,
     /// Since when there have been too few processes, and when the log said so.
     short: Option<(Instant, Option<Instant>)>,
-    /// When the log said of databases that their workers fail.
+    /// When it was last logged that workers fail.
     failing_said: Option<Instant>,
 }
 
@@ -205,7 +205,7 @@ impl Launcher {
         }
     }
 
-    /// Takes in which databases have come, gone, or have another name.
+    /// Notes which databases were created, dropped or renamed.
     fn list_again(&mut self) {
         let found = databases::list();
         self.list_due = found.is_none();
@@ -252,22 +252,22 @@ impl Launcher {
                 continue;
             };
             if slot.pid() != 0 {
-                // It has found that of a launcher before this one, and left it alone.
+                // It found the worker of an earlier launcher, and left the slot to it.
                 database.look = true;
                 continue;
             }
             let state = slot.state();
             database.has_extension |= state == SlotState::Running || state == SlotState::Mismatched;
             match state {
-                // It was told to leave, and comes back.
+                // It was told to leave; start it again.
                 SlotState::Wanted => (database.look, database.failures) = (true, 0),
                 SlotState::Absent => (database.has_extension, database.failures) = (database.look, 0),
-                // Nobody knows what happens there until it is served again.
+                // What happens there is unknown until the database is served again.
                 SlotState::Unserved => {
                     (database.look, database.failures) = (true, 0);
                     continue;
                 }
-                // Died without a word: not for want of the extension.
+                // It died without a reason of its own, so the extension may be there.
                 _ => {
                     failed = true;
                     database.look = true;
@@ -280,24 +280,24 @@ impl Launcher {
             match database.look {
                 true if database.failures >= WORTH_A_WORD => slot.set_state(SlotState::Failing),
                 true => slot.set_state(SlotState::Wanted),
-                // Somebody may be publishing, if anybody ever has: the numbers of events are kept there.
+                // Publishers may be at work if there were any before: the slot keeps the numbers of events.
                 false if slot.numbers.get().is_none() => shmem::take_back(slot),
                 false => {}
             }
         }
         if failed {
-            // Perhaps the database has gone, or has another name.
+            // The database may be gone or renamed.
             self.list_again();
         }
     }
 
-    /// Starts what is to be started, as far as there are processes.
+    /// Starts the workers that are due, as far as there are free processes.
     fn start_wanted(&mut self) -> Option<Duration> {
         let mut again: Option<Duration> = None;
         let mut sooner = |wait: Duration| again = Some(again.map_or(wait, |a| a.min(wait)));
         let mut waiting = Vec::new();
         let mut starting = self.starting();
-        // Those that are known to have the extension first, templates last.
+        // Databases that are known to have the extension come first, templates last.
         let mut order: Vec<u32> = self.databases.keys().copied().collect();
         order.sort_by_key(|oid| {
             let database = &self.databases[oid];
@@ -308,7 +308,7 @@ impl Launcher {
                 continue;
             };
             let id = pg_sys::Oid::from(oid);
-            // A worker of a launcher before this one is looked after by its slot alone.
+            // An earlier launcher's worker is known by its slot alone.
             let stranger = shmem::database_slot_of(id).is_some_and(|slot| slot.pid() != 0);
             if !database.look || database.worker.is_some() || stranger {
                 continue;
@@ -336,7 +336,7 @@ impl Launcher {
                 }
             }
             if starting >= starting_at_once() {
-                // Woken when one of them is at work, or has ended.
+                // The launcher is woken when one of them is at work or has ended.
                 sooner(RETRY_WAIT);
                 continue;
             }
@@ -370,9 +370,9 @@ impl Launcher {
         self.databases.iter().filter(is_starting).count()
     }
 
-    /// Warns, again each minute; not of the moments in which others look for the extension.
+    /// Warns of a shortage, again each minute; not while others merely look for the extension.
     fn tell_of_shortage(&mut self, waiting: &[u32]) {
-        // Where nobody has looked yet, it is not known whether anything waits; if nothing else does, that is worth a word, too.
+        // A database that nobody has looked into may have waiting events. It is named if no other database is.
         let is_known = |oid: &&u32| self.databases[oid].has_extension;
         let known: Vec<&u32> = waiting.iter().filter(is_known).collect();
         let others = waiting.iter().filter(|oid| !self.databases[oid].is_template);
@@ -455,7 +455,7 @@ fn start(slot: &'static DatabaseSlot, database: &mut Database) -> bool {
     worker.bgw_main_arg = pg_sys::Datum::from(shmem::address_of(slot));
     let mut handle = std::ptr::null_mut();
     let before = slot.state();
-    // Before it is registered: it may be at work before that returns.
+    // Set before the worker is registered, which may be at work before that call returns.
     slot.set_state(SlotState::Starting);
     // SAFETY: a complete description; the handle is kept in the process's own memory.
     let registered = unsafe {
@@ -470,7 +470,7 @@ fn start(slot: &'static DatabaseSlot, database: &mut Database) -> bool {
         slot.set_state(before);
         return false;
     }
-    // What is announced from now on, it may not have seen.
+    // The worker may not have seen what is announced from now on.
     (database.look, database.locked_since) = (false, None);
     database.worker = Some(Started {
         handle,

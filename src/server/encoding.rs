@@ -1,4 +1,4 @@
-//! Between the database's encoding and UTF-8, in which everything of ours is.
+//! Converts between the database's encoding and UTF-8, which all our own text is in.
 
 use crate::server::error::raise;
 use once_cell::unsync::OnceCell;
@@ -32,7 +32,7 @@ fn encoding() -> u32 {
 /// Why a text has no UTF-8 form.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Foreign {
-    /// These bytes are no text in UTF-8, and the database (SQL_ASCII) does not know what else they are.
+    /// These bytes are not UTF-8, and the database (SQL_ASCII) does not say what encoding they are in.
     Invalid(Vec<u8>),
     /// This character of the database's encoding is none in Unicode.
     Unknown(Vec<u8>),
@@ -124,7 +124,7 @@ fn converts_to_utf8(text: &[u8], encoding: u32) -> Result<(), Foreign> {
     }
 }
 
-/// Text in the database's encoding, in UTF-8. An ERROR when it has no such form.
+/// Converts text in the database's encoding to UTF-8. An ERROR if it has no such form.
 ///
 /// # Safety
 /// Valid text in the database's encoding.
@@ -149,7 +149,7 @@ pub unsafe fn utf8(bytes: &[u8]) -> Cow<'_, str> {
     }
 }
 
-/// Bytes that must be UTF-8: what would stand for others was never published.
+/// Bytes that must be UTF-8: publishing refuses all others.
 fn expect_utf8(bytes: &[u8]) -> Cow<'_, str> {
     match std::str::from_utf8(bytes) {
         Ok(text) => Cow::Borrowed(text),
@@ -164,7 +164,7 @@ fn expect_utf8(bytes: &[u8]) -> Cow<'_, str> {
     }
 }
 
-/// Text in the database's encoding. An ERROR when it has no such character.
+/// Converts text to the database's encoding. An ERROR if that lacks a character.
 pub fn to_server(text: &str) -> Cow<'_, [u8]> {
     // SAFETY: reads the text, or returns a zero-terminated string of the current memory context.
     unsafe {
@@ -177,8 +177,7 @@ pub fn to_server(text: &str) -> Cow<'_, [u8]> {
     }
 }
 
-/// The same for words that somebody is to read, wherever they are said, also outside of a transaction: what the database's encoding does
-/// not have becomes a question mark.
+/// The same for messages, also outside of a transaction: a character that the database's encoding lacks becomes a question mark.
 pub fn words_to_server(text: &str) -> Cow<'_, [u8]> {
     if text.is_ascii() || matches!(encoding(), pg_sys::pg_enc::PG_UTF8 | pg_sys::pg_enc::PG_SQL_ASCII) {
         return Cow::Borrowed(text.as_bytes());

@@ -14,7 +14,7 @@ pub static DATABASES: GucSetting<Option<CString>> = GucSetting::<Option<CString>
 pub static DEFAULT_BACKEND: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c"default"));
 /// Small enough that a batch and its replies stay in the CPU's cache.
 pub static BATCH_SIZE: GucSetting<i32> = GucSetting::<i32>::new(100);
-/// Only a net: commits wake the worker.
+/// A safety net only: commits wake the worker.
 pub static POLL_INTERVAL_MS: GucSetting<i32> = GucSetting::<i32>::new(5_000);
 pub static MAX_RETRIES: GucSetting<i32> = GucSetting::<i32>::new(3);
 pub static RETRY_BACKOFF: GucSetting<bool> = GucSetting::<bool>::new(true);
@@ -36,7 +36,7 @@ pub static REDIS_MAX_LEN: GucSetting<i32> = GucSetting::<i32>::new(10_000);
 pub static REDIS_CONNECT_TIMEOUT_MS: GucSetting<i32> = GucSetting::<i32>::new(5_000);
 pub static REDIS_SOCKET_TIMEOUT_MS: GucSetting<i32> = GucSetting::<i32>::new(5_000);
 
-/// Whoever may write backends decides where the server connects to, unless this says less.
+/// Without a limit here, whoever may write `outbox.backends` decides where the server connects to.
 pub static ALLOWED_HOSTS: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c"*"));
 
 pub static SEND_AFTER: GucSetting<SendAfter> = GucSetting::<SendAfter>::new(SendAfter::LocalFlush);
@@ -44,13 +44,13 @@ pub static SEND_AFTER: GucSetting<SendAfter> = GucSetting::<SendAfter>::new(Send
 /// Silence of an owner proves nothing to a copy.
 pub static TAKE_OVER: GucSetting<TakeOver> = GucSetting::<TakeOver>::new(TakeOver::Standby);
 
-/// Who follows the owner of a backend by itself, once that is gone.
+/// Which servers take over a backend by themselves once its owner is gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PostgresGucEnum)]
 pub enum TakeOver {
     /// A streaming standby that was promoted.
     #[name = c"standby"]
     Standby,
-    /// Every server that has its history.
+    /// Every server that has the owner's history.
     #[name = c"any"]
     Any,
 }
@@ -66,7 +66,7 @@ pub enum SendAfter {
     StandbyFlush,
 }
 
-/// The levels of Python's logging, as the seed names them.
+/// The levels of Python's logging.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, PostgresGucEnum)]
 pub enum LogLevel {
     #[name = c"debug"]
@@ -317,8 +317,8 @@ fn int(
     GucRegistry::define_int_guc(name, about, c"", setting, min, max, context, flags);
 }
 
-/// Refuses a list that cannot be read. At the server's start there is none to go back to but the default, which allows all: then it is
-/// taken, and allows nothing.
+/// Refuses a list that cannot be parsed. At the server's start the only value to fall back to is the default, which allows all; so an
+/// unreadable list is accepted there, and allows nothing.
 #[pg_guard]
 // SAFETY: called by Postgres alone, with the new value.
 unsafe extern "C-unwind" fn check_allowed_hosts(

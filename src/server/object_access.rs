@@ -1,10 +1,9 @@
-//! What Postgres tells of objects that come and go: of our extension, by whatever statement (CASCADE, OWNED BY, a schema's DROP), and
-//! of databases.
+//! Notices when our extension or a database is created, changed or dropped, whatever the statement (CASCADE, OWNED BY, DROP SCHEMA).
 //!
-//! A hook on all utility statements would stand between Postgres and everybody's statements, before their rights are checked.
-//! This one comes after. It runs without a guard and holds nothing: an ERROR in it, or in the hook of another library behind it, passes.
+//! A hook on utility statements would run before a statement's rights are checked. This hook runs after. It has no guard and owns
+//! nothing, so that an ERROR in it, or in another library's hook behind it, passes through unchanged.
 //!
-//! DROP DATABASE comes by here before it looks for sessions that are in its way. RENAME, SET TABLESPACE and CREATE DATABASE ...
+//! DROP DATABASE calls this hook before it looks for sessions that are in its way. RENAME, SET TABLESPACE and CREATE DATABASE ...
 //! TEMPLATE do not: for those, see [`crate::server::process::give_way_to_database_statements`], which is all that DROP needs, too, but for
 //! WITH (FORCE) by an owner who is no superuser, and may not end a superuser's process.
 
@@ -15,7 +14,7 @@ use pgrx::pg_sys;
 use std::ffi::{CStr, c_int, c_void};
 use std::time::{Duration, Instant};
 
-/// How long a worker may take to leave; it does within milliseconds. As long as Postgres itself waits.
+/// How long a worker may take to leave; it needs milliseconds. Postgres itself waits this long for sessions.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(5);
 
 static mut PREVIOUS_HOOK: pg_sys::object_access_hook_type = None;
@@ -44,7 +43,7 @@ unsafe extern "C-unwind" fn on_access(
             previous(access, class, object, part, argument);
         }
         match (class, access) {
-            // What creates it tells of it by its script: its row is not visible yet.
+            // CREATE EXTENSION announces itself in its script: its row is not visible yet.
             (pg_sys::ExtensionRelationId, OAT_DROP | OAT_POST_ALTER) if is_ours(object) => txn::extension_changed(),
             (pg_sys::DatabaseRelationId, OAT_DROP) => {
                 make_way(object);

@@ -1,5 +1,4 @@
-//! Settings that somebody may have given a database, or the superuser's role, and that must not change what the launcher and the
-//! workers do.
+//! Settings that a database or a role may have, and that must not change what the launcher and the workers do.
 //!
 //! Left alone: what only says how much is logged or how much memory a query may use; what counts for sessions with a client alone
 //! (`client_encoding`, `idle_session_timeout`, `session_preload_libraries`, login event triggers); and where files are put, since a
@@ -11,15 +10,15 @@ use std::ffi::CStr;
 
 /// None of them needs a transaction.
 const PINNED: &[(&CStr, &CStr)] = &[
-    // Whose rights it has, and what it finds by name.
+    // Rights, and what names resolve to.
     (c"role", c"none"),
     (c"search_path", c"pg_catalog"),
     (c"row_security", c"on"),
     // Triggers of others do not run here, nor rules: see rights.rs. Ours are enabled always.
     (c"session_replication_role", c"replica"),
-    // How long anything may take. What has waited for a lock is tried again, and all else of the worker does not wait for it.
+    // Timeouts. A task that waited for a lock in vain is tried again; the worker's other tasks do not wait for it.
     (c"lock_timeout", c"25ms"),
-    // Before whoever is at the other end looks: DROP EXTENSION is to win, and the worker tries again.
+    // Shorter than a session's default: in a deadlock, DROP EXTENSION is to win, and the worker tries again.
     (c"deadlock_timeout", c"100ms"),
     (c"statement_timeout", c"0"),
     (c"idle_in_transaction_session_timeout", c"0"),
@@ -51,7 +50,7 @@ const PINNED: &[(&CStr, &CStr)] = &[
 
 /// Once, when the process is connected.
 pub fn pin_settings() {
-    // Whose name it goes by: `session_authorization` is no setting that could be set without a transaction.
+    // `session_authorization` cannot be set outside of a transaction, so the session's user is set directly.
     // SAFETY: the process was authenticated as this superuser, and goes back to it.
     unsafe { pg_sys::SetSessionAuthorization(pg_sys::Oid::from(pg_sys::BOOTSTRAP_SUPERUSERID), true) };
     for (name, value) in PINNED {

@@ -39,7 +39,7 @@ unsafe extern "C-unwind" {
 }
 
 impl Aborted {
-    /// Nothing was tried.
+    /// Without having tried anything.
     pub fn because(message: &str) -> Self {
         Self {
             message: message.to_owned(),
@@ -50,7 +50,7 @@ impl Aborted {
     }
 }
 
-/// Installs the handlers of a background worker that works with a database, and lets signals come.
+/// Installs the signal handlers of a background worker with a database connection, and unblocks signals.
 pub fn take_signals() {
     // SAFETY: the standard handlers, installed before signals are unblocked. `die` interrupts waits for locks too, which
     // a handler that only sets a flag does not.
@@ -61,15 +61,15 @@ pub fn take_signals() {
     }
 }
 
-/// From now on an order to end no longer ends the process at once: it cancels the transaction at hand, whatever that waits for,
-/// and [`is_told_to_end`] says so.
+/// From now on SIGTERM does not end the process at once. It cancels the current transaction, whatever that waits for, and
+/// [`is_told_to_end`] returns true.
 pub fn end_with_last_words() {
     // No pg_guard: as Postgres's own handlers, of which it is made.
     // SAFETY: installed as a signal handler alone.
     unsafe extern "C-unwind" fn end_soon(signal: std::ffi::c_int) {
         // SAFETY: a plain read of a flag; the handlers only set flags and the latch.
         unsafe {
-            // The postmaster signals a child twice, itself and as a group: the second must not cancel the last words.
+            // The postmaster signals a child twice, directly and as a process group. The second signal must not cancel the final save.
             if pg_sys::ShutdownRequestPending == 0 {
                 SignalHandlerForShutdownRequest(signal);
                 StatementCancelHandler(signal);
@@ -104,7 +104,7 @@ pub fn give_way_to_database_statements() {
     }
 }
 
-/// Makes the end of this process, whatever its reason, its very end once Postgres's own callbacks have run: `exit()` would go on to run
+/// Ends this process right after Postgres's own exit callbacks, whatever the reason for its end. `exit()` would go on to run
 /// the handlers and destructors of all libraries of the process (resolver, allocator, other extensions), while sender threads still use
 /// them, and a crash there would restart the whole server. Senders are not waited for: one may be stuck in a system call, and what
 /// they have under way is in doubt whether they are told or not, which the next worker settles. Called first: the callback that was
@@ -126,8 +126,8 @@ pub fn is_told_to_end() -> bool {
     unsafe { pg_sys::ProcDiePending != 0 || pg_sys::ShutdownRequestPending != 0 }
 }
 
-/// Handles what came in: barriers, memory-context logging; ends the process if it is to die. A cancellation has nothing to cancel
-/// here, between transactions.
+/// Handles pending interrupts: barriers, memory-context logging, and the end of the process. Between transactions there is nothing to
+/// cancel.
 pub fn handle_interrupts() {
     PgTryBuilder::new(|| {
         pg_sys::check_for_interrupts!();
@@ -149,15 +149,15 @@ pub fn reload_if_told() -> bool {
     true
 }
 
-/// Takes note of the order to end, so that the process may have last words before it does. They can still be interrupted, by a
-/// timeout: otherwise a lock could hold up the server's shutdown.
+/// Accepts the order to end, so that the process can save its state first. A timeout can still interrupt that: otherwise a lock could
+/// hold up the server's shutdown.
 pub fn accept_end() {
     // SAFETY: the process's own flags, which its signal handlers set.
     unsafe { (pg_sys::ProcDiePending, pg_sys::QueryCancelPending) = (0, 0) };
 }
 
 thread_local! {
-    /// What the process waits for, made once: later there may be no descriptor left for another.
+    /// The wait set, made once: later there may be no file descriptor left for another.
     static WAITED_FOR: Cell<*mut pg_sys::WaitEventSet> = const { Cell::new(std::ptr::null_mut()) };
 }
 
@@ -182,7 +182,7 @@ pub fn prepare_to_wait(socket: Option<i32>) {
     }
 }
 
-/// Waits for what was prepared for, or the time; the death of the postmaster ends the process.
+/// Waits for the latch, the socket or the timeout. The death of the postmaster ends the process.
 pub fn wait(timeout: Option<Duration>) {
     // Rounded up, or the last millisecond would be spent awake.
     let timeout_ms = timeout.map_or(-1, |t| t.as_micros().div_ceil(1_000).min(i32::MAX as u128) as i64);
@@ -194,7 +194,7 @@ pub fn wait(timeout: Option<Duration>) {
     }
 }
 
-/// Lets a session wait a moment without taking its latch from it.
+/// Sleeps for a moment without using up the process's latch.
 pub fn wait_briefly(time: Duration) {
     // SAFETY: sleeps; a signal ends it sooner.
     unsafe { pg_sys::pg_usleep(time.as_micros() as i64) };
@@ -293,7 +293,8 @@ pub fn set_option(name: &CStr, value: &CStr) {
     }
 }
 
-/// Whether the whole server is being shut down, not this process alone: the postmaster says so in its file before it tells anybody.
+/// Whether the whole server is being shut down, not this process alone. The postmaster writes that into its file before it signals
+/// anybody.
 pub fn is_server_stopping() -> bool {
     /// Counted from 0 (LOCK_FILE_LINE_PM_STATUS).
     const STATUS_LINE: usize = 7;
@@ -303,7 +304,7 @@ pub fn is_server_stopping() -> bool {
         .is_some_and(|status| status.trim() == "stopping")
 }
 
-/// Logs a message, if `outbox_relay.log_level` lets it.
+/// Logs a message if `outbox_relay.log_level` includes it.
 pub fn log(level: LogLevel, message: &str, detail: Option<&str>, hint: Option<&str>) {
     if level < guc::LOG_LEVEL.get() {
         return;
@@ -315,7 +316,7 @@ pub fn log(level: LogLevel, message: &str, detail: Option<&str>, hint: Option<&s
     report::say(pg_level as i32, code, message, detail, hint);
 }
 
-/// Logs what happens step by step, for who has set `outbox_relay.log_level` to debug; for anybody else the words are not even made.
+/// Logs a step at `outbox_relay.log_level = debug`. At any other level the message is not even formatted.
 pub fn debug(message: impl FnOnce() -> String) {
     if guc::LOG_LEVEL.get() == LogLevel::Debug {
         log(LogLevel::Debug, &message(), None, None);

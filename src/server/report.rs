@@ -1,6 +1,6 @@
-//! What we have to say, on its way to Postgres: errors of our C functions, and log lines, with their words in the database's encoding.
+//! Errors of our C functions and log lines, with their texts converted to the database's encoding.
 //!
-//! pgrx hands over texts in UTF-8 as they are, which a database in another encoding would show as something else, or refuse.
+//! pgrx passes texts on in UTF-8, which a database in another encoding would show wrongly or refuse.
 
 use crate::server::encoding::words_to_server;
 use crate::server::untouched::{self, Failed};
@@ -47,7 +47,7 @@ fn throw(payload: Box<dyn Any + Send>) -> ! {
     unreachable!("an ERROR does not return")
 }
 
-/// Says something at a level below ERROR.
+/// Reports something at a level below ERROR.
 pub fn say(level: c_int, code: PgSqlErrorCode, message: &str, detail: Option<&str>, hint: Option<&str>) {
     let report = ErrorText {
         code,
@@ -127,7 +127,7 @@ impl ErrorText {
         unsafe { self.start(level) };
     }
 
-    /// False: nobody wants to hear it.
+    /// False: neither the log nor the client wants it.
     ///
     /// # Safety
     /// `errfinish` follows if this is true.

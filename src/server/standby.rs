@@ -1,9 +1,9 @@
-//! Whether this data directory was a standby that streamed, and was promoted: such a server follows the owner of a guard by itself, where a
-//! copy of the same data does not (see `relay::guard::claim`).
+//! Whether this data directory was a streaming standby that was promoted. Such a server takes over from a guard's owner by itself; a copy
+//! of the same data does not (see `relay::guard::claim`).
 //!
-//! Where a server came from is seen when it starts (`standby.signal`), and whether it streamed while it is a standby. What was seen is kept in
-//! a small file of the data directory, so that a restart of the standby, or a crash after the promotion, does not lose it. The file names
-//! the place, so that in a copy it says nothing.
+//! The server's start shows whether it is a standby (`standby.signal`), and its time as a standby whether it streamed. Both are kept in a
+//! small file in the data directory, so that a restart of the standby or a crash after the promotion does not lose them. The file names
+//! the directory's place, so that it means nothing in a copy.
 
 use crate::server::guc::LogLevel;
 use crate::server::place::{place, system};
@@ -18,7 +18,7 @@ use std::time::Duration;
 
 const FILE: &str = "outbox_relay.standby";
 const NEW_FILE: &str = "outbox_relay.standby.new";
-/// Until something has come from the primary: at first, and later.
+/// How often to look whether anything was streamed: at first, and later.
 const LOOK_WAIT: Duration = Duration::from_millis(100);
 const LONGEST_LOOK_WAIT: Duration = Duration::from_secs(5);
 
@@ -26,7 +26,7 @@ const LONGEST_LOOK_WAIT: Duration = Duration::from_secs(5);
 static BEGAN_AS: AtomicU8 = AtomicU8::new(PRIMARY);
 const PRIMARY: u8 = 0;
 const STANDBY: u8 = 1;
-/// From an archive, perhaps up to a target.
+/// A recovery from an archive, perhaps up to a target.
 const RECOVERY: u8 = 2;
 
 /// Settings that end a recovery somewhere.
@@ -38,7 +38,7 @@ const TARGETS: [&std::ffi::CStr; 5] = [
     c"recovery_target_xid",
 ];
 
-/// Looks how this server begins; called once, by the postmaster, in the data directory. Whether it begins as a standby.
+/// Notes how this server begins. Called once, by the postmaster, in the data directory. Returns whether it begins as a standby.
 pub fn install() -> bool {
     let began_as = if Path::new("standby.signal").exists() {
         STANDBY
@@ -84,18 +84,18 @@ pub fn note_promotion() {
     let is_promoted = match (BEGAN_AS.load(Ordering::Relaxed), seen()) {
         (STANDBY, _) if has_target => false,
         (STANDBY, Some(Seen::Streamed { .. })) => true,
-        // Before a crash of one of its processes.
+        // Already noted, before a crash of one of the server's processes.
         (STANDBY, Some(Seen::Promoted { timeline })) if timeline == present => return,
         (STANDBY, _) => streamed_timeline().is_some(),
         (RECOVERY, _) => false,
-        // It ended right after the promotion.
+        // The server ended right after the promotion.
         (_, Some(Seen::Streamed { timeline })) => timeline < present,
         (_, _) => return,
     };
     if is_promoted {
         keep(&Seen::Promoted { timeline: present });
     } else {
-        // There is none, as a rule.
+        // As a rule there is no such file.
         let _ = fs::remove_file(FILE);
     }
 }
@@ -113,7 +113,7 @@ fn streamed_timeline() -> Option<u32> {
     let (mut before, mut timeline) = (0, 0);
     // SAFETY: reads what the WAL receiver has left, under its lock.
     let flushed = unsafe { pg_sys::GetWalRcvFlushRecPtr(&mut before, &mut timeline) };
-    // Where it was to begin, both are the same.
+    // At the point where streaming was to begin, both are the same.
     (flushed != before).then_some(timeline)
 }
 

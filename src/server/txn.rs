@@ -9,7 +9,7 @@ use pgrx::pg_sys;
 use std::cell::Cell;
 use std::ffi::CStr;
 
-/// What the transaction did that somebody must hear of.
+/// What the transaction did that other processes must hear of.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
 struct News {
     events: bool,
@@ -25,7 +25,7 @@ thread_local! {
     static NEWS: Cell<News> = const { Cell::new(News { events: false, scheduled: false, backends: false, extension: false, databases: false }) };
 }
 
-/// Called once, by the postmaster: all its children have the callback. Where the library was not preloaded, there is nobody to tell.
+/// Called once, by the postmaster, so that all its children have the callback. Without preloading there is no process to tell.
 pub fn install() {
     // SAFETY: registers a callback of this library for the life of the process.
     unsafe { pg_sys::RegisterXactCallback(Some(on_transaction_end), std::ptr::null_mut()) };
@@ -85,7 +85,7 @@ unsafe extern "C-unwind" fn on_transaction_end(event: pg_sys::XactEvent::Type, _
         XACT_EVENT_COMMIT => {
             let mut news = NEWS.take();
             if is_commit_prepared() {
-                // What that had done is not known here. Who has nothing to do with backends is not to have them loaded.
+                // What the prepared transaction did is not known here. Backends are loaded again only if it may have changed them.
                 (news.events, news.scheduled) = (true, true);
                 news.backends |= shmem::are_backends_prepared();
                 news.extension |= shmem::is_extension_prepared();
@@ -132,7 +132,7 @@ fn tell(news: News) {
         shmem::request_rescan();
     }
     if let Some(slot) = shmem::database_slot_here() {
-        // First: events are sent as backends are now, and with what came with them, such as the note that they are restored.
+        // Changes of backends first: events are sent by the settings of now, and with the note that they were restored.
         if news.backends || news.extension {
             slot.nudge();
         }

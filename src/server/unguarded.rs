@@ -1,5 +1,5 @@
-//! Functions of Postgres without pgrx's guard around them: an ERROR in one goes its way, to the client, as Postgres made it. It jumps
-//! over the frames in between, so these must hold nothing that needs dropping.
+//! Functions of Postgres without pgrx's guard around them. An ERROR in one reaches the client as Postgres made it. It jumps over the
+//! frames in between, so these must own nothing that needs dropping.
 //!
 //! pgrx's guard is for our own code: it turns an ERROR into a panic that carries a copy of it, in which constraint, column,
 //! position, context and any SQLSTATE that pgrx does not know are lost.
@@ -56,7 +56,7 @@ pub unsafe fn check_for_interrupts() {
     }
 }
 
-/// A moment of sleep; a signal ends it sooner.
+/// Sleeps for a moment; a signal ends it sooner.
 pub fn sleep(time: Duration) {
     // SAFETY: only sleeps.
     unsafe { libc::usleep(time.as_micros() as u32) };

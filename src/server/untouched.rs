@@ -21,7 +21,7 @@ thread_local! {
     static PLACES: RefCell<HashSet<CString>> = RefCell::new(HashSet::new());
 }
 
-/// How a function of ours has failed.
+/// How one of our functions failed.
 pub enum Failed {
     /// By an ERROR of Postgres: [`raise_again`].
     OfPostgres,
