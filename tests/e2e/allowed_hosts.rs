@@ -114,7 +114,7 @@ fn nothing_goes_to_another_host() {
 }
 
 #[test]
-fn a_reload_lets_go_of_what_is_no_longer_allowed() {
+fn a_reload_ends_connections_that_are_no_longer_allowed() {
     let stack = Stack::with(QUICK);
     publish_many(&mut stack.pg.client(), "default", "", "t", 10);
     wait_drained(&stack.pg, "default");
@@ -135,7 +135,7 @@ fn a_reload_lets_go_of_what_is_no_longer_allowed() {
 }
 
 #[test]
-fn a_list_that_cannot_be_read_opens_nothing() {
+fn an_unreadable_list_allows_nothing() {
     let mut stack = Stack::of(Postgres::with(QUICK).with(&[(SETTING, "127.0.0.1")]), Redis::start());
     stack.publish("t");
     stack.wait_events(1);

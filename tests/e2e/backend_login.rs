@@ -266,7 +266,7 @@ fn a_password_file_that_others_may_read_is_refused() {
 
 /// A Redis whose default user may do everything: whoever is not let in as somebody else writes nothing as that one.
 #[test]
-fn who_is_not_let_in_is_not_the_default_user() {
+fn a_user_that_redis_rejects_does_not_become_the_default_user() {
     let stack = Stack::with(QUICK);
     let mut admin = stack.redis.conn();
     tell(&mut admin, &["ACL", "SETUSER", "relay", "on", ">secret", "~*", "+@all"]);
@@ -409,7 +409,7 @@ fn each_stream_of_several_is_trimmed() {
 }
 
 #[test]
-fn publishers_choose_among_the_allowed_streams() {
+fn a_publisher_may_name_only_allowed_streams() {
     let stack = Stack::start();
     stack
         .pg

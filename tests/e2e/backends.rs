@@ -90,7 +90,7 @@ fn a_backend_is_used_in_the_transaction_that_made_it() {
 
 /// The worker may see the rows of such a transaction before it hears of the backend, above all while it is busy reading.
 #[test]
-fn events_that_come_with_their_backend_are_no_strays() {
+fn events_published_together_with_their_backend_are_delivered() {
     let stack = patient();
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {

@@ -69,7 +69,7 @@ fn a_million_events_of_one_insert_arrive_in_order_in_bounded_memory() {
 
 /// Rows of others are passed by in the index: none of one's own is, also none that was rolled back, or of a backend that comes later.
 #[test]
-fn whoever_has_few_events_among_many_of_another_gets_each_in_its_order() {
+fn few_events_among_many_of_another_backend_arrive_in_order() {
     const ROWS: usize = 12_000;
     let stack = Stack::with(&[("outbox_relay.redis_max_len", "0")]);
     stack.pg.exec(

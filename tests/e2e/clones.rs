@@ -91,7 +91,7 @@ fn a_clone_of_a_server_that_was_stopped_or_killed_sends_nothing() {
 
 /// Of a Redis that is lost, too, nobody knows who owned it: the clone is a copy by what it has itself.
 #[test]
-fn a_clone_that_is_told_to_goes_on_and_every_backend_needs_a_word() {
+fn a_clone_takes_over_each_backend_only_when_told_to() {
     let (mut stack, mut clone, sent) = with_clone();
     stack.pg.stop(Mode::Fast);
     clone.start_again();

@@ -96,7 +96,7 @@ fn streams_over_all_nodes_are_delivered_once_and_in_order_whatever_dies() {
 
 /// Of any bytes; the server says where each belongs, and each guard lies beside its stream.
 #[test]
-fn a_stream_may_be_called_anything() {
+fn a_stream_name_may_hold_any_characters() {
     let cluster = Cluster::start(0);
     let stack = stack(QUICK, &cluster);
     let names = [
@@ -192,7 +192,7 @@ fn more_slots_than_there_are_lanes_are_an_error_that_loses_nothing() {
 
 /// Whatever Redis refuses is one stream's trouble; and what is written down is known after a restart, lane by lane.
 #[test]
-fn a_refused_stream_holds_up_no_other_and_is_not_forgotten() {
+fn a_refused_stream_delays_no_other_and_is_tried_again() {
     let cluster = Cluster::start(0);
     let stack = stack(QUICK, &cluster);
     stack.pg.set("outbox_relay.max_retries", "1000");
@@ -347,7 +347,7 @@ fn one_node_that_answers_is_enough() {
 
 /// `wait_replicas` and `on_missing_guard`, in each lane.
 #[test]
-fn a_cluster_that_has_lost_everything_is_what_on_missing_guard_says() {
+fn on_missing_guard_decides_what_happens_to_a_cluster_that_lost_everything() {
     let cluster = Cluster::start(1);
     let stack = stack(QUICK, &cluster);
     stack
@@ -380,7 +380,7 @@ fn a_cluster_that_has_lost_everything_is_what_on_missing_guard_says() {
 
 /// Each lane has a guard of its own that is missing, and one word ends it for all.
 #[test]
-fn a_take_over_is_every_lanes() {
+fn a_take_over_concerns_every_lane() {
     let cluster = Cluster::start(0);
     let stack = stack(QUICK, &cluster);
     stack.pg.exec("update outbox.backends set on_missing_guard = 'halt'");

@@ -240,7 +240,7 @@ fn wait_drained_but(stack: &Stack, count: i64) {
 
 /// The claim of the dead comes when another has claimed.
 #[test]
-fn a_claim_of_the_dead_that_arrives_late_changes_nothing() {
+fn a_late_claim_of_a_dead_worker_changes_nothing() {
     let stack = stack(&[("outbox_relay.poll_interval", "1h")]);
     let proxy = stack.through_proxy();
     let mut published = publish_many(&mut stack.pg.client(), "default", "", "before", 10);

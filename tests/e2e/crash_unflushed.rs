@@ -186,7 +186,7 @@ fn crashes_under_a_load_of_asynchronous_commits_neither_lose_nor_make_up_events(
 }
 
 #[test]
-fn nor_when_the_wal_writer_sleeps() {
+fn crashes_neither_lose_nor_make_up_events_when_the_wal_writer_sleeps() {
     crash_rounds(&[], 8);
 }
 

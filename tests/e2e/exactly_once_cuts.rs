@@ -174,7 +174,7 @@ fn a_batch_that_is_lost_on_its_way_is_sent_again() {
 
 /// The worker is dead, another has appended what it had on its way, and then its bytes arrive: MULTI, entries, EXEC and all.
 #[test]
-fn a_write_of_the_dead_that_arrives_late_changes_nothing() {
+fn a_late_write_of_a_dead_worker_changes_nothing() {
     let mut line = Line::open(&[]);
     for round in 0..3 {
         line.proxy.hold(Way::ToServer);

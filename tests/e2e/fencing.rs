@@ -134,7 +134,7 @@ fn the_old_primary_restarts_in_time_and_stays_owner() {
 
 /// However long the original is away: that it left proves nothing to its copies.
 #[test]
-fn of_two_clusters_restored_from_one_backup_that_owns_which_is_told_to() {
+fn of_two_clusters_restored_from_one_backup_the_one_told_to_take_over_owns_the_streams() {
     let mut stack = Stack::with(WATCHFUL);
     let common = delivered(&stack, "common");
     let mut clones: Vec<Postgres> = (0..2).map(|_| stack.pg.base_backup().stopped()).collect();
@@ -274,7 +274,7 @@ fn an_owner_that_beats_more_slowly_is_not_given_up() {
 
 /// While nobody reaches Redis nobody gives a sign of life: that says nothing of the owner.
 #[test]
-fn an_outage_of_redis_robs_nobody() {
+fn an_outage_of_redis_changes_no_owner() {
     let stack = Stack::with(WATCHFUL);
     let proxy = Proxy::to(stack.redis.port());
     stack.point_at("default", "127.0.0.1", proxy.port());

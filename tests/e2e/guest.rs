@@ -82,7 +82,7 @@ fn a_locked_table_delays_no_shutdown() {
 
 /// The same when the lock is met only by the worker's last words.
 #[test]
-fn a_locked_table_delays_no_last_words() {
+fn a_locked_table_does_not_delay_the_final_save() {
     let mut stack = Stack::start();
     let published = publish_many(&mut stack.pg.client(), "default", "", "event", 3);
     stack.wait_events(3);
