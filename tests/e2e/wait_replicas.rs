@@ -68,6 +68,17 @@ impl Pair {
     }
 }
 
+/// The ids of the relay's connections.
+fn connections(redis: &Redis) -> Vec<u64> {
+    let clients: String = redis::cmd("CLIENT")
+        .arg("LIST")
+        .query(&mut redis.conn())
+        .expect("CLIENT LIST");
+    let ours = clients.lines().filter(|line| line.contains("name=outbox_relay"));
+    let id = |line: &str| line.strip_prefix("id=")?.split(' ').next()?.parse().ok();
+    ours.filter_map(id).collect()
+}
+
 #[test]
 fn batches_are_delivered_when_a_replica_has_them() {
     for delivery in ["exactly_once", "at_least_once"] {
@@ -157,6 +168,30 @@ fn waiting_for_none_ends_the_waiting() {
         }
         pair.replica.sigcont();
         pair.wait_delivered();
+    }
+}
+
+/// Each change of settings begins a new connection; the one before it ends, however long the replica stays away.
+#[test]
+fn a_connection_that_is_replaced_does_not_wait_on() {
+    for delivery in ["exactly_once", "at_least_once"] {
+        let mut pair = Pair::start(delivery);
+        pair.publish(10);
+        pair.wait_delivered();
+        pair.replica.sigstop();
+        pair.publish(10);
+        pair.wait_stuck(10);
+        for timeout_ms in [700, 800, 900] {
+            let before = connections(&pair.stack.redis);
+            let timeout = format!("update outbox.backends set socket_timeout = '{timeout_ms} ms'");
+            pair.stack.pg.exec(&timeout);
+            wait_until("a new connection, alone", || {
+                let now = connections(&pair.stack.redis);
+                now.len() == 1 && now != before
+            });
+        }
+        pair.replica.sigcont();
+        wait_drained(&pair.stack.pg, "default");
     }
 }
 

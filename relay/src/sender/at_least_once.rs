@@ -15,7 +15,7 @@ use crossbeam_channel::Receiver;
 use std::collections::VecDeque;
 use std::thread;
 
-/// Sends batches as they come, some ahead of their replies (at_least_once).
+/// Sends batches as they come, some ahead of their replies, until the connection ends or nobody listens any more.
 pub(super) fn pipeline(
     connection: Connection,
     destination: &Destination,
@@ -23,96 +23,125 @@ pub(super) fn pipeline(
     orders: &Receiver<Order>,
     reporter: &Reporter,
     idle: &Idle,
-) {
+) -> Result<(), Failure> {
     if !reporter.report(Report::Connected) {
-        return;
+        return Ok(());
     }
+    let mut pipeline = Pipeline {
+        destination,
+        replicas,
+        orders,
+        reporter,
+        idle,
+        unanswered: VecDeque::new(),
+        closed: None,
+    };
     let mut line = Line::of(connection, None);
-    // A WAIT that has to be repeated would come behind later batches.
-    let ahead = if replicas.is_some() { 1 } else { PIPELINED_BATCHES };
-    let mut unanswered: VecDeque<Batch> = VecDeque::new();
-    // The server has closed the connection: what it had said before is still to be read.
-    let mut closed: Option<Failure> = None;
-    loop {
-        while closed.is_none() && unanswered.len() < ahead {
-            let next = match unanswered.is_empty() {
-                true => match idle.keep(line, || next_order(orders)) {
-                    Ok((back, order)) => {
-                        line = back;
-                        order.ok()
-                    }
-                    Err(failure) => return reporter.lost(failure),
-                },
-                false => orders.try_recv().ok(),
+    while let Some(back) = pipeline.send(line)? {
+        line = back;
+        let Some(batch) = pipeline.unanswered.pop_front() else {
+            return pipeline.closed.map_or(Ok(()), Err);
+        };
+        if !pipeline.hear(line.connection(), batch)? {
+            break;
+        }
+    }
+    Ok(())
+}
+
+struct Pipeline<'a> {
+    destination: &'a Destination,
+    replicas: Option<Replicas>,
+    orders: &'a Receiver<Order>,
+    reporter: &'a Reporter,
+    idle: &'a Idle,
+    /// Batches that were sent, oldest first.
+    unanswered: VecDeque<Batch>,
+    /// The server has closed the connection. What it had said before is still to be read.
+    closed: Option<Failure>,
+}
+
+impl Pipeline<'_> {
+    /// Takes orders, and waits for one if there is nothing to be heard. `None`: the worker let go of the handle.
+    fn send(&mut self, mut line: Box<Line>) -> Result<Option<Box<Line>>, Failure> {
+        // A WAIT that has to be repeated would come behind later batches.
+        let ahead = if self.replicas.is_some() { 1 } else { PIPELINED_BATCHES };
+        while self.closed.is_none() && self.unanswered.len() < ahead {
+            let next = match self.unanswered.is_empty() {
+                true => {
+                    let (back, order) = self.idle.keep(line, || next_order(self.orders))?;
+                    line = back;
+                    order.ok()
+                }
+                false => self.orders.try_recv().ok(),
             };
             match next {
-                Some(Order::Batch(batch)) => {
-                    match line.connection().send(&batch.bytes) {
-                        Err(failure) if failure.trouble != Trouble::Closed => return reporter.lost(failure),
-                        sent => closed = sent.err(),
-                    }
-                    unanswered.push_back(batch);
-                }
+                Some(Order::Batch(batch)) => self.write(line.connection(), batch)?,
                 // Nothing is asked of Redis: only whether the connection is still there.
-                Some(Order::Beat { .. }) if unanswered.is_empty() => {
-                    if let Err(failure) = line.connection().look() {
-                        return reporter.lost(failure);
-                    }
-                }
+                Some(Order::Beat { .. }) if self.unanswered.is_empty() => line.connection().look()?,
                 Some(_) => {}
-                // The worker let go of the handle.
-                None if unanswered.is_empty() => return,
+                None if self.unanswered.is_empty() => return Ok(None),
                 None => break,
             }
         }
-        let Some(batch) = unanswered.pop_front() else {
-            return closed.into_iter().for_each(|failure| reporter.lost(failure));
-        };
-        let report = match answers(line.connection(), batch.commands) {
-            Ok(refused) => Report::Done {
-                refused: refused
-                    .into_iter()
-                    .map(|(index, failure)| (index, topology::heard(destination, failure)))
-                    .collect(),
-                buffer: batch.bytes,
-            },
+        Ok(Some(line))
+    }
+
+    fn write(&mut self, connection: &mut Connection, batch: Batch) -> Result<(), Failure> {
+        match connection.send(&batch.bytes) {
+            Err(failure) if failure.trouble != Trouble::Closed => return Err(failure),
+            sent => self.closed = sent.err(),
+        }
+        self.unanswered.push_back(batch);
+        Ok(())
+    }
+
+    /// Reads the replies of a batch, and reports them. False: the connection has ended, or nobody listens.
+    fn hear(&self, connection: &mut Connection, batch: Batch) -> Result<bool, Failure> {
+        let refused = match answers(connection, batch.commands) {
+            Ok(refused) => refused.into_iter(),
             Err((failure, accepted, refused)) => {
-                reporter.report(Report::Lost {
+                self.reporter.report(Report::Lost {
                     failure,
                     accepted,
                     refused,
                 });
-                return;
+                return Ok(false);
             }
         };
-        if let Some(replicas) = replicas
-            && let Err(failure) = replicate(line.connection(), replicas, reporter)
+        if let Some(replicas) = self.replicas
+            && !self.replicate(connection, replicas)?
         {
-            return reporter.lost(failure);
+            return Ok(false);
         }
-        if !reporter.report_before(report, orders.len() + unanswered.len()) {
-            return;
-        }
-    }
-}
-
-/// Waits until enough replicas have all that was written.
-fn replicate(connection: &mut Connection, replicas: Replicas, reporter: &Reporter) -> Result<(), Failure> {
-    let mut told = None;
-    loop {
-        let mut wait = Vec::new();
-        replicas.append_wait(&mut wait);
-        connection.send(&wait)?;
-        let Err(failure) = replicas.judge(&connection.receive(&Bounds::line("WAIT"))?.value()?)? else {
-            return Ok(());
+        let heard = |(index, failure)| (index, topology::heard(self.destination, failure));
+        let report = Report::Done {
+            refused: refused.map(heard).collect(),
+            buffer: batch.bytes,
         };
-        if told.as_ref() != Some(&failure.message) {
-            told = Some(failure.message.clone());
-            if !reporter.report(Report::Behind(failure)) {
-                return Err(Failure::backend("let go"));
+        let waiting = self.orders.len() + self.unanswered.len();
+        Ok(self.reporter.report_before(report, waiting))
+    }
+
+    /// Waits until enough replicas have all that was written. False: nobody listens.
+    fn replicate(&self, connection: &mut Connection, replicas: Replicas) -> Result<bool, Failure> {
+        let mut reported = None;
+        loop {
+            let mut wait = Vec::new();
+            replicas.append_wait(&mut wait);
+            connection.send(&wait)?;
+            let Err(failure) = replicas.judge(&connection.receive(&Bounds::line("WAIT"))?.value()?)? else {
+                return Ok(true);
+            };
+            if self.idle.is_let_go() {
+                return Ok(false);
             }
+            if reported.as_ref() != Some(&failure.message) {
+                reported = Some(failure.message.clone());
+                self.reporter.report(Report::Behind(failure));
+            }
+            thread::sleep(WAIT_PAUSE);
         }
-        thread::sleep(WAIT_PAUSE);
     }
 }
 

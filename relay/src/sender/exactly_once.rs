@@ -41,6 +41,10 @@ pub(super) fn converse(
             }
         }
         if conversation.waits_again() {
+            // Replicas may be away for days, and no order is taken meanwhile that would say so.
+            if idle.is_let_go() {
+                return Ok(());
+            }
             thread::sleep(WAIT_PAUSE);
         }
         if !conversation.output().is_empty() {

@@ -102,6 +102,11 @@ impl Idle {
             .ok_or_else(|| Failure::backend("the connection was taken away while it was idle"))
     }
 
+    /// Whether the worker has dropped its [`Handle`](crate::sender::Handle), which holds the other one.
+    pub(crate) fn is_let_go(&self) -> bool {
+        Arc::strong_count(&self.0) == 1
+    }
+
     /// Refreshes the guard, or looks whether the connection is there. True: all is well as far as is known, or the sender is at work, whose
     /// batches say as much. False: the sender is to do it. Waits for nothing.
     pub(crate) fn beat(&self, beat: u64) -> bool {

@@ -120,7 +120,7 @@ fn run(destination: &Destination, orders: &Receiver<Order>, reporter: &Reporter,
         Ok(connection) => connection,
         Err(failure) => return reporter.lost(failure),
     };
-    match &destination.protocol {
+    let outcome = match &destination.protocol {
         Protocol::AtLeastOnce { replicas } => pipeline(connection, destination, *replicas, orders, reporter, idle),
         Protocol::ExactlyOnce {
             guard,
@@ -129,9 +129,10 @@ fn run(destination: &Destination, orders: &Receiver<Order>, reporter: &Reporter,
         } => {
             let conversation = Conversation::new(guard, *replicas, ousting.as_deref());
             let line = Line::of(connection, Some(conversation));
-            if let Err(failure) = converse(line, orders, reporter, idle) {
-                reporter.lost(topology::heard(destination, failure));
-            }
+            converse(line, orders, reporter, idle)
         }
+    };
+    if let Err(failure) = outcome {
+        reporter.lost(topology::heard(destination, failure));
     }
 }
