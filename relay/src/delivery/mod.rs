@@ -14,84 +14,40 @@
 //! With at_least_once batches are plain commands, several on their way at once: a reply that blames the backend, or a lost
 //! connection, leaves those behind it in doubt. With exactly_once a batch is appended whole or not at all and the guard
 //! says which was the last, by its number; so what is in flight is never in doubt for longer than it takes to ask.
+//!
+//! - [`state`] how the connection is; [`connection`] when it is opened, and what its end means
+//! - [`flight`] batches on their way; [`landing`] what their replies mean; [`guarded`] the same with a guard
+//! - [`refusal`] streams that Redis refuses, [`waiting`] who of them is tried next, [`retries`] what a delivery asks of
+//!   both; [`reread`] rows that are read again; [`backoff`]
 
 pub mod backoff;
+mod connection;
 pub mod flight;
 mod guarded;
+mod landing;
 pub mod refusal;
 mod reread;
+mod retries;
+mod state;
 mod waiting;
 
 use crate::delivery::backoff::Backoff;
-use crate::delivery::flight::BatchedEvent;
-use crate::delivery::flight::Window;
-use crate::delivery::flight::{Contents, Flight, WINDOW_BYTES, streams_of};
-use crate::delivery::flight::{Refusal, WINDOW_BATCHES, is_backends};
-use crate::delivery::refusal::{Record, Retry, Streams};
+use crate::delivery::flight::{BatchedEvent, Contents, Flight, WINDOW_BATCHES, WINDOW_BYTES, Window};
+use crate::delivery::refusal::Streams;
 use crate::delivery::reread::Reread;
+use crate::delivery::state::ConnectionState;
+pub use crate::delivery::state::State;
 use crate::failure::{Class, Failure};
 use crate::reading::range::Position;
 use crate::reading::schedule::Supply;
 use crate::time::Now;
 use std::collections::{BTreeSet, VecDeque};
-use std::rc::Rc;
-use std::time::Duration;
 
 /// How a backend's batches are appended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Guarantee {
     AtLeastOnce,
     ExactlyOnce,
-}
-
-/// Configuration errors wait this many times longer than outages: somebody has to mend something first.
-const CONFIGURATION_PATIENCE: u32 = 5;
-
-/// A backend whose node may change looks for the new one this often at least,
-const LOOK_UP_WAIT: Duration = Duration::from_secs(1);
-/// for so many failures in a row: a failover takes seconds. Then it is an outage like any other.
-const HASTY_FAILURES: u32 = 100;
-
-/// Attempts that somebody asks for are at least so far apart.
-const ASKED_PAUSE: Duration = Duration::from_secs(1);
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum ConnectionState {
-    Down {
-        retry_at: Now,
-    },
-    Connecting,
-    Up,
-    /// A reply blamed the backend: collect the replies that are still to come, then go down.
-    Draining {
-        retry_at: Now,
-    },
-    /// Something was refused: that must be written down before another batch is sent.
-    Stopped,
-}
-
-/// What a user sees as `state` in `outbox.backend_status`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum State {
-    Idle,
-    Sending,
-    Backoff,
-    Misconfigured,
-    Fenced,
-    Copy,
-}
-
-impl State {
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Idle => "idle",
-            Self::Sending => "sending",
-            Self::Backoff => "backoff",
-            Self::Misconfigured => "misconfigured",
-            Self::Fenced => "fenced",
-            Self::Copy => "copy",
-        }
-    }
 }
 
 /// See the module's text.
@@ -202,70 +158,6 @@ impl Delivery {
         self.follows = follows;
     }
 
-    /// It is due, but there is no room for its connection.
-    pub fn waits_for_room(&mut self, failure: Failure) {
-        self.trouble = Some(failure);
-    }
-
-    /// Somebody has asked for an attempt: there is one, but not more than one each second, and if it fails the wait goes on as if nobody had.
-    pub fn retry_asked(&mut self, now: Now) {
-        let ConnectionState::Down { retry_at } = &mut self.connection else {
-            return;
-        };
-        let at = self.asked_at.map_or(now, |last| now.max(last + ASKED_PAUSE));
-        if at < *retry_at {
-            self.unasked = self.unasked.or(Some(*retry_at));
-            (self.asked_at, *retry_at) = (Some(at), at);
-        }
-    }
-
-    /// The settings changed: forget the wait.
-    pub fn retry_now(&mut self) {
-        self.unasked = None;
-        if let ConnectionState::Down { retry_at } = &mut self.connection {
-            *retry_at = Now::ZERO;
-        }
-    }
-
-    /// Whether a sender is to be started now.
-    pub fn wants_connection(&self, now: Now) -> bool {
-        matches!(self.connection, ConnectionState::Down { retry_at } if retry_at <= now)
-    }
-
-    /// When that will be, if it is down.
-    pub fn connects_at(&self) -> Option<Now> {
-        match self.connection {
-            ConnectionState::Down { retry_at } => Some(retry_at),
-            ConnectionState::Connecting
-            | ConnectionState::Up
-            | ConnectionState::Draining { .. }
-            | ConnectionState::Stopped => None,
-        }
-    }
-
-    pub fn connecting(&mut self) {
-        self.connection = ConnectionState::Connecting;
-    }
-
-    /// It should be up by now, but its sender has not failed either: somebody answers, slowly or much. False: that is not so.
-    pub fn takes_long(&mut self, failure: Failure) -> bool {
-        let is_so = self.connection == ConnectionState::Connecting;
-        if is_so {
-            self.trouble.get_or_insert(failure);
-        }
-        is_so
-    }
-
-    /// Logged in, and with exactly_once: the guard is ours, and what it says was taken in.
-    pub fn connected(&mut self) {
-        self.unasked = None;
-        self.connection = ConnectionState::Up;
-    }
-
-    pub fn is_up(&self) -> bool {
-        matches!(self.connection, ConnectionState::Up | ConnectionState::Stopped)
-    }
-
     pub fn guarantee(&self) -> Guarantee {
         self.guarantee
     }
@@ -362,77 +254,6 @@ impl Delivery {
         }
     }
 
-    pub fn streams(&self) -> &Streams {
-        &self.streams
-    }
-
-    /// Settings of the backend changed what its streams are called, or failed events were taken away.
-    pub fn set_streams(&mut self, mut streams: Streams) {
-        streams.go_on_from(&self.streams);
-        self.streams = streams;
-        self.mark_retries();
-    }
-
-    /// What is being tried again is not tried once more at the same time.
-    fn mark_retries(&mut self) {
-        for stream in self.flights.iter().flat_map(Flight::retried) {
-            self.streams.retrying(&stream);
-        }
-    }
-
-    /// Streams whose waiting events are to be tried again now in one batch, and how many of each: of those whose head is not accepted yet,
-    /// that alone, and as many streams as `heads` says; `followers` of the others. Empty: none. What is not sent is to be told to
-    /// [`Self::stream_cleared`] or [`Self::stream_put_back`].
-    pub fn streams_to_retry(&mut self, now: Now, heads: usize, followers: usize) -> Vec<Retry> {
-        if self.connection == ConnectionState::Up
-            && !self
-                .flights
-                .iter()
-                .any(|f| matches!(f.contents, Contents::Waiting { .. }))
-        {
-            self.streams.retried(now);
-        }
-        if self.is_rereading() {
-            return Vec::new();
-        }
-        if self.guarantee == Guarantee::ExactlyOnce && !self.flights.is_empty() {
-            self.makes_way = self.streams.next_retry_at().is_some_and(|at| at <= now);
-            return Vec::new();
-        }
-        self.makes_way = false;
-        if !self.has_room() {
-            return Vec::new();
-        }
-        self.streams.due(now, heads, followers)
-    }
-
-    /// There was no room for events of this stream: they are tried again with the next.
-    pub fn stream_put_back(&mut self, stream: &Rc<str>) {
-        self.streams.rests(stream);
-    }
-
-    /// Streams whose head has failed, at most `count`, with the reason: all that waits in them is to fail, once all records are written
-    /// down, and then [`Self::stream_failed`] is to be told.
-    pub fn streams_to_fail(&self, count: usize) -> Vec<(Rc<str>, Rc<str>)> {
-        self.streams.to_fail(count)
-    }
-
-    /// All that waited in this stream has failed, durably: what comes has one attempt.
-    pub fn stream_failed(&mut self, stream: &Rc<str>) {
-        self.streams.failed(stream);
-    }
-
-    /// No event of this stream waits any more.
-    pub fn stream_cleared(&mut self, stream: &Rc<str>) {
-        self.streams.cleared(stream);
-    }
-
-    /// The waiting events of a stream could not be read: they are tried again later.
-    pub fn retry_failed(&mut self) {
-        self.streams.abandon();
-        self.mark_retries();
-    }
-
     /// A row was read and skipped, or parked and written down, as [`Self::on_row`] said. To be told before [`Self::advanced`].
     pub fn skipped(&mut self, seq: i64) {
         self.ahead.insert(seq);
@@ -476,70 +297,6 @@ impl Delivery {
         });
     }
 
-    /// All replies of the oldest batch are there. Returns what must be recorded before the cursor is saved.
-    pub fn replied(&mut self, refused: Vec<Refusal>, now: Now, random: f64) -> Vec<Record> {
-        let Some(flight) = self.flights.pop_front() else {
-            return Vec::new();
-        };
-        self.in_flight_bytes -= flight.bytes;
-        if self.guarantee == Guarantee::ExactlyOnce {
-            return self.appended(flight, refused, now, random);
-        }
-        let count = flight.entries.len();
-        let blamed = refused.iter().find(|r| is_backends(r)).map(|r| r.1.clone());
-        let records = self.land(flight, count, refused, now, random);
-        match blamed {
-            Some(failure) if self.connection == ConnectionState::Up => {
-                let retry_at = self.failed(failure, now, random);
-                self.connection = ConnectionState::Draining { retry_at };
-            }
-            None if self.connection == ConnectionState::Up => {
-                self.failures = 0;
-                self.trouble = None;
-            }
-            // Replies that were still to come after the first that blamed the backend.
-            Some(_) | None => {}
-        }
-        self.settle();
-        records
-    }
-
-    /// Whether the sender is to be let go: its last reply blamed the backend and no more are to come.
-    pub fn is_drained(&self) -> bool {
-        matches!(self.connection, ConnectionState::Draining { .. }) && self.flights.is_empty()
-    }
-
-    /// Goes down after [`Self::is_drained`].
-    pub fn drained(&mut self) {
-        if let ConnectionState::Draining { retry_at } = self.connection {
-            self.go_down(retry_at);
-        }
-    }
-
-    /// The connection ended, after `accepted` replies of the oldest batch, of which some `refused`.
-    pub fn lost(
-        &mut self,
-        failure: Failure,
-        accepted: usize,
-        refused: Vec<Refusal>,
-        now: Now,
-        random: f64,
-    ) -> Vec<Record> {
-        self.doubt_flights();
-        let records = match self.flights.pop_front() {
-            Some(flight) => self.land(flight, accepted, refused, now, random),
-            None => Vec::new(),
-        };
-        // A connection that had worked may just have been closed for idling: look again at once, but only once.
-        let fresh = self.failures == 0 && self.connection == ConnectionState::Up && failure.class == Class::Backend;
-        let retry_at = self.failed(failure, now, random);
-        if fresh {
-            self.trouble = None;
-        }
-        self.go_down(if fresh { now } else { retry_at });
-        records
-    }
-
     /// Nothing is left to read or in flight, and it is connected: all is well. True if that is news. `is_all_read`: nor are there rows that
     /// may not be read yet, of which something may be known.
     pub fn rest(&mut self, is_all_read: bool) -> bool {
@@ -554,133 +311,6 @@ impl Delivery {
             (self.reread_to, self.reread) = (0, None);
         }
         rests && self.trouble.take().is_some()
-    }
-
-    /// The worker lets the sender go (settings changed, backend disabled): what is in flight is in doubt.
-    pub fn abandon(&mut self) {
-        self.doubt_flights();
-        self.go_down(Now::ZERO);
-    }
-
-    /// The backend stands for another server now: what was wrong with the former one says nothing.
-    pub fn forget_trouble(&mut self) {
-        self.trouble = None;
-        self.failures = 0;
-        self.unasked = None;
-    }
-
-    fn failed(&mut self, failure: Failure, now: Now, random: f64) -> Now {
-        if let Some(unasked) = self.unasked.take().filter(|at| *at > now) {
-            self.trouble = Some(failure);
-            return unasked;
-        }
-        self.failures = self.failures.saturating_add(1);
-        let patience = if failure.class == Class::Configuration {
-            CONFIGURATION_PATIENCE
-        } else {
-            1
-        };
-        let mut wait = self.backoff.wait(self.failures, random) * patience;
-        if self.follows && failure.class == Class::Backend && self.failures <= HASTY_FAILURES {
-            wait = wait.min(LOOK_UP_WAIT);
-        }
-        self.trouble = Some(failure);
-        now + wait.min(self.backoff.max_delay.max(self.backoff.delay))
-    }
-
-    fn go_down(&mut self, retry_at: Now) {
-        self.rewind();
-        self.connection = ConnectionState::Down { retry_at };
-    }
-
-    /// Reads on from what was acknowledged; what is in flight, if anything, is none of ours any more.
-    fn rewind(&mut self) {
-        for flight in self.flights.drain(..) {
-            for stream in flight.retried() {
-                self.streams.waits_again(&stream);
-            }
-        }
-        self.aside.clear();
-        self.piece.clear();
-        self.in_flight_bytes = 0;
-        self.read = self.acked.clone();
-        self.streams.abandon();
-        self.makes_way = false;
-    }
-
-    /// Takes the first `known` results of a flight: moves the cursor over what is settled, remembers what was accepted beyond
-    /// a gap, and says what to record.
-    fn land(&mut self, flight: Flight, known: usize, refused: Vec<Refusal>, now: Now, random: f64) -> Vec<Record> {
-        let whole = known == flight.entries.len() && !refused.iter().any(is_backends);
-        let mut records = Vec::new();
-        let mut refused = refused.into_iter().peekable();
-        let (again, ends_range) = match &flight.contents {
-            Contents::Rows { end } => (false, end.under_way.is_none()),
-            Contents::Waiting { .. } => (true, false),
-        };
-        // Set at the first entry that is not settled; the cursor cannot pass it. No position stands for a part of a batch
-        // that ends with its range.
-        let mut gap = matches!(self.connection, ConnectionState::Draining { .. }) || (!whole && ends_range);
-        let mut settled: Option<i64> = None;
-        for (index, entry) in flight.entries.iter().enumerate().take(known) {
-            match refused.next_if(|r| r.0 == index) {
-                None => {
-                    self.published += 1;
-                    records.extend(self.streams.accepted(entry, again));
-                }
-                Some((_, failure)) if failure.class != Class::Event => {
-                    gap = true;
-                    continue;
-                }
-                Some((_, failure)) => records.push(self.refused(entry, again, &failure, now, random)),
-            }
-            if !gap {
-                settled = Some(entry.seq);
-            } else if !again {
-                self.ahead.insert(entry.seq);
-            }
-        }
-        match flight.contents {
-            Contents::Waiting { .. } => {
-                for stream in streams_of(&flight.entries) {
-                    self.streams.end_retry(&stream);
-                    if !whole {
-                        self.streams.waits_again(&stream);
-                    }
-                }
-            }
-            Contents::Rows { end } if whole && !gap => {
-                self.ack(end);
-                for seq in &flight.aside {
-                    self.ahead.remove(seq);
-                    self.found.remove(seq);
-                }
-            }
-            Contents::Rows { end } => {
-                if let (Some(seq), Some(under_way)) = (settled, end.under_way) {
-                    self.ack(Position::towards(end.from, under_way.to, seq));
-                }
-            }
-        }
-        records
-    }
-
-    fn refused(&mut self, entry: &BatchedEvent, again: bool, failure: &Failure, now: Now, random: f64) -> Record {
-        let backoff = &self.backoff;
-        let wait = |attempt| backoff.wait(attempt, random);
-        self.streams.refused(entry, again, failure, now, wait)
-    }
-
-    /// With nothing in flight, all that was read is settled.
-    fn settle(&mut self) {
-        let rows_in_flight = self.flights.iter().any(|f| matches!(f.contents, Contents::Rows { .. }));
-        if !rows_in_flight && !matches!(self.connection, ConnectionState::Draining { .. }) {
-            self.ack(self.read.clone());
-            for seq in self.aside.drain(..) {
-                self.ahead.remove(&seq);
-                self.found.remove(&seq);
-            }
-        }
     }
 }
 

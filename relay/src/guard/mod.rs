@@ -11,6 +11,7 @@
 pub mod claim;
 pub mod epoch;
 pub mod place;
+pub mod watch;
 
 use crate::guard::epoch::{MOST_EPOCHS, epoch_of};
 use crate::reading::range::Position;

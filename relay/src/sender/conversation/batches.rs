@@ -9,7 +9,7 @@ use crate::resp::read::Reply;
 use crate::resp::write::append_command;
 use crate::sender::conversation::Conversation;
 use crate::sender::conversation::replies::{refusals, touched};
-use crate::sender::conversation::state::{Expect, Kind, Next, State, Written};
+use crate::sender::conversation::state::{ConversationState, Expect, Kind, Next, Written};
 use crate::sender::orders::{Batch, Report};
 use redis::{ServerError, Value};
 
@@ -23,30 +23,30 @@ impl Conversation {
     }
 
     /// Writes a batch's commands: all but its EXEC, unless that may be sent.
-    pub(super) fn queue(&mut self, state: State, batch: Batch, kind: Kind) -> State {
+    pub(super) fn queue(&mut self, state: ConversationState, batch: Batch, kind: Kind) -> ConversationState {
         match state {
-            State::Armed { token } => {
+            ConversationState::Armed { token } => {
                 let batch = self.written(batch, kind);
                 self.append_exec();
-                State::Executing {
+                ConversationState::Executing {
                     token,
                     batch,
                     next: Next::Nothing,
                 }
             }
-            State::Executing {
+            ConversationState::Executing {
                 token,
                 batch: executing,
                 next: Next::Nothing,
-            } => State::Executing {
+            } => ConversationState::Executing {
                 token,
                 batch: executing,
                 next: self.queued(batch, kind),
             },
-            State::Rearming {
+            ConversationState::Rearming {
                 token,
                 next: Next::Nothing,
-            } => State::Rearming {
+            } => ConversationState::Rearming {
                 token,
                 next: self.queued(batch, kind),
             },
@@ -74,11 +74,11 @@ impl Conversation {
     }
 
     /// Executes a batch that is queued: the token was read, and is ours.
-    pub(super) fn execute(&mut self, token: String, batch: Written) -> State {
+    pub(super) fn execute(&mut self, token: String, batch: Written) -> ConversationState {
         if !fault::is_mutated(Mutation::TwoExecs) {
             self.append_exec();
         }
-        State::Executing {
+        ConversationState::Executing {
             token,
             batch,
             next: Next::Nothing,
@@ -103,7 +103,7 @@ impl Conversation {
     /// Command `index` of the batch that is executing was not queued; number 0 is MULTI.
     pub(super) fn not_queued(&mut self, value: &Value, index: usize, reports: &mut Vec<Report>) -> Result<(), Failure> {
         // Replies to a batch's commands come behind the answer that let it be executed. Otherwise it was discarded.
-        let (State::Executing { batch, .. }, Value::ServerError(error)) = (&mut self.state, value) else {
+        let (ConversationState::Executing { batch, .. }, Value::ServerError(error)) = (&mut self.state, value) else {
             return Ok(());
         };
         let failure = failure::reply(error);
@@ -122,7 +122,7 @@ impl Conversation {
     /// The server reads no more of this connection after an entry that is too large for it: nothing of the batch is appended.
     fn cut_off(&mut self, reports: &mut Vec<Report>) {
         self.state = match std::mem::take(&mut self.state) {
-            State::Executing { token, batch, next } => {
+            ConversationState::Executing { token, batch, next } => {
                 let state = self.stop(token, next);
                 if batch.unqueued.iter().all(|(_, failure)| failure.class == Class::Event) {
                     reports.push(aborted(batch));
@@ -136,7 +136,7 @@ impl Conversation {
     /// The reply to a batch's EXEC.
     pub(super) fn executed(&mut self, reply: Reply<'_>, reports: &mut Vec<Report>) -> Result<(), Failure> {
         fault::reach(Point::AfterExec);
-        let State::Executing { token, batch, next } = std::mem::take(&mut self.state) else {
+        let ConversationState::Executing { token, batch, next } = std::mem::take(&mut self.state) else {
             return Err(Failure::backend("a reply to no EXEC"));
         };
         let commands = batch.batch.commands;
@@ -157,7 +157,7 @@ impl Conversation {
             },
         }
         self.state = match self.replicas {
-            Some(_) => State::Replicating { token, batch, refused },
+            Some(_) => ConversationState::Replicating { token, batch, refused },
             None => self.done(token, batch, refused, next, reports),
         };
         Ok(())
@@ -171,9 +171,9 @@ impl Conversation {
         refused: Vec<Refusal>,
         next: Next,
         reports: &mut Vec<Report>,
-    ) -> State {
+    ) -> ConversationState {
         let state = match refused.is_empty() {
-            true => State::Rearming { token, next },
+            true => ConversationState::Rearming { token, next },
             false => self.stop(token, next),
         };
         match batch.kind {
@@ -188,12 +188,12 @@ impl Conversation {
     }
 
     /// Nothing more is appended until the worker has written down what was refused.
-    fn stop(&mut self, token: String, next: Next) -> State {
+    fn stop(&mut self, token: String, next: Next) -> ConversationState {
         if let Next::Batch(_) = next {
             append_command(&mut self.out, &[b"DISCARD"]);
             self.expected.push_back(Expect::Discard);
         }
-        State::Stopped { token }
+        ConversationState::Stopped { token }
     }
 
     /// The reply to WAIT; `reported`: what was said of too few replicas before.
@@ -215,11 +215,13 @@ impl Conversation {
             return Ok(());
         }
         self.state = match std::mem::take(&mut self.state) {
-            State::Replicating { token, batch, refused } => self.done(token, batch, refused, Next::Nothing, reports),
+            ConversationState::Replicating { token, batch, refused } => {
+                self.done(token, batch, refused, Next::Nothing, reports)
+            }
             // A claim.
             state => state,
         };
-        if !matches!(self.state, State::Stopped { .. }) {
+        if !matches!(self.state, ConversationState::Stopped { .. }) {
             self.rearm();
         }
         Ok(())

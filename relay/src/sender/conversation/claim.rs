@@ -7,12 +7,12 @@ use crate::resp::read::Reply;
 use crate::resp::write::append_command;
 use crate::sender::conversation::Conversation;
 use crate::sender::conversation::replies::{guard_of, touched, well};
-use crate::sender::conversation::state::{Expect, Next, State};
+use crate::sender::conversation::state::{ConversationState, Expect, Next};
 use crate::sender::orders::{Claim, Report};
 use redis::Value;
 
 impl Conversation {
-    pub(super) fn claim(&mut self, claim: Claim) -> State {
+    pub(super) fn claim(&mut self, claim: Claim) -> ConversationState {
         self.out.extend_from_slice(BATCH_START);
         append_claim(&mut self.out, &self.key, &claim.token, &claim.owner);
         self.expected.extend([Expect::Claiming, Expect::Claiming]);
@@ -33,7 +33,7 @@ impl Conversation {
         }
         append_command(&mut self.out, &[b"EXEC"]);
         self.expected.push_back(Expect::ClaimExec);
-        State::Claiming { token: claim.token }
+        ConversationState::Claiming { token: claim.token }
     }
 
     /// The reply to the EXEC of a claim.
@@ -74,13 +74,13 @@ impl Conversation {
             return Err(touched());
         }
         self.state = match std::mem::take(&mut self.state) {
-            State::Claiming { token } => {
+            ConversationState::Claiming { token } => {
                 fault::reach(Point::AfterClaim);
                 reports.push(Report::Claimed);
-                State::Armed { token }
+                ConversationState::Armed { token }
             }
-            State::Rearming { token, next } => match next {
-                Next::Nothing => State::Armed { token },
+            ConversationState::Rearming { token, next } => match next {
+                Next::Nothing => ConversationState::Armed { token },
                 Next::Batch(batch) => self.execute(token, batch),
                 Next::Search(search) => self.search(token, search),
             },

@@ -27,7 +27,7 @@ use crate::resp::bounds::Bounds;
 use crate::resp::read::Reply;
 use crate::resp::write::append_command;
 use crate::sender::conversation::replies::well;
-use crate::sender::conversation::state::{Expect, Kind, Next, State};
+use crate::sender::conversation::state::{ConversationState, Expect, Kind, Next};
 use crate::sender::orders::{Order, Report};
 use crate::sender::tails::Search;
 use std::collections::VecDeque;
@@ -37,7 +37,7 @@ pub struct Conversation {
     /// The guard's.
     key: Vec<u8>,
     replicas: Option<Replicas>,
-    state: State,
+    state: ConversationState,
     /// What the replies that are still to come answer.
     expected: VecDeque<Expect>,
     out: Vec<u8>,
@@ -60,7 +60,7 @@ impl Conversation {
         Self {
             key,
             replicas,
-            state: State::Unclaimed,
+            state: ConversationState::Unclaimed,
             expected,
             out,
         }
@@ -81,9 +81,9 @@ impl Conversation {
             (Some(Expect::Guard), _) => Bounds::guard(),
             (Some(Expect::Token), _) => Bounds::TOKEN,
             (Some(Expect::ClaimExec), _) => Bounds::CLAIM,
-            (Some(Expect::Exec), State::Executing { batch, .. }) => Bounds::executed(batch.batch.commands),
+            (Some(Expect::Exec), ConversationState::Executing { batch, .. }) => Bounds::executed(batch.batch.commands),
             (Some(Expect::Exec), _) => Bounds::executed(0),
-            (Some(Expect::Search), State::Searching { search, .. }) => search.bounds(),
+            (Some(Expect::Search), ConversationState::Searching { search, .. }) => search.bounds(),
             (Some(Expect::Search), _) => Bounds::INFO,
             (Some(Expect::Ousting), _) => Bounds::line("HSET of the guard"),
             (Some(Expect::Watch), _) => Bounds::line("WATCH"),
@@ -124,13 +124,15 @@ impl Conversation {
     /// Whether an order may be given now.
     pub fn wants_order(&self) -> bool {
         match &self.state {
-            State::Unclaimed | State::Stopped { .. } => self.expected.is_empty(),
-            State::Armed { .. } => true,
-            State::Executing { next, .. } | State::Rearming { next, .. } => {
+            ConversationState::Unclaimed | ConversationState::Stopped { .. } => self.expected.is_empty(),
+            ConversationState::Armed { .. } => true,
+            ConversationState::Executing { next, .. } | ConversationState::Rearming { next, .. } => {
                 // While it waits for replicas, nothing may be queued behind: a further WAIT would be queued too.
                 self.replicas.is_none() && matches!(next, Next::Nothing)
             }
-            State::Claiming { .. } | State::Searching { .. } | State::Replicating { .. } => false,
+            ConversationState::Claiming { .. }
+            | ConversationState::Searching { .. }
+            | ConversationState::Replicating { .. } => false,
         }
     }
 
@@ -140,24 +142,26 @@ impl Conversation {
             return;
         }
         self.state = match (std::mem::take(&mut self.state), order) {
-            (State::Unclaimed, Order::Claim(claim)) => self.claim(*claim),
-            (State::Stopped { token }, Order::Resume) => {
+            (ConversationState::Unclaimed, Order::Claim(claim)) => self.claim(*claim),
+            (ConversationState::Stopped { token }, Order::Resume) => {
                 self.rearm();
                 let next = Next::Nothing;
-                State::Rearming { token, next }
+                ConversationState::Rearming { token, next }
             }
-            (State::Armed { token }, Order::Look(wanted)) => self.search(token, Box::new(Search::new(&wanted))),
-            (State::Executing { token, batch, .. }, Order::Look(wanted)) => {
-                let next = Next::Search(Box::new(Search::new(&wanted)));
-                State::Executing { token, batch, next }
+            (ConversationState::Armed { token }, Order::Look(wanted)) => {
+                self.search(token, Box::new(Search::new(&wanted)))
             }
-            (State::Rearming { token, .. }, Order::Look(wanted)) => {
+            (ConversationState::Executing { token, batch, .. }, Order::Look(wanted)) => {
                 let next = Next::Search(Box::new(Search::new(&wanted)));
-                State::Rearming { token, next }
+                ConversationState::Executing { token, batch, next }
+            }
+            (ConversationState::Rearming { token, .. }, Order::Look(wanted)) => {
+                let next = Next::Search(Box::new(Search::new(&wanted)));
+                ConversationState::Rearming { token, next }
             }
             (state, Order::Batch(batch)) => self.queue(state, batch, Kind::Batch),
             // A batch on its way says as much as a refresh.
-            (state @ State::Executing { .. }, Order::Beat { released: false, .. }) => state,
+            (state @ ConversationState::Executing { .. }, Order::Beat { released: false, .. }) => state,
             (state, Order::Beat { beat, released }) => {
                 let (batch, kind) = self.beat(beat, released);
                 self.queue(state, batch, kind)
@@ -169,7 +173,7 @@ impl Conversation {
 
     /// The replies to a refresh if all is as usual; `None`: none may be written now, or not all at once.
     pub fn usual_answer_to_beat(&self) -> Option<Vec<u8>> {
-        let State::Armed { token } = &self.state else {
+        let ConversationState::Armed { token } = &self.state else {
             return None;
         };
         if self.awaits_reply() || self.replicas.is_some() {

@@ -3,25 +3,25 @@
 use crate::failure::Failure;
 use crate::resp::read::Reply;
 use crate::sender::conversation::Conversation;
-use crate::sender::conversation::state::{Expect, State};
+use crate::sender::conversation::state::{ConversationState, Expect};
 use crate::sender::orders::Report;
 use crate::sender::tails::Search;
 
 impl Conversation {
     /// Sends the first command of a search, or the next.
-    pub(super) fn search(&mut self, token: String, search: Box<Search>) -> State {
+    pub(super) fn search(&mut self, token: String, search: Box<Search>) -> ConversationState {
         match search.ask(&mut self.out) {
             true => {
                 self.expected.push_back(Expect::Search);
-                State::Searching { token, search }
+                ConversationState::Searching { token, search }
             }
-            false => State::Armed { token },
+            false => ConversationState::Armed { token },
         }
     }
 
     /// A reply to the search, or some pieces of one.
     pub(super) fn found(&mut self, reply: Reply<'_>, reports: &mut Vec<Report>) -> Result<(), Failure> {
-        let State::Searching { search, .. } = &mut self.state else {
+        let ConversationState::Searching { search, .. } = &mut self.state else {
             return Ok(());
         };
         if !search.reply(reply)? {
@@ -29,11 +29,11 @@ impl Conversation {
             return Ok(());
         }
         self.state = match std::mem::take(&mut self.state) {
-            State::Searching { token, search } if search.has_ended() => {
+            ConversationState::Searching { token, search } if search.has_ended() => {
                 reports.push(Report::Seen(search.into_found()));
-                State::Armed { token }
+                ConversationState::Armed { token }
             }
-            State::Searching { token, search } => self.search(token, search),
+            ConversationState::Searching { token, search } => self.search(token, search),
             state => state,
         };
         Ok(())

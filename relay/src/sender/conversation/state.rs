@@ -14,7 +14,7 @@ use crate::sender::orders::Batch;
 use crate::sender::tails::Search;
 
 #[derive(Default)]
-pub(super) enum State {
+pub(super) enum ConversationState {
     /// The guard is being read, or was reported and a claim is waited for.
     #[default]
     Unclaimed,
@@ -38,7 +38,7 @@ pub(super) enum State {
     Stopped { token: String },
 }
 
-impl State {
+impl ConversationState {
     /// The token of our claim.
     pub(super) fn token(&self) -> Option<&str> {
         match self {

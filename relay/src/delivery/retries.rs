@@ -1,0 +1,81 @@
+//! Streams whose refused events wait, and are tried again.
+
+use crate::delivery::flight::{Contents, Flight};
+use crate::delivery::refusal::{Retry, Streams};
+use crate::delivery::state::ConnectionState;
+use crate::delivery::{Delivery, Guarantee};
+use crate::time::Now;
+use std::rc::Rc;
+
+impl Delivery {
+    pub fn streams(&self) -> &Streams {
+        &self.streams
+    }
+
+    /// Settings of the backend changed what its streams are called, or failed events were taken away.
+    pub fn set_streams(&mut self, mut streams: Streams) {
+        streams.go_on_from(&self.streams);
+        self.streams = streams;
+        self.mark_retries();
+    }
+
+    /// What is being tried again is not tried once more at the same time.
+    pub(super) fn mark_retries(&mut self) {
+        for stream in self.flights.iter().flat_map(Flight::retried) {
+            self.streams.retrying(&stream);
+        }
+    }
+
+    /// Streams whose waiting events are to be tried again now in one batch, and how many of each: of those whose head is not accepted yet,
+    /// that alone, and as many streams as `heads` says; `followers` of the others. Empty: none. What is not sent is to be told to
+    /// [`Self::stream_cleared`] or [`Self::stream_put_back`].
+    pub fn streams_to_retry(&mut self, now: Now, heads: usize, followers: usize) -> Vec<Retry> {
+        if self.connection == ConnectionState::Up
+            && !self
+                .flights
+                .iter()
+                .any(|f| matches!(f.contents, Contents::Waiting { .. }))
+        {
+            self.streams.retried(now);
+        }
+        if self.is_rereading() {
+            return Vec::new();
+        }
+        if self.guarantee == Guarantee::ExactlyOnce && !self.flights.is_empty() {
+            self.makes_way = self.streams.next_retry_at().is_some_and(|at| at <= now);
+            return Vec::new();
+        }
+        self.makes_way = false;
+        if !self.has_room() {
+            return Vec::new();
+        }
+        self.streams.due(now, heads, followers)
+    }
+
+    /// There was no room for events of this stream: they are tried again with the next.
+    pub fn stream_put_back(&mut self, stream: &Rc<str>) {
+        self.streams.rests(stream);
+    }
+
+    /// Streams whose head has failed, at most `count`, with the reason: all that waits in them is to fail, once all records are written
+    /// down, and then [`Self::stream_failed`] is to be told.
+    pub fn streams_to_fail(&self, count: usize) -> Vec<(Rc<str>, Rc<str>)> {
+        self.streams.to_fail(count)
+    }
+
+    /// All that waited in this stream has failed, durably: what comes has one attempt.
+    pub fn stream_failed(&mut self, stream: &Rc<str>) {
+        self.streams.failed(stream);
+    }
+
+    /// No event of this stream waits any more.
+    pub fn stream_cleared(&mut self, stream: &Rc<str>) {
+        self.streams.cleared(stream);
+    }
+
+    /// The waiting events of a stream could not be read: they are tried again later.
+    pub fn retry_failed(&mut self) {
+        self.streams.abandon();
+        self.mark_retries();
+    }
+}
