@@ -1048,6 +1048,53 @@ from outbox.backend_status s
 order by s.pending desc, s.backend;
 comment on view outbox.top is 'What each backend is doing, on one screen of at most 100 columns: for \watch 1 in psql.';
 
+create view outbox.metrics with (security_barrier) as
+with
+b as (select s.*, k.number from outbox.backend_status s join outbox.backends k on k.name = s.backend),
+w as (select * from outbox.worker_status())
+select m.name, m.type, m.labels, m.value, m.help
+from b cross join lateral (values
+    ('outbox_relay_published_total', 'counter', b.published_total::double precision, 'Events that Redis has accepted.'),
+    ('outbox_relay_failed_total', 'counter', b.failed_total::double precision, 'Events that have failed for good.'),
+    ('outbox_relay_healings_total', 'counter', b.healings::double precision, 'Times that Redis came back without entries that it had acknowledged, and got them again.'),
+    ('outbox_relay_pending_events', 'gauge', b.pending::double precision, 'Committed events that Redis has not accepted yet: exact up to 10,000, an estimate above.'),
+    ('outbox_relay_oldest_pending_seconds', 'gauge', coalesce(extract(epoch from b.oldest_pending_age), 0)::double precision, 'Age of the oldest pending event; 0: none is pending.'),
+    ('outbox_relay_last_published_timestamp_seconds', 'gauge', extract(epoch from b.last_published_at)::double precision, 'When Redis accepted an event last.'),
+    ('outbox_relay_last_error_timestamp_seconds', 'gauge', extract(epoch from b.last_error_at)::double precision, 'When there was an error last.')
+) v (name, type, value, help)
+    cross join lateral (select v.name, v.type, pg_catalog.jsonb_build_object('backend', b.backend) as labels, v.value, v.help) m
+where m.value is not null
+union all
+select 'outbox_relay_backend_state', 'gauge', pg_catalog.jsonb_build_object('backend', b.backend, 'state', s.state),
+    (s.state = b.state)::integer::double precision, 'What a backend is doing: 1 for its state, 0 for the others.'
+from b cross join pg_catalog.unnest('{idle,sending,backoff,paused,misconfigured,fenced,copy,stopped}'::text[]) s (state)
+union all
+select 'outbox_relay_refused_events', 'gauge', pg_catalog.jsonb_build_object('backend', b.backend),
+    (select pg_catalog.count(*) from (select from outbox.refused_events r
+        where r.backend_number = b.number and r.accepted_in is null and r.seq > 0 limit 10000) r)::double precision,
+    'Events that Redis has refused and that are tried again, and those behind them in their streams: counted up to 10,000.'
+from b
+union all
+select 'outbox_relay_worker_up', 'gauge', '{}'::jsonb, (w.state in ('running', 'standby'))::integer::double precision,
+    '1: this database has a worker, or the server is a standby.' from w
+union all
+select 'outbox_relay_worker_state', 'gauge', pg_catalog.jsonb_build_object('state', w.state), 1, 'What the worker is doing, or why there is none.' from w
+union all
+select t.name, 'gauge', '{}'::jsonb, t.value, t.help
+from (values
+    ('outbox_relay_scheduled_events', (select pg_catalog.count(*) from (select from outbox.scheduled_events limit 10000) s)::double precision,
+        'Events that are not due yet: counted up to 10,000.'),
+    ('outbox_relay_failed_events', (select pg_catalog.count(*) from (select from outbox.failed_events limit 10000) f)::double precision,
+        'Failed events that are kept: counted up to 10,000.'),
+    ('outbox_relay_retained_events', (select greatest(c.reltuples, 0) from pg_catalog.pg_class c where c.oid = 'outbox.events'::regclass)::double precision,
+        'Rows of outbox.events, as the last vacuum or analyze has estimated.'),
+    ('outbox_relay_retained_bytes', pg_catalog.pg_total_relation_size('outbox.events')::double precision, 'Size of outbox.events with its indexes.'),
+    ('outbox_relay_oldest_retained_timestamp_seconds', (select extract(epoch from pg_catalog.min(e.created_at)) from outbox.events e)::double precision,
+        'When the oldest event that is kept was published.')
+) t (name, value, help)
+where t.value is not null;
+comment on view outbox.metrics is 'Figures for a monitoring system: name, type (counter or gauge), labels, value, help. No event ids, streams or payloads are among them. Counters are saved with the cursors, so that they outlive a restart; they lag by a second at most.';
+
 -- One branch for each status, so that who asks for one looks at nothing else.
 create view outbox.event_status with (security_barrier) as
 select f.event_id, f.event_type, f.source, f.subject, coalesce(b.name, f.backend) as backend,
@@ -1987,7 +2034,7 @@ revoke all on all functions in schema outbox from public;
 revoke all on all procedures in schema outbox from public;
 revoke all on type outbox.any_text, outbox.any_value, outbox.any_number from public;
 grant usage on schema outbox to pg_monitor;
-grant select on outbox.status, outbox.backend_status, outbox.event_status, outbox.top to pg_monitor;
+grant select on outbox.status, outbox.backend_status, outbox.event_status, outbox.top, outbox.metrics to pg_monitor;
 grant execute on function outbox.worker_status(), outbox.backlog(integer), outbox.is_delivered(outbox.cursors, xid8, bigint), outbox.hash_slot(text), outbox.health(interval), outbox.drain(interval) to pg_monitor;
 
 ----------------------------------------------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ mod logging;
 mod logical_replication;
 mod many_backends;
 mod many_databases;
+mod metrics;
 mod missing_guard;
 mod missing_objects;
 mod numbers;
