@@ -1,9 +1,10 @@
 //! What the views ask of the library: the worker's state, and how much waits behind a saved cursor.
 
+use crate::server::database_slot::SlotState;
 use crate::server::datum::bytes_of;
 use crate::server::error::expect_arguments;
 use crate::server::report;
-use crate::server::shmem::{self, SlotState};
+use crate::server::shmem;
 use crate::server::trigger_call::{When, expect_trigger};
 use crate::server::txn;
 use crate::tables::catalog;

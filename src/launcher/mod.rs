@@ -8,9 +8,10 @@ mod databases;
 mod incarnation;
 
 use crate::launcher::databases::Found;
+use crate::server::database_slot::{DatabaseSlot, SlotState};
 use crate::server::guc::{self, LogLevel};
 use crate::server::process::{self, log};
-use crate::server::shmem::{self, DatabaseSlot, SlotState};
+use crate::server::shmem;
 use crate::server::standby;
 use pgrx::{pg_guard, pg_sys};
 use relay::delivery::backoff::Backoff;

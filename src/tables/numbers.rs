@@ -4,9 +4,10 @@
 //! first, a publisher or the worker, finds it in what is durable. Where the library is not preloaded each session looks for itself; there
 //! is no worker then, so that only the rows, and the cursors that were saved, must not be mistaken.
 
+use crate::server::database_slot::DatabaseSlot;
 use crate::server::guc::LogLevel;
 use crate::server::process::log;
-use crate::server::shmem::{self, DatabaseSlot};
+use crate::server::shmem;
 use crate::tables::catalog::{self, Relations};
 use crate::tables::events::EventsTable;
 use crate::tables::row::{Columns, Row, attribute};

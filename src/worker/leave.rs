@@ -1,8 +1,8 @@
 //! The end of a worker's process, which always has a reason.
 
+use crate::server::database_slot::{DatabaseSlot, SlotState};
 use crate::server::guc::LogLevel;
 use crate::server::process::log;
-use crate::server::shmem::{DatabaseSlot, SlotState};
 use pgrx::pg_sys;
 
 /// Ends the process, after a log line with the reason, unless it never came to work here. Code 0, so that Postgres logs nothing: whether

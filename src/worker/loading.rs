@@ -1,9 +1,10 @@
 //! Loading: which backends there are, with which settings, and what has come by a restore.
 
+use crate::server::database_slot::SlotState;
 use crate::server::guc::LogLevel;
 use crate::server::process::REPEAT_LOG_AFTER;
 use crate::server::process::{self, Aborted, log};
-use crate::server::shmem::{self, SlotState};
+use crate::server::shmem;
 use crate::server::unguarded;
 use crate::tables::backends::BackendRow;
 use crate::tables::catalog;

@@ -28,10 +28,11 @@ mod task;
 mod tasks;
 mod turns;
 
+use crate::server::database_slot::SlotState;
 use crate::server::guc::{self, LogLevel};
 use crate::server::process::REPEAT_LOG_AFTER;
 use crate::server::process::{self, Aborted, log};
-use crate::server::shmem::{self, SlotState};
+use crate::server::shmem;
 use crate::tables::care;
 use crate::tables::rights;
 use crate::tables::ticks;

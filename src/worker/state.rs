@@ -1,7 +1,7 @@
 //! What a worker knows from round to round.
 
+use crate::server::database_slot::DatabaseSlot;
 use crate::server::process;
-use crate::server::shmem::DatabaseSlot;
 use crate::tables::identity::Identity;
 use crate::worker::backend::{Backend, Home};
 use crate::worker::held::Scheduled;

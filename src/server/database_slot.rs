@@ -1,0 +1,266 @@
+//! One database, in shared memory: what its worker is doing, and what it is to hear of. Atomics only, so that a commit can wake the
+//! worker without locks, allocation or failure.
+
+use pgrx::pg_sys;
+use relay::reading::numbers::Highest;
+use std::ptr;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
+
+/// A worker that has not looked for so long needs more time than one that just has: what it needs has left the caches.
+const COLD_AFTER_MS: u64 = 10;
+
+/// Who publishes commits within so long, as a rule. Whoever takes longer is not waited for.
+const COMMITS_WITHIN_MS: u64 = 3;
+
+/// What a slot's worker is doing. Next states in brackets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum SlotState {
+    /// The worker has found no extension. [Starting]
+    Absent = 0,
+    /// To be started. [Starting, Short, Failing]
+    Wanted = 1,
+    /// Started, looking for the extension. [Running, Mismatched, Absent, Unserved, Wanted]
+    Starting = 2,
+    /// At work. [Wanted, Absent, Unserved]
+    Running = 3,
+    /// Idle: the library and the extension's SQL have different versions. [Running, Wanted, Absent, Unserved]
+    Mismatched = 4,
+    /// To be started once there is a background worker process for it. [Starting]
+    Short = 5,
+    /// It has ended several times before it was at work. [Starting]
+    Failing = 6,
+    /// The settings do not name the database any more. [Starting]
+    Unserved = 7,
+}
+
+impl SlotState {
+    fn from_u8(value: u8) -> Self {
+        match value {
+            1 => Self::Wanted,
+            2 => Self::Starting,
+            3 => Self::Running,
+            4 => Self::Mismatched,
+            5 => Self::Short,
+            6 => Self::Failing,
+            7 => Self::Unserved,
+            _ => Self::Absent,
+        }
+    }
+}
+
+/// What a worker hears of commits.
+#[repr(u8)]
+enum Work {
+    /// Nothing was committed: who commits events wakes the worker.
+    None = 0,
+    Some = 1,
+    /// Nothing was committed, and nobody need wake the worker: it looks in a moment anyway.
+    Asleep = 2,
+}
+
+/// One database.
+#[repr(C)]
+pub struct DatabaseSlot {
+    /// Its OID; 0: the slot is free.
+    database: AtomicU32,
+    state: AtomicU8,
+    /// Whether events were committed since the worker last looked, see [`Work`].
+    work: AtomicU8,
+    /// Scheduled events were committed since the worker last looked.
+    schedule: AtomicBool,
+    /// Events are being published, after a while without any.
+    publishing: AtomicBool,
+    /// Somebody has changed a backend.
+    nudge: AtomicBool,
+    /// Somebody asked for an attempt now.
+    asked: AtomicBool,
+    pid: AtomicI32,
+    /// The worker's latch, in shared memory too; null: none.
+    latch: AtomicPtr<pg_sys::Latch>,
+    /// When the worker last looked for events, see [`clock_ms`].
+    looked_at_ms: AtomicU64,
+    /// When a transaction last published its first event; 0: the worker has looked since.
+    published_at_ms: AtomicU64,
+    /// The highest number that an event was given, see `numbers.rs`.
+    pub numbers: Highest,
+    /// The sequence that gives them.
+    sequence: AtomicU32,
+}
+
+impl DatabaseSlot {
+    pub fn database(&self) -> pg_sys::Oid {
+        pg_sys::Oid::from(self.database.load(Ordering::Acquire))
+    }
+
+    pub fn state(&self) -> SlotState {
+        SlotState::from_u8(self.state.load(Ordering::Acquire))
+    }
+
+    pub fn set_state(&self, state: SlotState) {
+        self.state.store(state as u8, Ordering::Release);
+    }
+
+    /// Events are numbered by this sequence. Whether another did before, or none.
+    pub fn numbered_by(&self, sequence: pg_sys::Oid) -> bool {
+        self.sequence.swap(sequence.to_u32(), Ordering::AcqRel) != sequence.to_u32()
+    }
+
+    pub fn pid(&self) -> i32 {
+        self.pid.load(Ordering::Acquire)
+    }
+
+    /// The worker has come; false if there is another.
+    pub fn attach(&self, pid: i32, latch: *mut pg_sys::Latch) -> bool {
+        let attached = self.pid.compare_exchange(0, pid, Ordering::AcqRel, Ordering::Acquire);
+        if attached.is_ok() {
+            self.work.store(Work::Some as u8, Ordering::Release);
+            self.schedule.store(true, Ordering::Release);
+            self.latch.store(latch, Ordering::Release);
+        }
+        attached.is_ok()
+    }
+
+    /// The worker goes, if it is this one.
+    pub fn detach(&self, pid: i32) {
+        if self.pid() == pid {
+            self.latch.store(ptr::null_mut(), Ordering::Release);
+            self.pid.store(0, Ordering::Release);
+        }
+    }
+
+    /// Events were committed. A burst is one wake: the first to raise the flag sets the latch.
+    pub fn announce_work(&self) {
+        if self.work.swap(Work::Some as u8, Ordering::SeqCst) == Work::None as u8 {
+            set_latch(&self.latch);
+        }
+    }
+
+    /// Events are being published. A worker that has not looked for a while is woken, to be ready when they are committed.
+    pub fn announce_publishing(&self) {
+        let now_ms = clock_ms();
+        // At most once a millisecond: many may publish.
+        if self.published_at_ms.load(Ordering::Relaxed) != now_ms {
+            self.published_at_ms.store(now_ms, Ordering::Relaxed);
+        }
+        let idle_ms = now_ms.saturating_sub(self.looked_at_ms.load(Ordering::Relaxed));
+        if idle_ms >= COLD_AFTER_MS && !self.has_work() && !self.publishing.swap(true, Ordering::SeqCst) {
+            set_latch(&self.latch);
+        }
+    }
+
+    /// Whether somebody has begun to publish a moment ago, and is probably about to commit.
+    pub fn is_publishing(&self) -> bool {
+        let published_at_ms = self.published_at_ms.load(Ordering::Relaxed);
+        published_at_ms > 0 && clock_ms().saturating_sub(published_at_ms) <= COMMITS_WITHIN_MS
+    }
+
+    /// Whether that was announced. It counts as a look.
+    pub fn take_publishing(&self) -> bool {
+        let is_publishing = self.publishing.swap(false, Ordering::SeqCst);
+        if is_publishing {
+            self.looks();
+        }
+        is_publishing
+    }
+
+    /// The worker looks, now.
+    fn looks(&self) {
+        self.looked_at_ms.store(clock_ms(), Ordering::Relaxed);
+    }
+
+    pub fn announce_schedule(&self) {
+        if !self.schedule.swap(true, Ordering::SeqCst) {
+            set_latch(&self.latch);
+        }
+    }
+
+    pub fn nudge(&self) {
+        self.nudge.store(true, Ordering::SeqCst);
+        self.wake();
+    }
+
+    /// Asks for an attempt of each backend that waits for one.
+    pub fn ask(&self) {
+        if !self.asked.swap(true, Ordering::SeqCst) {
+            set_latch(&self.latch);
+        }
+    }
+
+    pub fn take_asked(&self) -> bool {
+        self.asked.swap(false, Ordering::SeqCst)
+    }
+
+    pub fn wake(&self) {
+        set_latch(&self.latch);
+    }
+
+    pub fn has_work(&self) -> bool {
+        self.work.load(Ordering::Acquire) == Work::Some as u8
+    }
+
+    /// The worker is about to sleep for a moment, and need not be woken.
+    pub fn mark_asleep(&self) {
+        self.change_work(Work::None, Work::Asleep);
+    }
+
+    pub fn mark_awake(&self) {
+        self.change_work(Work::Asleep, Work::None);
+    }
+
+    fn change_work(&self, from: Work, to: Work) {
+        // Otherwise there is work meanwhile.
+        let _ = self
+            .work
+            .compare_exchange(from as u8, to as u8, Ordering::SeqCst, Ordering::SeqCst);
+    }
+
+    /// Lowers the flag; the snapshot must be taken after, so that what is committed later raises it again.
+    pub fn take_work(&self) {
+        self.looks();
+        self.published_at_ms.store(0, Ordering::Relaxed);
+        self.work.swap(Work::None as u8, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+    }
+
+    pub fn take_schedule(&self) -> bool {
+        self.schedule.swap(false, Ordering::SeqCst)
+    }
+
+    pub fn take_nudge(&self) -> bool {
+        self.nudge.swap(false, Ordering::SeqCst)
+    }
+
+    /// Gives a free slot to a database. False: it is taken.
+    pub fn take_for(&self, database: pg_sys::Oid) -> bool {
+        self.database
+            .compare_exchange(0, database.to_u32(), Ordering::AcqRel, Ordering::Relaxed)
+            .is_ok()
+    }
+
+    /// Frees the slot.
+    pub fn free(&self) {
+        self.database.store(0, Ordering::Release);
+    }
+
+    pub fn is_taken(&self) -> bool {
+        self.database.load(Ordering::Acquire) != 0
+    }
+}
+
+/// Milliseconds of a clock that all processes share.
+fn clock_ms() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: reads a clock that there always is.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut time) };
+    time.tv_sec as u64 * 1_000 + time.tv_nsec as u64 / 1_000_000
+}
+
+pub fn set_latch(latch: &AtomicPtr<pg_sys::Latch>) {
+    let latch = latch.load(Ordering::Acquire);
+    if !latch.is_null() {
+        // SAFETY: a process latch lies in shared memory for the server's life. If its owner has gone, a stranger
+        // wakes for nothing. SetLatch neither allocates nor fails.
+        unsafe { pg_sys::SetLatch(latch) };
+    }
+}
