@@ -224,7 +224,7 @@ fn an_accepted_head_is_followed_by_the_others_in_order() {
     assert_eq!(desk.due(), Some(("a".to_owned(), 10)));
     desk.delivery.stream_cleared(&Rc::from("a"));
     assert_eq!(desk.read(&[6], "a"), [RowFate::Send]);
-    assert_eq!(desk.delivery.published(), 5);
+    assert_eq!(desk.delivery.accepted(), 5);
 }
 
 #[test]
@@ -366,7 +366,7 @@ fn what_was_accepted_beyond_a_gap_is_not_sent_again() {
     desk.connect();
     assert_eq!(desk.read(&[2, 3, 4, 5], "a"), [Send, Skip, Skip, Send]);
     assert_eq!(desk.replied(&[]), NOTHING);
-    assert_eq!((desk.acked(), desk.delivery.published()), (Some(5), 5));
+    assert_eq!((desk.acked(), desk.delivery.accepted()), (Some(5), 5));
 }
 
 #[test]

@@ -29,15 +29,15 @@ impl Worker {
                 continue;
             }
             rank += 1;
-            backend.takes_turns = rank > kept;
-            match (backend.wants_sender(now), backend.takes_turns) {
+            backend.turn.is_taken = rank > kept;
+            match (backend.wants_sender(now), backend.turn.is_taken) {
                 (true, false) if self.permits.free() > 0 => backend.connect(now, &self.waker, &mut self.permits),
                 // For a thread that was let go and has not ended.
                 (true, false) => {
                     backend.wait_for_turn(now);
                     waiting += 1;
                 }
-                (true, true) => queue.push((backend.turn_began, index)),
+                (true, true) => queue.push((backend.turn.began_at, index)),
                 (false, takes_turns) => in_turn += usize::from(takes_turns && backend.has_sender()),
             }
         }
@@ -74,8 +74,8 @@ impl Worker {
     /// Lets as many go of those that take turns as there are others who wait.
     fn end_turns(&mut self, count: usize, now: Now) {
         let has_had = |b: &&mut crate::worker::backend::Backend| {
-            let had = now.saturating_sub(b.turn_began);
-            b.takes_turns
+            let had = now.saturating_sub(b.turn.began_at);
+            b.turn.is_taken
                 && b.has_sender()
                 && b.delivery.is_up()
                 && had >= TURN

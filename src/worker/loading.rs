@@ -13,22 +13,19 @@ use crate::tables::foreign;
 use crate::tables::identity::Identity;
 use crate::tables::numbers;
 use crate::tables::sequence;
-use crate::tables::{backends, cursors, refused, restores};
-use crate::worker::backend::Whose;
-use crate::worker::backend::{Backend, Home};
+use crate::tables::{backends, restores};
+use crate::worker::backend::Backend;
 use crate::worker::leave::leave_process;
 use crate::worker::recovery;
+use crate::worker::state::Generation;
 use crate::worker::state::Loaded;
 use crate::worker::state::{SETTLE_AT_CHANGE, Worker};
 use crate::worker::task::Task;
 use pgrx::pg_sys;
 use relay::delivery::Guarantee;
-use relay::reading::role::Role;
 use relay::reading::snapshot::{FIRST_NORMAL_XID, Tick};
-use relay::redis::hash_slot::hash_slot_of;
 use relay::time::Now;
 use std::cell::RefCell;
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -43,6 +40,17 @@ struct Rows {
     highest: i64,
     /// What the trigger of events is.
     triggers: Option<String>,
+}
+
+/// The same, and whose they are.
+struct Found {
+    /// Of the extension; `None`: it is not there.
+    version: Option<String>,
+    generation: u64,
+    /// Unless they are as they were.
+    rows: Option<Rows>,
+    /// The table of events.
+    events: Option<pg_sys::Oid>,
 }
 
 /// However often somebody asks for an attempt, settings are looked at for that no sooner than this again.
@@ -65,10 +73,7 @@ impl Worker {
     /// Whether backends and settings are to be loaded, now.
     pub(super) fn must_load(&mut self, now: Now) -> bool {
         self.nudged |= self.slot.take_nudge();
-        self.nudged
-            || self.settings_changed
-            || self.generation == u64::MAX
-            || self.backends.iter().any(|b| b.load_at().is_some_and(|at| at <= now))
+        self.nudged || self.settings_changed || self.generation == Generation::Stale || self.is_restore_due(now)
     }
 
     /// Loads, unless that failed a moment ago: then all goes on with what was known.
@@ -113,18 +118,53 @@ impl Worker {
 
     fn load(&mut self, nudged: bool, now: Now) -> Result<Loaded, Aborted> {
         // A nudge may come before the invalidations of the commit that it tells of: they are sent last.
-        let (known, all) = (self.generation, self.settings_changed);
-        let changed = nudged || all || self.backends.iter().any(|b| b.load_at().is_some_and(|at| at <= now));
+        let all = self.settings_changed;
+        let found = self.look(nudged || all || self.is_restore_due(now))?;
+        if found.rows.is_some() {
+            self.events = found.events;
+        }
+        if !self.serves(found.version.as_deref(), now) {
+            return Ok(Loaded::Idle);
+        }
+        let mut outcome = Loaded::Same;
+        let mut generation = Generation::Loaded(found.generation);
+        if let Some(rows) = found.rows {
+            self.raise_bound(rows.highest);
+            if generation != self.generation {
+                self.mending.look_again(rows.triggers.as_deref());
+            }
+            if self.settles_in(&rows.installation)? {
+                return self.load(nudged, now);
+            }
+            if rows.more_restores {
+                // They are for the next tick: before its rows are read, all is loaded again.
+                (generation, self.work) = (Generation::Stale, true);
+            }
+            outcome = self.take_over_rows(rows.backends, rows.deleted, all, now)?;
+        }
+        (self.generation, self.settings_changed) = (generation, false);
+        self.give_up_comparing(now)?;
+        Ok(outcome)
+    }
+
+    /// Whether what a dump has brought is to be looked at for a backend now.
+    fn is_restore_due(&self, now: Now) -> bool {
+        self.backends.iter().any(|b| b.load_at().is_some_and(|at| at <= now))
+    }
+
+    /// Reads the tables, if they have changed since they were read last or may have (`changed`).
+    fn look(&self, changed: bool) -> Result<Found, Aborted> {
         let newest = self.newest();
-        let loaded = process::transaction(|| {
+        process::transaction(|| {
             // Takes in invalidations, so that the generation is up to date.
             // SAFETY: within a transaction.
             unsafe { pg_sys::AcceptInvalidationMessages() };
             let relations = catalog::relations();
-            let installed = relations.and_then(|_| backends::installed_version());
+            let version = relations.and_then(|_| backends::installed_version());
             let generation = catalog::generation();
-            let is_ours = installed.as_deref() == Some(env!("CARGO_PKG_VERSION"));
-            let rows = (is_ours && (generation != known || changed)).then(|| {
+            let is_ours = version.as_deref() == Some(env!("CARGO_PKG_VERSION"));
+            let is_new = self.generation != Generation::Loaded(generation);
+            let rows = (is_ours && (is_new || changed)).then(|| {
                 says_trouble_of_sequence();
                 Rows {
                     highest: numbers::vouch_anew(),
@@ -135,62 +175,48 @@ impl Worker {
                     more_restores: restores::has_later_restores(&newest.snapshot),
                 }
             });
-            // Reading them has taken in what was told meanwhile.
-            let events = catalog::relations().map(|relations| relations.events);
-            (installed, generation, rows, events)
-        });
-        let (installed, generation, rows, events) = loaded?;
-        if rows.is_some() {
-            self.events = events;
-        }
-        match installed.as_deref() {
+            Found {
+                version,
+                generation,
+                rows,
+                // Reading them has taken in what was told meanwhile.
+                events: catalog::relations().map(|relations| relations.events),
+            }
+        })
+    }
+
+    /// Whether the extension is there, in the library's version. Leaves the database if it is not there at all.
+    fn serves(&mut self, version: Option<&str>, now: Now) -> bool {
+        match version {
             None => {
                 let reason = "the extension was dropped";
                 leave_process(self.slot, SlotState::Absent, &self.home.name, reason)
             }
             Some(version) if version != env!("CARGO_PKG_VERSION") => {
                 self.rest_for_version(version, now);
-                return Ok(Loaded::Idle);
-            }
-            Some(_) if self.slot.state() != SlotState::Running => {
-                self.slot.set_state(SlotState::Running);
-                // Others may be started.
-                shmem::wake_launcher();
-                log(
-                    LogLevel::Info,
-                    &format!("outbox_relay worker started in database \"{}\"", self.home.name),
-                    None,
-                    None,
-                );
+                return false;
             }
             Some(_) => {}
         }
-        let mut outcome = Loaded::Same;
-        let mut next_generation = generation;
-        if let Some(rows) = rows {
-            self.raise_bound(rows.highest);
-            if generation != self.generation {
-                self.mending.look_again(rows.triggers.as_deref());
-            }
-            if self.settles_in(&rows.installation)? {
-                return self.load(nudged, now);
-            }
-            if rows.more_restores {
-                // They are for the next tick: before its rows are read, all is loaded again.
-                (next_generation, self.work) = (u64::MAX, true);
-            }
-            outcome = self.take_over_rows(rows, all, now)?;
+        if self.slot.state() != SlotState::Running {
+            self.slot.set_state(SlotState::Running);
+            // Others may be started.
+            shmem::wake_launcher();
+            let message = format!("outbox_relay worker started in database \"{}\"", self.home.name);
+            log(LogLevel::Info, &message, None, None);
         }
-        (self.generation, self.settings_changed) = (next_generation, false);
+        true
+    }
+
+    /// With at_least_once, what dumps have brought is not looked for in the streams.
+    fn give_up_comparing(&mut self, now: Now) -> Result<(), Aborted> {
         for backend in &mut self.backends {
-            if backend.delivery.guarantee() == Guarantee::AtLeastOnce
-                && backend.is_restored()
-                && backend.may_compare(now)
-            {
+            let gives_up = backend.delivery.guarantee() == Guarantee::AtLeastOnce && backend.is_restored();
+            if gives_up && backend.may_compare(now) {
                 recovery::give_up_comparing(backend)?;
             }
         }
-        Ok(outcome)
+        Ok(())
     }
 
     fn rest_for_version(&mut self, version: &str, now: Now) {
@@ -213,7 +239,7 @@ impl Worker {
             self.save_unsaved(now);
             self.backends.clear();
         }
-        self.generation = u64::MAX;
+        self.generation = Generation::Stale;
     }
 
     /// This database may be new to the worker: is it a copy, and who are we to it? True: what was loaded is to be loaded again.
@@ -234,115 +260,8 @@ impl Worker {
         process::transaction(copies::note_copy)?;
         self.identity = Identity::establish()?;
         relay::resp::bounds::expect_running(running_at_most());
-        self.generation = u64::MAX;
+        self.generation = Generation::Stale;
         Ok(self.identity.is_some())
-    }
-
-    /// Takes over what has changed. `all`: settings have, which concern every backend.
-    fn take_over_rows(&mut self, rows: Rows, all: bool, now: Now) -> Result<Loaded, Aborted> {
-        let home = self.home.clone();
-        let mut changed: Vec<(Whose, Option<BackendRow>)> = Vec::new();
-        for backend in self
-            .backends
-            .iter_mut()
-            .filter(|b| b.reads_for_redis() || b.is_finder())
-        {
-            let row = rows.backends.iter().find(|row| row.number == backend.number).cloned();
-            let row = row.map(|row| backend.due_row(row, now));
-            if all || backend.row != row {
-                changed.push((backend.whose(), row));
-            }
-        }
-        let is_known = |number: i32| self.backends.iter().any(|b| b.number == number);
-        let numbers = rows.backends.iter().map(|row| row.number);
-        let mut numbers = numbers.chain(rows.deleted.iter().copied()).chain([0]);
-        if changed.is_empty() && numbers.all(is_known) {
-            return Ok(Loaded::Same);
-        }
-        let row_of = |b: &Backend| {
-            changed
-                .iter()
-                .find(|(whose, _)| *whose == b.whose())
-                .map(|(_, row)| row.as_ref())
-        };
-        let stays = |b: &Backend| match row_of(b) {
-            None => true,
-            Some(row) => row.is_some_and(|row| b.keeps_sender(row, &home)),
-        };
-        self.settle(SETTLE_AT_CHANGE, |b| !stays(b) && b.is_sending());
-        // Refused events are looked up by the new settings: those of the old ones must be there.
-        self.save_unsaved(now);
-        if changed.iter().any(|(whose, _)| {
-            self.backends
-                .iter()
-                .any(|b| b.whose() == *whose && !b.records.is_empty())
-        }) {
-            return Err(Aborted::because("what was refused could not be written down"));
-        }
-        let backends = &mut self.backends;
-        let reconciled = process::transaction(|| {
-            for (whose, row) in changed {
-                let Some(backend) = backends.iter_mut().find(|b| b.whose() == whose) else {
-                    continue;
-                };
-                match row {
-                    Some(row) => backend.reconfigure(row, &home, now),
-                    None => backend.delete(),
-                }
-            }
-            let mut missing: Vec<Backend> = Vec::new();
-            for row in rows.backends {
-                if !backends.iter().any(|b| b.number == row.number) {
-                    let role = if row.is_cluster() { Role::Finder } else { Role::Redis };
-                    missing.push(Backend::load(row.number, None, role, Some(row), &home));
-                }
-            }
-            for number in rows.deleted {
-                if !backends.iter().any(|b| b.number == number) {
-                    missing.push(Backend::load(number, None, Role::Deleted, None, &home));
-                }
-            }
-            if !backends.iter().any(|b| matches!(b.role, Role::Strays)) {
-                missing.push(Backend::load(0, None, Role::Strays, None, &home));
-            }
-            let lanes = missing_lanes(backends.iter().chain(&missing), &home);
-            missing.extend(lanes);
-            missing
-        });
-        self.backends.extend(reconciled?);
-        // Rows of a backend that was not known may be those of one that is.
-        self.backends.iter_mut().for_each(|b| b.rests_until = Now::ZERO);
-        self.share_positions();
-        process::debug(|| {
-            format!(
-                "loaded the settings of {} backends",
-                self.backends
-                    .iter()
-                    .filter(|b| b.row.is_some() && b.lane.is_none())
-                    .count()
-            )
-        });
-        self.work = true;
-        Ok(Loaded::Changed)
-    }
-
-    /// Backends whose saved cursors are of equal ticks speak of the same: then one scan serves them.
-    fn share_positions(&mut self) {
-        for index in 1..self.backends.len() {
-            let (before, rest) = self.backends.split_at_mut(index);
-            let backend = &mut rest[0];
-            if !backend.delivery.is_idle() {
-                continue;
-            }
-            let mut position = backend.delivery.position().clone();
-            let mut shares = false;
-            for other in before.iter() {
-                shares |= position.share(other.delivery.position());
-            }
-            if shares {
-                backend.delivery.advanced(position);
-            }
-        }
     }
 }
 
@@ -370,38 +289,6 @@ pub(super) fn says_trouble_of_sequence() -> bool {
         );
     }
     true
-}
-
-/// Lanes that a cluster's backends have by the tables, and that are not loaded.
-fn missing_lanes<'a>(backends: impl Iterator<Item = &'a Backend> + Clone, home: &Home) -> Vec<Backend> {
-    let mut missing = Vec::new();
-    let with_lanes = |b: &&Backend| b.lane.is_none() && matches!(b.role, Role::Finder | Role::Deleted);
-    for finder in backends.clone().filter(with_lanes) {
-        let number = finder.number;
-        let known: BTreeSet<u16> = backends
-            .clone()
-            .filter_map(|b| b.lane.filter(|_| b.number == number))
-            .collect();
-        let saved = cursors::lanes(number);
-        for hash_slot in saved.iter().filter(|slot| !known.contains(slot)) {
-            let (role, row) = (finder.role_of_lanes(), finder.row.clone());
-            missing.push(Backend::load(number, Some(*hash_slot), role, row, home));
-        }
-        if !finder.is_finder() {
-            continue;
-        }
-        // Events that wait as refused since before the backend was a cluster's: the finder has come past them.
-        let waiting = refused::refused_streams(number, &finder.stream).into_iter();
-        let waiting: BTreeSet<u16> = waiting.map(|(stream, _)| hash_slot_of(stream.as_bytes())).collect();
-        for hash_slot in waiting {
-            if !known.contains(&hash_slot) && !saved.contains(&hash_slot) {
-                let mut lane = finder.new_lane(hash_slot, finder.delivery.acked().clone(), home);
-                lane.save_new();
-                missing.push(lane);
-            }
-        }
-    }
-    missing
 }
 
 /// Transactions that may run at once in this server.

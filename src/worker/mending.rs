@@ -7,6 +7,7 @@ use crate::server::process::{self, Aborted, log};
 use crate::tables::applied;
 use crate::tables::foreign::{self, Look};
 use crate::worker::mended::Sweep;
+use crate::worker::state::Generation;
 use crate::worker::state::Worker;
 use relay::reading::foreign::Judge;
 use relay::reading::snapshot::{FIRST_NORMAL_XID, Tick};
@@ -160,7 +161,7 @@ impl Worker {
             sweep.foreign.drain(..count);
             self.work = true;
             // The note of it is to be read, also where no trigger tells of it.
-            self.generation = u64::MAX;
+            self.generation = Generation::Stale;
         }
         match sweep.foreign.is_empty() {
             true => self.end_sweep(),

@@ -21,7 +21,9 @@ mod pass;
 mod permits;
 mod purge;
 mod reading;
+mod reconciling;
 mod recovery;
+mod retrying;
 mod scheduled;
 mod state;
 mod task;
@@ -33,12 +35,11 @@ use crate::server::guc::{self, LogLevel};
 use crate::server::process::REPEAT_LOG_AFTER;
 use crate::server::process::{self, Aborted, log};
 use crate::server::shmem;
-use crate::tables::care;
 use crate::tables::rights;
-use crate::tables::ticks;
 use crate::worker::backend::Backend;
-use crate::worker::backend::books::save;
+use crate::worker::backend::saving::save;
 use crate::worker::leave::leave_process;
+use crate::worker::state::Generation;
 use crate::worker::state::Loaded;
 use crate::worker::state::Worker;
 use crate::worker::task::Task;
@@ -49,11 +50,6 @@ use relay::time::Now;
 use std::io::Read;
 use std::time::Duration;
 
-/// Waiting events of a backend that fail in one round, with the head of their streams, and of how many streams.
-const FAILED_AT_ONCE: usize = 250;
-const FAILED_STREAMS: usize = 100;
-/// Waiting events that follow an accepted one go in batches of so many times the usual size: with exactly_once, one batch at a time.
-const FOLLOWING_BATCHES: usize = 5;
 /// How long a worker that must go waits for replies that are on their way.
 const SETTLE_AT_END: Duration = Duration::from_millis(250);
 /// How long a worker that must go waits for Redis to take note of it.
@@ -121,7 +117,7 @@ impl Worker {
                 Err(error) => {
                     self.log_error(error.to_string());
                     self.pause_until = self.now() + ERROR_WAIT;
-                    self.generation = u64::MAX;
+                    self.generation = Generation::Stale;
                     self.work = true;
                     Some(ERROR_WAIT)
                 }
@@ -225,7 +221,7 @@ impl Worker {
         self.connect(now);
         // A backend with records reads nothing, and claims nothing: what waits behind a refused event must not be in the table sooner
         // than that one, and a claim looks there for what became of the last batch.
-        if self.backends.iter().any(|b| !b.records.is_empty()) {
+        if self.backends.iter().any(|b| !b.books.records.is_empty()) {
             self.save_unsaved(now);
         }
         // For nothing: what is wrong comes to light when it is done in earnest.
@@ -306,7 +302,7 @@ impl Worker {
             return;
         };
         let mut failures = Vec::new();
-        for backend in self.backends.iter_mut().filter(|b| b.records.is_empty()) {
+        for backend in self.backends.iter_mut().filter(|b| b.books.records.is_empty()) {
             if let Err(error) = recovery::step(backend, identity, &newest, now) {
                 // An order to end cancels the step, and is no trouble.
                 if process::is_told_to_end() {
@@ -324,14 +320,14 @@ impl Worker {
         self.flush();
         // More may have been restored while they compared.
         if self.backends.iter().any(Backend::is_held) {
-            self.generation = u64::MAX;
+            self.generation = Generation::Stale;
         }
     }
 
     /// Lets senders go on that have waited until what was refused is written down. The guard tells of the last batch alone, so that
     /// must be durable before the next.
     fn resume(&mut self) {
-        let is_written_down = |b: &Backend| b.delivery.is_stopped() && b.records.is_empty();
+        let is_written_down = |b: &Backend| b.delivery.is_stopped() && b.books.records.is_empty();
         if self.backends.iter().any(is_written_down) {
             self.flush();
             let written_down = self.backends.iter_mut().filter(|b| is_written_down(b));
@@ -347,7 +343,7 @@ impl Worker {
         let poll = self.polled_at + guc::millis(&guc::POLL_INTERVAL_MS);
         let times = self.backends.iter().flat_map(|b| {
             let attempt = Some(b)
-                .filter(|b| b.records.is_empty())
+                .filter(|b| b.books.records.is_empty())
                 .and_then(Backend::due_at)
                 .map(|due| {
                     self.patience
@@ -375,86 +371,6 @@ impl Worker {
     fn show_idle(&mut self) {
         if std::mem::take(&mut self.shown_busy) {
             process::show_activity(None);
-        }
-    }
-
-    /// Sends what is due of refused streams again, a batch of each backend, and fails what waits behind a head that has failed. True: there
-    /// is more to fail.
-    fn retry_refused(&mut self, now: Now) -> bool {
-        let mut more = false;
-        let mut failures = Vec::new();
-        for (index, backend) in self.backends.iter_mut().enumerate() {
-            // What they were refused with must be written down first.
-            if !backend.reads_for_redis() || !backend.is_enabled() || !backend.records.is_empty() {
-                continue;
-            }
-            let task = Task::Retry(backend.whose());
-            if !self.patience.allows(task, now) {
-                continue;
-            }
-            let failing = backend.delivery.streams_to_fail(FAILED_STREAMS);
-            if !failing.is_empty() {
-                match process::transaction(|| pass::fail_waiting(backend, &failing, FAILED_AT_ONCE)) {
-                    Ok((records, streams)) => {
-                        backend.records.extend(records);
-                        self.failed_streams.push((index, streams));
-                        more = true;
-                    }
-                    Err(error) => failures.push((task, error)),
-                }
-                continue;
-            }
-            let heads = guc::BATCH_SIZE.get() as usize;
-            let retries = backend.delivery.streams_to_retry(now, heads, heads * FOLLOWING_BATCHES);
-            if retries.is_empty() {
-                continue;
-            }
-            match care::transaction(|| pass::refused_batch(backend, &retries)) {
-                Ok(retried) => {
-                    let is_sent = retried.batch.is_some();
-                    if is_sent && std::mem::take(&mut backend.is_unflushed) {
-                        self.flushed = self.flushed.max(ticks::flush());
-                    }
-                    backend.send(retried.batch.into_iter().collect(), self.flushed);
-                    let delivery = &mut backend.delivery;
-                    retried
-                        .cleared
-                        .iter()
-                        .for_each(|stream| delivery.stream_cleared(stream));
-                    retried
-                        .put_back
-                        .iter()
-                        .for_each(|stream| delivery.stream_put_back(stream));
-                    // None of those was left; the next are for the next round.
-                    more |= !is_sent;
-                    self.patience.succeeded(task);
-                }
-                Err(error) => {
-                    backend.delivery.retry_failed();
-                    failures.push((task, error));
-                }
-            }
-        }
-        for (task, error) in failures {
-            self.failed(task, &error, now);
-        }
-        more
-    }
-
-    /// All that waited in these streams has failed, and that is written down. What comes next in them may be accepted: nothing that was
-    /// before it must come back after a crash to wait.
-    fn end_failing(&mut self) {
-        let failed = std::mem::take(&mut self.failed_streams);
-        if failed.iter().all(|(_, streams)| streams.is_empty()) {
-            return;
-        }
-        self.flush();
-        // Those of a backend that could not be saved are for another time.
-        for (index, streams) in failed {
-            let backend = &mut self.backends[index];
-            if backend.records.is_empty() {
-                streams.iter().for_each(|stream| backend.delivery.stream_failed(stream));
-            }
         }
     }
 

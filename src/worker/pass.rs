@@ -112,7 +112,7 @@ impl Reader {
             number: backend.number,
             from: backend.delivery.position().from.clone(),
             after: backend.delivery.position().last_seq(),
-            lane: backend.lane,
+            lane: backend.lane(),
             found: None,
             batches_left: room.map_or(0, |r| r.batches),
             bytes_left: room.map_or(0, |r| r.bytes),
@@ -278,7 +278,7 @@ impl Pass<'_> {
     fn lane_of(&self, number: i32, row: &Row, rows: &RowMemory) -> Option<usize> {
         let mut of_number = self.readers.iter().filter(|r| r.number == number);
         let backend = &self.backends[of_number.next()?.index];
-        let hash_slot = rows.within(|| row.hash_slot(&backend.stream));
+        let hash_slot = rows.within(|| row.hash_slot(backend.stream()));
         let lane = Some(hash_slot).filter(|slot| self.lanes.contains(&(number, Some(*slot))));
         let is_its = |r: &Reader| r.number == number && r.lane == lane && !r.stopped;
         self.readers.iter().position(is_its)
@@ -301,7 +301,7 @@ impl Pass<'_> {
             return false;
         }
         let backend = &mut self.backends[reader.index];
-        match backend.role {
+        match backend.role() {
             Role::Deleted => {
                 reader.records.push(Record::Fail {
                     seq,
@@ -377,9 +377,9 @@ impl Pass<'_> {
 
 /// Of each backend that has lanes: itself, and they.
 fn lanes(backends: &[Backend]) -> BTreeSet<(i32, Option<u16>)> {
-    let with_lanes = backends.iter().filter(|b| b.is_finder() || b.lane.is_some());
+    let with_lanes = backends.iter().filter(|b| b.is_finder() || b.lane().is_some());
     with_lanes
-        .flat_map(|b| [(b.number, None), (b.number, b.lane)])
+        .flat_map(|b| [(b.number, None), (b.number, b.lane())])
         .collect()
 }
 
@@ -398,7 +398,7 @@ pub struct Retried {
 pub fn refused_batch(backend: &mut Backend, retries: &[Retry]) -> Retried {
     // One more says whether there are others.
     let wanted: Vec<_> = retries.iter().map(|r| (&*r.stream, r.count + 1)).collect();
-    let waiting = refused::next_waiting(backend.number, &backend.stream, &wanted);
+    let waiting = refused::next_waiting(backend.number, backend.stream(), &wanted);
     let relations = catalog::expect_relations();
     let mut table = EventsTable::open(&relations);
     let mut batch = OpenBatch::new(backend.buffer());
@@ -463,7 +463,7 @@ fn add_refused(backend: &mut Backend, batch: &mut OpenBatch, row: &Row) {
 pub fn fail_waiting(backend: &Backend, failing: &[(Rc<str>, Rc<str>)], count: usize) -> (Vec<Record>, Vec<Rc<str>>) {
     let each = (count / failing.len().max(1)).max(1);
     let wanted: Vec<_> = failing.iter().map(|(stream, _)| (&**stream, each)).collect();
-    let waiting = refused::next_waiting(backend.number, &backend.stream, &wanted);
+    let waiting = refused::next_waiting(backend.number, backend.stream(), &wanted);
     let (mut records, mut through) = (Vec::new(), Vec::new());
     for ((stream, error), seqs) in failing.iter().zip(waiting) {
         if seqs.len() < each {

@@ -123,15 +123,15 @@ impl Purge {
             return Ok(());
         };
         let interval = tick_interval(retention_us);
-        let is_clock_due = |b: &Backend| b.tick_recorded_at.is_none_or(|at| now >= at + interval);
-        let is_due = |b: &Backend| b.tick_due && is_clock_due(b);
+        let is_clock_due = |b: &Backend| b.retention.recorded_at.is_none_or(|at| now >= at + interval);
+        let is_due = |b: &Backend| b.retention.is_due && is_clock_due(b);
         // There may be thousands, of which most have never delivered anything.
         let has_come_on = |b: &&Backend| is_due(b) && b.delivery.acked().from.high_seq > 0;
         let numbers: BTreeSet<i32> = backends.iter().filter(has_come_on).map(|b| b.number).collect();
         // What all its lanes have delivered, where it has some.
         let due: Vec<(i32, Arc<Tick>)> = backends
             .iter()
-            .filter(|b| b.lane.is_none() && numbers.contains(&b.number))
+            .filter(|b| b.lane().is_none() && numbers.contains(&b.number))
             .map(|b| (b.number, delivered(backends, b)))
             .filter(|(_, tick)| tick.high_seq > 0)
             .collect();
@@ -143,7 +143,7 @@ impl Purge {
             let is_recorded = |b: &Backend| due.iter().any(|(number, _)| *number == b.number);
             for backend in backends.iter_mut().filter(|b| is_recorded(b)) {
                 // What is in flight is acknowledged later, and asks again.
-                (backend.tick_recorded_at, backend.tick_due) =
+                (backend.retention.recorded_at, backend.retention.is_due) =
                     (Some(now), backend.delivery.acked().under_way.is_some());
             }
             self.ticks_wait = true;
@@ -180,7 +180,7 @@ impl Purge {
                 break;
             };
             self.backend = backend.number;
-            if backend.lane.is_some() || !allows(backend.number) {
+            if backend.lane().is_some() || !allows(backend.number) {
                 // A lane's finder does it for all.
                 self.under_way = Some((index + 1, 0));
                 continue;
@@ -219,7 +219,7 @@ impl Purge {
     /// An idle server on which nothing is left to purge stays idle.
     fn next_look(&self, now: Now, backends: &[Backend], interval: Duration) -> Option<Duration> {
         let look = self.ticks_wait.then(|| self.next_look_at.saturating_sub(now));
-        let tick = backends.iter().any(|b| b.tick_due).then_some(interval);
+        let tick = backends.iter().any(|b| b.retention.is_due).then_some(interval);
         look.into_iter().chain(tick).min()
     }
 }

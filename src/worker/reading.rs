@@ -10,6 +10,7 @@ use crate::tables::ticks;
 use crate::worker::backend::{Backend, MOST_LANES};
 use crate::worker::pass;
 use crate::worker::state::Awaited;
+use crate::worker::state::Generation;
 use crate::worker::state::Loaded;
 use crate::worker::state::Worker;
 use crate::worker::task::Task;
@@ -186,7 +187,7 @@ impl Worker {
         Way {
             position: backend.delivery.position(),
             goal: backend.goal(&self.latest),
-            role: backend.role,
+            role: backend.role(),
         }
     }
 
@@ -236,8 +237,8 @@ impl Worker {
     fn is_tick_of_use(&self, now: Now) -> bool {
         schedule::is_tick_of_use(self.backends.iter().map(|b| Wish {
             number: b.number,
-            role: b.role,
-            is_lane: b.lane.is_some(),
+            role: b.role(),
+            is_lane: b.lane().is_some(),
             wants_tick: b.wants_tick(now),
         }))
     }
@@ -245,7 +246,10 @@ impl Worker {
     /// A lane for a hash slot that has none, where its finder stands: saved before that goes on.
     fn add_lane(&mut self, finder: usize, hash_slot: u16, at: Position, now: Now) -> Result<(), Aborted> {
         let number = self.backends[finder].number;
-        let lanes = self.backends.iter().filter(|b| b.number == number && b.lane.is_some());
+        let lanes = self
+            .backends
+            .iter()
+            .filter(|b| b.number == number && b.lane().is_some());
         if lanes.count() >= MOST_LANES {
             let wait = guc::millis(&guc::POLL_INTERVAL_MS);
             self.backends[finder].no_lane_left(hash_slot, wait, now);
@@ -286,13 +290,13 @@ impl Worker {
         match tick {
             Some((tick, wal, generation)) => {
                 self.take_over_tick(tick, wal);
-                match generation == self.generation {
+                match self.generation == Generation::Loaded(generation) {
                     true => self.mending.is_clean_at(&self.latest),
-                    false => self.generation = u64::MAX,
+                    false => self.generation = Generation::Stale,
                 }
             }
             // The extension was dropped: the next round finds out.
-            None => self.generation = u64::MAX,
+            None => self.generation = Generation::Stale,
         }
         Ok(())
     }
@@ -336,7 +340,7 @@ impl Worker {
     /// Makes durable what was written down: the next batch lies behind it, also in the guard's words.
     pub(super) fn flush(&mut self) {
         self.flushed = self.flushed.max(ticks::flush());
-        self.backends.iter_mut().for_each(|b| b.is_unflushed = false);
+        self.backends.iter_mut().for_each(|b| b.books.is_unflushed = false);
     }
 
     /// One scan for a group of backends. Whether it found something for one of them.
@@ -349,15 +353,15 @@ impl Worker {
         let is_known = || events.is_some() && catalog::relations().map(|relations| relations.events) == events;
         let readers = care::transaction(|| is_known().then(|| pass::read(backends, group, &is_wanted)))?;
         let Some(readers) = readers else {
-            self.generation = u64::MAX;
+            self.generation = Generation::Stale;
             return Ok(true);
         };
         let has_found = readers.iter().any(pass::Reader::has_found);
         for reader in readers.iter().filter(|r| r.wrote) {
-            self.backends[reader.index].is_unflushed = true;
+            self.backends[reader.index].books.is_unflushed = true;
         }
         // Each pass that only parks need not wait for the disk.
-        let tells = |r: &pass::Reader| !r.built.is_empty() && self.backends[r.index].is_unflushed;
+        let tells = |r: &pass::Reader| !r.built.is_empty() && self.backends[r.index].books.is_unflushed;
         if readers.iter().any(tells) {
             self.flush();
         }
@@ -367,14 +371,14 @@ impl Worker {
             backend.skipped(&reader.skipped, now);
             let sent: usize = reader.built.iter().map(|b| b.batch.entries.len()).sum();
             backend.send(reader.built, self.flushed);
-            if matches!(backend.role, Role::Strays) && reader.stopped {
+            if backend.role() == Role::Strays && reader.stopped {
                 backend.rests_until = now + guc::millis(&guc::POLL_INTERVAL_MS);
             }
             let end = reader.end.clone();
             backend.advanced(reader.end, now);
             self.pace.finds(sent);
             if sent > 0 {
-                let activity = format!("publishing {sent} events to {}", backend.name());
+                let activity = format!("sending {sent} events to {}", backend.name());
                 self.shown_busy = true;
                 process::show_activity(Some(&activity));
                 process::debug(|| format!("sent {sent} events to backend \"{}\"", backend.name()));

@@ -12,7 +12,7 @@ use crate::tables::row::{Row, attribute};
 use crate::tables::ticks;
 use crate::tables::{backends, refused, restores, retention};
 use crate::worker::backend::Backend;
-use crate::worker::backend::books::save;
+use crate::worker::backend::saving::save;
 use relay::delivery::refusal::Record;
 use relay::delivery::{Cursor, Delivery};
 use relay::event::wanted::{Purpose, Wanted};
@@ -87,7 +87,7 @@ impl Books for BackendBooks<'_> {
             on_missing: backend.on_missing_guard(),
             take_over: backend.is_told_to_take_over(),
             restored: backend.is_restored(),
-            last_restore: backend.row.as_ref().map_or(0, |row| row.last_restore),
+            last_restore: backend.row().map_or(0, |row| row.last_restore),
         })
     }
 
@@ -137,7 +137,7 @@ impl Books for BackendBooks<'_> {
     }
 
     fn record(&mut self, record: Record) {
-        self.backend.records.push(record);
+        self.backend.books.records.push(record);
     }
 
     fn save(&mut self) -> Result<(), Aborted> {
@@ -150,7 +150,7 @@ impl Books for BackendBooks<'_> {
 
     fn wait_again(&mut self, since: u64) -> Result<(), Aborted> {
         let backend = &*self.backend;
-        process::transaction(|| refused::heal(backend.number, backend.lane, &backend.stream, since))
+        process::transaction(|| refused::heal(backend.number, backend.lane(), backend.stream(), since))
     }
 
     fn adopt(&mut self, cursor: Cursor, total: i64) {
@@ -252,7 +252,7 @@ impl Rows for BackendRows<'_> {
         }
         // Of the row no more is read than this: what else is in it may not be readable.
         let stream = row.text(attribute::STREAM);
-        let stream = stream.as_deref().unwrap_or(&self.backend.stream);
+        let stream = stream.as_deref().unwrap_or(self.backend.stream());
         self.backend.serves(stream).then(|| Wanted {
             stream: Arc::from(stream),
             event_id: row.uuid(attribute::EVENT_ID).unwrap_or_default(),
@@ -284,11 +284,11 @@ fn is_comparable(row: &Row) -> bool {
 }
 
 fn forget_take_over(backend: &mut Backend) -> Result<(), Aborted> {
-    let (number, is_lane) = (backend.number, backend.lane.is_some());
+    let (number, is_lane) = (backend.number, backend.lane().is_some());
     if !backend.is_enabled() {
         return Ok(());
     }
-    if let Some(row) = backend.row.as_mut().filter(|row| row.take_over) {
+    if let Some(row) = backend.duty.row_mut().filter(|row| row.take_over) {
         // The other lanes have been asked, too.
         if !is_lane {
             process::transaction(|| backends::forget_take_over(number))?;
@@ -302,12 +302,12 @@ fn forget_take_over(backend: &mut Backend) -> Result<(), Aborted> {
 pub fn finish_lanes(backends: &mut [Backend], latest: &Arc<Tick>) -> Result<(), Aborted> {
     for index in 0..backends.len() {
         let finder = &backends[index];
-        let Some(row) = finder.row.as_ref().filter(|_| finder.is_finder()) else {
+        let Some(row) = finder.row().filter(|_| finder.is_finder()) else {
             continue;
         };
         let number = finder.number;
-        let of_lanes = || backends.iter().filter(|b| b.number == number && b.lane.is_some());
-        let asks = |b: &Backend| b.row.as_ref().is_some_and(|row| row.take_over);
+        let of_lanes = || backends.iter().filter(|b| b.number == number && b.lane().is_some());
+        let asks = |b: &Backend| b.row().is_some_and(|row| row.take_over);
         let is_taken_over = row.take_over && !of_lanes().any(asks);
         // Lanes are still to be made for what lies before it.
         let has_found_all = Arc::ptr_eq(&finder.delivery.acked().from, latest);
@@ -325,10 +325,10 @@ pub fn finish_lanes(backends: &mut [Backend], latest: &Arc<Tick>) -> Result<(), 
 
 /// With at_least_once, what a dump has brought is sent, wherever it may stand already.
 pub fn give_up_comparing(backend: &mut Backend) -> Result<(), Aborted> {
-    let Some(row) = backend.row.as_ref().filter(|row| !row.restores.is_empty()) else {
+    let Some(row) = backend.row().filter(|row| !row.restores.is_empty()) else {
         return Ok(());
     };
-    if backend.lane.is_some() {
+    if backend.lane().is_some() {
         // The finder says so for all.
         return backend.forget_restores();
     }

@@ -32,6 +32,15 @@ pub(super) struct Awaited {
     pub(super) pause: Duration,
 }
 
+/// Which state of the catalog was loaded.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Generation {
+    /// All is to be loaded, whatever the catalog says.
+    Stale,
+    /// The one that the catalog counts so (see `catalog::generation`).
+    Loaded(u64),
+}
+
 /// What loading has found.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Loaded {
@@ -55,8 +64,8 @@ pub(super) struct Worker {
     pub(super) awaited: Option<Awaited>,
     /// Up to where the WAL was flushed for `latest`.
     pub(super) flushed: u64,
-    /// The catalog's generation that `backends` are of.
-    pub(super) generation: u64,
+    /// What `backends` were loaded from.
+    pub(super) generation: Generation,
     /// The table of events that `backends` stand in; `None`: it has gone.
     pub(super) events: Option<pg_sys::Oid>,
     /// Something may have been committed that no tick has seen.
@@ -110,7 +119,7 @@ impl Worker {
             latest: Arc::new(Tick::beginning()),
             awaited: None,
             flushed: 0,
-            generation: u64::MAX,
+            generation: Generation::Stale,
             events: None,
             work: true,
             polled: true,

@@ -6,7 +6,7 @@ use crate::server::process::{self, Aborted, log};
 use crate::tables::catalog;
 use crate::worker::backend::Backend;
 use crate::worker::backend::Whose;
-use crate::worker::backend::books::save;
+use crate::worker::backend::saving::save;
 use crate::worker::state::Worker;
 use crate::worker::task::Task;
 use crate::worker::task::is_lock;
@@ -54,7 +54,7 @@ impl Worker {
         }
         let name = task.whose().and_then(|whose| {
             let backend = self.backends.iter().find(|b| b.whose() == whose)?;
-            backend.row.as_ref().map(|row| row.name.clone())
+            backend.row().map(|row| row.name.clone())
         });
         let doing = match name {
             Some(name) => format!("{}, for backend \"{name}\".", task.doing()),
@@ -119,7 +119,7 @@ impl Worker {
 
     /// When a backend is to be saved, and can be.
     pub(super) fn save_at(&self, backend: &Backend) -> Option<Now> {
-        let due = match backend.records.is_empty() {
+        let due = match backend.books.records.is_empty() {
             true => backend.save_at()?,
             false => Now::ZERO,
         };

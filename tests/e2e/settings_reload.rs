@@ -126,13 +126,13 @@ fn batch_size() {
     };
     publish_many(&mut stack.pg.client(), "default", "", "t", 100);
     stack.wait_events(100);
-    wait_until("one batch", || shown(&["publishing 100 events to default"]));
+    wait_until("one batch", || shown(&["sending 100 events to default"]));
     // A reader stops when its window of batches is full, so with batches of one no pass comes to a hundred.
     set(&stack, &[("batch_size", "1")]);
     wait_reloaded(&stack, 50);
     publish_many(&mut stack.pg.client(), "default", "", "t", 100);
     stack.wait_events(200);
-    let few: Vec<String> = (1..50).map(|n| format!("publishing {n} events to default")).collect();
+    let few: Vec<String> = (1..50).map(|n| format!("sending {n} events to default")).collect();
     let few: Vec<&str> = few.iter().map(String::as_str).collect();
     wait_until("small passes", || shown(&few));
 }

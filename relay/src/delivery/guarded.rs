@@ -97,11 +97,11 @@ impl Delivery {
         self.number.max(self.floor)
     }
 
-    /// The guard says that batches up to `number`, up to `position`, are appended, which nobody has heard of. In all, `published`
+    /// The guard says that batches up to `number`, up to `position`, are appended, which nobody has heard of. In all, `accepted`
     /// events were accepted in this life.
-    pub fn adopt(&mut self, cursor: Cursor, published: u64) {
+    pub fn adopt(&mut self, cursor: Cursor, accepted: u64) {
         self.stand_at(cursor);
-        self.published = published;
+        self.accepted = accepted;
     }
 
     /// Redis has lost what came after `cursor`: it is read again. Rows up to `reread_to` may be written down.

@@ -61,7 +61,7 @@ impl Delivery {
         for (index, entry) in flight.entries.iter().enumerate().take(known) {
             match refused.next_if(|r| r.0 == index) {
                 None => {
-                    self.published += 1;
+                    self.accepted += 1;
                     records.extend(self.streams.accepted(entry, again));
                 }
                 Some((_, failure)) if failure.class != Class::Event => {

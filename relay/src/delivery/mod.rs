@@ -86,7 +86,7 @@ pub struct Delivery {
     backoff: Backoff,
     /// Another node may take the place of one that is gone.
     follows: bool,
-    published: u64,
+    accepted: u64,
     /// Rows up to this number may have been written down in an earlier life, or before Redis lost something.
     reread_to: i64,
     /// Rows are read again that may belong before events that wait.
@@ -138,7 +138,7 @@ impl Delivery {
             streams,
             backoff,
             follows: false,
-            published: 0,
+            accepted: 0,
         }
     }
 
@@ -222,8 +222,8 @@ impl Delivery {
     }
 
     /// Accepted since the start.
-    pub fn published(&self) -> u64 {
-        self.published
+    pub fn accepted(&self) -> u64 {
+        self.accepted
     }
 
     pub fn trouble(&self) -> Option<&Failure> {

@@ -25,10 +25,10 @@ impl World {
         if !self.delivery.is_idle() || !self.pending.is_empty() {
             return Err("not idle".to_owned());
         }
-        if self.delivery.published() != self.accepted {
+        if self.delivery.accepted() != self.accepted {
             return Err(format!(
-                "published {} of {} accepted",
-                self.delivery.published(),
+                "counted {} of {} accepted",
+                self.delivery.accepted(),
                 self.accepted
             ));
         }

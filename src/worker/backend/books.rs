@@ -1,14 +1,8 @@
-//! What of a backend is to be saved, and when: its cursor, its counters, and what was refused.
+//! What of a backend is to be saved, and when: its cursor, its counters, and what was refused. How it is saved: `saving.rs`.
 
-use crate::server::process::{self, Aborted};
-use crate::tables::care;
-use crate::tables::cursors::Saved;
-use crate::tables::{cursors, refused};
-use crate::worker::backend::Backend;
-use pgrx::pg_sys;
+use crate::tables::cursors::Standing;
 use relay::delivery::refusal::Record;
-use relay::fault::Point;
-use relay::fault::{self, Mutation};
+use relay::redis::destination::Address;
 use relay::time::Now;
 use std::time::Duration;
 
@@ -19,7 +13,88 @@ const SAVE_AFTER: Duration = Duration::from_secs(1);
 /// How long one may that only moved over events of others.
 const SAVE_IDLE_AFTER: Duration = Duration::from_secs(30);
 
-impl Backend {
+/// What is to be saved of a backend, and since when it differs from what is saved.
+pub struct Books {
+    /// To be written down before the cursor is saved.
+    pub records: Vec<Record>,
+    /// A pass has written something down, which must be durable before a batch says that it lies behind.
+    pub is_unflushed: bool,
+    pub standing: Standing,
+    /// Of the events that the delivery has counted, those that `standing` includes already.
+    pub(super) counted: u64,
+    /// Since when the cursor on disk is behind what was delivered, and behind what was read.
+    pub(super) dirty_since: Option<Now>,
+    pub(super) stale_since: Option<Now>,
+    /// When something was acknowledged last.
+    pub(super) moved_at: Now,
+    pub(super) saved_at: Now,
+    pub(super) saved_total: i64,
+    /// High end of the saved cursor, and so of what a restart would read again.
+    pub(super) saved_high_seq: i64,
+    /// What a save has written, until its transaction has committed.
+    pub(super) pending_save: Option<(Standing, u64)>,
+}
+
+impl Books {
+    pub fn of(standing: Standing, saved_high_seq: i64) -> Self {
+        Self {
+            records: Vec::new(),
+            is_unflushed: false,
+            saved_total: standing.accepted_total,
+            standing,
+            counted: 0,
+            dirty_since: None,
+            stale_since: None,
+            moved_at: Now::ZERO,
+            saved_at: Now::ZERO,
+            saved_high_seq,
+            pending_save: None,
+        }
+    }
+
+    /// Something has changed that the views show.
+    pub fn change(&mut self, now: Now) {
+        self.dirty_since.get_or_insert(now);
+    }
+
+    /// Something may have changed since the last save: it is saved soon.
+    pub fn change_since_saved(&mut self) {
+        self.dirty_since.get_or_insert(self.saved_at);
+    }
+
+    /// Something was acknowledged.
+    pub fn move_on(&mut self, now: Now) {
+        self.change(now);
+        self.moved_at = now;
+    }
+
+    /// The reader has passed events of others.
+    pub fn fall_behind(&mut self, now: Now) {
+        self.stale_since.get_or_insert(now);
+    }
+
+    /// A node is about to be connected to.
+    pub fn note_address(&mut self, address: &Address, now: Now) {
+        let shown = Some(address.to_string());
+        if self.standing.address != shown {
+            self.standing.address = shown;
+            self.change(now);
+        }
+    }
+
+    /// Events accepted in all; `counted`: those of this delivery.
+    pub fn total(&self, counted: u64) -> i64 {
+        self.standing.accepted_total + (counted - self.counted) as i64
+    }
+
+    pub fn moved_at(&self) -> Now {
+        self.moved_at
+    }
+
+    pub fn saved_high_seq(&self) -> i64 {
+        self.saved_high_seq
+    }
+
     /// When the cursor is to be saved.
     pub fn save_at(&self) -> Option<Now> {
         let dirty = self
@@ -32,99 +107,4 @@ impl Backend {
     pub fn is_unsaved(&self) -> bool {
         self.dirty_since.is_some() || self.stale_since.is_some() || !self.records.is_empty()
     }
-
-    /// Writes records and cursor down. `wall_us`: the time of day.
-    pub fn save(&mut self, now: Now, wall_us: i64) {
-        let accepted_in = self.is_exactly_once().then(|| self.delivery.accepted_in());
-        let failed = refused::record(self.number, &self.records, accepted_in);
-        let mut standing = self.standing.clone();
-        standing.failed_total += failed as i64;
-        let published = self.delivery.published() - self.counted;
-        if published > 0 {
-            standing.accepted_total += published as i64;
-            standing.last_accepted_us = Some(wall_us);
-        }
-        let elapsed = (now.saturating_sub(self.saved_at)).as_secs_f64();
-        let events_per_second = match elapsed > 0.0 {
-            true => ((standing.accepted_total - self.saved_published) as f64 / elapsed) as f32,
-            false => 0.0,
-        };
-        if let Some(failure) = self
-            .delivery
-            .trouble()
-            .filter(|_| self.is_enabled())
-            .filter(|f| standing.last_error.as_ref() != Some(&f.message))
-        {
-            standing.last_error = Some(failure.message.clone());
-            standing.last_error_us = Some(wall_us);
-        }
-        if let Some(error) = self.records.iter().rev().find_map(error_of) {
-            standing.last_error = Some(error.to_owned());
-            standing.last_error_us = Some(wall_us);
-        }
-        let next_attempt_us = match (self.delivery.trouble(), self.delivery.due_at()) {
-            (Some(_), Some(due)) => Some(wall_us + due.saturating_sub(now).as_micros() as i64),
-            _ => None,
-        };
-        let position = match fault::is_mutated(Mutation::SaveBeforeAck) {
-            true => self.delivery.position(),
-            false => self.delivery.acked(),
-        };
-        let saved = Saved {
-            position,
-            batch_number: self.delivery.number(),
-            standing: &standing,
-            state: self.delivery.state(),
-            events_per_second,
-            next_attempt_us,
-        };
-        cursors::save_cursor(self.number, self.lane, &saved);
-        self.pending_save = Some((standing, self.delivery.published()));
-    }
-
-    /// The transaction of [`Self::save`] has committed.
-    pub fn saved(&mut self, now: Now) {
-        if let Some((standing, counted)) = self.pending_save.take() {
-            self.saved_published = standing.accepted_total;
-            self.standing = standing;
-            self.counted = counted;
-        }
-        process::debug(|| {
-            let (name, total) = (self.name(), self.standing.accepted_total);
-            format!("saved the cursor of backend \"{name}\": {total} events accepted so far")
-        });
-        self.records.clear();
-        // Something still in flight will be acknowledged: the flag is raised then.
-        (self.dirty_since, self.stale_since) = (None, None);
-        self.saved_high_seq = self.delivery.acked().from.high_seq;
-        self.saved_at = now;
-    }
-}
-
-fn error_of(record: &Record) -> Option<&str> {
-    match record {
-        Record::Park { error, .. } | Record::Fail { error, .. } | Record::RefusedAgain { error, .. } => Some(error),
-        Record::Accepted { .. } => None,
-    }
-}
-
-/// Writes down what is unsaved of some, in one transaction.
-pub fn save(backends: &mut [Backend], which: impl Fn(&Backend) -> bool, now: Now) -> Result<(), Aborted> {
-    let which = |b: &Backend| b.is_unsaved() && which(b);
-    if !backends.iter().any(&which) {
-        return Ok(());
-    }
-    fault::reach(match backends.iter().any(|b| b.delivery.is_stopped()) {
-        true => Point::BeforeRefusedSaved,
-        false => Point::BeforeSave,
-    });
-    // SAFETY: reads the clock.
-    let wall_us = unsafe { pg_sys::GetCurrentTimestamp() } + crate::server::datum::EPOCH_SHIFT_US;
-    // In one order on all servers: a subscription locks the same rows here in the order in which the other server has saved its own.
-    let mut saved: Vec<&mut Backend> = backends.iter_mut().filter(|b| which(b)).collect();
-    saved.sort_unstable_by_key(|b| b.whose());
-    care::transaction(|| saved.iter_mut().for_each(|b| b.save(now, wall_us)))?;
-    saved.iter_mut().for_each(|b| b.saved(now));
-    fault::reach(Point::AfterSave);
-    Ok(())
 }

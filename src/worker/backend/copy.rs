@@ -2,7 +2,6 @@
 //! the row holds something that cannot be used.
 
 use crate::tables::copies::Original;
-use crate::tables::options::Unusable;
 use crate::worker::backend::Backend;
 use relay::delivery::Guarantee;
 use relay::failure::{Failure, Trouble};
@@ -14,7 +13,7 @@ const FOR_LONG: Duration = Duration::from_secs(24 * 3_600);
 
 impl Backend {
     fn original(&self) -> Option<&Original> {
-        let original = self.row.as_ref().and_then(|row| row.original.as_ref());
+        let original = self.row().and_then(|row| row.original.as_ref());
         original.filter(|original| original.counts())
     }
 
@@ -25,24 +24,20 @@ impl Backend {
 
     /// The original, if no guard could say whose the streams are.
     fn unguarded_original(&self) -> Option<&Original> {
-        let row = self.row.as_ref();
-        let is_guarded = row.is_some_and(|row| row.options.delivery == Ok(Guarantee::ExactlyOnce));
+        let options = self.options();
+        let is_guarded = options.is_some_and(|options| options.delivery == Ok(Guarantee::ExactlyOnce));
         self.original().filter(|original| original.is_database || !is_guarded)
-    }
-
-    fn unusable_option(&self) -> Option<&Unusable> {
-        self.destination.as_ref().err().filter(|_| self.row.is_some())
     }
 
     /// Whether it connects nowhere.
     pub fn is_withheld(&self) -> bool {
-        self.unusable_option().is_some() || self.unguarded_original().is_some()
+        self.duty.unusable().is_some() || self.unguarded_original().is_some()
     }
 
     /// Shows why.
     pub fn withhold(&mut self, now: Now) {
         let shown = self.delivery.trouble().map(|failure| failure.trouble);
-        let failure = match (self.unusable_option(), self.unguarded_original()) {
+        let failure = match (self.duty.unusable(), self.unguarded_original()) {
             (Some(unusable), _) if shown != Some(Trouble::UnusableOption) => {
                 Failure::of(Trouble::UnusableOption, unusable.to_string())
             }

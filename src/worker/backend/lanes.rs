@@ -7,12 +7,12 @@
 use crate::tables::backends::BackendRow;
 use crate::tables::cursors;
 use crate::tables::cursors::{Saved, Standing};
+use crate::worker::backend::duty::Duty;
 use crate::worker::backend::{Backend, Home, MOST_LANES};
 use relay::delivery::{Cursor, State};
 use relay::event::Event;
 use relay::failure::{Failure, Trouble};
 use relay::reading::range::Position;
-use relay::reading::role::Role;
 use relay::redis::hash_slot::hash_slot_of;
 use relay::time::Now;
 use std::time::Duration;
@@ -24,23 +24,8 @@ impl Backend {
             position: at,
             number: 0,
         };
-        Self::standing_at(
-            self.number,
-            Some(hash_slot),
-            self.role_of_lanes(),
-            self.row.clone(),
-            home,
-            cursor,
-            Standing::default(),
-        )
-    }
-
-    /// What lanes of this one are.
-    pub fn role_of_lanes(&self) -> Role {
-        match self.role {
-            Role::Deleted => Role::Deleted,
-            Role::Redis | Role::Finder | Role::Strays => Role::Redis,
-        }
+        let duty = self.duty.of_lane(hash_slot, home);
+        Self::standing_at(cursor, Standing::default(), self.number, duty)
     }
 
     /// Within the transaction that makes it, at the position of its finder.
@@ -48,32 +33,32 @@ impl Backend {
         let saved = Saved {
             position: self.delivery.acked(),
             batch_number: 0,
-            standing: &self.standing,
+            standing: &self.books.standing,
             state: State::Idle,
             events_per_second: 0.0,
             next_attempt_us: None,
         };
-        cursors::save_cursor(self.number, self.lane, &saved);
+        cursors::save_cursor(self.number, self.lane(), &saved);
     }
 
     pub fn is_finder(&self) -> bool {
-        matches!(self.role, Role::Finder)
+        matches!(self.duty, Duty::Find(_))
     }
 
     /// Whether a stream's events are this one's to deliver.
     pub fn serves(&self, stream: &str) -> bool {
-        self.lane
+        self.lane()
             .is_none_or(|hash_slot| hash_slot_of(stream.as_bytes()) == hash_slot)
     }
 
     /// The hash slot of an event.
     pub fn hash_slot_of(&self, event: &Event<'_>) -> u16 {
-        hash_slot_of(event.stream.unwrap_or(&self.stream).as_bytes())
+        hash_slot_of(event.stream.unwrap_or(self.stream()).as_bytes())
     }
 
     /// Whether a row makes a finder of a backend that was none.
     pub(super) fn becomes_finder(&self, row: &BackendRow) -> bool {
-        row.is_cluster() && self.lane.is_none() && matches!(self.role, Role::Redis)
+        row.is_cluster() && self.lane().is_none() && self.reads_for_redis()
     }
 
     /// There are no more lanes to be had: what belongs to another hash slot waits.
@@ -89,13 +74,5 @@ impl Backend {
             self.delivery.forget_trouble();
             self.note_recovery(now);
         }
-    }
-
-    /// What a reload tells once more that this lane has done already.
-    pub(super) fn without_done(&self, mut row: BackendRow) -> BackendRow {
-        if self.lane.is_some() {
-            row.restores.retain(|restore| !self.compared.contains(restore));
-        }
-        row
     }
 }

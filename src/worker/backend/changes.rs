@@ -1,0 +1,110 @@
+//! Changes of a backend's settings, as loading finds them.
+
+use crate::server::guc;
+use crate::tables::backends::BackendRow;
+use crate::worker::backend::connection::Connection;
+use crate::worker::backend::duty::{Duty, Finder};
+use crate::worker::backend::settings::{self, Home};
+use crate::worker::backend::{Backend, refused_streams};
+use relay::delivery::refusal::Streams;
+use relay::time::Now;
+
+impl Backend {
+    /// Whether the sender goes on with these settings: it goes to the same place, and what is on its way to the same stream.
+    pub fn keeps_sender(&self, row: &BackendRow, home: &Home) -> bool {
+        let stays = self.is_to(row, home) && settings::stream(Some(row)) == *self.stream();
+        // Those who watch the guard must know how often it is refreshed: a new claim says so.
+        let has_told = self.duty.connection().is_none_or(Connection::has_told_interval);
+        let beats = !self.is_exactly_once() || has_told;
+        // What a dump has brought is looked for by a new claim.
+        let claims = self.is_exactly_once() && row.enabled && self.restored.has_new(row);
+        // A paused backend's owner keeps its guard. What is on its way would still be sent.
+        let is_enabled = match (row.enabled, self.is_enabled()) {
+            (true, true) => true,
+            _ => self.is_exactly_once() && self.delivery.is_idle(),
+        };
+        is_enabled && stays && beats && !claims
+    }
+
+    /// Whether a row leads to the same destination.
+    fn is_to(&self, row: &BackendRow, home: &Home) -> bool {
+        let destination = settings::destination(row, home, self.lane());
+        match &self.duty {
+            Duty::Send(service) => service.connection.is_to(&destination),
+            Duty::Find(finder) => finder.destination == destination,
+            Duty::Fail { .. } | Duty::Strays => false,
+        }
+    }
+
+    /// Takes over changed settings.
+    pub fn reconfigure(&mut self, row: BackendRow, home: &Home, now: Now) {
+        let was_copy = self.is_copy();
+        let was_unusable = self.duty.unusable().is_some();
+        let mut is_other = self.row() != Some(&row) || !self.is_to(&row, home);
+        if !self.keeps_sender(&row, home) {
+            self.let_go();
+            self.forget_trouble();
+        }
+        if row.enabled != self.is_enabled() {
+            // While it was paused, nobody heard of it.
+            self.forget_trouble();
+        }
+        let stream = settings::stream(Some(&row));
+        if stream != *self.stream() {
+            is_other = true;
+            let waiting = match self.duty {
+                Duty::Send(_) => refused_streams(self.number, self.lane(), &stream),
+                Duty::Find(_) | Duty::Fail { .. } | Duty::Strays => Streams::default(),
+            };
+            self.delivery.set_streams(waiting);
+        }
+        (self.entries.stream, self.entries.max_len) = (stream, settings::max_len(Some(&row)));
+        if let Ok(guarantee) = row.options.delivery {
+            self.delivery.set_guarantee(guarantee);
+        }
+        self.take_over_row(row, home);
+        if (was_copy && !self.is_copy()) || (was_unusable && self.duty.unusable().is_none()) {
+            self.forget_trouble();
+        }
+        self.delivery.set_backoff(guc::backoff(), now);
+        match is_other {
+            true => self.delivery.retry_now(),
+            // Settings were read again, that is all: something outside of them may have been mended.
+            false => self.delivery.retry_asked(now),
+        }
+        self.books.change_since_saved();
+    }
+
+    fn take_over_row(&mut self, row: BackendRow, home: &Home) {
+        if self.becomes_finder(&row) {
+            self.delivery.set_streams(Streams::default());
+            self.duty = Duty::Find(Box::new(Finder::new(row, home)));
+            return;
+        }
+        let row = self.without_compared(row);
+        match &mut self.duty {
+            Duty::Send(service) => {
+                let destination = settings::destination(&row, home, service.lane);
+                service.connection.set_destination(destination);
+                self.delivery.set_follows(service.connection.is_looked_up());
+                service.row = row;
+            }
+            Duty::Find(finder) => **finder = Finder::new(row, home),
+            Duty::Fail { .. } | Duty::Strays => {}
+        }
+    }
+
+    /// Its row is gone.
+    pub fn delete(&mut self) {
+        self.let_go();
+        self.duty = Duty::Fail { lane: self.lane() };
+        self.restored.let_go();
+        self.delivery.set_streams(Streams::default());
+    }
+
+    /// What was wrong says nothing of what is there now.
+    fn forget_trouble(&mut self) {
+        self.delivery.forget_trouble();
+        self.logged.forget_state();
+    }
+}

@@ -1,0 +1,124 @@
+//! Events of a dump, which may have been sent since it was taken: with exactly_once they are looked for in the streams before they are sent.
+//!
+//! To compare, the connection is let go, and a restore may commit row by row: what comes while some are compared, or a moment later, or
+//! while something is on its way, waits for the next time. The backend goes on meanwhile, up to the tick that it has compared with.
+
+use crate::server::process::{self, Aborted};
+use crate::tables::backends::BackendRow;
+use crate::tables::restores;
+use crate::worker::backend::Backend;
+use relay::reading::snapshot::Tick;
+use relay::time::Now;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// From one comparison with what a dump has brought to the next.
+const COMPARE_PAUSE: Duration = Duration::from_millis(250);
+
+impl Backend {
+    /// Whether events of a dump have come that were not looked for in the streams yet. A paused backend has time.
+    pub fn is_restored(&self) -> bool {
+        self.row().is_some_and(|row| row.enabled && !row.restores.is_empty())
+    }
+
+    /// The row as it is to be taken over now: without restores that wait for the next time.
+    pub fn due_row(&mut self, row: BackendRow, now: Now) -> BackendRow {
+        let mut row = self.without_compared(row);
+        if !self.is_exactly_once() || self.lane().is_some() {
+            self.restored.holds = false;
+            return row;
+        }
+        let known = self.row().map_or(&[][..], |row| &row.restores);
+        let is_new = row.restores.iter().any(|restore| !known.contains(restore));
+        let holds = is_new && (!known.is_empty() || now < self.restored.compares_at || self.is_sending());
+        if holds {
+            row.restores = known.to_vec();
+        } else if is_new {
+            self.restored.compares_at = now + COMPARE_PAUSE;
+        }
+        self.restored.holds = holds;
+        row
+    }
+
+    /// When its row is to be looked at again because of restores that wait.
+    pub fn load_at(&self) -> Option<Now> {
+        let waits = match self.is_exactly_once() {
+            true => self.restored.holds && !self.is_sending() && self.row().is_none_or(|row| row.restores.is_empty()),
+            false => self.reads_for_redis() && self.is_restored(),
+        };
+        waits.then_some(self.restored.compares_at)
+    }
+
+    /// Whether there are events of a dump that it may not read yet, since they are still to be compared.
+    pub fn is_held(&self) -> bool {
+        self.restored.holds && self.is_exactly_once()
+    }
+
+    /// Whether it would take rows that another tick sees. One that is held would once those are to be compared.
+    pub fn wants_tick(&self, now: Now) -> bool {
+        self.is_ready(now) && (!self.is_held() || self.load_at().is_some_and(|at| at <= now))
+    }
+
+    /// Where it is going; `latest`: the newest tick that may be sent. One that is held goes no further than what it has compared with.
+    pub fn goal<'a>(&'a self, latest: &'a Arc<Tick>) -> &'a Arc<Tick> {
+        let position = self.delivery.position();
+        if !self.is_held() || position.under_way.is_some() {
+            return position.to(latest);
+        }
+        let here = &position.from;
+        let compared = self.restored.compared_to.as_ref().unwrap_or(here);
+        let goal = match latest.snapshot.includes(&compared.snapshot) {
+            true => compared,
+            false => latest,
+        };
+        match here.snapshot.includes(&goal.snapshot) {
+            true => here,
+            false => goal,
+        }
+    }
+
+    /// What `tick` sees is going to be looked for in the streams.
+    pub fn compares_to(&mut self, tick: &Arc<Tick>) {
+        self.restored.comparing_to = Some(tick.clone());
+    }
+
+    /// All of that was looked for. It is sent before the next is compared; whether there is more is to be looked at before anything is read.
+    pub fn has_compared(&mut self, now: Now) {
+        self.restored.compared_to = self.restored.comparing_to.take();
+        self.restored.holds = true;
+        self.restored.compares_at = now + COMPARE_PAUSE;
+    }
+
+    /// Whether it is time to see to restores (at_least_once).
+    pub fn may_compare(&mut self, now: Now) -> bool {
+        let may = now >= self.restored.compares_at;
+        if may {
+            self.restored.compares_at = now + COMPARE_PAUSE;
+        }
+        may
+    }
+
+    /// They were looked for, or never will be.
+    pub fn forget_restores(&mut self) -> Result<(), Aborted> {
+        let is_lane = self.lane().is_some();
+        if let Some(row) = self.duty.row_mut().filter(|row| !row.restores.is_empty()) {
+            if is_lane {
+                // The others, and the finder, have to come past them too.
+                self.restored.compared.append(&mut row.restores);
+                return Ok(());
+            }
+            let latest = process::transaction(|| restores::note_looked_for(&row.restores))?;
+            row.last_restore = row.last_restore.max(latest);
+            row.restores.clear();
+        }
+        Ok(())
+    }
+
+    /// The row without restores that this lane has compared, of which loading tells once more.
+    pub(super) fn without_compared(&self, mut row: BackendRow) -> BackendRow {
+        if self.lane().is_some() {
+            row.restores.retain(|restore| !self.restored.compared.contains(restore));
+        }
+        row
+    }
+}

@@ -1,0 +1,267 @@
+//! A backend's way to its Redis: where that is, and the sender that goes there.
+
+use crate::server::guc;
+use crate::server::process::REPEAT_LOG_AFTER;
+use crate::server::random;
+use crate::tables::options::{Known, Unusable};
+use crate::worker::permits::SenderPermit;
+use relay::redis::destination::{Address, Destination, Protocol, Route};
+use relay::sender::Handle;
+use relay::sender::orders::{Order, Report};
+use relay::time::Now;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Duration;
+
+pub struct Connection {
+    /// Unless the backend's row holds something that cannot be used.
+    destination: Known<Destination>,
+    sender: Sender,
+    /// The node that was found last.
+    address: Option<Address>,
+    /// The node that the current failure came from.
+    failed_at: Option<Address>,
+    /// Goes up with each refresh of the guard.
+    beat: u64,
+    /// How often the guard is refreshed, as those who watch it were told or will be.
+    interval: Duration,
+}
+
+/// The thread that talks to Redis, if there is one.
+enum Sender {
+    Absent,
+    /// It is due, and there is no permit for one.
+    WaitsForTurn,
+    /// On its way up, which takes long from `slow_at` on.
+    Connecting {
+        handle: Handle,
+        slow_at: Now,
+    },
+    There(Handle),
+    /// Was told to tell those who watch the guard that its owner leaves.
+    Releasing(Handle),
+    /// Has told them.
+    Released(Handle),
+}
+
+impl Sender {
+    fn handle(&self) -> Option<&Handle> {
+        match self {
+            Self::Absent | Self::WaitsForTurn => None,
+            Self::Connecting { handle, .. } | Self::There(handle) => Some(handle),
+            Self::Releasing(handle) | Self::Released(handle) => Some(handle),
+        }
+    }
+
+    /// Goes on to another state with the same thread, if there is one.
+    fn goes_on(&mut self, to: fn(Handle) -> Self) {
+        *self = match std::mem::replace(self, Self::Absent) {
+            Self::Connecting { handle, .. } | Self::There(handle) => to(handle),
+            Self::Releasing(handle) | Self::Released(handle) => to(handle),
+            without @ (Self::Absent | Self::WaitsForTurn) => without,
+        };
+    }
+}
+
+impl Connection {
+    pub fn to(destination: Known<Destination>) -> Self {
+        Self {
+            destination,
+            sender: Sender::Absent,
+            address: None,
+            failed_at: None,
+            beat: 0,
+            interval: guc::millis(&guc::POLL_INTERVAL_MS),
+        }
+    }
+
+    pub fn destination(&self) -> Result<&Destination, &Unusable> {
+        self.destination.as_ref()
+    }
+
+    /// For the next sender.
+    pub fn set_destination(&mut self, destination: Known<Destination>) {
+        self.destination = destination;
+        self.interval = guc::millis(&guc::POLL_INTERVAL_MS);
+    }
+
+    /// Whether a sender need not be replaced because of a destination.
+    pub fn is_to(&self, destination: &Known<Destination>) -> bool {
+        self.destination == *destination
+    }
+
+    /// Whether those who watch the guard know how often it is refreshed. A new claim tells them.
+    pub fn has_told_interval(&self) -> bool {
+        self.interval == guc::millis(&guc::POLL_INTERVAL_MS)
+    }
+
+    /// Whether another node may take the place of the one that is connected to.
+    pub fn is_looked_up(&self) -> bool {
+        self.destination.as_ref().is_ok_and(|d| d.route != Route::Direct)
+    }
+
+    /// The key of the guard (exactly_once).
+    pub fn guard_key(&self) -> Option<&str> {
+        match &self.destination.as_ref().ok()?.protocol {
+            Protocol::ExactlyOnce { guard, .. } => Some(guard),
+            Protocol::AtLeastOnce { .. } => None,
+        }
+    }
+
+    pub fn has_sender(&self) -> bool {
+        self.sender.handle().is_some()
+    }
+
+    pub fn waits_for_turn(&self) -> bool {
+        matches!(self.sender, Sender::WaitsForTurn)
+    }
+
+    pub fn wait_for_turn(&mut self) {
+        if !self.has_sender() {
+            self.sender = Sender::WaitsForTurn;
+        }
+    }
+
+    /// Starts a sender. `ousts`: it is to take the guard from whoever has it.
+    pub fn connect(
+        &mut self,
+        ousts: bool,
+        now: Now,
+        waker: &Arc<UnixStream>,
+        permit: SenderPermit,
+    ) -> std::io::Result<()> {
+        let Ok(mut destination) = self.destination.clone() else {
+            return Ok(());
+        };
+        if let Protocol::ExactlyOnce { ousting, .. } = &mut destination.protocol {
+            *ousting = ousts.then(random::token);
+        }
+        let slow_at = now + 2 * (destination.connect_timeout + destination.socket_timeout);
+        self.sender = Sender::Absent;
+        let handle = spawn_sender(destination, waker.clone(), permit)?;
+        self.sender = Sender::Connecting { handle, slow_at };
+        Ok(())
+    }
+
+    /// Lets the sender go, or notes that it has gone. True: there was one.
+    pub fn drop_sender(&mut self) -> bool {
+        let had_one = self.has_sender();
+        if had_one {
+            self.sender = Sender::Absent;
+        }
+        had_one
+    }
+
+    /// The node that was found is none any more.
+    pub fn forget_address(&mut self) {
+        self.address = None;
+    }
+
+    /// A node is about to be connected to. False: it is the same as before.
+    pub fn found(&mut self, address: Address) -> bool {
+        let is_other = self.address.as_ref() != Some(&address);
+        self.address = Some(address);
+        is_other
+    }
+
+    /// What fails is the node that was found last.
+    pub fn note_failure(&mut self) {
+        self.failed_at.clone_from(&self.address);
+    }
+
+    pub fn report(&self) -> Option<Report> {
+        self.sender.handle().and_then(Handle::report)
+    }
+
+    /// Gives the sender an order; one that has ended has said so already.
+    pub fn order(&self, order: Order) {
+        if let Some(handle) = self.sender.handle() {
+            let _ = handle.order(order);
+        }
+    }
+
+    /// A batch is about to come.
+    pub fn rouse(&self) {
+        if let Some(handle) = self.sender.handle() {
+            handle.rouse();
+        }
+    }
+
+    /// When it is looked whether the sender takes long to come up.
+    pub fn slow_at(&self) -> Option<Now> {
+        match self.sender {
+            Sender::Connecting { slow_at, .. } => Some(slow_at),
+            _ => None,
+        }
+    }
+
+    /// That was said, and is said again.
+    pub fn is_slow(&mut self, now: Now) {
+        if let Sender::Connecting { slow_at, .. } = &mut self.sender {
+            *slow_at = now + REPEAT_LOG_AFTER;
+        }
+    }
+
+    /// It did not take long.
+    pub fn has_connected(&mut self) {
+        self.sender.goes_on(Sender::There);
+    }
+
+    /// Has the connection looked at, and with exactly_once the guard refreshed.
+    pub fn refresh(&mut self) {
+        if let Some(handle) = self.sender.handle() {
+            self.beat += 1;
+            handle.beat(self.beat);
+        }
+    }
+
+    /// Tells those who watch the guard that its owner leaves; once.
+    pub fn release(&mut self) {
+        if let Sender::Connecting { handle, .. } | Sender::There(handle) = &self.sender {
+            self.beat += 1;
+            let _ = handle.order(Order::Beat {
+                beat: self.beat,
+                released: true,
+            });
+            self.sender.goes_on(Sender::Releasing);
+        }
+    }
+
+    pub fn is_releasing(&self) -> bool {
+        matches!(self.sender, Sender::Releasing(_))
+    }
+
+    pub fn released(&mut self) {
+        self.sender.goes_on(Sender::Released);
+    }
+
+    /// Where the backend is, or with `fails` where its failure came from, in words.
+    pub fn place(&self, fails: bool) -> String {
+        let address = if fails { &self.failed_at } else { &self.address };
+        match (address, &self.destination) {
+            (Some(address), _) => address.to_string(),
+            (None, Ok(destination)) if destination.route == Route::Direct => destination.address.to_string(),
+            (None, Ok(destination)) => destination.route.to_string(),
+            (None, Err(_)) => String::new(),
+        }
+    }
+
+    /// Whether anybody is taken for the right server.
+    pub fn is_insecure(&self) -> bool {
+        let tls = self.destination.as_ref().ok().and_then(|d| d.tls.as_ref());
+        tls.is_some_and(|tls| tls.insecure)
+    }
+}
+
+/// Starts a sender with all signals blocked in its thread: they are the main thread's.
+fn spawn_sender(destination: Destination, waker: Arc<UnixStream>, permit: SenderPermit) -> std::io::Result<Handle> {
+    // SAFETY: the mask is saved, and put back on all ways out: spawn returns its errors.
+    unsafe {
+        let (mut all, mut before) = (std::mem::zeroed(), std::mem::zeroed());
+        libc::sigfillset(&mut all);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
+        let spawned = Handle::spawn(destination, waker, permit);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut());
+        spawned
+    }
+}

@@ -1,0 +1,128 @@
+//! What a backend is there for in the worker. Each duty has what it needs, and nothing that only another one has.
+
+use crate::tables::backends::BackendRow;
+use crate::tables::options::{Known, Options, Unusable};
+use crate::worker::backend::connection::Connection;
+use crate::worker::backend::settings::{self, Home};
+use relay::reading::role::Role;
+use relay::redis::destination::Destination;
+
+pub enum Duty {
+    /// Sends a backend's events, or in a cluster those of one lane.
+    Send(Box<Service>),
+    /// Finds hash slots of a cluster that have no lane yet (see `lanes.rs`); it sends nothing.
+    Find(Box<Finder>),
+    /// Fails the events of a backend that was deleted, or of a lane of it.
+    Fail { lane: Option<u16> },
+    /// Looks after events of backends that nobody knows.
+    Strays,
+}
+
+/// Sending one backend's events, or those of a lane.
+pub struct Service {
+    pub row: BackendRow,
+    /// The hash slot of a cluster that it is for.
+    pub lane: Option<u16>,
+    pub connection: Connection,
+}
+
+pub struct Finder {
+    pub row: BackendRow,
+    /// Where its lanes connect, but for their hash slots.
+    pub destination: Known<Destination>,
+}
+
+impl Duty {
+    /// Of a backend that is not deleted; in a cluster, of its finder.
+    pub fn of(row: BackendRow, home: &Home) -> Self {
+        match row.is_cluster() {
+            true => Self::Find(Box::new(Finder::new(row, home))),
+            false => Self::Send(Box::new(Service::new(row, None, home))),
+        }
+    }
+
+    /// Of a lane of this one.
+    pub fn of_lane(&self, hash_slot: u16, home: &Home) -> Self {
+        let lane = Some(hash_slot);
+        match self.row() {
+            Some(row) => Self::Send(Box::new(Service::new(row.clone(), lane, home))),
+            None => Self::Fail { lane },
+        }
+    }
+
+    /// As the schedule of reading knows it.
+    pub fn role(&self) -> Role {
+        match self {
+            Self::Send(_) => Role::Redis,
+            Self::Find(_) => Role::Finder,
+            Self::Fail { .. } => Role::Deleted,
+            Self::Strays => Role::Strays,
+        }
+    }
+
+    pub fn lane(&self) -> Option<u16> {
+        match self {
+            Self::Send(service) => service.lane,
+            Self::Fail { lane } => *lane,
+            Self::Find(_) | Self::Strays => None,
+        }
+    }
+
+    /// The row of `outbox.backends`, if there is one.
+    pub fn row(&self) -> Option<&BackendRow> {
+        match self {
+            Self::Send(service) => Some(&service.row),
+            Self::Find(finder) => Some(&finder.row),
+            Self::Fail { .. } | Self::Strays => None,
+        }
+    }
+
+    pub fn row_mut(&mut self) -> Option<&mut BackendRow> {
+        match self {
+            Self::Send(service) => Some(&mut service.row),
+            Self::Find(finder) => Some(&mut finder.row),
+            Self::Fail { .. } | Self::Strays => None,
+        }
+    }
+
+    pub fn options(&self) -> Option<&Options> {
+        self.row().map(|row| &row.options)
+    }
+
+    pub fn connection(&self) -> Option<&Connection> {
+        match self {
+            Self::Send(service) => Some(&service.connection),
+            Self::Find(_) | Self::Fail { .. } | Self::Strays => None,
+        }
+    }
+
+    pub fn connection_mut(&mut self) -> Option<&mut Connection> {
+        match self {
+            Self::Send(service) => Some(&mut service.connection),
+            Self::Find(_) | Self::Fail { .. } | Self::Strays => None,
+        }
+    }
+
+    /// What of its row cannot be used.
+    pub fn unusable(&self) -> Option<&Unusable> {
+        match self {
+            Self::Send(service) => service.connection.destination().err(),
+            Self::Find(finder) => finder.destination.as_ref().err(),
+            Self::Fail { .. } | Self::Strays => None,
+        }
+    }
+}
+
+impl Service {
+    fn new(row: BackendRow, lane: Option<u16>, home: &Home) -> Self {
+        let connection = Connection::to(settings::destination(&row, home, lane));
+        Self { row, lane, connection }
+    }
+}
+
+impl Finder {
+    pub fn new(row: BackendRow, home: &Home) -> Self {
+        let destination = settings::destination(&row, home, None);
+        Self { row, destination }
+    }
+}

@@ -1,0 +1,70 @@
+//! From events to the entries of a backend's batches: streams, buffers, the encoder.
+
+use relay::event::Event;
+use relay::event::broadcaster::Encoder;
+use std::collections::HashSet;
+use std::rc::Rc;
+
+/// Larger batches miss the CPU's cache.
+pub const BATCH_BYTES: usize = 256 * 1024;
+/// A buffer that has grown beyond this for one large event is not kept.
+const KEPT_BUFFER_BYTES: usize = 2 * BATCH_BYTES;
+/// Names of streams that are kept, so that not each entry needs its own.
+const KNOWN_STREAMS: usize = 1_000;
+
+pub struct Entries {
+    /// The stream of events that name none.
+    pub stream: Rc<str>,
+    /// The length to which streams are trimmed; 0: they are not.
+    pub max_len: i64,
+    pub encoder: Encoder,
+    buffers: Vec<Vec<u8>>,
+    kept_buffers: usize,
+    /// Streams that events have named lately.
+    named_streams: HashSet<Rc<str>>,
+}
+
+impl Entries {
+    /// `kept_buffers`: how many buffers are kept at most.
+    pub fn new(stream: Rc<str>, max_len: i64, kept_buffers: usize) -> Self {
+        Self {
+            stream,
+            max_len,
+            encoder: Encoder::default(),
+            buffers: Vec::new(),
+            kept_buffers,
+            named_streams: HashSet::new(),
+        }
+    }
+
+    /// The stream of an event.
+    pub fn stream_of(&mut self, event: &Event<'_>) -> Rc<str> {
+        match event.stream {
+            Some(stream) if *stream != *self.stream => self.named_stream(stream),
+            _ => self.stream.clone(),
+        }
+    }
+
+    fn named_stream(&mut self, name: &str) -> Rc<str> {
+        if let Some(stream) = self.named_streams.get(name) {
+            return stream.clone();
+        }
+        if self.named_streams.len() >= KNOWN_STREAMS {
+            self.named_streams.clear();
+        }
+        let stream: Rc<str> = Rc::from(name);
+        self.named_streams.insert(stream.clone());
+        stream
+    }
+
+    pub fn buffer(&mut self) -> Vec<u8> {
+        self.buffers.pop().unwrap_or_default()
+    }
+
+    pub fn keep(&mut self, mut buffer: Vec<u8>) {
+        if buffer.capacity() <= KEPT_BUFFER_BYTES && self.buffers.len() < self.kept_buffers {
+            buffer.clear();
+            self.buffers.push(buffer);
+        }
+    }
+}

@@ -1,0 +1,184 @@
+//! A backend's sender: when it is started, what it reports, when it is let go.
+
+use crate::worker::backend::Backend;
+use crate::worker::backend::connection::Connection;
+use crate::worker::permits::SenderPermits;
+use relay::delivery::flight::Refusal;
+use relay::delivery::refusal::Record;
+use relay::failure::{Failure, Trouble};
+use relay::redis::destination::Address;
+use relay::sender::orders::Report;
+use relay::time::Now;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+impl Backend {
+    /// Whether it is time to start a sender.
+    pub fn wants_sender(&self, now: Now) -> bool {
+        self.connects() && !self.has_sender() && self.delivery.wants_connection(now)
+    }
+
+    /// There is no permit for its sender.
+    pub fn wait_for_turn(&mut self, now: Now) {
+        if let Some(connection) = self.duty.connection_mut() {
+            connection.wait_for_turn();
+        }
+        // What went wrong in its last turn says more.
+        if self.delivery.trouble().is_none() {
+            let failure = Failure::of(
+                Trouble::NoDescriptor,
+                "it waits for its turn to connect: there are more backends than file descriptors",
+            );
+            self.delivery.waits_for_room(failure);
+            self.books.change(now);
+        }
+    }
+
+    /// Starts a sender; there is a permit for it.
+    pub fn connect(&mut self, now: Now, waker: &Arc<UnixStream>, permits: &mut SenderPermits) {
+        self.turn.began_at = now;
+        let ousts = self.is_told_to_take_over();
+        let Some(connection) = self.duty.connection_mut().filter(|c| c.destination().is_ok()) else {
+            return;
+        };
+        match connection.connect(ousts, now, waker, permits.take()) {
+            Ok(()) => self.delivery.connecting(),
+            Err(error) => {
+                let failure = Failure::backend(format!("could not start a sender: {error}"));
+                self.lost(failure, 0, Vec::new(), now);
+            }
+        }
+    }
+
+    /// Begins anew with another connection.
+    pub fn let_go(&mut self) {
+        self.recovery.reset();
+        let Some(connection) = self.duty.connection_mut() else {
+            return;
+        };
+        connection.forget_address();
+        if connection.drop_sender() {
+            self.delivery.abandon();
+        }
+    }
+
+    /// Takes in what the sender has to report.
+    pub fn hear(&mut self, now: Now) {
+        // There may be thousands: without news, it is not looked in each round what is to be logged.
+        let mut has_news = self.logged.is_look_due(now);
+        while let Some(report) = self.duty.connection().and_then(Connection::report) {
+            has_news = true;
+            self.take_report(report, now);
+        }
+        if self.delivery.is_drained() {
+            self.drop_sender();
+            self.delivery.drained();
+        }
+        if self.delivery.has_used_up_numbers() {
+            self.let_go();
+        }
+        has_news |= self.says_that_it_is_slow(now);
+        if has_news {
+            self.logged.looked(now);
+            self.log_change(now);
+        }
+    }
+
+    fn take_report(&mut self, report: Report, now: Now) {
+        match report {
+            Report::Found(address) => self.found(address, now),
+            Report::Connected => self.delivery.connected(),
+            Report::Guard(guard) => self.recovery.read(*guard),
+            Report::Claimed => self.recovery.claimed(),
+            Report::Seen(found) => self.recovery.seen(found),
+            Report::Done { refused, buffer } => {
+                self.keep(buffer);
+                let records = self.delivery.replied(refused, now, fastrand::f64());
+                self.take_in(records, now);
+            }
+            Report::Aborted { refused, buffer } => {
+                self.keep(buffer);
+                let records = self.delivery.aborted(refused, now, fastrand::f64());
+                self.take_in(records, now);
+            }
+            Report::Behind(failure) => {
+                self.note_failing_node();
+                self.delivery.waits_for_replicas(failure);
+                self.books.change(now);
+            }
+            Report::Released => {
+                if let Some(connection) = self.duty.connection_mut() {
+                    connection.released();
+                }
+            }
+            Report::Lost {
+                failure,
+                accepted,
+                refused,
+            } => self.lost(failure, accepted, refused, now),
+        }
+    }
+
+    /// A sender that answers, but has not come up in twice its timeouts, is worth a line in the log.
+    fn says_that_it_is_slow(&mut self, now: Now) -> bool {
+        let Some(connection) = self.duty.connection_mut() else {
+            return false;
+        };
+        if connection.slow_at().is_none_or(|at| now < at) {
+            return false;
+        }
+        let failure = Failure::of(
+            Trouble::TimedOut,
+            "it answers, but has not come to be ready in twice its timeouts",
+        );
+        let is_slow = self.delivery.takes_long(failure);
+        match is_slow {
+            true => {
+                connection.is_slow(now);
+                self.books.change(now);
+            }
+            false => connection.has_connected(),
+        }
+        is_slow
+    }
+
+    /// A node is about to be connected to.
+    fn found(&mut self, address: Address, now: Now) {
+        self.books.note_address(&address, now);
+        let is_other = self.duty.connection_mut().is_some_and(|c| c.found(address));
+        // A failure that there is came from another node.
+        if is_other && self.delivery.trouble().is_none() {
+            self.logged.forget_state();
+        }
+    }
+
+    fn take_in(&mut self, records: Vec<Record>, now: Now) {
+        self.books.records.extend(records);
+        self.books.move_on(now);
+        self.retention.is_due = true;
+    }
+
+    fn lost(&mut self, failure: Failure, accepted: usize, refused: Vec<Refusal>, now: Now) {
+        self.drop_sender();
+        self.note_failing_node();
+        self.recovery.interrupt();
+        let records = self.delivery.lost(failure, accepted, refused, now, fastrand::f64());
+        // Of a paused one, nobody is told.
+        if self.is_enabled() || !records.is_empty() {
+            self.books.change(now);
+        }
+        self.books.records.extend(records);
+    }
+
+    pub(super) fn drop_sender(&mut self) {
+        if let Some(connection) = self.duty.connection_mut() {
+            connection.drop_sender();
+        }
+    }
+
+    pub(super) fn note_failing_node(&mut self) {
+        if let Some(connection) = self.duty.connection_mut() {
+            connection.note_failure();
+        }
+    }
+}

@@ -1,0 +1,53 @@
+//! What was logged of a backend, so that nothing is said twice.
+
+use crate::server::process::REPEAT_LOG_AFTER;
+use relay::delivery::State;
+use relay::time::Now;
+use std::time::Duration;
+
+/// Most different troubles in one state that are logged within that time.
+const LOGGED_TROUBLES: usize = 8;
+/// How often a backend is looked at for something to log, without news of it.
+const LOOK_PAUSE: Duration = Duration::from_millis(250);
+
+/// What was logged of a backend.
+#[derive(Default)]
+pub struct Logged {
+    state: Option<State>,
+    /// Troubles of this state that were logged within a minute.
+    troubles: Vec<(String, Now)>,
+    look_at: Now,
+}
+
+impl Logged {
+    /// Whether it is time to look, without news.
+    pub fn is_look_due(&self, now: Now) -> bool {
+        now >= self.look_at
+    }
+
+    pub fn looked(&mut self, now: Now) {
+        self.look_at = now + LOOK_PAUSE;
+    }
+
+    /// What comes next is logged, also if the state is the same.
+    pub fn forget_state(&mut self) {
+        self.state = None;
+    }
+
+    /// Whether there is nothing new to say. Troubles that take turns are repeats, too.
+    pub fn is_known(&mut self, state: State, trouble: &str, now: Now) -> bool {
+        if self.state != Some(state) {
+            return false;
+        }
+        self.troubles.retain(|(_, at)| now < *at + REPEAT_LOG_AFTER);
+        let repeats = self.troubles.len() >= LOGGED_TROUBLES || self.troubles.iter().any(|(m, _)| m == trouble);
+        state == State::Idle || repeats
+    }
+
+    pub fn note(&mut self, state: State, trouble: String, now: Now) {
+        if self.state.replace(state) != Some(state) {
+            self.troubles.clear();
+        }
+        self.troubles.push((trouble, now));
+    }
+}

@@ -1,0 +1,161 @@
+//! Taking over what loading has found: backends that have changed, come or gone, and their lanes.
+
+use crate::server::process::{self, Aborted};
+use crate::tables::backends::BackendRow;
+use crate::tables::{cursors, refused};
+use crate::worker::backend::duty::Duty;
+use crate::worker::backend::{Backend, Home, Whose};
+use crate::worker::state::{Loaded, SETTLE_AT_CHANGE, Worker};
+use relay::reading::role::Role;
+use relay::redis::hash_slot::hash_slot_of;
+use relay::time::Now;
+use std::collections::BTreeSet;
+
+/// A backend or lane, with its row as it is now; `None`: that is gone.
+type Change = (Whose, Option<BackendRow>);
+
+impl Worker {
+    /// Takes over what has changed. `all`: settings have, which concern every backend.
+    pub(super) fn take_over_rows(
+        &mut self,
+        rows: Vec<BackendRow>,
+        deleted: Vec<i32>,
+        all: bool,
+        now: Now,
+    ) -> Result<Loaded, Aborted> {
+        let changes = self.changes(&rows, all, now);
+        let is_known = |number: i32| self.backends.iter().any(|b| b.number == number);
+        let mut numbers = rows
+            .iter()
+            .map(|row| row.number)
+            .chain(deleted.iter().copied())
+            .chain([0]);
+        if changes.is_empty() && numbers.all(is_known) {
+            return Ok(Loaded::Same);
+        }
+        self.settle_changed(&changes, now)?;
+        let (backends, home) = (&mut self.backends, &self.home);
+        let missing = process::transaction(|| {
+            for (whose, row) in changes {
+                let backend = backends.iter_mut().find(|b| b.whose() == whose);
+                match (backend, row) {
+                    (Some(backend), Some(row)) => backend.reconfigure(row, home, now),
+                    (Some(backend), None) => backend.delete(),
+                    (None, _) => {}
+                }
+            }
+            missing(backends, rows, deleted, home)
+        })?;
+        self.backends.extend(missing);
+        // Rows of a backend that was not known may be those of one that is.
+        self.backends.iter_mut().for_each(|b| b.rests_until = Now::ZERO);
+        self.share_positions();
+        self.work = true;
+        Ok(Loaded::Changed)
+    }
+
+    /// The backends that are to be changed.
+    fn changes(&mut self, rows: &[BackendRow], all: bool, now: Now) -> Vec<Change> {
+        let mut changes = Vec::new();
+        let with_row = |b: &&mut Backend| b.reads_for_redis() || b.is_finder();
+        for backend in self.backends.iter_mut().filter(with_row) {
+            let row = rows.iter().find(|row| row.number == backend.number).cloned();
+            let row = row.map(|row| backend.due_row(row, now));
+            if all || backend.row() != row.as_ref() {
+                changes.push((backend.whose(), row));
+            }
+        }
+        changes
+    }
+
+    /// Waits a moment for replies to those that are let go, and saves what is known.
+    fn settle_changed(&mut self, changes: &[Change], now: Now) -> Result<(), Aborted> {
+        let home = self.home.clone();
+        let goes = |b: &Backend| {
+            let change = changes.iter().find(|(whose, _)| *whose == b.whose());
+            let stays = |row: &Option<BackendRow>| row.as_ref().is_some_and(|row| b.keeps_sender(row, &home));
+            change.is_some_and(|(_, row)| !stays(row))
+        };
+        self.settle(SETTLE_AT_CHANGE, |b| goes(b) && b.is_sending());
+        // Refused events are looked up by the new settings: those of the old ones must be there.
+        self.save_unsaved(now);
+        let is_changed = |b: &&Backend| changes.iter().any(|(whose, _)| *whose == b.whose());
+        match self
+            .backends
+            .iter()
+            .filter(is_changed)
+            .all(|b| b.books.records.is_empty())
+        {
+            true => Ok(()),
+            false => Err(Aborted::because("what was refused could not be written down")),
+        }
+    }
+
+    /// Backends whose saved cursors are of equal ticks speak of the same: then one scan serves them.
+    fn share_positions(&mut self) {
+        for index in 1..self.backends.len() {
+            let (before, rest) = self.backends.split_at_mut(index);
+            let backend = &mut rest[0];
+            if !backend.delivery.is_idle() {
+                continue;
+            }
+            let mut position = backend.delivery.position().clone();
+            let mut shares = false;
+            for other in before.iter() {
+                shares |= position.share(other.delivery.position());
+            }
+            if shares {
+                backend.delivery.advanced(position);
+            }
+        }
+    }
+}
+
+/// Backends that the tables have and the worker has not: with their lanes, those that were deleted, and whoever looks after strays.
+fn missing(backends: &[Backend], rows: Vec<BackendRow>, deleted: Vec<i32>, home: &Home) -> Vec<Backend> {
+    let is_known = |number: i32| backends.iter().any(|b| b.number == number);
+    let mut missing: Vec<Backend> = Vec::new();
+    for row in rows.into_iter().filter(|row| !is_known(row.number)) {
+        missing.push(Backend::load(row.number, Duty::of(row, home)));
+    }
+    for number in deleted.into_iter().filter(|number| !is_known(*number)) {
+        missing.push(Backend::load(number, Duty::Fail { lane: None }));
+    }
+    if !backends.iter().any(|b| b.role() == Role::Strays) {
+        missing.push(Backend::load(0, Duty::Strays));
+    }
+    let lanes = missing_lanes(backends.iter().chain(&missing), home);
+    missing.extend(lanes);
+    missing
+}
+
+/// Lanes that a cluster's backends have by the tables, and that are not loaded.
+fn missing_lanes<'a>(backends: impl Iterator<Item = &'a Backend> + Clone, home: &Home) -> Vec<Backend> {
+    let mut missing = Vec::new();
+    let with_lanes = |b: &&Backend| b.lane().is_none() && matches!(b.role(), Role::Finder | Role::Deleted);
+    for finder in backends.clone().filter(with_lanes) {
+        let number = finder.number;
+        let known: BTreeSet<u16> = backends
+            .clone()
+            .filter_map(|b| b.lane().filter(|_| b.number == number))
+            .collect();
+        let saved = cursors::lanes(number);
+        for hash_slot in saved.iter().filter(|slot| !known.contains(slot)) {
+            missing.push(Backend::load(number, finder.duty.of_lane(*hash_slot, home)));
+        }
+        if !finder.is_finder() {
+            continue;
+        }
+        // Events that wait as refused since before the backend was a cluster's: the finder has come past them.
+        let waiting = refused::refused_streams(number, finder.stream()).into_iter();
+        let waiting: BTreeSet<u16> = waiting.map(|(stream, _)| hash_slot_of(stream.as_bytes())).collect();
+        for hash_slot in waiting {
+            if !known.contains(&hash_slot) && !saved.contains(&hash_slot) {
+                let mut lane = finder.new_lane(hash_slot, finder.delivery.acked().clone(), home);
+                lane.save_new();
+                missing.push(lane);
+            }
+        }
+    }
+    missing
+}

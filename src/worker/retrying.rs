@@ -1,0 +1,104 @@
+//! Events that Redis refused: those that are due are sent again, and what waits behind one that has failed fails with it.
+
+use crate::server::guc;
+use crate::server::process;
+use crate::tables::care;
+use crate::tables::ticks;
+use crate::worker::pass;
+use crate::worker::state::Worker;
+use crate::worker::task::Task;
+use relay::time::Now;
+
+/// Waiting events of a backend that fail in one round, with the head of their streams, and of how many streams.
+const FAILED_AT_ONCE: usize = 250;
+const FAILED_STREAMS: usize = 100;
+/// Waiting events that follow an accepted one go in batches of so many times the usual size: with exactly_once, one batch at a time.
+const FOLLOWING_BATCHES: usize = 5;
+
+impl Worker {
+    /// A batch of each backend with streams that are due, or a piece of what is to fail. True: there is more to do at once.
+    pub(super) fn retry_refused(&mut self, now: Now) -> bool {
+        let mut more = false;
+        for index in 0..self.backends.len() {
+            let backend = &mut self.backends[index];
+            // What they were refused with must be written down first.
+            if !backend.reads_for_redis() || !backend.is_enabled() || !backend.books.records.is_empty() {
+                continue;
+            }
+            if !self.patience.allows(Task::Retry(backend.whose()), now) {
+                continue;
+            }
+            if backend.delivery.streams_to_fail(1).is_empty() {
+                more |= self.send_again(index, now);
+            } else {
+                more |= self.fail_streams(index, now);
+            }
+        }
+        more
+    }
+
+    /// True: none of the events was left, and there may be others.
+    fn send_again(&mut self, index: usize, now: Now) -> bool {
+        let backend = &mut self.backends[index];
+        let heads = guc::BATCH_SIZE.get() as usize;
+        let retries = backend.delivery.streams_to_retry(now, heads, heads * FOLLOWING_BATCHES);
+        if retries.is_empty() {
+            return false;
+        }
+        let task = Task::Retry(backend.whose());
+        match care::transaction(|| pass::refused_batch(backend, &retries)) {
+            Ok(retried) => {
+                let is_sent = retried.batch.is_some();
+                if is_sent && std::mem::take(&mut backend.books.is_unflushed) {
+                    self.flushed = self.flushed.max(ticks::flush());
+                }
+                backend.send(retried.batch.into_iter().collect(), self.flushed);
+                let delivery = &mut backend.delivery;
+                retried.cleared.iter().for_each(|s| delivery.stream_cleared(s));
+                retried.put_back.iter().for_each(|s| delivery.stream_put_back(s));
+                self.patience.succeeded(task);
+                !is_sent
+            }
+            Err(error) => {
+                backend.delivery.retry_failed();
+                self.failed(task, &error, now);
+                false
+            }
+        }
+    }
+
+    /// True: some were failed, and there may be others.
+    fn fail_streams(&mut self, index: usize, now: Now) -> bool {
+        let backend = &mut self.backends[index];
+        let failing = backend.delivery.streams_to_fail(FAILED_STREAMS);
+        match process::transaction(|| pass::fail_waiting(backend, &failing, FAILED_AT_ONCE)) {
+            Ok((records, streams)) => {
+                backend.books.records.extend(records);
+                self.failed_streams.push((index, streams));
+                true
+            }
+            Err(error) => {
+                let task = Task::Retry(backend.whose());
+                self.failed(task, &error, now);
+                false
+            }
+        }
+    }
+
+    /// All that waited in these streams has failed, and that is written down. What comes next in them may be accepted: nothing that was
+    /// before it must come back after a crash to wait.
+    pub(super) fn end_failing(&mut self) {
+        let failed = std::mem::take(&mut self.failed_streams);
+        if failed.iter().all(|(_, streams)| streams.is_empty()) {
+            return;
+        }
+        self.flush();
+        // Those of a backend that could not be saved are for another time.
+        for (index, streams) in failed {
+            let backend = &mut self.backends[index];
+            if backend.books.records.is_empty() {
+                streams.iter().for_each(|stream| backend.delivery.stream_failed(stream));
+            }
+        }
+    }
+}
