@@ -2,7 +2,7 @@
 
 use crate::server::guc::LogLevel;
 use crate::server::process::{self, log};
-use crate::tables::row::Columns;
+use crate::tables::row::Row;
 use pgrx::pg_sys;
 
 /// A database.
@@ -21,34 +21,27 @@ pub fn list() -> Option<Vec<Found>> {
         // SAFETY: a scan of a shared catalog; the tuple's fixed columns are never null.
         unsafe {
             let rel = pg_sys::table_open(pg_sys::DatabaseRelationId, pg_sys::AccessShareLock as _);
-            let columns = Columns::at(
-                rel,
-                vec![
-                    pg_sys::Anum_pg_database_oid as usize,
-                    pg_sys::Anum_pg_database_datname as usize,
-                    pg_sys::Anum_pg_database_datallowconn as usize,
-                    pg_sys::Anum_pg_database_datistemplate as usize,
-                    pg_sys::Anum_pg_database_datconnlimit as usize,
-                ],
-            );
             let scan = pg_sys::table_beginscan_catalog(rel, 0, std::ptr::null_mut());
             loop {
                 let tuple = pg_sys::heap_getnext(scan, pg_sys::ScanDirection::ForwardScanDirection);
                 if tuple.is_null() {
                     break;
                 }
-                let row = columns.take_apart(tuple);
-                let (Some(oid), Some(name), Some(allows), Some(template)) =
-                    (row.datum(0), row.datum(1), row.datum(2), row.datum(3))
-                else {
+                let row = Row::of(tuple, (*rel).rd_att);
+                let (Some(oid), Some(name)) = (
+                    row.get(pg_sys::Anum_pg_database_oid as usize),
+                    row.get(pg_sys::Anum_pg_database_datname as usize),
+                ) else {
                     continue;
                 };
+                let is = |column: u32| row.get(column as usize).is_some_and(|d| d.value() as u8 != 0);
+                let limit = row.i32(pg_sys::Anum_pg_database_datconnlimit as usize);
                 let name = std::ffi::CStr::from_ptr((*name.cast_mut_ptr::<pg_sys::NameData>()).data.as_ptr());
                 found.push(Found {
                     oid: pg_sys::Oid::from(oid.value() as u32),
                     name: name.to_string_lossy().into_owned(),
-                    is_template: template.value() as u8 != 0,
-                    is_open: allows.value() as u8 != 0 && row.i32(4) != Some(INVALID),
+                    is_template: is(pg_sys::Anum_pg_database_datistemplate),
+                    is_open: is(pg_sys::Anum_pg_database_datallowconn) && limit != Some(INVALID),
                 });
             }
             pg_sys::table_endscan(scan);

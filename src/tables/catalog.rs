@@ -5,7 +5,7 @@
 
 use crate::server::error::{internal, raise};
 use crate::tables::missing;
-use crate::tables::row::{Columns, attribute, texts_of_array};
+use crate::tables::row::{Columns, Row, attribute, texts_of_array};
 use once_cell::unsync::OnceCell;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{PgSqlErrorCode, pg_guard, pg_sys};
@@ -314,20 +314,6 @@ unsafe fn index_on(table: pg_sys::Oid, columns: &[usize], is_unique: bool) -> pg
     // SAFETY: a scan of a catalog; the values are of its columns' types, and live as long as the tuple.
     unsafe {
         let catalog = pg_sys::table_open(pg_sys::IndexRelationId, lock);
-        let attributes = [
-            pg_sys::Anum_pg_index_indexrelid,
-            pg_sys::Anum_pg_index_indisunique,
-            pg_sys::Anum_pg_index_indimmediate,
-            pg_sys::Anum_pg_index_indisvalid,
-            pg_sys::Anum_pg_index_indisready,
-            pg_sys::Anum_pg_index_indislive,
-            pg_sys::Anum_pg_index_indnkeyatts,
-            pg_sys::Anum_pg_index_indkey,
-            pg_sys::Anum_pg_index_indoption,
-            pg_sys::Anum_pg_index_indexprs,
-            pg_sys::Anum_pg_index_indpred,
-        ];
-        let rows = Columns::at(catalog, attributes.map(|number| number as usize).into());
         let mut key: pg_sys::ScanKeyData = std::mem::zeroed();
         pg_sys::ScanKeyInit(
             &mut key,
@@ -343,30 +329,8 @@ unsafe fn index_on(table: pg_sys::Oid, columns: &[usize], is_unique: bool) -> pg
             if tuple.is_null() {
                 break;
             }
-            let row = rows.take_apart(tuple);
-            let says = |column: usize| row.datum(column).is_some_and(|d| d.value() as u8 != 0);
-            let count = row.datum(6).map_or(0, |d| d.value() as i16 as usize);
-            let (Some(oid), Some(indexed), Some(options)) = (row.datum(0), row.datum(7), row.datum(8)) else {
-                continue;
-            };
-            let is_usable = says(3) && says(4) && says(5) && row.datum(9).is_none() && row.datum(10).is_none();
-            let is_key = match is_unique {
-                true => says(1) && says(2) && count == columns.len(),
-                false => count >= columns.len(),
-            };
-            if !is_usable || !is_key {
-                continue;
-            }
-            let (indexed, options) = (
-                indexed.cast_mut_ptr::<pg_sys::int2vector>(),
-                options.cast_mut_ptr::<pg_sys::int2vector>(),
-            );
-            let indexed = (*indexed).values.as_slice(columns.len());
-            // Descending, or nulls first, which come with it: another order.
-            let options = (*options).values.as_slice(columns.len());
-            let begins = indexed.iter().zip(columns).all(|(is, must)| *is as usize == *must);
-            let oid = pg_sys::Oid::from(oid.value() as u32);
-            if begins && options.iter().all(|o| *o == 0) && class_of(oid).method == BTREE {
+            let row = Row::of(tuple, (*catalog).rd_att);
+            if let Some(oid) = usable_index(&row, columns, is_unique) {
                 index = oid;
                 break;
             }
@@ -375,6 +339,47 @@ unsafe fn index_on(table: pg_sys::Oid, columns: &[usize], is_unique: bool) -> pg
         pg_sys::table_close(catalog, lock);
     }
     index
+}
+
+/// The index of a row of pg_index, if it is a B-tree over these columns, in ascending order. The row is one of pg_index.
+fn usable_index(row: &Row, columns: &[usize], is_unique: bool) -> Option<pg_sys::Oid> {
+    let says = |column: u32| row.get(column as usize).is_some_and(|d| d.value() as u8 != 0);
+    let has = |column: u32| row.get(column as usize).is_some();
+    let count = row.get(pg_sys::Anum_pg_index_indnkeyatts as usize);
+    let count = count.map_or(0, |d| d.value() as i16 as usize);
+    let is_usable = says(pg_sys::Anum_pg_index_indisvalid)
+        && says(pg_sys::Anum_pg_index_indisready)
+        && says(pg_sys::Anum_pg_index_indislive)
+        && !has(pg_sys::Anum_pg_index_indexprs)
+        && !has(pg_sys::Anum_pg_index_indpred);
+    let is_key = match is_unique {
+        true => {
+            let is_unique = says(pg_sys::Anum_pg_index_indisunique) && says(pg_sys::Anum_pg_index_indimmediate);
+            is_unique && count == columns.len()
+        }
+        false => count >= columns.len(),
+    };
+    if !is_usable || !is_key {
+        return None;
+    }
+    let oid = row.get(pg_sys::Anum_pg_index_indexrelid as usize)?;
+    let indexed = row.get(pg_sys::Anum_pg_index_indkey as usize)?;
+    let options = row.get(pg_sys::Anum_pg_index_indoption as usize)?;
+    // SAFETY: both are vectors with an element for each column of the index, of which there are enough; they are stored as they are.
+    let (indexed, options) = unsafe {
+        let indexed = (*indexed.cast_mut_ptr::<pg_sys::int2vector>())
+            .values
+            .as_slice(columns.len());
+        let options = (*options.cast_mut_ptr::<pg_sys::int2vector>())
+            .values
+            .as_slice(columns.len());
+        (indexed, options)
+    };
+    let begins = indexed.iter().zip(columns).all(|(is, must)| *is as usize == *must);
+    // Descending, or nulls first, which come with it: another order.
+    let ascends = options.iter().all(|o| *o == 0);
+    let oid = pg_sys::Oid::from(oid.value() as u32);
+    (begins && ascends && class_of(oid).method == BTREE).then_some(oid)
 }
 
 /// The access method of btree indexes (pg_am.dat).
@@ -484,7 +489,9 @@ fn read_backends(relation: pg_sys::Oid) -> HashMap<String, Rc<KnownBackend>> {
                 break;
             }
             let row = columns.take_apart(tuple);
-            let (Some(name), Some(number), Some(streams)) = (row.text(0), row.i32(1), row.datum(2)) else {
+            let (Some(name), Some(number), Some(streams)) =
+                (row.text("name"), row.i32("number"), row.datum("allowed_streams"))
+            else {
                 continue;
             };
             let patterns = texts_of_array(streams);

@@ -4,7 +4,7 @@
 //! snapshot, recovery to a target), it is in another place than the run before this one, and no standby that was promoted.
 
 use crate::server::guc::{self, TakeOver};
-use crate::tables::row::Columns;
+use crate::tables::row::Row;
 use crate::tables::sql::{query_value, run};
 use pgrx::iter::TableIterator;
 use pgrx::{name, pg_extern, pg_sys};
@@ -77,7 +77,6 @@ fn versions_of(database: pg_sys::Oid) -> Vec<Version> {
     // header is valid until the next one is asked for.
     unsafe {
         let rel = pg_sys::table_open(pg_sys::DatabaseRelationId, pg_sys::AccessShareLock as _);
-        let columns = Columns::at(rel, vec![pg_sys::Anum_pg_database_oid as usize]);
         let any = &raw mut pg_sys::SnapshotAnyData;
         let scan = pg_sys::table_beginscan(rel, any, 0, std::ptr::null_mut());
         loop {
@@ -85,7 +84,9 @@ fn versions_of(database: pg_sys::Oid) -> Vec<Version> {
             if tuple.is_null() {
                 break;
             }
-            let oid = columns.take_apart(tuple).datum(0).map(|oid| oid.value() as u32);
+            let row = Row::of(tuple, (*rel).rd_att);
+            let oid = row.get(pg_sys::Anum_pg_database_oid as usize);
+            let oid = oid.map(|oid| oid.value() as u32);
             if oid == Some(database.to_u32()) {
                 let header = (*tuple).t_data;
                 found.push(Version {

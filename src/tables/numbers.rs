@@ -269,8 +269,7 @@ fn highest_of_columns(table: pg_sys::Oid, names: &[&str]) -> i64 {
                 break;
             }
             let row = columns.take_apart(tuple);
-            let values = (0..names.len()).filter_map(|index| row.datum(index));
-            highest = values.map(|value| value.value() as i64).fold(highest, i64::max);
+            highest = row.values().map(|value| value.value() as i64).fold(highest, i64::max);
         }
         pg_sys::systable_endscan(scan);
         pg_sys::UnregisterSnapshot(snapshot);

@@ -160,45 +160,31 @@ pub fn hash_slot_of_text(name: &[u8]) -> u16 {
     }
 }
 
-/// Some named columns of a table that is read whole.
-pub struct Columns {
+/// Some columns of a table that is read whole, by their names.
+pub struct Columns<'n> {
     descriptor: pg_sys::TupleDesc,
-    attributes: Vec<usize>,
+    attributes: Vec<(&'n str, usize)>,
 }
 
 /// The values of some named columns.
 pub struct NamedRow<'a> {
-    columns: &'a Columns,
+    columns: &'a Columns<'a>,
     row: Row,
 }
 
-impl Columns {
+impl<'n> Columns<'n> {
     /// # Safety
     /// `relation` is open, and stays so.
-    pub unsafe fn of(relation: pg_sys::Relation, names: &[&str]) -> Self {
+    pub unsafe fn of(relation: pg_sys::Relation, names: &[&'n str]) -> Self {
         // SAFETY: an open relation has a descriptor; attribute names are zero-terminated.
         unsafe {
             let descriptor = (*relation).rd_att;
-            let attributes = names
-                .iter()
-                .map(|name| {
-                    let name = std::ffi::CString::new(*name).unwrap_or_default();
-                    pg_sys::get_attnum((*relation).rd_id, name.as_ptr()) as usize
-                })
-                .collect();
+            let attribute = |name: &'n str| {
+                let text = std::ffi::CString::new(name).unwrap_or_default();
+                (name, pg_sys::get_attnum((*relation).rd_id, text.as_ptr()) as usize)
+            };
+            let attributes = names.iter().copied().map(attribute).collect();
             Self { descriptor, attributes }
-        }
-    }
-
-    /// By attribute number.
-    ///
-    /// # Safety
-    /// `relation` is open, and stays so.
-    pub unsafe fn at(relation: pg_sys::Relation, attributes: Vec<usize>) -> Self {
-        Self {
-            // SAFETY: an open relation has a descriptor.
-            descriptor: unsafe { (*relation).rd_att },
-            attributes,
         }
     }
 
@@ -212,17 +198,32 @@ impl Columns {
 }
 
 impl NamedRow<'_> {
-    /// The `index`-th of the named columns.
-    pub fn datum(&self, index: usize) -> Option<pg_sys::Datum> {
-        self.row.get(self.columns.attributes[index])
+    pub fn datum(&self, column: &str) -> Option<pg_sys::Datum> {
+        self.row.get(self.attribute(column))
     }
 
-    pub fn text(&self, index: usize) -> Option<String> {
-        self.row.text(self.columns.attributes[index]).map(Cow::into_owned)
+    pub fn text(&self, column: &str) -> Option<String> {
+        self.row.text(self.attribute(column)).map(Cow::into_owned)
     }
 
-    pub fn i32(&self, index: usize) -> Option<i32> {
-        self.row.i32(self.columns.attributes[index])
+    pub fn i32(&self, column: &str) -> Option<i32> {
+        self.row.i32(self.attribute(column))
+    }
+
+    /// The values of all these columns that are not null.
+    pub fn values(&self) -> impl Iterator<Item = pg_sys::Datum> {
+        self.columns
+            .attributes
+            .iter()
+            .filter_map(|(_, number)| self.row.get(*number))
+    }
+
+    fn attribute(&self, column: &str) -> usize {
+        let found = self.columns.attributes.iter().find(|(name, _)| *name == column);
+        match found {
+            Some((_, number)) => *number,
+            None => crate::server::error::internal(format!("column \"{column}\" is not among those that are read")),
+        }
     }
 }
 
