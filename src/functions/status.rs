@@ -1,4 +1,4 @@
-//! What the views ask of the library: the worker's state, and how much waits behind a saved cursor.
+//! What the views ask of the library: the worker's state, and how many events wait behind a saved cursor.
 
 use crate::server::database_slot::SlotState;
 use crate::server::datum::bytes_of;
@@ -22,7 +22,7 @@ use std::sync::Arc;
 
 /// Pending events are counted up to this many.
 const COUNTED: i64 = 10_000;
-/// Rows that counting may meet, with those of other backends.
+/// How many rows are looked at to count, including those of other backends.
 const COUNT_STEPS: i64 = 100_000;
 
 /// `outbox.worker_status()`
@@ -48,8 +48,8 @@ fn worker_status() -> TableIterator<'static, (name!(worker_pid, Option<i32>), na
     TableIterator::once((pid, state.to_owned()))
 }
 
-/// The committed rows of a backend behind its saved cursor: how many up to `limit`, the oldest one's time, and whether there
-/// are more, as an estimate.
+/// How many committed rows of a backend lie behind its saved cursor, and when the oldest was created. They are counted
+/// up to `limit`; the rest is estimated.
 fn behind_cursor(number: i32, limit: i64) -> (i64, Option<i64>) {
     let Some(relations) = catalog::relations() else {
         return (0, None);
@@ -78,7 +78,7 @@ fn behind_cursor(number: i32, limit: i64) -> (i64, Option<i64>) {
     };
     let mut whole = true;
     let mut from = position.from.clone();
-    // Lanes that are on their way somewhere are looked at from where they began.
+    // With lanes, the scan begins where the range of the lowest one began.
     if let Some(under_way) = position.under_way.as_ref().filter(|_| stand.lanes.is_empty()) {
         let mut scan = RangeScan::open(&mut table, &from, &under_way.to, under_way.last_seq);
         whole = count_range(&mut scan);
@@ -89,7 +89,7 @@ fn behind_cursor(number: i32, limit: i64) -> (i64, Option<i64>) {
         whole = count_range(&mut scan);
     }
     if !whole && limit > 1 {
-        // The rest is taken to be of the same mix as what was met.
+        // The rest is estimated to have the same share of this backend's rows.
         let rest = (now.high_seq - last_seq).max(0) as f64;
         count += (rest * count as f64 / (met as f64).max(1.0)) as i64;
     }
@@ -122,7 +122,7 @@ impl Stand {
         }
     }
 
-    /// Nothing that waits lies before it.
+    /// The lowest of all positions: no waiting event lies before it.
     fn lowest(&self) -> Position {
         let mut lowest = &self.position;
         for lane in self.lanes.values() {
@@ -133,7 +133,7 @@ impl Stand {
         lowest.clone()
     }
 
-    /// Whether a row behind [`Self::lowest`] waits.
+    /// Whether a row behind [`Self::lowest`] waits for its lane.
     fn waits(&self, row: &Row, key: Key) -> bool {
         if self.lanes.is_empty() {
             return true;
@@ -198,7 +198,7 @@ fn has_waiting_events(backend_number: i32) -> bool {
     report::guard(|| rights::of_owner(waits))
 }
 
-/// Called by the script that creates the extension, whichever statement runs it.
+/// Called by the extension's SQL script, so that any statement that runs it is noticed.
 #[pg_extern(sql = false)]
 fn announce_extension() {
     txn::extension_created();
@@ -225,13 +225,15 @@ fn wake() {
 
 crate::sql_function!(backends_changed, pg_finfo_backends_changed);
 
-/// `outbox.backends_changed()`, after a statement on `backends`, `backend_passwords`, `take_overs`, `restores` or `copied_backends`
+/// `outbox.backends_changed()`, after a statement on `backends`, `backend_passwords`, `take_overs`, `restores` or
+/// `copied_backends`
 // No pg_guard: as the other triggers.
 #[unsafe(no_mangle)]
 extern "C-unwind" fn backends_changed(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
     report::guard(|| {
         let relations = catalog::expect_relations();
-        // SAFETY: called by Postgres. Marks the table's cache entries of all sessions as stale when this transaction commits.
+        // SAFETY: called by Postgres. Marks the table's cache entries of all sessions as stale when this transaction
+        // commits.
         unsafe {
             expect_trigger(
                 fcinfo,
@@ -239,12 +241,13 @@ extern "C-unwind" fn backends_changed(fcinfo: pg_sys::FunctionCallInfo) -> pg_sy
                 When::AfterStatement,
                 relations.settings_tables(),
             );
-            // Sessions know nothing of the other two; and many restores are no many changes of backends.
+            // Sessions cache only what these two tables say. Many restores must not cause as many invalidations.
             let trigger = (*fcinfo).context.cast::<pg_sys::TriggerData>();
             let table = (*(*trigger).tg_relation).rd_id;
             if [relations.backends, relations.backend_passwords].contains(&table) {
-                // Not of the table itself: who has that open builds its entry anew, and takes in what came meanwhile, within each other
-                // until there is no room on the stack, as long as others say so faster than that.
+                // The invalidation does not name the table itself. A process that has the table open rebuilds its entry
+                // and processes further invalidations meanwhile, nested in each other, and would run out of stack if
+                // others sent them faster than that.
                 let news = match relations.backends_news {
                     pg_sys::InvalidOid => relations.backends,
                     sequence => sequence,

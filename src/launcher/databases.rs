@@ -1,4 +1,4 @@
-//! Which databases there are, by the shared catalogs.
+//! The list of databases, from the shared catalogs.
 
 use crate::server::guc::LogLevel;
 use crate::server::process::{self, log};
@@ -14,7 +14,7 @@ pub struct Found {
     pub is_open: bool,
 }
 
-/// All databases; `None` if they cannot be listed now.
+/// All databases. `None`: they cannot be listed now.
 pub fn list() -> Option<Vec<Found>> {
     let found = process::transaction(|| {
         let mut found = Vec::new();
@@ -61,7 +61,7 @@ pub fn list() -> Option<Vec<Found>> {
         .ok()
 }
 
-/// Connection limit of a database whose DROP was interrupted (DATCONNLIMIT_INVALID_DB): nobody can connect to it.
+/// Connection limit of a database whose DROP was interrupted (DATCONNLIMIT_INVALID_DB). Nobody can connect to it.
 const INVALID: i32 = -2;
 
 /// Whether a statement holds the database exclusively. A connection to it would wait, and fail if the database is gone or renamed.

@@ -1,4 +1,4 @@
-//! What `outbox.backends` and its companions say.
+//! Backends, as `outbox.backends` and the tables beside it describe them.
 
 use crate::server::place::here;
 use crate::tables::copies::Original;
@@ -9,7 +9,7 @@ use crate::tables::sql::{argument, query, query_column, query_named, query_value
 use relay::reading::snapshot::Snapshot;
 use relay::seal;
 
-/// A row of `outbox.backends`, with what its companions say of the same backend.
+/// A row of `outbox.backends`, with what the tables beside it say of the same backend.
 #[derive(Clone, PartialEq, Eq)]
 pub struct BackendRow {
     pub number: i32,
@@ -19,26 +19,27 @@ pub struct BackendRow {
     pub password: Option<String>,
     /// Which of its secrets were set for another destination.
     pub withheld: Withheld,
-    /// Somebody has asked for it, see `outbox.take_over()`.
+    /// Somebody has called `outbox.take_over()` for it on this server.
     pub take_over: bool,
-    /// Rows of `outbox.restores`: events of a dump have come.
+    /// Rows of `outbox.restores` whose events have to be looked for in the streams.
     pub restores: Vec<i64>,
-    /// The latest transaction that brought such events which were looked for; 0: none has.
+    /// The latest transaction whose restored events were looked for. 0: there was none.
     pub last_restore: u64,
-    /// This database is a copy, and nobody has said that it is to send the backend's events.
+    /// Set if this database is a copy and nobody has taken the backend over here.
     pub original: Option<Original>,
 }
 
-/// Secrets that are not sent to where a backend connects now: see `outbox.destination()`.
+/// Which secrets must not be sent to where the backend connects now: see `outbox.destination()`.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
 pub struct Withheld {
-    /// That of `outbox.set_backend_password()`.
+    /// The password of `outbox.set_backend_password()`.
     pub password: bool,
-    /// It cannot be opened: the key is another one.
+    /// That password cannot be opened, because the key was replaced.
     pub is_unreadable: bool,
-    /// Its own file.
+    /// The backend's password file.
     pub file: bool,
-    /// The file of the settings: the backend was to speak TLS, and now trusts other authorities or does not speak TLS.
+    /// The password file of the settings: the backend spoke TLS, and now trusts other authorities or does not speak
+    /// TLS.
     pub common_file: bool,
 }
 
@@ -89,10 +90,11 @@ pub fn installation() -> String {
     query_value("select id::text from outbox.installation", &[]).unwrap_or_default()
 }
 
-/// Restores of one backend that are looked at at once.
+/// How many restores of one backend are read at once.
 const RESTORES_AT_ONCE: i32 = 1_000;
 
-/// All backends, with those restores that a snapshot sees, some of them. A new option needs no change here: all columns are selected.
+/// All backends, each with some of the restores that a snapshot sees. A new option needs no change here, because all
+/// columns are selected.
 pub fn all(seen: &Snapshot) -> Vec<BackendRow> {
     let found = query_named(
         "select case when p.destination = d.destination then p.password end as sealed_password,
@@ -138,7 +140,7 @@ pub fn all(seen: &Snapshot) -> Vec<BackendRow> {
     opened.collect()
 }
 
-/// Numbers of backends that were deleted but had a cursor: uncommitted events of theirs may still come.
+/// Numbers of deleted backends that had a cursor. Events for them that are not committed yet may still come.
 pub fn deleted_backends() -> Vec<i32> {
     query_column(
         "select distinct c.backend_number from outbox.cursors c
@@ -149,7 +151,7 @@ pub fn deleted_backends() -> Vec<i32> {
     )
 }
 
-/// Numbers that have a reader of their own, or are about to.
+/// Numbers of backends that have a reader of their own, or soon will.
 pub fn known_numbers() -> Vec<i32> {
     query_column(
         "select number from outbox.backends union select backend_number from outbox.cursors where backend_number > 0",
@@ -157,9 +159,9 @@ pub fn known_numbers() -> Vec<i32> {
     )
 }
 
-/// Whether a backend of this number was deleted: the number was given, and nobody has it as of now. (Whether the worker knows it is
-/// another matter: a backend's events may be seen before the news of it has come.) A dump brings its tables in any order: for a day,
-/// restored events wait for their backend.
+/// Whether a backend with this number was deleted: the number was given, and no backend has it now. The worker may not
+/// know a backend that exists, because its events can be seen before the worker hears of it. A dump restores its tables
+/// in any order, so restored events wait for their backend for a day.
 pub fn is_deleted(number: i32) -> bool {
     query_value(
         "select $1 <= s.last_value
@@ -184,7 +186,7 @@ pub fn own_stream(number: i32) -> String {
     .unwrap_or_default()
 }
 
-/// A backend was taken over.
+/// Deletes the order to take a backend over: that is done.
 pub fn forget_take_over(number: i32) {
     run(
         "delete from outbox.take_overs where backend_number = $1",

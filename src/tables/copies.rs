@@ -1,7 +1,9 @@
-//! A database that is a copy of another one sends nothing of its backends until `outbox.take_over()`, see the table `copied_backends`.
+//! A database that is a copy of another one sends nothing until `outbox.take_over()` is called there: see the table
+//! `copied_backends`.
 //!
-//! Made by CREATE DATABASE ... TEMPLATE, it has another oid than its tables say (`outbox.note_copy()`). Made with its whole server (base backup,
-//! snapshot, recovery to a target), it is in another place than the run before this one, and no standby that was promoted.
+//! A copy made by CREATE DATABASE ... TEMPLATE has another OID than its tables say (`outbox.note_copy()`). A copy of a
+//! whole server (base backup, snapshot, recovery to a target) is in another place than the run before it, and was not
+//! promoted as a standby.
 
 use crate::server::guc::{self, TakeOver};
 use crate::tables::row::Row;
@@ -9,23 +11,23 @@ use crate::tables::sql::{query_value, run};
 use pgrx::iter::TableIterator;
 use pgrx::{name, pg_extern, pg_sys};
 
-/// What a backend is copied from.
+/// The original of a copied backend.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Original {
     /// In words: a database, or where a server lives.
     pub words: String,
-    /// It is a database of this server: that is still there, as a rule, and nothing of the copy's is in its guard.
+    /// It is a database of this server. As a rule it still exists, and the copy's guards have other keys.
     pub is_database: bool,
 }
 
 impl Original {
-    /// Whether that keeps the copy from sending.
+    /// Whether the copy must not send because of it.
     pub fn counts(&self) -> bool {
         self.is_database || guc::TAKE_OVER.get() == TakeOver::Standby
     }
 }
 
-/// Within the worker's transaction: whether this database was made of another one, which is noted.
+/// Whether this database was made from another one. That is noted in the tables. Within the worker's transaction.
 pub fn note_copy() -> bool {
     let is_copy = "select i.database <> d.oid from outbox.installation i, pg_catalog.pg_database d where d.datname = current_database()";
     let is_copy = query_value(is_copy, &[]).unwrap_or(false);
@@ -35,8 +37,8 @@ pub fn note_copy() -> bool {
     is_copy
 }
 
-/// `outbox.database_made_by()`: the transaction that made this database. Not certain: its row of pg_database was changed since, and what
-/// is known is one of those that did that.
+/// `outbox.database_made_by()`: the transaction that made this database. It is not certain if the database's row of
+/// pg_database was changed since: then it is one of the transactions that changed it.
 #[pg_extern(sql = false)]
 fn database_made_by() -> TableIterator<'static, (name!(xid, Option<i64>), name!(is_certain, bool))> {
     // SAFETY: reads the counter under its lock, and a variable of this process.
@@ -51,7 +53,7 @@ fn database_made_by() -> TableIterator<'static, (name!(xid, Option<i64>), name!(
     TableIterator::once((xid, made.is_some()))
 }
 
-/// The id of a transaction that began before `next`, and not 2^32 of them before.
+/// The full id of a transaction that began less than 2^32 transactions before `next`.
 fn widened(xid: u32, next: u64) -> u64 {
     let epoch = next >> 32;
     let same_epoch = (epoch << 32) | u64::from(xid);
@@ -70,11 +72,11 @@ struct Version {
     is_update: bool,
 }
 
-/// All versions of a database's row that no vacuum has taken away.
+/// All versions of a database's row that no vacuum has removed.
 fn versions_of(database: pg_sys::Oid) -> Vec<Version> {
     let mut found = Vec::new();
-    // SAFETY: a scan of a shared catalog, with a snapshot that needs no registration; the tuple's fixed columns are never null, and its
-    // header is valid until the next one is asked for.
+    // SAFETY: a scan of a shared catalog, with a snapshot that needs no registration; the tuple's fixed columns are
+    // never null, and its header is valid until the next one is asked for.
     unsafe {
         let rel = pg_sys::table_open(pg_sys::DatabaseRelationId, pg_sys::AccessShareLock as _);
         let any = &raw mut pg_sys::SnapshotAnyData;

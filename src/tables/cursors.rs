@@ -9,14 +9,14 @@ use relay::reading::range::{Position, UnderWay};
 use relay::reading::snapshot::{Snapshot, Tick};
 use std::sync::Arc;
 
-/// A lane as a column of our tables: its hash slot, or this where there are none.
+/// The column `slot` of a backend without lanes; that of a lane is its hash slot.
 const NO_LANE: i32 = -1;
 
 pub(super) fn lane_number(lane: Option<u16>) -> i32 {
     lane.map_or(NO_LANE, i32::from)
 }
 
-/// What is known of a backend beside its position, and outlives the worker. Times are in microseconds since 1970.
+/// What is saved of a backend beside its position and read again after a restart. Times are in microseconds since 1970.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Standing {
     pub accepted_total: i64,
@@ -28,7 +28,7 @@ pub struct Standing {
     pub healings: i64,
     /// How often its guard was claimed.
     pub epoch: i64,
-    /// Where it was connected last.
+    /// The address to which it was connected last.
     pub address: Option<String>,
 }
 
@@ -107,7 +107,7 @@ const TO: TickColumns = TickColumns {
     low_seq: "to_low_seq",
     high_seq: "to_high_seq",
 };
-/// Where there is but one tick.
+/// The columns of tables with one tick a row.
 pub(super) const TICK: TickColumns = TickColumns {
     snapshot: "snapshot",
     next_xid: "next_xid",

@@ -1,4 +1,5 @@
-//! A row that a query has found. Its columns are read by name: adding a column to a statement, or moving one, changes no other.
+//! A row that a query has found. Its columns are read by name, so adding a column to a statement or moving one does not
+//! affect the others.
 
 use crate::server::datum::utf8_of;
 use crate::server::error::internal;
@@ -10,9 +11,9 @@ use std::cell::{Cell, RefCell};
 /// The current row of a query's result.
 pub struct FoundRow<'a> {
     table: SpiTupleTable<'a>,
-    /// Columns that were read before, with their ordinals: a name is looked up for the first row alone.
+    /// Columns that were read before, with their ordinals. A name is looked up for the first row only.
     columns: RefCell<Vec<(&'static str, usize)>>,
-    /// Readers read the same columns in the same order: where the next of `columns` is expected.
+    /// The index in `columns` where the next column is expected: each row is read in the same order.
     next: Cell<usize>,
 }
 
@@ -37,7 +38,7 @@ impl<'a> FoundRow<'a> {
     fn ordinal(&self, name: &'static str) -> usize {
         let mut columns = self.columns.borrow_mut();
         let expected = self.next.get();
-        // By their addresses: names are literals, and one that is written twice is looked up twice.
+        // Compared by address: names are literals. A name that is written twice in the source is looked up twice.
         let is_it = |(known, _): &(&'static str, usize)| std::ptr::eq(*known, name);
         let index = match columns.get(expected).is_some_and(is_it) {
             true => expected,
@@ -52,7 +53,7 @@ impl<'a> FoundRow<'a> {
         columns[index].1
     }
 
-    /// The value of a column; one of another type than expected is an internal error.
+    /// The value of a column. Another type than expected is an internal error.
     pub fn value<T: pgrx::IntoDatum + pgrx::FromDatum>(&self, column: &'static str) -> Option<T> {
         let value = self.table.get(self.ordinal(column));
         value.unwrap_or_else(|e| internal(format!("column \"{column}\": {e}")))

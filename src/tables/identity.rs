@@ -1,8 +1,8 @@
-//! Who this server is to the guards: its incarnation, its place, its history.
+//! What guards say of this server: its incarnation, its place, its history.
 //!
-//! An incarnation is one run of the server, from a start, a promotion or a crash to its end. It is named in shared memory by the
-//! launcher, and saved durably in the database before the first guard is claimed in its name: so whoever has a later copy of this
-//! database knows it, and whoever has an earlier one doesn't.
+//! An incarnation is one run of the server, from a start, a promotion or a crash to its end. The launcher names it in
+//! shared memory. It is saved durably in the database before the first guard is claimed in its name, so a server with a
+//! later copy of this database knows it, and a server with an earlier copy does not.
 
 use crate::server::guc::{self, TakeOver};
 use crate::server::place::{place, system};
@@ -19,7 +19,7 @@ use relay::guard::claim::Incarnation;
 use relay::guard::place::{Likeness, compare};
 use std::ffi::c_void;
 
-/// Incarnations that are remembered.
+/// How many incarnations are kept.
 const KEPT_INCARNATIONS: i64 = 1_000;
 
 // SAFETY: the declarations of access/timeline.h; called within a guard, since they may raise an ERROR.
@@ -33,7 +33,7 @@ unsafe extern "C-unwind" {
     ) -> pg_sys::XLogRecPtr;
 }
 
-/// This server as guards name it.
+/// What guards say of this server.
 pub struct Identity {
     incarnation: String,
     system: String,
@@ -52,7 +52,7 @@ pub struct Run {
 }
 
 impl Identity {
-    /// Saves the incarnation durably, if it is not yet.
+    /// Saves the incarnation durably, unless that was done.
     pub fn establish() -> Result<Option<Self>, Aborted> {
         let Some((name, began)) = shmem::incarnation() else {
             return Ok(None);
@@ -154,7 +154,7 @@ impl Identity {
     }
 }
 
-/// Where a timeline ended that the present one descends from; 0: it doesn't.
+/// Where a timeline ended from which the present one descends. 0: it does not descend from it.
 fn switch_point(timeline: u32, present: u32) -> u64 {
     // SAFETY: reads the history file of the present timeline, in a transaction; an ERROR aborts that.
     unsafe {
@@ -168,7 +168,8 @@ fn switch_point(timeline: u32, present: u32) -> u64 {
     }
 }
 
-/// This run is the first in this place. `before`: the run before it, as this database knows it.
+/// Notes that this server is a copy, if the run before this one was in another place. `before`: that run, as this
+/// database knows it.
 fn note_if_copy_of(before: &Run, us: &Identity) {
     let is_here = compare(&before.place, us.place()) != Likeness::Elsewhere;
     let is_promoted = i64::from(us.promoted_to()) > before.timeline;

@@ -1,7 +1,7 @@
 //! The options of a backend: columns of `outbox.backends`, with what they mean.
 //!
-//! The table's constraints refuse what has no meaning here, but an administrator may have dropped them. Such a value is [`Unusable`]: never
-//! read as another one, which could be a weaker promise or another Redis.
+//! The table's constraints refuse values that have no meaning here, but an administrator may have dropped them. Such a
+//! value is [`Unusable`]. It must not be read as another value, which could be a weaker guarantee or another Redis.
 
 use crate::tables::found_row::FoundRow;
 use pgrx::datum::Interval;
@@ -26,7 +26,8 @@ macro_rules! options {
 }
 
 options! {
-    /// What a row of `outbox.backends` says of how its events are sent. NULL (`None`) of most is the setting `outbox_relay.redis_*` of that name.
+    /// How the events of a backend are sent. For most options, NULL (`None`) means the setting `outbox_relay.redis_*`
+    /// of that name.
     #[derive(Clone, PartialEq, Eq)]
     pub struct Options {
         pub mode: Known<Topology>,
@@ -64,11 +65,11 @@ pub enum Topology {
 /// An option, or why it cannot be used.
 pub type Known<T> = Result<T, Unusable>;
 
-/// A column holds what it must not.
+/// A column has a value that it must not have.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unusable {
     column: &'static str,
-    /// What is wrong, as a sentence goes on behind the column's name.
+    /// What is wrong, worded to follow the column's name.
     problem: String,
 }
 
@@ -108,7 +109,7 @@ impl Column for Option<i32> {
     }
 }
 
-/// NULL is false: only for options of which false is the safer one.
+/// NULL is false. Only for options of which false is the safer value.
 impl Column for bool {
     fn read(row: &FoundRow<'_>, column: &'static str) -> Self {
         row.value(column).unwrap_or_default()

@@ -1,5 +1,5 @@
-//! Events that Redis refused: those that wait, those that failed, and those that were accepted out of their turn. All SQL on
-//! `refused_events` and `failed_events` but retention's. Needs a transaction.
+//! Events that Redis refused: those that wait, those that failed, and those that were accepted later than their turn.
+//! All SQL on `refused_events` and `failed_events` is here, except retention's. Needs a transaction.
 
 use crate::tables::care::{self, Kept};
 use crate::tables::found_row::FoundRow;
@@ -8,8 +8,8 @@ use crate::tables::sql::{
 };
 use relay::delivery::refusal::Record;
 
-/// Streams of a backend that have refused events waiting, with the attempts of their heads. (An event that names no stream is in the
-/// backend's own.)
+/// The streams of a backend in which refused events wait, with the attempts of the first event of each. An event that
+/// names no stream is in the backend's own.
 pub fn refused_streams(number: i32, own_stream: &str) -> Vec<(String, u32)> {
     query(
         "select distinct on (coalesce(r.stream, $2)) coalesce(r.stream, $2) as stream, r.attempts
@@ -79,7 +79,7 @@ pub fn next_waiting(number: i32, own_stream: &str, streams: &[(&str, usize)]) ->
     found
 }
 
-/// Somebody has deleted these rows: they are forgotten.
+/// Deletes these events from the refused ones.
 pub fn forget(seqs: &[i64]) {
     run(
         "delete from outbox.refused_events where seq = any($1)",
@@ -87,7 +87,7 @@ pub fn forget(seqs: &[i64]) {
     );
 }
 
-/// The highest sequence number of a backend's events that were refused or have failed; 0: there is none.
+/// The highest number of a backend's events that were refused or have failed. 0: there is none.
 pub fn highest_written_down(number: i32) -> i64 {
     query_value(
         "select greatest(
@@ -130,8 +130,8 @@ pub fn waiting(number: i32, after: i64, count: usize) -> Vec<i64> {
     )
 }
 
-/// Redis has lost what came after batch `batch_number`: waiting events that were accepted since wait again, and the clock of retention
-/// starts anew.
+/// Redis has lost all batches after `batch_number`. Refused events that were accepted in one of them wait again, and
+/// the clock of retention starts anew.
 pub fn heal(number: i32, lane: Option<u16>, own_stream: &str, batch_number: u64) {
     match lane {
         None => run(
@@ -158,10 +158,12 @@ pub fn heal(number: i32, lane: Option<u16>, own_stream: &str, batch_number: u64)
     );
 }
 
-/// (The statements leave the planner no choice but the indexes: it knows nothing of a table that has just grown, and would read all of it.)
+/// The statements are written so that the planner can only use the indexes: it knows nothing of a table that has just
+/// grown, and would read all of it.
 ///
-/// Writes down what became of refused events, a statement for all of a kind; returns how many failed. An event has one record at most.
-/// `batch_number`: in which those that had waited were accepted (exactly_once), so that they wait again should Redis lose it.
+/// Writes down what became of refused events, with one statement for each kind of record. Returns how many failed.
+/// There is at most one record for an event. `batch_number`: the batch in which waiting events were accepted
+/// (exactly_once); they wait again if Redis loses it.
 pub fn record(number: i32, records: &[Record], batch_number: Option<u64>) -> u64 {
     let (mut parked, mut failed, mut again, mut accepted) =
         (Notes::default(), Notes::default(), Notes::default(), Vec::new());
@@ -205,19 +207,20 @@ pub fn record(number: i32, records: &[Record], batch_number: Option<u64>) -> u64
     fail_all(number, &failed)
 }
 
-/// Events with their attempts and reasons, as arguments of a statement. Reasons are few: each is there once.
+/// Events with their attempts and reasons, as parameters of a statement. There are few different reasons, and each is
+/// stored once.
 #[derive(Default)]
 struct Notes<'a> {
     seqs: Vec<i64>,
     attempts: Vec<i32>,
     errors: Vec<&'a str>,
-    /// Of each event: which of `errors`, from 1.
+    /// For each event, the index of its reason in `errors`, from 1.
     reasons: Vec<i32>,
 }
 
 impl<'a> Notes<'a> {
     fn add(&mut self, seq: i64, attempts: u32, error: &'a str) {
-        /// Beyond so many it is not looked whether one is there.
+        /// So many of the latest reasons are compared with a new one.
         const LOOKED_AT: usize = 8;
         let known = self
             .errors
@@ -233,7 +236,7 @@ impl<'a> Notes<'a> {
         self.reasons.push((self.errors.len() - known.unwrap_or(0)) as i32);
     }
 
-    /// One of them alone.
+    /// One of the events alone.
     fn only(&self, index: usize) -> Self {
         let mut one = Self::default();
         let error = self.errors[self.reasons[index] as usize - 1];
@@ -241,7 +244,7 @@ impl<'a> Notes<'a> {
         one
     }
 
-    /// `errors` are all reasons, `reasons` says which of them is each event's, from 1.
+    /// `errors` are all reasons; `reasons` has the index of each event's reason, from 1.
     fn parameters<'b>(&self, number: i32) -> [Parameter<'b>; 5] {
         [
             ("number", number.into()),
@@ -253,7 +256,7 @@ impl<'a> Notes<'a> {
     }
 }
 
-/// Copies events to the failed ones; they no longer wait.
+/// Copies events to the failed ones. They no longer wait.
 fn fail_all(number: i32, failed: &Notes<'_>) -> u64 {
     if failed.seqs.is_empty() {
         return 0;
@@ -288,7 +291,7 @@ fn copy_to_failed(notes: [Parameter<'_>; 5], kept: Kept) -> u64 {
     )
 }
 
-/// Copies events to the failed ones, all for one reason; they no longer wait.
+/// Copies events to the failed ones, all with one reason. They no longer wait.
 pub fn fail(number: i32, seqs: &[i64], attempts: u32, error: &str) -> u64 {
     let mut failed = Notes::default();
     seqs.iter().for_each(|seq| failed.add(*seq, attempts, error));

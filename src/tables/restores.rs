@@ -13,7 +13,7 @@ pub fn has_later_restores(seen: &Snapshot) -> bool {
     .unwrap_or(false)
 }
 
-/// This transaction, of the id `xid`, brings events of a dump. Within the session that restores it.
+/// Records that this transaction, with the id `xid`, restores events of a dump. Called in the session that restores it.
 pub fn note_restore(number: i32, xid: u64) {
     rights::of_owner(|| {
         run(
@@ -33,7 +33,8 @@ pub fn count_restored(restores: &[i64]) -> i64 {
     .unwrap_or(0)
 }
 
-/// What these restores have brought was looked for. Of each backend the latest is remembered; returns that of theirs.
+/// Records that the events of these restores were looked for. For each backend the latest such restore is kept. Returns
+/// the latest of these.
 pub fn note_looked_for(restores: &[i64]) -> u64 {
     let latest: Option<String> = query_value(
         "select max(xid)::text from outbox.restores where number = any($1)",

@@ -1,4 +1,4 @@
-//! Ticks, and what they allow to be purged.
+//! The ticks of retention, and which events may be purged by them.
 
 use crate::server::error::internal;
 use crate::tables::cursors::{TICK, tick_of};
@@ -21,7 +21,7 @@ pub fn oldest_tick(number: i32) -> Option<Arc<Tick>> {
     .flatten()
 }
 
-/// Records that a backend has delivered what a tick sees. The first of a backend is the beginning of time.
+/// Records that a backend has delivered all that a tick sees. The first tick of a backend is the beginning of time.
 pub fn record_tick(number: i32, tick: &Tick) {
     run(
         "insert into outbox.ticks (backend_number, reached_at, snapshot, next_xid, low_seq, high_seq)
@@ -42,7 +42,8 @@ pub fn record_tick(number: i32, tick: &Tick) {
     );
 }
 
-/// What may be purged of a backend: from the tick up to which it has been, to the newest that is old enough.
+/// What may be purged of a backend: what lies between the tick up to which was purged and the newest tick that is old
+/// enough.
 pub fn purgeable(number: i32, retention_us: i64) -> Option<(Arc<Tick>, Arc<Tick>)> {
     let ticks = query(
         "(select snapshot::text, next_xid::text, low_seq, high_seq from outbox.ticks
@@ -61,7 +62,7 @@ pub fn purgeable(number: i32, retention_us: i64) -> Option<(Arc<Tick>, Arc<Tick>
     }
 }
 
-/// All up to `tick` has been purged.
+/// Records that all up to `tick` was purged.
 pub fn purged(number: i32, tick: &Tick) {
     run(
         "delete from outbox.ticks t where t.backend_number = $1 and t.reached_at < (
@@ -79,7 +80,7 @@ pub fn ticks_wait() -> bool {
     .unwrap_or(false)
 }
 
-/// Runs `f`, which deletes events in steps, by a statement that is prepared once.
+/// Runs `f`, which deletes events in steps, with a statement that is prepared once.
 pub fn delete_events<R>(f: impl FnOnce(&mut dyn FnMut(&[i64])) -> R) -> R {
     let sql = "delete from outbox.events where seq = any($1)";
     rights::statement(|| {

@@ -1,4 +1,4 @@
-//! Events that wait for their time, and are moved when it has come.
+//! Scheduled events: those that are due are moved to `outbox.events`.
 
 use crate::server::error::internal;
 use crate::tables::care::{self, Kept};
@@ -12,22 +12,22 @@ use pgrx::datum::DatumWithOid;
 use pgrx::pg_sys;
 use pgrx::spi::Spi;
 
-/// Scheduled events that are due at the time $1, at most $2, but for those that are held ($3). The time is a value, so that the index is
-/// read up to there; a clock would be asked again at each row of it.
+/// Scheduled events that are due at the time $1, at most $2, without those that are held ($3). The time is a parameter
+/// so that the index is read up to it; a clock function would be evaluated for each row.
 const DUE: &str = "select d.event_id from outbox.scheduled_events d
     where d.scheduled_at <= $1 and d.event_id <> all($3) order by d.scheduled_at, d.seq limit $2";
-/// The same but for those whose rows somebody has locked.
+/// The same without those whose rows somebody has locked.
 const DUE_AND_FREE: &str = "select d.event_id from outbox.scheduled_events d
     where d.scheduled_at <= $1 and d.event_id <> all($3) order by d.scheduled_at, d.seq limit $2 for update skip locked";
 
-/// Scheduled events that are due at `now_us` (microseconds since 2000), but for those that are `held`: at most `count`.
+/// Scheduled events that are due at `now_us` (microseconds since 2000), without those that are `held`: at most `count`.
 pub fn due(now_us: i64, count: i64, held: &[[u8; 16]]) -> Vec<[u8; 16]> {
     let ids: Vec<pgrx::Uuid> = query_column(DUE, &[timestamp(now_us), count.into(), uuids(held)]);
     ids.iter().map(|id| *id.as_bytes()).collect()
 }
 
-/// Those of these scheduled events whose rows nobody has locked, with those that are there no more. They are locked until the end of the
-/// transaction.
+/// Those of these scheduled events whose rows nobody has locked, and those that no longer exist. The rows are locked
+/// until the end of the transaction.
 pub fn lockable(ids: &[[u8; 16]]) -> Vec<[u8; 16]> {
     let mut free = Vec::new();
     rights::statement(|| {
@@ -52,13 +52,14 @@ pub fn lockable(ids: &[[u8; 16]]) -> Vec<[u8; 16]> {
     free
 }
 
-/// Moves scheduled events that are due at `now_us` into `outbox.events`, at most `count`, but for those that are `held` and those whose
-/// rows somebody has locked; returns how many there were. With all that the trigger fills in: it may be off.
+/// Moves scheduled events that are due at `now_us` into `outbox.events`, at most `count`, without those that are `held`
+/// and those whose rows somebody has locked. Returns how many there were. Sets all columns that the trigger would fill
+/// in, because the trigger may be switched off.
 pub fn move_due(now_us: i64, count: i64, held: &[[u8; 16]]) -> u64 {
     move_scheduled(DUE_AND_FREE, &[timestamp(now_us), count.into(), uuids(held)])
 }
 
-/// The same one by one: what cannot be moved fails alone.
+/// The same one by one: an event that cannot be moved fails alone.
 pub fn move_due_one_by_one(now_us: i64, count: i64, held: &[[u8; 16]]) -> u64 {
     let due = due(now_us, count, held);
     for id in &due {
@@ -70,7 +71,7 @@ pub fn move_due_one_by_one(now_us: i64, count: i64, held: &[[u8; 16]]) -> u64 {
     due.len() as u64
 }
 
-/// A scheduled event that cannot be moved.
+/// Keeps a scheduled event that cannot be moved as failed.
 fn fail_scheduled(id: pgrx::Uuid, error: &str, kept: Kept) -> u64 {
     run_named(
         "with gone as (delete from outbox.scheduled_events s where s.event_id = $event_id returning s.*)
@@ -133,7 +134,8 @@ fn move_scheduled(selected: &str, arguments: &[DatumWithOid<'_>]) -> u64 {
     })
 }
 
-/// When the next scheduled event is due that is not `held` (`None`: none is scheduled), and what time it is, in microseconds since 2000.
+/// When the next scheduled event that is not `held` is due (`None`: there is none), and the present time, in
+/// microseconds since 2000.
 pub fn next_due(held: &[[u8; 16]]) -> (Option<i64>, i64) {
     let due = query(
         "select s.scheduled_at from outbox.scheduled_events s where s.event_id <> all($1)

@@ -1,4 +1,5 @@
-//! How our SQL runs: reading and writing through SPI, and what statements are given. What they find is read by name ([`FoundRow`]).
+//! How our SQL runs through SPI, and how parameters are passed. Results are read by the names of their columns
+//! ([`FoundRow`]).
 
 use crate::server::datum::text_datum;
 use crate::server::encoding;
@@ -11,10 +12,11 @@ use pgrx::spi::Spi;
 use std::borrow::Cow;
 use std::fmt::Write;
 
-/// Reads what is committed now. Takes no transaction id, as SPI's `update` would: looking writes no WAL, and works on a standby.
+/// Reads what is committed now. Takes no transaction id, as SPI's `update` would: looking writes no WAL, and works on a
+/// standby.
 pub fn query<R>(sql: &str, args: &[DatumWithOid<'_>], each: impl FnMut(&FoundRow<'_>) -> R) -> Vec<R> {
     // SAFETY: within a transaction; popped below, or by its abort. A transaction without an id reads with the active
-    // snapshot, which may be older than the invalidations that were taken in.
+    // snapshot, which may be older than the invalidations that were processed.
     unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetLatestSnapshot()) };
     let found = rights::statement(|| {
         Spi::connect(|client| {
@@ -169,13 +171,14 @@ pub(super) fn types_of(args: &[DatumWithOid<'_>]) -> Vec<PgOid> {
     args.iter().map(|a| PgOid::from(a.oid())).collect()
 }
 
-/// A text as an argument, in the database's encoding; one that came from there fits.
+/// A text as a parameter, in the database's encoding. It came from the database, so the encoding has all its
+/// characters.
 pub fn argument<'a>(text: &str) -> DatumWithOid<'a> {
     // SAFETY: to_server() gives valid text, which is copied; text has the form of bytea.
     unsafe { DatumWithOid::new(&*encoding::to_server(text), pg_sys::TEXTOID) }
 }
 
-/// Several texts as one argument, an array; as [`argument`].
+/// Several texts as one parameter, an array; see [`argument`].
 pub fn arguments<'a>(texts: &[&str]) -> DatumWithOid<'a> {
     array_of(texts.iter().map(|text| encoding::to_server(text)))
 }
@@ -196,13 +199,14 @@ pub(super) fn array_of<'a, 'b>(texts: impl Iterator<Item = Cow<'b, [u8]>>) -> Da
     }
 }
 
-/// As [`argument`], for words of Redis or of the system: what the database's encoding may not have is left out.
+/// As [`argument`], for texts of Redis or of the system: characters that the database's encoding does not have are left
+/// out.
 pub fn words<'a>(text: &str) -> DatumWithOid<'a> {
     // SAFETY: valid text, which is copied; text has the form of bytea.
     unsafe { DatumWithOid::new(&*encoding::words_to_server(text), pg_sys::TEXTOID) }
 }
 
-/// Several of them as one argument, an array.
+/// Several such texts as one parameter, an array.
 pub fn all_words<'a>(texts: &[&str]) -> DatumWithOid<'a> {
     array_of(texts.iter().map(|text| encoding::words_to_server(text)))
 }

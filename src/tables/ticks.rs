@@ -6,8 +6,9 @@ use crate::tables::sequence;
 use pgrx::pg_sys;
 use relay::reading::snapshot::{Snapshot, Tick};
 
-/// Takes a tick, in the order that its bounds rely on (see [`Tick`]). Needs a transaction that has no id of its own. Also returns up
-/// to where the WAL must be flushed so that none of its numbers is drawn again after a crash; `None`: all of it.
+/// Takes a tick, in the order that its bounds rely on (see [`Tick`]). Needs a transaction that has no id of its own.
+/// Also returns up to where the WAL must be flushed so that none of its numbers is drawn again after a crash; `None`:
+/// all of it.
 pub fn take(relations: &Relations) -> (Tick, Option<u64>) {
     let low_seq = numbers::highest(relations);
     // SAFETY: reads the counter under its lock.
@@ -27,7 +28,8 @@ pub fn take(relations: &Relations) -> (Tick, Option<u64>) {
     (tick, drawn_lsn)
 }
 
-/// Whether something may have happened since, also what wakes nobody. Costs next to nothing, so an idle worker stays idle.
+/// Whether something may have happened since, also what wakes nobody. Costs next to nothing, so an idle worker stays
+/// idle.
 pub fn is_outdated(tick: &Tick) -> bool {
     // SAFETY: reads the counter under its lock.
     !tick.is_complete() || unsafe { pg_sys::ReadNextFullTransactionId().value } != tick.next_xid
@@ -68,17 +70,18 @@ fn widened(xid: u32, near: u64) -> u64 {
 /// Transactions that end between two ticks and are looked at one by one.
 const FEW: usize = 64;
 
-/// Makes durable what `tick` sees and `known`, which is durable, did not: after a crash, the ids and numbers of what was not flushed
-/// are used again. Returns how far the WAL is flushed.
+/// Makes durable what `tick` sees and `known`, which is durable, did not: after a crash, the ids and numbers of what
+/// was not flushed are used again. Returns how far the WAL is flushed.
 ///
-/// A commit that waited for its flush is durable before it is seen; of one that did not, the commit log knows up to where the WAL
-/// must be flushed. The id of the latest to end is not used again once its commit is durable, and so none below it is; numbers
-/// are not once the page of their sequence is. All that others have in the WAL beyond need not be waited for.
+/// A commit that waited for its flush is durable before it is seen; of one that did not, the commit log knows up to
+/// where the WAL must be flushed. The id of the latest to end is not used again once its commit is durable, and so none
+/// below it is; numbers are not once the page of their sequence is. All that others have in the WAL beyond need not be
+/// waited for.
 ///
-/// Our own commits that did not wait for their flush (saving, purging) are flushed like others'. A tick could do without them, by taking them
-/// for transactions that still run; but the commit log keeps one position for 32 neighbouring ids, so that nobody could tell whether another's
-/// commit below our own is durable. Hence purging begins no piece while an event is about to be
-/// committed: that commit flushes what was written before.
+/// Our own commits that did not wait for their flush (saving, purging) are flushed like others'. A tick could do
+/// without them, by taking them for transactions that still run; but the commit log keeps one position for 32
+/// neighbouring ids, so that nobody could tell whether another's commit below our own is durable. Hence purging begins
+/// no piece while an event is about to be committed: that commit flushes what was written before.
 pub fn flush_seen((tick, drawn_lsn): &(Tick, Option<u64>), known: &Snapshot) -> u64 {
     let (Some(ended), Some(mut needed)) = (tick.snapshot.ended_since(known, FEW), *drawn_lsn) else {
         return flush();
@@ -114,8 +117,8 @@ fn flush_to(position: u64) {
     }
 }
 
-/// Makes everything that any snapshot taken before sees durable, and what this process has written. Costs nothing when the WAL is
-/// flushed already. Returns how far it is flushed.
+/// Makes everything that any snapshot taken before sees durable, and what this process has written. Costs nothing when
+/// the WAL is flushed already. Returns how far it is flushed.
 pub fn flush() -> u64 {
     /// Sizes of a WAL page's header, and of a segment's first.
     const SHORT_HEADER: u64 = 24;

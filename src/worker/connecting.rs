@@ -1,5 +1,5 @@
-//! Which backends have a sender. There is room for so many (`senders.rs`); with more backends than that, the first of them keep their
-//! connections, and the others take turns with what is left.
+//! Which backends have a sender. There is a limited number of permits (`permits.rs`). With more backends than permits,
+//! the first backends keep their connections, and the others take turns with the rest of the permits.
 
 use crate::server::guc::LogLevel;
 use crate::server::process::REPEAT_LOG_AFTER;
@@ -8,15 +8,15 @@ use crate::worker::state::Worker;
 use relay::time::Now;
 use std::time::Duration;
 
-/// How long one of those that take turns has a connection at least, while others wait,
+/// How long a backend that takes turns has a connection at least while others wait,
 const TURN: Duration = Duration::from_secs(3);
 /// and at most, if it always has something to send.
 const LONGEST_TURN: Duration = Duration::from_secs(30);
-/// How soon it is looked for room again.
+/// How soon free permits are looked for again.
 const LOOK_AFTER: Duration = Duration::from_millis(250);
 
 impl Worker {
-    /// Starts the senders that are due, as far as there is room for them.
+    /// Starts the senders that are due, as far as there are permits.
     pub(super) fn connect(&mut self, now: Now) {
         self.permits.tell();
         let most = self.permits.most();
@@ -32,7 +32,7 @@ impl Worker {
             backend.turn.is_taken = rank > kept;
             match (backend.wants_sender(now), backend.turn.is_taken) {
                 (true, false) if self.permits.free() > 0 => backend.connect(now, &self.waker, &mut self.permits),
-                // For a thread that was let go and has not ended.
+                // The permit is still held by a thread that was let go and has not ended.
                 (true, false) => {
                     backend.wait_for_turn(now);
                     waiting += 1;
@@ -71,7 +71,7 @@ impl Worker {
         }
     }
 
-    /// Lets as many go of those that take turns as there are others who wait.
+    /// Ends the turns of as many backends as there are others waiting.
     fn end_turns(&mut self, count: usize, now: Now) {
         let has_had = |b: &&mut crate::worker::backend::Backend| {
             let had = now.saturating_sub(b.turn.began_at);

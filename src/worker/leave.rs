@@ -5,8 +5,8 @@ use crate::server::guc::LogLevel;
 use crate::server::process::log;
 use pgrx::pg_sys;
 
-/// Ends the process, after a log line with the reason, unless it never came to work here. Code 0, so that Postgres logs nothing: whether
-/// it comes back is the launcher's business.
+/// Ends the process. Logs the reason, unless the worker was never at work here. The exit code is 0, so that Postgres
+/// logs nothing; the launcher decides whether a worker is started again.
 pub(super) fn leave_process(slot: &DatabaseSlot, state: SlotState, database: &str, reason: &str) -> ! {
     if slot.state() != SlotState::Starting {
         log(
@@ -17,7 +17,8 @@ pub(super) fn leave_process(slot: &DatabaseSlot, state: SlotState, database: &st
         );
     }
     slot.set_state(state);
-    // SAFETY: runs Postgres's exit callbacks and ends, see `process::end_without_exit_handlers`; no Rust frame needs to be unwound.
+    // SAFETY: runs Postgres's exit callbacks and ends, see `process::end_without_exit_handlers`; no Rust frame needs to
+    // be unwound.
     unsafe { pg_sys::proc_exit(0) };
     // Bindings of some versions do not know that it never returns.
     #[allow(unreachable_code)]

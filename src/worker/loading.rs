@@ -1,4 +1,4 @@
-//! Loading: which backends there are, with which settings, and what has come by a restore.
+//! Loading: which backends there are, with which settings, and which restores have brought events.
 
 use crate::server::database_slot::SlotState;
 use crate::server::guc::LogLevel;
@@ -36,24 +36,24 @@ struct Rows {
     installation: String,
     /// There are restores that the newest tick does not see.
     more_restores: bool,
-    /// The highest number that any event has.
+    /// The highest number of any event.
     highest: i64,
-    /// What the trigger of events is.
+    /// The state of the trigger of `outbox.events`.
     triggers: Option<String>,
 }
 
-/// The same, and whose they are.
+/// What one look at the database has found.
 struct Found {
-    /// Of the extension; `None`: it is not there.
+    /// The extension's version. `None`: it is not there.
     version: Option<String>,
     generation: u64,
-    /// Unless they are as they were.
+    /// `None`: they have not changed since they were loaded.
     rows: Option<Rows>,
     /// The table of events.
     events: Option<pg_sys::Oid>,
 }
 
-/// However often somebody asks for an attempt, settings are looked at for that no sooner than this again.
+/// However often somebody calls `outbox.wake()`, settings are loaded for that no more often than this.
 const LOOK_PAUSE: Duration = Duration::from_millis(100);
 
 impl Worker {
@@ -66,17 +66,17 @@ impl Worker {
         if self.asked_at.is_none_or(|at| now >= at + LOOK_PAUSE) {
             (self.asked_at, self.nudged) = (Some(now), true);
         }
-        // Somebody may be waiting to see how far it is.
+        // Somebody may be waiting for the saved cursors to show progress.
         self.save_unsaved(now);
     }
 
-    /// Whether backends and settings are to be loaded, now.
+    /// Whether backends and settings have to be loaded now.
     pub(super) fn must_load(&mut self, now: Now) -> bool {
         self.nudged |= self.slot.take_nudge();
         self.nudged || self.settings_changed || self.generation == Generation::Stale || self.is_restore_due(now)
     }
 
-    /// Loads, unless that failed a moment ago: then all goes on with what was known.
+    /// Loads, unless that failed a moment ago: then the worker goes on with what it knows.
     pub(super) fn load_now(&mut self, now: Now) -> Option<Loaded> {
         let nudged = std::mem::take(&mut self.nudged);
         let loaded = self.attempt(Task::Load, now, |worker| worker.load(nudged, now));
@@ -85,7 +85,7 @@ impl Worker {
             Some(_) => {
                 self.stale_since = None;
                 if nudged {
-                    // Somebody may be waiting to see how far it is.
+                    // Somebody may be waiting for the saved cursors to show progress.
                     self.save_unsaved(now);
                 }
             }
@@ -105,7 +105,8 @@ impl Worker {
         }
     }
 
-    /// What the newest tick sees may have come past the trigger, with a number that nobody knew of then. Nobody has read of it yet.
+    /// Rows that the newest tick sees may have been inserted without the trigger, with numbers above its bound. The
+    /// bound is raised; nobody has read of this tick yet.
     fn raise_bound(&mut self, highest: i64) {
         let is_low = |tick: &Tick| tick.next_xid > FIRST_NORMAL_XID && tick.high_seq < highest;
         if is_low(&self.latest) {
@@ -117,7 +118,8 @@ impl Worker {
     }
 
     fn load(&mut self, nudged: bool, now: Now) -> Result<Loaded, Aborted> {
-        // A nudge may come before the invalidations of the commit that it tells of: they are sent last.
+        // A nudge may come before the invalidations of its commit, which are sent last: then the generation does not
+        // show the change.
         let all = self.settings_changed;
         let found = self.look(nudged || all || self.is_restore_due(now))?;
         if found.rows.is_some() {
@@ -137,7 +139,7 @@ impl Worker {
                 return self.load(nudged, now);
             }
             if rows.more_restores {
-                // They are for the next tick: before its rows are read, all is loaded again.
+                // They belong to the next tick. All is loaded again before its rows are read.
                 (generation, self.work) = (Generation::Stale, true);
             }
             outcome = self.take_over_rows(rows.backends, rows.deleted, all, now)?;
@@ -147,17 +149,16 @@ impl Worker {
         Ok(outcome)
     }
 
-    /// Whether what a dump has brought is to be looked at for a backend now.
+    /// Whether restored events of some backend are due to be compared.
     fn is_restore_due(&self, now: Now) -> bool {
         self.backends.iter().any(|b| b.load_at().is_some_and(|at| at <= now))
     }
 
-    /// Reads the tables, if they have changed since they were read last or may have (`changed`).
+    /// Reads the tables if they have changed since they were read last, or if they may have (`changed`).
     fn look(&self, changed: bool) -> Result<Found, Aborted> {
         let newest = self.newest();
         process::transaction(|| {
-            // Takes in invalidations, so that the generation is up to date.
-            // SAFETY: within a transaction.
+            // Processes invalidations, so that the generation is up to date. SAFETY: within a transaction.
             unsafe { pg_sys::AcceptInvalidationMessages() };
             let relations = catalog::relations();
             let version = relations.and_then(|_| backends::installed_version());
@@ -179,13 +180,14 @@ impl Worker {
                 version,
                 generation,
                 rows,
-                // Reading them has taken in what was told meanwhile.
+                // Looked up again: reading the tables has processed further invalidations.
                 events: catalog::relations().map(|relations| relations.events),
             }
         })
     }
 
-    /// Whether the extension is there, in the library's version. Leaves the database if it is not there at all.
+    /// Whether the extension is there in the library's version. If it is not there at all, the worker leaves the
+    /// database.
     fn serves(&mut self, version: Option<&str>, now: Now) -> bool {
         match version {
             None => {
@@ -200,7 +202,7 @@ impl Worker {
         }
         if self.slot.state() != SlotState::Running {
             self.slot.set_state(SlotState::Running);
-            // Others may be started.
+            // The launcher may start other workers now.
             shmem::wake_launcher();
             let message = format!("outbox_relay worker started in database \"{}\"", self.home.name);
             log(LogLevel::Info, &message, None, None);
@@ -208,7 +210,7 @@ impl Worker {
         true
     }
 
-    /// With at_least_once, what dumps have brought is not looked for in the streams.
+    /// With at_least_once, restored events are not looked for in the streams.
     fn give_up_comparing(&mut self, now: Now) -> Result<(), Aborted> {
         for backend in &mut self.backends {
             let gives_up = backend.delivery.guarantee() == Guarantee::AtLeastOnce && backend.is_restored();
@@ -234,7 +236,7 @@ impl Worker {
         self.slot.set_state(SlotState::Mismatched);
         shmem::wake_launcher();
         if !self.backends.is_empty() {
-            // What was acknowledged is not to be sent again.
+            // Acknowledged events must not be sent again.
             self.settle(SETTLE_AT_CHANGE, Backend::is_sending);
             self.save_unsaved(now);
             self.backends.clear();
@@ -242,13 +244,14 @@ impl Worker {
         self.generation = Generation::Stale;
     }
 
-    /// This database may be new to the worker: is it a copy, and who are we to it? True: what was loaded is to be loaded again.
+    /// Finds out whether this database is a copy, and saves this run's identity, if that was not done yet. True: all
+    /// has to be loaded again.
     fn settles_in(&mut self, installation: &str) -> Result<bool, Aborted> {
         // SAFETY: a plain read of the process's own variable.
         let database = unsafe { pg_sys::MyDatabaseId }.to_u32();
         let guard_prefix = format!("outbox_relay:guard:{installation}:{database}:");
         if guard_prefix != self.home.guard_prefix {
-            // The extension was created anew: its tables have not heard of this run of the server, and begin at the first number.
+            // The extension was created anew: its tables do not know this run of the server, and numbers begin anew.
             (self.home.guard_prefix, self.identity) = (guard_prefix, None);
             self.backends.clear();
             (self.latest, self.awaited) = (Arc::new(Tick::beginning()), None);
@@ -265,8 +268,8 @@ impl Worker {
     }
 }
 
-/// Nobody can publish, and what is scheduled waits; what is there is sent all the same. It is said once a minute. Whether there is such a
-/// trouble: within a transaction.
+/// Logs, once a minute, what is wrong with the sequence of event numbers, if anything is: then nobody can publish and
+/// scheduled events wait, but existing events are sent. Returns whether something is wrong. Within a transaction.
 pub(super) fn says_trouble_of_sequence() -> bool {
     thread_local! {
         static SAID: RefCell<Option<(String, Instant)>> = const { RefCell::new(None) };
@@ -291,7 +294,7 @@ pub(super) fn says_trouble_of_sequence() -> bool {
     true
 }
 
-/// Transactions that may run at once in this server.
+/// How many transactions can run at once in this server.
 fn running_at_most() -> usize {
     // SAFETY: set when the server started.
     let (sessions, prepared) = unsafe { (pg_sys::MaxBackends, unguarded::max_prepared_xacts) };

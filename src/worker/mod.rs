@@ -7,8 +7,8 @@
 //!    ├─ try refused streams again, move scheduled events that are due
 //!    └─ save records and cursors, record ticks, purge
 //! ```
-//! It never waits for the network, and holds no transaction while it waits for anything. Of these tasks none waits for another that fails
-//! (`tasks.rs`): whoever holds a lock holds up what needs it.
+//! The worker never waits for the network, and holds no transaction while it waits for anything. A task that fails
+//! delays no other task (`tasks.rs`): somebody who holds a lock delays only what needs it.
 
 pub mod backend;
 mod connecting;
@@ -20,6 +20,7 @@ mod mending;
 mod pass;
 mod permits;
 mod purge;
+mod purging;
 mod reading;
 mod reconciling;
 mod recovery;
@@ -50,14 +51,14 @@ use relay::time::Now;
 use std::io::Read;
 use std::time::Duration;
 
-/// How long a worker that must go waits for replies that are on their way.
+/// How long a worker that was told to end waits for replies that are on their way.
 const SETTLE_AT_END: Duration = Duration::from_millis(250);
-/// How long a worker that must go waits for Redis to take note of it.
+/// How long it waits until Redis has acknowledged that the owner leaves.
 const RELEASE_AT_END: Duration = Duration::from_millis(100);
-/// After an ERROR that no task accounts for.
+/// The pause after an ERROR outside of all tasks.
 const ERROR_WAIT: Duration = Duration::from_secs(1);
 
-/// Entry point of the process; the argument is its database's slot in shared memory.
+/// Entry point of the process. The argument is the database's slot in shared memory.
 #[pg_guard]
 #[unsafe(no_mangle)]
 pub extern "C-unwind" fn outbox_relay_worker(argument: pg_sys::Datum) {
@@ -70,7 +71,7 @@ pub extern "C-unwind" fn outbox_relay_worker(argument: pg_sys::Datum) {
     unsafe {
         pg_sys::BackgroundWorkerInitializeConnectionByOid(slot.database(), pg_sys::InvalidOid, 0);
         if !slot.attach(pg_sys::MyProcPid, pg_sys::MyLatch) {
-            // That of a launcher before this one.
+            // A worker that an earlier launcher started is at work here.
             return;
         }
         pg_sys::before_shmem_exit(Some(leave), argument);
@@ -112,7 +113,7 @@ impl Worker {
             }
             timeout = match self.step() {
                 Ok(timeout) => timeout,
-                // It cancelled what it was at.
+                // The order to end cancelled the statement that was running.
                 Err(_) if process::is_told_to_end() => Some(Duration::ZERO),
                 Err(error) => {
                     self.log_error(error.to_string());
@@ -125,7 +126,8 @@ impl Worker {
         }
     }
 
-    /// Until there is news; while events come in quick succession, until the next look is due.
+    /// Waits for news. While events come in quick succession, it waits for a fixed time instead: that costs less than a
+    /// wake for each event.
     fn wait(&mut self, timeout: Option<Duration>) {
         let rest = self.pace.rest(self.now());
         if !rest.is_zero() && self.has_read_all() {
@@ -145,14 +147,15 @@ impl Worker {
             log(
                 LogLevel::Error,
                 &format!("outbox_relay worker: {message}"),
-                Some("It tries again shortly."),
+                Some("The worker tries again shortly."),
                 None,
             );
             self.logged_error = Some((message, now));
         }
     }
 
-    /// At the start and after a reload: whether this database is served, and settings that somebody may not have meant.
+    /// Called at the start and after a reload: checks whether this database is served, and warns of settings that are
+    /// probably mistakes.
     fn look_at_settings(&mut self) -> bool {
         if self.home.name.is_empty() {
             // SAFETY: a catalog look-up in a transaction; the text is copied.
@@ -186,7 +189,7 @@ impl Worker {
         true
     }
 
-    /// One round. Returns how long to wait for news; `None`: for ever.
+    /// One round. Returns how long to wait for news. `None`: for ever.
     fn step(&mut self) -> Result<Option<Duration>, Aborted> {
         let now = self.now();
         if now < self.pause_until {
@@ -201,12 +204,12 @@ impl Worker {
         if self.settings_changed {
             self.purge.look_now();
         }
-        // What was acknowledged counts, also if its sender is let go now.
+        // First of all: an acknowledgement counts also if its sender is let go in this round.
         self.backends.iter_mut().for_each(|b| b.hear(now));
         self.heed_wishes(now);
         let mut changed = false;
         if self.must_load(now) {
-            // What is loaded after a tick is at least as new as what the tick sees.
+            // Backends are loaded after the tick, so that they are at least as new as the rows that it sees.
             if !self.backends.is_empty() {
                 self.tick_if_due(now);
             }
@@ -219,12 +222,12 @@ impl Worker {
             }
         }
         self.connect(now);
-        // A backend with records reads nothing, and claims nothing: what waits behind a refused event must not be in the table sooner
-        // than that one, and a claim looks there for what became of the last batch.
+        // A backend with records neither reads nor claims. An event that waits behind a refused one must not be written
+        // down before it, and a claim looks up in the table what became of the last batch.
         if self.backends.iter().any(|b| !b.books.records.is_empty()) {
             self.save_unsaved(now);
         }
-        // For nothing: what is wrong comes to light when it is done in earnest.
+        // A rehearsal that fails has no consequences: the real work will fail in the same way and report it.
         let _ = self.rehearse();
         self.recover(now);
         if self.awaited.is_none() {
@@ -233,7 +236,7 @@ impl Worker {
             });
         }
         self.resume();
-        // Before rows are read that came while triggers were off.
+        // Before rows are read that were inserted while triggers were off.
         self.mend(now);
         let more = self.read(now) || changed;
         self.failed_streams.clear();
@@ -245,54 +248,10 @@ impl Worker {
         Ok(self.timeout(more, purging))
     }
 
-    /// `more`: there are events to be read.
-    fn purge(&mut self, now: Now, more: bool) -> Option<Duration> {
-        let slot = self.slot;
-        let is_wanted = || more || slot.has_work() || slot.is_publishing();
-        let failed = self.attempt(Task::PurgeFailed, now, |w| w.purge.step_failed(now, &is_wanted));
-        self.attempt(Task::RecordTicks, now, |w| w.purge.record_ticks(now, &mut w.backends));
-        let published = self.purge_published(now, &is_wanted);
-        [failed, published].into_iter().flatten().flatten().min()
-    }
-
-    /// Each backend has its own patience: another's success says nothing of who is in the way of this one.
-    fn purge_published(&mut self, now: Now, is_wanted: &dyn Fn() -> bool) -> Option<Option<Duration>> {
-        let (purge, backends) = (&mut self.purge, &self.backends);
-        // What is not for now any more would be waited for.
-        self.patience.retain(|task| match task {
-            Task::PurgePublished((number, _)) => purge::is_on() && backends.iter().any(|b| b.number == number),
-            _ => true,
-        });
-        let patience = &self.patience;
-        let mut succeeded = Vec::new();
-        let outcome = purge.step_published(
-            now,
-            backends,
-            is_wanted,
-            &|number| patience.allows(Task::PurgePublished((number, None)), now),
-            &mut |number| succeeded.push(number),
-        );
-        for number in succeeded {
-            self.patience.succeeded(Task::PurgePublished((number, None)));
-        }
-        match outcome {
-            Ok(due) => Some(due),
-            Err(error) => {
-                let task = Task::PurgePublished((self.purge.backend(), None));
-                self.failed(task, &error, now);
-                if let Some(at) = self.patience.retry_at(task) {
-                    self.purge.look_at(at);
-                }
-                // The next backend is next.
-                Some(Some(Duration::ZERO))
-            }
-        }
-    }
-
-    /// Takes backends further whose connections have read or claimed their guards.
+    /// Goes on with the recovery of backends whose connections have read or claimed their guards.
     fn recover(&mut self, now: Now) {
-        // Before the first tick, nothing is known of what there is to send.
-        // Also one that standbys do not have yet: what it sees is looked for in the streams, not sent.
+        // Before the first tick, nothing is known of what there is to send. A tick that standbys do not have yet will
+        // do: the rows that it sees are only looked for in the streams, not sent.
         let newest = self.newest();
         let is_ticked = newest.next_xid > FIRST_NORMAL_XID;
         if !is_ticked || self.backends.iter().all(|b| !b.has_claim_step()) {
@@ -304,11 +263,11 @@ impl Worker {
         let mut failures = Vec::new();
         for backend in self.backends.iter_mut().filter(|b| b.books.records.is_empty()) {
             if let Err(error) = recovery::step(backend, identity, &newest, now) {
-                // An order to end cancels the step, and is no trouble.
+                // An order to end cancels the step. That is no failure.
                 if process::is_told_to_end() {
                     break;
                 }
-                // Its sender waits for an order that will not come.
+                // The sender waits for an order that this step would have given.
                 backend.hold_off(Failure::backend(error.to_string()), Duration::ZERO, now);
                 failures.push((backend.whose(), error));
             }
@@ -316,16 +275,16 @@ impl Worker {
         for (whose, error) in failures {
             self.failed(Task::Claim(whose), &error, now);
         }
-        // What those have saved that came up is behind their next batches.
+        // What backends that came up have saved must be durable before their next batches.
         self.flush();
-        // More may have been restored while they compared.
+        // More events may have been restored while they compared.
         if self.backends.iter().any(Backend::is_held) {
             self.generation = Generation::Stale;
         }
     }
 
-    /// Lets senders go on that have waited until what was refused is written down. The guard tells of the last batch alone, so that
-    /// must be durable before the next.
+    /// Lets senders go on that have waited until refused events are written down. The guard knows only the last batch,
+    /// so what was refused of it must be durable before the next one.
     fn resume(&mut self) {
         let is_written_down = |b: &Backend| b.delivery.is_stopped() && b.books.records.is_empty();
         if self.backends.iter().any(is_written_down) {
@@ -384,7 +343,7 @@ impl Worker {
         }
     }
 
-    /// Waits a moment for replies that are on their way, so that nothing of it is in doubt when the senders are let go.
+    /// Waits a moment for replies that are on their way, so that nothing is in doubt when the senders are let go.
     fn settle(&mut self, limit: Duration, concerned: impl Fn(&Backend) -> bool) {
         let deadline = self.now() + limit;
         loop {
@@ -398,11 +357,11 @@ impl Worker {
         }
     }
 
-    /// Last words: saves what is known.
+    /// Saves all that is known, before the worker leaves.
     fn save_all(&mut self) {
         self.settle(SETTLE_AT_END, Backend::is_sending);
         let now = self.now();
-        // A worker alone is back in a moment, which nobody is to take for the end of the owner.
+        // If only the worker ends, it comes back in a moment; others must not conclude that the owner has left.
         if process::is_server_stopping() {
             self.backends.iter_mut().for_each(Backend::release_guard);
         }
@@ -417,7 +376,7 @@ impl Worker {
         self.settle(RELEASE_AT_END, Backend::is_releasing);
     }
 
-    /// Told to end.
+    /// Ends the process in order.
     fn end(&mut self) -> ! {
         process::accept_end();
         process::set_option(c"lock_timeout", c"200ms");

@@ -1,5 +1,6 @@
-//! How many senders there may be: each is a thread, a connection, and what it opens for a moment meanwhile (a name server's, a file of
-//! certificates). Postgres closes files that it has open when it needs descriptors for others, and has to be told of those that are not its own.
+//! How many senders there may be. A sender needs file descriptors: for its connection, and for what it opens for a
+//! moment (a connection to a name server, a file of certificates). Postgres closes some of its own files when
+//! descriptors run out, and has to be told how many are not its own.
 
 use pgrx::pg_sys;
 use std::sync::Arc;
@@ -10,16 +11,16 @@ const DESCRIPTORS: usize = 2;
 /// Descriptors that the process needs beside senders and files of Postgres: to wait, to be woken.
 const SPARE: usize = 8;
 
-/// The room that a worker has for senders.
+/// The permits for senders that a worker has.
 pub struct SenderPermits {
     most: usize,
-    /// Of threads that have not ended; one that was let go may need a while.
+    /// Threads that have not ended. One that was let go may need a while to end.
     live: Arc<AtomicUsize>,
-    /// So many descriptors Postgres has been told of.
+    /// How many descriptors Postgres has been told of.
     told: usize,
 }
 
-/// A sender's place. It is free when the thread has ended.
+/// The permit of one sender. It is returned when the thread has ended.
 pub struct SenderPermit(Arc<AtomicUsize>);
 
 impl Drop for SenderPermit {
@@ -32,7 +33,7 @@ impl SenderPermits {
     pub fn new() -> Self {
         // SAFETY: a plain read of what the postmaster has found out by its settings and limits.
         let descriptors = unsafe { pg_sys::max_safe_fds }.max(0) as usize;
-        // A third stays for Postgres: tables and indexes.
+        // A third is left to Postgres for tables and indexes.
         Self {
             most: ((descriptors * 2 / 3).saturating_sub(SPARE) / DESCRIPTORS).max(1),
             live: Arc::default(),
@@ -48,7 +49,7 @@ impl SenderPermits {
         self.most.saturating_sub(self.live.load(Ordering::Acquire))
     }
 
-    /// For a sender that is started now; there must be room.
+    /// A permit for a sender that is started now; one must be free.
     pub fn take(&mut self) -> SenderPermit {
         self.live.fetch_add(1, Ordering::AcqRel);
         self.tell();

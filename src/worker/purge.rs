@@ -1,4 +1,5 @@
-//! Retention: deleting published events some time after they were sent, and failed ones after they failed, in small pieces.
+//! Retention: deleting events some time after they were sent, and failed ones some time after they failed, in small
+//! pieces.
 //!
 //! There is no sent-at on a row. Instead each backend records ticks, "all that this snapshot sees is delivered now"; what is visible
 //! in a tick older than the retention may go. Purging is reading with another position: from the tick up to which has
@@ -151,9 +152,10 @@ impl Purge {
         Ok(())
     }
 
-    /// One piece of the published events of a backend, if there is something to do and time for it. Returns when to come back, likewise.
+    /// One piece of the sent events of a backend, if there is something to do and time for it. Returns when to come back,
+    /// likewise.
     /// `allows`: whether a backend may be looked at now. `succeeded`: nobody is in the way of one.
-    pub fn step_published(
+    pub fn step_sent(
         &mut self,
         now: Now,
         backends: &[Backend],
@@ -236,7 +238,7 @@ fn delivered(backends: &[Backend], backend: &Backend) -> Arc<Tick> {
     lowest
 }
 
-/// Whether published events are deleted at all.
+/// Whether sent events are deleted at all.
 pub fn is_on() -> bool {
     retention().is_some()
 }

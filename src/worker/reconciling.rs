@@ -1,4 +1,4 @@
-//! Taking over what loading has found: backends that have changed, come or gone, and their lanes.
+//! Applying what loading has found: backends that were changed, created or deleted, and their lanes.
 
 use crate::server::process::{self, Aborted};
 use crate::tables::backends::BackendRow;
@@ -11,11 +11,11 @@ use relay::redis::hash_slot::hash_slot_of;
 use relay::time::Now;
 use std::collections::BTreeSet;
 
-/// A backend or lane, with its row as it is now; `None`: that is gone.
+/// A backend or lane with its present row. `None`: the row was deleted.
 type Change = (Whose, Option<BackendRow>);
 
 impl Worker {
-    /// Takes over what has changed. `all`: settings have, which concern every backend.
+    /// Applies changes. `all`: settings that concern every backend have changed.
     pub(super) fn take_over_rows(
         &mut self,
         rows: Vec<BackendRow>,
@@ -47,14 +47,14 @@ impl Worker {
             missing(backends, rows, deleted, home)
         })?;
         self.backends.extend(missing);
-        // Rows of a backend that was not known may be those of one that is.
+        // Rows whose backend was unknown may belong to one that is known now.
         self.backends.iter_mut().for_each(|b| b.rests_until = Now::ZERO);
         self.share_positions();
         self.work = true;
         Ok(Loaded::Changed)
     }
 
-    /// The backends that are to be changed.
+    /// The backends that have to be changed.
     fn changes(&mut self, rows: &[BackendRow], all: bool, now: Now) -> Vec<Change> {
         let mut changes = Vec::new();
         let with_row = |b: &&mut Backend| b.reads_for_redis() || b.is_finder();
@@ -68,7 +68,7 @@ impl Worker {
         changes
     }
 
-    /// Waits a moment for replies to those that are let go, and saves what is known.
+    /// Waits a moment for replies to senders that will be let go, and saves what is known.
     fn settle_changed(&mut self, changes: &[Change], now: Now) -> Result<(), Aborted> {
         let home = self.home.clone();
         let goes = |b: &Backend| {
@@ -77,7 +77,7 @@ impl Worker {
             change.is_some_and(|(_, row)| !stays(row))
         };
         self.settle(SETTLE_AT_CHANGE, |b| goes(b) && b.is_sending());
-        // Refused events are looked up by the new settings: those of the old ones must be there.
+        // Refused events are looked up with the new settings, so all that are known must be in the table.
         self.save_unsaved(now);
         let is_changed = |b: &&Backend| changes.iter().any(|(whose, _)| *whose == b.whose());
         match self
@@ -91,7 +91,7 @@ impl Worker {
         }
     }
 
-    /// Backends whose saved cursors are of equal ticks speak of the same: then one scan serves them.
+    /// Backends whose saved cursors have equal ticks share one copy of them, so that one scan serves them all.
     fn share_positions(&mut self) {
         for index in 1..self.backends.len() {
             let (before, rest) = self.backends.split_at_mut(index);
@@ -111,7 +111,7 @@ impl Worker {
     }
 }
 
-/// Backends that the tables have and the worker has not: with their lanes, those that were deleted, and whoever looks after strays.
+/// Backends that are in the tables and not in the worker, with deleted ones, lanes, and the reader of strays.
 fn missing(backends: &[Backend], rows: Vec<BackendRow>, deleted: Vec<i32>, home: &Home) -> Vec<Backend> {
     let is_known = |number: i32| backends.iter().any(|b| b.number == number);
     let mut missing: Vec<Backend> = Vec::new();
@@ -129,7 +129,7 @@ fn missing(backends: &[Backend], rows: Vec<BackendRow>, deleted: Vec<i32>, home:
     missing
 }
 
-/// Lanes that a cluster's backends have by the tables, and that are not loaded.
+/// Lanes of cluster backends that are in the tables and not in the worker.
 fn missing_lanes<'a>(backends: impl Iterator<Item = &'a Backend> + Clone, home: &Home) -> Vec<Backend> {
     let mut missing = Vec::new();
     let with_lanes = |b: &&Backend| b.lane().is_none() && matches!(b.role(), Role::Finder | Role::Deleted);
@@ -146,7 +146,7 @@ fn missing_lanes<'a>(backends: impl Iterator<Item = &'a Backend> + Clone, home: 
         if !finder.is_finder() {
             continue;
         }
-        // Events that wait as refused since before the backend was a cluster's: the finder has come past them.
+        // Events that were refused before the backend became a cluster's: the finder has already passed them.
         let waiting = refused::refused_streams(number, finder.stream()).into_iter();
         let waiting: BTreeSet<u16> = waiting.map(|(stream, _)| hash_slot_of(stream.as_bytes())).collect();
         for hash_slot in waiting {

@@ -1,4 +1,4 @@
-//! Events that Redis refused: those that are due are sent again, and what waits behind one that has failed fails with it.
+//! Refused events: those that are due are sent again, and events that wait behind a failed one fail with it.
 
 use crate::server::guc;
 use crate::server::process;
@@ -12,16 +12,18 @@ use relay::time::Now;
 /// Waiting events of a backend that fail in one round, with the head of their streams, and of how many streams.
 const FAILED_AT_ONCE: usize = 250;
 const FAILED_STREAMS: usize = 100;
-/// Waiting events that follow an accepted one go in batches of so many times the usual size: with exactly_once, one batch at a time.
+/// Waiting events that follow an accepted one are sent in batches of so many times the usual size, because with
+/// exactly_once only one such batch is on its way at a time.
 const FOLLOWING_BATCHES: usize = 5;
 
 impl Worker {
-    /// A batch of each backend with streams that are due, or a piece of what is to fail. True: there is more to do at once.
+    /// A batch of each backend with streams that are due, or a piece of what is to fail. True: there is more to do at
+    /// once.
     pub(super) fn retry_refused(&mut self, now: Now) -> bool {
         let mut more = false;
         for index in 0..self.backends.len() {
             let backend = &mut self.backends[index];
-            // What they were refused with must be written down first.
+            // Records of refusals must be written down first.
             if !backend.reads_for_redis() || !backend.is_enabled() || !backend.books.records.is_empty() {
                 continue;
             }
@@ -85,8 +87,8 @@ impl Worker {
         }
     }
 
-    /// All that waited in these streams has failed, and that is written down. What comes next in them may be accepted: nothing that was
-    /// before it must come back after a crash to wait.
+    /// All events that waited in these streams have failed, which is written down. It must be durable before later
+    /// events of the streams are sent: after a crash, no earlier event may wait again.
     pub(super) fn end_failing(&mut self) {
         let failed = std::mem::take(&mut self.failed_streams);
         if failed.iter().all(|(_, streams)| streams.is_empty()) {

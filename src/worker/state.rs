@@ -21,7 +21,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How long replies on their way are waited for when a backend's settings have changed; meanwhile the others wait.
+/// How long the worker waits for replies on their way when a backend's settings have changed. The other backends wait
+/// meanwhile.
 pub(super) const SETTLE_AT_CHANGE: Duration = Duration::from_millis(200);
 
 /// A tick that synchronous standbys have not flushed yet.
@@ -32,12 +33,12 @@ pub(super) struct Awaited {
     pub(super) pause: Duration,
 }
 
-/// Which state of the catalog was loaded.
+/// Which state of the catalog was loaded last.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Generation {
-    /// All is to be loaded, whatever the catalog says.
+    /// None that counts: all has to be loaded, whatever the catalog's counter says.
     Stale,
-    /// The one that the catalog counts so (see `catalog::generation`).
+    /// The state with this number (see `catalog::generation`).
     Loaded(u64),
 }
 
@@ -55,31 +56,31 @@ pub(super) struct Worker {
     pub(super) slot: &'static DatabaseSlot,
     pub(super) started: Instant,
     pub(super) home: Home,
-    /// Known once the extension is.
+    /// Known once the extension was found.
     pub(super) identity: Option<Identity>,
     pub(super) backends: Vec<Backend>,
     /// The newest tick whose transactions may be sent.
     pub(super) latest: Arc<Tick>,
-    /// A newer one, for which synchronous standbys are waited for.
+    /// A newer tick, which synchronous standbys do not have yet.
     pub(super) awaited: Option<Awaited>,
     /// Up to where the WAL was flushed for `latest`.
     pub(super) flushed: u64,
     /// What `backends` were loaded from.
     pub(super) generation: Generation,
-    /// The table of events that `backends` stand in; `None`: it has gone.
+    /// The table of events to which the positions of `backends` refer. `None`: it was dropped.
     pub(super) events: Option<pg_sys::Oid>,
     /// Something may have been committed that no tick has seen.
     pub(super) work: bool,
-    /// It is time to look, whoever is up.
+    /// The poll interval has passed: take a tick even if no backend is up.
     pub(super) polled: bool,
     pub(super) polled_at: Now,
     pub(super) scheduled: Scheduled,
-    /// Streams, by the index of their backend, of which nothing waits any more once what is to fail is written down.
+    /// Streams, by the index of their backend, of which no event waits any more once the failed ones are written down.
     pub(super) failed_streams: Vec<(usize, Vec<Rc<str>>)>,
     pub(super) settings_changed: bool,
-    /// Somebody has changed a backend, and that is still to be followed.
+    /// Somebody has changed a backend, which is not loaded yet.
     pub(super) nudged: bool,
-    /// When all was looked at because somebody asked for an attempt.
+    /// When backends were loaded last because of `outbox.wake()`.
     pub(super) asked_at: Option<Now>,
     /// Since when loading has failed.
     pub(super) stale_since: Option<Now>,
@@ -90,7 +91,7 @@ pub(super) struct Worker {
     pub(super) pause_until: Now,
     pub(super) pace: Pace,
     pub(super) logged_error: Option<(String, Now)>,
-    /// All senders write to it.
+    /// All senders write to this one to wake the worker.
     pub(super) waker: Arc<UnixStream>,
     pub(super) woken: UnixStream,
     pub(super) permits: SenderPermits,

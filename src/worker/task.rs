@@ -1,4 +1,4 @@
-//! What a worker does in a round, and how patient it is with each.
+//! What a worker does in a round, and how long it waits after a failure of each.
 
 use crate::server::process::Aborted;
 use crate::worker::backend::Whose;
@@ -13,7 +13,7 @@ pub(super) enum Task {
     Read,
     /// Read for one backend.
     ReadFor(Whose),
-    /// Save what is unsaved of all.
+    /// Save what is unsaved of all backends.
     Save,
     SaveOf(Whose),
     Claim(Whose),
@@ -22,7 +22,7 @@ pub(super) enum Task {
     Retry(Whose),
     Move,
     RecordTicks,
-    PurgePublished(Whose),
+    PurgeSent(Whose),
     PurgeFailed,
 }
 
@@ -33,51 +33,51 @@ impl Task {
             longest: Duration::from_millis(longest_ms),
         };
         match self {
-            // What all wait for is looked at again and again.
+            // All backends wait for this one, so it is tried again soon.
             Self::Read => waits(10, 20),
             Self::Load => waits(20, 500),
             Self::ReadFor(_) => waits(50, 2_000),
             Self::Save | Self::SaveOf(_) | Self::Retry(_) | Self::Move => waits(100, 5_000),
             Self::Claim(_) | Self::FinishLanes | Self::AddLane(_) => waits(100, 5_000),
-            Self::RecordTicks | Self::PurgePublished(_) | Self::PurgeFailed => waits(1_000, 60_000),
+            Self::RecordTicks | Self::PurgeSent(_) | Self::PurgeFailed => waits(1_000, 60_000),
         }
     }
 
     pub(super) fn whose(self) -> Option<Whose> {
         match self {
             Self::ReadFor(whose) | Self::SaveOf(whose) | Self::Claim(whose) | Self::AddLane(whose) => Some(whose),
-            Self::Retry(whose) | Self::PurgePublished(whose) => Some(whose),
+            Self::Retry(whose) | Self::PurgeSent(whose) => Some(whose),
             _ => None,
         }
     }
 
-    /// What it was at, as a sentence begins.
+    /// What the worker was doing, as the beginning of a sentence.
     pub(super) fn doing(self) -> &'static str {
         match self {
-            Self::Load => "It was loading the backends",
-            Self::Read | Self::ReadFor(_) => "It was reading events",
-            Self::Save | Self::SaveOf(_) => "It was saving cursors and what was refused",
-            Self::Claim(_) => "It was claiming the guard",
-            Self::FinishLanes | Self::AddLane(_) => "It was looking after the lanes of a cluster",
-            Self::Retry(_) => "It was trying refused events again",
-            Self::Move => "It was moving scheduled events that are due",
-            Self::RecordTicks => "It was recording what has been delivered, for retention",
-            Self::PurgePublished(_) => "It was purging published events",
-            Self::PurgeFailed => "It was purging failed events",
+            Self::Load => "The worker was loading the backends",
+            Self::Read | Self::ReadFor(_) => "The worker was reading events",
+            Self::Save | Self::SaveOf(_) => "The worker was saving cursors and refused events",
+            Self::Claim(_) => "The worker was claiming the guard",
+            Self::FinishLanes | Self::AddLane(_) => "The worker was looking after the lanes of a cluster",
+            Self::Retry(_) => "The worker was sending refused events again",
+            Self::Move => "The worker was moving scheduled events that are due",
+            Self::RecordTicks => "The worker was recording what was delivered, for retention",
+            Self::PurgeSent(_) => "The worker was purging sent events",
+            Self::PurgeFailed => "The worker was purging failed events",
         }
     }
 
     pub(super) fn hint(self) -> &'static str {
         match self {
-            Self::Load => "Backends are served as they were known last. It tries again shortly.",
-            Self::Read | Self::ReadFor(_) => "Events wait. It tries again shortly.",
-            Self::Claim(_) => "Its events wait. It tries again shortly.",
-            _ => "Other events are delivered meanwhile. It tries again shortly.",
+            Self::Load => "The backends go on with the settings that were loaded last. The worker tries again shortly.",
+            Self::Read | Self::ReadFor(_) => "Events wait. The worker tries again shortly.",
+            Self::Claim(_) => "The backend's events wait. The worker tries again shortly.",
+            _ => "The worker delivers other events meanwhile, and tries again shortly.",
         }
     }
 }
 
-/// Whether it may be over in a moment.
+/// Whether the error may have gone in a moment.
 pub(super) fn is_lock(error: &Aborted) -> bool {
     [
         PgSqlErrorCode::ERRCODE_LOCK_NOT_AVAILABLE,

@@ -1,5 +1,5 @@
-//! The worker's tasks, each with its own patience: one that fails, for a lock or an ERROR, is tried again after a while, for the backend
-//! that it concerns, and holds up no other.
+//! The worker's tasks, each with its own patience. A task that fails because of a lock or an ERROR is tried again after
+//! a while, for the backend that it concerns, and delays no other task.
 
 use crate::server::guc::LogLevel;
 use crate::server::process::{self, Aborted, log};
@@ -42,7 +42,7 @@ impl Worker {
     }
 
     pub(super) fn failed(&mut self, task: Task, error: &Aborted, now: Now) {
-        // It cancelled what it was at.
+        // The order to end cancelled the statement that was running.
         if process::is_told_to_end() {
             return;
         }
@@ -72,8 +72,8 @@ impl Worker {
         );
     }
 
-    /// Saves what is unsaved, in one transaction: a commit each would cost more. Should that fail, each by itself, so that one that cannot
-    /// be saved keeps no other from it.
+    /// Saves all that is unsaved in one transaction, which costs less than a commit for each backend. If that fails,
+    /// each backend is saved alone, so that one that cannot be saved does not prevent the others.
     pub(super) fn save_unsaved(&mut self, now: Now) {
         if !self.patience.allows(Task::Save, now) {
             return;
@@ -96,7 +96,7 @@ impl Worker {
             return;
         };
         if is_lock(&error) && !process::transaction(catalog::can_save).unwrap_or(false) {
-            // It is the table, not a row of it.
+            // Somebody holds a lock on the whole table, not on a row.
             return self.failed(Task::Save, &error, now);
         }
         if let [whose] = next.as_slice() {
@@ -117,7 +117,7 @@ impl Worker {
         }
     }
 
-    /// When a backend is to be saved, and can be.
+    /// When a backend has to be saved and its patience allows it.
     pub(super) fn save_at(&self, backend: &Backend) -> Option<Now> {
         let due = match backend.books.records.is_empty() {
             true => backend.save_at()?,

@@ -1,10 +1,10 @@
-//! When backends that take turns are looked at.
+//! Times for backends that take turns.
 
 use relay::time::Now;
 
 #[derive(Default)]
 pub(super) struct Turns {
-    /// Somebody waits: then there is a look.
+    /// A backend waits for its turn: when to look for a permit.
     pub(super) look_at: Option<Now>,
     pub(super) said_at: Option<Now>,
 }

@@ -44,7 +44,7 @@ fn a_lock_on_the_cursors_delays_no_event() {
     // And what could not be saved is saved afterwards.
     stack.publish("last");
     wait_drained(&stack.pg, "default");
-    stack.pg.wait_log("It was saving cursors and what was refused");
+    stack.pg.wait_log("The worker was saving cursors and refused events");
 }
 
 #[test]
@@ -79,7 +79,7 @@ fn a_lock_on_the_events_is_waited_for_and_soon_noticed_to_be_gone() {
         .batch_execute("begin; lock table outbox.events in access exclusive mode")
         .expect("a lock");
     stack.pg.exec("update outbox.backends set enabled = true");
-    stack.pg.wait_log("It was reading events");
+    stack.pg.wait_log("The worker was reading events");
     let mark = std::time::Instant::now();
     holder.batch_execute("commit").expect("an end");
     let entries = stack.wait_events(4);
@@ -110,7 +110,7 @@ fn rows_that_somebody_is_deleting_keep_nobody_from_his_events() {
     // Though the other backend is purged all the time.
     stack
         .pg
-        .wait_log("It was purging published events, for backend \"default\".");
+        .wait_log("The worker was purging sent events, for backend \"default\".");
     holder.batch_execute("rollback").expect("an end");
     wait_eq("rows", 0, || -> i64 {
         stack
@@ -213,7 +213,7 @@ fn a_backend_that_cannot_be_saved_keeps_no_other_from_being_saved() {
     stack.pg.wait_log("outbox_relay worker: this one is closed");
     stack
         .pg
-        .wait_log("It was saving cursors and what was refused, for backend \"default\".");
+        .wait_log("The worker was saving cursors and refused events, for backend \"default\".");
     let before = standing(&stack.pg, "bystander").published;
     wait_until("the other's cursor", || {
         standing(&stack.pg, "bystander").published > before

@@ -1,4 +1,5 @@
-//! What of a backend is to be saved, and when: its cursor, its counters, and what was refused. How it is saved: `saving.rs`.
+//! What of a backend is to be saved, and when: its cursor, its counters, and what was refused. How it is saved:
+//! `saving.rs`.
 
 use crate::tables::cursors::Standing;
 use relay::delivery::refusal::Record;
@@ -8,19 +9,20 @@ use std::time::Duration;
 
 /// A cursor that moved over delivered events is saved once nothing more was delivered for this long,
 const SAVE_WHEN_QUIET: Duration = Duration::from_millis(250);
-/// and at the latest after this long. Each save makes the WAL writer flush, which commits of the same moment wait for.
+/// and at the latest after this long. Each save makes the WAL writer flush, which commits at the same moment wait for.
 const SAVE_AFTER: Duration = Duration::from_secs(1);
-/// How long one may that only moved over events of others.
+/// A cursor that only moved over events of other backends is saved after this long.
 const SAVE_IDLE_AFTER: Duration = Duration::from_secs(30);
 
 /// What is to be saved of a backend, and since when it differs from what is saved.
 pub struct Books {
-    /// To be written down before the cursor is saved.
+    /// What has to be written down before the cursor is saved.
     pub records: Vec<Record>,
-    /// A pass has written something down, which must be durable before a batch says that it lies behind.
+    /// A pass has written something down that is not durable yet. It must be before a batch is sent that lies behind
+    /// it.
     pub is_unflushed: bool,
     pub standing: Standing,
-    /// Of the events that the delivery has counted, those that `standing` includes already.
+    /// How many of the events that the delivery has counted are in `standing` already.
     pub(super) counted: u64,
     /// Since when the cursor on disk is behind what was delivered, and behind what was read.
     pub(super) dirty_since: Option<Now>,
@@ -29,7 +31,7 @@ pub struct Books {
     pub(super) moved_at: Now,
     pub(super) saved_at: Now,
     pub(super) saved_total: i64,
-    /// High end of the saved cursor, and so of what a restart would read again.
+    /// The high bound of the saved cursor: where a restart would read on.
     pub(super) saved_high_seq: i64,
     /// What a save has written, until its transaction has committed.
     pub(super) pending_save: Option<(Standing, u64)>,

@@ -10,15 +10,16 @@ use relay::delivery::refusal::Streams;
 use relay::time::Now;
 
 impl Backend {
-    /// Whether the sender goes on with these settings: it goes to the same place, and what is on its way to the same stream.
+    /// Whether the sender can go on with these settings: the destination is the same, and so is the stream of what is
+    /// on its way.
     pub fn keeps_sender(&self, row: &BackendRow, home: &Home) -> bool {
         let stays = self.is_to(row, home) && settings::stream(Some(row)) == *self.stream();
         // Those who watch the guard must know how often it is refreshed: a new claim says so.
         let has_told = self.duty.connection().is_none_or(Connection::has_told_interval);
         let beats = !self.is_exactly_once() || has_told;
-        // What a dump has brought is looked for by a new claim.
+        // Restored events are looked for by a new claim.
         let claims = self.is_exactly_once() && row.enabled && self.restored.has_new(row);
-        // A paused backend's owner keeps its guard. What is on its way would still be sent.
+        // The owner of a paused backend keeps its guard. But what is on its way would still be sent.
         let is_enabled = match (row.enabled, self.is_enabled()) {
             (true, true) => true,
             _ => self.is_exactly_once() && self.delivery.is_idle(),
@@ -69,7 +70,7 @@ impl Backend {
         self.delivery.set_backoff(guc::backoff(), now);
         match is_other {
             true => self.delivery.retry_now(),
-            // Settings were read again, that is all: something outside of them may have been mended.
+            // The settings were only read again: something outside of them may have been corrected.
             false => self.delivery.retry_asked(now),
         }
         self.books.change_since_saved();
@@ -102,7 +103,7 @@ impl Backend {
         self.delivery.set_streams(Streams::default());
     }
 
-    /// What was wrong says nothing of what is there now.
+    /// A trouble with the former settings says nothing about the new ones.
     fn forget_trouble(&mut self) {
         self.delivery.forget_trouble();
         self.logged.forget_state();

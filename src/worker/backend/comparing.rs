@@ -1,7 +1,9 @@
-//! Events of a dump, which may have been sent since it was taken: with exactly_once they are looked for in the streams before they are sent.
+//! Restored events of a dump may have been sent since the dump was taken. With exactly_once they are looked for in the
+//! streams before they are sent.
 //!
-//! To compare, the connection is let go, and a restore may commit row by row: what comes while some are compared, or a moment later, or
-//! while something is on its way, waits for the next time. The backend goes on meanwhile, up to the tick that it has compared with.
+//! Each comparison needs a new connection, and a restore may commit row by row. So events that come during a
+//! comparison, shortly after one, or while something is on its way, wait for the next comparison. The backend goes on
+//! meanwhile, up to the tick that it has compared with.
 
 use crate::server::process::{self, Aborted};
 use crate::tables::backends::BackendRow;
@@ -16,12 +18,13 @@ use std::time::Duration;
 const COMPARE_PAUSE: Duration = Duration::from_millis(250);
 
 impl Backend {
-    /// Whether events of a dump have come that were not looked for in the streams yet. A paused backend has time.
+    /// Whether there are restored events that were not looked for in the streams yet. A paused backend looks for them
+    /// later.
     pub fn is_restored(&self) -> bool {
         self.row().is_some_and(|row| row.enabled && !row.restores.is_empty())
     }
 
-    /// The row as it is to be taken over now: without restores that wait for the next time.
+    /// The row to be applied now: without restores that wait for the next comparison.
     pub fn due_row(&mut self, row: BackendRow, now: Now) -> BackendRow {
         let mut row = self.without_compared(row);
         if !self.is_exactly_once() || self.lane().is_some() {
@@ -40,7 +43,7 @@ impl Backend {
         row
     }
 
-    /// When its row is to be looked at again because of restores that wait.
+    /// When its row has to be loaded again because restores wait.
     pub fn load_at(&self) -> Option<Now> {
         let waits = match self.is_exactly_once() {
             true => self.restored.holds && !self.is_sending() && self.row().is_none_or(|row| row.restores.is_empty()),
@@ -49,17 +52,18 @@ impl Backend {
         waits.then_some(self.restored.compares_at)
     }
 
-    /// Whether there are events of a dump that it may not read yet, since they are still to be compared.
+    /// Whether there are restored events that it must not read yet, because they were not compared.
     pub fn is_held(&self) -> bool {
         self.restored.holds && self.is_exactly_once()
     }
 
-    /// Whether it would take rows that another tick sees. One that is held would once those are to be compared.
+    /// Whether a newer tick is of use to it. While it is held, only once it is time to compare.
     pub fn wants_tick(&self, now: Now) -> bool {
         self.is_ready(now) && (!self.is_held() || self.load_at().is_some_and(|at| at <= now))
     }
 
-    /// Where it is going; `latest`: the newest tick that may be sent. One that is held goes no further than what it has compared with.
+    /// The tick up to which it reads. `latest`: the newest tick that may be sent. While it is held, it reads only up to
+    /// the tick that it has compared with.
     pub fn goal<'a>(&'a self, latest: &'a Arc<Tick>) -> &'a Arc<Tick> {
         let position = self.delivery.position();
         if !self.is_held() || position.under_way.is_some() {
@@ -77,19 +81,20 @@ impl Backend {
         }
     }
 
-    /// What `tick` sees is going to be looked for in the streams.
+    /// Events up to `tick` are going to be looked for in the streams.
     pub fn compares_to(&mut self, tick: &Arc<Tick>) {
         self.restored.comparing_to = Some(tick.clone());
     }
 
-    /// All of that was looked for. It is sent before the next is compared; whether there is more is to be looked at before anything is read.
+    /// All of them were looked for. They are sent before the next comparison. The worker has to look for further
+    /// restores before it reads anything.
     pub fn has_compared(&mut self, now: Now) {
         self.restored.compared_to = self.restored.comparing_to.take();
         self.restored.holds = true;
         self.restored.compares_at = now + COMPARE_PAUSE;
     }
 
-    /// Whether it is time to see to restores (at_least_once).
+    /// Whether it is time to look after restores (at_least_once).
     pub fn may_compare(&mut self, now: Now) -> bool {
         let may = now >= self.restored.compares_at;
         if may {
@@ -98,12 +103,12 @@ impl Backend {
         may
     }
 
-    /// They were looked for, or never will be.
+    /// Forgets the restores: their events were looked for, or never will be.
     pub fn forget_restores(&mut self) -> Result<(), Aborted> {
         let is_lane = self.lane().is_some();
         if let Some(row) = self.duty.row_mut().filter(|row| !row.restores.is_empty()) {
             if is_lane {
-                // The others, and the finder, have to come past them too.
+                // The finder and the other lanes still have to pass them.
                 self.restored.compared.append(&mut row.restores);
                 return Ok(());
             }

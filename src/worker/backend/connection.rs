@@ -152,7 +152,7 @@ impl Connection {
         had_one
     }
 
-    /// The node that was found is none any more.
+    /// The node that was found last counts no longer.
     pub fn forget_address(&mut self) {
         self.address = None;
     }
@@ -195,19 +195,19 @@ impl Connection {
         }
     }
 
-    /// That was said, and is said again.
+    /// That was logged, and is logged again later.
     pub fn is_slow(&mut self, now: Now) {
         if let Sender::Connecting { slow_at, .. } = &mut self.sender {
             *slow_at = now + REPEAT_LOG_AFTER;
         }
     }
 
-    /// It did not take long.
+    /// It is up, or has failed: it is not slow any more.
     pub fn has_connected(&mut self) {
         self.sender.goes_on(Sender::There);
     }
 
-    /// Has the connection looked at, and with exactly_once the guard refreshed.
+    /// Checks the connection, and with exactly_once refreshes the guard.
     pub fn refresh(&mut self) {
         if let Some(handle) = self.sender.handle() {
             self.beat += 1;
@@ -246,7 +246,7 @@ impl Connection {
         }
     }
 
-    /// Whether anybody is taken for the right server.
+    /// Whether the server's certificate is not verified.
     pub fn is_insecure(&self) -> bool {
         let tls = self.destination.as_ref().ok().and_then(|d| d.tls.as_ref());
         tls.is_some_and(|tls| tls.insecure)

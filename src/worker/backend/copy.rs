@@ -1,5 +1,5 @@
-//! Backends that connect nowhere until somebody changes something: those of a database that is a copy of another one, and those of which
-//! the row holds something that cannot be used.
+//! Backends that connect nowhere until somebody changes something: those of a database that is a copy of another one,
+//! and those of which the row holds something that cannot be used.
 
 use crate::tables::copies::Original;
 use crate::worker::backend::Backend;
@@ -8,7 +8,7 @@ use relay::failure::{Failure, Trouble};
 use relay::time::Now;
 use std::time::Duration;
 
-/// Nothing is to be done before somebody says so.
+/// The wait until somebody changes something, which ends it.
 const FOR_LONG: Duration = Duration::from_secs(24 * 3_600);
 
 impl Backend {
@@ -17,7 +17,7 @@ impl Backend {
         original.filter(|original| original.counts())
     }
 
-    /// Whether it is another's, of whose database this one is a copy.
+    /// Whether this database or server is a copy, and the backend belongs to the original.
     pub fn is_copy(&self) -> bool {
         self.original().is_some()
     }

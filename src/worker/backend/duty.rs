@@ -1,4 +1,4 @@
-//! What a backend is there for in the worker. Each duty has what it needs, and nothing that only another one has.
+//! The duty of a backend in the worker. Each duty holds what it needs, and nothing that only another duty needs.
 
 use crate::tables::backends::BackendRow;
 use crate::tables::options::{Known, Options, Unusable};

@@ -9,7 +9,7 @@ use std::rc::Rc;
 pub const BATCH_BYTES: usize = 256 * 1024;
 /// A buffer that has grown beyond this for one large event is not kept.
 const KEPT_BUFFER_BYTES: usize = 2 * BATCH_BYTES;
-/// Names of streams that are kept, so that not each entry needs its own.
+/// How many names of streams are kept, so that entries share them.
 const KNOWN_STREAMS: usize = 1_000;
 
 pub struct Entries {

@@ -17,17 +17,17 @@ use relay::time::Now;
 use std::time::Duration;
 
 impl Backend {
-    /// Whether something is to be done about its guard.
+    /// Whether there is something to do about its guard.
     pub fn has_claim_step(&self) -> bool {
         self.recovery.is_due() || (self.is_told_to_take_over() && self.delivery.is_up())
     }
 
-    /// A paused backend is taken over when it goes on.
+    /// Whether `outbox.take_over()` was called for it. A paused backend is taken over when it is enabled again.
     pub fn is_told_to_take_over(&self) -> bool {
         self.row().is_some_and(|row| row.take_over && row.enabled)
     }
 
-    /// What is to be done if Redis has lost everything. A backend without an answer does not claim.
+    /// What to do if Redis has lost everything. A backend whose row does not say it never connects.
     pub fn on_missing_guard(&self) -> OnMissing {
         let known = self.options().and_then(|options| options.on_missing_guard.clone().ok());
         known.unwrap_or(OnMissing::Halt)
@@ -37,14 +37,14 @@ impl Backend {
         self.reads_for_redis() && self.delivery.guarantee() == Guarantee::ExactlyOnce
     }
 
-    /// Gives the sender an order; one that has ended has said so already.
+    /// Gives the sender an order. A sender that has ended has reported that already.
     pub fn order(&self, order: Order) {
         if let Some(connection) = self.duty.connection() {
             connection.order(order);
         }
     }
 
-    /// Somebody else owns the guard, or there should be one: lets go, for a while.
+    /// Lets the sender go, and does not connect for a while: the guard does not allow it, or the settings do not.
     pub fn hold_off(&mut self, failure: Failure, retry_after: Duration, now: Now) {
         self.drop_sender();
         self.recovery.reset();
@@ -56,20 +56,20 @@ impl Backend {
         self.log_change(now);
     }
 
-    /// The guard is ours, and what it says is taken in.
+    /// The guard is ours, and all that it says was processed.
     pub fn up(&mut self, now: Now) {
         self.recovery.reset();
         self.delivery.connected();
         self.log_change(now);
     }
 
-    /// All is well again: those who look at the status should see it.
+    /// A trouble has ended, which the views have to show.
     pub fn note_recovery(&mut self, now: Now) {
         self.books.change(now);
         self.log_change(now);
     }
 
-    /// The guard speaks of batches that nobody has heard of; `total`: events up to them.
+    /// The guard names batches whose replies nobody has read. `total`: events up to them.
     pub fn adopt(&mut self, cursor: Cursor, total: i64, now: Now) {
         let known = self.delivery.accepted();
         let base = self.total() - known as i64;
@@ -78,9 +78,10 @@ impl Backend {
         self.retention.is_due = true;
     }
 
-    /// A claim is about to be made, behind one in the name of epoch `claimed` at least. To be saved durably before it is.
+    /// Begins an epoch above `claimed`, the highest that the guard names, for a claim. It has to be saved durably
+    /// before the claim is made.
     pub fn begin_epoch(&mut self, claimed: u64, now: Now) {
-        // What was saved of it may have been lost.
+        // The saved epoch may have been lost with a crash.
         let claimed = claimed.max(epoch_of(self.delivery.number()));
         let known = self.books.standing.epoch.max(claimed as i64);
         self.books.standing.epoch = known.saturating_add(1);
@@ -99,14 +100,14 @@ impl Backend {
         (self.retention.recorded_at, self.retention.is_due) = (None, true);
     }
 
-    /// What waits in the table may have changed.
+    /// Reads again which streams have waiting events.
     pub fn reload_streams(&mut self) -> Result<(), Aborted> {
         let waiting = process::transaction(|| refused_streams(self.number, self.lane(), self.stream()))?;
         self.delivery.set_streams(waiting);
         Ok(())
     }
 
-    /// What no guard of ours can be beyond. Within a transaction.
+    /// The limit of what a guard of ours can say: this server has written nothing beyond. Within a transaction.
     pub fn reach(&self) -> Reach {
         // SAFETY: reads a counter under its lock, and a position.
         let (next_xid, wal) = unsafe { (pg_sys::ReadNextFullTransactionId().value, pg_sys::GetXLogInsertRecPtr()) };
@@ -129,7 +130,8 @@ impl Backend {
         self.books.total(self.delivery.accepted())
     }
 
-    /// Has the connection looked at. With exactly_once that tells those who may watch the guard that its owner lives; a batch says as much.
+    /// Checks an idle connection. With exactly_once that refreshes the guard, which tells others that its owner is
+    /// alive, as a batch does.
     pub fn refresh(&mut self) {
         let is_idle = self.delivery.is_up() && self.delivery.is_idle();
         if let Some(connection) = self.duty.connection_mut().filter(|_| is_idle) {
@@ -137,7 +139,7 @@ impl Backend {
         }
     }
 
-    /// Tells them that its owner leaves, as soon as it is the owner.
+    /// Tells those who watch the guard that its owner leaves, if it is the owner.
     pub fn release_guard(&mut self) {
         let owns = self.delivery.is_up() && self.delivery.is_idle();
         let releases = self.is_exactly_once() && (owns || self.recovery.has_claimed());
@@ -146,12 +148,12 @@ impl Backend {
         }
     }
 
-    /// Whether the answer to that is on its way.
+    /// Whether the reply to that is on its way.
     pub fn is_releasing(&self) -> bool {
         self.duty.connection().is_some_and(Connection::is_releasing)
     }
 
-    /// What was refused is written down, durably: the sender may go on.
+    /// Refused events are written down durably: the sender may go on.
     pub fn resume(&mut self) {
         if self.delivery.is_stopped() {
             self.delivery.resume();
@@ -159,7 +161,7 @@ impl Backend {
         }
     }
 
-    /// Ends a batch with what the guard is to say of it.
+    /// Ends a batch with what the guard will say of it.
     pub(super) fn append_mark(
         &self,
         bytes: &mut Vec<u8>,

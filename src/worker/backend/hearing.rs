@@ -50,7 +50,7 @@ impl Backend {
         }
     }
 
-    /// Begins anew with another connection.
+    /// Lets the sender go, to begin anew with another connection.
     pub fn let_go(&mut self) {
         self.recovery.reset();
         let Some(connection) = self.duty.connection_mut() else {
@@ -62,9 +62,9 @@ impl Backend {
         }
     }
 
-    /// Takes in what the sender has to report.
+    /// Processes what the sender has reported.
     pub fn hear(&mut self, now: Now) {
-        // There may be thousands: without news, it is not looked in each round what is to be logged.
+        // There may be thousands of backends: without news, one is not looked at in each round for something to log.
         let mut has_news = self.logged.is_look_due(now);
         while let Some(report) = self.duty.connection().and_then(Connection::report) {
             has_news = true;
@@ -163,7 +163,7 @@ impl Backend {
         self.note_failing_node();
         self.recovery.interrupt();
         let records = self.delivery.lost(failure, accepted, refused, now, fastrand::f64());
-        // Of a paused one, nobody is told.
+        // A paused backend's failures are not shown.
         if self.is_enabled() || !records.is_empty() {
             self.books.change(now);
         }

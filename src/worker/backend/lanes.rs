@@ -1,8 +1,9 @@
-//! A backend of a cluster: one *lane* for each hash slot in use, with all that another backend has (a delivery, a sender, a guard, a
-//! cursor), and a *finder*, which reads all of the backend's events and makes the lane of a hash slot when it meets the first.
+//! A backend of a cluster: one *lane* for each hash slot in use, with all that another backend has (a delivery, a
+//! sender, a guard, a cursor), and a *finder*, which reads all of the backend's events and makes the lane of a hash
+//! slot when it meets the first.
 //!
-//! What holds: no event of a hash slot that has no lane lies behind the finder's position. So a lane begins where the finder stands, and is
-//! saved before the finder goes on.
+//! Invariant: no event of a hash slot that has no lane lies behind the finder's position. So a lane begins where the
+//! finder stands, and is saved before the finder goes on.
 
 use crate::tables::backends::BackendRow;
 use crate::tables::cursors;
@@ -18,7 +19,7 @@ use relay::time::Now;
 use std::time::Duration;
 
 impl Backend {
-    /// The lane of a hash slot that has none, where the finder stands. To be saved in the same transaction.
+    /// A lane for a hash slot that has none, where the finder stands. It has to be saved in the same transaction.
     pub fn new_lane(&self, hash_slot: u16, at: Position, home: &Home) -> Self {
         let cursor = Cursor {
             position: at,
@@ -28,7 +29,7 @@ impl Backend {
         Self::standing_at(cursor, Standing::default(), self.number, duty)
     }
 
-    /// Within the transaction that makes it, at the position of its finder.
+    /// Saves a new lane, at the position of its finder, in the transaction that makes it.
     pub fn save_new(&mut self) {
         let saved = Saved {
             position: self.delivery.acked(),
@@ -56,19 +57,19 @@ impl Backend {
         hash_slot_of(event.stream.unwrap_or(self.stream()).as_bytes())
     }
 
-    /// Whether a row makes a finder of a backend that was none.
+    /// Whether its new row makes it a finder.
     pub(super) fn becomes_finder(&self, row: &BackendRow) -> bool {
         row.is_cluster() && self.lane().is_none() && self.reads_for_redis()
     }
 
-    /// There are no more lanes to be had: what belongs to another hash slot waits.
+    /// No further lane can be made: events of other hash slots wait.
     pub fn no_lane_left(&mut self, hash_slot: u16, wait: Duration, now: Now) {
         let message = format!("an event belongs to hash slot {hash_slot}, and {MOST_LANES} others are in use");
         self.rests_until = now + wait;
         self.hold_off(Failure::of(Trouble::TooManySlots, message), wait, now);
     }
 
-    /// The finder has come past what had stopped it.
+    /// The finder has passed the event that had stopped it.
     pub fn goes_on(&mut self, now: Now) {
         if self.delivery.trouble().is_some() {
             self.delivery.forget_trouble();

@@ -1,4 +1,5 @@
-//! A backend's lines in the log: one on each change of its state, and on the same trouble each minute; never one an event.
+//! A backend's lines in the log: one on each change of its state, and on the same trouble once a minute. There is never
+//! a line for each event.
 
 use crate::server::guc::LogLevel;
 use crate::server::process::REPEAT_LOG_AFTER;
@@ -12,7 +13,7 @@ use std::cell::RefCell;
 use std::time::Duration;
 
 thread_local! {
-    /// What lanes have said lately: all that lose the same node have the same to say.
+    /// What lanes have logged lately. All lanes that lose the same node would log the same.
     static SAID: RefCell<Vec<(i32, String, Now)>> = const { RefCell::new(Vec::new()) };
 }
 
@@ -35,7 +36,7 @@ impl Backend {
             // The worker says that in one line for all backends.
             Some(failure) if failure.trouble == Trouble::NoDescriptor => false,
             Some(failure) => self.say_failure(failure, now),
-            // Not at each turn of each.
+            // A connection is not logged at each turn.
             None if self.turn.is_taken => false,
             None => self.say_connected(now),
         };
@@ -75,7 +76,7 @@ impl Backend {
     }
 
     fn say_connected(&self, now: Now) -> bool {
-        // Not while it is only on its way up for the first time.
+        // It may still be connecting for the first time.
         if !self.delivery.has_room() {
             return false;
         }
@@ -119,7 +120,7 @@ impl Backend {
     }
 }
 
-/// As a sentence begins.
+/// The text as a sentence begins.
 fn sentence(text: &str) -> String {
     let mut chars = text.chars();
     let first = chars.next().map(|c| c.to_ascii_uppercase());

@@ -1,10 +1,10 @@
 //! One backend within the worker, or one lane of it.
 //!
-//! - [`duty`] what it is there for: sending, finding lanes, failing events; [`connection`] where its Redis is, and the sender
-//! - [`settings`] from its row to its destination; [`changes`] when that changes; [`copy`] when it may not connect
+//! - [`duty`] why it is there: to send, to find lanes, to fail events; [`connection`] where its Redis is, and the sender
+//! - [`settings`] from its row to its destination; [`changes`] of them; [`copy`] when it must not connect
 //! - [`hearing`] what its sender reports; [`guarded`] what it does because of its guard; [`lanes`] of a cluster
-//! - [`entries`] from events to entries; [`books`] what is not saved yet, and [`saving`] it; [`restored`] how far it is with events of
-//!   dumps, and [`comparing`] them; [`logged`] what the log has of it, and [`logging`] more
+//! - [`entries`] from events to entries; [`books`] what is not saved yet, and [`saving`] it
+//! - [`restored`] how far it is with restored events, and [`comparing`] them; [`logged`] what was logged, and [`logging`]
 
 pub mod books;
 mod changes;
@@ -54,12 +54,13 @@ use std::rc::Rc;
 
 /// Lanes of one backend: each has a thread, a connection and buffers.
 pub const MOST_LANES: usize = 64;
-/// Bytes that may be on their way for a lane: of those there are many.
+/// Bytes that may be on their way for one lane. It is less than for a backend because there may be many lanes.
 const LANE_WINDOW_BYTES: usize = 512 * 1024;
-/// Buffers that are kept for a backend, and for a lane.
+/// How many unused buffers are kept for a backend, and for a lane.
 const KEPT_BUFFERS: usize = 8;
 const KEPT_BUFFERS_OF_LANE: usize = 1;
-/// Of a batch's entries for one stream, the first of so many has MAXLEN: Redis trims by nodes of a hundred entries anyway.
+/// Of a batch's entries for one stream, the first of so many has MAXLEN: Redis trims by nodes of a hundred entries
+/// anyway.
 const TRIM_EVERY: usize = 16;
 
 /// A batch that is being filled.
@@ -110,37 +111,37 @@ pub struct Backend {
     pub number: i32,
     pub duty: Duty,
     pub delivery: Delivery,
-    /// How far its connection has come on its way to being the owner's.
+    /// How far its connection has come in claiming the guard.
     pub recovery: Recovery,
     pub books: Books,
     pub turn: Turn,
     pub retention: RetentionClock,
-    /// It met a row that it cannot judge yet.
+    /// It reads nothing before this, because it met a row that it cannot deliver yet.
     pub rests_until: Now,
     restored: Restored,
     logged: Logged,
     entries: Entries,
 }
 
-/// Of a backend that shares permits to connect with others, since there are too few for all.
+/// The turn of a backend that shares permits to connect with others, because there are too few for all.
 #[derive(Default)]
 pub struct Turn {
-    /// It has a sender only for a while.
+    /// It takes turns: it has a sender only for a while.
     pub is_taken: bool,
     /// When it got its last one.
     pub began_at: Now,
 }
 
-/// What retention is to be told.
+/// When retention has to be told what was delivered.
 pub struct RetentionClock {
-    /// When it was told last that all up to some tick is delivered.
+    /// When that was done last.
     pub recorded_at: Option<Now>,
-    /// More has been delivered since.
+    /// More was delivered since.
     pub is_due: bool,
 }
 
 impl Backend {
-    /// Names it among all.
+    /// Its key among all backends and lanes of the worker.
     pub fn whose(&self) -> Whose {
         (self.number, self.lane())
     }
@@ -156,7 +157,7 @@ impl Backend {
         cursor.position = vouched;
         let mut backend = Self::standing_at(cursor, standing, number, duty);
         if !is_saved {
-            // The views go by what is saved.
+            // The views show what is saved.
             backend.books.change(Now::ZERO);
         }
         backend
@@ -170,7 +171,7 @@ impl Backend {
             Duty::Find(_) | Duty::Fail { .. } | Duty::Strays => Streams::default(),
         };
         let saved_high_seq = cursor.position.from.high_seq;
-        // One of which the guarantee is not known sends nothing.
+        // Without a known guarantee it sends nothing, so the value does not matter.
         let guarantee = duty.options().and_then(|options| options.delivery.clone().ok());
         let guarantee = guarantee.unwrap_or(Guarantee::ExactlyOnce);
         let mut delivery = Delivery::new(guarantee, cursor, streams, guc::backoff());
@@ -232,12 +233,13 @@ impl Backend {
         self.row().is_none_or(|row| row.enabled)
     }
 
-    /// Whether it is to be connected: with exactly_once also a paused one, whose owner is alive.
+    /// Whether it has to be connected. With exactly_once, also a paused backend is: the guard has to show that its
+    /// owner is alive.
     pub fn connects(&self) -> bool {
         self.reads_for_redis() && !self.is_withheld() && (self.is_enabled() || self.is_exactly_once())
     }
 
-    /// When something is to be done without any report.
+    /// When something has to be done even without a report of the sender.
     pub fn due_at(&self) -> Option<Now> {
         let connection = self
             .duty
@@ -253,7 +255,7 @@ impl Backend {
         matches!(self.duty, Duty::Send(_))
     }
 
-    /// Whether it is up and well, so that others may wait for it to come to where they are.
+    /// Whether it is up and without trouble, so that others may wait for it to catch up with them.
     pub fn is_keeping_up(&self) -> bool {
         self.reads_for_redis()
             && self.is_enabled()
@@ -265,7 +267,7 @@ impl Backend {
 
     /// Whether rows can be read for it now.
     pub fn is_ready(&self, now: Now) -> bool {
-        // What was refused must be written down first.
+        // Refused events must be written down first.
         let can_send = || self.delivery.has_room() && self.books.records.is_empty();
         self.is_enabled() && !self.is_withheld() && now >= self.rests_until && (!self.reads_for_redis() || can_send())
     }
@@ -284,7 +286,7 @@ impl Backend {
         self.books.moved_at()
     }
 
-    /// A batch is about to come.
+    /// Wakes the sender, because a batch is about to come.
     pub fn rouse(&self) {
         if let Some(connection) = self.duty.connection().filter(|_| self.delivery.has_room()) {
             connection.rouse();
@@ -314,14 +316,14 @@ impl Backend {
 
     /// The reader came to `position` without anything to send after the last batch.
     pub fn advanced(&mut self, position: Position, now: Now) {
-        // A cursor that passed no event need not be saved: an idle server stays idle.
+        // A cursor that passed no event is not saved, so that an idle server stays idle.
         if position.from.high_seq != self.books.saved_high_seq() {
             self.books.fall_behind(now);
         }
         self.delivery.advanced(position);
     }
 
-    /// Of rows that were read, these are not to be sent again.
+    /// These rows were read and must not be sent.
     pub fn skipped(&mut self, seqs: &[i64], now: Now) {
         seqs.iter().for_each(|seq| self.delivery.skipped(*seq));
         // The views count them as pending until the cursor is saved.

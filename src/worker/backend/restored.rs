@@ -9,7 +9,7 @@ use std::sync::Arc;
 pub struct Restored {
     /// Restores whose events a lane has compared.
     pub(super) compared: Vec<i64>,
-    /// More events have come meanwhile: nothing is read beyond `compared_to` until they are compared, too.
+    /// More events were restored meanwhile: nothing is read beyond `compared_to` until they are compared too.
     pub(super) holds: bool,
     /// The tick up to which the streams are being looked through, and the one up to which they were.
     pub(super) comparing_to: Option<Arc<Tick>>,

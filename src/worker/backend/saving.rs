@@ -85,7 +85,7 @@ impl Backend {
             books.counted = counted;
         }
         books.records.clear();
-        // Something still in flight will be acknowledged: the flag is raised then.
+        // What is still in flight will be acknowledged, and marked as a change then.
         (books.dirty_since, books.stale_since) = (None, None);
         books.saved_high_seq = self.delivery.acked().from.high_seq;
         books.saved_at = now;
@@ -111,7 +111,8 @@ pub fn save(backends: &mut [Backend], which: impl Fn(&Backend) -> bool, now: Now
     });
     // SAFETY: reads the clock.
     let wall_us = unsafe { pg_sys::GetCurrentTimestamp() } + crate::server::datum::EPOCH_SHIFT_US;
-    // In one order on all servers: a subscription locks the same rows here in the order in which the other server has saved its own.
+    // Saved in the same order on all servers: a subscription locks rows of this table in the order in which the other
+    // server saved its own, and there must be no deadlock.
     let mut saved: Vec<&mut Backend> = backends.iter_mut().filter(|b| which(b)).collect();
     saved.sort_unstable_by_key(|b| b.whose());
     care::transaction(|| saved.iter_mut().for_each(|b| b.save(now, wall_us)))?;

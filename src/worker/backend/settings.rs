@@ -1,4 +1,5 @@
-//! The settings of a backend as its sender needs them: its row of `outbox.backends`, and `outbox_relay.redis_*` where that has none.
+//! The settings of a backend as its sender needs them: its row of `outbox.backends`, and `outbox_relay.redis_*` where
+//! that has none.
 
 use crate::server::guc;
 use crate::tables::backends::BackendRow;
@@ -11,7 +12,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
-/// What backends need to know of their database.
+/// What backends have to know of their database.
 #[derive(Clone, Default)]
 pub struct Home {
     pub name: String,
@@ -19,13 +20,13 @@ pub struct Home {
     pub guard_prefix: String,
 }
 
-/// Where and how the events of a backend are sent. `lane`: the hash slot that is served, in a cluster. An option of the row that cannot be
-/// used is never taken for another: then there is no destination.
+/// Where and how the events of a backend are sent. `lane`: the hash slot that is served, in a cluster. An option of the
+/// row that cannot be used is never taken for another: then there is no destination.
 pub fn destination(row: &BackendRow, home: &Home, lane: Option<u16>) -> Known<Destination> {
     let options = &row.options;
     let text = |own: &Option<String>, setting: &_| own.clone().unwrap_or_else(|| guc::text(setting));
     let time = |own: Option<Duration>, setting: &_| own.unwrap_or_else(|| guc::millis(setting));
-    // Of those that are not used below.
+    // Options that are not used below.
     options.max_len.clone()?;
     options.on_missing_guard.clone()?;
     let port = options.port.clone()?;
@@ -103,7 +104,8 @@ fn secret(row: &BackendRow, address: &Address) -> Known<Option<Secret>> {
     if let Some(path) = row.options.password_file.clone() {
         return Ok(Some(file(path, withheld.file)));
     }
-    // Whoever may write backends may name any host: the file of the settings is for that of the settings.
+    // A role that may write backends may name any host. So the file of the settings is used only for the host of the
+    // settings.
     let common = Address::Tcp {
         host: guc::text(&guc::REDIS_HOST),
         port: guc::REDIS_PORT.get() as u16,
@@ -113,7 +115,8 @@ fn secret(row: &BackendRow, address: &Address) -> Known<Option<Secret>> {
     Ok((is_common && !path.is_empty()).then(|| file(path, withheld.common_file)))
 }
 
-/// In a cluster each hash slot has a guard of its own, with a tag that puts it beside the streams, whatever they are called.
+/// In a cluster, each hash slot has a guard of its own. A tag puts the guard into the streams' hash slot, whatever the
+/// streams are called.
 fn guard_key(home: &Home, number: i32, lane: Option<u16>) -> String {
     let prefix = &home.guard_prefix;
     match lane {
@@ -137,7 +140,7 @@ fn route(options: &Options, lane: Option<u16>) -> Known<Route> {
                 .clone()
                 .ok_or_else(|| Unusable::null("sentinel_master"))?,
         },
-        // What is no lane connects nowhere.
+        // Without a lane it connects nowhere, and the value does not matter.
         Topology::Cluster => Route::Cluster {
             nodes: nodes()?,
             hash_slot: lane.unwrap_or_default(),
