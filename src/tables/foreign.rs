@@ -2,6 +2,7 @@
 //! transaction ids of another cluster, and would be sent when this one comes to them, or never.
 
 use crate::tables::cursors::{TICK, tick_of};
+use crate::tables::found_row::FoundRow;
 use crate::tables::sql::{query, query_value, run, run_named};
 use crate::tables::trusted;
 use pgrx::pg_sys;
@@ -13,8 +14,7 @@ pub const PIECE_ROWS: i64 = 2_000;
 
 /// How our triggers are, and how the one of `outbox.events` was when all rows were last known to have come by it.
 pub struct Look {
-    /// Table, trigger and what is wrong with it.
-    pub broken: Vec<[String; 3]>,
+    pub broken: Vec<BrokenTrigger>,
     /// What the trigger and the table's file are.
     pub triggers: Option<String>,
     pub filenode: Option<pg_sys::Oid>,
@@ -25,6 +25,30 @@ pub struct Look {
     has_future_xid: bool,
     /// Who has touched the trigger last; 0: nobody that is known.
     pub touched_by: u64,
+}
+
+/// A trigger of ours that is missing, or not enabled as it should be.
+#[derive(Clone)]
+pub struct BrokenTrigger {
+    pub table: String,
+    pub name: String,
+    /// What is wrong with it, in words.
+    pub found: String,
+    /// It was switched off, as `pg_restore --disable-triggers` does for a while.
+    pub is_disabled: bool,
+}
+
+impl BrokenTrigger {
+    /// Of a row of `outbox.broken_triggers()`.
+    fn of(row: &FoundRow<'_>) -> Self {
+        let found = row.text("found").unwrap_or_default();
+        Self {
+            table: row.text("relation").unwrap_or_default(),
+            name: row.text("name").unwrap_or_default(),
+            is_disabled: found == "disabled",
+            found,
+        }
+    }
 }
 
 impl Look {
@@ -49,7 +73,7 @@ pub fn look() -> Option<Look> {
     let broken = query(
         "select relation, name, found from outbox.broken_triggers()",
         &[],
-        |row| ["relation", "name", "found"].map(|column| row.value::<String>(column).unwrap_or_default()),
+        |row| BrokenTrigger::of(row),
     );
     let has_future_xid = has_future_xid();
     query(

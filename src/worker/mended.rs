@@ -1,6 +1,6 @@
 //! What is known of triggers that were switched off, and how far the look at rows that came meanwhile has come.
 
-use crate::tables::foreign::Look;
+use crate::tables::foreign::{BrokenTrigger, Look};
 use relay::reading::foreign::Judge;
 use relay::reading::snapshot::Tick;
 use relay::time::Now;
@@ -13,8 +13,7 @@ pub(super) struct Mending {
     pub(super) look_at: Now,
     /// The trigger of `outbox.events`, when it was looked at last.
     pub(super) seen: Option<String>,
-    /// Table, trigger and what is wrong with it.
-    pub(super) broken: Vec<[String; 3]>,
+    pub(super) broken: Vec<BrokenTrigger>,
     pub(super) mend_at: Now,
     /// The newest tick by which nobody had touched the trigger since it was looked after.
     pub(super) clean: Option<Arc<Tick>>,

@@ -69,7 +69,7 @@ impl Worker {
         let Some(look) = look else {
             return Ok(());
         };
-        if self.mending.broken.is_empty() && look.broken.iter().any(|[_, _, found]| found == "disabled") {
+        if self.mending.broken.is_empty() && look.broken.iter().any(|trigger| trigger.is_disabled) {
             self.mending.mend_at = self.now() + GRACE;
         }
         self.mending.broken.clone_from(&look.broken);
@@ -88,9 +88,9 @@ impl Worker {
 
     fn mend_triggers(&mut self) -> Result<(), Aborted> {
         let mut failed = None;
-        for [table, name, found] in &self.mending.broken {
-            match process::transaction(|| foreign::mend_trigger(table, name)) {
-                Ok(()) => say_mended(table, name, found),
+        for trigger in &self.mending.broken {
+            match process::transaction(|| foreign::mend_trigger(&trigger.table, &trigger.name)) {
+                Ok(()) => say_mended(&trigger.table, &trigger.name, &trigger.found),
                 Err(error) if process::is_told_to_end() => return Err(error),
                 Err(error) => failed = Some(error),
             }
