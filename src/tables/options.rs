@@ -21,6 +21,11 @@ macro_rules! options {
             pub(super) fn of(row: &FoundRow<'_>) -> Self {
                 Self { $($field: Column::read(row, stringify!($field)),)* }
             }
+
+            /// The first of the options that cannot be used.
+            pub fn unusable(&self) -> Option<&Unusable> {
+                [$(self.$field.unusable()),*].into_iter().flatten().next()
+            }
         }
     };
 }
@@ -95,6 +100,10 @@ impl fmt::Display for Unusable {
 /// What a column of `outbox.backends` can be read as.
 trait Column: Sized {
     fn read(row: &FoundRow<'_>, column: &'static str) -> Self;
+
+    fn unusable(&self) -> Option<&Unusable> {
+        None
+    }
 }
 
 impl Column for Option<String> {
@@ -120,6 +129,10 @@ impl Column for Known<bool> {
     fn read(row: &FoundRow<'_>, column: &'static str) -> Self {
         row.value(column).ok_or_else(|| Unusable::null(column))
     }
+
+    fn unusable(&self) -> Option<&Unusable> {
+        self.as_ref().err()
+    }
 }
 
 impl Column for Option<Duration> {
@@ -138,6 +151,10 @@ impl Column for Known<u32> {
             .try_into()
             .map_err(|_| Unusable::new(column, format!("is {number}")))
     }
+
+    fn unusable(&self) -> Option<&Unusable> {
+        self.as_ref().err()
+    }
 }
 
 /// A port.
@@ -149,6 +166,10 @@ impl Column for Known<Option<u16>> {
         };
         row.value(column).map(port).transpose()
     }
+
+    fn unusable(&self) -> Option<&Unusable> {
+        self.as_ref().err()
+    }
 }
 
 /// A length.
@@ -158,6 +179,10 @@ impl Column for Known<Option<i64>> {
             Some(length) if length < 0 => Err(Unusable::new(column, format!("is {length}"))),
             length => Ok(length),
         }
+    }
+
+    fn unusable(&self) -> Option<&Unusable> {
+        self.as_ref().err()
     }
 }
 
@@ -169,6 +194,10 @@ impl Column for Known<Vec<Address>> {
             Address::of_node(node).ok_or_else(problem)
         };
         row.texts(column).unwrap_or_default().iter().map(address).collect()
+    }
+
+    fn unusable(&self) -> Option<&Unusable> {
+        self.as_ref().err()
     }
 }
 
@@ -185,6 +214,10 @@ macro_rules! words {
                     }
                     None => Err(Unusable::null(column)),
                 }
+            }
+
+            fn unusable(&self) -> Option<&Unusable> {
+                self.as_ref().err()
             }
         }
     };

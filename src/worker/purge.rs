@@ -312,7 +312,7 @@ fn piece(number: i32, after: i64, retention_us: i64, count: usize, is_over: impl
         retention::purged(number, &to);
     }
     if !deleted.is_empty() {
-        process::debug(|| format!("purged {} published events", deleted.len()));
+        process::debug(|| format!("purged {} sent events", deleted.len()));
     }
     (deleted.len() as u64, last)
 }

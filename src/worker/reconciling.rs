@@ -50,6 +50,11 @@ impl Worker {
         // Rows whose backend was unknown may belong to one that is known now.
         self.backends.iter_mut().for_each(|b| b.rests_until = Now::ZERO);
         self.share_positions();
+        process::debug(|| {
+            let has_row = |b: &&Backend| b.row().is_some() && b.lane().is_none();
+            let count = self.backends.iter().filter(has_row).count();
+            format!("loaded the settings of {count} backends")
+        });
         self.work = true;
         Ok(Loaded::Changed)
     }

@@ -1,5 +1,6 @@
 //! A backend's sender: when it is started, what it reports, when it is let go.
 
+use crate::server::process;
 use crate::worker::backend::Backend;
 use crate::worker::backend::connection::Connection;
 use crate::worker::permits::SenderPermits;
@@ -144,6 +145,7 @@ impl Backend {
 
     /// A node is about to be connected to.
     fn found(&mut self, address: Address, now: Now) {
+        process::debug(|| format!("connecting to Redis at {address} for backend \"{}\"", self.name()));
         self.books.note_address(&address, now);
         let is_other = self.duty.connection_mut().is_some_and(|c| c.found(address));
         // A failure that there is came from another node.

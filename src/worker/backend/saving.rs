@@ -1,6 +1,6 @@
 //! Saving what a backend's books hold.
 
-use crate::server::process::Aborted;
+use crate::server::process::{self, Aborted};
 use crate::tables::care;
 use crate::tables::cursors::{Saved, Standing};
 use crate::tables::{cursors, refused};
@@ -84,6 +84,11 @@ impl Backend {
             books.standing = standing;
             books.counted = counted;
         }
+        let name = self.duty.row().map_or("(deleted)", |row| &row.name);
+        process::debug(|| {
+            let total = books.standing.accepted_total;
+            format!("saved the cursor of backend \"{name}\": {total} events accepted so far")
+        });
         books.records.clear();
         // What is still in flight will be acknowledged, and marked as a change then.
         (books.dirty_since, books.stale_since) = (None, None);

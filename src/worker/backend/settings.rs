@@ -26,9 +26,9 @@ pub fn destination(row: &BackendRow, home: &Home, lane: Option<u16>) -> Known<De
     let options = &row.options;
     let text = |own: &Option<String>, setting: &_| own.clone().unwrap_or_else(|| guc::text(setting));
     let time = |own: Option<Duration>, setting: &_| own.unwrap_or_else(|| guc::millis(setting));
-    // Options that are not used below.
-    options.max_len.clone()?;
-    options.on_missing_guard.clone()?;
+    if let Some(unusable) = options.unusable() {
+        return Err(unusable.clone());
+    }
     let port = options.port.clone()?;
     let address = match &options.unix_socket {
         Some(path) => Address::Unix(PathBuf::from(path)),
