@@ -33,6 +33,7 @@ mod server;
 mod tables;
 mod worker;
 
+use crate::publish::returning;
 use crate::server::{error, guc, object_access, shmem, standby, txn};
 use pgrx::{pg_guard, pg_sys};
 
@@ -51,6 +52,9 @@ pub extern "C-unwind" fn _PG_init() {
     };
     error::hide_backtraces();
     guc::define();
+    if !upgrading {
+        returning::install();
+    }
     if preloading && !upgrading {
         shmem::install();
         txn::install();

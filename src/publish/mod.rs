@@ -8,7 +8,7 @@
 //! - [`doubts`] what is accepted with a WARNING
 //! - [`repeated_id`] event ids that are used already
 //! - [`appending`] from a checked request to a row
-
+//! - [`returning`] RETURNING and ON CONFLICT for those who may only insert
 //!
 //! `publish_event` inserts through the table's access method, not the executor, where nobody else has a say (see
 //! `tables/insertion.rs`): it needs no rights on the table, and no plan. A plain INSERT comes by the trigger `complete_event`. Both
@@ -23,5 +23,5 @@ mod error;
 mod json;
 mod repeated_id;
 mod request;
-
+pub mod returning;
 mod trigger;

@@ -9,7 +9,7 @@ use std::ffi::{c_char, c_int};
 use std::time::Duration;
 
 // SAFETY: the declarations of Postgres's headers (storage/lwlock.h, shmem.h, ipc.h, procarray.h, miscadmin.h, elog.h,
-// commands/extension.h, access/twophase.h).
+// commands/extension.h, catalog/namespace.h, utils/lsyscache.h, access/twophase.h).
 #[allow(clashing_extern_declarations)]
 unsafe extern "C-unwind" {
     pub fn LWLockAcquire(lock: *mut pg_sys::LWLock, mode: pg_sys::LWLockMode::Type) -> bool;
@@ -22,6 +22,8 @@ unsafe extern "C-unwind" {
     /// Does not return for an ERROR.
     pub fn ThrowErrorData(error: *mut pg_sys::ErrorData);
     pub fn get_extension_name(extension: pg_sys::Oid) -> *mut c_char;
+    pub fn get_namespace_oid(name: *const c_char, missing_ok: bool) -> pg_sys::Oid;
+    pub fn get_relname_relid(name: *const c_char, schema: pg_sys::Oid) -> pg_sys::Oid;
     pub static max_prepared_xacts: c_int;
     fn ProcessInterrupts();
 }

@@ -61,6 +61,7 @@ mod property;
 mod publish;
 mod publish_input;
 mod publish_types;
+mod publisher_returning;
 mod redis_rights;
 mod refused;
 mod rehearsal;

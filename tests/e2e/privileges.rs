@@ -185,7 +185,7 @@ fn a_publisher_publishes_and_does_nothing_else() {
     }
     for sql in [
         "update outbox.events set source = 'x'",
-        "insert into outbox.events (event_type, source) values ('t', 's') returning event_id",
+        "insert into outbox.events (event_type, source) values ('t', 's') returning seq",
         "insert into outbox.events (event_type, source, created_at) values ('t', 's', now())",
         "insert into outbox.events (event_type, source, seq) values ('t', 's', 1)",
         "insert into outbox.events (event_type, source, xid) values ('t', 's', '5')",

@@ -1,0 +1,211 @@
+//! RETURNING and ON CONFLICT for publishers, who may insert events and read none. ORMs write both by default.
+//!
+//! Postgres asks for SELECT on each column that they name, and whoever has that reads the column of all rows. Row security would limit
+//! it to the transaction's own rows, but refuses COPY. So nothing is granted: from the analysed statement, SELECT on the target table is
+//! taken off the rights that its execution asks for, where all that it can show is what the publisher gives: an INSERT into
+//! `outbox.events` that changes no row, and returns none but its own, in columns that publishers fill in. All else that the statement
+//! names is asked for as before. ON CONFLICT (event_id) tells whether an id is taken, as the error for a repeated id does.
+//!
+//! What is refused all the same is refused here in words. The hook runs for each statement that is analysed, and looks at those alone
+//! that are an INSERT with such a clause.
+
+use crate::server::error::raise;
+use crate::server::report;
+use crate::server::unguarded;
+use crate::tables::catalog;
+use crate::tables::row::attribute;
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::{PgSqlErrorCode, pg_sys};
+use std::ffi::CStr;
+
+const SELECT: pg_sys::AclMode = pg_sys::ACL_SELECT as pg_sys::AclMode;
+const INSERT: pg_sys::AclMode = pg_sys::ACL_INSERT as pg_sys::AclMode;
+const UPDATE: pg_sys::AclMode = pg_sys::ACL_UPDATE as pg_sys::AclMode;
+
+static mut PREVIOUS_HOOK: pg_sys::post_parse_analyze_hook_type = None;
+
+/// Called once, when the library is loaded.
+pub fn install() {
+    // SAFETY: a process loads its libraries in its one thread.
+    unsafe {
+        PREVIOUS_HOOK = pg_sys::post_parse_analyze_hook;
+        pg_sys::post_parse_analyze_hook = Some(on_analyzed);
+    }
+}
+
+// No pg_guard: an ERROR of another library's hook passes; nothing here needs to be dropped.
+// SAFETY: called by Postgres alone, with a query that was just made.
+unsafe extern "C-unwind" fn on_analyzed(
+    state: *mut pg_sys::ParseState,
+    query: *mut pg_sys::Query,
+    jumble: *mut pg_sys::JumbleState,
+) {
+    // SAFETY: what Postgres gave us; statements that change something stand in the outermost WITH alone.
+    unsafe {
+        if let Some(previous) = PREVIOUS_HOOK {
+            previous(state, query, jumble);
+        }
+        permit(query);
+        if (*query).hasModifyingCTE {
+            for index in 0..(*(*query).cteList).length as usize {
+                let cte = item((*query).cteList, index).cast::<pg_sys::CommonTableExpr>();
+                let inner = (*cte).ctequery;
+                if (*inner).type_ == pg_sys::NodeTag::T_Query {
+                    permit(inner.cast());
+                }
+            }
+        }
+    }
+}
+
+/// # Safety
+/// A valid query, which nobody else uses yet, in a frame that holds nothing.
+unsafe fn permit(query: *mut pg_sys::Query) {
+    // SAFETY: the caller's promise; relations are counted from 1 in the range table.
+    unsafe {
+        if (*query).commandType != pg_sys::CmdType::CMD_INSERT
+            || ((*query).returningList.is_null() && (*query).onConflict.is_null())
+        {
+            return;
+        }
+        let entry = item((*query).rtable, (*query).resultRelation as usize - 1).cast::<pg_sys::RangeTblEntry>();
+        if !has_our_name((*entry).relid) {
+            return;
+        }
+        #[cfg(feature = "pg15")]
+        let rights = entry;
+        #[cfg(not(feature = "pg15"))]
+        let rights = match (*entry).perminfoindex {
+            0 => return,
+            index => item((*query).rteperminfos, index as usize - 1).cast::<pg_sys::RTEPermissionInfo>(),
+        };
+        let updates = !(*query).onConflict.is_null()
+            && (*(*query).onConflict).action == pg_sys::OnConflictAction::ONCONFLICT_UPDATE;
+        let asked = Asked {
+            table: (*entry).relid,
+            columns: (*rights).selectedCols,
+            updates,
+        };
+        if (*rights).requiredPerms & SELECT != 0 && report::guard(|| is_own_alone(&asked)) {
+            (*rights).requiredPerms &= !SELECT;
+        }
+    }
+}
+
+/// Whether a relation is called `outbox.events`. Looks at caches alone.
+///
+/// # Safety
+/// Within a transaction, in a frame that holds nothing.
+unsafe fn has_our_name(relation: pg_sys::Oid) -> bool {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let schema = unguarded::get_namespace_oid(c"outbox".as_ptr(), true);
+        schema != pg_sys::InvalidOid && unguarded::get_relname_relid(c"events".as_ptr(), schema) == relation
+    }
+}
+
+/// What an INSERT asks for beside inserting.
+struct Asked {
+    table: pg_sys::Oid,
+    columns: *const pg_sys::Bitmapset,
+    updates: bool,
+}
+
+/// Whether all that it asks for is what a publisher gives. An ERROR, which says so in words, if the caller is a publisher and may not
+/// have the rest.
+fn is_own_alone(asked: &Asked) -> bool {
+    let ours = catalog::relations().is_some_and(|relations| relations.events == asked.table);
+    // Policies of others are for whoever may read.
+    if !ours || has_row_security(asked.table) {
+        return false;
+    }
+    let others: Vec<i16> = columns(asked).filter(|column| !is_given(*column)).collect();
+    if others.is_empty() && !asked.updates {
+        return true;
+    }
+    // SAFETY: catalog look-ups within a transaction.
+    unsafe {
+        let user = pg_sys::GetUserId();
+        let has = |mode| {
+            let any = pg_sys::AclMaskHow::ACLMASK_ANY;
+            pg_sys::pg_class_aclcheck(asked.table, user, mode) == pg_sys::AclResult::ACLCHECK_OK
+                || pg_sys::pg_attribute_aclcheck_all(asked.table, user, mode, any) == pg_sys::AclResult::ACLCHECK_OK
+        };
+        if has(INSERT) && !has(SELECT) && !(asked.updates && has(UPDATE)) {
+            refuse(asked, &others);
+        }
+    }
+    false
+}
+
+/// Columns that publishers fill in.
+fn is_given(column: i16) -> bool {
+    let column = column as usize;
+    column != attribute::BACKEND_NUMBER
+        && (column == attribute::EVENT_ID || (attribute::EVENT_TYPE..=attribute::MAX_RETRIES).contains(&column))
+}
+
+/// The columns that are asked for; 0 is the whole row, and those of Postgres are below it.
+fn columns(asked: &Asked) -> impl Iterator<Item = i16> {
+    let (columns, mut member) = (asked.columns, -1);
+    std::iter::from_fn(move || {
+        // SAFETY: a valid set, or null.
+        member = unsafe { pg_sys::bms_next_member(columns, member) };
+        (member >= 0).then_some((member + pg_sys::FirstLowInvalidHeapAttributeNumber) as i16)
+    })
+}
+
+fn has_row_security(table: pg_sys::Oid) -> bool {
+    // SAFETY: whoever analysed the statement has locked the table.
+    unsafe {
+        let relation = pg_sys::table_open(table, pg_sys::NoLock as pg_sys::LOCKMODE);
+        let has = (*(*relation).rd_rel).relrowsecurity;
+        pg_sys::table_close(relation, pg_sys::NoLock as pg_sys::LOCKMODE);
+        has
+    }
+}
+
+/// In the words of Postgres, and more of them.
+fn refuse(asked: &Asked, others: &[i16]) -> ! {
+    let name = |column: &i16| {
+        // SAFETY: a catalog look-up; the name lives in the current memory context.
+        let name = match column {
+            0 => std::ptr::null_mut(),
+            column => unsafe { pg_sys::get_attname(asked.table, *column, true) },
+        };
+        match name.is_null() {
+            true => "the whole row".to_owned(),
+            // SAFETY: as above.
+            false => unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned(),
+        }
+    };
+    let (detail, hint) = match asked.updates {
+        true => (
+            "ON CONFLICT DO UPDATE would change an event, and events are never changed.".to_owned(),
+            "Use ON CONFLICT (event_id) DO NOTHING.",
+        ),
+        false => (
+            format!(
+                "The statement returns, or looks for, what a publisher may not read: {}.",
+                others.iter().map(name).collect::<Vec<_>>().join(", ")
+            ),
+            "Name columns that publishers fill in, such as RETURNING event_id, or call outbox.publish_event(), which returns the id.",
+        ),
+    };
+    raise(
+        ErrorReport::new(
+            PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE,
+            "permission denied for table events",
+            "",
+        )
+        .set_detail(detail)
+        .set_hint(hint),
+    )
+}
+
+/// # Safety
+/// A list of nodes that has such an element.
+unsafe fn item(list: *const pg_sys::List, index: usize) -> *mut std::ffi::c_void {
+    // SAFETY: the caller's promise.
+    unsafe { (*(*list).elements.add(index)).ptr_value }
+}

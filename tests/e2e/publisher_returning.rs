@@ -1,0 +1,241 @@
+//! RETURNING and ON CONFLICT, as ORMs write them, by a role that may publish and read nothing.
+
+use kit::{Refused, Stack, types};
+use postgres::Client;
+use uuid::Uuid;
+
+const KNOWN: &str = "11111111-1111-1111-1111-111111111111";
+const INSERT: &str = "insert into outbox.events (event_type, source) values ('t', 's')";
+
+/// With an event of somebody else, of a known id.
+fn start() -> (Stack, Client) {
+    let stack = Stack::start();
+    stack.pg.exec(&format!(
+        "create role publisher login; select outbox.grant_publisher('publisher');
+        select outbox.publish_event('secret.type', 'secret-source', '{{\"secret\": 1}}', event_id => '{KNOWN}');"
+    ));
+    let publisher = stack.pg.client_as("publisher", "postgres");
+    (stack, publisher)
+}
+
+#[test]
+fn a_publisher_is_returned_what_it_gave() {
+    let (stack, mut publisher) = start();
+    let mut ids = Vec::new();
+    for sql in [
+        format!("{INSERT} returning event_id"),
+        format!("{INSERT} returning events.event_id as id"),
+        "insert into outbox.events as e (event_type, source) values ('t', 's') returning e.event_id".to_owned(),
+        format!("{INSERT} on conflict do nothing returning event_id"),
+        format!("{INSERT} on conflict (event_id) do nothing returning event_id"),
+        "insert into outbox.events (event_type, source) values ('t', 's') returning event_id, event_type, source, backend, data, subject, stream, \
+         data_schema, publisher_config, max_retries"
+            .to_owned(),
+        format!("with new as ({INSERT} returning event_id) select event_id from new"),
+        format!("with a as ({INSERT} on conflict (event_id) do nothing), new as ({INSERT} returning event_id) select event_id from new"),
+    ] {
+        // Both protocols, and a plan that is kept.
+        let id: Uuid = publisher
+            .query_one(&sql, &[])
+            .unwrap_or_else(|error| panic!("{sql}: {error:?}"))
+            .get(0);
+        ids.push(id);
+        publisher.simple_query(&sql).unwrap();
+        publisher.batch_execute(&format!("prepare p as {sql}")).unwrap();
+        for _ in 0..7 {
+            publisher.batch_execute("execute p").unwrap();
+        }
+        publisher.batch_execute("deallocate p").unwrap();
+    }
+    assert_eq!(stack.wait_events(1 + 9 * 9).len(), 82);
+    let returned: i64 = {
+        let row = stack
+            .pg
+            .client()
+            .query_one("select count(*) from outbox.events where event_id = any($1)", &[&ids])
+            .unwrap();
+        row.get(0)
+    };
+    assert_eq!(returned, 8);
+    // Several rows, within a function, and by COPY.
+    let rows = publisher
+        .query("insert into outbox.events (event_type, source) select 'row.' || i, 's' from generate_series(1, 3) i returning event_type", &[])
+        .unwrap();
+    assert_eq!(
+        rows.iter().map(|row| row.get(0)).collect::<Vec<String>>(),
+        ["row.1", "row.2", "row.3"]
+    );
+    publisher
+        .batch_execute(
+            "do $$ declare id uuid; begin
+                insert into outbox.events (event_type, source) values ('do', 's') returning event_id into strict id;
+                if id is null then raise exception 'no id'; end if;
+            end $$;
+            explain (analyze) insert into outbox.events (event_type, source) values ('explained', 's') returning event_id",
+        )
+        .unwrap();
+    let mut copied = publisher
+        .copy_out(&format!("copy ({INSERT} returning event_type) to stdout"))
+        .unwrap();
+    let mut text = String::new();
+    std::io::Read::read_to_string(&mut copied, &mut text).unwrap();
+    assert_eq!(text, "t\n");
+}
+
+#[test]
+fn a_repeated_id_may_do_nothing() {
+    let (stack, mut publisher) = start();
+    let waiting = Uuid::new_v4();
+    publisher
+        .query(
+            "select outbox.publish_event('t', 's', event_id => $1, scheduled_at => now() + interval '1 hour')",
+            &[&waiting],
+        )
+        .unwrap();
+    for id in [KNOWN.to_owned(), waiting.to_string()] {
+        let insert = format!("insert into outbox.events (event_type, source, event_id) values ('t', 's', '{id}')");
+        for clause in [
+            "on conflict do nothing",
+            "on conflict (event_id) do nothing",
+            "on conflict (event_id) do nothing returning event_id",
+        ] {
+            assert_eq!(
+                publisher.query(&format!("{insert} {clause}"), &[]).unwrap().len(),
+                0,
+                "{id} {clause}"
+            );
+        }
+    }
+    let fresh = Uuid::new_v4();
+    let sql = "insert into outbox.events (event_type, source, event_id) values ('once', 's', $1) on conflict (event_id) do nothing";
+    assert_eq!(publisher.execute(sql, &[&fresh]).unwrap(), 1);
+    assert_eq!(publisher.execute(sql, &[&fresh]).unwrap(), 0);
+    assert_eq!(types(&stack.wait_events(2)), ["secret.type", "once"]);
+}
+
+/// Everything else is refused, and what an ORM is likely to try in words.
+#[test]
+fn nothing_of_others_is_read() {
+    let (stack, mut publisher) = start();
+    let words = |what: &str| {
+        Refused::new(
+            "42501",
+            "permission denied for table events",
+            &format!("The statement returns, or looks for, what a publisher may not read: {what}."),
+            "Name columns that publishers fill in, such as RETURNING event_id, or call outbox.publish_event(), which returns the id.",
+        )
+    };
+    for (sql, expected) in [
+        (
+            format!("{INSERT} returning *"),
+            words("seq, xid, created_at, backend_number"),
+        ),
+        (format!("{INSERT} returning event_id, seq"), words("seq")),
+        (format!("{INSERT} returning events"), words("the whole row")),
+        (format!("{INSERT} returning ctid"), words("ctid")),
+        (
+            format!("{INSERT} on conflict (seq) do nothing returning event_id"),
+            words("seq"),
+        ),
+        (
+            format!("{INSERT} on conflict on constraint events_pkey do nothing"),
+            words("seq"),
+        ),
+        (
+            format!("{INSERT} on conflict (event_id) do update set source = excluded.source returning event_id"),
+            Refused::new(
+                "42501",
+                "permission denied for table events",
+                "ON CONFLICT DO UPDATE would change an event, and events are never changed.",
+                "Use ON CONFLICT (event_id) DO NOTHING.",
+            ),
+        ),
+    ] {
+        assert_eq!(Refused::of(publisher.simple_query(&sql)), expected, "{sql}");
+        let within = format!("with new as ({sql}) select 1");
+        assert_eq!(Refused::of(publisher.simple_query(&within)), expected, "{within}");
+    }
+    let plain = Refused::new("42501", "permission denied for table events", "", "");
+    for sql in [
+        "select event_id from outbox.events",
+        "select count(*) from outbox.events",
+        &format!("{INSERT} returning event_id, (select count(*) from outbox.events)"),
+        &format!("{INSERT} returning (select event_id from outbox.events limit 1)"),
+        "insert into outbox.events (event_type, source) select event_type, 's' from outbox.events returning event_id",
+        "insert into outbox.events (event_type, source) select event_id::text, 's' from outbox.events on conflict (event_id) do nothing",
+        &format!("with new as ({INSERT} returning event_id) select e.source from outbox.events e, new"),
+        "merge into outbox.events e using (select 1) s on e.event_id is not null when not matched then insert (event_type, source) values ('t', 's')",
+        "merge into outbox.events e using (select 1) s on true when matched and e.source > '' then do nothing",
+        "update outbox.events set source = 'x' returning event_id",
+        "delete from outbox.events returning event_id",
+        "insert into outbox.events (event_type, source, seq) values ('t', 's', 1) returning event_id",
+    ] {
+        assert_eq!(Refused::of(publisher.simple_query(sql)), plain, "{sql}");
+    }
+    // Nobody else gains by it.
+    stack
+        .pg
+        .exec("create role nobody login; grant usage on schema outbox to nobody");
+    let mut nobody = stack.pg.client_as("nobody", "postgres");
+    for clause in [
+        "returning event_id",
+        "returning seq",
+        "on conflict (event_id) do nothing",
+    ] {
+        assert_eq!(Refused::of(nobody.simple_query(&format!("{INSERT} {clause}"))), plain);
+    }
+    assert_eq!(types(&stack.wait_events(1)), ["secret.type"]);
+}
+
+/// Who may read is not in its way, and policies of the table's owner hold.
+#[test]
+fn rights_that_were_granted_and_policies_hold() {
+    let (stack, mut publisher) = start();
+    stack.pg.exec("grant select (seq) on outbox.events to publisher");
+    publisher.query_one(&format!("{INSERT} returning seq"), &[]).unwrap();
+    stack.pg.exec("revoke select (seq) on outbox.events from publisher");
+    assert_eq!(
+        Refused::of(publisher.query_one(&format!("{INSERT} returning seq"), &[])).code,
+        "42501"
+    );
+    stack
+        .pg
+        .client()
+        .query_one(&format!("{INSERT} returning *"), &[])
+        .unwrap();
+    stack.pg.exec(
+        "alter table outbox.events enable row level security;
+        create policy publish on outbox.events for insert with check (true)",
+    );
+    publisher.batch_execute(INSERT).unwrap();
+    assert_eq!(
+        Refused::of(publisher.simple_query(&format!("{INSERT} returning event_id"))).code,
+        "42501"
+    );
+}
+
+/// Tables of the same name that are not the extension's.
+#[test]
+fn tables_of_others_are_not_touched() {
+    let (stack, _) = start();
+    stack
+        .pg
+        .exec("create schema other; create table other.events (event_id uuid default gen_random_uuid(), source text)");
+    stack
+        .pg
+        .exec("grant usage on schema other to publisher; grant insert on other.events to publisher");
+    let mut publisher = stack.pg.client_as("publisher", "postgres");
+    let insert = "insert into other.events (source) values ('s') returning event_id";
+    let plain = Refused::new("42501", "permission denied for table events", "", "");
+    assert_eq!(Refused::of(publisher.simple_query(insert)), plain);
+    // Without the extension.
+    stack.pg.exec("create database without");
+    stack.pg.exec_db(
+        "without",
+        "create schema outbox; create table outbox.events (event_id uuid default gen_random_uuid(), source text);
+        grant usage on schema outbox to publisher; grant insert on outbox.events to publisher",
+    );
+    let mut elsewhere = stack.pg.client_as("publisher", "without");
+    let insert = "insert into outbox.events (source) values ('s') returning event_id";
+    assert_eq!(Refused::of(elsewhere.simple_query(insert)), plain);
+}
