@@ -8,6 +8,7 @@ use relay::delivery::backoff::Backoff;
 use relay::redis::allowed_hosts::AllowedHosts;
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::time::Duration;
+use wildmatch::WildMatch;
 
 pub static ENABLED: GucSetting<bool> = GucSetting::<bool>::new(true);
 pub static DATABASES: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c"*"));
@@ -97,7 +98,7 @@ pub fn define() {
     GucRegistry::define_string_guc(
         c"outbox_relay.databases",
         c"Databases that get a worker, where the extension exists.",
-        c"A comma-separated list, or * for all.",
+        c"A comma-separated list of names and of patterns with * and ?. Those that begin with ! take databases out: *,!test_*.",
         &DATABASES,
         Sighup,
         plain,
@@ -372,11 +373,22 @@ pub fn backoff() -> Backoff {
     }
 }
 
-/// Whether `outbox_relay.databases` names this database.
+/// Whether `outbox_relay.databases` names this database, and the relay is on.
 pub fn serves(database: &str) -> bool {
-    ENABLED.get()
-        && text(&DATABASES)
-            .split(',')
-            .map(str::trim)
-            .any(|entry| entry == "*" || entry == database)
+    ENABLED.get() && is_listed(&text(&DATABASES), database)
+}
+
+/// Names and patterns, of which those that begin with `!` take databases out, wherever they stand. With these alone, all others are in.
+fn is_listed(list: &str, database: &str) -> bool {
+    let entries = || list.split(',').map(str::trim).filter(|entry| !entry.is_empty());
+    let fits = |pattern: &str| pattern == database || WildMatch::new(pattern).matches(database);
+    let mut excluded = entries().filter_map(|entry| entry.strip_prefix('!'));
+    if excluded.clone().any(|pattern| fits(pattern.trim())) {
+        return false;
+    }
+    let mut included = entries().filter(|entry| !entry.starts_with('!')).peekable();
+    match included.peek() {
+        Some(_) => included.any(fits),
+        None => excluded.next().is_some(),
+    }
 }

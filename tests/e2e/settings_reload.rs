@@ -335,7 +335,15 @@ fn databases() {
         ("b, postgres", "b postgres"),
         ("", ""),
         ("nowhere", ""),
+        ("*,!a", "b postgres"),
+        ("! b , *", "a postgres"),
+        ("!post*", "a b"),
+        ("?", "a b"),
+        ("p*s, a, !?", "postgres"),
         ("*", "a b postgres"),
+        ("!*", ""),
+        ("!a,!nowhere", "b postgres"),
+        ("*,!*_*", "a b postgres"),
         (" postgres ,a", "a postgres"),
     ] {
         set(&stack, &[("databases", list)]);
