@@ -417,6 +417,25 @@ create function outbox.publish_events(events jsonb) returns setof uuid
 comment on function outbox.publish_events(jsonb) is
     'Publishes an array of objects with the keys of outbox.publish_event, in order; returns their ids. The CONTEXT of an error says which element it is about.';
 
+create function outbox.published_here(out event_id uuid, out event_type text, out source text, out subject text, out backend text, out stream text,
+        out data jsonb) returns setof record
+    language sql volatile security definer set search_path = pg_catalog, pg_temp
+    as $$
+select p.event_id, p.event_type, p.source, p.subject, coalesce(b.name, p.backend),
+    coalesce(p.stream, b.stream_name, current_setting('outbox_relay.redis_stream_name', true)), p.data::jsonb
+from (
+        select e.seq, e.event_id, e.event_type, e.source, e.subject, e.backend_number, e.backend, e.stream, e.data
+        from outbox.events e where e.xid = pg_current_xact_id_if_assigned()
+        union all
+        select s.seq, s.event_id, s.event_type, s.source, s.subject, s.backend_number, s.backend, s.stream, s.data
+        from outbox.scheduled_events s where s.xid = pg_current_xact_id_if_assigned()
+    ) p
+    left join outbox.backends b on b.number = p.backend_number
+order by p.seq
+$$;
+comment on function outbox.published_here() is
+    'What the calling transaction has published so far, scheduled events too, in order: for tests that roll back. Nothing of others.';
+
 create function outbox.complete_event() returns trigger
     language c
     as 'MODULE_PATHNAME', 'complete_event';
@@ -1905,6 +1924,7 @@ values
     ('execute', 'function outbox.publish_event(text, text, jsonb, text, text, timestamptz, integer, jsonb, text, text, uuid)'),
     ('execute', 'function outbox.publish_event(outbox.any_text, text, outbox.any_value, text, text, timestamptz, outbox.any_number, outbox.any_value, text, text, outbox.any_value)'),
     ('execute', 'function outbox.publish_events(jsonb)'),
+    ('execute', 'function outbox.published_here()'),
     ('insert (event_id, event_type, source, backend, data, subject, stream, data_schema, publisher_config, max_retries)', 'table outbox.events')
 $$;
 comment on function outbox.publisher_rights() is 'What outbox.grant_publisher() grants, as words of GRANT.';
@@ -1951,7 +1971,7 @@ begin
     end loop;
 end
 $$;
-comment on function outbox.grant_publisher(regrole) is 'Lets a role publish, and nothing else. See outbox.revoke_publisher(), and allowed_streams of outbox.backends.';
+comment on function outbox.grant_publisher(regrole) is 'Lets a role publish, and look at what its transaction has published; nothing else. See outbox.revoke_publisher(), and allowed_streams of outbox.backends.';
 
 create function outbox.grant_publisher(role text) returns void
     language sql set search_path = pg_catalog, pg_temp

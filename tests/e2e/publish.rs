@@ -431,3 +431,49 @@ fn without_the_library_preloaded_events_queue() {
     pg.restart();
     assert_eq!(types(&redis.wait_entries("events", 3)), ["first", "second", "due"]);
 }
+
+/// For tests of applications, which roll back.
+#[test]
+fn a_transaction_sees_what_it_has_published_and_nothing_of_others() {
+    let stack = Stack::start();
+    stack
+        .pg
+        .exec("create role publisher login; select outbox.grant_publisher('publisher')");
+    stack.publish("before");
+    let mut other = stack.pg.client();
+    other
+        .batch_execute("begin; select outbox.publish_event('other', 's')")
+        .unwrap();
+    let mut client = stack.pg.client_as("publisher", "postgres");
+    let here = |client: &mut Client| -> Vec<(String, String, Option<String>, String, String, Option<Value>)> {
+        let rows = client.query("select * from outbox.published_here()", &[]).unwrap();
+        let row = |row: &postgres::Row| (row.get(1), row.get(2), row.get(3), row.get(4), row.get(5), row.get(6));
+        rows.iter().map(row).collect()
+    };
+    assert_eq!(here(&mut client), []);
+    client
+        .batch_execute(
+            "begin;
+            select outbox.publish_event('one', 's', '{\"a\": 1}', subject => 'x');
+            select outbox.publish_event('later', 's', scheduled_at => now() + interval '1 hour');
+            savepoint gone; select outbox.publish_event('gone', 's'); rollback to savepoint gone;
+            savepoint kept; insert into outbox.events (event_type, source, stream) values ('two', 's', 'orders'); release savepoint kept",
+        )
+        .unwrap();
+    let event = |event_type: &str, subject: Option<&str>, stream: &str, data: Option<Value>| {
+        let [event_type, source, backend, stream] = [event_type, "s", "default", stream].map(str::to_owned);
+        (event_type, source, subject.map(str::to_owned), backend, stream, data)
+    };
+    let expected = [
+        event("one", Some("x"), "events", Some(serde_json::json!({"a": 1}))),
+        event("later", None, "events", None),
+        event("two", None, "orders", None),
+    ];
+    assert_eq!(here(&mut client), expected);
+    client.batch_execute("rollback").unwrap();
+    assert_eq!(here(&mut client), []);
+    client
+        .batch_execute("select outbox.publish_event('committed', 's')")
+        .unwrap();
+    assert_eq!(here(&mut client), []);
+}

@@ -124,7 +124,10 @@ fn a_publisher_can_do_nothing_else() {
         .iter()
         .map(|row| row.get(0))
         .collect();
-    assert_eq!(callable, ["publish_event", "publish_event", "publish_events"]);
+    assert_eq!(
+        callable,
+        ["publish_event", "publish_event", "publish_events", "published_here"]
+    );
     let readable: i64 = stack.pg.one(
         "select count(*) from pg_class where relnamespace = 'outbox'::regnamespace and relkind in ('r', 'v', 'S')
             and (case when relkind = 'S' then has_sequence_privilege('publisher', oid, 'usage, select, update')
