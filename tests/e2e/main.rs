@@ -18,6 +18,7 @@ mod crash;
 mod crash_points;
 mod crash_unflushed;
 mod database_statements;
+mod documents;
 mod dump;
 mod encodings;
 mod errors_untouched;

@@ -1,0 +1,502 @@
+//! The documents: every block of SQL, shell, Python and JavaScript in the README and in docs/*.md runs, or says why it does not; links and
+//! paths lead somewhere; the reference is what a server says of itself.
+//!
+//! A block with `<!-- not run: why -->` (or `<!-- not run here: ... -->`) on the line before it is left out.
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use kit::{Postgres, Redis, env, ids, wait_eq, wait_until};
+use tempfile::TempDir;
+
+/// What runs; all else is there to be looked at.
+const LANGUAGES: [&str; 4] = ["sql", "sh", "python", "js"];
+
+/// The documents that have such blocks.
+const RUN: [&str; 5] = [
+    "README.md",
+    "docs/guide.md",
+    "docs/backends.md",
+    "docs/guarantees.md",
+    "docs/operations.md",
+];
+
+fn checkout() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("tests is a folder of it")
+        .to_path_buf()
+}
+
+fn read(document: &str) -> String {
+    std::fs::read_to_string(checkout().join(document)).unwrap_or_else(|error| panic!("cannot read {document}: {error}"))
+}
+
+/// The Markdown files of these folders.
+fn documents(folders: &[&str]) -> Vec<String> {
+    let mut found = Vec::new();
+    for folder in folders {
+        for entry in std::fs::read_dir(checkout().join(folder)).expect("a folder") {
+            let name = entry.expect("an entry").file_name().into_string().expect("UTF-8");
+            if name.ends_with(".md") {
+                found.push(format!("{folder}{name}"));
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+/// A fenced block.
+#[derive(Debug, Clone)]
+struct Block {
+    line: usize,
+    language: String,
+    text: String,
+    is_left_out: bool,
+}
+
+/// The blocks of a document, and the rest of it.
+fn parse(document: &str) -> (Vec<Block>, String) {
+    let (mut blocks, mut prose): (Vec<Block>, String) = Default::default();
+    let (mut open, mut indent, mut before) = (false, 0, String::new());
+    for (number, line) in read(document).lines().enumerate() {
+        let trimmed = line.trim_start();
+        if let Some(language) = trimmed.strip_prefix("```") {
+            open = !open;
+            if open {
+                indent = line.len() - trimmed.len();
+                blocks.push(Block {
+                    line: number + 1,
+                    language: language.trim().to_owned(),
+                    text: String::new(),
+                    is_left_out: before.starts_with("<!-- not run"),
+                });
+            }
+        } else if open {
+            let block = blocks.last_mut().expect("it was begun");
+            block.text.push_str(line.get(indent..).unwrap_or_default());
+            block.text.push('\n');
+        } else {
+            prose.push_str(line);
+            prose.push('\n');
+        }
+        if !trimmed.is_empty() {
+            before = trimmed.to_owned();
+        }
+    }
+    assert!(!open, "{document}: a block does not end");
+    (blocks, prose)
+}
+
+fn runnable(document: &str) -> Vec<Block> {
+    let (mut blocks, _) = parse(document);
+    blocks.retain(|block| LANGUAGES.contains(&block.language.as_str()) && !block.is_left_out);
+    blocks
+}
+
+/// The servers that a reader has: the extension in the database `app`, and Redis where the settings say.
+struct Reader {
+    pg: Postgres,
+    redis: Redis,
+    /// Where shell blocks run; `bin` has a `redis-cli` of this Redis.
+    dir: TempDir,
+}
+
+impl Reader {
+    fn new() -> Self {
+        let redis = Redis::start();
+        let port = redis.port().to_string();
+        let pg = Postgres::with(&[
+            ("outbox_relay.redis_host", "127.0.0.1"),
+            ("outbox_relay.redis_port", &port),
+        ]);
+        let reader = Reader {
+            pg: pg.start(),
+            redis,
+            dir: env::server_dir("doc"),
+        };
+        reader.pg.exec("create database app");
+        reader.pg.exec_db("app", "create extension outbox_relay");
+        let bin = reader.dir.path().join("bin");
+        std::fs::create_dir(&bin).expect("a folder");
+        let cli = bin.join("redis-cli");
+        let path = std::env::var("PATH").expect("PATH is set");
+        // An error reply is an error.
+        let text = format!("#!/bin/sh\nPATH='{path}' exec redis-cli -e -p {port} \"$@\"\n");
+        std::fs::write(&cli, text).expect("it can be written");
+        std::fs::set_permissions(&cli, PermissionsExt::from_mode(0o755)).expect("chmod");
+        reader
+    }
+
+    /// A program as the reader would start it.
+    fn command(&self, program: &str) -> Command {
+        let path = std::env::var("PATH").expect("PATH is set");
+        let bin = self.dir.path().join("bin");
+        let mut command = Command::new(program);
+        command
+            .current_dir(self.dir.path())
+            .env(
+                "PATH",
+                format!("{}:{}:{path}", bin.display(), env::postgres_bin().display()),
+            )
+            .env("PGHOST", self.pg.host())
+            .env("PGPORT", "5432")
+            .env("PGUSER", "postgres")
+            .env("PGDATABASE", "app");
+        command
+    }
+
+    /// In one session, as the reader would.
+    #[track_caller]
+    fn sql(&self, document: &str, script: &str) -> String {
+        let ran = self
+            .pg
+            .run("psql", &["-q", "-v", "ON_ERROR_STOP=1", "-d", "app", "-f", "-"], script);
+        assert!(ran.ok, "{document}:\n{}\n{}", ran.stdout, ran.stderr);
+        ran.stdout
+    }
+
+    #[track_caller]
+    fn shell(&self, document: &str, block: &Block) {
+        let ran = self
+            .command("bash")
+            .args(["-euo", "pipefail", "-c", &block.text])
+            .output()
+            .expect("bash runs");
+        assert!(
+            ran.status.success(),
+            "{document}, line {}:\n{}\n{}",
+            block.line,
+            String::from_utf8_lossy(&ran.stdout),
+            String::from_utf8_lossy(&ran.stderr)
+        );
+    }
+
+    /// Runs a document from its beginning to its end; programs are left to the test of consumers.
+    #[track_caller]
+    fn follow(&self, document: &str) {
+        let mut script = String::new();
+        for block in runnable(document) {
+            match block.language.as_str() {
+                "sql" => {
+                    // Before an error, the output says where it is.
+                    writeln!(script, "\\echo line {}\n{}", block.line, block.text).expect("a string grows");
+                }
+                "sh" => {
+                    self.sql(document, &std::mem::take(&mut script));
+                    self.shell(document, &block);
+                }
+                _ => {}
+            }
+        }
+        self.sql(document, &script);
+    }
+}
+
+#[test]
+fn the_readme_has_at_most_900_words() {
+    let words = read("README.md").split_whitespace().count();
+    assert!(words <= 900, "it has {words}");
+}
+
+#[test]
+fn each_document_with_blocks_is_run() {
+    let with_blocks: Vec<String> = documents(&["", "docs/"])
+        .into_iter()
+        .filter(|document| document == "README.md" || document.starts_with("docs/"))
+        .filter(|document| !runnable(document).is_empty())
+        .collect();
+    let run: BTreeSet<&str> = RUN.into_iter().collect();
+    let found: BTreeSet<&str> = with_blocks.iter().map(String::as_str).collect();
+    assert_eq!(found, run);
+}
+
+#[test]
+fn the_readme_works() {
+    let reader = Reader::new();
+    reader.follow("README.md");
+    // What it publishes is in the stream that it names.
+    let entries = reader.redis.wait_entries("events", 2);
+    let types: Vec<_> = entries
+        .iter()
+        .map(|entry| entry.get("event_type").expect("a type"))
+        .collect();
+    assert_eq!(types, ["order.placed", "hello"]);
+    // The entry that it shows is that of the first event, but for its id and time.
+    let (blocks, _) = parse("README.md");
+    let shown = blocks
+        .iter()
+        .find(|block| block.text.contains("cloud_event  {"))
+        .expect("it shows an entry");
+    let words = |text: &str| text.split_whitespace().map(str::to_owned).collect::<Vec<_>>().join(" ");
+    let data = entries[0].get("cloud_event").expect("it has one");
+    let data = data.split_once(r#""subject": "#).expect("a subject").1;
+    assert!(
+        words(&shown.text).contains(&words(data)),
+        "{data} is not in\n{}",
+        shown.text
+    );
+    for field in ["event_id", "event_type", "source", "timestamp", "cloud_event"] {
+        assert!(entries[0].get(field).is_some() && shown.text.contains(field), "{field}");
+    }
+}
+
+#[test]
+fn the_guide_works() {
+    let reader = Reader::new();
+    reader.follow("docs/guide.md");
+    assert!(reader.pg.one_db::<bool>("app", "select outbox.drain('10 s')"));
+    reader.redis.wait_entries("invoices", 1);
+}
+
+#[test]
+fn the_guide_to_backends_works() {
+    Reader::new().follow("docs/backends.md");
+}
+
+#[test]
+fn the_statements_of_the_guarantees_work() {
+    Reader::new().follow("docs/guarantees.md");
+}
+
+#[test]
+fn the_runbook_works() {
+    Reader::new().follow("docs/operations.md");
+}
+
+#[test]
+fn the_reference_is_what_the_server_says() {
+    let pg = Postgres::start();
+    pg.extension();
+    let script = std::fs::read_to_string(checkout().join("scripts/reference.sql")).expect("it is there");
+    let ran = pg.run("psql", &["-q", "-v", "ON_ERROR_STOP=1", "-f", "-"], &script);
+    assert!(ran.ok, "{}", ran.stderr);
+    if std::env::var_os("OUTBOX_WRITE_REFERENCE").is_some() {
+        std::fs::write(checkout().join("docs/reference.md"), &ran.stdout).expect("it can be written");
+    }
+    let document = read("docs/reference.md");
+    let differs = ran.stdout.lines().zip(document.lines()).find(|(now, then)| now != then);
+    assert!(
+        ran.stdout == document,
+        "docs/reference.md is not what the server says: {differs:#?}\nWrite it anew with OUTBOX_WRITE_REFERENCE=1."
+    );
+}
+
+// --- Consumers
+
+/// Packages of a registry in a folder of the build, fetched once; false, loudly, if there is no registry.
+fn fetched(what: &str, folder: &Path, script: &str) -> bool {
+    std::fs::create_dir_all(folder).expect("a folder");
+    // One test at a time.
+    let once = format!("exec 9>lock; flock 9; test -e fetched || {{ {script}; touch fetched; }}");
+    let ran = Command::new("bash")
+        .args(["-euo", "pipefail", "-c", &once])
+        .current_dir(folder)
+        .output()
+        .expect("bash runs");
+    if !ran.status.success() {
+        let why = String::from_utf8_lossy(&ran.stderr);
+        eprintln!("NOT TESTED: the consumer in {what}, since its packages cannot be had: {why}");
+    }
+    ran.status.success()
+}
+
+fn packages(name: &str) -> PathBuf {
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| checkout().join("target"), PathBuf::from);
+    target.join("documents").join(name)
+}
+
+/// A program that runs until it is dropped.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Starts the consumer of a document, and checks that it notes each event once: what is new, and what a dead consumer of its group has left.
+fn consume(document: &str, group: &str, language: &str, start: impl Fn(&Reader, &str) -> Command) {
+    let reader = Reader::new();
+    let blocks = runnable(document);
+    let table = blocks
+        .iter()
+        .find(|block| block.text.contains("create table handled"))
+        .expect("a table");
+    reader.sql(document, &table.text);
+    let publish = "select outbox.publish_event('order.placed', 'shop', '{\"order_id\": 1}') from generate_series(1, 5)";
+    reader.sql(document, publish);
+    let first = ids(&reader.redis.wait_entries("events", 5));
+    let takes_over = document != "README.md";
+    reader.redis.call(&["XGROUP", "CREATE", "events", group, "0"]);
+    if takes_over {
+        reader.redis.call(&[
+            "XREADGROUP",
+            "GROUP",
+            group,
+            "dead",
+            "COUNT",
+            "2",
+            "STREAMS",
+            "events",
+            ">",
+        ]);
+    }
+    let block = blocks
+        .iter()
+        .find(|block| block.language == language)
+        .expect("a consumer");
+    let port = reader.redis.port();
+    let text = block
+        .text
+        .replace("redis.Redis(", &format!("redis.Redis(port={port}, "))
+        .replace(
+            "createClient()",
+            &format!("createClient({{ url: 'redis://127.0.0.1:{port}' }})"),
+        )
+        .replace("60_000", "100")
+        .replace("60000", "100");
+    let log = std::fs::File::create(reader.dir.path().join("log")).expect("a file");
+    let mut command = start(&reader, &text);
+    command
+        .stdout(log.try_clone().expect("it is open"))
+        .stderr(log)
+        .stdin(Stdio::null());
+    let mut running = Running(command.spawn().expect("the consumer starts"));
+    wait_until("the consumer to note what is there", || {
+        let ended = running.0.try_wait().expect("its state");
+        assert_eq!(
+            ended,
+            None,
+            "{}",
+            std::fs::read_to_string(reader.dir.path().join("log")).unwrap_or_default()
+        );
+        reader.pg.one_db::<i64>("app", "select count(*) from handled") == 5
+    });
+    reader.sql(document, publish);
+    wait_eq("what it has noted", 10, || {
+        reader.pg.one_db::<i64>("app", "select count(*) from handled")
+    });
+    let noted: i64 = reader.pg.one_db(
+        "app",
+        "select count(*) from handled h join outbox.events e on e.event_id = h.event_id",
+    );
+    assert_eq!((noted, first.len()), (10, 5));
+    wait_until("all to be acknowledged", || {
+        let pending = reader.redis.call(&["XPENDING", "events", group]);
+        format!("{pending:?}").contains("int(0)")
+    });
+}
+
+fn python(document: &str) {
+    let folder = packages("python");
+    let script = "python3 -m venv .; bin/pip install --quiet --disable-pip-version-check redis 'psycopg[binary]'";
+    if !fetched("Python", &folder, script) {
+        return;
+    }
+    consume(document, "billing", "python", |reader, text| {
+        let mut command = reader.command(&folder.join("bin/python").display().to_string());
+        command.args(["-c", text]);
+        command
+    });
+}
+
+#[test]
+fn the_readmes_consumer_reads_each_event_once() {
+    python("README.md");
+}
+
+#[test]
+fn the_guides_consumer_in_python_reads_each_event_once() {
+    python("docs/guide.md");
+}
+
+#[test]
+fn the_guides_consumer_in_javascript_reads_each_event_once() {
+    let folder = packages("js");
+    if !fetched("JavaScript", &folder, "npm init -y; npm install --silent redis pg") {
+        return;
+    }
+    consume("docs/guide.md", "shipping", "js", |reader, text| {
+        let file = folder.join(format!("consumer-{}.mjs", std::process::id()));
+        std::fs::write(&file, text).expect("it can be written");
+        let mut command = reader.command("node");
+        command.arg(file);
+        command
+    });
+}
+
+// --- Links
+
+/// How GitHub names the place of a heading.
+fn anchor(heading: &str) -> String {
+    heading
+        .chars()
+        .filter(|c| c.is_alphanumeric() || " -_".contains(*c))
+        .map(|c| if c == ' ' { '-' } else { c.to_ascii_lowercase() })
+        .collect()
+}
+
+fn anchors(document: &str) -> BTreeSet<String> {
+    let (_, prose) = parse(document);
+    prose
+        .lines()
+        .filter(|line| line.starts_with('#'))
+        .map(|line| anchor(line.trim_start_matches('#').trim()))
+        .collect()
+}
+
+/// The targets of `[...](target)`.
+fn links(prose: &str) -> Vec<&str> {
+    prose
+        .split("](")
+        .skip(1)
+        .filter_map(|rest| rest.split_once(')').map(|(target, _)| target))
+        .collect()
+}
+
+/// What stands in backticks and looks like a path of the checkout.
+fn paths(prose: &str) -> Vec<&str> {
+    const FOLDERS: [&str; 9] = [
+        "benches/", "contrib/", "docs/", "fuzz/", "relay/", "scripts/", "sql/", "src/", "tests/",
+    ];
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "/._-".contains(c);
+    prose
+        .split('`')
+        .skip(1)
+        .step_by(2)
+        .filter(|text| FOLDERS.iter().any(|folder| text.starts_with(folder)))
+        .filter(|text| text.chars().all(is_plain))
+        // A name that stands for others.
+        .filter(|text| !text.contains("X.Y.Z") && !text.contains("OLD"))
+        .collect()
+}
+
+#[test]
+fn links_and_paths_lead_somewhere() {
+    let mut wrong = Vec::new();
+    for document in documents(&["", "docs/", "docs/design/"]) {
+        let (_, prose) = parse(&document);
+        let folder = Path::new(&document).parent().expect("it is in a folder").to_path_buf();
+        for target in links(&prose).into_iter().filter(|target| !target.contains("://")) {
+            let (file, place) = target.split_once('#').unwrap_or((target, ""));
+            let path = match file {
+                "" => PathBuf::from(&document),
+                file => folder.join(file),
+            };
+            let leads = checkout().join(&path).exists()
+                && (place.is_empty() || anchors(path.to_str().expect("UTF-8")).contains(place));
+            if !leads {
+                wrong.push(format!("{document}: ({target})"));
+            }
+        }
+        let missing = paths(&prose).into_iter().filter(|path| !checkout().join(path).exists());
+        wrong.extend(missing.map(|path| format!("{document}: `{path}`")));
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
