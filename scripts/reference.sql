@@ -38,8 +38,8 @@ where a.attnum > 0 and not a.attisdropped;
 \echo
 \echo '<!-- Written by scripts/reference.sql from the settings and the COMMENTs of the extension: change those, not this page. -->'
 \echo
-\echo 'Every setting, column, view and function, as a server with outbox_relay 0.1.0 describes them. `psql` shows the same: `\\d+'
-\echo 'outbox.backends`, `\\df+ outbox.*`. How they belong together: [guide.md](guide.md), [backends.md](backends.md),'
+\echo 'Every setting, column, view and function, as a server with outbox_relay describes them. `psql` shows the same:'
+\echo '`\\d+ outbox.backends`, `\\df+ outbox.*`. How they belong together: [guide.md](guide.md), [backends.md](backends.md),'
 \echo '[operations.md](operations.md).'
 \echo
 \echo '- [Settings](#settings)'
