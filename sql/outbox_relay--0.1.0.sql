@@ -1923,6 +1923,8 @@ values
     ('usage', 'schema outbox'),
     ('execute', 'function outbox.publish_event(text, text, jsonb, text, text, timestamptz, integer, jsonb, text, text, uuid)'),
     ('execute', 'function outbox.publish_event(outbox.any_text, text, outbox.any_value, text, text, timestamptz, outbox.any_number, outbox.any_value, text, text, outbox.any_value)'),
+    -- Called for what becomes an any_value by its text.
+    ('execute', 'function outbox.any_value_in(cstring)'),
     ('execute', 'function outbox.publish_events(jsonb)'),
     ('execute', 'function outbox.published_here()'),
     ('insert (event_id, event_type, source, backend, data, subject, stream, data_schema, publisher_config, max_retries)', 'table outbox.events')

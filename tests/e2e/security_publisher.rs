@@ -126,7 +126,13 @@ fn a_publisher_can_do_nothing_else() {
         .collect();
     assert_eq!(
         callable,
-        ["publish_event", "publish_event", "publish_events", "published_here"]
+        [
+            "any_value_in",
+            "publish_event",
+            "publish_event",
+            "publish_events",
+            "published_here"
+        ]
     );
     let readable: i64 = stack.pg.one(
         "select count(*) from pg_class where relnamespace = 'outbox'::regnamespace and relkind in ('r', 'v', 'S')
@@ -448,4 +454,56 @@ fn a_function_lends_a_narrower_right() {
         Refused::of(publisher.simple_query("select app.order_placed('{}')")).code,
         "42501"
     );
+}
+
+/// By its name as pg_roles shows it, whatever that is called and however it is typed; everything else is refused in words.
+#[test]
+fn roles_are_named_as_they_are() {
+    let stack = Stack::start();
+    stack
+        .pg
+        .exec("create role \"Shop-App\"; create role plain; create role \"Plain\"");
+    let can = |role: &str| -> bool {
+        stack.pg.one(&format!(
+            "select has_any_column_privilege('{role}', 'outbox.events', 'insert')"
+        ))
+    };
+    for (given, role) in [
+        ("'Shop-App'", "Shop-App"),
+        ("'\"Shop-App\"'", "Shop-App"),
+        ("'\"Shop-App\"'::regrole", "Shop-App"),
+        ("'Shop-App'::text", "Shop-App"),
+        ("'Shop-App'::name", "Shop-App"),
+        ("'plain'", "plain"),
+        ("'PLAIN'", "plain"),
+        ("'Plain'", "Plain"),
+        ("role => 'plain'", "plain"),
+        ("(select oid from pg_roles where rolname = 'plain')", "plain"),
+        ("current_user", "postgres"),
+        ("session_user", "postgres"),
+    ] {
+        stack.pg.exec(&format!("select outbox.grant_publisher({given})"));
+        assert!(can(role), "{given}");
+        stack.pg.exec(&format!("select outbox.revoke_publisher({given})"));
+        assert!(!can(role) || role == "postgres", "{given}");
+    }
+    let mut client = stack.pg.client();
+    for function in ["grant_publisher", "revoke_publisher"] {
+        for (given, code, message) in [
+            ("null", "22004", "role must not be null"),
+            ("null::regrole", "22004", "role must not be null"),
+            ("null::text", "22004", "role must not be null"),
+            ("'No One'", "42704", "role \"No One\" does not exist"),
+            ("''", "42704", "role \"\" does not exist"),
+            ("'-'", "42704", "role \"-\" does not exist"),
+            ("'-'::regrole", "42704", "role \"-\" does not exist"),
+            ("'a.b.c'", "42704", "role \"a.b.c\" does not exist"),
+            ("'public'", "42704", "role \"public\" does not exist"),
+            ("1234567::regrole", "42704", "role \"1234567\" does not exist"),
+        ] {
+            let said = Refused::of(client.simple_query(&format!("select outbox.{function}({given})")));
+            assert_eq!((said.code.as_str(), said.message.as_str()), (code, message), "{given}");
+            assert!(said.detail.is_some() && said.hint.is_some(), "{said:?}");
+        }
+    }
 }
