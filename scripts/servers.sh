@@ -54,6 +54,54 @@ remove_temp_root() {
     rm -rf "$1"
 }
 
+# Starts a Redis below directory $1; its port is in redis_port then.
+start_redis() {
+    local port
+    for _ in {1..20}; do
+        port=$((20000 + RANDOM % 10000))
+        as_server redis-server --port "$port" --bind 127.0.0.1 --unixsocket "$1/redis.sock" --save "" \
+            --dir "$1" --daemonize yes --logfile "$1/redis.log" >/dev/null
+        for _ in {1..100}; do
+            # Asked by its own socket: another server may have the port.
+            if [[ $(redis-cli -s "$1/redis.sock" config get port 2>/dev/null | tail -1) == "$port" ]]; then
+                redis_port=$port
+                return
+            fi
+            ! grep -qs "Failed listening" "$1/redis.log" || break
+            sleep 0.05
+        done
+        rm -f "$1/redis.log"
+    done
+    echo "Redis does not start" >&2
+    exit 1
+}
+
+# Starts a Postgres below directory $1, with the programs in $2 and our library preloaded; $3 has further lines of postgresql.conf.
+start_postgres() {
+    as_server "$2/initdb" --pgdata="$1/data" --username=postgres --auth=trust --encoding=UTF8 --locale=C.UTF-8 \
+        --no-sync >"$1/initdb.log"
+    as_server tee -a "$1/data/postgresql.conf" >/dev/null <<CONF
+listen_addresses = ''
+unix_socket_directories = '$1'
+shared_preload_libraries = 'outbox_relay'
+$3
+CONF
+    as_server "$2/pg_ctl" start --silent --wait --pgdata="$1/data" --log="$1/postgres.log" ||
+        { cat "$1/postgres.log" >&2; exit 1; }
+}
+
+# Makes the programs in directory $3 use the C library and the others in directory $2; $1 is patchelf.
+use_libraries() {
+    local loader program
+    loader=$(compgen -G "$2/ld-linux*.so.*" | head -1)
+    for program in "$3"/*; do
+        # Some are scripts.
+        [[ $(head -c 4 "$program" | tr -d '\0') == $'\x7fELF' ]] || continue
+        # RPATH, not RUNPATH: it counts also for the modules that a program loads.
+        "$1" --set-interpreter "$loader" --force-rpath --set-rpath "$2" "$program"
+    done
+}
+
 # Prepares what the test kit needs below directory $1, and names it in the environment: a private Postgres with the extension (built
 # before), and a data directory to copy.
 prepare_servers() {
@@ -85,4 +133,30 @@ prepare_faults() {
     OUTBOX_TEST_FAULTS_PGBIN=$OUTBOX_TEST_TMP/faults${OUTBOX_TEST_PGBIN#"$OUTBOX_TEST_TMP/postgres"}
     export OUTBOX_TEST_FAULTS_PGBIN
     CARGO_TARGET_DIR=$(faults_target) make --no-print-directory install FEATURES=faults DESTDIR="$OUTBOX_TEST_TMP/faults" >/dev/null
+}
+
+# Runs the tests with what was prepared, and says which were not run, or not as a whole: those of the modules of tests/e2e in
+# TEST_MODULES, else all. TEST_ARGS goes to the runner, cargo nextest or else cargo test.
+run_tests() {
+    local runner chosen=() filter modules passed=0
+    # shellcheck disable=SC2206
+    modules=(${TEST_MODULES:-})
+    if cargo nextest --version >/dev/null 2>&1; then
+        runner=(cargo nextest run)
+        if ((${#modules[@]} > 0)); then
+            filter=$(printf '|test(/^%s::/)' "${modules[@]}")
+            chosen=(-E "${filter:1}")
+        fi
+    else
+        # One program after the other: the first that fails must not end it.
+        runner=(cargo test --no-fail-fast)
+        if ((${#modules[@]} > 0)); then chosen=(--test e2e -- "${modules[@]/%/::}"); fi
+    fi
+    # shellcheck disable=SC2086
+    "${runner[@]}" --locked --workspace --exclude outbox_relay --features relay/faults ${TEST_ARGS:-} "${chosen[@]}" || passed=$?
+    if [[ -s $OUTBOX_TEST_TMP/not-run ]]; then
+        echo "Not run, or not as a whole:"
+        sort -u "$OUTBOX_TEST_TMP/not-run" | sed 's/^/    /'
+    fi
+    return $passed
 }
