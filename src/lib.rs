@@ -37,7 +37,13 @@ use crate::publish::returning;
 use crate::server::{error, guc, object_access, shmem, standby, txn};
 use pgrx::{pg_guard, pg_sys};
 
-pgrx::pg_module_magic!();
+/// From 18 on `pg_get_loaded_modules()` shows name and version of the library that a session has.
+const LIBRARY_VERSION: &std::ffi::CStr =
+    match std::ffi::CStr::from_bytes_with_nul(concat!(env!("CARGO_PKG_VERSION"), "\0").as_bytes()) {
+        Ok(version) => version,
+        Err(_) => panic!("the version holds a NUL"),
+    };
+pgrx::pg_module_magic!(name = c"outbox_relay", version = LIBRARY_VERSION);
 
 /// Called when the library is loaded: by the postmaster from shared_preload_libraries, or by a session that publishes without
 /// that, which works, and only queues.

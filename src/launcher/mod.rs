@@ -100,7 +100,7 @@ fn put(field: &mut [std::ffi::c_char], text: &std::ffi::CStr) {
 #[unsafe(no_mangle)]
 pub extern "C-unwind" fn outbox_relay_launcher(_argument: pg_sys::Datum) {
     process::take_signals();
-    process::prepare_to_wait(None);
+    process::prepare_to_wait(c"OutboxRelayLauncher", None);
     // SAFETY: once, at the start; no database, for shared catalogs only.
     unsafe {
         pg_sys::BackgroundWorkerInitializeConnection(std::ptr::null(), std::ptr::null(), 0);

@@ -159,10 +159,33 @@ pub fn accept_end() {
 thread_local! {
     /// The wait set, made once: later there may be no file descriptor left for another.
     static WAITED_FOR: Cell<*mut pg_sys::WaitEventSet> = const { Cell::new(std::ptr::null_mut()) };
+    /// What pg_stat_activity shows as the wait event meanwhile.
+    static WAIT_EVENT: Cell<u32> = const { Cell::new(pg_sys::PG_WAIT_EXTENSION) };
 }
 
-/// Prepares to wait for the latch, and a socket that is open for the process's life. Once.
-pub fn prepare_to_wait(socket: Option<i32>) {
+/// A wait event of this name; before 17, and where other extensions have used up all, it is `Extension`.
+#[cfg(any(feature = "pg15", feature = "pg16"))]
+fn wait_event(_name: &'static CStr) -> u32 {
+    pg_sys::PG_WAIT_EXTENSION
+}
+
+#[cfg(not(any(feature = "pg15", feature = "pg16")))]
+fn wait_event(name: &'static CStr) -> u32 {
+    PgTryBuilder::new(|| {
+        // SAFETY: in a process with shared memory; Postgres copies the name.
+        unsafe { pg_sys::WaitEventExtensionNew(name.as_ptr()) }
+    })
+    .catch_others(|_| {
+        // SAFETY: no transaction is there whose abort would do it, and the lock on the names is all that is held.
+        unsafe { pg_sys::LWLockReleaseAll() };
+        pg_sys::PG_WAIT_EXTENSION
+    })
+    .execute()
+}
+
+/// Prepares to wait for the latch, and a socket that is open for the process's life, as the wait event `name`. Once.
+pub fn prepare_to_wait(name: &'static CStr, socket: Option<i32>) {
+    WAIT_EVENT.set(wait_event(name));
     let no_socket = pg_sys::PGINVALID_SOCKET;
     // SAFETY: once, in a process with a latch; the set lives as long as the process.
     unsafe {
@@ -189,7 +212,7 @@ pub fn wait(timeout: Option<Duration>) {
     // SAFETY: the process's own set and latch.
     unsafe {
         let mut event: pg_sys::WaitEvent = std::mem::zeroed();
-        pg_sys::WaitEventSetWait(WAITED_FOR.get(), timeout_ms, &mut event, 1, pg_sys::PG_WAIT_EXTENSION);
+        pg_sys::WaitEventSetWait(WAITED_FOR.get(), timeout_ms, &mut event, 1, WAIT_EVENT.get());
         pg_sys::ResetLatch(pg_sys::MyLatch);
     }
 }

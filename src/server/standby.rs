@@ -56,7 +56,7 @@ pub fn install() -> bool {
 #[unsafe(no_mangle)]
 pub extern "C-unwind" fn outbox_relay_standby(_argument: pg_sys::Datum) {
     process::take_signals();
-    process::prepare_to_wait(None);
+    process::prepare_to_wait(c"OutboxRelayStandby", None);
     let mut wait = LOOK_WAIT;
     // SAFETY: reads shared state.
     while !process::is_told_to_end() && unsafe { pg_sys::RecoveryInProgress() } {

@@ -110,7 +110,7 @@ impl Worker {
         });
         let (waker, woken) =
             pair.unwrap_or_else(|e| crate::server::error::internal(format!("could not create a socket pair: {e}")));
-        process::prepare_to_wait(Some(woken.as_raw_fd()));
+        process::prepare_to_wait(c"OutboxRelayWorker", Some(woken.as_raw_fd()));
         Self {
             slot,
             started: Instant::now(),

@@ -1,7 +1,7 @@
 //! The extension comes and goes, and so does its worker: without a restart, and without standing in anybody's way.
 
 use kit::{
-    BlackHole, Ledger, Load, Postgres, Redis, Refused, Stack, ids, process, promptly, publish_many, types,
+    BlackHole, Ledger, Load, Postgres, Redis, Refused, Stack, env, ids, process, promptly, publish_many, types,
     wait_drained, wait_eq, wait_until,
 };
 
@@ -261,4 +261,28 @@ fn a_terminated_launcher_comes_back_and_disturbs_no_worker() {
     assert_eq!(processes(&stack.pg, "outbox_relay worker"), 1);
     stack.publish("again");
     assert_eq!(types(&stack.wait_events(2)), ["event", "again"]);
+}
+
+/// From 17 on the wait events have names, and from 18 on a session can ask which version of the library it has.
+#[test]
+fn pg_stat_activity_and_the_library_say_who_they_are() {
+    let stack = Stack::start();
+    stack.pg.wait_worker("postgres");
+    for (process, named) in [("worker", "OutboxRelayWorker"), ("launcher", "OutboxRelayLauncher")] {
+        let expected = match env::postgres_major() {
+            15 | 16 => "Extension",
+            _ => named,
+        };
+        wait_eq("the wait event", Some(format!("Extension/{expected}")), || {
+            stack.pg.one::<Option<String>>(&format!(
+                "select max(wait_event_type || '/' || wait_event) from pg_stat_activity where backend_type = 'outbox_relay {process}'"
+            ))
+        });
+    }
+    if env::postgres_major() >= 18 {
+        let loaded: String = stack.pg.one(
+            "select module_name || ' ' || version from pg_get_loaded_modules() where file_name like 'outbox_relay%'",
+        );
+        assert_eq!(loaded, concat!("outbox_relay ", env!("CARGO_PKG_VERSION")));
+    }
 }
