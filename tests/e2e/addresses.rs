@@ -3,13 +3,18 @@
 use std::net::UdpSocket;
 use std::time::{Duration, Instant};
 
-use kit::{Mode, Postgres, QUICK, Redis, Stack, backoff, promptly, wait_drained, wait_trouble, wait_until};
+use kit::{Mode, Postgres, QUICK, Redis, Stack, backoff, env, promptly, wait_drained, wait_trouble, wait_until};
 
 /// Whether this machine lets the test mount files for a server of its own.
 fn can_mount() -> bool {
-    let can = nix::unistd::geteuid().is_root();
+    let mut unshare = std::process::Command::new("unshare");
+    let can = nix::unistd::geteuid().is_root()
+        && unshare
+            .args(["--mount", "true"])
+            .status()
+            .is_ok_and(|status| status.success());
     if !can {
-        eprintln!("not run: it takes root to give a server an /etc of its own");
+        env::not_run("it takes root, and a namespace of mounts, to give a server an /etc of its own");
     }
     can
 }

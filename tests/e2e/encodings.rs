@@ -3,7 +3,7 @@
 
 use std::fs;
 
-use kit::{Refused, Stack, ids, types, wait_drained, wait_eq, wait_until};
+use kit::{Refused, Stack, env, ids, types, wait_drained, wait_eq, wait_until};
 use postgres::Client;
 use uuid::Uuid;
 
@@ -278,6 +278,9 @@ const LARGE: &str = "(select jsonb_build_object('a', string_agg(md5(n::text || c
 
 #[test]
 fn a_damaged_row_fails_alone() {
+    if env::lacks(&["pg_surgery"]) {
+        return;
+    }
     let stack = Stack::start();
     stack.pg.exec("update outbox.backends set enabled = false");
     let large = format!("select outbox.publish_event('large', 's', {LARGE})");
@@ -320,6 +323,9 @@ fn a_damaged_row_fails_alone() {
 
 #[test]
 fn a_damaged_row_that_waits_as_refused_fails_alone() {
+    if env::lacks(&["pg_surgery"]) {
+        return;
+    }
     let stack = Stack::with(&[
         ("outbox_relay.max_retries", "1000"),
         ("outbox_relay.retry_delay", "100ms"),

@@ -160,7 +160,7 @@ fn a_socket_file_that_is_not_there() {
 #[test]
 fn a_socket_that_may_not_be_opened() {
     if env::server_user().is_none() {
-        eprintln!("Redis runs as the same user as Postgres, who may open its own socket");
+        env::not_run("Redis runs as the same user as Postgres, who may open its own socket");
         return;
     }
     let stack = quick();

@@ -1,6 +1,6 @@
 //! A row of ours is an INSERT to everybody else: what others have put on our tables holds for it, whichever way it is published.
 
-use kit::{LIMIT, Ledger, Load, Refused, Stack, ids, types, wait_drained, wait_eq, wait_until};
+use kit::{LIMIT, Ledger, Load, Refused, Stack, env, ids, types, wait_drained, wait_eq, wait_until};
 use postgres::Client;
 use uuid::Uuid;
 
@@ -628,6 +628,9 @@ fn our_functions_refuse_what_they_are_not_for() {
 /// Whoever reads the WAL sees all rows that come and go, whoever writes them.
 #[test]
 fn logical_decoding_sees_every_row() {
+    if env::lacks(&["test_decoding"]) {
+        return;
+    }
     let stack = Stack::with(&[("wal_level", "logical")]);
     stack
         .pg
@@ -691,7 +694,7 @@ fn pg_repack_under_load_loses_nothing() {
         .pg
         .one::<bool>("select exists (select from pg_available_extensions where name = 'pg_repack')")
     {
-        eprintln!("pg_repack is not installed");
+        env::not_run("pg_repack is not installed");
         return;
     }
     stack.pg.exec("create extension pg_repack");

@@ -10,8 +10,9 @@ use uuid::Uuid;
 /// The databases that have a worker, in the order of their names.
 fn served(pg: &Postgres) -> Vec<String> {
     pg.one(
+        // From 18 on a process that is starting has no database yet.
         "select coalesce(array_agg(datname::text order by datname), '{}') from pg_stat_activity \
-         where backend_type = 'outbox_relay worker'",
+         where backend_type = 'outbox_relay worker' and datname is not null",
     )
 }
 
@@ -265,6 +266,11 @@ fn settings_of_a_database_or_a_role_do_not_stop_its_relay() {
     let pg = Postgres::start();
     let redis = Redis::start();
     pg.exec("create role nobody");
+    // Renamed in 16.
+    let parallel = match kit::env::postgres_major() {
+        15 => "force_parallel_mode = on",
+        _ => "debug_parallel_query = on",
+    };
     let groups: [&[&str]; 3] = [
         &["session_authorization = 'nobody'"],
         &["role = 'nobody'", "search_path = 'nowhere'", "row_security = off"],
@@ -282,7 +288,7 @@ fn settings_of_a_database_or_a_role_do_not_stop_its_relay() {
             "client_encoding = 'sjis'",
             "default_tablespace = 'nowhere'",
             "temp_tablespaces = 'nowhere'",
-            "force_parallel_mode = on",
+            parallel,
             "enable_indexscan = off",
             "idle_session_timeout = '1ms'",
             "local_preload_libraries = 'nowhere'",

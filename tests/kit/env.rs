@@ -32,6 +32,60 @@ pub fn redis_server() -> PathBuf {
     std::env::var_os("OUTBOX_TEST_REDIS").map_or_else(|| "redis-server".into(), PathBuf::from)
 }
 
+/// Says why a test, or a part of it, is not run: at the end of `scripts/test`, too, since runners show no output of tests that pass.
+pub fn not_run(why: &str) {
+    use std::io::Write;
+    let test = std::thread::current().name().unwrap_or("?").to_owned();
+    eprintln!("not run: {why}");
+    let path = temp_root().join("not-run");
+    let file = std::fs::OpenOptions::new().create(true).append(true).open(path);
+    file.and_then(|mut file| file.write_all(format!("{test}: {why}\n").as_bytes()))
+        .expect("cannot write what was not run");
+}
+
+/// Whether this Postgres lacks a module (it comes without contrib); then the test is not to be run, and this says so.
+pub fn lacks(modules: &[&str]) -> bool {
+    let directory = pg_config("--pkglibdir");
+    let lacking = modules
+        .iter()
+        .find(|module| !directory.join(format!("{module}.so")).exists());
+    if let Some(module) = lacking {
+        not_run(&format!("this Postgres comes without {module}"));
+    }
+    lacking.is_some()
+}
+
+/// Where the scripts of extensions are.
+pub fn extension_dir() -> PathBuf {
+    pg_config("--sharedir").join("extension")
+}
+
+fn pg_config(directory: &str) -> PathBuf {
+    let said = Command::new(postgres_bin().join("pg_config")).arg(directory).output();
+    let said = String::from_utf8(said.expect("pg_config runs").stdout).expect("a path");
+    PathBuf::from(said.trim())
+}
+
+/// The programs of several majors, each with the extension: `OUTBOX_TEST_MAJORS`, separated by colons, from old to new.
+pub fn majors() -> Vec<PathBuf> {
+    let named = std::env::var("OUTBOX_TEST_MAJORS").unwrap_or_default();
+    let bins = named.split(':').filter(|bin| !bin.is_empty());
+    bins.map(PathBuf::from).collect()
+}
+
+/// The major version of the Postgres that is tested.
+pub fn postgres_major() -> u32 {
+    major_of(&postgres_bin())
+}
+
+/// The major version of the Postgres whose programs are there.
+pub fn major_of(bin: &Path) -> u32 {
+    let said = Command::new(bin.join("postgres")).arg("--version").output();
+    let said = String::from_utf8(said.expect("postgres runs").stdout).expect("a version");
+    let digits = |word: &str| word.split('.').next().and_then(|major| major.parse().ok());
+    said.split_whitespace().find_map(digits).expect("a version")
+}
+
 fn temp_root() -> PathBuf {
     required("OUTBOX_TEST_TMP")
 }

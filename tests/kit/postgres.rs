@@ -86,6 +86,12 @@ impl Builder {
         }
     }
 
+    /// Of the programs in this directory, not those that are tested.
+    pub fn bin(mut self, bin: &Path) -> Self {
+        self.bin = bin.to_path_buf();
+        self
+    }
+
     /// With the library that can be told to die, to wait and to break its promises: see [`crate::faults`].
     pub fn faults(mut self) -> Self {
         self.bin = env::faults_bin();
@@ -200,6 +206,11 @@ impl Postgres {
             bin: self.bin.clone(),
             ..Builder::new(Origin::BaseBackup { host, standby })
         }
+    }
+
+    /// Where its programs are.
+    pub fn bin(&self) -> &Path {
+        &self.bin
     }
 
     // --- talking to it
