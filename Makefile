@@ -16,7 +16,7 @@ target_dir   := $(or $(CARGO_TARGET_DIR),target)
 library      := $(target_dir)/release/lib$(EXTENSION).so
 
 # The targets that need no Postgres must work without one.
-ifneq ($(filter-out help clean demo test test-redis-versions test-assertions bench bench-quick chaos fuzz deny record-broadcaster,$(or $(MAKECMDGOALS),all)),)
+ifneq ($(filter-out help clean demo test test-redis-versions test-postgres-versions test-assertions test-packages deb dist image bench bench-quick chaos fuzz deny record-broadcaster,$(or $(MAKECMDGOALS),all)),)
 major := $(shell $(PG_CONFIG) --version 2>/dev/null | sed -nE 's/^PostgreSQL ([0-9]+).*/\1/p')
 ifeq ($(major),)
 $(error "$(PG_CONFIG)" is no working pg_config. Name one with PG_CONFIG=..., or let scripts/setup install Postgres and say where it is)
@@ -36,7 +36,7 @@ empty        :=
 space        := $(empty) $(empty)
 features      = pg$(major)$(if $(strip $(FEATURES)),$(comma)$(subst $(space),$(comma),$(strip $(FEATURES))))
 
-.PHONY: all install uninstall demo test test-redis-versions test-assertions lint bench bench-quick chaos fuzz deny record-broadcaster clean help headers
+.PHONY: all install install-strip uninstall demo test test-redis-versions test-postgres-versions test-assertions test-packages deb dist image lint bench bench-quick chaos fuzz deny record-broadcaster clean help headers
 
 # What the library was built for: installing another one would keep the server from starting.
 stamp := $(target_dir)/release/$(EXTENSION).built-for
@@ -59,6 +59,9 @@ install: ## copy it into Postgres's directories (built first if it was not, or f
 	$(INSTALL) -m 755 "$(library)" "$(DESTDIR)$(pkglibdir)/$(EXTENSION).so"
 	$(INSTALL) -m 644 $(EXTENSION).control sql/$(EXTENSION)--*.sql "$(DESTDIR)$(sharedir)/extension/"
 
+install-strip: install ## the same, without debug symbols: a fifth of the size
+	strip --strip-debug "$(DESTDIR)$(pkglibdir)/$(EXTENSION).so"
+
 uninstall: ## remove it from there
 	rm -f "$(DESTDIR)$(pkglibdir)/$(EXTENSION).so"
 	rm -f "$(DESTDIR)$(sharedir)/extension/$(EXTENSION).control"
@@ -73,14 +76,30 @@ test: ## run every test on throwaway servers (TEST_ARGS=... goes to the runner)
 test-redis-versions: ## run what speaks to Redis against Redis 6.2 and 8, Valkey 8 and 9 (fetched; VERSIONS=... for some)
 	scripts/redis-versions $(VERSIONS)
 
+test-postgres-versions: ## run every test on Postgres 16, 17 and 18 (fetched; VERSIONS=... for some, SMOKE=1 for what is quick)
+	scripts/postgres-versions $(VERSIONS)
+
 test-assertions: ## run every test against a Postgres that checks its callers (built from Debian's source package; TEST_ARGS=...)
 	PG_CONFIG=$$(scripts/postgres-with-assertions) && export PG_CONFIG && scripts/test
+
+test-packages: ## build what people install, install it, use it and remove it (VERSIONS="16 17 18" for more majors)
+	scripts/test-packages $(PARTS)
+
+deb: ## Debian packages for each major whose headers are there, and a source package that builds offline: target/deb
+	scripts/deb
+
+dist: ## the archive for PGXN: target/dist
+	scripts/dist
+
+image: ## the extension image for CloudNativePG, of the Postgres 18 of PG_CONFIG: target/image
+	scripts/image
 
 lint: headers ## formatting, clippy, arrows between modules, the SQL script and dependencies, as CI checks them
 	$(CARGO) fmt --all --check
 	$(cargo_env) $(CARGO) clippy --workspace --all-targets --locked --no-default-features --features $(features) -- -D warnings
 	scripts/lint-structure
 	scripts/lint-sql
+	scripts/lint-version
 	scripts/deny
 
 bench: ## measure the figures of docs/performance.md beside their floors and rivals (BENCH_ARGS=... for some of them)
