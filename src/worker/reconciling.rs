@@ -121,7 +121,8 @@ fn missing(backends: &[Backend], rows: Vec<BackendRow>, deleted: Vec<i32>, home:
     let is_known = |number: i32| backends.iter().any(|b| b.number == number);
     let mut missing: Vec<Backend> = Vec::new();
     for row in rows.into_iter().filter(|row| !is_known(row.number)) {
-        missing.push(Backend::load(row.number, Duty::of(row, home)));
+        let has_lanes = row.options.mode.is_err() && !cursors::lanes(row.number).is_empty();
+        missing.push(Backend::load(row.number, Duty::of(row, has_lanes, home)));
     }
     for number in deleted.into_iter().filter(|number| !is_known(*number)) {
         missing.push(Backend::load(number, Duty::Fail { lane: None }));

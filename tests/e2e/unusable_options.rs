@@ -1,7 +1,9 @@
 //! A row of `outbox.backends` that its constraints would have refused: an administrator may have dropped them. Such a backend is
 //! misconfigured and sends nothing, whatever the next best reading of the row would be.
 
-use kit::{Stack, ids, publish_many, standing, types, wait_drained, wait_eq, wait_trouble};
+use std::time::Duration;
+
+use kit::{Cluster, QUICK, Stack, holds_for, ids, publish_many, standing, types, wait_drained, wait_eq, wait_trouble};
 
 const HINT: &str = "HINT:  Correct that column of outbox.backends; its COMMENT says what it may hold. The backend's events wait until then.";
 
@@ -125,4 +127,37 @@ fn other_columns_with_what_they_may_not_hold_send_nothing() {
         stack.wait_events(sent + 1);
         wait_drained(&stack.pg, "default");
     }
+}
+
+/// Its lanes are known by what they have saved: retention must not go by the finder alone.
+#[test]
+fn a_cluster_whose_mode_becomes_unknown_keeps_what_its_lanes_have_not_sent() {
+    let cluster = Cluster::start(0);
+    let at_once = ("outbox_relay.published_retention", "0");
+    let mut stack = Stack::with(&[QUICK, &[at_once]].concat());
+    stack.pg.exec(&format!(
+        "update outbox.backends set mode = 'cluster', nodes = '{}', host = null, port = null",
+        cluster.addresses()
+    ));
+    publish_many(&mut stack.pg.client(), "default", "s1", "sent", 1);
+    cluster.wait_entries("s1", 1);
+    let node = &cluster.nodes[cluster.master_of("s1")];
+    node.call(&["CLIENT", "PAUSE", "60000", "WRITE"]);
+    let waiting = publish_many(&mut stack.pg.client(), "default", "s1", "waits", 3);
+    drop_constraints(&stack);
+    stack.pg.exec("update outbox.backends set mode = 'ring'");
+    wait_trouble(&stack.pg, "default", "misconfigured", "mode is \"ring\"");
+    stack.pg.restart();
+    wait_trouble(&stack.pg, "default", "misconfigured", "mode is \"ring\"");
+    // Ticks are recorded, and events purged, once a second.
+    holds_for(Duration::from_secs(3), "the waiting events to be kept", || {
+        stack
+            .pg
+            .one::<i64>("select count(*) from outbox.events where event_type like 'waits%'")
+            == 3
+    });
+    node.call(&["CLIENT", "UNPAUSE"]);
+    stack.pg.exec("update outbox.backends set mode = 'cluster'");
+    assert!(ids(&cluster.wait_entries("s1", 4)).ends_with(&waiting));
+    wait_drained(&stack.pg, "default");
 }

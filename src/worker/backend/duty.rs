@@ -1,7 +1,7 @@
 //! The duty of a backend in the worker. Each duty holds what it needs, and nothing that only another duty needs.
 
 use crate::tables::backends::BackendRow;
-use crate::tables::options::{Known, Options, Unusable};
+use crate::tables::options::{Known, Options, Topology, Unusable};
 use crate::worker::backend::connection::Connection;
 use crate::worker::backend::settings::{self, Home};
 use relay::reading::role::Role;
@@ -33,9 +33,14 @@ pub struct Finder {
 }
 
 impl Duty {
-    /// Of a backend that is not deleted; in a cluster, of its finder.
-    pub fn of(row: BackendRow, home: &Home) -> Self {
-        match row.is_cluster() {
+    /// Of a backend that is not deleted; in a cluster, of its finder. `has_lanes`: lanes of it are saved.
+    pub fn of(row: BackendRow, has_lanes: bool, home: &Home) -> Self {
+        let finds = match &row.options.mode {
+            Ok(mode) => *mode == Topology::Cluster,
+            // It sends nothing now. But retention must not go by one cursor where there are several.
+            Err(_) => has_lanes,
+        };
+        match finds {
             true => Self::Find(Box::new(Finder::new(row, home))),
             false => Self::Send(Box::new(Service::new(row, None, home))),
         }
