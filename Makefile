@@ -16,7 +16,7 @@ target_dir   := $(or $(CARGO_TARGET_DIR),target)
 library      := $(target_dir)/release/lib$(EXTENSION).so
 
 # The targets that need no Postgres must work without one.
-ifneq ($(filter-out help clean demo test test-redis-versions test-postgres-versions test-assertions test-packages deb dist image bench bench-quick chaos fuzz deny record-broadcaster,$(or $(MAKECMDGOALS),all)),)
+ifneq ($(filter-out help clean demo test test-redis-versions test-postgres-versions test-assertions test-packages deb dist image bench bench-quick chaos fuzz deny record-broadcaster site,$(or $(MAKECMDGOALS),all)),)
 major := $(shell $(PG_CONFIG) --version 2>/dev/null | sed -nE 's/^PostgreSQL ([0-9]+).*/\1/p')
 ifeq ($(major),)
 $(error "$(PG_CONFIG)" is no working pg_config. Name one with PG_CONFIG=..., or let scripts/setup install Postgres and say where it is)
@@ -36,7 +36,7 @@ empty        :=
 space        := $(empty) $(empty)
 features      = pg$(major)$(if $(strip $(FEATURES)),$(comma)$(subst $(space),$(comma),$(strip $(FEATURES))))
 
-.PHONY: all install install-strip uninstall demo test test-redis-versions test-postgres-versions test-assertions test-packages deb dist image lint bench bench-quick chaos fuzz deny record-broadcaster clean help headers
+.PHONY: all install install-strip uninstall demo test test-redis-versions test-postgres-versions test-assertions test-packages deb dist image lint bench bench-quick chaos fuzz deny record-broadcaster site clean help headers
 
 # What the library was built for: installing another one would keep the server from starting.
 stamp := $(target_dir)/release/$(EXTENSION).built-for
@@ -121,6 +121,9 @@ record-broadcaster: ## record what django-broadcaster writes, for the tests (fet
 	@dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT && python3 -m venv "$$dir" && \
 	    "$$dir/bin/pip" install --quiet --disable-pip-version-check -r tests/django_broadcaster/requirements.txt && \
 	    "$$dir/bin/python" tests/django_broadcaster/record.py
+
+site: ## build the documents as a static site in target/site/html (fetches mkdocs-material and mermaid)
+	scripts/site
 
 clean: ## remove what was built
 	$(CARGO) clean

@@ -269,6 +269,33 @@ fn the_runbook_works() {
 }
 
 #[test]
+fn the_runbook_has_a_section_for_each_check_of_health() {
+    let reader = Reader::new();
+    let (_, prose) = parse("docs/operations.md");
+    let headings: Vec<&str> = prose.lines().filter_map(|line| line.strip_prefix("### ")).collect();
+    let described: BTreeSet<&str> = headings.iter().flat_map(|heading| heading.split(", ")).collect();
+    let checks = reader.sql(
+        "outbox.health()",
+        "\\pset tuples_only on\n\\pset format unaligned\nselect \"check\" from outbox.health()",
+    );
+    let missing: Vec<&str> = checks
+        .lines()
+        .map(|check| {
+            if check.starts_with("backend ") {
+                "backend NAME"
+            } else {
+                check
+            }
+        })
+        .filter(|check| !described.contains(check))
+        .collect();
+    assert!(
+        missing.is_empty() && !checks.is_empty(),
+        "docs/operations.md has no section for {missing:?}"
+    );
+}
+
+#[test]
 fn the_reference_is_what_the_server_says() {
     let pg = Postgres::start();
     pg.extension();
