@@ -10,7 +10,9 @@ select c.classoid, c.objoid, c.objsubid, replace(c.description, '|', '\|') as te
 
 create temporary view functions as
 select p.oid, p.proname as name, p.prokind, p.prorettype,
-    format('`outbox.%s(%s)`', p.proname, replace(pg_get_function_arguments(p.oid), 'pg_catalog.', '')) as call,
+    -- The type of a NULL is that of its argument.
+    format('`outbox.%s(%s)`', p.proname, regexp_replace(replace(pg_get_function_arguments(p.oid), 'pg_catalog.', ''),
+        'NULL::[a-z_. ]+', 'NULL', 'g')) as call,
     case when p.prokind = 'p' then '' else replace(pg_get_function_result(p.oid), 'pg_catalog.', '') end as result,
     coalesce(s.text, '') as text,
     p.proname in ('publish_event', 'publish_events', 'grant_publisher', 'revoke_publisher', 'set_backend_password', 'health',
@@ -26,7 +28,7 @@ where c.relnamespace = 'outbox'::regnamespace and c.relkind in ('r', 'v');
 
 create temporary view columns as
 select a.attrelid, a.attnum, a.attname as name, format_type(a.atttypid, a.atttypmod) as type,
-    case when d.oid is not null and a.attidentity = '' then format('`%s`', replace(pg_get_expr(d.adbin, d.adrelid), '|', '\|'))
+    case when d.oid is not null and a.attidentity = '' then format('`%s`', regexp_replace(replace(pg_get_expr(d.adbin, d.adrelid), '|', '\|'), '^''(.*)''::[a-z\[\]]+$', '\1'))
         when a.attidentity <> '' then 'drawn' when a.attnotnull then 'required' else 'NULL' end as ifleft,
     coalesce(s.text, '') as text
 from pg_attribute a
