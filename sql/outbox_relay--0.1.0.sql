@@ -69,16 +69,16 @@ create table outbox.backends (
     constraint backends_tls_key_needs_cert check ((tls_cert_file is null) = (tls_key_file is null))
 );
 
-comment on table outbox.backends is 'Named Redis destinations; NULL in a column means the setting outbox_relay.redis_* of that name. A change takes effect at once.';
+comment on table outbox.backends is 'Named Redis destinations. NULL in a column means the setting outbox_relay.redis_* of that name. A change takes effect at once.';
 comment on column outbox.backends.name is 'How publishers name the backend; it may be changed.';
-comment on column outbox.backends.number is 'Never changes and is never given again; events store it, so that a renamed backend keeps its events.';
-comment on column outbox.backends.enabled is 'False pauses the backend: its events wait.';
+comment on column outbox.backends.number is 'Identifies the backend. It never changes and is never reused. Events store it, so that a renamed backend keeps its events.';
+comment on column outbox.backends.enabled is 'False pauses the backend; its events wait.';
 comment on column outbox.backends.mode is 'standalone: one Redis, at host and port or unix_socket. sentinel: the primary that sentinels name. cluster: streams are spread by hash slot.';
 comment on column outbox.backends.host is 'Name or address of the Redis server (standalone).';
 comment on column outbox.backends.port is 'Port of the Redis server (standalone), 1 to 65535.';
 comment on column outbox.backends.db is 'Number of the Redis database; a cluster has database 0 alone.';
 comment on column outbox.backends.username is 'Redis user (ACL).';
-comment on column outbox.backends.stream_name is 'The stream of events that name none themselves. In a cluster it says to which slot they belong, and cannot be changed.';
+comment on column outbox.backends.stream_name is 'The stream of events that name no stream. In a cluster it decides their hash slot and cannot be changed.';
 comment on column outbox.backends.max_len is 'Approximate length to which each stream is trimmed (MAXLEN ~); 0: unlimited.';
 comment on column outbox.backends.connect_timeout is 'How long connecting and logging in may take, at most an hour.';
 comment on column outbox.backends.socket_timeout is 'How long each write and each reply may take, at most an hour.';
@@ -87,14 +87,14 @@ comment on column outbox.backends.nodes is 'The sentinels, or some nodes of the 
 comment on column outbox.backends.sentinel_master is 'The name by which the sentinels know the primary; NULL unless mode is sentinel.';
 comment on column outbox.backends.password_file is 'A file that the server reads at each connect; its first line is the password. Nobody else may read it: 0600, or 0640 if root owns it. Needs the rights of pg_read_server_files.';
 comment on column outbox.backends.allowed_streams is 'Glob patterns (* and ?) one of which a publisher''s stream must match. With {*}, a publisher may append to any stream of that Redis, which is then trimmed to max_len.';
-comment on column outbox.backends.delivery is 'exactly_once: batches are appended in transactions with the guard, see outbox.guard_key(). at_least_once: plain commands; a crash may repeat what was sent since the cursor was last saved.';
-comment on column outbox.backends.on_missing_guard is 'When Redis has lost everything, the guard too: continue with what was not sent, halt until outbox.take_over(), or replay all that is retained.';
+comment on column outbox.backends.delivery is 'exactly_once: each batch is one Redis transaction together with the guard, see outbox.guard_key(). at_least_once: plain commands; a crash may repeat what was sent since the cursor was last saved.';
+comment on column outbox.backends.on_missing_guard is 'What to do when Redis has lost everything, including the guard. continue: send what was not sent yet. halt: wait for outbox.take_over(). replay: send all retained events again.';
 comment on column outbox.backends.wait_replicas is 'Replicas of Redis that must acknowledge a batch (WAIT) before it counts as delivered, 0 to 100.';
-comment on column outbox.backends.tls is 'Speaks TLS: the server''s certificate must lead to a trusted authority and name the host.';
+comment on column outbox.backends.tls is 'Connects by TLS. A trusted authority must have issued the server''s certificate, and the certificate must name the host.';
 comment on column outbox.backends.tls_ca_file is 'PEM file of the authorities that are trusted; NULL: those of the system. Read at each connect, like the other files; needs the rights of pg_read_server_files.';
 comment on column outbox.backends.tls_cert_file is 'PEM file of the certificate (and its chain) that is shown to the server. Needs the rights of pg_read_server_files.';
-comment on column outbox.backends.tls_key_file is 'PEM file of its key, not encrypted. Nobody else may read it: 0600, or 0640 if root owns it. Needs the rights of pg_read_server_files.';
-comment on column outbox.backends.tls_insecure is 'Takes any server for the right one, whatever its certificate says: only for trying things out.';
+comment on column outbox.backends.tls_key_file is 'PEM file of the key of tls_cert_file, not encrypted. Nobody else may read it: 0600, or 0640 if root owns it. Needs the rights of pg_read_server_files.';
+comment on column outbox.backends.tls_insecure is 'Accepts any certificate. Use it for experiments only.';
 
 create function outbox.destination(backend outbox.backends) returns jsonb
     language sql stable parallel safe set search_path = pg_catalog, pg_temp
@@ -104,7 +104,7 @@ select jsonb_strip_nulls(jsonb_build_object('mode', backend.mode, 'host', backen
     'tls_insecure', backend.tls_insecure, 'tls_ca_file', backend.tls_ca_file, 'tls_cert_file', backend.tls_cert_file,
     'tls_key_file', backend.tls_key_file))
 $$;
-comment on function outbox.destination(outbox.backends) is 'Where and how a backend connects: a secret that was set for one destination is not sent to another.';
+comment on function outbox.destination(outbox.backends) is 'Where and how a backend connects. A secret that was set for one destination is not sent to another.';
 
 -- The key of passwords is an option of a user mapping: catalogs are in no dump, and are not decoded from the WAL.
 create foreign data wrapper outbox_relay;
@@ -122,26 +122,26 @@ create table outbox.backend_passwords (
     password       bytea not null,
     destination    jsonb not null
 );
--- No policy: even pg_read_all_data sees no row. The owner and other superusers are not bound by it.
+-- Row security without a policy: even pg_read_all_data sees no row. It does not bind the owner and other superusers.
 alter table outbox.backend_passwords enable row level security;
 -- ANALYZE would copy passwords into pg_statistic, which pg_read_all_data can read.
 alter table outbox.backend_passwords alter column password set statistics 0;
 comment on table outbox.backend_passwords is 'Passwords set by outbox.set_backend_password(); read by the worker alone, never dumped.';
 comment on column outbox.backend_passwords.password is 'Sealed for this backend, with AES-256-GCM and the key of server outbox_relay.';
-comment on column outbox.backend_passwords.destination is 'What the password was set for, see outbox.destination(): with another one, the backend is misconfigured.';
+comment on column outbox.backend_passwords.destination is 'The destination that the password was set for, see outbox.destination(). With another destination the backend is misconfigured.';
 
 create table outbox.moved_backends (
     backend_number integer primary key,
     destination    jsonb not null
 );
 alter table outbox.moved_backends enable row level security;
-comment on table outbox.moved_backends is 'Backends whose destination was changed by a role that may not read the server''s files, and the one before: their password files are not read for another.';
+comment on table outbox.moved_backends is 'Backends whose destination was changed by a role that may not read the server''s files, with the destination before that. Their password files are read for that one only.';
 
 ----------------------------------------------------------------------------------------------------------------------
 -- Events, and the tables of those that wait elsewhere
 ----------------------------------------------------------------------------------------------------------------------
 
--- Fixed-width columns first: each row is taken apart once to be sent. The trigger fills seq, xid and backend_number.
+-- Columns of fixed width come first, because each row is deformed once to be sent. The trigger fills in seq, xid and backend_number.
 create sequence outbox.events_seq_seq as bigint cache 1;
 create table outbox.events (
     seq              bigint not null,
@@ -166,22 +166,22 @@ create table outbox.events (
     autovacuum_analyze_scale_factor = 0.2
 );
 alter sequence outbox.events_seq_seq owned by outbox.events.seq;
--- Whose row it is, for those who pass by it.
+-- With the backend's number, so that other backends skip a row by a look at the index.
 alter table outbox.events add primary key (seq) include (backend_number);
 create unique index events_event_id_idx on outbox.events (event_id);
 create index events_xid_idx on outbox.events (xid, seq);
--- For those who look: the latest events, and those of some time.
+-- For outbox.event_status: the latest events, and those of a period.
 create index events_created_at_idx on outbox.events (created_at);
 
-comment on table outbox.events is 'The outbox: one row an event, kept until its retention ends. Rows are never updated; what was delivered is in outbox.cursors.';
-comment on sequence outbox.events_seq_seq is 'Publishing order. May be set back or forward by anybody: numbers go on above all that were given. With another type, INCREMENT, CACHE or CYCLE, publishing is refused.';
-comment on column outbox.events.seq is 'Publishing order; always drawn by the trigger, after xid.';
-comment on column outbox.events.xid is 'The publishing transaction; always filled in by the trigger.';
-comment on column outbox.events.backend_number is 'Number of the backend, found by name when the event was published.';
-comment on column outbox.events.backend is 'Name of the backend when the event was published; NULL in an INSERT: outbox_relay.default_backend.';
+comment on table outbox.events is 'The outbox: one row for each event, kept until its retention ends. Rows are never updated; outbox.cursors says which were delivered.';
+comment on sequence outbox.events_seq_seq is 'Draws the numbers of events, in publishing order. If somebody sets it back, numbering continues above the highest number that was drawn. With another type, INCREMENT, CACHE or CYCLE, publishing is refused.';
+comment on column outbox.events.seq is 'The event''s place in publishing order. The trigger draws it, after xid.';
+comment on column outbox.events.xid is 'The transaction that published the event. The trigger fills it in.';
+comment on column outbox.events.backend_number is 'Number of the backend. The trigger looks it up by the backend''s name.';
+comment on column outbox.events.backend is 'Name of the backend when the event was published. NULL or an empty text in an INSERT means outbox_relay.default_backend.';
 comment on column outbox.events.data is 'The payload, as JSON text.';
-comment on column outbox.events.stream is 'NULL: the backend''s stream_name when it is sent.';
-comment on column outbox.events.max_retries is 'Attempts in all if Redis refuses the event, at most 1000; NULL: outbox_relay.max_retries when it is sent.';
+comment on column outbox.events.stream is 'The stream of the entry. NULL means the backend''s stream_name at the time of sending.';
+comment on column outbox.events.max_retries is 'Attempts in all if Redis refuses the event, at most 1000. NULL means outbox_relay.max_retries at the time of sending.';
 comment on column outbox.events.publisher_config is 'Further fields of the stream entry: a flat JSON object.';
 
 create table outbox.scheduled_events (
@@ -190,8 +190,8 @@ create table outbox.scheduled_events (
     primary key (event_id)
 );
 create index scheduled_events_due_idx on outbox.scheduled_events (scheduled_at, seq);
-comment on table outbox.scheduled_events is 'Events that are not due yet; moved to outbox.events when they are, in the order of scheduled_at and seq.';
-comment on column outbox.scheduled_events.xid is 'The scheduling transaction; 0: a dump brought it when it was overdue, so that it may have been sent since.';
+comment on table outbox.scheduled_events is 'Events that are not due yet. The worker moves them to outbox.events when they are, in the order of scheduled_at and seq.';
+comment on column outbox.scheduled_events.xid is 'The transaction that scheduled the event. 0 means that a dump brought it when it was overdue: it may have been sent already, so the worker looks for it first.';
 
 create table outbox.refused_events (
     seq            bigint primary key,
@@ -206,8 +206,8 @@ create table outbox.refused_events (
 create index refused_events_backend_idx on outbox.refused_events (backend_number, seq) where accepted_in is null and seq > 0;
 create index refused_events_stream_idx on outbox.refused_events (backend_number, stream, seq) where accepted_in is null;
 comment on table outbox.refused_events is 'Events of outbox.events that Redis refused and that are being tried again, and those behind them in the same stream.';
-comment on column outbox.refused_events.accepted_in is 'Number of the batch in which the event was accepted at last, out of its turn: should Redis lose that batch, it waits again. NULL: it waits.';
-comment on column outbox.refused_events.stream is 'As the event names it; NULL: its backend''s own.';
+comment on column outbox.refused_events.accepted_in is 'Number of the batch in which Redis accepted the event late. If Redis loses that batch, the event waits again. NULL: it waits now.';
+comment on column outbox.refused_events.stream is 'The stream that the event names. NULL means its backend''s own.';
 
 create table outbox.failed_events (
     like outbox.events,
@@ -255,7 +255,7 @@ create table outbox.cursors (
     address           text,
     primary key (backend_number, slot)
 ) with (fillfactor = 20, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);
-comment on table outbox.cursors is 'How far each backend, and in a cluster each of its lanes, has come, saved once it is quiet for 250 ms and at the latest after a second. A row outlives its backend: events that were not committed when it was deleted may still come.';
+comment on table outbox.cursors is 'How far each backend has come, or in a cluster each of its lanes. Saved 250 ms after the last change, at the latest after a second. A row outlives its backend, because transactions that were open when the backend was deleted may still commit events.';
 
 create function outbox.hash_slot(stream text) returns integer
     language c immutable strict parallel safe
@@ -265,7 +265,7 @@ comment on function outbox.hash_slot(text) is 'Hash slot of a stream in a Redis 
 create function outbox.hash_tag(slot integer) returns text
     language c immutable strict parallel safe
     as 'MODULE_PATHNAME', 'hash_tag_wrapper';
-comment on function outbox.hash_tag(integer) is 'A short tag of a hash slot: a key with this tag in braces lies there. NULL: there is no such slot.';
+comment on function outbox.hash_tag(integer) is 'A short tag for a hash slot: a key with this tag in braces lies in that slot. NULL if there is no such slot.';
 
 create table outbox.ticks (
     backend_number integer not null,
@@ -276,7 +276,7 @@ create table outbox.ticks (
     high_seq       bigint not null,
     primary key (backend_number, reached_at)
 );
-comment on table outbox.ticks is 'When each backend had delivered what a snapshot sees: the clock of retention. The oldest of a backend is what has been purged.';
+comment on table outbox.ticks is 'The time at which each backend had delivered all that a snapshot sees. Retention is measured by it. What a backend''s oldest tick sees has been purged.';
 
 create table outbox.installation (
     id       uuid not null default pg_catalog.gen_random_uuid(),
@@ -284,8 +284,8 @@ create table outbox.installation (
 );
 insert into outbox.installation (database)
 select d.oid from pg_catalog.pg_database d where d.datname = current_database();
-comment on table outbox.installation is 'The name of this installation in the keys of its guards; made by CREATE EXTENSION, never dumped.';
-comment on column outbox.installation.database is 'The database that it belongs to. Another one: this database was made of that (CREATE DATABASE ... TEMPLATE). pg_upgrade keeps it.';
+comment on table outbox.installation is 'The id of this installation, which is part of its guards'' keys. CREATE EXTENSION makes it; dumps do not contain it.';
+comment on column outbox.installation.database is 'The database that the installation belongs to. If this is another database, the current one was copied from it (CREATE DATABASE ... TEMPLATE). pg_upgrade keeps it.';
 
 create table outbox.incarnations (
     number             integer generated always as identity primary key,
@@ -297,15 +297,15 @@ create table outbox.incarnations (
     first_xid          xid8 not null,
     place              text not null
 );
-comment on table outbox.incarnations is 'The runs of this server that relayed, saved before the first claim of each: guards name them. A copy of the database knows those up to when it was made.';
-comment on column outbox.incarnations.place is 'Where the server lived: a run in another place is a copy''s, unless it was promoted there.';
-comment on column outbox.incarnations.first_xid is 'Transactions of this run have this id or later ones. Less than what a guard of the one before says: WAL was lost, and ids are used again.';
-comment on column outbox.incarnations.previous_ended_lsn is 'Where the history of the one before ended, as far as this server has it.';
+comment on table outbox.incarnations is 'The runs of this server in which it relayed. Guards name them. Each is saved before it claims a guard, so a copy of the database knows only those from before the copy.';
+comment on column outbox.incarnations.place is 'Host and data directory of the server. A run in another place belongs to a copy, unless the server was promoted there.';
+comment on column outbox.incarnations.first_xid is 'The lowest transaction id of this run. If it is lower than what a guard of the previous run says, WAL was lost and ids are being used again.';
+comment on column outbox.incarnations.previous_ended_lsn is 'Where the WAL of the previous run ended, as far as this server has it.';
 
 create function outbox.here() returns text
     language c stable
     as 'MODULE_PATHNAME', 'here_wrapper';
-comment on function outbox.here() is 'Timeline and data directory of this server: who is asked to take over.';
+comment on function outbox.here() is 'Timeline and data directory of this server. A take-over is valid only where it was asked for.';
 
 create table outbox.take_overs (
     backend_number integer primary key,
@@ -313,7 +313,7 @@ create table outbox.take_overs (
     -- The present timeline and the directory: a promoted standby, or a copy, has not been asked.
     asked_of       text not null default outbox.here()
 );
-comment on table outbox.take_overs is 'Backends that are to be taken over; see outbox.take_over().';
+comment on table outbox.take_overs is 'Requests to take over a backend, see outbox.take_over().';
 
 create table outbox.copied_backends (
     backend_number integer primary key,
@@ -321,7 +321,7 @@ create table outbox.copied_backends (
     is_database    boolean not null,
     copied_at      timestamptz not null default clock_timestamp()
 );
-comment on table outbox.copied_backends is 'Backends that are another''s, of which this database is a copy: nothing is sent for them before outbox.take_over().';
+comment on table outbox.copied_backends is 'Backends of the installation that this database was copied from. Nothing is sent for them here before outbox.take_over().';
 comment on column outbox.copied_backends.is_database is 'The original is a database of the same server (CREATE DATABASE ... TEMPLATE); otherwise this whole server is a copy.';
 
 create table outbox.restores (
@@ -331,10 +331,10 @@ create table outbox.restores (
     restored_at    timestamptz not null default clock_timestamp(),
     is_looked_for  boolean not null default false
 );
-comment on table outbox.restores is 'Transactions that brought events of a dump. Some may have been sent since it was taken: the worker looks for them in the streams first.';
-comment on column outbox.restores.is_looked_for is 'That is done. The latest of a backend is kept: should Redis come back as it was before, its events are looked for again.';
+comment on table outbox.restores is 'Transactions that restored events from a dump. Some may have been sent since the dump was taken, so the worker looks for them in the streams first.';
+comment on column outbox.restores.is_looked_for is 'The worker has looked for these events. The latest row of each backend is kept: if Redis loses what it had, the worker looks again.';
 
--- No search_path of its own: it could not be inlined.
+-- Without a search_path of its own, so that it can be inlined.
 create function outbox.is_delivered(c outbox.cursors, xid xid8, seq bigint) returns boolean
     language sql immutable parallel safe
     as $$
@@ -444,12 +444,12 @@ comment on function outbox.complete_event() is 'Trigger of outbox.events and out
 create function outbox.draw_seq() returns bigint
     language c volatile
     as 'MODULE_PATHNAME', 'draw_seq_wrapper';
-comment on function outbox.draw_seq() is 'The next number of an event, for a row of the calling transaction that is inserted with both; drawn after its transaction id.';
+comment on function outbox.draw_seq() is 'Draws the next number, after the transaction has its id. For rows that this transaction inserts with both.';
 
 create function outbox.confirm_event() returns trigger
     language c
     as 'MODULE_PATHNAME', 'confirm_event';
-comment on function outbox.confirm_event() is 'Trigger of outbox.events: refuses a row in which another trigger has changed seq, xid, backend_number or event_id, or that is no event any more.';
+comment on function outbox.confirm_event() is 'Trigger of outbox.events: refuses a row in which another trigger has changed seq, xid, backend_number or event_id, or which another trigger has made invalid.';
 
 create function outbox.refuse_update() returns trigger
     language plpgsql set search_path = pg_catalog, pg_temp
@@ -469,7 +469,7 @@ comment on function outbox.refuse_update() is 'Trigger of outbox.events: an even
 create function outbox.silence_triggers() returns void
     language c
     as 'MODULE_PATHNAME', 'silence_triggers_wrapper';
-comment on function outbox.silence_triggers() is 'Until the end of the function that calls it, triggers of others do not fire: for what writes with the owner''s rights. The owner must be a superuser.';
+comment on function outbox.silence_triggers() is 'Keeps triggers of others from firing until the function that calls it ends. For functions that write with the owner''s rights. The owner must be a superuser.';
 
 create function outbox.has_waiting_events(backend_number integer) returns boolean
     language c strict
@@ -486,11 +486,11 @@ declare
     file_column text;
 begin
     if new.mode = 'cluster' and new.stream_name is null then
-        -- Which slot its events belong to must not change with a setting.
+        -- The hash slot of its events must not change with a setting.
         new.stream_name := coalesce(nullif(pg_catalog.current_setting('outbox_relay.redis_stream_name', true), ''), 'events');
     end if;
     if tg_op = 'UPDATE' and old.mode = 'cluster' and (new.mode <> 'cluster' or new.stream_name <> old.stream_name) then
-        -- Only now: other changes are not to wait for a lock on that table.
+        -- Asked only here, so that other changes do not wait for a lock on that table.
         if exists (select from outbox.cursors c where c.backend_number = old.number) then
             raise exception using errcode = 'object_not_in_prerequisite_state',
                 message = format('mode and stream_name of backend "%s" cannot be changed', old.name),
@@ -575,7 +575,7 @@ begin
             detail = 'Events refer to backends by their numbers, also to those that were deleted.',
             hint = 'Leave number out: it is drawn from a sequence.';
     end if;
-    -- Somebody may have set the sequence back.
+    -- The sequence may have been set back.
     while exists (select from outbox.backends b where b.number = new.number)
         or exists (select from outbox.cursors c where c.backend_number = new.number) loop
         new.number := nextval('outbox.backends_number_seq');
@@ -583,7 +583,7 @@ begin
     return new;
 end
 $$;
-comment on function outbox.check_number() is 'Trigger of outbox.backends: only a superuser, and whom it is granted to execute this function, chooses a backend''s number, as a dump does. For others a number that was given before is not given again.';
+comment on function outbox.check_number() is 'Trigger of outbox.backends: only a superuser, or a role that may execute this function, may choose a backend''s number, as a restore does. All others get the next number that was never used.';
 
 -- With the owner's rights: who may delete backends need not be one who may read all the rest.
 create function outbox.check_backend_deletion() returns trigger
@@ -591,7 +591,7 @@ create function outbox.check_backend_deletion() returns trigger
     as $$
 begin
     perform outbox.silence_triggers();
-    -- What was delivered a moment ago may not be in the saved cursor yet: let the worker save it.
+    -- The saved cursor may lag behind what was delivered a moment ago: let the worker save it.
     for i in 1..20 loop
         if not outbox.has_waiting_events(old.number) then
             delete from outbox.backend_passwords p where p.backend_number = old.number;
@@ -624,7 +624,7 @@ begin
     return null;
 end
 $$;
-comment on function outbox.keep_password() is 'Trigger of outbox.backends: where somebody who may set a backend''s password changes its destination, the password goes along.';
+comment on function outbox.keep_password() is 'Trigger of outbox.backends: when a role that may set passwords changes a backend''s destination, the stored password is valid for the new one.';
 
 create function outbox.note_move() returns trigger
     language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -638,13 +638,13 @@ begin
     return null;
 end
 $$;
-comment on function outbox.note_move() is 'Trigger of outbox.backends: a change of destination by somebody who may not read the server''s files is noted.';
+comment on function outbox.note_move() is 'Trigger of outbox.backends: notes a change of destination by a role that may not read the server''s files.';
 
 create function outbox.forget_move() returns trigger
     language plpgsql security definer set search_path = pg_catalog, pg_temp
     as $$
 begin
-    -- Whoever changes something else, of a backend that was moved, need not have looked where to.
+    -- A role that changes another column of a moved backend has not confirmed its destination by that.
     if exists (select from outbox.moved_backends m where m.backend_number = old.number
         and (new.password_file <> coalesce(old.password_file, '')
             or (m.destination = outbox.destination(old) and m.destination <> outbox.destination(new)))) then
@@ -654,7 +654,7 @@ begin
     return null;
 end
 $$;
-comment on function outbox.forget_move() is 'Trigger of outbox.backends: whoever may read the server''s files has named another file, or another destination for it.';
+comment on function outbox.forget_move() is 'Trigger of outbox.backends: removes the note of outbox.note_move() when a role that may read the server''s files names a file or a destination.';
 
 create function outbox.backends_changed() returns trigger
     language c
@@ -670,7 +670,7 @@ alter table outbox.installation add primary key (id);
 create function outbox.is_applied() returns boolean
     language c volatile
     as 'MODULE_PATHNAME', 'is_applied_wrapper';
-comment on function outbox.is_applied() is 'Whether this is a worker of a subscription, which brings the rows of another server.';
+comment on function outbox.is_applied() is 'Whether this process is a worker of a subscription, which applies rows of another server.';
 
 create table outbox.held_events (
     like outbox.events,
@@ -680,24 +680,24 @@ create table outbox.held_events (
 create index held_events_backend_idx on outbox.held_events (backend, seq);
 create index held_events_number_idx on outbox.held_events (backend_number, seq);
 create index held_events_event_id_idx on outbox.held_events (event_id);
-comment on table outbox.held_events is 'Events of another server that a subscription has brought, with its numbers. It sends them; outbox.take_over() here publishes what it has not sent.';
+comment on table outbox.held_events is 'Events of another server, brought by a subscription, with the numbers of that server. That server sends them. outbox.take_over() here publishes those that it has not sent.';
 
 create table outbox.held_scheduled (
     event_id     uuid primary key,
     scheduled_at timestamptz not null
 );
-comment on table outbox.held_scheduled is 'Times of events in outbox.scheduled_events that are another server''s: there they are due in 9999, until outbox.take_over().';
+comment on table outbox.held_scheduled is 'The real times of scheduled events that a subscription has brought. In outbox.scheduled_events they are due in 9999, until outbox.take_over().';
 
 create table outbox.held_cursors (
     like outbox.cursors,
     primary key (backend_number, slot)
 );
-comment on table outbox.held_cursors is 'How far another server has come, as a subscription tells: by its own numbers of backends. Never ahead of that server.';
+comment on table outbox.held_cursors is 'How far another server has come, as a subscription reports it, with that server''s numbers of backends. It may lag behind that server and is never ahead.';
 
 create table outbox.held_refused (
     seq bigint primary key
 );
-comment on table outbox.held_refused is 'Held events that the other server has passed because Redis refused them: they are looked for in the streams.';
+comment on table outbox.held_refused is 'Held events that Redis refused on the other server. outbox.take_over() has them looked for in the streams.';
 
 create function outbox.hold_event() returns trigger
     language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -716,7 +716,7 @@ begin
     return null;
 end
 $$;
-comment on function outbox.hold_event() is 'Trigger of outbox.events: an event that a subscription brings is held.';
+comment on function outbox.hold_event() is 'Trigger of outbox.events: holds an event that a subscription brings.';
 
 create function outbox.hold_scheduled() returns trigger
     language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -741,7 +741,7 @@ begin
     return new;
 end
 $$;
-comment on function outbox.hold_scheduled() is 'Trigger of outbox.scheduled_events: an event that a subscription brings does not fall due here, and the other server''s changes concern its own alone.';
+comment on function outbox.hold_scheduled() is 'Trigger of outbox.scheduled_events: keeps an event that a subscription brings from falling due, and the other server''s changes from touching events of this one.';
 
 create function outbox.hold_cursor() returns trigger
     language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -776,7 +776,7 @@ begin
     return null;
 end
 $$;
-comment on function outbox.hold_cursor() is 'Trigger of outbox.cursors: how far another server has come, as a subscription tells, is kept apart; what it has sent is held no longer.';
+comment on function outbox.hold_cursor() is 'Trigger of outbox.cursors: keeps the positions that a subscription brings apart, and releases held events that the other server has sent.';
 
 create function outbox.hold_refused() returns trigger
     language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -789,7 +789,7 @@ begin
     return null;
 end
 $$;
-comment on function outbox.hold_refused() is 'Trigger of outbox.refused_events: what another server''s Redis has refused, as a subscription tells.';
+comment on function outbox.hold_refused() is 'Trigger of outbox.refused_events: notes which events Redis refused on another server, as a subscription reports it.';
 
 create function outbox.place_failed() returns trigger
     language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -802,12 +802,12 @@ begin
     return new;
 end
 $$;
-comment on function outbox.place_failed() is 'Trigger of outbox.failed_events: those that a subscription brings are of the backend with their name.';
+comment on function outbox.place_failed() is 'Trigger of outbox.failed_events: assigns an event that a subscription brings to the backend of the same name.';
 
 create function outbox.leave_local() returns trigger
     language c
     as 'MODULE_PATHNAME', 'leave_local';
-comment on function outbox.leave_local() is 'Trigger of tables that do not travel: what a subscription brings, changes or deletes there is passed over.';
+comment on function outbox.leave_local() is 'Trigger of tables that belong to this server alone: ignores what a subscription inserts, updates or deletes there.';
 
 ----------------------------------------------------------------------------------------------------------------------
 -- All triggers: made by this list, looked after by the worker
@@ -822,15 +822,15 @@ create table outbox.known_triggers (
     low_seq  bigint not null,
     high_seq bigint not null
 );
-comment on table outbox.known_triggers is 'How outbox.trigger_state() was when all rows of outbox.events were last known to have come by its trigger, and the tick of then.';
-comment on column outbox.known_triggers.triggers is 'NULL: rows that came otherwise are being looked for, with this tick.';
+comment on table outbox.known_triggers is 'What outbox.trigger_state() returned when all rows of outbox.events were last known to have passed its trigger, with the tick of that moment.';
+comment on column outbox.known_triggers.triggers is 'NULL: the worker is looking for rows that did not pass the trigger, up to this tick.';
 
 create table outbox.kept_rows (
     number   bigint generated always as identity primary key,
     relation text not null,
     kept     text not null
 );
-comment on table outbox.kept_rows is 'Empty, but while a subscription empties a table of this extension: rows of this server, which are put back.';
+comment on table outbox.kept_rows is 'Rows of this server while a subscription truncates a table of the extension; they are put back. Otherwise empty.';
 
 create function outbox.keep_rows() returns trigger
     language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -845,7 +845,7 @@ begin
     return null;
 end
 $$;
-comment on function outbox.keep_rows() is 'Trigger of all tables: the TRUNCATE of another server, which a subscription brings, leaves the rows of this one.';
+comment on function outbox.keep_rows() is 'Trigger of all tables: saves the rows of this server when a subscription applies the TRUNCATE of another.';
 
 create function outbox.put_rows_back() returns trigger
     language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -864,7 +864,7 @@ comment on function outbox.put_rows_back() is 'Trigger of all tables: see outbox
 create function outbox.put_back(statement text) returns void
     language c strict volatile
     as 'MODULE_PATHNAME', 'put_back_wrapper';
-comment on function outbox.put_back(text) is 'Executes an INSERT of rows of this server while a subscription applies changes: they are taken as they are.';
+comment on function outbox.put_back(text) is 'Executes an INSERT of rows of this server while a subscription applies changes. The rows are inserted unchanged.';
 
 create function outbox.our_triggers(out relation text, out name text, out definition text) returns setof record
     language sql immutable set search_path = pg_catalog, pg_temp
@@ -945,7 +945,7 @@ from outbox.our_triggers() o
     left join pg_trigger t on t.tgrelid = to_regclass('outbox.' || o.relation) and t.tgname = o.name and not t.tgisinternal
 where t.tgenabled is distinct from 'A' and to_regclass('outbox.' || o.relation) is not null
 $$;
-comment on function outbox.broken_triggers() is 'Triggers of this extension that are missing, or not enabled always, as pg_restore --disable-triggers leaves them. The worker mends them.';
+comment on function outbox.broken_triggers() is 'Triggers of this extension that are missing or not enabled always, for example after pg_restore --disable-triggers. The worker repairs them.';
 
 create function outbox.mend_trigger(relation text, name text) returns void
     language plpgsql set search_path = pg_catalog, pg_temp set lock_timeout = '100ms'
@@ -978,12 +978,12 @@ insert into outbox.backends (name) values ('default');
 create function outbox.worker_status(out worker_pid integer, out state text) returns setof record
     language c volatile
     as 'MODULE_PATHNAME', 'worker_status_wrapper';
-comment on function outbox.worker_status() is 'This database''s worker: its process id, and what it is doing or why there is none.';
+comment on function outbox.worker_status() is 'This database''s worker: its process id, and its state or the reason why there is none.';
 
 create function outbox.backlog(backend_number integer, out pending bigint, out oldest_created_at timestamptz) returns setof record
     language c volatile strict
     as 'MODULE_PATHNAME', 'backlog_wrapper';
-comment on function outbox.backlog(integer) is 'Committed events of a backend behind its saved cursor: exact up to 10,000, an estimate above.';
+comment on function outbox.backlog(integer) is 'How many committed events of a backend lie behind its saved cursor: exact up to 10,000, an estimate above.';
 
 create view outbox.backend_status with (security_barrier) as
 select b.name as backend,
@@ -1032,7 +1032,7 @@ from outbox.backends b
         from (select e.created_at from outbox.refused_events f join outbox.events e on e.seq = f.seq
             where f.backend_number = b.number and f.accepted_in is null and f.seq > 0 order by f.seq limit 10000) w
     ) r;
-comment on view outbox.backend_status is 'One row a backend: what it is doing, how much waits, what went wrong last.';
+comment on view outbox.backend_status is 'One row for each backend: its state, how much waits, and its last error.';
 
 create view outbox.status with (security_barrier) as
 select w.worker_pid,
@@ -1114,7 +1114,7 @@ from (values
 where t.value is not null;
 comment on view outbox.metrics is 'Figures for a monitoring system: name, type (counter or gauge), labels, value, help. No event ids, streams or payloads are among them. Counters are saved with the cursors, so that they outlive a restart; they lag by a second at most.';
 
--- One branch for each status, so that who asks for one looks at nothing else.
+-- One branch for each status, so that a query for one status reads nothing else.
 create view outbox.event_status with (security_barrier) as
 select f.event_id, f.event_type, f.source, f.subject, coalesce(b.name, f.backend) as backend,
     coalesce(f.stream, b.stream_name, pg_catalog.current_setting('outbox_relay.redis_stream_name', true)) as stream,
@@ -1184,7 +1184,7 @@ where c.is_delivered
     and not exists (select from outbox.failed_events f where f.event_id = e.event_id and f.seq = e.seq)
 -- In an order in which the latest few are found at once.
 order by e.created_at desc);
-comment on view outbox.event_status is 'One row an event, without its payload. Quick to ask by event_id, by status (all but published) and for the latest by created_at; for anything else, say from when on (created_at >= ...).';
+comment on view outbox.event_status is 'One row for each event, without its payload. Fast by event_id, by status (except published), and for the latest by created_at. For anything else, add a condition on created_at.';
 
 ----------------------------------------------------------------------------------------------------------------------
 -- Health: what is well, what is not, and what helps
@@ -1427,14 +1427,14 @@ comment on function outbox.health(interval) is 'Whether all is well: one row a c
 create function outbox.wake() returns void
     language c volatile
     as 'MODULE_PATHNAME', 'wake_wrapper';
-comment on function outbox.wake() is 'Wakes this database''s worker; a backend that is waiting to try again does so at once, or if that was asked for within the last second, once it has passed. Otherwise its waits go on as if nobody had asked.';
+comment on function outbox.wake() is 'Wakes this database''s worker. A backend that waits to try again tries at once, but not more than once a second. Its backoff continues as before.';
 
 create function outbox.purge_piece(backend_number integer, after_seq bigint, row_count integer, out deleted bigint, out last_seq bigint) returns setof record
     language c volatile strict
     as 'MODULE_PATHNAME', 'purge_piece_wrapper';
-comment on function outbox.purge_piece(integer, bigint, integer) is 'Deletes some published events of a backend whose retention has ended; last_seq goes into the next call, NULL: no more.';
+comment on function outbox.purge_piece(integer, bigint, integer) is 'Deletes some sent events of a backend whose retention has ended. Pass last_seq to the next call; NULL means that all are deleted.';
 
--- It commits, so it can have no search_path of its own.
+-- A procedure that commits cannot have a search_path of its own.
 create procedure outbox.purge()
     language plpgsql
     as $$
@@ -1463,7 +1463,7 @@ begin
     end if;
 end
 $$;
-comment on procedure outbox.purge() is 'Deletes published and failed events whose retention has ended, committing as it goes. The worker does the same by itself.';
+comment on procedure outbox.purge() is 'Deletes sent and failed events whose retention has ended, and commits after each piece. The worker does the same by itself.';
 
 create function outbox.wait_published(event_id uuid, timeout interval default '10s') returns boolean
     language plpgsql set search_path = pg_catalog, pg_temp
@@ -1487,7 +1487,7 @@ begin
     end loop;
 end
 $$;
-comment on function outbox.wait_published(uuid, interval) is 'Waits until an event is known to be in its stream; false if it is not within the timeout. Call it after the commit.';
+comment on function outbox.wait_published(uuid, interval) is 'Waits until an event is known to be in its stream. Returns false if that takes longer than the timeout. Call it after the commit.';
 
 create function outbox.waits_since(seen pg_snapshot) returns boolean
     language sql volatile set search_path = pg_catalog, pg_temp
@@ -1632,7 +1632,7 @@ begin
     return retried;
 end
 $$;
-comment on function outbox.retry_failed(text, text, uuid) is 'Publishes failed events again, with the same event_id, in their order; returns how many. Those that are refused stay, and those whose event_id another event has that waits to be sent.';
+comment on function outbox.retry_failed(text, text, uuid) is 'Publishes failed events again, with the same event_id, in their order. Returns how many. An event stays failed if it is refused, or if another event with its event_id waits to be sent.';
 
 create function outbox.discard_failed(backend text default null, event_type text default null, event_id uuid default null) returns bigint
     language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -1678,14 +1678,14 @@ select format('outbox_relay:guard:%s:%s:%s', i.id, d.oid, b.number)
 from outbox.installation i, pg_catalog.pg_database d, outbox.expect_backend(backend) b
 where d.datname = current_database()
 $$;
-comment on function outbox.guard_key(text, text) is 'In a cluster, key of a backend''s guard beside this stream; NULL: its own stream_name.';
+comment on function outbox.guard_key(text, text) is 'Key of the backend''s guard in the hash slot of this stream, in a cluster. NULL means the backend''s stream_name.';
 
 create function outbox.guard_key(backend text) returns text
     language sql stable security definer set search_path = pg_catalog, pg_temp
     as $$
 select outbox.guard_key(backend, null)
 $$;
-comment on function outbox.guard_key(text) is 'Key of a backend''s guard in its Redis: a hash that says who appends to its streams, and how far that has come. In a cluster, of the one beside its own stream.';
+comment on function outbox.guard_key(text) is 'Key of a backend''s guard in Redis: a hash that says who owns the streams, and which batch was the last. In a cluster, the guard in the hash slot of the backend''s own stream.';
 
 create function outbox.accept_held(backend text) returns bigint
     language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -1742,12 +1742,12 @@ begin
     return sent + accepted + scheduled;
 end
 $$;
-comment on function outbox.accept_held(text) is 'Publishes here what a subscription has brought of a backend and its own server has not sent; outbox.take_over() calls it.';
+comment on function outbox.accept_held(text) is 'Publishes here those events of a backend that a subscription has brought and that their own server has not sent. outbox.take_over() calls it.';
 
 create function outbox.database_made_by(out xid bigint, out is_certain boolean) returns setof record
     language c volatile
     as 'MODULE_PATHNAME', 'database_made_by_wrapper';
-comment on function outbox.database_made_by() is 'The transaction that made this database; not certain if its row of pg_database was changed since.';
+comment on function outbox.database_made_by() is 'The transaction that created this database. Not certain if its row of pg_database was changed since.';
 
 create function outbox.note_copy() returns boolean
     language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -1853,7 +1853,7 @@ begin
     return true;
 end
 $$;
-comment on function outbox.note_copy() is 'Whether this database was made of another one and nobody had noticed: then what waited there has failed here, and the copy sends nothing before outbox.take_over().';
+comment on function outbox.note_copy() is 'Notes that this database is a copy of another one, if it is and nobody had noted it; returns whether it did. Events that waited in the original fail here, and the copy sends nothing before outbox.take_over().';
 
 create function outbox.take_over(backend text) returns void
     language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -1881,7 +1881,7 @@ begin
         on conflict (backend_number) do update set asked_at = excluded.asked_at, asked_of = excluded.asked_of;
 end
 $$;
-comment on function outbox.take_over(text) is 'Ends a fence on purpose: this server becomes the owner of the backend''s streams, whoever was; a copy of a database begins to send what is published in it. Also goes on after on_missing_guard = ''halt''.';
+comment on function outbox.take_over(text) is 'Makes this server the owner of the backend''s streams, whoever owns them now. A copy of a database begins to send what is published in it. A backend that halted because its guard was missing continues.';
 
 create function outbox.set_backend_password(name text, password text) returns void
     language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -1914,7 +1914,7 @@ begin
     end if;
 end
 $$;
-comment on function outbox.set_backend_password(text, text) is 'Sets the password with which the worker logs in to a backend, where it connects now; NULL removes it. It is kept apart, unreadable, and not dumped. What the server logs of a statement before it is executed shows its text and parameters: contrib/set_backend_password.sql passes by all logs, and so does password_file.';
+comment on function outbox.set_backend_password(text, text) is 'Sets the password with which the worker logs in to the backend''s present destination. NULL removes it. It is stored sealed, nobody can read it, and dumps do not contain it. The server may log the statement that sets it; contrib/set_backend_password.sql and password_file avoid that.';
 
 create function outbox.publisher_rights(out right_to text, out object text) returns setof record
     language sql immutable parallel safe set search_path = pg_catalog, pg_temp
@@ -1973,7 +1973,7 @@ begin
     end loop;
 end
 $$;
-comment on function outbox.grant_publisher(regrole) is 'Lets a role publish, and look at what its transaction has published; nothing else. See outbox.revoke_publisher(), and allowed_streams of outbox.backends.';
+comment on function outbox.grant_publisher(regrole) is 'Lets a role publish, and see what its own transaction has published; nothing else. See outbox.revoke_publisher(), and allowed_streams of outbox.backends.';
 
 create function outbox.grant_publisher(role text) returns void
     language sql set search_path = pg_catalog, pg_temp
@@ -1992,7 +1992,7 @@ begin
     for r in select * from outbox.publisher_rights() p where p.object <> 'schema outbox' loop
         execute format('revoke %s on %s from %s', r.right_to, r.object, grantee);
     end loop;
-    -- Unless it has been granted something else here.
+    -- Unless the role has been granted something else in this schema.
     if not exists (
         select from pg_class c, aclexplode(c.relacl) a where c.relnamespace = 'outbox'::regnamespace and a.grantee = role::oid
         union all
@@ -2004,7 +2004,7 @@ begin
     end if;
 end
 $$;
-comment on function outbox.revoke_publisher(regrole) is 'Takes away what outbox.grant_publisher() has given to a role. What it has by being a member of another role, it keeps.';
+comment on function outbox.revoke_publisher(regrole) is 'Revokes what outbox.grant_publisher() has granted to a role. The role keeps what it has as a member of other roles.';
 
 create function outbox.revoke_publisher(role text) returns void
     language sql set search_path = pg_catalog, pg_temp
@@ -2040,7 +2040,7 @@ create function outbox.trigger_state(out triggers text, out filenode oid) return
 select (select t.oid || ' ' || t.xmin from pg_trigger t where t.tgrelid = 'outbox.events'::regclass and t.tgname = 'complete_event'),
     pg_relation_filenode('outbox.events')
 $$;
-comment on function outbox.trigger_state() is 'What the trigger of outbox.events, and the file of the table, are: other than they were whenever somebody has touched them.';
+comment on function outbox.trigger_state() is 'The identity of the trigger of outbox.events, and of the table''s file. It changes whenever somebody changes the trigger or rewrites the table.';
 
 insert into outbox.known_triggers (triggers, filenode, snapshot, next_xid, low_seq, high_seq)
     select s.triggers, s.filenode, format('%s:%s:', x, x)::pg_snapshot, x, 0, 0

@@ -15,7 +15,8 @@ use crate::tables::row::attribute;
 use crate::tables::trusted::RowKey;
 use pgrx::pg_sys;
 
-/// Checks an event, and makes a row of it. Returns nothing that needs to be dropped: from here on, other people's code may run.
+/// Checks an event, and makes a row of it. Returns nothing that needs to be dropped: from here on, other people's code
+/// may run.
 pub fn prepared(request: &Request<'_>, relations: &Relations) -> NewRow {
     // SAFETY: each raises the standard ERROR when the transaction may not write.
     unsafe {

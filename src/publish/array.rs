@@ -43,8 +43,8 @@ extern "C-unwind" fn publish_events(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys:
     });
     let mut tables = Tables::default();
     let mut index: c_int = 0;
-    // SAFETY: within a call by Postgres; the set of results was made by guard's body, and so was the list of items. The entry for errors is
-    // taken off again below, or by whoever catches an ERROR further out.
+    // SAFETY: within a call by Postgres; the set of results was made by guard's body, and so was the list of items. The
+    // entry for errors is taken off again below, or by the code that catches an ERROR further out.
     unsafe {
         let results = (*fcinfo).resultinfo.cast::<pg_sys::ReturnSetInfo>();
         let mut entry = pg_sys::ErrorContextCallback {
@@ -88,7 +88,8 @@ struct Items {
 
 /// The elements of the argument, and a place for the results.
 fn items_of_call(fcinfo: pg_sys::FunctionCallInfo) -> Items {
-    // SAFETY: one argument of type jsonb, by the SQL declaration, which is strict; a strictness that somebody else's has not is asked for.
+    // SAFETY: one argument of type jsonb, by the SQL declaration, which is strict; a strictness that somebody else's
+    // has not is asked for.
     unsafe {
         let argument = &(*fcinfo).args.as_slice(1)[0];
         if argument.isnull {

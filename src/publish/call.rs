@@ -1,6 +1,7 @@
-//! `outbox.publish_event`, in two signatures. The documented one takes what its argument list says. The other takes what a driver has
-//! typed otherwise: `json` or `text` for JSON, any number for max_retries, `text` for event_id. Those arguments are of type
-//! `outbox.any_value`, which is read by what is written there, or `outbox.any_number`. Where a call fits both, Postgres decides for the documented one.
+//! `outbox.publish_event`, in two signatures. The documented one takes what its argument list says. The other takes
+//! what a driver has typed otherwise: `json` or `text` for JSON, any number for max_retries, `text` for event_id. Those
+//! arguments are of type `outbox.any_value`, which is read by what is written there, or `outbox.any_number`. Where a
+//! call fits both, Postgres decides for the documented one.
 
 use crate::publish::appending::{Tables, prepared};
 use crate::publish::json;
@@ -39,7 +40,8 @@ extern "C-unwind" fn publish_event_of_any_types(fcinfo: pg_sys::FunctionCallInfo
 type Arguments = [pg_sys::NullableDatum];
 
 /// # Safety
-/// Within a call by Postgres, with arguments that `request_of` reads. No frame up to Postgres's holds anything that needs dropping.
+/// Within a call by Postgres, with arguments that `request_of` reads. No frame up to Postgres's holds anything that
+/// needs dropping.
 unsafe fn publish(
     fcinfo: pg_sys::FunctionCallInfo,
     request_of: for<'a> unsafe fn(&'a Arguments) -> Request<'a>,
@@ -90,7 +92,8 @@ unsafe fn request_of_call(arguments: &Arguments) -> Request<'_> {
 /// As [`request_of_call`], of the other signature.
 unsafe fn request_of_any_call(arguments: &Arguments) -> Request<'_> {
     let get = |index: usize| given(arguments, index);
-    // SAFETY: the caller's promise: arguments 2, 7 and 10 are any_value, which has the form of text, 6 is a double precision.
+    // SAFETY: the caller's promise: arguments 2, 7 and 10 are any_value, which has the form of text, 6 is a double
+    // precision.
     unsafe {
         let written = |index: usize| get(index).map(|d| text_of(bytes_of(d)));
         let json = |text: &[u8]| Cow::Borrowed(json::rendered(json::parsed(text)));

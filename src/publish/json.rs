@@ -20,7 +20,8 @@ pub unsafe fn rendered<'a>(datum: pg_sys::Datum) -> &'a [u8] {
     }
 }
 
-/// A JSON text as jsonb, in the current memory context, with the errors of jsonb. The text is valid in the database's encoding.
+/// A JSON text as jsonb, in the current memory context, with the errors of jsonb. The text is valid in the database's
+/// encoding.
 pub fn parsed(text: &[u8]) -> pg_sys::Datum {
     let text = CString::new(text).unwrap_or_default();
     let arguments = [Some(pg_sys::Datum::from(text.as_ptr()))];
@@ -29,7 +30,8 @@ pub fn parsed(text: &[u8]) -> pg_sys::Datum {
     jsonb.unwrap_or(pg_sys::Datum::from(0))
 }
 
-/// An ERROR of jsonb if a value of type json is none of type jsonb: json takes escapes that stand for no text, and numbers of any size.
+/// An ERROR of jsonb if a value of type json is none of type jsonb: json takes escapes that stand for no text, and
+/// numbers of any size.
 pub fn expect_jsonb(text: &[u8]) {
     if may_be_none(text) {
         parsed(text);

@@ -1,4 +1,5 @@
-//! Publishing: an event becomes a row of `outbox.events` in the caller's transaction. Nothing here depends on the worker.
+//! Publishing: an event becomes a row of `outbox.events` in the caller's transaction. Nothing here depends on the
+//! worker.
 //!
 //! - [`call`] `publish_event`, in both signatures
 //! - [`array`] `publish_events`
@@ -10,10 +11,10 @@
 //! - [`appending`] from a checked request to a row
 //! - [`returning`] RETURNING and ON CONFLICT for those who may only insert
 //!
-//! `publish_event` inserts through the table's access method, not the executor, where nobody else has a say (see
-//! `tables/insertion.rs`): it needs no rights on the table, and no plan. A plain INSERT comes by the trigger `complete_event`. Both
-//! check the same things and draw the same numbers, the transaction id *before* the sequence number: the reader's bounds rely on it
-//! (see `relay::reading::snapshot::Tick`).
+//! `publish_event` inserts through the table's access method and not the executor, as long as the table is as the
+//! extension made it (see `tables/insertion.rs`): it needs no rights on the table, and no plan. A plain INSERT passes
+//! the trigger `complete_event`. Both check the same things and draw the same numbers, the transaction id *before* the
+//! sequence number: the reader's bounds rely on it (see `relay::reading::snapshot::Tick`).
 
 mod appending;
 mod array;

@@ -1,5 +1,5 @@
-//! Event ids that are used already. An event that waits for its time has its id in another table than the others, so that no index
-//! alone can tell; whoever tells, it is a violation of the unique index of `outbox.events`, in the same words.
+//! Event ids that are used already. Scheduled events have their ids in a table of their own, so that one index alone
+//! cannot tell. In whichever table the id is, the error is that of the unique index of `outbox.events`.
 
 use crate::server::report::{self, Constraint};
 use crate::tables::catalog::Relations;
@@ -15,7 +15,7 @@ pub enum Way {
     Refusing,
     /// By an INSERT with ON CONFLICT DO NOTHING: the row is left out.
     LeavingOut,
-    /// By an INSERT of which nobody knows. If the id is in the same table, its index decides.
+    /// By a statement that is not known. If the id is in the same table, its index decides.
     Unknown,
 }
 
@@ -48,10 +48,11 @@ pub fn is_new(relations: &Relations, event_id: &[u8; 16], scheduled: bool, way: 
     false
 }
 
-/// Whether a table has a row with this id that has committed, or is this transaction's own. By a look at the index alone as a rule.
+/// Whether a table has a row with this id that has committed, or is this transaction's own. By a look at the index
+/// alone as a rule.
 fn is_in((table, index): (pg_sys::Oid, pg_sys::Oid), event_id: &[u8; 16]) -> bool {
-    // SAFETY: an index look-up by an equality key of the column's type. The snapshot is a constant, which also sees rows that the present
-    // command has inserted.
+    // SAFETY: an index look-up by an equality key of the column's type. The snapshot is a constant, which also sees
+    // rows that the present command has inserted.
     unsafe {
         let lock = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
         let rel = pg_sys::table_open(table, lock);

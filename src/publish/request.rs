@@ -35,7 +35,8 @@ pub struct Request<'a> {
 }
 
 impl Request<'_> {
-    /// What ORMs send for nothing is nothing: an empty text where a text need not be given, and the null of JSON for further fields.
+    /// What ORMs send for nothing is nothing: an empty text where a text need not be given, and the null of JSON for
+    /// further fields.
     pub fn without_empty(mut self) -> Self {
         for text in [
             &mut self.subject,
@@ -112,7 +113,8 @@ pub fn check(request: &Request<'_>) -> Result<Checked, PublishError> {
     })
 }
 
-/// An event is at most so large, and all of it can be sent: its texts have a UTF-8 form, and its further fields are flat.
+/// An event is at most so large, and all of it can be sent: its texts have a UTF-8 form, and its further fields are
+/// flat.
 fn check_size_and_encoding(request: &Request<'_>) -> Result<(), PublishError> {
     let texts = request.texts();
     let size: usize = texts.iter().filter_map(|(_, text)| *text).map(<[u8]>::len).sum();
@@ -176,8 +178,8 @@ pub fn time(text: &[u8]) -> i64 {
     time.map_or(0, |time| time.value() as i64)
 }
 
-/// The backend of a setting, whose bytes may be in the database's encoding (a session, a role or a database has it) or in that of
-/// postgresql.conf, which is UTF-8 as a rule.
+/// The backend of a setting, whose bytes may be in the database's encoding (a session, a role or a database has it) or
+/// in that of postgresql.conf, which is UTF-8 as a rule.
 fn default_backend() -> String {
     let name = guc::DEFAULT_BACKEND.get().unwrap_or_default();
     let in_file = name.to_str().ok().map(str::to_owned);

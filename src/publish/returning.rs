@@ -1,13 +1,14 @@
 //! RETURNING and ON CONFLICT for publishers, who may insert events and read none. ORMs write both by default.
 //!
-//! Postgres asks for SELECT on each column that they name, and whoever has that reads the column of all rows. Row security would limit
-//! it to the transaction's own rows, but refuses COPY. So nothing is granted: from the analysed statement, SELECT on the target table is
-//! taken off the rights that its execution asks for, where all that it can show is what the publisher gives: an INSERT into
-//! `outbox.events` that changes no row, and returns none but its own, in columns that publishers fill in. All else that the statement
-//! names is asked for as before. ON CONFLICT (event_id) tells whether an id is taken, as the error for a repeated id does.
+//! Postgres asks for SELECT on each column that they name, and whoever has that reads the column of all rows. Row
+//! security would limit it to the transaction's own rows, but refuses COPY. So nothing is granted: from the analysed
+//! statement, SELECT on the target table is taken off the rights that its execution asks for, where all that it can
+//! show is what the publisher gives: an INSERT into `outbox.events` that changes no row, and returns none but its own,
+//! in columns that publishers fill in. All else that the statement names is asked for as before. ON CONFLICT (event_id)
+//! tells whether an id is taken, as the error for a repeated id does.
 //!
-//! What is refused all the same is refused here in words. The hook runs for each statement that is analysed, and looks at those alone
-//! that are an INSERT with such a clause.
+//! What is refused all the same is refused here in words. The hook runs for each statement that is analysed, and looks
+//! at those alone that are an INSERT with such a clause.
 
 use crate::server::error::raise;
 use crate::server::report;
@@ -111,11 +112,11 @@ struct Asked {
     updates: bool,
 }
 
-/// Whether all that it asks for is what a publisher gives. An ERROR, which says so in words, if the caller is a publisher and may not
-/// have the rest.
+/// Whether all that it asks for is what a publisher gives. An ERROR, which says so in words, if the caller is a
+/// publisher and may not have the rest.
 fn is_own_alone(asked: &Asked) -> bool {
     let ours = catalog::relations().is_some_and(|relations| relations.events == asked.table);
-    // Policies of others are for whoever may read.
+    // With row security, Postgres checks the policies for SELECT only where it asks for that right.
     if !ours || has_row_security(asked.table) {
         return false;
     }
@@ -156,7 +157,7 @@ fn columns(asked: &Asked) -> impl Iterator<Item = i16> {
 }
 
 fn has_row_security(table: pg_sys::Oid) -> bool {
-    // SAFETY: whoever analysed the statement has locked the table.
+    // SAFETY: the analysis of the statement has locked the table.
     unsafe {
         let relation = pg_sys::table_open(table, pg_sys::NoLock as pg_sys::LOCKMODE);
         let has = (*(*relation).rd_rel).relrowsecurity;

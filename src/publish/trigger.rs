@@ -1,5 +1,5 @@
-//! Plain INSERT and COPY into `outbox.events` and `outbox.scheduled_events`: the trigger that checks a row as `publish_event` does, and
-//! fills in what is ours.
+//! Plain INSERT and COPY into `outbox.events` and `outbox.scheduled_events`: the trigger that checks a row as
+//! `publish_event` does, and fills in what is ours.
 
 use crate::publish::doubts;
 use crate::publish::error::PublishError;
@@ -68,8 +68,8 @@ extern "C-unwind" fn complete_event(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys:
 
 crate::sql_function!(confirm_event, pg_finfo_confirm_event);
 
-/// Trigger of `outbox.events`, before each row and after all other triggers: what `complete_event` has filled in must still be there, and
-/// what others have changed since must be an event.
+/// Trigger of `outbox.events`, before each row and after all other triggers: what `complete_event` has filled in must
+/// still be there, and what others have changed since must be an event.
 // No pg_guard: as complete_event.
 #[unsafe(no_mangle)]
 extern "C-unwind" fn confirm_event(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
@@ -92,7 +92,8 @@ extern "C-unwind" fn confirm_event(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::
     })
 }
 
-/// Rows that were completed and wait to be confirmed: that of each statement within a statement, and those that a trigger left out.
+/// Rows that were completed and wait to be confirmed: that of each statement within a statement, and those that a
+/// trigger left out.
 const MOST_COMPLETED: usize = 64;
 
 fn note_completed(key: RowKey) {
@@ -225,7 +226,8 @@ impl Changes {
     }
 
     /// # Safety
-    /// A tuple and its descriptor; the values are of their columns' types. The new tuple lives in the current memory context.
+    /// A tuple and its descriptor; the values are of their columns' types. The new tuple lives in the current memory
+    /// context.
     unsafe fn made(&mut self, tuple: pg_sys::HeapTuple, descriptor: pg_sys::TupleDesc) -> pg_sys::HeapTuple {
         // SAFETY: the caller's promise; the arrays are as long as `count`.
         unsafe {
@@ -346,8 +348,8 @@ fn optional(request: &Request<'_>) -> [(usize, bool); 4] {
     ]
 }
 
-/// Some of a dump's events may have been sent since it was taken: the worker is to look for them first. Once in a transaction, and
-/// again in a subtransaction, since the other may be rolled back alone.
+/// Some of a dump's events may have been sent since it was taken: the worker is to look for them first. Once in a
+/// transaction, and again in a subtransaction, since the other may be rolled back alone.
 fn note_restore(number: i32, xid: u64) {
     let key = (subtransaction(), number);
     let is_noted = RESTORED.with_borrow_mut(|(of, noted)| {
@@ -362,14 +364,15 @@ fn note_restore(number: i32, xid: u64) {
     }
 }
 
-/// As [`check`]; but a dump's rows carry a backend's number, and may come before the backend itself, or under a name that it
-/// no longer has: COPY alone can give a number, and then the number is what counts.
+/// As [`check`]; but a dump's rows carry a backend's number, and may come before the backend itself, or under a name
+/// that it no longer has: COPY alone can give a number, and then the number is what counts.
 fn check_restorable(request: &Request<'_>, row: &Row) -> Checked {
     let number = row.i32(attribute::BACKEND_NUMBER);
     match (check(request), number) {
         (Ok(checked), None) => checked,
         (Ok(checked), Some(number)) if checked.backend_number == number => checked,
-        // An event that cannot be sent was let in by an earlier version: it fails when its turn comes, not the restore of all others.
+        // An event that cannot be sent was let in by an earlier version: it fails when its turn comes, not the restore
+        // of all others.
         (Ok(_) | Err(PublishError::UnknownBackend(_) | PublishError::Foreign { .. }), Some(number)) if is_copy() => {
             // SAFETY: a text of the row, if it is there.
             let name = row.get(attribute::BACKEND).map(|d| unsafe { bytes_of(d) });

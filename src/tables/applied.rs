@@ -1,5 +1,5 @@
-//! Logical replication: rows of other servers' tables that a subscription brings. What becomes of them is in the SQL script; here is what
-//! it asks.
+//! Logical replication: rows of other servers' tables that a subscription brings. What becomes of them is in the SQL
+//! script; here is what it asks.
 
 use crate::server::guc::LogLevel;
 use crate::server::process::log;
@@ -15,8 +15,8 @@ thread_local! {
     static PUTS_BACK: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Whether this process is a worker of a subscription, one that applies changes or one that copies a table, and not putting back rows of
-/// this server.
+/// Whether this process is a worker of a subscription, one that applies changes or one that copies a table, and not
+/// putting back rows of this server.
 pub fn is_worker() -> bool {
     // SAFETY: a plain read.
     unsafe { pg_sys::IsLogicalWorker() && !puts_back() }
@@ -47,8 +47,8 @@ fn is_applied() -> bool {
     is_worker()
 }
 
-/// Publications that take along what must not leave this server: where backends connect among it, and sealed passwords, which whoever may
-/// decode the WAL then has.
+/// Publications that contain what must not leave this server, such as the destinations of backends and the sealed
+/// passwords. Roles that may decode the WAL would get them.
 pub fn publications() -> Vec<String> {
     sql::query(
         "select p.pubname::text from pg_publication p

@@ -1,8 +1,9 @@
 //! A row that cannot be read, converted or encoded fails alone.
 //!
-//! Reading takes rows as they come, without a subtransaction for each. Where an ERROR may be that of one row (text that has no UTF-8
-//! form, a damaged value), the transaction is done once more, with care: then each row is first tried by itself, and one that cannot be
-//! read is written down as failed, with the reason. So a bad row costs one transaction more, and holds up nobody.
+//! Reading takes rows as they come, without a subtransaction for each. Where an ERROR may be that of one row (text that
+//! has no UTF-8 form, a damaged value), the transaction is done once more, with care: then each row is first tried by
+//! itself, and one that cannot be read is written down as failed, with the reason. So a bad row costs one more
+//! transaction, and delays no other.
 
 use crate::server::error::raise;
 use crate::server::guc::LogLevel;

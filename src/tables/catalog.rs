@@ -1,7 +1,8 @@
-//! What a session knows of our tables and backends without asking each time: the relations' OIDs and the backends by name.
+//! What a session knows of our tables and backends without asking each time: the relations' OIDs and the backends by
+//! name.
 //!
-//! Filled with the *latest* snapshot, not the transaction's (a backend made since is known), marked valid before it is read (a change
-//! in between marks it invalid again), and it sees a backend made by its own transaction.
+//! Filled with the *latest* snapshot, not the transaction's (a backend made since is known), marked valid before it is
+//! read (a change in between marks it invalid again), and it sees a backend made by its own transaction.
 
 use crate::server::error::{internal, raise};
 use crate::tables::missing;
@@ -15,12 +16,13 @@ use std::ffi::CStr;
 use std::rc::Rc;
 use wildmatch::WildMatch;
 
-/// OIDs of what we read and write without SQL. Those of `events`, the sequence and `backends` are there, others may be missing
-/// (`InvalidOid`); see the module `missing`.
+/// OIDs of what we read and write without SQL. Those of `events`, the sequence and `backends` are there, others may be
+/// missing (`InvalidOid`); see the module `missing`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Relations {
     pub events: pg_sys::Oid,
-    /// Indexes are known by what they index, whatever they are called: somebody may have put another in the place of ours.
+    /// Indexes are known by what they index, whatever they are called: somebody may have put another in the place of
+    /// ours.
     pub events_seq_key: pg_sys::Oid,
     pub events_xid_key: pg_sys::Oid,
     pub events_id_key: pg_sys::Oid,
@@ -28,7 +30,8 @@ pub struct Relations {
     pub sequence: pg_sys::Oid,
     pub scheduled: pg_sys::Oid,
     pub backends: pg_sys::Oid,
-    /// The sequence of their numbers, which nearly nobody opens: what is news of backends is told as news of it.
+    /// The sequence of their numbers. Changes of backends are announced as invalidations of it, because hardly any
+    /// session has it open.
     pub backends_news: pg_sys::Oid,
     pub backend_passwords: pg_sys::Oid,
     /// The functions of our own triggers on `events`.
@@ -119,13 +122,13 @@ impl Relations {
     }
 }
 
-/// Who owns our tables, now: what is on a table runs with its owner's rights. An ERROR if they are not all of one owner.
+/// The present owner of our tables, whose rights the code on them has. An ERROR if they have several owners.
 pub fn owner() -> pg_sys::Oid {
     let known = RELATIONS.get().or_else(look_up);
     known.unwrap_or_else(|| missing::extension()).owner()
 }
 
-/// A relation's owner by the catalog as of now; nobody if it has gone.
+/// A relation's present owner by the catalog; `InvalidOid` if there is no such relation any more.
 pub fn owner_of(relation: pg_sys::Oid) -> pg_sys::Oid {
     class_of(relation).owner
 }
@@ -223,8 +226,8 @@ pub fn generation() -> u64 {
     GENERATION.get()
 }
 
-/// Our relations, or `None` where the extension is not installed. An ERROR in words where it is, and what everybody needs of it is
-/// missing. Needs a transaction.
+/// Our relations, or `None` where the extension is not installed. An ERROR in words where it is, and what everybody
+/// needs of it is missing. Needs a transaction.
 pub fn relations() -> Option<Relations> {
     if let Some(known) = RELATIONS.get() {
         return Some(known);
@@ -300,8 +303,8 @@ pub fn is_installed() -> bool {
     unsafe { pg_sys::get_extension_oid(c"outbox_relay".as_ptr(), true) != pg_sys::InvalidOid }
 }
 
-/// A valid btree index that begins with these columns, in this order; `is_unique`: on them alone, so that each value is there once.
-/// By the catalog, without a lock on the table.
+/// A valid btree index that begins with these columns, in this order; `is_unique`: on them alone, so that each value is
+/// there once. By the catalog, without a lock on the table.
 ///
 /// # Safety
 /// Within a transaction.
@@ -341,7 +344,8 @@ unsafe fn index_on(table: pg_sys::Oid, columns: &[usize], is_unique: bool) -> pg
     index
 }
 
-/// The index of a row of pg_index, if it is a B-tree over these columns, in ascending order. The row is one of pg_index.
+/// The index of a row of pg_index, if it is a B-tree over these columns, in ascending order. The row is one of
+/// pg_index.
 fn usable_index(row: &Row, columns: &[usize], is_unique: bool) -> Option<pg_sys::Oid> {
     let says = |column: u32| row.get(column as usize).is_some_and(|d| d.value() as u8 != 0);
     let has = |column: u32| row.get(column as usize).is_some();
@@ -365,7 +369,8 @@ fn usable_index(row: &Row, columns: &[usize], is_unique: bool) -> Option<pg_sys:
     let oid = row.get(pg_sys::Anum_pg_index_indexrelid as usize)?;
     let indexed = row.get(pg_sys::Anum_pg_index_indkey as usize)?;
     let options = row.get(pg_sys::Anum_pg_index_indoption as usize)?;
-    // SAFETY: both are vectors with an element for each column of the index, of which there are enough; they are stored as they are.
+    // SAFETY: both are vectors with an element for each column of the index, of which there are enough; they are stored
+    // as they are.
     let (indexed, options) = unsafe {
         let indexed = (*indexed.cast_mut_ptr::<pg_sys::int2vector>())
             .values
@@ -395,7 +400,7 @@ pub fn can_save() -> bool {
     table.is_some_and(|table| unsafe { pg_sys::ConditionalLockRelationOid(table, lock) })
 }
 
-/// A function of ours without arguments; nobody's number if there is none.
+/// A function of ours without arguments; `InvalidOid` if there is none.
 ///
 /// # Safety
 /// Within a transaction.
@@ -413,7 +418,8 @@ unsafe fn function(schema: pg_sys::Oid, name: &CStr) -> pg_sys::Oid {
     }
 }
 
-/// The types of the columns that events and scheduled events begin with: their values are taken apart, and put together, without asking.
+/// The types of the columns that events and scheduled events begin with: their values are taken apart, and put
+/// together, without asking.
 pub const EVENT_TYPES: [pg_sys::Oid; attribute::COUNT] = [
     pg_sys::INT8OID,
     pg_sys::XID8OID,

@@ -13,7 +13,8 @@ use std::rc::Rc;
 mod hot {
     use pgrx::pg_sys;
 
-    // SAFETY: the declarations of access/genam.h and access/htup_details.h; called within a guard, since they may raise an ERROR.
+    // SAFETY: the declarations of access/genam.h and access/htup_details.h; called within a guard, since they may raise
+    // an ERROR.
     unsafe extern "C-unwind" {
         pub fn systable_getnext_ordered(
             scan: pg_sys::SysScanDesc,
@@ -38,10 +39,10 @@ mod hot {
     }
 }
 
-/// Whether a transaction that has not ended has published an event with this id, or deleted one. Waits for nobody. Needs the index.
+/// Whether an open transaction has published an event with this id, or deleted one. Does not wait. Needs the index.
 pub fn is_contested(relations: &Relations, event_id: &[u8; 16]) -> bool {
-    // SAFETY: an index look-up by an equality key of the column's type. A dirty snapshot says of each row that it shows who is about to
-    // insert or delete it; it is nobody's but ours.
+    // SAFETY: an index look-up by an equality key of the column's type. A dirty snapshot says of each row that it shows
+    // who is about to insert or delete it; it is nobody's but ours.
     unsafe {
         let events = pg_sys::table_open(relations.events, LOCK);
         let mut dirty: pg_sys::SnapshotData = std::mem::zeroed();
@@ -112,7 +113,8 @@ impl EventsTable {
         self.wanted = is_told.then(|| numbers.into());
     }
 
-    /// Whether opening it now would wait for nobody, and lacks nothing. The locks are kept until the end of the transaction.
+    /// Whether the table can be opened without waiting, with all its indexes. The locks are kept until the end of the
+    /// transaction.
     pub fn is_open_to_all(relations: &Relations) -> bool {
         let needed = [
             relations.events,
@@ -275,8 +277,8 @@ impl EventsScan {
 
     /// The index has, behind its key, the number of the backend.
     fn wanting(mut self, wanted: Rc<[i32]>) -> Self {
-        // SAFETY: the scan was just opened. It is told to give the index's entries as well, which must be known before it begins; the keys
-        // stay as they are.
+        // SAFETY: the scan was just opened. It is told to give the index's entries as well, which must be known before
+        // it begins; the keys stay as they are.
         unsafe {
             let scan = (*self.scan).iscan;
             (*scan).xs_want_itup = true;
@@ -308,7 +310,8 @@ impl EventsScan {
         /// Of an entry's header (itup.h): its size, and a bit of its second word.
         const HEADER: usize = 8;
         const HAS_NULLS: u16 = 0x8000;
-        // SAFETY: a scan of an index on (seq, backend_number) that was told to give its entries: an int8, and an int4 behind it.
+        // SAFETY: a scan of an index on (seq, backend_number) that was told to give its entries: an int8, and an int4
+        // behind it.
         unsafe {
             let (index_scan, tuple_slot) = ((*scan).iscan, (*scan).slot);
             for count in 1.. {
@@ -338,8 +341,8 @@ impl Scan for EventsScan {
         if self.is_at_end {
             return None;
         }
-        // SAFETY: an open scan; it keeps the current tuple's buffer pinned until the next call. One guard for all calls, since a guard
-        // costs as much as a call.
+        // SAFETY: an open scan; it keeps the current tuple's buffer pinned until the next call. One guard for all
+        // calls, since a guard costs as much as a call.
         let met = unsafe {
             pg_sys::ffi::pg_guard_ffi_boundary(|| {
                 let met = match &self.wanted {

@@ -1,5 +1,5 @@
-//! Triggers of ours that somebody has switched off, as `pg_restore --disable-triggers` does, and the rows that came meanwhile: they carry
-//! transaction ids of another cluster, and would be sent when this one comes to them, or never.
+//! Triggers of ours that somebody has switched off, as `pg_restore --disable-triggers` does, and the rows that came
+//! meanwhile: they carry transaction ids of another cluster, and would be sent when this one comes to them, or never.
 
 use crate::tables::cursors::{TICK, tick_of};
 use crate::tables::found_row::FoundRow;
@@ -23,7 +23,7 @@ pub struct Look {
     pub known: Tick,
     /// A row carries the id of a transaction that is still to come.
     has_future_xid: bool,
-    /// Who has touched the trigger last; 0: nobody that is known.
+    /// The transaction that changed the trigger last; 0: unknown.
     pub touched_by: u64,
 }
 
@@ -105,12 +105,14 @@ fn toucher(state: &str) -> u64 {
     xmin.map_or(0, |xmin| latest(xmin, next))
 }
 
-/// Enables a trigger always, and makes it if it is missing. Waits a moment for those who write to its table, and raises an ERROR then.
+/// Enables a trigger always, and makes it if it is missing. Waits a moment for transactions that write to its table,
+/// then raises an ERROR.
 pub fn mend_trigger(table: &str, name: &str) {
     run("select outbox.mend_trigger($1, $2)", &[table.into(), name.into()]);
 }
 
-/// Notes down that all rows have come by the trigger as it is, as of this tick; `None`: they are being looked for, with this tick.
+/// Notes down that all rows have come by the trigger as it is, as of this tick; `None`: they are being looked for, with
+/// this tick.
 pub fn note_known(triggers: Option<&str>, filenode: Option<pg_sys::Oid>, tick: &Tick) {
     run_named(
         "update outbox.known_triggers set triggers = $triggers, filenode = coalesce($filenode, filenode),
@@ -167,8 +169,8 @@ pub fn look_at_rows(judge: &mut Judge, after: i64, upto: i64) -> Option<i64> {
     last
 }
 
-/// The rows get numbers of ours, in their order, and are noted as restored: they are looked for in the streams before they are sent. A
-/// backend is found by its number; by its name, if nobody has that number.
+/// The rows get numbers of ours, in their order, and are noted as restored: they are looked for in the streams before
+/// they are sent. A backend is found by its number; by its name, if nobody has that number.
 pub fn publish_anew(seqs: &[i64]) -> u64 {
     trusted::moving(|| {
         run(

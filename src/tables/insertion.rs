@@ -1,15 +1,17 @@
-//! A row of ours is an INSERT to everybody else.
+//! Inserting a row of ours is an INSERT to everybody else.
 //!
-//! Where nobody else has a say in a table, a row goes straight into it: tuple, indexes, no plan (the fast way). Where somebody has put
-//! a trigger, a constraint, a generated column, a rule or a policy on it, or a column of their own, it takes an INSERT statement,
-//! through rewriter, planner and executor, so that all of that holds as for any other row.
+//! As long as the table is as the extension made it, a row goes straight into it: tuple, indexes, no plan. This is the
+//! fast way. If the table's owner has added a trigger, a constraint, a generated column, a column, a rule or a policy,
+//! the row takes an INSERT statement through rewriter, planner and executor. So all of that holds for it as for any
+//! other row.
 //!
-//! *In whose name*: the caller's, in both ways. Triggers, policies and expressions run with the rights of whoever publishes, as in a
-//! plain INSERT, and never with more. Only two things are asked of the tables' owner instead: the right to insert into our table, since
-//! publishing needs EXECUTE alone, and to look its name up in the schema.
+//! Both ways run with the caller's rights: triggers, policies and expressions of others get those of the publisher, as
+//! in a plain INSERT, and never more. Two rights are checked for the tables' owner instead, since publishing needs
+//! EXECUTE alone: the right to insert into the table, and the right to look its name up in the schema.
 //!
-//! An ERROR of other people's code passes through here as it is, by Postgres's own jump: so the functions that it may cross call
-//! Postgres without pgrx's guards, which would keep a part of it, and hold nothing that needs to be dropped.
+//! An ERROR of other people's code passes through here unchanged, by Postgres's own jump. Therefore the functions that
+//! it may cross hold nothing that needs to be dropped, and call Postgres without pgrx's guards, which would keep only a
+//! part of it.
 
 use crate::server::error::raise;
 use crate::server::report;
@@ -127,8 +129,8 @@ unsafe extern "C-unwind" {
     fn ExecutorEnd(query: *mut pg_sys::QueryDesc);
 }
 
-/// A table of ours that rows are inserted into. Plain memory of the current context; what is opened is closed, or given back by the
-/// transaction's abort.
+/// A table of ours that rows are inserted into. Plain memory of the current context; what is opened is closed, or given
+/// back by the transaction's abort.
 #[derive(Clone, Copy)]
 pub struct Insertion {
     relation: pg_sys::Relation,
@@ -137,7 +139,7 @@ pub struct Insertion {
 
 #[derive(Clone, Copy)]
 enum Way {
-    /// Nobody else has a say.
+    /// The table is as the extension made it.
     Straight {
         estate: *mut pg_sys::EState,
         result: *mut pg_sys::ResultRelInfo,
@@ -216,7 +218,8 @@ impl Insertion {
     }
 }
 
-/// Whether a table is as we made it, as far as INSERT is concerned. A few flags, and its triggers by number: see [`Relations`].
+/// Whether a table is as we made it, as far as INSERT is concerned. A few flags, and its triggers by number: see
+/// [`Relations`].
 ///
 /// # Safety
 /// An open relation.
@@ -311,8 +314,8 @@ unsafe fn insert_straight(
     tuple_slot: *mut pg_sys::TupleTableSlot,
     row: &NewRow,
 ) {
-    // SAFETY: the executor's own steps for one row; the tuple slot's arrays are as long as its descriptor, which was looked at. The tuple slot and the
-    // table have these functions always.
+    // SAFETY: the executor's own steps for one row; the tuple slot's arrays are as long as its descriptor, which was
+    // looked at. The tuple slot and the table have these functions always.
     unsafe {
         let columns = (*(*relation).rd_att).natts as usize;
         if let Some(clear) = (*(*tuple_slot).tts_ops).clear {

@@ -1,4 +1,5 @@
-//! What of ours is missing, in words: somebody has dropped or renamed it. What needs it is refused, or waits; all else goes on.
+//! What of ours is missing, in words: somebody has dropped or renamed it. What needs it is refused, or waits; all else
+//! goes on.
 
 use crate::server::error::raise;
 use pgrx::PgSqlErrorCode;
@@ -61,12 +62,12 @@ impl Index {
             ),
             Self::EventId => (
                 "outbox.events has no unique index on (event_id)",
-                "Without it nobody knows whether an event_id was used before.",
+                "Without it a repeated event_id would not be noticed.",
                 "CREATE UNIQUE INDEX events_event_id_idx ON outbox.events (event_id)",
             ),
             Self::ScheduledEventId => (
                 "outbox.scheduled_events has no unique index on (event_id)",
-                "Without it nobody knows whether an event_id was used before.",
+                "Without it a repeated event_id would not be noticed.",
                 "ALTER TABLE outbox.scheduled_events ADD PRIMARY KEY (event_id)",
             ),
         };

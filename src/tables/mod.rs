@@ -1,13 +1,14 @@
 //! All that touches our tables.
 //!
-//! - [`catalog`] which relations and backends there are; [`missing`] what is refused without them; [`rights`] in whose name our SQL runs
-//! - [`sql`] how SQL runs; [`found_row`] what it finds; [`backends`] with their [`options`], [`cursors`], [`refused`], [`restores`], [`retention`],
-//!   [`scheduled`] a file a table or two
+//! - [`catalog`] which relations and backends there are; [`missing`] what is refused without them; [`rights`] in whose
+//!   name our SQL runs
+//! - [`sql`] how SQL runs; [`found_row`] what it finds; [`backends`] with their [`options`], [`cursors`], [`refused`],
+//!   [`restores`], [`retention`], [`scheduled`] a file a table or two
 //! - [`row`], [`events`] rows taken apart, and scans, without SQL; [`care`] a row that cannot be read fails alone
 //! - [`insertion`] a row of ours is an INSERT to everybody else; [`trusted`] which of them the trigger need not check
 //! - [`numbers`], [`sequence`] numbers that ascend; [`ticks`] snapshots
-//! - [`identity`] who this server is to the guards; [`copies`] databases made of others; [`foreign`], [`applied`] rows that came without
-//!   our trigger, or by a subscription
+//! - [`identity`] who this server is to the guards; [`copies`] databases made of others; [`foreign`], [`applied`] rows
+//!   that came without our trigger, or by a subscription
 //! - [`secret_key`] the key that passwords are sealed with
 
 pub mod applied;

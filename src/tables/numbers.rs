@@ -1,8 +1,9 @@
 //! Numbers of events: drawn from a sequence, and ascending whatever is done to that (see `relay::reading::numbers`).
 //!
-//! The highest number that was given is kept in shared memory, for each database. It is not known after a start or a crash: who needs it
-//! first, a publisher or the worker, finds it in what is durable. Where the library is not preloaded each session looks for itself; there
-//! is no worker then, so that only the rows, and the cursors that were saved, must not be mistaken.
+//! Shared memory keeps the highest number that was drawn, for each database. After a start or a crash it is unknown,
+//! and the first process that needs it, a publisher or the worker, finds it in what is durable. If the library is not
+//! preloaded, each session looks for itself. There is no worker then, so the numbers must fit the rows and the saved
+//! cursors alone.
 
 use crate::server::database_slot::DatabaseSlot;
 use crate::server::guc::LogLevel;
@@ -21,7 +22,8 @@ use std::sync::Arc;
 
 const LOCK: pg_sys::LOCKMODE = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
 
-/// The sequence is set forward at most this often for one number: somebody would have to set it back each time in between.
+/// The sequence is set forward at most this often for one number: somebody would have to set it back each time in
+/// between.
 const ATTEMPTS: usize = 10;
 
 thread_local! {
@@ -29,10 +31,12 @@ thread_local! {
     static OWN: Cell<(pg_sys::Oid, i64)> = const { Cell::new((pg_sys::InvalidOid, 0)) };
 }
 
-/// The caller's transaction id, then the next number: in this order, always (see [`Tick`]). Within a transaction that may write.
+/// The caller's transaction id, then the next number: in this order, always (see [`Tick`]). Within a transaction that
+/// may write.
 ///
-/// Both the table and the sequence are locked first, and neither is kept while the other is waited for: TRUNCATE with RESTART IDENTITY
-/// takes the table first, DROP EXTENSION the sequence, and each would come to a deadlock with whoever did it the other way round.
+/// Both the table and the sequence are locked first, and neither lock is held while waiting for the other. TRUNCATE
+/// with RESTART IDENTITY locks the table first and DROP EXTENSION the sequence, so that any fixed order would deadlock
+/// with one of them.
 pub fn draw_numbers(relations: &Relations) -> (u64, i64) {
     let slot = slot().filter(|slot| slot.numbers.get().is_some());
     // One guard for all, since a guard costs as much as a call.
@@ -68,7 +72,8 @@ pub fn draw_numbers(relations: &Relations) -> (u64, i64) {
 mod hot {
     use pgrx::pg_sys;
 
-    // SAFETY: the declarations of storage/lmgr.h and access/xact.h; called within a guard, since they may raise an ERROR.
+    // SAFETY: the declarations of storage/lmgr.h and access/xact.h; called within a guard, since they may raise an
+    // ERROR.
     unsafe extern "C-unwind" {
         fn LockRelationOid(relation: pg_sys::Oid, mode: pg_sys::LOCKMODE);
         fn ConditionalLockRelationOid(relation: pg_sys::Oid, mode: pg_sys::LOCKMODE) -> bool;
@@ -95,7 +100,8 @@ mod hot {
     }
 }
 
-/// The highest number that any event was given, whether it has committed, and whether it is still there. Within a transaction.
+/// The highest number that any event was given, whether it has committed, and whether it is still there. Within a
+/// transaction.
 pub fn highest(relations: &Relations) -> i64 {
     match slot() {
         Some(slot) => slot.numbers.get().unwrap_or_else(|| find(relations, slot)),
@@ -138,11 +144,12 @@ fn find(relations: &Relations, slot: &DatabaseSlot) -> i64 {
     slot.numbers.get().unwrap_or(found)
 }
 
-/// The sequence has given a number that is not above those that were given before. It is set forward; one session does it.
+/// The sequence has given a number that is not above all earlier ones. One session sets it forward.
 fn go_on(relations: &Relations, given: i64) -> i64 {
     let (sequence, exclusive) = (relations.sequence, pg_sys::ExclusiveLock as pg_sys::LOCKMODE);
-    // SAFETY: a lock of the transaction, given back below or by its abort. Nobody else takes one on this object; whoever has it has
-    // drawn from the sequence before, and so waits for nobody who changes it.
+    // SAFETY: a lock of the transaction, given back below or by its abort. Only this function locks this object. A
+    // session that has the lock has drawn from the sequence before, and so does not wait for one that alters the
+    // sequence.
     unsafe { pg_sys::LockDatabaseObject(pg_sys::RelationRelationId, sequence, 0, exclusive) };
     // Somebody may have set it meanwhile.
     let mut before = highest(relations);
@@ -188,8 +195,8 @@ fn say_gone_on(sequence: pg_sys::Oid, given: i64, seq: i64) {
     );
 }
 
-/// The highest number in what survives a crash, but for scheduled events, which get new ones when they are due: of rows (also those of
-/// prepared transactions), of positions, of the sequence itself.
+/// The highest number in what survives a crash, but for scheduled events, which get new ones when they are due: of rows
+/// (also those of prepared transactions), of positions, of the sequence itself.
 fn highest_kept(relations: &Relations) -> i64 {
     let refused = (c"refused_events", c"refused_events_pkey");
     let [table, index] = [refused.0, refused.1].map(relation);
@@ -203,10 +210,10 @@ fn highest_kept(relations: &Relations) -> i64 {
         .max(highest_of_positions())
 }
 
-/// The highest number of a row of `outbox.events`, whoever has inserted it.
+/// The highest number of all rows of `outbox.events`, however they were inserted.
 fn highest_event(relations: &Relations) -> i64 {
     match relations.events_seq_key {
-        // Somebody has dropped it. All rows are looked at then; but it is not asked often.
+        // The index was dropped. Then all rows are read, which is seldom needed.
         pg_sys::InvalidOid => highest_of_columns(relations.events, &["seq"]),
         key => last_of(relations.events, key),
     }
@@ -221,7 +228,8 @@ fn relation(name: &CStr) -> pg_sys::Oid {
     }
 }
 
-/// The last value in an index on the first column, a number: also of rows that nobody sees yet, or any more. 0: there is none.
+/// The last value in an index on the first column, a number: also of rows that nobody sees yet, or any more. 0: there
+/// is none.
 fn last_of(table: pg_sys::Oid, index: pg_sys::Oid) -> i64 {
     // SAFETY: an index scan backwards without keys; what is opened is closed, or given back by the transaction's abort.
     unsafe {
@@ -254,10 +262,12 @@ fn highest_of_positions() -> i64 {
     }
 }
 
-/// The highest value in some columns of a table, which hold numbers. Read without SQL: publishers may have no rights on it.
+/// The highest value in some columns of a table, which hold numbers. Read without SQL: publishers may have no rights on
+/// it.
 fn highest_of_columns(table: pg_sys::Oid, names: &[&str]) -> i64 {
     let mut highest = 0;
-    // SAFETY: a heap scan under a registered snapshot; what is opened is closed, or given back by the transaction's abort.
+    // SAFETY: a heap scan under a registered snapshot; what is opened is closed, or given back by the transaction's
+    // abort.
     unsafe {
         let table = pg_sys::table_open(table, LOCK);
         let columns = Columns::of(table, names);
@@ -286,22 +296,24 @@ thread_local! {
     static VOUCHED: RefCell<Vec<Vouched>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Positions are loaded: what was vouched for before may be so no more. And rows may have come with higher numbers than were drawn,
-/// without the trigger: ticks are to see them, and nobody is to draw the same. Returns the highest. Within a transaction.
+/// Called when positions are loaded: earlier results may be outdated. Besides, rows that passed no trigger may have
+/// higher numbers than were drawn; ticks must cover these, and no session may draw them again. Returns the highest
+/// number. Within a transaction.
 pub fn vouch_anew() -> i64 {
     VOUCHED.with_borrow_mut(Vec::clear);
     let relations = catalog::expect_relations();
-    // Whoever has the table to himself is not waited for: what he brings past the trigger is news of the table when he commits.
+    // A session that has locked the table is not waited for: rows that it inserts past the trigger are noticed when it
+    // commits.
     if EventsTable::is_open_to_all(&relations) {
         raise(&relations, highest(&relations).max(highest_event(&relations)));
     }
     highest(&relations)
 }
 
-/// A saved position with bounds that hold. Its ticks say that later transactions have only numbers above `low_seq`. Rows may have come
-/// that were numbered by nobody of ours (by another version of the library, or without the trigger), and numbers may have been lost in a
-/// crash: then the bound is put lower, where it holds, and what lies above it is read once more, and told apart by transaction ids.
-/// Looks at what comes after the position in an index; within a transaction.
+/// A saved position with bounds that hold. Its ticks say that later transactions have only numbers above `low_seq`.
+/// Rows may have come that another version of the library numbered, or no trigger, and numbers may have been lost in a
+/// crash: then the bound is put lower, where it holds, and what lies above it is read once more, and told apart by
+/// transaction ids. Looks at what comes after the position in an index; within a transaction.
 pub fn vouched(position: &Position) -> Position {
     let relations = catalog::expect_relations();
     let highest = highest(&relations);
@@ -322,8 +334,8 @@ pub fn vouched(position: &Position) -> Position {
     })
 }
 
-/// The same of a guard's position. Somebody else may have written it, and what is saved of it bounds the numbers of all events that come: none in it is
-/// above those that were given.
+/// The same of a guard's position. Somebody else may have written it, and what is saved of it bounds the numbers of all
+/// events that come: none in it is above those that were given.
 pub fn vouched_of_guard(position: &Position) -> Position {
     let highest = highest(&catalog::expect_relations());
     let within = position.with_ticks(|tick| match tick.high_seq > highest {
@@ -344,7 +356,8 @@ fn is_of_this_run(tick: &Tick) -> bool {
     shmem::incarnation().is_some_and(|(_, began)| tick.snapshot.xmax() > began.first_xid)
 }
 
-/// The lowest number, among those that `tick` has passed, of rows that came later. Backends often stand at the same one.
+/// The lowest number, among those that `tick` has passed, of rows that came later. Backends often stand at the same
+/// one.
 fn lowest_since(relations: &Relations, tick: &Tick) -> Option<i64> {
     let key = (tick.next_xid, tick.low_seq);
     let known = VOUCHED.with_borrow(|known| known.iter().find(|(k, _)| *k == key).map(|(_, lowest)| *lowest));

@@ -1,10 +1,11 @@
-//! In whose name our SQL runs.
+//! With whose rights our SQL runs.
 //!
-//! The worker is a superuser, and so are for a moment the functions that look into our tables for somebody who may not. What others
-//! have put on those tables (triggers, policies, rules, expressions) must not run with these rights: each statement is executed
-//! as the tables' owner, in a context in which that owner's code can do nothing beyond its own rights, and finds operators and
-//! functions in pg_catalog alone. Triggers of those who were granted TRIGGER do not run at all: `session_replication_role` is `replica`
-//! wherever we write, and only an owner can have a trigger fire in that.
+//! The worker is a superuser, and so are for a moment the functions that look into our tables for somebody who may not.
+//! What others have put on those tables (triggers, policies, rules, expressions) must not run with these rights: each
+//! statement is executed as the tables' owner, in a context in which that owner's code can do nothing beyond its own
+//! rights, and finds operators and functions in pg_catalog alone. Triggers of those who were granted TRIGGER do not run
+//! at all: `session_replication_role` is `replica` wherever we write, and only an owner can have a trigger fire in
+//! that.
 
 use crate::server::encoding::{has_utf8_form, utf8};
 use crate::server::error::raise;
@@ -17,7 +18,7 @@ use std::ffi::CStr;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Name {
-    /// Whoever calls.
+    /// The caller.
     Caller,
     /// The tables' owner, for a caller who may not do it itself.
     Owner,
@@ -70,8 +71,8 @@ pub fn statement<R>(f: impl FnOnce() -> R) -> R {
     }
 }
 
-/// `outbox.silence_triggers()`, at the beginning of a function that writes with its owner's rights. (As a setting of the function itself,
-/// Postgres would refuse it with words that tell nobody what to do.)
+/// `outbox.silence_triggers()`, at the beginning of a function that writes with its owner's rights. (As a setting of
+/// the function itself, Postgres would refuse it with words that tell nobody what to do.)
 #[pg_extern(sql = false)]
 fn silence_triggers() {
     report::guard(|| {
@@ -87,7 +88,8 @@ fn silence_triggers() {
         if !is_superuser(user) {
             refuse_owner(user);
         }
-        // SAFETY: within the nest level of the function that calls, which has a setting of its own; or the transaction's.
+        // SAFETY: within the nest level of the function that calls, which has a setting of its own; or the
+        // transaction's.
         unsafe { set_here(c"session_replication_role", c"replica") };
     });
 }
@@ -148,7 +150,8 @@ unsafe fn set_here(name: &CStr, value: &CStr) {
     }
 }
 
-/// Runs `f`, which executes a statement that is parsed already: its tables are locked, so that their owner stays what it is.
+/// Runs `f`, which executes a statement that is parsed already: its tables are locked, so that their owner stays what
+/// it is.
 pub fn execution<R>(f: impl FnOnce() -> R) -> R {
     match NAME.get() {
         Name::Caller => f(),

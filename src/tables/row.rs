@@ -150,8 +150,8 @@ impl Row {
     }
 }
 
-/// The hash slot of a stream's name in the database's encoding. One that has no UTF-8 form is nobody's stream, and has a hash slot all the
-/// same: a view, or a dump, is not to end over it.
+/// The hash slot of a stream's name in the database's encoding. One that has no UTF-8 form is nobody's stream, and has
+/// a hash slot all the same: a view, or a dump, is not to end over it.
 pub fn hash_slot_of_text(name: &[u8]) -> u16 {
     match has_utf8_form(name) {
         // SAFETY: text of a row, in the database's encoding.

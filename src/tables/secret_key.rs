@@ -1,6 +1,6 @@
-//! The key with which passwords of backends are sealed. It lies in a catalog, as an option of a user mapping, for these are what the whole
-//! server takes along, to standbys, into backups and through pg_upgrade, and what logical decoding and dumps leave behind. Roles that
-//! may read all data see the key there, and no row of `outbox.backend_passwords`.
+//! The key with which passwords of backends are sealed. It lies in a catalog, as an option of a user mapping, for these
+//! are what the whole server takes along, to standbys, into backups and through pg_upgrade, and what logical decoding
+//! and dumps leave behind. Roles that may read all data see the key there, and no row of `outbox.backend_passwords`.
 
 use crate::server::datum::bytes_of;
 use crate::server::encoding;

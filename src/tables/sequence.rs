@@ -20,7 +20,7 @@ pub fn next(sequence: pg_sys::Oid) -> i64 {
     unsafe { pg_sys::ffi::pg_guard_ffi_boundary(|| nextval_internal(sequence, false)) }
 }
 
-/// Sets it, so that the next number is above `number`. Whoever publishes may not: it is done in its owner's name.
+/// Sets it, so that the next number is above `number`. With the rights of its owner, since publishers may not do it.
 pub fn set(sequence: pg_sys::Oid, number: i64) {
     let arguments = [Some(pg_sys::Datum::from(sequence)), Some(pg_sys::Datum::from(number))];
     rights::as_owner_of(sequence, || {
@@ -39,8 +39,9 @@ pub fn last(sequence: pg_sys::Oid) -> i64 {
     number
 }
 
-/// The last number that was drawn, and where its page's last record ends in the WAL: once it is flushed up to there, none of the numbers
-/// that were drawn is drawn again after a crash. `None`: somebody has locked it for himself, whom delivery does not wait for.
+/// The last number that was drawn, and where its page's last record ends in the WAL: once it is flushed up to there,
+/// none of the numbers that were drawn is drawn again after a crash. `None`: another session has locked it exclusively,
+/// and delivery does not wait for that.
 pub fn last_record(sequence: pg_sys::Oid) -> Option<(i64, u64)> {
     look(sequence)
 }
@@ -74,8 +75,8 @@ fn page_of(relation: pg_sys::Relation) -> (i64, u64) {
     /// Of a page's header (bufpage.h), and the bits of an item's offset in what follows it (itemid.h).
     const HEADER: usize = 24;
     const OFFSET_BITS: u32 = 0x7FFF;
-    // SAFETY: an open sequence always has a page with one item, a row of `FormData_pg_sequence_data` (sequence.h): number, count,
-    // whether the number was drawn. The page is pinned and locked while it is read.
+    // SAFETY: an open sequence always has a page with one item, a row of `FormData_pg_sequence_data` (sequence.h):
+    // number, count, whether the number was drawn. The page is pinned and locked while it is read.
     unsafe {
         let buffer = pg_sys::ReadBuffer(relation, 0);
         pg_sys::LockBuffer(buffer, pg_sys::BUFFER_LOCK_SHARE as i32);
@@ -116,8 +117,9 @@ unsafe extern "C-unwind" fn on_invalidation(_arg: pg_sys::Datum, _cache: i32, _h
     CHECKED.set(pg_sys::InvalidOid);
 }
 
-/// Raises an ERROR if the sequence gives other numbers than ascending ones, one by one. Costs nothing unless a sequence was changed.
-/// Whoever asks has drawn from it in this transaction: it is locked, so that nobody else can change it, and has heard of all changes.
+/// Raises an ERROR if the sequence gives other numbers than ascending ones, one by one. Costs nothing unless a sequence
+/// was changed. The caller has drawn from it in this transaction. So the sequence is locked against changes, and all
+/// earlier ones are known.
 pub fn expect_ascending(sequence: pg_sys::Oid) {
     if CHECKED.get() == sequence {
         return;

@@ -15,9 +15,9 @@ pub fn take(relations: &Relations) -> (Tick, Option<u64>) {
     let next_xid = unsafe { pg_sys::ReadNextFullTransactionId().value };
     let snapshot = snapshot(next_xid);
     let high_seq = numbers::highest(relations);
-    // After the numbers were read: whoever gave them had them written to the page before.
+    // After the numbers were read: each was written to the page before it was given.
     let (drawn, drawn_lsn) = sequence::last_record(relations.sequence).unzip();
-    // Who inserted past the trigger has drawn a number, and told nobody.
+    // Rows that passed no trigger may have numbers that shared memory does not know.
     let high_seq = high_seq.max(drawn.unwrap_or_default());
     let tick = Tick {
         snapshot,
@@ -28,8 +28,8 @@ pub fn take(relations: &Relations) -> (Tick, Option<u64>) {
     (tick, drawn_lsn)
 }
 
-/// Whether something may have happened since, also what wakes nobody. Costs next to nothing, so an idle worker stays
-/// idle.
+/// Whether something may have happened since, also if it wakes no worker. Costs next to nothing, so an idle worker
+/// stays idle.
 pub fn is_outdated(tick: &Tick) -> bool {
     // SAFETY: reads the counter under its lock.
     !tick.is_complete() || unsafe { pg_sys::ReadNextFullTransactionId().value } != tick.next_xid

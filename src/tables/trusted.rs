@@ -20,7 +20,8 @@ pub struct RowKey {
     pub event_id: [u8; 16],
 }
 
-/// Runs `f` while the trigger takes rows as they are, but for their numbers: they were checked when they were scheduled.
+/// Runs `f` while the trigger takes rows as they are, but for their numbers: they were checked when they were
+/// scheduled.
 pub fn moving<R>(f: impl FnOnce() -> R) -> R {
     struct Reset;
     impl Drop for Reset {
@@ -38,8 +39,8 @@ pub fn inserting(row: Option<RowKey>) {
     INSERTING.set(row.map(|key| (key, subtransaction())));
 }
 
-/// The row that is being inserted so, if this is it. By its number or its id, since somebody may have changed the other. What an ERROR
-/// has left behind is of a subtransaction that has ended.
+/// The row that is being inserted so, if this is it. By its number or its id, since somebody may have changed the
+/// other. What an ERROR has left behind is of a subtransaction that has ended.
 pub fn inserted(row: &Row) -> Option<RowKey> {
     let (key, within) = INSERTING.get()?;
     let is_its = row.i64(attribute::SEQ) == Some(key.seq) || row.uuid(attribute::EVENT_ID) == Some(key.event_id);
