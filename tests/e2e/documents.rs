@@ -59,6 +59,12 @@ struct Block {
     is_left_out: bool,
 }
 
+impl Block {
+    fn does_not_end(&self) -> bool {
+        self.text.contains("while True:") || self.text.contains("for (;;)")
+    }
+}
+
 /// The blocks of a document, and the rest of it.
 fn parse(document: &str) -> (Vec<Block>, String) {
     let (mut blocks, mut prose): (Vec<Block>, String) = Default::default();
@@ -176,7 +182,18 @@ impl Reader {
         );
     }
 
-    /// Runs a document from its beginning to its end; programs are left to the test of consumers.
+    /// A program in another language, if its packages can be had.
+    #[track_caller]
+    fn program(&self, document: &str, block: &Block) {
+        let Some(mut command) = interpreter(self, &block.language, &block.text) else {
+            return;
+        };
+        let ran = command.output().expect("it runs");
+        let said = String::from_utf8_lossy(&ran.stderr);
+        assert!(ran.status.success(), "{document}, line {}:\n{said}", block.line);
+    }
+
+    /// Runs a document from its beginning to its end, but for consumers.
     #[track_caller]
     fn follow(&self, document: &str) {
         let mut script = String::new();
@@ -190,7 +207,12 @@ impl Reader {
                     self.sql(document, &std::mem::take(&mut script));
                     self.shell(document, &block);
                 }
-                _ => {}
+                // The test of consumers has those that do not end.
+                _ if block.does_not_end() => {}
+                _ => {
+                    self.sql(document, &std::mem::take(&mut script));
+                    self.program(document, &block);
+                }
             }
         }
         self.sql(document, &script);
@@ -319,9 +341,10 @@ fn the_reference_is_what_the_server_says() {
 fn fetched(what: &str, folder: &Path, script: &str) -> bool {
     std::fs::create_dir_all(folder).expect("a folder");
     // One test at a time.
-    let once = format!("exec 9>lock; flock 9; test -e fetched || {{ {script}; touch fetched; }}");
+    let once = r#"exec 9>lock; flock 9
+        test "$(cat fetched 2>/dev/null || :)" = "$1" || { eval "$1"; printf %s "$1" >fetched; }"#;
     let ran = Command::new("bash")
-        .args(["-euo", "pipefail", "-c", &once])
+        .args(["-euo", "pipefail", "-c", once, "bash", script])
         .current_dir(folder)
         .output()
         .expect("bash runs");
@@ -337,6 +360,31 @@ fn packages(name: &str) -> PathBuf {
     target.join("documents").join(name)
 }
 
+/// What runs a text in this language, with the packages that the documents name.
+fn interpreter(reader: &Reader, language: &str, text: &str) -> Option<Command> {
+    let folder = packages(language);
+    match language {
+        "python" => {
+            let wanted = "redis 'psycopg[binary]' sqlalchemy";
+            let script = format!("python3 -m venv .; bin/pip install --quiet --disable-pip-version-check {wanted}");
+            fetched("Python", &folder, &script).then(|| {
+                let mut command = reader.command(&folder.join("bin/python").display().to_string());
+                command.args(["-c", text]);
+                command
+            })
+        }
+        _ => fetched("JavaScript", &folder, "npm init -y; npm install --silent redis pg").then(|| {
+            // Packages are looked for beside it.
+            let name = reader.dir.path().file_name().expect("a name").to_string_lossy();
+            let file = folder.join(format!("{name}.mjs"));
+            std::fs::write(&file, text).expect("it can be written");
+            let mut command = reader.command("node");
+            command.arg(file);
+            command
+        }),
+    }
+}
+
 /// A program that runs until it is dropped.
 struct Running(Child);
 
@@ -348,7 +396,7 @@ impl Drop for Running {
 }
 
 /// Starts the consumer of a document, and checks that it notes each event once: what is new, and what a dead consumer of its group has left.
-fn consume(document: &str, group: &str, language: &str, start: impl Fn(&Reader, &str) -> Command) {
+fn consume(document: &str, group: &str, language: &str) {
     let reader = Reader::new();
     let blocks = runnable(document);
     let table = blocks
@@ -376,7 +424,7 @@ fn consume(document: &str, group: &str, language: &str, start: impl Fn(&Reader, 
     }
     let block = blocks
         .iter()
-        .find(|block| block.language == language)
+        .find(|block| block.language == language && block.does_not_end())
         .expect("a consumer");
     let port = reader.redis.port();
     let text = block
@@ -389,7 +437,9 @@ fn consume(document: &str, group: &str, language: &str, start: impl Fn(&Reader, 
         .replace("60_000", "100")
         .replace("60000", "100");
     let log = std::fs::File::create(reader.dir.path().join("log")).expect("a file");
-    let mut command = start(&reader, &text);
+    let Some(mut command) = interpreter(&reader, language, &text) else {
+        return;
+    };
     command
         .stdout(log.try_clone().expect("it is open"))
         .stderr(log)
@@ -420,42 +470,19 @@ fn consume(document: &str, group: &str, language: &str, start: impl Fn(&Reader, 
     });
 }
 
-fn python(document: &str) {
-    let folder = packages("python");
-    let script = "python3 -m venv .; bin/pip install --quiet --disable-pip-version-check redis 'psycopg[binary]'";
-    if !fetched("Python", &folder, script) {
-        return;
-    }
-    consume(document, "billing", "python", |reader, text| {
-        let mut command = reader.command(&folder.join("bin/python").display().to_string());
-        command.args(["-c", text]);
-        command
-    });
-}
-
 #[test]
 fn the_readmes_consumer_reads_each_event_once() {
-    python("README.md");
+    consume("README.md", "billing", "python");
 }
 
 #[test]
 fn the_guides_consumer_in_python_reads_each_event_once() {
-    python("docs/guide.md");
+    consume("docs/guide.md", "billing", "python");
 }
 
 #[test]
 fn the_guides_consumer_in_javascript_reads_each_event_once() {
-    let folder = packages("js");
-    if !fetched("JavaScript", &folder, "npm init -y; npm install --silent redis pg") {
-        return;
-    }
-    consume("docs/guide.md", "shipping", "js", |reader, text| {
-        let file = folder.join(format!("consumer-{}.mjs", std::process::id()));
-        std::fs::write(&file, text).expect("it can be written");
-        let mut command = reader.command("node");
-        command.arg(file);
-        command
-    });
+    consume("docs/guide.md", "shipping", "js");
 }
 
 // --- Links
