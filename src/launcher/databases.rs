@@ -64,7 +64,8 @@ pub fn list() -> Option<Vec<Found>> {
 /// Connection limit of a database whose DROP was interrupted (DATCONNLIMIT_INVALID_DB). Nobody can connect to it.
 const INVALID: i32 = -2;
 
-/// Whether a statement holds the database exclusively. A connection to it would wait, and fail if the database is gone or renamed.
+/// Whether a statement holds the database exclusively. A connection to it would wait, and fail if the database is gone
+/// or renamed.
 pub fn is_locked(database: pg_sys::Oid) -> bool {
     let tag = pg_sys::LOCKTAG {
         locktag_field1: 0,

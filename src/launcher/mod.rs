@@ -1,8 +1,9 @@
 //! The launcher: one process for the whole server, which starts a worker for each database that has the extension.
 //!
-//! The launcher is connected to no database, so it cannot see which ones have the extension. It therefore starts a worker once in every
-//! database that the settings name; a worker that finds no extension says so and ends. CREATE EXTENSION announces itself
-//! (`shmem::announce`). The launcher sleeps until that happens, the list of databases or the settings change, or a worker ends.
+//! The launcher is connected to no database, so it cannot see which ones have the extension. It therefore starts a
+//! worker once in every database that the settings name; a worker that finds no extension says so and ends. CREATE
+//! EXTENSION announces itself (`shmem::announce`). The launcher sleeps until that happens, the list of databases or the
+//! settings change, or a worker ends.
 
 mod databases;
 mod incarnation;
@@ -18,7 +19,8 @@ use relay::delivery::backoff::Backoff;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-/// How long to wait before a worker is started again that ended before it was at work, so that a failing one does not spin.
+/// How long to wait before a worker is started again that ended before it was at work, so that a failing one does not
+/// spin.
 const RESTARTS: Backoff = Backoff {
     exponential: true,
     delay: Duration::from_millis(200),
@@ -30,8 +32,8 @@ const STEADY_AFTER: Duration = Duration::from_secs(10);
 const WORTH_A_WORD: u32 = 4;
 /// How soon to try again while there is no free background worker process.
 const RETRY_WAIT: Duration = Duration::from_secs(1);
-/// How soon to look again while a statement holds the database exclusively. After that the worker is started and waits for its lock, as
-/// any session does, so that repeated short locks cannot keep it away.
+/// How soon to look again while a statement holds the database exclusively. After that the worker is started and waits
+/// for its lock, as any session does, so that repeated short locks cannot keep it away.
 const LOCKED_WAIT: Duration = Duration::from_millis(25);
 const LONGEST_LOCKED_WAIT: Duration = Duration::from_secs(3);
 /// A worker that is not at work after this long is waiting for something; others are started meanwhile.

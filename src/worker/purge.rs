@@ -1,9 +1,9 @@
 //! Retention: deleting events some time after they were sent, and failed ones some time after they failed, in small
 //! pieces.
 //!
-//! There is no sent-at on a row. Instead each backend records ticks, "all that this snapshot sees is delivered now"; what is visible
-//! in a tick older than the retention may go. Purging is reading with another position: from the tick up to which has
-//! been purged to the newest that is old enough.
+//! Rows have no time of sending. Instead each backend records ticks: all that this snapshot sees is delivered by now.
+//! Rows that a tick older than the retention sees may be deleted. Purging reads like delivering, from the tick up to
+//! which was purged to the newest one that is old enough.
 
 use crate::server::guc;
 use crate::server::process::{self, Aborted};
@@ -20,47 +20,50 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Rows that one statement deletes: a tenth of a millisecond or so. Between two, it is looked whether an event has come.
+/// Rows that one statement deletes, in about a tenth of a millisecond. Between two statements the worker looks whether
+/// an event has come.
 const STEP_ROWS: usize = 32;
 /// How many rows one transaction of the worker deletes at most.
 const PIECE_ROWS: usize = 1_000;
-/// Numbers that one scan looks at. Index entries of rows that are deleted already count, and a scan passes them without a stop.
+/// How many numbers one scan looks at. Index entries of deleted rows count too, because a scan passes them without a
+/// stop.
 const WINDOW_SEQS: i64 = 2_000;
-/// Failed events that are deleted at once.
+/// How many failed events are deleted at once.
 const FAILED_ROWS: i64 = 100;
-/// While events come, so often.
+/// How often failed events are deleted while events come.
 const FAILED_EVERY: Duration = Duration::from_millis(5);
-/// Nobody waits for what is purged, but events wait for the worker, for a processor and for the disk: some 30,000 rows a second.
+/// The usual share, some 30,000 rows a second. Nobody waits for purging, but events wait for the worker, for a
+/// processor and for the disk.
 const USUAL: Share = Share {
     rest: 4,
     time: Duration::from_micros(500),
     every: Duration::from_millis(5),
     time_then: Duration::from_micros(250),
 };
-/// If that has not been enough for so long,
+/// If purging has been behind for this long,
 const BEHIND_AFTER: Duration = Duration::from_secs(600);
-/// since the next rows wait already, they have to share.
+/// it takes this share, because the next rows are due already.
 const BEHIND: Share = Share {
     rest: 1,
     time: Duration::from_micros(500),
     every: Duration::from_micros(1_500),
     time_then: Duration::from_micros(500),
 };
-/// Ticks are recorded, and it is looked whether something can be purged, this many times within the retention.
+/// How often within the retention ticks are recorded and something is purged.
 const TICKS_PER_RETENTION: i64 = 100;
-/// Failed events are few: they are looked for at most this often.
+/// Failed events are few, and are looked for at most this often.
 const LEAST_FAILED_INTERVAL: Duration = Duration::from_secs(60);
 
 /// How much of the worker's time purging takes.
 struct Share {
-    /// After each transaction it rests so many times as long as that took.
+    /// After each transaction, purging rests this many times as long as it took.
     rest: u32,
     /// How long one transaction deletes.
     time: Duration,
-    /// It waits for a moment in which no event is about to be committed: then the commit of the event flushes what was written here, and
-    /// no tick has to. While there is no such moment, a transaction is made this often all the same.
+    /// Purging waits for a moment in which no event is about to be committed: then the event's commit flushes what was
+    /// written here, and no tick has to. If there is no such moment, one transaction is made this often all the same.
     every: Duration,
-    /// How long that one deletes, also when an event has come.
+    /// How long such a transaction deletes, even if an event has come.
     time_then: Duration,
 }
 
@@ -69,7 +72,7 @@ struct Share {
 pub struct Purge {
     next_look_at: Now,
     next_failed_look_at: Now,
-    /// Ticks are kept whose time will come: it is looked again without being woken.
+    /// There are ticks that will be old enough later: the worker looks again without being woken.
     ticks_wait: bool,
     /// Which backend is being purged, and after which row.
     under_way: Option<(usize, i64)>,
@@ -81,13 +84,13 @@ pub struct Purge {
 }
 
 impl Purge {
-    /// The settings changed: something may be due now.
+    /// The settings have changed, so something may be due now.
     pub fn look_now(&mut self) {
         (self.next_look_at, self.next_failed_look_at) = (Now::ZERO, Now::ZERO);
     }
 
-    /// One piece of the failed events, if there is something to do. Returns when to come back, if sooner than otherwise. `is_wanted`:
-    /// whether there is anything else to do, since events go first.
+    /// One piece of the failed events, if there is something to do. Returns when to come back, if sooner than
+    /// otherwise. `is_wanted`: whether there is anything else to do, since events go first.
     pub fn step_failed(&mut self, now: Now, is_wanted: &dyn Fn() -> bool) -> Result<Option<Duration>, Aborted> {
         let Some(retention_us) = guc::retention_us(&guc::FAILED_RETENTION_MIN) else {
             return Ok(None);
@@ -108,7 +111,7 @@ impl Purge {
         Ok(Some(self.next_failed_look_at - now))
     }
 
-    /// Somebody is in the way of one backend: it is looked at again then, whatever the interval is.
+    /// Somebody holds a lock that delays one backend: look at it again then, whatever the interval is.
     pub fn look_at(&mut self, at: Now) {
         self.next_look_at = self.next_look_at.min(at);
     }
@@ -126,10 +129,10 @@ impl Purge {
         let interval = tick_interval(retention_us);
         let is_clock_due = |b: &Backend| b.retention.recorded_at.is_none_or(|at| now >= at + interval);
         let is_due = |b: &Backend| b.retention.is_due && is_clock_due(b);
-        // There may be thousands, of which most have never delivered anything.
+        // There may be thousands of backends, most of which have never delivered anything.
         let has_come_on = |b: &&Backend| is_due(b) && b.delivery.acked().from.high_seq > 0;
         let numbers: BTreeSet<i32> = backends.iter().filter(has_come_on).map(|b| b.number).collect();
-        // What all its lanes have delivered, where it has some.
+        // In a cluster, what all lanes have delivered.
         let due: Vec<(i32, Arc<Tick>)> = backends
             .iter()
             .filter(|b| b.lane().is_none() && numbers.contains(&b.number))
@@ -143,7 +146,7 @@ impl Purge {
             })?;
             let is_recorded = |b: &Backend| due.iter().any(|(number, _)| *number == b.number);
             for backend in backends.iter_mut().filter(|b| is_recorded(b)) {
-                // What is in flight is acknowledged later, and asks again.
+                // What is in flight is acknowledged later, which asks for the next tick.
                 (backend.retention.recorded_at, backend.retention.is_due) =
                     (Some(now), backend.delivery.acked().under_way.is_some());
             }
@@ -152,9 +155,8 @@ impl Purge {
         Ok(())
     }
 
-    /// One piece of the sent events of a backend, if there is something to do and time for it. Returns when to come back,
-    /// likewise.
-    /// `allows`: whether a backend may be looked at now. `succeeded`: nobody is in the way of one.
+    /// One piece of the sent events of a backend, if there is something to do and time for it. Returns when to come
+    /// back, likewise. `allows`: whether a backend may be looked at now. `succeeded`: nobody is in the way of one.
     pub fn step_sent(
         &mut self,
         now: Now,
@@ -203,7 +205,7 @@ impl Purge {
                 true => start.elapsed() >= share.time_then,
                 false => start.elapsed() >= share.time || is_wanted(),
             };
-            // Should somebody be in the way of this one, the next is next.
+            // If this one fails because of a lock, go on with the next.
             self.under_way = Some((index + 1, 0));
             let (deleted, last) = process::transaction(|| piece(number, after, retention_us, PIECE_ROWS, is_over))?;
             succeeded(number);
@@ -218,7 +220,7 @@ impl Purge {
         Ok(self.next_look(now, backends, interval))
     }
 
-    /// An idle server on which nothing is left to purge stays idle.
+    /// When to look again. An idle server with nothing left to purge stays idle.
     fn next_look(&self, now: Now, backends: &[Backend], interval: Duration) -> Option<Duration> {
         let look = self.ticks_wait.then(|| self.next_look_at.saturating_sub(now));
         let tick = backends.iter().any(|b| b.retention.is_due).then_some(interval);
@@ -252,7 +254,8 @@ fn tick_interval(retention_us: i64) -> Duration {
         .clamp(Duration::from_secs(1), Duration::from_secs(3_600))
 }
 
-/// Deletes up to `count` rows of a backend after `after`, or fewer: until `is_over`, which is asked after each step. Returns how many, and after which row to go on; `None`: all done.
+/// Deletes up to `count` rows of a backend after `after`, or fewer: until `is_over`, which is asked after each step.
+/// Returns how many, and after which row to go on; `None`: all done.
 fn piece(number: i32, after: i64, retention_us: i64, count: usize, is_over: impl Fn() -> bool) -> (u64, Option<i64>) {
     let Some((from, to)) = retention::purgeable(number, retention_us) else {
         return (0, None);
@@ -305,7 +308,7 @@ fn piece(number: i32, after: i64, retention_us: i64, count: usize, is_over: impl
     });
     table.close();
     if !deleted.is_empty() {
-        // Those that were accepted at last.
+        // Refused events that were accepted in the end.
         refused::forget(&deleted);
     }
     if last.is_none() {
