@@ -65,7 +65,7 @@ impl Worker {
                     "The worker has file descriptors for {most} connections: the first {kept} backends keep theirs, the others take turns."
                 )),
                 Some(
-                    "Raise max_files_per_process, and the limit of open files that the server is started with (ulimit -n), and restart it.",
+                    "Raise max_files_per_process and the server's limit of open files (ulimit -n), then restart the server.",
                 ),
             );
         }

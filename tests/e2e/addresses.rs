@@ -64,7 +64,7 @@ fn a_name_server_that_does_not_answer_is_an_outage() {
     stack.point_at("default", "redis.example.com", 6379);
     let trouble = backoff(
         "Temporary failure in name resolution",
-        "The name server does not answer: check /etc/resolv.conf of the database server.",
+        "The name server does not answer. Check /etc/resolv.conf on the database server.",
     );
     let expected = stack.publish_into(&trouble, 150);
     stack.point("default", &stack.redis);

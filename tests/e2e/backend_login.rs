@@ -259,7 +259,9 @@ fn a_password_file_that_others_may_read_is_refused() {
     stack.publish("one");
     let refused = format!("password file \"{path}\" has group or world access");
     wait_trouble(&stack.pg, "default", "misconfigured", &refused);
-    stack.pg.wait_log("HINT:  Its permissions must be u=rw (0600) or less");
+    stack
+        .pg
+        .wait_log("HINT:  The file must have permissions u=rw (0600) or less");
     chmod(0o400);
     assert_eq!(types(&stack.wait_events(1)), ["one"]);
 }

@@ -39,7 +39,7 @@ fn refuses_while(setting: &str, [refuses, accepts]: [&str; 2], error: &str, hint
 
 #[test]
 fn too_few_replicas_fail_nothing() {
-    let hint = "Bring Redis's replicas back, or ask for fewer";
+    let hint = "Bring Redis's replicas back, or require fewer";
     refuses_while(
         "min-replicas-to-write",
         ["1", "0"],
@@ -106,7 +106,10 @@ fn a_script_that_cannot_be_killed_fails_nothing() {
         let killed = redis::cmd("SCRIPT").arg("KILL").exec(&mut admin);
         killed.is_err_and(|error| error.code() == Some("UNKILLABLE"))
     });
-    expected.extend(stack.publish_into(&backoff("BUSY", "A script keeps Redis busy: SCRIPT KILL"), 150));
+    expected.extend(stack.publish_into(
+        &backoff("BUSY", "A script keeps Redis busy. End it with SCRIPT KILL"),
+        150,
+    ));
     stack.redis.kill9();
     assert!(script.join().expect("no panic").is_err());
     stack.redis.start_again();
@@ -153,7 +156,7 @@ fn a_query_buffer_that_is_too_small_fails_nothing() {
         stack.pg.exec("select outbox.publish_event('large', 'kit', jsonb_build_object('text', repeat('x', 4000000)), max_retries => 1)");
         kit::wait_trouble(&stack.pg, "default", "backoff", "");
         stack.pg.wait_log(
-            "HINT:  If this goes on, Redis's log says why it closes the connection: client-query-buffer-limit",
+            "HINT:  If this continues, look in Redis's log for the reason, such as client-query-buffer-limit",
         );
         assert!(stack.redis.log().contains("reached max query buffer length"));
         let found = standing(&stack.pg, "default");
@@ -183,7 +186,7 @@ fn an_output_limit_that_is_too_small_repeats_nothing() {
     if is_closed() {
         stack
             .pg
-            .wait_log("HINT:  If this goes on, Redis's log says why it closes the connection");
+            .wait_log("HINT:  If this continues, look in Redis's log for the reason");
     }
     stack
         .redis
@@ -195,7 +198,7 @@ fn an_output_limit_that_is_too_small_repeats_nothing() {
 fn a_password_that_redis_does_not_want_is_a_misconfiguration() {
     let stack = quick(Redis::start());
     stack.pg.exec("select outbox.set_backend_password('default', 'secret')");
-    let trouble = misconfigured("without any password configured", "This Redis wants no password");
+    let trouble = misconfigured("without any password configured", "This Redis requires no password");
     let expected = stack.publish_into(&trouble, 150);
     assert!(!stack.pg.log().contains("'secret'\n"), "only the statement may have it");
     stack.pg.exec("select outbox.set_backend_password('default', null)");
@@ -275,7 +278,7 @@ fn a_guard_that_is_none_is_a_misconfiguration() {
     stack.redis.call(&["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"]);
     let trouble = misconfigured(
         "WRONGTYPE",
-        "Something else has written to that key of Redis: delete it",
+        "Something else has written to that key of Redis. Delete the key",
     );
     expected.extend(stack.publish_into(&trouble, 150));
     stack.redis.call(&["DEL", &key]);

@@ -2,7 +2,7 @@
 
 use kit::{Postgres, QUICK, Redis, Stack, UNTRIMMED, Way, backoff, ids, misconfigured, tell, wait_drained, wait_until};
 
-const HINT: &str = "This Redis is a node of a cluster: set the backend's mode to cluster";
+const HINT: &str = "This Redis is a node of a cluster. Set the backend's mode to cluster";
 
 fn node() -> Redis {
     Redis::with(&["--cluster-enabled", "yes", "--cluster-require-full-coverage", "no"])
@@ -59,7 +59,7 @@ fn stack(redis: Redis, delivery: &str) -> Stack {
 #[test]
 fn a_cluster_that_is_down_fails_nothing() {
     let stack = stack(node(), "at_least_once");
-    let trouble = backoff("CLUSTERDOWN", "The cluster does not serve all of its slots");
+    let trouble = backoff("CLUSTERDOWN", "The cluster does not serve all of its hash slots");
     let expected = stack.publish_into(&trouble, 150);
     serves(&stack.redis, 0..16_384);
     stack.assert_mended(&stack.redis, &expected);

@@ -25,24 +25,24 @@ fn suffers_at(host: &str, port: u16, trouble: &kit::stack::Trouble<'_>) {
 
 #[test]
 fn a_port_where_nobody_listens() {
-    suffers_at("127.0.0.1", 1, &backoff("Connection refused", "Nothing listens there"));
+    suffers_at("127.0.0.1", 1, &backoff("Connection refused", "Start Redis there"));
 }
 
 #[test]
 fn a_host_that_resets_connections() {
-    let hint = "If this goes on, Redis's log says why it closes the connection";
+    let hint = "If this continues, look in Redis's log for the reason";
     suffers_at("127.0.0.1", Garbage::resetting().port(), &backoff("", hint));
 }
 
 #[test]
 fn a_host_that_closes_connections() {
-    let hint = "If this goes on, Redis's log says why it closes the connection";
+    let hint = "If this continues, look in Redis's log for the reason";
     suffers_at("127.0.0.1", Garbage::saying(b"").port(), &backoff("", hint));
 }
 
 #[test]
 fn a_name_that_does_not_exist() {
-    let trouble = misconfigured("failed to lookup address", "Mend the backend's host");
+    let trouble = misconfigured("failed to lookup address", "Correct the backend's host");
     suffers_at("no..such..host", 6379, &trouble);
 }
 
@@ -69,7 +69,7 @@ fn a_server_that_accepts_and_answers_nothing() {
 #[test]
 fn a_server_of_another_protocol() {
     let http = Garbage::saying(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n");
-    let trouble = backoff("as from no Redis server", "Something else than Redis answers there");
+    let trouble = backoff("the server is not Redis", "The server there is not Redis");
     suffers_at("127.0.0.1", http.port(), &trouble);
 }
 
@@ -86,15 +86,15 @@ fn a_reply_that_does_not_end() {
         (
             b"+OK\r\n*200000000\r\n".as_slice(),
             more.as_slice(),
-            "as from no Redis server",
+            "the server is not Redis",
         ),
         (
             b"$1000000000\r\n",
             b"x",
-            "a reply to CLIENT SETNAME that is longer than any of Redis",
+            "the reply to CLIENT SETNAME is longer than any of Redis",
         ),
-        (b"*1\r\n*1\r\n", b"*1\r\n", "as from no Redis server"),
-        (b"+", b"x", "as from no Redis server"),
+        (b"*1\r\n*1\r\n", b"*1\r\n", "the server is not Redis"),
+        (b"+", b"x", "the server is not Redis"),
         (b"", b"+OK\r\n", ""),
     ] {
         let stack = quick();
@@ -146,7 +146,7 @@ fn a_socket_file_that_is_not_there() {
         .exec("update outbox.backends set unix_socket = '/nowhere/redis.sock'");
     let trouble = backoff(
         "No such file or directory",
-        "Start Redis, or mend the backend's unix_socket",
+        "Start Redis, or correct the backend's unix_socket",
     );
     expected.extend(stack.publish_into(&trouble, 150));
     let socket = stack.redis.socket();
@@ -173,7 +173,7 @@ fn a_socket_that_may_not_be_opened() {
     ));
     let trouble = misconfigured(
         "Permission denied",
-        "Let the user of the database server open the socket",
+        "Allow the operating system user of the database server to open the socket",
     );
     let expected = stack.publish_into(&trouble, 150);
     permit(0o777);

@@ -30,7 +30,7 @@ fn a_promoted_standby_is_fenced_while_the_old_primary_lives_and_says_who_that_is
     let system: String = stack.pg.one("select system_identifier::text from pg_control_system()");
     let error = fenced.last_error.expect("an error");
     let said = format!("(system {system}, timeline 1)");
-    assert!(error.starts_with("it belongs to the server at "), "{error}");
+    assert!(error.starts_with("its guard belongs to the server at "), "{error}");
     assert!(error.ends_with(&said), "{error} should end with {said}");
 
     promoted.wait_log("WARNING:  backend \"default\" is fenced");

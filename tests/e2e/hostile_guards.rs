@@ -146,12 +146,7 @@ fn a_guard_that_is_too_large_is_named() {
     for (field, value) in [("place", "p".repeat(3_000_000)), ("more", "m".repeat(2_000_000))] {
         two.hset(&[(field, &value)]);
         two.stack.publish(field);
-        let found = wait_trouble(
-            &two.stack.pg,
-            "default",
-            "misconfigured",
-            "the guard is larger than any",
-        );
+        let found = wait_trouble(&two.stack.pg, "default", "misconfigured", "the guard is too large");
         assert!(found.last_error.is_some_and(|e| e.contains(&key)));
         two.assert_others_go_on(field);
         two.stack.redis.call(&["DEL", &key]);

@@ -54,7 +54,7 @@ fn wait_refused(pg: &Postgres, what: &str) {
         let found = standing(pg, "default");
         let error = found.last_error.unwrap_or_default();
         matches!(found.state.as_str(), "misconfigured" | "backoff")
-            && (error.contains("a host that can be none") || error.contains("longer than any of Redis"))
+            && (error.contains("an impossible host") || error.contains("longer than any of Redis"))
     });
 }
 

@@ -7,7 +7,7 @@ use kit::{
 use uuid::Uuid;
 
 const MISSING: &str = "guard of backend \"default\" is missing";
-const HALTED: &str = "its guard is missing: Redis has lost its data, or stands for another";
+const HALTED: &str = "its guard is missing: Redis has lost its data, or is another Redis";
 
 /// A stack that looks at its guard every moment, and has delivered `count` events.
 fn stack(on_missing: &str, count: i32) -> (Stack, Vec<Uuid>) {

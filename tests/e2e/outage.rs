@@ -160,7 +160,7 @@ fn a_redis_that_became_a_replica_fails_nothing() {
     stack.redis.call(&["REPLICAOF", "127.0.0.1", "1"]);
     expected.extend(publish_many(&mut client, "default", "", "meanwhile", 300));
     wait_trouble(&stack.pg, "default", "backoff", "READONLY");
-    stack.pg.wait_log("point it to the primary");
+    stack.pg.wait_log("Point the backend to the primary");
     assert_eq!(stack.redis.xlen("events"), 3);
 
     stack.redis.call(&["REPLICAOF", "NO", "ONE"]);
@@ -251,7 +251,7 @@ fn a_redis_that_cannot_save_fails_nothing() {
     save("err");
     let expected = publish_many(&mut stack.pg.client(), "default", "", "t", 200);
     wait_trouble(&stack.pg, "default", "backoff", "MISCONF");
-    stack.pg.wait_log("Redis cannot save to disk; see its log.");
+    stack.pg.wait_log("Redis cannot save to disk. See its log.");
     assert_eq!(stack.redis.xlen("events"), 0);
     std::fs::remove_dir_all(&directory).expect("out of the way");
     save("ok");

@@ -72,7 +72,7 @@ fn a_server_is_known_by_its_authority_and_its_name() {
     secure(&stack, "localhost", &format!("tls_ca_file = '{}'", stranger.ca_file()));
     assert_refused(
         &stack,
-        "TLS: the server's certificate is not signed by an authority that is trusted here",
+        "TLS: the server's certificate is not signed by a trusted authority",
     );
     // So it is to the system's.
     secure(&stack, "localhost", "tls_ca_file = null");
@@ -132,15 +132,21 @@ fn a_server_may_want_a_clients_certificate() {
         &["--tls-ca-cert-file", &ca_file, "--tls-auth-clients", "yes"],
     );
     secure(&stack, "localhost", &ca(&authority));
-    assert_refused(&stack, "TLS: the server wants a client certificate");
+    assert_refused(&stack, "TLS: the server requires a client certificate");
     secure(&stack, "localhost", &client(&authority, &stranger.issue(&["relay"])));
-    assert_refused(&stack, "TLS: the server refuses us, or our certificate: ");
+    assert_refused(
+        &stack,
+        "TLS: the server refuses the connection or the client certificate: ",
+    );
     secure(
         &stack,
         "localhost",
         &client(&authority, &authority.issue_until(2020, &["relay"])),
     );
-    assert_refused(&stack, "TLS: the server refuses us, or our certificate: ");
+    assert_refused(
+        &stack,
+        "TLS: the server refuses the connection or the client certificate: ",
+    );
     let relay = authority.issue(&["relay"]);
     secure(&stack, "localhost", &client(&authority, &relay));
     wait_drained(&stack.pg, "default");

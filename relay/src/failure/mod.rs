@@ -113,7 +113,7 @@ pub fn aborted(error: &ServerError) -> Failure {
 
 /// Bytes that are no reply of a Redis, or not one to what was said.
 pub fn not_redis() -> Failure {
-    Failure::of(Trouble::NotRedis, "unexpected reply, as from no Redis server")
+    Failure::of(Trouble::NotRedis, "unexpected reply: the server is not Redis")
 }
 
 /// An error of connecting, writing or reading: of the connection as a whole.

@@ -113,49 +113,40 @@ impl Trouble {
         let (class, hint) = match self {
             Self::NoDescriptor => (
                 Backend,
-                "Raise max_files_per_process, and the limit of open files that the server is started with (ulimit -n), and restart it.",
+                "Raise max_files_per_process and the server's limit of open files (ulimit -n), then restart the server.",
             ),
             Self::NotAllowed => (
                 Configuration,
                 "Add its name, address or network to outbox_relay.allowed_hosts in postgresql.conf, or point the backend elsewhere.",
             ),
-            Self::Refused => (
-                Backend,
-                "Nothing listens there: start Redis, or mend the backend's host and port.",
-            ),
+            Self::Refused => (Backend, "Start Redis there, or correct the backend's host and port."),
             Self::Closed => (
                 Backend,
-                "If this goes on, Redis's log says why it closes the connection: client-query-buffer-limit, client-output-buffer-limit, maxmemory-clients, or a port that speaks TLS.",
+                "If this continues, look in Redis's log for the reason, such as client-query-buffer-limit, client-output-buffer-limit or maxmemory-clients. A port that expects TLS closes connections too.",
             ),
             Self::TimedOut => (
                 Backend,
-                "Redis hangs or is overloaded, or a firewall drops what is sent: check host and port. If it is only slow, raise socket_timeout or connect_timeout.",
+                "Redis hangs or is overloaded, or a firewall drops packets. Check host and port. If Redis is only slow, raise socket_timeout or connect_timeout.",
             ),
-            Self::Unreachable => (
-                Backend,
-                "There is no way to that host: check the network, and the backend's host.",
-            ),
-            Self::NoSuchHost => (
-                Configuration,
-                "Mend the backend's host, or what the name server says of it.",
-            ),
+            Self::Unreachable => (Backend, "Check the network and the backend's host."),
+            Self::NoSuchHost => (Configuration, "Correct the backend's host, or check its DNS record."),
             Self::Unresolved => (
                 Backend,
-                "The name server does not answer: check /etc/resolv.conf of the database server.",
+                "The name server does not answer. Check /etc/resolv.conf on the database server.",
             ),
             // Redis removes it when it stops.
-            Self::NoSocketFile => (Backend, "Start Redis, or mend the backend's unix_socket."),
+            Self::NoSocketFile => (Backend, "Start Redis, or correct the backend's unix_socket."),
             Self::Forbidden => (
                 Configuration,
-                "Let the user of the database server open the socket (Redis's unixsocketperm, or its group).",
+                "Allow the operating system user of the database server to open the socket: set Redis's unixsocketperm, or the socket's group.",
             ),
             Self::NotRedis => (
                 Backend,
-                "Something else than Redis answers there: check the backend's host, port and tls.",
+                "The server there is not Redis. Check the backend's host, port and tls.",
             ),
             Self::TooLongReply => (
                 Backend,
-                "No Redis answers like that: check the backend's host and port.",
+                "Redis does not send such replies. Check the backend's host and port.",
             ),
             Self::Tls | Self::TlsBroken => (
                 if self == Self::Tls { Configuration } else { Backend },
@@ -163,11 +154,11 @@ impl Trouble {
             ),
             Self::ExposedFile => (
                 Configuration,
-                "Its permissions must be u=rw (0600) or less if it is the server user's, u=rw,g=r (0640) or less if it is root's.",
+                "The file must have permissions u=rw (0600) or less if it is owned by the server's user, or u=rw,g=r (0640) or less if it is owned by root.",
             ),
             Self::Withheld => (
                 Configuration,
-                "A role that may not set its password has changed where or how the backend connects. Change that back, or set the password for it as it is now: outbox.set_backend_password(), or password_file set to NULL and then to the file.",
+                "A role that may not set its password has changed where or how the backend connects. Undo that change, or set the password again for the new destination: with outbox.set_backend_password(), or by setting password_file to NULL and then to the file.",
             ),
             Self::Unreadable => (
                 Configuration,
@@ -179,87 +170,90 @@ impl Trouble {
             ),
             Self::MaxClients => (
                 Backend,
-                "Raise Redis's maxclients, or find who holds its connections (CLIENT LIST).",
+                "Raise Redis's maxclients, or find out with CLIENT LIST who holds its connections.",
             ),
             Self::Denied => (
                 Configuration,
-                "Redis is in protected mode: give its users passwords, and set one with outbox.set_backend_password(); or set its protected-mode to no.",
+                "Redis is in protected mode. Give its users passwords and set one with outbox.set_backend_password(), or set protected-mode to no in Redis.",
             ),
             Self::NoAuth => (
                 Configuration,
-                "Set a password with outbox.set_backend_password(), or password_file. outbox_relay.redis_password_file is for backends at redis_host and redis_port alone.",
+                "Set a password with outbox.set_backend_password(), or password_file. outbox_relay.redis_password_file applies only to backends at redis_host and redis_port.",
             ),
             Self::WrongPass => (Configuration, "Check the backend's username and password."),
             Self::NoPasswordSet => (
                 Configuration,
-                "This Redis wants no password: take it away with outbox.set_backend_password(name, null), or check host and port.",
+                "This Redis requires no password. Remove it with outbox.set_backend_password(name, null), or check host and port.",
             ),
             Self::NoSuchDb => (
                 Configuration,
-                "Lower the backend's db, or raise \"databases\" in redis.conf; Redis Cluster has database 0 alone.",
+                "Lower the backend's db, or raise \"databases\" in redis.conf; Redis Cluster has only database 0.",
             ),
             Self::Loading => (
                 Backend,
-                "Redis reads its data after a start; events are sent when it has done so.",
+                "Redis is loading its data after a start. Events are sent when it has finished.",
             ),
-            Self::ReadOnly => (Backend, "The backend's host is a replica; point it to the primary."),
+            Self::ReadOnly => (
+                Backend,
+                "The backend's host is a replica. Point the backend to the primary.",
+            ),
             Self::MasterDown => (
                 Backend,
-                "The backend's host is a replica that has lost its primary; point it to the primary.",
+                "The backend's host is a replica that has lost its primary. Point the backend to the primary.",
             ),
             Self::NoReplicas => (
                 Backend,
-                "Bring Redis's replicas back, or ask for fewer: min-replicas-to-write in Redis, wait_replicas of the backend.",
+                "Bring Redis's replicas back, or require fewer: lower min-replicas-to-write in Redis, or wait_replicas of the backend.",
             ),
-            Self::Misconf => (Backend, "Redis cannot save to disk; see its log."),
+            Self::Misconf => (Backend, "Redis cannot save to disk. See its log."),
             Self::OutOfMemory => (Backend, "Raise Redis's maxmemory, or lower the streams' max_len."),
             Self::Busy => (
                 Backend,
-                "A script keeps Redis busy: SCRIPT KILL (or FUNCTION KILL) ends it. One that has written can only be ended with SHUTDOWN NOSAVE.",
+                "A script keeps Redis busy. End it with SCRIPT KILL or FUNCTION KILL. If it has written data, only SHUTDOWN NOSAVE ends it.",
             ),
             Self::Unkillable => (
                 Backend,
-                "A script that has written keeps Redis busy: only SHUTDOWN NOSAVE ends it.",
+                "A script that has written data keeps Redis busy. Only SHUTDOWN NOSAVE ends it.",
             ),
             Self::Desynchronised => (
                 Backend,
-                "Something between the database server and Redis garbles what is sent.",
+                "Something between the database server and Redis changes the bytes that are sent.",
             ),
-            Self::NoSentinel => (Backend, "Start the sentinels, or mend the backend's nodes."),
+            Self::NoSentinel => (Backend, "Start the sentinels, or correct the backend's nodes."),
             Self::SentinelRefuses => (
                 Configuration,
-                "Check the backend's nodes. Sentinels that want a password get the backend's.",
+                "Check the backend's nodes. A sentinel that requires a password is given the backend's.",
             ),
             Self::NoSuchMaster => (Configuration, "Check the backend's nodes and sentinel_master."),
-            Self::IsReplica => (Backend, "A failover is not done yet; the sentinels are asked again."),
+            Self::IsReplica => (Backend, "A failover is still going on. The sentinels are asked again."),
             Self::NodeRefuses => (
                 Configuration,
-                "The backend's nodes must be a cluster's, and its Redis user needs +cluster|slots.",
+                "The backend's nodes must belong to a cluster, and its Redis user needs +cluster|slots.",
             ),
             Self::TooManySlots => (
                 Configuration,
-                "Give fewer streams to this backend, or names with one tag in braces, or delete those events from outbox.events.",
+                "Use fewer streams in this backend, or give their names a common hash tag in braces, or delete those events from outbox.events.",
             ),
             Self::SlotMoves => (
                 Backend,
-                "The hash slot is moving, or has moved, to another node, which is looked up.",
+                "The hash slot is moving, or has moved, to another node. That node is looked up.",
             ),
             Self::ClusterDown => (
                 Backend,
-                "The cluster does not serve all of its slots: see redis-cli --cluster check.",
+                "The cluster does not serve all of its hash slots. See redis-cli --cluster check.",
             ),
-            Self::TryAgain => (Backend, "The cluster is moving that slot; it passes."),
+            Self::TryAgain => (Backend, "The cluster is moving that hash slot. This ends by itself."),
             Self::Moved | Self::Ask | Self::CrossSlot => (
                 Configuration,
-                "This Redis is a node of a cluster: set the backend's mode to cluster, and its nodes.",
+                "This Redis is a node of a cluster. Set the backend's mode to cluster, and its nodes.",
             ),
             Self::UnknownCommand => (
                 Configuration,
-                "exactly_once needs transactions (WATCH, MULTI, EXEC): let the server or proxy have them, or set delivery to at_least_once.",
+                "exactly_once needs transactions (WATCH, MULTI, EXEC). Enable them in the server or proxy, or set delivery to at_least_once.",
             ),
             Self::NoStreams => (
                 Configuration,
-                "This server has no streams: use Redis 5 or later, and do not rename XADD away.",
+                "This server has no streams. Use Redis 5 or later, and do not rename its command XADD.",
             ),
             Self::NoPermCommand | Self::NoPermKey => (
                 if self == Self::NoPermKey { Event } else { Configuration },
@@ -267,11 +261,11 @@ impl Trouble {
             ),
             Self::WrongType => (
                 Event,
-                "The stream's key holds something else: rename or delete it, or publish to another stream.",
+                "The stream's key holds a value of another type. Rename or delete the key, or publish to another stream.",
             ),
             Self::StreamExhausted => (
                 Event,
-                "The stream has an entry with the last possible id: delete the stream, or publish to another.",
+                "The stream has an entry with the last possible id. Delete the stream, or publish to another.",
             ),
             Self::TooLarge => (
                 Event,
@@ -281,7 +275,7 @@ impl Trouble {
             Self::UnknownReply => return (Event, None),
             Self::Fenced => (
                 Fenced,
-                "If that server must not go on, stop it and run outbox.take_over() here.",
+                "If that server is not to go on, stop it and run outbox.take_over() here.",
             ),
             Self::Copied => (
                 Copy,
@@ -290,7 +284,7 @@ impl Trouble {
             Self::GuardMissing => (Configuration, "Run outbox.take_over() to go on without it."),
             Self::NoGuard => (
                 Configuration,
-                "Something else has written to that key of Redis: delete it, and what on_missing_guard says is done.",
+                "Something else has written to that key of Redis. Delete the key; then on_missing_guard decides.",
             ),
             Self::Other => return (Backend, None),
         };

@@ -156,7 +156,7 @@ pub fn judge(guard: Option<&Guard>, us: &Claimant<'_>, watch: &mut Watch, now: N
     let failure = match watch.has_moved() {
         true => fenced(guard),
         false => Failure::backend(format!(
-            "watching whether its former owner still lives: {}",
+            "watching whether the guard's owner is still running: {}",
             guard.place
         )),
     };
@@ -193,7 +193,7 @@ fn judge_missing(us: &Claimant<'_>, watch: &mut Watch, now: Now) -> Decision {
         return Decision::Wait {
             failure: Failure {
                 trouble: Trouble::GuardMissing,
-                ..Failure::backend("its guard is missing, and belonged to another server, which is waited for")
+                ..Failure::backend("its guard is missing, and it waits for the server that owned the guard")
             },
             retry_after: interval.min(rest),
         };
@@ -208,7 +208,7 @@ fn missing(us: &Claimant<'_>) -> Decision {
         OnMissing::Halt if !us.take_over => Decision::Wait {
             failure: Failure::of(
                 Trouble::GuardMissing,
-                "its guard is missing: Redis has lost its data, or stands for another",
+                "its guard is missing: Redis has lost its data, or is another Redis",
             ),
             retry_after: Duration::ZERO,
         },
@@ -228,7 +228,7 @@ fn fenced(guard: &Guard) -> Failure {
     Failure::of(
         Trouble::Fenced,
         format!(
-            "it belongs to the server at {} (system {}, timeline {})",
+            "its guard belongs to the server at {} (system {}, timeline {})",
             guard.place, guard.system, guard.timeline
         ),
     )

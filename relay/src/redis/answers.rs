@@ -23,7 +23,7 @@ pub fn primary_in(reply: Value) -> Result<Option<Address>, Failure> {
 }
 
 fn no_sentinel() -> Failure {
-    Failure::configuration("unexpected reply, as from no sentinel")
+    Failure::configuration("unexpected reply: the server is not a sentinel")
 }
 
 /// The name or address of a host, as a server tells it. Whatever else it tells is connected to by nobody, and shown by nobody as an address.
@@ -33,9 +33,7 @@ fn host_in(told: &[u8]) -> Result<String, Failure> {
         let shown: String = String::from_utf8_lossy(&told[..told.len().min(60)]).into_owned();
         let cut = if told.len() > 60 { "..." } else { "" };
         let size = told.len();
-        Failure::configuration(format!(
-            "it names a host that can be none: \"{shown}{cut}\" ({size} bytes)"
-        ))
+        Failure::configuration(format!("it names an impossible host: \"{shown}{cut}\" ({size} bytes)"))
     })
 }
 
@@ -82,7 +80,10 @@ pub fn ranges_in<'a>(
 }
 
 fn no_cluster() -> Failure {
-    Failure::of(Trouble::NodeRefuses, "unexpected reply, as from no node of a cluster")
+    Failure::of(
+        Trouble::NodeRefuses,
+        "unexpected reply: the server is not a node of a cluster",
+    )
 }
 
 fn range_in(range: Reply<'_>, asked: &Address) -> Option<Result<Range, Failure>> {
@@ -192,7 +193,7 @@ mod tests {
             &long,
         ] {
             let failure = primary_in(Value::Array(vec![text(host), text("1")])).unwrap_err();
-            assert!(failure.message.contains("a host that can be none"), "{failure}");
+            assert!(failure.message.contains("an impossible host"), "{failure}");
             assert!(!failure.message.chars().any(char::is_control), "{failure}");
             let reply = format!("*1\r\n*3\r\n:0\r\n:5\r\n*2\r\n${}\r\n{host}\r\n:1\r\n", host.len());
             let found = ranges(reply.as_bytes()).unwrap();

@@ -178,7 +178,7 @@ impl Connection {
         self.receive_at_once()?;
         match self.inbox().is_empty() {
             true => Ok(()),
-            false => Err(Failure::backend("a reply that nobody asked for")),
+            false => Err(Failure::backend("a reply to no command")),
         }
     }
 
@@ -369,7 +369,7 @@ fn connect(destination: &Destination, host: &str, port: u16) -> Result<TcpStream
     }
     Err(failed.unwrap_or_else(|| match refused {
         Some(address) => not_allowed(format!("host \"{host}\" ({address})")),
-        None => Failure::configuration(format!("host \"{host}\" stands for no address")),
+        None => Failure::configuration(format!("host \"{host}\" resolves to no address")),
     }))
 }
 

@@ -35,11 +35,16 @@ pub fn config(tls: &Tls) -> Result<Arc<ClientConfig>, Failure> {
         let roots = Arc::new(roots(tls.ca_file.as_deref())?);
         WebPkiServerVerifier::builder_with_provider(roots, Arc::clone(&provider))
             .build()
-            .map_err(|error| Failure::of(Trouble::Tls, format!("TLS cannot verify servers: {error}")))?
+            .map_err(|error| {
+                Failure::of(
+                    Trouble::Tls,
+                    format!("the verification of TLS servers cannot be set up: {error}"),
+                )
+            })?
     };
     let builder = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
-        .map_err(|error| Failure::of(Trouble::Tls, format!("TLS cannot be spoken: {error}")))?
+        .map_err(|error| Failure::of(Trouble::Tls, format!("TLS cannot be set up: {error}")))?
         .dangerous()
         .with_custom_certificate_verifier(verifier);
     let mut config = match &tls.client {
@@ -123,7 +128,7 @@ impl TlsStream {
             }
         };
         let session = ClientConnection::new(config, name)
-            .map_err(|error| Failure::of(Trouble::Tls, format!("TLS cannot be spoken: {error}")))?;
+            .map_err(|error| Failure::of(Trouble::Tls, format!("TLS cannot be set up: {error}")))?;
         let mut tls = Self { session, stream };
         tls.shake_hands(Instant::now() + timeout).map_err(interrupted)?;
         Ok(tls)
@@ -263,7 +268,7 @@ fn fault(why: &CertificateError) -> String {
     match why {
         Expired | ExpiredContext { .. } => "has expired".to_owned(),
         NotValidYet | NotValidYetContext { .. } => "is not valid yet".to_owned(),
-        UnknownIssuer | BadSignature => "is not signed by an authority that is trusted here".to_owned(),
+        UnknownIssuer | BadSignature => "is not signed by a trusted authority".to_owned(),
         Revoked => "was revoked".to_owned(),
         NotValidForName => "is for another host".to_owned(),
         NotValidForNameContext { presented, .. } if presented.is_empty() => "names no host".to_owned(),
@@ -276,7 +281,10 @@ fn fault(why: &CertificateError) -> String {
 fn said(alert: AlertDescription) -> (Class, String) {
     use AlertDescription::*;
     match alert {
-        CertificateRequired => (Class::Configuration, "the server wants a client certificate".to_owned()),
+        CertificateRequired => (
+            Class::Configuration,
+            "the server requires a client certificate".to_owned(),
+        ),
         // Without one, older versions know no better word.
         HandshakeFailure
         | BadCertificate
@@ -288,12 +296,13 @@ fn said(alert: AlertDescription) -> (Class, String) {
         | AccessDenied
         | DecryptError => (
             Class::Configuration,
-            format!("the server refuses us, or our certificate: {alert:?}"),
+            format!("the server refuses the connection or the client certificate: {alert:?}"),
         ),
-        ProtocolVersion | InsufficientSecurity | UnrecognisedName => {
-            (Class::Configuration, format!("the server refuses us: {alert:?}"))
-        }
-        _ => (Class::Backend, format!("the server broke off: {alert:?}")),
+        ProtocolVersion | InsufficientSecurity | UnrecognisedName => (
+            Class::Configuration,
+            format!("the server refuses the connection: {alert:?}"),
+        ),
+        _ => (Class::Backend, format!("the server ended the handshake: {alert:?}")),
     }
 }
 

@@ -126,7 +126,7 @@ fn open_primary(destination: &Destination, address: &Address) -> Result<Connecti
     match is_replica {
         true => Err(Failure::of(
             Trouble::IsReplica,
-            "READONLY it is a replica: a failover is not done yet",
+            "READONLY it is a replica: a failover is still going on",
         )),
         false => Ok(connection),
     }

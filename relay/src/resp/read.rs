@@ -440,7 +440,7 @@ fn header(bytes: &[u8]) -> Result<Option<(Option<u64>, usize)>, Wrong> {
 }
 
 fn too_long(bounds: &Bounds) -> Failure {
-    let what = format!("a reply to {} that is longer than any of Redis", bounds.to);
+    let what = format!("the reply to {} is longer than any of Redis", bounds.to);
     Failure::of(Trouble::TooLongReply, what)
 }
 

@@ -104,9 +104,7 @@ impl Conversation {
     /// What it means that the next reply could not be received.
     pub fn unreadable(&self, failure: Failure) -> Failure {
         match self.expected.front() {
-            Some(Expect::Guard) if failure.trouble == Trouble::TooLongReply => {
-                self.no_guard("the guard is larger than any")
-            }
+            Some(Expect::Guard) if failure.trouble == Trouble::TooLongReply => self.no_guard("the guard is too large"),
             _ => failure,
         }
     }
@@ -190,7 +188,7 @@ impl Conversation {
     /// Takes in the next reply, and appends what there is to report. An error ends the connection.
     pub fn reply(&mut self, reply: Reply<'_>, reports: &mut Vec<Report>) -> Result<(), Failure> {
         match self.expected.pop_front() {
-            None => return Err(Failure::backend("a reply that nobody asked for")),
+            None => return Err(Failure::backend("a reply to no command")),
             Some(Expect::Ousting) => well(&reply.value()?).map_err(|failure| self.at_key(failure))?,
             Some(Expect::Watch | Expect::Claiming) => well(&reply.value()?)?,
             Some(Expect::Guard) => reports.push(Report::Guard(Box::new(self.guard(reply)?))),

@@ -24,7 +24,7 @@ pub(super) fn guard_of(reply: Reply<'_>) -> Result<Option<Guard>, Failure> {
 
 /// Somebody else has claimed the guard, or it is gone. The next connection finds out which.
 pub(super) fn touched() -> Failure {
-    Failure::backend("its guard was touched by somebody else")
+    Failure::backend("its guard was changed by another connection")
 }
 
 /// The reply to a command that matters only if it fails.
