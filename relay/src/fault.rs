@@ -1,9 +1,10 @@
-//! Where a test may break the worker: points at which it dies or waits, and mutations of the code that the tests must notice.
-//! In builds without the feature `faults` there is nothing of it.
+//! Where a test may break the worker: points at which it dies or waits, and mutations of the code that the tests must
+//! notice. In builds without the feature `faults` there is nothing of it.
 //!
-//! Both are told by files in the working directory, which is the server's data directory: `outbox_relay.crash_at` holds the name
-//! of a point, at which the process kills itself (or, with `hold` behind the name, waits until the file is gone);
-//! `outbox_relay.mutation`, read once, the name of a mutation. A thread that was told by [`mutate`] looks at no file.
+//! Both are told by files in the working directory, which is the server's data directory: `outbox_relay.crash_at` holds
+//! the name of a point, at which the process kills itself (or, with `hold` behind the name, waits until the file is
+//! gone); `outbox_relay.mutation`, read once, the name of a mutation. A thread that was told by [`mutate`] looks at no
+//! file.
 
 use std::str::FromStr;
 
@@ -89,11 +90,11 @@ mod armed {
         static OF_THREAD: Cell<Option<Option<Mutation>>> = const { Cell::new(None) };
     }
 
-    pub fn mutate(mutation: Option<Mutation>) {
+    pub(super) fn mutate(mutation: Option<Mutation>) {
         OF_THREAD.set(Some(mutation));
     }
 
-    pub fn reach(point: Point) {
+    pub(super) fn reach(point: Point) {
         if OF_THREAD.get().is_some() {
             return;
         }
@@ -122,7 +123,7 @@ mod armed {
         panic!("a crash point could not kill its own process: {killed:?}");
     }
 
-    pub fn is_mutated(mutation: Mutation) -> bool {
+    pub(super) fn is_mutated(mutation: Mutation) -> bool {
         if let Some(of_thread) = OF_THREAD.get() {
             return of_thread == Some(mutation);
         }

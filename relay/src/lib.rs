@@ -14,6 +14,7 @@
 //! time, fault, seal, statement                time as it is passed in; crash points; passwords at rest; what a statement is
 //! ```
 #![forbid(unsafe_code)]
+#![warn(unreachable_pub)]
 
 pub mod delivery;
 pub mod event;

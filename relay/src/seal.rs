@@ -1,4 +1,5 @@
-//! Passwords as they lie in a table: sealed (AES-256-GCM), so that whoever is shown the table, as logical decoding does, does not read them.
+//! Passwords as they lie in a table: sealed (AES-256-GCM), so that whoever is shown the table, as logical decoding
+//! does, does not read them.
 
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
 

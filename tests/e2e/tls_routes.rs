@@ -41,7 +41,12 @@ fn sentinels_and_their_primary_are_spoken_to_over_tls() {
     // A sentinel that cannot show who it is is not believed.
     point(&stack, &asks(&sentinel), &stranger);
     stack.publish("t");
-    let said = wait_trouble(&stack.pg, "default", "misconfigured", "not signed by a trusted authority");
+    let said = wait_trouble(
+        &stack.pg,
+        "default",
+        "misconfigured",
+        "not signed by a trusted authority",
+    );
     let error = said.last_error.unwrap_or_default();
     assert!(error.contains("sentinel localhost:"), "{error}");
     assert_eq!((said.failed, stack.redis.xlen("events")), (0, 1));

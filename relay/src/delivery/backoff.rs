@@ -11,9 +11,9 @@ pub struct Backoff {
 }
 
 impl Backoff {
-    /// The wait after the `attempt`-th failure in a row (from 1). Exponential: doubled each time up to `max_delay`, then
-    /// taken at random between half of it and all of it, so that many workers do not come back at once. `random` is in
-    /// `[0, 1)`.
+    /// The wait after the `attempt`-th failure in a row (from 1). Exponential: doubled each time up to `max_delay`,
+    /// then taken at random between half of it and all of it, so that many workers do not come back at once. `random`
+    /// is in `[0, 1)`.
     pub fn wait(&self, attempt: u32, random: f64) -> Duration {
         if !self.exponential {
             return self.delay;

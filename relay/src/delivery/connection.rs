@@ -8,19 +8,20 @@ use crate::failure::{Class, Failure};
 use crate::time::Now;
 use std::time::Duration;
 
-/// Configuration errors wait this many times longer than outages: somebody has to mend something first.
+/// Configuration errors wait this many times longer than outages: somebody has to correct something first.
 const CONFIGURATION_PATIENCE: u32 = 5;
 
-/// A backend whose node may change looks for the new one this often at least,
+/// A backend whose node may change looks for the new one at least this often while it has few failures in a row.
 const LOOK_UP_WAIT: Duration = Duration::from_secs(1);
-/// for so many failures in a row: a failover takes seconds. Then it is an outage like any other.
+/// So many failures in a row are few: a failover takes seconds. Then it is an outage like any other.
 const HASTY_FAILURES: u32 = 100;
 
-/// Attempts that somebody asks for are at least so far apart.
+/// Attempts that somebody asks for are at least this far apart.
 const ASKED_PAUSE: Duration = Duration::from_secs(1);
 
 impl Delivery {
-    /// Somebody has asked for an attempt: there is one, but not more than one each second, and if it fails the wait goes on as if nobody had.
+    /// Somebody has asked for an attempt. There is one, at most once a second. If it fails, the wait goes on as if
+    /// nobody had asked.
     pub fn retry_asked(&mut self, now: Now) {
         let ConnectionState::Down { retry_at } = &mut self.connection else {
             return;
@@ -40,7 +41,7 @@ impl Delivery {
         }
     }
 
-    /// It is due, but there is no room for its connection.
+    /// A connection is due, but the worker may open no more.
     pub fn waits_for_room(&mut self, failure: Failure) {
         self.trouble = Some(failure);
     }
@@ -65,7 +66,8 @@ impl Delivery {
         self.connection = ConnectionState::Connecting;
     }
 
-    /// It should be up by now, but its sender has not failed either: somebody answers, slowly or much. False: that is not so.
+    /// The connection should be up by now and has not failed either: the server answers slowly, or at length. Returns
+    /// whether that is so.
     pub fn takes_long(&mut self, failure: Failure) -> bool {
         let is_so = self.connection == ConnectionState::Connecting;
         if is_so {
@@ -110,7 +112,8 @@ impl Delivery {
             Some(flight) => self.land(flight, accepted, refused, now, random),
             None => Vec::new(),
         };
-        // A connection that had worked may just have been closed for idling: look again at once, but only once.
+        // A connection that had worked may have been closed because it was idle. It is tried again at once, but only
+        // once.
         let fresh = self.failures == 0 && self.connection == ConnectionState::Up && failure.class == Class::Backend;
         let retry_at = self.failed(failure, now, random);
         if fresh {
@@ -126,7 +129,7 @@ impl Delivery {
         self.go_down(Now::ZERO);
     }
 
-    /// The backend stands for another server now: what was wrong with the former one says nothing.
+    /// The backend points to another server now. Failures of the former one mean nothing.
     pub fn forget_trouble(&mut self) {
         self.trouble = None;
         self.failures = 0;
@@ -157,7 +160,7 @@ impl Delivery {
         self.connection = ConnectionState::Down { retry_at };
     }
 
-    /// Reads on from what was acknowledged; what is in flight, if anything, is none of ours any more.
+    /// Reads on from the acknowledged position. What is in flight, if anything, is forgotten.
     pub(super) fn rewind(&mut self) {
         for flight in self.flights.drain(..) {
             for stream in flight.retried() {

@@ -5,10 +5,10 @@ use crate::reading::range::Position;
 use crate::reading::schedule::Supply;
 use std::rc::Rc;
 
-/// How many batches are in Redis's hands at once: enough that it finds the next when it has done one.
+/// How many batches Redis has at once, so that the next one is there when one is done.
 pub const PIPELINED_BATCHES: usize = 4;
 
-/// How many batches may wait for or be with a sender.
+/// How many batches a sender may have, sent or not.
 pub const WINDOW_BATCHES: usize = 32;
 
 /// Bytes that may be on their way for one backend; a single larger batch goes alone.
@@ -22,7 +22,7 @@ pub fn is_backends(refusal: &Refusal) -> bool {
     refusal.1.class != Class::Event
 }
 
-/// An event on its way, as far as its fate needs it.
+/// An event of a batch, as far as a delivery needs to know it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BatchedEvent {
     pub seq: i64,
@@ -55,7 +55,8 @@ impl Window {
 pub enum Contents {
     /// Rows that were read in order. When all are acknowledged, the cursor stands at `end`.
     Rows { end: Position },
-    /// Events that wait in the table of refused ones, tried again, those of a stream together; `all`: streams of which no other waits.
+    /// Events that wait in the table of refused ones, tried again, those of a stream together; `all`: streams of which
+    /// no other waits.
     Waiting { all: Vec<Rc<str>> },
 }
 

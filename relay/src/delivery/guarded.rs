@@ -1,5 +1,5 @@
-//! What a delivery does with a guard (exactly_once): numbers of batches, where it stands after a claim, and a batch that was appended
-//! whole or not at all.
+//! What a delivery does with a guard (exactly_once): numbers of batches, where it stands after a claim, and a batch
+//! that was appended whole or not at all.
 
 use crate::delivery::flight::{Contents, Flight};
 use crate::delivery::flight::{Refusal, WINDOW_BATCHES};
@@ -18,7 +18,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Batches of which nobody has heard are remembered, so many.
+/// At most this many batches whose replies were never read are remembered.
 const MOST_IN_DOUBT: usize = 1_000;
 
 impl Delivery {
@@ -27,8 +27,8 @@ impl Delivery {
         self.number
     }
 
-    /// A claim is about to be made, the `epoch`th of this backend: its batches get numbers that none has had, so that Redis is known
-    /// whatever it may come back with. Only then do numbers tell what is newer.
+    /// A claim is about to be made, the `epoch`th of this backend. Its batches get numbers that no batch has had. So
+    /// numbers tell which guard is newer, whatever state Redis may come back with.
     pub fn begin_epoch(&mut self, epoch: u64) {
         self.floor = floor_of(epoch);
     }
@@ -62,13 +62,14 @@ impl Delivery {
     fn doubt(&mut self, batch: (u64, Position)) {
         let Some(doubted) = &mut self.in_doubt else { return };
         doubted.push(batch);
-        // After hundreds of connections, none of which was heard of again.
+        // This takes hundreds of connections whose replies were never read.
         if doubted.len() > MOST_IN_DOUBT {
             self.in_doubt = None;
         }
     }
 
-    /// Whether a guard of this run of the server, which says more than is known, can say that this was the last batch. The error names what cannot be.
+    /// Whether a guard of this run of the server that says more than is known may name this as the last batch. The
+    /// error names the field that cannot be.
     pub fn may_have_sent(&self, number: u64, position: &Position) -> Result<(), &'static str> {
         let Some(doubted) = &self.in_doubt else {
             return Ok(());
@@ -82,7 +83,7 @@ impl Delivery {
         }
     }
 
-    /// Whether the next batches would have numbers of the next claim: it is time for that.
+    /// Whether the numbers of this claim are used up: the next batches need another claim.
     pub fn has_used_up_numbers(&self) -> bool {
         let last = self.next_number() + WINDOW_BATCHES as u64;
         self.guarantee == Guarantee::ExactlyOnce
@@ -91,14 +92,15 @@ impl Delivery {
             && epoch_of(last) > epoch_of(self.floor)
     }
 
-    /// What is written down of waiting events that were accepted: a Redis whose guard says less may be without them. After a claim, not
-    /// before its own number: they were found in Redis as it was then, not in what had been claimed in between, and lost.
+    /// The batch number that is written down with waiting events that were accepted: a Redis whose guard has a lower
+    /// one may not have them. After a claim it is at least the claim's own number, because they were found in Redis as
+    /// it was then, not as it had been under a claim that was lost in between.
     pub fn accepted_in(&self) -> u64 {
         self.number.max(self.floor)
     }
 
-    /// The guard says that batches up to `number`, up to `position`, are appended, which nobody has heard of. In all, `accepted`
-    /// events were accepted in this life.
+    /// The guard says that batches up to `cursor` are appended, whose replies were never read. `accepted`: events that
+    /// were accepted since the start, these included.
     pub fn adopt(&mut self, cursor: Cursor, accepted: u64) {
         self.stand_at(cursor);
         self.accepted = accepted;
@@ -115,7 +117,7 @@ impl Delivery {
     fn stand_at(&mut self, cursor: Cursor) {
         let moves = !Arc::ptr_eq(self.acked.newest(), cursor.position.newest());
         if cursor.number < self.number {
-            // Redis may come back with what it has lost, and was known.
+            // Redis may come back with batches that it has lost, and that were known.
             self.in_doubt = None;
         }
         self.acked = cursor.position;
@@ -126,7 +128,7 @@ impl Delivery {
         self.rewind();
     }
 
-    /// Rows that need not be sent: they stand in their streams already. What was found there before may be gone.
+    /// Rows that need not be sent, because they are in their streams already. What was found there before may be gone.
     pub fn pass_over(&mut self, seqs: impl IntoIterator<Item = i64>) {
         for seq in std::mem::take(&mut self.found) {
             self.ahead.remove(&seq);
@@ -171,12 +173,12 @@ impl Delivery {
         }
     }
 
-    /// Events on their way.
+    /// Events in flight.
     pub fn in_flight(&self) -> usize {
         self.flights.iter().map(|flight| flight.entries.len()).sum()
     }
 
-    /// It cannot be its owner now: tries again after a while.
+    /// The guard cannot be claimed now. It is tried again after `retry_after`; zero: as after any failure.
     pub fn hold_off(&mut self, failure: Failure, retry_after: Duration, now: Now, random: f64) {
         let retry_at = self.failed(failure, now, random);
         self.go_down(if retry_after > Duration::ZERO {
@@ -191,8 +193,8 @@ impl Delivery {
         self.trouble = Some(failure);
     }
 
-    /// With exactly_once, waiting events go alone: the guard speaks of one batch, and what became of them is written down before
-    /// the next.
+    /// With exactly_once, waiting events are sent alone: the guard tells of one batch only, and what became of it is
+    /// written down before the next.
     pub(super) fn retries_alone(&self) -> bool {
         self.guarantee == Guarantee::ExactlyOnce
             && self
@@ -204,14 +206,15 @@ impl Delivery {
     /// A batch was appended whole, but for what was refused.
     pub(super) fn appended(&mut self, flight: Flight, refused: Vec<Refusal>, now: Now, random: f64) -> Vec<Record> {
         self.number = self.next_number();
-        // Its number is above all that anybody else has given.
+        // Its number is higher than all that other claims have given.
         let known = self.number;
         self.in_doubt
             .get_or_insert_default()
             .retain(|(number, _)| *number > known);
         self.failures = 0;
         self.trouble = None;
-        // The guard can tell of the last batch alone which of its events were refused, or which that waited were accepted.
+        // The guard tells of the last batch alone which of its events were refused, or which waiting ones were
+        // accepted.
         let stops = !refused.is_empty() || matches!(flight.contents, Contents::Waiting { .. });
         let count = flight.entries.len();
         let records = self.land(flight, count, refused, now, random);

@@ -37,8 +37,8 @@ impl Delivery {
         records
     }
 
-    /// Takes the first `known` results of a flight: moves the cursor over what is settled, remembers what was accepted beyond
-    /// a gap, and says what to record.
+    /// Takes the first `known` results of a flight: moves the cursor over what is settled, remembers what was accepted
+    /// beyond a gap, and says what to record.
     pub(super) fn land(
         &mut self,
         flight: Flight,
@@ -54,8 +54,8 @@ impl Delivery {
             Contents::Rows { end } => (false, end.under_way.is_none()),
             Contents::Waiting { .. } => (true, false),
         };
-        // Set at the first entry that is not settled; the cursor cannot pass it. No position stands for a part of a batch
-        // that ends with its range.
+        // Set at the first entry that is not settled; the cursor cannot pass it. No position stands for a part of a
+        // batch that ends with its range.
         let mut gap = matches!(self.connection, ConnectionState::Draining { .. }) || (!whole && ends_range);
         let mut settled: Option<i64> = None;
         for (index, entry) in flight.entries.iter().enumerate().take(known) {

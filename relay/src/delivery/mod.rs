@@ -11,9 +11,10 @@
 //! ```
 //! The table is the retry buffer: nothing that is unsure is kept here but its position.
 //!
-//! With at_least_once batches are plain commands, several on their way at once: a reply that blames the backend, or a lost
-//! connection, leaves those behind it in doubt. With exactly_once a batch is appended whole or not at all and the guard
-//! says which was the last, by its number; so what is in flight is never in doubt for longer than it takes to ask.
+//! With at_least_once batches are plain commands, several on their way at once: a reply that blames the backend, or a
+//! lost connection, leaves those behind it in doubt. With exactly_once a batch is appended whole or not at all and the
+//! guard says which was the last, by its number; so what is in flight is never in doubt for longer than it takes to
+//! ask.
 //!
 //! - [`state`] how the connection is; [`connection`] when it is opened, and what its end means
 //! - [`flight`] batches on their way; [`landing`] what their replies mean; [`guarded`] the same with a guard
@@ -50,7 +51,7 @@ pub enum Guarantee {
     ExactlyOnce,
 }
 
-/// See the module's text.
+/// The delivery of one backend; see the module's text.
 pub struct Delivery {
     guarantee: Guarantee,
     /// The last batch that is known to be appended (exactly_once).
@@ -63,38 +64,39 @@ pub struct Delivery {
     acked: Position,
     flights: VecDeque<Flight>,
     in_flight_bytes: usize,
-    /// So many may be.
+    /// The most bytes that may be in flight.
     window_bytes: usize,
     connection: ConnectionState,
     /// Failures of the backend in a row.
     failures: u32,
-    /// When it is next tried, or was, because somebody had asked.
+    /// The last or next attempt that somebody has asked for.
     asked_at: Option<Now>,
-    /// When it would be tried if nobody had.
+    /// When the next attempt would be if nobody had asked.
     unasked: Option<Now>,
     /// Why it is down; `None` after the next success.
     trouble: Option<Failure>,
-    /// Rows after `acked` that are not to be sent if they are read again: accepted all the same (the backend refused one
-    /// between), or written down. They are forgotten once `acked` has passed them.
+    /// Rows behind `acked` that are not to be sent if they are read again: they were accepted although the backend
+    /// refused an earlier one, or they are written down. They are forgotten once `acked` has passed them.
     ahead: BTreeSet<i64>,
-    /// Those of them that were read since the last batch: before the piece at hand, and in it.
+    /// Rows of `ahead` that were read since the last batch: before the current piece, and in it.
     aside: Vec<i64>,
     piece: Vec<i64>,
-    /// Those of `ahead` that were found in their streams. Nobody has written that down, so whoever claims next must look again.
+    /// Rows of `ahead` that were found in their streams. That is written down nowhere, so the next owner must look
+    /// again.
     found: BTreeSet<i64>,
     streams: Streams,
     backoff: Backoff,
-    /// Another node may take the place of one that is gone.
+    /// Whether another node may replace one that is gone.
     follows: bool,
     accepted: u64,
-    /// Rows up to this number may have been written down in an earlier life, or before Redis lost something.
+    /// Rows up to this number may have been written down by an earlier worker, or before Redis lost data.
     reread_to: i64,
-    /// Rows are read again that may belong before events that wait.
+    /// Rows that are being read again, and may belong before events that wait.
     reread: Option<Reread>,
-    /// A stream is to be tried again, which waits for what is in flight.
+    /// A stream is to be tried again as soon as nothing is in flight.
     makes_way: bool,
-    /// Batches that were sent, or begun with, and of which nobody has heard: where a guard that says more than is known must stand. `None`: others of
-    /// our name may have sent some, too (exactly_once).
+    /// Batches that were sent, or begun with, and whose replies were never read. A guard that says more than is known
+    /// must name one of them. `None`: an earlier worker may have sent others (exactly_once).
     in_doubt: Option<Vec<(u64, Position)>>,
 }
 
@@ -107,7 +109,8 @@ pub struct Cursor {
 }
 
 impl Delivery {
-    /// Starts down, to connect at once, at a saved cursor and with the streams that have refused events waiting.
+    /// A delivery without a connection, which is to be opened at once. It stands at a saved cursor; `streams` are those
+    /// that have refused events waiting.
     pub fn new(guarantee: Guarantee, cursor: Cursor, streams: Streams, backoff: Backoff) -> Self {
         let Cursor {
             position: cursor,
@@ -142,18 +145,18 @@ impl Delivery {
         }
     }
 
-    /// Shorter waits count for what waits already.
+    /// A shorter backoff counts for what is waiting already.
     pub fn set_backoff(&mut self, backoff: Backoff, now: Now) {
         self.backoff = backoff;
         self.streams.hasten(|attempts| now + backoff.wait(attempts, 1.0));
     }
 
-    /// One of many has less on its way.
+    /// A lane has a smaller window than a backend that is alone.
     pub fn set_window_bytes(&mut self, bytes: usize) {
         self.window_bytes = bytes;
     }
 
-    /// Whether another node may take the place of one that is gone: then it is not waited for long.
+    /// Whether another node may replace one that is gone. Then a node that fails is not waited for long.
     pub fn set_follows(&mut self, follows: bool) {
         self.follows = follows;
     }
@@ -167,7 +170,7 @@ impl Delivery {
         self.guarantee = guarantee;
     }
 
-    /// All up to here is settled.
+    /// All rows up to this position are settled.
     fn ack(&mut self, position: Position) {
         self.acked = position;
         if self.reread.as_ref().is_some_and(|reread| reread.is_done(&self.acked)) {
@@ -180,8 +183,8 @@ impl Delivery {
         self.room().is_some()
     }
 
-    /// How many batches, and of how many bytes, may be handed to the sender; `None`: not one. A batch may be begun while any
-    /// bytes are left, so that a single large event always fits.
+    /// How many batches, and of how many bytes, may be handed to the sender; `None`: none. A batch may be begun while
+    /// any bytes are left, so that a single large event always fits.
     pub fn room(&self) -> Option<Window> {
         if self.makes_way || self.retries_alone() {
             return None;
@@ -216,7 +219,7 @@ impl Delivery {
         &self.read
     }
 
-    /// Where the cursor may be saved, once all that [`Self::replied`] told to record is recorded.
+    /// The position that may be saved once all records of [`Self::replied`] are written down.
     pub fn acked(&self) -> &Position {
         &self.acked
     }
@@ -254,7 +257,7 @@ impl Delivery {
         }
     }
 
-    /// A row was read and skipped, or parked and written down, as [`Self::on_row`] said. To be told before [`Self::advanced`].
+    /// A row was skipped, or parked and written down, as [`Self::on_row`] said. To be called before [`Self::advanced`].
     pub fn skipped(&mut self, seq: i64) {
         self.ahead.insert(seq);
         self.piece.push(seq);
@@ -271,15 +274,15 @@ impl Delivery {
         }
     }
 
-    /// The reader has come to `position`, and every row before it was handed over by [`Self::sent`], parked or skipped.
+    /// The reader has reached `position`. Every row before it was sent, parked or skipped.
     pub fn advanced(&mut self, position: Position) {
         self.read = position;
         self.aside.append(&mut self.piece);
         self.settle();
     }
 
-    /// A batch went to the sender. Streams of which no other event waits are not blocked any more: what is read of them from now on goes
-    /// behind the batch.
+    /// A batch went to the sender. Streams of which no other event waits are not blocked any more: what is read of them
+    /// from now on goes behind the batch.
     pub fn sent(&mut self, entries: Vec<BatchedEvent>, contents: Contents, bytes: usize) {
         let aside = match &contents {
             Contents::Rows { .. } => std::mem::take(&mut self.aside),
@@ -297,8 +300,8 @@ impl Delivery {
         });
     }
 
-    /// Nothing is left to read or in flight, and it is connected: all is well. True if that is news. `is_all_read`: nor are there rows that
-    /// may not be read yet, of which something may be known.
+    /// Nothing is left to read and nothing is in flight: all is well. Returns whether it was not before. `is_all_read`:
+    /// there are no rows either that may not be read yet, and of which something may be known.
     pub fn rest(&mut self, is_all_read: bool) -> bool {
         let is_calm = self.streams.next_retry_at().is_none() && self.streams.to_fail(1).is_empty();
         let rests = self.connection == ConnectionState::Up && self.flights.is_empty() && is_calm;

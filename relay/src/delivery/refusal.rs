@@ -1,10 +1,11 @@
 //! Events that Redis refuses for what they are, stream by stream.
 //!
-//! The head of a refused stream is tried again up to its `max_retries`; meanwhile everything behind it in the same stream waits
-//! in the table of refused events, and other streams go on. When the head is accepted the others follow in order; when it
-//! has failed they fail with it, and the next event of that stream has one attempt, until one is accepted.
+//! The head of a refused stream is tried again up to its `max_retries`; meanwhile everything behind it in the same
+//! stream waits in the table of refused events, and other streams go on. When the head is accepted the others follow in
+//! order; when it has failed they fail with it, and the next event of that stream has one attempt, until one is
+//! accepted.
 //!
-//! There may be a hundred thousand such streams: nothing here looks at all of them, but when settings change. What they cost is bounded:
+//! There may be a hundred thousand such streams. Only a change of settings looks at all of them. Their cost is bounded:
 //! attempts have a share of the time (`waiting.rs`), and streams a share of the memory.
 
 use crate::delivery::flight::BatchedEvent;
@@ -18,12 +19,12 @@ use std::time::Duration;
 /// Most attempts that an event may ask for: also the bound of the setting `max_retries`.
 pub const MOST_ATTEMPTS: i32 = 1_000;
 
-/// Streams that have exhausted their attempts are remembered up to this many; beyond it, all are forgiven.
+/// At most this many streams that have exhausted their attempts are remembered. Beyond that, all are forgotten.
 const REMEMBERED_STREAMS: usize = 10_000;
 
-/// Memory for streams that are not well. An event of another stream that Redis refuses when it is used up has one attempt.
+/// Memory for refused streams. When it is used up, a refused event of a further stream has one attempt.
 const MOST_BYTES: usize = 32 * 1024 * 1024;
-/// Of a stream beside its name, as was measured.
+/// Memory that a stream takes besides its name, as measured.
 const STREAM_BYTES: usize = 200;
 
 /// What must be written down in Postgres before the cursor passes.
@@ -62,22 +63,23 @@ pub struct Retry {
     pub count: usize,
 }
 
-/// The streams of one backend that are not well.
+/// The refused streams of one backend.
 #[derive(Default)]
 pub struct Streams {
     /// Sorted, so that a run can be replayed.
     troubled: BTreeMap<Rc<str>, StreamState>,
-    /// Those that are blocked and not being tried.
+    /// Streams that are blocked and not being tried.
     waiting: Waiting,
     budget: Budget,
-    /// Those that were in a batch of which nothing was appended because of others: they are tried next, without any others, or a crowd of
-    /// streams that are refused before a transaction is executed would keep them from ever being appended.
+    /// Streams of a batch of which nothing was appended because of other streams. They are tried next, without others.
+    /// Otherwise a crowd of streams that are refused before EXEC would keep them from ever being appended.
     innocent: BTreeSet<Rc<str>>,
     /// Memory that they take.
     bytes: usize,
-    /// Those whose next events may follow, first come first served. One may be here that has no more to do with it.
+    /// Streams whose next events may follow, in the order in which they came. A stream that is well again may still
+    /// stand here.
     following: VecDeque<Rc<str>>,
-    /// Those of which something is on its way.
+    /// Streams of which something is in flight.
     busy: BTreeSet<Rc<str>>,
     failing: BTreeSet<Rc<str>>,
     exhausted: usize,
@@ -168,9 +170,10 @@ impl Streams {
         self.troubled.get(stream) == Some(&StreamState::Following { sending: false })
     }
 
-    /// Streams to be tried again now in one batch, marked as such: heads of those that are due, at most `heads`, and events that follow,
-    /// `followers` in all. Those that follow share what there is: nobody waits until another is through. Heads are chosen by `waiting.rs`;
-    /// when they were tried, [`Self::retried`] is to be told.
+    /// Chooses the streams to be tried again now in one batch, and marks them: the heads of at most `heads` streams
+    /// that are due, and `followers` events in all of streams whose head was accepted. These share that number, so that
+    /// none waits until another is done. `waiting.rs` chooses the heads; when they were tried, [`Self::retried`] is to
+    /// be called.
     pub fn due(&mut self, now: Now, heads: usize, followers: usize) -> Vec<Retry> {
         let mut due = self.due_innocent(followers);
         if !due.is_empty() {
@@ -231,7 +234,7 @@ impl Streams {
         self.budget.end(now);
     }
 
-    /// Streams are tried again at `latest` at the latest, by the attempts of their heads.
+    /// No stream waits longer than until `latest`, which goes by the attempts of its head.
     pub(crate) fn hasten(&mut self, latest: impl Fn(u32) -> Now) {
         for state in self.troubled.values_mut() {
             if let StreamState::Blocked { attempts, retry_at, .. } = state {
@@ -320,7 +323,7 @@ impl Streams {
         }
     }
 
-    /// Takes the place of `other`: those that are to fail by that are, if they wait here.
+    /// Replaces `other`: a stream that is to fail there is to fail here too, if it has waiting events.
     pub(crate) fn go_on_from(&mut self, other: &Self) {
         self.budget = other.budget.clone();
         for (stream, error) in other.to_fail(usize::MAX) {

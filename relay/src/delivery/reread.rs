@@ -4,11 +4,11 @@ use crate::reading::range::Position;
 use crate::reading::snapshot::Tick;
 use std::sync::Arc;
 
-/// While rows are read again that may belong before events that wait, those are not tried: first such rows must wait with them.
+/// Waiting events are not tried while rows are read again that may belong before them: these rows must first be parked.
 pub(super) struct Reread {
-    /// A tick that does not see them all.
+    /// A tick that does not see all of these rows.
     pub(super) stale: Option<Arc<Tick>>,
-    /// None has a higher number.
+    /// None of these rows has a higher number.
     pub(super) upto: i64,
 }
 

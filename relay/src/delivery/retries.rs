@@ -12,23 +12,24 @@ impl Delivery {
         &self.streams
     }
 
-    /// Settings of the backend changed what its streams are called, or failed events were taken away.
+    /// The names of the backend's streams have changed with its settings, or failed events were deleted.
     pub fn set_streams(&mut self, mut streams: Streams) {
         streams.go_on_from(&self.streams);
         self.streams = streams;
         self.mark_retries();
     }
 
-    /// What is being tried again is not tried once more at the same time.
+    /// A stream that is being tried again is not tried twice at the same time.
     pub(super) fn mark_retries(&mut self) {
         for stream in self.flights.iter().flat_map(Flight::retried) {
             self.streams.retrying(&stream);
         }
     }
 
-    /// Streams whose waiting events are to be tried again now in one batch, and how many of each: of those whose head is not accepted yet,
-    /// that alone, and as many streams as `heads` says; `followers` of the others. Empty: none. What is not sent is to be told to
-    /// [`Self::stream_cleared`] or [`Self::stream_put_back`].
+    /// Streams whose waiting events are to be tried again now in one batch, and how many events of each. Of a stream
+    /// whose head is not accepted yet, the head alone is tried, in at most `heads` streams; of the others, `followers`
+    /// events in all. For a stream of which nothing is sent, call [`Self::stream_cleared`] or
+    /// [`Self::stream_put_back`].
     pub fn streams_to_retry(&mut self, now: Now, heads: usize, followers: usize) -> Vec<Retry> {
         if self.connection == ConnectionState::Up
             && !self
@@ -52,18 +53,18 @@ impl Delivery {
         self.streams.due(now, heads, followers)
     }
 
-    /// There was no room for events of this stream: they are tried again with the next.
+    /// There was no room for events of this stream: they are tried with the next batch.
     pub fn stream_put_back(&mut self, stream: &Rc<str>) {
         self.streams.rests(stream);
     }
 
-    /// Streams whose head has failed, at most `count`, with the reason: all that waits in them is to fail, once all records are written
-    /// down, and then [`Self::stream_failed`] is to be told.
+    /// At most `count` streams whose head has failed, with the reason. Once all records are written down, all events
+    /// that wait in them must fail, and [`Self::stream_failed`] be called.
     pub fn streams_to_fail(&self, count: usize) -> Vec<(Rc<str>, Rc<str>)> {
         self.streams.to_fail(count)
     }
 
-    /// All that waited in this stream has failed, durably: what comes has one attempt.
+    /// All events that waited in this stream have failed, durably. Later ones have one attempt.
     pub fn stream_failed(&mut self, stream: &Rc<str>) {
         self.streams.failed(stream);
     }

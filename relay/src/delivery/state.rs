@@ -1,7 +1,7 @@
 //! How a delivery's connection is, and what a user sees of the delivery.
 //!
-//! Three types tell of one connection, each on the side that knows it: [`ConnectionState`], in the worker, when to connect
-//! and whether batches may be sent; the stage of a [recovery](../../recovery/index.html), what is done between
+//! Three types tell of one connection, each on the side that knows it: [`ConnectionState`], in the worker, when to
+//! connect and whether batches may be sent; the stage of a [recovery](../../recovery/index.html), what is done between
 //! *connecting* and *up* with exactly_once; the state of a [conversation](../../sender/conversation/index.html), in the
 //! sender's thread, what was said to Redis and what may be said next.
 

@@ -1,7 +1,7 @@
 //! Refused streams that wait to be tried again, and how much of the time that may take when they are many.
 //!
-//! One publisher may have a hundred thousand streams refused. What those cost must not grow with their number, and another publisher's
-//! stream must not wait until all of them had their turn.
+//! One publisher may have a hundred thousand streams refused. What those cost must not grow with their number, and
+//! another publisher's stream must not wait until all of them had their turn.
 
 use crate::time::Now;
 use std::collections::BTreeSet;
@@ -11,9 +11,9 @@ use std::time::Duration;
 /// Heads that were refused this often or more are one group: by then the wait between attempts has its full length.
 const GROUPS: usize = 16;
 
-/// While more streams wait than one batch tries, attempts in vain have one part in so many of the time,
+/// While more streams wait than one batch tries, failed attempts take at most one part in this many of the time.
 const SHARE: u32 = 20;
-/// but the next is never later than this.
+/// However long attempts took, the next is never later than this.
 const LONGEST_REST: Duration = Duration::from_secs(2);
 
 #[derive(Default)]
@@ -21,18 +21,18 @@ pub(super) struct Waiting {
     /// By how often their heads were refused, then by the time at which they are to be tried.
     groups: [BTreeSet<(Now, Rc<str>)>; GROUPS],
     count: usize,
-    /// Of [`TURNS`], the next.
+    /// Index of the next turn in [`TURNS`].
     turn: usize,
 }
 
-/// Who is tried next.
+/// Which stream is tried next.
 #[derive(Clone, Copy)]
 enum Turn {
-    /// Who has waited longest.
+    /// The stream that has waited longest.
     Longest,
-    /// Of those that were refused least, who has waited longest,
+    /// Of the streams that were refused least often, the one that has waited longest.
     Least,
-    /// or came last: a crowd may be new itself.
+    /// Of those, the one that came last: the crowd may be new itself.
     Latest,
 }
 
@@ -65,12 +65,12 @@ impl Waiting {
         }
     }
 
-    /// Of each group, who has waited longest.
+    /// Of each group, the stream that has waited longest.
     fn firsts(&self) -> impl Iterator<Item = &(Now, Rc<str>)> {
         self.groups.iter().filter_map(BTreeSet::first)
     }
 
-    /// Who is to be tried next.
+    /// The stream that is to be tried next.
     pub(super) fn next_due(&mut self, now: Now) -> Option<Rc<str>> {
         let is_due = |(at, _): &&(Now, Rc<str>)| *at <= now;
         let next = match TURNS[self.turn % TURNS.len()] {

@@ -1,8 +1,8 @@
 //! From an event to the bytes of its XADD, in RESP, appended to a buffer that is used again.
 //!
-//! Format `broadcaster`: field for field what django-broadcaster 0.1.1 writes (`backends.py`, `models.py`): `event_id`, `event_type`,
-//! `source`, `timestamp`, `cloud_event`, then the keys of `publisher_config`.
-//! Sources: RESP (Redis serialization protocol specification), CloudEvents 1.0 JSON format.
+//! Format `broadcaster`: field for field what django-broadcaster 0.1.1 writes (`backends.py`, `models.py`): `event_id`,
+//! `event_type`, `source`, `timestamp`, `cloud_event`, then the keys of `publisher_config`. Sources: RESP (Redis
+//! serialization protocol specification), CloudEvents 1.0 JSON format.
 
 use crate::event::text::{hyphenated, put_digits, rfc3339};
 use crate::event::{ConfigError, Event, further_fields};
@@ -38,7 +38,7 @@ impl Encoder {
         self.scratch.clear();
         append_cloud_event(&mut self.scratch, event, &event_id, &timestamp);
 
-        // Most of it is the same for each entry: it is written in as few pieces as there are values between.
+        // Most bytes are the same in each entry. They are written in as few pieces as the values between them allow.
         append_array_header(out, arguments);
         out.extend_from_slice(b"$4\r\nXADD\r\n");
         append_bulk(out, target.stream.as_bytes());
@@ -64,7 +64,7 @@ impl Encoder {
     }
 }
 
-/// Remembers the second of the last timestamp: those of neighbours differ in what is less.
+/// Remembers the second of the last timestamp: neighbours differ only in the fraction.
 struct Clock {
     second: i64,
     text: [u8; 32],

@@ -1,5 +1,5 @@
-//! A JSON number as Postgres's jsonb shows it: without an exponent. So a number is sent with the same digits whether it came as json or as
-//! jsonb.
+//! A JSON number as Postgres's jsonb shows it: without an exponent. So a number is sent with the same digits whether it
+//! came as json or as jsonb.
 
 use std::borrow::Cow;
 
@@ -9,7 +9,7 @@ const MOST_PLACES: usize = 16_383;
 const MOST_EXPONENT: i64 = i32::MAX as i64 / 2;
 
 /// `text` is a number by JSON's grammar. `None`: numeric cannot hold it.
-pub fn plain(text: &str) -> Option<Cow<'_, str>> {
+pub(super) fn plain(text: &str) -> Option<Cow<'_, str>> {
     let is_plain = !text.starts_with("-0") && !text.contains(['e', 'E']);
     if is_plain && text.len() <= MOST_PLACES {
         return Some(text.into());

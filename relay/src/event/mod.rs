@@ -49,11 +49,11 @@ pub enum ConfigError {
     TooManyDigits,
 }
 
-/// What numbers with exponents may become longer by, all in all.
+/// By how much numbers with exponents may become longer, in all.
 const MOST_ADDED: usize = 1024 * 1024;
 
-/// The further stream fields that a `publisher_config` stands for, in its order: strings as they are, numbers as jsonb shows them, and
-/// booleans as JSON writes them.
+/// The further stream fields that a `publisher_config` stands for, in its order: strings as they are, numbers as jsonb
+/// shows them, and booleans as JSON writes them.
 pub fn further_fields(publisher_config: &str) -> Result<Vec<(String, String)>, ConfigError> {
     let Members(members) = serde_json::from_str(publisher_config).map_err(|_| not_an_object(publisher_config))?;
     let mut fields: Vec<(String, String)> = Vec::with_capacity(members.len());
@@ -62,7 +62,7 @@ pub fn further_fields(publisher_config: &str) -> Result<Vec<(String, String)>, C
         if BUILT_IN_FIELDS.contains(&key.as_str()) {
             return Err(ConfigError::BuiltIn(key));
         }
-        // By the text: a parsed value would be taken for a number by a name that an object in it has.
+        // Judged by its text: the parser takes an object with a certain name in it for a number.
         let value = value.get();
         let text = match value.as_bytes() {
             [b'"', ..] => serde_json::from_str(value).map_err(|_| ConfigError::NotAnObject)?,

@@ -3,7 +3,7 @@
 use crate::event::text::{hyphenated, rfc3339};
 use std::sync::Arc;
 
-/// What an event is known by in its stream: its id and its timestamp, as they stand in the entry.
+/// What identifies an event in its stream: its id and its timestamp, as they stand in the entry.
 pub(crate) type EventName = ([u8; 36], [u8; 32]);
 
 /// An event that is looked for.
@@ -11,7 +11,7 @@ pub(crate) type EventName = ([u8; 36], [u8; 32]);
 pub struct Wanted {
     pub stream: Arc<str>,
     pub event_id: [u8; 16],
-    /// An event that was published under an id that has been used before is another one.
+    /// An event that was published under an id that was used before is another event.
     pub created_at_us: i64,
     pub purpose: Purpose,
 }
@@ -27,6 +27,6 @@ impl Wanted {
 pub enum Purpose {
     /// The batch was appended: what is missing was refused, unless its stream has since been trimmed or thinned out.
     Settle,
-    /// It may never have been sent: it is not there.
+    /// It may never have been sent: what is missing is not there.
     Compare,
 }

@@ -1,5 +1,5 @@
-//! What an error means for the delivery: from what Redis, the socket or the resolver says to a [`Failure`]. Who is to blame and what helps is
-//! judged in `trouble.rs`.
+//! What an error means for the delivery: from what Redis, the socket or the resolver says to a [`Failure`]. Who is to
+//! blame and what helps is judged in `trouble.rs`.
 
 pub mod server_text;
 mod trouble;

@@ -1,4 +1,4 @@
-//! Words of a server that are shown to people: on one line, cut, without secrets and without what is not seen.
+//! Words of a server that are shown to people: on one line, cut, without secrets and without invisible characters.
 
 use std::borrow::Cow;
 use std::cell::RefCell;
@@ -7,7 +7,8 @@ thread_local! {
     static SECRETS: RefCell<Vec<String>> = const { RefCell::new(Vec::new()) };
 }
 
-/// From now on no failure that this thread, so this connection, makes shows `secret`: some servers and proxies repeat what they were asked.
+/// From now on, no failure of this thread, which serves one connection, shows `secret`: some servers and proxies repeat
+/// what was sent to them.
 pub fn hide(secret: &str) {
     /// Shorter ones are parts of usual words.
     const SHORTEST: usize = 4;
@@ -16,10 +17,11 @@ pub fn hide(secret: &str) {
     }
 }
 
-/// Text of a server on one line: without secrets, and without what is not seen but moves what is; at most 200 characters.
+/// Text of a server on one line, without secrets and invisible characters, of at most 200 characters.
 pub fn shown(text: &str) -> String {
     const LIMIT: usize = 200;
-    // Hidden before it is cut, or the beginning of a secret could be left; and after it is cleaned too, for a server that has done that.
+    // Hidden before the text is cut, or the beginning of a secret could remain; and again after it was cleaned, in case
+    // the server has cleaned the secret too.
     let text = cleaned(&hidden(text.trim()));
     let text = hidden(text.trim());
     let mut out: String = text.chars().take(LIMIT).collect();

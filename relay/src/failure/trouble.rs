@@ -1,20 +1,20 @@
-//! Kinds of trouble: who is to blame for each, and what helps, in one exhaustive match ([`Trouble::judged`]); docs/FAILURES.md is the same
-//! for users. And which kind an error reply is.
+//! Kinds of trouble: who is to blame for each, and what helps, in one exhaustive match ([`Trouble::judged`]);
+//! docs/FAILURES.md is the same for users. And which kind an error reply is.
 
 /// Who is to blame, and so what happens next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Class {
     /// Redis or the way to it: wait with backoff, for ever; nothing fails.
     Backend,
-    /// Somebody must mend a setting: the same, slower, saying what to mend.
+    /// A setting must be corrected: wait as above, but longer, and say what to correct.
     Configuration,
     /// This event (or its stream) is refused for what it is; others may go on.
     Event,
     /// Another server owns the guard.
     Fenced,
-    /// This database is a copy: it is not its own to send.
+    /// This database is a copy, and is not to send.
     Copy,
-    /// Another server owned the guard, and may live.
+    /// Another server owned the guard, and may still run.
     Watching,
 }
 
@@ -98,11 +98,11 @@ pub enum Trouble {
     UnknownReply,
     // What the guard says.
     Fenced,
-    /// Nobody has said that this copy is to send anything.
+    /// No administrator has told this copy to send anything.
     Copied,
     GuardMissing,
     NoGuard,
-    /// Whatever else; its words must do.
+    /// Anything else. There is no hint beside its words.
     Other,
 }
 

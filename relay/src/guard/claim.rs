@@ -1,13 +1,14 @@
 //! Whether a guard may be claimed, and from where its new owner goes on: decisions alone.
 //!
-//! A live owner is never robbed, and an owner who is silent, or has left, is followed by its heirs alone:
+//! A running owner keeps its guard. An owner that is silent, or has left, is followed by its heirs alone:
 //!
-//! - Who has been owner before, in the same place, claims at once: it was restarted.
-//! - The same data directory after the machine was started again, a streaming standby that was promoted since, and a server that
-//!   pg_upgrade has made of the owner's first watch whether the owner still refreshes the guard, unless that says that he has left.
-//! - Everybody else who has the owner's history (a base backup, a snapshot, a recovery to a target) is a copy. Silence proves nothing to it:
-//!   it waits for `outbox.take_over()`, as does whoever does not know the owner. (The setting outbox_relay.take_over makes heirs of all
-//!   that know him.)
+//! - A server that was the owner before, in the same place, claims at once: it was restarted.
+//! - Heirs are the same data directory after a reboot, a streaming standby that was promoted since, and the server that
+//!   pg_upgrade has made of the owner's. They first watch whether the owner still refreshes the guard, unless the guard
+//!   says that the owner has left.
+//! - Any other server with the owner's history (a base backup, a snapshot, a recovery to a target) is a copy. To a copy,
+//!   silence proves nothing: it waits for `outbox.take_over()`, as does a server that does not know the owner. (With
+//!   `outbox_relay.take_over = any`, all servers that know the owner are heirs.)
 //!
 //! pg_upgrade of a copy cannot be told from pg_upgrade of the owner.
 
@@ -37,11 +38,11 @@ pub enum Incarnation {
     Current,
     /// An earlier one of our history, which ended at this position of the WAL and before transaction `next_xid`.
     Earlier { ended: u64, next_xid: u64 },
-    /// Nobody we know.
+    /// One that this server does not know.
     Unknown,
 }
 
-/// Who judges.
+/// The server that judges a guard.
 pub struct Claimant<'a> {
     /// Of the guard's incarnation.
     pub incarnation: Incarnation,
@@ -49,36 +50,37 @@ pub struct Claimant<'a> {
     pub place: &'a str,
     /// The timeline that this data directory was promoted to, as a standby that had streamed; 0: it never was.
     pub promoted_to: u32,
-    /// Whoever knows the owner may follow him.
+    /// Every server that knows the owner may follow it.
     pub anybody: bool,
-    /// This database is a copy of the one that relayed, and nobody has said that it is to go on.
+    /// This database is a copy of the one that relayed, and no administrator has told it to go on.
     pub copy: bool,
-    /// It sends nothing now: what is its own it keeps, and nothing else does it claim.
+    /// The backend is paused: it keeps a guard of its own, and claims no other.
     pub paused: bool,
     /// The last batch that is known to be appended; 0: it has never been the owner.
     pub number: u64,
     pub reach: Reach,
     pub on_missing: OnMissing,
-    /// Somebody asked for it.
+    /// An administrator has asked for it.
     pub take_over: bool,
     /// Events of a dump have come.
     pub restored: bool,
-    /// The latest transaction that has brought some which were looked for; 0: none has.
+    /// The latest transaction that has brought such events, if they were looked for; 0: there is none.
     pub last_restore: u64,
 }
 
-/// From where the new owner goes on.
+/// Where the new owner begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Start {
     /// Where it stood.
     Own,
-    /// At the guard's position: batches were appended that it has not heard of.
+    /// At the guard's position: batches were appended whose replies it has not read.
     Adopt,
-    /// At the guard's position: Redis has lost batches that it had acknowledged. Unless its last batch was `heard` of for sure, at the
-    /// previous position, leaving out those events of that batch that stand in the streams. If events of a dump have come since
-    /// (`restored`), of all events.
+    /// At the guard's position: Redis has lost batches that it had acknowledged. `heard`: the replies to the guard's
+    /// last batch were read. Otherwise it begins at the previous position, and leaves out those events of that batch
+    /// that are in the streams. `restored`: events of a dump have come since; then all events are looked for.
     Heal { heard: bool, restored: bool },
-    /// Where it stood (unfinished: at the guard's previous position), leaving out events that stand in the streams already.
+    /// Where it stood (unfinished: at the guard's previous position), leaving out events that stand in the streams
+    /// already.
     Compare(Why),
     /// At the beginning of what is retained.
     Replay,
@@ -91,7 +93,7 @@ pub enum Why {
     Missing,
     /// The guard's position lies beyond our history.
     OtherHistory,
-    /// Whoever began to compare did not come to an end.
+    /// An earlier comparison did not come to its end.
     Unfinished,
     /// Events of a dump have come, of which some may have been sent since it was taken.
     Restored,
@@ -100,7 +102,7 @@ pub enum Why {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Decision {
     Claim(Start),
-    /// The guard says of itself that it is of our history, but this field of it can't be.
+    /// The guard says that it is of our history, but this field of it cannot be.
     Disbelieve(&'static str),
     /// Look again after this long; zero: as after any failure.
     Wait {
@@ -109,10 +111,10 @@ pub enum Decision {
     },
 }
 
-/// What the judge is to the guard's owner.
+/// How this server is related to the guard's owner.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kinship {
-    /// The same.
+    /// It is the owner.
     Owner,
     /// May follow, once the owner is gone.
     Heir,
@@ -128,7 +130,7 @@ fn kinship(guard: &Guard, us: &Claimant<'_>) -> Kinship {
         Incarnation::Earlier { .. } if likeness == Likeness::Rebooted => Kinship::Heir,
         Incarnation::Earlier { .. } if us.paused => Kinship::Stranger,
         Incarnation::Earlier { .. } if us.promoted_to > guard.timeline || us.anybody => Kinship::Heir,
-        // A base backup keeps its identifier.
+        // A base backup keeps the system identifier; pg_upgrade makes a new one.
         Incarnation::Earlier { .. } if guard.system != us.system => Kinship::Heir,
         Incarnation::Earlier { .. } | Incarnation::Unknown => Kinship::Stranger,
     }
@@ -170,7 +172,7 @@ fn claim(guard: &Guard, us: &Claimant<'_>, watch: &mut Watch) -> Decision {
     *watch = Watch::default();
     let is_current = us.incarnation == Incarnation::Current;
     match (start(guard, us), guard.beyond(&us.reach, is_current)) {
-        // Nothing that it says is gone by.
+        // Nothing that the guard says is relied on.
         (start @ Start::Compare(Why::OtherHistory), _) => Decision::Claim(start),
         (_, Some(field)) => Decision::Disbelieve(field),
         (start, None) => Decision::Claim(start),
@@ -237,9 +239,11 @@ fn fenced(guard: &Guard) -> Failure {
 fn start(guard: &Guard, us: &Claimant<'_>) -> Start {
     let is_ours = match us.incarnation {
         Incarnation::Current => true,
-        // WAL positions of another system mean nothing here (pg_upgrade has made a new one): equal numbers must do.
+        // WAL positions of another system mean nothing here (pg_upgrade has made a new one), so equal batch numbers
+        // must be enough.
         Incarnation::Earlier { .. } if guard.system != us.system => guard.number == us.number,
-        // Where the server has lost its WAL (pg_resetwal), the WAL goes on further ahead, and ids of transactions are used again.
+        // Where the server has lost its WAL (pg_resetwal), the WAL goes on further ahead, and ids of transactions are
+        // used again.
         Incarnation::Earlier { ended, next_xid } => {
             guard.wal <= ended && guard.position.newest().snapshot.xmax() <= next_xid
         }
@@ -258,7 +262,7 @@ fn start(guard: &Guard, us: &Claimant<'_>) -> Start {
         std::cmp::Ordering::Equal => own(us),
         std::cmp::Ordering::Greater if restored => Start::Compare(Why::Unfinished),
         std::cmp::Ordering::Greater => Start::Adopt,
-        // Of an earlier epoch may be what Redis comes back with after it has lost it, and after that was healed.
+        // A guard of an earlier epoch may be one that Redis had lost and came back with, after the loss was healed.
         std::cmp::Ordering::Less => Start::Heal {
             heard: epoch_of(guard.number) == epoch_of(us.number),
             restored,

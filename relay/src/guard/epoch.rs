@@ -1,15 +1,16 @@
-//! Numbers of batches: the upper bits are the epoch of the claim in whose name a batch was sent, so that no number is given twice.
+//! Numbers of batches: the upper bits are the epoch of the claim in whose name a batch was sent, so that no number is
+//! given twice.
 
-/// Of the numbers of a claim's batches, each of the first claims has 2^40, more than any connection will use.
+/// Each of the first claims has 2^40 batch numbers, more than any connection uses.
 const EARLY_BITS: u32 = 40;
-/// So many are the first. A backend that has been claimed more often, as one that cannot keep a connection is in some months,
+/// How many claims are the first. A backend that cannot keep a connection makes as many in some months.
 pub(crate) const EARLY_EPOCHS: u64 = 1 << 22;
-/// has 2^32 for each of the others. (See [`Delivery::has_used_up_numbers`].)
+/// Each later claim has 2^32. (See [`Delivery::has_used_up_numbers`].)
 const LATE_BITS: u32 = 32;
 /// Numbers stay within a bigint; then there have been 2^30 claims more.
 pub(crate) const LAST_NUMBER: u64 = i64::MAX as u64;
 
-/// A guard that says that it was claimed more often is somebody's invention: after it, numbers would soon be used up.
+/// A guard that says that it was claimed more often is not believed: numbers would soon be used up.
 pub const MOST_EPOCHS: u64 = 1 << 30;
 
 const LATE: u64 = EARLY_EPOCHS << EARLY_BITS;

@@ -1,12 +1,14 @@
-//! The guard: a small hash beside the streams that says who appends and how far that has come. A batch is one transaction
-//! with the guard's new position, so what it says is what the streams hold, whatever became of the connection.
+//! The guard: a small hash beside the streams that says who appends and how far that has come. A batch is one
+//! transaction with the guard's new position, so what it says is what the streams hold, whatever became of the
+//! connection.
 //!
-//! Fields: `token` (random, a claim's), `incarnation` (one run of one Postgres server), `system` (its identifier), `timeline`,
-//! `place` (where it lives), `interval_ms` (how often it refreshes the guard), `beat` (goes up with each refresh), `released`
-//! (1: the owner has left), `number` (of the last batch), `position` (the reader's, behind that batch), `previous` (before it),
-//! `again` (the seqs of a batch of events that had been refused), `compares` (1: events behind `previous` may stand in the
-//! streams already, as is found by comparing event ids), `wal` (position in the WAL up to which the batch was flushed), `total`
-//! (events so far). A claim that starts anew counts as a batch, an empty one.
+//! Fields: `token` (random, a claim's), `incarnation` (one run of one Postgres server), `system` (its identifier),
+//! `timeline`, `place` (where it lives), `interval_ms` (how often it refreshes the guard), `beat` (goes up with each
+//! refresh), `released` (1: the owner has left), `number` (of the last batch), `position` (the reader's, behind that
+//! batch), `previous` (before it), `again` (the seqs of a batch of events that had been refused), `compares` (1: events
+//! behind `previous` may stand in the streams already, as is found by comparing event ids), `wal` (position in the WAL
+//! up to which the batch was flushed), `total` (events so far). A claim that starts anew counts as a batch, an empty
+//! one.
 
 pub mod claim;
 pub mod epoch;
@@ -19,15 +21,15 @@ use crate::resp::write::{append_array_header, append_bulk, append_command};
 use std::time::Duration;
 use thiserror::Error;
 
-/// No poll interval is shorter than that: so often does it look who waits for the owner,
+/// The shortest poll interval; a server that waits for the owner looks as often.
 const SHORTEST_INTERVAL: Duration = Duration::from_millis(100);
-/// or longer than that.
+/// The longest poll interval.
 const LONGEST_INTERVAL: Duration = Duration::from_secs(3_600);
 /// No batch has more events.
 const MOST_AGAIN: usize = 10_000;
-/// Random, or the name of something: shorter than this.
+/// Tokens, incarnations and system identifiers are no longer than this.
 const LONGEST_NAME: usize = 128;
-/// A host's name, and a path.
+/// The longest place: a host's name and a path.
 const LONGEST_PLACE: usize = 4_096;
 
 /// Before the first command of a batch.
@@ -48,7 +50,8 @@ pub struct Guard {
     pub position: Position,
     pub previous: Position,
     pub again: Vec<i64>,
-    /// Events behind `previous` may stand in the streams already: its owner had not come past all that it had found there.
+    /// Events behind `previous` may be in the streams already: the owner had found events there, and not come past all of
+    /// them.
     pub compares: bool,
     pub wal: u64,
     pub total: i64,
@@ -58,7 +61,7 @@ pub struct Guard {
 #[error("the guard has no readable {0}")]
 pub struct ParseGuardError(&'static str);
 
-/// Who claims.
+/// The server that claims.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Owner {
     pub incarnation: String,
@@ -68,7 +71,7 @@ pub struct Owner {
     pub interval: Duration,
 }
 
-/// Where a batch stands.
+/// What a batch says of its position.
 #[derive(Clone, Copy)]
 pub struct Mark<'a> {
     pub number: u64,
@@ -132,7 +135,7 @@ impl Guard {
             .map_or(Ok(Some(guard)), |name| Err(ParseGuardError(name)))
     }
 
-    /// What no relay writes, and nobody could go on from or save: somebody else did.
+    /// Names a field that no relay writes like this, and from which no server could go on.
     fn absurdity(&self) -> Option<&'static str> {
         let most = i64::MAX as u64;
         [
@@ -157,7 +160,7 @@ impl Guard {
     }
 }
 
-/// How far a server has come itself.
+/// How far this server has come itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reach {
     /// No transaction has this id yet.
@@ -173,8 +176,9 @@ pub struct Reach {
 }
 
 impl Guard {
-    /// What no guard of our own history can say: who has written that is somebody else. Whoever believed it would pass over events that come, or
-    /// have no numbers left. `is_current`: it is of this run of the server. (Numbers of an earlier one may have been lost with it.)
+    /// Names a field that says more than a guard of our own history can: somebody else has written it. Believing it
+    /// would skip events that are to come, or use up the batch numbers. `is_current`: the guard is of this run of the
+    /// server. (Numbers of an earlier run may have been lost with it.)
     pub fn beyond(&self, reach: &Reach, is_current: bool) -> Option<&'static str> {
         let is_beyond = |position: &Position| {
             let mut ticks = position.ticks();
@@ -184,7 +188,7 @@ impl Guard {
                 })
         };
         let epochs = if reach.epoch > 0 { reach.epoch } else { MOST_EPOCHS };
-        // Each event of which nobody has heard has a number of its own.
+        // Each event whose reply was not read has a number of its own.
         let total = reach.total.max(0).saturating_add(reach.highest_seq);
         [
             (is_current && is_beyond(&self.position), "position"),

@@ -1,9 +1,10 @@
 //! Where a server lives, as guards and incarnations name it: `host:directory#device.inode.birth@boot`.
 //!
-//! No two kernels share the name of a boot, and no two directories of one kernel a device and an inode: so two servers that run at the
-//! same time never share a place. After the machine was started again, the boot is another one, and devices may have other numbers. Then
-//! a data directory is known by host, path, inode and the time at which it was made, which no copy of its files shares. (A copy of the
-//! whole disk does, on a machine that has the same name: nothing tells such a clone from a machine that was started again.)
+//! No two kernels share the name of a boot, and no two directories of one kernel a device and an inode: so two servers
+//! that run at the same time never share a place. After the machine was started again, the boot is another one, and
+//! devices may have other numbers. Then a data directory is known by host, path, inode and the time at which it was
+//! made, which no copy of its files shares. (A copy of the whole disk does, on a machine that has the same name:
+//! nothing tells such a clone from a machine that was started again.)
 
 use std::fmt;
 
@@ -14,7 +15,8 @@ pub struct Place {
     path: String,
     device: u64,
     inode: u64,
-    /// When the directory was made, in microseconds; `None`: the file system does not say, or an earlier version wrote this.
+    /// When the directory was made, in microseconds; `None`: the file system does not say, or an earlier version wrote
+    /// this.
     birth_us: Option<u64>,
     boot: String,
 }

@@ -71,8 +71,8 @@ impl Watch {
         (interval * self.missable).saturating_sub(now - since)
     }
 
-    /// The guard is missing. If somebody else owned it, that server is to come first: how often to look meanwhile, and for
-    /// how long.
+    /// The guard is missing. If somebody else owned it, that server is to come first: how often to look meanwhile, and
+    /// for how long.
     pub(super) fn misses(&self, now: Now) -> Option<(Duration, Duration)> {
         let seen = self.seen.as_ref()?;
         let rest = (seen.interval * MISSED_AFTER_OUTAGE).saturating_sub(now.saturating_sub(seen.looked_at));

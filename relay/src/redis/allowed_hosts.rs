@@ -1,7 +1,8 @@
-//! Where the relay may connect to: the setting `outbox_relay.allowed_hosts`, a list of names, addresses, networks and paths of sockets.
+//! Where the relay may connect to: the setting `outbox_relay.allowed_hosts`, a list of names, addresses, networks and
+//! paths of sockets.
 //!
-//! A name that is listed may stand for any address: who lists it trusts whoever says what it stands for. Any other name is allowed by
-//! the addresses that it stands for, each for itself.
+//! A name that is listed may resolve to any address: whoever lists it trusts its DNS. Any other name is allowed by the
+//! addresses that it resolves to, each by itself.
 
 use ipnet::IpNet;
 use std::net::IpAddr;
@@ -28,9 +29,9 @@ enum Rule {
 }
 
 impl AllowedHosts {
-    /// Whether a host may be called whatever its name stands for.
+    /// Whether a host may be connected to whatever its name resolves to.
     pub fn allows_name(&self, host: &str) -> bool {
-        // An address is none, or "10.*" could be had as a name.
+        // An address is no name, or "10.*" would match addresses.
         let name = Some(plain(host)).filter(|name| name.parse::<IpAddr>().is_err());
         self.rules.iter().any(|rule| match (rule, &name) {
             (Rule::Everywhere, _) => true,
@@ -48,13 +49,13 @@ impl AllowedHosts {
         })
     }
 
-    /// Whether some address might be allowed: otherwise there is no need to ask for those of a name.
+    /// Whether any address may be allowed. Otherwise names need not be resolved.
     pub fn has_addresses(&self) -> bool {
         let is_one = |rule: &Rule| matches!(rule, Rule::Everywhere | Rule::Network(_));
         self.rules.iter().any(is_one)
     }
 
-    /// A path that leads upwards could leave what a glob means.
+    /// A path with `..` could leave the directory that a glob means.
     pub fn allows_path(&self, path: &Path) -> bool {
         let is_straight = !path.components().any(|part| part == Component::ParentDir);
         self.rules.iter().any(|rule| match rule {

@@ -26,7 +26,7 @@ fn no_sentinel() -> Failure {
     Failure::configuration("unexpected reply: the server is not a sentinel")
 }
 
-/// The name or address of a host, as a server tells it. Whatever else it tells is connected to by nobody, and shown by nobody as an address.
+/// The name or address of a host, as a server tells it. Anything else is neither connected to nor shown as an address.
 fn host_in(told: &[u8]) -> Result<String, Failure> {
     let host = std::str::from_utf8(told).ok().filter(|host| is_host(host));
     host.map(str::to_owned).ok_or_else(|| {
@@ -65,12 +65,12 @@ pub fn redirect_in(message: &str) -> Option<(u16, Address)> {
 /// Hash slots that one master serves.
 pub struct Range {
     pub hash_slots: std::ops::RangeInclusive<u16>,
-    /// An error: what is told of it is no address.
+    /// An error: what the server says is no address.
     pub master: Result<Address, Failure>,
 }
 
-/// The reply to CLUSTER SLOTS: ranges, each `[first, last, [host, port, ...] of the master, ...]`. A host that is not told is the
-/// one that was asked.
+/// The reply to CLUSTER SLOTS: ranges, each `[first, last, [host, port, ...] of the master, ...]`. A host that is left
+/// out is the one that was asked.
 pub fn ranges_in<'a>(
     reply: Reply<'a>,
     asked: &'a Address,

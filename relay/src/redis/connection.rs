@@ -37,8 +37,8 @@ enum Stream {
 }
 
 impl Connection {
-    /// Blocks for at most `connect_timeout` for each address that the host's name stands for (and, beyond our reach, the
-    /// resolver's own time), for the handshake of TLS, and for each step of logging in.
+    /// Blocks for at most `connect_timeout` for each address that the host's name stands for (and, beyond our reach,
+    /// the resolver's own time), for the handshake of TLS, and for each step of logging in.
     pub fn open(destination: &Destination) -> Result<Self, Failure> {
         Self::open_at(destination, &destination.address)
     }
@@ -77,7 +77,7 @@ impl Connection {
             server_text::hide(password);
         }
         let logged_in = match (&destination.username, password) {
-            // A user without a password is somebody else than Redis's default user, too.
+            // Even without a password, a named user is another one than Redis's default user.
             (Some(username), password) => {
                 let password = password.unwrap_or_default();
                 self.ask("AUTH", &[b"AUTH", username.as_bytes(), password.as_bytes()])?
@@ -85,7 +85,7 @@ impl Connection {
             (None, Some(password)) => self.ask("AUTH", &[b"AUTH", password.as_bytes()])?,
             (None, None) => Ok(()),
         };
-        // Whoever was not let in must not go on as the default user.
+        // A connection whose login was refused must not be used as the default user's.
         logged_in.map_err(Failure::not_of_an_event)?;
         if destination.db != 0 {
             self.ask("SELECT", &[b"SELECT", destination.db.to_string().as_bytes()])?
@@ -95,7 +95,7 @@ impl Connection {
     }
 
     fn introduce(&mut self, destination: &Destination) -> Result<(), Failure> {
-        // A user without the right to name itself is welcome all the same; one who must log in first is told by PING.
+        // A user without the right to set a name is accepted all the same. If a login is missing, PING says so.
         match self.ask(
             "CLIENT SETNAME",
             &[b"CLIENT", b"SETNAME", destination.client_name.as_bytes()],
@@ -132,7 +132,8 @@ impl Connection {
         self.stream.write_all(commands, self.timeout).map_err(broken)
     }
 
-    /// Reads the next reply (or the next piece of it), whatever it is, within these bounds and one timeout for all of it.
+    /// Reads the next reply (or the next piece of it), whatever it is, within these bounds and one timeout for all of
+    /// it.
     pub fn receive(&mut self, bounds: &Bounds) -> Result<Reply<'_>, Failure> {
         loop {
             if let Some(taken) = self.inbox.take(bounds)? {
@@ -220,7 +221,8 @@ impl Connection {
         }
     }
 
-    /// Reads the reply of an XADD: an entry's id, and nothing else. The outer error is the connection's end; the inner one an error reply of the server.
+    /// Reads the reply of an XADD: an entry's id, and nothing else. The outer error is the connection's end; the inner
+    /// one an error reply of the server.
     pub fn receive_entry_id(&mut self) -> Result<Result<(), Failure>, Failure> {
         let reply = self.receive(&Bounds::XADD)?;
         if reply.is_bulk() {
@@ -245,7 +247,7 @@ impl Stream {
             Address::Unix(path) => return Err(not_allowed(format!("socket \"{}\"", path.display()))),
         };
         let timeout = at_least_some(destination.connect_timeout);
-        // Before anybody is called: its files may be unreadable.
+        // Before connecting: its files may be unreadable.
         let tls = destination
             .tls
             .as_ref()
@@ -316,7 +318,8 @@ fn write_all(stream: &mut impl Write, mut bytes: &[u8], timeout: Duration) -> io
     }
 }
 
-/// A server that does not accept is waited for no longer than one that does not answer: the timeout for writes counts here, too.
+/// A server that does not accept is waited for no longer than one that does not answer: the timeout for writes counts
+/// here, too.
 fn connect_unix(path: &Path, timeout: Duration) -> io::Result<UnixStream> {
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     socket.set_write_timeout(Some(at_least_some(timeout)))?;
@@ -329,7 +332,8 @@ fn at_least_some(timeout: Duration) -> Duration {
     timeout.max(Duration::from_millis(1))
 }
 
-/// A connection whose other side is gone is noticed: with something under way after `socket_timeout`, without after a third more.
+/// A connection whose other side is gone is noticed: with something under way after `socket_timeout`, without after a
+/// third more.
 fn tune(stream: &TcpStream, socket_timeout: Duration) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let socket = SockRef::from(stream);
@@ -345,7 +349,7 @@ fn tune(stream: &TcpStream, socket_timeout: Duration) -> io::Result<()> {
     )
 }
 
-/// Of a name that stands for more, the others are not waited for.
+/// Of a name with more addresses, only this many are tried.
 const MOST_ADDRESSES: usize = 16;
 
 /// The first allowed address that answers; else the last one's error. The name is looked up anew each time.

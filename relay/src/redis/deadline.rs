@@ -1,12 +1,12 @@
-//! How long a reply, or a write, may take as a whole. A socket's own timeout starts anew with each byte, so that a peer that sends (or
-//! takes) one at a time could hold up a connection for ever.
+//! How long a reply, or a write, may take as a whole. A socket's own timeout starts anew with each byte, so that a peer
+//! that sends (or takes) one at a time could hold up a connection for ever.
 
 use std::time::{Duration, Instant};
 
 /// What is long has the timeout for each piece of this size: it must not be cut off on a slow network.
-pub const PIECE_BYTES: usize = 64 * 1024;
+pub(super) const PIECE_BYTES: usize = 64 * 1024;
 
-pub struct Deadline {
+pub(super) struct Deadline {
     timeout: Duration,
     until: Instant,
     /// Of the piece at hand.
@@ -14,7 +14,7 @@ pub struct Deadline {
 }
 
 impl Deadline {
-    pub fn new(timeout: Duration, now: Instant) -> Self {
+    pub(super) fn new(timeout: Duration, now: Instant) -> Self {
         Self {
             timeout,
             until: now + timeout,
@@ -23,7 +23,7 @@ impl Deadline {
     }
 
     /// So many bytes were moved by `now`. Returns how long the rest may take; `None`: the time is up.
-    pub fn moved(&mut self, bytes: usize, now: Instant) -> Option<Duration> {
+    pub(super) fn moved(&mut self, bytes: usize, now: Instant) -> Option<Duration> {
         self.bytes += bytes;
         if self.bytes >= PIECE_BYTES {
             (self.bytes, self.until) = (0, now + self.timeout);

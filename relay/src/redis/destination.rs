@@ -10,12 +10,12 @@ use std::time::Duration;
 /// How to reach one Redis. Two equal destinations need no new connection.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Destination {
-    /// Of the one Redis; with another route nobody is asked there.
+    /// Of the one Redis. Other routes do not use it.
     pub address: Address,
     pub route: Route,
-    /// Where we may go, here or elsewhere.
+    /// Where it may connect to, here or elsewhere.
     pub allowed_hosts: AllowedHosts,
-    /// Spoken on TCP alone.
+    /// On TCP alone.
     pub tls: Option<Tls>,
     pub db: i64,
     pub username: Option<String>,
@@ -23,12 +23,13 @@ pub struct Destination {
     /// Shown by Redis in CLIENT LIST.
     pub client_name: String,
     pub connect_timeout: Duration,
-    /// For each write, and for each reply after the one before: for all of it, and again for each further 64 KiB of a long one.
+    /// For each write, and for each reply after the one before: for all of it, and again for each further 64 KiB of a
+    /// long one.
     pub socket_timeout: Duration,
     pub protocol: Protocol,
 }
 
-/// How the node is found that is written to.
+/// How the node that is written to is found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Route {
     /// It is at the destination's address.
@@ -48,7 +49,7 @@ pub enum Protocol {
     ExactlyOnce {
         guard: String,
         replicas: Option<Replicas>,
-        /// The guard is to be taken over: its token becomes this one first, so that an owner who is busy stands still.
+        /// The guard is to be taken over. It is first given this token, so that a busy owner stops appending.
         ousting: Option<String>,
     },
 }
@@ -65,11 +66,11 @@ pub struct Tls {
     /// Authorities that are trusted; `None`: the system's.
     pub ca_file: Option<PathBuf>,
     pub client: Option<ClientCertificate>,
-    /// Any server is taken for the right one.
+    /// The server's certificate is not verified.
     pub insecure: bool,
 }
 
-/// Who we say we are.
+/// Our own certificate.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClientCertificate {
     pub cert_file: PathBuf,
@@ -84,12 +85,12 @@ pub enum Secret {
     File(PathBuf),
     /// It was set for another destination: nothing is sent to this one.
     Withheld,
-    /// It is there, and cannot be opened.
+    /// It is there, but cannot be opened.
     Unreadable,
 }
 
 impl Secret {
-    /// Why there is nobody to be called.
+    /// Why no connection may be opened.
     pub fn refusal(&self) -> Option<Failure> {
         match self {
             Self::Text(_) | Self::File(_) => None,

@@ -1,7 +1,7 @@
 //! Hash slots of Redis Cluster: where a stream's key lies, and a tag that puts another key beside it.
 //!
-//! Source: Redis cluster specification, "Key distribution model" and "Hash tags"; CRC16 as in its appendix A (XMODEM: polynomial
-//! 0x1021, initial value 0, nothing reflected).
+//! Source: Redis cluster specification, "Key distribution model" and "Hash tags"; CRC16 as in its appendix A (XMODEM:
+//! polynomial 0x1021, initial value 0, nothing reflected).
 
 use std::sync::OnceLock;
 
@@ -48,8 +48,8 @@ fn hashed(key: &[u8]) -> &[u8] {
     tag.filter(|tag| !tag.is_empty()).unwrap_or(key)
 }
 
-/// A short tag of this hash slot: `{tag}` in a key puts it there. The least number whose digits lie in that hash slot. Keys of guards have it: it
-/// must be the same for ever.
+/// A short tag of this hash slot: `{tag}` in a key puts it there. The least number whose digits lie in that hash slot.
+/// Keys of guards have it: it must be the same for ever.
 pub fn tag_of(hash_slot: u16) -> String {
     static TAGS: OnceLock<Vec<u32>> = OnceLock::new();
     let tags = TAGS.get_or_init(|| {

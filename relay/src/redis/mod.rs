@@ -1,8 +1,10 @@
 //! One Redis and how to reach it.
 //!
-//! - [`destination`] where it is and how to log in; [`allowed_hosts`] where it may be; [`server_file`] secrets and certificates on disk
+//! - [`destination`] where it is and how to log in; [`allowed_hosts`] where it may be; [`server_file`] secrets and
+//!   certificates on disk
 //! - [`connection`] a socket, logged in; [`deadline`] of a whole reply; [`tls`]
-//! - [`topology`] which node of several, [`answers`] what sentinels and nodes say of that; [`hash_slot`] hash slots of Redis Cluster
+//! - [`topology`] which node of several, [`answers`] what sentinels and nodes say of that; [`hash_slot`] hash slots of
+//!   Redis Cluster
 //! - [`replicas`] WAIT
 
 pub mod allowed_hosts;

@@ -1,5 +1,5 @@
-//! Files of the server that a backend names: its password, its certificates and keys. They are read anew at each connect, and no
-//! message says what is in them.
+//! Files of the server that a backend names: its password, its certificates and keys. They are read anew at each
+//! connect, and no message says what is in them.
 
 use crate::failure::{Failure, Trouble};
 use std::fs::{self, File, Metadata};
@@ -11,13 +11,13 @@ use std::path::Path;
 const MAX_LENGTH: u64 = 4 << 20;
 
 /// The whole of a file that anybody may read. `what` is for messages.
-pub fn read(what: &str, path: &Path) -> Result<Vec<u8>, Failure> {
+pub(super) fn read(what: &str, path: &Path) -> Result<Vec<u8>, Failure> {
     open(what, path).and_then(|(file, _)| contents(what, path, file))
 }
 
-/// The whole of a file that nobody else may read, by the rules that Postgres has for its own key: of the server's user with u=rw
-/// (0600) or less, or root's with u=rw,g=r (0640) or less.
-pub fn read_secret(what: &str, path: &Path) -> Result<Vec<u8>, Failure> {
+/// The whole of a file that nobody else may read, by the rules that Postgres has for its own key: of the server's user
+/// with u=rw (0600) or less, or root's with u=rw,g=r (0640) or less.
+pub(super) fn read_secret(what: &str, path: &Path) -> Result<Vec<u8>, Failure> {
     let (file, about) = open(what, path)?;
     let user = rustix::process::geteuid().as_raw();
     let others = match about.uid() {
@@ -39,7 +39,7 @@ pub fn read_secret(what: &str, path: &Path) -> Result<Vec<u8>, Failure> {
 }
 
 fn open(what: &str, path: &Path) -> Result<(File, Metadata), Failure> {
-    // Looked at before: opening a pipe would wait for who writes it.
+    // Looked at first: opening a pipe would wait for its writer.
     let opened = fs::metadata(path).and_then(|about| match about.is_file() {
         true => File::open(path).and_then(|file| file.metadata().map(|about| (file, about))),
         false => Err(io::Error::other("not a regular file")),

@@ -1,5 +1,6 @@
-//! TLS on a TCP stream: rustls with ring, whose provider is named here and installed nowhere. A server is who it says if its chain leads to
-//! a trusted authority and its certificate names the host (or address) that was connected to.
+//! TLS on a TCP stream: rustls with ring as its provider, which is not installed for the process. A server is the right
+//! one if the chain of its certificate leads to a trusted authority, and the certificate names the host (or address)
+//! that was connected to.
 
 use crate::failure::{Class, Failure, Trouble};
 use crate::redis::deadline::Deadline;
@@ -21,13 +22,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// A TCP stream that speaks TLS. What is written to it is on its way when the call returns.
-pub struct TlsStream {
+pub(super) struct TlsStream {
     session: ClientConnection,
     stream: TcpStream,
 }
 
-/// What the files say now.
-pub fn config(tls: &Tls) -> Result<Arc<ClientConfig>, Failure> {
+/// The configuration, from the files as they are now.
+pub(super) fn config(tls: &Tls) -> Result<Arc<ClientConfig>, Failure> {
     let provider = Arc::new(ring::default_provider());
     let verifier: Arc<dyn ServerCertVerifier> = if tls.insecure {
         Arc::new(Anybody(Arc::clone(&provider)))
@@ -82,7 +83,7 @@ fn roots(ca_file: Option<&Path>) -> Result<RootCertStore, Failure> {
             }
         }
         None => {
-            // Some of the system's may be odd; what counts is that there are others.
+            // Some of the system's certificates may be unusable; the others are enough.
             let (usable, _) = roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
             if usable == 0 {
                 return Err(Failure::of(
@@ -95,7 +96,7 @@ fn roots(ca_file: Option<&Path>) -> Result<RootCertStore, Failure> {
     Ok(roots)
 }
 
-/// All certificates of a file. What the parser says of bad ones repeats them.
+/// All certificates of a file. The parser's own errors are not shown, because they repeat the file's content.
 fn certificates(what: &str, path: &Path) -> Result<Vec<CertificateDer<'static>>, Failure> {
     let bytes = server_file::read(what, path)?;
     match CertificateDer::pem_slice_iter(&bytes).collect::<Result<Vec<_>, _>>() {
@@ -109,7 +110,7 @@ fn certificates(what: &str, path: &Path) -> Result<Vec<CertificateDer<'static>>,
 
 impl TlsStream {
     /// Shakes hands, within `timeout` in all.
-    pub fn open(
+    pub(super) fn open(
         config: Arc<ClientConfig>,
         insecure: bool,
         host: &str,
@@ -150,12 +151,12 @@ impl TlsStream {
         self.flush()
     }
 
-    pub fn socket(&self) -> &TcpStream {
+    pub(super) fn socket(&self) -> &TcpStream {
         &self.stream
     }
 
     /// Within `timeout` for each piece of it, see [`Deadline`].
-    pub fn write_all(&mut self, mut bytes: &[u8], timeout: Duration) -> io::Result<()> {
+    pub(super) fn write_all(&mut self, mut bytes: &[u8], timeout: Duration) -> io::Result<()> {
         let mut deadline = Deadline::new(timeout, Instant::now());
         while !bytes.is_empty() {
             // As much as fits into its buffer of 64 kB.
@@ -168,8 +169,9 @@ impl TlsStream {
         Ok(())
     }
 
-    /// Receives once at most; what is no whole record then is an interruption, so that whoever waits can look at the clock.
-    pub fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+    /// Receives once at most; what is no whole record then is an interruption, so that whoever waits can look at the
+    /// clock.
+    pub(super) fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
         for received in [false, true] {
             match self.session.reader().read(room) {
                 // Nothing has been decrypted that was not read.
@@ -218,7 +220,7 @@ impl TlsStream {
         Ok(())
     }
 
-    /// A server that refuses our certificate says so, and closes, when we think that we have shaken hands.
+    /// A server that refuses our certificate says so, and closes, when the handshake has ended on our side.
     fn why(&mut self, error: io::Error) -> io::Error {
         if !matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) {
             return error;
@@ -230,7 +232,7 @@ impl TlsStream {
     }
 }
 
-/// A handshake that came to no end.
+/// A handshake that did not end.
 fn interrupted(error: io::Error) -> Failure {
     if let Some(failure) = failure(&error) {
         return failure;
@@ -244,7 +246,7 @@ fn interrupted(error: io::Error) -> Failure {
 }
 
 /// An error of TLS in words that stay the same from one attempt to the next; `None`: it is one of the network.
-pub fn failure(error: &io::Error) -> Option<Failure> {
+pub(super) fn failure(error: &io::Error) -> Option<Failure> {
     let error = error.get_ref()?.downcast_ref::<Error>()?;
     let (class, what) = match error {
         Error::InvalidCertificate(why) => (Class::Configuration, format!("the server's certificate {}", fault(why))),
@@ -322,7 +324,7 @@ impl ServerCertVerifier for Anybody {
         Ok(ServerCertVerified::assertion())
     }
 
-    // Whose key it is matters as little: and certificates too odd to be read are why somebody wants this.
+    // Nor is the signature verified: a certificate that cannot be parsed may be the reason for `tls_insecure`.
     fn verify_tls12_signature(
         &self,
         _: &[u8],

@@ -1,6 +1,7 @@
 //! Finding the node that has a backend's streams: at its address, as sentinels say, or as the nodes of a cluster do.
 //!
-//! Sources: Redis Sentinel client guidelines (redis.io/docs/latest/develop/reference/sentinel-clients); Redis cluster specification.
+//! Sources: Redis Sentinel client guidelines (redis.io/docs/latest/develop/reference/sentinel-clients); Redis cluster
+//! specification.
 
 use crate::failure::{Class, Failure, Trouble};
 use crate::redis::answers::{is_replica, primary_in, ranges_in, redirect_in};
@@ -17,12 +18,13 @@ use std::sync::{LazyLock, Mutex, PoisonError};
 const REMEMBERED_CLUSTERS: usize = 100;
 const REMEMBERED_NODES: usize = 100;
 
-/// What the connections of this process have learnt of a cluster, told by the nodes of its backend. No network is waited for with it locked.
+/// What the connections of this process have learnt from the nodes of a cluster. It is never locked while the network
+/// is waited for.
 #[derive(Default)]
 struct Learnt {
     /// Masters of the last answer: those of the settings may all be gone one day.
     masters: Vec<Address>,
-    /// Where a node has sent us for a hash slot. Believed once.
+    /// Where a node has redirected us for a hash slot. Used once.
     moved: HashMap<u16, Address>,
 }
 
@@ -39,7 +41,8 @@ fn with_learnt<R>(nodes: &[Address], f: impl FnOnce(&mut Learnt) -> R) -> R {
 /// Opens a connection to the node that is to be written to. `found` is told its address before it is tried.
 pub fn open(destination: &Destination, found: &mut dyn FnMut(&Address)) -> Result<Connection, Failure> {
     if let Some(refusal) = destination.password.as_ref().and_then(Secret::refusal) {
-        // Not even called: events are as good as the password to whoever has pointed the backend there.
+        // No connection is opened: whoever has pointed the backend there would get events, which are as secret as the
+        // password.
         return Err(refusal);
     }
     match &destination.route {
@@ -52,8 +55,8 @@ pub fn open(destination: &Destination, found: &mut dyn FnMut(&Address)) -> Resul
     }
 }
 
-/// The primary that a sentinel names, the sentinels taken in order. One that is behind the others names a node that is gone, or a
-/// replica: then the next one's word is tried.
+/// The primary that a sentinel names. Sentinels are asked in order: one that is behind the others names a node that is
+/// gone, or a replica, and then the next one is asked.
 fn by_sentinels(
     destination: &Destination,
     nodes: &[Address],
@@ -117,7 +120,7 @@ fn primary_of(destination: &Destination, sentinel: &Address, master: &str) -> Re
 /// Only a node that does not say that it is a replica is written to.
 fn open_primary(destination: &Destination, address: &Address) -> Result<Connection, Failure> {
     let mut connection = Connection::open_at(destination, address)?;
-    // Needs no right that connecting does not need. A server or proxy that does not know HELLO tells by READONLY.
+    // HELLO needs no further right. With a server or proxy that does not know it, the first write answers READONLY.
     let is_replica = match ask(&mut connection, &[b"HELLO", b"2"], &Bounds::HELLO) {
         Ok(reply) => is_replica(&reply),
         Err(failure) if failure.class == Class::Backend => return Err(failure),
@@ -132,8 +135,8 @@ fn open_primary(destination: &Destination, address: &Address) -> Result<Connecti
     }
 }
 
-/// The node that serves a hash slot, as any node of the cluster says. During a failover some are behind the others: then the next one's word
-/// is tried.
+/// The node that serves a hash slot, as any node of the cluster says. During a failover some nodes are behind the
+/// others; then the next one is asked.
 fn in_cluster(
     destination: &Destination,
     nodes: &[Address],
@@ -196,7 +199,7 @@ fn in_cluster(
     Err(failure.unwrap_or_else(|| Failure::configuration("there is no node to ask")))
 }
 
-/// What a connection has heard: if it says where a hash slot is, that is where the next one goes first.
+/// Takes in the failure of a connection. If it says where a hash slot is, the next connection goes there first.
 pub fn heard(destination: &Destination, failure: Failure) -> Failure {
     let Route::Cluster { nodes, hash_slot } = &destination.route else {
         return failure;
@@ -234,7 +237,7 @@ fn ranges_of(destination: &Destination, node: &Address, hash_slot: u16) -> Resul
         let is_asked_for = told.serves.is_none() && range.hash_slots.contains(&hash_slot);
         match range.master {
             Err(failure) if is_asked_for => return Err(failure),
-            // Of a hash slot that is another's to look for.
+            // It is of a hash slot that another lane serves.
             Err(_) => {}
             Ok(master) => {
                 if told.masters.len() < REMEMBERED_NODES && !told.masters.contains(&master) {

@@ -1,7 +1,8 @@
-//! How large a reply may be. Nobody who was asked this has more to say, so whoever says more is not believed, and nothing is allocated for it.
+//! How large a reply may be. A larger one is not Redis's answer to that command; it ends the connection, and no memory
+//! is allocated for it.
 //!
-//! A reply's bytes, items and depth are counted as they arrive: by its headers first, which say what is to come. What a search looks through
-//! (entries of others, as large as they like) is not kept as a whole but taken in pieces.
+//! A reply's bytes, items and depth are counted as they arrive: first by its headers, which say what is to come. What a
+//! search reads (entries of any size) is not kept as a whole but taken in pieces.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -13,7 +14,7 @@ pub const KEPT_STRING: usize = 128;
 const LEAST_GUARD_BYTES: usize = 256 * 1024;
 static GUARD_BYTES: AtomicUsize = AtomicUsize::new(0);
 
-/// So many transactions may run at once in this server. To be told before a guard is read.
+/// How many transactions may run at once in this server. To be called before a guard is read.
 pub fn expect_running(transactions: usize) {
     /// Two positions of two snapshots each, with ids of up to 15 digits and a comma.
     const OF_EACH: usize = 4 * 16;
@@ -31,7 +32,8 @@ pub struct Bounds {
     pub items: usize,
     /// Arrays within each other.
     pub depth: usize,
-    /// Taken piece by piece: the header of an array, a string, a line; of a long string its header alone. Of the whole no more is kept.
+    /// Taken piece by piece: the header of an array, a string, a line; of a long string its header alone. Of the whole
+    /// no more is kept.
     pub in_pieces: bool,
 }
 
@@ -65,8 +67,8 @@ impl Bounds {
     pub const ENTRIES: Self = Self::pieces("XREVRANGE");
     pub const INFO: Self = Self::pieces("XINFO STREAM");
 
-    /// Fields and values. A position names the transactions that are running: so it may be as long as this server's can be, or another's that has some
-    /// thousand that write.
+    /// Fields and values. A position names the transactions that are running: so it may be as long as this server's can
+    /// be, or another's that has some thousand that write.
     pub fn guard() -> Self {
         let bytes = GUARD_BYTES.load(Ordering::Relaxed).max(LEAST_GUARD_BYTES);
         Self::new("HGETALL of the guard", bytes, 64, 1)

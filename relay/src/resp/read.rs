@@ -1,5 +1,6 @@
-//! Replies as they come in: where one ends is seen in place, what the usual ones say too. All others are parsed by `redis`. None is larger than
-//! who asked for it expects ([`Bounds`]): what its headers announce is counted before there is room for it.
+//! Replies as they arrive. The end of a reply, and what the usual ones say, is read in place; the crate `redis` parses
+//! the others. None is larger than its command allows ([`Bounds`]): what headers announce is counted before memory is
+//! allocated for it.
 //!
 //! Source: RESP, version 2 (Redis serialization protocol specification).
 
@@ -186,8 +187,8 @@ struct Scan {
 }
 
 impl Inbox {
-    /// Takes the next reply (or the next piece of it), if it is there as a whole, for [`Self::reply`]. An error: what comes in is not the protocol, or
-    /// more than was asked for.
+    /// Takes the next reply (or the next piece of it), if it is there as a whole, for [`Self::reply`]. An error: what
+    /// comes in is not the protocol, or more than was asked for.
     pub fn take(&mut self, bounds: &Bounds) -> Result<Option<Range<usize>>, Failure> {
         self.pass_unkept();
         if self.unkept > 0 {
@@ -236,8 +237,8 @@ impl Inbox {
         self.unkept -= there;
     }
 
-    /// Where to receive more; [`Self::received`] is to be told how much it was. To be asked for when [`Self::take`] found nothing: so the buffer grows
-    /// for what is within bounds alone.
+    /// Where to receive more; [`Self::received`] is to be told how much it was. To be asked for when [`Self::take`]
+    /// found nothing: so the buffer grows for what is within bounds alone.
     pub fn room(&mut self) -> Result<&mut [u8], Failure> {
         if self.start == self.end {
             (self.start, self.end) = (0, 0);

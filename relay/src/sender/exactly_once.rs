@@ -34,9 +34,9 @@ pub(super) fn converse(
             match next.take().unwrap_or_else(|| orders.try_recv()) {
                 Ok(order) => conversation.order(order),
                 Err(TryRecvError::Empty) => break,
-                // It was let go, but is to say so to those who watch the guard.
+                // The worker has let it go, but the guard is still to say so to those who watch it.
                 Err(TryRecvError::Disconnected) if conversation.is_releasing() => break,
-                // What is on its way will be found out by whoever claims next.
+                // What became of batches in flight is found out by the next claim.
                 Err(TryRecvError::Disconnected) => return Ok(()),
             }
         }
@@ -72,7 +72,8 @@ pub(super) fn converse(
     }
 }
 
-/// Takes in what the server had said before it closed the connection in the middle of a write, such as that an entry is too large for it.
+/// Reads what the server had said before it closed the connection during a write, for example that an entry is too
+/// large.
 fn last_words(
     connection: &mut Connection,
     conversation: &mut Conversation,

@@ -1,8 +1,9 @@
-//! A connection that nothing is said on. Its sender leaves it here while it sleeps, so that the worker's own thread can refresh the guard:
-//! an idle relay then wakes one thread, by one timer, and waits for no answer.
+//! An idle connection. Its sender leaves it here while it sleeps, so that the worker's own thread can refresh the
+//! guard. An idle relay then wakes one thread, by one timer, and waits for no answer.
 //!
-//! That thread writes what fits at once, and takes in the answer to the time before only if it is, byte for byte, the usual one. All else
-//! (another answer, none, an error) is the sender's to read, which has the time to wait and knows which words must not be shown.
+//! That thread writes what fits at once, and takes in the answer to the refresh before only if it is the usual one,
+//! byte for byte. All else (another answer, none, an error) is left to the sender, which has the time to wait and knows
+//! which words must not be shown.
 
 use crate::failure::Failure;
 use crate::redis::connection::Connection;
@@ -107,8 +108,8 @@ impl Idle {
         Arc::strong_count(&self.0) == 1
     }
 
-    /// Refreshes the guard, or looks whether the connection is there. True: all is well as far as is known, or the sender is at work, whose
-    /// batches say as much. False: the sender is to do it. Waits for nothing.
+    /// Refreshes the guard, or looks whether the connection is there, without waiting. True: all is well as far as is
+    /// known, or the sender is at work, and its batches say as much. False: the sender is to do it.
     pub(crate) fn beat(&self, beat: u64) -> bool {
         let Ok(mut idle) = self.0.try_lock() else {
             return true;

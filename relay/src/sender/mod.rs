@@ -1,9 +1,9 @@
 //! A sender: the thread that owns one connection of one backend, from connecting to the first error.
 //!
-//! It takes orders from a bounded channel, reads every reply, and reports each batch in order. With at_least_once it writes up to
-//! [`PIPELINED_BATCHES`] batches ahead of their replies; with exactly_once it says what [`Conversation`] has to say. At the first error of
-//! the connection it reports that and ends; the worker decides what was delivered and when to try again, with a new sender. It
-//! knows nothing of Postgres.
+//! It takes orders from a bounded channel, reads every reply, and reports each batch in order. With at_least_once it
+//! writes up to [`PIPELINED_BATCHES`] batches ahead of their replies; with exactly_once it says what [`Conversation`]
+//! has to say. At the first error of the connection it reports that and ends; the worker decides what was delivered and
+//! when to try again, with a new sender. It knows nothing of Postgres.
 
 mod at_least_once;
 pub mod conversation;
@@ -47,12 +47,12 @@ impl Handle {
     /// The caller blocks all signals of its process around this call: a thread inherits the mask.
     /// `permit` is dropped when the thread ends.
     pub fn spawn(destination: Destination, waker: Arc<UnixStream>, permit: impl Send + 'static) -> io::Result<Self> {
-        // After a refusal a second window may be handed over before the sender has dropped the first. There is always room: a batch
-        // that is not taken in would be a gap.
+        // After a refusal, a second window may be handed over before the sender has dropped the first. There must be
+        // room for both: a batch that is not taken would be a gap.
         let (orders, to_obey) = bounded(2 * WINDOW_BATCHES + SPARE_ORDERS);
-        // Two for each batch at most, one for each other order, the connection's beginning and end: a send never blocks. Nodes that
-        // were found in vain come before any of these. (A worker that stood still while replicas came and went many times finds the
-        // channel closed, and begins anew.)
+        // At most two reports for each batch, one for each other order, and the connection's beginning and end: a send
+        // never blocks. Nodes that could not be reached are reported before any of these. (A worker that stood still
+        // while replicas came and went many times finds the channel closed, and begins anew.)
         let (to_report, reports) = bounded(2 * WINDOW_BATCHES + SPARE_ORDERS);
         let idle = Idle::default();
         let to_idle = idle.clone();
@@ -70,8 +70,8 @@ impl Handle {
         Ok(Self { orders, reports, idle })
     }
 
-    /// Refreshes the guard over a connection that is idle, or looks whether the connection is there (at_least_once). Without waking the
-    /// sender, as long as the one before was answered as usual.
+    /// Refreshes the guard over an idle connection, or looks whether the connection is there (at_least_once). The
+    /// sender is not woken as long as the refresh before was answered as usual.
     pub fn beat(&self, beat: u64) {
         // While Redis doesn't answer, orders must not pile up and take the room of batches.
         if !self.idle.beat(beat) && self.has_begun_all() {
@@ -86,7 +86,7 @@ impl Handle {
         })
     }
 
-    /// Lets a sender without orders be awake when the batch comes that is about to be read.
+    /// Wakes a sender without orders, so that it is awake when the batch comes that is about to be read.
     pub fn rouse(&self) {
         if self.has_begun_all() {
             let _ = self.order(Order::Rouse);

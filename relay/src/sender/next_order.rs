@@ -5,11 +5,11 @@ use crossbeam_channel::{Receiver, TryRecvError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long a sender that was roused stays awake: so long may the worker need until the batch is there. It gives way to whoever else
-/// wants the processor.
+/// How long a sender that was roused stays awake: as long as the worker may need to bring the batch. It yields the
+/// processor to others.
 const ROUSED_FOR: Duration = Duration::from_micros(200);
 
-/// Waits for an order: asleep or, once roused, awake, since to be woken takes as long as to read and append an event.
+/// Waits for an order: asleep or, once roused, awake, because waking takes as long as reading and appending an event.
 pub(super) fn next_order(orders: &Receiver<Order>) -> Result<Order, TryRecvError> {
     loop {
         let order = orders.recv().map_err(|_| TryRecvError::Disconnected)?;

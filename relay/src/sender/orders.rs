@@ -42,10 +42,11 @@ pub enum Report {
     Claimed,
     /// Whether each event was found that was to be looked for.
     Seen(Vec<bool>),
-    /// All replies of the oldest batch are there; the commands that were refused, by index. The buffer comes back. With exactly_once
-    /// it waits for [`Order::Resume`] if any was refused, and drops the batches that come before that.
+    /// All replies of the oldest batch are there; the commands that were refused, by index. The buffer comes back. With
+    /// exactly_once it waits for [`Order::Resume`] if any was refused, and drops the batches that come before that.
     Done { refused: Vec<Refusal>, buffer: Vec<u8> },
-    /// Nothing of the oldest batch was appended, because these commands of it were refused. Waits for [`Order::Resume`].
+    /// Nothing of the oldest batch was appended, because these commands of it were refused. Waits for
+    /// [`Order::Resume`].
     Aborted { refused: Vec<Refusal>, buffer: Vec<u8> },
     /// The oldest batch is appended, but not replicated yet; it goes on waiting.
     Behind(Failure),

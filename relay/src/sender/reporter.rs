@@ -8,10 +8,10 @@ use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-/// So many reports of batches that went well are heard together,
+/// The worker is woken once for this many reports of batches that went well,
 const HEARD_TOGETHER: usize = WINDOW_BATCHES / 4;
 
-/// as long as more batches than this wait for the sender: meanwhile the worker has no need to hurry.
+/// but only while more orders than this wait for the sender: then the worker need not hurry.
 const ENOUGH_ORDERS: usize = WINDOW_BATCHES / 4;
 
 pub(super) struct Reporter {

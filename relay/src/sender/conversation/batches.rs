@@ -119,7 +119,8 @@ impl Conversation {
         Ok(())
     }
 
-    /// The server reads no more of this connection after an entry that is too large for it: nothing of the batch is appended.
+    /// The server reads no more of this connection after an entry that is too large for it: nothing of the batch is
+    /// appended.
     fn cut_off(&mut self, reports: &mut Vec<Report>) {
         self.state = match std::mem::take(&mut self.state) {
             ConversationState::Executing { token, batch, next } => {

@@ -7,9 +7,9 @@
 //!     ▼                                                                                        │
 //! armed: the token was read under WATCH, and is ours ──(a batch is queued)──▶ EXEC, WATCH, HMGET ┴▶ report Done
 //! ```
-//! If somebody else claims the guard between HMGET and EXEC, EXEC answers nil and nothing is written. So an EXEC is sent
-//! only when armed; the commands of the next batch are queued in Redis meanwhile. After a batch of which something was
-//! refused, nothing is sent until the worker has written that down (order Resume).
+//! If somebody else claims the guard between HMGET and EXEC, EXEC answers nil and nothing is written. So an EXEC is
+//! sent only when armed; the commands of the next batch are queued in Redis meanwhile. After a batch of which something
+//! was refused, nothing is sent until the worker has written that down (order Resume).
 //!
 //! - [`state`] the states, and what replies are expected; [`replies`] what they mean
 //! - [`claim`] reading and claiming the guard; [`batches`]; [`search`] for events in their streams

@@ -1,5 +1,5 @@
-//! Looking for events in the tails of their streams, by event id and timestamp: after a batch whose replies nobody read, and after a
-//! change of owner. One command at a time; replies are fed in, in pieces.
+//! Looking for events in the tails of their streams, by event id and timestamp: after a batch whose replies nobody
+//! read, and after a change of owner. One command at a time; replies are fed in, in pieces.
 
 mod pieces;
 
@@ -16,21 +16,20 @@ use std::sync::Arc;
 
 /// How far back a stream is searched, in entries.
 const DEPTH: usize = 100_000;
-/// What a page of entries should take, in bytes; the first has one entry, since it may be large, and so may be those behind a page of
-/// small ones.
+/// How many bytes a page of entries should have. The first page has one entry, because entries may be large.
 const PAGE_BYTES: usize = 256 * 1024;
 const FIRST_PAGE: usize = 1;
-/// What is looked through in all. Then no further back than to the end of each stream's first page.
+/// How many bytes are looked through in all. Beyond that, of each further stream only the first page is read.
 const MOST_BYTES: u64 = 16 << 30;
 const MOST_OF_A_PAGE: usize = 200;
 
 /// A search through several streams.
 pub struct Search {
     tails: Vec<Tail>,
-    /// Those before it are done.
+    /// Index of the tail that is being looked through.
     at: usize,
     found: Vec<bool>,
-    /// What has been looked through.
+    /// How many bytes were looked through.
     bytes: u64,
     /// The reply that is coming in.
     reading: Option<Reading>,
@@ -43,7 +42,8 @@ enum Reading {
 
 struct Tail {
     stream: Arc<str>,
-    /// Indexes of those not found yet. Events that were retried share a name: each entry counts for one, the first first.
+    /// Indexes of those not found yet. Events that were retried share a name: each entry counts for one, the first
+    /// first.
     wanted: HashMap<EventName, VecDeque<(usize, Purpose)>>,
     /// The newest entry: its id, and when its event was published.
     newest: Option<(Vec<u8>, [u8; 32])>,
@@ -119,7 +119,8 @@ impl Search {
         }
     }
 
-    /// Takes in the reply of the last command, or some pieces of it. Whether that is all of it. An error is that of the backend.
+    /// Takes in the reply of the last command, or some pieces of it. Whether that is all of it. An error is that of the
+    /// backend.
     pub fn reply(&mut self, reply: Reply<'_>) -> Result<bool, Failure> {
         for piece in reply.pieces() {
             if self.piece(piece)? {
@@ -242,8 +243,8 @@ impl Tail {
     }
 }
 
-/// A missing stream, a key of another type or one that we may not touch has none of the events; any other error says nothing about
-/// them.
+/// A missing stream, a key of another type or one that we may not touch has none of the events; any other error says
+/// nothing about them.
 fn is_no_stream(error: &redis::ServerError) -> Result<(), Failure> {
     let failure = failure::reply(error);
     let missing = match error.code() {

@@ -1,5 +1,5 @@
-//! Replies to a search, piece by piece: entries may be large and many, and have fields by the million. Of each entry no more is kept than tells which event it
-//! is of.
+//! Replies to a search, piece by piece: entries may be large and many, and have fields by the million. Of each entry no
+//! more is kept than tells which event it is of.
 
 use crate::event::wanted::EventName;
 use crate::failure::Failure;
@@ -11,7 +11,7 @@ const AROUND_A_STRING: u64 = 8;
 /// An entry that has been read.
 pub(super) struct Entry {
     pub id: Vec<u8>,
-    /// `None`: it is of somebody else.
+    /// `None`: the entry is not a relay's.
     pub name: Option<EventName>,
 }
 
@@ -190,8 +190,8 @@ impl Info {
         }
     }
 
-    /// Whether entries of the stream have been removed since they were added. Servers before 7.0 do not count those that were added: there,
-    /// any stream that has ever had one may be.
+    /// Whether entries of the stream have been removed since they were added. Servers before 7.0 do not count those
+    /// that were added: there, any stream that has ever had one may be.
     pub(super) fn is_thinned(&self) -> bool {
         match (self.length, self.added, &self.last) {
             (Some(length), Some(added), _) => added > length,
