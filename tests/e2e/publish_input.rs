@@ -492,3 +492,64 @@ fn a_stream_must_match_the_backends_patterns() {
     let own = stack.wait_events(2);
     assert_eq!([own[0].field("event_type"), own[1].field("event_type")], ["own", "t"]);
 }
+
+/// By function, array, INSERT and COPY; whether the first one was published, scheduled, or is of the same transaction.
+#[test]
+fn a_repeated_id_is_one_report_by_all_ways() {
+    let stack = Stack::start();
+    let [published, scheduled] = [Uuid::new_v4(), Uuid::new_v4()];
+    let mut client = stack.pg.client();
+    publish_id(&mut client, published).unwrap();
+    schedule_id(&mut client, scheduled).unwrap();
+    for id in [published, scheduled] {
+        let constraint = |error: &postgres::Error| {
+            let said = error.as_db_error().expect("by the server");
+            [said.schema(), said.table(), said.constraint()].map(|name| name.unwrap_or_default().to_owned())
+        };
+        let mut errors = Vec::new();
+        for sql in [
+            format!("select outbox.publish_event('t', 's', event_id => '{id}')"),
+            format!("select outbox.publish_event('t', 's', '1'::json, event_id => '{id}')"),
+            format!(
+                "select outbox.publish_event('t', 's', event_id => '{id}', scheduled_at => now() + interval '1 hour')"
+            ),
+            format!(
+                "select outbox.publish_events('[{{\"event_type\": \"t\", \"source\": \"s\", \"event_id\": \"{id}\"}}]')"
+            ),
+            format!("insert into outbox.events (event_type, source, event_id) values ('t', 's', '{id}')"),
+            format!(
+                "insert into outbox.events (event_type, source, event_id) select 't', 's', '{id}' returning event_id"
+            ),
+        ] {
+            errors.push((sql.clone(), client.simple_query(&sql).expect_err(&sql)));
+        }
+        let mut copy = client
+            .copy_in("copy outbox.events (event_type, source, event_id) from stdin")
+            .unwrap();
+        std::io::Write::write_all(&mut copy, format!("t\ts\t{id}\n").as_bytes()).unwrap();
+        errors.push(("COPY".to_owned(), copy.finish().expect_err("COPY")));
+        for (way, error) in errors {
+            assert_eq!(constraint(&error), ["outbox", "events", "events_event_id_idx"], "{way}");
+            let expected = Refused::new(
+                "23505",
+                "duplicate key value violates unique constraint \"events_event_id_idx\"",
+                &format!("Key (event_id)=({id}) already exists."),
+                "If this is the same event, it need not be published again. Otherwise leave event_id out to have a new one made.",
+            );
+            assert_eq!(Refused::of::<()>(Err(error)), expected, "{way}");
+        }
+    }
+    let twice = Uuid::new_v4();
+    let list = format!(
+        "[{{\"event_type\": \"t\", \"source\": \"s\", \"event_id\": \"{twice}\"}}, {{\"event_type\": \"t\", \"source\": \"s\", \"event_id\": \"{twice}\"}}]"
+    );
+    let error = client
+        .query("select outbox.publish_events($1::text::jsonb)", &[&list])
+        .expect_err("twice");
+    let said = error.as_db_error().expect("by the server");
+    assert!(
+        said.hint().is_some() && said.where_().is_some_and(|context| context.contains("element 1")),
+        "{said:?}"
+    );
+    assert_eq!(stack.wait_events(1).len(), 1);
+}
