@@ -8,7 +8,7 @@ use crate::tables::events;
 use crate::tables::events::EventsTable;
 use crate::tables::ticks;
 use crate::worker::backend::{Backend, MOST_LANES};
-use crate::worker::pass;
+use crate::worker::pass::{self, Outcome};
 use crate::worker::state::Awaited;
 use crate::worker::state::Generation;
 use crate::worker::state::Loaded;
@@ -76,7 +76,8 @@ impl Worker {
         is_more
     }
 
-    /// A scan for each group of those who read now. A scan moves its readers; who waited for them is for the next round.
+    /// A scan for each group of those who read now. A scan moves its readers; who waited for them is for the next
+    /// round.
     fn read_in_groups(&mut self, now: Now) {
         let mut waiting: Vec<usize> = self.schedule(now).reading().collect();
         while let Some(group) = Group::take(&mut waiting, |index| self.way(index)) {
@@ -158,8 +159,9 @@ impl Worker {
         waiting.max_by_key(|index| self.backends[*index].moved_at())
     }
 
-    /// An event is being published, after a while without any. What is needed once it is committed has left the processor's caches by
-    /// then, and is fetched now: by doing the same with the event that was read last, for nothing.
+    /// An event is being published, after a while without any. What is needed once it is committed has left the
+    /// processor's caches by then, and is fetched now: by doing the same with the event that was read last, for
+    /// nothing.
     pub(super) fn rehearse(&mut self) -> Result<(), Aborted> {
         if !self.slot.take_publishing() || self.slot.has_work() {
             return Ok(());
@@ -349,29 +351,30 @@ impl Worker {
         let sending = backends.iter().filter(|b| b.reads_for_redis()).count();
         // Who is alone waits for nobody.
         let is_wanted = || sending > 1 && slot.has_work();
-        // The extension may have been dropped and created again since the backends were loaded: its events are not for those.
+        // The extension may have been dropped and created again since the backends were loaded: its events are not for
+        // those.
         let is_known = || events.is_some() && catalog::relations().map(|relations| relations.events) == events;
-        let readers = care::transaction(|| is_known().then(|| pass::read(backends, group, &is_wanted)))?;
-        let Some(readers) = readers else {
+        let outcomes = care::transaction(|| is_known().then(|| pass::read(backends, group, &is_wanted)))?;
+        let Some(outcomes) = outcomes else {
             self.generation = Generation::Stale;
             return Ok(true);
         };
-        let has_found = readers.iter().any(pass::Reader::has_found);
-        for reader in readers.iter().filter(|r| r.wrote) {
-            self.backends[reader.index].books.is_unflushed = true;
+        let has_found = outcomes.iter().any(|o| o.has_found);
+        for outcome in outcomes.iter().filter(|o| o.wrote) {
+            self.backends[outcome.reader.index].books.is_unflushed = true;
         }
         // Each pass that only parks need not wait for the disk.
-        let tells = |r: &pass::Reader| !r.built.is_empty() && self.backends[r.index].books.is_unflushed;
-        if readers.iter().any(tells) {
+        let tells = |o: &Outcome| !o.reader.built.is_empty() && self.backends[o.reader.index].books.is_unflushed;
+        if outcomes.iter().any(tells) {
             self.flush();
         }
-        for reader in readers {
+        for Outcome { reader, failed, .. } in outcomes {
             let backend = &mut self.backends[reader.index];
-            backend.failed(reader.failed);
+            backend.failed(failed);
             backend.skipped(&reader.skipped, now);
             let sent: usize = reader.built.iter().map(|b| b.batch.entries.len()).sum();
             backend.send(reader.built, self.flushed);
-            if backend.role() == Role::Strays && reader.stopped {
+            if backend.role() == Role::Strays && reader.is_stopped {
                 backend.rests_until = now + guc::millis(&guc::POLL_INTERVAL_MS);
             }
             let end = reader.end.clone();

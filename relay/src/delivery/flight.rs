@@ -32,17 +32,19 @@ pub struct BatchedEvent {
 }
 
 /// See [`Delivery::room`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Window {
     pub batches: usize,
     pub bytes: usize,
+    /// Bytes that there are when nothing is on its way.
+    pub whole_bytes: usize,
 }
 
 impl Window {
     /// What a sender with this much room has to do. It has enough if a quarter of the window or more is on its way.
     pub fn supply(self) -> Supply {
-        let has_enough = self.batches <= WINDOW_BATCHES / 4 * 3 || self.bytes <= WINDOW_BYTES / 4 * 3;
-        let is_ample = self.batches >= WINDOW_BATCHES / 4 && self.bytes >= WINDOW_BYTES / 4;
+        let has_enough = self.batches <= WINDOW_BATCHES / 4 * 3 || self.bytes <= self.whole_bytes / 4 * 3;
+        let is_ample = self.batches >= WINDOW_BATCHES / 4 && self.bytes >= self.whole_bytes / 4;
         match (has_enough, is_ample) {
             (false, _) => Supply::Low,
             (true, true) => Supply::Enough,

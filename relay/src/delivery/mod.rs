@@ -16,13 +16,16 @@
 //! guard says which was the last, by its number; so what is in flight is never in doubt for longer than it takes to
 //! ask.
 //!
+//! - [`cut`] from the rows that a scan meets to batches; [`batch`] those that are being filled
 //! - [`state`] how the connection is; [`connection`] when it is opened, and what its end means
 //! - [`flight`] batches on their way; [`landing`] what their replies mean; [`guarded`] the same with a guard
 //! - [`refusal`] streams that Redis refuses, [`waiting`] who of them is tried next, [`retries`] what a delivery asks of
 //!   both; [`reread`] rows that are read again; [`backoff`]
 
 pub mod backoff;
+pub mod batch;
 mod connection;
+pub mod cut;
 pub mod flight;
 mod guarded;
 mod landing;
@@ -208,6 +211,7 @@ impl Delivery {
         Window {
             batches: WINDOW_BATCHES.saturating_sub(self.flights.len()),
             bytes: self.window_bytes.saturating_sub(self.in_flight_bytes),
+            whole_bytes: self.window_bytes,
         }
     }
 

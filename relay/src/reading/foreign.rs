@@ -1,7 +1,8 @@
-//! Rows that did not come through the trigger of `outbox.events`: the transaction ids that they carry are not of this table's history.
+//! Rows that did not come through the trigger of `outbox.events`: the transaction ids that they carry are not of this
+//! table's history.
 //!
-//! A row of ours was written by the transaction whose id it carries, or by a subtransaction of it, whose id is higher and was given while
-//! the other ran. What contradicts this is another cluster's, or an older life's.
+//! A row of ours was written by the transaction whose id it carries, or by a subtransaction of it, whose id is higher
+//! and was given while the other ran. What contradicts this is another cluster's, or an older life's.
 
 use crate::reading::snapshot::Tick;
 use std::collections::HashMap;
@@ -48,8 +49,8 @@ impl Judge {
         }
     }
 
-    /// Takes in rows: those that carry another id than that of who wrote them, and all others of the same writers. `next_xid` was read
-    /// after them.
+    /// Takes in rows: those that carry another id than that of who wrote them, and all others of the same writers.
+    /// `next_xid` was read after them.
     pub fn look_at(&mut self, rows: &[Written], next_xid: u64) {
         let is_its_own = |row: &&Written| row.xid as u32 == row.xmin && row.xid < next_xid;
         for row in rows.iter().filter(|row| !is_its_own(row)) {
@@ -69,8 +70,8 @@ impl Judge {
         }
     }
 
-    /// The numbers of those that are not ours, in order. Also of single rows that came among them or next to them, each in a transaction
-    /// of its own.
+    /// The numbers of those that are not ours, in order. Also of single rows that came among them or next to them, each
+    /// in a transaction of its own.
     pub fn into_found(mut self) -> Vec<i64> {
         let mut writers: Vec<(u64, Option<(u64, i64)>)> = self.of_writer.drain().collect();
         writers.sort_unstable();

@@ -1,9 +1,10 @@
 //! The highest number that an event was given, in memory that all publishers and the worker share.
 //!
-//! Numbers come from a sequence, and anybody may set a sequence back: `TRUNCATE ... RESTART IDENTITY`, `setval`, `ALTER SEQUENCE ...
-//! RESTART`, a dump that is older. So nobody relies on the sequence: a publisher looks here after it has its transaction id and before it
-//! draws, and takes only a number above what it saw; and before it inserts the row it leaves the number here. The bounds of a tick (see
-//! [`crate::reading::snapshot::Tick`]) are read here, too, and hold whatever the sequence does.
+//! Numbers come from a sequence, and anybody may set a sequence back: `TRUNCATE ... RESTART IDENTITY`, `setval`, `ALTER
+//! SEQUENCE ... RESTART`, a dump that is older. So nobody relies on the sequence: a publisher looks here after it has
+//! its transaction id and before it draws, and takes only a number above what it saw; and before it inserts the row it
+//! leaves the number here. The bounds of a tick (see [`crate::reading::snapshot::Tick`]) are read here, too, and hold
+//! whatever the sequence does.
 
 use std::sync::atomic::{AtomicI64, Ordering};
 

@@ -1,7 +1,8 @@
 //! How soon the next look at the table is worth while.
 //!
-//! A look, a batch and its reply cost as much as tens of events. Up to some rate each event is sent at once. Above it, looks are a
-//! moment apart, so that a busy database spends its processors on publishing; events arrive no later, since they wait less for a processor.
+//! A look, a batch and its reply cost as much as tens of events. Up to some rate each event is sent at once. Above it,
+//! looks are a moment apart, so that a busy database spends its processors on publishing; events arrive no later, since
+//! they wait less for a processor.
 
 use crate::time::Now;
 use std::time::Duration;
@@ -69,7 +70,8 @@ impl Portion {
         self.count
     }
 
-    /// So many rows have taken so long. What took long once may have had to wait for something else: it is halved at most.
+    /// So many rows have taken so long. What took long once may have had to wait for something else: it is halved at
+    /// most.
     pub fn took(&mut self, rows: usize, took: Duration) {
         if took > self.time {
             self.count = (rows / 2).max(Self::LEAST).min(self.count);
@@ -101,7 +103,8 @@ mod tests {
         assert_eq!(portion.count(), 25);
     }
 
-    /// Looks each 100 us for so many windows, and finds an event each `nth` time. How long is the rest after each look at most?
+    /// Looks each 100 us for so many windows, and finds an event each `nth` time. How long is the rest after each look
+    /// at most?
     fn longest_rest(pace: &mut Pace, from: Now, windows: u32, nth: u32) -> Duration {
         let step = Duration::from_micros(100);
         let looks = windows * (WINDOW.as_micros() / step.as_micros()) as u32;

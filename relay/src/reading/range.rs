@@ -1,4 +1,5 @@
-//! Reading the rows that committed between two ticks, once each, in publishing order, at the cost of the new rows alone.
+//! Reading the rows that committed between two ticks, once each, in publishing order, at the cost of the new rows
+//! alone.
 //!
 //! This is the method of PgQ (two snapshots instead of a status column) without its ticker. A row belongs to the range
 //! from tick C to tick S when S sees its transaction and C does not. Such rows stand in two places:
@@ -99,7 +100,8 @@ impl Position {
                 .is_some_and(|u| u.to.snapshot.sees(key.xid) && key.seq <= u.last_seq)
     }
 
-    /// Whether everything that `other` covers has been read here, too (at the least: a position on its way counts by where it began).
+    /// Whether everything that `other` covers has been read here, too (at the least: a position on its way counts by
+    /// where it began).
     pub fn includes(&self, other: &Self) -> bool {
         self.from.snapshot.includes(&other.newest().snapshot)
     }
@@ -256,8 +258,8 @@ impl<S: Scan> RangeScan<S> {
     }
 }
 
-/// Transactions that were running at `from` and have ended by `to`. Those below `from.snapshot.xmax()` are listed there; those
-/// from it up to `from.next_xid` are looked up, skipping from one that has rows to the next.
+/// Transactions that were running at `from` and have ended by `to`. Those below `from.snapshot.xmax()` are listed
+/// there; those from it up to `from.next_xid` are looked up, skipping from one that has rows to the next.
 fn late_xids<T: Table>(table: &mut T, from: &Tick, to: &Tick) -> Vec<u64> {
     let ended = |xid: &u64| to.snapshot.sees(*xid);
     let mut xids: Vec<u64> = from.snapshot.in_progress().iter().copied().filter(ended).collect();

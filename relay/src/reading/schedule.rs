@@ -1,8 +1,8 @@
 //! Who reads next, and which readers share a scan.
 //!
-//! A reader reads when there may be rows for it and it can take them. One scan costs the same for one reader as for many, so readers
-//! that have the same goal are kept together: one that is ahead waits for those behind it. It waits only as long as its own sender
-//! has enough to do, so a slow or hung reader holds up nobody.
+//! A reader reads when there may be rows for it and it can take them. One scan costs the same for one reader as for
+//! many, so readers that have the same goal are kept together: one that is ahead waits for those behind it. It waits
+//! only as long as its own sender has enough to do, so a slow or hung reader holds up nobody.
 //!
 //! All functions are pure. The worker tells what it knows of its readers, by their indexes, and reads as it is told.
 
@@ -13,7 +13,8 @@ use std::sync::Arc;
 
 /// Rows that one scan may meet, for each reader that it serves, before the senders are looked at again.
 pub const SCAN_STEPS: usize = 2_000;
-/// One scan serves readers that are no further apart than this: half of a scan, so that those that are ahead have the other half.
+/// One scan serves readers that are no further apart than this: half of a scan, so that those that are ahead have the
+/// other half.
 const NEAR_SEQS: i64 = SCAN_STEPS as i64 / 2;
 /// A reader that is further behind is not waited for.
 const WAITED_FOR_SEQS: i64 = 100_000;
@@ -137,7 +138,8 @@ impl<'a> Schedule<'a> {
         reader.takes() && !(reader.can_wait() && self.is_held(reader))
     }
 
-    /// Whether somebody with the same goal is behind it and not too far, or stands where it stands and cannot take rows yet.
+    /// Whether somebody with the same goal is behind it and not too far, or stands where it stands and cannot take rows
+    /// yet.
     fn is_held(&self, reader: &Reader<'_>) -> bool {
         let (goal, place) = (reader.goal(), reader.way.position.place());
         let first = (goal, place.saturating_sub(WAITED_FOR_SEQS), false);
@@ -181,10 +183,12 @@ pub struct Group {
 }
 
 impl Group {
-    /// Takes the reader that is furthest behind out of `waiting`, with those that one scan can serve as well; `None`: nobody waits.
+    /// Takes the reader that is furthest behind out of `waiting`, with those that one scan can serve as well; `None`:
+    /// nobody waits.
     ///
-    /// Numbers ascend along a range, so a scan serves readers that stand apart, and that set out from different ticks: each takes the
-    /// rows behind its own place that its own tick does not see. Late rows are found by the tick, so for them it must be the same.
+    /// Numbers ascend along a range, so a scan serves readers that stand apart, and that set out from different ticks:
+    /// each takes the rows behind its own place that its own tick does not see. Late rows are found by the tick, so for
+    /// them it must be the same.
     pub fn take<'a>(waiting: &mut Vec<usize>, way: impl Fn(usize) -> Way<'a>) -> Option<Self> {
         let turn = waiting.iter().map(|index| way(*index).turn()).min()?;
         let candidates = || waiting.iter().map(|index| way(*index)).filter(|way| way.turn() == turn);

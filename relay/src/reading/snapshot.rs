@@ -55,7 +55,8 @@ impl Snapshot {
         self.xmin >= other.xmin && self.xmax >= other.xmax && self.in_progress.iter().all(|xid| !other.sees(*xid))
     }
 
-    /// The transactions that ended after `earlier` was taken, in order of their ids; `None`: more than `most`, or it is not earlier.
+    /// The transactions that ended after `earlier` was taken, in order of their ids; `None`: more than `most`, or it is
+    /// not earlier.
     pub fn ended_since(&self, earlier: &Self, most: usize) -> Option<Vec<u64>> {
         let given = self.xmax.checked_sub(earlier.xmax)?;
         if given + earlier.in_progress.len() as u64 > most as u64 {
@@ -128,7 +129,8 @@ impl FromStr for Snapshot {
 /// * a transaction with `xid >= next_xid` has only numbers above `low_seq`;
 /// * a row that `snapshot` sees has a number of at most `high_seq`.
 ///
-/// The two numbers are not the sequence's, which anybody may set back, but the highest that was given (see [`crate::reading::numbers`]).
+/// The two numbers are not the sequence's, which anybody may set back, but the highest that was given (see
+/// [`crate::reading::numbers`]).
 ///
 /// Note that `snapshot.xmax()` is the latest *ended* transaction + 1: those in `[xmax, next_xid)` were running too.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -181,8 +183,8 @@ impl Tick {
         }
     }
 
-    /// Whether there can be such a tick. Of the 64 bits of an id, the lower half is never zero. (The snapshot may be ahead of `next_xid`, which
-    /// is read before it.)
+    /// Whether there can be such a tick. Of the 64 bits of an id, the lower half is never zero. (The snapshot may be
+    /// ahead of `next_xid`, which is read before it.)
     pub fn is_possible(&self) -> bool {
         let is_id = |xid: u64| xid as u32 != 0 && xid <= i64::MAX as u64;
         let Snapshot { xmin, xmax, .. } = self.snapshot;

@@ -1,4 +1,5 @@
-//! The delivery (at_least_once) against models of Postgres and Redis, over random schedules with outages, refusals and crashes.
+//! The delivery (at_least_once) against models of Postgres and Redis, over random schedules with outages, refusals and
+//! crashes.
 
 #[path = "../model/mod.rs"]
 mod model;
@@ -9,16 +10,18 @@ mod tables;
 mod worker;
 mod world;
 
-use model::{Database, Rng, caught, for_each_seed, likely, out_of_memory, wrong_type};
+use model::{Database, Rng, Rows, caught, for_each_seed, likely, out_of_memory, wrong_type};
 use redis::{Command, Connection, Redis, Sent};
 use relay::delivery::backoff::Backoff;
-use relay::delivery::flight::{
-    BatchedEvent, Contents, PIPELINED_BATCHES, Refusal, WINDOW_BATCHES, Window, is_backends,
-};
+use relay::delivery::batch::{BuiltBatch, OpenBatch};
+use relay::delivery::cut::{Backends, Limits, Offer, Pass, Reader, Source};
+use relay::delivery::flight::{BatchedEvent, Contents, PIPELINED_BATCHES, Refusal, WINDOW_BATCHES, is_backends};
 use relay::delivery::refusal::{Record, Retry, Streams};
-use relay::delivery::{Cursor, Delivery, Guarantee, RowFate};
+use relay::delivery::{Cursor, Delivery, Guarantee};
 use relay::failure::{Class, Failure};
-use relay::reading::range::{Position, RangeScan, Step};
+use relay::reading::range::Position;
+use relay::reading::role::Role;
+use relay::reading::schedule::{Group, Way};
 use relay::reading::snapshot::Tick;
 use relay::sender::orders::Report;
 use relay::time::Now;
@@ -29,11 +32,13 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 use tables::Tables;
-use world::{Faults, Mutant, Seen, World};
+use world::{Faults, Mutant, Seen, World, delivery};
 
-/// As in the module `delivery`.
-const WINDOW_BYTES: usize = 2 * 1024 * 1024;
-const BATCH_BYTES: usize = 256 * 1024;
+/// The number of the model's backend.
+const NUMBER: i32 = 1;
+/// Of the size that they have outside of the simulation, a 256th.
+const WINDOW_BYTES: usize = 8 * 1024;
+const BATCH_BYTES: usize = 1024;
 const STREAMS: u8 = 5;
 
 fn name(stream: u8) -> Rc<str> {
@@ -53,9 +58,9 @@ pub(crate) use tell;
 /// What an event takes on its way: mostly little, some much, and more than a window.
 fn bytes(seq: i64) -> usize {
     match seq % 97 {
-        13 | 57 => 700 * 1024,
-        31 => 3 * 1024 * 1024,
-        n => 200 + n as usize,
+        13 | 57 => 2_800,
+        31 => 12 * 1024,
+        n => 1 + n as usize / 50,
     }
 }
 

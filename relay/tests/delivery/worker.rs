@@ -2,27 +2,88 @@
 
 use super::*;
 
-/// A batch that waits for the end of the transaction it was read in.
-#[derive(Default)]
-struct Built {
-    seqs: Vec<i64>,
-    bytes: usize,
-    end: Option<Position>,
+/// The rows that a pass meets.
+struct ScannedRows<'a> {
+    database: &'a Database,
+    delivery: &'a Delivery,
+    max_attempts: u32,
+    /// Rows up to this number are late,
+    late_to: i64,
+    /// and so many were met.
+    late: u32,
 }
 
-impl Built {
-    fn last(&self) -> i64 {
-        self.seqs.last().copied().unwrap_or(0)
+/// The event of a row.
+struct RowOffer<'a> {
+    delivery: &'a Delivery,
+    entry: BatchedEvent,
+}
+
+impl Source for ScannedRows<'_> {
+    type Scan = Rows;
+    type Offer<'a>
+        = RowOffer<'a>
+    where
+        Self: 'a;
+
+    fn number(&self, _scan: &Rows) -> i32 {
+        NUMBER
     }
 
-    fn close(&mut self, end: Position, room: &mut Window) -> Option<Self> {
-        if self.seqs.is_empty() {
-            return None;
-        }
-        room.batches -= 1;
-        room.bytes = room.bytes.saturating_sub(self.bytes);
-        self.end = Some(end);
-        Some(std::mem::take(self))
+    fn is_deleted(&mut self, _scan: &Rows) -> bool {
+        unreachable!("there are no strays")
+    }
+
+    fn hash_slot(&mut self, _scan: &Rows, _reader: usize) -> u16 {
+        unreachable!("there are no lanes")
+    }
+
+    fn unreadable(&mut self, _scan: &Rows) -> Option<String> {
+        None
+    }
+
+    fn with_event<R>(&mut self, scan: &Rows, _reader: usize, f: impl FnOnce(RowOffer<'_>) -> R) -> R {
+        self.late += u32::from(scan.seq() <= self.late_to);
+        f(RowOffer {
+            delivery: self.delivery,
+            entry: entry(self.database, self.max_attempts, scan.seq()),
+        })
+    }
+}
+
+impl Offer for RowOffer<'_> {
+    fn delivery(&self) -> &Delivery {
+        self.delivery
+    }
+
+    fn stream(&self) -> &Rc<str> {
+        &self.entry.stream
+    }
+
+    fn hash_slot(&self) -> u16 {
+        unreachable!("there are no lanes")
+    }
+
+    fn is_written_down(&self) -> bool {
+        unreachable!("nothing was written down in an earlier life")
+    }
+
+    fn buffer(&mut self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    fn encode(self, batch: &mut OpenBatch) -> Result<BatchedEvent, String> {
+        batch.bytes.resize(batch.bytes.len() + bytes(self.entry.seq), 0);
+        Ok(self.entry)
+    }
+}
+
+/// What is known of an event on its way.
+fn entry(database: &Database, max_attempts: u32, seq: i64) -> BatchedEvent {
+    BatchedEvent {
+        seq,
+        stream: name(database.row(seq).stream),
+        max_attempts: 1 + seq as u32 % max_attempts,
     }
 }
 
@@ -222,11 +283,7 @@ impl World {
     }
 
     pub fn entries(&self, seqs: &[i64]) -> Vec<BatchedEvent> {
-        let entry = |seq: &i64| BatchedEvent {
-            seq: *seq,
-            stream: name(self.database.row(*seq).stream),
-            max_attempts: 1 + *seq as u32 % self.max_attempts,
-        };
+        let entry = |seq: &i64| entry(&self.database, self.max_attempts, *seq);
         seqs.iter().map(entry).collect()
     }
 
@@ -269,83 +326,70 @@ impl World {
         if self.mutant != Mutant::ParksBeforeRecords {
             self.write_down();
         }
-        let start = self.delivery.position().clone();
-        let from = start.from.clone();
-        let (to, last_seq) = match &start.under_way {
-            Some(under_way) => (under_way.to.clone(), under_way.last_seq),
-            None => {
-                let reached = self.ticks.iter().position(|tick| Arc::ptr_eq(tick, &from));
-                match self.ticks.get(reached.map_or(0, |index| index + 1)) {
-                    Some(tick) => (tick.clone(), 0),
-                    None => return false,
-                }
-            }
+        let Some(goal) = self.goal() else {
+            return false;
         };
-        let towards = |seq| Position::towards(from.clone(), to.clone(), seq);
-        let mut scan = RangeScan::open(&mut self.database.view(), &from, &to, last_seq);
-        // What the transaction comes to; nothing of it happens if it aborts.
-        let (mut built, mut parked, mut skipped) = (Vec::new(), Vec::new(), Vec::new());
-        let mut batch = Built::default();
-        let mut room = self.delivery.room().expect("checked above");
-        let mut reached = start.clone();
-        for _ in 0..limit {
-            let key = match scan.step() {
-                None => {
-                    reached = Position::at(to.clone());
-                    break;
-                }
-                Some(Step::Passed(key)) => key,
-                Some(Step::Row(key)) => {
-                    let stream = name(self.database.row(key.seq).stream);
-                    self.seen.late += u32::from(key.seq <= from.low_seq);
-                    match self.delivery.on_row(key.seq, &stream) {
-                        RowFate::Skip => {
-                            self.seen.skipped += 1;
-                            skipped.push(key.seq);
-                        }
-                        RowFate::Park => {
-                            self.seen.parked += 1;
-                            parked.push(key.seq);
-                        }
-                        RowFate::Send => {
-                            let size = bytes(key.seq);
-                            if batch.seqs.len() >= self.batch_size || batch.bytes + size > BATCH_BYTES {
-                                let full = batch.close(towards(batch.last()), &mut room);
-                                built.extend(full);
-                            }
-                            if batch.seqs.is_empty() && (room.batches == 0 || room.bytes == 0) {
-                                break;
-                            }
-                            batch.seqs.push(key.seq);
-                            batch.bytes += size;
-                        }
-                    }
-                    key
-                }
-            };
-            reached = towards(key.seq);
-        }
-        built.extend(batch.close(reached.clone(), &mut room));
+        let position = self.delivery.position().clone();
+        let way = Way {
+            position: &position,
+            goal: &goal,
+            role: Role::Redis,
+        };
+        let group = Group::take(&mut vec![0], |_| way).expect("one waits");
+        let reader = Reader::new(0, NUMBER, None, Role::Redis, &self.delivery);
+        let backends = Backends::of([(NUMBER, None, Role::Redis)].into_iter());
+        let limits = Limits {
+            batch_events: self.batch_size,
+            batch_bytes: BATCH_BYTES,
+            steps: limit.max(1),
+            least_steps: usize::MAX,
+            records: self.rng.usize(1..20),
+        };
+        let pass = Pass::new(&group, vec![reader], backends, limits);
+        let mut view = self.database.view();
+        let mut rows = ScannedRows {
+            database: &self.database,
+            delivery: &self.delivery,
+            max_attempts: self.max_attempts,
+            late_to: position.from.low_seq,
+            late: 0,
+        };
+        let readers = pass.run(&mut view, &mut rows, &|| false);
+        self.seen.late += rows.late;
         if self.likely(self.faults.aborts) {
             tell!(self, "abort");
             return false;
         }
+        readers.into_iter().for_each(|reader| self.hand_over(reader));
+        true
+    }
+
+    /// Where it goes on to; `None`: there is nowhere to go.
+    fn goal(&self) -> Option<Arc<Tick>> {
+        let position = self.delivery.position();
+        if let Some(under_way) = &position.under_way {
+            return Some(under_way.to.clone());
+        }
+        let reached = self.ticks.iter().position(|tick| Arc::ptr_eq(tick, &position.from));
+        self.ticks.get(reached.map_or(0, |index| index + 1)).cloned()
+    }
+
+    /// Takes over what a pass came to, in a transaction that has ended well.
+    fn hand_over(&mut self, reader: Reader) {
+        let parked: Vec<i64> = reader.records.iter().map(parked).collect();
+        tell!(self, "park {parked:?}, of {:?} that are not sent", reader.skipped);
+        self.seen.parked += parked.len() as u32;
+        self.seen.skipped += (reader.skipped.len() - parked.len()) as u32;
         if self.mutant != Mutant::ForgetsParked {
             parked.iter().for_each(|seq| self.park(*seq, 0));
         }
-        tell!(self, "park {parked:?}, skip {skipped:?}");
-        skipped
-            .iter()
-            .chain(&parked)
-            .for_each(|seq| self.delivery.skipped(*seq));
-        for Built { seqs, bytes, end } in built {
-            let end = end.expect("closed");
-            self.send(&seqs, bytes);
-            let entries = self.entries(&seqs);
-            self.delivery.sent(entries, Contents::Rows { end }, bytes);
+        reader.skipped.iter().for_each(|seq| self.delivery.skipped(*seq));
+        for BuiltBatch { batch, contents } in reader.built {
+            let seqs: Vec<i64> = batch.entries.iter().map(|entry| entry.seq).collect();
+            self.send(&seqs, batch.bytes.len());
+            self.delivery.sent(batch.entries, contents, batch.bytes.len());
         }
-        self.delivery.advanced(reached);
-        true
+        self.delivery.advanced(reader.end);
     }
 
     /// A new life, from what was saved.
@@ -368,15 +412,7 @@ impl World {
         self.drop_connection();
         self.ticks.clear();
         let streams = self.tables.streams();
-        self.delivery = Delivery::new(
-            Guarantee::AtLeastOnce,
-            Cursor {
-                position: self.tables.cursor.clone(),
-                number: 0,
-            },
-            streams,
-            self.backoff,
-        );
+        self.delivery = delivery(self.tables.cursor.clone(), streams, self.backoff);
         self.accepted = 0;
     }
 
@@ -393,5 +429,12 @@ impl World {
             self.delivery.set_streams(self.tables.streams());
         }
         self.delivery.retry_now();
+    }
+}
+
+fn parked(record: &Record) -> i64 {
+    match record {
+        Record::Park { seq, .. } => *seq,
+        other => unreachable!("a row that can be read and sent is at most parked, not {other:?}"),
     }
 }

@@ -150,15 +150,7 @@ impl World {
             },
             connection: None,
             leftovers: Vec::new(),
-            delivery: Delivery::new(
-                Guarantee::AtLeastOnce,
-                Cursor {
-                    position: Position::beginning(),
-                    number: 0,
-                },
-                Streams::default(),
-                backoff,
-            ),
+            delivery: delivery(Position::beginning(), Streams::default(), backoff),
             ticks: Vec::new(),
             pending: Vec::new(),
             in_flight: VecDeque::new(),
@@ -285,4 +277,12 @@ impl World {
         }
         Err("events wait for ever".to_owned())
     }
+}
+
+/// A delivery in a new life, from a saved cursor.
+pub fn delivery(position: Position, streams: Streams, backoff: Backoff) -> Delivery {
+    let cursor = Cursor { position, number: 0 };
+    let mut delivery = Delivery::new(Guarantee::AtLeastOnce, cursor, streams, backoff);
+    delivery.set_window_bytes(WINDOW_BYTES);
+    delivery
 }

@@ -1,118 +1,202 @@
-//! The worker reads on.
+//! The worker reads on: the schedule and the cutter of `relay`, over the model's tables.
 
 use crate::env::{Env, Mutant, tell};
+use crate::model::database::{Database, Row};
 use crate::model::redis::stream_name;
-use crate::site::Site;
-use relay::delivery::RowFate;
-use relay::delivery::flight::Contents;
-use relay::reading::range::{Position, RangeScan, Step};
+use crate::model::view;
+use crate::site::{Site, append_event, entry};
+use crate::tables::Tables;
+use relay::delivery::Delivery;
+use relay::delivery::batch::{BATCH_BYTES, BuiltBatch, OpenBatch};
+use relay::delivery::cut::{Backends, Limits, Offer, Pass, Reader, Source};
+use relay::delivery::flight::BatchedEvent;
+use relay::delivery::refusal::Record;
+use relay::guard::BATCH_START;
+use relay::reading::role::Role;
+use relay::reading::schedule::{Group, Way};
+use relay::reading::snapshot::Tick;
+use std::cell::Cell;
+use std::rc::Rc;
 use std::sync::Arc;
 
-/// A batch that waits for the end of the transaction it was read in.
-struct Built {
-    seqs: Vec<i64>,
-    end: Position,
+/// The number of the model's backend.
+pub const NUMBER: i32 = 1;
+
+/// The hash slot of a stream.
+pub fn hash_slot(stream: u8) -> u16 {
+    u16::from(stream % 3)
+}
+
+/// The rows that a pass meets.
+pub struct ScannedRows<'a> {
+    pub database: &'a Database,
+    /// Of each reader, by its index.
+    pub readers: Vec<(&'a Delivery, &'a Tables)>,
+    pub mutant: Mutant,
+    pub max_attempts: u32,
+    /// Rows that were found written down.
+    pub written_down: Cell<u32>,
+}
+
+impl Source for ScannedRows<'_> {
+    type Scan = view::Rows;
+    type Offer<'a>
+        = RowOffer<'a>
+    where
+        Self: 'a;
+
+    fn number(&self, _scan: &view::Rows) -> i32 {
+        NUMBER
+    }
+
+    fn is_deleted(&mut self, _scan: &view::Rows) -> bool {
+        unreachable!("there are no strays")
+    }
+
+    fn hash_slot(&mut self, scan: &view::Rows, _reader: usize) -> u16 {
+        hash_slot(self.database.row(scan.seq()).stream)
+    }
+
+    fn unreadable(&mut self, _scan: &view::Rows) -> Option<String> {
+        None
+    }
+
+    fn with_event<R>(&mut self, scan: &view::Rows, reader: usize, f: impl FnOnce(RowOffer<'_>) -> R) -> R {
+        let row = self.database.row(scan.seq());
+        let (delivery, tables) = self.readers[reader];
+        f(RowOffer {
+            delivery,
+            tables,
+            row,
+            seq: scan.seq(),
+            stream: Rc::from(stream_name(row.stream)),
+            rows: self,
+        })
+    }
+}
+
+/// The event of a row.
+pub struct RowOffer<'a> {
+    delivery: &'a Delivery,
+    tables: &'a Tables,
+    row: &'a Row,
+    seq: i64,
+    stream: Rc<str>,
+    rows: &'a ScannedRows<'a>,
+}
+
+impl Offer for RowOffer<'_> {
+    fn delivery(&self) -> &Delivery {
+        self.delivery
+    }
+
+    fn stream(&self) -> &Rc<str> {
+        &self.stream
+    }
+
+    fn hash_slot(&self) -> u16 {
+        hash_slot(self.row.stream)
+    }
+
+    fn is_written_down(&self) -> bool {
+        let looks = self.rows.mutant != Mutant::ReadsBlindly;
+        let is_found = looks && self.tables.is_written_down(self.row.stream, self.seq);
+        self.rows.written_down.update(|count| count + u32::from(is_found));
+        is_found
+    }
+
+    fn buffer(&mut self) -> Vec<u8> {
+        BATCH_START.to_vec()
+    }
+
+    fn encode(self, batch: &mut OpenBatch) -> Result<BatchedEvent, String> {
+        append_event(&mut batch.bytes, self.row);
+        Ok(entry(self.rows.max_attempts, self.seq, self.row))
+    }
+}
+
+/// What a pass may do that meets `steps` rows for each reader.
+pub fn limits(env: &mut Env, steps: usize) -> Limits {
+    Limits {
+        batch_events: env.batch_size,
+        batch_bytes: BATCH_BYTES,
+        steps: steps.max(1),
+        least_steps: usize::MAX,
+        records: env.rng.usize(1..10),
+    }
 }
 
 impl Site {
     /// Reads up to `limit` rows on, as far as there is room; false: there is nothing to read.
     pub fn read(&mut self, env: &mut Env, limit: usize) -> bool {
-        let Some(mut room) = self.delivery.room() else {
-            return false;
+        let latest = self.latest.clone().unwrap_or_else(|| Arc::new(Tick::beginning()));
+        let position = self.delivery.position().clone();
+        let way = Way {
+            position: &position,
+            goal: position.to(&latest),
+            role: Role::Redis,
         };
+        if !self.delivery.has_room() || !way.leads_on() {
+            return false;
+        }
         if !self.pending.is_empty() && env.mutant != Mutant::ResumesUnsaved {
             self.save(env);
         }
-        let start = self.delivery.position().clone();
-        let from = start.from.clone();
-        let (to, last_seq) = match &start.under_way {
-            Some(under_way) => (under_way.to.clone(), under_way.last_seq),
-            None => match &self.latest {
-                Some(tick) if !Arc::ptr_eq(tick, &from) => (tick.clone(), 0),
-                _ => return false,
-            },
+        let group = Group::take(&mut vec![0], |_| way).expect("one waits");
+        let reader = Reader::new(0, NUMBER, None, Role::Redis, &self.delivery);
+        let backends = Backends::of([(NUMBER, None, Role::Redis)].into_iter());
+        let pass = Pass::new(&group, vec![reader], backends, limits(env, limit));
+        let mut view = self.database.view();
+        let mut rows = ScannedRows {
+            database: &self.database,
+            readers: vec![(&self.delivery, &self.tables)],
+            mutant: env.mutant,
+            max_attempts: env.max_attempts,
+            written_down: Cell::new(0),
         };
-        let towards = |seq| Position::towards(from.clone(), to.clone(), seq);
-        let mut scan = RangeScan::open(&mut self.database.view(), &from, &to, last_seq);
-        let (mut built, mut parked, mut skipped): (Vec<Built>, Vec<_>, Vec<i64>) = Default::default();
-        let mut batch: Vec<i64> = Vec::new();
-        let mut reached = start.clone();
-        for _ in 0..limit {
-            let key = match scan.step() {
-                None => {
-                    reached = Position::at(to.clone());
-                    break;
-                }
-                Some(Step::Passed(key)) => key,
-                Some(Step::Row(key)) => {
-                    let stream = self.database.row(key.seq).stream;
-                    let looks = env.mutant != Mutant::ReadsBlindly && self.delivery.may_be_written_down(key.seq);
-                    if looks && self.tables.is_written_down(stream, key.seq) {
-                        env.seen.written_down += 1;
-                        skipped.push(key.seq);
-                    } else {
-                        match self.delivery.on_row(key.seq, &stream_name(stream)) {
-                            RowFate::Skip => {
-                                env.seen.skipped += 1;
-                                skipped.push(key.seq);
-                            }
-                            RowFate::Park => parked.push((stream, key.seq)),
-                            RowFate::Send => {
-                                if batch.len() >= env.batch_size {
-                                    let seqs = std::mem::take(&mut batch);
-                                    let end = towards(*seqs.last().expect("full"));
-                                    built.push(Built { seqs, end });
-                                }
-                                if batch.is_empty() {
-                                    if room.batches == 0 {
-                                        break;
-                                    }
-                                    room.batches -= 1;
-                                }
-                                batch.push(key.seq);
-                            }
-                        }
-                    }
-                    key
-                }
-            };
-            reached = towards(key.seq);
-        }
-        if !batch.is_empty() {
-            built.push(Built {
-                seqs: batch,
-                end: reached.clone(),
-            });
-        }
+        let readers = pass.run(&mut view, &mut rows, &|| false);
+        let written_down = rows.written_down.get();
         if env.likely(env.faults.aborts) {
             tell!(env, "abort");
             return false;
         }
+        env.seen.written_down += written_down;
+        readers.into_iter().for_each(|reader| self.hand_over(env, reader));
+        true
+    }
+
+    /// Takes over what a pass came to, in a transaction that has ended well.
+    pub fn hand_over(&mut self, env: &mut Env, reader: Reader) {
+        let parked: Vec<i64> = reader.records.iter().map(parked).collect();
+        env.seen.skipped += (reader.skipped.len() - parked.len()) as u32;
+        env.seen.parked += parked.len() as u32;
         if !parked.is_empty() {
-            env.seen.parked += parked.len() as u32;
             tell!(env, "park {parked:?}");
-            parked
-                .iter()
-                .for_each(|(stream, seq)| self.tables.park(*stream, *seq, 0));
+            for seq in parked {
+                self.tables.park(self.database.row(seq).stream, seq, 0);
+            }
             self.wal += 1;
             if env.mutant != Mutant::ParksUnflushed {
                 self.flush(env);
             }
         }
-        let parked = parked.iter().map(|(_, seq)| seq);
-        skipped.iter().chain(parked).for_each(|seq| self.delivery.skipped(*seq));
-        for Built { seqs, end } in built {
-            let entries = self.entries(env, &seqs);
-            self.send(env, &seqs, Some(&end));
-            self.delivery.sent(entries, Contents::Rows { end }, 100 * seqs.len());
+        reader.skipped.iter().for_each(|seq| self.delivery.skipped(*seq));
+        for BuiltBatch { batch, contents } in reader.built {
+            self.send(env, batch, contents);
         }
-        self.delivery.advanced(reached);
-        true
+        self.delivery.advanced(reader.end);
     }
 
     /// A large piece; true: it came further.
     pub fn read_on(&mut self, env: &mut Env) -> bool {
         let before = self.delivery.position().clone();
         self.read(env, 1_000) && !self.delivery.position().same_place(&before)
+    }
+}
+
+fn parked(record: &Record) -> i64 {
+    match record {
+        Record::Park { seq, .. } => *seq,
+        other => unreachable!("a row that can be read and sent is at most parked, not {other:?}"),
     }
 }

@@ -2,9 +2,10 @@
 
 use crate::env::{Env, Mutant, tell};
 use crate::model::connection::Connection;
-use crate::model::database::Database;
+use crate::model::database::{Database, Row};
 use crate::model::redis::{event_id, stream_name};
 use crate::tables::Tables;
+use relay::delivery::batch::OpenBatch;
 use relay::delivery::flight::{BatchedEvent, Contents};
 use relay::delivery::refusal::{Record, Retry};
 use relay::delivery::{Cursor, Delivery, Guarantee};
@@ -354,9 +355,8 @@ impl Site {
                 continue;
             }
             env.seen.retries += 1;
-            let entries = self.entries(env, &batch);
-            self.send(env, &batch, None);
-            self.delivery.sent(entries, Contents::Waiting { all }, 100);
+            let batch = self.batch_of(env, &batch);
+            self.send(env, batch, Contents::Waiting { all });
         }
     }
 
@@ -386,34 +386,27 @@ impl Site {
         !failing.is_empty()
     }
 
-    pub fn entries(&self, env: &Env, seqs: &[i64]) -> Vec<BatchedEvent> {
-        let entry = |seq: &i64| BatchedEvent {
-            seq: *seq,
-            stream: Rc::from(stream_name(self.database.row(*seq).stream)),
-            max_attempts: 1 + *seq as u32 % env.max_attempts,
-        };
-        seqs.iter().map(entry).collect()
-    }
-
-    pub fn send(&mut self, env: &mut Env, seqs: &[i64], end: Option<&Position>) {
-        let mut bytes = BATCH_START.to_vec();
+    fn batch_of(&self, env: &Env, seqs: &[i64]) -> OpenBatch {
+        let mut batch = OpenBatch::new(BATCH_START.to_vec());
         for seq in seqs {
             let row = self.database.row(*seq);
-            append(
-                &mut bytes,
-                &[
-                    b"XADD",
-                    stream_name(row.stream).as_bytes(),
-                    b"*",
-                    b"event_id",
-                    &hyphenated(&event_id(row.uid)),
-                ],
-            );
+            append_event(&mut batch.bytes, row);
+            batch.entries.push(entry(env.max_attempts, *seq, row));
         }
+        batch
+    }
+
+    pub fn send(&mut self, env: &mut Env, batch: OpenBatch, contents: Contents) {
+        let OpenBatch { mut bytes, entries, .. } = batch;
+        let seqs: Vec<i64> = entries.iter().map(|entry| entry.seq).collect();
+        let end = match &contents {
+            Contents::Rows { end } => Some(end),
+            Contents::Waiting { .. } => None,
+        };
         let mark = self.delivery.mark(end);
         let again = match (end, env.mutant) {
             (Some(_), _) | (None, Mutant::ForgetsAgain) => &[],
-            (None, _) => seqs,
+            (None, _) => seqs.as_slice(),
         };
         let mark = Mark {
             previous: match env.mutant {
@@ -439,10 +432,10 @@ impl Site {
             mark.previous
         );
         append_progress(&mut bytes, crate::model::redis::GUARD.as_bytes(), &progress);
-        self.order(Order::Batch(Batch {
-            bytes,
-            commands: seqs.len(),
-        }));
+        let size = bytes.len();
+        let commands = entries.len();
+        self.order(Order::Batch(Batch { bytes, commands }));
+        self.delivery.sent(entries, contents, size);
     }
 
     /// Nothing is left to do, as the worker notices.
@@ -497,6 +490,21 @@ fn delivery(env: &Env, tables: &Tables) -> Delivery {
     );
     delivery.set_reread_to(tables.highest_written_down());
     delivery
+}
+
+/// What is known of an event on its way.
+pub fn entry(max_attempts: u32, seq: i64, row: &Row) -> BatchedEvent {
+    BatchedEvent {
+        seq,
+        stream: Rc::from(stream_name(row.stream)),
+        max_attempts: 1 + seq as u32 % max_attempts,
+    }
+}
+
+/// The command that appends an event.
+pub fn append_event(out: &mut Vec<u8>, row: &Row) {
+    let (stream, id) = (stream_name(row.stream), hyphenated(&event_id(row.uid)));
+    append(out, &[b"XADD", stream.as_bytes(), b"*", b"event_id", &id]);
 }
 
 fn append(out: &mut Vec<u8>, words: &[&[u8]]) {

@@ -256,7 +256,8 @@ impl World {
         site.wal += 1;
     }
 
-    /// A stream is spoiled or mended. One with events that are still to be looked for there stays: nobody could find them.
+    /// A stream is spoiled or mended. One with events that are still to be looked for there stays: nobody could find
+    /// them.
     fn trouble(&mut self) {
         if self.env.redis.data.compares() || self.is_abandoned() || self.may_look_for_restored() {
             return self.env.redis.troubled.clear();

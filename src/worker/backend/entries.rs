@@ -1,12 +1,11 @@
 //! From events to the entries of a backend's batches: streams, buffers, the encoder.
 
+use relay::delivery::batch::BATCH_BYTES;
 use relay::event::Event;
 use relay::event::broadcaster::Encoder;
 use std::collections::HashSet;
 use std::rc::Rc;
 
-/// Larger batches miss the CPU's cache.
-pub const BATCH_BYTES: usize = 256 * 1024;
 /// A buffer that has grown beyond this for one large event is not kept.
 const KEPT_BUFFER_BYTES: usize = 2 * BATCH_BYTES;
 /// How many names of streams are kept, so that entries share them.

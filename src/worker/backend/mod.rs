@@ -22,7 +22,6 @@ mod restored;
 pub mod saving;
 mod settings;
 
-pub use entries::BATCH_BYTES;
 pub use settings::Home;
 
 use crate::server::guc;
@@ -37,7 +36,7 @@ use crate::worker::backend::duty::Duty;
 use crate::worker::backend::entries::Entries;
 use crate::worker::backend::logged::Logged;
 use crate::worker::backend::restored::Restored;
-use relay::delivery::flight::{BatchedEvent, Contents};
+use relay::delivery::batch::{BuiltBatch, OpenBatch};
 use relay::delivery::refusal::Streams;
 use relay::delivery::{Cursor, Delivery, Guarantee};
 use relay::event::broadcaster::Target;
@@ -59,50 +58,6 @@ const LANE_WINDOW_BYTES: usize = 512 * 1024;
 /// How many unused buffers are kept for a backend, and for a lane.
 const KEPT_BUFFERS: usize = 8;
 const KEPT_BUFFERS_OF_LANE: usize = 1;
-/// Of a batch's entries for one stream, the first of so many has MAXLEN: Redis trims by nodes of a hundred entries
-/// anyway.
-const TRIM_EVERY: usize = 16;
-
-/// A batch that is being filled.
-#[derive(Default)]
-pub struct OpenBatch {
-    pub bytes: Vec<u8>,
-    pub entries: Vec<BatchedEvent>,
-    /// Its streams, a few of them, each with its entries since one that trims it.
-    untrimmed: Vec<(Rc<str>, usize)>,
-}
-
-impl OpenBatch {
-    pub fn new(bytes: Vec<u8>) -> Self {
-        Self {
-            bytes,
-            ..Self::default()
-        }
-    }
-
-    /// Whether the next entry of a stream is to trim it.
-    fn trims(&mut self, stream: &Rc<str>) -> bool {
-        let known = self.untrimmed.iter_mut().find(|(name, _)| Rc::ptr_eq(name, stream));
-        if let Some((_, entries)) = known {
-            *entries = (*entries + 1) % TRIM_EVERY;
-            return *entries == 0;
-        }
-        if self.untrimmed.len() < TRIM_EVERY {
-            self.untrimmed.push((stream.clone(), 0));
-        }
-        true
-    }
-
-    pub fn is_full(&self) -> bool {
-        self.entries.len() >= guc::BATCH_SIZE.get() as usize || self.bytes.len() >= BATCH_BYTES
-    }
-}
-
-/// A batch that was built but not handed over yet: that waits for the end of the reading transaction.
-pub struct BuiltBatch {
-    pub batch: OpenBatch,
-    pub contents: Contents,
-}
 
 /// A backend, or one of its lanes.
 pub type Whose = (i32, Option<u16>);

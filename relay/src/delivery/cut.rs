@@ -1,0 +1,391 @@
+//! Cutting rows into batches: one scan over a range for all readers that share it. Each row becomes an entry of its
+//! reader's batch, or a record of what is to be written down, or is passed over. The extension and the simulations cut
+//! with this code.
+
+use crate::delivery::batch::{BATCH_BYTES, BuiltBatch, OpenBatch};
+use crate::delivery::flight::{BatchedEvent, Contents, Window};
+use crate::delivery::refusal::Record;
+use crate::delivery::{Delivery, RowFate};
+use crate::reading::range::{Key, Position, RangeScan, Scan, Step, Table};
+use crate::reading::role::Role;
+use crate::reading::schedule::{Group, SCAN_STEPS, Supply};
+use crate::reading::snapshot::Tick;
+use std::collections::BTreeSet;
+use std::rc::Rc;
+use std::sync::Arc;
+
+/// Of the readers that one scan serves, so many count at most for how long it is.
+const SCAN_READERS: usize = 4;
+
+/// The rows that a scan stands on, as it needs them.
+pub trait Source {
+    type Scan: Scan;
+    type Offer<'a>: Offer
+    where
+        Self: 'a;
+
+    /// The number of its backend.
+    fn number(&self, scan: &Self::Scan) -> i32;
+    /// Whether its backend was deleted, rather than that nobody has heard of it yet.
+    fn is_deleted(&mut self, scan: &Self::Scan) -> bool;
+    /// The hash slot of its stream; `reader`: the index of a reader of its backend.
+    fn hash_slot(&mut self, scan: &Self::Scan, reader: usize) -> u16;
+    /// Why it cannot be read, if it cannot.
+    fn unreadable(&mut self, scan: &Self::Scan) -> Option<String>;
+    /// Calls `f` with the event of the row, for one reader.
+    fn with_event<R>(&mut self, scan: &Self::Scan, reader: usize, f: impl FnOnce(Self::Offer<'_>) -> R) -> R;
+}
+
+/// The event of a row, offered to the backend that it is for.
+pub trait Offer {
+    fn delivery(&self) -> &Delivery;
+    fn stream(&self) -> &Rc<str>;
+    fn hash_slot(&self) -> u16;
+    /// Whether it was refused, failed, or accepted out of turn.
+    fn is_written_down(&self) -> bool;
+    /// Working space for a batch, begun as the backend wants.
+    fn buffer(&mut self) -> Vec<u8>;
+    /// Appends it to a batch; an error says why that cannot be.
+    fn encode(self, batch: &mut OpenBatch) -> Result<BatchedEvent, String>;
+}
+
+/// How much one pass does.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// A batch is full with so many events or bytes.
+    pub batch_events: usize,
+    pub batch_bytes: usize,
+    /// Rows that it may meet, for each reader.
+    pub steps: usize,
+    /// If others wait for it, it ends after so many rows.
+    pub least_steps: usize,
+    /// Rows that it may write down as waiting or failed, for each reader: a millisecond or two. The events of the
+    /// others are looked at in between.
+    pub records: usize,
+}
+
+impl Limits {
+    pub fn of(batch_events: usize) -> Self {
+        Self {
+            batch_events,
+            batch_bytes: BATCH_BYTES,
+            steps: SCAN_STEPS,
+            least_steps: 256,
+            records: 250,
+        }
+    }
+}
+
+/// What a pass collects for one reader.
+pub struct Reader {
+    /// Its index among the backends.
+    pub index: usize,
+    number: i32,
+    lane: Option<u16>,
+    role: Role,
+    /// Where it stood: it has what `from` sees, and rows up to `after`.
+    from: Arc<Tick>,
+    after: i64,
+    room: Window,
+    pub built: Vec<BuiltBatch>,
+    open: Option<OpenBatch>,
+    /// To be written down.
+    pub records: Vec<Record>,
+    /// Rows that are not to be sent if they are read once more: accepted before, beyond a gap, or parked now.
+    pub skipped: Vec<i64>,
+    /// How far it came.
+    pub end: Position,
+    /// It met a row for which it has no room.
+    pub is_stopped: bool,
+    /// The hash slot of that row has no lane.
+    pub found: Option<u16>,
+}
+
+impl Reader {
+    pub fn new(index: usize, number: i32, lane: Option<u16>, role: Role, delivery: &Delivery) -> Self {
+        Self {
+            index,
+            number,
+            lane,
+            role,
+            from: delivery.position().from.clone(),
+            after: delivery.position().last_seq(),
+            room: delivery.room().unwrap_or_default(),
+            built: Vec::new(),
+            open: None,
+            records: Vec::new(),
+            skipped: Vec::new(),
+            end: delivery.position().clone(),
+            is_stopped: false,
+            found: None,
+        }
+    }
+
+    /// Whether it has met a row of its own.
+    pub fn has_found(&self) -> bool {
+        let has_written = !self.skipped.is_empty() || !self.records.is_empty();
+        self.is_stopped || self.open.is_some() || !self.built.is_empty() || has_written
+    }
+
+    /// Whether another row may be added.
+    fn has_room(&self) -> bool {
+        self.open.is_some() || (self.room.batches > 0 && self.room.bytes > 0)
+    }
+
+    /// Whether it can wait for others: its sender has enough to do, or it has none.
+    fn can_wait(&self) -> bool {
+        self.role != Role::Redis || self.room.supply() != Supply::Low
+    }
+
+    fn close_batch(&mut self, end: Position) {
+        if let Some(batch) = self.open.take() {
+            self.room.bytes = self.room.bytes.saturating_sub(batch.bytes.len());
+            let contents = Contents::Rows { end };
+            self.built.push(BuiltBatch { batch, contents });
+        }
+    }
+
+    fn fail(&mut self, seq: i64, error: &str) {
+        let (attempts, error) = (0, error.into());
+        self.records.push(Record::Fail { seq, attempts, error });
+    }
+
+    fn park(&mut self, seq: i64) {
+        self.records.push(Record::Park {
+            seq,
+            attempts: 0,
+            error: "waits behind an event of its stream that Redis refused".into(),
+        });
+        self.skipped.push(seq);
+    }
+}
+
+/// Which backends there are, also those that take no part.
+pub struct Backends {
+    /// In order. Rows of any other number are the strays' reader's.
+    numbers: Vec<i32>,
+    /// Of each that has lanes: itself, and they.
+    lanes: BTreeSet<(i32, Option<u16>)>,
+}
+
+impl Backends {
+    /// `all`: number, lane and role of each.
+    pub fn of(all: impl Iterator<Item = (i32, Option<u16>, Role)> + Clone) -> Self {
+        let mut numbers: Vec<i32> = all.clone().map(|(number, ..)| number).collect();
+        // Mostly they are in order already.
+        numbers.sort_unstable();
+        let with_lanes = all.filter(|(_, lane, role)| *role == Role::Finder || lane.is_some());
+        Self {
+            numbers,
+            lanes: with_lanes.flat_map(|(n, lane, _)| [(n, None), (n, lane)]).collect(),
+        }
+    }
+
+    /// Who looks after rows of this number; 0: the strays' reader.
+    fn known(&self, number: i32) -> i32 {
+        match self.numbers.binary_search(&number) {
+            Ok(_) => number,
+            Err(_) => 0,
+        }
+    }
+}
+
+/// One scan over a range for several readers.
+pub struct Pass {
+    from: Arc<Tick>,
+    to: Arc<Tick>,
+    /// The row that was met last.
+    seq: i64,
+    backends: Backends,
+    limits: Limits,
+    readers: Vec<Reader>,
+}
+
+impl Pass {
+    pub fn new(group: &Group, readers: Vec<Reader>, backends: Backends, limits: Limits) -> Self {
+        Self {
+            from: group.from.clone(),
+            to: group.to.clone(),
+            seq: group.last_seq,
+            backends,
+            limits,
+            readers,
+        }
+    }
+
+    /// Reads on, and not for long if `is_wanted` for others. What comes back is to be handed over once the transaction
+    /// has ended well.
+    pub fn run<S, T>(mut self, table: &mut T, source: &mut S, is_wanted: &dyn Fn() -> bool) -> Vec<Reader>
+    where
+        S: Source,
+        T: Table<Scan = S::Scan>,
+    {
+        let mut scan = RangeScan::open(table, &self.from, &self.to, self.seq);
+        let mut is_at_end = false;
+        let sending = self.readers.iter().filter(|r| r.role == Role::Redis).count();
+        for step in 1..=self.limits.steps * sending.clamp(1, SCAN_READERS) {
+            // Who passes by rows of others alone has to come through first.
+            let may_end = step % self.limits.least_steps == 0;
+            if may_end && self.readers.iter().any(Reader::has_found) && is_wanted() {
+                break;
+            }
+            match scan.step() {
+                None => {
+                    is_at_end = true;
+                    break;
+                }
+                Some(Step::Passed(key)) => self.seq = key.seq,
+                Some(Step::Row(key)) => {
+                    if let Some(reader) = self.refused_by(source, scan.current(), key) {
+                        self.stop(reader);
+                        if self.can_all_wait() {
+                            break;
+                        }
+                    }
+                    self.seq = key.seq;
+                }
+            }
+        }
+        drop(scan);
+        self.end(is_at_end);
+        self.readers
+    }
+
+    /// Gives a row to its reader. Who has no room for it is returned.
+    #[inline]
+    fn refused_by<S: Source>(&mut self, source: &mut S, scan: &S::Scan, key: Key) -> Option<usize> {
+        let number = self.backends.known(source.number(scan));
+        if let Some(error) = source.unreadable(scan) {
+            self.fail_unreadable(number, key, &error);
+            return None;
+        }
+        let reader = self.reader_of(source, scan, number, key)?;
+        (!self.take(source, scan, reader, key.seq)).then_some(reader)
+    }
+
+    /// A reader has no room for the row that was just met: it stays before it.
+    fn stop(&mut self, reader: usize) {
+        let here = self.here(&self.readers[reader]);
+        let reader = &mut self.readers[reader];
+        reader.close_batch(here.clone());
+        (reader.end, reader.is_stopped) = (here, true);
+    }
+
+    fn here(&self, reader: &Reader) -> Position {
+        Position::towards(reader.from.clone(), self.to.clone(), self.seq)
+    }
+
+    /// Whether the others can wait where one has stopped: so they stay in step, and one scan goes on serving all. Not
+    /// for one that has no room because its Redis is slow: it is not of the next pass.
+    fn can_all_wait(&self) -> bool {
+        self.readers.iter().all(|r| r.is_stopped || r.can_wait())
+    }
+
+    fn end(&mut self, is_at_end: bool) {
+        for index in 0..self.readers.len() {
+            // Who stands further on has not been reached.
+            let reader = &self.readers[index];
+            if !reader.is_stopped && (is_at_end || reader.after <= self.seq) {
+                let end = match is_at_end {
+                    true => Position::at(self.to.clone()),
+                    false => self.here(reader),
+                };
+                let reader = &mut self.readers[index];
+                reader.close_batch(end.clone());
+                reader.end = end;
+            }
+        }
+    }
+
+    /// Whether a row lies before a reader.
+    fn is_before(&self, reader: &Reader, key: Key) -> bool {
+        reader.after < key.seq && (Arc::ptr_eq(&reader.from, &self.from) || !reader.from.snapshot.sees(key.xid))
+    }
+
+    /// Who takes a row of a backend, if it takes part, stands before it and has not stopped.
+    fn reader_of<S: Source>(&self, source: &mut S, scan: &S::Scan, number: i32, key: Key) -> Option<usize> {
+        let lane = match self.backends.lanes.contains(&(number, None)) {
+            true => Some(self.lane_of(source, scan, number)?),
+            false => None,
+        };
+        let is_its = |r: &Reader| r.number == number && lane.is_none_or(|lane| r.lane == lane) && !r.is_stopped;
+        let reader = self.readers.iter().position(is_its)?;
+        self.is_before(&self.readers[reader], key).then_some(reader)
+    }
+
+    /// In a cluster: the lane of the row's hash slot; `None` within: it has none, and the finder is to see it.
+    fn lane_of<S: Source>(&self, source: &mut S, scan: &S::Scan, number: i32) -> Option<Option<u16>> {
+        let of_backend = self.readers.iter().find(|r| r.number == number)?;
+        let slot = Some(source.hash_slot(scan, of_backend.index));
+        Some(slot.filter(|slot| self.backends.lanes.contains(&(number, Some(*slot)))))
+    }
+
+    /// Whoever reads for the row's backend writes it down: of which lane it is may not be known.
+    fn fail_unreadable(&mut self, number: i32, key: Key, error: &str) {
+        let is_its = |r: &Reader| r.number == number && !r.is_stopped && self.is_before(r, key);
+        if let Some(reader) = self.readers.iter().position(is_its) {
+            self.readers[reader].fail(key.seq, error);
+        }
+    }
+
+    /// Gives a row to a reader; false: it has no room.
+    fn take<S: Source>(&mut self, source: &mut S, scan: &S::Scan, reader: usize, seq: i64) -> bool {
+        let (limits, to) = (&self.limits, &self.to);
+        let reader = &mut self.readers[reader];
+        if reader.records.len() >= limits.records {
+            return false;
+        }
+        match reader.role {
+            // A backend that is not loaded yet (made by the transaction that published: its rows may be seen before it
+            // is heard of), or a number that was never given (a restore in another order): it may be on its way.
+            Role::Strays if !source.is_deleted(scan) => false,
+            Role::Strays | Role::Deleted => {
+                reader.fail(seq, "its backend was deleted");
+                true
+            }
+            Role::Finder => {
+                reader.found = Some(source.with_event(scan, reader.index, |event| event.hash_slot()));
+                false
+            }
+            Role::Redis => source.with_event(scan, reader.index, |event| reader.add(event, seq, to, limits)),
+        }
+    }
+}
+
+impl Reader {
+    /// Adds an event to its batch, or puts it aside; false: there is no room.
+    #[inline]
+    fn add(&mut self, mut event: impl Offer, seq: i64, to: &Arc<Tick>, limits: &Limits) -> bool {
+        if event.delivery().may_be_written_down(seq) && event.is_written_down() {
+            self.skipped.push(seq);
+            return true;
+        }
+        match event.delivery().on_row(seq, event.stream()) {
+            RowFate::Skip => {
+                self.skipped.push(seq);
+                return true;
+            }
+            RowFate::Park => {
+                self.park(seq);
+                return true;
+            }
+            RowFate::Send => {}
+        }
+        if !self.has_room() {
+            return false;
+        }
+        let batch = self.open.get_or_insert_with(|| {
+            self.room.batches -= 1;
+            OpenBatch::new(event.buffer())
+        });
+        let encoded = event.encode(batch).map(|entry| batch.entries.push(entry));
+        let is_full = batch.is_full(limits.batch_events, limits.batch_bytes);
+        if let Err(error) = encoded {
+            self.fail(seq, &error);
+        }
+        if is_full {
+            self.close_batch(Position::towards(self.from.clone(), to.clone(), seq));
+        }
+        true
+    }
+}

@@ -1,0 +1,552 @@
+//! Readers that share scans, against a model of Postgres, over random schedules: the schedule says who reads and with
+//! whom, the cutter gives each its rows. Whoever is slow, hung or far behind, each row comes to its reader once and in
+//! order, and nobody starves.
+
+mod model;
+
+use model::{Database, Rng, Rows, caught, for_each_seed, likely};
+use relay::delivery::backoff::Backoff;
+use relay::delivery::batch::{BuiltBatch, OpenBatch};
+use relay::delivery::cut::{Backends, Limits, Offer, Pass, Reader, Source};
+use relay::delivery::flight::BatchedEvent;
+use relay::delivery::refusal::{Record, Streams};
+use relay::delivery::{Cursor, Delivery, Guarantee};
+use relay::reading::range::{Key, Position};
+use relay::reading::role::Role;
+use relay::reading::schedule::{self, Group, Schedule, Way};
+use relay::reading::snapshot::Tick;
+use relay::time::Now;
+use std::collections::BTreeSet;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+const STREAMS: u8 = 6;
+/// The backend of a cluster, of whose streams each has a hash slot of its own.
+const CLUSTER: i32 = 3;
+const DELETED: i32 = 4;
+/// Nobody has heard of this one at first.
+const UNKNOWN: i32 = 5;
+
+/// The number of the backend that a row is for.
+fn number(stream: u8) -> i32 {
+    [1, 2, CLUSTER, CLUSTER, DELETED, UNKNOWN][usize::from(stream)]
+}
+
+fn hash_slot(stream: u8) -> u16 {
+    u16::from(stream)
+}
+
+/// Whether a row cannot be read.
+fn is_damaged(seq: i64) -> bool {
+    seq % 31 == 7
+}
+
+/// A worker that is wrong in one way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mutant {
+    None,
+    /// A scan begins where the foremost of its readers stands,
+    ScansFromAhead,
+    /// or sets out from the newest of their ticks.
+    ScansFromNewest,
+    /// One scan serves all, wherever they go.
+    ScansForAll,
+    /// A lane begins at the newest tick instead of where its finder stands.
+    LaneBeginsAtNewest,
+    /// A finder goes on although its lane could not be made.
+    FinderGoesOn,
+    /// What is visible in the tick of one lane is taken for delivered by all of its backend.
+    PurgesWithoutLanes,
+}
+
+struct Member {
+    number: i32,
+    lane: Option<u16>,
+    role: Role,
+    delivery: Delivery,
+    /// Rows that it was given: sent, or to be written down as failed.
+    sent: Vec<i64>,
+    failed: Vec<i64>,
+    /// How likely its sender reads a reply before the next round.
+    speed: f64,
+    /// It has not answered for so long that this is a trouble.
+    is_hung: bool,
+}
+
+impl Member {
+    fn new(number: i32, lane: Option<u16>, role: Role, position: Position, rng: &mut Rng) -> Self {
+        let backoff = Backoff {
+            exponential: false,
+            delay: Duration::from_secs(1),
+            max_delay: Duration::from_secs(1),
+        };
+        let cursor = Cursor { position, number: 0 };
+        let mut delivery = Delivery::new(Guarantee::AtLeastOnce, cursor, Streams::default(), backoff);
+        if role == Role::Redis {
+            delivery.connecting();
+            delivery.connected();
+            delivery.set_window_bytes([3, 40, 2 * 1024 * 1024][rng.usize(..3)]);
+        }
+        Self {
+            number,
+            lane,
+            role,
+            delivery,
+            sent: Vec::new(),
+            failed: Vec::new(),
+            speed: [0.05, 0.5, 1.0][rng.usize(..3)],
+            is_hung: false,
+        }
+    }
+
+    fn has(&self, seq: i64) -> bool {
+        self.sent.contains(&seq) || self.failed.contains(&seq)
+    }
+
+    fn reader<'a>(&'a self, index: usize, latest: &'a Arc<Tick>, may_rest: bool) -> schedule::Reader<'a> {
+        schedule::Reader {
+            index,
+            way: self.way(latest),
+            is_ready: match self.role {
+                Role::Redis => self.delivery.has_room(),
+                _ => !may_rest,
+            },
+            is_well: self.role == Role::Redis && !self.is_hung,
+            supply: self.delivery.supply(),
+        }
+    }
+
+    fn way<'a>(&'a self, latest: &'a Arc<Tick>) -> Way<'a> {
+        let position = self.delivery.position();
+        Way {
+            position,
+            goal: position.to(latest),
+            role: self.role,
+        }
+    }
+}
+
+struct ScannedRows<'a> {
+    database: &'a Database,
+    members: &'a [Member],
+    is_deleted: bool,
+}
+
+struct RowOffer<'a> {
+    delivery: &'a Delivery,
+    entry: BatchedEvent,
+    hash_slot: u16,
+}
+
+impl Source for ScannedRows<'_> {
+    type Scan = Rows;
+    type Offer<'a>
+        = RowOffer<'a>
+    where
+        Self: 'a;
+
+    fn number(&self, scan: &Rows) -> i32 {
+        number(self.database.row(scan.seq()).stream)
+    }
+
+    fn is_deleted(&mut self, _scan: &Rows) -> bool {
+        self.is_deleted
+    }
+
+    fn hash_slot(&mut self, scan: &Rows, _reader: usize) -> u16 {
+        hash_slot(self.database.row(scan.seq()).stream)
+    }
+
+    fn unreadable(&mut self, scan: &Rows) -> Option<String> {
+        is_damaged(scan.seq()).then(|| "damaged".to_owned())
+    }
+
+    fn with_event<R>(&mut self, scan: &Rows, reader: usize, f: impl FnOnce(RowOffer<'_>) -> R) -> R {
+        let stream = self.database.row(scan.seq()).stream;
+        f(RowOffer {
+            delivery: &self.members[reader].delivery,
+            entry: BatchedEvent {
+                seq: scan.seq(),
+                stream: Rc::from(format!("stream-{stream}")),
+                max_attempts: 1,
+            },
+            hash_slot: hash_slot(stream),
+        })
+    }
+}
+
+impl Offer for RowOffer<'_> {
+    fn delivery(&self) -> &Delivery {
+        self.delivery
+    }
+
+    fn stream(&self) -> &Rc<str> {
+        &self.entry.stream
+    }
+
+    fn hash_slot(&self) -> u16 {
+        self.hash_slot
+    }
+
+    fn is_written_down(&self) -> bool {
+        unreachable!("nothing was written down in an earlier life")
+    }
+
+    fn buffer(&mut self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    fn encode(self, batch: &mut OpenBatch) -> Result<BatchedEvent, String> {
+        if self.entry.seq % 29 == 5 {
+            return Err("too large".to_owned());
+        }
+        batch.bytes.push(0);
+        Ok(self.entry)
+    }
+}
+
+fn tight(rng: &mut Rng) -> Limits {
+    Limits {
+        batch_events: rng.usize(1..8),
+        batch_bytes: 5,
+        steps: 0,
+        least_steps: 3,
+        records: rng.usize(1..20),
+    }
+}
+
+struct World {
+    rng: Rng,
+    mutant: Mutant,
+    database: Database,
+    members: Vec<Member>,
+    latest: Arc<Tick>,
+    /// The backend that nobody knew was deleted meanwhile.
+    is_deleted: bool,
+    /// What has been delivered by all, some time ago.
+    old: Option<Arc<Tick>>,
+    scans: usize,
+    limits: fn(&mut Rng) -> Limits,
+}
+
+impl World {
+    fn new(seed: u64, mutant: Mutant) -> Self {
+        let mut rng = Rng::with_seed(seed);
+        let database = Database::new(&mut rng, STREAMS);
+        let beginning = Position::beginning();
+        let mut member = |number: i32, role: Role| Member::new(number, None, role, beginning.clone(), &mut rng);
+        let members = vec![
+            member(0, Role::Strays),
+            member(1, Role::Redis),
+            member(2, Role::Redis),
+            member(CLUSTER, Role::Finder),
+            member(DELETED, Role::Deleted),
+        ];
+        Self {
+            mutant,
+            database,
+            members,
+            latest: Arc::new(Tick::beginning()),
+            is_deleted: false,
+            old: None,
+            scans: 0,
+            limits: tight,
+            rng,
+        }
+    }
+
+    fn take_tick(&mut self) {
+        self.latest = Arc::new(self.database.tick(&mut self.rng));
+    }
+
+    fn schedule(&self) -> Schedule<'_> {
+        let readers = self.members.iter().enumerate();
+        Schedule::of(
+            readers.map(|(index, m)| m.reader(index, &self.latest, m.role == Role::Strays && !self.is_deleted)),
+        )
+    }
+
+    /// Reads for all whose turn it is.
+    fn round(&mut self, steps: usize, aborts: f64) -> Result<(), String> {
+        let mut waiting: Vec<usize> = self.schedule().reading().collect();
+        while let Some(mut group) = Group::take(&mut waiting, |index| self.members[index].way(&self.latest)) {
+            self.spoil(&mut group, &mut waiting);
+            self.scans += 1;
+            let readers = self.pass(&group, steps);
+            if likely(&mut self.rng, aborts) {
+                continue;
+            }
+            for reader in readers {
+                self.hand_over(reader)?;
+            }
+            self.check_positions()?;
+        }
+        Ok(())
+    }
+
+    fn spoil(&self, group: &mut Group, waiting: &mut Vec<usize>) {
+        let position = |index: &usize| self.members[*index].delivery.position();
+        match self.mutant {
+            Mutant::ScansFromAhead => {
+                let last = group.members.iter().map(|index| position(index).last_seq()).max();
+                group.last_seq = last.unwrap_or_default();
+            }
+            Mutant::ScansFromNewest => {
+                let newest = group.members.iter().map(position).max_by_key(|p| p.from.next_xid);
+                group.from = newest.map_or(group.from.clone(), |p| p.from.clone());
+            }
+            Mutant::ScansForAll => group.members.append(waiting),
+            _ => {}
+        }
+    }
+
+    fn pass(&mut self, group: &Group, steps: usize) -> Vec<Reader> {
+        let reader = |index: &usize| {
+            let m = &self.members[*index];
+            Reader::new(*index, m.number, m.lane, m.role, &m.delivery)
+        };
+        let limits = Limits {
+            steps,
+            ..(self.limits)(&mut self.rng)
+        };
+        let readers = group.members.iter().map(reader).collect();
+        let backends = Backends::of(self.members.iter().map(|m| (m.number, m.lane, m.role)));
+        let is_wanted = self.rng.bool();
+        let mut view = self.database.view();
+        let mut rows = ScannedRows {
+            database: &self.database,
+            members: &self.members,
+            is_deleted: self.is_deleted,
+        };
+        Pass::new(group, readers, backends, limits).run(&mut view, &mut rows, &|| is_wanted)
+    }
+
+    fn hand_over(&mut self, reader: Reader) -> Result<(), String> {
+        let member = &mut self.members[reader.index];
+        for record in reader.records {
+            let Record::Fail { seq, .. } = record else {
+                return Err(format!("nothing waits here, yet there is {record:?}"));
+            };
+            member.failed.push(seq);
+        }
+        for BuiltBatch { batch, contents } in reader.built {
+            member.sent.extend(batch.entries.iter().map(|entry| entry.seq));
+            member.delivery.sent(batch.entries, contents, batch.bytes.len());
+        }
+        member.delivery.advanced(reader.end.clone());
+        if let Some(slot) = reader.found {
+            let (number, mut at) = (member.number, reader.end);
+            // Sometimes it cannot be made.
+            let fails = likely(&mut self.rng, 0.3);
+            if fails && self.mutant == Mutant::FinderGoesOn {
+                let last_seq = at.last_seq().max(at.from.low_seq) + 1;
+                let beyond = Position::towards(at.from.clone(), at.to(&self.latest).clone(), last_seq);
+                member.delivery.advanced(beyond);
+            }
+            if self.mutant == Mutant::LaneBeginsAtNewest {
+                at = Position::at(self.latest.clone());
+            }
+            if !fails {
+                let lane = Member::new(number, Some(slot), Role::Redis, at, &mut self.rng);
+                self.members.push(lane);
+            }
+        }
+        Ok(())
+    }
+
+    fn hear(&mut self) {
+        for member in &mut self.members {
+            while !member.delivery.is_idle() && likely(&mut self.rng, member.speed) {
+                member.delivery.replied(Vec::new(), Now::ZERO, 0.0);
+            }
+        }
+    }
+
+    /// Deletes what the cluster's backend has delivered for some time, all of its lanes.
+    fn purge(&mut self) {
+        let of_backend = self.members.iter().filter(|m| m.number == CLUSTER);
+        let counts = |m: &&Member| self.mutant != Mutant::PurgesWithoutLanes || m.lane.is_none();
+        let delivered = of_backend.filter(counts).map(|m| m.delivery.acked().from.clone());
+        let lowest = delivered.min_by_key(|tick| tick.next_xid);
+        if let Some(old) = std::mem::replace(&mut self.old, lowest) {
+            let is_its = |key: &Key| number(self.database.row(key.seq).stream) == CLUSTER;
+            let rows: Vec<i64> = self.database.rows().filter(is_its).map(|key| key.seq).collect();
+            self.database
+                .purge(|key| old.snapshot.sees(key.xid) && rows.contains(&key.seq));
+        }
+    }
+
+    /// Who has to take the rows of a stream; `None`: a lane that is still to be made.
+    fn owner(&self, stream: u8) -> Option<&Member> {
+        let number = match number(stream) {
+            UNKNOWN => 0,
+            number => number,
+        };
+        let lane = (number == CLUSTER).then(|| hash_slot(stream));
+        let mut of_backend = self.members.iter().filter(|m| m.number == number);
+        of_backend.find(|m| m.lane == lane)
+    }
+
+    /// What the positions say was read is what was read.
+    fn check_positions(&self) -> Result<(), String> {
+        for key in self.database.rows().filter(|key| self.database.is_committed(key.seq)) {
+            let row = self.database.row(key.seq);
+            match self.owner(row.stream) {
+                // One that cannot be read fails in the hands of whoever meets it first.
+                _ if is_damaged(key.seq) => {}
+                None => {
+                    let mut finders = self.members.iter().filter(|m| m.role == Role::Finder);
+                    if finders.any(|finder| finder.delivery.position().covers(key)) {
+                        return Err(format!("the finder is past {}, which has no lane", key.seq));
+                    }
+                }
+                Some(member) => {
+                    let covers = member.delivery.position().covers(key);
+                    if covers != member.has(key.seq) {
+                        return Err(format!("{} is covered: {covers}, read: {}", key.seq, !covers));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn check_end(&self) -> Result<(), String> {
+        let mut read = BTreeSet::new();
+        for member in &self.members {
+            for seq in member.sent.iter().chain(&member.failed) {
+                // What cannot be read fails for each who meets it, and is written down once.
+                if !read.insert(*seq) && !is_damaged(*seq) {
+                    return Err(format!("{seq} was read twice"));
+                }
+                if !self.database.is_committed(*seq) {
+                    return Err(format!("{seq} never committed"));
+                }
+            }
+            if let Some((before, after)) = self.database.out_of_order(member.sent.iter().copied()) {
+                return Err(format!("{after} comes after {before}"));
+            }
+        }
+        let mut committed = self.database.rows().filter(|key| self.database.is_committed(key.seq));
+        match committed.find(|key| !read.contains(&key.seq)) {
+            Some(key) => Err(format!("{} is lost", key.seq)),
+            None => Ok(()),
+        }
+    }
+
+    fn is_through(&self, index: usize) -> bool {
+        let m = &self.members[index];
+        !m.way(&self.latest).leads_on() && m.delivery.is_idle()
+    }
+
+    /// Nothing more comes: all come to the end, but one whose Redis does not answer. For a while that is no trouble
+    /// yet.
+    fn run_dry(&mut self, hung: Option<usize>) -> Result<(), String> {
+        for round in 0..3_000 {
+            let rest: Vec<usize> = (0..self.members.len())
+                .filter(|index| !self.is_through(*index))
+                .collect();
+            if rest.iter().all(|index| Some(*index) == hung) {
+                return Ok(());
+            }
+            if let Some(hung) = hung {
+                self.members[hung].is_hung = round > 100;
+            }
+            self.round(50, 0.0)?;
+            self.hear();
+        }
+        Err("somebody starves".to_owned())
+    }
+}
+
+fn schedule(seed: u64, mutant: Mutant) -> Result<(), String> {
+    let mut world = World::new(seed, mutant);
+    let steps = [2, 10, 60][world.rng.usize(..3)];
+    let (aborts, purges) = (world.rng.f64() * 0.3, world.rng.f64() * 0.1);
+    for _ in 0..world.rng.usize(5..80) {
+        world.database.steps(&mut world.rng, 12);
+        if likely(&mut world.rng, 0.4) {
+            world.take_tick();
+        }
+        world.round(steps, aborts)?;
+        world.hear();
+        if likely(&mut world.rng, purges) {
+            world.purge();
+        }
+    }
+    world.is_deleted = true;
+    world.database.finish(&mut world.rng);
+    world.take_tick();
+    let hung = world.rng.usize(..world.members.len());
+    if world.members[hung].role == Role::Redis {
+        let speed = std::mem::replace(&mut world.members[hung].speed, 0.0);
+        world.run_dry(Some(hung))?;
+        (world.members[hung].speed, world.members[hung].is_hung) = (speed, false);
+    }
+    world.run_dry(None)?;
+    world.check_end()
+}
+
+#[test]
+fn each_row_comes_to_its_reader_once_and_in_order() {
+    for_each_seed(2_000, |seed| schedule(seed, Mutant::None));
+}
+
+fn said_of(mutant: Mutant) -> String {
+    caught(2_000, |seed| schedule(seed, mutant))
+}
+
+#[test]
+fn the_oracle_catches_scans_that_begin_too_far_on() {
+    for mutant in [Mutant::ScansFromAhead, Mutant::ScansFromNewest, Mutant::ScansForAll] {
+        let said = said_of(mutant);
+        assert!(
+            said.contains("is covered: true") || said.contains("is lost"),
+            "{mutant:?}: {said}"
+        );
+    }
+}
+
+#[test]
+fn the_oracle_catches_a_lane_that_begins_at_the_newest_tick() {
+    let said = said_of(Mutant::LaneBeginsAtNewest);
+    assert!(said.contains("is covered: true"), "{said}");
+}
+
+#[test]
+fn the_oracle_catches_a_finder_that_goes_on_without_a_lane() {
+    let said = said_of(Mutant::FinderGoesOn);
+    assert!(said.contains("which has no lane"), "{said}");
+}
+
+#[test]
+fn the_oracle_catches_retention_that_forgets_the_lanes() {
+    let said = said_of(Mutant::PurgesWithoutLanes);
+    assert!(said.contains("is lost") || said.contains("is covered: true"), "{said}");
+}
+
+/// Readers that begin together stay together, so that one scan serves them all.
+#[test]
+fn one_scan_serves_readers_of_the_same_speed() {
+    let mut world = World::new(1, Mutant::None);
+    world.limits = |_| Limits::of(1_000);
+    world.members.retain(|m| m.role == Role::Redis);
+    for member in &mut world.members {
+        member.speed = 1.0;
+        member.delivery.set_window_bytes(2 * 1024 * 1024);
+    }
+    for _ in 0..500 {
+        world.database.publish(&[0, 1, 0, 1]);
+    }
+    world.latest = Arc::new(world.database.quiet_tick());
+    let mut rounds = 0;
+    while !world.is_through(0) {
+        rounds += 1;
+        world.round(50, 0.0).expect("all is well");
+        world.hear();
+        let [a, b] = [0, 1].map(|index| world.members[index].delivery.position());
+        assert!(a.same_place(b), "round {rounds}: {a} and {b}");
+    }
+    assert_eq!(world.scans, rounds);
+}
