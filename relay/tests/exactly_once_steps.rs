@@ -101,7 +101,26 @@ fn after_an_abort_waiting_events_wait_for_the_rows_that_were_sent_with_them() {
     assert!(is_retried(&mut delivery));
 }
 
-/// Streams that Redis refuses before it executes a transaction keep no other from being appended, however many they are.
+/// Nothing newer may come for a long time.
+#[test]
+fn a_new_lane_tries_its_refused_events_again_at_the_tick_that_its_finder_goes_to() {
+    let (old, newest) = (tick(10), tick(20));
+    let finder = delivery(Position::at(old.clone()), false);
+    let mut lane = delivery(Position::towards(old, newest.clone(), 11), false);
+    // An event of another lane was refused.
+    lane.set_reread_to(9);
+    lane.begins_where(&finder);
+    let end = Position::at(newest);
+    lane.sent(entries(&[12]), Contents::Rows { end: end.clone() }, 100);
+    lane.advanced(end);
+    let refused = Failure::new(Class::Event, "WRONGTYPE");
+    assert_eq!(lane.replied(vec![(0, refused)], Now::ZERO, 0.0).len(), 1);
+    lane.resume();
+    assert!(lane.due_at().is_some() && is_retried(&mut lane));
+}
+
+/// Streams that Redis refuses before it executes a transaction keep no other from being appended, however many they
+/// are.
 #[test]
 fn waiting_events_are_not_tried_with_the_same_company_again() {
     let mut delivery = delivery(Position::at(tick(10)), false);
@@ -273,7 +292,8 @@ fn an_entry_of_another_time_is_that_of_another_event() {
     assert_eq!(found(search, vec![Value::Array(vec![entry_of(1, 2)])]), [false]);
 }
 
-/// Of a thinned stream, an event that was appended must not be taken for refused; one that perhaps was not is tried again.
+/// Of a thinned stream, an event that was appended must not be taken for refused; one that perhaps was not is tried
+/// again.
 #[test]
 fn in_a_thinned_stream_only_what_was_appended_counts_as_found() {
     let settled = Wanted {

@@ -148,6 +148,16 @@ impl Delivery {
         }
     }
 
+    /// A lane begins where its finder stands, with rows before it that may be written down. Unless the finder has still
+    /// to come to a tick that sees all of those, the one that it goes to does: nothing is waited for beyond it.
+    pub fn begins_where(&mut self, finder: &Self) {
+        let here = self.acked.under_way.is_none().then(|| self.acked.newest().clone());
+        if let Some(reread) = &mut self.reread {
+            let stale = finder.reread.as_ref().and_then(|reread| reread.stale.clone());
+            reread.stale = stale.or(here);
+        }
+    }
+
     /// Whether waiting events must wait for rows that are read again.
     pub(super) fn is_rereading(&self) -> bool {
         self.guarantee == Guarantee::ExactlyOnce && self.reread.is_some()

@@ -1,5 +1,6 @@
 //! What a schedule is made of: time and chance, Redis and its troubles, a worker that may be wrong.
 
+use crate::lane::{HASH_SLOTS, hash_slot};
 use crate::model::connection::Leftover;
 use crate::model::redis::{Data, Redis};
 use crate::model::{Rng, likely};
@@ -58,6 +59,16 @@ pub enum Mutant {
     SendsRestored,
     /// Heals as if nothing of a dump had come since.
     ForgetsRestores,
+    /// Takes any history for its own when it is told to take over.
+    TakesOverBlindly,
+    /// Looks for half of the events that it should look for.
+    ComparesLess,
+    /// Begins a lane at the newest tick instead of where its finder stands.
+    LaneBeginsAtNewest,
+    /// Lets a finder go on before the lane is saved that it has found.
+    LaneIsNotSaved,
+    /// Takes for delivered by all of a backend what its finder has come past.
+    PurgesWithoutLanes,
 }
 
 /// How often what goes wrong.
@@ -81,6 +92,8 @@ pub struct Faults {
     pub trims: f64,
     /// Of a dump, whose events may have been sent since it was taken.
     pub restores: f64,
+    /// Of what was delivered some time ago.
+    pub purges: f64,
 }
 
 impl Faults {
@@ -98,6 +111,7 @@ impl Faults {
         clones: 0.0,
         trims: 0.0,
         restores: 0.0,
+        purges: 0.0,
     };
 
     fn random(rng: &mut Rng) -> Self {
@@ -117,6 +131,7 @@ impl Faults {
             clones: some(0.02),
             trims: 0.0,
             restores: some(0.05),
+            purges: some(0.05),
         };
         let faults = Self {
             // Of what a standby has not heard, nobody here can say where it stood before.
@@ -133,7 +148,14 @@ impl Faults {
             faults.restores,
         ];
         let trims = if doubts == [0.0; 6] { some(0.3) } else { 0.0 };
-        Self { trims, ..faults }
+        // What is retained no longer cannot be sent again.
+        let losses = [doubts[1], doubts[2], doubts[3], doubts[4], doubts[5], faults.clones];
+        let purges = if losses == [0.0; 6] { faults.purges } else { 0.0 };
+        Self {
+            trims,
+            purges,
+            ..faults
+        }
     }
 }
 
@@ -190,12 +212,17 @@ seen!(
     guard_losses,
     late_commands,
     trims,
+    lanes,
+    purged,
+    not_compared,
     entries
 );
 
 pub struct Env {
     pub rng: Rng,
-    pub redis: Redis,
+    /// One, or the masters of a cluster by their hash slots.
+    pub redis: Vec<Redis>,
+    pub is_cluster: bool,
     pub now: Now,
     pub mutant: Mutant,
     pub faults: Faults,
@@ -204,17 +231,20 @@ pub struct Env {
     pub batch_size: usize,
     /// Waiting events that recovery looks for at a time.
     pub waiting_at_once: usize,
+    /// Events behind the own position that recovery looks for at most.
+    pub most_compared: usize,
     /// Of an event: up to this.
     pub max_attempts: u32,
     pub backoff: Backoff,
     pub replicas: Option<Replicas>,
     pub on_missing: OnMissing,
-    pub leftovers: Vec<Leftover>,
+    /// With the master that they go to.
+    pub leftovers: Vec<(usize, Leftover)>,
     pub clients: u64,
     pub tokens: u64,
     pub incarnations: u64,
-    /// What Redis may come back with.
-    pub saved: Vec<Data>,
+    /// What each master may come back with.
+    pub saved: Vec<Vec<Data>>,
     /// Was in the streams when somebody emptied them,
     pub gone: BTreeSet<u64>,
     /// and whoever sent it could not know.
@@ -223,6 +253,10 @@ pub struct Env {
     pub hurt: bool,
     /// Redis has come back with what it had lost.
     pub comes_back: bool,
+    /// Rows that were purged.
+    pub retired: BTreeSet<i64>,
+    /// Events that were not looked for, since there were too many.
+    pub not_compared: BTreeSet<u64>,
     /// Events that a dump has brought.
     pub restored: BTreeSet<u64>,
     /// What a standby has.
@@ -230,8 +264,10 @@ pub struct Env {
 }
 
 impl Env {
-    pub fn new(seed: u64, mutant: Mutant) -> Self {
+    pub fn new(seed: u64, mutant: Mutant, is_cluster: Option<bool>) -> Self {
         let mut rng = Rng::with_seed(seed);
+        let is_cluster = is_cluster.unwrap_or(rng.u8(..) < 80);
+        let masters = if is_cluster { HASH_SLOTS } else { 1 };
         let delay = [10, 1_000, 100_000][rng.usize(..3)];
         let waits = rng.u8(..) < 50;
         let replays = rng.u8(..) < 50;
@@ -240,8 +276,13 @@ impl Env {
             // All would be there twice, as was asked for.
             faults.guard_losses = 0.0;
         }
+        if is_cluster {
+            // Nothing of these is about lanes.
+            (faults.promotions, faults.clones, faults.restores) = (0.0, 0.0, 0.0);
+        }
         Self {
-            redis: Redis::default(),
+            redis: (0..masters).map(|_| Redis::default()).collect(),
+            is_cluster,
             now: Now::ZERO,
             mutant,
             faults,
@@ -249,6 +290,7 @@ impl Env {
             tells: std::env::var_os("SEED").is_some(),
             batch_size: rng.usize(1..10),
             waiting_at_once: rng.usize(1..6),
+            most_compared: if rng.u8(..) < 30 { rng.usize(1..20) } else { usize::MAX },
             max_attempts: rng.u32(1..5),
             backoff: Backoff {
                 exponential: rng.bool(),
@@ -265,11 +307,13 @@ impl Env {
             clients: 0,
             tokens: 0,
             incarnations: 0,
-            saved: Vec::new(),
+            saved: vec![Vec::new(); masters],
             gone: BTreeSet::new(),
             in_doubt: BTreeSet::new(),
             hurt: false,
             comes_back: false,
+            retired: BTreeSet::new(),
+            not_compared: BTreeSet::new(),
             restored: BTreeSet::new(),
             standby: None,
             rng,
@@ -280,13 +324,27 @@ impl Env {
         likely(&mut self.rng, probability)
     }
 
+    /// The Redis that has a stream.
+    pub fn master_of(&self, stream: u8) -> usize {
+        match self.is_cluster {
+            true => usize::from(hash_slot(stream)),
+            false => 0,
+        }
+    }
+
+    /// No stream is in trouble any more.
+    pub fn mend_streams(&mut self) {
+        self.redis.iter_mut().for_each(|redis| redis.troubled.clear());
+    }
+
     /// Something of a connection that is no more arrives.
     pub fn execute_late(&mut self) -> bool {
         if self.leftovers.is_empty() {
             return false;
         }
         let index = self.rng.usize(..self.leftovers.len());
-        if self.leftovers[index].execute(&mut self.redis) {
+        let (master, leftover) = &mut self.leftovers[index];
+        if leftover.execute(&mut self.redis[*master]) {
             self.seen.late_commands += 1;
         } else {
             self.leftovers.swap_remove(index);

@@ -4,6 +4,7 @@
 //! `SEED=n` replays a schedule and tells what happens, `SCHEDULES=n` runs so many, from `FIRST=n` on.
 
 mod env;
+mod lane;
 #[path = "../model/mod.rs"]
 mod model;
 mod oracle;
@@ -99,6 +100,8 @@ catches! {
     the_oracle_catches_healing_that_forgets_what_had_waited:
         ForgetsAccepted, { troubled: 0.1, tail_losses: 0.02 }, ["is lost"];
     the_oracle_catches_trust_in_another_history: TrustsAnyHistory, { promotions: 0.05 }, ["is lost", "which is nowhere", "times in its stream"];
+    the_oracle_catches_a_take_over_that_believes_any_guard:
+        TakesOverBlindly, { promotions: 0.05 }, ["is lost", "which is nowhere", "times in its stream"];
     the_oracle_catches_a_dump_of_which_nothing_is_looked_for:
         SendsRestored, { restores: 0.2, crashes: 0.05 }, ["times in its stream"];
     the_oracle_catches_healing_that_forgets_what_a_dump_has_brought:
@@ -109,6 +112,78 @@ catches! {
     the_oracle_catches_what_is_sent_before_it_is_durable: SkipsFlush, { server_crashes: 0.5 }, ["never committed", "is in no history", "is lost", "which is nowhere"];
     the_oracle_catches_a_batch_behind_what_is_not_durable:
         ParksUnflushed, { troubled: 0.1, server_crashes: 0.5 }, ["is lost", "which is nowhere", "times in its stream", "nothing is due"];
+}
+
+/// The same for a backend of a cluster.
+fn said_of_cluster(mutant: Mutant, faults: Faults) -> String {
+    mutate(None);
+    caught(10_000, |seed| {
+        let mut world = World::cluster(seed, mutant);
+        world.env.faults = faults;
+        world.env.on_missing = OnMissing::Continue;
+        world.run().map(drop)
+    })
+}
+
+#[test]
+fn the_oracle_catches_a_lane_that_begins_at_the_newest_tick() {
+    let said = said_of_cluster(Mutant::LaneBeginsAtNewest, Faults::NONE);
+    assert!(said.contains("is lost") || said.contains("which is nowhere"), "{said}");
+}
+
+#[test]
+fn the_oracle_catches_a_finder_that_goes_on_before_its_lane_is_saved() {
+    let crashes = Faults {
+        crashes: 0.05,
+        ..Faults::NONE
+    };
+    let said = said_of_cluster(Mutant::LaneIsNotSaved, crashes);
+    assert!(said.contains("which has no lane"), "{said}");
+}
+
+#[test]
+fn the_oracle_catches_retention_that_forgets_the_lanes() {
+    let purges = Faults {
+        purges: 0.2,
+        cuts: 0.1,
+        ..Faults::NONE
+    };
+    let said = said_of_cluster(Mutant::PurgesWithoutLanes, purges);
+    assert!(said.contains("was purged, and is lost"), "{said}");
+}
+
+#[test]
+fn the_oracle_catches_a_comparison_that_ends_before_its_limit() {
+    mutate(None);
+    let said = caught(10_000, |seed| {
+        let mut world = World::new(seed, Mutant::ComparesLess);
+        world.env.faults = Faults {
+            crashes: 0.05,
+            guard_losses: 0.02,
+            ..Faults::NONE
+        };
+        (world.env.on_missing, world.env.most_compared) = (OnMissing::Continue, 8);
+        world.run().map(drop)
+    });
+    assert!(said.contains("times in its stream"), "{said}");
+}
+
+/// Each master fails over for itself.
+#[test]
+fn a_cluster_whose_masters_fail_over_loses_and_repeats_nothing() {
+    mutate(None);
+    for_each_seed(300, |seed| {
+        let mut world = World::cluster(seed, Mutant::None);
+        world.env.faults = Faults {
+            cuts: 0.05,
+            crashes: 0.02,
+            server_crashes: 0.1,
+            aborts: 0.2,
+            tail_losses: 0.02,
+            ..Faults::NONE
+        };
+        world.run().map(drop)
+    });
 }
 
 /// Mutations of the conversation and of recovery themselves; see `relay::fault`.

@@ -12,7 +12,6 @@ impl World {
             database,
             tables,
             image,
-            delivery,
             ..
         } = &self.site;
         let is_it = |key: &Key| database.row(key.seq).uid == uid && !database.is_purged(key.seq);
@@ -23,13 +22,17 @@ impl World {
         let oldest = image.as_ref().map(|image| &image.tables);
         let saved = [Some(tables), oldest].into_iter().flatten().all(|tables| {
             let refused = tables.refused.get(&(stream, key.seq));
-            tables.cursor.position.covers(key) && refused.is_none_or(|refused| refused.accepted_in.is_some())
+            let cursor = tables.cursor_of(&self.env, stream);
+            cursor.is_some_and(|cursor| cursor.position.covers(key))
+                && refused.is_none_or(|refused| refused.accepted_in.is_some())
         });
-        saved && delivery.acked().covers(key)
+        let lane = self.site.lane_of(stream);
+        saved && lane.is_some_and(|lane| lane.delivery.acked().covers(key))
     }
 
     /// Whatever the saved cursor has passed is in its stream, or written down.
     pub fn check_cursor(&self) -> Result<(), String> {
+        self.check_finder()?;
         if self.env.hurt {
             return Ok(());
         }
@@ -41,25 +44,55 @@ impl World {
             let settled = site.tables.is_written_down(row.stream, key.seq)
                 || self.env.gone.contains(&row.uid)
                 || counts.contains_key(&row.uid);
-            if site.tables.cursor.position.covers(key) && !settled {
+            let cursor = site.tables.cursor_of(&self.env, row.stream);
+            if cursor.is_some_and(|cursor| cursor.position.covers(key)) && !settled {
                 return Err(format!("the saved cursor passed {}, which is nowhere", key.seq));
             }
         }
         Ok(())
     }
 
+    /// No row of a hash slot without a lane lies behind the finder's saved position.
+    fn check_finder(&self) -> Result<(), String> {
+        let site = &self.site;
+        let finder = site.tables.saved.get(&None).expect("it is saved from the beginning");
+        let is_missing = |stream: u8| site.tables.cursor_of(&self.env, stream).is_none();
+        let is_passed = |key: &Key| {
+            let row = site.database.row(key.seq);
+            let is_there = site.database.is_committed(key.seq) && !site.database.is_purged(key.seq);
+            is_there && is_missing(row.stream) && finder.cursor.position.covers(*key)
+        };
+        match site.database.rows().find(is_passed) {
+            Some(key) => Err(format!("the finder has come past {}, which has no lane", key.seq)),
+            None => Ok(()),
+        }
+    }
+
     fn counts(&self) -> BTreeMap<u64, usize> {
         let mut counts = BTreeMap::new();
-        for uid in self.env.redis.data.streams.values().flatten() {
+        for uid in self
+            .env
+            .redis
+            .iter()
+            .flat_map(|redis| redis.data.streams.values().flatten())
+        {
             *counts.entry(*uid).or_default() += 1;
         }
         counts
     }
 
     pub fn check_end(&mut self) -> Result<(), String> {
-        self.site.save(&mut self.env);
+        self.site.save_all(&mut self.env);
+        self.check_finder()?;
         let mut counts = self.counts();
         let site = &self.site;
+        let retired = |key: &Key| self.env.retired.contains(&key.seq) && site.database.is_purged(key.seq);
+        for key in site.database.rows().filter(retired) {
+            let count = counts.remove(&site.database.row(key.seq).uid).unwrap_or(0);
+            if count == 0 && !site.tables.failed.contains_key(&key.seq) {
+                return Err(format!("{} was purged, and is lost", key.seq));
+            }
+        }
         for key in site.database.rows().filter(|key| !site.database.is_purged(key.seq)) {
             let count = counts.remove(&site.database.row(key.seq).uid).unwrap_or(0);
             self.check_row(key, count)?;
@@ -73,15 +106,18 @@ impl World {
             .map(|k| (site.database.row(k.seq).uid, k.seq))
             .collect();
         // Nobody here knows what was refused there.
-        let orders = self.former.is_none() || self.env.redis.refused.is_empty();
-        for (stream, entries) in self.env.redis.data.streams.iter().filter(|_| orders) {
+        let was_refused = self.env.redis.iter().any(|redis| !redis.refused.is_empty());
+        let orders = self.former.is_none() || !was_refused;
+        let streams = self.env.redis.iter().flat_map(|redis| &redis.data.streams);
+        for (stream, entries) in streams.filter(|_| orders) {
             // What was repeated after two losses at once may come late.
             let repeated =
                 |uid: &&u64| self.former.is_some() && (self.env.gone.contains(uid) || self.open.contains(uid));
             // What a dump has brought stands where it was sent first.
             let entries = entries
                 .iter()
-                .filter(|uid| !repeated(uid) && !self.env.restored.contains(uid));
+                .filter(|uid| !repeated(uid) && !self.env.restored.contains(uid))
+                .filter(|uid| !self.env.not_compared.contains(uid));
             let entries = entries.filter_map(|uid| seqs.get(uid).copied());
             if let Some((before, after)) = site.database.out_of_order(entries) {
                 return Err(format!("{after} comes after {before} in stream {stream}"));
@@ -112,10 +148,15 @@ impl World {
                 false => Ok(()),
             };
         }
-        if !site.tables.cursor.position.covers(key) {
+        let cursor = site.tables.cursor_of(&self.env, row.stream);
+        if !cursor.is_some_and(|cursor| cursor.position.covers(key)) {
             return Err(format!("the cursor does not cover {seq}"));
         }
-        if failed && !self.env.redis.refused.contains(&row.stream) {
+        if failed
+            && !self.env.redis[self.env.master_of(row.stream)]
+                .refused
+                .contains(&row.stream)
+        {
             return Err(format!("{seq} has failed, yet nothing of its stream was refused"));
         }
         let gone = self.env.gone.contains(&row.uid);
@@ -123,6 +164,7 @@ impl World {
         match (count, failed, gone) {
             (1, false, false) | (0, true, _) | (0, _, true) => Ok(()),
             (1, false, true) if again => Ok(()),
+            (1.., false, _) if self.env.not_compared.contains(&row.uid) => Ok(()),
             // It failed while Redis was without it.
             (1, true, _) if self.env.comes_back => Ok(()),
             (2, false, false) if self.open.contains(&row.uid) && self.is_of_the_former(row.uid) => Ok(()),

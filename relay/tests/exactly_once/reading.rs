@@ -1,10 +1,11 @@
 //! The worker reads on: the schedule and the cutter of `relay`, over the model's tables.
 
 use crate::env::{Env, Mutant, tell};
+use crate::lane::{Lane, append_event, entry, hash_slot};
 use crate::model::database::{Database, Row};
 use crate::model::redis::stream_name;
 use crate::model::view;
-use crate::site::{Site, append_event, entry};
+use crate::site::Site;
 use crate::tables::Tables;
 use relay::delivery::Delivery;
 use relay::delivery::batch::{BATCH_BYTES, BuiltBatch, OpenBatch};
@@ -12,8 +13,9 @@ use relay::delivery::cut::{Backends, Limits, Offer, Pass, Reader, Source};
 use relay::delivery::flight::BatchedEvent;
 use relay::delivery::refusal::Record;
 use relay::guard::BATCH_START;
+use relay::reading::range::Position;
 use relay::reading::role::Role;
-use relay::reading::schedule::{Group, Way};
+use relay::reading::schedule::{self, Group, Schedule, Way};
 use relay::reading::snapshot::Tick;
 use std::cell::Cell;
 use std::rc::Rc;
@@ -22,16 +24,11 @@ use std::sync::Arc;
 /// The number of the model's backend.
 pub const NUMBER: i32 = 1;
 
-/// The hash slot of a stream.
-pub fn hash_slot(stream: u8) -> u16 {
-    u16::from(stream % 3)
-}
-
 /// The rows that a pass meets.
 pub struct ScannedRows<'a> {
     pub database: &'a Database,
-    /// Of each reader, by its index.
-    pub readers: Vec<(&'a Delivery, &'a Tables)>,
+    pub lanes: &'a [Lane],
+    pub tables: &'a Tables,
     pub mutant: Mutant,
     pub max_attempts: u32,
     /// Rows that were found written down.
@@ -63,10 +60,8 @@ impl Source for ScannedRows<'_> {
 
     fn with_event<R>(&mut self, scan: &view::Rows, reader: usize, f: impl FnOnce(RowOffer<'_>) -> R) -> R {
         let row = self.database.row(scan.seq());
-        let (delivery, tables) = self.readers[reader];
         f(RowOffer {
-            delivery,
-            tables,
+            delivery: &self.lanes[reader].delivery,
             row,
             seq: scan.seq(),
             stream: Rc::from(stream_name(row.stream)),
@@ -78,7 +73,6 @@ impl Source for ScannedRows<'_> {
 /// The event of a row.
 pub struct RowOffer<'a> {
     delivery: &'a Delivery,
-    tables: &'a Tables,
     row: &'a Row,
     seq: i64,
     stream: Rc<str>,
@@ -100,7 +94,7 @@ impl Offer for RowOffer<'_> {
 
     fn is_written_down(&self) -> bool {
         let looks = self.rows.mutant != Mutant::ReadsBlindly;
-        let is_found = looks && self.tables.is_written_down(self.row.stream, self.seq);
+        let is_found = looks && self.rows.tables.is_written_down(self.row.stream, self.seq);
         self.rows.written_down.update(|count| count + u32::from(is_found));
         is_found
     }
@@ -127,29 +121,61 @@ pub fn limits(env: &mut Env, steps: usize) -> Limits {
 }
 
 impl Site {
-    /// Reads up to `limit` rows on, as far as there is room; false: there is nothing to read.
-    pub fn read(&mut self, env: &mut Env, limit: usize) -> bool {
+    fn way<'a>(&'a self, at: usize, latest: &'a Arc<Tick>) -> Way<'a> {
+        let position = self.lanes[at].delivery.position();
+        Way {
+            position,
+            goal: position.to(latest),
+            role: self.lanes[at].role,
+        }
+    }
+
+    /// Those who read now, in groups.
+    fn groups(&self) -> Vec<Group> {
         let latest = self.latest.clone().unwrap_or_else(|| Arc::new(Tick::beginning()));
-        let position = self.delivery.position().clone();
-        let way = Way {
-            position: &position,
-            goal: position.to(&latest),
-            role: Role::Redis,
+        let reader = |(at, lane): (usize, &Lane)| schedule::Reader {
+            index: at,
+            way: self.way(at, &latest),
+            is_ready: lane.role == Role::Finder || lane.delivery.has_room(),
+            is_well: lane.role == Role::Redis && lane.delivery.is_up() && lane.delivery.trouble().is_none(),
+            supply: lane.delivery.supply(),
         };
-        if !self.delivery.has_room() || !way.leads_on() {
-            return false;
+        let mut waiting: Vec<usize> = Schedule::of(self.lanes.iter().enumerate().map(reader))
+            .reading()
+            .collect();
+        std::iter::from_fn(|| Group::take(&mut waiting, |at| self.way(at, &latest))).collect()
+    }
+
+    /// Reads up to `limit` rows on for some who stand together, as far as there is room; false: there is nothing to
+    /// read.
+    pub fn read(&mut self, env: &mut Env, limit: usize) -> bool {
+        let groups = self.groups();
+        let is_any = !groups.is_empty();
+        if is_any {
+            let group = &groups[env.rng.usize(..groups.len())];
+            self.read_group(env, group, limit);
         }
-        if !self.pending.is_empty() && env.mutant != Mutant::ResumesUnsaved {
-            self.save(env);
+        is_any
+    }
+
+    fn read_group(&mut self, env: &mut Env, group: &Group, limit: usize) {
+        for at in &group.members {
+            if !self.lanes[*at].pending.is_empty() && env.mutant != Mutant::ResumesUnsaved {
+                self.save(env, *at);
+            }
         }
-        let group = Group::take(&mut vec![0], |_| way).expect("one waits");
-        let reader = Reader::new(0, NUMBER, None, Role::Redis, &self.delivery);
-        let backends = Backends::of([(NUMBER, None, Role::Redis)].into_iter());
-        let pass = Pass::new(&group, vec![reader], backends, limits(env, limit));
+        let reader = |at: &usize| {
+            let lane = &self.lanes[*at];
+            Reader::new(*at, NUMBER, lane.slot, lane.role, &lane.delivery)
+        };
+        let readers = group.members.iter().map(reader).collect();
+        let backends = Backends::of(self.lanes.iter().map(|lane| (NUMBER, lane.slot, lane.role)));
+        let pass = Pass::new(group, readers, backends, limits(env, limit));
         let mut view = self.database.view();
         let mut rows = ScannedRows {
             database: &self.database,
-            readers: vec![(&self.delivery, &self.tables)],
+            lanes: &self.lanes,
+            tables: &self.tables,
             mutant: env.mutant,
             max_attempts: env.max_attempts,
             written_down: Cell::new(0),
@@ -158,15 +184,15 @@ impl Site {
         let written_down = rows.written_down.get();
         if env.likely(env.faults.aborts) {
             tell!(env, "abort");
-            return false;
+            return;
         }
         env.seen.written_down += written_down;
         readers.into_iter().for_each(|reader| self.hand_over(env, reader));
-        true
     }
 
     /// Takes over what a pass came to, in a transaction that has ended well.
-    pub fn hand_over(&mut self, env: &mut Env, reader: Reader) {
+    fn hand_over(&mut self, env: &mut Env, reader: Reader) {
+        let at = reader.index;
         let parked: Vec<i64> = reader.records.iter().map(parked).collect();
         env.seen.skipped += (reader.skipped.len() - parked.len()) as u32;
         env.seen.parked += parked.len() as u32;
@@ -180,17 +206,27 @@ impl Site {
                 self.flush(env);
             }
         }
-        reader.skipped.iter().for_each(|seq| self.delivery.skipped(*seq));
-        for BuiltBatch { batch, contents } in reader.built {
-            self.send(env, batch, contents);
+        for seq in &reader.skipped {
+            self.lanes[at].delivery.skipped(*seq);
         }
-        self.delivery.advanced(reader.end);
+        for BuiltBatch { batch, contents } in reader.built {
+            self.send(env, at, batch, contents);
+        }
+        self.lanes[at].delivery.advanced(reader.end.clone());
+        if let Some(slot) = reader.found {
+            self.add_lane(env, slot, reader.end);
+        }
     }
 
-    /// A large piece; true: it came further.
+    /// A large piece for all; true: somebody came further.
     pub fn read_on(&mut self, env: &mut Env) -> bool {
-        let before = self.delivery.position().clone();
-        self.read(env, 1_000) && !self.delivery.position().same_place(&before)
+        let lanes = self.lanes.len();
+        let before: Vec<Position> = self.lanes.iter().map(|lane| lane.delivery.position().clone()).collect();
+        for group in self.groups() {
+            self.read_group(env, &group, 1_000);
+        }
+        let mut now = self.lanes.iter().map(|lane| lane.delivery.position()).zip(before);
+        self.lanes.len() > lanes || now.any(|(now, before)| !now.same_place(&before))
     }
 }
 

@@ -1,18 +1,19 @@
 //! What recovery asks of the model: its books are the tables of [`Site`].
 
 use crate::env::{Env, Mutant, tell};
+use crate::lane::{Lane, serves};
 use crate::model::database::Database;
 use crate::model::redis::{created_at_us, event_id, stream_name};
 use crate::model::view::{self, View};
 use crate::site::Site;
-use crate::tables::Tables;
+use crate::tables::{Saved, Tables};
 use relay::delivery::refusal::Record;
 use relay::delivery::{Cursor, Delivery};
 use relay::event::wanted::{Purpose, Wanted};
 use relay::failure::{Class, Failure};
 use relay::guard::claim::{Claimant, Incarnation, Why};
 use relay::guard::{Guard, Owner, Reach};
-use relay::reading::range::Position;
+use relay::reading::range::{Key, Position};
 use relay::reading::snapshot::Tick;
 use relay::recovery::books::{Books, Notice, Rows};
 use relay::sender::orders::Order;
@@ -24,21 +25,21 @@ pub const INTERVAL: Duration = Duration::from_secs(1);
 
 impl Site {
     /// From a report on, as far as it goes without another.
-    pub fn recover(&mut self, env: &mut Env) {
+    pub fn recover(&mut self, env: &mut Env, at: usize) {
         // Before the first tick, nothing is known of what there is to send.
-        if self.recovery.is_due() && self.latest.is_none() {
+        if self.lanes[at].recovery.is_due() && self.latest.is_none() {
             self.take_tick(env);
         }
-        if !self.recovery.is_due() {
+        if !self.lanes[at].recovery.is_due() {
             return;
         }
-        if !self.pending.is_empty() {
-            self.save(env);
+        if !self.lanes[at].pending.is_empty() {
+            self.save(env, at);
         }
-        let mut recovery = std::mem::take(&mut self.recovery);
+        let mut recovery = std::mem::take(&mut self.lanes[at].recovery);
         let now = env.now;
-        let Ok(()) = recovery.step(&mut SiteBooks { site: self, env }, now);
-        self.recovery = recovery;
+        let Ok(()) = recovery.step(&mut SiteBooks { site: self, env, at }, now);
+        self.lanes[at].recovery = recovery;
     }
 
     fn know(&self, incarnation: &str) -> Incarnation {
@@ -57,9 +58,53 @@ impl Site {
     }
 }
 
+/// The books of one lane.
 struct SiteBooks<'a> {
     site: &'a mut Site,
     env: &'a mut Env,
+    at: usize,
+}
+
+impl SiteBooks<'_> {
+    fn lane(&self) -> &Lane {
+        &self.site.lanes[self.at]
+    }
+
+    fn lane_mut(&mut self) -> &mut Lane {
+        &mut self.site.lanes[self.at]
+    }
+
+    fn epoch(&mut self) -> &mut u64 {
+        let slot = self.lane().slot;
+        let new = Saved::at(Position::beginning());
+        &mut self.site.tables.saved.entry(slot).or_insert(new).epoch
+    }
+
+    /// What lies behind the first so many events that are looked for may be sent once more.
+    fn note_what_is_not_compared(&mut self) {
+        let most = self.env.most_compared;
+        let newest = self.newest_tick();
+        let here = self.lane().delivery.acked().clone();
+        let mut parts = vec![(here.clone(), Position::at(newest.clone()))];
+        if let Some(under_way) = &here.under_way {
+            let there = Position::at(under_way.to.clone());
+            parts = vec![(here.clone(), there.clone()), (there, Position::at(newest))];
+        }
+        for (from, upto) in parts {
+            let database = &self.site.database;
+            let is_candidate = |key: &Key| {
+                let stream = database.row(key.seq).stream;
+                let is_there = database.is_committed(key.seq) && !database.is_purged(key.seq);
+                let is_open = !self.site.tables.is_written_down(stream, key.seq);
+                is_there && is_open && self.lane().serves(stream) && upto.covers(*key) && !from.covers(*key)
+            };
+            let mut rows: Vec<Key> = database.rows().filter(is_candidate).collect();
+            rows.sort_by_key(|key| (key.seq > from.from.low_seq, key.seq));
+            let beyond: Vec<u64> = rows.iter().skip(most).map(|key| database.row(key.seq).uid).collect();
+            self.env.seen.not_compared += beyond.len() as u32;
+            self.env.not_compared.extend(beyond);
+        }
+    }
 }
 
 impl Books for SiteBooks<'_> {
@@ -70,31 +115,41 @@ impl Books for SiteBooks<'_> {
         Self: 'a;
 
     fn delivery(&mut self) -> &mut Delivery {
-        &mut self.site.delivery
+        &mut self.lane_mut().delivery
     }
 
     fn claimant(&mut self, guard: Option<&Guard>) -> Result<Claimant<'_>, Infallible> {
+        let restored = self.is_restored();
         let (site, env) = (&*self.site, &*self.env);
+        let lane = &site.lanes[self.at];
         let copies_take_over = env.mutant == Mutant::CopiesTakeOver;
+        let incarnation = match guard {
+            None => Incarnation::Unknown,
+            Some(_) if env.mutant == Mutant::TakesOverBlindly && lane.take_over => Incarnation::Earlier {
+                ended: u64::MAX,
+                next_xid: u64::MAX,
+            },
+            Some(guard) => site.know(&guard.incarnation),
+        };
         Ok(Claimant {
-            incarnation: guard.map_or(Incarnation::Unknown, |guard| site.know(&guard.incarnation)),
+            incarnation,
             system: "system",
             place: &site.place,
             promoted_to: site.promoted_to,
             anybody: copies_take_over,
             copy: site.is_copy && !copies_take_over,
             paused: false,
-            number: site.delivery.number(),
+            number: lane.delivery.number(),
             reach: Reach {
                 next_xid: u64::MAX,
                 highest_seq: i64::MAX,
                 wal: site.flushed,
-                epoch: site.tables.epoch,
+                epoch: site.tables.saved.get(&lane.slot).map_or(0, |saved| saved.epoch),
                 total: 0,
             },
             on_missing: env.on_missing,
-            take_over: site.take_over,
-            restored: self.is_restored(),
+            take_over: lane.take_over,
+            restored,
             last_restore: match env.mutant {
                 Mutant::ForgetsRestores => 0,
                 _ => site.tables.last_restore,
@@ -139,13 +194,16 @@ impl Books for SiteBooks<'_> {
             view: self.site.database.view(),
             database: &self.site.database,
             tables: &self.site.tables,
+            lane: self.lane(),
             mutant: self.env.mutant,
         }))
     }
 
     fn begin_epoch(&mut self, claimed: u64) {
-        self.site.tables.epoch = self.site.tables.epoch.max(claimed) + 1;
-        self.site.delivery.begin_epoch(self.site.tables.epoch);
+        let known = self.epoch();
+        *known = claimed.max(*known) + 1;
+        let epoch = *known;
+        self.lane_mut().delivery.begin_epoch(epoch);
     }
 
     fn record(&mut self, record: Record) {
@@ -155,11 +213,11 @@ impl Books for SiteBooks<'_> {
             Record::Accepted { .. } => seen.settled_again += 1,
             Record::Fail { .. } | Record::RefusedAgain { .. } => {}
         }
-        self.site.pending.push(record);
+        self.lane_mut().pending.push(record);
     }
 
     fn save(&mut self) -> Result<(), Infallible> {
-        self.site.save(self.env);
+        self.site.save(self.env, self.at);
         Ok(())
     }
 
@@ -170,22 +228,24 @@ impl Books for SiteBooks<'_> {
 
     fn wait_again(&mut self, since: u64) -> Result<(), Infallible> {
         if self.env.mutant != Mutant::ForgetsAccepted {
-            self.env.seen.wait_again += u32::from(self.site.tables.heal(since));
+            let lane = &self.site.lanes[self.at];
+            let lost = self.site.tables.heal(|stream| lane.serves(stream), since);
+            self.env.seen.wait_again += u32::from(lost);
             self.site.wal += 1;
         }
         Ok(())
     }
 
     fn adopt(&mut self, cursor: Cursor, _total: i64) {
-        let is_guards = cursor.number != self.site.delivery.next_number();
+        let is_guards = cursor.number != self.lane().delivery.next_number();
         self.env.seen.adopted += u32::from(is_guards);
         tell!(self.env, "stands at {} of {}", cursor.number, cursor.position);
-        self.site.delivery.adopt(cursor, 0);
+        self.lane_mut().delivery.adopt(cursor, 0);
     }
 
     fn read_again(&mut self, cursor: Cursor, reread_to: i64) {
         tell!(self.env, "goes back to {} of {}", cursor.number, cursor.position);
-        self.site.delivery.heal(cursor, reread_to);
+        self.lane_mut().delivery.heal(cursor, reread_to);
     }
 
     fn count_healing(&mut self) {}
@@ -205,26 +265,34 @@ impl Books for SiteBooks<'_> {
     }
 
     fn is_restored(&self) -> bool {
-        self.site.restores_seen() > 0 && self.env.mutant != Mutant::SendsRestored
+        self.site.restores_seen(self.at) > 0 && self.env.mutant != Mutant::SendsRestored
     }
 
     fn compares_to(&mut self, tick: &Arc<Tick>) {
-        self.site.comparing_to = Some(tick.clone());
+        self.lane_mut().comparing_to = Some(tick.clone());
     }
 
     fn has_compared(&mut self) -> Result<(), Infallible> {
-        let compared = self.site.comparing_to.take().expect("it was compared to a tick");
-        let tables = &mut self.site.tables;
-        for xid in tables.restores.extract_if(.., |xid| compared.snapshot.sees(*xid)) {
-            tables.last_restore = tables.last_restore.max(xid);
-            self.env.seen.restores += 1;
+        let compared = self.lane_mut().comparing_to.take().expect("it was compared to a tick");
+        let Self { site, env, at } = self;
+        let seen = |xid: &u64| compared.snapshot.sees(*xid);
+        if site.lanes[*at].slot.is_some() {
+            // The others, and the finder, have to come past them too.
+            let restores = site.tables.restores.iter().copied().filter(seen);
+            site.lanes[*at].compared.extend(restores);
+            return Ok(());
         }
-        self.site.wal += 1;
+        for xid in site.tables.restores.extract_if(.., |xid| seen(xid)) {
+            site.tables.last_restore = site.tables.last_restore.max(xid);
+            env.seen.restores += 1;
+        }
+        site.wal += 1;
         Ok(())
     }
 
     fn has_taken_over(&mut self) -> Result<(), Infallible> {
-        self.site.take_over = false;
+        self.note_what_is_not_compared();
+        self.lane_mut().take_over = false;
         Ok(())
     }
 
@@ -234,7 +302,7 @@ impl Books for SiteBooks<'_> {
             Order::Look(wanted) => tell!(self.env, "look for {}", wanted.len()),
             _ => {}
         }
-        self.site.order(order);
+        self.site.order(self.at, order);
     }
 
     fn disbelieve(&mut self, field: &str) {
@@ -245,28 +313,38 @@ impl Books for SiteBooks<'_> {
         tell!(self.env, "wait: {failure}");
         self.env.seen.fenced += u32::from(failure.class == Class::Fenced);
         let (now, random) = (self.env.now, self.env.rng.f64());
-        self.site.delivery.hold_off(failure, retry_after, now, random);
-        self.site.drop_connection(self.env);
+        self.lane_mut().delivery.hold_off(failure, retry_after, now, random);
+        self.site.drop_connection(self.env, self.at);
     }
 
     fn let_go(&mut self) {
-        self.site.let_go(self.env);
+        self.site.let_go(self.env, self.at);
     }
 
     fn come_up(&mut self) -> Result<(), Infallible> {
-        let Self { site, env } = self;
-        tell!(env, "up at {}", site.delivery.position());
+        let Self { site, env, at } = self;
+        tell!(env, "up at {}", site.lanes[*at].delivery.position());
         // The guard may be lost, and its numbers be given again.
         if env.mutant != Mutant::ComesUpUnflushed {
             site.flush(env);
         }
-        site.delivery.set_streams(site.tables.streams());
-        site.delivery.connected();
+        let lane = &mut site.lanes[*at];
+        let slot = lane.slot;
+        let streams = site.tables.streams(|stream| serves(slot, stream));
+        lane.delivery.set_streams(streams);
+        lane.delivery.connected();
         Ok(())
     }
 
     fn waiting_at_once(&self) -> usize {
         self.env.waiting_at_once
+    }
+
+    fn most_compared(&self) -> usize {
+        match self.env.mutant {
+            Mutant::ComparesLess => self.env.most_compared / 2,
+            _ => self.env.most_compared,
+        }
     }
 }
 
@@ -274,6 +352,7 @@ struct SiteRows<'a> {
     view: View,
     database: &'a Database,
     tables: &'a Tables,
+    lane: &'a Lane,
     mutant: Mutant,
 }
 
@@ -292,7 +371,7 @@ impl Rows for SiteRows<'_> {
             Purpose::Compare => self.mutant == Mutant::ComparesNothing,
         };
         let row = self.database.row(scan.seq());
-        (!is_blind).then(|| Wanted {
+        (!is_blind && self.lane.serves(row.stream)).then(|| Wanted {
             stream: Arc::from(stream_name(row.stream)),
             event_id: event_id(row.uid),
             created_at_us: created_at_us(row.uid),

@@ -3,6 +3,7 @@
 use crate::model::redis::stream_name;
 use relay::delivery::Cursor;
 use relay::delivery::refusal::{Record, Streams};
+use relay::reading::range::Position;
 use std::collections::BTreeMap;
 
 #[derive(Clone, Copy, Debug)]
@@ -12,14 +13,28 @@ pub struct Refused {
     pub accepted_in: Option<u64>,
 }
 
+/// What is saved of a backend, or of a lane.
+#[derive(Clone)]
+pub struct Saved {
+    pub cursor: Cursor,
+    /// How often its guard was claimed.
+    pub epoch: u64,
+}
+
+impl Saved {
+    pub fn at(position: Position) -> Self {
+        let cursor = Cursor { position, number: 0 };
+        Self { cursor, epoch: 0 }
+    }
+}
+
 #[derive(Clone)]
 pub struct Tables {
     /// By stream and seq.
     pub refused: BTreeMap<(u8, i64), Refused>,
     pub failed: BTreeMap<i64, u32>,
-    pub cursor: Cursor,
-    /// How often the guard was claimed.
-    pub epoch: u64,
+    /// By hash slot; of the backend itself, or of its finder, under none.
+    pub saved: BTreeMap<Option<u16>, Saved>,
     /// Transactions that have brought events of a dump, which are still to be looked for.
     pub restores: Vec<u64>,
     /// The latest of those that were.
@@ -29,6 +44,17 @@ pub struct Tables {
 }
 
 impl Tables {
+    pub fn new() -> Self {
+        Self {
+            refused: BTreeMap::new(),
+            failed: BTreeMap::new(),
+            saved: BTreeMap::from([(None, Saved::at(Position::beginning()))]),
+            restores: Vec::new(),
+            last_restore: 0,
+            incarnations: Vec::new(),
+        }
+    }
+
     pub fn is_written_down(&self, stream: u8, seq: i64) -> bool {
         self.refused.contains_key(&(stream, seq)) || self.failed.contains_key(&seq)
     }
@@ -44,9 +70,10 @@ impl Tables {
             .map(|(_, seq, _)| seq)
     }
 
-    pub fn streams(&self) -> Streams {
+    /// Streams with waiting events, of those that a lane serves.
+    pub fn streams(&self, serves: impl Fn(u8) -> bool) -> Streams {
         let mut heads = BTreeMap::new();
-        for (stream, _, attempts) in self.waiting() {
+        for (stream, _, attempts) in self.waiting().filter(|(stream, ..)| serves(*stream)) {
             heads.entry(stream_name(stream)).or_insert(attempts);
         }
         Streams::waiting(heads)
@@ -71,10 +98,11 @@ impl Tables {
         known.attempts = known.attempts.max(attempts);
     }
 
-    /// Redis has lost what came after batch `number`.
-    pub fn heal(&mut self, number: u64) -> bool {
+    /// Redis has lost what came after batch `number` of a lane.
+    pub fn heal(&mut self, serves: impl Fn(u8) -> bool, number: u64) -> bool {
         let mut lost = false;
-        for refused in self.refused.values_mut() {
+        let its = self.refused.iter_mut().filter(|((stream, _), _)| serves(*stream));
+        for (_, refused) in its {
             if refused.accepted_in.is_some_and(|batch| batch > number) {
                 refused.accepted_in = None;
                 lost = true;

@@ -1,7 +1,8 @@
 //! The schedule: what happens when, and to whom.
 
 use crate::env::{Env, Mutant, Seen, tell};
-use crate::model::redis::Trouble;
+use crate::lane::Lane;
+use crate::model::redis::{Redis, Trouble};
 use crate::recovery::INTERVAL;
 use crate::site::{STREAMS, Site};
 use relay::delivery::State;
@@ -9,6 +10,7 @@ use relay::failure::Failure;
 use relay::guard::claim::OnMissing;
 use relay::guard::epoch::epoch_of;
 use relay::reading::range::Key;
+use relay::reading::role::Role;
 use std::collections::BTreeSet;
 
 /// What became of the server whose standby was promoted.
@@ -36,7 +38,15 @@ pub struct World {
 
 impl World {
     pub fn new(seed: u64, mutant: Mutant) -> Self {
-        let mut env = Env::new(seed, mutant);
+        Self::of(Env::new(seed, mutant, None))
+    }
+
+    /// A backend of a cluster.
+    pub fn cluster(seed: u64, mutant: Mutant) -> Self {
+        Self::of(Env::new(seed, mutant, Some(true)))
+    }
+
+    fn of(mut env: Env) -> Self {
         let site = Site::new(&mut env, "here");
         Self {
             env,
@@ -51,20 +61,26 @@ impl World {
 
     pub fn run(&mut self) -> Result<Seen, String> {
         self.schedule().map_err(|e| format!("{e}\n{:?}", self.env.faults))?;
-        self.env.seen.nils = self.env.redis.nils;
-        self.env.seen.entries = self.env.redis.data.streams.values().map(|s| s.len() as u32).sum();
+        for redis in &self.env.redis {
+            self.env.seen.nils += redis.nils;
+            self.env.seen.entries += redis.data.streams.values().map(|s| s.len() as u32).sum::<u32>();
+        }
         Ok(self.env.seen)
     }
 
     fn schedule(&mut self) -> Result<(), String> {
         for _ in 0..self.env.rng.usize(20..500) {
             self.random_step()?;
-            if let Some(violation) = self.env.redis.violation.take() {
-                return Err(violation);
-            }
+            self.check_owners()?;
         }
         self.finish()?;
         self.check_end()
+    }
+
+    /// Nobody has appended who was not the owner.
+    fn check_owners(&mut self) -> Result<(), String> {
+        let mut violations = self.env.redis.iter_mut().filter_map(|redis| redis.violation.take());
+        violations.next().map_or(Ok(()), Err)
     }
 
     fn random_step(&mut self) -> Result<(), String> {
@@ -86,11 +102,16 @@ impl World {
             20..28 => site.take_tick(env),
             28..83 => {
                 for _ in 0..env.rng.usize(..30) {
-                    site.go_on(env);
+                    let at = env.rng.usize(..site.lanes.len());
+                    site.go_on(env, at);
                 }
             }
             83..88 => {
-                site.save(env);
+                let at = env.rng.usize(..site.lanes.len());
+                match env.rng.bool() {
+                    true => site.save_all(env),
+                    false => site.save(env, at),
+                }
                 if !is_former {
                     self.check_cursor()?;
                 }
@@ -100,7 +121,7 @@ impl World {
                     env.execute_late();
                 }
             }
-            95 => site.refresh(),
+            95 => (0..site.lanes.len()).for_each(|at| site.refresh(at)),
             96 => {
                 let image = Box::new(site.image());
                 // The WAL writer was here.
@@ -109,7 +130,10 @@ impl World {
                 }
             }
             97 => env.now += env.backoff.delay.max(INTERVAL / 2).mul_f64(env.rng.f64() * 2.0),
-            _ => env.now = site.delivery.due_at().map_or(env.now, |due| env.now.max(due)),
+            _ => {
+                let at = env.rng.usize(..site.lanes.len());
+                env.now = site.lanes[at].delivery.due_at().map_or(env.now, |due| env.now.max(due));
+            }
         }
         self.disturb();
         Ok(())
@@ -124,17 +148,17 @@ impl World {
         clone.database.steps(&mut env.rng, 6);
         clone.take_tick(env);
         for _ in 0..env.rng.usize(..60) {
-            clone.go_on(env);
+            clone.go_on(env, 0);
         }
         if env.likely(0.3) {
-            env.now = clone.delivery.due_at().map_or(env.now, |due| env.now.max(due));
+            env.now = clone.lanes[0].delivery.due_at().map_or(env.now, |due| env.now.max(due));
         }
-        let held_off = clone.delivery.state();
+        let held_off = clone.lanes[0].delivery.state();
         env.seen.copies_held_off += u32::from(matches!(held_off, State::Fenced | State::Copy));
     }
 
     fn disturb(&mut self) {
-        if self.clone.is_none() && self.env.likely(self.env.faults.clones) {
+        if self.clone.is_none() && !self.env.is_cluster && self.env.likely(self.env.faults.clones) {
             tell!(self.env, "a copy is started");
             let image = self.site.image();
             let mut clone = Site::of(&mut self.env, "elsewhere", image);
@@ -146,21 +170,23 @@ impl World {
         }
         self.dump_and_restore();
         if self.former.is_some() && self.env.likely(0.02) {
-            self.site.take_over = true;
+            self.site.lanes[0].take_over = true;
         }
         if self.life == Life::Frozen && self.env.likely(0.05) {
             self.life = Life::GoesOn;
         }
         let Self { env, site, .. } = self;
         let faults = env.faults;
+        let master = env.rng.usize(..env.redis.len());
         if env.likely(faults.out_of_memory) {
-            env.redis.out_of_memory = !env.redis.out_of_memory;
+            env.redis[master].out_of_memory = !env.redis[master].out_of_memory;
         }
         if env.replicas.is_some() && env.likely(0.05) {
-            env.redis.replicas_lag = !env.redis.replicas_lag;
+            env.redis[master].replicas_lag = !env.redis[master].replicas_lag;
         }
+        let at = env.rng.usize(..site.lanes.len());
         if env.likely(faults.cuts)
-            && let Some(connection) = &mut site.connection
+            && let Some(connection) = &mut site.lanes[at].connection
         {
             connection.lose(Failure::backend("connection reset by peer"));
         }
@@ -170,6 +196,9 @@ impl World {
         if site.image.is_some() && env.likely(0.2) || env.likely(faults.server_crashes * 0.1) {
             site.crash_server(env);
         }
+        if env.likely(faults.purges) {
+            site.purge(env);
+        }
         if env.likely(faults.troubled) {
             self.trouble();
         }
@@ -177,14 +206,15 @@ impl World {
             let (stream, length) = (self.env.rng.u8(..STREAMS), self.env.rng.usize(..3));
             tell!(self.env, "stream {stream} is trimmed to {length}");
             self.env.seen.trims += 1;
-            self.env.redis.trim(stream, length);
+            let master = self.env.master_of(stream);
+            self.env.redis[master].trim(stream, length);
         }
         self.lose_data();
     }
 
     /// The standby becomes a server of its own. It cannot know what Redis has lost shortly before.
     fn promote(&mut self) {
-        if !self.env.redis.data.has_guard() || !self.is_whole() {
+        if self.env.is_cluster || !self.env.redis[0].data.has_guard() || !self.is_whole() {
             return;
         }
         let Self { env, site, .. } = self;
@@ -198,7 +228,7 @@ impl World {
         let mut former = std::mem::replace(site, promoted);
         self.life = [Life::Over, Life::Frozen, Life::GoesOn][env.rng.usize(..3)];
         if self.life == Life::Over {
-            former.drop_connection(env);
+            former.drop_connections(env);
         }
         self.former = Some(former);
         let database = &self.site.database;
@@ -214,8 +244,8 @@ impl World {
         let faults = &mut env.faults;
         (faults.tail_losses, faults.flushes, faults.guard_losses) = (0.0, 0.0, 0.0);
         faults.promotions = 0.0;
-        env.saved.clear();
-        env.redis.troubled.clear();
+        env.saved.iter_mut().for_each(Vec::clear);
+        env.mend_streams();
     }
 
     /// A dump is taken of what was not sent, or what it has comes back: events were deleted meanwhile, sent or not.
@@ -232,11 +262,19 @@ impl World {
         };
         if env.likely(env.faults.restores) {
             let unsent = database.rows().filter(is_there);
-            let unsent = unsent.filter(|key| !site.tables.cursor.position.covers(*key));
+            let is_sent = |key: &Key| {
+                let cursor = site.tables.cursor_of(env, database.row(key.seq).stream);
+                cursor.is_some_and(|cursor| cursor.position.covers(*key))
+            };
+            let unsent = unsent.filter(|key| !is_sent(key));
             self.dump = unsent.map(|key| key.seq).collect();
         }
         // What is being written down of the deleted rows would be sent here, and is not by the extension.
-        let is_quiet = site.delivery.is_idle() && site.pending.is_empty() && !site.recovery.has_claimed();
+        let is_quiet = |lane: &Lane| {
+            let is_idle = lane.delivery.is_idle() && lane.pending.is_empty();
+            is_idle && !lane.recovery.has_claimed()
+        };
+        let is_quiet = site.lanes.iter().all(is_quiet);
         if self.dump.is_empty() || !is_quiet || !env.likely(0.1) {
             return;
         }
@@ -252,113 +290,138 @@ impl World {
         tell!(env, "a dump is restored: {:?}", self.dump);
         let xid = site.database.restore(&std::mem::take(&mut self.dump));
         site.tables.restores.push(xid);
-        env.redis.troubled.clear();
+        env.mend_streams();
         site.wal += 1;
     }
 
     /// A stream is spoiled or mended. One with events that are still to be looked for there stays: nobody could find
     /// them.
     fn trouble(&mut self) {
-        if self.env.redis.data.compares() || self.is_abandoned() || self.may_look_for_restored() {
-            return self.env.redis.troubled.clear();
-        }
         let stream = self.env.rng.u8(..STREAMS);
-        if self.env.redis.troubled.remove(&stream).is_none() && !self.has_unheard(stream) {
+        let master = self.env.master_of(stream);
+        let compares = self.env.redis[master].data.compares();
+        if compares || self.is_abandoned(master) || self.may_look_for_restored() {
+            return self.env.redis[master].troubled.clear();
+        }
+        let is_mended = self.env.redis[master].troubled.remove(&stream).is_some();
+        if !is_mended && !self.has_unheard(stream) {
             let trouble = match self.env.rng.bool() {
                 true => Trouble::WrongType,
                 false => Trouble::Forbidden,
             };
             tell!(self.env, "stream {stream}: {trouble:?}");
-            self.env.redis.troubled.insert(stream, trouble);
+            self.env.redis[master].troubled.insert(stream, trouble);
         }
     }
 
     /// Events of a dump are looked for, or may be by the next claim.
     fn may_look_for_restored(&self) -> bool {
         let tables = &self.site.tables;
-        !tables.restores.is_empty() || (tables.last_restore > 0 && !self.site.delivery.is_up())
+        let is_up = self.site.lanes.iter().all(|lane| lane.delivery.is_up());
+        !tables.restores.is_empty() || (tables.last_restore > 0 && !is_up)
     }
 
-    /// Redis stands where its owner may never have been: what its last batch came to is to be looked for.
-    fn is_abandoned(&self) -> bool {
-        let site = &self.site;
-        // No reply of a later one may be on its way.
-        let epoch = match site.delivery.is_idle() && !site.recovery.has_claimed() {
-            true => epoch_of(site.delivery.number()),
-            false => site.tables.epoch,
+    /// A master stands where its owner may never have been: what its last batch came to is to be looked for.
+    fn is_abandoned(&self, master: usize) -> bool {
+        let Some(lane) = self.site.at_master(master) else {
+            return self.env.redis[master].data.has_guard();
         };
-        let found = self.env.redis.data.number();
+        // No reply of a later one may be on its way.
+        let epoch = match lane.delivery.is_idle() && !lane.recovery.has_claimed() {
+            true => epoch_of(lane.delivery.number()),
+            false => self.site.tables.saved.get(&lane.slot).map_or(0, |saved| saved.epoch),
+        };
+        let found = self.env.redis[master].data.number();
         found.is_some_and(|found| epoch_of(found) < epoch)
     }
 
+    fn is_up(&self, master: usize) -> bool {
+        self.site.at_master(master).is_some_and(|lane| lane.delivery.is_up())
+    }
+
     fn has_unheard(&self, stream: u8) -> bool {
-        let entries = self.env.redis.data.streams.get(&stream);
+        let entries = self.env.redis[self.env.master_of(stream)].data.streams.get(&stream);
         entries.is_some_and(|entries| entries.iter().any(|uid| !self.is_known(*uid)))
     }
 
+    /// A master fails over, is emptied, or loses its guard.
     fn lose_data(&mut self) {
         let faults = self.env.faults;
-        if faults.tail_losses > 0.0 && self.env.redis.data.has_guard() && self.env.likely(0.05) {
-            let data = self.env.redis.data.clone();
-            self.env.saved.push(data);
+        let master = self.env.rng.usize(..self.env.redis.len());
+        if faults.tail_losses > 0.0 && self.env.redis[master].data.has_guard() && self.env.likely(0.05) {
+            let data = self.env.redis[master].data.clone();
+            self.env.saved[master].push(data);
         }
-        if !self.env.saved.is_empty() && self.env.likely(faults.tail_losses) {
-            let index = self.env.rng.usize(..self.env.saved.len());
-            // Mostly what it had saved later is lost, too; otherwise it may come back with that yet.
-            match self.env.likely(0.7) {
-                true => self.env.saved.truncate(index + 1),
-                false => self.env.comes_back = true,
-            }
-            let data = self.env.saved[index].clone();
-            tell!(self.env, "Redis is back at {:?}", data.number());
-            self.env.seen.tail_losses += 1;
-            self.env.hurt = true;
-            let compares = data.compares();
-            self.env.redis.restart(data);
-            // What it has read of the guard before may make it go back yet.
-            if compares || self.is_abandoned() || !self.site.delivery.is_up() || self.site.tables.last_restore > 0 {
-                self.env.redis.troubled.clear();
-            }
-            let unheard: Vec<u8> = (0..STREAMS).filter(|stream| self.has_unheard(*stream)).collect();
-            self.env.redis.troubled.retain(|stream, _| !unheard.contains(stream));
-            self.env.leftovers.clear();
-            if let Some(connection) = &mut self.site.connection {
-                connection.lose(Failure::backend("connection refused"));
-            }
+        if !self.env.saved[master].is_empty() && self.env.likely(faults.tail_losses) {
+            self.lose_tail(master);
         }
         if self.env.likely(faults.flushes) {
-            tell!(self.env, "Redis is emptied");
-            self.env.seen.flushes += 1;
-            self.env.saved.clear();
-            let kept = self.env.on_missing == OnMissing::Continue;
-            self.env.hurt |= !kept;
-            // Also by what it has read of the guard before.
-            let is_up = self.site.delivery.is_up();
-            let looks = self.is_abandoned() || self.env.redis.data.compares() || !is_up;
-            for uid in self.env.redis.appended.clone().into_iter().filter(|_| kept) {
-                // Or nobody would have known before the comparison came to its end.
-                let lost = !self.env.redis.holds(uid) || looks;
-                if lost || !self.is_known(uid) {
-                    self.env.in_doubt.insert(uid);
-                }
-                self.env.gone.insert(uid);
-            }
-            self.env.redis.flush();
+            self.empty(master);
         }
         // Nobody can heal what was lost before.
         if self.env.likely(faults.guard_losses) && self.is_whole() {
-            tell!(self.env, "the guard is deleted");
+            tell!(self.env, "the guard of {master} is deleted");
             self.env.seen.guard_losses += 1;
-            self.env.saved.clear();
-            self.env.redis.delete_guard();
+            self.env.saved[master].clear();
+            self.env.redis[master].delete_guard();
         }
     }
 
-    /// Redis has all that was ever appended.
+    /// It comes back with what it had saved.
+    fn lose_tail(&mut self, master: usize) {
+        let index = self.env.rng.usize(..self.env.saved[master].len());
+        // Mostly what it had saved later is lost, too; otherwise it may come back with that yet.
+        match self.env.likely(0.7) {
+            true => self.env.saved[master].truncate(index + 1),
+            false => self.env.comes_back = true,
+        }
+        let data = self.env.saved[master][index].clone();
+        tell!(self.env, "Redis {master} is back at {:?}", data.number());
+        self.env.seen.tail_losses += 1;
+        self.env.hurt = true;
+        let compares = data.compares();
+        self.env.redis[master].restart(data);
+        // What it has read of the guard before may make it go back yet.
+        if compares || self.is_abandoned(master) || !self.is_up(master) || self.site.tables.last_restore > 0 {
+            self.env.redis[master].troubled.clear();
+        }
+        let unheard: Vec<u8> = (0..STREAMS).filter(|stream| self.has_unheard(*stream)).collect();
+        self.env.redis[master]
+            .troubled
+            .retain(|stream, _| !unheard.contains(stream));
+        self.env.leftovers.retain(|(of, _)| *of != master);
+        for lane in self.site.lanes.iter_mut().filter(|lane| lane.master() == master) {
+            if let Some(connection) = &mut lane.connection {
+                connection.lose(Failure::backend("connection refused"));
+            }
+        }
+    }
+
+    fn empty(&mut self, master: usize) {
+        tell!(self.env, "Redis {master} is emptied");
+        self.env.seen.flushes += 1;
+        self.env.saved[master].clear();
+        let kept = self.env.on_missing == OnMissing::Continue;
+        self.env.hurt |= !kept;
+        // Also by what it has read of the guard before.
+        let compares = self.env.redis[master].data.compares();
+        let looks = self.is_abandoned(master) || compares || !self.is_up(master);
+        for uid in self.env.redis[master].appended.clone().into_iter().filter(|_| kept) {
+            // Or nobody would have known before the comparison came to its end.
+            let lost = !self.env.redis[master].holds(uid) || looks;
+            if lost || !self.is_known(uid) {
+                self.env.in_doubt.insert(uid);
+            }
+            self.env.gone.insert(uid);
+        }
+        self.env.redis[master].flush();
+    }
+
+    /// Each Redis has all that was ever appended to it.
     fn is_whole(&self) -> bool {
-        let redis = &self.env.redis;
-        let mut appended = redis.appended.iter();
-        appended.all(|uid| self.env.gone.contains(uid) || redis.holds(*uid))
+        let is_there = |redis: &Redis, uid: &u64| self.env.gone.contains(uid) || redis.holds(*uid);
+        let mut all = self.env.redis.iter();
+        all.all(|redis| redis.appended.iter().all(|uid| is_there(redis, uid)))
     }
 
     // --- the end
@@ -367,18 +430,20 @@ impl World {
     fn run_dry(&mut self) -> Result<(), String> {
         let Self { env, site, .. } = self;
         for _ in 0..100_000 {
-            let did = [
-                site.tend(env),
-                site.write(),
-                site.execute(env),
-                site.read_reply(),
-                site.take_report(env),
-                site.resume(env),
-                site.retry(env),
-                site.read_on(env),
-                env.execute_late(),
-            ];
-            if !did.contains(&true) {
+            let mut did = [site.read_on(env), env.execute_late()].contains(&true);
+            for at in 0..site.lanes.len() {
+                let steps = [
+                    site.tend(env, at),
+                    site.write(at),
+                    site.execute(env, at),
+                    site.read_reply(at),
+                    site.take_report(env, at),
+                    site.resume(env, at),
+                    site.retry(env, at),
+                ];
+                did |= steps.contains(&true);
+            }
+            if !did {
                 return Ok(());
             }
         }
@@ -394,10 +459,10 @@ impl World {
             ..
         } = self;
         if let Some(former) = former {
-            former.drop_connection(env);
+            former.drop_connections(env);
         }
         if let Some(clone) = clone {
-            clone.drop_connection(env);
+            clone.drop_connections(env);
         }
         if env.mutant == Mutant::ResumesUnsaved {
             // The damage is done; it would not come to an end.
@@ -407,28 +472,31 @@ impl World {
         site.image = None;
         site.database.finish(&mut env.rng);
         site.take_tick(env);
-        env.redis.out_of_memory = false;
-        env.redis.replicas_lag = false;
+        for redis in &mut env.redis {
+            (redis.out_of_memory, redis.replicas_lag) = (false, false);
+        }
         self.run_dry()?;
         // What has befallen Redis is noticed at the next refresh.
-        self.site.refresh();
+        (0..self.site.lanes.len()).for_each(|at| self.site.refresh(at));
         for round in 0..2_000 {
             self.run_dry()?;
-            if let Some(violation) = self.env.redis.violation.take() {
-                return Err(violation);
-            }
+            self.check_owners()?;
             let Self { env, site, .. } = self;
-            // Nobody else is there any more.
-            site.take_over |= site.delivery.state() == State::Fenced;
+            for lane in &mut site.lanes {
+                // Nobody else is there any more.
+                lane.take_over |= lane.delivery.state() == State::Fenced;
+            }
             let waits = site.tables.waiting().next().is_some();
-            let is_up = site.delivery.has_room();
-            if is_up && !waits && site.delivery.is_idle() {
+            let rests =
+                |lane: &Lane| lane.role == Role::Finder || (lane.delivery.has_room() && lane.delivery.is_idle());
+            if !waits && site.lanes.iter().all(rests) {
                 return Ok(());
             }
             if round == 5 && env.rng.bool() {
-                env.redis.troubled.clear();
+                env.mend_streams();
             }
-            match site.delivery.due_at() {
+            let sending = site.lanes.iter().filter(|lane| lane.role == Role::Redis);
+            match sending.filter_map(|lane| lane.delivery.due_at()).min() {
                 Some(due) => env.now = env.now.max(due),
                 None => return Err("something waits, and nothing is due".to_owned()),
             }

@@ -26,7 +26,9 @@ impl Backend {
             number: 0,
         };
         let duty = self.duty.of_lane(hash_slot, home);
-        Self::standing_at(cursor, Standing::default(), self.number, duty)
+        let mut lane = Self::standing_at(cursor, Standing::default(), self.number, duty);
+        lane.delivery.begins_where(&self.delivery);
+        lane
     }
 
     /// Saves a new lane, at the position of its finder, in the transaction that makes it.
