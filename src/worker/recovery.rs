@@ -87,7 +87,7 @@ impl Books for BackendBooks<'_> {
             on_missing: backend.on_missing_guard(),
             take_over: backend.is_told_to_take_over(),
             restored: backend.is_restored(),
-            last_restore: backend.row().map_or(0, |row| row.last_restore),
+            last_restore: backend.last_restore(),
         })
     }
 

@@ -27,6 +27,7 @@ impl OpenBatch {
     }
 
     /// Whether the next entry of a stream is to trim it.
+    #[inline]
     pub fn trims(&mut self, stream: &Rc<str>) -> bool {
         let known = self.untrimmed.iter_mut().find(|(name, _)| Rc::ptr_eq(name, stream));
         if let Some((_, entries)) = known {
@@ -40,6 +41,7 @@ impl OpenBatch {
     }
 
     /// Whether it has so many events, or so many bytes.
+    #[inline]
     pub fn is_full(&self, events: usize, bytes: usize) -> bool {
         self.entries.len() >= events || self.bytes.len() >= bytes
     }

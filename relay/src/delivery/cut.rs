@@ -128,6 +128,7 @@ impl Reader {
     }
 
     /// Whether another row may be added.
+    #[inline]
     fn has_room(&self) -> bool {
         self.open.is_some() || (self.room.batches > 0 && self.room.bytes > 0)
     }
@@ -182,6 +183,7 @@ impl Backends {
     }
 
     /// Who looks after rows of this number; 0: the strays' reader.
+    #[inline]
     fn known(&self, number: i32) -> i32 {
         match self.numbers.binary_search(&number) {
             Ok(_) => number,
@@ -298,6 +300,7 @@ impl Pass {
     }
 
     /// Whether a row lies before a reader.
+    #[inline]
     fn is_before(&self, reader: &Reader, key: Key) -> bool {
         reader.after < key.seq && (Arc::ptr_eq(&reader.from, &self.from) || !reader.from.snapshot.sees(key.xid))
     }

@@ -278,7 +278,7 @@ impl Env {
         }
         if is_cluster {
             // Nothing of these is about lanes.
-            (faults.promotions, faults.clones, faults.restores) = (0.0, 0.0, 0.0);
+            (faults.promotions, faults.clones) = (0.0, 0.0);
         }
         Self {
             redis: (0..masters).map(|_| Redis::default()).collect(),

@@ -40,6 +40,8 @@ pub struct Lane {
     pub comparing_to: Option<Arc<Tick>>,
     /// Restores of which all was looked for, in its streams.
     pub compared: Vec<u64>,
+    /// None of these transactions has a higher id.
+    pub last_compared: u64,
     /// Not yet written down, in order.
     pub pending: Vec<Record>,
     beat: u64,
@@ -71,6 +73,7 @@ impl Lane {
             take_over: false,
             comparing_to: None,
             compared: Vec::new(),
+            last_compared: 0,
             pending: Vec::new(),
             beat: 0,
         }
@@ -346,7 +349,7 @@ impl Site {
 
     /// Some part of the way of some event.
     pub fn go_on(&mut self, env: &mut Env, at: usize) -> bool {
-        match env.rng.u8(..17) {
+        match env.rng.u8(..18) {
             0 => self.tend(env, at),
             1 => self.retry(env, at),
             2 => {
@@ -358,6 +361,7 @@ impl Site {
             6..11 => self.execute(env, at),
             11..15 => self.read_reply(at),
             15 => self.rest(at),
+            16 => self.finish_lanes(env),
             _ => self.write(at),
         }
     }

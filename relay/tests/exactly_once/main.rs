@@ -186,6 +186,22 @@ fn a_cluster_whose_masters_fail_over_loses_and_repeats_nothing() {
     });
 }
 
+/// One lane has looked for what a dump has brought, others have not, and its master fails over.
+#[test]
+fn a_cluster_that_restores_a_dump_loses_and_repeats_nothing() {
+    mutate(None);
+    for_each_seed(300, |seed| {
+        let mut world = World::cluster(seed, Mutant::None);
+        world.env.faults = Faults {
+            cuts: 0.05,
+            restores: 0.2,
+            tail_losses: 0.05,
+            ..Faults::NONE
+        };
+        world.run().map(drop)
+    });
+}
+
 /// Mutations of the conversation and of recovery themselves; see `relay::fault`.
 #[cfg(feature = "faults")]
 mod mutated {

@@ -152,7 +152,7 @@ impl Books for SiteBooks<'_> {
             restored,
             last_restore: match env.mutant {
                 Mutant::ForgetsRestores => 0,
-                _ => site.tables.last_restore,
+                _ => site.tables.last_restore.max(lane.last_compared),
             },
         })
     }
@@ -278,8 +278,10 @@ impl Books for SiteBooks<'_> {
         let seen = |xid: &u64| compared.snapshot.sees(*xid);
         if site.lanes[*at].slot.is_some() {
             // The others, and the finder, have to come past them too.
+            let lane = &mut site.lanes[*at];
             let restores = site.tables.restores.iter().copied().filter(seen);
-            site.lanes[*at].compared.extend(restores);
+            lane.compared.extend(restores);
+            lane.last_compared = compared.snapshot.xmax() - 1;
             return Ok(());
         }
         for xid in site.tables.restores.extract_if(.., |xid| seen(xid)) {

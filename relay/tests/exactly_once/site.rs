@@ -227,6 +227,26 @@ impl Site {
         sending.find(|lane| lane.master() == master)
     }
 
+    /// What a dump has brought was looked for once all lanes have done so, and the finder has come past it: so no lane is to come yet.
+    pub fn finish_lanes(&mut self, env: &mut Env) -> bool {
+        let Some(latest) = self.latest.clone().filter(|_| env.is_cluster) else {
+            return false;
+        };
+        let finder = self.lanes[0].delivery.acked();
+        let has_found_all = Arc::ptr_eq(&finder.from, &latest) && finder.under_way.is_none();
+        let is_any_due = (1..self.lanes.len()).any(|at| self.restores_seen(at) > 0);
+        if !has_found_all || is_any_due || self.restores_seen(0) == 0 {
+            return false;
+        }
+        let tables = &mut self.tables;
+        for xid in tables.restores.extract_if(.., |xid| latest.snapshot.sees(*xid)) {
+            tables.last_restore = tables.last_restore.max(xid);
+            env.seen.restores += 1;
+        }
+        self.wal += 1;
+        true
+    }
+
     /// A lane for a hash slot that has none, where its finder stands: saved before that goes on.
     pub fn add_lane(&mut self, env: &mut Env, slot: u16, at: Position) {
         if env.likely(env.faults.aborts) {

@@ -430,7 +430,7 @@ impl World {
     fn run_dry(&mut self) -> Result<(), String> {
         let Self { env, site, .. } = self;
         for _ in 0..100_000 {
-            let mut did = [site.read_on(env), env.execute_late()].contains(&true);
+            let mut did = [site.read_on(env), site.finish_lanes(env), env.execute_late()].contains(&true);
             for at in 0..site.lanes.len() {
                 let steps = [
                     site.tend(env, at),

@@ -81,6 +81,13 @@ impl Backend {
         }
     }
 
+    /// No transaction with a higher id has restored events that were looked for; 0: none has. A lane may know more than
+    /// the tables.
+    pub fn last_restore(&self) -> u64 {
+        let saved = self.row().map_or(0, |row| row.last_restore);
+        saved.max(self.restored.last_compared)
+    }
+
     /// Events up to `tick` are going to be looked for in the streams.
     pub fn compares_to(&mut self, tick: &Arc<Tick>) {
         self.restored.comparing_to = Some(tick.clone());
@@ -108,8 +115,12 @@ impl Backend {
         let is_lane = self.lane().is_some();
         if let Some(row) = self.duty.row_mut().filter(|row| !row.restores.is_empty()) {
             if is_lane {
-                // The finder and the other lanes still have to pass them.
+                // The finder and the other lanes still have to pass them. Until then the tables do not say that they
+                // were compared.
                 self.restored.compared.append(&mut row.restores);
+                if let Some(tick) = &self.restored.comparing_to {
+                    self.restored.last_compared = tick.snapshot.xmax() - 1;
+                }
                 return Ok(());
             }
             let latest = process::transaction(|| restores::note_looked_for(&row.restores))?;

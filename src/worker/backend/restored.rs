@@ -9,6 +9,8 @@ use std::sync::Arc;
 pub struct Restored {
     /// Restores whose events a lane has compared.
     pub(super) compared: Vec<i64>,
+    /// No transaction with a higher id has brought any of these.
+    pub(super) last_compared: u64,
     /// More events were restored meanwhile: nothing is read beyond `compared_to` until they are compared too.
     pub(super) holds: bool,
     /// The tick up to which the streams are being looked through, and the one up to which they were.
