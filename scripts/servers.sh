@@ -27,13 +27,9 @@ make_temp_root() {
 
 # The processes that live below directory $1: Postgres works in its data directory, Redis in the one given with --dir.
 pids_below() {
-    local process cwd
-    for process in /proc/[0-9]*; do
-        cwd=$(readlink "$process/cwd" 2>/dev/null) || continue
-        # A removed directory shows as "... (deleted)".
-        [[ $cwd/ == "$1"/* ]] && echo "${process#/proc/}"
-    done
-    return 0
+    # A removed directory shows as "... (deleted)". Processes end while they are looked at.
+    find /proc -mindepth 2 -maxdepth 2 -path '/proc/[0-9]*/cwd' \( -lname "$1" -o -lname "$1/*" -o -lname "$1 (deleted)" \) \
+        -printf '%h\n' 2>/dev/null | sed 's,/proc/,,' || true
 }
 
 # Ends every server below directory $1, and removes it. SIGQUIT makes Postgres leave at once, and Redis too.
