@@ -21,13 +21,13 @@ pub(super) struct Waiting {
     /// By how often their heads were refused, then by the time at which they are to be tried.
     groups: [BTreeSet<(Now, Rc<str>)>; GROUPS],
     count: usize,
-    /// Index of the next turn in [`TURNS`].
-    turn: usize,
+    /// Index of the next pick in [`PICKS`].
+    pick: usize,
 }
 
 /// Which stream is tried next.
 #[derive(Clone, Copy)]
-enum Turn {
+enum Pick {
     /// The stream that has waited longest.
     Longest,
     /// Of the streams that were refused least often, the one that has waited longest.
@@ -37,7 +37,7 @@ enum Turn {
 }
 
 /// In a crowd each kind has its share of the attempts.
-const TURNS: [Turn; 4] = [Turn::Longest, Turn::Least, Turn::Longest, Turn::Latest];
+const PICKS: [Pick; 4] = [Pick::Longest, Pick::Least, Pick::Longest, Pick::Latest];
 
 fn group_of(attempts: u32) -> usize {
     (attempts as usize).min(GROUPS - 1)
@@ -73,16 +73,16 @@ impl Waiting {
     /// The stream that is to be tried next.
     pub(super) fn next_due(&mut self, now: Now) -> Option<Rc<str>> {
         let is_due = |(at, _): &&(Now, Rc<str>)| *at <= now;
-        let next = match TURNS[self.turn % TURNS.len()] {
-            Turn::Longest => self.firsts().filter(is_due).min(),
-            Turn::Least => self.firsts().find(is_due),
-            Turn::Latest => {
+        let next = match PICKS[self.pick % PICKS.len()] {
+            Pick::Longest => self.firsts().filter(is_due).min(),
+            Pick::Least => self.firsts().find(is_due),
+            Pick::Latest => {
                 let end = (now + Duration::from_nanos(1), Rc::from(""));
                 self.groups.iter().find_map(|group| group.range(..&end).next_back())
             }
         };
         let next = next.map(|(_, stream)| stream.clone())?;
-        self.turn = self.turn.wrapping_add(1);
+        self.pick = self.pick.wrapping_add(1);
         Some(next)
     }
 }

@@ -19,7 +19,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// A connection that has logged in, chosen its database and answered a PING.
-pub struct Connection {
+pub struct RedisConnection {
     stream: Stream,
     inbox: Inbox,
     /// For each reply and each write as a whole.
@@ -36,7 +36,7 @@ enum Stream {
     Unix(UnixStream),
 }
 
-impl Connection {
+impl RedisConnection {
     /// Blocks for at most `connect_timeout` for each address that the host's name stands for (and, beyond our reach,
     /// the resolver's own time), for the handshake of TLS, and for each step of logging in.
     pub fn open(destination: &Destination) -> Result<Self, Failure> {
@@ -452,7 +452,7 @@ mod tests {
 
     #[track_caller]
     fn assert_given_up_in_time(address: Address) {
-        let mut connection = Connection::open(&destination(address)).expect("a connection");
+        let mut connection = RedisConnection::open(&destination(address)).expect("a connection");
         let start = Instant::now();
         let failure = connection.receive(&Bounds::guard()).err().expect("no whole reply");
         let took = start.elapsed();

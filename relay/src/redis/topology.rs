@@ -5,7 +5,7 @@
 
 use crate::failure::{Class, Failure, Trouble};
 use crate::redis::answers::{is_replica, primary_in, ranges_in, redirect_in};
-use crate::redis::connection::Connection;
+use crate::redis::connection::RedisConnection;
 use crate::redis::destination::{Address, Destination, Route, Secret};
 use crate::resp::bounds::Bounds;
 use crate::resp::read::Reply;
@@ -39,7 +39,7 @@ fn with_learnt<R>(nodes: &[Address], f: impl FnOnce(&mut Learnt) -> R) -> R {
 }
 
 /// Opens a connection to the node that is to be written to. `found` is told its address before it is tried.
-pub fn open(destination: &Destination, found: &mut dyn FnMut(&Address)) -> Result<Connection, Failure> {
+pub fn open(destination: &Destination, found: &mut dyn FnMut(&Address)) -> Result<RedisConnection, Failure> {
     if let Some(refusal) = destination.password.as_ref().and_then(Secret::refusal) {
         // No connection is opened: whoever has pointed the backend there would get events, which are as secret as the
         // password.
@@ -48,7 +48,7 @@ pub fn open(destination: &Destination, found: &mut dyn FnMut(&Address)) -> Resul
     match &destination.route {
         Route::Direct => {
             found(&destination.address);
-            Connection::open(destination)
+            RedisConnection::open(destination)
         }
         Route::Sentinel { nodes, master } => by_sentinels(destination, nodes, master, found),
         Route::Cluster { nodes, hash_slot } => in_cluster(destination, nodes, *hash_slot, found),
@@ -62,7 +62,7 @@ fn by_sentinels(
     nodes: &[Address],
     master: &str,
     found: &mut dyn FnMut(&Address),
-) -> Result<Connection, Failure> {
+) -> Result<RedisConnection, Failure> {
     let mut tried: Vec<Address> = Vec::new();
     let (mut of_node, mut unknown, mut silent) = (None, None, None);
     for sentinel in nodes {
@@ -103,13 +103,13 @@ fn primary_of(destination: &Destination, sentinel: &Address, master: &str) -> Re
         db: 0,
         ..destination.clone()
     };
-    let connection = match Connection::open_at(&nobody, sentinel) {
+    let connection = match RedisConnection::open_at(&nobody, sentinel) {
         Err(failure) if failure.message.starts_with("NOAUTH") => {
             let login = Destination {
                 db: 0,
                 ..destination.clone()
             };
-            Connection::open_at(&login, sentinel)
+            RedisConnection::open_at(&login, sentinel)
         }
         opened => opened,
     };
@@ -118,8 +118,8 @@ fn primary_of(destination: &Destination, sentinel: &Address, master: &str) -> Re
 }
 
 /// Only a node that does not say that it is a replica is written to.
-fn open_primary(destination: &Destination, address: &Address) -> Result<Connection, Failure> {
-    let mut connection = Connection::open_at(destination, address)?;
+fn open_primary(destination: &Destination, address: &Address) -> Result<RedisConnection, Failure> {
+    let mut connection = RedisConnection::open_at(destination, address)?;
     // HELLO needs no further right. With a server or proxy that does not know it, the first write answers READONLY.
     let is_replica = match ask(&mut connection, &[b"HELLO", b"2"], &Bounds::HELLO) {
         Ok(reply) => is_replica(&reply),
@@ -142,7 +142,7 @@ fn in_cluster(
     nodes: &[Address],
     hash_slot: u16,
     found: &mut dyn FnMut(&Address),
-) -> Result<Connection, Failure> {
+) -> Result<RedisConnection, Failure> {
     let (moved, masters) = with_learnt(nodes, |learnt| {
         (learnt.moved.remove(&hash_slot), learnt.masters.clone())
     });
@@ -150,7 +150,7 @@ fn in_cluster(
     let (mut of_node, mut unserved, mut silent) = (None, None, None);
     if let Some(address) = moved {
         found(&address);
-        match Connection::open_at(destination, &address) {
+        match RedisConnection::open_at(destination, &address) {
             Ok(connection) => return Ok(connection),
             Err(failure) => of_node = Some(failure),
         }
@@ -186,7 +186,7 @@ fn in_cluster(
             Some(address) if !tried.contains(&address) => {
                 drop(connection);
                 found(&address);
-                match Connection::open_at(destination, &address) {
+                match RedisConnection::open_at(destination, &address) {
                     Ok(connection) => return Ok(connection),
                     Err(failure) => of_node = Some(failure),
                 }
@@ -220,8 +220,8 @@ struct Told {
     masters: Vec<Address>,
 }
 
-fn ranges_of(destination: &Destination, node: &Address, hash_slot: u16) -> Result<(Connection, Told), Failure> {
-    let mut connection = Connection::open_at(destination, node)?;
+fn ranges_of(destination: &Destination, node: &Address, hash_slot: u16) -> Result<(RedisConnection, Told), Failure> {
+    let mut connection = RedisConnection::open_at(destination, node)?;
     let mut told = Told {
         serves: None,
         masters: Vec::new(),
@@ -252,7 +252,7 @@ fn ranges_of(destination: &Destination, node: &Address, hash_slot: u16) -> Resul
     Ok((connection, told))
 }
 
-fn reply_to<'a>(connection: &'a mut Connection, words: &[&[u8]], bounds: &Bounds) -> Result<Reply<'a>, Failure> {
+fn reply_to<'a>(connection: &'a mut RedisConnection, words: &[&[u8]], bounds: &Bounds) -> Result<Reply<'a>, Failure> {
     let mut bytes = Vec::new();
     append_command(&mut bytes, words);
     connection.send(&bytes)?;
@@ -260,7 +260,7 @@ fn reply_to<'a>(connection: &'a mut Connection, words: &[&[u8]], bounds: &Bounds
 }
 
 /// Sends one command; an error reply is a failure, never an event's.
-fn ask(connection: &mut Connection, words: &[&[u8]], bounds: &Bounds) -> Result<Value, Failure> {
+fn ask(connection: &mut RedisConnection, words: &[&[u8]], bounds: &Bounds) -> Result<Value, Failure> {
     match reply_to(connection, words, bounds)?.value()? {
         Value::ServerError(error) => Err(crate::failure::reply(&error).not_of_an_event()),
         value => Ok(value),

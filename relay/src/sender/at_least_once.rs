@@ -2,7 +2,7 @@
 
 use crate::delivery::flight::{PIPELINED_BATCHES, Refusal};
 use crate::failure::{Failure, Trouble};
-use crate::redis::connection::Connection;
+use crate::redis::connection::RedisConnection;
 use crate::redis::destination::Destination;
 use crate::redis::replicas::{Replicas, WAIT_PAUSE};
 use crate::redis::topology;
@@ -17,7 +17,7 @@ use std::thread;
 
 /// Sends batches as they come, some ahead of their replies, until the connection ends or nobody listens any more.
 pub(super) fn pipeline(
-    connection: Connection,
+    connection: RedisConnection,
     destination: &Destination,
     replicas: Option<Replicas>,
     orders: &Receiver<Order>,
@@ -87,7 +87,7 @@ impl Pipeline<'_> {
         Ok(Some(line))
     }
 
-    fn write(&mut self, connection: &mut Connection, batch: Batch) -> Result<(), Failure> {
+    fn write(&mut self, connection: &mut RedisConnection, batch: Batch) -> Result<(), Failure> {
         match connection.send(&batch.bytes) {
             Err(failure) if failure.trouble != Trouble::Closed => return Err(failure),
             sent => self.closed = sent.err(),
@@ -97,7 +97,7 @@ impl Pipeline<'_> {
     }
 
     /// Reads the replies of a batch, and reports them. False: the connection has ended, or nobody listens.
-    fn hear(&self, connection: &mut Connection, batch: Batch) -> Result<bool, Failure> {
+    fn hear(&self, connection: &mut RedisConnection, batch: Batch) -> Result<bool, Failure> {
         let refused = match answers(connection, batch.commands) {
             Ok(refused) => refused.into_iter(),
             Err((failure, accepted, refused)) => {
@@ -124,7 +124,7 @@ impl Pipeline<'_> {
     }
 
     /// Waits until enough replicas have all that was written. False: nobody listens.
-    fn replicate(&self, connection: &mut Connection, replicas: Replicas) -> Result<bool, Failure> {
+    fn replicate(&self, connection: &mut RedisConnection, replicas: Replicas) -> Result<bool, Failure> {
         let mut reported = None;
         loop {
             let mut wait = Vec::new();
@@ -146,7 +146,7 @@ impl Pipeline<'_> {
 }
 
 /// Reads the replies of one batch.
-fn answers(connection: &mut Connection, commands: usize) -> Result<Vec<Refusal>, (Failure, usize, Vec<Refusal>)> {
+fn answers(connection: &mut RedisConnection, commands: usize) -> Result<Vec<Refusal>, (Failure, usize, Vec<Refusal>)> {
     let mut refused = Vec::new();
     for index in 0..commands {
         match connection.receive_entry_id() {

@@ -2,7 +2,7 @@
 
 use crate::failure::{Failure, Trouble};
 use crate::fault::{self, Point};
-use crate::redis::connection::Connection;
+use crate::redis::connection::RedisConnection;
 use crate::redis::replicas::WAIT_PAUSE;
 use crate::sender::conversation::Conversation;
 use crate::sender::idle::{Idle, Line};
@@ -75,7 +75,7 @@ pub(super) fn converse(
 /// Reads what the server had said before it closed the connection during a write, for example that an entry is too
 /// large.
 fn last_words(
-    connection: &mut Connection,
+    connection: &mut RedisConnection,
     conversation: &mut Conversation,
     reporter: &Reporter,
     failure: Failure,

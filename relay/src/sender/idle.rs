@@ -6,21 +6,21 @@
 //! which words must not be shown.
 
 use crate::failure::Failure;
-use crate::redis::connection::Connection;
+use crate::redis::connection::RedisConnection;
 use crate::sender::conversation::Conversation;
 use crate::sender::orders::Order;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// A connection and, with exactly_once, what was said on it.
 pub(crate) struct Line {
-    connection: Connection,
+    connection: RedisConnection,
     conversation: Option<Conversation>,
     /// The usual answer to the refresh that was written last.
     expected: Vec<u8>,
 }
 
 impl Line {
-    pub(crate) fn of(connection: Connection, conversation: Option<Conversation>) -> Box<Self> {
+    pub(crate) fn of(connection: RedisConnection, conversation: Option<Conversation>) -> Box<Self> {
         Box::new(Self {
             connection,
             conversation,
@@ -28,12 +28,12 @@ impl Line {
         })
     }
 
-    pub(crate) fn connection(&mut self) -> &mut Connection {
+    pub(crate) fn connection(&mut self) -> &mut RedisConnection {
         &mut self.connection
     }
 
     /// With exactly_once.
-    pub(crate) fn conversation(&mut self) -> Option<(&mut Connection, &mut Conversation)> {
+    pub(crate) fn conversation(&mut self) -> Option<(&mut RedisConnection, &mut Conversation)> {
         let conversation = self.conversation.as_mut()?;
         Some((&mut self.connection, conversation))
     }

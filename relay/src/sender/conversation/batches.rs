@@ -9,7 +9,7 @@ use crate::resp::read::Reply;
 use crate::resp::write::append_command;
 use crate::sender::conversation::Conversation;
 use crate::sender::conversation::replies::{refusals, touched};
-use crate::sender::conversation::state::{ConversationState, Expect, Kind, Next, Written};
+use crate::sender::conversation::state::{ConversationState, Expect, Kind, Next, WrittenBatch};
 use crate::sender::orders::{Batch, Report};
 use redis::{ServerError, Value};
 
@@ -62,11 +62,11 @@ impl Conversation {
         Next::Batch(batch)
     }
 
-    fn written(&mut self, batch: Batch, kind: Kind) -> Written {
+    fn written(&mut self, batch: Batch, kind: Kind) -> WrittenBatch {
         self.out.extend_from_slice(&batch.bytes);
         let commands = batch.commands + 2;
         self.expected.push_back(Expect::Queued { next: 0, commands });
-        Written {
+        WrittenBatch {
             batch,
             kind,
             unqueued: Vec::new(),
@@ -74,7 +74,7 @@ impl Conversation {
     }
 
     /// Executes a batch that is queued: the token was read, and is ours.
-    pub(super) fn execute(&mut self, token: String, batch: Written) -> ConversationState {
+    pub(super) fn execute(&mut self, token: String, batch: WrittenBatch) -> ConversationState {
         if !fault::is_mutated(Mutation::TwoExecs) {
             self.append_exec();
         }
@@ -168,7 +168,7 @@ impl Conversation {
     fn done(
         &mut self,
         token: String,
-        batch: Written,
+        batch: WrittenBatch,
         refused: Vec<Refusal>,
         next: Next,
         reports: &mut Vec<Report>,
@@ -230,7 +230,7 @@ impl Conversation {
 }
 
 /// Redis would not execute a batch: whether that is because of events in it. The error is the backend's.
-fn is_for_its_events(batch: &Written, error: &ServerError) -> Result<(), Failure> {
+fn is_for_its_events(batch: &WrittenBatch, error: &ServerError) -> Result<(), Failure> {
     let of_backend = batch.unqueued.iter().find(|(_, failure)| failure.class != Class::Event);
     match of_backend {
         Some((_, failure)) => Err(failure.clone()),
@@ -240,7 +240,7 @@ fn is_for_its_events(batch: &Written, error: &ServerError) -> Result<(), Failure
 }
 
 /// Nothing of the batch was appended, because of these events.
-fn aborted(batch: Written) -> Report {
+fn aborted(batch: WrittenBatch) -> Report {
     Report::Aborted {
         refused: batch.unqueued,
         buffer: batch.batch.bytes,

@@ -25,11 +25,15 @@ pub(super) enum ConversationState {
     /// As armed, and events are being looked for.
     Searching { token: String, search: Box<Search> },
     /// The EXEC of a batch was sent.
-    Executing { token: String, batch: Written, next: Next },
+    Executing {
+        token: String,
+        batch: WrittenBatch,
+        next: Next,
+    },
     /// The batch is appended, and waits for replicas. Nothing comes behind it: a further WAIT would be queued.
     Replicating {
         token: String,
-        batch: Written,
+        batch: WrittenBatch,
         refused: Vec<Refusal>,
     },
     /// WATCH was sent, and the question for the token: no EXEC may be sent before the answer.
@@ -54,7 +58,7 @@ impl ConversationState {
     }
 
     /// Batches that were written and are not done with.
-    pub(super) fn batches(&self) -> impl Iterator<Item = &Written> {
+    pub(super) fn batches(&self) -> impl Iterator<Item = &WrittenBatch> {
         let (batch, next) = match self {
             Self::Executing { batch, next, .. } => (Some(batch), Some(next)),
             Self::Replicating { batch, .. } => (Some(batch), None),
@@ -77,12 +81,12 @@ impl ConversationState {
 pub(super) enum Next {
     Nothing,
     /// Its commands are queued in Redis; its EXEC is not sent.
-    Batch(Written),
+    Batch(WrittenBatch),
     Search(Box<Search>),
 }
 
 /// A batch whose commands were written.
-pub(super) struct Written {
+pub(super) struct WrittenBatch {
     pub(super) batch: Batch,
     pub(super) kind: Kind,
     /// Errors of commands that were not even queued.

@@ -23,7 +23,7 @@ pub(super) struct Page {
     left: u64,
     /// Of all of their fields, about.
     pub bytes: u64,
-    next: Next,
+    next: EntryPart,
     /// Of the entry at hand.
     id: Vec<u8>,
     event_id: Option<[u8; 36]>,
@@ -32,18 +32,18 @@ pub(super) struct Page {
 
 /// What an entry goes on with.
 #[derive(Clone, Copy)]
-enum Next {
+enum EntryPart {
     Entry,
     Id,
     Fields,
     /// So many names and values are to come.
     Name(u64),
-    Value(u64, Option<Known>),
+    Value(u64, Option<KnownField>),
 }
 
 /// A field that tells.
 #[derive(Clone, Copy)]
-enum Known {
+enum KnownField {
     EventId,
     Time,
 }
@@ -54,7 +54,7 @@ impl Page {
             entries: entries as usize,
             left: entries,
             bytes: 0,
-            next: Next::Entry,
+            next: EntryPart::Entry,
             id: Vec::new(),
             event_id: None,
             time: None,
@@ -68,33 +68,33 @@ impl Page {
     /// Takes in the next piece; gives the entry that ends with it.
     pub(super) fn take(&mut self, piece: Piece<'_>) -> Result<Option<Entry>, Failure> {
         self.next = match (self.next, piece) {
-            (Next::Entry, Piece::Array(2)) => Next::Id,
-            (Next::Id, Piece::String { text: Some(id), .. }) => {
+            (EntryPart::Entry, Piece::Array(2)) => EntryPart::Id,
+            (EntryPart::Id, Piece::String { text: Some(id), .. }) => {
                 self.id = id.to_vec();
-                Next::Fields
+                EntryPart::Fields
             }
-            (Next::Fields, Piece::Array(0)) => return Ok(self.end()),
-            (Next::Fields, Piece::Array(fields)) if fields % 2 == 0 => Next::Name(fields),
-            (Next::Name(left), Piece::String { size, text }) => {
+            (EntryPart::Fields, Piece::Array(0)) => return Ok(self.end()),
+            (EntryPart::Fields, Piece::Array(fields)) if fields % 2 == 0 => EntryPart::Name(fields),
+            (EntryPart::Name(left), Piece::String { size, text }) => {
                 self.bytes = self.bytes.saturating_add(size + AROUND_A_STRING);
                 let known = match text {
-                    Some(b"event_id") => Some(Known::EventId),
-                    Some(b"timestamp") => Some(Known::Time),
+                    Some(b"event_id") => Some(KnownField::EventId),
+                    Some(b"timestamp") => Some(KnownField::Time),
                     _ => None,
                 };
-                Next::Value(left - 1, known)
+                EntryPart::Value(left - 1, known)
             }
-            (Next::Value(left, known), Piece::String { size, text }) => {
+            (EntryPart::Value(left, known), Piece::String { size, text }) => {
                 self.bytes = self.bytes.saturating_add(size + AROUND_A_STRING);
                 let text = text.unwrap_or_default();
                 match known {
-                    Some(Known::EventId) => self.event_id = self.event_id.or_else(|| text.try_into().ok()),
-                    Some(Known::Time) => self.time = self.time.or_else(|| text.try_into().ok()),
+                    Some(KnownField::EventId) => self.event_id = self.event_id.or_else(|| text.try_into().ok()),
+                    Some(KnownField::Time) => self.time = self.time.or_else(|| text.try_into().ok()),
                     None => {}
                 }
                 match left - 1 {
                     0 => return Ok(self.end()),
-                    left => Next::Name(left),
+                    left => EntryPart::Name(left),
                 }
             }
             _ => return Err(Failure::backend("unexpected reply to XREVRANGE")),
@@ -103,7 +103,7 @@ impl Page {
     }
 
     fn end(&mut self) -> Option<Entry> {
-        self.next = Next::Entry;
+        self.next = EntryPart::Entry;
         self.left = self.left.saturating_sub(1);
         let (event_id, time) = (self.event_id.take(), self.time.take());
         Some(Entry {
