@@ -169,9 +169,9 @@ fn has_row_security(table: pg_sys::Oid) -> bool {
 /// In the words of Postgres, and more of them.
 fn refuse(asked: &Asked, others: &[i16]) -> ! {
     let name = |column: &i16| {
-        // SAFETY: a catalog look-up; the name lives in the current memory context.
         let name = match column {
             0 => std::ptr::null_mut(),
+            // SAFETY: a catalog look-up; the name lives in the current memory context.
             column => unsafe { pg_sys::get_attname(asked.table, *column, true) },
         };
         match name.is_null() {

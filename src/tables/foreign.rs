@@ -73,7 +73,7 @@ pub fn look() -> Option<Look> {
     let broken = query(
         "select relation, name, found from outbox.broken_triggers()",
         &[],
-        |row| BrokenTrigger::of(row),
+        BrokenTrigger::of,
     );
     let has_future_xid = has_future_xid();
     query(

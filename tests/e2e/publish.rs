@@ -445,7 +445,8 @@ fn a_transaction_sees_what_it_has_published_and_nothing_of_others() {
         .batch_execute("begin; select outbox.publish_event('other', 's')")
         .unwrap();
     let mut client = stack.pg.client_as("publisher", "postgres");
-    let here = |client: &mut Client| -> Vec<(String, String, Option<String>, String, String, Option<Value>)> {
+    type Published = (String, String, Option<String>, String, String, Option<Value>);
+    let here = |client: &mut Client| -> Vec<Published> {
         let rows = client.query("select * from outbox.published_here()", &[]).unwrap();
         let row = |row: &postgres::Row| (row.get(1), row.get(2), row.get(3), row.get(4), row.get(5), row.get(6));
         rows.iter().map(row).collect()

@@ -423,8 +423,11 @@ fn empty_texts_and_json_null_are_nothing() {
     wait_eq("its stream", 1, || stack.redis.xlen("others"));
 }
 
+/// Severities and messages.
+type Notices = Arc<Mutex<Vec<(String, String)>>>;
+
 /// A client that keeps what the server says beside its answers.
-fn noticing(stack: &Stack) -> (Client, Arc<Mutex<Vec<(String, String)>>>) {
+fn noticing(stack: &Stack) -> (Client, Notices) {
     let said = Arc::new(Mutex::new(Vec::new()));
     let heard = said.clone();
     let mut config = stack.pg.config("postgres", "postgres");
