@@ -16,7 +16,7 @@ target_dir   := $(or $(CARGO_TARGET_DIR),target)
 library      := $(target_dir)/release/lib$(EXTENSION).so
 
 # The targets that need no Postgres must work without one.
-ifneq ($(filter-out help clean demo test test-redis-versions test-postgres-versions test-assertions test-packages deb dist image bench bench-quick chaos fuzz deny record-broadcaster site,$(or $(MAKECMDGOALS),all)),)
+ifneq ($(filter-out help clean demo test test-redis-versions test-postgres-versions test-assertions test-packages test-monitoring deb dist image bench bench-quick chaos fuzz deny record-broadcaster site,$(or $(MAKECMDGOALS),all)),)
 major := $(shell $(PG_CONFIG) --version 2>/dev/null | sed -nE 's/^PostgreSQL ([0-9]+).*/\1/p')
 ifeq ($(major),)
 $(error "$(PG_CONFIG)" is no working pg_config. Name one with PG_CONFIG=..., or let scripts/setup install Postgres and say where it is)
@@ -36,7 +36,7 @@ empty        :=
 space        := $(empty) $(empty)
 features      = pg$(major)$(if $(strip $(FEATURES)),$(comma)$(subst $(space),$(comma),$(strip $(FEATURES))))
 
-.PHONY: all install install-strip uninstall demo test test-redis-versions test-postgres-versions test-assertions test-packages deb dist image lint bench bench-quick chaos fuzz deny record-broadcaster site clean help headers
+.PHONY: all install install-strip uninstall demo test test-redis-versions test-postgres-versions test-assertions test-packages test-monitoring deb dist image lint bench bench-quick chaos fuzz deny record-broadcaster site clean help headers
 
 # What the library was built for: installing another one would keep the server from starting.
 stamp := $(target_dir)/release/$(EXTENSION).built-for
@@ -93,6 +93,9 @@ dist: ## the archive for PGXN: target/dist
 
 image: ## the extension image for CloudNativePG, of the Postgres 18 of PG_CONFIG: target/image
 	scripts/image
+
+test-monitoring: ## scrape a real server as contrib/monitoring says, with Debian's Prometheus, and ask for every panel and alert
+	scripts/test-monitoring
 
 lint: headers ## formatting, clippy, arrows between modules, the SQL script and dependencies, as CI checks them
 	$(CARGO) fmt --all --check

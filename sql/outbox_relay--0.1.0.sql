@@ -975,13 +975,15 @@ insert into outbox.backends (name) values ('default');
 -- Looking
 ----------------------------------------------------------------------------------------------------------------------
 
+-- The estimates of rows matter: with the default of 1,000, the views on them look so expensive that they are compiled (JIT), and
+-- that takes half a second.
 create function outbox.worker_status(out worker_pid integer, out state text) returns setof record
-    language c volatile
+    language c volatile rows 1
     as 'MODULE_PATHNAME', 'worker_status_wrapper';
 comment on function outbox.worker_status() is 'This database''s worker: its process id, and its state or the reason why there is none.';
 
 create function outbox.backlog(backend_number integer, out pending bigint, out oldest_created_at timestamptz) returns setof record
-    language c volatile strict
+    language c volatile strict rows 1
     as 'MODULE_PATHNAME', 'backlog_wrapper';
 comment on function outbox.backlog(integer) is 'How many committed events of a backend lie behind its saved cursor: exact up to 10,000, an estimate above.';
 
@@ -1109,7 +1111,9 @@ from (values
         'Rows of outbox.events, as the last vacuum or analyze has estimated.'),
     ('outbox_relay_retained_bytes', pg_catalog.pg_total_relation_size('outbox.events')::double precision, 'Size of outbox.events with its indexes.'),
     ('outbox_relay_oldest_retained_timestamp_seconds', (select extract(epoch from pg_catalog.min(e.created_at)) from outbox.events e)::double precision,
-        'When the oldest event that is kept was published.')
+        'When the oldest event that is kept was published.'),
+    ('outbox_relay_read_timestamp_seconds', extract(epoch from pg_catalog.clock_timestamp())::double precision,
+        'When these figures were read: some exporters go on showing the last ones while the server does not answer.')
 ) t (name, value, help)
 where t.value is not null;
 comment on view outbox.metrics is 'Figures for a monitoring system: name, type (counter or gauge), labels, value, help. No event ids, streams or payloads are among them. Counters are saved with the cursors, so that they outlive a restart; they lag by a second at most.';
@@ -1406,7 +1410,7 @@ $$;
 comment on function outbox.event_health(interval) is 'Part of outbox.health(): what keeps events back, and what keeps them for too long.';
 
 create function outbox.health(old interval default '10 min', out "check" text, out status text, out detail text, out hint text) returns setof record
-    language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+    language plpgsql volatile security definer set search_path = pg_catalog, pg_temp set jit = off
     as $$
 begin
     return query select * from outbox.worker_health();

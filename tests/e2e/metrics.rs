@@ -75,3 +75,30 @@ fn counters_outlive_a_restart_and_a_monitor_may_read_them() {
         1.0
     );
 }
+
+// A server compiles (JIT) what looks expensive, and that takes longer than the query itself.
+#[test]
+fn the_views_are_cheap_in_the_planners_eyes() {
+    let stack = Stack::of(Postgres::with(QUICK), Redis::start());
+    let limit: f64 = stack
+        .pg
+        .one("select current_setting('jit_above_cost')::double precision");
+    for view in ["metrics", "backend_status", "status", "top", "event_status"] {
+        let rows = stack
+            .pg
+            .client()
+            .query(&format!("explain select * from outbox.{view}"), &[])
+            .expect("a plan");
+        let plan: String = rows[0].get(0);
+        let cost = plan
+            .split_once("..")
+            .and_then(|(_, rest)| rest.split_once(' '))
+            .and_then(|(cost, _)| cost.parse::<f64>().ok())
+            .expect("a plan with its cost");
+        assert!(cost < limit, "{view}: {plan}");
+    }
+    let health: Vec<String> = stack
+        .pg
+        .one("select proconfig from pg_proc where oid = 'outbox.health(interval)'::regprocedure");
+    assert!(health.iter().any(|setting| setting == "jit=off"), "{health:?}");
+}
