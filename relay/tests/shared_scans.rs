@@ -368,7 +368,10 @@ impl World {
         let of_backend = self.members.iter().filter(|m| m.number == CLUSTER);
         let counts = |m: &&Member| self.mutant != Mutant::PurgesWithoutLanes || m.lane.is_none();
         let delivered = of_backend.filter(counts).map(|m| m.delivery.acked().from.clone());
-        let lowest = delivered.min_by_key(|tick| tick.next_xid);
+        let lowest = delivered.reduce(|lowest, tick| match tick.snapshot.includes(&lowest.snapshot) {
+            true => lowest,
+            false => tick,
+        });
         if let Some(old) = std::mem::replace(&mut self.old, lowest) {
             let is_its = |key: &Key| number(self.database.row(key.seq).stream) == CLUSTER;
             let rows: Vec<i64> = self.database.rows().filter(is_its).map(|key| key.seq).collect();

@@ -279,9 +279,13 @@ impl Books for SiteBooks<'_> {
         if site.lanes[*at].slot.is_some() {
             // The others, and the finder, have to come past them too.
             let lane = &mut site.lanes[*at];
-            let restores = site.tables.restores.iter().copied().filter(seen);
+            let known = lane.compared.len();
+            let due = |xid: &u64| seen(xid) && !lane.compared.contains(xid);
+            let restores: Vec<u64> = site.tables.restores.iter().copied().filter(due).collect();
             lane.compared.extend(restores);
-            lane.last_compared = compared.snapshot.xmax() - 1;
+            if lane.compared.len() > known {
+                lane.last_compared = compared.snapshot.xmax() - 1;
+            }
             return Ok(());
         }
         for xid in site.tables.restores.extract_if(.., |xid| seen(xid)) {

@@ -182,7 +182,10 @@ impl Site {
         let counts = |slot: &Option<u16>| env.mutant != Mutant::PurgesWithoutLanes || slot.is_none();
         let saved = self.tables.saved.iter().filter(|(slot, _)| counts(slot));
         let delivered = saved.map(|(_, saved)| saved.cursor.position.from.clone());
-        self.old = delivered.min_by_key(|tick| tick.next_xid);
+        self.old = delivered.reduce(|lowest, tick| match tick.snapshot.includes(&lowest.snapshot) {
+            true => lowest,
+            false => tick,
+        });
         self.wal += 1;
     }
 
