@@ -30,10 +30,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// Takes one backend as far as it can go now. `newest`: the newest tick.
-pub fn step(backend: &mut Backend, identity: &Identity, newest: &Arc<Tick>, now: Now) -> Result<(), Aborted> {
+pub(super) fn step(backend: &mut Backend, identity: &Identity, newest: &Arc<Tick>, now: Now) -> Result<(), Aborted> {
     if !backend.recovery.is_due() && backend.delivery.is_up() {
-        // It has what was asked for.
-        return forget_take_over(backend);
+        // It is to take over and believes that it is the owner. Another server may have become that since: only a claim tells.
+        backend.let_go();
+        return Ok(());
     }
     let mut recovery = std::mem::take(&mut backend.recovery);
     let stepped = recovery.step(
@@ -299,7 +300,7 @@ fn forget_take_over(backend: &mut Backend) -> Result<(), Aborted> {
 }
 
 /// What all lanes of a backend were to do once is done: it is forgotten. `restored`: a tick that sees what restores have brought.
-pub fn finish_lanes(backends: &mut [Backend], latest: &Arc<Tick>) -> Result<(), Aborted> {
+pub(super) fn finish_lanes(backends: &mut [Backend], latest: &Arc<Tick>) -> Result<(), Aborted> {
     for index in 0..backends.len() {
         let finder = &backends[index];
         let Some(row) = finder.row().filter(|_| finder.is_finder()) else {
@@ -324,7 +325,7 @@ pub fn finish_lanes(backends: &mut [Backend], latest: &Arc<Tick>) -> Result<(), 
 }
 
 /// With at_least_once, what a dump has brought is sent, wherever it may stand already.
-pub fn give_up_comparing(backend: &mut Backend) -> Result<(), Aborted> {
+pub(super) fn give_up_comparing(backend: &mut Backend) -> Result<(), Aborted> {
     let Some(row) = backend.row().filter(|row| !row.restores.is_empty()) else {
         return Ok(());
     };

@@ -168,6 +168,20 @@ fn taking_over_what_one_owns_leaves_no_permit_behind() {
 
 /// Asked for on one server, it counts there, not on those that replay its WAL.
 #[test]
+fn a_take_over_counts_where_nobody_has_noticed_the_new_owner() {
+    // The former owner looks at its guard so seldom that it does not know.
+    let (stack, promoted, _) = both_alive(&[("outbox_relay.poll_interval", "10s")]);
+    take_over(&promoted);
+    wait_owner(&promoted, &stack.redis);
+    assert_eq!(standing(&stack.pg, "default").state, "idle", "it has not noticed");
+    take_over(&stack.pg);
+    wait_owner(&stack.pg, &stack.redis);
+    publish(&stack.pg, "again", 2);
+    stack.wait_events(5);
+    wait_until("the permit to be used", || permits(&stack.pg) == 0);
+}
+
+#[test]
 fn a_permit_that_was_not_used_is_not_inherited() {
     let stack = Stack::with(WATCHFUL);
     let standby = stack.pg.standby().start();
