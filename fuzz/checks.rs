@@ -32,7 +32,7 @@ const BOUNDS: [Bounds; 5] = [
 ];
 
 /// The reply decoder finds the same replies however the bytes arrive, and agrees with the parser on what they are. None is beyond its bounds.
-pub fn replies(input: &[u8]) {
+pub(crate) fn replies(input: &[u8]) {
     for bounds in BOUNDS {
         let whole = taken(input, &bounds, std::iter::repeat(usize::MAX));
         assert_eq!(whole, taken(input, &bounds, std::iter::repeat(1)), "byte by byte");
@@ -147,7 +147,7 @@ fn agrees(bytes: &[u8]) {
 
 /// Whatever a server says, a conversation neither panics nor takes anything for a delivery that is none: a batch is done only after an EXEC with
 /// a reply for each of its entries.
-pub fn conversation(input: &[u8]) {
+pub(crate) fn conversation(input: &[u8]) {
     let Some((&setup, said)) = input.split_first() else {
         return;
     };
@@ -250,7 +250,7 @@ fn wanted() -> Wanted {
 }
 
 /// What a server says is shown on one line, cut, and blamed on somebody; about a transaction as a whole or a login, never on an event.
-pub fn classify(input: &[u8]) {
+pub(crate) fn classify(input: &[u8]) {
     let line: Vec<u8> = input.iter().copied().filter(|b| !matches!(b, b'\r' | b'\n')).collect();
     if let Ok(Value::ServerError(error)) = redis::parse_redis_value(&[b"-", line.as_slice(), b"\r\n"].concat()) {
         let failure = failure::reply(&error);
@@ -370,7 +370,7 @@ impl<'a> Texts<'a> {
 }
 
 /// An entry decodes to the arguments that it was made of, and its cloud_event is JSON with the same values.
-pub fn encode(input: &[u8]) {
+pub(crate) fn encode(input: &[u8]) {
     let mut texts = Texts(input);
     let mut event_id = [0; 16];
     event_id.iter_mut().for_each(|byte| *byte = texts.byte());
@@ -478,7 +478,7 @@ fn decoded(bytes: &[u8]) -> Vec<String> {
 }
 
 /// A `publisher_config` that is taken gives each of its keys once, none of them built in, with the text of its value.
-pub fn publish(input: &[u8]) {
+pub(crate) fn publish(input: &[u8]) {
     let text = String::from_utf8_lossy(input);
     let parsed = serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(&text);
     let fields = further_fields(&text);
@@ -520,7 +520,7 @@ pub fn publish(input: &[u8]) {
 }
 
 /// What a sentinel or a node of a cluster says is an address that can be connected to, or a failure, never an event's.
-pub fn nodes(input: &[u8]) {
+pub(crate) fn nodes(input: &[u8]) {
     let is_address = |address: &Address| {
         let can_be = |b: u8| b.is_ascii_graphic() && !matches!(b, b'/' | b'"' | b'\'' | b'\\');
         matches!(address, Address::Tcp { host, .. } if (1..=253).contains(&host.len()) && host.bytes().all(can_be))
@@ -557,7 +557,7 @@ pub fn nodes(input: &[u8]) {
 }
 
 /// A key lies where another's checksum of its tag puts it, and the guard beside it lies there too.
-pub fn slots(input: &[u8]) {
+pub(crate) fn slots(input: &[u8]) {
     let open = input.iter().position(|byte| *byte == b'{');
     let tag = open.map(|open| &input[open + 1..]).and_then(|rest| {
         let close = rest.iter().position(|byte| *byte == b'}')?;

@@ -11,6 +11,9 @@
 //! server      manners of a Postgres process
 //! ```
 
+// At most as many as clippy.toml says. A table may be longer, and says so.
+#![warn(clippy::too_many_lines)]
+
 #[cfg(not(panic = "unwind"))]
 compile_error!("outbox_relay must be built with panic=unwind: a panic must become an ERROR, not the end of the server");
 

@@ -10,7 +10,7 @@ const SMALL: u64 = 10_000;
 /// A small one is over in a moment, so several of them make one measurement.
 const SMALL_DRAINS: usize = 3;
 
-pub fn measure(scale: &Scale) -> Taken {
+pub(crate) fn measure(scale: &Scale) -> Taken {
     let small = Backlog::of(SMALL, false);
     let mut large = Backlog::of(SMALL, false);
     let rate = |backlog: &Backlog| backlog.drain(DEFAULT).rate();

@@ -2,25 +2,25 @@
 
 use kit::{Postgres, Stack};
 
-pub const TABLE: &str = "create table bare (like outbox.events including indexes);
+pub(crate) const TABLE: &str = "create table bare (like outbox.events including indexes);
     create sequence bare_seq;
     alter table bare alter xid set default pg_current_xact_id(), alter seq set default nextval('bare_seq'),
        alter created_at set default clock_timestamp(), alter event_id set default gen_random_uuid(),
        alter backend set default 'default', alter backend_number set default 1";
 
 /// A payload of 200 bytes.
-pub fn data(n: usize) -> String {
+pub(crate) fn data(n: usize) -> String {
     format!(r#"{{"n": {}, "pad": "{}"}}"#, 1_000_000 + n, "x".repeat(174))
 }
 
-pub fn publish_sql() -> String {
+pub(crate) fn publish_sql() -> String {
     format!(
         "select outbox.publish_event('bench.publish', 'bench', '{}');\n",
         data(1)
     )
 }
 
-pub fn insert_sql() -> String {
+pub(crate) fn insert_sql() -> String {
     format!(
         "insert into bare (event_type, source, data) values ('bench.publish', 'bench', '{}');\n",
         data(1)
@@ -28,13 +28,13 @@ pub fn insert_sql() -> String {
 }
 
 /// What a run of pgbench came to.
-pub struct Ran {
+pub(crate) struct Ran {
     pub tps: f64,
     pub transactions: u64,
 }
 
 /// Runs a script of one statement, prepared, with so many clients for so long.
-pub fn pgbench(pg: &Postgres, script: &str, clients: u32, durable: bool, seconds: u32) -> Ran {
+pub(crate) fn pgbench(pg: &Postgres, script: &str, clients: u32, durable: bool, seconds: u32) -> Ran {
     let commit = if durable { "on" } else { "off" };
     pg.exec(&format!("alter database postgres set synchronous_commit to {commit}"));
     let (clients, seconds) = (clients.to_string(), seconds.to_string());
@@ -55,7 +55,7 @@ pub fn pgbench(pg: &Postgres, script: &str, clients: u32, durable: bool, seconds
 }
 
 /// Both tables as at the start, and a checkpoint behind them.
-pub fn empty(stack: &Stack) {
+pub(crate) fn empty(stack: &Stack) {
     stack
         .pg
         .exec("truncate outbox.events cascade; truncate bare; checkpoint");

@@ -19,7 +19,7 @@ const STYLE: &str = "<style>
 
 /// How values lie on an axis.
 #[derive(Clone, Copy)]
-pub enum Scale {
+pub(crate) enum Scale {
     Linear,
     Log,
     /// Shares in percent: 90, 99 and 99.9 are as far from each other.
@@ -36,7 +36,7 @@ impl Scale {
     }
 }
 
-pub struct Axis {
+pub(crate) struct Axis {
     pub label: String,
     pub scale: Scale,
     pub from: f64,
@@ -55,9 +55,9 @@ impl Axis {
 
 /// Which colour: ours, the floor's, a rival's...
 #[derive(Clone, Copy)]
-pub struct Colour(pub usize);
+pub(crate) struct Colour(pub usize);
 
-pub struct Line {
+pub(crate) struct Line {
     pub name: String,
     pub colour: Colour,
     pub points: Vec<(f64, f64)>,
@@ -65,7 +65,7 @@ pub struct Line {
     pub dots: bool,
 }
 
-pub struct Bar {
+pub(crate) struct Bar {
     pub name: String,
     pub colour: Colour,
     pub value: f64,
@@ -73,7 +73,7 @@ pub struct Bar {
 }
 
 /// Lines over two axes, each with its name at its end.
-pub fn lines(title: &str, subtitle: &str, x: &Axis, y: &Axis, lines: &[Line]) -> String {
+pub(crate) fn lines(title: &str, subtitle: &str, x: &Axis, y: &Axis, lines: &[Line]) -> String {
     const HEIGHT: f64 = 420.0;
     let (left, right, top, bottom) = (84.0, WIDTH - 190.0, TOP + 14.0, HEIGHT - 58.0);
     let at_x = |value: f64| left + x.share(value) * (right - left);
@@ -143,7 +143,7 @@ pub fn lines(title: &str, subtitle: &str, x: &Axis, y: &Axis, lines: &[Line]) ->
 }
 
 /// Horizontal bars with what they come to.
-pub fn bars(title: &str, subtitle: &str, bars: &[Bar]) -> String {
+pub(crate) fn bars(title: &str, subtitle: &str, bars: &[Bar]) -> String {
     const ROW: f64 = 38.0;
     let (left, right) = (250.0, WIDTH - 110.0);
     let most = bars.iter().map(|bar| bar.value).fold(1.0, f64::max);

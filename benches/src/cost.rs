@@ -30,7 +30,7 @@ impl Cost {
     }
 }
 
-pub fn measure(scale: &Scale) -> Taken {
+pub(crate) fn measure(scale: &Scale) -> Taken {
     let stack = stack();
     let mut taken = Taken::default();
     for (name, clients, rate, events, goal) in PACES {

@@ -39,7 +39,7 @@ const EXACT_1000: usize = 1;
 const DEFAULTS: usize = 2;
 const PLAIN_100: usize = 3;
 
-pub fn measure(scale: &Scale) -> Taken {
+pub(crate) fn measure(scale: &Scale) -> Taken {
     let one = Backlog::of(scale.events, false);
     let mut drains: [Vec<Drain>; WAYS.len()] = Default::default();
     let (mut redis, mut copies) = (Vec::new(), Vec::new());
@@ -128,7 +128,7 @@ pub fn measure(scale: &Scale) -> Taken {
 }
 
 /// As many events for many streams and backends as for one.
-pub fn measure_spread(scale: &Scale) -> Taken {
+pub(crate) fn measure_spread(scale: &Scale) -> Taken {
     let (one, spread) = (Backlog::of(scale.events, false), Backlog::of(scale.events, true));
     let (mut ones, mut spreads) = (Vec::new(), Vec::new());
     for run in 0..scale.runs {

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 
 /// Entries a second that Redis adds, with the fields of one of ours.
-pub fn redis_rate(redis: &Redis, entry: &[String], events: u64) -> f64 {
+pub(crate) fn redis_rate(redis: &Redis, entry: &[String], events: u64) -> f64 {
     redis.call(&["FLUSHALL"]);
     let (port, count) = (redis.port().to_string(), events.to_string());
     let start = Instant::now();
@@ -34,7 +34,7 @@ pub fn redis_rate(redis: &Redis, entry: &[String], events: u64) -> f64 {
 }
 
 /// Rows a second that Postgres hands out.
-pub fn copy_rate(stack: &Stack, events: u64) -> f64 {
+pub(crate) fn copy_rate(stack: &Stack, events: u64) -> f64 {
     let mut client = stack.pg.client();
     let start = Instant::now();
     let mut rows = client

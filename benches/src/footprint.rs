@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 const LARGE_EVENTS: u64 = 300;
 
-pub fn measure_memory(scale: &Scale) -> Taken {
+pub(crate) fn measure_memory(scale: &Scale) -> Taken {
     Taken {
         rows: vec![large_events(), backends_down(scale)],
         ..Taken::default()
@@ -109,7 +109,7 @@ fn sleeper_seconds(time: Duration) -> f64 {
 }
 
 /// Nothing to do, at default settings: wake-ups, WAL and time on a processor.
-pub fn measure_idle(scale: &Scale) -> Taken {
+pub(crate) fn measure_idle(scale: &Scale) -> Taken {
     // Otherwise the background writer logs a snapshot for standbys now and then.
     let quiet = [("wal_level", "minimal"), ("max_wal_senders", "0")];
     let stack = Stack::with(&[SETTINGS, &quiet].concat());

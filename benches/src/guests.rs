@@ -12,7 +12,7 @@ use std::time::Instant;
 const CLIENTS: u32 = 8;
 
 /// Eight publishers while the relay sends what they publish, over the same while it is paused.
-pub fn measure(scale: &Scale) -> Taken {
+pub(crate) fn measure(scale: &Scale) -> Taken {
     let stack = stack();
     stack.pg.exec(bare::TABLE);
     let (mut running, mut paused) = (Vec::new(), Vec::new());
@@ -55,7 +55,7 @@ const GUESTS: [(&str, &str); 3] = [
     ),
 ];
 
-pub fn measure_open(scale: &Scale) -> Taken {
+pub(crate) fn measure_open(scale: &Scale) -> Taken {
     let stack = stack();
     stack.pg.exec(bare::TABLE);
     let mut rates: [Vec<f64>; GUESTS.len()] = Default::default();

@@ -11,7 +11,7 @@ use crate::stats::{median, quantile};
 /// Name, clients, transactions a second.
 const PACES: [(&str, usize, f64); 2] = [("50/s", 1, 50.0), ("2,000/s from 8 clients", 8, 2_000.0)];
 
-pub fn measure(scale: &Scale) -> Taken {
+pub(crate) fn measure(scale: &Scale) -> Taken {
     let stack = stack();
     stack.pg.exec(bare::TABLE);
     let mut taken = Taken::default();
@@ -82,7 +82,7 @@ pub fn measure(scale: &Scale) -> Taken {
 }
 
 /// Milliseconds within which so many hundredths of the events have come.
-pub fn distribution(times_ms: &[f64]) -> Vec<(f64, f64)> {
+pub(crate) fn distribution(times_ms: &[f64]) -> Vec<(f64, f64)> {
     let mut sorted = times_ms.to_vec();
     sorted.sort_by(f64::total_cmp);
     let shares = (1..=99).map(f64::from).chain([99.5, 99.9]);

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 /// How events are published: a statement whose parameter $1 is the payload as text, and the stream in which they arrive.
 #[derive(Clone)]
-pub struct Way {
+pub(crate) struct Way {
     pub sql: String,
     pub stream: &'static str,
     /// XADDs by itself after the commit.
@@ -16,7 +16,7 @@ pub struct Way {
 }
 
 impl Way {
-    pub fn ours() -> Self {
+    pub(crate) fn ours() -> Self {
         Self {
             sql: "select outbox.publish_event('bench.latency', 'bench', $1::text::jsonb)".to_owned(),
             stream: "events",
@@ -25,7 +25,7 @@ impl Way {
     }
 
     /// An application that commits a bare INSERT and then XADDs the same entry (see [`bare::TABLE`]).
-    pub fn by_itself() -> Self {
+    pub(crate) fn by_itself() -> Self {
         Self {
             sql: "insert into bare (event_type, source, data) values ('bench.latency', 'bench', $1::text::json)"
                 .to_owned(),
@@ -37,7 +37,7 @@ impl Way {
 
 /// What is published, and how fast.
 #[derive(Clone, Copy)]
-pub struct Pace {
+pub(crate) struct Pace {
     pub clients: usize,
     /// Of all clients together.
     pub transactions_per_second: f64,
@@ -53,19 +53,19 @@ impl Pace {
 }
 
 /// When each event's commit was sent (seconds from the start), and how long it took to arrive.
-pub struct Arrivals {
+pub(crate) struct Arrivals {
     pub times: Vec<(f64, f64)>,
 }
 
 impl Arrivals {
-    pub fn ms(&self, share: f64) -> f64 {
+    pub(crate) fn ms(&self, share: f64) -> f64 {
         quantile(&self.times.iter().map(|t| t.1).collect::<Vec<_>>(), share)
     }
 }
 
 const NEVER: u64 = 0;
 
-pub fn run(stack: &Stack, way: &Way, pace: Pace) -> Arrivals {
+pub(crate) fn run(stack: &Stack, way: &Way, pace: Pace) -> Arrivals {
     let events = pace.transactions() * pace.events;
     let slots = || (0..events).map(|_| AtomicU64::new(NEVER)).collect::<Vec<_>>();
     // Nanoseconds from the start.

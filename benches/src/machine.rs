@@ -3,7 +3,7 @@
 use std::process::Command;
 
 /// A sentence for readers.
-pub fn describe() -> String {
+pub(crate) fn describe() -> String {
     let cores = std::thread::available_parallelism().map_or(0, |n| n.get());
     let cpu = first_value("/proc/cpuinfo", "model name");
     let memory = first_value("/proc/meminfo", "MemTotal");

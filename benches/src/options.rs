@@ -2,7 +2,7 @@
 
 /// How much to do.
 #[derive(Debug, Clone)]
-pub struct Scale {
+pub(crate) struct Scale {
     /// Interleaved runs of each pair.
     pub runs: usize,
     /// Waiting events of a drain.
@@ -47,7 +47,7 @@ impl Scale {
     };
 }
 
-pub struct Options {
+pub(crate) struct Options {
     pub quick: bool,
     pub scale: Scale,
     /// Names of figures; none: all.
@@ -56,7 +56,7 @@ pub struct Options {
 
 impl Options {
     /// From the command line; `known`: the names of all figures.
-    pub fn parse(arguments: impl Iterator<Item = String>, known: &[&str]) -> Result<Self, String> {
+    pub(crate) fn parse(arguments: impl Iterator<Item = String>, known: &[&str]) -> Result<Self, String> {
         let arguments: Vec<String> = arguments.collect();
         let quick = arguments.iter().any(|a| a == "--quick");
         let mut scale = if quick { Scale::QUICK } else { Scale::FULL };
@@ -84,14 +84,14 @@ impl Options {
         Ok(Self { quick, scale, wanted })
     }
 
-    pub fn wants(&self, figure: &str) -> bool {
+    pub(crate) fn wants(&self, figure: &str) -> bool {
         // Installing rivals takes longer than all else of it.
         let is_usual = !(self.quick && figure == "rivals");
         (self.wanted.is_empty() && is_usual) || self.names(figure)
     }
 
     /// Whether it was asked for by name.
-    pub fn names(&self, figure: &str) -> bool {
+    pub(crate) fn names(&self, figure: &str) -> bool {
         self.wanted.iter().any(|w| w == figure)
     }
 }

@@ -147,7 +147,7 @@ impl Figures {
 }
 
 /// Many events are scheduled for another day, some for soon, and a tenth of them become due at one moment.
-pub fn measure_scheduled(scale: &Scale) -> Taken {
+pub(crate) fn measure_scheduled(scale: &Scale) -> Taken {
     let stack = stack(&[]);
     let schedule = |from: &str, to: &str, at: &str| {
         format!(
@@ -206,7 +206,7 @@ pub fn measure_scheduled(scale: &Scale) -> Taken {
 }
 
 /// Retained events are purged.
-pub fn measure_purge(scale: &Scale) -> Taken {
+pub(crate) fn measure_purge(scale: &Scale) -> Taken {
     let stack = stack(&[]);
     let count = scale.events * 3;
     let (mut figures, mut rates) = (Figures::default(), Vec::new());
@@ -250,7 +250,7 @@ pub fn measure_purge(scale: &Scale) -> Taken {
 
 /// One transaction publishes many events. The others' latency stands beside the same without, and beside the same rows in a plain table:
 /// the latter is Postgres's own effect, since a commit waits for the WAL of others and for the processor.
-pub fn measure_beside_bulk(scale: &Scale) -> Taken {
+pub(crate) fn measure_beside_bulk(scale: &Scale) -> Taken {
     // Segments of the WAL that are recycled: a new one is filled with zeros first, and all commits wait for that.
     let stack = stack(&[("min_wal_size", "2GB"), ("max_wal_size", "4GB")]);
     let count = scale.events * 2 / 5;
@@ -290,7 +290,7 @@ pub fn measure_beside_bulk(scale: &Scale) -> Taken {
 }
 
 /// Many wait behind one that Redis refuses, and follow; many streams are refused.
-pub fn measure_refused(scale: &Scale) -> Taken {
+pub(crate) fn measure_refused(scale: &Scale) -> Taken {
     let stack = stack(&[
         ("outbox_relay.retry_delay", "2s"),
         ("outbox_relay.retry_max_delay", "2s"),
@@ -366,7 +366,7 @@ pub fn measure_refused(scale: &Scale) -> Taken {
 }
 
 /// Looking at events among many that are retained.
-pub fn measure_looking(scale: &Scale) -> Taken {
+pub(crate) fn measure_looking(scale: &Scale) -> Taken {
     let stack = stack(&[]);
     let count = scale.events * 5;
     fill_events(&stack, count);

@@ -10,7 +10,7 @@ const OURS_TOO: Colour = Colour(5);
 /// The colour of the first rival.
 const RIVALS: usize = 2;
 
-pub fn draw(shelf: &Shelf) {
+pub(crate) fn draw(shelf: &Shelf) {
     let rivals = shelf.load("rivals").unwrap_or_default();
     if let Some(taken) = shelf.load("drain") {
         write(&shelf.pictures, "drain", &drain(&taken, &rivals));

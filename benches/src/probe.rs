@@ -7,14 +7,14 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// Entries that were appended to streams, over time: seconds from the first that was seen, and how many.
-pub struct Progress {
+pub(crate) struct Progress {
     pub points: Vec<(f64, u64)>,
     goal: u64,
 }
 
 impl Progress {
     /// Watches existing streams until they have had `goal` entries; calls `look` each time.
-    pub fn watch(
+    pub(crate) fn watch(
         conn: &mut redis::Connection,
         streams: &[String],
         goal: u64,
@@ -45,7 +45,7 @@ impl Progress {
     }
 
     /// Events a second between the first look that found some and the last that found some missing.
-    pub fn rate(&self) -> f64 {
+    pub(crate) fn rate(&self) -> f64 {
         let (start, from) = self.points[0];
         let running: Vec<_> = self.points.iter().filter(|(_, done)| *done < self.goal).collect();
         // All came between two looks: take what there is.
@@ -57,7 +57,7 @@ impl Progress {
     }
 
     /// Rate of the last tenth over that of the first.
-    pub fn flatness(&self) -> f64 {
+    pub(crate) fn flatness(&self) -> f64 {
         let (tenth, goal) = (self.goal as f64 / 10.0, self.goal as f64);
         let from = self.points[0].1 as f64;
         let first = (from + tenth - from) / (self.when(from + tenth) - self.when(from));
@@ -78,7 +78,7 @@ impl Progress {
 }
 
 /// Entries that were ever added to these streams.
-pub fn added(conn: &mut redis::Connection, streams: &[String]) -> u64 {
+pub(crate) fn added(conn: &mut redis::Connection, streams: &[String]) -> u64 {
     let mut ask = redis::pipe();
     for stream in streams {
         ask.cmd("XINFO").arg("STREAM").arg(stream);
@@ -92,13 +92,13 @@ pub fn added(conn: &mut redis::Connection, streams: &[String]) -> u64 {
 }
 
 /// Seconds that a worker's threads have been on a processor.
-pub struct Busy {
+pub(crate) struct Busy {
     pub reader: f64,
     pub senders: f64,
 }
 
 impl Busy {
-    pub fn of(pid: i32) -> Self {
+    pub(crate) fn of(pid: i32) -> Self {
         let mut busy = Self {
             reader: 0.0,
             senders: 0.0,
@@ -116,7 +116,7 @@ impl Busy {
 }
 
 /// How long a thread was on a processor, by its directory in /proc.
-pub fn busy_seconds(directory: &Path) -> Option<f64> {
+pub(crate) fn busy_seconds(directory: &Path) -> Option<f64> {
     // Nanoseconds on a processor come first.
     let text = std::fs::read_to_string(directory.join("schedstat")).ok()?;
     let ns: f64 = text.split(' ').next()?.parse().ok()?;
@@ -124,7 +124,7 @@ pub fn busy_seconds(directory: &Path) -> Option<f64> {
 }
 
 /// Times that a thread of the process went to sleep, and so woke.
-pub fn wakes(pid: i32) -> u64 {
+pub(crate) fn wakes(pid: i32) -> u64 {
     let sleeps = |(_, directory): (i32, std::path::PathBuf)| {
         let status = std::fs::read_to_string(directory.join("status")).ok()?;
         let line = status
@@ -144,7 +144,7 @@ fn threads(pid: i32) -> Vec<(i32, std::path::PathBuf)> {
 }
 
 /// Private memory that is not backed by a file.
-pub fn anonymous_kb(pid: i32) -> u64 {
+pub(crate) fn anonymous_kb(pid: i32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the worker has gone");
     let line = status
         .lines()
@@ -154,12 +154,12 @@ pub fn anonymous_kb(pid: i32) -> u64 {
 }
 
 /// WAL written so far, in bytes.
-pub fn written(pg: &Postgres) -> i64 {
+pub(crate) fn written(pg: &Postgres) -> i64 {
     pg.one("select (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint")
 }
 
 /// Milliseconds that this machine takes to write a block and have it on disk, each of several times.
-pub fn fsync_ms(directory: &Path) -> Vec<f64> {
+pub(crate) fn fsync_ms(directory: &Path) -> Vec<f64> {
     let mut file = tempfile_in(directory);
     file.write_all(&vec![0; 16 << 20]).expect("cannot write");
     file.sync_all().expect("cannot sync");

@@ -9,7 +9,7 @@ use crate::stats::median_ratio;
 use kit::Stack;
 use std::time::Instant;
 
-pub fn measure(scale: &Scale) -> Taken {
+pub(crate) fn measure(scale: &Scale) -> Taken {
     let stack = stack();
     // Published events only wait: this is about publishing.
     stack.pg.exec("update outbox.backends set enabled = false");
@@ -44,7 +44,7 @@ fn single(stack: &Stack, scale: &Scale, clients: u32, durable: bool) -> Row {
 }
 
 /// Many events in one statement.
-pub fn measure_bulk(scale: &Scale) -> Taken {
+pub(crate) fn measure_bulk(scale: &Scale) -> Taken {
     let stack = stack();
     stack.pg.exec("update outbox.backends set enabled = false");
     stack.pg.exec(bare::TABLE);

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 /// What a figure should be.
 #[derive(Debug, Clone, Copy)]
-pub enum Goal {
+pub(crate) enum Goal {
     AtLeast(f64),
     AtMost(f64),
     /// Only shown.
@@ -25,7 +25,7 @@ impl Goal {
 
 /// One line of the table.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Row {
+pub(crate) struct Row {
     pub figure: String,
     pub ours: String,
     pub floor: String,
@@ -36,7 +36,7 @@ pub struct Row {
 
 impl Row {
     /// Rates beside the floor's, measured in turn; the higher the better.
-    pub fn rate(figure: impl Into<String>, ours: &[f64], floor: &[f64], goal: Goal) -> Self {
+    pub(crate) fn rate(figure: impl Into<String>, ours: &[f64], floor: &[f64], goal: Goal) -> Self {
         let ratio = median_ratio(ours, floor);
         Row {
             figure: figure.into(),
@@ -49,7 +49,7 @@ impl Row {
     }
 
     /// Times in milliseconds as a difference.
-    pub fn later(figure: impl Into<String>, ours: &[f64], floor: &[f64], goal: Goal) -> Self {
+    pub(crate) fn later(figure: impl Into<String>, ours: &[f64], floor: &[f64], goal: Goal) -> Self {
         let difference = median_difference(ours, floor);
         Row {
             figure: figure.into(),
@@ -62,7 +62,7 @@ impl Row {
     }
 
     /// Times in milliseconds as a ratio.
-    pub fn longer(figure: impl Into<String>, ours: &[f64], floor: &[f64], goal: Goal) -> Self {
+    pub(crate) fn longer(figure: impl Into<String>, ours: &[f64], floor: &[f64], goal: Goal) -> Self {
         let ratio = median_ratio(ours, floor);
         Row {
             figure: figure.into(),
@@ -75,7 +75,7 @@ impl Row {
     }
 
     /// A figure that stands for itself.
-    pub fn plain(figure: impl Into<String>, value: f64, digits: usize, unit: &str, goal: Goal) -> Self {
+    pub(crate) fn plain(figure: impl Into<String>, value: f64, digits: usize, unit: &str, goal: Goal) -> Self {
         Row {
             figure: figure.into(),
             ours: format!("{value:.digits$}{unit}"),
@@ -87,7 +87,7 @@ impl Row {
     }
 
     /// A share or ratio of two figures of ours.
-    pub fn ratio(figure: impl Into<String>, ratio: f64, goal: Goal) -> Self {
+    pub(crate) fn ratio(figure: impl Into<String>, ratio: f64, goal: Goal) -> Self {
         Row {
             figure: figure.into(),
             ours: String::new(),
@@ -99,7 +99,7 @@ impl Row {
     }
 
     /// What could not be measured, and why.
-    pub fn missing(figure: impl Into<String>, why: &str) -> Self {
+    pub(crate) fn missing(figure: impl Into<String>, why: &str) -> Self {
         Row {
             figure: figure.into(),
             ours: why.to_owned(),
@@ -113,14 +113,14 @@ impl Row {
 
 /// Points of a plot.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Series {
+pub(crate) struct Series {
     pub name: String,
     pub points: Vec<(f64, f64)>,
 }
 
 /// What the measuring of one family of figures gave.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
-pub struct Taken {
+pub(crate) struct Taken {
     pub rows: Vec<Row>,
     pub series: Vec<Series>,
     /// With which options.
@@ -129,20 +129,20 @@ pub struct Taken {
 }
 
 impl Taken {
-    pub fn series(&self, name: &str) -> Option<&[(f64, f64)]> {
+    pub(crate) fn series(&self, name: &str) -> Option<&[(f64, f64)]> {
         let found = self.series.iter().find(|s| s.name == name)?;
         Some(&found.points)
     }
 }
 
 /// Where results and pictures are kept. Those of a quick run lie apart: they are not for readers.
-pub struct Shelf {
+pub(crate) struct Shelf {
     results: PathBuf,
     pub pictures: PathBuf,
 }
 
 impl Shelf {
-    pub fn new(quick: bool) -> Self {
+    pub(crate) fn new(quick: bool) -> Self {
         let target = std::env::var_os("CARGO_TARGET_DIR").unwrap_or("target".into());
         let results = PathBuf::from(target).join(if quick { "bench/quick" } else { "bench" });
         Self {
@@ -151,14 +151,14 @@ impl Shelf {
         }
     }
 
-    pub fn save(&self, family: &str, taken: &Taken) {
+    pub(crate) fn save(&self, family: &str, taken: &Taken) {
         std::fs::create_dir_all(&self.results).expect("cannot make a directory for the results");
         let text = serde_json::to_string(taken).expect("it can be written as JSON");
         std::fs::write(self.place(family), text).expect("cannot keep what was measured");
     }
 
     /// What a run, this one or an earlier one, has left.
-    pub fn load(&self, family: &str) -> Option<Taken> {
+    pub(crate) fn load(&self, family: &str) -> Option<Taken> {
         let text = std::fs::read_to_string(self.place(family)).ok()?;
         serde_json::from_str(&text).ok()
     }
@@ -168,7 +168,7 @@ impl Shelf {
     }
 }
 
-pub fn table(rows: &[Row]) -> String {
+pub(crate) fn table(rows: &[Row]) -> String {
     let mut text =
         "| figure | ours | floor | ratio or difference | goal | reached |\n|---|---|---|---|---|---|\n".to_owned();
     for row in rows {
@@ -193,7 +193,7 @@ const END: &str = "<!-- end of figures -->\n";
 const DOCUMENT: &str = "docs/performance.md";
 
 /// Puts a text between the marks in the document.
-pub fn write_document(figures: &str) {
+pub(crate) fn write_document(figures: &str) {
     let document = std::fs::read_to_string(DOCUMENT).expect("run it at the top of the checkout");
     let (before, rest) = document.split_once(BEGIN).expect("it has a place for figures");
     let (_, after) = rest.split_once(END).expect("which ends");
@@ -201,7 +201,7 @@ pub fn write_document(figures: &str) {
 }
 
 /// `1234567` as `1,234,567`.
-pub fn thousands(value: u64) -> String {
+pub(crate) fn thousands(value: u64) -> String {
     let digits = value.to_string();
     let groups: Vec<&str> = digits
         .as_bytes()

@@ -73,7 +73,7 @@ const PACE: Pace = Pace {
     seconds: 0.0,
 };
 
-pub fn measure(scale: &Scale) -> Taken {
+pub(crate) fn measure(scale: &Scale) -> Taken {
     let (ours, quiet) = (Backlog::of(scale.rival_events, false), stack());
     let pace = Pace {
         seconds: f64::from(scale.seconds).max(1.0),

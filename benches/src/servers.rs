@@ -5,15 +5,15 @@ use kit::{Stack, wait_until};
 use std::time::{Duration, Instant};
 
 /// 200 bytes of JSON for the event number `g`.
-pub const DATA: &str = "json_build_object('n', 1000000 + g, 'pad', repeat('x', 174))";
+pub(crate) const DATA: &str = "json_build_object('n', 1000000 + g, 'pad', repeat('x', 174))";
 /// How many events of a backlog came in one transaction.
 const IN_ONE_TRANSACTION: u64 = 1_000;
 
-pub const STREAMS: usize = 10;
-pub const BACKENDS: usize = 5;
+pub(crate) const STREAMS: usize = 10;
+pub(crate) const BACKENDS: usize = 5;
 
 /// Durable, with room for the load.
-pub const SETTINGS: &[(&str, &str)] = &[
+pub(crate) const SETTINGS: &[(&str, &str)] = &[
     ("fsync", "on"),
     ("shared_buffers", "512MB"),
     ("max_wal_size", "16GB"),
@@ -21,13 +21,13 @@ pub const SETTINGS: &[(&str, &str)] = &[
     ("autovacuum", "off"),
 ];
 
-pub fn stack() -> Stack {
+pub(crate) fn stack() -> Stack {
     Stack::with(SETTINGS)
 }
 
 /// Waiting events, all for one stream or spread over several streams and backends. They stay when they were drained, and the relay is
 /// made to forget that it has sent them.
-pub struct Backlog {
+pub(crate) struct Backlog {
     pub stack: Stack,
     pub events: u64,
     spread: bool,
@@ -35,19 +35,19 @@ pub struct Backlog {
 
 /// How a backlog is drained.
 #[derive(Clone, Copy)]
-pub struct Way {
+pub(crate) struct Way {
     pub delivery: &'static str,
     pub batch_size: u32,
 }
 
 /// What an installation does that nobody has configured.
-pub const DEFAULT: Way = Way {
+pub(crate) const DEFAULT: Way = Way {
     delivery: "exactly_once",
     batch_size: 100,
 };
 
 /// How one drain went.
-pub struct Drain {
+pub(crate) struct Drain {
     pub progress: Progress,
     /// Time on a processor of the worker's main thread and of its senders, microseconds an event.
     pub reader_us: f64,
@@ -59,13 +59,13 @@ pub struct Drain {
 }
 
 impl Drain {
-    pub fn rate(&self) -> f64 {
+    pub(crate) fn rate(&self) -> f64 {
         self.progress.rate()
     }
 }
 
 impl Backlog {
-    pub fn of(events: u64, spread: bool) -> Self {
+    pub(crate) fn of(events: u64, spread: bool) -> Self {
         let mut backlog = Self {
             stack: stack(),
             events: 0,
@@ -83,7 +83,7 @@ impl Backlog {
     }
 
     /// Publishes until there are so many.
-    pub fn grow(&mut self, events: u64) {
+    pub(crate) fn grow(&mut self, events: u64) {
         self.stop();
         let (backend, stream) = match self.spread {
             true => (format!("'b' || g % {BACKENDS}"), format!("'s' || g % {STREAMS}")),
@@ -117,7 +117,7 @@ impl Backlog {
     }
 
     /// Drains all of it, as a worker that starts anew and has sent nothing. What counts begins with the first XADD.
-    pub fn drain(&self, way: Way) -> Drain {
+    pub(crate) fn drain(&self, way: Way) -> Drain {
         let pg = &self.stack.pg;
         self.stop();
         pg.exec(&format!(
@@ -181,7 +181,7 @@ impl Backlog {
     }
 
     /// The fields of one of its entries.
-    pub fn one_entry(&self) -> Vec<String> {
+    pub(crate) fn one_entry(&self) -> Vec<String> {
         let newest: Vec<(String, Vec<String>)> = redis::cmd("XREVRANGE")
             .arg(&self.streams()[0])
             .arg("+")
@@ -195,7 +195,7 @@ impl Backlog {
 }
 
 /// Waits for something to happen, for a long time, without disturbing it much.
-pub fn wait_long(mut done: impl FnMut() -> bool) {
+pub(crate) fn wait_long(mut done: impl FnMut() -> bool) {
     let start = Instant::now();
     while !done() {
         assert!(start.elapsed() < Duration::from_secs(600), "waited ten minutes in vain");

@@ -1,12 +1,12 @@
 //! Of several measurements, one.
 
 /// The middle of some measurements.
-pub fn median(values: &[f64]) -> f64 {
+pub(crate) fn median(values: &[f64]) -> f64 {
     quantile(values, 0.5)
 }
 
 /// The value below or at which a share (0 to 1) of the measurements lies.
-pub fn quantile(values: &[f64], share: f64) -> f64 {
+pub(crate) fn quantile(values: &[f64], share: f64) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     let rank = (sorted.len() as f64 * share).ceil() as usize;
@@ -14,11 +14,11 @@ pub fn quantile(values: &[f64], share: f64) -> f64 {
 }
 
 /// Median of the ratios of measurements that were made in turn.
-pub fn median_ratio(ours: &[f64], floor: &[f64]) -> f64 {
+pub(crate) fn median_ratio(ours: &[f64], floor: &[f64]) -> f64 {
     median(&ours.iter().zip(floor).map(|(a, b)| a / b).collect::<Vec<_>>())
 }
 
 /// The same of their differences.
-pub fn median_difference(ours: &[f64], floor: &[f64]) -> f64 {
+pub(crate) fn median_difference(ours: &[f64], floor: &[f64]) -> f64 {
     median(&ours.iter().zip(floor).map(|(a, b)| a - b).collect::<Vec<_>>())
 }

@@ -15,7 +15,7 @@ const TOGETHER: usize = 5;
 /// The second is compared with the last.
 const PARTS: usize = 5;
 
-pub fn measure(scale: &Scale) -> Taken {
+pub(crate) fn measure(scale: &Scale) -> Taken {
     let seconds = scale.steady_minutes * 60.0;
     // A minute of half an hour.
     let retention_s = (seconds / 30.0).round().max(1.0);

@@ -14,7 +14,8 @@
 //! time, fault, seal, statement                time as it is passed in; crash points; passwords at rest; what a statement is
 //! ```
 #![forbid(unsafe_code)]
-#![warn(unreachable_pub)]
+// At most as many as clippy.toml says. A table may be longer, and says so.
+#![warn(clippy::too_many_lines)]
 
 pub mod delivery;
 pub mod event;

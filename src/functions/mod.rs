@@ -2,4 +2,4 @@
 //!
 //! - [`status`] what the views ask
 
-pub mod status;
+pub(crate) mod status;

@@ -6,7 +6,7 @@ use crate::tables::row::Row;
 use pgrx::pg_sys;
 
 /// A database.
-pub struct Found {
+pub(super) struct Found {
     pub oid: pg_sys::Oid,
     pub name: String,
     pub is_template: bool,
@@ -15,7 +15,7 @@ pub struct Found {
 }
 
 /// All databases. `None`: they cannot be listed now.
-pub fn list() -> Option<Vec<Found>> {
+pub(super) fn list() -> Option<Vec<Found>> {
     let found = process::transaction(|| {
         let mut found = Vec::new();
         // SAFETY: a scan of a shared catalog; the tuple's fixed columns are never null.
@@ -66,7 +66,7 @@ const INVALID: i32 = -2;
 
 /// Whether a statement holds the database exclusively. A connection to it would wait, and fail if the database is gone
 /// or renamed.
-pub fn is_locked(database: pg_sys::Oid) -> bool {
+pub(super) fn is_locked(database: pg_sys::Oid) -> bool {
     let tag = pg_sys::LOCKTAG {
         locktag_field1: 0,
         locktag_field2: pg_sys::DatabaseRelationId.to_u32(),

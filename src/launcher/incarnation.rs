@@ -5,7 +5,7 @@ use crate::server::uuid;
 use pgrx::pg_sys;
 
 /// Names this run of the server. Called by the launcher when it starts, which is right after recovery.
-pub fn begin_incarnation() {
+pub(super) fn begin_incarnation() {
     // SAFETY: reads positions of the WAL.
     let started_at = unsafe {
         match pg_sys::GetXLogReplayRecPtr(std::ptr::null_mut()) {

@@ -50,7 +50,7 @@ fn starting_at_once() -> usize {
 }
 
 /// Registers the launcher; called once, by the postmaster.
-pub fn register() {
+pub(crate) fn register() {
     let mut worker = description(
         c"outbox_relay launcher",
         c"outbox_relay launcher",
@@ -62,7 +62,7 @@ pub fn register() {
 }
 
 /// Registers the process that watches a standby; called once, by the postmaster.
-pub fn register_standby_watch() {
+pub(crate) fn register_standby_watch() {
     let mut worker = description(
         c"outbox_relay standby",
         c"outbox_relay standby",

@@ -17,7 +17,7 @@ use pgrx::pg_sys;
 
 /// Checks an event, and makes a row of it. Returns nothing that needs to be dropped: from here on, other people's code
 /// may run.
-pub fn prepared(request: &Request<'_>, relations: &Relations) -> NewRow {
+pub(super) fn prepared(request: &Request<'_>, relations: &Relations) -> NewRow {
     // SAFETY: each raises the standard ERROR when the transaction may not write.
     unsafe {
         pg_sys::PreventCommandIfReadOnly(c"outbox.publish_event()".as_ptr());
@@ -98,7 +98,7 @@ fn uuid_datum(id: &[u8; 16]) -> pg_sys::Datum {
 
 /// The tables that events go into, opened when the first comes.
 #[derive(Clone, Copy, Default)]
-pub struct Tables {
+pub(super) struct Tables {
     events: Option<Insertion>,
     scheduled: Option<Insertion>,
 }
@@ -106,7 +106,7 @@ pub struct Tables {
 impl Tables {
     /// # Safety
     /// As [`Insertion::insert`].
-    pub unsafe fn insert(&mut self, relations: &Relations, row: &NewRow) -> bool {
+    pub(super) unsafe fn insert(&mut self, relations: &Relations, row: &NewRow) -> bool {
         let table = match row.is_scheduled {
             true => &mut self.scheduled,
             false => &mut self.events,
@@ -124,7 +124,7 @@ impl Tables {
 
     /// # Safety
     /// As [`Insertion::close`].
-    pub unsafe fn close(self) {
+    pub(super) unsafe fn close(self) {
         for table in [self.events, self.scheduled].into_iter().flatten() {
             // SAFETY: the caller's promise.
             unsafe { table.close() };

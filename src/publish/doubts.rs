@@ -17,7 +17,7 @@ struct Said {
 }
 
 /// Looks at an event that is published.
-pub fn say(request: &Request<'_>) {
+pub(super) fn say(request: &Request<'_>) {
     let said = SAID.get();
     if !said.encoded_twice
         && let Some(data) = request

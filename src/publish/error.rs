@@ -11,7 +11,7 @@ use thiserror::Error;
 
 /// Why an event is refused, in the publisher's transaction.
 #[derive(Debug, Error, PartialEq, Eq)]
-pub enum PublishError {
+pub(super) enum PublishError {
     #[error("{0} must not be null or empty")]
     Missing(&'static str),
     /// By a trigger of somebody: publishers who say '' mean NULL.
@@ -130,7 +130,7 @@ impl PublishError {
     }
 
     /// Raises it as an ERROR.
-    pub fn raise(self) -> ! {
+    pub(super) fn raise(self) -> ! {
         raise(
             ErrorReport::new(self.code(), self.to_string(), "")
                 .set_detail(self.detail())

@@ -10,7 +10,7 @@ const MOST_DIGITS: usize = 1_000;
 ///
 /// # Safety
 /// The datum is a jsonb; the slice lives as long as the current memory context.
-pub unsafe fn rendered<'a>(datum: pg_sys::Datum) -> &'a [u8] {
+pub(super) unsafe fn rendered<'a>(datum: pg_sys::Datum) -> &'a [u8] {
     // SAFETY: the caller's promise; the result is zero-terminated and a JSON text holds no zero byte.
     unsafe {
         let jsonb = pg_sys::pg_detoast_datum(datum.cast_mut_ptr()).cast::<pg_sys::Jsonb>();
@@ -22,7 +22,7 @@ pub unsafe fn rendered<'a>(datum: pg_sys::Datum) -> &'a [u8] {
 
 /// A JSON text as jsonb, in the current memory context, with the errors of jsonb. The text is valid in the database's
 /// encoding.
-pub fn parsed(text: &[u8]) -> pg_sys::Datum {
+pub(super) fn parsed(text: &[u8]) -> pg_sys::Datum {
     let text = CString::new(text).unwrap_or_default();
     let arguments = [Some(pg_sys::Datum::from(text.as_ptr()))];
     // SAFETY: the input function's argument.
@@ -32,7 +32,7 @@ pub fn parsed(text: &[u8]) -> pg_sys::Datum {
 
 /// An ERROR of jsonb if a value of type json is none of type jsonb: json takes escapes that stand for no text, and
 /// numbers of any size.
-pub fn expect_jsonb(text: &[u8]) {
+pub(super) fn expect_jsonb(text: &[u8]) {
     if may_be_none(text) {
         parsed(text);
     }
@@ -55,6 +55,6 @@ fn may_be_none(text: &[u8]) -> bool {
 }
 
 /// Whether it is JSON's null.
-pub fn is_null(text: &[u8]) -> bool {
+pub(super) fn is_null(text: &[u8]) -> bool {
     text.trim_ascii() == b"null"
 }

@@ -24,5 +24,5 @@ mod error;
 mod json;
 mod repeated_id;
 mod request;
-pub mod returning;
+pub(crate) mod returning;
 mod trigger;

@@ -10,7 +10,7 @@ use std::ffi::CStr;
 
 /// How an id that a publisher has chosen comes into its table.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Way {
+pub(super) enum Way {
     /// By one of our functions, by COPY, or by an INSERT without ON CONFLICT: a repeated id is refused.
     Refusing,
     /// By an INSERT with ON CONFLICT DO NOTHING: the row is left out.
@@ -20,7 +20,7 @@ pub enum Way {
 }
 
 /// False: the id is used already, and the row is to be left out. An ERROR if it is to be refused.
-pub fn is_new(relations: &Relations, event_id: &[u8; 16], scheduled: bool, way: Way) -> bool {
+pub(super) fn is_new(relations: &Relations, event_id: &[u8; 16], scheduled: bool, way: Way) -> bool {
     if relations.scheduled == pg_sys::InvalidOid {
         missing::table(c"scheduled_events");
     }
@@ -101,7 +101,7 @@ fn refuse(relations: &Relations, event_id: &[u8; 16]) -> ! {
 }
 
 /// How a row comes for which a trigger of this table has been called.
-pub fn way_of_statement(table: pg_sys::Oid) -> Way {
+pub(super) fn way_of_statement(table: pg_sys::Oid) -> Way {
     // SAFETY: plain calls; the session's running portal, if any, and its plans live as long as it runs.
     unsafe {
         let depth = pgrx::direct_function_call::<i32>(pg_sys::pg_trigger_depth, &[]);

@@ -20,7 +20,7 @@ const TEXT_LIMIT: usize = 1_024;
 
 /// What a publisher asks for; texts in the database's encoding.
 #[derive(Default)]
-pub struct Request<'a> {
+pub(super) struct Request<'a> {
     pub event_type: Option<Cow<'a, [u8]>>,
     pub source: Option<Cow<'a, [u8]>>,
     pub data: Option<Cow<'a, [u8]>>,
@@ -37,7 +37,7 @@ pub struct Request<'a> {
 impl Request<'_> {
     /// What ORMs send for nothing is nothing: an empty text where a text need not be given, and the null of JSON for
     /// further fields.
-    pub fn without_empty(mut self) -> Self {
+    pub(super) fn without_empty(mut self) -> Self {
         for text in [
             &mut self.subject,
             &mut self.backend,
@@ -68,13 +68,13 @@ impl Request<'_> {
 }
 
 /// A backend that the request may use.
-pub struct Checked {
+pub(super) struct Checked {
     pub backend: String,
     pub backend_number: i32,
 }
 
 /// All refusals, in one place for all ways to publish.
-pub fn check(request: &Request<'_>) -> Result<Checked, PublishError> {
+pub(super) fn check(request: &Request<'_>) -> Result<Checked, PublishError> {
     check_name("event_type", request.event_type.as_deref())?;
     check_name("source", request.source.as_deref())?;
     check_length("subject", request.subject.as_deref(), TEXT_LIMIT)?;
@@ -140,7 +140,7 @@ fn check_size_and_encoding(request: &Request<'_>) -> Result<(), PublishError> {
 }
 
 /// A number of attempts as it is written.
-pub fn attempts(text: &[u8]) -> Result<i32, PublishError> {
+pub(super) fn attempts(text: &[u8]) -> Result<i32, PublishError> {
     let shown = || String::from_utf8_lossy(text).chars().take(SHOWN).collect();
     let number = std::str::from_utf8(text)
         .ok()
@@ -155,7 +155,7 @@ pub fn attempts(text: &[u8]) -> Result<i32, PublishError> {
 }
 
 /// An id as it is written, with the errors of type uuid.
-pub fn event_id(text: &[u8]) -> [u8; 16] {
+pub(super) fn event_id(text: &[u8]) -> [u8; 16] {
     let text = CString::new(text).unwrap_or_default();
     let arguments = [Some(pg_sys::Datum::from(text.as_ptr()))];
     // SAFETY: the input function's argument; its result points to 16 bytes.
@@ -166,7 +166,7 @@ pub fn event_id(text: &[u8]) -> [u8; 16] {
 }
 
 /// A time as it is written, with the errors of type timestamptz. Without a zone it is one of the session's TimeZone.
-pub fn time(text: &[u8]) -> i64 {
+pub(super) fn time(text: &[u8]) -> i64 {
     let text = CString::new(text).unwrap_or_default();
     let arguments = [
         Some(pg_sys::Datum::from(text.as_ptr())),
@@ -197,7 +197,7 @@ fn default_backend() -> String {
 }
 
 /// A request's text in UTF-8.
-pub fn decoded(text: &[u8]) -> Cow<'_, str> {
+pub(super) fn decoded(text: &[u8]) -> Cow<'_, str> {
     // SAFETY: the texts of a request are valid in the database's encoding.
     unsafe { utf8(text) }
 }

@@ -26,7 +26,7 @@ const UPDATE: pg_sys::AclMode = pg_sys::ACL_UPDATE as pg_sys::AclMode;
 static mut PREVIOUS_HOOK: pg_sys::post_parse_analyze_hook_type = None;
 
 /// Called once, when the library is loaded.
-pub fn install() {
+pub(crate) fn install() {
     // SAFETY: a process loads its libraries in its one thread.
     unsafe {
         PREVIOUS_HOOK = pg_sys::post_parse_analyze_hook;

@@ -15,7 +15,7 @@ const COMMITS_WITHIN_MS: u64 = 3;
 /// What a slot's worker is doing. Next states in brackets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-pub enum SlotState {
+pub(crate) enum SlotState {
     /// The worker has found no extension. [Starting]
     Absent = 0,
     /// To be started. [Starting, Short, Failing]
@@ -61,7 +61,7 @@ enum Work {
 
 /// One database.
 #[repr(C)]
-pub struct DatabaseSlot {
+pub(crate) struct DatabaseSlot {
     /// Its OID; 0: the slot is free.
     database: AtomicU32,
     state: AtomicU8,
@@ -89,29 +89,29 @@ pub struct DatabaseSlot {
 }
 
 impl DatabaseSlot {
-    pub fn database(&self) -> pg_sys::Oid {
+    pub(crate) fn database(&self) -> pg_sys::Oid {
         pg_sys::Oid::from(self.database.load(Ordering::Acquire))
     }
 
-    pub fn state(&self) -> SlotState {
+    pub(crate) fn state(&self) -> SlotState {
         SlotState::from_u8(self.state.load(Ordering::Acquire))
     }
 
-    pub fn set_state(&self, state: SlotState) {
+    pub(crate) fn set_state(&self, state: SlotState) {
         self.state.store(state as u8, Ordering::Release);
     }
 
     /// Events are numbered by this sequence. Whether another did before, or none.
-    pub fn numbered_by(&self, sequence: pg_sys::Oid) -> bool {
+    pub(crate) fn numbered_by(&self, sequence: pg_sys::Oid) -> bool {
         self.sequence.swap(sequence.to_u32(), Ordering::AcqRel) != sequence.to_u32()
     }
 
-    pub fn pid(&self) -> i32 {
+    pub(crate) fn pid(&self) -> i32 {
         self.pid.load(Ordering::Acquire)
     }
 
     /// The worker has come; false if there is another.
-    pub fn attach(&self, pid: i32, latch: *mut pg_sys::Latch) -> bool {
+    pub(crate) fn attach(&self, pid: i32, latch: *mut pg_sys::Latch) -> bool {
         let attached = self.pid.compare_exchange(0, pid, Ordering::AcqRel, Ordering::Acquire);
         if attached.is_ok() {
             self.work.store(Work::Some as u8, Ordering::Release);
@@ -122,7 +122,7 @@ impl DatabaseSlot {
     }
 
     /// The worker goes, if it is this one.
-    pub fn detach(&self, pid: i32) {
+    pub(crate) fn detach(&self, pid: i32) {
         if self.pid() == pid {
             self.latch.store(ptr::null_mut(), Ordering::Release);
             self.pid.store(0, Ordering::Release);
@@ -130,14 +130,14 @@ impl DatabaseSlot {
     }
 
     /// Events were committed. A burst is one wake: the first to raise the flag sets the latch.
-    pub fn announce_work(&self) {
+    pub(crate) fn announce_work(&self) {
         if self.work.swap(Work::Some as u8, Ordering::SeqCst) == Work::None as u8 {
             set_latch(&self.latch);
         }
     }
 
     /// Events are being published. A worker that has not looked for a while is woken, to be ready when they are committed.
-    pub fn announce_publishing(&self) {
+    pub(crate) fn announce_publishing(&self) {
         let now_ms = clock_ms();
         // At most once a millisecond: many may publish.
         if self.published_at_ms.load(Ordering::Relaxed) != now_ms {
@@ -150,13 +150,13 @@ impl DatabaseSlot {
     }
 
     /// Whether somebody has begun to publish a moment ago, and is probably about to commit.
-    pub fn is_publishing(&self) -> bool {
+    pub(crate) fn is_publishing(&self) -> bool {
         let published_at_ms = self.published_at_ms.load(Ordering::Relaxed);
         published_at_ms > 0 && clock_ms().saturating_sub(published_at_ms) <= COMMITS_WITHIN_MS
     }
 
     /// Whether that was announced. It counts as a look.
-    pub fn take_publishing(&self) -> bool {
+    pub(crate) fn take_publishing(&self) -> bool {
         let is_publishing = self.publishing.swap(false, Ordering::SeqCst);
         if is_publishing {
             self.looks();
@@ -169,42 +169,42 @@ impl DatabaseSlot {
         self.looked_at_ms.store(clock_ms(), Ordering::Relaxed);
     }
 
-    pub fn announce_schedule(&self) {
+    pub(crate) fn announce_schedule(&self) {
         if !self.schedule.swap(true, Ordering::SeqCst) {
             set_latch(&self.latch);
         }
     }
 
-    pub fn nudge(&self) {
+    pub(crate) fn nudge(&self) {
         self.nudge.store(true, Ordering::SeqCst);
         self.wake();
     }
 
     /// Asks for an attempt of each backend that waits for one.
-    pub fn ask(&self) {
+    pub(crate) fn ask(&self) {
         if !self.asked.swap(true, Ordering::SeqCst) {
             set_latch(&self.latch);
         }
     }
 
-    pub fn take_asked(&self) -> bool {
+    pub(crate) fn take_asked(&self) -> bool {
         self.asked.swap(false, Ordering::SeqCst)
     }
 
-    pub fn wake(&self) {
+    pub(crate) fn wake(&self) {
         set_latch(&self.latch);
     }
 
-    pub fn has_work(&self) -> bool {
+    pub(crate) fn has_work(&self) -> bool {
         self.work.load(Ordering::Acquire) == Work::Some as u8
     }
 
     /// The worker is about to sleep for a moment, and need not be woken.
-    pub fn mark_asleep(&self) {
+    pub(crate) fn mark_asleep(&self) {
         self.change_work(Work::None, Work::Asleep);
     }
 
-    pub fn mark_awake(&self) {
+    pub(crate) fn mark_awake(&self) {
         self.change_work(Work::Asleep, Work::None);
     }
 
@@ -216,34 +216,34 @@ impl DatabaseSlot {
     }
 
     /// Lowers the flag; the snapshot must be taken after, so that what is committed later raises it again.
-    pub fn take_work(&self) {
+    pub(crate) fn take_work(&self) {
         self.looks();
         self.published_at_ms.store(0, Ordering::Relaxed);
         self.work.swap(Work::None as u8, Ordering::SeqCst);
         fence(Ordering::SeqCst);
     }
 
-    pub fn take_schedule(&self) -> bool {
+    pub(crate) fn take_schedule(&self) -> bool {
         self.schedule.swap(false, Ordering::SeqCst)
     }
 
-    pub fn take_nudge(&self) -> bool {
+    pub(crate) fn take_nudge(&self) -> bool {
         self.nudge.swap(false, Ordering::SeqCst)
     }
 
     /// Gives a free slot to a database. False: it is taken.
-    pub fn take_for(&self, database: pg_sys::Oid) -> bool {
+    pub(crate) fn take_for(&self, database: pg_sys::Oid) -> bool {
         self.database
             .compare_exchange(0, database.to_u32(), Ordering::AcqRel, Ordering::Relaxed)
             .is_ok()
     }
 
     /// Frees the slot.
-    pub fn free(&self) {
+    pub(crate) fn free(&self) {
         self.database.store(0, Ordering::Release);
     }
 
-    pub fn is_taken(&self) -> bool {
+    pub(crate) fn is_taken(&self) -> bool {
         self.database.load(Ordering::Acquire) != 0
     }
 }
@@ -256,7 +256,7 @@ fn clock_ms() -> u64 {
     time.tv_sec as u64 * 1_000 + time.tv_nsec as u64 / 1_000_000
 }
 
-pub fn set_latch(latch: &AtomicPtr<pg_sys::Latch>) {
+pub(crate) fn set_latch(latch: &AtomicPtr<pg_sys::Latch>) {
     let latch = latch.load(Ordering::Acquire);
     if !latch.is_null() {
         // SAFETY: a process latch lies in shared memory for the server's life. If its owner has gone, a stranger

@@ -5,9 +5,9 @@ use pgrx::{pg_sys, varlena};
 use std::borrow::Cow;
 
 /// Microseconds from 1970, the epoch of Unix, to 2000, that of Postgres.
-pub const EPOCH_SHIFT_US: i64 = 946_684_800_000_000;
+pub(crate) const EPOCH_SHIFT_US: i64 = 946_684_800_000_000;
 
-pub fn text_datum(text: &[u8]) -> pg_sys::Datum {
+pub(crate) fn text_datum(text: &[u8]) -> pg_sys::Datum {
     // SAFETY: copies the bytes into a varlena of the current memory context; json has the same form as text.
     unsafe {
         pg_sys::Datum::from(pg_sys::cstring_to_text_with_len(
@@ -21,7 +21,7 @@ pub fn text_datum(text: &[u8]) -> pg_sys::Datum {
 ///
 /// # Safety
 /// The datum is a valid varlena; the slice lives as long as its row or the current memory context.
-pub unsafe fn bytes_of<'a>(datum: pg_sys::Datum) -> &'a [u8] {
+pub(crate) unsafe fn bytes_of<'a>(datum: pg_sys::Datum) -> &'a [u8] {
     // SAFETY: the caller's promise.
     unsafe {
         let mut value: *mut pg_sys::varlena = datum.cast_mut_ptr();
@@ -41,7 +41,7 @@ pub unsafe fn bytes_of<'a>(datum: pg_sys::Datum) -> &'a [u8] {
 ///
 /// # Safety
 /// As [`bytes_of`].
-pub unsafe fn utf8_of<'a>(datum: pg_sys::Datum) -> Cow<'a, str> {
+pub(crate) unsafe fn utf8_of<'a>(datum: pg_sys::Datum) -> Cow<'a, str> {
     // SAFETY: the caller's promise; Postgres keeps only valid text in its encoding.
     unsafe { utf8(bytes_of(datum)) }
 }

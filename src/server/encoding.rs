@@ -31,7 +31,7 @@ fn encoding() -> u32 {
 
 /// Why a text has no UTF-8 form.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Foreign {
+pub(crate) enum Foreign {
     /// These bytes are not UTF-8, and the database (SQL_ASCII) does not say what encoding they are in.
     Invalid(Vec<u8>),
     /// This character of the database's encoding is none in Unicode.
@@ -39,14 +39,14 @@ pub enum Foreign {
 }
 
 impl Foreign {
-    pub fn code(&self) -> PgSqlErrorCode {
+    pub(crate) fn code(&self) -> PgSqlErrorCode {
         match self {
             Self::Invalid(_) => PgSqlErrorCode::ERRCODE_CHARACTER_NOT_IN_REPERTOIRE,
             Self::Unknown(_) => PgSqlErrorCode::ERRCODE_UNTRANSLATABLE_CHARACTER,
         }
     }
 
-    pub fn detail(&self) -> String {
+    pub(crate) fn detail(&self) -> String {
         let shown = |bytes: &[u8]| {
             let bytes: Vec<String> = bytes.iter().map(|byte| format!("0x{byte:02x}")).collect();
             bytes.join(" ")
@@ -75,7 +75,7 @@ fn encoding_name() -> String {
 }
 
 /// Whether a text in the database's encoding has a UTF-8 form. Costs nothing in a database in UTF-8, and little for ASCII.
-pub fn has_utf8_form(text: &[u8]) -> Result<(), Foreign> {
+pub(crate) fn has_utf8_form(text: &[u8]) -> Result<(), Foreign> {
     match encoding() {
         pg_sys::pg_enc::PG_UTF8 => Ok(()),
         _ if text.is_ascii() => Ok(()),
@@ -128,7 +128,7 @@ fn converts_to_utf8(text: &[u8], encoding: u32) -> Result<(), Foreign> {
 ///
 /// # Safety
 /// Valid text in the database's encoding.
-pub unsafe fn utf8(bytes: &[u8]) -> Cow<'_, str> {
+pub(crate) unsafe fn utf8(bytes: &[u8]) -> Cow<'_, str> {
     // SAFETY: the caller's promise; a conversion's result is a zero-terminated string of the current memory context.
     unsafe {
         match encoding() {
@@ -165,7 +165,7 @@ fn expect_utf8(bytes: &[u8]) -> Cow<'_, str> {
 }
 
 /// Converts text to the database's encoding. An ERROR if that lacks a character.
-pub fn to_server(text: &str) -> Cow<'_, [u8]> {
+pub(crate) fn to_server(text: &str) -> Cow<'_, [u8]> {
     // SAFETY: reads the text, or returns a zero-terminated string of the current memory context.
     unsafe {
         let given = text.as_ptr().cast();
@@ -178,7 +178,7 @@ pub fn to_server(text: &str) -> Cow<'_, [u8]> {
 }
 
 /// The same for messages, also outside of a transaction: a character that the database's encoding lacks becomes a question mark.
-pub fn words_to_server(text: &str) -> Cow<'_, [u8]> {
+pub(crate) fn words_to_server(text: &str) -> Cow<'_, [u8]> {
     if text.is_ascii() || matches!(encoding(), pg_sys::pg_enc::PG_UTF8 | pg_sys::pg_enc::PG_SQL_ASCII) {
         return Cow::Borrowed(text.as_bytes());
     }

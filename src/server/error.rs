@@ -5,7 +5,7 @@ use pgrx::{PgLogLevel, PgSqlErrorCode, pg_sys};
 
 /// Keeps pgrx from adding a Rust backtrace to the DETAIL that a user sees, wherever RUST_BACKTRACE is set. Called once, from
 /// `_PG_init`.
-pub fn hide_backtraces() {
+pub(crate) fn hide_backtraces() {
     const SWITCH: &str = "RUST_LIB_BACKTRACE";
     let before = std::env::var_os(SWITCH);
     // SAFETY: this process has one thread while it loads a library. The first capture decides for all; the variable is put
@@ -21,13 +21,13 @@ pub fn hide_backtraces() {
 }
 
 /// Raises an ERROR; never returns.
-pub fn raise(report: ErrorReport) -> ! {
+pub(crate) fn raise(report: ErrorReport) -> ! {
     report.report(PgLogLevel::ERROR);
     unreachable!("an ERROR does not return")
 }
 
 /// An ERROR unless a function is called with so many arguments: somebody else's declaration of it may say otherwise.
-pub fn expect_arguments(fcinfo: pg_sys::FunctionCallInfo, count: usize) {
+pub(crate) fn expect_arguments(fcinfo: pg_sys::FunctionCallInfo, count: usize) {
     // SAFETY: Postgres calls with a valid structure.
     let given = unsafe { (*fcinfo).nargs } as usize;
     if given != count {
@@ -38,7 +38,7 @@ pub fn expect_arguments(fcinfo: pg_sys::FunctionCallInfo, count: usize) {
 }
 
 /// An internal error: something of ours is not as it must be.
-pub fn internal(message: impl Into<String>) -> ! {
+pub(crate) fn internal(message: impl Into<String>) -> ! {
     raise(ErrorReport::new(
         PgSqlErrorCode::ERRCODE_INTERNAL_ERROR,
         message.into(),

@@ -10,44 +10,44 @@ use std::ffi::{CStr, CString, c_char, c_void};
 use std::time::Duration;
 use wildmatch::WildMatch;
 
-pub static ENABLED: GucSetting<bool> = GucSetting::<bool>::new(true);
-pub static DATABASES: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c"*"));
-pub static DEFAULT_BACKEND: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c"default"));
+pub(crate) static ENABLED: GucSetting<bool> = GucSetting::<bool>::new(true);
+pub(crate) static DATABASES: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c"*"));
+pub(crate) static DEFAULT_BACKEND: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c"default"));
 /// Small enough that a batch and its replies stay in the CPU's cache.
-pub static BATCH_SIZE: GucSetting<i32> = GucSetting::<i32>::new(100);
+pub(crate) static BATCH_SIZE: GucSetting<i32> = GucSetting::<i32>::new(100);
 /// A safety net only: commits wake the worker.
-pub static POLL_INTERVAL_MS: GucSetting<i32> = GucSetting::<i32>::new(5_000);
-pub static MAX_RETRIES: GucSetting<i32> = GucSetting::<i32>::new(3);
-pub static RETRY_BACKOFF: GucSetting<bool> = GucSetting::<bool>::new(true);
-pub static RETRY_DELAY_MS: GucSetting<i32> = GucSetting::<i32>::new(1_000);
-pub static RETRY_MAX_DELAY_MS: GucSetting<i32> = GucSetting::<i32>::new(60_000);
-pub static CLEANUP_PUBLISHED: GucSetting<bool> = GucSetting::<bool>::new(true);
-pub static PUBLISHED_RETENTION_MIN: GucSetting<i32> = GucSetting::<i32>::new(7 * 24 * 60);
-pub static FAILED_RETENTION_MIN: GucSetting<i32> = GucSetting::<i32>::new(30 * 24 * 60);
+pub(crate) static POLL_INTERVAL_MS: GucSetting<i32> = GucSetting::<i32>::new(5_000);
+pub(crate) static MAX_RETRIES: GucSetting<i32> = GucSetting::<i32>::new(3);
+pub(crate) static RETRY_BACKOFF: GucSetting<bool> = GucSetting::<bool>::new(true);
+pub(crate) static RETRY_DELAY_MS: GucSetting<i32> = GucSetting::<i32>::new(1_000);
+pub(crate) static RETRY_MAX_DELAY_MS: GucSetting<i32> = GucSetting::<i32>::new(60_000);
+pub(crate) static CLEANUP_PUBLISHED: GucSetting<bool> = GucSetting::<bool>::new(true);
+pub(crate) static PUBLISHED_RETENTION_MIN: GucSetting<i32> = GucSetting::<i32>::new(7 * 24 * 60);
+pub(crate) static FAILED_RETENTION_MIN: GucSetting<i32> = GucSetting::<i32>::new(30 * 24 * 60);
 /// Redis takes 512 MB, but an entry is held in memory by every party on its way.
-pub static MAX_EVENT_SIZE_KB: GucSetting<i32> = GucSetting::<i32>::new(1_024);
-pub static LOG_LEVEL: GucSetting<LogLevel> = GucSetting::<LogLevel>::new(LogLevel::Info);
-pub static REDIS_HOST: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c"localhost"));
-pub static REDIS_PORT: GucSetting<i32> = GucSetting::<i32>::new(6_379);
-pub static REDIS_DB: GucSetting<i32> = GucSetting::<i32>::new(0);
-pub static REDIS_USERNAME: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c""));
-pub static REDIS_PASSWORD_FILE: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c""));
-pub static REDIS_STREAM_NAME: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c"events"));
-pub static REDIS_MAX_LEN: GucSetting<i32> = GucSetting::<i32>::new(10_000);
-pub static REDIS_CONNECT_TIMEOUT_MS: GucSetting<i32> = GucSetting::<i32>::new(5_000);
-pub static REDIS_SOCKET_TIMEOUT_MS: GucSetting<i32> = GucSetting::<i32>::new(5_000);
+pub(crate) static MAX_EVENT_SIZE_KB: GucSetting<i32> = GucSetting::<i32>::new(1_024);
+pub(crate) static LOG_LEVEL: GucSetting<LogLevel> = GucSetting::<LogLevel>::new(LogLevel::Info);
+pub(crate) static REDIS_HOST: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c"localhost"));
+pub(crate) static REDIS_PORT: GucSetting<i32> = GucSetting::<i32>::new(6_379);
+pub(crate) static REDIS_DB: GucSetting<i32> = GucSetting::<i32>::new(0);
+pub(crate) static REDIS_USERNAME: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c""));
+pub(crate) static REDIS_PASSWORD_FILE: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c""));
+pub(crate) static REDIS_STREAM_NAME: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c"events"));
+pub(crate) static REDIS_MAX_LEN: GucSetting<i32> = GucSetting::<i32>::new(10_000);
+pub(crate) static REDIS_CONNECT_TIMEOUT_MS: GucSetting<i32> = GucSetting::<i32>::new(5_000);
+pub(crate) static REDIS_SOCKET_TIMEOUT_MS: GucSetting<i32> = GucSetting::<i32>::new(5_000);
 
 /// Without a limit here, whoever may write `outbox.backends` decides where the server connects to.
-pub static ALLOWED_HOSTS: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c"*"));
+pub(crate) static ALLOWED_HOSTS: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c"*"));
 
-pub static SEND_AFTER: GucSetting<SendAfter> = GucSetting::<SendAfter>::new(SendAfter::LocalFlush);
+pub(crate) static SEND_AFTER: GucSetting<SendAfter> = GucSetting::<SendAfter>::new(SendAfter::LocalFlush);
 
 /// Silence of an owner proves nothing to a copy.
-pub static TAKE_OVER: GucSetting<TakeOver> = GucSetting::<TakeOver>::new(TakeOver::Standby);
+pub(crate) static TAKE_OVER: GucSetting<TakeOver> = GucSetting::<TakeOver>::new(TakeOver::Standby);
 
 /// Which servers take over a backend by themselves once its owner is gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PostgresGucEnum)]
-pub enum TakeOver {
+pub(crate) enum TakeOver {
     /// A streaming standby that was promoted.
     #[name = c"standby"]
     Standby,
@@ -58,7 +58,7 @@ pub enum TakeOver {
 
 /// When a commit may leave the server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PostgresGucEnum)]
-pub enum SendAfter {
+pub(crate) enum SendAfter {
     /// It is on this server's disk.
     #[name = c"local_flush"]
     LocalFlush,
@@ -69,7 +69,7 @@ pub enum SendAfter {
 
 /// The levels of Python's logging.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, PostgresGucEnum)]
-pub enum LogLevel {
+pub(crate) enum LogLevel {
     #[name = c"debug"]
     Debug,
     #[name = c"info"]
@@ -83,7 +83,8 @@ pub enum LogLevel {
 const HOUR_MS: i32 = 3_600_000;
 
 /// Defines all settings; called once from `_PG_init`.
-pub fn define() {
+#[expect(clippy::too_many_lines, reason = "a table")]
+pub(crate) fn define() {
     use GucContext::{Sighup, Suset, Userset};
     let plain = GucFlags::default();
 
@@ -346,26 +347,26 @@ unsafe extern "C-unwind" fn check_allowed_hosts(
 }
 
 /// Where the relay may connect to.
-pub fn allowed_hosts() -> AllowedHosts {
+pub(crate) fn allowed_hosts() -> AllowedHosts {
     text(&ALLOWED_HOSTS).parse().unwrap_or_default()
 }
 
 /// A text setting; empty when unset or not UTF-8.
-pub fn text(setting: &GucSetting<Option<CString>>) -> String {
+pub(crate) fn text(setting: &GucSetting<Option<CString>>) -> String {
     setting.get().and_then(|s| s.into_string().ok()).unwrap_or_default()
 }
 
-pub fn millis(setting: &GucSetting<i32>) -> Duration {
+pub(crate) fn millis(setting: &GucSetting<i32>) -> Duration {
     Duration::from_millis(setting.get().max(0) as u64)
 }
 
 /// A retention in microseconds; `None` keeps all.
-pub fn retention_us(setting: &GucSetting<i32>) -> Option<i64> {
+pub(crate) fn retention_us(setting: &GucSetting<i32>) -> Option<i64> {
     let minutes = i64::from(setting.get());
     (minutes >= 0).then_some(minutes * 60_000_000)
 }
 
-pub fn backoff() -> Backoff {
+pub(crate) fn backoff() -> Backoff {
     Backoff {
         exponential: RETRY_BACKOFF.get(),
         delay: millis(&RETRY_DELAY_MS),
@@ -374,7 +375,7 @@ pub fn backoff() -> Backoff {
 }
 
 /// Whether `outbox_relay.databases` names this database, and the relay is on.
-pub fn serves(database: &str) -> bool {
+pub(crate) fn serves(database: &str) -> bool {
     ENABLED.get() && is_listed(&text(&DATABASES), database)
 }
 

@@ -8,21 +8,21 @@
 //! - [`place`], [`standby`] where this server lives, and whether it was promoted
 //! - [`trigger_call`] what a trigger function was called with; [`random`], [`uuid`]
 
-pub mod database_slot;
-pub mod datum;
-pub mod encoding;
-pub mod error;
-pub mod guc;
-pub mod object_access;
-pub mod pinned;
-pub mod place;
-pub mod process;
-pub mod random;
-pub mod report;
-pub mod shmem;
-pub mod standby;
-pub mod trigger_call;
-pub mod txn;
-pub mod unguarded;
-pub mod untouched;
-pub mod uuid;
+pub(crate) mod database_slot;
+pub(crate) mod datum;
+pub(crate) mod encoding;
+pub(crate) mod error;
+pub(crate) mod guc;
+pub(crate) mod object_access;
+pub(crate) mod pinned;
+pub(crate) mod place;
+pub(crate) mod process;
+pub(crate) mod random;
+pub(crate) mod report;
+pub(crate) mod shmem;
+pub(crate) mod standby;
+pub(crate) mod trigger_call;
+pub(crate) mod txn;
+pub(crate) mod unguarded;
+pub(crate) mod untouched;
+pub(crate) mod uuid;

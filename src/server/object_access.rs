@@ -20,7 +20,7 @@ const LEAVE_TIMEOUT: Duration = Duration::from_secs(5);
 static mut PREVIOUS_HOOK: pg_sys::object_access_hook_type = None;
 
 /// Called once, by the postmaster.
-pub fn install() {
+pub(crate) fn install() {
     // SAFETY: the postmaster is single-threaded and calls this once.
     unsafe {
         PREVIOUS_HOOK = pg_sys::object_access_hook;

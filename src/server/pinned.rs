@@ -49,7 +49,7 @@ const PINNED: &[(&CStr, &CStr)] = &[
 ];
 
 /// Once, when the process is connected.
-pub fn pin_settings() {
+pub(crate) fn pin_settings() {
     // `session_authorization` cannot be set outside of a transaction, so the session's user is set directly.
     // SAFETY: the process was authenticated as this superuser, and goes back to it.
     unsafe { pg_sys::SetSessionAuthorization(pg_sys::Oid::from(pg_sys::BOOTSTRAP_SUPERUSERID), true) };

@@ -9,7 +9,7 @@ use std::time::UNIX_EPOCH;
 
 /// `outbox.here()`: the timeline and the directory, which a promoted standby or a copy does not share.
 #[pg_extern(sql = false)]
-pub fn here() -> String {
+pub(crate) fn here() -> String {
     // SAFETY: reads what the server knows of itself; only a primary is asked for. A zero-terminated path.
     let (timeline, directory) = unsafe {
         pg_sys::PreventCommandDuringRecovery(c"outbox.here()".as_ptr());
@@ -19,13 +19,13 @@ pub fn here() -> String {
 }
 
 /// The system identifier, which a base backup keeps.
-pub fn system() -> String {
+pub(crate) fn system() -> String {
     // SAFETY: reads what the server knows of itself.
     unsafe { pg_sys::GetSystemIdentifier() }.to_string()
 }
 
 /// Where this server lives, see [`Place`].
-pub fn place() -> String {
+pub(crate) fn place() -> String {
     let read = |path: &str| fs::read_to_string(path).unwrap_or_default().trim().to_owned();
     // SAFETY: a zero-terminated path, set when the server started.
     let directory = unsafe { CStr::from_ptr(pg_sys::DataDir).to_string_lossy().into_owned() };

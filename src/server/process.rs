@@ -11,7 +11,7 @@ use std::panic::AssertUnwindSafe;
 use std::time::Duration;
 
 /// The same trouble is logged again after this long.
-pub const REPEAT_LOG_AFTER: Duration = Duration::from_secs(60);
+pub(crate) const REPEAT_LOG_AFTER: Duration = Duration::from_secs(60);
 
 #[cfg(not(feature = "pg18"))]
 use pg_sys::pqsignal;
@@ -21,7 +21,7 @@ use pg_sys::pqsignal_be as pqsignal;
 /// An ERROR that was caught at the edge of a transaction.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
-pub struct Aborted {
+pub(crate) struct Aborted {
     pub message: String,
     pub detail: Option<String>,
     pub hint: Option<String>,
@@ -40,7 +40,7 @@ unsafe extern "C-unwind" {
 
 impl Aborted {
     /// Without having tried anything.
-    pub fn because(message: &str) -> Self {
+    pub(crate) fn because(message: &str) -> Self {
         Self {
             message: message.to_owned(),
             detail: None,
@@ -51,7 +51,7 @@ impl Aborted {
 }
 
 /// Installs the signal handlers of a background worker with a database connection, and unblocks signals.
-pub fn take_signals() {
+pub(crate) fn take_signals() {
     // SAFETY: the standard handlers, installed before signals are unblocked. `die` interrupts waits for locks too, which
     // a handler that only sets a flag does not.
     unsafe {
@@ -63,7 +63,7 @@ pub fn take_signals() {
 
 /// From now on SIGTERM does not end the process at once. It cancels the current transaction, whatever that waits for, and
 /// [`is_told_to_end`] returns true.
-pub fn end_with_last_words() {
+pub(crate) fn end_with_last_words() {
     // No pg_guard: as Postgres's own handlers, of which it is made.
     // SAFETY: installed as a signal handler alone.
     unsafe extern "C-unwind" fn end_soon(signal: std::ffi::c_int) {
@@ -91,7 +91,7 @@ pub fn end_with_last_words() {
 /// The flag has two more effects (Postgres 15 to 18). Who waits for one of our locks longer than its deadlock_timeout cancels our
 /// transaction. And CREATE INDEX CONCURRENTLY does not wait for our snapshots: those that it would matter to are of rows that nobody
 /// but us deletes.
-pub fn give_way_to_database_statements() {
+pub(crate) fn give_way_to_database_statements() {
     // SAFETY: the process's own entry, changed under the lock that guards it, as vacuum does. The end of a transaction does not
     // reset this flag.
     unsafe {
@@ -109,7 +109,7 @@ pub fn give_way_to_database_statements() {
 /// them, and a crash there would restart the whole server. Senders are not waited for: one may be stuck in a system call, and what
 /// they have under way is in doubt whether they are told or not, which the next worker settles. Called first: the callback that was
 /// registered first runs last.
-pub fn end_without_exit_handlers() {
+pub(crate) fn end_without_exit_handlers() {
     // No pg_guard: it calls nothing of Postgres.
     // SAFETY: called by Postgres alone, when all else is done.
     unsafe extern "C-unwind" fn end(code: i32, _argument: pg_sys::Datum) {
@@ -121,14 +121,14 @@ pub fn end_without_exit_handlers() {
 }
 
 /// Whether the process was told to end.
-pub fn is_told_to_end() -> bool {
+pub(crate) fn is_told_to_end() -> bool {
     // SAFETY: plain reads of the process's own flags.
     unsafe { pg_sys::ProcDiePending != 0 || pg_sys::ShutdownRequestPending != 0 }
 }
 
 /// Handles pending interrupts: barriers, memory-context logging, and the end of the process. Between transactions there is nothing to
 /// cancel.
-pub fn handle_interrupts() {
+pub(crate) fn handle_interrupts() {
     PgTryBuilder::new(|| {
         pg_sys::check_for_interrupts!();
     })
@@ -137,7 +137,7 @@ pub fn handle_interrupts() {
 }
 
 /// Reads postgresql.conf again after a SIGHUP; true if it did.
-pub fn reload_if_told() -> bool {
+pub(crate) fn reload_if_told() -> bool {
     // SAFETY: between transactions, as Postgres's own main loops do.
     unsafe {
         if pg_sys::ConfigReloadPending == 0 {
@@ -151,7 +151,7 @@ pub fn reload_if_told() -> bool {
 
 /// Accepts the order to end, so that the process can save its state first. A timeout can still interrupt that: otherwise a lock could
 /// hold up the server's shutdown.
-pub fn accept_end() {
+pub(crate) fn accept_end() {
     // SAFETY: the process's own flags, which its signal handlers set.
     unsafe { (pg_sys::ProcDiePending, pg_sys::QueryCancelPending) = (0, 0) };
 }
@@ -184,7 +184,7 @@ fn wait_event(name: &'static CStr) -> u32 {
 }
 
 /// Prepares to wait for the latch, and a socket that is open for the process's life, as the wait event `name`. Once.
-pub fn prepare_to_wait(name: &'static CStr, socket: Option<i32>) {
+pub(crate) fn prepare_to_wait(name: &'static CStr, socket: Option<i32>) {
     WAIT_EVENT.set(wait_event(name));
     let no_socket = pg_sys::PGINVALID_SOCKET;
     // SAFETY: once, in a process with a latch; the set lives as long as the process.
@@ -206,7 +206,7 @@ pub fn prepare_to_wait(name: &'static CStr, socket: Option<i32>) {
 }
 
 /// Waits for the latch, the socket or the timeout. The death of the postmaster ends the process.
-pub fn wait(timeout: Option<Duration>) {
+pub(crate) fn wait(timeout: Option<Duration>) {
     // Rounded up, or the last millisecond would be spent awake.
     let timeout_ms = timeout.map_or(-1, |t| t.as_micros().div_ceil(1_000).min(i32::MAX as u128) as i64);
     // SAFETY: the process's own set and latch.
@@ -218,14 +218,14 @@ pub fn wait(timeout: Option<Duration>) {
 }
 
 /// Sleeps for a moment without using up the process's latch.
-pub fn wait_briefly(time: Duration) {
+pub(crate) fn wait_briefly(time: Duration) {
     // SAFETY: sleeps; a signal ends it sooner.
     unsafe { pg_sys::pg_usleep(time.as_micros() as i64) };
 }
 
 /// Runs `f` in a transaction of its own, with a snapshot for SPI. An ERROR or panic in it aborts the transaction and comes back
 /// as a value: the process goes on.
-pub fn transaction<R>(f: impl FnOnce() -> R) -> Result<R, Aborted> {
+pub(crate) fn transaction<R>(f: impl FnOnce() -> R) -> Result<R, Aborted> {
     let outcome = PgTryBuilder::new(AssertUnwindSafe(|| {
         // SAFETY: between transactions; what is started here is committed here or aborted below.
         unsafe {
@@ -251,7 +251,7 @@ pub fn transaction<R>(f: impl FnOnce() -> R) -> Result<R, Aborted> {
 }
 
 /// Runs `f` in a subtransaction of the transaction at hand. An ERROR or panic in it aborts that alone, and comes back as a value.
-pub fn attempt<R>(f: impl FnOnce() -> R) -> Result<R, Aborted> {
+pub(crate) fn attempt<R>(f: impl FnOnce() -> R) -> Result<R, Aborted> {
     // SAFETY: within a transaction; what was current is so again, whatever happened within.
     unsafe {
         let (owner, context) = (pg_sys::CurrentResourceOwner, pg_sys::CurrentMemoryContext);
@@ -287,13 +287,13 @@ fn aborted(error: &CaughtError) -> Aborted {
 
 /// Hands the counts of what was read and written to the statistics, as sessions do when they get idle: autovacuum of our
 /// tables goes by them. At most once a second; between transactions.
-pub fn report_statistics() {
+pub(crate) fn report_statistics() {
     // SAFETY: outside of a transaction; sends what has gathered, if anything, without waiting for locks.
     unsafe { pg_sys::pgstat_report_stat(false) };
 }
 
 /// What pg_stat_activity shows: busy with something, or idle.
-pub fn show_activity(what: Option<&str>) {
+pub(crate) fn show_activity(what: Option<&str>) {
     let state = match what {
         Some(_) => pg_sys::BackendState::STATE_RUNNING,
         None => pg_sys::BackendState::STATE_IDLE,
@@ -304,7 +304,7 @@ pub fn show_activity(what: Option<&str>) {
 }
 
 /// Sets a session setting, whatever the database or role says.
-pub fn set_option(name: &CStr, value: &CStr) {
+pub(crate) fn set_option(name: &CStr, value: &CStr) {
     // SAFETY: constant names and values of existing settings.
     unsafe {
         pg_sys::SetConfigOption(
@@ -318,7 +318,7 @@ pub fn set_option(name: &CStr, value: &CStr) {
 
 /// Whether the whole server is being shut down, not this process alone. The postmaster writes that into its file before it signals
 /// anybody.
-pub fn is_server_stopping() -> bool {
+pub(crate) fn is_server_stopping() -> bool {
     /// Counted from 0 (LOCK_FILE_LINE_PM_STATUS).
     const STATUS_LINE: usize = 7;
     let said = std::fs::read_to_string("postmaster.pid").unwrap_or_default();
@@ -328,7 +328,7 @@ pub fn is_server_stopping() -> bool {
 }
 
 /// Logs a message if `outbox_relay.log_level` includes it.
-pub fn log(level: LogLevel, message: &str, detail: Option<&str>, hint: Option<&str>) {
+pub(crate) fn log(level: LogLevel, message: &str, detail: Option<&str>, hint: Option<&str>) {
     if level < guc::LOG_LEVEL.get() {
         return;
     }
@@ -340,7 +340,7 @@ pub fn log(level: LogLevel, message: &str, detail: Option<&str>, hint: Option<&s
 }
 
 /// Logs a step at `outbox_relay.log_level = debug`. At any other level the message is not even formatted.
-pub fn debug(message: impl FnOnce() -> String) {
+pub(crate) fn debug(message: impl FnOnce() -> String) {
     if guc::LOG_LEVEL.get() == LogLevel::Debug {
         log(LogLevel::Debug, &message(), None, None);
     }

@@ -4,7 +4,7 @@ use crate::server::error::internal;
 use pgrx::pg_sys;
 
 /// Bytes that nobody can guess. An ERROR if the system has none.
-pub fn bytes<const N: usize>() -> [u8; N] {
+pub(crate) fn bytes<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];
     // SAFETY: fills the buffer that it is given.
     if !unsafe { pg_sys::pg_strong_random(bytes.as_mut_ptr().cast(), N) } {
@@ -14,6 +14,6 @@ pub fn bytes<const N: usize>() -> [u8; N] {
 }
 
 /// A random name for a claim.
-pub fn token() -> String {
+pub(crate) fn token() -> String {
     bytes::<16>().iter().map(|b| format!("{b:02x}")).collect()
 }

@@ -23,7 +23,7 @@ unsafe extern "C-unwind" {
 
 /// Runs the body of a C function of ours that is written in Rust: an ERROR of Postgres leaves as it was raised, and a panic as an ERROR.
 /// Nothing in the frames of the caller may need to be dropped.
-pub fn guard<R>(body: impl FnOnce() -> R) -> R {
+pub(crate) fn guard<R>(body: impl FnOnce() -> R) -> R {
     match untouched::attempt(body) {
         Ok(result) => result,
         // SAFETY: the caller's promise.
@@ -48,7 +48,7 @@ fn throw(payload: Box<dyn Any + Send>) -> ! {
 }
 
 /// Reports something at a level below ERROR.
-pub fn say(level: c_int, code: PgSqlErrorCode, message: &str, detail: Option<&str>, hint: Option<&str>) {
+pub(crate) fn say(level: c_int, code: PgSqlErrorCode, message: &str, detail: Option<&str>, hint: Option<&str>) {
     let report = ErrorText {
         code,
         message: in_server(message),
@@ -66,14 +66,14 @@ pub fn say(level: c_int, code: PgSqlErrorCode, message: &str, detail: Option<&st
 }
 
 /// A constraint that an ERROR names.
-pub struct Constraint<'a> {
+pub(crate) struct Constraint<'a> {
     pub schema: &'a CStr,
     pub table: &'a CStr,
     pub name: &'a CStr,
 }
 
 /// Raises an ERROR that names a constraint, as those of Postgres do.
-pub fn raise_for_constraint(
+pub(crate) fn raise_for_constraint(
     code: PgSqlErrorCode,
     message: &str,
     detail: &str,

@@ -53,7 +53,7 @@ thread_local! {
 }
 
 /// Asks for the shared memory; called once, by the postmaster.
-pub fn install() {
+pub(crate) fn install() {
     // SAFETY: the postmaster is single-threaded and calls this once, before any child exists.
     unsafe {
         PREVIOUS_REQUEST_HOOK = pg_sys::shmem_request_hook;
@@ -129,12 +129,12 @@ fn all_slots() -> &'static [DatabaseSlot] {
 const _: () = assert!(size_of::<Shared>().is_multiple_of(align_of::<DatabaseSlot>()));
 
 /// Whether the library was preloaded, so that workers can exist.
-pub fn is_attached() -> bool {
+pub(crate) fn is_attached() -> bool {
     shared().is_some()
 }
 
 /// The slot of the session's own database, if it has one: a comparison, unless slots were given or taken back since.
-pub fn database_slot_here() -> Option<&'static DatabaseSlot> {
+pub(crate) fn database_slot_here() -> Option<&'static DatabaseSlot> {
     let generation = shared()?.generation.load(Ordering::Acquire);
     let (known, slot) = HERE.get();
     if known == generation {
@@ -147,12 +147,12 @@ pub fn database_slot_here() -> Option<&'static DatabaseSlot> {
 }
 
 /// The slot of a database, if it has one.
-pub fn database_slot_of(database: pg_sys::Oid) -> Option<&'static DatabaseSlot> {
+pub(crate) fn database_slot_of(database: pg_sys::Oid) -> Option<&'static DatabaseSlot> {
     database_slots().find(|slot| slot.database() == database)
 }
 
 /// The slot of a database, given to it if need be; `None` when not preloaded or all are taken.
-pub fn claim_database_slot(database: pg_sys::Oid) -> Option<&'static DatabaseSlot> {
+pub(crate) fn claim_database_slot(database: pg_sys::Oid) -> Option<&'static DatabaseSlot> {
     if let Some(slot) = database_slot_of(database) {
         return Some(slot);
     }
@@ -170,13 +170,13 @@ pub fn claim_database_slot(database: pg_sys::Oid) -> Option<&'static DatabaseSlo
 }
 
 /// The same for the session's own database.
-pub fn claim_database_slot_here() -> Option<&'static DatabaseSlot> {
+pub(crate) fn claim_database_slot_here() -> Option<&'static DatabaseSlot> {
     // SAFETY: a plain read of the process's own variable.
     database_slot_here().or_else(|| claim_database_slot(unsafe { pg_sys::MyDatabaseId }))
 }
 
 /// Takes a slot back that has no worker. For the launcher alone.
-pub fn take_back(slot: &DatabaseSlot) {
+pub(crate) fn take_back(slot: &DatabaseSlot) {
     slot.set_state(SlotState::Absent);
     slot.numbers.forget();
     slot.free();
@@ -186,34 +186,34 @@ pub fn take_back(slot: &DatabaseSlot) {
 }
 
 /// All slots in use.
-pub fn database_slots() -> impl Iterator<Item = &'static DatabaseSlot> {
+pub(crate) fn database_slots() -> impl Iterator<Item = &'static DatabaseSlot> {
     all_slots().iter().filter(|slot| slot.is_taken())
 }
 
 /// Whether there are more databases than slots.
-pub fn is_full() -> bool {
+pub(crate) fn is_full() -> bool {
     shared().is_some_and(|s| s.is_full.load(Ordering::Acquire))
 }
 
 /// Where a slot is, for its worker: its place, and its database, since another may have been given it meanwhile.
-pub fn address_of(slot: &'static DatabaseSlot) -> u64 {
+pub(crate) fn address_of(slot: &'static DatabaseSlot) -> u64 {
     let base = all_slots().as_ptr();
     let index = (std::ptr::from_ref(slot).addr() - base.addr()) / size_of::<DatabaseSlot>();
     (index as u64) << 32 | u64::from(slot.database().to_u32())
 }
 
-pub fn database_slot_at(address: u64) -> Option<&'static DatabaseSlot> {
+pub(crate) fn database_slot_at(address: u64) -> Option<&'static DatabaseSlot> {
     let slot = all_slots().get((address >> 32) as usize)?;
     (u64::from(slot.database().to_u32()) == address & u64::from(u32::MAX)).then_some(slot)
 }
 
-pub fn set_launcher_latch(latch: *mut pg_sys::Latch) {
+pub(crate) fn set_launcher_latch(latch: *mut pg_sys::Latch) {
     if let Some(shared) = shared() {
         shared.launcher_latch.store(latch, Ordering::Release);
     }
 }
 
-pub fn wake_launcher() {
+pub(crate) fn wake_launcher() {
     if let Some(shared) = shared() {
         set_latch(&shared.launcher_latch);
     }
@@ -221,13 +221,13 @@ pub fn wake_launcher() {
 
 /// Where a run of the server began: in the WAL, and among the ids of transactions.
 #[derive(Clone, Copy)]
-pub struct Began {
+pub(crate) struct Began {
     pub started_at: u64,
     pub first_xid: u64,
 }
 
 /// This run of the server, and where it began: as said by the launcher, the first time that it starts.
-pub fn incarnation() -> Option<([u8; 16], Began)> {
+pub(crate) fn incarnation() -> Option<([u8; 16], Began)> {
     let shared = shared()?;
     let [high, low] = [0, 1].map(|half| shared.incarnation[half].load(Ordering::Acquire));
     let name = (u128::from(high) << 64 | u128::from(low)).to_be_bytes();
@@ -241,7 +241,7 @@ pub fn incarnation() -> Option<([u8; 16], Began)> {
 }
 
 /// Names this run of the server, if it has no name.
-pub fn name_incarnation(name: [u8; 16], began: Began) {
+pub(crate) fn name_incarnation(name: [u8; 16], began: Began) {
     if let Some(shared) = shared().filter(|_| incarnation().is_none()) {
         let name = u128::from_be_bytes(name);
         shared.started_at_lsn.store(began.started_at, Ordering::Release);
@@ -252,24 +252,24 @@ pub fn name_incarnation(name: [u8; 16], began: Began) {
 }
 
 /// Whether the launcher has come.
-pub fn has_launcher() -> bool {
+pub(crate) fn has_launcher() -> bool {
     shared().is_some_and(|s| !s.launcher_latch.load(Ordering::Acquire).is_null())
 }
 
 /// Makes the launcher look at the list of databases again.
-pub fn request_rescan() {
+pub(crate) fn request_rescan() {
     if let Some(shared) = shared() {
         shared.rescan.store(true, Ordering::Release);
         set_latch(&shared.launcher_latch);
     }
 }
 
-pub fn take_rescan() -> bool {
+pub(crate) fn take_rescan() -> bool {
     shared().is_some_and(|s| s.rescan.swap(false, Ordering::AcqRel))
 }
 
 /// Tells the launcher that the extension was created in a database.
-pub fn announce(database: pg_sys::Oid) {
+pub(crate) fn announce(database: pg_sys::Oid) {
     let Some(shared) = shared() else {
         return;
     };
@@ -285,7 +285,7 @@ pub fn announce(database: pg_sys::Oid) {
 }
 
 /// The databases that were announced; and whether there may be more.
-pub fn take_announced() -> (Vec<pg_sys::Oid>, bool) {
+pub(crate) fn take_announced() -> (Vec<pg_sys::Oid>, bool) {
     let Some(shared) = shared() else {
         return (Vec::new(), false);
     };
@@ -300,23 +300,23 @@ pub fn take_announced() -> (Vec<pg_sys::Oid>, bool) {
 }
 
 /// A transaction that created the extension was prepared: nobody can tell which commit of a prepared one is its.
-pub fn note_extension_prepared() {
+pub(crate) fn note_extension_prepared() {
     if let Some(shared) = shared() {
         shared.extension_prepared.store(true, Ordering::Release);
     }
 }
 
-pub fn is_extension_prepared() -> bool {
+pub(crate) fn is_extension_prepared() -> bool {
     shared().is_some_and(|s| s.extension_prepared.load(Ordering::Acquire))
 }
 
 /// A transaction that changed backends was prepared.
-pub fn note_backends_prepared() {
+pub(crate) fn note_backends_prepared() {
     if let Some(shared) = shared() {
         shared.backends_prepared.store(true, Ordering::Release);
     }
 }
 
-pub fn are_backends_prepared() -> bool {
+pub(crate) fn are_backends_prepared() -> bool {
     shared().is_some_and(|s| s.backends_prepared.load(Ordering::Acquire))
 }

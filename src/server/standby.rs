@@ -39,7 +39,7 @@ const TARGETS: [&std::ffi::CStr; 5] = [
 ];
 
 /// Notes how this server begins. Called once, by the postmaster, in the data directory. Returns whether it begins as a standby.
-pub fn install() -> bool {
+pub(crate) fn install() -> bool {
     let began_as = if Path::new("standby.signal").exists() {
         STANDBY
     } else if Path::new("recovery.signal").exists() {
@@ -72,7 +72,7 @@ pub extern "C-unwind" fn outbox_relay_standby(_argument: pg_sys::Datum) {
 }
 
 /// Takes note of a promotion; called by the launcher, when recovery has ended.
-pub fn note_promotion() {
+pub(crate) fn note_promotion() {
     // SAFETY: the timeline of a server that has recovered; settings that exist, as text.
     let (present, has_target) = unsafe {
         let is_set = |name: &&std::ffi::CStr| {
@@ -101,7 +101,7 @@ pub fn note_promotion() {
 }
 
 /// The timeline that this data directory was promoted to last; 0: it never was.
-pub fn promoted_to() -> u32 {
+pub(crate) fn promoted_to() -> u32 {
     match seen() {
         Some(Seen::Promoted { timeline }) => timeline,
         Some(Seen::Streamed { .. }) | None => 0,

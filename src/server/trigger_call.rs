@@ -6,7 +6,7 @@ use pgrx::{PgSqlErrorCode, pg_sys};
 
 /// When a trigger of ours may be called.
 #[derive(Clone, Copy)]
-pub enum When {
+pub(crate) enum When {
     BeforeInsertOfRow,
     BeforeRow,
     AfterStatement,
@@ -17,7 +17,7 @@ pub enum When {
 ///
 /// # Safety
 /// Called by Postgres.
-pub unsafe fn expect_trigger<'a>(
+pub(crate) unsafe fn expect_trigger<'a>(
     fcinfo: pg_sys::FunctionCallInfo,
     name: &str,
     when: When,

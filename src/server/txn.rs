@@ -26,7 +26,7 @@ thread_local! {
 }
 
 /// Called once, by the postmaster, so that all its children have the callback. Without preloading there is no process to tell.
-pub fn install() {
+pub(crate) fn install() {
     // SAFETY: registers a callback of this library for the life of the process.
     unsafe { pg_sys::RegisterXactCallback(Some(on_transaction_end), std::ptr::null_mut()) };
 }
@@ -41,7 +41,7 @@ fn note(change: impl FnOnce(&mut News)) {
 }
 
 /// The transaction inserted events.
-pub fn published() {
+pub(crate) fn published() {
     if !NEWS.get().events {
         note(|n| n.events = true);
         if let Some(slot) = shmem::database_slot_here() {
@@ -51,27 +51,27 @@ pub fn published() {
 }
 
 /// The transaction inserted scheduled events.
-pub fn scheduled() {
+pub(crate) fn scheduled() {
     note(|n| n.scheduled = true);
 }
 
 /// The transaction changed backends or their passwords.
-pub fn backends_changed() {
+pub(crate) fn backends_changed() {
     note(|n| n.backends = true);
 }
 
 /// The transaction created the extension: a worker is to come.
-pub fn extension_created() {
+pub(crate) fn extension_created() {
     note(|n| n.extension = true);
 }
 
 /// The transaction updated or dropped the extension: its worker is to look.
-pub fn extension_changed() {
+pub(crate) fn extension_changed() {
     note(|n| n.backends = true);
 }
 
 /// The transaction made, changed or dropped a database.
-pub fn databases_changed() {
+pub(crate) fn databases_changed() {
     note(|n| n.databases = true);
 }
 

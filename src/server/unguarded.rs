@@ -12,26 +12,26 @@ use std::time::Duration;
 // commands/extension.h, catalog/namespace.h, utils/lsyscache.h, access/twophase.h).
 #[allow(clashing_extern_declarations)]
 unsafe extern "C-unwind" {
-    pub fn LWLockAcquire(lock: *mut pg_sys::LWLock, mode: pg_sys::LWLockMode::Type) -> bool;
-    pub fn LWLockRelease(lock: *mut pg_sys::LWLock);
-    pub fn RequestAddinShmemSpace(size: pg_sys::Size);
-    pub fn ShmemInitStruct(name: *const c_char, size: pg_sys::Size, found: *mut bool) -> *mut std::ffi::c_void;
-    pub fn BackendPidGetProc(pid: c_int) -> *mut pg_sys::PGPROC;
-    pub fn CopyErrorData() -> *mut pg_sys::ErrorData;
-    pub fn FreeErrorData(error: *mut pg_sys::ErrorData);
+    pub(crate) fn LWLockAcquire(lock: *mut pg_sys::LWLock, mode: pg_sys::LWLockMode::Type) -> bool;
+    pub(crate) fn LWLockRelease(lock: *mut pg_sys::LWLock);
+    pub(crate) fn RequestAddinShmemSpace(size: pg_sys::Size);
+    pub(crate) fn ShmemInitStruct(name: *const c_char, size: pg_sys::Size, found: *mut bool) -> *mut std::ffi::c_void;
+    pub(crate) fn BackendPidGetProc(pid: c_int) -> *mut pg_sys::PGPROC;
+    pub(crate) fn CopyErrorData() -> *mut pg_sys::ErrorData;
+    pub(crate) fn FreeErrorData(error: *mut pg_sys::ErrorData);
     /// Does not return for an ERROR.
-    pub fn ThrowErrorData(error: *mut pg_sys::ErrorData);
-    pub fn get_extension_name(extension: pg_sys::Oid) -> *mut c_char;
-    pub fn get_namespace_oid(name: *const c_char, missing_ok: bool) -> pg_sys::Oid;
-    pub fn get_relname_relid(name: *const c_char, schema: pg_sys::Oid) -> pg_sys::Oid;
-    pub static max_prepared_xacts: c_int;
+    pub(crate) fn ThrowErrorData(error: *mut pg_sys::ErrorData);
+    pub(crate) fn get_extension_name(extension: pg_sys::Oid) -> *mut c_char;
+    pub(crate) fn get_namespace_oid(name: *const c_char, missing_ok: bool) -> pg_sys::Oid;
+    pub(crate) fn get_relname_relid(name: *const c_char, schema: pg_sys::Oid) -> pg_sys::Oid;
+    pub(crate) static max_prepared_xacts: c_int;
     fn ProcessInterrupts();
 }
 
 /// Places in the array of named locks (lwlocknames.h, the same in Postgres 15 to 18).
 #[derive(Clone, Copy)]
 #[repr(usize)]
-pub enum NamedLock {
+pub(crate) enum NamedLock {
     ProcArray = 4,
     AddinShmemInit = 21,
 }
@@ -39,7 +39,7 @@ pub enum NamedLock {
 impl NamedLock {
     /// # Safety
     /// In a process that is attached to shared memory.
-    pub unsafe fn get(self) -> *mut pg_sys::LWLock {
+    pub(crate) unsafe fn get(self) -> *mut pg_sys::LWLock {
         // SAFETY: the array lives as long as shared memory, and is longer than these.
         unsafe { &raw mut (*pg_sys::MainLWLockArray.add(self as usize)).lock }
     }
@@ -49,7 +49,7 @@ impl NamedLock {
 ///
 /// # Safety
 /// No frame up to Postgres's own holds anything that needs dropping.
-pub unsafe fn check_for_interrupts() {
+pub(crate) unsafe fn check_for_interrupts() {
     // SAFETY: the caller's promise.
     unsafe {
         if pg_sys::InterruptPending != 0 {
@@ -59,7 +59,7 @@ pub unsafe fn check_for_interrupts() {
 }
 
 /// Sleeps for a moment; a signal ends it sooner.
-pub fn sleep(time: Duration) {
+pub(crate) fn sleep(time: Duration) {
     // SAFETY: only sleeps.
     unsafe { libc::usleep(time.as_micros() as u32) };
 }

@@ -22,7 +22,7 @@ thread_local! {
 }
 
 /// How one of our functions failed.
-pub enum Failed {
+pub(crate) enum Failed {
     /// By an ERROR of Postgres: [`raise_again`].
     OfPostgres,
     /// Otherwise.
@@ -30,7 +30,7 @@ pub enum Failed {
 }
 
 /// Runs `f`, and keeps an ERROR of Postgres that ends it.
-pub fn attempt<R>(f: impl FnOnce() -> R) -> Result<R, Failed> {
+pub(crate) fn attempt<R>(f: impl FnOnce() -> R) -> Result<R, Failed> {
     let raised = Cell::new(false);
     // SAFETY: the entry is taken off the stack again, here or by whoever catches an ERROR further out.
     let outcome = unsafe {
@@ -54,7 +54,7 @@ pub fn attempt<R>(f: impl FnOnce() -> R) -> Result<R, Failed> {
 ///
 /// # Safety
 /// No frame up to Postgres's own holds anything that needs dropping.
-pub unsafe fn raise_again() -> ! {
+pub(crate) unsafe fn raise_again() -> ! {
     // SAFETY: the caller's promise.
     unsafe { unguarded::ThrowErrorData(LAST.get()) };
     unreachable!("an ERROR does not return")

@@ -17,13 +17,13 @@ thread_local! {
 
 /// Whether this process is a worker of a subscription, one that applies changes or one that copies a table, and not
 /// putting back rows of this server.
-pub fn is_worker() -> bool {
+pub(crate) fn is_worker() -> bool {
     // SAFETY: a plain read.
     unsafe { pg_sys::IsLogicalWorker() && !puts_back() }
 }
 
 /// Rows are taken as they are.
-pub fn puts_back() -> bool {
+pub(crate) fn puts_back() -> bool {
     PUTS_BACK.get()
 }
 
@@ -49,7 +49,7 @@ fn is_applied() -> bool {
 
 /// Publications that contain what must not leave this server, such as the destinations of backends and the sealed
 /// passwords. Roles that may decode the WAL would get them.
-pub fn publications() -> Vec<String> {
+pub(crate) fn publications() -> Vec<String> {
     sql::query(
         "select p.pubname::text from pg_publication p
         where p.puballtables
@@ -65,7 +65,7 @@ pub fn publications() -> Vec<String> {
 }
 
 /// Backends, by name, of which events of another server are held.
-pub fn held() -> Vec<String> {
+pub(crate) fn held() -> Vec<String> {
     sql::query(
         "select distinct h.backend from (select backend from outbox.held_events order by number limit 1000) h order by 1",
         &[],
@@ -73,7 +73,7 @@ pub fn held() -> Vec<String> {
     )
 }
 
-pub fn say_held(backend: &str) {
+pub(crate) fn say_held(backend: &str) {
     log(
         LogLevel::Info,
         &format!("events of another server are held for backend \"{backend}\""),
@@ -82,7 +82,7 @@ pub fn say_held(backend: &str) {
     );
 }
 
-pub fn say_published(name: &str) {
+pub(crate) fn say_published(name: &str) {
     log(
         LogLevel::Warning,
         &format!("publication \"{name}\" has tables of outbox_relay that must not leave this server"),

@@ -11,7 +11,7 @@ use relay::seal;
 
 /// A row of `outbox.backends`, with what the tables beside it say of the same backend.
 #[derive(Clone, PartialEq, Eq)]
-pub struct BackendRow {
+pub(crate) struct BackendRow {
     pub number: i32,
     pub name: String,
     pub enabled: bool,
@@ -31,7 +31,7 @@ pub struct BackendRow {
 
 /// Which secrets must not be sent to where the backend connects now: see `outbox.destination()`.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
-pub struct Withheld {
+pub(crate) struct Withheld {
     /// The password of `outbox.set_backend_password()`.
     pub password: bool,
     /// That password cannot be opened, because the key was replaced.
@@ -44,7 +44,7 @@ pub struct Withheld {
 }
 
 impl BackendRow {
-    pub fn is_cluster(&self) -> bool {
+    pub(crate) fn is_cluster(&self) -> bool {
         self.options.mode == Ok(Topology::Cluster)
     }
 
@@ -78,7 +78,7 @@ fn parsed<T: std::str::FromStr>(text: Option<String>) -> Option<T> {
 }
 
 /// The installed version of the extension, if it is there.
-pub fn installed_version() -> Option<String> {
+pub(crate) fn installed_version() -> Option<String> {
     query_value(
         "select extversion from pg_catalog.pg_extension where extname = 'outbox_relay'",
         &[],
@@ -86,7 +86,7 @@ pub fn installed_version() -> Option<String> {
 }
 
 /// The name of this installation in the keys of guards.
-pub fn installation() -> String {
+pub(crate) fn installation() -> String {
     query_value("select id::text from outbox.installation", &[]).unwrap_or_default()
 }
 
@@ -95,7 +95,7 @@ const RESTORES_AT_ONCE: i32 = 1_000;
 
 /// All backends, each with some of the restores that a snapshot sees. A new option needs no change here, because all
 /// columns are selected.
-pub fn all(seen: &Snapshot) -> Vec<BackendRow> {
+pub(crate) fn all(seen: &Snapshot) -> Vec<BackendRow> {
     let found = query_named(
         "select case when p.destination = d.destination then p.password end as sealed_password,
             coalesce(p.destination <> d.destination, false) as is_password_withheld,
@@ -141,7 +141,7 @@ pub fn all(seen: &Snapshot) -> Vec<BackendRow> {
 }
 
 /// Numbers of deleted backends that had a cursor. Events for them that are not committed yet may still come.
-pub fn deleted_backends() -> Vec<i32> {
+pub(crate) fn deleted_backends() -> Vec<i32> {
     query_column(
         "select distinct c.backend_number from outbox.cursors c
         where c.backend_number > 0 and not exists (select from outbox.backends b where b.number = c.backend_number)
@@ -152,7 +152,7 @@ pub fn deleted_backends() -> Vec<i32> {
 }
 
 /// Numbers of backends that have a reader of their own, or soon will.
-pub fn known_numbers() -> Vec<i32> {
+pub(crate) fn known_numbers() -> Vec<i32> {
     query_column(
         "select number from outbox.backends union select backend_number from outbox.cursors where backend_number > 0",
         &[],
@@ -162,7 +162,7 @@ pub fn known_numbers() -> Vec<i32> {
 /// Whether a backend with this number was deleted: the number was given, and no backend has it now. The worker may not
 /// know a backend that exists, because its events can be seen before the worker hears of it. A dump restores its tables
 /// in any order, so restored events wait for their backend for a day.
-pub fn is_deleted(number: i32) -> bool {
+pub(crate) fn is_deleted(number: i32) -> bool {
     query_value(
         "select $1 <= s.last_value
             and not exists (select from outbox.backends b where b.number = $1)
@@ -175,7 +175,7 @@ pub fn is_deleted(number: i32) -> bool {
 }
 
 /// The stream of a backend's events that name none.
-pub fn own_stream(number: i32) -> String {
+pub(crate) fn own_stream(number: i32) -> String {
     query(
         "select b.stream_name from outbox.backends b where b.number = $1",
         &[number.into()],
@@ -187,7 +187,7 @@ pub fn own_stream(number: i32) -> String {
 }
 
 /// Deletes the order to take a backend over: that is done.
-pub fn forget_take_over(number: i32) {
+pub(crate) fn forget_take_over(number: i32) {
     run(
         "delete from outbox.take_overs where backend_number = $1",
         &[number.into()],
@@ -195,7 +195,7 @@ pub fn forget_take_over(number: i32) {
 }
 
 /// Whether events of a backend are scheduled or being tried again.
-pub fn waits_elsewhere(number: i32) -> bool {
+pub(crate) fn waits_elsewhere(number: i32) -> bool {
     query_value(
         "select exists (select from outbox.scheduled_events where backend_number = $1)
             or exists (select from outbox.refused_events where backend_number = $1 and accepted_in is null)",

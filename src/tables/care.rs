@@ -23,7 +23,7 @@ thread_local! {
 const SAY_AFTER: Duration = Duration::from_secs(60);
 
 /// As [`process::transaction`]; with care if a row may have been the trouble.
-pub fn transaction<R>(mut f: impl FnMut() -> R) -> Result<R, Aborted> {
+pub(crate) fn transaction<R>(mut f: impl FnMut() -> R) -> Result<R, Aborted> {
     match process::transaction(&mut f) {
         Err(error) if is_of_a_row(error.code) => process::transaction(|| carefully(&mut f)),
         outcome => outcome,
@@ -31,7 +31,7 @@ pub fn transaction<R>(mut f: impl FnMut() -> R) -> Result<R, Aborted> {
 }
 
 /// Runs `f` with care.
-pub fn carefully<R>(f: impl FnOnce() -> R) -> R {
+pub(crate) fn carefully<R>(f: impl FnOnce() -> R) -> R {
     struct Reset(bool);
     impl Drop for Reset {
         fn drop(&mut self) {
@@ -43,12 +43,12 @@ pub fn carefully<R>(f: impl FnOnce() -> R) -> R {
 }
 
 /// Whether each row is to be tried by itself.
-pub fn is_careful() -> bool {
+pub(crate) fn is_careful() -> bool {
     CAREFUL.get()
 }
 
 /// Why a row cannot be read, if it cannot, and if care is taken.
-pub fn unreadable(row: &Row) -> Option<String> {
+pub(crate) fn unreadable(row: &Row) -> Option<String> {
     if !is_careful() {
         return None;
     }
@@ -56,12 +56,12 @@ pub fn unreadable(row: &Row) -> Option<String> {
 }
 
 /// Runs `f`, which reads a row, in a subtransaction; the words of an ERROR that may be the row's. Any other goes on.
-pub fn tried<R>(f: impl FnOnce() -> R) -> Result<R, String> {
+pub(crate) fn tried<R>(f: impl FnOnce() -> R) -> Result<R, String> {
     process::attempt(f).map_err(|error| words_of(error, is_of_a_row))
 }
 
 /// The same for `f` that inserts a row.
-pub fn tried_new<R>(f: impl FnOnce() -> R) -> Result<R, String> {
+pub(crate) fn tried_new<R>(f: impl FnOnce() -> R) -> Result<R, String> {
     process::attempt(f).map_err(|error| words_of(error, is_of_a_new_row))
 }
 
@@ -74,7 +74,7 @@ fn words_of(error: Aborted, is_its: fn(PgSqlErrorCode) -> bool) -> String {
 }
 
 /// Whether an ERROR may be the fault of one row: not one of locks, memory, files, or somebody's will.
-pub fn is_of_a_row(code: PgSqlErrorCode) -> bool {
+pub(crate) fn is_of_a_row(code: PgSqlErrorCode) -> bool {
     use PgSqlErrorCode::*;
     // Of the same class, but no row's fault: nothing gets a number.
     if code == ERRCODE_SEQUENCE_GENERATOR_LIMIT_EXCEEDED {
@@ -91,7 +91,7 @@ pub fn is_of_a_row(code: PgSqlErrorCode) -> bool {
 }
 
 /// The same for one that is inserted somewhere: also what constraints and triggers have against it.
-pub fn is_of_a_new_row(code: PgSqlErrorCode) -> bool {
+pub(crate) fn is_of_a_new_row(code: PgSqlErrorCode) -> bool {
     use PgSqlErrorCode::*;
     let others = [
         ERRCODE_INTEGRITY_CONSTRAINT_VIOLATION,
@@ -125,12 +125,12 @@ fn say(error: &str) {
 
 /// How much of an event is copied: all that can be read.
 #[derive(Clone, Copy)]
-pub struct Kept {
+pub(crate) struct Kept {
     pub texts: bool,
     pub payload: bool,
 }
 
-pub const ALL: Kept = Kept {
+pub(crate) const ALL: Kept = Kept {
     texts: true,
     payload: true,
 };
@@ -149,7 +149,7 @@ const LESS_AND_LESS: [Kept; 3] = [
 ];
 
 /// Runs `copy`, which copies one event somewhere, with as much of it as can be read.
-pub fn as_much_as_can_be_read(mut copy: impl FnMut(Kept) -> u64) -> u64 {
+pub(crate) fn as_much_as_can_be_read(mut copy: impl FnMut(Kept) -> u64) -> u64 {
     if !is_careful() {
         return copy(ALL);
     }

@@ -19,7 +19,7 @@ use wildmatch::WildMatch;
 /// OIDs of what we read and write without SQL. Those of `events`, the sequence and `backends` are there, others may be
 /// missing (`InvalidOid`); see the module `missing`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Relations {
+pub(crate) struct Relations {
     pub events: pg_sys::Oid,
     /// Indexes are known by what they index, whatever they are called: somebody may have put another in the place of
     /// ours.
@@ -71,12 +71,12 @@ const BACKENDS_NEWS: usize = TABLES.len() + 1;
 
 impl Relations {
     /// All tables that the worker writes.
-    pub fn tables(&self) -> &[pg_sys::Oid] {
+    pub(crate) fn tables(&self) -> &[pg_sys::Oid] {
         &self.tables
     }
 
     /// Tables whose changes the worker must hear of.
-    pub fn settings_tables(&self) -> &[pg_sys::Oid] {
+    pub(crate) fn settings_tables(&self) -> &[pg_sys::Oid] {
         &self.settings_tables
     }
 
@@ -123,13 +123,13 @@ impl Relations {
 }
 
 /// The present owner of our tables, whose rights the code on them has. An ERROR if they have several owners.
-pub fn owner() -> pg_sys::Oid {
+pub(crate) fn owner() -> pg_sys::Oid {
     let known = RELATIONS.get().or_else(look_up);
     known.unwrap_or_else(|| missing::extension()).owner()
 }
 
 /// A relation's present owner by the catalog; `InvalidOid` if there is no such relation any more.
-pub fn owner_of(relation: pg_sys::Oid) -> pg_sys::Oid {
+pub(crate) fn owner_of(relation: pg_sys::Oid) -> pg_sys::Oid {
     class_of(relation).owner
 }
 
@@ -165,17 +165,17 @@ fn class_of(relation: pg_sys::Oid) -> RelationClass {
 }
 
 /// Guards live there: no stream has such a name.
-pub const RESERVED: &str = "outbox_relay:";
+pub(crate) const RESERVED: &str = "outbox_relay:";
 
 /// A backend as a publisher needs it.
-pub struct KnownBackend {
+pub(crate) struct KnownBackend {
     pub number: i32,
     /// `None`: any stream.
     allowed_streams: Option<Vec<WildMatch>>,
 }
 
 impl KnownBackend {
-    pub fn allows(&self, stream: &str) -> bool {
+    pub(crate) fn allows(&self, stream: &str) -> bool {
         if stream.starts_with(RESERVED) {
             return false;
         }
@@ -222,13 +222,13 @@ fn register() {
 }
 
 /// Changes whenever our tables may have changed. Needs a transaction that has taken in invalidations.
-pub fn generation() -> u64 {
+pub(crate) fn generation() -> u64 {
     GENERATION.get()
 }
 
 /// Our relations, or `None` where the extension is not installed. An ERROR in words where it is, and what everybody
 /// needs of it is missing. Needs a transaction.
-pub fn relations() -> Option<Relations> {
+pub(crate) fn relations() -> Option<Relations> {
     if let Some(known) = RELATIONS.get() {
         return Some(known);
     }
@@ -298,7 +298,7 @@ fn look_up() -> Option<Relations> {
 }
 
 /// Whether the extension is installed in this database, whatever of it is there.
-pub fn is_installed() -> bool {
+pub(crate) fn is_installed() -> bool {
     // SAFETY: a catalog look-up within a transaction.
     unsafe { pg_sys::get_extension_oid(c"outbox_relay".as_ptr(), true) != pg_sys::InvalidOid }
 }
@@ -391,7 +391,7 @@ fn usable_index(row: &Row, columns: &[usize], is_unique: bool) -> Option<pg_sys:
 const BTREE: pg_sys::Oid = pg_sys::BTREE_AM_OID;
 
 /// Whether the table of cursors can be written to now. Needs a transaction.
-pub fn can_save() -> bool {
+pub(crate) fn can_save() -> bool {
     let lock = pg_sys::RowExclusiveLock as pg_sys::LOCKMODE;
     let cursors = TABLES.iter().position(|table| *table == c"cursors");
     let table = relations().zip(cursors).map(|(known, index)| known.tables[index]);
@@ -420,7 +420,7 @@ unsafe fn function(schema: pg_sys::Oid, name: &CStr) -> pg_sys::Oid {
 
 /// The types of the columns that events and scheduled events begin with: their values are taken apart, and put
 /// together, without asking.
-pub const EVENT_TYPES: [pg_sys::Oid; attribute::COUNT] = [
+pub(crate) const EVENT_TYPES: [pg_sys::Oid; attribute::COUNT] = [
     pg_sys::INT8OID,
     pg_sys::XID8OID,
     pg_sys::TIMESTAMPTZOID,
@@ -449,12 +449,12 @@ fn expect_shape(name: &CStr, table: pg_sys::Oid, types: &[pg_sys::Oid]) {
 }
 
 /// Our relations, or an ERROR.
-pub fn expect_relations() -> Relations {
+pub(crate) fn expect_relations() -> Relations {
     relations().unwrap_or_else(|| missing::extension())
 }
 
 /// A backend by name. Costs nothing but a look-up unless backends have changed.
-pub fn backend(name: &str) -> Option<Rc<KnownBackend>> {
+pub(crate) fn backend(name: &str) -> Option<Rc<KnownBackend>> {
     // A long transaction that opens no new table hears of no change by itself.
     // SAFETY: within a transaction; as taking any lock does.
     unsafe { pg_sys::AcceptInvalidationMessages() };

@@ -13,7 +13,7 @@ use pgrx::{name, pg_extern, pg_sys};
 
 /// The original of a copied backend.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Original {
+pub(crate) struct Original {
     /// In words: a database, or where a server lives.
     pub words: String,
     /// It is a database of this server. As a rule it still exists, and the copy's guards have other keys.
@@ -22,13 +22,13 @@ pub struct Original {
 
 impl Original {
     /// Whether the copy must not send because of it.
-    pub fn counts(&self) -> bool {
+    pub(crate) fn counts(&self) -> bool {
         self.is_database || guc::TAKE_OVER.get() == TakeOver::Standby
     }
 }
 
 /// Whether this database was made from another one. That is noted in the tables. Within the worker's transaction.
-pub fn note_copy() -> bool {
+pub(crate) fn note_copy() -> bool {
     let is_copy = "select i.database <> d.oid from outbox.installation i, pg_catalog.pg_database d where d.datname = current_database()";
     let is_copy = query_value(is_copy, &[]).unwrap_or(false);
     if is_copy {

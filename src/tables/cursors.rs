@@ -18,7 +18,7 @@ pub(super) fn lane_number(lane: Option<u16>) -> i32 {
 
 /// What is saved of a backend beside its position and read again after a restart. Times are in microseconds since 1970.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Standing {
+pub(crate) struct Standing {
     pub accepted_total: i64,
     pub failed_total: i64,
     pub last_accepted_us: Option<i64>,
@@ -33,7 +33,7 @@ pub struct Standing {
 }
 
 /// All that is saved of a backend.
-pub struct Saved<'a> {
+pub(crate) struct Saved<'a> {
     pub position: &'a Position,
     pub batch_number: u64,
     pub standing: &'a Standing,
@@ -43,7 +43,7 @@ pub struct Saved<'a> {
 }
 
 /// Hash slots of which a backend has lanes.
-pub fn lanes(number: i32) -> Vec<u16> {
+pub(crate) fn lanes(number: i32) -> Vec<u16> {
     let slots: Vec<i32> = query_column(
         "select slot from outbox.cursors where backend_number = $1 and slot >= 0 order by slot",
         &[number.into()],
@@ -52,7 +52,7 @@ pub fn lanes(number: i32) -> Vec<u16> {
 }
 
 /// The saved position and standing of a backend, or of one lane of it.
-pub fn cursor(number: i32, lane: Option<u16>) -> Option<(Cursor, Standing)> {
+pub(crate) fn cursor(number: i32, lane: Option<u16>) -> Option<(Cursor, Standing)> {
     query_named(
         "select c.from_snapshot::text, c.from_next_xid::text, c.from_low_seq, c.from_high_seq,
             c.to_snapshot::text, c.to_next_xid::text, c.to_low_seq, c.to_high_seq, c.last_seq,
@@ -127,7 +127,7 @@ pub(super) fn tick_of(row: &FoundRow<'_>, columns: &TickColumns) -> Option<Arc<T
 }
 
 /// Saves how far a backend, or a lane of it, has come.
-pub fn save_cursor(number: i32, lane: Option<u16>, saved: &Saved<'_>) {
+pub(crate) fn save_cursor(number: i32, lane: Option<u16>, saved: &Saved<'_>) {
     /// A time in microseconds since 1970.
     const TIME: &str = "to_timestamp($ / 1000000.0)";
     let (from, to) = (&saved.position.from, saved.position.under_way.as_ref());

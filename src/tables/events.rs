@@ -16,21 +16,21 @@ mod hot {
     // SAFETY: the declarations of access/genam.h and access/htup_details.h; called within a guard, since they may raise
     // an ERROR.
     unsafe extern "C-unwind" {
-        pub fn systable_getnext_ordered(
+        pub(super) fn systable_getnext_ordered(
             scan: pg_sys::SysScanDesc,
             direction: pg_sys::ScanDirection::Type,
         ) -> pg_sys::HeapTuple;
-        pub fn index_getnext_tid(
+        pub(super) fn index_getnext_tid(
             scan: pg_sys::IndexScanDesc,
             direction: pg_sys::ScanDirection::Type,
         ) -> pg_sys::ItemPointer;
-        pub fn index_fetch_heap(scan: pg_sys::IndexScanDesc, tuple_slot: *mut pg_sys::TupleTableSlot) -> bool;
-        pub fn ExecFetchSlotHeapTuple(
+        pub(super) fn index_fetch_heap(scan: pg_sys::IndexScanDesc, tuple_slot: *mut pg_sys::TupleTableSlot) -> bool;
+        pub(super) fn ExecFetchSlotHeapTuple(
             tuple_slot: *mut pg_sys::TupleTableSlot,
             materialize: bool,
             should_free: *mut bool,
         ) -> pg_sys::HeapTuple;
-        pub fn heap_deform_tuple(
+        pub(super) fn heap_deform_tuple(
             tuple: pg_sys::HeapTuple,
             descriptor: pg_sys::TupleDesc,
             values: *mut pg_sys::Datum,
@@ -40,7 +40,7 @@ mod hot {
 }
 
 /// Whether an open transaction has published an event with this id, or deleted one. Does not wait. Needs the index.
-pub fn is_contested(relations: &Relations, event_id: &[u8; 16]) -> bool {
+pub(crate) fn is_contested(relations: &Relations, event_id: &[u8; 16]) -> bool {
     // SAFETY: an index look-up by an equality key of the column's type. A dirty snapshot says of each row that it shows
     // who is about to insert or delete it; it is nobody's but ours.
     unsafe {
@@ -68,7 +68,7 @@ pub fn is_contested(relations: &Relations, event_id: &[u8; 16]) -> bool {
 }
 
 /// `outbox.events`, open for the reader within one transaction.
-pub struct EventsTable {
+pub(crate) struct EventsTable {
     events: pg_sys::Relation,
     seq_key: pg_sys::Relation,
     xid_key: pg_sys::Relation,
@@ -81,7 +81,7 @@ const LOCK: pg_sys::LOCKMODE = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
 
 impl EventsTable {
     /// Opens the table and registers a new snapshot. All is given back at the end of the transaction at the latest.
-    pub fn open(relations: &Relations) -> Self {
+    pub(crate) fn open(relations: &Relations) -> Self {
         for (index, name) in [
             (relations.events_seq_key, Index::Seq),
             (relations.events_xid_key, Index::Xid),
@@ -103,7 +103,7 @@ impl EventsTable {
     }
 
     /// From now on, scans by number pass by rows of other backends, as far as the index tells whose they are.
-    pub fn want_only(&mut self, numbers: Vec<i32>) {
+    pub(crate) fn want_only(&mut self, numbers: Vec<i32>) {
         // SAFETY: an open index; the first columns of it, of which there are so many.
         let is_told = unsafe {
             let index = (*self.seq_key).rd_index;
@@ -115,7 +115,7 @@ impl EventsTable {
 
     /// Whether the table can be opened without waiting, with all its indexes. The locks are kept until the end of the
     /// transaction.
-    pub fn is_open_to_all(relations: &Relations) -> bool {
+    pub(crate) fn is_open_to_all(relations: &Relations) -> bool {
         let needed = [
             relations.events,
             relations.events_seq_key,
@@ -129,7 +129,7 @@ impl EventsTable {
             .all(|relation| *relation != pg_sys::InvalidOid && can_lock(*relation))
     }
 
-    pub fn close(self) {
+    pub(crate) fn close(self) {
         // SAFETY: closes what open() opened; scans were dropped before, they borrow nothing beyond.
         unsafe {
             pg_sys::UnregisterSnapshot(self.snapshot);
@@ -140,7 +140,7 @@ impl EventsTable {
     }
 
     /// The lowest number, up to `upto`, of the transactions from `xid` on, whatever became of them.
-    pub fn lowest_since(&self, xid: u64, upto: i64) -> Option<i64> {
+    pub(crate) fn lowest_since(&self, xid: u64, upto: i64) -> Option<i64> {
         let keys = [
             xid_key(pg_sys::BTGreaterEqualStrategyNumber, pg_sys::F_XID8GE, xid),
             seq_up_to(upto),
@@ -248,7 +248,7 @@ impl Table for EventsTable {
 }
 
 /// A scan of `outbox.events` in index order.
-pub struct EventsScan {
+pub(crate) struct EventsScan {
     scan: pg_sys::SysScanDesc,
     row: Box<Row>,
     descriptor: pg_sys::TupleDesc,
@@ -271,7 +271,7 @@ const OTHERS_AT_ONCE: usize = 16;
 
 impl EventsScan {
     /// The current row; its texts live until the scan moves on.
-    pub fn row(&self) -> &Row {
+    pub(crate) fn row(&self) -> &Row {
         &self.row
     }
 
@@ -380,6 +380,6 @@ impl Drop for EventsScan {
 }
 
 /// Whether the table of events can be opened now, with what is needed to read it. Needs a transaction.
-pub fn can_read() -> bool {
+pub(crate) fn can_read() -> bool {
     catalog::relations().is_some_and(|known| EventsTable::is_open_to_all(&known))
 }

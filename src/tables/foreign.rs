@@ -10,10 +10,10 @@ use relay::reading::foreign::{Judge, Written, latest};
 use relay::reading::snapshot::Tick;
 
 /// Rows that one piece looks at, or publishes anew: some milliseconds.
-pub const PIECE_ROWS: i64 = 2_000;
+pub(crate) const PIECE_ROWS: i64 = 2_000;
 
 /// How our triggers are, and how the one of `outbox.events` was when all rows were last known to have come by it.
-pub struct Look {
+pub(crate) struct Look {
     pub broken: Vec<BrokenTrigger>,
     /// What the trigger and the table's file are.
     pub triggers: Option<String>,
@@ -29,7 +29,7 @@ pub struct Look {
 
 /// A trigger of ours that is missing, or not enabled as it should be.
 #[derive(Clone)]
-pub struct BrokenTrigger {
+pub(crate) struct BrokenTrigger {
     pub table: String,
     pub name: String,
     /// What is wrong with it, in words.
@@ -53,23 +53,23 @@ impl BrokenTrigger {
 
 impl Look {
     /// Whether rows may have come by another way since.
-    pub fn is_touched(&self) -> bool {
+    pub(crate) fn is_touched(&self) -> bool {
         self.triggers != self.known_triggers || self.has_future_xid
     }
 
     /// Whether the table was written anew since.
-    pub fn is_rewritten(&self) -> bool {
+    pub(crate) fn is_rewritten(&self) -> bool {
         self.filenode != self.known_filenode
     }
 }
 
 /// What the trigger of `outbox.events` is: another text whenever somebody has touched it.
-pub fn trigger_state() -> Option<String> {
+pub(crate) fn trigger_state() -> Option<String> {
     query_value("select triggers from outbox.trigger_state()", &[])
 }
 
 /// Looks at our triggers, in a transaction.
-pub fn look() -> Option<Look> {
+pub(crate) fn look() -> Option<Look> {
     let broken = query(
         "select relation, name, found from outbox.broken_triggers()",
         &[],
@@ -107,13 +107,13 @@ fn toucher(state: &str) -> u64 {
 
 /// Enables a trigger always, and makes it if it is missing. Waits a moment for transactions that write to its table,
 /// then raises an ERROR.
-pub fn mend_trigger(table: &str, name: &str) {
+pub(crate) fn mend_trigger(table: &str, name: &str) {
     run("select outbox.mend_trigger($1, $2)", &[table.into(), name.into()]);
 }
 
 /// Notes down that all rows have come by the trigger as it is, as of this tick; `None`: they are being looked for, with
 /// this tick.
-pub fn note_known(triggers: Option<&str>, filenode: Option<pg_sys::Oid>, tick: &Tick) {
+pub(crate) fn note_known(triggers: Option<&str>, filenode: Option<pg_sys::Oid>, tick: &Tick) {
     run_named(
         "update outbox.known_triggers set triggers = $triggers, filenode = coalesce($filenode, filenode),
             snapshot = $snapshot::pg_snapshot, next_xid = $next_xid::xid8, low_seq = $low_seq, high_seq = $high_seq",
@@ -129,7 +129,7 @@ pub fn note_known(triggers: Option<&str>, filenode: Option<pg_sys::Oid>, tick: &
 }
 
 /// The highest number that a row has.
-pub fn last_seq() -> i64 {
+pub(crate) fn last_seq() -> i64 {
     query_value("select coalesce(max(seq), 0) from outbox.events", &[]).unwrap_or(0)
 }
 
@@ -144,7 +144,7 @@ fn has_future_xid() -> bool {
 }
 
 /// Looks at some rows after `after`, up to `upto`. Returns up to where it has looked; `None`: there are no more.
-pub fn look_at_rows(judge: &mut Judge, after: i64, upto: i64) -> Option<i64> {
+pub(crate) fn look_at_rows(judge: &mut Judge, after: i64, upto: i64) -> Option<i64> {
     let piece = query(
         "with piece as (select seq, xid::text::bigint as xid, xmin::text::bigint as xmin from outbox.events
             where seq > $1 and seq <= $2 order by seq limit $3)
@@ -171,7 +171,7 @@ pub fn look_at_rows(judge: &mut Judge, after: i64, upto: i64) -> Option<i64> {
 
 /// The rows get numbers of ours, in their order, and are noted as restored: they are looked for in the streams before
 /// they are sent. A backend is found by its number; by its name, if nobody has that number.
-pub fn publish_anew(seqs: &[i64]) -> u64 {
+pub(crate) fn publish_anew(seqs: &[i64]) -> u64 {
     trusted::moving(|| {
         run(
             "with gone as (

@@ -9,7 +9,7 @@ use pgrx::spi::SpiTupleTable;
 use std::cell::{Cell, RefCell};
 
 /// The current row of a query's result.
-pub struct FoundRow<'a> {
+pub(crate) struct FoundRow<'a> {
     table: SpiTupleTable<'a>,
     /// Columns that were read before, with their ordinals. A name is looked up for the first row only.
     columns: RefCell<Vec<(&'static str, usize)>>,
@@ -54,7 +54,7 @@ impl<'a> FoundRow<'a> {
     }
 
     /// The value of a column. Another type than expected is an internal error.
-    pub fn value<T: pgrx::IntoDatum + pgrx::FromDatum>(&self, column: &'static str) -> Option<T> {
+    pub(crate) fn value<T: pgrx::IntoDatum + pgrx::FromDatum>(&self, column: &'static str) -> Option<T> {
         let value = self.table.get(self.ordinal(column));
         value.unwrap_or_else(|e| internal(format!("column \"{column}\": {e}")))
     }
@@ -70,13 +70,13 @@ impl<'a> FoundRow<'a> {
     }
 
     /// A text in UTF-8, whatever the database's encoding.
-    pub fn text(&self, column: &'static str) -> Option<String> {
+    pub(crate) fn text(&self, column: &'static str) -> Option<String> {
         // SAFETY: a column of type text, in a row that is there.
         self.datum(column).map(|d| unsafe { utf8_of(d).into_owned() })
     }
 
     /// An array of texts, likewise.
-    pub fn texts(&self, column: &'static str) -> Option<Vec<String>> {
+    pub(crate) fn texts(&self, column: &'static str) -> Option<Vec<String>> {
         // SAFETY: a column of type text[], in a row that is there.
         self.datum(column).map(|d| unsafe { texts_of_array(d) })
     }

@@ -34,7 +34,7 @@ unsafe extern "C-unwind" {
 }
 
 /// What guards say of this server.
-pub struct Identity {
+pub(crate) struct Identity {
     incarnation: String,
     system: String,
     timeline: u32,
@@ -44,7 +44,7 @@ pub struct Identity {
 }
 
 /// A run of this server, or of the one that it is a copy of.
-pub struct Run {
+pub(crate) struct Run {
     incarnation: String,
     pub system: String,
     pub timeline: i64,
@@ -53,7 +53,7 @@ pub struct Run {
 
 impl Identity {
     /// Saves the incarnation durably, unless that was done.
-    pub fn establish() -> Result<Option<Self>, Aborted> {
+    pub(crate) fn establish() -> Result<Option<Self>, Aborted> {
         let Some((name, began)) = shmem::incarnation() else {
             return Ok(None);
         };
@@ -113,7 +113,7 @@ impl Identity {
     }
 
     /// What we know of an incarnation that a guard names. Within a transaction.
-    pub fn know(&self, incarnation: &str) -> Incarnation {
+    pub(crate) fn know(&self, incarnation: &str) -> Incarnation {
         if incarnation == self.incarnation {
             return Incarnation::Current;
         }
@@ -131,19 +131,19 @@ impl Identity {
         }
     }
 
-    pub fn system(&self) -> &str {
+    pub(crate) fn system(&self) -> &str {
         &self.system
     }
 
-    pub fn place(&self) -> &str {
+    pub(crate) fn place(&self) -> &str {
         &self.place
     }
 
-    pub fn promoted_to(&self) -> u32 {
+    pub(crate) fn promoted_to(&self) -> u32 {
         self.promoted_to
     }
 
-    pub fn owner(&self) -> Owner {
+    pub(crate) fn owner(&self) -> Owner {
         Owner {
             incarnation: self.incarnation.clone(),
             system: self.system.clone(),

@@ -25,7 +25,7 @@ use std::ffi::CStr;
 
 /// What becomes a row, checked and numbered.
 #[derive(Clone, Copy)]
-pub struct NewRow {
+pub(crate) struct NewRow {
     pub is_scheduled: bool,
     pub values: [pg_sys::Datum; attribute::SCHEDULED_AT],
     pub nulls: [bool; attribute::SCHEDULED_AT],
@@ -132,7 +132,7 @@ unsafe extern "C-unwind" {
 /// A table of ours that rows are inserted into. Plain memory of the current context; what is opened is closed, or given
 /// back by the transaction's abort.
 #[derive(Clone, Copy)]
-pub struct Insertion {
+pub(crate) struct Insertion {
     relation: pg_sys::Relation,
     way: Way,
 }
@@ -156,7 +156,7 @@ enum Way {
 impl Insertion {
     /// # Safety
     /// Within a transaction; no frame up to Postgres's holds anything that needs to be dropped.
-    pub unsafe fn open(relations: &Relations, is_scheduled: bool) -> Self {
+    pub(crate) unsafe fn open(relations: &Relations, is_scheduled: bool) -> Self {
         let (table, columns, text) = match is_scheduled {
             true => (relations.scheduled, attribute::SCHEDULED_AT, INTO_SCHEDULED),
             false => (relations.events, attribute::COUNT, INTO_EVENTS),
@@ -176,7 +176,7 @@ impl Insertion {
     ///
     /// # Safety
     /// As [`Self::open`]; a row of the table that was opened.
-    pub unsafe fn insert(&self, row: &NewRow) -> bool {
+    pub(crate) unsafe fn insert(&self, row: &NewRow) -> bool {
         // SAFETY: the caller's promise.
         unsafe {
             match self.way {
@@ -200,7 +200,7 @@ impl Insertion {
 
     /// # Safety
     /// Once.
-    pub unsafe fn close(self) {
+    pub(crate) unsafe fn close(self) {
         // SAFETY: closes what open() opened; the lock is kept until the end of the transaction, as any writer's.
         unsafe {
             if let Way::Straight {
@@ -272,7 +272,7 @@ unsafe fn has_constraints(constraints: *const pg_sys::TupleConstr) -> bool {
 ///
 /// # Safety
 /// A relation's triggers, or null.
-pub unsafe fn has_foreign_triggers(triggers: *const pg_sys::TriggerDesc, ours: &[pg_sys::Oid]) -> bool {
+pub(crate) unsafe fn has_foreign_triggers(triggers: *const pg_sys::TriggerDesc, ours: &[pg_sys::Oid]) -> bool {
     // SAFETY: the caller's promise; the array is as long as it says.
     unsafe {
         let Some(triggers) = triggers.as_ref() else {

@@ -11,7 +11,7 @@ fn refuse(message: String, detail: &str, hint: String) -> ! {
     raise(ErrorReport::new(code, message, "").set_detail(detail).set_hint(hint))
 }
 
-pub fn extension() -> ! {
+pub(crate) fn extension() -> ! {
     refuse(
         "extension outbox_relay is not installed in this database".to_owned(),
         "There is no schema outbox with its tables.",
@@ -21,7 +21,7 @@ pub fn extension() -> ! {
 
 const NOT_WHOLE: &str = "The extension outbox_relay is installed, but not all that belongs to it is there.";
 
-pub fn table(name: &CStr) -> ! {
+pub(crate) fn table(name: &CStr) -> ! {
     let name = name.to_string_lossy();
     refuse(
         format!("table outbox.{name} is missing"),
@@ -30,7 +30,7 @@ pub fn table(name: &CStr) -> ! {
     )
 }
 
-pub fn sequence() -> ! {
+pub(crate) fn sequence() -> ! {
     refuse(
         "sequence outbox.events_seq_seq is missing".to_owned(),
         NOT_WHOLE,
@@ -40,7 +40,7 @@ pub fn sequence() -> ! {
 
 /// An index that is needed.
 #[derive(Clone, Copy)]
-pub enum Index {
+pub(crate) enum Index {
     Seq,
     Xid,
     EventId,
@@ -48,7 +48,7 @@ pub enum Index {
 }
 
 impl Index {
-    pub fn refuse(self) -> ! {
+    pub(crate) fn refuse(self) -> ! {
         let (message, detail, statement) = match self {
             Self::Seq => (
                 "outbox.events has no index on (seq)",

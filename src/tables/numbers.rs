@@ -37,7 +37,7 @@ thread_local! {
 /// Both the table and the sequence are locked first, and neither lock is held while waiting for the other. TRUNCATE
 /// with RESTART IDENTITY locks the table first and DROP EXTENSION the sequence, so that any fixed order would deadlock
 /// with one of them.
-pub fn draw_numbers(relations: &Relations) -> (u64, i64) {
+pub(crate) fn draw_numbers(relations: &Relations) -> (u64, i64) {
     let slot = slot().filter(|slot| slot.numbers.get().is_some());
     // One guard for all, since a guard costs as much as a call.
     // SAFETY: within a transaction that may write; locks are kept until its end. Nothing in it needs to be dropped.
@@ -78,12 +78,12 @@ mod hot {
         fn LockRelationOid(relation: pg_sys::Oid, mode: pg_sys::LOCKMODE);
         fn ConditionalLockRelationOid(relation: pg_sys::Oid, mode: pg_sys::LOCKMODE) -> bool;
         fn UnlockRelationOid(relation: pg_sys::Oid, mode: pg_sys::LOCKMODE);
-        pub fn GetTopFullTransactionId() -> pg_sys::FullTransactionId;
+        pub(super) fn GetTopFullTransactionId() -> pg_sys::FullTransactionId;
     }
 
     /// # Safety
     /// Within a transaction and a guard.
-    pub unsafe fn lock(table: pg_sys::Oid, sequence: pg_sys::Oid) {
+    pub(super) unsafe fn lock(table: pg_sys::Oid, sequence: pg_sys::Oid) {
         const MODE: pg_sys::LOCKMODE = pg_sys::RowExclusiveLock as pg_sys::LOCKMODE;
         // SAFETY: the caller's promise; what is given back was taken here.
         unsafe {
@@ -102,7 +102,7 @@ mod hot {
 
 /// The highest number that any event was given, whether it has committed, and whether it is still there. Within a
 /// transaction.
-pub fn highest(relations: &Relations) -> i64 {
+pub(crate) fn highest(relations: &Relations) -> i64 {
     match slot() {
         Some(slot) => slot.numbers.get().unwrap_or_else(|| find(relations, slot)),
         None => {
@@ -299,7 +299,7 @@ thread_local! {
 /// Called when positions are loaded: earlier results may be outdated. Besides, rows that passed no trigger may have
 /// higher numbers than were drawn; ticks must cover these, and no session may draw them again. Returns the highest
 /// number. Within a transaction.
-pub fn vouch_anew() -> i64 {
+pub(crate) fn vouch_anew() -> i64 {
     VOUCHED.with_borrow_mut(Vec::clear);
     let relations = catalog::expect_relations();
     // A session that has locked the table is not waited for: rows that it inserts past the trigger are noticed when it
@@ -314,7 +314,7 @@ pub fn vouch_anew() -> i64 {
 /// Rows may have come that another version of the library numbered, or no trigger, and numbers may have been lost in a
 /// crash: then the bound is put lower, where it holds, and what lies above it is read once more, and told apart by
 /// transaction ids. Looks at what comes after the position in an index; within a transaction.
-pub fn vouched(position: &Position) -> Position {
+pub(crate) fn vouched(position: &Position) -> Position {
     let relations = catalog::expect_relations();
     let highest = highest(&relations);
     let began = slot().and_then(|slot| slot.numbers.began()).unwrap_or(highest);
@@ -336,7 +336,7 @@ pub fn vouched(position: &Position) -> Position {
 
 /// The same of a guard's position. Somebody else may have written it, and what is saved of it bounds the numbers of all
 /// events that come: none in it is above those that were given.
-pub fn vouched_of_guard(position: &Position) -> Position {
+pub(crate) fn vouched_of_guard(position: &Position) -> Position {
     let highest = highest(&catalog::expect_relations());
     let within = position.with_ticks(|tick| match tick.high_seq > highest {
         true => Arc::new(Tick {

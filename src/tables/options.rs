@@ -13,9 +13,9 @@ use std::time::Duration;
 
 /// Declares options by the names of their columns; the type says how a column is read (see [`Column`]).
 macro_rules! options {
-    ($(#[$doc:meta])* pub struct $name:ident { $($(#[$field_doc:meta])* pub $field:ident: $type:ty,)* }) => {
+    ($(#[$doc:meta])* pub(crate) struct $name:ident { $($(#[$field_doc:meta])* pub(crate) $field:ident: $type:ty,)* }) => {
         $(#[$doc])*
-        pub struct $name { $($(#[$field_doc])* pub $field: $type,)* }
+        pub(crate) struct $name { $($(#[$field_doc])* pub(crate) $field: $type,)* }
 
         impl $name {
             pub(super) fn of(row: &FoundRow<'_>) -> Self {
@@ -23,7 +23,7 @@ macro_rules! options {
             }
 
             /// The first of the options that cannot be used.
-            pub fn unusable(&self) -> Option<&Unusable> {
+            pub(crate) fn unusable(&self) -> Option<&Unusable> {
                 [$(self.$field.unusable()),*].into_iter().flatten().next()
             }
         }
@@ -34,59 +34,59 @@ options! {
     /// How the events of a backend are sent. For most options, NULL (`None`) means the setting `outbox_relay.redis_*`
     /// of that name.
     #[derive(Clone, PartialEq, Eq)]
-    pub struct Options {
-        pub mode: Known<Topology>,
-        pub host: Option<String>,
-        pub port: Known<Option<u16>>,
-        pub db: Option<i32>,
-        pub username: Option<String>,
-        pub stream_name: Option<String>,
-        pub max_len: Known<Option<i64>>,
-        pub connect_timeout: Option<Duration>,
-        pub socket_timeout: Option<Duration>,
-        pub unix_socket: Option<String>,
-        pub nodes: Known<Vec<Address>>,
-        pub sentinel_master: Option<String>,
-        pub password_file: Option<String>,
-        pub delivery: Known<Guarantee>,
-        pub on_missing_guard: Known<OnMissing>,
-        pub wait_replicas: Known<u32>,
-        pub tls: Known<bool>,
-        pub tls_ca_file: Option<String>,
-        pub tls_cert_file: Option<String>,
-        pub tls_key_file: Option<String>,
-        pub tls_insecure: bool,
+    pub(crate) struct Options {
+        pub(crate) mode: Known<Topology>,
+        pub(crate) host: Option<String>,
+        pub(crate) port: Known<Option<u16>>,
+        pub(crate) db: Option<i32>,
+        pub(crate) username: Option<String>,
+        pub(crate) stream_name: Option<String>,
+        pub(crate) max_len: Known<Option<i64>>,
+        pub(crate) connect_timeout: Option<Duration>,
+        pub(crate) socket_timeout: Option<Duration>,
+        pub(crate) unix_socket: Option<String>,
+        pub(crate) nodes: Known<Vec<Address>>,
+        pub(crate) sentinel_master: Option<String>,
+        pub(crate) password_file: Option<String>,
+        pub(crate) delivery: Known<Guarantee>,
+        pub(crate) on_missing_guard: Known<OnMissing>,
+        pub(crate) wait_replicas: Known<u32>,
+        pub(crate) tls: Known<bool>,
+        pub(crate) tls_ca_file: Option<String>,
+        pub(crate) tls_cert_file: Option<String>,
+        pub(crate) tls_key_file: Option<String>,
+        pub(crate) tls_insecure: bool,
     }
 }
 
 /// How a backend's nodes belong together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Topology {
+pub(crate) enum Topology {
     Standalone,
     Sentinel,
     Cluster,
 }
 
 /// An option, or why it cannot be used.
-pub type Known<T> = Result<T, Unusable>;
+pub(crate) type Known<T> = Result<T, Unusable>;
 
 /// A column has a value that it must not have.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Unusable {
+pub(crate) struct Unusable {
     column: &'static str,
     /// What is wrong, worded to follow the column's name.
     problem: String,
 }
 
 impl Unusable {
-    pub fn new(column: &'static str, problem: impl Into<String>) -> Self {
+    pub(crate) fn new(column: &'static str, problem: impl Into<String>) -> Self {
         Self {
             column,
             problem: problem.into(),
         }
     }
 
-    pub fn null(column: &'static str) -> Self {
+    pub(crate) fn null(column: &'static str) -> Self {
         Self::new(column, "is NULL")
     }
 }

@@ -10,7 +10,7 @@ use relay::delivery::refusal::Record;
 
 /// The streams of a backend in which refused events wait, with the attempts of the first event of each. An event that
 /// names no stream is in the backend's own.
-pub fn refused_streams(number: i32, own_stream: &str) -> Vec<(String, u32)> {
+pub(crate) fn refused_streams(number: i32, own_stream: &str) -> Vec<(String, u32)> {
     query(
         "select distinct on (coalesce(r.stream, $2)) coalesce(r.stream, $2) as stream, r.attempts
         from outbox.refused_events r
@@ -27,7 +27,7 @@ pub fn refused_streams(number: i32, own_stream: &str) -> Vec<(String, u32)> {
 }
 
 /// Sequence numbers of the next refused events of each of these streams, oldest first, at most so many of each.
-pub fn next_waiting(number: i32, own_stream: &str, streams: &[(&str, usize)]) -> Vec<Vec<i64>> {
+pub(crate) fn next_waiting(number: i32, own_stream: &str, streams: &[(&str, usize)]) -> Vec<Vec<i64>> {
     let mut found = vec![Vec::new(); streams.len()];
     let (own, named): (Vec<_>, Vec<_>) = (0..streams.len()).partition(|index| streams[*index].0 == own_stream);
     let counts = |indexes: &[usize]| -> Vec<i32> { indexes.iter().map(|index| streams[*index].1 as i32).collect() };
@@ -80,7 +80,7 @@ pub fn next_waiting(number: i32, own_stream: &str, streams: &[(&str, usize)]) ->
 }
 
 /// Deletes these events from the refused ones.
-pub fn forget(seqs: &[i64]) {
+pub(crate) fn forget(seqs: &[i64]) {
     run(
         "delete from outbox.refused_events where seq = any($1)",
         &[seqs.to_vec().into()],
@@ -88,7 +88,7 @@ pub fn forget(seqs: &[i64]) {
 }
 
 /// The highest number of a backend's events that were refused or have failed. 0: there is none.
-pub fn highest_written_down(number: i32) -> i64 {
+pub(crate) fn highest_written_down(number: i32) -> i64 {
     query_value(
         "select greatest(
             (select max(seq) from outbox.refused_events where backend_number = $1),
@@ -99,7 +99,7 @@ pub fn highest_written_down(number: i32) -> i64 {
 }
 
 /// Whether an event was refused (and waits, or was accepted out of its turn) or has failed.
-pub fn is_written_down(seq: i64, event_id: [u8; 16]) -> bool {
+pub(crate) fn is_written_down(seq: i64, event_id: [u8; 16]) -> bool {
     query_value(
         "select exists (select from outbox.refused_events where seq = $1)
             or exists (select from outbox.failed_events where event_id = $2 and seq = $1)",
@@ -109,7 +109,7 @@ pub fn is_written_down(seq: i64, event_id: [u8; 16]) -> bool {
 }
 
 /// Which of these events still wait to be tried again.
-pub fn still_waiting(seqs: &[i64]) -> Vec<i64> {
+pub(crate) fn still_waiting(seqs: &[i64]) -> Vec<i64> {
     query_column(
         "select seq from outbox.refused_events where seq = any($1) and accepted_in is null order by seq",
         &[seqs.to_vec().into()],
@@ -117,7 +117,7 @@ pub fn still_waiting(seqs: &[i64]) -> Vec<i64> {
 }
 
 /// The events of a backend that wait to be tried again, behind `after`, at most `count`.
-pub fn waiting(number: i32, after: i64, count: usize) -> Vec<i64> {
+pub(crate) fn waiting(number: i32, after: i64, count: usize) -> Vec<i64> {
     query_named(
         "select r.seq from outbox.refused_events r
         where r.backend_number = $number and r.accepted_in is null and r.seq > 0 and r.seq > $after order by r.seq limit $count",
@@ -132,7 +132,7 @@ pub fn waiting(number: i32, after: i64, count: usize) -> Vec<i64> {
 
 /// Redis has lost all batches after `batch_number`. Refused events that were accepted in one of them wait again, and
 /// the clock of retention starts anew.
-pub fn heal(number: i32, lane: Option<u16>, own_stream: &str, batch_number: u64) {
+pub(crate) fn heal(number: i32, lane: Option<u16>, own_stream: &str, batch_number: u64) {
     match lane {
         None => run(
             "update outbox.refused_events set accepted_in = null where backend_number = $1 and accepted_in > $2",
@@ -164,7 +164,7 @@ pub fn heal(number: i32, lane: Option<u16>, own_stream: &str, batch_number: u64)
 /// Writes down what became of refused events, with one statement for each kind of record. Returns how many failed.
 /// There is at most one record for an event. `batch_number`: the batch in which waiting events were accepted
 /// (exactly_once); they wait again if Redis loses it.
-pub fn record(number: i32, records: &[Record], batch_number: Option<u64>) -> u64 {
+pub(crate) fn record(number: i32, records: &[Record], batch_number: Option<u64>) -> u64 {
     let (mut parked, mut failed, mut again, mut accepted) =
         (Notes::default(), Notes::default(), Notes::default(), Vec::new());
     for record in records {
@@ -292,7 +292,7 @@ fn copy_to_failed(notes: [Parameter<'_>; 5], kept: Kept) -> u64 {
 }
 
 /// Copies events to the failed ones, all with one reason. They no longer wait.
-pub fn fail(number: i32, seqs: &[i64], attempts: u32, error: &str) -> u64 {
+pub(crate) fn fail(number: i32, seqs: &[i64], attempts: u32, error: &str) -> u64 {
     let mut failed = Notes::default();
     seqs.iter().for_each(|seq| failed.add(*seq, attempts, error));
     fail_all(number, &failed)

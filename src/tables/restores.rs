@@ -5,7 +5,7 @@ use crate::tables::sql::{query_value, run};
 use relay::reading::snapshot::Snapshot;
 
 /// Whether there are restores that a snapshot does not see.
-pub fn has_later_restores(seen: &Snapshot) -> bool {
+pub(crate) fn has_later_restores(seen: &Snapshot) -> bool {
     query_value(
         "select exists (select from outbox.restores r where not pg_visible_in_snapshot(r.xid, $1::pg_snapshot))",
         &[seen.to_string().into()],
@@ -14,7 +14,7 @@ pub fn has_later_restores(seen: &Snapshot) -> bool {
 }
 
 /// Records that this transaction, with the id `xid`, restores events of a dump. Called in the session that restores it.
-pub fn note_restore(number: i32, xid: u64) {
+pub(crate) fn note_restore(number: i32, xid: u64) {
     rights::of_owner(|| {
         run(
             "insert into outbox.restores (backend_number, xid) values ($1, $2::text::xid8)",
@@ -24,7 +24,7 @@ pub fn note_restore(number: i32, xid: u64) {
 }
 
 /// How many events these restores have brought.
-pub fn count_restored(restores: &[i64]) -> i64 {
+pub(crate) fn count_restored(restores: &[i64]) -> i64 {
     query_value(
         "select count(*) from outbox.restores r join outbox.events e on e.xid = r.xid and e.backend_number = r.backend_number
         where r.number = any($1)",
@@ -35,7 +35,7 @@ pub fn count_restored(restores: &[i64]) -> i64 {
 
 /// Records that the events of these restores were looked for. For each backend the latest such restore is kept. Returns
 /// the latest of these.
-pub fn note_looked_for(restores: &[i64]) -> u64 {
+pub(crate) fn note_looked_for(restores: &[i64]) -> u64 {
     let latest: Option<String> = query_value(
         "select max(xid)::text from outbox.restores where number = any($1)",
         &[restores.to_vec().into()],

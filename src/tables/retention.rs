@@ -10,7 +10,7 @@ use relay::reading::snapshot::Tick;
 use std::sync::Arc;
 
 /// Up to where a backend's events have been purged.
-pub fn oldest_tick(number: i32) -> Option<Arc<Tick>> {
+pub(crate) fn oldest_tick(number: i32) -> Option<Arc<Tick>> {
     query(
         "select snapshot::text, next_xid::text, low_seq, high_seq from outbox.ticks
         where backend_number = $1 order by reached_at limit 1",
@@ -22,7 +22,7 @@ pub fn oldest_tick(number: i32) -> Option<Arc<Tick>> {
 }
 
 /// Records that a backend has delivered all that a tick sees. The first tick of a backend is the beginning of time.
-pub fn record_tick(number: i32, tick: &Tick) {
+pub(crate) fn record_tick(number: i32, tick: &Tick) {
     run(
         "insert into outbox.ticks (backend_number, reached_at, snapshot, next_xid, low_seq, high_seq)
         select $1, '-infinity', '3:3:', '3', 0, 0
@@ -44,7 +44,7 @@ pub fn record_tick(number: i32, tick: &Tick) {
 
 /// What may be purged of a backend: what lies between the tick up to which was purged and the newest tick that is old
 /// enough.
-pub fn purgeable(number: i32, retention_us: i64) -> Option<(Arc<Tick>, Arc<Tick>)> {
+pub(crate) fn purgeable(number: i32, retention_us: i64) -> Option<(Arc<Tick>, Arc<Tick>)> {
     let ticks = query(
         "(select snapshot::text, next_xid::text, low_seq, high_seq from outbox.ticks
             where backend_number = $1 order by reached_at limit 1)
@@ -63,7 +63,7 @@ pub fn purgeable(number: i32, retention_us: i64) -> Option<(Arc<Tick>, Arc<Tick>
 }
 
 /// Records that all up to `tick` was purged.
-pub fn purged(number: i32, tick: &Tick) {
+pub(crate) fn purged(number: i32, tick: &Tick) {
     run(
         "delete from outbox.ticks t where t.backend_number = $1 and t.reached_at < (
             select max(o.reached_at) from outbox.ticks o where o.backend_number = $1 and o.snapshot::text = $2)",
@@ -72,7 +72,7 @@ pub fn purged(number: i32, tick: &Tick) {
 }
 
 /// Whether there are ticks whose events are not purged.
-pub fn ticks_wait() -> bool {
+pub(crate) fn ticks_wait() -> bool {
     query_value(
         "select exists (select from outbox.ticks group by backend_number having count(*) > 1)",
         &[],
@@ -81,7 +81,7 @@ pub fn ticks_wait() -> bool {
 }
 
 /// Runs `f`, which deletes events in steps, with a statement that is prepared once.
-pub fn delete_events<R>(f: impl FnOnce(&mut dyn FnMut(&[i64])) -> R) -> R {
+pub(crate) fn delete_events<R>(f: impl FnOnce(&mut dyn FnMut(&[i64])) -> R) -> R {
     let sql = "delete from outbox.events where seq = any($1)";
     rights::statement(|| {
         Spi::connect_mut(|client| {
@@ -97,7 +97,7 @@ pub fn delete_events<R>(f: impl FnOnce(&mut dyn FnMut(&[i64])) -> R) -> R {
 }
 
 /// Deletes failed events older than their retention, at most `count`.
-pub fn purge_failed(retention_us: i64, count: i64) -> u64 {
+pub(crate) fn purge_failed(retention_us: i64, count: i64) -> u64 {
     run(
         "delete from outbox.failed_events f where (f.event_id, f.seq) in (select o.event_id, o.seq from outbox.failed_events o
             where o.failed_at <= clock_timestamp() - $1 * interval '1 microsecond' order by o.failed_at limit $2

@@ -31,12 +31,12 @@ thread_local! {
 }
 
 /// This process is a worker.
-pub fn are_the_workers() {
+pub(crate) fn are_the_workers() {
     NAME.set(Name::Worker);
 }
 
 /// Runs `f`, whose statements may do what the caller may not: who may call it is a matter of EXECUTE.
-pub fn of_owner<R>(f: impl FnOnce() -> R) -> R {
+pub(crate) fn of_owner<R>(f: impl FnOnce() -> R) -> R {
     struct Reset(Name);
     impl Drop for Reset {
         fn drop(&mut self) {
@@ -54,7 +54,7 @@ pub fn of_owner<R>(f: impl FnOnce() -> R) -> R {
 }
 
 /// Runs `f`, which makes and executes a statement, with the settings of the session out of its way.
-pub fn statement<R>(f: impl FnOnce() -> R) -> R {
+pub(crate) fn statement<R>(f: impl FnOnce() -> R) -> R {
     if NAME.get() == Name::Worker {
         return f();
     }
@@ -152,7 +152,7 @@ unsafe fn set_here(name: &CStr, value: &CStr) {
 
 /// Runs `f`, which executes a statement that is parsed already: its tables are locked, so that their owner stays what
 /// it is.
-pub fn execution<R>(f: impl FnOnce() -> R) -> R {
+pub(crate) fn execution<R>(f: impl FnOnce() -> R) -> R {
     match NAME.get() {
         Name::Caller => f(),
         Name::Owner | Name::Worker => as_user(catalog::owner(), f),
@@ -160,7 +160,7 @@ pub fn execution<R>(f: impl FnOnce() -> R) -> R {
 }
 
 /// Runs `f` in the name of the owner of `relation`, which is locked.
-pub fn as_owner_of<R>(relation: pg_sys::Oid, f: impl FnOnce() -> R) -> R {
+pub(crate) fn as_owner_of<R>(relation: pg_sys::Oid, f: impl FnOnce() -> R) -> R {
     as_user(catalog::owner_of(relation), f)
 }
 

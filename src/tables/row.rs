@@ -10,31 +10,31 @@ use std::borrow::Cow;
 
 /// Attribute numbers of `outbox.events`, in the order of the SQL script; the first ones of `scheduled_events` and
 /// `failed_events` too.
-pub mod attribute {
-    pub const SEQ: usize = 1;
-    pub const XID: usize = 2;
-    pub const CREATED_AT: usize = 3;
-    pub const EVENT_ID: usize = 4;
-    pub const BACKEND_NUMBER: usize = 5;
-    pub const EVENT_TYPE: usize = 6;
-    pub const SOURCE: usize = 7;
-    pub const BACKEND: usize = 8;
-    pub const DATA: usize = 9;
-    pub const SUBJECT: usize = 10;
-    pub const STREAM: usize = 11;
-    pub const DATA_SCHEMA: usize = 12;
-    pub const PUBLISHER_CONFIG: usize = 13;
-    pub const MAX_RETRIES: usize = 14;
-    pub const COUNT: usize = 14;
+pub(crate) mod attribute {
+    pub(crate) const SEQ: usize = 1;
+    pub(crate) const XID: usize = 2;
+    pub(crate) const CREATED_AT: usize = 3;
+    pub(crate) const EVENT_ID: usize = 4;
+    pub(crate) const BACKEND_NUMBER: usize = 5;
+    pub(crate) const EVENT_TYPE: usize = 6;
+    pub(crate) const SOURCE: usize = 7;
+    pub(crate) const BACKEND: usize = 8;
+    pub(crate) const DATA: usize = 9;
+    pub(crate) const SUBJECT: usize = 10;
+    pub(crate) const STREAM: usize = 11;
+    pub(crate) const DATA_SCHEMA: usize = 12;
+    pub(crate) const PUBLISHER_CONFIG: usize = 13;
+    pub(crate) const MAX_RETRIES: usize = 14;
+    pub(crate) const COUNT: usize = 14;
     /// Of `scheduled_events` alone.
-    pub const SCHEDULED_AT: usize = 15;
+    pub(crate) const SCHEDULED_AT: usize = 15;
 }
 
 /// Most columns that any of our tables has, with room for those that users add.
 const MAX_COLUMNS: usize = 64;
 
 /// The values of one row, as long as the row's buffer is pinned.
-pub struct Row {
+pub(crate) struct Row {
     pub(super) values: [pg_sys::Datum; MAX_COLUMNS],
     pub(super) nulls: [bool; MAX_COLUMNS],
 }
@@ -51,7 +51,7 @@ impl Row {
     ///
     /// # Safety
     /// `tuple` is a valid tuple of `descriptor`'s table, and stays so for as long as the row is used.
-    pub unsafe fn of(tuple: pg_sys::HeapTuple, descriptor: pg_sys::TupleDesc) -> Self {
+    pub(crate) unsafe fn of(tuple: pg_sys::HeapTuple, descriptor: pg_sys::TupleDesc) -> Self {
         let mut row = Self::empty();
         // SAFETY: the caller's promise; the arrays have room for all columns.
         unsafe {
@@ -73,24 +73,24 @@ impl Row {
     }
 
     /// The value of an attribute (from 1), unless it is null.
-    pub fn get(&self, attribute: usize) -> Option<pg_sys::Datum> {
+    pub(crate) fn get(&self, attribute: usize) -> Option<pg_sys::Datum> {
         (!self.nulls[attribute - 1]).then(|| self.values[attribute - 1])
     }
 
-    pub fn i64(&self, attribute: usize) -> Option<i64> {
+    pub(crate) fn i64(&self, attribute: usize) -> Option<i64> {
         self.get(attribute).map(|d| d.value() as i64)
     }
 
-    pub fn i32(&self, attribute: usize) -> Option<i32> {
+    pub(crate) fn i32(&self, attribute: usize) -> Option<i32> {
         self.get(attribute).map(|d| d.value() as i32)
     }
 
-    pub fn uuid(&self, attribute: usize) -> Option<[u8; 16]> {
+    pub(crate) fn uuid(&self, attribute: usize) -> Option<[u8; 16]> {
         // SAFETY: a uuid datum points to 16 bytes.
         self.get(attribute).map(|d| unsafe { *d.cast_mut_ptr::<[u8; 16]>() })
     }
 
-    pub fn key(&self) -> Key {
+    pub(crate) fn key(&self) -> Key {
         Key {
             xid: self.get(attribute::XID).map_or(0, |d| d.value() as u64),
             seq: self.i64(attribute::SEQ).unwrap_or_default(),
@@ -98,31 +98,31 @@ impl Row {
     }
 
     /// When it was published, in microseconds since 1970.
-    pub fn created_at_us(&self) -> i64 {
+    pub(crate) fn created_at_us(&self) -> i64 {
         self.i64(attribute::CREATED_AT)
             .unwrap_or_default()
             .saturating_add(EPOCH_SHIFT_US)
     }
 
     /// A text in UTF-8. Allocates in the current memory context when the value was compressed or stored apart.
-    pub fn text(&self, attribute: usize) -> Option<Cow<'_, str>> {
+    pub(crate) fn text(&self, attribute: usize) -> Option<Cow<'_, str>> {
         // SAFETY: the attribute is of a varlena type in the database's encoding.
         self.get(attribute).map(|d| unsafe { utf8_of(d) })
     }
 
     /// Whether its data are too large to be stored in the row itself.
-    pub fn is_large(&self) -> bool {
+    pub(crate) fn is_large(&self) -> bool {
         // SAFETY: a datum of a varlena type.
         self.get(attribute::DATA)
             .is_some_and(|d| unsafe { varlena::varatt_is_1b_e(d.cast_mut_ptr()) })
     }
 
-    pub fn backend_number(&self) -> i32 {
+    pub(crate) fn backend_number(&self) -> i32 {
         self.i32(attribute::BACKEND_NUMBER).unwrap_or_default()
     }
 
     /// The hash slot of its stream; one that names none is in its backend's. Allocates as [`Self::text`].
-    pub fn hash_slot(&self, own_stream: &str) -> u16 {
+    pub(crate) fn hash_slot(&self, own_stream: &str) -> u16 {
         // SAFETY: the attribute is of type text.
         let named = self
             .get(attribute::STREAM)
@@ -131,7 +131,7 @@ impl Row {
     }
 
     /// Calls `f` with the row as an event.
-    pub fn with_event<R>(&self, f: impl FnOnce(&Event<'_>) -> R) -> R {
+    pub(crate) fn with_event<R>(&self, f: impl FnOnce(&Event<'_>) -> R) -> R {
         let (event_type, source) = (self.text(attribute::EVENT_TYPE), self.text(attribute::SOURCE));
         let (subject, data) = (self.text(attribute::SUBJECT), self.text(attribute::DATA));
         let (stream, data_schema) = (self.text(attribute::STREAM), self.text(attribute::DATA_SCHEMA));
@@ -152,7 +152,7 @@ impl Row {
 
 /// The hash slot of a stream's name in the database's encoding. One that has no UTF-8 form is nobody's stream, and has
 /// a hash slot all the same: a view, or a dump, is not to end over it.
-pub fn hash_slot_of_text(name: &[u8]) -> u16 {
+pub(crate) fn hash_slot_of_text(name: &[u8]) -> u16 {
     match has_utf8_form(name) {
         // SAFETY: text of a row, in the database's encoding.
         Ok(()) => hash_slot_of(unsafe { utf8(name) }.as_bytes()),
@@ -161,13 +161,13 @@ pub fn hash_slot_of_text(name: &[u8]) -> u16 {
 }
 
 /// Some columns of a table that is read whole, by their names.
-pub struct Columns<'n> {
+pub(crate) struct Columns<'n> {
     descriptor: pg_sys::TupleDesc,
     attributes: Vec<(&'n str, usize)>,
 }
 
 /// The values of some named columns.
-pub struct NamedRow<'a> {
+pub(crate) struct NamedRow<'a> {
     columns: &'a Columns<'a>,
     row: Row,
 }
@@ -175,7 +175,7 @@ pub struct NamedRow<'a> {
 impl<'n> Columns<'n> {
     /// # Safety
     /// `relation` is open, and stays so.
-    pub unsafe fn of(relation: pg_sys::Relation, names: &[&'n str]) -> Self {
+    pub(crate) unsafe fn of(relation: pg_sys::Relation, names: &[&'n str]) -> Self {
         // SAFETY: an open relation has a descriptor; attribute names are zero-terminated.
         unsafe {
             let descriptor = (*relation).rd_att;
@@ -190,7 +190,7 @@ impl<'n> Columns<'n> {
 
     /// # Safety
     /// As [`Row::of`].
-    pub unsafe fn take_apart(&self, tuple: pg_sys::HeapTuple) -> NamedRow<'_> {
+    pub(crate) unsafe fn take_apart(&self, tuple: pg_sys::HeapTuple) -> NamedRow<'_> {
         // SAFETY: the caller's promise.
         let row = unsafe { Row::of(tuple, self.descriptor) };
         NamedRow { columns: self, row }
@@ -198,20 +198,20 @@ impl<'n> Columns<'n> {
 }
 
 impl NamedRow<'_> {
-    pub fn datum(&self, column: &str) -> Option<pg_sys::Datum> {
+    pub(crate) fn datum(&self, column: &str) -> Option<pg_sys::Datum> {
         self.row.get(self.attribute(column))
     }
 
-    pub fn text(&self, column: &str) -> Option<String> {
+    pub(crate) fn text(&self, column: &str) -> Option<String> {
         self.row.text(self.attribute(column)).map(Cow::into_owned)
     }
 
-    pub fn i32(&self, column: &str) -> Option<i32> {
+    pub(crate) fn i32(&self, column: &str) -> Option<i32> {
         self.row.i32(self.attribute(column))
     }
 
     /// The values of all these columns that are not null.
-    pub fn values(&self) -> impl Iterator<Item = pg_sys::Datum> {
+    pub(crate) fn values(&self) -> impl Iterator<Item = pg_sys::Datum> {
         self.columns
             .attributes
             .iter()
@@ -231,7 +231,7 @@ impl NamedRow<'_> {
 ///
 /// # Safety
 /// The datum is a valid `text[]`.
-pub unsafe fn texts_of_array(datum: pg_sys::Datum) -> Vec<String> {
+pub(crate) unsafe fn texts_of_array(datum: pg_sys::Datum) -> Vec<String> {
     // SAFETY: the caller's promise; text is of variable length and int-aligned.
     unsafe {
         let array = pg_sys::pg_detoast_datum(datum.cast_mut_ptr()).cast();

@@ -21,14 +21,14 @@ const DUE_AND_FREE: &str = "select d.event_id from outbox.scheduled_events d
     where d.scheduled_at <= $1 and d.event_id <> all($3) order by d.scheduled_at, d.seq limit $2 for update skip locked";
 
 /// Scheduled events that are due at `now_us` (microseconds since 2000), without those that are `held`: at most `count`.
-pub fn due(now_us: i64, count: i64, held: &[[u8; 16]]) -> Vec<[u8; 16]> {
+pub(crate) fn due(now_us: i64, count: i64, held: &[[u8; 16]]) -> Vec<[u8; 16]> {
     let ids: Vec<pgrx::Uuid> = query_column(DUE, &[timestamp(now_us), count.into(), uuids(held)]);
     ids.iter().map(|id| *id.as_bytes()).collect()
 }
 
 /// Those of these scheduled events whose rows nobody has locked, and those that no longer exist. The rows are locked
 /// until the end of the transaction.
-pub fn lockable(ids: &[[u8; 16]]) -> Vec<[u8; 16]> {
+pub(crate) fn lockable(ids: &[[u8; 16]]) -> Vec<[u8; 16]> {
     let mut free = Vec::new();
     rights::statement(|| {
         Spi::connect_mut(|client| {
@@ -55,12 +55,12 @@ pub fn lockable(ids: &[[u8; 16]]) -> Vec<[u8; 16]> {
 /// Moves scheduled events that are due at `now_us` into `outbox.events`, at most `count`, without those that are `held`
 /// and those whose rows somebody has locked. Returns how many there were. Sets all columns that the trigger would fill
 /// in, because the trigger may be switched off.
-pub fn move_due(now_us: i64, count: i64, held: &[[u8; 16]]) -> u64 {
+pub(crate) fn move_due(now_us: i64, count: i64, held: &[[u8; 16]]) -> u64 {
     move_scheduled(DUE_AND_FREE, &[timestamp(now_us), count.into(), uuids(held)])
 }
 
 /// The same one by one: an event that cannot be moved fails alone.
-pub fn move_due_one_by_one(now_us: i64, count: i64, held: &[[u8; 16]]) -> u64 {
+pub(crate) fn move_due_one_by_one(now_us: i64, count: i64, held: &[[u8; 16]]) -> u64 {
     let due = due(now_us, count, held);
     for id in &due {
         let id = pgrx::Uuid::from_bytes(*id);
@@ -136,7 +136,7 @@ fn move_scheduled(selected: &str, arguments: &[DatumWithOid<'_>]) -> u64 {
 
 /// When the next scheduled event that is not `held` is due (`None`: there is none), and the present time, in
 /// microseconds since 2000.
-pub fn next_due(held: &[[u8; 16]]) -> (Option<i64>, i64) {
+pub(crate) fn next_due(held: &[[u8; 16]]) -> (Option<i64>, i64) {
     let due = query(
         "select s.scheduled_at from outbox.scheduled_events s where s.event_id <> all($1)
         order by s.scheduled_at, s.seq limit 1",

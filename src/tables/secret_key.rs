@@ -17,7 +17,7 @@ const SERVER: &CStr = c"outbox_relay";
 const OPTION: &CStr = c"key";
 
 /// The key, if there is one; it is made when the first password is set. Within a transaction.
-pub fn key() -> Option<SealKey> {
+pub(crate) fn key() -> Option<SealKey> {
     // SAFETY: look-ups within a transaction; the option's text lies in the transaction's memory.
     unsafe {
         let server = pg_sys::GetForeignServerByName(SERVER.as_ptr(), true);

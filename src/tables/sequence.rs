@@ -11,17 +11,17 @@ use std::ffi::CStr;
 // SAFETY: the declaration of sequence.h.
 unsafe extern "C-unwind" {
     /// Draws the next number of a sequence (commands/sequence.h; not in pgrx's bindings). To be called within a guard.
-    pub fn nextval_internal(relid: pg_sys::Oid, check_permissions: bool) -> i64;
+    pub(crate) fn nextval_internal(relid: pg_sys::Oid, check_permissions: bool) -> i64;
 }
 
 /// Draws the next number. Within a transaction that may write.
-pub fn next(sequence: pg_sys::Oid) -> i64 {
+pub(crate) fn next(sequence: pg_sys::Oid) -> i64 {
     // SAFETY: within a transaction; an ERROR becomes a panic of Rust.
     unsafe { pg_sys::ffi::pg_guard_ffi_boundary(|| nextval_internal(sequence, false)) }
 }
 
 /// Sets it, so that the next number is above `number`. With the rights of its owner, since publishers may not do it.
-pub fn set(sequence: pg_sys::Oid, number: i64) {
+pub(crate) fn set(sequence: pg_sys::Oid, number: i64) {
     let arguments = [Some(pg_sys::Datum::from(sequence)), Some(pg_sys::Datum::from(number))];
     rights::as_owner_of(sequence, || {
         // SAFETY: setval(regclass, bigint), of this type.
@@ -30,7 +30,7 @@ pub fn set(sequence: pg_sys::Oid, number: i64) {
 }
 
 /// The last number that was drawn (0 before the first).
-pub fn last(sequence: pg_sys::Oid) -> i64 {
+pub(crate) fn last(sequence: pg_sys::Oid) -> i64 {
     // SAFETY: raises an ERROR if it is gone.
     let relation = unsafe { pg_sys::relation_open(sequence, LOCK) };
     let (number, _) = page_of(relation);
@@ -42,12 +42,12 @@ pub fn last(sequence: pg_sys::Oid) -> i64 {
 /// The last number that was drawn, and where its page's last record ends in the WAL: once it is flushed up to there,
 /// none of the numbers that were drawn is drawn again after a crash. `None`: another session has locked it exclusively,
 /// and delivery does not wait for that.
-pub fn last_record(sequence: pg_sys::Oid) -> Option<(i64, u64)> {
+pub(crate) fn last_record(sequence: pg_sys::Oid) -> Option<(i64, u64)> {
     look(sequence)
 }
 
 /// That it has come to its end, as a sentence.
-pub fn end_reached(sequence: pg_sys::Oid) -> Option<String> {
+pub(crate) fn end_reached(sequence: pg_sys::Oid) -> Option<String> {
     let maximum = maximum(sequence);
     let is_reached = look(sequence).is_some_and(|(last, _)| last >= maximum);
     is_reached.then(|| format!("Its MAXVALUE is {maximum}, and that number was given."))
@@ -120,7 +120,7 @@ unsafe extern "C-unwind" fn on_invalidation(_arg: pg_sys::Datum, _cache: i32, _h
 /// Raises an ERROR if the sequence gives other numbers than ascending ones, one by one. Costs nothing unless a sequence
 /// was changed. The caller has drawn from it in this transaction. So the sequence is locked against changes, and all
 /// earlier ones are known.
-pub fn expect_ascending(sequence: pg_sys::Oid) {
+pub(crate) fn expect_ascending(sequence: pg_sys::Oid) {
     if CHECKED.get() == sequence {
         return;
     }
@@ -131,7 +131,7 @@ pub fn expect_ascending(sequence: pg_sys::Oid) {
 }
 
 /// What is wrong with its parameters, as a sentence. Within a transaction.
-pub fn trouble(sequence: pg_sys::Oid) -> Option<String> {
+pub(crate) fn trouble(sequence: pg_sys::Oid) -> Option<String> {
     if !IS_REGISTERED.replace(true) {
         let cache = pg_sys::SysCacheIdentifier::SEQRELID as i32;
         // SAFETY: registers a callback of this library for the life of the process.
@@ -156,7 +156,7 @@ pub fn trouble(sequence: pg_sys::Oid) -> Option<String> {
 }
 
 /// The highest number that it may give.
-pub fn maximum(sequence: pg_sys::Oid) -> i64 {
+pub(crate) fn maximum(sequence: pg_sys::Oid) -> i64 {
     with_form(sequence, |form| form.maximum).unwrap_or(i64::MAX)
 }
 
@@ -179,13 +179,14 @@ fn with_form<R>(sequence: pg_sys::Oid, f: impl FnOnce(&Form) -> R) -> Option<R> 
 }
 
 /// What gives the sequence the parameters that it must have.
-pub const MEND: &str = "Run ALTER SEQUENCE outbox.events_seq_seq AS bigint INCREMENT 1 NO MAXVALUE CACHE 1 NO CYCLE.";
+pub(crate) const MEND: &str =
+    "Run ALTER SEQUENCE outbox.events_seq_seq AS bigint INCREMENT 1 NO MAXVALUE CACHE 1 NO CYCLE.";
 
 /// What is wrong, in short.
-pub const MESSAGE: &str = "sequence outbox.events_seq_seq cannot number events";
+pub(crate) const MESSAGE: &str = "sequence outbox.events_seq_seq cannot number events";
 
 /// Refuses an event, since it cannot get a number. `trouble`: why, as a sentence.
-pub fn refuse(trouble: String) -> ! {
+pub(crate) fn refuse(trouble: String) -> ! {
     let code = PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
     raise(ErrorReport::new(code, MESSAGE, "").set_detail(trouble).set_hint(MEND))
 }

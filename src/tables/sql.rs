@@ -14,7 +14,7 @@ use std::fmt::Write;
 
 /// Reads what is committed now. Takes no transaction id, as SPI's `update` would: looking writes no WAL, and works on a
 /// standby.
-pub fn query<R>(sql: &str, args: &[DatumWithOid<'_>], each: impl FnMut(&FoundRow<'_>) -> R) -> Vec<R> {
+pub(crate) fn query<R>(sql: &str, args: &[DatumWithOid<'_>], each: impl FnMut(&FoundRow<'_>) -> R) -> Vec<R> {
     // SAFETY: within a transaction; popped below, or by its abort. A transaction without an id reads with the active
     // snapshot, which may be older than the invalidations that were processed.
     unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetLatestSnapshot()) };
@@ -32,7 +32,7 @@ pub fn query<R>(sql: &str, args: &[DatumWithOid<'_>], each: impl FnMut(&FoundRow
 }
 
 /// The values of a query's only column.
-pub fn query_column<T>(sql: &str, args: &[DatumWithOid<'_>]) -> Vec<T>
+pub(crate) fn query_column<T>(sql: &str, args: &[DatumWithOid<'_>]) -> Vec<T>
 where
     T: pgrx::IntoDatum + pgrx::FromDatum,
 {
@@ -41,7 +41,7 @@ where
 }
 
 /// The only value of a query; `None`: it is null, or there is no row.
-pub fn query_value<T>(sql: &str, args: &[DatumWithOid<'_>]) -> Option<T>
+pub(crate) fn query_value<T>(sql: &str, args: &[DatumWithOid<'_>]) -> Option<T>
 where
     T: pgrx::IntoDatum + pgrx::FromDatum,
 {
@@ -49,7 +49,7 @@ where
 }
 
 /// Writes; returns how many rows.
-pub fn run(sql: &str, args: &[DatumWithOid<'_>]) -> u64 {
+pub(crate) fn run(sql: &str, args: &[DatumWithOid<'_>]) -> u64 {
     rights::statement(|| {
         Spi::connect_mut(|client| {
             let statement = client.prepare_mut(sql, &types_of(args));
@@ -61,10 +61,10 @@ pub fn run(sql: &str, args: &[DatumWithOid<'_>]) -> u64 {
 }
 
 /// A parameter of a statement, with its name.
-pub type Parameter<'a> = (&'static str, DatumWithOid<'a>);
+pub(crate) type Parameter<'a> = (&'static str, DatumWithOid<'a>);
 
 /// As [`query`], with parameters that have names: `$name` in the statement.
-pub fn query_named<'a, R>(
+pub(crate) fn query_named<'a, R>(
     sql: &str,
     parameters: impl IntoIterator<Item = Parameter<'a>>,
     each: impl FnMut(&FoundRow<'_>) -> R,
@@ -74,7 +74,7 @@ pub fn query_named<'a, R>(
 }
 
 /// As [`run`], with parameters that have names: `$name` in the statement.
-pub fn run_named<'a>(sql: &str, parameters: impl IntoIterator<Item = Parameter<'a>>) -> u64 {
+pub(crate) fn run_named<'a>(sql: &str, parameters: impl IntoIterator<Item = Parameter<'a>>) -> u64 {
     let (sql, args) = numbered(sql, parameters);
     run(&sql, &args)
 }
@@ -96,7 +96,7 @@ fn numbered<'a>(sql: &str, parameters: impl IntoIterator<Item = Parameter<'a>>) 
 }
 
 /// What a column is set to.
-pub struct Assignment<'a> {
+pub(crate) struct Assignment<'a> {
     column: &'static str,
     /// The value as SQL; `$` stands for the parameter.
     expression: &'static str,
@@ -105,12 +105,12 @@ pub struct Assignment<'a> {
 
 impl<'a> Assignment<'a> {
     /// To a value.
-    pub fn new(column: &'static str, value: impl Into<DatumWithOid<'a>>) -> Self {
+    pub(crate) fn new(column: &'static str, value: impl Into<DatumWithOid<'a>>) -> Self {
         Self::by(column, "$", value)
     }
 
     /// To what an expression makes of a value, for which `$` stands.
-    pub fn by(column: &'static str, expression: &'static str, value: impl Into<DatumWithOid<'a>>) -> Self {
+    pub(crate) fn by(column: &'static str, expression: &'static str, value: impl Into<DatumWithOid<'a>>) -> Self {
         Self {
             column,
             expression,
@@ -119,7 +119,7 @@ impl<'a> Assignment<'a> {
     }
 
     /// To the value of an expression.
-    pub fn computed(column: &'static str, expression: &'static str) -> Self {
+    pub(crate) fn computed(column: &'static str, expression: &'static str) -> Self {
         Self {
             column,
             expression,
@@ -129,7 +129,7 @@ impl<'a> Assignment<'a> {
 }
 
 /// Inserts a row, or updates the one with this key.
-pub fn upsert<const KEYS: usize, const REST: usize>(
+pub(crate) fn upsert<const KEYS: usize, const REST: usize>(
     table: &str,
     key: [Assignment<'_>; KEYS],
     rest: [Assignment<'_>; REST],
@@ -173,13 +173,13 @@ pub(super) fn types_of(args: &[DatumWithOid<'_>]) -> Vec<PgOid> {
 
 /// A text as a parameter, in the database's encoding. It came from the database, so the encoding has all its
 /// characters.
-pub fn argument<'a>(text: &str) -> DatumWithOid<'a> {
+pub(crate) fn argument<'a>(text: &str) -> DatumWithOid<'a> {
     // SAFETY: to_server() gives valid text, which is copied; text has the form of bytea.
     unsafe { DatumWithOid::new(&*encoding::to_server(text), pg_sys::TEXTOID) }
 }
 
 /// Several texts as one parameter, an array; see [`argument`].
-pub fn arguments<'a>(texts: &[&str]) -> DatumWithOid<'a> {
+pub(crate) fn arguments<'a>(texts: &[&str]) -> DatumWithOid<'a> {
     array_of(texts.iter().map(|text| encoding::to_server(text)))
 }
 
@@ -201,13 +201,13 @@ pub(super) fn array_of<'a, 'b>(texts: impl Iterator<Item = Cow<'b, [u8]>>) -> Da
 
 /// As [`argument`], for texts of Redis or of the system: characters that the database's encoding does not have are left
 /// out.
-pub fn words<'a>(text: &str) -> DatumWithOid<'a> {
+pub(crate) fn words<'a>(text: &str) -> DatumWithOid<'a> {
     // SAFETY: valid text, which is copied; text has the form of bytea.
     unsafe { DatumWithOid::new(&*encoding::words_to_server(text), pg_sys::TEXTOID) }
 }
 
 /// Several such texts as one parameter, an array.
-pub fn all_words<'a>(texts: &[&str]) -> DatumWithOid<'a> {
+pub(crate) fn all_words<'a>(texts: &[&str]) -> DatumWithOid<'a> {
     array_of(texts.iter().map(|text| encoding::words_to_server(text)))
 }
 

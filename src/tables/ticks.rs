@@ -9,7 +9,7 @@ use relay::reading::snapshot::{Snapshot, Tick};
 /// Takes a tick, in the order that its bounds rely on (see [`Tick`]). Needs a transaction that has no id of its own.
 /// Also returns up to where the WAL must be flushed so that none of its numbers is drawn again after a crash; `None`:
 /// all of it.
-pub fn take(relations: &Relations) -> (Tick, Option<u64>) {
+pub(crate) fn take(relations: &Relations) -> (Tick, Option<u64>) {
     let low_seq = numbers::highest(relations);
     // SAFETY: reads the counter under its lock.
     let next_xid = unsafe { pg_sys::ReadNextFullTransactionId().value };
@@ -30,7 +30,7 @@ pub fn take(relations: &Relations) -> (Tick, Option<u64>) {
 
 /// Whether something may have happened since, also if it wakes no worker. Costs next to nothing, so an idle worker
 /// stays idle.
-pub fn is_outdated(tick: &Tick) -> bool {
+pub(crate) fn is_outdated(tick: &Tick) -> bool {
     // SAFETY: reads the counter under its lock.
     !tick.is_complete() || unsafe { pg_sys::ReadNextFullTransactionId().value } != tick.next_xid
 }
@@ -82,7 +82,7 @@ const FEW: usize = 64;
 /// without them, by taking them for transactions that still run; but the commit log keeps one position for 32
 /// neighbouring ids, so that nobody could tell whether another's commit below our own is durable. Hence purging begins
 /// no piece while an event is about to be committed: that commit flushes what was written before.
-pub fn flush_seen((tick, drawn_lsn): &(Tick, Option<u64>), known: &Snapshot) -> u64 {
+pub(crate) fn flush_seen((tick, drawn_lsn): &(Tick, Option<u64>), known: &Snapshot) -> u64 {
     let (Some(ended), Some(mut needed)) = (tick.snapshot.ended_since(known, FEW), *drawn_lsn) else {
         return flush();
     };
@@ -119,7 +119,7 @@ fn flush_to(position: u64) {
 
 /// Makes everything that any snapshot taken before sees durable, and what this process has written. Costs nothing when
 /// the WAL is flushed already. Returns how far it is flushed.
-pub fn flush() -> u64 {
+pub(crate) fn flush() -> u64 {
     /// Sizes of a WAL page's header, and of a segment's first.
     const SHORT_HEADER: u64 = 24;
     const LONG_HEADER: u64 = 40;
@@ -140,7 +140,7 @@ pub fn flush() -> u64 {
 }
 
 /// Whether the synchronous standbys have flushed the WAL up to `position`. True where there are none to wait for.
-pub fn standbys_have(position: u64) -> bool {
+pub(crate) fn standbys_have(position: u64) -> bool {
     /// Of the positions that sessions wait for: that up to which standbys have flushed (syncrep.h).
     const SYNC_REP_WAIT_FLUSH: usize = 1;
     // SAFETY: shared memory that lives as long as the server; a position is read in one piece.

@@ -13,7 +13,7 @@ thread_local! {
 
 /// What nobody may change of a row: we go by it.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub struct RowKey {
+pub(crate) struct RowKey {
     pub xid: u64,
     pub seq: i64,
     pub backend_number: i32,
@@ -22,7 +22,7 @@ pub struct RowKey {
 
 /// Runs `f` while the trigger takes rows as they are, but for their numbers: they were checked when they were
 /// scheduled.
-pub fn moving<R>(f: impl FnOnce() -> R) -> R {
+pub(crate) fn moving<R>(f: impl FnOnce() -> R) -> R {
     struct Reset;
     impl Drop for Reset {
         fn drop(&mut self) {
@@ -35,13 +35,13 @@ pub fn moving<R>(f: impl FnOnce() -> R) -> R {
 }
 
 /// The row that `publish_event` is inserting by a statement: it is checked and numbered already.
-pub fn inserting(row: Option<RowKey>) {
+pub(crate) fn inserting(row: Option<RowKey>) {
     INSERTING.set(row.map(|key| (key, subtransaction())));
 }
 
 /// The row that is being inserted so, if this is it. By its number or its id, since somebody may have changed the
 /// other. What an ERROR has left behind is of a subtransaction that has ended.
-pub fn inserted(row: &Row) -> Option<RowKey> {
+pub(crate) fn inserted(row: &Row) -> Option<RowKey> {
     let (key, within) = INSERTING.get()?;
     let is_its = row.i64(attribute::SEQ) == Some(key.seq) || row.uuid(attribute::EVENT_ID) == Some(key.event_id);
     // SAFETY: a plain read.
@@ -50,12 +50,12 @@ pub fn inserted(row: &Row) -> Option<RowKey> {
 }
 
 /// The current subtransaction.
-pub fn subtransaction() -> u32 {
+pub(crate) fn subtransaction() -> u32 {
     // SAFETY: a plain read.
     unsafe { pg_sys::GetCurrentSubTransactionId() }
 }
 
 /// Whether rows are moved that were checked when they were scheduled.
-pub fn is_moving() -> bool {
+pub(crate) fn is_moving() -> bool {
     MOVING.get()
 }

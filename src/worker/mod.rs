@@ -10,7 +10,7 @@
 //! The worker never waits for the network, and holds no transaction while it waits for anything. A task that fails
 //! delays no other task (`tasks.rs`): somebody who holds a lock delays only what needs it.
 
-pub mod backend;
+pub(crate) mod backend;
 mod connecting;
 mod held;
 mod leave;

@@ -21,7 +21,7 @@ use relay::reading::schedule::Group;
 use std::rc::Rc;
 
 /// What a pass came to for one of its readers.
-pub struct Outcome {
+pub(super) struct Outcome {
     pub reader: Reader,
     /// It has met a row of its own.
     pub has_found: bool,
@@ -33,7 +33,7 @@ pub struct Outcome {
 
 /// Reads on for a group of `backends`, and not for long if `is_wanted` for others. Needs a transaction; what comes back
 /// is to be handed over once that has ended well.
-pub fn read(backends: &mut [Backend], group: &Group, is_wanted: &dyn Fn() -> bool) -> Vec<Outcome> {
+pub(super) fn read(backends: &mut [Backend], group: &Group, is_wanted: &dyn Fn() -> bool) -> Vec<Outcome> {
     let relations = catalog::expect_relations();
     let mut table = EventsTable::open(&relations);
     let numbers: Vec<i32> = group.members.iter().map(|index| backends[*index].number).collect();
@@ -160,7 +160,7 @@ impl Offer for RowOffer<'_> {
 }
 
 /// Reads and encodes the event number `seq`, unless that is large work, for nothing. Needs a transaction.
-pub fn rehearse(backend: &mut Backend, relations: &Relations, seq: i64) {
+pub(super) fn rehearse(backend: &mut Backend, relations: &Relations, seq: i64) {
     let mut table = EventsTable::open(relations);
     let mut batch = OpenBatch::new(backend.buffer());
     let mut scan = table.by_seq(seq - 1, seq);
@@ -178,7 +178,7 @@ pub fn rehearse(backend: &mut Backend, relations: &Relations, seq: i64) {
 
 /// What became of streams that were to be tried again.
 #[derive(Default)]
-pub struct Retried {
+pub(super) struct Retried {
     /// A batch of their next events; `None`: there are none.
     pub batch: Option<BuiltBatch>,
     /// Streams of which no event waits any more.
@@ -188,7 +188,7 @@ pub struct Retried {
 }
 
 /// The batch for the next events of refused streams.
-pub fn refused_batch(backend: &mut Backend, retries: &[Retry]) -> Retried {
+pub(super) fn refused_batch(backend: &mut Backend, retries: &[Retry]) -> Retried {
     // One more says whether there are others.
     let wanted: Vec<_> = retries.iter().map(|r| (&*r.stream, r.count + 1)).collect();
     let waiting = refused::next_waiting(backend.number, backend.stream(), &wanted);
@@ -253,7 +253,11 @@ fn add_refused(backend: &mut Backend, batch: &mut OpenBatch, row: &Row) {
 
 /// Up to `count` events of these streams, whose heads have failed for these reasons: they fail, too. Also the streams
 /// of which no other is left.
-pub fn fail_waiting(backend: &Backend, failing: &[(Rc<str>, Rc<str>)], count: usize) -> (Vec<Record>, Vec<Rc<str>>) {
+pub(super) fn fail_waiting(
+    backend: &Backend,
+    failing: &[(Rc<str>, Rc<str>)],
+    count: usize,
+) -> (Vec<Record>, Vec<Rc<str>>) {
     let each = (count / failing.len().max(1)).max(1);
     let wanted: Vec<_> = failing.iter().map(|(stream, _)| (&**stream, each)).collect();
     let waiting = refused::next_waiting(backend.number, backend.stream(), &wanted);

@@ -12,7 +12,7 @@ const DESCRIPTORS: usize = 2;
 const SPARE: usize = 8;
 
 /// The permits for senders that a worker has.
-pub struct SenderPermits {
+pub(crate) struct SenderPermits {
     most: usize,
     /// Threads that have not ended. One that was let go may need a while to end.
     live: Arc<AtomicUsize>,
@@ -21,7 +21,7 @@ pub struct SenderPermits {
 }
 
 /// The permit of one sender. It is returned when the thread has ended.
-pub struct SenderPermit(Arc<AtomicUsize>);
+pub(crate) struct SenderPermit(Arc<AtomicUsize>);
 
 impl Drop for SenderPermit {
     fn drop(&mut self) {
@@ -30,7 +30,7 @@ impl Drop for SenderPermit {
 }
 
 impl SenderPermits {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         // SAFETY: a plain read of what the postmaster has found out by its settings and limits.
         let descriptors = unsafe { pg_sys::max_safe_fds }.max(0) as usize;
         // A third is left to Postgres for tables and indexes.
@@ -41,23 +41,23 @@ impl SenderPermits {
         }
     }
 
-    pub fn most(&self) -> usize {
+    pub(crate) fn most(&self) -> usize {
         self.most
     }
 
-    pub fn free(&self) -> usize {
+    pub(crate) fn free(&self) -> usize {
         self.most.saturating_sub(self.live.load(Ordering::Acquire))
     }
 
     /// A permit for a sender that is started now; one must be free.
-    pub fn take(&mut self) -> SenderPermit {
+    pub(crate) fn take(&mut self) -> SenderPermit {
         self.live.fetch_add(1, Ordering::AcqRel);
         self.tell();
         SenderPermit(self.live.clone())
     }
 
     /// Tells Postgres how many descriptors are not its own.
-    pub fn tell(&mut self) {
+    pub(crate) fn tell(&mut self) {
         let in_use = self.live.load(Ordering::Acquire) * DESCRIPTORS;
         // SAFETY: counts; the first may close files of Postgres that are not in use.
         unsafe {

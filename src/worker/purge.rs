@@ -69,7 +69,7 @@ struct Share {
 
 /// The worker's purging.
 #[derive(Default)]
-pub struct Purge {
+pub(super) struct Purge {
     next_look_at: Now,
     next_failed_look_at: Now,
     /// There are ticks that will be old enough later: the worker looks again without being woken.
@@ -85,13 +85,13 @@ pub struct Purge {
 
 impl Purge {
     /// The settings have changed, so something may be due now.
-    pub fn look_now(&mut self) {
+    pub(super) fn look_now(&mut self) {
         (self.next_look_at, self.next_failed_look_at) = (Now::ZERO, Now::ZERO);
     }
 
     /// One piece of the failed events, if there is something to do. Returns when to come back, if sooner than
     /// otherwise. `is_wanted`: whether there is anything else to do, since events go first.
-    pub fn step_failed(&mut self, now: Now, is_wanted: &dyn Fn() -> bool) -> Result<Option<Duration>, Aborted> {
+    pub(super) fn step_failed(&mut self, now: Now, is_wanted: &dyn Fn() -> bool) -> Result<Option<Duration>, Aborted> {
         let Some(retention_us) = guc::retention_us(&guc::FAILED_RETENTION_MIN) else {
             return Ok(None);
         };
@@ -112,17 +112,17 @@ impl Purge {
     }
 
     /// Somebody holds a lock that delays one backend: look at it again then, whatever the interval is.
-    pub fn look_at(&mut self, at: Now) {
+    pub(super) fn look_at(&mut self, at: Now) {
         self.next_look_at = self.next_look_at.min(at);
     }
 
     /// The number of the backend that was looked at last.
-    pub fn backend(&self) -> i32 {
+    pub(super) fn backend(&self) -> i32 {
         self.backend
     }
 
     /// Records what has been delivered by now, if it is time for that.
-    pub fn record_ticks(&mut self, now: Now, backends: &mut [Backend]) -> Result<(), Aborted> {
+    pub(super) fn record_ticks(&mut self, now: Now, backends: &mut [Backend]) -> Result<(), Aborted> {
         let Some(retention_us) = retention() else {
             return Ok(());
         };
@@ -157,7 +157,7 @@ impl Purge {
 
     /// One piece of the sent events of a backend, if there is something to do and time for it. Returns when to come
     /// back, likewise. `allows`: whether a backend may be looked at now. `succeeded`: nobody is in the way of one.
-    pub fn step_sent(
+    pub(super) fn step_sent(
         &mut self,
         now: Now,
         backends: &[Backend],
@@ -241,7 +241,7 @@ fn delivered(backends: &[Backend], backend: &Backend) -> Arc<Tick> {
 }
 
 /// Whether sent events are deleted at all.
-pub fn is_on() -> bool {
+pub(super) fn is_on() -> bool {
     retention().is_some()
 }
 

@@ -6,7 +6,7 @@ use kit::{Dice, Mode};
 
 /// What a DBA does. The site is healthy again after each.
 #[derive(Debug, Clone, Copy)]
-pub enum Act {
+pub(crate) enum Act {
     // --- while all else goes on, one at a time (dba_acts.rs)
     /// A second index beside it, which then takes its name.
     SwapIndex(Index),
@@ -38,7 +38,7 @@ pub enum Act {
 
 /// Of `outbox.events`.
 #[derive(Debug, Clone, Copy)]
-pub enum Index {
+pub(crate) enum Index {
     PrimaryKey,
     EventId,
     Xid,
@@ -46,14 +46,14 @@ pub enum Index {
 
 /// Of TRUNCATE.
 #[derive(Debug, Clone, Copy)]
-pub enum Identity {
+pub(crate) enum Identity {
     Restart,
     Continue,
 }
 
 /// Of the sequence of `outbox.events`.
 #[derive(Debug, Clone, Copy)]
-pub enum Change {
+pub(crate) enum Change {
     SetOne,
     SetHalf,
     SetAhead,
@@ -71,28 +71,28 @@ pub enum Change {
 
 /// How the transaction of a change ends. A setval stays.
 #[derive(Debug, Clone, Copy)]
-pub enum Ending {
+pub(crate) enum Ending {
     Commit,
     Rollback,
 }
 
 /// Of the extension.
 #[derive(Debug, Clone, Copy)]
-pub enum Tables {
+pub(crate) enum Tables {
     /// By its number in the order of names.
     One(u64),
     All,
 }
 
 #[derive(Debug, Clone, Copy)]
-pub enum LockMode {
+pub(crate) enum LockMode {
     Share,
     ShareRowExclusive,
     AccessExclusive,
 }
 
 #[derive(Debug, Clone, Copy)]
-pub enum Rows {
+pub(crate) enum Rows {
     Cursors,
     FailedEvents,
     Backends,
@@ -102,7 +102,7 @@ pub enum Rows {
 }
 
 #[derive(Debug, Clone, Copy)]
-pub enum CopyLife {
+pub(crate) enum CopyLife {
     /// It is told nothing, so it sends nothing.
     Silent,
     /// Its backends get streams of their own, and are taken over: it sends what was published in it.
@@ -111,7 +111,7 @@ pub enum CopyLife {
 
 /// The original of a clone, while the clone lives.
 #[derive(Debug, Clone, Copy)]
-pub enum Original {
+pub(crate) enum Original {
     Runs,
     Paused,
     /// It comes back while the clone lives, or when it is gone.
@@ -121,17 +121,17 @@ pub enum Original {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Return {
+pub(crate) enum Return {
     BesideTheClone,
     AfterTheClone,
 }
 
-pub const KINDS: &[&str] = &[
+pub(crate) const KINDS: &[&str] = &[
     "index", "repack", "truncate", "sequence", "locks", "pause", "stop", "copy", "clone",
 ];
 
 impl Act {
-    pub fn kind(&self) -> &'static str {
+    pub(crate) fn kind(&self) -> &'static str {
         match self {
             Act::SwapIndex(..) | Act::Reindex(..) | Act::WithoutIndex(..) => "index",
             Act::Repack | Act::VacuumFull | Act::Cluster | Act::LogTrigger(..) => "repack",
@@ -147,7 +147,7 @@ impl Act {
 }
 
 /// One of these kinds, each as likely as the others.
-pub fn draw(dice: &mut Dice, kinds: &[&str]) -> Act {
+pub(crate) fn draw(dice: &mut Dice, kinds: &[&str]) -> Act {
     match *dice.pick(kinds) {
         "index" => {
             let index = *dice.pick(&[Index::PrimaryKey, Index::EventId, Index::Xid]);

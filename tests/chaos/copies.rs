@@ -20,7 +20,7 @@ const ELSEWHERE: &str = "template1";
 const COPY: &str = "copy";
 
 /// The server is stopped, and comes back after so long.
-pub fn stop(site: &mut Site, gate: &Gate, mode: Mode, time: Duration) -> Outcome {
+pub(crate) fn stop(site: &mut Site, gate: &Gate, mode: Mode, time: Duration) -> Outcome {
     settle(site);
     if mode == Mode::Smart {
         // It waits until all clients have left.
@@ -34,7 +34,7 @@ pub fn stop(site: &mut Site, gate: &Gate, mode: Mode, time: Duration) -> Outcome
     Ok(())
 }
 
-pub fn copy_database(site: &Site, gate: &Gate, life: CopyLife, time: Duration) -> Outcome {
+pub(crate) fn copy_database(site: &Site, gate: &Gate, life: CopyLife, time: Duration) -> Outcome {
     settle(site);
     let dba = Dba::of(&site.pg);
     gate.close();
@@ -53,7 +53,7 @@ pub fn copy_database(site: &Site, gate: &Gate, life: CopyLife, time: Duration) -
 }
 
 /// Also one that a run which was cut off has left.
-pub fn remove_copy(dba: &Dba) -> Outcome {
+pub(crate) fn remove_copy(dba: &Dba) -> Outcome {
     let drop = format!("drop database if exists {COPY}");
     dba.until_done_in(ELSEWHERE, &drop, |client| client.batch_execute(&drop))
 }
@@ -173,7 +173,7 @@ fn settle(site: &Site) {
 }
 
 /// A server with the same history and the same settings, beside this one.
-pub fn clone_server(site: &mut Site, original: Original, time: Duration) -> Outcome {
+pub(crate) fn clone_server(site: &mut Site, original: Original, time: Duration) -> Outcome {
     settle(site);
     let clone = match original {
         Original::StoppedBefore(_) => {
@@ -218,7 +218,7 @@ fn publish_in_clone(clone: &Postgres) -> Outcome {
     dba.until_done("publish in the clone", publish)
 }
 
-pub fn enable_all(site: &Site, enabled: bool) {
+pub(crate) fn enable_all(site: &Site, enabled: bool) {
     sql(
         site,
         &format!("update outbox.backends set enabled = {enabled} where enabled <> {enabled}"),

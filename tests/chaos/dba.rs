@@ -18,7 +18,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const SETUP: &str = "set lock_timeout = '3s'; set statement_timeout = '30s'; set application_name = 'dba'";
 
 #[derive(Clone)]
-pub struct Dba {
+pub(crate) struct Dba {
     config: Config,
     /// Client programs of the installation.
     pub programs: PathBuf,
@@ -27,7 +27,7 @@ pub struct Dba {
 }
 
 impl Dba {
-    pub fn of(pg: &Postgres) -> Self {
+    pub(crate) fn of(pg: &Postgres) -> Self {
         Dba {
             config: pg.config(USER, DB),
             programs: pg.programs().to_path_buf(),
@@ -36,11 +36,15 @@ impl Dba {
     }
 
     /// Something that can be done twice, until it has succeeded. `Err`: what was in the way all along.
-    pub fn until_done<T>(&self, what: &str, deed: impl FnMut(&mut Client) -> Result<T, Error>) -> Result<T, String> {
+    pub(crate) fn until_done<T>(
+        &self,
+        what: &str,
+        deed: impl FnMut(&mut Client) -> Result<T, Error>,
+    ) -> Result<T, String> {
         self.until_done_in(DB, what, deed)
     }
 
-    pub fn until_done_in<T>(
+    pub(crate) fn until_done_in<T>(
         &self,
         database: &str,
         what: &str,
@@ -60,25 +64,25 @@ impl Dba {
     }
 
     /// Statements one by one, each of them until it has succeeded.
-    pub fn run(&self, statements: &[&str]) -> Result<(), String> {
+    pub(crate) fn run(&self, statements: &[&str]) -> Result<(), String> {
         statements
             .iter()
             .try_for_each(|sql| self.until_done(sql, |client| client.batch_execute(sql)))
     }
 
     /// Statements that may be refused.
-    pub fn try_once(&self, sql: &str) -> Result<(), Error> {
+    pub(crate) fn try_once(&self, sql: &str) -> Result<(), Error> {
         self.connect(DB)?.batch_execute(sql)
     }
 
-    pub fn connect(&self, database: &str) -> Result<Client, Error> {
+    pub(crate) fn connect(&self, database: &str) -> Result<Client, Error> {
         let mut client = self.config.clone().dbname(database).connect(NoTls)?;
         client.batch_execute(SETUP)?;
         Ok(client)
     }
 
     /// Does it in a thread of its own.
-    pub fn start(&self, act: Act) -> JoinHandle<Result<(), String>> {
+    pub(crate) fn start(&self, act: Act) -> JoinHandle<Result<(), String>> {
         let dba = self.clone();
         std::thread::spawn(move || dba_acts::perform(&dba, act))
     }

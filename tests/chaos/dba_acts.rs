@@ -12,7 +12,7 @@ use crate::dba::Dba;
 type Outcome = Result<(), String>;
 
 /// It is healthy again when this returns. `Err`: something was in the way for too long.
-pub fn perform(dba: &Dba, act: Act) -> Outcome {
+pub(crate) fn perform(dba: &Dba, act: Act) -> Outcome {
     match act {
         Act::SwapIndex(index) => swap(dba, index),
         Act::Reindex(index) => dba.run(&[&format!("reindex index concurrently outbox.{}", index.name())]),
@@ -32,7 +32,7 @@ pub fn perform(dba: &Dba, act: Act) -> Outcome {
 }
 
 /// What an act that was cut off may have left, and what it does last.
-pub fn mend(dba: &Dba) -> Outcome {
+pub(crate) fn mend(dba: &Dba) -> Outcome {
     for index in [Index::PrimaryKey, Index::EventId, Index::Xid] {
         ensure(dba, index)?;
     }

@@ -6,11 +6,11 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-pub struct Hasty(UnixStream);
+pub(crate) struct Hasty(UnixStream);
 
 impl Hasty {
     /// By the unix socket in this directory, where nobody is asked for a password.
-    pub fn connect(dir: &Path, user: &str, database: &str) -> Result<Self, Error> {
+    pub(crate) fn connect(dir: &Path, user: &str, database: &str) -> Result<Self, Error> {
         let socket = UnixStream::connect(dir.join(".s.PGSQL.5432"))?;
         socket.set_read_timeout(Some(Duration::from_secs(10)))?;
         let mut client = Hasty(socket);
@@ -28,13 +28,13 @@ impl Hasty {
     }
 
     /// Runs statements and waits for their end.
-    pub fn run(&mut self, sql: &str) -> Result<(), Error> {
+    pub(crate) fn run(&mut self, sql: &str) -> Result<(), Error> {
         self.send(sql)?;
         self.until_ready()
     }
 
     /// Sends statements, and waits for nothing.
-    pub fn send(&mut self, sql: &str) -> Result<(), Error> {
+    pub(crate) fn send(&mut self, sql: &str) -> Result<(), Error> {
         let length = u32::try_from(sql.len() + 5).expect("a short message");
         let message = [&b"Q"[..], &length.to_be_bytes(), sql.as_bytes(), b"\0"].concat();
         self.0.write_all(&message)

@@ -18,7 +18,7 @@ const KEYS: u64 = 64;
 
 /// What the sessions did, as far as they were told.
 #[derive(Debug, Default)]
-pub struct Tally {
+pub(crate) struct Tally {
     pub commits: AtomicU64,
     pub aborts: AtomicU64,
     /// In transactions or savepoints that were rolled back on purpose.
@@ -47,17 +47,17 @@ fn count_in(counters: &Mutex<BTreeMap<String, u64>>, name: String) {
 
 /// Whether sessions may be in the database.
 #[derive(Debug, Default)]
-pub struct Gate {
+pub(crate) struct Gate {
     closed: AtomicBool,
 }
 
 impl Gate {
     /// All sessions leave when they have ended their transactions.
-    pub fn close(&self) {
+    pub(crate) fn close(&self) {
         self.closed.store(true, Ordering::Relaxed);
     }
 
-    pub fn open(&self) {
+    pub(crate) fn open(&self) {
         self.closed.store(false, Ordering::Relaxed);
     }
 
@@ -70,7 +70,7 @@ fn count(counter: &AtomicU64) {
     counter.fetch_add(1, Ordering::Relaxed);
 }
 
-pub struct Load {
+pub(crate) struct Load {
     stop: Arc<AtomicBool>,
     finish: Arc<AtomicBool>,
     pub tally: Arc<Tally>,
@@ -80,7 +80,7 @@ pub struct Load {
 }
 
 impl Load {
-    pub fn start(pg: &Postgres, sessions: u64, seed: u64) -> Self {
+    pub(crate) fn start(pg: &Postgres, sessions: u64, seed: u64) -> Self {
         let (stop, finish) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
         let (tally, gate) = (Arc::new(Tally::default()), Arc::new(Gate::default()));
         let mut config = pg.config(USER, DB);
@@ -117,7 +117,7 @@ impl Load {
     }
 
     /// Ends the sessions, then all prepared transactions.
-    pub fn stop(&mut self) {
+    pub(crate) fn stop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         for session in self.sessions.drain(..) {
             session.join().expect("a publisher panicked");

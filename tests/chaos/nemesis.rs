@@ -16,7 +16,7 @@ use crate::{copies, dba_acts, postgres_faults, redis_faults, settings_faults};
 
 /// What is broken for a while. Each has one standing fault at most: the next one ends it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Part {
+pub(crate) enum Part {
     Relay,
     Store(usize),
     Network(usize),
@@ -30,7 +30,7 @@ pub enum Part {
 
 /// How a fault that lasts is ended.
 #[derive(Debug, Clone, Copy)]
-pub enum Repair {
+pub(crate) enum Repair {
     ThawWorker(i32),
     Release,
     ThawRedis(usize),
@@ -52,7 +52,7 @@ struct Standing {
     repair: Repair,
 }
 
-pub struct Nemesis<'a> {
+pub(crate) struct Nemesis<'a> {
     site: &'a mut Site,
     start: Instant,
     standing: Vec<Standing>,
@@ -70,7 +70,7 @@ pub struct Nemesis<'a> {
 }
 
 impl<'a> Nemesis<'a> {
-    pub fn new(site: &'a mut Site, gate: &Arc<Gate>, quiet: bool) -> Self {
+    pub(crate) fn new(site: &'a mut Site, gate: &Arc<Gate>, quiet: bool) -> Self {
         Nemesis {
             dba: Dba::of(&site.pg),
             site,
@@ -85,7 +85,7 @@ impl<'a> Nemesis<'a> {
         }
     }
 
-    pub fn run(&mut self, plan: &[(Duration, Fault)]) {
+    pub(crate) fn run(&mut self, plan: &[(Duration, Fault)]) {
         for (pause, fault) in plan {
             self.wait_until(Instant::now() + *pause);
             self.befall(*fault);
@@ -93,7 +93,7 @@ impl<'a> Nemesis<'a> {
     }
 
     /// Ends what stands, and sees that every server runs.
-    pub fn repair_all(&mut self) {
+    pub(crate) fn repair_all(&mut self) {
         self.wait_work();
         self.end_all();
         self.repair(Repair::Release);

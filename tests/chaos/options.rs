@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::acts;
 use crate::plan::KINDS;
 
-pub const USAGE: &str = "\
+pub(crate) const USAGE: &str = "\
 usage: chaos [OPTION]...
   --seed N          the first seed (default: by chance); a seed names a schedule of faults
   --seeds N         so many seeds, one after the other (default: 1, or what --minutes has time for)
@@ -24,7 +24,7 @@ usage: chaos [OPTION]...
   --plan            print the schedule, and do nothing
   --quiet           print faults only when something was violated";
 
-pub struct Options {
+pub(crate) struct Options {
     pub seed: u64,
     pub seeds: Option<u64>,
     pub total: Option<Duration>,
@@ -40,7 +40,7 @@ pub struct Options {
 }
 
 impl Options {
-    pub fn parse(mut words: impl Iterator<Item = String>) -> Result<Self, String> {
+    pub(crate) fn parse(mut words: impl Iterator<Item = String>) -> Result<Self, String> {
         let mut options = Options {
             // Short enough to be typed.
             seed: uuid::Uuid::new_v4().as_u64_pair().0 % 1_000_000,

@@ -10,7 +10,7 @@ use crate::site::BACKENDS;
 
 /// Something that goes wrong. What lasts ends after its time, or when the next fault befalls the same part.
 #[derive(Debug, Clone, Copy)]
-pub enum Fault {
+pub(crate) enum Fault {
     // --- Postgres
     KillWorker,
     TerminateWorker,
@@ -71,7 +71,7 @@ pub enum Fault {
 
 /// How a replica takes over.
 #[derive(Debug, Clone, Copy)]
-pub struct Failover {
+pub(crate) struct Failover {
     /// For so long it had heard nothing.
     pub lag: Duration,
     /// Whether clients' connections to the old primary are cut.
@@ -81,10 +81,10 @@ pub struct Failover {
 }
 
 /// Kinds of faults, for the command line and for counting, beside [`acts::KINDS`].
-pub const KINDS: &[&str] = &["postgres", "points", "redis", "losses", "network", "settings"];
+pub(crate) const KINDS: &[&str] = &["postgres", "points", "redis", "losses", "network", "settings"];
 
 impl Fault {
-    pub fn kind(&self) -> &'static str {
+    pub(crate) fn kind(&self) -> &'static str {
         use Fault::*;
         match self {
             KillWorker
@@ -109,7 +109,7 @@ impl Fault {
     }
 
     /// Its name without what was drawn for it.
-    pub fn name(&self) -> String {
+    pub(crate) fn name(&self) -> String {
         let text = match self {
             Fault::Act(act) => format!("{act:?}"),
             _ => format!("{self:?}"),
@@ -119,7 +119,7 @@ impl Fault {
 }
 
 /// The faults of `time`, each with the pause before it.
-pub fn draw(seed: u64, time: Duration, kinds: &[String]) -> Vec<(Duration, Fault)> {
+pub(crate) fn draw(seed: u64, time: Duration, kinds: &[String]) -> Vec<(Duration, Fault)> {
     let mut dice = Dice::new(seed);
     let acts: Vec<&str> = kinds
         .iter()

@@ -14,7 +14,7 @@ use crate::site::Site;
 type Lasting = Option<(Duration, Repair)>;
 
 /// Something done in a session of its own; again when the server was just starting anew.
-pub fn with_client<T>(site: &Site, what: &str, mut deed: impl FnMut(&mut Client) -> Result<T, Error>) -> T {
+pub(crate) fn with_client<T>(site: &Site, what: &str, mut deed: impl FnMut(&mut Client) -> Result<T, Error>) -> T {
     let config = site.pg.config(USER, DB);
     let deadline = Instant::now() + LIMIT * 2;
     loop {
@@ -30,11 +30,11 @@ pub fn with_client<T>(site: &Site, what: &str, mut deed: impl FnMut(&mut Client)
     }
 }
 
-pub fn sql(site: &Site, sql: &str) {
+pub(crate) fn sql(site: &Site, sql: &str) {
     with_client(site, sql, |client| client.batch_execute(sql));
 }
 
-pub fn befall(site: &mut Site, fault: Fault) -> Lasting {
+pub(crate) fn befall(site: &mut Site, fault: Fault) -> Lasting {
     match fault {
         Fault::KillWorker => signal_worker(site, Signal::SIGKILL),
         Fault::TerminateWorker => signal_worker(site, Signal::SIGTERM),
@@ -85,7 +85,7 @@ pub fn befall(site: &mut Site, fault: Fault) -> Lasting {
     None
 }
 
-pub fn repair(site: &Site, repair: Repair) {
+pub(crate) fn repair(site: &Site, repair: Repair) {
     match repair {
         Repair::ThawWorker(pid) => process::signal(pid, Signal::SIGCONT),
         Repair::Release if site.faults => site.pg.release(),

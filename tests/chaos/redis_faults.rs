@@ -14,7 +14,7 @@ const EXEC: &[u8] = b"\r\nEXEC\r\n";
 
 type Lasting = Option<(Duration, Repair)>;
 
-pub fn befall(site: &mut Site, at: usize, fault: Fault) -> Lasting {
+pub(crate) fn befall(site: &mut Site, at: usize, fault: Fault) -> Lasting {
     // Plain pipelining has no way to find out what Redis has lost.
     let may_lose = site.exactly_once;
     let store = &mut site.stores[at];
@@ -61,7 +61,7 @@ pub fn befall(site: &mut Site, at: usize, fault: Fault) -> Lasting {
     None
 }
 
-pub fn befall_network(site: &mut Site, at: usize, fault: Fault) -> Lasting {
+pub(crate) fn befall_network(site: &mut Site, at: usize, fault: Fault) -> Lasting {
     let proxy = &site.stores[at].proxy;
     match fault {
         Fault::Delay(_, delay, time) => {
@@ -92,7 +92,7 @@ pub fn befall_network(site: &mut Site, at: usize, fault: Fault) -> Lasting {
     None
 }
 
-pub fn repair(site: &mut Site, repair: Repair) {
+pub(crate) fn repair(site: &mut Site, repair: Repair) {
     match repair {
         Repair::ThawRedis(at) => site.stores[at].primary().sigcont(),
         Repair::GiveMemory(at) => drop(site.stores[at].primary().call(&["CONFIG", "SET", "maxmemory", "0"])),

@@ -23,7 +23,7 @@ const DRAIN_LIMIT: Duration = Duration::from_secs(30);
 const SHOWN: usize = 3;
 
 /// Whether nothing was violated.
-pub fn run(seed: u64, time: Duration, options: &Options) -> bool {
+pub(crate) fn run(seed: u64, time: Duration, options: &Options) -> bool {
     let plan = plan::draw(seed, time, &options.kinds);
     if options.plan_only {
         let faults: Vec<String> = plan

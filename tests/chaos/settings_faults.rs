@@ -7,7 +7,7 @@ use crate::plan::Fault;
 use crate::postgres_faults::sql;
 use crate::site::Site;
 
-pub fn befall(site: &mut Site, fault: Fault) -> Option<(Duration, Repair)> {
+pub(crate) fn befall(site: &mut Site, fault: Fault) -> Option<(Duration, Repair)> {
     match fault {
         Fault::BatchSize(size) => set(site, "batch_size", &size.to_string()),
         Fault::PollInterval(ms) => set(site, "poll_interval", &format!("{ms}ms")),
@@ -25,7 +25,7 @@ pub fn befall(site: &mut Site, fault: Fault) -> Option<(Duration, Repair)> {
     None
 }
 
-pub fn repair(site: &Site, repair: Repair) {
+pub(crate) fn repair(site: &Site, repair: Repair) {
     match repair {
         Repair::Enable => set(site, "enabled", "on"),
         Repair::Unpause(backend) => enable(site, backend, true),

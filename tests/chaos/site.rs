@@ -2,7 +2,7 @@
 
 use kit::{Postgres, Proxy, Redis, Saved, wait_until};
 
-pub struct Backend {
+pub(crate) struct Backend {
     pub name: &'static str,
     /// Index of its store.
     pub store: usize,
@@ -10,7 +10,7 @@ pub struct Backend {
     pub stream: &'static str,
 }
 
-pub const BACKENDS: &[Backend] = &[
+pub(crate) const BACKENDS: &[Backend] = &[
     Backend {
         name: "default",
         store: 0,
@@ -29,15 +29,15 @@ pub const BACKENDS: &[Backend] = &[
 ];
 
 /// A stream that publishers name themselves, with any backend.
-pub const NAMED: &str = "named";
+pub(crate) const NAMED: &str = "named";
 
 /// A key that is no stream: Redis refuses each event for it, and all become failed events.
-pub const CURSED: &str = "cursed";
+pub(crate) const CURSED: &str = "cursed";
 
-pub const STREAMS: &[&str] = &["events", "second", "third", NAMED];
+pub(crate) const STREAMS: &[&str] = &["events", "second", "third", NAMED];
 
 /// One Redis as its clients see it.
-pub struct Store {
+pub(crate) struct Store {
     /// Two of them: a primary and its replica.
     pub nodes: Vec<Redis>,
     /// Which of the nodes the proxy leads to.
@@ -96,20 +96,20 @@ impl Store {
         store
     }
 
-    pub fn primary(&self) -> &Redis {
+    pub(crate) fn primary(&self) -> &Redis {
         &self.nodes[self.primary]
     }
 
-    pub fn primary_mut(&mut self) -> &mut Redis {
+    pub(crate) fn primary_mut(&mut self) -> &mut Redis {
         &mut self.nodes[self.primary]
     }
 
-    pub fn has_replica(&self) -> bool {
+    pub(crate) fn has_replica(&self) -> bool {
         self.nodes.len() > 1
     }
 }
 
-pub struct Site {
+pub(crate) struct Site {
     pub pg: Postgres,
     pub stores: Vec<Store>,
     /// Whether the library is the one that can be told where to die.
@@ -133,7 +133,7 @@ const SETTINGS: &[(&str, &str)] = &[
 
 impl Site {
     /// `mutation`: the promise that the library is to break, if any; it needs `faults`.
-    pub fn start(faults: bool, mutation: Option<&str>, at_least_once: bool) -> Self {
+    pub(crate) fn start(faults: bool, mutation: Option<&str>, at_least_once: bool) -> Self {
         let builder = Postgres::with(SETTINGS);
         let mut pg = if faults { builder.faults() } else { builder }.stopped();
         if let Some(name) = mutation {
@@ -169,7 +169,7 @@ impl Site {
     }
 
     /// Each backend has sent something, so that its guard is part of whatever Redis keeps.
-    pub fn warm_up(&mut self) {
+    pub(crate) fn warm_up(&mut self) {
         for backend in BACKENDS {
             self.pg.exec(&format!(
                 "select chaos.publish('warm-up', 1, true, 'k0', 1, '{}', null, 'call', 0, null)",

@@ -13,14 +13,14 @@ use crate::site::{STREAMS, Site};
 /// What XREAD gives: streams with entries of fields and values.
 type Read = Option<Vec<(String, Vec<(String, Vec<String>)>)>>;
 
-pub struct Tail {
+pub(crate) struct Tail {
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<HashSet<String>>>,
 }
 
 impl Tail {
     /// A reader for each node of each store, past the proxies.
-    pub fn start(site: &Site) -> Self {
+    pub(crate) fn start(site: &Site) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let ports = site
             .stores
@@ -37,7 +37,7 @@ impl Tail {
     }
 
     /// The event_ids that stood anywhere at any time (as far as a reader that is thrown out now and then can see).
-    pub fn stop(self) -> HashSet<String> {
+    pub(crate) fn stop(self) -> HashSet<String> {
         self.stop.store(true, Ordering::Relaxed);
         let mut seen = HashSet::new();
         for thread in self.threads {

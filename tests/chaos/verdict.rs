@@ -11,7 +11,7 @@ use crate::site::{BACKENDS, CURSED, STREAMS, Site};
 
 /// One event of the ledger.
 #[derive(Debug)]
-pub struct Line {
+pub(crate) struct Line {
     pub id: String,
     seq: i64,
     xid: String,
@@ -32,13 +32,13 @@ pub struct Line {
 
 /// A class of violations, and its evidence.
 #[derive(Debug)]
-pub struct Sin {
+pub(crate) struct Sin {
     pub name: &'static str,
     pub cases: Vec<String>,
 }
 
 #[derive(Debug)]
-pub struct Verdict {
+pub(crate) struct Verdict {
     pub committed: usize,
     pub failed: usize,
     /// Of which TRUNCATE took away the proof that they were sent.
@@ -49,12 +49,12 @@ pub struct Verdict {
 }
 
 impl Verdict {
-    pub fn is_clean(&self) -> bool {
+    pub(crate) fn is_clean(&self) -> bool {
         self.sins.iter().all(|sin| sin.cases.is_empty())
     }
 
     /// `lost 0, phantom 0, ...`
-    pub fn counts(&self) -> String {
+    pub(crate) fn counts(&self) -> String {
         let counts: Vec<String> = self
             .sins
             .iter()
@@ -81,7 +81,7 @@ struct Findings {
 }
 
 /// The ledger as it survived.
-pub fn ledger(pg: &Postgres) -> HashMap<String, Line> {
+pub(crate) fn ledger(pg: &Postgres) -> HashMap<String, Line> {
     let mut client = pg.client_db(DB);
     let rows = client
         .query(
@@ -122,7 +122,7 @@ pub fn ledger(pg: &Postgres) -> HashMap<String, Line> {
 }
 
 /// Events that may be missing: TRUNCATE has taken them away before a cursor had passed them, or before Redis lost them.
-pub fn dispensable(pg: &Postgres, redis_loses: bool) -> HashSet<String> {
+pub(crate) fn dispensable(pg: &Postgres, redis_loses: bool) -> HashSet<String> {
     let mut client = pg.client_db(DB);
     let rows = client
         .query(
@@ -135,7 +135,7 @@ pub fn dispensable(pg: &Postgres, redis_loses: bool) -> HashSet<String> {
 }
 
 /// `ever`: every event_id that stood in a stream at any time. `once`: whether repeats are a sin. `redis_loses`: whether it lost anything.
-pub fn judge(site: &Site, ever: &HashSet<String>, once: bool, redis_loses: bool) -> Verdict {
+pub(crate) fn judge(site: &Site, ever: &HashSet<String>, once: bool, redis_loses: bool) -> Verdict {
     let ledger = ledger(&site.pg);
     let mut dispensable = dispensable(&site.pg, redis_loses);
     let truncated = dispensable.len();

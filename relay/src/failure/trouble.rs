@@ -108,6 +108,7 @@ pub enum Trouble {
 
 impl Trouble {
     /// Who is to blame, and what an administrator can do about it, where that is known.
+    #[expect(clippy::too_many_lines, reason = "a table")]
     pub(super) fn judged(self) -> (Class, Option<&'static str>) {
         use Class::{Backend, Configuration, Copy, Event, Fenced};
         let (class, hint) = match self {
@@ -365,6 +366,7 @@ mod tests {
 
     /// As Redis 6.0 to 8 and Valkey 8 and 9 word them.
     #[test]
+    #[expect(clippy::too_many_lines, reason = "a table")]
     fn replies() {
         use Trouble::*;
         for (code, details, trouble) in [

@@ -4,7 +4,7 @@ use super::*;
 
 impl World {
     /// Whatever the saved cursor has passed is in its stream, or written down.
-    pub fn check_cursor(&self) -> Result<(), String> {
+    pub(crate) fn check_cursor(&self) -> Result<(), String> {
         for key in self.database.rows() {
             if !self.tables.cursor.covers(key) || !self.database.is_committed(key.seq) {
                 continue;
@@ -19,7 +19,7 @@ impl World {
         Ok(())
     }
 
-    pub fn check_end(&mut self) -> Result<(), String> {
+    pub(crate) fn check_end(&mut self) -> Result<(), String> {
         self.save_cursor();
         self.check_cursor()?;
         if !self.delivery.is_idle() || !self.pending.is_empty() {

@@ -3,7 +3,7 @@
 use super::*;
 
 #[derive(Default)]
-pub struct Redis {
+pub(crate) struct Redis {
     pub streams: BTreeMap<Rc<str>, Vec<i64>>,
     pub held: HashSet<i64>,
     /// Hold another type for now.
@@ -19,13 +19,13 @@ pub struct Redis {
 }
 
 #[derive(Clone)]
-pub struct Command {
+pub(crate) struct Command {
     pub seq: i64,
     pub stream: Rc<str>,
 }
 
 impl Redis {
-    pub fn execute(&mut self, command: &Command, rng: &mut Rng) -> Option<Failure> {
+    pub(crate) fn execute(&mut self, command: &Command, rng: &mut Rng) -> Option<Failure> {
         let refusal = if let Some(failure) = &self.trouble {
             Some(failure.clone())
         } else if self.sick.contains(&command.stream) {
@@ -52,14 +52,14 @@ impl Redis {
     }
 }
 
-pub struct Sent {
+pub(crate) struct Sent {
     pub commands: Vec<Command>,
     pub replies: Vec<Option<Failure>>,
     pub read: usize,
 }
 
 impl Sent {
-    pub fn refused(&self) -> Vec<Refusal> {
+    pub(crate) fn refused(&self) -> Vec<Refusal> {
         let read = self.replies.iter().take(self.read).enumerate();
         read.filter_map(|(index, reply)| Some((index, reply.clone()?)))
             .collect()
@@ -68,7 +68,7 @@ impl Sent {
 
 /// A sender with its connection, as `relay::sender` runs it.
 #[derive(Default)]
-pub struct Connection {
+pub(crate) struct Connection {
     pub up: bool,
     pub batches: VecDeque<Sent>,
     pub reports: VecDeque<Report>,
@@ -77,7 +77,7 @@ pub struct Connection {
 
 impl Connection {
     /// What was written and has not been executed.
-    pub fn unexecuted(&self) -> impl Iterator<Item = &Command> {
+    pub(crate) fn unexecuted(&self) -> impl Iterator<Item = &Command> {
         let written = self.batches.iter().take(PIPELINED_BATCHES);
         written.flat_map(|sent| &sent.commands[sent.replies.len()..])
     }

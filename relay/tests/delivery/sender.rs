@@ -3,12 +3,12 @@
 use super::*;
 
 impl World {
-    pub fn execute(&mut self) -> bool {
+    pub(crate) fn execute(&mut self) -> bool {
         let old_first = self.rng.bool();
         (old_first && self.execute_old()) || self.execute_new() || self.execute_old()
     }
 
-    pub fn execute_old(&mut self) -> bool {
+    pub(crate) fn execute_old(&mut self) -> bool {
         self.leftovers.retain(|written| !written.is_empty());
         if self.leftovers.is_empty() {
             return false;
@@ -20,7 +20,7 @@ impl World {
         true
     }
 
-    pub fn execute_new(&mut self) -> bool {
+    pub(crate) fn execute_new(&mut self) -> bool {
         let Some(connection) = self.connection.as_mut().filter(|c| c.up && !c.ended) else {
             return false;
         };
@@ -33,7 +33,7 @@ impl World {
         true
     }
 
-    pub fn read_reply(&mut self) -> bool {
+    pub(crate) fn read_reply(&mut self) -> bool {
         let Some(connection) = self.connection.as_mut().filter(|c| !c.ended) else {
             return false;
         };
@@ -52,7 +52,7 @@ impl World {
         true
     }
 
-    pub fn connect(&mut self, succeeds: bool) -> bool {
+    pub(crate) fn connect(&mut self, succeeds: bool) -> bool {
         let Some(connection) = self.connection.as_mut().filter(|c| !c.up && !c.ended) else {
             return false;
         };
@@ -73,7 +73,7 @@ impl World {
         true
     }
 
-    pub fn lose_connection(&mut self) {
+    pub(crate) fn lose_connection(&mut self) {
         let Some(connection) = self.connection.as_mut().filter(|c| c.up && !c.ended) else {
             return;
         };
@@ -94,7 +94,7 @@ impl World {
     }
 
     /// What was written may be executed later, or some of it.
-    pub fn leave_over(&mut self) {
+    pub(crate) fn leave_over(&mut self) {
         if let Some(connection) = &self.connection {
             let mut written: VecDeque<Command> = connection.unexecuted().cloned().collect();
             written.truncate(self.rng.usize(..=written.len()));
@@ -102,12 +102,12 @@ impl World {
         }
     }
 
-    pub fn drop_connection(&mut self) {
+    pub(crate) fn drop_connection(&mut self) {
         self.leave_over();
         self.connection = None;
     }
 
-    pub fn change_health(&mut self) {
+    pub(crate) fn change_health(&mut self) {
         if self.likely(self.faults.trouble) {
             self.redis.trouble = match self.redis.trouble {
                 Some(_) if self.faults.tidy && self.on_their_way().next().is_some() => return,
@@ -129,7 +129,7 @@ impl World {
     }
 
     /// The streams of all that the worker has no news of yet, or that is still to be executed.
-    pub fn on_their_way(&self) -> impl Iterator<Item = Rc<str>> {
+    pub(crate) fn on_their_way(&self) -> impl Iterator<Item = Rc<str>> {
         let in_flight = self.in_flight.iter().flat_map(|(seqs, _)| seqs);
         let in_flight = in_flight.map(|seq| name(self.database.row(*seq).stream));
         let leftovers = self.leftovers.iter().flatten().map(|command| command.stream.clone());

@@ -88,7 +88,7 @@ fn entry(database: &Database, max_attempts: u32, seq: i64) -> BatchedEvent {
 }
 
 impl World {
-    pub fn tend_connection(&mut self) {
+    pub(crate) fn tend_connection(&mut self) {
         if self.delivery.is_drained() {
             self.delivery.drained();
             self.connection = None;
@@ -100,7 +100,7 @@ impl World {
         }
     }
 
-    pub fn take_report(&mut self) -> bool {
+    pub(crate) fn take_report(&mut self) -> bool {
         let Some(report) = self.connection.as_mut().and_then(|c| c.reports.pop_front()) else {
             return false;
         };
@@ -145,7 +145,7 @@ impl World {
         true
     }
 
-    pub fn note(&mut self, records: Vec<Record>) {
+    pub(crate) fn note(&mut self, records: Vec<Record>) {
         for record in records {
             tell!(self, "  {record:?}");
             match &record {
@@ -162,7 +162,7 @@ impl World {
     }
 
     /// All in flight but the first `known` of the oldest batch is in doubt.
-    pub fn doubt(&mut self, known: usize) {
+    pub(crate) fn doubt(&mut self, known: usize) {
         self.shake();
         let in_flight = self.in_flight.drain(..).flat_map(|(seqs, _)| seqs);
         for seq in in_flight.skip(known) {
@@ -170,14 +170,14 @@ impl World {
         }
     }
 
-    pub fn shake(&mut self) {
+    pub(crate) fn shake(&mut self) {
         let in_flight = self.in_flight.iter().flat_map(|(seqs, _)| seqs);
         let streams = in_flight.map(|seq| name(self.database.row(*seq).stream));
         let blocked = streams.filter(|stream| self.delivery.streams().is_blocked(stream));
         self.shaken.extend(blocked);
     }
 
-    pub fn write_down(&mut self) {
+    pub(crate) fn write_down(&mut self) {
         for record in std::mem::take(&mut self.pending) {
             match record {
                 Record::Park { seq, attempts, .. } => self.park(seq, attempts),
@@ -200,22 +200,22 @@ impl World {
         }
     }
 
-    pub fn key(&self, seq: i64) -> (Rc<str>, i64) {
+    pub(crate) fn key(&self, seq: i64) -> (Rc<str>, i64) {
         (name(self.database.row(seq).stream), seq)
     }
 
-    pub fn park(&mut self, seq: i64, attempts: u32) {
+    pub(crate) fn park(&mut self, seq: i64, attempts: u32) {
         let key = self.key(seq);
         let known = self.tables.refused.entry(key).or_default();
         *known = attempts.max(*known);
     }
 
-    pub fn fail(&mut self, seq: i64, attempts: u32) {
+    pub(crate) fn fail(&mut self, seq: i64, attempts: u32) {
         self.tables.refused.remove(&self.key(seq));
         self.tables.failed.entry(seq).or_insert(attempts);
     }
 
-    pub fn save_cursor(&mut self) {
+    pub(crate) fn save_cursor(&mut self) {
         let cursor = match self.mutant {
             Mutant::SavesRead => self.delivery.position().clone(),
             _ => self.delivery.acked().clone(),
@@ -243,7 +243,7 @@ impl World {
     }
 
     /// Tries the streams again that are due.
-    pub fn retry(&mut self) -> bool {
+    pub(crate) fn retry(&mut self) -> bool {
         self.write_down();
         let mut did = self.fail_waiting();
         loop {
@@ -282,12 +282,12 @@ impl World {
         did
     }
 
-    pub fn entries(&self, seqs: &[i64]) -> Vec<BatchedEvent> {
+    pub(crate) fn entries(&self, seqs: &[i64]) -> Vec<BatchedEvent> {
         let entry = |seq: &i64| entry(&self.database, self.max_attempts, *seq);
         seqs.iter().map(entry).collect()
     }
 
-    pub fn send(&mut self, seqs: &[i64], bytes: usize) {
+    pub(crate) fn send(&mut self, seqs: &[i64], bytes: usize) {
         assert!(self.delivery.has_room());
         let in_flight: usize = self.in_flight.iter().map(|(_, bytes)| bytes).sum();
         assert!(self.in_flight.len() < WINDOW_BATCHES, "too many batches in flight");
@@ -312,13 +312,13 @@ impl World {
         }
     }
 
-    pub fn take_tick(&mut self) {
+    pub(crate) fn take_tick(&mut self) {
         let tick = self.database.tick(&mut self.rng);
         self.ticks.push(Arc::new(tick));
     }
 
     /// Reads up to `limit` rows on, as far as there is room; false: there is nothing to read.
-    pub fn read(&mut self, limit: usize) -> bool {
+    pub(crate) fn read(&mut self, limit: usize) -> bool {
         if !self.delivery.has_room() {
             self.seen.full_windows += u32::from(!self.in_flight.is_empty());
             return false;
@@ -393,7 +393,7 @@ impl World {
     }
 
     /// A new life, from what was saved.
-    pub fn crash(&mut self) {
+    pub(crate) fn crash(&mut self) {
         tell!(self, "crash");
         self.seen.crashes += 1;
         self.shake();
@@ -417,7 +417,7 @@ impl World {
     }
 
     /// The settings changed.
-    pub fn change_settings(&mut self) {
+    pub(crate) fn change_settings(&mut self) {
         if self.rng.bool() {
             tell!(self, "abandon");
             self.doubt(0);

@@ -4,7 +4,7 @@ use super::*;
 
 /// A worker that is wrong in one way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mutant {
+pub(crate) enum Mutant {
     None,
     /// Saves what was read as the cursor, not what was acknowledged.
     SavesRead,
@@ -20,7 +20,7 @@ pub enum Mutant {
 
 /// What happens in a schedule.
 #[derive(Clone, Copy, Debug)]
-pub struct Faults {
+pub(crate) struct Faults {
     pub sick: f64,
     pub trouble: f64,
     pub losses: f64,
@@ -33,7 +33,7 @@ pub struct Faults {
 }
 
 impl Faults {
-    pub const NONE: Self = Self {
+    pub(crate) const NONE: Self = Self {
         sick: 0.0,
         trouble: 0.0,
         losses: 0.0,
@@ -43,7 +43,7 @@ impl Faults {
         tidy: false,
     };
 
-    pub fn random(rng: &mut Rng) -> Self {
+    pub(crate) fn random(rng: &mut Rng) -> Self {
         let mut some = |often: f64| if rng.bool() { rng.f64() * often } else { 0.0 };
         Self {
             sick: some(0.1),
@@ -59,7 +59,7 @@ impl Faults {
 
 /// How often what is rare happened, so that no test passes for want of it.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Seen {
+pub(crate) struct Seen {
     pub parked: u32,
     pub skipped: u32,
     pub failed: u32,
@@ -85,7 +85,7 @@ impl AddAssign for Seen {
     }
 }
 
-pub struct World {
+pub(crate) struct World {
     pub rng: Rng,
     pub mutant: Mutant,
     pub faults: Faults,
@@ -117,7 +117,7 @@ pub struct World {
 }
 
 impl World {
-    pub fn new(seed: u64, mutant: Mutant) -> Self {
+    pub(crate) fn new(seed: u64, mutant: Mutant) -> Self {
         let mut rng = Rng::with_seed(seed);
         let faults = Faults::random(&mut rng);
         let delay = [10, 1_000, 100_000][rng.usize(..3)];
@@ -163,11 +163,11 @@ impl World {
         }
     }
 
-    pub fn likely(&mut self, probability: f64) -> bool {
+    pub(crate) fn likely(&mut self, probability: f64) -> bool {
         likely(&mut self.rng, probability)
     }
 
-    pub fn random_step(&mut self) -> Result<(), String> {
+    pub(crate) fn random_step(&mut self) -> Result<(), String> {
         match self.rng.u8(..100) {
             0..15 => self.database.steps(&mut self.rng, 6),
             15..20 => self.take_tick(),
@@ -213,7 +213,7 @@ impl World {
     }
 
     /// Goes on without faults until nothing is left to do at this time; how far the clock may go is the caller's.
-    pub fn run_dry(&mut self) -> Result<(), String> {
+    pub(crate) fn run_dry(&mut self) -> Result<(), String> {
         for _ in 0..100_000 {
             self.tend_connection();
             let did = [
@@ -232,13 +232,13 @@ impl World {
     }
 
     /// Reads a large piece; true: there was something.
-    pub fn read_on(&mut self) -> bool {
+    pub(crate) fn read_on(&mut self) -> bool {
         self.faults.aborts = 0.0;
         let before = self.delivery.position().clone();
         self.read(1_000) && !self.delivery.position().same_place(&before)
     }
 
-    pub fn finish(&mut self) -> Result<(), String> {
+    pub(crate) fn finish(&mut self) -> Result<(), String> {
         self.database.finish(&mut self.rng);
         self.take_tick();
         if self.faults.tidy {
@@ -280,7 +280,7 @@ impl World {
 }
 
 /// A delivery in a new life, from a saved cursor.
-pub fn delivery(position: Position, streams: Streams, backoff: Backoff) -> Delivery {
+pub(crate) fn delivery(position: Position, streams: Streams, backoff: Backoff) -> Delivery {
     let cursor = Cursor { position, number: 0 };
     let mut delivery = Delivery::new(Guarantee::AtLeastOnce, cursor, streams, backoff);
     delivery.set_window_bytes(WINDOW_BYTES);

@@ -25,7 +25,7 @@ pub(crate) use tell;
 
 /// A worker that is wrong in one way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mutant {
+pub(crate) enum Mutant {
     None,
     /// Saves what was read, not what was acknowledged.
     SavesAhead,
@@ -73,31 +73,31 @@ pub enum Mutant {
 
 /// How often what goes wrong.
 #[derive(Clone, Copy, Debug)]
-pub struct Faults {
-    pub troubled: f64,
-    pub out_of_memory: f64,
-    pub cuts: f64,
-    pub crashes: f64,
-    pub server_crashes: f64,
+pub(crate) struct Faults {
+    pub(crate) troubled: f64,
+    pub(crate) out_of_memory: f64,
+    pub(crate) cuts: f64,
+    pub(crate) crashes: f64,
+    pub(crate) server_crashes: f64,
     /// Of the transactions that read.
-    pub aborts: f64,
-    pub tail_losses: f64,
-    pub flushes: f64,
-    pub guard_losses: f64,
+    pub(crate) aborts: f64,
+    pub(crate) tail_losses: f64,
+    pub(crate) flushes: f64,
+    pub(crate) guard_losses: f64,
     /// Of the standby, some state of which becomes another server.
-    pub promotions: f64,
+    pub(crate) promotions: f64,
     /// Copies that are started beside the original.
-    pub clones: f64,
+    pub(crate) clones: f64,
     /// Of a stream, perhaps to nothing.
-    pub trims: f64,
+    pub(crate) trims: f64,
     /// Of a dump, whose events may have been sent since it was taken.
-    pub restores: f64,
+    pub(crate) restores: f64,
     /// Of what was delivered some time ago.
-    pub purges: f64,
+    pub(crate) purges: f64,
 }
 
 impl Faults {
-    pub const NONE: Self = Self {
+    pub(crate) const NONE: Self = Self {
         troubled: 0.0,
         out_of_memory: 0.0,
         cuts: 0.0,
@@ -163,12 +163,12 @@ impl Faults {
 macro_rules! seen {
     ($($name:ident),*) => {
         #[derive(Clone, Copy, Debug, Default)]
-        pub struct Seen {
+        pub(crate) struct Seen {
             $(pub $name: u32),*
         }
 
         impl Seen {
-            pub fn is_lively(&self) -> bool {
+            pub(crate) fn is_lively(&self) -> bool {
                 [$(self.$name),*].iter().all(|count| *count > 0)
             }
         }
@@ -218,53 +218,53 @@ seen!(
     entries
 );
 
-pub struct Env {
-    pub rng: Rng,
+pub(crate) struct Env {
+    pub(crate) rng: Rng,
     /// One, or the masters of a cluster by their hash slots.
-    pub redis: Vec<Redis>,
-    pub is_cluster: bool,
-    pub now: Now,
-    pub mutant: Mutant,
-    pub faults: Faults,
-    pub seen: Seen,
-    pub tells: bool,
-    pub batch_size: usize,
+    pub(crate) redis: Vec<Redis>,
+    pub(crate) is_cluster: bool,
+    pub(crate) now: Now,
+    pub(crate) mutant: Mutant,
+    pub(crate) faults: Faults,
+    pub(crate) seen: Seen,
+    pub(crate) tells: bool,
+    pub(crate) batch_size: usize,
     /// Waiting events that recovery looks for at a time.
-    pub waiting_at_once: usize,
+    pub(crate) waiting_at_once: usize,
     /// Events behind the own position that recovery looks for at most.
-    pub most_compared: usize,
+    pub(crate) most_compared: usize,
     /// Of an event: up to this.
-    pub max_attempts: u32,
-    pub backoff: Backoff,
-    pub replicas: Option<Replicas>,
-    pub on_missing: OnMissing,
+    pub(crate) max_attempts: u32,
+    pub(crate) backoff: Backoff,
+    pub(crate) replicas: Option<Replicas>,
+    pub(crate) on_missing: OnMissing,
     /// With the master that they go to.
-    pub leftovers: Vec<(usize, Leftover)>,
-    pub clients: u64,
-    pub tokens: u64,
-    pub incarnations: u64,
+    pub(crate) leftovers: Vec<(usize, Leftover)>,
+    pub(crate) clients: u64,
+    pub(crate) tokens: u64,
+    pub(crate) incarnations: u64,
     /// What each master may come back with.
-    pub saved: Vec<Vec<Data>>,
+    pub(crate) saved: Vec<Vec<Data>>,
     /// Was in the streams when somebody emptied them,
-    pub gone: BTreeSet<u64>,
+    pub(crate) gone: BTreeSet<u64>,
     /// and whoever sent it could not know.
-    pub in_doubt: BTreeSet<u64>,
+    pub(crate) in_doubt: BTreeSet<u64>,
     /// Something that was acknowledged is not in Redis, and not healed.
-    pub hurt: bool,
+    pub(crate) hurt: bool,
     /// Redis has come back with what it had lost.
-    pub comes_back: bool,
+    pub(crate) comes_back: bool,
     /// Rows that were purged.
-    pub retired: BTreeSet<i64>,
+    pub(crate) retired: BTreeSet<i64>,
     /// Events that were not looked for, since there were too many.
-    pub not_compared: BTreeSet<u64>,
+    pub(crate) not_compared: BTreeSet<u64>,
     /// Events that a dump has brought.
-    pub restored: BTreeSet<u64>,
+    pub(crate) restored: BTreeSet<u64>,
     /// What a standby has.
-    pub standby: Option<Box<Image>>,
+    pub(crate) standby: Option<Box<Image>>,
 }
 
 impl Env {
-    pub fn new(seed: u64, mutant: Mutant, is_cluster: Option<bool>) -> Self {
+    pub(crate) fn new(seed: u64, mutant: Mutant, is_cluster: Option<bool>) -> Self {
         let mut rng = Rng::with_seed(seed);
         let is_cluster = is_cluster.unwrap_or(rng.u8(..) < 80);
         let masters = if is_cluster { HASH_SLOTS } else { 1 };
@@ -320,12 +320,12 @@ impl Env {
         }
     }
 
-    pub fn likely(&mut self, probability: f64) -> bool {
+    pub(crate) fn likely(&mut self, probability: f64) -> bool {
         likely(&mut self.rng, probability)
     }
 
     /// The Redis that has a stream.
-    pub fn master_of(&self, stream: u8) -> usize {
+    pub(crate) fn master_of(&self, stream: u8) -> usize {
         match self.is_cluster {
             true => usize::from(hash_slot(stream)),
             false => 0,
@@ -333,12 +333,12 @@ impl Env {
     }
 
     /// No stream is in trouble any more.
-    pub fn mend_streams(&mut self) {
+    pub(crate) fn mend_streams(&mut self) {
         self.redis.iter_mut().for_each(|redis| redis.troubled.clear());
     }
 
     /// Something of a connection that is no more arrives.
-    pub fn execute_late(&mut self) -> bool {
+    pub(crate) fn execute_late(&mut self) -> bool {
         if self.leftovers.is_empty() {
             return false;
         }

@@ -20,43 +20,43 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 /// Hash slots of the cluster; each has a master of its own.
-pub const HASH_SLOTS: usize = 3;
+pub(crate) const HASH_SLOTS: usize = 3;
 
 /// The hash slot of a stream.
-pub fn hash_slot(stream: u8) -> u16 {
+pub(crate) fn hash_slot(stream: u8) -> u16 {
     u16::from(stream) % HASH_SLOTS as u16
 }
 
-pub struct Lane {
+pub(crate) struct Lane {
     /// The hash slot that it is for; `None`: the backend itself, or its finder.
-    pub slot: Option<u16>,
-    pub role: Role,
-    pub delivery: Delivery,
-    pub connection: Option<Connection>,
-    pub recovery: Recovery,
+    pub(crate) slot: Option<u16>,
+    pub(crate) role: Role,
+    pub(crate) delivery: Delivery,
+    pub(crate) connection: Option<Connection>,
+    pub(crate) recovery: Recovery,
     /// Somebody has asked for it.
-    pub take_over: bool,
+    pub(crate) take_over: bool,
     /// What it sees is being looked for in the streams.
-    pub comparing_to: Option<Arc<Tick>>,
+    pub(crate) comparing_to: Option<Arc<Tick>>,
     /// Restores of which all was looked for, in its streams.
-    pub compared: Vec<u64>,
+    pub(crate) compared: Vec<u64>,
     /// None of these transactions has a higher id.
-    pub last_compared: u64,
+    pub(crate) last_compared: u64,
     /// Not yet written down, in order.
-    pub pending: Vec<Record>,
+    pub(crate) pending: Vec<Record>,
     beat: u64,
 }
 
 impl Lane {
     /// All that the tables have.
-    pub fn load_all(env: &Env, tables: &Tables) -> Vec<Self> {
+    pub(crate) fn load_all(env: &Env, tables: &Tables) -> Vec<Self> {
         let saved = tables.saved.iter();
         saved
             .map(|(slot, saved)| Self::new(env, tables, *slot, saved))
             .collect()
     }
 
-    pub fn new(env: &Env, tables: &Tables, slot: Option<u16>, saved: &Saved) -> Self {
+    pub(crate) fn new(env: &Env, tables: &Tables, slot: Option<u16>, saved: &Saved) -> Self {
         let role = match env.is_cluster && slot.is_none() {
             true => Role::Finder,
             false => Role::Redis,
@@ -80,23 +80,23 @@ impl Lane {
     }
 
     /// Whether the events of a stream are its own.
-    pub fn serves(&self, stream: u8) -> bool {
+    pub(crate) fn serves(&self, stream: u8) -> bool {
         serves(self.slot, stream)
     }
 
     /// The Redis that it speaks with.
-    pub fn master(&self) -> usize {
+    pub(crate) fn master(&self) -> usize {
         self.slot.map_or(0, usize::from)
     }
 }
 
 /// Whether the events of a stream are those of a lane.
-pub fn serves(slot: Option<u16>, stream: u8) -> bool {
+pub(crate) fn serves(slot: Option<u16>, stream: u8) -> bool {
     slot.is_none_or(|slot| slot == hash_slot(stream))
 }
 
 impl Site {
-    pub fn tend(&mut self, env: &mut Env, at: usize) -> bool {
+    pub(crate) fn tend(&mut self, env: &mut Env, at: usize) -> bool {
         let lane = &self.lanes[at];
         if lane.role == Role::Finder || !lane.delivery.wants_connection(env.now) {
             return false;
@@ -111,7 +111,7 @@ impl Site {
         true
     }
 
-    pub fn drop_connection(&mut self, env: &mut Env, at: usize) {
+    pub(crate) fn drop_connection(&mut self, env: &mut Env, at: usize) {
         self.lanes[at].recovery.reset();
         if let Some(connection) = self.lanes[at].connection.take() {
             let rng = &mut env.rng;
@@ -120,13 +120,13 @@ impl Site {
         }
     }
 
-    pub fn order(&mut self, at: usize, order: Order) {
+    pub(crate) fn order(&mut self, at: usize, order: Order) {
         if let Some(connection) = &mut self.lanes[at].connection {
             connection.order(order);
         }
     }
 
-    pub fn take_report(&mut self, env: &mut Env, at: usize) -> bool {
+    pub(crate) fn take_report(&mut self, env: &mut Env, at: usize) -> bool {
         let Some(report) = self.lanes[at].connection.as_mut().and_then(Connection::report) else {
             return false;
         };
@@ -190,7 +190,7 @@ impl Site {
     }
 
     /// Lets the sender go on when what was refused is written down.
-    pub fn resume(&mut self, env: &mut Env, at: usize) -> bool {
+    pub(crate) fn resume(&mut self, env: &mut Env, at: usize) -> bool {
         if !self.lanes[at].delivery.is_stopped() {
             return false;
         }
@@ -206,7 +206,7 @@ impl Site {
         true
     }
 
-    pub fn refresh(&mut self, at: usize) {
+    pub(crate) fn refresh(&mut self, at: usize) {
         if self.lanes[at].delivery.has_room() && self.lanes[at].delivery.is_idle() {
             self.lanes[at].beat += 1;
             let (beat, released) = (self.lanes[at].beat, false);
@@ -215,13 +215,13 @@ impl Site {
     }
 
     /// Begins anew with another connection.
-    pub fn let_go(&mut self, env: &mut Env, at: usize) {
+    pub(crate) fn let_go(&mut self, env: &mut Env, at: usize) {
         self.drop_connection(env, at);
         self.lanes[at].delivery.abandon();
     }
 
     /// Tries the streams again that are due.
-    pub fn retry(&mut self, env: &mut Env, at: usize) -> bool {
+    pub(crate) fn retry(&mut self, env: &mut Env, at: usize) -> bool {
         if !self.lanes[at].pending.is_empty() {
             return false;
         }
@@ -295,7 +295,7 @@ impl Site {
         batch
     }
 
-    pub fn send(&mut self, env: &mut Env, at: usize, batch: OpenBatch, contents: Contents) {
+    pub(crate) fn send(&mut self, env: &mut Env, at: usize, batch: OpenBatch, contents: Contents) {
         let OpenBatch { mut bytes, entries, .. } = batch;
         let seqs: Vec<i64> = entries.iter().map(|entry| entry.seq).collect();
         let end = match &contents {
@@ -338,7 +338,7 @@ impl Site {
     }
 
     /// Nothing is left to do, as the worker notices.
-    pub fn rest(&mut self, at: usize) -> bool {
+    pub(crate) fn rest(&mut self, at: usize) -> bool {
         let position = self.lanes[at].delivery.position();
         let is_latest = |latest| Arc::ptr_eq(&position.from, latest) && position.under_way.is_none();
         if self.lanes[at].delivery.has_room() && self.latest.as_ref().is_some_and(is_latest) {
@@ -348,7 +348,7 @@ impl Site {
     }
 
     /// Some part of the way of some event.
-    pub fn go_on(&mut self, env: &mut Env, at: usize) -> bool {
+    pub(crate) fn go_on(&mut self, env: &mut Env, at: usize) -> bool {
         match env.rng.u8(..18) {
             0 => self.tend(env, at),
             1 => self.retry(env, at),
@@ -368,7 +368,7 @@ impl Site {
 
     // --- the way to Redis
 
-    pub fn execute(&mut self, env: &mut Env, at: usize) -> bool {
+    pub(crate) fn execute(&mut self, env: &mut Env, at: usize) -> bool {
         let lane = &mut self.lanes[at];
         let master = lane.master();
         lane.connection
@@ -376,17 +376,17 @@ impl Site {
             .is_some_and(|c| c.execute(&mut env.redis[master]))
     }
 
-    pub fn read_reply(&mut self, at: usize) -> bool {
+    pub(crate) fn read_reply(&mut self, at: usize) -> bool {
         self.lanes[at].connection.as_mut().is_some_and(Connection::read)
     }
 
-    pub fn write(&mut self, at: usize) -> bool {
+    pub(crate) fn write(&mut self, at: usize) -> bool {
         self.lanes[at].connection.as_mut().is_some_and(Connection::write)
     }
 }
 
 /// What is known of an event on its way.
-pub fn entry(max_attempts: u32, seq: i64, row: &Row) -> BatchedEvent {
+pub(crate) fn entry(max_attempts: u32, seq: i64, row: &Row) -> BatchedEvent {
     BatchedEvent {
         seq,
         stream: Rc::from(stream_name(row.stream)),
@@ -395,7 +395,7 @@ pub fn entry(max_attempts: u32, seq: i64, row: &Row) -> BatchedEvent {
 }
 
 /// The command that appends an event.
-pub fn append_event(out: &mut Vec<u8>, row: &Row) {
+pub(crate) fn append_event(out: &mut Vec<u8>, row: &Row) {
     let (stream, id) = (stream_name(row.stream), hyphenated(&event_id(row.uid)));
     append(out, &[b"XADD", stream.as_bytes(), b"*", b"event_id", &id]);
 }
@@ -413,7 +413,7 @@ fn number_of(stream: &str) -> u8 {
     stream.as_bytes().last().expect("a name") - b'0'
 }
 
-pub fn seq_of(record: &Record) -> i64 {
+pub(crate) fn seq_of(record: &Record) -> i64 {
     match record {
         Record::Park { seq, .. }
         | Record::Fail { seq, .. }

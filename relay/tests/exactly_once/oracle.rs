@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 impl World {
     /// Whether the worker surely knows that this event was appended, whatever crashes.
-    pub fn is_known(&self, uid: u64) -> bool {
+    pub(crate) fn is_known(&self, uid: u64) -> bool {
         let Site {
             database,
             tables,
@@ -31,7 +31,7 @@ impl World {
     }
 
     /// Whatever the saved cursor has passed is in its stream, or written down.
-    pub fn check_cursor(&self) -> Result<(), String> {
+    pub(crate) fn check_cursor(&self) -> Result<(), String> {
         self.check_finder()?;
         if self.env.hurt {
             return Ok(());
@@ -81,7 +81,7 @@ impl World {
         counts
     }
 
-    pub fn check_end(&mut self) -> Result<(), String> {
+    pub(crate) fn check_end(&mut self) -> Result<(), String> {
         self.site.save_all(&mut self.env);
         self.check_finder()?;
         let mut counts = self.counts();

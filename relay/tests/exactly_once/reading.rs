@@ -22,17 +22,17 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 /// The number of the model's backend.
-pub const NUMBER: i32 = 1;
+pub(crate) const NUMBER: i32 = 1;
 
 /// The rows that a pass meets.
-pub struct ScannedRows<'a> {
-    pub database: &'a Database,
-    pub lanes: &'a [Lane],
-    pub tables: &'a Tables,
-    pub mutant: Mutant,
-    pub max_attempts: u32,
+pub(crate) struct ScannedRows<'a> {
+    pub(crate) database: &'a Database,
+    pub(crate) lanes: &'a [Lane],
+    pub(crate) tables: &'a Tables,
+    pub(crate) mutant: Mutant,
+    pub(crate) max_attempts: u32,
     /// Rows that were found written down.
-    pub written_down: Cell<u32>,
+    pub(crate) written_down: Cell<u32>,
 }
 
 impl Source for ScannedRows<'_> {
@@ -71,7 +71,7 @@ impl Source for ScannedRows<'_> {
 }
 
 /// The event of a row.
-pub struct RowOffer<'a> {
+pub(crate) struct RowOffer<'a> {
     delivery: &'a Delivery,
     row: &'a Row,
     seq: i64,
@@ -110,7 +110,7 @@ impl Offer for RowOffer<'_> {
 }
 
 /// What a pass may do that meets `steps` rows for each reader.
-pub fn limits(env: &mut Env, steps: usize) -> Limits {
+pub(crate) fn limits(env: &mut Env, steps: usize) -> Limits {
     Limits {
         batch_events: env.batch_size,
         batch_bytes: BATCH_BYTES,
@@ -148,7 +148,7 @@ impl Site {
 
     /// Reads up to `limit` rows on for some who stand together, as far as there is room; false: there is nothing to
     /// read.
-    pub fn read(&mut self, env: &mut Env, limit: usize) -> bool {
+    pub(crate) fn read(&mut self, env: &mut Env, limit: usize) -> bool {
         let groups = self.groups();
         let is_any = !groups.is_empty();
         if is_any {
@@ -219,7 +219,7 @@ impl Site {
     }
 
     /// A large piece for all; true: somebody came further.
-    pub fn read_on(&mut self, env: &mut Env) -> bool {
+    pub(crate) fn read_on(&mut self, env: &mut Env) -> bool {
         let lanes = self.lanes.len();
         let before: Vec<Position> = self.lanes.iter().map(|lane| lane.delivery.position().clone()).collect();
         for group in self.groups() {

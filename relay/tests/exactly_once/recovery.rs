@@ -21,11 +21,11 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub const INTERVAL: Duration = Duration::from_secs(1);
+pub(crate) const INTERVAL: Duration = Duration::from_secs(1);
 
 impl Site {
     /// From a report on, as far as it goes without another.
-    pub fn recover(&mut self, env: &mut Env, at: usize) {
+    pub(crate) fn recover(&mut self, env: &mut Env, at: usize) {
         // Before the first tick, nothing is known of what there is to send.
         if self.lanes[at].recovery.is_due() && self.latest.is_none() {
             self.take_tick(env);

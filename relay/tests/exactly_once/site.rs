@@ -12,39 +12,39 @@ use relay::reading::snapshot::Tick;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-pub const STREAMS: u8 = 4;
+pub(crate) const STREAMS: u8 = 4;
 
 /// What a crash brings back.
 #[derive(Clone)]
-pub struct Image {
-    pub database: Database,
-    pub tables: Tables,
-    pub wal: u64,
+pub(crate) struct Image {
+    pub(crate) database: Database,
+    pub(crate) tables: Tables,
+    pub(crate) wal: u64,
 }
 
-pub struct Site {
-    pub place: String,
+pub(crate) struct Site {
+    pub(crate) place: String,
     /// Its timeline, if it was promoted; 0: it was not.
-    pub promoted_to: u32,
+    pub(crate) promoted_to: u32,
     /// It was started beside the original.
-    pub is_copy: bool,
-    pub database: Database,
-    pub tables: Tables,
+    pub(crate) is_copy: bool,
+    pub(crate) database: Database,
+    pub(crate) tables: Tables,
     /// Position of the WAL, and up to where it is surely on disk.
-    pub wal: u64,
-    pub flushed: u64,
+    pub(crate) wal: u64,
+    pub(crate) flushed: u64,
     /// How it was at the last flush or later.
-    pub image: Option<Box<Image>>,
+    pub(crate) image: Option<Box<Image>>,
     /// The newest tick of this life of the worker.
-    pub latest: Option<Arc<Tick>>,
+    pub(crate) latest: Option<Arc<Tick>>,
     /// What was delivered some time ago.
     old: Option<Arc<Tick>>,
     /// Its backend; or the finder of a cluster, and behind it the lanes that it has.
-    pub lanes: Vec<Lane>,
+    pub(crate) lanes: Vec<Lane>,
 }
 
 impl Site {
-    pub fn new(env: &mut Env, place: &str) -> Self {
+    pub(crate) fn new(env: &mut Env, place: &str) -> Self {
         let image = Image {
             database: Database::new(&mut env.rng, STREAMS),
             tables: Tables::new(),
@@ -54,7 +54,7 @@ impl Site {
     }
 
     /// A server that finds this on its disk.
-    pub fn of(env: &mut Env, place: &str, image: Image) -> Self {
+    pub(crate) fn of(env: &mut Env, place: &str, image: Image) -> Self {
         let Image {
             mut database,
             mut tables,
@@ -78,7 +78,7 @@ impl Site {
         }
     }
 
-    pub fn image(&self) -> Image {
+    pub(crate) fn image(&self) -> Image {
         Image {
             database: self.database.clone(),
             tables: self.tables.clone(),
@@ -89,7 +89,7 @@ impl Site {
     // --- durability
 
     /// What has happened so far is on disk.
-    pub fn flush(&mut self, env: &mut Env) {
+    pub(crate) fn flush(&mut self, env: &mut Env) {
         self.flushed = self.wal;
         let may_crash = env.likely(env.faults.server_crashes);
         self.image = may_crash.then(|| Box::new(self.image()));
@@ -99,7 +99,7 @@ impl Site {
     }
 
     /// The server dies and comes back with what was on disk.
-    pub fn crash_server(&mut self, env: &mut Env) {
+    pub(crate) fn crash_server(&mut self, env: &mut Env) {
         self.drop_connections(env);
         let now = self.image();
         let image = match self.image.take() {
@@ -115,7 +115,7 @@ impl Site {
     }
 
     /// The worker dies and comes back.
-    pub fn crash_worker(&mut self, env: &mut Env) {
+    pub(crate) fn crash_worker(&mut self, env: &mut Env) {
         tell!(env, "the worker crashes");
         env.seen.crashes += 1;
         self.drop_connections(env);
@@ -123,12 +123,12 @@ impl Site {
         self.latest = None;
     }
 
-    pub fn drop_connections(&mut self, env: &mut Env) {
+    pub(crate) fn drop_connections(&mut self, env: &mut Env) {
         (0..self.lanes.len()).for_each(|at| self.drop_connection(env, at));
     }
 
     /// Writes down what was refused of a lane, and how far it has come.
-    pub fn save(&mut self, env: &mut Env, at: usize) {
+    pub(crate) fn save(&mut self, env: &mut Env, at: usize) {
         for record in std::mem::take(&mut self.lanes[at].pending) {
             self.record(env, at, record);
         }
@@ -146,7 +146,7 @@ impl Site {
         self.wal += 1;
     }
 
-    pub fn save_all(&mut self, env: &mut Env) {
+    pub(crate) fn save_all(&mut self, env: &mut Env) {
         (0..self.lanes.len()).for_each(|at| self.save(env, at));
     }
 
@@ -165,7 +165,7 @@ impl Site {
     }
 
     /// Deletes what all of the backend have delivered for some time.
-    pub fn purge(&mut self, env: &mut Env) {
+    pub(crate) fn purge(&mut self, env: &mut Env) {
         if self.tables.waiting().next().is_some() {
             return;
         }
@@ -191,7 +191,7 @@ impl Site {
 
     // --- the worker
 
-    pub fn take_tick(&mut self, env: &mut Env) {
+    pub(crate) fn take_tick(&mut self, env: &mut Env) {
         let tick = self.database.tick(&mut env.rng);
         self.wal += 1;
         if env.mutant != Mutant::SkipsFlush {
@@ -209,7 +209,7 @@ impl Site {
     }
 
     /// Restores that the newest tick sees, of which a lane has not looked for all.
-    pub fn restores_seen(&self, at: usize) -> usize {
+    pub(crate) fn restores_seen(&self, at: usize) -> usize {
         let seen = |xid: &u64| self.latest.as_ref().is_some_and(|tick| tick.snapshot.sees(*xid));
         let is_due = |xid: &&u64| seen(xid) && !self.lanes[at].compared.contains(xid);
         self.tables.restores.iter().filter(is_due).count()
@@ -218,20 +218,20 @@ impl Site {
     // --- its lanes
 
     /// Who sends the events of a stream, if there is somebody.
-    pub fn lane_of(&self, stream: u8) -> Option<&Lane> {
+    pub(crate) fn lane_of(&self, stream: u8) -> Option<&Lane> {
         self.lanes
             .iter()
             .find(|lane| lane.role == Role::Redis && lane.serves(stream))
     }
 
     /// Who speaks with a master.
-    pub fn at_master(&self, master: usize) -> Option<&Lane> {
+    pub(crate) fn at_master(&self, master: usize) -> Option<&Lane> {
         let mut sending = self.lanes.iter().filter(|lane| lane.role == Role::Redis);
         sending.find(|lane| lane.master() == master)
     }
 
     /// What a dump has brought was looked for once all lanes have done so, and the finder has come past it: so no lane is to come yet.
-    pub fn finish_lanes(&mut self, env: &mut Env) -> bool {
+    pub(crate) fn finish_lanes(&mut self, env: &mut Env) -> bool {
         let Some(latest) = self.latest.clone().filter(|_| env.is_cluster) else {
             return false;
         };
@@ -251,7 +251,7 @@ impl Site {
     }
 
     /// A lane for a hash slot that has none, where its finder stands: saved before that goes on.
-    pub fn add_lane(&mut self, env: &mut Env, slot: u16, at: Position) {
+    pub(crate) fn add_lane(&mut self, env: &mut Env, slot: u16, at: Position) {
         if env.likely(env.faults.aborts) {
             return;
         }
@@ -274,7 +274,7 @@ impl Site {
 
 impl Tables {
     /// How far the events of a stream were delivered, as far as is saved.
-    pub fn cursor_of(&self, env: &Env, stream: u8) -> Option<&Cursor> {
+    pub(crate) fn cursor_of(&self, env: &Env, stream: u8) -> Option<&Cursor> {
         let slot = env.is_cluster.then(|| hash_slot(stream));
         self.saved.get(&slot).map(|saved| &saved.cursor)
     }

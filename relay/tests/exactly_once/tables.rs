@@ -7,44 +7,44 @@ use relay::reading::range::Position;
 use std::collections::BTreeMap;
 
 #[derive(Clone, Copy, Debug)]
-pub struct Refused {
-    pub attempts: u32,
+pub(crate) struct Refused {
+    pub(crate) attempts: u32,
     /// The batch in which it was accepted at last; `None`: it waits.
-    pub accepted_in: Option<u64>,
+    pub(crate) accepted_in: Option<u64>,
 }
 
 /// What is saved of a backend, or of a lane.
 #[derive(Clone)]
-pub struct Saved {
-    pub cursor: Cursor,
+pub(crate) struct Saved {
+    pub(crate) cursor: Cursor,
     /// How often its guard was claimed.
-    pub epoch: u64,
+    pub(crate) epoch: u64,
 }
 
 impl Saved {
-    pub fn at(position: Position) -> Self {
+    pub(crate) fn at(position: Position) -> Self {
         let cursor = Cursor { position, number: 0 };
         Self { cursor, epoch: 0 }
     }
 }
 
 #[derive(Clone)]
-pub struct Tables {
+pub(crate) struct Tables {
     /// By stream and seq.
-    pub refused: BTreeMap<(u8, i64), Refused>,
-    pub failed: BTreeMap<i64, u32>,
+    pub(crate) refused: BTreeMap<(u8, i64), Refused>,
+    pub(crate) failed: BTreeMap<i64, u32>,
     /// By hash slot; of the backend itself, or of its finder, under none.
-    pub saved: BTreeMap<Option<u16>, Saved>,
+    pub(crate) saved: BTreeMap<Option<u16>, Saved>,
     /// Transactions that have brought events of a dump, which are still to be looked for.
-    pub restores: Vec<u64>,
+    pub(crate) restores: Vec<u64>,
     /// The latest of those that were.
-    pub last_restore: u64,
+    pub(crate) last_restore: u64,
     /// Of the server, and where the one before it ended.
-    pub incarnations: Vec<(String, u64)>,
+    pub(crate) incarnations: Vec<(String, u64)>,
 }
 
 impl Tables {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             refused: BTreeMap::new(),
             failed: BTreeMap::new(),
@@ -55,23 +55,23 @@ impl Tables {
         }
     }
 
-    pub fn is_written_down(&self, stream: u8, seq: i64) -> bool {
+    pub(crate) fn is_written_down(&self, stream: u8, seq: i64) -> bool {
         self.refused.contains_key(&(stream, seq)) || self.failed.contains_key(&seq)
     }
 
-    pub fn waiting(&self) -> impl Iterator<Item = (u8, i64, u32)> {
+    pub(crate) fn waiting(&self) -> impl Iterator<Item = (u8, i64, u32)> {
         let waiting = self.refused.iter().filter(|(_, refused)| refused.accepted_in.is_none());
         waiting.map(|((stream, seq), refused)| (*stream, *seq, refused.attempts))
     }
 
-    pub fn waiting_in(&self, stream: u8) -> impl Iterator<Item = i64> {
+    pub(crate) fn waiting_in(&self, stream: u8) -> impl Iterator<Item = i64> {
         self.waiting()
             .filter(move |(of, ..)| *of == stream)
             .map(|(_, seq, _)| seq)
     }
 
     /// Streams with waiting events, of those that a lane serves.
-    pub fn streams(&self, serves: impl Fn(u8) -> bool) -> Streams {
+    pub(crate) fn streams(&self, serves: impl Fn(u8) -> bool) -> Streams {
         let mut heads = BTreeMap::new();
         for (stream, _, attempts) in self.waiting().filter(|(stream, ..)| serves(*stream)) {
             heads.entry(stream_name(stream)).or_insert(attempts);
@@ -79,17 +79,17 @@ impl Tables {
         Streams::waiting(heads)
     }
 
-    pub fn highest_written_down(&self) -> i64 {
+    pub(crate) fn highest_written_down(&self) -> i64 {
         let refused = self.refused.keys().map(|(_, seq)| seq);
         refused.chain(self.failed.keys()).copied().max().unwrap_or(0)
     }
 
-    pub fn fail(&mut self, stream: u8, seq: i64, attempts: u32) {
+    pub(crate) fn fail(&mut self, stream: u8, seq: i64, attempts: u32) {
         self.refused.remove(&(stream, seq));
         self.failed.entry(seq).or_insert(attempts);
     }
 
-    pub fn park(&mut self, stream: u8, seq: i64, attempts: u32) {
+    pub(crate) fn park(&mut self, stream: u8, seq: i64, attempts: u32) {
         let new = Refused {
             attempts,
             accepted_in: None,
@@ -99,7 +99,7 @@ impl Tables {
     }
 
     /// Redis has lost what came after batch `number` of a lane.
-    pub fn heal(&mut self, serves: impl Fn(u8) -> bool, number: u64) -> bool {
+    pub(crate) fn heal(&mut self, serves: impl Fn(u8) -> bool, number: u64) -> bool {
         let mut lost = false;
         let its = self.refused.iter_mut().filter(|((stream, _), _)| serves(*stream));
         for (_, refused) in its {
@@ -112,7 +112,7 @@ impl Tables {
     }
 
     /// Writes down what became of an event of this stream; accepted it was in batch `number`.
-    pub fn record(&mut self, stream: u8, record: Record, number: u64) {
+    pub(crate) fn record(&mut self, stream: u8, record: Record, number: u64) {
         match record {
             Record::Park { seq, attempts, .. } => self.park(stream, seq, attempts),
             Record::Fail { seq, attempts, .. } => self.fail(stream, seq, attempts),

@@ -22,27 +22,27 @@ enum Life {
     GoesOn,
 }
 
-pub struct World {
-    pub env: Env,
-    pub site: Site,
+pub(crate) struct World {
+    pub(crate) env: Env,
+    pub(crate) site: Site,
     /// The server whose history is not that of `site` any more.
-    pub former: Option<Site>,
+    pub(crate) former: Option<Site>,
     /// A copy of a server, which nobody tells to send anything.
-    pub clone: Option<Site>,
+    pub(crate) clone: Option<Site>,
     /// Numbers of the events that a dump has.
     dump: Vec<i64>,
     /// What had not committed when they parted: both may commit it.
-    pub open: BTreeSet<u64>,
+    pub(crate) open: BTreeSet<u64>,
     life: Life,
 }
 
 impl World {
-    pub fn new(seed: u64, mutant: Mutant) -> Self {
+    pub(crate) fn new(seed: u64, mutant: Mutant) -> Self {
         Self::of(Env::new(seed, mutant, None))
     }
 
     /// A backend of a cluster.
-    pub fn cluster(seed: u64, mutant: Mutant) -> Self {
+    pub(crate) fn cluster(seed: u64, mutant: Mutant) -> Self {
         Self::of(Env::new(seed, mutant, Some(true)))
     }
 
@@ -59,7 +59,7 @@ impl World {
         }
     }
 
-    pub fn run(&mut self) -> Result<Seen, String> {
+    pub(crate) fn run(&mut self) -> Result<Seen, String> {
         self.schedule().map_err(|e| format!("{e}\n{:?}", self.env.faults))?;
         for redis in &self.env.redis {
             self.env.seen.nils += redis.nils;

@@ -9,7 +9,7 @@ use relay::sender::conversation::Conversation;
 use relay::sender::orders::{Order, Report};
 use std::collections::VecDeque;
 
-pub struct Connection {
+pub(crate) struct Connection {
     client: u64,
     conversation: Conversation,
     orders: VecDeque<Order>,
@@ -23,13 +23,13 @@ pub struct Connection {
 }
 
 /// What a connection that is no more had written: it may still arrive.
-pub struct Leftover {
+pub(crate) struct Leftover {
     client: u64,
     written: VecDeque<Words>,
 }
 
 impl Connection {
-    pub fn open(redis: &mut Redis, client: u64, replicas: Option<Replicas>, ousting: Option<&str>) -> Self {
+    pub(crate) fn open(redis: &mut Redis, client: u64, replicas: Option<Replicas>, ousting: Option<&str>) -> Self {
         redis.connect(client);
         let mut connection = Self {
             client,
@@ -46,18 +46,18 @@ impl Connection {
     }
 
     /// A sender that has ended takes nothing more; its last report is on the way.
-    pub fn order(&mut self, order: Order) {
+    pub(crate) fn order(&mut self, order: Order) {
         if !self.ended {
             self.orders.push_back(order);
         }
     }
 
-    pub fn report(&mut self) -> Option<Report> {
+    pub(crate) fn report(&mut self) -> Option<Report> {
         self.reports.pop_front()
     }
 
     /// Takes orders, and writes what there is to be said.
-    pub fn write(&mut self) -> bool {
+    pub(crate) fn write(&mut self) -> bool {
         if self.ended {
             return false;
         }
@@ -76,7 +76,7 @@ impl Connection {
     }
 
     /// The next command arrives.
-    pub fn execute(&mut self, redis: &mut Redis) -> bool {
+    pub(crate) fn execute(&mut self, redis: &mut Redis) -> bool {
         if self.ended || !redis.knows(self.client) {
             return false;
         }
@@ -88,7 +88,7 @@ impl Connection {
     }
 
     /// The next reply is read.
-    pub fn read(&mut self) -> bool {
+    pub(crate) fn read(&mut self) -> bool {
         if self.ended || !self.conversation.awaits_reply() {
             return false;
         }
@@ -117,7 +117,7 @@ impl Connection {
     }
 
     /// The connection ends; replies that were on their way are lost.
-    pub fn lose(&mut self, failure: Failure) {
+    pub(crate) fn lose(&mut self, failure: Failure) {
         if !std::mem::replace(&mut self.ended, true) {
             self.reports.push_back(Report::Lost {
                 failure,
@@ -127,16 +127,16 @@ impl Connection {
         }
     }
 
-    pub fn has_ended(&self) -> bool {
+    pub(crate) fn has_ended(&self) -> bool {
         self.ended
     }
 
-    pub fn client(&self) -> u64 {
+    pub(crate) fn client(&self) -> u64 {
         self.client
     }
 
     /// The first `kept` commands of what was written may arrive some time.
-    pub fn into_leftover(mut self, kept: impl FnOnce(usize) -> usize) -> Leftover {
+    pub(crate) fn into_leftover(mut self, kept: impl FnOnce(usize) -> usize) -> Leftover {
         self.written.truncate(kept(self.written.len()));
         Leftover {
             client: self.client,
@@ -147,7 +147,7 @@ impl Connection {
 
 impl Leftover {
     /// False: nothing more arrives.
-    pub fn execute(&mut self, redis: &mut Redis) -> bool {
+    pub(crate) fn execute(&mut self, redis: &mut Redis) -> bool {
         if !redis.knows(self.client) {
             return false;
         }

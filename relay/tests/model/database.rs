@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::rc::Rc;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reading {
+pub(crate) enum Reading {
     LowSeq,
     NextXid,
     Snapshot,
@@ -17,10 +17,10 @@ pub enum Reading {
 }
 
 /// The order that [`Tick`] prescribes.
-pub const READINGS: [Reading; 4] = [Reading::LowSeq, Reading::NextXid, Reading::Snapshot, Reading::HighSeq];
+pub(crate) const READINGS: [Reading; 4] = [Reading::LowSeq, Reading::NextXid, Reading::Snapshot, Reading::HighSeq];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Status {
+pub(crate) enum Status {
     Running,
     Prepared,
     Committed,
@@ -29,7 +29,7 @@ pub enum Status {
 
 /// Who sees to it that numbers ascend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Numbering {
+pub(crate) enum Numbering {
     /// Publishers take what the sequence gives.
     Sequence,
     /// They take only numbers above the highest, as of when they had their transaction ids; and set the sequence forward.
@@ -37,7 +37,7 @@ pub enum Numbering {
 }
 
 #[derive(Clone, Debug)]
-pub struct Transaction {
+pub(crate) struct Transaction {
     /// Drawn at the first write.
     xid: Option<u64>,
     /// The rows and the ids of each open savepoint; of the transaction itself at the bottom.
@@ -82,7 +82,7 @@ struct Level {
 }
 
 #[derive(Clone, Debug)]
-pub struct Row {
+pub(crate) struct Row {
     pub xid: u64,
     pub stream: u8,
     /// No other row has it, not even one that gets the same number after a crash, or in a copy.
@@ -95,7 +95,7 @@ pub struct Row {
 }
 
 #[derive(Clone)]
-pub struct Database {
+pub(crate) struct Database {
     next_xid: u64,
     latest_completed: u64,
     /// The sequence, which anybody may set.
@@ -120,7 +120,7 @@ pub struct Database {
 }
 
 impl Database {
-    pub fn new(rng: &mut Rng, streams: u8) -> Self {
+    pub(crate) fn new(rng: &mut Rng, streams: u8) -> Self {
         let next_xid = FIRST_NORMAL_XID + rng.u64(0..3) * 700;
         Self {
             next_xid,
@@ -143,7 +143,7 @@ impl Database {
     }
 
     /// One step of one session.
-    pub fn step(&mut self, rng: &mut Rng) {
+    pub(crate) fn step(&mut self, rng: &mut Rng) {
         if self.finished {
             return;
         }
@@ -192,14 +192,14 @@ impl Database {
         }
     }
 
-    pub fn steps(&mut self, rng: &mut Rng, limit: usize) {
+    pub(crate) fn steps(&mut self, rng: &mut Rng, limit: usize) {
         for _ in 0..rng.usize(..=limit) {
             self.step(rng);
         }
     }
 
     /// Ends every transaction; no other begins.
-    pub fn finish(&mut self, rng: &mut Rng) {
+    pub(crate) fn finish(&mut self, rng: &mut Rng) {
         while let Some(&index) = self.open.last() {
             self.clock += 1;
             let commits = rng.u8(..) < 200;
@@ -209,7 +209,7 @@ impl Database {
     }
 
     /// The server dies and comes back: whoever was at work is gone, what was prepared is not.
-    pub fn crash(&mut self) {
+    pub(crate) fn crash(&mut self) {
         for index in self.open.clone() {
             if self.transactions[index].status == Status::Running {
                 self.transactions[index].publishing = false;
@@ -356,7 +356,7 @@ impl Database {
     }
 
     /// A transaction that has published these rows and goes on.
-    pub fn begin_publishing(&mut self, streams: &[u8]) -> usize {
+    pub(crate) fn begin_publishing(&mut self, streams: &[u8]) -> usize {
         let index = self.transactions.len();
         self.open.push(index);
         self.transactions.push(Transaction::new());
@@ -370,19 +370,19 @@ impl Database {
         index
     }
 
-    pub fn commit(&mut self, transaction: usize) {
+    pub(crate) fn commit(&mut self, transaction: usize) {
         self.clock += 1;
         self.end(transaction, true);
     }
 
     /// A transaction that publishes these rows and commits.
-    pub fn publish(&mut self, streams: &[u8]) {
+    pub(crate) fn publish(&mut self, streams: &[u8]) {
         let transaction = self.begin_publishing(streams);
         self.commit(transaction);
     }
 
     /// Rows of a dump come back, in a transaction of their own: the same events with new numbers. Those that were there had been deleted.
-    pub fn restore(&mut self, seqs: &[i64]) -> u64 {
+    pub(crate) fn restore(&mut self, seqs: &[i64]) -> u64 {
         let transaction = self.begin_publishing(&[]);
         for seq in seqs {
             self.clock += 1;
@@ -401,7 +401,7 @@ impl Database {
     }
 
     /// As `GetSnapshotData` has it: xmax is the latest *completed* id + 1.
-    pub fn snapshot(&self) -> Snapshot {
+    pub(crate) fn snapshot(&self) -> Snapshot {
         let xmax = self.latest_completed + 1;
         let xids = self.open.iter().filter_map(|index| self.transactions[*index].xid);
         let running: Vec<u64> = xids.filter(|xid| *xid < xmax).collect();
@@ -417,7 +417,7 @@ impl Database {
     }
 
     /// Somebody sets the sequence: mostly back, sometimes forward; or a session gives numbers that it had drawn in advance.
-    pub fn set_sequence(&mut self, rng: &mut Rng) {
+    pub(crate) fn set_sequence(&mut self, rng: &mut Rng) {
         self.was_set = true;
         self.last_seq = match rng.u8(..4) {
             0 => 0,
@@ -427,7 +427,7 @@ impl Database {
     }
 
     /// The server dies and comes back. The highest number is found in what is durable: rows, the sequence, and `saved`.
-    pub fn crash_and_find(&mut self, saved: i64) {
+    pub(crate) fn crash_and_find(&mut self, saved: i64) {
         self.crash();
         let rows = self
             .rows
@@ -438,23 +438,23 @@ impl Database {
         self.began = self.highest;
     }
 
-    pub fn next_xid(&self) -> u64 {
+    pub(crate) fn next_xid(&self) -> u64 {
         self.next_xid
     }
 
     /// Numbers that are given since the last crash are above it.
-    pub fn began(&self) -> i64 {
+    pub(crate) fn began(&self) -> i64 {
         self.began
     }
 
     /// The lowest number up to `upto` of transactions from `xid` on, whatever became of them.
-    pub fn lowest_since(&self, xid: u64, upto: i64) -> Option<i64> {
+    pub(crate) fn lowest_since(&self, xid: u64, upto: i64) -> Option<i64> {
         let later = self.rows.range(..=upto).filter(|(_, row)| row.xid >= xid);
         later.map(|(seq, _)| *seq).next()
     }
 
     /// The four readings in the order given, with steps of others in between.
-    pub fn tick_in_order(&mut self, rng: &mut Rng, order: [Reading; 4]) -> Tick {
+    pub(crate) fn tick_in_order(&mut self, rng: &mut Rng, order: [Reading; 4]) -> Tick {
         let mut tick = Tick::beginning();
         for reading in order {
             match reading {
@@ -473,12 +473,12 @@ impl Database {
         tick
     }
 
-    pub fn tick(&mut self, rng: &mut Rng) -> Tick {
+    pub(crate) fn tick(&mut self, rng: &mut Rng) -> Tick {
         self.tick_in_order(rng, READINGS)
     }
 
     /// Nobody does anything meanwhile.
-    pub fn quiet_tick(&mut self) -> Tick {
+    pub(crate) fn quiet_tick(&mut self) -> Tick {
         let finished = std::mem::replace(&mut self.finished, true);
         let tick = self.tick(&mut Rng::with_seed(0));
         self.finished = finished;
@@ -486,7 +486,7 @@ impl Database {
     }
 
     /// What a statement that begins now sees of the table.
-    pub fn view(&mut self) -> View {
+    pub(crate) fn view(&mut self) -> View {
         let rows = &self.rows;
         let transactions = &self.transactions;
         let view = self.view.get_or_insert_with(|| View {
@@ -504,7 +504,7 @@ impl Database {
     }
 
     /// Deletes rows for good.
-    pub fn purge(&mut self, purged: impl Fn(Key) -> bool) {
+    pub(crate) fn purge(&mut self, purged: impl Fn(Key) -> bool) {
         for (seq, row) in &mut self.rows {
             row.purged |= purged(Key {
                 xid: row.xid,
@@ -514,11 +514,11 @@ impl Database {
         self.view = None;
     }
 
-    pub fn row(&self, seq: i64) -> &Row {
+    pub(crate) fn row(&self, seq: i64) -> &Row {
         &self.rows[&seq]
     }
 
-    pub fn rows(&self) -> impl Iterator<Item = Key> {
+    pub(crate) fn rows(&self) -> impl Iterator<Item = Key> {
         self.rows.iter().map(|(seq, row)| Key {
             xid: row.xid,
             seq: *seq,
@@ -526,25 +526,25 @@ impl Database {
     }
 
     /// Whether a row was deleted.
-    pub fn is_purged(&self, seq: i64) -> bool {
+    pub(crate) fn is_purged(&self, seq: i64) -> bool {
         self.row(seq).purged
     }
 
     /// Whether a row has come to stay.
-    pub fn is_committed(&self, seq: i64) -> bool {
+    pub(crate) fn is_committed(&self, seq: i64) -> bool {
         let row = self.row(seq);
         self.transactions[row.transaction].status == Status::Committed && !row.rolled_back
     }
 
     /// Whether a row might still come to stay.
-    pub fn is_open(&self, seq: i64) -> bool {
+    pub(crate) fn is_open(&self, seq: i64) -> bool {
         let status = self.transactions[self.row(seq).transaction].status;
         matches!(status, Status::Running | Status::Prepared)
     }
 
     /// Two rows in the wrong order, where there are any: rows of one transaction in publishing order, and a row whose number
     /// was drawn after another transaction had committed comes after all rows of that one.
-    pub fn out_of_order(&self, seqs: impl IntoIterator<Item = i64>) -> Option<(i64, i64)> {
+    pub(crate) fn out_of_order(&self, seqs: impl IntoIterator<Item = i64>) -> Option<(i64, i64)> {
         let mut last_of = HashMap::new();
         let mut latest: Option<(u64, i64)> = None;
         for seq in seqs {

@@ -3,37 +3,37 @@
 // Each test uses its part.
 #![allow(dead_code, unused_imports)]
 
-pub mod connection;
-pub mod database;
-pub mod redis;
-pub mod view;
+pub(crate) mod connection;
+pub(crate) mod database;
+pub(crate) mod redis;
+pub(crate) mod view;
 
-pub use database::{Database, Numbering, READINGS, Reading};
-pub use fastrand::Rng;
-pub use view::{Rows, View};
+pub(crate) use database::{Database, Numbering, READINGS, Reading};
+pub(crate) use fastrand::Rng;
+pub(crate) use view::{Rows, View};
 
 use relay::failure::{Class, Failure};
 use std::env;
 use std::panic::{self, AssertUnwindSafe};
 
-pub fn wrong_type() -> Failure {
+pub(crate) fn wrong_type() -> Failure {
     Failure::new(
         Class::Event,
         "WRONGTYPE Operation against a key holding the wrong kind of value",
     )
 }
 
-pub fn out_of_memory() -> Failure {
+pub(crate) fn out_of_memory() -> Failure {
     Failure::backend("OOM command not allowed")
 }
 
 /// Something happens with this probability.
-pub fn likely(rng: &mut Rng, probability: f64) -> bool {
+pub(crate) fn likely(rng: &mut Rng, probability: f64) -> bool {
     rng.f64() < probability
 }
 
 /// Runs a schedule for each of the first `count` seeds. `SEED=n` runs that one alone, `SCHEDULES=n` so many, from `FIRST=n` on.
-pub fn for_each_seed(count: u64, schedule: impl Fn(u64) -> Result<(), String>) {
+pub(crate) fn for_each_seed(count: u64, schedule: impl Fn(u64) -> Result<(), String>) {
     let number = |name| env::var(name).ok().map(|v| v.parse::<u64>().expect("a number"));
     let seeds = match number("SEED") {
         Some(seed) => seed..seed + 1,
@@ -56,7 +56,7 @@ pub fn for_each_seed(count: u64, schedule: impl Fn(u64) -> Result<(), String>) {
 }
 
 /// The first violation that a mutant shows within `count` seeds; the tests assert that there is one.
-pub fn caught<V>(count: u64, schedule: impl Fn(u64) -> Result<(), V>) -> V {
+pub(crate) fn caught<V>(count: u64, schedule: impl Fn(u64) -> Result<(), V>) -> V {
     let caught = (0..count).find_map(|seed| schedule(seed).err());
     caught.unwrap_or_else(|| panic!("not caught within {count} schedules"))
 }

@@ -4,12 +4,12 @@ use redis::Value;
 use relay::event::text::{hyphenated, rfc3339};
 use std::collections::{BTreeMap, BTreeSet};
 
-pub const GUARD: &str = "guard";
+pub(crate) const GUARD: &str = "guard";
 
-pub type Words = Vec<Vec<u8>>;
+pub(crate) type Words = Vec<Vec<u8>>;
 
 /// The commands in these bytes.
-pub fn parse(mut bytes: &[u8]) -> Vec<Words> {
+pub(crate) fn parse(mut bytes: &[u8]) -> Vec<Words> {
     fn header(bytes: &mut &[u8], kind: u8) -> usize {
         assert_eq!(bytes[0], kind, "not a command");
         let end = bytes.iter().position(|b| *b == b'\r').expect("a whole line");
@@ -34,12 +34,12 @@ pub fn parse(mut bytes: &[u8]) -> Vec<Words> {
 }
 
 /// What an event is called in its stream; the number is no other event's.
-pub fn event_id(uid: u64) -> [u8; 16] {
+pub(crate) fn event_id(uid: u64) -> [u8; 16] {
     u128::from(uid).to_be_bytes()
 }
 
 /// When it was published.
-pub fn created_at_us(uid: u64) -> i64 {
+pub(crate) fn created_at_us(uid: u64) -> i64 {
     uid as i64
 }
 
@@ -51,7 +51,7 @@ fn uid(event_id: &[u8]) -> u64 {
     })
 }
 
-pub fn stream_name(stream: u8) -> String {
+pub(crate) fn stream_name(stream: u8) -> String {
     format!("stream-{stream}")
 }
 
@@ -61,7 +61,7 @@ fn stream(key: &[u8]) -> u8 {
 
 /// What it holds.
 #[derive(Clone, Default)]
-pub struct Data {
+pub(crate) struct Data {
     /// The events, by their uids; an entry's id is its place.
     pub streams: BTreeMap<u8, Vec<u64>>,
     /// How many of a stream's entries were trimmed since: nobody sees them any more.
@@ -70,23 +70,23 @@ pub struct Data {
 }
 
 impl Data {
-    pub fn has_guard(&self) -> bool {
+    pub(crate) fn has_guard(&self) -> bool {
         self.guard.is_some()
     }
 
     /// Whether whoever claims the guard is to compare.
-    pub fn compares(&self) -> bool {
+    pub(crate) fn compares(&self) -> bool {
         self.guard.as_ref().is_some_and(|guard| guard["compares"] == "1")
     }
 
     /// The guard's number.
-    pub fn number(&self) -> Option<u64> {
+    pub(crate) fn number(&self) -> Option<u64> {
         self.guard.as_ref()?.get("number")?.parse().ok()
     }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Trouble {
+pub(crate) enum Trouble {
     /// Holds another type: noticed when a command is executed.
     WrongType,
     /// The user may not touch it: noticed when a command is queued.
@@ -102,7 +102,7 @@ struct Client {
 }
 
 #[derive(Default)]
-pub struct Redis {
+pub(crate) struct Redis {
     pub data: Data,
     clients: BTreeMap<u64, Client>,
     /// How often the guard was touched.
@@ -125,41 +125,41 @@ pub struct Redis {
 }
 
 impl Redis {
-    pub fn connect(&mut self, client: u64) {
+    pub(crate) fn connect(&mut self, client: u64) {
         self.clients.insert(client, Client::default());
     }
 
     /// Whether what a client has sent is still listened to.
-    pub fn knows(&self, client: u64) -> bool {
+    pub(crate) fn knows(&self, client: u64) -> bool {
         self.clients.contains_key(&client)
     }
 
     /// Starts again with what it had saved: every connection ends.
-    pub fn restart(&mut self, data: Data) {
+    pub(crate) fn restart(&mut self, data: Data) {
         self.data = data;
         self.clients.clear();
         self.owner = None;
     }
 
-    pub fn flush(&mut self) {
+    pub(crate) fn flush(&mut self) {
         self.data = Data::default();
         self.touch();
         self.owner = None;
     }
 
     /// Whether an event stands in its stream.
-    pub fn holds(&self, uid: u64) -> bool {
+    pub(crate) fn holds(&self, uid: u64) -> bool {
         self.data.streams.values().flatten().any(|other| *other == uid)
     }
 
     /// Somebody trims a stream to its last `length` entries.
-    pub fn trim(&mut self, stream: u8, length: usize) {
+    pub(crate) fn trim(&mut self, stream: u8, length: usize) {
         let entries = self.data.streams.get(&stream).map_or(0, Vec::len);
         let trimmed = self.data.trimmed.entry(stream).or_default();
         *trimmed = (*trimmed).max(entries.saturating_sub(length));
     }
 
-    pub fn delete_guard(&mut self) {
+    pub(crate) fn delete_guard(&mut self) {
         self.data.guard = None;
         self.touch();
         self.owner = None;
@@ -173,7 +173,7 @@ impl Redis {
         self.clients.get_mut(&client).expect("a client that it knows")
     }
 
-    pub fn execute(&mut self, id: u64, words: Words) -> Value {
+    pub(crate) fn execute(&mut self, id: u64, words: Words) -> Value {
         let command = words[0].as_slice();
         match command {
             b"EXEC" => return self.exec(id),
@@ -347,7 +347,7 @@ fn error(text: &str) -> Value {
 }
 
 /// A reply as it is sent.
-pub fn append_reply(out: &mut Vec<u8>, value: &Value) {
+pub(crate) fn append_reply(out: &mut Vec<u8>, value: &Value) {
     match value {
         Value::Okay => out.extend(b"+OK\r\n"),
         Value::SimpleString(text) => out.extend(format!("+{text}\r\n").bytes()),

@@ -5,11 +5,11 @@ use std::rc::Rc;
 
 /// The committed rows at one moment, by number.
 #[derive(Clone)]
-pub struct View {
+pub(crate) struct View {
     pub keys: Rc<[Key]>,
 }
 
-pub struct Rows {
+pub(crate) struct Rows {
     keys: Rc<[Key]>,
     next: usize,
     upto: i64,
@@ -19,7 +19,7 @@ pub struct Rows {
 
 impl Rows {
     /// The number of the current row.
-    pub fn seq(&self) -> i64 {
+    pub(crate) fn seq(&self) -> i64 {
         self.current
     }
 }

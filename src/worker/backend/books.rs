@@ -15,7 +15,7 @@ const SAVE_AFTER: Duration = Duration::from_secs(1);
 const SAVE_IDLE_AFTER: Duration = Duration::from_secs(30);
 
 /// What is to be saved of a backend, and since when it differs from what is saved.
-pub struct Books {
+pub(crate) struct Books {
     /// What has to be written down before the cursor is saved.
     pub records: Vec<Record>,
     /// A pass has written something down that is not durable yet. It must be before a batch is sent that lies behind
@@ -38,7 +38,7 @@ pub struct Books {
 }
 
 impl Books {
-    pub fn of(standing: Standing, saved_high_seq: i64) -> Self {
+    pub(crate) fn of(standing: Standing, saved_high_seq: i64) -> Self {
         Self {
             records: Vec::new(),
             is_unflushed: false,
@@ -55,28 +55,28 @@ impl Books {
     }
 
     /// Something has changed that the views show.
-    pub fn change(&mut self, now: Now) {
+    pub(crate) fn change(&mut self, now: Now) {
         self.dirty_since.get_or_insert(now);
     }
 
     /// Something may have changed since the last save: it is saved soon.
-    pub fn change_since_saved(&mut self) {
+    pub(crate) fn change_since_saved(&mut self) {
         self.dirty_since.get_or_insert(self.saved_at);
     }
 
     /// Something was acknowledged.
-    pub fn move_on(&mut self, now: Now) {
+    pub(crate) fn move_on(&mut self, now: Now) {
         self.change(now);
         self.moved_at = now;
     }
 
     /// The reader has passed events of others.
-    pub fn fall_behind(&mut self, now: Now) {
+    pub(crate) fn fall_behind(&mut self, now: Now) {
         self.stale_since.get_or_insert(now);
     }
 
     /// A node is about to be connected to.
-    pub fn note_address(&mut self, address: &Address, now: Now) {
+    pub(crate) fn note_address(&mut self, address: &Address, now: Now) {
         let shown = Some(address.to_string());
         if self.standing.address != shown {
             self.standing.address = shown;
@@ -85,20 +85,20 @@ impl Books {
     }
 
     /// Events accepted in all; `counted`: those of this delivery.
-    pub fn total(&self, counted: u64) -> i64 {
+    pub(crate) fn total(&self, counted: u64) -> i64 {
         self.standing.accepted_total + (counted - self.counted) as i64
     }
 
-    pub fn moved_at(&self) -> Now {
+    pub(crate) fn moved_at(&self) -> Now {
         self.moved_at
     }
 
-    pub fn saved_high_seq(&self) -> i64 {
+    pub(crate) fn saved_high_seq(&self) -> i64 {
         self.saved_high_seq
     }
 
     /// When the cursor is to be saved.
-    pub fn save_at(&self) -> Option<Now> {
+    pub(crate) fn save_at(&self) -> Option<Now> {
         let dirty = self
             .dirty_since
             .map(|since| (since + SAVE_AFTER).min(self.moved_at + SAVE_WHEN_QUIET));
@@ -106,7 +106,7 @@ impl Books {
         dirty.into_iter().chain(stale).min()
     }
 
-    pub fn is_unsaved(&self) -> bool {
+    pub(crate) fn is_unsaved(&self) -> bool {
         self.dirty_since.is_some() || self.stale_since.is_some() || !self.records.is_empty()
     }
 }

@@ -12,7 +12,7 @@ use relay::time::Now;
 impl Backend {
     /// Whether the sender can go on with these settings: the destination is the same, and so is the stream of what is
     /// on its way.
-    pub fn keeps_sender(&self, row: &BackendRow, home: &Home) -> bool {
+    pub(crate) fn keeps_sender(&self, row: &BackendRow, home: &Home) -> bool {
         let stays = self.is_to(row, home) && settings::stream(Some(row)) == *self.stream();
         // Those who watch the guard must know how often it is refreshed: a new claim says so.
         let has_told = self.duty.connection().is_none_or(Connection::has_told_interval);
@@ -38,7 +38,7 @@ impl Backend {
     }
 
     /// Takes over changed settings.
-    pub fn reconfigure(&mut self, row: BackendRow, home: &Home, now: Now) {
+    pub(crate) fn reconfigure(&mut self, row: BackendRow, home: &Home, now: Now) {
         let was_copy = self.is_copy();
         let was_unusable = self.duty.unusable().is_some();
         let mut is_other = self.row() != Some(&row) || !self.is_to(&row, home);
@@ -96,7 +96,7 @@ impl Backend {
     }
 
     /// Its row is gone.
-    pub fn delete(&mut self) {
+    pub(crate) fn delete(&mut self) {
         self.let_go();
         self.duty = Duty::Fail { lane: self.lane() };
         self.restored.let_go();

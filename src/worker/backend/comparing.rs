@@ -20,12 +20,12 @@ const COMPARE_PAUSE: Duration = Duration::from_millis(250);
 impl Backend {
     /// Whether there are restored events that were not looked for in the streams yet. A paused backend looks for them
     /// later.
-    pub fn is_restored(&self) -> bool {
+    pub(crate) fn is_restored(&self) -> bool {
         self.row().is_some_and(|row| row.enabled && !row.restores.is_empty())
     }
 
     /// The row to be applied now: without restores that wait for the next comparison.
-    pub fn due_row(&mut self, row: BackendRow, now: Now) -> BackendRow {
+    pub(crate) fn due_row(&mut self, row: BackendRow, now: Now) -> BackendRow {
         let mut row = self.without_compared(row);
         if !self.is_exactly_once() || self.lane().is_some() {
             self.restored.holds = false;
@@ -44,7 +44,7 @@ impl Backend {
     }
 
     /// When its row has to be loaded again because restores wait.
-    pub fn load_at(&self) -> Option<Now> {
+    pub(crate) fn load_at(&self) -> Option<Now> {
         let waits = match self.is_exactly_once() {
             true => self.restored.holds && !self.is_sending() && self.row().is_none_or(|row| row.restores.is_empty()),
             false => self.reads_for_redis() && self.is_restored(),
@@ -53,18 +53,18 @@ impl Backend {
     }
 
     /// Whether there are restored events that it must not read yet, because they were not compared.
-    pub fn is_held(&self) -> bool {
+    pub(crate) fn is_held(&self) -> bool {
         self.restored.holds && self.is_exactly_once()
     }
 
     /// Whether a newer tick is of use to it. While it is held, only once it is time to compare.
-    pub fn wants_tick(&self, now: Now) -> bool {
+    pub(crate) fn wants_tick(&self, now: Now) -> bool {
         self.is_ready(now) && (!self.is_held() || self.load_at().is_some_and(|at| at <= now))
     }
 
     /// The tick up to which it reads. `latest`: the newest tick that may be sent. While it is held, it reads only up to
     /// the tick that it has compared with.
-    pub fn goal<'a>(&'a self, latest: &'a Arc<Tick>) -> &'a Arc<Tick> {
+    pub(crate) fn goal<'a>(&'a self, latest: &'a Arc<Tick>) -> &'a Arc<Tick> {
         let position = self.delivery.position();
         if !self.is_held() || position.under_way.is_some() {
             return position.to(latest);
@@ -83,26 +83,26 @@ impl Backend {
 
     /// No transaction with a higher id has restored events that were looked for; 0: none has. A lane may know more than
     /// the tables.
-    pub fn last_restore(&self) -> u64 {
+    pub(crate) fn last_restore(&self) -> u64 {
         let saved = self.row().map_or(0, |row| row.last_restore);
         saved.max(self.restored.last_compared)
     }
 
     /// Events up to `tick` are going to be looked for in the streams.
-    pub fn compares_to(&mut self, tick: &Arc<Tick>) {
+    pub(crate) fn compares_to(&mut self, tick: &Arc<Tick>) {
         self.restored.comparing_to = Some(tick.clone());
     }
 
     /// All of them were looked for. They are sent before the next comparison. The worker has to look for further
     /// restores before it reads anything.
-    pub fn has_compared(&mut self, now: Now) {
+    pub(crate) fn has_compared(&mut self, now: Now) {
         self.restored.compared_to = self.restored.comparing_to.take();
         self.restored.holds = true;
         self.restored.compares_at = now + COMPARE_PAUSE;
     }
 
     /// Whether it is time to look after restores (at_least_once).
-    pub fn may_compare(&mut self, now: Now) -> bool {
+    pub(crate) fn may_compare(&mut self, now: Now) -> bool {
         let may = now >= self.restored.compares_at;
         if may {
             self.restored.compares_at = now + COMPARE_PAUSE;
@@ -111,7 +111,7 @@ impl Backend {
     }
 
     /// Forgets the restores: their events were looked for, or never will be.
-    pub fn forget_restores(&mut self) -> Result<(), Aborted> {
+    pub(crate) fn forget_restores(&mut self) -> Result<(), Aborted> {
         let is_lane = self.lane().is_some();
         if let Some(row) = self.duty.row_mut().filter(|row| !row.restores.is_empty()) {
             if is_lane {

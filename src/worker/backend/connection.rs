@@ -13,7 +13,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub struct Connection {
+pub(crate) struct Connection {
     /// Unless the backend's row holds something that cannot be used.
     destination: Known<Destination>,
     sender: Sender,
@@ -64,7 +64,7 @@ impl Sender {
 }
 
 impl Connection {
-    pub fn to(destination: Known<Destination>) -> Self {
+    pub(crate) fn to(destination: Known<Destination>) -> Self {
         Self {
             destination,
             sender: Sender::Absent,
@@ -75,55 +75,55 @@ impl Connection {
         }
     }
 
-    pub fn destination(&self) -> Result<&Destination, &Unusable> {
+    pub(crate) fn destination(&self) -> Result<&Destination, &Unusable> {
         self.destination.as_ref()
     }
 
     /// For the next sender.
-    pub fn set_destination(&mut self, destination: Known<Destination>) {
+    pub(crate) fn set_destination(&mut self, destination: Known<Destination>) {
         self.destination = destination;
         self.interval = guc::millis(&guc::POLL_INTERVAL_MS);
     }
 
     /// Whether a sender need not be replaced because of a destination.
-    pub fn is_to(&self, destination: &Known<Destination>) -> bool {
+    pub(crate) fn is_to(&self, destination: &Known<Destination>) -> bool {
         self.destination == *destination
     }
 
     /// Whether those who watch the guard know how often it is refreshed. A new claim tells them.
-    pub fn has_told_interval(&self) -> bool {
+    pub(crate) fn has_told_interval(&self) -> bool {
         self.interval == guc::millis(&guc::POLL_INTERVAL_MS)
     }
 
     /// Whether another node may take the place of the one that is connected to.
-    pub fn is_looked_up(&self) -> bool {
+    pub(crate) fn is_looked_up(&self) -> bool {
         self.destination.as_ref().is_ok_and(|d| d.route != Route::Direct)
     }
 
     /// The key of the guard (exactly_once).
-    pub fn guard_key(&self) -> Option<&str> {
+    pub(crate) fn guard_key(&self) -> Option<&str> {
         match &self.destination.as_ref().ok()?.protocol {
             Protocol::ExactlyOnce { guard, .. } => Some(guard),
             Protocol::AtLeastOnce { .. } => None,
         }
     }
 
-    pub fn has_sender(&self) -> bool {
+    pub(crate) fn has_sender(&self) -> bool {
         self.sender.handle().is_some()
     }
 
-    pub fn waits_for_turn(&self) -> bool {
+    pub(crate) fn waits_for_turn(&self) -> bool {
         matches!(self.sender, Sender::WaitsForTurn)
     }
 
-    pub fn wait_for_turn(&mut self) {
+    pub(crate) fn wait_for_turn(&mut self) {
         if !self.has_sender() {
             self.sender = Sender::WaitsForTurn;
         }
     }
 
     /// Starts a sender. `ousts`: it is to take the guard from whoever has it.
-    pub fn connect(
+    pub(crate) fn connect(
         &mut self,
         ousts: bool,
         now: Now,
@@ -144,7 +144,7 @@ impl Connection {
     }
 
     /// Lets the sender go, or notes that it has gone. True: there was one.
-    pub fn drop_sender(&mut self) -> bool {
+    pub(crate) fn drop_sender(&mut self) -> bool {
         let had_one = self.has_sender();
         if had_one {
             self.sender = Sender::Absent;
@@ -153,42 +153,42 @@ impl Connection {
     }
 
     /// The node that was found last counts no longer.
-    pub fn forget_address(&mut self) {
+    pub(crate) fn forget_address(&mut self) {
         self.address = None;
     }
 
     /// A node is about to be connected to. False: it is the same as before.
-    pub fn found(&mut self, address: Address) -> bool {
+    pub(crate) fn found(&mut self, address: Address) -> bool {
         let is_other = self.address.as_ref() != Some(&address);
         self.address = Some(address);
         is_other
     }
 
     /// What fails is the node that was found last.
-    pub fn note_failure(&mut self) {
+    pub(crate) fn note_failure(&mut self) {
         self.failed_at.clone_from(&self.address);
     }
 
-    pub fn report(&self) -> Option<Report> {
+    pub(crate) fn report(&self) -> Option<Report> {
         self.sender.handle().and_then(Handle::report)
     }
 
     /// Gives the sender an order; one that has ended has said so already.
-    pub fn order(&self, order: Order) {
+    pub(crate) fn order(&self, order: Order) {
         if let Some(handle) = self.sender.handle() {
             let _ = handle.order(order);
         }
     }
 
     /// A batch is about to come.
-    pub fn rouse(&self) {
+    pub(crate) fn rouse(&self) {
         if let Some(handle) = self.sender.handle() {
             handle.rouse();
         }
     }
 
     /// When it is looked whether the sender takes long to come up.
-    pub fn slow_at(&self) -> Option<Now> {
+    pub(crate) fn slow_at(&self) -> Option<Now> {
         match self.sender {
             Sender::Connecting { slow_at, .. } => Some(slow_at),
             _ => None,
@@ -196,19 +196,19 @@ impl Connection {
     }
 
     /// That was logged, and is logged again later.
-    pub fn is_slow(&mut self, now: Now) {
+    pub(crate) fn is_slow(&mut self, now: Now) {
         if let Sender::Connecting { slow_at, .. } = &mut self.sender {
             *slow_at = now + REPEAT_LOG_AFTER;
         }
     }
 
     /// It is up, or has failed: it is not slow any more.
-    pub fn has_connected(&mut self) {
+    pub(crate) fn has_connected(&mut self) {
         self.sender.goes_on(Sender::There);
     }
 
     /// Checks the connection, and with exactly_once refreshes the guard.
-    pub fn refresh(&mut self) {
+    pub(crate) fn refresh(&mut self) {
         if let Some(handle) = self.sender.handle() {
             self.beat += 1;
             handle.beat(self.beat);
@@ -216,7 +216,7 @@ impl Connection {
     }
 
     /// Tells those who watch the guard that its owner leaves; once.
-    pub fn release(&mut self) {
+    pub(crate) fn release(&mut self) {
         if let Sender::Connecting { handle, .. } | Sender::There(handle) = &self.sender {
             self.beat += 1;
             let _ = handle.order(Order::Beat {
@@ -227,16 +227,16 @@ impl Connection {
         }
     }
 
-    pub fn is_releasing(&self) -> bool {
+    pub(crate) fn is_releasing(&self) -> bool {
         matches!(self.sender, Sender::Releasing(_))
     }
 
-    pub fn released(&mut self) {
+    pub(crate) fn released(&mut self) {
         self.sender.goes_on(Sender::Released);
     }
 
     /// Where the backend is, or with `fails` where its failure came from, in words.
-    pub fn place(&self, fails: bool) -> String {
+    pub(crate) fn place(&self, fails: bool) -> String {
         let address = if fails { &self.failed_at } else { &self.address };
         match (address, &self.destination) {
             (Some(address), _) => address.to_string(),
@@ -247,7 +247,7 @@ impl Connection {
     }
 
     /// Whether the server's certificate is not verified.
-    pub fn is_insecure(&self) -> bool {
+    pub(crate) fn is_insecure(&self) -> bool {
         let tls = self.destination.as_ref().ok().and_then(|d| d.tls.as_ref());
         tls.is_some_and(|tls| tls.insecure)
     }

@@ -18,7 +18,7 @@ impl Backend {
     }
 
     /// Whether this database or server is a copy, and the backend belongs to the original.
-    pub fn is_copy(&self) -> bool {
+    pub(crate) fn is_copy(&self) -> bool {
         self.original().is_some()
     }
 
@@ -30,12 +30,12 @@ impl Backend {
     }
 
     /// Whether it connects nowhere.
-    pub fn is_withheld(&self) -> bool {
+    pub(crate) fn is_withheld(&self) -> bool {
         self.duty.unusable().is_some() || self.unguarded_original().is_some()
     }
 
     /// Shows why.
-    pub fn withhold(&mut self, now: Now) {
+    pub(crate) fn withhold(&mut self, now: Now) {
         let shown = self.delivery.trouble().map(|failure| failure.trouble);
         let failure = match (self.duty.unusable(), self.unguarded_original()) {
             (Some(unusable), _) if shown != Some(Trouble::UnusableOption) => {

@@ -7,7 +7,7 @@ use crate::worker::backend::settings::{self, Home};
 use relay::reading::role::Role;
 use relay::redis::destination::Destination;
 
-pub enum Duty {
+pub(crate) enum Duty {
     /// Sends a backend's events, or in a cluster those of one lane.
     Send(Box<Service>),
     /// Finds hash slots of a cluster that have no lane yet (see `lanes.rs`); it sends nothing.
@@ -19,14 +19,14 @@ pub enum Duty {
 }
 
 /// Sending one backend's events, or those of a lane.
-pub struct Service {
+pub(crate) struct Service {
     pub row: BackendRow,
     /// The hash slot of a cluster that it is for.
     pub lane: Option<u16>,
     pub connection: Connection,
 }
 
-pub struct Finder {
+pub(crate) struct Finder {
     pub row: BackendRow,
     /// Where its lanes connect, but for their hash slots.
     pub destination: Known<Destination>,
@@ -34,7 +34,7 @@ pub struct Finder {
 
 impl Duty {
     /// Of a backend that is not deleted; in a cluster, of its finder. `has_lanes`: lanes of it are saved.
-    pub fn of(row: BackendRow, has_lanes: bool, home: &Home) -> Self {
+    pub(crate) fn of(row: BackendRow, has_lanes: bool, home: &Home) -> Self {
         let finds = match &row.options.mode {
             Ok(mode) => *mode == Topology::Cluster,
             // It sends nothing now. But retention must not go by one cursor where there are several.
@@ -47,7 +47,7 @@ impl Duty {
     }
 
     /// Of a lane of this one.
-    pub fn of_lane(&self, hash_slot: u16, home: &Home) -> Self {
+    pub(crate) fn of_lane(&self, hash_slot: u16, home: &Home) -> Self {
         let lane = Some(hash_slot);
         match self.row() {
             Some(row) => Self::Send(Box::new(Service::new(row.clone(), lane, home))),
@@ -56,7 +56,7 @@ impl Duty {
     }
 
     /// As the schedule of reading knows it.
-    pub fn role(&self) -> Role {
+    pub(crate) fn role(&self) -> Role {
         match self {
             Self::Send(_) => Role::Redis,
             Self::Find(_) => Role::Finder,
@@ -65,7 +65,7 @@ impl Duty {
         }
     }
 
-    pub fn lane(&self) -> Option<u16> {
+    pub(crate) fn lane(&self) -> Option<u16> {
         match self {
             Self::Send(service) => service.lane,
             Self::Fail { lane } => *lane,
@@ -74,7 +74,7 @@ impl Duty {
     }
 
     /// The row of `outbox.backends`, if there is one.
-    pub fn row(&self) -> Option<&BackendRow> {
+    pub(crate) fn row(&self) -> Option<&BackendRow> {
         match self {
             Self::Send(service) => Some(&service.row),
             Self::Find(finder) => Some(&finder.row),
@@ -82,7 +82,7 @@ impl Duty {
         }
     }
 
-    pub fn row_mut(&mut self) -> Option<&mut BackendRow> {
+    pub(crate) fn row_mut(&mut self) -> Option<&mut BackendRow> {
         match self {
             Self::Send(service) => Some(&mut service.row),
             Self::Find(finder) => Some(&mut finder.row),
@@ -90,18 +90,18 @@ impl Duty {
         }
     }
 
-    pub fn options(&self) -> Option<&Options> {
+    pub(crate) fn options(&self) -> Option<&Options> {
         self.row().map(|row| &row.options)
     }
 
-    pub fn connection(&self) -> Option<&Connection> {
+    pub(crate) fn connection(&self) -> Option<&Connection> {
         match self {
             Self::Send(service) => Some(&service.connection),
             Self::Find(_) | Self::Fail { .. } | Self::Strays => None,
         }
     }
 
-    pub fn connection_mut(&mut self) -> Option<&mut Connection> {
+    pub(crate) fn connection_mut(&mut self) -> Option<&mut Connection> {
         match self {
             Self::Send(service) => Some(&mut service.connection),
             Self::Find(_) | Self::Fail { .. } | Self::Strays => None,
@@ -109,7 +109,7 @@ impl Duty {
     }
 
     /// What of its row cannot be used.
-    pub fn unusable(&self) -> Option<&Unusable> {
+    pub(crate) fn unusable(&self) -> Option<&Unusable> {
         match self {
             Self::Send(service) => service.connection.destination().err(),
             Self::Find(finder) => finder.destination.as_ref().err(),
@@ -126,7 +126,7 @@ impl Service {
 }
 
 impl Finder {
-    pub fn new(row: BackendRow, home: &Home) -> Self {
+    pub(crate) fn new(row: BackendRow, home: &Home) -> Self {
         let destination = settings::destination(&row, home, None);
         Self { row, destination }
     }

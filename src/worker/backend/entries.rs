@@ -11,7 +11,7 @@ const KEPT_BUFFER_BYTES: usize = 2 * BATCH_BYTES;
 /// How many names of streams are kept, so that entries share them.
 const KNOWN_STREAMS: usize = 1_000;
 
-pub struct Entries {
+pub(super) struct Entries {
     /// The stream of events that name none.
     pub stream: Rc<str>,
     /// The length to which streams are trimmed; 0: they are not.
@@ -25,7 +25,7 @@ pub struct Entries {
 
 impl Entries {
     /// `kept_buffers`: how many buffers are kept at most.
-    pub fn new(stream: Rc<str>, max_len: i64, kept_buffers: usize) -> Self {
+    pub(super) fn new(stream: Rc<str>, max_len: i64, kept_buffers: usize) -> Self {
         Self {
             stream,
             max_len,
@@ -37,7 +37,7 @@ impl Entries {
     }
 
     /// The stream of an event.
-    pub fn stream_of(&mut self, event: &Event<'_>) -> Rc<str> {
+    pub(super) fn stream_of(&mut self, event: &Event<'_>) -> Rc<str> {
         match event.stream {
             Some(stream) if *stream != *self.stream => self.named_stream(stream),
             _ => self.stream.clone(),
@@ -56,11 +56,11 @@ impl Entries {
         stream
     }
 
-    pub fn buffer(&mut self) -> Vec<u8> {
+    pub(super) fn buffer(&mut self) -> Vec<u8> {
         self.buffers.pop().unwrap_or_default()
     }
 
-    pub fn keep(&mut self, mut buffer: Vec<u8>) {
+    pub(super) fn keep(&mut self, mut buffer: Vec<u8>) {
         if buffer.capacity() <= KEPT_BUFFER_BYTES && self.buffers.len() < self.kept_buffers {
             buffer.clear();
             self.buffers.push(buffer);

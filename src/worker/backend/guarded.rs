@@ -18,34 +18,34 @@ use std::time::Duration;
 
 impl Backend {
     /// Whether there is something to do about its guard.
-    pub fn has_claim_step(&self) -> bool {
+    pub(crate) fn has_claim_step(&self) -> bool {
         self.recovery.is_due() || (self.is_told_to_take_over() && self.delivery.is_up())
     }
 
     /// Whether `outbox.take_over()` was called for it. A paused backend is taken over when it is enabled again.
-    pub fn is_told_to_take_over(&self) -> bool {
+    pub(crate) fn is_told_to_take_over(&self) -> bool {
         self.row().is_some_and(|row| row.take_over && row.enabled)
     }
 
     /// What to do if Redis has lost everything. A backend whose row does not say it never connects.
-    pub fn on_missing_guard(&self) -> OnMissing {
+    pub(crate) fn on_missing_guard(&self) -> OnMissing {
         let known = self.options().and_then(|options| options.on_missing_guard.clone().ok());
         known.unwrap_or(OnMissing::Halt)
     }
 
-    pub fn is_exactly_once(&self) -> bool {
+    pub(crate) fn is_exactly_once(&self) -> bool {
         self.reads_for_redis() && self.delivery.guarantee() == Guarantee::ExactlyOnce
     }
 
     /// Gives the sender an order. A sender that has ended has reported that already.
-    pub fn order(&self, order: Order) {
+    pub(crate) fn order(&self, order: Order) {
         if let Some(connection) = self.duty.connection() {
             connection.order(order);
         }
     }
 
     /// Lets the sender go, and does not connect for a while: the guard does not allow it, or the settings do not.
-    pub fn hold_off(&mut self, failure: Failure, retry_after: Duration, now: Now) {
+    pub(crate) fn hold_off(&mut self, failure: Failure, retry_after: Duration, now: Now) {
         self.drop_sender();
         self.recovery.reset();
         self.note_failing_node();
@@ -57,20 +57,20 @@ impl Backend {
     }
 
     /// The guard is ours, and all that it says was processed.
-    pub fn up(&mut self, now: Now) {
+    pub(crate) fn up(&mut self, now: Now) {
         self.recovery.reset();
         self.delivery.connected();
         self.log_change(now);
     }
 
     /// A trouble has ended, which the views have to show.
-    pub fn note_recovery(&mut self, now: Now) {
+    pub(crate) fn note_recovery(&mut self, now: Now) {
         self.books.change(now);
         self.log_change(now);
     }
 
     /// The guard names batches whose replies nobody has read. `total`: events up to them.
-    pub fn adopt(&mut self, cursor: Cursor, total: i64, now: Now) {
+    pub(crate) fn adopt(&mut self, cursor: Cursor, total: i64, now: Now) {
         let known = self.delivery.accepted();
         let base = self.total() - known as i64;
         self.delivery.adopt(cursor, known.max((total - base).max(0) as u64));
@@ -80,7 +80,7 @@ impl Backend {
 
     /// Begins an epoch above `claimed`, the highest that the guard names, for a claim. It has to be saved durably
     /// before the claim is made.
-    pub fn begin_epoch(&mut self, claimed: u64, now: Now) {
+    pub(crate) fn begin_epoch(&mut self, claimed: u64, now: Now) {
         // The saved epoch may have been lost with a crash.
         let claimed = claimed.max(epoch_of(self.delivery.number()));
         let known = self.books.standing.epoch.max(claimed as i64);
@@ -89,26 +89,26 @@ impl Backend {
         self.books.change(now);
     }
 
-    pub fn count_healing(&mut self) {
+    pub(crate) fn count_healing(&mut self) {
         self.books.standing.healings += 1;
     }
 
     /// Goes back to `cursor`.
-    pub fn read_again(&mut self, cursor: Cursor, reread_to: i64, now: Now) {
+    pub(crate) fn read_again(&mut self, cursor: Cursor, reread_to: i64, now: Now) {
         self.delivery.heal(cursor, reread_to);
         self.books.change(now);
         (self.retention.recorded_at, self.retention.is_due) = (None, true);
     }
 
     /// Reads again which streams have waiting events.
-    pub fn reload_streams(&mut self) -> Result<(), Aborted> {
+    pub(crate) fn reload_streams(&mut self) -> Result<(), Aborted> {
         let waiting = process::transaction(|| refused_streams(self.number, self.lane(), self.stream()))?;
         self.delivery.set_streams(waiting);
         Ok(())
     }
 
     /// The limit of what a guard of ours can say: this server has written nothing beyond. Within a transaction.
-    pub fn reach(&self) -> Reach {
+    pub(crate) fn reach(&self) -> Reach {
         // SAFETY: reads a counter under its lock, and a position.
         let (next_xid, wal) = unsafe { (pg_sys::ReadNextFullTransactionId().value, pg_sys::GetXLogInsertRecPtr()) };
         Reach {
@@ -121,18 +121,18 @@ impl Backend {
     }
 
     /// The key of its guard (exactly_once).
-    pub fn guard_key(&self) -> Option<&str> {
+    pub(crate) fn guard_key(&self) -> Option<&str> {
         self.duty.connection().and_then(Connection::guard_key)
     }
 
     /// Events accepted in all.
-    pub fn total(&self) -> i64 {
+    pub(crate) fn total(&self) -> i64 {
         self.books.total(self.delivery.accepted())
     }
 
     /// Checks an idle connection. With exactly_once that refreshes the guard, which tells others that its owner is
     /// alive, as a batch does.
-    pub fn refresh(&mut self) {
+    pub(crate) fn refresh(&mut self) {
         let is_idle = self.delivery.is_up() && self.delivery.is_idle();
         if let Some(connection) = self.duty.connection_mut().filter(|_| is_idle) {
             connection.refresh();
@@ -140,7 +140,7 @@ impl Backend {
     }
 
     /// Tells those who watch the guard that its owner leaves, if it is the owner.
-    pub fn release_guard(&mut self) {
+    pub(crate) fn release_guard(&mut self) {
         let owns = self.delivery.is_up() && self.delivery.is_idle();
         let releases = self.is_exactly_once() && (owns || self.recovery.has_claimed());
         if let Some(connection) = self.duty.connection_mut().filter(|_| releases) {
@@ -149,12 +149,12 @@ impl Backend {
     }
 
     /// Whether the reply to that is on its way.
-    pub fn is_releasing(&self) -> bool {
+    pub(crate) fn is_releasing(&self) -> bool {
         self.duty.connection().is_some_and(Connection::is_releasing)
     }
 
     /// Refused events are written down durably: the sender may go on.
-    pub fn resume(&mut self) {
+    pub(crate) fn resume(&mut self) {
         if self.delivery.is_stopped() {
             self.delivery.resume();
             self.order(Order::Resume);

@@ -15,12 +15,12 @@ use std::sync::Arc;
 
 impl Backend {
     /// Whether it is time to start a sender.
-    pub fn wants_sender(&self, now: Now) -> bool {
+    pub(crate) fn wants_sender(&self, now: Now) -> bool {
         self.connects() && !self.has_sender() && self.delivery.wants_connection(now)
     }
 
     /// There is no permit for its sender.
-    pub fn wait_for_turn(&mut self, now: Now) {
+    pub(crate) fn wait_for_turn(&mut self, now: Now) {
         if let Some(connection) = self.duty.connection_mut() {
             connection.wait_for_turn();
         }
@@ -36,7 +36,7 @@ impl Backend {
     }
 
     /// Starts a sender; there is a permit for it.
-    pub fn connect(&mut self, now: Now, waker: &Arc<UnixStream>, permits: &mut SenderPermits) {
+    pub(crate) fn connect(&mut self, now: Now, waker: &Arc<UnixStream>, permits: &mut SenderPermits) {
         self.turn.began_at = now;
         let ousts = self.is_told_to_take_over();
         let Some(connection) = self.duty.connection_mut().filter(|c| c.destination().is_ok()) else {
@@ -52,7 +52,7 @@ impl Backend {
     }
 
     /// Lets the sender go, to begin anew with another connection.
-    pub fn let_go(&mut self) {
+    pub(crate) fn let_go(&mut self) {
         self.recovery.reset();
         let Some(connection) = self.duty.connection_mut() else {
             return;
@@ -64,7 +64,7 @@ impl Backend {
     }
 
     /// Processes what the sender has reported.
-    pub fn hear(&mut self, now: Now) {
+    pub(crate) fn hear(&mut self, now: Now) {
         // There may be thousands of backends: without news, one is not looked at in each round for something to log.
         let mut has_news = self.logged.is_look_due(now);
         while let Some(report) = self.duty.connection().and_then(Connection::report) {

@@ -20,7 +20,7 @@ use std::time::Duration;
 
 impl Backend {
     /// A lane for a hash slot that has none, where the finder stands. It has to be saved in the same transaction.
-    pub fn new_lane(&self, hash_slot: u16, at: Position, home: &Home) -> Self {
+    pub(crate) fn new_lane(&self, hash_slot: u16, at: Position, home: &Home) -> Self {
         let cursor = Cursor {
             position: at,
             number: 0,
@@ -32,7 +32,7 @@ impl Backend {
     }
 
     /// Saves a new lane, at the position of its finder, in the transaction that makes it.
-    pub fn save_new(&mut self) {
+    pub(crate) fn save_new(&mut self) {
         let saved = Saved {
             position: self.delivery.acked(),
             batch_number: 0,
@@ -44,18 +44,18 @@ impl Backend {
         cursors::save_cursor(self.number, self.lane(), &saved);
     }
 
-    pub fn is_finder(&self) -> bool {
+    pub(crate) fn is_finder(&self) -> bool {
         matches!(self.duty, Duty::Find(_))
     }
 
     /// Whether a stream's events are this one's to deliver.
-    pub fn serves(&self, stream: &str) -> bool {
+    pub(crate) fn serves(&self, stream: &str) -> bool {
         self.lane()
             .is_none_or(|hash_slot| hash_slot_of(stream.as_bytes()) == hash_slot)
     }
 
     /// The hash slot of an event.
-    pub fn hash_slot_of(&self, event: &Event<'_>) -> u16 {
+    pub(crate) fn hash_slot_of(&self, event: &Event<'_>) -> u16 {
         hash_slot_of(event.stream.unwrap_or(self.stream()).as_bytes())
     }
 
@@ -65,14 +65,14 @@ impl Backend {
     }
 
     /// No further lane can be made: events of other hash slots wait.
-    pub fn no_lane_left(&mut self, hash_slot: u16, wait: Duration, now: Now) {
+    pub(crate) fn no_lane_left(&mut self, hash_slot: u16, wait: Duration, now: Now) {
         let message = format!("an event belongs to hash slot {hash_slot}, and {MOST_LANES} others are in use");
         self.rests_until = now + wait;
         self.hold_off(Failure::of(Trouble::TooManySlots, message), wait, now);
     }
 
     /// The finder has passed the event that had stopped it.
-    pub fn goes_on(&mut self, now: Now) {
+    pub(crate) fn goes_on(&mut self, now: Now) {
         if self.delivery.trouble().is_some() {
             self.delivery.forget_trouble();
             self.note_recovery(now);

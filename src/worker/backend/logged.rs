@@ -12,7 +12,7 @@ const LOOK_PAUSE: Duration = Duration::from_millis(250);
 
 /// What was logged of a backend.
 #[derive(Default)]
-pub struct Logged {
+pub(super) struct Logged {
     state: Option<State>,
     /// Troubles of this state that were logged within a minute.
     troubles: Vec<(String, Now)>,
@@ -21,21 +21,21 @@ pub struct Logged {
 
 impl Logged {
     /// Whether it is time to look, without news.
-    pub fn is_look_due(&self, now: Now) -> bool {
+    pub(super) fn is_look_due(&self, now: Now) -> bool {
         now >= self.look_at
     }
 
-    pub fn looked(&mut self, now: Now) {
+    pub(super) fn looked(&mut self, now: Now) {
         self.look_at = now + LOOK_PAUSE;
     }
 
     /// What comes next is logged, also if the state is the same.
-    pub fn forget_state(&mut self) {
+    pub(super) fn forget_state(&mut self) {
         self.state = None;
     }
 
     /// Whether there is nothing new to say. Troubles that take turns are repeats, too.
-    pub fn is_known(&mut self, state: State, trouble: &str, now: Now) -> bool {
+    pub(super) fn is_known(&mut self, state: State, trouble: &str, now: Now) -> bool {
         if self.state != Some(state) {
             return false;
         }
@@ -44,7 +44,7 @@ impl Logged {
         state == State::Idle || repeats
     }
 
-    pub fn note(&mut self, state: State, trouble: String, now: Now) {
+    pub(super) fn note(&mut self, state: State, trouble: String, now: Now) {
         if self.state.replace(state) != Some(state) {
             self.troubles.clear();
         }

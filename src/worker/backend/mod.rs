@@ -6,12 +6,12 @@
 //! - [`entries`] from events to entries; [`books`] what is not saved yet, and [`saving`] it
 //! - [`restored`] how far it is with restored events, and [`comparing`] them; [`logged`] what was logged, and [`logging`]
 
-pub mod books;
+pub(crate) mod books;
 mod changes;
 mod comparing;
-pub mod connection;
+pub(crate) mod connection;
 mod copy;
-pub mod duty;
+pub(crate) mod duty;
 mod entries;
 mod guarded;
 mod hearing;
@@ -19,10 +19,10 @@ mod lanes;
 mod logged;
 mod logging;
 mod restored;
-pub mod saving;
+pub(crate) mod saving;
 mod settings;
 
-pub use settings::Home;
+pub(crate) use settings::Home;
 
 use crate::server::guc;
 use crate::tables::backends::BackendRow;
@@ -52,7 +52,7 @@ use relay::time::Now;
 use std::rc::Rc;
 
 /// Lanes of one backend: each has a thread, a connection and buffers.
-pub const MOST_LANES: usize = 64;
+pub(crate) const MOST_LANES: usize = 64;
 /// Bytes that may be on their way for one lane. It is less than for a backend because there may be many lanes.
 const LANE_WINDOW_BYTES: usize = 512 * 1024;
 /// How many unused buffers are kept for a backend, and for a lane.
@@ -60,9 +60,9 @@ const KEPT_BUFFERS: usize = 8;
 const KEPT_BUFFERS_OF_LANE: usize = 1;
 
 /// A backend, or one of its lanes.
-pub type Whose = (i32, Option<u16>);
+pub(crate) type Whose = (i32, Option<u16>);
 
-pub struct Backend {
+pub(crate) struct Backend {
     pub number: i32,
     pub duty: Duty,
     pub delivery: Delivery,
@@ -80,7 +80,7 @@ pub struct Backend {
 
 /// The turn of a backend that shares permits to connect with others, because there are too few for all.
 #[derive(Default)]
-pub struct Turn {
+pub(crate) struct Turn {
     /// It takes turns: it has a sender only for a while.
     pub is_taken: bool,
     /// When it got its last one.
@@ -88,7 +88,7 @@ pub struct Turn {
 }
 
 /// When retention has to be told what was delivered.
-pub struct RetentionClock {
+pub(crate) struct RetentionClock {
     /// When that was done last.
     pub recorded_at: Option<Now>,
     /// More was delivered since.
@@ -97,12 +97,12 @@ pub struct RetentionClock {
 
 impl Backend {
     /// Its key among all backends and lanes of the worker.
-    pub fn whose(&self) -> Whose {
+    pub(crate) fn whose(&self) -> Whose {
         (self.number, self.lane())
     }
 
     /// A backend at its saved cursor, or at the beginning of time.
-    pub fn load(number: i32, duty: Duty) -> Self {
+    pub(crate) fn load(number: i32, duty: Duty) -> Self {
         let (mut cursor, standing) = cursors::cursor(number, duty.lane()).unwrap_or_else(|| {
             let position = Position::beginning();
             (Cursor { position, number: 0 }, Standing::default())
@@ -159,43 +159,43 @@ impl Backend {
     }
 
     /// The hash slot of a cluster that it is for.
-    pub fn lane(&self) -> Option<u16> {
+    pub(crate) fn lane(&self) -> Option<u16> {
         self.duty.lane()
     }
 
-    pub fn role(&self) -> Role {
+    pub(crate) fn role(&self) -> Role {
         self.duty.role()
     }
 
-    pub fn row(&self) -> Option<&BackendRow> {
+    pub(crate) fn row(&self) -> Option<&BackendRow> {
         self.duty.row()
     }
 
-    pub fn options(&self) -> Option<&Options> {
+    pub(crate) fn options(&self) -> Option<&Options> {
         self.duty.options()
     }
 
     /// The stream of events that name none.
-    pub fn stream(&self) -> &Rc<str> {
+    pub(crate) fn stream(&self) -> &Rc<str> {
         &self.entries.stream
     }
 
-    pub fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         self.row().map_or("(deleted)", |row| &row.name)
     }
 
-    pub fn is_enabled(&self) -> bool {
+    pub(crate) fn is_enabled(&self) -> bool {
         self.row().is_none_or(|row| row.enabled)
     }
 
     /// Whether it has to be connected. With exactly_once, also a paused backend is: the guard has to show that its
     /// owner is alive.
-    pub fn connects(&self) -> bool {
+    pub(crate) fn connects(&self) -> bool {
         self.reads_for_redis() && !self.is_withheld() && (self.is_enabled() || self.is_exactly_once())
     }
 
     /// When something has to be done even without a report of the sender.
-    pub fn due_at(&self) -> Option<Now> {
+    pub(crate) fn due_at(&self) -> Option<Now> {
         let connection = self
             .duty
             .connection()
@@ -206,12 +206,12 @@ impl Backend {
         }
     }
 
-    pub fn reads_for_redis(&self) -> bool {
+    pub(crate) fn reads_for_redis(&self) -> bool {
         matches!(self.duty, Duty::Send(_))
     }
 
     /// Whether it is up and without trouble, so that others may wait for it to catch up with them.
-    pub fn is_keeping_up(&self) -> bool {
+    pub(crate) fn is_keeping_up(&self) -> bool {
         self.reads_for_redis()
             && self.is_enabled()
             && self.delivery.is_up()
@@ -221,35 +221,35 @@ impl Backend {
     }
 
     /// Whether rows can be read for it now.
-    pub fn is_ready(&self, now: Now) -> bool {
+    pub(crate) fn is_ready(&self, now: Now) -> bool {
         // Refused events must be written down first.
         let can_send = || self.delivery.has_room() && self.books.records.is_empty();
         self.is_enabled() && !self.is_withheld() && now >= self.rests_until && (!self.reads_for_redis() || can_send())
     }
 
     /// Whether a sender is busy.
-    pub fn is_sending(&self) -> bool {
+    pub(crate) fn is_sending(&self) -> bool {
         self.has_sender() && !self.delivery.is_idle()
     }
 
-    pub fn has_sender(&self) -> bool {
+    pub(crate) fn has_sender(&self) -> bool {
         self.duty.connection().is_some_and(Connection::has_sender)
     }
 
     /// When something was acknowledged last.
-    pub fn moved_at(&self) -> Now {
+    pub(crate) fn moved_at(&self) -> Now {
         self.books.moved_at()
     }
 
     /// Wakes the sender, because a batch is about to come.
-    pub fn rouse(&self) {
+    pub(crate) fn rouse(&self) {
         if let Some(connection) = self.duty.connection().filter(|_| self.delivery.has_room()) {
             connection.rouse();
         }
     }
 
     /// Hands over what was built in a transaction that has ended well. `wal`: up to where it is flushed.
-    pub fn send(&mut self, batches: Vec<BuiltBatch>, wal: u64) {
+    pub(crate) fn send(&mut self, batches: Vec<BuiltBatch>, wal: u64) {
         fault::reach(Point::AfterRead);
         for BuiltBatch { batch, contents } in batches {
             let Some(connection) = self.duty.connection().filter(|c| c.has_sender()) else {
@@ -270,7 +270,7 @@ impl Backend {
     }
 
     /// The reader came to `position` without anything to send after the last batch.
-    pub fn advanced(&mut self, position: Position, now: Now) {
+    pub(crate) fn advanced(&mut self, position: Position, now: Now) {
         // A cursor that passed no event is not saved, so that an idle server stays idle.
         if position.from.high_seq != self.books.saved_high_seq() {
             self.books.fall_behind(now);
@@ -279,7 +279,7 @@ impl Backend {
     }
 
     /// These rows were read and must not be sent.
-    pub fn skipped(&mut self, seqs: &[i64], now: Now) {
+    pub(crate) fn skipped(&mut self, seqs: &[i64], now: Now) {
         seqs.iter().for_each(|seq| self.delivery.skipped(*seq));
         // The views count them as pending until the cursor is saved.
         if !seqs.is_empty() {
@@ -288,7 +288,12 @@ impl Backend {
     }
 
     /// Appends an event to a batch, in front of its entry. `stream`: as [`Self::stream_of`] says.
-    pub fn encode(&mut self, batch: &mut OpenBatch, stream: &Rc<str>, event: &Event<'_>) -> Result<(), ConfigError> {
+    pub(crate) fn encode(
+        &mut self,
+        batch: &mut OpenBatch,
+        stream: &Rc<str>,
+        event: &Event<'_>,
+    ) -> Result<(), ConfigError> {
         let entries = &mut self.entries;
         let max_len = if batch.trims(stream) { entries.max_len } else { 0 };
         entries
@@ -297,12 +302,12 @@ impl Backend {
     }
 
     /// The stream of an event.
-    pub fn stream_of(&mut self, event: &Event<'_>) -> Rc<str> {
+    pub(crate) fn stream_of(&mut self, event: &Event<'_>) -> Rc<str> {
         self.entries.stream_of(event)
     }
 
     /// Working space for a batch, begun as its delivery wants.
-    pub fn buffer(&mut self) -> Vec<u8> {
+    pub(crate) fn buffer(&mut self) -> Vec<u8> {
         let mut buffer = self.entries.buffer();
         if self.is_exactly_once() {
             buffer.extend_from_slice(guard::BATCH_START);
@@ -310,11 +315,11 @@ impl Backend {
         buffer
     }
 
-    pub fn keep(&mut self, buffer: Vec<u8>) {
+    pub(crate) fn keep(&mut self, buffer: Vec<u8>) {
         self.entries.keep(buffer);
     }
 
-    pub fn failed(&mut self, count: u64) {
+    pub(crate) fn failed(&mut self, count: u64) {
         self.books.standing.failed_total += count as i64;
     }
 }

@@ -6,7 +6,7 @@ use relay::time::Now;
 use std::sync::Arc;
 
 #[derive(Default)]
-pub struct Restored {
+pub(super) struct Restored {
     /// Restores whose events a lane has compared.
     pub(super) compared: Vec<i64>,
     /// No transaction with a higher id has brought any of these.
@@ -22,11 +22,11 @@ pub struct Restored {
 
 impl Restored {
     /// Whether a row tells of events that are to be compared.
-    pub fn has_new(&self, row: &BackendRow) -> bool {
+    pub(super) fn has_new(&self, row: &BackendRow) -> bool {
         row.restores.iter().any(|restore| !self.compared.contains(restore))
     }
 
-    pub fn let_go(&mut self) {
+    pub(super) fn let_go(&mut self) {
         self.holds = false;
     }
 }

@@ -13,16 +13,16 @@ use relay::time::Now;
 
 impl Backend {
     /// When the cursor is to be saved.
-    pub fn save_at(&self) -> Option<Now> {
+    pub(crate) fn save_at(&self) -> Option<Now> {
         self.books.save_at()
     }
 
-    pub fn is_unsaved(&self) -> bool {
+    pub(crate) fn is_unsaved(&self) -> bool {
         self.books.is_unsaved()
     }
 
     /// Writes records and cursor down. `wall_us`: the time of day.
-    pub fn save(&mut self, now: Now, wall_us: i64) {
+    pub(crate) fn save(&mut self, now: Now, wall_us: i64) {
         let accepted_in = self.is_exactly_once().then(|| self.delivery.accepted_in());
         let failed = refused::record(self.number, &self.books.records, accepted_in);
         let standing = self.standing_now(failed, wall_us);
@@ -77,7 +77,7 @@ impl Backend {
     }
 
     /// The transaction of [`Self::save`] has committed.
-    pub fn saved(&mut self, now: Now) {
+    pub(crate) fn saved(&mut self, now: Now) {
         let books = &mut self.books;
         if let Some((standing, counted)) = books.pending_save.take() {
             books.saved_total = standing.accepted_total;
@@ -105,7 +105,7 @@ fn error_of(record: &Record) -> Option<&str> {
 }
 
 /// Writes down what is unsaved of some, in one transaction.
-pub fn save(backends: &mut [Backend], which: impl Fn(&Backend) -> bool, now: Now) -> Result<(), Aborted> {
+pub(crate) fn save(backends: &mut [Backend], which: impl Fn(&Backend) -> bool, now: Now) -> Result<(), Aborted> {
     let which = |b: &Backend| b.is_unsaved() && which(b);
     if !backends.iter().any(&which) {
         return Ok(());

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 /// What backends have to know of their database.
 #[derive(Clone, Default)]
-pub struct Home {
+pub(crate) struct Home {
     pub name: String,
     /// A guard's key begins with it: it names the installation and the database.
     pub guard_prefix: String,
@@ -22,7 +22,7 @@ pub struct Home {
 
 /// Where and how the events of a backend are sent. `lane`: the hash slot that is served, in a cluster. An option of the
 /// row that cannot be used is never taken for another: then there is no destination.
-pub fn destination(row: &BackendRow, home: &Home, lane: Option<u16>) -> Known<Destination> {
+pub(super) fn destination(row: &BackendRow, home: &Home, lane: Option<u16>) -> Known<Destination> {
     let options = &row.options;
     let text = |own: &Option<String>, setting: &_| own.clone().unwrap_or_else(|| guc::text(setting));
     let time = |own: Option<Duration>, setting: &_| own.unwrap_or_else(|| guc::millis(setting));
@@ -74,13 +74,13 @@ pub fn destination(row: &BackendRow, home: &Home, lane: Option<u16>) -> Known<De
 }
 
 /// The stream of events that name none.
-pub fn stream(row: Option<&BackendRow>) -> Rc<str> {
+pub(super) fn stream(row: Option<&BackendRow>) -> Rc<str> {
     let own = row.and_then(|row| row.options.stream_name.as_deref());
     own.map_or_else(|| guc::text(&guc::REDIS_STREAM_NAME).into(), Rc::from)
 }
 
 /// The length to which streams are trimmed; 0: they are not.
-pub fn max_len(row: Option<&BackendRow>) -> i64 {
+pub(super) fn max_len(row: Option<&BackendRow>) -> i64 {
     let own = row.and_then(|row| row.options.max_len.clone().ok().flatten());
     own.unwrap_or_else(|| i64::from(guc::REDIS_MAX_LEN.get()))
 }
