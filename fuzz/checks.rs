@@ -1,4 +1,5 @@
-//! What must hold for any bytes: the fuzz targets' bodies. `relay/tests/fuzz_corpus.rs` runs them over the inputs that are kept in `fuzz/corpus`.
+//! What must hold for any bytes: the fuzz targets' bodies. `relay/tests/fuzz_corpus.rs` runs them over the inputs that
+//! are kept in `fuzz/corpus`.
 
 use redis::Value;
 use relay::event::broadcaster::{Encoder, Target};
@@ -31,7 +32,8 @@ const BOUNDS: [Bounds; 5] = [
     Bounds::ENTRIES,
 ];
 
-/// The reply decoder finds the same replies however the bytes arrive, and agrees with the parser on what they are. None is beyond its bounds.
+/// The reply decoder finds the same replies however the bytes arrive, and agrees with the parser on what they are. None
+/// is beyond its bounds.
 pub(crate) fn replies(input: &[u8]) {
     for bounds in BOUNDS {
         let whole = taken(input, &bounds, std::iter::repeat(usize::MAX));
@@ -145,8 +147,8 @@ fn agrees(bytes: &[u8]) {
     assert!(!reply.is_strings_and_number(items.len()), "{value:?}");
 }
 
-/// Whatever a server says, a conversation neither panics nor takes anything for a delivery that is none: a batch is done only after an EXEC with
-/// a reply for each of its entries.
+/// Whatever a server says, a conversation neither panics nor takes anything for a delivery that is none: a batch is
+/// done only after an EXEC with a reply for each of its entries.
 pub(crate) fn conversation(input: &[u8]) {
     let Some((&setup, said)) = input.split_first() else {
         return;
@@ -249,7 +251,8 @@ fn wanted() -> Wanted {
     }
 }
 
-/// What a server says is shown on one line, cut, and blamed on somebody; about a transaction as a whole or a login, never on an event.
+/// What a server says is shown on one line, cut, and blamed on somebody; about a transaction as a whole or a login,
+/// never on an event.
 pub(crate) fn classify(input: &[u8]) {
     let line: Vec<u8> = input.iter().copied().filter(|b| !matches!(b, b'\r' | b'\n')).collect();
     if let Ok(Value::ServerError(error)) = redis::parse_redis_value(&[b"-", line.as_slice(), b"\r\n"].concat()) {

@@ -5,7 +5,8 @@
 
 set local search_path = pg_catalog, pg_temp;
 
--- Whoever owns the schema could put other functions beside ours, and whatever is there already might be meant instead of ours.
+-- Whoever owns the schema could put other functions beside ours, and whatever is there already might be meant instead
+-- of ours.
 do $$
 declare
     n pg_catalog.pg_namespace;
@@ -141,7 +142,8 @@ comment on table outbox.moved_backends is 'Backends whose destination was change
 -- Events, and the tables of those that wait elsewhere
 ----------------------------------------------------------------------------------------------------------------------
 
--- Columns of fixed width come first, because each row is deformed once to be sent. The trigger fills in seq, xid and backend_number.
+-- Columns of fixed width come first, because each row is deformed once to be sent. The trigger fills in seq, xid and
+-- backend_number.
 create sequence outbox.events_seq_seq as bigint cache 1;
 create table outbox.events (
     seq              bigint not null,
@@ -201,8 +203,8 @@ create table outbox.refused_events (
     accepted_in    bigint,
     stream         text
 );
--- Who asks for one stream must not be given this index, whatever the planner knows of a table that has just grown: only those can use it
--- who say that seq > 0, which it always is.
+-- Who asks for one stream must not be given this index, whatever the planner knows of a table that has just grown: only
+-- those can use it who say that seq > 0, which it always is.
 create index refused_events_backend_idx on outbox.refused_events (backend_number, seq) where accepted_in is null and seq > 0;
 create index refused_events_stream_idx on outbox.refused_events (backend_number, stream, seq) where accepted_in is null;
 comment on table outbox.refused_events is 'Events of outbox.events that Redis refused and that are being tried again, and those behind them in the same stream.';
@@ -226,7 +228,8 @@ comment on table outbox.failed_events is 'Events that Redis refused max_retries 
 
 create table outbox.cursors (
     backend_number    integer not null,
-    -- In a cluster, the hash slot of a lane. -1: of the whole backend; or what its finder has read, for slots that have no lane.
+    -- In a cluster, the hash slot of a lane. -1: of the whole backend; or what its finder has read, for slots that have
+    -- no lane.
     slot              integer not null default -1 check (slot between -1 and 16383),
     -- Everything that from_snapshot sees is delivered, and of what to_snapshot sees the rows up to last_seq.
     from_snapshot     pg_snapshot not null,
@@ -365,9 +368,10 @@ create function outbox.publish_event(
 comment on function outbox.publish_event(text, text, jsonb, text, text, timestamptz, integer, jsonb, text, text, uuid) is
     'Publishes an event within the caller''s transaction, and returns its id, or NULL if somebody''s trigger on the table left the row out. The event is sent after the commit. backend, subject, stream and data_schema: an empty text counts as NULL. scheduled_at: a time without a zone, as drivers send for a naive one, is taken in the session''s TimeZone; send one with a zone.';
 
--- Drivers type what they send: json, text or varchar for JSON, bigint or double precision for a number. The same function for them. It
--- never competes with the one above. Its first argument is a domain, which loses to text for a literal, for a parameter without a type and
--- for all types of text. Its other types are of the categories of those above (U and N), where none is preferred.
+-- Drivers type what they send: json, text or varchar for JSON, bigint or double precision for a number. The same
+-- function for them. It never competes with the one above. Its first argument is a domain, which loses to text for a
+-- literal, for a parameter without a type and for all types of text. Its other types are of the categories of those
+-- above (U and N), where none is preferred.
 create domain outbox.any_text as text;
 comment on domain outbox.any_text is 'A text as an argument of outbox.publish_event, where other arguments have types of their own.';
 create type outbox.any_value;
@@ -611,7 +615,8 @@ end
 $$;
 comment on function outbox.check_backend_deletion() is 'Trigger of outbox.backends: a backend with waiting events is not deleted.';
 
--- Who may do that is asked by the triggers' conditions, which are evaluated for whoever changes the backend; the functions have the owner's rights.
+-- Who may do that is asked by the triggers' conditions, which are evaluated for whoever changes the backend; the
+-- functions have the owner's rights.
 create function outbox.keep_password() returns trigger
     language plpgsql security definer set search_path = pg_catalog, pg_temp
     as $$
@@ -767,8 +772,8 @@ begin
             order by o.seq limit 5000)) and pg_visible_in_snapshot(h.xid, new.from_snapshot);
     end if;
     if tg_op = 'INSERT' and new.slot = -1 then
-        -- Changes of a row are told only to who has one of its key: this is as that of a backend which has sent nothing. This server's
-        -- own worker may be inserting that row just now.
+        -- Changes of a row are told only to who has one of its key: this is as that of a backend which has sent
+        -- nothing. This server's own worker may be inserting that row just now.
         perform outbox.put_back(format('insert into outbox.cursors (backend_number, slot, from_snapshot, from_next_xid, from_low_seq,
                 from_high_seq, saved_at, state)
             values (%s, -1, ''3:3:'', ''3'', 0, 0, %L, ''idle'') on conflict do nothing', new.backend_number, new.saved_at));
@@ -975,8 +980,8 @@ insert into outbox.backends (name) values ('default');
 -- Looking
 ----------------------------------------------------------------------------------------------------------------------
 
--- The estimates of rows matter: with the default of 1,000, the views on them look so expensive that they are compiled (JIT), and
--- that takes half a second.
+-- The estimates of rows matter: with the default of 1,000, the views on them look so expensive that they are compiled
+-- (JIT), and that takes half a second.
 create function outbox.worker_status(out worker_pid integer, out state text) returns setof record
     language c volatile rows 1
     as 'MODULE_PATHNAME', 'worker_status_wrapper';
@@ -1145,8 +1150,8 @@ union all
 select e.event_id, e.event_type, e.source, e.subject, coalesce(b.name, e.backend),
     coalesce(e.stream, b.stream_name, pg_catalog.current_setting('outbox_relay.redis_stream_name', true)),
     e.created_at, null, 'pending', 0, null
--- What not all cursors see: events of later transactions, and of those that were open for one. (That they have numbers is always so; it
--- tells the planner that they are few, as a rule.)
+-- What not all cursors see: events of later transactions, and of those that were open for one. (That they have numbers
+-- is always so; it tells the planner that they are few, as a rule.)
 from (
         select n.* from outbox.events n
         where n.xid >= coalesce((select case when exists (select from outbox.backends s where not exists (select from outbox.cursors k where k.backend_number = s.number))
@@ -1543,8 +1548,8 @@ create function outbox.publish_failed(failed outbox.failed_events, backend text)
     language plpgsql set search_path = pg_catalog, pg_temp
     as $$
 begin
-    -- What is there under the same id is another event. As long as that waits to be sent it stays, and this one waits for it; once it has
-    -- been published, or has failed too, its row makes room.
+    -- What is there under the same id is another event. As long as that waits to be sent it stays, and this one waits
+    -- for it; once it has been published, or has failed too, its row makes room.
     if exists (select from outbox.scheduled_events s where s.event_id = failed.event_id)
         or exists (select from outbox.events e left join outbox.backends b on b.number = e.backend_number
             where e.event_id = failed.event_id and e.seq <> failed.seq
@@ -1772,7 +1777,8 @@ begin
     if not found then
         return false;
     end if;
-    -- What the original published has an id below that of the transaction which made this database, and what is published here one above.
+    -- What the original published has an id below that of the transaction which made this database, and what is
+    -- published here one above.
     select m.xid::text::xid8, m.is_certain into made_in, is_certain from outbox.database_made_by() m;
     if not is_certain then
         -- That row has been changed, perhaps after the first event was published here: files are as old as the copy.
@@ -1897,7 +1903,8 @@ declare
     before jsonb;
 begin
     perform outbox.silence_triggers();
-    -- What is logged of the caller's statement once it has ended shows its parameters, and auto_explain also what a plan has made of them.
+    -- What is logged of the caller's statement once it has ended shows its parameters, and auto_explain also what a
+    -- plan has made of them.
     perform set_config('log_parameter_max_length', '0', true);
     if current_setting('auto_explain.log_min_duration', true) is not null then
         perform set_config('auto_explain.log_min_duration', '-1', true);
@@ -2034,9 +2041,10 @@ select pg_catalog.pg_extension_config_dump('outbox.events_seq_seq', '');
 select pg_catalog.pg_extension_config_dump('outbox.scheduled_events', 'order by scheduled_at, seq');
 select pg_catalog.pg_extension_config_dump('outbox.failed_events', '');
 
-----------------------------------------------------------------------------------------------------------------------
--- Rows that come while triggers are off carry ids of another cluster: the worker looks for them when a trigger has been touched
-----------------------------------------------------------------------------------------------------------------------
+-- --------------------------------------------------------------------------------------------------------------------
+-- Rows that come while triggers are off carry ids of another cluster: the worker looks for them when a trigger has been
+-- touched
+-- --------------------------------------------------------------------------------------------------------------------
 
 create function outbox.trigger_state(out triggers text, out filenode oid) returns record
     language sql stable set search_path = pg_catalog, pg_temp

@@ -1,4 +1,5 @@
-//! outbox_relay: a transactional outbox inside Postgres. This crate is the Postgres edge; the logic is in the `relay` crate.
+//! outbox_relay: a transactional outbox inside Postgres. This crate is the Postgres edge; the logic is in the `relay`
+//! crate.
 //!
 //! A folder uses those below it, and none above (`scripts/lint-structure`):
 //!
@@ -17,7 +18,8 @@
 #[cfg(not(panic = "unwind"))]
 compile_error!("outbox_relay must be built with panic=unwind: a panic must become an ERROR, not the end of the server");
 
-/// Declares a function written against the call interface of Postgres itself, for those whose arguments must not be copied.
+/// Declares a function written against the call interface of Postgres itself, for those whose arguments must not be
+/// copied.
 macro_rules! sql_function {
     ($name:ident, $info:ident) => {
         #[unsafe(no_mangle)]
@@ -48,8 +50,8 @@ const LIBRARY_VERSION: &std::ffi::CStr =
     };
 pgrx::pg_module_magic!(name = c"outbox_relay", version = LIBRARY_VERSION);
 
-/// Called when the library is loaded: by the postmaster from shared_preload_libraries, or by a session that publishes without
-/// that, which works, and only queues.
+/// Called when the library is loaded: by the postmaster from shared_preload_libraries, or by a session that publishes
+/// without that, which works, and only queues.
 #[pg_guard]
 pub extern "C-unwind" fn _PG_init() {
     // SAFETY: plain reads of the process's own variables.

@@ -1,4 +1,5 @@
-//! What an application without the extension would write: a table with the columns, defaults and indexes of `outbox.events`.
+//! What an application without the extension would write: a table with the columns, defaults and indexes of
+//! `outbox.events`.
 
 use kit::{Postgres, Stack};
 

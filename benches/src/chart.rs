@@ -1,5 +1,5 @@
-//! Charts as SVG: lines over two axes, and bars. The colours follow the reader's light or dark scheme; the background is drawn, so that
-//! they are readable on any page.
+//! Charts as SVG: lines over two axes, and bars. The colours follow the reader's light or dark scheme; the background
+//! is drawn, so that they are readable on any page.
 
 use std::fmt::Write;
 

@@ -1,4 +1,5 @@
-//! What the parts allow: Redis adding the same entries for `redis-benchmark -c 1 -P 500`, and Postgres handing out the same rows by COPY.
+//! What the parts allow: Redis adding the same entries for `redis-benchmark -c 1 -P 500`, and Postgres handing out the
+//! same rows by COPY.
 
 use kit::{Redis, Stack};
 use std::io::Read;

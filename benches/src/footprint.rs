@@ -1,5 +1,5 @@
-//! What the worker takes: memory with large events and with backends that are down, and what it does when there is nothing to do.
-//! (Its memory with a large backlog is measured where that is drained.)
+//! What the worker takes: memory with large events and with backends that are down, and what it does when there is
+//! nothing to do. (Its memory with a large backlog is measured where that is drained.)
 
 use crate::options::Scale;
 use crate::probe::{Busy, anonymous_kb, busy_seconds, wakes, written};

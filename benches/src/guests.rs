@@ -1,4 +1,5 @@
-//! What relay and publishers do to each other, and what somebody does who keeps a transaction or a snapshot open all along.
+//! What relay and publishers do to each other, and what somebody does who keeps a transaction or a snapshot open all
+//! along.
 
 use crate::bare::{self, pgbench};
 use crate::load::{self, Pace, Way};

@@ -1,4 +1,5 @@
-//! Publishers at a steady pace, and a consumer blocked in XREAD: how long each event takes from sending COMMIT to its arrival.
+//! Publishers at a steady pace, and a consumer blocked in XREAD: how long each event takes from sending COMMIT to its
+//! arrival.
 
 use crate::bare;
 use crate::stats::quantile;
@@ -6,7 +7,8 @@ use kit::Stack;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// How events are published: a statement whose parameter $1 is the payload as text, and the stream in which they arrive.
+/// How events are published: a statement whose parameter $1 is the payload as text, and the stream in which they
+/// arrive.
 #[derive(Clone)]
 pub(crate) struct Way {
     pub sql: String,

@@ -1,8 +1,10 @@
 //! `make bench`: each figure beside its floor, measured in turn within one run, since machines are noisy. Medians.
 //!
 //! - [`options`], [`report`], [`stats`] how much is done, the table, one number of several
-//! - [`servers`], [`probe`], [`machine`], [`floors`], [`bare`], [`load`] what is measured, seen from outside, and beside what
-//! - [`drain`], [`backlog`], [`publish`], [`guests`], [`latency`], [`cost`], [`others`], [`footprint`], [`steady`], [`rivals`] the figures
+//! - [`servers`], [`probe`], [`machine`], [`floors`], [`bare`], [`load`] what is measured, seen from outside, and
+//!   beside what
+//! - [`drain`], [`backlog`], [`publish`], [`guests`], [`latency`], [`cost`], [`others`], [`footprint`], [`steady`],
+//!   [`rivals`] the figures
 //! - [`plots`], [`chart`] pictures of them in `docs/`
 
 mod backlog;

@@ -1,5 +1,5 @@
-//! What some do to the others: how long an event of another backend takes while one schedules, purges, publishes in bulk or floods, beside
-//! the same without; and how long it takes to look.
+//! What some do to the others: how long an event of another backend takes while one schedules, purges, publishes in
+//! bulk or floods, beside the same without; and how long it takes to look.
 
 use crate::load::{self, Pace, Way};
 use crate::options::Scale;
@@ -248,8 +248,9 @@ pub(crate) fn measure_purge(scale: &Scale) -> Taken {
     }
 }
 
-/// One transaction publishes many events. The others' latency stands beside the same without, and beside the same rows in a plain table:
-/// the latter is Postgres's own effect, since a commit waits for the WAL of others and for the processor.
+/// One transaction publishes many events. The others' latency stands beside the same without, and beside the same rows
+/// in a plain table: the latter is Postgres's own effect, since a commit waits for the WAL of others and for the
+/// processor.
 pub(crate) fn measure_beside_bulk(scale: &Scale) -> Taken {
     // Segments of the WAL that are recycled: a new one is filled with zeros first, and all commits wait for that.
     let stack = stack(&[("min_wal_size", "2GB"), ("max_wal_size", "4GB")]);

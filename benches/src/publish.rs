@@ -1,5 +1,5 @@
-//! `publish_event` beside a bare INSERT of the same columns, with the same indexes and defaults, and many events in one statement
-//! beside the bare INSERT ... SELECT.
+//! `publish_event` beside a bare INSERT of the same columns, with the same indexes and defaults, and many events in one
+//! statement beside the bare INSERT ... SELECT.
 
 use crate::bare::{self, pgbench};
 use crate::options::Scale;

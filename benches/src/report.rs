@@ -1,4 +1,5 @@
-//! The table, and what is kept of a run below `target/bench`, so that figures can be measured one by one and shown together.
+//! The table, and what is kept of a run below `target/bench`, so that figures can be measured one by one and shown
+//! together.
 
 use crate::stats::{median, median_difference, median_ratio};
 use serde::{Deserialize, Serialize};

@@ -1,4 +1,5 @@
-//! Other ways from a table to a Redis stream, each with its own table and process: how fast they drain, and how late they are.
+//! Other ways from a table to a Redis stream, each with its own table and process: how fast they drain, and how late
+//! they are.
 //!
 //! `scripts/rivals` installs them into a temporary directory and says in the environment what is there.
 

@@ -25,8 +25,8 @@ pub(crate) fn stack() -> Stack {
     Stack::with(SETTINGS)
 }
 
-/// Waiting events, all for one stream or spread over several streams and backends. They stay when they were drained, and the relay is
-/// made to forget that it has sent them.
+/// Waiting events, all for one stream or spread over several streams and backends. They stay when they were drained,
+/// and the relay is made to forget that it has sent them.
 pub(crate) struct Backlog {
     pub stack: Stack,
     pub events: u64,

@@ -1,4 +1,5 @@
-//! The relay's logic, with no Postgres in it. Time and randomness are passed in, so that every decision can be replayed.
+//! The relay's logic, with no Postgres in it. Time and randomness are passed in, so that every decision can be
+//! replayed.
 //!
 //! A folder uses those below it, and none above (`scripts/lint-structure`):
 //!

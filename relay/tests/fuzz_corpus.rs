@@ -1,5 +1,5 @@
-//! The fuzz targets' checks over the inputs that are kept (`fuzz/corpus`): what once went wrong, and what leads into the code. `make fuzz`
-//! looks for more.
+//! The fuzz targets' checks over the inputs that are kept (`fuzz/corpus`): what once went wrong, and what leads into
+//! the code. `make fuzz` looks for more.
 
 #[path = "../../fuzz/checks.rs"]
 mod checks;

@@ -1,5 +1,5 @@
-//! A server that answers anything to anything, mostly what is expected: from a seed, so that what goes wrong can be repeated. What must hold is what the fuzz
-//! targets check (`fuzz/checks.rs`).
+//! A server that answers anything to anything, mostly what is expected: from a seed, so that what goes wrong can be
+//! repeated. What must hold is what the fuzz targets check (`fuzz/checks.rs`).
 //!
 //! `SEED=n` runs that one alone, `SCHEDULES=n` so many, from `FIRST=n` on.
 

@@ -255,7 +255,8 @@ fn vouched(database: &Database, position: &Position, care: Care) -> Position {
     })
 }
 
-/// The sequence is set again and again; the server dies, with numbers that only a guard has heard of; others number events meanwhile.
+/// The sequence is set again and again; the server dies, with numbers that only a guard has heard of; others number
+/// events meanwhile.
 fn misused(seed: u64, care: Care) -> Result<(), Violation> {
     let rng = &mut Rng::with_seed(seed);
     let mut database = Database::new(rng, 4);

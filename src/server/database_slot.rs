@@ -1,5 +1,5 @@
-//! One database, in shared memory: what its worker is doing, and what it is to hear of. Atomics only, so that a commit can wake the
-//! worker without locks, allocation or failure.
+//! One database, in shared memory: what its worker is doing, and what it is to hear of. Atomics only, so that a commit
+//! can wake the worker without locks, allocation or failure.
 
 use pgrx::pg_sys;
 use relay::reading::numbers::Highest;
@@ -136,7 +136,8 @@ impl DatabaseSlot {
         }
     }
 
-    /// Events are being published. A worker that has not looked for a while is woken, to be ready when they are committed.
+    /// Events are being published. A worker that has not looked for a while is woken, to be ready when they are
+    /// committed.
     pub(crate) fn announce_publishing(&self) {
         let now_ms = clock_ms();
         // At most once a millisecond: many may publish.

@@ -74,7 +74,8 @@ fn encoding_name() -> String {
     }
 }
 
-/// Whether a text in the database's encoding has a UTF-8 form. Costs nothing in a database in UTF-8, and little for ASCII.
+/// Whether a text in the database's encoding has a UTF-8 form. Costs nothing in a database in UTF-8, and little for
+/// ASCII.
 pub(crate) fn has_utf8_form(text: &[u8]) -> Result<(), Foreign> {
     match encoding() {
         pg_sys::pg_enc::PG_UTF8 => Ok(()),
@@ -177,7 +178,8 @@ pub(crate) fn to_server(text: &str) -> Cow<'_, [u8]> {
     }
 }
 
-/// The same for messages, also outside of a transaction: a character that the database's encoding lacks becomes a question mark.
+/// The same for messages, also outside of a transaction: a character that the database's encoding lacks becomes a
+/// question mark.
 pub(crate) fn words_to_server(text: &str) -> Cow<'_, [u8]> {
     if text.is_ascii() || matches!(encoding(), pg_sys::pg_enc::PG_UTF8 | pg_sys::pg_enc::PG_SQL_ASCII) {
         return Cow::Borrowed(text.as_bytes());
@@ -195,7 +197,8 @@ pub(crate) fn words_to_server(text: &str) -> Cow<'_, [u8]> {
 fn character_to_server(character: char) -> Option<Vec<u8>> {
     PgTryBuilder::new(AssertUnwindSafe(|| {
         let mut buffer = [0u8; LONGEST_CHARACTER + 1];
-        // SAFETY: writes a zero-terminated character; an ERROR when there is none. The conversion was looked up when the process began.
+        // SAFETY: writes a zero-terminated character; an ERROR when there is none. The conversion was looked up when
+        // the process began.
         unsafe { pg_sys::pg_unicode_to_server(character as pg_sys::pg_wchar, buffer.as_mut_ptr()) };
         CStr::from_bytes_until_nul(&buffer)
             .ok()

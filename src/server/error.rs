@@ -1,15 +1,16 @@
-//! Raising ERRORs. Messages are in Postgres's style: primary line in lower case without a full stop; detail and hint are sentences.
+//! Raising ERRORs. Messages are in Postgres's style: primary line in lower case without a full stop; detail and hint
+//! are sentences.
 
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{PgLogLevel, PgSqlErrorCode, pg_sys};
 
-/// Keeps pgrx from adding a Rust backtrace to the DETAIL that a user sees, wherever RUST_BACKTRACE is set. Called once, from
-/// `_PG_init`.
+/// Keeps pgrx from adding a Rust backtrace to the DETAIL that a user sees, wherever RUST_BACKTRACE is set. Called once,
+/// from `_PG_init`.
 pub(crate) fn hide_backtraces() {
     const SWITCH: &str = "RUST_LIB_BACKTRACE";
     let before = std::env::var_os(SWITCH);
-    // SAFETY: this process has one thread while it loads a library. The first capture decides for all; the variable is put
-    // back for other libraries.
+    // SAFETY: this process has one thread while it loads a library. The first capture decides for all; the variable is
+    // put back for other libraries.
     unsafe {
         std::env::set_var(SWITCH, "0");
         let _ = std::backtrace::Backtrace::capture();

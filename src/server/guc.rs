@@ -1,4 +1,5 @@
-//! The settings, `outbox_relay.*`: names, defaults and units as users see them. Why each default has its value stands beside it.
+//! The settings, `outbox_relay.*`: names, defaults and units as users see them. Why each default has its value stands
+//! beside it.
 
 use pgrx::guc::{GucContext, GucFlags, GucRegistry, GucSetting};
 use pgrx::pg_sys::AsPgCStr;
@@ -319,8 +320,8 @@ fn int(
     GucRegistry::define_int_guc(name, about, c"", setting, min, max, context, flags);
 }
 
-/// Refuses a list that cannot be parsed. At the server's start the only value to fall back to is the default, which allows all; so an
-/// unreadable list is accepted there, and allows nothing.
+/// Refuses a list that cannot be parsed. At the server's start the only value to fall back to is the default, which
+/// allows all; so an unreadable list is accepted there, and allows nothing.
 #[pg_guard]
 // SAFETY: called by Postgres alone, with the new value.
 unsafe extern "C-unwind" fn check_allowed_hosts(
@@ -379,7 +380,8 @@ pub(crate) fn serves(database: &str) -> bool {
     ENABLED.get() && is_listed(&text(&DATABASES), database)
 }
 
-/// Names and patterns, of which those that begin with `!` take databases out, wherever they stand. With these alone, all others are in.
+/// Names and patterns, of which those that begin with `!` take databases out, wherever they stand. With these alone,
+/// all others are in.
 fn is_listed(list: &str, database: &str) -> bool {
     let entries = || list.split(',').map(str::trim).filter(|entry| !entry.is_empty());
     let fits = |pattern: &str| pattern == database || WildMatch::new(pattern).matches(database);

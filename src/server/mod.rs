@@ -1,9 +1,11 @@
 //! Manners of a Postgres process. Knows nothing of events or backends.
 //!
 //! - [`guc`] settings; [`pinned`] those that nobody may give a worker
-//! - [`shmem`], [`database_slot`] shared memory; [`txn`] after a commit: wake the worker; [`object_access`] extension and databases come and go
+//! - [`shmem`], [`database_slot`] shared memory; [`txn`] after a commit: wake the worker; [`object_access`] extension
+//!   and databases come and go
 //! - [`process`] signals, waiting, transactions, the log
-//! - [`error`], [`report`] raising ERRORs and saying them; [`untouched`], [`unguarded`] ERRORs of others pass as they are
+//! - [`error`], [`report`] raising ERRORs and saying them; [`untouched`], [`unguarded`] ERRORs of others pass as they
+//!   are
 //! - [`encoding`], [`datum`] texts in the database's encoding; values as Postgres passes them
 //! - [`place`], [`standby`] where this server lives, and whether it was promoted
 //! - [`trigger_call`] what a trigger function was called with; [`random`], [`uuid`]

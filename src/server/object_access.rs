@@ -1,11 +1,13 @@
-//! Notices when our extension or a database is created, changed or dropped, whatever the statement (CASCADE, OWNED BY, DROP SCHEMA).
+//! Notices when our extension or a database is created, changed or dropped, whatever the statement (CASCADE, OWNED BY,
+//! DROP SCHEMA).
 //!
-//! A hook on utility statements would run before a statement's rights are checked. This hook runs after. It has no guard and owns
-//! nothing, so that an ERROR in it, or in another library's hook behind it, passes through unchanged.
+//! A hook on utility statements would run before a statement's rights are checked. This hook runs after. It has no
+//! guard and owns nothing, so that an ERROR in it, or in another library's hook behind it, passes through unchanged.
 //!
-//! DROP DATABASE calls this hook before it looks for sessions that are in its way. RENAME, SET TABLESPACE and CREATE DATABASE ...
-//! TEMPLATE do not: for those, see [`crate::server::process::give_way_to_database_statements`], which is all that DROP needs, too, but for
-//! WITH (FORCE) by an owner who is no superuser, and may not end a superuser's process.
+//! DROP DATABASE calls this hook before it looks for sessions that are in its way. RENAME, SET TABLESPACE and CREATE
+//! DATABASE ... TEMPLATE do not: for those, see [`crate::server::process::give_way_to_database_statements`], which is
+//! all that DROP needs, too, but for WITH (FORCE) by an owner who is no superuser, and may not end a superuser's
+//! process.
 
 use crate::server::shmem;
 use crate::server::txn;

@@ -1,8 +1,8 @@
 //! Settings that a database or a role may have, and that must not change what the launcher and the workers do.
 //!
-//! Left alone: what only says how much is logged or how much memory a query may use; what counts for sessions with a client alone
-//! (`client_encoding`, `idle_session_timeout`, `session_preload_libraries`, login event triggers); and where files are put, since a
-//! worker makes none.
+//! Left alone: what only says how much is logged or how much memory a query may use; what counts for sessions with a
+//! client alone (`client_encoding`, `idle_session_timeout`, `session_preload_libraries`, login event triggers); and
+//! where files are put, since a worker makes none.
 
 use crate::server::process;
 use pgrx::pg_sys;

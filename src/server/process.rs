@@ -30,8 +30,8 @@ pub(crate) struct Aborted {
 
 // SAFETY: the declarations of miscadmin.h, interrupt.h and tcopprot.h.
 unsafe extern "C-unwind" {
-    // Postgres's own handlers. Declared here without pgrx's guard: a handler may run at any instruction, where the guard's
-    // bookkeeping must not.
+    // Postgres's own handlers. Declared here without pgrx's guard: a handler may run at any instruction, where the
+    // guard's bookkeeping must not.
     fn die(signal: std::ffi::c_int);
     fn SignalHandlerForConfigReload(signal: std::ffi::c_int);
     fn SignalHandlerForShutdownRequest(signal: std::ffi::c_int);
@@ -52,8 +52,8 @@ impl Aborted {
 
 /// Installs the signal handlers of a background worker with a database connection, and unblocks signals.
 pub(crate) fn take_signals() {
-    // SAFETY: the standard handlers, installed before signals are unblocked. `die` interrupts waits for locks too, which
-    // a handler that only sets a flag does not.
+    // SAFETY: the standard handlers, installed before signals are unblocked. `die` interrupts waits for locks too,
+    // which a handler that only sets a flag does not.
     unsafe {
         pqsignal(libc::SIGTERM, Some(die));
         pqsignal(libc::SIGHUP, Some(SignalHandlerForConfigReload));
@@ -61,15 +61,16 @@ pub(crate) fn take_signals() {
     }
 }
 
-/// From now on SIGTERM does not end the process at once. It cancels the current transaction, whatever that waits for, and
-/// [`is_told_to_end`] returns true.
+/// From now on SIGTERM does not end the process at once. It cancels the current transaction, whatever that waits for,
+/// and [`is_told_to_end`] returns true.
 pub(crate) fn end_with_last_words() {
     // No pg_guard: as Postgres's own handlers, of which it is made.
     // SAFETY: installed as a signal handler alone.
     unsafe extern "C-unwind" fn end_soon(signal: std::ffi::c_int) {
         // SAFETY: a plain read of a flag; the handlers only set flags and the latch.
         unsafe {
-            // The postmaster signals a child twice, directly and as a process group. The second signal must not cancel the final save.
+            // The postmaster signals a child twice, directly and as a process group. The second signal must not cancel
+            // the final save.
             if pg_sys::ShutdownRequestPending == 0 {
                 SignalHandlerForShutdownRequest(signal);
                 StatementCancelHandler(signal);
@@ -80,20 +81,21 @@ pub(crate) fn end_with_last_words() {
     unsafe { pqsignal(libc::SIGTERM, Some(end_soon)) };
 }
 
-/// Makes the statements that need a database to themselves (DROP, RENAME and SET TABLESPACE of a database, CREATE DATABASE ... TEMPLATE)
-/// tell this process to end when it is in their way.
+/// Makes the statements that need a database to themselves (DROP, RENAME and SET TABLESPACE of a database, CREATE
+/// DATABASE ... TEMPLATE) tell this process to end when it is in their way.
 ///
-/// When all their checks are done, they count who else is in the database, for up to five seconds. Meanwhile they send SIGTERM to
-/// autovacuum's workers there, which they know by a flag in shared memory, and to nobody else (`CountOtherDBBackends`). A relay's worker
-/// has the same duty to leave, so it has the same flag. Whoever connects to the database waits until the statement has ended; so does
-/// the worker that the launcher starts then, whatever became of the statement.
+/// When all their checks are done, they count who else is in the database, for up to five seconds. Meanwhile they send
+/// SIGTERM to autovacuum's workers there, which they know by a flag in shared memory, and to nobody else
+/// (`CountOtherDBBackends`). A relay's worker has the same duty to leave, so it has the same flag. Whoever connects to
+/// the database waits until the statement has ended; so does the worker that the launcher starts then, whatever became
+/// of the statement.
 ///
-/// The flag has two more effects (Postgres 15 to 18). Who waits for one of our locks longer than its deadlock_timeout cancels our
-/// transaction. And CREATE INDEX CONCURRENTLY does not wait for our snapshots: those that it would matter to are of rows that nobody
-/// but us deletes.
+/// The flag has two more effects (Postgres 15 to 18). Who waits for one of our locks longer than its deadlock_timeout
+/// cancels our transaction. And CREATE INDEX CONCURRENTLY does not wait for our snapshots: those that it would matter
+/// to are of rows that nobody but us deletes.
 pub(crate) fn give_way_to_database_statements() {
-    // SAFETY: the process's own entry, changed under the lock that guards it, as vacuum does. The end of a transaction does not
-    // reset this flag.
+    // SAFETY: the process's own entry, changed under the lock that guards it, as vacuum does. The end of a transaction
+    // does not reset this flag.
     unsafe {
         let lock = NamedLock::ProcArray.get();
         pg_sys::LWLockAcquire(lock, pg_sys::LWLockMode::LW_EXCLUSIVE);
@@ -104,11 +106,11 @@ pub(crate) fn give_way_to_database_statements() {
     }
 }
 
-/// Ends this process right after Postgres's own exit callbacks, whatever the reason for its end. `exit()` would go on to run
-/// the handlers and destructors of all libraries of the process (resolver, allocator, other extensions), while sender threads still use
-/// them, and a crash there would restart the whole server. Senders are not waited for: one may be stuck in a system call, and what
-/// they have under way is in doubt whether they are told or not, which the next worker settles. Called first: the callback that was
-/// registered first runs last.
+/// Ends this process right after Postgres's own exit callbacks, whatever the reason for its end. `exit()` would go on
+/// to run the handlers and destructors of all libraries of the process (resolver, allocator, other extensions), while
+/// sender threads still use them, and a crash there would restart the whole server. Senders are not waited for: one may
+/// be stuck in a system call, and what they have under way is in doubt whether they are told or not, which the next
+/// worker settles. Called first: the callback that was registered first runs last.
 pub(crate) fn end_without_exit_handlers() {
     // No pg_guard: it calls nothing of Postgres.
     // SAFETY: called by Postgres alone, when all else is done.
@@ -126,8 +128,8 @@ pub(crate) fn is_told_to_end() -> bool {
     unsafe { pg_sys::ProcDiePending != 0 || pg_sys::ShutdownRequestPending != 0 }
 }
 
-/// Handles pending interrupts: barriers, memory-context logging, and the end of the process. Between transactions there is nothing to
-/// cancel.
+/// Handles pending interrupts: barriers, memory-context logging, and the end of the process. Between transactions there
+/// is nothing to cancel.
 pub(crate) fn handle_interrupts() {
     PgTryBuilder::new(|| {
         pg_sys::check_for_interrupts!();
@@ -149,8 +151,8 @@ pub(crate) fn reload_if_told() -> bool {
     true
 }
 
-/// Accepts the order to end, so that the process can save its state first. A timeout can still interrupt that: otherwise a lock could
-/// hold up the server's shutdown.
+/// Accepts the order to end, so that the process can save its state first. A timeout can still interrupt that:
+/// otherwise a lock could hold up the server's shutdown.
 pub(crate) fn accept_end() {
     // SAFETY: the process's own flags, which its signal handlers set.
     unsafe { (pg_sys::ProcDiePending, pg_sys::QueryCancelPending) = (0, 0) };
@@ -223,8 +225,8 @@ pub(crate) fn wait_briefly(time: Duration) {
     unsafe { pg_sys::pg_usleep(time.as_micros() as i64) };
 }
 
-/// Runs `f` in a transaction of its own, with a snapshot for SPI. An ERROR or panic in it aborts the transaction and comes back
-/// as a value: the process goes on.
+/// Runs `f` in a transaction of its own, with a snapshot for SPI. An ERROR or panic in it aborts the transaction and
+/// comes back as a value: the process goes on.
 pub(crate) fn transaction<R>(f: impl FnOnce() -> R) -> Result<R, Aborted> {
     let outcome = PgTryBuilder::new(AssertUnwindSafe(|| {
         // SAFETY: between transactions; what is started here is committed here or aborted below.
@@ -250,7 +252,8 @@ pub(crate) fn transaction<R>(f: impl FnOnce() -> R) -> Result<R, Aborted> {
     outcome
 }
 
-/// Runs `f` in a subtransaction of the transaction at hand. An ERROR or panic in it aborts that alone, and comes back as a value.
+/// Runs `f` in a subtransaction of the transaction at hand. An ERROR or panic in it aborts that alone, and comes back
+/// as a value.
 pub(crate) fn attempt<R>(f: impl FnOnce() -> R) -> Result<R, Aborted> {
     // SAFETY: within a transaction; what was current is so again, whatever happened within.
     unsafe {
@@ -285,8 +288,8 @@ fn aborted(error: &CaughtError) -> Aborted {
     }
 }
 
-/// Hands the counts of what was read and written to the statistics, as sessions do when they get idle: autovacuum of our
-/// tables goes by them. At most once a second; between transactions.
+/// Hands the counts of what was read and written to the statistics, as sessions do when they get idle: autovacuum of
+/// our tables goes by them. At most once a second; between transactions.
 pub(crate) fn report_statistics() {
     // SAFETY: outside of a transaction; sends what has gathered, if anything, without waiting for locks.
     unsafe { pg_sys::pgstat_report_stat(false) };
@@ -316,8 +319,8 @@ pub(crate) fn set_option(name: &CStr, value: &CStr) {
     }
 }
 
-/// Whether the whole server is being shut down, not this process alone. The postmaster writes that into its file before it signals
-/// anybody.
+/// Whether the whole server is being shut down, not this process alone. The postmaster writes that into its file before
+/// it signals anybody.
 pub(crate) fn is_server_stopping() -> bool {
     /// Counted from 0 (LOCK_FILE_LINE_PM_STATUS).
     const STATUS_LINE: usize = 7;

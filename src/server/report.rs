@@ -21,8 +21,8 @@ unsafe extern "C-unwind" {
     fn errfinish(file: *const c_char, line: c_int, function: *const c_char);
 }
 
-/// Runs the body of a C function of ours that is written in Rust: an ERROR of Postgres leaves as it was raised, and a panic as an ERROR.
-/// Nothing in the frames of the caller may need to be dropped.
+/// Runs the body of a C function of ours that is written in Rust: an ERROR of Postgres leaves as it was raised, and a
+/// panic as an ERROR. Nothing in the frames of the caller may need to be dropped.
 pub(crate) fn guard<R>(body: impl FnOnce() -> R) -> R {
     match untouched::attempt(body) {
         Ok(result) => result,

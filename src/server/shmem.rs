@@ -1,7 +1,8 @@
-//! What processes share: a *slot* for each database that has a worker, or is to have one ([`DatabaseSlot`]), and a head for all.
+//! What processes share: a *slot* for each database that has a worker, or is to have one ([`DatabaseSlot`]), and a head
+//! for all.
 //!
-//! The launcher gives a slot to each database that is to have a worker, and whoever publishes in one that has none yet takes it one.
-//! Only the launcher takes slots back: once the database has gone, or nothing was ever published there.
+//! The launcher gives a slot to each database that is to have a worker, and whoever publishes in one that has none yet
+//! takes it one. Only the launcher takes slots back: once the database has gone, or nothing was ever published there.
 
 use crate::server::database_slot::{DatabaseSlot, SlotState, set_latch};
 use crate::server::unguarded::{self, NamedLock};
@@ -11,7 +12,8 @@ use std::mem::size_of;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
-/// Slots beside two for each of `max_worker_processes`: for databases that wait for a process, so that they can be told of it.
+/// Slots beside two for each of `max_worker_processes`: for databases that wait for a process, so that they can be told
+/// of it.
 const ROOM: usize = 1_024;
 /// Databases that can be announced between two looks of the launcher; if there are more, it looks into all.
 const ANNOUNCEMENTS: usize = 64;
@@ -90,8 +92,8 @@ unsafe extern "C-unwind" fn request() {
 // No pg_guard: as above.
 // SAFETY: called by Postgres alone, as a hook.
 unsafe extern "C-unwind" fn startup() {
-    // SAFETY: Postgres calls this hook once its shared memory exists; the lock is the one meant for it. Zeroes are the valid empty
-    // state of every field. Nothing in it needs dropping.
+    // SAFETY: Postgres calls this hook once its shared memory exists; the lock is the one meant for it. Zeroes are the
+    // valid empty state of every field. Nothing in it needs dropping.
     unsafe {
         if let Some(previous) = PREVIOUS_STARTUP_HOOK {
             previous();

@@ -1,9 +1,9 @@
-//! Whether this data directory was a streaming standby that was promoted. Such a server takes over from a guard's owner by itself; a copy
-//! of the same data does not (see `relay::guard::claim`).
+//! Whether this data directory was a streaming standby that was promoted. Such a server takes over from a guard's owner
+//! by itself; a copy of the same data does not (see `relay::guard::claim`).
 //!
-//! The server's start shows whether it is a standby (`standby.signal`), and its time as a standby whether it streamed. Both are kept in a
-//! small file in the data directory, so that a restart of the standby or a crash after the promotion does not lose them. The file names
-//! the directory's place, so that it means nothing in a copy.
+//! The server's start shows whether it is a standby (`standby.signal`), and its time as a standby whether it streamed.
+//! Both are kept in a small file in the data directory, so that a restart of the standby or a crash after the promotion
+//! does not lose them. The file names the directory's place, so that it means nothing in a copy.
 
 use crate::server::guc::LogLevel;
 use crate::server::place::{place, system};
@@ -38,7 +38,8 @@ const TARGETS: [&std::ffi::CStr; 5] = [
     c"recovery_target_xid",
 ];
 
-/// Notes how this server begins. Called once, by the postmaster, in the data directory. Returns whether it begins as a standby.
+/// Notes how this server begins. Called once, by the postmaster, in the data directory. Returns whether it begins as a
+/// standby.
 pub(crate) fn install() -> bool {
     let began_as = if Path::new("standby.signal").exists() {
         STANDBY

@@ -12,8 +12,8 @@ pub(crate) enum When {
     AfterStatement,
 }
 
-/// What a trigger function of ours was called with, if it was called as it is meant to be: by a trigger of this kind, on one of these
-/// tables. Otherwise an ERROR: a row of another table has other columns, and a statement has none.
+/// What a trigger function of ours was called with, if it was called as it is meant to be: by a trigger of this kind,
+/// on one of these tables. Otherwise an ERROR: a row of another table has other columns, and a statement has none.
 ///
 /// # Safety
 /// Called by Postgres.

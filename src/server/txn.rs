@@ -25,7 +25,8 @@ thread_local! {
     static NEWS: Cell<News> = const { Cell::new(News { events: false, scheduled: false, backends: false, extension: false, databases: false }) };
 }
 
-/// Called once, by the postmaster, so that all its children have the callback. Without preloading there is no process to tell.
+/// Called once, by the postmaster, so that all its children have the callback. Without preloading there is no process
+/// to tell.
 pub(crate) fn install() {
     // SAFETY: registers a callback of this library for the life of the process.
     unsafe { pg_sys::RegisterXactCallback(Some(on_transaction_end), std::ptr::null_mut()) };
@@ -85,7 +86,8 @@ unsafe extern "C-unwind" fn on_transaction_end(event: pg_sys::XactEvent::Type, _
         XACT_EVENT_COMMIT => {
             let mut news = NEWS.take();
             if is_commit_prepared() {
-                // What the prepared transaction did is not known here. Backends are loaded again only if it may have changed them.
+                // What the prepared transaction did is not known here. Backends are loaded again only if it may have
+                // changed them.
                 (news.events, news.scheduled) = (true, true);
                 news.backends |= shmem::are_backends_prepared();
                 news.extension |= shmem::is_extension_prepared();
@@ -108,8 +110,8 @@ unsafe extern "C-unwind" fn on_transaction_end(event: pg_sys::XactEvent::Type, _
     }
 }
 
-/// Whether the transaction that ends is that of a COMMIT PREPARED. It is always the only statement of its message, so its text tells;
-/// taking another one for it wakes the worker for nothing.
+/// Whether the transaction that ends is that of a COMMIT PREPARED. It is always the only statement of its message, so
+/// its text tells; taking another one for it wakes the worker for nothing.
 fn is_commit_prepared() -> bool {
     // SAFETY: plain reads of the process's own variables. A session has a text there while it executes a statement.
     let text = unsafe {

@@ -1,8 +1,8 @@
-//! Functions of Postgres without pgrx's guard around them. An ERROR in one reaches the client as Postgres made it. It jumps over the
-//! frames in between, so these must own nothing that needs dropping.
+//! Functions of Postgres without pgrx's guard around them. An ERROR in one reaches the client as Postgres made it. It
+//! jumps over the frames in between, so these must own nothing that needs dropping.
 //!
-//! pgrx's guard is for our own code: it turns an ERROR into a panic that carries a copy of it, in which constraint, column,
-//! position, context and any SQLSTATE that pgrx does not know are lost.
+//! pgrx's guard is for our own code: it turns an ERROR into a panic that carries a copy of it, in which constraint,
+//! column, position, context and any SQLSTATE that pgrx does not know are lost.
 
 use pgrx::pg_sys;
 use std::ffi::{c_char, c_int};

@@ -1,8 +1,9 @@
 //! ERRORs of Postgres, and of other people's code, that pass through our functions: their client gets them whole.
 //!
-//! Where we call Postgres, pgrx turns an ERROR into a panic, so that Rust's frames are left in order; what the panic carries is a copy
-//! without constraint, column, position, context and most SQLSTATEs. So each entry into our code (`report::guard`) keeps a copy of the
-//! whole error, made when it is raised, and raises that one again once our frames have been left.
+//! Where we call Postgres, pgrx turns an ERROR into a panic, so that Rust's frames are left in order; what the panic
+//! carries is a copy without constraint, column, position, context and most SQLSTATEs. So each entry into our code
+//! (`report::guard`) keeps a copy of the whole error, made when it is raised, and raises that one again once our frames
+//! have been left.
 
 use crate::server::unguarded;
 use pgrx::PgLogLevel;
@@ -15,9 +16,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
 
 thread_local! {
-    /// The last ERROR that was raised below one of our entries. It stays until the next: whoever is raising it still reads it.
+    /// The last ERROR that was raised below one of our entries. It stays until the next: whoever is raising it still
+    /// reads it.
     static LAST: Cell<*mut pg_sys::ErrorData> = const { Cell::new(ptr::null_mut()) };
-    /// Names of source files and functions. Those of errors that Rust raised would be gone by then; there are only so many.
+    /// Names of source files and functions. Those of errors that Rust raised would be gone by then; there are only so
+    /// many.
     static PLACES: RefCell<HashSet<CString>> = RefCell::new(HashSet::new());
 }
 

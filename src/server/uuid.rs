@@ -19,7 +19,8 @@ thread_local! {
     static POOL: RefCell<Pool> = const { RefCell::new(Pool { bytes: [0; POOLED_IDS * RANDOM_BYTES], used: POOLED_IDS * RANDOM_BYTES, pid: 0 }) };
 }
 
-/// A new id of the moment `now` (microseconds since 2000): 48 bits of milliseconds, 12 bits of their fraction, 62 random bits.
+/// A new id of the moment `now` (microseconds since 2000): 48 bits of milliseconds, 12 bits of their fraction, 62
+/// random bits.
 pub(crate) fn new_v7(now: i64) -> [u8; 16] {
     let us = now.saturating_add(EPOCH_SHIFT_US).max(0) as u64;
     let (ms, fraction) = (us / 1_000, (us % 1_000) * 4_096 / 1_000);

@@ -23,7 +23,8 @@ pub(super) struct Mending {
     pub(super) touched: Option<Look>,
     pub(super) sweep: Option<Sweep>,
     pub(super) sweep_at: Now,
-    /// Publications with tables that must not travel, and backends of which another server's events are held, as was said.
+    /// Publications with tables that must not travel, and backends of which another server's events are held, as was
+    /// said.
     pub(super) published: Vec<String>,
     pub(super) held: Vec<String>,
     /// What was said last of what cannot be mended.
@@ -45,8 +46,8 @@ pub(super) struct Sweep {
 }
 
 impl Mending {
-    /// Something of our tables has changed. If it is the trigger, rows may have come with it: they are not to be read before they were
-    /// looked at.
+    /// Something of our tables has changed. If it is the trigger, rows may have come with it: they are not to be read
+    /// before they were looked at.
     pub(super) fn look_again(&mut self, triggers: Option<&str>) {
         self.is_look_due = true;
         if self.seen.as_deref() != triggers {

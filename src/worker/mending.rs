@@ -1,5 +1,5 @@
-//! Mending: triggers of ours that were switched off, and rows that came meanwhile. It has its own patience: whatever stands in its way,
-//! delivery goes on.
+//! Mending: triggers of ours that were switched off, and rows that came meanwhile. It has its own patience: whatever
+//! stands in its way, delivery goes on.
 
 use crate::server::guc::LogLevel;
 use crate::server::process::REPEAT_LOG_AFTER;

@@ -1,4 +1,5 @@
-//! Recovery at its place in the worker: [`relay::recovery`] with the tables, the backend and the log that it works with.
+//! Recovery at its place in the worker: [`relay::recovery`] with the tables, the backend and the log that it works
+//! with.
 
 use crate::server::guc::{self, LogLevel, TakeOver};
 use crate::server::process::{self, Aborted, log};
@@ -32,7 +33,8 @@ use std::time::Duration;
 /// Takes one backend as far as it can go now. `newest`: the newest tick.
 pub(super) fn step(backend: &mut Backend, identity: &Identity, newest: &Arc<Tick>, now: Now) -> Result<(), Aborted> {
     if !backend.recovery.is_due() && backend.delivery.is_up() {
-        // It is to take over and believes that it is the owner. Another server may have become that since: only a claim tells.
+        // It is to take over and believes that it is the owner. Another server may have become that since: only a claim
+        // tells.
         backend.let_go();
         return Ok(());
     }
@@ -279,7 +281,8 @@ impl Rows for BackendRows<'_> {
     }
 }
 
-/// Whether it can be said which stream a row is to be looked for in. One of which it cannot fails when it is read to be sent.
+/// Whether it can be said which stream a row is to be looked for in. One of which it cannot fails when it is read to be
+/// sent.
 fn is_comparable(row: &Row) -> bool {
     !care::is_careful() || care::tried(|| row.text(attribute::STREAM).map(|_| ())).is_ok()
 }
@@ -299,7 +302,8 @@ fn forget_take_over(backend: &mut Backend) -> Result<(), Aborted> {
     Ok(())
 }
 
-/// What all lanes of a backend were to do once is done: it is forgotten. `restored`: a tick that sees what restores have brought.
+/// What all lanes of a backend were to do once is done: it is forgotten. `restored`: a tick that sees what restores
+/// have brought.
 pub(super) fn finish_lanes(backends: &mut [Backend], latest: &Arc<Tick>) -> Result<(), Aborted> {
     for index in 0..backends.len() {
         let finder = &backends[index];

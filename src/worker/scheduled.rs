@@ -1,7 +1,7 @@
 //! Scheduled events, which are moved to `outbox.events` when they are due.
 //!
-//! One that cannot be moved now is *held*: somebody has its row locked, or keeps open a transaction that published an event with the same
-//! `event_id`. It is looked at again by itself; the others are moved.
+//! One that cannot be moved now is *held*: somebody has its row locked, or keeps open a transaction that published an
+//! event with the same `event_id`. It is looked at again by itself; the others are moved.
 
 use crate::server::guc;
 use crate::server::process::{self, Aborted};

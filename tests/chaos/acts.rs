@@ -1,4 +1,5 @@
-//! What people do to a Postgres server in ordinary weeks, and nothing of it may lose, repeat or reorder an event: drawn from the seed, like all faults.
+//! What people do to a Postgres server in ordinary weeks, and nothing of it may lose, repeat or reorder an event: drawn
+//! from the seed, like all faults.
 
 use std::time::Duration;
 

@@ -1,5 +1,6 @@
-//! Acts that nothing else may meet: the server is stopped for a while, its database is copied, or a clone of it is started beside it.
-//! What is published in a copy stands in the copy's ledger alone, so the verdict calls it a phantom wherever it turns up.
+//! Acts that nothing else may meet: the server is stopped for a while, its database is copied, or a clone of it is
+//! started beside it. What is published in a copy stands in the copy's ledger alone, so the verdict calls it a phantom
+//! wherever it turns up.
 
 use std::time::{Duration, Instant};
 
@@ -151,7 +152,8 @@ fn wait_sent(site: &Site, dba: &Dba, backend: &str, store: usize, stream: &str) 
 
 const PUBLISHER: &str = "copy";
 
-/// A few events for each backend, to its own stream. (In the copy of a database, or of a server, that nobody else is in.)
+/// A few events for each backend, to its own stream. (In the copy of a database, or of a server, that nobody else is
+/// in.)
 fn publish(client: &mut Client) -> Result<(), Error> {
     client.batch_execute("begin")?;
     for backend in BACKENDS {

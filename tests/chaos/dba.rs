@@ -1,4 +1,5 @@
-//! Somebody who works at the server while everything else goes on: in sessions of his own, which are thrown out like all others, and then does it again.
+//! Somebody who works at the server while everything else goes on: in sessions of his own, which are thrown out like
+//! all others, and then does it again.
 
 use std::path::PathBuf;
 use std::thread::JoinHandle;

@@ -227,7 +227,8 @@ fn end_log(dba: &Dba) -> Outcome {
     })
 }
 
-/// What it takes away that no cursor has passed may have been sent or not; and so may what has been sent, if Redis loses it.
+/// What it takes away that no cursor has passed may have been sent or not; and so may what has been sent, if Redis
+/// loses it.
 fn truncate(dba: &Dba, identity: Identity) -> Outcome {
     let identity = match identity {
         Identity::Restart => "restart identity",
@@ -276,7 +277,8 @@ fn sequence(dba: &Dba, change: Change, ending: Ending, time: Duration) -> Outcom
         Ending::Commit => "commit",
         Ending::Rollback => "rollback",
     };
-    // A few numbers may have been drawn beyond the last value meanwhile; then it is refused, and nothing is lost by that.
+    // A few numbers may have been drawn beyond the last value meanwhile; then it is refused, and nothing is lost by
+    // that.
     if let Err(error) = dba.try_once(&format!("begin; {statement}; {ending}")) {
         eprintln!("{statement}: {error}");
     }

@@ -1,5 +1,5 @@
-//! A client that sends a COMMIT and leaves without waiting for the answer. No driver does that, so here is as much of the protocol as it takes
-//! (<https://www.postgresql.org/docs/current/protocol-message-formats.html>).
+//! A client that sends a COMMIT and leaves without waiting for the answer. No driver does that, so here is as much of
+//! the protocol as it takes (<https://www.postgresql.org/docs/current/protocol-message-formats.html>).
 
 use std::io::{Error, Read, Write};
 use std::os::unix::net::UnixStream;

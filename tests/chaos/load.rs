@@ -1,4 +1,5 @@
-//! Sessions that publish in every way there is, and end their transactions in every way; each writes the same into the ledger.
+//! Sessions that publish in every way there is, and end their transactions in every way; each writes the same into the
+//! ledger.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -133,7 +134,8 @@ struct Session {
     config: Config,
     socket_dir: PathBuf,
     number: u64,
-    /// Each connection is one of its own in the ledger: who was thrown out in mid-COMMIT cannot know when that took effect.
+    /// Each connection is one of its own in the ledger: who was thrown out in mid-COMMIT cannot know when that took
+    /// effect.
     incarnation: u64,
     turn: i64,
     dice: Dice,

@@ -1,11 +1,13 @@
-//! Chaos: sessions publish in every way there is, everything around the relay is killed, frozen, cut off and set back at random, and then
-//! each committed event must stand in its stream exactly once, in order, unchanged, and nothing else anywhere.
+//! Chaos: sessions publish in every way there is, everything around the relay is killed, frozen, cut off and set back
+//! at random, and then each committed event must stand in its stream exactly once, in order, unchanged, and nothing
+//! else anywhere.
 //!
 //! - [`options`] the command line
 //! - [`plan`] which faults befall when, drawn from a seed
 //! - [`site`] the servers; [`load`] and [`hasty`] who publishes; [`tail`] who reads along
 //! - [`nemesis`] carries out the plan, by [`postgres_faults`], [`redis_faults`], [`settings_faults`]
-//! - [`acts`] what people do to a server in ordinary weeks: [`dba`] does [`dba_acts`] beside everything else, [`copies`] come alone
+//! - [`acts`] what people do to a server in ordinary weeks: [`dba`] does [`dba_acts`] beside everything else,
+//!   [`copies`] come alone
 //! - [`verdict`] compares the ledger with the streams; [`run`] one seed from start to verdict
 //!
 //! A seed repeats the schedule, not the timing of the processes. `scripts/chaos` prepares what this needs.

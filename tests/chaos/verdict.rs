@@ -134,7 +134,8 @@ pub(crate) fn dispensable(pg: &Postgres, redis_loses: bool) -> HashSet<String> {
     rows.iter().map(|row| row.get(0)).collect()
 }
 
-/// `ever`: every event_id that stood in a stream at any time. `once`: whether repeats are a sin. `redis_loses`: whether it lost anything.
+/// `ever`: every event_id that stood in a stream at any time. `once`: whether repeats are a sin. `redis_loses`: whether
+/// it lost anything.
 pub(crate) fn judge(site: &Site, ever: &HashSet<String>, once: bool, redis_loses: bool) -> Verdict {
     let ledger = ledger(&site.pg);
     let mut dispensable = dispensable(&site.pg, redis_loses);
@@ -308,7 +309,8 @@ fn unlogged(pg: &Postgres) -> Vec<String> {
     rows.iter().map(case).collect()
 }
 
-/// Events for the key that is no stream must have failed, once each, and no others. Gives the ids of all that did as they should.
+/// Events for the key that is no stream must have failed, once each, and no others. Gives the ids of all that did as
+/// they should.
 fn judge_failed(client: &mut Client, ledger: &HashMap<String, Line>, findings: &mut Findings) -> HashSet<String> {
     let rows = client
         .query("select event_id::text, last_error from outbox.failed_events", &[])

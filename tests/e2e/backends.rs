@@ -88,7 +88,8 @@ fn a_backend_is_used_in_the_transaction_that_made_it() {
     );
 }
 
-/// The worker may see the rows of such a transaction before it hears of the backend, above all while it is busy reading.
+/// The worker may see the rows of such a transaction before it hears of the backend, above all while it is busy
+/// reading.
 #[test]
 fn events_published_together_with_their_backend_are_delivered() {
     let stack = patient();
@@ -143,7 +144,8 @@ fn a_disabled_backend_pauses_and_goes_on_at_once() {
     assert_eq!(standing(&stack.pg, "default").state, "idle");
 }
 
-/// Whether it hangs in connecting or waits for a reply, or would try again in an hour: the new address is taken at once.
+/// Whether it hangs in connecting or waits for a reply, or would try again in an hour: the new address is taken at
+/// once.
 #[test]
 fn another_address_is_used_at_once_whatever_the_old_one_does() {
     let stack = patient();
@@ -280,7 +282,8 @@ fn a_backend_with_waiting_events_is_not_deleted() {
     );
 }
 
-/// A publisher that commits after its backend was deleted: its event fails, with that reason, whatever has that name now.
+/// A publisher that commits after its backend was deleted: its event fails, with that reason, whatever has that name
+/// now.
 #[test]
 fn events_of_a_deleted_backend_fail_and_those_of_its_namesake_arrive() {
     let stack = patient();

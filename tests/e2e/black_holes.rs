@@ -1,7 +1,7 @@
 //! Backends that are black holes hold up nobody: not the server's end, not DROP DATABASE, not the other backends.
 //!
-//! `OUTBOX_BLACK_HOLE_ROUNDS=100` repeats the first two as often, `OUTBOX_HUNG_SECONDS=20` measures the third for so long; they print what
-//! they found.
+//! `OUTBOX_BLACK_HOLE_ROUNDS=100` repeats the first two as often, `OUTBOX_HUNG_SECONDS=20` measures the third for so
+//! long; they print what they found.
 
 use std::collections::HashMap;
 use std::str::FromStr;
@@ -181,7 +181,8 @@ fn measure(pg: &Postgres, redises: &[Redis], seconds: f64, hung: bool) -> Vec<Du
             let mut transaction = client.transaction().expect("begin");
             let sql = "select outbox.publish_event('t', 'kit', backend => $1)::text";
             let id: String = transaction.query_one(sql, &[&backend]).expect("publish").get(0);
-            // The hung one has as many events as each of the others; without it, another takes them, so that Postgres has the same work.
+            // The hung one has as many events as each of the others; without it, another takes them, so that Postgres
+            // has the same work.
             if turn % redises.len() == 0 {
                 let other = if hung { "hung" } else { "off" };
                 transaction.query_one(sql, &[&other]).expect("publish");

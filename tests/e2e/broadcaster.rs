@@ -42,8 +42,8 @@ fn recorded() -> Vec<Recorded> {
     all
 }
 
-/// The fields in their order; JSON without the spaces and escapes that parsing makes no difference of, so that the order of keys
-/// and the digits of numbers count at every depth.
+/// The fields in their order; JSON without the spaces and escapes that parsing makes no difference of, so that the
+/// order of keys and the digits of numbers count at every depth.
 fn comparable(fields: &[(String, String)]) -> Vec<(String, String)> {
     let parsed = |name: &str, value: &str| match name {
         "cloud_event" => serde_json::from_str::<Value>(value).unwrap().to_string(),

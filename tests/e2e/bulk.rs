@@ -13,8 +13,8 @@ fn private_kb(pid: i32) -> u64 {
     line.trim().strip_suffix(" kB").unwrap().parse().unwrap()
 }
 
-/// Runs in Redis: whether the sources of a stream's entries count from 1; returns how far. (A million entries would keep a
-/// client busy for a minute.)
+/// Runs in Redis: whether the sources of a stream's entries count from 1; returns how far. (A million entries would
+/// keep a client busy for a minute.)
 const COUNT_IN_ORDER: &str = "
     local from, count = '-', 0
     while true do
@@ -67,7 +67,8 @@ fn a_million_events_of_one_insert_arrive_in_order_in_bounded_memory() {
     );
 }
 
-/// Rows of others are passed by in the index: none of one's own is, also none that was rolled back, or of a backend that comes later.
+/// Rows of others are passed by in the index: none of one's own is, also none that was rolled back, or of a backend
+/// that comes later.
 #[test]
 fn few_events_among_many_of_another_backend_arrive_in_order() {
     const ROWS: usize = 12_000;

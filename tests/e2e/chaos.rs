@@ -1,4 +1,5 @@
-//! A short run of `make chaos`, which see: everything around the relay is broken at random, and nothing may be lost, repeated or out of order.
+//! A short run of `make chaos`, which see: everything around the relay is broken at random, and nothing may be lost,
+//! repeated or out of order.
 
 use std::process::Command;
 

@@ -1,5 +1,6 @@
-//! A whole server is copied (a base backup, a recovery) and started beside the original, which is paused, stopped, killed, or has lost its guard: the
-//! copy sends nothing, however long the original is away, and the original goes on when it comes back.
+//! A whole server is copied (a base backup, a recovery) and started beside the original, which is paused, stopped,
+//! killed, or has lost its guard: the copy sends nothing, however long the original is away, and the original goes on
+//! when it comes back.
 
 use kit::owners::{
     PATIENCE, WATCHFUL, delivered, guard, owns, publish, take_over, wait_caught_up, wait_fenced, wait_owner,
@@ -258,7 +259,8 @@ fn an_owner_comes_back_after_its_machine_was_started_again() {
     assert_eq!(ids(&stack.events()), expected);
 }
 
-/// What it has streamed is known, although its primary is dead when it starts: after a restart, a crash, and a promotion nobody has used yet.
+/// What it has streamed is known, although its primary is dead when it starts: after a restart, a crash, and a
+/// promotion nobody has used yet.
 #[test]
 fn a_standby_that_had_streamed_is_promoted_after_a_restart_and_takes_over() {
     for crashes in [false, true] {

@@ -1,4 +1,5 @@
-//! A Redis Cluster: streams are placed by hash slot, each with a guard beside it, and every promise holds stream by stream.
+//! A Redis Cluster: streams are placed by hash slot, each with a guard beside it, and every promise holds stream by
+//! stream.
 
 use kit::{
     Cluster, LIMIT, Ledger, Load, Postgres, QUICK, Redis, Refused, Stack, UNTRIMMED, eventually, ids, publish_many,

@@ -1,5 +1,5 @@
-//! CREATE DATABASE ... TEMPLATE: the copy knows that it is one. It sends nothing until somebody says that it is to, and then what was published
-//! in it, once, beside the original; what waited when it was made is the original's to send.
+//! CREATE DATABASE ... TEMPLATE: the copy knows that it is one. It sends nothing until somebody says that it is to, and
+//! then what was published in it, once, beside the original; what waited when it was made is the original's to send.
 
 use kit::{Postgres, Redis, Stack, UNTRIMMED, holds_for, ids, publish_many, types, wait_eq, wait_until};
 use std::time::Duration;

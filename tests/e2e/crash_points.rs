@@ -1,5 +1,5 @@
-//! The worker dies at each point of its way where dying makes a difference, and comes back: every event stands in its stream once and
-//! in order, and what Redis refused ends as it should. Needs a library built with the feature `faults`.
+//! The worker dies at each point of its way where dying makes a difference, and comes back: every event stands in its
+//! stream once and in order, and what Redis refused ends as it should. Needs a library built with the feature `faults`.
 
 use kit::faults::POINTS;
 use kit::{
@@ -57,7 +57,8 @@ fn wait_back(stack: &Stack, mark: usize) {
     stack.pg.wait_worker("postgres");
 }
 
-/// The worker dies at the point where it is to wait: whoever publishes has heard by then that his transaction is committed.
+/// The worker dies at the point where it is to wait: whoever publishes has heard by then that his transaction is
+/// committed.
 fn die_here(stack: &Stack) {
     stack.pg.wait_reached();
     stack.pg.kill_worker();
@@ -124,7 +125,8 @@ fn a_worker_that_dies_at_any_point_fails_what_redis_refuses_and_nothing_else() {
     );
 }
 
-/// The guard's position is behind them already, and nobody has written down that Redis refused them: the streams' tails tell.
+/// The guard's position is behind them already, and nobody has written down that Redis refused them: the streams' tails
+/// tell.
 #[test]
 fn refused_events_that_nobody_wrote_down_are_found_again() {
     let stack = stack(&[("outbox_relay.max_retries", "1000")]);
@@ -165,7 +167,8 @@ fn a_stream_mended_before_anybody_wrote_down_that_it_refused_loses_nothing() {
     assert_eq!((refused(&stack.pg), failed(&stack.pg).len()), (0, 0));
 }
 
-/// The head was refused, and by the time its followers are tried the stream is well: some of a batch are in the stream, some are not.
+/// The head was refused, and by the time its followers are tried the stream is well: some of a batch are in the stream,
+/// some are not.
 #[test]
 fn a_batch_of_which_a_part_was_accepted_is_told_apart_event_by_event() {
     let mut stack = stack(&[("outbox_relay.max_retries", "1000")]);
@@ -305,8 +308,8 @@ fn whatever_was_sent_since_the_cursor_was_saved_is_known_from_the_guard() {
     );
 }
 
-/// The guard is ahead of the books when at_least_once takes over, which has no eyes for it: those few may be repeated. What was sent after them is
-/// not, although the guard says nothing of it when it counts again.
+/// The guard is ahead of the books when at_least_once takes over, which has no eyes for it: those few may be repeated.
+/// What was sent after them is not, although the guard says nothing of it when it counts again.
 #[test]
 fn a_crash_just_before_a_switch_of_the_delivery_repeats_no_more_than_was_not_saved() {
     let mut stack = stack(&[]);

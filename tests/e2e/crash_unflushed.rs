@@ -1,5 +1,5 @@
-//! Crashes under `synchronous_commit = off`: commits that everybody saw are lost, and their transaction ids and numbers are
-//! used again. What reached Redis must not be among them, and what uses their numbers again must reach it.
+//! Crashes under `synchronous_commit = off`: commits that everybody saw are lost, and their transaction ids and numbers
+//! are used again. What reached Redis must not be among them, and what uses their numbers again must reach it.
 
 use kit::{LIMIT, Ledger, Load, Mode, Postgres, Redis, Stack, ids, publish_many, wait_drained, wait_until};
 use postgres::Client;
@@ -67,8 +67,8 @@ fn without_the_relays_flush_such_a_crash_loses_commits() {
     assert!(survivors < 5, "nothing was lost");
 }
 
-/// The last moment for a transaction to be seen by a tick: `meanwhile` comes there, which nobody flushes, and the server dies the moment
-/// that `count` events are in their stream. It has recovered, and this is what the stream has.
+/// The last moment for a transaction to be seen by a tick: `meanwhile` comes there, which nobody flushes, and the
+/// server dies the moment that `count` events are in their stream. It has recovered, and this is what the stream has.
 fn dies_at_the_tick(mutation: &str, meanwhile: impl FnOnce(&mut Client), count: usize) -> (Stack, Vec<Uuid>) {
     let mut stack = Stack::of(Postgres::with(LAZY).faults(), Redis::start());
     stack.pg.stop(Mode::Fast);
@@ -118,7 +118,8 @@ fn a_flush_before_the_snapshot_or_none_makes_events_up() {
     }
 }
 
-/// What a tick took for drawn or ended, and a crash made undone, is drawn and given again: that must be new to the relay.
+/// What a tick took for drawn or ended, and a crash made undone, is drawn and given again: that must be new to the
+/// relay.
 fn nothing_is_taken_for_known(meanwhile: impl FnOnce(&mut Client)) {
     let (stack, mut published) = dies_at_the_tick("", meanwhile, 2);
     for n in 0..40 {
@@ -132,7 +133,8 @@ fn nothing_is_taken_for_known(meanwhile: impl FnOnce(&mut Client)) {
 #[test]
 fn transactions_that_aborted_just_before_the_snapshot_are_not_taken_for_the_next_of_their_ids() {
     nothing_is_taken_for_known(|client| {
-        // The worker itself needs some of the ids when it comes back. They write little: a page of WAL that is full is flushed.
+        // The worker itself needs some of the ids when it comes back. They write little: a page of WAL that is full is
+        // flushed.
         for _ in 0..20 {
             client
                 .batch_execute("begin; select pg_current_xact_id(); rollback")
@@ -195,7 +197,8 @@ fn next_xid(pg: &Postgres) -> i64 {
     pg.one("select pg_snapshot_xmax(pg_current_snapshot())::text::bigint")
 }
 
-/// A session publishes and aborts, nothing of that is flushed, and after the crash others get its transaction id and its numbers.
+/// A session publishes and aborts, nothing of that is flushed, and after the crash others get its transaction id and
+/// its numbers.
 #[test]
 fn ids_of_aborted_transactions_that_are_used_again_after_a_crash_belong_to_the_new_events() {
     let mut stack = start(&[]);

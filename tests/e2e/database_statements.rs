@@ -1,4 +1,5 @@
-//! Statements that need a database to themselves: its worker leaves for those that are allowed, and for no other, and is back at once.
+//! Statements that need a database to themselves: its worker leaves for those that are allowed, and for no other, and
+//! is back at once.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -86,8 +87,8 @@ fn a_statement_that_is_not_allowed_disturbs_no_worker() {
     pg.exec("drop tablespace elsewhere");
 }
 
-/// Somebody is in the database: the statement fails after the five seconds that Postgres waits, and the worker is back at once. With
-/// another library's hooks before and behind ours, in sessions that go on.
+/// Somebody is in the database: the statement fails after the five seconds that Postgres waits, and the worker is back
+/// at once. With another library's hooks before and behind ours, in sessions that go on.
 #[test]
 fn after_a_statement_that_failed_the_worker_is_back_at_once() {
     if env::lacks(&["pg_stat_statements"]) {

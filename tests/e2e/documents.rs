@@ -1,5 +1,5 @@
-//! The documents: every block of SQL, shell, Python and JavaScript in the README and in docs/*.md runs, or says why it does not; links and
-//! paths lead somewhere; the reference is what a server says of itself.
+//! The documents: every block of SQL, shell, Python and JavaScript in the README and in docs/*.md runs, or says why it
+//! does not; links and paths lead somewhere; the reference is what a server says of itself.
 //!
 //! A block with `<!-- not run: why -->` (or `<!-- not run here: ... -->`) on the line before it is left out.
 
@@ -395,7 +395,8 @@ impl Drop for Running {
     }
 }
 
-/// Starts the consumer of a document, and checks that it notes each event once: what is new, and what a dead consumer of its group has left.
+/// Starts the consumer of a document, and checks that it notes each event once: what is new, and what a dead consumer
+/// of its group has left.
 fn consume(document: &str, group: &str, language: &str) {
     let reader = Reader::new();
     let blocks = runnable(document);

@@ -208,7 +208,8 @@ fn the_other_clusters_default_takes_the_place_of_an_untouched_one() {
     check(&stack, &target, "postgres");
 }
 
-/// The backend that was down when the dump was made, and events that were sent but whose cursor was not saved: none is lost.
+/// The backend that was down when the dump was made, and events that were sent but whose cursor was not saved: none is
+/// lost.
 #[test]
 fn a_dump_during_an_outage_loses_nothing() {
     let mut stack = Stack::start();
@@ -228,7 +229,8 @@ fn a_dump_during_an_outage_loses_nothing() {
     assert_eq!(types(&stack.wait_events(2_000)), expected);
 }
 
-/// The source goes on after its dump was taken: what it has sent by the time of the restore stands in the streams already.
+/// The source goes on after its dump was taken: what it has sent by the time of the restore stands in the streams
+/// already.
 fn after_the_source_went_on(form: Form, delivery: &str) -> (Stack, Postgres, Vec<Entry>) {
     let stack = Stack::start();
     stack.pg.exec(&format!(

@@ -1,5 +1,5 @@
-//! Databases in other encodings than UTF-8: what cannot be sent is refused when it is published; what came before, or is damaged, fails
-//! alone; and our words are in the database's encoding.
+//! Databases in other encodings than UTF-8: what cannot be sent is refused when it is published; what came before, or
+//! is damaged, fails alone; and our words are in the database's encoding.
 
 use std::fs;
 

@@ -1,5 +1,5 @@
-//! What Postgres says of other people's errors is the same with the library and without it, byte for byte; and an ERROR of somebody
-//! else's code below our functions reaches its client whole.
+//! What Postgres says of other people's errors is the same with the library and without it, byte for byte; and an ERROR
+//! of somebody else's code below our functions reaches its client whole.
 
 use std::thread;
 

@@ -1,5 +1,5 @@
-//! With the default delivery every event stands in its stream once and in order, whatever is interrupted in the middle of work. (Of
-//! processes that are killed under load: `crash.rs`.)
+//! With the default delivery every event stands in its stream once and in order, whatever is interrupted in the middle
+//! of work. (Of processes that are killed under load: `crash.rs`.)
 
 use kit::{
     Dice, LIMIT, Ledger, Load, Postgres, Redis, Stack, UNTRIMMED, ids, publish_many, standing, wait_drained, wait_eq,
@@ -111,7 +111,8 @@ fn backends_share_a_redis_and_take_no_notice_of_each_other() {
     }
 }
 
-/// Events that wait as refused, and that Redis turns out to have: all of them are looked for, also where they are more than are compared at once.
+/// Events that wait as refused, and that Redis turns out to have: all of them are looked for, also where they are more
+/// than are compared at once.
 #[test]
 fn whatever_waits_is_compared_piece_by_piece() {
     let stack = Stack::of(

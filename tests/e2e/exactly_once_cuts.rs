@@ -1,4 +1,5 @@
-//! The network between relay and Redis breaks at any byte, or delivers late: every event stands in its stream once, and in order.
+//! The network between relay and Redis breaks at any byte, or delivers late: every event stands in its stream once, and
+//! in order.
 
 use kit::{
     Postgres, Proxy, QUICK, Redis, Stack, UNTRIMMED, Way, ids, publish_many, standing, wait_drained, wait_eq,
@@ -121,7 +122,8 @@ fn a_batch_whose_replies_are_cut_at_any_byte_arrives_once() {
     line.cut_at_each(Way::ToClient, 0..bytes + 5);
 }
 
-/// The connection before was cut: what is cut now is a log-in, a claim, a look at what has become of the last batch, or a batch.
+/// The connection before was cut: what is cut now is a log-in, a claim, a look at what has become of the last batch, or
+/// a batch.
 #[test]
 fn a_claim_cut_at_any_byte_is_made_again() {
     for way in [Way::ToServer, Way::ToClient] {
@@ -172,7 +174,8 @@ fn a_batch_that_is_lost_on_its_way_is_sent_again() {
     line.wait_end();
 }
 
-/// The worker is dead, another has appended what it had on its way, and then its bytes arrive: MULTI, entries, EXEC and all.
+/// The worker is dead, another has appended what it had on its way, and then its bytes arrive: MULTI, entries, EXEC and
+/// all.
 #[test]
 fn a_late_write_of_a_dead_worker_changes_nothing() {
     let mut line = Line::open(&[]);

@@ -1,5 +1,6 @@
-//! What Redis answers when it is not ready for events, or not for one of them, provoked on a real one: docs/FAILURES.md has the whole list, and
-//! where the rest of it is tested (outage.rs, refused.rs, redis_rights.rs, backend_login.rs, hostile.rs, wait_replicas.rs).
+//! What Redis answers when it is not ready for events, or not for one of them, provoked on a real one: docs/FAILURES.md
+//! has the whole list, and where the rest of it is tested (outage.rs, refused.rs, redis_rights.rs, backend_login.rs,
+//! hostile.rs, wait_replicas.rs).
 
 use std::net::UdpSocket;
 
@@ -67,7 +68,8 @@ fn a_replica_without_its_primary_fails_nothing() {
         let mut expected = publish_many(&mut stack.pg.client(), "default", "", "before", 3);
         stack.assert_mended(&stack.redis, &expected);
         stack.redis.call(&["REPLICAOF", "127.0.0.1", "1"]);
-        // XADD is refused for being a write before anything else; whoever asks for the guard first hears of the primary.
+        // XADD is refused for being a write before anything else; whoever asks for the guard first hears of the
+        // primary.
         let (error, hint) = match delivery {
             "exactly_once" => (
                 "MASTERDOWN Link with MASTER is down",
@@ -116,7 +118,8 @@ fn a_script_that_cannot_be_killed_fails_nothing() {
     stack.assert_mended(&stack.redis, &expected);
 }
 
-/// An event that is larger than what Redis takes at once, which closes the connection over it: it fails, and no other does.
+/// An event that is larger than what Redis takes at once, which closes the connection over it: it fails, and no other
+/// does.
 #[test]
 fn an_event_that_is_too_large_for_redis_fails_alone() {
     for delivery in BOTH {
@@ -168,8 +171,8 @@ fn a_query_buffer_that_is_too_small_fails_nothing() {
     }
 }
 
-/// Redis closes the connection for the length of the replies to a transaction that it has executed, and to a look at what it holds: all waits,
-/// and what was appended is known from the guard.
+/// Redis closes the connection for the length of the replies to a transaction that it has executed, and to a look at
+/// what it holds: all waits, and what was appended is known from the guard.
 #[test]
 fn an_output_limit_that_is_too_small_repeats_nothing() {
     let stack = quick(Redis::start());

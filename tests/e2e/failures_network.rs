@@ -1,5 +1,5 @@
-//! What goes wrong on the way to Redis, on real sockets, and what a user is told: docs/FAILURES.md has the whole list. Nothing fails, and
-//! everything arrives once when the way is free again.
+//! What goes wrong on the way to Redis, on real sockets, and what a user is told: docs/FAILURES.md has the whole list.
+//! Nothing fails, and everything arrives once when the way is free again.
 
 use std::os::unix::fs::PermissionsExt;
 

@@ -1,5 +1,5 @@
-//! Of several servers with the same history that can all reach Redis, one owns the streams: a live owner is never robbed, and a dead one is
-//! replaced by whoever has its history.
+//! Of several servers with the same history that can all reach Redis, one owns the streams: a live owner is never
+//! robbed, and a dead one is replaced by whoever has its history.
 
 use std::time::{Duration, Instant};
 
@@ -79,7 +79,8 @@ fn delivered_by(pg: &Postgres, stack: &Stack, prefix: &str) -> Vec<Uuid> {
     sent
 }
 
-/// What it relayed after the promotion stands in the stream and in nobody's history: the new owner says that it goes on after another.
+/// What it relayed after the promotion stands in the stream and in nobody's history: the new owner says that it goes on
+/// after another.
 #[test]
 fn the_old_primary_comes_back_too_late_and_stays_fenced() {
     let (mut stack, promoted, common) = with_standby();
@@ -152,7 +153,8 @@ fn of_two_clusters_restored_from_one_backup_the_one_told_to_take_over_owns_the_s
     holds_for(2 * PATIENCE, "one owns", || owns(&clones[owner], &stack.redis));
     assert_eq!(ids(&stack.events()), [common.clone(), sent.clone()].concat());
 
-    // The owner's run began after the backup: the other has never heard of it, and waits for a word, whatever becomes of it.
+    // The owner's run began after the backup: the other has never heard of it, and waits for a word, whatever becomes
+    // of it.
     clones[owner].crash();
     holds_for(3 * PATIENCE, "the other is fenced", || {
         standing(&clones[other], "default").state == "fenced"
@@ -220,7 +222,8 @@ fn a_renamed_data_directory_goes_on_at_once() {
     assert_eq!(ids(&stack.events()), [common, sent].concat());
 }
 
-/// A server that hangs (its machine is suspended) loses the guard; when it wakes up it finds that out before it writes anything.
+/// A server that hangs (its machine is suspended) loses the guard; when it wakes up it finds that out before it writes
+/// anything.
 #[test]
 fn an_owner_that_was_frozen_writes_nothing_after_the_take_over() {
     let (stack, promoted, common) = with_standby();
@@ -258,7 +261,8 @@ fn only_the_end_of_the_server_gives_up_ownership() {
     assert_eq!(ids(&stack.events()), [common, after].concat());
 }
 
-/// The guard says how often its owner gives a sign of life; when that changes, those who watch must know before they lose patience.
+/// The guard says how often its owner gives a sign of life; when that changes, those who watch must know before they
+/// lose patience.
 #[test]
 fn an_owner_that_beats_more_slowly_is_not_given_up() {
     let (stack, promoted, _) = with_standby();

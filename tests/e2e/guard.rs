@@ -298,7 +298,8 @@ fn a_renamed_database_keeps_its_guard() {
     assert_eq!(guards, [before]);
 }
 
-/// The copy begins with what its model had delivered, and once it is told to, appends under a guard of its own: neither fences the other.
+/// The copy begins with what its model had delivered, and once it is told to, appends under a guard of its own: neither
+/// fences the other.
 #[test]
 fn a_database_made_from_a_template_has_its_own_guard() {
     let stack = Stack::with(&[UNTRIMMED, ("outbox_relay.databases", "model, copy")]);

@@ -103,8 +103,8 @@ fn a_locked_table_does_not_delay_the_final_save() {
     assert_eq!(ids(&stack.events()), [published, more].concat());
 }
 
-/// For each look at the worker during `time`: the age of its transaction in seconds (none: 0), whether it holds back vacuum, and how
-/// many locks it has.
+/// For each look at the worker during `time`: the age of its transaction in seconds (none: 0), whether it holds back
+/// vacuum, and how many locks it has.
 fn looks(pg: &Postgres, time: Duration) -> Vec<(f64, bool, i64)> {
     let mut client = pg.client();
     let start = Instant::now();

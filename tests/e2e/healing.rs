@@ -1,5 +1,5 @@
-//! Redis loses what it acknowledged, by a crash or a failover, but not all of it: the relay finds its guard behind, and appends exactly
-//! what is missing.
+//! Redis loses what it acknowledged, by a crash or a failover, but not all of it: the relay finds its guard behind, and
+//! appends exactly what is missing.
 
 use kit::{
     LIMIT, Ledger, Load, Postgres, QUICK, Redis, Stack, UNTRIMMED, ids, publish_many, standing, wait_drained, wait_eq,
@@ -204,7 +204,8 @@ fn failovers_to_a_replica_that_lags_lose_nothing() {
     assert_eq!(healings(&stack.pg), rounds);
 }
 
-/// What was failed before stays so; what had waited and was accepted out of its turn is appended again, and behind what came before it.
+/// What was failed before stays so; what had waited and was accepted out of its turn is appended again, and behind what
+/// came before it.
 #[test]
 fn what_was_refused_once_is_neither_resent_nor_lost_by_a_healing() {
     let redis = Redis::start();
@@ -267,7 +268,8 @@ fn what_was_refused_once_is_neither_resent_nor_lost_by_a_healing() {
     assert_eq!(stack.pg.one::<i64>("select count(*) from outbox.failed_events"), 3);
 }
 
-/// Clients that flap between a lagging replica and the old primary: what waits as refused in the one had been accepted by the other.
+/// Clients that flap between a lagging replica and the old primary: what waits as refused in the one had been accepted
+/// by the other.
 #[test]
 fn a_redis_that_comes_back_with_what_it_had_lost_gets_nothing_twice() {
     let redis = Redis::start();

@@ -1,4 +1,5 @@
-//! `outbox.health()`: clusters that are broken on purpose, each of which it names with its cause; its hint, executed as it stands, mends it.
+//! `outbox.health()`: clusters that are broken on purpose, each of which it names with its cause; its hint, executed as
+//! it stands, mends it.
 
 use kit::owners::{WATCHFUL, take_over, wait_fenced, wait_owner};
 use kit::{Postgres, QUICK, Redis, Stack, publish_many, tell, wait_drained, wait_eq, wait_until};

@@ -1,5 +1,5 @@
-//! A standby that lost the end of its primary's history is promoted: what it has is delivered, once; what it lost stays in the stream, and the
-//! transaction ids that are used again hide nothing.
+//! A standby that lost the end of its primary's history is promoted: what it has is delivered, once; what it lost stays
+//! in the stream, and the transaction ids that are used again hide nothing.
 
 use kit::owners::{WATCHFUL, publish, take_over, wait_caught_up, wait_fenced, wait_owner};
 use kit::{
@@ -155,7 +155,8 @@ fn a_lost_tail_under_load_loses_nothing_of_the_surviving_history() {
     verdict.assert_exactly_once();
 }
 
-/// A transaction that was open when the histories parted: it committed in the one that was lost, and never in the other, which gives its id to nobody.
+/// A transaction that was open when the histories parted: it committed in the one that was lost, and never in the
+/// other, which gives its id to nobody.
 #[test]
 fn a_transaction_that_was_open_when_the_histories_parted_is_not_made_up() {
     let mut stack = stack(&[]);
@@ -236,8 +237,8 @@ fn a_standby_that_missed_a_restart_of_its_primary_waits_for_a_word() {
     assert_eq!(ids(&stack.events()), expected);
 }
 
-/// With `send_after = standby_flush` a promoted server sends nothing until it has a standby of its own. It looks what stands in the streams all
-/// the same, and repeats nothing of it afterwards.
+/// With `send_after = standby_flush` a promoted server sends nothing until it has a standby of its own. It looks what
+/// stands in the streams all the same, and repeats nothing of it afterwards.
 #[test]
 fn a_promoted_server_that_waits_for_its_own_standby_compares_with_what_it_has() {
     let mut stack = stack(&[("outbox_relay.send_after", "standby_flush")]);

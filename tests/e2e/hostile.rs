@@ -111,7 +111,8 @@ fn a_redis_without_streams_is_a_misconfiguration() {
     assert_eq!(types(&modern.wait_entries("events", 1)), ["t"]);
 }
 
-/// An error that nobody knows is no success either. It may be about the event, so attempts are counted, and others go on.
+/// An error that nobody knows is no success either. It may be about the event, so attempts are counted, and others go
+/// on.
 #[test]
 fn an_unknown_error_is_no_delivery() {
     let stack = stack();

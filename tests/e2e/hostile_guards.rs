@@ -1,4 +1,5 @@
-//! Guards that somebody else has written, or a Redis that lies: nothing that cannot be is believed, and nobody else suffers from it.
+//! Guards that somebody else has written, or a Redis that lies: nothing that cannot be is believed, and nobody else
+//! suffers from it.
 
 use kit::liar;
 use kit::{
@@ -210,7 +211,8 @@ fn reply(fields: &[(String, String)], changed: &[(&str, String)]) -> Vec<u8> {
     reply.into_bytes()
 }
 
-/// Every number in it is one that this server has given, but not to what it saw. Rows that the position has not seen are found by their transactions.
+/// Every number in it is one that this server has given, but not to what it saw. Rows that the position has not seen
+/// are found by their transactions.
 #[test]
 fn a_position_that_is_possible_hides_no_event_that_it_has_not_seen() {
     let (stack, liar) = liar::trusted();
@@ -256,7 +258,8 @@ fn number_of(guard: &[(String, String)]) -> u64 {
     number.parse().expect("a number")
 }
 
-/// A worker knows which batches it has sent: no Redis can say of others that they were appended, and so make events that wait pass for published.
+/// A worker knows which batches it has sent: no Redis can say of others that they were appended, and so make events
+/// that wait pass for published.
 #[test]
 fn a_batch_that_was_never_sent_is_not_taken_for_appended() {
     let (stack, liar) = liar::trusted();

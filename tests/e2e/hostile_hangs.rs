@@ -1,4 +1,5 @@
-//! Servers that never come to an end: whatever step of a connection hangs, the backend is soon said to be in trouble, and is not idle with events waiting.
+//! Servers that never come to an end: whatever step of a connection hangs, the backend is soon said to be in trouble,
+//! and is not idle with events waiting.
 
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
@@ -189,7 +190,8 @@ fn a_handshake_that_gets_nowhere_is_given_up() {
     assert_eq!((found.pending, found.published), (1, 0));
 }
 
-/// Redis keeps a WAIT until its time is over. Who answers at once that there are too few replicas is asked again, but not by a thread that never rests.
+/// Redis keeps a WAIT until its time is over. Who answers at once that there are too few replicas is asked again, but
+/// not by a thread that never rests.
 #[test]
 fn a_server_that_does_not_wait_is_not_asked_without_a_pause() {
     let stack = stack();

@@ -1,4 +1,5 @@
-//! Servers that answer more than anybody has asked for: nothing of it is believed, no memory is taken for it, and others go on.
+//! Servers that answer more than anybody has asked for: nothing of it is believed, no memory is taken for it, and
+//! others go on.
 
 use std::time::{Duration, Instant};
 
@@ -68,8 +69,8 @@ fn endless() -> Vec<(&'static str, Lie)> {
     ]
 }
 
-/// Twenty at once, of which each floods another question with each kind in turn: a worker's memory stays within 32 MiB of what it is when idle, and
-/// a backend that is well hears nothing of it.
+/// Twenty at once, of which each floods another question with each kind in turn: a worker's memory stays within 32 MiB
+/// of what it is when idle, and a backend that is well hears nothing of it.
 #[test]
 fn no_flood_takes_memory_or_the_time_of_others() {
     const LIMIT_KB: u64 = 32 * 1_024;
@@ -90,7 +91,8 @@ fn no_flood_takes_memory_or_the_time_of_others() {
     for round in 0..3 {
         let liars: Vec<(Liar, &str)> = (0..20)
             .map(|n| {
-                // Each question is flooded by each kind, in as many rounds as there are; here by some, and HGETALL by all.
+                // Each question is flooded by each kind, in as many rounds as there are; here by some, and HGETALL by
+                // all.
                 let command = if round == 0 {
                     "HGETALL"
                 } else {
@@ -211,7 +213,8 @@ fn any_lie(dice: &mut Dice, kinds: &[(&'static str, Lie)]) -> Lie {
     }
 }
 
-/// Five servers that answer anything to anything, now and then the truth. `OUTBOX_LIAR_SEED=n` repeats a run, `OUTBOX_LIAR_SECONDS=n` takes longer.
+/// Five servers that answer anything to anything, now and then the truth. `OUTBOX_LIAR_SEED=n` repeats a run,
+/// `OUTBOX_LIAR_SECONDS=n` takes longer.
 #[test]
 fn whatever_servers_answer_the_worker_lives_and_events_wait() {
     let given = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());

@@ -3,7 +3,8 @@
 use kit::liar;
 use kit::{Liar, Lie, Postgres, QUICK, Redis, Stack, standing, types, wait_drained, wait_eq, wait_until};
 
-/// No host of these: control characters, direction, a quote, too long, and what a terminal or a text of Postgres would not survive.
+/// No host of these: control characters, direction, a quote, too long, and what a terminal or a text of Postgres would
+/// not survive.
 fn bad_hosts() -> Vec<Vec<u8>> {
     vec![
         b"a\r\nFATAL:  root said so".to_vec(),

@@ -1,4 +1,5 @@
-//! Whoever locks our tables, or makes one of the worker's tasks fail, is in the way of what needs just that, and of nobody else.
+//! Whoever locks our tables, or makes one of the worker's tasks fail, is in the way of what needs just that, and of
+//! nobody else.
 
 use std::time::Duration;
 

@@ -1,10 +1,12 @@
-//! A row of ours is an INSERT to everybody else: what others have put on our tables holds for it, whichever way it is published.
+//! A row of ours is an INSERT to everybody else: what others have put on our tables holds for it, whichever way it is
+//! published.
 
 use kit::{LIMIT, Ledger, Load, Refused, Stack, env, ids, types, wait_drained, wait_eq, wait_until};
 use postgres::Client;
 use uuid::Uuid;
 
-/// A log of what happens to a table, as tools that rebuild tables keep one: after each row, always, with its owner's rights.
+/// A log of what happens to a table, as tools that rebuild tables keep one: after each row, always, with its owner's
+/// rights.
 const LOG_TRIGGER: &str = "
     create table public.log (id bigserial, tg_op text, tg_when text, row_data jsonb, who text);
     create function public.note() returns trigger language plpgsql security definer as $$

@@ -1,5 +1,5 @@
-//! Databases: each with the extension has a worker, none other costs a process, and no worker stands in the way of those
-//! who need a database to themselves.
+//! Databases: each with the extension has a worker, none other costs a process, and no worker stands in the way of
+//! those who need a database to themselves.
 
 use kit::{
     BlackHole, Ledger, Mode, Postgres, Redis, Refused, Stack, ids, promptly, publish_many, wait_drained, wait_eq,
@@ -77,8 +77,8 @@ fn each_database_with_the_extension_has_a_worker_and_no_other_has() {
     assert_eq!(refused.code, "3F000");
 }
 
-/// CREATE DATABASE ... TEMPLATE of a database with the extension: its copy gets a worker by itself, which sends nothing until somebody says that it
-/// is to, and then what was published in the copy. See `copies.rs`.
+/// CREATE DATABASE ... TEMPLATE of a database with the extension: its copy gets a worker by itself, which sends nothing
+/// until somebody says that it is to, and then what was published in the copy. See `copies.rs`.
 #[test]
 fn a_copied_database_gets_a_worker_that_sends_what_is_its_own_once_it_is_told_to() {
     let pg = Postgres::start();

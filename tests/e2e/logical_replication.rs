@@ -1,5 +1,5 @@
-//! Our tables travel by logical replication: what they bring is held by the subscriber, and sent by one server alone. The way from an old
-//! server to a new one, as docs/blue-green.md has it.
+//! Our tables travel by logical replication: what they bring is held by the subscriber, and sent by one server alone.
+//! The way from an old server to a new one, as docs/blue-green.md has it.
 
 use std::time::Duration;
 

@@ -1,5 +1,5 @@
-//! pg_upgrade from one major of Postgres to the next, where `OUTBOX_TEST_MAJORS` names the programs of several (`scripts/postgres-versions` does):
-//! events of every kind go along.
+//! pg_upgrade from one major of Postgres to the next, where `OUTBOX_TEST_MAJORS` names the programs of several
+//! (`scripts/postgres-versions` does): events of every kind go along.
 
 use std::path::Path;
 

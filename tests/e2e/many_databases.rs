@@ -1,4 +1,5 @@
-//! Many databases: those with the extension get their workers quickly, those without cost one look, and whoever waits knows why.
+//! Many databases: those with the extension get their workers quickly, those without cost one look, and whoever waits
+//! knows why.
 
 use std::time::{Duration, Instant};
 

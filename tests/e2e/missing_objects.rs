@@ -1,4 +1,5 @@
-//! Somebody has dropped or renamed what is ours: what needs it is refused in words or waits, and goes on when it is back.
+//! Somebody has dropped or renamed what is ours: what needs it is refused in words or waits, and goes on when it is
+//! back.
 
 use kit::{LIMIT, Ledger, Load, Postgres, QUICK, Refused, Stack, ids, publish_many, wait_drained, wait_until};
 

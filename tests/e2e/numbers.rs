@@ -1,4 +1,5 @@
-//! The sequence that numbers events goes back, jumps, is cached or is changed: every event arrives once, in its order, all the same.
+//! The sequence that numbers events goes back, jumps, is cached or is changed: every event arrives once, in its order,
+//! all the same.
 
 use kit::{
     LIMIT, Ledger, Load, Mode, Postgres, Redis, Stack, UNTRIMMED, eventually, ids, wait_drained, wait_eq, wait_until,
@@ -226,7 +227,8 @@ fn numbers_that_go_back_while_the_library_is_not_preloaded() {
     }
 }
 
-/// Rows that some other version of the library, or nobody's trigger, has numbered: the saved cursor has seen their numbers, not them.
+/// Rows that some other version of the library, or nobody's trigger, has numbered: the saved cursor has seen their
+/// numbers, not them.
 #[test]
 fn rows_whose_numbers_a_cursor_has_passed_are_sent() {
     let stack = Stack::start();
@@ -633,8 +635,8 @@ fn assert_arrived_here(stack: &Stack, published: &[Uuid]) {
     assert_eq!(ids(&stack.events()), published);
 }
 
-/// Publishers take their locks in the order of TRUNCATE, which has the table before it wants the sequence: whoever waits for the table has
-/// not locked the sequence.
+/// Publishers take their locks in the order of TRUNCATE, which has the table before it wants the sequence: whoever
+/// waits for the table has not locked the sequence.
 #[test]
 fn a_truncation_that_restarts_the_numbers_meets_no_deadlock() {
     let stack = Stack::start();

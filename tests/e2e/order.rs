@@ -10,8 +10,8 @@ fn lock(client: &mut Client) -> Result<(), postgres::Error> {
     client.batch_execute("update accounts set balance = balance + 1 where id = 1")
 }
 
-/// Session A begins and draws its transaction id first in all rounds; who gets the row first alternates, and each publishes
-/// something of its own before it asks for the row.
+/// Session A begins and draws its transaction id first in all rounds; who gets the row first alternates, and each
+/// publishes something of its own before it asks for the row.
 #[test]
 fn who_gets_the_row_second_comes_second() {
     let stack = Stack::start();
@@ -62,8 +62,8 @@ impl Random {
     }
 }
 
-/// One transaction of random work: some keys, each a new version under the row's lock with its event, in the ledger too; with
-/// savepoints rolled back, pauses, aborts, and two-phase commits.
+/// One transaction of random work: some keys, each a new version under the row's lock with its event, in the ledger
+/// too; with savepoints rolled back, pauses, aborts, and two-phase commits.
 fn work(client: &mut Client, random: &mut Random, serial: &AtomicU64) {
     client.batch_execute("begin").unwrap();
     let mut keys: Vec<u64> = (0..1 + random.below(3)).map(|_| random.below(6)).collect();

@@ -1,4 +1,5 @@
-//! Outages of a real Redis: while one lasts events wait, however long and whatever their max_retries, and then they arrive.
+//! Outages of a real Redis: while one lasts events wait, however long and whatever their max_retries, and then they
+//! arrive.
 
 use std::path::Path;
 use std::time::{Duration, Instant};

@@ -1,8 +1,8 @@
-//! Sessions do at random whatever a transaction can do, backends are paused and the worker is ended at random, and a ledger kept in
-//! the same transactions says what must have arrived, in which order.
+//! Sessions do at random whatever a transaction can do, backends are paused and the worker is ended at random, and a
+//! ledger kept in the same transactions says what must have arrived, in which order.
 //!
-//! `OUTBOX_PROPERTY_SEED` repeats what a failure printed (but for the timing of the processes), `OUTBOX_PROPERTY_SECONDS`
-//! lasts longer.
+//! `OUTBOX_PROPERTY_SEED` repeats what a failure printed (but for the timing of the processes),
+//! `OUTBOX_PROPERTY_SECONDS` lasts longer.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};

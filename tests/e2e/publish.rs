@@ -29,8 +29,8 @@ fn expected_fields(client: &mut Client, id: Uuid, data: &str, config: &[(&str, &
     fields
 }
 
-/// publish_event, publish_events, INSERT with RETURNING, INSERT .. SELECT and COPY. The functions take jsonb, which sorts its
-/// keys; the table's json columns keep the publisher's order.
+/// publish_event, publish_events, INSERT with RETURNING, INSERT .. SELECT and COPY. The functions take jsonb, which
+/// sorts its keys; the table's json columns keep the publisher's order.
 #[test]
 fn every_way_delivers_what_was_published() {
     let stack = Stack::start();

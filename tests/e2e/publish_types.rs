@@ -158,7 +158,8 @@ fn an_id_may_be_a_text() {
     assert_eq!((wrong[0].code.as_str(), &wrong[0]), ("22P02", &wrong[1]));
 }
 
-/// Each argument in each type that a driver may send, in all combinations: Postgres finds one function, and knows the types.
+/// Each argument in each type that a driver may send, in all combinations: Postgres finds one function, and knows the
+/// types.
 #[test]
 fn no_call_is_ambiguous() {
     let stack = Stack::start();

@@ -1,4 +1,5 @@
-//! What the relay's user of Redis must be allowed: with less of it nothing is sent in a weaker way, and nothing is lost.
+//! What the relay's user of Redis must be allowed: with less of it nothing is sent in a weaker way, and nothing is
+//! lost.
 
 use kit::{
     Postgres, QUICK, Redis, Stack, UNTRIMMED, Way, env, ids, publish_many, standing, wait_drained, wait_eq,
@@ -191,7 +192,8 @@ fn without_a_look_at_the_streams_a_doubtful_batch_waits() {
         env::not_run("this Redis does not count what was added (before 7.0): see the limits in docs/guarantees.md");
         return;
     }
-    // No refresh of the guard may be on its way when replies are held, and that one is late is no reason to connect anew.
+    // No refresh of the guard may be on its way when replies are held, and that one is late is no reason to connect
+    // anew.
     stack.pg.set("outbox_relay.poll_interval", "1h");
     stack.pg.exec("update outbox.backends set socket_timeout = '10s'");
     let proxy = stack.through_proxy();

@@ -1,4 +1,5 @@
-//! A worker that has been idle rehearses when an event is being published: it sends nothing by that, and is in nobody's way.
+//! A worker that has been idle rehearses when an event is being published: it sends nothing by that, and is in nobody's
+//! way.
 
 use std::time::{Duration, Instant};
 

@@ -1,5 +1,5 @@
-//! Triggers that were switched off, by `pg_restore --disable-triggers` or by hand: they are on again in a moment, nothing depends on them
-//! meanwhile, and rows that came without them are sent once.
+//! Triggers that were switched off, by `pg_restore --disable-triggers` or by hand: they are on again in a moment,
+//! nothing depends on them meanwhile, and rows that came without them are sent once.
 
 use kit::{Entry, Postgres, Stack, types, wait_eq, wait_until};
 

@@ -1,5 +1,5 @@
-//! Older states of a database come back, from a backup, an archive, a copy of its directory or a dump: what they have is delivered, what stands
-//! in the stream already is not repeated, and the log says what was found.
+//! Older states of a database come back, from a backup, an archive, a copy of its directory or a dump: what they have
+//! is delivered, what stands in the stream already is not repeated, and the log says what was found.
 
 use std::path::Path;
 use std::process::Command;
@@ -204,8 +204,8 @@ fn a_restored_backup_goes_on_in_place_of_the_dead_original_when_it_is_told_to() 
     }
 }
 
-/// A snapshot of a stopped server's directory is put back after another run has relayed: that run is unknown, so somebody must say that it is
-/// gone.
+/// A snapshot of a stopped server's directory is put back after another run has relayed: that run is unknown, so
+/// somebody must say that it is gone.
 #[test]
 fn a_data_directory_that_was_set_back_loses_nothing_once_it_is_told_to_go_on() {
     let mut stack = stack(&[]);
@@ -242,8 +242,8 @@ fn a_data_directory_that_was_set_back_loses_nothing_once_it_is_told_to_go_on() {
     );
 }
 
-/// The snapshot was taken of the run that relayed on: it is known, and its history goes beyond what came back. It is put into the original's own
-/// directory: nobody else can have that.
+/// The snapshot was taken of the run that relayed on: it is known, and its history goes beyond what came back. It is
+/// put into the original's own directory: nobody else can have that.
 #[test]
 fn a_snapshot_of_a_running_server_that_is_put_back_goes_on_by_itself() {
     let mut stack = stack(&[]);
@@ -291,7 +291,8 @@ fn a_restored_dump_sends_what_was_not_sent_under_a_guard_of_its_own() {
     );
 }
 
-/// The extension is created anew while its server runs: the tables know nothing of that run, unless they are told again.
+/// The extension is created anew while its server runs: the tables know nothing of that run, unless they are told
+/// again.
 #[test]
 fn an_extension_that_was_created_anew_knows_its_server() {
     let stack = stack(&[]);

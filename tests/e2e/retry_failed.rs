@@ -1,9 +1,11 @@
-//! `outbox.retry_failed()`: failed events are published again, by backend, type or id, with their ids and in their order.
+//! `outbox.retry_failed()`: failed events are published again, by backend, type or id, with their ids and in their
+//! order.
 
 use kit::{Postgres, QUICK, Redis, Stack, ids, publish_many, standing, types, wait_drained, wait_eq};
 use uuid::Uuid;
 
-/// A stack with a second backend, `other`, in the same Redis, whose keys `bad` and `bad2` are strings. One attempt in all.
+/// A stack with a second backend, `other`, in the same Redis, whose keys `bad` and `bad2` are strings. One attempt in
+/// all.
 fn stack() -> Stack {
     let redis = Redis::start();
     redis.call(&["MSET", "bad", "a string", "bad2", "a string"]);

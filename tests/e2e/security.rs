@@ -1,5 +1,5 @@
-//! Whatever somebody puts on our tables, or beside them, does not run with rights that it was not given: not the worker's, who is a
-//! superuser, and not those of the functions that do more than their caller may.
+//! Whatever somebody puts on our tables, or beside them, does not run with rights that it was not given: not the
+//! worker's, who is a superuser, and not those of the functions that do more than their caller may.
 
 use kit::{Postgres, Redis, Refused, Stack, publish_many, wait_eq, wait_until};
 use postgres::Client;
@@ -155,7 +155,8 @@ fn triggers_of_others_do_not_run() {
     assert_nothing_was_won(&stack.pg, "nobody");
 }
 
-/// Whose superuser's rights were taken away still owns what it made, and can have anything run there: with its own rights.
+/// Whose superuser's rights were taken away still owns what it made, and can have anything run there: with its own
+/// rights.
 #[test]
 fn an_owner_gets_no_more_than_its_own_rights() {
     let stack = Stack {
@@ -215,8 +216,8 @@ fn an_owner_gets_no_more_than_its_own_rights() {
     assert_nothing_was_won(&stack.pg, "mallory");
 }
 
-/// What writes with the owner's rights keeps others' triggers from running, which an owner that is no superuser any more may not. All else
-/// works, also for a worker that starts then.
+/// What writes with the owner's rights keeps others' triggers from running, which an owner that is no superuser any
+/// more may not. All else works, also for a worker that starts then.
 #[test]
 fn an_owner_that_is_no_superuser_is_named_to_who_needs_its_rights() {
     let stack = Stack {

@@ -1,4 +1,5 @@
-//! Secrets stay with their destination: a role that may write backends, and may not set their passwords, moves none of them elsewhere.
+//! Secrets stay with their destination: a role that may write backends, and may not set their passwords, moves none of
+//! them elsewhere.
 
 use kit::{
     Authority, Eavesdropper, Postgres, QUICK, Redis, Refused, Stack, standing, types, wait_drained, wait_trouble,
@@ -9,7 +10,8 @@ use postgres::Client;
 const SECRET: &str = "Xq7-zK9.wQ2y";
 const MOVED: &str = "the backend's password was set for another destination";
 
-/// A Redis that wants a password, which the backend `default` has; the role `keeper`, who may write backends, and `writer`, who may write all.
+/// A Redis that wants a password, which the backend `default` has; the role `keeper`, who may write backends, and
+/// `writer`, who may write all.
 fn start() -> (Stack, Client, Client) {
     let redis = Redis::with(&["--requirepass", SECRET]);
     let stack = Stack::of(Postgres::with(QUICK), redis);
@@ -45,7 +47,8 @@ fn assert_told_nothing(evil: &Eavesdropper) {
     assert_eq!((evil.accepted(), evil.heard()), (0, String::new()));
 }
 
-/// Each column that says where or how: the password is not sent, nobody is called, and what was there before gets it again.
+/// Each column that says where or how: the password is not sent, nobody is called, and what was there before gets it
+/// again.
 #[test]
 fn a_password_stays_with_its_destination() {
     let (stack, mut keeper, mut writer) = start();
@@ -197,7 +200,8 @@ fn names_that_are_swapped_take_nothing_along() {
     );
 }
 
-/// Who may set the password, or is a superuser, moves it; and whoever sets something else moves nothing for somebody else.
+/// Who may set the password, or is a superuser, moves it; and whoever sets something else moves nothing for somebody
+/// else.
 #[test]
 fn who_may_set_a_password_moves_it() {
     let (stack, mut keeper, _) = start();
@@ -412,7 +416,8 @@ fn the_file_of_the_settings_goes_to_the_address_of_the_settings() {
     assert!(!evil.heard().contains(SECRET), "{}", evil.heard());
 }
 
-/// A backend that was to speak TLS does not say the file of the settings in the clear, or to anybody, because somebody has said so.
+/// A backend that was to speak TLS does not say the file of the settings in the clear, or to anybody, because somebody
+/// has said so.
 #[test]
 fn the_file_of_the_settings_is_not_said_in_the_clear() {
     let authority = Authority::new();

@@ -430,7 +430,8 @@ fn a_publisher_is_one_no_more() {
     );
 }
 
-/// A narrower right than a publisher's: a function that publishes one kind of event, for a role that may do nothing else here.
+/// A narrower right than a publisher's: a function that publishes one kind of event, for a role that may do nothing
+/// else here.
 #[test]
 fn a_function_lends_a_narrower_right() {
     let (stack, mut publisher) = start();
@@ -456,7 +457,8 @@ fn a_function_lends_a_narrower_right() {
     );
 }
 
-/// By its name as pg_roles shows it, whatever that is called and however it is typed; everything else is refused in words.
+/// By its name as pg_roles shows it, whatever that is called and however it is typed; everything else is refused in
+/// words.
 #[test]
 fn roles_are_named_as_they_are() {
     let stack = Stack::start();

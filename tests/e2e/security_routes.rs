@@ -1,5 +1,5 @@
-//! Sentinels and nodes of clusters name other servers: these are told the backend's password only where `allowed_hosts` allows them, and a
-//! sentinel only if it asks for one. And whoever was granted single columns is told nothing either.
+//! Sentinels and nodes of clusters name other servers: these are told the backend's password only where `allowed_hosts`
+//! allows them, and a sentinel only if it asks for one. And whoever was granted single columns is told nothing either.
 
 use kit::{BlackHole, Eavesdropper, Postgres, QUICK, Redis, Stack, wait_drained, wait_trouble, wait_until};
 

@@ -198,7 +198,8 @@ fn statistics_hold_no_password() {
     }
 }
 
-/// Where a statement that sets a password fails, or is explained, what the server logs of its own accord does not have it.
+/// Where a statement that sets a password fails, or is explained, what the server logs of its own accord does not have
+/// it.
 #[test]
 fn our_statements_show_no_password() {
     if env::lacks(&["auto_explain"]) {

@@ -1,5 +1,5 @@
-//! Who is there first, or looks like one of us: a schema with room for others, numbers of backends that are taken ahead, objects that look
-//! like numbers.
+//! Who is there first, or looks like one of us: a schema with room for others, numbers of backends that are taken
+//! ahead, objects that look like numbers.
 
 use std::io::Write;
 
@@ -101,7 +101,8 @@ fn numbers_of_backends_are_not_chosen() {
             format!("insert into outbox.backends (name, number) overriding system value values ('evil', {number})");
         assert_eq!(Refused::of(stack.pg.client().simple_query(&sql)).code, "23514", "{sql}");
     }
-    // Drawn ones ascend, several in a statement too; and one that was given is not given again where the sequence was set back.
+    // Drawn ones ascend, several in a statement too; and one that was given is not given again where the sequence was
+    // set back.
     keeper
         .batch_execute(
             "insert into outbox.backends (name) select 'n' || n from generate_series(1, 3) n order by n desc",

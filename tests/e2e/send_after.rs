@@ -1,4 +1,5 @@
-//! `outbox_relay.send_after = standby_flush`: nothing leaves before a synchronous standby has it on disk, whatever the publishers were told.
+//! `outbox_relay.send_after = standby_flush`: nothing leaves before a synchronous standby has it on disk, whatever the
+//! publishers were told.
 
 use std::thread::{JoinHandle, spawn};
 use std::time::Duration;
@@ -166,7 +167,8 @@ fn without_synchronous_standbys_it_sends_at_once() {
     thaw(receiver);
 }
 
-/// The standby is down for a while, and the primary crashes meanwhile: neither makes what was committed here alone leave.
+/// The standby is down for a while, and the primary crashes meanwhile: neither makes what was committed here alone
+/// leave.
 #[test]
 fn a_restart_while_the_standby_is_down_sends_nothing_early() {
     let (mut stack, mut standby) = with_standby();

@@ -99,7 +99,8 @@ fn a_failover_under_load_loses_nothing_and_stalls_no_longer_than_it_takes() {
     assert!(rounds > 1 || !log.contains(&blamed), "{log}");
 }
 
-/// It keeps its connections and answers nothing, and goes on when another has taken its place: what it appends then, nobody keeps.
+/// It keeps its connections and answers nothing, and goes on when another has taken its place: what it appends then,
+/// nobody keeps.
 #[test]
 fn a_primary_that_hangs_under_load_is_left() {
     let mut watched = Watched::start();

@@ -1,5 +1,5 @@
-//! What administrators do to a whole server with Postgres's own tools: pg_upgrade gives its databases to a new one, pg_resetwal takes its WAL
-//! away. What was waiting is delivered, nothing is repeated, and nobody is fenced.
+//! What administrators do to a whole server with Postgres's own tools: pg_upgrade gives its databases to a new one,
+//! pg_resetwal takes its WAL away. What was waiting is delivered, nothing is repeated, and nobody is fenced.
 
 use std::path::Path;
 use std::process::Command;

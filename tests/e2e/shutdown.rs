@@ -174,7 +174,8 @@ fn a_fast_stop_does_not_wait_for_many() {
     assert_eq!(ids(&stack.wait_events(2))[1], mark);
 }
 
-/// What was delivered before an orderly stop is not sent again after it, although the cursor is saved only now and then.
+/// What was delivered before an orderly stop is not sent again after it, although the cursor is saved only now and
+/// then.
 #[test]
 fn an_orderly_stop_repeats_nothing() {
     let mut stack = Stack::with(STUBBORN);

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use kit::{Postgres, Redis, Stack, ids, publish_many, standing, wait_drained, wait_until};
 
-/// The first of many batches has an event that Redis refuses. The sender drops those behind it, but only once it has had some replies; by
-/// then the worker has written the refusal down and hands all of them over again.
+/// The first of many batches has an event that Redis refuses. The sender drops those behind it, but only once it has
+/// had some replies; by then the worker has written the refusal down and hands all of them over again.
 #[test]
 fn batches_handed_over_again_after_a_refusal_have_room() {
     let stack = Stack::of(
@@ -31,7 +31,8 @@ fn batches_handed_over_again_after_a_refusal_have_room() {
     assert_eq!(ids(&stack.events()), expected);
 }
 
-/// An idle worker refreshes its guard at each poll. While Redis doesn't answer, that must not take the place of what is published then.
+/// An idle worker refreshes its guard at each poll. While Redis doesn't answer, that must not take the place of what is
+/// published then.
 #[test]
 fn refreshes_of_the_guard_do_not_pile_up_before_events() {
     let stack = Stack::with(&[

@@ -63,8 +63,8 @@ fn a_change_takes_effect_at_once_in_the_midst_of_them() {
     });
 }
 
-/// One transaction a row: the backend goes on in batches while they come, and others do not notice. Every third event stands in its stream
-/// already, and is not repeated.
+/// One transaction a row: the backend goes on in batches while they come, and others do not notice. Every third event
+/// stands in its stream already, and is not repeated.
 #[test]
 fn a_restore_row_by_row_delays_nobody_else_and_goes_on_meanwhile() {
     const ROWS: usize = 1_500;

@@ -1,4 +1,5 @@
-//! A planned change of the primary, there and back, and an unplanned one with a synchronous standby: each event once, and in order.
+//! A planned change of the primary, there and back, and an unplanned one with a synchronous standby: each event once,
+//! and in order.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -143,8 +144,8 @@ fn the_death_of_a_primary_with_a_synchronous_standby_is_exactly_once() {
     assert!(verdict.committed as u64 >= 2 * told, "{} of {told}", verdict.committed);
 }
 
-/// The same with what is committed here sent at once: what the standby had not flushed may stand in the stream, but nothing is lost, repeated or
-/// out of order.
+/// The same with what is committed here sent at once: what the standby had not flushed may stand in the stream, but
+/// nothing is lost, repeated or out of order.
 #[test]
 fn the_death_of_a_primary_that_sends_at_once_repeats_nothing() {
     let mut stack = stack(&[]);

@@ -1,4 +1,5 @@
-//! `outbox.take_over()` moves the ownership on purpose: at once, whoever is alive, and nothing is lost or repeated on either side.
+//! `outbox.take_over()` moves the ownership on purpose: at once, whoever is alive, and nothing is lost or repeated on
+//! either side.
 
 use std::time::{Duration, Instant};
 
@@ -151,7 +152,8 @@ fn a_late_write_of_the_former_owner_changes_nothing() {
     assert_eq!(standing(&stack.pg, "default").pending, late.len() as i64);
 }
 
-/// Asked of the owner, it is granted, and nothing of it is left: neither for later nor for whoever has a copy of the database.
+/// Asked of the owner, it is granted, and nothing of it is left: neither for later nor for whoever has a copy of the
+/// database.
 #[test]
 fn taking_over_what_one_owns_leaves_no_permit_behind() {
     let stack = Stack::with(WATCHFUL);

@@ -1,4 +1,5 @@
-//! TLS to a Redis that asks for it: whom the relay takes for the right server, how it shows who it is, and what it says when something is amiss.
+//! TLS to a Redis that asks for it: whom the relay takes for the right server, how it shows who it is, and what it says
+//! when something is amiss.
 
 use kit::{
     Authority, Certificate, Postgres, Proxy, QUICK, Redis, Stack, UNTRIMMED, Way, ids, publish_many, standing, tell,

@@ -1,5 +1,5 @@
-//! A row of `outbox.backends` that its constraints would have refused: an administrator may have dropped them. Such a backend is
-//! misconfigured and sends nothing, whatever the next best reading of the row would be.
+//! A row of `outbox.backends` that its constraints would have refused: an administrator may have dropped them. Such a
+//! backend is misconfigured and sends nothing, whatever the next best reading of the row would be.
 
 use std::time::Duration;
 

@@ -1,5 +1,6 @@
-//! `ALTER EXTENSION outbox_relay UPDATE` while workers run and publishers publish, and what a library does beside an extension of another version:
-//! it says so, sends nothing, and loses nothing. The scripts of the next and the last version are made here: the tests have one version.
+//! `ALTER EXTENSION outbox_relay UPDATE` while workers run and publishers publish, and what a library does beside an
+//! extension of another version: it says so, sends nothing, and loses nothing. The scripts of the next and the last
+//! version are made here: the tests have one version.
 
 use kit::{LIMIT, Ledger, Load, Postgres, Redis, Stack, UNTRIMMED, env, wait_eq, wait_until};
 
@@ -81,7 +82,8 @@ fn an_update_under_load_loses_and_repeats_nothing() {
     assert_eq!(version, OURS);
 }
 
-/// Somebody updates before the server has the library: it idles until one of both is set right, here the extension, back and forth.
+/// Somebody updates before the server has the library: it idles until one of both is set right, here the extension,
+/// back and forth.
 #[test]
 fn an_extension_that_is_newer_than_the_library_idles_it_and_loses_nothing() {
     provide_scripts();

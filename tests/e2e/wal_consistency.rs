@@ -1,5 +1,5 @@
-//! What is written without SQL (rows of a publisher, of the worker, numbers of the sequence) brings a standby to the same pages: Postgres
-//! compares each as it is replayed.
+//! What is written without SQL (rows of a publisher, of the worker, numbers of the sequence) brings a standby to the
+//! same pages: Postgres compares each as it is replayed.
 
 use kit::owners::wait_caught_up;
 use kit::{Stack, wait_drained, wait_eq, wait_until};

@@ -1,5 +1,5 @@
-//! Somebody who has nothing to do with what others do, and is not to notice it: publishes to a backend of his own, and says how long his
-//! events took.
+//! Somebody who has nothing to do with what others do, and is not to notice it: publishes to a backend of his own, and
+//! says how long his events took.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

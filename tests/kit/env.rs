@@ -27,12 +27,14 @@ pub fn template() -> PathBuf {
     required("OUTBOX_TEST_TEMPLATE")
 }
 
-/// The Redis, or Valkey, that tests run against: `OUTBOX_TEST_REDIS`, else the one in PATH (see `scripts/redis-versions`).
+/// The Redis, or Valkey, that tests run against: `OUTBOX_TEST_REDIS`, else the one in PATH (see
+/// `scripts/redis-versions`).
 pub fn redis_server() -> PathBuf {
     std::env::var_os("OUTBOX_TEST_REDIS").map_or_else(|| "redis-server".into(), PathBuf::from)
 }
 
-/// Says why a test, or a part of it, is not run: at the end of `scripts/test`, too, since runners show no output of tests that pass.
+/// Says why a test, or a part of it, is not run: at the end of `scripts/test`, too, since runners show no output of
+/// tests that pass.
 pub fn not_run(why: &str) {
     use std::io::Write;
     let test = std::thread::current().name().unwrap_or("?").to_owned();

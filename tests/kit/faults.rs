@@ -1,8 +1,8 @@
-//! Steering a server whose library was built with the feature `faults`: where its worker is to die or to wait, and which of its
-//! promises it is to break.
+//! Steering a server whose library was built with the feature `faults`: where its worker is to die or to wait, and
+//! which of its promises it is to break.
 //!
-//! A file `outbox_relay.crash_at` in the data directory names a point of the worker's way. When the worker comes there it removes the file and kills itself;
-//! with the word `hold` behind the name it waits there until the file is gone.
+//! A file `outbox_relay.crash_at` in the data directory names a point of the worker's way. When the worker comes there
+//! it removes the file and kills itself; with the word `hold` behind the name it waits there until the file is gone.
 
 use std::os::unix::fs::chown;
 use std::path::PathBuf;
@@ -63,7 +63,8 @@ impl Postgres {
         }
     }
 
-    /// Waits until a worker has come to the point that [`crash_at`](Self::crash_at) or [`hold_at`](Self::hold_at) named.
+    /// Waits until a worker has come to the point that [`crash_at`](Self::crash_at) or [`hold_at`](Self::hold_at)
+    /// named.
     #[track_caller]
     pub fn wait_reached(&self) {
         let (crash, held) = (self.data_dir().join(CRASH_AT), self.data_dir().join(HELD));

@@ -73,7 +73,8 @@ impl Postgres {
         start.elapsed()
     }
 
-    /// Waits until the server, which throws everybody out after a crash and recovers, takes connections again. `mark`: `log().len()` before it.
+    /// Waits until the server, which throws everybody out after a crash and recovers, takes connections again. `mark`:
+    /// `log().len()` before it.
     #[track_caller]
     pub fn wait_recovered(&self, mark: usize) {
         self.wait_log_after(mark, "all server processes terminated; reinitializing");

@@ -1,7 +1,7 @@
 //! The ledger: what each transaction published, written down in that transaction, and the verdict on what arrived.
 //!
-//! (The idea of Jepsen's checker `total-queue`: every committed id is accounted for as delivered, duplicated or lost, and
-//! every delivered one as committed or a phantom.)
+//! (The idea of Jepsen's checker `total-queue`: every committed id is accounted for as delivered, duplicated or lost,
+//! and every delivered one as committed or a phantom.)
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -55,7 +55,8 @@ struct Stream {
     name: String,
 }
 
-/// The tables `ledger` and `aggregates` of the database `postgres`, with a function `publish_logged(key, backend, plain)`.
+/// The tables `ledger` and `aggregates` of the database `postgres`, with a function `publish_logged(key, backend,
+/// plain)`.
 #[derive(Debug, Clone)]
 pub struct Ledger {
     streams: Vec<Stream>,
@@ -252,7 +253,8 @@ impl Verdict {
     }
 }
 
-/// Sessions that publish with `publish_logged` until they are told to stop, and connect again whenever they are thrown out.
+/// Sessions that publish with `publish_logged` until they are told to stop, and connect again whenever they are thrown
+/// out.
 #[derive(Debug)]
 pub struct Load {
     stop: Arc<AtomicBool>,
@@ -286,7 +288,8 @@ impl Load {
         }
     }
 
-    /// One session that commits 100 transactions a second, which publish `rate` events in all; `stream`: an expression of their number `n`.
+    /// One session that commits 100 transactions a second, which publish `rate` events in all; `stream`: an expression
+    /// of their number `n`.
     pub fn paced(pg: &Postgres, rate: usize, stream: &str) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let transactions = Arc::new(AtomicU64::new(0));

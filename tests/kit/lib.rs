@@ -17,7 +17,8 @@
 //! - [`Cluster`] three masters with their replicas, and what a ledger says of many streams ([`cluster`])
 //! - [`Dice`] chance that a seed repeats ([`dice`])
 //! - [`Authority`] certificates, and Redis servers that speak TLS ([`tls`])
-//! - [`BlackHole`], [`Garbage`], [`Eavesdropper`] Redis servers that never were ([`hostile`]); [`Liar`] one that lies ([`liar`])
+//! - [`BlackHole`], [`Garbage`], [`Eavesdropper`] Redis servers that never were ([`hostile`]); [`Liar`] one that lies
+//!   ([`liar`])
 //!
 //! `scripts/test` prepares what the kit needs and names it in the environment ([`env`]): start the tests with it
 //! (`make test`). Every server runs below one temporary directory, so that the script can end whatever a test

@@ -8,7 +8,8 @@ use crate::relay::{publish_many, standing, wait_drained, wait_trouble};
 use crate::wait::{wait_eq, wait_until};
 use crate::{Guard, Postgres, Redis, Stack, Standing};
 
-/// Settings with which an owner that is silent counts as gone after [`PATIENCE`], and streams are never trimmed: each entry counts.
+/// Settings with which an owner that is silent counts as gone after [`PATIENCE`], and streams are never trimmed: each
+/// entry counts.
 pub const WATCHFUL: &[(&str, &str)] = &[
     ("outbox_relay.poll_interval", "200ms"),
     ("outbox_relay.redis_max_len", "0"),
@@ -54,7 +55,8 @@ pub fn wait_fenced(pg: &Postgres, owner: &Postgres) -> Standing {
 /// The standby has replayed all that the primary has committed.
 #[track_caller]
 pub fn wait_caught_up(primary: &Postgres, standby: &Postgres) {
-    // Its commit flushes those before it that did not wait, as the cursors'. (That of a transaction which wrote nothing flushes nothing.)
+    // Its commit flushes those before it that did not wait, as the cursors'. (That of a transaction which wrote nothing
+    // flushes nothing.)
     primary.exec("select pg_logical_emit_message(true, 'kit', '')");
     let lsn: String = primary.one("select pg_current_wal_flush_lsn()::text");
     wait_until("the standby to have caught up", || {

@@ -1,4 +1,5 @@
-//! Redis servers that keep something on disk, and what they lose of it: what was acknowledged is gone after the next start.
+//! Redis servers that keep something on disk, and what they lose of it: what was acknowledged is gone after the next
+//! start.
 
 use std::fs::OpenOptions;
 use std::path::PathBuf;
@@ -11,8 +12,9 @@ use crate::redis::tell;
 pub struct Saved(Vec<u8>);
 
 impl Redis {
-    /// A server with an append-only file, which it flushes as `appendfsync` says (`always`, `everysec`, `no`), and which it also
-    /// loads when its end is missing. It writes to that file before it replies, so that SIGKILL alone loses nothing.
+    /// A server with an append-only file, which it flushes as `appendfsync` says (`always`, `everysec`, `no`), and
+    /// which it also loads when its end is missing. It writes to that file before it replies, so that SIGKILL alone
+    /// loses nothing.
     #[track_caller]
     pub fn persistent(appendfsync: &str) -> Self {
         Redis::with(&[
@@ -28,10 +30,12 @@ impl Redis {
         ])
     }
 
-    /// Takes the last `bytes` off a stopped server's append-only file, as a crash of the machine does before they are flushed; and a little
-    /// more, back to the start of a transaction that would be cut in two. Gives how many bytes that were.
+    /// Takes the last `bytes` off a stopped server's append-only file, as a crash of the machine does before they are
+    /// flushed; and a little more, back to the start of a transaction that would be cut in two. Gives how many bytes
+    /// that were.
     ///
-    /// Redis itself (7.0) loads such a file well, but leaves half of the transaction in it, and executes that half at the next start.
+    /// Redis itself (7.0) loads such a file well, but leaves half of the transaction in it, and executes that half at
+    /// the next start.
     #[track_caller]
     pub fn truncate_aof(&self, bytes: u64) -> u64 {
         assert!(!self.is_running(), "the server still writes its append-only file");
@@ -67,7 +71,8 @@ impl Redis {
         Saved(std::fs::read(&path).unwrap_or_else(|error| panic!("cannot read {}: {error}", path.display())))
     }
 
-    /// SIGKILL, and a start with what it had saved then: a server without append-only file, restored from its last RDB file.
+    /// SIGKILL, and a start with what it had saved then: a server without append-only file, restored from its last RDB
+    /// file.
     #[track_caller]
     pub fn crash_back_to(&mut self, saved: &Saved) {
         self.kill9();

@@ -157,8 +157,8 @@ impl Builder {
     }
 }
 
-/// A Postgres server, or a stopped one. Dropping it stops it at once and removes its data; if that happens in a panic, the end
-/// of its log is printed.
+/// A Postgres server, or a stopped one. Dropping it stops it at once and removes its data; if that happens in a panic,
+/// the end of its log is printed.
 #[derive(Debug)]
 pub struct Postgres {
     child: Option<Child>,
@@ -533,7 +533,8 @@ impl Postgres {
         self.wait_log_after(0, text);
     }
 
-    /// Waits until the log contains `text` behind its first `mark` bytes; take the mark as `log().len()` before the deed.
+    /// Waits until the log contains `text` behind its first `mark` bytes; take the mark as `log().len()` before the
+    /// deed.
     #[track_caller]
     pub fn wait_log_after(&self, mark: usize, text: &str) {
         eventually(&format!("{text:?} in the log"), LIMIT, || {
@@ -597,8 +598,8 @@ impl Drop for Postgres {
     }
 }
 
-/// What a killed postmaster leaves behind and the next start would remove: its System V segment, whose id is the last word of
-/// the seventh line of postmaster.pid.
+/// What a killed postmaster leaves behind and the next start would remove: its System V segment, whose id is the last
+/// word of the seventh line of postmaster.pid.
 fn remove_shared_memory(data: &Path) {
     let Ok(pid_file) = std::fs::read_to_string(data.join("postmaster.pid")) else {
         return;

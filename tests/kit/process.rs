@@ -19,7 +19,8 @@ pub fn pids_in(dir: &Path) -> Vec<i32> {
 fn works_in(pid: i32, dir: &Path) -> bool {
     let is_in = |path: String| std::fs::read_link(path).map(|cwd| cwd == dir);
     is_in(format!("/proc/{pid}/cwd")).unwrap_or_else(|_| {
-        // A process that exits: its first thread has no directory any more, but another one may still hold what they share.
+        // A process that exits: its first thread has no directory any more, but another one may still hold what they
+        // share.
         let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten();
         threads
             .filter_map(|thread| thread.ok()?.file_name().into_string().ok())

@@ -1,8 +1,8 @@
 //! A TCP proxy in front of a server: the network between a relay and its Redis, and all that a network does.
 //!
-//! One thread moves the bytes of all connections (`pump.rs`); a test changes the rules meanwhile. What was read from one side and
-//! may not be written to the other yet is kept, also when the side that sent it has long closed its connection: so a write of the dead can
-//! arrive late.
+//! One thread moves the bytes of all connections (`pump.rs`); a test changes the rules meanwhile. What was read from
+//! one side and may not be written to the other yet is kept, also when the side that sent it has long closed its
+//! connection: so a write of the dead can arrive late.
 
 mod pump;
 
@@ -24,7 +24,8 @@ pub enum Way {
     ToClient,
 }
 
-/// A proxy on 127.0.0.1. It passes everything on at once until it is told otherwise; each rule stands until [`pass`](Self::pass) or its opposite.
+/// A proxy on 127.0.0.1. It passes everything on at once until it is told otherwise; each rule stands until
+/// [`pass`](Self::pass) or its opposite.
 #[derive(Debug)]
 pub struct Proxy {
     orders: Sender<Order>,
@@ -151,8 +152,8 @@ impl Proxy {
         self.rule(way, After::mark(mark), Then::Cut);
     }
 
-    /// Holds the next connection that carries these bytes (at most 64), right behind them: what it sends after them is kept until
-    /// [`release`](Self::release).
+    /// Holds the next connection that carries these bytes (at most 64), right behind them: what it sends after them is
+    /// kept until [`release`](Self::release).
     pub fn hold_behind(&self, way: Way, mark: &[u8]) {
         self.rule(way, After::mark(mark), Then::Hold);
     }
@@ -161,7 +162,8 @@ impl Proxy {
         self.ask(move |state| state.rules[way as usize] = Some(Rule { after, then }));
     }
 
-    /// Keeps what the connections of now send in this direction, until [`release`](Self::release); later connections pass.
+    /// Keeps what the connections of now send in this direction, until [`release`](Self::release); later connections
+    /// pass.
     pub fn hold(&self, way: Way) {
         self.ask(move |state| {
             for link in &mut state.links {

@@ -15,8 +15,8 @@ use crate::port::TakenPort;
 use crate::process::{self, tail, wait_exit};
 use crate::wait::{LIMIT, eventually};
 
-/// A Redis server on 127.0.0.1 and on a unix socket; nothing is saved to disk unless its arguments say so. Dropping it kills
-/// it and removes its data.
+/// A Redis server on 127.0.0.1 and on a unix socket; nothing is saved to disk unless its arguments say so. Dropping it
+/// kills it and removes its data.
 #[derive(Debug)]
 pub struct Redis {
     child: Option<Child>,
@@ -33,7 +33,8 @@ impl Redis {
         Self::with(&[])
     }
 
-    /// A server with further arguments, such as `&["--appendonly", "yes"]`. A `--requirepass` is used by [`conn`](Self::conn) too.
+    /// A server with further arguments, such as `&["--appendonly", "yes"]`. A `--requirepass` is used by
+    /// [`conn`](Self::conn) too.
     #[track_caller]
     pub fn with(args: &[&str]) -> Self {
         Self::on(None, args)
@@ -208,7 +209,8 @@ impl Redis {
         panic!("waited {LIMIT:?} for {count} entries in {stream}; there are {last}");
     }
 
-    /// The longest time between two entries of a stream since `since` (after 1970), by Redis's own clock; `None`: there are no two.
+    /// The longest time between two entries of a stream since `since` (after 1970), by Redis's own clock; `None`: there
+    /// are no two.
     #[track_caller]
     pub fn longest_stall(&self, stream: &str, since: Duration) -> Option<Duration> {
         let entries: Vec<(String, Vec<String>)> = cmd("XRANGE")
@@ -305,7 +307,8 @@ impl Entry {
     }
 }
 
-/// One command of an admin's, on a connection that stays open: after `CONFIG SET requirepass` or `maxclients` no other would come in.
+/// One command of an admin's, on a connection that stays open: after `CONFIG SET requirepass` or `maxclients` no other
+/// would come in.
 #[track_caller]
 pub fn tell(conn: &mut impl ConnectionLike, words: &[&str]) -> Value {
     cmd(words[0])

@@ -71,7 +71,8 @@ pub fn wait_drained(pg: &Postgres, backend: &str) {
     });
 }
 
-/// Publishes events of the types `<prefix>1` to `<prefix><count>` to a backend in one transaction; `stream` NULL if empty.
+/// Publishes events of the types `<prefix>1` to `<prefix><count>` to a backend in one transaction; `stream` NULL if
+/// empty.
 #[track_caller]
 pub fn publish_many(client: &mut Client, backend: &str, stream: &str, prefix: &str, count: i32) -> Vec<Uuid> {
     client

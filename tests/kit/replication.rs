@@ -29,7 +29,8 @@ impl Redis {
         replica
     }
 
-    /// Makes this server a replica of `primary`, and waits until it has all of its data. What it had that the other has not is gone.
+    /// Makes this server a replica of `primary`, and waits until it has all of its data. What it had that the other has
+    /// not is gone.
     #[track_caller]
     pub fn follow(&self, primary: &Redis) {
         // Or it would wait for further replicas first, for five seconds.
@@ -41,8 +42,8 @@ impl Redis {
         self.wait_caught_up(primary);
     }
 
-    /// Lets this replica fall behind: it keeps what it has, stays read-only, and hears nothing any more until [`follow`](Self::follow) or
-    /// [`promote`](Self::promote).
+    /// Lets this replica fall behind: it keeps what it has, stays read-only, and hears nothing any more until
+    /// [`follow`](Self::follow) or [`promote`](Self::promote).
     #[track_caller]
     pub fn lag(&self) {
         tell(&mut self.conn(), &["REPLICAOF", "127.0.0.1", NOBODY]);

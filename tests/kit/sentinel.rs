@@ -15,8 +15,8 @@ use crate::{Redis, env};
 /// The name by which the sentinels know the primary.
 pub const MASTER: &str = "mymaster";
 
-/// How long a primary must be silent before they begin a failover: a second for the figures, and else so long that a machine which does
-/// other things besides is not taken for a primary that is down.
+/// How long a primary must be silent before they begin a failover: a second for the figures, and else so long that a
+/// machine which does other things besides is not taken for a primary that is down.
 fn down_after() -> Duration {
     let is_measured = std::env::var_os("OUTBOX_FAILOVERS").is_some();
     Duration::from_secs(if is_measured { 1 } else { 3 })
@@ -32,7 +32,8 @@ pub struct Sentinel {
 }
 
 impl Sentinel {
-    /// Watches the primary at `port`; `quorum` sentinels must agree that it is down. `more`: further lines of its configuration.
+    /// Watches the primary at `port`; `quorum` sentinels must agree that it is down. `more`: further lines of its
+    /// configuration.
     #[track_caller]
     pub fn watching(primary: u16, quorum: usize, more: &str) -> Self {
         Self::on(None, primary, quorum, more)

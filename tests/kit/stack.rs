@@ -110,8 +110,8 @@ impl Stack {
             .get(0)
     }
 
-    /// Publishes so many events to the backend `default`, and waits until it is in this state with an error that contains `error`, and until the
-    /// log has the hint: they all wait, and none has failed.
+    /// Publishes so many events to the backend `default`, and waits until it is in this state with an error that
+    /// contains `error`, and until the log has the hint: they all wait, and none has failed.
     #[track_caller]
     pub fn publish_into(&self, trouble: &Trouble<'_>, count: i32) -> Vec<Uuid> {
         let published = publish_many(&mut self.pg.client(), "default", "", "waits", count);
@@ -121,7 +121,8 @@ impl Stack {
         published
     }
 
-    /// Waits until what was published, and nothing else, stands in the stream of the backend `default` in this Redis, in order, and nothing has failed.
+    /// Waits until what was published, and nothing else, stands in the stream of the backend `default` in this Redis,
+    /// in order, and nothing has failed.
     #[track_caller]
     pub fn assert_mended(&self, redis: &Redis, published: &[Uuid]) {
         redis.wait_entries(STREAM, published.len());

@@ -77,7 +77,8 @@ impl Default for Authority {
 }
 
 impl Redis {
-    /// A server that shows this certificate on its [`tls_port`](Self::tls_port), and asks nobody for one; arguments that follow may say otherwise.
+    /// A server that shows this certificate on its [`tls_port`](Self::tls_port), and asks nobody for one; arguments
+    /// that follow may say otherwise.
     #[track_caller]
     pub fn tls(certificate: &Certificate, args: &[&str]) -> Self {
         let mut all = vec![

@@ -6,9 +6,9 @@
 //! - Heirs are the same data directory after a reboot, a streaming standby that was promoted since, and the server that
 //!   pg_upgrade has made of the owner's. They first watch whether the owner still refreshes the guard, unless the guard
 //!   says that the owner has left.
-//! - Any other server with the owner's history (a base backup, a snapshot, a recovery to a target) is a copy. To a copy,
-//!   silence proves nothing: it waits for `outbox.take_over()`, as does a server that does not know the owner. (With
-//!   `outbox_relay.take_over = any`, all servers that know the owner are heirs.)
+//! - Any other server with the owner's history (a base backup, a snapshot, a recovery to a target) is a copy. To a
+//!   copy, silence proves nothing: it waits for `outbox.take_over()`, as does a server that does not know the owner.
+//!   (With `outbox_relay.take_over = any`, all servers that know the owner are heirs.)
 //!
 //! pg_upgrade of a copy cannot be told from pg_upgrade of the owner.
 

@@ -50,8 +50,8 @@ pub struct Guard {
     pub position: Position,
     pub previous: Position,
     pub again: Vec<i64>,
-    /// Events behind `previous` may be in the streams already: the owner had found events there, and not come past all of
-    /// them.
+    /// Events behind `previous` may be in the streams already: the owner had found events there, and not come past all
+    /// of them.
     pub compares: bool,
     pub wal: u64,
     pub total: i64,

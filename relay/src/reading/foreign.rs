@@ -38,7 +38,8 @@ pub struct Judge {
 }
 
 impl Judge {
-    /// `known`: a tick from before those rows can have come; `touched_by`: who has switched the trigger on again, 0: nobody yet.
+    /// `known`: a tick from before those rows can have come; `touched_by`: who has switched the trigger on again, 0:
+    /// nobody yet.
     pub fn new(known: Tick, touched_by: u64, is_rewritten: bool) -> Self {
         Self {
             known,

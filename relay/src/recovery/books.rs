@@ -1,4 +1,5 @@
-//! What a recovery asks of the outside, and all that it writes down: the extension's books are tables, the simulation's a model of them.
+//! What a recovery asks of the outside, and all that it writes down: the extension's books are tables, the simulation's
+//! a model of them.
 
 use crate::delivery::refusal::Record;
 use crate::delivery::{Cursor, Delivery};
@@ -116,10 +117,12 @@ pub trait Rows {
     /// Opens the table of events.
     fn open(&mut self) -> Self::Table;
     fn close(&mut self, table: Self::Table);
-    /// How the event that a scan stands on is looked for; `None`: it is not this backend's, or its stream cannot be read.
+    /// How the event that a scan stands on is looked for; `None`: it is not this backend's, or its stream cannot be
+    /// read.
     fn wanted(&self, scan: &<Self::Table as Table>::Scan, purpose: Purpose) -> Option<Wanted>;
 
-    /// Events that wait as refused and have a number above `after`, in order, so many at most. Also those of other lanes.
+    /// Events that wait as refused and have a number above `after`, in order, so many at most. Also those of other
+    /// lanes.
     fn waiting(&mut self, after: i64, limit: usize) -> Vec<i64>;
     /// Those of these that still wait.
     fn still_waiting(&mut self, seqs: &[i64]) -> Vec<i64>;

@@ -61,7 +61,8 @@ pub(super) fn last_compared(candidates: &[Candidate]) -> i64 {
         .unwrap_or_default()
 }
 
-/// The next of the waiting events after `after`, and the number of the last that was looked at; `None`: there are no more.
+/// The next of the waiting events after `after`, and the number of the last that was looked at; `None`: there are no
+/// more.
 pub(super) fn next_waiting<R: Rows>(rows: &mut R, after: i64, limit: usize) -> (Option<i64>, Vec<Candidate>) {
     let seqs = rows.waiting(after, limit);
     (seqs.last().copied(), by_seq(rows, &seqs, Purpose::Compare))

@@ -1,12 +1,13 @@
-//! From a guard that was read to a backend that is up: whether to claim it, where the backend stands then, and which events are looked
-//! for in the streams before anything is sent.
+//! From a guard that was read to a backend that is up: whether to claim it, where the backend stands then, and which
+//! events are looked for in the streams before anything is sent.
 //!
 //! ```text
 //! Idle ── guard read ──▶ Read ── judged ──▶ Claiming ── confirmed ──▶ Claimed ──▶ Looking ── answered ──▶ Seen ──▶ Idle: it is up
 //!                          └─ somebody else's: held off, Idle             └──── nothing to look for ────────────────▶ Idle: it is up
 //! ```
-//! Reports of the sender move it to *Read*, *Claimed* and *Seen*; [`Recovery::step`] takes it on from there. What it asks of the outside,
-//! and all that it writes down, goes through [`Books`]: the extension's are tables, the simulation's are a model of them.
+//! Reports of the sender move it to *Read*, *Claimed* and *Seen*; [`Recovery::step`] takes it on from there. What it
+//! asks of the outside, and all that it writes down, goes through [`Books`]: the extension's are tables, the
+//! simulation's are a model of them.
 
 pub mod books;
 mod candidates;
@@ -52,7 +53,8 @@ pub struct Recovery {
     stage: Stage,
     /// What is remembered of a guard that somebody else owns.
     watch: Watch,
-    /// Of the events that wait as refused, those behind this one are still to be looked for, before the backend comes up by this start.
+    /// Of the events that wait as refused, those behind this one are still to be looked for, before the backend comes
+    /// up by this start.
     rest: Option<(Start, i64)>,
 }
 
@@ -261,7 +263,8 @@ impl Recovery {
         self.come_up(books, start)
     }
 
-    /// All that was found is saved, in one go and before anything else is appended: the guard tells of one batch alone, and it may be lost.
+    /// All that was found is saved, in one go and before anything else is appended: the guard tells of one batch alone,
+    /// and it may be lost.
     fn come_up<B: Books>(&mut self, books: &mut B, start: Start) -> Result<(), B::Error> {
         let start = match (self.rest.is_some(), self.look_for_rest(books)?) {
             (false, _) => start,
@@ -282,8 +285,8 @@ impl Recovery {
         books.come_up()
     }
 
-    /// What waits and was not looked for yet, the next of it: so nothing is sent again that Redis has. When nothing is left: how the backend
-    /// comes up.
+    /// What waits and was not looked for yet, the next of it: so nothing is sent again that Redis has. When nothing is
+    /// left: how the backend comes up.
     fn look_for_rest<B: Books>(&mut self, books: &mut B) -> Result<Option<Start>, B::Error> {
         while let Some((start, after)) = self.rest.take() {
             // What was found is not kept in memory.

@@ -1,5 +1,6 @@
-//! Patience with tasks that fail, each by itself: what failed is tried again after a while, twice as long each time, and nothing else
-//! waits for it. A setback is told at once and again each minute; one that may be over in a moment (a lock) once it has lasted.
+//! Patience with tasks that fail, each by itself: what failed is tried again after a while, twice as long each time,
+//! and nothing else waits for it. A setback is told at once and again each minute; one that may be over in a moment (a
+//! lock) once it has lasted.
 
 use crate::time::Now;
 use std::collections::BTreeMap;

@@ -230,7 +230,8 @@ impl Site {
         sending.find(|lane| lane.master() == master)
     }
 
-    /// What a dump has brought was looked for once all lanes have done so, and the finder has come past it: so no lane is to come yet.
+    /// What a dump has brought was looked for once all lanes have done so, and the finder has come past it: so no lane
+    /// is to come yet.
     pub(crate) fn finish_lanes(&mut self, env: &mut Env) -> bool {
         let Some(latest) = self.latest.clone().filter(|_| env.is_cluster) else {
             return false;

@@ -1,4 +1,5 @@
-//! A sender of exactly_once with its connection to the model of Redis: commands arrive one by one, and so do the replies.
+//! A sender of exactly_once with its connection to the model of Redis: commands arrive one by one, and so do the
+//! replies.
 
 use super::redis::{GUARD, Redis, Words, append_reply, parse};
 use redis::Value;

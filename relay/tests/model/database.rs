@@ -1,4 +1,5 @@
-//! A model of Postgres as the reader needs it: transactions with their ids, the sequence, snapshots, the table of events.
+//! A model of Postgres as the reader needs it: transactions with their ids, the sequence, snapshots, the table of
+//! events.
 
 use super::Rng;
 use super::view::View;
@@ -32,7 +33,8 @@ pub(crate) enum Status {
 pub(crate) enum Numbering {
     /// Publishers take what the sequence gives.
     Sequence,
-    /// They take only numbers above the highest, as of when they had their transaction ids; and set the sequence forward.
+    /// They take only numbers above the highest, as of when they had their transaction ids; and set the sequence
+    /// forward.
     Ascending,
 }
 
@@ -381,7 +383,8 @@ impl Database {
         self.commit(transaction);
     }
 
-    /// Rows of a dump come back, in a transaction of their own: the same events with new numbers. Those that were there had been deleted.
+    /// Rows of a dump come back, in a transaction of their own: the same events with new numbers. Those that were there
+    /// had been deleted.
     pub(crate) fn restore(&mut self, seqs: &[i64]) -> u64 {
         let transaction = self.begin_publishing(&[]);
         for seq in seqs {
@@ -416,7 +419,8 @@ impl Database {
         }
     }
 
-    /// Somebody sets the sequence: mostly back, sometimes forward; or a session gives numbers that it had drawn in advance.
+    /// Somebody sets the sequence: mostly back, sometimes forward; or a session gives numbers that it had drawn in
+    /// advance.
     pub(crate) fn set_sequence(&mut self, rng: &mut Rng) {
         self.was_set = true;
         self.last_seq = match rng.u8(..4) {
@@ -542,8 +546,8 @@ impl Database {
         matches!(status, Status::Running | Status::Prepared)
     }
 
-    /// Two rows in the wrong order, where there are any: rows of one transaction in publishing order, and a row whose number
-    /// was drawn after another transaction had committed comes after all rows of that one.
+    /// Two rows in the wrong order, where there are any: rows of one transaction in publishing order, and a row whose
+    /// number was drawn after another transaction had committed comes after all rows of that one.
     pub(crate) fn out_of_order(&self, seqs: impl IntoIterator<Item = i64>) -> Option<(i64, i64)> {
         let mut last_of = HashMap::new();
         let mut latest: Option<(u64, i64)> = None;

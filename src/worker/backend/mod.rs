@@ -1,10 +1,12 @@
 //! One backend within the worker, or one lane of it.
 //!
-//! - [`duty`] why it is there: to send, to find lanes, to fail events; [`connection`] where its Redis is, and the sender
+//! - [`duty`] why it is there: to send, to find lanes, to fail events; [`connection`] where its Redis is, and the
+//!   sender
 //! - [`settings`] from its row to its destination; [`changes`] of them; [`copy`] when it must not connect
 //! - [`hearing`] what its sender reports; [`guarded`] what it does because of its guard; [`lanes`] of a cluster
 //! - [`entries`] from events to entries; [`books`] what is not saved yet, and [`saving`] it
-//! - [`restored`] how far it is with restored events, and [`comparing`] them; [`logged`] what was logged, and [`logging`]
+//! - [`restored`] how far it is with restored events, and [`comparing`] them; [`logged`] what was logged, and
+//!   [`logging`]
 
 pub(crate) mod books;
 mod changes;

@@ -1,7 +1,7 @@
 //! Measures how long after its commit an event reaches a consumer: `latency SOCKET_DIR REDIS_PORT TRANSACTIONS`.
 //!
-//! A consumer thread is blocked in XREAD on the stream `events`; transactions run one after the other, each once
-//! the one before has arrived. Both ends read the same clock. Two times are printed: from sending COMMIT, which counts the
+//! A consumer thread is blocked in XREAD on the stream `events`; transactions run one after the other, each once the
+//! one before has arrived. Both ends read the same clock. Two times are printed: from sending COMMIT, which counts the
 //! flush of the WAL too, and from its acknowledgement (less than zero if the consumer was faster than the client).
 
 use std::collections::HashMap;

@@ -175,7 +175,8 @@ impl Link {
         }
     }
 
-    /// Writes what is due, up to where the rule comes into force. Gives how many bytes that were, and what the rule says then.
+    /// Writes what is due, up to where the rule comes into force. Gives how many bytes that were, and what the rule
+    /// says then.
     fn write(&mut self, way: Way, now: Instant, rule: &mut Option<Rule>) -> (u64, Option<Then>) {
         let lane = &mut self.lanes[way as usize];
         let receiver = &mut self.sockets[1 - way as usize];
@@ -212,7 +213,8 @@ impl Link {
         (total, None)
     }
 
-    /// What to wait for on each socket. A socket with nothing to wait for is left out: one that is dead is always ready.
+    /// What to wait for on each socket. A socket with nothing to wait for is left out: one that is dead is always
+    /// ready.
     fn interest(&self, now: Instant) -> impl Iterator<Item = (&TcpStream, PollFlags)> {
         WAYS.into_iter().filter_map(move |way| {
             let (from, to) = (&self.lanes[way as usize], &self.lanes[1 - way as usize]);
