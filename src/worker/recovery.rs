@@ -33,9 +33,10 @@ use std::time::Duration;
 /// Takes one backend as far as it can go now. `newest`: the newest tick.
 pub(super) fn step(backend: &mut Backend, identity: &Identity, newest: &Arc<Tick>, now: Now) -> Result<(), Aborted> {
     if !backend.recovery.is_due() && backend.delivery.is_up() {
-        // It is to take over and believes that it is the owner. Another server may have become that since: only a claim
-        // tells.
-        backend.let_go();
+        if backend.is_told_to_take_over() {
+            // It believes that it is the owner. Another server may have become that since: only a claim tells.
+            backend.let_go();
+        }
         return Ok(());
     }
     let mut recovery = std::mem::take(&mut backend.recovery);
