@@ -123,7 +123,9 @@ fn events_of_every_kind_go_through_pg_upgrade_from_major_to_major() {
     assert_eq!(ids(&redis.wait_entries("mended", 3)), refused);
     assert_eq!(pg.one::<i64>("select outbox.retry_failed()"), 1);
     assert_eq!(ids(&redis.wait_entries("failing", 1)), [failed]);
-    pg.exec("update outbox.scheduled_events set scheduled_at = now(); select outbox.wake()");
+    pg.exec("update outbox.scheduled_events set scheduled_at = now()");
+    // After the commit: before it, the worker would look in vain.
+    pg.exec("select outbox.wake()");
     sent.push(scheduled);
     assert_eq!(ids(&redis.wait_entries("events", sent.len())), sent);
     pg.exec("update outbox.backends set enabled = true where name = 'held'");
