@@ -2,7 +2,7 @@
 //! cannot tell. In whichever table the id is, the error is that of the unique index of `outbox.events`.
 
 use crate::server::report::{self, Constraint};
-use crate::tables::catalog::Relations;
+use crate::tables::catalog::{self, Relations};
 use crate::tables::missing::{self, Index};
 use crate::tables::row::attribute;
 use pgrx::{PgSqlErrorCode, pg_sys};
@@ -32,8 +32,8 @@ pub(super) fn is_new(relations: &Relations, event_id: &[u8; 16], scheduled: bool
             name.refuse();
         }
     }
-    let events = (relations.events, relations.events_id_key);
-    let waiting = (relations.scheduled, relations.scheduled_id_key);
+    let events = (relations.events, Index::EventId);
+    let waiting = (relations.scheduled, Index::ScheduledEventId);
     let (own, other) = if scheduled {
         (waiting, events)
     } else {
@@ -50,12 +50,14 @@ pub(super) fn is_new(relations: &Relations, event_id: &[u8; 16], scheduled: bool
 
 /// Whether a table has a row with this id that has committed, or is this transaction's own. By a look at the index
 /// alone as a rule.
-fn is_in((table, index): (pg_sys::Oid, pg_sys::Oid), event_id: &[u8; 16]) -> bool {
+fn is_in((table, index): (pg_sys::Oid, Index), event_id: &[u8; 16]) -> bool {
     // SAFETY: an index look-up by an equality key of the column's type. The snapshot is a constant, which also sees
     // rows that the present command has inserted.
     unsafe {
         let lock = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
         let rel = pg_sys::table_open(table, lock);
+        // Only now: until the table was locked, its index could be swapped for another.
+        let key = key_of(index);
         let mut entry: pg_sys::ScanKeyData = std::mem::zeroed();
         pg_sys::ScanKeyInit(
             &mut entry,
@@ -64,12 +66,25 @@ fn is_in((table, index): (pg_sys::Oid, pg_sys::Oid), event_id: &[u8; 16]) -> boo
             pg_sys::Oid::from(pg_sys::F_UUID_EQ),
             pg_sys::Datum::from(event_id.as_ptr()),
         );
-        let scan = pg_sys::systable_beginscan(rel, index, true, &raw mut pg_sys::SnapshotSelfData, 1, &mut entry);
+        let scan = pg_sys::systable_beginscan(rel, key, true, &raw mut pg_sys::SnapshotSelfData, 1, &mut entry);
         let found = !pg_sys::systable_getnext(scan).is_null();
         pg_sys::systable_endscan(scan);
         pg_sys::table_close(rel, lock);
         found
     }
+}
+
+/// An ERROR if there is none.
+fn key_of(index: Index) -> pg_sys::Oid {
+    let relations = catalog::expect_relations();
+    let key = match index {
+        Index::ScheduledEventId => relations.scheduled_id_key,
+        _ => relations.events_id_key,
+    };
+    if key == pg_sys::InvalidOid {
+        index.refuse();
+    }
+    key
 }
 
 /// In the words of Postgres, which says it where two sessions use an id at the same time.
