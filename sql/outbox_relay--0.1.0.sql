@@ -1417,11 +1417,16 @@ comment on function outbox.event_health(interval) is 'Part of outbox.health(): w
 create function outbox.health(old interval default '10 min', out "check" text, out status text, out detail text, out hint text) returns setof record
     language plpgsql volatile security definer set search_path = pg_catalog, pg_temp set jit = off
     as $$
+declare
+    has_tables boolean := true;
 begin
     return query select * from outbox.worker_health();
-    return query select * from outbox.object_health();
+    for "check", status, detail, hint in select o.* from outbox.object_health() o loop
+        has_tables := has_tables and not ("check" = 'tables' and status = 'fail');
+        return next;
+    end loop;
     -- What is asked below needs all tables.
-    if not exists (select from outbox.object_health() o where o."check" = 'tables' and o.status = 'fail') then
+    if has_tables then
         return query select * from outbox.backend_health();
         return query select * from outbox.event_health(old);
     end if;

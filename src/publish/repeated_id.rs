@@ -24,16 +24,11 @@ pub(super) fn is_new(relations: &Relations, event_id: &[u8; 16], scheduled: bool
     if relations.scheduled == pg_sys::InvalidOid {
         missing::table(c"scheduled_events");
     }
-    for (index, name) in [
-        (relations.events_id_key, Index::EventId),
-        (relations.scheduled_id_key, Index::ScheduledEventId),
-    ] {
-        if index == pg_sys::InvalidOid {
-            name.refuse();
-        }
-    }
     let events = (relations.events, Index::EventId);
     let waiting = (relations.scheduled, Index::ScheduledEventId);
+    for (_, index) in [events, waiting] {
+        key_of(relations, index);
+    }
     let (own, other) = if scheduled {
         (waiting, events)
     } else {
@@ -57,7 +52,7 @@ fn is_in((table, index): (pg_sys::Oid, Index), event_id: &[u8; 16]) -> bool {
         let lock = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
         let rel = pg_sys::table_open(table, lock);
         // Only now: until the table was locked, its index could be swapped for another.
-        let key = key_of(index);
+        let key = key_of(&catalog::expect_relations(), index);
         let mut entry: pg_sys::ScanKeyData = std::mem::zeroed();
         pg_sys::ScanKeyInit(
             &mut entry,
@@ -74,9 +69,8 @@ fn is_in((table, index): (pg_sys::Oid, Index), event_id: &[u8; 16]) -> bool {
     }
 }
 
-/// An ERROR if there is none.
-fn key_of(index: Index) -> pg_sys::Oid {
-    let relations = catalog::expect_relations();
+/// The index of ids. An ERROR if there is none.
+fn key_of(relations: &Relations, index: Index) -> pg_sys::Oid {
     let key = match index {
         Index::ScheduledEventId => relations.scheduled_id_key,
         _ => relations.events_id_key,
