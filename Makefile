@@ -16,7 +16,7 @@ target_dir   := $(or $(CARGO_TARGET_DIR),target)
 library      := $(target_dir)/release/lib$(EXTENSION).so
 
 # The targets that need no Postgres must work without one.
-ifneq ($(filter-out help clean demo test test-redis-versions test-postgres-versions test-assertions test-packages test-monitoring deb dist image bench bench-quick chaos fuzz deny record-broadcaster site,$(or $(MAKECMDGOALS),all)),)
+ifneq ($(filter-out help clean sql demo test test-redis-versions test-postgres-versions test-assertions test-packages test-monitoring deb dist image bench bench-quick chaos fuzz deny record-broadcaster site,$(or $(MAKECMDGOALS),all)),)
 major := $(shell $(PG_CONFIG) --version 2>/dev/null | sed -nE 's/^PostgreSQL ([0-9]+).*/\1/p')
 ifeq ($(major),)
 $(error "$(PG_CONFIG)" is no working pg_config. Name one with PG_CONFIG=..., or let scripts/setup install Postgres and say where it is)
@@ -36,15 +36,25 @@ empty        :=
 space        := $(empty) $(empty)
 features      = pg$(major)$(if $(strip $(FEATURES)),$(comma)$(subst $(space),$(comma),$(strip $(FEATURES))))
 
-.PHONY: all install install-strip uninstall demo test test-redis-versions test-postgres-versions test-assertions test-packages test-monitoring deb dist image lint bench bench-quick chaos fuzz deny record-broadcaster site clean help headers
+.PHONY: all sql install install-strip uninstall demo test test-redis-versions test-postgres-versions test-assertions test-packages test-monitoring deb dist image lint bench bench-quick chaos fuzz deny record-broadcaster site clean help headers
+
+# CREATE EXTENSION reads one script. The directory is a prerequisite too: its time changes when a part goes.
+version     := $(shell sed -nE "s/^default_version = '(.*)'/\1/p" $(EXTENSION).control)
+sql_script  := sql/$(EXTENSION)--$(version).sql
+sql_parts   := $(sort $(wildcard sql/schema/*.sql))
+$(sql_script): $(sql_parts) sql/schema
+	@awk 'FNR == 1 && NR > 1 { print "" } { print }' $(sql_parts) >$@.part && mv $@.part $@
 
 # What the library was built for: installing another one would keep the server from starting.
 stamp := $(target_dir)/release/$(EXTENSION).built-for
 
-all: headers ## build the extension (release)
+all: headers $(sql_script) ## build the extension (release)
 	@rm -f "$(stamp)"
 	$(cargo_env) $(CARGO) build --release --locked -p $(EXTENSION) --no-default-features --features $(features)
 	@echo "$(features)" >"$(stamp)"
+
+sql: $(sql_script) ## join the parts of the SQL script, sql/schema/
+	@:
 
 headers:
 	@test -f "$(includedir_server)/postgres.h" || { \
@@ -53,7 +63,7 @@ headers:
 	    exit 1; }
 
 # Builds only what is missing, since it often runs as another user.
-install: ## copy it into Postgres's directories (built first if it was not, or for another Postgres)
+install: $(sql_script) ## copy it into Postgres's directories (built first if it was not, or for another Postgres)
 	@test -f "$(library)" && test "$$(cat "$(stamp)" 2>/dev/null)" = "$(features)" || $(MAKE) --no-print-directory all
 	$(INSTALL) -d "$(DESTDIR)$(pkglibdir)" "$(DESTDIR)$(sharedir)/extension"
 	$(INSTALL) -m 755 "$(library)" "$(DESTDIR)$(pkglibdir)/$(EXTENSION).so"

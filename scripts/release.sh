@@ -5,11 +5,15 @@ version=$(sed -nE '/^\[workspace.package\]/,/^\[/s/^version = "(.*)"/\1/p' Cargo
 # The same files make the same packages.
 SOURCE_DATE_EPOCH=$(git log -1 --format=%ct 2>/dev/null || date +%s)
 
-# What git tracks, with changes that are not committed, as a tar file below the path $1; further arguments go to git archive.
+# What git tracks, with changes that are not committed, and the SQL script, as a tar file below the path $1; further arguments go to git
+# archive.
 released_files() {
     local tree
     git rev-parse --git-dir >/dev/null || { echo "This needs a git checkout: it says which files are ours" >&2; return 1; }
     tree=$(git stash create)
     [[ -z $tree ]] || echo "(with changes that are not committed)" >&2
-    git archive --prefix="$1" "${@:2}" "${tree:-HEAD}"
+    make --no-print-directory sql
+    local script=() name=sql/outbox_relay--$version.sql
+    [[ -n $(git ls-files "$name") ]] || script=(--prefix="$1sql/" --add-file="$name")
+    git archive "${script[@]}" --prefix="$1" "${@:2}" "${tree:-HEAD}"
 }

@@ -1,0 +1,31 @@
+\echo Use "create extension outbox_relay" to load this file. \quit
+
+-- The public face of outbox_relay, in schema outbox. src/ holds what is LANGUAGE c. The Makefile joins the parts in
+-- sql/schema/ in the order of their numbers; each may use what those before it have made.
+
+set local search_path = pg_catalog, pg_temp;
+
+-- Whoever owns the schema could put other functions beside ours, and whatever is there already might be meant instead
+-- of ours.
+do $$
+declare
+    n pg_catalog.pg_namespace;
+begin
+    select * into strict n from pg_catalog.pg_namespace s where s.nspname = 'outbox';
+    if exists (select from pg_catalog.aclexplode(n.nspacl) a where a.privilege_type = 'CREATE' and a.grantee <> n.nspowner) then
+        raise exception using errcode = 'object_not_in_prerequisite_state',
+            message = 'schema "outbox" exists, and others than its owner may create objects in it',
+            detail = 'Calls of the extension''s functions could reach functions of theirs.',
+            hint = 'Drop that schema: the extension makes its own. Or revoke CREATE on it from all others.';
+    end if;
+    if not (select r.rolsuper from pg_catalog.pg_roles r where r.oid = n.nspowner)
+        or exists (select from pg_catalog.pg_depend d
+            where d.refclassid = 'pg_catalog.pg_namespace'::regclass and d.refobjid = n.oid
+                and d.classid <> 'pg_catalog.pg_extension'::regclass) then
+        raise exception using errcode = 'object_not_in_prerequisite_state',
+            message = 'schema "outbox" exists, and is not an empty one of a superuser',
+            detail = format('It belongs to "%s".', pg_get_userbyid(n.nspowner)),
+            hint = 'Drop or rename that schema: the extension makes its own.';
+    end if;
+end
+$$;

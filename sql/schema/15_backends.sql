@@ -1,0 +1,105 @@
+-- Backends: named Redis destinations, and their passwords.
+
+create table outbox.backends (
+    name            text primary key check (length(name) between 1 and 63),
+    number          integer generated always as identity unique check (number > 0),
+    enabled         boolean not null default true,
+    mode            text not null default 'standalone' check (mode in ('standalone', 'sentinel', 'cluster')),
+    host            text check (host <> ''),
+    port            integer check (port between 1 and 65535),
+    db              integer check (db between 0 and 65535),
+    username        text check (username <> ''),
+    stream_name     text check (stream_name <> ''),
+    max_len         bigint check (max_len >= 0),
+    connect_timeout interval check (connect_timeout > interval '0' and connect_timeout <= interval '1 hour'),
+    socket_timeout  interval check (socket_timeout > interval '0' and socket_timeout <= interval '1 hour'),
+    unix_socket     text check (unix_socket like '/%'),
+    nodes           text[] check (cardinality(nodes) between 1 and 32 and array_position(nodes, null) is null),
+    sentinel_master text check (sentinel_master <> ''),
+    password_file   text check (password_file like '/%'),
+    allowed_streams text[] not null default '{*}' check (array_position(allowed_streams, null) is null),
+    delivery        text not null default 'exactly_once' check (delivery in ('exactly_once', 'at_least_once')),
+    on_missing_guard text not null default 'continue' check (on_missing_guard in ('continue', 'halt', 'replay')),
+    wait_replicas   integer not null default 0 check (wait_replicas between 0 and 100),
+    tls             boolean not null default false,
+    tls_ca_file     text check (tls_ca_file like '/%'),
+    tls_cert_file   text check (tls_cert_file like '/%'),
+    tls_key_file    text check (tls_key_file like '/%'),
+    tls_insecure    boolean not null default false,
+    constraint backends_nodes_of_mode check ((mode = 'standalone') = (nodes is null)),
+    constraint backends_sentinel_master_of_mode check ((mode = 'sentinel') = (sentinel_master is not null)),
+    constraint backends_db_of_mode check (mode <> 'cluster' or coalesce(db, 0) = 0),
+    constraint backends_stream_of_mode check (mode <> 'cluster' or stream_name is not null),
+    constraint backends_address_of_mode check (mode = 'standalone' or (host is null and port is null and unix_socket is null)),
+    constraint backends_tls_needs_tcp check (not tls or unix_socket is null),
+    constraint backends_tls_settings_need_tls check (tls or (num_nonnulls(tls_ca_file, tls_cert_file, tls_key_file) = 0 and not tls_insecure)),
+    constraint backends_tls_key_needs_cert check ((tls_cert_file is null) = (tls_key_file is null))
+);
+
+comment on table outbox.backends is 'Named Redis destinations. NULL in a column means the setting outbox_relay.redis_* of that name. A change takes effect at once.';
+comment on column outbox.backends.name is 'How publishers name the backend; it may be changed.';
+comment on column outbox.backends.number is 'Identifies the backend. It never changes and is never reused. Events store it, so that a renamed backend keeps its events.';
+comment on column outbox.backends.enabled is 'False pauses the backend; its events wait.';
+comment on column outbox.backends.mode is 'standalone: one Redis, at host and port or unix_socket. sentinel: the primary that sentinels name. cluster: streams are spread by hash slot.';
+comment on column outbox.backends.host is 'Name or address of the Redis server (standalone).';
+comment on column outbox.backends.port is 'Port of the Redis server (standalone), 1 to 65535.';
+comment on column outbox.backends.db is 'Number of the Redis database; a cluster has database 0 alone.';
+comment on column outbox.backends.username is 'Redis user (ACL).';
+comment on column outbox.backends.stream_name is 'The stream of events that name no stream. In a cluster it decides their hash slot and cannot be changed.';
+comment on column outbox.backends.max_len is 'Approximate length to which each stream is trimmed (MAXLEN ~); 0: unlimited.';
+comment on column outbox.backends.connect_timeout is 'How long connecting and logging in may take, at most an hour.';
+comment on column outbox.backends.socket_timeout is 'How long each write and each reply may take, at most an hour.';
+comment on column outbox.backends.unix_socket is 'Path of a unix socket, instead of host and port.';
+comment on column outbox.backends.nodes is 'The sentinels, or some nodes of the cluster, as host:port (an IPv6 address in brackets), in the order in which they are asked. NULL if mode is standalone.';
+comment on column outbox.backends.sentinel_master is 'The name by which the sentinels know the primary; NULL unless mode is sentinel.';
+comment on column outbox.backends.password_file is 'A file that the server reads at each connect; its first line is the password. Nobody else may read it: 0600, or 0640 if root owns it. Needs the rights of pg_read_server_files.';
+comment on column outbox.backends.allowed_streams is 'Glob patterns (* and ?) one of which a publisher''s stream must match. With {*}, a publisher may append to any stream of that Redis, which is then trimmed to max_len.';
+comment on column outbox.backends.delivery is 'exactly_once: each batch is one Redis transaction together with the guard, see outbox.guard_key(). at_least_once: plain commands; a crash may repeat what was sent since the cursor was last saved.';
+comment on column outbox.backends.on_missing_guard is 'What to do when Redis has lost everything, including the guard. continue: send what was not sent yet. halt: wait for outbox.take_over(). replay: send all retained events again.';
+comment on column outbox.backends.wait_replicas is 'Replicas of Redis that must acknowledge a batch (WAIT) before it counts as delivered, 0 to 100.';
+comment on column outbox.backends.tls is 'Connects by TLS. A trusted authority must have issued the server''s certificate, and the certificate must name the host.';
+comment on column outbox.backends.tls_ca_file is 'PEM file of the authorities that are trusted; NULL: those of the system. Read at each connect, like the other files; needs the rights of pg_read_server_files.';
+comment on column outbox.backends.tls_cert_file is 'PEM file of the certificate (and its chain) that is shown to the server. Needs the rights of pg_read_server_files.';
+comment on column outbox.backends.tls_key_file is 'PEM file of the key of tls_cert_file, not encrypted. Nobody else may read it: 0600, or 0640 if root owns it. Needs the rights of pg_read_server_files.';
+comment on column outbox.backends.tls_insecure is 'Accepts any certificate. Use it for experiments only.';
+
+create function outbox.destination(backend outbox.backends) returns jsonb
+    language sql stable parallel safe set search_path = pg_catalog, pg_temp
+    as $$
+select jsonb_strip_nulls(jsonb_build_object('mode', backend.mode, 'host', backend.host, 'port', backend.port, 'unix_socket', backend.unix_socket,
+    'nodes', backend.nodes, 'sentinel_master', backend.sentinel_master, 'username', backend.username, 'tls', backend.tls,
+    'tls_insecure', backend.tls_insecure, 'tls_ca_file', backend.tls_ca_file, 'tls_cert_file', backend.tls_cert_file,
+    'tls_key_file', backend.tls_key_file))
+$$;
+comment on function outbox.destination(outbox.backends) is 'Where and how a backend connects. A secret that was set for one destination is not sent to another.';
+
+-- The key of passwords is an option of a user mapping: catalogs are in no dump, and are not decoded from the WAL.
+create foreign data wrapper outbox_relay;
+comment on foreign data wrapper outbox_relay is 'Reads no tables: the server below belongs to it.';
+create server outbox_relay foreign data wrapper outbox_relay;
+comment on server outbox_relay is 'Its user mapping for PUBLIC holds the key with which outbox.backend_passwords is sealed. Made when the first password is set.';
+
+create function outbox.seal_password(backend_number integer, password text) returns bytea
+    language c volatile strict
+    as 'MODULE_PATHNAME', 'seal_password';
+comment on function outbox.seal_password(integer, text) is 'A password as it lies in outbox.backend_passwords; makes the key if there is none. Needs the rights of the owner of server outbox_relay.';
+
+create table outbox.backend_passwords (
+    backend_number integer primary key,
+    password       bytea not null,
+    destination    jsonb not null
+);
+-- Row security without a policy: even pg_read_all_data sees no row. It does not bind the owner and other superusers.
+alter table outbox.backend_passwords enable row level security;
+-- ANALYZE would copy passwords into pg_statistic, which pg_read_all_data can read.
+alter table outbox.backend_passwords alter column password set statistics 0;
+comment on table outbox.backend_passwords is 'Passwords set by outbox.set_backend_password(); read by the worker alone, never dumped.';
+comment on column outbox.backend_passwords.password is 'Sealed for this backend, with AES-256-GCM and the key of server outbox_relay.';
+comment on column outbox.backend_passwords.destination is 'The destination that the password was set for, see outbox.destination(). With another destination the backend is misconfigured.';
+
+create table outbox.moved_backends (
+    backend_number integer primary key,
+    destination    jsonb not null
+);
+alter table outbox.moved_backends enable row level security;
+comment on table outbox.moved_backends is 'Backends whose destination was changed by a role that may not read the server''s files, with the destination before that. Their password files are read for that one only.';

@@ -1,0 +1,81 @@
+-- Events, and the tables of those that wait elsewhere: scheduled, refused, failed.
+
+-- Columns of fixed width come first, because each row is deformed once to be sent. The trigger fills in seq, xid and
+-- backend_number.
+create sequence outbox.events_seq_seq as bigint cache 1;
+create table outbox.events (
+    seq              bigint not null,
+    xid              xid8 not null,
+    created_at       timestamptz not null,
+    event_id         uuid not null,
+    backend_number   integer not null,
+    event_type       text not null,
+    source           text not null,
+    backend          text not null,
+    data             json,
+    subject          text,
+    stream           text,
+    data_schema      text,
+    publisher_config json,
+    max_retries      integer
+) with (
+    -- Rows are inserted at one end and, much later, deleted in order at the other; never updated. Vacuum after each
+    -- twentieth of the table has gone keeps its size steady; inserts need no more than freezing.
+    autovacuum_vacuum_scale_factor = 0.05,
+    autovacuum_vacuum_insert_scale_factor = 0.2,
+    autovacuum_analyze_scale_factor = 0.2
+);
+alter sequence outbox.events_seq_seq owned by outbox.events.seq;
+-- With the backend's number, so that other backends skip a row by a look at the index.
+alter table outbox.events add primary key (seq) include (backend_number);
+create unique index events_event_id_idx on outbox.events (event_id);
+create index events_xid_idx on outbox.events (xid, seq);
+-- For outbox.event_status: the latest events, and those of a period.
+create index events_created_at_idx on outbox.events (created_at);
+
+comment on table outbox.events is 'The outbox: one row for each event, kept until its retention ends. Rows are never updated; outbox.cursors says which were delivered.';
+comment on sequence outbox.events_seq_seq is 'Draws the numbers of events, in publishing order. If somebody sets it back, numbering continues above the highest number that was drawn. With another type, INCREMENT, CACHE or CYCLE, publishing is refused.';
+comment on column outbox.events.seq is 'The event''s place in publishing order. The trigger draws it, after xid.';
+comment on column outbox.events.xid is 'The transaction that published the event. The trigger fills it in.';
+comment on column outbox.events.backend_number is 'Number of the backend. The trigger looks it up by the backend''s name.';
+comment on column outbox.events.backend is 'Name of the backend when the event was published. NULL or an empty text in an INSERT means outbox_relay.default_backend.';
+comment on column outbox.events.data is 'The payload, as JSON text.';
+comment on column outbox.events.stream is 'The stream of the entry. NULL means the backend''s stream_name at the time of sending.';
+comment on column outbox.events.max_retries is 'Attempts in all if Redis refuses the event, at most 1000. NULL means outbox_relay.max_retries at the time of sending.';
+comment on column outbox.events.publisher_config is 'Further fields of the stream entry: a flat JSON object.';
+
+create table outbox.scheduled_events (
+    like outbox.events,
+    scheduled_at timestamptz not null,
+    primary key (event_id)
+);
+create index scheduled_events_due_idx on outbox.scheduled_events (scheduled_at, seq);
+comment on table outbox.scheduled_events is 'Events that are not due yet. The worker moves them to outbox.events when they are, in the order of scheduled_at and seq.';
+comment on column outbox.scheduled_events.xid is 'The transaction that scheduled the event. 0 means that a dump brought it when it was overdue: it may have been sent already, so the worker looks for it first.';
+
+create table outbox.refused_events (
+    seq            bigint primary key,
+    backend_number integer not null,
+    attempts       integer not null,
+    last_error     text not null,
+    accepted_in    bigint,
+    stream         text
+);
+-- Who asks for one stream must not be given this index, whatever the planner knows of a table that has just grown: only
+-- those can use it who say that seq > 0, which it always is.
+create index refused_events_backend_idx on outbox.refused_events (backend_number, seq) where accepted_in is null and seq > 0;
+create index refused_events_stream_idx on outbox.refused_events (backend_number, stream, seq) where accepted_in is null;
+comment on table outbox.refused_events is 'Events of outbox.events that Redis refused and that are being tried again, and those behind them in the same stream.';
+comment on column outbox.refused_events.accepted_in is 'Number of the batch in which Redis accepted the event late. If Redis loses that batch, the event waits again. NULL: it waits now.';
+comment on column outbox.refused_events.stream is 'The stream that the event names. NULL means its backend''s own.';
+
+create table outbox.failed_events (
+    like outbox.events,
+    attempts   integer not null,
+    last_error text not null,
+    failed_at  timestamptz not null default clock_timestamp(),
+    -- An event_id may be used again once its first event has gone from outbox.events: both are kept.
+    primary key (event_id, seq)
+);
+create index failed_events_failed_at_idx on outbox.failed_events (failed_at);
+comment on table outbox.failed_events is 'Events that Redis refused max_retries times, or whose backend was deleted; kept for outbox_relay.failed_retention. See outbox.retry_failed().';

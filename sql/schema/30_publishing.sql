@@ -1,0 +1,117 @@
+-- Publishing.
+
+create function outbox.publish_event(
+    event_type       text,
+    source           text,
+    data             jsonb default null,
+    subject          text default null,
+    backend          text default null,
+    scheduled_at     timestamptz default null,
+    max_retries      integer default null,
+    publisher_config jsonb default null,
+    stream           text default null,
+    data_schema      text default null,
+    event_id         uuid default null
+) returns uuid
+    language c volatile parallel unsafe
+    as 'MODULE_PATHNAME', 'publish_event';
+comment on function outbox.publish_event(text, text, jsonb, text, text, timestamptz, integer, jsonb, text, text, uuid) is
+    'Publishes an event within the caller''s transaction, and returns its id, or NULL if somebody''s trigger on the table left the row out. The event is sent after the commit. backend, subject, stream and data_schema: an empty text counts as NULL. scheduled_at: a time without a zone, as drivers send for a naive one, is taken in the session''s TimeZone; send one with a zone.';
+
+-- Drivers type what they send: json, text or varchar for JSON, bigint or double precision for a number. The same
+-- function for them. It never competes with the one above. Its first argument is a domain, which loses to text for a
+-- literal, for a parameter without a type and for all types of text. Its other types are of the categories of those
+-- above (U and N), where none is preferred.
+create domain outbox.any_text as text;
+comment on domain outbox.any_text is 'A text as an argument of outbox.publish_event, where other arguments have types of their own.';
+create type outbox.any_value;
+create function outbox.any_value_in(cstring) returns outbox.any_value language internal immutable strict parallel safe as 'textin';
+create function outbox.any_value_out(outbox.any_value) returns cstring language internal immutable strict parallel safe as 'textout';
+create function outbox.any_value_recv(internal) returns outbox.any_value language internal stable strict parallel safe as 'textrecv';
+create function outbox.any_value_send(outbox.any_value) returns bytea language internal stable strict parallel safe as 'textsend';
+create type outbox.any_value (input = outbox.any_value_in, output = outbox.any_value_out, receive = outbox.any_value_recv,
+    send = outbox.any_value_send, like = text, category = 'U');
+comment on type outbox.any_value is 'An argument of outbox.publish_event in whatever type a driver sends it; read by what is written. Nothing else takes it.';
+comment on function outbox.any_value_in(cstring) is 'Input of type outbox.any_value, which is that of text.';
+comment on function outbox.any_value_out(outbox.any_value) is 'Output of type outbox.any_value, which is that of text.';
+comment on function outbox.any_value_recv(internal) is 'Binary input of type outbox.any_value, which is that of text.';
+comment on function outbox.any_value_send(outbox.any_value) is 'Binary output of type outbox.any_value, which is that of text.';
+create cast (text as outbox.any_value) without function as implicit;
+create cast (varchar as outbox.any_value) without function as implicit;
+create cast (bpchar as outbox.any_value) without function as implicit;
+create cast (json as outbox.any_value) without function as implicit;
+create cast (bytea as outbox.any_value) without function as implicit;
+create cast (jsonb as outbox.any_value) with inout as implicit;
+create cast (uuid as outbox.any_value) with inout as implicit;
+-- All types of numbers become this one by themselves.
+create domain outbox.any_number as double precision;
+comment on domain outbox.any_number is 'A number as an argument of outbox.publish_event, in whatever type a driver sends it.';
+
+create function outbox.publish_event(
+    event_type       outbox.any_text,
+    source           text,
+    data             outbox.any_value default null,
+    subject          text default null,
+    backend          text default null,
+    scheduled_at     timestamptz default null,
+    max_retries      outbox.any_number default null,
+    publisher_config outbox.any_value default null,
+    stream           text default null,
+    data_schema      text default null,
+    event_id         outbox.any_value default null
+) returns uuid
+    language c volatile parallel unsafe
+    as 'MODULE_PATHNAME', 'publish_event_of_any_types';
+comment on function outbox.publish_event(outbox.any_text, text, outbox.any_value, text, text, timestamptz, outbox.any_number, outbox.any_value, text, text, outbox.any_value) is
+    'The same for arguments that a driver types otherwise: json, text or bytea for JSON, any number for max_retries, text for event_id.';
+
+create function outbox.publish_events(events jsonb) returns setof uuid
+    language c volatile strict parallel unsafe
+    as 'MODULE_PATHNAME', 'publish_events';
+comment on function outbox.publish_events(jsonb) is
+    'Publishes an array of objects with the keys of outbox.publish_event, in order; returns their ids. The CONTEXT of an error says which element it is about.';
+
+create function outbox.published_here(out event_id uuid, out event_type text, out source text, out subject text, out backend text, out stream text,
+        out data jsonb) returns setof record
+    language sql volatile security definer set search_path = pg_catalog, pg_temp
+    as $$
+select p.event_id, p.event_type, p.source, p.subject, coalesce(b.name, p.backend),
+    coalesce(p.stream, b.stream_name, current_setting('outbox_relay.redis_stream_name', true)), p.data::jsonb
+from (
+        select e.seq, e.event_id, e.event_type, e.source, e.subject, e.backend_number, e.backend, e.stream, e.data
+        from outbox.events e where e.xid = pg_current_xact_id_if_assigned()
+        union all
+        select s.seq, s.event_id, s.event_type, s.source, s.subject, s.backend_number, s.backend, s.stream, s.data
+        from outbox.scheduled_events s where s.xid = pg_current_xact_id_if_assigned()
+    ) p
+    left join outbox.backends b on b.number = p.backend_number
+order by p.seq
+$$;
+comment on function outbox.published_here() is
+    'What the calling transaction has published so far, scheduled events too, in order: for tests that roll back. Nothing of others.';
+
+create function outbox.complete_event() returns trigger
+    language c
+    as 'MODULE_PATHNAME', 'complete_event';
+comment on function outbox.complete_event() is 'Trigger of outbox.events and outbox.scheduled_events: checks a row as publish_event does, and fills in xid, seq and backend_number.';
+
+create function outbox.draw_seq() returns bigint
+    language c volatile
+    as 'MODULE_PATHNAME', 'draw_seq_wrapper';
+comment on function outbox.draw_seq() is 'Draws the next number, after the transaction has its id. For rows that this transaction inserts with both.';
+
+create function outbox.confirm_event() returns trigger
+    language c
+    as 'MODULE_PATHNAME', 'confirm_event';
+comment on function outbox.confirm_event() is 'Trigger of outbox.events: refuses a row in which another trigger has changed seq, xid, backend_number or event_id, or which another trigger has made invalid.';
+
+create function outbox.refuse_update() returns trigger
+    language plpgsql set search_path = pg_catalog, pg_temp
+    as $$
+begin
+    raise exception using errcode = 'object_not_in_prerequisite_state',
+        message = 'rows of outbox.events are never updated',
+        hint = 'Publish another event.';
+end
+$$;
+comment on function outbox.refuse_update() is 'Trigger of outbox.events: an event that may have been sent cannot be changed.';

@@ -1,0 +1,197 @@
+-- The triggers of outbox.backends and outbox.backend_passwords.
+
+create function outbox.silence_triggers() returns void
+    language c
+    as 'MODULE_PATHNAME', 'silence_triggers_wrapper';
+comment on function outbox.silence_triggers() is 'Keeps triggers of others from firing until the function that calls it ends. For functions that write with the owner''s rights. The owner must be a superuser.';
+
+create function outbox.has_waiting_events(backend_number integer) returns boolean
+    language c strict
+    as 'MODULE_PATHNAME', 'has_waiting_events_wrapper';
+comment on function outbox.has_waiting_events(integer) is 'Whether events of a backend wait to be delivered, are scheduled, or are being tried again.';
+
+create function outbox.check_backend() returns trigger
+    language plpgsql set search_path = pg_catalog, pg_temp
+    as $$
+declare
+    present outbox.backends;
+    defaults jsonb;
+    node text;
+    file_column text;
+begin
+    if new.mode = 'cluster' and new.stream_name is null then
+        -- The hash slot of its events must not change with a setting.
+        new.stream_name := coalesce(nullif(pg_catalog.current_setting('outbox_relay.redis_stream_name', true), ''), 'events');
+    end if;
+    if tg_op = 'UPDATE' and old.mode = 'cluster' and (new.mode <> 'cluster' or new.stream_name <> old.stream_name) then
+        -- Asked only here, so that other changes do not wait for a lock on that table.
+        if exists (select from outbox.cursors c where c.backend_number = old.number) then
+            raise exception using errcode = 'object_not_in_prerequisite_state',
+                message = format('mode and stream_name of backend "%s" cannot be changed', old.name),
+                detail = 'What is delivered is known for each hash slot of its cluster, and its events were placed by its stream_name.',
+                hint = 'Rename it, and insert another backend under its name.';
+        end if;
+    end if;
+    if tg_op = 'UPDATE' and new.number <> old.number then
+        raise exception using errcode = 'feature_not_supported',
+            message = format('number of backend "%s" cannot be changed', old.name),
+            detail = 'Events refer to it.';
+    end if;
+    foreach file_column in array array['password_file', 'tls_ca_file', 'tls_cert_file', 'tls_key_file'] loop
+        if to_jsonb(new) ->> file_column is not null
+            and (tg_op = 'INSERT' or to_jsonb(new) ->> file_column is distinct from to_jsonb(old) ->> file_column)
+            and not pg_has_role('pg_read_server_files', 'usage') then
+            raise exception using errcode = 'insufficient_privilege',
+                message = format('permission denied to set %s', file_column),
+                detail = 'The server reads that file.',
+                hint = 'Only roles with the privileges of pg_read_server_files may set it.';
+        end if;
+    end loop;
+    foreach node in array coalesce(new.nodes, '{}') loop
+        if node !~ '^([^][[:space:]:]+|\[[0-9a-fA-F:.]+(%[^][[:space:]:]+)?\]):[0-9]{1,5}$'
+            or pg_catalog.substring(node, '[0-9]+$')::integer not between 1 and 65535 then
+            raise exception using errcode = 'invalid_parameter_value',
+                message = format('"%s" is no node of backend "%s"', node, new.name),
+                detail = 'A node is a host and a port, such as 10.0.0.1:26379.',
+                hint = 'Write an IPv6 address in brackets: [::1]:26379.';
+        end if;
+    end loop;
+    if tg_op = 'INSERT' then
+        -- A dump brings a "default" of its own, which takes the place of the one that CREATE EXTENSION made.
+        select b.* into present from outbox.backends b where b.name = new.name;
+        if found and present.number = new.number then
+            -- All but name and number: an option that is added needs no change here.
+            execute (
+                select format('update outbox.backends b set (%s) = row(%s) where b.name = ($1).name',
+                    string_agg(quote_ident(a.attname), ', '), string_agg('($1).' || quote_ident(a.attname), ', '))
+                from pg_attribute a
+                where a.attrelid = 'outbox.backends'::regclass and a.attnum > 0 and not a.attisdropped and a.attgenerated = ''
+                    and a.attname not in ('name', 'number')
+            ) using new;
+            return null;
+        elsif found then
+            -- What a row has of which nothing was said; of columns that are added, too.
+            execute (
+                select format('select jsonb_strip_nulls(jsonb_build_object(%s))',
+                    string_agg(format('%L, %s', a.attname, pg_get_expr(d.adbin, d.adrelid)), ', '))
+                from pg_attribute a join pg_attrdef d on d.adrelid = a.attrelid and d.adnum = a.attnum
+                where a.attrelid = 'outbox.backends'::regclass and a.attgenerated = ''
+            ) into defaults;
+            if jsonb_strip_nulls(to_jsonb(present)) - '{name,number}'::text[] = defaults then
+                -- In a statement of its own: it needs rights that only those have who restore a dump.
+                if not exists (select from outbox.events e where e.backend_number = present.number)
+                    and not exists (select from outbox.backend_passwords p where p.backend_number = present.number)
+                    and not outbox.has_waiting_events(present.number) then
+                    delete from outbox.backends b where b.name = new.name;
+                end if;
+            end if;
+        end if;
+    end if;
+    return new;
+end
+$$;
+comment on function outbox.check_backend() is 'Trigger of outbox.backends: numbers never change, a cluster''s backend keeps its stream_name, nodes are host:port, file columns need pg_read_server_files, and a restored "default" replaces the untouched one.';
+
+create function outbox.check_number() returns trigger
+    language plpgsql security definer set search_path = pg_catalog, pg_temp
+    as $$
+declare
+    drawn integer;
+begin
+    begin
+        drawn := currval('outbox.backends_number_seq');
+    exception when object_not_in_prerequisite_state then
+        null;
+    end;
+    if new.number is distinct from drawn then
+        raise exception using errcode = 'insufficient_privilege',
+            message = format('permission denied to choose the number of backend "%s"', new.name),
+            detail = 'Events refer to backends by their numbers, also to those that were deleted.',
+            hint = 'Leave number out: it is drawn from a sequence.';
+    end if;
+    -- The sequence may have been set back.
+    while exists (select from outbox.backends b where b.number = new.number)
+        or exists (select from outbox.cursors c where c.backend_number = new.number) loop
+        new.number := nextval('outbox.backends_number_seq');
+    end loop;
+    return new;
+end
+$$;
+comment on function outbox.check_number() is 'Trigger of outbox.backends: only a superuser, or a role that may execute this function, may choose a backend''s number, as a restore does. All others get the next number that was never used.';
+
+-- With the owner's rights: who may delete backends need not be one who may read all the rest.
+create function outbox.check_backend_deletion() returns trigger
+    language plpgsql security definer set search_path = pg_catalog, pg_temp
+    as $$
+begin
+    perform outbox.silence_triggers();
+    -- The saved cursor may lag behind what was delivered a moment ago: let the worker save it.
+    for i in 1..20 loop
+        if not outbox.has_waiting_events(old.number) then
+            delete from outbox.backend_passwords p where p.backend_number = old.number;
+            delete from outbox.moved_backends m where m.backend_number = old.number;
+            delete from outbox.copied_backends c where c.backend_number = old.number;
+            return old;
+        end if;
+        exit when i = 20 or pg_catalog.current_setting('transaction_isolation') not in ('read committed', 'read uncommitted');
+        perform outbox.wake();
+        perform pg_catalog.pg_sleep(0.05);
+    end loop;
+    raise exception using errcode = 'object_in_use',
+        message = format('backend "%s" has waiting events', old.name),
+        detail = 'Events are pending, scheduled or being tried again.',
+        hint = 'Wait until outbox.backend_status shows none pending, or delete its rows from outbox.events, outbox.scheduled_events and outbox.refused_events.';
+end
+$$;
+comment on function outbox.check_backend_deletion() is 'Trigger of outbox.backends: a backend with waiting events is not deleted.';
+
+-- Who may do that is asked by the triggers' conditions, which are evaluated for whoever changes the backend; the
+-- functions have the owner's rights.
+create function outbox.keep_password() returns trigger
+    language plpgsql security definer set search_path = pg_catalog, pg_temp
+    as $$
+begin
+    if outbox.destination(old) <> outbox.destination(new)
+        and exists (select from outbox.backend_passwords p where p.backend_number = old.number and p.destination = outbox.destination(old)) then
+        perform outbox.silence_triggers();
+        update outbox.backend_passwords p set destination = outbox.destination(new) where p.backend_number = old.number;
+    end if;
+    return null;
+end
+$$;
+comment on function outbox.keep_password() is 'Trigger of outbox.backends: when a role that may set passwords changes a backend''s destination, the stored password is valid for the new one.';
+
+create function outbox.note_move() returns trigger
+    language plpgsql security definer set search_path = pg_catalog, pg_temp
+    as $$
+begin
+    if outbox.destination(old) <> outbox.destination(new)
+        and not exists (select from outbox.moved_backends m where m.backend_number = old.number) then
+        perform outbox.silence_triggers();
+        insert into outbox.moved_backends (backend_number, destination) values (old.number, outbox.destination(old));
+    end if;
+    return null;
+end
+$$;
+comment on function outbox.note_move() is 'Trigger of outbox.backends: notes a change of destination by a role that may not read the server''s files.';
+
+create function outbox.forget_move() returns trigger
+    language plpgsql security definer set search_path = pg_catalog, pg_temp
+    as $$
+begin
+    -- A role that changes another column of a moved backend has not confirmed its destination by that.
+    if exists (select from outbox.moved_backends m where m.backend_number = old.number
+        and (new.password_file <> coalesce(old.password_file, '')
+            or (m.destination = outbox.destination(old) and m.destination <> outbox.destination(new)))) then
+        perform outbox.silence_triggers();
+        delete from outbox.moved_backends m where m.backend_number = old.number;
+    end if;
+    return null;
+end
+$$;
+comment on function outbox.forget_move() is 'Trigger of outbox.backends: removes the note of outbox.note_move() when a role that may read the server''s files names a file or a destination.';
+
+create function outbox.backends_changed() returns trigger
+    language c
+    as 'MODULE_PATHNAME', 'backends_changed';
+comment on function outbox.backends_changed() is 'Trigger of outbox.backends and outbox.backend_passwords: tells sessions and the worker.';

@@ -1,0 +1,146 @@
+-- Logical replication: what another server's tables bring is kept aside until outbox.take_over().
+
+-- UPDATE and DELETE of a published table need a key.
+alter table outbox.installation add primary key (id);
+
+create function outbox.is_applied() returns boolean
+    language c volatile
+    as 'MODULE_PATHNAME', 'is_applied_wrapper';
+comment on function outbox.is_applied() is 'Whether this process is a worker of a subscription, which applies rows of another server.';
+
+create table outbox.held_events (
+    like outbox.events,
+    number  bigint generated always as identity primary key,
+    held_at timestamptz not null default clock_timestamp()
+);
+create index held_events_backend_idx on outbox.held_events (backend, seq);
+create index held_events_number_idx on outbox.held_events (backend_number, seq);
+create index held_events_event_id_idx on outbox.held_events (event_id);
+comment on table outbox.held_events is 'Events of another server, brought by a subscription, with the numbers of that server. That server sends them. outbox.take_over() here publishes those that it has not sent.';
+
+create table outbox.held_scheduled (
+    event_id     uuid primary key,
+    scheduled_at timestamptz not null
+);
+comment on table outbox.held_scheduled is 'The real times of scheduled events that a subscription has brought. In outbox.scheduled_events they are due in 9999, until outbox.take_over().';
+
+create table outbox.held_cursors (
+    like outbox.cursors,
+    primary key (backend_number, slot)
+);
+comment on table outbox.held_cursors is 'How far another server has come, as a subscription reports it, with that server''s numbers of backends. It may lag behind that server and is never ahead.';
+
+create table outbox.held_refused (
+    seq bigint primary key
+);
+comment on table outbox.held_refused is 'Held events that Redis refused on the other server. outbox.take_over() has them looked for in the streams.';
+
+create function outbox.hold_event() returns trigger
+    language plpgsql security definer set search_path = pg_catalog, pg_temp
+    as $$
+begin
+    if not outbox.is_applied() then
+        return new;
+    end if;
+    -- It has fallen due there, or was retried.
+    delete from outbox.held_scheduled h where h.event_id = new.event_id;
+    delete from outbox.held_events h where h.event_id = new.event_id;
+    insert into outbox.held_events (seq, xid, created_at, event_id, backend_number, event_type, source, backend, data, subject, stream,
+            data_schema, publisher_config, max_retries)
+        values (new.seq, new.xid, new.created_at, new.event_id, new.backend_number, new.event_type, new.source, new.backend, new.data,
+            new.subject, new.stream, new.data_schema, new.publisher_config, new.max_retries);
+    return null;
+end
+$$;
+comment on function outbox.hold_event() is 'Trigger of outbox.events: holds an event that a subscription brings.';
+
+create function outbox.hold_scheduled() returns trigger
+    language plpgsql security definer set search_path = pg_catalog, pg_temp
+    as $$
+begin
+    if not outbox.is_applied() then
+        if tg_op = 'DELETE' then
+            return old;
+        end if;
+        return new;
+    end if;
+    if tg_op <> 'INSERT' and not exists (select from outbox.held_scheduled h where h.event_id = old.event_id) then
+        return null;
+    end if;
+    if tg_op = 'DELETE' then
+        delete from outbox.held_scheduled h where h.event_id = old.event_id;
+        return old;
+    end if;
+    insert into outbox.held_scheduled as h (event_id, scheduled_at) values (new.event_id, new.scheduled_at)
+        on conflict (event_id) do update set scheduled_at = excluded.scheduled_at;
+    new.scheduled_at := '9999-12-31';
+    return new;
+end
+$$;
+comment on function outbox.hold_scheduled() is 'Trigger of outbox.scheduled_events: keeps an event that a subscription brings from falling due, and the other server''s changes from touching events of this one.';
+
+create function outbox.hold_cursor() returns trigger
+    language plpgsql security definer set search_path = pg_catalog, pg_temp
+    as $$
+begin
+    if not outbox.is_applied() then
+        if tg_op = 'DELETE' then
+            return old;
+        end if;
+        return new;
+    end if;
+    if tg_op = 'DELETE' then
+        delete from outbox.held_cursors h where h.backend_number = old.backend_number and h.slot = old.slot;
+        return null;
+    end if;
+    delete from outbox.held_cursors h where h.backend_number = new.backend_number and h.slot = new.slot;
+    insert into outbox.held_cursors select new.*;
+    if new.slot = -1 and not exists (select from outbox.held_cursors h where h.backend_number = new.backend_number and h.slot >= 0) then
+        delete from outbox.held_events h where h.number = any (array(
+            select o.number from outbox.held_events o
+            where o.backend_number = new.backend_number
+                and not exists (select from outbox.held_refused r where r.seq = o.seq)
+            order by o.seq limit 5000)) and pg_visible_in_snapshot(h.xid, new.from_snapshot);
+    end if;
+    if tg_op = 'INSERT' and new.slot = -1 then
+        -- Changes of a row are told only to who has one of its key: this is as that of a backend which has sent
+        -- nothing. This server's own worker may be inserting that row just now.
+        perform outbox.put_back(format('insert into outbox.cursors (backend_number, slot, from_snapshot, from_next_xid, from_low_seq,
+                from_high_seq, saved_at, state)
+            values (%s, -1, ''3:3:'', ''3'', 0, 0, %L, ''idle'') on conflict do nothing', new.backend_number, new.saved_at));
+    end if;
+    return null;
+end
+$$;
+comment on function outbox.hold_cursor() is 'Trigger of outbox.cursors: keeps the positions that a subscription brings apart, and releases held events that the other server has sent.';
+
+create function outbox.hold_refused() returns trigger
+    language plpgsql security definer set search_path = pg_catalog, pg_temp
+    as $$
+begin
+    if not outbox.is_applied() then
+        return new;
+    end if;
+    insert into outbox.held_refused (seq) values (new.seq) on conflict do nothing;
+    return null;
+end
+$$;
+comment on function outbox.hold_refused() is 'Trigger of outbox.refused_events: notes which events Redis refused on another server, as a subscription reports it.';
+
+create function outbox.place_failed() returns trigger
+    language plpgsql security definer set search_path = pg_catalog, pg_temp
+    as $$
+begin
+    if outbox.is_applied() then
+        -- Its number is the other server's: here its name counts.
+        new.backend_number := coalesce((select b.number from outbox.backends b where b.name = new.backend), -1);
+    end if;
+    return new;
+end
+$$;
+comment on function outbox.place_failed() is 'Trigger of outbox.failed_events: assigns an event that a subscription brings to the backend of the same name.';
+
+create function outbox.leave_local() returns trigger
+    language c
+    as 'MODULE_PATHNAME', 'leave_local';
+comment on function outbox.leave_local() is 'Trigger of tables that belong to this server alone: ignores what a subscription inserts, updates or deletes there.';

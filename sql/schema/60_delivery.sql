@@ -1,0 +1,112 @@
+-- Acting on delivery: waking the worker, purging, waiting until events are sent.
+
+create function outbox.wake() returns void
+    language c volatile
+    as 'MODULE_PATHNAME', 'wake_wrapper';
+comment on function outbox.wake() is 'Wakes this database''s worker. A backend that waits to try again tries at once, but not more than once a second. Its backoff continues as before.';
+
+create function outbox.purge_piece(backend_number integer, after_seq bigint, row_count integer, out deleted bigint, out last_seq bigint) returns setof record
+    language c volatile strict
+    as 'MODULE_PATHNAME', 'purge_piece_wrapper';
+comment on function outbox.purge_piece(integer, bigint, integer) is 'Deletes some sent events of a backend whose retention has ended. Pass last_seq to the next call; NULL means that all are deleted.';
+
+-- A procedure that commits cannot have a search_path of its own.
+create procedure outbox.purge()
+    language plpgsql
+    as $$
+declare
+    c record;
+    after_seq bigint;
+    retention interval := pg_catalog.current_setting('outbox_relay.failed_retention')::interval;
+begin
+    for c in select distinct k.backend_number from outbox.cursors k order by k.backend_number loop
+        after_seq := 0;
+        loop
+            select p.last_seq into after_seq from outbox.purge_piece(c.backend_number, after_seq, 1000) p;
+            commit;
+            exit when after_seq is null;
+        end loop;
+    end loop;
+    if retention operator(pg_catalog.>=) interval '0' then
+        loop
+            delete from outbox.failed_events f
+                where f.ctid operator(pg_catalog.=) any (array(select o.ctid from outbox.failed_events o
+                    where o.failed_at operator(pg_catalog.<) (pg_catalog.clock_timestamp() operator(pg_catalog.-) retention)
+                    order by o.failed_at limit 1000));
+            exit when not found;
+            commit;
+        end loop;
+    end if;
+end
+$$;
+comment on procedure outbox.purge() is 'Deletes sent and failed events whose retention has ended, and commits after each piece. The worker does the same by itself.';
+
+create function outbox.wait_published(event_id uuid, timeout interval default '10s') returns boolean
+    language plpgsql set search_path = pg_catalog, pg_temp
+    as $$
+declare
+    deadline timestamptz := pg_catalog.clock_timestamp() + timeout;
+begin
+    if event_id is null or timeout is null then
+        raise exception using errcode = 'null_value_not_allowed', message = 'event_id and timeout must not be null',
+            hint = 'Pass the id that outbox.publish_event returned; it is null if a trigger has left the event out.';
+    end if;
+    loop
+        -- In the transaction that published it, an event never gets published: it returns false after the timeout.
+        if exists (select from outbox.event_status s where s.event_id = wait_published.event_id and s.status = 'published') then
+            return true;
+        end if;
+        if pg_catalog.clock_timestamp() >= deadline then
+            return false;
+        end if;
+        perform pg_catalog.pg_sleep(0.02);
+    end loop;
+end
+$$;
+comment on function outbox.wait_published(uuid, interval) is 'Waits until an event is known to be in its stream. Returns false if that takes longer than the timeout. Call it after the commit.';
+
+create function outbox.waits_since(seen pg_snapshot) returns boolean
+    language sql volatile set search_path = pg_catalog, pg_temp
+    as $$
+-- An event that was committed by then, and lies behind no cursor.
+select exists (
+    select from outbox.events e join outbox.backends b on b.number = e.backend_number
+    where e.xid >= (select coalesce(min(pg_snapshot_xmin(c.from_snapshot)), '0') from outbox.cursors c join outbox.backends k on k.number = c.backend_number)
+        and e.xid < pg_snapshot_xmax(seen) and pg_visible_in_snapshot(e.xid, seen)
+        and not coalesce((select outbox.is_delivered(c, e.xid, e.seq) from outbox.cursors c
+            where c.backend_number = e.backend_number and c.slot in (-1, outbox.hash_slot(coalesce(e.stream, b.stream_name, '')))
+            order by c.slot desc limit 1), false)
+) or exists (
+    select from outbox.refused_events r join outbox.events e on e.seq = r.seq
+    where r.accepted_in is null and r.seq > 0 and pg_visible_in_snapshot(e.xid, seen)
+)
+$$;
+comment on function outbox.waits_since(pg_snapshot) is 'Whether an event that this snapshot sees is not known to be in its stream yet, and has not failed.';
+
+create function outbox.drain(timeout interval default '10s') returns boolean
+    language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+    as $$
+declare
+    seen constant pg_snapshot := pg_current_snapshot();
+    deadline constant timestamptz := clock_timestamp() + timeout;
+    asked timestamptz;
+begin
+    if timeout is null then
+        raise exception using errcode = 'null_value_not_allowed', message = 'timeout must not be null',
+            hint = 'Pass how long to wait, such as ''10 s''.';
+    end if;
+    perform outbox.wake();
+    loop
+        asked := clock_timestamp();
+        if not outbox.waits_since(seen) then
+            return true;
+        end if;
+        if clock_timestamp() >= deadline then
+            return false;
+        end if;
+        -- Asking takes longer the more there is to be sent: it rests at least as long.
+        perform pg_sleep(greatest(0.02, extract(epoch from clock_timestamp() - asked)));
+    end loop;
+end
+$$;
+comment on function outbox.drain(interval) is 'Waits until all events that were committed before it was called are in their streams, or have failed; false if they are not within the timeout. Events of a paused backend, and those that Redis refuses, are waited for; scheduled ones that are not due are not. Call it outside a transaction.';

@@ -1,0 +1,120 @@
+-- Acting on failed events: publish them again, or discard them.
+
+create function outbox.publish_failed(failed outbox.failed_events, backend text) returns boolean
+    language plpgsql set search_path = pg_catalog, pg_temp
+    as $$
+begin
+    -- What is there under the same id is another event. As long as that waits to be sent it stays, and this one waits
+    -- for it; once it has been published, or has failed too, its row makes room.
+    if exists (select from outbox.scheduled_events s where s.event_id = failed.event_id)
+        or exists (select from outbox.events e left join outbox.backends b on b.number = e.backend_number
+            where e.event_id = failed.event_id and e.seq <> failed.seq
+                and not exists (select from outbox.failed_events o where o.event_id = e.event_id and o.seq = e.seq)
+                and (exists (select from outbox.refused_events r where r.seq = e.seq and r.accepted_in is null)
+                    or not coalesce((select outbox.is_delivered(k, e.xid, e.seq) from outbox.cursors k
+                        where k.backend_number = e.backend_number
+                            and k.slot in (-1, outbox.hash_slot(coalesce(e.stream, b.stream_name, '')))
+                        order by k.slot desc limit 1), false))) then
+        return false;
+    end if;
+    delete from outbox.failed_events e where e.event_id = failed.event_id and e.seq = failed.seq;
+    delete from outbox.events e where e.event_id = failed.event_id;
+    -- With all that the trigger fills in: it may be off.
+    insert into outbox.events (xid, seq, created_at, event_id, backend_number, event_type, source, backend, data, subject, stream, data_schema, publisher_config, max_retries)
+        values (pg_current_xact_id(), outbox.draw_seq(), failed.created_at, failed.event_id, (outbox.expect_backend(publish_failed.backend)).number,
+            failed.event_type, failed.source, publish_failed.backend, failed.data, failed.subject,
+            failed.stream, failed.data_schema, failed.publisher_config, failed.max_retries);
+    return found;
+end
+$$;
+comment on function outbox.publish_failed(outbox.failed_events, text) is 'Publishes one failed event again; false if another event with its event_id waits to be sent.';
+
+create function outbox.retry_failed(backend text default null, event_type text default null, event_id uuid default null) returns bigint
+    language plpgsql security definer set search_path = pg_catalog, pg_temp
+    as $$
+declare
+    f record;
+    retried bigint := 0;
+    used_again bigint := 0;
+    refused bigint := 0;
+    reason text;
+    one_by_one boolean := false;
+begin
+    perform outbox.silence_triggers();
+    loop
+        begin
+            for f in
+                select e as event, b.name as backend_name
+                from outbox.failed_events e
+                    join outbox.backends b on b.number = e.backend_number
+                        or (b.name = e.backend and not exists (select from outbox.backends n where n.number = e.backend_number))
+                where (retry_failed.backend is null or b.name = retry_failed.backend)
+                    and (retry_failed.event_type is null or e.event_type = retry_failed.event_type)
+                    and (retry_failed.event_id is null or e.event_id = retry_failed.event_id)
+                order by e.seq
+                for update of e
+            loop
+                if one_by_one then
+                    begin
+                        if outbox.publish_failed(f.event, f.backend_name) then
+                            retried := retried + 1;
+                        else
+                            used_again := used_again + 1;
+                        end if;
+                    exception when data_exception or integrity_constraint_violation or program_limit_exceeded or data_corrupted
+                        or index_corrupted or internal_error or plpgsql_error or undefined_object or insufficient_privilege then
+                        refused := refused + 1;
+                        reason := sqlerrm;
+                    end;
+                elsif outbox.publish_failed(f.event, f.backend_name) then
+                    retried := retried + 1;
+                else
+                    used_again := used_again + 1;
+                end if;
+            end loop;
+            exit;
+        exception when data_exception or integrity_constraint_violation or program_limit_exceeded or data_corrupted
+            or index_corrupted or internal_error or plpgsql_error or undefined_object or insufficient_privilege then
+            if one_by_one then
+                raise;
+            end if;
+            -- One of them cannot be published: it stays, and the others go on, each in a subtransaction.
+            one_by_one := true;
+            retried := 0;
+            used_again := 0;
+        end;
+    end loop;
+    if used_again > 0 then
+        raise warning using message = format('%s failed events were not published again', used_again),
+            detail = 'Other events with their event_id wait to be sent.',
+            hint = 'Retry them when those have been published.';
+    end if;
+    if refused > 0 then
+        raise warning using message = format('%s failed events were not published again', refused),
+            detail = format('The last was refused: %s.', reason),
+            hint = 'They stay in outbox.failed_events.';
+    end if;
+    return retried;
+end
+$$;
+comment on function outbox.retry_failed(text, text, uuid) is 'Publishes failed events again, with the same event_id, in their order. Returns how many. An event stays failed if it is refused, or if another event with its event_id waits to be sent.';
+
+create function outbox.discard_failed(backend text default null, event_type text default null, event_id uuid default null) returns bigint
+    language plpgsql security definer set search_path = pg_catalog, pg_temp
+    as $$
+declare
+    discarded bigint;
+begin
+    perform outbox.silence_triggers();
+    delete from outbox.failed_events f
+    where (discard_failed.backend is null or f.backend = discard_failed.backend)
+        and (discard_failed.event_type is null or f.event_type = discard_failed.event_type)
+        and (discard_failed.event_id is null or f.event_id = discard_failed.event_id);
+    get diagnostics discarded = row_count;
+    if discarded > 0 then
+        raise log '% failed events were discarded', discarded;
+    end if;
+    return discarded;
+end
+$$;
+comment on function outbox.discard_failed(text, text, uuid) is 'Deletes failed events for good: those of this backend, type and id, NULL means any. Returns how many; the server''s log has a line. See outbox.retry_failed(), which publishes them again.';

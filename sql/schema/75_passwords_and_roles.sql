@@ -1,0 +1,132 @@
+-- Passwords of backends, and the rights of publishers.
+
+create function outbox.set_backend_password(name text, password text) returns void
+    language plpgsql security definer set search_path = pg_catalog, pg_temp
+    -- A plan of its own for each password would hold it, and be logged where plans are (auto_explain).
+    set plan_cache_mode = force_generic_plan
+    as $$
+declare
+    b outbox.backends := outbox.expect_backend(name);
+    before jsonb;
+begin
+    perform outbox.silence_triggers();
+    -- What is logged of the caller's statement once it has ended shows its parameters, and auto_explain also what a
+    -- plan has made of them.
+    perform set_config('log_parameter_max_length', '0', true);
+    if current_setting('auto_explain.log_min_duration', true) is not null then
+        perform set_config('auto_explain.log_min_duration', '-1', true);
+    end if;
+    if password is null then
+        delete from outbox.backend_passwords p where p.backend_number = b.number;
+    else
+        select p.destination into before from outbox.backend_passwords p
+            where p.backend_number = b.number and p.destination <> outbox.destination(b);
+        if found then
+            raise warning using message = format('backend "%s" connects elsewhere than when its password was set', b.name),
+                detail = format('It was %s, and is %s.', before, outbox.destination(b)),
+                hint = 'Take the password away again if that is not where it belongs.';
+        end if;
+        insert into outbox.backend_passwords as p (backend_number, password, destination)
+            values (b.number, outbox.seal_password(b.number, set_backend_password.password), outbox.destination(b))
+            on conflict (backend_number) do update set password = excluded.password, destination = excluded.destination;
+    end if;
+end
+$$;
+comment on function outbox.set_backend_password(text, text) is 'Sets the password with which the worker logs in to the backend''s present destination. NULL removes it. It is stored sealed, nobody can read it, and dumps do not contain it. The server may log the statement that sets it; contrib/set_backend_password.sql and password_file avoid that.';
+
+create function outbox.publisher_rights(out right_to text, out object text) returns setof record
+    language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+    as $$
+values
+    ('usage', 'schema outbox'),
+    ('execute', 'function outbox.publish_event(text, text, jsonb, text, text, timestamptz, integer, jsonb, text, text, uuid)'),
+    ('execute', 'function outbox.publish_event(outbox.any_text, text, outbox.any_value, text, text, timestamptz, outbox.any_number, outbox.any_value, text, text, outbox.any_value)'),
+    -- Called for what becomes an any_value by its text.
+    ('execute', 'function outbox.any_value_in(cstring)'),
+    ('execute', 'function outbox.publish_events(jsonb)'),
+    ('execute', 'function outbox.published_here()'),
+    ('insert (event_id, event_type, source, backend, data, subject, stream, data_schema, publisher_config, max_retries)', 'table outbox.events')
+$$;
+comment on function outbox.publisher_rights() is 'What outbox.grant_publisher() grants, as words of GRANT.';
+
+create function outbox.expect_role(name text) returns regrole
+    language plpgsql stable set search_path = pg_catalog, pg_temp
+    as $$
+declare
+    found_role regrole;
+begin
+    if name is null then
+        raise exception using errcode = 'null_value_not_allowed', message = 'role must not be null',
+            detail = 'It says who may publish.', hint = 'Pass the name of a role, as pg_roles shows it.';
+    end if;
+    select r.oid into found_role from pg_roles r where r.rolname = expect_role.name;
+    if not found then
+        -- As regrole reads a name: in lower case unless it is quoted.
+        begin
+            found_role := to_regrole(name);
+        exception when invalid_name or syntax_error then
+            null;
+        end;
+    end if;
+    if found_role is null or found_role = 0 then
+        raise exception using errcode = 'undefined_object', message = format('role "%s" does not exist', name),
+            detail = 'Roles are in pg_roles, with their names in upper and lower case as they were created.',
+            hint = case when lower(name) = 'public' then 'Publishing is granted to a role, not to PUBLIC: create one, and grant it to whoever publishes.'
+                else format('Check the name, or run CREATE ROLE %I LOGIN first.', name) end;
+    end if;
+    return found_role;
+end
+$$;
+comment on function outbox.expect_role(text) is 'The role of this name, or an ERROR in words.';
+
+create function outbox.grant_publisher(role regrole) returns void
+    language plpgsql set search_path = pg_catalog, pg_temp
+    as $$
+declare
+    r record;
+    grantee text := outbox.expect_role(coalesce((select p.rolname from pg_roles p where p.oid = role), role::text))::text;
+begin
+    for r in select * from outbox.publisher_rights() loop
+        execute format('grant %s on %s to %s', r.right_to, r.object, grantee);
+    end loop;
+end
+$$;
+comment on function outbox.grant_publisher(regrole) is 'Lets a role publish, and see what its own transaction has published; nothing else. See outbox.revoke_publisher(), and allowed_streams of outbox.backends.';
+
+create function outbox.grant_publisher(role text) returns void
+    language sql set search_path = pg_catalog, pg_temp
+    as $$
+select outbox.grant_publisher(outbox.expect_role(role))
+$$;
+comment on function outbox.grant_publisher(text) is 'The same by the role''s name, as pg_roles shows it: ''Shop-App'', or current_user.';
+
+create function outbox.revoke_publisher(role regrole) returns void
+    language plpgsql set search_path = pg_catalog, pg_temp
+    as $$
+declare
+    r record;
+    grantee text := outbox.expect_role(coalesce((select p.rolname from pg_roles p where p.oid = role), role::text))::text;
+begin
+    for r in select * from outbox.publisher_rights() p where p.object <> 'schema outbox' loop
+        execute format('revoke %s on %s from %s', r.right_to, r.object, grantee);
+    end loop;
+    -- Unless the role has been granted something else in this schema.
+    if not exists (
+        select from pg_class c, aclexplode(c.relacl) a where c.relnamespace = 'outbox'::regnamespace and a.grantee = role::oid
+        union all
+        select from pg_proc p, aclexplode(p.proacl) a where p.pronamespace = 'outbox'::regnamespace and a.grantee = role::oid
+        union all
+        select from pg_attribute t join pg_class c on c.oid = t.attrelid, aclexplode(t.attacl) a
+            where c.relnamespace = 'outbox'::regnamespace and a.grantee = role::oid) then
+        execute format('revoke usage on schema outbox from %s', grantee);
+    end if;
+end
+$$;
+comment on function outbox.revoke_publisher(regrole) is 'Revokes what outbox.grant_publisher() has granted to a role. The role keeps what it has as a member of other roles.';
+
+create function outbox.revoke_publisher(role text) returns void
+    language sql set search_path = pg_catalog, pg_temp
+    as $$
+select outbox.revoke_publisher(outbox.expect_role(role))
+$$;
+comment on function outbox.revoke_publisher(text) is 'The same by the role''s name, as pg_roles shows it.';

@@ -1,0 +1,14 @@
+-- Dump: backends, and events that have not been sent. Cursors mean nothing in another cluster.
+
+select pg_catalog.pg_extension_config_dump('outbox.backends', '');
+select pg_catalog.pg_extension_config_dump('outbox.backends_number_seq', '');
+select pg_catalog.pg_extension_config_dump('outbox.events', $$
+    where not coalesce((select outbox.is_delivered(c, events.xid, events.seq) from outbox.cursors c
+        where c.backend_number = events.backend_number and c.slot in (-1, outbox.hash_slot(coalesce(events.stream,
+            (select b.stream_name from outbox.backends b where b.number = events.backend_number), '')))
+        order by c.slot desc limit 1), false)
+        or exists (select from outbox.refused_events r where r.seq = events.seq and r.accepted_in is null)
+    order by events.seq$$);
+select pg_catalog.pg_extension_config_dump('outbox.events_seq_seq', '');
+select pg_catalog.pg_extension_config_dump('outbox.scheduled_events', 'order by scheduled_at, seq');
+select pg_catalog.pg_extension_config_dump('outbox.failed_events', '');
