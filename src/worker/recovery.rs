@@ -30,11 +30,11 @@ use relay::time::Now;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Takes one backend as far as it can go now. `newest`: the newest tick.
+/// Moves one backend's recovery on as far as possible. `newest`: the newest tick.
 pub(super) fn step(backend: &mut Backend, identity: &Identity, newest: &Arc<Tick>, now: Now) -> Result<(), Aborted> {
     if !backend.recovery.is_due() && backend.delivery.is_up() {
         if backend.is_told_to_take_over() {
-            // It believes that it is the owner. Another server may have become that since: only a claim tells.
+            // It believes that it is the owner, but another server may have taken over. Only a new claim can tell.
             backend.let_go();
         }
         return Ok(());
@@ -53,7 +53,7 @@ pub(super) fn step(backend: &mut Backend, identity: &Identity, newest: &Arc<Tick
     stepped
 }
 
-/// A backend, and who it belongs to.
+/// A backend and its tables, for its recovery.
 struct BackendBooks<'a> {
     backend: &'a mut Backend,
     identity: &'a Identity,
@@ -119,7 +119,7 @@ impl Books for BackendBooks<'_> {
         })
     }
 
-    /// A guard that an earlier run of the server has left may have seen numbers that were lost with it.
+    /// A guard that was written before a crash of the server may contain numbers that were lost in it.
     fn vouched(&mut self, guard: Guard) -> Result<Guard, Aborted> {
         let [position, previous] =
             process::transaction(|| [&guard.position, &guard.previous].map(numbers::vouched_of_guard))?;
@@ -224,7 +224,7 @@ impl Books for BackendBooks<'_> {
         Ok(())
     }
 
-    /// Few in tests.
+    /// A mutation makes it small, so that tests need few events.
     fn waiting_at_once(&self) -> usize {
         match fault::is_mutated(Mutation::CompareByTwo) {
             true => 2,
@@ -294,7 +294,7 @@ fn forget_take_over(backend: &mut Backend) -> Result<(), Aborted> {
         return Ok(());
     }
     if let Some(row) = backend.duty.row_mut().filter(|row| row.take_over) {
-        // The other lanes have been asked, too.
+        // For a lane, the request stays until all lanes have seen it.
         if !is_lane {
             process::transaction(|| backends::forget_take_over(number))?;
         }
@@ -303,8 +303,8 @@ fn forget_take_over(backend: &mut Backend) -> Result<(), Aborted> {
     Ok(())
 }
 
-/// What all lanes of a backend were to do once is done: it is forgotten. `restored`: a tick that sees what restores
-/// have brought.
+/// Ends what all lanes of a backend had to do once, a take-over or the comparing of a restore, when the last lane has
+/// done it.
 pub(super) fn finish_lanes(backends: &mut [Backend], latest: &Arc<Tick>) -> Result<(), Aborted> {
     for index in 0..backends.len() {
         let finder = &backends[index];
@@ -315,7 +315,7 @@ pub(super) fn finish_lanes(backends: &mut [Backend], latest: &Arc<Tick>) -> Resu
         let of_lanes = || backends.iter().filter(|b| b.number == number && b.lane().is_some());
         let asks = |b: &Backend| b.row().is_some_and(|row| row.take_over);
         let is_taken_over = row.take_over && !of_lanes().any(asks);
-        // Lanes are still to be made for what lies before it.
+        // Until the finder has read that far, more lanes may have to be made.
         let has_found_all = Arc::ptr_eq(&finder.delivery.acked().from, latest);
         let is_compared = !row.restores.is_empty() && has_found_all && !of_lanes().any(Backend::is_restored);
         let finder = &mut backends[index];
@@ -329,13 +329,13 @@ pub(super) fn finish_lanes(backends: &mut [Backend], latest: &Arc<Tick>) -> Resu
     Ok(())
 }
 
-/// With at_least_once, what a dump has brought is sent, wherever it may stand already.
+/// With at_least_once, the events of a restored dump are sent without a look whether the streams have them.
 pub(super) fn give_up_comparing(backend: &mut Backend) -> Result<(), Aborted> {
     let Some(row) = backend.row().filter(|row| !row.restores.is_empty()) else {
         return Ok(());
     };
     if backend.lane().is_some() {
-        // The finder says so for all.
+        // The finder logs it for all lanes.
         return backend.forget_restores();
     }
     let count = process::transaction(|| restores::count_restored(&row.restores))?;

@@ -1,5 +1,5 @@
-//! What a recovery asks of the outside, and all that it writes down: the extension's books are tables, the simulation's
-//! a model of them.
+//! What a recovery reads and writes outside itself. The extension implements it on its tables, the simulation on a model
+//! of them.
 
 use crate::delivery::refusal::Record;
 use crate::delivery::{Cursor, Delivery};
@@ -17,18 +17,18 @@ use std::time::Duration;
 #[derive(Clone, Debug)]
 pub struct Candidate {
     pub seq: i64,
-    /// It had been refused, and waits.
+    /// It was refused before, and waits in the table of refused events.
     pub waits: bool,
     pub wanted: Wanted,
 }
 
-/// What an administrator is to be told.
+/// What the log tells an administrator.
 pub enum Notice<'a> {
     /// Redis has lost what it had acknowledged after this guard.
     Heals(&'a Guard),
     /// The guard is missing, and all that is retained is sent again.
     Replays,
-    /// Events were looked for: so many stand in their streams, so many do not.
+    /// Events were looked for: `found` of them stand in their streams, `missing` do not.
     Compared {
         why: Why,
         guard: Option<&'a Guard>,
@@ -37,74 +37,74 @@ pub enum Notice<'a> {
     },
 }
 
-/// A backend's books, and the rest that a recovery needs of its worker.
+/// One backend's persistent state, and what else a recovery needs from the worker.
 pub trait Books {
-    /// Why something could not be read or written.
+    /// Why a transaction failed.
     type Error;
-    /// The tables within one transaction.
+    /// The tables, as one transaction sees them.
     type Rows<'a>: Rows
     where
         Self: 'a;
 
     fn delivery(&mut self) -> &mut Delivery;
-    /// Who judges this guard.
+    /// What we know of ourselves, against which the guard is judged.
     fn claimant(&mut self, guard: Option<&Guard>) -> Result<Claimant<'_>, Self::Error>;
-    /// What the guard is to say of its owner.
+    /// How we describe ourselves in the guard.
     fn owner(&self) -> Owner;
-    /// A name for a claim that nobody has used.
+    /// A token for a claim, unused so far.
     fn token(&mut self) -> String;
-    /// Events that were accepted in all.
+    /// How many events Redis has accepted in all.
     fn total(&self) -> i64;
-    /// The newest tick, also one whose events may not be sent yet.
+    /// The newest tick, even if its events may not be sent yet.
     fn newest_tick(&mut self) -> Arc<Tick>;
-    /// Up to where events have been purged.
+    /// The position up to which events have been purged.
     fn oldest(&mut self) -> Result<Position, Self::Error>;
-    /// The guard, with bounds of its positions that hold in this run of the server.
+    /// The guard, with the bounds of its positions checked against this server's table.
     fn vouched(&mut self, guard: Guard) -> Result<Guard, Self::Error>;
-    /// Runs `f` in one transaction; once more if a row could not be read.
+    /// Runs `f` in one transaction. Runs it a second time, row by row, if a row could not be read.
     fn in_tables<R>(&mut self, f: impl FnMut(&mut Self::Rows<'_>) -> R) -> Result<R, Self::Error>;
 
-    /// Counts this claim, which comes after one in the name of epoch `claimed`; 0: after none that is known of.
+    /// Begins a new epoch. `claimed`: the epoch of the guard that is claimed; 0 if there is none that we know of.
     fn begin_epoch(&mut self, claimed: u64);
-    /// To be written down with the next save.
+    /// Queues a record for the next save.
     fn record(&mut self, record: Record);
-    /// Writes down records, counters and cursor.
+    /// Saves the queued records, the counters and the cursor.
     fn save(&mut self) -> Result<(), Self::Error>;
-    /// Makes durable what was written. Returns up to where the WAL is flushed.
+    /// Makes it durable. Returns the position up to which the WAL is flushed.
     fn flush(&mut self) -> u64;
-    /// Waiting events that were accepted after batch `since` wait again, durably.
+    /// Events that waited and were accepted after batch `since` wait again. Durable on return.
     fn wait_again(&mut self, since: u64) -> Result<(), Self::Error>;
-    /// The guard speaks of batches that nobody has heard of; `total`: events up to them.
+    /// Takes over a position that the guard had and we had not. `total`: events accepted up to it.
     fn adopt(&mut self, cursor: Cursor, total: i64);
-    /// The backend goes back to `cursor`; rows up to `reread_to` may be written down.
+    /// Moves the backend back to `cursor`. Rows up to number `reread_to` may be written down as refused or failed.
     fn read_again(&mut self, cursor: Cursor, reread_to: i64);
     fn count_healing(&mut self);
     fn tell(&mut self, notice: Notice<'_>);
 
-    /// Whether events of a dump have come that were not looked for yet.
+    /// Whether a dump was restored whose events were not looked for yet.
     fn is_restored(&self) -> bool;
-    /// What this tick sees is going to be looked for.
+    /// All events that this tick sees are about to be compared with the streams.
     fn compares_to(&mut self, tick: &Arc<Tick>);
-    /// All of it was.
+    /// That is done.
     fn has_compared(&mut self) -> Result<(), Self::Error>;
-    /// A take-over that somebody has asked for is done.
+    /// Notes that a take-over, if one was asked for, is done.
     fn has_taken_over(&mut self) -> Result<(), Self::Error>;
 
     fn order(&mut self, order: Order);
-    /// Somebody else has written this field of the guard: lets go.
+    /// This field of the guard cannot be ours: the backend is misconfigured, and the connection is closed.
     fn disbelieve(&mut self, field: &str);
-    /// Somebody else owns the guard, or there should be one: lets go, for a while.
+    /// Somebody else owns the guard, or it is missing: closes the connection until `retry_after` has passed.
     fn hold_off(&mut self, failure: Failure, retry_after: Duration);
-    /// Begins anew with another connection.
+    /// Closes the connection. The next one begins a new recovery.
     fn let_go(&mut self);
-    /// The guard is ours, and all that it says was taken in.
+    /// The backend is up: events may be sent.
     fn come_up(&mut self) -> Result<(), Self::Error>;
 
-    /// Waiting events that are looked for at a time: all are, piece by piece.
+    /// How many waiting events are looked for at a time. All of them are, in pieces.
     fn waiting_at_once(&self) -> usize {
         100_000
     }
-    /// Events behind the own position that are looked for at most.
+    /// How many events after the own position are compared at most.
     fn most_compared(&self) -> usize {
         100_000
     }
@@ -117,16 +117,15 @@ pub trait Rows {
     /// Opens the table of events.
     fn open(&mut self) -> Self::Table;
     fn close(&mut self, table: Self::Table);
-    /// How the event that a scan stands on is looked for; `None`: it is not this backend's, or its stream cannot be
-    /// read.
+    /// How to look for the event at the scan's current row. `None`: it belongs to another backend, or its stream cannot
+    /// be read.
     fn wanted(&self, scan: &<Self::Table as Table>::Scan, purpose: Purpose) -> Option<Wanted>;
 
-    /// Events that wait as refused and have a number above `after`, in order, so many at most. Also those of other
-    /// lanes.
+    /// The numbers of refused events above `after`, in order, `limit` at most. Those of other lanes are among them.
     fn waiting(&mut self, after: i64, limit: usize) -> Vec<i64>;
-    /// Those of these that still wait.
+    /// Which of these still wait.
     fn still_waiting(&mut self, seqs: &[i64]) -> Vec<i64>;
-    /// No event of the backend that was refused, failed, or accepted out of turn has a higher number.
+    /// The highest number of an event of this backend that was refused, has failed, or was accepted out of turn.
     fn highest_written_down(&mut self) -> i64;
     /// Whether this event is one of them.
     fn is_written_down(&mut self, seq: i64, wanted: &Wanted) -> bool;

@@ -1,4 +1,4 @@
-//! Which events are looked for in the streams before anything is sent.
+//! Candidates: events that may stand in their streams already, and are looked for there before anything is sent.
 
 use crate::event::wanted::Purpose;
 use crate::guard::Guard;
@@ -9,10 +9,10 @@ use crate::recovery::books::Rows;
 use crate::recovery::books::{Books, Candidate};
 use std::sync::Arc;
 
-/// No batch has more events (`outbox_relay.batch_size`).
+/// A batch never has more events (`outbox_relay.batch_size`).
 const MOST_OF_A_BATCH: usize = 10_000;
 
-/// Those that may stand in their streams, for a backend that has claimed its guard.
+/// The candidates of a backend that has claimed its guard.
 pub(super) fn of<B: Books>(
     books: &mut B,
     start: Start,
@@ -23,7 +23,7 @@ pub(super) fn of<B: Books>(
     let here = books.delivery().acked().clone();
     match (start, guard) {
         (Start::Adopt | Start::Own, None) | (Start::Replay, _) => Ok(Vec::new()),
-        // Redis may have come back with what it had lost before: then some that wait now had been accepted.
+        // Redis may have come back with what it had lost. Then it had accepted some of the events that wait now.
         (Start::Own, Some(_)) => books.in_tables(|rows| waiting(rows, at_once)),
         (Start::Adopt, Some(guard)) => books.in_tables(|rows| {
             let mut found = last_batch(rows, guard);
@@ -44,13 +44,14 @@ pub(super) fn of<B: Books>(
     }
 }
 
-/// The guard speaks of one batch. Who believed that it was all that is retained would look for all of that.
+/// Whether the guard's last batch would be larger than any batch. A forged guard could make us look for all retained
+/// events.
 pub(super) fn is_more_than_a_batch<R: Rows>(rows: &mut R, guard: &Guard) -> bool {
     let limit = MOST_OF_A_BATCH + 1;
     between(rows, &guard.previous, &guard.position, limit, Purpose::Settle).len() == limit
 }
 
-/// Up to where waiting events are among the candidates.
+/// The highest number of a waiting event among the candidates.
 pub(super) fn last_compared(candidates: &[Candidate]) -> i64 {
     let in_order = |c: &&Candidate| c.waits && c.wanted.purpose == Purpose::Compare;
     candidates
@@ -61,7 +62,7 @@ pub(super) fn last_compared(candidates: &[Candidate]) -> i64 {
         .unwrap_or_default()
 }
 
-/// The next of the waiting events after `after`, and the number of the last that was looked at; `None`: there are no
+/// The next waiting events after number `after`, and the number of the last row that was read. `None`: there are no
 /// more.
 pub(super) fn next_waiting<R: Rows>(rows: &mut R, after: i64, limit: usize) -> (Option<i64>, Vec<Candidate>) {
     let seqs = rows.waiting(after, limit);
@@ -72,7 +73,7 @@ pub(super) fn next_waiting<R: Rows>(rows: &mut R, after: i64, limit: usize) -> (
 fn waiting<R: Rows>(rows: &mut R, limit: usize) -> Vec<Candidate> {
     let mut found = Vec::new();
     let mut after = 0;
-    // Until there are enough that are its own: other lanes have some of them.
+    // Some of the rows belong to other lanes: goes on until there are enough of its own.
     while found.len() < limit {
         let (last, candidates) = next_waiting(rows, after, limit);
         let Some(last) = last else { break };
@@ -82,7 +83,7 @@ fn waiting<R: Rows>(rows: &mut R, limit: usize) -> Vec<Candidate> {
     found
 }
 
-/// The events of the last batch that the guard speaks of, as far as nobody has written down what became of them.
+/// The events of the guard's last batch whose outcome is not written down.
 fn last_batch<R: Rows>(rows: &mut R, guard: &Guard) -> Vec<Candidate> {
     if !guard.again.is_empty() {
         let waiting = rows.still_waiting(&guard.again);
@@ -91,10 +92,11 @@ fn last_batch<R: Rows>(rows: &mut R, guard: &Guard) -> Vec<Candidate> {
     between(rows, &guard.previous, &guard.position, usize::MAX, Purpose::Settle)
 }
 
-/// Events that may have been sent by somebody of whose work we know nothing; so many on each part of the way.
+/// Events that an unknown owner may have sent: up to `limit` on the way to the tick that is being read, and as many from
+/// there to the newest one.
 fn unsent<R: Rows>(rows: &mut R, here: &Position, newest: &Arc<Tick>, limit: usize) -> Vec<Candidate> {
     let upto = Position::at(newest.clone());
-    // A position on its way to a tick goes there first.
+    // A position within a tick's range reads that range to its end first.
     let Some(under_way) = &here.under_way else {
         return between(rows, here, &upto, limit, Purpose::Compare);
     };
@@ -120,13 +122,13 @@ fn by_seq<R: Rows>(rows: &mut R, seqs: &[i64], purpose: Purpose) -> Vec<Candidat
     found
 }
 
-/// The backend's rows from one position to another, which are written down nowhere.
+/// The backend's rows from one position to another that are neither refused nor failed.
 fn between<R: Rows>(rows: &mut R, from: &Position, upto: &Position, limit: usize, purpose: Purpose) -> Vec<Candidate> {
     let written_down_to = rows.highest_written_down();
     let mut table = rows.open();
     let mut found = Vec::new();
     let to = upto.newest();
-    // Within one range, the rows that were read before need not be passed again.
+    // Within the same range, rows that were read before are skipped.
     let after = match &from.under_way {
         Some(under_way) if *under_way.to == **to => under_way.last_seq,
         _ => 0,

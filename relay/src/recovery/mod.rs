@@ -1,13 +1,12 @@
-//! From a guard that was read to a backend that is up: whether to claim it, where the backend stands then, and which
-//! events are looked for in the streams before anything is sent.
+//! Recovery takes a backend from "its guard was read" to "it is up". It decides whether the guard may be claimed, which
+//! position holds then, and which events must be looked for in the streams before anything is sent.
 //!
 //! ```text
 //! Idle ── guard read ──▶ Read ── judged ──▶ Claiming ── confirmed ──▶ Claimed ──▶ Looking ── answered ──▶ Seen ──▶ Idle: it is up
 //!                          └─ somebody else's: held off, Idle             └──── nothing to look for ────────────────▶ Idle: it is up
 //! ```
-//! Reports of the sender move it to *Read*, *Claimed* and *Seen*; [`Recovery::step`] takes it on from there. What it
-//! asks of the outside, and all that it writes down, goes through [`Books`]: the extension's are tables, the
-//! simulation's are a model of them.
+//! Reports of the sender move it to *Read*, *Claimed* and *Seen*. [`Recovery::step`] goes on from there. All that it
+//! reads and writes goes through [`Books`]: the extension implements them on its tables, the simulation on a model.
 
 pub mod books;
 mod candidates;
@@ -28,38 +27,38 @@ use crate::sender::orders::Order;
 use crate::sender::orders::{Beginning, Claim};
 use crate::time::Now;
 
-/// The error of an event that Redis has refused unheard.
+/// The error of an event that Redis has refused, when the reply was lost.
 const REFUSED_UNHEARD: &str = "Redis refused it, as was seen after an interruption";
 
 #[derive(Default)]
 enum Stage {
     #[default]
     Idle,
-    /// This guard was read.
+    /// The guard was read. `None`: Redis has none.
     Read(Option<Guard>),
-    /// The claim was ordered.
+    /// The sender was told to claim the guard.
     Claiming(Start, Option<Guard>),
-    /// It is confirmed.
+    /// Redis has confirmed the claim.
     Claimed(Start, Option<Guard>),
-    /// Events are being looked for in the streams.
+    /// The sender is looking for events in the streams.
     Looking(Start, Option<Guard>, Vec<Candidate>),
-    /// Whether each is there.
+    /// It has reported, for each event, whether it stands in its stream.
     Seen(Start, Option<Guard>, Vec<Candidate>, Vec<bool>),
 }
 
-/// How far a connection has come on its way to being the owner's.
+/// The recovery of one backend on its current connection.
 #[derive(Default)]
 pub struct Recovery {
     stage: Stage,
-    /// What is remembered of a guard that somebody else owns.
+    /// What was observed of a guard that another installation owns.
     watch: Watch,
-    /// Of the events that wait as refused, those behind this one are still to be looked for, before the backend comes
-    /// up by this start.
+    /// Refused events with numbers above this one still have to be looked for. After that, the backend comes up by this
+    /// start.
     rest: Option<(Start, i64)>,
 }
 
 impl Recovery {
-    // --- what the sender reports
+    // --- reports of the sender
 
     pub fn read(&mut self, guard: Option<Guard>) {
         self.stage = Stage::Read(guard);
@@ -79,20 +78,20 @@ impl Recovery {
         }
     }
 
-    /// The connection is let go.
+    /// The connection is closed.
     pub fn reset(&mut self) {
         self.stage = Stage::Idle;
     }
 
-    /// Redis cannot be reached: silence of the owner says nothing.
+    /// Redis cannot be reached. An owner who is not heard of meanwhile may be alive.
     pub fn interrupt(&mut self) {
         self.reset();
         self.watch.interrupt();
     }
 
-    // --- how far it is
+    // --- progress
 
-    /// Whether there is something to do that waits for no report.
+    /// Whether [`Self::step`] has something to do now.
     pub fn is_due(&self) -> bool {
         matches!(self.stage, Stage::Read(_) | Stage::Claimed(..) | Stage::Seen(..))
     }
@@ -102,7 +101,7 @@ impl Recovery {
         !matches!(self.stage, Stage::Idle | Stage::Read(_))
     }
 
-    /// Goes as far as it can without another report. After an error it has nothing more to do on this connection.
+    /// Goes on until it needs another report. After an error, this connection cannot come up.
     pub fn step<B: Books>(&mut self, books: &mut B, now: Now) -> Result<(), B::Error> {
         match std::mem::take(&mut self.stage) {
             Stage::Read(guard) => self.decide(books, guard, now),
@@ -136,7 +135,7 @@ impl Recovery {
             books.disbelieve(field);
             return Ok(());
         }
-        // Who knows all that the guard says goes by that: whoever has the table to himself is not waited for.
+        // Start::Own needs nothing from the guard, so it does not have to wait for a lock on the table.
         let guard = match start {
             Start::Own => guard,
             _ => guard.map(|guard| books.vouched(guard)).transpose()?,
@@ -170,7 +169,7 @@ impl Recovery {
         Ok(())
     }
 
-    /// The guard is ours.
+    /// Redis has confirmed the claim: takes in what the guard says, and orders the look into the streams.
     fn begin<B: Books>(&mut self, books: &mut B, start: Start, guard: Option<Guard>) -> Result<(), B::Error> {
         books.has_taken_over()?;
         self.rest = None;
@@ -183,7 +182,7 @@ impl Recovery {
             false => start,
         };
         if !matches!((start, &guard), (Start::Adopt, _) | (Start::Own, Some(_))) {
-            // It was made anew, as if with an empty batch.
+            // The claim has written a new guard, which counts as an empty batch.
             let cursor = Cursor {
                 position: books.delivery().acked().clone(),
                 number: books.delivery().next_number(),
@@ -198,7 +197,8 @@ impl Recovery {
             books.tell(Notice::Replays);
         }
         let candidates = candidates::of(books, start, guard.as_ref(), &newest)?;
-        // If not all that wait are among them, the rest comes next. Those of the last batch may be further on.
+        // Only so many waiting events are looked for at a time. The others come next. Events of the last batch are not
+        // counted, because their numbers may be higher.
         let waiting = candidates.iter().filter(|c| c.waits);
         if waiting.count() >= books.waiting_at_once() {
             self.rest = Some((start, candidates::last_compared(&candidates)));
@@ -215,7 +215,7 @@ impl Recovery {
         self.stage = Stage::Looking(start, guard, candidates);
     }
 
-    /// Which of the candidates stand in their streams is known.
+    /// Records which of the candidates stand in their streams.
     fn finish<B: Books>(
         &mut self,
         books: &mut B,
@@ -245,7 +245,7 @@ impl Recovery {
                     });
                 }
             }
-            // There is nothing that was looked for.
+            // Nothing was looked for.
             (Start::Replay, _) | (Start::Adopt, None) => {}
             (Start::Adopt, Some(guard)) => {
                 let refused = rows(&missing);
@@ -263,19 +263,19 @@ impl Recovery {
         self.come_up(books, start)
     }
 
-    /// All that was found is saved, in one go and before anything else is appended: the guard tells of one batch alone,
-    /// and it may be lost.
+    /// Saves all that was found in one transaction, before anything else is appended. The guard describes only the last
+    /// batch, and Redis may lose it.
     fn come_up<B: Books>(&mut self, books: &mut B, start: Start) -> Result<(), B::Error> {
         let start = match (self.rest.is_some(), self.look_for_rest(books)?) {
             (false, _) => start,
             (true, Some(first)) => first,
-            // Some are being looked for.
+            // The sender is looking for some of them.
             (true, None) => return Ok(()),
         };
         books.save()?;
         match start {
             Start::Compare(_) | Start::Replay => books.has_compared()?,
-            // From here on, what a dump has brought can be compared.
+            // Restored events are compared from the start that comes next.
             Start::Own | Start::Adopt | Start::Heal { .. } if books.is_restored() => {
                 books.let_go();
                 return Ok(());
@@ -285,11 +285,11 @@ impl Recovery {
         books.come_up()
     }
 
-    /// What waits and was not looked for yet, the next of it: so nothing is sent again that Redis has. When nothing is
-    /// left: how the backend comes up.
+    /// Looks for the next waiting events that were not looked for yet, so that none is sent twice. Returns the start by
+    /// which the backend comes up, once there are no more.
     fn look_for_rest<B: Books>(&mut self, books: &mut B) -> Result<Option<Start>, B::Error> {
         while let Some((start, after)) = self.rest.take() {
-            // What was found is not kept in memory.
+            // Saved piece by piece, so that memory stays bounded.
             books.save()?;
             let limit = books.waiting_at_once();
             let (last, candidates) = books.in_tables(|rows| candidates::next_waiting(rows, after, limit))?;
@@ -298,7 +298,7 @@ impl Recovery {
             };
             self.rest = Some((start, last));
             if !candidates.is_empty() {
-                // What is done with those that are found is the same, whatever the start was.
+                // Events that are found are treated alike for each start.
                 self.look(books, Start::Own, None, candidates);
                 return Ok(None);
             }
@@ -307,7 +307,8 @@ impl Recovery {
     }
 }
 
-/// Before the guard is ours, and durably: whoever claims next would not know.
+/// Moves the cursor back where the start requires it. This is durable before the claim, because the claim overwrites the
+/// guard that says so.
 fn go_back<B: Books>(books: &mut B, start: Start, guard: Option<&Guard>) -> Result<(), B::Error> {
     let cursor = |position: &Position, number| Cursor {
         position: position.clone(),
@@ -321,31 +322,32 @@ fn go_back<B: Books>(books: &mut B, start: Start, guard: Option<&Guard>) -> Resu
         (Start::Heal { heard, .. }, Some(guard)) => {
             books.tell(Notice::Heals(guard));
             match heard {
-                // That number belongs to the position: should Redis come back with what it had lost, that is news.
+                // The number belongs to this position. If Redis comes back with what it had lost, its guard has a
+                // higher one.
                 true => cursor(&guard.position, guard.number),
                 false => cursor(&guard.previous, guard.number.saturating_sub(1)),
             }
         }
-        // What its last batch came to is found by comparing, too.
+        // The outcome of the last batch is found by comparing, too.
         (Start::Compare(Why::Unfinished), Some(guard)) => cursor(&guard.previous, guard.number),
         _ => return Ok(()),
     };
-    // What waited and was accepted behind the number that counts from now on waits again, until it is found.
+    // Waiting events that were accepted in a later batch than this cursor's wait again, until they are found.
     books.wait_again(cursor.number)?;
     let reread_to = books.in_tables(|rows| rows.highest_written_down())?;
     books.read_again(cursor, reread_to);
     Ok(())
 }
 
-/// What a new guard says; `wal`: up to where all is flushed.
+/// The contents of a new guard. `wal`: the position up to which the WAL is flushed.
 fn beginning<B: Books>(books: &mut B, start: Start, wal: u64) -> Beginning {
     let total = books.total();
     let delivery = books.delivery();
     Beginning {
-        // It counts as a batch: whoever has not heard of it is behind.
+        // It counts as a batch, so that a session which has not seen it is behind.
         number: delivery.next_number(),
         position: delivery.acked().clone(),
-        // Events behind that position may stand in the streams.
+        // Whether the streams may contain events that come after that position.
         compares: match start {
             Start::Heal { heard, restored } => !heard || restored,
             Start::Compare(_) => true,
@@ -356,10 +358,10 @@ fn beginning<B: Books>(books: &mut B, start: Start, wal: u64) -> Beginning {
     }
 }
 
-/// Stands where the guard says; of its last batch, so many events were refused.
+/// Takes over the guard's position. `refused`: how many events of its last batch Redis has refused.
 fn adopt<B: Books>(books: &mut B, guard: &Guard, refused: usize) -> Result<(), B::Error> {
     let here = books.delivery().acked();
-    // What was sent with at_least_once since then is not in the guard.
+    // The guard does not know of events that were sent with at_least_once since.
     let position = match here.includes(&guard.position) {
         true => here.clone(),
         false => guard.position.clone(),
@@ -369,7 +371,7 @@ fn adopt<B: Books>(books: &mut B, guard: &Guard, refused: usize) -> Result<(), B
         number: guard.number,
     };
     books.adopt(cursor, guard.total - refused as i64);
-    // If Redis has come back with what it had lost, rows behind that may have been written down meanwhile.
+    // If Redis has come back with what it had lost, rows after that position may have been written down meanwhile.
     let written_down = books.in_tables(|rows| rows.highest_written_down())?;
     books.delivery().set_reread_to(written_down);
     Ok(())
