@@ -1,18 +1,18 @@
 //! From a checked request to a row.
 
 use crate::publish::doubts;
-use crate::publish::repeated_id::{self, Way};
+use crate::publish::repeated_id::{self, OnRepeat};
 use crate::publish::request::{Request, check};
 use crate::server::datum::text_datum;
 use crate::server::encoding::to_server;
 use crate::server::txn;
 use crate::server::uuid;
 use crate::tables::catalog::Relations;
-use crate::tables::insertion::{Insertion, NewRow};
+use crate::tables::insertion::Insertion;
 use crate::tables::missing;
 use crate::tables::numbers::draw_numbers;
 use crate::tables::row::attribute;
-use crate::tables::trusted::RowKey;
+use crate::tables::trusted::{NewRow, RowKey};
 use pgrx::pg_sys;
 
 /// Checks an event, and makes a row of it. Returns nothing that needs to be dropped: from here on, other people's code
@@ -34,7 +34,7 @@ pub(super) fn prepared(request: &Request<'_>, relations: &Relations) -> NewRow {
     }
     let event_id = request.event_id.unwrap_or_else(|| uuid::new_v7(now));
     if request.event_id.is_some() {
-        repeated_id::is_new(relations, &event_id, scheduled_at.is_some(), Way::Refusing);
+        repeated_id::is_new(relations, &event_id, scheduled_at.is_some(), OnRepeat::Refusing);
     }
     let (xid, seq) = draw_numbers(relations);
 

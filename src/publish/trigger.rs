@@ -16,7 +16,7 @@ use crate::server::txn;
 use crate::server::uuid;
 use crate::tables::applied;
 use crate::tables::catalog;
-use crate::tables::insertion::{self};
+use crate::tables::insertion;
 use crate::tables::numbers::draw_numbers;
 use crate::tables::restores;
 use crate::tables::row::{Row, attribute};

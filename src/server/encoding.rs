@@ -130,7 +130,8 @@ fn converts_to_utf8(text: &[u8], encoding: u32) -> Result<(), Foreign> {
 /// # Safety
 /// Valid text in the database's encoding.
 pub(crate) unsafe fn utf8(bytes: &[u8]) -> Cow<'_, str> {
-    // SAFETY: the caller's promise; a conversion's result is a zero-terminated string of the current memory context.
+    // SAFETY: the caller's promise; a conversion's result is a zero-terminated string of the current memory context,
+    // which is copied and freed.
     unsafe {
         match encoding() {
             pg_sys::pg_enc::PG_UTF8 => Cow::Borrowed(std::str::from_utf8_unchecked(bytes)),
@@ -144,7 +145,9 @@ pub(crate) unsafe fn utf8(bytes: &[u8]) -> Cow<'_, str> {
                 if converted.cast_const().cast::<u8>() == bytes.as_ptr() {
                     return expect_utf8(bytes);
                 }
-                expect_utf8(CStr::from_ptr(converted).to_bytes())
+                let copied = expect_utf8(CStr::from_ptr(converted).to_bytes()).into_owned();
+                pg_sys::pfree(converted.cast());
+                Cow::Owned(copied)
             }
         }
     }
@@ -167,14 +170,17 @@ fn expect_utf8(bytes: &[u8]) -> Cow<'_, str> {
 
 /// Converts text to the database's encoding. An ERROR if that lacks a character.
 pub(crate) fn to_server(text: &str) -> Cow<'_, [u8]> {
-    // SAFETY: reads the text, or returns a zero-terminated string of the current memory context.
+    // SAFETY: gives the text itself, or a zero-terminated string of the current memory context, which is copied and
+    // freed.
     unsafe {
         let given = text.as_ptr().cast();
         let converted = pg_sys::pg_any_to_server(given, text.len() as i32, pg_sys::pg_enc::PG_UTF8 as i32);
         if converted.cast_const() == given {
             return Cow::Borrowed(text.as_bytes());
         }
-        Cow::Borrowed(CStr::from_ptr(converted).to_bytes())
+        let copied = CStr::from_ptr(converted).to_bytes().to_vec();
+        pg_sys::pfree(converted.cast());
+        Cow::Owned(copied)
     }
 }
 

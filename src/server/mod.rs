@@ -8,7 +8,8 @@
 //!   are
 //! - [`encoding`], [`datum`] texts in the database's encoding; values as Postgres passes them
 //! - [`place`], [`standby`] where this server lives, and whether it was promoted
-//! - [`trigger_call`] what a trigger function was called with; [`random`], [`uuid`]
+//! - [`trigger_call`] what a trigger function was called with; [`random`], [`uuid`]; [`scoped`] a variable that has
+//!   another value for the length of a call
 
 pub(crate) mod database_slot;
 pub(crate) mod datum;
@@ -21,6 +22,7 @@ pub(crate) mod place;
 pub(crate) mod process;
 pub(crate) mod random;
 pub(crate) mod report;
+pub(crate) mod scoped;
 pub(crate) mod shmem;
 pub(crate) mod standby;
 pub(crate) mod trigger_call;

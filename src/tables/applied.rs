@@ -4,6 +4,7 @@
 use crate::server::guc::LogLevel;
 use crate::server::process::log;
 use crate::server::report;
+use crate::server::scoped;
 use crate::server::trigger_call::{When, expect_trigger};
 use crate::tables::catalog;
 use crate::tables::sql;
@@ -30,15 +31,7 @@ pub(crate) fn puts_back() -> bool {
 /// `outbox.put_back(statement)`
 #[pg_extern(sql = false)]
 fn put_back(statement: &str) {
-    struct Reset;
-    impl Drop for Reset {
-        fn drop(&mut self) {
-            PUTS_BACK.set(false);
-        }
-    }
-    PUTS_BACK.set(true);
-    let _reset = Reset;
-    sql::run(statement, &[]);
+    scoped::with(&PUTS_BACK, true, || sql::run(statement, &[]));
 }
 
 /// `outbox.is_applied()`

@@ -8,6 +8,7 @@
 use crate::server::error::raise;
 use crate::server::guc::LogLevel;
 use crate::server::process::{self, Aborted, log};
+use crate::server::scoped;
 use crate::tables::row::Row;
 use pgrx::PgSqlErrorCode;
 use pgrx::pg_sys::panic::ErrorReport;
@@ -32,14 +33,7 @@ pub(crate) fn transaction<R>(mut f: impl FnMut() -> R) -> Result<R, Aborted> {
 
 /// Runs `f` with care.
 pub(crate) fn carefully<R>(f: impl FnOnce() -> R) -> R {
-    struct Reset(bool);
-    impl Drop for Reset {
-        fn drop(&mut self) {
-            CAREFUL.set(self.0);
-        }
-    }
-    let _reset = Reset(CAREFUL.replace(true));
-    f()
+    scoped::with(&CAREFUL, true, f)
 }
 
 /// Whether each row is to be tried by itself.

@@ -6,7 +6,7 @@
 
 use crate::server::error::{internal, raise};
 use crate::tables::missing;
-use crate::tables::row::{Columns, Row, attribute, texts_of_array};
+use crate::tables::row::{Columns, EVENT_COLUMNS, Row, attribute, texts_of_array};
 use once_cell::unsync::OnceCell;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{PgSqlErrorCode, pg_guard, pg_sys};
@@ -241,9 +241,9 @@ pub(crate) fn relations() -> Option<Relations> {
     if found.sequence == pg_sys::InvalidOid {
         missing::sequence();
     }
-    expect_shape(c"events", found.events, &EVENT_TYPES);
+    expect_shape("events", found.events);
     if found.scheduled != pg_sys::InvalidOid {
-        expect_shape(c"scheduled_events", found.scheduled, &EVENT_TYPES);
+        expect_shape("scheduled_events", found.scheduled);
     }
     if found.is_whole() {
         RELATIONS.set(Some(found));
@@ -418,31 +418,11 @@ unsafe fn function(schema: pg_sys::Oid, name: &CStr) -> pg_sys::Oid {
     }
 }
 
-/// The types of the columns that events and scheduled events begin with: their values are taken apart, and put
-/// together, without asking.
-pub(crate) const EVENT_TYPES: [pg_sys::Oid; attribute::COUNT] = [
-    pg_sys::INT8OID,
-    pg_sys::XID8OID,
-    pg_sys::TIMESTAMPTZOID,
-    pg_sys::UUIDOID,
-    pg_sys::INT4OID,
-    pg_sys::TEXTOID,
-    pg_sys::TEXTOID,
-    pg_sys::TEXTOID,
-    pg_sys::JSONOID,
-    pg_sys::TEXTOID,
-    pg_sys::TEXTOID,
-    pg_sys::TEXTOID,
-    pg_sys::JSONOID,
-    pg_sys::INT4OID,
-];
-
 /// An ERROR if somebody has changed the type of a column that we know.
-fn expect_shape(name: &CStr, table: pg_sys::Oid, types: &[pg_sys::Oid]) {
-    for (index, expected) in types.iter().enumerate() {
+fn expect_shape(name: &str, table: pg_sys::Oid) {
+    for (index, expected) in EVENT_COLUMNS[..attribute::COUNT].iter().enumerate() {
         // SAFETY: a catalog look-up within a transaction.
-        if unsafe { pg_sys::get_atttype(table, index as i16 + 1) } != *expected {
-            let name = name.to_string_lossy();
+        if unsafe { pg_sys::get_atttype(table, index as i16 + 1) } != expected.kind {
             internal(format!("column {} of outbox.{name} does not have its type", index + 1));
         }
     }

@@ -10,6 +10,7 @@
 use crate::server::encoding::{has_utf8_form, utf8};
 use crate::server::error::raise;
 use crate::server::report;
+use crate::server::scoped;
 use crate::tables::catalog;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{PgSqlErrorCode, pg_extern, pg_sys};
@@ -37,20 +38,11 @@ pub(crate) fn are_the_workers() {
 
 /// Runs `f`, whose statements may do what the caller may not: who may call it is a matter of EXECUTE.
 pub(crate) fn of_owner<R>(f: impl FnOnce() -> R) -> R {
-    struct Reset(Name);
-    impl Drop for Reset {
-        fn drop(&mut self) {
-            NAME.set(self.0);
-        }
-    }
-    let before = NAME.get();
-    if before != Name::Caller {
+    if NAME.get() != Name::Caller {
         return f();
     }
-    NAME.set(Name::Owner);
-    let _reset = Reset(before);
     // For what needs rights beside the statements; each of them asks again, when its tables are locked.
-    as_user(catalog::owner(), f)
+    scoped::with(&NAME, Name::Owner, || as_user(catalog::owner(), f))
 }
 
 /// Runs `f`, which makes and executes a statement, with the settings of the session out of its way.

@@ -30,6 +30,36 @@ pub(crate) mod attribute {
     pub(crate) const SCHEDULED_AT: usize = 15;
 }
 
+/// A column that we know.
+pub(crate) struct EventColumn {
+    pub name: &'static str,
+    pub kind: pg_sys::Oid,
+}
+
+/// These columns, in the order of their numbers. Their values are taken apart, and put together, without asking the
+/// catalog.
+pub(crate) const EVENT_COLUMNS: [EventColumn; attribute::SCHEDULED_AT] = [
+    column("seq", pg_sys::INT8OID),
+    column("xid", pg_sys::XID8OID),
+    column("created_at", pg_sys::TIMESTAMPTZOID),
+    column("event_id", pg_sys::UUIDOID),
+    column("backend_number", pg_sys::INT4OID),
+    column("event_type", pg_sys::TEXTOID),
+    column("source", pg_sys::TEXTOID),
+    column("backend", pg_sys::TEXTOID),
+    column("data", pg_sys::JSONOID),
+    column("subject", pg_sys::TEXTOID),
+    column("stream", pg_sys::TEXTOID),
+    column("data_schema", pg_sys::TEXTOID),
+    column("publisher_config", pg_sys::JSONOID),
+    column("max_retries", pg_sys::INT4OID),
+    column("scheduled_at", pg_sys::TIMESTAMPTZOID),
+];
+
+const fn column(name: &'static str, kind: pg_sys::Oid) -> EventColumn {
+    EventColumn { name, kind }
+}
+
 /// Most columns that any of our tables has, with room for those that users add.
 const MAX_COLUMNS: usize = 64;
 
@@ -104,9 +134,9 @@ impl Row {
             .saturating_add(EPOCH_SHIFT_US)
     }
 
-    /// A text in UTF-8. Allocates in the current memory context when the value was compressed or stored apart.
+    /// A text in UTF-8: the row's own bytes, or a copy of what was compressed, stored apart or converted.
     pub(crate) fn text(&self, attribute: usize) -> Option<Cow<'_, str>> {
-        // SAFETY: the attribute is of a varlena type in the database's encoding.
+        // SAFETY: the attribute is of a varlena type in the database's encoding, valid as long as the row.
         self.get(attribute).map(|d| unsafe { utf8_of(d) })
     }
 
@@ -121,7 +151,8 @@ impl Row {
         self.i32(attribute::BACKEND_NUMBER).unwrap_or_default()
     }
 
-    /// The hash slot of its stream; one that names none is in its backend's. Allocates as [`Self::text`].
+    /// The hash slot of its stream; one that names none is in its backend's. The name may be
+    /// expanded into the current memory context.
     pub(crate) fn hash_slot(&self, own_stream: &str) -> u16 {
         // SAFETY: the attribute is of type text.
         let named = self

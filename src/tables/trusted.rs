@@ -1,5 +1,6 @@
 //! Rows that we insert ourselves, and that the trigger of the table need not check once more.
 
+use crate::server::scoped;
 use crate::tables::row::{Row, attribute};
 use pgrx::pg_sys;
 use std::cell::Cell;
@@ -20,18 +21,19 @@ pub(crate) struct RowKey {
     pub event_id: [u8; 16],
 }
 
+/// What becomes a row, checked and numbered.
+#[derive(Clone, Copy)]
+pub(crate) struct NewRow {
+    pub is_scheduled: bool,
+    pub values: [pg_sys::Datum; attribute::SCHEDULED_AT],
+    pub nulls: [bool; attribute::SCHEDULED_AT],
+    pub key: RowKey,
+}
+
 /// Runs `f` while the trigger takes rows as they are, but for their numbers: they were checked when they were
 /// scheduled.
 pub(crate) fn moving<R>(f: impl FnOnce() -> R) -> R {
-    struct Reset;
-    impl Drop for Reset {
-        fn drop(&mut self) {
-            MOVING.set(false);
-        }
-    }
-    MOVING.set(true);
-    let _reset = Reset;
-    f()
+    scoped::with(&MOVING, true, f)
 }
 
 /// The row that `publish_event` is inserting by a statement: it is checked and numbered already.
