@@ -7,7 +7,7 @@ mod model;
 use model::{Database, Rng, Rows, caught, for_each_seed, likely};
 use relay::delivery::backoff::Backoff;
 use relay::delivery::batch::{BuiltBatch, OpenBatch};
-use relay::delivery::cut::{Backends, Limits, Offer, Pass, Reader, Source};
+use relay::delivery::cut::{Backends, Collector, Limits, Offer, Pass, Source};
 use relay::delivery::flight::BatchedEvent;
 use relay::delivery::refusal::{Record, Streams};
 use relay::delivery::{Cursor, Delivery, Guarantee};
@@ -301,10 +301,10 @@ impl World {
         }
     }
 
-    fn pass(&mut self, group: &Group, steps: usize) -> Vec<Reader> {
+    fn pass(&mut self, group: &Group, steps: usize) -> Vec<Collector> {
         let reader = |index: &usize| {
             let m = &self.members[*index];
-            Reader::new(*index, m.number, m.lane, m.role, &m.delivery)
+            Collector::new(*index, m.number, m.lane, m.role, &m.delivery)
         };
         let limits = Limits {
             steps,
@@ -322,7 +322,7 @@ impl World {
         Pass::new(group, readers, backends, limits).run(&mut view, &mut rows, &|| is_wanted)
     }
 
-    fn hand_over(&mut self, reader: Reader) -> Result<(), String> {
+    fn hand_over(&mut self, reader: Collector) -> Result<(), String> {
         let member = &mut self.members[reader.index];
         for record in reader.records {
             let Record::Fail { seq, .. } = record else {

@@ -6,7 +6,7 @@ use crate::tables::row::Row;
 use pgrx::pg_sys;
 
 /// A database.
-pub(super) struct Found {
+pub(super) struct FoundDatabase {
     pub oid: pg_sys::Oid,
     pub name: String,
     pub is_template: bool,
@@ -15,7 +15,7 @@ pub(super) struct Found {
 }
 
 /// All databases. `None`: they cannot be listed now.
-pub(super) fn list() -> Option<Vec<Found>> {
+pub(super) fn list() -> Option<Vec<FoundDatabase>> {
     let found = process::transaction(|| {
         let mut found = Vec::new();
         // SAFETY: a scan of a shared catalog; the tuple's fixed columns are never null.
@@ -37,7 +37,7 @@ pub(super) fn list() -> Option<Vec<Found>> {
                 let is = |column: u32| row.get(column as usize).is_some_and(|d| d.value() as u8 != 0);
                 let limit = row.i32(pg_sys::Anum_pg_database_datconnlimit as usize);
                 let name = std::ffi::CStr::from_ptr((*name.cast_mut_ptr::<pg_sys::NameData>()).data.as_ptr());
-                found.push(Found {
+                found.push(FoundDatabase {
                     oid: pg_sys::Oid::from(oid.value() as u32),
                     name: name.to_string_lossy().into_owned(),
                     is_template: is(pg_sys::Anum_pg_database_datistemplate),

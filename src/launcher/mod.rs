@@ -8,7 +8,7 @@
 mod databases;
 mod incarnation;
 
-use crate::launcher::databases::Found;
+use crate::launcher::databases::FoundDatabase;
 use crate::server::database_slot::{DatabaseSlot, SlotState};
 use crate::server::guc::{self, LogLevel};
 use crate::server::process::{self, log};
@@ -153,7 +153,7 @@ struct Database {
 }
 
 impl Database {
-    fn of(found: Found) -> Self {
+    fn of(found: FoundDatabase) -> Self {
         Self {
             name: found.name,
             is_template: found.is_template,
@@ -168,7 +168,7 @@ impl Database {
     }
 
     /// What the catalog says now.
-    fn learn(&mut self, found: Found) {
+    fn learn(&mut self, found: FoundDatabase) {
         (self.name, self.is_template, self.is_open) = (found.name, found.is_template, found.is_open);
     }
 }

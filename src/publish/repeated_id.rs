@@ -8,9 +8,9 @@ use crate::tables::row::attribute;
 use pgrx::{PgSqlErrorCode, pg_sys};
 use std::ffi::CStr;
 
-/// How an id that a publisher has chosen comes into its table.
+/// What becomes of a row whose id, chosen by its publisher, is used already.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Way {
+pub(super) enum OnRepeat {
     /// By one of our functions, by COPY, or by an INSERT without ON CONFLICT: a repeated id is refused.
     Refusing,
     /// By an INSERT with ON CONFLICT DO NOTHING: the row is left out.
@@ -20,7 +20,7 @@ pub(super) enum Way {
 }
 
 /// False: the id is used already, and the row is to be left out. An ERROR if it is to be refused.
-pub(super) fn is_new(relations: &Relations, event_id: &[u8; 16], scheduled: bool, way: Way) -> bool {
+pub(super) fn is_new(relations: &Relations, event_id: &[u8; 16], scheduled: bool, on_repeat: OnRepeat) -> bool {
     if relations.scheduled == pg_sys::InvalidOid {
         missing::table(c"scheduled_events");
     }
@@ -34,10 +34,10 @@ pub(super) fn is_new(relations: &Relations, event_id: &[u8; 16], scheduled: bool
     } else {
         (events, waiting)
     };
-    if !(is_in(other, event_id) || way == Way::Refusing && is_in(own, event_id)) {
+    if !(is_in(other, event_id) || on_repeat == OnRepeat::Refusing && is_in(own, event_id)) {
         return true;
     }
-    if way != Way::LeavingOut {
+    if on_repeat != OnRepeat::LeavingOut {
         refuse(relations, event_id);
     }
     false
@@ -110,23 +110,23 @@ fn refuse(relations: &Relations, event_id: &[u8; 16]) -> ! {
 }
 
 /// How a row comes for which a trigger of this table has been called.
-pub(super) fn way_of_statement(table: pg_sys::Oid) -> Way {
+pub(super) fn way_of_statement(table: pg_sys::Oid) -> OnRepeat {
     // SAFETY: plain calls; the session's running portal, if any, and its plans live as long as it runs.
     unsafe {
         let depth = pgrx::direct_function_call::<i32>(pg_sys::pg_trigger_depth, &[]);
         let portal = pg_sys::ActivePortal;
         // What a trigger or a function inserts is not the statement of the portal.
         if depth != Some(1) || portal.is_null() {
-            return Way::Unknown;
+            return OnRepeat::Unknown;
         }
         if (*portal).commandTag == pg_sys::CommandTag::CMDTAG_COPY {
-            return Way::Refusing;
+            return OnRepeat::Refusing;
         }
         let statement = match (*portal).stmts.as_ref() {
             Some(statements) if statements.length == 1 => {
                 (*statements.elements).ptr_value.cast::<pg_sys::PlannedStmt>()
             }
-            _ => return Way::Unknown,
+            _ => return OnRepeat::Unknown,
         };
         let plan = (*statement).planTree.cast::<pg_sys::ModifyTable>();
         if (*statement).commandType != pg_sys::CmdType::CMD_INSERT
@@ -134,12 +134,12 @@ pub(super) fn way_of_statement(table: pg_sys::Oid) -> Way {
             || (*plan).plan.type_ != pg_sys::NodeTag::T_ModifyTable
             || !inserts_into(statement, plan, table)
         {
-            return Way::Unknown;
+            return OnRepeat::Unknown;
         }
         match (*plan).onConflictAction {
-            pg_sys::OnConflictAction::ONCONFLICT_NONE => Way::Refusing,
-            pg_sys::OnConflictAction::ONCONFLICT_NOTHING => Way::LeavingOut,
-            _ => Way::Unknown,
+            pg_sys::OnConflictAction::ONCONFLICT_NONE => OnRepeat::Refusing,
+            pg_sys::OnConflictAction::ONCONFLICT_NOTHING => OnRepeat::LeavingOut,
+            _ => OnRepeat::Unknown,
         }
     }
 }

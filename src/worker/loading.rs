@@ -30,7 +30,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// What the tables say.
-struct Rows {
+struct LoadedRows {
     backends: Vec<BackendRow>,
     deleted: Vec<i32>,
     installation: String,
@@ -43,12 +43,12 @@ struct Rows {
 }
 
 /// What one look at the database has found.
-struct Found {
+struct Look {
     /// The extension's version. `None`: it is not there.
     version: Option<String>,
     generation: u64,
     /// `None`: they have not changed since they were loaded.
-    rows: Option<Rows>,
+    rows: Option<LoadedRows>,
     /// The table of events.
     events: Option<pg_sys::Oid>,
 }
@@ -155,7 +155,7 @@ impl Worker {
     }
 
     /// Reads the tables if they have changed since they were read last, or if they may have (`changed`).
-    fn look(&self, changed: bool) -> Result<Found, Aborted> {
+    fn look(&self, changed: bool) -> Result<Look, Aborted> {
         let newest = self.newest();
         process::transaction(|| {
             // Processes invalidations, so that the generation is up to date. SAFETY: within a transaction.
@@ -167,7 +167,7 @@ impl Worker {
             let is_new = self.generation != Generation::Loaded(generation);
             let rows = (is_ours && (is_new || changed)).then(|| {
                 says_trouble_of_sequence();
-                Rows {
+                LoadedRows {
                     highest: numbers::vouch_anew(),
                     triggers: foreign::trigger_state(),
                     backends: backends::all(&newest.snapshot),
@@ -176,7 +176,7 @@ impl Worker {
                     more_restores: restores::has_later_restores(&newest.snapshot),
                 }
             });
-            Found {
+            Look {
                 version,
                 generation,
                 rows,

@@ -11,7 +11,7 @@ use crate::worker::backend::Backend;
 use pgrx::pg_sys;
 use relay::delivery::Delivery;
 use relay::delivery::batch::{BATCH_BYTES, BuiltBatch, OpenBatch};
-use relay::delivery::cut::{Backends, Limits, Offer, Pass, Reader, Source};
+use relay::delivery::cut::{Backends, Collector, Limits, Offer, Pass, Source};
 use relay::delivery::flight::{BatchedEvent, Contents};
 use relay::delivery::refusal::{MOST_ATTEMPTS, Record, Retry};
 use relay::event::Event;
@@ -22,7 +22,7 @@ use std::rc::Rc;
 
 /// What a pass came to for one of its readers.
 pub(super) struct Outcome {
-    pub reader: Reader,
+    pub reader: Collector,
     /// It has met a row of its own.
     pub has_found: bool,
     /// Something was written down, which must be durable before a batch says that it lies behind.
@@ -43,7 +43,7 @@ pub(super) fn read(backends: &mut [Backend], group: &Group, is_wanted: &dyn Fn()
     }
     let reader = |index: &usize| {
         let b = &backends[*index];
-        Reader::new(*index, b.number, b.lane(), b.role(), &b.delivery)
+        Collector::new(*index, b.number, b.lane(), b.role(), &b.delivery)
     };
     let pass = Pass::new(
         group,
@@ -61,7 +61,7 @@ pub(super) fn read(backends: &mut [Backend], group: &Group, is_wanted: &dyn Fn()
 }
 
 /// Within the pass's transaction.
-fn written_down(mut reader: Reader, backends: &[Backend]) -> Outcome {
+fn written_down(mut reader: Collector, backends: &[Backend]) -> Outcome {
     let (has_found, records) = (reader.has_found(), std::mem::take(&mut reader.records));
     let wrote = !records.is_empty();
     let failed = match wrote {

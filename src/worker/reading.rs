@@ -9,7 +9,7 @@ use crate::tables::events::EventsTable;
 use crate::tables::ticks;
 use crate::worker::backend::{Backend, MOST_LANES};
 use crate::worker::pass::{self, Outcome};
-use crate::worker::state::Awaited;
+use crate::worker::state::AwaitedTick;
 use crate::worker::state::Generation;
 use crate::worker::state::Loaded;
 use crate::worker::state::Worker;
@@ -307,7 +307,7 @@ impl Worker {
     fn take_over_tick(&mut self, tick: Tick, wal: u64) {
         if guc::SEND_AFTER.get() == SendAfter::StandbyFlush && !ticks::standbys_have(wal) {
             let look_at = self.now() + STANDBY_LOOK;
-            self.awaited = Some(Awaited {
+            self.awaited = Some(AwaitedTick {
                 tick,
                 wal,
                 look_at,

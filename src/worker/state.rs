@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 pub(super) const SETTLE_AT_CHANGE: Duration = Duration::from_millis(200);
 
 /// A tick that synchronous standbys have not flushed yet.
-pub(super) struct Awaited {
+pub(super) struct AwaitedTick {
     pub(super) tick: Tick,
     pub(super) wal: u64,
     pub(super) look_at: Now,
@@ -62,7 +62,7 @@ pub(super) struct Worker {
     /// The newest tick whose transactions may be sent.
     pub(super) latest: Arc<Tick>,
     /// A newer tick, which synchronous standbys do not have yet.
-    pub(super) awaited: Option<Awaited>,
+    pub(super) awaited: Option<AwaitedTick>,
     /// Up to where the WAL was flushed for `latest`.
     pub(super) flushed: u64,
     /// What `backends` were loaded from.

@@ -77,7 +77,7 @@ impl Limits {
 }
 
 /// What a pass collects for one reader.
-pub struct Reader {
+pub struct Collector {
     /// Its index among the backends.
     pub index: usize,
     number: i32,
@@ -101,7 +101,7 @@ pub struct Reader {
     pub found: Option<u16>,
 }
 
-impl Reader {
+impl Collector {
     pub fn new(index: usize, number: i32, lane: Option<u16>, role: Role, delivery: &Delivery) -> Self {
         Self {
             index,
@@ -200,11 +200,11 @@ pub struct Pass {
     seq: i64,
     backends: Backends,
     limits: Limits,
-    readers: Vec<Reader>,
+    readers: Vec<Collector>,
 }
 
 impl Pass {
-    pub fn new(group: &Group, readers: Vec<Reader>, backends: Backends, limits: Limits) -> Self {
+    pub fn new(group: &Group, readers: Vec<Collector>, backends: Backends, limits: Limits) -> Self {
         Self {
             from: group.from.clone(),
             to: group.to.clone(),
@@ -217,7 +217,7 @@ impl Pass {
 
     /// Reads on, and not for long if `is_wanted` for others. What comes back is to be handed over once the transaction
     /// has ended well.
-    pub fn run<S, T>(mut self, table: &mut T, source: &mut S, is_wanted: &dyn Fn() -> bool) -> Vec<Reader>
+    pub fn run<S, T>(mut self, table: &mut T, source: &mut S, is_wanted: &dyn Fn() -> bool) -> Vec<Collector>
     where
         S: Source,
         T: Table<Scan = S::Scan>,
@@ -228,7 +228,7 @@ impl Pass {
         for step in 1..=self.limits.steps * sending.clamp(1, SCAN_READERS) {
             // Who passes by rows of others alone has to come through first.
             let may_end = step % self.limits.least_steps == 0;
-            if may_end && self.readers.iter().any(Reader::has_found) && is_wanted() {
+            if may_end && self.readers.iter().any(Collector::has_found) && is_wanted() {
                 break;
             }
             match scan.step() {
@@ -273,7 +273,7 @@ impl Pass {
         (reader.end, reader.is_stopped) = (here, true);
     }
 
-    fn here(&self, reader: &Reader) -> Position {
+    fn here(&self, reader: &Collector) -> Position {
         Position::towards(reader.from.clone(), self.to.clone(), self.seq)
     }
 
@@ -301,7 +301,7 @@ impl Pass {
 
     /// Whether a row lies before a reader.
     #[inline]
-    fn is_before(&self, reader: &Reader, key: Key) -> bool {
+    fn is_before(&self, reader: &Collector, key: Key) -> bool {
         reader.after < key.seq && (Arc::ptr_eq(&reader.from, &self.from) || !reader.from.snapshot.sees(key.xid))
     }
 
@@ -311,7 +311,7 @@ impl Pass {
             true => Some(self.lane_of(source, scan, number)?),
             false => None,
         };
-        let is_its = |r: &Reader| r.number == number && lane.is_none_or(|lane| r.lane == lane) && !r.is_stopped;
+        let is_its = |r: &Collector| r.number == number && lane.is_none_or(|lane| r.lane == lane) && !r.is_stopped;
         let reader = self.readers.iter().position(is_its)?;
         self.is_before(&self.readers[reader], key).then_some(reader)
     }
@@ -325,7 +325,7 @@ impl Pass {
 
     /// Whoever reads for the row's backend writes it down: of which lane it is may not be known.
     fn fail_unreadable(&mut self, number: i32, key: Key, error: &str) {
-        let is_its = |r: &Reader| r.number == number && !r.is_stopped && self.is_before(r, key);
+        let is_its = |r: &Collector| r.number == number && !r.is_stopped && self.is_before(r, key);
         if let Some(reader) = self.readers.iter().position(is_its) {
             self.readers[reader].fail(key.seq, error);
         }
@@ -355,7 +355,7 @@ impl Pass {
     }
 }
 
-impl Reader {
+impl Collector {
     /// Adds an event to its batch, or puts it aside; false: there is no room.
     #[inline]
     fn add(&mut self, mut event: impl Offer, seq: i64, to: &Arc<Tick>, limits: &Limits) -> bool {

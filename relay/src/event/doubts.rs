@@ -8,7 +8,7 @@ use std::borrow::Cow;
 pub fn holds_json(text: &str) -> bool {
     #[derive(Deserialize)]
     #[serde(transparent)]
-    struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+    struct JsonString<'a>(#[serde(borrow)] Cow<'a, str>);
 
     let Some(quoted) = text.trim_ascii_start().strip_prefix('"') else {
         return false;
@@ -18,7 +18,7 @@ pub fn holds_json(text: &str) -> bool {
     if !begins(quoted) && !quoted.starts_with('\\') {
         return false;
     }
-    let content = serde_json::from_str::<Text<'_>>(text);
+    let content = serde_json::from_str::<JsonString<'_>>(text);
     content.is_ok_and(|text| begins(&text.0) && serde_json::from_str::<IgnoredAny>(&text.0).is_ok())
 }
 

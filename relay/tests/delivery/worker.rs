@@ -336,7 +336,7 @@ impl World {
             role: Role::Redis,
         };
         let group = Group::take(&mut vec![0], |_| way).expect("one waits");
-        let reader = Reader::new(0, NUMBER, None, Role::Redis, &self.delivery);
+        let reader = Collector::new(0, NUMBER, None, Role::Redis, &self.delivery);
         let backends = Backends::of([(NUMBER, None, Role::Redis)].into_iter());
         let limits = Limits {
             batch_events: self.batch_size,
@@ -375,7 +375,7 @@ impl World {
     }
 
     /// Takes over what a pass came to, in a transaction that has ended well.
-    fn hand_over(&mut self, reader: Reader) {
+    fn hand_over(&mut self, reader: Collector) {
         let parked: Vec<i64> = reader.records.iter().map(parked).collect();
         tell!(self, "park {parked:?}, of {:?} that are not sent", reader.skipped);
         self.seen.parked += parked.len() as u32;

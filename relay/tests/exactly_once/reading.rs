@@ -9,7 +9,7 @@ use crate::site::Site;
 use crate::tables::Tables;
 use relay::delivery::Delivery;
 use relay::delivery::batch::{BATCH_BYTES, BuiltBatch, OpenBatch};
-use relay::delivery::cut::{Backends, Limits, Offer, Pass, Reader, Source};
+use relay::delivery::cut::{Backends, Collector, Limits, Offer, Pass, Source};
 use relay::delivery::flight::BatchedEvent;
 use relay::delivery::refusal::Record;
 use relay::guard::BATCH_START;
@@ -166,7 +166,7 @@ impl Site {
         }
         let reader = |at: &usize| {
             let lane = &self.lanes[*at];
-            Reader::new(*at, NUMBER, lane.slot, lane.role, &lane.delivery)
+            Collector::new(*at, NUMBER, lane.slot, lane.role, &lane.delivery)
         };
         let readers = group.members.iter().map(reader).collect();
         let backends = Backends::of(self.lanes.iter().map(|lane| (NUMBER, lane.slot, lane.role)));
@@ -191,7 +191,7 @@ impl Site {
     }
 
     /// Takes over what a pass came to, in a transaction that has ended well.
-    fn hand_over(&mut self, env: &mut Env, reader: Reader) {
+    fn hand_over(&mut self, env: &mut Env, reader: Collector) {
         let at = reader.index;
         let parked: Vec<i64> = reader.records.iter().map(parked).collect();
         env.seen.skipped += (reader.skipped.len() - parked.len()) as u32;
