@@ -1,13 +1,13 @@
 //! A row of ours is an INSERT to everybody else: what others have put on our tables holds for it, whichever way it is
 //! published.
 
-use kit::{LIMIT, Ledger, Load, Refused, Stack, env, ids, types, wait_drained, wait_eq, wait_until};
+use kit::{Refused, Stack, ids, types, wait_drained, wait_eq};
 use postgres::Client;
 use uuid::Uuid;
 
 /// A log of what happens to a table, as tools that rebuild tables keep one: after each row, always, with its owner's
 /// rights.
-const LOG_TRIGGER: &str = "
+pub(crate) const LOG_TRIGGER: &str = "
     create table public.log (id bigserial, tg_op text, tg_when text, row_data jsonb, who text);
     create function public.note() returns trigger language plpgsql security definer as $$
     begin
@@ -20,7 +20,7 @@ const LOG_TRIGGER: &str = "
     alter table outbox.events enable always trigger repack_trigger;";
 
 /// The same event in all ways that publish at once; each returns SQL.
-fn ways(event_type: &str) -> [String; 4] {
+pub(crate) fn ways(event_type: &str) -> [String; 4] {
     [
         format!("select outbox.publish_event('{event_type}', 's', '{{\"a\": 1}}')"),
         format!(
@@ -486,238 +486,4 @@ fn a_rule_holds_too() {
         .unwrap()
         .get(0);
     assert_eq!(id, None);
-}
-
-/// Trigger functions that are called in any other way than their own say so, and nothing ends.
-#[test]
-fn our_functions_refuse_what_they_are_not_for() {
-    let stack = Stack::start();
-    let pid = stack.pg.pid();
-    let mut client = stack.pg.client();
-    client
-        .batch_execute("create table public.t (id int); create view public.v as select 1 as id")
-        .unwrap();
-    let functions = ["complete_event", "confirm_event", "backends_changed"];
-    let mut tried = 0;
-    for function in functions {
-        for table in [
-            "public.t",
-            "outbox.events",
-            "outbox.scheduled_events",
-            "outbox.failed_events",
-            "outbox.backends",
-        ] {
-            for timing in ["before", "after"] {
-                for operation in ["insert", "update", "delete", "truncate"] {
-                    for level in ["row", "statement"] {
-                        let create = format!(
-                            "create trigger a_tried {timing} {operation} on {table} for each {level} execute function outbox.{function}()"
-                        );
-                        client.batch_execute("begin").unwrap();
-                        if client.batch_execute(&create).is_err() {
-                            client.batch_execute("rollback").unwrap();
-                            continue;
-                        }
-                        let statement = match (table, operation) {
-                            ("public.t", "insert") => "insert into public.t values (1)".to_owned(),
-                            ("outbox.events", "insert") => "insert into outbox.events (event_type, source) values ('t', 's')".to_owned(),
-                            ("outbox.scheduled_events", "insert") => {
-                                "select outbox.publish_event('t', 's', scheduled_at => '2900-01-01')".to_owned()
-                            }
-                            ("outbox.failed_events", "insert") => "insert into outbox.failed_events (seq, xid, created_at, event_id, \
-                                 backend_number, event_type, source, backend, attempts, last_error) \
-                                 values (1, '3', now(), gen_random_uuid(), 1, 't', 's', 'default', 1, 'e')"
-                                .to_owned(),
-                            ("outbox.backends", "insert") => "insert into outbox.backends (name) values ('x')".to_owned(),
-                            ("public.t", "update") => "insert into public.t values (1); update public.t set id = 2".to_owned(),
-                            ("outbox.backends", "update") => "update outbox.backends set enabled = true".to_owned(),
-                            (table, "update") => format!("update {table} set source = 'x'"),
-                            ("public.t", "delete") => "insert into public.t values (1); delete from public.t".to_owned(),
-                            ("outbox.backends", "delete") => "insert into outbox.backends (name) values ('x'); delete from outbox.backends where name = 'x'".to_owned(),
-                            (table, "delete") => format!("delete from {table}"),
-                            (table, _) => format!("truncate {table}"),
-                        };
-                        let outcome = client.batch_execute(&statement);
-                        if let Err(error) = outcome {
-                            let code = error
-                                .as_db_error()
-                                .unwrap_or_else(|| panic!("{create}: {error:?}"))
-                                .code()
-                                .code()
-                                .to_owned();
-                            assert!(["39P01", "55000"].contains(&code.as_str()), "{create}: {error:?}");
-                        }
-                        client.batch_execute("rollback").unwrap();
-                        tried += 1;
-                    }
-                }
-            }
-        }
-    }
-    assert!(tried > 150, "{tried}");
-    // The plainest of them is not just suffered, but refused.
-    for level in ["row", "statement"] {
-        client
-            .batch_execute(&format!(
-                "begin; create trigger a before insert on public.t for each {level} execute function outbox.complete_event()"
-            ))
-            .unwrap();
-        assert_eq!(
-            Refused::of(client.simple_query("insert into public.t values (1)")).code,
-            "39P01"
-        );
-        client.batch_execute("rollback").unwrap();
-    }
-    client
-        .batch_execute(
-            "create trigger a instead of insert on public.v for each row execute function outbox.complete_event()",
-        )
-        .unwrap();
-    assert_eq!(
-        Refused::of(client.simple_query("insert into public.v values (1)")).code,
-        "39P01"
-    );
-    // Directly, with other declarations than ours, and with nulls.
-    let library: String = stack
-        .pg
-        .one("select probin from pg_proc where proname = 'publish_events'");
-    for (symbol, arguments, result) in [
-        ("complete_event", "", "int"),
-        ("confirm_event", "int", "int"),
-        ("backends_changed", "", "int"),
-        ("publish_event", "", "uuid"),
-        ("publish_event", "text", "uuid"),
-        ("publish_event_of_any_types", "", "uuid"),
-        ("publish_event_of_any_types", "text", "uuid"),
-        ("publish_events", "", "setof uuid"),
-        ("publish_events", "jsonb", "uuid"),
-        ("publish_events", "jsonb", "setof uuid"),
-        ("hash_slot", "", "int"),
-        ("hash_slot", "text", "int"),
-        ("hash_tag_wrapper", "", "text"),
-        ("hash_tag_wrapper", "int", "text"),
-        ("backlog_wrapper", "", "setof record"),
-        ("has_waiting_events_wrapper", "int", "bool"),
-        ("purge_piece_wrapper", "int", "bigint"),
-        ("worker_status_wrapper", "int", "int"),
-        ("wake_wrapper", "int", "void"),
-        ("here_wrapper", "int", "text"),
-    ] {
-        let create = format!(
-            "create or replace function public.f({arguments}) returns {result} language c as '{library}', '{symbol}'"
-        );
-        client
-            .batch_execute(&format!("drop function if exists public.f; {create}"))
-            .unwrap();
-        let call = if arguments.is_empty() {
-            "select public.f()".to_owned()
-        } else {
-            format!("select public.f(null::{arguments})")
-        };
-        if let Err(error) = client.simple_query(&call) {
-            assert!(error.as_db_error().is_some(), "{create}: {error:?}");
-        }
-        client.batch_execute("drop function public.f").unwrap();
-    }
-    assert_eq!(stack.pg.pid(), pid);
-    stack.publish("alive");
-    assert_eq!(types(&stack.wait_events(1)), ["alive"]);
-    wait_until("no crash in the log", || {
-        !stack.pg.log().contains("was terminated by signal")
-    });
-}
-
-/// Whoever reads the WAL sees all rows that come and go, whoever writes them.
-#[test]
-fn logical_decoding_sees_every_row() {
-    if env::lacks(&["test_decoding"]) {
-        return;
-    }
-    let stack = Stack::with(&[("wal_level", "logical")]);
-    stack
-        .pg
-        .exec("select pg_create_logical_replication_slot('seen', 'test_decoding')");
-    for sql in ways("t") {
-        stack.pg.exec(&sql);
-    }
-    stack
-        .pg
-        .exec("select outbox.publish_event('due', 's', scheduled_at => now() + interval '0.2 s')");
-    stack.wait_events(5);
-    wait_drained(&stack.pg, "default");
-    stack.pg.set("outbox_relay.published_retention", "0");
-    wait_eq("rows that are left", 0i64, || {
-        stack.pg.one("select count(*) from outbox.events")
-    });
-    let count = |what: &str| -> i64 {
-        stack.pg.one(&format!(
-            "select count(*) from pg_logical_slot_peek_changes('seen', null, null) where data like 'table outbox.{what}:%'"
-        ))
-    };
-    // The worker's commits are flushed a moment later.
-    wait_eq("rows of events in the WAL", (5, 5), || {
-        (count("events: INSERT"), count("events: DELETE"))
-    });
-    wait_eq("rows of scheduled events in the WAL", (1, 1), || {
-        (count("scheduled_events: INSERT"), count("scheduled_events: DELETE"))
-    });
-}
-
-/// Streams that are never trimmed: each entry counts.
-const UNTRIMMED: &[(&str, &str)] = &[("outbox_relay.redis_max_len", "0")];
-
-/// Tools that rebuild a table under load copy it, and apply what a log says has happened since.
-#[test]
-fn the_log_of_a_loaded_table_has_every_event() {
-    let stack = Stack::with(UNTRIMMED);
-    let ledger = Ledger::create(&stack.pg);
-    let load = Load::start(&stack.pg, 4, "");
-    wait_until("some events", || stack.redis.xlen("events") > 100);
-    stack.pg.exec(LOG_TRIGGER);
-    // Whoever began later finds the trigger; CREATE TRIGGER has waited for all others.
-    let copied: i64 = stack.pg.one("select count(*) from outbox.events");
-    wait_until("more events", || {
-        stack.pg.one::<i64>("select count(*) from outbox.events") > copied + 500
-    });
-    load.stop();
-    let verdict = ledger.settle(&stack, LIMIT);
-    verdict.assert_exactly_once();
-    let missing: i64 = stack.pg.one(&format!(
-        "select (select count(*) from outbox.events) - (select count(*) from public.log where tg_op = 'INSERT') - {copied}"
-    ));
-    assert!(missing <= 0, "{missing} are missing in the log");
-}
-
-/// The real one, where it is installed.
-#[test]
-fn pg_repack_under_load_loses_nothing() {
-    let stack = Stack::with(UNTRIMMED);
-    if !stack
-        .pg
-        .one::<bool>("select exists (select from pg_available_extensions where name = 'pg_repack')")
-    {
-        env::not_run("pg_repack is not installed");
-        return;
-    }
-    stack.pg.exec("create extension pg_repack");
-    let ledger = Ledger::create(&stack.pg);
-    let load = Load::start(&stack.pg, 4, "");
-    wait_until("some events", || stack.redis.xlen("events") > 300);
-    for _ in 0..3 {
-        let before = stack.redis.xlen("events");
-        let ran = stack.pg.run(
-            "pg_repack",
-            &["-t", "outbox.events", "-t", "outbox.scheduled_events"],
-            "",
-        );
-        assert!(ran.ok, "{}", ran.stderr);
-        wait_until("more events", || stack.redis.xlen("events") > before + 100);
-    }
-    load.stop();
-    let verdict = ledger.settle(&stack, LIMIT);
-    verdict.assert_exactly_once();
-    let gone: i64 = stack.pg.one(
-        "select count(*) from ledger l where not exists (select from outbox.events e where e.event_id = l.event_id)",
-    );
-    assert_eq!((gone, verdict.committed > 600), (0, true));
 }

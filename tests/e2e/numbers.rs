@@ -1,14 +1,12 @@
 //! The sequence that numbers events goes back, jumps, is cached or is changed: every event arrives once, in its order,
 //! all the same.
 
-use kit::{
-    LIMIT, Ledger, Load, Mode, Postgres, Redis, Stack, UNTRIMMED, eventually, ids, wait_drained, wait_eq, wait_until,
-};
+use kit::{LIMIT, Ledger, Load, Mode, Postgres, Redis, Stack, UNTRIMMED, eventually, ids, wait_drained, wait_eq};
 use postgres::{Client, NoTls};
 use uuid::Uuid;
 
 /// What sets the numbers back. The first one also removes the rows, as cleaners of tests do.
-const BACK: [&str; 4] = [
+pub(crate) const BACK: [&str; 4] = [
     "truncate outbox.events restart identity",
     "select setval('outbox.events_seq_seq', 1, false)",
     "alter sequence outbox.events_seq_seq restart",
@@ -16,30 +14,30 @@ const BACK: [&str; 4] = [
     "select setval('outbox.events_seq_seq', 7)",
 ];
 
-const PAUSE: &str = "update outbox.backends set enabled = false";
-const RESUME: &str = "update outbox.backends set enabled = true";
+pub(crate) const PAUSE: &str = "update outbox.backends set enabled = false";
+pub(crate) const RESUME: &str = "update outbox.backends set enabled = true";
 
 /// A session that publishes by every way there is, in turn, each event in a transaction of its own.
-struct Publisher {
-    client: Client,
-    published: Vec<Uuid>,
+pub(crate) struct Publisher {
+    pub(crate) client: Client,
+    pub(crate) published: Vec<Uuid>,
 }
 
 impl Publisher {
-    fn of(pg: &Postgres) -> Self {
+    pub(crate) fn of(pg: &Postgres) -> Self {
         Self {
             client: pg.client(),
             published: Vec::new(),
         }
     }
 
-    fn run(&mut self, sql: &str) {
+    pub(crate) fn run(&mut self, sql: &str) {
         self.client
             .batch_execute(sql)
             .unwrap_or_else(|error| panic!("{sql}\nfailed: {error:?}"));
     }
 
-    fn one(&mut self) {
+    pub(crate) fn one(&mut self) {
         let id = match self.published.len() % 4 {
             0 => self.of_query("select outbox.publish_event('e', 's')"),
             1 => self.of_query("insert into outbox.events (event_type, source) values ('e', 's') returning event_id"),
@@ -49,14 +47,14 @@ impl Publisher {
         self.published.push(id);
     }
 
-    fn of_query(&mut self, sql: &str) -> Uuid {
+    pub(crate) fn of_query(&mut self, sql: &str) -> Uuid {
         match self.client.query_one(sql, &[]) {
             Ok(row) => row.get(0),
             Err(error) => panic!("event {}: {sql}\nfailed: {error:?}", self.published.len()),
         }
     }
 
-    fn of_copy(&mut self) -> Uuid {
+    pub(crate) fn of_copy(&mut self) -> Uuid {
         use std::io::Write;
         let id = Uuid::from_u128(0xc0_0000 + self.published.len() as u128);
         let copy = "copy outbox.events (event_id, event_type, source) from stdin";
@@ -67,12 +65,12 @@ impl Publisher {
         id
     }
 
-    fn many(&mut self, count: usize) {
+    pub(crate) fn many(&mut self, count: usize) {
         (0..count).for_each(|_| self.one());
     }
 
     /// The rows are gone that were published before and not sent.
-    fn forget_from(&mut self, first: usize, back: &str) {
+    pub(crate) fn forget_from(&mut self, first: usize, back: &str) {
         if back.starts_with("truncate") {
             self.published.truncate(first);
         }
@@ -81,7 +79,7 @@ impl Publisher {
 
 /// All that was published stands in the stream once, in order; the views say so, and nothing waits.
 #[track_caller]
-fn assert_arrived(stack: &Stack, published: &[Uuid], what: &str) {
+pub(crate) fn assert_arrived(stack: &Stack, published: &[Uuid], what: &str) {
     wait_eq(&format!("all events, after {what}"), published.len(), || {
         stack.redis.xlen("events")
     });
@@ -95,7 +93,7 @@ fn assert_arrived(stack: &Stack, published: &[Uuid], what: &str) {
 
 /// While nothing can be sent, nothing is said to be published but what stands in the stream.
 #[track_caller]
-fn assert_claims_only(stack: &Stack, sent: usize, what: &str) {
+pub(crate) fn assert_claims_only(stack: &Stack, sent: usize, what: &str) {
     let claimed: i64 = stack
         .pg
         .one("select count(*) from outbox.event_status where status = 'published'");
@@ -421,247 +419,5 @@ fn a_dump_of_the_data_alone_goes_into_a_database_that_has_published() {
             order,
             format!("{}after,after,after,after,after,after", "own,".repeat(9))
         );
-    }
-}
-
-const MEND: &str = "alter sequence outbox.events_seq_seq as bigint increment 1 no maxvalue cache 1 no cycle";
-
-#[test]
-fn a_sequence_with_other_parameters_is_refused_in_words() {
-    let stack = Stack::start();
-    let mut publisher = Publisher::of(&stack.pg);
-    let mut other = stack.pg.client();
-    publisher.many(4);
-    stack.wait_events(4);
-    for (change, detail) in [
-        ("cache 50", "It has CACHE 50: sessions would draw numbers in advance."),
-        ("cycle", "It has CYCLE: numbers would be given again."),
-        ("increment 2", "It has INCREMENT 2 instead of 1."),
-        ("increment -1", "It has INCREMENT -1 instead of 1."),
-        ("as integer", "It is of type integer instead of bigint."),
-    ] {
-        let mark = stack.pg.log().len();
-        // A session that has used it, and the one that changes it, within the same transaction.
-        for own in [false, true] {
-            let alter = format!("alter sequence outbox.events_seq_seq {change}");
-            if own {
-                publisher.run("begin");
-                publisher.run(&alter);
-            } else {
-                other.batch_execute(&alter).unwrap();
-            }
-            for sql in [
-                "select outbox.publish_event('e', 's')",
-                "insert into outbox.events (event_type, source) values ('e', 's')",
-                "select outbox.publish_event('e', 's', scheduled_at => 'tomorrow')",
-            ] {
-                if own {
-                    publisher.run("savepoint s");
-                }
-                let refused = kit::Refused::of(publisher.client.batch_execute(sql));
-                let expected = kit::Refused::new(
-                    "55000",
-                    "sequence outbox.events_seq_seq cannot number events",
-                    detail,
-                    &format!(
-                        "Run {}.",
-                        MEND.replace("alter sequence", "ALTER SEQUENCE")
-                            .replace(" as ", " AS ")
-                            .replace("increment", "INCREMENT")
-                            .replace("no maxvalue", "NO MAXVALUE")
-                            .replace("cache", "CACHE")
-                            .replace("no cycle", "NO CYCLE")
-                    ),
-                );
-                assert_eq!(refused, expected, "{change}: {sql}");
-                if own {
-                    publisher.run("rollback to savepoint s");
-                }
-            }
-            if own {
-                publisher.run("rollback");
-            } else {
-                stack
-                    .pg
-                    .wait_log_after(mark, "WARNING:  sequence outbox.events_seq_seq cannot number events");
-                other.batch_execute(MEND).unwrap();
-            }
-        }
-        publisher.many(4);
-    }
-    assert_arrived(&stack, &publisher.published, "changed parameters");
-}
-
-/// The mend is heard of, and what was scheduled goes on.
-#[test]
-fn what_is_there_is_sent_while_the_sequence_is_refused() {
-    let to_its_end = "do $$ declare n bigint; begin select last_value into n from outbox.events_seq_seq; \
-        execute 'alter sequence outbox.events_seq_seq maxvalue ' || n; end $$";
-    for change in ["alter sequence outbox.events_seq_seq cache 50", to_its_end] {
-        let stack = Stack::with(&[("outbox_relay.poll_interval", "1s")]);
-        let mut publisher = Publisher::of(&stack.pg);
-        let soon = "now() + interval '2 s'";
-        let scheduled = publisher.of_query(&format!(
-            "select outbox.publish_event('later', 's', scheduled_at => {soon})"
-        ));
-        publisher.run(PAUSE);
-        publisher.many(40);
-        publisher.run(change);
-        publisher.run("select pg_sleep_until(scheduled_at + interval '0.1 s') from outbox.scheduled_events");
-        publisher.run(RESUME);
-        stack.wait_events(40);
-        // Its rounds come to their ends, and it looks again.
-        publisher.run("select pg_sleep(1.5)");
-        let waiting: i64 = stack.pg.one("select count(*) from outbox.scheduled_events");
-        assert_eq!(waiting, 1, "{change}");
-        stack
-            .pg
-            .wait_log("WARNING:  sequence outbox.events_seq_seq cannot number events");
-        assert!(!stack.pg.log().contains("outbox_relay worker: "), "{change}");
-        publisher.run(MEND);
-        publisher.published.push(scheduled);
-        assert_arrived(&stack, &publisher.published, change);
-    }
-}
-
-#[test]
-fn whoever_locks_the_sequence_holds_up_publishers_alone() {
-    let stack = Stack::start();
-    let mut publisher = Publisher::of(&stack.pg);
-    publisher.run(PAUSE);
-    publisher.many(20);
-    let mut other = stack.pg.client();
-    other
-        .batch_execute("begin; alter sequence outbox.events_seq_seq rename to other")
-        .unwrap();
-    publisher.run(RESUME);
-    let mark = stack.pg.log().len();
-    stack.wait_events(20);
-    assert!(!stack.pg.log()[mark..].contains("lock timeout"));
-    other.batch_execute("rollback").unwrap();
-    publisher.many(4);
-    assert_arrived(&stack, &publisher.published, "a lock");
-}
-
-/// Cleaners of tests, beside publishers: neither makes the other fail.
-#[test]
-fn truncating_under_load_makes_nobody_fail() {
-    let stack = Stack::with(&[UNTRIMMED]);
-    let _ledger = Ledger::create(&stack.pg);
-    let load = Load::start(&stack.pg, 6, "");
-    for _ in 0..60 {
-        load.wait_more(5);
-        stack.pg.exec("truncate outbox.events restart identity");
-    }
-    load.stop();
-    let log = stack.pg.log();
-    assert!(
-        !log.contains("deadlock detected") && !log.contains("duplicate key"),
-        "{log}"
-    );
-    let mut publisher = Publisher::of(&stack.pg);
-    publisher.many(4);
-    wait_until("the last events", || {
-        ids(&stack.events()).ends_with(&publisher.published)
-    });
-}
-
-/// Publishers are refused, and none of the numbers that were drawn in advance is used, neither then nor later.
-#[test]
-fn a_cache_under_load_loses_nothing() {
-    let stack = Stack::with(&[UNTRIMMED]);
-    let ledger = Ledger::create(&stack.pg);
-    let load = Load::start(&stack.pg, 6, "select nextval('outbox.events_seq_seq')");
-    let mut client = stack.pg.client();
-    for cache in [50, 1, 1000, 1, 2, 1] {
-        if cache > 1 {
-            load.wait_more(30);
-        }
-        client
-            .batch_execute(&format!("alter sequence outbox.events_seq_seq cache {cache}"))
-            .unwrap();
-        if cache > 1 {
-            // Sessions that are thrown out come back, and fetch numbers in advance.
-            std::thread::sleep(std::time::Duration::from_millis(200));
-        }
-    }
-    load.wait_more(30);
-    load.stop();
-    let verdict = ledger.settle(&stack, LIMIT);
-    assert!(verdict.committed > 200, "only {} events", verdict.committed);
-    verdict.assert_exactly_once();
-}
-
-/// There is no room above the numbers that were given.
-#[test]
-fn a_maximum_below_the_numbers_that_were_given_is_refused_in_words() {
-    let stack = Stack::start();
-    let mut publisher = Publisher::of(&stack.pg);
-    publisher.many(20);
-    stack.wait_events(20);
-    publisher.run("alter sequence outbox.events_seq_seq maxvalue 10 restart");
-    let refused = kit::Refused::of(publisher.client.batch_execute("select outbox.publish_event('e', 's')"));
-    assert_eq!(
-        (refused.code.as_str(), refused.message.as_str()),
-        ("55000", "sequence outbox.events_seq_seq cannot number events")
-    );
-    assert_eq!(
-        refused.detail.as_deref(),
-        Some("Its MAXVALUE is 10, and numbers up to 20 were given.")
-    );
-    publisher.run(MEND);
-    publisher.many(10);
-    assert_arrived(&stack, &publisher.published, "a maximum");
-}
-
-/// A new installation in the same database begins anew, and says nothing.
-#[test]
-fn an_extension_that_is_created_again_numbers_its_events() {
-    let stack = Stack::start();
-    let mut publisher = Publisher::of(&stack.pg);
-    publisher.many(20);
-    stack.wait_events(20);
-    publisher.run("drop extension outbox_relay");
-    publisher.run("create extension outbox_relay");
-    stack.point("default", &stack.redis);
-    publisher.many(20);
-    assert_arrived_here(&stack, &publisher.published);
-    assert!(!stack.pg.log().contains("numbers of events went on"));
-}
-
-#[track_caller]
-fn assert_arrived_here(stack: &Stack, published: &[Uuid]) {
-    wait_until("all events", || stack.redis.xlen("events") >= published.len());
-    assert_eq!(ids(&stack.events()), published);
-}
-
-/// Publishers take their locks in the order of TRUNCATE, which has the table before it wants the sequence: whoever
-/// waits for the table has not locked the sequence.
-#[test]
-fn a_truncation_that_restarts_the_numbers_meets_no_deadlock() {
-    let stack = Stack::start();
-    for publish in [
-        "select outbox.publish_event('e', 's')",
-        "select outbox.publish_events('[{\"event_type\": \"e\", \"source\": \"s\"}]')",
-        "select outbox.publish_event('e', 's', scheduled_at => now() + interval '1 hour')",
-        "insert into outbox.events (event_type, source) values ('e', 's')",
-    ] {
-        let mut cleaner = stack.pg.client();
-        let mut transaction = cleaner.transaction().expect("begin");
-        transaction.batch_execute("lock table outbox.events").expect("the lock");
-        let mut publisher = stack.pg.client();
-        let waiting = std::thread::spawn(move || publisher.batch_execute(publish));
-        wait_eq("publishers that wait", 1, || {
-            let count = "select count(*) from pg_locks where not granted and mode = 'RowExclusiveLock'";
-            stack.pg.one::<i64>(count)
-        });
-        transaction
-            .batch_execute("truncate outbox.events restart identity")
-            .unwrap_or_else(|error| panic!("beside {publish}: {error:?}"));
-        transaction.commit().expect("commit");
-        waiting
-            .join()
-            .expect("no panic")
-            .unwrap_or_else(|error| panic!("{publish}: {error:?}"));
     }
 }

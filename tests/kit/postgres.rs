@@ -1,5 +1,7 @@
 //! A throwaway Postgres server: own data directory, unix socket only, gone with its value.
 
+pub mod builder;
+
 use std::fs::OpenOptions;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -12,6 +14,7 @@ use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
 use crate::env;
+use crate::postgres::builder::{Builder, Origin};
 use crate::process::{self, pids_in, tail, wait_exit};
 use crate::wait::{LIMIT, eventually};
 
@@ -21,20 +24,6 @@ pub const DB: &str = "postgres";
 
 /// Each server listens on its own unix socket, so that all of them can have this port.
 const PORT: u16 = 5432;
-
-const DEFAULTS: &[(&str, &str)] = &[
-    ("listen_addresses", ""),
-    ("shared_preload_libraries", "outbox_relay"),
-    // Nothing here survives the machine; a test of durability turns it on.
-    ("fsync", "off"),
-    // In the data directory: what is killed would leave /dev/shm/PostgreSQL.*.
-    ("dynamic_shared_memory_type", "mmap"),
-    ("max_prepared_transactions", "10"),
-    ("log_min_messages", "info"),
-    ("log_line_prefix", "%m [%p] %b "),
-    // As tests read the log.
-    ("lc_messages", "C"),
-];
 
 /// How a server is told to stop, in Postgres's words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,108 +42,6 @@ pub struct Ran {
     pub ok: bool,
     pub stdout: String,
     pub stderr: String,
-}
-
-/// Where a new server's data comes from.
-#[derive(Debug, Clone)]
-enum Origin {
-    Template,
-    Copy(PathBuf),
-    BaseBackup { host: PathBuf, standby: bool },
-}
-
-/// A server that isn't started yet.
-#[derive(Debug, Clone)]
-#[must_use]
-pub struct Builder {
-    /// The programs.
-    bin: PathBuf,
-    settings: Vec<(String, String)>,
-    env: Vec<(String, String)>,
-    mounts: Vec<(PathBuf, String)>,
-    origin: Origin,
-}
-
-impl Builder {
-    fn new(origin: Origin) -> Self {
-        Builder {
-            bin: env::postgres_bin(),
-            settings: Vec::new(),
-            env: Vec::new(),
-            mounts: Vec::new(),
-            origin,
-        }
-    }
-
-    /// Of the programs in this directory, not those that are tested.
-    pub fn bin(mut self, bin: &Path) -> Self {
-        self.bin = bin.to_path_buf();
-        self
-    }
-
-    /// With the library that can be told to die, to wait and to break its promises: see [`crate::faults`].
-    pub fn faults(mut self) -> Self {
-        self.bin = env::faults_bin();
-        self
-    }
-
-    /// Adds lines to postgresql.conf; the last one of a name counts, also over the kit's defaults.
-    pub fn with(mut self, settings: &[(&str, &str)]) -> Self {
-        self.settings.extend(
-            settings
-                .iter()
-                .map(|(name, value)| (name.to_string(), value.to_string())),
-        );
-        self
-    }
-
-    /// With this variable in the server's environment.
-    pub fn env(mut self, name: &str, value: &str) -> Self {
-        self.env.push((name.to_string(), value.to_string()));
-        self
-    }
-
-    /// With this file in the place of `target`, for this server alone; it takes root.
-    pub fn mount(mut self, file: &Path, target: &str) -> Self {
-        self.mounts.push((file.to_path_buf(), target.to_string()));
-        self
-    }
-
-    pub fn start(self) -> Postgres {
-        let mut server = self.stopped();
-        server.start_again();
-        server
-    }
-
-    /// The server with its data directory in place, to be started by [`Postgres::start_again`].
-    pub fn stopped(self) -> Postgres {
-        let dir = env::server_dir("pg");
-        let data = dir.path().join("data");
-        match &self.origin {
-            Origin::Template => copy(&env::template(), &data),
-            Origin::Copy(from) => copy(from, &data),
-            Origin::BaseBackup { host, standby } => base_backup(host, &data, *standby),
-        }
-        // A copied directory brings the postmaster.pid of a server that may still run.
-        let _ = std::fs::remove_file(data.join("postmaster.pid"));
-        let server = Postgres {
-            bin: self.bin,
-            env: self.env,
-            mounts: self.mounts,
-            data,
-            dir,
-            child: None,
-        };
-        let socket_dir = server.host().display().to_string();
-        server.configure(&[("unix_socket_directories", &socket_dir)]);
-        if matches!(self.origin, Origin::Template) {
-            server.configure(DEFAULTS);
-        }
-        for (name, value) in &self.settings {
-            server.configure(&[(name, value)]);
-        }
-        server
-    }
 }
 
 /// A Postgres server, or a stopped one. Dropping it stops it at once and removes its data; if that happens in a panic,
@@ -202,10 +89,7 @@ impl Postgres {
 
     fn backup(&self, standby: bool) -> Builder {
         let host = self.host().to_path_buf();
-        Builder {
-            bin: self.bin.clone(),
-            ..Builder::new(Origin::BaseBackup { host, standby })
-        }
+        Builder::new(Origin::BaseBackup { host, standby }).bin(&self.bin)
     }
 
     /// Where its programs are.
@@ -607,49 +491,4 @@ fn remove_shared_memory(data: &Path) {
     if let Some(id) = pid_file.lines().nth(6).and_then(|line| line.split_whitespace().last()) {
         let _ = Command::new("ipcrm").args(["-m", id]).stderr(Stdio::null()).status();
     }
-}
-
-/// Copies a data directory as the user who will own it.
-fn copy(from: &Path, to: &Path) {
-    let status = env::server_command("cp")
-        .args(["-R", "--reflink=auto"])
-        .arg(from)
-        .arg(to)
-        .status();
-    assert!(
-        status.expect("cannot run cp").success(),
-        "cannot copy {}",
-        from.display()
-    );
-    let status = env::server_command("chmod").arg("700").arg(to).status();
-    assert!(
-        status.expect("cannot run chmod").success(),
-        "cannot chmod {}",
-        to.display()
-    );
-}
-
-fn base_backup(host: &Path, to: &Path, standby: bool) {
-    let mut command = env::server_command(env::postgres_bin().join("pg_basebackup"));
-    command
-        .args([
-            "--checkpoint=fast",
-            "--no-sync",
-            "-U",
-            USER,
-            "-p",
-            &PORT.to_string(),
-            "-h",
-        ])
-        .arg(host);
-    command.arg("-D").arg(to);
-    if standby {
-        command.arg("-R");
-    }
-    let output = command.output().expect("cannot run pg_basebackup");
-    assert!(
-        output.status.success(),
-        "pg_basebackup failed: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
 }

@@ -2,7 +2,7 @@
 
 use uuid::Uuid;
 
-use crate::postgres::Builder;
+use crate::postgres::builder::Builder;
 use crate::{
     Entry, Postgres, Proxy, Redis, ids, publish_many, standing, wait_drained, wait_eq, wait_trouble, wait_until,
 };
