@@ -80,6 +80,7 @@ impl Desk {
             seq: *seq,
             stream: Rc::from(stream),
             max_attempts: self.max_attempts,
+            committed_after_us: 0,
         };
         seqs.iter().map(entry).collect()
     }

@@ -47,6 +47,7 @@ fn entries(seqs: &[i64]) -> Vec<BatchedEvent> {
         seq: *seq,
         stream: Rc::from(STREAM),
         max_attempts: 3,
+        committed_after_us: 0,
     };
     seqs.iter().map(entry).collect()
 }
@@ -136,6 +137,7 @@ fn waiting_events_are_not_tried_with_the_same_company_again() {
                 seq: 1,
                 stream: retry.stream.clone(),
                 max_attempts: 1_000,
+                committed_after_us: 0,
             })
             .collect();
         let refusals = |entries: &[BatchedEvent]| -> Vec<_> {

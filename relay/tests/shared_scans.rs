@@ -170,6 +170,7 @@ impl Source for ScannedRows<'_> {
                 seq: scan.seq(),
                 stream: Rc::from(format!("stream-{stream}")),
                 max_attempts: 1,
+                committed_after_us: 0,
             },
             hash_slot: hash_slot(stream),
         })

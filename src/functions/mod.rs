@@ -1,5 +1,6 @@
 //! What SQL calls, but for publishing.
 //!
-//! - [`status`] what the views ask
+//! - [`status`] what the views ask; [`meters`] what was counted
 
+mod meters;
 pub(crate) mod status;

@@ -41,7 +41,7 @@ fn worker_status() -> TableIterator<'static, (name!(worker_pid, Option<i32>), na
         Some((SlotState::Short, _)) => "waiting for a background worker process",
         Some((SlotState::Failing, _)) => "failing to start",
         Some((SlotState::Unserved, _)) => "database not in outbox_relay.databases",
-        None if !shmem::has_launcher() => "waiting for the launcher",
+        None if shmem::launcher_pid().is_none() => "waiting for the launcher",
         None if shmem::is_full() => "waiting for a background worker process",
         _ => "stopped",
     };

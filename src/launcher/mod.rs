@@ -106,7 +106,8 @@ pub extern "C-unwind" fn outbox_relay_launcher(_argument: pg_sys::Datum) {
     // SAFETY: once, at the start; no database, for shared catalogs only.
     unsafe {
         pg_sys::BackgroundWorkerInitializeConnection(std::ptr::null(), std::ptr::null(), 0);
-        shmem::set_launcher_latch(pg_sys::MyLatch);
+        shmem::attach_launcher(pg_sys::MyProcPid, pg_sys::MyLatch);
+        pg_sys::before_shmem_exit(Some(leave), pg_sys::Datum::from(0));
     }
     crate::server::pinned::pin_settings();
     standby::note_promotion();
@@ -129,6 +130,12 @@ pub extern "C-unwind" fn outbox_relay_launcher(_argument: pg_sys::Datum) {
         }
         timeout = launcher.step();
     }
+}
+
+#[pg_guard]
+// SAFETY: called by Postgres alone, when the process ends.
+unsafe extern "C-unwind" fn leave(_code: i32, _argument: pg_sys::Datum) {
+    shmem::detach_launcher();
 }
 
 struct Started {

@@ -1,10 +1,11 @@
 //! One database, in shared memory: what its worker is doing, and what it is to hear of. Atomics only, so that a commit
 //! can wake the worker without locks, allocation or failure.
 
+use crate::server::clock;
 use pgrx::pg_sys;
 use relay::reading::numbers::Highest;
 use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicI64, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
 
 /// A worker that has not looked for so long needs more time than one that just has: what it needs has left the caches.
 const COLD_AFTER_MS: u64 = 10;
@@ -78,10 +79,13 @@ pub(crate) struct DatabaseSlot {
     pid: AtomicI32,
     /// The worker's latch, in shared memory too; null: none.
     latch: AtomicPtr<pg_sys::Latch>,
-    /// When the worker last looked for events, see [`clock_ms`].
+    /// When the worker last looked for events, see [`clock::since_boot_ms`].
     looked_at_ms: AtomicU64,
     /// When a transaction last published its first event; 0: the worker has looked since.
     published_at_ms: AtomicU64,
+    /// When the first of the commits was announced that the worker has not looked for yet, in microseconds since 1970;
+    /// 0: none was.
+    committed_at_us: AtomicI64,
     /// The highest number that an event was given, see `numbers.rs`.
     pub numbers: Highest,
     /// The sequence that gives them.
@@ -131,6 +135,13 @@ impl DatabaseSlot {
 
     /// Events were committed. A burst is one wake: the first to raise the flag sets the latch.
     pub(crate) fn announce_work(&self) {
+        if self.committed_at_us.load(Ordering::Relaxed) == 0 {
+            let now_us = clock::wall_us();
+            // Otherwise somebody was first.
+            let _ = self
+                .committed_at_us
+                .compare_exchange(0, now_us, Ordering::AcqRel, Ordering::Relaxed);
+        }
         if self.work.swap(Work::Some as u8, Ordering::SeqCst) == Work::None as u8 {
             set_latch(&self.latch);
         }
@@ -139,7 +150,7 @@ impl DatabaseSlot {
     /// Events are being published. A worker that has not looked for a while is woken, to be ready when they are
     /// committed.
     pub(crate) fn announce_publishing(&self) {
-        let now_ms = clock_ms();
+        let now_ms = clock::since_boot_ms();
         // At most once a millisecond: many may publish.
         if self.published_at_ms.load(Ordering::Relaxed) != now_ms {
             self.published_at_ms.store(now_ms, Ordering::Relaxed);
@@ -153,7 +164,7 @@ impl DatabaseSlot {
     /// Whether somebody has begun to publish a moment ago, and is probably about to commit.
     pub(crate) fn is_publishing(&self) -> bool {
         let published_at_ms = self.published_at_ms.load(Ordering::Relaxed);
-        published_at_ms > 0 && clock_ms().saturating_sub(published_at_ms) <= COMMITS_WITHIN_MS
+        published_at_ms > 0 && clock::since_boot_ms().saturating_sub(published_at_ms) <= COMMITS_WITHIN_MS
     }
 
     /// Whether that was announced. It counts as a look.
@@ -167,7 +178,7 @@ impl DatabaseSlot {
 
     /// The worker looks, now.
     fn looks(&self) {
-        self.looked_at_ms.store(clock_ms(), Ordering::Relaxed);
+        self.looked_at_ms.store(clock::since_boot_ms(), Ordering::Relaxed);
     }
 
     pub(crate) fn announce_schedule(&self) {
@@ -216,12 +227,15 @@ impl DatabaseSlot {
             .compare_exchange(from as u8, to as u8, Ordering::SeqCst, Ordering::SeqCst);
     }
 
-    /// Lowers the flag; the snapshot must be taken after, so that what is committed later raises it again.
-    pub(crate) fn take_work(&self) {
+    /// Lowers the flag; the snapshot must be taken after, so that what is committed later raises it again. Returns when
+    /// the first commit was announced, if any was.
+    pub(crate) fn take_work(&self) -> Option<i64> {
         self.looks();
+        let committed_at_us = self.committed_at_us.swap(0, Ordering::AcqRel);
         self.published_at_ms.store(0, Ordering::Relaxed);
         self.work.swap(Work::None as u8, Ordering::SeqCst);
         fence(Ordering::SeqCst);
+        (committed_at_us != 0).then_some(committed_at_us)
     }
 
     pub(crate) fn take_schedule(&self) -> bool {
@@ -247,14 +261,6 @@ impl DatabaseSlot {
     pub(crate) fn is_taken(&self) -> bool {
         self.database.load(Ordering::Acquire) != 0
     }
-}
-
-/// Milliseconds of a clock that all processes share.
-fn clock_ms() -> u64 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: reads a clock that there always is.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut time) };
-    time.tv_sec as u64 * 1_000 + time.tv_nsec as u64 / 1_000_000
 }
 
 pub(crate) fn set_latch(latch: &AtomicPtr<pg_sys::Latch>) {

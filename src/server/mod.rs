@@ -1,21 +1,24 @@
 //! Manners of a Postgres process. Knows nothing of events or backends.
 //!
 //! - [`guc`] settings; [`pinned`] those that nobody may give a worker
-//! - [`shmem`], [`database_slot`] shared memory; [`txn`] after a commit: wake the worker; [`object_access`] extension
+//! - [`shmem`], [`database_slot`], [`meters`] shared memory; [`txn`] after a commit: wake the worker; [`object_access`] extension
 //!   and databases come and go
 //! - [`process`] signals, waiting, transactions, the log
 //! - [`error`], [`report`] raising ERRORs and saying them; [`untouched`], [`unguarded`] ERRORs of others pass as they
 //!   are
 //! - [`encoding`], [`datum`] texts in the database's encoding; values as Postgres passes them
+//! - [`clock`] clocks for all processes
 //! - [`place`], [`standby`] where this server lives, and whether it was promoted
 //! - [`trigger_call`] what a trigger function was called with; [`random`], [`uuid`]; [`scoped`] a variable that has
 //!   another value for the length of a call
 
+pub(crate) mod clock;
 pub(crate) mod database_slot;
 pub(crate) mod datum;
 pub(crate) mod encoding;
 pub(crate) mod error;
 pub(crate) mod guc;
+pub(crate) mod meters;
 pub(crate) mod object_access;
 pub(crate) mod pinned;
 pub(crate) mod place;

@@ -5,12 +5,13 @@
 //! takes it one. Only the launcher takes slots back: once the database has gone, or nothing was ever published there.
 
 use crate::server::database_slot::{DatabaseSlot, SlotState, set_latch};
+use crate::server::meters;
 use crate::server::unguarded::{self, NamedLock};
 use pgrx::pg_sys;
 use std::cell::Cell;
 use std::mem::size_of;
 use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 /// Slots beside two for each of `max_worker_processes`: for databases that wait for a process, so that they can be told
 /// of it.
@@ -38,6 +39,8 @@ struct Shared {
     /// One that changed backends was, or may have been before.
     backends_prepared: AtomicBool,
     launcher_latch: AtomicPtr<pg_sys::Latch>,
+    /// 0: there is no launcher.
+    launcher_pid: AtomicI32,
     /// Names this run of the server, from its start, promotion or crash to its end; zeroes: not named yet.
     incarnation: [AtomicU64; 2],
     /// Where it began, see [`Began`].
@@ -85,7 +88,7 @@ unsafe extern "C-unwind" fn request() {
         if let Some(previous) = PREVIOUS_REQUEST_HOOK {
             previous();
         }
-        unguarded::RequestAddinShmemSpace(size(slots_wanted()));
+        unguarded::RequestAddinShmemSpace(size(slots_wanted()) + meters::size());
     }
 }
 
@@ -108,6 +111,7 @@ unsafe extern "C-unwind" fn startup() {
             (*block).slot_count.store(slots_wanted(), Ordering::Relaxed);
         }
         SHARED.store(block, Ordering::Release);
+        meters::attach();
         unguarded::LWLockRelease(lock);
     }
 }
@@ -177,8 +181,9 @@ pub(crate) fn claim_database_slot_here() -> Option<&'static DatabaseSlot> {
     database_slot_here().or_else(|| claim_database_slot(unsafe { pg_sys::MyDatabaseId }))
 }
 
-/// Takes a slot back that has no worker. For the launcher alone.
+/// Takes a slot back that has no worker, and the database's meters. For the launcher alone.
 pub(crate) fn take_back(slot: &DatabaseSlot) {
+    meters::keep_only(slot.database(), |_| false);
     slot.set_state(SlotState::Absent);
     slot.numbers.forget();
     slot.free();
@@ -209,9 +214,18 @@ pub(crate) fn database_slot_at(address: u64) -> Option<&'static DatabaseSlot> {
     (u64::from(slot.database().to_u32()) == address & u64::from(u32::MAX)).then_some(slot)
 }
 
-pub(crate) fn set_launcher_latch(latch: *mut pg_sys::Latch) {
+/// The launcher has come.
+pub(crate) fn attach_launcher(pid: i32, latch: *mut pg_sys::Latch) {
     if let Some(shared) = shared() {
         shared.launcher_latch.store(latch, Ordering::Release);
+        shared.launcher_pid.store(pid, Ordering::Release);
+    }
+}
+
+/// It goes.
+pub(crate) fn detach_launcher() {
+    if let Some(shared) = shared() {
+        shared.launcher_pid.store(0, Ordering::Release);
     }
 }
 
@@ -253,9 +267,10 @@ pub(crate) fn name_incarnation(name: [u8; 16], began: Began) {
     }
 }
 
-/// Whether the launcher has come.
-pub(crate) fn has_launcher() -> bool {
-    shared().is_some_and(|s| !s.launcher_latch.load(Ordering::Acquire).is_null())
+/// The process id of the launcher, if it is there.
+pub(crate) fn launcher_pid() -> Option<i32> {
+    let pid = shared()?.launcher_pid.load(Ordering::Acquire);
+    (pid != 0).then_some(pid)
 }
 
 /// Makes the launcher look at the list of databases again.

@@ -2,7 +2,7 @@
 
 use crate::server::error::internal;
 use crate::tables::found_row::FoundRow;
-use crate::tables::sql::{Assignment, query_column, query_named, upsert, words};
+use crate::tables::sql::{Assignment, query, query_column, query_named, upsert, words};
 use pgrx::datum::DatumWithOid;
 use relay::delivery::{Cursor, State};
 use relay::reading::range::{Position, UnderWay};
@@ -85,6 +85,18 @@ pub(crate) fn cursor(number: i32, lane: Option<u16>) -> Option<(Cursor, Standing
         },
     )
     .pop()
+}
+
+/// Events that a backend has accepted, and that have failed, with those of its lanes, as far as that is saved.
+pub(crate) fn totals(number: i32) -> (u64, u64) {
+    let found = query(
+        "select sum(c.published_total)::bigint as accepted, sum(c.failed_total)::bigint as failed
+        from outbox.cursors c where c.backend_number = $1",
+        &[number.into()],
+        |row| ["accepted", "failed"].map(|column| row.value::<i64>(column).unwrap_or_default().max(0) as u64),
+    );
+    let [accepted, failed] = found.into_iter().next().unwrap_or_default();
+    (accepted, failed)
 }
 
 /// The columns of a tick; snapshot and next_xid are texts.

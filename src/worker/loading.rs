@@ -2,6 +2,7 @@
 
 use crate::server::database_slot::SlotState;
 use crate::server::guc::LogLevel;
+use crate::server::meters;
 use crate::server::process::REPEAT_LOG_AFTER;
 use crate::server::process::{self, Aborted, log};
 use crate::server::shmem;
@@ -191,6 +192,8 @@ impl Worker {
     fn serves(&mut self, version: Option<&str>, now: Now) -> bool {
         match version {
             None => {
+                // SAFETY: a plain read of the process's own variable.
+                meters::keep_only(unsafe { pg_sys::MyDatabaseId }, |_| false);
                 let reason = "the extension was dropped";
                 leave_process(self.slot, SlotState::Absent, &self.home.name, reason)
             }

@@ -153,7 +153,12 @@ impl Offer for RowOffer<'_> {
 
     fn encode(self, batch: &mut OpenBatch) -> Result<BatchedEvent, String> {
         match self.backend.encode(batch, &self.stream, self.event) {
-            Ok(()) => Ok(batched(self.row, self.stream)),
+            Ok(()) => Ok(batched(
+                self.row,
+                self.event,
+                self.stream,
+                self.backend.metered.committed_after_us,
+            )),
             Err(error) => Err(error.to_string()),
         }
     }
@@ -245,7 +250,8 @@ fn add_refused(backend: &mut Backend, batch: &mut OpenBatch, row: &Row) {
     row.with_event(|event| {
         let stream = backend.stream_of(event);
         match backend.encode(batch, &stream, event) {
-            Ok(()) => batch.entries.push(batched(row, stream)),
+            // How long ago it was published is all that is known by now.
+            Ok(()) => batch.entries.push(batched(row, event, stream, 0)),
             Err(error) => backend.failed(refused::fail(backend.number, &[row.key().seq], 0, &error.to_string())),
         }
     });
@@ -275,7 +281,8 @@ pub(super) fn fail_waiting(
     (records, through)
 }
 
-fn batched(row: &Row, stream: Rc<str>) -> BatchedEvent {
+/// `committed_after_us`: all rows of the scan were.
+fn batched(row: &Row, event: &Event<'_>, stream: Rc<str>, committed_after_us: i64) -> BatchedEvent {
     let max_retries = row
         .i32(attribute::MAX_RETRIES)
         .unwrap_or_else(|| guc::MAX_RETRIES.get());
@@ -284,6 +291,7 @@ fn batched(row: &Row, stream: Rc<str>) -> BatchedEvent {
         stream,
         // A row may have come past the trigger.
         max_attempts: max_retries.clamp(1, MOST_ATTEMPTS) as u32,
+        committed_after_us: committed_after_us.max(event.created_at_us),
     }
 }
 

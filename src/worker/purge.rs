@@ -6,18 +6,20 @@
 //! which was purged to the newest one that is old enough.
 
 use crate::server::guc;
+use crate::server::meters;
 use crate::server::process::{self, Aborted};
 use crate::server::report;
 use crate::tables::catalog;
 use crate::tables::events::EventsTable;
 use crate::tables::{backends, refused, retention};
 use crate::worker::backend::Backend;
-use pgrx::pg_extern;
+use pgrx::{pg_extern, pg_sys};
 use relay::reading::range::{RangeScan, Step};
 use relay::reading::snapshot::Tick;
 use relay::time::Now;
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 /// Rows that one statement deletes, in about a tenth of a millisecond. Between two statements the worker looks whether
@@ -209,6 +211,7 @@ impl Purge {
             self.under_way = Some((index + 1, 0));
             let (deleted, last) = process::transaction(|| piece(number, after, retention_us, PIECE_ROWS, is_over))?;
             succeeded(number);
+            backend.count_purged(deleted);
             self.under_way = Some(last.map_or((index + 1, 0), |seq| (index, seq)));
             if deleted > 0 || last.is_some() {
                 let took = start.elapsed();
@@ -335,5 +338,9 @@ fn purge_piece(
         None => (0, None),
     };
     let (deleted, last) = report::guard(delete);
+    // SAFETY: a plain read of the process's own variable.
+    if let Some(meter) = meters::find(unsafe { pg_sys::MyDatabaseId }, backend_number) {
+        meter.purged.fetch_add(deleted, Ordering::Relaxed);
+    }
     pgrx::iter::TableIterator::once((deleted as i64, last))
 }

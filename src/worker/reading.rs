@@ -1,5 +1,6 @@
 //! Reading: ticks, what may be sent of them, and scans for the backends that can take rows.
 
+use crate::server::clock;
 use crate::server::guc::{self, SendAfter};
 use crate::server::process::{self, Aborted};
 use crate::tables::care;
@@ -45,6 +46,7 @@ impl Worker {
         // A poll that can find nothing.
         if self.polled && !self.slot.has_work() && !ticks::is_outdated(&self.latest) {
             (self.work, self.polled) = (false, false);
+            self.commits.is_quiet(clock::wall_us());
         }
         self.tick_if_due(now);
         // What the tick sees may have been published for backends as they are now.
@@ -270,7 +272,8 @@ impl Worker {
     /// Takes a tick if anything has happened since the last, and makes what it sees durable.
     pub(super) fn take_tick(&mut self) -> Result<(), Aborted> {
         fault::reach(Point::BeforeTick);
-        self.slot.take_work();
+        let committed_at_us = self.slot.take_work();
+        self.commits.looks(committed_at_us, clock::wall_us());
         self.pace.looks(self.now());
         (self.work, self.polled) = (false, false);
         let tick = process::transaction(|| {
@@ -316,7 +319,9 @@ impl Worker {
             return;
         }
         self.flushed = self.flushed.max(wal);
-        if tick != *self.latest {
+        let is_same = tick == *self.latest;
+        self.commits.follow(&self.latest, is_same);
+        if !is_same {
             self.latest = Arc::new(tick);
         }
     }
@@ -329,6 +334,7 @@ impl Worker {
         let waits = guc::SEND_AFTER.get() == SendAfter::StandbyFlush && !ticks::standbys_have(awaited.wal);
         if !waits {
             self.flushed = self.flushed.max(awaited.wal);
+            self.commits.follow(&self.latest, false);
             self.latest = Arc::new(awaited.tick);
             return;
         }
@@ -348,6 +354,10 @@ impl Worker {
     /// One scan for a group of backends. Whether it found something for one of them.
     fn read_group(&mut self, group: &Group, now: Now) -> Result<bool, Aborted> {
         let (backends, events, slot) = (&mut self.backends, self.events, self.slot);
+        for index in &group.members {
+            let backend = &mut backends[*index];
+            backend.metered.committed_after_us = self.commits.after(&backend.delivery.position().from);
+        }
         let sending = backends.iter().filter(|b| b.reads_for_redis()).count();
         // Who is alone waits for nobody.
         let is_wanted = || sending > 1 && slot.has_work();

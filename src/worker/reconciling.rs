@@ -1,11 +1,13 @@
 //! Applying what loading has found: backends that were changed, created or deleted, and their lanes.
 
+use crate::server::meters;
 use crate::server::process::{self, Aborted};
 use crate::tables::backends::BackendRow;
 use crate::tables::{cursors, refused};
 use crate::worker::backend::duty::Duty;
 use crate::worker::backend::{Backend, Home, Whose};
 use crate::worker::state::{Loaded, SETTLE_AT_CHANGE, Worker};
+use pgrx::pg_sys;
 use relay::reading::role::Role;
 use relay::redis::hash_slot::hash_slot_of;
 use relay::time::Now;
@@ -25,6 +27,10 @@ impl Worker {
     ) -> Result<Loaded, Aborted> {
         let changes = self.changes(&rows, all, now);
         let is_known = |number: i32| self.backends.iter().any(|b| b.number == number);
+        // SAFETY: a plain read of the process's own variable.
+        meters::keep_only(unsafe { pg_sys::MyDatabaseId }, |number| {
+            rows.iter().any(|row| row.number == number)
+        });
         let mut numbers = rows
             .iter()
             .map(|row| row.number)
@@ -44,7 +50,11 @@ impl Worker {
                     (None, _) => {}
                 }
             }
-            missing(backends, rows, deleted, home)
+            let mut missing = missing(backends, rows, deleted, home);
+            // There may be more backends than meters.
+            let all = backends.iter_mut().chain(&mut missing);
+            let _ = all.map(|b| b.find_meter(home)).take_while(|found| *found).count();
+            missing
         })?;
         self.backends.extend(missing);
         // Rows whose backend was unknown may belong to one that is known now.

@@ -171,7 +171,10 @@ impl Books for BackendBooks<'_> {
 
     fn tell(&mut self, notice: Notice<'_>) {
         match notice {
-            Notice::Heals(guard) => say_healed(self.backend, guard),
+            Notice::Heals(guard) => {
+                self.backend.count_healed(self.backend.total() - guard.total);
+                say_healed(self.backend, guard);
+            }
             Notice::Replays => say_replayed(self.backend),
             Notice::Compared {
                 why,

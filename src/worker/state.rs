@@ -11,6 +11,7 @@ use crate::worker::purge::Purge;
 use crate::worker::task::Task;
 use crate::worker::turns::Turns;
 use pgrx::pg_sys;
+use relay::reading::commits::Commits;
 use relay::reading::pace::Pace;
 use relay::reading::snapshot::Tick;
 use relay::time::Now;
@@ -63,6 +64,8 @@ pub(super) struct Worker {
     pub(super) latest: Arc<Tick>,
     /// A newer tick, which synchronous standbys do not have yet.
     pub(super) awaited: Option<AwaitedTick>,
+    /// When what ticks do not see began to be committed.
+    pub(super) commits: Commits,
     /// Up to where the WAL was flushed for `latest`.
     pub(super) flushed: u64,
     /// What `backends` were loaded from.
@@ -119,6 +122,7 @@ impl Worker {
             backends: Vec::new(),
             latest: Arc::new(Tick::beginning()),
             awaited: None,
+            commits: Commits::default(),
             flushed: 0,
             generation: Generation::Stale,
             events: None,

@@ -56,7 +56,7 @@ def same_series():
         by_instance = {}
         for one in query('{__name__=~"outbox_relay_.+"}'):
             labels = one["metric"]
-            key = tuple((k, labels[k]) for k in ("__name__", "database", "backend", "state", "check") if k in labels)
+            key = tuple((k, labels[k]) for k in ("__name__", "database", "backend", "state", "check", "le") if k in labels)
             assert not {"metric", "col"} & labels.keys(), labels
             by_instance.setdefault(labels["instance"], set()).add(key)
         return by_instance

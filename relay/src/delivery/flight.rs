@@ -29,6 +29,8 @@ pub struct BatchedEvent {
     pub stream: Rc<str>,
     /// Attempts in all before it fails, if Redis refuses it.
     pub max_attempts: u32,
+    /// Its transaction committed after this time, in microseconds since 1970.
+    pub committed_after_us: i64,
 }
 
 /// See [`Delivery::room`].
@@ -60,6 +62,14 @@ pub enum Contents {
     /// Events that wait in the table of refused ones, tried again, those of a stream together; `all`: streams of which
     /// no other waits.
     Waiting { all: Vec<Rc<str>> },
+}
+
+/// A batch on its way, as it is counted when its replies come.
+pub struct Answered<'a> {
+    pub entries: &'a [BatchedEvent],
+    pub bytes: usize,
+    /// Its events had been refused before.
+    pub again: bool,
 }
 
 pub(super) struct Flight {

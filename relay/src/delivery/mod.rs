@@ -36,7 +36,7 @@ mod state;
 mod waiting;
 
 use crate::delivery::backoff::Backoff;
-use crate::delivery::flight::{BatchedEvent, Contents, Flight, WINDOW_BATCHES, WINDOW_BYTES, Window};
+use crate::delivery::flight::{Answered, BatchedEvent, Contents, Flight, WINDOW_BATCHES, WINDOW_BYTES, Window};
 use crate::delivery::refusal::Streams;
 use crate::delivery::reread::Reread;
 use crate::delivery::state::ConnectionState;
@@ -217,6 +217,15 @@ impl Delivery {
 
     pub fn is_idle(&self) -> bool {
         self.flights.is_empty()
+    }
+
+    /// The batch whose replies come next.
+    pub fn oldest(&self) -> Option<Answered<'_>> {
+        self.flights.front().map(|flight| Answered {
+            entries: &flight.entries,
+            bytes: flight.bytes,
+            again: matches!(flight.contents, Contents::Waiting { .. }),
+        })
     }
 
     pub fn position(&self) -> &Position {

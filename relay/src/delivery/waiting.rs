@@ -135,6 +135,7 @@ mod tests {
             seq: 1,
             stream: stream.clone(),
             max_attempts: 1_000,
+            committed_after_us: 0,
         };
         let failure = Failure::new(Class::Event, "NOPERM");
         streams.refused(&entry, again, &failure, now, |_| Duration::ZERO)
@@ -188,6 +189,7 @@ mod tests {
                     seq: 1,
                     stream: retry.stream.clone(),
                     max_attempts: 1_000,
+                    committed_after_us: 0,
                 };
                 match is_accepted {
                     true => drop(streams.accepted(&entry, true)),

@@ -2,12 +2,14 @@
 //!
 //! - [`snapshot`] what a transaction sees: ticks
 //! - [`range`] the rows between two ticks, once each, in order; how far a reader has come
+//! - [`commits`] when the rows that a tick does not see began to be committed
 //! - [`numbers`] the highest number that was given
 //! - [`foreign`] rows of another cluster's transactions
 //! - [`role`] what a reader does with its rows
 //! - [`schedule`] who reads next, and which readers share a scan
 //! - [`pace`] how soon to look again
 
+pub mod commits;
 pub mod foreign;
 pub mod numbers;
 pub mod pace;

@@ -84,6 +84,7 @@ fn entry(database: &Database, max_attempts: u32, seq: i64) -> BatchedEvent {
         seq,
         stream: name(database.row(seq).stream),
         max_attempts: 1 + seq as u32 % max_attempts,
+        committed_after_us: 0,
     }
 }
 

@@ -391,6 +391,7 @@ pub(crate) fn entry(max_attempts: u32, seq: i64, row: &Row) -> BatchedEvent {
         seq,
         stream: Rc::from(stream_name(row.stream)),
         max_attempts: 1 + seq as u32 % max_attempts,
+        committed_after_us: 0,
     }
 }
 

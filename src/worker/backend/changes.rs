@@ -99,6 +99,7 @@ impl Backend {
     pub(crate) fn delete(&mut self) {
         self.let_go();
         self.duty = Duty::Fail { lane: self.lane() };
+        self.leave_meter();
         self.restored.let_go();
         self.delivery.set_streams(Streams::default());
     }

@@ -60,6 +60,7 @@ impl Backend {
     pub(crate) fn up(&mut self, now: Now) {
         self.recovery.reset();
         self.delivery.connected();
+        self.count_connection();
         self.log_change(now);
     }
 

@@ -70,6 +70,7 @@ impl Backend {
         while let Some(report) = self.duty.connection().and_then(Connection::report) {
             has_news = true;
             self.take_report(report, now);
+            self.count_progress();
         }
         if self.delivery.is_drained() {
             self.drop_sender();
@@ -88,17 +89,22 @@ impl Backend {
     fn take_report(&mut self, report: Report, now: Now) {
         match report {
             Report::Found(address) => self.found(address, now),
-            Report::Connected => self.delivery.connected(),
+            Report::Connected => {
+                self.delivery.connected();
+                self.count_connection();
+            }
             Report::Guard(guard) => self.recovery.read(*guard),
             Report::Claimed => self.recovery.claimed(),
             Report::Seen(found) => self.recovery.seen(found),
             Report::Done { refused, buffer } => {
                 self.keep(buffer);
+                self.count_batch(&refused);
                 let records = self.delivery.replied(refused, now, fastrand::f64());
                 self.take_in(records, now);
             }
             Report::Aborted { refused, buffer } => {
                 self.keep(buffer);
+                self.count_aborted(&refused);
                 let records = self.delivery.aborted(refused, now, fastrand::f64());
                 self.take_in(records, now);
             }
@@ -164,6 +170,7 @@ impl Backend {
         self.drop_sender();
         self.note_failing_node();
         self.recovery.interrupt();
+        self.count_answers(accepted, &refused);
         let records = self.delivery.lost(failure, accepted, refused, now, fastrand::f64());
         // A paused backend's failures are not shown.
         if self.is_enabled() || !records.is_empty() {

@@ -28,6 +28,7 @@ impl Backend {
         let duty = self.duty.of_lane(hash_slot, home);
         let mut lane = Self::standing_at(cursor, Standing::default(), self.number, duty);
         lane.delivery.begins_where(&self.delivery);
+        lane.share_meter(self);
         lane
     }
 

@@ -5,6 +5,7 @@
 //! - [`settings`] from its row to its destination; [`changes`] of them; [`copy`] when it must not connect
 //! - [`hearing`] what its sender reports; [`guarded`] what it does because of its guard; [`lanes`] of a cluster
 //! - [`entries`] from events to entries; [`books`] what is not saved yet, and [`saving`] it
+//! - [`metered`] what was counted for `outbox.metrics`, and [`metering`] it
 //! - [`restored`] how far it is with restored events, and [`comparing`] them; [`logged`] what was logged, and
 //!   [`logging`]
 
@@ -20,6 +21,8 @@ mod hearing;
 mod lanes;
 mod logged;
 mod logging;
+mod metered;
+mod metering;
 mod restored;
 pub(crate) mod saving;
 mod settings;
@@ -37,6 +40,7 @@ use crate::worker::backend::connection::Connection;
 use crate::worker::backend::duty::Duty;
 use crate::worker::backend::entries::Entries;
 use crate::worker::backend::logged::Logged;
+use crate::worker::backend::metered::Metered;
 use crate::worker::backend::restored::Restored;
 use relay::delivery::batch::{BuiltBatch, OpenBatch};
 use relay::delivery::refusal::Streams;
@@ -78,6 +82,7 @@ pub(crate) struct Backend {
     restored: Restored,
     logged: Logged,
     entries: Entries,
+    pub metered: Metered,
 }
 
 /// The turn of a backend that shares permits to connect with others, because there are too few for all.
@@ -157,6 +162,7 @@ impl Backend {
             restored: Restored::default(),
             logged: Logged::default(),
             entries: Entries::new(stream, max_len, kept_buffers),
+            metered: Metered::default(),
         }
     }
 
@@ -323,6 +329,7 @@ impl Backend {
 
     pub(crate) fn failed(&mut self, count: u64) {
         self.books.standing.failed_total += count as i64;
+        self.count_progress();
     }
 }
 

@@ -94,6 +94,7 @@ impl Backend {
         (books.dirty_since, books.stale_since) = (None, None);
         books.saved_high_seq = self.delivery.acked().from.high_seq;
         books.saved_at = now;
+        self.count_progress();
     }
 }
 

@@ -8,6 +8,7 @@ use relay::delivery::Guarantee;
 use relay::redis::destination::{Address, ClientCertificate, Destination, Protocol, Route, Secret, Tls};
 use relay::redis::hash_slot::tag_of;
 use relay::redis::replicas::Replicas;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
@@ -18,6 +19,15 @@ pub(crate) struct Home {
     pub name: String,
     /// A guard's key begins with it: it names the installation and the database.
     pub guard_prefix: String,
+}
+
+impl Home {
+    /// Tells this installation from others of the database.
+    pub(super) fn installation_hash(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        self.guard_prefix.hash(&mut hasher);
+        hasher.finish()
+    }
 }
 
 /// Where and how the events of a backend are sent. `lane`: the hash slot that is served, in a cluster. An option of the
