@@ -337,7 +337,7 @@ fn the_reference_is_what_the_server_says() {
 
 // --- Consumers
 
-/// Packages of a registry in a folder of the build, fetched once; false, loudly, if there is no registry.
+/// Packages of a registry in a folder of the build, fetched once; false, and said, if they cannot be had.
 fn fetched(what: &str, folder: &Path, script: &str) -> bool {
     std::fs::create_dir_all(folder).expect("a folder");
     // One test at a time.
@@ -350,7 +350,8 @@ fn fetched(what: &str, folder: &Path, script: &str) -> bool {
         .expect("bash runs");
     if !ran.status.success() {
         let why = String::from_utf8_lossy(&ran.stderr);
-        eprintln!("NOT TESTED: the consumer in {what}, since its packages cannot be had: {why}");
+        let why = why.lines().last().unwrap_or_default();
+        env::not_run(&format!("the packages of the consumer in {what} cannot be had: {why}"));
     }
     ran.status.success()
 }
