@@ -125,6 +125,10 @@ from (values
     ('outbox_relay_retained_bytes', pg_catalog.pg_total_relation_size('outbox.events'), 'Size of outbox.events with its indexes.'),
     ('outbox_relay_oldest_retained_timestamp_seconds', (select extract(epoch from pg_catalog.min(e.created_at)) from outbox.events e),
         'When the oldest event that is kept was published.'),
+    ('outbox_relay_inbox_entries', (select greatest(c.reltuples, 0) from pg_catalog.pg_class c where c.oid = 'outbox.inbox'::regclass),
+        'Events that consumers have noted in the inbox, as the last vacuum or analyze has estimated.'),
+    ('outbox_relay_oldest_inbox_timestamp_seconds', (select extract(epoch from pg_catalog.min(i.consumed_at)) from outbox.inbox i),
+        'When the oldest entry of the inbox was noted.'),
     ('outbox_relay_read_timestamp_seconds', extract(epoch from pg_catalog.clock_timestamp()),
         'When these figures were read: some exporters go on showing the last ones while the server does not answer.')
 ) t (name, value, help)

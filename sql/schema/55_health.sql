@@ -40,7 +40,7 @@ create function outbox.object_health(out "check" text, out status text, out deta
 with
 ours(name) as (values ('events'), ('backends'), ('backend_passwords'), ('moved_backends'), ('scheduled_events'), ('refused_events'),
     ('failed_events'), ('cursors'), ('ticks'), ('installation'), ('incarnations'), ('take_overs'), ('copied_backends'), ('restores'),
-    ('known_triggers'), ('held_events'), ('held_scheduled'), ('held_cursors'), ('held_refused'), ('kept_rows'), ('events_seq_seq')),
+    ('known_triggers'), ('held_events'), ('held_scheduled'), ('held_cursors'), ('held_refused'), ('kept_rows'), ('inbox'), ('consumer_grants'), ('events_seq_seq')),
 there as (select o.name, to_regclass('outbox.' || o.name) as oid from ours o),
 faults(what, fault, cure) as (
     select 'tables', format('outbox.%s is missing.', t.name),
@@ -83,7 +83,7 @@ faults(what, fault, cure) as (
     select 'publications', format('The publication "%s" has outbox.%s, which must not leave this server.', p.pubname, t.name),
         format('Run ALTER PUBLICATION %I DROP TABLE outbox.%s;', p.pubname, t.name)
     from there t join pg_publication_rel r on r.prrelid = t.oid join pg_publication p on p.oid = r.prpubid
-    where t.name not in ('events', 'scheduled_events', 'failed_events', 'refused_events', 'cursors')
+    where t.name not in ('events', 'scheduled_events', 'failed_events', 'refused_events', 'cursors', 'inbox', 'consumer_grants')
     union all
     select 'inheritance', format('outbox.%s takes part in inheritance or partitioning.', t.name), 'Detach it: its rows are read one table at a time.'
     from there t where exists (select from pg_inherits i where t.oid in (i.inhrelid, i.inhparent))
@@ -172,6 +172,10 @@ waiting as (
     group by b.name
 ),
 failed as (select count(*) as count, max(f.failed_at) as last from (select f.failed_at from outbox.failed_events f order by f.failed_at desc limit 10000) f),
+inbox as (
+    select (select min(i.consumed_at) from outbox.inbox i) as oldest,
+        (select s.setting::bigint * interval '1 min' from pg_settings s where s.name = 'outbox_relay.inbox_retention' and s.setting::bigint > 0) as kept
+),
 dead as (
     select t.relid, t.n_dead_tup, t.n_live_tup from pg_stat_user_tables t
     where t.schemaname = 'outbox' and t.n_dead_tup > 100000 and t.n_dead_tup > t.n_live_tup
@@ -207,6 +211,14 @@ select 'retention', case when is_late then 'warn' else 'ok' end,
     case when is_late then 'Run CALL outbox.purge(); what is still kept then waits for a backend: see the checks above.' end
 from retained r, lateral (select coalesce(r.oldest < clock_timestamp() - r.kept * 1.1 - interval '1 hour', false)
     and current_setting('outbox_relay.cleanup_published', true) = 'on') l (is_late)
+union all
+select 'inbox', case when is_late then 'warn' else 'ok' end,
+    case
+        when i.oldest is null then 'The inbox is empty.'
+        when is_late then format('The oldest entry of the inbox is of %s, and is kept for longer than outbox_relay.inbox_retention (%s).', i.oldest, i.kept)
+        else format('The oldest entry of the inbox is of %s.', i.oldest) end,
+    case when is_late then 'Run CALL outbox.purge(); each day, if this database has no worker.' end
+from inbox i, lateral (select coalesce(i.oldest < clock_timestamp() - i.kept * 1.1 - interval '1 hour', false)) l (is_late)
 union all
 select 'bloat', case when count(d) > 0 then 'warn' else 'ok' end,
     coalesce(string_agg(format('%s has %s dead rows beside %s live ones.', d.relid::regclass, d.n_dead_tup, d.n_live_tup), ' '), 'No table has more dead rows than live ones.'),

@@ -10,6 +10,11 @@ create function outbox.purge_piece(backend_number integer, after_seq bigint, row
     as 'MODULE_PATHNAME', 'purge_piece_wrapper';
 comment on function outbox.purge_piece(integer, bigint, integer) is 'Deletes some sent events of a backend whose retention has ended. Pass last_seq to the next call; NULL means that all are deleted.';
 
+create function outbox.retention(setting text) returns interval
+    language c stable strict
+    as 'MODULE_PATHNAME', 'retention_of_wrapper';
+comment on function outbox.retention(text) is 'One of the settings outbox_relay.*_retention, also where the library is not preloaded; NULL: all is kept.';
+
 -- A procedure that commits cannot have a search_path of its own.
 create procedure outbox.purge()
     language plpgsql
@@ -17,7 +22,7 @@ create procedure outbox.purge()
 declare
     c record;
     after_seq bigint;
-    retention interval := pg_catalog.current_setting('outbox_relay.failed_retention')::interval;
+    retention interval;
 begin
     for c in select distinct k.backend_number from outbox.cursors k order by k.backend_number loop
         after_seq := 0;
@@ -27,19 +32,27 @@ begin
             exit when after_seq is null;
         end loop;
     end loop;
-    if retention operator(pg_catalog.>=) interval '0' then
-        loop
-            delete from outbox.failed_events f
-                where f.ctid operator(pg_catalog.=) any (array(select o.ctid from outbox.failed_events o
-                    where o.failed_at operator(pg_catalog.<) (pg_catalog.clock_timestamp() operator(pg_catalog.-) retention)
-                    order by o.failed_at limit 1000));
-            exit when not found;
-            commit;
-        end loop;
-    end if;
+    retention := outbox.retention('failed_retention');
+    while retention is not null loop
+        delete from outbox.failed_events f
+            where f.ctid operator(pg_catalog.=) any (array(select o.ctid from outbox.failed_events o
+                where o.failed_at operator(pg_catalog.<) (pg_catalog.clock_timestamp() operator(pg_catalog.-) retention)
+                order by o.failed_at limit 1000));
+        exit when not found;
+        commit;
+    end loop;
+    retention := outbox.retention('inbox_retention');
+    while retention is not null loop
+        delete from outbox.inbox i
+            where i.ctid operator(pg_catalog.=) any (array(select o.ctid from outbox.inbox o
+                where o.consumed_at operator(pg_catalog.<) (pg_catalog.clock_timestamp() operator(pg_catalog.-) retention)
+                order by o.consumed_at limit 1000));
+        exit when not found;
+        commit;
+    end loop;
 end
 $$;
-comment on procedure outbox.purge() is 'Deletes sent and failed events whose retention has ended, and commits after each piece. The worker does the same by itself.';
+comment on procedure outbox.purge() is 'Deletes sent and failed events, and entries of the inbox, whose retention has ended, and commits after each piece. Where there is a worker, it does the same by itself.';
 
 create function outbox.wait_published(event_id uuid, timeout interval default '10s') returns boolean
     language plpgsql set search_path = pg_catalog, pg_temp

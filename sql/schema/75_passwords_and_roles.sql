@@ -100,6 +100,23 @@ select outbox.grant_publisher(outbox.expect_role(role))
 $$;
 comment on function outbox.grant_publisher(text) is 'The same by the role''s name, as pg_roles shows it: ''Shop-App'', or current_user.';
 
+create function outbox.revoke_usage(role regrole) returns void
+    language plpgsql set search_path = pg_catalog, pg_temp
+    as $$
+begin
+    if not exists (
+        select from pg_class c, aclexplode(c.relacl) a where c.relnamespace = 'outbox'::regnamespace and a.grantee = role::oid
+        union all
+        select from pg_proc p, aclexplode(p.proacl) a where p.pronamespace = 'outbox'::regnamespace and a.grantee = role::oid
+        union all
+        select from pg_attribute t join pg_class c on c.oid = t.attrelid, aclexplode(t.attacl) a
+            where c.relnamespace = 'outbox'::regnamespace and a.grantee = role::oid) then
+        execute format('revoke usage on schema outbox from %s', role);
+    end if;
+end
+$$;
+comment on function outbox.revoke_usage(regrole) is 'Part of outbox.revoke_publisher() and outbox.revoke_consumer(): revokes the use of the schema, unless the role has been granted something else in it.';
+
 create function outbox.revoke_publisher(role regrole) returns void
     language plpgsql set search_path = pg_catalog, pg_temp
     as $$
@@ -110,16 +127,7 @@ begin
     for r in select * from outbox.publisher_rights() p where p.object <> 'schema outbox' loop
         execute format('revoke %s on %s from %s', r.right_to, r.object, grantee);
     end loop;
-    -- Unless the role has been granted something else in this schema.
-    if not exists (
-        select from pg_class c, aclexplode(c.relacl) a where c.relnamespace = 'outbox'::regnamespace and a.grantee = role::oid
-        union all
-        select from pg_proc p, aclexplode(p.proacl) a where p.pronamespace = 'outbox'::regnamespace and a.grantee = role::oid
-        union all
-        select from pg_attribute t join pg_class c on c.oid = t.attrelid, aclexplode(t.attacl) a
-            where c.relnamespace = 'outbox'::regnamespace and a.grantee = role::oid) then
-        execute format('revoke usage on schema outbox from %s', grantee);
-    end if;
+    perform outbox.revoke_usage(role);
 end
 $$;
 comment on function outbox.revoke_publisher(regrole) is 'Revokes what outbox.grant_publisher() has granted to a role. The role keeps what it has as a member of other roles.';

@@ -1,4 +1,5 @@
--- Dump: backends, and events that have not been sent. Cursors mean nothing in another cluster.
+-- Dump: backends, and events that have not been sent. Cursors mean nothing in another cluster. The inbox goes with the
+-- data that its consumers have written: without it, a restored consumer would handle events again.
 
 select pg_catalog.pg_extension_config_dump('outbox.backends', '');
 select pg_catalog.pg_extension_config_dump('outbox.backends_number_seq', '');
@@ -12,3 +13,5 @@ select pg_catalog.pg_extension_config_dump('outbox.events', $$
 select pg_catalog.pg_extension_config_dump('outbox.events_seq_seq', '');
 select pg_catalog.pg_extension_config_dump('outbox.scheduled_events', 'order by scheduled_at, seq');
 select pg_catalog.pg_extension_config_dump('outbox.failed_events', '');
+select pg_catalog.pg_extension_config_dump('outbox.inbox', '');
+select pg_catalog.pg_extension_config_dump('outbox.consumer_grants', '');

@@ -25,6 +25,8 @@ pub(crate) static RETRY_MAX_DELAY_MS: GucSetting<i32> = GucSetting::<i32>::new(6
 pub(crate) static CLEANUP_PUBLISHED: GucSetting<bool> = GucSetting::<bool>::new(true);
 pub(crate) static PUBLISHED_RETENTION_MIN: GucSetting<i32> = GucSetting::<i32>::new(7 * 24 * 60);
 pub(crate) static FAILED_RETENTION_MIN: GucSetting<i32> = GucSetting::<i32>::new(30 * 24 * 60);
+/// As long as sent events can be sent again: whoever gets one again must still know it.
+pub(crate) static INBOX_RETENTION_MIN: GucSetting<i32> = GucSetting::<i32>::new(7 * 24 * 60);
 /// Redis takes 512 MB, but an entry is held in memory by every party on its way.
 pub(crate) static MAX_EVENT_SIZE_KB: GucSetting<i32> = GucSetting::<i32>::new(1_024);
 pub(crate) static LOG_LEVEL: GucSetting<LogLevel> = GucSetting::<LogLevel>::new(LogLevel::Info);
@@ -187,6 +189,15 @@ pub(crate) fn define() {
         c"outbox_relay.failed_retention",
         c"How long failed events are kept; -1 keeps them for ever.",
         &FAILED_RETENTION_MIN,
+        -1,
+        i32::MAX,
+        Sighup,
+        GucFlags::UNIT_MIN,
+    );
+    int(
+        c"outbox_relay.inbox_retention",
+        c"How long the inbox remembers that an event was handled; -1 for ever.",
+        &INBOX_RETENTION_MIN,
         -1,
         i32::MAX,
         Sighup,

@@ -41,7 +41,7 @@ pub(crate) struct Relations {
     tables: [pg_sys::Oid; TABLES.len()],
 }
 
-const TABLES: [&CStr; 20] = [
+const TABLES: [&CStr; 21] = [
     c"events",
     c"backends",
     c"backend_passwords",
@@ -49,6 +49,7 @@ const TABLES: [&CStr; 20] = [
     c"scheduled_events",
     c"refused_events",
     c"failed_events",
+    c"inbox",
     c"cursors",
     c"ticks",
     c"installation",

@@ -96,6 +96,16 @@ pub(crate) fn delete_events<R>(f: impl FnOnce(&mut dyn FnMut(&[i64])) -> R) -> R
     })
 }
 
+/// Deletes entries of the inbox older than their retention, at most `count`.
+pub(crate) fn purge_inbox(retention_us: i64, count: i64) -> u64 {
+    run(
+        "delete from outbox.inbox i where (i.consumer, i.event_id) in (select o.consumer, o.event_id from outbox.inbox o
+            where o.consumed_at <= clock_timestamp() - $1 * interval '1 microsecond' order by o.consumed_at limit $2
+            for update skip locked)",
+        &[retention_us.into(), count.into()],
+    )
+}
+
 /// Deletes failed events older than their retention, at most `count`.
 pub(crate) fn purge_failed(retention_us: i64, count: i64) -> u64 {
     run(

@@ -176,6 +176,7 @@ impl Worker {
         for (name, setting) in [
             ("published_retention", &guc::PUBLISHED_RETENTION_MIN),
             ("failed_retention", &guc::FAILED_RETENTION_MIN),
+            ("inbox_retention", &guc::INBOX_RETENTION_MIN),
         ] {
             if (1..60).contains(&setting.get()) {
                 log(

@@ -1,10 +1,11 @@
-//! Retention: deleting events some time after they were sent, and failed ones some time after they failed, in small
-//! pieces.
+//! Retention: deleting events some time after they were sent, failed ones some time after they failed, and entries of
+//! the inbox some time after they were noted, in small pieces.
 //!
 //! Rows have no time of sending. Instead each backend records ticks: all that this snapshot sees is delivered by now.
 //! Rows that a tick older than the retention sees may be deleted. Purging reads like delivering, from the tick up to
 //! which was purged to the newest one that is old enough.
 
+use crate::server::error::internal;
 use crate::server::guc;
 use crate::server::meters;
 use crate::server::process::{self, Aborted};
@@ -13,6 +14,8 @@ use crate::tables::catalog;
 use crate::tables::events::EventsTable;
 use crate::tables::{backends, refused, retention};
 use crate::worker::backend::Backend;
+use pgrx::datum::Interval;
+use pgrx::guc::GucSetting;
 use pgrx::{pg_extern, pg_sys};
 use relay::reading::range::{RangeScan, Step};
 use relay::reading::snapshot::Tick;
@@ -30,10 +33,10 @@ const PIECE_ROWS: usize = 1_000;
 /// How many numbers one scan looks at. Index entries of deleted rows count too, because a scan passes them without a
 /// stop.
 const WINDOW_SEQS: i64 = 2_000;
-/// How many failed events are deleted at once.
-const FAILED_ROWS: i64 = 100;
-/// How often failed events are deleted while events come.
-const FAILED_EVERY: Duration = Duration::from_millis(5);
+/// How many failed events, or entries of the inbox, are deleted at once.
+const AGED_ROWS: i64 = 100;
+/// How often they are deleted while events come.
+const AGED_EVERY: Duration = Duration::from_millis(5);
 /// The usual share, some 30,000 rows a second. Nobody waits for purging, but events wait for the worker, for a
 /// processor and for the disk.
 const USUAL: Share = Share {
@@ -53,8 +56,8 @@ const BEHIND: Share = Share {
 };
 /// How often within the retention ticks are recorded and something is purged.
 const TICKS_PER_RETENTION: i64 = 100;
-/// Failed events are few, and are looked for at most this often.
-const LEAST_FAILED_INTERVAL: Duration = Duration::from_secs(60);
+/// They are looked for at most this often.
+const LEAST_AGED_INTERVAL: Duration = Duration::from_secs(60);
 
 /// How much of the worker's time purging takes.
 struct Share {
@@ -69,11 +72,48 @@ struct Share {
     time_then: Duration,
 }
 
+/// Rows that have a time of their own, from which their retention counts: when they are looked for.
+#[derive(Default)]
+struct Aged {
+    next_look_at: Now,
+}
+
+impl Aged {
+    /// One piece, if there is something to do. Returns when to come back, if sooner than otherwise. `is_wanted`:
+    /// whether there is anything else to do, since events go first.
+    fn step(
+        &mut self,
+        now: Now,
+        retention: &GucSetting<i32>,
+        delete: fn(i64, i64) -> u64,
+        is_wanted: &dyn Fn() -> bool,
+    ) -> Result<Option<Duration>, Aborted> {
+        let Some(retention_us) = guc::retention_us(retention) else {
+            return Ok(None);
+        };
+        if now >= self.next_look_at {
+            let start = Instant::now();
+            let deleted = process::transaction(|| delete(retention_us, AGED_ROWS))?;
+            let took = start.elapsed();
+            let more = deleted >= AGED_ROWS as u64;
+            let pause = tick_interval(retention_us).max(LEAST_AGED_INTERVAL);
+            self.next_look_at = now
+                + match more {
+                    true if is_wanted() => AGED_EVERY.max(took * USUAL.rest),
+                    true => took * USUAL.rest,
+                    false => pause,
+                };
+        }
+        Ok(Some(self.next_look_at - now))
+    }
+}
+
 /// The worker's purging.
 #[derive(Default)]
 pub(super) struct Purge {
     next_look_at: Now,
-    next_failed_look_at: Now,
+    failed: Aged,
+    inbox: Aged,
     /// There are ticks that will be old enough later: the worker looks again without being woken.
     ticks_wait: bool,
     /// Which backend is being purged, and after which row.
@@ -88,29 +128,20 @@ pub(super) struct Purge {
 impl Purge {
     /// The settings have changed, so something may be due now.
     pub(super) fn look_now(&mut self) {
-        (self.next_look_at, self.next_failed_look_at) = (Now::ZERO, Now::ZERO);
+        self.next_look_at = Now::ZERO;
+        (self.failed, self.inbox) = (Aged::default(), Aged::default());
     }
 
-    /// One piece of the failed events, if there is something to do. Returns when to come back, if sooner than
-    /// otherwise. `is_wanted`: whether there is anything else to do, since events go first.
+    /// One piece of the failed events, see [`Aged::step`].
     pub(super) fn step_failed(&mut self, now: Now, is_wanted: &dyn Fn() -> bool) -> Result<Option<Duration>, Aborted> {
-        let Some(retention_us) = guc::retention_us(&guc::FAILED_RETENTION_MIN) else {
-            return Ok(None);
-        };
-        if now >= self.next_failed_look_at {
-            let start = Instant::now();
-            let deleted = process::transaction(|| retention::purge_failed(retention_us, FAILED_ROWS))?;
-            let took = start.elapsed();
-            let more = deleted >= FAILED_ROWS as u64;
-            let pause = tick_interval(retention_us).max(LEAST_FAILED_INTERVAL);
-            self.next_failed_look_at = now
-                + match more {
-                    true if is_wanted() => FAILED_EVERY.max(took * USUAL.rest),
-                    true => took * USUAL.rest,
-                    false => pause,
-                };
-        }
-        Ok(Some(self.next_failed_look_at - now))
+        let retention = &guc::FAILED_RETENTION_MIN;
+        self.failed.step(now, retention, retention::purge_failed, is_wanted)
+    }
+
+    /// One piece of the inbox, see [`Aged::step`].
+    pub(super) fn step_inbox(&mut self, now: Now, is_wanted: &dyn Fn() -> bool) -> Result<Option<Duration>, Aborted> {
+        let retention = &guc::INBOX_RETENTION_MIN;
+        self.inbox.step(now, retention, retention::purge_inbox, is_wanted)
     }
 
     /// Somebody holds a lock that delays one backend: look at it again then, whatever the interval is.
@@ -343,4 +374,18 @@ fn purge_piece(
         meter.purged.fetch_add(deleted, Ordering::Relaxed);
     }
     pgrx::iter::TableIterator::once((deleted as i64, last))
+}
+
+/// `outbox.retention(setting)`, for who has no worker. Calling it loads the library, and with it the settings.
+#[pg_extern(sql = false)]
+fn retention_of(setting: &str) -> Option<Interval> {
+    report::guard(|| {
+        let setting = match setting {
+            "published_retention" => &guc::PUBLISHED_RETENTION_MIN,
+            "failed_retention" => &guc::FAILED_RETENTION_MIN,
+            "inbox_retention" => &guc::INBOX_RETENTION_MIN,
+            _ => internal(format!("there is no setting outbox_relay.{setting}")),
+        };
+        guc::retention_us(setting).and_then(|us| Interval::new(0, 0, us).ok())
+    })
 }

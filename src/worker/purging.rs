@@ -12,9 +12,10 @@ impl Worker {
         let slot = self.slot;
         let is_wanted = || more || slot.has_work() || slot.is_publishing();
         let failed = self.attempt(Task::PurgeFailed, now, |w| w.purge.step_failed(now, &is_wanted));
+        let inbox = self.attempt(Task::PurgeInbox, now, |w| w.purge.step_inbox(now, &is_wanted));
         self.attempt(Task::RecordTicks, now, |w| w.purge.record_ticks(now, &mut w.backends));
         let sent = self.purge_sent(now, &is_wanted);
-        [failed, sent].into_iter().flatten().flatten().min()
+        [failed, inbox, sent].into_iter().flatten().flatten().min()
     }
 
     /// Each backend has its own patience, because a success for one says nothing about a lock that delays another.

@@ -24,6 +24,7 @@ pub(super) enum Task {
     RecordTicks,
     PurgeSent(Whose),
     PurgeFailed,
+    PurgeInbox,
 }
 
 impl Task {
@@ -39,7 +40,7 @@ impl Task {
             Self::ReadFor(_) => waits(50, 2_000),
             Self::Save | Self::SaveOf(_) | Self::Retry(_) | Self::Move => waits(100, 5_000),
             Self::Claim(_) | Self::FinishLanes | Self::AddLane(_) => waits(100, 5_000),
-            Self::RecordTicks | Self::PurgeSent(_) | Self::PurgeFailed => waits(1_000, 60_000),
+            Self::RecordTicks | Self::PurgeSent(_) | Self::PurgeFailed | Self::PurgeInbox => waits(1_000, 60_000),
         }
     }
 
@@ -64,6 +65,7 @@ impl Task {
             Self::RecordTicks => "The worker was recording what was delivered, for retention",
             Self::PurgeSent(_) => "The worker was purging sent events",
             Self::PurgeFailed => "The worker was purging failed events",
+            Self::PurgeInbox => "The worker was purging the inbox",
         }
     }
 

@@ -42,6 +42,7 @@ mod hostile_hangs;
 mod hostile_replies;
 mod hostile_words;
 mod in_the_way;
+mod inbox;
 mod inserting;
 mod inserting_watched;
 mod kit_losses;

@@ -260,7 +260,7 @@ fn a_number_without_unit_is_warned_of() {
     assert_eq!(stack.pg.one::<String>("show outbox_relay.failed_retention"), "30d");
     stack.pg.wait_worker("postgres");
     assert!(!stack.pg.log().contains("retention is only"));
-    for name in ["published_retention", "failed_retention"] {
+    for name in ["published_retention", "failed_retention", "inbox_retention"] {
         let mark = stack.pg.log().len();
         stack.pg.set(&format!("outbox_relay.{name}"), "7");
         stack

@@ -16,6 +16,7 @@ const SETTINGS: &[(&str, &str, &str, &[&str])] = &[
     ("cleanup_published", "on", "sighup", &["maybe"]),
     ("published_retention", "7d", "sighup", &["-2", "1w"]),
     ("failed_retention", "30d", "sighup", &["-2", "1w"]),
+    ("inbox_retention", "7d", "sighup", &["-2", "1w"]),
     ("max_event_size", "1MB", "superuser", &["0", "-1", "1GB"]),
     ("log_level", "info", "sighup", &["loud", "notice"]),
     ("redis_host", "localhost", "sighup", &[]),

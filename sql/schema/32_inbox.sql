@@ -1,0 +1,98 @@
+-- The inbox: which events a consumer has handled in this database.
+
+create table outbox.inbox (
+    -- A bpchar would lose a blank at its end.
+    consumer    text not null check (length(consumer) between 1 and 255 and right(consumer, 1) <> ' '),
+    event_id    uuid not null,
+    consumed_at timestamptz not null default clock_timestamp(),
+    primary key (consumer, event_id)
+);
+-- For purging.
+create index inbox_consumed_at_idx on outbox.inbox (consumed_at);
+comment on table outbox.inbox is 'The events that each consumer has handled in this database, by outbox.consume_once(). Kept for outbox_relay.inbox_retention, dumped and replicated as the data that consumers write.';
+comment on column outbox.inbox.consumer is 'The name that a consumer has chosen, such as that of its consumer group: 1 to 255 characters.';
+
+create table outbox.consumer_grants (
+    role     regrole not null,
+    consumer text not null check (length(consumer) between 1 and 255),
+    -- The same for LIKE.
+    pattern  text not null generated always as (replace(replace(replace(replace(replace(consumer,
+        E'\\', E'\\\\'), '%', E'\\%'), '_', E'\\_'), '*', '%'), '?', '_')) stored,
+    primary key (role, consumer)
+);
+comment on table outbox.consumer_grants is 'Which consumers a role may be in outbox.consume_once(), see outbox.grant_consumer(). Members of a role may be the same.';
+comment on column outbox.consumer_grants.consumer is 'A glob pattern (* and ?) of consumers'' names.';
+
+-- It runs with the rights of the role that inserts, which may read outbox.consumer_grants. A name is checked before the
+-- index is asked, so that nobody learns from an answer what another consumer has handled.
+create function outbox.check_consumer() returns trigger
+    language plpgsql set search_path = pg_catalog, pg_temp
+    as $$
+begin
+    if not exists (select from outbox.consumer_grants g where new.consumer like g.pattern and pg_has_role(g.role::oid, 'usage'))
+        and not exists (select from pg_roles r where r.rolname = current_user and r.rolsuper) then
+        raise exception using errcode = 'insufficient_privilege',
+            message = format('permission denied for consumer "%s"', new.consumer),
+            detail = format('Role "%s" has not been granted that name.', current_user),
+            hint = format('Ask the administrator to run SELECT outbox.grant_consumer(%L); or the same with the names that it may use.', current_user);
+    end if;
+    return new;
+end
+$$;
+comment on function outbox.check_consumer() is 'Trigger of outbox.inbox: a role notes events for the consumers alone that it was granted.';
+
+-- It needs no library: a consumer's database may have no worker.
+create function outbox.consume_once(consumer text, event_id uuid) returns boolean
+    language plpgsql volatile parallel unsafe set search_path = pg_catalog, pg_temp
+    as $$
+begin
+    if consumer is null or event_id is null then
+        raise exception using errcode = 'null_value_not_allowed', message = 'consumer and event_id must not be null',
+            hint = 'Pass the consumer''s name, and the event_id of the entry.';
+    end if;
+    insert into outbox.inbox (consumer, event_id) values (consume_once.consumer, consume_once.event_id) on conflict do nothing;
+    return found;
+end
+$$;
+comment on function outbox.consume_once(text, uuid) is
+    'The inbox: true if this consumer has not handled the event before, and false afterwards. Call it in the transaction that writes the effects, and acknowledge the entry after its commit. It waits for another transaction that is handling the same event; if that is rolled back, it returns true. In REPEATABLE READ and SERIALIZABLE, the other''s commit is a serialization failure (40001).';
+
+-- The arguments are of other types here: otherwise a call with two untyped texts, as many drivers send them, would be
+-- ambiguous. Of the two functions, Postgres prefers the one above, whose first argument is a text.
+create type outbox.event_ids;
+create function outbox.event_ids_in(cstring) returns outbox.event_ids language internal immutable strict parallel safe as 'textin';
+create function outbox.event_ids_out(outbox.event_ids) returns cstring language internal immutable strict parallel safe as 'textout';
+create type outbox.event_ids (input = outbox.event_ids_in, output = outbox.event_ids_out, like = text, category = 'U');
+comment on type outbox.event_ids is 'The argument of outbox.consume_once for several events: uuid[] or text[]. Nothing else takes it.';
+comment on function outbox.event_ids_in(cstring) is 'Input of type outbox.event_ids, which is that of text.';
+comment on function outbox.event_ids_out(outbox.event_ids) is 'Output of type outbox.event_ids, which is that of text.';
+create cast (uuid[] as outbox.event_ids) with inout as implicit;
+create cast (text[] as outbox.event_ids) with inout as implicit;
+create cast (varchar[] as outbox.event_ids) with inout as implicit;
+create cast (outbox.event_ids as uuid[]) with inout as assignment;
+
+create function outbox.consume_once(consumer bpchar, event_ids outbox.event_ids) returns setof uuid
+    language plpgsql volatile parallel unsafe set search_path = pg_catalog, pg_temp
+    as $$
+declare
+    ids uuid[] := event_ids::uuid[];
+    new_ids uuid[] := '{}';
+    id uuid;
+begin
+    if consumer is null or event_ids is null or array_position(ids, null) is not null then
+        raise exception using errcode = 'null_value_not_allowed', message = 'consumer and event_ids must not be null',
+            hint = 'Pass the consumer''s name, and the event_id of each entry.';
+    end if;
+    -- In one order for all: two calls that have ids in common wait for each other, and never both for the other.
+    for id in select distinct u.id from unnest(ids) u (id) order by u.id loop
+        insert into outbox.inbox (consumer, event_id) values (consume_once.consumer, id) on conflict do nothing;
+        if found then
+            new_ids := new_ids || id;
+        end if;
+    end loop;
+    return query select n.id from unnest(new_ids) n (id) join unnest(ids) with ordinality u (id, place) on u.id = n.id
+        group by n.id order by min(u.place);
+end
+$$;
+comment on function outbox.consume_once(bpchar, outbox.event_ids) is
+    'The same for several events, as uuid[]: returns those that this consumer has not handled before, each once, in the order given.';
