@@ -5,23 +5,9 @@ use std::time::{Duration, Instant};
 
 use kit::{Mode, Postgres, QUICK, Redis, Stack, backoff, env, promptly, wait_drained, wait_trouble, wait_until};
 
-/// Whether this machine lets the test mount files for a server of its own.
-fn can_mount() -> bool {
-    let mut unshare = std::process::Command::new("unshare");
-    let can = nix::unistd::geteuid().is_root()
-        && unshare
-            .args(["--mount", "true"])
-            .status()
-            .is_ok_and(|status| status.success());
-    if !can {
-        env::not_run("it takes root, and a namespace of mounts, to give a server an /etc of its own");
-    }
-    can
-}
-
 #[test]
 fn an_address_that_changes_is_found_again() {
-    if !can_mount() {
+    if !env::can_mount("/etc/hosts") {
         return;
     }
     let (hosts, file) = kit::env::shared_file("hosts", "127.0.0.2 redis.test\n127.0.0.1 localhost\n");
@@ -57,7 +43,7 @@ fn unanswered(options: &str) -> (UdpSocket, Stack) {
 
 #[test]
 fn a_name_server_that_does_not_answer_is_an_outage() {
-    if !can_mount() {
+    if !env::can_mount("/etc/resolv.conf") {
         return;
     }
     let (_resolver, stack) = unanswered("timeout:1 attempts:1");
@@ -74,7 +60,7 @@ fn a_name_server_that_does_not_answer_is_an_outage() {
 /// A resolver that never answers, whom threads of the worker are with.
 #[test]
 fn a_resolver_that_does_not_answer_delays_nobody() {
-    if !can_mount() {
+    if !env::can_mount("/etc/resolv.conf") {
         return;
     }
     let (resolver, mut stack) = unanswered("timeout:30 attempts:5");

@@ -153,6 +153,20 @@ pub fn shared_file(name: &str, text: &str) -> (TempDir, PathBuf) {
     (dir, path)
 }
 
+/// Whether this machine lets a server have another file at this path (see [`mounted_command`]); if not, this says so.
+pub fn can_mount(path: &str) -> bool {
+    let tried = r#"mount --bind "$0" "$0" && command -v setpriv"#;
+    let mut unshare = Command::new("unshare");
+    unshare.args(["--mount", "--", "sh", "-c", tried, path]);
+    let can = geteuid().is_root() && unshare.output().is_ok_and(|ran| ran.status.success());
+    if !can {
+        not_run(&format!(
+            "it takes root, and a namespace of mounts, to give a server a {path} of its own"
+        ));
+    }
+    can
+}
+
 /// As [`server_command`], with these files in the places of others (root only): it sees a mount namespace of its own.
 pub fn mounted_command(program: &Path, mounts: &[(PathBuf, String)]) -> Command {
     if mounts.is_empty() {
