@@ -57,7 +57,8 @@ named! {
 }
 
 named! {
-    /// A way in which the code is wrong; the last two only have less room, so that tests meet their limits.
+    /// A way in which the code is wrong; the last three only have less room, or less
+    /// patience, so that tests meet their limits.
     Mutation {
         SkipFlush: "skip_flush",
         FlushBeforeSnapshot: "flush_before_snapshot",
@@ -69,6 +70,7 @@ named! {
         IgnoreGuard: "ignore_guard",
         FewDatabaseSlots: "few_database_slots",
         CompareByTwo: "compare_by_two",
+        ShortMinutes: "short_minutes",
     }
 }
 

@@ -106,7 +106,7 @@ select 'outbox_relay_worker_state', 'gauge', pg_catalog.jsonb_build_object('stat
     'What the worker is doing, or why there is none: 1 for its state, 0 for the others.'
 from w cross join (values ('running'), ('standby'), ('starting'), ('library not in shared_preload_libraries'), ('disabled'),
     ('database not in outbox_relay.databases'), ('version mismatch'), ('waiting for a background worker process'),
-    ('waiting for the launcher'), ('failing to start'), ('stopped')) s (state)
+    ('no slot in shared memory'), ('waiting for the launcher'), ('failing to start'), ('stopped')) s (state)
 union all
 select t.name, 'gauge', '{}'::jsonb, t.value, t.help
 from (values

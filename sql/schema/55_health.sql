@@ -24,6 +24,9 @@ from outbox.worker_status() s
         ('waiting for a background worker process', 'fail',
             format('All of the %s background worker processes are in use.', current_setting('max_worker_processes')),
             format('Run ALTER SYSTEM SET max_worker_processes = %s; and restart the server.', current_setting('max_worker_processes')::integer + 8)),
+        ('no slot in shared memory', 'fail',
+            format('All %s slots in shared memory are taken by other databases.', 2 * current_setting('max_worker_processes')::integer + 1024),
+            format('Run ALTER SYSTEM SET max_worker_processes = %s; and restart the server.', current_setting('max_worker_processes')::integer + 8)),
         ('waiting for the launcher', 'fail', 'The process "outbox_relay launcher" is not there.',
             'The server starts it again within some seconds. If it does not, the server''s log says why.'),
         ('failing to start', 'fail', 'The worker of this database has ended several times before it was at work.',
@@ -102,23 +105,35 @@ from (values
 $$;
 comment on function outbox.object_health() is 'Part of outbox.health(): whether all that belongs to the extension is there, as it must be.';
 
+create function outbox.lag_trend(backend_number integer, pending bigint, out growth bigint, out seconds double precision) returns setof record
+    language c volatile strict rows 1
+    as 'MODULE_PATHNAME', 'lag_trend_wrapper';
+comment on function outbox.lag_trend(integer, bigint) is 'Part of outbox.health(): takes note of how many events are pending, and says how many more that are than at an earlier look, and how many seconds ago that was.';
+
 create function outbox.backend_health(out "check" text, out status text, out detail text, out hint text) returns setof record
     language sql volatile set search_path = pg_catalog, pg_temp
     as $$
 select 'backend ' || s.backend, j.status,
     concat_ws(' ', j.detail, 'The last error: ' || case when j.status <> 'ok' then s.last_error end || '.',
-        case when s.pending > 0 then format('%s events wait, the oldest for %s.', s.pending, date_trunc('second', s.oldest_pending_age)) end),
+        case when s.pending > 0 then format('%s events wait, the oldest for %s.', s.pending, date_trunc('second', s.oldest_pending_age)) end,
+        case
+            when s.pending > 0 and g.growth > 0 then format('The lag grows: %s more wait than %s s ago.', g.growth, round(g.seconds))
+            when s.pending > 0 and g.growth < 0 then format('The lag shrinks: %s fewer wait than %s s ago.', -g.growth, round(g.seconds))
+            when s.pending > 0 and g.growth = 0 then format('The lag does not grow: as many waited %s s ago.', round(g.seconds))
+        end),
     j.hint
 from outbox.backend_status s
     join outbox.backends b on b.name = s.backend
+    left join lateral outbox.lag_trend(b.number, s.pending) g on true
+    cross join lateral (select s.oldest_pending_age > interval '1 min' or s.oldest_pending_age > interval '10 s' and g.growth > 0 as is_late) t
     cross join lateral (select case
         when s.last_error ~ '^(WRONGPASS|NOAUTH)' or s.last_error like 'ERR invalid password%' then 'password'
         when s.last_error ~ '^NOPERM' then 'rights'
         else 'other' end as error) e
     cross join lateral (values
         ('idle', 'ok', 'All is sent.', null),
-        ('sending', case when s.oldest_pending_age > interval '1 min' then 'warn' else 'ok' end, 'Events are being sent.',
-            case when s.oldest_pending_age > interval '1 min' then 'If the age grows, Redis or the network is slower than the publishers: look at SLOWLOG GET in Redis.' end),
+        ('sending', case when t.is_late then 'warn' else 'ok' end, 'Events are being sent.',
+            case when t.is_late then 'If the lag grows, Redis or the network is slower than the publishers: look at SLOWLOG GET in Redis.' end),
         ('paused', 'warn', 'It is paused: events wait.', format('Run UPDATE outbox.backends SET enabled = true WHERE name = %L;', s.backend)),
         ('stopped', 'fail', 'This database has no worker: nothing is sent.', 'See the check "worker".'),
         ('copy', 'fail', 'This database is a copy of another one: what is published here waits.',

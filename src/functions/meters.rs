@@ -62,6 +62,17 @@ fn meters() -> TableIterator<
     TableIterator::new(meters::of(database).map(row).collect::<Vec<_>>())
 }
 
+/// `outbox.lag_trend(backend_number, pending)`
+#[pg_extern(sql = false)]
+fn lag_trend(
+    backend_number: i32,
+    pending: i64,
+) -> TableIterator<'static, (name!(growth, Option<i64>), name!(seconds, Option<f64>))> {
+    // SAFETY: a plain read of the process's own variable.
+    let meter = meters::find(unsafe { pg_sys::MyDatabaseId }, backend_number);
+    TableIterator::once(meter.and_then(|m| m.note_pending(pending.max(0) as u64)).unzip())
+}
+
 /// As Prometheus names buckets: by their upper bounds, in seconds.
 fn bounds() -> Vec<String> {
     let of_buckets = BOUNDS_US.iter().map(|us| (*us as f64 / 1e6).to_string());

@@ -42,7 +42,7 @@ fn worker_status() -> TableIterator<'static, (name!(worker_pid, Option<i32>), na
         Some((SlotState::Failing, _)) => "failing to start",
         Some((SlotState::Unserved, _)) => "database not in outbox_relay.databases",
         None if shmem::launcher_pid().is_none() => "waiting for the launcher",
-        None if shmem::is_full() => "waiting for a background worker process",
+        None if shmem::is_full() => "no slot in shared memory",
         _ => "stopped",
     };
     TableIterator::once((pid, state.to_owned()))

@@ -7,11 +7,12 @@
 
 mod databases;
 mod incarnation;
+mod telling;
 
 use crate::launcher::databases::FoundDatabase;
 use crate::server::database_slot::{DatabaseSlot, SlotState};
-use crate::server::guc::{self, LogLevel};
-use crate::server::process::{self, log};
+use crate::server::guc;
+use crate::server::process;
 use crate::server::shmem;
 use crate::server::standby;
 use pgrx::{pg_guard, pg_sys};
@@ -38,10 +39,6 @@ const LOCKED_WAIT: Duration = Duration::from_millis(25);
 const LONGEST_LOCKED_WAIT: Duration = Duration::from_secs(3);
 /// A worker that is not at work after this long is waiting for something; others are started meanwhile.
 const LONGEST_START: Duration = Duration::from_secs(5);
-/// Why a worker is missing is logged again after this long.
-const REPEAT_LOG_AFTER: Duration = Duration::from_secs(60);
-/// A log line names at most this many databases.
-const NAMED: usize = 10;
 
 /// How many workers may look for the extension at once. Background worker processes are scarce, and others need some.
 fn starting_at_once() -> usize {
@@ -174,6 +171,13 @@ impl Database {
         }
     }
 
+    /// Whether a worker is to be started there.
+    fn lacks_worker(&self, id: pg_sys::Oid) -> bool {
+        // An earlier launcher's worker is known by its slot alone.
+        let stranger = || shmem::database_slot_of(id).is_some_and(|slot| slot.pid() != 0);
+        self.look && self.worker.is_none() && !stranger()
+    }
+
     /// What the catalog says now.
     fn learn(&mut self, found: FoundDatabase) {
         (self.name, self.is_template, self.is_open) = (found.name, found.is_template, found.is_open);
@@ -188,6 +192,8 @@ struct Launcher {
     list_due: bool,
     /// Since when there have been too few processes, and when the log said so.
     short: Option<(Instant, Option<Instant>)>,
+    /// When it was last logged that databases get no worker because somebody wants it so.
+    left_out_said: Option<Instant>,
     /// When it was last logged that workers fail.
     failing_said: Option<Instant>,
 }
@@ -305,7 +311,7 @@ impl Launcher {
     fn start_wanted(&mut self) -> Option<Duration> {
         let mut again: Option<Duration> = None;
         let mut sooner = |wait: Duration| again = Some(again.map_or(wait, |a| a.min(wait)));
-        let mut waiting = Vec::new();
+        let (mut waiting, mut left_out) = (Vec::new(), Vec::new());
         let mut starting = self.starting();
         // Databases that are known to have the extension come first, templates last.
         let mut order: Vec<u32> = self.databases.keys().copied().collect();
@@ -318,12 +324,11 @@ impl Launcher {
                 continue;
             };
             let id = pg_sys::Oid::from(oid);
-            // An earlier launcher's worker is known by its slot alone.
-            let stranger = shmem::database_slot_of(id).is_some_and(|slot| slot.pid() != 0);
-            if !database.look || database.worker.is_some() || stranger {
+            if !database.lacks_worker(id) {
                 continue;
             }
             if !database.is_open || !guc::serves(&database.name) {
+                left_out.extend(database.has_extension.then_some(oid));
                 continue;
             }
             if let Some(wait) = database
@@ -365,6 +370,9 @@ impl Launcher {
                 waiting.push(oid);
             }
         }
+        if let Some(wait) = self.tell_of_left_out(&left_out) {
+            sooner(wait);
+        }
         self.tell_of_shortage(&waiting);
         self.tell_of_failures();
         again
@@ -378,83 +386,6 @@ impl Launcher {
             is_new && slot.is_some_and(|slot| slot.state() == SlotState::Starting)
         };
         self.databases.iter().filter(is_starting).count()
-    }
-
-    /// Warns of a shortage, again each minute; not while others merely look for the extension.
-    fn tell_of_shortage(&mut self, waiting: &[u32]) {
-        // A database that nobody has looked into may have waiting events. It is named if no other database is.
-        let is_known = |oid: &&u32| self.databases[oid].has_extension;
-        let known: Vec<&u32> = waiting.iter().filter(is_known).collect();
-        let others = waiting.iter().filter(|oid| !self.databases[oid].is_template);
-        let named: Vec<&u32> = if known.is_empty() { others.collect() } else { known };
-        for slot in waiting
-            .iter()
-            .filter_map(|oid| shmem::database_slot_of(pg_sys::Oid::from(*oid)))
-        {
-            slot.set_state(SlotState::Short);
-        }
-        if named.is_empty() {
-            self.short = None;
-            return;
-        }
-        let (since, said) = self.short.get_or_insert_with(|| (Instant::now(), None));
-        if since.elapsed() < RETRY_WAIT || said.is_some_and(|said| said.elapsed() < REPEAT_LOG_AFTER) {
-            return;
-        }
-        *said = Some(Instant::now());
-        let names = self.names(named.into_iter());
-        if shmem::is_full() {
-            log(
-                LogLevel::Warning,
-                "too many databases for outbox_relay",
-                Some(&format!("No worker could be started for {names}.")),
-                Some("Raise max_worker_processes: there is room for two databases for each, and 1,024."),
-            );
-            return;
-        }
-        log(
-            LogLevel::Warning,
-            "too few background worker processes for outbox_relay",
-            Some(&format!(
-                "No worker could be started for {names}; it is tried again each second."
-            )),
-            Some("Raise max_worker_processes: each database with the extension needs one, and the launcher one more."),
-        );
-    }
-
-    fn tell_of_failures(&mut self) {
-        let failing = self.databases.iter().filter(|(_, d)| d.failures >= WORTH_A_WORD);
-        let failing: Vec<&u32> = failing.map(|(oid, _)| oid).collect();
-        if failing.is_empty() {
-            self.failing_said = None;
-            return;
-        }
-        if self.failing_said.is_some_and(|said| said.elapsed() < REPEAT_LOG_AFTER) {
-            return;
-        }
-        self.failing_said = Some(Instant::now());
-        let names = self.names(failing.into_iter());
-        log(
-            LogLevel::Warning,
-            "workers of outbox_relay end as soon as they are started",
-            Some(&format!(
-                "This happens in {names}; it is tried again each minute at least."
-            )),
-            Some("The lines of \"outbox_relay worker\" in the server's log say why."),
-        );
-    }
-
-    /// Names of databases, for the log.
-    fn names<'a>(&self, oids: impl ExactSizeIterator<Item = &'a u32>) -> String {
-        let count = oids.len();
-        let mut names: Vec<String> = oids
-            .take(NAMED)
-            .map(|oid| format!("\"{}\"", self.databases[oid].name))
-            .collect();
-        if count > NAMED {
-            names.push(format!("{} more", count - NAMED));
-        }
-        names.join(", ")
     }
 }
 

@@ -17,6 +17,11 @@ use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
 const METERS: usize = 2_048;
 /// Latencies are also counted by such spans, so that the latest can be told.
 const SPAN_MS: u64 = 60_000;
+/// A look at what is pending is compared with one that is at least and at most so old.
+const LEAST_TREND_MS: u64 = 1_000;
+const MOST_TREND_MS: u64 = 300_000;
+/// Looks that are closer than this are not kept.
+const BETWEEN_LOOKS_MS: u64 = 10_000;
 
 /// The counters of one backend. Only its worker counts, but for [`Meter::purged`].
 #[repr(C)]
@@ -37,6 +42,16 @@ pub(crate) struct Meter {
     latency_counts: [AtomicU64; BUCKETS],
     latency_sum_us: AtomicU64,
     recent: [Span; 2],
+    /// The latest look at what is pending, and one before it.
+    looks: [Look; 2],
+}
+
+/// How many events were pending when somebody looked.
+#[repr(C)]
+struct Look {
+    /// 0: nobody has looked.
+    at_ms: AtomicU64,
+    pending: AtomicU64,
 }
 
 /// The latencies of one span of time.
@@ -158,6 +173,7 @@ impl Meter {
         let all = single.into_iter().chain(&self.latency_counts);
         all.for_each(|counter| counter.store(0, Ordering::Relaxed));
         self.recent.iter().for_each(|span| span.begin(0));
+        self.looks.iter().for_each(|look| look.set(0, 0));
     }
 
     /// Adds the latencies of a batch.
@@ -172,6 +188,29 @@ impl Meter {
             span.counts[index].fetch_add(*count as u32, Ordering::Relaxed);
         }
         self.latency_sum_us.fetch_add(latencies.sum_us, Ordering::Relaxed);
+    }
+
+    /// Somebody has found so many events pending. Returns how many more that are than at an earlier look, and how many
+    /// seconds ago that was.
+    pub(crate) fn note_pending(&self, pending: u64) -> Option<(i64, f64)> {
+        let now_ms = clock::since_boot_ms();
+        let [latest, before] = &self.looks;
+        let ago_ms = |look: &Look| now_ms.saturating_sub(look.at_ms.load(Ordering::Relaxed));
+        let compared = [before, latest]
+            .into_iter()
+            .find(|look| (LEAST_TREND_MS..MOST_TREND_MS).contains(&ago_ms(look)))
+            .map(|look| {
+                let earlier = look.pending.load(Ordering::Relaxed);
+                (pending as i64 - earlier as i64, ago_ms(look) as f64 / 1_000.0)
+            });
+        if ago_ms(latest) >= BETWEEN_LOOKS_MS {
+            before.set(
+                latest.at_ms.load(Ordering::Relaxed),
+                latest.pending.load(Ordering::Relaxed),
+            );
+            latest.set(now_ms, pending);
+        }
+        compared
     }
 
     /// All latencies since the meter was claimed.
@@ -194,6 +233,13 @@ impl Meter {
             }
         }
         latencies
+    }
+}
+
+impl Look {
+    fn set(&self, at_ms: u64, pending: u64) {
+        self.at_ms.store(at_ms, Ordering::Relaxed);
+        self.pending.store(pending, Ordering::Relaxed);
     }
 }
 

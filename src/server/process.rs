@@ -5,13 +5,19 @@ use crate::server::report;
 use crate::server::unguarded::NamedLock;
 use pgrx::pg_sys::panic::CaughtError;
 use pgrx::{PgSqlErrorCode, PgTryBuilder, pg_sys};
+use relay::fault::{self, Mutation};
 use std::cell::Cell;
 use std::ffi::{CStr, CString};
 use std::panic::AssertUnwindSafe;
 use std::time::Duration;
 
 /// The same trouble is logged again after this long.
-pub(crate) const REPEAT_LOG_AFTER: Duration = Duration::from_secs(60);
+pub(crate) fn repeat_log_after() -> Duration {
+    match fault::is_mutated(Mutation::ShortMinutes) {
+        true => Duration::from_secs(1),
+        false => Duration::from_secs(60),
+    }
+}
 
 #[cfg(not(feature = "pg18"))]
 use pg_sys::pqsignal;
@@ -295,15 +301,26 @@ pub(crate) fn report_statistics() {
     unsafe { pg_sys::pgstat_report_stat(false) };
 }
 
-/// What pg_stat_activity shows: busy with something, or idle.
-pub(crate) fn show_activity(what: Option<&str>) {
-    let state = match what {
-        Some(_) => pg_sys::BackendState::STATE_RUNNING,
-        None => pg_sys::BackendState::STATE_IDLE,
-    };
-    let text = what.and_then(|w| CString::new(w).ok());
-    // SAFETY: a zero-terminated text, which is copied.
-    unsafe { pg_sys::pgstat_report_activity(state, text.as_ref().map_or(std::ptr::null(), |t| t.as_ptr())) };
+thread_local! {
+    /// pg_stat_activity shows what the process is doing.
+    static IS_SHOWN_BUSY: Cell<bool> = const { Cell::new(false) };
+}
+
+/// What pg_stat_activity shows from now on, until [`show_idle`].
+pub(crate) fn show_activity(what: &str) {
+    if let Ok(text) = CString::new(what) {
+        IS_SHOWN_BUSY.set(true);
+        // SAFETY: a zero-terminated text, which is copied.
+        unsafe { pg_sys::pgstat_report_activity(pg_sys::BackendState::STATE_RUNNING, text.as_ptr()) };
+    }
+}
+
+/// Nothing is done any more.
+pub(crate) fn show_idle() {
+    if IS_SHOWN_BUSY.replace(false) {
+        // SAFETY: no text, which is allowed.
+        unsafe { pg_sys::pgstat_report_activity(pg_sys::BackendState::STATE_IDLE, c"".as_ptr()) };
+    }
 }
 
 /// Sets a session setting, whatever the database or role says.

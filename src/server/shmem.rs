@@ -70,10 +70,14 @@ pub(crate) fn install() {
 
 fn slots_wanted() -> usize {
     if relay::fault::is_mutated(relay::fault::Mutation::FewDatabaseSlots) {
-        return 4;
+        return max_worker_processes() / 2;
     }
+    2 * max_worker_processes() + ROOM
+}
+
+fn max_worker_processes() -> usize {
     // SAFETY: a plain read of a setting that does not change after the server's start.
-    2 * unsafe { pg_sys::max_worker_processes }.max(0) as usize + ROOM
+    unsafe { pg_sys::max_worker_processes }.max(0) as usize
 }
 
 fn size(slots: usize) -> usize {

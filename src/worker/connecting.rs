@@ -2,8 +2,8 @@
 //! the first backends keep their connections, and the others take turns with the rest of the permits.
 
 use crate::server::guc::LogLevel;
-use crate::server::process::REPEAT_LOG_AFTER;
 use crate::server::process::log;
+use crate::server::process::repeat_log_after;
 use crate::worker::state::Worker;
 use relay::time::Now;
 use std::time::Duration;
@@ -56,7 +56,7 @@ impl Worker {
             self.end_turns(queued, now);
         }
         self.turns.look_at = (waiting > 0).then_some(now + LOOK_AFTER);
-        if waiting > 0 && self.turns.said_at.is_none_or(|at| now >= at + REPEAT_LOG_AFTER) {
+        if waiting > 0 && self.turns.said_at.is_none_or(|at| now >= at + repeat_log_after()) {
             self.turns.said_at = Some(now);
             log(
                 LogLevel::Warning,

@@ -3,7 +3,7 @@
 use crate::server::database_slot::SlotState;
 use crate::server::guc::LogLevel;
 use crate::server::meters;
-use crate::server::process::REPEAT_LOG_AFTER;
+use crate::server::process::repeat_log_after;
 use crate::server::process::{self, Aborted, log};
 use crate::server::shmem;
 use crate::server::unguarded;
@@ -79,6 +79,7 @@ impl Worker {
 
     /// Loads, unless that failed a moment ago: then the worker goes on with what it knows.
     pub(super) fn load_now(&mut self, now: Now) -> Option<Loaded> {
+        process::show_activity("loading the settings of backends");
         let nudged = std::mem::take(&mut self.nudged);
         let loaded = self.attempt(Task::Load, now, |worker| worker.load(nudged, now));
         match loaded {
@@ -201,7 +202,7 @@ impl Worker {
                 self.rest_for_version(version, now);
                 return false;
             }
-            Some(_) => {}
+            Some(_) => self.mismatch_said = None,
         }
         if self.slot.state() != SlotState::Running {
             self.slot.set_state(SlotState::Running);
@@ -225,7 +226,9 @@ impl Worker {
     }
 
     fn rest_for_version(&mut self, version: &str, now: Now) {
-        if self.slot.state() != SlotState::Mismatched {
+        let is_said = |at: Now| now < at + repeat_log_after();
+        if !self.mismatch_said.is_some_and(is_said) {
+            self.mismatch_said = Some(now);
             log(
                 LogLevel::Error,
                 "outbox_relay worker is idle: library and extension have different versions",
@@ -284,7 +287,7 @@ pub(super) fn says_trouble_of_sequence() -> bool {
         SAID.set(None);
         return false;
     };
-    let is_new = |(text, at): &(String, Instant)| *text != trouble || at.elapsed() >= REPEAT_LOG_AFTER;
+    let is_new = |(text, at): &(String, Instant)| *text != trouble || at.elapsed() >= repeat_log_after();
     if SAID.with_borrow(|said| said.as_ref().is_none_or(is_new)) {
         SAID.set(Some((trouble.clone(), Instant::now())));
         log(

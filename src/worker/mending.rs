@@ -2,7 +2,7 @@
 //! stands in its way, delivery goes on.
 
 use crate::server::guc::LogLevel;
-use crate::server::process::REPEAT_LOG_AFTER;
+use crate::server::process::repeat_log_after;
 use crate::server::process::{self, Aborted, log};
 use crate::tables::applied;
 use crate::tables::foreign::{self, Look};
@@ -191,7 +191,7 @@ impl Worker {
     fn say_not_mended(&mut self, error: &Aborted) {
         let now = self.now();
         let said = self.mending.said.as_ref();
-        if said.is_some_and(|(text, at)| *text == error.message && now < *at + REPEAT_LOG_AFTER) {
+        if said.is_some_and(|(text, at)| *text == error.message && now < *at + repeat_log_after()) {
             return;
         }
         log(

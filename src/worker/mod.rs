@@ -33,7 +33,7 @@ mod turns;
 
 use crate::server::database_slot::SlotState;
 use crate::server::guc::{self, LogLevel};
-use crate::server::process::REPEAT_LOG_AFTER;
+use crate::server::process::repeat_log_after;
 use crate::server::process::{self, Aborted, log};
 use crate::server::shmem;
 use crate::tables::rights;
@@ -136,14 +136,14 @@ impl Worker {
             self.slot.mark_awake();
             return;
         }
-        self.show_idle();
+        process::show_idle();
         process::wait(timeout);
     }
 
     fn log_error(&mut self, message: String) {
         let now = self.now();
         let known = self.logged_error.as_ref();
-        if known.is_none_or(|(text, at)| *text != message || now >= *at + REPEAT_LOG_AFTER) {
+        if known.is_none_or(|(text, at)| *text != message || now >= *at + repeat_log_after()) {
             log(
                 LogLevel::Error,
                 &format!("outbox_relay worker: {message}"),
@@ -215,7 +215,9 @@ impl Worker {
                 self.tick_if_due(now);
             }
             match self.load_now(now) {
-                Some(Loaded::Idle) => return Ok(Some(guc::millis(&guc::POLL_INTERVAL_MS))),
+                Some(Loaded::Idle) => {
+                    return Ok(Some(guc::millis(&guc::POLL_INTERVAL_MS).min(repeat_log_after())));
+                }
                 Some(Loaded::Same) => {}
                 Some(Loaded::Changed) => changed = true,
                 None if self.backends.is_empty() => return Ok(self.timeout(false, None)),
@@ -263,6 +265,9 @@ impl Worker {
         };
         let mut failures = Vec::new();
         for backend in self.backends.iter_mut().filter(|b| b.books.records.is_empty()) {
+            if backend.has_claim_step() {
+                process::show_activity(&format!("claiming the streams of {}", backend.name()));
+            }
             if let Err(error) = recovery::step(backend, identity, &newest, now) {
                 // An order to end cancels the step. That is no failure.
                 if process::is_told_to_end() {
@@ -326,12 +331,6 @@ impl Worker {
             .unwrap_or(poll)
             .saturating_sub(now);
         Some(purging.map_or(next, |p| next.min(p)))
-    }
-
-    fn show_idle(&mut self) {
-        if std::mem::take(&mut self.shown_busy) {
-            process::show_activity(None);
-        }
     }
 
     fn save_due(&mut self, now: Now) {

@@ -92,6 +92,7 @@ impl Aged {
             return Ok(None);
         };
         if now >= self.next_look_at {
+            process::show_activity("deleting what is older than its retention");
             let start = Instant::now();
             let deleted = process::transaction(|| delete(retention_us, AGED_ROWS))?;
             let took = start.elapsed();
@@ -238,6 +239,7 @@ impl Purge {
                 true => start.elapsed() >= share.time_then,
                 false => start.elapsed() >= share.time || is_wanted(),
             };
+            process::show_activity(&format!("deleting events of {} after their retention", backend.name()));
             // If this one fails because of a lock, go on with the next.
             self.under_way = Some((index + 1, 0));
             let (deleted, last) = process::transaction(|| piece(number, after, retention_us, PIECE_ROWS, is_over))?;

@@ -392,8 +392,7 @@ impl Worker {
             self.pace.finds(sent);
             if sent > 0 {
                 let activity = format!("sending {sent} events to {}", backend.name());
-                self.shown_busy = true;
-                process::show_activity(Some(&activity));
+                process::show_activity(&activity);
                 process::debug(|| format!("sent {sent} events to backend \"{}\"", backend.name()));
             }
             match reader.found {

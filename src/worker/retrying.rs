@@ -47,6 +47,7 @@ impl Worker {
         if retries.is_empty() {
             return false;
         }
+        process::show_activity(&format!("sending refused events to {} again", backend.name()));
         let task = Task::Retry(backend.whose());
         match care::transaction(|| pass::refused_batch(backend, &retries)) {
             Ok(retried) => {

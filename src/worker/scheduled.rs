@@ -38,6 +38,7 @@ impl Worker {
         if (self.scheduled.is_known && !is_due) || !self.patience.allows(Task::Move, now) {
             return;
         }
+        process::show_activity("moving scheduled events that are due");
         self.look_at_held(now);
         match self.move_due(now) {
             Ok(()) => self.patience.succeeded(Task::Move),

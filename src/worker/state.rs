@@ -101,7 +101,8 @@ pub(super) struct Worker {
     pub(super) turns: Turns,
     pub(super) purge: Purge,
     pub(super) mending: Mending,
-    pub(super) shown_busy: bool,
+    /// When it was logged that versions do not match.
+    pub(super) mismatch_said: Option<Now>,
 }
 
 impl Worker {
@@ -146,7 +147,7 @@ impl Worker {
             turns: Turns::default(),
             purge: Purge::default(),
             mending: Mending::default(),
-            shown_busy: false,
+            mismatch_said: None,
         }
     }
 

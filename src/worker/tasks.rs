@@ -89,6 +89,7 @@ impl Worker {
         if next.is_empty() {
             return;
         }
+        process::show_activity("saving cursors");
         let Err(error) = save(&mut self.backends, |b| next.contains(&b.whose()), now) else {
             self.patience.succeeded(Task::Save);
             next.iter()

@@ -2,7 +2,11 @@
 //! it stands, mends it.
 
 use kit::owners::{WATCHFUL, take_over, wait_fenced, wait_owner};
-use kit::{Postgres, QUICK, Redis, Stack, publish_many, tell, wait_drained, wait_eq, wait_until};
+use kit::{Postgres, QUICK, Redis, Stack, eventually, publish_many, tell, wait_drained, wait_eq, wait_until};
+use std::time::Duration;
+
+/// However a cluster is broken, it is named within this time.
+const NAMED_WITHIN: Duration = Duration::from_secs(10);
 
 /// A row of `outbox.health()`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,14 +44,10 @@ fn check(checks: &[Check], name: &str) -> Check {
 /// Waits until a check is not well and its detail has these words; what it says then.
 #[track_caller]
 fn wait_ill(pg: &Postgres, name: &str, words: &str) -> Check {
-    let mut ill = None;
-    wait_until(&format!("health() to say of {name}: {words}"), || {
+    eventually(&format!("health() to say of {name}: {words}"), NAMED_WITHIN, || {
         let found = check(&health(pg), name);
-        let is_so = found.status != "ok" && found.detail.contains(words);
-        ill = is_so.then_some(found);
-        is_so
-    });
-    ill.expect("it is ill")
+        (found.status != "ok" && found.detail.contains(words)).then_some(found)
+    })
 }
 
 #[track_caller]
@@ -206,6 +206,48 @@ fn a_server_without_a_process_left_is_named() {
     follow(&pg, "postgres", &ill);
     pg.restart();
     wait_well(&pg, "worker");
+}
+
+/// With room for as many databases as half of `max_worker_processes`.
+#[test]
+fn a_server_without_a_slot_left_is_named() {
+    let mut pg = Postgres::builder().faults().stopped();
+    pg.mutation("few_database_slots");
+    pg.start_again();
+    let names: Vec<String> = (0..5).map(|n| format!("tenant{n}")).collect();
+    for name in &names {
+        pg.exec(&format!("create database {name}"));
+        pg.exec_db(name, "create extension outbox_relay");
+    }
+    let worker = |name: &str| check(&health_of(&pg, name, "1 h"), "worker");
+    let without = || {
+        names
+            .iter()
+            .find(|name| worker(name).detail.contains("slots in shared memory"))
+    };
+    let ill = eventually("a database without a slot to be named", NAMED_WITHIN, || {
+        without().map(|name| worker(name))
+    });
+    assert_eq!(ill.status, "fail");
+    follow(&pg, "postgres", &ill);
+    pg.restart();
+    for name in &names {
+        wait_eq(&format!("the worker of {name}"), "ok".to_string(), || {
+            check(&health_of(&pg, name, "1 h"), "worker").status
+        });
+    }
+}
+
+#[test]
+fn whether_the_lag_grows_is_said() {
+    let stack = quick();
+    stack.pg.exec("update outbox.backends set enabled = false");
+    let publish = || publish_many(&mut stack.pg.client(), "default", "", "event", 3);
+    publish();
+    wait_ill(&stack.pg, "backend default", "3 events wait");
+    wait_ill(&stack.pg, "backend default", "The lag does not grow: as many waited");
+    publish();
+    wait_ill(&stack.pg, "backend default", "The lag grows: 3 more wait than");
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! The extension comes and goes, and so does its worker: without a restart, and without standing in anybody's way.
 
 use kit::{
-    BlackHole, Ledger, Load, Postgres, Redis, Refused, Stack, env, ids, process, promptly, publish_many, types,
+    BlackHole, Ledger, Load, Postgres, QUICK, Redis, Refused, Stack, env, ids, process, promptly, publish_many, types,
     wait_drained, wait_eq, wait_until,
 };
 
@@ -235,6 +235,64 @@ fn another_version_idles_the_worker_until_it_is_set_right() {
     assert_eq!(stack.pg.worker_pid("postgres"), Some(idle));
     let said = stack.pg.log().matches("different versions").count();
     assert_eq!(said, 1, "it said so {said} times");
+}
+
+/// With minutes of a second.
+#[test]
+fn why_there_is_no_worker_is_logged_each_minute() {
+    let mut pg = Postgres::with(QUICK).faults().stopped();
+    pg.mutation("short_minutes");
+    pg.start_again();
+    pg.extension();
+    pg.wait_worker("postgres");
+    let said_thrice = |words: &str| {
+        wait_until(&format!("the log to say thrice: {words}"), || {
+            pg.log().matches(words).count() >= 3
+        });
+    };
+    for (setting, value, words) in [
+        (
+            "outbox_relay.enabled",
+            "off",
+            "no database has a worker of outbox_relay: outbox_relay.enabled is off",
+        ),
+        (
+            "outbox_relay.databases",
+            "other",
+            "no worker of outbox_relay in \"postgres\": outbox_relay.databases leaves it out",
+        ),
+    ] {
+        pg.set(setting, value);
+        said_thrice(words);
+        pg.exec(&format!("alter system reset {setting}"));
+        pg.exec("select pg_reload_conf()");
+        pg.wait_worker("postgres");
+    }
+    pg.exec("update pg_extension set extversion = '0.0.9' where extname = 'outbox_relay'");
+    pg.exec("select pg_terminate_backend(pid) from pg_stat_activity where backend_type = 'outbox_relay worker'");
+    said_thrice("outbox_relay worker is idle: library and extension have different versions");
+}
+
+/// While it is done, and not for longer.
+#[test]
+fn pg_stat_activity_says_what_the_worker_is_doing() {
+    let stack = Stack::of(Postgres::with(QUICK), Redis::start());
+    stack.publish("one");
+    wait_drained(&stack.pg, "default");
+    let shown = || {
+        stack.pg.one::<String>(
+            "select concat(state, ': ', query) from pg_stat_activity where backend_type = 'outbox_relay worker'",
+        )
+    };
+    wait_eq("what is shown", "idle: ".to_string(), shown);
+    let mut locker = stack.pg.client();
+    locker
+        .batch_execute("begin; lock table outbox.cursors in share mode")
+        .expect("a lock");
+    stack.publish("two");
+    wait_eq("what is shown", "active: saving cursors".to_string(), shown);
+    locker.batch_execute("rollback").expect("it ends");
+    wait_eq("what is shown", "idle: ".to_string(), shown);
 }
 
 #[test]

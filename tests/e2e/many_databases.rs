@@ -191,7 +191,7 @@ fn a_slot_is_free_again_when_its_database_has_gone() {
     let kept = names("kept", 5);
     with_extension(&pg, &kept);
     wait_eq("workers", 4, || served(&pg));
-    wait_state(&pg, "kept4", "waiting for a background worker process");
+    wait_state(&pg, "kept4", "no slot in shared memory");
     pg.wait_log("too many databases for outbox_relay");
     pg.wait_log("No worker could be started for \"kept4\".");
     pg.exec("drop database kept0");

@@ -1,7 +1,7 @@
 //! A backend's way to its Redis: where that is, and the sender that goes there.
 
 use crate::server::guc;
-use crate::server::process::REPEAT_LOG_AFTER;
+use crate::server::process::repeat_log_after;
 use crate::server::random;
 use crate::tables::options::{Known, Unusable};
 use crate::worker::permits::SenderPermit;
@@ -198,7 +198,7 @@ impl Connection {
     /// That was logged, and is logged again later.
     pub(crate) fn is_slow(&mut self, now: Now) {
         if let Sender::Connecting { slow_at, .. } = &mut self.sender {
-            *slow_at = now + REPEAT_LOG_AFTER;
+            *slow_at = now + repeat_log_after();
         }
     }
 

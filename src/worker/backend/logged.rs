@@ -1,6 +1,6 @@
 //! What was logged of a backend, so that nothing is said twice.
 
-use crate::server::process::REPEAT_LOG_AFTER;
+use crate::server::process::repeat_log_after;
 use relay::delivery::State;
 use relay::time::Now;
 use std::time::Duration;
@@ -39,7 +39,7 @@ impl Logged {
         if self.state != Some(state) {
             return false;
         }
-        self.troubles.retain(|(_, at)| now < *at + REPEAT_LOG_AFTER);
+        self.troubles.retain(|(_, at)| now < *at + repeat_log_after());
         let repeats = self.troubles.len() >= LOGGED_TROUBLES || self.troubles.iter().any(|(m, _)| m == trouble);
         state == State::Idle || repeats
     }

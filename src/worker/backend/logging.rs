@@ -2,8 +2,8 @@
 //! a line for each event.
 
 use crate::server::guc::LogLevel;
-use crate::server::process::REPEAT_LOG_AFTER;
 use crate::server::process::log;
+use crate::server::process::repeat_log_after;
 use crate::worker::backend::Backend;
 use crate::worker::backend::connection::Connection;
 use relay::delivery::State;
@@ -68,7 +68,7 @@ impl Backend {
         let stop = if text.ends_with(['.', '?', '!']) { "" } else { "." };
         let detail = format!("{detail}{stop}");
         let hint = failure.hint().unwrap_or("Events wait until it works again.");
-        if !self.was_said(&detail, REPEAT_LOG_AFTER, now) {
+        if !self.was_said(&detail, repeat_log_after(), now) {
             let message = format!("backend \"{}\" {what}", self.name());
             log(level, &message, Some(&detail), Some(hint));
         }
@@ -88,7 +88,7 @@ impl Backend {
                 Some("With tls_insecure, the server's certificate is not verified."),
                 Some("Set tls_insecure to false, and tls_ca_file if the certificate is of an authority of your own."),
             );
-        } else if !self.was_said(&message, REPEAT_LOG_AFTER, now) {
+        } else if !self.was_said(&message, repeat_log_after(), now) {
             log(LogLevel::Info, &message, None, None);
         }
         true
