@@ -8,6 +8,7 @@
 //! - [`nemesis`] carries out the plan, by [`postgres_faults`], [`redis_faults`], [`settings_faults`]
 //! - [`acts`] what people do to a server in ordinary weeks: [`dba`] does [`dba_acts`] beside everything else,
 //!   [`copies`] come alone
+//! - [`end_to_end`] the other scenario: from one Postgres to another, with consumers in between
 //! - [`verdict`] compares the ledger with the streams; [`run`] one seed from start to verdict
 //!
 //! A seed repeats the schedule, not the timing of the processes. `scripts/chaos` prepares what this needs.
@@ -16,6 +17,7 @@ mod acts;
 mod copies;
 mod dba;
 mod dba_acts;
+mod end_to_end;
 mod hasty;
 mod load;
 mod nemesis;
@@ -35,7 +37,13 @@ use std::time::Instant;
 use options::{Options, USAGE};
 
 fn main() -> ExitCode {
-    let options = match Options::parse(std::env::args().skip(1)) {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    if let Some((first, rest)) = words.split_first()
+        && first == end_to_end::consumer::WORD
+    {
+        end_to_end::consumer::main(rest);
+    }
+    let options = match Options::parse(words.into_iter()) {
         Ok(options) => options,
         Err(error) => {
             eprintln!("chaos: {error}\n{USAGE}");
@@ -54,7 +62,11 @@ fn main() -> ExitCode {
             break;
         }
         let seed = options.seed + turn;
-        if !run::run(seed, options.time, &options) {
+        let clean = match options.end_to_end {
+            true => end_to_end::run(seed, &options),
+            false => run::run(seed, options.time, &options),
+        };
+        if !clean {
             violated.push(seed.to_string());
         }
     }

@@ -20,6 +20,8 @@ usage: chaos [OPTION]...
   --mutation NAME   break a promise of the relay (see relay/src/fault.rs); the run should fail
   --shipped         the library as it is shipped, without crash points
   --at-least-once   delivery = 'at_least_once': repeats are no violation, and Redis loses nothing
+  --end-to-end      the other scenario: from a transaction of one Postgres to one of another, by consumers with an inbox
+  --careless        of that scenario: consumers that do not ask the inbox; the run should fail
   --keep DIR        leave logs, streams and ledger there
   --plan            print the schedule, and do nothing
   --quiet           print faults only when something was violated";
@@ -34,6 +36,8 @@ pub(crate) struct Options {
     pub mutation: Option<String>,
     pub faults: bool,
     pub at_least_once: bool,
+    pub end_to_end: bool,
+    pub careless: bool,
     pub keep: Option<PathBuf>,
     pub plan_only: bool,
     pub quiet: bool,
@@ -52,6 +56,8 @@ impl Options {
             mutation: None,
             faults: kit::env::has_faults(),
             at_least_once: false,
+            end_to_end: false,
+            careless: false,
             keep: None,
             plan_only: false,
             quiet: false,
@@ -68,6 +74,8 @@ impl Options {
                 "--mutation" => options.mutation = Some(value()?.parse::<Mutation>()?.name().to_owned()),
                 "--shipped" => options.faults = false,
                 "--at-least-once" => options.at_least_once = true,
+                "--end-to-end" => options.end_to_end = true,
+                "--careless" => options.careless = true,
                 "--keep" => options.keep = Some(value()?.into()),
                 "--plan" => options.plan_only = true,
                 "--quiet" => options.quiet = true,

@@ -21,6 +21,7 @@ mod database_statements;
 mod documents;
 mod dump;
 mod encodings;
+mod end_to_end;
 mod errors_untouched;
 mod event_status;
 mod exactly_once;
