@@ -46,7 +46,10 @@ pub(super) fn prepared(request: &Request<'_>, relations: &Relations) -> NewRow {
     };
     set(attribute::SEQ, pg_sys::Datum::from(seq));
     set(attribute::XID, pg_sys::Datum::from(xid));
-    set(attribute::CREATED_AT, pg_sys::Datum::from(now));
+    set(
+        attribute::CREATED_AT,
+        pg_sys::Datum::from(request.created_at.unwrap_or(now)),
+    );
     set(attribute::EVENT_ID, uuid_datum(&event_id));
     set(attribute::BACKEND_NUMBER, pg_sys::Datum::from(checked.backend_number));
     set(attribute::BACKEND, text_datum(&to_server(&checked.backend)));

@@ -1,12 +1,13 @@
 //! `outbox.publish_event`, in two signatures. The documented one takes what its argument list says. The other takes
 //! what a driver has typed otherwise: `json` or `text` for JSON, any number for max_retries, `text` for event_id. Those
 //! arguments are of type `outbox.any_value`, which is read by what is written there, or `outbox.any_number`. Where a
-//! call fits both, Postgres decides for the documented one.
+//! call fits both, Postgres decides for the documented one. `outbox.refusal` says beforehand what it would refuse.
 
 use crate::publish::appending::{Tables, prepared};
 use crate::publish::json;
-use crate::publish::request::{Request, attempts, event_id};
-use crate::server::datum::bytes_of;
+use crate::publish::request::{Request, attempts, check, event_id};
+use crate::server::datum::{bytes_of, text_datum};
+use crate::server::encoding::words_to_server;
 use crate::server::error::expect_arguments;
 use crate::server::report;
 use crate::tables::catalog;
@@ -35,6 +36,28 @@ crate::sql_function!(publish_event_of_any_types, pg_finfo_publish_event_of_any_t
 extern "C-unwind" fn publish_event_of_any_types(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
     // SAFETY: as publish_event.
     unsafe { publish(fcinfo, request_of_any_call) }
+}
+
+crate::sql_function!(refusal, pg_finfo_refusal);
+
+/// `outbox.refusal(...)`: why the documented `publish_event` would refuse these arguments, but for an id that is used
+/// already.
+// No pg_guard: as publish_event.
+#[unsafe(no_mangle)]
+extern "C-unwind" fn refusal(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    report::guard(|| {
+        expect_arguments(fcinfo, ARGUMENTS);
+        // SAFETY: called by Postgres, with the arguments of the SQL declaration; there are so many.
+        let refused = unsafe {
+            let request = request_of_call((*fcinfo).args.as_slice(ARGUMENTS));
+            check(&request.without_empty()).err()
+        };
+        // SAFETY: called by Postgres.
+        unsafe { (*fcinfo).isnull = refused.is_none() };
+        refused.map_or(pg_sys::Datum::from(0), |error| {
+            text_datum(&words_to_server(&error.in_one_line()))
+        })
+    })
 }
 
 type Arguments = [pg_sys::NullableDatum];

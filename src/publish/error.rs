@@ -129,6 +129,11 @@ impl PublishError {
         }
     }
 
+    /// What is wrong and why, without the hint.
+    pub(super) fn in_one_line(&self) -> String {
+        format!("{self}. {}", self.detail())
+    }
+
     /// Raises it as an ERROR.
     pub(super) fn raise(self) -> ! {
         raise(

@@ -4,6 +4,7 @@
 //! - [`call`] `publish_event`, in both signatures
 //! - [`array`] `publish_events`
 //! - [`trigger`] plain INSERT and COPY
+//! - [`bridge`] rows of outbox tables of another make
 //! - [`request`] what a publisher asks for, and all refusals; [`error`] their words
 //! - [`json`] JSON, however it is typed
 //! - [`doubts`] what is accepted with a WARNING
@@ -18,6 +19,7 @@
 
 mod appending;
 mod array;
+mod bridge;
 mod call;
 mod doubts;
 mod error;

@@ -32,6 +32,8 @@ pub(super) struct Request<'a> {
     pub stream: Option<Cow<'a, [u8]>>,
     pub data_schema: Option<Cow<'a, [u8]>>,
     pub event_id: Option<[u8; 16]>,
+    /// When another outbox took it in; otherwise now.
+    pub created_at: Option<i64>,
 }
 
 impl Request<'_> {

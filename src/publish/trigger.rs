@@ -154,6 +154,7 @@ fn request_of(row: &Row) -> Request<'_> {
         stream: text(attribute::STREAM),
         data_schema: text(attribute::DATA_SCHEMA),
         event_id: row.uuid(attribute::EVENT_ID),
+        created_at: None,
     }
 }
 

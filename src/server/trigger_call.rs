@@ -8,12 +8,14 @@ use pgrx::{PgSqlErrorCode, pg_sys};
 #[derive(Clone, Copy)]
 pub(crate) enum When {
     BeforeInsertOfRow,
+    /// Before or after it.
+    InsertOfRow,
     BeforeRow,
     AfterStatement,
 }
 
 /// What a trigger function of ours was called with, if it was called as it is meant to be: by a trigger of this kind,
-/// on one of these tables. Otherwise an ERROR: a row of another table has other columns, and a statement has none.
+/// on one of these tables, or on any if there are none. Otherwise an ERROR: a row of another table has other columns, and a statement has none.
 ///
 /// # Safety
 /// Called by Postgres.
@@ -49,6 +51,12 @@ pub(crate) unsafe fn expect_trigger<'a>(
                     refuse("a trigger before insert, for each row");
                 }
             }
+            When::InsertOfRow => {
+                let is_insert = data.tg_event & pg_sys::TRIGGER_EVENT_OPMASK == pg_sys::TRIGGER_EVENT_INSERT;
+                if !is_insert || !is_of_row {
+                    refuse("a trigger of insert, for each row");
+                }
+            }
             When::BeforeRow => {
                 if !is_of_row || timing != pg_sys::TRIGGER_EVENT_BEFORE {
                     refuse("a trigger before each row");
@@ -60,7 +68,7 @@ pub(crate) unsafe fn expect_trigger<'a>(
                 }
             }
         }
-        if !tables.contains(&(*data.tg_relation).rd_id) {
+        if !tables.is_empty() && !tables.contains(&(*data.tg_relation).rd_id) {
             refuse("the trigger of its own tables");
         }
         data

@@ -59,6 +59,8 @@ mod metrics;
 mod missing_guard;
 mod missing_objects;
 mod misused_functions;
+mod moving_debezium;
+mod moving_in;
 mod numbers;
 mod order;
 mod outage;

@@ -89,7 +89,7 @@ impl Page {
                 let text = text.unwrap_or_default();
                 match known {
                     Some(KnownField::EventId) => self.event_id = self.event_id.or_else(|| text.try_into().ok()),
-                    Some(KnownField::Time) => self.time = self.time.or_else(|| text.try_into().ok()),
+                    Some(KnownField::Time) => self.time = self.time.or_else(|| timestamp_of(text)),
                     None => {}
                 }
                 match left - 1 {
@@ -110,6 +110,16 @@ impl Page {
             id: std::mem::take(&mut self.id),
             name: event_id.zip(time),
         })
+    }
+}
+
+/// A timestamp in the form that we write. Others, such as django-broadcaster, leave the microseconds of a whole second
+/// out.
+fn timestamp_of(text: &[u8]) -> Option<[u8; 32]> {
+    const SECONDS: usize = "2026-01-31T23:59:59".len();
+    match text.split_at_checked(SECONDS) {
+        Some((seconds, b"+00:00")) => [seconds, b".000000", b"+00:00"].concat().try_into().ok(),
+        _ => text.try_into().ok(),
     }
 }
 

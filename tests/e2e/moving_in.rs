@@ -1,0 +1,549 @@
+//! Moving in from django-broadcaster: `outbox.import_django_broadcaster()` and the bridge. Its table is made as the
+//! package makes it; `make test-moving` does the same with the package itself.
+
+use kit::{Entry, Refused, Stack, ids, types, wait_drained, wait_eq};
+use postgres::Client;
+use uuid::Uuid;
+
+const TABLE: &str = include_str!("../django_broadcaster/schema.sql");
+
+/// What the package's model fills in by itself.
+const MODEL: &str = "alter table outbox_events
+    alter id set default gen_random_uuid(), alter spec_version set default '1.0', alter event_type set default 't', alter source set default 's',
+    alter subject set default '', alter data_content_type set default 'application/json', alter data_schema set default '',
+    alter status set default 'pending', alter created_at set default clock_timestamp(), alter updated_at set default clock_timestamp(),
+    alter scheduled_at set default now(), alter retry_count set default 0, alter max_retries set default 3, alter last_error set default '',
+    alter publisher_backend set default '', alter publisher_config set default '{}'";
+
+fn with_old_table() -> Stack {
+    let stack = Stack::start();
+    stack.pg.exec(TABLE);
+    stack.pg.exec(MODEL);
+    stack
+}
+
+/// Rows of every kind, in the order of their times; the ids end with their numbers.
+const ROWS: &str = "
+insert into outbox_events (id, event_type, status, created_at, retry_count, last_error, scheduled_at, data, publisher_backend, publisher_config, data_content_type, max_retries)
+values
+    ('00000000-0000-4000-8000-000000000001', 'sent', 'published', now() - interval '9 h', 0, '', now() - interval '9 h', null, '', '{}', 'application/json', 3),
+    ('00000000-0000-4000-8000-000000000002', 'waits', 'pending', now() - interval '8 h', 0, '', now() - interval '8 h', '{\"n\": 1}', '', '{\"tenant\": \"a\"}', 'application/json', 5),
+    ('00000000-0000-4000-8000-000000000003', 'tried', 'retry', now() - interval '7 h', 2, 'Timeout reading from socket', now() + interval '4 min', 'null', 'default', '{}', 'application/json', 3),
+    ('00000000-0000-4000-8000-000000000004', 'in.hand', 'processing', now() - interval '6 h', 0, '', now() - interval '6 h', null, '', '{}', 'application/json', 3),
+    ('00000000-0000-4000-8000-000000000005', 'gave.up', 'failed', now() - interval '5 h', 3, 'Error 111 connecting', now() - interval '5 h', null, '', '{}', 'application/json', 3),
+    ('00000000-0000-4000-8000-000000000006', 'later', 'pending', now() - interval '4 h', 0, '', now() + interval '1 h', null, '', '{}', 'application/json', 3),
+    ('00000000-0000-4000-8000-000000000007', 'elsewhere', 'pending', now() - interval '3 h', 0, '', now() - interval '3 h', null, 'none', '{}', 'application/json', 3),
+    ('00000000-0000-4000-8000-000000000008', 'xml', 'pending', now() - interval '2 h', 0, '', now() - interval '2 h', null, '', '{}', 'text/xml', 3),
+    ('00000000-0000-4000-8000-000000000009', 'nested', 'pending', now() - interval '1 h', 0, '', now() - interval '1 h', null, '', '{\"a\": {}}', 'application/json', 5000);";
+
+fn id(number: u32) -> Uuid {
+    format!("00000000-0000-4000-8000-{number:012}").parse().expect("an id")
+}
+
+/// What an import says of each row: the last digit of its id, and what becomes of it.
+fn import(client: &mut Client, arguments: &str) -> Vec<String> {
+    let sql = format!(
+        "select right(event_id::text, 1) || ' ' || becomes from outbox.import_django_broadcaster('outbox_events'{arguments})"
+    );
+    let rows = client.query(&sql, &[]).unwrap_or_else(|error| panic!("{error:?}"));
+    rows.iter().map(|row| row.get(0)).collect()
+}
+
+const FIRST_TIME: [&str; 9] = [
+    "1 published",
+    "2 pending",
+    "3 pending",
+    "4 ambiguous",
+    "5 failed",
+    "6 scheduled",
+    "7 refused",
+    "8 refused",
+    "9 refused",
+];
+
+fn states(stack: &Stack) -> String {
+    stack
+        .pg
+        .one("select string_agg(right(id::text, 1) || ' ' || status || ' ' || last_error, E'\\n' order by id) from outbox_events")
+}
+
+#[test]
+fn a_dry_run_says_what_the_import_then_does() {
+    let stack = with_old_table();
+    stack.pg.exec(ROWS);
+    let mut client = stack.pg.client();
+    let before = states(&stack);
+    for dry in ["", ", true", ", dry_run => null"] {
+        assert_eq!(import(&mut client, dry), FIRST_TIME);
+    }
+    assert_eq!(states(&stack), before);
+    let whys: Vec<String> = client
+        .query("select why from outbox.import_django_broadcaster('outbox_events')", &[])
+        .expect("it tells")
+        .iter()
+        .map(|row| row.get(0))
+        .collect();
+    for (why, words) in whys.iter().zip([
+        "The old worker has sent it.",
+        "It has not been sent.",
+        "Attempt 2 of 3 failed: Timeout reading from socket. In case Redis has taken it all the same, it is looked for in its stream first.",
+        "The old worker has it in hand, or died with it: it may be in its stream. Stop that worker, then import with ambiguous => 'look'.",
+        "It failed after 3 attempts: Error 111 connecting. It is kept in outbox.failed_events; outbox.retry_failed() sends it.",
+        "It is not due yet.",
+        "backend \"none\" does not exist. Backends are the rows of outbox.backends.",
+        "Entries say specversion 1.0 and datacontenttype application/json. This one has 1.0 and text/xml.",
+        "publisher_config",
+    ]) {
+        assert!(why.starts_with(words), "{why}");
+    }
+
+    assert_eq!(import(&mut client, ", false"), FIRST_TIME);
+    let entries = stack.wait_events(2);
+    assert_eq!(ids(&entries), [id(2), id(3)]);
+    assert_eq!(entries[0].field("tenant"), "a");
+    assert!(entries[0].field("cloud_event").contains(r#""data": {"n": 1}"#));
+    assert!(!entries[1].field("cloud_event").contains("\"data\""));
+    let created: String = stack.pg.one(
+        "select to_char(created_at at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"+00:00\"') from outbox_events where right(id::text, 1) = '2'",
+    );
+    assert_eq!(entries[0].field("timestamp"), created);
+    let kept: String = stack.pg.one(
+        "select concat_ws(' ', f.event_id = o.id, f.created_at = o.created_at, attempts, f.last_error, f.max_retries)
+        from outbox.failed_events f, outbox_events o where o.event_type = 'gave.up'",
+    );
+    assert_eq!(kept, "t t 3 Error 111 connecting 3");
+    let scheduled: bool = stack.pg.one(
+        "select s.event_id = o.id and s.created_at = o.created_at and s.scheduled_at = o.scheduled_at
+        from outbox.scheduled_events s, outbox_events o where o.event_type = 'later'",
+    );
+    assert!(scheduled);
+    // What is left of the attempts.
+    let attempts: String = stack
+        .pg
+        .one("select string_agg(max_retries::text, ' ' order by event_id) from outbox.events");
+    assert_eq!(attempts, "5 1");
+}
+
+#[test]
+fn a_second_import_moves_nothing_twice() {
+    let stack = with_old_table();
+    stack.pg.exec(ROWS);
+    let mut client = stack.pg.client();
+    client
+        .batch_execute("begin; select count(*) from outbox.import_django_broadcaster('outbox_events', false); rollback")
+        .expect("it can be taken back");
+    assert_eq!(import(&mut client, ", false"), FIRST_TIME);
+    let again = [
+        "1 published",
+        "2 moved",
+        "3 moved",
+        "4 ambiguous",
+        "5 moved",
+        "6 moved",
+        "7 refused",
+        "8 refused",
+        "9 refused",
+    ];
+    assert_eq!(import(&mut client, ""), again);
+    assert_eq!(import(&mut client, ", false"), again);
+    // Also if somebody has put a row back whose event is here; and it is marked anew.
+    client
+        .batch_execute("update outbox_events set status = 'pending', last_error = '' where event_type in ('waits', 'later', 'gave.up')")
+        .expect("a plain update");
+    assert_eq!(import(&mut client, ", false"), again);
+    assert!(!states(&stack).contains("2 pending") && !states(&stack).contains("6 pending"));
+    assert_eq!(ids(&stack.wait_events(2)), [id(2), id(3)]);
+    // What was mended is moved then.
+    client
+        .batch_execute("update outbox_events set publisher_backend = '', data_content_type = 'application/json', publisher_config = '{}'")
+        .expect("a plain update");
+    assert_eq!(
+        import(&mut client, ", false")[6..],
+        ["7 pending", "8 pending", "9 pending"]
+    );
+    assert_eq!(ids(&stack.wait_events(5)), [id(2), id(3), id(7), id(8), id(9)]);
+    assert_eq!(
+        stack
+            .pg
+            .one::<i32>("select max_retries from outbox.events where event_type = 'nested'"),
+        1_000
+    );
+}
+
+/// As the old worker writes it: Python leaves the microseconds of a whole second out.
+fn old_entry(stack: &Stack, number: u32) {
+    let id = id(number).to_string();
+    let time: String = stack.pg.one(&format!(
+        "select to_char(created_at at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"+00:00\"') from outbox_events where id = '{id}'"
+    ));
+    let fields = [
+        "event_id",
+        &id,
+        "event_type",
+        "t",
+        "source",
+        "s",
+        "timestamp",
+        &time,
+        "cloud_event",
+        "{}",
+    ];
+    stack
+        .redis
+        .call(&[&["XADD", "events", "*"], fields.as_slice()].concat());
+}
+
+/// The old worker died after it had sent one, and before it had sent the other; and Redis took one of two that it gave
+/// up waiting for.
+#[test]
+fn what_may_be_in_its_stream_is_looked_for_there() {
+    let stack = with_old_table();
+    let insert = |number: u32, status: &str, error: &str| {
+        stack.pg.exec(&format!(
+            "insert into outbox_events (id, status, last_error, retry_count) values ('{}', '{status}', '{error}', {})",
+            id(number),
+            i32::from(status == "retry")
+        ));
+    };
+    for (number, status, error) in [
+        (1, "processing", ""),
+        (2, "processing", ""),
+        (3, "retry", "Timeout reading from socket"),
+        (4, "retry", "Timeout reading from socket"),
+        (5, "pending", ""),
+    ] {
+        insert(number, status, error);
+    }
+    // One of the two has a whole second.
+    stack.pg.exec(
+        "update outbox_events set created_at = date_trunc('second', now()) + right(id::text, 1)::integer * interval '1 s'
+            + case when right(id::text, 1) = '1' then interval '0.25 s' else '0' end",
+    );
+    old_entry(&stack, 1);
+    old_entry(&stack, 3);
+    let mut client = stack.pg.client();
+    assert_eq!(
+        import(&mut client, ", false"),
+        ["1 ambiguous", "2 ambiguous", "3 pending", "4 pending", "5 pending"]
+    );
+    assert_eq!(ids(&stack.wait_events(4)), [id(1), id(3), id(4), id(5)]);
+    wait_drained(&stack.pg, "default");
+    assert_eq!(
+        import(&mut client, ", false, 'look'"),
+        ["1 pending", "2 pending", "3 moved", "4 moved", "5 moved"]
+    );
+    wait_drained(&stack.pg, "default");
+    assert_eq!(ids(&stack.wait_events(5)), [id(1), id(3), id(4), id(5), id(2)]);
+
+    // A backend that looks for nothing, and one who does not mind.
+    stack.pg.exec("update outbox.backends set delivery = 'at_least_once'");
+    insert(6, "processing", "");
+    stack.pg.exec(
+        "update outbox_events set created_at = now() + interval '1 h' where status = 'processing' and last_error = ''",
+    );
+    old_entry(&stack, 6);
+    assert_eq!(import(&mut client, ", false, 'look'")[5..], ["6 ambiguous"]);
+    assert_eq!(import(&mut client, ", false, ambiguous => 'send'")[5..], ["6 pending"]);
+    assert_eq!(ids(&stack.wait_events(7))[5..], [id(6), id(6)]);
+}
+
+#[test]
+fn who_may_import_and_from_where() {
+    let stack = with_old_table();
+    stack.pg.exec("create role app login; grant all on outbox_events to app; alter table outbox_events owner to app; create view seen as table outbox_events; create table other (id uuid)");
+    let mut client = stack.pg.client();
+    let mut app = stack.pg.client_as("app", "postgres");
+    let refused = |client: &mut Client, call: &str| {
+        let said = Refused::of(client.simple_query(&format!("select * from outbox.{call}")));
+        (said.code, said.message)
+    };
+    let error = |code: &str, message: &str| (code.to_owned(), message.to_owned());
+    for function in [
+        "import_django_broadcaster",
+        "bridge_django_broadcaster",
+        "import_debezium",
+        "bridge_debezium",
+        "end_bridge",
+    ] {
+        let (code, message) = refused(&mut app, &format!("{function}('outbox_events')"));
+        assert_eq!(
+            (code.as_str(), message.as_str()),
+            ("42501", "permission denied for schema outbox"),
+            "{function}"
+        );
+        assert_eq!(
+            refused(&mut client, &format!("{function}(null)")),
+            error("22004", "source must not be null")
+        );
+        assert_eq!(
+            refused(&mut client, &format!("{function}('seen')")),
+            error("42809", "public.seen is not a table")
+        );
+    }
+    stack
+        .pg
+        .exec("grant usage on schema outbox to app; grant execute on all functions in schema outbox to app");
+    for function in [
+        "import_django_broadcaster",
+        "bridge_django_broadcaster",
+        "import_debezium",
+        "bridge_debezium",
+        "end_bridge",
+    ] {
+        assert_eq!(
+            refused(&mut app, &format!("{function}('outbox_events')")),
+            error("42501", "only a superuser may move events in"),
+            "{function}"
+        );
+    }
+    let said = Refused::of(client.simple_query("select outbox.import_django_broadcaster('other')"));
+    assert_eq!(said.code, "42703");
+    assert_eq!(said.message, "public.other is not an outbox of the expected kind");
+    assert!(
+        said.detail
+            .expect("a detail")
+            .starts_with("It lacks these columns: spec_version, event_type")
+    );
+    assert_eq!(
+        refused(
+            &mut client,
+            "import_django_broadcaster('outbox_events', ambiguous => 'guess')"
+        ),
+        error("22023", "ambiguous must be leave, look or send")
+    );
+    assert_eq!(
+        refused(&mut client, "end_bridge('outbox_events')"),
+        error("42704", "public.outbox_events has no bridge")
+    );
+}
+
+/// What the table's owner has put on it does not run with the rights of the superuser who imports.
+#[test]
+fn triggers_of_the_old_table_do_not_fire_in_an_import() {
+    let stack = with_old_table();
+    stack.pg.exec(ROWS);
+    stack.pg.exec(
+        "create function fires() returns trigger language plpgsql as 'begin raise exception ''it fires''; end';
+        create trigger fires before update on outbox_events for each row execute function fires()",
+    );
+    assert_eq!(import(&mut stack.pg.client(), ", false"), FIRST_TIME);
+    stack.wait_events(2);
+}
+
+// --- The bridge
+
+/// With a bridge, and the application's role, which has no rights but those on its table.
+fn bridged() -> (Stack, Client) {
+    let stack = with_old_table();
+    stack.pg.exec("create role app login; grant all on outbox_events to app; select outbox.bridge_django_broadcaster('outbox_events')");
+    let app = stack.pg.client_as("app", "postgres");
+    (stack, app)
+}
+
+fn run(client: &mut Client, sql: &str) {
+    client
+        .batch_execute(sql)
+        .unwrap_or_else(|error| panic!("{sql}: {error:?}"));
+}
+
+#[test]
+fn a_new_row_of_the_old_table_becomes_an_event_in_its_transaction() {
+    let (stack, mut app) = bridged();
+    run(
+        &mut app,
+        "begin; insert into outbox_events (event_type) values ('taken.back'); rollback",
+    );
+    run(
+        &mut app,
+        "begin;
+        insert into outbox_events (event_type) values ('first');
+        savepoint s; insert into outbox_events (event_type) values ('not'); rollback to s;
+        insert into outbox_events (event_type, status) values ('done', 'published');
+        insert into outbox_events (id, event_type, source, subject, data, data_schema, publisher_config, max_retries)
+            values ('00000000-0000-4000-8000-000000000001', 'whole', 'src', 'sub', '{\"n\": [1, null]}', 'https://x/y', '{\"k\": 1}', 7);
+        insert into outbox_events (event_type, data, max_retries) select 'many.' || i, 'null', 100000 from generate_series(1, 3) i;
+        commit",
+    );
+    let entries = stack.wait_events(5);
+    assert_eq!(types(&entries), ["first", "whole", "many.1", "many.2", "many.3"]);
+    let whole: &Entry = &entries[1];
+    assert_eq!(whole.field("event_id"), id(1).to_string());
+    assert_eq!(whole.field("k"), "1");
+    for part in [
+        r#""subject": "sub""#,
+        r#""dataschema": "https://x/y""#,
+        r#""data": {"n": [1, null]}"#,
+    ] {
+        assert!(whole.field("cloud_event").contains(part), "{part}");
+    }
+    let same: bool = stack.pg.one(
+        "select count(*) = 5 and bool_and(o.created_at = e.created_at and o.status = 'processing' and o.last_error like 'moved to outbox_relay at %')
+        from outbox_events o join outbox.events e on e.event_id = o.id",
+    );
+    assert!(same);
+    let most: i32 = stack.pg.one("select max(max_retries) from outbox.events");
+    assert_eq!(most, 1_000);
+    // The import leaves them, and the row that was there before the bridge is its own.
+    assert!(
+        import(&mut stack.pg.client(), ", false")
+            .iter()
+            .all(|row| !row.contains("pending"))
+    );
+    // No entry of its own: it was sent by somebody.
+    assert_eq!(stack.events().len(), 5);
+}
+
+/// An object that the application has in memory says 'pending', and so does the admin's "retry".
+#[test]
+fn a_moved_row_stays_marked() {
+    let (stack, mut app) = bridged();
+    run(&mut app, "insert into outbox_events (event_type) values ('once')");
+    run(
+        &mut app,
+        "update outbox_events set status = 'pending', last_error = '', subject = 'changed'",
+    );
+    let row: String = stack
+        .pg
+        .one("select status || ' ' || subject || ' ' || (last_error like 'moved%') from outbox_events");
+    assert_eq!(row, "processing changed true");
+    assert_eq!(stack.wait_events(1).len(), 1);
+}
+
+#[test]
+fn deleting_a_scheduled_row_takes_its_event_back_and_a_new_time_moves_it() {
+    let (stack, mut app) = bridged();
+    run(
+        &mut app,
+        "insert into outbox_events (event_type, scheduled_at) values
+            ('cancelled', now() + interval '1 h'), ('sooner', now() + interval '1 h'), ('later', now() + interval '2 h')",
+    );
+    assert_eq!(stack.pg.one::<i64>("select count(*) from outbox.scheduled_events"), 3);
+    run(&mut app, "delete from outbox_events where event_type = 'cancelled'");
+    run(
+        &mut app,
+        "update outbox_events set scheduled_at = now() where event_type = 'sooner'",
+    );
+    run(
+        &mut app,
+        "update outbox_events set scheduled_at = scheduled_at + interval '1 h' where event_type = 'later'",
+    );
+    assert_eq!(types(&stack.wait_events(1)), ["sooner"]);
+    let left: String = stack.pg.one(
+        "select string_agg(s.event_type || ' ' || (s.scheduled_at = o.scheduled_at), ', ') from outbox.scheduled_events s join outbox_events o on o.id = s.event_id",
+    );
+    assert_eq!(left, "later true");
+}
+
+#[test]
+fn no_row_becomes_an_event_twice() {
+    let (stack, mut app) = bridged();
+    let insert = format!(
+        "insert into outbox_events (id, event_type) values ('{}', 'once')",
+        id(1)
+    );
+    run(&mut app, &insert);
+    run(&mut app, &format!("{insert} on conflict do nothing"));
+    run(
+        &mut app,
+        &format!("{insert} on conflict (id) do update set subject = 'again'"),
+    );
+    // A dump of the table's rows comes back, with and without triggers.
+    run(
+        &mut stack.pg.client(),
+        "create table copied as table outbox_events; truncate outbox_events; insert into outbox_events table copied",
+    );
+    // The row has gone, and its id is used again: it is refused as anywhere.
+    run(&mut app, "delete from outbox_events");
+    let said = Refused::of(app.simple_query(&insert));
+    assert_eq!(
+        (said.code.as_str(), said.detail.as_deref()),
+        (
+            "23505",
+            Some(format!("Key (event_id)=({}) already exists.", id(1)).as_str())
+        )
+    );
+    run(&mut app, "insert into outbox_events (event_type) values ('last')");
+    assert_eq!(types(&stack.wait_events(2)), ["once", "last"]);
+}
+
+#[test]
+fn what_cannot_be_sent_is_refused_in_the_applications_transaction() {
+    let (stack, mut app) = bridged();
+    for (columns, values, code, message) in [
+        (
+            "publisher_backend",
+            "'none'",
+            "42704",
+            "backend \"none\" does not exist",
+        ),
+        (
+            "data_content_type",
+            "'text/xml'",
+            "22023",
+            "an event with this spec_version or data_content_type cannot be sent",
+        ),
+        (
+            "spec_version",
+            "'0.3'",
+            "22023",
+            "an event with this spec_version or data_content_type cannot be sent",
+        ),
+        ("event_type", "''", "22023", "event_type must not be null or empty"),
+    ] {
+        let said = Refused::of(app.simple_query(&format!("insert into outbox_events ({columns}) values ({values})")));
+        assert_eq!((said.code.as_str(), said.message.as_str()), (code, message));
+        assert!(said.detail.is_some() && said.hint.is_some());
+    }
+    assert_eq!(stack.pg.one::<i64>("select count(*) from outbox_events"), 0);
+}
+
+#[test]
+fn a_bridge_ends() {
+    let (stack, mut app) = bridged();
+    let said = Refused::of(stack.pg.client().simple_query("drop extension outbox_relay"));
+    assert_eq!(said.code, "2BP01");
+    run(&mut app, "insert into outbox_events (event_type) values ('bridged')");
+    stack.pg.exec("select outbox.end_bridge('outbox_events')");
+    run(&mut app, "insert into outbox_events (event_type) values ('old way')");
+    stack.wait_events(1);
+    wait_drained(&stack.pg, "default");
+    let left: String = stack
+        .pg
+        .one("select string_agg(event_type || ' ' || status, ', ' order by created_at) from outbox_events");
+    assert_eq!(left, "bridged processing, old way pending");
+    assert_eq!(
+        stack
+            .pg
+            .one::<i64>("select count(*) from pg_trigger where tgrelid = 'outbox_events'::regclass"),
+        0
+    );
+    stack.pg.exec("drop extension outbox_relay");
+}
+
+/// The owner of the table changes a column: types whose functions are his own are not read.
+#[test]
+fn a_table_that_has_changed_is_refused_in_words() {
+    let (stack, mut app) = bridged();
+    stack.pg.exec("create type mine as (n int)");
+    stack
+        .pg
+        .exec("alter table outbox_events rename column subject to theme");
+    let said = Refused::of(app.simple_query("insert into outbox_events (event_type) values ('t')"));
+    assert_eq!(
+        said,
+        Refused::new(
+            "55000",
+            "rows of \"outbox_events\" cannot become events any more: column \"subject\" is not there",
+            "A bridge of outbox_relay reads this table, which was changed since.",
+            "Run outbox.end_bridge(), and make the bridge again with the columns that the table has now."
+        )
+    );
+    stack.pg.exec("alter table outbox_events rename column theme to subject; alter table outbox_events alter data type mine using null");
+    let said = Refused::of(app.simple_query("insert into outbox_events (event_type, data) values ('t', row(1))"));
+    assert_eq!(
+        said.message,
+        "rows of \"outbox_events\" cannot become events any more: column \"data\" has a type that is not expected there"
+    );
+    run(&mut app, "insert into outbox_events (event_type) values ('without')");
+    wait_eq("events", 1, || stack.events().len());
+}
