@@ -16,12 +16,13 @@ use tempfile::TempDir;
 const LANGUAGES: [&str; 4] = ["sql", "sh", "python", "js"];
 
 /// The documents that have such blocks.
-const RUN: [&str; 5] = [
+const RUN: [&str; 6] = [
     "README.md",
     "docs/guide.md",
     "docs/backends.md",
     "docs/guarantees.md",
     "docs/operations.md",
+    "docs/moving.md",
 ];
 
 fn checkout() -> PathBuf {
@@ -136,6 +137,45 @@ impl Reader {
         std::fs::write(&cli, text).expect("it can be written");
         std::fs::set_permissions(&cli, PermissionsExt::from_mode(0o755)).expect("chmod");
         reader
+    }
+
+    /// Outboxes of another make, for one who moves in: their tables, with rows, and their settings.
+    fn old_outboxes(&self) {
+        let table = read("tests/django_broadcaster/schema.sql");
+        let rows = [
+            ("waits", "pending", "0 s", 0),
+            ("tried", "retry", "0 s", 1),
+            ("in.hand", "processing", "0 s", 0),
+            ("later", "pending", "1 h", 0),
+        ];
+        let rows = rows.map(|(event_type, status, later, tried)| {
+            format!(
+                "(gen_random_uuid(), '1.0', '{event_type}', 's', '', 'application/json', '', null, '{status}', clock_timestamp(), now(), \
+                 now() + interval '{later}', null, {tried}, 3, '', '', '{{}}')"
+            )
+        });
+        let other =
+            "create table outbox_table (id uuid, aggregatetype text, aggregateid text, type text, payload jsonb);
+            insert into outbox_table values (gen_random_uuid(), 'Order', '1', 'OrderCreated', '{}');
+            create publication dbz_publication for table outbox_table;";
+        self.pg.exec_db(
+            "app",
+            &format!("{table} insert into outbox_events values {}; {other}", rows.join(", ")),
+        );
+        let write = |name: &str, text: &str| {
+            std::fs::write(self.dir.path().join(name), text).expect("it can be written");
+        };
+        std::fs::create_dir(self.dir.path().join("mysite")).expect("a folder");
+        write(
+            "mysite/settings.py",
+            &format!(
+                "OUTBOX_PUBLISHERS = {{'main': {{'BACKEND': 'django_broadcaster.backends.RedisStreamBackend', \
+                 'OPTIONS': {{'host': '127.0.0.1', 'port': {}, 'stream_name': 'orders'}}}}}}\n",
+                self.redis.port()
+            ),
+        );
+        write("sequin.yaml", &read("tests/moving/sequin.yaml"));
+        std::os::unix::fs::symlink(checkout().join("contrib"), self.dir.path().join("contrib")).expect("a link");
     }
 
     /// A program as the reader would start it.
@@ -288,6 +328,27 @@ fn the_statements_of_the_guarantees_work() {
 #[test]
 fn the_runbook_works() {
     Reader::new().follow("docs/operations.md");
+}
+
+#[test]
+fn moving_in_and_out_works() {
+    let reader = Reader::new();
+    reader.old_outboxes();
+    reader.follow("docs/moving.md");
+    // What waited, what came over the bridge of nobody, and what was in hand; what was scheduled went back.
+    let types: Vec<String> = reader
+        .redis
+        .wait_entries("orders", 3)
+        .iter()
+        .map(|entry| entry.field("event_type").to_owned())
+        .collect();
+    assert_eq!(types, ["waits", "tried", "in.hand"]);
+    assert_eq!(reader.redis.wait_entries("outbox.event.Order", 1).len(), 1);
+    let left = "select string_agg(event_type || ' ' || status, ', ' order by event_type) from outbox_events";
+    assert_eq!(
+        reader.pg.one_db::<String>("app", left),
+        "in.hand processing, later pending, tried processing, waits processing"
+    );
 }
 
 #[test]

@@ -61,6 +61,7 @@ mod missing_objects;
 mod misused_functions;
 mod moving_debezium;
 mod moving_in;
+mod moving_settings;
 mod numbers;
 mod order;
 mod outage;

@@ -1,0 +1,529 @@
+#!/usr/bin/env python3
+"""Prints the settings of another outbox as SQL for outbox_relay, to be reviewed and then run with psql.
+
+    python3 contrib/settings_to_sql.py django mysite.settings     OUTBOX_PUBLISHERS, OUTBOX_WORKER and OUTBOX_RETENTION of
+                                                                  a module, a .py file, a .json file, or - (JSON)
+    python3 contrib/settings_to_sql.py sequin sequin.yaml         sinks of type redis_stream of a .yaml or .json file, or -
+
+What has no equivalent is said in comments. Passwords are left out, with a line that says how to set them; --passwords
+prints them. Needs nothing but Python 3.9; without PyYAML, sequin.yaml may use the plain parts of YAML alone.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import pathlib
+import re
+import runpy
+import sys
+
+
+class Unusable(Exception):
+    """What was given cannot be read."""
+
+
+def literal(value):
+    """A value as an SQL literal."""
+    if value is None:
+        return "NULL"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if "\0" in str(value):
+        raise Unusable("a text contains a NUL character")
+    return "'" + str(value).replace("'", "''") + "'"
+
+
+class Script:
+    """The SQL that is printed."""
+
+    def __init__(self):
+        self.lines = []
+
+    def say(self, text=""):
+        """A comment, whatever lines the text has."""
+        for line in re.split(r"[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]+", text):
+            self.lines.append(f"-- {line}".rstrip())
+
+    def sql(self, text):
+        self.lines.append(text)
+
+    def gap(self):
+        if self.lines and self.lines[-1]:
+            self.lines.append("")
+
+    def setting(self, name, value):
+        self.sql(f"alter system set outbox_relay.{name} = {literal(value)};")
+
+    def backend(self, name, columns, password, shows_passwords):
+        """A row of outbox.backends, and its password apart."""
+        if not 1 <= len(name) <= 63:
+            self.say(f"NOT CONVERTED: {name!r} has no name of 1 to 63 characters.")
+            return
+        given = {"name": name, **{key: value for key, value in columns.items() if value is not None}}
+        names = ", ".join(given)
+        values = ", ".join(literal(value) for value in given.values())
+        changes = ", ".join(f"{key} = excluded.{key}" for key in given if key != "name") or "name = excluded.name"
+        self.sql(f"insert into outbox.backends ({names})\nvalues ({values})\non conflict (name) do update set {changes};")
+        if password in (None, ""):
+            return
+        if shows_passwords:
+            self.sql(f"select outbox.set_backend_password({literal(name)}, {literal(password)});")
+        else:
+            self.say("It has a password. Set it so that no log and no history shows it, after this script:")
+            quoted = "'" + name.replace("'", "'\\''") + "'"
+            self.say(f"    psql -v backend={quoted} -f contrib/set_backend_password.sql")
+
+    def print(self):
+        print("\n".join(self.lines))
+
+
+# --- django-broadcaster
+
+REDIS_BACKENDS = ("django_broadcaster.backends.RedisStreamBackend", "django_dispatch.backends.RedisStreamBackend")
+SETTINGS = ("OUTBOX_PUBLISHERS", "OUTBOX_WORKER", "OUTBOX_RETENTION")
+OPTIONS = ("host", "port", "db", "password", "stream_name", "max_len", "connect_timeout", "socket_timeout")
+
+
+def django_settings(source):
+    """The three settings of a module, a file, or standard input."""
+    if source == "-" or source.endswith(".json"):
+        given = json.loads(sys.stdin.read() if source == "-" else pathlib.Path(source).read_text(encoding="utf-8"))
+    elif source.endswith(".py"):
+        given = runpy.run_path(source)
+    else:
+        sys.path.insert(0, os.getcwd())
+        given = vars(importlib.import_module(source))
+    if not isinstance(given, dict):
+        raise Unusable("expected an object with the keys " + ", ".join(SETTINGS))
+    found = {name: given.get(name) or {} for name in SETTINGS}
+    if not any(found.values()):
+        raise Unusable(f"{source} has none of {', '.join(SETTINGS)}")
+    for name, value in found.items():
+        if not isinstance(value, dict):
+            raise Unusable(f"{name} is no dictionary")
+    return found
+
+
+def whole_number(script, name, value, lowest, highest):
+    """A number within bounds, or None with a comment."""
+    if value is None:
+        return None
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        number = None
+    if number is None or isinstance(value, bool) or not lowest <= number <= highest:
+        script.say(f"CHECK: {name} is {value!r}, and must be from {lowest} to {highest} here. It is left at its default.")
+        return None
+    return number
+
+
+def seconds(script, name, value):
+    if value is None:
+        script.say(f"{name} is None, which waits without end: there is always a limit here.")
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 3600:
+        script.say(f"CHECK: {name} is {value!r}, and must be above 0 and at most 3600 seconds here. It is left at its default.")
+        return None
+    return f"{value:g} s"
+
+
+def django_backend(script, name, config, shows_passwords):
+    script.gap()
+    script.say(f"OUTBOX_PUBLISHERS[{name!r}]")
+    config = config if isinstance(config, dict) else {}
+    if config.get("BACKEND") not in REDIS_BACKENDS:
+        script.say(f"NOT CONVERTED: its BACKEND is {config.get('BACKEND')!r}. Only Redis Streams are written.")
+        return
+    options = config.get("OPTIONS") or {}
+    label = f"OUTBOX_PUBLISHERS[{name!r}]['OPTIONS']"
+    for key in options:
+        if key not in OPTIONS:
+            script.say(f"{label}[{key!r}] is not converted: django-broadcaster ignored it.")
+    max_len = options.get("max_len", 10000)
+    if max_len is None:
+        script.say("max_len None: nothing was trimmed, as with 0 here.")
+    elif max_len == 0:
+        script.say("CHECK: max_len 0 trimmed the stream to nothing there. Here 0 means that nothing is trimmed.")
+    columns = {
+        "host": options.get("host", "localhost") or None,
+        "port": whole_number(script, f"{label}['port']", options.get("port", 6379), 1, 65535),
+        "db": whole_number(script, f"{label}['db']", options.get("db", 0), 0, 65535),
+        "stream_name": options.get("stream_name", "events") or None,
+        "max_len": 0 if max_len is None else whole_number(script, f"{label}['max_len']", max_len, 0, 2**63 - 1),
+        "connect_timeout": seconds(script, f"{label}['connect_timeout']", options.get("connect_timeout", 5)),
+        "socket_timeout": seconds(script, f"{label}['socket_timeout']", options.get("socket_timeout", 5)),
+    }
+    script.backend(str(name), columns, options.get("password"), shows_passwords)
+
+
+def days(value):
+    """A retention in days. None keeps everything."""
+    if value is None:
+        return -1
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 10000:
+        raise ValueError
+    return f"{value}d" if isinstance(value, int) else f"{round(value * 1440)}min"
+
+
+def switch(value):
+    return "on" if value else "off"
+
+
+def between(lowest, highest):
+    def number(value):
+        if isinstance(value, bool) or not lowest <= int(value) <= highest:
+            raise ValueError
+        return int(value)
+
+    return number
+
+
+WORKER = {
+    "BATCH_SIZE": ("batch_size", between(1, 10000), None),
+    "SLEEP_TIME": ("poll_interval", lambda value: f"{max(float(value), 0.1):g}s", "Only a net: commits wake the worker."),
+    "MAX_RETRIES": ("max_retries", between(1, 1000), "Attempts in all, for events that Redis refuses. An outage of Redis costs none."),
+    "RETRY_BACKOFF": ("retry_backoff", switch, None),
+}
+RETENTION = {
+    "CLEANUP_PUBLISHED": ("cleanup_published", switch, None),
+    "PUBLISHED_RETENTION_DAYS": ("published_retention", days, "From when an event was sent."),
+    "FAILED_RETENTION_DAYS": ("failed_retention", days, "From when an event failed."),
+}
+
+
+def django_group(script, group, given, known):
+    if given:
+        script.gap()
+        script.say(group)
+    for key, value in given.items():
+        if key not in known:
+            script.say(f"{group}[{key!r}] has no equivalent.")
+            continue
+        name, convert, remark = known[key]
+        try:
+            converted = convert(value)
+        except (TypeError, ValueError):
+            script.say(f"CHECK: {group}[{key!r}] is {value!r}, which outbox_relay.{name} cannot be. It is left at its default.")
+            continue
+        if remark:
+            script.say(remark)
+        script.setting(name, converted)
+
+
+def django(source, shows_passwords):
+    given = django_settings(source)
+    script = Script()
+    script.say("Settings of django-broadcaster for outbox_relay. Review them, then run them with psql as a superuser, in the")
+    script.say("database that has the extension. (ALTER SYSTEM cannot run in a transaction.)")
+    publishers = given["OUTBOX_PUBLISHERS"]
+    for name, config in publishers.items():
+        django_backend(script, name, config, shows_passwords)
+    if publishers:
+        usable = [name for name, config in publishers.items() if isinstance(config, dict) and config.get("BACKEND") in REDIS_BACKENDS]
+        first = str((usable or list(publishers))[0])
+        script.gap()
+        script.say("Events that name no backend go to the first one, as they did.")
+        script.setting("default_backend", first)
+        if "default" not in publishers:
+            script.say("The row 'default' that CREATE EXTENSION has made is not needed:")
+            script.sql("delete from outbox.backends where name = 'default';")
+    django_group(script, "OUTBOX_WORKER", given["OUTBOX_WORKER"], WORKER)
+    django_group(script, "OUTBOX_RETENTION", given["OUTBOX_RETENTION"], RETENTION)
+    script.gap()
+    script.sql("select pg_reload_conf();")
+    script.print()
+
+
+# --- Sequin
+
+def plain_yaml(text):
+    """The parts of YAML that sequin.yaml uses: mappings, lists, scalars, and literal blocks. An error for all else."""
+    lines = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.startswith(("---", "%")) and not lines:
+            continue
+        lines.append((number, len(line) - len(line.lstrip(" ")), line.strip()))
+    at = 0
+
+    def fail(number, what):
+        raise Unusable(f"line {number}: {what}. Install PyYAML (pip install pyyaml), or pass the file as JSON")
+
+    def skip():
+        nonlocal at
+        while at < len(lines) and (not lines[at][2] or lines[at][2].startswith("#")):
+            at += 1
+
+    def scalar(number, text):
+        text = text.strip()
+        if text.startswith('"'):
+            match = re.fullmatch(r'("(?:[^"\\]|\\.)*")\s*(?:#.*)?', text)
+            return json.loads(match[1]) if match else fail(number, "a quoted text does not end")
+        if text.startswith("'"):
+            match = re.fullmatch(r"'((?:[^']|'')*)'\s*(?:#.*)?", text)
+            return match[1].replace("''", "'") if match else fail(number, "a quoted text does not end")
+        text = re.sub(r"(^|\s)#.*$", "", text).strip()
+        if text[:1] in ("[", "{"):
+            return flow(number, text)
+        if text[:1] in ("&", "*", "!", "@", "`", ">"):
+            fail(number, f"{text[0]} is not read")
+        if text in ("", "null", "~"):
+            return None
+        if text in ("true", "false"):
+            return text == "true"
+        if re.fullmatch(r"[-+]?(0|[1-9]\d*)", text):
+            return int(text)
+        return text
+
+    def flow(number, text):
+        """A list or a mapping on one line."""
+        plain = r"[^\[\]{},:\s](?:[^\[\]{},:]|:(?=\S))*"
+        tokens = re.findall(r'"(?:[^"\\]|\\.)*"|\'(?:[^\']|\'\')*\'|[\[\]{},]|:(?=[\s\[{]|$)|' + plain, text)
+        if "".join(token.replace(" ", "") for token in tokens) != text.replace(" ", ""):
+            fail(number, "this is not read")
+
+        def item():
+            if not tokens:
+                fail(number, "a list or mapping does not end on its line")
+            token = tokens.pop(0)
+            if token not in ("[", "{"):
+                return scalar(number, token)
+            result = [] if token == "[" else {}
+            end = "]" if token == "[" else "}"
+            while tokens and tokens[0] != end:
+                found = item()
+                if isinstance(result, dict):
+                    if not tokens or tokens.pop(0) != ":":
+                        fail(number, "a key has no value")
+                    result[found] = item()
+                else:
+                    result.append(found)
+                if tokens and tokens[0] == ",":
+                    tokens.pop(0)
+            if not tokens:
+                fail(number, "a list or mapping does not end on its line")
+            tokens.pop(0)
+            return result
+
+        result = item()
+        return result if not tokens else fail(number, "this is not read")
+
+    def block(indent):
+        """The text of `key: |`."""
+        nonlocal at
+        taken = []
+        while at < len(lines) and (not lines[at][2] or lines[at][1] > indent):
+            taken.append((lines[at][1], lines[at][2]))
+            at += 1
+        first = next((i for i, text in taken if text), 0)
+        return "\n".join(" " * max(i - first, 0) + text for i, text in taken).rstrip()
+
+    def value(number, rest, indent):
+        nonlocal at
+        if re.fullmatch(r"\|[-+]?\s*(#.*)?", rest):
+            return block(indent)
+        if re.sub(r"(^|\s)#.*$", "", rest).strip():
+            return scalar(number, rest)
+        skip()
+        if at < len(lines):
+            deeper = lines[at][1] > indent
+            # A list may stand at the indent of its key.
+            if deeper or (lines[at][1] == indent and lines[at][2].startswith("- ")):
+                return node(lines[at][1])
+        return None
+
+    def node(indent):
+        nonlocal at
+        result = None
+        while True:
+            skip()
+            if at >= len(lines) or lines[at][1] < indent:
+                return result
+            number, here, text = lines[at]
+            if here > indent:
+                fail(number, "unexpected indentation")
+            if text == "-" or text.startswith("- "):
+                if result is None:
+                    result = []
+                if not isinstance(result, list):
+                    return result
+                rest = text[1:].lstrip()
+                inner = here + len(text) - len(rest)
+                at += 1
+                if re.match(r"[^\s\"'\[{][^\"]*?:(\s|$)|\"[^\"]*\":(\s|$)", rest):
+                    at -= 1
+                    lines[at] = (number, inner, rest)
+                    result.append(node(inner))
+                else:
+                    result.append(value(number, rest, here))
+                continue
+            match = re.match(r"(\"[^\"]*\"|'[^']*'|[^\s#:\"'][^:]*?)\s*:(?:\s+(.*))?$", text)
+            if not match:
+                fail(number, "this is not read")
+            result = {} if result is None else result
+            if not isinstance(result, dict):
+                return result
+            at += 1
+            result[match[1].strip("\"'")] = value(number, match[2] or "", here)
+
+    skip()
+    result = node(lines[at][1]) if at < len(lines) else {}
+    skip()
+    return result if at >= len(lines) else fail(lines[at][0], "this is not read")
+
+
+def sequin_config(source):
+    text = sys.stdin.read() if source == "-" else pathlib.Path(source).read_text(encoding="utf-8")
+    if source.endswith(".json"):
+        config = json.loads(text)
+    else:
+        try:
+            import yaml  # pylint: disable=import-outside-toplevel
+        except ImportError:
+            config = plain_yaml(text)
+        else:
+            try:
+                config = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise Unusable(" ".join(str(error).split())) from error
+    if not isinstance(config, dict) or not isinstance(config.get("sinks"), list):
+        raise Unusable(f"{source} has no sinks")
+    return config
+
+
+def substituted(value):
+    """With ${NAME:-default} as Sequin reads it; what is not set stays as it is written."""
+    if isinstance(value, dict):
+        return {key: substituted(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [substituted(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+
+    def known(match):
+        found = os.environ.get(match[1])
+        return found if found else match[2] if match[2] is not None else match[0]
+
+    return re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", known, value)
+
+
+def identifier(name):
+    return name if re.fullmatch(r"[a-z_][a-z0-9_$]*", name) else '"' + name.replace('"', '""') + '"'
+
+
+def table_name(name):
+    return ".".join(identifier(part) for part in name.split("."))
+
+
+def condition(script, filters):
+    """Filters on columns, as a condition; None with a comment if one of them has no equivalent."""
+    parts = []
+    for given in filters:
+        left = identifier(str(given.get("column_name", "")))
+        operator = str(given.get("operator", "=")).lower()
+        wanted = given.get("comparison_value")
+        if given.get("field_path"):
+            path = "{" + ",".join(str(given["field_path"]).split(".")) + "}"
+            left = f"{left} #>> {literal(path)}"
+            if given.get("field_type") == "number":
+                left = f"({left})::numeric"
+            elif isinstance(wanted, bool):
+                wanted = "true" if wanted else "false"
+        if operator in ("is null", "is not null"):
+            parts.append(f"{left} {operator}")
+        elif operator in ("in", "not in") and isinstance(wanted, list):
+            parts.append(f"{left} {operator} ({', '.join(literal(item) for item in wanted)})")
+        elif operator in ("=", "!=", ">", ">=", "<", "<=") and not isinstance(wanted, (list, dict)):
+            parts.append(f"{left} {operator} {literal(wanted)}")
+        else:
+            script.say(f"CHECK: the filter {json.dumps(given, ensure_ascii=False)} is not converted: ALL rows become events.")
+            return None
+    return " and ".join(parts) or None
+
+
+def sequin_tables(script, sink):
+    """The tables that a sink names."""
+    source = sink.get("source") or {}
+    tables = list(source.get("include_tables") or [])
+    if sink.get("table"):
+        tables.insert(0, sink["table"])
+    if not tables:
+        script.say("CHECK: it names no tables, and so takes all of its publication. Call outbox.attach_table for each of them.")
+    for key in ("include_schemas", "exclude_schemas", "exclude_tables"):
+        if source.get(key):
+            script.say(f"CHECK: its {key} {source[key]!r} has no equivalent: tables are attached one by one.")
+    return tables
+
+
+def sequin_sink(script, sink, config, shows_passwords):
+    name = str(sink.get("name", ""))
+    destination = sink.get("destination") or {}
+    script.gap()
+    script.say(f"Sink {name!r} of the database {sink.get('database')!r}")
+    if destination.get("type") not in ("redis_stream", "redis"):
+        script.say(f"NOT CONVERTED: its destination is {destination.get('type')!r}. Only Redis Streams are written.")
+        return
+    script.backend(
+        name,
+        {
+            "enabled": False if sink.get("status") == "disabled" else None,
+            "host": destination.get("host"),
+            "port": whole_number(script, "port", destination.get("port", 6379), 1, 65535),
+            "db": whole_number(script, "database", destination.get("database", 0), 0, 65535),
+            "username": destination.get("username") or None,
+            "tls": True if destination.get("tls") in (True, "true") else None,
+            "stream_name": destination.get("stream_key") or None,
+            # Sequin does not trim.
+            "max_len": 0,
+        },
+        destination.get("password"),
+        shows_passwords,
+    )
+    operations = ",".join(action for action in ("insert", "update", "delete") if action in (sink.get("actions") or [action]))
+    for key in ("transform", "filter", "routing", "enrichment"):
+        if sink.get(key) not in (None, "none"):
+            script.say(f"CHECK: its {key} {sink[key]!r} is a function of Sequin and is not converted.")
+    for key in sorted(set(sink) - {"name", "database", "source", "table", "tables", "status", "actions", "destination", "filters",
+                                   "transform", "filter", "routing", "enrichment", "batch_size", "group_column_names", "message_grouping"}):
+        script.say(f"Its {key} has no equivalent.")
+    where = condition(script, sink.get("filters") or [])
+    for table in sequin_tables(script, sink):
+        arguments = [literal(table_name(str(table))), f"backend => {literal(name)}", f"operations => {literal(operations)}", "payload => 'both'"]
+        if where:
+            arguments.append(f"condition => {literal(where)}")
+        script.sql(f"select outbox.attach_table({', '.join(arguments)});")
+
+
+def sequin(source, shows_passwords):
+    config = substituted(sequin_config(source))
+    script = Script()
+    script.say("Sinks of Sequin for outbox_relay. Review them, then run them with psql as a superuser, in the database of their")
+    script.say("tables. Entries have other fields than those of Sequin (record, changes, action, metadata): consumers read the")
+    script.say("row in the data of cloud_event. Take each table out of Sequin's publication in the same transaction, so that no")
+    script.say("change is sent by both and none by neither.")
+    for sink in config["sinks"]:
+        sequin_sink(script, sink, config, shows_passwords)
+    for key in ("change_retentions", "functions", "transforms", "http_endpoints"):
+        if config.get(key):
+            script.gap()
+            script.say(f"The section {key} has no equivalent.")
+    script.print()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=("django", "sequin"))
+    parser.add_argument("source", help="a module, a file, or - for standard input")
+    parser.add_argument("--passwords", action="store_true", help="print the passwords, too")
+    arguments = parser.parse_args()
+    try:
+        {"django": django, "sequin": sequin}[arguments.kind](arguments.source, arguments.passwords)
+    except (Unusable, ImportError, OSError, ValueError) as error:
+        sys.exit(f"{parser.prog}: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+//! `contrib/settings_to_sql.py`: settings of other outboxes become SQL that runs, tells what it leaves out, and shows no
+//! password.
+
+use std::io::Write as _;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use kit::{Postgres, env};
+
+/// What the converter prints, or says when it cannot.
+fn convert(arguments: &[&str], given: &str, environment: &[(&str, &str)]) -> Result<String, String> {
+    let converter = Path::new(env!("CARGO_MANIFEST_DIR")).join("../contrib/settings_to_sql.py");
+    let mut child = Command::new("python3")
+        .arg(converter)
+        .args(arguments)
+        .envs(environment.iter().copied())
+        .env("PYTHONDONTWRITEBYTECODE", "1")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("python3 runs");
+    let mut stdin = child.stdin.take().expect("it is piped");
+    stdin.write_all(given.as_bytes()).expect("it reads");
+    drop(stdin);
+    let output = child.wait_with_output().expect("it ends");
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("UTF-8");
+    match output.status.success() {
+        true => Ok(text(output.stdout)),
+        false => Err(text(output.stderr)),
+    }
+}
+
+#[track_caller]
+fn run(pg: &Postgres, script: &str) {
+    let ran = pg.run("psql", &["-X", "-q", "-v", "ON_ERROR_STOP=1", "-f", "-"], script);
+    assert!(ran.ok, "{script}\n{}", ran.stderr);
+}
+
+const DJANGO: &str = r#"{
+    "OUTBOX_PUBLISHERS": {
+        "kafka": {"BACKEND": "some.Kafka\n; drop table outbox.events"},
+        "it's \"main\"": {"BACKEND": "django_broadcaster.backends.RedisStreamBackend",
+            "OPTIONS": {"host": "redis.internal", "port": "6380", "db": 2, "password": "s3'cret", "stream_name": "users", "max_len": null, "socket_timeout": 2.5,
+                "ssl\n; drop table outbox.events": true}},
+        "plain": {"BACKEND": "django_broadcaster.backends.RedisStreamBackend"},
+        "odd": {"BACKEND": "django_broadcaster.backends.RedisStreamBackend", "OPTIONS": {"port": 0, "max_len": 0, "connect_timeout": null}}
+    },
+    "OUTBOX_WORKER": {"BATCH_SIZE": 200, "SLEEP_TIME": 2, "MAX_RETRIES": 4, "RETRY_BACKOFF": false, "THREADS": 2},
+    "OUTBOX_RETENTION": {"CLEANUP_PUBLISHED": false, "PUBLISHED_RETENTION_DAYS": null, "FAILED_RETENTION_DAYS": 1.5}
+}"#;
+
+#[test]
+fn settings_of_django_broadcaster_become_sql_that_runs() {
+    let pg = Postgres::start();
+    pg.extension();
+    let script = convert(&["django", "-"], DJANGO, &[]).expect("it converts");
+    assert!(!script.contains("s3"), "{script}");
+    for words in [
+        "-- NOT CONVERTED: its BACKEND is 'some.Kafka\\n; drop table outbox.events'. Only Redis Streams are written.",
+        "-- It has a password. Set it so that no log and no history shows it, after this script:",
+        "contrib/set_backend_password.sql",
+        "-- CHECK: max_len 0 trimmed the stream to nothing there.",
+        "['port'] is 0, and must be from 1 to 65535 here.",
+        "['connect_timeout'] is None, which waits without end: there is always a limit here.",
+        "-- OUTBOX_WORKER['THREADS'] has no equivalent.",
+    ] {
+        assert!(script.contains(words), "{words} is not in\n{script}");
+    }
+    run(&pg, &script);
+    let rows: String = pg.one(
+        "select string_agg(concat_ws(' ', name, host, port, db, stream_name, max_len, connect_timeout, socket_timeout), E'\\n' order by number) from outbox.backends",
+    );
+    assert_eq!(
+        rows,
+        "it's \"main\" redis.internal 6380 2 users 0 00:00:05 00:00:02.5\n\
+         plain localhost 6379 0 events 10000 00:00:05 00:00:05\n\
+         odd localhost 0 events 0 00:00:05"
+    );
+    let settings: String = pg.one(
+        "select string_agg(substr(name, 14) || '=' || setting, ' ' order by name) from pg_file_settings where name like 'outbox_relay.%' and sourcefile like '%auto.conf'",
+    );
+    assert_eq!(
+        settings,
+        "batch_size=200 cleanup_published=off default_backend=it's \"main\" failed_retention=2160min max_retries=4 poll_interval=2s \
+         published_retention=-1 retry_backoff=off"
+    );
+    let refused: i64 = pg.one("select count(*) from pg_file_settings where error is not null");
+    assert_eq!(refused, 0);
+    // The same again is the same; and with passwords, if one asks for them.
+    let script = convert(&["django", "-", "--passwords"], DJANGO, &[]).expect("it converts");
+    run(&pg, &script.replace("delete from", "-- delete from"));
+    assert_eq!(pg.one::<i64>("select count(*) from outbox.backends"), 3);
+    assert_eq!(pg.one::<i64>("select count(*) from outbox.backend_passwords"), 1);
+}
+
+#[test]
+fn sinks_of_sequin_become_sql_that_runs() {
+    let pg = Postgres::start();
+    pg.extension();
+    let sinks = include_str!("../moving/sequin.yaml");
+    // With PyYAML, if it is there, and without.
+    let without = env::server_dir("yaml");
+    std::fs::write(without.path().join("yaml.py"), "raise ImportError").expect("it can be written");
+    let path = without.path().display().to_string();
+    let variables = [("REDIS_HOST", "from.environment"), ("PYTHONPATH", path.as_str())];
+    let script = convert(&["sequin", "-"], sinks, &variables).expect("it converts");
+    assert_eq!(
+        convert(&["sequin", "-"], sinks, &variables[..1]).expect("it converts"),
+        script
+    );
+    assert!(!script.contains("s3cret"), "{script}");
+    for words in [
+        "-- CHECK: its transform 'my-transform' is a function of Sequin and is not converted.",
+        "-- Its annotations has no equivalent.",
+        "-- NOT CONVERTED: its destination is 'webhook'.",
+        "select outbox.attach_table('public.users', backend => 'user-changes', operations => 'insert,update', payload => 'both');",
+        "select outbox.attach_table('public.\"Weird Name\"', backend => 'user-changes', ",
+        "condition => 'status in (''paid'', ''it''''s'') and metadata #>> ''{type,name}'' = ''premium'' and a is null');",
+    ] {
+        assert!(script.contains(words), "{words} is not in\n{script}");
+    }
+    let backends: Vec<&str> = script
+        .lines()
+        .filter(|line| !line.starts_with("select outbox.attach_table"))
+        .collect();
+    run(&pg, &backends.join("\n"));
+    let rows: String = pg.one(
+        "select string_agg(concat_ws(' ', name, enabled, host, port, db, username, tls, stream_name, max_len), E'\\n' order by number) from outbox.backends where name <> 'default'",
+    );
+    assert_eq!(
+        rows,
+        "user-changes t from.environment 6380 2 relay t users 0\npaid orders f localhost 6379 0 f orders 0"
+    );
+    // What its reader of YAML does not know, it refuses.
+    for unknown in [
+        "sinks: &all []",
+        "sinks:\n  - a\n c: 1",
+        "sinks: [1",
+        "sinks: {a: 1}",
+        "nothing",
+    ] {
+        let said = convert(&["sequin", "-"], unknown, &variables).expect_err("it is refused");
+        assert!(said.starts_with("settings_to_sql.py: "), "{said}");
+    }
+}
+
+#[test]
+fn what_cannot_be_read_is_said_in_a_line() {
+    for (arguments, given, words) in [
+        (
+            ["django", "-"],
+            "{}",
+            "- has none of OUTBOX_PUBLISHERS, OUTBOX_WORKER, OUTBOX_RETENTION",
+        ),
+        (["django", "-"], "[1]", "expected an object with the keys"),
+        (["django", "-"], "{", "Expecting property name"),
+        (
+            ["django", "-"],
+            r#"{"OUTBOX_WORKER": [1]}"#,
+            "OUTBOX_WORKER is no dictionary",
+        ),
+        (["django", "no.such.module"], "", "No module named"),
+        (["sequin", "/nowhere.yaml"], "", "No such file"),
+    ] {
+        let said = convert(&arguments, given, &[]).expect_err("it is refused");
+        assert!(said.contains(words) && said.lines().count() == 1, "{said}");
+    }
+}
