@@ -41,7 +41,7 @@ create function outbox.object_health(out "check" text, out status text, out deta
     language sql volatile set search_path = pg_catalog, pg_temp
     as $$
 with
-ours(name) as (values ('events'), ('backends'), ('backend_passwords'), ('moved_backends'), ('scheduled_events'), ('refused_events'),
+ours(name) as (values ('events'), ('backends'), ('backend_passwords'), ('moved_backends'), ('publisher_limits'), ('scheduled_events'), ('refused_events'),
     ('failed_events'), ('cursors'), ('ticks'), ('installation'), ('incarnations'), ('take_overs'), ('copied_backends'), ('restores'),
     ('known_triggers'), ('held_events'), ('held_scheduled'), ('held_cursors'), ('held_refused'), ('kept_rows'), ('inbox'), ('consumer_grants'), ('events_seq_seq')),
 there as (select o.name, to_regclass('outbox.' || o.name) as oid from ours o),

@@ -79,17 +79,54 @@ end
 $$;
 comment on function outbox.expect_role(text) is 'The role of this name, or an ERROR in words.';
 
-create function outbox.grant_publisher(role regrole) returns void
+create function outbox.limit_publisher(role regrole, backends text[], streams text[]) returns void
+    language plpgsql set search_path = pg_catalog, pg_temp
+    as $$
+begin
+    if array_position(backends, null) is not null or array_position(streams, null) is not null then
+        raise exception using errcode = 'null_value_not_allowed', message = 'patterns of backends and streams must not be null',
+            hint = 'Pass NULL instead of an array to allow any.';
+    end if;
+    -- Who was lent the right to grant, and not this table, cannot change limits.
+    if num_nonnulls(backends, streams) > 0
+        or (has_table_privilege('outbox.publisher_limits', 'select') and has_table_privilege('outbox.publisher_limits', 'delete')) then
+        delete from outbox.publisher_limits l
+            where l.role::oid = limit_publisher.role::oid or not exists (select from pg_roles r where r.oid = l.role::oid);
+    end if;
+    if num_nonnulls(backends, streams) > 0 then
+        insert into outbox.publisher_limits (role, backends, streams)
+            values (limit_publisher.role::oid, limit_publisher.backends, limit_publisher.streams);
+    end if;
+end
+$$;
+comment on function outbox.limit_publisher(regrole, text[], text[]) is 'Part of outbox.grant_publisher() and outbox.revoke_publisher(): sets or removes a role''s row of outbox.publisher_limits, and removes those of roles that were dropped.';
+
+create function outbox.grant_publisher(role regrole, backends text[], streams text[] default null) returns void
     language plpgsql set search_path = pg_catalog, pg_temp
     as $$
 declare
     r record;
     grantee text := outbox.expect_role(coalesce((select p.rolname from pg_roles p where p.oid = role), role::text))::text;
 begin
+    perform outbox.limit_publisher(role, backends, streams);
     for r in select * from outbox.publisher_rights() loop
         execute format('grant %s on %s to %s', r.right_to, r.object, grantee);
     end loop;
 end
+$$;
+comment on function outbox.grant_publisher(regrole, text[], text[]) is 'Lets a role publish to backends whose names match one of these patterns, into streams that match one of these: ''{orders,audit-*}''. NULL: any. The last call says what a role may do; see outbox.publisher_limits.';
+
+create function outbox.grant_publisher(role text, backends text[], streams text[] default null) returns void
+    language sql set search_path = pg_catalog, pg_temp
+    as $$
+select outbox.grant_publisher(outbox.expect_role(role), backends, streams)
+$$;
+comment on function outbox.grant_publisher(text, text[], text[]) is 'The same by the role''s name, as pg_roles shows it.';
+
+create function outbox.grant_publisher(role regrole) returns void
+    language sql set search_path = pg_catalog, pg_temp
+    as $$
+select outbox.grant_publisher(role, null::text[], null::text[])
 $$;
 comment on function outbox.grant_publisher(regrole) is 'Lets a role publish, and see what its own transaction has published; nothing else. See outbox.revoke_publisher(), and allowed_streams of outbox.backends.';
 
@@ -127,10 +164,11 @@ begin
     for r in select * from outbox.publisher_rights() p where p.object <> 'schema outbox' loop
         execute format('revoke %s on %s from %s', r.right_to, r.object, grantee);
     end loop;
+    perform outbox.limit_publisher(role, null, null);
     perform outbox.revoke_usage(role);
 end
 $$;
-comment on function outbox.revoke_publisher(regrole) is 'Revokes what outbox.grant_publisher() has granted to a role. The role keeps what it has as a member of other roles.';
+comment on function outbox.revoke_publisher(regrole) is 'Revokes what outbox.grant_publisher() has granted to a role, and removes its limits. The role keeps what it has as a member of other roles.';
 
 create function outbox.revoke_publisher(role text) returns void
     language sql set search_path = pg_catalog, pg_temp

@@ -3,6 +3,7 @@
 
 select pg_catalog.pg_extension_config_dump('outbox.backends', '');
 select pg_catalog.pg_extension_config_dump('outbox.backends_number_seq', '');
+select pg_catalog.pg_extension_config_dump('outbox.publisher_limits', '');
 select pg_catalog.pg_extension_config_dump('outbox.events', $$
     where not coalesce((select outbox.is_delivered(c, events.xid, events.seq) from outbox.cursors c
         where c.backend_number = events.backend_number and c.slot in (-1, outbox.hash_slot(coalesce(events.stream,

@@ -225,8 +225,8 @@ fn wake() {
 
 crate::sql_function!(backends_changed, pg_finfo_backends_changed);
 
-/// `outbox.backends_changed()`, after a statement on `backends`, `backend_passwords`, `take_overs`, `restores` or
-/// `copied_backends`
+/// `outbox.backends_changed()`, after a statement on `backends`, `backend_passwords`, `publisher_limits`, `take_overs`,
+/// `restores` or `copied_backends`
 // No pg_guard: as the other triggers.
 #[unsafe(no_mangle)]
 extern "C-unwind" fn backends_changed(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
@@ -241,10 +241,15 @@ extern "C-unwind" fn backends_changed(fcinfo: pg_sys::FunctionCallInfo) -> pg_sy
                 When::AfterStatement,
                 relations.settings_tables(),
             );
-            // Sessions cache only what these two tables say. Many restores must not cause as many invalidations.
+            // Sessions cache only what these three tables say. Many restores must not cause as many invalidations.
             let trigger = (*fcinfo).context.cast::<pg_sys::TriggerData>();
             let table = (*(*trigger).tg_relation).rd_id;
-            if [relations.backends, relations.backend_passwords].contains(&table) {
+            let cached = [
+                relations.backends,
+                relations.backend_passwords,
+                relations.publisher_limits,
+            ];
+            if cached.contains(&table) {
                 // The invalidation does not name the table itself. A process that has the table open rebuilds its entry
                 // and processes further invalidations meanwhile, nested in each other, and would run out of stack if
                 // others sent them faster than that.

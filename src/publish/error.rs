@@ -35,6 +35,14 @@ pub(super) enum PublishError {
     UnknownBackend(String),
     #[error("backend \"{backend}\" does not allow the stream \"{stream}\"")]
     StreamNotAllowed { backend: String, stream: String },
+    #[error("permission denied to publish to backend \"{backend}\"")]
+    BackendBeyondLimit { backend: String, allowed: String },
+    #[error("permission denied to publish to stream \"{stream}\" of backend \"{backend}\"")]
+    StreamBeyondLimit {
+        backend: String,
+        stream: String,
+        allowed: String,
+    },
     #[error(transparent)]
     Config(#[from] ConfigError),
     #[error("event is too large")]
@@ -54,7 +62,9 @@ impl PublishError {
         use PgSqlErrorCode::*;
         match self {
             Self::UnknownBackend(_) => ERRCODE_UNDEFINED_OBJECT,
-            Self::StreamNotAllowed { .. } => ERRCODE_INSUFFICIENT_PRIVILEGE,
+            Self::StreamNotAllowed { .. } | Self::BackendBeyondLimit { .. } | Self::StreamBeyondLimit { .. } => {
+                ERRCODE_INSUFFICIENT_PRIVILEGE
+            }
             Self::TooLarge { .. } => ERRCODE_PROGRAM_LIMIT_EXCEEDED,
             Self::Changed => ERRCODE_TRIGGERED_DATA_CHANGE_VIOLATION,
             Self::Foreign { text, .. } => text.code(),
@@ -87,6 +97,12 @@ impl PublishError {
                 format!("Names that begin with {} are kept for guards.", catalog::RESERVED)
             }
             Self::StreamNotAllowed { .. } => "None of the backend's allowed_streams matches.".into(),
+            Self::BackendBeyondLimit { allowed, .. } => {
+                format!("The current role may publish to these backends: {allowed}.")
+            }
+            Self::StreamBeyondLimit { allowed, .. } => {
+                format!("There, the current role may publish into these streams: {allowed}.")
+            }
             Self::Config(ConfigError::EncodedTwice) => {
                 "It is a JSON string that holds an object: it was encoded twice.".into()
             }
@@ -110,6 +126,9 @@ impl PublishError {
             Self::EndlessSchedule => "Pass a time, or NULL to send at once.",
             Self::UnknownBackend(_) => "Check the name, or outbox_relay.default_backend if none was given.",
             Self::StreamNotAllowed { .. } => "Ask the administrator to extend allowed_streams.",
+            Self::BackendBeyondLimit { .. } | Self::StreamBeyondLimit { .. } => {
+                "Ask the administrator to allow more with outbox.grant_publisher()."
+            }
             Self::Config(ConfigError::OutOfRange(_) | ConfigError::TooManyDigits) => "Pass it as a string.",
             Self::Config(_) => "Pass a flat JSON object such as {\"priority\": 1}.",
             Self::TooLarge { .. } => {

@@ -5,6 +5,7 @@ use crate::publish::json;
 use crate::server::encoding::{has_utf8_form, utf8};
 use crate::server::guc;
 use crate::tables::catalog;
+use crate::tables::publisher_limits::{self, Beyond};
 use pgrx::pg_sys;
 use relay::delivery::refusal::MOST_ATTEMPTS;
 use relay::event::further_fields;
@@ -101,13 +102,26 @@ pub(super) fn check(request: &Request<'_>) -> Result<Checked, PublishError> {
     let Some(known) = catalog::backend(&backend) else {
         return Err(PublishError::UnknownBackend(backend));
     };
-    if let Some(stream) = request.stream.as_deref().map(decoded)
-        && !known.allows(&stream)
-    {
+    let named = request.stream.as_deref().map(decoded);
+    if let Some(stream) = named.as_ref().filter(|stream| !known.allows(stream)) {
         return Err(PublishError::StreamNotAllowed {
             backend,
-            stream: stream.into_owned(),
+            stream: stream.to_string(),
         });
+    }
+    if let Some(limits) = publisher_limits::of_user() {
+        let stream = named.unwrap_or_else(|| known.own_stream());
+        limits.check(&backend, &stream).map_err(|beyond| match beyond {
+            Beyond::Backend(allowed) => PublishError::BackendBeyondLimit {
+                backend: backend.clone(),
+                allowed,
+            },
+            Beyond::Stream(allowed) => PublishError::StreamBeyondLimit {
+                backend: backend.clone(),
+                stream: stream.to_string(),
+                allowed,
+            },
+        })?;
     }
     Ok(Checked {
         backend,

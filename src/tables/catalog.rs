@@ -5,11 +5,13 @@
 //! read (a change in between marks it invalid again), and it sees a backend made by its own transaction.
 
 use crate::server::error::{internal, raise};
+use crate::server::guc;
 use crate::tables::missing;
 use crate::tables::row::{Columns, EVENT_COLUMNS, Row, attribute, texts_of_array};
 use once_cell::unsync::OnceCell;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{PgSqlErrorCode, pg_guard, pg_sys};
+use std::borrow::Cow;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ffi::CStr;
@@ -34,18 +36,20 @@ pub(crate) struct Relations {
     /// session has it open.
     pub backends_news: pg_sys::Oid,
     pub backend_passwords: pg_sys::Oid,
+    pub publisher_limits: pg_sys::Oid,
     /// The functions of our own triggers on `events`.
     pub triggers: [pg_sys::Oid; 4],
-    settings_tables: [pg_sys::Oid; 5],
+    settings_tables: [pg_sys::Oid; 6],
     /// All tables that the worker writes.
     tables: [pg_sys::Oid; TABLES.len()],
 }
 
-const TABLES: [&CStr; 21] = [
+const TABLES: [&CStr; 22] = [
     c"events",
     c"backends",
     c"backend_passwords",
     c"moved_backends",
+    c"publisher_limits",
     c"scheduled_events",
     c"refused_events",
     c"failed_events",
@@ -171,6 +175,8 @@ pub(crate) const RESERVED: &str = "outbox_relay:";
 /// A backend as a publisher needs it.
 pub(crate) struct KnownBackend {
     pub number: i32,
+    /// `None`: the setting's.
+    own_stream: Option<String>,
     /// `None`: any stream.
     allowed_streams: Option<Vec<WildMatch>>,
 }
@@ -183,6 +189,14 @@ impl KnownBackend {
         self.allowed_streams
             .as_ref()
             .is_none_or(|patterns| patterns.iter().any(|p| p.matches(stream)))
+    }
+
+    /// The stream of events that name none, as of now.
+    pub(crate) fn own_stream(&self) -> Cow<'_, str> {
+        match &self.own_stream {
+            Some(stream) => Cow::Borrowed(stream),
+            None => Cow::Owned(guc::text(&guc::REDIS_STREAM_NAME)),
+        }
     }
 }
 
@@ -275,6 +289,7 @@ fn look_up() -> Option<Relations> {
             backends: oid(c"backends"),
             backends_news: oid(c"backends_number_seq"),
             backend_passwords: oid(c"backend_passwords"),
+            publisher_limits: oid(c"publisher_limits"),
             triggers: [c"complete_event", c"confirm_event", c"hold_event", c"hold_scheduled"]
                 .map(|name| function(schema, name)),
             settings_tables: [
@@ -283,6 +298,7 @@ fn look_up() -> Option<Relations> {
                 c"take_overs",
                 c"restores",
                 c"copied_backends",
+                c"publisher_limits",
             ]
             .map(oid),
             tables: TABLES.map(oid),
@@ -434,6 +450,14 @@ pub(crate) fn expect_relations() -> Relations {
     relations().unwrap_or_else(|| missing::extension())
 }
 
+/// Opens a table of ours, and looks up what belongs to it: until the table is locked, its indexes can be swapped for
+/// others.
+pub(crate) fn open_table(table: pg_sys::Oid, lock: pg_sys::LOCKMODE) -> (pg_sys::Relation, Relations) {
+    // SAFETY: opens a relation by OID within a transaction; an ERROR if it has gone.
+    let opened = unsafe { pg_sys::table_open(table, lock) };
+    (opened, expect_relations())
+}
+
 /// A backend by name. Costs nothing but a look-up unless backends have changed.
 pub(crate) fn backend(name: &str) -> Option<Rc<KnownBackend>> {
     // A long transaction that opens no new table hears of no change by itself.
@@ -467,7 +491,7 @@ fn read_backends(relation: pg_sys::Oid) -> HashMap<String, Rc<KnownBackend>> {
     // pending invalidations, which may mark the cache invalid again: then it is read once more at the next use.
     unsafe {
         let rel = pg_sys::table_open(relation, pg_sys::AccessShareLock as _);
-        let columns = Columns::of(rel, &["name", "number", "allowed_streams"]);
+        let columns = Columns::of(rel, &["name", "number", "stream_name", "allowed_streams"]);
         let snapshot = pg_sys::RegisterSnapshot(pg_sys::GetLatestSnapshot());
         let scan = pg_sys::systable_beginscan(rel, pg_sys::InvalidOid, false, snapshot, 0, std::ptr::null_mut());
         loop {
@@ -488,6 +512,7 @@ fn read_backends(relation: pg_sys::Oid) -> HashMap<String, Rc<KnownBackend>> {
                 name,
                 Rc::new(KnownBackend {
                     number,
+                    own_stream: row.text("stream_name"),
                     allowed_streams,
                 }),
             );

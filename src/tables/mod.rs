@@ -1,7 +1,7 @@
 //! All that touches our tables.
 //!
 //! - [`catalog`] which relations and backends there are; [`missing`] what is refused without them; [`rights`] in whose
-//!   name our SQL runs
+//!   name our SQL runs; [`publisher_limits`] to where a role may publish
 //! - [`sql`] how SQL runs; [`found_row`] what it finds; [`backends`] with their [`options`], [`cursors`], [`refused`],
 //!   [`restores`], [`retention`], [`scheduled`] a file a table or two
 //! - [`row`], [`events`] rows taken apart, and scans, without SQL; [`care`] a row that cannot be read fails alone
@@ -25,6 +25,7 @@ pub(crate) mod insertion;
 pub(crate) mod missing;
 pub(crate) mod numbers;
 pub(crate) mod options;
+pub(crate) mod publisher_limits;
 pub(crate) mod refused;
 pub(crate) mod restores;
 pub(crate) mod retention;

@@ -70,6 +70,7 @@ mod property;
 mod publish;
 mod publish_input;
 mod publish_types;
+mod publisher_limits;
 mod publisher_returning;
 mod redis_rights;
 mod refused;
