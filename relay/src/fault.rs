@@ -39,7 +39,7 @@ macro_rules! named {
 }
 
 named! {
-    /// A point on the worker's way.
+    /// A point on the worker's way; the last one on that of a session that publishes.
     Point {
         BeforeTick: "before_tick",
         BeforeSnapshot: "before_snapshot",
@@ -53,6 +53,8 @@ named! {
         BeforeSave: "before_save",
         BeforeRefusedSaved: "before_refused_saved",
         AfterSave: "after_save",
+        BeforeReadLock: "before_read_lock",
+        BeforeIdLock: "before_id_lock",
     }
 }
 

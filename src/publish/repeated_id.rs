@@ -6,6 +6,7 @@ use crate::tables::catalog::{self, Relations};
 use crate::tables::missing::{self, Index};
 use crate::tables::row::attribute;
 use pgrx::{PgSqlErrorCode, pg_sys};
+use relay::fault::{self, Point};
 use std::ffi::CStr;
 
 /// What becomes of a row whose id, chosen by its publisher, is used already.
@@ -50,9 +51,9 @@ fn is_in((table, index): (pg_sys::Oid, Index), event_id: &[u8; 16]) -> bool {
     // rows that the present command has inserted.
     unsafe {
         let lock = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
-        let rel = pg_sys::table_open(table, lock);
-        // Only now: until the table was locked, its index could be swapped for another.
-        let key = key_of(&catalog::expect_relations(), index);
+        fault::reach(Point::BeforeIdLock);
+        let (rel, relations) = catalog::open_table(table, lock);
+        let key = key_of(&relations, index);
         let mut entry: pg_sys::ScanKeyData = std::mem::zeroed();
         pg_sys::ScanKeyInit(
             &mut entry,

@@ -44,7 +44,7 @@ pub(crate) fn is_contested(relations: &Relations, event_id: &[u8; 16]) -> bool {
     // SAFETY: an index look-up by an equality key of the column's type. A dirty snapshot says of each row that it shows
     // who is about to insert or delete it; it is nobody's but ours.
     unsafe {
-        let events = pg_sys::table_open(relations.events, LOCK);
+        let (events, relations) = catalog::open_table(relations.events, LOCK);
         let mut dirty: pg_sys::SnapshotData = std::mem::zeroed();
         dirty.snapshot_type = pg_sys::SnapshotType::SNAPSHOT_DIRTY;
         let mut entry: pg_sys::ScanKeyData = std::mem::zeroed();
@@ -56,6 +56,9 @@ pub(crate) fn is_contested(relations: &Relations, event_id: &[u8; 16]) -> bool {
             pg_sys::Datum::from(event_id.as_ptr()),
         );
         let key = relations.events_id_key;
+        if key == pg_sys::InvalidOid {
+            Index::EventId.refuse();
+        }
         let scan = pg_sys::systable_beginscan(events, key, true, &mut dirty, 1, &mut entry);
         let mut is_contested = false;
         while !is_contested && !pg_sys::systable_getnext(scan).is_null() {
@@ -82,6 +85,7 @@ const LOCK: pg_sys::LOCKMODE = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
 impl EventsTable {
     /// Opens the table and registers a new snapshot. All is given back at the end of the transaction at the latest.
     pub(crate) fn open(relations: &Relations) -> Self {
+        let (events, relations) = catalog::open_table(relations.events, LOCK);
         for (index, name) in [
             (relations.events_seq_key, Index::Seq),
             (relations.events_xid_key, Index::Xid),
@@ -93,7 +97,7 @@ impl EventsTable {
         // SAFETY: opens relations by OID within a transaction; an ERROR if one has gone.
         unsafe {
             Self {
-                events: pg_sys::table_open(relations.events, LOCK),
+                events,
                 seq_key: pg_sys::index_open(relations.events_seq_key, LOCK),
                 xid_key: pg_sys::index_open(relations.events_xid_key, LOCK),
                 snapshot: pg_sys::RegisterSnapshot(pg_sys::GetLatestSnapshot()),

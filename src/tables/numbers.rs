@@ -198,11 +198,9 @@ fn say_gone_on(sequence: pg_sys::Oid, given: i64, seq: i64) {
 /// The highest number in what survives a crash, but for scheduled events, which get new ones when they are due: of rows
 /// (also those of prepared transactions), of positions, of the sequence itself.
 fn highest_kept(relations: &Relations) -> i64 {
-    let refused = (c"refused_events", c"refused_events_pkey");
-    let [table, index] = [refused.0, refused.1].map(relation);
-    let highest_refused = match table == pg_sys::InvalidOid || index == pg_sys::InvalidOid {
-        true => 0,
-        false => last_of(table, index),
+    let highest_refused = match relation(c"refused_events") {
+        pg_sys::InvalidOid => 0,
+        table => last_of(table, |_| relation(c"refused_events_pkey")).unwrap_or_default(),
     };
     sequence::last(relations.sequence)
         .max(highest_event(relations))
@@ -212,11 +210,9 @@ fn highest_kept(relations: &Relations) -> i64 {
 
 /// The highest number of all rows of `outbox.events`, however they were inserted.
 fn highest_event(relations: &Relations) -> i64 {
-    match relations.events_seq_key {
-        // The index was dropped. Then all rows are read, which is seldom needed.
-        pg_sys::InvalidOid => highest_of_columns(relations.events, &["seq"]),
-        key => last_of(relations.events, key),
-    }
+    let last = last_of(relations.events, |relations| relations.events_seq_key);
+    // If the index was dropped, all rows are read, which is seldom needed.
+    last.unwrap_or_else(|| highest_of_columns(relations.events, &["seq"]))
 }
 
 /// A table of ours.
@@ -229,11 +225,17 @@ fn relation(name: &CStr) -> pg_sys::Oid {
 }
 
 /// The last value in an index on the first column, a number: also of rows that nobody sees yet, or any more. 0: there
-/// is none.
-fn last_of(table: pg_sys::Oid, index: pg_sys::Oid) -> i64 {
+/// is none. `None`: there is no index.
+fn last_of(table: pg_sys::Oid, index: impl FnOnce(&Relations) -> pg_sys::Oid) -> Option<i64> {
+    let (table, relations) = catalog::open_table(table, LOCK);
+    let index = index(&relations);
     // SAFETY: an index scan backwards without keys; what is opened is closed, or given back by the transaction's abort.
     unsafe {
-        let (table, index) = (pg_sys::table_open(table, LOCK), pg_sys::index_open(index, LOCK));
+        if index == pg_sys::InvalidOid {
+            pg_sys::table_close(table, LOCK);
+            return None;
+        }
+        let index = pg_sys::index_open(index, LOCK);
         let any = &raw mut pg_sys::SnapshotAnyData;
         let scan = pg_sys::systable_beginscan_ordered(table, index, any, 0, std::ptr::null_mut());
         let tuple = pg_sys::systable_getnext_ordered(scan, pg_sys::ScanDirection::BackwardScanDirection);
@@ -244,7 +246,7 @@ fn last_of(table: pg_sys::Oid, index: pg_sys::Oid) -> i64 {
         pg_sys::systable_endscan_ordered(scan);
         pg_sys::index_close(index, LOCK);
         pg_sys::table_close(table, LOCK);
-        last
+        Some(last)
     }
 }
 

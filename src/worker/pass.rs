@@ -35,6 +35,7 @@ pub(super) struct Outcome {
 /// is to be handed over once that has ended well.
 pub(super) fn read(backends: &mut [Backend], group: &Group, is_wanted: &dyn Fn() -> bool) -> Vec<Outcome> {
     let relations = catalog::expect_relations();
+    fault::reach(Point::BeforeReadLock);
     let mut table = EventsTable::open(&relations);
     let numbers: Vec<i32> = group.members.iter().map(|index| backends[*index].number).collect();
     // Number 0 reads rows of all that nobody knows.

@@ -1,7 +1,7 @@
 //! Somebody has dropped or renamed what is ours: what needs it is refused in words or waits, and goes on when it is
 //! back.
 
-use kit::{LIMIT, Ledger, Load, Postgres, QUICK, Refused, Stack, ids, publish_many, wait_drained, wait_until};
+use kit::{LIMIT, Ledger, Load, Postgres, QUICK, Redis, Refused, Stack, ids, publish_many, wait_drained, wait_until};
 
 fn set(stack: &Stack, alter_system: &str) {
     stack.pg.exec(alter_system);
@@ -47,6 +47,57 @@ fn indexes_are_swapped_under_a_load() {
     load.wait_more(50);
     load.stop();
     ledger.settle(&stack, LIMIT).assert_exactly_once();
+    assert_same_worker(&stack, worker);
+}
+
+/// An index is swapped for another after somebody has looked it up, and before the table is locked. Needs a library
+/// built with the feature `faults`.
+#[test]
+fn an_index_is_swapped_just_before_the_table_is_locked() {
+    let stack = Stack::of(Postgres::with(QUICK).faults(), Redis::start());
+    let worker = stack.pg.wait_worker("postgres");
+    // A publisher who gives an id looks for it in both tables.
+    let table_of_schedule =
+        "alter table outbox.scheduled_events drop constraint scheduled_events_pkey, add primary key (event_id)";
+    let publish = "select outbox.publish_event('t', 'kit', event_id => gen_random_uuid())";
+    let ways = [
+        ("create unique index e2 on outbox.events (event_id); drop index outbox.events_event_id_idx", publish.replace("gen_random_uuid()", "gen_random_uuid(), scheduled_at => '2100-01-01'")),
+        (table_of_schedule, publish.to_string()),
+        (table_of_schedule, "select outbox.publish_events(jsonb_build_array(jsonb_build_object('event_type', 't', 'source', 'kit', 'event_id', gen_random_uuid())))".to_string()),
+    ];
+    let mut client = stack.pg.client();
+    let mut count = 0;
+    for (swap, sql) in &ways {
+        // So that the session knows the indexes.
+        client.batch_execute(sql).expect("published");
+        std::thread::scope(|scope| {
+            stack.pg.hold_at("before_id_lock");
+            let publisher = scope.spawn(|| client.batch_execute(sql));
+            stack.pg.wait_reached();
+            stack.pg.exec(swap);
+            stack.pg.release();
+            publisher
+                .join()
+                .expect("no panic")
+                .unwrap_or_else(|error| panic!("{swap}: {error:?}"));
+        });
+        count += if sql.contains("scheduled_at") { 0 } else { 2 };
+    }
+    stack.wait_events(count);
+    // The worker, which reads by the indexes on (seq) and (xid, seq).
+    for swap in [
+        "create index x2 on outbox.events (xid, seq); drop index outbox.events_xid_idx",
+        "alter table outbox.events drop constraint events_pkey, add primary key (seq) include (backend_number)",
+    ] {
+        wait_drained(&stack.pg, "default");
+        stack.pg.hold_at("before_read_lock");
+        stack.publish("read");
+        stack.pg.wait_reached();
+        stack.pg.exec(swap);
+        stack.pg.release();
+        count += 1;
+        stack.wait_events(count);
+    }
     assert_same_worker(&stack, worker);
 }
 

@@ -16,7 +16,8 @@ const CRASH_AT: &str = "outbox_relay.crash_at";
 const HELD: &str = "outbox_relay.held";
 const MUTATION: &str = "outbox_relay.mutation";
 
-/// Every point, in the order in which a worker passes them, but for `at_rehearsal`, to which only an idle one comes.
+/// Every point, in the order in which a worker passes them, but for `at_rehearsal`, to which only an idle one comes, and
+/// the points before a lock, where tests hold a process only.
 pub const POINTS: &[&str] = &[
     "before_claim",
     "after_claim",
