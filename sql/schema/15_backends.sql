@@ -102,4 +102,4 @@ create table outbox.moved_backends (
     destination    jsonb not null
 );
 alter table outbox.moved_backends enable row level security;
-comment on table outbox.moved_backends is 'Backends whose destination was changed by a role that may not read the server''s files, with the destination before that. Their password files are read for that one only.';
+comment on table outbox.moved_backends is 'Backends whose destination was changed by a role that may not read the server''s files, with the destination before that; {} if that role has made the backend. Their password files are read for that one only. The password file of the settings is read if the backend connects in a way in which others, which are not here, use it.';

@@ -165,7 +165,10 @@ create function outbox.note_move() returns trigger
     language plpgsql security definer set search_path = pg_catalog, pg_temp
     as $$
 begin
-    if outbox.destination(old) <> outbox.destination(new)
+    if tg_op = 'INSERT' then
+        perform outbox.silence_triggers();
+        insert into outbox.moved_backends (backend_number, destination) values (new.number, '{}') on conflict do nothing;
+    elsif outbox.destination(old) <> outbox.destination(new)
         and not exists (select from outbox.moved_backends m where m.backend_number = old.number) then
         perform outbox.silence_triggers();
         insert into outbox.moved_backends (backend_number, destination) values (old.number, outbox.destination(old));
@@ -173,7 +176,7 @@ begin
     return null;
 end
 $$;
-comment on function outbox.note_move() is 'Trigger of outbox.backends: notes a change of destination by a role that may not read the server''s files.';
+comment on function outbox.note_move() is 'Trigger of outbox.backends: notes which backends a role that may not read the server''s files has made, or moved elsewhere.';
 
 create function outbox.forget_move() returns trigger
     language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -182,7 +185,7 @@ begin
     -- A role that changes another column of a moved backend has not confirmed its destination by that.
     if exists (select from outbox.moved_backends m where m.backend_number = old.number
         and (new.password_file <> coalesce(old.password_file, '')
-            or (m.destination = outbox.destination(old) and m.destination <> outbox.destination(new)))) then
+            or (m.destination in ('{}', outbox.destination(old)) and outbox.destination(old) <> outbox.destination(new)))) then
         perform outbox.silence_triggers();
         delete from outbox.moved_backends m where m.backend_number = old.number;
     end if;

@@ -1,5 +1,6 @@
 //! Backends, as `outbox.backends` and the tables beside it describe them.
 
+use crate::server::guc;
 use crate::server::place::here;
 use crate::tables::copies::Original;
 use crate::tables::found_row::FoundRow;
@@ -19,6 +20,8 @@ pub(crate) struct BackendRow {
     pub password: Option<String>,
     /// Which of its secrets were set for another destination.
     pub withheld: Withheld,
+    /// A role that may not read the server's files has said where, or how privately, it connects.
+    is_unconfirmed: bool,
     /// Somebody has called `outbox.take_over()` for it on this server.
     pub take_over: bool,
     /// Rows of `outbox.restores` whose events have to be looked for in the streams.
@@ -39,13 +42,50 @@ pub(crate) struct Withheld {
     /// The backend's password file.
     pub file: bool,
     /// The password file of the settings: the backend spoke TLS, and now trusts other authorities or does not speak
-    /// TLS.
+    /// TLS. Or its destination is that of a role that may not read files, and no other backend uses the file like that.
     pub common_file: bool,
 }
+
+/// Whether a connection is encrypted, and whom it trusts: `tls`, `tls_insecure` and `tls_ca_file`.
+type Privacy<'a> = (bool, bool, Option<&'a str>);
 
 impl BackendRow {
     pub(crate) fn is_cluster(&self) -> bool {
         self.options.mode == Ok(Topology::Cluster)
+    }
+
+    /// Whether it connects to the one Redis that the settings name. The password file of the settings is read for that
+    /// address only, because a role that may write backends may name any host.
+    pub(crate) fn is_at_common_address(&self) -> bool {
+        let options = &self.options;
+        let has_no_other = options.mode == Ok(Topology::Standalone)
+            && options.unix_socket.is_none()
+            && options.nodes.as_ref().is_ok_and(Vec::is_empty);
+        let is_same_host = options
+            .host
+            .as_ref()
+            .is_none_or(|host| *host == guc::text(&guc::REDIS_HOST));
+        let common_port = guc::REDIS_PORT.get();
+        let is_same_port = matches!(&options.port, Ok(port) if port.is_none_or(|port| i32::from(port) == common_port));
+        has_no_other && is_same_host && is_same_port
+    }
+
+    fn privacy(&self) -> Option<Privacy<'_>> {
+        let options = &self.options;
+        let tls = *options.tls.as_ref().ok()?;
+        Some((tls, options.tls_insecure, options.tls_ca_file.as_deref()))
+    }
+
+    /// In which way the password file of the settings is sent for it, if it is.
+    fn common_way(&self) -> Option<Privacy<'_>> {
+        let withheld = self.withheld;
+        let has_own = self.password.is_some() || withheld.password || withheld.is_unreadable;
+        let uses_common = self.enabled
+            && !has_own
+            && self.options.password_file.is_none()
+            && !withheld.common_file
+            && self.is_at_common_address();
+        self.privacy().filter(|_| uses_common)
     }
 
     /// A row of the statement of [`all`], but for its password.
@@ -62,6 +102,7 @@ impl BackendRow {
                 file: row.value("is_file_withheld").unwrap_or_default(),
                 common_file: row.value("is_common_file_withheld").unwrap_or_default(),
             },
+            is_unconfirmed: row.value("is_destination_unconfirmed").unwrap_or_default(),
             take_over: row.value("is_asked_to_take_over").unwrap_or_default(),
             restores: row.value("restores_to_compare").unwrap_or_default(),
             last_restore: parsed(row.text("last_compared_restore")).unwrap_or_default(),
@@ -100,6 +141,7 @@ pub(crate) fn all(seen: &Snapshot) -> Vec<BackendRow> {
         "select case when p.destination = d.destination then p.password end as sealed_password,
             coalesce(p.destination <> d.destination, false) as is_password_withheld,
             coalesce(m.destination <> d.destination, false) as is_file_withheld,
+            coalesce(m.destination - 'username' <> d.destination - 'username', false) as is_destination_unconfirmed,
             coalesce((m.destination ->> 'tls')::boolean and (b.tls, b.tls_insecure, b.tls_ca_file)
                 is distinct from (true, (m.destination ->> 'tls_insecure')::boolean, m.destination ->> 'tls_ca_file'), false)
                 as is_common_file_withheld,
@@ -137,7 +179,24 @@ pub(crate) fn all(seen: &Snapshot) -> Vec<BackendRow> {
         }
         backend
     });
-    opened.collect()
+    let mut found: Vec<BackendRow> = opened.collect();
+    withhold_common_file(&mut found);
+    found
+}
+
+/// A role that may not read files has made a backend, or moved it. Then the password file of the settings is read for
+/// it only if that shows the password to nobody else: others use the file in the same way, or without TLS.
+fn withhold_common_file(backends: &mut [BackendRow]) {
+    if !backends.iter().any(|backend| backend.is_unconfirmed) {
+        return;
+    }
+    let confirmed = backends.iter().filter(|backend| !backend.is_unconfirmed);
+    let ways: Vec<_> = confirmed.filter_map(BackendRow::common_way).collect();
+    let shows = |backend: &BackendRow| !ways.iter().any(|way| !way.0 || backend.privacy() == Some(*way));
+    let withheld: Vec<bool> = backends.iter().map(|b| b.is_unconfirmed && shows(b)).collect();
+    for (backend, is_withheld) in backends.iter_mut().zip(withheld) {
+        backend.withheld.common_file |= is_withheld;
+    }
 }
 
 /// Numbers of deleted backends that had a cursor. Events for them that are not committed yet may still come.

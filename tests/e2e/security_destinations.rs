@@ -83,9 +83,9 @@ fn a_password_stays_with_its_destination() {
         stack.publish("again");
         wait_until("the entry", || stack.redis.xlen("events") == number + 2);
     }
-    stack
-        .pg
-        .wait_log("HINT:  A role that may not set its password has changed where or how the backend connects.");
+    stack.pg.wait_log(
+        "HINT:  A role that may not set its password has made the backend, or changed where or how it connects.",
+    );
     assert_told_nothing(&evil);
     // What is about something else changes nothing.
     keeper
@@ -455,4 +455,102 @@ fn the_file_of_the_settings_is_not_said_in_the_clear() {
         wait_drained(&stack.pg, "default");
     }
     assert_eq!(standing(&stack.pg, "default").failed, 0);
+}
+
+/// A backend that such a role has made, or brought to the address of the settings, does not say the file of the settings
+/// in a way in which no other backend says it.
+#[test]
+fn the_file_of_the_settings_is_said_as_others_say_it() {
+    let authority = Authority::new();
+    let redis = Redis::tls(&authority.issue(&["127.0.0.1"]), &["--requirepass", SECRET]);
+    let (file, tls_port) = (authority.file("password", SECRET.as_bytes(), 0o600), redis.tls_port());
+    let stack = Stack::of(Postgres::with(QUICK), redis);
+    roles(&stack.pg);
+    let mut keeper = stack.pg.client_as("keeper", "postgres");
+    let plain = Eavesdropper::start();
+    let ca = authority.ca_file();
+    stack.pg.exec(&format!(
+        "update outbox.backends set host = null, port = null, tls = true, tls_ca_file = '{ca}';
+        insert into outbox.backends (name, host, port) values ('elsewhere', '127.0.0.1', {})",
+        stack.redis.port()
+    ));
+    let settings = |port: u16| {
+        stack.pg.configure(&[
+            ("outbox_relay.redis_host", "127.0.0.1"),
+            ("outbox_relay.redis_port", &port.to_string()),
+            ("outbox_relay.redis_password_file", &file),
+        ]);
+        stack.pg.reload();
+    };
+    settings(tls_port);
+    stack.publish("one");
+    wait_drained(&stack.pg, "default");
+    // A user of the same Redis is no other place.
+    keeper
+        .batch_execute("update outbox.backends set username = 'default' where name = 'default'")
+        .expect("granted");
+    stack.publish("two");
+    wait_drained(&stack.pg, "default");
+    keeper
+        .batch_execute("update outbox.backends set username = null where name = 'default'")
+        .expect("granted");
+    let ways = [
+        "insert into outbox.backends (name) values ('own')",
+        "insert into outbox.backends (name, tls) values ('own', true)",
+        "insert into outbox.backends (name, tls, tls_insecure) values ('own', true, true)",
+        "insert into outbox.backends (name, host) values ('own', '127.0.0.1'); update outbox.backends set max_len = 7 where name = 'own'",
+        "update outbox.backends set host = null, port = null, name = 'own' where name = 'elsewhere'",
+    ];
+    let back = format!(
+        "update outbox.backends set host = '127.0.0.1', port = {}, name = 'elsewhere' where name = 'own'",
+        stack.redis.port()
+    );
+    for way in ways {
+        keeper
+            .batch_execute(way)
+            .unwrap_or_else(|error| panic!("{way}: {error:?}"));
+        stack.pg.exec("select outbox.publish_event('t', 's', backend => 'own')");
+        wait_trouble(&stack.pg, "own", "misconfigured", MOVED);
+        // Nor to whoever listens there.
+        settings(plain.port());
+        stack.publish("more");
+        wait_until("a call", || plain.accepted() > 0);
+        settings(tls_port);
+        wait_drained(&stack.pg, "default");
+        let clear = match way.starts_with("update") {
+            true => back.clone(),
+            false => "delete from outbox.events where backend = 'own'; delete from outbox.backends where name = 'own'"
+                .to_string(),
+        };
+        stack.pg.exec(&clear);
+    }
+    assert!(!plain.heard().contains(SECRET), "{}", plain.heard());
+    // A superuser says where: by naming the file, or by changing the destination.
+    for confirmed in [
+        format!(
+            "update outbox.backends set password_file = '{file}', tls = true, tls_ca_file = '{ca}' where name = 'own'"
+        ),
+        format!("update outbox.backends set tls = true, tls_ca_file = '{ca}' where name = 'own'"),
+    ] {
+        keeper
+            .batch_execute("insert into outbox.backends (name, stream_name) values ('own', 'own')")
+            .expect("granted");
+        stack.pg.exec("select outbox.publish_event('t', 's', backend => 'own')");
+        wait_trouble(&stack.pg, "own", "misconfigured", MOVED);
+        stack.pg.exec(&confirmed);
+        stack.redis.wait_entries("own", 1);
+        wait_drained(&stack.pg, "own");
+        stack.pg.exec("delete from outbox.backends where name = 'own'");
+        stack.redis.call(&["DEL", "own"]);
+    }
+    // Without TLS where all do without.
+    stack
+        .pg
+        .exec("update outbox.backends set tls = false, tls_ca_file = null where name = 'default'");
+    settings(stack.redis.port());
+    keeper
+        .batch_execute("insert into outbox.backends (name, stream_name) values ('own', 'own')")
+        .expect("granted");
+    stack.pg.exec("select outbox.publish_event('t', 's', backend => 'own')");
+    stack.redis.wait_entries("own", 1);
 }

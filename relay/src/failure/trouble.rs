@@ -159,7 +159,7 @@ impl Trouble {
             ),
             Self::Withheld => (
                 Configuration,
-                "A role that may not set its password has changed where or how the backend connects. Undo that change, or set the password again for the new destination: with outbox.set_backend_password(), or by setting password_file to NULL and then to the file.",
+                "A role that may not set its password has made the backend, or changed where or how it connects. Undo that, or set the password for this destination: with outbox.set_backend_password(), or by setting password_file to NULL and then to the file.",
             ),
             Self::Unreadable => (
                 Configuration,

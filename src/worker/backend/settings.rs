@@ -63,7 +63,7 @@ pub(super) fn destination(row: &BackendRow, home: &Home, lane: Option<u16>) -> K
         },
         Guarantee::AtLeastOnce => Protocol::AtLeastOnce { replicas },
     };
-    let password = secret(row, &address)?;
+    let password = secret(row);
     Ok(Destination {
         address,
         route: route(options, lane)?,
@@ -96,33 +96,26 @@ pub(super) fn max_len(row: Option<&BackendRow>) -> i64 {
 }
 
 /// What the backend logs in with, where it connects now.
-fn secret(row: &BackendRow, address: &Address) -> Known<Option<Secret>> {
+fn secret(row: &BackendRow) -> Option<Secret> {
     let file = |path: String, is_withheld| match is_withheld {
         true => Secret::Withheld,
         false => Secret::File(PathBuf::from(path)),
     };
     let withheld = row.withheld;
     if withheld.password {
-        return Ok(Some(Secret::Withheld));
+        return Some(Secret::Withheld);
     }
     if withheld.is_unreadable {
-        return Ok(Some(Secret::Unreadable));
+        return Some(Secret::Unreadable);
     }
     if let Some(password) = row.password.clone() {
-        return Ok(Some(Secret::Text(password)));
+        return Some(Secret::Text(password));
     }
     if let Some(path) = row.options.password_file.clone() {
-        return Ok(Some(file(path, withheld.file)));
+        return Some(file(path, withheld.file));
     }
-    // A role that may write backends may name any host. So the file of the settings is used only for the host of the
-    // settings.
-    let common = Address::Tcp {
-        host: guc::text(&guc::REDIS_HOST),
-        port: guc::REDIS_PORT.get() as u16,
-    };
-    let is_common = *address == common && row.options.nodes.clone()?.is_empty();
     let path = guc::text(&guc::REDIS_PASSWORD_FILE);
-    Ok((is_common && !path.is_empty()).then(|| file(path, withheld.common_file)))
+    (row.is_at_common_address() && !path.is_empty()).then(|| file(path, withheld.common_file))
 }
 
 /// In a cluster, each hash slot has a guard of its own. A tag puts the guard into the streams' hash slot, whatever the
