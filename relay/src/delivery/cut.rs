@@ -130,7 +130,7 @@ impl Collector {
     /// Whether another row may be added.
     #[inline]
     fn has_room(&self) -> bool {
-        self.open.is_some() || (self.room.batches > 0 && self.room.bytes > 0)
+        self.room.events > 0 && (self.open.is_some() || (self.room.batches > 0 && self.room.bytes > 0))
     }
 
     /// Whether it can wait for others: its sender has enough to do, or it has none.
@@ -382,6 +382,7 @@ impl Collector {
             OpenBatch::new(event.buffer())
         });
         let encoded = event.encode(batch).map(|entry| batch.entries.push(entry));
+        self.room.events -= usize::from(encoded.is_ok());
         let is_full = batch.is_full(limits.batch_events, limits.batch_bytes);
         if let Err(error) = encoded {
             self.fail(seq, &error);

@@ -40,6 +40,8 @@ pub struct Window {
     pub bytes: usize,
     /// Bytes that there are when nothing is on its way.
     pub whole_bytes: usize,
+    /// Events that may be sent now, for the pace of the backend.
+    pub events: usize,
 }
 
 impl Window {

@@ -21,6 +21,7 @@
 //! - [`flight`] batches on their way; [`landing`] what their replies mean; [`guarded`] the same with a guard
 //! - [`refusal`] streams that Redis refuses, [`waiting`] who of them is tried next, [`retries`] what a delivery asks of
 //!   both; [`reread`] rows that are read again; [`backoff`]
+//! - [`max_rate`] how many events a backend may send, [`pace`] and what that means for its delivery
 
 pub mod backoff;
 pub mod batch;
@@ -29,6 +30,8 @@ pub mod cut;
 pub mod flight;
 mod guarded;
 mod landing;
+pub mod max_rate;
+mod pace;
 pub mod refusal;
 mod reread;
 mod retries;
@@ -98,6 +101,14 @@ pub struct Delivery {
     reread: Option<Reread>,
     /// A stream is to be tried again as soon as nothing is in flight.
     makes_way: bool,
+    /// How many events it may send now, for its `max_rate`; `None`: any number.
+    allowance: Option<usize>,
+    /// Of those, for waiting events that are due.
+    reserved: usize,
+    /// There may be more to send, which waits for the pace.
+    is_paced: bool,
+    /// Events that were sent since that was asked for.
+    sent_events: usize,
     /// Batches that were sent, or begun with, and whose replies were never read. A guard that says more than is known
     /// must name one of them. `None`: an earlier worker may have sent others (exactly_once).
     in_doubt: Option<Vec<(u64, Position)>>,
@@ -127,6 +138,10 @@ impl Delivery {
             reread: None,
             makes_way: false,
             in_doubt: None,
+            allowance: None,
+            reserved: 0,
+            is_paced: false,
+            sent_events: 0,
             read: cursor.clone(),
             acked: cursor,
             flights: VecDeque::new(),
@@ -189,6 +204,11 @@ impl Delivery {
     /// How many batches, and of how many bytes, may be handed to the sender; `None`: none. A batch may be begun while
     /// any bytes are left, so that a single large event always fits.
     pub fn room(&self) -> Option<Window> {
+        let room = self.room_but_for_pace()?;
+        (room.events > 0).then_some(room)
+    }
+
+    fn room_but_for_pace(&self) -> Option<Window> {
         if self.makes_way || self.retries_alone() {
             return None;
         }
@@ -212,6 +232,9 @@ impl Delivery {
             batches: WINDOW_BATCHES.saturating_sub(self.flights.len()),
             bytes: self.window_bytes.saturating_sub(self.in_flight_bytes),
             whole_bytes: self.window_bytes,
+            events: self
+                .allowance
+                .map_or(usize::MAX, |events| events.saturating_sub(self.reserved)),
         }
     }
 
@@ -252,8 +275,8 @@ impl Delivery {
             (Some(failure), _) if failure.class == Class::Fenced => State::Fenced,
             (Some(failure), _) if failure.class == Class::Copy => State::Copy,
             (Some(_), _) => State::Backoff,
-            (None, false) => State::Sending,
-            (None, true) => State::Idle,
+            (None, true) if !self.is_paced => State::Idle,
+            (None, _) => State::Sending,
         }
     }
 
@@ -304,6 +327,7 @@ impl Delivery {
                 Vec::new()
             }
         };
+        self.spend(entries.len());
         self.in_flight_bytes += bytes;
         self.flights.push_back(Flight {
             entries,

@@ -47,10 +47,11 @@ impl Delivery {
             return Vec::new();
         }
         self.makes_way = false;
-        if !self.has_room() {
+        let most = self.allowance.unwrap_or(usize::MAX);
+        if most == 0 || self.room_but_for_pace().is_none() {
             return Vec::new();
         }
-        self.streams.due(now, heads, followers)
+        self.streams.due(now, heads.min(most), followers.min(most))
     }
 
     /// There was no room for events of this stream: they are tried with the next batch.

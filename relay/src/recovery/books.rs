@@ -121,6 +121,11 @@ pub trait Rows {
     /// be read.
     fn wanted(&self, scan: &<Self::Table as Table>::Scan, purpose: Purpose) -> Option<Wanted>;
 
+    /// Whether the event that a scan stands on was in its stream before, and is appended once more (`outbox.replay()`).
+    fn is_replay(&self, _scan: &<Self::Table as Table>::Scan) -> bool {
+        false
+    }
+
     /// The numbers of refused events above `after`, in order, `limit` at most. Those of other lanes are among them.
     fn waiting(&mut self, after: i64, limit: usize) -> Vec<i64>;
     /// Which of these still wait.

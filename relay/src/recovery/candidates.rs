@@ -33,7 +33,8 @@ pub(super) fn of<B: Books>(
         }),
         (Start::Heal { restored: false, .. }, Some(guard)) => books.in_tables(|rows| {
             let mut found = waiting(rows, at_once);
-            found.extend(between(rows, &here, &guard.position, usize::MAX, Purpose::Compare));
+            let way = (&here, &guard.position);
+            found.extend(between(rows, way, usize::MAX, Purpose::Compare, Replays::Too));
             found
         }),
         (Start::Heal { .. } | Start::Compare(_), _) => books.in_tables(|rows| {
@@ -48,7 +49,8 @@ pub(super) fn of<B: Books>(
 /// events.
 pub(super) fn is_more_than_a_batch<R: Rows>(rows: &mut R, guard: &Guard) -> bool {
     let limit = MOST_OF_A_BATCH + 1;
-    between(rows, &guard.previous, &guard.position, limit, Purpose::Settle).len() == limit
+    let way = (&guard.previous, &guard.position);
+    between(rows, way, limit, Purpose::Settle, Replays::Too).len() == limit
 }
 
 /// The highest number of a waiting event among the candidates.
@@ -89,7 +91,8 @@ fn last_batch<R: Rows>(rows: &mut R, guard: &Guard) -> Vec<Candidate> {
         let waiting = rows.still_waiting(&guard.again);
         return by_seq(rows, &waiting, Purpose::Settle);
     }
-    between(rows, &guard.previous, &guard.position, usize::MAX, Purpose::Settle)
+    let way = (&guard.previous, &guard.position);
+    between(rows, way, usize::MAX, Purpose::Settle, Replays::Too)
 }
 
 /// Events that an unknown owner may have sent: up to `limit` on the way to the tick that is being read, and as many from
@@ -98,11 +101,11 @@ fn unsent<R: Rows>(rows: &mut R, here: &Position, newest: &Arc<Tick>, limit: usi
     let upto = Position::at(newest.clone());
     // A position within a tick's range reads that range to its end first.
     let Some(under_way) = &here.under_way else {
-        return between(rows, here, &upto, limit, Purpose::Compare);
+        return between(rows, (here, &upto), limit, Purpose::Compare, Replays::Not);
     };
     let there = Position::at(under_way.to.clone());
-    let mut found = between(rows, here, &there, limit, Purpose::Compare);
-    found.extend(between(rows, &there, &upto, limit, Purpose::Compare));
+    let mut found = between(rows, (here, &there), limit, Purpose::Compare, Replays::Not);
+    found.extend(between(rows, (&there, &upto), limit, Purpose::Compare, Replays::Not));
     found
 }
 
@@ -111,7 +114,8 @@ fn by_seq<R: Rows>(rows: &mut R, seqs: &[i64], purpose: Purpose) -> Vec<Candidat
     let mut found = Vec::new();
     for &seq in seqs {
         let mut scan = table.by_seq(seq - 1, seq);
-        let wanted = scan.advance().and_then(|_| rows.wanted(&scan, purpose));
+        let is_sought = scan.advance().is_some() && (purpose == Purpose::Settle || !rows.is_replay(&scan));
+        let wanted = is_sought.then(|| rows.wanted(&scan, purpose)).flatten();
         found.extend(wanted.map(|wanted| Candidate {
             seq,
             waits: true,
@@ -122,8 +126,23 @@ fn by_seq<R: Rows>(rows: &mut R, seqs: &[i64], purpose: Purpose) -> Vec<Candidat
     found
 }
 
+/// Whether events that are replayed are looked for. Their first entries stand in the streams already, so what is found
+/// tells nothing of the replay: only of a batch that was executed it is known that each was accepted or refused.
+/// Otherwise they are sent, and rather repeated than lost.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Replays {
+    Too,
+    Not,
+}
+
 /// The backend's rows from one position to another that are neither refused nor failed.
-fn between<R: Rows>(rows: &mut R, from: &Position, upto: &Position, limit: usize, purpose: Purpose) -> Vec<Candidate> {
+fn between<R: Rows>(
+    rows: &mut R,
+    (from, upto): (&Position, &Position),
+    limit: usize,
+    purpose: Purpose,
+    replays: Replays,
+) -> Vec<Candidate> {
     let written_down_to = rows.highest_written_down();
     let mut table = rows.open();
     let mut found = Vec::new();
@@ -143,6 +162,9 @@ fn between<R: Rows>(rows: &mut R, from: &Position, upto: &Position, limit: usize
             break;
         }
         if !matches!(step, Step::Row(_)) || !is_between(key) {
+            continue;
+        }
+        if replays == Replays::Not && rows.is_replay(scan.current()) {
             continue;
         }
         let Some(wanted) = rows.wanted(scan.current(), purpose) else {

@@ -5,6 +5,7 @@ use crate::failure::{self, Class, Failure, Trouble};
 use crate::redis::deadline::Deadline;
 use crate::redis::destination::{Address, Destination, Secret};
 use crate::redis::server_file;
+use crate::redis::step::{self, Step};
 use crate::redis::tls::{self, TlsStream};
 use crate::resp::bounds::Bounds;
 use crate::resp::read::{Inbox, Reply};
@@ -65,6 +66,7 @@ impl RedisConnection {
     }
 
     fn log_in(&mut self, destination: &Destination) -> Result<(), Failure> {
+        step::at(Step::Auth);
         if let Some(refusal) = destination.password.as_ref().and_then(Secret::refusal) {
             return Err(refusal);
         }
@@ -88,6 +90,7 @@ impl RedisConnection {
         // A connection whose login was refused must not be used as the default user's.
         logged_in.map_err(Failure::not_of_an_event)?;
         if destination.db != 0 {
+            step::at(Step::Select);
             self.ask("SELECT", &[b"SELECT", destination.db.to_string().as_bytes()])?
                 .map_err(Failure::not_of_an_event)?;
         }
@@ -95,6 +98,7 @@ impl RedisConnection {
     }
 
     fn introduce(&mut self, destination: &Destination) -> Result<(), Failure> {
+        step::at(Step::Ping);
         // A user without the right to set a name is accepted all the same. If a login is missing, PING says so.
         match self.ask(
             "CLIENT SETNAME",
@@ -240,6 +244,7 @@ impl Stream {
         let (host, port) = match address {
             Address::Tcp { host, port } => (host, *port),
             Address::Unix(path) if destination.allowed_hosts.allows_path(path) => {
+                step::at(Step::Connect);
                 return connect_unix(path, destination.connect_timeout)
                     .map(Self::Unix)
                     .map_err(broken);
@@ -247,6 +252,7 @@ impl Stream {
             Address::Unix(path) => return Err(not_allowed(format!("socket \"{}\"", path.display()))),
         };
         let timeout = at_least_some(destination.connect_timeout);
+        step::at(Step::Tls);
         // Before connecting: its files may be unreadable.
         let tls = destination
             .tls
@@ -255,6 +261,7 @@ impl Stream {
         let tls = tls.transpose()?;
         let stream = connect(destination, host, port)?;
         tune(&stream, destination.socket_timeout).map_err(broken)?;
+        step::at(Step::Tls);
         Ok(match tls {
             None => Self::Tcp(stream),
             Some((config, insecure)) => Self::Tls(Box::new(TlsStream::open(config, insecure, host, stream, timeout)?)),
@@ -354,6 +361,7 @@ const MOST_ADDRESSES: usize = 16;
 
 /// The first allowed address that answers; else the last one's error. The name is looked up anew each time.
 fn connect(destination: &Destination, host: &str, port: u16) -> Result<TcpStream, Failure> {
+    step::at(Step::Resolve);
     let allowed = &destination.allowed_hosts;
     let is_known = allowed.allows_name(host);
     if !is_known && !allowed.has_addresses() {
@@ -366,6 +374,7 @@ fn connect(destination: &Destination, host: &str, port: u16) -> Result<TcpStream
             refused = Some(address.ip());
             continue;
         }
+        step::at(Step::Connect);
         match TcpStream::connect_timeout(&address, at_least_some(destination.connect_timeout)) {
             Ok(stream) => return Ok(stream),
             Err(error) => failed = Some(broken(error)),

@@ -5,7 +5,7 @@
 //! - [`connection`] a socket, logged in; [`deadline`] of a whole reply; [`tls`]
 //! - [`topology`] which node of several, [`answers`] what sentinels and nodes say of that; [`hash_slot`] hash slots of
 //!   Redis Cluster
-//! - [`replicas`] WAIT
+//! - [`replicas`] WAIT; [`probe`] whether all that is needed works, [`step`] by step
 
 pub mod allowed_hosts;
 pub mod answers;
@@ -13,7 +13,9 @@ pub mod connection;
 mod deadline;
 pub mod destination;
 pub mod hash_slot;
+pub mod probe;
 pub mod replicas;
 mod server_file;
+pub mod step;
 mod tls;
 pub mod topology;

@@ -7,6 +7,7 @@ use crate::failure::{Class, Failure, Trouble};
 use crate::redis::answers::{is_replica, primary_in, ranges_in, redirect_in};
 use crate::redis::connection::RedisConnection;
 use crate::redis::destination::{Address, Destination, Route, Secret};
+use crate::redis::step::{self, Step};
 use crate::resp::bounds::Bounds;
 use crate::resp::read::Reply;
 use crate::resp::write::append_command;
@@ -40,11 +41,13 @@ fn with_learnt<R>(nodes: &[Address], f: impl FnOnce(&mut Learnt) -> R) -> R {
 
 /// Opens a connection to the node that is to be written to. `found` is told its address before it is tried.
 pub fn open(destination: &Destination, found: &mut dyn FnMut(&Address)) -> Result<RedisConnection, Failure> {
+    step::at(Step::Auth);
     if let Some(refusal) = destination.password.as_ref().and_then(Secret::refusal) {
         // No connection is opened: whoever has pointed the backend there would get events, which are as secret as the
         // password.
         return Err(refusal);
     }
+    step::at(Step::Route);
     match &destination.route {
         Route::Direct => {
             found(&destination.address);
@@ -89,6 +92,9 @@ fn by_sentinels(
                 silent = Some(Failure::of(trouble, message));
             }
         }
+    }
+    if of_node.is_none() && unknown.is_some() {
+        step::at(Step::Route);
     }
     let failure = of_node.or(unknown).or(silent);
     Err(failure.unwrap_or_else(|| Failure::configuration("there is no sentinel to ask")))
@@ -195,6 +201,9 @@ fn in_cluster(
             Some(_) => {}
         }
     }
+    if of_node.is_none() && unserved.is_some() {
+        step::at(Step::Route);
+    }
     let failure = of_node.or(unserved).or(silent);
     Err(failure.unwrap_or_else(|| Failure::configuration("there is no node to ask")))
 }
@@ -260,7 +269,7 @@ fn reply_to<'a>(connection: &'a mut RedisConnection, words: &[&[u8]], bounds: &B
 }
 
 /// Sends one command; an error reply is a failure, never an event's.
-fn ask(connection: &mut RedisConnection, words: &[&[u8]], bounds: &Bounds) -> Result<Value, Failure> {
+pub(super) fn ask(connection: &mut RedisConnection, words: &[&[u8]], bounds: &Bounds) -> Result<Value, Failure> {
     match reply_to(connection, words, bounds)?.value()? {
         Value::ServerError(error) => Err(crate::failure::reply(&error).not_of_an_event()),
         value => Ok(value),

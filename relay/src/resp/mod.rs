@@ -6,4 +6,4 @@
 
 pub mod bounds;
 pub mod read;
-pub(crate) mod write;
+pub mod write;

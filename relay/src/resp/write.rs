@@ -18,8 +18,46 @@ pub(crate) fn append_bulk(out: &mut Vec<u8>, bytes: &[u8]) {
     out.extend_from_slice(b"\r\n");
 }
 
+/// The words of one command that was appended by these functions.
+pub fn words(command: &[u8]) -> Vec<&[u8]> {
+    let line = |bytes: &[u8]| bytes.iter().position(|byte| *byte == b'\r').unwrap_or(bytes.len());
+    let after = |bytes: usize| command.get(bytes..).unwrap_or_default();
+    let (mut words, mut at) = (Vec::new(), line(command) + 2);
+    while let [b'$', rest @ ..] = after(at) {
+        let digits = line(rest);
+        let length = std::str::from_utf8(&rest[..digits])
+            .ok()
+            .and_then(|text| text.parse().ok());
+        let begin = at + 1 + digits + 2;
+        let end = begin + length.unwrap_or(0);
+        words.push(command.get(begin..end).unwrap_or_default());
+        at = end + 2;
+    }
+    words
+}
+
 fn append_length(out: &mut Vec<u8>, kind: u8, length: usize) {
     out.push(kind);
     out.extend_from_slice(itoa::Buffer::new().format(length).as_bytes());
     out.extend_from_slice(b"\r\n");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_words_of_a_command_are_those_that_were_appended() {
+        let commands: [&[&[u8]]; 3] = [
+            &[b"PING"],
+            &[b"XADD", b"", b"*", b"$1\r\nx\r\n", "\u{fc}".as_bytes()],
+            &[],
+        ];
+        for command in commands {
+            let mut bytes = Vec::new();
+            append_command(&mut bytes, command);
+            assert_eq!(words(&bytes), command);
+        }
+        assert_eq!(words(b""), Vec::<&[u8]>::new());
+    }
 }

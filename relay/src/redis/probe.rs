@@ -1,0 +1,161 @@
+//! Looking whether a backend could be used: a login of its own, which changes nothing in Redis, and says at which step
+//! it ends.
+
+use crate::failure::{self, Class, Failure, Trouble};
+use crate::redis::connection::RedisConnection;
+use crate::redis::destination::{Address, Destination, Protocol};
+use crate::redis::step::{self, Step};
+use crate::redis::topology;
+use crate::resp::bounds::Bounds;
+use crossbeam_channel::{Receiver, TryRecvError, bounded};
+use redis::Value;
+use std::io::{self, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// What was found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Found {
+    /// Of one PING.
+    pub latency: Option<Duration>,
+    /// Such as redis, and its version and role, as the server says.
+    pub server: Option<String>,
+    pub version: Option<String>,
+    pub role: Option<String>,
+    /// The node that was connected to, or tried last.
+    pub address: Option<String>,
+    /// The step at which it ended, and why.
+    pub error: Option<String>,
+}
+
+/// A test that is running.
+pub struct Probe(Receiver<Found>);
+
+impl Probe {
+    /// What it has found, once it is there.
+    pub fn found(&self) -> Option<Found> {
+        match self.0.try_recv() {
+            Ok(found) => Some(found),
+            Err(TryRecvError::Empty) => None,
+            Err(TryRecvError::Disconnected) => Some(Found {
+                error: Some("the test ended unexpectedly".to_owned()),
+                ..Found::default()
+            }),
+        }
+    }
+}
+
+/// The same in a thread of its own, which writes a byte to `waker` when it ends, and drops `permit`. The caller blocks all
+/// signals of its process around this call.
+pub fn spawn(
+    destination: Destination,
+    stream: String,
+    waker: Arc<UnixStream>,
+    permit: impl Send + 'static,
+) -> io::Result<Probe> {
+    let (told, found) = bounded(1);
+    thread::Builder::new()
+        .name("backend test".to_owned())
+        .stack_size(512 * 1024)
+        .spawn(move || {
+            let _permit = permit;
+            let _ = told.send(probe(&destination, &stream));
+            let _ = (&*waker).write(&[0]);
+        })?;
+    Ok(Probe(found))
+}
+
+/// Connects, logs in, and asks for each right that sending needs. `stream`: the backend's own. Takes as long as the
+/// time-outs of each step allow.
+pub fn probe(destination: &Destination, stream: &str) -> Found {
+    let mut found = Found::default();
+    step::at(Step::Route);
+    if let Err(failure) = look(destination, stream, &mut found) {
+        found.error = Some(format!("{}: {}", step::current(), failure.message));
+    }
+    found
+}
+
+fn look(destination: &Destination, stream: &str, found: &mut Found) -> Result<(), Failure> {
+    let address = &mut found.address;
+    let mut note = |node: &Address| *address = Some(node.to_string());
+    let mut connection = topology::open(destination, &mut note)?;
+    step::at(Step::Ping);
+    let start = Instant::now();
+    let pong = topology::ask(&mut connection, &[b"PING"], &Bounds::line("PING"));
+    found.latency = Some(start.elapsed());
+    tolerated(pong)?;
+    step::at(Step::Role);
+    // With a server or proxy that does not know it, nothing is known of these.
+    if let Some(Value::Array(items)) = tolerated(topology::ask(&mut connection, &[b"HELLO", b"2"], &Bounds::HELLO))? {
+        let said = |name: &str| {
+            let is_it = |pair: &&[Value]| matches!(&pair[0], Value::BulkString(key) if key == name.as_bytes());
+            match items.chunks_exact(2).find(is_it).map(|pair| &pair[1]) {
+                Some(Value::BulkString(text)) => Some(failure::server_text::shown(&String::from_utf8_lossy(text))),
+                _ => None,
+            }
+        };
+        (found.server, found.version, found.role) = (said("server"), said("version"), said("role"));
+    }
+    if found.role.as_deref().is_some_and(|role| role != "master") {
+        return Err(Failure::of(Trouble::IsReplica, "READONLY it is a replica"));
+    }
+    if let Protocol::ExactlyOnce { guard, .. } = &destination.protocol {
+        step::at(Step::Rights);
+        may_use(&mut connection, guard, stream)?;
+    }
+    Ok(())
+}
+
+/// Rights are checked when a command is queued, also one that is discarded.
+fn may_use(connection: &mut RedisConnection, guard: &str, stream: &str) -> Result<(), Failure> {
+    let (guard, stream) = (guard.as_bytes(), stream.as_bytes());
+    let named = |name: &str, failure: Failure| Failure::new(failure.class, format!("{name}: {}", failure.message));
+    for (name, words) in [("WATCH", [b"WATCH", guard].as_slice()), ("MULTI", &[b"MULTI"])] {
+        // If it is refused, nothing must follow: it would be executed.
+        topology::ask(connection, words, &Bounds::line("a command")).map_err(|failure| named(name, failure))?;
+    }
+    let queued: [(&str, &[&[u8]]); 6] = [
+        ("HGETALL", &[b"HGETALL", guard]),
+        ("HMGET", &[b"HMGET", guard, b"token"]),
+        ("XREVRANGE", &[b"XREVRANGE", stream, b"+", b"-", b"COUNT", b"1"]),
+        ("XINFO", &[b"XINFO", b"STREAM", stream]),
+        ("HSET", &[b"HSET", guard, b"token", b"x"]),
+        ("XADD", &[b"XADD", stream, b"*", b"f", b"v"]),
+    ];
+    let mut refused = None;
+    for (name, words) in queued {
+        match topology::ask(connection, words, &Bounds::line("a command")) {
+            Ok(Value::SimpleString(word)) if word == "QUEUED" => {}
+            Ok(_) => return Err(failure::not_redis()),
+            Err(failure) if is_answer(&failure) => {
+                refused.get_or_insert_with(|| named(name, failure));
+            }
+            Err(failure) => return Err(failure),
+        }
+    }
+    for name in ["DISCARD", "UNWATCH"] {
+        let words: [&[u8]; 1] = [name.as_bytes()];
+        topology::ask(connection, &words, &Bounds::line("a command")).map_err(|failure| named(name, failure))?;
+    }
+    refused.map_or(Ok(()), Err)
+}
+
+/// Whether the server has said so, and the connection goes on.
+fn is_answer(failure: &Failure) -> bool {
+    !matches!(failure.trouble, Trouble::Closed | Trouble::TimedOut | Trouble::NotRedis)
+}
+
+/// A right that is missing here is no obstacle to sending.
+fn tolerated(answer: Result<Value, Failure>) -> Result<Option<Value>, Failure> {
+    match answer {
+        Ok(value) => Ok(Some(value)),
+        Err(failure) if failure.message.starts_with("NOPERM") || failure.message.starts_with("ERR unknown command") => {
+            Ok(None)
+        }
+        Err(failure) if failure.class == Class::Event => Err(Failure::backend(failure.message)),
+        Err(failure) => Err(failure),
+    }
+}

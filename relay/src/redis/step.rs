@@ -1,0 +1,48 @@
+//! What this thread is doing to open a connection: so that whoever asks why there is none
+//! ([`probe`](crate::redis::probe)) can be told at which step it ended.
+
+use std::cell::Cell;
+use std::fmt;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Finding the node: asking sentinels, or nodes of a cluster.
+    Route,
+    Resolve,
+    Connect,
+    Tls,
+    /// Reading the password, and AUTH.
+    Auth,
+    Select,
+    Ping,
+    Role,
+    Rights,
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Route => "finding the node",
+            Self::Resolve => "resolve",
+            Self::Connect => "connect",
+            Self::Tls => "TLS",
+            Self::Auth => "AUTH",
+            Self::Select => "SELECT",
+            Self::Ping => "PING",
+            Self::Role => "ROLE",
+            Self::Rights => "rights",
+        })
+    }
+}
+
+thread_local! {
+    static STEP: Cell<Step> = const { Cell::new(Step::Route) };
+}
+
+pub fn at(step: Step) {
+    STEP.set(step);
+}
+
+pub fn current() -> Step {
+    STEP.get()
+}
