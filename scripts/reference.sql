@@ -16,7 +16,7 @@ select p.oid, p.proname as name, p.prokind, p.prorettype,
     case when p.prokind = 'p' then '' else replace(pg_get_function_result(p.oid), 'pg_catalog.', '') end as result,
     coalesce(s.text, '') as text,
     p.proname in ('publish_event', 'publish_events', 'grant_publisher', 'revoke_publisher', 'set_backend_password', 'health',
-        'wait_published', 'drain', 'published_here', 'preview', 'test_backend', 'retry_failed', 'discard_failed', 'replay', 'erase', 'wake',
+        'wait_published', 'drain', 'published_here', 'preview', 'test_backend', 'retry_failed', 'retry_all_failed', 'discard_failed', 'replay', 'erase', 'wake',
         'purge', 'take_over', 'guard_key', 'hash_slot', 'attach_table', 'detach_table', 'consume_once', 'import_django_broadcaster') as is_called
 from pg_proc p left join said s on s.classoid = 'pg_proc'::regclass and s.objoid = p.oid
 where p.pronamespace = 'outbox'::regnamespace;

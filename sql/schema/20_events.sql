@@ -9,6 +9,7 @@ create table outbox.events (
     created_at       timestamptz not null,
     event_id         uuid not null,
     backend_number   integer not null,
+    published_by     oid,
     event_type       text not null,
     source           text not null,
     backend          text not null,
@@ -38,6 +39,7 @@ comment on sequence outbox.events_seq_seq is 'Draws the numbers of events, in pu
 comment on column outbox.events.seq is 'The event''s place in publishing order. The trigger draws it, after xid.';
 comment on column outbox.events.xid is 'The transaction that published the event. The trigger fills it in.';
 comment on column outbox.events.backend_number is 'Number of the backend. The trigger looks it up by the backend''s name.';
+comment on column outbox.events.published_by is 'The role that published the event, which may ask what became of it: see outbox.wait_published(). NULL: another server, or another cluster.';
 comment on column outbox.events.backend is 'Name of the backend when the event was published. NULL or an empty text in an INSERT means outbox_relay.default_backend.';
 comment on column outbox.events.data is 'The payload, as JSON text.';
 comment on column outbox.events.stream is 'The stream of the entry. NULL means the backend''s stream_name at the time of sending.';
@@ -78,4 +80,5 @@ create table outbox.failed_events (
     primary key (event_id, seq)
 );
 create index failed_events_failed_at_idx on outbox.failed_events (failed_at);
+create index failed_events_seq_idx on outbox.failed_events (seq, event_id);
 comment on table outbox.failed_events is 'Events that Redis refused max_retries times, or whose backend was deleted; kept for outbox_relay.failed_retention. See outbox.retry_failed().';

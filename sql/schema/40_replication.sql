@@ -74,6 +74,8 @@ begin
     insert into outbox.held_scheduled as h (event_id, scheduled_at) values (new.event_id, new.scheduled_at)
         on conflict (event_id) do update set scheduled_at = excluded.scheduled_at;
     new.scheduled_at := '9999-12-31';
+    -- That number is a role of the other server.
+    new.published_by := null;
     return new;
 end
 $$;
@@ -134,6 +136,7 @@ begin
     if outbox.is_applied() then
         -- Its number is the other server's: here its name counts.
         new.backend_number := coalesce((select b.number from outbox.backends b where b.name = new.backend), -1);
+        new.published_by := null;
     end if;
     return new;
 end

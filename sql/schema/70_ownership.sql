@@ -145,16 +145,16 @@ begin
             where exists (select from outbox.backends b where b.number = c.backend_number) order by 1 limit 1)
     end;
     insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, event_type, source, backend, data, subject, stream,
-            data_schema, publisher_config, max_retries, attempts, last_error)
+            data_schema, publisher_config, max_retries, published_by, attempts, last_error)
         select e.seq, e.xid, e.created_at, e.event_id, e.backend_number, e.event_type, e.source, e.backend, e.data, e.subject, e.stream,
-            e.data_schema, e.publisher_config, e.max_retries, r.attempts, reason
+            e.data_schema, e.publisher_config, e.max_retries, e.published_by, r.attempts, reason
         from outbox.refused_events r join outbox.events e on e.seq = r.seq
         where r.accepted_in is null
         on conflict (event_id, seq) do nothing;
     insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, event_type, source, backend, data, subject, stream,
-            data_schema, publisher_config, max_retries, attempts, last_error)
+            data_schema, publisher_config, max_retries, published_by, attempts, last_error)
         select e.seq, e.xid, e.created_at, e.event_id, e.backend_number, e.event_type, e.source, e.backend, e.data, e.subject, e.stream,
-            e.data_schema, e.publisher_config, e.max_retries, 0, reason
+            e.data_schema, e.publisher_config, e.max_retries, e.published_by, 0, reason
         from outbox.events e join outbox.backends b on b.number = e.backend_number
         where e.xid >= oldest and e.xid < made_in
             and not coalesce((select outbox.is_delivered(c, e.xid, e.seq) from outbox.cursors c
@@ -165,18 +165,18 @@ begin
         delete from outbox.scheduled_events s where s.xid < made_in returning s.*
     )
     insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, event_type, source, backend, data, subject, stream,
-            data_schema, publisher_config, max_retries, attempts, last_error)
+            data_schema, publisher_config, max_retries, published_by, attempts, last_error)
         select e.seq, e.xid, e.created_at, e.event_id, e.backend_number, e.event_type, e.source, e.backend, e.data, e.subject, e.stream,
-            e.data_schema, e.publisher_config, e.max_retries, 0, reason
+            e.data_schema, e.publisher_config, e.max_retries, e.published_by, 0, reason
         from gone e
         on conflict (event_id, seq) do nothing;
     with gone as (
         delete from outbox.held_events returning *
     )
     insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, event_type, source, backend, data, subject, stream,
-            data_schema, publisher_config, max_retries, attempts, last_error)
+            data_schema, publisher_config, max_retries, published_by, attempts, last_error)
         select e.seq, e.xid, e.created_at, e.event_id, e.backend_number, e.event_type, e.source, e.backend, e.data, e.subject, e.stream,
-            e.data_schema, e.publisher_config, e.max_retries, 0, reason
+            e.data_schema, e.publisher_config, e.max_retries, e.published_by, 0, reason
         from gone e
         on conflict (event_id, seq) do nothing;
     delete from outbox.held_scheduled;

@@ -45,6 +45,7 @@ values
     ('execute', 'function outbox.any_value_in(cstring)'),
     ('execute', 'function outbox.publish_events(jsonb)'),
     ('execute', 'function outbox.published_here()'),
+    ('execute', 'function outbox.wait_published(uuid, interval)'),
     ('insert (event_id, event_type, source, backend, data, subject, stream, data_schema, publisher_config, max_retries)', 'table outbox.events')
 $$;
 comment on function outbox.publisher_rights() is 'What outbox.grant_publisher() grants, as words of GRANT.';
@@ -128,7 +129,7 @@ create function outbox.grant_publisher(role regrole) returns void
     as $$
 select outbox.grant_publisher(role, null::text[], null::text[])
 $$;
-comment on function outbox.grant_publisher(regrole) is 'Lets a role publish, and see what its own transaction has published; nothing else. See outbox.revoke_publisher(), and allowed_streams of outbox.backends.';
+comment on function outbox.grant_publisher(regrole) is 'Lets a role publish, see what its own transaction has published, and wait until its own events are sent; nothing else. See outbox.revoke_publisher(), and allowed_streams of outbox.backends.';
 
 create function outbox.grant_publisher(role text) returns void
     language sql set search_path = pg_catalog, pg_temp

@@ -52,6 +52,7 @@ pub(super) fn prepared(request: &Request<'_>, relations: &Relations) -> NewRow {
     );
     set(attribute::EVENT_ID, uuid_datum(&event_id));
     set(attribute::BACKEND_NUMBER, pg_sys::Datum::from(checked.backend_number));
+    set(attribute::PUBLISHED_BY, pg_sys::Datum::from(publisher()));
     set(attribute::BACKEND, text_datum(&to_server(&checked.backend)));
     let texts = [
         (attribute::EVENT_TYPE, &request.event_type),
@@ -88,6 +89,12 @@ pub(super) fn prepared(request: &Request<'_>, relations: &Relations) -> NewRow {
             event_id,
         },
     }
+}
+
+/// Who publishes: the session's role, or that of SET ROLE, also within a function that runs with the rights of another.
+pub(super) fn publisher() -> pg_sys::Oid {
+    // SAFETY: a plain read.
+    unsafe { pg_sys::GetOuterUserId() }
 }
 
 fn uuid_datum(id: &[u8; 16]) -> pg_sys::Datum {

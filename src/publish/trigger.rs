@@ -1,6 +1,7 @@
 //! Plain INSERT and COPY into `outbox.events` and `outbox.scheduled_events`: the trigger that checks a row as
 //! `publish_event` does, and fills in what is ours.
 
+use crate::publish::appending::publisher;
 use crate::publish::doubts;
 use crate::publish::error::PublishError;
 use crate::publish::json;
@@ -207,7 +208,7 @@ struct Changes {
 
 impl Changes {
     /// What is ours, and the texts that may be empty.
-    const MOST: usize = 10;
+    const MOST: usize = 11;
 
     fn none() -> Self {
         Self {
@@ -283,6 +284,9 @@ unsafe fn completed(table: EventTable, tuple: pg_sys::HeapTuple, relation: pg_sy
             changes.set(attribute::CREATED_AT, pg_sys::Datum::from(now));
         }
         changes.set(attribute::EVENT_ID, pg_sys::Datum::from(event_id.as_mut_ptr()));
+        if !has_numbers {
+            changes.set(attribute::PUBLISHED_BY, pg_sys::Datum::from(publisher()));
+        }
     }
     let Key { mut xid, mut seq } = row.key();
     if !has_numbers {

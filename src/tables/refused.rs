@@ -276,12 +276,12 @@ fn copy_to_failed(notes: [Parameter<'_>; 5], kept: Kept) -> u64 {
     let kept = [("texts", kept.texts.into()), ("payload", kept.payload.into())];
     run_named(
         "insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, event_type, source, backend, data,
-            subject, stream, data_schema, publisher_config, max_retries, attempts, last_error)
+            subject, stream, data_schema, publisher_config, max_retries, published_by, attempts, last_error)
         select e.seq, e.xid, e.created_at, e.event_id, e.backend_number,
             case when $texts then e.event_type else '(not readable)' end, case when $texts then e.source else '(not readable)' end,
             case when $texts then e.backend else coalesce((select b.name from outbox.backends b where b.number = e.backend_number), '') end,
             case when $payload then e.data end, case when $texts then e.subject end, case when $texts then e.stream end,
-            case when $texts then e.data_schema end, case when $payload then e.publisher_config end, e.max_retries,
+            case when $texts then e.data_schema end, case when $payload then e.publisher_config end, e.max_retries, e.published_by,
             n.attempts, ($errors::text[])[n.error]
         from unnest($seqs, $attempts, $reasons) n(seq, attempts, error)
             cross join lateral (select o.* from outbox.events o where o.seq = n.seq limit 1) e

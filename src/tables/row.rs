@@ -16,18 +16,19 @@ pub(crate) mod attribute {
     pub(crate) const CREATED_AT: usize = 3;
     pub(crate) const EVENT_ID: usize = 4;
     pub(crate) const BACKEND_NUMBER: usize = 5;
-    pub(crate) const EVENT_TYPE: usize = 6;
-    pub(crate) const SOURCE: usize = 7;
-    pub(crate) const BACKEND: usize = 8;
-    pub(crate) const DATA: usize = 9;
-    pub(crate) const SUBJECT: usize = 10;
-    pub(crate) const STREAM: usize = 11;
-    pub(crate) const DATA_SCHEMA: usize = 12;
-    pub(crate) const PUBLISHER_CONFIG: usize = 13;
-    pub(crate) const MAX_RETRIES: usize = 14;
-    pub(crate) const COUNT: usize = 14;
+    pub(crate) const PUBLISHED_BY: usize = 6;
+    pub(crate) const EVENT_TYPE: usize = 7;
+    pub(crate) const SOURCE: usize = 8;
+    pub(crate) const BACKEND: usize = 9;
+    pub(crate) const DATA: usize = 10;
+    pub(crate) const SUBJECT: usize = 11;
+    pub(crate) const STREAM: usize = 12;
+    pub(crate) const DATA_SCHEMA: usize = 13;
+    pub(crate) const PUBLISHER_CONFIG: usize = 14;
+    pub(crate) const MAX_RETRIES: usize = 15;
+    pub(crate) const COUNT: usize = 15;
     /// Of `scheduled_events` alone.
-    pub(crate) const SCHEDULED_AT: usize = 15;
+    pub(crate) const SCHEDULED_AT: usize = 16;
 }
 
 /// A column that we know.
@@ -44,6 +45,7 @@ pub(crate) const EVENT_COLUMNS: [EventColumn; attribute::SCHEDULED_AT] = [
     column("created_at", pg_sys::TIMESTAMPTZOID),
     column("event_id", pg_sys::UUIDOID),
     column("backend_number", pg_sys::INT4OID),
+    column("published_by", pg_sys::OIDOID),
     column("event_type", pg_sys::TEXTOID),
     column("source", pg_sys::TEXTOID),
     column("backend", pg_sys::TEXTOID),

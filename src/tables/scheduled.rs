@@ -76,12 +76,12 @@ fn fail_scheduled(id: pgrx::Uuid, error: &str, kept: Kept) -> u64 {
     run_named(
         "with gone as (delete from outbox.scheduled_events s where s.event_id = $event_id returning s.*)
         insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, event_type, source, backend,
-            data, subject, stream, data_schema, publisher_config, max_retries, attempts, last_error)
+            data, subject, stream, data_schema, publisher_config, max_retries, published_by, attempts, last_error)
         select g.seq, g.xid, g.created_at, g.event_id, g.backend_number,
             case when $texts then g.event_type else '(not readable)' end, case when $texts then g.source else '(not readable)' end,
             case when $texts then g.backend else '(not readable)' end, case when $payload then g.data end,
             case when $texts then g.subject end, case when $texts then g.stream end, case when $texts then g.data_schema end,
-            case when $payload then g.publisher_config end, g.max_retries, 0, $error
+            case when $payload then g.publisher_config end, g.max_retries, g.published_by, 0, $error
         from gone g
         on conflict (event_id, seq) do nothing",
         [
@@ -107,9 +107,9 @@ fn move_scheduled(selected: &str, arguments: &[DatumWithOid<'_>]) -> u64 {
                 returning s.*
             ), moved as (
                 insert into outbox.events (xid, seq, created_at, event_id, backend_number, event_type, source, backend, data,
-                    subject, stream, data_schema, publisher_config, max_retries)
+                    subject, stream, data_schema, publisher_config, max_retries, published_by)
                 select pg_current_xact_id(), outbox.draw_seq(), d.created_at, d.event_id, d.backend_number, d.event_type,
-                    d.source, d.backend, d.data, d.subject, d.stream, d.data_schema, d.publisher_config, d.max_retries
+                    d.source, d.backend, d.data, d.subject, d.stream, d.data_schema, d.publisher_config, d.max_retries, d.published_by
                 from (select * from due order by scheduled_at, seq) d
                 on conflict (event_id) do nothing
                 returning event_id
@@ -118,9 +118,9 @@ fn move_scheduled(selected: &str, arguments: &[DatumWithOid<'_>]) -> u64 {
                 select distinct d.backend_number, pg_current_xact_id() from due d where d.xid = '0'
             ), repeated as (
                 insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, event_type, source, backend,
-                    data, subject, stream, data_schema, publisher_config, max_retries, attempts, last_error)
+                    data, subject, stream, data_schema, publisher_config, max_retries, published_by, attempts, last_error)
                 select d.seq, d.xid, d.created_at, d.event_id, d.backend_number, d.event_type, d.source, d.backend,
-                    d.data, d.subject, d.stream, d.data_schema, d.publisher_config, d.max_retries, 0,
+                    d.data, d.subject, d.stream, d.data_schema, d.publisher_config, d.max_retries, d.published_by, 0,
                     case when exists (select from outbox.events e where e.event_id = d.event_id)
                         then 'an event with this event_id was already published'
                         else 'a trigger of outbox.events has left it out' end

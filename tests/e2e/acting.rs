@@ -1,6 +1,7 @@
 //! What a DBA does by hand: wait until all is sent, throw failed events away, look at one screen.
 
 use kit::{Postgres, QUICK, Redis, Stack, publish_many, wait_drained, wait_eq};
+use uuid::Uuid;
 
 fn quick() -> Stack {
     Stack::of(Postgres::with(QUICK), Redis::start())
@@ -108,4 +109,70 @@ fn one_screen_shows_what_each_backend_is_doing() {
     for line in shown.lines() {
         assert!(line.chars().count() <= 100, "{} columns: {line}", line.chars().count());
     }
+}
+
+#[test]
+fn publishers_wait_for_their_own_events_and_learn_nothing_of_others() {
+    let stack = quick();
+    stack.pg.exec(
+        "create role app login; create role other login; create role team login; create role colleague login in role team;
+         create role watcher login in role pg_monitor; create role wrapper login;
+         select outbox.grant_publisher(r) from unnest('{app,other,team,colleague,wrapper}'::text[]) r;
+         create function public.by_wrapper() returns uuid language sql security definer as $$
+            select outbox.publish_event('wrapped', 'kit') $$;
+         alter function public.by_wrapper() owner to wrapper",
+    );
+    let publish = |role: &str, sql: &str| -> Uuid {
+        let mut client = stack.pg.client_as(role, "postgres");
+        client.query_one(sql, &[]).expect("it publishes").get(0)
+    };
+    let sees = |role: &str, id: Uuid| -> bool {
+        let mut client = stack.pg.client_as(role, "postgres");
+        let sql = "select outbox.wait_published($1, '0')";
+        client.query_one(sql, &[&id]).expect("it may ask").get(0)
+    };
+    let of_app = publish("app", "select outbox.publish_event('by call', 'kit')");
+    let inserted = Uuid::new_v4();
+    let insert = "insert into outbox.events (event_id, event_type, source) values ($1, 'by insert', 'kit')";
+    let mut app = stack.pg.client_as("app", "postgres");
+    app.execute(insert, &[&inserted]).expect("it publishes");
+    let scheduled = publish(
+        "app",
+        "select outbox.publish_event('by time', 'kit', scheduled_at => now() + interval '300 ms')",
+    );
+    let wrapped = publish("app", "select public.by_wrapper()");
+    let of_team = publish("team", "select outbox.publish_event('of a team', 'kit')");
+    // From another session than that which has published.
+    for id in [of_app, inserted, scheduled, wrapped] {
+        let mut client = stack.pg.client_as("app", "postgres");
+        let sent: bool = client
+            .query_one("select outbox.wait_published($1)", &[&id])
+            .expect("its own")
+            .get(0);
+        assert!(sent);
+    }
+    wait_drained(&stack.pg, "default");
+    for id in [of_app, inserted, scheduled, wrapped] {
+        assert!(!sees("other", id) && !sees("wrapper", id) && sees("watcher", id));
+    }
+    assert!(sees("colleague", of_team) && sees("team", of_team) && !sees("app", of_team));
+    // Also what was replayed or retried stays its own.
+    assert_eq!(stack.pg.one::<i64>("select outbox.replay('default', '-infinity')"), 5);
+    wait_eq("the replay", true, || sees("app", of_app));
+    assert!(!sees("other", of_app));
+    // By SET ROLE one is who one says.
+    let mut admin = stack.pg.client();
+    admin.batch_execute("set role other").expect("a superuser may");
+    let row = admin
+        .query_one("select outbox.wait_published($1, '0')", &[&of_app])
+        .expect("it may ask");
+    assert!(!row.get::<_, bool>(0));
+    let refused = stack
+        .pg
+        .client_as("other", "postgres")
+        .batch_execute("select published_by from outbox.events");
+    assert_eq!(
+        refused.expect_err("no right").code().map(|code| code.code()),
+        Some("42501")
+    );
 }

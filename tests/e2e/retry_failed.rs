@@ -132,3 +132,42 @@ fn a_retried_event_is_what_it_was() {
     );
     assert_eq!(entry.field("timestamp"), time);
 }
+
+/// A large number of them is no long transaction: each 1,000 are committed, and on their way before the last is done.
+#[test]
+fn very_many_are_retried_in_pieces_that_commit() {
+    let stack = stack();
+    let published = publish_many(&mut stack.pg.client(), "default", "bad", "t", 2_500);
+    wait_eq("failed events", published.len(), || failed(&stack.pg).len());
+    let mut admin = stack.pg.client();
+    // Within a transaction it cannot commit.
+    let refused = admin.batch_execute("begin; call outbox.retry_all_failed()");
+    assert_eq!(
+        refused.expect_err("it commits").code().map(|code| code.code()),
+        Some("2D000")
+    );
+    admin.batch_execute("rollback").expect("rolled back");
+    assert_eq!(failed(&stack.pg).len(), published.len());
+    // Those that fail again meanwhile are left.
+    admin.batch_execute("call outbox.retry_all_failed()").expect("it ends");
+    wait_eq("failed again", 2 * published.len() as i64, || {
+        standing(&stack.pg, "default").failed
+    });
+    wait_eq("failed events", published.clone(), || failed(&stack.pg));
+    stack.redis.call(&["DEL", "bad"]);
+    // The second piece waits for somebody, and the first is sent.
+    let mut holder = stack.pg.client();
+    holder
+        .batch_execute(&format!(
+            "begin; select from outbox.failed_events where event_id = '{}' for update",
+            published[1_500]
+        ))
+        .expect("a lock");
+    let caller = std::thread::spawn(move || admin.batch_execute("call outbox.retry_all_failed(backend => 'default')"));
+    assert_eq!(ids(&stack.redis.wait_entries("bad", 1_000)), published[..1_000]);
+    holder.batch_execute("rollback").expect("rolled back");
+    caller.join().expect("no panic").expect("it ends");
+    assert_eq!(ids(&stack.redis.wait_entries("bad", 2_500)), published);
+    stack.pg.wait_log("2500 failed events are published again");
+    assert_eq!(failed(&stack.pg).len(), 0);
+}
