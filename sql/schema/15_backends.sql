@@ -21,6 +21,7 @@ create table outbox.backends (
     delivery        text not null default 'exactly_once' check (delivery in ('exactly_once', 'at_least_once')),
     on_missing_guard text not null default 'continue' check (on_missing_guard in ('continue', 'halt', 'replay')),
     wait_replicas   integer not null default 0 check (wait_replicas between 0 and 100),
+    max_rate        integer check (max_rate > 0),
     tls             boolean not null default false,
     tls_ca_file     text check (tls_ca_file like '/%'),
     tls_cert_file   text check (tls_cert_file like '/%'),
@@ -57,6 +58,7 @@ comment on column outbox.backends.allowed_streams is 'Glob patterns (* and ?) on
 comment on column outbox.backends.delivery is 'exactly_once: each batch is one Redis transaction together with the guard, see outbox.guard_key(). at_least_once: plain commands; a crash may repeat what was sent since the cursor was last saved.';
 comment on column outbox.backends.on_missing_guard is 'What to do when Redis has lost everything, including the guard. continue: send what was not sent yet. halt: wait for outbox.take_over(). replay: send all retained events again.';
 comment on column outbox.backends.wait_replicas is 'Replicas of Redis that must acknowledge a batch (WAIT) before it counts as delivered, 0 to 100.';
+comment on column outbox.backends.max_rate is 'Events a second that are sent at most, so that a backlog which drains does not flatten its consumers; NULL: unlimited. Events that are tried or sent again count, too. The lanes of a cluster share it.';
 comment on column outbox.backends.tls is 'Connects by TLS. A trusted authority must have issued the server''s certificate, and the certificate must name the host.';
 comment on column outbox.backends.tls_ca_file is 'PEM file of the authorities that are trusted; NULL: those of the system. Read at each connect, like the other files; needs the rights of pg_read_server_files.';
 comment on column outbox.backends.tls_cert_file is 'PEM file of the certificate (and its chain) that is shown to the server. Needs the rights of pg_read_server_files.';

@@ -111,6 +111,17 @@ create table outbox.restores (
 comment on table outbox.restores is 'Transactions that restored events from a dump. Some may have been sent since the dump was taken, so the worker looks for them in the streams first.';
 comment on column outbox.restores.is_looked_for is 'The worker has looked for these events. The latest row of each backend is kept: if Redis loses what it had, the worker looks again.';
 
+create table outbox.replays (
+    number         bigint generated always as identity primary key,
+    backend_number integer not null,
+    xid            xid8 not null,
+    first_seq      bigint not null,
+    last_seq       bigint not null,
+    events         bigint not null,
+    replayed_at    timestamptz not null default clock_timestamp()
+);
+comment on table outbox.replays is 'Calls of outbox.replay() whose events are still kept. The events have the xid and the numbers that stand here. Where the worker looks for events in the streams, it does not take the first entry of such an event for the second.';
+
 -- Without a search_path of its own, so that it can be inlined.
 create function outbox.is_delivered(c outbox.cursors, xid xid8, seq bigint) returns boolean
     language sql immutable parallel safe

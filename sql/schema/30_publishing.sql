@@ -105,13 +105,28 @@ create function outbox.confirm_event() returns trigger
     as 'MODULE_PATHNAME', 'confirm_event';
 comment on function outbox.confirm_event() is 'Trigger of outbox.events: refuses a row in which another trigger has changed seq, xid, backend_number or event_id, or which another trigger has made invalid.';
 
+create function outbox.erased_config() returns json
+    language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+    as $$
+select '{"erased": true}'::json
+$$;
+comment on function outbox.erased_config() is 'The publisher_config of an event whose payload was erased: its entry has the field "erased". See outbox.erase().';
+
 create function outbox.refuse_update() returns trigger
     language plpgsql set search_path = pg_catalog, pg_temp
     as $$
 begin
+    -- What outbox.erase() does.
+    if new.data is null and new.subject is null and new.publisher_config::text = outbox.erased_config()::text
+        and (new.seq, new.xid, new.created_at, new.event_id, new.backend_number, new.published_by, new.event_type, new.source, new.backend,
+            new.stream, new.data_schema, new.max_retries)
+            is not distinct from (old.seq, old.xid, old.created_at, old.event_id, old.backend_number, old.published_by, old.event_type,
+            old.source, old.backend, old.stream, old.data_schema, old.max_retries) then
+        return new;
+    end if;
     raise exception using errcode = 'object_not_in_prerequisite_state',
         message = 'rows of outbox.events are never updated',
         hint = 'Publish another event.';
 end
 $$;
-comment on function outbox.refuse_update() is 'Trigger of outbox.events: an event that may have been sent cannot be changed.';
+comment on function outbox.refuse_update() is 'Trigger of outbox.events: an event that may have been sent cannot be changed. Only its payload can be erased, see outbox.erase().';

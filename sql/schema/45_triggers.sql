@@ -85,6 +85,8 @@ values
     ('take_overs', 'applied_truncated', 'after truncate on outbox.take_overs for each statement execute function outbox.put_rows_back()'),
     ('restores', 'applied_truncate', 'before truncate on outbox.restores for each statement execute function outbox.keep_rows()'),
     ('restores', 'applied_truncated', 'after truncate on outbox.restores for each statement execute function outbox.put_rows_back()'),
+    ('replays', 'applied_truncate', 'before truncate on outbox.replays for each statement execute function outbox.keep_rows()'),
+    ('replays', 'applied_truncated', 'after truncate on outbox.replays for each statement execute function outbox.put_rows_back()'),
     ('known_triggers', 'applied_truncate', 'before truncate on outbox.known_triggers for each statement execute function outbox.keep_rows()'),
     ('known_triggers', 'applied_truncated', 'after truncate on outbox.known_triggers for each statement execute function outbox.put_rows_back()'),
     -- Before all others, by its name.
@@ -103,10 +105,11 @@ values
     ('take_overs', 'applied_change', 'before insert or update or delete on outbox.take_overs for each row execute function outbox.leave_local()'),
     ('known_triggers', 'applied_change', 'before insert or update or delete on outbox.known_triggers for each row execute function outbox.leave_local()'),
     ('restores', 'applied_change', 'before insert or update or delete on outbox.restores for each row execute function outbox.leave_local()'),
+    ('replays', 'applied_change', 'before insert or update or delete on outbox.replays for each row execute function outbox.leave_local()'),
     ('events', 'complete_event', 'before insert on outbox.events for each row execute function outbox.complete_event()'),
     -- Triggers fire in the order of their names: this one after those of others.
     ('events', '~confirm_event', 'before insert on outbox.events for each row execute function outbox.confirm_event()'),
-    ('events', 'refuse_update', 'before update on outbox.events for each statement execute function outbox.refuse_update()'),
+    ('events', 'refuse_update', 'before update on outbox.events for each row execute function outbox.refuse_update()'),
     ('scheduled_events', 'complete_event', 'before insert on outbox.scheduled_events for each row execute function outbox.complete_event()'),
     ('inbox', 'check_consumer', 'before insert on outbox.inbox for each row execute function outbox.check_consumer()'),
     ('backends', 'check_backend', 'before insert or update on outbox.backends for each row execute function outbox.check_backend()'),

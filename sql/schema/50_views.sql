@@ -30,7 +30,8 @@ select b.name as backend,
     c.last_error_at,
     case when b.enabled then c.next_attempt_at end as next_attempt_at,
     coalesce(c.healings, 0) as healings,
-    c.address
+    c.address,
+    b.max_rate
 from outbox.backends b
     cross join outbox.worker_status() w
     left join outbox.copied_backends o on o.backend_number = b.number

@@ -43,7 +43,7 @@ comment on function outbox.short_time(double precision) is 'A time in at most fi
 create view outbox.top with (security_barrier) as
 select pg_catalog.left(s.backend, 10) as backend,
     s.state,
-    outbox.short_count(coalesce(r.per_s, 0)) as per_s,
+    outbox.short_count(coalesce(r.per_s, 0)) || coalesce('/' || outbox.short_count(s.max_rate), '') as per_s,
     outbox.short_count(s.pending) as pending,
     outbox.short_time(pg_catalog.floor(extract(epoch from s.oldest_pending_age))::double precision) as lag,
     outbox.short_time(m.recent_p50) as p50,
@@ -58,7 +58,7 @@ from outbox.backend_status s
         where c.backend_number = b.number and c.saved_at > pg_catalog.clock_timestamp() - interval '5 s'
     ) r
 order by s.pending desc, s.backend;
-comment on view outbox.top is 'What each backend is doing, on one screen of at most 100 columns: for \watch 1 in psql. per_s: events a second. lag: age of the oldest pending event. p50 and p99: within this time of their commit, half of the events, and 99 of 100, were acknowledged by Redis in the last one to two minutes.';
+comment on view outbox.top is 'What each backend is doing, on one screen of at most 100 columns: for \watch 1 in psql. per_s: events a second, and behind a stroke how many it may send (max_rate). lag: age of the oldest pending event. p50 and p99: within this time of their commit, half of the events, and 99 of 100, were acknowledged by Redis in the last one to two minutes.';
 
 create view outbox.metrics with (security_barrier) as
 with
@@ -80,6 +80,7 @@ from b cross join lateral (values
     ('outbox_relay_reconnects_total', 'counter', b.reconnects, 'Connections to Redis that came up after an earlier one of the same worker.'),
     ('outbox_relay_purged_total', 'counter', b.purged, 'Events that were deleted after their retention.'),
     ('outbox_relay_pending_events', 'gauge', b.pending, 'Committed events that Redis has not accepted yet: exact up to 10,000, an estimate above.'),
+    ('outbox_relay_max_rate', 'gauge', b.max_rate, 'Events a second that are sent at most; only of backends that have such a limit.'),
     ('outbox_relay_oldest_pending_seconds', 'gauge', coalesce(extract(epoch from b.oldest_pending_age), 0), 'Age of the oldest pending event; 0: none is pending.'),
     ('outbox_relay_last_published_timestamp_seconds', 'gauge', extract(epoch from b.last_published_at), 'When Redis accepted an event last.'),
     ('outbox_relay_last_error_timestamp_seconds', 'gauge', extract(epoch from b.last_error_at), 'When there was an error last.'),

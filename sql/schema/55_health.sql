@@ -42,7 +42,7 @@ create function outbox.object_health(out "check" text, out status text, out deta
     as $$
 with
 ours(name) as (values ('events'), ('backends'), ('backend_passwords'), ('moved_backends'), ('publisher_limits'), ('scheduled_events'), ('refused_events'),
-    ('failed_events'), ('cursors'), ('ticks'), ('installation'), ('incarnations'), ('take_overs'), ('copied_backends'), ('restores'),
+    ('failed_events'), ('cursors'), ('ticks'), ('installation'), ('incarnations'), ('take_overs'), ('copied_backends'), ('restores'), ('replays'),
     ('known_triggers'), ('held_events'), ('held_scheduled'), ('held_cursors'), ('held_refused'), ('kept_rows'), ('inbox'), ('consumer_grants'), ('events_seq_seq')),
 there as (select o.name, to_regclass('outbox.' || o.name) as oid from ours o),
 faults(what, fault, cure) as (
@@ -125,14 +125,19 @@ select 'backend ' || s.backend, j.status,
 from outbox.backend_status s
     join outbox.backends b on b.name = s.backend
     left join lateral outbox.lag_trend(b.number, s.pending) g on true
-    cross join lateral (select s.oldest_pending_age > interval '1 min' or s.oldest_pending_age > interval '10 s' and g.growth > 0 as is_late) t
+    cross join lateral (select (s.oldest_pending_age > interval '1 min' or s.oldest_pending_age > interval '10 s' and g.growth > 0)
+        and (s.max_rate is null or coalesce((select sum(c.events_per_second) from outbox.cursors c
+            where c.backend_number = b.number and c.saved_at > clock_timestamp() - interval '5 s'), 0) < 0.8 * s.max_rate) as is_late) t
     cross join lateral (select case
         when s.last_error ~ '^(WRONGPASS|NOAUTH)' or s.last_error like 'ERR invalid password%' then 'password'
         when s.last_error ~ '^NOPERM' then 'rights'
         else 'other' end as error) e
     cross join lateral (values
         ('idle', 'ok', 'All is sent.', null),
-        ('sending', case when t.is_late then 'warn' else 'ok' end, 'Events are being sent.',
+        -- One that keeps to its pace is not ill, however much waits for that.
+        ('sending', case when t.is_late then 'warn' else 'ok' end,
+            case when s.max_rate is null then 'Events are being sent.'
+                else format('Events are being sent, at most %s a second (max_rate).', s.max_rate) end,
             case when t.is_late then 'If the lag grows, Redis or the network is slower than the publishers: look at SLOWLOG GET in Redis.' end),
         ('paused', 'warn', 'It is paused: events wait.', format('Run UPDATE outbox.backends SET enabled = true WHERE name = %L;', s.backend)),
         ('stopped', 'fail', 'This database has no worker: nothing is sent.', 'See the check "worker".'),

@@ -2,7 +2,10 @@
 //!
 //! - [`status`] what the views ask; [`meters`] what was counted
 //! - [`role_name`] the type of that name
+//! - [`acting`] what an administrator does; [`test_backend`] a question to the worker
 
+mod acting;
 mod meters;
 mod role_name;
 pub(crate) mod status;
+mod test_backend;

@@ -28,6 +28,12 @@ const COUNT_STEPS: i64 = 100_000;
 /// `outbox.worker_status()`
 #[pg_extern(sql = false)]
 fn worker_status() -> TableIterator<'static, (name!(worker_pid, Option<i32>), name!(state, String))> {
+    let (pid, state) = worker_here();
+    TableIterator::once((pid, state.to_owned()))
+}
+
+/// This database's worker, and what it is doing, or why there is none.
+pub(super) fn worker_here() -> (Option<i32>, &'static str) {
     let slot = shmem::database_slot_here();
     let pid = slot.map(|s| s.pid()).filter(|pid| *pid != 0);
     let state = match slot.map(|s| (s.state(), pid)) {
@@ -45,7 +51,7 @@ fn worker_status() -> TableIterator<'static, (name!(worker_pid, Option<i32>), na
         None if shmem::is_full() => "no slot in shared memory",
         _ => "stopped",
     };
-    TableIterator::once((pid, state.to_owned()))
+    (pid, state)
 }
 
 /// How many committed rows of a backend lie behind its saved cursor, and when the oldest was created. They are counted

@@ -76,6 +76,8 @@ pub(crate) struct DatabaseSlot {
     nudge: AtomicBool,
     /// Somebody asked for an attempt now.
     asked: AtomicBool,
+    /// Somebody has a question, see `questions.rs`.
+    has_questions: AtomicBool,
     pid: AtomicI32,
     /// The worker's latch, in shared memory too; null: none.
     latch: AtomicPtr<pg_sys::Latch>,
@@ -201,6 +203,16 @@ impl DatabaseSlot {
 
     pub(crate) fn take_asked(&self) -> bool {
         self.asked.swap(false, Ordering::SeqCst)
+    }
+
+    /// A session has asked something.
+    pub(crate) fn announce_question(&self) {
+        self.has_questions.store(true, Ordering::SeqCst);
+        self.wake();
+    }
+
+    pub(crate) fn take_questions(&self) -> bool {
+        self.has_questions.load(Ordering::Relaxed) && self.has_questions.swap(false, Ordering::SeqCst)
     }
 
     pub(crate) fn wake(&self) {

@@ -6,6 +6,7 @@
 
 use crate::server::database_slot::{DatabaseSlot, SlotState, set_latch};
 use crate::server::meters;
+use crate::server::questions::{Asked, Heard, QUESTIONS, Question};
 use crate::server::unguarded::{self, NamedLock};
 use pgrx::pg_sys;
 use std::cell::Cell;
@@ -41,6 +42,7 @@ struct Shared {
     launcher_latch: AtomicPtr<pg_sys::Latch>,
     /// 0: there is no launcher.
     launcher_pid: AtomicI32,
+    questions: [Question; QUESTIONS],
     /// Names this run of the server, from its start, promotion or crash to its end; zeroes: not named yet.
     incarnation: [AtomicU64; 2],
     /// Where it began, see [`Began`].
@@ -340,4 +342,16 @@ pub(crate) fn note_backends_prepared() {
 
 pub(crate) fn are_backends_prepared() -> bool {
     shared().is_some_and(|s| s.backends_prepared.load(Ordering::Acquire))
+}
+
+/// Asks the worker of this database about a backend; `None`: there is no room for more questions.
+pub(crate) fn ask_about(backend: i32) -> Option<Asked> {
+    // SAFETY: a plain read of the process's own variable.
+    Question::ask(&shared()?.questions, unsafe { pg_sys::MyDatabaseId }, backend)
+}
+
+/// The next question to the worker of this database.
+pub(crate) fn hear_question() -> Option<Heard> {
+    // SAFETY: as above.
+    Question::hear(&shared()?.questions, unsafe { pg_sys::MyDatabaseId })
 }

@@ -50,7 +50,7 @@ pub(crate) fn publications() -> Vec<String> {
             or exists (select from pg_publication_rel r where r.prpubid = p.oid and r.prrelid in ('outbox.backend_passwords'::regclass,
                 'outbox.backends'::regclass, 'outbox.moved_backends'::regclass, 'outbox.ticks'::regclass, 'outbox.installation'::regclass,
                 'outbox.incarnations'::regclass, 'outbox.take_overs'::regclass, 'outbox.restores'::regclass,
-                'outbox.known_triggers'::regclass))
+                'outbox.replays'::regclass, 'outbox.known_triggers'::regclass))
         order by 1",
         &[],
         |row| row.text("pubname").unwrap_or_default(),

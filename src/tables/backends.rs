@@ -245,6 +245,16 @@ pub(crate) fn own_stream(number: i32) -> String {
     .unwrap_or_default()
 }
 
+/// How the events of a backend are sent; by its name, if no backend has the number.
+pub(crate) fn options(number: i32, name: &str) -> Option<Options> {
+    query(
+        "select b.* from outbox.backends b where b.number = $1 or b.name = $2 order by (b.number = $1) desc limit 1",
+        &[number.into(), argument(name)],
+        Options::of,
+    )
+    .pop()
+}
+
 /// Deletes the order to take a backend over: that is done.
 pub(crate) fn forget_take_over(number: i32) {
     run(

@@ -44,7 +44,7 @@ pub(crate) struct Relations {
     tables: [pg_sys::Oid; TABLES.len()],
 }
 
-const TABLES: [&CStr; 22] = [
+const TABLES: [&CStr; 23] = [
     c"events",
     c"backends",
     c"backend_passwords",
@@ -67,6 +67,7 @@ const TABLES: [&CStr; 22] = [
     c"held_refused",
     c"kept_rows",
     c"copied_backends",
+    c"replays",
 ];
 
 type Watched = [pg_sys::Oid; TABLES.len() + 2];

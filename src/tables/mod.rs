@@ -3,7 +3,7 @@
 //! - [`catalog`] which relations and backends there are; [`missing`] what is refused without them; [`rights`] in whose
 //!   name our SQL runs; [`publisher_limits`] to where a role may publish
 //! - [`sql`] how SQL runs; [`found_row`] what it finds; [`backends`] with their [`options`], [`cursors`], [`refused`],
-//!   [`restores`], [`retention`], [`scheduled`] a file a table or two
+//!   [`replays`], [`restores`], [`retention`], [`scheduled`] a file a table or two
 //! - [`row`], [`events`] rows taken apart, and scans, without SQL; [`care`] a row that cannot be read fails alone
 //! - [`insertion`] a row of ours is an INSERT to everybody else; [`trusted`] which of them the trigger need not check
 //! - [`numbers`], [`sequence`] numbers that ascend; [`ticks`] snapshots
@@ -27,6 +27,7 @@ pub(crate) mod numbers;
 pub(crate) mod options;
 pub(crate) mod publisher_limits;
 pub(crate) mod refused;
+pub(crate) mod replays;
 pub(crate) mod restores;
 pub(crate) mod retention;
 pub(crate) mod rights;

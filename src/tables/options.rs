@@ -51,6 +51,7 @@ options! {
         pub(crate) delivery: Known<Guarantee>,
         pub(crate) on_missing_guard: Known<OnMissing>,
         pub(crate) wait_replicas: Known<u32>,
+        pub(crate) max_rate: Known<Option<u32>>,
         pub(crate) tls: Known<bool>,
         pub(crate) tls_ca_file: Option<String>,
         pub(crate) tls_cert_file: Option<String>,
@@ -150,6 +151,21 @@ impl Column for Known<u32> {
         number
             .try_into()
             .map_err(|_| Unusable::new(column, format!("is {number}")))
+    }
+
+    fn unusable(&self) -> Option<&Unusable> {
+        self.as_ref().err()
+    }
+}
+
+/// A number of at least one.
+impl Column for Known<Option<u32>> {
+    fn read(row: &FoundRow<'_>, column: &'static str) -> Self {
+        let number = |number: i32| match number.try_into() {
+            Ok(number) if number > 0 => Ok(number),
+            _ => Err(Unusable::new(column, format!("is {number}"))),
+        };
+        row.value(column).map(number).transpose()
     }
 
     fn unusable(&self) -> Option<&Unusable> {

@@ -184,18 +184,23 @@ pub(crate) fn arguments<'a>(texts: &[&str]) -> DatumWithOid<'a> {
 }
 
 pub(super) fn array_of<'a, 'b>(texts: impl Iterator<Item = Cow<'b, [u8]>>) -> DatumWithOid<'a> {
+    // SAFETY: an array of texts.
+    unsafe { DatumWithOid::new(text_array(texts), pg_sys::TEXTARRAYOID) }
+}
+
+/// A `text[]` of texts in the database's encoding.
+pub(crate) fn text_array<'b>(texts: impl Iterator<Item = Cow<'b, [u8]>>) -> pg_sys::Datum {
     let mut datums: Vec<_> = texts.map(|text| text_datum(&text)).collect();
     // SAFETY: an array of texts of the current memory context, which lives as long as the transaction.
     unsafe {
-        let array = pg_sys::construct_array(
+        pg_sys::Datum::from(pg_sys::construct_array(
             datums.as_mut_ptr(),
             datums.len() as i32,
             pg_sys::TEXTOID,
             -1,
             false,
             pg_sys::TYPALIGN_INT as _,
-        );
-        DatumWithOid::new(pg_sys::Datum::from(array), pg_sys::TEXTARRAYOID)
+        ))
     }
 }
 

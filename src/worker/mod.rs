@@ -17,10 +17,12 @@ mod leave;
 mod loading;
 mod mended;
 mod mending;
+mod pacing;
 mod pass;
 mod permits;
 mod purge;
 mod purging;
+mod rates;
 mod reading;
 mod reconciling;
 mod recovery;
@@ -29,6 +31,8 @@ mod scheduled;
 mod state;
 mod task;
 mod tasks;
+mod tested;
+mod testing;
 mod turns;
 
 use crate::server::database_slot::SlotState;
@@ -225,6 +229,7 @@ impl Worker {
             }
         }
         self.connect(now);
+        self.test_backends();
         // A backend with records neither reads nor claims. An event that waits behind a refused one must not be written
         // down before it, and a claim looks up in the table what became of the last batch.
         if self.backends.iter().any(|b| !b.books.records.is_empty()) {
@@ -324,6 +329,7 @@ impl Worker {
                 self.awaited.as_ref().map(|a| a.look_at),
                 self.mending.due_at(),
                 self.turns.look_at,
+                self.granted_at(),
                 self.patience.next_retry_at(),
             ])
             .flatten()

@@ -64,11 +64,13 @@ impl Worker {
                 None => {}
             }
         }
+        self.grant(now);
         self.read_in_groups(now);
         let is_more = changed || self.schedule(now).reading().next().is_some();
         let is_all_read = self.awaited.is_none();
         for index in 0..self.backends.len() {
-            let waits = self.waits(index, now);
+            let is_paced = self.backends[index].delivery.is_paced();
+            let waits = self.waits(index, now) || (is_paced && self.way(index).leads_on());
             let backend = &mut self.backends[index];
             let is_all_read = is_all_read && !backend.is_held();
             if !waits && backend.reads_for_redis() && backend.delivery.rest(is_all_read) {
@@ -186,7 +188,7 @@ impl Worker {
         }
     }
 
-    fn way(&self, index: usize) -> Way<'_> {
+    pub(super) fn way(&self, index: usize) -> Way<'_> {
         let backend = &self.backends[index];
         Way {
             position: backend.delivery.position(),
@@ -215,7 +217,8 @@ impl Worker {
             index,
             way,
             is_ready: self.is_ready(backend, now),
-            is_well: self.is_well(backend),
+            // For one that keeps to a pace, nobody waits.
+            is_well: self.is_well(backend) && backend.max_rate().is_none(),
             supply: match way.role {
                 Role::Redis => backend.delivery.supply(),
                 Role::Finder | Role::Deleted | Role::Strays => Supply::Low,
@@ -233,7 +236,10 @@ impl Worker {
 
     /// Whether no backend that is well waits for room.
     pub(super) fn has_read_all(&self) -> bool {
-        let is_behind = |index: usize| self.way(index).leads_on() && self.is_well(&self.backends[index]);
+        let is_behind = |index: usize| {
+            let backend = &self.backends[index];
+            self.way(index).leads_on() && self.is_well(backend) && !backend.delivery.is_paced()
+        };
         !(0..self.backends.len()).any(is_behind)
     }
 

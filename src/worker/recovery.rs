@@ -9,6 +9,7 @@ use crate::tables::catalog;
 use crate::tables::events::{EventsScan, EventsTable};
 use crate::tables::identity::Identity;
 use crate::tables::numbers;
+use crate::tables::replays::Replays;
 use crate::tables::row::{Row, attribute};
 use crate::tables::ticks;
 use crate::tables::{backends, refused, restores, retention};
@@ -132,7 +133,10 @@ impl Books for BackendBooks<'_> {
 
     fn in_tables<R>(&mut self, mut f: impl FnMut(&mut BackendRows<'_>) -> R) -> Result<R, Aborted> {
         let backend = &*self.backend;
-        care::transaction(|| f(&mut BackendRows { backend }))
+        care::transaction(|| {
+            let replays = Replays::of(backend.number);
+            f(&mut BackendRows { backend, replays })
+        })
     }
 
     fn begin_epoch(&mut self, claimed: u64) {
@@ -239,6 +243,7 @@ impl Books for BackendBooks<'_> {
 /// The tables, within a transaction, as one backend or lane sees them.
 struct BackendRows<'a> {
     backend: &'a Backend,
+    replays: Replays,
 }
 
 impl Rows for BackendRows<'_> {
@@ -266,6 +271,10 @@ impl Rows for BackendRows<'_> {
             created_at_us: row.created_at_us(),
             purpose,
         })
+    }
+
+    fn is_replay(&self, scan: &EventsScan) -> bool {
+        self.replays.has(scan.row().key())
     }
 
     fn waiting(&mut self, after: i64, limit: usize) -> Vec<i64> {

@@ -8,7 +8,9 @@ use crate::worker::held::Scheduled;
 use crate::worker::mended::Mending;
 use crate::worker::permits::SenderPermits;
 use crate::worker::purge::Purge;
+use crate::worker::rates::Rates;
 use crate::worker::task::Task;
+use crate::worker::tested::BackendTest;
 use crate::worker::turns::Turns;
 use pgrx::pg_sys;
 use relay::reading::commits::Commits;
@@ -98,6 +100,10 @@ pub(super) struct Worker {
     pub(super) waker: Arc<UnixStream>,
     pub(super) woken: UnixStream,
     pub(super) permits: SenderPermits,
+    /// Tests of backends that are running.
+    pub(super) tests: Vec<BackendTest>,
+    /// Of backends that have a pace.
+    pub(super) rates: Rates,
     pub(super) turns: Turns,
     pub(super) purge: Purge,
     pub(super) mending: Mending,
@@ -144,6 +150,8 @@ impl Worker {
             waker: Arc::new(waker),
             woken,
             permits: SenderPermits::new(),
+            tests: Vec::new(),
+            rates: Rates::default(),
             turns: Turns::default(),
             purge: Purge::default(),
             mending: Mending::default(),

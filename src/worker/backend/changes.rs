@@ -13,7 +13,7 @@ impl Backend {
     /// Whether the sender can go on with these settings: the destination is the same, and so is the stream of what is
     /// on its way.
     pub(crate) fn keeps_sender(&self, row: &BackendRow, home: &Home) -> bool {
-        let stays = self.is_to(row, home) && settings::stream(Some(row)) == *self.stream();
+        let stays = self.is_to(row, home) && settings::stream(Some(&row.options)) == *self.stream();
         // Those who watch the guard must know how often it is refreshed: a new claim says so.
         let has_told = self.duty.connection().is_none_or(Connection::has_told_interval);
         let beats = !self.is_exactly_once() || has_told;
@@ -50,7 +50,7 @@ impl Backend {
             // While it was paused, nobody heard of it.
             self.forget_trouble();
         }
-        let stream = settings::stream(Some(&row));
+        let stream = settings::stream(Some(&row.options));
         if stream != *self.stream() {
             is_other = true;
             let waiting = match self.duty {
@@ -59,7 +59,7 @@ impl Backend {
             };
             self.delivery.set_streams(waiting);
         }
-        (self.entries.stream, self.entries.max_len) = (stream, settings::max_len(Some(&row)));
+        (self.entries.stream, self.entries.max_len) = (stream, settings::max_len(Some(&row.options)));
         if let Ok(guarantee) = row.options.delivery {
             self.delivery.set_guarantee(guarantee);
         }

@@ -138,7 +138,7 @@ impl Connection {
         }
         let slow_at = now + 2 * (destination.connect_timeout + destination.socket_timeout);
         self.sender = Sender::Absent;
-        let handle = spawn_sender(destination, waker.clone(), permit)?;
+        let handle = without_signals(|| Handle::spawn(destination, waker.clone(), permit))?;
         self.sender = Sender::Connecting { handle, slow_at };
         Ok(())
     }
@@ -253,14 +253,14 @@ impl Connection {
     }
 }
 
-/// Starts a sender with all signals blocked in its thread: they are the main thread's.
-fn spawn_sender(destination: Destination, waker: Arc<UnixStream>, permit: SenderPermit) -> std::io::Result<Handle> {
+/// Starts a thread with all signals blocked in it: they are the main thread's.
+pub(crate) fn without_signals<R>(spawn: impl FnOnce() -> std::io::Result<R>) -> std::io::Result<R> {
     // SAFETY: the mask is saved, and put back on all ways out: spawn returns its errors.
     unsafe {
         let (mut all, mut before) = (std::mem::zeroed(), std::mem::zeroed());
         libc::sigfillset(&mut all);
         libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
-        let spawned = Handle::spawn(destination, waker, permit);
+        let spawned = spawn();
         libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut());
         spawned
     }

@@ -1,8 +1,8 @@
 //! From events to the entries of a backend's batches: streams, buffers, the encoder.
 
 use relay::delivery::batch::BATCH_BYTES;
-use relay::event::Event;
-use relay::event::broadcaster::Encoder;
+use relay::event::broadcaster::{Encoder, Target};
+use relay::event::{ConfigError, Event};
 use std::collections::HashSet;
 use std::rc::Rc;
 
@@ -16,7 +16,7 @@ pub(super) struct Entries {
     pub stream: Rc<str>,
     /// The length to which streams are trimmed; 0: they are not.
     pub max_len: i64,
-    pub encoder: Encoder,
+    encoder: Encoder,
     buffers: Vec<Vec<u8>>,
     kept_buffers: usize,
     /// Streams that events have named lately.
@@ -54,6 +54,18 @@ impl Entries {
         let stream: Rc<str> = Rc::from(name);
         self.named_streams.insert(stream.clone());
         stream
+    }
+
+    /// Appends an event's XADD. `trims`: this entry is one of those that trim the stream.
+    pub(super) fn encode(
+        &mut self,
+        bytes: &mut Vec<u8>,
+        stream: &str,
+        trims: bool,
+        event: &Event<'_>,
+    ) -> Result<(), ConfigError> {
+        let max_len = if trims { self.max_len } else { 0 };
+        self.encoder.append_xadd(bytes, Target { stream, max_len }, event)
     }
 
     pub(super) fn buffer(&mut self) -> Vec<u8> {

@@ -4,7 +4,7 @@
 //!   sender
 //! - [`settings`] from its row to its destination; [`changes`] of them; [`copy`] when it must not connect
 //! - [`hearing`] what its sender reports; [`guarded`] what it does because of its guard; [`lanes`] of a cluster
-//! - [`entries`] from events to entries; [`books`] what is not saved yet, and [`saving`] it
+//! - [`entries`] from events to entries, and [`preview`] of one; [`books`] what is not saved yet, and [`saving`] it
 //! - [`metered`] what was counted for `outbox.metrics`, and [`metering`] it
 //! - [`restored`] how far it is with restored events, and [`comparing`] them; [`logged`] what was logged, and
 //!   [`logging`]
@@ -23,11 +23,13 @@ mod logged;
 mod logging;
 mod metered;
 mod metering;
+mod preview;
 mod restored;
 pub(crate) mod saving;
 mod settings;
 
-pub(crate) use settings::Home;
+pub(crate) use connection::without_signals;
+pub(crate) use settings::{Home, destination_to_test};
 
 use crate::server::guc;
 use crate::tables::backends::BackendRow;
@@ -45,7 +47,6 @@ use crate::worker::backend::restored::Restored;
 use relay::delivery::batch::{BuiltBatch, OpenBatch};
 use relay::delivery::refusal::Streams;
 use relay::delivery::{Cursor, Delivery, Guarantee};
-use relay::event::broadcaster::Target;
 use relay::event::{ConfigError, Event};
 use relay::fault::{self, Point};
 use relay::guard;
@@ -127,7 +128,7 @@ impl Backend {
 
     fn standing_at(cursor: Cursor, standing: Standing, number: i32, duty: Duty) -> Self {
         let lane = duty.lane();
-        let (stream, max_len) = (settings::stream(duty.row()), settings::max_len(duty.row()));
+        let (stream, max_len) = (settings::stream(duty.options()), settings::max_len(duty.options()));
         let streams = match duty {
             Duty::Send(_) => refused_streams(number, lane, &stream),
             Duty::Find(_) | Duty::Fail { .. } | Duty::Strays => Streams::default(),
@@ -181,6 +182,12 @@ impl Backend {
 
     pub(crate) fn options(&self) -> Option<&Options> {
         self.duty.options()
+    }
+
+    /// Events that it may send a second; `None`: any number.
+    pub(crate) fn max_rate(&self) -> Option<u32> {
+        self.options()
+            .and_then(|options| options.max_rate.as_ref().ok().copied().flatten())
     }
 
     /// The stream of events that name none.
@@ -302,11 +309,8 @@ impl Backend {
         stream: &Rc<str>,
         event: &Event<'_>,
     ) -> Result<(), ConfigError> {
-        let entries = &mut self.entries;
-        let max_len = if batch.trims(stream) { entries.max_len } else { 0 };
-        entries
-            .encoder
-            .append_xadd(&mut batch.bytes, Target { stream, max_len }, event)
+        let trims = batch.trims(stream);
+        self.entries.encode(&mut batch.bytes, stream, trims, event)
     }
 
     /// The stream of an event.

@@ -6,7 +6,7 @@ use crate::tables::backends::BackendRow;
 use crate::tables::options::{Known, Options, Topology, Unusable};
 use relay::delivery::Guarantee;
 use relay::redis::destination::{Address, ClientCertificate, Destination, Protocol, Route, Secret, Tls};
-use relay::redis::hash_slot::tag_of;
+use relay::redis::hash_slot::{hash_slot_of, tag_of};
 use relay::redis::replicas::Replicas;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::PathBuf;
@@ -83,15 +83,21 @@ pub(super) fn destination(row: &BackendRow, home: &Home, lane: Option<u16>) -> K
     })
 }
 
+/// The same for a login of its own; in a cluster, to the node of the backend's own stream.
+pub(crate) fn destination_to_test(row: &BackendRow, home: &Home, stream: &str) -> Known<Destination> {
+    let lane = row.is_cluster().then(|| hash_slot_of(stream.as_bytes()));
+    destination(row, home, lane)
+}
+
 /// The stream of events that name none.
-pub(super) fn stream(row: Option<&BackendRow>) -> Rc<str> {
-    let own = row.and_then(|row| row.options.stream_name.as_deref());
+pub(super) fn stream(options: Option<&Options>) -> Rc<str> {
+    let own = options.and_then(|options| options.stream_name.as_deref());
     own.map_or_else(|| guc::text(&guc::REDIS_STREAM_NAME).into(), Rc::from)
 }
 
 /// The length to which streams are trimmed; 0: they are not.
-pub(super) fn max_len(row: Option<&BackendRow>) -> i64 {
-    let own = row.and_then(|row| row.options.max_len.clone().ok().flatten());
+pub(super) fn max_len(options: Option<&Options>) -> i64 {
+    let own = options.and_then(|options| options.max_len.clone().ok().flatten());
     own.unwrap_or_else(|| i64::from(guc::REDIS_MAX_LEN.get()))
 }
 

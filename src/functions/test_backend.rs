@@ -1,0 +1,93 @@
+//! `outbox.test_backend(name)`: asks the worker whether it can use a backend, since it alone has the passwords.
+
+use crate::functions::status;
+use crate::server::encoding::words_to_server;
+use crate::server::error::expect_arguments;
+use crate::server::questions::SEPARATOR;
+use crate::server::report;
+use crate::server::shmem;
+use crate::tables::sql::text_array;
+use pgrx::pg_sys;
+use std::borrow::Cow;
+use std::time::{Duration, Instant};
+
+/// How often the answer is looked for.
+const LOOK_MS: i64 = 5;
+/// How long a worker may be missing: one that has ended comes back.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+crate::sql_function!(ask_worker, pg_finfo_ask_worker);
+
+/// `outbox.ask_worker(backend_number, limit_ms)`, strict: latency in us, server, version, role, address, error.
+// No pg_guard: as the other functions that are declared by hand.
+#[unsafe(no_mangle)]
+extern "C-unwind" fn ask_worker(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    report::guard(|| {
+        expect_arguments(fcinfo, 2);
+        // SAFETY: two arguments of type integer.
+        let (number, limit_ms) = unsafe {
+            let arguments = (*fcinfo).args.as_slice(2);
+            (*fcinfo).isnull = false;
+            (arguments[0].value.value() as i32, arguments[1].value.value() as i32)
+        };
+        let answer = match answer(number, Duration::from_millis(limit_ms.max(0) as u64)) {
+            Ok(answer) => answer,
+            Err(error) => format!("{}{error}", String::from(SEPARATOR).repeat(5)),
+        };
+        text_array(
+            answer
+                .split(SEPARATOR)
+                .map(|field| Cow::Owned(words_to_server(field).into_owned())),
+        )
+    })
+}
+
+/// What the worker says; an error: that it says nothing, and why.
+fn answer(number: i32, limit: Duration) -> Result<String, String> {
+    let there = || match status::worker_here() {
+        (Some(pid), "running") => Ok(pid),
+        (_, state) => Err(format!("there is no worker: {state}")),
+    };
+    let mut pid = there()?;
+    let Some(asked) = shmem::ask_about(number) else {
+        return Err("too many backends are being tested: try again".to_owned());
+    };
+    let announce = || {
+        shmem::database_slot_here()
+            .into_iter()
+            .for_each(|slot| slot.announce_question())
+    };
+    announce();
+    let start = Instant::now();
+    let mut seen_at = start;
+    loop {
+        if let Some(answer) = asked.answer() {
+            return Ok(answer);
+        }
+        let now = Instant::now();
+        if now - start >= limit {
+            return Err(format!("no answer within {} s", limit.as_secs()));
+        }
+        match there() {
+            Ok(same) if same == pid => seen_at = now,
+            Ok(other) => {
+                (pid, seen_at) = (other, now);
+                asked.ask_again();
+                announce();
+            }
+            Err(error) if now - seen_at >= PATIENCE => return Err(error),
+            Err(_) => {}
+        }
+        rest();
+    }
+}
+
+fn rest() {
+    let events = pg_sys::WL_LATCH_SET | pg_sys::WL_TIMEOUT | pg_sys::WL_EXIT_ON_PM_DEATH;
+    // SAFETY: waits for the process's own latch, as pg_sleep() does.
+    unsafe {
+        pg_sys::WaitLatch(pg_sys::MyLatch, events as i32, LOOK_MS, pg_sys::PG_WAIT_EXTENSION);
+        pg_sys::ResetLatch(pg_sys::MyLatch);
+    }
+    pgrx::check_for_interrupts!();
+}

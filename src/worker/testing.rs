@@ -1,0 +1,70 @@
+//! Sessions ask whether a backend can be used (`outbox.test_backend`): a thread logs in, beside the sender, and tells.
+
+use crate::server::questions::{Heard, SEPARATOR};
+use crate::server::shmem;
+use crate::worker::backend::{destination_to_test, without_signals};
+use crate::worker::state::Worker;
+use crate::worker::tested::BackendTest;
+use relay::redis::probe::{self, Found};
+
+/// Tests that run at once: each has a thread and a connection.
+const MOST_TESTS: usize = 4;
+
+impl Worker {
+    /// Begins tests that were asked for, and tells what those that have ended found.
+    pub(super) fn test_backends(&mut self) {
+        if self.slot.take_questions() {
+            while let Some(question) = shmem::hear_question() {
+                if let Err(error) = self.begin_test(question) {
+                    let error = Some(error);
+                    question.answer(&text_of(&Found {
+                        error,
+                        ..Found::default()
+                    }));
+                }
+            }
+        }
+        self.tests.retain(|test| {
+            let found = test.probe.found();
+            found.iter().for_each(|found| test.question.answer(&text_of(found)));
+            found.is_none()
+        });
+    }
+
+    fn begin_test(&mut self, question: Heard) -> Result<(), String> {
+        let is_it = |number: i32| number == question.backend;
+        let backend = self.backends.iter().find(|b| is_it(b.number) && b.lane().is_none());
+        let known = backend.and_then(|backend| Some((backend.row()?, backend.stream())));
+        let Some((row, stream)) = known else {
+            return Err("the worker does not know this backend yet: commit first".to_owned());
+        };
+        let destination = destination_to_test(row, &self.home, stream);
+        let destination = destination.map_err(|unusable| format!("configuration: {unusable}"))?;
+        if self.tests.len() >= MOST_TESTS || self.permits.free() == 0 {
+            return Err("too many connections are open: try again".to_owned());
+        }
+        let (stream, waker, permit) = (stream.to_string(), self.waker.clone(), self.permits.take());
+        let probe = without_signals(|| probe::spawn(destination, stream, waker, permit));
+        let probe = probe.map_err(|error| format!("could not start a thread: {error}"))?;
+        self.tests.push(BackendTest { question, probe });
+        Ok(())
+    }
+}
+
+/// As `outbox.ask_worker` reads it. What comes from a server has no such separators: they were made blanks.
+fn text_of(found: &Found) -> String {
+    let latency = found.latency.map(|latency| latency.as_micros().to_string());
+    let fields = [
+        &latency,
+        &found.server,
+        &found.version,
+        &found.role,
+        &found.address,
+        &found.error,
+    ];
+    let texts: Vec<String> = fields
+        .iter()
+        .map(|field| field.as_deref().unwrap_or_default().replace(SEPARATOR, " "))
+        .collect();
+    texts.join(&SEPARATOR.to_string())
+}
