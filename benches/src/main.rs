@@ -4,7 +4,7 @@
 //! - [`servers`], [`probe`], [`machine`], [`floors`], [`bare`], [`load`] what is measured, seen from outside, and
 //!   beside what
 //! - [`drain`], [`backlog`], [`publish`], [`guests`], [`latency`], [`cost`], [`others`], [`footprint`], [`steady`],
-//!   [`rivals`] the figures
+//!   [`rivals`], [`views`] the figures
 //! - [`plots`], [`chart`] pictures of them in `docs/`
 
 mod backlog;
@@ -28,6 +28,7 @@ mod rivals;
 mod servers;
 mod stats;
 mod steady;
+mod views;
 
 use options::{Options, Scale};
 use report::{Row, Shelf, Taken};
@@ -36,7 +37,7 @@ use std::time::Instant;
 type Measure = fn(&Scale) -> Taken;
 
 /// In the order of the table.
-const FIGURES: [(&str, Measure); 18] = [
+const FIGURES: [(&str, Measure); 19] = [
     ("drain", drain::measure),
     ("spread", drain::measure_spread),
     ("backlog", backlog::measure),
@@ -51,6 +52,7 @@ const FIGURES: [(&str, Measure); 18] = [
     ("beside_bulk", others::measure_beside_bulk),
     ("refused", others::measure_refused),
     ("looking", others::measure_looking),
+    ("views", views::measure),
     ("memory", footprint::measure_memory),
     ("idle", footprint::measure_idle),
     ("steady", steady::measure),

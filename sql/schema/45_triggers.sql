@@ -54,8 +54,12 @@ create function outbox.put_back(statement text) returns void
 comment on function outbox.put_back(text) is 'Executes an INSERT of rows of this server while a subscription applies changes. The rows are inserted unchanged.';
 
 create function outbox.our_triggers(out relation text, out name text, out definition text) returns setof record
-    language sql immutable set search_path = pg_catalog, pg_temp
+    language plpgsql immutable set search_path = pg_catalog, pg_temp
     as $$
+#variable_conflict use_column
+begin
+    -- Its plan is kept, which an SQL function's is not.
+    return query
 values
     ('events', 'applied_truncate', 'before truncate on outbox.events for each statement execute function outbox.keep_rows()'),
     ('events', 'applied_truncated', 'after truncate on outbox.events for each statement execute function outbox.put_rows_back()'),
@@ -128,18 +132,24 @@ values
     ('publisher_limits', 'backends_changed', 'after insert or update or delete or truncate on outbox.publisher_limits for each statement execute function outbox.backends_changed()'),
     ('copied_backends', 'applied_change', 'before insert or update or delete on outbox.copied_backends for each row execute function outbox.leave_local()'),
     ('copied_backends', 'backends_changed', 'after insert or update or delete or truncate on outbox.copied_backends for each statement execute function outbox.backends_changed()'),
-    ('restores', 'backends_changed', 'after insert on outbox.restores for each statement execute function outbox.backends_changed()')
+    ('restores', 'backends_changed', 'after insert on outbox.restores for each statement execute function outbox.backends_changed()');
+end
 $$;
 comment on function outbox.our_triggers() is 'The triggers of this extension''s tables. All are enabled always: also where session_replication_role is replica.';
 
 create function outbox.broken_triggers(out relation text, out name text, out found text) returns setof record
-    language sql stable set search_path = pg_catalog, pg_temp
+    language plpgsql stable set search_path = pg_catalog, pg_temp
     as $$
+#variable_conflict use_column
+begin
+    -- Its plan is kept, which an SQL function's is not.
+    return query
 select o.relation, o.name,
     case t.tgenabled when 'D' then 'disabled' when 'O' then 'not enabled always' when 'R' then 'enabled for replicas alone' else 'missing' end
 from outbox.our_triggers() o
     left join pg_trigger t on t.tgrelid = to_regclass('outbox.' || o.relation) and t.tgname = o.name and not t.tgisinternal
-where t.tgenabled is distinct from 'A' and to_regclass('outbox.' || o.relation) is not null
+where t.tgenabled is distinct from 'A' and to_regclass('outbox.' || o.relation) is not null;
+end
 $$;
 comment on function outbox.broken_triggers() is 'Triggers of this extension that are missing or not enabled always, for example after pg_restore --disable-triggers. The worker repairs them.';
 

@@ -40,7 +40,9 @@ select case
 $$;
 comment on function outbox.short_time(double precision) is 'A time in at most five characters, for outbox.top.';
 
+-- What is pending is counted once for each backend: a plan must not repeat that for each row of another table.
 create view outbox.top with (security_barrier) as
+with s as materialized (select * from outbox.backend_status)
 select pg_catalog.left(s.backend, 10) as backend,
     s.state,
     outbox.short_count(coalesce(r.per_s, 0)) || coalesce('/' || outbox.short_count(s.max_rate), '') as per_s,
@@ -50,7 +52,7 @@ select pg_catalog.left(s.backend, 10) as backend,
     outbox.short_time(m.recent_p99) as p99,
     pg_catalog.left(s.address, 14) as address,
     case when s.state not in ('idle', 'sending') then pg_catalog.left(s.last_error, 10) end as last_error
-from outbox.backend_status s
+from s
     join outbox.backends b on b.name = s.backend
     left join outbox.meters() m on m.backend_number = b.number
     cross join lateral (
@@ -63,9 +65,10 @@ comment on view outbox.top is 'What each backend is doing, on one screen of at m
 create view outbox.metrics with (security_barrier) as
 with
 m as (select * from outbox.meters()),
-b as (select s.*, k.number, m.published, m.failed, m.refused, m.retried, m.healed, m.bytes, m.batches, m.reconnects, m.purged,
+s as materialized (select * from outbox.backend_status),
+b as materialized (select s.*, k.number, m.published, m.failed, m.refused, m.retried, m.healed, m.bytes, m.batches, m.reconnects, m.purged,
         m.latency_bounds, m.latency_counts, m.latency_sum
-    from outbox.backend_status s join outbox.backends k on k.name = s.backend left join m on m.backend_number = k.number),
+    from s join outbox.backends k on k.name = s.backend left join m on m.backend_number = k.number),
 w as (select * from outbox.worker_status())
 select v.name, v.type, pg_catalog.jsonb_build_object('backend', b.backend) as labels, v.value::double precision as value, v.help
 from b cross join lateral (values

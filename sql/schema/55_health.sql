@@ -1,8 +1,13 @@
 -- Health: what is well, what is not, and what helps.
+--
+-- In PL/pgSQL, which keeps the plans: planning takes longer than what is planned. A probe comes each few seconds.
 
 create function outbox.worker_health(out "check" text, out status text, out detail text, out hint text) returns setof record
-    language sql volatile set search_path = pg_catalog, pg_temp
+    language plpgsql volatile set search_path = pg_catalog, pg_temp
     as $$
+#variable_conflict use_column
+begin
+    return query
 select 'worker', w.status, w.detail, w.hint
 from outbox.worker_status() s
     cross join lateral (values
@@ -33,13 +38,17 @@ from outbox.worker_status() s
             'The server''s log says why.'),
         ('stopped', 'fail', 'This database has no worker.', 'The server''s log says why it left. Run SELECT outbox.wake();')
     ) w (state, status, detail, hint)
-where w.state = s.state
+where w.state = s.state;
+end
 $$;
 comment on function outbox.worker_health() is 'Part of outbox.health(): whether this database has a worker, or why there is none.';
 
 create function outbox.object_health(out "check" text, out status text, out detail text, out hint text) returns setof record
-    language sql volatile set search_path = pg_catalog, pg_temp
+    language plpgsql volatile set search_path = pg_catalog, pg_temp
     as $$
+#variable_conflict use_column
+begin
+    return query
 with
 ours(name) as (values ('events'), ('backends'), ('backend_passwords'), ('moved_backends'), ('publisher_limits'), ('scheduled_events'), ('refused_events'),
     ('failed_events'), ('cursors'), ('ticks'), ('installation'), ('incarnations'), ('take_overs'), ('copied_backends'), ('restores'), ('replays'),
@@ -101,7 +110,8 @@ from (values
     left join (
         select f.what, string_agg(f.fault, ' ' order by f.fault) as faults, string_agg(distinct f.cure, ' ') as cure
         from faults f group by f.what
-    ) f on f.what = c.name
+    ) f on f.what = c.name;
+end
 $$;
 comment on function outbox.object_health() is 'Part of outbox.health(): whether all that belongs to the extension is there, as it must be.';
 
@@ -111,8 +121,14 @@ create function outbox.lag_trend(backend_number integer, pending bigint, out gro
 comment on function outbox.lag_trend(integer, bigint) is 'Part of outbox.health(): takes note of how many events are pending, and says how many more that are than at an earlier look, and how many seconds ago that was.';
 
 create function outbox.backend_health(out "check" text, out status text, out detail text, out hint text) returns setof record
-    language sql volatile set search_path = pg_catalog, pg_temp
+    language plpgsql volatile set search_path = pg_catalog, pg_temp
     as $$
+#variable_conflict use_column
+begin
+    return query
+with
+s as materialized (select v.*, b.number, b.host, b.port, b.unix_socket, b.username from outbox.backend_status v join outbox.backends b on b.name = v.backend),
+g as materialized (select s.number, t.growth, t.seconds from s cross join lateral outbox.lag_trend(s.number, s.pending) t)
 select 'backend ' || s.backend, j.status,
     concat_ws(' ', j.detail, 'The last error: ' || case when j.status <> 'ok' then s.last_error end || '.',
         case when s.pending > 0 then format('%s events wait, the oldest for %s.', s.pending, date_trunc('second', s.oldest_pending_age)) end,
@@ -122,12 +138,11 @@ select 'backend ' || s.backend, j.status,
             when s.pending > 0 and g.growth = 0 then format('The lag does not grow: as many waited %s s ago.', round(g.seconds))
         end),
     j.hint
-from outbox.backend_status s
-    join outbox.backends b on b.name = s.backend
-    left join lateral outbox.lag_trend(b.number, s.pending) g on true
+from s
+    left join g on g.number = s.number
     cross join lateral (select (s.oldest_pending_age > interval '1 min' or s.oldest_pending_age > interval '10 s' and g.growth > 0)
         and (s.max_rate is null or coalesce((select sum(c.events_per_second) from outbox.cursors c
-            where c.backend_number = b.number and c.saved_at > clock_timestamp() - interval '5 s'), 0) < 0.8 * s.max_rate) as is_late) t
+            where c.backend_number = s.number and c.saved_at > clock_timestamp() - interval '5 s'), 0) < 0.8 * s.max_rate) as is_late) t
     cross join lateral (select case
         when s.last_error ~ '^(WRONGPASS|NOAUTH)' or s.last_error like 'ERR invalid password%' then 'password'
         when s.last_error ~ '^NOPERM' then 'rights'
@@ -148,21 +163,25 @@ from outbox.backend_status s
         ('misconfigured', 'fail', 'It cannot work as it is configured, and is tried again.',
             case e.error
                 when 'password' then format('Run SELECT outbox.set_backend_password(%L, ''...''); with the password of Redis%s.', s.backend,
-                    coalesce(format(' (and the user %L of the column username)', b.username), ''))
+                    coalesce(format(' (and the user %L of the column username)', s.username), ''))
                 when 'rights' then 'Give the user the rights that docs/FAILURES.md lists: ACL SETUSER in Redis.'
                 else format('Correct its row: UPDATE outbox.backends SET ... WHERE name = %L; docs/FAILURES.md has the error.', s.backend) end),
         ('backoff', case when s.oldest_pending_age > interval '5 s' or s.pending = 0 and s.last_error_at > s.last_published_at then 'fail' else 'warn' end,
-            format('Redis at %s cannot be used, and is tried again at %s.', coalesce(s.address, b.unix_socket, concat(coalesce(b.host, current_setting('outbox_relay.redis_host', true)), ':', coalesce(b.port::text, current_setting('outbox_relay.redis_port', true)))),
+            format('Redis at %s cannot be used, and is tried again at %s.', coalesce(s.address, s.unix_socket, concat(coalesce(s.host, current_setting('outbox_relay.redis_host', true)), ':', coalesce(s.port::text, current_setting('outbox_relay.redis_port', true)))),
                 to_char(s.next_attempt_at, 'HH24:MI:SS')),
             format('Start it, or correct where it is: UPDATE outbox.backends SET host = ..., port = ... WHERE name = %L; SELECT outbox.wake(); tries at once.', s.backend))
     ) j (state, status, detail, hint)
-where j.state = s.state
+where j.state = s.state;
+end
 $$;
 comment on function outbox.backend_health() is 'Part of outbox.health(): each backend, with what waits for it.';
 
 create function outbox.event_health(old interval, out "check" text, out status text, out detail text, out hint text) returns setof record
-    language sql volatile set search_path = pg_catalog, pg_temp
+    language plpgsql volatile set search_path = pg_catalog, pg_temp
     as $$
+#variable_conflict use_column
+begin
+    return query
 with
 -- Who has a lock of writers on the table publishes, or has published.
 publishers as (
@@ -243,7 +262,8 @@ union all
 select 'bloat', case when count(d) > 0 then 'warn' else 'ok' end,
     coalesce(string_agg(format('%s has %s dead rows beside %s live ones.', d.relid::regclass, d.n_dead_tup, d.n_live_tup), ' '), 'No table has more dead rows than live ones.'),
     string_agg(format('Run VACUUM %s;', d.relid::regclass), ' ')
-from dead d
+from dead d;
+end
 $$;
 comment on function outbox.event_health(interval) is 'Part of outbox.health(): what keeps events back, and what keeps them for too long.';
 

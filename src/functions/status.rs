@@ -64,6 +64,7 @@ fn behind_cursor(number: i32, limit: i64) -> (i64, Option<i64>) {
     let position = stand.lowest();
     let now = Arc::new(ticks::take(&relations).0);
     let mut table = EventsTable::open(&relations);
+    table.want_only(vec![number]);
     let (mut count, mut met, mut oldest, mut last_seq) = (0, 0, None, 0);
     let mut count_range = |scan: &mut RangeScan<crate::tables::events::EventsScan>| -> bool {
         while let Some(step) = scan.step() {
