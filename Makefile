@@ -16,7 +16,7 @@ target_dir   := $(or $(CARGO_TARGET_DIR),target)
 library      := $(target_dir)/release/lib$(EXTENSION).so
 
 # The targets that need no Postgres must work without one.
-ifneq ($(filter-out help clean sql demo test test-redis-versions test-postgres-versions test-assertions test-packages test-monitoring test-moving deb dist image bench bench-quick chaos fuzz deny record-broadcaster site,$(or $(MAKECMDGOALS),all)),)
+ifneq ($(filter-out help clean sql demo test test-redis-versions test-postgres-versions test-assertions test-packages test-monitoring test-moving test-examples deb dist image bench bench-quick chaos fuzz deny record-broadcaster site,$(or $(MAKECMDGOALS),all)),)
 major := $(shell $(PG_CONFIG) --version 2>/dev/null | sed -nE 's/^PostgreSQL ([0-9]+).*/\1/p')
 ifeq ($(major),)
 $(error "$(PG_CONFIG)" is no working pg_config. Name one with PG_CONFIG=..., or let scripts/setup install Postgres and say where it is)
@@ -36,7 +36,7 @@ empty        :=
 space        := $(empty) $(empty)
 features      = pg$(major)$(if $(strip $(FEATURES)),$(comma)$(subst $(space),$(comma),$(strip $(FEATURES))))
 
-.PHONY: all sql install install-strip uninstall demo test test-redis-versions test-postgres-versions test-assertions test-packages test-monitoring test-moving deb dist image lint bench bench-quick chaos fuzz deny record-broadcaster site clean help headers
+.PHONY: all sql install install-strip uninstall demo test test-redis-versions test-postgres-versions test-assertions test-packages test-monitoring test-moving test-examples deb dist image lint bench bench-quick chaos fuzz deny record-broadcaster site clean help headers
 
 # CREATE EXTENSION reads one script. The directory is a prerequisite too: its time changes when a part goes.
 version     := $(shell sed -nE "s/^default_version = '(.*)'/\1/p" $(EXTENSION).control)
@@ -109,6 +109,9 @@ test-moving: ## move an application of django-broadcaster (of PyPI) in and out, 
 
 test-monitoring: ## scrape a real server as contrib/monitoring says, with Debian's Prometheus, and ask for every panel and alert
 	scripts/test-monitoring
+
+test-examples: ## run the projects of examples/ on throwaway servers (packages are fetched; EXAMPLES="psycopg django" for some)
+	scripts/test-examples $(EXAMPLES)
 
 lint: headers ## formatting, clippy, arrows between modules, the SQL script and dependencies, as CI checks them
 	$(CARGO) fmt --all --check

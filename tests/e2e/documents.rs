@@ -16,16 +16,17 @@ use tempfile::TempDir;
 const LANGUAGES: [&str; 4] = ["sql", "sh", "python", "js"];
 
 /// The documents that have such blocks.
-const RUN: [&str; 6] = [
+const RUN: [&str; 7] = [
     "README.md",
     "docs/guide.md",
+    "docs/testing-your-application.md",
     "docs/backends.md",
     "docs/guarantees.md",
     "docs/operations.md",
     "docs/moving.md",
 ];
 
-fn checkout() -> PathBuf {
+pub(crate) fn checkout() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()
         .expect("tests is a folder of it")
@@ -53,10 +54,10 @@ fn documents(folders: &[&str]) -> Vec<String> {
 
 /// A fenced block.
 #[derive(Debug, Clone)]
-struct Block {
+pub(crate) struct Block {
     line: usize,
-    language: String,
-    text: String,
+    pub(crate) language: String,
+    pub(crate) text: String,
     is_left_out: bool,
 }
 
@@ -67,7 +68,7 @@ impl Block {
 }
 
 /// The blocks of a document, and the rest of it.
-fn parse(document: &str) -> (Vec<Block>, String) {
+pub(crate) fn parse(document: &str) -> (Vec<Block>, String) {
     let (mut blocks, mut prose): (Vec<Block>, String) = Default::default();
     let (mut open, mut indent, mut before) = (false, 0, String::new());
     for (number, line) in read(document).lines().enumerate() {
@@ -229,8 +230,15 @@ impl Reader {
             return;
         };
         let ran = command.output().expect("it runs");
-        let said = String::from_utf8_lossy(&ran.stderr);
-        assert!(ran.status.success(), "{document}, line {}:\n{said}", block.line);
+        let (said, errors) = (
+            String::from_utf8_lossy(&ran.stdout),
+            String::from_utf8_lossy(&ran.stderr),
+        );
+        assert!(
+            ran.status.success(),
+            "{document}, line {}:\n{said}\n{errors}",
+            block.line
+        );
     }
 
     /// Runs a document from its beginning to its end, but for consumers.
@@ -313,6 +321,15 @@ fn the_guide_works() {
     reader.follow("docs/guide.md");
     assert!(reader.pg.one_db::<bool>("app", "select outbox.drain('10 s')"));
     reader.redis.wait_entries("invoices", 1);
+}
+
+#[test]
+fn the_recipes_for_tests_work() {
+    Reader::new().follow("docs/testing-your-application.md");
+    // Django's is that of the example, whose tests run there.
+    let tests = read("examples/django/shop/tests.py");
+    let (blocks, _) = parse("docs/testing-your-application.md");
+    assert!(blocks.iter().any(|block| block.text == tests));
 }
 
 #[test]
@@ -417,9 +434,13 @@ fn fetched(what: &str, folder: &Path, script: &str) -> bool {
     ran.status.success()
 }
 
+/// Where builds go, and what tests fetch.
+pub(crate) fn target() -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| checkout().join("target"), PathBuf::from)
+}
+
 fn packages(name: &str) -> PathBuf {
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| checkout().join("target"), PathBuf::from);
-    target.join("documents").join(name)
+    target().join("documents").join(name)
 }
 
 /// What runs a text in this language, with the packages that the documents name.
@@ -427,11 +448,17 @@ fn interpreter(reader: &Reader, language: &str, text: &str) -> Option<Command> {
     let folder = packages(language);
     match language {
         "python" => {
-            let wanted = "redis 'psycopg[binary]' sqlalchemy";
+            let wanted = "redis 'psycopg[binary]' sqlalchemy pytest";
             let script = format!("python3 -m venv .; bin/pip install --quiet --disable-pip-version-check {wanted}");
             fetched("Python", &folder, &script).then(|| {
                 let mut command = reader.command(&folder.join("bin/python").display().to_string());
-                command.args(["-c", text]);
+                if text.contains("import pytest") {
+                    let file = reader.dir.path().join("test_block.py");
+                    std::fs::write(&file, text).expect("it can be written");
+                    command.args(["-m", "pytest", "-q", "-p", "no:cacheprovider"]).arg(file);
+                } else {
+                    command.args(["-c", text]);
+                }
                 command
             })
         }
@@ -448,7 +475,7 @@ fn interpreter(reader: &Reader, language: &str, text: &str) -> Option<Command> {
 }
 
 /// A program that runs until it is dropped.
-struct Running(Child);
+pub(crate) struct Running(pub(crate) Child);
 
 impl Drop for Running {
     fn drop(&mut self) {
@@ -579,8 +606,17 @@ fn links(prose: &str) -> Vec<&str> {
 
 /// What stands in backticks and looks like a path of the checkout.
 fn paths(prose: &str) -> Vec<&str> {
-    const FOLDERS: [&str; 9] = [
-        "benches/", "contrib/", "docs/", "fuzz/", "relay/", "scripts/", "sql/", "src/", "tests/",
+    const FOLDERS: [&str; 10] = [
+        "benches/",
+        "contrib/",
+        "docs/",
+        "examples/",
+        "fuzz/",
+        "relay/",
+        "scripts/",
+        "sql/",
+        "src/",
+        "tests/",
     ];
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "/._-".contains(c);
     prose
@@ -597,7 +633,7 @@ fn paths(prose: &str) -> Vec<&str> {
 #[test]
 fn links_and_paths_lead_somewhere() {
     let mut wrong = Vec::new();
-    for document in documents(&["", "docs/", "docs/design/"]) {
+    for document in documents(&["", "docs/", "docs/design/", "examples/"]) {
         let (_, prose) = parse(&document);
         let folder = Path::new(&document).parent().expect("it is in a folder").to_path_buf();
         for target in links(&prose).into_iter().filter(|target| !target.contains("://")) {

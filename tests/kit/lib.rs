@@ -56,6 +56,7 @@ pub use hostile::{BlackHole, Eavesdropper, Garbage};
 pub use ledger::{Ledger, Load, Verdict};
 pub use liar::{Liar, Lie};
 pub use persistence::Saved;
+pub use port::TakenPort;
 pub use postgres::{Mode, Postgres};
 pub use proxy::{Proxy, Way};
 pub use redis::{Entry, Redis, entries, tell, xlen};

@@ -12,13 +12,13 @@ const PORTS: std::ops::Range<u16> = 20_000..30_000;
 
 /// A port that no other test of this run takes, noted in a file until the value is dropped.
 #[derive(Debug)]
-pub(crate) struct TakenPort {
-    pub(crate) number: u16,
+pub struct TakenPort {
+    pub number: u16,
     note: PathBuf,
 }
 
 impl TakenPort {
-    pub(crate) fn any() -> Self {
+    pub fn any() -> Self {
         let dir = env::port_dir();
         let span = u64::from(PORTS.end - PORTS.start);
         for _ in 0..1_000 {

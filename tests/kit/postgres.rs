@@ -1,4 +1,4 @@
-//! A throwaway Postgres server: own data directory, unix socket only, gone with its value.
+//! A throwaway Postgres server: own data directory, a unix socket (and TCP where asked for), gone with its value.
 
 pub mod builder;
 
@@ -14,6 +14,7 @@ use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
 use crate::env;
+use crate::port::TakenPort;
 use crate::postgres::builder::{Builder, Origin};
 use crate::process::{self, pids_in, tail, wait_exit};
 use crate::wait::{LIMIT, eventually};
@@ -53,6 +54,8 @@ pub struct Postgres {
     env: Vec<(String, String)>,
     mounts: Vec<(PathBuf, String)>,
     data: PathBuf,
+    /// Where it listens on 127.0.0.1.
+    port: Option<TakenPort>,
     /// Holds the data directory, the socket and the log; removed last.
     dir: TempDir,
 }
@@ -124,7 +127,7 @@ impl Postgres {
         let mut config = Config::new();
         config
             .host_path(self.host())
-            .port(PORT)
+            .port(self.port())
             .user(user)
             .dbname(db)
             .connect_timeout(LIMIT);
@@ -174,7 +177,7 @@ impl Postgres {
         let mut child = command
             .args(args)
             .env("PGHOST", self.host())
-            .env("PGPORT", PORT.to_string())
+            .env("PGPORT", self.port().to_string())
             .env("PGUSER", USER)
             .env("PGDATABASE", DB)
             .stdin(Stdio::piped())
@@ -403,6 +406,11 @@ impl Postgres {
     /// The directory of the socket: libpq's `host`.
     pub fn host(&self) -> &Path {
         self.dir.path()
+    }
+
+    /// Of its socket's name, and of TCP if it listens there.
+    pub fn port(&self) -> u16 {
+        self.port.as_ref().map_or(PORT, |port| port.number)
     }
 
     /// Everything that the server has logged, over all its starts.

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::env;
+use crate::port::TakenPort;
 use crate::postgres::{PORT, Postgres, USER};
 
 const DEFAULTS: &[(&str, &str)] = &[
@@ -36,6 +37,7 @@ pub struct Builder {
     settings: Vec<(String, String)>,
     env: Vec<(String, String)>,
     mounts: Vec<(PathBuf, String)>,
+    has_tcp: bool,
     origin: Origin,
 }
 
@@ -46,6 +48,7 @@ impl Builder {
             settings: Vec::new(),
             env: Vec::new(),
             mounts: Vec::new(),
+            has_tcp: false,
             origin,
         }
     }
@@ -84,6 +87,12 @@ impl Builder {
         self
     }
 
+    /// Which listens on 127.0.0.1 as well, for clients that know no unix socket: see [`Postgres::port`].
+    pub fn tcp(mut self) -> Self {
+        self.has_tcp = true;
+        self
+    }
+
     pub fn start(self) -> Postgres {
         let mut server = self.stopped();
         server.start_again();
@@ -106,6 +115,7 @@ impl Builder {
             env: self.env,
             mounts: self.mounts,
             data,
+            port: self.has_tcp.then(TakenPort::any),
             dir,
             child: None,
         };
@@ -116,6 +126,10 @@ impl Builder {
         }
         for (name, value) in &self.settings {
             server.configure(&[(name, value)]);
+        }
+        if self.has_tcp {
+            let port = server.port().to_string();
+            server.configure(&[("listen_addresses", "127.0.0.1"), ("port", &port)]);
         }
         server
     }

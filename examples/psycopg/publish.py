@@ -1,0 +1,38 @@
+"""Publishes with psycopg 3. It connects as PGHOST, PGUSER... say."""
+
+from datetime import datetime, timedelta, timezone
+from uuid import UUID, uuid4
+
+import psycopg
+from psycopg.types.json import Json
+
+
+def publish(db, event_type, data, **options):
+    """Publishes within the transaction of the connection; the options are arguments of outbox.publish_event."""
+    names = "".join(f", {name} => %({name})s" for name in options)
+    sql = f"select outbox.publish_event(%(type)s, 'shop', %(data)s{names})"
+    values = {name: Json(value) if isinstance(value, dict) else value for name, value in options.items()}
+    return db.execute(sql, {"type": event_type, "data": Json(data), **values}).fetchone()[0]
+
+
+with psycopg.connect() as db:  # one transaction: the order and its events, or nothing
+    order = db.execute("insert into orders (customer, total) values ('Ada', 9.90) returning id").fetchone()[0]
+    print("order.placed", publish(db, "order.placed", {"order_id": order, "total": "9.90"}, subject=f"order/{order}"))
+    config = {"tenant": "acme"}  # a further field of the entry
+    print("order.paid", publish(db, "order.paid", {"order_id": order}, max_retries=5, publisher_config=config))
+    later = datetime.now(timezone.utc) + timedelta(days=14)
+    print("order.reminder", publish(db, "order.reminder", {"order_id": order}, scheduled_at=later))
+
+    # The same by a plain INSERT, which takes RETURNING. An id of one's own publishes once, however often it is tried.
+    imported = "insert into outbox.events (event_type, source, data) values (%s, 'shop', %s) returning event_id"
+    print("order.imported", db.execute(imported, ["order.imported", Json({"order_id": order})]).fetchone()[0])
+    shipped: UUID = uuid4()
+    once = """insert into outbox.events (event_id, event_type, source, data) values (%s, 'order.shipped', 'shop', %s)
+        on conflict (event_id) do nothing"""
+    for _ in range(2):
+        db.execute(once, [shipped, Json({"order_id": order})])
+    print("order.shipped", shipped)
+
+with psycopg.connect() as db:
+    publish(db, "order.cancelled", {"order_id": order})
+    db.rollback()  # and nobody hears of it
