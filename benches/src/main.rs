@@ -4,9 +4,10 @@
 //! - [`servers`], [`probe`], [`machine`], [`floors`], [`bare`], [`load`] what is measured, seen from outside, and
 //!   beside what
 //! - [`drain`], [`backlog`], [`publish`], [`guests`], [`latency`], [`cost`], [`others`], [`footprint`], [`steady`],
-//!   [`rivals`], [`views`] the figures
+//!   [`attached`], [`rivals`], [`views`] the figures
 //! - [`plots`], [`chart`] pictures of them in `docs/`
 
+mod attached;
 mod backlog;
 mod bare;
 mod chart;
@@ -37,7 +38,7 @@ use std::time::Instant;
 type Measure = fn(&Scale) -> Taken;
 
 /// In the order of the table.
-const FIGURES: [(&str, Measure); 19] = [
+const FIGURES: [(&str, Measure); 21] = [
     ("drain", drain::measure),
     ("spread", drain::measure_spread),
     ("backlog", backlog::measure),
@@ -53,6 +54,8 @@ const FIGURES: [(&str, Measure); 19] = [
     ("refused", others::measure_refused),
     ("looking", others::measure_looking),
     ("views", views::measure),
+    ("attached", attached::measure),
+    ("inbox", attached::measure_inbox),
     ("memory", footprint::measure_memory),
     ("idle", footprint::measure_idle),
     ("steady", steady::measure),

@@ -29,4 +29,4 @@ begin
     return null;
 end
 $$;
-comment on function outbox.leave_out_role() is 'Trigger of outbox.publisher_limits: leaves out the row of a role that does not exist, as a dump may bring it.';
+comment on function outbox.leave_out_role() is 'Trigger of outbox.publisher_limits and outbox.consumer_grants: leaves out the row of a role that does not exist, as a dump may bring it.';

@@ -13,7 +13,7 @@ comment on table outbox.inbox is 'The events that each consumer has handled in t
 comment on column outbox.inbox.consumer is 'The name that a consumer has chosen, such as that of its consumer group: 1 to 255 characters.';
 
 create table outbox.consumer_grants (
-    role     regrole not null,
+    role     outbox.role_name not null,
     consumer text not null check (length(consumer) between 1 and 255),
     -- The same for LIKE.
     pattern  text not null generated always as (replace(replace(replace(replace(replace(consumer,

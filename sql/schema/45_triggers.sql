@@ -128,6 +128,7 @@ values
     ('take_overs', 'backends_changed', 'after insert or update on outbox.take_overs for each statement execute function outbox.backends_changed()'),
     ('moved_backends', 'applied_change', 'before insert or update or delete on outbox.moved_backends for each row execute function outbox.leave_local()'),
     ('publisher_limits', 'applied_change', 'before insert or update or delete on outbox.publisher_limits for each row execute function outbox.leave_local()'),
+    ('consumer_grants', 'leave_out_role', 'before insert on outbox.consumer_grants for each row when (new.role::pg_catalog.oid = 0) execute function outbox.leave_out_role()'),
     ('publisher_limits', 'leave_out_role', 'before insert on outbox.publisher_limits for each row when (new.role::pg_catalog.oid = 0) execute function outbox.leave_out_role()'),
     ('publisher_limits', 'backends_changed', 'after insert or update or delete or truncate on outbox.publisher_limits for each statement execute function outbox.backends_changed()'),
     ('copied_backends', 'applied_change', 'before insert or update or delete on outbox.copied_backends for each row execute function outbox.leave_local()'),

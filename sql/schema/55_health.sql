@@ -97,6 +97,23 @@ faults(what, fault, cure) as (
     from there t join pg_publication_rel r on r.prrelid = t.oid join pg_publication p on p.oid = r.prpubid
     where t.name not in ('events', 'scheduled_events', 'failed_events', 'refused_events', 'cursors', 'inbox', 'consumer_grants')
     union all
+    -- An attached table's partitions and children: statements on them fire their own triggers alone.
+    select distinct 'attached tables', format('%s is attached, and its partition or child %s is not.', a.tgrelid::regclass, i.inhrelid::regclass),
+        format('Run SELECT outbox.attach_table(%L, ...); again, as the comment of %s says.', a.tgrelid::regclass, a.tgfoid::regprocedure)
+    from pg_trigger a join pg_inherits i on i.inhparent = a.tgrelid join pg_class k on k.oid = i.inhrelid and k.relkind in ('r', 'p')
+    where not a.tgisinternal and a.tgname ~ '^outbox_relay_(insert|update|delete)$'
+        and not exists (select from pg_trigger o where o.tgrelid = i.inhrelid and o.tgname = a.tgname and o.tgfoid = a.tgfoid)
+    union all
+    select 'attached tables', format('The trigger "%s" of %s does not fire for each statement.', a.tgname, a.tgrelid::regclass),
+        format('Run ALTER TABLE %s ENABLE TRIGGER %I;', a.tgrelid::regclass, a.tgname)
+    from pg_trigger a where not a.tgisinternal and a.tgname ~ '^outbox_relay_(insert|update|delete|truncate)$' and a.tgenabled in ('D', 'R')
+    union all
+    select distinct 'attached tables', format('%s publishes as "%s", which may not publish.', a.tgrelid::regclass, pg_get_userbyid(p.proowner)),
+        format('Run SELECT outbox.grant_publisher(%L);', pg_get_userbyid(p.proowner))
+    from pg_trigger a join pg_proc p on p.oid = a.tgfoid
+    where not a.tgisinternal and a.tgname ~ '^outbox_relay_(insert|update|delete|truncate)$'
+        and not has_column_privilege(p.proowner, 'outbox.events', 'event_type', 'insert')
+    union all
     select 'inheritance', format('outbox.%s takes part in inheritance or partitioning.', t.name), 'Detach it: its rows are read one table at a time.'
     from there t where exists (select from pg_inherits i where t.oid in (i.inhrelid, i.inhparent))
 )
@@ -105,7 +122,7 @@ from (values
         ('tables', 'fail', 'All tables are there.'), ('indexes', 'fail', 'All indexes are there and valid.'),
         ('sequence', 'fail', 'The sequence numbers events as it should.'), ('owner', 'fail', 'The owner of the extension is a superuser.'),
         ('triggers', 'warn', 'All triggers of the extension are enabled.'), ('foreign triggers', 'warn', 'Nobody else has a trigger on the tables.'),
-        ('publications', 'warn', 'No publication has what must not leave this server.'), ('inheritance', 'fail', 'No table is inherited.')
+        ('attached tables', 'warn', 'All that is to publish rows does.'), ('publications', 'warn', 'No publication has what must not leave this server.'), ('inheritance', 'fail', 'No table is inherited.')
     ) c (name, severity, well)
     left join (
         select f.what, string_agg(f.fault, ' ' order by f.fault) as faults, string_agg(distinct f.cure, ' ') as cure

@@ -46,6 +46,10 @@ values
     ('execute', 'function outbox.publish_events(jsonb)'),
     ('execute', 'function outbox.published_here()'),
     ('execute', 'function outbox.wait_published(uuid, interval)'),
+    -- They need the ownership of a table besides.
+    ('execute', 'function outbox.attach_table(regclass, text, text, text, text[], text[], text, text, text)'),
+    ('execute', 'function outbox.detach_table(regclass)'),
+    ('execute', 'function outbox.row_events(regclass, text, text, text, text[], text[], text[], text, text)'),
     ('insert (event_id, event_type, source, backend, data, subject, stream, data_schema, publisher_config, max_retries)', 'table outbox.events')
 $$;
 comment on function outbox.publisher_rights() is 'What outbox.grant_publisher() grants, as words of GRANT.';

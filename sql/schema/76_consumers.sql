@@ -27,7 +27,7 @@ begin
             hint = 'Leave them out to allow any name.';
     end if;
     delete from outbox.consumer_grants g where g.role::oid = grant_consumer.role::oid or not exists (select from pg_roles p where p.oid = g.role::oid);
-    insert into outbox.consumer_grants (role, consumer) select distinct grant_consumer.role, c.name from unnest(consumers) c (name);
+    insert into outbox.consumer_grants (role, consumer) select distinct grant_consumer.role::oid, c.name from unnest(consumers) c (name);
     for r in select * from outbox.consumer_rights() loop
         execute format('grant %s on %s to %s', r.right_to, r.object, grantee);
     end loop;

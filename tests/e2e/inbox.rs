@@ -5,7 +5,7 @@ use kit::{Postgres, Refused, holds_for, wait_eq, wait_until};
 use postgres::{Client, Error};
 use std::sync::mpsc;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use uuid::Uuid;
 
 fn start() -> Postgres {
@@ -325,40 +325,4 @@ fn a_dump_brings_the_inbox_and_its_grants() {
     assert!(!once(&mut billing, "billing", id).unwrap());
     assert!(once(&mut billing, "billing", Uuid::new_v4()).unwrap());
     assert_eq!(Refused::of(once(&mut billing, "shipping", id)).code, "42501");
-}
-
-/// Prints what a call costs beside an INSERT into a table of one's own; run it alone with --no-capture.
-#[test]
-#[ignore = "a measurement"]
-fn what_a_call_costs() {
-    let pg = start();
-    pg.exec("create table handled (event_id uuid primary key, handled_at timestamptz not null default now())");
-    pg.exec("create role billing login; select outbox.grant_consumer('billing'); grant all on handled to billing");
-    let mut client = pg.client_as("billing", "postgres");
-    for round in 0..3 {
-        for (what, loop_of) in [
-            (
-                "own table",
-                "insert into handled (event_id) values (gen_random_uuid()) on conflict do nothing",
-            ),
-            (
-                "consume_once",
-                "perform outbox.consume_once('billing', gen_random_uuid())",
-            ),
-            (
-                "100 at once",
-                "perform outbox.consume_once('billing', array(select gen_random_uuid() from generate_series(1, 100)))",
-            ),
-        ] {
-            let count = if what == "100 at once" { 200 } else { 20_000 };
-            let start = Instant::now();
-            client
-                .batch_execute(&format!(
-                    "do $$ begin for i in 1..{count} loop {loop_of}; end loop; end $$"
-                ))
-                .unwrap();
-            let each = start.elapsed().as_secs_f64() * 1e6 / 20_000.0;
-            println!("round {round}: {what}: {each:.1} us an event");
-        }
-    }
 }

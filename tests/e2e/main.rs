@@ -4,6 +4,7 @@
 mod acting;
 mod addresses;
 mod allowed_hosts;
+mod attached_tables;
 mod backend_login;
 mod backends;
 mod black_holes;

@@ -128,10 +128,14 @@ fn a_publisher_can_do_nothing_else() {
         callable,
         [
             "any_value_in",
+            "attach_table",
+            "detach_table",
             "publish_event",
             "publish_event",
             "publish_events",
-            "published_here"
+            "published_here",
+            "row_events",
+            "wait_published"
         ]
     );
     let readable: i64 = stack.pg.one(

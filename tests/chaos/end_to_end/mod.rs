@@ -1,5 +1,5 @@
 //! Exactly once from a transaction of one Postgres to a transaction of another (`--end-to-end`): sessions publish in the
-//! first, the relay appends to the streams of a Redis, and a consumer process for each stream writes the effects to the
+//! first, by a function and by an attached table, the relay appends to the streams of a Redis, and a consumer process for each stream writes the effects to the
 //! second, with outbox.consume_once() in the same transaction and XACK after its commit. Postmasters, worker, Redis and
 //! consumers are killed, frozen and restarted at random. At the end, ledger and effects must be the same.
 //!
@@ -48,7 +48,7 @@ impl Site {
         };
         site.first.extension();
         site.first.exec(&format!(
-            "update outbox.backends set host = '127.0.0.1', port = {}",
+            "insert into outbox.backends (name, stream_name) values ('parcels', 'parcels'); update outbox.backends set host = '127.0.0.1', port = {}",
             site.redis.port()
         ));
         site.first.exec(publishers::SCHEMA);

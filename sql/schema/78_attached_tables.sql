@@ -1,0 +1,213 @@
+-- Rows as events: the triggers that outbox.attach_table() makes on users' tables. Each attached table has a function of
+-- its own, which belongs to the table's owner: it publishes with that role's rights, whoever changes the table. So what the
+-- owner has a say in (the condition, casts of his types to JSON) runs as himself. Triggers and function are objects of the
+-- user's schema, and are dumped as such.
+
+create function outbox.row_events(relation regclass, event_type text, source text, backend text, key text[], columns text[], operations text[], condition text, payload text) returns text
+    language plpgsql stable set search_path = pg_catalog, pg_temp
+    as $$
+declare
+    -- Templates, in which a % of a name or of the condition is doubled. The columns that are published, of the row "old" or "new". The number of a pair is not one of them.
+    row_of constant text := case when columns is null then '(to_jsonb(%1$s) - ''outbox_relay number'')'
+        else '(select to_jsonb(d) from (select ' || (select string_agg('%1$s.' || replace(quote_ident(c.name), '%', '%%'), ', ' order by c.place) from unnest(columns) with ordinality c (name, place)) || ') d)' end;
+    old_row constant text := format(row_of, 'old');
+    new_row constant text := format(row_of, 'new');
+    subject_of constant text := case cardinality(coalesce(key, '{}')) when 0 then 'null' when 1 then '%1$s.' || replace(quote_ident(key[1]), '%', '%%') || '::text'
+        else format('jsonb_build_array(%s)::text', (select string_agg('%1$s.' || replace(quote_ident(k.name), '%', '%%'), ', ' order by k.place) from unnest(key) with ordinality k (name, place))) end;
+    moved constant text := case when cardinality(coalesce(key, '{}')) = 0 or not operations && '{insert,delete}' then 'false'
+        else format('(%s is distinct from %s)', format(subject_of, 'old'), format(subject_of, 'new')) end;
+    inserted constant text := case payload when 'both' then format('jsonb_build_object(''old'', null, ''new'', %s)', new_row) else new_row end;
+    deleted constant text := case payload when 'both' then format('jsonb_build_object(''old'', %s, ''new'', null)', old_row) else old_row end;
+    updated constant text := case payload when 'both' then format('jsonb_build_object(''old'', %s, ''new'', %s)', old_row, new_row)
+        when 'changed' then format('(select coalesce(jsonb_object_agg(n.key, n.value), ''{}'') from jsonb_each(%s) n join jsonb_each(%s) o on o.key = n.key where n.value <> o.value)', new_row, old_row)
+        else new_row end;
+    -- An unqualified name is a column of the row as it is now, or was.
+    holds constant text := case when condition is null then 'true' else E'(select (' || replace(condition, '%', '%%') || E'\n) from (select %1$s.*) "row")' end;
+    no_row constant text := case when condition is null then '' else ' left join (select t.* from %1$s t where false) %2$s on true' end;
+    into_events constant text := 'insert into outbox.events (event_type, source, backend, subject, data) ';
+    fixed constant text := format('%L, %L', source, backend);
+    body text := '#variable_conflict use_column' || E'\nbegin\n';
+begin
+    body := body || E'if tg_op = ''INSERT'' then\n' || into_events
+        || format('select %L, %s, %s, %s::json from outbox_relay_new new%s where %s', event_type || '.insert', fixed, format(subject_of, 'new'), inserted,
+            format(no_row, 'outbox_relay_new', 'old'), format(holds, 'new')) || E';\n';
+    body := body || E'elsif tg_op = ''DELETE'' then\n' || into_events
+        || format('select %L, %s, %s, %s::json from outbox_relay_old old%s where %s', event_type || '.delete', fixed, format(subject_of, 'old'), deleted,
+            format(no_row, 'outbox_relay_old', 'new'), format(holds, 'old')) || E';\n';
+    body := body || E'elsif tg_op = ''UPDATE'' then\n';
+    if exists (select from pg_class c where c.oid = relation and c.relkind = 'p') then
+        -- A row that moves to another partition can be left out there by a trigger: then old and new rows are no pairs.
+        body := body || format(E'if (select count(*) from outbox_relay_old) <> (select count(*) from outbox_relay_new) then\nraise exception using errcode = ''feature_not_supported'', message = %L, detail = %L, hint = %L;\nend if;\n',
+            'rows that an UPDATE has moved to another partition were left out there',
+            'Old and new rows of an attached table cannot be told apart then.', 'Let no trigger of a partition return NULL for a row that moves into it.');
+    end if;
+    if moved = 'false' and payload = 'new' and condition is null then
+        body := body || into_events || format('select %L, %s, %s, %s::json from outbox_relay_new new', event_type || '.update', fixed, format(subject_of, 'new'), new_row) || E';\n';
+    else
+        -- Old and new rows come in the same order. Rows whose key changes go under the old key before any comes under its
+        -- new one, which another row may have had.
+        body := body || format($q$with pairs as materialized (
+select new."outbox_relay number" as place, %1$s as moved, %2$s as old_subject, %3$s as subject, %4$s as data, case when %1$s then %5$s end as gone, case when %1$s then %6$s end as come
+from (select row_number() over () as "outbox_relay number", t.* from outbox_relay_old t) old
+join (select row_number() over () as "outbox_relay number", t.* from outbox_relay_new t) new on new."outbox_relay number" = old."outbox_relay number"
+where %7$s)
+%8$sselect e.event_type, %9$s, e.subject, e.data::json from (
+select 0 as turn, p.place, %10$L as event_type, p.old_subject as subject, p.gone as data from pairs p where p.moved and %11$s
+union all
+select 1, p.place, case when p.moved then %12$L else %13$L end, p.subject, case when p.moved then p.come else p.data end from pairs p where (not p.moved or %14$s) and (p.moved or p.data <> '{}' or %15$s)
+) e order by e.turn, e.place;
+$q$, moved, format(subject_of, 'old'), format(subject_of, 'new'), updated, deleted, inserted, format(holds, 'new'), into_events, fixed,
+        event_type || '.delete', ('delete' = any (operations))::text, event_type || '.insert', event_type || '.update', ('insert' = any (operations))::text, (payload <> 'changed')::text);
+    end if;
+    body := body || E'else\n' || into_events || format('values (%L, %s, null, null)', event_type || '.truncate', fixed) || E';\nend if;\n';
+    return body || E'return null;\nend\n';
+end
+$$;
+comment on function outbox.row_events(regclass, text, text, text, text[], text[], text[], text, text) is 'Part of outbox.attach_table(): the body of the trigger function of a table.';
+
+create function outbox.detach_table("table" regclass) returns void
+    language plpgsql set search_path = pg_catalog, pg_temp
+    as $$
+declare
+    t record;
+begin
+    for t in
+        with recursive family (oid) as (
+            select "table"::oid union select i.inhrelid from family f join pg_inherits i on i.inhparent = f.oid
+        )
+        select g.tgname, g.tgrelid::regclass as relation from family f join pg_trigger g on g.tgrelid = f.oid
+        where not g.tgisinternal and g.tgname ~ '^outbox_relay_(insert|update|delete|truncate)$'
+    loop
+        execute format('drop trigger %I on %s', t.tgname, t.relation);
+    end loop;
+    -- Also those of tables that were dropped while they were attached.
+    for t in
+        select p.oid::regprocedure as function from pg_class c join pg_proc p on p.pronamespace = c.relnamespace
+            join pg_depend d on d.classid = 'pg_proc'::regclass and d.objid = p.oid and d.deptype = 'x' and d.refclassid = 'pg_extension'::regclass
+            join pg_extension e on e.oid = d.refobjid and e.extname = 'outbox_relay'
+        where c.oid = "table" and p.proname like E'outbox\\_events\\_of\\_%' and pg_has_role(p.proowner, 'usage')
+            and not exists (select from pg_trigger g where g.tgfoid = p.oid)
+    loop
+        execute format('drop function %s()', t.function::oid::regproc);
+    end loop;
+end
+$$;
+comment on function outbox.detach_table(regclass) is 'The reverse of outbox.attach_table(), for a table with its partitions and children. What was published stays. Nothing happens if the table is not attached.';
+
+create function outbox.attach_table("table" regclass, event_type text default null, source text default null, backend text default null, key text[] default null,
+        columns text[] default null, operations text default 'insert,update,delete', condition text default null, payload text default 'new') returns void
+    language plpgsql set search_path = pg_catalog, pg_temp
+    as $$
+declare
+    c record;
+    -- In this order, each once.
+    wanted constant text[] := array(select o.name from unnest('{insert,update,delete,truncate}'::text[]) with ordinality o (name, place)
+        where o.name = any (array(select lower(btrim(w.name)) from unnest(string_to_array(operations, ',')) w (name))) order by o.place);
+    name text;
+    missing text;
+    function text;
+    family record;
+    operation text;
+    owner_publishes boolean;
+begin
+    select k.relname, k.relkind, k.relpersistence, k.relowner, n.nspname into c from pg_class k join pg_namespace n on n.oid = k.relnamespace where k.oid = "table";
+    if not found then
+        raise exception using errcode = 'undefined_table', message = 'the table does not exist', hint = 'Pass its name: outbox.attach_table(''orders'').';
+    end if;
+    if c.relkind not in ('r', 'p') or c.relpersistence = 't' or c.nspname in ('outbox', 'pg_catalog', 'information_schema') then
+        raise exception using errcode = 'wrong_object_type', message = format('%s cannot be attached', "table"),
+            detail = 'Views, foreign and temporary tables, and those of the system and of schema outbox cannot.', hint = 'Attach a table, partitioned or not.';
+    end if;
+    if not pg_has_role(c.relowner, 'usage') then
+        raise exception using errcode = 'insufficient_privilege', message = format('must be owner of table %s', "table"),
+            hint = 'Its owner, or a superuser, may attach it.';
+    end if;
+    if not has_column_privilege('outbox.events', 'event_type', 'insert') then
+        raise exception using errcode = 'insufficient_privilege', message = format('role "%s" may not publish', current_user),
+            detail = 'The events of an attached table are published with the rights of its owner.',
+            hint = format('Ask the administrator to run SELECT outbox.grant_publisher(%L);', current_user);
+    end if;
+    if cardinality(wanted) = 0 or cardinality(wanted) <> (select count(distinct lower(btrim(w.name))) from unnest(string_to_array(operations, ',')) w (name)) then
+        raise exception using errcode = 'invalid_parameter_value', message = format('operations "%s" are unknown', operations),
+            hint = 'Pass some of insert, update, delete and truncate, with commas.';
+    end if;
+    if payload is null or payload not in ('new', 'both', 'changed') then
+        raise exception using errcode = 'invalid_parameter_value', message = format('payload "%s" is unknown', payload), hint = 'Pass new, both or changed.';
+    end if;
+    if columns = '{}' or key = '{}' then
+        raise exception using errcode = 'invalid_parameter_value', message = 'columns and key must not be empty', hint = 'Leave them out for all columns, and for the primary key.';
+    end if;
+    select w.name into missing from unnest(coalesce(columns, '{}') || coalesce(key, '{}')) w (name)
+        where not exists (select from pg_attribute a where a.attrelid = "table" and a.attnum > 0 and not a.attisdropped and a.attname = w.name);
+    if found then
+        raise exception using errcode = 'undefined_column', message = format('column "%s" of table %s does not exist', missing, "table"),
+            hint = 'Pass the names of columns as they are in the table.';
+    end if;
+    if key is null then
+        key := array(select a.attname from pg_index i cross join unnest(i.indkey::smallint[]) with ordinality k (number, place)
+            join pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.number
+            where i.indrelid = "table" and i.indisprimary and k.place <= i.indnkeyatts order by k.place);
+    end if;
+    event_type := coalesce(nullif(event_type, ''), c.relname);
+    source := coalesce(nullif(source, ''), format('/%s/%s', current_database(), c.nspname));
+    if condition is not null then
+        -- An error here is that of the condition.
+        execute format(E'select from (select t.* from %1$s t) old, (select t.* from %1$s t) new where false and (select (%2$s\n) from (select new.*) "row")', "table", condition);
+    end if;
+
+    perform outbox.detach_table("table");
+    select q.name into name from (select left('outbox_events_of_' || c.relname, 55) || case when n > 1 then '_' || n else '' end as name, n from generate_series(1, 1000) n) q
+        where not exists (select from pg_proc p where p.proname = q.name and p.pronamespace = (select k.relnamespace from pg_class k where k.oid = "table"))
+        order by q.n limit 1;
+    function := format('%I.%I', c.nspname, name);
+    -- Without nested loops: the plan that is made for one row serves a million.
+    execute format('create function %s() returns trigger language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_nestloop = off as %L',
+        function, outbox.row_events("table", event_type, source, backend, key, columns, wanted, condition, payload));
+    execute format('revoke all on function %s() from public', function);
+    owner_publishes := has_column_privilege(c.relowner, 'outbox.events', 'event_type', 'insert') and has_schema_privilege(c.relowner, 'outbox', 'usage');
+    if not owner_publishes then
+        raise warning using message = format('the events of %s are published with the rights of "%s"', "table", current_user),
+            detail = format('Its owner, "%s", may not publish.', pg_get_userbyid(c.relowner)),
+            hint = format('Unless you trust the owner with your rights, run SELECT outbox.grant_publisher(%L); and attach the table again.', pg_get_userbyid(c.relowner));
+    end if;
+    execute format('alter function %s() depends on extension outbox_relay', function);
+    execute format('comment on function %s() is %L', function, 'Publishes rows as events, see outbox.attach_table(): '
+        || jsonb_strip_nulls(jsonb_build_object('event_type', event_type, 'source', source, 'backend', backend, 'key', key, 'columns', columns,
+            'operations', array_to_string(wanted, ','), 'condition', condition, 'payload', payload))::text);
+    -- Not where a member of the owner's role attaches it in a schema in which that role may not create functions.
+    if owner_publishes and current_user <> pg_get_userbyid(c.relowner)
+        and (has_schema_privilege(c.relowner, c.nspname, 'create') or (select r.rolsuper from pg_roles r where r.rolname = current_user)) then
+        execute format('alter function %s() owner to %I', function, pg_get_userbyid(c.relowner));
+    end if;
+    -- A statement on a partition fires the triggers of that partition alone.
+    for family in
+        with recursive family (oid) as (
+            select "table"::oid union select i.inhrelid from family f join pg_inherits i on i.inhparent = f.oid
+        )
+        select f.oid::regclass as relation, f.oid = "table" as is_itself from family f join pg_class k on k.oid = f.oid where k.relkind in ('r', 'p')
+    loop
+        foreach operation in array wanted loop
+            if operation = 'truncate' and not family.is_itself then
+                continue;
+            end if;
+            execute format('create trigger %I after %s on %s %s for each statement execute function %s()', 'outbox_relay_' || operation, operation, family.relation,
+                case operation when 'insert' then 'referencing new table as outbox_relay_new' when 'delete' then 'referencing old table as outbox_relay_old'
+                    when 'update' then 'referencing old table as outbox_relay_old new table as outbox_relay_new' else '' end, function);
+        end loop;
+    end loop;
+end
+$$;
+comment on function outbox.attach_table(regclass, text, text, text, text[], text[], text, text, text) is
+    'Publishes the rows that statements insert, update and delete in a table as events, in the same transaction: one call of a trigger for a statement, one event for a row, in the order of the rows. The type is event_type (the table''s name) with .insert, .update, .delete or .truncate; the subject is the key (the primary key; several columns as a JSON array). columns: those that are in data, NULL means all. condition: an SQL expression; a name is a column of the new row, or of the deleted one; old.name and new.name tell them apart. Names in it are those of pg_catalog unless they are qualified. payload: new, both ({"old": ..., "new": ...}) or changed (of an UPDATE, what it has changed; nothing if that is nothing). For the table''s owner, if he is a publisher, and for superusers. Events are published with the rights of the table''s owner, or of the superuser if the owner may not publish; who changes the table needs no right to publish. Attaching again replaces what was said before.';
+
+create view outbox.attached_tables with (security_barrier) as
+select t.tgrelid::regclass as relation,
+    pg_catalog.string_agg(pg_catalog.substr(t.tgname::text, 14), ',' order by t.oid) as operations,
+    pg_catalog.pg_get_userbyid(p.proowner) as publisher,
+    t.tgfoid::regprocedure as function,
+    pg_catalog.bool_and(t.tgenabled in ('O', 'A')) as enabled,
+    pg_catalog.obj_description(t.tgfoid, 'pg_proc') as definition
+from pg_catalog.pg_trigger t join pg_catalog.pg_proc p on p.oid = t.tgfoid
+where not t.tgisinternal and t.tgname operator(pg_catalog.~) '^outbox_relay_(insert|update|delete|truncate)$'
+group by t.tgrelid, t.tgfoid, p.proowner;
+comment on view outbox.attached_tables is 'The tables, and their partitions and children, whose rows are published: see outbox.attach_table().';

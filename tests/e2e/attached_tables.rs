@@ -1,0 +1,560 @@
+//! Rows as events: what statements insert, update, delete and truncate in an attached table is published in the same
+//! transaction, whatever the table is like and whoever changes it; dumped, restored and detached.
+
+use kit::{Postgres, Refused, Stack};
+use postgres::Client;
+use serde_json::{Value, json};
+
+fn start() -> Postgres {
+    let pg = Postgres::with(&[("outbox_relay.enabled", "off")]).start();
+    pg.extension();
+    pg
+}
+
+/// What was published since the last call: type, subject, data.
+fn taken(client: &mut Client) -> Vec<(String, Option<String>, Value)> {
+    let sql = "select event_type, subject, data::jsonb from outbox.events order by seq";
+    let rows = client.query(sql, &[]).expect("events");
+    client.batch_execute("delete from outbox.events").expect("a superuser");
+    rows.iter()
+        .map(|row| {
+            let data: Option<Value> = row.get(2);
+            (row.get(0), row.get(1), data.unwrap_or(Value::Null))
+        })
+        .collect()
+}
+
+/// The same without data.
+fn heads(client: &mut Client) -> Vec<String> {
+    let taken = taken(client);
+    taken
+        .iter()
+        .map(|(event_type, subject, _)| format!("{event_type} {}", subject.as_deref().unwrap_or("-")))
+        .collect()
+}
+
+#[track_caller]
+fn run(client: &mut Client, sql: &str) {
+    client
+        .batch_execute(sql)
+        .unwrap_or_else(|error| panic!("{sql}: {error:?}"));
+}
+
+fn event(event_type: &str, subject: &str, data: Value) -> (String, Option<String>, Value) {
+    (event_type.to_owned(), Some(subject.to_owned()), data)
+}
+
+#[test]
+fn rows_arrive_in_their_order_in_the_stream() {
+    let stack = Stack::start();
+    let mut client = stack.pg.client();
+    run(
+        &mut client,
+        "create table orders (id int primary key, status text); select outbox.attach_table('orders')",
+    );
+    run(
+        &mut client,
+        "insert into orders select i, 'new' from generate_series(1, 300) i",
+    );
+    run(&mut client, "begin; update orders set status = 'gone'; rollback");
+    run(&mut client, "update orders set status = 'paid' where id = 7");
+    run(&mut client, "delete from orders where id = 8");
+    let entries = stack.wait_events(302);
+    let subjects: Vec<String> = entries
+        .iter()
+        .map(|entry| {
+            let event: Value = serde_json::from_str(entry.field("cloud_event")).expect("JSON");
+            format!(
+                "{} {}",
+                entry.field("event_type"),
+                event["subject"].as_str().expect("a subject")
+            )
+        })
+        .collect();
+    let expected: Vec<String> = (1..=300)
+        .map(|i| format!("orders.insert {i}"))
+        .chain(["orders.update 7".to_owned(), "orders.delete 8".to_owned()])
+        .collect();
+    assert_eq!(subjects, expected);
+    assert_eq!(entries[0].field("source"), "/postgres/public");
+}
+
+#[test]
+fn every_kind_of_statement_is_published_with_the_payload_that_was_asked_for() {
+    let pg = start();
+    let mut c = pg.client();
+    run(
+        &mut c,
+        "create table t (id int primary key, a text, b int); select outbox.attach_table('t')",
+    );
+    run(&mut c, "insert into t values (1, 'x', 1), (2, 'y', 2)");
+    run(
+        &mut c,
+        "insert into t values (2, 'z', 9), (3, 'w', 3) on conflict (id) do update set a = excluded.a",
+    );
+    run(
+        &mut c,
+        "merge into t using (values (3), (4)) v (id) on t.id = v.id when matched then delete when not matched then insert values (v.id, 'm', 4)",
+    );
+    run(
+        &mut c,
+        "truncate t; select 1 from t where false; update t set b = 0; delete from t",
+    );
+    assert_eq!(
+        taken(&mut c),
+        [
+            event("t.insert", "1", json!({"id": 1, "a": "x", "b": 1})),
+            event("t.insert", "2", json!({"id": 2, "a": "y", "b": 2})),
+            // Of a statement that does several things, Postgres calls the triggers one after the other.
+            event("t.update", "2", json!({"id": 2, "a": "z", "b": 2})),
+            event("t.insert", "3", json!({"id": 3, "a": "w", "b": 3})),
+            event("t.delete", "3", json!({"id": 3, "a": "w", "b": 3})),
+            event("t.insert", "4", json!({"id": 4, "a": "m", "b": 4})),
+        ]
+    );
+    let copied = pg.run("psql", &["-c", "copy t from stdin"], "5\tcopied\t\\N\n6\ttoo\t6\n");
+    assert!(copied.ok, "{}", copied.stderr);
+    assert_eq!(heads(&mut c), ["t.insert 5", "t.insert 6"]);
+
+    run(
+        &mut c,
+        "select outbox.attach_table('t', payload => 'both', columns => '{id,a}', operations => 'insert, UPDATE, delete,truncate', event_type => 'thing', source => 'shop')",
+    );
+    run(
+        &mut c,
+        "insert into t values (7, 'n', 0); update t set a = 'o' where id = 7; delete from t where id = 7; truncate t",
+    );
+    assert_eq!(
+        taken(&mut c),
+        [
+            event("thing.insert", "7", json!({"old": null, "new": {"id": 7, "a": "n"}})),
+            event(
+                "thing.update",
+                "7",
+                json!({"old": {"id": 7, "a": "n"}, "new": {"id": 7, "a": "o"}})
+            ),
+            event("thing.delete", "7", json!({"old": {"id": 7, "a": "o"}, "new": null})),
+            ("thing.truncate".to_owned(), None, Value::Null),
+        ]
+    );
+
+    run(
+        &mut c,
+        "select outbox.attach_table('t', payload => 'changed', key => '{a,id}', columns => '{b}', operations => 'update')",
+    );
+    run(
+        &mut c,
+        "insert into t values (8, 'k', 1), (9, 'l', 2); update t set b = 2; update t set a = 'q' where id = 8",
+    );
+    assert_eq!(taken(&mut c), [event("t.update", "[\"k\", 8]", json!({"b": 2}))]);
+}
+
+/// Whoever keeps the rows by key must not delete what has come under the key meanwhile.
+#[test]
+fn rows_whose_key_changes_go_before_any_comes_under_its_new_key() {
+    let pg = start();
+    let mut c = pg.client();
+    run(
+        &mut c,
+        "create table t (id int, n text, primary key (id) deferrable initially deferred)",
+    );
+    run(
+        &mut c,
+        "insert into t values (1, 'a'), (2, 'b'), (3, 'c'); select outbox.attach_table('t')",
+    );
+    run(
+        &mut c,
+        "update t set id = case when n = 'c' then 3 else id + 1 end; delete from t where n = 'c'",
+    );
+    assert_eq!(
+        heads(&mut c),
+        [
+            "t.delete 1",
+            "t.delete 2",
+            "t.insert 2",
+            "t.insert 3",
+            "t.update 3",
+            "t.delete 3"
+        ]
+    );
+}
+
+#[test]
+fn a_condition_sees_the_row_and_what_it_was() {
+    let pg = start();
+    let mut c = pg.client();
+    run(&mut c, "create table t (id int primary key, status text, n int)");
+    run(
+        &mut c,
+        "select outbox.attach_table('t', condition => $$status = 'paid' and old.status is distinct from new.status -- so$$)",
+    );
+    run(
+        &mut c,
+        "insert into t values (1, 'new', 0), (2, 'paid', 0); update t set n = n + 1; update t set status = 'paid'; delete from t where id = 2",
+    );
+    assert_eq!(heads(&mut c), ["t.insert 2", "t.update 1", "t.delete 2"]);
+    run(
+        &mut c,
+        "alter table t add column \"50%\" int; alter table t add column \"%1$s\" int; update t set status = 'open'",
+    );
+    let percent = "select outbox.attach_table('t', condition => 'id % 2 = 1 and \"50%\" is null', columns => '{id,50%}', key => '{id,%1$s}')";
+    run(&mut c, percent);
+    taken(&mut c);
+    run(&mut c, "insert into t values (3, 'x', 1), (4, 'x', 1)");
+    assert_eq!(
+        taken(&mut c),
+        [event("t.insert", "[3, null]", json!({"id": 3, "50%": null}))]
+    );
+    run(&mut c, &percent.replace("{id,%1$s}", "{%1$s}"));
+    run(&mut c, "update t set \"%1$s\" = 7 where id = 3");
+    assert_eq!(heads(&mut c), ["t.delete -", "t.insert 7"]);
+}
+
+#[test]
+fn a_condition_that_cannot_be_is_refused() {
+    let pg = start();
+    let mut c = pg.client();
+    run(
+        &mut c,
+        "create table t (id int primary key, status text, n int); insert into t values (1, 'paid', 1)",
+    );
+    run(
+        &mut c,
+        "select outbox.attach_table('t', condition => $$status = 'paid'$$)",
+    );
+    for (condition, code) in [
+        ("nonsense > 1", "42703"),
+        ("n", "42804"),
+        ("true); drop table t; select (true", "42601"),
+        ("unknown_function(n)", "42883"),
+    ] {
+        let said = Refused::of(c.execute("select outbox.attach_table('t', condition => $1)", &[&condition]));
+        assert_eq!(said.code, code, "{condition}: {}", said.message);
+    }
+    run(&mut c, "update t set status = 'open'; update t set status = 'paid'");
+    assert_eq!(heads(&mut c), ["t.update 1"], "what was attached stays");
+}
+
+#[test]
+fn columns_of_all_kinds_are_published_and_changes_of_the_table_followed() {
+    let pg = start();
+    let mut c = pg.client();
+    run(
+        &mut c,
+        "create type pair as (x int, y text); create domain grade as int check (value > 0); create type color as enum ('red');
+        create table \"T's\" (\"Id\" int primary key, gone int, \"q\"\"1\" text, doubled int generated always as (\"Id\" * 2) stored,
+            list int[], p pair, j json, g grade, e color, b bytea, big text);
+        alter table \"T's\" drop column gone; select outbox.attach_table('\"T''s\"')",
+    );
+    run(
+        &mut c,
+        "insert into \"T's\" values (1, 'it''s', default, '{1,2}', row(1, 'z'), '{\"a\": [1]}', 3, 'red', '\\x01', repeat(md5('1'), 20000))",
+    );
+    // A value that is stored apart, and is not touched, is there.
+    run(&mut c, "update \"T's\" set g = 4");
+    run(
+        &mut c,
+        "alter table \"T's\" rename column e to colour; alter table \"T's\" add column added int default 7; alter table \"T's\" rename to renamed; alter table renamed drop column j",
+    );
+    run(&mut c, "update renamed set g = 5; delete from renamed");
+    let events = taken(&mut c);
+    let types: Vec<&str> = events.iter().map(|event| event.0.as_str()).collect();
+    assert_eq!(types, ["T's.insert", "T's.update", "T's.update", "T's.delete"]);
+    for (_, subject, data) in &events {
+        assert_eq!(subject.as_deref(), Some("1"));
+        assert_eq!(data["big"].as_str().expect("a text").len(), 640_000);
+        assert_eq!((&data["doubled"], &data["list"]), (&json!(2), &json!([1, 2])));
+        assert_eq!(
+            (&data["p"], &data["q\"1"], &data["b"]),
+            (&json!({"x": 1, "y": "z"}), &json!("it's"), &json!("\\x01"))
+        );
+    }
+    assert_eq!(
+        (&events[1].2["e"], &events[1].2["j"]),
+        (&json!("red"), &json!({"a": [1]}))
+    );
+    assert_eq!(
+        (&events[2].2["colour"], &events[2].2["added"]),
+        (&json!("red"), &json!(7))
+    );
+    assert!(events[3].2.get("j").is_none() && events[3].2.get("gone").is_none());
+    // What is named is not followed: the statement fails, and says so.
+    run(&mut c, "alter table renamed rename column \"Id\" to id");
+    assert_eq!(
+        Refused::of(c.batch_execute("insert into renamed (id) values (5)")).code,
+        "42703"
+    );
+    run(
+        &mut c,
+        "select outbox.attach_table('renamed'); insert into renamed (id) values (5)",
+    );
+    assert_eq!(heads(&mut c), ["renamed.insert 5"]);
+    // Functions of tables that are dropped go with the next call.
+    run(
+        &mut c,
+        "drop table renamed; create table t (id int); select outbox.attach_table('t'); insert into t values (1)",
+    );
+    assert_eq!(heads(&mut c), ["t.insert -"]);
+    let functions: String =
+        pg.one("select string_agg(proname, ' ') from pg_proc where proname like 'outbox_events_of%'");
+    assert_eq!(functions, "outbox_events_of_t");
+    run(&mut c, "select outbox.detach_table('t'); insert into t values (2)");
+    assert_eq!(
+        pg.one::<i64>("select count(*) from pg_proc where proname like 'outbox_events_of%'"),
+        0
+    );
+    assert_eq!(heads(&mut c), Vec::<String>::new());
+}
+
+#[test]
+fn partitions_and_children_are_published_however_they_are_reached() {
+    let pg = start();
+    let mut c = pg.client();
+    run(
+        &mut c,
+        "create table p (id int, n int, primary key (id, n)) partition by range (id);
+        create table p1 partition of p for values from (0) to (10); create table p2 partition of p for values from (10) to (20);
+        create table parent (id int primary key, n int); create table child (extra text) inherits (parent);
+        select outbox.attach_table('p', key => '{id}'); select outbox.attach_table('parent', operations => 'insert,update,delete,truncate')",
+    );
+    run(
+        &mut c,
+        "insert into p values (1, 1), (12, 1); insert into p1 values (2, 2); update p set n = 5; update p set id = id + 10 where id = 1; delete from p2 where n = 5; delete from p",
+    );
+    assert_eq!(
+        heads(&mut c),
+        [
+            "p.insert 1",
+            "p.insert 12",
+            "p.insert 2",
+            "p.update 1",
+            "p.update 2",
+            "p.update 12",
+            "p.delete 1",
+            "p.insert 11",
+            "p.delete 12",
+            "p.delete 11",
+            "p.delete 2"
+        ]
+    );
+    run(
+        &mut c,
+        "insert into parent values (1, 1); insert into child values (2, 2, 'x'); update parent set n = 3; delete from child; truncate parent",
+    );
+    assert_eq!(
+        heads(&mut c),
+        [
+            "parent.insert 1",
+            "parent.insert 2",
+            "parent.update 1",
+            "parent.update 2",
+            "parent.delete 2",
+            "parent.truncate -"
+        ]
+    );
+    // A partition that comes later has no triggers of its own: health() says so.
+    run(
+        &mut c,
+        "create table p3 partition of p for values from (20) to (30); insert into p values (21, 1)",
+    );
+    assert_eq!(heads(&mut c), ["p.insert 21"]);
+    let said: String =
+        pg.one("select detail || hint from outbox.health() where \"check\" = 'attached tables' and status = 'warn'");
+    assert!(
+        said.contains("p3") && said.contains("attach_table('public.p'"),
+        "{said}"
+    );
+    run(
+        &mut c,
+        "select outbox.attach_table('p', key => '{id}'); insert into p3 values (22, 1)",
+    );
+    assert_eq!(heads(&mut c), ["p.insert 22"]);
+    assert_eq!(
+        pg.one::<i64>("select count(*) from outbox.health() where \"check\" = 'attached tables' and status = 'ok'"),
+        1
+    );
+    // Rows that a trigger keeps out of their new partition leave no pairs.
+    run(
+        &mut c,
+        "create function nothing() returns trigger language plpgsql as 'begin return null; end'; create trigger n before insert on p2 for each row execute function nothing(); insert into p1 values (3, 3)",
+    );
+    assert_eq!(
+        Refused::of(c.batch_execute("update p set id = 12 where id = 3")).code,
+        "0A000"
+    );
+    run(&mut c, "select outbox.detach_table('p'); delete from p; delete from p3");
+    assert_eq!(heads(&mut c), ["p.insert 3"]);
+    assert_eq!(
+        pg.one::<i64>(
+            "select count(*) from outbox.attached_tables where relation::text like 'p_' or relation::text = 'p'"
+        ),
+        0
+    );
+}
+
+#[test]
+fn whoever_changes_the_table_needs_no_right_to_publish_and_wins_none() {
+    let pg = start();
+    pg.exec("create role shop login; create role clerk login; create role other login; grant create on schema public to shop, other; select outbox.grant_publisher('shop')");
+    let mut shop = pg.client_as("shop", "postgres");
+    run(
+        &mut shop,
+        "create table orders (id int primary key, n int); grant all on orders to clerk",
+    );
+    run(
+        &mut shop,
+        "create function whoami() returns boolean language plpgsql as $$ begin raise notice 'as %', current_user; return current_user = 'shop'; end $$",
+    );
+    run(
+        &mut shop,
+        "select outbox.attach_table('orders', condition => 'public.whoami()')",
+    );
+    let mut clerk = pg.client_as("clerk", "postgres");
+    run(
+        &mut clerk,
+        "insert into orders values (1, 1); update orders set n = 2; delete from orders",
+    );
+    let mut c = pg.client();
+    assert_eq!(heads(&mut c), ["orders.insert 1", "orders.update 1", "orders.delete 1"]);
+    for sql in [
+        "select outbox.publish_event('t', 's')",
+        "insert into outbox.events (event_type, source) values ('t', 's')",
+        "select outbox.attach_table('orders')",
+        "select public.outbox_events_of_orders()",
+    ] {
+        let code = Refused::of(clerk.simple_query(sql)).code;
+        assert_eq!(code, "42501", "{sql}");
+    }
+    // A table of one's own, without the right to publish; the right to publish, and another's table.
+    let mut other = pg.client_as("other", "postgres");
+    run(&mut other, "create table mine (id int primary key)");
+    assert_eq!(
+        Refused::of(other.simple_query("select outbox.attach_table('mine')")).code,
+        "42501"
+    );
+    assert_eq!(
+        Refused::of(shop.simple_query("select outbox.attach_table('mine')")).code,
+        "42501"
+    );
+    pg.exec("select outbox.grant_publisher('other')");
+    assert_eq!(
+        Refused::of(other.simple_query("select outbox.attach_table('orders')")).code,
+        "42501"
+    );
+    assert_eq!(
+        Refused::of(other.simple_query("select outbox.detach_table('orders')")).code,
+        "42501"
+    );
+    // A superuser attaches in the owner's name: what the owner has a say in gets no superuser's rights.
+    pg.exec("select outbox.attach_table('orders', condition => 'public.whoami()')");
+    run(&mut clerk, "insert into orders values (1, 1)");
+    assert_eq!(heads(&mut c), ["orders.insert 1"]);
+    assert_eq!(
+        pg.one::<String>("select publisher::text from outbox.attached_tables"),
+        "shop"
+    );
+    // Who may not publish any more, does not.
+    pg.exec("select outbox.revoke_publisher('shop')");
+    assert_eq!(
+        Refused::of(clerk.simple_query("insert into orders values (2, 2)")).code,
+        "42501"
+    );
+    let said: String =
+        pg.one("select hint from outbox.health() where \"check\" = 'attached tables' and status = 'warn'");
+    assert!(said.contains("grant_publisher('shop')"), "{said}");
+    run(&mut shop, "drop table orders");
+}
+
+#[test]
+fn an_event_that_is_refused_fails_the_statement() {
+    let pg = start();
+    let mut c = pg.client();
+    run(
+        &mut c,
+        "create table t (id int primary key, a text); select outbox.attach_table('t', backend => 'nowhere')",
+    );
+    let said = Refused::of(c.batch_execute("insert into t values (1, 'x')"));
+    assert_eq!(
+        (said.code.as_str(), said.message.as_str()),
+        ("42704", "backend \"nowhere\" does not exist")
+    );
+    run(&mut c, "select outbox.attach_table('t')");
+    let error = c
+        .batch_execute("insert into t values (1, repeat('x', 2000000))")
+        .expect_err("too large");
+    let said = error.as_db_error().expect("of the server");
+    assert_eq!((said.code().code(), said.message()), ("54000", "event is too large"));
+    assert!(
+        said.where_().expect("a context").contains("outbox_events_of_t()"),
+        "{said:?}"
+    );
+    assert_eq!(pg.one::<i64>("select count(*) from t"), 0);
+    for sql in [
+        "select outbox.attach_table('t', operations => 'insert,upsert')",
+        "select outbox.attach_table('t', operations => '')",
+        "select outbox.attach_table('t', payload => 'old')",
+        "select outbox.attach_table('t', columns => '{}')",
+    ] {
+        assert_eq!(Refused::of(c.simple_query(sql)).code, "22023", "{sql}");
+    }
+    assert_eq!(
+        Refused::of(c.simple_query("select outbox.attach_table('t', columns => '{id,nope}')")).code,
+        "42703"
+    );
+    for sql in [
+        "select outbox.attach_table('outbox.events')",
+        "select outbox.attach_table('outbox.status')",
+    ] {
+        assert_eq!(Refused::of(c.simple_query(sql)).code, "42809", "{sql}");
+    }
+}
+
+#[test]
+fn a_dump_brings_attached_tables_and_publishes_nothing_while_it_is_restored() {
+    let pg = start();
+    pg.exec("create database restored");
+    pg.exec("create schema \"S\"; create table \"S\".t (id int primary key, a text); insert into \"S\".t values (1, 'x'); select outbox.attach_table('\"S\".t', payload => 'both', condition => 'id > 0')");
+    for dump in [pg.pg_dump("postgres")] {
+        pg.restore("restored", &dump);
+    }
+    let mut c = pg.client_db("restored");
+    assert_eq!(heads(&mut c), Vec::<String>::new());
+    run(
+        &mut c,
+        "insert into \"S\".t values (2, 'y'), (-2, 'n'); update \"S\".t set a = 'z' where id = 1",
+    );
+    assert_eq!(
+        taken(&mut c),
+        [
+            event("t.insert", "2", json!({"old": null, "new": {"id": 2, "a": "y"}})),
+            event(
+                "t.update",
+                "1",
+                json!({"old": {"id": 1, "a": "x"}, "new": {"id": 1, "a": "z"}})
+            ),
+        ]
+    );
+    let definition: String = pg.one_db("restored", "select definition from outbox.attached_tables");
+    assert!(definition.contains("\"payload\": \"both\""), "{definition}");
+    // The extension does not go from under a table that needs it.
+    assert_eq!(
+        Refused::of(c.batch_execute("drop extension outbox_relay")).code,
+        "2BP01"
+    );
+    run(
+        &mut c,
+        "drop extension outbox_relay cascade; insert into \"S\".t values (3, 'w')",
+    );
+}
+
+/// What another server's rows are here, that server publishes.
+#[test]
+fn rows_that_replication_brings_are_not_published_again() {
+    let pg = start();
+    let mut c = pg.client();
+    run(
+        &mut c,
+        "create table t (id int primary key); select outbox.attach_table('t'); set session_replication_role = replica; insert into t values (1); reset session_replication_role",
+    );
+    assert_eq!(heads(&mut c), Vec::<String>::new());
+}
