@@ -69,13 +69,14 @@ declare
                         then format('Entries say specversion 1.0 and datacontenttype application/json. This one has %%s and %%s.', o.spec_version, o.data_content_type)
                         else outbox.refusal(o.event_type, o.source, o.data, o.subject, o.publisher_backend, null, null,
                             nullif(o.publisher_config, '[]'), null, o.data_schema, null) end
-                    end as refused) r
+                    end as refused,
+                case when o.status in ('pending', 'retry', 'processing', 'failed') then outbox.has_event(o.id) end as is_here) r
             cross join lateral (select
                 case
                     when o.last_error like 'moved to outbox_relay at %%' then 'moved'
                     when o.status = 'published' then 'published'
                     when o.status not in ('pending', 'retry', 'processing', 'failed') then 'refused'
-                    when outbox.has_event(o.id) then 'moved'
+                    when r.is_here then 'moved'
                     when r.refused is not null then 'refused'
                     when o.status = 'failed' then 'failed'
                     when o.status <> 'processing' and o.scheduled_at > greatest(o.created_at, now()) and o.status = 'pending' then 'scheduled'
@@ -86,7 +87,7 @@ declare
                     when o.last_error like 'moved to outbox_relay at %%' then o.last_error || '.'
                     when o.status = 'published' then 'The old worker has sent it.'
                     when o.status not in ('pending', 'retry', 'processing', 'failed') then format('No event of django-broadcaster has the status %%L.', o.status)
-                    when outbox.has_event(o.id) then 'An event with this id is here already.'
+                    when r.is_here then 'An event with this id is here already.'
                     when r.refused is not null then r.refused
                     when o.status = 'failed' then format('It failed after %%s attempts: %%s. It is kept in outbox.failed_events; outbox.retry_failed() sends it.',
                         o.retry_count, o.last_error)
@@ -118,12 +119,17 @@ begin
     perform outbox.silence_triggers();
     return query execute format($sql$
         with found as materialized (%2$s),
-        -- A row that its worker, or anybody else, has changed meanwhile stays.
+        -- A row that its worker, or anybody else, has changed meanwhile, or is changing, stays. Who waited for its worker
+        -- would wait for ever in a transaction that has made the bridge: that worker waits for the table.
+        free as (
+            select o.id from %1$s o join found f on o.id = f.id and o.status = f.status and o.last_error = f.last_error
+            where f.becomes in ('pending', 'scheduled', 'failed') or f.becomes = 'moved' and f.status in ('pending', 'retry')
+            for update of o skip locked
+        ),
         taken as (
             update %1$s o set status = 'processing', last_error = 'moved to outbox_relay at ' || now()
-            from found f
-            where o.id = f.id and o.status = f.status and o.last_error = f.last_error
-                and (f.becomes in ('pending', 'scheduled', 'failed') or f.becomes = 'moved' and f.status in ('pending', 'retry'))
+            from found f join free on free.id = f.id
+            where o.id = f.id
             returning o.id, f.becomes, f.status, f.created_at, f.scheduled_at, f.backend, f.backend_number, f.attempts, f.last_error,
                 o.event_type::text, o.source::text, nullif(o.subject, '') as subject, nullif(o.data, 'null')::json as data,
                 nullif(o.data_schema, '') as data_schema, nullif(nullif(nullif(o.publisher_config, '{}'), '[]'), 'null')::json as publisher_config,
@@ -151,7 +157,7 @@ begin
         )
         select f.id, f.event_type, f.backend, f.created_at, f.scheduled_at, f.attempts, f.status,
             case when t.id is null and f.becomes in ('pending', 'scheduled', 'failed') then 'ambiguous' else f.becomes end,
-            case when t.id is null and f.becomes in ('pending', 'scheduled', 'failed') then 'It was changed meanwhile: import again.' else f.why end
+            case when t.id is null and f.becomes in ('pending', 'scheduled', 'failed') then 'Somebody else changes it, such as the old worker: import again.' else f.why end
         from found f left join taken t on t.id = f.id
         order by f.created_at, f.id
         $sql$, source, rows_found) using ambiguous;

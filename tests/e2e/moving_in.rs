@@ -247,6 +247,34 @@ fn what_may_be_in_its_stream_is_looked_for_there() {
     assert_eq!(ids(&stack.wait_events(7))[5..], [id(6), id(6)]);
 }
 
+/// It waits for the table, on which the bridge is being made.
+#[test]
+fn a_row_that_the_old_worker_has_locked_is_left_to_it() {
+    let stack = with_old_table();
+    stack.pg.exec(ROWS);
+    let mut worker = stack.pg.client();
+    run(
+        &mut worker,
+        "begin; select from outbox_events where event_type = 'waits' for update",
+    );
+    let mut client = stack.pg.client();
+    run(
+        &mut client,
+        "set lock_timeout = '20 s'; begin; select outbox.bridge_django_broadcaster('outbox_events')",
+    );
+    let mut expected = FIRST_TIME;
+    expected[1] = "2 ambiguous";
+    assert_eq!(import(&mut client, ", false"), expected);
+    run(&mut client, "commit");
+    run(
+        &mut worker,
+        "update outbox_events set status = 'processing' where event_type = 'waits'; commit;
+        update outbox_events set status = 'published' where event_type = 'waits'",
+    );
+    assert_eq!(import(&mut client, ", false")[1], "2 published");
+    assert_eq!(ids(&stack.wait_events(1)), [id(3)]);
+}
+
 #[test]
 fn who_may_import_and_from_where() {
     let stack = with_old_table();
