@@ -3,7 +3,7 @@
 
 use pgrx::pg_sys;
 use std::cell::UnsafeCell;
-use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering};
 
 /// Questions that can be open at once in the whole server.
 pub(crate) const QUESTIONS: usize = 16;
@@ -14,7 +14,7 @@ const ANSWER_BYTES: usize = 2_048;
 
 /// Next states in brackets.
 #[derive(Clone, Copy, PartialEq, Eq)]
-#[repr(u32)]
+#[repr(u8)]
 enum State {
     /// Nobody's. [Asking]
     Free = 0,
@@ -32,9 +32,9 @@ enum State {
 
 #[repr(C)]
 pub(crate) struct Question {
-    state: AtomicU32,
-    /// Counts the questions that this room was used for: a late answer is nobody's.
-    ticket: AtomicU32,
+    /// Its [`State`], and above that the ticket, which counts the questions that this room was used for: a late answer
+    /// is nobody's.
+    word: AtomicU64,
     database: AtomicU32,
     backend: AtomicI32,
     /// The session, which may have died.
@@ -50,25 +50,33 @@ unsafe impl Sync for Question {}
 #[derive(Clone, Copy)]
 pub(crate) struct Heard {
     question: &'static Question,
-    ticket: u32,
+    ticket: u64,
     pub backend: i32,
 }
 
 /// A question of this session. Dropped, it is taken back.
 pub(crate) struct Asked {
     question: &'static Question,
+    ticket: u64,
+}
+
+const fn word(ticket: u64, state: State) -> u64 {
+    ticket << 8 | state as u64
 }
 
 impl Question {
-    fn goes(&self, from: State, to: State) -> bool {
-        let (from, to) = (from as u32, to as u32);
-        self.state
-            .compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire)
-            .is_ok()
+    fn goes(&self, from: u64, to: u64) -> bool {
+        let changed = self
+            .word
+            .compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire);
+        changed.is_ok()
     }
 
-    fn is(&self, state: State) -> bool {
-        self.state.load(Ordering::Acquire) == state as u32
+    /// The ticket, if it is in this state.
+    fn ticket_in(&self, state: State) -> Option<u64> {
+        let found = self.word.load(Ordering::Acquire);
+        let ticket = found >> 8;
+        (found == word(ticket, state)).then_some(ticket)
     }
 
     /// Frees the room of a session that has died without a word.
@@ -82,35 +90,48 @@ impl Question {
                 .compare_exchange(pid, 0, Ordering::AcqRel, Ordering::Acquire)
                 .is_ok()
         {
-            self.state.store(State::Free as u32, Ordering::Release);
+            self.free(self.word.load(Ordering::Acquire) >> 8);
         }
+    }
+
+    /// Frees it, but not under the hands of the worker, which takes no time to write.
+    fn free(&self, ticket: u64) {
+        while self.ticket_in(State::Answering).is_some() {
+            std::hint::spin_loop();
+        }
+        self.word.store(word(ticket, State::Free), Ordering::Release);
     }
 
     /// Asks; `None`: there is no room.
     pub(super) fn ask(questions: &'static [Self], database: pg_sys::Oid, backend: i32) -> Option<Asked> {
         questions.iter().for_each(Self::free_of_dead);
-        let question = questions.iter().find(|q| q.goes(State::Free, State::Asking))?;
-        question.ticket.fetch_add(1, Ordering::AcqRel);
+        let (question, ticket) = questions.iter().find_map(|q| {
+            let before = q.ticket_in(State::Free)?;
+            let ticket = before + 1;
+            let is_taken = q.goes(word(before, State::Free), word(ticket, State::Asking));
+            is_taken.then_some((q, ticket))
+        })?;
         question.database.store(database.to_u32(), Ordering::Release);
         question.backend.store(backend, Ordering::Release);
         question.length.store(0, Ordering::Release);
         // SAFETY: a plain read of the process's own variable.
         question.asked_by.store(unsafe { pg_sys::MyProcPid }, Ordering::Release);
-        question.state.store(State::Asked as u32, Ordering::Release);
-        Some(Asked { question })
+        question.word.store(word(ticket, State::Asked), Ordering::Release);
+        Some(Asked { question, ticket })
     }
 
     /// The next question to the worker of a database.
     pub(super) fn hear(questions: &'static [Self], database: pg_sys::Oid) -> Option<Heard> {
-        let question = questions.iter().find(|q| {
-            q.database.load(Ordering::Acquire) == database.to_u32()
-                && q.is(State::Asked)
-                && q.goes(State::Asked, State::Heard)
-        })?;
-        Some(Heard {
-            question,
-            ticket: question.ticket.load(Ordering::Acquire),
-            backend: question.backend.load(Ordering::Acquire),
+        questions.iter().find_map(|question| {
+            let ticket = question.ticket_in(State::Asked)?;
+            let is_its = question.database.load(Ordering::Acquire) == database.to_u32();
+            let backend = question.backend.load(Ordering::Acquire);
+            let is_heard = is_its && question.goes(word(ticket, State::Asked), word(ticket, State::Heard));
+            is_heard.then_some(Heard {
+                question,
+                ticket,
+                backend,
+            })
         })
     }
 }
@@ -119,7 +140,7 @@ impl Heard {
     /// Answers, unless the session has left.
     pub(crate) fn answer(&self, text: &str) {
         let question = self.question;
-        if question.ticket.load(Ordering::Acquire) != self.ticket || !question.goes(State::Heard, State::Answering) {
+        if !question.goes(word(self.ticket, State::Heard), word(self.ticket, State::Answering)) {
             return;
         }
         let mut length = text.len().min(ANSWER_BYTES);
@@ -129,7 +150,9 @@ impl Heard {
         // SAFETY: the worker owns it in this state.
         unsafe { (&mut *question.answer.get())[..length].copy_from_slice(&text.as_bytes()[..length]) };
         question.length.store(length as u32, Ordering::Release);
-        question.state.store(State::Answered as u32, Ordering::Release);
+        question
+            .word
+            .store(word(self.ticket, State::Answered), Ordering::Release);
     }
 }
 
@@ -137,7 +160,7 @@ impl Asked {
     /// The answer, once it is there.
     pub(crate) fn answer(&self) -> Option<String> {
         let question = self.question;
-        question.is(State::Answered).then(|| {
+        question.ticket_in(State::Answered).map(|_| {
             let length = (question.length.load(Ordering::Acquire) as usize).min(ANSWER_BYTES);
             // SAFETY: the session owns it in this state.
             let bytes = unsafe { &(&*question.answer.get())[..length] };
@@ -147,18 +170,15 @@ impl Asked {
 
     /// The worker that had heard it has ended: for the next one.
     pub(crate) fn ask_again(&self) {
-        self.question.goes(State::Heard, State::Asked);
+        self.question
+            .goes(word(self.ticket, State::Heard), word(self.ticket, State::Asked));
     }
 }
 
 impl Drop for Asked {
     fn drop(&mut self) {
         let question = self.question;
-        // While the worker writes, which takes no time.
-        while question.is(State::Answering) {
-            std::hint::spin_loop();
-        }
         question.asked_by.store(0, Ordering::Release);
-        question.state.store(State::Free as u32, Ordering::Release);
+        question.free(self.ticket);
     }
 }
