@@ -458,7 +458,7 @@ def sequin_tables(script, sink):
     return tables
 
 
-def sequin_sink(script, sink, config, shows_passwords):
+def sequin_sink(script, sink, attached, shows_passwords):
     name = str(sink.get("name", ""))
     destination = sink.get("destination") or {}
     script.gap()
@@ -491,6 +491,8 @@ def sequin_sink(script, sink, config, shows_passwords):
         script.say(f"Its {key} has no equivalent.")
     where = condition(script, sink.get("filters") or [])
     for table in sequin_tables(script, sink):
+        if attached.setdefault(str(table), name) != name:
+            script.say(f"CHECK: {table!r} was attached for the sink {attached[str(table)]!r} above. A table has one backend: this replaces that one.")
         arguments = [literal(table_name(str(table))), f"backend => {literal(name)}", f"operations => {literal(operations)}", "payload => 'both'"]
         if where:
             arguments.append(f"condition => {literal(where)}")
@@ -504,8 +506,9 @@ def sequin(source, shows_passwords):
     script.say("tables. Entries have other fields than those of Sequin (record, changes, action, metadata): consumers read the")
     script.say("row in the data of cloud_event. Take each table out of Sequin's publication in the same transaction, so that no")
     script.say("change is sent by both and none by neither.")
+    attached = {}
     for sink in config["sinks"]:
-        sequin_sink(script, sink, config, shows_passwords)
+        sequin_sink(script, sink, attached, shows_passwords)
     for key in ("change_retentions", "functions", "transforms", "http_endpoints"):
         if config.get(key):
             script.gap()

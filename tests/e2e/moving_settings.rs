@@ -120,17 +120,21 @@ fn sinks_of_sequin_become_sql_that_runs() {
     ] {
         assert!(script.contains(words), "{words} is not in\n{script}");
     }
-    let backends: Vec<&str> = script
-        .lines()
-        .filter(|line| !line.starts_with("select outbox.attach_table"))
-        .collect();
-    run(&pg, &backends.join("\n"));
+    assert!(
+        script.contains("-- CHECK: 'orders' was attached for the sink 'paid orders' above."),
+        "{script}"
+    );
+    pg.exec(
+        "create table users (id int primary key); create table \"Weird Name\" (id int primary key);
+        create table orders (id int primary key, status text, metadata jsonb, a int)",
+    );
+    run(&pg, &script);
     let rows: String = pg.one(
         "select string_agg(concat_ws(' ', name, enabled, host, port, db, username, tls, stream_name, max_len), E'\\n' order by number) from outbox.backends where name <> 'default'",
     );
     assert_eq!(
         rows,
-        "user-changes t from.environment 6380 2 relay t users 0\npaid orders f localhost 6379 0 f orders 0"
+        "user-changes t from.environment 6380 2 relay t users 0\npaid orders f localhost 6379 0 f orders 0\nagain t localhost 6379 0 f again 0"
     );
     // What its reader of YAML does not know, it refuses.
     for unknown in [
