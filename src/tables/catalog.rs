@@ -44,7 +44,7 @@ pub(crate) struct Relations {
     tables: [pg_sys::Oid; TABLES.len()],
 }
 
-const TABLES: [&CStr; 23] = [
+const TABLES: [&CStr; 24] = [
     c"events",
     c"backends",
     c"backend_passwords",
@@ -54,6 +54,7 @@ const TABLES: [&CStr; 23] = [
     c"refused_events",
     c"failed_events",
     c"inbox",
+    c"consumer_grants",
     c"cursors",
     c"ticks",
     c"installation",
