@@ -73,6 +73,8 @@ named! {
         FewDatabaseSlots: "few_database_slots",
         CompareByTwo: "compare_by_two",
         ShortMinutes: "short_minutes",
+        TrimUnread: "trim_unread",
+        TrimLastBatch: "trim_last_batch",
     }
 }
 

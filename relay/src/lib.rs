@@ -9,6 +9,7 @@
 //! redis      one Redis and how to reach it
 //! delivery   the state machine of a backend: what it does next
 //! guard      whose streams they are, and how far they are
+//! consumers  who reads the streams, and what may be trimmed
 //! event      an event, and its entry          reading    which rows come next
 //! resp       the wire, both ways
 //! failure    what went wrong, in words that can be shown
@@ -18,6 +19,7 @@
 // At most as many as clippy.toml says. A table may be longer, and says so.
 #![warn(clippy::too_many_lines)]
 
+pub mod consumers;
 pub mod delivery;
 pub mod event;
 pub mod failure;

@@ -1,5 +1,8 @@
 //! The conversation of exactly_once, step by step: which bytes an order or a reply leads to.
 
+use relay::consumers::group::EntryId;
+use relay::consumers::readership::Question;
+use relay::consumers::trim::Trim;
 use relay::delivery::flight::Refusal;
 use relay::failure::{Class, Failure};
 use relay::guard::Owner;
@@ -7,6 +10,7 @@ use relay::redis::replicas::Replicas;
 use relay::resp::read::Reply;
 use relay::sender::conversation::Conversation;
 use relay::sender::orders::{Batch, Claim, Order, Report};
+use relay::sender::survey::Survey;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -79,6 +83,7 @@ impl Talk {
             Report::Guard(_) => "guard".to_owned(),
             Report::Claimed => "claimed".to_owned(),
             Report::Seen(found) => format!("seen {found:?}"),
+            Report::Surveyed(number, found) => format!("surveyed {number}, length {}", found[0].length),
             Report::Done { refused, .. } => format!("done{}", brief(&refused)),
             Report::Aborted { refused, .. } => format!("aborted{}", brief(&refused)),
             Report::Behind(_) => "behind".to_owned(),
@@ -122,6 +127,17 @@ fn look() -> Order {
     }])
 }
 
+fn survey(number: u64) -> Order {
+    let id = EntryId { ms: 1, seq: 0 };
+    let left_out = Vec::new();
+    let question = Question {
+        stream: Arc::from("s"),
+        trim: Some(Trim::Before { id, left_out }),
+    };
+    Order::Survey(Box::new(Survey::new(number, vec![question], false)))
+}
+
+const SURVEYED: [&str; 3] = [":0", ":7", "*0"];
 const QUEUED: [&str; 4] = ["+OK", "+QUEUED", "+QUEUED", "+QUEUED"];
 const EXECUTED: &str = "*3\r\n$3\r\n1-0\r\n$3\r\n2-0\r\n:0";
 const TOKEN: [&str; 2] = ["+OK", "*1\r\n$1\r\nt"];
@@ -142,6 +158,59 @@ fn the_next_exec_is_sent_only_after_the_token_was_read_again() {
     talk.hears(&QUEUED);
     talk.hears(&[EXECUTED]);
     assert_eq!(talk.reported(), "done");
+}
+
+/// What is trimmed lies behind the batch that makes it superfluous.
+#[test]
+fn a_survey_waits_until_the_batch_before_it_is_appended() {
+    let mut talk = Talk::armed();
+    talk.orders(batch());
+    talk.orders(survey(1));
+    assert_eq!(talk.says(), "MULTI XADD XADD HSET EXEC WATCH HMGET");
+    assert!(!talk.conversation.wants_order());
+    talk.hears(&QUEUED);
+    talk.hears(&[EXECUTED]);
+    assert_eq!((talk.reported().as_str(), talk.says().as_str()), ("done", ""));
+    talk.hears(&TOKEN);
+    assert!(talk.says().starts_with("EVAL "), "it trims first");
+    assert!(!talk.conversation.wants_order(), "no batch comes in between");
+    talk.hears(&SURVEYED);
+    assert_eq!(
+        (talk.reported().as_str(), talk.says().as_str()),
+        ("surveyed 1, length 7", "")
+    );
+    talk.orders(batch());
+    assert_eq!(talk.says(), "MULTI XADD XADD HSET EXEC WATCH HMGET");
+    // Between two, while the token is read.
+    talk.hears(&QUEUED);
+    talk.hears(&[EXECUTED]);
+    talk.orders(survey(2));
+    assert_eq!((talk.reported().as_str(), talk.says().as_str()), ("done", ""));
+    talk.hears(&TOKEN);
+    assert!(talk.says().starts_with("EVAL "));
+    talk.hears(&SURVEYED);
+    assert_eq!(talk.reported(), "surveyed 2, length 7");
+}
+
+#[test]
+fn a_survey_behind_a_refusal_or_a_lost_guard_never_begins() {
+    let mut talk = Talk::armed();
+    talk.orders(batch());
+    talk.orders(survey(1));
+    talk.says();
+    talk.hears(&QUEUED);
+    talk.hears(&["*3\r\n-WRONGTYPE no\r\n$3\r\n2-0\r\n:0"]);
+    talk.hears(&TOKEN);
+    assert_eq!((talk.reported().as_str(), talk.says().as_str()), ("done 0", ""));
+    talk.orders(Order::Resume);
+    talk.hears(&TOKEN);
+    talk.says();
+    talk.orders(batch());
+    talk.orders(survey(2));
+    talk.says();
+    talk.hears(&QUEUED);
+    assert!(talk.try_hear("*-1").is_err(), "the guard is somebody else's");
+    assert_eq!((talk.reported().as_str(), talk.says().as_str()), ("", ""));
 }
 
 #[test]

@@ -11,6 +11,8 @@ create table outbox.backends (
     username        text check (username <> ''),
     stream_name     text check (stream_name <> ''),
     max_len         bigint check (max_len >= 0),
+    trim            text not null default 'length' check (trim in ('length', 'read')),
+    trim_ignore_idle interval check (trim_ignore_idle > interval '0'),
     connect_timeout interval check (connect_timeout > interval '0' and connect_timeout <= interval '1 hour'),
     socket_timeout  interval check (socket_timeout > interval '0' and socket_timeout <= interval '1 hour'),
     unix_socket     text check (unix_socket like '/%'),
@@ -47,7 +49,9 @@ comment on column outbox.backends.port is 'Port of the Redis server (standalone)
 comment on column outbox.backends.db is 'Number of the Redis database; a cluster has database 0 alone.';
 comment on column outbox.backends.username is 'Redis user (ACL).';
 comment on column outbox.backends.stream_name is 'The stream of events that name no stream. In a cluster it decides their hash slot and cannot be changed.';
-comment on column outbox.backends.max_len is 'Approximate length to which each stream is trimmed (MAXLEN ~); 0: unlimited.';
+comment on column outbox.backends.max_len is 'Approximate length to which each stream is trimmed (MAXLEN ~); 0: unlimited. With trim = ''read'', the length at which the backend waits.';
+comment on column outbox.backends.trim is 'length: each stream is trimmed to max_len. read: a stream is trimmed up to what all of its consumer groups have acknowledged; when it has max_len entries, the backend waits, in state full.';
+comment on column outbox.backends.trim_ignore_idle is 'With trim = ''read'': a consumer group that has been silent for longer does not hold trimming; a WARNING in the log names it. NULL: each group does.';
 comment on column outbox.backends.connect_timeout is 'How long connecting and logging in may take, at most an hour.';
 comment on column outbox.backends.socket_timeout is 'How long each write and each reply may take, at most an hour.';
 comment on column outbox.backends.unix_socket is 'Path of a unix socket, instead of host and port.';

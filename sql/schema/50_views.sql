@@ -43,7 +43,7 @@ from outbox.backends b
     -- In a cluster, of all lanes: what troubles one comes first.
     cross join lateral (
         select (pg_catalog.array_agg(k.state order by pg_catalog.array_position(
-                '{fenced,copy,misconfigured,backoff,sending,idle}'::text[], k.state)))[1] as state,
+                '{fenced,copy,misconfigured,backoff,full,sending,idle}'::text[], k.state)))[1] as state,
             pg_catalog.sum(k.published_total)::bigint as published_total,
             pg_catalog.sum(k.failed_total)::bigint as failed_total,
             pg_catalog.max(k.last_published_at) as last_published_at,

@@ -98,7 +98,7 @@ from b cross join lateral rows from (pg_catalog.unnest(b.latency_bounds), pg_cat
 union all
 select 'outbox_relay_backend_state', 'gauge', pg_catalog.jsonb_build_object('backend', b.backend, 'state', s.state),
     (s.state = b.state)::integer, 'What a backend is doing: 1 for its state, 0 for the others.'
-from b cross join pg_catalog.unnest('{idle,sending,backoff,paused,misconfigured,fenced,copy,stopped}'::text[]) s (state)
+from b cross join pg_catalog.unnest('{idle,sending,backoff,paused,misconfigured,fenced,copy,full,stopped}'::text[]) s (state)
 union all
 select 'outbox_relay_refused_events', 'gauge', pg_catalog.jsonb_build_object('backend', b.backend),
     (select pg_catalog.count(*) from (select from outbox.refused_events r

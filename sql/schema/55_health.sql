@@ -52,7 +52,8 @@ begin
 with
 ours(name) as (values ('events'), ('backends'), ('backend_passwords'), ('moved_backends'), ('publisher_limits'), ('scheduled_events'), ('refused_events'),
     ('failed_events'), ('cursors'), ('ticks'), ('installation'), ('incarnations'), ('take_overs'), ('copied_backends'), ('restores'), ('replays'),
-    ('known_triggers'), ('held_events'), ('held_scheduled'), ('held_cursors'), ('held_refused'), ('kept_rows'), ('inbox'), ('consumer_grants'), ('events_seq_seq')),
+    ('known_triggers'), ('held_events'), ('held_scheduled'), ('held_cursors'), ('held_refused'), ('kept_rows'), ('inbox'), ('consumer_grants'),
+    ('consumer_groups'), ('events_seq_seq')),
 there as (select o.name, to_regclass('outbox.' || o.name) as oid from ours o),
 faults(what, fault, cure) as (
     select 'tables', format('outbox.%s is missing.', t.name),
@@ -144,7 +145,7 @@ create function outbox.backend_health(out "check" text, out status text, out det
 begin
     return query
 with
-s as materialized (select v.*, b.number, b.host, b.port, b.unix_socket, b.username from outbox.backend_status v join outbox.backends b on b.name = v.backend),
+s as materialized (select v.*, b.number, b.host, b.port, b.unix_socket, b.username, b.max_len from outbox.backend_status v join outbox.backends b on b.name = v.backend),
 g as materialized (select s.number, t.growth, t.seconds from s cross join lateral outbox.lag_trend(s.number, s.pending) t)
 select 'backend ' || s.backend, j.status,
     concat_ws(' ', j.detail, 'The last error: ' || case when j.status <> 'ok' then s.last_error end || '.',
@@ -163,6 +164,7 @@ from s
     cross join lateral (select case
         when s.last_error ~ '^(WRONGPASS|NOAUTH)' or s.last_error like 'ERR invalid password%' then 'password'
         when s.last_error ~ '^NOPERM' then 'rights'
+        when s.last_error like '%and it has no consumer group' then 'no group'
         else 'other' end as error) e
     cross join lateral (values
         ('idle', 'ok', 'All is sent.', null),
@@ -183,6 +185,11 @@ from s
                     coalesce(format(' (and the user %L of the column username)', s.username), ''))
                 when 'rights' then 'Give the user the rights that docs/FAILURES.md lists: ACL SETUSER in Redis.'
                 else format('Correct its row: UPDATE outbox.backends SET ... WHERE name = %L; docs/FAILURES.md has the error.', s.backend) end),
+        ('full', 'fail', format('Consumers have not acknowledged what a stream holds, so that it cannot be trimmed (trim = ''read'', max_len %s).',
+                coalesce(s.max_len::text, current_setting('outbox_relay.redis_max_len', true))),
+            case e.error
+                when 'no group' then 'Create the group in Redis: XGROUP CREATE stream group 0. Its consumers then read and acknowledge what is there.'
+                else format('Start the consumers of that group; SELECT * FROM outbox.consumers WHERE backend = %L; shows how far it is. If nobody needs the group, delete it in Redis: XGROUP DESTROY stream group.', s.backend) end),
         ('backoff', case when s.oldest_pending_age > interval '5 s' or s.pending = 0 and s.last_error_at > s.last_published_at then 'fail' else 'warn' end,
             format('Redis at %s cannot be used, and is tried again at %s.', coalesce(s.address, s.unix_socket, concat(coalesce(s.host, current_setting('outbox_relay.redis_host', true)), ':', coalesce(s.port::text, current_setting('outbox_relay.redis_port', true)))),
                 to_char(s.next_attempt_at, 'HH24:MI:SS')),
@@ -192,6 +199,44 @@ where j.state = s.state;
 end
 $$;
 comment on function outbox.backend_health() is 'Part of outbox.health(): each backend, with what waits for it.';
+
+create function outbox.consumer_health(out "check" text, out status text, out detail text, out hint text) returns setof record
+    language plpgsql volatile set search_path = pg_catalog, pg_temp
+    as $$
+#variable_conflict use_column
+begin
+    return query
+with
+-- Known lately: Redis is asked only while somebody wants to know.
+known as (
+    select b.name, b.trim, g.*, coalesce(b.max_len, current_setting('outbox_relay.redis_max_len', true)::bigint, 10000) as max_len
+    from outbox.consumer_groups g join outbox.backends b on b.number = g.backend_number
+    where g.asked_at > clock_timestamp() - interval '2 min'
+),
+behind as (
+    select k.*, coalesce(k.unread, 0) + coalesce(k.pending, 0) as left_over from known k
+    where k.consumer_group is not null and k.max_len > 0 and k.length >= k.max_len * 0.8
+),
+late as (
+    select b.* from behind b where b.left_over >= b.max_len * 0.8 order by b.left_over desc, b.stream, b.consumer_group limit 10
+),
+refusals as (select distinct k.name, k.error from known k where k.error is not null order by 1, 2 limit 3)
+select 'consumers', case when exists (select from late) or exists (select from refusals) then 'warn' else 'ok' end,
+    coalesce(concat_ws(' ',
+            (select string_agg(format('The group "%s" has not acknowledged %s entries of stream "%s" (backend "%s"), which has %s of at most %s.',
+                l.consumer_group, l.left_over, l.stream, l.name, l.length, l.max_len), ' ') from late l),
+            (select string_agg(format('Redis cannot be asked about consumer groups of backend "%s": %s.', r.name, r.error), ' ') from refusals r),
+            case when not exists (select from late) and not exists (select from refusals) then
+                case when exists (select from known) then 'No stream is near its max_len while a group has not read it.'
+                    else 'Nobody has asked about consumer groups lately: outbox.consumers does.' end end)),
+    nullif(concat_ws(' ',
+        (select case when bool_or(l.trim = 'length') then 'What is not read is trimmed next.' else 'The backend waits when the stream is full.' end
+            || ' Start or add consumers, or raise max_len: ' || string_agg(distinct format('UPDATE outbox.backends SET max_len = %s WHERE name = %L;', 2 * l.max_len, l.name), ' ')
+            from late l having count(*) > 0),
+        case when exists (select from refusals) then 'Give the backend''s Redis user +xlen +xinfo|groups +xpending on its streams.' end), '');
+end
+$$;
+comment on function outbox.consumer_health() is 'Part of outbox.health(): consumer groups that are about to lose entries, or to stop their backend.';
 
 create function outbox.event_health(old interval, out "check" text, out status text, out detail text, out hint text) returns setof record
     language plpgsql volatile set search_path = pg_catalog, pg_temp
@@ -299,6 +344,7 @@ begin
     if has_tables then
         return query select * from outbox.backend_health();
         return query select * from outbox.event_health(old);
+        return query select * from outbox.consumer_health();
     end if;
 end
 $$;

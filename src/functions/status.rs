@@ -230,6 +230,15 @@ fn wake() {
     }
 }
 
+/// `outbox.want_consumers()`
+#[pg_extern(sql = false)]
+fn want_consumers() -> bool {
+    if let Some(slot) = shmem::database_slot_here() {
+        slot.want_consumers();
+    }
+    true
+}
+
 crate::sql_function!(backends_changed, pg_finfo_backends_changed);
 
 /// `outbox.backends_changed()`, after a statement on `backends`, `backend_passwords`, `publisher_limits`, `take_overs`,

@@ -13,6 +13,9 @@ const COLD_AFTER_MS: u64 = 10;
 /// Who publishes commits within so long, as a rule. Whoever takes longer is not waited for.
 const COMMITS_WITHIN_MS: u64 = 3;
 
+/// Who looks at consumer groups wants them to be asked about for so long.
+const CONSUMERS_WANTED_FOR_MS: u64 = 60_000;
+
 /// What a slot's worker is doing. Next states in brackets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -92,6 +95,8 @@ pub(crate) struct DatabaseSlot {
     pub numbers: Highest,
     /// The sequence that gives them.
     sequence: AtomicU32,
+    /// When somebody last wanted to know about consumer groups, see [`clock`]; 0: never.
+    consumers_wanted_at_ms: AtomicU64,
 }
 
 impl DatabaseSlot {
@@ -215,6 +220,20 @@ impl DatabaseSlot {
         self.has_questions.load(Ordering::Relaxed) && self.has_questions.swap(false, Ordering::SeqCst)
     }
 
+    /// Somebody wants to know about consumer groups. The worker is told if it has not asked lately.
+    pub(crate) fn want_consumers(&self) {
+        let before = self
+            .consumers_wanted_at_ms
+            .swap(clock::since_boot_ms(), Ordering::AcqRel);
+        if !is_lately(before) {
+            set_latch(&self.latch);
+        }
+    }
+
+    pub(crate) fn wants_consumers(&self) -> bool {
+        is_lately(self.consumers_wanted_at_ms.load(Ordering::Acquire))
+    }
+
     pub(crate) fn wake(&self) {
         set_latch(&self.latch);
     }
@@ -273,6 +292,11 @@ impl DatabaseSlot {
     pub(crate) fn is_taken(&self) -> bool {
         self.database.load(Ordering::Acquire) != 0
     }
+}
+
+/// Whether somebody wanted to know about consumer groups at a time that still counts.
+fn is_lately(wanted_at_ms: u64) -> bool {
+    wanted_at_ms > 0 && clock::since_boot_ms().saturating_sub(wanted_at_ms) <= CONSUMERS_WANTED_FOR_MS
 }
 
 pub(crate) fn set_latch(latch: &AtomicPtr<pg_sys::Latch>) {

@@ -7,6 +7,7 @@
 //! - [`row`], [`events`] rows taken apart, and scans, without SQL; [`care`] a row that cannot be read fails alone
 //! - [`insertion`] a row of ours is an INSERT to everybody else; [`trusted`] which of them the trigger need not check
 //! - [`numbers`], [`sequence`] numbers that ascend; [`ticks`] snapshots
+//! - [`consumers`] what Redis says of consumer groups
 //! - [`identity`] who this server is to the guards; [`copies`] databases made of others; [`foreign`], [`applied`] rows
 //!   that came without our trigger, or by a subscription
 //! - [`secret_key`] the key that passwords are sealed with
@@ -15,6 +16,7 @@ pub(crate) mod applied;
 pub(crate) mod backends;
 pub(crate) mod care;
 pub(crate) mod catalog;
+pub(crate) mod consumers;
 pub(crate) mod copies;
 pub(crate) mod cursors;
 pub(crate) mod events;

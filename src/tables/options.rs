@@ -42,6 +42,8 @@ options! {
         pub(crate) username: Option<String>,
         pub(crate) stream_name: Option<String>,
         pub(crate) max_len: Known<Option<i64>>,
+        pub(crate) trim: Known<Trimming>,
+        pub(crate) trim_ignore_idle: Known<Option<Silence>>,
         pub(crate) connect_timeout: Option<Duration>,
         pub(crate) socket_timeout: Option<Duration>,
         pub(crate) unix_socket: Option<String>,
@@ -67,6 +69,18 @@ pub(crate) enum Topology {
     Sentinel,
     Cluster,
 }
+
+/// What streams are trimmed by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Trimming {
+    Length,
+    /// What consumer groups have acknowledged.
+    Read,
+}
+
+/// How long a consumer group may be silent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Silence(pub(crate) Duration);
 
 /// An option, or why it cannot be used.
 pub(crate) type Known<T> = Result<T, Unusable>;
@@ -202,6 +216,23 @@ impl Column for Known<Option<i64>> {
     }
 }
 
+/// A span.
+impl Column for Known<Option<Silence>> {
+    fn read(row: &FoundRow<'_>, column: &'static str) -> Self {
+        let silence = |span: Interval| match u64::try_from(span.as_micros()) {
+            Ok(micros) if micros > 0 => Ok(Silence(Duration::from_micros(micros))),
+            Ok(_) => Err(Unusable::new(column, "is zero")),
+            Err(_) if span.as_micros() < 0 => Err(Unusable::new(column, "is negative")),
+            Err(_) => Ok(Silence(Duration::MAX)),
+        };
+        row.value::<Interval>(column).map(silence).transpose()
+    }
+
+    fn unusable(&self) -> Option<&Unusable> {
+        self.as_ref().err()
+    }
+}
+
 /// Hosts and ports.
 impl Column for Known<Vec<Address>> {
     fn read(row: &FoundRow<'_>, column: &'static str) -> Self {
@@ -247,6 +278,10 @@ words!(Topology:
 words!(Guarantee:
     "exactly_once" => Guarantee::ExactlyOnce,
     "at_least_once" => Guarantee::AtLeastOnce,
+);
+words!(Trimming:
+    "length" => Trimming::Length,
+    "read" => Trimming::Read,
 );
 words!(OnMissing:
     "continue" => OnMissing::Continue,

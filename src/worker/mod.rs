@@ -23,6 +23,7 @@ mod permits;
 mod purge;
 mod purging;
 mod rates;
+mod readers;
 mod reading;
 mod reconciling;
 mod recovery;
@@ -244,6 +245,7 @@ impl Worker {
             });
         }
         self.resume();
+        self.ask_consumers(now);
         // Before rows are read that were inserted while triggers were off.
         self.mend(now);
         let more = self.read(now) || changed;
@@ -251,6 +253,7 @@ impl Worker {
         let more = self.retry_refused(now) || more;
         self.move_scheduled(now);
         self.save_due(now);
+        self.save_consumers(now);
         self.end_failing();
         let purging = self.purge(now, more);
         Ok(self.timeout(more, purging))
@@ -320,7 +323,12 @@ impl Worker {
                         .retry_at(Task::Retry(b.whose()))
                         .map_or(due, |at| at.max(due))
                 });
-            [attempt, self.save_at(b), b.load_at()]
+            [
+                attempt,
+                self.save_at(b),
+                b.load_at(),
+                b.survey_at(self.consumers_viewed),
+            ]
         });
         let next = times
             .chain([

@@ -390,6 +390,9 @@ impl Worker {
             backend.skipped(&reader.skipped, now);
             let sent: usize = reader.built.iter().map(|b| b.batch.entries.len()).sum();
             backend.send(reader.built, self.flushed);
+            if let (Some(stream), Some(readership)) = (reader.full, backend.delivery.readership_mut()) {
+                readership.fills_up(stream);
+            }
             if backend.role() == Role::Strays && reader.is_stopped {
                 backend.rests_until = now + guc::millis(&guc::POLL_INTERVAL_MS);
             }

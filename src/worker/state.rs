@@ -109,6 +109,8 @@ pub(super) struct Worker {
     pub(super) mending: Mending,
     /// When it was logged that versions do not match.
     pub(super) mismatch_said: Option<Now>,
+    /// Somebody looks at outbox.consumers.
+    pub(super) consumers_viewed: bool,
 }
 
 impl Worker {
@@ -156,6 +158,7 @@ impl Worker {
             purge: Purge::default(),
             mending: Mending::default(),
             mismatch_said: None,
+            consumers_viewed: false,
         }
     }
 

@@ -25,6 +25,7 @@ pub(super) enum Task {
     PurgeSent(Whose),
     PurgeFailed,
     PurgeInbox,
+    SaveConsumers,
 }
 
 impl Task {
@@ -40,7 +41,8 @@ impl Task {
             Self::ReadFor(_) => waits(50, 2_000),
             Self::Save | Self::SaveOf(_) | Self::Retry(_) | Self::Move => waits(100, 5_000),
             Self::Claim(_) | Self::FinishLanes | Self::AddLane(_) => waits(100, 5_000),
-            Self::RecordTicks | Self::PurgeSent(_) | Self::PurgeFailed | Self::PurgeInbox => waits(1_000, 60_000),
+            Self::RecordTicks | Self::SaveConsumers => waits(1_000, 60_000),
+            Self::PurgeSent(_) | Self::PurgeFailed | Self::PurgeInbox => waits(1_000, 60_000),
         }
     }
 
@@ -66,6 +68,7 @@ impl Task {
             Self::PurgeSent(_) => "The worker was purging sent events",
             Self::PurgeFailed => "The worker was purging failed events",
             Self::PurgeInbox => "The worker was purging the inbox",
+            Self::SaveConsumers => "The worker was saving what Redis says of consumer groups",
         }
     }
 

@@ -111,6 +111,17 @@ fn other_columns_with_what_they_may_not_hold_send_nothing() {
         ("max_rate = 0", "max_rate = null", "max_rate is 0"),
         ("tls = null", "tls = false", "tls is NULL"),
         ("max_len = -1", "max_len = null", "max_len is -1"),
+        (
+            "trim = 'both'",
+            "trim = 'length'",
+            "trim is \"both\", and must be one of length, read",
+        ),
+        ("trim = null", "trim = 'length'", "trim is NULL"),
+        (
+            "trim_ignore_idle = '-1 s'",
+            "trim_ignore_idle = null",
+            "trim_ignore_idle is negative",
+        ),
         // 16 bits of it are the port of a Redis that works.
         (
             &format!("port = {}", 65_536 + i32::from(stack.redis.port())),

@@ -12,6 +12,7 @@
 //! - [`owners`] servers that share a Redis, and who of them owns the guard
 //! - [`Proxy`], [`Way`] a network that delays, cuts and holds back ([`proxy`])
 //! - [`Postgres::crash_at`], [`Postgres::hold_at`], [`Postgres::mutation`] steer a library built for tests ([`faults`])
+//! - [`Group`] a consumer group, and what it is owed ([`groups`])
 //! - [`Guard`] the guard of a backend, and workers that are killed ([`guard`])
 //! - [`Watched`], [`Sentinel`] sentinels, and the primary and replica that they watch ([`sentinel`])
 //! - [`Cluster`] three masters with their replicas, and what a ledger says of many streams ([`cluster`])
@@ -29,6 +30,7 @@ pub mod cluster;
 pub mod dice;
 pub mod env;
 pub mod faults;
+pub mod groups;
 pub mod guard;
 pub mod hostile;
 pub mod ledger;
@@ -51,6 +53,7 @@ pub mod wait;
 pub use bystander::Bystander;
 pub use cluster::Cluster;
 pub use dice::Dice;
+pub use groups::Group;
 pub use guard::{Guard, UNTRIMMED};
 pub use hostile::{BlackHole, Eavesdropper, Garbage};
 pub use ledger::{Ledger, Load, Verdict};

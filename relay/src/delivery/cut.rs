@@ -10,7 +10,7 @@ use crate::reading::range::{Key, Position, RangeScan, Scan, Step, Table};
 use crate::reading::role::Role;
 use crate::reading::schedule::{Group, SCAN_STEPS, Supply};
 use crate::reading::snapshot::Tick;
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -99,6 +99,10 @@ pub struct Collector {
     pub is_stopped: bool,
     /// The hash slot of that row has no lane.
     pub found: Option<u16>,
+    /// The stream of that row is full.
+    pub full: Option<Rc<str>>,
+    /// Entries for streams that have limits.
+    placed: HashMap<Rc<str>, i64>,
 }
 
 impl Collector {
@@ -118,6 +122,8 @@ impl Collector {
             end: delivery.position().clone(),
             is_stopped: false,
             found: None,
+            full: None,
+            placed: HashMap::new(),
         }
     }
 
@@ -377,6 +383,9 @@ impl Collector {
         if !self.has_room() {
             return false;
         }
+        if event.delivery().limits().is_some() && !self.place(&event) {
+            return false;
+        }
         let batch = self.open.get_or_insert_with(|| {
             self.room.batches -= 1;
             OpenBatch::new(event.buffer())
@@ -390,6 +399,20 @@ impl Collector {
         if is_full {
             self.close_batch(Position::towards(self.from.clone(), to.clone(), seq));
         }
+        true
+    }
+
+    /// Takes a place in the event's stream; false: that has none left.
+    #[cold]
+    fn place(&mut self, event: &impl Offer) -> bool {
+        let stream = event.stream();
+        let placed = self.placed.entry(stream.clone()).or_default();
+        let room = event.delivery().limits().map_or(i64::MAX, |limits| limits.room(stream));
+        if *placed >= room {
+            self.full = Some(stream.clone());
+            return false;
+        }
+        *placed += 1;
         true
     }
 }

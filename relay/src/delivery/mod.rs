@@ -38,6 +38,7 @@ mod retries;
 mod state;
 mod waiting;
 
+use crate::consumers::readership::Readership;
 use crate::delivery::backoff::Backoff;
 use crate::delivery::flight::{Answered, BatchedEvent, Contents, Flight, WINDOW_BATCHES, WINDOW_BYTES, Window};
 use crate::delivery::refusal::Streams;
@@ -49,6 +50,7 @@ use crate::reading::range::Position;
 use crate::reading::schedule::Supply;
 use crate::time::Now;
 use std::collections::{BTreeSet, VecDeque};
+use std::rc::Rc;
 
 /// How a backend's batches are appended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,6 +114,8 @@ pub struct Delivery {
     /// Batches that were sent, or begun with, and whose replies were never read. A guard that says more than is known
     /// must name one of them. `None`: an earlier worker may have sent others (exactly_once).
     in_doubt: Option<Vec<(u64, Position)>>,
+    /// Who reads its streams, while somebody wants to know.
+    readership: Option<Box<Readership>>,
 }
 
 /// What is saved of a delivery, and given to the next.
@@ -142,6 +146,7 @@ impl Delivery {
             reserved: 0,
             is_paced: false,
             sent_events: 0,
+            readership: None,
             read: cursor.clone(),
             acked: cursor,
             flights: VecDeque::new(),
@@ -209,7 +214,7 @@ impl Delivery {
     }
 
     fn room_but_for_pace(&self) -> Option<Window> {
-        if self.makes_way || self.retries_alone() {
+        if self.makes_way || self.retries_alone() || self.is_held_back() {
             return None;
         }
         let room = self.window();
@@ -251,6 +256,37 @@ impl Delivery {
         })
     }
 
+    /// Whether it waits for consumers, or until it is known what they have read.
+    fn is_held_back(&self) -> bool {
+        self.readership
+            .as_ref()
+            .is_some_and(|readership| readership.holds_back())
+    }
+
+    /// Whether an empty batch may be sent, which moves the guard on. It needs no room in any stream.
+    pub fn may_send_empty(&self) -> bool {
+        self.connection == ConnectionState::Up && self.flights.is_empty() && !self.makes_way
+    }
+
+    /// The readership, if its streams have limits.
+    #[inline]
+    fn limits(&self) -> Option<&Readership> {
+        self.readership.as_deref().filter(|readership| readership.has_limits())
+    }
+
+    pub fn readership(&self) -> Option<&Readership> {
+        self.readership.as_deref()
+    }
+
+    pub fn readership_mut(&mut self) -> Option<&mut Readership> {
+        self.readership.as_deref_mut()
+    }
+
+    /// From now on, its streams are watched, or not.
+    pub fn set_readership(&mut self, readership: Option<Readership>) {
+        self.readership = readership.map(Box::new);
+    }
+
     pub fn position(&self) -> &Position {
         &self.read
     }
@@ -266,14 +302,16 @@ impl Delivery {
     }
 
     pub fn trouble(&self) -> Option<&Failure> {
-        self.trouble.as_ref()
+        let of_consumers = || self.readership.as_ref().and_then(|readership| readership.trouble());
+        self.trouble.as_ref().or_else(of_consumers)
     }
 
     pub fn state(&self) -> State {
-        match (&self.trouble, self.flights.is_empty()) {
+        match (self.trouble(), self.flights.is_empty()) {
             (Some(failure), _) if failure.class == Class::Configuration => State::Misconfigured,
             (Some(failure), _) if failure.class == Class::Fenced => State::Fenced,
             (Some(failure), _) if failure.class == Class::Copy => State::Copy,
+            (Some(failure), _) if failure.class == Class::Full => State::Full,
             (Some(_), _) => State::Backoff,
             (None, true) if !self.is_paced => State::Idle,
             (None, _) => State::Sending,
@@ -328,6 +366,11 @@ impl Delivery {
             }
         };
         self.spend(entries.len());
+        if let Some(readership) = &mut self.readership {
+            for run in entries.chunk_by(|a, b| Rc::ptr_eq(&a.stream, &b.stream)) {
+                readership.sent(&run[0].stream, run.len() as i64);
+            }
+        }
         self.in_flight_bytes += bytes;
         self.flights.push_back(Flight {
             entries,

@@ -30,6 +30,7 @@ pub enum State {
     Misconfigured,
     Fenced,
     Copy,
+    Full,
 }
 
 impl State {
@@ -41,6 +42,7 @@ impl State {
             Self::Misconfigured => "misconfigured",
             Self::Fenced => "fenced",
             Self::Copy => "copy",
+            Self::Full => "full",
         }
     }
 }

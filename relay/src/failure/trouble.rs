@@ -16,6 +16,8 @@ pub enum Class {
     Copy,
     /// Another server owned the guard, and may still run.
     Watching,
+    /// A stream has no room, because consumers have not acknowledged what it holds.
+    Full,
 }
 
 /// What is wrong, as far as it makes a difference to what happens next or to what helps.
@@ -96,6 +98,13 @@ pub enum Trouble {
     TooLarge,
     /// An error reply that is none of these.
     UnknownReply,
+    // What consumers have not read (`trim = 'read'`).
+    /// A stream has `max_len` entries that a group has not acknowledged,
+    Full,
+    /// or that nobody can acknowledge.
+    NoGroup,
+    /// Redis does not let us ask what groups have acknowledged, or trim.
+    TrimDenied,
     // What the guard says.
     Fenced,
     /// No administrator has told this copy to send anything.
@@ -110,7 +119,7 @@ impl Trouble {
     /// Who is to blame, and what an administrator can do about it, where that is known.
     #[expect(clippy::too_many_lines, reason = "a table")]
     pub(super) fn judged(self) -> (Class, Option<&'static str>) {
-        use Class::{Backend, Configuration, Copy, Event, Fenced};
+        use Class::{Backend, Configuration, Copy, Event, Fenced, Full};
         let (class, hint) = match self {
             Self::NoDescriptor => (
                 Backend,
@@ -274,6 +283,18 @@ impl Trouble {
             ),
             // Never a success, and never the end of the others.
             Self::UnknownReply => return (Event, None),
+            Self::Full => (
+                Full,
+                "Let the group read and acknowledge. If nobody needs it, delete it with XGROUP DESTROY, or set trim_ignore_idle. Or raise the backend's max_len. outbox.consumers shows how far each group is.",
+            ),
+            Self::NoGroup => (
+                Full,
+                "Create the group with XGROUP CREATE, or raise the backend's max_len, or set its trim to 'length'.",
+            ),
+            Self::TrimDenied => (
+                Configuration,
+                "With trim = 'read', the backend's Redis user needs +xlen +xinfo|groups +xinfo|consumers +xpending +xtrim +eval on its streams. Allow that, or set trim to 'length'.",
+            ),
             Self::Fenced => (
                 Fenced,
                 "If that server is not to go on, stop it and run outbox.take_over() here.",

@@ -66,6 +66,9 @@ impl Bounds {
     pub const SLOTS: Self = Self::new("CLUSTER SLOTS", 1024 * 1024, 256 * 1024, 6);
     pub const ENTRIES: Self = Self::pieces("XREVRANGE");
     pub const INFO: Self = Self::pieces("XINFO STREAM");
+    pub const GROUPS: Self = Self::pieces("XINFO GROUPS");
+    pub const PENDING: Self = Self::pieces("XPENDING");
+    pub const CONSUMERS: Self = Self::pieces("XINFO CONSUMERS");
 
     /// Fields and values. A position names the transactions that are running: so it may be as long as this server's can
     /// be, or another's that has some thousand that write.

@@ -11,6 +11,7 @@ use crate::sender::idle::{Idle, Line};
 use crate::sender::next_order::next_order;
 use crate::sender::orders::{Batch, Order, Report};
 use crate::sender::reporter::Reporter;
+use crate::sender::survey::Survey;
 use crossbeam_channel::Receiver;
 use std::collections::VecDeque;
 use std::thread;
@@ -35,6 +36,7 @@ pub(super) fn pipeline(
         idle,
         unanswered: VecDeque::new(),
         closed: None,
+        survey: None,
     };
     let mut line = Line::of(connection, None);
     while let Some(back) = pipeline.send(line)? {
@@ -59,6 +61,8 @@ struct Pipeline<'a> {
     unanswered: VecDeque<Batch>,
     /// The server has closed the connection. What it had said before is still to be read.
     closed: Option<Failure>,
+    /// It begins once all batches are answered.
+    survey: Option<Box<Survey>>,
 }
 
 impl Pipeline<'_> {
@@ -67,6 +71,14 @@ impl Pipeline<'_> {
         // A WAIT that has to be repeated would come behind later batches.
         let ahead = if self.replicas.is_some() { 1 } else { PIPELINED_BATCHES };
         while self.closed.is_none() && self.unanswered.len() < ahead {
+            if self.survey.is_some() && !self.unanswered.is_empty() {
+                break;
+            }
+            if let Some(survey) = self.survey.take()
+                && !self.survey(line.connection(), survey)?
+            {
+                return Ok(None);
+            }
             let next = match self.unanswered.is_empty() {
                 true => {
                     let (back, order) = self.idle.keep(line, || next_order(self.orders))?;
@@ -77,6 +89,7 @@ impl Pipeline<'_> {
             };
             match next {
                 Some(Order::Batch(batch)) => self.write(line.connection(), batch)?,
+                Some(Order::Survey(survey)) => self.survey = Some(survey),
                 // Nothing is asked of Redis: only whether the connection is still there.
                 Some(Order::Beat { .. }) if self.unanswered.is_empty() => line.connection().look()?,
                 Some(_) => {}
@@ -94,6 +107,23 @@ impl Pipeline<'_> {
         }
         self.unanswered.push_back(batch);
         Ok(())
+    }
+
+    /// Asks about consumer groups. False: nobody listens.
+    fn survey(&self, connection: &mut RedisConnection, mut survey: Box<Survey>) -> Result<bool, Failure> {
+        let mut out = Vec::new();
+        loop {
+            let commands = survey.ask(&mut out);
+            if commands == 0 {
+                let report = Report::Surveyed(survey.number, survey.into_found());
+                return Ok(self.reporter.report(report));
+            }
+            connection.send(&out)?;
+            out.clear();
+            for _ in 0..commands {
+                while !survey.reply(connection.receive(&survey.bounds())?)? {}
+            }
+        }
     }
 
     /// Reads the replies of a batch, and reports them. False: the connection has ended, or nobody listens.

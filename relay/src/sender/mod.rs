@@ -12,6 +12,7 @@ mod idle;
 mod next_order;
 pub mod orders;
 mod reporter;
+pub mod survey;
 pub mod tails;
 
 use crate::delivery::flight::WINDOW_BATCHES;

@@ -1,11 +1,13 @@
 //! What the worker tells a sender, and what that reports: plain values.
 
+use crate::consumers::group::Surveyed;
 use crate::delivery::flight::Refusal;
 use crate::event::wanted::Wanted;
 use crate::failure::Failure;
 use crate::guard::{Guard, Owner};
 use crate::reading::range::Position;
 use crate::redis::destination::Address;
+use crate::sender::survey::Survey;
 
 /// Commands for one write, ready as bytes.
 pub struct Batch {
@@ -14,7 +16,7 @@ pub struct Batch {
     pub commands: usize,
 }
 
-/// What the worker tells a sender. Only batches, that one is about to come, and beats are told with at_least_once.
+/// What the worker tells a sender. With at_least_once: only batches, that one is about to come, beats and surveys.
 pub enum Order {
     /// For exactly_once it begins with MULTI and ends with the guard's HSET; `commands` are the entries alone.
     Batch(Batch),
@@ -22,6 +24,8 @@ pub enum Order {
     Claim(Box<Claim>),
     /// Looks for events in their streams' tails; at least one.
     Look(Vec<Wanted>),
+    /// Asks about consumer groups.
+    Survey(Box<Survey>),
     /// A batch is about to come.
     Rouse,
     /// What was refused is written down: goes on.
@@ -42,6 +46,8 @@ pub enum Report {
     Claimed,
     /// Whether each event was found that was to be looked for.
     Seen(Vec<bool>),
+    /// What a survey, by its number, has found.
+    Surveyed(u64, Vec<Surveyed>),
     /// All replies of the oldest batch are there; the commands that were refused, by index. The buffer comes back. With
     /// exactly_once it waits for [`Order::Resume`] if any was refused, and drops the batches that come before that.
     Done { refused: Vec<Refusal>, buffer: Vec<u8> },

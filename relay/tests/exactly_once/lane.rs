@@ -182,7 +182,7 @@ impl Site {
                     .lost(failure, accepted, refused, env.now, random)
             }
             Report::Released => Vec::new(),
-            Report::Found(_) | Report::Connected => unreachable!("no conversation says that"),
+            Report::Found(_) | Report::Connected | Report::Surveyed(..) => unreachable!("no conversation says that"),
         };
         self.lanes[at].pending.extend(records);
         self.recover(env, at);

@@ -68,6 +68,11 @@ impl Entries {
         self.encoder.append_xadd(bytes, Target { stream, max_len }, event)
     }
 
+    /// Streams that events have named lately, some of them.
+    pub(super) fn named_streams(&self) -> Vec<Rc<str>> {
+        self.named_streams.iter().cloned().collect()
+    }
+
     pub(super) fn buffer(&mut self) -> Vec<u8> {
         self.buffers.pop().unwrap_or_default()
     }

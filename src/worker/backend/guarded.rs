@@ -157,6 +157,10 @@ impl Backend {
     /// Refused events are written down durably: the sender may go on.
     pub(crate) fn resume(&mut self) {
         if self.delivery.is_stopped() {
+            // A survey that was ordered before was dropped.
+            if let Some(readership) = self.delivery.readership_mut() {
+                readership.interrupt();
+            }
             self.delivery.resume();
             self.order(Order::Resume);
         }

@@ -54,6 +54,7 @@ impl Backend {
     /// Lets the sender go, to begin anew with another connection.
     pub(crate) fn let_go(&mut self) {
         self.recovery.reset();
+        self.loses_readers();
         let Some(connection) = self.duty.connection_mut() else {
             return;
         };
@@ -96,6 +97,7 @@ impl Backend {
             Report::Guard(guard) => self.recovery.read(*guard),
             Report::Claimed => self.recovery.claimed(),
             Report::Seen(found) => self.recovery.seen(found),
+            Report::Surveyed(number, found) => self.take_survey(number, found, now),
             Report::Done { refused, buffer } => {
                 self.keep(buffer);
                 self.count_batch(&refused);
@@ -180,6 +182,7 @@ impl Backend {
     }
 
     pub(super) fn drop_sender(&mut self) {
+        self.loses_readers();
         if let Some(connection) = self.duty.connection_mut() {
             connection.drop_sender();
         }

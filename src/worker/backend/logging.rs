@@ -51,6 +51,7 @@ impl Backend {
             _ if self.is_finder() => (LogLevel::Error, "cannot send all its events"),
             Class::Configuration => (LogLevel::Error, "cannot be reached"),
             Class::Fenced => (LogLevel::Error, "is fenced"),
+            Class::Full => (LogLevel::Warning, "waits for consumers"),
             Class::Watching => (LogLevel::Info, "is about to be taken over"),
             Class::Backend | Class::Event => (LogLevel::Warning, "cannot be reached"),
         };

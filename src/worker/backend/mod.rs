@@ -6,6 +6,7 @@
 //! - [`hearing`] what its sender reports; [`guarded`] what it does because of its guard; [`lanes`] of a cluster
 //! - [`entries`] from events to entries, and [`preview`] of one; [`books`] what is not saved yet, and [`saving`] it
 //! - [`metered`] what was counted for `outbox.metrics`, and [`metering`] it
+//! - [`surveying`] the consumer groups of its streams; [`readers`] what is saved of them
 //! - [`restored`] how far it is with restored events, and [`comparing`] them; [`logged`] what was logged, and
 //!   [`logging`]
 
@@ -24,9 +25,11 @@ mod logging;
 mod metered;
 mod metering;
 mod preview;
+mod readers;
 mod restored;
 pub(crate) mod saving;
 mod settings;
+mod surveying;
 
 pub(crate) use connection::without_signals;
 pub(crate) use settings::{Home, destination_to_test};
@@ -43,6 +46,7 @@ use crate::worker::backend::duty::Duty;
 use crate::worker::backend::entries::Entries;
 use crate::worker::backend::logged::Logged;
 use crate::worker::backend::metered::Metered;
+use crate::worker::backend::readers::Readers;
 use crate::worker::backend::restored::Restored;
 use relay::delivery::batch::{BuiltBatch, OpenBatch};
 use relay::delivery::refusal::Streams;
@@ -84,6 +88,7 @@ pub(crate) struct Backend {
     logged: Logged,
     entries: Entries,
     pub metered: Metered,
+    readers: Readers,
 }
 
 /// The turn of a backend that shares permits to connect with others, because there are too few for all.
@@ -128,7 +133,7 @@ impl Backend {
 
     fn standing_at(cursor: Cursor, standing: Standing, number: i32, duty: Duty) -> Self {
         let lane = duty.lane();
-        let (stream, max_len) = (settings::stream(duty.options()), settings::max_len(duty.options()));
+        let (stream, max_len) = (settings::stream(duty.options()), settings::trimmed_to(duty.options()));
         let streams = match duty {
             Duty::Send(_) => refused_streams(number, lane, &stream),
             Duty::Find(_) | Duty::Fail { .. } | Duty::Strays => Streams::default(),
@@ -164,6 +169,7 @@ impl Backend {
             logged: Logged::default(),
             entries: Entries::new(stream, max_len, kept_buffers),
             metered: Metered::default(),
+            readers: Readers::default(),
         }
     }
 

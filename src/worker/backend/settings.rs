@@ -3,7 +3,7 @@
 
 use crate::server::guc;
 use crate::tables::backends::BackendRow;
-use crate::tables::options::{Known, Options, Topology, Unusable};
+use crate::tables::options::{Known, Options, Topology, Trimming, Unusable};
 use relay::delivery::Guarantee;
 use relay::redis::destination::{Address, ClientCertificate, Destination, Protocol, Route, Secret, Tls};
 use relay::redis::hash_slot::{hash_slot_of, tag_of};
@@ -95,7 +95,15 @@ pub(super) fn stream(options: Option<&Options>) -> Rc<str> {
     own.map_or_else(|| guc::text(&guc::REDIS_STREAM_NAME).into(), Rc::from)
 }
 
-/// The length to which streams are trimmed; 0: they are not.
+/// The length to which each XADD trims; 0: it does not.
+pub(super) fn trimmed_to(options: Option<&Options>) -> i64 {
+    match options.map(|options| &options.trim) {
+        Some(Ok(Trimming::Read)) => 0,
+        _ => max_len(options),
+    }
+}
+
+/// How long streams may be; 0: unlimited.
 pub(super) fn max_len(options: Option<&Options>) -> i64 {
     let own = options.and_then(|options| options.max_len.clone().ok().flatten());
     own.unwrap_or_else(|| i64::from(guc::REDIS_MAX_LEN.get()))

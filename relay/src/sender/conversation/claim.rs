@@ -83,6 +83,7 @@ impl Conversation {
                 Next::Nothing => ConversationState::Armed { token },
                 Next::Batch(batch) => self.execute(token, batch),
                 Next::Search(search) => self.search(token, search),
+                Next::Survey(survey) => self.survey(token, survey, reports),
             },
             // Something was refused meanwhile.
             state => state,

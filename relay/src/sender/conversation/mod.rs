@@ -12,13 +12,15 @@
 //! was refused, nothing is sent until the worker has written that down (order Resume).
 //!
 //! - [`state`] the states, and what replies are expected; [`replies`] what they mean
-//! - [`claim`] reading and claiming the guard; [`batches`]; [`search`] for events in their streams
+//! - [`claim`] reading and claiming the guard; [`batches`]; [`search`] for events in their streams; [`surveying`] their
+//!   consumer groups
 
 mod batches;
 mod claim;
 mod replies;
 mod search;
 mod state;
+mod surveying;
 
 use crate::failure::{Failure, Trouble};
 use crate::guard::append_token;
@@ -85,6 +87,8 @@ impl Conversation {
             (Some(Expect::Exec), _) => Bounds::executed(0),
             (Some(Expect::Search), ConversationState::Searching { search, .. }) => search.bounds(),
             (Some(Expect::Search), _) => Bounds::INFO,
+            (Some(Expect::Survey), ConversationState::Surveying { survey, .. }) => survey.bounds(),
+            (Some(Expect::Survey), _) => Bounds::GROUPS,
             (Some(Expect::Ousting), _) => Bounds::line("HSET of the guard"),
             (Some(Expect::Watch), _) => Bounds::line("WATCH"),
             (Some(Expect::Claiming), _) => Bounds::line("a command of a claim"),
@@ -130,6 +134,7 @@ impl Conversation {
             }
             ConversationState::Claiming { .. }
             | ConversationState::Searching { .. }
+            | ConversationState::Surveying { .. }
             | ConversationState::Replicating { .. } => false,
         }
     }
@@ -155,6 +160,15 @@ impl Conversation {
             }
             (ConversationState::Rearming { token, .. }, Order::Look(wanted)) => {
                 let next = Next::Search(Box::new(Search::new(&wanted)));
+                ConversationState::Rearming { token, next }
+            }
+            (ConversationState::Armed { token }, Order::Survey(survey)) => self.survey(token, survey, &mut Vec::new()),
+            (ConversationState::Executing { token, batch, .. }, Order::Survey(survey)) => {
+                let next = Next::Survey(survey);
+                ConversationState::Executing { token, batch, next }
+            }
+            (ConversationState::Rearming { token, .. }, Order::Survey(survey)) => {
+                let next = Next::Survey(survey);
                 ConversationState::Rearming { token, next }
             }
             (state, Order::Batch(batch)) => self.queue(state, batch, Kind::Batch),
@@ -207,6 +221,7 @@ impl Conversation {
             Some(Expect::Replicas { reported }) => self.replicated(&reply.value()?, reported, reports)?,
             Some(Expect::Discard) => {}
             Some(Expect::Search) => self.found(reply, reports)?,
+            Some(Expect::Survey) => self.surveyed(reply, reports)?,
         }
         Ok(())
     }

@@ -5,12 +5,14 @@
 //!                                                  │ ▲ └──────────── look ───────────────────▲
 //!                                                batch └───────────── our token ───────────┐
 //!                                                  ▼                                       │
+//! (Surveying: as searching)
 //!              Executing ── executed ──▶ (Replicating ── enough replicas ──▶) ──────▶ Rearming
 //!                  └──── something was refused ──▶ Stopped ── resume ────────────────────▶─┘
 //! ```
 
 use crate::delivery::flight::Refusal;
 use crate::sender::orders::Batch;
+use crate::sender::survey::Survey;
 use crate::sender::tails::Search;
 
 #[derive(Default)]
@@ -24,6 +26,8 @@ pub(super) enum ConversationState {
     Armed { token: String },
     /// As armed, and events are being looked for.
     Searching { token: String, search: Box<Search> },
+    /// As armed, and Redis is being asked about consumer groups.
+    Surveying { token: String, survey: Box<Survey> },
     /// The EXEC of a batch was sent.
     Executing {
         token: String,
@@ -50,6 +54,7 @@ impl ConversationState {
             Self::Claiming { token }
             | Self::Armed { token }
             | Self::Searching { token, .. }
+            | Self::Surveying { token, .. }
             | Self::Executing { token, .. }
             | Self::Replicating { token, .. }
             | Self::Rearming { token, .. }
@@ -67,11 +72,12 @@ impl ConversationState {
             | Self::Claiming { .. }
             | Self::Armed { .. }
             | Self::Searching { .. }
+            | Self::Surveying { .. }
             | Self::Stopped { .. } => (None, None),
         };
         let queued = next.and_then(|next| match next {
             Next::Batch(batch) => Some(batch),
-            Next::Nothing | Next::Search(_) => None,
+            Next::Nothing | Next::Search(_) | Next::Survey(_) => None,
         });
         batch.into_iter().chain(queued)
     }
@@ -83,6 +89,7 @@ pub(super) enum Next {
     /// Its commands are queued in Redis; its EXEC is not sent.
     Batch(WrittenBatch),
     Search(Box<Search>),
+    Survey(Box<Survey>),
 }
 
 /// A batch whose commands were written.
@@ -122,4 +129,5 @@ pub(super) enum Expect {
     },
     Discard,
     Search,
+    Survey,
 }

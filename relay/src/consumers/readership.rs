@@ -1,0 +1,402 @@
+//! The streams of one backend, with what is known of who reads them: which are asked next, what is trimmed, how full
+//! they are.
+
+use crate::consumers::group::{EntryId, Group, GroupName, Surveyed};
+use crate::consumers::trim::{Holder, Trim, judge};
+use crate::failure::{Class, Failure, Trouble};
+use crate::fault::{self, Mutation};
+use crate::time::Now;
+use std::collections::HashMap;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// A backend's Redis is asked this often at most, about so many streams.
+pub const SURVEY_PAUSE: Duration = Duration::from_secs(1);
+pub const ASKED_AT_ONCE: usize = 200;
+
+/// A survey that is not answered for so long was dropped. (A Redis that does not answer ends the connection.)
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Streams that are remembered: for the view alone, and to be trimmed. Of more, those that nothing was sent to for
+/// longest are forgotten. A forgotten stream is not trimmed before something is sent to it again.
+const MOST_WATCHED: usize = 1_000;
+const MOST_TRIMMED: usize = 20_000;
+
+/// A stream that was not surveyed yet is assumed to have room for this part of `max_len`, at most for so many entries.
+const UNKNOWN_PART: i64 = 10;
+const MOST_UNKNOWN: i64 = 1_000;
+
+/// `trim = 'read'`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Policy {
+    /// 0: unlimited.
+    pub max_len: i64,
+    /// `trim_ignore_idle`.
+    pub silence: Option<Duration>,
+}
+
+/// One stream to be surveyed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Question {
+    pub stream: Arc<str>,
+    /// What is done before.
+    pub trim: Option<Trim>,
+}
+
+/// A group that does not hold trimming any more.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LeftOut {
+    pub stream: Arc<str>,
+    pub group: GroupName,
+    pub silent: Duration,
+}
+
+pub struct Readership {
+    /// `None`: it is asked for the view alone.
+    policy: Option<Policy>,
+    /// `None`: it belongs to another lane.
+    own_stream: Option<Rc<str>>,
+    streams: HashMap<Rc<str>, Watched>,
+    /// The survey that is on its way, and until when it is waited for.
+    on_its_way: Option<(u64, Now)>,
+    surveys: u64,
+    due_at: Now,
+    /// Counts what is sent, for an order in time.
+    clock: u64,
+    /// The own stream, if there is one, was surveyed, so sending may begin.
+    is_known: bool,
+    /// The stream that has no room for the next event.
+    full: Option<Rc<str>>,
+    /// Why nothing is sent.
+    trouble: Option<Failure>,
+}
+
+#[derive(Default)]
+struct Watched {
+    /// By the last survey.
+    length: Option<i64>,
+    /// Entries sent since; and of these, those behind the survey that is on its way.
+    sent: i64,
+    sent_behind: i64,
+    is_being_asked: bool,
+    /// It cannot be asked, for a reason of its own.
+    is_unaskable: bool,
+    asked_at: Option<Now>,
+    sent_at: u64,
+    /// What is to be trimmed, and the last batch when that was found out.
+    goal: Option<(Trim, u64)>,
+    trimmed: Option<Trim>,
+    holder: Option<Holder>,
+    /// Nothing is left to be trimmed before something is sent.
+    is_settled: bool,
+    /// Its groups, as long as one has something to do and does nothing.
+    stalled: Vec<Stalled>,
+}
+
+/// A group that has unread or pending entries and stands where it stood. (Redis's own `idle` counts from the last entry
+/// that was delivered, before 7.2: a group that has read everything is not silent.)
+struct Stalled {
+    name: GroupName,
+    at: (EntryId, i64, Option<EntryId>),
+    since: Now,
+}
+
+impl Readership {
+    pub fn new(policy: Option<Policy>, own_stream: Option<Rc<str>>) -> Self {
+        let own = own_stream.iter().cloned();
+        let streams = own.map(|stream| (stream, Watched::default())).collect();
+        Self {
+            is_known: own_stream.is_none(),
+            policy,
+            own_stream,
+            streams,
+            on_its_way: None,
+            surveys: 0,
+            due_at: Now::ZERO,
+            clock: 0,
+            full: None,
+            trouble: None,
+        }
+    }
+
+    pub fn policy(&self) -> Option<&Policy> {
+        self.policy.as_ref()
+    }
+
+    /// Follows other settings. What is known of the streams still holds.
+    pub fn follow(&mut self, policy: Option<Policy>, own_stream: Option<&Rc<str>>) {
+        if self.policy != policy {
+            // Without a policy, lengths and groups were not judged.
+            self.is_known &= self.policy.is_some() || own_stream.is_none();
+            self.policy = policy;
+            (self.full, self.trouble) = (None, None);
+            self.disconnected();
+        }
+        if self.own_stream.as_ref() != own_stream {
+            self.own_stream = own_stream.cloned();
+            own_stream.iter().for_each(|stream| self.knows(stream));
+            self.is_known = own_stream.is_none();
+        }
+    }
+
+    /// A stream that the backend has.
+    pub fn knows(&mut self, stream: &Rc<str>) {
+        if !self.streams.contains_key(stream) {
+            self.make_room();
+            self.streams.insert(stream.clone(), Watched::default());
+        }
+    }
+
+    /// `count` entries were handed to the sender.
+    pub fn sent(&mut self, stream: &Rc<str>, count: i64) {
+        self.knows(stream);
+        self.clock += 1;
+        if let Some(watched) = self.streams.get_mut(stream) {
+            watched.sent += count;
+            watched.sent_behind += count;
+            (watched.is_settled, watched.sent_at) = (false, self.clock);
+        }
+    }
+
+    fn make_room(&mut self) {
+        let most = match self.policy {
+            Some(_) => MOST_TRIMMED,
+            None => MOST_WATCHED,
+        };
+        if self.streams.len() < most {
+            return;
+        }
+        let mut ages: Vec<_> = self.streams.values().map(|w| (!w.is_settled, w.sent_at)).collect();
+        let half = ages.len() / 2;
+        let (_, median, _) = ages.select_nth_unstable(half);
+        let median = *median;
+        let kept = [self.own_stream.as_ref(), self.full.as_ref()];
+        self.streams.retain(|stream, w| {
+            kept.contains(&Some(stream)) || w.is_being_asked || (!w.is_settled, w.sent_at) > median
+        });
+    }
+
+    // --- room
+
+    /// Whether nothing more may be sent for now.
+    pub fn holds_back(&self) -> bool {
+        self.policy.is_some() && (!self.is_known || self.full.is_some() || self.trouble.is_some())
+    }
+
+    /// Whether streams have limits.
+    #[inline]
+    pub fn has_limits(&self) -> bool {
+        self.policy.is_some_and(|policy| policy.max_len > 0)
+    }
+
+    /// For how many entries a stream has room.
+    pub fn room(&self, stream: &str) -> i64 {
+        let Some(max_len) = self.policy.map(|policy| policy.max_len).filter(|max| *max > 0) else {
+            return i64::MAX;
+        };
+        let assumed = (max_len / UNKNOWN_PART).clamp(1, MOST_UNKNOWN);
+        match self.streams.get(stream) {
+            Some(watched) if watched.is_unaskable => i64::MAX,
+            Some(watched) => match watched.length {
+                Some(length) => max_len - length - watched.sent,
+                None => assumed - watched.sent,
+            },
+            None => assumed,
+        }
+    }
+
+    /// The next event has no room in its stream.
+    pub fn fills_up(&mut self, stream: Rc<str>) {
+        self.knows(&stream);
+        self.full = Some(stream);
+    }
+
+    /// Why nothing is sent, if that is not for a moment.
+    pub fn trouble(&self) -> Option<&Failure> {
+        self.trouble.as_ref()
+    }
+
+    // --- surveys
+
+    /// When the next survey is due; `None`: there is nothing to ask. `is_viewed`: somebody looks at the view.
+    pub fn due_at(&self, is_viewed: bool) -> Option<Now> {
+        if !is_viewed && self.policy.is_none() {
+            return None;
+        }
+        let is_of_use = is_viewed || !self.is_known || self.streams.values().any(|w| !w.is_settled);
+        let due_at = self.on_its_way.map_or(self.due_at, |(_, until)| until);
+        is_of_use.then_some(due_at)
+    }
+
+    /// Whether goals wait for a batch later than this one, which is the last.
+    pub fn waits_for_batch(&self, last: u64) -> bool {
+        self.streams
+            .values()
+            .any(|w| w.goal.as_ref().is_some_and(|(_, number)| *number >= last))
+    }
+
+    /// Begins a survey: its number and its questions. `last`: the batch that was acknowledged last, or is ordered
+    /// before the survey; `None`: there is no guard. `trims`: the backend is not paused.
+    pub fn ask(&mut self, now: Now, last: Option<u64>, trims: bool, is_viewed: bool) -> (u64, Vec<Question>) {
+        self.surveys += 1;
+        self.on_its_way = Some((self.surveys, now + PATIENCE));
+        self.due_at = now + SURVEY_PAUSE;
+        let first = |stream: &Rc<str>| [&self.full, &self.own_stream].contains(&&Some(stream.clone()));
+        let order = |stream: &Rc<str>, w: &Watched| (!first(stream), w.asked_at);
+        let mut chosen: Vec<(_, Rc<str>)> = self
+            .streams
+            .iter()
+            .filter(|(_, w)| is_viewed || !w.is_settled || w.length.is_none())
+            .map(|(stream, w)| (order(stream, w), stream.clone()))
+            .collect();
+        if chosen.len() > ASKED_AT_ONCE {
+            chosen.select_nth_unstable(ASKED_AT_ONCE);
+            chosen.truncate(ASKED_AT_ONCE);
+        }
+        let mut questions = Vec::with_capacity(chosen.len());
+        for (_, stream) in chosen {
+            let Some(watched) = self.streams.get_mut(&stream) else {
+                continue;
+            };
+            (watched.is_being_asked, watched.sent_behind, watched.asked_at) = (true, 0, Some(now));
+            let is_unneeded = |number: u64| last.is_none_or(|last| number < last);
+            let is_due = |number: u64| trims && (is_unneeded(number) || fault::is_mutated(Mutation::TrimLastBatch));
+            let trim = watched.goal.as_ref().filter(|(_, number)| is_due(*number));
+            questions.push(Question {
+                stream: Arc::from(&*stream),
+                trim: trim.map(|(trim, _)| trim.clone()),
+            });
+        }
+        (self.surveys, questions)
+    }
+
+    /// The survey that is on its way will not be answered.
+    pub fn interrupt(&mut self) {
+        self.on_its_way = None;
+        self.streams.values_mut().for_each(|w| w.is_being_asked = false);
+    }
+
+    /// The connection is gone. The next one may lead to a Redis in another state.
+    pub fn disconnected(&mut self) {
+        self.interrupt();
+        for watched in self.streams.values_mut() {
+            (watched.goal, watched.trimmed, watched.is_settled) = (None, None, false);
+        }
+    }
+
+    /// Takes in the answers of a survey; `last`: the batch that was acknowledged last. Returns the groups that do not
+    /// hold trimming any more; `None`: it is not the survey that was asked last.
+    pub fn surveyed(&mut self, number: u64, found: &[Surveyed], last: u64, now: Now) -> Option<Vec<LeftOut>> {
+        if self.on_its_way.is_none_or(|(asked, _)| asked != number) {
+            return None;
+        }
+        self.interrupt();
+        let mut left_out = Vec::new();
+        let mut refusal = None;
+        for surveyed in found {
+            for failure in [&surveyed.failure, &surveyed.untrimmed].into_iter().flatten() {
+                if failure.class == Class::Configuration {
+                    refusal = Some(failure);
+                }
+            }
+            let policy = self.policy;
+            if self.own_stream.as_deref() == Some(&*surveyed.stream) {
+                self.is_known = true;
+            }
+            if let Some(watched) = self.streams.get_mut(&*surveyed.stream) {
+                watched.take(surveyed, policy, last, now, &mut left_out);
+            }
+        }
+        if let Some(stream) = &self.full
+            && self.room(stream) > 0
+        {
+            self.full = None;
+        }
+        self.trouble = self.policy.and_then(|policy| match (refusal, &self.full) {
+            (Some(failure), _) => Some(denied(failure)),
+            (None, Some(stream)) => self.overflow(stream, policy.max_len),
+            (None, None) => None,
+        });
+        Some(left_out)
+    }
+
+    /// Why a stream has no room, unless it will have soon.
+    fn overflow(&self, stream: &Rc<str>, max_len: i64) -> Option<Failure> {
+        let watched = self.streams.get(stream)?;
+        if watched.goal.is_some() {
+            return None;
+        }
+        let (trouble, reason) = match watched.holder.as_ref()? {
+            Holder::Group(group) => (
+                Trouble::Full,
+                format!("its consumer group \"{group}\" has not acknowledged the oldest"),
+            ),
+            Holder::Nobody => (Trouble::NoGroup, "it has no consumer group".to_owned()),
+            Holder::Crowd => (Trouble::Full, "it has too many consumer groups".to_owned()),
+            Holder::Silence => return None,
+        };
+        let message = format!("stream \"{stream}\" has {max_len} entries, its max_len, and {reason}");
+        Some(Failure::of(trouble, message))
+    }
+}
+
+impl Watched {
+    fn take(&mut self, surveyed: &Surveyed, policy: Option<Policy>, last: u64, now: Now, left_out: &mut Vec<LeftOut>) {
+        self.is_unaskable = surveyed.failure.as_ref().is_some_and(|f| f.class == Class::Event);
+        if surveyed.failure.is_some() {
+            self.is_settled = self.is_unaskable;
+            return;
+        }
+        self.length = Some(surveyed.length);
+        self.sent = self.sent_behind;
+        let Some(policy) = policy else {
+            return;
+        };
+        if surveyed.is_trimmed {
+            self.trimmed = self.goal.take().map(|(trim, _)| trim);
+        }
+        self.note_stalled(surveyed, now);
+        let stalled = &self.stalled;
+        let silent_for = |group: &Group| {
+            let stalled = stalled.iter().find(|stalled| stalled.name == group.name)?;
+            let span = now.saturating_sub(stalled.since);
+            Some(group.idle.map_or(span, |idle| idle.min(span)))
+        };
+        let verdict = judge(surveyed, policy.max_len, policy.silence, silent_for);
+        self.holder = Some(verdict.holder);
+        // The same again would trim nothing, but for a stream that is cut to a length.
+        let is_new = |trim: &Trim| matches!(trim, Trim::To { .. }) || self.trimmed.as_ref() != Some(trim);
+        self.goal = verdict.trim.filter(is_new).map(|trim| (trim, last));
+        self.is_settled = surveyed.length <= 1 && self.sent == 0;
+        left_out.extend(verdict.left_out.into_iter().map(|(group, silent)| LeftOut {
+            stream: surveyed.stream.clone(),
+            group,
+            silent,
+        }));
+    }
+
+    /// Notes since when each group with something to do does nothing.
+    fn note_stalled(&mut self, surveyed: &Surveyed, now: Now) {
+        let has_work = |group: &&Group| group.pending > 0 || group.unread(surveyed.length) != Some(0);
+        let known = std::mem::take(&mut self.stalled);
+        let stalled = surveyed.groups.iter().filter(has_work).map(|group| {
+            let at = (group.last_delivered, group.pending, group.oldest_pending);
+            let before = known.iter().find(|known| known.name == group.name && known.at == at);
+            Stalled {
+                name: group.name.clone(),
+                at,
+                since: before.map_or(now, |before| before.since),
+            }
+        });
+        self.stalled = stalled.collect();
+    }
+}
+
+/// What is needed for trimming is not allowed.
+fn denied(failure: &Failure) -> Failure {
+    Failure::of(Trouble::TrimDenied, &failure.message)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,330 @@
+use super::*;
+use crate::consumers::group::EntryId;
+
+const S: Duration = Duration::from_secs(1);
+
+fn readership(max_len: i64) -> Readership {
+    let policy = Policy { max_len, silence: None };
+    Readership::new(Some(policy), Some("own".into()))
+}
+
+/// A group that has read up to an entry and acknowledged all but the oldest pending one.
+fn group(name: &str, last: u64, oldest_pending: Option<u64>) -> Group {
+    let id = |seq| EntryId { ms: 1, seq };
+    Group {
+        name: GroupName::Known(name.into()),
+        consumers: 1,
+        pending: i64::from(oldest_pending.is_some()),
+        lag: None,
+        last_delivered: id(last),
+        oldest_pending: oldest_pending.map(id),
+        idle: None,
+    }
+}
+
+fn found(stream: &str, length: i64, groups: Vec<Group>) -> Surveyed {
+    Surveyed {
+        length,
+        groups,
+        ..Surveyed::of(stream.into())
+    }
+}
+
+/// One survey in which nothing goes wrong; what was to be trimmed.
+fn survey(r: &mut Readership, now: Now, last: u64, found: &[Surveyed]) -> Vec<Question> {
+    let (number, questions) = r.ask(now, Some(last), true, false);
+    assert!(r.surveyed(number, found, last, now).is_some());
+    questions
+}
+
+#[test]
+fn nothing_is_sent_before_the_own_stream_was_surveyed() {
+    let mut r = readership(100);
+    assert!(r.holds_back());
+    survey(&mut r, S, 1, &[found("own", 40, Vec::new())]);
+    assert!(!r.holds_back());
+    assert_eq!(r.room("own"), 60);
+}
+
+#[test]
+fn what_was_sent_behind_a_survey_counts_on() {
+    let mut r = readership(100);
+    let own: Rc<str> = "own".into();
+    survey(&mut r, S, 1, &[found("own", 10, Vec::new())]);
+    r.sent(&own, 20);
+    assert_eq!(r.room("own"), 70);
+    let (number, _) = r.ask(2 * S, Some(1), true, false);
+    r.sent(&own, 5);
+    assert_eq!(r.room("own"), 65, "the survey has not been answered");
+    r.surveyed(number, &[found("own", 30, Vec::new())], 1, 2 * S);
+    assert_eq!(r.room("own"), 65, "it did not see the last five");
+}
+
+#[test]
+fn a_survey_that_is_answered_late_counts_no_longer() {
+    let mut r = readership(100);
+    let (first, _) = r.ask(S, Some(1), true, false);
+    r.interrupt();
+    let (second, _) = r.ask(2 * S, Some(1), true, false);
+    assert!(r.surveyed(first, &[found("own", 99, Vec::new())], 1, 2 * S).is_none());
+    assert!(r.surveyed(second, &[found("own", 1, Vec::new())], 1, 2 * S).is_some());
+    assert_eq!(r.room("own"), 99);
+}
+
+#[test]
+fn an_unknown_stream_has_little_room_until_it_was_surveyed() {
+    let mut r = readership(100);
+    let stream: Rc<str> = "new".into();
+    assert_eq!(r.room("new"), 10);
+    r.sent(&stream, 4);
+    assert_eq!(r.room("new"), 6);
+    survey(
+        &mut r,
+        S,
+        1,
+        &[found("own", 0, Vec::new()), found("new", 4, Vec::new())],
+    );
+    assert_eq!(r.room("new"), 96);
+    assert_eq!(
+        (readership(5).room("new"), readership(1_000_000).room("new")),
+        (1, 1_000)
+    );
+    assert_eq!(readership(0).room("new"), i64::MAX);
+}
+
+#[test]
+fn a_goal_waits_for_a_later_batch() {
+    let mut r = readership(100);
+    let read = || [found("own", 9, vec![group("g", 9, Some(4))])];
+    assert_eq!(survey(&mut r, S, 7, &read())[0].trim, None);
+    assert!(r.waits_for_batch(7) && !r.waits_for_batch(8));
+    // No batch has come: the guard still names number 7.
+    assert_eq!(survey(&mut r, 2 * S, 7, &read())[0].trim, None);
+    let id = EntryId { ms: 1, seq: 4 };
+    let left_out = Vec::new();
+    let trim = Trim::Before { id, left_out };
+    let trimmed = [Surveyed {
+        is_trimmed: true,
+        ..found("own", 6, vec![group("g", 9, Some(4))])
+    }];
+    assert_eq!(survey(&mut r, 3 * S, 8, &trimmed)[0].trim, Some(trim.clone()));
+    // The same is not done twice, unless the connection was lost.
+    assert!(!r.waits_for_batch(8));
+    r.disconnected();
+    survey(&mut r, 4 * S, 8, &read());
+    assert_eq!(survey(&mut r, 5 * S, 9, &read())[0].trim, Some(trim));
+}
+
+#[test]
+fn a_paused_backend_trims_nothing() {
+    let mut r = readership(100);
+    survey(&mut r, S, 7, &[found("own", 9, vec![group("g", 9, None)])]);
+    assert_eq!(r.ask(2 * S, Some(8), false, false).1[0].trim, None);
+    r.interrupt();
+    assert!(r.ask(3 * S, Some(8), true, false).1[0].trim.is_some());
+}
+
+#[test]
+fn a_full_stream_holds_back_and_names_who_keeps_it_full() {
+    let mut r = readership(10);
+    survey(&mut r, S, 1, &[found("own", 10, vec![group("slow", 3, Some(3))])]);
+    assert!(!r.holds_back(), "nobody wants to send");
+    r.fills_up("own".into());
+    assert!(r.holds_back() && r.trouble().is_none(), "it may have room by now");
+    // What the group has acknowledged is about to be trimmed.
+    survey(&mut r, 2 * S, 1, &[found("own", 10, vec![group("slow", 3, Some(3))])]);
+    assert!(r.holds_back() && r.trouble().is_none());
+    let trimmed = [Surveyed {
+        is_trimmed: true,
+        ..found("own", 10, vec![group("slow", 3, Some(3))])
+    }];
+    survey(&mut r, 3 * S, 2, &trimmed);
+    let trouble = r.trouble().expect("it is full");
+    assert_eq!((trouble.class, trouble.trouble), (Class::Full, Trouble::Full));
+    for word in ["\"own\"", "10 entries", "\"slow\""] {
+        assert!(trouble.message.contains(word), "{}", trouble.message);
+    }
+    survey(&mut r, 4 * S, 2, &[found("own", 9, vec![group("slow", 4, None)])]);
+    assert!(!r.holds_back() && r.trouble().is_none());
+}
+
+#[test]
+fn a_full_stream_without_groups_says_so() {
+    let mut r = readership(10);
+    survey(&mut r, S, 1, &[found("own", 10, Vec::new())]);
+    r.fills_up("own".into());
+    survey(&mut r, 2 * S, 1, &[found("own", 10, Vec::new())]);
+    assert_eq!(r.trouble().map(|t| t.trouble), Some(Trouble::NoGroup));
+}
+
+#[test]
+fn a_redis_that_may_not_be_asked_holds_back_only_who_trims_by_reading() {
+    let denied = Surveyed {
+        failure: Some(Failure::of(Trouble::NoPermCommand, "NOPERM no")),
+        ..Surveyed::of("own".into())
+    };
+    let mut r = readership(10);
+    survey(&mut r, S, 1, std::slice::from_ref(&denied));
+    assert_eq!(
+        r.trouble().map(|t| (t.class, t.trouble)),
+        Some((Class::Configuration, Trouble::TrimDenied))
+    );
+    survey(&mut r, 2 * S, 1, &[found("own", 1, Vec::new())]);
+    assert!(r.trouble().is_none() && !r.holds_back());
+    let mut viewed = Readership::new(None, Some("own".into()));
+    let (number, _) = viewed.ask(S, Some(1), true, true);
+    viewed.surveyed(number, &[denied], 1, S);
+    assert!(viewed.trouble().is_none() && !viewed.holds_back());
+}
+
+/// Its events are refused, and that is their own trouble.
+#[test]
+fn a_stream_that_cannot_be_asked_for_itself_has_room() {
+    let mut r = readership(10);
+    let wrong = Surveyed {
+        failure: Some(Failure::of(Trouble::WrongType, "WRONGTYPE no")),
+        ..Surveyed::of("own".into())
+    };
+    survey(&mut r, S, 1, &[wrong]);
+    assert!(!r.holds_back() && r.room("own") > 1_000);
+}
+
+/// Who is left out of a stream of ten entries after so many seconds of the same answers.
+fn left_out_after(seconds: u32, group: &Group) -> Vec<LeftOut> {
+    let policy = Policy {
+        max_len: 10,
+        silence: Some(5 * S),
+    };
+    let mut r = Readership::new(Some(policy), Some("own".into()));
+    let mut left_out = Vec::new();
+    for second in 1..=seconds {
+        let (number, _) = r.ask(second * S, Some(1), true, false);
+        let answers = [found("own", 10, vec![group.clone()])];
+        left_out = r.surveyed(number, &answers, 1, second * S).expect("it was asked");
+    }
+    left_out
+}
+
+#[test]
+fn a_group_with_something_to_do_is_silent_while_it_does_nothing() {
+    let idle = |seconds: u32| Some(seconds * S);
+    let unmanned = Group {
+        consumers: 0,
+        ..group("g", 3, None)
+    };
+    assert_eq!(left_out_after(6, &unmanned), []);
+    assert_eq!(left_out_after(7, &unmanned)[0].silent, 6 * S);
+    // A consumer was heard since.
+    let heard = Group {
+        idle: idle(2),
+        ..group("g", 3, Some(2))
+    };
+    assert_eq!(left_out_after(20, &heard), []);
+    // Redis says that it has been silent for long, but the worker has only just looked.
+    let quiet = Group {
+        idle: idle(1_000),
+        ..group("g", 3, Some(2))
+    };
+    assert_eq!(left_out_after(1, &quiet), []);
+    assert_eq!(left_out_after(7, &quiet)[0].silent, 6 * S);
+    // It has read everything. Nothing to be read has come since.
+    let done = Group {
+        idle: idle(1_000),
+        lag: Some(0),
+        ..group("g", 9, None)
+    };
+    assert_eq!(left_out_after(20, &done), []);
+}
+
+#[test]
+fn a_group_that_goes_on_is_not_silent() {
+    let policy = Policy {
+        max_len: 10,
+        silence: Some(5 * S),
+    };
+    let mut r = Readership::new(Some(policy), Some("own".into()));
+    for second in 1..=30 {
+        let (number, _) = r.ask(second * S, Some(1), true, false);
+        // Slow: an entry each four seconds.
+        let slow = group("g", 3 + u64::from(second) / 4, None);
+        let left_out = r.surveyed(number, &[found("own", 10, vec![slow])], 1, second * S);
+        assert_eq!(left_out, Some(Vec::new()), "{second}");
+    }
+}
+
+#[test]
+fn of_many_streams_each_has_its_turn_and_the_full_one_the_first() {
+    let mut r = readership(100);
+    for n in 0..1_000 {
+        r.sent(&format!("s{n}").into(), 10);
+    }
+    r.fills_up("s777".into());
+    let mut asked: HashMap<Arc<str>, usize> = HashMap::new();
+    for second in 1..=6 {
+        let (number, questions) = r.ask(second * S, Some(1), true, false);
+        assert_eq!(questions.len(), ASKED_AT_ONCE);
+        assert!(questions.iter().any(|q| *q.stream == *"s777"));
+        for question in &questions {
+            *asked.entry(question.stream.clone()).or_default() += 1;
+        }
+        let full = |stream: &str| found(stream, 100, Vec::new());
+        let answers: Vec<_> = questions.iter().map(|q| full(&q.stream)).collect();
+        r.surveyed(number, &answers, 1, second * S);
+    }
+    assert_eq!(asked.len(), 1_001, "each was asked");
+    assert_eq!((asked["s777"], asked["own"]), (6, 6));
+}
+
+#[test]
+fn streams_are_remembered_up_to_a_limit() {
+    let mut r = Readership::new(None, Some("own".into()));
+    for n in 0..10 * MOST_WATCHED {
+        r.sent(&format!("s{n}").into(), 1);
+    }
+    assert!(r.streams.len() <= MOST_WATCHED);
+    assert!(r.streams.contains_key("own") && r.streams.contains_key("s9999"));
+}
+
+#[test]
+fn who_has_nothing_to_trim_asks_nothing() {
+    let mut r = readership(100);
+    assert_eq!(r.due_at(false), Some(Now::ZERO));
+    survey(&mut r, S, 1, &[found("own", 1, vec![group("g", 1, None)])]);
+    assert_eq!((r.due_at(false), r.due_at(true)), (None, Some(2 * S)));
+    r.sent(&"own".into(), 1);
+    assert_eq!(r.due_at(false), Some(2 * S));
+    let mut viewed = Readership::new(None, Some("own".into()));
+    assert_eq!((viewed.due_at(false), viewed.due_at(true)), (None, Some(Now::ZERO)));
+    viewed.ask(S, Some(1), true, true);
+    assert_eq!(viewed.due_at(true), Some(S + PATIENCE), "one is on its way");
+}
+
+/// In a cluster, most lanes have only streams that events name.
+#[test]
+fn a_lane_without_the_own_stream_does_not_wait_for_it() {
+    let policy = Policy {
+        max_len: 100,
+        silence: None,
+    };
+    let mut r = Readership::new(Some(policy), None);
+    assert!(!r.holds_back() && r.due_at(false).is_none());
+    r.sent(&"s".into(), 1);
+    let (_, questions) = r.ask(S, Some(1), true, false);
+    assert_eq!(questions.iter().map(|q| &*q.stream).collect::<Vec<_>>(), ["s"]);
+    r.follow(None, None);
+    r.follow(Some(policy), None);
+    assert!(!r.holds_back());
+    r.follow(Some(policy), Some(&"own".into()));
+    assert!(r.holds_back());
+}
+
+/// [`a_goal_waits_for_a_later_batch`] can fail.
+#[cfg(feature = "faults")]
+#[test]
+fn a_mutant_that_trims_the_last_batch_is_told_apart() {
+    fault::mutate(Some(Mutation::TrimLastBatch));
+    let mut r = readership(100);
+    let read = || [found("own", 9, vec![group("g", 9, Some(4))])];
+    survey(&mut r, S, 7, &read());
+    assert!(survey(&mut r, 2 * S, 7, &read())[0].trim.is_some());
+}

@@ -1,0 +1,242 @@
+//! What may be trimmed of a stream, because of what its groups have acknowledged.
+
+use crate::consumers::group::{EntryId, Group, GroupName, Surveyed};
+use std::time::Duration;
+
+/// Trims a stream once more than this part of `max_len` is used, when no group counts.
+const KEPT_QUARTERS: i64 = 3;
+
+/// How a stream is to be trimmed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Trim {
+    /// Entries before this one go. Each group but those that are `left_out` must have acknowledged them.
+    Before { id: EntryId, left_out: Vec<Silent> },
+    /// The oldest go until so many entries are left. All groups must be `left_out`.
+    To { length: i64, left_out: Vec<Silent> },
+}
+
+/// A group that does not count as long as it stands where it stood.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Silent {
+    pub name: Vec<u8>,
+    pub last_delivered: EntryId,
+    pub pending: i64,
+}
+
+/// What may be trimmed of a stream, and who keeps the rest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Verdict {
+    /// `None`: nothing may.
+    pub trim: Option<Trim>,
+    /// Who keeps what was not trimmed.
+    pub holder: Holder,
+    /// Groups that do not count because they have been silent for too long, and for how long.
+    pub left_out: Vec<(GroupName, Duration)>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Holder {
+    /// This group has acknowledged less than the others.
+    Group(GroupName),
+    /// The stream has no group.
+    Nobody,
+    /// There are too many groups to know.
+    Crowd,
+    /// All groups were left out.
+    Silence,
+}
+
+/// Judges a stream. `silence`: how long a group may be silent before it is left out; `silent_for`: for how long a group
+/// is. `max_len` 0: unlimited.
+pub fn judge(
+    stream: &Surveyed,
+    max_len: i64,
+    silence: Option<Duration>,
+    silent_for: impl Fn(&Group) -> Option<Duration>,
+) -> Verdict {
+    let nothing = |holder| Verdict {
+        trim: None,
+        holder,
+        left_out: Vec::new(),
+    };
+    if stream.has_more_groups {
+        return nothing(Holder::Crowd);
+    }
+    if stream.groups.is_empty() {
+        return nothing(Holder::Nobody);
+    }
+    let (mut left_out, mut names) = (Vec::new(), Vec::new());
+    let mut lowest: Option<&Group> = None;
+    for group in &stream.groups {
+        match silence.zip(silent_for(group)) {
+            Some((most, silent)) if silent > most => {
+                let GroupName::Known(name) = &group.name else {
+                    // It cannot be told apart from the others in Redis.
+                    return nothing(Holder::Group(group.name.clone()));
+                };
+                names.push(Silent {
+                    name: name.clone(),
+                    last_delivered: group.last_delivered,
+                    pending: group.pending,
+                });
+                left_out.push((group.name.clone(), silent));
+            }
+            _ if lowest.is_none_or(|lowest| group.acknowledged() < lowest.acknowledged()) => lowest = Some(group),
+            _ => {}
+        }
+    }
+    let (trim, holder) = match lowest {
+        Some(group) => {
+            let trim = Trim::Before {
+                id: group.acknowledged(),
+                left_out: names,
+            };
+            let is_of_use = group.acknowledged() > EntryId::FIRST;
+            (is_of_use.then_some(trim), Holder::Group(group.name.clone()))
+        }
+        None => {
+            // Nobody counts who could lose anything, so there is room for what comes: not more than is needed.
+            let length = (max_len / 4 * KEPT_QUARTERS).max(1);
+            let trim = Trim::To {
+                length,
+                left_out: names,
+            };
+            let is_of_use = max_len > 0 && stream.length >= max_len;
+            (is_of_use.then_some(trim), Holder::Silence)
+        }
+    };
+    Verdict { trim, holder, left_out }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A group that was given entries up to one, of which the oldest pending is another.
+    fn group(name: &str, last: u64, oldest_pending: Option<u64>, idle_s: u64) -> Group {
+        let id = |seq| EntryId { ms: 1, seq };
+        Group {
+            name: GroupName::Known(name.into()),
+            consumers: 1,
+            pending: i64::from(oldest_pending.is_some()),
+            lag: None,
+            last_delivered: id(last),
+            oldest_pending: oldest_pending.map(id),
+            idle: Some(Duration::from_secs(idle_s)),
+        }
+    }
+
+    fn stream(length: i64, groups: Vec<Group>) -> Surveyed {
+        Surveyed {
+            length,
+            groups,
+            ..Surveyed::of("s".into())
+        }
+    }
+
+    fn judged(stream: &Surveyed, silence_s: Option<u64>) -> Verdict {
+        judge(stream, 100, silence_s.map(Duration::from_secs), |g| g.idle)
+    }
+
+    fn silent(name: &str, last: u64) -> Silent {
+        Silent {
+            name: name.into(),
+            last_delivered: EntryId { ms: 1, seq: last },
+            pending: 0,
+        }
+    }
+
+    fn before(seq: u64, left_out: &[Silent]) -> Option<Trim> {
+        let left_out = left_out.to_vec();
+        let id = EntryId { ms: 1, seq };
+        Some(Trim::Before { id, left_out })
+    }
+
+    fn of(name: &str) -> Holder {
+        Holder::Group(GroupName::Known(name.into()))
+    }
+
+    #[test]
+    fn the_group_that_has_acknowledged_least_decides() {
+        for (groups, trim, holder) in [
+            (vec![group("a", 9, None, 0)], before(9, &[]), of("a")),
+            (vec![group("a", 9, Some(4), 0)], before(4, &[]), of("a")),
+            (
+                vec![group("a", 9, None, 0), group("b", 7, None, 0)],
+                before(7, &[]),
+                of("b"),
+            ),
+            (
+                vec![group("a", 9, Some(3), 0), group("b", 7, None, 0)],
+                before(3, &[]),
+                of("a"),
+            ),
+            // A group that was set back after it had read more.
+            (vec![group("a", 2, Some(5), 0)], before(2, &[]), of("a")),
+        ] {
+            let verdict = judged(&stream(50, groups), None);
+            assert_eq!((verdict.trim, verdict.holder), (trim, holder));
+        }
+    }
+
+    #[test]
+    fn a_stream_without_groups_keeps_all() {
+        let verdict = judged(&stream(1_000, Vec::new()), Some(1));
+        assert_eq!((verdict.trim, verdict.holder), (None, Holder::Nobody));
+    }
+
+    #[test]
+    fn a_group_that_has_read_nothing_keeps_all() {
+        let fresh = Group {
+            last_delivered: EntryId::FIRST,
+            ..group("b", 0, None, 0)
+        };
+        let verdict = judged(&stream(50, vec![group("a", 9, None, 0), fresh]), None);
+        assert_eq!((verdict.trim, verdict.holder), (None, of("b")));
+    }
+
+    #[test]
+    fn what_is_not_known_of_a_group_keeps_all() {
+        let unknown = Group {
+            pending: 3,
+            ..group("b", 9, None, 0)
+        };
+        assert_eq!(judged(&stream(50, vec![unknown]), None).trim, None);
+        let nameless = Group {
+            name: GroupName::TooLong(500),
+            ..group("", 9, None, 100)
+        };
+        let others = vec![group("a", 9, None, 0), nameless];
+        assert_eq!(judged(&stream(50, others), Some(10)).trim, None);
+        let crowd = Surveyed {
+            has_more_groups: true,
+            ..stream(50, vec![group("a", 9, None, 0)])
+        };
+        assert_eq!(judged(&crowd, None).holder, Holder::Crowd);
+        assert_eq!(judged(&crowd, None).trim, None);
+    }
+
+    #[test]
+    fn silent_groups_are_left_out_if_that_is_wanted() {
+        let groups = vec![group("a", 9, None, 1), group("b", 2, None, 11)];
+        assert_eq!(judged(&stream(50, groups.clone()), None).trim, before(2, &[]));
+        assert_eq!(judged(&stream(50, groups.clone()), Some(11)).trim, before(2, &[]));
+        let verdict = judged(&stream(50, groups), Some(10));
+        assert_eq!((verdict.trim, verdict.holder), (before(9, &[silent("b", 2)]), of("a")));
+        assert_eq!(
+            verdict.left_out,
+            [(GroupName::Known(b"b".to_vec()), Duration::from_secs(11))]
+        );
+    }
+
+    #[test]
+    fn with_silent_groups_alone_a_full_stream_makes_room() {
+        let groups = vec![group("a", 9, None, 20), group("b", 2, None, 20)];
+        assert_eq!(judged(&stream(99, groups.clone()), Some(10)).trim, None);
+        let left_out = vec![silent("a", 9), silent("b", 2)];
+        let trim = Some(Trim::To { length: 75, left_out });
+        assert_eq!(judged(&stream(100, groups.clone()), Some(10)).trim, trim);
+        let unlimited = judge(&stream(100, groups), 0, Some(Duration::from_secs(10)), |g| g.idle);
+        assert_eq!((unlimited.trim, unlimited.holder), (None, Holder::Silence));
+    }
+}

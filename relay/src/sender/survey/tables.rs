@@ -1,0 +1,228 @@
+//! Replies about groups and consumers, piece by piece: there may be any number of them, and fields that no version has
+//! had so far.
+
+use crate::consumers::group::{EntryId, Group, GroupName, MOST_GROUPS};
+use crate::resp::read::{Piece, Reply};
+
+/// Where in a nested array the next piece stands.
+struct Place {
+    /// What is missing of each array that is open, outermost first.
+    open: Vec<u64>,
+}
+
+impl Place {
+    fn of(items: u64) -> Self {
+        Self { open: vec![items] }
+    }
+
+    fn depth(&self) -> usize {
+        self.open.len()
+    }
+
+    /// Goes past a piece. Whether the outermost array has ended.
+    fn pass(&mut self, piece: Piece<'_>) -> bool {
+        if let Piece::Array(items @ 1..) = piece {
+            self.open.push(items);
+            return false;
+        }
+        while let Some(missing) = self.open.last_mut() {
+            *missing -= 1;
+            if *missing > 0 {
+                return false;
+            }
+            self.open.pop();
+        }
+        true
+    }
+}
+
+/// A field and its value, one after the other, in each row of an array.
+struct Rows {
+    place: Place,
+    field: Option<Vec<u8>>,
+}
+
+impl Rows {
+    fn of(items: u64) -> Self {
+        Self {
+            place: Place::of(items),
+            field: None,
+        }
+    }
+
+    /// Calls `on_row` when a row begins, and `on_value` with each field. Whether the array has ended.
+    fn take<S>(
+        &mut self,
+        piece: Piece<'_>,
+        state: &mut S,
+        on_row: fn(&mut S),
+        on_value: fn(&mut S, &[u8], Piece<'_>),
+    ) -> bool {
+        match self.place.depth() {
+            1 => {
+                self.field = None;
+                on_row(state);
+            }
+            2 => match self.field.take() {
+                Some(field) => on_value(state, &field, piece),
+                None => {
+                    self.field = Some(match piece {
+                        Piece::String { text: Some(name), .. } => name.to_vec(),
+                        _ => Vec::new(),
+                    });
+                }
+            },
+            // Within the value of a field.
+            _ => {}
+        }
+        self.place.pass(piece)
+    }
+}
+
+fn number(piece: Piece<'_>) -> Option<i64> {
+    match piece {
+        Piece::Line(line) => Reply::new(line).number(),
+        _ => None,
+    }
+}
+
+fn id(piece: Piece<'_>) -> Option<EntryId> {
+    match piece {
+        Piece::String { text: Some(text), .. } => std::str::from_utf8(text).ok()?.parse().ok(),
+        _ => None,
+    }
+}
+
+/// The reply to XINFO GROUPS.
+pub(super) struct Groups {
+    rows: Rows,
+    found: Found,
+}
+
+#[derive(Default)]
+struct Found {
+    groups: Vec<Group>,
+    has_more: bool,
+}
+
+impl Groups {
+    pub(super) fn of(items: u64) -> Self {
+        Self {
+            rows: Rows::of(items),
+            found: Found::default(),
+        }
+    }
+
+    pub(super) fn take(&mut self, piece: Piece<'_>) -> bool {
+        self.rows.take(piece, &mut self.found, Found::begin, Found::note)
+    }
+
+    /// Also whether there are others.
+    pub(super) fn into_groups(self) -> (Vec<Group>, bool) {
+        (self.found.groups, self.found.has_more)
+    }
+}
+
+impl Found {
+    fn begin(&mut self) {
+        if self.groups.len() >= MOST_GROUPS {
+            self.has_more = true;
+            return;
+        }
+        self.groups.push(Group {
+            name: GroupName::Known(Vec::new()),
+            consumers: 0,
+            pending: 0,
+            lag: None,
+            last_delivered: EntryId::FIRST,
+            oldest_pending: None,
+            idle: None,
+        });
+    }
+
+    fn note(&mut self, field: &[u8], piece: Piece<'_>) {
+        let Some(group) = self.groups.last_mut().filter(|_| !self.has_more) else {
+            return;
+        };
+        match field {
+            b"name" => {
+                if let Piece::String { size, text } = piece {
+                    group.name = match text {
+                        Some(name) => GroupName::Known(name.to_vec()),
+                        None => GroupName::TooLong(size),
+                    };
+                }
+            }
+            b"consumers" => group.consumers = number(piece).unwrap_or_default(),
+            b"pending" => group.pending = number(piece).unwrap_or_default(),
+            b"lag" => group.lag = number(piece),
+            b"last-delivered-id" => group.last_delivered = id(piece).unwrap_or_default(),
+            _ => {}
+        }
+    }
+}
+
+/// The reply to XPENDING: how many, the first, the last, and how many of each consumer.
+pub(super) struct Pending {
+    place: Place,
+    index: usize,
+    count: i64,
+    oldest: Option<EntryId>,
+}
+
+impl Pending {
+    pub(super) fn of(items: u64) -> Self {
+        Self {
+            place: Place::of(items),
+            index: 0,
+            count: 0,
+            oldest: None,
+        }
+    }
+
+    pub(super) fn take(&mut self, piece: Piece<'_>) -> bool {
+        if self.place.depth() == 1 {
+            match self.index {
+                0 => self.count = number(piece).unwrap_or_default(),
+                1 => self.oldest = id(piece),
+                _ => {}
+            }
+            self.index += 1;
+        }
+        self.place.pass(piece)
+    }
+
+    pub(super) fn into_parts(self) -> (i64, Option<EntryId>) {
+        (self.count, self.oldest)
+    }
+}
+
+/// The reply to XINFO CONSUMERS.
+pub(super) struct Consumers {
+    rows: Rows,
+    least: Option<u64>,
+}
+
+impl Consumers {
+    pub(super) fn of(items: u64) -> Self {
+        Self {
+            rows: Rows::of(items),
+            least: None,
+        }
+    }
+
+    pub(super) fn take(&mut self, piece: Piece<'_>) -> bool {
+        let note = |least: &mut Option<u64>, field: &[u8], piece: Piece<'_>| {
+            if let (b"idle", Some(idle)) = (field, number(piece)) {
+                let idle = idle.max(0) as u64;
+                *least = Some(least.map_or(idle, |least| least.min(idle)));
+            }
+        };
+        self.rows.take(piece, &mut self.least, |_| {}, note)
+    }
+
+    /// Since when the consumer that was heard last is silent.
+    pub(super) fn least_idle_ms(&self) -> Option<u64> {
+        self.least
+    }
+}

@@ -1,0 +1,152 @@
+//! Who reads a backend's streams: when Redis is asked, and what follows from the answers. See [`relay::consumers`].
+
+use crate::server::guc::LogLevel;
+use crate::server::process::log;
+use crate::tables::options::Trimming;
+use crate::worker::backend::Backend;
+use crate::worker::backend::readers::Readers;
+use crate::worker::backend::settings;
+use relay::consumers::group::Surveyed;
+use relay::consumers::readership::{LeftOut, Policy, Readership};
+use relay::delivery::batch::{BuiltBatch, OpenBatch};
+use relay::delivery::flight::Contents;
+use relay::sender::orders::Order;
+use relay::sender::survey::Survey;
+use relay::time::Now;
+use std::rc::Rc;
+
+impl Backend {
+    /// How streams are trimmed, unless by length.
+    fn trim_policy(&self) -> Option<Policy> {
+        let row = self.row().filter(|_| self.reads_for_redis())?;
+        match row.options.trim {
+            Ok(Trimming::Read) => Some(Policy {
+                max_len: settings::max_len(Some(&row.options)),
+                silence: row.options.trim_ignore_idle.clone().ok()?.map(|silence| silence.0),
+            }),
+            _ => None,
+        }
+    }
+
+    /// Watches the streams, or not: because of its settings, or because somebody looks. True: it has just begun, and
+    /// [`Self::watch_streams`] is to be told what there was before.
+    pub(crate) fn watch(&mut self, is_viewed: bool) -> bool {
+        let policy = self.trim_policy();
+        if policy.is_none() && (!is_viewed || !self.reads_for_redis()) {
+            if self.delivery.readership().is_some() {
+                self.delivery.set_readership(None);
+                self.readers = Readers::default();
+            }
+            return false;
+        }
+        let own_stream = Some(self.stream().clone()).filter(|stream| self.serves(stream));
+        match self.delivery.readership_mut() {
+            Some(readership) => {
+                readership.follow(policy, own_stream.as_ref());
+                false
+            }
+            None => {
+                self.delivery.set_readership(Some(Readership::new(policy, own_stream)));
+                true
+            }
+        }
+    }
+
+    /// Streams that it had before.
+    pub(crate) fn watch_streams(&mut self, streams: Vec<String>) {
+        let mut all: Vec<Rc<str>> = streams.into_iter().map(Rc::from).collect();
+        all.extend(self.entries.named_streams());
+        all.retain(|stream| self.serves(stream));
+        if let Some(readership) = self.delivery.readership_mut() {
+            all.iter().for_each(|stream| readership.knows(stream));
+        }
+    }
+
+    /// When Redis is to be asked; `None`: not now.
+    pub(crate) fn survey_at(&self, is_viewed: bool) -> Option<Now> {
+        let readership = self.delivery.readership()?;
+        let may_ask = self.has_sender() && self.delivery.is_up() && !self.delivery.is_stopped();
+        let is_of_use = self.is_enabled() || is_viewed;
+        readership.due_at(is_viewed).filter(|_| may_ask && is_of_use)
+    }
+
+    /// Asks Redis. If nothing is on its way, an empty batch before that moves the guard on, so that what the last batch
+    /// has appended can be trimmed. `wal`: up to where it is flushed.
+    pub(crate) fn ask_consumers(&mut self, is_viewed: bool, wal: u64, now: Now) {
+        let mut last = self.delivery.number();
+        let trims = self.is_enabled() && !self.is_withheld();
+        let waits = self.delivery.readership().is_some_and(|r| r.waits_for_batch(last));
+        let is_clean = self.books.records.is_empty() && !self.books.is_unflushed;
+        if trims && waits && is_clean && self.is_exactly_once() && self.delivery.may_send_empty() {
+            let batch = OpenBatch::new(self.buffer());
+            let end = self.delivery.position().clone();
+            let contents = Contents::Rows { end };
+            self.send(vec![BuiltBatch { batch, contents }], wal);
+            last = self.delivery.next_number();
+        }
+        let last = self.is_exactly_once().then_some(last);
+        let Some(readership) = self.delivery.readership_mut() else {
+            return;
+        };
+        let asks_idle = readership.policy().is_some_and(|policy| policy.silence.is_some());
+        let (number, questions) = readership.ask(now, last, trims, is_viewed);
+        if questions.is_empty() {
+            return readership.interrupt();
+        }
+        self.order(Order::Survey(Box::new(Survey::new(number, questions, asks_idle))));
+    }
+
+    /// The answers of a survey.
+    pub(super) fn take_survey(&mut self, number: u64, found: Vec<Surveyed>, now: Now) {
+        let last = self.delivery.number();
+        let before = self.delivery.trouble().cloned();
+        let Some(readership) = self.delivery.readership_mut() else {
+            return;
+        };
+        let Some(left_out) = readership.surveyed(number, &found, last, now) else {
+            return;
+        };
+        if self.delivery.trouble() != before.as_ref() {
+            self.books.change(now);
+        }
+        self.log_left_out(left_out, now);
+        self.readers.found(found);
+    }
+
+    /// The connection is gone.
+    pub(super) fn loses_readers(&mut self) {
+        if let Some(readership) = self.delivery.readership_mut() {
+            readership.disconnected();
+        }
+    }
+
+    /// What is to be saved of the last survey. Unless somebody looks, only what has changed.
+    pub(crate) fn unsaved_consumers(&self, is_viewed: bool) -> Option<&[Surveyed]> {
+        self.readers.unsaved(is_viewed)
+    }
+
+    /// It is saved.
+    pub(crate) fn saved_consumers(&mut self) {
+        self.readers.is_saved();
+    }
+
+    fn log_left_out(&mut self, left_out: Vec<LeftOut>, now: Now) {
+        for LeftOut { stream, group, silent } in left_out {
+            if !self.readers.is_news(&stream, &group, now) {
+                continue;
+            }
+            let name = self.name();
+            log(
+                LogLevel::Warning,
+                &format!("backend \"{name}\" trims stream \"{stream}\" regardless of consumer group \"{group}\""),
+                Some(&format!(
+                    "The group has been silent for {} seconds, which is longer than trim_ignore_idle.",
+                    silent.as_secs()
+                )),
+                Some(
+                    "Entries that it has not acknowledged go. Start its consumers, or delete the group with XGROUP DESTROY.",
+                ),
+            );
+        }
+    }
+}

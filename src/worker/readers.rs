@@ -1,0 +1,54 @@
+//! Consumer groups: whose Redis is asked about them in a round, and what of the answers is saved.
+
+use crate::server::process;
+use crate::tables::consumers;
+use crate::worker::state::Worker;
+use crate::worker::task::Task;
+use relay::time::Now;
+
+/// Streams that are remembered from before a restart.
+const MOST_REMEMBERED: usize = 20_000;
+
+impl Worker {
+    /// Asks about consumer groups where that is due.
+    pub(super) fn ask_consumers(&mut self, now: Now) {
+        self.consumers_viewed = self.slot.wants_consumers();
+        let (is_viewed, wal) = (self.consumers_viewed, self.flushed);
+        for backend in &mut self.backends {
+            if backend.watch(is_viewed) {
+                let (number, lane) = backend.whose();
+                let known = process::transaction(|| {
+                    consumers::forget_deleted();
+                    consumers::known_streams(number, lane, MOST_REMEMBERED)
+                });
+                // Without these, streams are watched from the next event on.
+                backend.watch_streams(known.unwrap_or_default());
+            }
+            if backend.survey_at(is_viewed).is_some_and(|at| at <= now) {
+                backend.ask_consumers(is_viewed, wal, now);
+            }
+        }
+    }
+
+    /// Saves what Redis has said, for the view.
+    pub(super) fn save_consumers(&mut self, now: Now) {
+        let is_viewed = self.consumers_viewed;
+        if self.backends.iter().all(|b| b.unsaved_consumers(is_viewed).is_none()) {
+            return;
+        }
+        let saved = self.attempt(Task::SaveConsumers, now, |worker| {
+            process::transaction(|| {
+                for backend in &worker.backends {
+                    if let Some(found) = backend.unsaved_consumers(is_viewed) {
+                        consumers::save(backend.number, backend.lane(), found);
+                    }
+                }
+            })
+        });
+        if saved.is_some() {
+            for backend in &mut self.backends {
+                backend.saved_consumers();
+            }
+        }
+    }
+}

@@ -1,0 +1,219 @@
+//! `outbox.consumers`: what Redis says of consumer groups, asked only while somebody wants to know.
+
+use kit::{
+    Cluster, Group, Postgres, QUICK, Redis, Stack, UNTRIMMED, holds_for, publish_many, standing, wait_drained, wait_eq,
+    wait_trouble, wait_until,
+};
+use std::time::Duration;
+
+/// Stream, group, consumers, pending, lag, unread, and whether the oldest pending has an age.
+type Shown = (String, String, i64, i64, Option<i64>, Option<i64>, bool);
+
+fn shown(pg: &Postgres) -> Vec<Shown> {
+    let rows = pg.client().query(
+        "select stream, consumer_group, consumers, pending, lag, unread, oldest_pending_age > interval '0'
+        from outbox.consumers where backend = 'default' and updated_at > clock_timestamp() - interval '1 min'
+        order by stream, consumer_group",
+        &[],
+    );
+    let rows = rows.expect("outbox.consumers can be read");
+    let aged = |row: &postgres::Row| row.get::<_, Option<bool>>(6).unwrap_or_default();
+    let all = rows.iter().map(|row| {
+        let (stream, group) = (row.get(0), row.get(1));
+        (stream, group, row.get(2), row.get(3), row.get(4), row.get(5), aged(row))
+    });
+    all.collect()
+}
+
+fn row(stream: &str, group: &str, consumers: i64, pending: i64, unread: i64) -> Shown {
+    let (stream, group) = (stream.to_owned(), group.to_owned());
+    (
+        stream,
+        group,
+        consumers,
+        pending,
+        Some(unread),
+        Some(unread),
+        pending > 0,
+    )
+}
+
+/// How often Redis was asked about groups.
+fn asked(redis: &Redis) -> u64 {
+    let mut conn = redis.conn();
+    let info: String = redis::cmd("INFO").arg("commandstats").query(&mut conn).expect("INFO");
+    let line = info
+        .lines()
+        .find(|line| line.starts_with("cmdstat_xinfo|groups:") || line.starts_with("cmdstat_xinfo:"));
+    let calls = line.and_then(|line| line.split("calls=").nth(1)?.split(',').next()?.parse().ok());
+    calls.unwrap_or_default()
+}
+
+fn health(pg: &Postgres) -> (String, String, Option<String>) {
+    let row = pg.client().query_one(
+        "select status, detail, hint from outbox.health() where \"check\" = 'consumers'",
+        &[],
+    );
+    let row = row.expect("a row of health()");
+    (row.get(0), row.get(1), row.get(2))
+}
+
+#[test]
+fn the_view_shows_each_group_of_each_stream() {
+    let stack = Stack::with(&[UNTRIMMED]);
+    let mut conn = stack.redis.conn();
+    publish_many(&mut stack.pg.client(), "default", "", "event", 10);
+    publish_many(&mut stack.pg.client(), "default", "other", "event", 3);
+    stack.wait_events(10);
+    stack.redis.wait_entries("other", 3);
+    let mut slow = Group::create(&mut conn, "events", "slow");
+    let read = slow.read(&mut conn, "a", 6);
+    slow.acknowledge(&mut conn, &read[..4]);
+    slow.read(&mut conn, "b", 1);
+    Group::create(&mut conn, "other", "fresh");
+    // A name that would change the terminal of whoever reads it.
+    Group::create(&mut conn, "other", "odd\u{1b}[31m\u{202e}");
+    let expected = vec![
+        row("events", "slow", 2, 3, 3),
+        row("other", "fresh", 0, 0, 3),
+        row("other", "odd [31m", 0, 0, 3),
+    ];
+    wait_eq("the view", expected, || shown(&stack.pg));
+    let mut reader = stack.pg.client();
+    reader
+        .batch_execute("create role watcher login; grant pg_monitor to watcher")
+        .unwrap();
+    let count = stack
+        .pg
+        .client_as("watcher", "postgres")
+        .query("select * from outbox.consumers", &[]);
+    assert_eq!(count.expect("pg_monitor may read it").len(), 3);
+    slow.drain(&mut conn);
+    wait_until("what is read", || shown(&stack.pg)[0].5 == Some(0));
+    // A group that is gone does not stay.
+    slow.destroy(&mut conn);
+    wait_until("the group to go", || shown(&stack.pg)[0].0 == "other");
+}
+
+#[test]
+fn redis_is_asked_once_a_second_while_somebody_looks_and_else_never() {
+    let stack = Stack::with(&[UNTRIMMED]);
+    let mut conn = stack.redis.conn();
+    stack.publish("event");
+    stack.wait_events(1);
+    Group::create(&mut conn, "events", "g");
+    holds_for(Duration::from_millis(1_500), "nobody asks", || asked(&stack.redis) == 0);
+    wait_until("the view", || shown(&stack.pg).len() == 1);
+    let (before, began) = (asked(&stack.redis), std::time::Instant::now());
+    // However many look, and however often.
+    let mut looks = 0;
+    while began.elapsed() < Duration::from_secs(4) {
+        shown(&stack.pg);
+        looks += 1;
+    }
+    let times = asked(&stack.redis) - before;
+    assert!(
+        (2..=5).contains(&times),
+        "asked {times} times in 4 s, looked at {looks} times"
+    );
+}
+
+#[test]
+fn all_lanes_of_a_cluster_are_shown() {
+    let cluster = Cluster::start(0);
+    let stack = Stack::of(Postgres::with(&[UNTRIMMED]), Redis::start());
+    stack.pg.exec(&format!(
+        "update outbox.backends set mode = 'cluster', nodes = '{}', host = null, port = null, stream_name = 's0'",
+        cluster.addresses()
+    ));
+    let streams: Vec<String> = (0..6).map(|n| format!("s{n}")).collect();
+    for stream in &streams {
+        publish_many(&mut stack.pg.client(), "default", stream, "event", 5);
+        cluster.wait_entries(stream, 5);
+        cluster.call(stream, &["XGROUP", "CREATE", stream, "g", "0"]);
+    }
+    let expected: Vec<Shown> = streams.iter().map(|stream| row(stream, "g", 0, 0, 5)).collect();
+    wait_eq("the view", expected, || shown(&stack.pg));
+}
+
+/// A backend that trims by length goes on, whatever may not be asked.
+#[test]
+fn a_user_without_the_right_to_ask_is_told_so_by_health() {
+    let stack = Stack::of(Postgres::with(QUICK).with(&[UNTRIMMED]), Redis::start());
+    let acl = |rules: &[&str]| drop(stack.redis.call(&[&["ACL", "SETUSER", "relay"], rules].concat()));
+    acl(&["on", ">secret", "~*", "+@all", "-xinfo", "-xlen"]);
+    stack
+        .pg
+        .exec("update outbox.backends set username = 'relay'; select outbox.set_backend_password('default', 'secret')");
+    stack.publish("one");
+    stack.wait_events(1);
+    assert_eq!(health(&stack.pg).0, "ok");
+    wait_until("a warning", || {
+        assert!(shown(&stack.pg).is_empty());
+        let (status, detail, hint) = health(&stack.pg);
+        status == "warn" && detail.contains("NOPERM") && hint.is_some_and(|hint| hint.contains("+xinfo|groups"))
+    });
+    stack.publish("two");
+    stack.wait_events(2);
+    wait_drained(&stack.pg, "default");
+    assert_eq!(standing(&stack.pg, "default").state, "idle");
+    // Who trims by what is read cannot do without.
+    stack.pg.exec("update outbox.backends set trim = 'read'");
+    wait_trouble(&stack.pg, "default", "misconfigured", "NOPERM");
+    stack
+        .pg
+        .wait_log("HINT:  With trim = 'read', the backend's Redis user needs +xlen +xinfo|groups");
+    stack.publish("three");
+    wait_eq("pending", 1, || standing(&stack.pg, "default").pending);
+    // The rule of the documents.
+    acl(&[
+        "-@all",
+        "+@connection",
+        "+xadd",
+        "+watch",
+        "+multi",
+        "+exec",
+        "+discard",
+        "+hset",
+        "+hmget",
+        "+hgetall",
+        "+xrevrange",
+    ]);
+    acl(&[
+        "+xlen",
+        "+xinfo|stream",
+        "+xinfo|groups",
+        "+xinfo|consumers",
+        "+xpending",
+    ]);
+    wait_trouble(&stack.pg, "default", "misconfigured", "NOPERM").pending;
+    acl(&["+xtrim", "+eval"]);
+    stack.wait_events(3);
+    wait_drained(&stack.pg, "default");
+    wait_eq("the state", "idle".to_owned(), || standing(&stack.pg, "default").state);
+}
+
+#[test]
+fn health_warns_of_a_group_that_is_about_to_lose_entries() {
+    let stack = Stack::with(&[("outbox_relay.redis_max_len", "1000")]);
+    let mut conn = stack.redis.conn();
+    let mut late = Group::create(&mut conn, "events", "late");
+    let mut quick = Group::create(&mut conn, "events", "quick");
+    publish_many(&mut stack.pg.client(), "default", "", "event", 700);
+    quick.wait_acknowledged(&mut conn, 700);
+    wait_until("the view", || shown(&stack.pg).len() == 2);
+    assert_eq!(health(&stack.pg).0, "ok");
+    publish_many(&mut stack.pg.client(), "default", "", "event", 200);
+    quick.wait_acknowledged(&mut conn, 900);
+    wait_until("a warning", || {
+        shown(&stack.pg);
+        let (status, detail, hint) = health(&stack.pg);
+        let names = detail.contains("\"late\"") && !detail.contains("\"quick\"") && detail.contains("\"events\"");
+        status == "warn" && names && hint.is_some_and(|hint| hint.contains("SET max_len = 2000 WHERE name = 'default'"))
+    });
+    late.drain(&mut conn);
+    wait_until("all to be well", || {
+        shown(&stack.pg);
+        health(&stack.pg).0 == "ok"
+    });
+}

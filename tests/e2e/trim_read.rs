@@ -1,0 +1,431 @@
+//! `trim = 'read'`: nothing is trimmed that a consumer group has not acknowledged, and at `max_len` the backend waits.
+
+use kit::{
+    Cluster, Dice, Group, LIMIT, Ledger, Load, Postgres, QUICK, Redis, Refused, Stack, holds_for, ids, publish_many,
+    standing, wait_drained, wait_eq, wait_trouble, wait_until,
+};
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+use uuid::Uuid;
+
+fn stack(set: &str) -> Stack {
+    let postgres = Postgres::with(QUICK)
+        .with(&[("outbox_relay.poll_interval", "500ms")])
+        .faults();
+    let stack = Stack::of(postgres, Redis::start());
+    stack
+        .pg
+        .exec(&format!("update outbox.backends set trim = 'read', {set}"));
+    stack
+}
+
+fn publish(stack: &Stack, count: i32) -> Vec<Uuid> {
+    publish_many(&mut stack.pg.client(), "default", "", "event", count)
+}
+
+fn state(stack: &Stack) -> String {
+    standing(&stack.pg, "default").state
+}
+
+#[test]
+fn a_stream_is_trimmed_up_to_what_all_groups_have_acknowledged() {
+    for delivery in ["exactly_once", "at_least_once"] {
+        let stack = stack(&format!("max_len = 0, delivery = '{delivery}'"));
+        let mut conn = stack.redis.conn();
+        let published = publish(&stack, 300);
+        stack.wait_events(300);
+        let mut one = Group::create(&mut conn, "events", "one");
+        let mut two = Group::create(&mut conn, "events", "two");
+        one.drain(&mut conn);
+        let read = two.read(&mut conn, "c", 200);
+        two.acknowledge(&mut conn, &read[..50]);
+        two.acknowledge(&mut conn, &read[60..]);
+        // Ten in the middle are pending, so all behind them stays.
+        wait_eq("the length", 250, || stack.redis.xlen("events"));
+        holds_for(Duration::from_millis(2_500), "nothing more goes", || {
+            stack.redis.xlen("events") == 250
+        });
+        two.acknowledge(&mut conn, &read[50..60]);
+        // The entry that was delivered last stays.
+        wait_eq("the length", 101, || stack.redis.xlen("events"));
+        two.drain(&mut conn);
+        wait_eq("the length", 1, || stack.redis.xlen("events"));
+        assert_eq!(one.acknowledged, published);
+        assert_eq!(two.acknowledged.iter().collect::<BTreeSet<_>>().len(), 300);
+        // With everything read, nothing is asked any more.
+        wait_drained(&stack.pg, "default");
+        assert_eq!(state(&stack), "idle");
+    }
+}
+
+#[test]
+fn a_full_stream_holds_its_backend_and_names_the_group() {
+    let stack = stack("max_len = 20");
+    let mut conn = stack.redis.conn();
+    let mut slow = Group::create(&mut conn, "events", "slow");
+    let mut quick = Group::create(&mut conn, "events", "quick");
+    let published = publish(&stack, 100);
+    wait_trouble(&stack.pg, "default", "full", "has not acknowledged");
+    quick.drain(&mut conn);
+    let found = wait_trouble(
+        &stack.pg,
+        "default",
+        "full",
+        "its consumer group \"slow\" has not acknowledged",
+    );
+    assert!(
+        found
+            .last_error
+            .is_some_and(|error| error.contains("stream \"events\" has 20 entries"))
+    );
+    assert_eq!((found.pending, found.failed, found.will_try_again), (80, 0, false));
+    stack.pg.wait_log("backend \"default\" waits for consumers");
+    stack.pg.wait_log("HINT:  Let the group read and acknowledge.");
+    holds_for(Duration::from_millis(1_500), "it waits", || {
+        (stack.redis.xlen("events"), state(&stack)) == (20, "full".to_owned())
+    });
+    let one_hot: String = stack.pg.one(
+        "select labels ->> 'state' from outbox.metrics where name = 'outbox_relay_backend_state' and value = 1 and labels ->> 'backend' = 'default'",
+    );
+    assert_eq!(one_hot, "full");
+    let hint: String = stack
+        .pg
+        .one("select hint from outbox.health() where \"check\" = 'backend default' and status = 'fail'");
+    assert!(hint.contains("XGROUP DESTROY"), "{hint}");
+    // A worker that starts anew finds the same.
+    stack.pg.kill_worker();
+    wait_trouble(&stack.pg, "default", "full", "\"slow\"");
+    assert_eq!(stack.redis.xlen("events"), 20);
+    // As far as it goes on, so does the backend.
+    let read = slow.read(&mut conn, "c", 10);
+    slow.acknowledge(&mut conn, &read);
+    wait_eq("the pending events", 71, || standing(&stack.pg, "default").pending);
+    wait_until("both to go on", || {
+        quick.drain(&mut conn);
+        slow.drain(&mut conn);
+        slow.acknowledged.len() >= 60
+    });
+    slow.destroy(&mut conn);
+    quick.wait_acknowledged(&mut conn, 100);
+    assert_eq!(quick.acknowledged, published);
+    wait_drained(&stack.pg, "default");
+    wait_eq("the state", "idle".to_owned(), || state(&stack));
+    assert!(stack.redis.xlen("events") <= 20);
+}
+
+#[test]
+fn a_stream_without_groups_fills_up_and_keeps_all() {
+    let stack = stack("max_len = 30");
+    let published = publish(&stack, 50);
+    wait_trouble(&stack.pg, "default", "full", "it has no consumer group");
+    stack.pg.wait_log("HINT:  Create the group with XGROUP CREATE");
+    assert_eq!(ids(&stack.events()), published[..30]);
+    let mut conn = stack.redis.conn();
+    let mut group = Group::create(&mut conn, "events", "g");
+    group.wait_acknowledged(&mut conn, 50);
+    assert_eq!(group.acknowledged, published);
+    wait_drained(&stack.pg, "default");
+}
+
+#[test]
+fn a_raised_limit_or_another_way_of_trimming_ends_the_wait_at_once() {
+    let stack = stack("max_len = 10");
+    let mut published = publish(&stack, 40);
+    wait_trouble(&stack.pg, "default", "full", "no consumer group");
+    stack.pg.exec("update outbox.backends set max_len = 25");
+    wait_eq("the length", 25, || stack.redis.xlen("events"));
+    wait_trouble(&stack.pg, "default", "full", "has 25 entries");
+    stack.pg.exec("update outbox.backends set trim = 'length', max_len = 0");
+    stack.wait_events(40);
+    wait_drained(&stack.pg, "default");
+    wait_eq("the state", "idle".to_owned(), || state(&stack));
+    published.extend(publish(&stack, 5));
+    assert_eq!(ids(&stack.wait_events(45)), published);
+    for nonsense in [
+        "trim = 'both'",
+        "trim = null",
+        "trim_ignore_idle = '0'",
+        "trim_ignore_idle = '-1 s'",
+    ] {
+        let refused = Refused::of(
+            stack
+                .pg
+                .client()
+                .batch_execute(&format!("update outbox.backends set {nonsense}")),
+        );
+        assert!(
+            ["23514", "23502"].contains(&refused.code.as_str()),
+            "{nonsense}: {refused:?}"
+        );
+    }
+}
+
+#[test]
+fn a_silent_group_is_left_out_with_a_warning() {
+    let stack = stack("max_len = 20, trim_ignore_idle = '2 s'");
+    let mut conn = stack.redis.conn();
+    let mut dead = Group::create(&mut conn, "events", "dead");
+    let mut alive = Group::create(&mut conn, "events", "alive");
+    let published = publish(&stack, 60);
+    stack.wait_events(5);
+    let read = dead.read(&mut conn, "c", 5);
+    dead.acknowledge(&mut conn, &read[..2]);
+    alive.wait_acknowledged(&mut conn, 60);
+    assert_eq!(alive.acknowledged, published);
+    stack
+        .pg
+        .wait_log("WARNING:  backend \"default\" trims stream \"events\" regardless of consumer group \"dead\"");
+    let log = stack.pg.log();
+    assert!(
+        log.contains("longer than trim_ignore_idle") && !log.contains("regardless of consumer group \"alive\""),
+        "{log}"
+    );
+    wait_drained(&stack.pg, "default");
+    // Once it reads again, it counts again.
+    let mark = Instant::now();
+    publish(&stack, 15);
+    wait_until("all to be sent", || standing(&stack.pg, "default").pending == 0);
+    let read = dead.read(&mut conn, "c", 1);
+    assert!(mark.elapsed() < LIMIT && !read.is_empty());
+    dead.owed = read.iter().map(|entry| entry.id.clone()).collect();
+    alive.drain(&mut conn);
+    holds_for(Duration::from_millis(1_500), "it is kept for it", || {
+        dead.missing(&mut stack.redis.conn()).is_empty()
+    });
+}
+
+/// Without any other, only as much goes as is needed.
+#[test]
+fn silent_groups_alone_do_not_stop_a_backend() {
+    let stack = stack("max_len = 40, trim_ignore_idle = '1 s'");
+    let mut conn = stack.redis.conn();
+    // It has never had a consumer.
+    Group::create(&mut conn, "events", "unmanned");
+    let published = publish(&stack, 100);
+    wait_drained(&stack.pg, "default");
+    let left = ids(&stack.events());
+    assert!((10..=40).contains(&left.len()), "{}", left.len());
+    assert_eq!(left, published[100 - left.len()..]);
+}
+
+#[test]
+fn each_stream_of_a_backend_and_of_a_cluster_is_trimmed() {
+    let cluster = Cluster::start(0);
+    let stack = stack("max_len = 0");
+    stack.pg.exec(&format!(
+        "update outbox.backends set mode = 'cluster', nodes = '{}', host = null, port = null, stream_name = 's0'",
+        cluster.addresses()
+    ));
+    let streams: Vec<String> = (0..6).map(|n| format!("s{n}")).collect();
+    for stream in &streams {
+        publish_many(&mut stack.pg.client(), "default", stream, "event", 50);
+        cluster.wait_entries(stream, 50);
+        cluster.call(stream, &["XGROUP", "CREATE", stream, "g", "0"]);
+        cluster.call(
+            stream,
+            &[
+                "XREADGROUP",
+                "GROUP",
+                "g",
+                "c",
+                "NOACK",
+                "COUNT",
+                "30",
+                "STREAMS",
+                stream,
+                ">",
+            ],
+        );
+    }
+    for stream in &streams {
+        wait_eq("the length", 21, || cluster.entries(stream).len());
+    }
+    // Nothing is sent to them any more, and the worker has forgotten all.
+    stack.pg.kill_worker();
+    for stream in &streams {
+        cluster.call(
+            stream,
+            &[
+                "XREADGROUP",
+                "GROUP",
+                "g",
+                "c",
+                "NOACK",
+                "COUNT",
+                "10",
+                "STREAMS",
+                stream,
+                ">",
+            ],
+        );
+        wait_eq("the length", 11, || cluster.entries(stream).len());
+    }
+}
+
+/// Consumers die in the middle of their work, groups come and go, the worker is killed, connections are cut.
+fn chaos(stack: &mut Stack, seconds: u64, seed: u64, mut interrupt: impl FnMut(&mut Stack, &mut Dice)) -> Group {
+    let mut dice = Dice::new(seed);
+    let mut conn = stack.redis.conn();
+    let mut steady = Group::create(&mut conn, "events", "steady");
+    let mut passing: Vec<Group> = Vec::new();
+    let (mut made, until) = (0, Instant::now() + Duration::from_secs(seconds));
+    while Instant::now() < until {
+        conn = stack.redis.conn();
+        match dice.between(0, 9) {
+            0 | 1 if passing.len() < 4 => {
+                made += 1;
+                passing.push(Group::create(&mut conn, "events", &format!("passing{made}")));
+            }
+            2 if !passing.is_empty() => passing.remove(0).destroy(&mut conn),
+            // A consumer dies with what it has read; another one takes that over later.
+            3 => drop(steady.read(&mut conn, &format!("victim{made}"), 20)),
+            4 => {
+                let claimed = steady.claim(&mut conn, "heir");
+                steady.acknowledge(&mut conn, &claimed);
+            }
+            5 => interrupt(stack, &mut dice),
+            _ => {
+                steady.drain(&mut conn);
+                for group in &mut passing {
+                    let read = group.read(&mut conn, "c", 50);
+                    let some = read.len() * dice.between(0, 4) as usize / 4;
+                    group.acknowledge(&mut conn, &read[..some]);
+                }
+            }
+        }
+        let mut conn = stack.redis.conn();
+        steady.assert_nothing_lost(&mut conn);
+        passing.iter().for_each(|group| group.assert_nothing_lost(&mut conn));
+        std::thread::sleep(Duration::from_millis(dice.between(1, 40)));
+    }
+    let mut conn = stack.redis.conn();
+    passing.into_iter().for_each(|group| group.destroy(&mut conn));
+    steady
+}
+
+#[test]
+fn no_entry_goes_before_it_is_acknowledged_and_none_comes_twice_whoever_dies() {
+    let mut stack = stack("max_len = 4000");
+    Ledger::create(&stack.pg);
+    let load = Load::start(&stack.pg, 2, "");
+    let mut steady = chaos(&mut stack, 20, 7, |stack, dice| match dice.between(0, 3) {
+        0 => stack.pg.kill_worker(),
+        1 => {
+            let mark = stack.pg.log().len();
+            stack
+                .pg
+                .crash_at(["after_exec", "after_write", "before_save"][dice.between(0, 2) as usize]);
+            stack.pg.wait_recovered(mark);
+        }
+        _ => drop(stack.redis.call(&["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"])),
+    });
+    stack.pg.forget_points();
+    load.stop();
+    let mut conn = stack.redis.conn();
+    wait_until("all to be delivered", || {
+        let left = steady.claim(&mut conn, "heir");
+        steady.acknowledge(&mut conn, &left);
+        steady.drain(&mut conn);
+        standing(&stack.pg, "default").pending == 0
+    });
+    steady.drain(&mut conn);
+    steady.assert_nothing_lost(&mut conn);
+    let got: BTreeSet<Uuid> = steady.acknowledged.iter().copied().collect();
+    assert_eq!(got.len(), steady.acknowledged.len(), "some came twice");
+    let published: i64 = stack.pg.one("select count(*) from outbox.events");
+    assert_eq!((got.len() as i64, published > 200), (published, true));
+    wait_until("it to be trimmed", || stack.redis.xlen("events") <= 1);
+}
+
+/// A replica that is behind is promoted, again and again: what it lacks is appended again.
+#[test]
+fn failovers_of_redis_lose_nothing_that_is_not_acknowledged() {
+    let mut stack = stack("max_len = 4000");
+    Ledger::create(&stack.pg);
+    let replica = Redis::replica_of(&stack.redis);
+    let load = Load::start(&stack.pg, 2, "");
+    let mut conn = stack.redis.conn();
+    let mut steady = Group::create(&mut conn, "events", "steady");
+    let mut dice = Dice::new(11);
+    let (mut primary, mut other) = (&stack.redis, &replica);
+    for _ in 0..6 {
+        let until = Instant::now() + Duration::from_millis(dice.between(1_200, 3_000));
+        let mut conn = primary.conn();
+        while Instant::now() < until {
+            let read = steady.read(&mut conn, "c", 100);
+            let some = read.len() * dice.between(2, 4) as usize / 4;
+            steady.acknowledge(&mut conn, &read[..some]);
+            let left = steady.claim(&mut conn, "c");
+            steady.acknowledge(&mut conn, &left);
+            steady.assert_nothing_lost(&mut conn);
+        }
+        // What is acknowledged from here on is lost with the primary.
+        other.wait_caught_up(primary);
+        other.lag();
+        load.wait_more(dice.between(1, 30));
+        steady.drain(&mut conn);
+        other.promote();
+        stack.point("default", other);
+        // Its group has what it had: entries of the lost tail are appended anew, under other ids.
+        let there: BTreeSet<String> = other.entries("events").into_iter().map(|entry| entry.id).collect();
+        steady.owed.retain(|id| there.contains(id));
+        primary.follow(other);
+        std::mem::swap(&mut primary, &mut other);
+    }
+    load.stop();
+    let mut conn = primary.conn();
+    wait_until("all to be delivered", || {
+        let left = steady.claim(&mut conn, "c");
+        steady.acknowledge(&mut conn, &left);
+        steady.drain(&mut conn);
+        standing(&stack.pg, "default").pending == 0
+    });
+    steady.drain(&mut conn);
+    let got: BTreeSet<Uuid> = steady.acknowledged.iter().copied().collect();
+    let published: i64 = stack.pg.one("select count(*) from outbox.events");
+    assert_eq!(got.len() as i64, published, "each event came to the group");
+    stack.pg.stop(kit::Mode::Fast);
+}
+
+/// Consumers acknowledge everything at once, and the worker dies before it has heard what became of its batch. The
+/// batch's entries are looked for in the stream, and must not be gone.
+#[test]
+fn entries_of_the_last_batch_stay_until_another_one_is_appended() {
+    let stack = stack("max_len = 0");
+    // No refresh of the guard is to come to the point first.
+    stack.pg.set("outbox_relay.poll_interval", "1min");
+    stack.pg.reload();
+    let mut conn = stack.redis.conn();
+    let mut group = Group::create(&mut conn, "events", "g");
+    let mut published = Vec::new();
+    for round in 0..5 {
+        published.extend(publish(&stack, 20));
+        group.wait_acknowledged(&mut conn, published.len());
+        wait_until("it to be trimmed", || stack.redis.xlen("events") <= 1);
+        let mark = stack.pg.log().len();
+        stack.pg.crash_at("after_exec");
+        published.extend(publish(&stack, 20));
+        // It is appended, acknowledged, and nobody has read the reply.
+        group.wait_acknowledged(&mut conn, published.len());
+        stack.pg.wait_recovered(mark);
+        wait_drained(&stack.pg, "default");
+        assert_eq!(group.acknowledged, published, "round {round}");
+        stack.pg.forget_points();
+    }
+}
+
+/// The tests of this file can fail.
+#[test]
+fn a_relay_that_trims_what_is_pending_is_noticed() {
+    let mut stack = stack("max_len = 0");
+    stack.pg.mutation("trim_unread");
+    stack.pg.restart();
+    let mut conn = stack.redis.conn();
+    publish(&stack, 30);
+    stack.wait_events(30);
+    let mut group = Group::create(&mut conn, "events", "g");
+    group.read(&mut conn, "c", 20);
+    wait_eq("entries that are gone", 19, || {
+        group.missing(&mut stack.redis.conn()).len()
+    });
+}
