@@ -404,9 +404,32 @@ fn a_lost_connection_is_looked_at_again_at_once_and_then_with_patience() {
     let denied = Failure::configuration("WRONGPASS");
     desk.delivery.lost(denied, 0, Vec::new(), desk.now, 0.5);
     assert_eq!(desk.delivery.due_at(), Some(desk.now + 5 * SECOND));
-    desk.delivery.retry_now();
+    desk.delivery.retry_changed(desk.now);
     desk.connect();
     assert_eq!(desk.read(&[4, 5], "a"), [RowFate::Send; 2]);
+}
+
+/// Who changes the settings all the time gets some attempts at once, and then one a second.
+#[test]
+fn attempts_because_of_changes_are_bounded() {
+    let mut desk = Desk::new(3);
+    let (start, mut attempts) = (desk.now, Vec::new());
+    while desk.now < start + 10 * SECOND {
+        desk.delivery.abandon();
+        desk.delivery.retry_changed(desk.now);
+        if desk.delivery.wants_connection(desk.now) {
+            attempts.push(desk.now - start);
+            desk.delivery.connecting();
+        }
+        desk.now += SECOND / 100;
+    }
+    assert!(attempts[4] < SECOND / 10, "{attempts:?}");
+    assert!((12..=15).contains(&attempts.len()), "{attempts:?}");
+    // After a rest, the next change has its attempt at once.
+    desk.now += 10 * SECOND;
+    desk.delivery.abandon();
+    desk.delivery.retry_changed(desk.now);
+    assert!(desk.delivery.wants_connection(desk.now));
 }
 
 /// Who asks all the time gets an attempt a second, and changes nothing else.

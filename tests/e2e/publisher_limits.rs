@@ -169,7 +169,7 @@ fn rights_add_up() {
             return outbox.publish_event('t', 's', backend => 'other');
         grant usage on schema lent to app; grant execute on function lent.other to app",
     );
-    let mut as_user = |user: &str| stack.pg.client_as(user, "postgres");
+    let as_user = |user: &str| stack.pg.client_as(user, "postgres");
     for (user, sql_before, is_free) in [
         ("app", "", false),
         ("member", "", false),

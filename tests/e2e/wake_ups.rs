@@ -119,7 +119,8 @@ fn those_who_may_ask_for_attempts_get_one_a_second() {
         1,
     );
     stack.pg.exec(
-        "grant usage on schema outbox to nobody; grant execute on function outbox.wake(), outbox.retry_failed(text, text, uuid) to nobody;
+        "grant usage on schema outbox to nobody; grant execute on function outbox.wake(), outbox.retry_failed(text, text, uuid),
+            outbox.set_backend_password(text, text), outbox.take_over(text) to nobody;
          grant execute on function pg_reload_conf() to nobody; grant select, update on outbox.backends to nobody",
     );
     let next = || -> Option<chrono::DateTime<chrono::Utc>> {
@@ -135,6 +136,22 @@ fn those_who_may_ask_for_attempts_get_one_a_second() {
         ("update outbox.backends set enabled = enabled where false", 1),
         ("update outbox.backends set enabled = enabled", 1),
         ("select outbox.retry_failed()", 1),
+        // Each of these is news: five attempts at once, and then one a second.
+        ("select outbox.set_backend_password('failing', 'the same')", 9),
+        ("select outbox.set_backend_password('failing', md5(random()::text))", 9),
+        (
+            "update outbox.backends set max_len = (random() * 1000)::integer where name = 'failing'",
+            9,
+        ),
+        (
+            "update outbox.backends set connect_timeout = random() * interval '1 s' + interval '1 s' where name = 'failing'",
+            9,
+        ),
+        (
+            "update outbox.backends set enabled = not enabled where name = 'failing'",
+            9,
+        ),
+        ("select outbox.take_over('failing')", 9),
     ] {
         // What was asked for before is over.
         std::thread::sleep(Duration::from_millis(2_500));

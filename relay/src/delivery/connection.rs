@@ -18,6 +18,8 @@ const HASTY_FAILURES: u32 = 100;
 
 /// Attempts that somebody asks for are at least this far apart.
 const ASKED_PAUSE: Duration = Duration::from_secs(1);
+/// So many changes of settings may follow each other faster than that.
+const HASTY_CHANGES: u32 = 4;
 
 impl Delivery {
     /// Somebody has asked for an attempt. There is one, at most once a second. If it fails, the wait goes on as if
@@ -33,12 +35,18 @@ impl Delivery {
         }
     }
 
-    /// The settings changed: forget the wait.
-    pub fn retry_now(&mut self) {
+    /// The settings changed: forget the wait. Some changes in a row have an attempt each; then there is one a second.
+    pub fn retry_changed(&mut self, now: Now) {
         self.unasked = None;
-        if let ConnectionState::Down { retry_at } = &mut self.connection {
-            *retry_at = Now::ZERO;
-        }
+        let ConnectionState::Down { retry_at } = &mut self.connection else {
+            return;
+        };
+        // Further changes do not put off the attempt of one.
+        *retry_at = *self.changed_at.get_or_insert_with(|| {
+            let at = now.max(self.paid_until.saturating_sub(HASTY_CHANGES * ASKED_PAUSE));
+            self.paid_until = self.paid_until.max(at) + ASKED_PAUSE;
+            at
+        });
     }
 
     /// A connection is due, but the worker may open no more.
@@ -63,6 +71,7 @@ impl Delivery {
     }
 
     pub fn connecting(&mut self) {
+        self.changed_at = None;
         self.connection = ConnectionState::Connecting;
     }
 

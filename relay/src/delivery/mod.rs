@@ -79,6 +79,10 @@ pub struct Delivery {
     failures: u32,
     /// The last or next attempt that somebody has asked for.
     asked_at: Option<Now>,
+    /// The next attempt, because the settings changed.
+    changed_at: Option<Now>,
+    /// Each such attempt puts this off by a second. It may not lie far ahead.
+    paid_until: Now,
     /// When the next attempt would be if nobody had asked.
     unasked: Option<Now>,
     /// Why it is down; `None` after the next success.
@@ -155,6 +159,8 @@ impl Delivery {
             connection: ConnectionState::Down { retry_at: Now::ZERO },
             failures: 0,
             asked_at: None,
+            changed_at: None,
+            paid_until: Now::ZERO,
             unasked: None,
             trouble: None,
             ahead: BTreeSet::new(),

@@ -429,7 +429,7 @@ impl World {
             self.write_down();
             self.delivery.set_streams(self.tables.streams());
         }
-        self.delivery.retry_now();
+        self.delivery.retry_changed(self.now);
     }
 }
 

@@ -248,7 +248,8 @@ impl World {
         self.redis.fickle = 0.0;
         // The backend comes up; some streams are still refused, and their time does not come: the others go on.
         for _ in 0..4 {
-            self.delivery.retry_now();
+            self.delivery.retry_changed(self.now);
+            self.now = self.delivery.connects_at().map_or(self.now, |at| at.max(self.now));
             self.run_dry()?;
         }
         let end = self.delivery.position().clone();

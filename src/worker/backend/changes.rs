@@ -69,7 +69,7 @@ impl Backend {
         }
         self.delivery.set_backoff(guc::backoff(), now);
         match is_other {
-            true => self.delivery.retry_now(),
+            true => self.delivery.retry_changed(now),
             // The settings were only read again: something outside of them may have been corrected.
             false => self.delivery.retry_asked(now),
         }
