@@ -2,11 +2,12 @@
 
 use crate::server::error::internal;
 use crate::tables::found_row::FoundRow;
-use crate::tables::sql::{Assignment, query, query_column, query_named, upsert, words};
+use crate::tables::sql::{Assignment, query, query_column, query_kept, upsert, words};
 use pgrx::datum::DatumWithOid;
 use relay::delivery::{Cursor, State};
 use relay::reading::range::{Position, UnderWay};
 use relay::reading::snapshot::{Snapshot, Tick};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 /// The column `slot` of a backend without lanes; that of a lane is its hash slot.
@@ -51,16 +52,25 @@ pub(crate) fn lanes(number: i32) -> Vec<u16> {
     slots.into_iter().map(|slot| slot as u16).collect()
 }
 
+/// Numbers of the backends that have lanes.
+pub(crate) fn with_lanes() -> BTreeSet<i32> {
+    let numbers: Vec<i32> = query_column(
+        "select distinct backend_number from outbox.cursors where slot >= 0",
+        &[],
+    );
+    numbers.into_iter().collect()
+}
+
 /// The saved position and standing of a backend, or of one lane of it.
 pub(crate) fn cursor(number: i32, lane: Option<u16>) -> Option<(Cursor, Standing)> {
-    query_named(
+    query_kept(
         "select c.from_snapshot::text, c.from_next_xid::text, c.from_low_seq, c.from_high_seq,
             c.to_snapshot::text, c.to_next_xid::text, c.to_low_seq, c.to_high_seq, c.last_seq,
             c.published_total, c.failed_total, (extract(epoch from c.last_published_at) * 1000000)::bigint as last_published_us,
             c.last_error, (extract(epoch from c.last_error_at) * 1000000)::bigint as last_error_us,
             c.batch_number, c.healings, c.epoch, c.address
-        from outbox.cursors c where c.backend_number = $number and c.slot = $slot",
-        [("number", number.into()), ("slot", lane_number(lane).into())],
+        from outbox.cursors c where c.backend_number = $1 and c.slot = $2",
+        &[number.into(), lane_number(lane).into()],
         |row| {
             let from = tick_of(row, &FROM).unwrap_or_else(|| internal("a cursor of outbox.cursors is not readable"));
             let under_way = tick_of(row, &TO).map(|to| UnderWay {

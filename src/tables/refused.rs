@@ -4,14 +4,16 @@
 use crate::tables::care::{self, Kept};
 use crate::tables::found_row::FoundRow;
 use crate::tables::sql::{
-    Parameter, all_words, argument, arguments, query, query_column, query_named, query_value, run, run_named,
+    Parameter, all_words, argument, arguments, query, query_column, query_kept, query_named, query_value, run,
+    run_named,
 };
 use relay::delivery::refusal::Record;
+use std::collections::HashMap;
 
 /// The streams of a backend in which refused events wait, with the attempts of the first event of each. An event that
 /// names no stream is in the backend's own.
 pub(crate) fn refused_streams(number: i32, own_stream: &str) -> Vec<(String, u32)> {
-    query(
+    query_kept(
         "select distinct on (coalesce(r.stream, $2)) coalesce(r.stream, $2) as stream, r.attempts
         from outbox.refused_events r
         where r.backend_number = $1 and r.accepted_in is null
@@ -89,13 +91,22 @@ pub(crate) fn forget(seqs: &[i64]) {
 
 /// The highest number of a backend's events that were refused or have failed. 0: there is none.
 pub(crate) fn highest_written_down(number: i32) -> i64 {
-    query_value(
-        "select greatest(
-            (select max(seq) from outbox.refused_events where backend_number = $1),
-            (select max(seq) from outbox.failed_events where backend_number = $1), 0)",
-        &[number.into()],
-    )
-    .unwrap_or(0)
+    highest_written_down_of_all().get(&number).copied().unwrap_or(0)
+}
+
+/// The same of all backends, by their numbers: failed events have no index on these.
+pub(crate) fn highest_written_down_of_all() -> HashMap<i32, i64> {
+    let found = query(
+        "select w.backend_number, max(w.seq) as seq from (
+            select r.backend_number, r.seq from outbox.refused_events r
+            union all
+            select f.backend_number, f.seq from outbox.failed_events f) w
+        group by w.backend_number",
+        &[],
+        |row| (row.value::<i32>("backend_number"), row.value::<i64>("seq")),
+    );
+    let found = found.into_iter();
+    found.filter_map(|(number, seq)| number.zip(seq)).collect()
 }
 
 /// Whether an event was refused (and waits, or was accepted out of its turn) or has failed.

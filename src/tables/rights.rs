@@ -142,6 +142,20 @@ unsafe fn set_here(name: &CStr, value: &CStr) {
     }
 }
 
+/// Runs `f` with these settings.
+pub(crate) fn with_settings<R>(settings: &[(&CStr, &CStr)], f: impl FnOnce() -> R) -> R {
+    // SAFETY: within a transaction. An ERROR in between puts the settings back when it aborts.
+    unsafe {
+        let level = pg_sys::NewGUCNestLevel();
+        for (name, value) in settings {
+            set_here(name, value);
+        }
+        let result = f();
+        pg_sys::AtEOXact_GUC(true, level);
+        result
+    }
+}
+
 /// Runs `f`, which executes a statement that is parsed already: its tables are locked, so that their owner stays what
 /// it is.
 pub(crate) fn execution<R>(f: impl FnOnce() -> R) -> R {

@@ -6,9 +6,8 @@ use crate::tables::catalog;
 use crate::tables::found_row::FoundRow;
 use crate::tables::missing::Index;
 use crate::tables::rights;
-use crate::tables::sql::{query, query_column, run, run_named, timestamp, types_of, uuids, words};
+use crate::tables::sql::{query_column, query_kept, run, run_kept, run_named, timestamp, types_of, uuids, words};
 use crate::tables::trusted;
-use pgrx::datum::DatumWithOid;
 use pgrx::pg_sys;
 use pgrx::spi::Spi;
 
@@ -16,9 +15,6 @@ use pgrx::spi::Spi;
 /// so that the index is read up to it; a clock function would be evaluated for each row.
 const DUE: &str = "select d.event_id from outbox.scheduled_events d
     where d.scheduled_at <= $1 and d.event_id <> all($3) order by d.scheduled_at, d.seq limit $2";
-/// The same without those whose rows somebody has locked.
-const DUE_AND_FREE: &str = "select d.event_id from outbox.scheduled_events d
-    where d.scheduled_at <= $1 and d.event_id <> all($3) order by d.scheduled_at, d.seq limit $2 for update skip locked";
 
 /// Scheduled events that are due at `now_us` (microseconds since 2000), without those that are `held`: at most `count`.
 pub(crate) fn due(now_us: i64, count: i64, held: &[[u8; 16]]) -> Vec<[u8; 16]> {
@@ -52,11 +48,17 @@ pub(crate) fn lockable(ids: &[[u8; 16]]) -> Vec<[u8; 16]> {
     free
 }
 
-/// Moves scheduled events that are due at `now_us` into `outbox.events`, at most `count`, without those that are `held`
+/// Moves scheduled events that are due at `now_us` into `outbox.events`, at most `count` (of few different ones), without those that are `held`
 /// and those whose rows somebody has locked. Returns how many there were. Sets all columns that the trigger would fill
 /// in, because the trigger may be switched off.
 pub(crate) fn move_due(now_us: i64, count: i64, held: &[[u8; 16]]) -> u64 {
-    move_scheduled(DUE_AND_FREE, &[timestamp(now_us), count.into(), uuids(held)])
+    // The count is part of the text: a plan that is kept must know how few rows there are.
+    let due_and_free = format!(
+        "select d.event_id from outbox.scheduled_events d
+        where d.scheduled_at <= $1 and d.event_id <> all($2) order by d.scheduled_at, d.seq limit {count} for update skip locked"
+    );
+    let arguments = [timestamp(now_us), uuids(held)];
+    move_scheduled(&due_and_free, |sql| run_kept(sql, &arguments))
 }
 
 /// The same one by one: an event that cannot be moved fails alone.
@@ -64,7 +66,7 @@ pub(crate) fn move_due_one_by_one(now_us: i64, count: i64, held: &[[u8; 16]]) ->
     let due = due(now_us, count, held);
     for id in &due {
         let id = pgrx::Uuid::from_bytes(*id);
-        if let Err(error) = care::tried_new(|| move_scheduled("select $1", &[id.into()])) {
+        if let Err(error) = care::tried_new(|| move_scheduled("select $1", |sql| run(sql, &[id.into()]))) {
             care::as_much_as_can_be_read(|kept| fail_scheduled(id, &error, kept));
         }
     }
@@ -94,13 +96,12 @@ fn fail_scheduled(id: pgrx::Uuid, error: &str, kept: Kept) -> u64 {
 }
 
 /// Moves the scheduled events whose ids a query selects.
-fn move_scheduled(selected: &str, arguments: &[DatumWithOid<'_>]) -> u64 {
+fn move_scheduled(selected: &str, run: impl FnOnce(&str) -> u64) -> u64 {
     if catalog::expect_relations().events_id_key == pg_sys::InvalidOid {
         Index::EventId.refuse();
     }
     trusted::moving(|| {
-        run(
-            &format!(
+        run(&format!(
                 "with due as (
                 delete from outbox.scheduled_events s
                 where s.event_id in ({selected})
@@ -128,16 +129,14 @@ fn move_scheduled(selected: &str, arguments: &[DatumWithOid<'_>]) -> u64 {
                 on conflict (event_id, seq) do nothing
             )
             select from due"
-            ),
-            arguments,
-        )
+            ))
     })
 }
 
 /// When the next scheduled event that is not `held` is due (`None`: there is none), and the present time, in
 /// microseconds since 2000.
 pub(crate) fn next_due(held: &[[u8; 16]]) -> (Option<i64>, i64) {
-    let due = query(
+    let due = query_kept(
         "select s.scheduled_at from outbox.scheduled_events s where s.event_id <> all($1)
         order by s.scheduled_at, s.seq limit 1",
         &[uuids(held)],

@@ -8,8 +8,10 @@ use crate::tables::found_row::FoundRow;
 use crate::tables::rights;
 use pgrx::datum::DatumWithOid;
 use pgrx::pg_sys::{self, PgOid};
-use pgrx::spi::Spi;
+use pgrx::spi::{OwnedPreparedStatement, Spi, SpiClient};
 use std::borrow::Cow;
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::fmt::Write;
 
 /// Reads what is committed now. Takes no transaction id, as SPI's `update` would: looking writes no WAL, and works on a
@@ -29,6 +31,61 @@ pub(crate) fn query<R>(sql: &str, args: &[DatumWithOid<'_>], each: impl FnMut(&F
     // SAFETY: the snapshot pushed above is the active one again.
     unsafe { pg_sys::PopActiveSnapshot() };
     found
+}
+
+thread_local! {
+    /// Plans that are kept as long as the process lives, by their statements.
+    static KEPT: RefCell<HashMap<String, &'static OwnedPreparedStatement>> = RefCell::default();
+}
+
+/// A statement that is run often: it is parsed and planned once. The plan must do well however large
+/// its tables become, so it goes by indexes where there are any.
+fn kept(client: &SpiClient<'_>, sql: &str, args: &[DatumWithOid<'_>], writes: bool) -> &'static OwnedPreparedStatement {
+    let known = KEPT.with_borrow(|kept| kept.get(sql).copied());
+    known.unwrap_or_else(|| {
+        let made = match writes {
+            true => client.prepare_mut(sql, &types_of(args)),
+            false => client.prepare(sql, &types_of(args)),
+        };
+        let made = made.unwrap_or_else(|e| internal(e.to_string())).keep();
+        // Never dropped: at the end of the process Postgres's memory is gone.
+        let made: &'static OwnedPreparedStatement = Box::leak(Box::new(made));
+        KEPT.with_borrow_mut(|kept| kept.insert(sql.to_owned(), made));
+        made
+    })
+}
+
+/// Executes a statement that is kept. It is planned when it is executed for the first time.
+fn execution_of_kept<R>(f: impl FnOnce() -> R) -> R {
+    let settings = [(c"plan_cache_mode", c"force_generic_plan"), (c"enable_seqscan", c"off")];
+    rights::with_settings(&settings, || rights::execution(f))
+}
+
+/// As [`query`], for a statement that is run often.
+pub(crate) fn query_kept<R>(sql: &str, args: &[DatumWithOid<'_>], each: impl FnMut(&FoundRow<'_>) -> R) -> Vec<R> {
+    // SAFETY: as in `query`.
+    unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetLatestSnapshot()) };
+    let found = rights::statement(|| {
+        Spi::connect(|client| {
+            let statement = kept(client, sql, args, false);
+            let table = execution_of_kept(|| client.select(statement, None, args));
+            FoundRow::for_all(table.unwrap_or_else(|e| internal(e.to_string())), each)
+        })
+    });
+    // SAFETY: as in `query`.
+    unsafe { pg_sys::PopActiveSnapshot() };
+    found
+}
+
+/// As [`run`], for a statement that is run often.
+pub(crate) fn run_kept(sql: &str, args: &[DatumWithOid<'_>]) -> u64 {
+    rights::statement(|| {
+        Spi::connect_mut(|client| {
+            let statement = kept(client, sql, args, true);
+            let table = execution_of_kept(|| client.update(statement, None, args));
+            table.unwrap_or_else(|e| internal(e.to_string())).len() as u64
+        })
+    })
 }
 
 /// The values of a query's only column.
@@ -161,7 +218,7 @@ pub(crate) fn upsert<const KEYS: usize, const REST: usize>(
             }
         }
     }
-    run(
+    run_kept(
         &format!("insert into {table} ({columns}) values ({values}) on conflict ({keys}) do update set {updates}"),
         &args,
     );

@@ -130,15 +130,17 @@ impl Worker {
 fn missing(backends: &[Backend], rows: Vec<BackendRow>, deleted: Vec<i32>, home: &Home) -> Vec<Backend> {
     let is_known = |number: i32| backends.iter().any(|b| b.number == number);
     let mut missing: Vec<Backend> = Vec::new();
+    let written_down = refused::highest_written_down_of_all();
+    let load = |number: i32, duty| Backend::load(number, duty, written_down.get(&number).copied().unwrap_or(0));
     for row in rows.into_iter().filter(|row| !is_known(row.number)) {
         let has_lanes = row.options.mode.is_err() && !cursors::lanes(row.number).is_empty();
-        missing.push(Backend::load(row.number, Duty::of(row, has_lanes, home)));
+        missing.push(load(row.number, Duty::of(row, has_lanes, home)));
     }
     for number in deleted.into_iter().filter(|number| !is_known(*number)) {
-        missing.push(Backend::load(number, Duty::Fail { lane: None }));
+        missing.push(load(number, Duty::Fail { lane: None }));
     }
     if !backends.iter().any(|b| b.role() == Role::Strays) {
-        missing.push(Backend::load(0, Duty::Strays));
+        missing.push(load(0, Duty::Strays));
     }
     let lanes = missing_lanes(backends.iter().chain(&missing), home);
     missing.extend(lanes);
@@ -148,16 +150,31 @@ fn missing(backends: &[Backend], rows: Vec<BackendRow>, deleted: Vec<i32>, home:
 /// Lanes of cluster backends that are in the tables and not in the worker.
 fn missing_lanes<'a>(backends: impl Iterator<Item = &'a Backend> + Clone, home: &Home) -> Vec<Backend> {
     let mut missing = Vec::new();
-    let with_lanes = |b: &&Backend| b.lane().is_none() && matches!(b.role(), Role::Finder | Role::Deleted);
-    for finder in backends.clone().filter(with_lanes) {
+    let may_have_lanes = |b: &&Backend| b.lane().is_none() && matches!(b.role(), Role::Finder | Role::Deleted);
+    let finders: Vec<&Backend> = backends.clone().filter(may_have_lanes).collect();
+    if finders.is_empty() {
+        return missing;
+    }
+    // Of many that were deleted, few are a cluster's.
+    let with_lanes = cursors::with_lanes();
+    let concerned = |b: &&Backend| b.is_finder() || with_lanes.contains(&b.number);
+    for finder in finders.into_iter().filter(concerned) {
         let number = finder.number;
         let known: BTreeSet<u16> = backends
             .clone()
             .filter_map(|b| b.lane().filter(|_| b.number == number))
             .collect();
         let saved = cursors::lanes(number);
+        let written_down = match saved.iter().all(|slot| known.contains(slot)) {
+            true => 0,
+            false => refused::highest_written_down(number),
+        };
         for hash_slot in saved.iter().filter(|slot| !known.contains(slot)) {
-            missing.push(Backend::load(number, finder.duty.of_lane(*hash_slot, home)));
+            missing.push(Backend::load(
+                number,
+                finder.duty.of_lane(*hash_slot, home),
+                written_down,
+            ));
         }
         if !finder.is_finder() {
             continue;

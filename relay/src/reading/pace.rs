@@ -59,8 +59,8 @@ pub struct Portion {
 }
 
 impl Portion {
-    const LEAST: usize = 10;
-    const MOST: usize = 1_000;
+    /// Few different ones, so that a statement can be kept for each: its plan depends on how many rows it expects.
+    const COUNTS: [usize; 7] = [10, 20, 50, 100, 200, 500, 1_000];
 
     pub fn new(time: Duration) -> Self {
         Self { time, count: 50 }
@@ -74,9 +74,11 @@ impl Portion {
     /// most.
     pub fn took(&mut self, rows: usize, took: Duration) {
         if took > self.time {
-            self.count = (rows / 2).max(Self::LEAST).min(self.count);
+            let fewer = Self::COUNTS.into_iter().rfind(|count| *count <= rows / 2);
+            self.count = fewer.unwrap_or(Self::COUNTS[0]).min(self.count);
         } else if rows >= self.count && took * 2 < self.time {
-            self.count = (self.count + self.count / 2).min(Self::MOST);
+            let more = Self::COUNTS.into_iter().find(|count| *count > self.count);
+            self.count = more.unwrap_or(self.count);
         }
     }
 }
@@ -93,14 +95,14 @@ mod tests {
                 portion.took(portion.count(), portion.count() as u32 * Duration::from_micros(us_each));
             }
             let took = portion.count() as u64 * us_each;
-            let is_bound = [Portion::LEAST, Portion::MOST].contains(&portion.count());
+            let is_bound = [10, 1_000].contains(&portion.count());
             assert!((300..=1_500).contains(&took) || is_bound, "{took} us");
         }
         let mut portion = Portion::new(Duration::from_millis(1));
         portion.took(3, Duration::from_micros(10));
         assert_eq!(portion.count(), 50, "there were no more");
         portion.took(50, Duration::from_secs(1));
-        assert_eq!(portion.count(), 25);
+        assert_eq!(portion.count(), 20);
     }
 
     /// Looks each 100 us for so many windows, and finds an event each `nth` time. How long is the rest after each look

@@ -8,6 +8,7 @@
 use crate::tables::backends::BackendRow;
 use crate::tables::cursors;
 use crate::tables::cursors::{Saved, Standing};
+use crate::tables::refused;
 use crate::worker::backend::duty::Duty;
 use crate::worker::backend::{Backend, Home, MOST_LANES};
 use relay::delivery::{Cursor, State};
@@ -26,7 +27,8 @@ impl Backend {
             number: 0,
         };
         let duty = self.duty.of_lane(hash_slot, home);
-        let mut lane = Self::standing_at(cursor, Standing::default(), self.number, duty);
+        let written_down = refused::highest_written_down(self.number);
+        let mut lane = Self::standing_at(cursor, Standing::default(), self.number, duty, written_down);
         lane.delivery.begins_where(&self.delivery);
         lane.share_meter(self);
         lane

@@ -115,7 +115,7 @@ impl Backend {
     }
 
     /// A backend at its saved cursor, or at the beginning of time.
-    pub(crate) fn load(number: i32, duty: Duty) -> Self {
+    pub(crate) fn load(number: i32, duty: Duty, written_down: i64) -> Self {
         let (mut cursor, standing) = cursors::cursor(number, duty.lane()).unwrap_or_else(|| {
             let position = Position::beginning();
             (Cursor { position, number: 0 }, Standing::default())
@@ -123,7 +123,7 @@ impl Backend {
         let vouched = numbers::vouched(&cursor.position);
         let is_saved = vouched.ticks().eq(cursor.position.ticks());
         cursor.position = vouched;
-        let mut backend = Self::standing_at(cursor, standing, number, duty);
+        let mut backend = Self::standing_at(cursor, standing, number, duty, written_down);
         if !is_saved {
             // The views show what is saved.
             backend.books.change(Now::ZERO);
@@ -131,7 +131,7 @@ impl Backend {
         backend
     }
 
-    fn standing_at(cursor: Cursor, standing: Standing, number: i32, duty: Duty) -> Self {
+    fn standing_at(cursor: Cursor, standing: Standing, number: i32, duty: Duty, written_down: i64) -> Self {
         let lane = duty.lane();
         let (stream, max_len) = (settings::stream(duty.options()), settings::trimmed_to(duty.options()));
         let streams = match duty {
@@ -143,7 +143,7 @@ impl Backend {
         let guarantee = duty.options().and_then(|options| options.delivery.clone().ok());
         let guarantee = guarantee.unwrap_or(Guarantee::ExactlyOnce);
         let mut delivery = Delivery::new(guarantee, cursor, streams, guc::backoff());
-        delivery.set_reread_to(refused::highest_written_down(number));
+        delivery.set_reread_to(written_down);
         delivery.set_follows(duty.connection().is_some_and(Connection::is_looked_up));
         if lane.is_some() {
             delivery.set_window_bytes(LANE_WINDOW_BYTES);
