@@ -44,7 +44,7 @@ pub(crate) struct Relations {
     tables: [pg_sys::Oid; TABLES.len()],
 }
 
-const TABLES: [&CStr; 24] = [
+const TABLES: [&CStr; 25] = [
     c"events",
     c"backends",
     c"backend_passwords",
@@ -69,6 +69,7 @@ const TABLES: [&CStr; 24] = [
     c"kept_rows",
     c"copied_backends",
     c"replays",
+    c"consumer_groups",
 ];
 
 type Watched = [pg_sys::Oid; TABLES.len() + 2];

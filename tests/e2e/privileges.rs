@@ -38,6 +38,7 @@ const TABLES: &[&str] = &[
     "refused_events",
     "cursors",
     "ticks",
+    "consumer_groups",
     "status",
     "backend_status",
     "event_status",
