@@ -2,10 +2,10 @@
 //! are kept in `fuzz/corpus`.
 
 use redis::Value;
-use relay::event::broadcaster::{Encoder, Target};
+use relay::event::format::{Encoder, Format, Target};
 use relay::event::text::{hyphenated, rfc3339};
 use relay::event::wanted::{Purpose, Wanted};
-use relay::event::{BUILT_IN_FIELDS, ConfigError, Event, further_fields};
+use relay::event::{ConfigError, Event, further_fields};
 use relay::failure::{self, Class};
 use relay::guard::{Guard, Owner};
 use relay::redis::answers::{is_replica, primary_in, ranges_in, redirect_in};
@@ -391,7 +391,8 @@ pub(crate) fn encode(input: &[u8]) {
         publisher_config: config.as_deref(),
         stream: None,
     };
-    let further = config.as_deref().map(further_fields);
+    let built_in = Format::Broadcaster.own_fields();
+    let further = config.as_deref().map(|config| further_fields(config, built_in));
     let mut bytes = b"before".to_vec();
     let mut encoder = Encoder::default();
     let target = Target {
@@ -433,6 +434,18 @@ pub(crate) fn encode(input: &[u8]) {
     assert_eq!(words[..at], expected[..]);
     let pairs: Vec<String> = further.into_iter().flat_map(|(key, value)| [key, value]).collect();
     assert_eq!(words[at + 1..], pairs[..]);
+
+    for (_, format) in Format::WORDS {
+        let mut bytes = Vec::new();
+        let fixed = vec![("static".to_owned(), "value".to_owned())];
+        if Encoder::new(format, fixed)
+            .append_xadd(&mut bytes, target, &event)
+            .is_ok()
+        {
+            let fields = decoded(&bytes).len() - 3 - if max_len > 0 { 3 } else { 0 };
+            assert!(fields.is_multiple_of(2), "{format:?} has {fields} names and values");
+        }
+    }
 
     let cloud: serde_json::Value = serde_json::from_str(&words[at]).expect("cloud_event is JSON");
     let json = |text: &str| serde_json::from_str::<serde_json::Value>(text).expect("JSON");
@@ -484,7 +497,8 @@ fn decoded(bytes: &[u8]) -> Vec<String> {
 pub(crate) fn publish(input: &[u8]) {
     let text = String::from_utf8_lossy(input);
     let parsed = serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(&text);
-    let fields = further_fields(&text);
+    let built_in = Format::Broadcaster.own_fields();
+    let fields = further_fields(&text, built_in);
     if matches!(fields, Err(ConfigError::OutOfRange(_) | ConfigError::TooManyDigits))
         || text.contains("serde_json")
         || text.contains("\\u")
@@ -494,8 +508,7 @@ pub(crate) fn publish(input: &[u8]) {
     }
     let Ok(fields) = fields else {
         let flat = |value: &serde_json::Value| value.is_string() || value.is_number() || value.is_boolean();
-        let is_refused =
-            |(key, value): (&String, &serde_json::Value)| BUILT_IN_FIELDS.contains(&key.as_str()) || !flat(value);
+        let is_refused = |(key, value): (&String, &serde_json::Value)| built_in.contains(&key.as_str()) || !flat(value);
         assert!(
             parsed.is_err() || parsed.is_ok_and(|object| object.iter().any(is_refused)),
             "{text}"
@@ -507,7 +520,7 @@ pub(crate) fn publish(input: &[u8]) {
     let keys: BTreeSet<&str> = fields.iter().map(|(key, _)| key.as_str()).collect();
     assert_eq!(keys.len(), fields.len(), "a key twice");
     for (key, value) in &fields {
-        assert!(!BUILT_IN_FIELDS.contains(&key.as_str()));
+        assert!(!built_in.contains(&key.as_str()));
         match &object[key] {
             serde_json::Value::String(text) => assert_eq!(value, text),
             serde_json::Value::Number(number) => {

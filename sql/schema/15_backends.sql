@@ -1,5 +1,14 @@
 -- Backends: named Redis destinations, and their passwords.
 
+create function outbox.is_flat(fields jsonb) returns boolean
+    language sql immutable strict parallel safe set search_path = pg_catalog, pg_temp
+    as $$
+select jsonb_typeof(fields) = 'object'
+    and not exists (select from jsonb_each(case when jsonb_typeof(fields) = 'object' then fields end) as f
+        where jsonb_typeof(f.value) not in ('string', 'number', 'boolean'))
+$$;
+comment on function outbox.is_flat(jsonb) is 'Whether this is an object whose values are strings, numbers and booleans.';
+
 create table outbox.backends (
     name            text primary key check (length(name) between 1 and 63),
     number          integer generated always as identity unique check (number > 0),
@@ -20,6 +29,8 @@ create table outbox.backends (
     sentinel_master text check (sentinel_master <> ''),
     password_file   text check (password_file like '/%'),
     allowed_streams text[] not null default '{*}' check (array_position(allowed_streams, null) is null),
+    format          text not null default 'broadcaster' check (format in ('broadcaster', 'cloudevents', 'structured', 'debezium')),
+    static_fields   jsonb check (outbox.is_flat(static_fields)),
     delivery        text not null default 'exactly_once' check (delivery in ('exactly_once', 'at_least_once')),
     on_missing_guard text not null default 'continue' check (on_missing_guard in ('continue', 'halt', 'replay')),
     wait_replicas   integer not null default 0 check (wait_replicas between 0 and 100),
@@ -29,6 +40,11 @@ create table outbox.backends (
     tls_cert_file   text check (tls_cert_file like '/%'),
     tls_key_file    text check (tls_key_file like '/%'),
     tls_insecure    boolean not null default false,
+    constraint backends_static_fields_of_format check (static_fields is null or not static_fields ?| case format
+        when 'broadcaster' then array['event_id', 'event_type', 'source', 'timestamp', 'cloud_event']
+        when 'cloudevents' then array['ce_specversion', 'ce_id', 'ce_type', 'ce_source', 'ce_time', 'ce_subject', 'ce_dataschema', 'content-type', 'data']
+        when 'structured' then array['cloud_event']
+        else array['key', 'value'] end),
     constraint backends_nodes_of_mode check ((mode = 'standalone') = (nodes is null)),
     constraint backends_sentinel_master_of_mode check ((mode = 'sentinel') = (sentinel_master is not null)),
     constraint backends_db_of_mode check (mode <> 'cluster' or coalesce(db, 0) = 0),
@@ -59,6 +75,8 @@ comment on column outbox.backends.nodes is 'The sentinels, or some nodes of the 
 comment on column outbox.backends.sentinel_master is 'The name by which the sentinels know the primary; NULL unless mode is sentinel.';
 comment on column outbox.backends.password_file is 'A file that the server reads at each connect; its first line is the password. Nobody else may read it: 0600, or 0640 if root owns it. Needs the rights of pg_read_server_files.';
 comment on column outbox.backends.allowed_streams is 'Glob patterns (* and ?) one of which a publisher''s stream must match. With {*}, a publisher may append to any stream of that Redis, which is then trimmed to max_len.';
+comment on column outbox.backends.format is 'How an entry is laid out. broadcaster: as django-broadcaster writes it. cloudevents: a field ce_* for each attribute, and data (binary mode). structured: one field cloud_event, a JSON object. debezium: key and value, the envelope of a change.';
+comment on column outbox.backends.static_fields is 'Further fields of each entry: an object of strings, numbers and booleans. One that an event''s publisher_config names as well gives way to that.';
 comment on column outbox.backends.delivery is 'exactly_once: each batch is one Redis transaction together with the guard, see outbox.guard_key(). at_least_once: plain commands; a crash may repeat what was sent since the cursor was last saved.';
 comment on column outbox.backends.on_missing_guard is 'What to do when Redis has lost everything, including the guard. continue: send what was not sent yet. halt: wait for outbox.take_over(). replay: send all retained events again.';
 comment on column outbox.backends.wait_replicas is 'Replicas of Redis that must acknowledge a batch (WAIT) before it counts as delivered, 0 to 100.';

@@ -8,6 +8,7 @@ use crate::tables::catalog;
 use crate::tables::publisher_limits::{self, Beyond};
 use pgrx::pg_sys;
 use relay::delivery::refusal::MOST_ATTEMPTS;
+use relay::event::format::Format;
 use relay::event::further_fields;
 use std::borrow::Cow;
 use std::ffi::CString;
@@ -102,6 +103,7 @@ pub(super) fn check(request: &Request<'_>) -> Result<Checked, PublishError> {
     let Some(known) = catalog::backend(&backend) else {
         return Err(PublishError::UnknownBackend(backend));
     };
+    check_config(request, known.format)?;
     let named = request.stream.as_deref().map(decoded);
     if let Some(stream) = named.as_ref().filter(|stream| !known.allows(stream)) {
         return Err(PublishError::StreamNotAllowed {
@@ -129,30 +131,39 @@ pub(super) fn check(request: &Request<'_>) -> Result<Checked, PublishError> {
     })
 }
 
-/// An event is at most so large, and all of it can be sent: its texts have a UTF-8 form, and its further fields are
-/// flat.
+/// An event is at most so large, and all of it can be sent: its texts have a UTF-8 form.
 fn check_size_and_encoding(request: &Request<'_>) -> Result<(), PublishError> {
     let texts = request.texts();
-    let size: usize = texts.iter().filter_map(|(_, text)| *text).map(<[u8]>::len).sum();
-    let limit = guc::MAX_EVENT_SIZE_KB.get() as usize * 1_024;
-    if size > limit {
-        return Err(PublishError::TooLarge { size, limit });
-    }
+    check_size(size_of(&texts))?;
     for (field, text) in texts.into_iter().chain([("backend", request.backend.as_deref())]) {
         if let Some(text) = text {
             has_utf8_form(text).map_err(|text| PublishError::Foreign { field, text })?;
         }
     }
-    if let Some(config) = request.publisher_config.as_deref() {
-        let fields = further_fields(&decoded(config))?;
-        // As jsonb, its numbers have all their digits.
-        let sent: usize = fields.iter().map(|(key, value)| key.len() + value.len()).sum();
-        let size = size + sent.saturating_sub(config.len());
-        if size > limit {
-            return Err(PublishError::TooLarge { size, limit });
-        }
-    }
     Ok(())
+}
+
+/// The further fields are flat, and none is a field of the backend's format.
+fn check_config(request: &Request<'_>, format: Format) -> Result<(), PublishError> {
+    let Some(config) = request.publisher_config.as_deref() else {
+        return Ok(());
+    };
+    let fields = further_fields(&decoded(config), format.own_fields())?;
+    // As jsonb, its numbers have all their digits.
+    let sent: usize = fields.iter().map(|(key, value)| key.len() + value.len()).sum();
+    check_size(size_of(&request.texts()) + sent.saturating_sub(config.len()))
+}
+
+fn size_of(texts: &[(&'static str, Option<&[u8]>)]) -> usize {
+    texts.iter().filter_map(|(_, text)| *text).map(<[u8]>::len).sum()
+}
+
+fn check_size(size: usize) -> Result<(), PublishError> {
+    let limit = guc::MAX_EVENT_SIZE_KB.get() as usize * 1_024;
+    match size > limit {
+        true => Err(PublishError::TooLarge { size, limit }),
+        false => Ok(()),
+    }
 }
 
 /// A number of attempts as it is written.

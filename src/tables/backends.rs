@@ -134,11 +134,14 @@ pub(crate) fn installation() -> String {
 /// How many restores of one backend are read at once.
 const RESTORES_AT_ONCE: i32 = 1_000;
 
+/// All columns of a backend `b`. A column of type jsonb is read as text.
+const OPTIONS: &str = "b.static_fields::text as static_fields, b.*";
+
 /// All backends, each with some of the restores that a snapshot sees. A new option needs no change here, because all
 /// columns are selected.
 pub(crate) fn all(seen: &Snapshot) -> Vec<BackendRow> {
     let found = query_named(
-        "select case when p.destination = d.destination then p.password end as sealed_password,
+        &format!("select case when p.destination = d.destination then p.password end as sealed_password,
             coalesce(p.destination <> d.destination, false) as is_password_withheld,
             coalesce(m.destination <> d.destination, false) as is_file_withheld,
             coalesce(m.destination - 'username' <> d.destination - 'username', false) as is_destination_unconfirmed,
@@ -154,7 +157,7 @@ pub(crate) fn all(seen: &Snapshot) -> Vec<BackendRow> {
                 as last_compared_restore,
             c.original, c.is_database as is_original_database,
             -- Last: a column that somebody has added does not hide one of those above.
-            b.*
+            {OPTIONS}
         from outbox.backends b left join outbox.backend_passwords p on p.backend_number = b.number
             left join outbox.moved_backends m on m.backend_number = b.number
             -- Of thousands of backends few have secrets.
@@ -162,7 +165,7 @@ pub(crate) fn all(seen: &Snapshot) -> Vec<BackendRow> {
                 select outbox.destination(b) as destination where p.backend_number is not null or m.backend_number is not null
             ) d on true
             left join outbox.copied_backends c on c.backend_number = b.number
-        order by b.number",
+        order by b.number"),
         [
             ("here", argument(&here())),
             ("seen", seen.to_string().into()),
@@ -248,7 +251,7 @@ pub(crate) fn own_stream(number: i32) -> String {
 /// How the events of a backend are sent; by its name, if no backend has the number.
 pub(crate) fn options(number: i32, name: &str) -> Option<Options> {
     query(
-        "select b.* from outbox.backends b where b.number = $1 or b.name = $2 order by (b.number = $1) desc limit 1",
+        &format!("select {OPTIONS} from outbox.backends b where b.number = $1 or b.name = $2 order by (b.number = $1) desc limit 1"),
         &[number.into(), argument(name)],
         Options::of,
     )

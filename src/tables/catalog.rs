@@ -11,6 +11,7 @@ use crate::tables::row::{Columns, EVENT_COLUMNS, Row, attribute, texts_of_array}
 use once_cell::unsync::OnceCell;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{PgSqlErrorCode, pg_guard, pg_sys};
+use relay::event::format::Format;
 use std::borrow::Cow;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -178,6 +179,7 @@ pub(crate) const RESERVED: &str = "outbox_relay:";
 /// A backend as a publisher needs it.
 pub(crate) struct KnownBackend {
     pub number: i32,
+    pub format: Format,
     /// `None`: the setting's.
     own_stream: Option<String>,
     /// `None`: any stream.
@@ -494,7 +496,7 @@ fn read_backends(relation: pg_sys::Oid) -> HashMap<String, Rc<KnownBackend>> {
     // pending invalidations, which may mark the cache invalid again: then it is read once more at the next use.
     unsafe {
         let rel = pg_sys::table_open(relation, pg_sys::AccessShareLock as _);
-        let columns = Columns::of(rel, &["name", "number", "stream_name", "allowed_streams"]);
+        let columns = Columns::of(rel, &["name", "number", "stream_name", "allowed_streams", "format"]);
         let snapshot = pg_sys::RegisterSnapshot(pg_sys::GetLatestSnapshot());
         let scan = pg_sys::systable_beginscan(rel, pg_sys::InvalidOid, false, snapshot, 0, std::ptr::null_mut());
         loop {
@@ -516,6 +518,10 @@ fn read_backends(relation: pg_sys::Oid) -> HashMap<String, Rc<KnownBackend>> {
                 Rc::new(KnownBackend {
                     number,
                     own_stream: row.text("stream_name"),
+                    format: row
+                        .text("format")
+                        .and_then(|word| Format::named(&word))
+                        .unwrap_or_default(),
                     allowed_streams,
                 }),
             );

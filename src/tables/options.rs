@@ -6,6 +6,8 @@
 use crate::tables::found_row::FoundRow;
 use pgrx::datum::Interval;
 use relay::delivery::Guarantee;
+use relay::event::format::Format;
+use relay::event::further_fields;
 use relay::guard::claim::OnMissing;
 use relay::redis::destination::Address;
 use std::fmt;
@@ -54,6 +56,8 @@ options! {
         pub(crate) on_missing_guard: Known<OnMissing>,
         pub(crate) wait_replicas: Known<u32>,
         pub(crate) max_rate: Known<Option<u32>>,
+        pub(crate) format: Known<Format>,
+        pub(crate) static_fields: Known<StaticFields>,
         pub(crate) tls: Known<bool>,
         pub(crate) tls_ca_file: Option<String>,
         pub(crate) tls_cert_file: Option<String>,
@@ -61,6 +65,9 @@ options! {
         pub(crate) tls_insecure: bool,
     }
 }
+
+/// Fields of every entry, with their values.
+pub(crate) type StaticFields = Vec<(String, String)>;
 
 /// How a backend's nodes belong together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -248,19 +255,34 @@ impl Column for Known<Vec<Address>> {
     }
 }
 
-/// Options that are one of some words.
+impl Column for Known<StaticFields> {
+    fn read(row: &FoundRow<'_>, column: &'static str) -> Self {
+        let fields = row.text(column).map(|fields| further_fields(&fields, &[])).transpose();
+        let fields = fields.map_err(|_| Unusable::new(column, "is no object of strings, numbers and booleans"));
+        fields.map(Option::unwrap_or_default)
+    }
+
+    fn unusable(&self) -> Option<&Unusable> {
+        self.as_ref().err()
+    }
+}
+
+/// An option that is one of these words.
+fn one_of<T: Copy>(row: &FoundRow<'_>, column: &'static str, words: &[(&str, T)]) -> Known<T> {
+    let word = row.text(column).ok_or_else(|| Unusable::null(column))?;
+    let found = words.iter().find(|(name, _)| *name == word);
+    found.map(|(_, value)| *value).ok_or_else(|| {
+        let all: Vec<&str> = words.iter().map(|(name, _)| *name).collect();
+        Unusable::new(column, format!("is \"{word}\", and must be one of {}", all.join(", ")))
+    })
+}
+
+/// Types of such options.
 macro_rules! words {
-    ($type:ty: $($word:literal => $value:expr,)*) => {
+    ($type:ty: $words:expr) => {
         impl Column for Known<$type> {
             fn read(row: &FoundRow<'_>, column: &'static str) -> Self {
-                match row.text(column).as_deref() {
-                    $(Some($word) => Ok($value),)*
-                    Some(other) => {
-                        let all = [$($word),*].join(", ");
-                        Err(Unusable::new(column, format!("is \"{other}\", and must be one of {all}")))
-                    }
-                    None => Err(Unusable::null(column)),
-                }
+                one_of(row, column, &$words)
             }
 
             fn unusable(&self) -> Option<&Unusable> {
@@ -270,21 +292,22 @@ macro_rules! words {
     };
 }
 
-words!(Topology:
-    "standalone" => Topology::Standalone,
-    "sentinel" => Topology::Sentinel,
-    "cluster" => Topology::Cluster,
-);
-words!(Guarantee:
-    "exactly_once" => Guarantee::ExactlyOnce,
-    "at_least_once" => Guarantee::AtLeastOnce,
-);
-words!(Trimming:
-    "length" => Trimming::Length,
-    "read" => Trimming::Read,
-);
-words!(OnMissing:
-    "continue" => OnMissing::Continue,
-    "halt" => OnMissing::Halt,
-    "replay" => OnMissing::Replay,
-);
+words!(Topology: [
+    ("standalone", Topology::Standalone),
+    ("sentinel", Topology::Sentinel),
+    ("cluster", Topology::Cluster),
+]);
+words!(Guarantee: [
+    ("exactly_once", Guarantee::ExactlyOnce),
+    ("at_least_once", Guarantee::AtLeastOnce),
+]);
+words!(Trimming: [
+    ("length", Trimming::Length),
+    ("read", Trimming::Read),
+]);
+words!(OnMissing: [
+    ("continue", OnMissing::Continue),
+    ("halt", OnMissing::Halt),
+    ("replay", OnMissing::Replay),
+]);
+words!(Format: Format::WORDS);

@@ -36,6 +36,7 @@ mod failures_cluster;
 mod failures_network;
 mod fencing;
 mod floods;
+mod formats;
 mod guard;
 mod guest;
 mod guest_idle;

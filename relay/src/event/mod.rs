@@ -1,8 +1,9 @@
 //! An event as it is read from the table and encoded, borrowed from wherever its row lies.
 
-pub mod broadcaster;
+mod clock;
 mod decimal;
 pub mod doubts;
+pub mod format;
 pub mod text;
 pub mod wanted;
 
@@ -28,9 +29,6 @@ pub struct Event<'a> {
     pub stream: Option<&'a str>,
 }
 
-/// Fields of an entry that `publisher_config` may not name.
-pub const BUILT_IN_FIELDS: [&str; 5] = ["event_id", "event_type", "source", "timestamp", "cloud_event"];
-
 /// Why a `publisher_config` is refused.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum ConfigError {
@@ -53,13 +51,13 @@ pub enum ConfigError {
 const MOST_ADDED: usize = 1024 * 1024;
 
 /// The further stream fields that a `publisher_config` stands for, in its order: strings as they are, numbers as jsonb
-/// shows them, and booleans as JSON writes them.
-pub fn further_fields(publisher_config: &str) -> Result<Vec<(String, String)>, ConfigError> {
+/// shows them, and booleans as JSON writes them. `built_in`: fields that it may not name.
+pub fn further_fields(publisher_config: &str, built_in: &[&str]) -> Result<Vec<(String, String)>, ConfigError> {
     let Members(members) = serde_json::from_str(publisher_config).map_err(|_| not_an_object(publisher_config))?;
     let mut fields: Vec<(String, String)> = Vec::with_capacity(members.len());
     let mut room = publisher_config.len() + MOST_ADDED;
     for (key, value) in members {
-        if BUILT_IN_FIELDS.contains(&key.as_str()) {
+        if built_in.contains(&key.as_str()) {
             return Err(ConfigError::BuiltIn(key));
         }
         // Judged by its text: the parser takes an object with a certain name in it for a number.
@@ -127,7 +125,10 @@ mod tests {
 
     #[test]
     fn further_fields_keep_order_and_digits() {
-        let fields = further_fields(r#"{"z": "a\nb", "n": 1.10, "big": 123456789012345678901234567890, "t": true}"#);
+        let fields = further_fields(
+            r#"{"z": "a\nb", "n": 1.10, "big": 123456789012345678901234567890, "t": true}"#,
+            &[],
+        );
         let expected = [
             ("z", "a\nb"),
             ("n", "1.10"),
@@ -141,29 +142,33 @@ mod tests {
     fn numbers_are_as_many_as_they_take_room() {
         let many = |count: usize| {
             let numbers: Vec<String> = (0..count).map(|n| format!(r#""{n}": 1e131071"#)).collect();
-            further_fields(&format!("{{{}}}", numbers.join(", ")))
+            further_fields(&format!("{{{}}}", numbers.join(", ")), &[])
         };
         assert_eq!(many(8).map(|fields| fields.len()), Ok(8));
         assert_eq!(many(60_000), Err(ConfigError::TooManyDigits));
         assert_eq!(
-            further_fields(r#"{"a": 1e999999}"#),
+            further_fields(r#"{"a": 1e999999}"#, &[]),
             Err(ConfigError::OutOfRange("a".into()))
         );
     }
 
     #[test]
     fn a_key_that_comes_twice_has_its_last_value() {
-        let fields = further_fields(r#"{"a": {}, "b": 2, "a": "last"}"#);
+        let fields = further_fields(r#"{"a": {}, "b": 2, "a": "last"}"#, &[]);
         assert_eq!(fields, Ok(vec![("a".into(), "last".into()), ("b".into(), "2".into())]));
     }
 
     #[test]
     fn refuses_what_is_not_flat() {
-        assert_eq!(further_fields("[1]"), Err(ConfigError::NotAnObject));
-        assert_eq!(further_fields("3"), Err(ConfigError::NotAnObject));
-        assert_eq!(further_fields(r#""{\"a\": 1}""#), Err(ConfigError::EncodedTwice));
+        assert_eq!(further_fields("[1]", &[]), Err(ConfigError::NotAnObject));
+        assert_eq!(further_fields("3", &[]), Err(ConfigError::NotAnObject));
+        assert_eq!(further_fields(r#""{\"a\": 1}""#, &[]), Err(ConfigError::EncodedTwice));
         for text in [r#"{"a": {}}"#, r#"{"a": [1]}"#, r#"{"a": null}"#] {
-            assert_eq!(further_fields(text), Err(ConfigError::NotFlat("a".into())), "{text}");
+            assert_eq!(
+                further_fields(text, &[]),
+                Err(ConfigError::NotFlat("a".into())),
+                "{text}"
+            );
         }
         // Names by which the parser of JSON would know a number of its own.
         for name in [
@@ -172,12 +177,16 @@ mod tests {
             "\\u0024serde_json::private::Number",
         ] {
             let text = format!(r#"{{"a": {{"{name}": "1"}}}}"#);
-            assert_eq!(further_fields(&text), Err(ConfigError::NotFlat("a".into())), "{text}");
+            assert_eq!(
+                further_fields(&text, &[]),
+                Err(ConfigError::NotFlat("a".into())),
+                "{text}"
+            );
             let text = format!(r#"{{"{name}": "1"}}"#);
             let key = name.replace("\\u0024", "$");
-            assert_eq!(further_fields(&text), Ok(vec![(key, "1".into())]), "{text}");
+            assert_eq!(further_fields(&text, &[]), Ok(vec![(key, "1".into())]), "{text}");
         }
-        let built_in = further_fields(r#"{"event_id": "x"}"#);
+        let built_in = further_fields(r#"{"event_id": "x"}"#, &["event_id"]);
         assert_eq!(built_in, Err(ConfigError::BuiltIn("event_id".into())));
     }
 }

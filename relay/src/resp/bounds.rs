@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Also in any other reply: how long a line may be. Redis's errors have some hundred bytes.
 pub const MAX_LINE: usize = 16 * 1024;
-/// In pieces: strings up to this are kept. What a search wants to know is shorter.
+/// In pieces: so many bytes of a string are kept. What a search wants to know is shorter, or at the beginning.
 pub const KEPT_STRING: usize = 128;
 
 const LEAST_GUARD_BYTES: usize = 256 * 1024;
@@ -32,8 +32,8 @@ pub struct Bounds {
     pub items: usize,
     /// Arrays within each other.
     pub depth: usize,
-    /// Taken piece by piece: the header of an array, a string, a line; of a long string its header alone. Of the whole
-    /// no more is kept.
+    /// Taken piece by piece: the header of an array, a string, a line; of a long string its header and its beginning. Of
+    /// the whole no more is kept.
     pub in_pieces: bool,
 }
 

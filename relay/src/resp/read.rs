@@ -126,8 +126,12 @@ impl ExactSizeIterator for ReplyItems<'_> {}
 pub enum Piece<'a> {
     /// So many items follow.
     Array(u64),
-    /// `None`: its text was too long to be kept.
-    String { size: u64, text: Option<&'a [u8]> },
+    /// `text`: `None` if it was too long to be kept. `start`: its first bytes, at most [`KEPT_STRING`] of a long one.
+    String {
+        size: u64,
+        text: Option<&'a [u8]>,
+        start: &'a [u8],
+    },
     /// A status, an error, a number, or nil: the whole line.
     Line(&'a [u8]),
 }
@@ -144,7 +148,13 @@ impl<'a> Iterator for Pieces<'a> {
             Ok(Some(found)) => found,
             // Nothing, or a header alone.
             _ => match header(bytes) {
-                Ok(Some((Some(size), _))) => return Some(Piece::String { size, text: None }),
+                Ok(Some((Some(size), length))) => {
+                    return Some(Piece::String {
+                        size,
+                        text: None,
+                        start: &bytes[length..],
+                    });
+                }
                 _ => return None,
             },
         };
@@ -152,10 +162,14 @@ impl<'a> Iterator for Pieces<'a> {
         self.0 = rest;
         Some(match token {
             Token::Array(items) => Piece::Array(items),
-            Token::Bulk(size) => Piece::String {
-                size: size as u64,
-                text: Some(&piece[length - 2 - size..length - 2]),
-            },
+            Token::Bulk(size) => {
+                let text = &piece[length - 2 - size..length - 2];
+                Piece::String {
+                    size: size as u64,
+                    text: Some(text),
+                    start: text,
+                }
+            }
             Token::Line => Piece::Line(piece),
         })
     }
@@ -307,9 +321,13 @@ impl Scan {
         if let Some((Some(size), length)) = unkept
             && size > KEPT_STRING as u64
         {
+            let kept = length + KEPT_STRING;
+            if received.len() < kept {
+                return Ok(None);
+            }
             self.counts(length as u64 + size + 2, bounds)?;
             self.ends_with(&Token::Bulk(0), bounds)?;
-            return Ok(Some((length, size + 2)));
+            return Ok(Some((kept, size + 2 - KEPT_STRING as u64)));
         }
         let Some((token, length)) = token(received, usize::MAX).map_err(|wrong| wrong.failure(bounds))? else {
             return Ok(None);

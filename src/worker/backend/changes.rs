@@ -59,7 +59,7 @@ impl Backend {
             };
             self.delivery.set_streams(waiting);
         }
-        (self.entries.stream, self.entries.max_len) = (stream, settings::trimmed_to(Some(&row.options)));
+        self.entries.reconfigure(&row.options);
         if let Ok(guarantee) = row.options.delivery {
             self.delivery.set_guarantee(guarantee);
         }

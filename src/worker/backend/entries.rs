@@ -1,7 +1,9 @@
 //! From events to the entries of a backend's batches: streams, buffers, the encoder.
 
+use crate::tables::options::Options;
+use crate::worker::backend::settings;
 use relay::delivery::batch::BATCH_BYTES;
-use relay::event::broadcaster::{Encoder, Target};
+use relay::event::format::{Encoder, Target};
 use relay::event::{ConfigError, Event};
 use std::collections::HashSet;
 use std::rc::Rc;
@@ -25,15 +27,22 @@ pub(super) struct Entries {
 
 impl Entries {
     /// `kept_buffers`: how many buffers are kept at most.
-    pub(super) fn new(stream: Rc<str>, max_len: i64, kept_buffers: usize) -> Self {
+    pub(super) fn of(options: Option<&Options>, kept_buffers: usize) -> Self {
         Self {
-            stream,
-            max_len,
-            encoder: Encoder::default(),
+            stream: settings::stream(options),
+            max_len: settings::trimmed_to(options),
+            encoder: settings::encoder(options),
             buffers: Vec::new(),
             kept_buffers,
             named_streams: HashSet::new(),
         }
+    }
+
+    /// Takes over changed options, from the next event on.
+    pub(super) fn reconfigure(&mut self, options: &Options) {
+        self.stream = settings::stream(Some(options));
+        self.max_len = settings::trimmed_to(Some(options));
+        self.encoder = settings::encoder(Some(options));
     }
 
     /// The stream of an event.

@@ -133,9 +133,14 @@ impl Backend {
 
     fn standing_at(cursor: Cursor, standing: Standing, number: i32, duty: Duty, written_down: i64) -> Self {
         let lane = duty.lane();
-        let (stream, max_len) = (settings::stream(duty.options()), settings::trimmed_to(duty.options()));
+        let kept_buffers = if lane.is_some() {
+            KEPT_BUFFERS_OF_LANE
+        } else {
+            KEPT_BUFFERS
+        };
+        let entries = Entries::of(duty.options(), kept_buffers);
         let streams = match duty {
-            Duty::Send(_) => refused_streams(number, lane, &stream),
+            Duty::Send(_) => refused_streams(number, lane, &entries.stream),
             Duty::Find(_) | Duty::Fail { .. } | Duty::Strays => Streams::default(),
         };
         let saved_high_seq = cursor.position.from.high_seq;
@@ -148,11 +153,6 @@ impl Backend {
         if lane.is_some() {
             delivery.set_window_bytes(LANE_WINDOW_BYTES);
         }
-        let kept_buffers = if lane.is_some() {
-            KEPT_BUFFERS_OF_LANE
-        } else {
-            KEPT_BUFFERS
-        };
         Self {
             number,
             duty,
@@ -167,7 +167,7 @@ impl Backend {
             rests_until: Now::ZERO,
             restored: Restored::default(),
             logged: Logged::default(),
-            entries: Entries::new(stream, max_len, kept_buffers),
+            entries,
             metered: Metered::default(),
             readers: Readers::default(),
         }

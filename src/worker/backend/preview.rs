@@ -6,7 +6,6 @@ use crate::server::report;
 use crate::tables::sql::{query, text_array};
 use crate::tables::{backends, rights};
 use crate::worker::backend::entries::Entries;
-use crate::worker::backend::settings;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{PgSqlErrorCode, pg_sys};
 use relay::event::Event;
@@ -48,11 +47,7 @@ fn command(id: [u8; 16]) -> Option<Vec<u8>> {
         let Some(options) = backends::options(number, &name) else {
             refuse_backend(&name);
         };
-        let mut entries = Entries::new(
-            settings::stream(Some(&options)),
-            settings::trimmed_to(Some(&options)),
-            0,
-        );
+        let mut entries = Entries::of(Some(&options), 0);
         let (event_type, source) = (text("event_type"), text("source"));
         let (subject, data, stream) = (text("subject"), text("data"), text("stream"));
         let (data_schema, publisher_config) = (text("data_schema"), text("publisher_config"));

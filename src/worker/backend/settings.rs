@@ -5,6 +5,7 @@ use crate::server::guc;
 use crate::tables::backends::BackendRow;
 use crate::tables::options::{Known, Options, Topology, Trimming, Unusable};
 use relay::delivery::Guarantee;
+use relay::event::format::Encoder;
 use relay::redis::destination::{Address, ClientCertificate, Destination, Protocol, Route, Secret, Tls};
 use relay::redis::hash_slot::{hash_slot_of, tag_of};
 use relay::redis::replicas::Replicas;
@@ -107,6 +108,13 @@ pub(super) fn trimmed_to(options: Option<&Options>) -> i64 {
 pub(super) fn max_len(options: Option<&Options>) -> i64 {
     let own = options.and_then(|options| options.max_len.clone().ok().flatten());
     own.unwrap_or_else(|| i64::from(guc::REDIS_MAX_LEN.get()))
+}
+
+/// What writes entries. With unusable options nothing is sent, so their value does not matter.
+pub(super) fn encoder(options: Option<&Options>) -> Encoder {
+    let format = options.and_then(|options| options.format.clone().ok());
+    let fields = options.and_then(|options| options.static_fields.clone().ok());
+    Encoder::new(format.unwrap_or_default(), fields.unwrap_or_default())
 }
 
 /// What the backend logs in with, where it connects now.

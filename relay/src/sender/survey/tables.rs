@@ -146,7 +146,7 @@ impl Found {
         };
         match field {
             b"name" => {
-                if let Piece::String { size, text } = piece {
+                if let Piece::String { size, text, .. } = piece {
                     group.name = match text {
                         Some(name) => GroupName::Known(name.to_vec()),
                         None => GroupName::TooLong(size),

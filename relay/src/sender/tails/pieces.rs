@@ -1,6 +1,7 @@
 //! Replies to a search, piece by piece: entries may be large and many, and have fields by the million. Of each entry no
 //! more is kept than tells which event it is of.
 
+use crate::event::format::name_in_json;
 use crate::event::wanted::EventName;
 use crate::failure::Failure;
 use crate::resp::read::{Piece, Reply};
@@ -46,6 +47,8 @@ enum EntryPart {
 enum KnownField {
     EventId,
     Time,
+    /// JSON that may begin with both.
+    Json,
 }
 
 impl Page {
@@ -75,21 +78,28 @@ impl Page {
             }
             (EntryPart::Fields, Piece::Array(0)) => return Ok(self.end()),
             (EntryPart::Fields, Piece::Array(fields)) if fields % 2 == 0 => EntryPart::Name(fields),
-            (EntryPart::Name(left), Piece::String { size, text }) => {
+            (EntryPart::Name(left), Piece::String { size, text, .. }) => {
                 self.bytes = self.bytes.saturating_add(size + AROUND_A_STRING);
                 let known = match text {
-                    Some(b"event_id") => Some(KnownField::EventId),
-                    Some(b"timestamp") => Some(KnownField::Time),
+                    Some(b"event_id" | b"ce_id") => Some(KnownField::EventId),
+                    Some(b"timestamp" | b"ce_time") => Some(KnownField::Time),
+                    Some(b"cloud_event" | b"value") => Some(KnownField::Json),
                     _ => None,
                 };
                 EntryPart::Value(left - 1, known)
             }
-            (EntryPart::Value(left, known), Piece::String { size, text }) => {
+            (EntryPart::Value(left, known), Piece::String { size, text, start }) => {
                 self.bytes = self.bytes.saturating_add(size + AROUND_A_STRING);
                 let text = text.unwrap_or_default();
                 match known {
                     Some(KnownField::EventId) => self.event_id = self.event_id.or_else(|| text.try_into().ok()),
                     Some(KnownField::Time) => self.time = self.time.or_else(|| timestamp_of(text)),
+                    Some(KnownField::Json) => {
+                        if let Some((event_id, time)) = name_in_json(start) {
+                            self.event_id = self.event_id.or(Some(event_id));
+                            self.time = self.time.or(Some(time));
+                        }
+                    }
                     None => {}
                 }
                 match left - 1 {

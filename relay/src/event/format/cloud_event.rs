@@ -1,0 +1,42 @@
+//! The CloudEvents 1.0 JSON object of an event. Source: CloudEvents 1.0 JSON format.
+
+use crate::event::format::stamped::Stamped;
+
+/// Appends it, with the spacing that both Python's `json.dumps` and Postgres's jsonb use, in the order in which
+/// django-broadcaster writes it.
+pub(super) fn append_cloud_event(out: &mut Vec<u8>, stamped: &Stamped<'_>) {
+    let event = stamped.event;
+    out.extend_from_slice(br#"{"specversion": "1.0", "type": "#);
+    append_json_string(out, event.event_type);
+    out.extend_from_slice(br#", "source": "#);
+    append_json_string(out, event.source);
+    out.extend_from_slice(br#", "id": ""#);
+    out.extend_from_slice(&stamped.event_id);
+    out.extend_from_slice(br#"", "time": ""#);
+    out.extend_from_slice(&stamped.timestamp);
+    out.push(b'"');
+    append_rest(out, stamped);
+}
+
+/// The attributes after these four, and the object's end. Optional ones are left out when empty; so is `data` when it is
+/// JSON null.
+pub(super) fn append_rest(out: &mut Vec<u8>, stamped: &Stamped<'_>) {
+    if let Some(subject) = stamped.subject() {
+        out.extend_from_slice(br#", "subject": "#);
+        append_json_string(out, subject);
+    }
+    out.extend_from_slice(br#", "datacontenttype": "application/json""#);
+    if let Some(schema) = stamped.data_schema() {
+        out.extend_from_slice(br#", "dataschema": "#);
+        append_json_string(out, schema);
+    }
+    if let Some(data) = stamped.data() {
+        out.extend_from_slice(br#", "data": "#);
+        out.extend_from_slice(data.as_bytes());
+    }
+    out.push(b'}');
+}
+
+pub(super) fn append_json_string(out: &mut Vec<u8>, text: &str) {
+    serde_json::to_writer(out, text).expect("writing a string to memory does not fail");
+}

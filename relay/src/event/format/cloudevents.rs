@@ -1,0 +1,48 @@
+//! Format `cloudevents`: a field for each attribute, with the prefix `ce_` as in CloudEvents' Kafka binding (binary
+//! mode), and the payload in `data`. There is no binding for Redis.
+
+use crate::event::format::stamped::Stamped;
+use crate::resp::write::append_bulk;
+
+pub(super) const FIELDS: [&str; 9] = [
+    "ce_specversion",
+    "ce_id",
+    "ce_type",
+    "ce_source",
+    "ce_time",
+    "ce_subject",
+    "ce_dataschema",
+    "content-type",
+    "data",
+];
+
+/// How many fields an entry has.
+pub(super) fn count(stamped: &Stamped<'_>) -> usize {
+    let optional = [stamped.subject(), stamped.data_schema()].into_iter().flatten().count();
+    5 + optional + if stamped.data().is_some() { 2 } else { 0 }
+}
+
+/// Optional attributes are left out when empty; so are `data` and its type when it is JSON null.
+pub(super) fn append(out: &mut Vec<u8>, stamped: &Stamped<'_>) {
+    out.extend_from_slice(b"$14\r\nce_specversion\r\n$3\r\n1.0\r\n$5\r\nce_id\r\n$36\r\n");
+    out.extend_from_slice(&stamped.event_id);
+    out.extend_from_slice(b"\r\n$7\r\nce_type\r\n");
+    append_bulk(out, stamped.event.event_type.as_bytes());
+    out.extend_from_slice(b"$9\r\nce_source\r\n");
+    append_bulk(out, stamped.event.source.as_bytes());
+    out.extend_from_slice(b"$7\r\nce_time\r\n$32\r\n");
+    out.extend_from_slice(&stamped.timestamp);
+    out.extend_from_slice(b"\r\n");
+    if let Some(subject) = stamped.subject() {
+        out.extend_from_slice(b"$10\r\nce_subject\r\n");
+        append_bulk(out, subject.as_bytes());
+    }
+    if let Some(schema) = stamped.data_schema() {
+        out.extend_from_slice(b"$13\r\nce_dataschema\r\n");
+        append_bulk(out, schema.as_bytes());
+    }
+    if let Some(data) = stamped.data() {
+        out.extend_from_slice(b"$12\r\ncontent-type\r\n$16\r\napplication/json\r\n$4\r\ndata\r\n");
+        append_bulk(out, data.as_bytes());
+    }
+}

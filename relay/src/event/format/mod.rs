@@ -1,0 +1,136 @@
+//! From an event to the bytes of its XADD, in RESP, appended to a buffer that is used again. Each format has a file, which
+//! says what an entry's fields are. After them come the backend's static fields, and those of `publisher_config`.
+//!
+//! Source: RESP (Redis serialization protocol specification).
+
+mod broadcaster;
+mod cloud_event;
+mod cloudevents;
+mod debezium;
+mod stamped;
+mod structured;
+
+use crate::event::clock::Clock;
+use crate::event::format::stamped::Stamped;
+use crate::event::text::hyphenated;
+use crate::event::wanted::EventName;
+use crate::event::{ConfigError, Event, further_fields};
+use crate::resp::write::{append_array_header, append_bulk};
+
+/// How an entry is laid out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Format {
+    #[default]
+    Broadcaster,
+    CloudEvents,
+    Structured,
+    Debezium,
+}
+
+impl Format {
+    /// As `outbox.backends.format` names them.
+    pub const WORDS: [(&'static str, Self); 4] = [
+        ("broadcaster", Self::Broadcaster),
+        ("cloudevents", Self::CloudEvents),
+        ("structured", Self::Structured),
+        ("debezium", Self::Debezium),
+    ];
+
+    pub fn named(word: &str) -> Option<Self> {
+        Self::WORDS
+            .into_iter()
+            .find(|(name, _)| *name == word)
+            .map(|(_, format)| format)
+    }
+
+    /// The fields that the format itself writes. No other field may have such a name.
+    pub fn own_fields(self) -> &'static [&'static str] {
+        match self {
+            Self::Broadcaster => &broadcaster::FIELDS,
+            Self::CloudEvents => &cloudevents::FIELDS,
+            Self::Structured => &structured::FIELDS,
+            Self::Debezium => &debezium::FIELDS,
+        }
+    }
+}
+
+/// The event's id and time from the beginning of a JSON text that an entry of a format without fields for them has.
+pub(crate) fn name_in_json(start: &[u8]) -> Option<EventName> {
+    structured::name_in(start).or_else(|| debezium::name_in(start))
+}
+
+/// Where an entry goes: the stream's name and its approximate length (0: unlimited).
+#[derive(Clone, Copy, Debug)]
+pub struct Target<'a> {
+    pub stream: &'a str,
+    pub max_len: i64,
+}
+
+/// Writes the entries of a backend.
+#[derive(Default)]
+pub struct Encoder {
+    format: Format,
+    /// Further fields of each entry.
+    static_fields: Vec<(String, String)>,
+    /// Working space.
+    scratch: Vec<u8>,
+    clock: Clock,
+}
+
+impl Encoder {
+    /// `static_fields`: further fields of each entry. One that an event's `publisher_config` names as well gives way to
+    /// that.
+    pub fn new(format: Format, static_fields: Vec<(String, String)>) -> Self {
+        Self {
+            format,
+            static_fields,
+            ..Self::default()
+        }
+    }
+
+    /// Appends one XADD command. On an error nothing is appended.
+    pub fn append_xadd(&mut self, out: &mut Vec<u8>, target: Target<'_>, event: &Event<'_>) -> Result<(), ConfigError> {
+        let config = event.publisher_config;
+        let further = match config {
+            Some(config) => further_fields(config, self.format.own_fields())?,
+            None => Vec::new(),
+        };
+        let is_given = |name: &str| further.iter().any(|(given, _)| given == name);
+        let fixed = || self.static_fields.iter().filter(|(name, _)| !is_given(name));
+        let stamped = Stamped {
+            event,
+            event_id: hyphenated(&event.event_id),
+            timestamp: self.clock.rfc3339(event.created_at_us),
+        };
+        let own = match self.format {
+            Format::CloudEvents => cloudevents::count(&stamped),
+            format => format.own_fields().len(),
+        };
+        let trims = target.max_len > 0;
+        let fields = own + fixed().count() + further.len();
+
+        append_array_header(out, 3 + if trims { 3 } else { 0 } + 2 * fields);
+        out.extend_from_slice(b"$4\r\nXADD\r\n");
+        append_bulk(out, target.stream.as_bytes());
+        if trims {
+            out.extend_from_slice(b"$6\r\nMAXLEN\r\n$1\r\n~\r\n");
+            append_bulk(out, itoa::Buffer::new().format(target.max_len).as_bytes());
+        }
+        out.extend_from_slice(b"$1\r\n*\r\n");
+        self.scratch.clear();
+        match self.format {
+            Format::Broadcaster => broadcaster::append(out, &mut self.scratch, &stamped),
+            Format::CloudEvents => cloudevents::append(out, &stamped),
+            Format::Structured => structured::append(out, &mut self.scratch, &stamped),
+            Format::Debezium => debezium::append(out, &mut self.scratch, &stamped),
+        }
+        for (key, value) in fixed().chain(&further) {
+            append_bulk(out, key.as_bytes());
+            append_bulk(out, value.as_bytes());
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,33 @@
+//! An event with its id and time as texts.
+
+use crate::event::Event;
+use crate::event::wanted::EventName;
+
+pub(super) struct Stamped<'a> {
+    pub event: &'a Event<'a>,
+    pub event_id: [u8; 36],
+    /// RFC 3339, in UTC, with microseconds.
+    pub timestamp: [u8; 32],
+}
+
+impl<'a> Stamped<'a> {
+    pub(super) fn subject(&self) -> Option<&'a str> {
+        self.event.subject.filter(|subject| !subject.is_empty())
+    }
+
+    pub(super) fn data_schema(&self) -> Option<&'a str> {
+        self.event.data_schema.filter(|schema| !schema.is_empty())
+    }
+
+    /// JSON null counts as no data.
+    pub(super) fn data(&self) -> Option<&'a str> {
+        self.event.data.filter(|data| data.trim_ascii() != "null")
+    }
+}
+
+/// An event's id and time at the beginning of a JSON text: `before`, the id, `between`, the time.
+pub(super) fn name_between(start: &[u8], before: &[u8], between: &[u8]) -> Option<EventName> {
+    let (event_id, rest) = start.strip_prefix(before)?.split_first_chunk()?;
+    let time = rest.strip_prefix(between)?.first_chunk()?;
+    Some((*event_id, *time))
+}

@@ -1,0 +1,200 @@
+//! How entries are laid out: `format` and `static_fields` of a backend.
+
+use kit::{Entry, Postgres, Refused, Stack, wait_drained, wait_eq};
+use serde_json::Value;
+
+const FORMATS: [&str; 4] = ["broadcaster", "cloudevents", "structured", "debezium"];
+
+/// A stack with a backend of each format, named as the format is; each has a stream of that name.
+fn with_a_backend_of_each() -> Stack {
+    let stack = Stack::start();
+    for format in FORMATS {
+        stack.pg.exec(&format!(
+            "insert into outbox.backends (name, host, port, stream_name, format, static_fields) \
+             values ('{format}', '127.0.0.1', {}, '{format}', '{format}', '{{\"region\": \"eu\", \"version\": 1.50}}')",
+            stack.redis.port()
+        ));
+    }
+    stack
+}
+
+fn names(entry: &Entry) -> Vec<&str> {
+    entry.fields.iter().map(|(name, _)| name.as_str()).collect()
+}
+
+fn json(entry: &Entry, field: &str) -> Value {
+    serde_json::from_str(entry.field(field)).unwrap_or_else(|e| panic!("{field} is no JSON: {e}"))
+}
+
+#[test]
+fn each_format_has_its_fields() {
+    let stack = with_a_backend_of_each();
+    let publish = |backend: &str| -> String {
+        stack.pg.one(&format!(
+            "select outbox.publish_event('orders.update', '/shop', '{{\"total\": 1.50}}', subject => '42', backend => '{backend}', \
+             publisher_config => '{{\"region\": \"us\", \"tenant\": \"a\"}}')::text"
+        ))
+    };
+    let of = |format: &str| {
+        let id = publish(format);
+        (id, stack.redis.wait_entries(format, 1).remove(0))
+    };
+    // The publisher's region takes the place of the backend's.
+    let further = ["version", "region", "tenant"];
+
+    let (id, entry) = of("cloudevents");
+    let own = [
+        "ce_specversion",
+        "ce_id",
+        "ce_type",
+        "ce_source",
+        "ce_time",
+        "ce_subject",
+        "content-type",
+        "data",
+    ];
+    assert_eq!(names(&entry), [&own[..], &further].concat());
+    assert_eq!((entry.field("ce_id"), entry.field("ce_subject")), (id.as_str(), "42"));
+    assert_eq!(entry.field("data"), "{\"total\": 1.50}");
+    assert_eq!((entry.field("version"), entry.field("region")), ("1.50", "us"));
+
+    let (id, entry) = of("structured");
+    assert_eq!(names(&entry), [&["cloud_event"], &further[..]].concat());
+    let event = json(&entry, "cloud_event");
+    assert_eq!(
+        (&event["id"], &event["type"], event["data"]["total"].to_string()),
+        (&id.into(), &"orders.update".into(), "1.50".to_owned())
+    );
+
+    let (id, entry) = of("debezium");
+    assert_eq!(names(&entry), [&["key", "value"], &further[..]].concat());
+    assert_eq!(json(&entry, "key"), "42");
+    let value = json(&entry, "value");
+    assert_eq!((&value["op"], &value["before"]), (&"u".into(), &Value::Null));
+    assert_eq!(value["after"]["total"].to_string(), "1.50");
+    assert_eq!(
+        (&value["source"]["event_id"], &value["source"]["name"]),
+        (&id.into(), &"/shop".into())
+    );
+
+    let (id, entry) = of("broadcaster");
+    let own = ["event_id", "event_type", "source", "timestamp", "cloud_event"];
+    assert_eq!(names(&entry), [&own[..], &further].concat());
+    assert_eq!(entry.field("event_id"), id);
+}
+
+#[test]
+fn a_changed_format_counts_from_the_next_event_on() {
+    let stack = Stack::start();
+    stack.publish("before");
+    stack.wait_events(1);
+    stack
+        .pg
+        .exec("update outbox.backends set format = 'structured', static_fields = '{\"v\": 2}'");
+    stack.publish("after");
+    let entries = stack.wait_events(2);
+    assert_eq!(names(&entries[1]), ["cloud_event", "v"]);
+}
+
+#[test]
+fn nonsense_is_refused_when_the_row_is_written() {
+    let stack = Stack::start();
+    let mut client = stack.pg.client();
+    for set in [
+        "format = 'avro'",
+        "static_fields = '[]'",
+        "static_fields = '\"text\"'",
+        "static_fields = '{\"a\": null}'",
+        "static_fields = '{\"a\": {\"b\": 1}}'",
+        "static_fields = '{\"event_id\": \"mine\"}'",
+        "format = 'cloudevents', static_fields = '{\"data\": 1}'",
+        "format = 'structured', static_fields = '{\"cloud_event\": 1}'",
+        "format = 'debezium', static_fields = '{\"key\": 1}'",
+    ] {
+        let refused = Refused::of(client.execute(&format!("update outbox.backends set {set}"), &[]));
+        assert_eq!(refused.code, "23514", "{set}");
+    }
+    // Such a name is another format's.
+    client
+        .execute(
+            "update outbox.backends set format = 'debezium', static_fields = '{\"event_id\": \"mine\", \"data\": true}'",
+            &[],
+        )
+        .unwrap();
+}
+
+#[test]
+fn a_publisher_may_not_name_a_field_of_the_format_by_any_way_in() {
+    let stack = with_a_backend_of_each();
+    let mut client = stack.pg.client();
+    for (backend, field) in [
+        ("broadcaster", "timestamp"),
+        ("cloudevents", "ce_id"),
+        ("cloudevents", "data"),
+        ("structured", "cloud_event"),
+        ("debezium", "value"),
+    ] {
+        let config = format!("{{\"{field}\": 1}}");
+        for sql in [
+            format!("select outbox.publish_event('t', 's', backend => '{backend}', publisher_config => '{config}')"),
+            format!(
+                "select outbox.publish_events('[{{\"event_type\": \"t\", \"source\": \"s\", \"backend\": \"{backend}\", \
+                 \"publisher_config\": {config}}}]')"
+            ),
+            format!(
+                "insert into outbox.events (event_type, source, backend, publisher_config) values ('t', 's', '{backend}', '{config}')"
+            ),
+        ] {
+            let refused = Refused::of(client.query(&sql, &[]));
+            assert_eq!(refused.code, "22023", "{sql}");
+            assert!(refused.message.contains(field), "{refused:?}");
+        }
+    }
+    for (backend, field) in [
+        ("structured", "event_id"),
+        ("broadcaster", "data"),
+        ("debezium", "ce_id"),
+    ] {
+        let config = format!("{{\"{field}\": 1}}");
+        let sql =
+            format!("select outbox.publish_event('t', 's', backend => '{backend}', publisher_config => '{config}')");
+        client.query(&sql, &[]).unwrap();
+        assert_eq!(stack.redis.wait_entries(backend, 1)[0].field(field), "1");
+    }
+}
+
+/// Recovery tells by an entry of any format which event it is of: what a source has sent is not repeated after its dump
+/// was restored elsewhere.
+#[test]
+fn events_are_found_in_their_streams_whatever_their_format() {
+    for format in ["cloudevents", "structured", "debezium"] {
+        let stack = Stack::start();
+        stack.pg.exec(&format!(
+            "update outbox.backends set host = '127.0.0.1', port = {}, format = '{format}'",
+            stack.redis.port()
+        ));
+        // Longer than what a search keeps of a value.
+        let publish = "select outbox.publish_event('n' || i, 's', to_jsonb(repeat('x', 500)))";
+        stack.pg.exec(&format!("{publish} from generate_series(1, 100) i"));
+        stack.wait_events(100);
+        wait_drained(&stack.pg, "default");
+        // Nobody saves the cursor any more: the dump takes all for unsent.
+        stack.pg.set("outbox_relay.enabled", "off");
+        wait_eq("the worker", None::<i32>, || {
+            stack.pg.one("select worker_pid from outbox.status")
+        });
+        stack.pg.exec("delete from outbox.cursors");
+        stack.pg.exec(&format!("{publish} from generate_series(101, 105) i"));
+        let target = Postgres::start();
+        target.exec("create database copy");
+        target.restore("copy", &stack.pg.pg_dump("postgres"));
+        stack.wait_events(105);
+        target.wait_log(
+            "100 of the events after its saved position stand in the streams already and are not repeated, 5 are sent",
+        );
+        wait_eq("nothing is left to compare", 0i64, || {
+            target.one_db("copy", "select count(*) from outbox.restores where not is_looked_for")
+        });
+        assert_eq!(stack.redis.xlen("events"), 105, "{format}");
+    }
+}
