@@ -39,9 +39,9 @@ fn role(name: &CStr) -> Option<pg_sys::Datum> {
     }
     let is_number = bytes.iter().all(u8::is_ascii_digit);
     let arguments = [Some(text_datum(bytes))];
-    // SAFETY: the function's one argument, a text.
     let found = match is_number {
         true => None,
+        // SAFETY: the function takes one text, and these are its arguments.
         false => unsafe { pgrx::direct_function_call_as_datum(pg_sys::to_regrole, &arguments) },
     };
     if found.is_none() {

@@ -514,9 +514,7 @@ fn a_dump_brings_attached_tables_and_publishes_nothing_while_it_is_restored() {
     let pg = start();
     pg.exec("create database restored");
     pg.exec("create schema \"S\"; create table \"S\".t (id int primary key, a text); insert into \"S\".t values (1, 'x'); select outbox.attach_table('\"S\".t', payload => 'both', condition => 'id > 0')");
-    for dump in [pg.pg_dump("postgres")] {
-        pg.restore("restored", &dump);
-    }
+    pg.restore("restored", &pg.pg_dump("postgres"));
     let mut c = pg.client_db("restored");
     assert_eq!(heads(&mut c), Vec::<String>::new());
     run(

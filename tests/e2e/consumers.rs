@@ -186,7 +186,7 @@ fn a_user_without_the_right_to_ask_is_told_so_by_health() {
         "+xinfo|consumers",
         "+xpending",
     ]);
-    wait_trouble(&stack.pg, "default", "misconfigured", "NOPERM").pending;
+    wait_trouble(&stack.pg, "default", "misconfigured", "NOPERM");
     acl(&["+xtrim", "+eval"]);
     stack.wait_events(3);
     wait_drained(&stack.pg, "default");

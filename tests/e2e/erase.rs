@@ -126,10 +126,9 @@ fn an_event_that_waits_is_refused_with_what_helps() {
         let refused = Refused::of(stack.pg.client().batch_execute(&format!("{update}{more}")));
         assert_eq!(refused.message, "rows of outbox.events are never updated", "{more}");
     }
-    let role = stack
+    stack
         .pg
         .exec("create role app login; select outbox.grant_publisher('app')");
-    let () = role;
     let refused = stack
         .pg
         .client_as("app", "postgres")
