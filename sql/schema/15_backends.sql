@@ -42,7 +42,7 @@ create table outbox.backends (
     tls_insecure    boolean not null default false,
     constraint backends_static_fields_of_format check (static_fields is null or not static_fields ?| case format
         when 'broadcaster' then array['event_id', 'event_type', 'source', 'timestamp', 'cloud_event']
-        when 'cloudevents' then array['ce_specversion', 'ce_id', 'ce_type', 'ce_source', 'ce_time', 'ce_subject', 'ce_dataschema', 'content-type', 'data']
+        when 'cloudevents' then array['ce_specversion', 'ce_id', 'ce_type', 'ce_source', 'ce_time', 'ce_subject', 'ce_dataschema', 'ce_traceparent', 'ce_tracestate', 'content-type', 'data']
         when 'structured' then array['cloud_event']
         else array['key', 'value'] end),
     constraint backends_nodes_of_mode check ((mode = 'standalone') = (nodes is null)),

@@ -133,7 +133,7 @@ fn prepared_item(items: &Items, index: usize, relations: &Relations) -> NewRow {
         Ok(item) => request_of(&item),
     };
     let request = request.unwrap_or_else(|message| PublishError::BadItem { index, message }.raise());
-    prepared(&request.without_empty(), relations)
+    prepared(&request.without_empty().traced(), relations)
 }
 
 const KEYS: [&str; 11] = [

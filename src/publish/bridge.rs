@@ -31,7 +31,7 @@ extern "C-unwind" fn publish_row(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Da
         // SAFETY: called by Postgres; a trigger of this kind has a row.
         let request = unsafe { request_of(expect_trigger(fcinfo, "publish_row", When::InsertOfRow, &[])) };
         let relations = catalog::expect_relations();
-        (prepared(&request.without_empty(), &relations), relations)
+        (prepared(&request.without_empty().traced(), &relations), relations)
     });
     // SAFETY: called by Postgres; no frame up to it holds anything that needs dropping.
     unsafe {

@@ -74,7 +74,7 @@ unsafe fn publish(
         // SAFETY: the caller's promise; there are so many.
         let request = unsafe { request_of((*fcinfo).args.as_slice(ARGUMENTS)) };
         let relations = catalog::expect_relations();
-        (prepared(&request.without_empty(), &relations), relations)
+        (prepared(&request.without_empty().traced(), &relations), relations)
     });
     // SAFETY: the caller's promise; the id lies in the memory of the call.
     unsafe {

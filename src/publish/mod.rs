@@ -7,7 +7,7 @@
 //! - [`bridge`] rows of outbox tables of another make
 //! - [`request`] what a publisher asks for, and all refusals; [`error`] their words
 //! - [`json`] JSON, however it is typed
-//! - [`doubts`] what is accepted with a WARNING
+//! - [`doubts`] what is accepted with a WARNING; [`trace`] the trace context that goes with it
 //! - [`repeated_id`] event ids that are used already
 //! - [`appending`] from a checked request to a row
 //! - [`returning`] RETURNING and ON CONFLICT for those who may only insert
@@ -27,4 +27,5 @@ mod json;
 mod repeated_id;
 mod request;
 pub(crate) mod returning;
+mod trace;
 mod trigger;

@@ -2,6 +2,7 @@
 
 use crate::publish::error::PublishError;
 use crate::publish::json;
+use crate::publish::trace;
 use crate::server::encoding::{has_utf8_form, utf8};
 use crate::server::guc;
 use crate::tables::catalog;
@@ -55,6 +56,12 @@ impl Request<'_> {
         if self.publisher_config.as_deref().is_some_and(json::is_null) {
             self.publisher_config = None;
         }
+        self
+    }
+
+    /// With the trace context that it is published under.
+    pub(super) fn traced(mut self) -> Self {
+        self.publisher_config = trace::traced(self.publisher_config.take());
         self
     }
 

@@ -10,6 +10,7 @@ use crate::publish::request::{Checked, Request, check};
 use crate::server::datum::bytes_of;
 use crate::server::datum::text_datum;
 use crate::server::encoding::{has_utf8_form, to_server, utf8};
+use crate::server::guc;
 use crate::server::report;
 use crate::server::trigger_call::When;
 use crate::server::trigger_call::expect_trigger;
@@ -329,6 +330,10 @@ fn expect_published(row: &Row, is_scheduled: bool, again: bool, changes: &mut Ch
         scheduled_at: row.i64(attribute::SCHEDULED_AT).filter(|_| is_scheduled),
         ..given.without_empty()
     };
+    let request = match again {
+        true => request,
+        false => traced(request, changes),
+    };
     let checked = check_restorable(&request, row);
     if !again {
         doubts::say(&request);
@@ -341,6 +346,19 @@ fn expect_published(row: &Row, is_scheduled: bool, again: bool, changes: &mut Ch
     changes.set(attribute::BACKEND_NUMBER, pg_sys::Datum::from(checked.backend_number));
     changes.set(attribute::BACKEND, text_datum(&to_server(&checked.backend)));
     checked
+}
+
+/// The request with the trace context that it is published under.
+fn traced<'a>(request: Request<'a>, changes: &mut Changes) -> Request<'a> {
+    if !guc::is_traced() {
+        return request;
+    }
+    let request = request.traced();
+    let config = request.publisher_config.as_deref().map(text_datum);
+    config
+        .into_iter()
+        .for_each(|config| changes.set(attribute::PUBLISHER_CONFIG, config));
+    request
 }
 
 /// Which columns that may be empty are given.

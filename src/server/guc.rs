@@ -6,8 +6,10 @@ use pgrx::pg_sys::AsPgCStr;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{PgLogLevel, PgSqlErrorCode, PostgresGucEnum, pg_guard, pg_sys};
 use relay::delivery::backoff::Backoff;
+use relay::event::trace::{fault_of_traceparent, fault_of_tracestate};
 use relay::redis::allowed_hosts::AllowedHosts;
 use std::ffi::{CStr, CString, c_char, c_void};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use wildmatch::WildMatch;
 
@@ -29,6 +31,11 @@ pub(crate) static FAILED_RETENTION_MIN: GucSetting<i32> = GucSetting::<i32>::new
 pub(crate) static INBOX_RETENTION_MIN: GucSetting<i32> = GucSetting::<i32>::new(7 * 24 * 60);
 /// Redis takes 512 MB, but an entry is held in memory by every party on its way.
 pub(crate) static MAX_EVENT_SIZE_KB: GucSetting<i32> = GucSetting::<i32>::new(1_024);
+/// Of the application's trace, for the events that are published under it.
+pub(crate) static TRACEPARENT: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c""));
+pub(crate) static TRACESTATE: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c""));
+/// `outbox_relay.traceparent` is set.
+static IS_TRACED: AtomicBool = AtomicBool::new(false);
 pub(crate) static LOG_LEVEL: GucSetting<LogLevel> = GucSetting::<LogLevel>::new(LogLevel::Info);
 pub(crate) static REDIS_HOST: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c"localhost"));
 pub(crate) static REDIS_PORT: GucSetting<i32> = GucSetting::<i32>::new(6_379);
@@ -236,7 +243,7 @@ pub(crate) fn define() {
         Sighup,
         plain,
     );
-    // SAFETY: the hook is guarded.
+    // SAFETY: the hooks are guarded, or cannot fail.
     unsafe {
         GucRegistry::define_string_guc_with_hooks(
             c"outbox_relay.allowed_hosts",
@@ -246,6 +253,28 @@ pub(crate) fn define() {
             Sighup,
             plain,
             Some(check_allowed_hosts),
+            None,
+            None,
+        );
+        GucRegistry::define_string_guc_with_hooks(
+            c"outbox_relay.traceparent",
+            c"Trace context (W3C) of the events that are published under it; empty: none.",
+            c"Set it by SET LOCAL. It goes into the CloudEvent and into a field of the entry.",
+            &TRACEPARENT,
+            Userset,
+            plain,
+            Some(check_traceparent),
+            Some(assign_traceparent),
+            None,
+        );
+        GucRegistry::define_string_guc_with_hooks(
+            c"outbox_relay.tracestate",
+            c"Trace state (W3C) that goes with outbox_relay.traceparent; empty: none.",
+            c"",
+            &TRACESTATE,
+            Userset,
+            plain,
+            Some(check_tracestate),
             None,
             None,
         );
@@ -356,6 +385,59 @@ unsafe extern "C-unwind" fn check_allowed_hosts(
     // SAFETY: a copy that lives as long as the memory context of whoever asks, as Postgres's own texts here do.
     unsafe { pg_sys::GUC_check_errdetail_string = fault.as_str().as_pg_cstr() };
     false
+}
+
+/// Refuses what is no trace context; an empty text is none.
+#[pg_guard]
+// SAFETY: called by Postgres alone, with the new value.
+unsafe extern "C-unwind" fn check_traceparent(
+    value: *mut *mut c_char,
+    _extra: *mut *mut c_void,
+    _source: pg_sys::GucSource::Type,
+) -> bool {
+    // SAFETY: the caller's promise.
+    unsafe { is_without_fault(*value, fault_of_traceparent) }
+}
+
+/// The same for `outbox_relay.tracestate`.
+#[pg_guard]
+// SAFETY: called by Postgres alone, with the new value.
+unsafe extern "C-unwind" fn check_tracestate(
+    value: *mut *mut c_char,
+    _extra: *mut *mut c_void,
+    _source: pg_sys::GucSource::Type,
+) -> bool {
+    // SAFETY: the caller's promise.
+    unsafe { is_without_fault(*value, fault_of_tracestate) }
+}
+
+/// # Safety
+/// A zero-terminated text, or null.
+unsafe fn is_without_fault(value: *const c_char, fault: fn(&str) -> Option<&'static str>) -> bool {
+    // SAFETY: the caller's promise; the detail lives as long as the memory context of whoever asks.
+    unsafe {
+        let text = (!value.is_null()).then(|| CStr::from_ptr(value).to_string_lossy());
+        let text = text.unwrap_or_default();
+        let fault = (!text.is_empty()).then(|| fault(&text)).flatten();
+        if let Some(fault) = fault {
+            pg_sys::GUC_check_errdetail_string = fault.as_pg_cstr();
+        }
+        fault.is_none()
+    }
+}
+
+/// Remembers whether there is a trace context, so that publishing without one costs nothing.
+// No pg_guard: it does nothing that can fail.
+// SAFETY: called by Postgres alone, with the new value.
+unsafe extern "C-unwind" fn assign_traceparent(value: *const c_char, _extra: *mut c_void) {
+    // SAFETY: a zero-terminated text, or null.
+    let is_traced = unsafe { !value.is_null() && *value != 0 };
+    IS_TRACED.store(is_traced, Ordering::Relaxed);
+}
+
+/// Whether events are published under a trace context.
+pub(crate) fn is_traced() -> bool {
+    IS_TRACED.load(Ordering::Relaxed)
 }
 
 /// Where the relay may connect to.

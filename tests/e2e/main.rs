@@ -112,6 +112,7 @@ mod take_over;
 mod test_backend;
 mod tls;
 mod tls_routes;
+mod trace;
 mod transactions;
 mod trim_read;
 mod unusable_options;

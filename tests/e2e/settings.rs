@@ -17,6 +17,8 @@ const SETTINGS: &[(&str, &str, &str, &[&str])] = &[
     ("published_retention", "7d", "sighup", &["-2", "1w"]),
     ("failed_retention", "30d", "sighup", &["-2", "1w"]),
     ("inbox_retention", "7d", "sighup", &["-2", "1w"]),
+    ("traceparent", "", "user", &["garbage"]),
+    ("tracestate", "", "user", &["garbage"]),
     ("max_event_size", "1MB", "superuser", &["0", "-1", "1GB"]),
     ("log_level", "info", "sighup", &["loud", "notice"]),
     ("redis_host", "localhost", "sighup", &[]),

@@ -5,6 +5,7 @@ mod decimal;
 pub mod doubts;
 pub mod format;
 pub mod text;
+pub mod trace;
 pub mod wanted;
 
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};

@@ -162,3 +162,16 @@ fn cloudevents_js_reads_what_we_write() {
     // JavaScript's time has milliseconds.
     reads("cloudevents-js", |time| format!("{}Z", &time[..23]));
 }
+
+#[test]
+#[ignore = "make test-examples"]
+fn opentelemetry_traces_from_publisher_to_consumer() {
+    let shop = Shop::open();
+    let Some(project) = Project::prepare(&shop, "opentelemetry") else {
+        return;
+    };
+    let said = project.output(project.command(&shop, &project.run));
+    let of = |who: &str| said.lines().find_map(|line| line.strip_prefix(who)).map(str::to_owned);
+    let (publisher, consumer) = (of("publisher "), of("consumer "));
+    assert!(publisher.is_some() && publisher == consumer, "{said}");
+}

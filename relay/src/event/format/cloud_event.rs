@@ -1,6 +1,7 @@
 //! The CloudEvents 1.0 JSON object of an event. Source: CloudEvents 1.0 JSON format.
 
 use crate::event::format::stamped::Stamped;
+use crate::event::trace::{TRACEPARENT, TRACESTATE};
 
 /// Appends it, with the spacing that both Python's `json.dumps` and Postgres's jsonb use, in the order in which
 /// django-broadcaster writes it.
@@ -18,7 +19,8 @@ pub(super) fn append_cloud_event(out: &mut Vec<u8>, stamped: &Stamped<'_>) {
     append_rest(out, stamped);
 }
 
-/// The attributes after these four, and the object's end. Optional ones are left out when empty; so is `data` when it is
+/// The attributes after these four, and the object's end. Optional ones are left out when empty; those of a trace
+/// context (extension *distributed tracing*) when there is none; so is `data` when it is
 /// JSON null.
 pub(super) fn append_rest(out: &mut Vec<u8>, stamped: &Stamped<'_>) {
     if let Some(subject) = stamped.subject() {
@@ -29,6 +31,14 @@ pub(super) fn append_rest(out: &mut Vec<u8>, stamped: &Stamped<'_>) {
     if let Some(schema) = stamped.data_schema() {
         out.extend_from_slice(br#", "dataschema": "#);
         append_json_string(out, schema);
+    }
+    for (name, value) in [TRACEPARENT, TRACESTATE].into_iter().zip(stamped.trace) {
+        if let Some(value) = value {
+            out.extend_from_slice(b", ");
+            append_json_string(out, name);
+            out.extend_from_slice(b": ");
+            append_json_string(out, value);
+        }
     }
     if let Some(data) = stamped.data() {
         out.extend_from_slice(br#", "data": "#);

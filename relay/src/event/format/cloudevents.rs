@@ -2,9 +2,10 @@
 //! mode), and the payload in `data`. There is no binding for Redis.
 
 use crate::event::format::stamped::Stamped;
+use crate::event::trace::{TRACEPARENT, TRACESTATE};
 use crate::resp::write::append_bulk;
 
-pub(super) const FIELDS: [&str; 9] = [
+pub(super) const FIELDS: [&str; 11] = [
     "ce_specversion",
     "ce_id",
     "ce_type",
@@ -12,9 +13,20 @@ pub(super) const FIELDS: [&str; 9] = [
     "ce_time",
     "ce_subject",
     "ce_dataschema",
+    "ce_traceparent",
+    "ce_tracestate",
     "content-type",
     "data",
 ];
+
+/// The name of a further field: the trace context is an attribute.
+pub(super) fn name_of(field: &str) -> &str {
+    match field {
+        TRACEPARENT => "ce_traceparent",
+        TRACESTATE => "ce_tracestate",
+        other => other,
+    }
+}
 
 /// How many fields an entry has.
 pub(super) fn count(stamped: &Stamped<'_>) -> usize {

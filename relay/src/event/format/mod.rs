@@ -13,6 +13,7 @@ mod structured;
 use crate::event::clock::Clock;
 use crate::event::format::stamped::Stamped;
 use crate::event::text::hyphenated;
+use crate::event::trace::{TRACEPARENT, TRACESTATE};
 use crate::event::wanted::EventName;
 use crate::event::{ConfigError, Event, further_fields};
 use crate::resp::write::{append_array_header, append_bulk};
@@ -97,8 +98,13 @@ impl Encoder {
         };
         let is_given = |name: &str| further.iter().any(|(given, _)| given == name);
         let fixed = || self.static_fields.iter().filter(|(name, _)| !is_given(name));
+        let trace = [TRACEPARENT, TRACESTATE].map(|name| {
+            let field = further.iter().find(|(given, _)| given == name);
+            field.map(|(_, value)| value.as_str())
+        });
         let stamped = Stamped {
             event,
+            trace,
             event_id: hyphenated(&event.event_id),
             timestamp: self.clock.rfc3339(event.created_at_us),
         };
@@ -125,7 +131,11 @@ impl Encoder {
             Format::Debezium => debezium::append(out, &mut self.scratch, &stamped),
         }
         for (key, value) in fixed().chain(&further) {
-            append_bulk(out, key.as_bytes());
+            let name = match self.format {
+                Format::CloudEvents => cloudevents::name_of(key),
+                _ => key,
+            };
+            append_bulk(out, name.as_bytes());
             append_bulk(out, value.as_bytes());
         }
         Ok(())

@@ -8,6 +8,8 @@ pub(super) struct Stamped<'a> {
     pub event_id: [u8; 36],
     /// RFC 3339, in UTC, with microseconds.
     pub timestamp: [u8; 32],
+    /// `traceparent` and `tracestate`, if it has them.
+    pub trace: [Option<&'a str>; 2],
 }
 
 impl<'a> Stamped<'a> {

@@ -1,0 +1,15 @@
+//! The trace context of the session, `outbox_relay.traceparent` and `.tracestate`, goes with the events that are published
+//! under it.
+
+use crate::server::guc;
+use relay::event::trace::with_trace;
+use std::borrow::Cow;
+
+/// A `publisher_config` with the session's trace context, if it has one.
+pub(super) fn traced(config: Option<Cow<'_, [u8]>>) -> Option<Cow<'_, [u8]>> {
+    if !guc::is_traced() {
+        return config;
+    }
+    let (parent, state) = (guc::text(&guc::TRACEPARENT), guc::text(&guc::TRACESTATE));
+    Some(Cow::Owned(with_trace(config.as_deref(), &parent, &state)))
+}
