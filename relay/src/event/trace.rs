@@ -53,7 +53,7 @@ pub fn fault_of_tracestate(text: &str) -> Option<&'static str> {
         let pair = member.split_once('=');
         member.is_empty() || pair.is_some_and(|(key, value)| is_key(key) && is_value(value))
     };
-    match members.iter().all(|member| is_member(&member)) {
+    match members.iter().all(is_member) {
         true => None,
         false => Some("A member is not key=value, as in vendor=value,other=value."),
     }
