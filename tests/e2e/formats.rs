@@ -105,6 +105,8 @@ fn nonsense_is_refused_when_the_row_is_written() {
         "static_fields = '[]'",
         "static_fields = '\"text\"'",
         "static_fields = '{\"a\": null}'",
+        "static_fields = '{\"a\": [1]}'",
+        "static_fields = '{\"a\": []}'",
         "static_fields = '{\"a\": {\"b\": 1}}'",
         "static_fields = '{\"event_id\": \"mine\"}'",
         "format = 'cloudevents', static_fields = '{\"data\": 1}'",
