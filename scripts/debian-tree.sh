@@ -17,6 +17,8 @@ in_tree() {
     mkdir -p "$1/opt/rust"
     unshare --mount --pid --fork --kill-child bash -euc '
         mount --make-rprivate /
+        # A root that is a mount, as a machine has it: a namespace of mounts within it fails otherwise.
+        mount --bind "$1" "$1"
         mount -t proc proc "$1/proc"
         mount --rbind /dev "$1/dev"
         mount --bind -o ro "$2" "$1/opt/rust"

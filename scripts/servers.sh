@@ -1,16 +1,19 @@
 # shellcheck shell=bash
 # For scripts that start throwaway servers (source it): a temporary root, the user who runs Postgres, and the end of everything.
 
-# Postgres refuses to run as root.
-server_user=""
-if ((EUID == 0)); then
-    if id postgres >/dev/null 2>&1; then server_user=postgres; else server_user=nobody; fi
-fi
+# Who runs the servers, if not we: Postgres refuses to run as root. Asked each time, as the test kit does: on a bare machine setup has just
+# made the user postgres.
+server_user() {
+    ((EUID == 0)) || return 0
+    if id postgres >/dev/null 2>&1; then echo postgres; else echo nobody; fi
+}
 
 # Runs a command as the user of the servers, outside the checkout, which that user may not be able to enter.
 as_server() {
-    if [[ -n $server_user ]]; then
-        (cd / && exec runuser -u "$server_user" -- "$@")
+    local user
+    user=$(server_user)
+    if [[ -n $user ]]; then
+        (cd / && exec runuser -u "$user" -- "$@")
     else
         (cd / && exec "$@")
     fi
@@ -18,10 +21,11 @@ as_server() {
 
 # Makes a temporary directory that the servers can write. Its path is short: a unix socket's has at most 107 bytes.
 make_temp_root() {
-    local dir
+    local dir user
     dir=$(mktemp -d "/tmp/outbox-$1.XXXXXX")
     chmod 755 "$dir"
-    if [[ -n $server_user ]]; then chown "$server_user" "$dir"; fi
+    user=$(server_user)
+    if [[ -n $user ]]; then chown "$user" "$dir"; fi
     echo "$dir"
 }
 
