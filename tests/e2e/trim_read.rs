@@ -262,6 +262,16 @@ fn each_stream_of_a_backend_and_of_a_cluster_is_trimmed() {
     }
 }
 
+/// A ledger whose sessions publish some hundred events a second together. A stream of which entries must be read takes
+/// half of its `max_len` a second, so a faster load would leave a long backlog.
+fn slow_ledger(pg: &Postgres) {
+    Ledger::create(pg);
+    pg.exec(
+        "create function slow() returns trigger language plpgsql as $$ begin perform pg_sleep(0.004); return new; end $$;
+        create trigger slow before insert on ledger for each row execute function slow()",
+    );
+}
+
 /// Consumers die in the middle of their work, groups come and go, the worker is killed, connections are cut.
 fn chaos(stack: &mut Stack, seconds: u64, seed: u64, mut interrupt: impl FnMut(&mut Stack, &mut Dice)) -> Group {
     let mut dice = Dice::new(seed);
@@ -306,7 +316,7 @@ fn chaos(stack: &mut Stack, seconds: u64, seed: u64, mut interrupt: impl FnMut(&
 #[test]
 fn no_entry_goes_before_it_is_acknowledged_and_none_comes_twice_whoever_dies() {
     let mut stack = stack("max_len = 4000");
-    Ledger::create(&stack.pg);
+    slow_ledger(&stack.pg);
     let load = Load::start(&stack.pg, 2, "");
     let mut steady = chaos(&mut stack, 20, 7, |stack, dice| match dice.between(0, 3) {
         0 => stack.pg.kill_worker(),
@@ -341,7 +351,7 @@ fn no_entry_goes_before_it_is_acknowledged_and_none_comes_twice_whoever_dies() {
 #[test]
 fn failovers_of_redis_lose_nothing_that_is_not_acknowledged() {
     let mut stack = stack("max_len = 4000");
-    Ledger::create(&stack.pg);
+    slow_ledger(&stack.pg);
     let replica = Redis::replica_of(&stack.redis);
     let load = Load::start(&stack.pg, 2, "");
     let mut conn = stack.redis.conn();
