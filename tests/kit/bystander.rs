@@ -30,7 +30,7 @@ impl Bystander {
     pub fn start(stack: &Stack) -> Self {
         let port = stack.redis.port();
         stack.pg.exec(&format!(
-            "insert into outbox.backends (name, host, port, stream_name) values ('{NAME}', '127.0.0.1', {port}, '{NAME}')
+            "insert into outbox.backends (name, host, port, stream_name, max_len) values ('{NAME}', '127.0.0.1', {port}, '{NAME}', 0)
                 on conflict do nothing"
         ));
         let publish = format!("select outbox.publish_event('event', 'kit', backend => '{NAME}')");
