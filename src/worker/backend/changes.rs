@@ -50,16 +50,16 @@ impl Backend {
             // While it was paused, nobody heard of it.
             self.forget_trouble();
         }
-        let stream = settings::stream(Some(&row.options));
-        if stream != *self.stream() {
+        let former_stream = self.entries.stream.clone();
+        self.entries.reconfigure(&row.options);
+        if self.entries.stream != former_stream {
             is_other = true;
             let waiting = match self.duty {
-                Duty::Send(_) => refused_streams(self.number, self.lane(), &stream),
+                Duty::Send(_) => refused_streams(self.number, self.lane(), &self.entries.stream),
                 Duty::Find(_) | Duty::Fail { .. } | Duty::Strays => Streams::default(),
             };
             self.delivery.set_streams(waiting);
         }
-        self.entries.reconfigure(&row.options);
         if let Ok(guarantee) = row.options.delivery {
             self.delivery.set_guarantee(guarantee);
         }
