@@ -84,6 +84,13 @@ end
 $$;
 comment on function outbox.expect_role(text) is 'The role of this name, or an ERROR in words.';
 
+create function outbox.expect_role(role regrole) returns regrole
+    language sql stable set search_path = pg_catalog, pg_temp
+    as $$
+select outbox.expect_role(coalesce((select p.rolname::text from pg_roles p where p.oid = role), role::text))
+$$;
+comment on function outbox.expect_role(regrole) is 'The same of a role that may be gone, or NULL.';
+
 create function outbox.limit_publisher(role regrole, backends text[], streams text[]) returns void
     language plpgsql set search_path = pg_catalog, pg_temp
     as $$
@@ -111,7 +118,7 @@ create function outbox.grant_publisher(role regrole, backends text[], streams te
     as $$
 declare
     r record;
-    grantee text := outbox.expect_role(coalesce((select p.rolname from pg_roles p where p.oid = role), role::text))::text;
+    grantee text := outbox.expect_role(role)::text;
 begin
     perform outbox.limit_publisher(role, backends, streams);
     for r in select * from outbox.publisher_rights() loop
@@ -164,7 +171,7 @@ create function outbox.revoke_publisher(role regrole) returns void
     as $$
 declare
     r record;
-    grantee text := outbox.expect_role(coalesce((select p.rolname from pg_roles p where p.oid = role), role::text))::text;
+    grantee text := outbox.expect_role(role)::text;
 begin
     for r in select * from outbox.publisher_rights() p where p.object <> 'schema outbox' loop
         execute format('revoke %s on %s from %s', r.right_to, r.object, grantee);

@@ -20,7 +20,7 @@ create function outbox.grant_consumer(role regrole, consumers text[] default '{*
     as $$
 declare
     r record;
-    grantee text := outbox.expect_role(coalesce((select p.rolname from pg_roles p where p.oid = role), role::text))::text;
+    grantee text := outbox.expect_role(role)::text;
 begin
     if consumers is null or array_position(consumers, null) is not null then
         raise exception using errcode = 'null_value_not_allowed', message = 'patterns of consumers must not be null',
@@ -47,7 +47,7 @@ create function outbox.revoke_consumer(role regrole) returns void
     as $$
 declare
     r record;
-    grantee text := outbox.expect_role(coalesce((select p.rolname from pg_roles p where p.oid = role), role::text))::text;
+    grantee text := outbox.expect_role(role)::text;
 begin
     for r in select * from outbox.consumer_rights() c where c.object <> 'schema outbox' loop
         execute format('revoke %s on %s from %s', r.right_to, r.object, grantee);
