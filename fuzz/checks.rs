@@ -391,7 +391,7 @@ pub(crate) fn encode(input: &[u8]) {
         publisher_config: config.as_deref(),
         stream: None,
     };
-    let built_in = Format::Broadcaster.own_fields();
+    let built_in = Format::Broadcaster.own_fields(false);
     let further = config.as_deref().map(|config| further_fields(config, built_in));
     let mut bytes = b"before".to_vec();
     let mut encoder = Encoder::default();
@@ -497,7 +497,7 @@ fn decoded(bytes: &[u8]) -> Vec<String> {
 pub(crate) fn publish(input: &[u8]) {
     let text = String::from_utf8_lossy(input);
     let parsed = serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(&text);
-    let built_in = Format::Broadcaster.own_fields();
+    let built_in = Format::Broadcaster.own_fields(false);
     let fields = further_fields(&text, built_in);
     if matches!(fields, Err(ConfigError::OutOfRange(_) | ConfigError::TooManyDigits))
         || text.contains("serde_json")

@@ -24,6 +24,7 @@ create table outbox.backends (
     -- Strict: an array is no list of its elements. Without a function of ours, which whoever writes a row would have to execute.
     static_fields   jsonb check (jsonb_typeof(static_fields) = 'object' and not jsonb_path_exists(static_fields,
         'strict $.* ? (@.type() != "string" && @.type() != "number" && @.type() != "boolean")', silent => true)),
+    include_lsn     boolean not null default false,
     delivery        text not null default 'exactly_once' check (delivery in ('exactly_once', 'at_least_once')),
     on_missing_guard text not null default 'continue' check (on_missing_guard in ('continue', 'halt', 'replay')),
     wait_replicas   integer not null default 0 check (wait_replicas between 0 and 100),
@@ -38,6 +39,8 @@ create table outbox.backends (
         when 'cloudevents' then array['ce_specversion', 'ce_id', 'ce_type', 'ce_source', 'ce_time', 'ce_subject', 'ce_dataschema', 'ce_traceparent', 'ce_tracestate', 'content-type', 'data']
         when 'structured' then array['cloud_event']
         else array['key', 'value'] end),
+    constraint backends_static_fields_of_lsn check (not include_lsn or not coalesce(static_fields ? case format
+        when 'broadcaster' then 'lsn' when 'cloudevents' then 'ce_lsn' end, false)),
     constraint backends_nodes_of_mode check ((mode = 'standalone') = (nodes is null)),
     constraint backends_sentinel_master_of_mode check ((mode = 'sentinel') = (sentinel_master is not null)),
     constraint backends_db_of_mode check (mode <> 'cluster' or coalesce(db, 0) = 0),
@@ -70,6 +73,7 @@ comment on column outbox.backends.password_file is 'A file that the server reads
 comment on column outbox.backends.allowed_streams is 'Glob patterns (* and ?) one of which a publisher''s stream must match. With {*}, a publisher may append to any stream of that Redis, which is then trimmed to max_len.';
 comment on column outbox.backends.format is 'How an entry is laid out. broadcaster: as django-broadcaster writes it. cloudevents: a field ce_* for each attribute, and data (binary mode). structured: one field cloud_event, a JSON object. debezium: key and value, the envelope of a change.';
 comment on column outbox.backends.static_fields is 'Further fields of each entry: an object of strings, numbers and booleans. One that an event''s publisher_config names as well gives way to that.';
+comment on column outbox.backends.include_lsn is 'Each entry tells a position of the WAL: whoever has replayed up to there sees what the event''s transaction has written. So a consumer can read a standby: it waits until pg_last_wal_replay_lsn() is there. A field lsn (broadcaster) or ce_lsn (cloudevents), an attribute lsn of the JSON object (structured), or the number source.lsn (debezium).';
 comment on column outbox.backends.delivery is 'exactly_once: each batch is one Redis transaction together with the guard, see outbox.guard_key(). at_least_once: plain commands; a crash may repeat what was sent since the cursor was last saved.';
 comment on column outbox.backends.on_missing_guard is 'What to do when Redis has lost everything, including the guard. continue: send what was not sent yet. halt: wait for outbox.take_over(). replay: send all retained events again.';
 comment on column outbox.backends.wait_replicas is 'Replicas of Redis that must acknowledge a batch (WAIT) before it counts as delivered, 0 to 100.';

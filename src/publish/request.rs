@@ -9,7 +9,6 @@ use crate::tables::catalog;
 use crate::tables::publisher_limits::{self, Beyond};
 use pgrx::pg_sys;
 use relay::delivery::refusal::MOST_ATTEMPTS;
-use relay::event::format::Format;
 use relay::event::further_fields;
 use std::borrow::Cow;
 use std::ffi::CString;
@@ -110,7 +109,7 @@ pub(super) fn check(request: &Request<'_>) -> Result<Checked, PublishError> {
     let Some(known) = catalog::backend(&backend) else {
         return Err(PublishError::UnknownBackend(backend));
     };
-    check_config(request, known.format)?;
+    check_config(request, known.own_fields)?;
     let named = request.stream.as_deref().map(decoded);
     if let Some(stream) = named.as_ref().filter(|stream| !known.allows(stream)) {
         return Err(PublishError::StreamNotAllowed {
@@ -151,11 +150,11 @@ fn check_size_and_encoding(request: &Request<'_>) -> Result<(), PublishError> {
 }
 
 /// The further fields are flat, and none is a field of the backend's format.
-fn check_config(request: &Request<'_>, format: Format) -> Result<(), PublishError> {
+fn check_config(request: &Request<'_>, own_fields: &[&str]) -> Result<(), PublishError> {
     let Some(config) = request.publisher_config.as_deref() else {
         return Ok(());
     };
-    let fields = further_fields(&decoded(config), format.own_fields())?;
+    let fields = further_fields(&decoded(config), own_fields)?;
     // As jsonb, its numbers have all their digits.
     let sent: usize = fields.iter().map(|(key, value)| key.len() + value.len()).sum();
     check_size(size_of(&request.texts()) + sent.saturating_sub(config.len()))

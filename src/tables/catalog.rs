@@ -179,7 +179,8 @@ pub(crate) const RESERVED: &str = "outbox_relay:";
 /// A backend as a publisher needs it.
 pub(crate) struct KnownBackend {
     pub number: i32,
-    pub format: Format,
+    /// Fields that its entries have in any case.
+    pub own_fields: &'static [&'static str],
     /// `None`: the setting's.
     own_stream: Option<String>,
     /// `None`: any stream.
@@ -496,7 +497,17 @@ fn read_backends(relation: pg_sys::Oid) -> HashMap<String, Rc<KnownBackend>> {
     // pending invalidations, which may mark the cache invalid again: then it is read once more at the next use.
     unsafe {
         let rel = pg_sys::table_open(relation, pg_sys::AccessShareLock as _);
-        let columns = Columns::of(rel, &["name", "number", "stream_name", "allowed_streams", "format"]);
+        let columns = Columns::of(
+            rel,
+            &[
+                "name",
+                "number",
+                "stream_name",
+                "allowed_streams",
+                "format",
+                "include_lsn",
+            ],
+        );
         let snapshot = pg_sys::RegisterSnapshot(pg_sys::GetLatestSnapshot());
         let scan = pg_sys::systable_beginscan(rel, pg_sys::InvalidOid, false, snapshot, 0, std::ptr::null_mut());
         loop {
@@ -513,15 +524,14 @@ fn read_backends(relation: pg_sys::Oid) -> HashMap<String, Rc<KnownBackend>> {
             let patterns = texts_of_array(streams);
             let any = patterns.iter().any(|p| p == "*");
             let allowed_streams = (!any).then(|| patterns.iter().map(|p| WildMatch::new(p)).collect());
+            let format = row.text("format").and_then(|word| Format::named(&word));
+            let format = format.unwrap_or_default();
             found.insert(
                 name,
                 Rc::new(KnownBackend {
                     number,
                     own_stream: row.text("stream_name"),
-                    format: row
-                        .text("format")
-                        .and_then(|word| Format::named(&word))
-                        .unwrap_or_default(),
+                    own_fields: format.own_fields(row.bool("include_lsn").unwrap_or_default()),
                     allowed_streams,
                 }),
             );

@@ -58,6 +58,7 @@ options! {
         pub(crate) max_rate: Known<Option<u32>>,
         pub(crate) format: Known<Format>,
         pub(crate) static_fields: Known<StaticFields>,
+        pub(crate) include_lsn: Known<bool>,
         pub(crate) tls: Known<bool>,
         pub(crate) tls_ca_file: Option<String>,
         pub(crate) tls_cert_file: Option<String>,

@@ -239,6 +239,10 @@ impl NamedRow<'_> {
         self.row.text(self.attribute(column)).map(Cow::into_owned)
     }
 
+    pub(crate) fn bool(&self, column: &str) -> Option<bool> {
+        self.datum(column).map(|datum| datum.value() as u8 != 0)
+    }
+
     pub(crate) fn i32(&self, column: &str) -> Option<i32> {
         self.row.i32(self.attribute(column))
     }

@@ -139,6 +139,35 @@ pub(crate) fn flush() -> u64 {
     }
 }
 
+/// The position that entries tell, of the WAL that is `flushed` for their events' ticks. A standby that has replayed up to
+/// there shows what the events' transactions have written, because no commit record of theirs ends behind it:
+/// - A transaction that waits for its flush, and each COMMIT PREPARED, is seen by snapshots only once its commit record is
+///   flushed; how far the WAL is flushed is asked after the snapshot was taken.
+/// - The commit of one that does not wait (synchronous_commit = off) is flushed by [`flush_seen`] before its tick counts.
+/// - What an earlier tick has seen was flushed by then, and what an earlier run of the server has seen before it started.
+///
+/// A standby applies a record before it says that it has replayed it.
+///
+/// At the beginning of a page, where the WAL is often flushed up to while somebody writes much, a record may have its
+/// middle. A standby comes past that only once the rest is flushed, for which an idle server has no reason: so all is. The
+/// beginning of all, 0, is such a position, too: nothing was flushed yet by this process.
+pub(crate) fn replayable(flushed: u64) -> u64 {
+    match flushed.is_multiple_of(u64::from(pg_sys::XLOG_BLCKSZ)) {
+        true => flushed.max(flush()),
+        false => flushed,
+    }
+}
+
+/// Where this server is in the WAL: on a standby, how far it has replayed.
+pub(crate) fn here() -> u64 {
+    // SAFETY: reads a position.
+    match unsafe { pg_sys::RecoveryInProgress() } {
+        // SAFETY: as before.
+        true => unsafe { pg_sys::GetXLogReplayRecPtr(std::ptr::null_mut()) },
+        false => flushed(),
+    }
+}
+
 /// Whether the synchronous standbys have flushed the WAL up to `position`. True where there are none to wait for.
 pub(crate) fn standbys_have(position: u64) -> bool {
     /// Of the positions that sessions wait for: that up to which standbys have flushed (syncrep.h).

@@ -363,6 +363,7 @@ impl Worker {
         for index in &group.members {
             let backend = &mut backends[*index];
             backend.metered.committed_after_us = self.commits.after(&backend.delivery.position().from);
+            backend.tell_lsn(self.flushed);
         }
         let sending = backends.iter().filter(|b| b.reads_for_redis()).count();
         // Who is alone waits for nobody.

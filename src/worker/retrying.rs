@@ -49,6 +49,7 @@ impl Worker {
         }
         process::show_activity(&format!("sending refused events to {} again", backend.name()));
         let task = Task::Retry(backend.whose());
+        backend.tell_lsn(self.flushed);
         match care::transaction(|| pass::refused_batch(backend, &retries)) {
             Ok(retried) => {
                 let is_sent = retried.batch.is_some();

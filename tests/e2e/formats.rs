@@ -83,6 +83,79 @@ fn each_format_has_its_fields() {
     assert_eq!(entry.field("event_id"), id);
 }
 
+/// The position of the WAL, see `read_your_writes`.
+#[test]
+fn each_format_has_its_place_for_the_position() {
+    let stack = with_a_backend_of_each();
+    let publish = |backend: &str| -> String {
+        stack.pg.one(&format!(
+            "select outbox.publish_event('orders.update', '/shop', '1', backend => '{backend}', publisher_config => '{{\"tenant\": \"a\"}}')::text"
+        ))
+    };
+    for format in FORMATS {
+        publish(format);
+        let entry = stack.redis.wait_entries(format, 1).remove(0);
+        assert!(
+            entry.fields.iter().all(|(_, value)| !value.contains("lsn")),
+            "{entry:?}"
+        );
+    }
+    stack.pg.exec("update outbox.backends set include_lsn = true");
+    for format in FORMATS {
+        let id = publish(format);
+        let entry = stack.redis.wait_entries(format, 2).remove(1);
+        let preview: Vec<String> = stack.pg.one(&format!("select outbox.preview('{id}')"));
+        let (preview, of_entry) = (&preview[6..], entry.fields.len());
+        assert_eq!(preview.len() / 2, of_entry);
+        assert_eq!(
+            preview.chunks(2).map(|pair| pair[0].as_str()).collect::<Vec<_>>(),
+            names(&entry)
+        );
+        let told = match format {
+            "structured" => json(&entry, "cloud_event")["lsn"].as_str().unwrap().to_owned(),
+            "debezium" => {
+                let number = json(&entry, "value")["source"]["lsn"].as_u64().unwrap();
+                stack.pg.one(&format!("select ('0/0'::pg_lsn + {number})::text"))
+            }
+            _ => {
+                let (name, value) = entry.fields.last().unwrap();
+                assert_eq!(name, if format == "broadcaster" { "lsn" } else { "ce_lsn" });
+                value.clone()
+            }
+        };
+        let is_flushed = format!("select '{told}'::pg_lsn between '0/1' and pg_current_wal_flush_lsn()");
+        assert!(stack.pg.one::<bool>(&is_flushed), "{told}");
+    }
+}
+
+/// Where it is a field, and only while entries have it.
+#[test]
+fn the_name_of_the_position_is_refused_while_entries_have_it() {
+    let stack = with_a_backend_of_each();
+    let mut client = stack.pg.client();
+    for (format, field) in [("broadcaster", "lsn"), ("cloudevents", "ce_lsn")] {
+        let publish = format!(
+            "select outbox.publish_event('t', 's', backend => '{format}', publisher_config => '{{\"{field}\": 1}}')"
+        );
+        let include = |is: bool| format!("update outbox.backends set include_lsn = {is} where name = '{format}'");
+        let fields = format!("update outbox.backends set static_fields = '{{\"{field}\": 1}}' where name = '{format}'");
+        client.execute(&publish, &[]).unwrap();
+        client.execute(&include(true), &[]).unwrap();
+        let refused = Refused::of(client.execute(&publish, &[]));
+        assert_eq!(refused.code, "22023", "{refused:?}");
+        assert!(refused.message.contains(&format!("\"{field}\"")), "{refused:?}");
+        assert_eq!(Refused::of(client.execute(&fields, &[])).code, "23514");
+        client.execute(&include(false), &[]).unwrap();
+        client.execute(&fields, &[]).unwrap();
+        assert_eq!(Refused::of(client.execute(&include(true), &[])).code, "23514");
+    }
+    for format in ["structured", "debezium"] {
+        client
+            .execute(&format!("update outbox.backends set include_lsn = true, static_fields = '{{\"lsn\": 1}}' where name = '{format}'"), &[])
+            .unwrap();
+    }
+}
+
 #[test]
 fn a_changed_format_counts_from_the_next_event_on() {
     let stack = Stack::start();

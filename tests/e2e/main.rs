@@ -80,6 +80,7 @@ mod publish_input;
 mod publish_types;
 mod publisher_limits;
 mod publisher_returning;
+mod read_your_writes;
 mod redis_rights;
 mod refused;
 mod rehearsal;

@@ -109,6 +109,7 @@ fn other_columns_with_what_they_may_not_hold_send_nothing() {
         ("wait_replicas = null", "wait_replicas = 0", "wait_replicas is NULL"),
         ("wait_replicas = -1", "wait_replicas = 0", "wait_replicas is -1"),
         ("max_rate = 0", "max_rate = null", "max_rate is 0"),
+        ("include_lsn = null", "include_lsn = false", "include_lsn is NULL"),
         ("tls = null", "tls = false", "tls is NULL"),
         ("max_len = -1", "max_len = null", "max_len is -1"),
         (

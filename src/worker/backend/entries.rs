@@ -77,6 +77,13 @@ impl Entries {
         self.encoder.append_xadd(bytes, Target { stream, max_len }, event)
     }
 
+    /// The position of the WAL that entries tell, if they tell one.
+    pub(super) fn tell_lsn(&mut self, position: impl FnOnce() -> u64) {
+        if self.encoder.includes_lsn() {
+            self.encoder.tell_lsn(position());
+        }
+    }
+
     /// Streams that events have named lately, some of them.
     pub(super) fn named_streams(&self) -> Vec<Rc<str>> {
         self.named_streams.iter().cloned().collect()

@@ -39,7 +39,7 @@ use crate::tables::backends::BackendRow;
 use crate::tables::cursors::Standing;
 use crate::tables::numbers;
 use crate::tables::options::Options;
-use crate::tables::{cursors, refused};
+use crate::tables::{cursors, refused, ticks};
 use crate::worker::backend::books::Books;
 use crate::worker::backend::connection::Connection;
 use crate::worker::backend::duty::Duty;
@@ -317,6 +317,11 @@ impl Backend {
     ) -> Result<(), ConfigError> {
         let trims = batch.trims(stream);
         self.entries.encode(&mut batch.bytes, stream, trims, event)
+    }
+
+    /// What its entries tell of the WAL, which is flushed up to `flushed` for all that they may be of.
+    pub(crate) fn tell_lsn(&mut self, flushed: u64) {
+        self.entries.tell_lsn(|| ticks::replayable(flushed));
     }
 
     /// The stream of an event.

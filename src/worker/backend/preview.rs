@@ -4,7 +4,7 @@ use crate::server::encoding::words_to_server;
 use crate::server::error::{expect_arguments, raise};
 use crate::server::report;
 use crate::tables::sql::{query, text_array};
-use crate::tables::{backends, rights};
+use crate::tables::{backends, rights, ticks};
 use crate::worker::backend::entries::Entries;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{PgSqlErrorCode, pg_sys};
@@ -48,6 +48,7 @@ fn command(id: [u8; 16]) -> Option<Vec<u8>> {
             refuse_backend(&name);
         };
         let mut entries = Entries::of(Some(&options), 0);
+        entries.tell_lsn(ticks::here);
         let (event_type, source) = (text("event_type"), text("source"));
         let (subject, data, stream) = (text("subject"), text("data"), text("stream"));
         let (data_schema, publisher_config) = (text("data_schema"), text("publisher_config"));

@@ -114,7 +114,11 @@ pub(super) fn max_len(options: Option<&Options>) -> i64 {
 pub(super) fn encoder(options: Option<&Options>) -> Encoder {
     let format = options.and_then(|options| options.format.clone().ok());
     let fields = options.and_then(|options| options.static_fields.clone().ok());
-    Encoder::new(format.unwrap_or_default(), fields.unwrap_or_default())
+    let encoder = Encoder::new(format.unwrap_or_default(), fields.unwrap_or_default());
+    match options.map(|options| &options.include_lsn) {
+        Some(Ok(true)) => encoder.with_lsn(),
+        _ => encoder,
+    }
 }
 
 /// What the backend logs in with, where it connects now.

@@ -18,6 +18,21 @@ pub(super) const FIELDS: [&str; 11] = [
     "content-type",
     "data",
 ];
+/// The same with the last field of entries that tell a position of the WAL.
+pub(super) const FIELDS_AND_LSN: [&str; 12] = [
+    "ce_specversion",
+    "ce_id",
+    "ce_type",
+    "ce_source",
+    "ce_time",
+    "ce_subject",
+    "ce_dataschema",
+    "ce_traceparent",
+    "ce_tracestate",
+    "content-type",
+    "data",
+    "ce_lsn",
+];
 
 /// The name of a further field: the trace context is an attribute.
 pub(super) fn name_of(field: &str) -> &str {

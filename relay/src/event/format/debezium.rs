@@ -70,6 +70,11 @@ fn append_envelope(out: &mut Vec<u8>, stamped: &Stamped<'_>) {
     append_json_string(out, event.source);
     out.extend_from_slice(br#","event_type":"#);
     append_json_string(out, event.event_type);
+    // A number, as Debezium's connector for Postgres has it.
+    if let Some(lsn) = stamped.lsn {
+        out.extend_from_slice(br#","lsn":"#);
+        out.extend_from_slice(itoa::Buffer::new().format(lsn.position).as_bytes());
+    }
     for (name, value) in [
         (r#","ts_ms":"#, milliseconds),
         (r#"},"before":"#, before.as_bytes()),

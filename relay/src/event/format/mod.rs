@@ -1,5 +1,5 @@
 //! From an event to the bytes of its XADD, in RESP, appended to a buffer that is used again. Each format has a file, which
-//! says what an entry's fields are. After them come the backend's static fields, and those of `publisher_config`.
+//! says what an entry's fields are. After them come the backend's static fields, those of `publisher_config`, and the position of the WAL if the backend wants it.
 //!
 //! Source: RESP (Redis serialization protocol specification).
 
@@ -7,10 +7,12 @@ mod broadcaster;
 mod cloud_event;
 mod cloudevents;
 mod debezium;
+mod lsn;
 mod stamped;
 mod structured;
 
 use crate::event::clock::Clock;
+use crate::event::format::lsn::Lsn;
 use crate::event::format::stamped::Stamped;
 use crate::event::text::hyphenated;
 use crate::event::trace::{TRACEPARENT, TRACESTATE};
@@ -44,14 +46,23 @@ impl Format {
             .map(|(_, format)| format)
     }
 
-    /// The fields that the format itself writes. No other field may have such a name.
-    pub fn own_fields(self) -> &'static [&'static str] {
-        match self {
-            Self::Broadcaster => &broadcaster::FIELDS,
-            Self::CloudEvents => &cloudevents::FIELDS,
-            Self::Structured => &structured::FIELDS,
-            Self::Debezium => &debezium::FIELDS,
+    /// The fields that the format itself writes. No other field may have such a name. `includes_lsn`: entries tell a
+    /// position of the WAL; where that stands in JSON, it is no field.
+    pub fn own_fields(self, includes_lsn: bool) -> &'static [&'static str] {
+        match (self, includes_lsn) {
+            (Self::Broadcaster, false) => &broadcaster::FIELDS,
+            (Self::Broadcaster, true) => &broadcaster::FIELDS_AND_LSN,
+            (Self::CloudEvents, false) => &cloudevents::FIELDS,
+            (Self::CloudEvents, true) => &cloudevents::FIELDS_AND_LSN,
+            (Self::Structured, _) => &structured::FIELDS,
+            (Self::Debezium, _) => &debezium::FIELDS,
         }
+    }
+
+    /// The field for a position of the WAL, if that is a field.
+    fn lsn_field(self) -> Option<&'static str> {
+        let (without, with) = (self.own_fields(false).len(), self.own_fields(true));
+        with.get(without).copied()
     }
 }
 
@@ -73,6 +84,8 @@ pub struct Encoder {
     format: Format,
     /// Further fields of each entry.
     static_fields: Vec<(String, String)>,
+    /// `None`: entries tell none.
+    lsn: Option<Lsn>,
     /// Working space.
     scratch: Vec<u8>,
     clock: Clock,
@@ -89,11 +102,29 @@ impl Encoder {
         }
     }
 
+    /// The same, with entries that tell a position of the WAL.
+    pub fn with_lsn(mut self) -> Self {
+        self.lsn = Some(Lsn::default());
+        self
+    }
+
+    pub fn includes_lsn(&self) -> bool {
+        self.lsn.is_some()
+    }
+
+    /// The position that entries tell from now on, if they tell one: whoever has replayed the WAL up to there sees what
+    /// the transactions of their events have written.
+    pub fn tell_lsn(&mut self, position: u64) {
+        if let Some(lsn) = &mut self.lsn {
+            lsn.move_to(position);
+        }
+    }
+
     /// Appends one XADD command. On an error nothing is appended.
     pub fn append_xadd(&mut self, out: &mut Vec<u8>, target: Target<'_>, event: &Event<'_>) -> Result<(), ConfigError> {
         let config = event.publisher_config;
         let further = match config {
-            Some(config) => further_fields(config, self.format.own_fields())?,
+            Some(config) => further_fields(config, self.format.own_fields(self.lsn.is_some()))?,
             None => Vec::new(),
         };
         let is_given = |name: &str| further.iter().any(|(given, _)| given == name);
@@ -105,15 +136,17 @@ impl Encoder {
         let stamped = Stamped {
             event,
             trace,
+            lsn: self.lsn.as_ref(),
             event_id: hyphenated(&event.event_id),
             timestamp: self.clock.rfc3339(event.created_at_us),
         };
         let own = match self.format {
             Format::CloudEvents => cloudevents::count(&stamped),
-            format => format.own_fields().len(),
+            format => format.own_fields(false).len(),
         };
+        let lsn = stamped.lsn.and_then(|lsn| Some((self.format.lsn_field()?, lsn)));
         let trims = target.max_len > 0;
-        let fields = own + fixed().count() + further.len();
+        let fields = own + fixed().count() + further.len() + usize::from(lsn.is_some());
 
         append_array_header(out, 3 + if trims { 3 } else { 0 } + 2 * fields);
         out.extend_from_slice(b"$4\r\nXADD\r\n");
@@ -137,6 +170,10 @@ impl Encoder {
             };
             append_bulk(out, name.as_bytes());
             append_bulk(out, value.as_bytes());
+        }
+        if let Some((name, lsn)) = lsn {
+            append_bulk(out, name.as_bytes());
+            append_bulk(out, lsn.text.as_bytes());
         }
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! An event with its id and time as texts.
 
 use crate::event::Event;
+use crate::event::format::lsn::Lsn;
 use crate::event::wanted::EventName;
 
 pub(super) struct Stamped<'a> {
@@ -10,6 +11,8 @@ pub(super) struct Stamped<'a> {
     pub timestamp: [u8; 32],
     /// `traceparent` and `tracestate`, if it has them.
     pub trace: [Option<&'a str>; 2],
+    /// If the backend's entries tell one.
+    pub lsn: Option<&'a Lsn>,
 }
 
 impl<'a> Stamped<'a> {

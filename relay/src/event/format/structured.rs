@@ -24,6 +24,12 @@ pub(super) fn append(out: &mut Vec<u8>, scratch: &mut Vec<u8>, stamped: &Stamped
     append_json_string(scratch, stamped.event.event_type);
     scratch.extend_from_slice(br#", "source": "#);
     append_json_string(scratch, stamped.event.source);
+    // An extension attribute. After id and time, as all else.
+    if let Some(lsn) = stamped.lsn {
+        scratch.extend_from_slice(br#", "lsn": ""#);
+        scratch.extend_from_slice(lsn.text.as_bytes());
+        scratch.push(b'"');
+    }
     append_rest(scratch, stamped);
     out.extend_from_slice(b"$11\r\ncloud_event\r\n");
     append_bulk(out, scratch);

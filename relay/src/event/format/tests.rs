@@ -159,10 +159,12 @@ fn cloudevents_in_binary_mode() {
 fn each_entry_says_which_event_it_is_of() {
     let name = (hyphenated(&whole().event_id), rfc3339(whole().created_at_us));
     for format in [Format::Structured, Format::Debezium] {
-        let found = encoded_by(Encoder::new(format, Vec::new()), &whole(), 0);
+        let mut encoder = Encoder::new(format, Vec::new()).with_lsn();
+        encoder.tell_lsn(u64::MAX);
+        let found = encoded_by(encoder, &whole(), 0);
         let value = pairs(&found)
             .into_iter()
-            .rfind(|(key, _)| format.own_fields().contains(key))
+            .rfind(|(key, _)| format.own_fields(false).contains(key))
             .unwrap()
             .1;
         assert_eq!(name_in_json(&value.as_bytes()[..128]), Some(name), "{value}");
@@ -222,6 +224,28 @@ fn debezium_has_a_key_and_an_envelope() {
 }
 
 #[test]
+fn each_format_tells_the_position_that_it_was_given_last() {
+    let told = |format: Format, position: u64| {
+        let mut encoder = Encoder::new(format, Vec::new()).with_lsn();
+        encoder.tell_lsn(7);
+        encoder.tell_lsn(position);
+        let found = encoded_by(encoder, &whole(), 0);
+        let value = found.last().unwrap().clone();
+        let name = found[found.len() - 2].clone();
+        let json = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
+        match format {
+            Format::Structured => json(pairs(&found)[0].1)["lsn"].to_string(),
+            Format::Debezium => json(pairs(&found)[1].1)["source"]["lsn"].to_string(),
+            _ => format!("{name}={value}"),
+        }
+    };
+    assert_eq!(told(Format::Broadcaster, 0x16B_3748), "lsn=0/16B3748");
+    assert_eq!(told(Format::CloudEvents, 0xA_0000_0010), "ce_lsn=A/10");
+    assert_eq!(told(Format::Structured, 0x16B_3748), "\"0/16B3748\"");
+    assert_eq!(told(Format::Debezium, 0x16B_3748), "23803720");
+}
+
+#[test]
 fn static_fields_come_before_the_publishers_and_give_way_to_them() {
     let fixed = [("tenant", "a"), ("region", "eu")].map(|(name, value)| (name.to_owned(), value.to_owned()));
     let found = encoded_by(Encoder::new(Format::Structured, fixed.to_vec()), &whole(), 0);
@@ -231,7 +255,7 @@ fn static_fields_come_before_the_publishers_and_give_way_to_them() {
 #[test]
 fn a_field_of_the_format_itself_is_refused() {
     for (_, format) in Format::WORDS {
-        for name in format.own_fields() {
+        for name in format.own_fields(true) {
             let config = format!(r#"{{"{name}": 1}}"#);
             let event = Event {
                 publisher_config: Some(&config),
@@ -242,7 +266,9 @@ fn a_field_of_the_format_itself_is_refused() {
                 stream: "s",
                 max_len: 0,
             };
-            let refused = Encoder::new(format, Vec::new()).append_xadd(&mut out, target, &event);
+            let refused = Encoder::new(format, Vec::new())
+                .with_lsn()
+                .append_xadd(&mut out, target, &event);
             assert_eq!(refused, Err(ConfigError::BuiltIn((*name).to_owned())), "{format:?}");
         }
     }
