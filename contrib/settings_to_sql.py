@@ -87,6 +87,11 @@ SETTINGS = ("OUTBOX_PUBLISHERS", "OUTBOX_WORKER", "OUTBOX_RETENTION")
 OPTIONS = ("host", "port", "db", "password", "stream_name", "max_len", "connect_timeout", "socket_timeout")
 
 
+def plain_name(stream):
+    """Braces of a name are doubled: single ones are placeholders here."""
+    return stream.replace("{", "{{").replace("}", "}}") if stream else None
+
+
 def django_settings(source):
     """The three settings of a module, a file, or standard input."""
     if source == "-" or source.endswith(".json"):
@@ -152,7 +157,7 @@ def django_backend(script, name, config, shows_passwords):
         "host": options.get("host", "localhost") or None,
         "port": whole_number(script, f"{label}['port']", options.get("port", 6379), 1, 65535),
         "db": whole_number(script, f"{label}['db']", options.get("db", 0), 0, 65535),
-        "stream_name": options.get("stream_name", "events") or None,
+        "stream_name": plain_name(options.get("stream_name", "events")),
         "max_len": 0 if max_len is None else whole_number(script, f"{label}['max_len']", max_len, 0, 2**63 - 1),
         "connect_timeout": seconds(script, f"{label}['connect_timeout']", options.get("connect_timeout", 5)),
         "socket_timeout": seconds(script, f"{label}['socket_timeout']", options.get("socket_timeout", 5)),
@@ -475,7 +480,7 @@ def sequin_sink(script, sink, attached, shows_passwords):
             "db": whole_number(script, "database", destination.get("database", 0), 0, 65535),
             "username": destination.get("username") or None,
             "tls": True if destination.get("tls") in (True, "true") else None,
-            "stream_name": destination.get("stream_key") or None,
+            "stream_name": plain_name(destination.get("stream_key")),
             # Sequin does not trim.
             "max_len": 0,
         },

@@ -10,6 +10,7 @@ create table outbox.backends (
     db              integer check (db between 0 and 65535),
     username        text check (username <> ''),
     stream_name     text check (stream_name <> ''),
+    own_stream      text,
     max_len         bigint check (max_len >= 0),
     trim            text not null default 'length' check (trim in ('length', 'read')),
     trim_ignore_idle interval check (trim_ignore_idle > interval '0'),
@@ -60,7 +61,8 @@ comment on column outbox.backends.host is 'Name or address of the Redis server (
 comment on column outbox.backends.port is 'Port of the Redis server (standalone), 1 to 65535.';
 comment on column outbox.backends.db is 'Number of the Redis database; a cluster has database 0 alone.';
 comment on column outbox.backends.username is 'Redis user (ACL).';
-comment on column outbox.backends.stream_name is 'The stream of events that name no stream. In a cluster it decides their hash slot and cannot be changed.';
+comment on column outbox.backends.stream_name is 'The stream of events that name no stream. Or a template of streams, with the placeholders {event_type}, {source}, {subject} and {database}: each event''s stream is decided when it is published. {subject|16} is a hash of the subject, from 0 to 15: see outbox.stream_part(). {{ and }} are braces of the name itself.';
+comment on column outbox.backends.own_stream is 'The stream of events whose rows name none: stream_name; or, if that is a template, what it was before, where what was published then stays. The trigger fills it in. In a cluster it decides their hash slot and cannot be changed.';
 comment on column outbox.backends.max_len is 'Approximate length to which each stream is trimmed (MAXLEN ~); 0: unlimited. With trim = ''read'', the length at which the backend waits.';
 comment on column outbox.backends.trim is 'length: each stream is trimmed to max_len. read: a stream is trimmed up to what all of its consumer groups have acknowledged; when it has max_len entries, the backend waits, in state full.';
 comment on column outbox.backends.trim_ignore_idle is 'With trim = ''read'': a consumer group that has been silent for longer does not hold trimming; a WARNING in the log names it. NULL: each group does.';

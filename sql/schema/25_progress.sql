@@ -57,12 +57,22 @@ comment on table outbox.ticks is 'The time at which each backend had delivered a
 
 create table outbox.installation (
     id       uuid not null default pg_catalog.gen_random_uuid(),
-    database oid not null
+    database oid not null,
+    common_stream text not null default 'events'
 );
 insert into outbox.installation (database)
 select d.oid from pg_catalog.pg_database d where d.datname = current_database();
 comment on table outbox.installation is 'The id of this installation, which is part of its guards'' keys. CREATE EXTENSION makes it; dumps do not contain it.';
 comment on column outbox.installation.database is 'The database that the installation belongs to. If this is another database, the current one was copied from it (CREATE DATABASE ... TEMPLATE). pg_upgrade keeps it.';
+comment on column outbox.installation.common_stream is 'outbox_relay.redis_stream_name as the worker knew it last when it was no template.';
+
+create function outbox.common_stream() returns text
+    language sql stable security definer set search_path = pg_catalog, pg_temp
+    as $$
+select case when current_setting('outbox_relay.redis_stream_name', true) ~ '[{}]' then (select i.common_stream from outbox.installation i)
+    else current_setting('outbox_relay.redis_stream_name', true) end
+$$;
+comment on function outbox.common_stream() is 'The stream of events whose rows name none, of backends that have no stream of their own: outbox_relay.redis_stream_name, or what that was before it became a template.';
 
 create table outbox.incarnations (
     number             integer generated always as identity primary key,

@@ -76,7 +76,7 @@ create function outbox.published_here(out event_id uuid, out event_type text, ou
     language sql volatile security definer set search_path = pg_catalog, pg_temp
     as $$
 select p.event_id, p.event_type, p.source, p.subject, coalesce(b.name, p.backend),
-    coalesce(p.stream, b.stream_name, current_setting('outbox_relay.redis_stream_name', true)), p.data::jsonb
+    coalesce(p.stream, b.own_stream, (select outbox.common_stream())), p.data::jsonb
 from (
         select e.seq, e.event_id, e.event_type, e.source, e.subject, e.backend_number, e.backend, e.stream, e.data
         from outbox.events e where e.xid = pg_current_xact_id_if_assigned()
@@ -89,6 +89,16 @@ order by p.seq
 $$;
 comment on function outbox.published_here() is
     'What the calling transaction has published so far, scheduled events too, in order: for tests that roll back. Nothing of others.';
+
+create function outbox.template_stream(event_type text, source text, subject text default null, backend text default null) returns text
+    language c stable
+    as 'MODULE_PATHNAME', 'template_stream';
+comment on function outbox.template_stream(text, text, text, text) is 'The stream that the template of a backend (NULL: outbox_relay.default_backend) gives such an event; the errors are those of publish_event. NULL: its stream_name is no template.';
+
+create function outbox.stream_part(value text, parts integer) returns integer
+    language c immutable strict parallel safe
+    as 'MODULE_PATHNAME', 'stream_part';
+comment on function outbox.stream_part(text, integer) is 'What a placeholder such as {subject|16} stands for: the CRC-32 (that of zlib) of the value in UTF-8, modulo the number of parts. It never changes.';
 
 create function outbox.complete_event() returns trigger
     language c

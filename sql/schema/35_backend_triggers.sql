@@ -10,6 +10,11 @@ create function outbox.has_waiting_events(backend_number integer) returns boolea
     as 'MODULE_PATHNAME', 'has_waiting_events_wrapper';
 comment on function outbox.has_waiting_events(integer) is 'Whether events of a backend wait to be delivered, are scheduled, or are being tried again.';
 
+create function outbox.check_stream_name() returns trigger
+    language c
+    as 'MODULE_PATHNAME', 'check_stream_name';
+comment on function outbox.check_stream_name() is 'Trigger of outbox.backends: refuses a stream_name that is no template (23514), and fills in own_stream; for a cluster''s backend also stream_name, from outbox_relay.redis_stream_name.';
+
 create function outbox.check_backend() returns trigger
     language plpgsql set search_path = pg_catalog, pg_temp
     as $$
@@ -19,11 +24,8 @@ declare
     node text;
     file_column text;
 begin
-    if new.mode = 'cluster' and new.stream_name is null then
-        -- The hash slot of its events must not change with a setting.
-        new.stream_name := coalesce(nullif(pg_catalog.current_setting('outbox_relay.redis_stream_name', true), ''), 'events');
-    end if;
-    if tg_op = 'UPDATE' and old.mode = 'cluster' and (new.mode <> 'cluster' or new.stream_name <> old.stream_name) then
+    -- What a template gives is stored with each event.
+    if tg_op = 'UPDATE' and old.mode = 'cluster' and (new.mode <> 'cluster' or new.own_stream is distinct from old.own_stream) then
         -- Asked only here, so that other changes do not wait for a lock on that table.
         if exists (select from outbox.cursors c where c.backend_number = old.number) then
             raise exception using errcode = 'object_not_in_prerequisite_state',
@@ -90,7 +92,7 @@ begin
     return new;
 end
 $$;
-comment on function outbox.check_backend() is 'Trigger of outbox.backends: numbers never change, a cluster''s backend keeps its stream_name, nodes are host:port, file columns need pg_read_server_files, and a restored "default" replaces the untouched one.';
+comment on function outbox.check_backend() is 'Trigger of outbox.backends: numbers never change, a cluster''s backend keeps its own stream, nodes are host:port, file columns need pg_read_server_files, and a restored "default" replaces the untouched one.';
 
 create function outbox.check_number() returns trigger
     language plpgsql security definer set search_path = pg_catalog, pg_temp

@@ -116,6 +116,8 @@ values
     ('events', 'refuse_update', 'before update on outbox.events for each row execute function outbox.refuse_update()'),
     ('scheduled_events', 'complete_event', 'before insert on outbox.scheduled_events for each row execute function outbox.complete_event()'),
     ('inbox', 'check_consumer', 'before insert on outbox.inbox for each row execute function outbox.check_consumer()'),
+    -- Before check_backend, by its name.
+    ('backends', 'backend_stream', 'before insert or update on outbox.backends for each row execute function outbox.check_stream_name()'),
     ('backends', 'check_backend', 'before insert or update on outbox.backends for each row execute function outbox.check_backend()'),
     -- After check_backend, by its name.
     ('backends', 'check_number', 'before insert on outbox.backends for each row when (not pg_catalog.has_function_privilege(''outbox.check_number()'', ''execute'')) execute function outbox.check_number()'),

@@ -85,20 +85,20 @@ comment on view outbox.status is 'The relay of this database in one row.';
 -- One branch for each status, so that a query for one status reads nothing else.
 create view outbox.event_status with (security_barrier) as
 select f.event_id, f.event_type, f.source, f.subject, coalesce(b.name, f.backend) as backend,
-    coalesce(f.stream, b.stream_name, pg_catalog.current_setting('outbox_relay.redis_stream_name', true)) as stream,
+    coalesce(f.stream, b.own_stream, (select outbox.common_stream())) as stream,
     f.created_at, null::timestamptz as scheduled_at, 'failed' as status, f.attempts, f.last_error
 -- Kept here longer than in outbox.events.
 from outbox.failed_events f
     left join outbox.backends b on b.number = f.backend_number
 union all
 select e.event_id, e.event_type, e.source, e.subject, coalesce(b.name, e.backend),
-    coalesce(e.stream, b.stream_name, pg_catalog.current_setting('outbox_relay.redis_stream_name', true)),
+    coalesce(e.stream, b.own_stream, (select outbox.common_stream())),
     e.created_at, e.scheduled_at, 'scheduled', 0, null
 from outbox.scheduled_events e
     left join outbox.backends b on b.number = e.backend_number
 union all
 select e.event_id, e.event_type, e.source, e.subject, coalesce(b.name, e.backend),
-    coalesce(e.stream, b.stream_name, pg_catalog.current_setting('outbox_relay.redis_stream_name', true)),
+    coalesce(e.stream, b.own_stream, (select outbox.common_stream())),
     e.created_at, null, 'pending', r.attempts, r.last_error
 from outbox.refused_events r
     join outbox.events e on e.seq = r.seq
@@ -107,7 +107,7 @@ where r.accepted_in is null
     and not exists (select from outbox.failed_events f where f.event_id = e.event_id and f.seq = e.seq)
 union all
 select e.event_id, e.event_type, e.source, e.subject, coalesce(b.name, e.backend),
-    coalesce(e.stream, b.stream_name, pg_catalog.current_setting('outbox_relay.redis_stream_name', true)),
+    coalesce(e.stream, b.own_stream, (select outbox.common_stream())),
     e.created_at, null, 'pending', 0, null
 -- What not all cursors see: events of later transactions, and of those that were open for one. (That they have numbers
 -- is always so; it tells the planner that they are few, as a rule.)
@@ -129,7 +129,7 @@ from (
     left join lateral (
         select outbox.is_delivered(k, e.xid, e.seq) as is_delivered
         from outbox.cursors k
-        where k.backend_number = e.backend_number and k.slot in (-1, outbox.hash_slot(coalesce(e.stream, b.stream_name, '')))
+        where k.backend_number = e.backend_number and k.slot in (-1, outbox.hash_slot(coalesce(e.stream, b.own_stream, '')))
         order by k.slot desc limit 1
     ) c on true
 where c.is_delivered is not true
@@ -137,14 +137,14 @@ where c.is_delivered is not true
     and not exists (select from outbox.failed_events f where f.event_id = e.event_id and f.seq = e.seq)
 union all
 (select e.event_id, e.event_type, e.source, e.subject, coalesce(b.name, e.backend),
-    coalesce(e.stream, b.stream_name, pg_catalog.current_setting('outbox_relay.redis_stream_name', true)),
+    coalesce(e.stream, b.own_stream, (select outbox.common_stream())),
     e.created_at, null, 'published', 1, null
 from outbox.events e
     left join outbox.backends b on b.number = e.backend_number
     left join lateral (
         select outbox.is_delivered(k, e.xid, e.seq) as is_delivered
         from outbox.cursors k
-        where k.backend_number = e.backend_number and k.slot in (-1, outbox.hash_slot(coalesce(e.stream, b.stream_name, '')))
+        where k.backend_number = e.backend_number and k.slot in (-1, outbox.hash_slot(coalesce(e.stream, b.own_stream, '')))
         order by k.slot desc limit 1
     ) c on true
 where c.is_delivered

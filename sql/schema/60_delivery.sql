@@ -93,7 +93,7 @@ select exists (
     where e.xid >= (select coalesce(min(pg_snapshot_xmin(c.from_snapshot)), '0') from outbox.cursors c join outbox.backends k on k.number = c.backend_number)
         and e.xid < pg_snapshot_xmax(seen) and pg_visible_in_snapshot(e.xid, seen)
         and not coalesce((select outbox.is_delivered(c, e.xid, e.seq) from outbox.cursors c
-            where c.backend_number = e.backend_number and c.slot in (-1, outbox.hash_slot(coalesce(e.stream, b.stream_name, '')))
+            where c.backend_number = e.backend_number and c.slot in (-1, outbox.hash_slot(coalesce(e.stream, b.own_stream, '')))
             order by c.slot desc limit 1), false)
 ) or exists (
     select from outbox.refused_events r join outbox.events e on e.seq = r.seq

@@ -13,7 +13,7 @@ begin
                 and (exists (select from outbox.refused_events r where r.seq = e.seq and r.accepted_in is null)
                     or not coalesce((select outbox.is_delivered(k, e.xid, e.seq) from outbox.cursors k
                         where k.backend_number = e.backend_number
-                            and k.slot in (-1, outbox.hash_slot(coalesce(e.stream, b.stream_name, '')))
+                            and k.slot in (-1, outbox.hash_slot(coalesce(e.stream, b.own_stream, '')))
                         order by k.slot desc limit 1), false))) then
         return false;
     end if;

@@ -20,11 +20,11 @@ create function outbox.guard_key(backend text, stream text) returns text
     as $$
 select format('outbox_relay:guard:%s:%s:%s', i.id, d.oid, b.number)
     || case when b.mode = 'cluster' then
-        format(':{%s}', outbox.hash_tag(outbox.hash_slot(coalesce(guard_key.stream, b.stream_name)))) else '' end
+        format(':{%s}', outbox.hash_tag(outbox.hash_slot(coalesce(guard_key.stream, b.own_stream)))) else '' end
 from outbox.installation i, pg_catalog.pg_database d, outbox.expect_backend(backend) b
 where d.datname = current_database()
 $$;
-comment on function outbox.guard_key(text, text) is 'Key of the backend''s guard in the hash slot of this stream, in a cluster. NULL means the backend''s stream_name.';
+comment on function outbox.guard_key(text, text) is 'Key of the backend''s guard in the hash slot of this stream, in a cluster. NULL means the backend''s own stream.';
 
 create function outbox.guard_key(backend text) returns text
     language sql stable security definer set search_path = pg_catalog, pg_temp
@@ -49,7 +49,7 @@ begin
             and not exists (select from outbox.held_refused r where r.seq = h.seq)
             and exists (select from outbox.held_cursors c
                 where c.backend_number = h.backend_number
-                    and (c.slot = outbox.hash_slot(coalesce(h.stream, b.stream_name, ''))
+                    and (c.slot = outbox.hash_slot(coalesce(h.stream, b.own_stream, ''))
                         or c.slot = -1 and not exists (select from outbox.held_cursors l where l.backend_number = c.backend_number and l.slot >= 0))
                     and (pg_visible_in_snapshot(h.xid, c.from_snapshot)
                         or pg_visible_in_snapshot(h.xid, c.to_snapshot) and h.seq <= c.last_seq));
@@ -158,7 +158,7 @@ begin
         from outbox.events e join outbox.backends b on b.number = e.backend_number
         where e.xid >= oldest and e.xid < made_in
             and not coalesce((select outbox.is_delivered(c, e.xid, e.seq) from outbox.cursors c
-                where c.backend_number = e.backend_number and c.slot in (-1, outbox.hash_slot(coalesce(e.stream, b.stream_name, '')))
+                where c.backend_number = e.backend_number and c.slot in (-1, outbox.hash_slot(coalesce(e.stream, b.own_stream, '')))
                 order by c.slot desc limit 1), false)
         on conflict (event_id, seq) do nothing;
     with gone as (

@@ -150,9 +150,9 @@ begin
         ),
         failed as (
             insert into outbox.failed_events (xid, seq, created_at, event_id, backend_number, event_type, source, backend, data, subject, data_schema,
-                publisher_config, max_retries, attempts, last_error)
+                publisher_config, max_retries, attempts, last_error, stream)
             select pg_current_xact_id(), outbox.draw_seq(), t.created_at, t.id, t.backend_number, t.event_type, t.source, t.backend, t.data, t.subject,
-                t.data_schema, t.publisher_config, t.max_retries, t.attempts, t.last_error
+                t.data_schema, t.publisher_config, t.max_retries, t.attempts, t.last_error, outbox.template_stream(t.event_type, t.source, t.subject, t.backend)
             from (select * from taken where becomes = 'failed' order by created_at, id) t
         )
         select f.id, f.event_type, f.backend, f.created_at, f.scheduled_at, f.attempts, f.status,

@@ -7,7 +7,7 @@ select pg_catalog.pg_extension_config_dump('outbox.publisher_limits', '');
 select pg_catalog.pg_extension_config_dump('outbox.events', $$
     where not coalesce((select outbox.is_delivered(c, events.xid, events.seq) from outbox.cursors c
         where c.backend_number = events.backend_number and c.slot in (-1, outbox.hash_slot(coalesce(events.stream,
-            (select b.stream_name from outbox.backends b where b.number = events.backend_number), '')))
+            (select b.own_stream from outbox.backends b where b.number = events.backend_number), '')))
         order by c.slot desc limit 1), false)
         or exists (select from outbox.refused_events r where r.seq = events.seq and r.accepted_in is null)
     order by events.seq$$);

@@ -68,6 +68,9 @@ pub(super) fn prepared(request: &Request<'_>, relations: &Relations) -> NewRow {
             set(attribute, text_datum(text));
         }
     }
+    if let Some(stream) = &checked.stream {
+        set(attribute::STREAM, text_datum(&to_server(stream)));
+    }
     if let Some(n) = request.max_retries {
         set(attribute::MAX_RETRIES, pg_sys::Datum::from(n));
     }

@@ -219,6 +219,7 @@ fn request_of<'a>(item: &Item<'a>) -> Result<Request<'a>, String> {
         data_schema: text("data_schema")?,
         event_id: text("event_id")?.map(|text| event_id(&text)),
         created_at: None,
+        keeps_stream: false,
     })
 }
 

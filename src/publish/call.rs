@@ -1,13 +1,14 @@
 //! `outbox.publish_event`, in two signatures. The documented one takes what its argument list says. The other takes
 //! what a driver has typed otherwise: `json` or `text` for JSON, any number for max_retries, `text` for event_id. Those
 //! arguments are of type `outbox.any_value`, which is read by what is written there, or `outbox.any_number`. Where a
-//! call fits both, Postgres decides for the documented one. `outbox.refusal` says beforehand what it would refuse.
+//! call fits both, Postgres decides for the documented one. `outbox.refusal` says beforehand what it would refuse, and
+//! `outbox.template_stream` where an event would go.
 
 use crate::publish::appending::{Tables, prepared};
 use crate::publish::json;
 use crate::publish::request::{Request, attempts, check, event_id};
 use crate::server::datum::{bytes_of, text_datum};
-use crate::server::encoding::words_to_server;
+use crate::server::encoding::{to_server, words_to_server};
 use crate::server::error::expect_arguments;
 use crate::server::report;
 use crate::tables::catalog;
@@ -57,6 +58,35 @@ extern "C-unwind" fn refusal(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum 
         refused.map_or(pg_sys::Datum::from(0), |error| {
             text_datum(&words_to_server(&error.in_one_line()))
         })
+    })
+}
+
+crate::sql_function!(template_stream, pg_finfo_template_stream);
+
+/// `outbox.template_stream(event_type, source, subject, backend)`
+// No pg_guard: as publish_event.
+#[unsafe(no_mangle)]
+extern "C-unwind" fn template_stream(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    report::guard(|| {
+        expect_arguments(fcinfo, 4);
+        // SAFETY: called by Postgres, with four texts.
+        let stream = unsafe {
+            let arguments = (*fcinfo).args.as_slice(4);
+            let text = |index: usize| given(arguments, index).map(|d| Cow::Borrowed(bytes_of(d)));
+            let request = Request {
+                event_type: text(0),
+                source: text(1),
+                subject: text(2),
+                backend: text(3),
+                ..Request::default()
+            };
+            check(&request.without_empty())
+                .unwrap_or_else(|error| error.raise())
+                .stream
+        };
+        // SAFETY: called by Postgres.
+        unsafe { (*fcinfo).isnull = stream.is_none() };
+        stream.map_or(pg_sys::Datum::from(0), |stream| text_datum(&to_server(&stream)))
     })
 }
 

@@ -7,6 +7,7 @@ use pgrx::PgSqlErrorCode;
 use pgrx::pg_sys::panic::ErrorReport;
 use relay::delivery::refusal::MOST_ATTEMPTS;
 use relay::event::ConfigError;
+use relay::event::stream_name::{Fault, Field, NAME_LIMIT};
 use thiserror::Error;
 
 /// Why an event is refused, in the publisher's transaction.
@@ -35,6 +36,13 @@ pub(super) enum PublishError {
     UnknownBackend(String),
     #[error("backend \"{backend}\" does not allow the stream \"{stream}\"")]
     StreamNotAllowed { backend: String, stream: String },
+    #[error("event has no {field}, which the stream of backend \"{backend}\" is named after")]
+    LacksPartOfStream { backend: String, field: Field },
+    #[error("event would go into a stream of backend \"{backend}\" with too long a name")]
+    LongStream { backend: String, length: usize },
+    /// Only where a trigger was switched off, or at the server's start.
+    #[error("stream_name of backend \"{backend}\" {fault}")]
+    UnusableStreamName { backend: String, fault: Fault },
     #[error("permission denied to publish to backend \"{backend}\"")]
     BackendBeyondLimit { backend: String, allowed: String },
     #[error("permission denied to publish to stream \"{stream}\" of backend \"{backend}\"")]
@@ -66,6 +74,7 @@ impl PublishError {
                 ERRCODE_INSUFFICIENT_PRIVILEGE
             }
             Self::TooLarge { .. } => ERRCODE_PROGRAM_LIMIT_EXCEEDED,
+            Self::UnusableStreamName { .. } => ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             Self::Changed => ERRCODE_TRIGGERED_DATA_CHANGE_VIOLATION,
             Self::Foreign { text, .. } => text.code(),
             Self::Config(ConfigError::TooManyDigits) => ERRCODE_PROGRAM_LIMIT_EXCEEDED,
@@ -78,6 +87,8 @@ impl PublishError {
             | Self::ManyRetries(_)
             | Self::BadRetries(_)
             | Self::EndlessSchedule
+            | Self::LacksPartOfStream { .. }
+            | Self::LongStream { .. }
             | Self::Config(_)
             | Self::NotAnArray
             | Self::BadItem { .. } => ERRCODE_INVALID_PARAMETER_VALUE,
@@ -97,6 +108,15 @@ impl PublishError {
                 format!("Names that begin with {} are kept for guards.", catalog::RESERVED)
             }
             Self::StreamNotAllowed { .. } => "None of the backend's allowed_streams matches.".into(),
+            Self::LacksPartOfStream { field, .. } => {
+                format!("The backend's stream_name is a template with the placeholder {{{field}}}.")
+            }
+            Self::LongStream { length, .. } => {
+                format!(
+                    "The backend's stream_name is a template. The name has {length} characters; at most {NAME_LIMIT} are allowed."
+                )
+            }
+            Self::UnusableStreamName { .. } => Fault::DETAIL.into(),
             Self::BackendBeyondLimit { allowed, .. } => {
                 format!("The current role may publish to these backends: {allowed}.")
             }
@@ -126,6 +146,13 @@ impl PublishError {
             Self::EndlessSchedule => "Pass a time, or NULL to send at once.",
             Self::UnknownBackend(_) => "Check the name, or outbox_relay.default_backend if none was given.",
             Self::StreamNotAllowed { .. } => "Ask the administrator to extend allowed_streams.",
+            Self::LacksPartOfStream { .. } => "Pass it, or name a stream.",
+            Self::LongStream { .. } => {
+                "Pass a shorter subject, name a stream, or have the template hash the value, as {subject|16} does."
+            }
+            Self::UnusableStreamName { .. } => {
+                "Name a stream, or have the administrator correct outbox.backends.stream_name or outbox_relay.redis_stream_name."
+            }
             Self::BackendBeyondLimit { .. } | Self::StreamBeyondLimit { .. } => {
                 "Ask the administrator to allow more with outbox.grant_publisher()."
             }

@@ -6,6 +6,7 @@
 //! - [`trigger`] plain INSERT and COPY
 //! - [`bridge`] rows of outbox tables of another make
 //! - [`request`] what a publisher asks for, and all refusals; [`error`] their words
+//! - [`placing`] into which stream it goes, and whether it may
 //! - [`json`] JSON, however it is typed
 //! - [`doubts`] what is accepted with a WARNING; [`trace`] the trace context that goes with it
 //! - [`repeated_id`] event ids that are used already
@@ -24,6 +25,7 @@ mod call;
 mod doubts;
 mod error;
 mod json;
+mod placing;
 mod repeated_id;
 mod request;
 pub(crate) mod returning;

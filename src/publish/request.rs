@@ -2,11 +2,11 @@
 
 use crate::publish::error::PublishError;
 use crate::publish::json;
+use crate::publish::placing::{self, Addressed};
 use crate::publish::trace;
 use crate::server::encoding::{has_utf8_form, utf8};
 use crate::server::guc;
 use crate::tables::catalog;
-use crate::tables::publisher_limits::{self, Beyond};
 use pgrx::pg_sys;
 use relay::delivery::refusal::MOST_ATTEMPTS;
 use relay::event::further_fields;
@@ -36,6 +36,8 @@ pub(super) struct Request<'a> {
     pub event_id: Option<[u8; 16]>,
     /// When another outbox took it in; otherwise now.
     pub created_at: Option<i64>,
+    /// See [`Addressed`].
+    pub keeps_stream: bool,
 }
 
 impl Request<'_> {
@@ -64,6 +66,17 @@ impl Request<'_> {
         self
     }
 
+    /// What decides its stream.
+    pub(super) fn addressed(&self) -> Addressed<'_> {
+        Addressed {
+            event_type: self.event_type.as_deref(),
+            source: self.source.as_deref(),
+            subject: self.subject.as_deref(),
+            stream: self.stream.as_deref(),
+            keeps_stream: self.keeps_stream,
+        }
+    }
+
     fn texts(&self) -> [(&'static str, Option<&[u8]>); 7] {
         [
             ("event_type", self.event_type.as_deref()),
@@ -81,6 +94,8 @@ impl Request<'_> {
 pub(super) struct Checked {
     pub backend: String,
     pub backend_number: i32,
+    /// What the row names though the event does not: see [`placing`].
+    pub stream: Option<String>,
 }
 
 /// All refusals, in one place for all ways to publish.
@@ -110,30 +125,11 @@ pub(super) fn check(request: &Request<'_>) -> Result<Checked, PublishError> {
         return Err(PublishError::UnknownBackend(backend));
     };
     check_config(request, known.own_fields)?;
-    let named = request.stream.as_deref().map(decoded);
-    if let Some(stream) = named.as_ref().filter(|stream| !known.allows(stream)) {
-        return Err(PublishError::StreamNotAllowed {
-            backend,
-            stream: stream.to_string(),
-        });
-    }
-    if let Some(limits) = publisher_limits::of_user() {
-        let stream = named.unwrap_or_else(|| known.own_stream());
-        limits.check(&backend, &stream).map_err(|beyond| match beyond {
-            Beyond::Backend(allowed) => PublishError::BackendBeyondLimit {
-                backend: backend.clone(),
-                allowed,
-            },
-            Beyond::Stream(allowed) => PublishError::StreamBeyondLimit {
-                backend: backend.clone(),
-                stream: stream.to_string(),
-                allowed,
-            },
-        })?;
-    }
+    let stream = placing::placed(&request.addressed(), &backend, &known)?;
     Ok(Checked {
         backend,
         backend_number: known.number,
+        stream,
     })
 }
 

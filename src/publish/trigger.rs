@@ -120,7 +120,10 @@ fn confirm(row: &Row) {
     if is_moving() {
         return;
     }
-    let request = request_of(row);
+    let request = Request {
+        keeps_stream: true,
+        ..request_of(row)
+    };
     match check(&request) {
         Ok(checked) if checked.backend_number == key.backend_number => {}
         // The backend's name is that of a dump, or another has changed it: the number counts.
@@ -157,6 +160,7 @@ fn request_of(row: &Row) -> Request<'_> {
         data_schema: text(attribute::DATA_SCHEMA),
         event_id: row.uuid(attribute::EVENT_ID),
         created_at: None,
+        keeps_stream: false,
     }
 }
 
@@ -165,7 +169,11 @@ fn confirm_published(key: RowKey, row: &Row) {
     if key_of(row) != key {
         PublishError::Changed.raise();
     }
-    check(&request_of(row)).map_or_else(|e| e.raise(), |_| note_completed(key));
+    let request = Request {
+        keeps_stream: true,
+        ..request_of(row)
+    };
+    check(&request).map_or_else(|e| e.raise(), |_| note_completed(key));
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -328,6 +336,8 @@ fn expect_published(row: &Row, is_scheduled: bool, again: bool, changes: &mut Ch
     let had = optional(&given);
     let request = Request {
         scheduled_at: row.i64(attribute::SCHEDULED_AT).filter(|_| is_scheduled),
+        // A dump's rows, and those that are published again, have a backend's number. Imported ones have none.
+        keeps_stream: again && row.i32(attribute::BACKEND_NUMBER).is_some(),
         ..given.without_empty()
     };
     let request = match again {
@@ -339,9 +349,13 @@ fn expect_published(row: &Row, is_scheduled: bool, again: bool, changes: &mut Ch
         doubts::say(&request);
     }
     for ((attribute, had), (_, has)) in had.into_iter().zip(optional(&request)) {
-        if had && !has {
+        let is_given = attribute == attribute::STREAM && checked.stream.is_some();
+        if had && !has && !is_given {
             changes.set(attribute, None);
         }
+    }
+    if let Some(stream) = &checked.stream {
+        changes.set(attribute::STREAM, text_datum(&to_server(stream)));
     }
     changes.set(attribute::BACKEND_NUMBER, pg_sys::Datum::from(checked.backend_number));
     changes.set(attribute::BACKEND, text_datum(&to_server(&checked.backend)));
@@ -405,6 +419,7 @@ fn check_restorable(request: &Request<'_>, row: &Row) -> Checked {
             Checked {
                 backend: backend.unwrap_or_default(),
                 backend_number: number,
+                stream: None,
             }
         }
         (Ok(checked), Some(_)) => checked,

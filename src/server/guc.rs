@@ -6,6 +6,7 @@ use pgrx::pg_sys::AsPgCStr;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{PgLogLevel, PgSqlErrorCode, PostgresGucEnum, pg_guard, pg_sys};
 use relay::delivery::backoff::Backoff;
+use relay::event::stream_name::{Fault, StreamName};
 use relay::event::trace::{fault_of_traceparent, fault_of_tracestate};
 use relay::redis::allowed_hosts::AllowedHosts;
 use std::ffi::{CStr, CString, c_char, c_void};
@@ -36,6 +37,8 @@ pub(crate) static TRACEPARENT: GucSetting<Option<CString>> = GucSetting::<Option
 pub(crate) static TRACESTATE: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c""));
 /// `outbox_relay.traceparent` is set.
 static IS_TRACED: AtomicBool = AtomicBool::new(false);
+/// `outbox_relay.redis_stream_name` may be a template.
+static HAS_BRACES: AtomicBool = AtomicBool::new(false);
 pub(crate) static LOG_LEVEL: GucSetting<LogLevel> = GucSetting::<LogLevel>::new(LogLevel::Info);
 pub(crate) static REDIS_HOST: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c"localhost"));
 pub(crate) static REDIS_PORT: GucSetting<i32> = GucSetting::<i32>::new(6_379);
@@ -278,6 +281,17 @@ pub(crate) fn define() {
             None,
             None,
         );
+        GucRegistry::define_string_guc_with_hooks(
+            c"outbox_relay.redis_stream_name",
+            c"Stream of backends that name none, or a template of streams, such as orders.{event_type}.",
+            c"",
+            &REDIS_STREAM_NAME,
+            Sighup,
+            plain,
+            Some(check_stream_name),
+            Some(assign_stream_name),
+            None,
+        );
     }
     for (name, about, setting) in [
         (
@@ -294,11 +308,6 @@ pub(crate) fn define() {
             c"outbox_relay.redis_password_file",
             c"Password file of backends that have no password of their own; empty: none.",
             &REDIS_PASSWORD_FILE,
-        ),
-        (
-            c"outbox_relay.redis_stream_name",
-            c"Stream of backends that name none.",
-            &REDIS_STREAM_NAME,
         ),
     ] {
         GucRegistry::define_string_guc(name, about, c"", setting, Sighup, plain);
@@ -433,6 +442,52 @@ unsafe extern "C-unwind" fn assign_traceparent(value: *const c_char, _extra: *mu
     // SAFETY: a zero-terminated text, or null.
     let is_traced = unsafe { !value.is_null() && *value != 0 };
     IS_TRACED.store(is_traced, Ordering::Relaxed);
+}
+
+/// Refuses what is no template. At the server's start the only value to fall back to is the default, which is another
+/// stream; so an unusable template is accepted there, and backends that go by it are misconfigured.
+#[pg_guard]
+// SAFETY: called by Postgres alone, with the new value.
+unsafe extern "C-unwind" fn check_stream_name(
+    value: *mut *mut c_char,
+    _extra: *mut *mut c_void,
+    _source: pg_sys::GucSource::Type,
+) -> bool {
+    // SAFETY: the value is a zero-terminated text, or null.
+    let text = unsafe { (!(*value).is_null()).then(|| CStr::from_ptr(*value).to_string_lossy()) };
+    let Err(fault) = StreamName::parse(&text.unwrap_or_default()) else {
+        return true;
+    };
+    // SAFETY: a plain read of the process's own variable.
+    if unsafe { pg_sys::process_shared_preload_libraries_in_progress } {
+        let message = format!("outbox_relay.redis_stream_name {fault}: backends without a stream_name send nothing");
+        ErrorReport::new(PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE, message, "")
+            .set_detail(Fault::DETAIL)
+            .set_hint(Fault::HINT)
+            .report(PgLogLevel::WARNING);
+        return true;
+    }
+    // SAFETY: copies that live as long as the memory context of whoever asks, as Postgres's own texts here do.
+    unsafe {
+        pg_sys::GUC_check_errdetail_string = format!("It {fault}. {}", Fault::DETAIL).as_str().as_pg_cstr();
+        pg_sys::GUC_check_errhint_string = Fault::HINT.as_pg_cstr();
+    }
+    false
+}
+
+/// Remembers whether it may be a template, so that publishing without one costs nothing.
+// No pg_guard: it does nothing that can fail.
+// SAFETY: called by Postgres alone, with the new value.
+unsafe extern "C-unwind" fn assign_stream_name(value: *const c_char, _extra: *mut c_void) {
+    // SAFETY: a zero-terminated text, or null.
+    let text = unsafe { (!value.is_null()).then(|| CStr::from_ptr(value).to_bytes()) };
+    let has_braces = text.is_some_and(|text| text.iter().any(|byte| b"{}".contains(byte)));
+    HAS_BRACES.store(has_braces, Ordering::Relaxed);
+}
+
+/// Whether `outbox_relay.redis_stream_name` has to be parsed.
+pub(crate) fn has_braces_in_stream_name() -> bool {
+    HAS_BRACES.load(Ordering::Relaxed)
 }
 
 /// Whether events are published under a trace context.

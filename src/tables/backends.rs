@@ -7,6 +7,7 @@ use crate::tables::found_row::FoundRow;
 use crate::tables::options::{Options, Topology};
 use crate::tables::secret_key;
 use crate::tables::sql::{argument, query, query_column, query_named, query_value, run};
+use crate::tables::stream_names;
 use relay::reading::snapshot::Snapshot;
 use relay::seal;
 
@@ -134,8 +135,9 @@ pub(crate) fn installation() -> String {
 /// How many restores of one backend are read at once.
 const RESTORES_AT_ONCE: i32 = 1_000;
 
-/// All columns of a backend `b`. A column of type jsonb is read as text.
-const OPTIONS: &str = "b.static_fields::text as static_fields, b.*";
+/// All columns of a backend `b`, with the stream of those that have none of their own. A column of type jsonb is read as
+/// text.
+const OPTIONS: &str = "(select outbox.common_stream()) as common_stream, b.static_fields::text as static_fields, b.*";
 
 /// All backends, each with some of the restores that a snapshot sees. A new option needs no change here, because all
 /// columns are selected.
@@ -236,16 +238,26 @@ pub(crate) fn is_deleted(number: i32) -> bool {
     .unwrap_or(false)
 }
 
-/// The stream of a backend's events that name none.
+/// The stream of a backend's events whose rows name none.
 pub(crate) fn own_stream(number: i32) -> String {
     query(
-        "select b.stream_name from outbox.backends b where b.number = $1",
+        "select b.own_stream from outbox.backends b where b.number = $1",
         &[number.into()],
-        |row| row.text("stream_name"),
+        |row| row.text("own_stream"),
     )
     .pop()
     .flatten()
     .unwrap_or_default()
+}
+
+/// Notes the stream of the settings, for the time when that is a template.
+pub(crate) fn note_common_stream() {
+    if let Some(stream) = stream_names::plain_setting() {
+        run(
+            "update outbox.installation set common_stream = $1 where common_stream <> $1",
+            &[argument(&stream)],
+        );
+    }
 }
 
 /// How the events of a backend are sent; by its name, if no backend has the number.

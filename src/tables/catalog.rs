@@ -5,13 +5,14 @@
 //! read (a change in between marks it invalid again), and it sees a backend made by its own transaction.
 
 use crate::server::error::{internal, raise};
-use crate::server::guc;
 use crate::tables::missing;
 use crate::tables::row::{Columns, EVENT_COLUMNS, Row, attribute, texts_of_array};
+use crate::tables::stream_names::{self, Unnamed};
 use once_cell::unsync::OnceCell;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{PgSqlErrorCode, pg_guard, pg_sys};
 use relay::event::format::Format;
+use relay::event::stream_name::StreamName;
 use std::borrow::Cow;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -181,6 +182,8 @@ pub(crate) struct KnownBackend {
     pub number: i32,
     /// Fields that its entries have in any case.
     pub own_fields: &'static [&'static str],
+    /// Of the events that name no stream; `None`: as the setting says.
+    unnamed: Option<Unnamed>,
     /// `None`: the setting's.
     own_stream: Option<String>,
     /// `None`: any stream.
@@ -197,11 +200,16 @@ impl KnownBackend {
             .is_none_or(|patterns| patterns.iter().any(|p| p.matches(stream)))
     }
 
-    /// The stream of events that name none, as of now.
+    /// What becomes of events that name no stream.
+    pub(crate) fn unnamed(&self) -> Unnamed {
+        self.unnamed.clone().unwrap_or_else(Unnamed::of_setting)
+    }
+
+    /// The stream of events whose rows name none, as of now.
     pub(crate) fn own_stream(&self) -> Cow<'_, str> {
         match &self.own_stream {
             Some(stream) => Cow::Borrowed(stream),
-            None => Cow::Owned(guc::text(&guc::REDIS_STREAM_NAME)),
+            None => stream_names::plain_setting().map_or(Cow::Borrowed(stream_names::DEFAULT_STREAM), Cow::Owned),
         }
     }
 }
@@ -497,17 +505,16 @@ fn read_backends(relation: pg_sys::Oid) -> HashMap<String, Rc<KnownBackend>> {
     // pending invalidations, which may mark the cache invalid again: then it is read once more at the next use.
     unsafe {
         let rel = pg_sys::table_open(relation, pg_sys::AccessShareLock as _);
-        let columns = Columns::of(
-            rel,
-            &[
-                "name",
-                "number",
-                "stream_name",
-                "allowed_streams",
-                "format",
-                "include_lsn",
-            ],
-        );
+        const COLUMNS: [&str; 7] = [
+            "name",
+            "number",
+            "stream_name",
+            "own_stream",
+            "allowed_streams",
+            "format",
+            "include_lsn",
+        ];
+        let columns = Columns::of(rel, &COLUMNS);
         let snapshot = pg_sys::RegisterSnapshot(pg_sys::GetLatestSnapshot());
         let scan = pg_sys::systable_beginscan(rel, pg_sys::InvalidOid, false, snapshot, 0, std::ptr::null_mut());
         loop {
@@ -530,7 +537,10 @@ fn read_backends(relation: pg_sys::Oid) -> HashMap<String, Rc<KnownBackend>> {
                 name,
                 Rc::new(KnownBackend {
                     number,
-                    own_stream: row.text("stream_name"),
+                    unnamed: row
+                        .text("stream_name")
+                        .map(|name| Unnamed::of(StreamName::parse(&name))),
+                    own_stream: row.text("own_stream"),
                     own_fields: format.own_fields(row.bool("include_lsn").unwrap_or_default()),
                     allowed_streams,
                 }),

@@ -7,7 +7,7 @@
 //! - [`row`], [`events`] rows taken apart, and scans, without SQL; [`care`] a row that cannot be read fails alone
 //! - [`insertion`] a row of ours is an INSERT to everybody else; [`trusted`] which of them the trigger need not check
 //! - [`numbers`], [`sequence`] numbers that ascend; [`ticks`] snapshots
-//! - [`consumers`] what Redis says of consumer groups
+//! - [`stream_names`] streams of events that name none; [`consumers`] what Redis says of consumer groups
 //! - [`identity`] who this server is to the guards; [`copies`] databases made of others; [`foreign`], [`applied`] rows
 //!   that came without our trigger, or by a subscription
 //! - [`secret_key`] the key that passwords are sealed with
@@ -38,5 +38,6 @@ pub(crate) mod scheduled;
 pub(crate) mod secret_key;
 pub(crate) mod sequence;
 pub(crate) mod sql;
+pub(crate) mod stream_names;
 pub(crate) mod ticks;
 pub(crate) mod trusted;

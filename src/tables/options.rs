@@ -8,6 +8,7 @@ use pgrx::datum::Interval;
 use relay::delivery::Guarantee;
 use relay::event::format::Format;
 use relay::event::further_fields;
+use relay::event::stream_name::StreamName;
 use relay::guard::claim::OnMissing;
 use relay::redis::destination::Address;
 use std::fmt;
@@ -42,7 +43,11 @@ options! {
         pub(crate) port: Known<Option<u16>>,
         pub(crate) db: Option<i32>,
         pub(crate) username: Option<String>,
-        pub(crate) stream_name: Option<String>,
+        pub(crate) stream_name: Known<Option<StreamName>>,
+        /// The stream of events whose rows name none; `None`: the common one.
+        pub(crate) own_stream: Option<String>,
+        /// The stream of `outbox_relay.redis_stream_name`, or what it was before that became a template.
+        pub(crate) common_stream: Option<String>,
         pub(crate) max_len: Known<Option<i64>>,
         pub(crate) trim: Known<Trimming>,
         pub(crate) trim_ignore_idle: Known<Option<Silence>>,
@@ -203,6 +208,18 @@ impl Column for Known<Option<u16>> {
             _ => Err(Unusable::new(column, format!("is {port}"))),
         };
         row.value(column).map(port).transpose()
+    }
+
+    fn unusable(&self) -> Option<&Unusable> {
+        self.as_ref().err()
+    }
+}
+
+/// A stream, or a template of streams.
+impl Column for Known<Option<StreamName>> {
+    fn read(row: &FoundRow<'_>, column: &'static str) -> Self {
+        let parsed = row.text(column).map(|name| StreamName::parse(&name)).transpose();
+        parsed.map_err(|fault| Unusable::new(column, fault.to_string()))
     }
 
     fn unusable(&self) -> Option<&Unusable> {

@@ -65,7 +65,7 @@ const REPLAY: &str = "with gone as (
         where e.backend_number = $number and b.number = e.backend_number
             and e.created_at >= $since and e.created_at < $until and ($any_type or e.event_type = $type)
             and coalesce((select outbox.is_delivered(c, e.xid, e.seq) from outbox.cursors c
-                where c.backend_number = e.backend_number and c.slot in (-1, outbox.hash_slot(coalesce(e.stream, b.stream_name, '')))
+                where c.backend_number = e.backend_number and c.slot in (-1, outbox.hash_slot(coalesce(e.stream, b.own_stream, '')))
                 order by c.slot desc limit 1), false)
             and not exists (select from outbox.refused_events r where r.seq = e.seq and r.accepted_in is null)
             and not exists (select from outbox.failed_events f where f.event_id = e.event_id and f.seq = e.seq)

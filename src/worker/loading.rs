@@ -151,6 +151,16 @@ impl Worker {
         Ok(outcome)
     }
 
+    /// Notes the stream of the settings, for the time when that is a template.
+    pub(super) fn note_stream(&mut self, now: Now) {
+        if !self.is_stream_noted {
+            let noted = self.attempt(Task::NoteStream, now, |_| {
+                process::transaction(backends::note_common_stream)
+            });
+            self.is_stream_noted = noted.is_some();
+        }
+    }
+
     /// Whether restored events of some backend are due to be compared.
     fn is_restore_due(&self, now: Now) -> bool {
         self.backends.iter().any(|b| b.load_at().is_some_and(|at| at <= now))

@@ -209,6 +209,7 @@ impl Worker {
         }
         if self.settings_changed {
             self.purge.look_now();
+            self.is_stream_noted = false;
         }
         // First of all: an acknowledgement counts also if its sender is let go in this round.
         self.backends.iter_mut().for_each(|b| b.hear(now));
@@ -229,6 +230,7 @@ impl Worker {
                 None => {}
             }
         }
+        self.note_stream(now);
         self.connect(now);
         self.test_backends();
         // A backend with records neither reads nor claims. An event that waits behind a refused one must not be written

@@ -83,6 +83,8 @@ pub(super) struct Worker {
     /// Streams, by the index of their backend, of which no event waits any more once the failed ones are written down.
     pub(super) failed_streams: Vec<(usize, Vec<Rc<str>>)>,
     pub(super) settings_changed: bool,
+    /// The stream of the settings is noted as it is now.
+    pub(super) is_stream_noted: bool,
     /// Somebody has changed a backend, which is not loaded yet.
     pub(super) nudged: bool,
     /// When backends were loaded last because of `outbox.wake()`.
@@ -141,6 +143,7 @@ impl Worker {
             scheduled: Scheduled::default(),
             failed_streams: Vec::new(),
             settings_changed: false,
+            is_stream_noted: false,
             nudged: false,
             asked_at: None,
             stale_since: None,

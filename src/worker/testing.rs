@@ -2,7 +2,7 @@
 
 use crate::server::questions::{Heard, SEPARATOR};
 use crate::server::shmem;
-use crate::worker::backend::{destination_to_test, without_signals};
+use crate::worker::backend::{Backend, destination_to_test, without_signals};
 use crate::worker::state::Worker;
 use crate::worker::tested::BackendTest;
 use relay::redis::probe::{self, Found};
@@ -34,16 +34,22 @@ impl Worker {
     fn begin_test(&mut self, question: Heard) -> Result<(), String> {
         let is_it = |number: i32| number == question.backend;
         let backend = self.backends.iter().find(|b| is_it(b.number) && b.lane().is_none());
-        let known = backend.and_then(|backend| Some((backend.row()?, backend.stream())));
-        let Some((row, stream)) = known else {
+        let Some((row, own_stream)) = backend.and_then(|backend| Some((backend.row()?, backend.stream()))) else {
             return Err("the worker does not know this backend yet: commit first".to_owned());
         };
-        let destination = destination_to_test(row, &self.home, stream);
+        // A template has no stream of its own: one is taken that it has given lately.
+        let mut ones = self.backends.iter().filter(|b| is_it(b.number));
+        let stream = match backend.is_some_and(Backend::has_template) {
+            true => ones.find_map(Backend::named_stream),
+            false => Some(own_stream.clone()),
+        };
+        let destination = destination_to_test(row, &self.home, stream.as_ref().unwrap_or(own_stream));
         let destination = destination.map_err(|unusable| format!("configuration: {unusable}"))?;
         if self.tests.len() >= MOST_TESTS || self.permits.free() == 0 {
             return Err("too many connections are open: try again".to_owned());
         }
-        let (stream, waker, permit) = (stream.to_string(), self.waker.clone(), self.permits.take());
+        let stream = stream.map(|stream| stream.to_string());
+        let (waker, permit) = (self.waker.clone(), self.permits.take());
         let probe = without_signals(|| probe::spawn(destination, stream, waker, permit));
         let probe = probe.map_err(|error| format!("could not start a thread: {error}"))?;
         self.tests.push(BackendTest { question, probe });

@@ -108,6 +108,7 @@ mod slow_sender;
 mod smoke;
 mod standby;
 mod storms;
+mod stream_templates;
 mod switchover;
 mod take_over;
 mod test_backend;

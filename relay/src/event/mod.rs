@@ -4,6 +4,7 @@ mod clock;
 mod decimal;
 pub mod doubts;
 pub mod format;
+pub mod stream_name;
 pub mod text;
 pub mod trace;
 pub mod wanted;

@@ -51,7 +51,7 @@ impl Probe {
 /// signals of its process around this call.
 pub fn spawn(
     destination: Destination,
-    stream: String,
+    stream: Option<String>,
     waker: Arc<UnixStream>,
     permit: impl Send + 'static,
 ) -> io::Result<Probe> {
@@ -61,15 +61,16 @@ pub fn spawn(
         .stack_size(512 * 1024)
         .spawn(move || {
             let _permit = permit;
-            let _ = told.send(probe(&destination, &stream));
+            let _ = told.send(probe(&destination, stream.as_deref()));
             let _ = (&*waker).write(&[0]);
         })?;
     Ok(Probe(found))
 }
 
-/// Connects, logs in, and asks for each right that sending needs. `stream`: the backend's own. Takes as long as the
+/// Connects, logs in, and asks for each right that sending needs. `stream`: one that it sends to, if that
+/// is known. Takes as long as the
 /// time-outs of each step allow.
-pub fn probe(destination: &Destination, stream: &str) -> Found {
+pub fn probe(destination: &Destination, stream: Option<&str>) -> Found {
     let mut found = Found::default();
     step::at(Step::Route);
     if let Err(failure) = look(destination, stream, &mut found) {
@@ -78,7 +79,7 @@ pub fn probe(destination: &Destination, stream: &str) -> Found {
     found
 }
 
-fn look(destination: &Destination, stream: &str, found: &mut Found) -> Result<(), Failure> {
+fn look(destination: &Destination, stream: Option<&str>, found: &mut Found) -> Result<(), Failure> {
     let address = &mut found.address;
     let mut note = |node: &Address| *address = Some(node.to_string());
     let mut connection = topology::open(destination, &mut note)?;
@@ -110,8 +111,9 @@ fn look(destination: &Destination, stream: &str, found: &mut Found) -> Result<()
 }
 
 /// Rights are checked when a command is queued, also one that is discarded.
-fn may_use(connection: &mut RedisConnection, guard: &str, stream: &str) -> Result<(), Failure> {
-    let (guard, stream) = (guard.as_bytes(), stream.as_bytes());
+fn may_use(connection: &mut RedisConnection, guard: &str, stream: Option<&str>) -> Result<(), Failure> {
+    let (guard, known) = (guard.as_bytes(), stream.is_some());
+    let stream = stream.unwrap_or_default().as_bytes();
     let named = |name: &str, failure: Failure| Failure::new(failure.class, format!("{name}: {}", failure.message));
     for (name, words) in [("WATCH", [b"WATCH", guard].as_slice()), ("MULTI", &[b"MULTI"])] {
         // If it is refused, nothing must follow: it would be executed.
@@ -126,7 +128,7 @@ fn may_use(connection: &mut RedisConnection, guard: &str, stream: &str) -> Resul
         ("XADD", &[b"XADD", stream, b"*", b"f", b"v"]),
     ];
     let mut refused = None;
-    for (name, words) in queued {
+    for (name, words) in queued.into_iter().filter(|(_, words)| known || words[1] == guard) {
         match topology::ask(connection, words, &Bounds::line("a command")) {
             Ok(Value::SimpleString(word)) if word == "QUEUED" => {}
             Ok(_) => return Err(failure::not_redis()),

@@ -14,7 +14,7 @@ const KEPT_BUFFER_BYTES: usize = 2 * BATCH_BYTES;
 const KNOWN_STREAMS: usize = 1_000;
 
 pub(super) struct Entries {
-    /// The stream of events that name none.
+    /// The stream of events whose rows name none.
     pub stream: Rc<str>,
     /// The length to which streams are trimmed; 0: they are not.
     pub max_len: i64,
@@ -87,6 +87,11 @@ impl Entries {
     /// Streams that events have named lately, some of them.
     pub(super) fn named_streams(&self) -> Vec<Rc<str>> {
         self.named_streams.iter().cloned().collect()
+    }
+
+    /// One of them.
+    pub(super) fn named_stream_of_late(&self) -> Option<Rc<str>> {
+        self.named_streams.iter().next().cloned()
     }
 
     pub(super) fn buffer(&mut self) -> Vec<u8> {

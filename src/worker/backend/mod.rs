@@ -196,9 +196,19 @@ impl Backend {
             .and_then(|options| options.max_rate.as_ref().ok().copied().flatten())
     }
 
-    /// The stream of events that name none.
+    /// The stream of events whose rows name none.
     pub(crate) fn stream(&self) -> &Rc<str> {
         &self.entries.stream
+    }
+
+    /// Whether its events name their streams because `stream_name` is a template.
+    pub(crate) fn has_template(&self) -> bool {
+        self.options().is_some_and(settings::has_template)
+    }
+
+    /// A stream that events have named lately.
+    pub(crate) fn named_stream(&self) -> Option<Rc<str>> {
+        self.entries.named_stream_of_late()
     }
 
     pub(crate) fn name(&self) -> &str {

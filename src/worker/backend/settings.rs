@@ -4,6 +4,7 @@
 use crate::server::guc;
 use crate::tables::backends::BackendRow;
 use crate::tables::options::{Known, Options, Topology, Trimming, Unusable};
+use crate::tables::stream_names::{self, DEFAULT_STREAM, Unnamed};
 use relay::delivery::Guarantee;
 use relay::event::format::Encoder;
 use relay::redis::destination::{Address, ClientCertificate, Destination, Protocol, Route, Secret, Tls};
@@ -39,6 +40,10 @@ pub(super) fn destination(row: &BackendRow, home: &Home, lane: Option<u16>) -> K
     let time = |own: Option<Duration>, setting: &_| own.unwrap_or_else(|| guc::millis(setting));
     if let Some(unusable) = options.unusable() {
         return Err(unusable.clone());
+    }
+    if let (Ok(None), Some(fault)) = (&options.stream_name, stream_names::fault_of_setting()) {
+        let problem = format!("is NULL, and outbox_relay.redis_stream_name {fault}");
+        return Err(Unusable::new("stream_name", problem));
     }
     let port = options.port.clone()?;
     let address = match &options.unix_socket {
@@ -90,10 +95,25 @@ pub(crate) fn destination_to_test(row: &BackendRow, home: &Home, stream: &str) -
     destination(row, home, lane)
 }
 
-/// The stream of events that name none.
+/// The stream of events whose rows name none.
 pub(super) fn stream(options: Option<&Options>) -> Rc<str> {
-    let own = options.and_then(|options| options.stream_name.as_deref());
-    own.map_or_else(|| guc::text(&guc::REDIS_STREAM_NAME).into(), Rc::from)
+    let plain = options.and_then(|options| options.stream_name.as_ref().ok()?.as_ref()?.plain());
+    let own = plain.or_else(|| options.and_then(|options| options.own_stream.as_deref()));
+    if let Some(own) = own {
+        return own.into();
+    }
+    let noted = || options.and_then(|options| options.common_stream.clone());
+    let common = stream_names::plain_setting().or_else(noted);
+    common.as_deref().unwrap_or(DEFAULT_STREAM).into()
+}
+
+/// Whether events name their streams because `stream_name` is a template. Then hardly any are in the backend's own.
+pub(super) fn has_template(options: &Options) -> bool {
+    match &options.stream_name {
+        Ok(Some(name)) => name.plain().is_none(),
+        Ok(None) => matches!(Unnamed::of_setting(), Unnamed::Template(_)),
+        Err(_) => false,
+    }
 }
 
 /// The length to which each XADD trims; 0: it does not.

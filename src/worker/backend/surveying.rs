@@ -39,7 +39,8 @@ impl Backend {
             }
             return false;
         }
-        let own_stream = Some(self.stream().clone()).filter(|stream| self.serves(stream));
+        let has_own = !self.has_template();
+        let own_stream = Some(self.stream().clone()).filter(|stream| has_own && self.serves(stream));
         match self.delivery.readership_mut() {
             Some(readership) => {
                 readership.follow(policy, own_stream.as_ref());

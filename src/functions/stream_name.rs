@@ -1,0 +1,168 @@
+//! `stream_name` of backends: the trigger that refuses what is no template, and keeps what the backend's own stream was
+//! before; and the hash of templates, for those who have to find a stream.
+
+use crate::server::datum::{bytes_of, text_datum};
+use crate::server::encoding::{to_server, utf8};
+use crate::server::error::{expect_arguments, raise};
+use crate::server::guc;
+use crate::server::report;
+use crate::server::trigger_call::{When, expect_trigger};
+use crate::tables::rights;
+use crate::tables::row::{Columns, NamedRow};
+use crate::tables::sql::query_value;
+use crate::tables::stream_names::DEFAULT_STREAM;
+use crate::tables::{catalog, stream_names};
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::{PgSqlErrorCode, pg_sys};
+use relay::event::stream_name::{Fault, MOST_PARTS, StreamName, part_of};
+use std::ffi::CString;
+use std::num::NonZeroU32;
+
+crate::sql_function!(check_stream_name, pg_finfo_check_stream_name);
+
+/// `outbox.check_stream_name()`, trigger of `outbox.backends`, before each row is inserted or updated
+// No pg_guard: as the other triggers.
+#[unsafe(no_mangle)]
+extern "C-unwind" fn check_stream_name(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    report::guard(|| {
+        let backends = catalog::expect_relations().backends;
+        // SAFETY: called by Postgres; a trigger of this kind has a row, and an update the new one too.
+        unsafe {
+            let trigger = expect_trigger(fcinfo, "check_stream_name", When::BeforeRow, &[backends]);
+            (*fcinfo).isnull = false;
+            let columns = Columns::of(trigger.tg_relation, &COLUMNS);
+            let operation = trigger.tg_event & pg_sys::TRIGGER_EVENT_OPMASK;
+            let (new, old) = match operation == pg_sys::TRIGGER_EVENT_UPDATE {
+                true => (trigger.tg_newtuple, Some(columns.take_apart(trigger.tg_trigtuple))),
+                false => (trigger.tg_trigtuple, None),
+            };
+            let row = columns.take_apart(new);
+            let streams = streams_of(&row, old.as_ref());
+            pg_sys::Datum::from(with(trigger.tg_relation, new, &row, &streams))
+        }
+    })
+}
+
+const COLUMNS: [&str; 4] = ["name", "mode", "stream_name", "own_stream"];
+
+/// `stream_name` and `own_stream` of a row that is written.
+type Streams = [(&'static str, Option<String>); 2];
+
+fn streams_of(row: &NamedRow<'_>, old: Option<&NamedRow<'_>>) -> Streams {
+    let mut stream_name = row.text("stream_name");
+    if stream_name.is_none() && row.text("mode").as_deref() == Some("cluster") {
+        // The hash slot of its events must not change with a setting.
+        let setting = guc::text(&guc::REDIS_STREAM_NAME);
+        stream_name = Some(setting)
+            .filter(|name| !name.is_empty())
+            .or_else(|| Some(DEFAULT_STREAM.to_owned()));
+    }
+    let parsed = stream_name.as_deref().map(StreamName::parse).transpose();
+    let parsed = parsed.unwrap_or_else(|fault| refuse(&row.text("name").unwrap_or_default(), &fault));
+    let own_stream = parsed.map(|parsed| match parsed {
+        StreamName::Plain(name) => name,
+        // What was published before stays where it was.
+        StreamName::Template(_) => given(row, old)
+            .or_else(|| old?.text("own_stream"))
+            .unwrap_or_else(common_stream),
+    });
+    [("stream_name", stream_name), ("own_stream", own_stream)]
+}
+
+/// An `own_stream` that a dump, or somebody, has given.
+fn given(row: &NamedRow<'_>, old: Option<&NamedRow<'_>>) -> Option<String> {
+    let given = row.text("own_stream");
+    let is_old = old.is_some_and(|old| old.text("own_stream") == given);
+    given.filter(|_| !is_old)
+}
+
+/// The stream of backends without one of their own.
+fn common_stream() -> String {
+    let noted = || rights::of_owner(|| query_value::<String>("select outbox.common_stream()", &[]));
+    let common = stream_names::plain_setting().or_else(noted);
+    common.unwrap_or_else(|| DEFAULT_STREAM.to_owned())
+}
+
+fn refuse(backend: &str, fault: &Fault) -> ! {
+    raise(
+        ErrorReport::new(
+            PgSqlErrorCode::ERRCODE_CHECK_VIOLATION,
+            format!("stream_name of backend \"{backend}\" {fault}"),
+            "",
+        )
+        .set_detail(Fault::DETAIL)
+        .set_hint(Fault::HINT),
+    )
+}
+
+/// The tuple with these columns, as far as they are others.
+///
+/// # Safety
+/// A tuple of an open relation, and the same as a row.
+unsafe fn with(
+    relation: pg_sys::Relation,
+    tuple: pg_sys::HeapTuple,
+    row: &NamedRow<'_>,
+    streams: &Streams,
+) -> pg_sys::HeapTuple {
+    let (mut numbers, mut values, mut nulls) = (Vec::new(), Vec::new(), Vec::new());
+    for (column, text) in streams.iter().filter(|(column, text)| row.text(column) != *text) {
+        let name = CString::new(*column).unwrap_or_default();
+        // SAFETY: the caller's promise.
+        numbers.push(unsafe { pg_sys::SPI_fnumber((*relation).rd_att, name.as_ptr()) });
+        nulls.push(text.is_none());
+        values.push(
+            text.as_deref()
+                .map_or(pg_sys::Datum::from(0), |text| text_datum(&to_server(text))),
+        );
+    }
+    if numbers.is_empty() {
+        return tuple;
+    }
+    // SAFETY: the caller's promise; three lists of the same length, with values of type text.
+    unsafe {
+        pg_sys::heap_modify_tuple_by_cols(
+            tuple,
+            (*relation).rd_att,
+            numbers.len() as i32,
+            numbers.as_mut_ptr(),
+            values.as_mut_ptr(),
+            nulls.as_mut_ptr(),
+        )
+    }
+}
+
+crate::sql_function!(stream_part, pg_finfo_stream_part);
+
+/// `outbox.stream_part(value, parts)`, strict
+// No pg_guard: as the other functions that are declared by hand.
+#[unsafe(no_mangle)]
+extern "C-unwind" fn stream_part(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    report::guard(|| {
+        expect_arguments(fcinfo, 2);
+        // SAFETY: arguments of type text and integer, which are not null unless somebody has declared the function
+        // otherwise.
+        unsafe {
+            let arguments = (*fcinfo).args.as_slice(2);
+            (*fcinfo).isnull = arguments.iter().any(|argument| argument.isnull);
+            if (*fcinfo).isnull {
+                return pg_sys::Datum::from(0);
+            }
+            let parts = u32::try_from(arguments[1].value.value() as i32)
+                .ok()
+                .and_then(NonZeroU32::new);
+            let Some(parts) = parts.filter(|parts| parts.get() <= MOST_PARTS) else {
+                raise(
+                    ErrorReport::new(
+                        PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE,
+                        "the number of parts is out of range",
+                        "",
+                    )
+                    .set_detail(format!("It must be one of 1 to {MOST_PARTS}."))
+                    .set_hint("Pass the number that the placeholder has, as in {subject|16}."),
+                );
+            };
+            pg_sys::Datum::from(part_of(&utf8(bytes_of(arguments[0].value)), parts) as i32)
+        }
+    })
+}
