@@ -41,7 +41,7 @@ comment on column outbox.events.xid is 'The transaction that published the event
 comment on column outbox.events.backend_number is 'Number of the backend. The trigger looks it up by the backend''s name.';
 comment on column outbox.events.published_by is 'The role that published the event, which may ask what became of it: see outbox.wait_published(). NULL: another server, or another cluster.';
 comment on column outbox.events.backend is 'Name of the backend when the event was published. NULL or an empty text in an INSERT means outbox_relay.default_backend.';
-comment on column outbox.events.data is 'The payload, as JSON text.';
+comment on column outbox.events.data is 'The payload, as JSON text. Bytes are there as outbox.binary_data() makes them.';
 comment on column outbox.events.stream is 'The stream of the entry; that of the backend''s template, if its stream_name is one. NULL means the backend''s own stream at the time of sending.';
 comment on column outbox.events.max_retries is 'Attempts in all if Redis refuses the event, at most 1000. NULL means outbox_relay.max_retries at the time of sending.';
 comment on column outbox.events.publisher_config is 'Further fields of the stream entry: a flat JSON object.';

@@ -11,12 +11,13 @@ create function outbox.publish_event(
     publisher_config jsonb default null,
     stream           text default null,
     data_schema      text default null,
-    event_id         uuid default null
+    event_id         uuid default null,
+    data_bytes       bytea default null
 ) returns uuid
     language c volatile parallel unsafe
     as 'MODULE_PATHNAME', 'publish_event';
-comment on function outbox.publish_event(text, text, jsonb, text, text, timestamptz, integer, jsonb, text, text, uuid) is
-    'Publishes an event within the caller''s transaction, and returns its id, or NULL if somebody''s trigger on the table left the row out. The event is sent after the commit. backend, subject, stream and data_schema: an empty text counts as NULL. scheduled_at: a time without a zone, as drivers send for a naive one, is taken in the session''s TimeZone; send one with a zone.';
+comment on function outbox.publish_event(text, text, jsonb, text, text, timestamptz, integer, jsonb, text, text, uuid, bytea) is
+    'Publishes an event within the caller''s transaction, and returns its id, or NULL if somebody''s trigger on the table left the row out. The event is sent after the commit. backend, subject, stream and data_schema: an empty text counts as NULL. scheduled_at: a time without a zone, as drivers send for a naive one, is taken in the session''s TimeZone; send one with a zone. data_bytes: a payload that is bytes, instead of data; entries have it as data_base64.';
 
 -- Drivers type what they send: json, text or varchar for JSON, bigint or double precision for a number. The same
 -- function for them. It never competes with the one above. Its first argument is a domain, which loses to text for a
@@ -58,18 +59,25 @@ create function outbox.publish_event(
     publisher_config outbox.any_value default null,
     stream           text default null,
     data_schema      text default null,
-    event_id         outbox.any_value default null
+    event_id         outbox.any_value default null,
+    data_bytes       bytea default null
 ) returns uuid
     language c volatile parallel unsafe
     as 'MODULE_PATHNAME', 'publish_event_of_any_types';
-comment on function outbox.publish_event(outbox.any_text, text, outbox.any_value, text, text, timestamptz, outbox.any_number, outbox.any_value, text, text, outbox.any_value) is
+comment on function outbox.publish_event(outbox.any_text, text, outbox.any_value, text, text, timestamptz, outbox.any_number, outbox.any_value, text, text, outbox.any_value, bytea) is
     'The same for arguments that a driver types otherwise: json, text or bytea for JSON, any number for max_retries, text for event_id.';
 
 create function outbox.publish_events(events jsonb) returns setof uuid
     language c volatile strict parallel unsafe
     as 'MODULE_PATHNAME', 'publish_events';
 comment on function outbox.publish_events(jsonb) is
-    'Publishes an array of objects with the keys of outbox.publish_event, in order; returns their ids. The CONTEXT of an error says which element it is about.';
+    'Publishes an array of objects with the keys of outbox.publish_event (for bytes: data_base64), in order; returns their ids. The CONTEXT of an error says which element it is about.';
+
+create function outbox.binary_data(bytes bytea) returns json
+    language c immutable strict parallel safe
+    as 'MODULE_PATHNAME', 'binary_data';
+comment on function outbox.binary_data(bytea) is
+    'A payload that is bytes, for the column data of a plain INSERT: the base64 as a JSON string, marked by whitespace before it. As jsonb it loses the mark, and is a string.';
 
 create function outbox.published_here(out event_id uuid, out event_type text, out source text, out subject text, out backend text, out stream text,
         out data jsonb) returns setof record

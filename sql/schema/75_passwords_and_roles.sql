@@ -39,11 +39,12 @@ create function outbox.publisher_rights(out right_to text, out object text) retu
     as $$
 values
     ('usage', 'schema outbox'),
-    ('execute', 'function outbox.publish_event(text, text, jsonb, text, text, timestamptz, integer, jsonb, text, text, uuid)'),
-    ('execute', 'function outbox.publish_event(outbox.any_text, text, outbox.any_value, text, text, timestamptz, outbox.any_number, outbox.any_value, text, text, outbox.any_value)'),
+    ('execute', 'function outbox.publish_event(text, text, jsonb, text, text, timestamptz, integer, jsonb, text, text, uuid, bytea)'),
+    ('execute', 'function outbox.publish_event(outbox.any_text, text, outbox.any_value, text, text, timestamptz, outbox.any_number, outbox.any_value, text, text, outbox.any_value, bytea)'),
     -- Called for what becomes an any_value by its text.
     ('execute', 'function outbox.any_value_in(cstring)'),
     ('execute', 'function outbox.publish_events(jsonb)'),
+    ('execute', 'function outbox.binary_data(bytea)'),
     ('execute', 'function outbox.published_here()'),
     ('execute', 'function outbox.wait_published(uuid, interval)'),
     -- They need the ownership of a table besides.

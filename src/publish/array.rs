@@ -11,6 +11,7 @@ use crate::tables::catalog::{self, Relations};
 use crate::tables::row::attribute;
 use crate::tables::trusted::NewRow;
 use pgrx::pg_sys;
+use relay::event::binary;
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
@@ -136,7 +137,7 @@ fn prepared_item(items: &Items, index: usize, relations: &Relations) -> NewRow {
     prepared(&request.without_empty().traced(), relations)
 }
 
-const KEYS: [&str; 11] = [
+const KEYS: [&str; 12] = [
     "event_type",
     "source",
     "data",
@@ -148,6 +149,7 @@ const KEYS: [&str; 11] = [
     "stream",
     "data_schema",
     "event_id",
+    "data_base64",
 ];
 
 /// One element: its values by [`KEYS`], as JSON texts. JSON null is none.
@@ -206,10 +208,18 @@ fn request_of<'a>(item: &Item<'a>) -> Result<Request<'a>, String> {
         Some(_) => return Err("max_retries must be a number".to_owned()),
         None => None,
     };
+    let bytes = string("data_base64")?.map(|base64| {
+        let bytes = binary::of_base64(&base64).map(|data| Cow::Owned(data.into_bytes()));
+        bytes.ok_or("data_base64 must be base64, with padding and without line breaks")
+    });
+    let data = match (raw("data"), bytes.transpose()?) {
+        (Some(_), Some(_)) => PublishError::TwoPayloads("data_base64").raise(),
+        (data, bytes) => data.or(bytes),
+    };
     Ok(Request {
         event_type: text("event_type")?,
         source: text("source")?,
-        data: raw("data"),
+        data,
         subject: text("subject")?,
         backend: text("backend")?,
         scheduled_at: text("scheduled_at")?.map(|text| time(&text)),

@@ -5,6 +5,7 @@
 //! `outbox.template_stream` where an event would go.
 
 use crate::publish::appending::{Tables, prepared};
+use crate::publish::binary::data_or_bytes;
 use crate::publish::json;
 use crate::publish::request::{Request, attempts, check, event_id};
 use crate::server::datum::{bytes_of, text_datum};
@@ -14,10 +15,13 @@ use crate::server::report;
 use crate::tables::catalog;
 use crate::tables::row::attribute;
 use pgrx::pg_sys;
+use relay::event::binary::is_marked;
 use std::borrow::Cow;
 
 /// Of both signatures.
-const ARGUMENTS: usize = 11;
+const ARGUMENTS: usize = 12;
+/// Of `outbox.refusal`: all but the bytes.
+const REFUSAL_ARGUMENTS: usize = 11;
 
 crate::sql_function!(publish_event, pg_finfo_publish_event);
 
@@ -47,10 +51,10 @@ crate::sql_function!(refusal, pg_finfo_refusal);
 #[unsafe(no_mangle)]
 extern "C-unwind" fn refusal(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
     report::guard(|| {
-        expect_arguments(fcinfo, ARGUMENTS);
+        expect_arguments(fcinfo, REFUSAL_ARGUMENTS);
         // SAFETY: called by Postgres, with the arguments of the SQL declaration; there are so many.
         let refused = unsafe {
-            let request = request_of_call((*fcinfo).args.as_slice(ARGUMENTS));
+            let request = request_of_call((*fcinfo).args.as_slice(REFUSAL_ARGUMENTS));
             check(&request.without_empty()).err()
         };
         // SAFETY: called by Postgres.
@@ -122,17 +126,18 @@ unsafe fn publish(
 }
 
 fn given(arguments: &Arguments, index: usize) -> Option<pg_sys::Datum> {
-    (!arguments[index].isnull).then_some(arguments[index].value)
+    arguments.get(index).filter(|a| !a.isnull).map(|a| a.value)
 }
 
 /// # Safety
 /// Arguments of the documented signature. The request lies in their memory and in that of the call.
 unsafe fn request_of_call(arguments: &Arguments) -> Request<'_> {
     let get = |index: usize| given(arguments, index);
-    // SAFETY: the caller's promise: arguments 2 and 7 are jsonb, 10 is a uuid, which points to 16 bytes.
+    // SAFETY: the caller's promise: arguments 2 and 7 are jsonb, 10 is a uuid, which points to 16 bytes, 11 is a bytea.
     unsafe {
+        let data = get(2).map(|d| Cow::Borrowed(json::rendered(d)));
         Request {
-            data: get(2).map(|d| Cow::Borrowed(json::rendered(d))),
+            data: data_or_bytes(data, get(11).map(|d| bytes_of(d))),
             max_retries: get(6).map(|d| d.value() as i32),
             publisher_config: get(7).map(|d| Cow::Borrowed(json::rendered(d))),
             event_id: get(10).map(|d| *d.cast_mut_ptr::<[u8; 16]>()),
@@ -146,12 +151,17 @@ unsafe fn request_of_call(arguments: &Arguments) -> Request<'_> {
 unsafe fn request_of_any_call(arguments: &Arguments) -> Request<'_> {
     let get = |index: usize| given(arguments, index);
     // SAFETY: the caller's promise: arguments 2, 7 and 10 are any_value, which has the form of text, 6 is a double
-    // precision.
+    // precision, 11 is a bytea.
     unsafe {
         let written = |index: usize| get(index).map(|d| text_of(bytes_of(d)));
         let json = |text: &[u8]| Cow::Borrowed(json::rendered(json::parsed(text)));
+        // What binary_data() has made stays as it is.
+        let data = written(2).map(|text| match is_marked(text) {
+            true => Cow::Borrowed(text),
+            false => json(text),
+        });
         Request {
-            data: written(2).map(json),
+            data: data_or_bytes(data, get(11).map(|d| bytes_of(d))),
             max_retries: get(6).map(|d| attempts_of(f64::from_bits(d.value() as u64))),
             publisher_config: written(7).map(json),
             event_id: written(10).map(event_id),

@@ -53,6 +53,8 @@ pub(super) enum PublishError {
     },
     #[error(transparent)]
     Config(#[from] ConfigError),
+    #[error("data and {0} exclude each other")]
+    TwoPayloads(&'static str),
     #[error("event is too large")]
     TooLarge { size: usize, limit: usize },
     #[error("a trigger has changed a row of outbox.events that only complete_event may fill in")]
@@ -90,6 +92,7 @@ impl PublishError {
             | Self::LacksPartOfStream { .. }
             | Self::LongStream { .. }
             | Self::Config(_)
+            | Self::TwoPayloads(_)
             | Self::NotAnArray
             | Self::BadItem { .. } => ERRCODE_INVALID_PARAMETER_VALUE,
         }
@@ -127,6 +130,7 @@ impl PublishError {
                 "It is a JSON string that holds an object: it was encoded twice.".into()
             }
             Self::Config(_) => "Its keys and values become further fields of the stream entry.".into(),
+            Self::TwoPayloads(_) => "An event has one payload: JSON, or bytes.".into(),
             Self::TooLarge { size, limit } => format!("It has {size} bytes; at most {limit} are allowed."),
             Self::Changed => "The relay goes by seq, xid, backend_number and event_id of each row.".into(),
             Self::Foreign { text, .. } => text.detail(),
@@ -158,19 +162,18 @@ impl PublishError {
             }
             Self::Config(ConfigError::OutOfRange(_) | ConfigError::TooManyDigits) => "Pass it as a string.",
             Self::Config(_) => "Pass a flat JSON object such as {\"priority\": 1}.",
+            Self::TwoPayloads(_) => "Leave one of them out, or NULL.",
             Self::TooLarge { .. } => {
                 "Put large payloads elsewhere and publish a reference, or raise outbox_relay.max_event_size."
             }
             Self::Changed => {
                 "Change these columns in no trigger; to replace an event, return NULL and publish another."
             }
-            Self::Foreign { .. } => {
-                "Events are sent as UTF-8. Replace the character, or put bytes into data in another form, such as base64."
-            }
+            Self::Foreign { .. } => "Events are sent as UTF-8. Replace the character, or pass bytes as data_bytes.",
             Self::NotAnArray => "Pass for example [{\"event_type\": \"user.created\", \"source\": \"user-service\"}].",
             Self::BadItem { .. } => {
                 "The keys are event_type, source, data, subject, backend, scheduled_at, max_retries, publisher_config, stream, \
-                 data_schema and event_id, with values as outbox.publish_event takes them."
+                 data_schema, event_id and data_base64, with values as outbox.publish_event takes them."
             }
         }
     }

@@ -7,7 +7,7 @@
 //! - [`bridge`] rows of outbox tables of another make
 //! - [`request`] what a publisher asks for, and all refusals; [`error`] their words
 //! - [`placing`] into which stream it goes, and whether it may
-//! - [`json`] JSON, however it is typed
+//! - [`json`] JSON, however it is typed; [`binary`] payloads that are bytes
 //! - [`doubts`] what is accepted with a WARNING; [`trace`] the trace context that goes with it
 //! - [`repeated_id`] event ids that are used already
 //! - [`appending`] from a checked request to a row
@@ -20,6 +20,7 @@
 
 mod appending;
 mod array;
+mod binary;
 mod bridge;
 mod call;
 mod doubts;

@@ -7,6 +7,7 @@ mod allowed_hosts;
 mod attached_tables;
 mod backend_login;
 mod backends;
+mod binary_payloads;
 mod black_holes;
 mod broadcaster;
 mod bulk;

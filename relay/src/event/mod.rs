@@ -1,5 +1,6 @@
 //! An event as it is read from the table and encoded, borrowed from wherever its row lies.
 
+pub mod binary;
 mod clock;
 mod decimal;
 pub mod doubts;
@@ -14,7 +15,8 @@ use serde_json::value::RawValue;
 use std::collections::HashMap;
 use std::fmt;
 
-/// One event. Texts are UTF-8; `data` and `publisher_config` are JSON texts as Postgres rendered them.
+/// One event. Texts are UTF-8; `data` and `publisher_config` are JSON texts as Postgres rendered them; see
+/// [`binary`] for a `data` that stands for bytes.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Event<'a> {
     pub event_id: [u8; 16],

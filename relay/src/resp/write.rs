@@ -18,6 +18,11 @@ pub(crate) fn append_bulk(out: &mut Vec<u8>, bytes: &[u8]) {
     out.extend_from_slice(b"\r\n");
 }
 
+/// What comes before a bulk string of so many bytes; a line's end comes behind it.
+pub(crate) fn append_bulk_header(out: &mut Vec<u8>, length: usize) {
+    append_length(out, b'$', length);
+}
+
 /// The words of one command that was appended by these functions.
 pub fn words(command: &[u8]) -> Vec<&[u8]> {
     let line = |bytes: &[u8]| bytes.iter().position(|byte| *byte == b'\r').unwrap_or(bytes.len());

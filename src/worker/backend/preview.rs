@@ -28,14 +28,24 @@ extern "C-unwind" fn preview(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum 
             let command = id.and_then(|id| rights::of_owner(|| command(id)));
             (*fcinfo).isnull = command.is_none();
             command.map_or(pg_sys::Datum::from(0), |command| {
-                let texts = words(&command).into_iter().map(|word| {
-                    let text = String::from_utf8_lossy(word);
-                    Cow::Owned(words_to_server(&text).into_owned())
-                });
+                let texts = words(&command)
+                    .into_iter()
+                    .map(|word| Cow::Owned(words_to_server(&shown(word)).into_owned()));
                 text_array(texts)
             })
         }
     })
+}
+
+/// A word as text; bytes that are none as Postgres shows them.
+fn shown(word: &[u8]) -> Cow<'_, str> {
+    match std::str::from_utf8(word) {
+        Ok(text) if !word.contains(&0) => text.into(),
+        _ => word
+            .iter()
+            .fold("\\x".to_owned(), |text, byte| format!("{text}{byte:02x}"))
+            .into(),
+    }
 }
 
 /// The command that appends this event as it and its backend are now; `None`: there is none.

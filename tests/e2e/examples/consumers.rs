@@ -122,7 +122,8 @@ fn faststream_consumes() {
 }
 
 /// Events with all attributes, and with those alone that must be there.
-fn reads(name: &str, time: fn(&str) -> String) {
+/// `bytes`: how it prints the payload of three bytes, 0, 255 and a quote.
+fn reads(name: &str, time: fn(&str) -> String, bytes: &str) {
     let shop = Shop::open();
     let Some(project) = Project::prepare(&shop, name) else {
         return;
@@ -130,10 +131,11 @@ fn reads(name: &str, time: fn(&str) -> String) {
     let schema = "data_schema => 'https://example.com/order.json'";
     let sql = format!(
         "select outbox.publish_event('order.placed', '/shop/eu', '{{\"name\": \"Zoë\"}}', subject => 'order/1', {schema});
-        select outbox.publish_event('order.closed', 'shop')"
+        select outbox.publish_event('order.closed', 'shop');
+        select outbox.publish_event('order.scanned', 'shop', data_bytes => '\\x00ff22')"
     );
     shop.pg.exec_db("app", &sql);
-    let entries = shop.redis.wait_entries("events", 2);
+    let entries = shop.redis.wait_entries("events", 3);
     let said = project.output(project.command(&shop, &project.run));
     let lines: Vec<&str> = said.lines().collect();
     let begins = |entry: &Entry| {
@@ -144,7 +146,8 @@ fn reads(name: &str, time: fn(&str) -> String) {
             time(entry.field("timestamp"))
         )
     };
-    assert_eq!(lines.len(), 2, "{said}");
+    assert_eq!(lines.len(), 3, "{said}");
+    assert!(lines[2].ends_with(bytes), "{said}");
     assert!(lines[0].starts_with(&begins(&entries[0])), "{said}");
     assert!(lines[0].contains("order/1") && lines[0].contains("Zoë"), "{said}");
     assert!(lines[1].starts_with(&begins(&entries[1])), "{said}");
@@ -153,14 +156,14 @@ fn reads(name: &str, time: fn(&str) -> String) {
 #[test]
 #[ignore = "make test-examples"]
 fn cloudevents_python_reads_what_we_write() {
-    reads("cloudevents-python", str::to_owned);
+    reads("cloudevents-python", str::to_owned, "b'\\x00\\xff\"'");
 }
 
 #[test]
 #[ignore = "make test-examples"]
 fn cloudevents_js_reads_what_we_write() {
     // JavaScript's time has milliseconds.
-    reads("cloudevents-js", |time| format!("{}Z", &time[..23]));
+    reads("cloudevents-js", |time| format!("{}Z", &time[..23]), "\"AP8i\"");
 }
 
 #[test]

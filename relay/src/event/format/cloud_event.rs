@@ -1,6 +1,6 @@
 //! The CloudEvents 1.0 JSON object of an event. Source: CloudEvents 1.0 JSON format.
 
-use crate::event::format::stamped::Stamped;
+use crate::event::format::stamped::{Data, Stamped};
 use crate::event::trace::{TRACEPARENT, TRACESTATE};
 
 /// Appends it, with the spacing that both Python's `json.dumps` and Postgres's jsonb use, in the order in which
@@ -27,7 +27,10 @@ pub(super) fn append_rest(out: &mut Vec<u8>, stamped: &Stamped<'_>) {
         out.extend_from_slice(br#", "subject": "#);
         append_json_string(out, subject);
     }
-    out.extend_from_slice(br#", "datacontenttype": "application/json""#);
+    let data = stamped.data();
+    out.extend_from_slice(br#", "datacontenttype": ""#);
+    out.extend_from_slice(data.unwrap_or(Data::Json("")).media_type().as_bytes());
+    out.push(b'"');
     if let Some(schema) = stamped.data_schema() {
         out.extend_from_slice(br#", "dataschema": "#);
         append_json_string(out, schema);
@@ -40,9 +43,17 @@ pub(super) fn append_rest(out: &mut Vec<u8>, stamped: &Stamped<'_>) {
             append_json_string(out, value);
         }
     }
-    if let Some(data) = stamped.data() {
-        out.extend_from_slice(br#", "data": "#);
-        out.extend_from_slice(data.as_bytes());
+    match data {
+        Some(Data::Json(data)) => {
+            out.extend_from_slice(br#", "data": "#);
+            out.extend_from_slice(data.as_bytes());
+        }
+        Some(Data::Base64(base64)) => {
+            out.extend_from_slice(br#", "data_base64": ""#);
+            out.extend_from_slice(base64.as_bytes());
+            out.push(b'"');
+        }
+        None => {}
     }
     out.push(b'}');
 }

@@ -1,9 +1,10 @@
 //! Format `cloudevents`: a field for each attribute, with the prefix `ce_` as in CloudEvents' Kafka binding (binary
 //! mode), and the payload in `data`. There is no binding for Redis.
 
-use crate::event::format::stamped::Stamped;
+use crate::event::binary::{decode, decoded_len};
+use crate::event::format::stamped::{Data, Stamped};
 use crate::event::trace::{TRACEPARENT, TRACESTATE};
-use crate::resp::write::append_bulk;
+use crate::resp::write::{append_bulk, append_bulk_header};
 
 pub(super) const FIELDS: [&str; 11] = [
     "ce_specversion",
@@ -69,7 +70,17 @@ pub(super) fn append(out: &mut Vec<u8>, stamped: &Stamped<'_>) {
         append_bulk(out, schema.as_bytes());
     }
     if let Some(data) = stamped.data() {
-        out.extend_from_slice(b"$12\r\ncontent-type\r\n$16\r\napplication/json\r\n$4\r\ndata\r\n");
-        append_bulk(out, data.as_bytes());
+        out.extend_from_slice(b"$12\r\ncontent-type\r\n");
+        append_bulk(out, data.media_type().as_bytes());
+        out.extend_from_slice(b"$4\r\ndata\r\n");
+        match data {
+            Data::Json(data) => append_bulk(out, data.as_bytes()),
+            // As they are: a field's value may be any bytes.
+            Data::Base64(base64) => {
+                append_bulk_header(out, decoded_len(base64));
+                decode(out, base64);
+                out.extend_from_slice(b"\r\n");
+            }
+        }
     }
 }

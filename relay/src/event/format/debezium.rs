@@ -2,7 +2,7 @@
 //! with JSON without schemas. `value` is the envelope of a change: `before`, `after`, `source`, `op`, `ts_ms`.
 
 use crate::event::format::cloud_event::append_json_string;
-use crate::event::format::stamped::{Stamped, name_between};
+use crate::event::format::stamped::{Data, Stamped, name_between};
 use crate::event::wanted::EventName;
 use crate::resp::write::append_bulk;
 
@@ -47,11 +47,16 @@ pub(super) fn append(out: &mut Vec<u8>, scratch: &mut Vec<u8>, stamped: &Stamped
 fn append_envelope(out: &mut Vec<u8>, stamped: &Stamped<'_>) {
     let event = stamped.event;
     let op = operation(event.event_type);
-    let data = stamped.data().unwrap_or("null");
+    // Of bytes the base64, as Debezium has them unless it is told otherwise (binary.handling.mode).
+    let [open, data, close] = match stamped.data() {
+        Some(Data::Json(data)) => ["", data, ""],
+        Some(Data::Base64(base64)) => ["\"", base64, "\""],
+        None => ["", "null", ""],
+    };
     // What is deleted has no state afterwards.
     let (before, after) = match op {
-        b'd' => (data, "null"),
-        _ => ("null", data),
+        b'd' => ([open, data, close], ["", "null", ""]),
+        _ => (["", "null", ""], [open, data, close]),
     };
     let mut milliseconds = itoa::Buffer::new();
     let milliseconds = milliseconds.format(event.created_at_us.div_euclid(1_000)).as_bytes();
@@ -77,8 +82,10 @@ fn append_envelope(out: &mut Vec<u8>, stamped: &Stamped<'_>) {
     }
     for (name, value) in [
         (r#","ts_ms":"#, milliseconds),
-        (r#"},"before":"#, before.as_bytes()),
-        (r#","after":"#, after.as_bytes()),
+        (r#"},"before":"#, before[0].as_bytes()),
+        (before[1], before[2].as_bytes()),
+        (r#","after":"#, after[0].as_bytes()),
+        (after[1], after[2].as_bytes()),
         (r#","op":"#, &[b'"', op, b'"']),
         (r#","ts_ms":"#, milliseconds),
     ] {

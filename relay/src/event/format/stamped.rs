@@ -1,6 +1,7 @@
 //! An event with its id and time as texts.
 
 use crate::event::Event;
+use crate::event::binary;
 use crate::event::format::lsn::Lsn;
 use crate::event::wanted::EventName;
 
@@ -15,6 +16,24 @@ pub(super) struct Stamped<'a> {
     pub lsn: Option<&'a Lsn>,
 }
 
+/// A payload.
+#[derive(Clone, Copy)]
+pub(super) enum Data<'a> {
+    Json(&'a str),
+    /// Bytes.
+    Base64(&'a str),
+}
+
+impl Data<'_> {
+    /// The type of its content.
+    pub(super) fn media_type(self) -> &'static str {
+        match self {
+            Self::Json(_) => "application/json",
+            Self::Base64(_) => "application/octet-stream",
+        }
+    }
+}
+
 impl<'a> Stamped<'a> {
     pub(super) fn subject(&self) -> Option<&'a str> {
         self.event.subject.filter(|subject| !subject.is_empty())
@@ -25,8 +44,9 @@ impl<'a> Stamped<'a> {
     }
 
     /// JSON null counts as no data.
-    pub(super) fn data(&self) -> Option<&'a str> {
-        self.event.data.filter(|data| data.trim_ascii() != "null")
+    pub(super) fn data(&self) -> Option<Data<'a>> {
+        let data = self.event.data.filter(|data| data.trim_ascii() != "null")?;
+        Some(binary::base64_of(data).map_or(Data::Json(data), Data::Base64))
     }
 }
 

@@ -246,6 +246,44 @@ fn each_format_tells_the_position_that_it_was_given_last() {
 }
 
 #[test]
+fn bytes_have_their_place_in_each_format() {
+    let data = crate::event::binary::of_bytes(b"a\r\nb");
+    let event = Event {
+        data: Some(&data),
+        ..whole()
+    };
+    let of = |format: Format| encoded_by(Encoder::new(format, Vec::new()), &event, 0);
+    let found = of(Format::CloudEvents);
+    assert_eq!(
+        pairs(&found)[7..],
+        [
+            ("content-type", "application/octet-stream"),
+            ("data", "a\r\nb"),
+            ("tenant", "b")
+        ]
+    );
+    for format in [Format::Broadcaster, Format::Structured] {
+        let found = of(format);
+        let (_, event) = pairs(&found)
+            .into_iter()
+            .find(|(name, _)| *name == "cloud_event")
+            .unwrap();
+        assert!(event.ends_with(r#""data_base64": "YQ0KYg=="}"#), "{event}");
+        assert!(
+            event.contains(r#""datacontenttype": "application/octet-stream""#),
+            "{event}"
+        );
+    }
+    let found = of(Format::Debezium);
+    assert!(
+        pairs(&found)[1]
+            .1
+            .contains(r#""before":null,"after":"YQ0KYg==","op":"u""#),
+        "{found:?}"
+    );
+}
+
+#[test]
 fn static_fields_come_before_the_publishers_and_give_way_to_them() {
     let fixed = [("tenant", "a"), ("region", "eu")].map(|(name, value)| (name.to_owned(), value.to_owned()));
     let found = encoded_by(Encoder::new(Format::Structured, fixed.to_vec()), &whole(), 0);

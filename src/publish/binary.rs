@@ -1,0 +1,52 @@
+//! Payloads that are bytes, from `data_bytes` of `publish_event` and `data_base64` of `publish_events` to what a row has.
+
+use crate::publish::error::PublishError;
+use crate::server::datum::{bytes_of, text_datum};
+use crate::server::error::expect_arguments;
+use crate::server::guc;
+use crate::server::report;
+use pgrx::pg_sys;
+use relay::event::binary;
+use std::borrow::Cow;
+
+crate::sql_function!(binary_data, pg_finfo_binary_data);
+
+/// `outbox.binary_data(bytea)`, strict: for a plain INSERT.
+// No pg_guard: as publish_event.
+#[unsafe(no_mangle)]
+extern "C-unwind" fn binary_data(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    report::guard(|| {
+        expect_arguments(fcinfo, 1);
+        // SAFETY: one argument of type bytea, by the SQL declaration, which is strict; a strictness that somebody else's
+        // has not is asked for.
+        unsafe {
+            let argument = &(*fcinfo).args.as_slice(1)[0];
+            (*fcinfo).isnull = argument.isnull;
+            match argument.isnull {
+                true => pg_sys::Datum::from(0),
+                false => text_datum(of_bytes(bytes_of(argument.value)).as_bytes()),
+            }
+        }
+    })
+}
+
+/// The payload of an event that may have JSON or bytes.
+pub(super) fn data_or_bytes<'a>(data: Option<Cow<'a, [u8]>>, bytes: Option<&[u8]>) -> Option<Cow<'a, [u8]>> {
+    let Some(bytes) = bytes else {
+        return data;
+    };
+    if data.is_some() {
+        PublishError::TwoPayloads("data_bytes").raise();
+    }
+    Some(Cow::Owned(of_bytes(bytes).into_bytes()))
+}
+
+/// Not if the event would be too large: then no memory is taken for it.
+fn of_bytes(bytes: &[u8]) -> String {
+    let limit = guc::MAX_EVENT_SIZE_KB.get() as usize * 1_024;
+    let size = bytes.len().div_ceil(3).saturating_mul(4);
+    if size > limit {
+        PublishError::TooLarge { size, limit }.raise();
+    }
+    binary::of_bytes(bytes)
+}
