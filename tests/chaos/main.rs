@@ -8,6 +8,7 @@
 //! - [`nemesis`] carries out the plan, by [`postgres_faults`], [`redis_faults`], [`settings_faults`]
 //! - [`acts`] what people do to a server in ordinary weeks: [`dba`] does [`dba_acts`] beside everything else,
 //!   [`copies`] come alone
+//! - [`groups`] consumer groups that come, go and die, with `trim = 'read'`
 //! - [`end_to_end`] the other scenario: from one Postgres to another, with consumers in between
 //! - [`verdict`] compares the ledger with the streams; [`run`] one seed from start to verdict
 //!
@@ -18,6 +19,7 @@ mod copies;
 mod dba;
 mod dba_acts;
 mod end_to_end;
+mod groups;
 mod hasty;
 mod load;
 mod nemesis;

@@ -20,6 +20,7 @@ usage: chaos [OPTION]...
   --mutation NAME   break a promise of the relay (see relay/src/fault.rs); the run should fail
   --shipped         the library as it is shipped, without crash points
   --at-least-once   delivery = 'at_least_once': repeats are no violation, and Redis loses nothing
+  --groups          trim = 'read', with consumer groups that are made and destroyed, and consumers that die
   --end-to-end      the other scenario: from a transaction of one Postgres to one of another, by consumers with an inbox
   --careless        of that scenario: consumers that do not ask the inbox; the run should fail
   --keep DIR        leave logs, streams and ledger there
@@ -36,6 +37,7 @@ pub(crate) struct Options {
     pub mutation: Option<String>,
     pub faults: bool,
     pub at_least_once: bool,
+    pub groups: bool,
     pub end_to_end: bool,
     pub careless: bool,
     pub keep: Option<PathBuf>,
@@ -56,6 +58,7 @@ impl Options {
             mutation: None,
             faults: kit::env::has_faults(),
             at_least_once: false,
+            groups: false,
             end_to_end: false,
             careless: false,
             keep: None,
@@ -74,6 +77,7 @@ impl Options {
                 "--mutation" => options.mutation = Some(value()?.parse::<Mutation>()?.name().to_owned()),
                 "--shipped" => options.faults = false,
                 "--at-least-once" => options.at_least_once = true,
+                "--groups" => options.groups = true,
                 "--end-to-end" => options.end_to_end = true,
                 "--careless" => options.careless = true,
                 "--keep" => options.keep = Some(value()?.into()),

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use redis::cmd;
 
+use crate::groups::Groups;
 use crate::load::{Load, Tally};
 use crate::nemesis::Nemesis;
 use crate::options::Options;
@@ -33,10 +34,11 @@ pub(crate) fn run(seed: u64, time: Duration, options: &Options) -> bool {
         println!("seed {seed}: {}", faults.join("; "));
         return true;
     }
-    let mut site = Site::start(options.faults, options.mutation.as_deref(), options.at_least_once);
+    let mut site = Site::start(options.faults, options.mutation.as_deref(), options.at_least_once, options.groups);
     site.warm_up();
     let tail = Tail::start(&site);
     let mut load = Load::start(&site.pg, options.sessions, seed);
+    let groups = options.groups.then(|| Groups::start(&site, seed));
 
     let mut nemesis = Nemesis::new(&mut site, &load.gate, options.quiet);
     nemesis.run(&plan);
@@ -44,12 +46,15 @@ pub(crate) fn run(seed: u64, time: Duration, options: &Options) -> bool {
     let (log, faults) = (std::mem::take(&mut nemesis.log), std::mem::take(&mut nemesis.counts));
     let hindered = std::mem::take(&mut nemesis.hindered);
     load.stop();
+    groups.iter().for_each(Groups::finish);
 
     let redis_loses = site.exactly_once && plan.iter().any(|(_, fault)| fault.kind() == "losses");
     let drained = drain(&site, redis_loses);
     let ever = tail.stop();
+    let (consumed, unread) = groups.map(|groups| groups.stop(&site)).unwrap_or_default();
     let mut verdict = verdict::judge(&site, &ever, site.exactly_once, redis_loses);
     let mut sin = |name, cases| verdict.sins.push(Sin { name, cases });
+    unread.into_iter().for_each(|(name, cases)| sin(name, cases));
     sin("errors", counts(&load.tally.errors));
     sin("acts hindered", hindered);
     sin("stuck", drained.as_ref().err().cloned().into_iter().collect());
@@ -70,6 +75,9 @@ pub(crate) fn run(seed: u64, time: Duration, options: &Options) -> bool {
         faults.join(", "),
         plan.iter().filter(|(_, fault)| matches!(fault, Fault::Act(_))).count()
     );
+    if !consumed.is_empty() {
+        println!("seed {seed}: {consumed}");
+    }
     if !clean {
         show(&site, &verdict);
         if options.quiet {
@@ -114,7 +122,7 @@ fn left(site: &Site, redis_loses: bool) -> String {
     let arrived: usize = site
         .stores
         .iter()
-        .flat_map(|store| STREAMS.iter().map(|stream| store.primary().xlen(stream)))
+        .flat_map(|store| STREAMS.iter().map(|stream| site.arrived(store, stream)))
         .sum();
     let quiet = pending == 0 && scheduled == 0;
     if quiet && arrived as i64 >= expected && failed >= cursed {
@@ -145,7 +153,7 @@ fn nothing_missing(site: &Site, redis_loses: bool) -> bool {
     }
     for store in &site.stores {
         for stream in STREAMS {
-            for entry in store.primary().entries(stream) {
+            for entry in site.entries(store, stream) {
                 entry.get("event_id").and_then(|id| missing.remove(id));
             }
         }
@@ -231,7 +239,7 @@ fn keep(site: &Site, log: &[String], dir: &Path) {
             write(&format!("redis-{number}-{node}.log"), &redis.log());
         }
         for stream in STREAMS {
-            let entries = store.primary().entries(stream);
+            let entries = site.entries(store, stream);
             let lines: Vec<String> = entries
                 .iter()
                 .map(|entry| format!("{} {}", entry.id, entry.get("event_id").unwrap_or_default()))

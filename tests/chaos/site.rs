@@ -1,6 +1,8 @@
 //! The servers of a run: Postgres, and two Redis stores, each behind a proxy whose address never changes.
 
-use kit::{Postgres, Proxy, Redis, Saved, wait_until};
+use kit::{Entry, Postgres, Proxy, Redis, Saved, wait_until};
+
+use crate::groups;
 
 pub(crate) struct Backend {
     pub name: &'static str,
@@ -115,6 +117,8 @@ pub(crate) struct Site {
     /// Whether the library is the one that can be told where to die.
     pub faults: bool,
     pub exactly_once: bool,
+    /// Whether streams are trimmed to what their groups have acknowledged.
+    pub groups: bool,
 }
 
 const SETTINGS: &[(&str, &str)] = &[
@@ -133,7 +137,7 @@ const SETTINGS: &[(&str, &str)] = &[
 
 impl Site {
     /// `mutation`: the promise that the library is to break, if any; it needs `faults`.
-    pub(crate) fn start(faults: bool, mutation: Option<&str>, at_least_once: bool) -> Self {
+    pub(crate) fn start(faults: bool, mutation: Option<&str>, at_least_once: bool, groups: bool) -> Self {
         let builder = Postgres::with(SETTINGS);
         let mut pg = if faults { builder.faults() } else { builder }.stopped();
         if let Some(name) = mutation {
@@ -160,11 +164,32 @@ impl Site {
             pg.exec(&sql);
         }
         pg.exec(include_str!("schema.sql"));
-        Site {
+        let site = Site {
             pg,
             stores,
             faults,
             exactly_once: !at_least_once,
+            groups,
+        };
+        if groups {
+            groups::prepare(&site);
+        }
+        site
+    }
+
+    /// What has stood in a stream of a store, and was not lost by its Redis.
+    pub(crate) fn entries(&self, store: &Store, stream: &str) -> Vec<Entry> {
+        match self.groups {
+            true => groups::entries(store.primary(), stream),
+            false => store.primary().entries(stream),
+        }
+    }
+
+    /// How many entries have arrived; with groups, at their readers.
+    pub(crate) fn arrived(&self, store: &Store, stream: &str) -> usize {
+        match self.groups {
+            true => groups::archived(store.primary(), stream),
+            false => store.primary().xlen(stream),
         }
     }
 

@@ -63,7 +63,7 @@ fn follow(port: u16, stop: &AtomicBool) -> HashSet<String> {
     seen
 }
 
-fn connect(port: u16) -> RedisResult<Connection> {
+pub(crate) fn connect(port: u16) -> RedisResult<Connection> {
     let client = redis::Client::open(format!("redis://127.0.0.1:{port}"))?;
     let conn = client.get_connection_with_timeout(Duration::from_secs(1))?;
     conn.set_read_timeout(Some(Duration::from_secs(2)))?;

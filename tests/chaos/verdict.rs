@@ -147,7 +147,7 @@ pub(crate) fn judge(site: &Site, ever: &HashSet<String>, once: bool, redis_loses
     let mut arrived = HashSet::new();
     for (number, store) in site.stores.iter().enumerate() {
         for stream in STREAMS {
-            let entries = store.primary().entries(stream);
+            let entries = site.entries(store, stream);
             judge_stream(number, stream, &entries, &ledger, &mut arrived, &mut findings);
         }
     }
