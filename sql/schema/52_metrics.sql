@@ -108,7 +108,7 @@ from b
 union all
 select 'outbox_relay_worker_state', 'gauge', pg_catalog.jsonb_build_object('state', s.state), (s.state = w.state)::integer,
     'What the worker is doing, or why there is none: 1 for its state, 0 for the others.'
-from w cross join (values ('running'), ('standby'), ('starting'), ('library not in shared_preload_libraries'), ('disabled'),
+from w cross join (values ('running'), ('hanging'), ('standby'), ('starting'), ('library not in shared_preload_libraries'), ('disabled'),
     ('database not in outbox_relay.databases'), ('version mismatch'), ('waiting for a background worker process'),
     ('no slot in shared memory'), ('waiting for the launcher'), ('failing to start'), ('stopped')) s (state)
 union all

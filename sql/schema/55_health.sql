@@ -7,11 +7,18 @@ create function outbox.worker_health(out "check" text, out status text, out deta
     as $$
 #variable_conflict use_column
 begin
+    -- A worker that hangs is found by whoever asks after it has not answered.
+    perform outbox.worker_silence();
     return query
 select 'worker', w.status, w.detail, w.hint
 from outbox.worker_status() s
     cross join lateral (values
         ('running', 'ok', format('Process %s delivers the events of this database.', s.worker_pid), null),
+        ('hanging', 'fail', format('Process %s should deliver the events of this database, and gives no sign of life%s.', s.worker_pid,
+                (select format(': it waits for %s', a.wait_event) from pg_stat_activity a
+                    where s.state = 'hanging' and a.pid = s.worker_pid and a.wait_event_type in ('Lock', 'LWLock', 'IO', 'IPC', 'BufferPin'))),
+            format('If it was stopped, continue it in a shell of the server: kill -CONT %s. Otherwise run SELECT pg_terminate_backend(%s); another one is started.',
+                s.worker_pid, s.worker_pid)),
         ('standby', 'ok', 'This server is a standby: its primary delivers the events.', null),
         ('starting', 'warn', 'The worker of this database is being started.', 'Ask again in a few seconds.'),
         ('library not in shared_preload_libraries', 'fail', 'The library is not preloaded: events are kept, and nothing sends them.',
@@ -71,6 +78,23 @@ faults(what, fault, cure) as (
             ('created_at', 'Run CREATE INDEX CONCURRENTLY events_created_at_idx ON outbox.events (created_at);')) w (columns, cure)
     where t.name = 'events' and t.oid is not null and not exists (
         select from pg_index i where i.indrelid = t.oid and i.indpred is null and i.indisvalid and w.columns = (
+            select string_agg(a.attname::text, ', ' order by k.n)
+            from unnest(i.indkey::smallint[]) with ordinality k (attnum, n) join pg_attribute a on a.attrelid = t.oid and a.attnum = k.attnum
+            where k.n <= i.indnkeyatts))
+    union all
+    -- Of other tables, what writing needs, and what keeps looking cheap.
+    select 'indexes', format('outbox.%s has no %s (%s).', w.relation, w.kind, w.columns),
+        case w.kind when 'INDEX ON' then format('Run CREATE INDEX CONCURRENTLY ON outbox.%s (%s);', w.relation, w.columns)
+            else format('Run ALTER TABLE outbox.%s ADD %s (%s);', w.relation, w.kind, w.columns) end
+    from (values ('backends', 'PRIMARY KEY', 'name'), ('backends', 'UNIQUE', 'number'), ('backend_passwords', 'PRIMARY KEY', 'backend_number'),
+            ('cursors', 'PRIMARY KEY', 'backend_number, slot'), ('ticks', 'PRIMARY KEY', 'backend_number, reached_at'),
+            ('failed_events', 'PRIMARY KEY', 'event_id, seq'), ('failed_events', 'INDEX ON', 'failed_at'), ('failed_events', 'INDEX ON', 'seq, event_id'),
+            ('refused_events', 'PRIMARY KEY', 'seq'), ('scheduled_events', 'PRIMARY KEY', 'event_id'), ('scheduled_events', 'INDEX ON', 'scheduled_at, seq'),
+            ('inbox', 'PRIMARY KEY', 'consumer, event_id'), ('inbox', 'INDEX ON', 'consumed_at'), ('take_overs', 'PRIMARY KEY', 'backend_number'),
+            ('publisher_limits', 'PRIMARY KEY', 'role'), ('installation', 'PRIMARY KEY', 'id')) w (relation, kind, columns)
+        join there t on t.name = w.relation and t.oid is not null
+    where not exists (
+        select from pg_index i where i.indrelid = t.oid and i.indpred is null and i.indisvalid and (i.indisunique or w.kind = 'INDEX ON') and w.columns = (
             select string_agg(a.attname::text, ', ' order by k.n)
             from unnest(i.indkey::smallint[]) with ordinality k (attnum, n) join pg_attribute a on a.attrelid = t.oid and a.attnum = k.attnum
             where k.n <= i.indnkeyatts))
@@ -161,7 +185,7 @@ from s
     cross join lateral (select (s.oldest_pending_age > interval '1 min' or s.oldest_pending_age > interval '10 s' and g.growth > 0)
         and (s.max_rate is null or coalesce((select sum(c.events_per_second) from outbox.cursors c
             where c.backend_number = s.number and c.saved_at > clock_timestamp() - interval '5 s'), 0) < 0.8 * s.max_rate) as is_late) t
-    cross join lateral (select case
+    cross join lateral (select outbox.error_hint(s.last_error) as hint, case
         when s.last_error ~ '^(WRONGPASS|NOAUTH)' or s.last_error like 'ERR invalid password%' then 'password'
         when s.last_error ~ '^NOPERM' then 'rights'
         when s.last_error like '%and it has no consumer group' then 'no group'
@@ -174,7 +198,7 @@ from s
                 else format('Events are being sent, at most %s a second (max_rate).', s.max_rate) end,
             case when t.is_late then 'If the lag grows, Redis or the network is slower than the publishers: look at SLOWLOG GET in Redis.' end),
         ('paused', 'warn', 'It is paused: events wait.', format('Run UPDATE outbox.backends SET enabled = true WHERE name = %L;', s.backend)),
-        ('stopped', 'fail', 'This database has no worker: nothing is sent.', 'See the check "worker".'),
+        ('stopped', 'fail', 'No worker is at work in this database: nothing is sent.', 'See the check "worker".'),
         ('copy', 'fail', 'This database is a copy of another one: what is published here waits.',
             format('If this server is to send it, run SELECT outbox.take_over(%L);', s.backend)),
         ('fenced', 'fail', 'Another server owns its streams.',
@@ -183,8 +207,9 @@ from s
             case e.error
                 when 'password' then format('Run SELECT outbox.set_backend_password(%L, ''...''); with the password of Redis%s.', s.backend,
                     coalesce(format(' (and the user %L of the column username)', s.username), ''))
+                    || case when s.username is not null then format(' If that user is wrong, correct it: UPDATE outbox.backends SET username = ... WHERE name = %L;', s.backend) else '' end
                 when 'rights' then 'Give the user the rights that docs/FAILURES.md lists: ACL SETUSER in Redis.'
-                else format('Correct its row: UPDATE outbox.backends SET ... WHERE name = %L; docs/FAILURES.md has the error.', s.backend) end),
+                else concat(e.hint || ' ', format('Correct its row: UPDATE outbox.backends SET ... WHERE name = %L; docs/FAILURES.md has the error.', s.backend)) end),
         ('full', 'fail', format('Consumers have not acknowledged what a stream holds, so that it cannot be trimmed (trim = ''read'', max_len %s).',
                 coalesce(s.max_len::text, current_setting('outbox_relay.redis_max_len', true))),
             case e.error
@@ -193,7 +218,8 @@ from s
         ('backoff', case when s.oldest_pending_age > interval '5 s' or s.pending = 0 and s.last_error_at > s.last_published_at then 'fail' else 'warn' end,
             format('Redis at %s cannot be used, and is tried again at %s.', coalesce(s.address, s.unix_socket, concat(coalesce(s.host, current_setting('outbox_relay.redis_host', true)), ':', coalesce(s.port::text, current_setting('outbox_relay.redis_port', true)))),
                 to_char(s.next_attempt_at, 'HH24:MI:SS')),
-            format('Start it, or correct where it is: UPDATE outbox.backends SET host = ..., port = ... WHERE name = %L; SELECT outbox.wake(); tries at once.', s.backend))
+            format('%s, or correct where it is: UPDATE outbox.backends SET host = ..., port = ... WHERE name = %L; SELECT outbox.wake(); tries at once.',
+                coalesce(rtrim(e.hint, '.'), 'Start it'), s.backend))
     ) j (state, status, detail, hint)
 where j.state = s.state;
 end
@@ -330,22 +356,31 @@ $$;
 comment on function outbox.event_health(interval) is 'Part of outbox.health(): what keeps events back, and what keeps them for too long.';
 
 create function outbox.health(old interval default '10 min', out "check" text, out status text, out detail text, out hint text) returns setof record
-    language plpgsql volatile security definer set search_path = pg_catalog, pg_temp set jit = off
+    -- Whoever has locked a table is to be named, not waited for.
+    language plpgsql volatile security definer set search_path = pg_catalog, pg_temp set jit = off set lock_timeout = '1s'
     as $$
 declare
     has_tables boolean := true;
+    locked_since interval := '5 s';
 begin
     return query select * from outbox.worker_health();
-    for "check", status, detail, hint in select o.* from outbox.object_health() o loop
-        has_tables := has_tables and not ("check" = 'tables' and status = 'fail');
-        return next;
-    end loop;
-    -- What is asked below needs all tables.
-    if has_tables then
-        return query select * from outbox.backend_health();
-        return query select * from outbox.event_health(old);
-        return query select * from outbox.consumer_health();
-    end if;
+    begin
+        for "check", status, detail, hint in select o.* from outbox.object_health() o loop
+            has_tables := has_tables and not ("check" = 'tables' and status = 'fail');
+            return next;
+        end loop;
+        -- What is asked below needs all tables.
+        if has_tables then
+            return query select * from outbox.setting_health();
+            return query select * from outbox.backend_health();
+            return query select * from outbox.event_health(old);
+            return query select * from outbox.consumer_health();
+        end if;
+    exception when lock_not_available then
+        -- The checks that need the table are left out.
+        locked_since := '0';
+    end;
+    return query select * from outbox.lock_health(locked_since);
 end
 $$;
 comment on function outbox.health(interval) is 'Whether all is well: one row a check, with status ok, warn or fail, what was found, and what helps. A transaction that is open for longer than "old" counts as old. Cheap enough to be asked each 10 s; readable by pg_monitor.';

@@ -1,10 +1,12 @@
 //! What SQL calls, but for publishing.
 //!
 //! - [`status`] what the views ask; [`meters`] what was counted
+//! - [`health`] what `outbox.health()` asks beside
 //! - [`role_name`] the type of that name; [`stream_name`] which streams templates give
 //! - [`acting`] what an administrator does; [`test_backend`] a question to the worker
 
 mod acting;
+mod health;
 mod meters;
 mod role_name;
 pub(crate) mod status;

@@ -1,6 +1,6 @@
 //! What the views ask of the library: the worker's state, and how many events wait behind a saved cursor.
 
-use crate::server::database_slot::SlotState;
+use crate::server::database_slot::{DatabaseSlot, SlotState};
 use crate::server::datum::bytes_of;
 use crate::server::error::expect_arguments;
 use crate::server::report;
@@ -22,6 +22,8 @@ use std::sync::Arc;
 
 /// Pending events are counted up to this many.
 const COUNTED: i64 = 10_000;
+/// A worker that gives no sign of life for so long hangs. (Loaded machines have taken a second.)
+pub(super) const HANGS_AFTER_MS: u64 = 3_000;
 /// How many rows are looked at to count, including those of other backends.
 const COUNT_STEPS: i64 = 100_000;
 
@@ -41,6 +43,7 @@ pub(super) fn worker_here() -> (Option<i32>, &'static str) {
         // SAFETY: reads shared state.
         _ if unsafe { pg_sys::RecoveryInProgress() } => "standby",
         _ if !crate::server::guc::ENABLED.get() => "disabled",
+        Some((SlotState::Running, Some(_))) if is_hanging(slot) => "hanging",
         Some((SlotState::Running, Some(_))) => "running",
         Some((SlotState::Mismatched, Some(_))) => "version mismatch",
         Some((SlotState::Starting | SlotState::Wanted, _)) => "starting",
@@ -52,6 +55,14 @@ pub(super) fn worker_here() -> (Option<i32>, &'static str) {
         _ => "stopped",
     };
     (pid, state)
+}
+
+/// Whether a worker has been called in vain. Whoever looks calls it, so that whoever looks next knows.
+fn is_hanging(slot: Option<&DatabaseSlot>) -> bool {
+    slot.is_some_and(|slot| {
+        slot.call();
+        slot.unanswered_ms() >= HANGS_AFTER_MS
+    })
 }
 
 /// How many committed rows of a backend lie behind its saved cursor, and when the oldest was created. They are counted

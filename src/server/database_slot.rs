@@ -16,6 +16,9 @@ const COMMITS_WITHIN_MS: u64 = 3;
 /// Who looks at consumer groups wants them to be asked about for so long.
 const CONSUMERS_WANTED_FOR_MS: u64 = 60_000;
 
+/// A sign of life that is younger need not be asked for.
+const FRESH_MS: u64 = 1_000;
+
 /// What a slot's worker is doing. Next states in brackets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -97,6 +100,10 @@ pub(crate) struct DatabaseSlot {
     sequence: AtomicU32,
     /// When somebody last wanted to know about consumer groups, see [`clock`]; 0: never.
     consumers_wanted_at_ms: AtomicU64,
+    /// When the worker was last asked for a sign of life, and has given none since, see [`clock`]; 0: it has.
+    called_at_ms: AtomicU64,
+    /// When the worker last began a round, see [`clock`].
+    round_at_ms: AtomicU64,
 }
 
 impl DatabaseSlot {
@@ -127,6 +134,7 @@ impl DatabaseSlot {
         if attached.is_ok() {
             self.work.store(Work::Some as u8, Ordering::Release);
             self.schedule.store(true, Ordering::Release);
+            self.begins_round();
             self.latch.store(latch, Ordering::Release);
         }
         attached.is_ok()
@@ -232,6 +240,35 @@ impl DatabaseSlot {
 
     pub(crate) fn wants_consumers(&self) -> bool {
         is_lately(self.consumers_wanted_at_ms.load(Ordering::Acquire))
+    }
+
+    /// Asks the worker for a sign of life, unless it has given one just now, or was asked before.
+    pub(crate) fn call(&self) {
+        let now_ms = clock::since_boot_ms();
+        if now_ms.saturating_sub(self.round_at_ms.load(Ordering::Acquire)) >= FRESH_MS
+            && self
+                .called_at_ms
+                .compare_exchange(0, now_ms, Ordering::AcqRel, Ordering::Acquire)
+                .is_ok()
+        {
+            set_latch(&self.latch);
+        }
+    }
+
+    /// The worker begins a round, which is a sign of life.
+    pub(crate) fn begins_round(&self) {
+        self.round_at_ms.store(clock::since_boot_ms(), Ordering::Release);
+        if self.called_at_ms.load(Ordering::Acquire) != 0 {
+            self.called_at_ms.store(0, Ordering::Release);
+        }
+    }
+
+    /// For how long the worker owes a sign of life; 0: it owes none.
+    pub(crate) fn unanswered_ms(&self) -> u64 {
+        match self.called_at_ms.load(Ordering::Acquire) {
+            0 => 0,
+            called_at_ms => clock::since_boot_ms().saturating_sub(called_at_ms).max(1),
+        }
     }
 
     pub(crate) fn wake(&self) {

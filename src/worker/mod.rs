@@ -104,6 +104,7 @@ impl Worker {
         let mut looked = false;
         loop {
             process::report_statistics();
+            self.slot.begins_round();
             if timeout != Some(Duration::ZERO) && !process::is_told_to_end() {
                 self.wait(timeout);
             }

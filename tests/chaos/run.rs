@@ -34,7 +34,12 @@ pub(crate) fn run(seed: u64, time: Duration, options: &Options) -> bool {
         println!("seed {seed}: {}", faults.join("; "));
         return true;
     }
-    let mut site = Site::start(options.faults, options.mutation.as_deref(), options.at_least_once, options.groups);
+    let mut site = Site::start(
+        options.faults,
+        options.mutation.as_deref(),
+        options.at_least_once,
+        options.groups,
+    );
     site.warm_up();
     let tail = Tail::start(&site);
     let mut load = Load::start(&site.pg, options.sessions, seed);

@@ -38,6 +38,17 @@ fn row(stream: &str, group: &str, consumers: i64, pending: i64, unread: i64) -> 
     )
 }
 
+/// Before Redis 7 there is no lag, so what is unread is known of a group that has read nothing alone.
+fn as_told_by(redis: &Redis, mut expected: Vec<Shown>) -> Vec<Shown> {
+    if !redis.counts_lag() {
+        for (_, _, consumers, _, lag, unread, _) in &mut expected {
+            *unread = unread.filter(|_| *consumers == 0);
+            *lag = None;
+        }
+    }
+    expected
+}
+
 /// How often Redis was asked about groups.
 fn asked(redis: &Redis) -> u64 {
     let mut conn = redis.conn();
@@ -78,6 +89,7 @@ fn the_view_shows_each_group_of_each_stream() {
         row("other", "fresh", 0, 0, 3),
         row("other", "odd [31m", 0, 0, 3),
     ];
+    let expected = as_told_by(&stack.redis, expected);
     wait_eq("the view", expected, || shown(&stack.pg));
     let mut reader = stack.pg.client();
     reader
@@ -89,7 +101,8 @@ fn the_view_shows_each_group_of_each_stream() {
         .query("select * from outbox.consumers", &[]);
     assert_eq!(count.expect("pg_monitor may read it").len(), 3);
     slow.drain(&mut conn);
-    wait_until("what is read", || shown(&stack.pg)[0].5 == Some(0));
+    let all_read = stack.redis.counts_lag().then_some(0);
+    wait_until("what is read", || shown(&stack.pg)[0].5 == all_read);
     // A group that is gone does not stay.
     slow.destroy(&mut conn);
     wait_until("the group to go", || shown(&stack.pg)[0].0 == "other");
@@ -133,6 +146,7 @@ fn all_lanes_of_a_cluster_are_shown() {
         cluster.call(stream, &["XGROUP", "CREATE", stream, "g", "0"]);
     }
     let expected: Vec<Shown> = streams.iter().map(|stream| row(stream, "g", 0, 0, 5)).collect();
+    let expected = as_told_by(&stack.redis, expected);
     wait_eq("the view", expected, || shown(&stack.pg));
 }
 

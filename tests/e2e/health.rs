@@ -6,15 +6,15 @@ use kit::{Postgres, QUICK, Redis, Stack, eventually, publish_many, tell, wait_dr
 use std::time::Duration;
 
 /// However a cluster is broken, it is named within this time.
-const NAMED_WITHIN: Duration = Duration::from_secs(10);
+pub(crate) const NAMED_WITHIN: Duration = Duration::from_secs(10);
 
 /// A row of `outbox.health()`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Check {
-    name: String,
-    status: String,
-    detail: String,
-    hint: Option<String>,
+pub(crate) struct Check {
+    pub name: String,
+    pub status: String,
+    pub detail: String,
+    pub hint: Option<String>,
 }
 
 fn health_of(pg: &Postgres, db: &str, old: &str) -> Vec<Check> {
@@ -30,11 +30,11 @@ fn health_of(pg: &Postgres, db: &str, old: &str) -> Vec<Check> {
         .collect()
 }
 
-fn health(pg: &Postgres) -> Vec<Check> {
+pub(crate) fn health(pg: &Postgres) -> Vec<Check> {
     health_of(pg, "postgres", "10 min")
 }
 
-fn check(checks: &[Check], name: &str) -> Check {
+pub(crate) fn check(checks: &[Check], name: &str) -> Check {
     let found = checks.iter().find(|check| check.name == name);
     found
         .unwrap_or_else(|| panic!("no check {name} in {checks:#?}"))
@@ -43,7 +43,7 @@ fn check(checks: &[Check], name: &str) -> Check {
 
 /// Waits until a check is not well and its detail has these words; what it says then.
 #[track_caller]
-fn wait_ill(pg: &Postgres, name: &str, words: &str) -> Check {
+pub(crate) fn wait_ill(pg: &Postgres, name: &str, words: &str) -> Check {
     eventually(&format!("health() to say of {name}: {words}"), NAMED_WITHIN, || {
         let found = check(&health(pg), name);
         (found.status != "ok" && found.detail.contains(words)).then_some(found)
@@ -51,7 +51,7 @@ fn wait_ill(pg: &Postgres, name: &str, words: &str) -> Check {
 }
 
 #[track_caller]
-fn wait_well(pg: &Postgres, name: &str) {
+pub(crate) fn wait_well(pg: &Postgres, name: &str) {
     wait_eq(&format!("the status of {name}"), "ok".to_string(), || {
         check(&health(pg), name).status
     });
@@ -67,7 +67,7 @@ fn statements(hint: &str) -> Vec<String> {
 
 /// Does what the hint says, statement by statement, as somebody at a prompt would.
 #[track_caller]
-fn follow(pg: &Postgres, db: &str, check: &Check) {
+pub(crate) fn follow(pg: &Postgres, db: &str, check: &Check) {
     let hint = check.hint.as_deref().expect("a hint");
     let mut client = pg.client_db(db);
     for sql in statements(hint).iter().filter(|sql| !sql.starts_with("and ")) {
@@ -77,7 +77,7 @@ fn follow(pg: &Postgres, db: &str, check: &Check) {
     }
 }
 
-fn quick() -> Stack {
+pub(crate) fn quick() -> Stack {
     Stack::of(Postgres::with(QUICK), Redis::start())
 }
 

@@ -43,6 +43,7 @@ mod guest;
 mod guest_idle;
 mod healing;
 mod health;
+mod health_causes;
 mod histories;
 mod hostile;
 mod hostile_guards;

@@ -176,10 +176,11 @@ fn a_silent_group_is_left_out_with_a_warning() {
         .pg
         .wait_log("WARNING:  backend \"default\" trims stream \"events\" regardless of consumer group \"dead\"");
     let log = stack.pg.log();
-    assert!(
-        log.contains("longer than trim_ignore_idle") && !log.contains("regardless of consumer group \"alive\""),
-        "{log}"
-    );
+    assert!(log.contains("longer than trim_ignore_idle"), "{log}");
+    // Before Redis 7, a group that has read everything counts as one that stands still.
+    if stack.redis.counts_lag() {
+        assert!(!log.contains("regardless of consumer group \"alive\""), "{log}");
+    }
     wait_drained(&stack.pg, "default");
     // Once it reads again, it counts again.
     let mark = Instant::now();

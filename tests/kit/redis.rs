@@ -225,6 +225,12 @@ impl Redis {
         longest.map(Duration::from_millis)
     }
 
+    /// Whether it counts the lag of consumer groups: Redis does from version 7 on.
+    pub fn counts_lag(&self) -> bool {
+        let info: String = cmd("INFO").arg("server").query(&mut self.conn()).expect("INFO");
+        !info.contains("redis_version:6.")
+    }
+
     pub fn is_running(&self) -> bool {
         self.child.is_some()
     }

@@ -86,6 +86,18 @@ fn of_reply(code: &str, details: &str) -> Failure {
     Failure::of(Trouble::of_reply(code, details), format!("{code} {details}"))
 }
 
+/// What an administrator can do about an error reply whose words were kept, where that is known.
+pub fn hint_of(words: &str) -> Option<&'static str> {
+    let (code, details) = words.split_once(' ')?;
+    let is_code = code.bytes().all(|byte| byte.is_ascii_uppercase());
+    let trouble = match code {
+        "TLS" | "TLS:" => Trouble::Tls,
+        _ if is_code => Trouble::of_reply(code, details),
+        _ => return None,
+    };
+    trouble.judged().1
+}
+
 /// The failure that a reply means which is not what was expected.
 pub(crate) fn unexpected(value: &Value) -> Failure {
     match value {

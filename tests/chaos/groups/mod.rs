@@ -230,7 +230,9 @@ impl Readers {
                 // A consumer that dies with what it has read.
                 let consumer = format!("victim{}", self.dice.below(5));
                 let read = self.read(conn, &group, &consumer)?;
-                self.tally.died.fetch_add(u64::from(!read.is_empty()), Ordering::Relaxed);
+                self.tally
+                    .died
+                    .fetch_add(u64::from(!read.is_empty()), Ordering::Relaxed);
                 Ok(())
             }
             3 => self.claim(conn, &group),
@@ -312,7 +314,9 @@ impl Readers {
     }
 
     fn note_gone(&self, group: &str, ids: &[String]) {
-        let cases = ids.iter().map(|id| format!("{} {id}, which group {group} was owed", self.stream));
+        let cases = ids
+            .iter()
+            .map(|id| format!("{} {id}, which group {group} was owed", self.stream));
         let mut gone = self.tally.gone.lock().expect("nobody panics while counting");
         gone.extend(cases);
     }

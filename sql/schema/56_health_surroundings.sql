@@ -1,0 +1,96 @@
+-- Parts of outbox.health() that are about what surrounds the relay: locks of others, settings, autovacuum.
+
+create function outbox.worker_silence() returns double precision
+    language c volatile
+    as 'MODULE_PATHNAME', 'worker_silence_wrapper';
+comment on function outbox.worker_silence() is 'Part of outbox.health(): for how many seconds this database''s worker has given no sign of life, though it was asked for one. NULL: it has given one, or there is no worker.';
+
+create function outbox.error_hint(error text) returns text
+    language c immutable strict
+    as 'MODULE_PATHNAME', 'error_hint_wrapper';
+comment on function outbox.error_hint(text) is 'Part of outbox.health(): what helps against an error of Redis, as last_error has it. NULL: that is not known.';
+
+-- Whoever has locked a table for longer than "old", in a way that keeps publishers or readers out.
+create function outbox.lock_health(old interval, out "check" text, out status text, out detail text, out hint text) returns setof record
+    language plpgsql volatile set search_path = pg_catalog, pg_temp
+    as $$
+#variable_conflict use_column
+begin
+    return query
+with
+locks as (
+    select l.pid, l.virtualtransaction, c.relname, l.mode
+    from pg_locks l join pg_class c on c.oid = l.relation and c.relkind = 'r' and c.relnamespace = 'outbox'::regnamespace
+    where l.granted and l.mode in ('ShareLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
+        and l.database = (select d.oid from pg_database d where d.datname = current_database()) and l.pid is distinct from pg_backend_pid()
+),
+holders as (
+    select l.relname, l.mode, format('Process %s', l.pid) as who, a.xact_start as since, format(' Its last query: %s', left(a.query, 100)) as query,
+        format('If nobody is at work there, run SELECT pg_terminate_backend(%s);', l.pid) as cure
+    from locks l join pg_stat_activity a on a.pid = l.pid
+    where a.backend_type <> 'outbox_relay worker'
+    union all
+    select l.relname, l.mode, format('The prepared transaction %L', x.gid), x.prepared, null,
+        format('Run COMMIT PREPARED %L; or ROLLBACK PREPARED %L;', x.gid, x.gid)
+    from locks l join pg_locks t on t.virtualtransaction = l.virtualtransaction and t.locktype = 'transactionid' and t.pid is null
+        join pg_prepared_xacts x on x.transaction = t.transactionid
+    where l.pid is null
+),
+oldest as (
+    select h.* from holders h where h.since < clock_timestamp() - old
+    order by h.since, h.mode = 'AccessExclusiveLock' desc, h.relname = 'events' desc, h.relname limit 1
+)
+select 'locks', case when count(o) > 0 then 'fail' else 'ok' end,
+    coalesce(min(format('%s has held %s on outbox.%s since %s: %s.%s', o.who, o.mode, o.relname, o.since,
+            case o.mode when 'AccessExclusiveLock' then 'nobody can read or write it' else 'nobody else can write it' end, o.query)),
+        'Nobody keeps others from the tables for long.'),
+    min(o.cure)
+from oldest o;
+end
+$$;
+comment on function outbox.lock_health(interval) is 'Part of outbox.health(): who has locked a table so that nobody else can publish or read.';
+
+create function outbox.setting_health(out "check" text, out status text, out detail text, out hint text) returns setof record
+    language plpgsql volatile set search_path = pg_catalog, pg_temp
+    as $$
+#variable_conflict use_column
+begin
+    return query
+with
+-- Here, and for roles and databases. ('' is none: outbox.backends decides.)
+named as (
+    select current_setting('outbox_relay.default_backend', true) as backend, 'outbox_relay.default_backend' as what, 'SYSTEM' as of, 1 as n
+    union all
+    select substr(s.setting, strpos(s.setting, '=') + 1),
+        concat_ws(' ', 'outbox_relay.default_backend of', 'role ' || quote_ident(r.rolname), 'in', 'database ' || quote_ident(d.datname)),
+        concat_ws(' ', 'ROLE ' || quote_ident(r.rolname), case when r.rolname is not null and d.datname is not null then 'IN' end,
+            'DATABASE ' || quote_ident(d.datname)), 2
+    from (select c.setrole, c.setdatabase, unnest(c.setconfig) as setting from pg_db_role_setting c) s
+        left join pg_roles r on r.oid = s.setrole left join pg_database d on d.oid = s.setdatabase
+    where s.setting like 'outbox_relay.default_backend=%' and (d.datname is null or d.datname = current_database())
+),
+wrong as (
+    select n.* from named n where n.backend <> '' and not exists (select from outbox.backends b where b.name = n.backend)
+)
+select 'default backend', case when count(w) > 0 then 'fail' else 'ok' end,
+    coalesce(string_agg(distinct format('%s is "%s", and there is no such backend: publishing without a backend fails.', w.what, w.backend), ' '),
+        'The backend that events have by default is there.'),
+    'Run ' || string_agg(format('ALTER %s RESET outbox_relay.default_backend;%s', w.of, case w.n when 1 then ' SELECT pg_reload_conf();' end), ' ' order by w.n, w.of)
+from wrong w
+union all
+select 'autovacuum', case when count(f) > 0 then 'warn' else 'ok' end,
+    coalesce(string_agg(f.fault, ' ' order by f.fault), 'Autovacuum looks after the tables.'), 'Run ' || string_agg(f.cure, ' ' order by f.fault)
+from (
+    select 'autovacuum is off: nothing takes away what was deleted.' as fault, 'ALTER SYSTEM SET autovacuum = on; SELECT pg_reload_conf();' as cure
+    where current_setting('autovacuum') = 'off'
+    union all
+    select 'track_counts is off, so autovacuum does nothing.', 'ALTER SYSTEM SET track_counts = on; SELECT pg_reload_conf();'
+    where current_setting('autovacuum') = 'on' and (select s.reset_val from pg_settings s where s.name = 'track_counts') = 'off'
+    union all
+    select format('autovacuum_enabled of outbox.%s is false.', c.relname), format('ALTER TABLE outbox.%I RESET (autovacuum_enabled);', c.relname)
+    from pg_class c cross join lateral pg_options_to_table(c.reloptions) o
+    where c.relnamespace = 'outbox'::regnamespace and c.relkind = 'r' and o.option_name = 'autovacuum_enabled' and o.option_value in ('false', 'off', 'no', '0')
+) f;
+end
+$$;
+comment on function outbox.setting_health() is 'Part of outbox.health(): whether the default backend is there, and autovacuum is on.';

@@ -1,0 +1,230 @@
+//! `outbox.health()` again: causes beside those of `health.rs`. Each is named within ten seconds, with what mends it.
+
+use kit::{
+    Authority, BlackHole, Postgres, QUICK, Redis, Stack, eventually, process, standing, types, wait_drained, wait_eq,
+};
+use nix::sys::signal::Signal;
+
+use crate::health::{Check, NAMED_WITHIN, check, follow, health, quick, wait_ill, wait_well};
+
+fn hint(check: &Check) -> &str {
+    check.hint.as_deref().expect("a hint")
+}
+
+#[test]
+fn a_worker_that_hangs_is_named() {
+    let stack = quick();
+    stack.publish("one");
+    wait_drained(&stack.pg, "default");
+    let worker = stack.pg.wait_worker("postgres");
+    process::signal(worker, Signal::SIGSTOP);
+    stack.publish("two");
+    let ill = wait_ill(&stack.pg, "worker", "no sign of life");
+    assert_eq!(ill.status, "fail");
+    assert!(ill.detail.contains(&format!("Process {worker} ")), "{ill:?}");
+    let states: (String, String, f64) = {
+        let row = stack.pg.client().query_one(
+            "select s.state, b.state, (select value from outbox.metrics where name = 'outbox_relay_worker_up') \
+             from outbox.status s, outbox.backend_status b",
+            &[],
+        );
+        let row = row.expect("one backend");
+        (row.get(0), row.get(1), row.get(2))
+    };
+    assert_eq!(states, ("hanging".to_owned(), "stopped".to_owned(), 0.0));
+    let cure = format!("kill -CONT {worker}");
+    assert!(hint(&ill).contains(&cure), "{ill:?}");
+    process::signal(worker, Signal::SIGCONT);
+    wait_well(&stack.pg, "worker");
+    stack.wait_events(2);
+    wait_well(&stack.pg, "backend default");
+}
+
+#[test]
+fn whoever_has_locked_a_table_is_named() {
+    let stack = Stack::of(
+        Postgres::with(QUICK).with(&[("max_prepared_transactions", "2")]),
+        Redis::start(),
+    );
+    for (mode, named, words) in [
+        ("access exclusive", "AccessExclusiveLock", "nobody can read or write it"),
+        ("share", "ShareLock", "nobody else can write it"),
+    ] {
+        let mut forgotten = stack.pg.client();
+        forgotten
+            .batch_execute(&format!("begin; lock outbox.events in {mode} mode"))
+            .expect("it locks");
+        let ill = wait_ill(&stack.pg, "locks", named);
+        assert_eq!(ill.status, "fail");
+        assert!(
+            ill.detail.contains(words) && ill.detail.contains("lock outbox.events in"),
+            "{ill:?}"
+        );
+        // The rest of the checks still says something.
+        assert_eq!(check(&health(&stack.pg), "worker").status, "ok");
+        follow(&stack.pg, "postgres", &ill);
+        wait_well(&stack.pg, "locks");
+    }
+    stack
+        .pg
+        .exec("begin; lock outbox.events in access exclusive mode; prepare transaction 'left'");
+    let ill = wait_ill(&stack.pg, "locks", "The prepared transaction 'left'");
+    let mut client = stack.pg.client();
+    assert!(hint(&ill).contains("ROLLBACK PREPARED 'left';"), "{ill:?}");
+    client.batch_execute("rollback prepared 'left'").expect("it ends");
+    wait_well(&stack.pg, "locks");
+    stack.publish("one");
+    stack.wait_events(1);
+}
+
+#[test]
+fn a_default_backend_that_is_not_there_is_named() {
+    let stack = quick();
+    stack.pg.set("outbox_relay.default_backend", "gone");
+    let ill = wait_ill(&stack.pg, "default backend", "is \"gone\"");
+    follow(&stack.pg, "postgres", &ill);
+    wait_well(&stack.pg, "default backend");
+    stack.pg.exec(
+        "create role \"Shop\" login; alter role \"Shop\" set outbox_relay.default_backend = 'shop';
+         alter role \"Shop\" in database postgres set outbox_relay.default_backend = 'shop';
+         alter database postgres set outbox_relay.default_backend = 'all'",
+    );
+    let ill = wait_ill(
+        &stack.pg,
+        "default backend",
+        "of role \"Shop\" in database postgres is \"shop\"",
+    );
+    follow(&stack.pg, "postgres", &ill);
+    wait_well(&stack.pg, "default backend");
+}
+
+#[test]
+fn indexes_and_autovacuum_that_are_missing_are_named() {
+    let stack = quick();
+    for (sql, name, words) in [
+        (
+            "drop index outbox.inbox_consumed_at_idx",
+            "indexes",
+            "outbox.inbox has no INDEX ON (consumed_at)",
+        ),
+        (
+            "alter table outbox.cursors drop constraint cursors_pkey",
+            "indexes",
+            "outbox.cursors has no PRIMARY KEY (backend_number, slot)",
+        ),
+        (
+            "alter table outbox.events set (autovacuum_enabled = false)",
+            "autovacuum",
+            "autovacuum_enabled of outbox.events is false",
+        ),
+        ("alter system set autovacuum = off", "autovacuum", "autovacuum is off"),
+    ] {
+        stack.pg.exec(sql);
+        stack.pg.reload();
+        let ill = wait_ill(&stack.pg, name, words);
+        follow(&stack.pg, "postgres", &ill);
+        wait_well(&stack.pg, name);
+    }
+}
+
+/// What Redis says, and what the hint must say because of it.
+#[test]
+fn what_redis_refuses_is_named_with_its_cure() {
+    let stack = quick();
+    stack.publish("one");
+    wait_drained(&stack.pg, "default");
+    let redis = |words: &[&str]| drop(stack.redis.call(words));
+    let mut expected = 1;
+    for (breaks, mends, words, cure) in [
+        (
+            &["REPLICAOF", "127.0.0.1", "1"][..],
+            &["REPLICAOF", "NO", "ONE"][..],
+            "READONLY",
+            "Point the backend to the primary",
+        ),
+        (
+            &["CONFIG", "SET", "maxmemory", "1"],
+            &["CONFIG", "SET", "maxmemory", "0"],
+            "OOM",
+            "Raise Redis's maxmemory",
+        ),
+        (
+            &["CONFIG", "SET", "min-replicas-to-write", "1"],
+            &["CONFIG", "SET", "min-replicas-to-write", "0"],
+            "NOREPLICAS",
+            "lower min-replicas-to-write",
+        ),
+    ] {
+        redis(breaks);
+        stack.publish("more");
+        let ill = wait_ill(&stack.pg, "backend default", words);
+        assert!(hint(&ill).contains(cure), "{ill:?}");
+        redis(mends);
+        stack.pg.exec("select outbox.wake()");
+        wait_well(&stack.pg, "backend default");
+        expected += 1;
+        stack.wait_events(expected);
+    }
+}
+
+#[test]
+fn a_login_that_is_refused_is_named_with_its_cure() {
+    let stack = quick();
+    stack.publish("one");
+    wait_drained(&stack.pg, "default");
+    stack
+        .pg
+        .exec("update outbox.backends set username = 'nobody'; select outbox.set_backend_password('default', 'wrong')");
+    let ill = wait_ill(&stack.pg, "backend default", "WRONGPASS");
+    assert!(
+        hint(&ill).contains("UPDATE outbox.backends SET username = ..."),
+        "{ill:?}"
+    );
+    stack
+        .pg
+        .exec("update outbox.backends set username = null; select outbox.set_backend_password('default', null)");
+    wait_well(&stack.pg, "backend default");
+    let guarded =
+        BlackHole::saying(b"-DENIED Redis is running in protected mode because protected mode is enabled\r\n");
+    stack
+        .pg
+        .exec(&format!("update outbox.backends set port = {}", guarded.port()));
+    let ill = wait_ill(&stack.pg, "backend default", "DENIED");
+    assert!(hint(&ill).contains("Redis is in protected mode."), "{ill:?}");
+}
+
+#[test]
+fn tls_that_does_not_fit_is_named_with_its_cure() {
+    let (authority, other) = (Authority::new(), Authority::new());
+    let stack = Stack::of(
+        Postgres::with(QUICK),
+        Redis::tls(&authority.issue(&["127.0.0.1", "localhost"]), &[]),
+    );
+    stack.publish("one");
+    wait_drained(&stack.pg, "default");
+    let (plain, tls) = (stack.redis.port(), stack.redis.tls_port());
+    for (columns, words, cure) in [
+        (format!("tls = true, port = {plain}"), "TLS", "Check the port"),
+        (
+            format!("tls = true, port = {tls}, tls_ca_file = '{}'", other.ca_file()),
+            "certificate",
+            "tls_ca_file",
+        ),
+        (format!("tls = false, tls_ca_file = null, port = {tls}"), "", "port"),
+    ] {
+        stack.pg.exec(&format!("update outbox.backends set {columns}"));
+        stack.publish("more");
+        let ill = eventually(&format!("{columns} to be named"), NAMED_WITHIN, || {
+            let found = check(&health(&stack.pg), "backend default");
+            (found.status != "ok" && standing(&stack.pg, "default").state != "sending" && found.detail.contains(words))
+                .then_some(found)
+        });
+        assert!(hint(&ill).contains(cure), "{ill:?}");
+    }
+    stack.pg.exec(&format!(
+        "update outbox.backends set tls = true, tls_ca_file = '{}'",
+        authority.ca_file()
+    ));
+    wait_well(&stack.pg, "backend default");
+    wait_eq("all events", 4, || types(&stack.events()).len());
+}
