@@ -51,6 +51,8 @@ values
     ('execute', 'function outbox.attach_table(regclass, text, text, text, text[], text[], text, text, text)'),
     ('execute', 'function outbox.detach_table(regclass)'),
     ('execute', 'function outbox.row_events(regclass, text, text, text, text[], text[], text[], text, text)'),
+    ('execute', 'function outbox.write_row_function(regclass, text, jsonb, boolean)'),
+    ('execute', 'function outbox.expect_condition(regclass, text)'),
     ('insert (event_id, event_type, source, backend, data, subject, stream, data_schema, publisher_config, max_retries)', 'table outbox.events')
 $$;
 comment on function outbox.publisher_rights() is 'What outbox.grant_publisher() grants, as words of GRANT.';

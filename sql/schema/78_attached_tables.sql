@@ -65,6 +65,22 @@ end
 $$;
 comment on function outbox.row_events(regclass, text, text, text, text[], text[], text[], text, text) is 'Part of outbox.attach_table(): the body of the trigger function of a table.';
 
+create function outbox.write_row_function(relation regclass, function text, said jsonb, replaces boolean) returns void
+    language plpgsql set search_path = pg_catalog, pg_temp
+    as $$
+begin
+    -- Without nested loops: the plan that is made for one row serves a million.
+    execute format('create %s function %s() returns trigger language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_nestloop = off as %L',
+        case when replaces then 'or replace' else '' end, function, outbox.row_events(relation, said ->> 'event_type', said ->> 'source', said ->> 'backend',
+            array(select jsonb_array_elements_text(said -> 'key')), case when said ? 'columns' then array(select jsonb_array_elements_text(said -> 'columns')) end,
+            string_to_array(said ->> 'operations', ','), said ->> 'condition', said ->> 'payload'));
+    -- Replacing a function takes this away.
+    execute format('alter function %s() depends on extension outbox_relay', function);
+    execute format('comment on function %s() is %L', function, 'Publishes rows as events, see outbox.attach_table(): ' || said::text);
+end
+$$;
+comment on function outbox.write_row_function(regclass, text, jsonb, boolean) is 'Part of outbox.attach_table(): the trigger function of a table. Its comment is what was said of it.';
+
 create function outbox.detach_table("table" regclass) returns void
     language plpgsql set search_path = pg_catalog, pg_temp
     as $$
@@ -160,9 +176,8 @@ begin
         where not exists (select from pg_proc p where p.proname = q.name and p.pronamespace = (select k.relnamespace from pg_class k where k.oid = "table"))
         order by q.n limit 1;
     function := format('%I.%I', c.nspname, name);
-    -- Without nested loops: the plan that is made for one row serves a million.
-    execute format('create function %s() returns trigger language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_nestloop = off as %L',
-        function, outbox.row_events("table", event_type, source, backend, key, columns, wanted, condition, payload));
+    perform outbox.write_row_function("table", function, jsonb_strip_nulls(jsonb_build_object('event_type', event_type, 'source', source, 'backend', backend, 'key', key,
+        'columns', columns, 'operations', array_to_string(wanted, ','), 'condition', condition, 'payload', payload)), false);
     execute format('revoke all on function %s() from public', function);
     owner_publishes := has_column_privilege(c.relowner, 'outbox.events', 'event_type', 'insert') and has_schema_privilege(c.relowner, 'outbox', 'usage');
     if not owner_publishes then
@@ -170,10 +185,6 @@ begin
             detail = format('Its owner, "%s", may not publish.', pg_get_userbyid(c.relowner)),
             hint = format('Unless you trust the owner with your rights, run SELECT outbox.grant_publisher(%L); and attach the table again.', pg_get_userbyid(c.relowner));
     end if;
-    execute format('alter function %s() depends on extension outbox_relay', function);
-    execute format('comment on function %s() is %L', function, 'Publishes rows as events, see outbox.attach_table(): '
-        || jsonb_strip_nulls(jsonb_build_object('event_type', event_type, 'source', source, 'backend', backend, 'key', key, 'columns', columns,
-            'operations', array_to_string(wanted, ','), 'condition', condition, 'payload', payload))::text);
     -- Not where a member of the owner's role attaches it in a schema in which that role may not create functions.
     if owner_publishes and current_user <> pg_get_userbyid(c.relowner)
         and (has_schema_privilege(c.relowner, c.nspname, 'create') or (select r.rolsuper from pg_roles r where r.rolname = current_user)) then
@@ -198,7 +209,7 @@ begin
 end
 $$;
 comment on function outbox.attach_table(regclass, text, text, text, text[], text[], text, text, text) is
-    'Publishes the rows that statements insert, update and delete in a table as events, in the same transaction: one call of a trigger for a statement, one event for a row, in the order of the rows. The type is event_type (the table''s name) with .insert, .update, .delete or .truncate; the subject is the key (the primary key; several columns as a JSON array). columns: those that are in data, NULL means all. condition: an SQL expression; a name is a column of the new row, or of the deleted one; old.name and new.name tell them apart. Names in it are those of pg_catalog unless they are qualified. payload: new, both ({"old": ..., "new": ...}) or changed (of an UPDATE, what it has changed; nothing if that is nothing). For the table''s owner, if he is a publisher, and for superusers. Events are published with the rights of the table''s owner, or of the superuser if the owner may not publish; who changes the table needs no right to publish. Attaching again replaces what was said before.';
+    'Publishes the rows that statements insert, update and delete in a table as events, in the same transaction: one call of a trigger for a statement, one event for a row, in the order of the rows. The type is event_type (the table''s name) with .insert, .update, .delete or .truncate; the subject is the key (the primary key; several columns as a JSON array). columns: those that are in data, NULL means all. condition: an SQL expression; a name is a column of the new row, or of the deleted one; old.name and new.name tell them apart. Names in it are those of pg_catalog unless they are qualified. payload: new, both ({"old": ..., "new": ...}) or changed (of an UPDATE, what it has changed; nothing if that is nothing). For the table''s owner, if he is a publisher, and for superusers. Events are published with the rights of the table''s owner, or of the superuser if the owner may not publish; who changes the table needs no right to publish. Attaching again replaces what was said before. Columns that are named are followed when they are renamed, and cannot be dropped; new partitions and children are published, too.';
 
 create view outbox.attached_tables with (security_barrier) as
 select t.tgrelid::regclass as relation,

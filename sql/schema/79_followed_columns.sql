@@ -1,0 +1,160 @@
+-- Attached tables whose columns are renamed or dropped, and their new partitions and children. What was said to
+-- outbox.attach_table() stands in the comment of the table's function, with the names that columns have now.
+
+create function outbox.expect_condition(relation regclass, condition text) returns void
+    language plpgsql set search_path = pg_catalog, pg_temp set check_function_bodies = on
+    as $$
+begin
+    if condition is not null then
+        -- As the body of a function it is looked at, and nothing of it is run: whoever changes the table may have more rights
+        -- than its owner, who has written it.
+        execute format('create function pg_temp."outbox_relay condition"() returns void language sql as %L',
+            format(E'select from (select t.* from %1$s t) old, (select t.* from %1$s t) new where false and (select (%2$s\n) from (select new.*) "row")', relation, condition));
+        drop function pg_temp."outbox_relay condition"();
+    end if;
+exception when others then
+    raise exception using errcode = 'dependent_objects_still_exist', message = format('the condition of attached table %s would not hold for its columns any more', relation),
+        detail = format('%s. The condition is: %s', sqlerrm, condition),
+        hint = format('In one transaction, run SELECT outbox.detach_table(%L);, this statement, and outbox.attach_table() with another condition.', relation::text);
+end
+$$;
+comment on function outbox.expect_condition(regclass, text) is 'An ERROR if the condition of an attached table does not fit its columns.';
+
+create function outbox.follow_attached() returns event_trigger
+    language plpgsql set search_path = pg_catalog, pg_temp
+    as $$
+declare
+    d record;
+    was_named text;
+    said jsonb;
+    list text;
+begin
+    -- Most who change tables may use nothing of ours: up to the loop's body, only the catalog is asked. A column that is named
+    -- and that the table does not have is this one, under the name that it had. A partitioned table comes before its
+    -- partitions: the body of the function depends on that.
+    for d in
+        select distinct on (g.tgfoid) f.oid::regclass as relation, g.tgfoid as function, p.proowner, s.said, a.attname as now_named,
+            array(select distinct n.name from jsonb_array_elements_text(coalesce(s.said -> 'key', '[]') || coalesce(s.said -> 'columns', '[]')) n (name)
+                where not exists (select from pg_attribute t where t.attrelid = f.oid and t.attname = n.name and t.attnum > 0 and not t.attisdropped)) as missing
+        from pg_event_trigger_ddl_commands() c join pg_attribute a on a.attrelid = c.objid and a.attnum = c.objsubid
+            cross join lateral (with recursive family (oid) as (
+                select c.objid union select i.inhrelid from family f join pg_inherits i on i.inhparent = f.oid
+            ) select oid from family) f
+            join pg_class k on k.oid = f.oid join pg_trigger g on g.tgrelid = f.oid join pg_proc p on p.oid = g.tgfoid
+            cross join lateral (select case when obj_description(g.tgfoid, 'pg_proc') like 'Publishes rows as events, see outbox.attach\_table(): {%'
+                then substr(obj_description(g.tgfoid, 'pg_proc'), 54)::jsonb end as said) s
+        where c.classid = 'pg_class'::regclass and c.objsubid > 0 and not g.tgisinternal
+            and g.tgname ~ '^outbox_relay_(insert|update|delete|truncate)$'
+            and s.said is not null
+        order by g.tgfoid, f.oid = c.objid desc, k.relkind = 'p' desc
+    loop
+        was_named := case cardinality(d.missing) when 1 then d.missing[1] end;
+        continue when was_named is null and not d.said ? 'condition';
+        if not has_schema_privilege('outbox', 'usage') or not pg_has_role(d.proowner, 'usage') then
+            raise exception using errcode = 'insufficient_privilege', message = format('columns of attached table %s cannot be renamed by "%s"', d.relation, current_user),
+                detail = format('The table is published by "%s".', pg_get_userbyid(d.proowner)),
+                hint = 'That role, if it is a publisher, or a superuser may rename them.';
+        end if;
+        perform outbox.expect_condition(d.relation, d.said ->> 'condition');
+        continue when was_named is null;
+        said := d.said;
+        foreach list in array '{key,columns}'::text[] loop
+            if said ? list then
+                said := jsonb_set(said, array[list], coalesce((select jsonb_agg(case n.name when was_named then d.now_named else n.name end order by n.place)
+                    from jsonb_array_elements_text(said -> list) with ordinality n (name, place)), '[]'));
+            end if;
+        end loop;
+        perform outbox.write_row_function(d.relation, d.function::regproc::text, said, true);
+    end loop;
+end
+$$;
+comment on function outbox.follow_attached() is 'Event trigger: an attached table follows a renamed column that is named in its key or columns. If its condition names it, the statement is refused.';
+
+create function outbox.keep_attached() returns event_trigger
+    language plpgsql set search_path = pg_catalog, pg_temp
+    as $$
+declare
+    d record;
+begin
+    -- Most of what is dropped is no column.
+    if not exists (select from pg_event_trigger_dropped_objects() o where o.object_type = 'table column') then
+        return;
+    end if;
+    for d in
+        select distinct f.oid::regclass as relation, p.proowner, s.said, o.address_names[3] as name
+        from pg_event_trigger_dropped_objects() o
+            cross join lateral (with recursive family (oid) as (
+                select o.objid union select i.inhrelid from family f join pg_inherits i on i.inhparent = f.oid
+            ) select oid from family) f
+            join pg_trigger g on g.tgrelid = f.oid join pg_proc p on p.oid = g.tgfoid
+            cross join lateral (select case when obj_description(g.tgfoid, 'pg_proc') like 'Publishes rows as events, see outbox.attach\_table(): {%'
+                then substr(obj_description(g.tgfoid, 'pg_proc'), 54)::jsonb end as said) s
+        where o.object_type = 'table column' and not g.tgisinternal and g.tgname ~ '^outbox_relay_(insert|update|delete|truncate)$'
+            and s.said is not null
+    loop
+        if coalesce(d.said -> 'key', '[]') || coalesce(d.said -> 'columns', '[]') ? d.name then
+            raise exception using errcode = 'dependent_objects_still_exist', message = format('column "%s" of attached table %s is published', d.name, d.relation),
+                detail = 'It is in its key, or among the columns that were named.',
+                hint = format('In one transaction, run SELECT outbox.detach_table(%L);, this statement, and outbox.attach_table() without the column.', d.relation::text);
+        end if;
+        if d.said ? 'condition' and not (has_schema_privilege('outbox', 'usage') and pg_has_role(d.proowner, 'usage')) then
+            raise exception using errcode = 'insufficient_privilege', message = format('columns of attached table %s cannot be dropped by "%s"', d.relation, current_user),
+                detail = format('The table is published by "%s", under a condition.', pg_get_userbyid(d.proowner)),
+                hint = 'That role, if it is a publisher, or a superuser may drop them.';
+        end if;
+        if d.said ? 'condition' then
+            perform outbox.expect_condition(d.relation, d.said ->> 'condition');
+        end if;
+    end loop;
+end
+$$;
+comment on function outbox.keep_attached() is 'Event trigger: refuses to drop a column that is named in the key, the columns or the condition of an attached table.';
+
+create function outbox.attach_children() returns event_trigger
+    language plpgsql set search_path = pg_catalog, pg_temp
+    as $$
+declare
+    t record;
+begin
+    -- Most new tables have no parent.
+    if tg_tag = 'CREATE TABLE' and not exists (select from pg_event_trigger_ddl_commands() c join pg_inherits i on i.inhrelid = c.objid) then
+        return;
+    end if;
+    -- Links that this transaction has made, after the parent's triggers: a restore makes them before, and brings the children's
+    -- triggers itself.
+    for t in select i.inhrelid::regclass as relation, g.tgname, g.tgoldtable, g.tgnewtable, g.tgfoid, p.proowner, k.relowner = o.relowner and pg_has_role(p.proowner, 'usage') as is_ours
+        from (select distinct c.objid from pg_event_trigger_ddl_commands() c where c.classid = 'pg_class'::regclass and c.objsubid = 0) d
+            join pg_inherits i on d.objid in (i.inhparent, i.inhrelid)
+            join pg_class k on k.oid = i.inhrelid and k.relkind in ('r', 'p') join pg_class o on o.oid = i.inhparent
+            join pg_trigger g on g.tgrelid = i.inhparent join pg_proc p on p.oid = g.tgfoid
+        where age(i.xmin) <= 0
+            and case when i.xmin = g.xmin then i.cmin::text::bigint > g.cmin::text::bigint else age(g.xmin) > age(i.xmin) end
+            and not g.tgisinternal and g.tgname ~ '^outbox_relay_(insert|update|delete)$'
+            and not exists (select from pg_trigger h where h.tgrelid = i.inhrelid and h.tgname = g.tgname)
+        order by g.oid
+    loop
+        -- Nobody gets a trigger of somebody else's by this.
+        if not t.is_ours then
+            raise warning using message = format('statements on %s alone are not published', t.relation),
+                detail = format('It is new, and its parent is published by "%s", or has another owner.', pg_get_userbyid(t.proowner)),
+                hint = 'Let that role, or a superuser, attach the parent again.';
+            exit;
+        end if;
+        execute format('create trigger %I after %s on %s referencing %s %s for each statement execute function %s()', t.tgname, substr(t.tgname, 14), t.relation,
+            case when t.tgoldtable is not null then 'old table as outbox_relay_old' else '' end,
+            case when t.tgnewtable is not null then 'new table as outbox_relay_new' else '' end, t.tgfoid::regproc);
+    end loop;
+end
+$$;
+comment on function outbox.attach_children() is 'Event trigger: a new partition or child of an attached table gets the triggers of its parent.';
+
+create event trigger outbox_relay_follow on ddl_command_end when tag in ('ALTER TABLE') execute function outbox.follow_attached();
+create event trigger outbox_relay_children on ddl_command_end when tag in ('ALTER TABLE', 'CREATE TABLE') execute function outbox.attach_children();
+create event trigger outbox_relay_keep on sql_drop execute function outbox.keep_attached();
+comment on event trigger outbox_relay_follow is 'Renamed columns of attached tables, see outbox.attach_table().';
+comment on event trigger outbox_relay_children is 'New partitions and children of attached tables, see outbox.attach_table().';
+comment on event trigger outbox_relay_keep is 'Dropped columns of attached tables, see outbox.attach_table().';
+-- Also where triggers are off for a restore or for logical replication.
+alter event trigger outbox_relay_follow enable always;
+alter event trigger outbox_relay_children enable always;
+alter event trigger outbox_relay_keep enable always;
