@@ -38,6 +38,9 @@ features      = pg$(major)$(if $(strip $(FEATURES)),$(comma)$(subst $(space),$(c
 
 .PHONY: all sql install install-strip uninstall demo test test-redis-versions test-postgres-versions test-assertions test-packages test-monitoring test-moving test-examples deb dist image lint bench bench-quick chaos fuzz deny record-broadcaster site clean help headers
 
+# Not the first target.
+.DEFAULT_GOAL := all
+
 # CREATE EXTENSION reads one script. The directory is a prerequisite too: its time changes when a part goes.
 version     := $(shell sed -nE "s/^default_version = '(.*)'/\1/p" $(EXTENSION).control)
 sql_script  := sql/$(EXTENSION)--$(version).sql
