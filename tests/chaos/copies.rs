@@ -12,7 +12,7 @@ use crate::acts::{CopyLife, Original, Return};
 use crate::dba::Dba;
 use crate::load::Gate;
 use crate::postgres_faults::{sql, with_client};
-use crate::site::{BACKENDS, Site};
+use crate::site::{BACKENDS, Backend, Site};
 
 type Outcome = Result<(), String>;
 
@@ -101,24 +101,28 @@ fn live(site: &Site, dba: &Dba, life: CopyLife, time: Duration) -> Outcome {
         return Ok(());
     }
     dba.until_done_in(COPY, "take over in the copy", |client| {
-        BACKENDS.iter().try_for_each(|backend| {
+        with_one_stream().try_for_each(|(backend, stream)| {
             client.batch_execute(&format!(
                 "update outbox.backends set stream_name = '{0}' where name = '{1}'; select outbox.take_over('{1}')",
-                copied(backend.stream),
+                copied(stream),
                 backend.name
             ))
         })
     })?;
     std::thread::sleep(time);
-    let arrived = BACKENDS
-        .iter()
-        .try_for_each(|backend| wait_sent(site, dba, backend.name, backend.store, &copied(backend.stream)));
-    for backend in BACKENDS {
-        site.stores[backend.store]
-            .primary()
-            .call(&["DEL", &copied(backend.stream)]);
+    let arrived = with_one_stream()
+        .try_for_each(|(backend, stream)| wait_sent(site, dba, backend.name, backend.store, &copied(stream)));
+    for (backend, stream) in with_one_stream() {
+        site.stores[backend.store].primary().call(&["DEL", &copied(stream)]);
     }
     arrived
+}
+
+/// What a copy publishes goes nowhere before it has streams of its own. A template's stream is stored with each event.
+fn with_one_stream() -> impl Iterator<Item = (&'static Backend, &'static str)> {
+    BACKENDS
+        .iter()
+        .filter_map(|backend| Some((backend, backend.own_stream()?)))
 }
 
 fn copied(stream: &str) -> String {
@@ -156,7 +160,7 @@ const PUBLISHER: &str = "copy";
 /// in.)
 fn publish(client: &mut Client) -> Result<(), Error> {
     client.batch_execute("begin")?;
-    for backend in BACKENDS {
+    for (backend, _) in with_one_stream() {
         client.execute(
             "select chaos.publish($1, 1, false, 'k0', 3, $2, null, 'call', 0, null)",
             &[&PUBLISHER, &backend.name],

@@ -299,7 +299,11 @@ impl Session {
 
     fn publication(&mut self) -> Publication {
         let dice = &mut self.dice;
-        let how = *dice.pick(&["call", "call", "insert", "batch"]);
+        let backend = dice.pick(BACKENDS);
+        let how = match backend.takes_rows() {
+            true => "row",
+            false => *dice.pick(&["call", "call", "insert", "batch"]),
+        };
         let scheduled = how == "call" && dice.one_in(25);
         Publication {
             key: format!("k{}", dice.below(KEYS)),
@@ -308,8 +312,9 @@ impl Session {
                 "batch" => dice.between(1, 12) as i32,
                 _ => dice.between(1, 3) as i32,
             },
-            backend: dice.pick(BACKENDS).name,
+            backend: backend.name,
             stream: match dice.below(60) {
+                _ if backend.takes_rows() => None,
                 0 if !scheduled => Some(CURSED),
                 1..12 => Some(NAMED),
                 _ => None,

@@ -42,6 +42,10 @@ begin
 end
 $$;
 
+-- Its changes are events.
+create table chaos.items (key text primary key, version bigint not null, text text) with (fillfactor = 50);
+select outbox.attach_table('chaos.items', event_type => 'item', source => 'chaos/items', backend => 'rows');
+
 -- Publishes `count` events of one aggregate, whose row it locks first: so that its events are in the order of its versions.
 create function chaos.publish(
     session text, turn bigint, detached boolean, key text, count integer, backend text, stream text, how text,
@@ -51,7 +55,8 @@ create function chaos.publish(
 declare
     line chaos.ledger;
     lines chaos.ledger[] := '{}';
-    id uuid;
+    changed jsonb;
+    operation text;
 begin
     for n in 1 .. count loop
         update chaos.aggregates a set version = a.version + 1 where a.key = publish.key
@@ -65,7 +70,7 @@ begin
         line.key := publish.key;
         line.event_type := how || '.' || line.version;
         line.source := 'chaos/' || publish.session;
-        line.subject := case when line.version % 3 > 0 then publish.key end;
+        line.subject := case when line.version % 3 > 0 or publish.backend = 'templated' then publish.key end;
         line.data := jsonb_build_object('key', publish.key, 'version', line.version,
             'text', E'\u00fc "quoted" \\ \n' || repeat('x', padding));
         line.config := case when line.version % 5 = 0 then jsonb_build_object('tenant', 't' || line.version) end;
@@ -73,6 +78,27 @@ begin
             line.event_id := gen_random_uuid();
             lines := lines || line;
             continue;
+        elsif how = 'row' then
+            operation := 'delete';
+            delete from chaos.items i where i.key = publish.key and line.version % 4 = 0 returning to_jsonb(i) into changed;
+            if changed is null then
+                operation := 'update';
+                update chaos.items i set version = line.version, text = line.data ->> 'text' where i.key = publish.key
+                    returning to_jsonb(i) into changed;
+            end if;
+            if changed is null then
+                operation := 'insert';
+                insert into chaos.items as i values (publish.key, line.version, line.data ->> 'text') returning to_jsonb(i) into changed;
+            end if;
+            line.event_type := 'item.' || operation;
+            line.source := 'chaos/items';
+            line.subject := publish.key;
+            line.data := changed;
+            line.config := null;
+            -- Its row is the one that was published last.
+            select p.event_id into strict line.event_id
+                from outbox.published_here() with ordinality p (event_id, event_type, source, subject, backend, stream, data, place)
+                order by p.place desc limit 1;
         elsif how = 'insert' then
             insert into outbox.events (event_type, source, data, subject, backend, stream, publisher_config)
                 values (line.event_type, line.source, line.data, line.subject, line.backend, line.stream, line.config)

@@ -1,6 +1,9 @@
 //! The servers of a run: Postgres, and two Redis stores, each behind a proxy whose address never changes.
 
+use std::num::NonZeroU32;
+
 use kit::{Entry, Postgres, Proxy, Redis, Saved, wait_until};
+use relay::event::stream_name::part_of;
 
 use crate::groups;
 
@@ -8,27 +11,89 @@ pub(crate) struct Backend {
     pub name: &'static str,
     /// Index of its store.
     pub store: usize,
-    /// The stream of events that name none.
-    pub stream: &'static str,
+    pub streams: Streams,
+}
+
+/// Where the events of a backend go that name no stream.
+#[derive(Clone, Copy)]
+pub(crate) enum Streams {
+    One(&'static str),
+    /// By a template: into one of three, by a hash of the subject.
+    BySubject,
+    /// By a template: that of its type. Its events are rows of an attached table.
+    ByTypeOfRow,
 }
 
 pub(crate) const BACKENDS: &[Backend] = &[
     Backend {
         name: "default",
         store: 0,
-        stream: "events",
+        streams: Streams::One("events"),
     },
     Backend {
         name: "second",
         store: 0,
-        stream: "second",
+        streams: Streams::One("second"),
     },
     Backend {
         name: "third",
         store: 1,
-        stream: "third",
+        streams: Streams::One("third"),
+    },
+    Backend {
+        name: "templated",
+        store: 1,
+        streams: Streams::BySubject,
+    },
+    Backend {
+        name: "rows",
+        store: 0,
+        streams: Streams::ByTypeOfRow,
     },
 ];
+
+impl Backend {
+    fn stream_name(&self) -> &'static str {
+        match self.streams {
+            Streams::One(stream) => stream,
+            Streams::BySubject => "part{subject|3}",
+            Streams::ByTypeOfRow => "rows.{event_type}",
+        }
+    }
+
+    /// Where an event goes that names no stream.
+    pub(crate) fn stream_of(&self, event_type: &str, subject: Option<&str>) -> String {
+        match self.streams {
+            Streams::One(stream) => stream.to_owned(),
+            Streams::BySubject => {
+                let parts = NonZeroU32::new(3).expect("not zero");
+                format!("part{}", part_of(subject.expect("a subject"), parts))
+            }
+            Streams::ByTypeOfRow => format!("rows.{event_type}"),
+        }
+    }
+
+    /// The stream of all its events, if there is one.
+    pub(crate) fn own_stream(&self) -> Option<&'static str> {
+        match self.streams {
+            Streams::One(stream) => Some(stream),
+            Streams::BySubject | Streams::ByTypeOfRow => None,
+        }
+    }
+
+    /// The streams that its events may go into without naming them.
+    pub(crate) fn all_streams(&self) -> Vec<&'static str> {
+        match self.streams {
+            Streams::One(stream) => vec![stream],
+            Streams::BySubject => vec!["part0", "part1", "part2"],
+            Streams::ByTypeOfRow => vec!["rows.item.insert", "rows.item.update", "rows.item.delete"],
+        }
+    }
+
+    pub(crate) fn takes_rows(&self) -> bool {
+        matches!(self.streams, Streams::ByTypeOfRow)
+    }
+}
 
 /// A stream that publishers name themselves, with any backend.
 pub(crate) const NAMED: &str = "named";
@@ -36,7 +101,18 @@ pub(crate) const NAMED: &str = "named";
 /// A key that is no stream: Redis refuses each event for it, and all become failed events.
 pub(crate) const CURSED: &str = "cursed";
 
-pub(crate) const STREAMS: &[&str] = &["events", "second", "third", NAMED];
+pub(crate) const STREAMS: &[&str] = &[
+    "events",
+    "second",
+    "third",
+    "part0",
+    "part1",
+    "part2",
+    "rows.item.insert",
+    "rows.item.update",
+    "rows.item.delete",
+    NAMED,
+];
 
 /// One Redis as its clients see it.
 pub(crate) struct Store {
@@ -159,7 +235,8 @@ impl Site {
             let sql = format!(
                 "update outbox.backends set enabled = true, host = '127.0.0.1', port = {port}, stream_name = '{}', delivery = '{delivery}' \
                  where name = '{}'",
-                backend.stream, backend.name
+                backend.stream_name(),
+                backend.name
             );
             pg.exec(&sql);
         }
@@ -196,11 +273,13 @@ impl Site {
     /// Each backend has sent something, so that its guard is part of whatever Redis keeps.
     pub(crate) fn warm_up(&mut self) {
         for backend in BACKENDS {
+            let how = if backend.takes_rows() { "row" } else { "call" };
             self.pg.exec(&format!(
-                "select chaos.publish('warm-up', 1, true, 'k0', 1, '{}', null, 'call', 0, null)",
+                "select chaos.publish('warm-up', 1, true, 'k0', 1, '{}', null, '{how}', 0, null)",
                 backend.name
             ));
-            self.stores[backend.store].primary().wait_entries(backend.stream, 1);
+            let stream = backend.stream_of("item.insert", Some("k0"));
+            self.stores[backend.store].primary().wait_entries(&stream, 1);
         }
         for store in &mut self.stores {
             if store.has_replica() {

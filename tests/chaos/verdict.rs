@@ -93,10 +93,14 @@ pub(crate) fn ledger(pg: &Postgres) -> HashMap<String, Line> {
         .unwrap_or_else(|error| panic!("cannot read the ledger: {error:?}"));
     let lines = rows.iter().map(|row| {
         let backend: String = row.get(7);
-        let default = BACKENDS
-            .iter()
-            .find(|known| known.name == backend)
-            .map(|known| known.stream);
+        let (event_type, subject): (String, Option<String>) = (row.get(11), row.get(13));
+        let default = || {
+            let backend = BACKENDS
+                .iter()
+                .find(|known| known.name == backend)
+                .expect("a backend of ours");
+            backend.stream_of(&event_type, subject.as_deref())
+        };
         Line {
             id: row.get(0),
             seq: row.get(1),
@@ -105,15 +109,13 @@ pub(crate) fn ledger(pg: &Postgres) -> HashMap<String, Line> {
             turn: row.get(4),
             detached: row.get(5),
             scheduled: row.get(6),
-            stream: row
-                .get::<_, Option<String>>(8)
-                .unwrap_or_else(|| default.expect("a backend of ours").to_string()),
+            stream: row.get::<_, Option<String>>(8).unwrap_or_else(default),
             backend,
             key: row.get(9),
             version: row.get(10),
-            event_type: row.get(11),
+            event_type,
             source: row.get(12),
-            subject: row.get(13),
+            subject,
             data: row.get(14),
             config: row.get(15),
         }

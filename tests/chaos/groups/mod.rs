@@ -23,7 +23,7 @@ const MOST_PASSING: usize = 4;
 /// How long trimming may take once all is acknowledged.
 const TRIM_LIMIT: Duration = Duration::from_secs(20);
 /// The limits at which backends wait. A stream that must be read takes half of it a second.
-const LIMITS: &[u64] = &[2_000, 0, 4_000];
+const LIMITS: &[u64] = &[2_000, 0, 4_000, 4_000, 2_000];
 
 /// What XREADGROUP gives: streams with entries of fields and values.
 type Read = Option<Vec<(String, Vec<(String, Vec<String>)>)>>;
@@ -44,7 +44,9 @@ pub(crate) fn prepare(site: &Site) {
 
 /// Each stream, with the store that it is in.
 fn places() -> impl Iterator<Item = (usize, &'static str)> {
-    let own = BACKENDS.iter().map(|backend| (backend.store, backend.stream));
+    let own = BACKENDS
+        .iter()
+        .flat_map(|backend| backend.all_streams().into_iter().map(|stream| (backend.store, stream)));
     own.chain([(0, NAMED), (1, NAMED)])
 }
 
