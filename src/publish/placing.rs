@@ -34,8 +34,10 @@ pub(super) fn placed(
         true => of_template(event, backend, known)?,
         false => None,
     };
-    let named = given.as_deref().map(Cow::Borrowed);
-    let named = named.or_else(|| event.stream.map(decoded));
+    let named = given
+        .as_deref()
+        .map(Cow::Borrowed)
+        .or_else(|| event.stream.map(decoded));
     expect_allowed(backend, known, named)?;
     Ok(given)
 }
@@ -104,17 +106,18 @@ pub(super) fn from_template(template: &Template, event: &Addressed<'_>, backend:
             field: lacking.0,
         })?;
     // No character is shorter than a byte.
-    match if name.len() > NAME_LIMIT {
+    let length = if name.len() > NAME_LIMIT {
         name.chars().count()
     } else {
         0
-    } {
-        length if length > NAME_LIMIT => Err(PublishError::LongStream {
+    };
+    if length > NAME_LIMIT {
+        return Err(PublishError::LongStream {
             backend: backend.to_owned(),
             length,
-        }),
-        _ => Ok(name),
+        });
     }
+    Ok(name)
 }
 
 fn decoded(text: &[u8]) -> Cow<'_, str> {

@@ -604,3 +604,28 @@ fn events_of_a_template_are_in_order_whatever_is_killed() {
     };
     Ledger::verdict_of(&stack.pg, "default", &streams, read).assert_exactly_once();
 }
+
+/// Consumers compute the parts from UTF-8, whatever the database's encoding is.
+#[test]
+fn parts_are_the_same_in_a_database_of_another_encoding() {
+    let pg = Postgres::with(&[("outbox_relay.enabled", "off")]).start();
+    pg.exec("create database latin encoding 'LATIN1' locale 'C' template template0");
+    pg.exec_db(
+        "latin",
+        "create extension outbox_relay; update outbox.backends set stream_name = 'ö.{subject}.{subject|16}'",
+    );
+    let publish = "select outbox.publish_event('t', 's', subject => 'Zürich')";
+    pg.exec_db("latin", publish);
+    pg.exec_db(
+        "latin",
+        "insert into outbox.events (event_type, source, subject) values ('t', 's', 'Zürich')",
+    );
+    let streams: Vec<String> = pg.one_db("latin", "select array_agg(stream) from outbox.events");
+    assert_eq!(streams, ["ö.Zürich.14"; 2]);
+    assert_eq!(pg.one_db::<i32>("latin", "select outbox.stream_part('Zürich', 16)"), 14);
+    let refused = Refused::of(pg.client_db("latin").query("select outbox.stream_part('x', 0)", &[]));
+    assert_eq!(
+        (refused.code.as_str(), refused.message.as_str()),
+        ("22023", "the number of parts is out of range")
+    );
+}
