@@ -7,21 +7,20 @@ use relay::event::text::{hyphenated, rfc3339};
 use relay::event::wanted::{Purpose, Wanted};
 use relay::event::{ConfigError, Event, further_fields};
 use relay::failure::{self, Class};
-use relay::guard::{Guard, Owner};
+use relay::guard::Guard;
 use relay::redis::answers::{is_replica, primary_in, ranges_in, redirect_in};
 use relay::redis::destination::Address;
 use relay::redis::hash_slot::{HASH_SLOTS, hash_slot_of, tag_of};
 use relay::redis::replicas::Replicas;
 use relay::resp::bounds::Bounds;
 use relay::resp::read::{Inbox, Piece, Reply};
+use relay::samples::{self, claim};
 use relay::sender::conversation::Conversation;
-use relay::sender::orders::Claim;
 use relay::sender::orders::{Batch, Order, Report};
 use relay::sender::tails::Search;
 use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Duration;
 
 /// Of each kind some.
 const BOUNDS: [Bounds; 5] = [
@@ -227,21 +226,6 @@ pub(crate) fn conversation(input: &[u8]) {
     }
 }
 
-fn claim() -> Order {
-    let owner = Owner {
-        incarnation: "i".into(),
-        system: "1".into(),
-        timeline: 1,
-        place: "here".into(),
-        interval: Duration::from_secs(5),
-    };
-    Order::Claim(Box::new(Claim {
-        token: "t".into(),
-        owner,
-        start: None,
-    }))
-}
-
 fn wanted() -> Wanted {
     Wanted {
         stream: Arc::from("s"),
@@ -292,23 +276,7 @@ pub(crate) fn classify(input: &[u8]) {
 /// A guard is read as a whole or not at all, and its position survives its text form.
 fn guard(input: &[u8]) {
     let text = String::from_utf8_lossy(input);
-    let names = [
-        "token",
-        "incarnation",
-        "system",
-        "timeline",
-        "place",
-        "interval_ms",
-        "beat",
-        "released",
-        "number",
-        "position",
-        "previous",
-        "again",
-        "compares",
-        "wal",
-        "total",
-    ];
+    let names = samples::GUARD.map(|(name, _)| name);
     let values: Vec<&str> = text.split('|').collect();
     let fields: Vec<_> = names
         .iter()

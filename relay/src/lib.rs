@@ -15,6 +15,8 @@
 //! failure    what went wrong, in words that can be shown
 //! time, fault, seal, statement                time as it is passed in; crash points; passwords at rest; what a statement is
 //! ```
+//!
+//! `samples` has examples for tests, and is built for them alone.
 #![forbid(unsafe_code)]
 // At most as many as clippy.toml says. A table may be longer, and says so.
 #![warn(clippy::too_many_lines)]
@@ -29,6 +31,8 @@ pub mod reading;
 pub mod recovery;
 pub mod redis;
 pub mod resp;
+#[cfg(any(test, feature = "samples"))]
+pub mod samples;
 pub mod seal;
 pub mod sender;
 pub mod statement;

@@ -5,14 +5,13 @@ use relay::consumers::readership::Question;
 use relay::consumers::trim::Trim;
 use relay::delivery::flight::Refusal;
 use relay::failure::{Class, Failure};
-use relay::guard::Owner;
 use relay::redis::replicas::Replicas;
 use relay::resp::read::Reply;
+use relay::samples::claim;
 use relay::sender::conversation::Conversation;
-use relay::sender::orders::{Batch, Claim, Order, Report};
+use relay::sender::orders::{Batch, Order, Report};
 use relay::sender::survey::Survey;
 use std::sync::Arc;
-use std::time::Duration;
 
 /// A conversation whose other side is the test.
 struct Talk {
@@ -92,21 +91,6 @@ impl Talk {
         });
         names.collect::<Vec<_>>().join(", ")
     }
-}
-
-fn claim() -> Order {
-    let owner = Owner {
-        incarnation: "i".into(),
-        system: "1".into(),
-        timeline: 1,
-        place: "here".into(),
-        interval: Duration::from_secs(5),
-    };
-    Order::Claim(Box::new(Claim {
-        token: "t".into(),
-        owner,
-        start: None,
-    }))
 }
 
 /// Two entries and the guard's HSET.

@@ -11,6 +11,7 @@ mod checks;
 mod model;
 
 use model::Rng;
+use relay::samples;
 
 /// A string of RESP.
 fn bulk(bytes: &[u8]) -> Vec<u8> {
@@ -113,24 +114,7 @@ fn anything(rng: &mut Rng, depth: usize) -> Vec<u8> {
 
 /// A guard, of which some fields may be anything.
 fn guard(rng: &mut Rng) -> Vec<u8> {
-    let fields = [
-        ("token", "t"),
-        ("incarnation", "i"),
-        ("system", "1"),
-        ("timeline", "1"),
-        ("place", "p"),
-        ("interval_ms", "5000"),
-        ("beat", "1"),
-        ("released", "0"),
-        ("number", "1099511627777"),
-        ("position", "10:20:10,14/25/7/9"),
-        ("previous", "3:3:/3/0/0"),
-        ("again", ""),
-        ("compares", "0"),
-        ("wal", "12345"),
-        ("total", "7"),
-    ];
-    let items: Vec<Vec<u8>> = fields
+    let items: Vec<Vec<u8>> = samples::GUARD
         .iter()
         .flat_map(|(field, value)| {
             let value = match rng.u8(..20) {

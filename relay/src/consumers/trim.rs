@@ -111,18 +111,13 @@ pub fn judge(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::samples;
 
-    /// A group that was given entries up to one, of which the oldest pending is another.
+    /// A group of which nobody has read for so long.
     fn group(name: &str, last: u64, oldest_pending: Option<u64>, idle_s: u64) -> Group {
-        let id = |seq| EntryId { ms: 1, seq };
         Group {
-            name: GroupName::Known(name.into()),
-            consumers: 1,
-            pending: i64::from(oldest_pending.is_some()),
-            lag: None,
-            last_delivered: id(last),
-            oldest_pending: oldest_pending.map(id),
             idle: Some(Duration::from_secs(idle_s)),
+            ..samples::group(name, last, oldest_pending)
         }
     }
 

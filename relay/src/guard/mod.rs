@@ -266,6 +266,7 @@ pub fn append_beat(out: &mut Vec<u8>, key: &[u8], beat: u64, released: bool) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::samples;
 
     #[test]
     fn no_fields_are_no_guard_and_half_of_them_an_error() {
@@ -277,23 +278,7 @@ mod tests {
 
     /// A guard in which one field is another; whether it is readable.
     fn is_readable(name: &str, value: &str) -> bool {
-        let mut fields: [(&str, &str); 15] = [
-            ("token", "t"),
-            ("incarnation", "i"),
-            ("system", "1"),
-            ("timeline", "1"),
-            ("place", "p"),
-            ("interval_ms", "5000"),
-            ("beat", "1"),
-            ("released", "0"),
-            ("number", "1099511627777"),
-            ("position", "10:20:10,14/25/7/9"),
-            ("previous", "3:3:/3/0/0"),
-            ("again", ""),
-            ("compares", "0"),
-            ("wal", "12345"),
-            ("total", "7"),
-        ];
+        let mut fields: [(&str, &str); 15] = samples::GUARD;
         fields
             .iter_mut()
             .filter(|(field, _)| *field == name)

@@ -1,25 +1,12 @@
 use super::*;
 use crate::consumers::group::EntryId;
+use crate::samples::group;
 
 const S: Duration = Duration::from_secs(1);
 
 fn readership(max_len: i64) -> Readership {
     let policy = Policy { max_len, silence: None };
     Readership::new(Some(policy), Some("own".into()))
-}
-
-/// A group that has read up to an entry and acknowledged all but the oldest pending one.
-fn group(name: &str, last: u64, oldest_pending: Option<u64>) -> Group {
-    let id = |seq| EntryId { ms: 1, seq };
-    Group {
-        name: GroupName::Known(name.into()),
-        consumers: 1,
-        pending: i64::from(oldest_pending.is_some()),
-        lag: None,
-        last_delivered: id(last),
-        oldest_pending: oldest_pending.map(id),
-        idle: None,
-    }
 }
 
 fn found(stream: &str, length: i64, groups: Vec<Group>) -> Surveyed {
