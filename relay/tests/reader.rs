@@ -180,6 +180,20 @@ impl Reader {
         }
         Ok(())
     }
+
+    /// All transactions end, and the reader reads to the end: what was committed has been read.
+    fn finish(&mut self, database: &mut Database, rng: &mut Rng) -> Result<(), Violation> {
+        database.finish(rng);
+        self.take_tick(database, rng);
+        while self.read_piece(database, rng, 50)? {
+            self.check_position(database)?;
+        }
+        let mut committed = database.rows().filter(|key| database.is_committed(key.seq));
+        match committed.find(|key| !self.has_read.contains(&key.seq)) {
+            Some(lost) => violated(Wrong::Lost, lost.seq),
+            None => Ok(()),
+        }
+    }
 }
 
 fn schedule(seed: u64, mutant: Mutant) -> Result<(), Violation> {
@@ -211,15 +225,7 @@ fn schedule(seed: u64, mutant: Mutant) -> Result<(), Violation> {
             database.purge(|key| reader.position.covers(key));
         }
     }
-    database.finish(rng);
-    reader.take_tick(&mut database, rng);
-    while reader.read_piece(&mut database, rng, 50)? {
-        reader.check_position(&database)?;
-    }
-    let mut committed = database.rows().filter(|key| database.is_committed(key.seq));
-    if let Some(lost) = committed.find(|key| !reader.has_read.contains(&key.seq)) {
-        return violated(Wrong::Lost, lost.seq);
-    }
+    reader.finish(&mut database, rng)?;
     if let Some((first, seq)) = database.out_of_order(reader.read.iter().copied()) {
         return violated(Wrong::Order { first }, seq);
     }
@@ -305,15 +311,7 @@ fn misused(seed: u64, care: Care) -> Result<(), Violation> {
             _ => {}
         }
     }
-    database.finish(rng);
-    reader.take_tick(&mut database, rng);
-    while reader.read_piece(&mut database, rng, 50)? {
-        reader.check_position(&database)?;
-    }
-    let mut committed = database.rows().filter(|key| database.is_committed(key.seq));
-    if let Some(lost) = committed.find(|key| !reader.has_read.contains(&key.seq)) {
-        return violated(Wrong::Lost, lost.seq);
-    }
+    reader.finish(&mut database, rng)?;
     if in_order && let Some((first, seq)) = database.out_of_order(reader.read.iter().copied()) {
         return violated(Wrong::Order { first }, seq);
     }

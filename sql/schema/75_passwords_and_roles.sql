@@ -94,6 +94,37 @@ select outbox.expect_role(coalesce((select p.rolname::text from pg_roles p where
 $$;
 comment on function outbox.expect_role(regrole) is 'The same of a role that may be gone, or NULL.';
 
+create function outbox.grant_rights(role regrole, rights name) returns void
+    language plpgsql set search_path = pg_catalog, pg_temp
+    as $$
+declare
+    r record;
+    grantee text := outbox.expect_role(role)::text;
+begin
+    for r in execute format('select * from outbox.%I()', rights) loop
+        execute format('grant %s on %s to %s', r.right_to, r.object, grantee);
+    end loop;
+end
+$$;
+comment on function outbox.grant_rights(regrole, name) is 'Part of outbox.grant_publisher() and outbox.grant_consumer(): grants what the function of this name lists.';
+
+create function outbox.revoke_rights(role regrole, rights name) returns void
+    language plpgsql set search_path = pg_catalog, pg_temp
+    as $$
+declare
+    r record;
+    grantee text := outbox.expect_role(role)::text;
+begin
+    for r in execute format('select * from outbox.%I()', rights) loop
+        -- The role may have been granted something else in the schema: see outbox.revoke_usage().
+        if r.object <> 'schema outbox' then
+            execute format('revoke %s on %s from %s', r.right_to, r.object, grantee);
+        end if;
+    end loop;
+end
+$$;
+comment on function outbox.revoke_rights(regrole, name) is 'Part of outbox.revoke_publisher() and outbox.revoke_consumer(): revokes what the function of this name lists, but the use of the schema.';
+
 create function outbox.limit_publisher(role regrole, backends text[], streams text[]) returns void
     language plpgsql set search_path = pg_catalog, pg_temp
     as $$
@@ -119,14 +150,10 @@ comment on function outbox.limit_publisher(regrole, text[], text[]) is 'Part of 
 create function outbox.grant_publisher(role regrole, backends text[], streams text[] default null) returns void
     language plpgsql set search_path = pg_catalog, pg_temp
     as $$
-declare
-    r record;
-    grantee text := outbox.expect_role(role)::text;
 begin
+    perform outbox.expect_role(role);
     perform outbox.limit_publisher(role, backends, streams);
-    for r in select * from outbox.publisher_rights() loop
-        execute format('grant %s on %s to %s', r.right_to, r.object, grantee);
-    end loop;
+    perform outbox.grant_rights(role, 'publisher_rights');
 end
 $$;
 comment on function outbox.grant_publisher(regrole, text[], text[]) is 'Lets a role publish to backends whose names match one of these patterns, into streams that match one of these: ''{orders,audit-*}''. NULL: any. The last call says what a role may do; see outbox.publisher_limits.';
@@ -172,13 +199,8 @@ comment on function outbox.revoke_usage(regrole) is 'Part of outbox.revoke_publi
 create function outbox.revoke_publisher(role regrole) returns void
     language plpgsql set search_path = pg_catalog, pg_temp
     as $$
-declare
-    r record;
-    grantee text := outbox.expect_role(role)::text;
 begin
-    for r in select * from outbox.publisher_rights() p where p.object <> 'schema outbox' loop
-        execute format('revoke %s on %s from %s', r.right_to, r.object, grantee);
-    end loop;
+    perform outbox.revoke_rights(role, 'publisher_rights');
     perform outbox.limit_publisher(role, null, null);
     perform outbox.revoke_usage(role);
 end

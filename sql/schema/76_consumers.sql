@@ -18,19 +18,15 @@ comment on function outbox.consumer_rights() is 'What outbox.grant_consumer() gr
 create function outbox.grant_consumer(role regrole, consumers text[] default '{*}') returns void
     language plpgsql set search_path = pg_catalog, pg_temp
     as $$
-declare
-    r record;
-    grantee text := outbox.expect_role(role)::text;
 begin
+    perform outbox.expect_role(role);
     if consumers is null or array_position(consumers, null) is not null then
         raise exception using errcode = 'null_value_not_allowed', message = 'patterns of consumers must not be null',
             hint = 'Leave them out to allow any name.';
     end if;
     delete from outbox.consumer_grants g where g.role::oid = grant_consumer.role::oid or not exists (select from pg_roles p where p.oid = g.role::oid);
     insert into outbox.consumer_grants (role, consumer) select distinct grant_consumer.role::oid, c.name from unnest(consumers) c (name);
-    for r in select * from outbox.consumer_rights() loop
-        execute format('grant %s on %s to %s', r.right_to, r.object, grantee);
-    end loop;
+    perform outbox.grant_rights(role, 'consumer_rights');
 end
 $$;
 comment on function outbox.grant_consumer(regrole, text[]) is 'Lets a role call outbox.consume_once() for consumers whose names match one of these patterns (* and ?), which are any unless they are given. It reads nothing of the inbox. The last call says what a role may do. Grant names to keep consumers apart: a role can mark events as handled for each consumer that it may be.';
@@ -45,13 +41,8 @@ comment on function outbox.grant_consumer(text, text[]) is 'The same by the role
 create function outbox.revoke_consumer(role regrole) returns void
     language plpgsql set search_path = pg_catalog, pg_temp
     as $$
-declare
-    r record;
-    grantee text := outbox.expect_role(role)::text;
 begin
-    for r in select * from outbox.consumer_rights() c where c.object <> 'schema outbox' loop
-        execute format('revoke %s on %s from %s', r.right_to, r.object, grantee);
-    end loop;
+    perform outbox.revoke_rights(role, 'consumer_rights');
     delete from outbox.consumer_grants g where g.role::oid = revoke_consumer.role::oid;
     perform outbox.revoke_usage(role);
 end

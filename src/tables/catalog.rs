@@ -6,8 +6,9 @@
 
 use crate::server::error::{internal, raise};
 use crate::tables::missing;
-use crate::tables::row::{Columns, EVENT_COLUMNS, Row, attribute, texts_of_array};
+use crate::tables::row::{EVENT_COLUMNS, Row, attribute, texts_of_array};
 use crate::tables::stream_names::{self, Unnamed};
+use crate::tables::whole_table::each_row;
 use once_cell::unsync::OnceCell;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{PgSqlErrorCode, pg_guard, pg_sys};
@@ -501,54 +502,41 @@ impl Drop for InvalidOnError {
 /// Reads `outbox.backends` as of now.
 fn read_backends(relation: pg_sys::Oid) -> HashMap<String, Rc<KnownBackend>> {
     let mut found = HashMap::new();
-    // SAFETY: a heap scan under a registered snapshot; the relation is locked by table_open. Opening it takes in
-    // pending invalidations, which may mark the cache invalid again: then it is read once more at the next use.
-    unsafe {
-        let rel = pg_sys::table_open(relation, pg_sys::AccessShareLock as _);
-        const COLUMNS: [&str; 7] = [
-            "name",
-            "number",
-            "stream_name",
-            "own_stream",
-            "allowed_streams",
-            "format",
-            "include_lsn",
-        ];
-        let columns = Columns::of(rel, &COLUMNS);
-        let snapshot = pg_sys::RegisterSnapshot(pg_sys::GetLatestSnapshot());
-        let scan = pg_sys::systable_beginscan(rel, pg_sys::InvalidOid, false, snapshot, 0, std::ptr::null_mut());
-        loop {
-            let tuple = pg_sys::systable_getnext(scan);
-            if tuple.is_null() {
-                break;
-            }
-            let row = columns.take_apart(tuple);
-            let (Some(name), Some(number), Some(streams)) =
-                (row.text("name"), row.i32("number"), row.datum("allowed_streams"))
-            else {
-                continue;
-            };
-            let patterns = texts_of_array(streams);
-            let any = patterns.iter().any(|p| p == "*");
-            let allowed_streams = (!any).then(|| patterns.iter().map(|p| WildMatch::new(p)).collect());
-            let format = row.text("format").and_then(|word| Format::named(&word));
-            let format = format.unwrap_or_default();
-            found.insert(
-                name,
-                Rc::new(KnownBackend {
-                    number,
-                    unnamed: row
-                        .text("stream_name")
-                        .map(|name| Unnamed::of(StreamName::parse(&name))),
-                    own_stream: row.text("own_stream"),
-                    own_fields: format.own_fields(row.bool("include_lsn").unwrap_or_default()),
-                    allowed_streams,
-                }),
-            );
-        }
-        pg_sys::systable_endscan(scan);
-        pg_sys::UnregisterSnapshot(snapshot);
-        pg_sys::table_close(rel, pg_sys::AccessShareLock as _);
-    }
+    const COLUMNS: [&str; 7] = [
+        "name",
+        "number",
+        "stream_name",
+        "own_stream",
+        "allowed_streams",
+        "format",
+        "include_lsn",
+    ];
+    // Opening the table takes in pending invalidations, which may mark the cache invalid again: then it is read once
+    // more at the next use.
+    each_row(relation, &COLUMNS, |row| {
+        let (Some(name), Some(number), Some(streams)) =
+            (row.text("name"), row.i32("number"), row.datum("allowed_streams"))
+        else {
+            return;
+        };
+        // SAFETY: the column is a text[].
+        let patterns = unsafe { texts_of_array(streams) };
+        let any = patterns.iter().any(|p| p == "*");
+        let allowed_streams = (!any).then(|| patterns.iter().map(|p| WildMatch::new(p)).collect());
+        let format = row.text("format").and_then(|word| Format::named(&word));
+        let format = format.unwrap_or_default();
+        found.insert(
+            name,
+            Rc::new(KnownBackend {
+                number,
+                unnamed: row
+                    .text("stream_name")
+                    .map(|name| Unnamed::of(StreamName::parse(&name))),
+                own_stream: row.text("own_stream"),
+                own_fields: format.own_fields(row.bool("include_lsn").unwrap_or_default()),
+                allowed_streams,
+            }),
+        );
+    });
     found
 }

@@ -4,7 +4,8 @@
 //!   name our SQL runs; [`publisher_limits`] to where a role may publish
 //! - [`sql`] how SQL runs; [`found_row`] what it finds; [`backends`] with their [`options`], [`cursors`], [`refused`],
 //!   [`replays`], [`restores`], [`retention`], [`scheduled`] a file a table or two
-//! - [`row`], [`events`] rows taken apart, and scans, without SQL; [`care`] a row that cannot be read fails alone
+//! - [`row`], [`events`], [`whole_table`] rows taken apart, and scans, without SQL; [`care`] a row that cannot be read
+//!   fails alone
 //! - [`insertion`] a row of ours is an INSERT to everybody else; [`trusted`] which of them the trigger need not check
 //! - [`numbers`], [`sequence`] numbers that ascend; [`ticks`] snapshots
 //! - [`stream_names`] streams of events that name none; [`consumers`] what Redis says of consumer groups
@@ -41,3 +42,4 @@ pub(crate) mod sql;
 pub(crate) mod stream_names;
 pub(crate) mod ticks;
 pub(crate) mod trusted;
+pub(crate) mod whole_table;

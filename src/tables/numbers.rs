@@ -11,8 +11,9 @@ use crate::server::process::log;
 use crate::server::shmem;
 use crate::tables::catalog::{self, Relations};
 use crate::tables::events::EventsTable;
-use crate::tables::row::{Columns, Row, attribute};
+use crate::tables::row::{Row, attribute};
 use crate::tables::sequence;
+use crate::tables::whole_table::each_row;
 use pgrx::pg_sys;
 use relay::reading::range::Position;
 use relay::reading::snapshot::Tick;
@@ -264,29 +265,12 @@ fn highest_of_positions() -> i64 {
     }
 }
 
-/// The highest value in some columns of a table, which hold numbers. Read without SQL: publishers may have no rights on
-/// it.
+/// The highest value in some columns of a table, which hold numbers.
 fn highest_of_columns(table: pg_sys::Oid, names: &[&str]) -> i64 {
     let mut highest = 0;
-    // SAFETY: a heap scan under a registered snapshot; what is opened is closed, or given back by the transaction's
-    // abort.
-    unsafe {
-        let table = pg_sys::table_open(table, LOCK);
-        let columns = Columns::of(table, names);
-        let snapshot = pg_sys::RegisterSnapshot(pg_sys::GetLatestSnapshot());
-        let scan = pg_sys::systable_beginscan(table, pg_sys::InvalidOid, false, snapshot, 0, std::ptr::null_mut());
-        loop {
-            let tuple = pg_sys::systable_getnext(scan);
-            if tuple.is_null() {
-                break;
-            }
-            let row = columns.take_apart(tuple);
-            highest = row.values().map(|value| value.value() as i64).fold(highest, i64::max);
-        }
-        pg_sys::systable_endscan(scan);
-        pg_sys::UnregisterSnapshot(snapshot);
-        pg_sys::table_close(table, LOCK);
-    }
+    each_row(table, names, |row| {
+        highest = row.values().map(|value| value.value() as i64).fold(highest, i64::max);
+    });
     highest
 }
 

@@ -9,7 +9,8 @@
 
 use crate::tables::catalog::{self, Relations};
 use crate::tables::missing;
-use crate::tables::row::{Columns, attribute, texts_of_array};
+use crate::tables::row::{attribute, texts_of_array};
+use crate::tables::whole_table::each_row;
 use once_cell::unsync::OnceCell;
 use pgrx::{pg_guard, pg_sys};
 use std::cell::{Cell, RefCell};
@@ -183,36 +184,21 @@ fn expect_read(table: pg_sys::Oid) {
     });
 }
 
-/// The table's rows as of now, not as of the transaction's snapshot.
 fn read(table: pg_sys::Oid) -> Vec<Rc<Limit>> {
     let mut found = Vec::new();
-    // SAFETY: as the scan of backends in `catalog`; the columns are of these types.
-    unsafe {
-        let relation = pg_sys::table_open(table, pg_sys::AccessShareLock as _);
-        let columns = Columns::of(relation, &["role", "backends", "streams"]);
-        let snapshot = pg_sys::RegisterSnapshot(pg_sys::GetLatestSnapshot());
-        let scan = pg_sys::systable_beginscan(relation, pg_sys::InvalidOid, false, snapshot, 0, std::ptr::null_mut());
-        loop {
-            let tuple = pg_sys::systable_getnext(scan);
-            if tuple.is_null() {
-                break;
-            }
-            let row = columns.take_apart(tuple);
-            let patterns = |column| {
-                let texts = row.datum(column).map(|array| texts_of_array(array));
-                texts.map(|texts| Patterns(texts.iter().map(|text| WildMatch::new(text)).collect()))
-            };
-            let role = row.datum("role").map_or(0, |role| role.value() as u32);
-            found.push(Rc::new(Limit {
-                role: pg_sys::Oid::from(role),
-                backends: patterns("backends"),
-                streams: patterns("streams"),
-            }));
-        }
-        pg_sys::systable_endscan(scan);
-        pg_sys::UnregisterSnapshot(snapshot);
-        pg_sys::table_close(relation, pg_sys::AccessShareLock as _);
-    }
+    each_row(table, &["role", "backends", "streams"], |row| {
+        let patterns = |column| {
+            // SAFETY: the column is a text[].
+            let texts = row.datum(column).map(|array| unsafe { texts_of_array(array) });
+            texts.map(|texts| Patterns(texts.iter().map(|text| WildMatch::new(text)).collect()))
+        };
+        let role = row.datum("role").map_or(0, |role| role.value() as u32);
+        found.push(Rc::new(Limit {
+            role: pg_sys::Oid::from(role),
+            backends: patterns("backends"),
+            streams: patterns("streams"),
+        }));
+    });
     found
 }
 

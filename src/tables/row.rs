@@ -165,21 +165,43 @@ impl Row {
 
     /// Calls `f` with the row as an event.
     pub(crate) fn with_event<R>(&self, f: impl FnOnce(&Event<'_>) -> R) -> R {
-        let (event_type, source) = (self.text(attribute::EVENT_TYPE), self.text(attribute::SOURCE));
-        let (subject, data) = (self.text(attribute::SUBJECT), self.text(attribute::DATA));
-        let (stream, data_schema) = (self.text(attribute::STREAM), self.text(attribute::DATA_SCHEMA));
-        let publisher_config = self.text(attribute::PUBLISHER_CONFIG);
-        f(&Event {
-            event_id: self.uuid(attribute::EVENT_ID).unwrap_or_default(),
-            created_at_us: self.created_at_us(),
-            event_type: event_type.as_deref().unwrap_or_default(),
-            source: source.as_deref().unwrap_or_default(),
-            subject: subject.as_deref(),
-            data: data.as_deref(),
-            data_schema: data_schema.as_deref(),
-            publisher_config: publisher_config.as_deref(),
-            stream: stream.as_deref(),
-        })
+        let texts = EventTexts {
+            event_type: self.text(attribute::EVENT_TYPE),
+            source: self.text(attribute::SOURCE),
+            subject: self.text(attribute::SUBJECT),
+            data: self.text(attribute::DATA),
+            stream: self.text(attribute::STREAM),
+            data_schema: self.text(attribute::DATA_SCHEMA),
+            publisher_config: self.text(attribute::PUBLISHER_CONFIG),
+        };
+        f(&texts.event(self.uuid(attribute::EVENT_ID).unwrap_or_default(), self.created_at_us()))
+    }
+}
+
+/// The columns of an event that are texts.
+pub(crate) struct EventTexts<'a> {
+    pub event_type: Option<Cow<'a, str>>,
+    pub source: Option<Cow<'a, str>>,
+    pub subject: Option<Cow<'a, str>>,
+    pub data: Option<Cow<'a, str>>,
+    pub stream: Option<Cow<'a, str>>,
+    pub data_schema: Option<Cow<'a, str>>,
+    pub publisher_config: Option<Cow<'a, str>>,
+}
+
+impl EventTexts<'_> {
+    pub(crate) fn event(&self, event_id: [u8; 16], created_at_us: i64) -> Event<'_> {
+        Event {
+            event_id,
+            created_at_us,
+            event_type: self.event_type.as_deref().unwrap_or_default(),
+            source: self.source.as_deref().unwrap_or_default(),
+            subject: self.subject.as_deref(),
+            data: self.data.as_deref(),
+            data_schema: self.data_schema.as_deref(),
+            publisher_config: self.publisher_config.as_deref(),
+            stream: self.stream.as_deref(),
+        }
     }
 }
 
@@ -190,77 +212,6 @@ pub(crate) fn hash_slot_of_text(name: &[u8]) -> u16 {
         // SAFETY: text of a row, in the database's encoding.
         Ok(()) => hash_slot_of(unsafe { utf8(name) }.as_bytes()),
         Err(_) => hash_slot_of(name),
-    }
-}
-
-/// Some columns of a table that is read whole, by their names.
-pub(crate) struct Columns<'n> {
-    descriptor: pg_sys::TupleDesc,
-    attributes: Vec<(&'n str, usize)>,
-}
-
-/// The values of some named columns.
-pub(crate) struct NamedRow<'a> {
-    columns: &'a Columns<'a>,
-    row: Row,
-}
-
-impl<'n> Columns<'n> {
-    /// # Safety
-    /// `relation` is open, and stays so.
-    pub(crate) unsafe fn of(relation: pg_sys::Relation, names: &[&'n str]) -> Self {
-        // SAFETY: an open relation has a descriptor; attribute names are zero-terminated.
-        unsafe {
-            let descriptor = (*relation).rd_att;
-            let attribute = |name: &'n str| {
-                let text = std::ffi::CString::new(name).unwrap_or_default();
-                (name, pg_sys::get_attnum((*relation).rd_id, text.as_ptr()) as usize)
-            };
-            let attributes = names.iter().copied().map(attribute).collect();
-            Self { descriptor, attributes }
-        }
-    }
-
-    /// # Safety
-    /// As [`Row::of`].
-    pub(crate) unsafe fn take_apart(&self, tuple: pg_sys::HeapTuple) -> NamedRow<'_> {
-        // SAFETY: the caller's promise.
-        let row = unsafe { Row::of(tuple, self.descriptor) };
-        NamedRow { columns: self, row }
-    }
-}
-
-impl NamedRow<'_> {
-    pub(crate) fn datum(&self, column: &str) -> Option<pg_sys::Datum> {
-        self.row.get(self.attribute(column))
-    }
-
-    pub(crate) fn text(&self, column: &str) -> Option<String> {
-        self.row.text(self.attribute(column)).map(Cow::into_owned)
-    }
-
-    pub(crate) fn bool(&self, column: &str) -> Option<bool> {
-        self.datum(column).map(|datum| datum.value() as u8 != 0)
-    }
-
-    pub(crate) fn i32(&self, column: &str) -> Option<i32> {
-        self.row.i32(self.attribute(column))
-    }
-
-    /// The values of all these columns that are not null.
-    pub(crate) fn values(&self) -> impl Iterator<Item = pg_sys::Datum> {
-        self.columns
-            .attributes
-            .iter()
-            .filter_map(|(_, number)| self.row.get(*number))
-    }
-
-    fn attribute(&self, column: &str) -> usize {
-        let found = self.columns.attributes.iter().find(|(name, _)| *name == column);
-        match found {
-            Some((_, number)) => *number,
-            None => crate::server::error::internal(format!("column \"{column}\" is not among those that are read")),
-        }
     }
 }
 

@@ -9,7 +9,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use kit::{Postgres, Redis, env, ids, wait_eq, wait_until};
+use kit::{Postgres, Redis, env, ids, wait_eq, wait_until, xreadgroup};
 use tempfile::TempDir;
 
 /// What runs; all else is there to be looked at.
@@ -500,17 +500,7 @@ fn consume(document: &str, group: &str, language: &str) {
     let takes_over = document != "README.md";
     reader.redis.call(&["XGROUP", "CREATE", "events", group, "0"]);
     if takes_over {
-        reader.redis.call(&[
-            "XREADGROUP",
-            "GROUP",
-            group,
-            "dead",
-            "COUNT",
-            "2",
-            "STREAMS",
-            "events",
-            ">",
-        ]);
+        reader.redis.call(&xreadgroup(group, "dead", &["COUNT", "2"], "events"));
     }
     let block = blocks
         .iter()

@@ -207,6 +207,27 @@ fn parts(said: &DbError) -> String {
     )
 }
 
+/// What `raise` says, whole.
+#[track_caller]
+fn expect_of_our_own(said: &DbError, sql: &str) {
+    assert_eq!(
+        (said.code().code(), said.message(), said.detail(), said.hint()),
+        ("UX001", "of our own", Some("a detail"), Some("a hint")),
+        "{sql}"
+    );
+    assert_eq!(
+        (
+            said.column(),
+            said.constraint(),
+            said.datatype(),
+            said.table(),
+            said.schema()
+        ),
+        (Some("c"), Some("k"), Some("t"), Some("tt"), Some("s")),
+        "{sql}"
+    );
+}
+
 fn refused(stack: &Stack, sql: &str) -> DbError {
     let error = stack.pg.client().batch_execute(sql).expect_err("it should be refused");
     error.as_db_error().expect("the server refused it").clone()
@@ -234,22 +255,7 @@ fn an_error_of_a_users_code_below_our_functions_arrives_whole() {
         "do $$ begin perform outbox.publish_event('bad', 'kit'); end $$",
     ] {
         let said = refused(&stack, sql);
-        assert_eq!(
-            (said.code().code(), said.message(), said.detail(), said.hint()),
-            ("UX001", "of our own", Some("a detail"), Some("a hint")),
-            "{sql}"
-        );
-        assert_eq!(
-            (
-                said.column(),
-                said.constraint(),
-                said.datatype(),
-                said.table(),
-                said.schema()
-            ),
-            (Some("c"), Some("k"), Some("t"), Some("tt"), Some("s")),
-            "{sql}"
-        );
+        expect_of_our_own(&said, sql);
         let context = said.where_().unwrap_or_default();
         assert!(
             context.contains("PL/pgSQL function public.raising(text) line 3 at RAISE")
@@ -310,20 +316,7 @@ fn an_error_below_our_own_statements_arrives_whole() {
         &stack,
         "do $$ begin insert into outbox.events (xid, event_type, source) values ('3', 'restored', 'kit'); end $$",
     );
-    assert_eq!(
-        (said.code().code(), said.message(), said.detail(), said.hint()),
-        ("UX001", "of our own", Some("a detail"), Some("a hint")),
-    );
-    assert_eq!(
-        (
-            said.column(),
-            said.constraint(),
-            said.datatype(),
-            said.table(),
-            said.schema()
-        ),
-        (Some("c"), Some("k"), Some("t"), Some("tt"), Some("s")),
-    );
+    expect_of_our_own(&said, "a restored row");
     let context = said.where_().unwrap_or_default();
     for part in [
         "raising() line 2 at RAISE",

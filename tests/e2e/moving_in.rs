@@ -274,6 +274,14 @@ fn a_row_that_the_old_worker_has_locked_is_left_to_it() {
     assert_eq!(import(&mut client, ", false")[1], "2 published");
     assert_eq!(ids(&stack.wait_events(1)), [id(3)]);
 }
+/// The functions that move events in.
+const FUNCTIONS: [&str; 5] = [
+    "import_django_broadcaster",
+    "bridge_django_broadcaster",
+    "import_debezium",
+    "bridge_debezium",
+    "end_bridge",
+];
 
 #[test]
 fn who_may_import_and_from_where() {
@@ -286,13 +294,7 @@ fn who_may_import_and_from_where() {
         (said.code, said.message)
     };
     let error = |code: &str, message: &str| (code.to_owned(), message.to_owned());
-    for function in [
-        "import_django_broadcaster",
-        "bridge_django_broadcaster",
-        "import_debezium",
-        "bridge_debezium",
-        "end_bridge",
-    ] {
+    for function in FUNCTIONS {
         let (code, message) = refused(&mut app, &format!("{function}('outbox_events')"));
         assert_eq!(
             (code.as_str(), message.as_str()),
@@ -311,13 +313,7 @@ fn who_may_import_and_from_where() {
     stack
         .pg
         .exec("grant usage on schema outbox to app; grant execute on all functions in schema outbox to app");
-    for function in [
-        "import_django_broadcaster",
-        "bridge_django_broadcaster",
-        "import_debezium",
-        "bridge_debezium",
-        "end_bridge",
-    ] {
+    for function in FUNCTIONS {
         assert_eq!(
             refused(&mut app, &format!("{function}('outbox_events')")),
             error("42501", "only a superuser may move events in"),

@@ -2,7 +2,7 @@
 
 use kit::{
     Cluster, Dice, Group, LIMIT, Ledger, Load, Postgres, QUICK, Redis, Refused, Stack, holds_for, ids, publish_many,
-    standing, wait_drained, wait_eq, wait_trouble, wait_until,
+    standing, wait_drained, wait_eq, wait_trouble, wait_until, xreadgroup,
 };
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -222,21 +222,7 @@ fn each_stream_of_a_backend_and_of_a_cluster_is_trimmed() {
         publish_many(&mut stack.pg.client(), "default", stream, "event", 50);
         cluster.wait_entries(stream, 50);
         cluster.call(stream, &["XGROUP", "CREATE", stream, "g", "0"]);
-        cluster.call(
-            stream,
-            &[
-                "XREADGROUP",
-                "GROUP",
-                "g",
-                "c",
-                "NOACK",
-                "COUNT",
-                "30",
-                "STREAMS",
-                stream,
-                ">",
-            ],
-        );
+        cluster.call(stream, &xreadgroup("g", "c", &["NOACK", "COUNT", "30"], stream));
     }
     for stream in &streams {
         wait_eq("the length", 21, || cluster.entries(stream).len());
@@ -244,21 +230,7 @@ fn each_stream_of_a_backend_and_of_a_cluster_is_trimmed() {
     // Nothing is sent to them any more, and the worker has forgotten all.
     stack.pg.kill_worker();
     for stream in &streams {
-        cluster.call(
-            stream,
-            &[
-                "XREADGROUP",
-                "GROUP",
-                "g",
-                "c",
-                "NOACK",
-                "COUNT",
-                "10",
-                "STREAMS",
-                stream,
-                ">",
-            ],
-        );
+        cluster.call(stream, &xreadgroup("g", "c", &["NOACK", "COUNT", "10"], stream));
         wait_eq("the length", 11, || cluster.entries(stream).len());
     }
 }

@@ -32,6 +32,17 @@ impl Pair {
         }
     }
 
+    /// Ten events are delivered, and ten more wait for the replica, which stands still.
+    fn stuck(delivery: &str) -> Self {
+        let mut pair = Self::start(delivery);
+        pair.publish(10);
+        pair.wait_delivered();
+        pair.replica.sigstop();
+        pair.publish(10);
+        pair.wait_stuck(10);
+        pair
+    }
+
     fn publish(&mut self, count: i32) {
         let published = publish_many(&mut self.stack.pg.client(), "default", "", "event", count);
         self.published.extend(published);
@@ -97,12 +108,7 @@ fn batches_are_delivered_when_a_replica_has_them() {
 #[test]
 fn a_replica_that_stands_still_holds_up_the_next_batch_and_repeats_nothing() {
     for delivery in ["exactly_once", "at_least_once"] {
-        let mut pair = Pair::start(delivery);
-        pair.publish(10);
-        pair.wait_delivered();
-        pair.replica.sigstop();
-        pair.publish(10);
-        pair.wait_stuck(10);
+        let mut pair = Pair::stuck(delivery);
         // It goes on asking, and sends nothing meanwhile.
         let waits = pair.waits();
         wait_until("further WAITs", || pair.waits() >= waits + 3);
@@ -119,12 +125,7 @@ fn a_replica_that_stands_still_holds_up_the_next_batch_and_repeats_nothing() {
 /// The batch stands in the stream and in the guard: a new worker finds it there, and waits for the replica too.
 #[test]
 fn a_worker_that_is_killed_while_it_waits_still_waits_for_the_replica() {
-    let mut pair = Pair::start("exactly_once");
-    pair.publish(10);
-    pair.wait_delivered();
-    pair.replica.sigstop();
-    pair.publish(10);
-    pair.wait_stuck(10);
+    let mut pair = Pair::stuck("exactly_once");
     for end in [Postgres::kill_worker, |pg: &Postgres| {
         pg.exec("select pg_terminate_backend(pid) from pg_stat_activity where backend_type = 'outbox_relay worker'");
     }] {
@@ -175,12 +176,7 @@ fn waiting_for_none_ends_the_waiting() {
 #[test]
 fn a_connection_that_is_replaced_does_not_wait_on() {
     for delivery in ["exactly_once", "at_least_once"] {
-        let mut pair = Pair::start(delivery);
-        pair.publish(10);
-        pair.wait_delivered();
-        pair.replica.sigstop();
-        pair.publish(10);
-        pair.wait_stuck(10);
+        let pair = Pair::stuck(delivery);
         for timeout_ms in [700, 800, 900] {
             let before = connections(&pair.stack.redis);
             let timeout = format!("update outbox.backends set socket_timeout = '{timeout_ms} ms'");

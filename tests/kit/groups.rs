@@ -19,6 +19,12 @@ pub struct Group {
     pub acknowledged: Vec<Uuid>,
 }
 
+/// The words of a consumer's read of new entries, such as `COUNT 2` of them.
+pub fn xreadgroup<'w>(group: &'w str, consumer: &'w str, options: &[&'w str], stream: &'w str) -> Vec<&'w str> {
+    let before = ["XREADGROUP", "GROUP", group, consumer];
+    [&before, options, &["STREAMS", stream, ">"]].concat()
+}
+
 type Raw = Vec<(String, Vec<String>)>;
 
 impl Group {

@@ -53,7 +53,7 @@ pub mod wait;
 pub use bystander::Bystander;
 pub use cluster::Cluster;
 pub use dice::Dice;
-pub use groups::Group;
+pub use groups::{Group, xreadgroup};
 pub use guard::{Guard, UNTRIMMED};
 pub use hostile::{BlackHole, Eavesdropper, Garbage};
 pub use ledger::{Ledger, Load, Verdict};

@@ -371,8 +371,7 @@ impl Postgres {
     /// The postmaster's.
     #[track_caller]
     pub fn pid(&self) -> i32 {
-        let child = self.child.as_ref().expect("this server is stopped");
-        i32::try_from(child.id()).expect("a pid fits")
+        process::pid_of(self.child.as_ref())
     }
 
     /// The pid of the relay's worker in `db`, or `None` while there is none.

@@ -61,6 +61,13 @@ pub fn signal(pid: i32, signal: Signal) {
     }
 }
 
+/// The pid of a server of ours.
+#[track_caller]
+pub(crate) fn pid_of(child: Option<&Child>) -> i32 {
+    let child = child.expect("this server is stopped");
+    i32::try_from(child.id()).expect("a pid fits")
+}
+
 /// Waits for a child of ours to exit; `None` when it still runs after `limit`.
 pub fn wait_exit(child: &mut Child, limit: Duration) -> Option<ExitStatus> {
     let deadline = Instant::now() + limit;

@@ -237,8 +237,7 @@ impl Redis {
 
     #[track_caller]
     pub fn pid(&self) -> i32 {
-        let child = self.child.as_ref().expect("this server is stopped");
-        i32::try_from(child.id()).expect("a pid fits")
+        process::pid_of(self.child.as_ref())
     }
 
     #[track_caller]

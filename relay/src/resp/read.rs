@@ -89,6 +89,16 @@ impl<'a> Reply<'a> {
         Pieces(self.0)
     }
 
+    /// Hands its pieces to `take`, one by one, until that says that it has the whole reply. Whether it has.
+    pub fn feed(self, mut take: impl FnMut(Piece<'a>) -> Result<bool, Failure>) -> Result<bool, Failure> {
+        for piece in self.pieces() {
+            if take(piece)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     /// Taken apart.
     pub fn value(self) -> Result<Value, Failure> {
         redis::parse_redis_value(self.0).map_err(|_| failure::not_redis())

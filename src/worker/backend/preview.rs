@@ -3,12 +3,12 @@
 use crate::server::encoding::words_to_server;
 use crate::server::error::{expect_arguments, raise};
 use crate::server::report;
+use crate::tables::row::EventTexts;
 use crate::tables::sql::{query, text_array};
 use crate::tables::{backends, rights, ticks};
 use crate::worker::backend::entries::Entries;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{PgSqlErrorCode, pg_sys};
-use relay::event::Event;
 use relay::resp::write::words;
 use std::borrow::Cow;
 
@@ -51,28 +51,24 @@ fn shown(word: &[u8]) -> Cow<'_, str> {
 /// The command that appends this event as it and its backend are now; `None`: there is none.
 fn command(id: [u8; 16]) -> Option<Vec<u8>> {
     let found = query(EVENT, &[pgrx::Uuid::from_bytes(id).into()], |row| {
-        let text = |column| row.text(column);
+        let text = |column| row.text(column).map(Cow::Owned);
         let number: i32 = row.value("backend_number").unwrap_or_default();
-        let name = text("backend").unwrap_or_default();
+        let name = row.text("backend").unwrap_or_default();
         let Some(options) = backends::options(number, &name) else {
             refuse_backend(&name);
         };
         let mut entries = Entries::of(Some(&options), 0);
         entries.tell_lsn(ticks::here);
-        let (event_type, source) = (text("event_type"), text("source"));
-        let (subject, data, stream) = (text("subject"), text("data"), text("stream"));
-        let (data_schema, publisher_config) = (text("data_schema"), text("publisher_config"));
-        let event = Event {
-            event_id: id,
-            created_at_us: row.value("created_at_us").unwrap_or_default(),
-            event_type: event_type.as_deref().unwrap_or_default(),
-            source: source.as_deref().unwrap_or_default(),
-            subject: subject.as_deref(),
-            data: data.as_deref(),
-            data_schema: data_schema.as_deref(),
-            publisher_config: publisher_config.as_deref(),
-            stream: stream.as_deref(),
+        let texts = EventTexts {
+            event_type: text("event_type"),
+            source: text("source"),
+            subject: text("subject"),
+            data: text("data"),
+            stream: text("stream"),
+            data_schema: text("data_schema"),
+            publisher_config: text("publisher_config"),
         };
+        let event = texts.event(id, row.value("created_at_us").unwrap_or_default());
         let (stream, mut command) = (entries.stream_of(&event), Vec::new());
         match entries.encode(&mut command, &stream, true, &event) {
             Ok(()) => command,

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use kit::{Entry, process, types, wait_eq, wait_until};
+use kit::{Entry, process, types, wait_eq, wait_until, xreadgroup};
 
 use super::{Project, Shop};
 use crate::documents::Running;
@@ -27,18 +27,7 @@ fn consumes(name: &str, group: &str) {
     shop.publish("order.placed", 5);
     let first = shop.redis.wait_entries("events", 5);
     shop.redis.call(&["XGROUP", "CREATE", "events", group, "0"]);
-    let dead = [
-        "XREADGROUP",
-        "GROUP",
-        group,
-        "dead",
-        "COUNT",
-        "2",
-        "STREAMS",
-        "events",
-        ">",
-    ];
-    shop.redis.call(&dead);
+    shop.redis.call(&xreadgroup(group, "dead", &["COUNT", "2"], "events"));
     // Handling an event of this type fails until the constraint is gone.
     shop.pg.exec_db(
         "app",

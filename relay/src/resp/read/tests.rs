@@ -26,14 +26,7 @@ fn replies_are_found_however_they_arrive() {
     for pieces in 1..=all.len() {
         let (mut inbox, mut found) = (Inbox::default(), Vec::new());
         for piece in all.chunks(pieces) {
-            let mut piece = piece;
-            while !piece.is_empty() {
-                let room = inbox.room().unwrap();
-                let length = piece.len().min(room.len());
-                room[..length].copy_from_slice(&piece[..length]);
-                inbox.received(length);
-                piece = &piece[length..];
-            }
+            inbox.receive(piece);
             taken(&mut inbox, &mut found);
         }
         assert_eq!(found, REPLIES, "in pieces of {pieces}");
@@ -70,14 +63,7 @@ fn what_is_not_the_protocol_is_said_to_be() {
         &b"+".repeat(MAX_LINE + 1),
     ] {
         let mut inbox = Inbox::default();
-        let mut piece = bytes;
-        while !piece.is_empty() {
-            let room = inbox.room().unwrap();
-            let length = piece.len().min(room.len());
-            room[..length].copy_from_slice(&piece[..length]);
-            inbox.received(length);
-            piece = &piece[length..];
-        }
+        inbox.receive(bytes);
         assert!(
             inbox.take(&Bounds::ANY).is_err(),
             "{:?}",

@@ -140,12 +140,7 @@ impl Survey {
 
     /// Takes in the next reply, or some pieces of it. Whether that is all of it. An error is that of the backend.
     pub fn reply(&mut self, reply: Reply<'_>) -> Result<bool, Failure> {
-        for piece in reply.pieces() {
-            if self.piece(piece)? {
-                return Ok(true);
-            }
-        }
-        Ok(false)
+        reply.feed(|piece| self.piece(piece))
     }
 
     fn piece(&mut self, piece: Piece<'_>) -> Result<bool, Failure> {
