@@ -67,6 +67,10 @@ pub(crate) enum Mutant {
     LaneBeginsAtNewest,
     /// Lets a finder go on before the lane is saved that it has found.
     LaneIsNotSaved,
+    /// Once one lane has compared after a promotion, takes the guards of the others for its own history's.
+    OneLaneComparesForAll,
+    /// Compares nothing for a lane that was just made.
+    NewLaneComparesNothing,
     /// Takes for delivered by all of a backend what its finder has come past.
     PurgesWithoutLanes,
 }
@@ -192,7 +196,10 @@ seen!(
     unfinished,
     replayed,
     promotions,
+    promoted_clusters,
     copies_held_off,
+    copied_lanes_held_off,
+    taken_over,
     fenced,
     other_histories,
     nils,
@@ -275,10 +282,6 @@ impl Env {
         if replays {
             // All would be there twice, as was asked for.
             faults.guard_losses = 0.0;
-        }
-        if is_cluster {
-            // Nothing of these is about lanes.
-            (faults.promotions, faults.clones) = (0.0, 0.0);
         }
         Self {
             redis: (0..masters).map(|_| Redis::default()).collect(),

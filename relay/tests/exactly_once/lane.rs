@@ -31,6 +31,8 @@ pub(crate) struct Lane {
     /// The hash slot that it is for; `None`: the backend itself, or its finder.
     pub(crate) slot: Option<u16>,
     pub(crate) role: Role,
+    /// It was made by this life of the worker.
+    pub(crate) is_new: bool,
     pub(crate) delivery: Delivery,
     pub(crate) connection: Option<Connection>,
     pub(crate) recovery: Recovery,
@@ -67,6 +69,7 @@ impl Lane {
         Self {
             slot,
             role,
+            is_new: false,
             delivery,
             connection: None,
             recovery: Recovery::default(),

@@ -202,6 +202,74 @@ fn a_cluster_that_restores_a_dump_loses_and_repeats_nothing() {
     });
 }
 
+/// The standby of a server with lanes is promoted, and has some of them; what was the primary goes on, is frozen or
+/// gone. Each lane finds a guard of another history.
+#[test]
+fn a_promoted_standby_of_a_cluster_loses_and_repeats_nothing() {
+    mutate(None);
+    let all = RefCell::new(Seen::default());
+    for_each_seed(600, |seed| {
+        let mut world = World::cluster(seed, Mutant::None);
+        world.env.faults = Faults {
+            cuts: 0.05,
+            crashes: 0.02,
+            aborts: 0.1,
+            promotions: 0.05,
+            clones: 0.02,
+            ..Faults::NONE
+        };
+        *all.borrow_mut() += world.run()?;
+        Ok(())
+    });
+    let seen = all.borrow();
+    let is_lively = seen.promoted_clusters > 0 && seen.other_histories > 0 && seen.copied_lanes_held_off > 0;
+    let enough = is_lively || std::env::var_os("SEED").is_some();
+    assert!(enough, "too tame: {seen:?}");
+}
+
+const PROMOTIONS: Faults = Faults {
+    promotions: 0.05,
+    ..Faults::NONE
+};
+
+#[test]
+fn the_oracle_catches_a_lane_that_compares_for_all_after_a_promotion() {
+    let said = said_of_cluster(Mutant::OneLaneComparesForAll, PROMOTIONS);
+    let says = ["is lost", "which is nowhere", "times in its stream"];
+    assert!(says.iter().any(|says| said.contains(says)), "{said}");
+}
+
+#[test]
+fn the_oracle_catches_a_lane_made_after_a_promotion_that_compares_nothing() {
+    let said = said_of_cluster(Mutant::NewLaneComparesNothing, PROMOTIONS);
+    assert!(said.contains("times in its stream"), "{said}");
+}
+
+#[test]
+fn the_oracle_catches_a_take_over_of_lanes_that_believes_any_guard() {
+    let said = said_of_cluster(Mutant::TakesOverBlindly, PROMOTIONS);
+    let says = ["is lost", "which is nowhere", "times in its stream"];
+    assert!(says.iter().any(|says| said.contains(says)), "{said}");
+}
+
+#[test]
+fn the_oracle_catches_a_copy_whose_lanes_take_over() {
+    let faults = Faults {
+        clones: 0.05,
+        crashes: 0.05,
+        ..Faults::NONE
+    };
+    let said = said_of_cluster(Mutant::CopiesTakeOver, faults);
+    let says = [
+        "is in no history",
+        "is lost",
+        "never committed",
+        "times in its stream",
+        "which is nowhere",
+    ];
+    assert!(says.iter().any(|says| said.contains(says)), "{said}");
+}
+
 /// Mutations of the conversation and of recovery themselves; see `relay::fault`.
 #[cfg(feature = "faults")]
 mod mutated {

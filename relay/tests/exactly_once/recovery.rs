@@ -42,6 +42,12 @@ impl Site {
         self.lanes[at].recovery = recovery;
     }
 
+    fn has_lane_that_is_up(&self) -> bool {
+        self.lanes
+            .iter()
+            .any(|lane| lane.slot.is_some() && lane.delivery.is_up())
+    }
+
     fn know(&self, incarnation: &str) -> Incarnation {
         let known = &self.tables.incarnations;
         match known.iter().position(|(name, _)| name == incarnation) {
@@ -123,9 +129,14 @@ impl Books for SiteBooks<'_> {
         let (site, env) = (&*self.site, &*self.env);
         let lane = &site.lanes[self.at];
         let copies_take_over = env.mutant == Mutant::CopiesTakeOver;
+        let is_trusted = match env.mutant {
+            Mutant::TakesOverBlindly => lane.take_over,
+            Mutant::OneLaneComparesForAll => site.has_lane_that_is_up(),
+            _ => false,
+        };
         let incarnation = match guard {
             None => Incarnation::Unknown,
-            Some(_) if env.mutant == Mutant::TakesOverBlindly && lane.take_over => Incarnation::Earlier {
+            Some(_) if is_trusted => Incarnation::Earlier {
                 ended: u64::MAX,
                 next_xid: u64::MAX,
             },
@@ -298,6 +309,7 @@ impl Books for SiteBooks<'_> {
 
     fn has_taken_over(&mut self) -> Result<(), Infallible> {
         self.note_what_is_not_compared();
+        self.env.seen.taken_over += u32::from(self.lane().take_over);
         self.lane_mut().take_over = false;
         Ok(())
     }
@@ -374,7 +386,10 @@ impl Rows for SiteRows<'_> {
     fn wanted(&self, scan: &view::Rows, purpose: Purpose) -> Option<Wanted> {
         let is_blind = match purpose {
             Purpose::Settle => self.mutant == Mutant::AdoptsUnsettled,
-            Purpose::Compare => self.mutant == Mutant::ComparesNothing,
+            Purpose::Compare => match self.mutant {
+                Mutant::NewLaneComparesNothing => self.lane.is_new,
+                mutant => mutant == Mutant::ComparesNothing,
+            },
         };
         let row = self.database.row(scan.seq());
         (!is_blind && self.lane.serves(row.stream)).then(|| Wanted {

@@ -217,6 +217,11 @@ impl Site {
 
     // --- its lanes
 
+    /// Somebody calls `outbox.take_over()`. The finder's request stays until all lanes have done it.
+    pub(crate) fn ask_to_take_over(&mut self) {
+        self.lanes.iter_mut().for_each(|lane| lane.take_over = true);
+    }
+
     /// Who sends the events of a stream, if there is somebody.
     pub(crate) fn lane_of(&self, stream: u8) -> Option<&Lane> {
         self.lanes
@@ -236,6 +241,7 @@ impl Site {
         let Some(latest) = self.latest.clone().filter(|_| env.is_cluster) else {
             return false;
         };
+        self.lanes[0].take_over &= self.lanes[1..].iter().any(|lane| lane.take_over);
         let finder = self.lanes[0].delivery.acked();
         let has_found_all = Arc::ptr_eq(&finder.from, &latest) && finder.under_way.is_none();
         let is_any_due = (1..self.lanes.len()).any(|at| self.restores_seen(at) > 0);
@@ -265,6 +271,8 @@ impl Site {
         let saved = Saved::at(at);
         let mut lane = Lane::new(env, &self.tables, Some(slot), &saved);
         lane.delivery.begins_where(&self.lanes[0].delivery);
+        lane.take_over = self.lanes[0].take_over;
+        lane.is_new = true;
         self.lanes.push(lane);
         if env.mutant != Mutant::LaneIsNotSaved {
             self.tables.saved.insert(Some(slot), saved);

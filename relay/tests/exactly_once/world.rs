@@ -148,17 +148,23 @@ impl World {
         clone.database.steps(&mut env.rng, 6);
         clone.take_tick(env);
         for _ in 0..env.rng.usize(..60) {
-            clone.go_on(env, 0);
+            let at = env.rng.usize(..clone.lanes.len());
+            clone.go_on(env, at);
         }
+        let at = env.rng.usize(..clone.lanes.len());
         if env.likely(0.3) {
-            env.now = clone.lanes[0].delivery.due_at().map_or(env.now, |due| env.now.max(due));
+            env.now = clone.lanes[at]
+                .delivery
+                .due_at()
+                .map_or(env.now, |due| env.now.max(due));
         }
-        let held_off = clone.lanes[0].delivery.state();
-        env.seen.copies_held_off += u32::from(matches!(held_off, State::Fenced | State::Copy));
+        let held_off = matches!(clone.lanes[at].delivery.state(), State::Fenced | State::Copy);
+        env.seen.copies_held_off += u32::from(held_off);
+        env.seen.copied_lanes_held_off += u32::from(held_off && env.is_cluster);
     }
 
     fn disturb(&mut self) {
-        if self.clone.is_none() && !self.env.is_cluster && self.env.likely(self.env.faults.clones) {
+        if self.clone.is_none() && self.env.likely(self.env.faults.clones) {
             tell!(self.env, "a copy is started");
             let image = self.site.image();
             let mut clone = Site::of(&mut self.env, "elsewhere", image);
@@ -170,7 +176,7 @@ impl World {
         }
         self.dump_and_restore();
         if self.former.is_some() && self.env.likely(0.02) {
-            self.site.lanes[0].take_over = true;
+            self.site.ask_to_take_over();
         }
         if self.life == Life::Frozen && self.env.likely(0.05) {
             self.life = Life::GoesOn;
@@ -214,7 +220,7 @@ impl World {
 
     /// The standby becomes a server of its own. It cannot know what Redis has lost shortly before.
     fn promote(&mut self) {
-        if self.env.is_cluster || !self.env.redis[0].data.has_guard() || !self.is_whole() {
+        if !self.has_guards() || !self.is_whole() {
             return;
         }
         let Self { env, site, .. } = self;
@@ -223,6 +229,7 @@ impl World {
         };
         tell!(env, "the standby is promoted at {} of {}", image.wal, site.wal);
         env.seen.promotions += 1;
+        env.seen.promoted_clusters += u32::from(env.is_cluster);
         let mut promoted = Site::of(env, "there", *image);
         promoted.promoted_to = 2;
         let mut former = std::mem::replace(site, promoted);
@@ -415,6 +422,13 @@ impl World {
             self.env.gone.insert(uid);
         }
         self.env.redis[master].flush();
+    }
+
+    /// Whoever has appended to a Redis has a guard there, and somebody has.
+    fn has_guards(&self) -> bool {
+        let mut all = self.env.redis.iter();
+        let is_any = all.clone().any(|redis| redis.data.has_guard());
+        is_any && all.all(|redis| redis.data.has_guard() || redis.appended.is_empty())
     }
 
     /// Each Redis has all that was ever appended to it.

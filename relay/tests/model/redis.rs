@@ -76,7 +76,9 @@ impl Data {
 
     /// Whether whoever claims the guard is to compare.
     pub(crate) fn compares(&self) -> bool {
-        self.guard.as_ref().is_some_and(|guard| guard["compares"] == "1")
+        // A token may be all that there is.
+        let compares = self.guard.as_ref().and_then(|guard| guard.get("compares"));
+        compares.is_some_and(|compares| compares == "1")
     }
 
     /// The guard's number.
