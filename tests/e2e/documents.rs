@@ -3,13 +3,16 @@
 //!
 //! A block with `<!-- not run: why -->` (or `<!-- not run here: ... -->`) on the line before it is left out.
 
+mod consumers;
+mod links;
+
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 
-use kit::{Postgres, Redis, env, ids, wait_eq, wait_until, xreadgroup};
+use kit::{Postgres, Redis, env};
 use tempfile::TempDir;
 
 /// What runs; all else is there to be looked at.
@@ -482,164 +485,4 @@ impl Drop for Running {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
-}
-
-/// Starts the consumer of a document, and checks that it notes each event once: what is new, and what a dead consumer
-/// of its group has left.
-fn consume(document: &str, group: &str, language: &str) {
-    let reader = Reader::new();
-    let blocks = runnable(document);
-    let table = blocks
-        .iter()
-        .find(|block| block.text.contains("create table handled"))
-        .expect("a table");
-    reader.sql(document, &table.text);
-    let publish = "select outbox.publish_event('order.placed', 'shop', '{\"order_id\": 1}') from generate_series(1, 5)";
-    reader.sql(document, publish);
-    let first = ids(&reader.redis.wait_entries("events", 5));
-    let takes_over = document != "README.md";
-    reader.redis.call(&["XGROUP", "CREATE", "events", group, "0"]);
-    if takes_over {
-        reader.redis.call(&xreadgroup(group, "dead", &["COUNT", "2"], "events"));
-    }
-    let block = blocks
-        .iter()
-        .find(|block| block.language == language && block.does_not_end())
-        .expect("a consumer");
-    let port = reader.redis.port();
-    let text = block
-        .text
-        .replace("redis.Redis(", &format!("redis.Redis(port={port}, "))
-        .replace(
-            "createClient()",
-            &format!("createClient({{ url: 'redis://127.0.0.1:{port}' }})"),
-        )
-        .replace("60_000", "100")
-        .replace("60000", "100");
-    let log = std::fs::File::create(reader.dir.path().join("log")).expect("a file");
-    let Some(mut command) = interpreter(&reader, language, &text) else {
-        return;
-    };
-    command
-        .stdout(log.try_clone().expect("it is open"))
-        .stderr(log)
-        .stdin(Stdio::null());
-    let mut running = Running(command.spawn().expect("the consumer starts"));
-    wait_until("the consumer to note what is there", || {
-        let ended = running.0.try_wait().expect("its state");
-        assert_eq!(
-            ended,
-            None,
-            "{}",
-            std::fs::read_to_string(reader.dir.path().join("log")).unwrap_or_default()
-        );
-        reader.pg.one_db::<i64>("app", "select count(*) from handled") == 5
-    });
-    reader.sql(document, publish);
-    wait_eq("what it has noted", 10, || {
-        reader.pg.one_db::<i64>("app", "select count(*) from handled")
-    });
-    let noted: i64 = reader.pg.one_db(
-        "app",
-        "select count(*) from handled h join outbox.events e on e.event_id = h.event_id",
-    );
-    assert_eq!((noted, first.len()), (10, 5));
-    wait_until("all to be acknowledged", || {
-        let pending = reader.redis.call(&["XPENDING", "events", group]);
-        format!("{pending:?}").contains("int(0)")
-    });
-}
-
-#[test]
-fn the_readmes_consumer_reads_each_event_once() {
-    consume("README.md", "billing", "python");
-}
-
-#[test]
-fn the_guides_consumer_in_python_reads_each_event_once() {
-    consume("docs/guide.md", "billing", "python");
-}
-
-#[test]
-fn the_guides_consumer_in_javascript_reads_each_event_once() {
-    consume("docs/guide.md", "shipping", "js");
-}
-
-// --- Links
-
-/// How GitHub names the place of a heading.
-fn anchor(heading: &str) -> String {
-    heading
-        .chars()
-        .filter(|c| c.is_alphanumeric() || " -_".contains(*c))
-        .map(|c| if c == ' ' { '-' } else { c.to_ascii_lowercase() })
-        .collect()
-}
-
-fn anchors(document: &str) -> BTreeSet<String> {
-    let (_, prose) = parse(document);
-    prose
-        .lines()
-        .filter(|line| line.starts_with('#'))
-        .map(|line| anchor(line.trim_start_matches('#').trim()))
-        .collect()
-}
-
-/// The targets of `[...](target)`.
-fn links(prose: &str) -> Vec<&str> {
-    prose
-        .split("](")
-        .skip(1)
-        .filter_map(|rest| rest.split_once(')').map(|(target, _)| target))
-        .collect()
-}
-
-/// What stands in backticks and looks like a path of the checkout.
-fn paths(prose: &str) -> Vec<&str> {
-    const FOLDERS: [&str; 10] = [
-        "benches/",
-        "contrib/",
-        "docs/",
-        "examples/",
-        "fuzz/",
-        "relay/",
-        "scripts/",
-        "sql/",
-        "src/",
-        "tests/",
-    ];
-    let is_plain = |c: char| c.is_ascii_alphanumeric() || "/._-".contains(c);
-    prose
-        .split('`')
-        .skip(1)
-        .step_by(2)
-        .filter(|text| FOLDERS.iter().any(|folder| text.starts_with(folder)))
-        .filter(|text| text.chars().all(is_plain))
-        // A name that stands for others.
-        .filter(|text| !text.contains("X.Y.Z") && !text.contains("OLD"))
-        .collect()
-}
-
-#[test]
-fn links_and_paths_lead_somewhere() {
-    let mut wrong = Vec::new();
-    for document in documents(&["", "docs/", "docs/design/", "examples/"]) {
-        let (_, prose) = parse(&document);
-        let folder = Path::new(&document).parent().expect("it is in a folder").to_path_buf();
-        for target in links(&prose).into_iter().filter(|target| !target.contains("://")) {
-            let (file, place) = target.split_once('#').unwrap_or((target, ""));
-            let path = match file {
-                "" => PathBuf::from(&document),
-                file => folder.join(file),
-            };
-            let leads = checkout().join(&path).exists()
-                && (place.is_empty() || anchors(path.to_str().expect("UTF-8")).contains(place));
-            if !leads {
-                wrong.push(format!("{document}: ({target})"));
-            }
-        }
-        let missing = paths(&prose).into_iter().filter(|path| !checkout().join(path).exists());
-        wrong.extend(missing.map(|path| format!("{document}: `{path}`")));
-    }
-    assert!(wrong.is_empty(), "{wrong:#?}");
 }
