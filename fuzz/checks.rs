@@ -1,11 +1,11 @@
 //! What must hold for any bytes: the fuzz targets' bodies. `relay/tests/fuzz_corpus.rs` runs them over the inputs that
 //! are kept in `fuzz/corpus`.
 
+#[path = "checks/entries.rs"]
+pub(crate) mod entries;
+
 use redis::Value;
-use relay::event::format::{Encoder, Format, Target};
-use relay::event::text::{hyphenated, rfc3339};
 use relay::event::wanted::{Purpose, Wanted};
-use relay::event::{ConfigError, Event, further_fields};
 use relay::failure::{self, Class};
 use relay::guard::Guard;
 use relay::redis::answers::{is_replica, primary_in, ranges_in, redirect_in};
@@ -18,8 +18,6 @@ use relay::samples::{self, claim};
 use relay::sender::conversation::Conversation;
 use relay::sender::orders::{Batch, Order, Report};
 use relay::sender::tails::Search;
-use std::borrow::Cow;
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
 /// Of each kind some.
@@ -160,20 +158,8 @@ pub(crate) fn conversation(input: &[u8]) {
     // One more than was answered may wait.
     for step in 0..200u32 {
         while conversation.wants_order() && step < 190 {
-            let order = match (given, setup >> 1 & 3) {
-                (0, _) => claim(),
-                (n, 1) if n % 3 == 2 => Order::Look(vec![wanted()]),
-                (n, 2) if n % 3 == 2 => Order::Beat {
-                    beat: n,
-                    released: false,
-                },
-                _ => Order::Batch(Batch {
-                    bytes: b"*1\r\n$5\r\nMULTI\r\n".to_vec(),
-                    commands: 2,
-                }),
-            };
+            conversation.order(order(given, setup));
             given += 1;
-            conversation.order(order);
             conversation.order(Order::Resume);
             if given > 300 {
                 return;
@@ -223,6 +209,22 @@ pub(crate) fn conversation(input: &[u8]) {
             assert_ne!(failure.class, Class::Event, "{failure}");
             return;
         }
+    }
+}
+
+/// The order that comes after so many others.
+fn order(given: u64, setup: u8) -> Order {
+    match (given, setup >> 1 & 3) {
+        (0, _) => claim(),
+        (n, 1) if n % 3 == 2 => Order::Look(vec![wanted()]),
+        (n, 2) if n % 3 == 2 => Order::Beat {
+            beat: n,
+            released: false,
+        },
+        _ => Order::Batch(Batch {
+            bytes: b"*1\r\n$5\r\nMULTI\r\n".to_vec(),
+            commands: 2,
+        }),
     }
 }
 
@@ -300,206 +302,6 @@ fn guard(input: &[u8]) {
         let text = guard.position.to_string();
         let again: relay::reading::range::Position = text.parse().expect("what was written can be read");
         assert_eq!(again.to_string(), text);
-    }
-}
-
-/// Cuts texts off the front of the input.
-struct Texts<'a>(&'a [u8]);
-
-impl<'a> Texts<'a> {
-    fn byte(&mut self) -> u8 {
-        let (first, rest) = self.0.split_first().unwrap_or((&0, &[]));
-        self.0 = rest;
-        *first
-    }
-
-    fn number(&mut self) -> i64 {
-        (0..8).fold(0, |number, _| number << 8 | i64::from(self.byte()))
-    }
-
-    fn text(&mut self) -> Cow<'a, str> {
-        let length = usize::from(self.byte()).min(self.0.len());
-        let (text, rest) = self.0.split_at(length);
-        self.0 = rest;
-        String::from_utf8_lossy(text)
-    }
-
-    fn maybe(&mut self) -> Option<Cow<'a, str>> {
-        (self.byte() & 1 != 0).then(|| self.text())
-    }
-
-    /// A text as it is when it is JSON, and what stands for it otherwise.
-    fn json(&mut self) -> Option<String> {
-        let text = self.maybe()?;
-        let is_json = serde_json::from_str::<serde_json::Value>(&text).is_ok();
-        Some(if is_json {
-            text.into_owned()
-        } else {
-            serde_json::json!({ text.as_ref(): [text] }).to_string()
-        })
-    }
-}
-
-/// An entry decodes to the arguments that it was made of, and its cloud_event is JSON with the same values.
-pub(crate) fn encode(input: &[u8]) {
-    let mut texts = Texts(input);
-    let mut event_id = [0; 16];
-    event_id.iter_mut().for_each(|byte| *byte = texts.byte());
-    let (created_at_us, max_len) = (texts.number(), texts.number());
-    let (stream, event_type, source) = (texts.text(), texts.text(), texts.text());
-    let (subject, schema, data, config) = (texts.maybe(), texts.maybe(), texts.json(), texts.maybe());
-    let event = Event {
-        event_id,
-        created_at_us,
-        event_type: &event_type,
-        source: &source,
-        subject: subject.as_deref(),
-        data: data.as_deref(),
-        data_schema: schema.as_deref(),
-        publisher_config: config.as_deref(),
-        stream: None,
-    };
-    let built_in = Format::Broadcaster.own_fields(false);
-    let further = config.as_deref().map(|config| further_fields(config, built_in));
-    let mut bytes = b"before".to_vec();
-    let mut encoder = Encoder::default();
-    let target = Target {
-        stream: &stream,
-        max_len,
-    };
-    let written = encoder.append_xadd(&mut bytes, target, &event);
-    let further = match further.transpose() {
-        Err(refused) => {
-            assert_eq!((written, bytes.as_slice()), (Err(refused), b"before".as_slice()));
-            return;
-        }
-        Ok(further) => further.unwrap_or_default(),
-    };
-    assert_eq!(written, Ok(()));
-    // Remembering the last second changes nothing.
-    let first = bytes.len();
-    encoder.append_xadd(&mut bytes, target, &event).expect("as before");
-    assert_eq!(bytes[b"before".len()..first], bytes[first..]);
-
-    let id = String::from_utf8(hyphenated(&event_id).to_vec()).expect("hexadecimal digits");
-    let time = String::from_utf8(rfc3339(created_at_us).to_vec()).expect("digits");
-    let words = decoded(&bytes[b"before".len()..first]);
-    let mut expected = vec!["XADD".to_owned(), stream.clone().into_owned()];
-    if max_len > 0 {
-        expected.extend(["MAXLEN".to_owned(), "~".to_owned(), max_len.to_string()]);
-    }
-    expected.push("*".to_owned());
-    for (name, value) in [
-        ("event_id", id.as_str()),
-        ("event_type", &event_type),
-        ("source", &source),
-        ("timestamp", &time),
-    ] {
-        expected.extend([name.to_owned(), value.to_owned()]);
-    }
-    expected.push("cloud_event".to_owned());
-    let at = expected.len();
-    assert_eq!(words[..at], expected[..]);
-    let pairs: Vec<String> = further.into_iter().flat_map(|(key, value)| [key, value]).collect();
-    assert_eq!(words[at + 1..], pairs[..]);
-
-    for (_, format) in Format::WORDS {
-        let mut bytes = Vec::new();
-        let fixed = vec![("static".to_owned(), "value".to_owned())];
-        if Encoder::new(format, fixed)
-            .append_xadd(&mut bytes, target, &event)
-            .is_ok()
-        {
-            let fields = decoded(&bytes).len() - 3 - if max_len > 0 { 3 } else { 0 };
-            assert!(fields.is_multiple_of(2), "{format:?} has {fields} names and values");
-        }
-    }
-
-    let cloud: serde_json::Value = serde_json::from_str(&words[at]).expect("cloud_event is JSON");
-    let json = |text: &str| serde_json::from_str::<serde_json::Value>(text).expect("JSON");
-    let mut object = serde_json::json!({ "specversion": "1.0", "type": event_type, "source": source, "id": id, "time": time,
-        "datacontenttype": "application/json" });
-    for (name, value) in [
-        (
-            "subject",
-            subject.filter(|s| !s.is_empty()).map(|s| serde_json::json!(s)),
-        ),
-        (
-            "dataschema",
-            schema.filter(|s| !s.is_empty()).map(|s| serde_json::json!(s)),
-        ),
-        ("data", data.filter(|d| d.trim_ascii() != "null").map(|d| json(&d))),
-    ] {
-        value.into_iter().for_each(|value| object[name] = value);
-    }
-    // Whatever the order of the keys.
-    let same = |a: &serde_json::Value, b: &serde_json::Value| a.as_object().map(sorted) == b.as_object().map(sorted);
-    assert!(same(&cloud, &object), "{cloud} is not {object}");
-}
-
-fn sorted(object: &serde_json::Map<String, serde_json::Value>) -> Vec<(&String, &serde_json::Value)> {
-    let mut pairs: Vec<_> = object.iter().collect();
-    pairs.sort_by_key(|(key, _)| *key);
-    pairs
-}
-
-/// The words of one command, by the parser of `redis` and by the relay's own decoder.
-fn decoded(bytes: &[u8]) -> Vec<String> {
-    let (found, garbage) = taken(bytes, &Bounds::ANY, std::iter::repeat(usize::MAX));
-    assert!(
-        !garbage && found == [bytes],
-        "the decoder sees {} commands",
-        found.len()
-    );
-    let Ok(Value::Array(words)) = redis::parse_redis_value(bytes) else {
-        panic!("no array of words")
-    };
-    let text = |word| match word {
-        Value::BulkString(bytes) => String::from_utf8(bytes).expect("UTF-8"),
-        other => panic!("a word is {other:?}"),
-    };
-    words.into_iter().map(text).collect()
-}
-
-/// A `publisher_config` that is taken gives each of its keys once, none of them built in, with the text of its value.
-pub(crate) fn publish(input: &[u8]) {
-    let text = String::from_utf8_lossy(input);
-    let parsed = serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(&text);
-    let built_in = Format::Broadcaster.own_fields(false);
-    let fields = further_fields(&text, built_in);
-    if matches!(fields, Err(ConfigError::OutOfRange(_) | ConfigError::TooManyDigits))
-        || text.contains("serde_json")
-        || text.contains("\\u")
-    {
-        // What has such names, or is hidden behind escapes, the parser may take for numbers of its own.
-        return;
-    }
-    let Ok(fields) = fields else {
-        let flat = |value: &serde_json::Value| value.is_string() || value.is_number() || value.is_boolean();
-        let is_refused = |(key, value): (&String, &serde_json::Value)| built_in.contains(&key.as_str()) || !flat(value);
-        assert!(
-            parsed.is_err() || parsed.is_ok_and(|object| object.iter().any(is_refused)),
-            "{text}"
-        );
-        return;
-    };
-    let object = parsed.expect("what was taken is an object");
-    assert_eq!(fields.len(), object.len());
-    let keys: BTreeSet<&str> = fields.iter().map(|(key, _)| key.as_str()).collect();
-    assert_eq!(keys.len(), fields.len(), "a key twice");
-    for (key, value) in &fields {
-        assert!(!built_in.contains(&key.as_str()));
-        match &object[key] {
-            serde_json::Value::String(text) => assert_eq!(value, text),
-            serde_json::Value::Number(number) => {
-                assert!(!value.contains(['e', 'E']), "{value}");
-                assert_eq!(
-                    value.parse::<f64>().map(f64::abs),
-                    number.to_string().parse::<f64>().map(f64::abs)
-                );
-            }
-            other => assert_eq!(*value, other.to_string()),
-        }
     }
 }
 

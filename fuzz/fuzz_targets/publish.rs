@@ -4,4 +4,4 @@
 #[allow(dead_code)]
 mod checks;
 
-libfuzzer_sys::fuzz_target!(|input: &[u8]| checks::publish(input));
+libfuzzer_sys::fuzz_target!(|input: &[u8]| checks::entries::publish(input));

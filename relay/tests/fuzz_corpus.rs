@@ -24,12 +24,20 @@ fn replay(target: &str, check: fn(&[u8])) {
 }
 
 macro_rules! replays {
-    ($($target:ident)*) => {$(
+    ($($target:ident: $check:path,)*) => {$(
         #[test]
         fn $target() {
-            replay(stringify!($target), checks::$target);
+            replay(stringify!($target), $check);
         }
     )*};
 }
 
-replays!(replies conversation classify encode publish nodes slots);
+replays! {
+    replies: checks::replies,
+    conversation: checks::conversation,
+    classify: checks::classify,
+    encode: checks::entries::encode,
+    publish: checks::entries::publish,
+    nodes: checks::nodes,
+    slots: checks::slots,
+}

@@ -18,12 +18,7 @@ use pgrx::pg_sys;
 /// Checks an event, and makes a row of it. Returns nothing that needs to be dropped: from here on, other people's code
 /// may run.
 pub(super) fn prepared(request: &Request<'_>, relations: &Relations) -> NewRow {
-    // SAFETY: each raises the standard ERROR when the transaction may not write.
-    unsafe {
-        pg_sys::PreventCommandIfReadOnly(c"outbox.publish_event()".as_ptr());
-        pg_sys::PreventCommandDuringRecovery(c"outbox.publish_event()".as_ptr());
-        pg_sys::PreventCommandIfParallelMode(c"outbox.publish_event()".as_ptr());
-    }
+    expect_writable();
     let checked = check(request).unwrap_or_else(|e| e.raise());
     doubts::say(request);
     // SAFETY: reads the clock.
@@ -94,7 +89,17 @@ pub(super) fn prepared(request: &Request<'_>, relations: &Relations) -> NewRow {
     }
 }
 
-/// Who publishes: the session's role, or that of SET ROLE, also within a function that runs with the rights of another.
+/// The standard ERROR when the transaction may not write.
+fn expect_writable() {
+    // SAFETY: each raises an ERROR or does nothing.
+    unsafe {
+        pg_sys::PreventCommandIfReadOnly(c"outbox.publish_event()".as_ptr());
+        pg_sys::PreventCommandDuringRecovery(c"outbox.publish_event()".as_ptr());
+        pg_sys::PreventCommandIfParallelMode(c"outbox.publish_event()".as_ptr());
+    }
+}
+
+/// The role that publishes: the session's, or that of SET ROLE, also within a function that runs with the rights of another.
 pub(super) fn publisher() -> pg_sys::Oid {
     // SAFETY: a plain read.
     unsafe { pg_sys::GetOuterUserId() }

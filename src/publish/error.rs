@@ -2,7 +2,7 @@
 
 use crate::server::encoding::Foreign;
 use crate::server::error::raise;
-use crate::tables::catalog;
+use crate::tables::known_backends;
 use pgrx::PgSqlErrorCode;
 use pgrx::pg_sys::panic::ErrorReport;
 use relay::delivery::refusal::MOST_ATTEMPTS;
@@ -107,8 +107,11 @@ impl PublishError {
             Self::ManyRetries(n) => format!("It is {n}; at most {MOST_ATTEMPTS} are allowed."),
             Self::EndlessSchedule => "An event scheduled for infinity would never be sent.".into(),
             Self::UnknownBackend(_) => "Backends are the rows of outbox.backends.".into(),
-            Self::StreamNotAllowed { stream, .. } if stream.starts_with(catalog::RESERVED) => {
-                format!("Names that begin with {} are kept for guards.", catalog::RESERVED)
+            Self::StreamNotAllowed { stream, .. } if stream.starts_with(known_backends::RESERVED) => {
+                format!(
+                    "Names that begin with {} are kept for guards.",
+                    known_backends::RESERVED
+                )
             }
             Self::StreamNotAllowed { .. } => "None of the backend's allowed_streams matches.".into(),
             Self::LacksPartOfStream { field, .. } => {

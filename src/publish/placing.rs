@@ -6,7 +6,7 @@
 
 use crate::publish::error::PublishError;
 use crate::server::encoding::utf8;
-use crate::tables::catalog::KnownBackend;
+use crate::tables::known_backends::KnownBackend;
 use crate::tables::publisher_limits::{self, Beyond};
 use crate::tables::stream_names::{self, Unnamed};
 use relay::event::stream_name::{NAME_LIMIT, Template, Values};

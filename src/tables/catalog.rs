@@ -1,25 +1,16 @@
-//! What a session knows of our tables and backends without asking each time: the relations' OIDs and the backends by
-//! name.
-//!
-//! Filled with the *latest* snapshot, not the transaction's (a backend made since is known), marked valid before it is
-//! read (a change in between marks it invalid again), and it sees a backend made by its own transaction.
+//! What a session knows of our tables without asking each time: the relations' OIDs. Invalidations of Postgres say when
+//! that has changed.
 
 use crate::server::error::{internal, raise};
+use crate::tables::known_backends::{self, KnownBackend};
 use crate::tables::missing;
-use crate::tables::row::{EVENT_COLUMNS, Row, attribute, texts_of_array};
-use crate::tables::stream_names::{self, Unnamed};
-use crate::tables::whole_table::each_row;
+use crate::tables::row::{EVENT_COLUMNS, Row, attribute};
 use once_cell::unsync::OnceCell;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{PgSqlErrorCode, pg_guard, pg_sys};
-use relay::event::format::Format;
-use relay::event::stream_name::StreamName;
-use std::borrow::Cow;
-use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::cell::Cell;
 use std::ffi::CStr;
 use std::rc::Rc;
-use wildmatch::WildMatch;
 
 /// OIDs of what we read and write without SQL. Those of `events`, the sequence and `backends` are there, others may be
 /// missing (`InvalidOid`); see the module `missing`.
@@ -175,51 +166,9 @@ fn class_of(relation: pg_sys::Oid) -> RelationClass {
     }
 }
 
-/// Guards live there: no stream has such a name.
-pub(crate) const RESERVED: &str = "outbox_relay:";
-
-/// A backend as a publisher needs it.
-pub(crate) struct KnownBackend {
-    pub number: i32,
-    /// Fields that its entries have in any case.
-    pub own_fields: &'static [&'static str],
-    /// Of the events that name no stream; `None`: as the setting says.
-    unnamed: Option<Unnamed>,
-    /// `None`: the setting's.
-    own_stream: Option<String>,
-    /// `None`: any stream.
-    allowed_streams: Option<Vec<WildMatch>>,
-}
-
-impl KnownBackend {
-    pub(crate) fn allows(&self, stream: &str) -> bool {
-        if stream.starts_with(RESERVED) {
-            return false;
-        }
-        self.allowed_streams
-            .as_ref()
-            .is_none_or(|patterns| patterns.iter().any(|p| p.matches(stream)))
-    }
-
-    /// What becomes of events that name no stream.
-    pub(crate) fn unnamed(&self) -> Unnamed {
-        self.unnamed.clone().unwrap_or_else(Unnamed::of_setting)
-    }
-
-    /// The stream of events whose rows name none, as of now.
-    pub(crate) fn own_stream(&self) -> Cow<'_, str> {
-        match &self.own_stream {
-            Some(stream) => Cow::Borrowed(stream),
-            None => stream_names::plain_setting().map_or(Cow::Borrowed(stream_names::DEFAULT_STREAM), Cow::Owned),
-        }
-    }
-}
-
 thread_local! {
     static REGISTERED: OnceCell<()> = const { OnceCell::new() };
     static RELATIONS: Cell<Option<Relations>> = const { Cell::new(None) };
-    static BACKENDS_VALID: Cell<bool> = const { Cell::new(false) };
-    static BACKENDS: RefCell<HashMap<String, Rc<KnownBackend>>> = RefCell::new(HashMap::new());
     /// All our tables and the sequence, as they were known last.
     static WATCHED: Cell<Watched> = const { Cell::new([pg_sys::InvalidOid; TABLES.len() + 2]) };
     /// Counts their invalidations, for the worker.
@@ -235,7 +184,7 @@ unsafe extern "C-unwind" fn on_invalidation(_arg: pg_sys::Datum, relation: pg_sy
         GENERATION.set(GENERATION.get() + 1);
     }
     if all || [watched[BACKENDS_TABLE], watched[BACKENDS_NEWS]].contains(&relation) {
-        BACKENDS_VALID.set(false);
+        known_backends::forget();
     }
     if RELATIONS.get().is_some_and(|known| all || known.has(relation)) {
         RELATIONS.set(None);
@@ -478,65 +427,5 @@ pub(crate) fn backend(name: &str) -> Option<Rc<KnownBackend>> {
     // A long transaction that opens no new table hears of no change by itself.
     // SAFETY: within a transaction; as taking any lock does.
     unsafe { pg_sys::AcceptInvalidationMessages() };
-    let relations = expect_relations();
-    if !BACKENDS_VALID.get() {
-        BACKENDS_VALID.set(true);
-        let _guard = InvalidOnError;
-        let filled = read_backends(relations.backends);
-        BACKENDS.with_borrow_mut(|known| *known = filled);
-    }
-    BACKENDS.with_borrow(|known| known.get(name).cloned())
-}
-
-/// If reading ends in an ERROR, what was there before must not count as valid.
-struct InvalidOnError;
-
-impl Drop for InvalidOnError {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            BACKENDS_VALID.set(false);
-        }
-    }
-}
-
-/// Reads `outbox.backends` as of now.
-fn read_backends(relation: pg_sys::Oid) -> HashMap<String, Rc<KnownBackend>> {
-    let mut found = HashMap::new();
-    const COLUMNS: [&str; 7] = [
-        "name",
-        "number",
-        "stream_name",
-        "own_stream",
-        "allowed_streams",
-        "format",
-        "include_lsn",
-    ];
-    // Opening the table takes in pending invalidations, which may mark the cache invalid again: then it is read once
-    // more at the next use.
-    each_row(relation, &COLUMNS, |row| {
-        let (Some(name), Some(number), Some(streams)) =
-            (row.text("name"), row.i32("number"), row.datum("allowed_streams"))
-        else {
-            return;
-        };
-        // SAFETY: the column is a text[].
-        let patterns = unsafe { texts_of_array(streams) };
-        let any = patterns.iter().any(|p| p == "*");
-        let allowed_streams = (!any).then(|| patterns.iter().map(|p| WildMatch::new(p)).collect());
-        let format = row.text("format").and_then(|word| Format::named(&word));
-        let format = format.unwrap_or_default();
-        found.insert(
-            name,
-            Rc::new(KnownBackend {
-                number,
-                unnamed: row
-                    .text("stream_name")
-                    .map(|name| Unnamed::of(StreamName::parse(&name))),
-                own_stream: row.text("own_stream"),
-                own_fields: format.own_fields(row.bool("include_lsn").unwrap_or_default()),
-                allowed_streams,
-            }),
-        );
-    });
-    found
+    known_backends::find(expect_relations().backends, name)
 }

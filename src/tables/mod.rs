@@ -1,7 +1,7 @@
 //! All that touches our tables.
 //!
-//! - [`catalog`] which relations and backends there are; [`missing`] what is refused without them; [`rights`] in whose
-//!   name our SQL runs; [`publisher_limits`] to where a role may publish
+//! - [`catalog`] which relations there are, [`known_backends`] which backends; [`missing`] what is refused without them;
+//!   [`rights`] in whose name our SQL runs; [`publisher_limits`] to where a role may publish
 //! - [`sql`] how SQL runs; [`found_row`] what it finds; [`backends`] with their [`options`], [`cursors`], [`refused`],
 //!   [`replays`], [`restores`], [`retention`], [`scheduled`] a file a table or two
 //! - [`row`], [`events`], [`whole_table`] rows taken apart, and scans, without SQL; [`care`] a row that cannot be read
@@ -25,6 +25,7 @@ pub(crate) mod foreign;
 pub(crate) mod found_row;
 pub(crate) mod identity;
 pub(crate) mod insertion;
+pub(crate) mod known_backends;
 pub(crate) mod missing;
 pub(crate) mod numbers;
 pub(crate) mod options;

@@ -2,7 +2,7 @@
 //!
 //! - [`destination`] where it is and how to log in; [`allowed_hosts`] where it may be; [`server_file`] secrets and
 //!   certificates on disk
-//! - [`connection`] a socket, logged in; [`deadline`] of a whole reply; [`tls`]
+//! - [`socket`] permission to connect, and the socket; [`connection`] logged in on it; [`deadline`] of a whole reply; [`tls`]
 //! - [`topology`] which node of several, [`answers`] what sentinels and nodes say of that; [`hash_slot`] hash slots of
 //!   Redis Cluster
 //! - [`replicas`] WAIT; [`probe`] whether all that is needed works, [`step`] by step
@@ -16,6 +16,7 @@ pub mod hash_slot;
 pub mod probe;
 pub mod replicas;
 mod server_file;
+mod socket;
 pub mod step;
 mod tls;
 pub mod topology;

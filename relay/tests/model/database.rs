@@ -2,6 +2,7 @@
 //! events.
 
 use super::Rng;
+use super::transaction::{Level, Status, Transaction};
 use super::view::View;
 use relay::reading::range::Key;
 use relay::reading::snapshot::{FIRST_NORMAL_XID, Snapshot, Tick};
@@ -20,14 +21,6 @@ pub(crate) enum Reading {
 /// The order that [`Tick`] prescribes.
 pub(crate) const READINGS: [Reading; 4] = [Reading::LowSeq, Reading::NextXid, Reading::Snapshot, Reading::HighSeq];
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Status {
-    Running,
-    Prepared,
-    Committed,
-    Aborted,
-}
-
 /// Who sees to it that numbers ascend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Numbering {
@@ -36,51 +29,6 @@ pub(crate) enum Numbering {
     /// They take only numbers above the highest, as of when they had their transaction ids; and set the sequence
     /// forward.
     Ascending,
-}
-
-#[derive(Clone, Debug)]
-pub(crate) struct Transaction {
-    /// Drawn at the first write.
-    xid: Option<u64>,
-    /// The rows and the ids of each open savepoint; of the transaction itself at the bottom.
-    levels: Vec<Level>,
-    status: Status,
-    /// Its id is drawn, its event's number not yet.
-    publishing: bool,
-    /// The highest number that there was then, and when that was.
-    before: i64,
-    looked: u64,
-    /// What it still means to do before it ends.
-    plans: u32,
-    /// Publishes in its plans; otherwise it writes elsewhere.
-    publishes: bool,
-    streams: Vec<u8>,
-    /// The moment it ended.
-    ended: u64,
-}
-
-impl Transaction {
-    fn new() -> Self {
-        Self {
-            xid: None,
-            levels: vec![Level::default()],
-            status: Status::Running,
-            publishing: false,
-            before: 0,
-            looked: 0,
-            plans: 0,
-            publishes: true,
-            streams: Vec::new(),
-            ended: u64::MAX,
-        }
-    }
-}
-
-#[derive(Clone, Debug, Default)]
-struct Level {
-    own: Option<u64>,
-    xids: Vec<u64>,
-    rows: Vec<i64>,
 }
 
 #[derive(Clone, Debug)]

@@ -7,6 +7,7 @@
 pub(crate) mod connection;
 pub(crate) mod database;
 pub(crate) mod redis;
+pub(crate) mod transaction;
 pub(crate) mod view;
 
 pub(crate) use database::{Database, Numbering, READINGS, Reading};

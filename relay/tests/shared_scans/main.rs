@@ -2,13 +2,14 @@
 //! whom, the cutter gives each its rows. Whoever is slow, hung or far behind, each row comes to its reader once and in
 //! order, and nobody starves.
 
+#[path = "../model/mod.rs"]
 mod model;
+mod rows;
 
-use model::{Database, Rng, Rows, caught, for_each_seed, likely};
+use model::{Database, Rng, caught, for_each_seed, likely};
 use relay::delivery::backoff::Backoff;
-use relay::delivery::batch::{BuiltBatch, OpenBatch};
-use relay::delivery::cut::{Backends, Collector, Limits, Offer, Pass, Source};
-use relay::delivery::flight::BatchedEvent;
+use relay::delivery::batch::BuiltBatch;
+use relay::delivery::cut::{Backends, Collector, Limits, Pass};
 use relay::delivery::refusal::{Record, Streams};
 use relay::delivery::{Cursor, Delivery, Guarantee};
 use relay::reading::range::{Key, Position};
@@ -16,8 +17,8 @@ use relay::reading::role::Role;
 use relay::reading::schedule::{self, Group, Schedule, Way};
 use relay::reading::snapshot::Tick;
 use relay::time::Now;
+use rows::ScannedRows;
 use std::collections::BTreeSet;
-use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -124,86 +125,6 @@ impl Member {
             goal: position.to(latest),
             role: self.role,
         }
-    }
-}
-
-struct ScannedRows<'a> {
-    database: &'a Database,
-    members: &'a [Member],
-    is_deleted: bool,
-}
-
-struct RowOffer<'a> {
-    delivery: &'a Delivery,
-    entry: BatchedEvent,
-    hash_slot: u16,
-}
-
-impl Source for ScannedRows<'_> {
-    type Scan = Rows;
-    type Offer<'a>
-        = RowOffer<'a>
-    where
-        Self: 'a;
-
-    fn number(&self, scan: &Rows) -> i32 {
-        number(self.database.row(scan.seq()).stream)
-    }
-
-    fn is_deleted(&mut self, _scan: &Rows) -> bool {
-        self.is_deleted
-    }
-
-    fn hash_slot(&mut self, scan: &Rows, _reader: usize) -> u16 {
-        hash_slot(self.database.row(scan.seq()).stream)
-    }
-
-    fn unreadable(&mut self, scan: &Rows) -> Option<String> {
-        is_damaged(scan.seq()).then(|| "damaged".to_owned())
-    }
-
-    fn with_event<R>(&mut self, scan: &Rows, reader: usize, f: impl FnOnce(RowOffer<'_>) -> R) -> R {
-        let stream = self.database.row(scan.seq()).stream;
-        f(RowOffer {
-            delivery: &self.members[reader].delivery,
-            entry: BatchedEvent {
-                seq: scan.seq(),
-                stream: Rc::from(format!("stream-{stream}")),
-                max_attempts: 1,
-                committed_after_us: 0,
-            },
-            hash_slot: hash_slot(stream),
-        })
-    }
-}
-
-impl Offer for RowOffer<'_> {
-    fn delivery(&self) -> &Delivery {
-        self.delivery
-    }
-
-    fn stream(&self) -> &Rc<str> {
-        &self.entry.stream
-    }
-
-    fn hash_slot(&self) -> u16 {
-        self.hash_slot
-    }
-
-    fn is_written_down(&self) -> bool {
-        unreachable!("nothing was written down in an earlier life")
-    }
-
-    fn buffer(&mut self) -> Vec<u8> {
-        Vec::new()
-    }
-
-    fn encode(self, batch: &mut OpenBatch) -> Result<BatchedEvent, String> {
-        if self.entry.seq % 29 == 5 {
-            return Err("too large".to_owned());
-        }
-        batch.bytes.push(0);
-        Ok(self.entry)
     }
 }
 

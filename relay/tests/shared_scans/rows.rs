@@ -1,0 +1,89 @@
+//! The rows that a pass meets.
+
+use crate::model::{Database, Rows};
+use crate::{Member, hash_slot, is_damaged, number};
+use relay::delivery::Delivery;
+use relay::delivery::batch::OpenBatch;
+use relay::delivery::cut::{Offer, Source};
+use relay::delivery::flight::BatchedEvent;
+use std::rc::Rc;
+
+pub(crate) struct ScannedRows<'a> {
+    pub(crate) database: &'a Database,
+    pub(crate) members: &'a [Member],
+    pub(crate) is_deleted: bool,
+}
+
+pub(crate) struct RowOffer<'a> {
+    delivery: &'a Delivery,
+    entry: BatchedEvent,
+    hash_slot: u16,
+}
+
+impl Source for ScannedRows<'_> {
+    type Scan = Rows;
+    type Offer<'a>
+        = RowOffer<'a>
+    where
+        Self: 'a;
+
+    fn number(&self, scan: &Rows) -> i32 {
+        number(self.database.row(scan.seq()).stream)
+    }
+
+    fn is_deleted(&mut self, _scan: &Rows) -> bool {
+        self.is_deleted
+    }
+
+    fn hash_slot(&mut self, scan: &Rows, _reader: usize) -> u16 {
+        hash_slot(self.database.row(scan.seq()).stream)
+    }
+
+    fn unreadable(&mut self, scan: &Rows) -> Option<String> {
+        is_damaged(scan.seq()).then(|| "damaged".to_owned())
+    }
+
+    fn with_event<R>(&mut self, scan: &Rows, reader: usize, f: impl FnOnce(RowOffer<'_>) -> R) -> R {
+        let stream = self.database.row(scan.seq()).stream;
+        f(RowOffer {
+            delivery: &self.members[reader].delivery,
+            entry: BatchedEvent {
+                seq: scan.seq(),
+                stream: Rc::from(format!("stream-{stream}")),
+                max_attempts: 1,
+                committed_after_us: 0,
+            },
+            hash_slot: hash_slot(stream),
+        })
+    }
+}
+
+impl Offer for RowOffer<'_> {
+    fn delivery(&self) -> &Delivery {
+        self.delivery
+    }
+
+    fn stream(&self) -> &Rc<str> {
+        &self.entry.stream
+    }
+
+    fn hash_slot(&self) -> u16 {
+        self.hash_slot
+    }
+
+    fn is_written_down(&self) -> bool {
+        unreachable!("nothing was written down in an earlier life")
+    }
+
+    fn buffer(&mut self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    fn encode(self, batch: &mut OpenBatch) -> Result<BatchedEvent, String> {
+        if self.entry.seq % 29 == 5 {
+            return Err("too large".to_owned());
+        }
+        batch.bytes.push(0);
+        Ok(self.entry)
+    }
+}
