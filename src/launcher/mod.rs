@@ -145,7 +145,7 @@ struct Database {
     name: String,
     is_template: bool,
     is_open: bool,
-    /// Whether to look for the extension: nobody has looked, or it was announced since.
+    /// Whether to look for the extension: no worker has looked yet, or a commit has announced it since.
     look: bool,
     /// Whether the extension was there once: then a missing worker is logged.
     has_extension: bool,

@@ -54,7 +54,7 @@ impl Launcher {
 
     /// Warns of a shortage, again each minute; not while others merely look for the extension.
     pub(super) fn tell_of_shortage(&mut self, waiting: &[u32]) {
-        // A database that nobody has looked into may have waiting events. It is named if no other database is.
+        // A database that no worker has looked into may have waiting events. It is named if no other database is.
         let is_known = |oid: &&u32| self.databases[oid].has_extension;
         let known: Vec<&u32> = waiting.iter().filter(is_known).collect();
         let others = waiting.iter().filter(|oid| !self.databases[oid].is_template);

@@ -49,7 +49,7 @@ pub(crate) struct Meter {
 /// How many events were pending when somebody looked.
 #[repr(C)]
 struct Look {
-    /// 0: nobody has looked.
+    /// 0: it was never looked at.
     at_ms: AtomicU64,
     pending: AtomicU64,
 }

@@ -96,9 +96,9 @@ pub(crate) fn end_with_last_words() {
 /// the database waits until the statement has ended; so does the worker that the launcher starts then, whatever became
 /// of the statement.
 ///
-/// The flag has two more effects (Postgres 15 to 18). Who waits for one of our locks longer than its deadlock_timeout
-/// cancels our transaction. And CREATE INDEX CONCURRENTLY does not wait for our snapshots: those that it would matter
-/// to are of rows that nobody but us deletes.
+/// The flag has two more effects (Postgres 15 to 18). A session that waits for one of our locks longer than its
+/// deadlock_timeout cancels our transaction. And CREATE INDEX CONCURRENTLY does not wait for our snapshots: those that
+/// it would matter to are of rows that nobody but us deletes.
 pub(crate) fn give_way_to_database_statements() {
     // SAFETY: the process's own entry, changed under the lock that guards it, as vacuum does. The end of a transaction
     // does not reset this flag.

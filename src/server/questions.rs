@@ -32,8 +32,8 @@ enum State {
 
 #[repr(C)]
 pub(crate) struct Question {
-    /// Its [`State`], and above that the ticket, which counts the questions that this room was used for: a late answer
-    /// is nobody's.
+    /// Its [`State`], and above that the ticket, which counts the questions that this room was used for: so a late
+    /// answer is not taken for the answer to another question.
     word: AtomicU64,
     database: AtomicU32,
     backend: AtomicI32,
@@ -94,7 +94,7 @@ impl Question {
         }
     }
 
-    /// Frees it, but not under the hands of the worker, which takes no time to write.
+    /// Frees it, once the worker is not writing its answer, which takes microseconds.
     fn free(&self, ticket: u64) {
         while self.ticket_in(State::Answering).is_some() {
             std::hint::spin_loop();

@@ -3,7 +3,7 @@
 use crate::server::error::internal;
 use pgrx::pg_sys;
 
-/// Bytes that nobody can guess. An ERROR if the system has none.
+/// Random bytes of the operating system, for secrets. An ERROR if it gives none.
 pub(crate) fn bytes<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];
     // SAFETY: fills the buffer that it is given.

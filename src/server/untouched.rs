@@ -63,7 +63,7 @@ pub(crate) unsafe fn raise_again() -> ! {
     unreachable!("an ERROR does not return")
 }
 
-/// Whether a panic is the last ERROR, and not one of our own that came of it.
+/// Whether a panic is the last ERROR itself, and not one of ours that followed from it.
 fn is_last(caught: Option<&CaughtError>) -> bool {
     let (Some(CaughtError::PostgresError(report)), last) = (caught, LAST.get()) else {
         return false;

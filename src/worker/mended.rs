@@ -15,7 +15,7 @@ pub(super) struct Mending {
     pub(super) seen: Option<String>,
     pub(super) broken: Vec<BrokenTrigger>,
     pub(super) mend_at: Now,
-    /// The newest tick by which nobody had touched the trigger since it was looked after.
+    /// The newest tick at which the trigger was as the last check had left it.
     pub(super) clean: Option<Arc<Tick>>,
     /// This worker has looked before: its backends' positions may be from after those rows.
     pub(super) has_looked: bool,

@@ -19,7 +19,8 @@ const PIECE_PAUSE: Duration = Duration::from_millis(5);
 const TRY_PAUSE: Duration = Duration::from_secs(1);
 /// While something of our tables changes all the time.
 const LOOK_PAUSE: Duration = Duration::from_millis(250);
-/// Who has disabled a trigger may be about to restore rows one by one: they are not to come half with it, half without.
+/// An administrator who has disabled a trigger may be about to restore rows one by one. Either all or none of them
+/// should meet it.
 const GRACE: Duration = Duration::from_secs(5);
 
 impl Worker {

@@ -38,7 +38,7 @@ pub(super) fn read(backends: &mut [Backend], group: &Group, is_wanted: &dyn Fn()
     fault::reach(Point::BeforeReadLock);
     let mut table = EventsTable::open(&relations);
     let numbers: Vec<i32> = group.members.iter().map(|index| backends[*index].number).collect();
-    // Number 0 reads rows of all that nobody knows.
+    // Number 0 reads the rows of all numbers that no backend has.
     if !numbers.contains(&0) {
         table.want_only(numbers);
     }

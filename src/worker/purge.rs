@@ -296,7 +296,7 @@ fn piece(number: i32, after: i64, retention_us: i64, count: usize, is_over: impl
     let Some((from, to)) = retention::purgeable(number, retention_us) else {
         return (0, None);
     };
-    // Number 0 stands for the events of backends that nobody knows.
+    // Number 0 stands for the events of backends that do not exist.
     let known = if number == 0 {
         backends::known_numbers()
     } else {

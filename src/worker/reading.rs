@@ -105,7 +105,7 @@ impl Worker {
     /// Takes a tick if there may be something new for somebody.
     pub(super) fn tick_if_due(&mut self, now: Now) {
         self.work |= self.slot.has_work();
-        // While all are down, publishers find the flag raised and wake nobody.
+        // While all are down, publishers find the flag raised and do not wake the worker.
         let is_due = self.work && self.awaited.is_none() && (self.polled || self.is_tick_of_use(now));
         if self.ticked || !is_due || !self.patience.allows(Task::Read, now) {
             return;
@@ -366,7 +366,7 @@ impl Worker {
             backend.tell_lsn(self.flushed);
         }
         let sending = backends.iter().filter(|b| b.reads_for_redis()).count();
-        // Who is alone waits for nobody.
+        // A reader that is alone waits for no other.
         let is_wanted = || sending > 1 && slot.has_work();
         // The extension may have been dropped and created again since the backends were loaded: its events are not for
         // those.

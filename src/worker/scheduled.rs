@@ -44,7 +44,7 @@ impl Worker {
             Ok(()) => self.patience.succeeded(Task::Move),
             Err(error) => {
                 self.scheduled.is_known = false;
-                // Whoever is in the way of one is in the way of no other.
+                // A lock on one of them does not hold up the others.
                 let held = match is_lock(&error) {
                     true => self.hold_contested(now).unwrap_or(0),
                     false => 0,

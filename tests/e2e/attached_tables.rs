@@ -239,7 +239,7 @@ fn a_condition_that_cannot_be_is_refused() {
 }
 
 #[test]
-fn whoever_changes_the_table_needs_no_right_to_publish_and_wins_none() {
+fn changing_an_attached_table_needs_no_right_to_publish_and_gives_none() {
     let pg = start();
     pg.exec("create role shop login; create role clerk login; create role other login; grant create on schema public to shop, other; select outbox.grant_publisher('shop')");
     let mut shop = pg.client_as("shop", "postgres");

@@ -1,5 +1,5 @@
-//! Payloads that are bytes: `data_bytes` of `publish_event`, `data_base64` of `publish_events`, and `binary_data()` for a
-//! plain INSERT.
+//! Payloads that are bytes: `data_bytes` of `publish_event`, `data_base64` of `publish_events`, and `binary_data()` for
+//! a plain INSERT.
 
 use kit::{Postgres, QUICK, Redis, Refused, Stack, wait_drained, wait_eq};
 use serde_json::{Value, json};
@@ -108,7 +108,7 @@ fn bytes_reach_the_entry_in_each_format_however_they_are_published() {
 }
 
 #[test]
-fn what_is_no_payload_is_refused_at_once() {
+fn an_invalid_payload_is_refused_at_once() {
     let stack = Stack::start();
     let mut client = stack.pg.client();
     let item =

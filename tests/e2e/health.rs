@@ -143,7 +143,7 @@ fn a_wrong_password_is_mended_by_the_statement_of_the_hint() {
 }
 
 #[test]
-fn whoever_keeps_events_in_an_old_transaction_is_named() {
+fn a_session_that_keeps_events_in_an_old_transaction_is_named() {
     let stack = Stack::with(&[("max_prepared_transactions", "2")]);
     let mut forgotten = stack.pg.client();
     forgotten

@@ -173,7 +173,7 @@ fn a_replay_that_is_interrupted_goes_on_where_it_was() {
 
 /// Whatever is at the guard's key, nothing is sent past it, and it is said what is wrong.
 #[test]
-fn what_is_no_guard_stops_everything_and_loses_nothing() {
+fn an_unreadable_guard_stops_everything_and_loses_nothing() {
     let (stack, mut published) = stack("continue", 10);
     let key = stack.guard_key();
     let restore = |guard: &kit::Guard| {

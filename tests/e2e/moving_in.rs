@@ -292,7 +292,7 @@ const FUNCTIONS: [&str; 5] = [
 ];
 
 #[test]
-fn who_may_import_and_from_where() {
+fn an_import_needs_rights_and_a_table_that_fits() {
     let stack = with_old_table();
     stack.pg.exec("create role app login; grant all on outbox_events to app; alter table outbox_events owner to app; create view seen as table outbox_events; create table other (id uuid)");
     let mut client = stack.pg.client();

@@ -13,7 +13,7 @@ fn lock(client: &mut Client) -> Result<(), postgres::Error> {
 /// Session A begins and draws its transaction id first in all rounds; who gets the row first alternates, and each
 /// publishes something of its own before it asks for the row.
 #[test]
-fn who_gets_the_row_second_comes_second() {
+fn the_second_to_lock_a_row_comes_second() {
     let stack = Stack::start();
     stack
         .pg

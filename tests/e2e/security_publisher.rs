@@ -238,7 +238,7 @@ fn names_of_its_own_change_nothing() {
 
 /// The right to publish can be lent, by a function of somebody who has it, and by nobody who hasn't.
 #[test]
-fn who_publishes_through_a_function_needs_its_owners_right() {
+fn publishing_through_a_function_needs_its_owners_right() {
     let (stack, mut publisher) = start();
     stack.pg.exec("create role nobody login; create schema theirs authorization nobody; grant usage on schema mine, theirs to public");
     let body = "returns uuid language sql security definer set search_path = pg_catalog as $$select outbox.publish_event('lent', 's')$$";
@@ -320,7 +320,7 @@ fn allowed_streams_are_globs_and_no_more() {
 
 /// Whoever the DBA lets write backends can do that, and what needs no other right; not more.
 #[test]
-fn who_may_write_backends_writes_backends() {
+fn a_role_that_may_write_backends_writes_backends() {
     let (stack, mut publisher) = start();
     stack
         .pg

@@ -21,7 +21,7 @@ fn assert_told_only_if_allowed(stack: &Stack, backend: &str, evil: &Eavesdropper
 }
 
 #[test]
-fn whom_a_sentinel_names_is_told_nothing_unless_it_is_allowed() {
+fn a_host_that_a_sentinel_names_is_told_nothing_unless_it_is_allowed() {
     let stack = start("127.0.0.1");
     let evil = Eavesdropper::at("127.0.0.2");
     let port = evil.port().to_string();
@@ -52,7 +52,7 @@ fn a_sentinel_that_asks_for_no_password_is_told_none() {
 }
 
 #[test]
-fn whom_a_node_of_a_cluster_names_is_told_nothing_unless_it_is_allowed() {
+fn a_host_that_a_cluster_names_is_told_nothing_unless_it_is_allowed() {
     let stack = start("127.0.0.1");
     let evil = Eavesdropper::at("127.0.0.2");
     let names = format!(

@@ -1,5 +1,5 @@
-//! The sequence that numbers events is cached, bounded, locked, truncated or made anew: publishers are told, and nothing
-//! is lost.
+//! The sequence that numbers events is cached, bounded, locked, truncated or made anew: publishers are told, and
+//! nothing is lost.
 
 use crate::numbers::{PAUSE, Publisher, RESUME, assert_arrived};
 use kit::{LIMIT, Ledger, Load, Stack, UNTRIMMED, ids, wait_eq, wait_until};
@@ -106,7 +106,7 @@ fn what_is_there_is_sent_while_the_sequence_is_refused() {
 }
 
 #[test]
-fn whoever_locks_the_sequence_holds_up_publishers_alone() {
+fn a_lock_on_the_sequence_holds_up_publishers_alone() {
     let stack = Stack::start();
     let mut publisher = Publisher::of(&stack.pg);
     publisher.run(PAUSE);

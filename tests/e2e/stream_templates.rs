@@ -190,7 +190,7 @@ fn the_name_that_a_template_gives_is_bounded_like_one_that_a_publisher_gives() {
 }
 
 #[test]
-fn what_is_no_template_is_refused_when_the_row_is_written() {
+fn an_invalid_template_is_refused_when_the_row_is_written() {
     let stack = Stack::start();
     let mut client = stack.pg.client();
     for (wrong, fault) in [

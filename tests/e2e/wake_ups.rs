@@ -38,7 +38,7 @@ fn attempts_during(stack: &Stack, refuser: &Garbage, role: &str, statement: &str
 
 /// Whatever a role does that may not ask for an attempt, waits go on to grow as if it did nothing.
 #[test]
-fn nobody_without_the_right_to_makes_a_backend_try_again() {
+fn only_a_role_with_the_right_makes_a_backend_try_again() {
     let (stack, refuser) = failing(
         &[("outbox_relay.retry_delay", "2s"), ("max_prepared_transactions", "10")],
         2,

@@ -76,7 +76,7 @@ pub struct Group {
     pub last_delivered: EntryId,
     /// Of the pending entries.
     pub oldest_pending: Option<EntryId>,
-    /// Since when the consumer that was heard last is silent; `None`: there is no consumer, or nobody has asked.
+    /// How long all consumers have been silent. `None`: there is no consumer, or this was not asked.
     pub idle: Option<Duration>,
 }
 

@@ -28,7 +28,7 @@ pub struct Silent {
 pub struct Verdict {
     /// `None`: nothing may.
     pub trim: Option<Trim>,
-    /// Who keeps what was not trimmed.
+    /// The groups that hold back what was not trimmed.
     pub holder: Holder,
     /// Groups that do not count because they have been silent for too long, and for how long.
     pub left_out: Vec<(GroupName, Duration)>,

@@ -14,7 +14,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::rc::Rc;
 use std::sync::Arc;
 
-/// Of the readers that one scan serves, so many count at most for how long it is.
+/// A scan gets longer with each reader that it serves, up to this many.
 const SCAN_READERS: usize = 4;
 
 /// The rows that a scan stands on, as it needs them.
@@ -26,7 +26,7 @@ pub trait Source {
 
     /// The number of its backend.
     fn number(&self, scan: &Self::Scan) -> i32;
-    /// Whether its backend was deleted, rather than that nobody has heard of it yet.
+    /// Whether its backend was deleted. Otherwise the worker may not have loaded it yet.
     fn is_deleted(&mut self, scan: &Self::Scan) -> bool;
     /// The hash slot of its stream; `reader`: the index of a reader of its backend.
     fn hash_slot(&mut self, scan: &Self::Scan, reader: usize) -> u16;
@@ -91,7 +91,7 @@ pub struct Collector {
     open: Option<OpenBatch>,
     /// To be written down.
     pub records: Vec<Record>,
-    /// Rows that are not to be sent if they are read once more: accepted before, beyond a gap, or parked now.
+    /// Rows that must not be sent when they are read again: accepted earlier beyond a gap, or parked now.
     pub skipped: Vec<i64>,
     /// How far it came.
     pub end: Position,
@@ -188,7 +188,7 @@ impl Backends {
         }
     }
 
-    /// Who looks after rows of this number; 0: the strays' reader.
+    /// The readers of this number's rows. Number 0 stands for the reader of strays.
     #[inline]
     fn known(&self, number: i32) -> i32 {
         match self.numbers.binary_search(&number) {
@@ -232,7 +232,7 @@ impl Pass {
         let mut is_at_end = false;
         let sending = self.readers.iter().filter(|r| r.role == Role::Redis).count();
         for step in 1..=self.limits.steps * sending.clamp(1, SCAN_READERS) {
-            // Who passes by rows of others alone has to come through first.
+            // A reader that meets only rows of others must come through them first.
             let may_end = step % self.limits.least_steps == 0;
             if may_end && self.readers.iter().any(Collector::has_found) && is_wanted() {
                 break;
@@ -259,7 +259,7 @@ impl Pass {
         self.readers
     }
 
-    /// Gives a row to its reader. Who has no room for it is returned.
+    /// Gives a row to its reader. Returns the reader if it has no room for the row.
     #[inline]
     fn refused_by<S: Source>(&mut self, source: &mut S, scan: &S::Scan, key: Key) -> Option<usize> {
         let number = self.backends.known(source.number(scan));
@@ -291,7 +291,7 @@ impl Pass {
 
     fn end(&mut self, is_at_end: bool) {
         for index in 0..self.readers.len() {
-            // Who stands further on has not been reached.
+            // The scan has not reached the readers that stand further on.
             let reader = &self.readers[index];
             if !reader.is_stopped && (is_at_end || reader.after <= self.seq) {
                 let end = match is_at_end {
@@ -311,7 +311,7 @@ impl Pass {
         reader.after < key.seq && (Arc::ptr_eq(&reader.from, &self.from) || !reader.from.snapshot.sees(key.xid))
     }
 
-    /// Who takes a row of a backend, if it takes part, stands before it and has not stopped.
+    /// The reader of a row: of its backend, taking part, standing before the row, and not stopped.
     fn reader_of<S: Source>(&self, source: &mut S, scan: &S::Scan, number: i32, key: Key) -> Option<usize> {
         let lane = match self.backends.lanes.contains(&(number, None)) {
             true => Some(self.lane_of(source, scan, number)?),
@@ -329,7 +329,7 @@ impl Pass {
         Some(slot.filter(|slot| self.backends.lanes.contains(&(number, Some(*slot)))))
     }
 
-    /// Whoever reads for the row's backend writes it down: of which lane it is may not be known.
+    /// Any reader of the row's backend writes it down, since its lane may not be known.
     fn fail_unreadable(&mut self, number: i32, key: Key, error: &str) {
         let is_its = |r: &Collector| r.number == number && !r.is_stopped && self.is_before(r, key);
         if let Some(reader) = self.readers.iter().position(is_its) {

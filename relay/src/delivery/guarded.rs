@@ -44,7 +44,7 @@ impl Delivery {
         self.doubt(begun);
     }
 
-    /// What is in flight may be appended, whatever becomes of its replies.
+    /// Redis may append what is in flight even if its replies never arrive.
     pub(super) fn doubt_flights(&mut self) {
         if self.guarantee != Guarantee::ExactlyOnce || self.in_doubt.is_none() || self.flights.is_empty() {
             return;

@@ -83,7 +83,7 @@ pub struct Delivery {
     changed_at: Option<Now>,
     /// Each such attempt puts this off by a second. It may not lie far ahead.
     paid_until: Now,
-    /// When the next attempt would be if nobody had asked.
+    /// The next attempt, had nobody asked for one sooner.
     unasked: Option<Now>,
     /// Why it is down; `None` after the next success.
     trouble: Option<Failure>,
@@ -118,7 +118,7 @@ pub struct Delivery {
     /// Batches that were sent, or begun with, and whose replies were never read. A guard that says more than is known
     /// must name one of them. `None`: an earlier worker may have sent others (exactly_once).
     in_doubt: Option<Vec<(u64, Position)>>,
-    /// Who reads its streams, while somebody wants to know.
+    /// The consumer groups of its streams, while a view or a setting needs them.
     readership: Option<Box<Readership>>,
 }
 

@@ -1,7 +1,7 @@
 //! Kinds of trouble: who is to blame for each, and what helps, in one exhaustive match ([`Trouble::judged`]);
 //! docs/FAILURES.md is the same for users. And which kind an error reply is.
 
-/// Who is to blame, and so what happens next.
+/// What failed (the backend, its configuration or an event) decides what happens next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Class {
     /// Redis or the way to it: wait with backoff, for ever; nothing fails.
@@ -68,7 +68,7 @@ pub enum Trouble {
     OutOfMemory,
     Busy,
     Unkillable,
-    /// A command came in that is none: on a connection that is not to be used any more.
+    /// Redis could not parse a command. The connection must not be used any more.
     Desynchronised,
     // Sentinel.
     NoSentinel,
@@ -96,7 +96,7 @@ pub enum Trouble {
     WrongType,
     StreamExhausted,
     TooLarge,
-    /// An error reply that is none of these.
+    /// Any other error reply.
     UnknownReply,
     // What consumers have not read (`trim = 'read'`).
     /// A stream has `max_len` entries that a group has not acknowledged,
@@ -116,7 +116,7 @@ pub enum Trouble {
 }
 
 impl Trouble {
-    /// Who is to blame, and what an administrator can do about it, where that is known.
+    /// What failed, and what an administrator can do about it, where that is known.
     #[expect(clippy::too_many_lines, reason = "a table")]
     pub(super) fn judged(self) -> (Class, Option<&'static str>) {
         use Class::{Backend, Configuration, Copy, Event, Fenced, Full};

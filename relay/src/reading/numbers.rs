@@ -31,7 +31,7 @@ impl Highest {
             .map(|began| i64::MAX - began)
     }
 
-    /// `number` is the highest in what is durable. Who found it may have been overtaken by others who found it as well,
+    /// `number` is the highest in what is durable. The process that found it may have been overtaken by others,
     /// and drew.
     pub fn found(&self, number: i64) {
         let number = number.clamp(0, i64::MAX - 1);

@@ -132,7 +132,7 @@ impl Position {
         self.under_way.as_ref().map_or(0, |u| u.last_seq)
     }
 
-    /// Where it is going. Who has not set out goes to `latest`.
+    /// The tick that it reads to. A position that has not set out goes to `latest`.
     pub fn to<'a>(&'a self, latest: &'a Arc<Tick>) -> &'a Arc<Tick> {
         self.under_way.as_ref().map_or(latest, |u| &u.to)
     }

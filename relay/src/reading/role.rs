@@ -1,4 +1,4 @@
-//! Who reads events.
+//! What a reader of events is for.
 
 /// What a reader does with the rows that it meets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -9,6 +9,6 @@ pub enum Role {
     Finder,
     /// A backend that was deleted: its events fail.
     Deleted,
-    /// Looks at the rows of all: events of backends that nobody knows are in its care.
+    /// Looks at all rows, and takes care of events whose backend does not exist.
     Strays,
 }

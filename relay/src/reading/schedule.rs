@@ -1,4 +1,4 @@
-//! Who reads next, and which readers share a scan.
+//! Which readers read next, and which of them share a scan.
 //!
 //! A reader reads when there may be rows for it and it can take them. One scan costs the same for one reader as for
 //! many, so readers that have the same goal are kept together: one that is ahead waits for those behind it. It waits
@@ -56,7 +56,7 @@ enum Priority {
 /// How much a sender has to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Supply {
-    /// It could run dry: its reader waits for nobody.
+    /// It could run dry, so its reader does not wait for other readers.
     Low,
     /// It has enough to do, and there is ample room for more.
     Enough,
@@ -106,7 +106,7 @@ struct WaitedFor {
     takes: bool,
 }
 
-/// Who reads now.
+/// The readers that read now, and those that wait.
 pub struct Schedule<'a> {
     /// In the order of their indexes.
     readers: Vec<Reader<'a>>,
@@ -147,7 +147,7 @@ impl<'a> Schedule<'a> {
         reader.takes() && !(reader.can_wait() && self.is_held(reader))
     }
 
-    /// Whether somebody with the same goal is behind it and not too far, or stands where it stands and cannot take rows
+    /// Whether a reader with the same goal is a little behind it, or stands at the same place and cannot take rows
     /// yet.
     fn is_held(&self, reader: &Reader<'_>) -> bool {
         let (goal, place) = (reader.goal(), reader.way.position.place());

@@ -83,7 +83,7 @@ impl Recovery {
         self.stage = Stage::Idle;
     }
 
-    /// Redis cannot be reached. An owner who is not heard of meanwhile may be alive.
+    /// Redis cannot be reached, so the silence of an owner proves nothing meanwhile.
     pub fn interrupt(&mut self) {
         self.reset();
         self.watch.interrupt();
@@ -307,8 +307,8 @@ impl Recovery {
     }
 }
 
-/// Moves the cursor back where the start requires it. This is durable before the claim, because the claim overwrites the
-/// guard that says so.
+/// Moves the cursor back where the start requires it. This is durable before the claim, because the claim overwrites
+/// the guard that says so.
 fn go_back<B: Books>(books: &mut B, start: Start, guard: Option<&Guard>) -> Result<(), B::Error> {
     let cursor = |position: &Position, number| Cursor {
         position: position.clone(),

@@ -1,4 +1,4 @@
-//! What this thread is doing to open a connection: so that whoever asks why there is none
+//! The step of opening a connection that this thread is at: so that a report of a missing connection
 //! ([`probe`](crate::redis::probe)) can be told at which step it ended.
 
 use std::cell::Cell;

@@ -223,7 +223,7 @@ pub fn heard(destination: &Destination, failure: Failure) -> Failure {
 
 /// What a node says of its cluster.
 struct Told {
-    /// Who serves the hash slot that was asked for.
+    /// The node that serves the hash slot that was asked for.
     serves: Option<Address>,
     /// Some of all masters.
     masters: Vec<Address>,

@@ -16,7 +16,8 @@ use crossbeam_channel::Receiver;
 use std::collections::VecDeque;
 use std::thread;
 
-/// Sends batches as they come, some ahead of their replies, until the connection ends or nobody listens any more.
+/// Sends batches as they come, some before the replies to earlier ones, until the connection ends or the worker has let
+/// go of this sender.
 pub(super) fn pipeline(
     connection: RedisConnection,
     destination: &Destination,
@@ -109,7 +110,7 @@ impl Pipeline<'_> {
         Ok(())
     }
 
-    /// Asks about consumer groups. False: nobody listens.
+    /// Asks about consumer groups. False: the worker has let go of this sender.
     fn survey(&self, connection: &mut RedisConnection, mut survey: Box<Survey>) -> Result<bool, Failure> {
         let mut out = Vec::new();
         loop {
@@ -126,7 +127,8 @@ impl Pipeline<'_> {
         }
     }
 
-    /// Reads the replies of a batch, and reports them. False: the connection has ended, or nobody listens.
+    /// Reads the replies of a batch, and reports them. False: the connection has ended, or the worker has let go of
+    /// this sender.
     fn hear(&self, connection: &mut RedisConnection, batch: Batch) -> Result<bool, Failure> {
         let refused = match answers(connection, batch.commands) {
             Ok(refused) => refused.into_iter(),
@@ -153,7 +155,7 @@ impl Pipeline<'_> {
         Ok(self.reporter.report_before(report, waiting))
     }
 
-    /// Waits until enough replicas have all that was written. False: nobody listens.
+    /// Waits until enough replicas have all that was written. False: the worker has let go of this sender.
     fn replicate(&self, connection: &mut RedisConnection, replicas: Replicas) -> Result<bool, Failure> {
         let mut reported = None;
         loop {

@@ -12,7 +12,7 @@ use crate::sender::reporter::Reporter;
 use crossbeam_channel::{Receiver, TryRecvError};
 use std::thread;
 
-/// Speaks for a conversation until the connection ends, or nobody listens any more.
+/// Sends and receives for a conversation until the connection ends or the worker has let go of this sender.
 pub(super) fn converse(
     mut line: Box<Line>,
     orders: &Receiver<Order>,

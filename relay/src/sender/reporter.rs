@@ -20,7 +20,7 @@ pub(super) struct Reporter {
 }
 
 impl Reporter {
-    /// False: nobody listens any more.
+    /// False: the worker has let go of this sender.
     pub(super) fn report(&self, report: Report) -> bool {
         self.report_before(report, 0)
     }

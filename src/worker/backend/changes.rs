@@ -47,7 +47,7 @@ impl Backend {
             self.forget_trouble();
         }
         if row.enabled != self.is_enabled() {
-            // While it was paused, nobody heard of it.
+            // While it was paused, nothing was heard of its Redis.
             self.forget_trouble();
         }
         let former_stream = self.entries.stream.clone();

@@ -14,7 +14,7 @@ pub(crate) enum Duty {
     Find(Box<Finder>),
     /// Fails the events of a backend that was deleted, or of a lane of it.
     Fail { lane: Option<u16> },
-    /// Looks after events of backends that nobody knows.
+    /// Looks after events whose backend does not exist.
     Strays,
 }
 

@@ -70,7 +70,7 @@ impl Backend {
         self.log_change(now);
     }
 
-    /// The guard names batches whose replies nobody has read. `total`: events up to them.
+    /// The guard names batches whose replies were not read. `total`: the events up to and including them.
     pub(crate) fn adopt(&mut self, cursor: Cursor, total: i64, now: Now) {
         let known = self.delivery.accepted();
         let base = self.total() - known as i64;

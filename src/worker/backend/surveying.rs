@@ -1,4 +1,5 @@
-//! Who reads a backend's streams: when Redis is asked, and what follows from the answers. See [`relay::consumers`].
+//! The consumer groups of a backend: when Redis is asked about them, and what follows from the answers. See
+//! [`relay::consumers`].
 
 use crate::server::guc::LogLevel;
 use crate::server::process::log;

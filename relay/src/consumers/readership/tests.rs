@@ -273,7 +273,7 @@ fn streams_are_remembered_up_to_a_limit() {
 }
 
 #[test]
-fn who_has_nothing_to_trim_asks_nothing() {
+fn a_backend_with_nothing_to_trim_asks_nothing() {
     let mut r = readership(100);
     assert_eq!(r.due_at(false), Some(Now::ZERO));
     survey(&mut r, S, 1, &[found("own", 1, vec![group("g", 1, None)])]);

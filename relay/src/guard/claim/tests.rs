@@ -1,4 +1,4 @@
-//! Who may claim which guard, and from where.
+//! Which server may claim which guard, and where it starts.
 
 use super::*;
 use crate::reading::range::Position;
@@ -273,7 +273,7 @@ fn only_heirs_follow_an_owner_who_is_silent_or_has_left() {
 }
 
 #[test]
-fn who_was_promoted_before_the_owner_is_no_heir() {
+fn a_server_promoted_before_the_owner_is_no_heir() {
     let later = Guard {
         timeline: 2,
         released: true,

@@ -122,7 +122,7 @@ fn groups(given: &[Given]) -> Vec<(Vec<usize>, i64, i64)> {
 }
 
 #[test]
-fn who_reads_now() {
+fn which_readers_read_now() {
     let nowhere = Given { from: 2, ..HUNGRY };
     let unticked = Given {
         from: 0,
@@ -192,7 +192,7 @@ fn who_reads_now() {
 }
 
 #[test]
-fn who_shares_a_scan() {
+fn which_readers_share_a_scan() {
     let beginner = Given { from: 0, ..HUNGRY };
     let short = Given {
         from: 2,
@@ -351,7 +351,7 @@ fn nobody_starves_and_no_sender_runs_dry() {
                 "round {round}: {given:?}"
             );
         }
-        // Whoever waits, waits for somebody who reads, or who is well and has more to do than it can take.
+        // A reader that waits, waits for one that reads, or for one that is well and has more to do than it can take.
         let is_stuck = reading.is_empty() && on_their_way().any(Reader::takes);
         let moves = on_their_way().any(|r| r.is_well && !r.takes());
         assert!(!is_stuck || moves, "round {round}: {given:?}");

@@ -52,7 +52,7 @@ fn a_reply_may_be_larger_than_the_buffer() {
 }
 
 #[test]
-fn what_is_not_the_protocol_is_said_to_be() {
+fn bytes_that_are_not_the_protocol_are_reported_as_such() {
     for bytes in [
         b"HTTP/1.1 400 Bad Request\r\n".as_slice(),
         b"$x\r\n",

@@ -1,4 +1,4 @@
-//! Looking for events in the tails of their streams, by event id and timestamp: after a batch whose replies nobody
+//! Looking for events in the tails of their streams, by event id and timestamp: after a batch whose replies were not
 //! read, and after a change of owner. One command at a time; replies are fed in, in pieces.
 
 mod pieces;
