@@ -116,7 +116,7 @@ test-monitoring: ## scrape a real server as contrib/monitoring says, with Debian
 test-examples: ## run the projects of examples/ on throwaway servers (packages are fetched; EXAMPLES="psycopg django" for some)
 	scripts/test-examples $(EXAMPLES)
 
-lint: headers ## formatting, clippy, arrows between modules, the SQL script and dependencies, as CI checks them
+lint: headers ## formatting, clippy, arrows between modules, lengths, the SQL script and dependencies, as CI checks them
 	$(CARGO) fmt --all --check
 	$(cargo_env) $(CARGO) clippy --workspace --all-targets --locked --no-default-features --features $(features) -- -D warnings
 	scripts/lint-structure
