@@ -11,11 +11,11 @@ use kit::Stack;
 use std::time::{Duration, Instant};
 
 /// Events a second of those who are disturbed.
-const OTHERS_RATE: f64 = 200.0;
+pub(crate) const OTHERS_RATE: f64 = 200.0;
 /// Rows of one filling transaction.
 const TOGETHER: u64 = 10_000;
 
-fn others() -> Way {
+pub(crate) fn others() -> Way {
     Way {
         sql: "select outbox.publish_event('bench.latency', 'bench', $1::text::jsonb, backend => 'other')".to_owned(),
         stream: "other",
@@ -33,7 +33,7 @@ fn pace(scale: &Scale) -> Pace {
 }
 
 /// Two backends on one Redis.
-fn stack(settings: &[(&str, &str)]) -> Stack {
+pub(crate) fn stack(settings: &[(&str, &str)]) -> Stack {
     let stack = Stack::with(&[SETTINGS, settings].concat());
     stack.pg.exec(
         "insert into outbox.backends (name, host, port, stream_name)
@@ -53,7 +53,7 @@ fn stack(settings: &[(&str, &str)]) -> Stack {
 }
 
 /// Runs `sql`, whose `$from` and `$to` are numbers, until so many rows are there.
-fn fill(stack: &Stack, count: u64, sql: &str) {
+pub(crate) fn fill(stack: &Stack, count: u64, sql: &str) {
     let mut client = stack.pg.client();
     client
         .batch_execute("set synchronous_commit to off")
@@ -67,7 +67,7 @@ fn fill(stack: &Stack, count: u64, sql: &str) {
     client.batch_execute(&sql).expect("cannot fill");
 }
 
-fn fill_events(stack: &Stack, count: u64) {
+pub(crate) fn fill_events(stack: &Stack, count: u64) {
     fill(
         stack,
         count,
@@ -79,7 +79,7 @@ fn fill_events(stack: &Stack, count: u64) {
     wait_sent(stack);
 }
 
-fn wait_sent(stack: &Stack) {
+pub(crate) fn wait_sent(stack: &Stack) {
     wait_long(|| stack.pg.one::<i64>("select pending from outbox.status") == 0);
 }
 

@@ -2,13 +2,14 @@
 
 use redis::Value;
 use relay::delivery::backoff::Backoff;
-use relay::delivery::flight::{BatchedEvent, Contents};
+use relay::delivery::flight::{BatchedEvent, Contents, WINDOW_BATCHES};
 use relay::delivery::refusal::Streams;
 use relay::delivery::{Cursor, Delivery, Guarantee, RowFate};
 use relay::event::text::{hyphenated, rfc3339};
 use relay::event::wanted::{Purpose, Wanted};
 use relay::failure::{Class, Failure};
 use relay::reading::range::Position;
+use relay::reading::schedule::Supply;
 use relay::reading::snapshot::Tick;
 use relay::resp::read::Inbox;
 use relay::sender::tails::Search;
@@ -100,6 +101,34 @@ fn after_an_abort_waiting_events_wait_for_the_rows_that_were_sent_with_them() {
     [11, 12].iter().for_each(|seq| delivery.skipped(*seq));
     delivery.advanced(Position::at(new));
     assert!(is_retried(&mut delivery));
+}
+
+/// What is behind a refused event is read and sent again, so it is to be little.
+#[test]
+fn after_a_refusal_few_batches_are_on_their_way_and_soon_more() {
+    let (old, new) = (tick(10), tick(1_000));
+    let mut delivery = delivery(Position::at(old.clone()), false);
+    let room = |delivery: &Delivery| delivery.room().map_or(0, |room| room.batches);
+    let send = |delivery: &mut Delivery, seq: i64| {
+        let end = Position::towards(old.clone(), new.clone(), seq);
+        delivery.sent(entries(&[seq]), Contents::Rows { end }, 100);
+    };
+    assert_eq!(room(&delivery), WINDOW_BATCHES);
+    send(&mut delivery, 11);
+    send(&mut delivery, 12);
+    let refused = Failure::new(
+        Class::Event,
+        "WRONGTYPE Operation against a key holding the wrong kind of value",
+    );
+    delivery.replied(vec![(0, refused)], Now::ZERO, 0.0);
+    delivery.resume();
+    for batches in [1, 2, 4, 8, 16, WINDOW_BATCHES, WINDOW_BATCHES] {
+        assert_eq!(room(&delivery), batches);
+        assert_eq!(delivery.supply(), Supply::Low, "it goes on reading");
+        send(&mut delivery, 12);
+        assert_eq!(room(&delivery), batches - 1);
+        delivery.replied(Vec::new(), Now::ZERO, 0.0);
+    }
 }
 
 /// Nothing newer may come for a long time.

@@ -23,6 +23,14 @@ pub(crate) fn note_restore(number: i32, xid: u64) {
     });
 }
 
+/// Records that the worker's transaction moves events that a dump has brought.
+pub(crate) fn note_restored_here(number: i32) {
+    run(
+        "insert into outbox.restores (backend_number, xid) values ($1, pg_current_xact_id())",
+        &[number.into()],
+    );
+}
+
 /// How many events these restores have brought.
 pub(crate) fn count_restored(restores: &[i64]) -> i64 {
     query_value(

@@ -5,11 +5,15 @@ use crate::tables::care::{self, Kept};
 use crate::tables::catalog;
 use crate::tables::found_row::FoundRow;
 use crate::tables::missing::Index;
+use crate::tables::restores;
 use crate::tables::rights;
-use crate::tables::sql::{query_column, query_kept, run, run_kept, run_named, timestamp, types_of, uuids, words};
+use crate::tables::sql::{
+    query_column, query_kept, run_kept, run_named, run_returning, timestamp, types_of, uuids, words,
+};
 use crate::tables::trusted;
 use pgrx::pg_sys;
 use pgrx::spi::Spi;
+use std::collections::BTreeSet;
 
 /// Scheduled events that are due at the time $1, at most $2, without those that are held ($3). The time is a parameter
 /// so that the index is read up to it; a clock function would be evaluated for each row.
@@ -58,7 +62,7 @@ pub(crate) fn move_due(now_us: i64, count: i64, held: &[[u8; 16]]) -> u64 {
         where d.scheduled_at <= $1 and d.event_id <> all($2) order by d.scheduled_at, d.seq limit {count} for update skip locked"
     );
     let arguments = [timestamp(now_us), uuids(held)];
-    move_scheduled(&due_and_free, |sql| run_kept(sql, &arguments))
+    move_scheduled(&due_and_free, |sql| run_kept(sql, &arguments, restored_for))
 }
 
 /// The same one by one: an event that cannot be moved fails alone.
@@ -66,7 +70,9 @@ pub(crate) fn move_due_one_by_one(now_us: i64, count: i64, held: &[[u8; 16]]) ->
     let due = due(now_us, count, held);
     for id in &due {
         let id = pgrx::Uuid::from_bytes(*id);
-        if let Err(error) = care::tried_new(|| move_scheduled("select $1", |sql| run(sql, &[id.into()]))) {
+        if let Err(error) =
+            care::tried_new(|| move_scheduled("select $1", |sql| run_returning(sql, &[id.into()], restored_for)))
+        {
             care::as_much_as_can_be_read(|kept| fail_scheduled(id, &error, kept));
         }
     }
@@ -95,12 +101,17 @@ fn fail_scheduled(id: pgrx::Uuid, error: &str, kept: Kept) -> u64 {
     )
 }
 
+/// The backend of a moved event that a dump has brought.
+fn restored_for(row: &FoundRow<'_>) -> Option<i32> {
+    row.value("restored_for")
+}
+
 /// Moves the scheduled events whose ids a query selects.
-fn move_scheduled(selected: &str, run: impl FnOnce(&str) -> u64) -> u64 {
+fn move_scheduled(selected: &str, run: impl FnOnce(&str) -> Vec<Option<i32>>) -> u64 {
     if catalog::expect_relations().events_id_key == pg_sys::InvalidOid {
         Index::EventId.refuse();
     }
-    trusted::moving(|| {
+    let moved = trusted::moving(|| {
         run(&format!(
                 "with due as (
                 delete from outbox.scheduled_events s
@@ -114,9 +125,6 @@ fn move_scheduled(selected: &str, run: impl FnOnce(&str) -> u64) -> u64 {
                 from (select * from due order by scheduled_at, seq) d
                 on conflict (event_id) do nothing
                 returning event_id
-            ), restored as (
-                insert into outbox.restores (backend_number, xid)
-                select distinct d.backend_number, pg_current_xact_id() from due d where d.xid = '0'
             ), repeated as (
                 insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, event_type, source, backend,
                     data, subject, stream, data_schema, publisher_config, max_retries, published_by, attempts, last_error)
@@ -128,9 +136,13 @@ fn move_scheduled(selected: &str, run: impl FnOnce(&str) -> u64) -> u64 {
                 from due d where not exists (select from moved m where m.event_id = d.event_id)
                 on conflict (event_id, seq) do nothing
             )
-            select from due"
+            select case when d.xid = '0' then d.backend_number end as restored_for from due d"
             ))
-    })
+    });
+    // In a statement of its own, and only if there are any: each insertion into that table has all backends loaded again.
+    let restored: BTreeSet<i32> = moved.iter().copied().flatten().collect();
+    restored.into_iter().for_each(restores::note_restored_here);
+    moved.len() as u64
 }
 
 /// When the next scheduled event that is not `held` is due (`None`: there is none), and the present time, in

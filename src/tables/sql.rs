@@ -77,13 +77,25 @@ pub(crate) fn query_kept<R>(sql: &str, args: &[DatumWithOid<'_>], each: impl FnM
     found
 }
 
-/// As [`run`], for a statement that is run often.
-pub(crate) fn run_kept(sql: &str, args: &[DatumWithOid<'_>]) -> u64 {
+/// Writes, by a statement that is run often; returns what it returns.
+pub(crate) fn run_kept<R>(sql: &str, args: &[DatumWithOid<'_>], each: impl FnMut(&FoundRow<'_>) -> R) -> Vec<R> {
     rights::statement(|| {
         Spi::connect_mut(|client| {
             let statement = kept(client, sql, args, true);
             let table = execution_of_kept(|| client.update(statement, None, args));
-            table.unwrap_or_else(|e| internal(e.to_string())).len() as u64
+            FoundRow::for_all(table.unwrap_or_else(|e| internal(e.to_string())), each)
+        })
+    })
+}
+
+/// Writes; returns what the statement returns.
+pub(crate) fn run_returning<R>(sql: &str, args: &[DatumWithOid<'_>], each: impl FnMut(&FoundRow<'_>) -> R) -> Vec<R> {
+    rights::statement(|| {
+        Spi::connect_mut(|client| {
+            let statement = client.prepare_mut(sql, &types_of(args));
+            let statement = statement.unwrap_or_else(|e| internal(e.to_string()));
+            let table = rights::execution(|| client.update(&statement, None, args));
+            FoundRow::for_all(table.unwrap_or_else(|e| internal(e.to_string())), each)
         })
     })
 }
@@ -221,6 +233,7 @@ pub(crate) fn upsert<const KEYS: usize, const REST: usize>(
     run_kept(
         &format!("insert into {table} ({columns}) values ({values}) on conflict ({keys}) do update set {updates}"),
         &args,
+        |_| (),
     );
 }
 

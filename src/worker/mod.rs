@@ -336,6 +336,7 @@ impl Worker {
         let next = times
             .chain([
                 self.scheduled_at(),
+                self.fails_at,
                 Some(poll),
                 self.awaited.as_ref().map(|a| a.look_at),
                 self.mending.due_at(),

@@ -35,6 +35,9 @@ const STALE_READING: Duration = Duration::from_millis(500);
 /// While a lane cannot be made.
 const LANE_PAUSE: Duration = Duration::from_millis(100);
 
+/// After a commit, others are expected for so long.
+const PUBLISHING_TIME: Duration = Duration::from_secs(1);
+
 /// How long passes follow each other that find nothing, before the others are looked at again.
 const PASSING_TIME: Duration = Duration::from_millis(5);
 
@@ -275,12 +278,20 @@ impl Worker {
         Ok(())
     }
 
+    /// Whether sessions publish beside what the worker does by itself.
+    pub(super) fn is_beside_others(&self) -> bool {
+        self.published_at.is_some_and(|at| self.now() < at + PUBLISHING_TIME)
+    }
+
     /// Takes a tick if anything has happened since the last, and makes what it sees durable.
     pub(super) fn take_tick(&mut self) -> Result<(), Aborted> {
         fault::reach(Point::BeforeTick);
         let committed_at_us = self.slot.take_work();
         self.commits.looks(committed_at_us, clock::wall_us());
         self.pace.looks(self.now());
+        if committed_at_us.is_some() {
+            self.published_at = Some(self.now());
+        }
         (self.work, self.polled) = (false, false);
         let tick = process::transaction(|| {
             let relations = catalog::relations()?;

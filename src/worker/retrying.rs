@@ -21,6 +21,8 @@ impl Worker {
     /// once.
     pub(super) fn retry_refused(&mut self, now: Now) -> bool {
         let mut more = false;
+        let may_fail = self.failing.may_begin(self.is_beside_others(), now);
+        self.fails_at = None;
         for index in 0..self.backends.len() {
             let backend = &mut self.backends[index];
             // Records of refusals must be written down first.
@@ -32,8 +34,10 @@ impl Worker {
             }
             if backend.delivery.streams_to_fail(1).is_empty() {
                 more |= self.send_again(index, now);
-            } else {
+            } else if may_fail {
                 more |= self.fail_streams(index, now);
+            } else {
+                self.fails_at = Some(self.failing.rests_until());
             }
         }
         more
@@ -73,6 +77,7 @@ impl Worker {
 
     /// True: some were failed, and there may be others.
     fn fail_streams(&mut self, index: usize, now: Now) -> bool {
+        self.failing.begins(self.now());
         let backend = &mut self.backends[index];
         let failing = backend.delivery.streams_to_fail(FAILED_STREAMS);
         match process::transaction(|| pass::fail_waiting(backend, &failing, FAILED_AT_ONCE)) {

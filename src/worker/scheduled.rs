@@ -27,12 +27,17 @@ impl Worker {
     pub(super) fn scheduled_at(&self) -> Option<Now> {
         let due = [self.scheduled.next_due, self.scheduled.patience.next_retry_at()];
         let due = due.into_iter().flatten().min()?;
+        let due = due.max(self.scheduled.pieces.rests_until());
         Some(self.patience.retry_at(Task::Move).map_or(due, |at| at.max(due)))
     }
 
     pub(super) fn move_scheduled(&mut self, now: Now) {
         if self.slot.take_schedule() {
             self.scheduled.is_known = false;
+        }
+        let beside_others = self.is_beside_others();
+        if !self.scheduled.pieces.may_begin(beside_others, now) {
+            return;
         }
         let is_due = self.scheduled_at().is_some_and(|due| due <= now);
         if (self.scheduled.is_known && !is_due) || !self.patience.allows(Task::Move, now) {
@@ -58,7 +63,7 @@ impl Worker {
 
     fn move_due(&mut self, now: Now) -> Result<(), Aborted> {
         let held: Vec<EventId> = self.scheduled.held.iter().copied().collect();
-        let (count, start) = (self.scheduled.portion.count(), Instant::now());
+        let (count, start, began_at) = (self.scheduled.portion.count(), Instant::now(), self.now());
         let moved = process::transaction(|| {
             let (due, now_us) = scheduled::next_due(&held);
             if due.is_some_and(|at| at <= now_us) && says_trouble_of_sequence() {
@@ -85,6 +90,7 @@ impl Worker {
             self.hold_contested(now)?;
         }
         if moved > 0 {
+            self.scheduled.pieces.begins(began_at);
             self.scheduled.portion.took(moved as usize, start.elapsed());
             process::debug(|| format!("moved {moved} scheduled events that are due"));
         }

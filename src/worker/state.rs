@@ -14,7 +14,7 @@ use crate::worker::tested::BackendTest;
 use crate::worker::turns::Turns;
 use pgrx::pg_sys;
 use relay::reading::commits::Commits;
-use relay::reading::pace::Pace;
+use relay::reading::pace::{Pace, Pieces};
 use relay::reading::snapshot::Tick;
 use relay::time::Now;
 use relay::time::patience::Patience;
@@ -97,6 +97,12 @@ pub(super) struct Worker {
     /// After an ERROR, nothing is tried before this.
     pub(super) pause_until: Now,
     pub(super) pace: Pace,
+    /// When a session's commit was heard of last.
+    pub(super) published_at: Option<Now>,
+    /// Events of refused streams fail in pieces.
+    pub(super) failing: Pieces,
+    /// There are more to fail, then.
+    pub(super) fails_at: Option<Now>,
     pub(super) logged_error: Option<(String, Now)>,
     /// All senders write to this one to wake the worker.
     pub(super) waker: Arc<UnixStream>,
@@ -151,6 +157,9 @@ impl Worker {
             patience: Patience::default(),
             pause_until: Now::ZERO,
             pace: Pace::default(),
+            published_at: None,
+            failing: Pieces::default(),
+            fails_at: None,
             logged_error: None,
             waker: Arc::new(waker),
             woken,

@@ -42,15 +42,26 @@ fn busy(stack: &Stack, time: Duration) -> f64 {
     (cpu_time(worker) - before).as_secs_f64() / start.elapsed().as_secs_f64()
 }
 
-/// How long a bystander's events take while `attack` is done by a publisher, beside how long they take alone.
-fn beside(stack: &Stack, what: &str, attack: impl FnOnce(&mut postgres::Client)) {
+/// How long a bystander's events take while `attack` is done by a publisher, beside how long they take alone: the
+/// medians, alone first.
+fn beside(stack: &Stack, what: &str, attack: impl FnOnce(&mut postgres::Client)) -> [Duration; 2] {
     let mut client = publisher(stack);
     let alone = Bystander::start(stack);
     std::thread::sleep(Duration::from_secs(1));
-    alone.stop(stack).assert_undisturbed("nobody");
+    let alone = alone.stop(stack);
+    alone.assert_undisturbed("nobody");
     let bystander = Bystander::start(stack);
     attack(&mut client);
-    bystander.stop(stack).assert_undisturbed(what);
+    let with = bystander.stop(stack);
+    with.assert_undisturbed(what);
+    [alone.quantile(0.5), with.quantile(0.5)]
+}
+
+/// Most events of others are to meet no piece of large work of the worker.
+#[track_caller]
+fn assert_most_meet_nothing([alone, with]: [Duration; 2]) {
+    let most = alone * 2 + Duration::from_millis(8);
+    assert!(with <= most, "median {with:?}, alone {alone:?}");
 }
 
 /// Each of many streams is refused, with as many attempts as one may ask for.
@@ -91,7 +102,7 @@ fn refused_streams_by_the_thousand_cost_others_little() {
 fn many_scheduled_events_that_are_due_at_one_moment_hold_up_nobody() {
     const COUNT: usize = 50_000;
     let stack = Stack::with(&[("outbox_relay.redis_max_len", "0")]);
-    beside(&stack, "events due at one moment", |client| {
+    let medians = beside(&stack, "events due at one moment", |client| {
         client
             .batch_execute(&format!(
                 "select outbox.publish_event('flood', 'kit', scheduled_at => date_trunc('second', now()) + interval '4 s')
@@ -104,6 +115,25 @@ fn many_scheduled_events_that_are_due_at_one_moment_hold_up_nobody() {
         });
         println!("arrived after {:?}", start.elapsed());
     });
+    assert_most_meet_nothing(medians);
+}
+
+#[test]
+fn many_events_that_fail_with_the_first_of_their_stream_hold_up_nobody() {
+    const COUNT: i64 = 30_000;
+    let stack = Stack::start();
+    stack.redis.call(&["SET", "refused", "a string"]);
+    let medians = beside(&stack, "events that fail", |client| {
+        client
+            .batch_execute(&format!(
+                "select outbox.publish_event('flood', 'kit', stream => 'refused', max_retries => 1) from generate_series(1, {COUNT})"
+            ))
+            .expect("published");
+        kit::eventually("all to fail", Duration::from_secs(60), || {
+            (stack.pg.one::<i64>("select count(*) from outbox.failed_events") == COUNT).then_some(())
+        });
+    });
+    assert_most_meet_nothing(medians);
 }
 
 #[test]

@@ -38,7 +38,8 @@ pub struct BatchedEvent {
 pub struct Window {
     pub batches: usize,
     pub bytes: usize,
-    /// Bytes that there are when nothing is on its way.
+    /// Batches and bytes that there are when nothing is on its way.
+    pub whole_batches: usize,
     pub whole_bytes: usize,
     /// Events that may be sent now, for the pace of the backend.
     pub events: usize,
@@ -47,8 +48,8 @@ pub struct Window {
 impl Window {
     /// What a sender with this much room has to do. It has enough if a quarter of the window or more is on its way.
     pub fn supply(self) -> Supply {
-        let has_enough = self.batches <= WINDOW_BATCHES / 4 * 3 || self.bytes <= self.whole_bytes / 4 * 3;
-        let is_ample = self.batches >= WINDOW_BATCHES / 4 && self.bytes >= self.whole_bytes / 4;
+        let has_enough = self.batches <= self.whole_batches / 4 * 3 || self.bytes <= self.whole_bytes / 4 * 3;
+        let is_ample = self.batches >= self.whole_batches / 4 && self.bytes >= self.whole_bytes / 4;
         match (has_enough, is_ample) {
             (false, _) => Supply::Low,
             (true, true) => Supply::Enough,

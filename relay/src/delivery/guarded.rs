@@ -226,6 +226,10 @@ impl Delivery {
         // The guard tells of the last batch alone which of its events were refused, or which waiting ones were
         // accepted.
         let stops = !refused.is_empty() || matches!(flight.contents, Contents::Waiting { .. });
+        self.window_batches = match refused.is_empty() {
+            true => (self.window_batches * 2).min(WINDOW_BATCHES),
+            false => 1,
+        };
         let count = flight.entries.len();
         let records = self.land(flight, count, refused, now, random);
         if stops {
@@ -241,6 +245,7 @@ impl Delivery {
         let Some(flight) = self.flights.pop_front() else {
             return Vec::new();
         };
+        self.window_batches = 1;
         let again = matches!(flight.contents, Contents::Waiting { .. });
         if let Some(last) = flight.entries.last().filter(|_| !again) {
             // Others of this batch may belong before what was refused.

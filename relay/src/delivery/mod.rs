@@ -74,6 +74,9 @@ pub struct Delivery {
     in_flight_bytes: usize,
     /// The most bytes that may be in flight.
     window_bytes: usize,
+    /// The most batches. With exactly_once a refusal stops all that are behind it, and they are read and sent again: so
+    /// there is one after a refusal, and twice as many after each batch without.
+    window_batches: usize,
     connection: ConnectionState,
     /// Failures of the backend in a row.
     failures: u32,
@@ -156,6 +159,7 @@ impl Delivery {
             flights: VecDeque::new(),
             in_flight_bytes: 0,
             window_bytes: WINDOW_BYTES,
+            window_batches: WINDOW_BATCHES,
             connection: ConnectionState::Down { retry_at: Now::ZERO },
             failures: 0,
             asked_at: None,
@@ -240,7 +244,8 @@ impl Delivery {
 
     fn window(&self) -> Window {
         Window {
-            batches: WINDOW_BATCHES.saturating_sub(self.flights.len()),
+            batches: self.window_batches.saturating_sub(self.flights.len()),
+            whole_batches: self.window_batches,
             bytes: self.window_bytes.saturating_sub(self.in_flight_bytes),
             whole_bytes: self.window_bytes,
             events: self

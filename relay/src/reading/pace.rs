@@ -60,7 +60,7 @@ pub struct Portion {
 
 impl Portion {
     /// Few different ones, so that a statement can be kept for each: its plan depends on how many rows it expects.
-    const COUNTS: [usize; 7] = [10, 20, 50, 100, 200, 500, 1_000];
+    const COUNTS: [usize; 6] = [20, 50, 100, 200, 500, 1_000];
 
     pub fn new(time: Duration) -> Self {
         Self { time, count: 50 }
@@ -83,9 +83,60 @@ impl Portion {
     }
 }
 
+/// Large work that is done in pieces, one a round: it rests after each, so that most events of others meet none.
+#[derive(Default)]
+pub struct Pieces {
+    began_at: Option<Now>,
+    rests_until: Now,
+}
+
+impl Pieces {
+    /// It rests for so many times as long as the last piece has taken, with all that it has entailed in its round:
+    /// flushing, reading and sending.
+    const REST: u32 = 2;
+
+    /// Whether the next piece may begin, which is asked in the round after the last. `beside_others`: others publish.
+    pub fn may_begin(&mut self, beside_others: bool, now: Now) -> bool {
+        if let Some(began_at) = self.began_at.take() {
+            self.rests_until = now + now.saturating_sub(began_at) * Self::REST;
+        }
+        if !beside_others {
+            self.rests_until = Now::ZERO;
+        }
+        now >= self.rests_until
+    }
+
+    pub fn begins(&mut self, now: Now) {
+        self.began_at.get_or_insert(now);
+    }
+
+    /// When to ask again.
+    pub fn rests_until(&self) -> Now {
+        self.rests_until
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pieces_rest_beside_others_and_only_then() {
+        let us = Duration::from_micros;
+        let mut pieces = Pieces::default();
+        assert!(pieces.may_begin(true, us(100)));
+        pieces.begins(us(100));
+        assert!(!pieces.may_begin(true, us(400)));
+        assert_eq!(pieces.rests_until(), us(1_000));
+        assert!(!pieces.may_begin(true, us(999)) && pieces.may_begin(true, us(1_000)));
+        pieces.begins(us(1_000));
+        assert!(pieces.may_begin(false, us(1_300)), "nobody is there");
+        assert_eq!(
+            pieces.rests_until(),
+            Now::ZERO,
+            "what is due later is not held up by it"
+        );
+    }
 
     #[test]
     fn a_portion_comes_to_take_about_its_time() {
@@ -95,7 +146,7 @@ mod tests {
                 portion.took(portion.count(), portion.count() as u32 * Duration::from_micros(us_each));
             }
             let took = portion.count() as u64 * us_each;
-            let is_bound = [10, 1_000].contains(&portion.count());
+            let is_bound = [20, 1_000].contains(&portion.count());
             assert!((300..=1_500).contains(&took) || is_bound, "{took} us");
         }
         let mut portion = Portion::new(Duration::from_millis(1));
