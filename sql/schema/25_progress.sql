@@ -32,7 +32,7 @@ create table outbox.cursors (
     address           text,
     primary key (backend_number, slot)
 ) with (fillfactor = 20, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);
-comment on table outbox.cursors is 'How far each backend has come, or in a cluster each of its lanes. Saved 250 ms after the last change, at the latest after a second. A row outlives its backend, because transactions that were open when the backend was deleted may still commit events.';
+comment on table outbox.cursors is 'How far each backend has come, or in a cluster each of its lanes. Saved 250 ms after the last change, at the latest after a second. A row outlives its backend until the transactions have ended that were open when the backend was deleted, because they may still commit events. Row 0: of events whose backend is unknown or was deleted before.';
 
 create function outbox.hash_slot(stream text) returns integer
     language c immutable strict parallel safe
@@ -58,12 +58,14 @@ comment on table outbox.ticks is 'The time at which each backend had delivered a
 create table outbox.installation (
     id       uuid not null default pg_catalog.gen_random_uuid(),
     database oid not null,
-    common_stream text not null default 'events'
+    common_stream text not null default 'events',
+    deleted_backends int4multirange not null default '{}'
 );
 insert into outbox.installation (database)
 select d.oid from pg_catalog.pg_database d where d.datname = current_database();
 comment on table outbox.installation is 'The id of this installation, which is part of its guards'' keys. CREATE EXTENSION makes it; dumps do not contain it.';
 comment on column outbox.installation.database is 'The database that the installation belongs to. If this is another database, the current one was copied from it (CREATE DATABASE ... TEMPLATE). pg_upgrade keeps it.';
+comment on column outbox.installation.deleted_backends is 'Numbers of deleted backends that have no cursor any more. If a backend with such a number is inserted, as a restore does, it goes on from cursor 0.';
 comment on column outbox.installation.common_stream is 'outbox_relay.redis_stream_name as the worker knew it last when it was no template.';
 
 create function outbox.common_stream() returns text

@@ -113,7 +113,8 @@ begin
     end if;
     -- The sequence may have been set back.
     while exists (select from outbox.backends b where b.number = new.number)
-        or exists (select from outbox.cursors c where c.backend_number = new.number) loop
+        or exists (select from outbox.cursors c where c.backend_number = new.number)
+        or exists (select from outbox.installation i where i.deleted_backends @> new.number) loop
         new.number := nextval('outbox.backends_number_seq');
     end loop;
     return new;

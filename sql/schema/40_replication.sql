@@ -92,7 +92,9 @@ begin
         return new;
     end if;
     if tg_op = 'DELETE' then
-        delete from outbox.held_cursors h where h.backend_number = old.backend_number and h.slot = old.slot;
+        -- That of a deleted backend says until a take-over which of its events were sent.
+        delete from outbox.held_cursors h where h.backend_number = old.backend_number and h.slot = old.slot
+            and not exists (select from outbox.held_events e where e.backend_number = old.backend_number);
         return null;
     end if;
     delete from outbox.held_cursors h where h.backend_number = new.backend_number and h.slot = new.slot;

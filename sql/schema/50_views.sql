@@ -82,7 +82,8 @@ from outbox.worker_status() w
     ) b;
 comment on view outbox.status is 'The relay of this database in one row.';
 
--- One branch for each status, so that a query for one status reads nothing else.
+-- One branch for each status, so that a query for one status reads nothing else. Of a deleted backend that has no cursor
+-- any more, cursor 0 says what was delivered; so it does in other functions.
 create view outbox.event_status with (security_barrier) as
 select f.event_id, f.event_type, f.source, f.subject, coalesce(b.name, f.backend) as backend,
     coalesce(f.stream, b.own_stream, (select outbox.common_stream())) as stream,
@@ -129,8 +130,9 @@ from (
     left join lateral (
         select outbox.is_delivered(k, e.xid, e.seq) as is_delivered
         from outbox.cursors k
-        where k.backend_number = e.backend_number and k.slot in (-1, outbox.hash_slot(coalesce(e.stream, b.own_stream, '')))
-        order by k.slot desc limit 1
+        where k.backend_number in (e.backend_number, case when b.number is null then 0 end)
+            and k.slot in (-1, outbox.hash_slot(coalesce(e.stream, b.own_stream, '')))
+        order by k.backend_number desc, k.slot desc limit 1
     ) c on true
 where c.is_delivered is not true
     and not exists (select from outbox.refused_events r where r.seq = e.seq and r.accepted_in is null)
@@ -144,8 +146,9 @@ from outbox.events e
     left join lateral (
         select outbox.is_delivered(k, e.xid, e.seq) as is_delivered
         from outbox.cursors k
-        where k.backend_number = e.backend_number and k.slot in (-1, outbox.hash_slot(coalesce(e.stream, b.own_stream, '')))
-        order by k.slot desc limit 1
+        where k.backend_number in (e.backend_number, case when b.number is null then 0 end)
+            and k.slot in (-1, outbox.hash_slot(coalesce(e.stream, b.own_stream, '')))
+        order by k.backend_number desc, k.slot desc limit 1
     ) c on true
 where c.is_delivered
     and not exists (select from outbox.refused_events r where r.seq = e.seq and r.accepted_in is null)

@@ -24,7 +24,8 @@ declare
     after_seq bigint;
     retention interval;
 begin
-    for c in select distinct k.backend_number from outbox.cursors k order by k.backend_number loop
+    -- Of deleted backends there are only ticks.
+    for c in select k.backend_number from outbox.cursors k union select t.backend_number from outbox.ticks t order by 1 loop
         after_seq := 0;
         loop
             select p.last_seq into after_seq from outbox.purge_piece(c.backend_number, after_seq, 1000) p;

@@ -12,9 +12,9 @@ begin
                 and not exists (select from outbox.failed_events o where o.event_id = e.event_id and o.seq = e.seq)
                 and (exists (select from outbox.refused_events r where r.seq = e.seq and r.accepted_in is null)
                     or not coalesce((select outbox.is_delivered(k, e.xid, e.seq) from outbox.cursors k
-                        where k.backend_number = e.backend_number
+                        where k.backend_number in (e.backend_number, case when b.number is null then 0 end)
                             and k.slot in (-1, outbox.hash_slot(coalesce(e.stream, b.own_stream, '')))
-                        order by k.slot desc limit 1), false))) then
+                        order by k.backend_number desc, k.slot desc limit 1), false))) then
         return false;
     end if;
     delete from outbox.failed_events e where e.event_id = failed.event_id and e.seq = failed.seq;

@@ -10,9 +10,9 @@ select exists (select from outbox.scheduled_events s where s.event_id = waits.ev
             and not exists (select from outbox.failed_events f where f.event_id = e.event_id and f.seq = e.seq)
             and (exists (select from outbox.refused_events r where r.seq = e.seq and r.accepted_in is null)
                 or not coalesce((select outbox.is_delivered(c, e.xid, e.seq) from outbox.cursors c
-                    where c.backend_number = e.backend_number
+                    where c.backend_number in (e.backend_number, case when b.number is null then 0 end)
                         and c.slot in (-1, outbox.hash_slot(coalesce(e.stream, b.own_stream, '')))
-                    order by c.slot desc limit 1), false)))
+                    order by c.backend_number desc, c.slot desc limit 1), false)))
 $$;
 comment on function outbox.waits(uuid) is 'Whether an event with this id is scheduled, held, or not known to be in its stream, and has not failed.';
 

@@ -5,10 +5,11 @@ use crate::server::place::here;
 use crate::tables::copies::Original;
 use crate::tables::found_row::FoundRow;
 use crate::tables::options::{Options, Topology};
+use crate::tables::retention;
 use crate::tables::secret_key;
-use crate::tables::sql::{argument, query, query_column, query_named, query_value, run};
+use crate::tables::sql::{argument, query, query_column, query_kept, query_named, query_value, run};
 use crate::tables::stream_names;
-use relay::reading::snapshot::Snapshot;
+use relay::reading::snapshot::{Snapshot, Tick};
 use relay::seal;
 
 /// A row of `outbox.backends`, with what the tables beside it say of the same backend.
@@ -215,12 +216,61 @@ pub(crate) fn deleted_backends() -> Vec<i32> {
     )
 }
 
-/// Numbers of backends that have a reader of their own, or soon will.
+/// Numbers of backends that have a reader of their own, or soon will; and of those that were deleted and whose events
+/// are purged by their own ticks.
 pub(crate) fn known_numbers() -> Vec<i32> {
     query_column(
-        "select number from outbox.backends union select backend_number from outbox.cursors where backend_number > 0",
+        "select number from outbox.backends union select backend_number from outbox.cursors where backend_number > 0
+        union select backend_number from outbox.ticks where backend_number > 0",
         &[],
     )
+}
+
+/// Whether this is the number of a deleted backend whose cursor has gone.
+pub(crate) fn is_forgotten(number: i32) -> bool {
+    let found = query_kept(
+        "select i.deleted_backends @> $1 as is_forgotten from outbox.installation i",
+        &[number.into()],
+        |row| row.value("is_forgotten").unwrap_or(false),
+    );
+    found.contains(&true)
+}
+
+/// Those of these deleted backends that cannot be forgotten: another server tells how far it has come with one of that
+/// number, and changes of a cursor are told only to who has one.
+pub(crate) fn kept_for_others(numbers: &[i32]) -> Vec<i32> {
+    query_column(
+        "select n from unnest($1) n where exists (select from outbox.held_cursors h where h.backend_number = n)
+            or exists (select from outbox.backends b where b.number = n)",
+        &[numbers.to_vec().into()],
+    )
+}
+
+/// Forgets deleted backends, all but that they existed, in the transaction that saves the cursor of strays. `tick`: that
+/// of their cursors. Their events are purged by their ticks.
+pub(crate) fn forget(numbers: &[i32], tick: &Tick) {
+    retention::record_last_tick(numbers, tick);
+    run(
+        "with cursors as (delete from outbox.cursors c where c.backend_number = any($1)),
+            moved as (delete from outbox.moved_backends m where m.backend_number = any($1)),
+            copied as (delete from outbox.copied_backends c where c.backend_number = any($1)),
+            take_overs as (delete from outbox.take_overs t where t.backend_number = any($1)),
+            restores as (delete from outbox.restores r where r.backend_number = any($1)),
+            groups as (delete from outbox.consumer_groups g where g.backend_number = any($1))
+        update outbox.installation set deleted_backends = deleted_backends
+            + (select range_agg(int4range(n, n, '[]')) from unnest($1) n)",
+        &[numbers.to_vec().into()],
+    );
+    // TRUNCATE leaves it behind. Each statement on that table makes all sessions load it again.
+    let all = "outbox.backend_passwords p where p.backend_number = any($1)";
+    if query_value(
+        &format!("select exists (select from {all})"),
+        &[numbers.to_vec().into()],
+    )
+    .unwrap_or(false)
+    {
+        run(&format!("delete from {all}"), &[numbers.to_vec().into()]);
+    }
 }
 
 /// Whether a backend with this number was deleted: the number was given, and no backend has it now. The worker may not

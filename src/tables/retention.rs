@@ -3,7 +3,7 @@
 use crate::server::error::internal;
 use crate::tables::cursors::{TICK, tick_of};
 use crate::tables::rights;
-use crate::tables::sql::{query, query_value, run, run_named};
+use crate::tables::sql::{query, query_column, query_value, run, run_named};
 use pgrx::pg_sys::{self, PgOid};
 use pgrx::spi::Spi;
 use relay::reading::snapshot::Tick;
@@ -40,6 +40,41 @@ pub(crate) fn record_tick(number: i32, tick: &Tick) {
             ("high_seq", tick.high_seq.into()),
         ],
     );
+}
+
+/// Records for deleted backends, of which nothing more will be delivered, that all is delivered which a tick sees. One
+/// that never had a tick has nothing to purge.
+pub(crate) fn record_last_tick(numbers: &[i32], tick: &Tick) {
+    run_named(
+        "insert into outbox.ticks (backend_number, reached_at, snapshot, next_xid, low_seq, high_seq)
+        select n, clock_timestamp(), $snapshot::pg_snapshot, $next_xid::xid8, $low_seq, $high_seq from unnest($numbers) n
+        where exists (select from outbox.ticks t where t.backend_number = n) on conflict do nothing",
+        [
+            ("numbers", numbers.to_vec().into()),
+            ("snapshot", tick.snapshot.to_string().into()),
+            ("next_xid", tick.next_xid.to_string().into()),
+            ("low_seq", tick.low_seq.into()),
+            ("high_seq", tick.high_seq.into()),
+        ],
+    );
+}
+
+/// Deleted backends that have neither a cursor nor anything left to purge are forgotten for good. Returns the others,
+/// whose events are still to be purged.
+pub(crate) fn of_forgotten() -> Vec<i32> {
+    run(
+        "delete from outbox.ticks t where t.backend_number > 0
+            and exists (select from outbox.installation i where i.deleted_backends @> t.backend_number)
+            and not exists (select from outbox.backends b where b.number = t.backend_number)
+            and not exists (select from outbox.ticks o where o.backend_number = t.backend_number and o.reached_at <> t.reached_at)",
+        &[],
+    );
+    query_column(
+        "select distinct t.backend_number from outbox.ticks t where t.backend_number > 0
+            and exists (select from outbox.installation i where i.deleted_backends @> t.backend_number)
+            and not exists (select from outbox.backends b where b.number = t.backend_number)",
+        &[],
+    )
 }
 
 /// What may be purged of a backend: what lies between the tick up to which was purged and the newest tick that is old

@@ -11,8 +11,7 @@ use relay::reading::snapshot::{Snapshot, Tick};
 /// all of it.
 pub(crate) fn take(relations: &Relations) -> (Tick, Option<u64>) {
     let low_seq = numbers::highest(relations);
-    // SAFETY: reads the counter under its lock.
-    let next_xid = unsafe { pg_sys::ReadNextFullTransactionId().value };
+    let next_xid = next_xid();
     let snapshot = snapshot(next_xid);
     let high_seq = numbers::highest(relations);
     // After the numbers were read: each was written to the page before it was given.
@@ -31,8 +30,13 @@ pub(crate) fn take(relations: &Relations) -> (Tick, Option<u64>) {
 /// Whether something may have happened since, also if it wakes no worker. Costs next to nothing, so an idle worker
 /// stays idle.
 pub(crate) fn is_outdated(tick: &Tick) -> bool {
+    !tick.is_complete() || next_xid() != tick.next_xid
+}
+
+/// No transaction from this on has begun.
+pub(crate) fn next_xid() -> u64 {
     // SAFETY: reads the counter under its lock.
-    !tick.is_complete() || unsafe { pg_sys::ReadNextFullTransactionId().value } != tick.next_xid
+    unsafe { pg_sys::ReadNextFullTransactionId().value }
 }
 
 /// The latest snapshot, in 64-bit ids, as `pg_current_snapshot()` shows it.

@@ -12,6 +12,7 @@
 
 pub(crate) mod backend;
 mod connecting;
+mod forgetting;
 mod held;
 mod leave;
 mod loading;
@@ -258,6 +259,7 @@ impl Worker {
         self.save_due(now);
         self.save_consumers(now);
         self.end_failing();
+        self.forget_deleted(now);
         let purging = self.purge(now, more);
         Ok(self.timeout(more, purging))
     }

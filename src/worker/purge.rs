@@ -117,8 +117,10 @@ pub(super) struct Purge {
     inbox: Aged,
     /// There are ticks that will be old enough later: the worker looks again without being woken.
     ticks_wait: bool,
-    /// Which backend is being purged, and after which row.
+    /// Which backend is being purged, and after which row: by its index, those that were deleted after the others.
     under_way: Option<(usize, i64)>,
+    /// Deleted backends whose events are not purged yet.
+    forgotten: Vec<i32>,
     /// Its number.
     backend: i32,
     began_at: Now,
@@ -209,16 +211,21 @@ impl Purge {
             }
             self.next_look_at = now + interval;
             self.under_way = (!backends.is_empty()).then_some((0, 0));
+            self.forgotten = process::transaction(retention::of_forgotten)?;
             self.began_at = now;
         }
         while let Some((index, after)) = self.under_way {
-            let Some(backend) = backends.get(index) else {
+            let backend = backends.get(index);
+            let forgotten = || self.forgotten.get(index - backends.len()).copied();
+            let Some(number) = backend.map_or_else(forgotten, |b| Some(b.number)) else {
                 self.under_way = None;
                 self.ticks_wait = process::transaction(retention::ticks_wait)?;
                 break;
             };
-            self.backend = backend.number;
-            if backend.lane().is_some() || !allows(backend.number) {
+            // Backends come and go meanwhile, so another one may have this index now.
+            let after = if number == self.backend { after } else { 0 };
+            self.backend = number;
+            if backend.is_some_and(|b| b.lane().is_some()) || !allows(number) {
                 // A lane's finder does it for all.
                 self.under_way = Some((index + 1, 0));
                 continue;
@@ -234,17 +241,20 @@ impl Purge {
                 return Ok(Some(begins_at - now));
             }
             self.stepped_at = now;
-            let (number, start) = (backend.number, Instant::now());
+            let start = Instant::now();
             let is_over = || match is_forced {
                 true => start.elapsed() >= share.time_then,
                 false => start.elapsed() >= share.time || is_wanted(),
             };
-            process::show_activity(&format!("deleting events of {} after their retention", backend.name()));
+            let name = backend.map_or("(deleted)", Backend::name);
+            process::show_activity(&format!("deleting events of {name} after their retention"));
             // If this one fails because of a lock, go on with the next.
             self.under_way = Some((index + 1, 0));
             let (deleted, last) = process::transaction(|| piece(number, after, retention_us, PIECE_ROWS, is_over))?;
             succeeded(number);
-            backend.count_purged(deleted);
+            if let Some(backend) = backend {
+                backend.count_purged(deleted);
+            }
             self.under_way = Some(last.map_or((index + 1, 0), |seq| (index, seq)));
             if deleted > 0 || last.is_some() {
                 let took = start.elapsed();

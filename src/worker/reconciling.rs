@@ -137,7 +137,7 @@ fn missing(backends: &[Backend], rows: Vec<BackendRow>, deleted: Vec<i32>, home:
         missing.push(load(row.number, Duty::of(row, has_lanes, home)));
     }
     for number in deleted.into_iter().filter(|number| !is_known(*number)) {
-        missing.push(load(number, Duty::Fail { lane: None }));
+        missing.push(load(number, Duty::of_deleted(None)));
     }
     if !backends.iter().any(|b| b.role() == Role::Strays) {
         missing.push(load(0, Duty::Strays));

@@ -28,6 +28,8 @@ pub(super) enum Task {
     SaveConsumers,
     /// Note the setting's stream.
     NoteStream,
+    /// Delete the cursors of deleted backends.
+    Forget,
 }
 
 impl Task {
@@ -43,7 +45,7 @@ impl Task {
             Self::ReadFor(_) => waits(50, 2_000),
             Self::Save | Self::SaveOf(_) | Self::Retry(_) | Self::Move => waits(100, 5_000),
             Self::Claim(_) | Self::FinishLanes | Self::AddLane(_) => waits(100, 5_000),
-            Self::RecordTicks | Self::SaveConsumers | Self::NoteStream => waits(1_000, 60_000),
+            Self::RecordTicks | Self::SaveConsumers | Self::NoteStream | Self::Forget => waits(1_000, 60_000),
             Self::PurgeSent(_) | Self::PurgeFailed | Self::PurgeInbox => waits(1_000, 60_000),
         }
     }
@@ -70,6 +72,7 @@ impl Task {
             Self::PurgeSent(_) => "The worker was purging sent events",
             Self::PurgeFailed => "The worker was purging failed events",
             Self::PurgeInbox => "The worker was purging the inbox",
+            Self::Forget => "The worker was deleting the cursors of deleted backends",
             Self::SaveConsumers => "The worker was saving what Redis says of consumer groups",
             Self::NoteStream => "The worker was noting the stream of backends that name none",
         }

@@ -21,6 +21,7 @@ mod crash;
 mod crash_points;
 mod crash_unflushed;
 mod database_statements;
+mod deleted_backends;
 mod documents;
 mod documents_clients;
 mod dump;

@@ -2,16 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use kit::process::{cpu_time, descriptors};
+use kit::process::{cpu_time, descriptors, memory_kb};
 use kit::{Stack, eventually, wait_until};
-
-/// Anonymous memory of a process, in KiB.
-fn memory_kb(pid: i32) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the worker lives");
-    let line = status.lines().find(|line| line.starts_with("RssAnon:"));
-    line.and_then(|line| line.split_whitespace().nth(1)?.parse().ok())
-        .expect("Linux says")
-}
 
 fn threads(pid: i32) -> usize {
     std::fs::read_dir(format!("/proc/{pid}/task"))

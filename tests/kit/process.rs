@@ -41,6 +41,14 @@ pub fn descriptors(pid: i32) -> usize {
         .count()
 }
 
+/// Anonymous memory of a process, in KiB.
+pub fn memory_kb(pid: i32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the process lives");
+    let line = status.lines().find(|line| line.starts_with("RssAnon:"));
+    line.and_then(|line| line.split_whitespace().nth(1)?.parse().ok())
+        .expect("Linux says")
+}
+
 /// How long all threads of a process have computed, in steps of ten milliseconds.
 pub fn cpu_time(pid: i32) -> Duration {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("the process lives");

@@ -183,6 +183,11 @@ impl Tick {
         }
     }
 
+    /// Whether it is before any transaction.
+    pub fn is_beginning(&self) -> bool {
+        self.next_xid <= FIRST_NORMAL_XID
+    }
+
     /// Whether there can be such a tick. Of the 64 bits of an id, the lower half is never zero. (The snapshot may be
     /// ahead of `next_xid`, which is read before it.)
     pub fn is_possible(&self) -> bool {

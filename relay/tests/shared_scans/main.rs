@@ -12,6 +12,7 @@ use relay::delivery::batch::BuiltBatch;
 use relay::delivery::cut::{Backends, Collector, Limits, Pass};
 use relay::delivery::refusal::{Record, Streams};
 use relay::delivery::{Cursor, Delivery, Guarantee};
+use relay::reading::deleted;
 use relay::reading::range::{Key, Position};
 use relay::reading::role::Role;
 use relay::reading::schedule::{self, Group, Schedule, Way};
@@ -59,6 +60,8 @@ enum Mutant {
     FinderGoesOn,
     /// What is visible in the tick of one lane is taken for delivered by all of its backend.
     PurgesWithoutLanes,
+    /// The reader of a deleted backend goes although it stands elsewhere than that of strays.
+    ForgetsElsewhere,
 }
 
 struct Member {
@@ -306,11 +309,28 @@ impl World {
     fn owner(&self, stream: u8) -> Option<&Member> {
         let number = match number(stream) {
             UNKNOWN => 0,
+            DELETED if self.members.iter().all(|m| m.number != DELETED) => 0,
             number => number,
         };
         let lane = (number == CLUSTER).then(|| hash_slot(stream));
         let mut of_backend = self.members.iter().filter(|m| m.number == number);
         of_backend.find(|m| m.lane == lane)
+    }
+
+    /// The reader of the deleted backend goes, and leaves its rows to that of strays.
+    fn forget(&mut self) {
+        let strays = self.members.iter().position(|m| m.role == Role::Strays);
+        let index = self.members.iter().position(|m| m.role == Role::Deleted);
+        let (Some(strays), Some(index)) = (strays, index) else {
+            return;
+        };
+        let [at, theirs] = [index, strays].map(|index| self.members[index].delivery.position());
+        // That earlier transactions have ended is no condition for that no row is lost or read twice.
+        let goes = deleted::may_go(at, theirs, 0);
+        if goes || (self.mutant == Mutant::ForgetsElsewhere && at.under_way.is_none()) {
+            let gone = self.members.remove(index);
+            self.members[strays].failed.extend(gone.failed);
+        }
     }
 
     /// What the positions say was read is what was read.
@@ -401,6 +421,17 @@ fn schedule(seed: u64, mutant: Mutant) -> Result<(), String> {
         }
     }
     world.is_deleted = true;
+    for _ in 0..world.rng.usize(0..40) {
+        world.database.steps(&mut world.rng, 12);
+        if likely(&mut world.rng, 0.4) {
+            world.take_tick();
+        }
+        world.round(steps, aborts)?;
+        world.hear();
+        if likely(&mut world.rng, 0.5) {
+            world.forget();
+        }
+    }
     world.database.finish(&mut world.rng);
     world.take_tick();
     let hung = world.rng.usize(..world.members.len());
@@ -449,6 +480,12 @@ fn the_oracle_catches_a_finder_that_goes_on_without_a_lane() {
 fn the_oracle_catches_retention_that_forgets_the_lanes() {
     let said = said_of(Mutant::PurgesWithoutLanes);
     assert!(said.contains("is lost") || said.contains("is covered: true"), "{said}");
+}
+
+#[test]
+fn the_oracle_catches_a_deleted_backend_that_is_forgotten_elsewhere() {
+    let said = said_of(Mutant::ForgetsElsewhere);
+    assert!(said.contains("is covered"), "{said}");
 }
 
 /// Readers that begin together stay together, so that one scan serves them all.

@@ -1,7 +1,7 @@
 //! The rows that a pass meets.
 
 use crate::model::{Database, Rows};
-use crate::{Member, hash_slot, is_damaged, number};
+use crate::{DELETED, Member, hash_slot, is_damaged, number};
 use relay::delivery::Delivery;
 use relay::delivery::batch::OpenBatch;
 use relay::delivery::cut::{Offer, Source};
@@ -31,8 +31,8 @@ impl Source for ScannedRows<'_> {
         number(self.database.row(scan.seq()).stream)
     }
 
-    fn is_deleted(&mut self, _scan: &Rows) -> bool {
-        self.is_deleted
+    fn is_deleted(&mut self, scan: &Rows) -> bool {
+        self.is_deleted || self.number(scan) == DELETED
     }
 
     fn hash_slot(&mut self, scan: &Rows, _reader: usize) -> u16 {

@@ -98,7 +98,7 @@ impl Backend {
     /// Its row is gone.
     pub(crate) fn delete(&mut self) {
         self.let_go();
-        self.duty = Duty::Fail { lane: self.lane() };
+        self.duty = Duty::of_deleted(self.lane());
         self.leave_meter();
         self.restored.let_go();
         self.delivery.set_streams(Streams::default());

@@ -2,6 +2,7 @@
 
 use crate::tables::backends::BackendRow;
 use crate::tables::options::{Known, Options, Topology, Unusable};
+use crate::tables::ticks;
 use crate::worker::backend::connection::Connection;
 use crate::worker::backend::settings::{self, Home};
 use relay::reading::role::Role;
@@ -12,8 +13,9 @@ pub(crate) enum Duty {
     Send(Box<Service>),
     /// Finds hash slots of a cluster that have no lane yet (see `lanes.rs`); it sends nothing.
     Find(Box<Finder>),
-    /// Fails the events of a backend that was deleted, or of a lane of it.
-    Fail { lane: Option<u16> },
+    /// Fails the events of a backend that was deleted, or of a lane of it. `next_xid`: no transaction from it on had
+    /// begun when the deletion was known.
+    Fail { lane: Option<u16>, next_xid: u64 },
     /// Looks after events whose backend does not exist.
     Strays,
 }
@@ -51,8 +53,14 @@ impl Duty {
         let lane = Some(hash_slot);
         match self.row() {
             Some(row) => Self::Send(Box::new(Service::new(row.clone(), lane, home))),
-            None => Self::Fail { lane },
+            None => Self::of_deleted(lane),
         }
+    }
+
+    /// Of a backend that is deleted, or of a lane of it.
+    pub(crate) fn of_deleted(lane: Option<u16>) -> Self {
+        let next_xid = ticks::next_xid();
+        Self::Fail { lane, next_xid }
     }
 
     /// As the schedule of reading knows it.
@@ -68,7 +76,7 @@ impl Duty {
     pub(crate) fn lane(&self) -> Option<u16> {
         match self {
             Self::Send(service) => service.lane,
-            Self::Fail { lane } => *lane,
+            Self::Fail { lane, .. } => *lane,
             Self::Find(_) | Self::Strays => None,
         }
     }

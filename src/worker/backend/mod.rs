@@ -39,7 +39,7 @@ use crate::tables::backends::BackendRow;
 use crate::tables::cursors::Standing;
 use crate::tables::numbers;
 use crate::tables::options::Options;
-use crate::tables::{cursors, refused, ticks};
+use crate::tables::{backends, cursors, refused, ticks};
 use crate::worker::backend::books::Books;
 use crate::worker::backend::connection::Connection;
 use crate::worker::backend::duty::Duty;
@@ -114,12 +114,18 @@ impl Backend {
         (self.number, self.lane())
     }
 
-    /// A backend at its saved cursor, or at the beginning of time.
+    /// A backend at its saved cursor, or at the beginning of time. One that was deleted and forgotten, and is there again,
+    /// goes on where the strays are: what lies behind them was sent or has failed.
     pub(crate) fn load(number: i32, duty: Duty, written_down: i64) -> Self {
-        let (mut cursor, standing) = cursors::cursor(number, duty.lane()).unwrap_or_else(|| {
-            let position = Position::beginning();
-            (Cursor { position, number: 0 }, Standing::default())
-        });
+        let beginning = || Cursor {
+            position: Position::beginning(),
+            number: 0,
+        };
+        let (mut cursor, standing) =
+            cursors::cursor(number, duty.lane()).unwrap_or_else(|| (beginning(), Standing::default()));
+        if number > 0 && cursor.position.newest().is_beginning() && backends::is_forgotten(number) {
+            cursor = cursors::cursor(0, None).map_or_else(beginning, |(strays, _)| strays);
+        }
         let vouched = numbers::vouched(&cursor.position);
         let is_saved = vouched.ticks().eq(cursor.position.ticks());
         cursor.position = vouched;
@@ -249,6 +255,21 @@ impl Backend {
             && self.delivery.trouble().is_none()
             && self.books.records.is_empty()
             && !self.is_held()
+    }
+
+    /// As a reader of a deleted backend: no transaction from this on had begun when the deletion was known.
+    pub(crate) fn deleted_before(&self) -> Option<u64> {
+        match self.duty {
+            Duty::Fail { next_xid, .. } => Some(next_xid),
+            _ => None,
+        }
+    }
+
+    /// Its cursor is needed as long as this worker runs.
+    pub(crate) fn stays(&mut self) {
+        if let Duty::Fail { next_xid, .. } = &mut self.duty {
+            *next_xid = u64::MAX;
+        }
     }
 
     /// Whether rows can be read for it now.
