@@ -19,6 +19,8 @@ select b.name as backend,
             and coalesce(pg_catalog.current_setting('outbox_relay.take_over', true), 'standby') = 'standby') then 'copy'
         when not b.enabled then 'paused'
         when w.state not in ('running', 'starting', 'standby') then 'stopped'
+        -- It is not idle while events wait: its connection is still being made, for example.
+        when coalesce(c.state, 'idle') = 'idle' and l.pending > 0 and l.oldest_created_at < pg_catalog.clock_timestamp() - interval '2 s' then 'sending'
         else coalesce(c.state, 'idle')
     end as state,
     l.pending + r.waiting as pending,

@@ -40,6 +40,28 @@ fn a_worker_that_hangs_is_named() {
     wait_well(&stack.pg, "backend default");
 }
 
+/// Its connection is being made for as long as connect_timeout lets it.
+#[test]
+fn a_backend_whose_redis_hangs_from_the_start_is_never_idle() {
+    let stack = Stack::of(
+        Postgres::with(QUICK).with(&[("outbox_relay.redis_connect_timeout", "20s")]),
+        Redis::start(),
+    );
+    stack.publish("one");
+    wait_drained(&stack.pg, "default");
+    let hole = BlackHole::start();
+    stack.pg.exec(&format!(
+        "update outbox.backends set tls = true, port = {}",
+        hole.port()
+    ));
+    stack.publish("two");
+    wait_eq("the state", "sending".to_owned(), || {
+        standing(&stack.pg, "default").state
+    });
+    let shown = check(&health(&stack.pg), "backend default");
+    assert!(shown.detail.contains("1 events wait"), "{shown:?}");
+}
+
 #[test]
 fn whoever_has_locked_a_table_is_named() {
     let stack = Stack::of(
