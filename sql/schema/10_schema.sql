@@ -5,7 +5,7 @@
 
 set local search_path = pg_catalog, pg_temp;
 
--- Whoever owns the schema could put other functions beside ours, and whatever is there already might be meant instead
+-- The owner of the schema could put other functions beside ours, and what is there already might be called instead
 -- of ours.
 do $$
 declare

@@ -99,7 +99,7 @@ comment on function outbox.here() is 'Timeline and data directory of this server
 create table outbox.take_overs (
     backend_number integer primary key,
     asked_at       timestamptz not null default clock_timestamp(),
-    -- The present timeline and the directory: a promoted standby, or a copy, has not been asked.
+    -- Bound to the present timeline and directory, so that a promoted standby or a copy is not meant.
     asked_of       text not null default outbox.here()
 );
 comment on table outbox.take_overs is 'Requests to take over a backend, see outbox.take_over().';

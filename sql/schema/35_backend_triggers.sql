@@ -72,7 +72,7 @@ begin
             ) using new;
             return null;
         elsif found then
-            -- What a row has of which nothing was said; of columns that are added, too.
+            -- The values of a row that sets nothing, of columns that are added later too.
             execute (
                 select format('select jsonb_strip_nulls(jsonb_build_object(%s))',
                     string_agg(format('%L, %s', a.attname, pg_get_expr(d.adbin, d.adrelid)), ', '))
@@ -80,7 +80,7 @@ begin
                 where a.attrelid = 'outbox.backends'::regclass and a.attgenerated = ''
             ) into defaults;
             if jsonb_strip_nulls(to_jsonb(present)) - '{name,number}'::text[] = defaults then
-                -- In a statement of its own: it needs rights that only those have who restore a dump.
+                -- In a statement of its own, because only roles that restore dumps have the rights that it needs.
                 if not exists (select from outbox.events e where e.backend_number = present.number)
                     and not exists (select from outbox.backend_passwords p where p.backend_number = present.number)
                     and not outbox.has_waiting_events(present.number) then
@@ -122,7 +122,7 @@ end
 $$;
 comment on function outbox.check_number() is 'Trigger of outbox.backends: only a superuser, or a role that may execute this function, may choose a backend''s number, as a restore does. All others get the next number that was never used.';
 
--- With the owner's rights: who may delete backends need not be one who may read all the rest.
+-- With the owner's rights: a role that may delete backends need not have the right to read all the rest.
 create function outbox.check_backend_deletion() returns trigger
     language plpgsql security definer set search_path = pg_catalog, pg_temp
     as $$

@@ -42,7 +42,7 @@ begin
     if not outbox.is_applied() then
         return new;
     end if;
-    -- It has fallen due there, or was retried.
+    -- It has fallen due on the other server, or was retried there.
     delete from outbox.held_scheduled h where h.event_id = new.event_id;
     delete from outbox.held_events h where h.event_id = new.event_id;
     insert into outbox.held_events (seq, xid, created_at, event_id, backend_number, event_type, source, backend, data, subject, stream,

@@ -40,7 +40,7 @@ select case
 $$;
 comment on function outbox.short_time(double precision) is 'A time in at most five characters, for outbox.top.';
 
--- What is pending is counted once for each backend: a plan must not repeat that for each row of another table.
+-- Pending events are counted once for each backend. Without this, a plan could count them for each row of another table.
 create view outbox.top with (security_barrier) as
 with s as materialized (select * from outbox.backend_status)
 select pg_catalog.left(s.backend, 10) as backend,

@@ -60,7 +60,7 @@ create function outbox.wait_published(event_id uuid, timeout interval default '1
     as $$
 declare
     deadline timestamptz := pg_catalog.clock_timestamp() + timeout;
-    -- Who has called: not the owner, with whose rights this runs.
+    -- The caller's role, not the owner's, with whose rights this runs.
     caller constant name := coalesce(nullif(current_setting('role'), 'none'), session_user);
     sees_all constant boolean := has_table_privilege(caller, 'outbox.event_status', 'select');
 begin

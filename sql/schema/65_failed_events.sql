@@ -85,7 +85,7 @@ begin
             if one_by_one then
                 raise;
             end if;
-            -- One of them cannot be published: it stays, and the others go on, each in a subtransaction.
+            -- One of them cannot be published. It stays, and the others are published, each in a subtransaction.
             one_by_one := true;
         end;
     end loop;
@@ -150,7 +150,7 @@ declare
     p record;
     after_seq bigint := '-9223372036854775808';
     after_id pg_catalog.uuid := '00000000-0000-0000-0000-000000000000';
-    -- What fails again meanwhile is not tried for ever.
+    -- Events that fail again meanwhile are not retried without end.
     until constant pg_catalog.timestamptz := pg_catalog.clock_timestamp();
     retried bigint := 0;
     used_again bigint := 0;

@@ -126,7 +126,7 @@ begin
             (select s.xid from outbox.scheduled_events s where s.created_at > made_at order by s.xid limit 1));
     end if;
     low := coalesce((select e.seq from outbox.events e where e.xid < made_in order by e.seq desc limit 1), 0);
-    -- What is made to be copied, and has never been used, is nobody's.
+    -- A template database that was never used has sent nothing, so its copies need no take-over.
     if not exists (select from pg_database d where d.oid = original and d.datistemplate)
         or exists (select from outbox.events e where e.xid < made_in)
         or exists (select from outbox.scheduled_events e where e.xid < made_in)
@@ -138,7 +138,7 @@ begin
             set original = excluded.original, is_database = true, copied_at = excluded.copied_at;
     end if;
 
-    -- What waited then is not sent from here.
+    -- Events that waited when the copy was made are not sent from here.
     oldest := case
         when exists (select from outbox.backends b where not exists (select from outbox.cursors c where c.backend_number = b.number)) then '3'
         else (select pg_snapshot_xmin(c.from_snapshot) from outbox.cursors c
@@ -211,11 +211,11 @@ declare
     held bigint;
 begin
     perform outbox.silence_triggers();
-    -- Without a worker nobody may have noticed.
+    -- Without a worker, this may not have been noticed yet.
     perform outbox.note_copy();
     held := outbox.accept_held(backend);
     delete from outbox.copied_backends c where c.backend_number = b.number returning c.* into copied;
-    -- Of a copied database, the guard is new; without a guard, nobody is ousted.
+    -- A copied database has a guard of its own, and without a guard there is no owner to oust.
     if copied.is_database or (b.delivery <> 'exactly_once' and (copied.backend_number is not null or held > 0)) then
         return;
     end if;

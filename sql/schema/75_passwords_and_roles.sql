@@ -41,7 +41,7 @@ values
     ('usage', 'schema outbox'),
     ('execute', 'function outbox.publish_event(text, text, jsonb, text, text, timestamptz, integer, jsonb, text, text, uuid, bytea)'),
     ('execute', 'function outbox.publish_event(outbox.any_text, text, outbox.any_value, text, text, timestamptz, outbox.any_number, outbox.any_value, text, text, outbox.any_value, bytea)'),
-    -- Called for what becomes an any_value by its text.
+    -- Called when a value becomes an any_value by its text.
     ('execute', 'function outbox.any_value_in(cstring)'),
     ('execute', 'function outbox.publish_events(jsonb)'),
     ('execute', 'function outbox.binary_data(bytea)'),
@@ -133,7 +133,7 @@ begin
         raise exception using errcode = 'null_value_not_allowed', message = 'patterns of backends and streams must not be null',
             hint = 'Pass NULL instead of an array to allow any.';
     end if;
-    -- Who was lent the right to grant, and not this table, cannot change limits.
+    -- A role that was granted these functions, but not this table, cannot change limits.
     if num_nonnulls(backends, streams) > 0
         or (has_table_privilege('outbox.publisher_limits', 'select') and has_table_privilege('outbox.publisher_limits', 'delete')) then
         delete from outbox.publisher_limits l

@@ -119,8 +119,8 @@ begin
     perform outbox.silence_triggers();
     return query execute format($sql$
         with found as materialized (%2$s),
-        -- A row that its worker, or anybody else, has changed meanwhile, or is changing, stays. Who waited for its worker
-        -- would wait for ever in a transaction that has made the bridge: that worker waits for the table.
+        -- A row that its worker, or anybody else, has changed meanwhile, or is changing, stays. An import that waited for
+        -- the worker would wait for ever in a transaction that has made the bridge: the worker waits for the table.
         free as (
             select o.id from %1$s o join found f on o.id = f.id and o.status = f.status and o.last_error = f.last_error
             where f.becomes in ('pending', 'scheduled', 'failed') or f.becomes = 'moved' and f.status in ('pending', 'retry')
@@ -225,7 +225,7 @@ begin
             when (new.status in ('pending', 'retry')) execute function outbox.mark_bridged_row();
         create trigger "~outbox_relay_keep" before update on %1$s for each row
             when (old.last_error like 'moved to outbox_relay at %%') execute function outbox.keep_mark();
-        -- Rows that were marked earlier, such as those of a dump, are no new ones.
+        -- Rows that were marked earlier, such as those of a dump, do not count as new.
         create trigger outbox_relay_publish after insert on %1$s for each row
             when (new.last_error = 'moved to outbox_relay at ' || now())
             execute function outbox.publish_row('event_id', 'id', 'event_type', 'event_type', 'source', 'source', 'data', 'data', 'subject', 'subject',
