@@ -124,7 +124,6 @@ pub(crate) fn measure(scale: &Scale) -> Taken {
             wait_sent(&stack);
         }),
     ));
-    // Failed by hand: that is not what is measured here.
     fill_events(&stack, count);
     acts.push((
         format!("{} are replayed", thousands(count)),
@@ -135,6 +134,7 @@ pub(crate) fn measure(scale: &Scale) -> Taken {
             wait_sent(&stack);
         }),
     ));
+    // How they fail was measured above.
     stack.pg.exec(
         "insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, event_type, source, backend, data, subject, stream,
             data_schema, publisher_config, max_retries, published_by, attempts, last_error)
