@@ -38,7 +38,7 @@ mod server;
 mod tables;
 mod worker;
 
-use crate::publish::returning;
+use crate::publish::{on_conflict, returning};
 use crate::server::{error, guc, object_access, shmem, standby, txn};
 use pgrx::{pg_guard, pg_sys};
 
@@ -65,6 +65,7 @@ pub extern "C-unwind" fn _PG_init() {
     guc::define();
     if !upgrading {
         returning::install();
+        on_conflict::install();
     }
     if preloading && !upgrading {
         shmem::install();

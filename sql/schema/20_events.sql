@@ -10,6 +10,7 @@ create table outbox.events (
     event_id         uuid not null,
     backend_number   integer not null,
     published_by     oid,
+    branch           smallint not null default 0,
     event_type       text not null,
     source           text not null,
     backend          text not null,
@@ -29,7 +30,9 @@ create table outbox.events (
 alter sequence outbox.events_seq_seq owned by outbox.events.seq;
 -- With the backend's number, so that other backends skip a row by a look at the index.
 alter table outbox.events add primary key (seq) include (backend_number);
-create unique index events_event_id_idx on outbox.events (event_id);
+-- Of an event that routes send to several streams there is a row for each. The first has branch 0, so an id that is
+-- used already is refused by that.
+create unique index events_event_id_idx on outbox.events (event_id, branch);
 create index events_xid_idx on outbox.events (xid, seq);
 -- For outbox.event_status: the latest events, and those of a period.
 create index events_created_at_idx on outbox.events (created_at);
@@ -40,7 +43,8 @@ comment on column outbox.events.seq is 'The event''s place in publishing order. 
 comment on column outbox.events.xid is 'The transaction that published the event. The trigger fills it in.';
 comment on column outbox.events.backend_number is 'Number of the backend. The trigger looks it up by the backend''s name.';
 comment on column outbox.events.published_by is 'The role that published the event, which may ask what became of it: see outbox.wait_published(). NULL: another server, or another cluster.';
-comment on column outbox.events.backend is 'Name of the backend when the event was published. NULL or an empty text in an INSERT means outbox_relay.default_backend.';
+comment on column outbox.events.branch is 'Which of the event''s rows this is: 0 the first, and further numbers those that outbox.routes have added, one for each stream that it goes to. Left out in an INSERT.';
+comment on column outbox.events.backend is 'Name of the backend when the event was published. NULL or an empty text in an INSERT means: as outbox.routes say, otherwise outbox_relay.default_backend.';
 comment on column outbox.events.data is 'The payload, as JSON text. Bytes are there as outbox.binary_data() makes them.';
 comment on column outbox.events.stream is 'The stream of the entry; that of the backend''s template, if its stream_name is one. NULL means the backend''s own stream at the time of sending.';
 comment on column outbox.events.max_retries is 'Attempts in all if Redis refuses the event, at most 1000. NULL means outbox_relay.max_retries at the time of sending.';
@@ -49,8 +53,9 @@ comment on column outbox.events.publisher_config is 'Further fields of the strea
 create table outbox.scheduled_events (
     like outbox.events,
     scheduled_at timestamptz not null,
-    primary key (event_id)
+    primary key (event_id, branch)
 );
+alter table outbox.scheduled_events alter column branch set default 0;
 create index scheduled_events_due_idx on outbox.scheduled_events (scheduled_at, seq);
 comment on table outbox.scheduled_events is 'Events that are not due yet. The worker moves them to outbox.events when they are, in the order of scheduled_at and seq.';
 comment on column outbox.scheduled_events.xid is 'The transaction that scheduled the event. 0 means that a dump brought it when it was overdue: it may have been sent already, so the worker looks for it first.';
@@ -79,6 +84,7 @@ create table outbox.failed_events (
     -- An event_id may be used again once its first event has gone from outbox.events: both are kept.
     primary key (event_id, seq)
 );
+alter table outbox.failed_events alter column branch set default 0;
 create index failed_events_failed_at_idx on outbox.failed_events (failed_at);
 create index failed_events_seq_idx on outbox.failed_events (seq, event_id);
 comment on table outbox.failed_events is 'Events that Redis refused max_retries times, or whose backend was deleted; kept for outbox_relay.failed_retention. See outbox.retry_failed().';

@@ -17,7 +17,7 @@ create function outbox.publish_event(
     language c volatile parallel unsafe
     as 'MODULE_PATHNAME', 'publish_event';
 comment on function outbox.publish_event(text, text, jsonb, text, text, timestamptz, integer, jsonb, text, text, uuid, bytea) is
-    'Publishes an event within the caller''s transaction, and returns its id, or NULL if somebody''s trigger on the table left the row out. The event is sent after the commit. backend, subject, stream and data_schema: an empty text counts as NULL. scheduled_at: a time without a zone, as drivers send for a naive one, is taken in the session''s TimeZone; send one with a zone. data_bytes: a payload that is bytes, instead of data; entries have it as data_base64.';
+    'Publishes an event within the caller''s transaction, and returns its id, or NULL if somebody''s trigger on the table left the row out. The event is sent after the commit. One that names no backend goes where outbox.routes say, otherwise to outbox_relay.default_backend. backend, subject, stream and data_schema: an empty text counts as NULL. scheduled_at: a time without a zone, as drivers send for a naive one, is taken in the session''s TimeZone; send one with a zone. data_bytes: a payload that is bytes, instead of data; entries have it as data_base64.';
 
 -- Drivers type what they send: json, text or varchar for JSON, bigint or double precision for a number. The same
 -- function for them. It never competes with the one above. Its first argument is a domain, which loses to text for a
@@ -123,6 +123,11 @@ create function outbox.confirm_event() returns trigger
     as 'MODULE_PATHNAME', 'confirm_event';
 comment on function outbox.confirm_event() is 'Trigger of outbox.events: refuses a row in which another trigger has changed seq, xid, backend_number or event_id, or which another trigger has made invalid.';
 
+create function outbox.fan_out() returns trigger
+    language c
+    as 'MODULE_PATHNAME', 'fan_out';
+comment on function outbox.fan_out() is 'Trigger of outbox.events and outbox.scheduled_events: after an INSERT, inserts the further rows of events that outbox.routes send to several streams.';
+
 create function outbox.erased_config() returns json
     language sql immutable parallel safe set search_path = pg_catalog, pg_temp
     as $$
@@ -136,9 +141,9 @@ create function outbox.refuse_update() returns trigger
 begin
     -- What outbox.erase() does.
     if new.data is null and new.subject is null and new.publisher_config::text = outbox.erased_config()::text
-        and (new.seq, new.xid, new.created_at, new.event_id, new.backend_number, new.published_by, new.event_type, new.source, new.backend,
+        and (new.seq, new.xid, new.created_at, new.event_id, new.backend_number, new.branch, new.published_by, new.event_type, new.source, new.backend,
             new.stream, new.data_schema, new.max_retries)
-            is not distinct from (old.seq, old.xid, old.created_at, old.event_id, old.backend_number, old.published_by, old.event_type,
+            is not distinct from (old.seq, old.xid, old.created_at, old.event_id, old.backend_number, old.branch, old.published_by, old.event_type,
             old.source, old.backend, old.stream, old.data_schema, old.max_retries) then
         return new;
     end if;

@@ -83,6 +83,7 @@ begin
                 -- In a statement of its own, because only roles that restore dumps have the rights that it needs.
                 if not exists (select from outbox.events e where e.backend_number = present.number)
                     and not exists (select from outbox.backend_passwords p where p.backend_number = present.number)
+                    and not exists (select from outbox.routes r where r.backend = present.name)
                     and not outbox.has_waiting_events(present.number) then
                     delete from outbox.backends b where b.name = new.name;
                 end if;
@@ -128,6 +129,12 @@ create function outbox.check_backend_deletion() returns trigger
     as $$
 begin
     perform outbox.silence_triggers();
+    if exists (select from outbox.routes r where r.backend = old.name) then
+        raise exception using errcode = 'object_in_use',
+            message = format('backend "%s" has routes', old.name),
+            detail = 'Rows of outbox.routes name it.',
+            hint = format('Delete them first: DELETE FROM outbox.routes WHERE backend = %L;', old.name);
+    end if;
     -- The saved cursor may lag behind what was delivered a moment ago: let the worker save it.
     for i in 1..20 loop
         if not outbox.has_waiting_events(old.number) then
@@ -146,7 +153,7 @@ begin
         hint = 'Wait until outbox.backend_status shows none pending, or delete its rows from outbox.events, outbox.scheduled_events and outbox.refused_events.';
 end
 $$;
-comment on function outbox.check_backend_deletion() is 'Trigger of outbox.backends: a backend with waiting events is not deleted.';
+comment on function outbox.check_backend_deletion() is 'Trigger of outbox.backends: a backend that has waiting events, or that a route names, is not deleted.';
 
 -- Who may do that is asked by the triggers' conditions, which are evaluated for whoever changes the backend; the
 -- functions have the owner's rights.

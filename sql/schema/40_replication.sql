@@ -13,14 +13,17 @@ create table outbox.held_events (
     number  bigint generated always as identity primary key,
     held_at timestamptz not null default clock_timestamp()
 );
+alter table outbox.held_events alter column branch set default 0;
 create index held_events_backend_idx on outbox.held_events (backend, seq);
 create index held_events_number_idx on outbox.held_events (backend_number, seq);
 create index held_events_event_id_idx on outbox.held_events (event_id);
 comment on table outbox.held_events is 'Events of another server, brought by a subscription, with the numbers of that server. That server sends them. outbox.take_over() here publishes those that it has not sent.';
 
 create table outbox.held_scheduled (
-    event_id     uuid primary key,
-    scheduled_at timestamptz not null
+    event_id     uuid not null,
+    branch       smallint not null,
+    scheduled_at timestamptz not null,
+    primary key (event_id, branch)
 );
 comment on table outbox.held_scheduled is 'The real times of scheduled events that a subscription has brought. In outbox.scheduled_events they are due in 9999, until outbox.take_over().';
 
@@ -43,11 +46,11 @@ begin
         return new;
     end if;
     -- It has fallen due on the other server, or was retried there.
-    delete from outbox.held_scheduled h where h.event_id = new.event_id;
-    delete from outbox.held_events h where h.event_id = new.event_id;
-    insert into outbox.held_events (seq, xid, created_at, event_id, backend_number, event_type, source, backend, data, subject, stream,
+    delete from outbox.held_scheduled h where h.event_id = new.event_id and h.branch = new.branch;
+    delete from outbox.held_events h where h.event_id = new.event_id and h.branch = new.branch;
+    insert into outbox.held_events (seq, xid, created_at, event_id, backend_number, branch, event_type, source, backend, data, subject, stream,
             data_schema, publisher_config, max_retries)
-        values (new.seq, new.xid, new.created_at, new.event_id, new.backend_number, new.event_type, new.source, new.backend, new.data,
+        values (new.seq, new.xid, new.created_at, new.event_id, new.backend_number, new.branch, new.event_type, new.source, new.backend, new.data,
             new.subject, new.stream, new.data_schema, new.publisher_config, new.max_retries);
     return null;
 end
@@ -64,15 +67,15 @@ begin
         end if;
         return new;
     end if;
-    if tg_op <> 'INSERT' and not exists (select from outbox.held_scheduled h where h.event_id = old.event_id) then
+    if tg_op <> 'INSERT' and not exists (select from outbox.held_scheduled h where h.event_id = old.event_id and h.branch = old.branch) then
         return null;
     end if;
     if tg_op = 'DELETE' then
-        delete from outbox.held_scheduled h where h.event_id = old.event_id;
+        delete from outbox.held_scheduled h where h.event_id = old.event_id and h.branch = old.branch;
         return old;
     end if;
-    insert into outbox.held_scheduled as h (event_id, scheduled_at) values (new.event_id, new.scheduled_at)
-        on conflict (event_id) do update set scheduled_at = excluded.scheduled_at;
+    insert into outbox.held_scheduled as h (event_id, branch, scheduled_at) values (new.event_id, new.branch, new.scheduled_at)
+        on conflict (event_id, branch) do update set scheduled_at = excluded.scheduled_at;
     new.scheduled_at := '9999-12-31';
     -- That number is a role of the other server.
     new.published_by := null;

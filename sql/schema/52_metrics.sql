@@ -120,6 +120,7 @@ from (values
         '1: the process that starts the workers of all databases is there, or the server is a standby.'),
     ('outbox_relay_unmetered_backends', (select pg_catalog.count(*) from b where b.published is null),
         'Backends of which less is counted, because there are more than the shared memory has room for, or because no worker has come yet.'),
+    ('outbox_relay_routes', (select pg_catalog.count(*) from outbox.routes r where r.enabled), 'Routes that are enabled.'),
     ('outbox_relay_scheduled_events', (select pg_catalog.count(*) from (select from outbox.scheduled_events limit 10000) s),
         'Events that are not due yet: counted up to 10,000.'),
     ('outbox_relay_failed_events', (select pg_catalog.count(*) from (select from outbox.failed_events limit 10000) f),

@@ -57,7 +57,7 @@ create function outbox.object_health(out "check" text, out status text, out deta
 begin
     return query
 with
-ours(name) as (values ('events'), ('backends'), ('backend_passwords'), ('moved_backends'), ('publisher_limits'), ('scheduled_events'), ('refused_events'),
+ours(name) as (values ('events'), ('backends'), ('backend_passwords'), ('moved_backends'), ('routes'), ('publisher_limits'), ('scheduled_events'), ('refused_events'),
     ('failed_events'), ('cursors'), ('ticks'), ('installation'), ('incarnations'), ('take_overs'), ('copied_backends'), ('restores'), ('replays'),
     ('known_triggers'), ('held_events'), ('held_scheduled'), ('held_cursors'), ('held_refused'), ('kept_rows'), ('inbox'), ('consumer_grants'),
     ('consumer_groups'), ('events_seq_seq')),
@@ -74,7 +74,7 @@ faults(what, fault, cure) as (
     from there t cross join (values
             ('seq', 'Run ALTER TABLE outbox.events ADD PRIMARY KEY (seq) INCLUDE (backend_number);'),
             ('xid, seq', 'Run CREATE INDEX CONCURRENTLY events_xid_idx ON outbox.events (xid, seq);'),
-            ('event_id', 'Run CREATE UNIQUE INDEX CONCURRENTLY events_event_id_idx ON outbox.events (event_id);'),
+            ('event_id, branch', 'Run CREATE UNIQUE INDEX CONCURRENTLY events_event_id_idx ON outbox.events (event_id, branch);'),
             ('created_at', 'Run CREATE INDEX CONCURRENTLY events_created_at_idx ON outbox.events (created_at);')) w (columns, cure)
     where t.name = 'events' and t.oid is not null and not exists (
         select from pg_index i where i.indrelid = t.oid and i.indpred is null and i.indisvalid and w.columns = (
@@ -89,7 +89,7 @@ faults(what, fault, cure) as (
     from (values ('backends', 'PRIMARY KEY', 'name'), ('backends', 'UNIQUE', 'number'), ('backend_passwords', 'PRIMARY KEY', 'backend_number'),
             ('cursors', 'PRIMARY KEY', 'backend_number, slot'), ('ticks', 'PRIMARY KEY', 'backend_number, reached_at'),
             ('failed_events', 'PRIMARY KEY', 'event_id, seq'), ('failed_events', 'INDEX ON', 'failed_at'), ('failed_events', 'INDEX ON', 'seq, event_id'),
-            ('refused_events', 'PRIMARY KEY', 'seq'), ('scheduled_events', 'PRIMARY KEY', 'event_id'), ('scheduled_events', 'INDEX ON', 'scheduled_at, seq'),
+            ('refused_events', 'PRIMARY KEY', 'seq'), ('scheduled_events', 'PRIMARY KEY', 'event_id, branch'), ('scheduled_events', 'INDEX ON', 'scheduled_at, seq'),
             ('inbox', 'PRIMARY KEY', 'consumer, event_id'), ('inbox', 'INDEX ON', 'consumed_at'), ('take_overs', 'PRIMARY KEY', 'backend_number'),
             ('publisher_limits', 'PRIMARY KEY', 'role'), ('installation', 'PRIMARY KEY', 'id')) w (relation, kind, columns)
         join there t on t.name = w.relation and t.oid is not null
@@ -373,6 +373,7 @@ begin
         if has_tables then
             return query select * from outbox.setting_health();
             return query select * from outbox.backend_health();
+            return query select * from outbox.route_health();
             return query select * from outbox.event_health(old);
             return query select * from outbox.consumer_health();
         end if;

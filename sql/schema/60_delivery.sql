@@ -73,7 +73,11 @@ begin
         -- does for an event of somebody else, as if there were none.
         if (sees_all or exists (select from outbox.events e
                 where e.event_id = wait_published.event_id and pg_has_role(caller, e.published_by, 'usage')))
-            and exists (select from outbox.event_status s where s.event_id = wait_published.event_id and s.status = 'published') then
+            and exists (select from outbox.event_status s where s.event_id = wait_published.event_id and s.status = 'published')
+            -- Of an event that goes to several streams, all rows.
+            and not outbox.waits(event_id)
+            and not exists (select from outbox.failed_events f where f.event_id = wait_published.event_id
+                and not exists (select from outbox.events e where e.event_id = f.event_id and e.branch = f.branch and e.seq <> f.seq)) then
             return true;
         end if;
         if pg_catalog.clock_timestamp() >= deadline then
@@ -83,7 +87,7 @@ begin
     end loop;
 end
 $$;
-comment on function outbox.wait_published(uuid, interval) is 'Waits until an event is known to be in its stream. Returns false if that takes longer than the timeout. Call it after the commit. A publisher can wait for events of its own role, or of roles that it is a member of; to wait for any event needs the right to read outbox.event_status, which pg_monitor has.';
+comment on function outbox.wait_published(uuid, interval) is 'Waits until an event is known to be in its stream; if routes send it to several, in all of them. Returns false if that takes longer than the timeout. Call it after the commit. A publisher can wait for events of its own role, or of roles that it is a member of; to wait for any event needs the right to read outbox.event_status, which pg_monitor has.';
 
 create function outbox.waits_since(seen pg_snapshot) returns boolean
     language sql volatile set search_path = pg_catalog, pg_temp

@@ -4,11 +4,11 @@ create function outbox.publish_failed(failed outbox.failed_events, backend text)
     language plpgsql set search_path = pg_catalog, pg_temp
     as $$
 begin
-    -- What is there under the same id is another event. As long as that waits to be sent it stays, and this one waits
+    -- What is there under the same id, and is not a row of the same event for another stream, is another event. As long as that waits to be sent it stays, and this one waits
     -- for it; once it has been published, or has failed too, its row makes room.
-    if exists (select from outbox.scheduled_events s where s.event_id = failed.event_id)
+    if exists (select from outbox.scheduled_events s where s.event_id = failed.event_id and s.branch = failed.branch)
         or exists (select from outbox.events e left join outbox.backends b on b.number = e.backend_number
-            where e.event_id = failed.event_id and e.seq <> failed.seq
+            where e.event_id = failed.event_id and e.branch = failed.branch and e.seq <> failed.seq
                 and not exists (select from outbox.failed_events o where o.event_id = e.event_id and o.seq = e.seq)
                 and (exists (select from outbox.refused_events r where r.seq = e.seq and r.accepted_in is null)
                     or not coalesce((select outbox.is_delivered(k, e.xid, e.seq) from outbox.cursors k
@@ -18,11 +18,11 @@ begin
         return false;
     end if;
     delete from outbox.failed_events e where e.event_id = failed.event_id and e.seq = failed.seq;
-    delete from outbox.events e where e.event_id = failed.event_id;
+    delete from outbox.events e where e.event_id = failed.event_id and e.branch = failed.branch;
     -- With all that the trigger fills in: it may be off.
-    insert into outbox.events (xid, seq, created_at, event_id, backend_number, event_type, source, backend, data, subject, stream, data_schema, publisher_config, max_retries, published_by)
+    insert into outbox.events (xid, seq, created_at, event_id, backend_number, branch, event_type, source, backend, data, subject, stream, data_schema, publisher_config, max_retries, published_by)
         values (pg_current_xact_id(), outbox.draw_seq(), failed.created_at, failed.event_id, (outbox.expect_backend(publish_failed.backend)).number,
-            failed.event_type, failed.source, publish_failed.backend, failed.data, failed.subject,
+            failed.branch, failed.event_type, failed.source, publish_failed.backend, failed.data, failed.subject,
             failed.stream, failed.data_schema, failed.publisher_config, failed.max_retries, failed.published_by);
     return found;
 end

@@ -57,14 +57,14 @@ begin
     with gone as (
         delete from outbox.held_events h where h.backend = b.name returning h.*
     )
-    insert into outbox.events (xid, seq, created_at, event_id, backend_number, event_type, source, backend, data, subject, stream,
+    insert into outbox.events (xid, seq, created_at, event_id, backend_number, branch, event_type, source, backend, data, subject, stream,
             data_schema, publisher_config, max_retries)
-        select pg_current_xact_id(), outbox.draw_seq(), g.created_at, g.event_id, b.number, g.event_type, g.source, b.name, g.data,
+        select pg_current_xact_id(), outbox.draw_seq(), g.created_at, g.event_id, b.number, g.branch, g.event_type, g.source, b.name, g.data,
             g.subject, g.stream, g.data_schema, g.publisher_config, g.max_retries
         -- Sorted last: a join (a right anti-join, since Postgres 16) need not keep the order of what it reads.
         from (select * from gone
-            where not exists (select from outbox.events e where e.event_id = gone.event_id)
-                and not exists (select from outbox.failed_events f where f.event_id = gone.event_id)
+            where not exists (select from outbox.events e where e.event_id = gone.event_id and e.branch = gone.branch)
+                and not exists (select from outbox.failed_events f where f.event_id = gone.event_id and f.branch = gone.branch)
             order by gone.seq) g;
     get diagnostics accepted = row_count;
     if accepted > 0 then
@@ -73,12 +73,12 @@ begin
     end if;
     with due as (
         delete from outbox.held_scheduled h using outbox.scheduled_events s
-            where s.event_id = h.event_id and s.backend = b.name returning h.*
+            where s.event_id = h.event_id and s.branch = h.branch and s.backend = b.name returning h.*
     )
     update outbox.scheduled_events s
         set scheduled_at = d.scheduled_at, backend_number = b.number,
             xid = case when d.scheduled_at <= clock_timestamp() then '0'::xid8 else pg_current_xact_id() end
-        from due d where s.event_id = d.event_id;
+        from due d where s.event_id = d.event_id and s.branch = d.branch;
     get diagnostics scheduled = row_count;
     delete from outbox.held_refused r where not exists (select from outbox.held_events h where h.seq = r.seq);
     if sent + accepted + scheduled > 0 then
@@ -144,16 +144,16 @@ begin
         else (select pg_snapshot_xmin(c.from_snapshot) from outbox.cursors c
             where exists (select from outbox.backends b where b.number = c.backend_number) order by 1 limit 1)
     end;
-    insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, event_type, source, backend, data, subject, stream,
+    insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, branch, event_type, source, backend, data, subject, stream,
             data_schema, publisher_config, max_retries, published_by, attempts, last_error)
-        select e.seq, e.xid, e.created_at, e.event_id, e.backend_number, e.event_type, e.source, e.backend, e.data, e.subject, e.stream,
+        select e.seq, e.xid, e.created_at, e.event_id, e.backend_number, e.branch, e.event_type, e.source, e.backend, e.data, e.subject, e.stream,
             e.data_schema, e.publisher_config, e.max_retries, e.published_by, r.attempts, reason
         from outbox.refused_events r join outbox.events e on e.seq = r.seq
         where r.accepted_in is null
         on conflict (event_id, seq) do nothing;
-    insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, event_type, source, backend, data, subject, stream,
+    insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, branch, event_type, source, backend, data, subject, stream,
             data_schema, publisher_config, max_retries, published_by, attempts, last_error)
-        select e.seq, e.xid, e.created_at, e.event_id, e.backend_number, e.event_type, e.source, e.backend, e.data, e.subject, e.stream,
+        select e.seq, e.xid, e.created_at, e.event_id, e.backend_number, e.branch, e.event_type, e.source, e.backend, e.data, e.subject, e.stream,
             e.data_schema, e.publisher_config, e.max_retries, e.published_by, 0, reason
         from outbox.events e join outbox.backends b on b.number = e.backend_number
         where e.xid >= oldest and e.xid < made_in
@@ -164,18 +164,18 @@ begin
     with gone as (
         delete from outbox.scheduled_events s where s.xid < made_in returning s.*
     )
-    insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, event_type, source, backend, data, subject, stream,
+    insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, branch, event_type, source, backend, data, subject, stream,
             data_schema, publisher_config, max_retries, published_by, attempts, last_error)
-        select e.seq, e.xid, e.created_at, e.event_id, e.backend_number, e.event_type, e.source, e.backend, e.data, e.subject, e.stream,
+        select e.seq, e.xid, e.created_at, e.event_id, e.backend_number, e.branch, e.event_type, e.source, e.backend, e.data, e.subject, e.stream,
             e.data_schema, e.publisher_config, e.max_retries, e.published_by, 0, reason
         from gone e
         on conflict (event_id, seq) do nothing;
     with gone as (
         delete from outbox.held_events returning *
     )
-    insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, event_type, source, backend, data, subject, stream,
+    insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, branch, event_type, source, backend, data, subject, stream,
             data_schema, publisher_config, max_retries, published_by, attempts, last_error)
-        select e.seq, e.xid, e.created_at, e.event_id, e.backend_number, e.event_type, e.source, e.backend, e.data, e.subject, e.stream,
+        select e.seq, e.xid, e.created_at, e.event_id, e.backend_number, e.branch, e.event_type, e.source, e.backend, e.data, e.subject, e.stream,
             e.data_schema, e.publisher_config, e.max_retries, e.published_by, 0, reason
         from gone e
         on conflict (event_id, seq) do nothing;

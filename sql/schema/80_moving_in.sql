@@ -206,9 +206,12 @@ begin
         delete from outbox.scheduled_events s where s.event_id = old.id;
     else
         with gone as (delete from outbox.scheduled_events s where s.event_id = old.id returning s.*)
-        insert into outbox.scheduled_events (event_id, created_at, event_type, source, backend, data, subject, stream, data_schema, publisher_config, max_retries, scheduled_at)
-        select g.event_id, g.created_at, g.event_type, g.source, g.backend, g.data, g.subject, g.stream, g.data_schema, g.publisher_config, g.max_retries, new.scheduled_at
-        from gone g;
+        -- With numbers of its own, so that each row of an event that goes to several streams stays the one that it is.
+        insert into outbox.scheduled_events (xid, seq, event_id, backend_number, branch, published_by, created_at, event_type, source, backend, data, subject, stream, data_schema,
+            publisher_config, max_retries, scheduled_at)
+        select pg_current_xact_id(), outbox.draw_seq(), g.event_id, g.backend_number, g.branch, g.published_by, g.created_at, g.event_type, g.source, g.backend, g.data, g.subject, g.stream, g.data_schema,
+            g.publisher_config, g.max_retries, new.scheduled_at
+        from (select * from gone order by seq) g;
     end if;
     return null;
 end

@@ -3,6 +3,8 @@
 
 select pg_catalog.pg_extension_config_dump('outbox.backends', '');
 select pg_catalog.pg_extension_config_dump('outbox.backends_number_seq', '');
+select pg_catalog.pg_extension_config_dump('outbox.routes', '');
+select pg_catalog.pg_extension_config_dump('outbox.routes_number_seq', '');
 select pg_catalog.pg_extension_config_dump('outbox.publisher_limits', '');
 select pg_catalog.pg_extension_config_dump('outbox.events', $$
     where not coalesce((select outbox.is_delivered(c, events.xid, events.seq) from outbox.cursors c

@@ -252,8 +252,8 @@ fn want_consumers() -> bool {
 
 crate::sql_function!(backends_changed, pg_finfo_backends_changed);
 
-/// `outbox.backends_changed()`, after a statement on `backends`, `backend_passwords`, `publisher_limits`, `take_overs`,
-/// `restores` or `copied_backends`
+/// `outbox.backends_changed()`, after a statement on `backends`, `backend_passwords`, `publisher_limits`, `routes`,
+/// `take_overs`, `restores` or `copied_backends`
 // No pg_guard: as the other triggers.
 #[unsafe(no_mangle)]
 extern "C-unwind" fn backends_changed(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
@@ -268,13 +268,14 @@ extern "C-unwind" fn backends_changed(fcinfo: pg_sys::FunctionCallInfo) -> pg_sy
                 When::AfterStatement,
                 relations.settings_tables(),
             );
-            // Sessions cache only what these three tables say. Many restores must not cause as many invalidations.
+            // Sessions cache only what these tables say. Many restores must not cause as many invalidations.
             let trigger = (*fcinfo).context.cast::<pg_sys::TriggerData>();
             let table = (*(*trigger).tg_relation).rd_id;
             let cached = [
                 relations.backends,
                 relations.backend_passwords,
                 relations.publisher_limits,
+                relations.routes,
             ];
             if cached.contains(&table) {
                 // The invalidation does not name the table itself. A process that has the table open rebuilds its entry

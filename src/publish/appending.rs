@@ -1,8 +1,9 @@
-//! From a checked request to a row.
+//! From a checked request to its rows: one, or several if the event goes to several streams.
 
+use crate::publish::destinations::{Destination, check};
 use crate::publish::doubts;
-use crate::publish::repeated_id::{self, OnRepeat};
-use crate::publish::request::{Request, check};
+use crate::publish::repeated_id::{self, OnRepeat, Sought};
+use crate::publish::request::Request;
 use crate::server::datum::text_datum;
 use crate::server::encoding::to_server;
 use crate::server::txn;
@@ -15,11 +16,85 @@ use crate::tables::row::attribute;
 use crate::tables::trusted::{NewRow, RowKey};
 use pgrx::pg_sys;
 
-/// Checks an event, and makes a row of it. Returns nothing that needs to be dropped: from here on, other people's code
-/// may run.
-pub(super) fn prepared(request: &Request<'_>, relations: &Relations) -> NewRow {
+/// The rows of an event. Plain memory of the current context.
+#[derive(Clone, Copy)]
+pub(super) struct Prepared {
+    pub first: NewRow,
+    pub further: Branches,
+}
+
+/// An event's rows but the first.
+#[derive(Clone, Copy)]
+pub(super) struct Branches {
+    first: *const Branch,
+    count: usize,
+}
+
+/// What one of them has for itself.
+#[derive(Clone, Copy)]
+pub(super) struct Branch {
+    seq: i64,
+    backend_number: i32,
+    backend: pg_sys::Datum,
+    stream: Option<pg_sys::Datum>,
+}
+
+impl Branches {
+    pub(super) const NONE: Self = Self {
+        first: std::ptr::null(),
+        count: 0,
+    };
+
+    /// For these destinations, with these numbers. `named`: the stream that the event names.
+    pub(super) fn of<'d>(
+        destinations: impl ExactSizeIterator<Item = (i64, &'d Destination)>,
+        named: Option<&[u8]>,
+    ) -> Self {
+        let count = destinations.len();
+        if count == 0 {
+            return Self::NONE;
+        }
+        let named = named.map(text_datum);
+        // SAFETY: memory of the current context, as large as it must be.
+        unsafe {
+            let first = pg_sys::palloc(size_of::<Branch>() * count).cast::<Branch>();
+            for (index, (seq, destination)) in destinations.enumerate() {
+                first.add(index).write(Branch {
+                    seq,
+                    backend_number: destination.backend_number,
+                    backend: text_datum(&to_server(&destination.backend)),
+                    stream: destination.stream.as_ref().map(|s| text_datum(&to_server(s))).or(named),
+                });
+            }
+            Self { first, count }
+        }
+    }
+
+    /// The row of one of them (from 0), which has all else of the first row.
+    fn row(&self, index: usize, first: &NewRow) -> NewRow {
+        // SAFETY: there are so many.
+        let branch = unsafe { *self.first.add(index) };
+        let mut row = *first;
+        row.set(attribute::SEQ, Some(pg_sys::Datum::from(branch.seq)));
+        row.set(
+            attribute::BACKEND_NUMBER,
+            Some(pg_sys::Datum::from(branch.backend_number)),
+        );
+        row.set(attribute::BRANCH, Some(pg_sys::Datum::from(index as i16 + 1)));
+        row.set(attribute::BACKEND, Some(branch.backend));
+        row.set(attribute::STREAM, branch.stream);
+        row.key.seq = branch.seq;
+        row.key.backend_number = branch.backend_number;
+        row
+    }
+}
+
+/// Checks an event, and makes its rows. Returns nothing that needs to be dropped: from here on, other people's code may
+/// run.
+pub(super) fn prepared(request: &Request<'_>, relations: &Relations) -> Prepared {
     expect_writable();
-    let checked = check(request).unwrap_or_else(|e| e.raise());
+    let destinations = check(request).unwrap_or_else(|e| e.raise());
+    let checked = &destinations.first;
     doubts::say(request);
     // SAFETY: reads the clock.
     let now = unsafe { pg_sys::GetCurrentTimestamp() };
@@ -29,9 +104,16 @@ pub(super) fn prepared(request: &Request<'_>, relations: &Relations) -> NewRow {
     }
     let event_id = request.event_id.unwrap_or_else(|| uuid::new_v7(now));
     if request.event_id.is_some() {
-        repeated_id::is_new(relations, &event_id, scheduled_at.is_some(), OnRepeat::Refusing);
+        let sought = Sought::Event(&event_id);
+        repeated_id::is_new(relations, sought, scheduled_at.is_some(), OnRepeat::Refusing);
     }
     let (xid, seq) = draw_numbers(relations);
+    let key = RowKey {
+        xid,
+        seq,
+        backend_number: checked.backend_number,
+        event_id,
+    };
 
     let mut values = [pg_sys::Datum::from(0); attribute::SCHEDULED_AT];
     let mut nulls = [true; attribute::SCHEDULED_AT];
@@ -41,24 +123,14 @@ pub(super) fn prepared(request: &Request<'_>, relations: &Relations) -> NewRow {
     };
     set(attribute::SEQ, pg_sys::Datum::from(seq));
     set(attribute::XID, pg_sys::Datum::from(xid));
-    set(
-        attribute::CREATED_AT,
-        pg_sys::Datum::from(request.created_at.unwrap_or(now)),
-    );
+    let created_at = request.created_at.unwrap_or(now);
+    set(attribute::CREATED_AT, pg_sys::Datum::from(created_at));
     set(attribute::EVENT_ID, uuid_datum(&event_id));
-    set(attribute::BACKEND_NUMBER, pg_sys::Datum::from(checked.backend_number));
+    set(attribute::BACKEND_NUMBER, pg_sys::Datum::from(key.backend_number));
     set(attribute::PUBLISHED_BY, pg_sys::Datum::from(publisher()));
+    set(attribute::BRANCH, pg_sys::Datum::from(0i16));
     set(attribute::BACKEND, text_datum(&to_server(&checked.backend)));
-    let texts = [
-        (attribute::EVENT_TYPE, &request.event_type),
-        (attribute::SOURCE, &request.source),
-        (attribute::DATA, &request.data),
-        (attribute::SUBJECT, &request.subject),
-        (attribute::STREAM, &request.stream),
-        (attribute::DATA_SCHEMA, &request.data_schema),
-        (attribute::PUBLISHER_CONFIG, &request.publisher_config),
-    ];
-    for (attribute, text) in texts {
+    for (attribute, text) in texts_of(request) {
         if let Some(text) = text {
             set(attribute, text_datum(text));
         }
@@ -76,16 +148,15 @@ pub(super) fn prepared(request: &Request<'_>, relations: &Relations) -> NewRow {
         }
         None => txn::published(),
     }
-    NewRow {
-        is_scheduled: scheduled_at.is_some(),
-        values,
-        nulls,
-        key: RowKey {
-            xid,
-            seq,
-            backend_number: checked.backend_number,
-            event_id,
+    let further = destinations.further.iter().map(|to| (draw_numbers(relations).1, to));
+    Prepared {
+        first: NewRow {
+            is_scheduled: scheduled_at.is_some(),
+            values,
+            nulls,
+            key,
         },
+        further: Branches::of(further, request.stream.as_deref()),
     }
 }
 
@@ -105,6 +176,19 @@ pub(super) fn publisher() -> pg_sys::Oid {
     unsafe { pg_sys::GetOuterUserId() }
 }
 
+/// The texts that a row takes as they are.
+fn texts_of<'a>(request: &'a Request<'_>) -> [(usize, Option<&'a [u8]>); 7] {
+    [
+        (attribute::EVENT_TYPE, request.event_type.as_deref()),
+        (attribute::SOURCE, request.source.as_deref()),
+        (attribute::DATA, request.data.as_deref()),
+        (attribute::SUBJECT, request.subject.as_deref()),
+        (attribute::STREAM, request.stream.as_deref()),
+        (attribute::DATA_SCHEMA, request.data_schema.as_deref()),
+        (attribute::PUBLISHER_CONFIG, request.publisher_config.as_deref()),
+    ]
+}
+
 fn uuid_datum(id: &[u8; 16]) -> pg_sys::Datum {
     // SAFETY: memory of the current context, as large as it must be.
     unsafe {
@@ -122,9 +206,35 @@ pub(super) struct Tables {
 }
 
 impl Tables {
+    /// Inserts an event's rows; false: somebody's trigger or rule has left the first out, and with it the event.
+    ///
     /// # Safety
     /// As [`Insertion::insert`].
-    pub(super) unsafe fn insert(&mut self, relations: &Relations, row: &NewRow) -> bool {
+    pub(super) unsafe fn insert(&mut self, relations: &Relations, rows: &Prepared) -> bool {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let inserted = self.insert_row(relations, &rows.first);
+            if inserted {
+                self.insert_further(relations, rows);
+            }
+            inserted
+        }
+    }
+
+    /// All rows but the first. A trigger of somebody may leave one out.
+    ///
+    /// # Safety
+    /// As [`Insertion::insert`].
+    pub(super) unsafe fn insert_further(&mut self, relations: &Relations, rows: &Prepared) {
+        for index in 0..rows.further.count {
+            // SAFETY: the caller's promise.
+            unsafe { self.insert_row(relations, &rows.further.row(index, &rows.first)) };
+        }
+    }
+
+    /// # Safety
+    /// As [`Insertion::insert`].
+    unsafe fn insert_row(&mut self, relations: &Relations, row: &NewRow) -> bool {
         let table = match row.is_scheduled {
             true => &mut self.scheduled,
             false => &mut self.events,

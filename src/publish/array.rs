@@ -1,6 +1,6 @@
 //! `outbox.publish_events`: an array of objects with the keys of `publish_event`.
 
-use crate::publish::appending::{Tables, prepared};
+use crate::publish::appending::{Prepared, Tables, prepared};
 use crate::publish::error::PublishError;
 use crate::publish::json;
 use crate::publish::request::{Request, attempts, decoded, event_id, time};
@@ -9,7 +9,6 @@ use crate::server::error::expect_arguments;
 use crate::server::report;
 use crate::tables::catalog::{self, Relations};
 use crate::tables::row::attribute;
-use crate::tables::trusted::NewRow;
 use pgrx::pg_sys;
 use relay::event::binary;
 use serde::Deserialize;
@@ -56,9 +55,9 @@ extern "C-unwind" fn publish_events(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys:
         pg_sys::error_context_stack = &mut entry;
         for at in 0..items.count {
             (&raw mut index).write_volatile(at as c_int);
-            let row = report::guard(|| prepared_item(&items, at, &relations));
-            let inserted = tables.insert(&relations, &row);
-            let (value, is_null) = (row.values[attribute::EVENT_ID - 1], !inserted);
+            let rows = report::guard(|| prepared_item(&items, at, &relations));
+            let inserted = tables.insert(&relations, &rows);
+            let (value, is_null) = (rows.first.values[attribute::EVENT_ID - 1], !inserted);
             tuplestore_putvalues((*results).setResult, (*results).setDesc, &value, &is_null);
         }
         tables.close();
@@ -122,7 +121,7 @@ fn items_of_call(fcinfo: pg_sys::FunctionCallInfo) -> Items {
     }
 }
 
-fn prepared_item(items: &Items, index: usize, relations: &Relations) -> NewRow {
+fn prepared_item(items: &Items, index: usize, relations: &Relations) -> Prepared {
     // SAFETY: an element of the list, which is UTF-8 as all of the text.
     let text = unsafe {
         let (start, length) = *items.first.add(index);

@@ -27,7 +27,7 @@ crate::sql_function!(publish_row, pg_finfo_publish_row);
 // No pg_guard: as publish_event.
 #[unsafe(no_mangle)]
 extern "C-unwind" fn publish_row(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
-    let (row, relations) = report::guard(|| {
+    let (rows, relations) = report::guard(|| {
         // SAFETY: called by Postgres; a trigger of this kind has a row.
         let request = unsafe { request_of(expect_trigger(fcinfo, "publish_row", When::InsertOfRow, &[])) };
         let relations = catalog::expect_relations();
@@ -36,7 +36,7 @@ extern "C-unwind" fn publish_row(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Da
     // SAFETY: called by Postgres; no frame up to it holds anything that needs dropping.
     unsafe {
         let mut tables = Tables::default();
-        tables.insert(&relations, &row);
+        tables.insert(&relations, &rows);
         tables.close();
         (*fcinfo).isnull = false;
     }

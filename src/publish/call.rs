@@ -6,8 +6,9 @@
 
 use crate::publish::appending::{Tables, prepared};
 use crate::publish::binary::data_or_bytes;
+use crate::publish::destinations::{check, with_backend};
 use crate::publish::json;
-use crate::publish::request::{Request, attempts, check, event_id};
+use crate::publish::request::{Request, attempts, event_id};
 use crate::server::datum::{bytes_of, text_datum};
 use crate::server::encoding::{to_server, words_to_server};
 use crate::server::error::expect_arguments;
@@ -84,8 +85,9 @@ extern "C-unwind" fn template_stream(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys
                 backend: text(3),
                 ..Request::default()
             };
-            check(&request.without_empty())
+            check(&with_backend(request.without_empty()))
                 .unwrap_or_else(|error| error.raise())
+                .first
                 .stream
         };
         // SAFETY: called by Postgres.
@@ -103,7 +105,7 @@ unsafe fn publish(
     fcinfo: pg_sys::FunctionCallInfo,
     request_of: for<'a> unsafe fn(&'a Arguments) -> Request<'a>,
 ) -> pg_sys::Datum {
-    let (row, relations) = report::guard(|| {
+    let (rows, relations) = report::guard(|| {
         expect_arguments(fcinfo, ARGUMENTS);
         // SAFETY: the caller's promise; there are so many.
         let request = unsafe { request_of((*fcinfo).args.as_slice(ARGUMENTS)) };
@@ -113,12 +115,12 @@ unsafe fn publish(
     // SAFETY: the caller's promise; the id lies in the memory of the call.
     unsafe {
         let mut tables = Tables::default();
-        let inserted = tables.insert(&relations, &row);
+        let inserted = tables.insert(&relations, &rows);
         tables.close();
         // A trigger of somebody may leave a row out, as in an INSERT that inserts none.
         (*fcinfo).isnull = !inserted;
         if inserted {
-            row.values[attribute::EVENT_ID - 1]
+            rows.first.values[attribute::EVENT_ID - 1]
         } else {
             pg_sys::Datum::from(0)
         }

@@ -7,7 +7,8 @@ use pgrx::PgSqlErrorCode;
 use pgrx::pg_sys::panic::ErrorReport;
 use relay::delivery::refusal::MOST_ATTEMPTS;
 use relay::event::ConfigError;
-use relay::event::stream_name::{Fault, Field, NAME_LIMIT};
+use relay::event::routes::Route;
+use relay::event::stream_name::{Fault, Field, NAME_LIMIT, StreamName};
 use thiserror::Error;
 
 /// Why an event is refused, in the publisher's transaction.
@@ -51,6 +52,14 @@ pub(super) enum PublishError {
         stream: String,
         allowed: String,
     },
+    #[error("{error}")]
+    ByRoute {
+        route: i32,
+        is_template: bool,
+        error: Box<Self>,
+    },
+    #[error("{count} routes send the event to as many streams")]
+    TooManyRoutes { count: usize, limit: usize },
     #[error(transparent)]
     Config(#[from] ConfigError),
     #[error("data and {0} exclude each other")]
@@ -68,6 +77,18 @@ pub(super) enum PublishError {
 }
 
 impl PublishError {
+    /// The same of a backend that a route has chosen.
+    pub(super) fn by_route(self, route: &Route) -> Self {
+        match self {
+            Self::UnknownBackend(_) => self,
+            error => Self::ByRoute {
+                route: route.number,
+                is_template: matches!(route.stream, Some(Ok(StreamName::Template(_)))),
+                error: Box::new(error),
+            },
+        }
+    }
+
     fn code(&self) -> PgSqlErrorCode {
         use PgSqlErrorCode::*;
         match self {
@@ -75,7 +96,8 @@ impl PublishError {
             Self::StreamNotAllowed { .. } | Self::BackendBeyondLimit { .. } | Self::StreamBeyondLimit { .. } => {
                 ERRCODE_INSUFFICIENT_PRIVILEGE
             }
-            Self::TooLarge { .. } => ERRCODE_PROGRAM_LIMIT_EXCEEDED,
+            Self::ByRoute { error, .. } => error.code(),
+            Self::TooLarge { .. } | Self::TooManyRoutes { .. } => ERRCODE_PROGRAM_LIMIT_EXCEEDED,
             Self::UnusableStreamName { .. } => ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             Self::Changed => ERRCODE_TRIGGERED_DATA_CHANGE_VIOLATION,
             Self::Foreign { text, .. } => text.code(),
@@ -129,6 +151,20 @@ impl PublishError {
             Self::StreamBeyondLimit { allowed, .. } => {
                 format!("There, the current role may publish into these streams: {allowed}.")
             }
+            Self::ByRoute {
+                route,
+                is_template: true,
+                error,
+            } if matches!(**error, Self::LacksPartOfStream { .. } | Self::LongStream { .. }) => {
+                format!(
+                    "The stream of route {route} of outbox.routes is a template, and the event takes it because it names no backend."
+                )
+            }
+            Self::ByRoute { route, error, .. } => format!(
+                "{} It goes there by route {route} of outbox.routes, because it names no backend.",
+                error.detail()
+            ),
+            Self::TooManyRoutes { limit, .. } => format!("At most {limit} are allowed."),
             Self::Config(ConfigError::EncodedTwice) => {
                 "It is a JSON string that holds an object: it was encoded twice.".into()
             }
@@ -163,6 +199,8 @@ impl PublishError {
             Self::BackendBeyondLimit { .. } | Self::StreamBeyondLimit { .. } => {
                 "Ask the administrator to allow more with outbox.grant_publisher()."
             }
+            Self::ByRoute { error, .. } => error.hint(),
+            Self::TooManyRoutes { .. } => "Ask the administrator to make the patterns of outbox.routes narrower.",
             Self::Config(ConfigError::OutOfRange(_) | ConfigError::TooManyDigits) => "Pass it as a string.",
             Self::Config(_) => "Pass a flat JSON object such as {\"priority\": 1}.",
             Self::TwoPayloads(_) => "Leave one of them out, or NULL.",

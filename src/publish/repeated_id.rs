@@ -20,8 +20,23 @@ pub(super) enum OnRepeat {
     Unknown,
 }
 
+/// What is looked for: an event, or one row of it.
+#[derive(Clone, Copy)]
+pub(super) enum Sought<'a> {
+    Event(&'a [u8; 16]),
+    /// With its branch: what was published before may come back row by row.
+    Row(&'a [u8; 16], i16),
+}
+
+impl Sought<'_> {
+    fn event_id(&self) -> &[u8; 16] {
+        let (Self::Event(id) | Self::Row(id, _)) = self;
+        id
+    }
+}
+
 /// False: the id is used already, and the row is to be left out. An ERROR if it is to be refused.
-pub(super) fn is_new(relations: &Relations, event_id: &[u8; 16], scheduled: bool, on_repeat: OnRepeat) -> bool {
+pub(super) fn is_new(relations: &Relations, sought: Sought<'_>, scheduled: bool, on_repeat: OnRepeat) -> bool {
     if relations.scheduled == pg_sys::InvalidOid {
         missing::table(c"scheduled_events");
     }
@@ -35,34 +50,49 @@ pub(super) fn is_new(relations: &Relations, event_id: &[u8; 16], scheduled: bool
     } else {
         (events, waiting)
     };
-    if !(is_in(other, event_id) || on_repeat == OnRepeat::Refusing && is_in(own, event_id)) {
+    let is_used = is_in(other, sought)
+        || match (on_repeat, sought) {
+            (OnRepeat::Unknown, Sought::Row(..)) => false,
+            // Its index refuses the first row of an event alone. Other rows may have outlived that.
+            (OnRepeat::Unknown, Sought::Event(id)) => is_in(own, sought) && !is_in(own, Sought::Row(id, 0)),
+            (OnRepeat::Refusing | OnRepeat::LeavingOut, _) => is_in(own, sought),
+        };
+    if !is_used {
         return true;
     }
     if on_repeat != OnRepeat::LeavingOut {
-        refuse(relations, event_id);
+        refuse(relations, sought.event_id());
     }
     false
 }
 
-/// Whether a table has a row with this id that has committed, or is this transaction's own. By a look at the index
+/// Whether a table has such a row that has committed, or is this transaction's own. By a look at the index
 /// alone as a rule.
-fn is_in((table, index): (pg_sys::Oid, Index), event_id: &[u8; 16]) -> bool {
-    // SAFETY: an index look-up by an equality key of the column's type. The snapshot is a constant, which also sees
+fn is_in((table, index): (pg_sys::Oid, Index), sought: Sought<'_>) -> bool {
+    // SAFETY: an index look-up by equality keys of the columns' types. The snapshot is a constant, which also sees
     // rows that the present command has inserted.
     unsafe {
         let lock = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
         fault::reach(Point::BeforeIdLock);
         let (rel, relations) = catalog::open_table(table, lock);
         let key = key_of(&relations, index);
-        let mut entry: pg_sys::ScanKeyData = std::mem::zeroed();
-        pg_sys::ScanKeyInit(
-            &mut entry,
-            attribute::EVENT_ID as i16,
-            pg_sys::BTEqualStrategyNumber as u16,
-            pg_sys::Oid::from(pg_sys::F_UUID_EQ),
-            pg_sys::Datum::from(event_id.as_ptr()),
-        );
-        let scan = pg_sys::systable_beginscan(rel, key, true, &raw mut pg_sys::SnapshotSelfData, 1, &mut entry);
+        let mut entries: [pg_sys::ScanKeyData; 2] = std::mem::zeroed();
+        let mut equals = |place: usize, column: usize, function: u32, value: pg_sys::Datum| {
+            let function = pg_sys::Oid::from(function);
+            let equal = pg_sys::BTEqualStrategyNumber as u16;
+            pg_sys::ScanKeyInit(&mut entries[place], column as i16, equal, function, value);
+        };
+        let id = pg_sys::Datum::from(sought.event_id().as_ptr());
+        equals(0, attribute::EVENT_ID, pg_sys::F_UUID_EQ, id);
+        let count = match sought {
+            Sought::Event(_) => 1,
+            Sought::Row(_, branch) => {
+                equals(1, attribute::BRANCH, pg_sys::F_INT2EQ, pg_sys::Datum::from(branch));
+                2
+            }
+        };
+        let snapshot = &raw mut pg_sys::SnapshotSelfData;
+        let scan = pg_sys::systable_beginscan(rel, key, true, snapshot, count, entries.as_mut_ptr());
         let found = !pg_sys::systable_getnext(scan).is_null();
         pg_sys::systable_endscan(scan);
         pg_sys::table_close(rel, lock);
@@ -71,7 +101,7 @@ fn is_in((table, index): (pg_sys::Oid, Index), event_id: &[u8; 16]) -> bool {
 }
 
 /// The index of ids. An ERROR if there is none.
-fn key_of(relations: &Relations, index: Index) -> pg_sys::Oid {
+pub(super) fn key_of(relations: &Relations, index: Index) -> pg_sys::Oid {
     let key = match index {
         Index::ScheduledEventId => relations.scheduled_id_key,
         _ => relations.events_id_key,

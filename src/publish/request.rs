@@ -1,12 +1,11 @@
-//! What a publisher asks for, and all refusals: in one place for all ways to publish.
+//! What a publisher asks for, and what is refused of it, wherever it goes: in one place for all ways to publish.
 
 use crate::publish::error::PublishError;
 use crate::publish::json;
-use crate::publish::placing::{self, Addressed};
+use crate::publish::placing::Addressed;
 use crate::publish::trace;
 use crate::server::encoding::{has_utf8_form, utf8};
 use crate::server::guc;
-use crate::tables::catalog;
 use pgrx::pg_sys;
 use relay::delivery::refusal::MOST_ATTEMPTS;
 use relay::event::further_fields;
@@ -90,16 +89,8 @@ impl Request<'_> {
     }
 }
 
-/// A backend that the request may use.
-pub(super) struct Checked {
-    pub backend: String,
-    pub backend_number: i32,
-    /// What the row names though the event does not: see [`placing`].
-    pub stream: Option<String>,
-}
-
-/// All refusals, in one place for all ways to publish.
-pub(super) fn check(request: &Request<'_>) -> Result<Checked, PublishError> {
+/// What is refused wherever the event goes: see [`crate::publish::destinations::check`].
+pub(super) fn check_itself(request: &Request<'_>) -> Result<(), PublishError> {
     check_name("event_type", request.event_type.as_deref())?;
     check_name("source", request.source.as_deref())?;
     check_length("subject", request.subject.as_deref(), TEXT_LIMIT)?;
@@ -116,21 +107,7 @@ pub(super) fn check(request: &Request<'_>) -> Result<Checked, PublishError> {
     if request.scheduled_at == Some(i64::MAX) {
         return Err(PublishError::EndlessSchedule);
     }
-    check_size_and_encoding(request)?;
-    let backend = match request.backend.as_deref() {
-        Some(name) => decoded(name).into_owned(),
-        None => default_backend(),
-    };
-    let Some(known) = catalog::backend(&backend) else {
-        return Err(PublishError::UnknownBackend(backend));
-    };
-    check_config(request, known.own_fields)?;
-    let stream = placing::placed(&request.addressed(), &backend, &known)?;
-    Ok(Checked {
-        backend,
-        backend_number: known.number,
-        stream,
-    })
+    check_size_and_encoding(request)
 }
 
 /// An event is at most so large, and all of it can be sent: its texts have a UTF-8 form.
@@ -146,7 +123,7 @@ fn check_size_and_encoding(request: &Request<'_>) -> Result<(), PublishError> {
 }
 
 /// The further fields are flat, and none is a field of the backend's format.
-fn check_config(request: &Request<'_>, own_fields: &[&str]) -> Result<(), PublishError> {
+pub(super) fn check_config(request: &Request<'_>, own_fields: &[&str]) -> Result<(), PublishError> {
     let Some(config) = request.publisher_config.as_deref() else {
         return Ok(());
     };
@@ -205,24 +182,6 @@ pub(super) fn time(text: &[u8]) -> i64 {
     // SAFETY: the input function's three arguments: text, type, no precision.
     let time = unsafe { pgrx::direct_function_call_as_datum(pg_sys::timestamptz_in, &arguments) };
     time.map_or(0, |time| time.value() as i64)
-}
-
-/// The backend of a setting, whose bytes may be in the database's encoding (a session, a role or a database has it) or
-/// in that of postgresql.conf, which is UTF-8 as a rule.
-fn default_backend() -> String {
-    let name = guc::DEFAULT_BACKEND.get().unwrap_or_default();
-    let in_file = name.to_str().ok().map(str::to_owned);
-    match in_file {
-        Some(name) if name.is_ascii() => return name,
-        _ => {}
-    }
-    let in_database = has_utf8_form(name.to_bytes())
-        .ok()
-        .map(|()| decoded(name.to_bytes()).into_owned());
-    let is_there = |name: &&String| catalog::backend(name).is_some();
-    let names = [in_database, in_file];
-    let known = names.iter().flatten().find(is_there).or(names.iter().flatten().next());
-    known.cloned().unwrap_or_default()
 }
 
 /// A request's text in UTF-8.

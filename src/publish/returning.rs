@@ -70,7 +70,7 @@ unsafe fn permit(query: *mut pg_sys::Query) {
             return;
         }
         let entry = item((*query).rtable, (*query).resultRelation as usize - 1).cast::<pg_sys::RangeTblEntry>();
-        if !has_our_name((*entry).relid) {
+        if !has_our_name((*entry).relid, c"events") {
             return;
         }
         #[cfg(feature = "pg15")]
@@ -93,15 +93,15 @@ unsafe fn permit(query: *mut pg_sys::Query) {
     }
 }
 
-/// Whether a relation is called `outbox.events`. Looks at caches alone.
+/// Whether a relation has this name in schema outbox. Looks at caches alone.
 ///
 /// # Safety
 /// Within a transaction, in a frame that holds nothing.
-unsafe fn has_our_name(relation: pg_sys::Oid) -> bool {
+pub(super) unsafe fn has_our_name(relation: pg_sys::Oid, name: &CStr) -> bool {
     // SAFETY: the caller's promise.
     unsafe {
         let schema = unguarded::get_namespace_oid(c"outbox".as_ptr(), true);
-        schema != pg_sys::InvalidOid && unguarded::get_relname_relid(c"events".as_ptr(), schema) == relation
+        schema != pg_sys::InvalidOid && unguarded::get_relname_relid(name.as_ptr(), schema) == relation
     }
 }
 

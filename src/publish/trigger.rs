@@ -2,11 +2,13 @@
 //! `publish_event` does, and fills in what is ours.
 
 use crate::publish::appending::publisher;
+use crate::publish::destinations::{Destination, Destinations, check, with_backend};
 use crate::publish::doubts;
 use crate::publish::error::PublishError;
+use crate::publish::fan_out;
 use crate::publish::json;
-use crate::publish::repeated_id;
-use crate::publish::request::{Checked, Request, check};
+use crate::publish::repeated_id::{self, Sought};
+use crate::publish::request::Request;
 use crate::server::datum::bytes_of;
 use crate::server::datum::text_datum;
 use crate::server::encoding::{has_utf8_form, to_server, utf8};
@@ -46,6 +48,8 @@ crate::sql_function!(complete_event, pg_finfo_complete_event);
 // No pg_guard: the guard that says our errors in the database's encoding.
 #[unsafe(no_mangle)]
 extern "C-unwind" fn complete_event(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    // SAFETY: within a trigger; nothing here needs to be dropped.
+    unsafe { fan_out::insert_pending() };
     report::guard(|| {
         let relations = catalog::expect_relations();
         // SAFETY: called by Postgres; a trigger of this kind has a row.
@@ -125,7 +129,7 @@ fn confirm(row: &Row) {
         ..request_of(row)
     };
     match check(&request) {
-        Ok(checked) if checked.backend_number == key.backend_number => {}
+        Ok(checked) if checked.first.backend_number == key.backend_number => {}
         // The backend's name is that of a dump, or another has changed it: the number counts.
         Ok(_) | Err(PublishError::UnknownBackend(_)) => {}
         Err(PublishError::Foreign { .. }) if is_copy() => {}
@@ -217,7 +221,7 @@ struct Changes {
 
 impl Changes {
     /// What is ours, and the texts that may be empty.
-    const MOST: usize = 11;
+    const MOST: usize = 13;
 
     fn none() -> Self {
         Self {
@@ -272,26 +276,28 @@ unsafe fn completed(table: EventTable, tuple: pg_sys::HeapTuple, relation: pg_sy
     let mut event_id = row.uuid(attribute::EVENT_ID).unwrap_or_else(|| uuid::new_v7(now));
     let mut backend_number = row.backend_number();
     let mut restored_for = None;
+    let mut further = Vec::new();
     let has_numbers = row.get(attribute::XID).is_some() && has_numbers(&row);
     let is_scheduled = table == EventTable::Scheduled;
     if !is_moving() {
         // SAFETY: the caller's promise.
         let oid = unsafe { (*relation).rd_id };
         let is_restored = row.get(attribute::XID).is_some() && !has_numbers;
-        let published = expect_published(&row, is_scheduled, is_restored || has_numbers, &mut changes);
+        let again = is_restored || has_numbers;
+        let published = expect_published(&row, is_scheduled, again, &mut changes);
+        let sought = match again {
+            true => Sought::Row(&event_id, row.branch()),
+            false => Sought::Event(&event_id),
+        };
         if row.get(attribute::EVENT_ID).is_some()
-            && !repeated_id::is_new(&relations, &event_id, is_scheduled, repeated_id::way_of_statement(oid))
+            && !repeated_id::is_new(&relations, sought, is_scheduled, repeated_id::way_of_statement(oid))
         {
             return std::ptr::null_mut();
         }
-        restored_for = is_restored.then_some(published.backend_number);
-        backend_number = published.backend_number;
-        if row
-            .i64(attribute::CREATED_AT)
-            .is_none_or(|at| at == i64::MIN || at == i64::MAX)
-        {
-            changes.set(attribute::CREATED_AT, pg_sys::Datum::from(now));
-        }
+        restored_for = is_restored.then_some(published.first.backend_number);
+        backend_number = published.first.backend_number;
+        further = published.further;
+        correct(&row, now, again, &mut changes);
         changes.set(attribute::EVENT_ID, pg_sys::Datum::from(event_id.as_mut_ptr()));
         if !has_numbers {
             changes.set(attribute::PUBLISHED_BY, pg_sys::Datum::from(publisher()));
@@ -309,14 +315,20 @@ unsafe fn completed(table: EventTable, tuple: pg_sys::HeapTuple, relation: pg_sy
         changes.set(attribute::XID, pg_sys::Datum::from(xid));
         changes.set(attribute::SEQ, pg_sys::Datum::from(seq));
     }
+    let key = RowKey {
+        xid,
+        seq,
+        backend_number,
+        event_id,
+    };
+    if !further.is_empty() {
+        // SAFETY: the caller's promise.
+        unsafe { fan_out::expect_trigger_on(relation) };
+        note_further(is_scheduled, key, &row, further);
+    }
     match table {
         EventTable::Events => {
-            note_completed(RowKey {
-                xid,
-                seq,
-                backend_number,
-                event_id,
-            });
+            note_completed(key);
             txn::published();
         }
         EventTable::Scheduled => txn::scheduled(),
@@ -325,8 +337,29 @@ unsafe fn completed(table: EventTable, tuple: pg_sys::HeapTuple, relation: pg_sy
     unsafe { changes.made(tuple, descriptor) }
 }
 
-/// Checks what the publisher has given, and fills in its backend. What was published before (`again`) was checked then.
-fn expect_published(row: &Row, is_scheduled: bool, again: bool, changes: &mut Changes) -> Checked {
+/// Corrects what a row must not say: no time, or an endless one; and that it is another than its event's first, unless it
+/// was published before.
+fn correct(row: &Row, now: i64, again: bool, changes: &mut Changes) {
+    let created_at = row.i64(attribute::CREATED_AT);
+    if created_at.is_none_or(|at| at == i64::MIN || at == i64::MAX) {
+        changes.set(attribute::CREATED_AT, pg_sys::Datum::from(now));
+    }
+    if !again && row.branch() != 0 || row.get(attribute::BRANCH).is_none() {
+        changes.set(attribute::BRANCH, pg_sys::Datum::from(0i16));
+    }
+}
+
+/// Takes note of the further rows of an event, and draws their numbers.
+fn note_further(is_scheduled: bool, key: RowKey, row: &Row, further: Vec<Destination>) {
+    let relations = catalog::expect_relations();
+    let numbered = further.into_iter().map(|to| (draw_numbers(&relations).1, to));
+    let request = request_of(row).without_empty();
+    fan_out::note(is_scheduled, key, request.stream.as_deref(), numbered.collect());
+}
+
+/// Checks what the publisher has given, and fills in where it goes. What was published before (`again`) was checked
+/// then, and has its backend.
+fn expect_published(row: &Row, is_scheduled: bool, again: bool, changes: &mut Changes) -> Destinations {
     let given = request_of(row);
     if !again {
         for json in [&given.data, &given.publisher_config].into_iter().flatten() {
@@ -341,10 +374,12 @@ fn expect_published(row: &Row, is_scheduled: bool, again: bool, changes: &mut Ch
         ..given.without_empty()
     };
     let request = match again {
-        true => request,
+        // It goes by no route.
+        true => with_backend(request),
         false => traced(request, changes),
     };
-    let checked = check_restorable(&request, row);
+    let destinations = check_restorable(&request, row);
+    let checked = &destinations.first;
     if !again {
         doubts::say(&request);
     }
@@ -359,7 +394,7 @@ fn expect_published(row: &Row, is_scheduled: bool, again: bool, changes: &mut Ch
     }
     changes.set(attribute::BACKEND_NUMBER, pg_sys::Datum::from(checked.backend_number));
     changes.set(attribute::BACKEND, text_datum(&to_server(&checked.backend)));
-    checked
+    destinations
 }
 
 /// The request with the trace context that it is published under.
@@ -403,11 +438,11 @@ fn note_restore(number: i32, xid: u64) {
 
 /// As [`check`]; but a dump's rows carry a backend's number, and may come before the backend itself, or under a name
 /// that it no longer has: COPY alone can give a number, and then the number is what counts.
-fn check_restorable(request: &Request<'_>, row: &Row) -> Checked {
+fn check_restorable(request: &Request<'_>, row: &Row) -> Destinations {
     let number = row.i32(attribute::BACKEND_NUMBER);
     match (check(request), number) {
         (Ok(checked), None) => checked,
-        (Ok(checked), Some(number)) if checked.backend_number == number => checked,
+        (Ok(checked), Some(number)) if checked.first.backend_number == number => checked,
         // An event that cannot be sent was let in by an earlier version: it fails when its turn comes, not the restore
         // of all others.
         (Ok(_) | Err(PublishError::UnknownBackend(_) | PublishError::Foreign { .. }), Some(number)) if is_copy() => {
@@ -416,10 +451,13 @@ fn check_restorable(request: &Request<'_>, row: &Row) -> Checked {
             let name = name.filter(|name| has_utf8_form(name).is_ok());
             // SAFETY: as above.
             let backend = name.map(|name| unsafe { utf8(name) }.into_owned());
-            Checked {
-                backend: backend.unwrap_or_default(),
-                backend_number: number,
-                stream: None,
+            Destinations {
+                first: Destination {
+                    backend: backend.unwrap_or_default(),
+                    backend_number: number,
+                    stream: None,
+                },
+                further: Vec::new(),
             }
         }
         (Ok(checked), Some(_)) => checked,

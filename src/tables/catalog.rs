@@ -31,18 +31,20 @@ pub(crate) struct Relations {
     pub backends_news: pg_sys::Oid,
     pub backend_passwords: pg_sys::Oid,
     pub publisher_limits: pg_sys::Oid,
+    pub routes: pg_sys::Oid,
     /// The functions of our own triggers on `events`.
-    pub triggers: [pg_sys::Oid; 4],
-    settings_tables: [pg_sys::Oid; 6],
+    pub triggers: [pg_sys::Oid; 5],
+    settings_tables: [pg_sys::Oid; 7],
     /// All tables that the worker writes.
     tables: [pg_sys::Oid; TABLES.len()],
 }
 
-const TABLES: [&CStr; 25] = [
+const TABLES: [&CStr; 26] = [
     c"events",
     c"backends",
     c"backend_passwords",
     c"moved_backends",
+    c"routes",
     c"publisher_limits",
     c"scheduled_events",
     c"refused_events",
@@ -64,6 +66,15 @@ const TABLES: [&CStr; 25] = [
     c"copied_backends",
     c"replays",
     c"consumer_groups",
+];
+
+/// The functions of our triggers that an INSERT of an event calls.
+const TRIGGERS: [&CStr; 5] = [
+    c"complete_event",
+    c"confirm_event",
+    c"hold_event",
+    c"hold_scheduled",
+    c"fan_out",
 ];
 
 type Watched = [pg_sys::Oid; TABLES.len() + 2];
@@ -106,6 +117,11 @@ impl Relations {
             }
         }
         first.map_or_else(|| missing::table(c"events"), |(owner, _)| owner)
+    }
+
+    /// The function of the trigger `fan_out`, the last of [`TRIGGERS`].
+    pub(crate) fn fan_out(&self) -> pg_sys::Oid {
+        self.triggers[TRIGGERS.len() - 1]
     }
 
     fn is_whole(&self) -> bool {
@@ -241,21 +257,21 @@ fn look_up() -> Option<Relations> {
             schema => pg_sys::get_relname_relid(name.as_ptr(), schema),
         };
         let (events, scheduled) = (oid(c"events"), oid(c"scheduled_events"));
-        let [seq, xid, event_id] = [attribute::SEQ, attribute::XID, attribute::EVENT_ID];
+        let [seq, xid, event_id, branch] = [attribute::SEQ, attribute::XID, attribute::EVENT_ID, attribute::BRANCH];
         Relations {
             events,
             events_seq_key: index_on(events, &[seq], false),
             events_xid_key: index_on(events, &[xid, seq], false),
-            events_id_key: index_on(events, &[event_id], true),
-            scheduled_id_key: index_on(scheduled, &[event_id], true),
+            events_id_key: index_on(events, &[event_id, branch], true),
+            scheduled_id_key: index_on(scheduled, &[event_id, branch], true),
             sequence: oid(c"events_seq_seq"),
             scheduled,
             backends: oid(c"backends"),
             backends_news: oid(c"backends_number_seq"),
             backend_passwords: oid(c"backend_passwords"),
             publisher_limits: oid(c"publisher_limits"),
-            triggers: [c"complete_event", c"confirm_event", c"hold_event", c"hold_scheduled"]
-                .map(|name| function(schema, name)),
+            routes: oid(c"routes"),
+            triggers: TRIGGERS.map(|name| function(schema, name)),
             settings_tables: [
                 c"backends",
                 c"backend_passwords",
@@ -263,6 +279,7 @@ fn look_up() -> Option<Relations> {
                 c"restores",
                 c"copied_backends",
                 c"publisher_limits",
+                c"routes",
             ]
             .map(oid),
             tables: TABLES.map(oid),

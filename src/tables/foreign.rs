@@ -188,10 +188,10 @@ pub(crate) fn publish_anew(seqs: &[i64]) -> u64 {
                 insert into outbox.restores (backend_number, xid)
                 select distinct coalesce(p.other_number, p.backend_number), pg_current_xact_id() from placed p
             )
-            insert into outbox.events (xid, seq, created_at, event_id, backend_number, event_type, source, backend, data, subject,
+            insert into outbox.events (xid, seq, created_at, event_id, backend_number, branch, event_type, source, backend, data, subject,
                 stream, data_schema, publisher_config, max_retries)
             select pg_current_xact_id(), outbox.draw_seq(), p.created_at, p.event_id, coalesce(p.other_number, p.backend_number),
-                p.event_type, p.source, p.backend, p.data, p.subject, p.stream, p.data_schema, p.publisher_config, p.max_retries
+                p.branch, p.event_type, p.source, p.backend, p.data, p.subject, p.stream, p.data_schema, p.publisher_config, p.max_retries
             from (select * from placed order by seq) p
             returning seq",
             &[seqs.to_vec().into()],

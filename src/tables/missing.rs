@@ -61,14 +61,14 @@ impl Index {
                 "CREATE INDEX events_xid_idx ON outbox.events (xid, seq)",
             ),
             Self::EventId => (
-                "outbox.events has no unique index on (event_id)",
+                "outbox.events has no unique index on (event_id, branch)",
                 "Without it a repeated event_id would not be noticed.",
-                "CREATE UNIQUE INDEX events_event_id_idx ON outbox.events (event_id)",
+                "CREATE UNIQUE INDEX events_event_id_idx ON outbox.events (event_id, branch)",
             ),
             Self::ScheduledEventId => (
-                "outbox.scheduled_events has no unique index on (event_id)",
+                "outbox.scheduled_events has no unique index on (event_id, branch)",
                 "Without it a repeated event_id would not be noticed.",
-                "ALTER TABLE outbox.scheduled_events ADD PRIMARY KEY (event_id)",
+                "ALTER TABLE outbox.scheduled_events ADD PRIMARY KEY (event_id, branch)",
             ),
         };
         refuse(message.to_owned(), detail, format!("Run: {statement};"))

@@ -3,7 +3,7 @@
 //! - [`catalog`] which relations there are, [`known_backends`] which backends; [`missing`] what is refused without them;
 //!   [`rights`] in whose name our SQL runs; [`publisher_limits`] to where a role may publish
 //! - [`sql`] how SQL runs; [`found_row`] what it finds; [`backends`] with their [`options`], [`cursors`], [`refused`],
-//!   [`replays`], [`restores`], [`retention`], [`scheduled`] a file a table or two
+//!   [`replays`], [`restores`], [`retention`], [`routes`], [`scheduled`] a file a table or two
 //! - [`row`], [`events`], [`whole_table`] rows taken apart, and scans, without SQL; [`care`] a row that cannot be read
 //!   fails alone
 //! - [`insertion`] a row of ours is an INSERT to everybody else; [`trusted`] which of them the trigger need not check
@@ -35,6 +35,7 @@ pub(crate) mod replays;
 pub(crate) mod restores;
 pub(crate) mod retention;
 pub(crate) mod rights;
+pub(crate) mod routes;
 pub(crate) mod row;
 pub(crate) mod scheduled;
 pub(crate) mod secret_key;

@@ -286,9 +286,9 @@ fn fail_all(number: i32, failed: &Notes<'_>) -> u64 {
 fn copy_to_failed(notes: [Parameter<'_>; 5], kept: Kept) -> u64 {
     let kept = [("texts", kept.texts.into()), ("payload", kept.payload.into())];
     run_named(
-        "insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, event_type, source, backend, data,
+        "insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, branch, event_type, source, backend, data,
             subject, stream, data_schema, publisher_config, max_retries, published_by, attempts, last_error)
-        select e.seq, e.xid, e.created_at, e.event_id, e.backend_number,
+        select e.seq, e.xid, e.created_at, e.event_id, e.backend_number, e.branch,
             case when $texts then e.event_type else '(not readable)' end, case when $texts then e.source else '(not readable)' end,
             case when $texts then e.backend else coalesce((select b.name from outbox.backends b where b.number = e.backend_number), '') end,
             case when $payload then e.data end, case when $texts then e.subject end, case when $texts then e.stream end,

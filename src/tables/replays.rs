@@ -73,9 +73,9 @@ const REPLAY: &str = "with gone as (
     ), accepted_late as (
         delete from outbox.refused_events r using gone g where r.seq = g.seq
     ), replayed as (
-        insert into outbox.events (xid, seq, created_at, event_id, backend_number, event_type, source, backend, data, subject,
+        insert into outbox.events (xid, seq, created_at, event_id, backend_number, branch, event_type, source, backend, data, subject,
             stream, data_schema, publisher_config, max_retries, published_by)
-        select pg_current_xact_id(), outbox.draw_seq(), g.created_at, g.event_id, g.backend_number, g.event_type, g.source, g.backend,
+        select pg_current_xact_id(), outbox.draw_seq(), g.created_at, g.event_id, g.backend_number, g.branch, g.event_type, g.source, g.backend,
             g.data, g.subject, g.stream, g.data_schema, g.publisher_config, g.max_retries, g.published_by
         from (select * from gone order by seq) g
         returning seq

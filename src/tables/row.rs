@@ -17,18 +17,19 @@ pub(crate) mod attribute {
     pub(crate) const EVENT_ID: usize = 4;
     pub(crate) const BACKEND_NUMBER: usize = 5;
     pub(crate) const PUBLISHED_BY: usize = 6;
-    pub(crate) const EVENT_TYPE: usize = 7;
-    pub(crate) const SOURCE: usize = 8;
-    pub(crate) const BACKEND: usize = 9;
-    pub(crate) const DATA: usize = 10;
-    pub(crate) const SUBJECT: usize = 11;
-    pub(crate) const STREAM: usize = 12;
-    pub(crate) const DATA_SCHEMA: usize = 13;
-    pub(crate) const PUBLISHER_CONFIG: usize = 14;
-    pub(crate) const MAX_RETRIES: usize = 15;
-    pub(crate) const COUNT: usize = 15;
+    pub(crate) const BRANCH: usize = 7;
+    pub(crate) const EVENT_TYPE: usize = 8;
+    pub(crate) const SOURCE: usize = 9;
+    pub(crate) const BACKEND: usize = 10;
+    pub(crate) const DATA: usize = 11;
+    pub(crate) const SUBJECT: usize = 12;
+    pub(crate) const STREAM: usize = 13;
+    pub(crate) const DATA_SCHEMA: usize = 14;
+    pub(crate) const PUBLISHER_CONFIG: usize = 15;
+    pub(crate) const MAX_RETRIES: usize = 16;
+    pub(crate) const COUNT: usize = 16;
     /// Of `scheduled_events` alone.
-    pub(crate) const SCHEDULED_AT: usize = 16;
+    pub(crate) const SCHEDULED_AT: usize = 17;
 }
 
 /// A column that we know.
@@ -46,6 +47,7 @@ pub(crate) const EVENT_COLUMNS: [EventColumn; attribute::SCHEDULED_AT] = [
     column("event_id", pg_sys::UUIDOID),
     column("backend_number", pg_sys::INT4OID),
     column("published_by", pg_sys::OIDOID),
+    column("branch", pg_sys::INT2OID),
     column("event_type", pg_sys::TEXTOID),
     column("source", pg_sys::TEXTOID),
     column("backend", pg_sys::TEXTOID),
@@ -147,6 +149,11 @@ impl Row {
         // SAFETY: a datum of a varlena type.
         self.get(attribute::DATA)
             .is_some_and(|d| unsafe { varlena::varatt_is_1b_e(d.cast_mut_ptr()) })
+    }
+
+    /// Which of its event's rows it is. 0: the first.
+    pub(crate) fn branch(&self) -> i16 {
+        self.get(attribute::BRANCH).map_or(0, |d| d.value() as i16)
     }
 
     pub(crate) fn backend_number(&self) -> i32 {

@@ -58,7 +58,7 @@ pub(crate) fn lockable(ids: &[[u8; 16]]) -> Vec<[u8; 16]> {
 pub(crate) fn move_due(now_us: i64, count: i64, held: &[[u8; 16]]) -> u64 {
     // The count is part of the text: a plan that is kept must know how few rows there are.
     let due_and_free = format!(
-        "select d.event_id from outbox.scheduled_events d
+        "select d.event_id, d.branch from outbox.scheduled_events d
         where d.scheduled_at <= $1 and d.event_id <> all($2) order by d.scheduled_at, d.seq limit {count} for update skip locked"
     );
     let arguments = [timestamp(now_us), uuids(held)];
@@ -71,7 +71,7 @@ pub(crate) fn move_due_one_by_one(now_us: i64, count: i64, held: &[[u8; 16]]) ->
     for id in &due {
         let id = pgrx::Uuid::from_bytes(*id);
         if let Err(error) =
-            care::tried_new(|| move_scheduled("select $1", |sql| run_returning(sql, &[id.into()], restored_for)))
+            care::tried_new(|| move_scheduled(ALL_OF_ONE, |sql| run_returning(sql, &[id.into()], restored_for)))
         {
             care::as_much_as_can_be_read(|kept| fail_scheduled(id, &error, kept));
         }
@@ -79,13 +79,16 @@ pub(crate) fn move_due_one_by_one(now_us: i64, count: i64, held: &[[u8; 16]]) ->
     due.len() as u64
 }
 
+/// The rows of a scheduled event.
+const ALL_OF_ONE: &str = "select d.event_id, d.branch from outbox.scheduled_events d where d.event_id = $1";
+
 /// Keeps a scheduled event that cannot be moved as failed.
 fn fail_scheduled(id: pgrx::Uuid, error: &str, kept: Kept) -> u64 {
     run_named(
         "with gone as (delete from outbox.scheduled_events s where s.event_id = $event_id returning s.*)
-        insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, event_type, source, backend,
+        insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, branch, event_type, source, backend,
             data, subject, stream, data_schema, publisher_config, max_retries, published_by, attempts, last_error)
-        select g.seq, g.xid, g.created_at, g.event_id, g.backend_number,
+        select g.seq, g.xid, g.created_at, g.event_id, g.backend_number, g.branch,
             case when $texts then g.event_type else '(not readable)' end, case when $texts then g.source else '(not readable)' end,
             case when $texts then g.backend else '(not readable)' end, case when $payload then g.data end,
             case when $texts then g.subject end, case when $texts then g.stream end, case when $texts then g.data_schema end,
@@ -106,7 +109,7 @@ fn restored_for(row: &FoundRow<'_>) -> Option<i32> {
     row.value("restored_for")
 }
 
-/// Moves the scheduled events whose ids a query selects.
+/// Moves the rows of scheduled events whose ids and branches a query selects.
 fn move_scheduled(selected: &str, run: impl FnOnce(&str) -> Vec<Option<i32>>) -> u64 {
     if catalog::expect_relations().events_id_key == pg_sys::InvalidOid {
         Index::EventId.refuse();
@@ -115,25 +118,25 @@ fn move_scheduled(selected: &str, run: impl FnOnce(&str) -> Vec<Option<i32>>) ->
         run(&format!(
                 "with due as (
                 delete from outbox.scheduled_events s
-                where s.event_id in ({selected})
+                where (s.event_id, s.branch) in ({selected})
                 returning s.*
             ), moved as (
-                insert into outbox.events (xid, seq, created_at, event_id, backend_number, event_type, source, backend, data,
+                insert into outbox.events (xid, seq, created_at, event_id, backend_number, branch, event_type, source, backend, data,
                     subject, stream, data_schema, publisher_config, max_retries, published_by)
-                select pg_current_xact_id(), outbox.draw_seq(), d.created_at, d.event_id, d.backend_number, d.event_type,
+                select pg_current_xact_id(), outbox.draw_seq(), d.created_at, d.event_id, d.backend_number, d.branch, d.event_type,
                     d.source, d.backend, d.data, d.subject, d.stream, d.data_schema, d.publisher_config, d.max_retries, d.published_by
                 from (select * from due order by scheduled_at, seq) d
-                on conflict (event_id) do nothing
-                returning event_id
+                on conflict (event_id, branch) do nothing
+                returning event_id, branch
             ), repeated as (
-                insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, event_type, source, backend,
+                insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, branch, event_type, source, backend,
                     data, subject, stream, data_schema, publisher_config, max_retries, published_by, attempts, last_error)
-                select d.seq, d.xid, d.created_at, d.event_id, d.backend_number, d.event_type, d.source, d.backend,
+                select d.seq, d.xid, d.created_at, d.event_id, d.backend_number, d.branch, d.event_type, d.source, d.backend,
                     d.data, d.subject, d.stream, d.data_schema, d.publisher_config, d.max_retries, d.published_by, 0,
-                    case when exists (select from outbox.events e where e.event_id = d.event_id)
+                    case when exists (select from outbox.events e where e.event_id = d.event_id and e.branch = d.branch)
                         then 'an event with this event_id was already published'
                         else 'a trigger of outbox.events has left it out' end
-                from due d where not exists (select from moved m where m.event_id = d.event_id)
+                from due d where not exists (select from moved m where m.event_id = d.event_id and m.branch = d.branch)
                 on conflict (event_id, seq) do nothing
             )
             select case when d.xid = '0' then d.backend_number end as restored_for from due d"

@@ -9,7 +9,7 @@ thread_local! {
     /// The worker is moving events that were checked when they were scheduled.
     static MOVING: Cell<bool> = const { Cell::new(false) };
     /// See [`inserting`].
-    static INSERTING: Cell<Option<(RowKey, u32)>> = const { Cell::new(None) };
+    static INSERTING: Cell<Inserting> = const { Cell::new(None) };
 }
 
 /// What nobody may change of a row: we go by it.
@@ -30,15 +30,31 @@ pub(crate) struct NewRow {
     pub key: RowKey,
 }
 
+impl NewRow {
+    pub(crate) fn set(&mut self, attribute: usize, value: Option<pg_sys::Datum>) {
+        self.nulls[attribute - 1] = value.is_none();
+        self.values[attribute - 1] = value.unwrap_or(pg_sys::Datum::from(0));
+    }
+}
+
 /// Runs `f` while the trigger takes rows as they are, but for their numbers: they were checked when they were
 /// scheduled.
 pub(crate) fn moving<R>(f: impl FnOnce() -> R) -> R {
     scoped::with(&MOVING, true, f)
 }
 
-/// The row that `publish_event` is inserting by a statement: it is checked and numbered already.
-pub(crate) fn inserting(row: Option<RowKey>) {
-    INSERTING.set(row.map(|key| (key, subtransaction())));
+/// A row that is being inserted by a statement, and the subtransaction that does it.
+pub(crate) type Inserting = Option<(RowKey, u32)>;
+
+/// The row that `publish_event` is inserting by a statement from now on: it is checked and numbered already. Returns
+/// what was being inserted before, by a statement further out.
+pub(crate) fn inserting(row: RowKey) -> Inserting {
+    INSERTING.replace(Some((row, subtransaction())))
+}
+
+/// That row has been inserted.
+pub(crate) fn inserting_again(before: Inserting) {
+    INSERTING.set(before);
 }
 
 /// The row that is being inserted so, if this is it. By its number or its id, since somebody may have changed the

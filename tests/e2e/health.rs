@@ -328,7 +328,7 @@ fn objects_that_somebody_has_changed_are_named() {
         (
             "drop index outbox.events_event_id_idx",
             "indexes",
-            "no index on (event_id)",
+            "no index on (event_id, branch)",
         ),
         (
             "create function public.f() returns trigger language plpgsql as 'begin return new; end'; create trigger mine before insert on outbox.events for each row execute function public.f()",

@@ -30,7 +30,7 @@ fn indexes_are_swapped_under_a_load() {
             "alter index outbox.events_new rename to events_xid_idx",
         ][..],
         &[
-            "create unique index concurrently events_new on outbox.events (event_id)",
+            "create unique index concurrently events_new on outbox.events (event_id, branch)",
             "drop index outbox.events_event_id_idx",
         ],
         &[
@@ -58,10 +58,10 @@ fn an_index_is_swapped_just_before_the_table_is_locked() {
     let worker = stack.pg.wait_worker("postgres");
     // A publisher who gives an id looks for it in both tables.
     let table_of_schedule =
-        "alter table outbox.scheduled_events drop constraint scheduled_events_pkey, add primary key (event_id)";
+        "alter table outbox.scheduled_events drop constraint scheduled_events_pkey, add primary key (event_id, branch)";
     let publish = "select outbox.publish_event('t', 'kit', event_id => gen_random_uuid())";
     let ways = [
-        ("create unique index e2 on outbox.events (event_id); drop index outbox.events_event_id_idx", publish.replace("gen_random_uuid()", "gen_random_uuid(), scheduled_at => '2100-01-01'")),
+        ("create unique index e2 on outbox.events (event_id, branch); drop index outbox.events_event_id_idx", publish.replace("gen_random_uuid()", "gen_random_uuid(), scheduled_at => '2100-01-01'")),
         (table_of_schedule, publish.to_string()),
         (table_of_schedule, "select outbox.publish_events(jsonb_build_array(jsonb_build_object('event_type', 't', 'source', 'kit', 'event_id', gen_random_uuid())))".to_string()),
     ];
@@ -144,11 +144,11 @@ fn without_an_index_it_is_published_and_said_what_is_missing() {
     );
     assert_eq!(
         (refused.code.as_str(), refused.message.as_str()),
-        ("55000", "outbox.events has no unique index on (event_id)")
+        ("55000", "outbox.events has no unique index on (event_id, branch)")
     );
     assert_eq!(
         refused.hint.as_deref(),
-        Some("Run: CREATE UNIQUE INDEX events_event_id_idx ON outbox.events (event_id);")
+        Some("Run: CREATE UNIQUE INDEX events_event_id_idx ON outbox.events (event_id, branch);")
     );
     stack.wait_events(1 + published.len());
     assert_same_worker(&stack, worker);

@@ -49,6 +49,7 @@ fn our_functions_refuse_what_they_are_not_for() {
                             ("public.t", "delete") => "insert into public.t values (1); delete from public.t".to_owned(),
                             ("outbox.backends", "delete") => "insert into outbox.backends (name) values ('x'); delete from outbox.backends where name = 'x'".to_owned(),
                             (table, "delete") => format!("delete from {table}"),
+                            ("outbox.backends", _) => "truncate outbox.backends, outbox.routes".to_owned(),
                             (table, _) => format!("truncate {table}"),
                         };
                         let outcome = client.batch_execute(&statement);
@@ -106,6 +107,10 @@ fn our_functions_refuse_what_they_are_not_for() {
         ("publish_events", "", "setof uuid"),
         ("publish_events", "jsonb", "uuid"),
         ("publish_events", "jsonb", "setof uuid"),
+        ("fan_out", "", "int"),
+        ("check_route", "", "int"),
+        ("matches", "", "bool"),
+        ("matches", "text", "bool"),
         ("hash_slot", "", "int"),
         ("hash_slot", "text", "int"),
         ("hash_tag_wrapper", "", "text"),

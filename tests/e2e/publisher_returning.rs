@@ -128,7 +128,7 @@ fn nothing_of_others_is_read() {
     for (sql, expected) in [
         (
             format!("{INSERT} returning *"),
-            words("seq, xid, created_at, backend_number, published_by"),
+            words("seq, xid, created_at, backend_number, published_by, branch"),
         ),
         (format!("{INSERT} returning event_id, seq"), words("seq")),
         (format!("{INSERT} returning events"), words("the whole row")),

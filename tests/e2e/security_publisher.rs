@@ -67,7 +67,7 @@ fn a_publisher_can_do_nothing_else() {
         "alter table outbox.events enable row level security",
         "alter table outbox.events add column x text",
         "create table mine.child () inherits (outbox.events)",
-        "create table mine.reference (id uuid references outbox.events (event_id))",
+        "create table mine.reference (seq bigint references outbox.events (seq))",
         "create statistics mine.s on seq, xid from outbox.events",
         "create function outbox.f() returns void language sql as ''",
         "create view outbox.v as select 1",
@@ -108,7 +108,7 @@ fn a_publisher_can_do_nothing_else() {
     }
     let acl: bool = stack.pg.one(
         "select has_table_privilege('publisher', 'outbox.events', 'select') or has_schema_privilege('public', 'outbox', 'usage')
-            or has_function_privilege('public', 'outbox.publish_event(text,text,jsonb,text,text,timestamptz,integer,jsonb,text,text,uuid)', 'execute')",
+            or has_function_privilege('public', 'outbox.publish_event(text,text,jsonb,text,text,timestamptz,integer,jsonb,text,text,uuid,bytea)', 'execute')",
     );
     assert!(!acl, "a grant without grant option went through");
     // By the catalog: nothing may be called but what publishes.
@@ -129,13 +129,16 @@ fn a_publisher_can_do_nothing_else() {
         [
             "any_value_in",
             "attach_table",
+            "binary_data",
             "detach_table",
+            "expect_condition",
             "publish_event",
             "publish_event",
             "publish_events",
             "published_here",
             "row_events",
-            "wait_published"
+            "wait_published",
+            "write_row_function"
         ]
     );
     let readable: i64 = stack.pg.one(

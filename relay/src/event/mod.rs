@@ -5,6 +5,7 @@ mod clock;
 mod decimal;
 pub mod doubts;
 pub mod format;
+pub mod routes;
 pub mod stream_name;
 pub mod text;
 pub mod trace;

@@ -79,9 +79,9 @@ impl Insertion {
                     true
                 }
                 Path::Statement(statement) => {
-                    trusted::inserting(Some(row.key));
+                    let before = trusted::inserting(row.key);
                     let inserted = statement.insert(self.relation, row);
-                    trusted::inserting(None);
+                    trusted::inserting_again(before);
                     inserted
                 }
             }

@@ -78,20 +78,20 @@ fn command(id: [u8; 16]) -> Option<Vec<u8>> {
     found.into_iter().next()
 }
 
-/// Wherever it is.
+/// Wherever it is. Of an event that goes to several streams, its first row.
 const EVENT: &str = "select e.backend_number, e.backend, e.event_type, e.source, e.subject, e.data::text, e.stream, e.data_schema,
         e.publisher_config::text, (extract(epoch from e.created_at) * 1000000)::bigint as created_at_us
     from (
-        select backend_number, backend, event_type, source, subject, data, stream, data_schema, publisher_config, created_at, seq, 1 as place
+        select backend_number, backend, event_type, source, subject, data, stream, data_schema, publisher_config, created_at, seq, branch, 1 as place
         from outbox.events where event_id = $1
         union all
-        select backend_number, backend, event_type, source, subject, data, stream, data_schema, publisher_config, created_at, seq, 2
+        select backend_number, backend, event_type, source, subject, data, stream, data_schema, publisher_config, created_at, seq, branch, 2
         from outbox.scheduled_events where event_id = $1
         union all
-        select backend_number, backend, event_type, source, subject, data, stream, data_schema, publisher_config, created_at, seq, 3
+        select backend_number, backend, event_type, source, subject, data, stream, data_schema, publisher_config, created_at, seq, branch, 3
         from outbox.failed_events where event_id = $1
     ) e
-    order by e.place, e.seq desc limit 1";
+    order by e.place, e.branch, e.seq desc limit 1";
 
 fn refuse_backend(name: &str) -> ! {
     raise(

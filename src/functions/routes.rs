@@ -1,0 +1,74 @@
+//! What SQL asks for routes: the trigger that refuses a stream which is no template, and whether a pattern matches.
+
+use crate::server::datum::bytes_of;
+use crate::server::encoding::utf8;
+use crate::server::error::{expect_arguments, raise};
+use crate::server::report;
+use crate::server::trigger_call::{When, expect_trigger};
+use crate::tables::catalog;
+use crate::tables::whole_table::Columns;
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::{PgSqlErrorCode, pg_sys};
+use relay::event::stream_name::{Fault, StreamName};
+use wildmatch::WildMatch;
+
+crate::sql_function!(check_route, pg_finfo_check_route);
+
+/// `outbox.check_route()`, trigger of `outbox.routes`, before each row is inserted or updated
+// No pg_guard: as the other triggers.
+#[unsafe(no_mangle)]
+extern "C-unwind" fn check_route(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    report::guard(|| {
+        let routes = catalog::expect_relations().routes;
+        // SAFETY: called by Postgres; a trigger of this kind has a row, and an update the new one too.
+        unsafe {
+            let trigger = expect_trigger(fcinfo, "check_route", When::BeforeRow, &[routes]);
+            (*fcinfo).isnull = false;
+            let operation = trigger.tg_event & pg_sys::TRIGGER_EVENT_OPMASK;
+            let new = match operation == pg_sys::TRIGGER_EVENT_UPDATE {
+                true => trigger.tg_newtuple,
+                false => trigger.tg_trigtuple,
+            };
+            let stream = Columns::of(trigger.tg_relation, &["stream"])
+                .take_apart(new)
+                .text("stream");
+            if let Some(Err(fault)) = stream.map(|stream| StreamName::parse(&stream)) {
+                refuse(&fault);
+            }
+            pg_sys::Datum::from(new)
+        }
+    })
+}
+
+fn refuse(fault: &Fault) -> ! {
+    raise(
+        ErrorReport::new(
+            PgSqlErrorCode::ERRCODE_CHECK_VIOLATION,
+            format!("stream of the route {fault}"),
+            "",
+        )
+        .set_detail(Fault::DETAIL)
+        .set_hint(Fault::HINT),
+    )
+}
+
+crate::sql_function!(matches, pg_finfo_matches);
+
+/// `outbox.matches(name, pattern)`, strict
+// No pg_guard: as the other functions that are declared by hand.
+#[unsafe(no_mangle)]
+extern "C-unwind" fn matches(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    report::guard(|| {
+        expect_arguments(fcinfo, 2);
+        // SAFETY: two arguments of type text, which are not null unless somebody has declared the function otherwise.
+        unsafe {
+            let [name, pattern] = [0, 1].map(|index| (*fcinfo).args.as_slice(2)[index]);
+            (*fcinfo).isnull = name.isnull || pattern.isnull;
+            if (*fcinfo).isnull {
+                return pg_sys::Datum::from(0);
+            }
+            let pattern = WildMatch::new(&utf8(bytes_of(pattern.value)));
+            pg_sys::Datum::from(pattern.matches(&utf8(bytes_of(name.value))))
+        }
+    })
+}

@@ -1,0 +1,191 @@
+//! Where an event goes: to the backend that it names; otherwise as the routes say, to one or several; without a route
+//! that it matches, to the default backend. Each of them must allow it.
+
+use crate::publish::error::PublishError;
+use crate::publish::placing::{self, Addressed};
+use crate::publish::request::{Request, check_config, check_itself, decoded};
+use crate::server::encoding::{has_utf8_form, to_server};
+use crate::server::guc;
+use crate::tables::catalog;
+use crate::tables::known_backends::KnownBackend;
+use crate::tables::routes;
+use relay::event::routes::{Route, taken};
+use relay::event::stream_name::StreamName;
+use std::borrow::Cow;
+use std::rc::Rc;
+
+/// Rows that one event may become. More would be a mistake in the routes.
+const MOST_DESTINATIONS: usize = 1_000;
+
+/// A stream of a backend that an event goes to.
+pub(super) struct Destination {
+    pub backend: String,
+    pub backend_number: i32,
+    /// What the row names instead of what the event names: by a route, or by the backend's template.
+    pub stream: Option<String>,
+}
+
+/// Where an event goes, in the order of its rows: as a rule there is one.
+pub(super) struct Destinations {
+    pub first: Destination,
+    pub further: Vec<Destination>,
+}
+
+/// All refusals, in one place for all ways to publish; where the event goes, if there is none.
+pub(super) fn check(request: &Request<'_>) -> Result<Destinations, PublishError> {
+    check_itself(request)?;
+    of(request)
+}
+
+/// The request with the default backend, if it names none: then it goes by no route.
+pub(super) fn with_backend(mut request: Request<'_>) -> Request<'_> {
+    if request.backend.is_none() {
+        request.backend = Some(Cow::Owned(to_server(&default_backend()).into_owned()));
+    }
+    request
+}
+
+fn of(request: &Request<'_>) -> Result<Destinations, PublishError> {
+    if let Some(name) = request.backend.as_deref() {
+        let name = decoded(name).into_owned();
+        let known = catalog::backend(&name);
+        return one(request, name, known);
+    }
+    let name = default_backend();
+    // It takes in invalidations, as looking at routes must.
+    let known = catalog::backend(&name);
+    match routes::all() {
+        None => one(request, name, known),
+        Some(routes) => routed(request, routes)?.map_or_else(|| one(request, name, known), Ok),
+    }
+}
+
+fn one(request: &Request<'_>, backend: String, known: Option<Rc<KnownBackend>>) -> Result<Destinations, PublishError> {
+    let Some(known) = known else {
+        return Err(PublishError::UnknownBackend(backend));
+    };
+    check_config(request, known.own_fields)?;
+    let stream = placing::placed(&request.addressed(), &backend, &known)?;
+    let first = Destination {
+        backend,
+        backend_number: known.number,
+        stream,
+    };
+    let further = Vec::new();
+    Ok(Destinations { first, further })
+}
+
+/// `None`: no route matches.
+#[cold]
+fn routed(request: &Request<'_>, mut routes: Rc<[Route]>) -> Result<Option<Destinations>, PublishError> {
+    loop {
+        let generation = catalog::generation();
+        match try_routed(request, &routes) {
+            // A backend was renamed after the routes had been read.
+            Err(PublishError::UnknownBackend(_)) if catalog::generation() != generation => match routes::all() {
+                Some(changed) => routes = changed,
+                None => return Ok(None),
+            },
+            result => return result,
+        }
+    }
+}
+
+fn try_routed(request: &Request<'_>, routes: &[Route]) -> Result<Option<Destinations>, PublishError> {
+    let event = request.addressed();
+    let (event_type, source) = (
+        decoded(event.event_type.unwrap_or_default()),
+        decoded(event.source.unwrap_or_default()),
+    );
+    let taken = taken(routes, &event_type, &source, |route| {
+        Way::of(route, &event).map_err(|error| error.by_route(route))
+    })?;
+    if taken.len() > MOST_DESTINATIONS {
+        return Err(PublishError::TooManyRoutes {
+            count: taken.len(),
+            limit: MOST_DESTINATIONS,
+        });
+    }
+    let mut found = taken.into_iter().map(|(route, way)| {
+        let destination = way.allowed(route, request);
+        destination.map_err(|error| error.by_route(route))
+    });
+    let Some(first) = found.next().transpose()? else {
+        return Ok(None);
+    };
+    let further = found.collect::<Result<_, _>>()?;
+    Ok(Some(Destinations { first, further }))
+}
+
+/// Where a route leads an event.
+struct Way {
+    known: Rc<KnownBackend>,
+    /// See [`Destination::stream`].
+    instead: Option<String>,
+    /// The stream that it is in the end.
+    stream: String,
+}
+
+impl PartialEq for Way {
+    /// Of the same backend: whichever way the stream has got its name.
+    fn eq(&self, other: &Self) -> bool {
+        self.stream == other.stream
+    }
+}
+
+impl Way {
+    fn of(route: &Route, event: &Addressed<'_>) -> Result<Self, PublishError> {
+        let Some(known) = catalog::backend(&route.backend) else {
+            return Err(PublishError::UnknownBackend(route.backend.clone()));
+        };
+        let instead = match (&route.stream, event.stream) {
+            (Some(Err(fault)), _) => {
+                return Err(PublishError::UnusableStreamName {
+                    backend: route.backend.clone(),
+                    fault: fault.clone(),
+                });
+            }
+            (Some(Ok(StreamName::Plain(name))), _) => Some(name.clone()),
+            (Some(Ok(StreamName::Template(template))), _) => {
+                Some(placing::from_template(template, event, &route.backend)?)
+            }
+            (None, Some(_)) => None,
+            (None, None) => placing::of_template(event, &route.backend, &known)?,
+        };
+        let named = instead
+            .clone()
+            .or_else(|| event.stream.map(|name| decoded(name).into_owned()));
+        let stream = named.unwrap_or_else(|| known.own_stream().into_owned());
+        Ok(Self { known, instead, stream })
+    }
+
+    fn allowed(self, route: &Route, request: &Request<'_>) -> Result<Destination, PublishError> {
+        check_config(request, self.known.own_fields)?;
+        let is_named = self.instead.is_some() || request.stream.is_some();
+        let named = is_named.then_some(Cow::Borrowed(self.stream.as_str()));
+        placing::expect_allowed(&route.backend, &self.known, named)?;
+        Ok(Destination {
+            backend: route.backend.clone(),
+            backend_number: self.known.number,
+            stream: self.instead,
+        })
+    }
+}
+
+/// The backend of a setting, whose bytes may be in the database's encoding (a session, a role or a database has it) or
+/// in that of postgresql.conf, which is UTF-8 as a rule.
+fn default_backend() -> String {
+    let name = guc::DEFAULT_BACKEND.get().unwrap_or_default();
+    let in_file = name.to_str().ok().map(str::to_owned);
+    match in_file {
+        Some(name) if name.is_ascii() => return name,
+        _ => {}
+    }
+    let in_database = has_utf8_form(name.to_bytes())
+        .ok()
+        .map(|()| decoded(name.to_bytes()).into_owned());
+    let is_there = |name: &&String| catalog::backend(name).is_some();
+    let names = [in_database, in_file];
+    let known = names.iter().flatten().find(is_there).or(names.iter().flatten().next());
+    known.cloned().unwrap_or_default()
+}

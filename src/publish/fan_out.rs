@@ -1,0 +1,206 @@
+//! The further rows of an event that a plain INSERT or COPY brings, if routes send it to several streams.
+//!
+//! `complete_event` makes the first row of them, and draws the numbers of all, so that they stand in the streams where
+//! the statement had them. The others are inserted once the first is there, since a trigger or ON CONFLICT may still
+//! leave it out: when the statement's next row comes, or at its end.
+
+use crate::publish::appending::{Branches, Prepared, Tables};
+use crate::publish::destinations::Destination;
+use crate::publish::repeated_id::key_of;
+use crate::server::error::raise;
+use crate::server::report;
+use crate::server::trigger_call::{When, expect_trigger};
+use crate::tables::catalog::{self, Relations};
+use crate::tables::missing::Index;
+use crate::tables::row::{Row, attribute};
+use crate::tables::trusted::{NewRow, RowKey};
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::{PgSqlErrorCode, pg_sys};
+use std::cell::RefCell;
+
+thread_local! {
+    /// The events whose first row may not be there yet: one for each statement that is under way, and those of
+    /// statements that have failed.
+    static PENDING: RefCell<Vec<Pending>> = const { RefCell::new(Vec::new()) };
+}
+
+struct Pending {
+    /// How deep in triggers its statement is: one within another statement's trigger is deeper.
+    depth: i32,
+    is_scheduled: bool,
+    key: RowKey,
+    /// The stream that the event names.
+    named: Option<Vec<u8>>,
+    further: Vec<(i64, Destination)>,
+}
+
+/// Takes note of the further rows of an event whose first row is about to be inserted.
+pub(super) fn note(is_scheduled: bool, key: RowKey, named: Option<&[u8]>, further: Vec<(i64, Destination)>) {
+    let pending = Pending {
+        depth: depth(),
+        is_scheduled,
+        key,
+        named: named.map(<[u8]>::to_vec),
+        further,
+    };
+    PENDING.with_borrow_mut(|all| all.push(pending));
+}
+
+/// An ERROR unless the trigger is there that inserts the further rows: they would be lost.
+///
+/// # Safety
+/// An open relation.
+pub(super) unsafe fn expect_trigger_on(relation: pg_sys::Relation) {
+    let function = catalog::expect_relations().fan_out();
+    // SAFETY: the caller's promise; the array is as long as it says.
+    let is_there = unsafe {
+        (*relation).trigdesc.as_ref().is_some_and(|all| {
+            let triggers = std::slice::from_raw_parts(all.triggers, all.numtriggers as usize);
+            let fires = |enabled: std::ffi::c_char| {
+                [pg_sys::TRIGGER_FIRES_ALWAYS, pg_sys::TRIGGER_FIRES_ON_ORIGIN].contains(&(enabled as u8))
+            };
+            triggers
+                .iter()
+                .any(|trigger| trigger.tgfoid == function && fires(trigger.tgenabled))
+        })
+    };
+    if !is_there {
+        raise(
+            ErrorReport::new(
+                PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+                "the trigger fan_out is missing or disabled",
+                "",
+            )
+            .set_detail("It inserts the further rows of an event that routes send to several streams.")
+            .set_hint("The worker mends it. If it cannot, the server's log says why."),
+        );
+    }
+}
+
+/// How many triggers are running, the one that calls this among them.
+fn depth() -> i32 {
+    // SAFETY: a plain call.
+    unsafe { pgrx::direct_function_call::<i32>(pg_sys::pg_trigger_depth, &[]) }.unwrap_or_default()
+}
+
+/// Inserts the further rows of the events whose first row has come before, in the statement whose trigger calls this.
+///
+/// # Safety
+/// Within a trigger; no frame up to Postgres's holds anything that needs to be dropped.
+pub(super) unsafe fn insert_pending() {
+    if PENDING.with_borrow(Vec::is_empty) {
+        return;
+    }
+    while let Some((relations, rows)) = report::guard(next) {
+        let mut tables = Tables::default();
+        // SAFETY: the caller's promise.
+        unsafe {
+            tables.insert_further(&relations, &rows);
+            tables.close();
+        }
+    }
+}
+
+/// The next event whose first row is there. Those whose first row was left out, or has gone with a subtransaction, are
+/// forgotten.
+fn next() -> Option<(Relations, Prepared)> {
+    let depth = depth();
+    loop {
+        let is_due = PENDING.with_borrow(|all| all.last().is_some_and(|last| last.depth >= depth));
+        let pending = PENDING.with_borrow_mut(|all| all.pop_if(|_| is_due))?;
+        // SAFETY: a plain read.
+        let xid = unsafe { pg_sys::GetTopFullTransactionIdIfAny().value };
+        if pending.key.xid != xid {
+            continue;
+        }
+        let relations = catalog::expect_relations();
+        if let Some(first) = first_row(&relations, &pending) {
+            let destinations = pending.further.iter().map(|(seq, to)| (*seq, to));
+            let further = Branches::of(destinations, pending.named.as_deref());
+            return Some((relations, Prepared { first, further }));
+        }
+    }
+}
+
+/// The first row as it was inserted, copied into the current memory context.
+fn first_row(relations: &Relations, pending: &Pending) -> Option<NewRow> {
+    let (table, index) = match pending.is_scheduled {
+        true => (relations.scheduled, Index::ScheduledEventId),
+        false => (relations.events, Index::EventId),
+    };
+    let mut found = None;
+    // SAFETY: an index look-up by an equality key of the column's type. The snapshot is a constant, which also sees rows
+    // that the present command has inserted.
+    unsafe {
+        let lock = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
+        let (relation, relations) = catalog::open_table(table, lock);
+        let mut id: pg_sys::ScanKeyData = std::mem::zeroed();
+        pg_sys::ScanKeyInit(
+            &mut id,
+            attribute::EVENT_ID as i16,
+            pg_sys::BTEqualStrategyNumber as u16,
+            pg_sys::Oid::from(pg_sys::F_UUID_EQ),
+            pg_sys::Datum::from(pending.key.event_id.as_ptr()),
+        );
+        let snapshot = &raw mut pg_sys::SnapshotSelfData;
+        let scan = pg_sys::systable_beginscan(relation, key_of(&relations, index), true, snapshot, 1, &mut id);
+        loop {
+            let tuple = pg_sys::systable_getnext(scan);
+            if tuple.is_null() {
+                break;
+            }
+            let descriptor = (*relation).rd_att;
+            if Row::of(tuple, descriptor).i64(attribute::SEQ) == Some(pending.key.seq) {
+                let row = Row::of(pg_sys::heap_copytuple(tuple), descriptor);
+                found = Some(new_row(&row, pending));
+                break;
+            }
+        }
+        pg_sys::systable_endscan(scan);
+        pg_sys::table_close(relation, lock);
+    }
+    found
+}
+
+fn new_row(row: &Row, pending: &Pending) -> NewRow {
+    let mut new = NewRow {
+        is_scheduled: pending.is_scheduled,
+        values: [pg_sys::Datum::from(0); attribute::SCHEDULED_AT],
+        nulls: [true; attribute::SCHEDULED_AT],
+        key: pending.key,
+    };
+    let columns = match pending.is_scheduled {
+        true => attribute::SCHEDULED_AT,
+        false => attribute::COUNT,
+    };
+    for column in 1..=columns {
+        new.set(column, row.get(column));
+    }
+    new
+}
+
+crate::sql_function!(fan_out, pg_finfo_fan_out);
+
+/// Trigger of `outbox.events` and `outbox.scheduled_events`, after a statement that has inserted rows.
+// No pg_guard: as publish_event.
+#[unsafe(no_mangle)]
+extern "C-unwind" fn fan_out(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    if PENDING.with_borrow(Vec::is_empty) {
+        // SAFETY: called by Postgres.
+        unsafe { (*fcinfo).isnull = false };
+        return pg_sys::Datum::from(0);
+    }
+    report::guard(|| {
+        let relations = catalog::expect_relations();
+        // SAFETY: called by Postgres.
+        unsafe {
+            let tables = [relations.events, relations.scheduled];
+            expect_trigger(fcinfo, "fan_out", When::AfterStatement, &tables);
+            (*fcinfo).isnull = false;
+        }
+    });
+    // SAFETY: within a trigger; nothing here needs to be dropped.
+    unsafe { insert_pending() };
+    // An AFTER trigger's result is ignored.
+    pg_sys::Datum::from(0)
+}
