@@ -55,7 +55,7 @@ impl Index {
     fn create(self, name: &str) -> String {
         let (unique, columns) = match self {
             Index::PrimaryKey => ("unique ", "seq"),
-            Index::EventId => ("unique ", "event_id"),
+            Index::EventId => ("unique ", "event_id, branch"),
             Index::Xid => ("", "xid, seq"),
         };
         format!("create {unique}index concurrently {name} on outbox.events ({columns})")
@@ -239,7 +239,7 @@ fn truncate(dba: &Dba, identity: Identity) -> Outcome {
             "begin; \
              lock table outbox.events in access exclusive mode; \
              insert into chaos.truncated \
-                 select e.event_id, exists (select from outbox.cursors c \
+                 select e.event_id, e.stream, exists (select from outbox.cursors c \
                      where c.backend_number = e.backend_number and outbox.is_delivered(c, e.xid, e.seq)) \
                  from outbox.events e on conflict do nothing; \
              truncate outbox.events {identity}; \

@@ -302,6 +302,7 @@ impl Session {
         let backend = dice.pick(BACKENDS);
         let how = match backend.takes_rows() {
             true => "row",
+            false if dice.one_in(8) => "routed",
             false => *dice.pick(&["call", "call", "insert", "batch"]),
         };
         let scheduled = how == "call" && dice.one_in(25);
@@ -314,7 +315,7 @@ impl Session {
             },
             backend: backend.name,
             stream: match dice.below(60) {
-                _ if backend.takes_rows() => None,
+                _ if backend.takes_rows() || how == "routed" => None,
                 0 if !scheduled => Some(CURSED),
                 1..12 => Some(NAMED),
                 _ => None,

@@ -14,7 +14,7 @@ use crate::nemesis::Nemesis;
 use crate::options::Options;
 use crate::plan::{self, Fault};
 use crate::postgres_faults::with_client;
-use crate::site::{BACKENDS, CURSED, STREAMS, Site};
+use crate::site::{BACKENDS, CURSED, STREAMS, Site, place_of};
 use crate::tail::Tail;
 use crate::verdict::{self, Sin, Verdict};
 
@@ -159,7 +159,9 @@ fn nothing_missing(site: &Site, redis_loses: bool) -> bool {
     for store in &site.stores {
         for stream in STREAMS {
             for entry in site.entries(store, stream) {
-                entry.get("event_id").and_then(|id| missing.remove(id));
+                entry
+                    .get("event_id")
+                    .and_then(|id| missing.remove(&place_of(id, stream)));
             }
         }
     }

@@ -24,11 +24,13 @@ create table chaos.ledger (
     source    text not null,
     subject   text,
     data      jsonb not null,
-    config    jsonb
+    config    jsonb,
+    -- An event that routes lead to two streams is two of the ledger's.
+    place     text generated always as (event_id::text || case when event_type like 'routed.%' then '@' || stream else '' end) stored
 );
 
 -- Events that TRUNCATE took away, and whether a cursor had passed them.
-create table chaos.truncated (event_id uuid primary key, delivered boolean not null);
+create table chaos.truncated (event_id uuid not null, stream text, delivered boolean not null, unique nulls not distinct (event_id, stream));
 
 -- A log of what is inserted into outbox.events, as tools that rewrite a table under load keep one; what stood there before; what it missed.
 create table chaos.event_log (event_id uuid not null, line text not null);
@@ -70,7 +72,7 @@ begin
         line.key := publish.key;
         line.event_type := how || '.' || line.version;
         line.source := 'chaos/' || publish.session;
-        line.subject := case when line.version % 3 > 0 or publish.backend = 'templated' then publish.key end;
+        line.subject := case when line.version % 3 > 0 or publish.backend = 'templated' or how = 'routed' then publish.key end;
         line.data := jsonb_build_object('key', publish.key, 'version', line.version,
             'text', E'\u00fc "quoted" \\ \n' || repeat('x', padding));
         line.config := case when line.version % 5 = 0 then jsonb_build_object('tenant', 't' || line.version) end;
@@ -78,6 +80,18 @@ begin
             line.event_id := gen_random_uuid();
             lines := lines || line;
             continue;
+        elsif how = 'routed' then
+            if line.version % 2 = 0 then
+                line.event_id := outbox.publish_event(line.event_type, line.source, line.data, line.subject, publisher_config => line.config);
+            else
+                insert into outbox.events (event_type, source, data, subject, publisher_config)
+                    values (line.event_type, line.source, line.data, line.subject, line.config) returning event_id into line.event_id;
+            end if;
+            line.backend := 'second';
+            line.stream := 'routed';
+            perform chaos.note(line);
+            line.backend := 'third';
+            line.stream := 'routed' || outbox.stream_part(line.subject, 2);
         elsif how = 'row' then
             operation := 'delete';
             delete from chaos.items i where i.key = publish.key and line.version % 4 = 0 returning to_jsonb(i) into changed;

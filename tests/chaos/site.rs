@@ -111,8 +111,25 @@ pub(crate) const STREAMS: &[&str] = &[
     "rows.item.insert",
     "rows.item.update",
     "rows.item.delete",
+    "routed",
+    "routed0",
+    "routed1",
     NAMED,
 ];
+
+/// Where routes lead events of some types, with the stores.
+pub(crate) const ROUTED: [(usize, &str); 3] = [(0, "routed"), (1, "routed0"), (1, "routed1")];
+
+const ROUTES: &str = "insert into outbox.routes (event_type, backend, stream)
+    values ('routed.*', 'second', 'routed'), ('routed.*', 'third', 'routed{subject|2}')";
+
+/// What the ledger calls an event that stands in a stream: its id, and the stream if routes lead it to several.
+pub(crate) fn place_of(event_id: &str, stream: &str) -> String {
+    match ROUTED.iter().any(|(_, routed)| *routed == stream) {
+        true => format!("{event_id}@{stream}"),
+        false => event_id.to_owned(),
+    }
+}
 
 /// One Redis as its clients see it.
 pub(crate) struct Store {
@@ -240,6 +257,7 @@ impl Site {
             );
             pg.exec(&sql);
         }
+        pg.exec(ROUTES);
         pg.exec(include_str!("schema.sql"));
         let site = Site {
             pg,

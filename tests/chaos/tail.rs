@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use redis::{Connection, RedisResult, cmd};
 
-use crate::site::{STREAMS, Site};
+use crate::site::{STREAMS, Site, place_of};
 
 /// What XREAD gives: streams with entries of fields and values.
 type Read = Option<Vec<(String, Vec<(String, Vec<String>)>)>>;
@@ -87,7 +87,8 @@ fn read_on(
             let at = last.get_mut(stream.as_str()).expect("a stream of ours");
             for (id, fields) in entries {
                 let event_id = fields.chunks_exact(2).find(|pair| pair[0] == "event_id");
-                seen.insert(event_id.map_or_else(|| format!("(no event_id in {stream} {id})"), |pair| pair[1].clone()));
+                let unnamed = || format!("(no event_id in {stream} {id})");
+                seen.insert(event_id.map_or_else(unnamed, |pair| place_of(&pair[1], &stream)));
                 *at = id;
             }
         }

@@ -7,12 +7,14 @@ use kit::{Entry, Postgres};
 use postgres::Client;
 use serde_json::{Map, Value};
 
-use crate::site::{BACKENDS, CURSED, STREAMS, Site};
+use crate::site::{BACKENDS, CURSED, STREAMS, Site, place_of};
 
 /// One event of the ledger.
 #[derive(Debug)]
 pub(crate) struct Line {
+    /// See [`place_of`].
     pub id: String,
+    event_id: String,
     seq: i64,
     xid: String,
     session: String,
@@ -86,7 +88,7 @@ pub(crate) fn ledger(pg: &Postgres) -> HashMap<String, Line> {
     let rows = client
         .query(
             "select event_id::text, seq, xid::text, session, turn, detached, scheduled, backend, stream, key, version, event_type, \
-                 source, subject, data, config \
+                 source, subject, data, config, place \
              from chaos.ledger",
             &[],
         )
@@ -102,7 +104,8 @@ pub(crate) fn ledger(pg: &Postgres) -> HashMap<String, Line> {
             backend.stream_of(&event_type, subject.as_deref())
         };
         Line {
-            id: row.get(0),
+            id: row.get(16),
+            event_id: row.get(0),
             seq: row.get(1),
             xid: row.get(2),
             session: row.get(3),
@@ -128,7 +131,8 @@ pub(crate) fn dispensable(pg: &Postgres, redis_loses: bool) -> HashSet<String> {
     let mut client = pg.client_db(DB);
     let rows = client
         .query(
-            "select t.event_id::text from chaos.truncated t join chaos.ledger l using (event_id) \
+            "select l.place from chaos.truncated t \
+                 join chaos.ledger l on l.event_id = t.event_id and (l.place = l.event_id::text or l.stream = t.stream) \
              where $1 or not t.delivered or l.stream = $2",
             &[&redis_loses, &CURSED],
         )
@@ -208,7 +212,7 @@ fn judge_stream<'a>(
     let mut of_session: HashMap<(&str, &str), (&Line, &str)> = HashMap::new();
     for entry in entries {
         let place = format!("{stream} {}", entry.id);
-        let Some(line) = entry.get("event_id").and_then(|id| ledger.get(id)) else {
+        let Some(line) = entry.get("event_id").and_then(|id| ledger.get(&place_of(id, stream))) else {
             findings.phantom.push(format!("{place}: {:?}", entry.fields));
             continue;
         };
@@ -258,7 +262,7 @@ fn difference(line: &Line, entry: &Entry, stream: &str, store: usize) -> Option<
         return Some(format!("it belongs into {} of store {}", line.stream, backend.store));
     }
     let mut expected: Vec<(String, String)> = vec![
-        ("event_id".to_string(), line.id.clone()),
+        ("event_id".to_string(), line.event_id.clone()),
         ("event_type".to_string(), line.event_type.clone()),
         ("source".to_string(), line.source.clone()),
     ];
@@ -280,7 +284,11 @@ fn difference(line: &Line, entry: &Entry, stream: &str, store: usize) -> Option<
         return Some("cloud_event is no object".to_string());
     };
     let mut parts = Map::new();
-    for (name, value) in [("id", &line.id), ("type", &line.event_type), ("source", &line.source)] {
+    for (name, value) in [
+        ("id", &line.event_id),
+        ("type", &line.event_type),
+        ("source", &line.source),
+    ] {
         parts.insert(name.to_string(), Value::from(value.as_str()));
     }
     parts.insert("data".to_string(), line.data.clone());

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use kit::{Dice, Entry, Redis};
 use redis::{Connection, RedisResult, Value, cmd};
 
-use crate::site::{BACKENDS, NAMED, Site};
+use crate::site::{BACKENDS, NAMED, ROUTED, Site};
 use crate::tail::connect;
 
 const KEEPER: &str = "keeper";
@@ -47,7 +47,7 @@ fn places() -> impl Iterator<Item = (usize, &'static str)> {
     let own = BACKENDS
         .iter()
         .flat_map(|backend| backend.all_streams().into_iter().map(|stream| (backend.store, stream)));
-    own.chain([(0, NAMED), (1, NAMED)])
+    own.chain(ROUTED).chain([(0, NAMED), (1, NAMED)])
 }
 
 /// What has stood in a stream, as that Redis has it: the archive, and what is still there.
