@@ -264,6 +264,24 @@ fn rows_of_a_statement_stand_in_each_stream_in_its_order() {
         assert_eq!(numbers.len(), count, "{backend}");
         assert!(numbers.is_sorted(), "{backend}: {numbers:?}");
     }
+    // Also where a row's expressions publish to one of these streams before the row before has all of its rows.
+    run(
+        &mut c,
+        "delete from outbox.events;
+         create function also(i int) returns int language plpgsql as $$ begin
+             perform outbox.publish_event('direct', 's', jsonb_build_object('n', 2 * i), backend => 'b');
+             return i; end $$;
+         insert into outbox.events (event_type, source, data)
+            select 'both', 's', jsonb_build_object('n', 2 * also(i) + 1) from generate_series(1, 20) i",
+    );
+    let rows = c
+        .query(
+            "select (data::jsonb ->> 'n')::int from outbox.events where backend = 'b' order by seq",
+            &[],
+        )
+        .expect("rows");
+    let numbers: Vec<i32> = rows.iter().map(|row| row.get(0)).collect();
+    assert_eq!(numbers, (2..=41).collect::<Vec<i32>>());
     // A large payload lies beside the table, and each row has its own copy.
     run(
         &mut c,
