@@ -7,7 +7,7 @@ pub(crate) const TABLE: &str = "create table bare (like outbox.events including 
     create sequence bare_seq;
     alter table bare alter xid set default pg_current_xact_id(), alter seq set default nextval('bare_seq'),
        alter created_at set default clock_timestamp(), alter event_id set default gen_random_uuid(),
-       alter backend set default 'default', alter backend_number set default 1";
+       alter backend set default 'default', alter backend_number set default 1, alter branch set default 0";
 
 /// A payload of 200 bytes.
 pub(crate) fn data(n: usize) -> String {
