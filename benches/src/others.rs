@@ -260,8 +260,8 @@ pub(crate) fn measure_beside_bulk(scale: &Scale) -> Taken {
          select 'bench.cost', 'bench', {DATA} from generate_series(1, {count}) g"
     );
     let plain = format!(
-        "insert into plain (seq, xid, created_at, event_id, backend_number, event_type, source, backend, data)
-         select g, pg_current_xact_id(), now(), gen_random_uuid(), 1, 'bench.cost', 'bench', 'default', {DATA}
+        "insert into plain (seq, xid, created_at, event_id, branch, backend_number, event_type, source, backend, data)
+         select g, pg_current_xact_id(), now(), gen_random_uuid(), 0, 1, 'bench.cost', 'bench', 'default', {DATA}
          from generate_series(1, {count}) g"
     );
     stack
