@@ -41,10 +41,18 @@ pub fn words(command: &[u8]) -> Vec<&[u8]> {
     words
 }
 
+/// Most lengths are short, and each entry has a dozen: those are written in one piece.
 fn append_length(out: &mut Vec<u8>, kind: u8, length: usize) {
-    out.push(kind);
-    out.extend_from_slice(itoa::Buffer::new().format(length).as_bytes());
-    out.extend_from_slice(b"\r\n");
+    let digit = |value: usize| b'0' + (value % 10) as u8;
+    match length {
+        0..10 => out.extend_from_slice(&[kind, digit(length), b'\r', b'\n']),
+        10..100 => out.extend_from_slice(&[kind, digit(length / 10), digit(length), b'\r', b'\n']),
+        _ => {
+            out.push(kind);
+            out.extend_from_slice(itoa::Buffer::new().format(length).as_bytes());
+            out.extend_from_slice(b"\r\n");
+        }
+    }
 }
 
 #[cfg(test)]
@@ -64,5 +72,14 @@ mod tests {
             assert_eq!(words(&bytes), command);
         }
         assert_eq!(words(b""), Vec::<&[u8]>::new());
+    }
+
+    #[test]
+    fn a_length_has_all_its_digits() {
+        for length in [0, 9, 10, 99, 100, 12_345] {
+            let mut bytes = Vec::new();
+            append_length(&mut bytes, b'$', length);
+            assert_eq!(bytes, format!("${length}\r\n").as_bytes());
+        }
     }
 }
