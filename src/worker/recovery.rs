@@ -88,6 +88,7 @@ impl Books for BackendBooks<'_> {
             copy: backend.is_copy(),
             paused: !backend.is_enabled(),
             number: backend.delivery.number(),
+            position: backend.delivery.acked().clone(),
             reach,
             on_missing: backend.on_missing_guard(),
             take_over: backend.is_told_to_take_over(),
@@ -404,6 +405,10 @@ fn say_compared(backend: &Backend, why: Why, guard: Option<&Guard>, there: usize
         (Why::Restored, _) => (
             format!("events of a dump were restored for backend \"{}\"", backend.name()),
             "Some may have been sent since the dump was taken.".to_owned(),
+        ),
+        (Why::Behind, _) => (
+            format!("guard of backend \"{}\" is behind what was sent", backend.name()),
+            "Redis came back without events that it had lost before, and had come back with.".to_owned(),
         ),
         (Why::Unfinished | Why::OtherHistory, _) => (
             format!("backend \"{}\" goes on where comparing was interrupted", backend.name()),

@@ -176,6 +176,11 @@ pub struct Reach {
 }
 
 impl Guard {
+    /// Whether it is as a claim has made it, and no batch has moved it since.
+    pub fn is_new(&self) -> bool {
+        self.position == self.previous && self.again.is_empty()
+    }
+
     /// Names a field that says more than a guard of our own history can: somebody else has written it. Believing it
     /// would skip events that are to come, or use up the batch numbers. `is_current`: the guard is of this run of the
     /// server. (Numbers of an earlier run may have been lost with it.)

@@ -42,14 +42,14 @@ pub trait Table {
 
 /// How far a reader has come: it has everything that `from` sees and, when it is on its way to `to`, the rows of that
 /// range up to `last_seq`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Position {
     pub from: Arc<Tick>,
     pub under_way: Option<UnderWay>,
 }
 
 /// Part of the way from one tick to the next.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UnderWay {
     pub to: Arc<Tick>,
     pub last_seq: i64,
@@ -104,6 +104,11 @@ impl Position {
     /// where it began).
     pub fn includes(&self, other: &Self) -> bool {
         self.from.snapshot.includes(&other.newest().snapshot)
+    }
+
+    /// Whether it includes `other`, and is not the same.
+    pub fn is_beyond(&self, other: &Self) -> bool {
+        self.includes(other) && self != other
     }
 
     /// Whether there can be such a position.

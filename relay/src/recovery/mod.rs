@@ -329,11 +329,16 @@ fn go_back<B: Books>(books: &mut B, start: Start, guard: Option<&Guard>) -> Resu
             }
         }
         // The outcome of the last batch is found by comparing, too.
-        (Start::Compare(Why::Unfinished), Some(guard)) => cursor(&guard.previous, guard.number),
+        (Start::Compare(Why::Unfinished | Why::Behind), Some(guard)) => cursor(&guard.previous, guard.number),
         _ => return Ok(()),
     };
-    // Waiting events that were accepted in a later batch than this cursor's wait again, until they are found.
-    books.wait_again(cursor.number)?;
+    // Waiting events that were accepted in a later batch than this cursor's wait again, until they are found. If Redis
+    // is behind in spite of its number, so do those of our last batch.
+    let since = match start {
+        Start::Compare(Why::Behind) => books.delivery().number().saturating_sub(1),
+        _ => cursor.number,
+    };
+    books.wait_again(since)?;
     let reread_to = books.in_tables(|rows| rows.highest_written_down())?;
     books.read_again(cursor, reread_to);
     Ok(())
@@ -361,7 +366,7 @@ fn beginning<B: Books>(books: &mut B, start: Start, wal: u64) -> Beginning {
 /// Takes over the guard's position. `refused`: how many events of its last batch Redis has refused.
 fn adopt<B: Books>(books: &mut B, guard: &Guard, refused: usize) -> Result<(), B::Error> {
     let here = books.delivery().acked();
-    // The guard does not know of events that were sent with at_least_once since.
+    // The guard does not know of ranges without an event to send, nor of events that were sent with at_least_once since.
     let position = match here.includes(&guard.position) {
         true => here.clone(),
         false => guard.position.clone(),

@@ -151,6 +151,7 @@ impl Books for SiteBooks<'_> {
             copy: site.is_copy && !copies_take_over,
             paused: false,
             number: lane.delivery.number(),
+            position: lane.delivery.acked().clone(),
             reach: Reach {
                 next_xid: u64::MAX,
                 highest_seq: i64::MAX,
