@@ -73,9 +73,11 @@ impl Worker {
         let is_all_read = self.awaited.is_none();
         for index in 0..self.backends.len() {
             let is_paced = self.backends[index].delivery.is_paced();
-            let waits = self.waits(index, now) || (is_paced && self.way(index).leads_on());
+            let leads_on = self.way(index).leads_on();
+            let waits = self.waits(index, now) || (is_paced && leads_on);
             let backend = &mut self.backends[index];
-            let is_all_read = is_all_read && !backend.is_held();
+            // One that is paused, or cannot read now, has rows to read yet.
+            let is_all_read = is_all_read && !leads_on && !backend.is_held();
             if !waits && backend.reads_for_redis() && backend.delivery.rest(is_all_read) {
                 backend.note_recovery(now);
             }

@@ -123,8 +123,30 @@ fn an_older_snapshot_of_redis_is_healed_again_and_again() {
         stack.wait_events(published.len());
         wait_drained(&stack.pg, "default");
         assert_eq!(ids(&stack.events()), published);
-        wait_eq("healings", times, || healings(&stack.pg));
+        // A healing that begins before the worker ends goes on in the next one, and may not be counted.
+        assert!((3..=times).contains(&healings(&stack.pg)));
     }
+}
+
+/// What it has found in the stream is not forgotten until it is told to go on.
+#[test]
+fn a_healing_while_the_backend_is_paused_repeats_nothing() {
+    let mut stack = stack(Redis::start());
+    let mut published = Vec::new();
+    publish_batches(&stack, "", 3, &mut published);
+    let saved = stack.redis.saved();
+    publish_batches(&stack, "", 2, &mut published);
+    // The first leads to another epoch, in which nothing of the guard's last batch is known.
+    stack.redis.crash_back_to(&saved);
+    wait_healed(&stack, &published, 1);
+    enable(&stack, false);
+    published.extend(publish_many(&mut stack.pg.client(), "default", "", "event", 3));
+    stack.redis.crash_back_to(&saved);
+    wait_eq("healings", 2, || healings(&stack.pg));
+    enable(&stack, true);
+    stack.wait_events(published.len());
+    wait_drained(&stack.pg, "default");
+    assert_eq!(ids(&stack.events()), published);
 }
 
 /// The worker dies with Redis, and has not saved how far it had come.
