@@ -119,7 +119,8 @@ fn a_slot_that_is_half_moved_is_waited_for() {
     let guard = stack.guard_key();
     // So it is in the guard's slot.
     let stream = format!("{{{guard}}}");
-    let sql = format!("update outbox.backends set stream_name = '{stream}'");
+    // Braces of a name are doubled there.
+    let sql = format!("update outbox.backends set stream_name = '{{{stream}}}'");
     stack.pg.exec(&sql);
     let proxy = stack.through_proxy();
     let before = stack.publish("t");

@@ -62,6 +62,8 @@ fn wait_refused(pg: &Postgres, what: &str) {
 #[test]
 fn what_a_sentinel_calls_a_host_is_one_or_is_refused() {
     let stack = Stack::of(Postgres::with(QUICK), Redis::start());
+    stack.publish("before");
+    stack.redis.wait_entries("events", 1);
     let liar = Liar::honest();
     stack.pg.exec(&format!(
         "update outbox.backends set mode = 'sentinel', host = null, port = null, sentinel_master = 'm', nodes = '{{127.0.0.1:{}}}'",

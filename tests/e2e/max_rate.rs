@@ -44,7 +44,8 @@ fn a_backlog_drains_at_its_pace_and_in_order() {
         let most = 200.0 * start.elapsed().as_secs_f64() + 10.0;
         assert!(sent as f64 <= most, "{sent} after {:?}", start.elapsed());
         let found = standing(&stack.pg, "default");
-        if found.published > 0 && found.pending > 100 {
+        // What is saved may be a second old, in which 200 are sent.
+        if found.published > 0 && found.pending > 300 {
             looks += 1;
             assert_eq!(found.state, "sending", "{found:?}");
             let (status, detail) = health(&stack);

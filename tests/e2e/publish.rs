@@ -170,7 +170,7 @@ fn publish_events_says_which_element_is_wrong_and_publishes_none() {
     let stack = Stack::start();
     let mut client = stack.pg.client();
     let hint = "The keys are event_type, source, data, subject, backend, scheduled_at, max_retries, publisher_config, stream, \
-                data_schema and event_id, with values as outbox.publish_event takes them.";
+                data_schema, event_id and data_base64, with values as outbox.publish_event takes them.";
     let at = |index: usize, message: &str| {
         Refused::new(
             "22023",

@@ -348,7 +348,7 @@ fn all_tables_have_one_owner() {
         .batch_execute("alter extension outbox_relay drop view outbox.event_status; drop view outbox.event_status; alter table outbox.events alter column max_retries type bigint")
         .expect("a superuser");
     let said = Refused::of(stack.pg.client().simple_query("select outbox.publish_event('t', 's')"));
-    assert_eq!(said.message, "column 15 of outbox.events does not have its type");
+    assert_eq!(said.message, "column 16 of outbox.events does not have its type");
 }
 
 /// Operators, functions and types of the caller's own, in front of pg_catalog's.
