@@ -4,9 +4,9 @@ use crate::event::format::cloud_event::append_cloud_event;
 use crate::event::format::stamped::Stamped;
 use crate::resp::write::append_bulk;
 
-pub(super) const FIELDS: [&str; 5] = ["event_id", "event_type", "source", "timestamp", "cloud_event"];
-/// The same with the last field of entries that tell a position of the WAL.
-pub(super) const FIELDS_AND_LSN: [&str; 6] = ["event_id", "event_type", "source", "timestamp", "cloud_event", "lsn"];
+pub(super) const LSN: &str = "lsn";
+/// The last one only in entries that tell a position of the WAL.
+pub(super) const FIELDS: [&str; 6] = ["event_id", "event_type", "source", "timestamp", "cloud_event", LSN];
 
 /// Appends the fields. Most bytes are the same in each entry: they are written in as few pieces as the values between
 /// them allow.

@@ -6,7 +6,9 @@ use crate::event::format::stamped::{Data, Stamped};
 use crate::event::trace::{TRACEPARENT, TRACESTATE};
 use crate::resp::write::{append_bulk, append_bulk_header};
 
-pub(super) const FIELDS: [&str; 11] = [
+pub(super) const LSN: &str = "ce_lsn";
+/// The last one only in entries that tell a position of the WAL.
+pub(super) const FIELDS: [&str; 12] = [
     "ce_specversion",
     "ce_id",
     "ce_type",
@@ -18,21 +20,7 @@ pub(super) const FIELDS: [&str; 11] = [
     "ce_tracestate",
     "content-type",
     "data",
-];
-/// The same with the last field of entries that tell a position of the WAL.
-pub(super) const FIELDS_AND_LSN: [&str; 12] = [
-    "ce_specversion",
-    "ce_id",
-    "ce_type",
-    "ce_source",
-    "ce_time",
-    "ce_subject",
-    "ce_dataschema",
-    "ce_traceparent",
-    "ce_tracestate",
-    "content-type",
-    "data",
-    "ce_lsn",
+    LSN,
 ];
 
 /// The name of a further field: the trace context is an attribute.

@@ -49,20 +49,23 @@ impl Format {
     /// The fields that the format itself writes. No other field may have such a name. `includes_lsn`: entries tell a
     /// position of the WAL; where that stands in JSON, it is no field.
     pub fn own_fields(self, includes_lsn: bool) -> &'static [&'static str] {
-        match (self, includes_lsn) {
-            (Self::Broadcaster, false) => &broadcaster::FIELDS,
-            (Self::Broadcaster, true) => &broadcaster::FIELDS_AND_LSN,
-            (Self::CloudEvents, false) => &cloudevents::FIELDS,
-            (Self::CloudEvents, true) => &cloudevents::FIELDS_AND_LSN,
-            (Self::Structured, _) => &structured::FIELDS,
-            (Self::Debezium, _) => &debezium::FIELDS,
-        }
+        let all: &[&str] = match self {
+            Self::Broadcaster => &broadcaster::FIELDS,
+            Self::CloudEvents => &cloudevents::FIELDS,
+            Self::Structured => &structured::FIELDS,
+            Self::Debezium => &debezium::FIELDS,
+        };
+        let left_out = usize::from(!includes_lsn && self.lsn_field().is_some());
+        &all[..all.len() - left_out]
     }
 
     /// The field for a position of the WAL, if that is a field.
     fn lsn_field(self) -> Option<&'static str> {
-        let (without, with) = (self.own_fields(false).len(), self.own_fields(true));
-        with.get(without).copied()
+        match self {
+            Self::Broadcaster => Some(broadcaster::LSN),
+            Self::CloudEvents => Some(cloudevents::LSN),
+            Self::Structured | Self::Debezium => None,
+        }
     }
 }
 
