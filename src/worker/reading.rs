@@ -74,7 +74,7 @@ impl Worker {
         for index in 0..self.backends.len() {
             let is_paced = self.backends[index].delivery.is_paced();
             let leads_on = self.way(index).leads_on();
-            let waits = self.waits(index, now) || (is_paced && leads_on);
+            let waits = leads_on && (is_paced || self.is_ready(&self.backends[index], now));
             let backend = &mut self.backends[index];
             // One that is paused, or cannot read now, has rows to read yet.
             let is_all_read = is_all_read && !leads_on && !backend.is_held();
@@ -207,11 +207,6 @@ impl Worker {
         backend.is_ready(now)
             && self.patience.allows(Task::Read, now)
             && self.patience.allows(Task::ReadFor(backend.whose()), now)
-    }
-
-    /// Whether a backend can take rows now, and there may be some.
-    fn waits(&self, index: usize, now: Now) -> bool {
-        self.way(index).leads_on() && self.is_ready(&self.backends[index], now)
     }
 
     /// What the schedule is to know of a backend; `None`: it has no way to go.
