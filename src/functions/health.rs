@@ -1,8 +1,9 @@
 //! What `outbox.health()` asks of the library beside the views.
 
 use crate::functions::status::{self, HANGS_AFTER_MS};
+use crate::functions::waiting::rest;
 use crate::server::shmem;
-use pgrx::{pg_extern, pg_sys};
+use pgrx::pg_extern;
 
 /// How often a sign of life is looked for.
 const LOOK_MS: i64 = 2;
@@ -22,19 +23,9 @@ fn worker_silence() -> Option<f64> {
             0 => return None,
             _ if !has_worker() => return None,
             silent_ms if silent_ms >= HANGS_AFTER_MS => return Some(silent_ms as f64 / 1e3),
-            _ => rest(),
+            _ => rest(LOOK_MS),
         }
     }
-}
-
-fn rest() {
-    let events = pg_sys::WL_LATCH_SET | pg_sys::WL_TIMEOUT | pg_sys::WL_EXIT_ON_PM_DEATH;
-    // SAFETY: waits for the process's own latch, as pg_sleep() does.
-    unsafe {
-        pg_sys::WaitLatch(pg_sys::MyLatch, events as i32, LOOK_MS, pg_sys::PG_WAIT_EXTENSION);
-        pg_sys::ResetLatch(pg_sys::MyLatch);
-    }
-    pgrx::check_for_interrupts!();
 }
 
 /// `outbox.error_hint(error)`: what helps against an error of Redis, as a backend's `last_error` has it. NULL: that is

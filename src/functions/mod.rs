@@ -4,7 +4,7 @@
 //! - [`health`] what `outbox.health()` asks beside
 //! - [`role_name`] the type of that name; [`stream_name`] which streams templates give; [`routes`] patterns and streams of
 //!   routes
-//! - [`acting`] what an administrator does; [`test_backend`] a question to the worker
+//! - [`acting`] what an administrator does; [`test_backend`] a question to the worker; [`waiting`] for it
 
 mod acting;
 mod health;
@@ -14,3 +14,4 @@ mod routes;
 pub(crate) mod status;
 mod stream_name;
 mod test_backend;
+mod waiting;

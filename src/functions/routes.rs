@@ -2,9 +2,9 @@
 
 use crate::server::datum::bytes_of;
 use crate::server::encoding::utf8;
-use crate::server::error::{expect_arguments, raise};
+use crate::server::error::{raise, strict_arguments};
 use crate::server::report;
-use crate::server::trigger_call::{When, expect_trigger};
+use crate::server::trigger_call::{When, expect_trigger, new_and_old};
 use crate::tables::catalog;
 use crate::tables::whole_table::Columns;
 use pgrx::pg_sys::panic::ErrorReport;
@@ -24,11 +24,7 @@ extern "C-unwind" fn check_route(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Da
         unsafe {
             let trigger = expect_trigger(fcinfo, "check_route", When::BeforeRow, &[routes]);
             (*fcinfo).isnull = false;
-            let operation = trigger.tg_event & pg_sys::TRIGGER_EVENT_OPMASK;
-            let new = match operation == pg_sys::TRIGGER_EVENT_UPDATE {
-                true => trigger.tg_newtuple,
-                false => trigger.tg_trigtuple,
-            };
+            let (new, _) = new_and_old(trigger);
             let stream = Columns::of(trigger.tg_relation, &["stream"])
                 .take_apart(new)
                 .text("stream");
@@ -59,16 +55,11 @@ crate::sql_function!(matches, pg_finfo_matches);
 #[unsafe(no_mangle)]
 extern "C-unwind" fn matches(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
     report::guard(|| {
-        expect_arguments(fcinfo, 2);
-        // SAFETY: two arguments of type text, which are not null unless somebody has declared the function otherwise.
-        unsafe {
-            let [name, pattern] = [0, 1].map(|index| (*fcinfo).args.as_slice(2)[index]);
-            (*fcinfo).isnull = name.isnull || pattern.isnull;
-            if (*fcinfo).isnull {
-                return pg_sys::Datum::from(0);
-            }
-            let pattern = WildMatch::new(&utf8(bytes_of(pattern.value)));
-            pg_sys::Datum::from(pattern.matches(&utf8(bytes_of(name.value))))
-        }
+        let Some(texts) = strict_arguments::<2>(fcinfo) else {
+            return pg_sys::Datum::from(0);
+        };
+        // SAFETY: arguments of type text.
+        let [name, pattern] = texts.map(|text| unsafe { utf8(bytes_of(text)) });
+        pg_sys::Datum::from(WildMatch::new(&pattern).matches(&name))
     })
 }

@@ -2,7 +2,7 @@
 
 use crate::server::database_slot::{DatabaseSlot, SlotState};
 use crate::server::datum::bytes_of;
-use crate::server::error::expect_arguments;
+use crate::server::error::strict_arguments;
 use crate::server::report;
 use crate::server::shmem;
 use crate::server::trigger_call::{When, expect_trigger};
@@ -171,16 +171,12 @@ crate::sql_function!(hash_slot, pg_finfo_hash_slot);
 #[unsafe(no_mangle)]
 extern "C-unwind" fn hash_slot(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
     report::guard(|| {
-        expect_arguments(fcinfo, 1);
-        // SAFETY: one argument of type text, which is not null unless somebody has declared the function otherwise.
-        unsafe {
-            let argument = &(*fcinfo).args.as_slice(1)[0];
-            (*fcinfo).isnull = argument.isnull;
-            match argument.isnull {
-                true => pg_sys::Datum::from(0),
-                false => pg_sys::Datum::from(i32::from(hash_slot_of_text(bytes_of(argument.value)))),
-            }
-        }
+        let Some([stream]) = strict_arguments(fcinfo) else {
+            return pg_sys::Datum::from(0);
+        };
+        // SAFETY: an argument of type text.
+        let slot = hash_slot_of_text(unsafe { bytes_of(stream) });
+        pg_sys::Datum::from(i32::from(slot))
     })
 }
 

@@ -3,10 +3,10 @@
 
 use crate::server::datum::{bytes_of, text_datum};
 use crate::server::encoding::{to_server, utf8};
-use crate::server::error::{expect_arguments, raise};
+use crate::server::error::{raise, strict_arguments};
 use crate::server::guc;
 use crate::server::report;
-use crate::server::trigger_call::{When, expect_trigger};
+use crate::server::trigger_call::{When, expect_trigger, new_and_old};
 use crate::tables::rights;
 use crate::tables::sql::query_value;
 use crate::tables::stream_names::DEFAULT_STREAM;
@@ -31,11 +31,8 @@ extern "C-unwind" fn check_stream_name(fcinfo: pg_sys::FunctionCallInfo) -> pg_s
             let trigger = expect_trigger(fcinfo, "check_stream_name", When::BeforeRow, &[backends]);
             (*fcinfo).isnull = false;
             let columns = Columns::of(trigger.tg_relation, &COLUMNS);
-            let operation = trigger.tg_event & pg_sys::TRIGGER_EVENT_OPMASK;
-            let (new, old) = match operation == pg_sys::TRIGGER_EVENT_UPDATE {
-                true => (trigger.tg_newtuple, Some(columns.take_apart(trigger.tg_trigtuple))),
-                false => (trigger.tg_trigtuple, None),
-            };
+            let (new, old) = new_and_old(trigger);
+            let old = old.map(|old| columns.take_apart(old));
             let row = columns.take_apart(new);
             let streams = streams_of(&row, old.as_ref());
             pg_sys::Datum::from(with(trigger.tg_relation, new, &row, &streams))
@@ -139,30 +136,23 @@ crate::sql_function!(stream_part, pg_finfo_stream_part);
 #[unsafe(no_mangle)]
 extern "C-unwind" fn stream_part(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
     report::guard(|| {
-        expect_arguments(fcinfo, 2);
-        // SAFETY: arguments of type text and integer, which are not null unless somebody has declared the function
-        // otherwise.
-        unsafe {
-            let arguments = (*fcinfo).args.as_slice(2);
-            (*fcinfo).isnull = arguments.iter().any(|argument| argument.isnull);
-            if (*fcinfo).isnull {
-                return pg_sys::Datum::from(0);
-            }
-            let parts = u32::try_from(arguments[1].value.value() as i32)
-                .ok()
-                .and_then(NonZeroU32::new);
-            let Some(parts) = parts.filter(|parts| parts.get() <= MOST_PARTS) else {
-                raise(
-                    ErrorReport::new(
-                        PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE,
-                        "the number of parts is out of range",
-                        "",
-                    )
-                    .set_detail(format!("It must be one of 1 to {MOST_PARTS}."))
-                    .set_hint("Pass the number that the placeholder has, as in {subject|16}."),
-                );
-            };
-            pg_sys::Datum::from(part_of(&utf8(bytes_of(arguments[0].value)), parts) as i32)
-        }
+        let Some([value, parts]) = strict_arguments(fcinfo) else {
+            return pg_sys::Datum::from(0);
+        };
+        let parts = u32::try_from(parts.value() as i32).ok().and_then(NonZeroU32::new);
+        let Some(parts) = parts.filter(|parts| parts.get() <= MOST_PARTS) else {
+            raise(
+                ErrorReport::new(
+                    PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE,
+                    "the number of parts is out of range",
+                    "",
+                )
+                .set_detail(format!("It must be one of 1 to {MOST_PARTS}."))
+                .set_hint("Pass the number that the placeholder has, as in {subject|16}."),
+            );
+        };
+        // SAFETY: the first argument is of type text.
+        let value = unsafe { utf8(bytes_of(value)) };
+        pg_sys::Datum::from(part_of(&value, parts) as i32)
     })
 }

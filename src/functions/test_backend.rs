@@ -1,6 +1,7 @@
 //! `outbox.test_backend(name)`: asks the worker whether it can use a backend, since it alone has the passwords.
 
 use crate::functions::status;
+use crate::functions::waiting::rest;
 use crate::server::encoding::words_to_server;
 use crate::server::error::expect_arguments;
 use crate::server::questions::SEPARATOR;
@@ -78,16 +79,6 @@ fn answer(number: i32, limit: Duration) -> Result<String, String> {
             Err(error) if now - seen_at >= PATIENCE => return Err(error),
             Err(_) => {}
         }
-        rest();
+        rest(LOOK_MS);
     }
-}
-
-fn rest() {
-    let events = pg_sys::WL_LATCH_SET | pg_sys::WL_TIMEOUT | pg_sys::WL_EXIT_ON_PM_DEATH;
-    // SAFETY: waits for the process's own latch, as pg_sleep() does.
-    unsafe {
-        pg_sys::WaitLatch(pg_sys::MyLatch, events as i32, LOOK_MS, pg_sys::PG_WAIT_EXTENSION);
-        pg_sys::ResetLatch(pg_sys::MyLatch);
-    }
-    pgrx::check_for_interrupts!();
 }

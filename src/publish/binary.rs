@@ -2,7 +2,7 @@
 
 use crate::publish::error::PublishError;
 use crate::server::datum::{bytes_of, text_datum};
-use crate::server::error::expect_arguments;
+use crate::server::error::strict_arguments;
 use crate::server::guc;
 use crate::server::report;
 use pgrx::pg_sys;
@@ -16,17 +16,11 @@ crate::sql_function!(binary_data, pg_finfo_binary_data);
 #[unsafe(no_mangle)]
 extern "C-unwind" fn binary_data(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
     report::guard(|| {
-        expect_arguments(fcinfo, 1);
-        // SAFETY: one argument of type bytea, by the SQL declaration, which is strict; a strictness that somebody else's
-        // has not is asked for.
-        unsafe {
-            let argument = &(*fcinfo).args.as_slice(1)[0];
-            (*fcinfo).isnull = argument.isnull;
-            match argument.isnull {
-                true => pg_sys::Datum::from(0),
-                false => text_datum(of_bytes(bytes_of(argument.value)).as_bytes()),
-            }
-        }
+        let Some([bytes]) = strict_arguments(fcinfo) else {
+            return pg_sys::Datum::from(0);
+        };
+        // SAFETY: an argument of type bytea, by the SQL declaration.
+        text_datum(of_bytes(unsafe { bytes_of(bytes) }).as_bytes())
     })
 }
 

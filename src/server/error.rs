@@ -38,6 +38,18 @@ pub(crate) fn expect_arguments(fcinfo: pg_sys::FunctionCallInfo, count: usize) {
     }
 }
 
+/// The arguments of a function that is declared strict. `None` if one is NULL all the same, because somebody else has
+/// declared it: then its result is NULL, too.
+pub(crate) fn strict_arguments<const COUNT: usize>(fcinfo: pg_sys::FunctionCallInfo) -> Option<[pg_sys::Datum; COUNT]> {
+    expect_arguments(fcinfo, COUNT);
+    // SAFETY: Postgres calls with a valid structure, which has so many arguments.
+    unsafe {
+        let arguments = (*fcinfo).args.as_slice(COUNT);
+        (*fcinfo).isnull = arguments.iter().any(|argument| argument.isnull);
+        (!(*fcinfo).isnull).then(|| std::array::from_fn(|index| arguments[index].value))
+    }
+}
+
 /// An internal error: something of ours is not as it must be.
 pub(crate) fn internal(message: impl Into<String>) -> ! {
     raise(ErrorReport::new(

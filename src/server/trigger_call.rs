@@ -14,6 +14,14 @@ pub(crate) enum When {
     AfterStatement,
 }
 
+/// The row that a trigger before each row was called with, as it is to be written, and the one that an update replaces.
+pub(crate) fn new_and_old(trigger: &pg_sys::TriggerData) -> (pg_sys::HeapTuple, Option<pg_sys::HeapTuple>) {
+    match trigger.tg_event & pg_sys::TRIGGER_EVENT_OPMASK == pg_sys::TRIGGER_EVENT_UPDATE {
+        true => (trigger.tg_newtuple, Some(trigger.tg_trigtuple)),
+        false => (trigger.tg_trigtuple, None),
+    }
+}
+
 /// What a trigger function of ours was called with, if it was called as it is meant to be: by a trigger of this kind,
 /// on one of these tables, or on any if there are none. Otherwise an ERROR: a row of another table has other columns, and a statement has none.
 ///
