@@ -19,35 +19,9 @@ create function outbox.publish_event(
 comment on function outbox.publish_event(text, text, jsonb, text, text, timestamptz, integer, jsonb, text, text, uuid, bytea) is
     'Publishes an event within the caller''s transaction, and returns its id, or NULL if somebody''s trigger on the table left the row out. The event is sent after the commit. One that names no backend goes where outbox.routes say, otherwise to outbox_relay.default_backend. backend, subject, stream and data_schema: an empty text counts as NULL. scheduled_at: a time without a zone, as drivers send for a naive one, is taken in the session''s TimeZone; send one with a zone. data_bytes: a payload that is bytes, instead of data; entries have it as data_base64.';
 
--- Drivers type what they send: json, text or varchar for JSON, bigint or double precision for a number. The same
--- function for them. It never competes with the one above. Its first argument is a domain, which loses to text for a
--- literal, for a parameter without a type and for all types of text. Its other types are of the categories of those
--- above (U and N), where none is preferred.
-create domain outbox.any_text as text;
-comment on domain outbox.any_text is 'A text as an argument of outbox.publish_event, where other arguments have types of their own.';
-create type outbox.any_value;
-create function outbox.any_value_in(cstring) returns outbox.any_value language internal immutable strict parallel safe as 'textin';
-create function outbox.any_value_out(outbox.any_value) returns cstring language internal immutable strict parallel safe as 'textout';
-create function outbox.any_value_recv(internal) returns outbox.any_value language internal stable strict parallel safe as 'textrecv';
-create function outbox.any_value_send(outbox.any_value) returns bytea language internal stable strict parallel safe as 'textsend';
-create type outbox.any_value (input = outbox.any_value_in, output = outbox.any_value_out, receive = outbox.any_value_recv,
-    send = outbox.any_value_send, like = text, category = 'U');
-comment on type outbox.any_value is 'An argument of outbox.publish_event in whatever type a driver sends it; read by what is written. Nothing else takes it.';
-comment on function outbox.any_value_in(cstring) is 'Input of type outbox.any_value, which is that of text.';
-comment on function outbox.any_value_out(outbox.any_value) is 'Output of type outbox.any_value, which is that of text.';
-comment on function outbox.any_value_recv(internal) is 'Binary input of type outbox.any_value, which is that of text.';
-comment on function outbox.any_value_send(outbox.any_value) is 'Binary output of type outbox.any_value, which is that of text.';
-create cast (text as outbox.any_value) without function as implicit;
-create cast (varchar as outbox.any_value) without function as implicit;
-create cast (bpchar as outbox.any_value) without function as implicit;
-create cast (json as outbox.any_value) without function as implicit;
-create cast (bytea as outbox.any_value) without function as implicit;
-create cast (jsonb as outbox.any_value) with inout as implicit;
-create cast (uuid as outbox.any_value) with inout as implicit;
--- All types of numbers become this one by themselves.
-create domain outbox.any_number as double precision;
-comment on domain outbox.any_number is 'A number as an argument of outbox.publish_event, in whatever type a driver sends it.';
-
+-- The same function for arguments as drivers type them, twice. They never compete with the one above, nor with each
+-- other: the first argument of both, and the second of the last, is a domain, which loses to text for a literal, for a
+-- parameter without a type and for all types of text. The types of the others are of the categories of those above.
 create function outbox.publish_event(
     event_type       outbox.any_text,
     source           text,
@@ -65,7 +39,26 @@ create function outbox.publish_event(
     language c volatile parallel unsafe
     as 'MODULE_PATHNAME', 'publish_event_of_any_types';
 comment on function outbox.publish_event(outbox.any_text, text, outbox.any_value, text, text, timestamptz, outbox.any_number, outbox.any_value, text, text, outbox.any_value, bytea) is
-    'The same for arguments that a driver types otherwise: json, text or bytea for JSON, any number for max_retries, text for event_id.';
+    'The same for arguments that a driver types otherwise: for data json, text or bytea, also a number or a boolean; for max_retries any number or its text; for event_id text.';
+
+create function outbox.publish_event(
+    event_type       outbox.any_text,
+    source           outbox.any_text,
+    data             outbox.any_value default null,
+    subject          outbox.any_subject default null,
+    backend          text default null,
+    scheduled_at     outbox.any_time default null,
+    max_retries      outbox.any_number default null,
+    publisher_config outbox.any_value default null,
+    stream           text default null,
+    data_schema      text default null,
+    event_id         outbox.any_value default null,
+    data_bytes       bytea default null
+) returns uuid
+    language c volatile parallel unsafe
+    as 'MODULE_PATHNAME', 'publish_event_of_any_types';
+comment on function outbox.publish_event(outbox.any_text, outbox.any_text, outbox.any_value, outbox.any_subject, text, outbox.any_time, outbox.any_number, outbox.any_value, text, text, outbox.any_value, bytea) is
+    'The same for a subject that is a number or a uuid, and a scheduled_at that is a text.';
 
 create function outbox.publish_events(events jsonb) returns setof uuid
     language c volatile strict parallel unsafe

@@ -41,8 +41,22 @@ values
     ('usage', 'schema outbox'),
     ('execute', 'function outbox.publish_event(text, text, jsonb, text, text, timestamptz, integer, jsonb, text, text, uuid, bytea)'),
     ('execute', 'function outbox.publish_event(outbox.any_text, text, outbox.any_value, text, text, timestamptz, outbox.any_number, outbox.any_value, text, text, outbox.any_value, bytea)'),
-    -- Called when a value becomes an any_value by its text.
+    ('execute', 'function outbox.publish_event(outbox.any_text, outbox.any_text, outbox.any_value, outbox.any_subject, text, outbox.any_time, outbox.any_number, outbox.any_value, text, text, outbox.any_value, bytea)'),
+    -- Views, defaults and bodies of functions that call it name its types.
+    ('usage', 'type outbox.any_text'),
+    ('usage', 'type outbox.any_value'),
+    ('usage', 'type outbox.any_number'),
+    ('usage', 'type outbox.any_subject'),
+    ('usage', 'type outbox.any_time'),
+    -- Called when an argument becomes one of those types, by its text or otherwise.
     ('execute', 'function outbox.any_value_in(cstring)'),
+    ('execute', 'function outbox.any_value(boolean)'),
+    ('execute', 'function outbox.refuse_value(anyelement)'),
+    ('execute', 'function outbox.any_number_in(cstring)'),
+    ('execute', 'function outbox.any_subject_in(cstring)'),
+    ('execute', 'function outbox.any_time_in(cstring, oid, integer)'),
+    ('execute', 'function outbox.any_time(timestamp)'),
+    ('execute', 'function outbox.any_time(date)'),
     ('execute', 'function outbox.publish_events(jsonb)'),
     ('execute', 'function outbox.binary_data(bytea)'),
     ('execute', 'function outbox.published_here()'),

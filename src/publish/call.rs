@@ -1,8 +1,8 @@
-//! `outbox.publish_event`, in two signatures. The documented one takes what its argument list says. The other takes
-//! what a driver has typed otherwise: `json` or `text` for JSON, any number for max_retries, `text` for event_id. Those
-//! arguments are of type `outbox.any_value`, which is read by what is written there, or `outbox.any_number`. Where a
-//! call fits both, Postgres decides for the documented one. `outbox.refusal` says beforehand what it would refuse, and
-//! `outbox.template_stream` where an event would go.
+//! `outbox.publish_event`, in three signatures. The documented one takes what its argument list says. The others take
+//! what a driver has typed otherwise, such as `json` or `text` for JSON, a text for max_retries, a number for subject.
+//! Those arguments are of the types `outbox.any_value`, `outbox.any_number` and `outbox.any_subject`, which are read by
+//! what is written there, or `outbox.any_time`. Where a call fits both, Postgres decides for the documented one.
+//! `outbox.refusal` says beforehand what it would refuse, and `outbox.template_stream` where an event would go.
 
 use crate::publish::appending::{Tables, prepared};
 use crate::publish::binary::data_or_bytes;
@@ -19,7 +19,7 @@ use pgrx::pg_sys;
 use relay::event::binary::is_marked;
 use std::borrow::Cow;
 
-/// Of both signatures.
+/// Of all signatures.
 const ARGUMENTS: usize = 12;
 /// Of `outbox.refusal`: all but the bytes.
 const REFUSAL_ARGUMENTS: usize = 11;
@@ -149,11 +149,11 @@ unsafe fn request_of_call(arguments: &Arguments) -> Request<'_> {
 }
 
 /// # Safety
-/// As [`request_of_call`], of the other signature.
+/// As [`request_of_call`], of the other signatures.
 unsafe fn request_of_any_call(arguments: &Arguments) -> Request<'_> {
     let get = |index: usize| given(arguments, index);
-    // SAFETY: the caller's promise: arguments 2, 7 and 10 are any_value, which has the form of text, 6 is a double
-    // precision, 11 is a bytea.
+    // SAFETY: the caller's promise: arguments 2, 7 and 10 are any_value and 6 is any_number, which have the form of text,
+    // 11 is a bytea.
     unsafe {
         let written = |index: usize| get(index).map(|d| text_of(bytes_of(d)));
         let json = |text: &[u8]| Cow::Borrowed(json::rendered(json::parsed(text)));
@@ -164,7 +164,7 @@ unsafe fn request_of_any_call(arguments: &Arguments) -> Request<'_> {
         });
         Request {
             data: data_or_bytes(data, get(11).map(|d| bytes_of(d))),
-            max_retries: get(6).map(|d| attempts_of(f64::from_bits(d.value() as u64))),
+            max_retries: written(6).map(|text| attempts(text).unwrap_or_else(|e| e.raise())),
             publisher_config: written(7).map(json),
             event_id: written(10).map(event_id),
             ..request_of_texts(arguments)
@@ -172,14 +172,10 @@ unsafe fn request_of_any_call(arguments: &Arguments) -> Request<'_> {
     }
 }
 
-fn attempts_of(number: f64) -> i32 {
-    attempts(number.to_string().as_bytes()).unwrap_or_else(|e| e.raise())
-}
-
-/// What both signatures have alike.
+/// What all signatures have alike.
 ///
 /// # Safety
-/// Arguments 0, 1, 3, 4, 8, 9 are text, 5 is a timestamptz.
+/// Arguments 0, 1, 3, 4, 8, 9 have the form of text, 5 that of timestamptz.
 unsafe fn request_of_texts(arguments: &Arguments) -> Request<'_> {
     let get = |index: usize| given(arguments, index);
     // SAFETY: the caller's promise.

@@ -5,9 +5,11 @@
 //! branch 0, so the index decides about the same rows as one on event_id would. Here `branch` is added where `event_id`
 //! stands alone, before the statement is planned: then this also holds in functions and rules that were parsed long ago.
 //!
-//! The hook runs for each statement that is planned, and looks at those alone that are an INSERT with ON CONFLICT.
+//! The hook runs for each statement that is planned, and looks at those alone that are an INSERT with ON CONFLICT. It also
+//! has their tables looked at: see [`crate::publish::refused_rights`].
 
-use crate::publish::returning::has_our_name;
+use crate::publish::refused_rights;
+use crate::tables::catalog::has_our_name;
 use crate::tables::row::attribute;
 use pgrx::pg_sys;
 use std::ffi::{CStr, c_char};
@@ -47,6 +49,7 @@ unsafe extern "C-unwind" fn on_planning(
 ) -> *mut pg_sys::PlannedStmt {
     // SAFETY: what Postgres gave us; statements that change something stand in the outermost WITH alone.
     unsafe {
+        refused_rights::expect_rights(query);
         complete(query);
         if (*query).hasModifyingCTE {
             for index in 0..(*(*query).cteList).length as usize {

@@ -10,10 +10,10 @@
 //! What is refused all the same is refused here in words. The hook runs for each statement that is analysed, and looks
 //! at those alone that are an INSERT with such a clause.
 
+use crate::publish::refused_rights;
 use crate::server::error::raise;
 use crate::server::report;
-use crate::server::unguarded;
-use crate::tables::catalog;
+use crate::tables::catalog::{self, has_our_name};
 use crate::tables::row::attribute;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{PgSqlErrorCode, pg_sys};
@@ -47,6 +47,7 @@ unsafe extern "C-unwind" fn on_analyzed(
             previous(state, query, jumble);
         }
         permit(query);
+        refused_rights::expect_rights_of_copy(query);
         if (*query).hasModifyingCTE {
             for index in 0..(*(*query).cteList).length as usize {
                 let cte = item((*query).cteList, index).cast::<pg_sys::CommonTableExpr>();
@@ -93,18 +94,6 @@ unsafe fn permit(query: *mut pg_sys::Query) {
     }
 }
 
-/// Whether a relation has this name in schema outbox. Looks at caches alone.
-///
-/// # Safety
-/// Within a transaction, in a frame that holds nothing.
-pub(super) unsafe fn has_our_name(relation: pg_sys::Oid, name: &CStr) -> bool {
-    // SAFETY: the caller's promise.
-    unsafe {
-        let schema = unguarded::get_namespace_oid(c"outbox".as_ptr(), true);
-        schema != pg_sys::InvalidOid && unguarded::get_relname_relid(name.as_ptr(), schema) == relation
-    }
-}
-
 /// What an INSERT asks for beside inserting.
 struct Asked {
     table: pg_sys::Oid,
@@ -139,11 +128,13 @@ fn is_own_alone(asked: &Asked) -> bool {
     false
 }
 
-/// Columns that publishers fill in.
+/// Columns that publishers fill in, and the branch, which is 0 in all that they insert: Rails names both columns of the
+/// unique index.
 fn is_given(column: i16) -> bool {
     let column = column as usize;
     column != attribute::BACKEND_NUMBER
-        && (column == attribute::EVENT_ID || (attribute::EVENT_TYPE..=attribute::MAX_RETRIES).contains(&column))
+        && ([attribute::EVENT_ID, attribute::BRANCH].contains(&column)
+            || (attribute::EVENT_TYPE..=attribute::MAX_RETRIES).contains(&column))
 }
 
 /// The columns that are asked for; 0 is the whole row, and those of Postgres are below it.

@@ -2,6 +2,7 @@
 //! that has changed.
 
 use crate::server::error::{internal, raise};
+use crate::server::unguarded;
 use crate::tables::known_backends::{self, KnownBackend};
 use crate::tables::missing;
 use crate::tables::row::{EVENT_COLUMNS, Row, attribute};
@@ -299,6 +300,18 @@ fn look_up() -> Option<Relations> {
 pub(crate) fn is_installed() -> bool {
     // SAFETY: a catalog look-up within a transaction.
     unsafe { pg_sys::get_extension_oid(c"outbox_relay".as_ptr(), true) != pg_sys::InvalidOid }
+}
+
+/// Whether a relation has this name in schema outbox. Looks at caches alone.
+///
+/// # Safety
+/// Within a transaction, in a frame that holds nothing.
+pub(crate) unsafe fn has_our_name(relation: pg_sys::Oid, name: &CStr) -> bool {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let schema = unguarded::get_namespace_oid(c"outbox".as_ptr(), true);
+        schema != pg_sys::InvalidOid && unguarded::get_relname_relid(name.as_ptr(), schema) == relation
+    }
 }
 
 /// A valid btree index that begins with these columns, in this order; `is_unique`: on them alone, so that each value is

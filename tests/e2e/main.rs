@@ -80,6 +80,7 @@ mod privileges;
 mod property;
 mod publish;
 mod publish_input;
+mod publish_signatures;
 mod publish_types;
 mod publisher_limits;
 mod publisher_returning;

@@ -98,6 +98,8 @@ fn a_repeated_id_may_do_nothing() {
             "on conflict do nothing",
             "on conflict (event_id) do nothing",
             "on conflict (event_id) do nothing returning event_id",
+            // As Rails writes it, which finds no unique index on event_id alone.
+            "on conflict (event_id, branch) do nothing returning event_id",
         ] {
             assert_eq!(
                 publisher.query(&format!("{insert} {clause}"), &[]).unwrap().len(),
@@ -128,7 +130,7 @@ fn nothing_of_others_is_read() {
     for (sql, expected) in [
         (
             format!("{INSERT} returning *"),
-            words("seq, xid, created_at, backend_number, published_by, branch"),
+            words("seq, xid, created_at, backend_number, published_by"),
         ),
         (format!("{INSERT} returning event_id, seq"), words("seq")),
         (format!("{INSERT} returning events"), words("the whole row")),
@@ -157,18 +159,9 @@ fn nothing_of_others_is_read() {
     }
     let plain = Refused::new("42501", "permission denied for table events", "", "");
     for sql in [
-        "select event_id from outbox.events",
-        "select count(*) from outbox.events",
         &format!("{INSERT} returning event_id, (select count(*) from outbox.events)"),
         &format!("{INSERT} returning (select event_id from outbox.events limit 1)"),
-        "insert into outbox.events (event_type, source) select event_type, 's' from outbox.events returning event_id",
-        "insert into outbox.events (event_type, source) select event_id::text, 's' from outbox.events on conflict (event_id) do nothing",
-        &format!("with new as ({INSERT} returning event_id) select e.source from outbox.events e, new"),
-        "merge into outbox.events e using (select 1) s on e.event_id is not null when not matched then insert (event_type, source) values ('t', 's')",
-        "merge into outbox.events e using (select 1) s on true when matched and e.source > '' then do nothing",
-        "update outbox.events set source = 'x' returning event_id",
-        "delete from outbox.events returning event_id",
-        "insert into outbox.events (event_type, source, seq) values ('t', 's', 1) returning event_id",
+        "select exists (select from outbox.events)",
     ] {
         assert_eq!(Refused::of(publisher.simple_query(sql)), plain, "{sql}");
     }
@@ -185,6 +178,145 @@ fn nothing_of_others_is_read() {
         assert_eq!(Refused::of(nobody.simple_query(&format!("{INSERT} {clause}"))), plain);
     }
     assert_eq!(types(&stack.wait_events(1)), ["secret.type"]);
+}
+
+/// What an ORM tries that looks for a row first, saves one again, or knows all columns of the table.
+#[test]
+fn what_a_publisher_has_no_right_to_is_said_in_words() {
+    let (stack, mut publisher) = start();
+    let words = |detail: &str, hint: &str| Refused::new("42501", "permission denied for table events", detail, hint);
+    let reading = words(
+        "A publisher adds events, and reads none.",
+        "Publish without looking first: with outbox.publish_event(), or with INSERT ... ON CONFLICT (event_id) DO NOTHING. \
+         outbox.published_here() shows what this transaction has published.",
+    );
+    let changing = words(
+        "Events are never changed.",
+        "Publish another event. If an ORM's save() updates because the row has a key, have it insert; INSERT ... ON CONFLICT \
+         (event_id) DO NOTHING publishes once.",
+    );
+    let deleting = words(
+        "A publisher deletes no events. They go when their retention ends.",
+        "Leave them to outbox_relay.published_retention.",
+    );
+    let filling_in = |columns: &str| {
+        words(
+            &format!("A publisher does not fill in: {columns}."),
+            "Name the other columns alone, and leave these out of an ORM's model: the server fills them in.",
+        )
+    };
+    for (sql, expected) in [
+        ("select event_id from outbox.events", &reading),
+        ("select count(*) from outbox.events", &reading),
+        (
+            "select * from outbox.events where event_id = gen_random_uuid() limit 21",
+            &reading,
+        ),
+        ("select event_id from (select event_id from outbox.events) e", &reading),
+        (
+            "insert into outbox.events (event_type, source) select event_type, 's' from outbox.events returning event_id",
+            &reading,
+        ),
+        (
+            "insert into outbox.events (event_type, source) select event_id::text, 's' from outbox.events on conflict (event_id) do nothing",
+            &reading,
+        ),
+        (
+            "select 1 as one from outbox.events e join (select 1) s on true",
+            &reading,
+        ),
+        ("copy (select event_id from outbox.events) to stdout", &reading),
+        ("copy outbox.events to stdout", &reading),
+        (
+            "copy outbox.events from stdin",
+            &filling_in("seq, xid, created_at, backend_number, published_by, branch"),
+        ),
+        (
+            "copy outbox.events (event_type, source, created_at) from stdin",
+            &filling_in("created_at"),
+        ),
+        ("declare c cursor for select event_id from outbox.events", &reading),
+        (
+            &format!("with new as ({INSERT} returning event_id) select e.source from outbox.events e, new"),
+            &reading,
+        ),
+        ("update outbox.events set source = 'x' returning event_id", &changing),
+        (
+            "update outbox.events set source = 'x' where event_id = gen_random_uuid()",
+            &changing,
+        ),
+        ("delete from outbox.events returning event_id", &deleting),
+        (
+            "delete from outbox.events where event_id = gen_random_uuid()",
+            &deleting,
+        ),
+        (
+            "merge into outbox.events e using (select 1) s on e.event_id is not null when not matched then insert (event_type, source) values ('t', 's')",
+            &reading,
+        ),
+        (
+            "merge into outbox.events e using (select 1) s on true when matched and e.source > '' then do nothing",
+            &reading,
+        ),
+        (
+            "insert into outbox.events (event_type, source, seq) values ('t', 's', 1)",
+            &filling_in("seq"),
+        ),
+        (
+            "insert into outbox.events (event_type, source, seq) values ('t', 's', 1) returning event_id",
+            &filling_in("seq"),
+        ),
+        (
+            "insert into outbox.events (created_at, event_type, source, xid, branch) values (default, 't', 's', default, 0)",
+            &filling_in("xid, created_at, branch"),
+        ),
+        (
+            "insert into outbox.events values (default, default, now(), gen_random_uuid())",
+            &filling_in("seq, xid, created_at"),
+        ),
+    ] {
+        for sql in [sql.to_owned(), format!("explain {sql}")] {
+            if sql.starts_with("explain copy") || sql.starts_with("explain declare") {
+                continue;
+            }
+            let sql = if sql.starts_with("declare") {
+                format!("begin; {sql}")
+            } else {
+                sql
+            };
+            assert_eq!(Refused::of(publisher.simple_query(&sql)), *expected, "{sql}");
+            publisher.batch_execute("rollback").unwrap();
+        }
+    }
+    // A driver asks for the columns before a COPY: nothing is read.
+    publisher
+        .prepare("select event_id, event_type from outbox.events limit 1")
+        .unwrap();
+    // A view is read with its owner's rights.
+    stack
+        .pg
+        .exec("create view types as select event_type from outbox.events; grant select on types to publisher");
+    assert_eq!(publisher.query("select * from types", &[]).unwrap().len(), 1);
+    // Who was granted a column reads it.
+    stack.pg.exec("grant select (event_type) on outbox.events to publisher");
+    assert_eq!(
+        publisher
+            .query("select event_type from outbox.events", &[])
+            .unwrap()
+            .len(),
+        1
+    );
+    let other_column = Refused::of(publisher.simple_query("select source from outbox.events"));
+    assert_eq!(other_column, words("", ""));
+    // Who may not publish hears what Postgres says.
+    stack
+        .pg
+        .exec("create role nobody login; grant usage on schema outbox to nobody");
+    let mut nobody = stack.pg.client_as("nobody", "postgres");
+    assert_eq!(
+        Refused::of(nobody.simple_query("select event_id from outbox.events")),
+        words("", "")
+    );
 }
 
 /// Who may read is not in its way, and policies of the table's owner hold.

@@ -127,6 +127,12 @@ fn a_publisher_can_do_nothing_else() {
     assert_eq!(
         callable,
         [
+            "any_number_in",
+            "any_subject_in",
+            "any_time",
+            "any_time",
+            "any_time_in",
+            "any_value",
             "any_value_in",
             "attach_table",
             "binary_data",
@@ -134,8 +140,10 @@ fn a_publisher_can_do_nothing_else() {
             "expect_condition",
             "publish_event",
             "publish_event",
+            "publish_event",
             "publish_events",
             "published_here",
+            "refuse_value",
             "row_events",
             "wait_published",
             "write_row_function"

@@ -102,13 +102,21 @@ impl Statement {
                 std::ptr::null_mut(),
             );
             SetUserIdAndSecContext(user, context);
-            let plans = pg_plan_queries(pg_rewrite_query(query), text.as_ptr(), 0, std::ptr::null_mut());
+            let queries = pg_rewrite_query(query);
+            // Before they are planned: the planner's hook refuses what publishers have no right to.
+            for index in 0..length(queries) {
+                let query = item(queries, index).cast::<pg_sys::Query>();
+                #[cfg(feature = "pg15")]
+                insert_by_right_of((*relation).rd_id, owner, (*query).rtable);
+                #[cfg(not(feature = "pg15"))]
+                insert_by_right_of((*relation).rd_id, owner, (*query).rteperminfos);
+            }
+            let plans = pg_plan_queries(queries, text.as_ptr(), 0, std::ptr::null_mut());
             for index in 0..length(plans) {
                 let plan = item(plans, index).cast::<pg_sys::PlannedStmt>();
                 if (*plan).commandType == pg_sys::CmdType::CMD_UTILITY {
                     report::guard(refuse_rule);
                 }
-                insert_by_right_of((*relation).rd_id, owner, plan);
             }
             PopActiveSnapshot();
             let params = makeParamList(columns as i32);
@@ -179,23 +187,20 @@ fn refuse_rule() {
     );
 }
 
+#[cfg(feature = "pg15")]
+type Rights = pg_sys::RangeTblEntry;
+#[cfg(not(feature = "pg15"))]
+type Rights = pg_sys::RTEPermissionInfo;
+
 /// Has the right to insert into our table asked of its owner. All others stay as they are.
 ///
 /// # Safety
-/// A plan that nobody else uses.
-unsafe fn insert_by_right_of(table: pg_sys::Oid, owner: pg_sys::Oid, plan: *mut pg_sys::PlannedStmt) {
-    // SAFETY: the caller's promise; the lists are of these nodes.
+/// The list of a query that nobody else uses.
+unsafe fn insert_by_right_of(table: pg_sys::Oid, owner: pg_sys::Oid, rights: *mut pg_sys::List) {
+    // SAFETY: the caller's promise; the list is of these nodes.
     unsafe {
-        #[cfg(feature = "pg15")]
-        for index in 0..length((*plan).rtable) {
-            let entry = item((*plan).rtable, index).cast::<pg_sys::RangeTblEntry>();
-            if (*entry).relid == table && (*entry).requiredPerms & pg_sys::ACL_INSERT as pg_sys::AclMode != 0 {
-                (*entry).checkAsUser = owner;
-            }
-        }
-        #[cfg(not(feature = "pg15"))]
-        for index in 0..length((*plan).permInfos) {
-            let entry = item((*plan).permInfos, index).cast::<pg_sys::RTEPermissionInfo>();
+        for index in 0..length(rights) {
+            let entry = item(rights, index).cast::<Rights>();
             if (*entry).relid == table && (*entry).requiredPerms & pg_sys::ACL_INSERT as pg_sys::AclMode != 0 {
                 (*entry).checkAsUser = owner;
             }

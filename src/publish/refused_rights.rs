@@ -1,0 +1,234 @@
+//! What a publisher has no right to do with `outbox.events`, refused in words: to read, to change or to delete events, as
+//! an ORM does that looks for a row before it inserts, and to fill in columns that are the trigger's.
+//!
+//! Postgres would refuse it right after, when the statement starts, and says no more than "permission denied". A
+//! statement that is prepared or defined alone is not planned, so a driver that only asks for its columns is not in the
+//! way. What a view asks for, or an expression, is left to Postgres.
+
+use crate::server::error::raise;
+use crate::server::report;
+use crate::tables::catalog::{self, has_our_name};
+use crate::tables::row::attribute;
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::{PgSqlErrorCode, pg_sys};
+use std::ffi::CStr;
+
+const SELECT: pg_sys::AclMode = pg_sys::ACL_SELECT as pg_sys::AclMode;
+const INSERT: pg_sys::AclMode = pg_sys::ACL_INSERT as pg_sys::AclMode;
+const UPDATE: pg_sys::AclMode = pg_sys::ACL_UPDATE as pg_sys::AclMode;
+const DELETE: pg_sys::AclMode = pg_sys::ACL_DELETE as pg_sys::AclMode;
+
+/// Looks at the tables of a statement that is planned.
+///
+/// # Safety
+/// A valid query after its rewriting, in a frame that holds nothing.
+pub(super) unsafe fn expect_rights(query: *const pg_sys::Query) {
+    // SAFETY: the caller's promise; a list may be null.
+    unsafe {
+        let tables = (*query).rtable;
+        let count = if tables.is_null() { 0 } else { (*tables).length as usize };
+        for index in 0..count {
+            let entry = (*(*tables).elements.add(index))
+                .ptr_value
+                .cast::<pg_sys::RangeTblEntry>();
+            if (*entry).rtekind == pg_sys::RTEKind::RTE_SUBQUERY {
+                expect_rights((*entry).subquery);
+            }
+            if (*entry).rtekind != pg_sys::RTEKind::RTE_RELATION {
+                continue;
+            }
+            #[cfg(feature = "pg15")]
+            let rights = entry;
+            #[cfg(not(feature = "pg15"))]
+            let rights = match (*entry).perminfoindex {
+                0 => continue,
+                index => (*(*(*query).rteperminfos).elements.add(index as usize - 1))
+                    .ptr_value
+                    .cast::<pg_sys::RTEPermissionInfo>(),
+            };
+            // Another user's rights are those of a view.
+            if (*rights).requiredPerms == 0 || (*rights).checkAsUser != pg_sys::InvalidOid {
+                continue;
+            }
+            if has_our_name((*entry).relid, c"events") {
+                let asked = Asked {
+                    table: (*entry).relid,
+                    rights: (*rights).requiredPerms,
+                    filled_in: (*rights).insertedCols,
+                };
+                report::guard(|| asked.expect());
+            }
+        }
+    }
+}
+
+/// The same of a statement that is analysed: COPY is not planned.
+///
+/// # Safety
+/// A valid query, in a frame that holds nothing.
+pub(super) unsafe fn expect_rights_of_copy(query: *const pg_sys::Query) {
+    // SAFETY: the caller's promise; a name is looked up without a lock, and may be none.
+    unsafe {
+        let copy = (*query).utilityStmt.cast::<pg_sys::CopyStmt>();
+        if copy.is_null() || (*copy).type_ != pg_sys::NodeTag::T_CopyStmt || (*copy).relation.is_null() {
+            return;
+        }
+        let named = (*copy).relation;
+        if CStr::from_ptr((*named).relname) == c"events" {
+            report::guard(|| {
+                let (no_lock, missing_ok) = (pg_sys::NoLock as pg_sys::LOCKMODE, pg_sys::RVROption::RVR_MISSING_OK);
+                let table = pg_sys::RangeVarGetRelidExtended(named, no_lock, missing_ok, None, std::ptr::null_mut());
+                if table != pg_sys::InvalidOid && has_our_name(table, c"events") {
+                    expect_copy(table, &*copy);
+                }
+            });
+        }
+    }
+}
+
+fn expect_copy(table: pg_sys::Oid, copy: &pg_sys::CopyStmt) {
+    let mut filled_in: *mut pg_sys::Bitmapset = std::ptr::null_mut();
+    // SAFETY: the list is of names, or null: all columns. The set lives in the current memory context.
+    unsafe {
+        let mut fill_in = |column: i16| {
+            let member = i32::from(column) - pg_sys::FirstLowInvalidHeapAttributeNumber;
+            filled_in = pg_sys::bms_add_member(filled_in, member);
+        };
+        match copy.attlist.as_ref() {
+            None => (1..=attribute::COUNT as i16).for_each(&mut fill_in),
+            Some(names) => (0..names.length as usize).for_each(|index| {
+                let name = (*names.elements.add(index)).ptr_value.cast::<pg_sys::String>();
+                match pg_sys::get_attnum(table, (*name).sval) {
+                    // Postgres says so.
+                    0 => {}
+                    column => fill_in(column),
+                }
+            }),
+        }
+    }
+    let rights = if copy.is_from { INSERT } else { SELECT };
+    Asked {
+        table,
+        rights,
+        filled_in,
+    }
+    .expect();
+}
+
+/// What a statement asks of the table.
+struct Asked {
+    table: pg_sys::Oid,
+    rights: pg_sys::AclMode,
+    filled_in: *const pg_sys::Bitmapset,
+}
+
+impl Asked {
+    /// An ERROR if the caller is a publisher, and has not the rights.
+    fn expect(&self) {
+        // Without a right to publish, Postgres's words are enough.
+        if !self.has_anywhere(INSERT) {
+            return;
+        }
+        if let Some((detail, hint)) = self.lacking()
+            && catalog::relations().is_some_and(|relations| relations.events == self.table)
+        {
+            refuse(detail, hint);
+        }
+    }
+
+    /// What the caller has no right to, and what to do instead.
+    fn lacking(&self) -> Option<(String, &'static str)> {
+        let lacks = |right| self.rights & right != 0 && !self.has_anywhere(right);
+        if lacks(UPDATE) {
+            return Some((
+                "Events are never changed.".into(),
+                "Publish another event. If an ORM's save() updates because the row has a key, have it insert; INSERT ... \
+                 ON CONFLICT (event_id) DO NOTHING publishes once.",
+            ));
+        }
+        if lacks(DELETE) {
+            return Some((
+                "A publisher deletes no events. They go when their retention ends.".into(),
+                "Leave them to outbox_relay.published_retention.",
+            ));
+        }
+        if lacks(SELECT) {
+            return Some((
+                "A publisher adds events, and reads none.".into(),
+                "Publish without looking first: with outbox.publish_event(), or with INSERT ... ON CONFLICT (event_id) \
+                 DO NOTHING. outbox.published_here() shows what this transaction has published.",
+            ));
+        }
+        let others: Vec<String> = match self.rights & INSERT != 0 && !self.has(INSERT) {
+            true => self
+                .columns()
+                .filter(|c| !self.may_fill_in(*c))
+                .map(|c| self.name(c))
+                .collect(),
+            false => Vec::new(),
+        };
+        (!others.is_empty()).then(|| {
+            (
+                format!("A publisher does not fill in: {}.", others.join(", ")),
+                "Name the other columns alone, and leave these out of an ORM's model: the server fills them in.",
+            )
+        })
+    }
+
+    /// On the table.
+    fn has(&self, right: pg_sys::AclMode) -> bool {
+        // SAFETY: a catalog look-up within a transaction.
+        unsafe { pg_sys::pg_class_aclcheck(self.table, pg_sys::GetUserId(), right) == pg_sys::AclResult::ACLCHECK_OK }
+    }
+
+    /// On the table, or on one of its columns.
+    fn has_anywhere(&self, right: pg_sys::AclMode) -> bool {
+        let any = pg_sys::AclMaskHow::ACLMASK_ANY;
+        // SAFETY: as above.
+        let on_columns = || unsafe { pg_sys::pg_attribute_aclcheck_all(self.table, pg_sys::GetUserId(), right, any) };
+        self.has(right) || (right != DELETE && on_columns() == pg_sys::AclResult::ACLCHECK_OK)
+    }
+
+    fn may_fill_in(&self, column: i16) -> bool {
+        // SAFETY: as above; the column is one of the table's.
+        unsafe {
+            let user = pg_sys::GetUserId();
+            pg_sys::pg_attribute_aclcheck(self.table, column, user, INSERT) == pg_sys::AclResult::ACLCHECK_OK
+        }
+    }
+
+    /// The columns that an INSERT names.
+    fn columns(&self) -> impl Iterator<Item = i16> {
+        let (columns, mut member) = (self.filled_in, -1);
+        std::iter::from_fn(move || {
+            // SAFETY: a valid set, or null.
+            member = unsafe { pg_sys::bms_next_member(columns, member) };
+            (member >= 0).then_some((member + pg_sys::FirstLowInvalidHeapAttributeNumber) as i16)
+        })
+    }
+
+    fn name(&self, column: i16) -> String {
+        // SAFETY: a catalog look-up; the name lives in the current memory context.
+        unsafe {
+            let name = pg_sys::get_attname(self.table, column, true);
+            if name.is_null() {
+                column.to_string()
+            } else {
+                CStr::from_ptr(name).to_string_lossy().into_owned()
+            }
+        }
+    }
+}
+
+/// In the words of Postgres, and more of them.
+fn refuse(detail: String, hint: &'static str) -> ! {
+    raise(
+        ErrorReport::new(
+            PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE,
+            "permission denied for table events",
+            "",
+        )
+        .set_detail(detail)
+        .set_hint(hint),
+    )
+}
