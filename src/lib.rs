@@ -38,7 +38,7 @@ mod server;
 mod tables;
 mod worker;
 
-use crate::publish::{on_conflict, returning};
+use crate::publish::{on_conflict, planning, returning};
 use crate::server::{error, guc, object_access, shmem, standby, txn};
 use pgrx::{pg_guard, pg_sys};
 
@@ -66,6 +66,7 @@ pub extern "C-unwind" fn _PG_init() {
     if !upgrading {
         returning::install();
         on_conflict::install();
+        planning::install();
     }
     if preloading && !upgrading {
         shmem::install();

@@ -1,5 +1,16 @@
 -- Events, and the tables of those that wait elsewhere: scheduled, refused, failed.
 
+-- The planner replaces a call of this by 0, for which it loads the library. So a session of a server that has not preloaded
+-- it has the library, too, when it plans its first INSERT: see src/publish/planning.rs.
+create function outbox.plan_first_branch(internal) returns internal
+    language c strict
+    as 'MODULE_PATHNAME', 'plan_first_branch';
+comment on function outbox.plan_first_branch(internal) is 'Support function of outbox.first_branch().';
+create function outbox.first_branch() returns smallint
+    language sql stable parallel safe support outbox.plan_first_branch set search_path = pg_catalog, pg_temp
+    as 'select 0::smallint';
+comment on function outbox.first_branch() is 'The branch of an event''s first row, 0. As the default of a column it makes the planner load the library.';
+
 -- Columns of fixed width come first, because each row is deformed once to be sent. The trigger fills in seq, xid and
 -- backend_number.
 create sequence outbox.events_seq_seq as bigint cache 1;
@@ -10,7 +21,7 @@ create table outbox.events (
     event_id         uuid not null,
     backend_number   integer not null,
     published_by     oid,
-    branch           smallint not null default 0,
+    branch           smallint not null default outbox.first_branch(),
     event_type       text not null,
     source           text not null,
     backend          text not null,
@@ -55,7 +66,7 @@ create table outbox.scheduled_events (
     scheduled_at timestamptz not null,
     primary key (event_id, branch)
 );
-alter table outbox.scheduled_events alter column branch set default 0;
+alter table outbox.scheduled_events alter column branch set default outbox.first_branch();
 create index scheduled_events_due_idx on outbox.scheduled_events (scheduled_at, seq);
 comment on table outbox.scheduled_events is 'Events that are not due yet. The worker moves them to outbox.events when they are, in the order of scheduled_at and seq.';
 comment on column outbox.scheduled_events.xid is 'The transaction that scheduled the event. 0 means that a dump brought it when it was overdue: it may have been sent already, so the worker looks for it first.';

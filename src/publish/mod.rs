@@ -13,7 +13,7 @@
 //! - [`repeated_id`] event ids that are used already
 //! - [`appending`] from a checked request to a row
 //! - [`returning`] RETURNING and ON CONFLICT for those who may only insert; [`on_conflict`] what ON CONFLICT (event_id)
-//!   means; [`refused_rights`] what they have no right to, in words
+//!   means; [`refused_rights`] what they have no right to, in words; [`planning`] the same where the library came late
 //!
 //! `publish_event` inserts through the table's access method and not the executor, as long as the table is as the
 //! extension made it (see `tables/insertion.rs`): it needs no rights on the table, and no plan. A plain INSERT passes
@@ -32,6 +32,7 @@ mod fan_out;
 mod json;
 pub(crate) mod on_conflict;
 mod placing;
+pub(crate) mod planning;
 mod refused_rights;
 mod repeated_id;
 mod request;

@@ -67,9 +67,11 @@ unsafe extern "C-unwind" fn on_planning(
     }
 }
 
+/// Adds `branch` to the clause of an INSERT that names `event_id` alone.
+///
 /// # Safety
 /// A valid query, in a frame that holds nothing.
-unsafe fn complete(query: *mut pg_sys::Query) {
+pub(super) unsafe fn complete(query: *mut pg_sys::Query) {
     // SAFETY: the caller's promise; relations are counted from 1 in the range table. The new nodes live as long as what
     // the planner makes.
     unsafe {

@@ -60,9 +60,11 @@ unsafe extern "C-unwind" fn on_analyzed(
     }
 }
 
+/// Takes SELECT off what an INSERT asks for, where that shows nothing of others.
+///
 /// # Safety
 /// A valid query, which nobody else uses yet, in a frame that holds nothing.
-unsafe fn permit(query: *mut pg_sys::Query) {
+pub(super) unsafe fn permit(query: *mut pg_sys::Query) {
     // SAFETY: the caller's promise; relations are counted from 1 in the range table.
     unsafe {
         if (*query).commandType != pg_sys::CmdType::CMD_INSERT
@@ -85,6 +87,10 @@ unsafe fn permit(query: *mut pg_sys::Query) {
             && (*(*query).onConflict).action == pg_sys::OnConflictAction::ONCONFLICT_UPDATE;
         let asked = Asked {
             table: (*entry).relid,
+            user: match (*rights).checkAsUser {
+                pg_sys::InvalidOid => pg_sys::GetUserId(),
+                owner => owner,
+            },
             columns: (*rights).selectedCols,
             updates,
         };
@@ -97,6 +103,8 @@ unsafe fn permit(query: *mut pg_sys::Query) {
 /// What an INSERT asks for beside inserting.
 struct Asked {
     table: pg_sys::Oid,
+    /// Whose rights count: the caller's, or those of a view's or a rule's owner.
+    user: pg_sys::Oid,
     columns: *const pg_sys::Bitmapset,
     updates: bool,
 }
@@ -115,7 +123,7 @@ fn is_own_alone(asked: &Asked) -> bool {
     }
     // SAFETY: catalog look-ups within a transaction.
     unsafe {
-        let user = pg_sys::GetUserId();
+        let user = asked.user;
         let has = |mode| {
             let any = pg_sys::AclMaskHow::ACLMASK_ANY;
             pg_sys::pg_class_aclcheck(asked.table, user, mode) == pg_sys::AclResult::ACLCHECK_OK

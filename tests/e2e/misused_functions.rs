@@ -109,6 +109,8 @@ fn our_functions_refuse_what_they_are_not_for() {
         ("publish_events", "jsonb", "setof uuid"),
         ("fan_out", "", "int"),
         ("check_route", "", "int"),
+        ("plan_first_branch", "", "int"),
+        ("plan_first_branch", "text", "int"),
         ("matches", "", "bool"),
         ("matches", "text", "bool"),
         ("hash_slot", "", "int"),

@@ -1,6 +1,6 @@
 //! RETURNING and ON CONFLICT, as ORMs write them, by a role that may publish and read nothing.
 
-use kit::{Refused, Stack, types};
+use kit::{Postgres, Refused, Stack, types};
 use postgres::Client;
 use uuid::Uuid;
 
@@ -370,4 +370,107 @@ fn tables_of_others_are_not_touched() {
     let mut elsewhere = stack.pg.client_as("publisher", "without");
     let insert = "insert into outbox.events (source) values ('s') returning event_id";
     assert_eq!(Refused::of(elsewhere.simple_query(insert)), plain);
+}
+
+/// The library is loaded while a session's first statement is being planned.
+#[test]
+fn without_the_library_preloaded_the_first_statement_of_a_session_may_be_any_of_these() {
+    let pg = Postgres::with(&[("shared_preload_libraries", "")]).start();
+    pg.extension();
+    pg.exec(&format!(
+        "create role publisher login; select outbox.grant_publisher('publisher');
+        select outbox.publish_event('t', 's', event_id => '{KNOWN}');
+        create function standard() returns void security definer begin atomic
+            insert into outbox.events (event_type, source, event_id) values ('t', 's', '{KNOWN}') on conflict (event_id) do nothing; end;
+        create view of_events as select event_id, event_type, source from outbox.events; grant insert, select on of_events to publisher"
+    ));
+    let insert = "insert into outbox.events (event_type, source, event_id)";
+    let repeated = format!("{insert} values ('t', 's', '{KNOWN}')");
+    for (first, rows) in [
+        (format!("{INSERT} returning event_id"), 1),
+        (format!("{repeated} on conflict do nothing"), 0),
+        (format!("{repeated} on conflict (event_id) do nothing"), 0),
+        (
+            format!("{repeated} on conflict (event_id) do nothing returning event_id"),
+            0,
+        ),
+        (
+            format!(
+                "{insert} values ('t', 's', gen_random_uuid()) on conflict (event_id) do nothing returning event_id"
+            ),
+            1,
+        ),
+        (
+            format!(
+                "{insert} values ('t', 's', gen_random_uuid()), ('t', 's', '{KNOWN}') on conflict (event_id) do nothing returning event_id"
+            ),
+            1,
+        ),
+        (
+            format!(
+                "{insert} select 't', 's', gen_random_uuid() from generate_series(1, 3) on conflict (event_id) do nothing returning event_id"
+            ),
+            3,
+        ),
+        (
+            format!("with e as ({INSERT} on conflict (event_id) do nothing returning event_id) select event_id from e"),
+            1,
+        ),
+        (
+            format!("do $$ begin {repeated} on conflict (event_id) do nothing; end $$"),
+            0,
+        ),
+        (
+            format!("explain analyze {repeated} on conflict (event_id) do nothing"),
+            0,
+        ),
+        ("select standard()".to_owned(), 1),
+        (
+            format!(
+                "insert into of_events (event_type, source, event_id) values ('t', 's', '{KNOWN}') on conflict (event_id) do nothing returning event_id"
+            ),
+            0,
+        ),
+    ] {
+        for simple in [false, true] {
+            let mut session = pg.client_as("publisher", "postgres");
+            let fails = |error: postgres::Error| -> usize { panic!("{first}: {error:?}") };
+            let found = match simple {
+                false => session.query(&first, &[]).map_or_else(fails, |found| found.len()),
+                true => session.simple_query(&first).map_or_else(fails, |_| rows),
+            };
+            assert!(found == rows || first.starts_with("explain"), "{first}: {found}");
+        }
+    }
+    assert_eq!(
+        pg.one::<i64>(
+            "select count(*) from outbox.events where event_id = '{KNOWN}'"
+                .replace("{KNOWN}", KNOWN)
+                .as_str()
+        ),
+        1
+    );
+    // What is refused is refused in the same words.
+    for (first, detail) in [
+        (
+            format!("{INSERT} returning seq"),
+            "The statement returns, or looks for, what a publisher may not read: seq.",
+        ),
+        (
+            format!("{repeated} on conflict (event_id) do update set source = 'x'"),
+            "ON CONFLICT DO UPDATE would change an event, and events are never changed.",
+        ),
+    ] {
+        let refused = Refused::of(pg.client_as("publisher", "postgres").simple_query(&first));
+        assert_eq!(
+            (refused.code.as_str(), refused.detail.as_deref()),
+            ("42501", Some(detail)),
+            "{first}"
+        );
+    }
+    let mut scheduler = pg.client();
+    let sql = format!(
+        "insert into outbox.scheduled_events (event_type, source, event_id, scheduled_at) values ('t', 's', '{KNOWN}', '2100-01-01') on conflict (event_id) do nothing"
+    );
+    assert_eq!(scheduler.execute(&sql, &[]).expect("left out"), 0);
 }
