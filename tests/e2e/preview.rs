@@ -72,6 +72,62 @@ fn the_preview_is_what_is_sent() {
     );
 }
 
+#[test]
+fn the_rows_of_an_event_are_shown_by_backend_and_stream() {
+    let pg = Postgres::with(&[("outbox_relay.enabled", "off")]).start();
+    pg.extension();
+    pg.exec(
+        "insert into outbox.backends (name, stream_name, format) values ('a', 'sa', 'structured'), ('b', 'sb', 'broadcaster'), ('c', 'sc', 'broadcaster');
+        insert into outbox.routes (backend, stream) values ('default', null), ('a', null), ('b', 'x'), ('b', null)",
+    );
+    let id: Uuid = pg.one("select outbox.publish_event('t', 'kit', '{}')");
+    let shown =
+        |arguments: &str| -> Option<Vec<String>> { pg.one(&format!("select outbox.preview('{id}'{arguments})")) };
+    let stream = |arguments: &str| shown(arguments).map(|words| words[1].clone());
+    for (arguments, expected) in [
+        ("", Some("events")),
+        (", null", Some("events")),
+        (", 'default'", Some("events")),
+        (", 'a'", Some("sa")),
+        (", 'a', 'sa'", Some("sa")),
+        (", 'b'", Some("x")),
+        (", 'b', 'sb'", Some("sb")),
+        (", backend => 'b', stream => 'x'", Some("x")),
+        (", null, 'sb'", Some("sb")),
+        (", 'a', 'x'", None),
+        (", 'c'", None),
+    ] {
+        assert_eq!(stream(arguments).as_deref(), expected, "{arguments}");
+    }
+    // Each in its backend's format.
+    assert_eq!(shown(", 'a'").map(|words| words[5..].len()), Some(3));
+    assert_eq!(shown(", 'b'"), shown(", 'b', 'x'"));
+    pg.exec("update outbox.backends set name = 'renamed' where name = 'a'");
+    assert_eq!(stream(", 'renamed'").as_deref(), Some("sa"));
+    let refused = |arguments: &str| {
+        let sql = format!("select outbox.preview('{id}'{arguments})");
+        Refused::of(pg.client().batch_execute(&sql))
+    };
+    let unknown = Refused::new(
+        "42704",
+        "backend \"a\" does not exist",
+        "",
+        "Names of backends are in outbox.backends.",
+    );
+    assert_eq!(refused(", 'a'"), unknown);
+    // Of a backend that is gone: by the name that it had.
+    pg.exec("delete from outbox.routes where backend = 'renamed'; alter table outbox.backends disable trigger check_backend_deletion; delete from outbox.backends where name = 'renamed'");
+    let gone = refused(", 'a'");
+    assert_eq!(
+        gone.detail.as_deref(),
+        Some("It was deleted, so the event is sent nowhere.")
+    );
+    assert_eq!(
+        pg.one::<Option<Vec<String>>>("select outbox.preview(null, 'b', 'x')"),
+        None
+    );
+}
+
 /// It shows the payload.
 #[test]
 fn only_who_is_granted_it_may_look() {
@@ -85,6 +141,13 @@ fn only_who_is_granted_it_may_look() {
     );
     for role in ["app", "watcher"] {
         let refused = Refused::of(stack.pg.client_as(role, "postgres").batch_execute(&sql));
+        assert_eq!(refused.message, "permission denied for function preview");
+        let refused = Refused::of(
+            stack
+                .pg
+                .client_as(role, "postgres")
+                .batch_execute(&format!("select outbox.preview('{id}', 'default')")),
+        );
         assert_eq!(refused.message, "permission denied for function preview");
     }
     stack.pg.exec("grant execute on function outbox.preview(uuid) to app");

@@ -1,10 +1,11 @@
-//! `outbox.preview(event_id)`: the XADD of one event, by the encoder that sends it.
+//! `outbox.preview()`: the XADD of one event, by the encoder that sends it.
 
+use crate::server::datum::utf8_of;
 use crate::server::encoding::words_to_server;
 use crate::server::error::{expect_arguments, raise};
 use crate::server::report;
 use crate::tables::row::EventTexts;
-use crate::tables::sql::{query, text_array};
+use crate::tables::sql::{argument, query_named, query_value, text_array};
 use crate::tables::{backends, rights, ticks};
 use crate::worker::backend::entries::Entries;
 use pgrx::pg_sys::panic::ErrorReport;
@@ -20,21 +21,75 @@ crate::sql_function!(preview, pg_finfo_preview);
 extern "C-unwind" fn preview(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
     report::guard(|| {
         expect_arguments(fcinfo, 1);
-        // SAFETY: one argument of type uuid, which points to 16 bytes, and is not null unless somebody has declared the
-        // function otherwise.
+        // SAFETY: called by Postgres, with an id.
+        unsafe { shown_command(fcinfo, |arguments| Sought::of(arguments[0].value)) }
+    })
+}
+
+crate::sql_function!(preview_of_backend, pg_finfo_preview_of_backend);
+
+/// `outbox.preview(event_id, backend, stream)`
+// No pg_guard: as the other functions that are declared by hand.
+#[unsafe(no_mangle)]
+extern "C-unwind" fn preview_of_backend(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    report::guard(|| {
+        expect_arguments(fcinfo, 3);
+        // SAFETY: called by Postgres, with an id and two texts.
         unsafe {
-            let argument = &(*fcinfo).args.as_slice(1)[0];
-            let id = (!argument.isnull).then(|| *argument.value.cast_mut_ptr::<[u8; 16]>());
-            let command = id.and_then(|id| rights::of_owner(|| command(id)));
-            (*fcinfo).isnull = command.is_none();
-            command.map_or(pg_sys::Datum::from(0), |command| {
-                let texts = words(&command)
-                    .into_iter()
-                    .map(|word| Cow::Owned(words_to_server(&shown(word)).into_owned()));
-                text_array(texts)
+            shown_command(fcinfo, |arguments| {
+                let text =
+                    |index: usize| (!arguments[index].isnull).then(|| utf8_of(arguments[index].value).into_owned());
+                Sought {
+                    backend: text(1),
+                    stream: text(2),
+                    ..Sought::of(arguments[0].value)
+                }
             })
         }
     })
+}
+
+/// Which of an event's rows is looked at.
+struct Sought {
+    event_id: [u8; 16],
+    backend: Option<String>,
+    stream: Option<String>,
+}
+
+impl Sought {
+    /// # Safety
+    /// A uuid.
+    unsafe fn of(event_id: pg_sys::Datum) -> Self {
+        Self {
+            // SAFETY: a uuid points to 16 bytes.
+            event_id: unsafe { *event_id.cast_mut_ptr::<[u8; 16]>() },
+            backend: None,
+            stream: None,
+        }
+    }
+}
+
+/// The words of the command that is sought; NULL without an id.
+///
+/// # Safety
+/// Called by Postgres, with arguments that `sought` reads; the first is an id.
+unsafe fn shown_command(
+    fcinfo: pg_sys::FunctionCallInfo,
+    sought: impl FnOnce(&[pg_sys::NullableDatum]) -> Sought,
+) -> pg_sys::Datum {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let arguments = (*fcinfo).args.as_slice((*fcinfo).nargs as usize);
+        let sought = (!arguments[0].isnull).then(|| sought(arguments));
+        let command = sought.and_then(|sought| rights::of_owner(|| command(&sought)));
+        (*fcinfo).isnull = command.is_none();
+        command.map_or(pg_sys::Datum::from(0), |command| {
+            let texts = words(&command)
+                .into_iter()
+                .map(|word| Cow::Owned(words_to_server(&shown(word)).into_owned()));
+            text_array(texts)
+        })
+    }
 }
 
 /// A word as text; bytes that are none as Postgres shows them.
@@ -48,9 +103,17 @@ fn shown(word: &[u8]) -> Cow<'_, str> {
     }
 }
 
-/// The command that appends this event as it and its backend are now; `None`: there is none.
-fn command(id: [u8; 16]) -> Option<Vec<u8>> {
-    let found = query(EVENT, &[pgrx::Uuid::from_bytes(id).into()], |row| {
+/// The command that appends this row of an event as it and its backend are now; `None`: there is none.
+fn command(sought: &Sought) -> Option<Vec<u8>> {
+    let text = |text: &Option<String>| argument(text.as_deref().unwrap_or_default());
+    let parameters = [
+        ("event_id", pgrx::Uuid::from_bytes(sought.event_id).into()),
+        ("backend", text(&sought.backend)),
+        ("any_backend", sought.backend.is_none().into()),
+        // Which of a backend's rows it is shows with its stream.
+        ("all", sought.stream.is_some().into()),
+    ];
+    let found = query_named(EVENT, parameters, |row| {
         let text = |column| row.text(column).map(Cow::Owned);
         let number: i32 = row.value("backend_number").unwrap_or_default();
         let name = row.text("backend").unwrap_or_default();
@@ -68,30 +131,45 @@ fn command(id: [u8; 16]) -> Option<Vec<u8>> {
             data_schema: text("data_schema"),
             publisher_config: text("publisher_config"),
         };
-        let event = texts.event(id, row.value("created_at_us").unwrap_or_default());
+        let event = texts.event(sought.event_id, row.value("created_at_us").unwrap_or_default());
         let (stream, mut command) = (entries.stream_of(&event), Vec::new());
+        if sought.stream.as_ref().is_some_and(|sought| **sought != *stream) {
+            return None;
+        }
         match entries.encode(&mut command, &stream, true, &event) {
-            Ok(()) => command,
+            Ok(()) => Some(command),
             Err(error) => refuse_event(&error.to_string()),
         }
     });
-    found.into_iter().next()
+    let is_known = |name: &str| {
+        query_value(
+            "select exists (select from outbox.backends where name = $1)",
+            &[argument(name)],
+        )
+        .unwrap_or(false)
+    };
+    match &sought.backend {
+        Some(name) if found.is_empty() && !is_known(name) => refuse_name(name),
+        _ => found.into_iter().flatten().next(),
+    }
 }
 
-/// Wherever it is. Of an event that goes to several streams, its first row.
+/// Wherever it is. Of an event that goes to several streams, its first row, or that of a backend. A backend is known by
+/// its name of today; one that was deleted by the name that it had.
 const EVENT: &str = "select e.backend_number, e.backend, e.event_type, e.source, e.subject, e.data::text, e.stream, e.data_schema,
         e.publisher_config::text, (extract(epoch from e.created_at) * 1000000)::bigint as created_at_us
     from (
         select backend_number, backend, event_type, source, subject, data, stream, data_schema, publisher_config, created_at, seq, branch, 1 as place
-        from outbox.events where event_id = $1
+        from outbox.events where event_id = $event_id
         union all
         select backend_number, backend, event_type, source, subject, data, stream, data_schema, publisher_config, created_at, seq, branch, 2
-        from outbox.scheduled_events where event_id = $1
+        from outbox.scheduled_events where event_id = $event_id
         union all
         select backend_number, backend, event_type, source, subject, data, stream, data_schema, publisher_config, created_at, seq, branch, 3
-        from outbox.failed_events where event_id = $1
-    ) e
-    order by e.place, e.branch, e.seq desc limit 1";
+        from outbox.failed_events where event_id = $event_id
+    ) e left join outbox.backends b on b.number = e.backend_number
+    where $any_backend or coalesce(b.name, e.backend) = $backend
+    order by e.place, e.branch, e.seq desc limit case when not $all then 1 end";
 
 fn refuse_backend(name: &str) -> ! {
     raise(
@@ -102,6 +180,17 @@ fn refuse_backend(name: &str) -> ! {
         )
         .set_detail("It was deleted, so the event is sent nowhere.")
         .set_hint("Insert a backend of this name into outbox.backends, and call outbox.retry_failed()."),
+    )
+}
+
+fn refuse_name(name: &str) -> ! {
+    raise(
+        ErrorReport::new(
+            PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT,
+            format!("backend \"{name}\" does not exist"),
+            "",
+        )
+        .set_hint("Names of backends are in outbox.backends."),
     )
 }
 
