@@ -208,3 +208,8 @@ create function outbox.backends_changed() returns trigger
     language c
     as 'MODULE_PATHNAME', 'backends_changed';
 comment on function outbox.backends_changed() is 'Trigger of outbox.backends and outbox.backend_passwords: tells sessions and the worker.';
+
+create function outbox.rescheduled() returns trigger
+    language c
+    as 'MODULE_PATHNAME', 'rescheduled';
+comment on function outbox.rescheduled() is 'Trigger of outbox.scheduled_events: tells the worker that somebody has changed when events are due.';

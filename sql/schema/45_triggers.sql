@@ -119,6 +119,7 @@ values
     ('events', 'refuse_update', 'before update on outbox.events for each row execute function outbox.refuse_update()'),
     ('scheduled_events', 'complete_event', 'before insert on outbox.scheduled_events for each row execute function outbox.complete_event()'),
     ('scheduled_events', 'fan_out', 'after insert on outbox.scheduled_events for each statement execute function outbox.fan_out()'),
+    ('scheduled_events', 'rescheduled', 'after update on outbox.scheduled_events for each statement execute function outbox.rescheduled()'),
     ('inbox', 'check_consumer', 'before insert on outbox.inbox for each row execute function outbox.check_consumer()'),
     -- Before check_backend, by its name.
     ('backends', 'backend_stream', 'before insert or update on outbox.backends for each row execute function outbox.check_stream_name()'),

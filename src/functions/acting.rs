@@ -1,9 +1,11 @@
 //! What an administrator does with events.
 
 use crate::server::report;
-use crate::tables::{replays, rights};
+use crate::server::trigger_call::{When, expect_trigger};
+use crate::server::txn;
+use crate::tables::{catalog, replays, rights};
 use pgrx::datum::TimestampWithTimeZone;
-use pgrx::pg_extern;
+use pgrx::{pg_extern, pg_sys};
 
 /// `outbox.replay_events(backend_number, since, until, event_type)`
 #[pg_extern(sql = false)]
@@ -15,4 +17,22 @@ fn replay_events(
 ) -> i64 {
     let replay = || replays::replay(backend_number, since, until, event_type.as_deref());
     report::guard(|| rights::of_owner(replay))
+}
+
+crate::sql_function!(rescheduled, pg_finfo_rescheduled);
+
+/// `outbox.rescheduled()`, after a statement that has updated `scheduled_events`
+// No pg_guard: as the other triggers.
+#[unsafe(no_mangle)]
+extern "C-unwind" fn rescheduled(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    report::guard(|| {
+        let table = catalog::expect_relations().scheduled;
+        // SAFETY: called by Postgres. An AFTER trigger's result is ignored.
+        unsafe {
+            expect_trigger(fcinfo, "rescheduled", When::AfterStatement, &[table]);
+            (*fcinfo).isnull = false;
+        }
+        txn::scheduled();
+    });
+    pg_sys::Datum::from(0)
 }

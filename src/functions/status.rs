@@ -235,6 +235,8 @@ fn wake() {
         slot.announce_schedule();
         slot.ask();
     }
+    // Once more when what this transaction has done can be seen.
+    txn::woken();
 }
 
 /// `outbox.want_consumers()`

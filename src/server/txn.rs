@@ -51,9 +51,14 @@ pub(crate) fn published() {
     }
 }
 
-/// The transaction inserted scheduled events.
+/// The transaction inserted or changed scheduled events.
 pub(crate) fn scheduled() {
     note(|n| n.scheduled = true);
+}
+
+/// The transaction has woken the worker: what else it does counts, too.
+pub(crate) fn woken() {
+    note(|n| (n.events, n.scheduled) = (true, true));
 }
 
 /// The transaction changed backends or their passwords.

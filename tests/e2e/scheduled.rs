@@ -41,6 +41,30 @@ fn an_event_waits_for_its_time_and_no_longer() {
     });
 }
 
+/// By an UPDATE of the table's owner, which wakes the worker by itself, or is woken for in the same transaction.
+#[test]
+fn an_event_that_is_rescheduled_is_sent_at_its_new_time() {
+    let stack = Stack::with(&[("outbox_relay.poll_interval", "1h")]);
+    for event_type in ["sooner", "woken", "later"] {
+        schedule(&stack, event_type, "'2100-01-01'");
+    }
+    let reschedule = |event_type: &str, at: &str| {
+        format!("update outbox.scheduled_events set scheduled_at = {at} where event_type = '{event_type}'")
+    };
+    stack.pg.exec(&reschedule("sooner", "now()"));
+    assert_eq!(types(&stack.wait_events(1)), ["sooner"]);
+    stack.pg.exec(&format!(
+        "set session_replication_role = replica; {}; select outbox.wake()",
+        reschedule("woken", "now()")
+    ));
+    assert_eq!(types(&stack.wait_events(2))[1], "woken");
+    stack.pg.exec(&format!(
+        "begin; select outbox.wake(); {}; select pg_sleep(0.3); commit",
+        reschedule("later", "'-infinity'")
+    ));
+    assert_eq!(types(&stack.wait_events(3))[2], "later");
+}
+
 #[test]
 fn the_past_is_now_and_the_end_of_time_is_refused() {
     let stack = Stack::start();
