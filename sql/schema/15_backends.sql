@@ -9,7 +9,7 @@ create table outbox.backends (
     port            integer check (port between 1 and 65535),
     db              integer check (db between 0 and 65535),
     username        text check (username <> ''),
-    stream_name     text check (stream_name <> ''),
+    stream_name     text check (stream_name <> '' and not starts_with(stream_name, 'outbox_relay:')),
     own_stream      text,
     max_len         bigint check (max_len >= 0),
     trim            text not null default 'length' check (trim in ('length', 'read')),

@@ -188,6 +188,9 @@ impl PublishError {
             }
             Self::EndlessSchedule => "Pass a time, or NULL to send at once.",
             Self::UnknownBackend(_) => "Check the name, or outbox_relay.default_backend if none was given.",
+            Self::StreamNotAllowed { stream, .. } if stream.starts_with(known_backends::RESERVED) => {
+                "Choose another name."
+            }
             Self::StreamNotAllowed { .. } => "Ask the administrator to extend allowed_streams.",
             Self::LacksPartOfStream { .. } => "Pass it, or name a stream.",
             Self::LongStream { .. } => {

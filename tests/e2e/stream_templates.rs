@@ -82,9 +82,9 @@ fn each_way_to_publish_goes_into_the_stream_that_the_template_gives() {
 
     // A scheduled event was given its stream when it was published.
     set_template(&stack.pg, "other.{source}");
-    stack
-        .pg
-        .exec("update outbox.scheduled_events set scheduled_at = now(); select outbox.wake()");
+    stack.pg.exec("update outbox.scheduled_events set scheduled_at = now()");
+    // Once that has committed.
+    stack.pg.exec("select outbox.wake()");
     assert_eq!(stack.redis.wait_entries("postgres/s/{t}/4711/7", 10).len(), 10);
     // A stream that the publisher names is taken as it is, braces too.
     stack
@@ -155,8 +155,11 @@ fn the_name_that_a_template_gives_is_bounded_like_one_that_a_publisher_gives() {
         let reserved = "outbox_relay:guard:1";
         let refused = Refused::of(admin.batch_execute(&with(way, reserved)));
         assert_eq!(
-            refused.message,
-            format!("backend \"default\" does not allow the stream \"{reserved}\""),
+            (refused.message, refused.hint.as_deref()),
+            (
+                format!("backend \"default\" does not allow the stream \"{reserved}\""),
+                Some("Choose another name.")
+            ),
             "{way}"
         );
         if way.contains("scheduled_events") {
@@ -227,6 +230,12 @@ fn an_invalid_template_is_refused_when_the_row_is_written() {
         long.message,
         "stream_name of backend \"default\" is too long: it has 1025 characters, and at most 1024 are allowed"
     );
+    // Names of guards are no streams.
+    for reserved in ["outbox_relay:guard", "outbox_relay:{subject}"] {
+        let refused =
+            Refused::of(client.batch_execute(&format!("update outbox.backends set stream_name = '{reserved}'")));
+        assert_eq!(refused.code, "23514", "{refused:?}");
+    }
     // A role that may write backends, and nothing else.
     stack.pg.exec("create role dba login; grant usage on schema outbox to dba; grant select, insert, update on outbox.backends to dba; grant usage on sequence outbox.backends_number_seq to dba");
     let mut dba = stack.pg.client_as("dba", "postgres");
