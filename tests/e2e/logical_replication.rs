@@ -24,7 +24,15 @@ fn subscribed_to(old: &Postgres, what: &str) -> Postgres {
     let new = Postgres::with(LOGICAL).start();
     for args in [
         &["-d", "postgres", "--schema-only"][..],
-        &["-d", "postgres", "--data-only", "--table=outbox.backends"],
+        &[
+            "-d",
+            "postgres",
+            "--data-only",
+            "--table=outbox.backends",
+            "--table=outbox.routes",
+            "--table=outbox.publisher_limits",
+            "--table=outbox.consumer_grants",
+        ],
     ] {
         let ran = old.run("pg_dump", args, "");
         assert!(ran.ok, "{}", ran.stderr);
@@ -317,4 +325,104 @@ fn what_a_lost_server_had_sent_is_found_and_not_repeated() {
     );
     new.exec("select outbox.publish_event('new', 's')");
     assert_eq!(types(&old.wait_events(111))[110], "new");
+}
+
+/// With routes of all events to the backends `default`, `a` and `b`.
+fn fanning() -> Stack {
+    let old = old_server();
+    old.pg.exec(
+        "insert into outbox.backends (name, stream_name) values ('a', 'sa'), ('b', 'sb'); update outbox.backends set max_len = 0;
+        insert into outbox.routes (backend) values ('default'), ('a'), ('b')",
+    );
+    for backend in ["a", "b"] {
+        old.point(backend, &old.redis);
+    }
+    old
+}
+
+/// They are taken over one after the other.
+#[test]
+fn each_row_of_an_event_of_several_backends_is_sent_by_one_server() {
+    let old = fanning();
+    let ledger = Ledger::of_routes(&old.pg, &[("a", "sa"), ("b", "sb")]);
+    let load = Load::start(&old.pg, 2, "");
+    load.wait_more(30);
+    let new = subscribed(&old.pg);
+    assert_eq!(new.one::<i64>("select count(*) from outbox.routes"), 3);
+    load.wait_more(50);
+    old.pg
+        .exec("update outbox.backends set enabled = false where name = 'a'");
+    load.wait_more(50);
+    old.pg.exec(
+        "insert into ledger (event_id, backend, key, version) select e.id, b, 'soon', 1
+        from (select outbox.publish_event('soon', 'ledger', scheduled_at => '2100-01-01') as id) e, unnest('{default,a,b}'::text[]) b",
+    );
+    load.stop();
+    wait_drained(&old.pg, "b");
+    old.pg.exec("update outbox.backends set enabled = false");
+    wait_caught_up(&old.pg);
+    assert_undisturbed(&new);
+    let count = |sql: &str| new.one::<i64>(&format!("select count(*) from {sql}"));
+    assert!(count("outbox.held_events where backend = 'a' and branch = 1") > 90);
+    assert_eq!(
+        (
+            count("outbox.held_scheduled"),
+            count("outbox.scheduled_events where scheduled_at = '9999-12-31'"),
+            count("outbox.events")
+        ),
+        (3, 3, 0)
+    );
+    new.exec("select outbox.take_over('a')");
+    assert_eq!(count("outbox.events where backend <> 'a' or branch <> 1"), 0);
+    assert_eq!(
+        (
+            count("outbox.held_events where backend = 'a'"),
+            count("outbox.held_scheduled")
+        ),
+        (0, 2)
+    );
+    new.exec("select outbox.take_over('default'); select outbox.take_over('b')");
+    assert_eq!((count("outbox.held_events"), count("outbox.held_scheduled")), (0, 0));
+    new.exec("update outbox.scheduled_events set scheduled_at = now()");
+    new.exec("alter table ledger alter seq restart with 1000000");
+    let load = Load::start(&new, 2, "");
+    load.wait_more(50);
+    load.stop();
+    new.exec("drop subscription old");
+    let Stack { pg: old_pg, redis } = old;
+    let stack = Stack { pg: new, redis };
+    let verdict = ledger.settle(&stack, Duration::from_secs(20));
+    verdict.assert_exactly_once();
+    assert_eq!(verdict.committed % 3, 0);
+    drop(old_pg);
+}
+
+#[test]
+fn a_row_that_failed_is_retried_on_the_new_server_alone() {
+    let old = fanning();
+    old.pg
+        .exec("update outbox.routes set stream = 'wrong' where backend = 'a'");
+    let new = subscribed(&old.pg);
+    old.redis.call(&["SET", "wrong", "no stream"]);
+    old.pg.exec("select outbox.publish_event('t', 's', max_retries => 1)");
+    wait_eq("a failed row", 1i64, || {
+        old.pg.one("select count(*) from outbox.failed_events")
+    });
+    for backend in ["default", "b"] {
+        wait_drained(&old.pg, backend);
+    }
+    wait_caught_up(&old.pg);
+    assert_undisturbed(&new);
+    let failed = "select string_agg(format('%s %s %s', f.backend, f.branch, b.name), ',') from outbox.failed_events f left join outbox.backends b on b.number = f.backend_number";
+    assert_eq!(new.one::<String>(failed), "a 1 a");
+    old.pg.exec("update outbox.backends set enabled = false");
+    wait_caught_up(&old.pg);
+    new.exec("select outbox.take_over(name) from outbox.backends");
+    old.redis.call(&["DEL", "wrong"]);
+    assert_eq!(new.one::<i64>("select outbox.retry_failed()"), 1);
+    assert_eq!(types(&old.redis.wait_entries("wrong", 1)), ["t"]);
+    new.exec("select outbox.publish_event('last', 's')");
+    for stream in ["events", "wrong", "sb"] {
+        assert_eq!(types(&old.redis.wait_entries(stream, 2)), ["t", "last"], "{stream}");
+    }
 }

@@ -391,27 +391,8 @@ fn a_dump_brings_the_routes_and_each_row_once() {
 
 #[test]
 fn a_killed_worker_or_server_loses_and_repeats_no_row_of_any_stream() {
-    let (mut stack, mut client) = fanning();
-    let ledger = Ledger::create(&stack.pg).and("a", "sa").and("b", "sb");
-    run(
-        &mut client,
-        "alter table ledger drop constraint ledger_pkey;
-         create or replace function publish_logged(key text, backend text default 'default', plain boolean default false, stream text default null)
-             returns void language plpgsql as $$
-         declare
-             v bigint;
-             id uuid;
-         begin
-             update aggregates a set version = a.version + 1 where a.key = publish_logged.key returning a.version into strict v;
-             if plain then
-                 insert into outbox.events (event_type, source, data, subject)
-                     values ('changed', 'ledger', jsonb_build_object('version', v), key) returning event_id into id;
-             else
-                 id := outbox.publish_event('changed', 'ledger', jsonb_build_object('version', v), key);
-             end if;
-             insert into ledger (event_id, backend, key, version) select id, b, publish_logged.key, v from unnest('{default,a,b}'::text[]) b;
-         end $$",
-    );
+    let (mut stack, client) = fanning();
+    let ledger = Ledger::of_routes(&stack.pg, &[("a", "sa"), ("b", "sb")]);
     drop(client);
     let load = Load::start(&stack.pg, 3, "");
     for round in 0..4 {

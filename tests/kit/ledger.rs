@@ -21,16 +21,19 @@ pub const KEYS: usize = 32;
 const SCHEMA: &str = "
 create table aggregates (key text primary key, version bigint not null default 0);
 create table ledger (
-    event_id uuid primary key,
+    event_id uuid not null,
     seq      bigint generated always as identity,
     xid      xid8 not null default pg_current_xact_id(),
     backend  text not null,
     key      text not null,
     version  bigint not null,
-    stream   text
+    stream   text,
+    primary key (event_id, backend)
 );
+-- The backends that an event goes to which names none.
+create table routed (backend text);
 -- Locks the aggregate's row, then publishes: so the events of one aggregate are in the order of their versions.
-create function publish_logged(key text, backend text default 'default', plain boolean default false, stream text default null)
+create function publish_logged(key text, backend text default $default, plain boolean default false, stream text default null)
     returns void
     language plpgsql as $$
 declare
@@ -44,7 +47,10 @@ begin
     else
         id := outbox.publish_event('changed', 'ledger', jsonb_build_object('version', v), key, backend, stream => stream);
     end if;
-    insert into ledger (event_id, backend, key, version, stream) values (id, backend, key, v, stream);
+    insert into ledger (event_id, backend, key, version, stream)
+        select id, b.name, publish_logged.key, v, publish_logged.stream
+        from (select publish_logged.backend as name union all select r.backend from routed r where publish_logged.backend is null) b
+        where b.name is not null;
 end
 $$;";
 
@@ -66,7 +72,25 @@ impl Ledger {
     /// For the backend `default`.
     #[track_caller]
     pub fn create(pg: &Postgres) -> Self {
-        pg.exec(SCHEMA);
+        Self::of(pg, "'default'")
+    }
+
+    /// For events that name no backend, and go by routes to `default` and to these backends, each with its stream.
+    #[track_caller]
+    pub fn of_routes(pg: &Postgres, further: &[(&str, &str)]) -> Self {
+        let mut ledger = Self::of(pg, "null");
+        pg.exec("insert into routed values ('default')");
+        for (backend, stream) in further {
+            pg.exec(&format!("insert into routed values ('{backend}')"));
+            ledger = ledger.and(backend, stream);
+        }
+        ledger
+    }
+
+    /// `default`: the backend of events that are logged without naming one, as SQL.
+    #[track_caller]
+    fn of(pg: &Postgres, default: &str) -> Self {
+        pg.exec(&SCHEMA.replace("$default", default));
         pg.exec(&format!(
             "insert into aggregates select 'k' || n from generate_series(0, {}) n",
             KEYS - 1
