@@ -1,8 +1,9 @@
 //! `include_lsn`: an entry says how far a standby must have replayed to show what the event's transaction has written.
 
 use kit::owners::wait_caught_up;
-use kit::{Entry, Mode, Postgres, Redis, Stack, wait_eq, wait_until};
+use kit::{Entry, LIMIT, Mode, Postgres, Redis, Stack, eventually, standing, wait_eq, wait_until};
 use postgres::Client;
+use std::time::Duration;
 
 /// A primary that tells positions, its standby, and a table.
 fn with_standby(settings: &[(&str, &str)]) -> (Stack, Postgres) {
@@ -142,6 +143,53 @@ fn with_standby_flush_an_entry_comes_before_a_standby_shows_its_row() {
     let entry = stack.wait_events(1).remove(0);
     assert!(!has_replayed(&standby, &entry) && !shows(&standby, "thing"));
     resume(&standby);
+    wait_until("the position to be replayed", || has_replayed(&standby, &entry));
+    assert!(shows(&standby, "thing"));
+}
+
+/// Where the WAL writer stops at the beginning of a page, in the middle of a record that nobody flushes the rest of, a standby
+/// replays only what comes before the record.
+#[test]
+fn a_position_is_never_in_the_middle_of_a_record() {
+    let (mut stack, standby) = with_standby(&[
+        ("outbox_relay.poll_interval", "1h"),
+        ("outbox_relay.retry_delay", "1min"),
+        ("wal_writer_delay", "10ms"),
+    ]);
+    stack.pg.exec("update outbox.backends set delivery = 'at_least_once'");
+    stack.publish("first");
+    stack.wait_events(1);
+    stack.redis.kill9();
+    let mut client = stack.pg.client();
+    commit(&mut client, "thing", false);
+    // It notices when it sends.
+    wait_eq("a lost connection", "backoff".to_owned(), || {
+        standing(&stack.pg, "default").state
+    });
+    // There is something new to see, so that another tick is taken. Nobody commits, so nothing asks for the rest of a page.
+    client.batch_execute("begin; select pg_current_xact_id()").unwrap();
+    let record_end = eventually("the WAL to be flushed up to the beginning of a page", LIMIT, || {
+        client
+            .batch_execute("select pg_logical_emit_message(false, 'kit', repeat('x', 20000))")
+            .unwrap();
+        (0..50).find_map(|_| {
+            std::thread::sleep(Duration::from_millis(10));
+            let row = client
+                .query_one(
+                    "select pg_current_wal_flush_lsn()::text, pg_current_wal_insert_lsn()::text",
+                    &[],
+                )
+                .unwrap();
+            let (flushed, inserted) = (position(&row.get::<_, String>(0)), position(&row.get::<_, String>(1)));
+            (flushed % 8192 == 0 && flushed < inserted).then_some(inserted)
+        })
+    });
+    stack.redis.start_again();
+    stack.pg.exec("select outbox.wake()");
+    let entry = stack.wait_events(1).remove(0);
+    assert_eq!(entry.field("event_type"), "thing");
+    let told = position(entry.field("lsn"));
+    assert!(told >= record_end, "{told:X} {record_end:X}");
     wait_until("the position to be replayed", || has_replayed(&standby, &entry));
     assert!(shows(&standby, "thing"));
 }
