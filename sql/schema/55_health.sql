@@ -139,6 +139,12 @@ faults(what, fault, cure) as (
     where not a.tgisinternal and a.tgname ~ '^outbox_relay_(insert|update|delete|truncate)$'
         and not has_column_privilege(p.proowner, 'outbox.events', 'event_type', 'insert')
     union all
+    -- Its owner has changed since. Superusers, and members of the owner, may be others.
+    select distinct 'attached tables', format('%s belongs to "%s", and publishes as "%s".', a.tgrelid::regclass, pg_get_userbyid(k.relowner), pg_get_userbyid(p.proowner)),
+        format('Run SELECT outbox.attach_table(%L, ...); again, as the comment of %s says.', a.tgrelid::regclass, a.tgfoid::regprocedure)
+    from pg_trigger a join pg_proc p on p.oid = a.tgfoid join pg_class k on k.oid = a.tgrelid
+    where not a.tgisinternal and a.tgname ~ '^outbox_relay_(insert|update|delete|truncate)$' and not pg_has_role(p.proowner, k.relowner, 'usage')
+    union all
     select 'inheritance', format('outbox.%s takes part in inheritance or partitioning.', t.name), 'Detach it: its rows are read one table at a time.'
     from there t where exists (select from pg_inherits i where t.oid in (i.inhrelid, i.inhparent))
 )

@@ -64,6 +64,7 @@ values
     -- They need the ownership of a table besides.
     ('execute', 'function outbox.attach_table(regclass, text, text, text, text[], text[], text, text, text)'),
     ('execute', 'function outbox.detach_table(regclass)'),
+    ('execute', 'function outbox.family_of(regclass)'),
     ('execute', 'function outbox.row_events(regclass, text, text, text, text[], text[], text[], text, text)'),
     ('execute', 'function outbox.write_row_function(regclass, text, jsonb, boolean)'),
     ('execute', 'function outbox.expect_condition(regclass, text)'),

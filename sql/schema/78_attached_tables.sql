@@ -8,8 +8,9 @@ create function outbox.row_events(relation regclass, event_type text, source tex
     as $$
 declare
     -- Templates, in which a % of a name or of the condition is doubled. The columns that are published, of the row "old" or "new". The number of a pair is not one of them.
-    row_of constant text := case when columns is null then '(to_jsonb(%1$s) - ''outbox_relay number'')'
-        else '(select to_jsonb(d) from (select ' || (select string_agg('%1$s.' || replace(quote_ident(c.name), '%', '%%'), ', ' order by c.place) from unnest(columns) with ordinality c (name, place)) || ') d)' end;
+    -- "new.*" is the row, where "new" would be a column of that name, if there is one.
+    row_of constant text := case when columns is null then '(to_jsonb(%1$s.*) - ''outbox_relay number'')'
+        else '(select to_jsonb(d.*) from (select ' || (select string_agg('%1$s.' || replace(quote_ident(c.name), '%', '%%'), ', ' order by c.place) from unnest(columns) with ordinality c (name, place)) || ') d)' end;
     old_row constant text := format(row_of, 'old');
     new_row constant text := format(row_of, 'new');
     subject_of constant text := case cardinality(coalesce(key, '{}')) when 0 then 'null' when 1 then '%1$s.' || replace(quote_ident(key[1]), '%', '%%') || '::text'
@@ -69,8 +70,10 @@ create function outbox.write_row_function(relation regclass, function text, said
     language plpgsql set search_path = pg_catalog, pg_temp
     as $$
 begin
-    -- Without nested loops: the plan that is made for one row serves a million.
-    execute format('create %s function %s() returns trigger language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_nestloop = off as %L',
+    -- Without nested loops: the plan that is made for one row serves a million. Values look the same in all sessions, or
+    -- a row would have several subjects.
+    execute format('create %s function %s() returns trigger language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_nestloop = off
+            set datestyle = iso set intervalstyle = postgres set timezone = utc set bytea_output = hex set extra_float_digits = 1 as %L',
         case when replaces then 'or replace' else '' end, function, outbox.row_events(relation, said ->> 'event_type', said ->> 'source', said ->> 'backend',
             array(select jsonb_array_elements_text(said -> 'key')), case when said ? 'columns' then array(select jsonb_array_elements_text(said -> 'columns')) end,
             string_to_array(said ->> 'operations', ','), said ->> 'condition', said ->> 'payload'));
@@ -81,24 +84,33 @@ end
 $$;
 comment on function outbox.write_row_function(regclass, text, jsonb, boolean) is 'Part of outbox.attach_table(): the trigger function of a table. Its comment is what was said of it.';
 
+create function outbox.family_of("table" regclass) returns setof oid
+    language sql stable set search_path = pg_catalog, pg_temp
+    as $$
+with recursive family (oid) as (
+    select "table"::oid union select i.inhrelid from family f join pg_inherits i on i.inhparent = f.oid
+)
+select f.oid from family f
+$$;
+comment on function outbox.family_of(regclass) is 'Part of outbox.attach_table() and outbox.detach_table(): the table, its partitions and its children.';
+
 create function outbox.detach_table("table" regclass) returns void
     language plpgsql set search_path = pg_catalog, pg_temp
     as $$
 declare
     t record;
+    functions oid[] := '{}';
 begin
     for t in
-        with recursive family (oid) as (
-            select "table"::oid union select i.inhrelid from family f join pg_inherits i on i.inhparent = f.oid
-        )
-        select g.tgname, g.tgrelid::regclass as relation from family f join pg_trigger g on g.tgrelid = f.oid
+        select g.tgname, g.tgrelid::regclass as relation, g.tgfoid from outbox.family_of("table") f (oid) join pg_trigger g on g.tgrelid = f.oid
         where not g.tgisinternal and g.tgname ~ '^outbox_relay_(insert|update|delete|truncate)$'
     loop
         execute format('drop trigger %I on %s', t.tgname, t.relation);
+        functions := functions || t.tgfoid;
     end loop;
-    -- Also those of tables that were dropped while they were attached.
+    -- Also those of tables that were dropped while they were attached. The table may have come from another schema.
     for t in
-        select p.oid::regprocedure as function from pg_class c join pg_proc p on p.pronamespace = c.relnamespace
+        select p.oid::regprocedure as function from pg_class c join pg_proc p on p.pronamespace = c.relnamespace or p.oid = any (functions)
             join pg_depend d on d.classid = 'pg_proc'::regclass and d.objid = p.oid and d.deptype = 'x' and d.refclassid = 'pg_extension'::regclass
             join pg_extension e on e.oid = d.refobjid and e.extname = 'outbox_relay'
         where c.oid = "table" and p.proname like E'outbox\\_events\\_of\\_%' and pg_has_role(p.proowner, 'usage')
@@ -132,7 +144,7 @@ begin
     end if;
     if c.relkind not in ('r', 'p') or c.relpersistence = 't' or c.nspname in ('outbox', 'pg_catalog', 'information_schema') then
         raise exception using errcode = 'wrong_object_type', message = format('%s cannot be attached', "table"),
-            detail = 'Views, foreign and temporary tables, and those of the system and of schema outbox cannot.', hint = 'Attach a table, partitioned or not.';
+            detail = 'Views, foreign and temporary tables, and those of the system and of schema outbox cannot be.', hint = 'Attach a table, partitioned or not.';
     end if;
     if not pg_has_role(c.relowner, 'usage') then
         raise exception using errcode = 'insufficient_privilege', message = format('must be owner of table %s', "table"),
@@ -165,14 +177,21 @@ begin
             where i.indrelid = "table" and i.indisprimary and k.place <= i.indnkeyatts order by k.place);
     end if;
     event_type := coalesce(nullif(event_type, ''), c.relname);
+    condition := nullif(btrim(condition, E' \t\r\n'), '');
     source := coalesce(nullif(source, ''), format('/%s/%s', current_database(), c.nspname));
+    if length(event_type) > 246 or length(source) > 255 then
+        raise exception using errcode = 'invalid_parameter_value', message = case when length(source) > 255 then 'source' else 'event_type' end || ' is too long',
+            detail = 'A source has at most 255 characters, and an event type at most 246: the operation is appended to it.', hint = 'Pass a shorter name.';
+    end if;
     if condition is not null then
         -- An error here is that of the condition.
         execute format(E'select from (select t.* from %1$s t) old, (select t.* from %1$s t) new where false and (select (%2$s\n) from (select new.*) "row")', "table", condition);
     end if;
 
     perform outbox.detach_table("table");
-    select q.name into name from (select left('outbox_events_of_' || c.relname, 55) || case when n > 1 then '_' || n else '' end as name, n from generate_series(1, 1000) n) q
+    -- A name has at most 63 bytes. To leave as many characters as are appended leaves as many bytes at least.
+    select q.name into name from (select left(f.full, length(f.full) - length(s.suffix)) || s.suffix as name, n
+            from generate_series(1, 1000) n, (select ('outbox_events_of_' || c.relname)::name::text) f ("full"), lateral (select case when n > 1 then '_' || n else '' end) s (suffix)) q
         where not exists (select from pg_proc p where p.proname = q.name and p.pronamespace = (select k.relnamespace from pg_class k where k.oid = "table"))
         order by q.n limit 1;
     function := format('%I.%I', c.nspname, name);
@@ -192,10 +211,7 @@ begin
     end if;
     -- A statement on a partition fires the triggers of that partition alone.
     for family in
-        with recursive family (oid) as (
-            select "table"::oid union select i.inhrelid from family f join pg_inherits i on i.inhparent = f.oid
-        )
-        select f.oid::regclass as relation, f.oid = "table" as is_itself from family f join pg_class k on k.oid = f.oid where k.relkind in ('r', 'p')
+        select f.oid::regclass as relation, f.oid = "table" as is_itself from outbox.family_of("table") f (oid) join pg_class k on k.oid = f.oid where k.relkind in ('r', 'p')
     loop
         foreach operation in array wanted loop
             if operation = 'truncate' and not family.is_itself then
@@ -213,7 +229,7 @@ comment on function outbox.attach_table(regclass, text, text, text, text[], text
 
 create view outbox.attached_tables with (security_barrier) as
 select t.tgrelid::regclass as relation,
-    pg_catalog.string_agg(pg_catalog.substr(t.tgname::text, 14), ',' order by t.oid) as operations,
+    pg_catalog.string_agg(pg_catalog.substr(t.tgname::text, 14), ',' order by pg_catalog.strpos('insert,update,delete,truncate', pg_catalog.substr(t.tgname::text, 14))) as operations,
     pg_catalog.pg_get_userbyid(p.proowner) as publisher,
     t.tgfoid::regprocedure as function,
     pg_catalog.bool_and(t.tgenabled in ('O', 'A')) as enabled,

@@ -81,16 +81,14 @@ begin
         return;
     end if;
     for d in
-        select distinct f.oid::regclass as relation, p.proowner, s.said, o.address_names[3] as name
-        from pg_event_trigger_dropped_objects() o
-            cross join lateral (with recursive family (oid) as (
-                select o.objid union select i.inhrelid from family f join pg_inherits i on i.inhparent = f.oid
-            ) select oid from family) f
-            join pg_trigger g on g.tgrelid = f.oid join pg_proc p on p.oid = g.tgfoid
+        -- Columns that go with a parent's are among them, and come after it.
+        select distinct o.objid::regclass as relation, p.proowner, s.said, o.address_names[3] as name, o.original
+        from pg_event_trigger_dropped_objects() o join pg_trigger g on g.tgrelid = o.objid join pg_proc p on p.oid = g.tgfoid
             cross join lateral (select case when obj_description(g.tgfoid, 'pg_proc') like 'Publishes rows as events, see outbox.attach\_table(): {%'
                 then substr(obj_description(g.tgfoid, 'pg_proc'), 54)::jsonb end as said) s
         where o.object_type = 'table column' and not g.tgisinternal and g.tgname ~ '^outbox_relay_(insert|update|delete|truncate)$'
             and s.said is not null
+        order by o.original desc
     loop
         if coalesce(d.said -> 'key', '[]') || coalesce(d.said -> 'columns', '[]') ? d.name then
             raise exception using errcode = 'dependent_objects_still_exist', message = format('column "%s" of attached table %s is published', d.name, d.relation),

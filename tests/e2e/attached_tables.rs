@@ -3,6 +3,7 @@
 
 mod changed;
 mod copied;
+mod names;
 
 use kit::{Postgres, Refused, Stack};
 use postgres::Client;
@@ -308,7 +309,21 @@ fn changing_an_attached_table_needs_no_right_to_publish_and_gives_none() {
     let said: String =
         pg.one("select hint from outbox.health() where \"check\" = 'attached tables' and status = 'warn'");
     assert!(said.contains("grant_publisher('shop')"), "{said}");
-    run(&mut shop, "drop table orders");
+    // A new owner is in nobody's name.
+    pg.exec("select outbox.grant_publisher('shop'); alter table orders owner to other");
+    let said: String =
+        pg.one("select detail from outbox.health() where \"check\" = 'attached tables' and status = 'warn'");
+    assert_eq!(said, "public.orders belongs to \"other\", and publishes as \"shop\".");
+    run(
+        &mut other,
+        "select outbox.attach_table('orders'); insert into orders values (2, 2)",
+    );
+    assert_eq!(heads(&mut c), ["orders.insert 2"]);
+    assert_eq!(
+        pg.one::<i64>("select count(*) from outbox.health() where \"check\" = 'attached tables' and status = 'ok'"),
+        1
+    );
+    run(&mut other, "drop table orders");
 }
 
 #[test]

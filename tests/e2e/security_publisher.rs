@@ -138,6 +138,7 @@ fn a_publisher_can_do_nothing_else() {
             "binary_data",
             "detach_table",
             "expect_condition",
+            "family_of",
             "publish_event",
             "publish_event",
             "publish_event",

@@ -334,6 +334,19 @@ fn partitions_and_children_that_come_later_are_published_and_dumps_bring_them() 
         insert into q1 (id) values (1); select outbox.detach_table('q'); drop table q",
     );
     assert_eq!(heads(&mut c), ["q.insert 1"]);
+    // Of a column that goes for all, the parent is named, and what a child keeps as its own goes on.
+    for (sql, relation) in [
+        ("alter table parent drop column id", "parent"),
+        ("alter table only parent drop column id", "parent"),
+        (
+            "alter table child no inherit parent; alter table child drop column id",
+            "child",
+        ),
+    ] {
+        let refused = Refused::of(c.batch_execute(sql));
+        let expected = format!("column \"id\" of attached table public.{relation} is published");
+        assert_eq!((refused.code.as_str(), refused.message), ("2BP01", expected), "{sql}");
+    }
     // Renamed for all at once.
     run(
         &mut c,
