@@ -180,11 +180,17 @@ declare
     discarded bigint;
 begin
     perform outbox.silence_triggers();
-    delete from outbox.failed_events f
-    where (discard_failed.backend is null or f.backend = discard_failed.backend)
-        and (discard_failed.event_type is null or f.event_type = discard_failed.event_type)
-        and (discard_failed.event_id is null or f.event_id = discard_failed.event_id);
-    get diagnostics discarded = row_count;
+    -- With their rows among the others: these would look like published ones, and be replayed.
+    with gone as (
+        delete from outbox.failed_events f
+        where (discard_failed.backend is null or f.backend = discard_failed.backend)
+            and (discard_failed.event_type is null or f.event_type = discard_failed.event_type)
+            and (discard_failed.event_id is null or f.event_id = discard_failed.event_id)
+        returning f.event_id, f.seq
+    ), rows_gone as (
+        delete from outbox.events e using gone g where e.event_id = g.event_id and e.seq = g.seq
+    )
+    select count(*) into discarded from gone g;
     if discarded > 0 then
         raise log '% failed events were discarded', discarded;
     end if;

@@ -74,10 +74,17 @@ fn discarded_events_are_gone_for_good() {
     assert_eq!(failed(), 3, "it is transactional");
     let discarded: i64 = stack.pg.one("select outbox.discard_failed(event_type => 'one')");
     assert_eq!((discarded, failed()), (2, 1));
+    // They are not said to be published, and nothing sends them later.
+    let statuses = "select string_agg(event_type || ' ' || status, ',') from outbox.event_status";
+    assert_eq!(stack.pg.one::<String>(statuses), "two failed");
+    stack.redis.call(&["DEL", "wrong"]);
+    assert_eq!(stack.pg.one::<i64>("select outbox.replay('default', '-infinity')"), 0);
     assert_eq!(stack.pg.one::<i64>("select outbox.discard_failed('other')"), 0);
     assert_eq!(stack.pg.one::<i64>("select outbox.discard_failed('default')"), 1);
     stack.pg.wait_log("2 failed events were discarded");
     assert_eq!(stack.pg.one::<i64>("select outbox.retry_failed()"), 0);
+    assert_eq!(stack.pg.one::<i64>("select count(*) from outbox.event_status"), 0);
+    assert_eq!(stack.redis.xlen("wrong"), 0);
     stack.pg.exec("create role nobody login");
     let refused = stack
         .pg
