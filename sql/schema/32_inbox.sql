@@ -96,3 +96,24 @@ end
 $$;
 comment on function outbox.consume_once(bpchar, outbox.event_ids) is
     'The same for several events, as uuid[]: returns those that this consumer has not handled before, each once, in the order given.';
+
+-- The same for an id that a driver types as text: entries have it as text. Its type is one of its own for the reason
+-- above.
+create type outbox.written_id;
+create function outbox.written_id_in(cstring) returns outbox.written_id language internal immutable strict parallel safe as 'textin';
+create function outbox.written_id_out(outbox.written_id) returns cstring language internal immutable strict parallel safe as 'textout';
+create type outbox.written_id (input = outbox.written_id_in, output = outbox.written_id_out, like = text, category = 'U');
+comment on type outbox.written_id is 'The argument of outbox.consume_once for an event''s id that is typed as text. Nothing else takes it.';
+comment on function outbox.written_id_in(cstring) is 'Input of type outbox.written_id, which is that of text.';
+comment on function outbox.written_id_out(outbox.written_id) is 'Output of type outbox.written_id, which is that of text.';
+create cast (text as outbox.written_id) without function as implicit;
+create cast (varchar as outbox.written_id) without function as implicit;
+create cast (bpchar as outbox.written_id) without function as implicit;
+create cast (outbox.written_id as text) without function as assignment;
+
+create function outbox.consume_once(consumer outbox.any_text, event_id outbox.written_id) returns boolean
+    language sql volatile parallel unsafe set search_path = pg_catalog, pg_temp
+    as $$
+select outbox.consume_once(consumer::text, event_id::text::uuid)
+$$;
+comment on function outbox.consume_once(outbox.any_text, outbox.written_id) is 'The same for an id that a driver types as text.';

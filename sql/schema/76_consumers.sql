@@ -7,6 +7,7 @@ values
     ('usage', 'schema outbox'),
     ('execute', 'function outbox.consume_once(text, uuid)'),
     ('execute', 'function outbox.consume_once(bpchar, outbox.event_ids)'),
+    ('execute', 'function outbox.consume_once(outbox.any_text, outbox.written_id)'),
     -- Called when a value becomes an event_ids by its text, and back.
     ('execute', 'function outbox.event_ids_in(cstring)'),
     ('execute', 'function outbox.event_ids_out(outbox.event_ids)'),

@@ -210,6 +210,58 @@ fn arguments_without_a_meaning_are_refused() {
     assert_eq!(noted(&pg), 0);
 }
 
+/// Entries have the id as text, and many drivers say that it is one. Whatever they say, Postgres finds one function.
+#[test]
+fn an_id_may_be_typed_as_text_and_no_call_is_ambiguous() {
+    let pg = start();
+    pg.exec("create role billing login; select outbox.grant_consumer('billing')");
+    let mut client = pg.client_as("billing", "postgres");
+    let id = Uuid::new_v4();
+    for consumer in ["'c'", "'c'::text", "'c'::varchar", "'c'::char(1)", "'c'::name"] {
+        for cast in ["::uuid", "::text", "::varchar", "::varchar(36)", "::char(36)"] {
+            let mut transaction = client.transaction().unwrap();
+            let call = format!("select outbox.consume_once({consumer}, '{id}'{cast})");
+            for expected in [true, false] {
+                let row = transaction
+                    .query_one(&call, &[])
+                    .unwrap_or_else(|error| panic!("{call}: {error:?}"));
+                assert_eq!(row.get::<_, bool>(0), expected, "{call}");
+            }
+            transaction.rollback().unwrap();
+        }
+        // No name becomes a bpchar.
+        if consumer == "'c'::name" {
+            continue;
+        }
+        for ids in ["array[]::uuid[]", "array[]::text[]", "array[]::varchar[]"] {
+            let call = format!("select outbox.consume_once({consumer}, {ids})");
+            assert_eq!(client.query(&call, &[]).unwrap().len(), 0, "{call}");
+        }
+    }
+    for consumer in ["'c'", "$2", "'c'::text", "'c'::varchar", "'c'::name"] {
+        for named in ["{}, {}", "consumer => {}, event_id => {}"] {
+            let mut values = [consumer, "$1"].into_iter();
+            let arguments: String = named
+                .split("{}")
+                .flat_map(|part| [part, values.next().unwrap_or("")])
+                .collect();
+            let call = format!("select outbox.consume_once({arguments})");
+            let statement = client
+                .prepare(&call)
+                .unwrap_or_else(|error| panic!("{call}: {error:?}"));
+            assert_eq!(statement.params()[0], postgres::types::Type::UUID, "{call}");
+        }
+    }
+    for cast in ["", "::text", "::varchar"] {
+        let sql = format!("select outbox.consume_once('c', 'no id'{cast})");
+        assert_eq!(Refused::of(client.simple_query(&sql)).code, "22P02", "{sql}");
+    }
+    assert_eq!(
+        Refused::of(client.simple_query("select outbox.consume_once('c', null::text)")).code,
+        "22004"
+    );
+}
+
 #[test]
 fn a_role_with_the_grant_consumes_and_reads_nothing() {
     let pg = start();
