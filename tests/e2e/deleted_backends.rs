@@ -204,3 +204,29 @@ fn a_forgotten_backend_that_comes_back_repeats_nothing() {
         8
     );
 }
+
+#[test]
+fn the_guard_of_a_deleted_backend_is_named_in_the_log_and_may_be_removed() {
+    let stack = stack();
+    let mut sent = Vec::new();
+    for removes in [false, true, false] {
+        add(&stack, "b");
+        sent.extend(publish_many(&mut stack.pg.client(), "b", "", "event", 2));
+        assert_eq!(kit::ids(&stack.redis.wait_entries("b", sent.len())), sent);
+        let key: String = stack.pg.one("select outbox.guard_key('b')");
+        stack.pg.exec("delete from outbox.backends where name = 'b'");
+        stack
+            .pg
+            .wait_log(&format!("HINT:  To remove it, run: redis-cli DEL '{key}'"));
+        assert!(
+            stack.redis.guard(&key).is_some(),
+            "it is there for whoever gets the backend back"
+        );
+        if removes {
+            stack.redis.call(&["DEL", &key]);
+        }
+        wait_forgotten(&stack);
+        // Nobody has written it again.
+        assert_eq!(stack.redis.guard(&key).is_some(), !removes);
+    }
+}

@@ -1,6 +1,7 @@
 //! Changes of a backend's settings, as loading finds them.
 
-use crate::server::guc;
+use crate::server::guc::{self, LogLevel};
+use crate::server::process::log;
 use crate::tables::backends::BackendRow;
 use crate::worker::backend::connection::Connection;
 use crate::worker::backend::duty::{Duty, Finder};
@@ -97,11 +98,25 @@ impl Backend {
 
     /// Its row is gone.
     pub(crate) fn delete(&mut self) {
+        self.say_deleted();
         self.let_go();
         self.duty = Duty::of_deleted(self.lane());
         self.leave_meter();
         self.restored.let_go();
         self.delivery.set_streams(Streams::default());
+    }
+
+    /// Names the guard, which nobody will touch any more. It stays: whoever gets the backend back, from a backup or as a
+    /// standby that had not heard of the deletion, learns from it what was sent.
+    fn say_deleted(&self) {
+        if let Some(key) = self.guard_key() {
+            log(
+                LogLevel::Info,
+                &format!("backend \"{}\" was deleted", self.name()),
+                Some(&format!("Its guard stays in its Redis: {key}")),
+                Some(&format!("To remove it, run: redis-cli DEL '{key}'")),
+            );
+        }
     }
 
     /// A trouble with the former settings says nothing about the new ones.
