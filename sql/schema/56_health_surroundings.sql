@@ -71,12 +71,38 @@ named as (
 ),
 wrong as (
     select n.* from named n where n.backend <> '' and not exists (select from outbox.backends b where b.name = n.backend)
+),
+-- Where each backend's own stream is, and how it is trimmed. What a template gives is not known here.
+trimming as (
+    select b.number, b.name, b.trim, coalesce(b.max_len, current_setting('outbox_relay.redis_max_len', true)::bigint, 10000) as max_len,
+        coalesce(b.own_stream, outbox.common_stream()) as stream,
+        case b.mode when 'standalone' then jsonb_build_array(
+                coalesce(b.unix_socket, coalesce(b.host, current_setting('outbox_relay.redis_host', true))),
+                case when b.unix_socket is null then coalesce(b.port, current_setting('outbox_relay.redis_port', true)::integer) end)
+            else jsonb_build_array((select array_agg(n order by n) from unnest(b.nodes) n), b.sentinel_master) end as place,
+        case when b.mode <> 'cluster' then coalesce(b.db, current_setting('outbox_relay.redis_db', true)::integer, 0) end as db
+    from outbox.backends b where b.enabled and coalesce(b.stream_name, current_setting('outbox_relay.redis_stream_name', true), '') !~ '[{}]'
+),
+-- The first of those that share a stream, and one that trims it otherwise.
+contrary as (
+    select a.name, a.trim, a.max_len, a.stream, min(o.name) as other
+    from trimming a join trimming o on o.stream = a.stream and o.place = a.place and o.db is not distinct from a.db and o.number > a.number
+    where (o.trim, o.max_len) <> (a.trim, a.max_len)
+        and not exists (select from trimming f where f.stream = a.stream and f.place = a.place and f.db is not distinct from a.db and f.number < a.number)
+    group by a.name, a.trim, a.max_len, a.stream
+    order by a.name limit 3
 )
 select 'default backend', case when count(w) > 0 then 'fail' else 'ok' end,
     coalesce(string_agg(distinct format('%s is "%s", and there is no such backend: publishing without a backend fails.', w.what, w.backend), ' '),
         'The backend that events have by default is there.'),
     'Run ' || string_agg(format('ALTER %s RESET outbox_relay.default_backend;%s', w.of, case w.n when 1 then ' SELECT pg_reload_conf();' end), ' ' order by w.n, w.of)
 from wrong w
+union all
+select 'shared streams', case when count(c) > 0 then 'warn' else 'ok' end,
+    coalesce(string_agg(format('The backends "%s" and "%s" write to the stream "%s" of one Redis, and trim it differently: what one of them keeps, the other removes.',
+        c.name, c.other, c.stream), ' ' order by c.name), 'No backends share a stream and trim it differently.'),
+    'Run ' || string_agg(format('UPDATE outbox.backends SET trim = %L, max_len = %s WHERE name IN (%L, %L);', c.trim, c.max_len, c.name, c.other), ' ' order by c.name)
+from contrary c
 union all
 select 'autovacuum', case when count(f) > 0 then 'warn' else 'ok' end,
     coalesce(string_agg(f.fault, ' ' order by f.fault), 'Autovacuum looks after the tables.'), 'Run ' || string_agg(f.cure, ' ' order by f.fault)
@@ -93,4 +119,4 @@ from (
 ) f;
 end
 $$;
-comment on function outbox.setting_health() is 'Part of outbox.health(): whether the default backend is there, and autovacuum is on.';
+comment on function outbox.setting_health() is 'Part of outbox.health(): whether the default backend is there, backends that share a stream trim it alike, and autovacuum is on.';
