@@ -70,6 +70,7 @@ named! {
         NoWatch: "no_watch",
         IgnoreErrorReply: "ignore_error_reply",
         IgnoreGuard: "ignore_guard",
+        KeepOldNumber: "keep_old_number",
         FewDatabaseSlots: "few_database_slots",
         CompareByTwo: "compare_by_two",
         ShortMinutes: "short_minutes",

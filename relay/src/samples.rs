@@ -9,7 +9,7 @@ use std::time::Duration;
 pub const TOKEN: &str = "t";
 
 /// The fields of a readable guard, all of them.
-pub const GUARD: [(&str, &str); 15] = [
+pub const GUARD: [(&str, &str); 16] = [
     ("token", TOKEN),
     ("incarnation", "i"),
     ("system", "1"),
@@ -25,6 +25,7 @@ pub const GUARD: [(&str, &str); 15] = [
     ("compares", "0"),
     ("wal", "12345"),
     ("total", "7"),
+    ("own_stream", "events"),
 ];
 
 /// The order to claim a guard under [`TOKEN`], without a start of its own.

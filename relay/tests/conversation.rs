@@ -287,7 +287,7 @@ fn an_order_waits_until_the_claim_is_confirmed() {
     talk.hears(&TOKEN);
     assert_eq!(talk.says(), "XREVRANGE COUNT");
     talk.hears(&["*0"]);
-    assert_eq!(talk.reported(), "seen [false]");
+    assert_eq!(talk.reported(), "seen [Missing]");
     assert!(talk.conversation.wants_order() && !talk.conversation.awaits_reply());
 }
 

@@ -6,7 +6,7 @@ use relay::delivery::flight::{BatchedEvent, Contents, WINDOW_BATCHES};
 use relay::delivery::refusal::Streams;
 use relay::delivery::{Cursor, Delivery, Guarantee, RowFate};
 use relay::event::text::{hyphenated, rfc3339};
-use relay::event::wanted::{Purpose, Wanted};
+use relay::event::wanted::{Purpose, Sighting, Wanted};
 use relay::failure::{Class, Failure};
 use relay::reading::range::Position;
 use relay::reading::schedule::Supply;
@@ -275,8 +275,14 @@ fn is_taken(search: &mut Search, value: &Value) -> Result<bool, Failure> {
     Ok(false)
 }
 
+/// Whether events are there, of a search whose commands have these replies.
+fn found(search: Search, replies: Vec<Value>) -> Vec<bool> {
+    let seen = sightings(search, replies);
+    seen.iter().map(|sighting| *sighting == Sighting::There).collect()
+}
+
 /// The outcome of a search whose commands have these replies; where it asks for further entries, there are none.
-fn found(mut search: Search, replies: Vec<Value>) -> Vec<bool> {
+fn sightings(mut search: Search, replies: Vec<Value>) -> Vec<Sighting> {
     let mut replies = VecDeque::from(replies);
     let mut asked = Vec::new();
     while search.ask(&mut asked) {
@@ -342,33 +348,69 @@ fn in_a_thinned_stream_only_what_was_appended_counts_as_found() {
     assert_eq!(found(Search::new(&[wanted("a", 1), settled]), replies), [false, true]);
 }
 
-/// Whatever was removed of it: behind the last that was ever added there was nothing.
-#[test]
-fn behind_the_last_that_was_added_nothing_was() {
-    let settled = Wanted {
+fn settled(id: u8) -> Wanted {
+    Wanted {
         purpose: Purpose::Settle,
-        ..wanted("a", 2)
-    };
-    let info = |last: &str| {
-        let bulk = |text: &str| Value::BulkString(text.as_bytes().to_vec());
-        let counts = [("length", 1), ("entries-added", 9)];
-        let counts = counts
-            .into_iter()
-            .flat_map(|(name, count)| [bulk(name), Value::Int(count)]);
-        Value::Array(counts.chain([bulk("last-generated-id"), bulk(last)]).collect())
-    };
-    for (entry, last, counts_as_appended) in [
-        // Older, and the last.
-        (entry_of(3, 0), "3-0", false),
-        // Something was added behind it, and removed.
-        (entry_of(3, 0), "4-0", true),
-        // Published later: the event may have stood before it.
-        (entry_of(3, 2), "3-0", true),
-    ] {
-        let replies = vec![Value::Array(vec![entry]), info(last)];
-        assert_eq!(
-            found(Search::new(std::slice::from_ref(&settled)), replies),
-            [counts_as_appended]
-        );
+        ..wanted("a", id)
     }
+}
+
+/// Of a stream that has lost entries: one is left.
+fn thinned(last: &str) -> Value {
+    let bulk = |text: &str| Value::BulkString(text.as_bytes().to_vec());
+    let counts = [("length", 1), ("entries-added", 9)];
+    let counts = counts
+        .into_iter()
+        .flat_map(|(name, count)| [bulk(name), Value::Int(count)]);
+    Value::Array(counts.chain([bulk("last-generated-id"), bulk(last)]).collect())
+}
+
+/// Whose it is, and so whether it says anything of the batch, only the tables know.
+#[test]
+fn what_was_not_seen_is_told_with_the_last_event_that_was_added() {
+    let name = |id, time| (hyphenated(&[id; 16]), rfc3339(time));
+    for (entry, last, seen) in [
+        (entry_of(3, 0), "3-0", Sighting::NotBehind(name(3, 0))),
+        (entry_of(3, 2), "3-0", Sighting::NotBehind(name(3, 2))),
+        // Something was added behind it, and removed.
+        (entry_of(3, 0), "4-0", Sighting::There),
+    ] {
+        let replies = vec![Value::Array(vec![entry]), thinned(last)];
+        assert_eq!(sightings(Search::new(&[settled(2)]), replies), [seen]);
+    }
+}
+
+/// Events have the times at which they were published: a retried one stands behind others that are younger.
+#[test]
+fn what_a_batch_has_behind_its_last_entry_was_refused_and_what_it_has_before_was_removed() {
+    let batch = [settled(1), settled(3), settled(4)];
+    let replies = vec![Value::Array(vec![entry(3)]), thinned("3-0")];
+    let seen = [Sighting::There, Sighting::There, Sighting::Missing];
+    assert_eq!(sightings(Search::new(&batch), replies), seen);
+}
+
+/// Others have added so much to the stream that nobody looks as far back as the batch.
+#[test]
+fn a_batch_that_lies_too_far_back_was_not_refused() {
+    let mut search = Search::new(&[settled(1), wanted("a", 2)]);
+    let (mut asked, mut entries) = (Vec::new(), 0);
+    while search.ask(&mut asked) {
+        let text = String::from_utf8_lossy(&asked).into_owned();
+        let count: usize = match text.contains("XREVRANGE") {
+            true => text.trim_end().rsplit("\r\n").next().unwrap().parse().unwrap(),
+            false => 0,
+        };
+        let reply = match count {
+            0 => {
+                let [length, added] = ["length", "entries-added"].map(|name| Value::BulkString(name.into()));
+                Value::Array(vec![length, Value::Int(500_000), added, Value::Int(500_000)])
+            }
+            count => Value::Array(vec![entry(3); count]),
+        };
+        entries += count;
+        assert!(is_taken(&mut search, &reply).unwrap());
+        asked.clear();
+    }
+    assert!(entries >= 100_000, "{entries}");
+    assert_eq!(search.into_found(), [Sighting::There, Sighting::Missing]);
 }

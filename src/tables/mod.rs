@@ -3,7 +3,8 @@
 //! - [`catalog`] which relations there are, [`known_backends`] which backends; [`missing`] what is refused without them;
 //!   [`rights`] in whose name our SQL runs; [`publisher_limits`] to where a role may publish
 //! - [`sql`] how SQL runs; [`found_row`] what it finds; [`backends`] with their [`options`], [`cursors`], [`refused`],
-//!   [`replays`], [`restores`], [`retention`], [`routes`], [`scheduled`] a file a table or two
+//!   [`replays`], [`restores`], [`retention`], [`routes`], [`scheduled`] a file a table or two; [`branches`] rows of one
+//!   event
 //! - [`row`], [`events`], [`whole_table`] rows taken apart, and scans, without SQL; [`care`] a row that cannot be read
 //!   fails alone
 //! - [`insertion`] a row of ours is an INSERT to everybody else; [`trusted`] which of them the trigger need not check
@@ -15,6 +16,7 @@
 
 pub(crate) mod applied;
 pub(crate) mod backends;
+pub(crate) mod branches;
 pub(crate) mod care;
 pub(crate) mod catalog;
 pub(crate) mod consumers;

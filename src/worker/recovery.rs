@@ -4,6 +4,7 @@
 use crate::server::guc::{self, LogLevel, TakeOver};
 use crate::server::process::{self, Aborted, log};
 use crate::server::random::token;
+use crate::tables::branches;
 use crate::tables::care;
 use crate::tables::catalog;
 use crate::tables::events::{EventsScan, EventsTable};
@@ -23,7 +24,7 @@ use relay::failure::{Failure, Trouble};
 use relay::fault::{self, Mutation};
 use relay::guard::claim::{Claimant, Incarnation, Why};
 use relay::guard::{Guard, Owner};
-use relay::reading::range::Position;
+use relay::reading::range::{Key, Position};
 use relay::reading::snapshot::Tick;
 use relay::recovery::books::{Books, Notice, Rows};
 use relay::sender::orders::Order;
@@ -88,7 +89,6 @@ impl Books for BackendBooks<'_> {
             copy: backend.is_copy(),
             paused: !backend.is_enabled(),
             number: backend.delivery.number(),
-            position: backend.delivery.acked().clone(),
             reach,
             on_missing: backend.on_missing_guard(),
             take_over: backend.is_told_to_take_over(),
@@ -258,14 +258,14 @@ impl Rows for BackendRows<'_> {
         table.close();
     }
 
-    fn wanted(&self, scan: &EventsScan, purpose: Purpose) -> Option<Wanted> {
+    fn wanted(&self, scan: &EventsScan, purpose: Purpose, own_stream: Option<&str>) -> Option<Wanted> {
         let row = scan.row();
         if row.backend_number() != self.backend.number || !is_comparable(row) {
             return None;
         }
         // Of the row no more is read than this: what else is in it may not be readable.
         let stream = row.text(attribute::STREAM);
-        let stream = stream.as_deref().unwrap_or(self.backend.stream());
+        let stream = stream.as_deref().or(own_stream).unwrap_or(self.backend.stream());
         self.backend.serves(stream).then(|| Wanted {
             stream: Arc::from(stream),
             event_id: row.uuid(attribute::EVENT_ID).unwrap_or_default(),
@@ -276,6 +276,10 @@ impl Rows for BackendRows<'_> {
 
     fn is_replay(&self, scan: &EventsScan) -> bool {
         self.replays.has(scan.row().key())
+    }
+
+    fn published(&mut self, event_id: [u8; 16]) -> Option<(Key, i64)> {
+        branches::only_row_of(self.backend.number, event_id)
     }
 
     fn waiting(&mut self, after: i64, limit: usize) -> Vec<i64> {
@@ -405,10 +409,6 @@ fn say_compared(backend: &Backend, why: Why, guard: Option<&Guard>, there: usize
         (Why::Restored, _) => (
             format!("events of a dump were restored for backend \"{}\"", backend.name()),
             "Some may have been sent since the dump was taken.".to_owned(),
-        ),
-        (Why::Behind, _) => (
-            format!("guard of backend \"{}\" is behind what was sent", backend.name()),
-            "Redis came back without events that it had lost before, and had come back with.".to_owned(),
         ),
         (Why::Unfinished | Why::OtherHistory, _) => (
             format!("backend \"{}\" goes on where comparing was interrupted", backend.name()),

@@ -111,7 +111,7 @@ fn a_batch_cut_at_any_byte_of_its_way_to_redis_arrives_once() {
     let mut line = Line::open(&[]);
     let [bytes, _] = line.exchange();
     // Within an entry one byte is like another; from the guard's on each is looked at.
-    let end = bytes.saturating_sub(420);
+    let end = bytes.saturating_sub(460);
     line.cut_at_each(Way::ToServer, (0..end).step_by(13).chain(end..bytes + 5));
 }
 

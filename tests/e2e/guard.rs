@@ -53,6 +53,7 @@ fn the_guard_says_who_appends_and_how_far_that_has_come() {
             "incarnation",
             "interval_ms",
             "number",
+            "own_stream",
             "place",
             "position",
             "previous",

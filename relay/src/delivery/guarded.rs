@@ -33,6 +33,14 @@ impl Delivery {
         self.floor = floor_of(epoch);
     }
 
+    /// It has gone back to where a guard stands, to begin anew under the claim that is about to be made. Redis may come
+    /// back with any guard that was written before: with what it had lost, or as it was after an earlier loss. Which of
+    /// those holds what lies before this position, numbers do not tell. So each of them is older than this, and is
+    /// taken for a loss.
+    pub fn stands_at_claim(&mut self) {
+        self.number = self.number.max(self.floor);
+    }
+
     /// The next batch's number, with nothing in flight.
     pub fn next_number(&self) -> u64 {
         (self.number.max(self.floor) + 1).min(LAST_NUMBER)

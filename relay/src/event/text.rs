@@ -22,6 +22,19 @@ pub fn hyphenated(uuid: &[u8; 16]) -> [u8; 36] {
     text
 }
 
+/// The UUID of such a text.
+pub fn unhyphenated(text: &[u8; 36]) -> Option<[u8; 16]> {
+    let mut digits = text
+        .iter()
+        .filter(|byte| **byte != b'-')
+        .map(|byte| (*byte as char).to_digit(16));
+    let mut uuid = [0; 16];
+    for byte in &mut uuid {
+        *byte = (digits.next()?? << 4 | digits.next()??) as u8;
+    }
+    (hyphenated(&uuid).eq_ignore_ascii_case(text)).then_some(uuid)
+}
+
 /// `2026-01-31T23:59:59.123456+00:00`, from microseconds since 1970. Years outside 0 to 9999 are clamped, so that the
 /// form holds. A date library's formatter costs more than all the rest of the entry, hence by hand; the calendar is
 /// the proleptic Gregorian one, counted in 400-year eras that begin in March.

@@ -4,7 +4,7 @@ use crate::event::text::{hyphenated, rfc3339};
 use std::sync::Arc;
 
 /// What identifies an event in its stream: its id and its timestamp, as they stand in the entry.
-pub(crate) type EventName = ([u8; 36], [u8; 32]);
+pub type EventName = ([u8; 36], [u8; 32]);
 
 /// An event that is looked for.
 #[derive(Clone, Debug)]
@@ -29,4 +29,15 @@ pub enum Purpose {
     Settle,
     /// It may never have been sent: what is missing is not there.
     Compare,
+}
+
+/// What a search says of an event.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Sighting {
+    /// It stands in its stream, or has stood there: the entries of a batch that was appended can only be removed.
+    There,
+    Missing,
+    /// It is not there. Entries of its stream were removed, or are too many to look at; the last one that was ever added
+    /// is the entry of this event. If that was sent before the batch, the batch has added nothing.
+    NotBehind(EventName),
 }

@@ -17,7 +17,6 @@ use crate::guard::epoch::epoch_of;
 use crate::guard::place::{self, Likeness};
 use crate::guard::watch::Watch;
 use crate::guard::{Guard, Reach};
-use crate::reading::range::Position;
 use crate::time::Now;
 use std::time::Duration;
 
@@ -59,8 +58,6 @@ pub struct Claimant<'a> {
     pub paused: bool,
     /// The last batch that is known to be appended; 0: it has never been the owner.
     pub number: u64,
-    /// Up to which all is known to be appended.
-    pub position: Position,
     pub reach: Reach,
     pub on_missing: OnMissing,
     /// An administrator has asked for it.
@@ -82,7 +79,7 @@ pub enum Start {
     /// last batch were read. Otherwise it begins at the previous position, and leaves out those events of that batch
     /// that are in the streams. `restored`: events of a dump have come since; then all events are looked for.
     Heal { heard: bool, restored: bool },
-    /// Where it stood (unfinished, behind: at the guard's previous position), leaving out events that stand in the
+    /// Where it stood (unfinished: at the guard's previous position), leaving out events that stand in the
     /// streams already.
     Compare(Why),
     /// At the beginning of what is retained.
@@ -98,8 +95,6 @@ pub enum Why {
     OtherHistory,
     /// An earlier comparison did not come to its end.
     Unfinished,
-    /// The guard was made by a later claim than our last batch, for an earlier position.
-    Behind,
     /// Events of a dump have come, of which some may have been sent since it was taken.
     Restored,
 }
@@ -266,11 +261,7 @@ fn start(guard: &Guard, us: &Claimant<'_>) -> Start {
         std::cmp::Ordering::Equal if restored => Start::Compare(Why::Restored),
         std::cmp::Ordering::Equal => own(us),
         std::cmp::Ordering::Greater if restored => Start::Compare(Why::Unfinished),
-        // Redis came back once with what it had lost, which was adopted; now it is back as it was when the loss was
-        // healed.
-        std::cmp::Ordering::Greater if guard.is_new() && us.position.is_beyond(&guard.position) => {
-            Start::Compare(Why::Behind)
-        }
+        // Whoever went back has a number above all guards before: this one was written on top of what we know.
         std::cmp::Ordering::Greater => Start::Adopt,
         // A guard of an earlier epoch may be one that Redis had lost and came back with, after the loss was healed.
         std::cmp::Ordering::Less => Start::Heal {

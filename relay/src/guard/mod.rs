@@ -7,7 +7,8 @@
 //! refresh), `released` (1: the owner has left), `number` (of the last batch), `position` (the reader's, behind that
 //! batch), `previous` (before it), `again` (the seqs of a batch of events that had been refused), `compares` (1: events
 //! behind `previous` may stand in the streams already, as is found by comparing event ids), `wal` (position in the WAL
-//! up to which the batch was flushed), `total` (events so far). A claim that starts anew counts as a batch, an empty
+//! up to which the batch was flushed), `total` (events so far), `own_stream` (where the batch's
+//! events stand that name no stream). A claim that starts anew counts as a batch, an empty
 //! one.
 
 pub mod claim;
@@ -55,6 +56,8 @@ pub struct Guard {
     pub compares: bool,
     pub wal: u64,
     pub total: i64,
+    /// Where the events of the last batch stand that name no stream. `None`: in the backend's own, as it is.
+    pub own_stream: Option<String>,
 }
 
 #[derive(Debug, Error)]
@@ -87,6 +90,8 @@ pub struct Progress<'a> {
     pub again: &'a [i64],
     pub wal: u64,
     pub total: i64,
+    /// Empty if there are no events.
+    pub own_stream: &'a str,
 }
 
 impl Guard {
@@ -129,6 +134,7 @@ impl Guard {
             compares: text("compares")? == "1",
             wal: number("wal", text("wal")?)?,
             total: number("total", text("total")?)?,
+            own_stream: Some(text("own_stream")?.to_owned()).filter(|name| !name.is_empty()),
         };
         guard
             .absurdity()
@@ -176,11 +182,6 @@ pub struct Reach {
 }
 
 impl Guard {
-    /// Whether it is as a claim has made it, and no batch has moved it since.
-    pub fn is_new(&self) -> bool {
-        self.position == self.previous && self.again.is_empty()
-    }
-
     /// Names a field that says more than a guard of our own history can: somebody else has written it. Believing it
     /// would skip events that are to come, or use up the batch numbers. `is_current`: the guard is of this run of the
     /// server. (Numbers of an earlier run may have been lost with it.)
@@ -239,7 +240,7 @@ pub fn append_claim(out: &mut Vec<u8>, key: &[u8], token: &str, owner: &Owner) {
 /// Appends the HSET that ends a batch.
 pub fn append_progress(out: &mut Vec<u8>, key: &[u8], progress: &Progress<'_>) {
     let mut number = itoa::Buffer::new();
-    append_array_header(out, 2 + 2 * 7);
+    append_array_header(out, 2 + 2 * 8);
     append_bulk(out, b"HSET");
     append_bulk(out, key);
     append_bulk(out, b"number");
@@ -257,6 +258,8 @@ pub fn append_progress(out: &mut Vec<u8>, key: &[u8], progress: &Progress<'_>) {
     append_bulk(out, number.format(progress.wal).as_bytes());
     append_bulk(out, b"total");
     append_bulk(out, number.format(progress.total).as_bytes());
+    append_bulk(out, b"own_stream");
+    append_bulk(out, progress.own_stream.as_bytes());
 }
 
 /// Appends the HSET of a refresh, which tells those who watch that the owner lives, or has left.
@@ -283,7 +286,7 @@ mod tests {
 
     /// A guard in which one field is another; whether it is readable.
     fn is_readable(name: &str, value: &str) -> bool {
-        let mut fields: [(&str, &str); 15] = samples::GUARD;
+        let mut fields: [(&str, &str); 16] = samples::GUARD;
         fields
             .iter_mut()
             .filter(|(field, _)| *field == name)

@@ -106,11 +106,6 @@ impl Position {
         self.from.snapshot.includes(&other.newest().snapshot)
     }
 
-    /// Whether it includes `other`, and is not the same.
-    pub fn is_beyond(&self, other: &Self) -> bool {
-        self.includes(other) && self != other
-    }
-
     /// Whether there can be such a position.
     pub fn is_possible(&self) -> bool {
         let can_be = |u: &UnderWay| u.to.is_possible() && (0..i64::MAX).contains(&u.last_seq);

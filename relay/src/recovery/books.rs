@@ -7,7 +7,7 @@ use crate::event::wanted::{Purpose, Wanted};
 use crate::failure::Failure;
 use crate::guard::claim::{Claimant, Why};
 use crate::guard::{Guard, Owner};
-use crate::reading::range::{Position, Table};
+use crate::reading::range::{Key, Position, Table};
 use crate::reading::snapshot::Tick;
 use crate::sender::orders::Order;
 use std::sync::Arc;
@@ -117,14 +117,18 @@ pub trait Rows {
     /// Opens the table of events.
     fn open(&mut self) -> Self::Table;
     fn close(&mut self, table: Self::Table);
-    /// How to look for the event at the scan's current row. `None`: it belongs to another backend, or its stream cannot
-    /// be read.
-    fn wanted(&self, scan: &<Self::Table as Table>::Scan, purpose: Purpose) -> Option<Wanted>;
+    /// How to look for the event at the scan's current row. `own_stream`: where it stands if its row names no stream;
+    /// `None`: in the backend's own, as it is now. `None`: it belongs to another backend, or its stream cannot be read.
+    fn wanted(&self, scan: &<Self::Table as Table>::Scan, purpose: Purpose, own_stream: Option<&str>)
+    -> Option<Wanted>;
 
     /// Whether the event that a scan stands on was in its stream before, and is appended once more (`outbox.replay()`).
     fn is_replay(&self, _scan: &<Self::Table as Table>::Scan) -> bool {
         false
     }
+
+    /// The row of the event with this id and when it was published, if it is this backend's and no other backend has one.
+    fn published(&mut self, event_id: [u8; 16]) -> Option<(Key, i64)>;
 
     /// The numbers of refused events above `after`, in order, `limit` at most. Those of other lanes are among them.
     fn waiting(&mut self, after: i64, limit: usize) -> Vec<i64>;

@@ -1,12 +1,14 @@
 //! Candidates: events that may stand in their streams already, and are looked for there before anything is sent.
 
-use crate::event::wanted::Purpose;
+use crate::event::text::{rfc3339, unhyphenated};
+use crate::event::wanted::{EventName, Purpose, Sighting};
 use crate::guard::Guard;
 use crate::guard::claim::Start;
 use crate::reading::range::{Key, Position, RangeScan, Scan, Step, Table};
 use crate::reading::snapshot::Tick;
 use crate::recovery::books::Rows;
 use crate::recovery::books::{Books, Candidate};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 /// A batch never has more events (`outbox_relay.batch_size`).
@@ -34,7 +36,7 @@ pub(super) fn of<B: Books>(
         (Start::Heal { restored: false, .. }, Some(guard)) => books.in_tables(|rows| {
             let mut found = waiting(rows, at_once);
             let way = (&here, &guard.position);
-            found.extend(between(rows, way, usize::MAX, Purpose::Compare, Replays::Too));
+            found.extend(between(rows, way, usize::MAX, Looks::settling(guard)));
             found
         }),
         (Start::Heal { .. } | Start::Compare(_), _) => books.in_tables(|rows| {
@@ -45,12 +47,44 @@ pub(super) fn of<B: Books>(
     }
 }
 
+/// Whether each candidate counts as appended.
+pub(super) fn judged<B: Books>(
+    books: &mut B,
+    guard: Option<&Guard>,
+    found: Vec<Sighting>,
+) -> Result<Vec<bool>, B::Error> {
+    let mut lasts: HashMap<EventName, bool> = HashMap::new();
+    for sighting in &found {
+        if let (Sighting::NotBehind(last), Some(guard)) = (sighting, guard)
+            && !lasts.contains_key(last)
+        {
+            let is_earlier = books.in_tables(|rows| was_sent(rows, last, &guard.position))?;
+            lasts.insert(*last, is_earlier);
+        }
+    }
+    // What others have added to the stream, whenever that was, tells nothing of the batch. A batch that was executed has
+    // hardly ever refused anything, and what others add may have trimmed it away.
+    let is_appended = |sighting: &Sighting| match sighting {
+        Sighting::There => true,
+        Sighting::Missing => false,
+        Sighting::NotBehind(last) => !lasts.get(last).is_some_and(|is_earlier| *is_earlier),
+    };
+    Ok(found.iter().map(is_appended).collect())
+}
+
+/// Whether an entry is that of an event which this backend has sent up to `position`, and nobody else can have.
+fn was_sent<R: Rows>(rows: &mut R, name: &EventName, position: &Position) -> bool {
+    let (id, time) = name;
+    let published = unhyphenated(id).and_then(|event_id| rows.published(event_id));
+    published.is_some_and(|(key, created_at_us)| rfc3339(created_at_us) == *time && position.covers(key))
+}
+
 /// Whether the guard's last batch would be larger than any batch. A forged guard could make us look for all retained
 /// events.
 pub(super) fn is_more_than_a_batch<R: Rows>(rows: &mut R, guard: &Guard) -> bool {
     let limit = MOST_OF_A_BATCH + 1;
     let way = (&guard.previous, &guard.position);
-    between(rows, way, limit, Purpose::Settle, Replays::Too).len() == limit
+    between(rows, way, limit, Looks::settling(guard)).len() == limit
 }
 
 /// The highest number of a waiting event among the candidates.
@@ -68,7 +102,7 @@ pub(super) fn last_compared(candidates: &[Candidate]) -> i64 {
 /// more.
 pub(super) fn next_waiting<R: Rows>(rows: &mut R, after: i64, limit: usize) -> (Option<i64>, Vec<Candidate>) {
     let seqs = rows.waiting(after, limit);
-    (seqs.last().copied(), by_seq(rows, &seqs, Purpose::Compare))
+    (seqs.last().copied(), by_seq(rows, &seqs, Looks::COMPARING))
 }
 
 /// Events that were refused and wait.
@@ -89,10 +123,10 @@ fn waiting<R: Rows>(rows: &mut R, limit: usize) -> Vec<Candidate> {
 fn last_batch<R: Rows>(rows: &mut R, guard: &Guard) -> Vec<Candidate> {
     if !guard.again.is_empty() {
         let waiting = rows.still_waiting(&guard.again);
-        return by_seq(rows, &waiting, Purpose::Settle);
+        return by_seq(rows, &waiting, Looks::settling(guard));
     }
     let way = (&guard.previous, &guard.position);
-    between(rows, way, usize::MAX, Purpose::Settle, Replays::Too)
+    between(rows, way, usize::MAX, Looks::settling(guard))
 }
 
 /// Events that an unknown owner may have sent: up to `limit` on the way to the tick that is being read, and as many from
@@ -101,22 +135,51 @@ fn unsent<R: Rows>(rows: &mut R, here: &Position, newest: &Arc<Tick>, limit: usi
     let upto = Position::at(newest.clone());
     // A position within a tick's range reads that range to its end first.
     let Some(under_way) = &here.under_way else {
-        return between(rows, (here, &upto), limit, Purpose::Compare, Replays::Not);
+        return between(rows, (here, &upto), limit, Looks::COMPARING);
     };
     let there = Position::at(under_way.to.clone());
-    let mut found = between(rows, (here, &there), limit, Purpose::Compare, Replays::Not);
-    found.extend(between(rows, (&there, &upto), limit, Purpose::Compare, Replays::Not));
+    let mut found = between(rows, (here, &there), limit, Looks::COMPARING);
+    found.extend(between(rows, (&there, &upto), limit, Looks::COMPARING));
     found
 }
 
-fn by_seq<R: Rows>(rows: &mut R, seqs: &[i64], purpose: Purpose) -> Vec<Candidate> {
+/// How candidates are looked for.
+#[derive(Clone, Copy)]
+struct Looks<'a> {
+    purpose: Purpose,
+    /// Where those stand that name no stream. `None`: in the backend's own, as it is now.
+    own_stream: Option<&'a str>,
+    /// Whether events that are replayed are looked for. Their first entries stand in the streams already, so what is
+    /// found tells nothing of the replay: only of a batch that was executed it is known that each was accepted or
+    /// refused. Otherwise they are sent, and rather repeated than lost.
+    replayed: bool,
+}
+
+impl<'a> Looks<'a> {
+    const COMPARING: Self = Self {
+        purpose: Purpose::Compare,
+        own_stream: None,
+        replayed: false,
+    };
+
+    /// For those of the guard's last batch, which was executed.
+    fn settling(guard: &'a Guard) -> Self {
+        Self {
+            purpose: Purpose::Settle,
+            own_stream: guard.own_stream.as_deref(),
+            replayed: true,
+        }
+    }
+}
+
+fn by_seq<R: Rows>(rows: &mut R, seqs: &[i64], looks: Looks<'_>) -> Vec<Candidate> {
     let mut table = rows.open();
     let mut found = Vec::new();
     for &seq in seqs {
         let mut scan = table.by_seq(seq - 1, seq);
-        let is_sought = scan.advance().is_some() && (purpose == Purpose::Settle || !rows.is_replay(&scan));
-        let wanted = is_sought.then(|| rows.wanted(&scan, purpose)).flatten();
-        found.extend(wanted.map(|wanted| Candidate {
+        let is_sought = scan.advance().is_some() && (looks.replayed || !rows.is_replay(&scan));
+        let wanted = is_sought.then(|| rows.wanted(&scan, looks.purpose, looks.own_stream));
+        found.extend(wanted.flatten().map(|wanted| Candidate {
             seq,
             waits: true,
             wanted,
@@ -126,22 +189,12 @@ fn by_seq<R: Rows>(rows: &mut R, seqs: &[i64], purpose: Purpose) -> Vec<Candidat
     found
 }
 
-/// Whether events that are replayed are looked for. Their first entries stand in the streams already, so what is found
-/// tells nothing of the replay: only of a batch that was executed it is known that each was accepted or refused.
-/// Otherwise they are sent, and rather repeated than lost.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Replays {
-    Too,
-    Not,
-}
-
 /// The backend's rows from one position to another that are neither refused nor failed.
 fn between<R: Rows>(
     rows: &mut R,
     (from, upto): (&Position, &Position),
     limit: usize,
-    purpose: Purpose,
-    replays: Replays,
+    looks: Looks<'_>,
 ) -> Vec<Candidate> {
     let written_down_to = rows.highest_written_down();
     let mut table = rows.open();
@@ -164,10 +217,10 @@ fn between<R: Rows>(
         if !matches!(step, Step::Row(_)) || !is_between(key) {
             continue;
         }
-        if replays == Replays::Not && rows.is_replay(scan.current()) {
+        if !looks.replayed && rows.is_replay(scan.current()) {
             continue;
         }
-        let Some(wanted) = rows.wanted(scan.current(), purpose) else {
+        let Some(wanted) = rows.wanted(scan.current(), looks.purpose, looks.own_stream) else {
             continue;
         };
         if key.seq > written_down_to || !rows.is_written_down(key.seq, &wanted) {

@@ -13,6 +13,7 @@ mod candidates;
 
 use crate::delivery::Cursor;
 use crate::delivery::refusal::Record;
+use crate::event::wanted::Sighting;
 use crate::fault::{self, Mutation, Point};
 use crate::guard::Guard;
 use crate::guard::claim::{Decision, Incarnation, Start, Why, judge};
@@ -43,7 +44,7 @@ enum Stage {
     /// The sender is looking for events in the streams.
     Looking(Start, Option<Guard>, Vec<Candidate>),
     /// It has reported, for each event, whether it stands in its stream.
-    Seen(Start, Option<Guard>, Vec<Candidate>, Vec<bool>),
+    Seen(Start, Option<Guard>, Vec<Candidate>, Vec<Sighting>),
 }
 
 /// The recovery of one backend on its current connection.
@@ -71,7 +72,7 @@ impl Recovery {
         }
     }
 
-    pub fn seen(&mut self, found: Vec<bool>) {
+    pub fn seen(&mut self, found: Vec<Sighting>) {
         self.stage = match std::mem::take(&mut self.stage) {
             Stage::Looking(start, guard, candidates) => Stage::Seen(start, guard, candidates, found),
             stage => stage,
@@ -106,7 +107,10 @@ impl Recovery {
         match std::mem::take(&mut self.stage) {
             Stage::Read(guard) => self.decide(books, guard, now),
             Stage::Claimed(start, guard) => self.begin(books, start, guard),
-            Stage::Seen(start, guard, candidates, found) => self.finish(books, start, guard, &candidates, &found),
+            Stage::Seen(start, guard, candidates, found) => {
+                let found = candidates::judged(books, guard.as_ref(), found)?;
+                self.finish(books, start, guard, &candidates, &found)
+            }
             stage @ (Stage::Idle | Stage::Claiming(..) | Stage::Looking(..)) => {
                 self.stage = stage;
                 Ok(())
@@ -146,11 +150,14 @@ impl Recovery {
             books.disbelieve("previous");
             return Ok(());
         }
-        go_back(books, start, guard.as_ref())?;
+        let goes_back = go_back(books, start, guard.as_ref())?;
         books.begin_epoch(match (start, &guard) {
             (Start::Compare(Why::OtherHistory), _) | (_, None) => 0,
             (_, Some(guard)) => epoch_of(guard.number),
         });
+        if goes_back && !fault::is_mutated(Mutation::KeepOldNumber) {
+            books.delivery().stands_at_claim();
+        }
         books.save()?;
         let wal = books.flush();
         fault::reach(Point::BeforeClaim);
@@ -308,8 +315,8 @@ impl Recovery {
 }
 
 /// Moves the cursor back where the start requires it. This is durable before the claim, because the claim overwrites
-/// the guard that says so.
-fn go_back<B: Books>(books: &mut B, start: Start, guard: Option<&Guard>) -> Result<(), B::Error> {
+/// the guard that says so. Returns whether it was moved.
+fn go_back<B: Books>(books: &mut B, start: Start, guard: Option<&Guard>) -> Result<bool, B::Error> {
     let cursor = |position: &Position, number| Cursor {
         position: position.clone(),
         number,
@@ -329,19 +336,14 @@ fn go_back<B: Books>(books: &mut B, start: Start, guard: Option<&Guard>) -> Resu
             }
         }
         // The outcome of the last batch is found by comparing, too.
-        (Start::Compare(Why::Unfinished | Why::Behind), Some(guard)) => cursor(&guard.previous, guard.number),
-        _ => return Ok(()),
+        (Start::Compare(Why::Unfinished), Some(guard)) => cursor(&guard.previous, guard.number),
+        _ => return Ok(false),
     };
-    // Waiting events that were accepted in a later batch than this cursor's wait again, until they are found. If Redis
-    // is behind in spite of its number, so do those of our last batch.
-    let since = match start {
-        Start::Compare(Why::Behind) => books.delivery().number().saturating_sub(1),
-        _ => cursor.number,
-    };
-    books.wait_again(since)?;
+    // Waiting events that were accepted in a later batch than this cursor's wait again, until they are found.
+    books.wait_again(cursor.number)?;
     let reread_to = books.in_tables(|rows| rows.highest_written_down())?;
     books.read_again(cursor, reread_to);
-    Ok(())
+    Ok(true)
 }
 
 /// The contents of a new guard. `wal`: the position up to which the WAL is flushed.

@@ -2,7 +2,7 @@
 
 use crate::consumers::group::Surveyed;
 use crate::delivery::flight::Refusal;
-use crate::event::wanted::Wanted;
+use crate::event::wanted::{Sighting, Wanted};
 use crate::failure::Failure;
 use crate::guard::{Guard, Owner};
 use crate::reading::range::Position;
@@ -44,8 +44,8 @@ pub enum Report {
     Guard(Box<Option<Guard>>),
     /// The guard is ours.
     Claimed,
-    /// Whether each event was found that was to be looked for.
-    Seen(Vec<bool>),
+    /// What was found of each event that was to be looked for.
+    Seen(Vec<Sighting>),
     /// What a survey, by its number, has found.
     Surveyed(u64, Vec<Surveyed>),
     /// All replies of the oldest batch are there; the commands that were refused, by index. The buffer comes back. With

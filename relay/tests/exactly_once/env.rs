@@ -86,6 +86,8 @@ pub(crate) struct Faults {
     /// Of the transactions that read.
     pub(crate) aborts: f64,
     pub(crate) tail_losses: f64,
+    /// To what it once was; what it is now it may come back with.
+    pub(crate) flips: f64,
     pub(crate) flushes: f64,
     pub(crate) guard_losses: f64,
     /// Of the standby, some state of which becomes another server.
@@ -109,6 +111,7 @@ impl Faults {
         server_crashes: 0.0,
         aborts: 0.0,
         tail_losses: 0.0,
+        flips: 0.0,
         flushes: 0.0,
         guard_losses: 0.0,
         promotions: 0.0,
@@ -129,6 +132,7 @@ impl Faults {
             server_crashes: some(0.1),
             aborts: some(0.2),
             tail_losses: some(0.03),
+            flips: some(0.05),
             flushes: some(0.01),
             guard_losses: some(0.01),
             promotions: some(0.02),
@@ -146,15 +150,16 @@ impl Faults {
         let doubts = [
             faults.troubled,
             faults.tail_losses,
+            faults.flips,
             faults.flushes,
             faults.guard_losses,
             faults.promotions,
             faults.restores,
         ];
-        let trims = if doubts == [0.0; 6] { some(0.3) } else { 0.0 };
+        let trims = if doubts == [0.0; 7] { some(0.3) } else { 0.0 };
         // What is retained no longer cannot be sent again.
-        let losses = [doubts[1], doubts[2], doubts[3], doubts[4], doubts[5], faults.clones];
-        let purges = if losses == [0.0; 6] { faults.purges } else { 0.0 };
+        let has_losses = doubts[1..].iter().chain([&faults.clones]).any(|often| *often > 0.0);
+        let purges = if !has_losses { faults.purges } else { 0.0 };
         Self {
             trims,
             purges,
@@ -215,6 +220,7 @@ seen!(
     server_crashes,
     lost_commits,
     tail_losses,
+    flips,
     flushes,
     guard_losses,
     late_commands,

@@ -325,6 +325,7 @@ impl Site {
                 _ => self.flushed,
             },
             total: 0,
+            own_stream: "",
         };
         tell!(
             env,

@@ -168,6 +168,24 @@ fn the_oracle_catches_a_comparison_that_ends_before_its_limit() {
     assert!(said.contains("times in its stream"), "{said}");
 }
 
+/// Clients flap between two histories of Redis, and replies are lost meanwhile. Each goes on from where it was left.
+#[test]
+fn a_redis_with_two_histories_loses_and_repeats_nothing() {
+    mutate(None);
+    for_each_seed(1_000, |seed| {
+        let mut world = World::new(seed, Mutant::None);
+        world.env.faults = FLIPS;
+        world.run().map(drop)
+    });
+}
+
+const FLIPS: Faults = Faults {
+    cuts: 0.03,
+    crashes: 0.02,
+    flips: 0.1,
+    ..Faults::NONE
+};
+
 /// Each master fails over for itself.
 #[test]
 fn a_cluster_whose_masters_fail_over_loses_and_repeats_nothing() {
@@ -298,6 +316,16 @@ mod mutated {
         let said = said_of(Mutant::SavesAhead, Some(Mutation::IgnoreGuard), CRASHES_ALONE);
         assert!(
             said.contains("which is nowhere") || said.contains("times in its stream"),
+            "{said}"
+        );
+    }
+
+    /// Redis is back with what it had lost, and then without it again.
+    #[test]
+    fn the_oracle_catches_a_loss_that_goes_on_with_an_old_number() {
+        let said = said_of(Mutant::None, Some(Mutation::KeepOldNumber), FLIPS);
+        assert!(
+            said.contains("is lost") || said.contains("times in its stream"),
             "{said}"
         );
     }

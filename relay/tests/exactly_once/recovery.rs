@@ -151,7 +151,6 @@ impl Books for SiteBooks<'_> {
             copy: site.is_copy && !copies_take_over,
             paused: false,
             number: lane.delivery.number(),
-            position: lane.delivery.acked().clone(),
             reach: Reach {
                 next_xid: u64::MAX,
                 highest_seq: i64::MAX,
@@ -384,7 +383,7 @@ impl Rows for SiteRows<'_> {
 
     fn close(&mut self, _table: View) {}
 
-    fn wanted(&self, scan: &view::Rows, purpose: Purpose) -> Option<Wanted> {
+    fn wanted(&self, scan: &view::Rows, purpose: Purpose, _own_stream: Option<&str>) -> Option<Wanted> {
         let is_blind = match purpose {
             Purpose::Settle => self.mutant == Mutant::AdoptsUnsettled,
             Purpose::Compare => match self.mutant {
@@ -399,6 +398,16 @@ impl Rows for SiteRows<'_> {
             created_at_us: created_at_us(row.uid),
             purpose,
         })
+    }
+
+    fn published(&mut self, event_id: [u8; 16]) -> Option<(Key, i64)> {
+        let uid = u128::from_be_bytes(event_id) as u64;
+        let is_it = |key: &Key| {
+            let row = self.database.row(key.seq);
+            row.uid == uid && self.lane.serves(row.stream)
+        };
+        let key = self.database.rows().find(is_it)?;
+        Some((key, created_at_us(uid)))
     }
 
     fn waiting(&mut self, after: i64, limit: usize) -> Vec<i64> {

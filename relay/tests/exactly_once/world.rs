@@ -2,7 +2,7 @@
 
 use crate::env::{Env, Mutant, Seen, tell};
 use crate::lane::Lane;
-use crate::model::redis::{Redis, Trouble};
+use crate::model::redis::{Data, Redis, Trouble};
 use crate::recovery::INTERVAL;
 use crate::site::{STREAMS, Site};
 use relay::delivery::State;
@@ -249,7 +249,8 @@ impl World {
         // Two of these at once are more than anybody can know of.
         let env = &mut self.env;
         let faults = &mut env.faults;
-        (faults.tail_losses, faults.flushes, faults.guard_losses) = (0.0, 0.0, 0.0);
+        (faults.tail_losses, faults.flips) = (0.0, 0.0);
+        (faults.flushes, faults.guard_losses) = (0.0, 0.0);
         faults.promotions = 0.0;
         env.saved.iter_mut().for_each(Vec::clear);
         env.mend_streams();
@@ -355,12 +356,16 @@ impl World {
     fn lose_data(&mut self) {
         let faults = self.env.faults;
         let master = self.env.rng.usize(..self.env.redis.len());
-        if faults.tail_losses > 0.0 && self.env.redis[master].data.has_guard() && self.env.likely(0.05) {
+        let saves = faults.tail_losses > 0.0 || faults.flips > 0.0;
+        if saves && self.env.redis[master].data.has_guard() && self.env.likely(0.05) {
             let data = self.env.redis[master].data.clone();
             self.env.saved[master].push(data);
         }
         if !self.env.saved[master].is_empty() && self.env.likely(faults.tail_losses) {
             self.lose_tail(master);
+        }
+        if !self.env.saved[master].is_empty() && self.env.likely(faults.flips) {
+            self.flip(master);
         }
         if self.env.likely(faults.flushes) {
             self.empty(master);
@@ -383,8 +388,25 @@ impl World {
             false => self.env.comes_back = true,
         }
         let data = self.env.saved[master][index].clone();
-        tell!(self.env, "Redis {master} is back at {:?}", data.number());
         self.env.seen.tail_losses += 1;
+        self.restart(master, data);
+    }
+
+    /// Clients flap between two that call themselves the primary: each goes on with what it has.
+    fn flip(&mut self, master: usize) {
+        let index = self.env.rng.usize(..self.env.saved[master].len());
+        let other = self.env.saved[master].swap_remove(index);
+        if self.env.redis[master].data.has_guard() {
+            let data = self.env.redis[master].data.clone();
+            self.env.saved[master].push(data);
+        }
+        self.env.comes_back = true;
+        self.env.seen.flips += 1;
+        self.restart(master, other);
+    }
+
+    fn restart(&mut self, master: usize, data: Data) {
+        tell!(self.env, "Redis {master} is back at {:?}", data.number());
         self.env.hurt = true;
         let compares = data.compares();
         self.env.redis[master].restart(data);

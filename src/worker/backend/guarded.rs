@@ -184,6 +184,7 @@ impl Backend {
             again: &again,
             wal,
             total: self.total() + (self.delivery.in_flight() + entries.len()) as i64,
+            own_stream: self.stream(),
         };
         guard::append_progress(bytes, key, &progress);
     }

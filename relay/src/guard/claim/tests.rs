@@ -30,6 +30,7 @@ fn guard() -> Guard {
         compares: false,
         wal: 100,
         total: 0,
+        own_stream: None,
     }
 }
 
@@ -52,7 +53,6 @@ fn us(incarnation: Incarnation) -> Claimant<'static> {
         copy: false,
         paused: false,
         number: 7,
-        position: guard().position,
         on_missing: OnMissing::Continue,
         take_over: false,
         restored: false,
@@ -148,24 +148,6 @@ fn a_guard_of_our_history_that_says_what_cannot_be_is_not_believed() {
 
 /// Redis had lost a batch, and the new guard that followed was lost with the reply; it came back with the batch, which
 /// was adopted under its own number, and now it is back without it.
-#[test]
-fn a_guard_that_is_behind_in_spite_of_its_number_is_compared() {
-    let beyond: Position = "10:20:10,14/25/7/9".parse().unwrap();
-    for (position, number, start) in [
-        (guard().position, 8, Start::Adopt),
-        (beyond.clone(), 6, heal(true)),
-        (beyond.clone(), 7, Start::Own),
-        (beyond, 8, Start::Compare(Why::Behind)),
-    ] {
-        let us = Claimant {
-            position,
-            ..us(Incarnation::Current)
-        };
-        let decision = once(Some(&Guard { number, ..guard() }), &us);
-        assert_eq!(decision, Decision::Claim(start));
-    }
-}
-
 #[test]
 fn of_a_batch_of_another_epoch_nothing_is_known() {
     let us = Claimant {

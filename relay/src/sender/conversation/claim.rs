@@ -27,6 +27,7 @@ impl Conversation {
                 again: &[],
                 wal: start.wal,
                 total: start.total,
+                own_stream: "",
             };
             append_progress(&mut self.out, &self.key, &progress);
             self.expected.push_back(Expect::Claiming);

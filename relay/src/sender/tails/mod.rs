@@ -3,7 +3,7 @@
 
 mod pieces;
 
-use crate::event::wanted::{EventName, Purpose, Wanted};
+use crate::event::wanted::{EventName, Purpose, Sighting, Wanted};
 use crate::failure::{self, Class, Failure};
 use crate::resp::bounds::Bounds;
 use crate::resp::read::{Piece, Reply};
@@ -28,7 +28,7 @@ pub struct Search {
     tails: Vec<Tail>,
     /// Index of the tail that is being looked through.
     at: usize,
-    found: Vec<bool>,
+    found: Vec<Sighting>,
     /// How many bytes were looked through.
     bytes: u64,
     /// The reply that is coming in.
@@ -45,12 +45,14 @@ struct Tail {
     /// Indexes of those not found yet. Events that were retried share a name: each entry counts for one, the first
     /// first.
     wanted: HashMap<EventName, VecDeque<(usize, Purpose)>>,
-    /// The newest entry: its id, and when its event was published.
-    newest: Option<(Vec<u8>, [u8; 32])>,
+    /// The newest entry: its id, its event, and the index of that if it was wanted.
+    newest: Option<(Vec<u8>, EventName, Option<usize>)>,
     /// The oldest entry id that was looked at.
     oldest: Option<Vec<u8>>,
     page: usize,
     looked: usize,
+    /// It has entries that were not looked at.
+    is_too_long: bool,
     asks_for_info: bool,
 }
 
@@ -68,6 +70,7 @@ impl Search {
                     oldest: None,
                     page: FIRST_PAGE,
                     looked: 0,
+                    is_too_long: false,
                     asks_for_info: false,
                 });
                 tails.len() - 1
@@ -81,7 +84,7 @@ impl Search {
         Self {
             tails,
             at: 0,
-            found: vec![false; wanted.len()],
+            found: vec![Sighting::Missing; wanted.len()],
             bytes: 0,
             reading: None,
         }
@@ -183,14 +186,17 @@ impl Search {
         let Some(tail) = self.tails.get_mut(self.at) else {
             return;
         };
-        if info.is_thinned() {
-            let newest = tail.newest.take().filter(|(id, _)| info.is_last_added(id));
-            // Nothing was added behind an older event's entry, so this one was not.
-            let is_behind = |time: &[u8; 32]| newest.as_ref().is_some_and(|(_, newest)| newest < time);
-            let unseen = tail.wanted.drain().filter(|((_, time), _)| !is_behind(time));
-            let unseen = unseen.flat_map(|(_, events)| events);
-            let appended = unseen.filter(|(_, purpose)| *purpose == Purpose::Settle);
-            appended.for_each(|(index, _)| self.found[index] = true);
+        if info.is_thinned() || tail.is_too_long {
+            let last = tail.newest.take().filter(|(id, ..)| info.is_last_added(id));
+            let unseen = tail.wanted.drain().flat_map(|(_, events)| events);
+            for (index, _) in unseen.filter(|(_, purpose)| *purpose == Purpose::Settle) {
+                self.found[index] = match last {
+                    // The events of a batch are in order, so this one was not added.
+                    Some((.., Some(last))) if last < index => Sighting::Missing,
+                    Some((_, last, None)) => Sighting::NotBehind(last),
+                    Some(_) | None => Sighting::There,
+                };
+            }
         }
         self.at += 1;
     }
@@ -201,6 +207,7 @@ impl Search {
         };
         self.bytes = self.bytes.saturating_add(page.bytes);
         let is_enough = tail.looked + page.entries >= DEPTH || self.bytes >= MOST_BYTES;
+        tail.is_too_long = is_enough && page.entries >= tail.page;
         let is_last = page.entries < tail.page || is_enough;
         tail.looked += page.entries;
         tail.page = (PAGE_BYTES * page.entries / (page.bytes as usize).max(1)).clamp(1, MOST_OF_A_PAGE);
@@ -212,29 +219,31 @@ impl Search {
         }
     }
 
-    /// Whether each wanted event was found.
-    pub fn into_found(self) -> Vec<bool> {
+    /// What was found of each wanted event.
+    pub fn into_found(self) -> Vec<Sighting> {
         self.found
     }
 }
 
 impl Tail {
-    fn entry(&mut self, entry: pieces::Entry, found: &mut [bool]) {
+    fn entry(&mut self, entry: pieces::Entry, found: &mut [Sighting]) {
         let pieces::Entry { id, name } = entry;
-        if self.oldest.is_none() {
-            self.newest = name.map(|(_, time)| (id.clone(), time));
-        }
-        self.oldest = Some(id);
+        let mut of = None;
         if let Some(name) = name
             && let hash_map::Entry::Occupied(mut events) = self.wanted.entry(name)
         {
-            if let Some((index, _)) = events.get_mut().pop_front() {
-                found[index] = true;
+            if let Some((index, purpose)) = events.get_mut().pop_front() {
+                found[index] = Sighting::There;
+                of = (purpose == Purpose::Settle).then_some(index);
             }
             if events.get().is_empty() {
                 events.remove();
             }
         }
+        if self.oldest.is_none() {
+            self.newest = name.map(|name| (id.clone(), name, of));
+        }
+        self.oldest = Some(id);
     }
 }
 
