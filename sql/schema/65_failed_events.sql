@@ -1,94 +1,110 @@
 -- Acting on failed events: publish them again, or discard them.
 
-create function outbox.publish_failed(failed outbox.failed_events, backend text) returns boolean
+create function outbox.publish_failed(seqs bigint[], event_ids uuid[]) returns bigint
     language plpgsql set search_path = pg_catalog, pg_temp
+    -- A few rows of tables that may be large: by their indexes, whatever the planner knows of a table that has just grown.
+    set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off
     as $$
+declare
+    free_seqs bigint[];
+    free_ids uuid[];
+    free_branches smallint[];
+    published bigint;
 begin
     -- What is there under the same id, and is not a row of the same event for another stream, is another event. As long as that waits to be sent it stays, and this one waits
-    -- for it; once it has been published, or has failed too, its row makes room.
-    if exists (select from outbox.scheduled_events s where s.event_id = failed.event_id and s.branch = failed.branch)
-        or exists (select from outbox.events e left join outbox.backends b on b.number = e.backend_number
-            where e.event_id = failed.event_id and e.branch = failed.branch and e.seq <> failed.seq
-                and not exists (select from outbox.failed_events o where o.event_id = e.event_id and o.seq = e.seq)
-                and (exists (select from outbox.refused_events r where r.seq = e.seq and r.accepted_in is null)
-                    or not coalesce((select outbox.is_delivered(k, e.xid, e.seq) from outbox.cursors k
-                        where k.backend_number in (e.backend_number, case when b.number is null then 0 end)
-                            and k.slot in (-1, outbox.hash_slot(coalesce(e.stream, b.own_stream, '')))
-                        order by k.backend_number desc, k.slot desc limit 1), false))) then
-        return false;
+    -- for it; once it has been published, or has failed too, its row makes room. Of several with one id, the first is published.
+    select array_agg(k.seq), array_agg(k.event_id), array_agg(k.branch) into free_seqs, free_ids, free_branches
+    from (
+        select distinct on (f.event_id, f.branch) f.seq, f.event_id, f.branch
+        from unnest(seqs, event_ids) g (seq, event_id) join outbox.failed_events f on f.event_id = g.event_id and f.seq = g.seq
+        where not exists (select from outbox.scheduled_events s where s.event_id = f.event_id and s.branch = f.branch)
+            and not exists (select from outbox.events e left join outbox.backends b on b.number = e.backend_number
+                where e.event_id = f.event_id and e.branch = f.branch and e.seq <> f.seq
+                    and not exists (select from outbox.failed_events o where o.event_id = e.event_id and o.seq = e.seq)
+                    and (exists (select from outbox.refused_events r where r.seq = e.seq and r.accepted_in is null)
+                        or not coalesce((select outbox.is_delivered(k, e.xid, e.seq) from outbox.cursors k
+                            where k.backend_number in (e.backend_number, case when b.number is null then 0 end)
+                                and k.slot in (-1, outbox.hash_slot(coalesce(e.stream, b.own_stream, '')))
+                            order by k.backend_number desc, k.slot desc limit 1), false)))
+        order by f.event_id, f.branch, f.seq
+    ) k;
+    if free_seqs is null then
+        return 0;
     end if;
-    delete from outbox.failed_events e where e.event_id = failed.event_id and e.seq = failed.seq;
-    delete from outbox.events e where e.event_id = failed.event_id and e.branch = failed.branch;
+    delete from outbox.events e using unnest(free_ids, free_branches) k (event_id, branch)
+        where e.event_id = k.event_id and e.branch = k.branch;
     -- With all that the trigger fills in: it may be off.
+    with gone as (
+        delete from outbox.failed_events f using unnest(free_seqs, free_ids) k (seq, event_id)
+        where f.event_id = k.event_id and f.seq = k.seq
+        returning f.*
+    )
     insert into outbox.events (xid, seq, created_at, event_id, backend_number, branch, event_type, source, backend, data, subject, stream, data_schema, publisher_config, max_retries, published_by)
-        values (pg_current_xact_id(), outbox.draw_seq(), failed.created_at, failed.event_id, (outbox.expect_backend(publish_failed.backend)).number,
-            failed.branch, failed.event_type, failed.source, publish_failed.backend, failed.data, failed.subject,
-            failed.stream, failed.data_schema, failed.publisher_config, failed.max_retries, failed.published_by);
-    return found;
+    select pg_current_xact_id(), outbox.draw_seq(), g.created_at, g.event_id, b.number, g.branch, g.event_type, g.source, b.name, g.data, g.subject,
+        g.stream, g.data_schema, g.publisher_config, g.max_retries, g.published_by
+    from (select * from gone order by seq, event_id) g
+        cross join lateral (
+            select n.number, n.name from outbox.backends n where n.number = g.backend_number
+            union all
+            select n.number, n.name from outbox.backends n
+            where n.name = g.backend and not exists (select from outbox.backends o where o.number = g.backend_number)
+            limit 1) b;
+    get diagnostics published = row_count;
+    return published;
 end
 $$;
-comment on function outbox.publish_failed(outbox.failed_events, text) is 'Publishes one failed event again; false if another event with its event_id waits to be sent.';
+comment on function outbox.publish_failed(bigint[], uuid[]) is 'Part of outbox.retry_failed(): publishes these failed events again, in their order. Returns how many; the others are left because another event with their event_id waits to be sent.';
 
 create function outbox.retry_piece(backend text, event_type text, event_id uuid, after_seq bigint, after_id uuid, until timestamptz,
         row_count integer, out retried bigint, out used_again bigint, out refused bigint, out reason text, out last_seq bigint, out last_id uuid)
         returns record
     language plpgsql security definer set search_path = pg_catalog, pg_temp
+    -- By the index that has their order: a sort would read all of them for each piece.
+    set enable_seqscan = off set enable_bitmapscan = off set jit = off
     as $$
 declare
-    f record;
-    one_by_one boolean := false;
+    seqs bigint[];
+    event_ids uuid[];
 begin
     perform outbox.silence_triggers();
-    loop
-        retried := 0;
-        used_again := 0;
-        refused := 0;
-        last_seq := null;
-        last_id := null;
-        begin
-            for f in
-                select e as event, b.name as backend_name, e.seq, e.event_id
-                from outbox.failed_events e
-                    join outbox.backends b on b.number = e.backend_number
-                        or (b.name = e.backend and not exists (select from outbox.backends n where n.number = e.backend_number))
-                where (e.seq, e.event_id) > (after_seq, after_id) and e.failed_at <= until
-                    and (retry_piece.backend is null or b.name = retry_piece.backend)
-                    and (retry_piece.event_type is null or e.event_type = retry_piece.event_type)
-                    and (retry_piece.event_id is null or e.event_id = retry_piece.event_id)
-                order by e.seq, e.event_id
-                limit row_count
-                for update of e
-            loop
-                last_seq := f.seq;
-                last_id := f.event_id;
-                if one_by_one then
-                    begin
-                        if outbox.publish_failed(f.event, f.backend_name) then
-                            retried := retried + 1;
-                        else
-                            used_again := used_again + 1;
-                        end if;
-                    exception when data_exception or integrity_constraint_violation or program_limit_exceeded or data_corrupted
-                        or index_corrupted or internal_error or plpgsql_error or undefined_object or insufficient_privilege then
-                        refused := refused + 1;
-                        reason := sqlerrm;
-                    end;
-                elsif outbox.publish_failed(f.event, f.backend_name) then
-                    retried := retried + 1;
-                else
-                    used_again := used_again + 1;
-                end if;
-            end loop;
-            return;
-        exception when data_exception or integrity_constraint_violation or program_limit_exceeded or data_corrupted
-            or index_corrupted or internal_error or plpgsql_error or undefined_object or insufficient_privilege then
-            if one_by_one then
-                raise;
-            end if;
-            -- One of them cannot be published. It stays, and the others are published, each in a subtransaction.
-            one_by_one := true;
-        end;
-    end loop;
+    retried := 0;
+    refused := 0;
+    select array_agg(k.seq order by k.seq, k.event_id), array_agg(k.event_id order by k.seq, k.event_id) into seqs, event_ids
+    from (
+        select e.seq, e.event_id
+        from outbox.failed_events e
+        where (e.seq, e.event_id) > (after_seq, after_id) and e.failed_at <= until
+            and (retry_piece.event_type is null or e.event_type = retry_piece.event_type)
+            and (retry_piece.event_id is null or e.event_id = retry_piece.event_id)
+            and (exists (select from outbox.backends b where b.number = e.backend_number and (retry_piece.backend is null or b.name = retry_piece.backend))
+                or (exists (select from outbox.backends b where b.name = e.backend and (retry_piece.backend is null or b.name = retry_piece.backend))
+                    and not exists (select from outbox.backends n where n.number = e.backend_number)))
+        order by e.seq, e.event_id
+        limit row_count
+        for update of e
+    ) k;
+    used_again := 0;
+    if seqs is null then
+        return;
+    end if;
+    last_seq := seqs[cardinality(seqs)];
+    last_id := event_ids[cardinality(seqs)];
+    begin
+        retried := outbox.publish_failed(seqs, event_ids);
+    exception when data_exception or integrity_constraint_violation or program_limit_exceeded or data_corrupted
+        or index_corrupted or internal_error or plpgsql_error or undefined_object or insufficient_privilege then
+        -- One of them cannot be published. It stays, and the others are published, each in a subtransaction.
+        for i in 1..cardinality(seqs) loop
+            begin
+                retried := retried + outbox.publish_failed(seqs[i:i], event_ids[i:i]);
+            exception when data_exception or integrity_constraint_violation or program_limit_exceeded or data_corrupted
+                or index_corrupted or internal_error or plpgsql_error or undefined_object or insufficient_privilege then
+                refused := refused + 1;
+                reason := sqlerrm;
+            end;
+        end loop;
+    end;
+    used_again := cardinality(seqs) - retried - refused;
 end
 $$;
 comment on function outbox.retry_piece(text, text, uuid, bigint, uuid, timestamptz, integer) is 'Part of outbox.retry_failed(): publishes up to row_count failed events again that come after this number and id, and failed until then. last_seq is NULL when there are no more.';
