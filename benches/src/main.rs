@@ -3,11 +3,12 @@
 //! - [`options`], [`report`], [`stats`] how much is done, the table, one number of several
 //! - [`servers`], [`probe`], [`machine`], [`floors`], [`bare`], [`load`] what is measured, seen from outside, and
 //!   beside what
-//! - [`drain`], [`backlog`], [`publish`], [`guests`], [`latency`], [`cost`], [`others`], [`acts`], [`footprint`], [`steady`],
+//! - [`drain`], [`backlog`], [`publish`], [`guests`], [`latency`], [`cost`], [`others`], [`acts`], [`admin`], [`footprint`], [`steady`],
 //!   [`attached`], [`rivals`], [`views`] the figures
 //! - [`plots`], [`chart`] pictures of them in `docs/`
 
 mod acts;
+mod admin;
 mod attached;
 mod backlog;
 mod bare;
@@ -39,7 +40,7 @@ use std::time::Instant;
 type Measure = fn(&Scale) -> Taken;
 
 /// In the order of the table.
-const FIGURES: [(&str, Measure); 22] = [
+const FIGURES: [(&str, Measure); 23] = [
     ("drain", drain::measure),
     ("spread", drain::measure_spread),
     ("backlog", backlog::measure),
@@ -54,6 +55,7 @@ const FIGURES: [(&str, Measure); 22] = [
     ("beside_bulk", others::measure_beside_bulk),
     ("refused", others::measure_refused),
     ("acts", acts::measure),
+    ("admin", admin::measure),
     ("looking", others::measure_looking),
     ("views", views::measure),
     ("attached", attached::measure),
