@@ -23,6 +23,9 @@ declare
     c record;
     after_seq bigint;
     retention interval;
+    -- From here on there are rows. Before it are those that have gone, which are passed one by one while an old snapshot
+    -- needs them.
+    after_time timestamptz := '-infinity';
 begin
     -- Of deleted backends there are only ticks.
     for c in select k.backend_number from outbox.cursors k union select t.backend_number from outbox.ticks t order by 1 loop
@@ -35,31 +38,54 @@ begin
     end loop;
     retention := outbox.retention('failed_retention');
     while retention is not null loop
-        delete from outbox.failed_events f
+        with gone as (
+            delete from outbox.failed_events f
             where f.ctid operator(pg_catalog.=) any (array(select o.ctid from outbox.failed_events o
-                where o.failed_at operator(pg_catalog.<) (pg_catalog.clock_timestamp() operator(pg_catalog.-) retention)
-                order by o.failed_at limit 1000));
-        exit when not found;
+                where o.failed_at operator(pg_catalog.>=) after_time
+                    and o.failed_at operator(pg_catalog.<) (pg_catalog.clock_timestamp() operator(pg_catalog.-) retention)
+                order by o.failed_at limit 1000))
+            returning f.failed_at
+        )
+        select pg_catalog.max(g.failed_at) into after_time from gone g;
+        exit when after_time is null;
         commit;
     end loop;
+    after_time := '-infinity';
     retention := outbox.retention('inbox_retention');
     while retention is not null loop
-        delete from outbox.inbox i
+        with gone as (
+            delete from outbox.inbox i
             where i.ctid operator(pg_catalog.=) any (array(select o.ctid from outbox.inbox o
-                where o.consumed_at operator(pg_catalog.<) (pg_catalog.clock_timestamp() operator(pg_catalog.-) retention)
-                order by o.consumed_at limit 1000));
-        exit when not found;
+                where o.consumed_at operator(pg_catalog.>=) after_time
+                    and o.consumed_at operator(pg_catalog.<) (pg_catalog.clock_timestamp() operator(pg_catalog.-) retention)
+                order by o.consumed_at limit 1000))
+            returning i.consumed_at
+        )
+        select pg_catalog.max(g.consumed_at) into after_time from gone g;
+        exit when after_time is null;
         commit;
     end loop;
 end
 $$;
 comment on procedure outbox.purge() is 'Deletes sent and failed events, and entries of the inbox, whose retention has ended, and commits after each piece. Where there is a worker, it does the same by itself.';
 
+create function outbox.rest_between_looks(began timestamptz, asked timestamptz, deadline timestamptz) returns double precision
+    language sql volatile set search_path = pg_catalog, pg_temp
+    as $$
+-- Many may wait, and looking takes longer the more there is to be sent.
+select least(extract(epoch from deadline - clock_timestamp()),
+    greatest(0.02, 3 * extract(epoch from clock_timestamp() - asked), least(0.25, extract(epoch from clock_timestamp() - began) / 10)))
+$$;
+comment on function outbox.rest_between_looks(timestamptz, timestamptz, timestamptz) is 'Seconds after which outbox.wait_published() or outbox.drain() looks again: longer than its last look has taken, and the longer the longer it has waited.';
+
 create function outbox.wait_published(event_id uuid, timeout interval default '10s') returns boolean
     language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+    set enable_seqscan = off set jit = off
     as $$
 declare
-    deadline timestamptz := pg_catalog.clock_timestamp() + timeout;
+    asked timestamptz := pg_catalog.clock_timestamp();
+    began constant timestamptz := asked;
+    deadline constant timestamptz := began + timeout;
     -- The caller's role, not the owner's, with whose rights this runs.
     caller constant name := coalesce(nullif(current_setting('role'), 'none'), session_user);
     sees_all constant boolean := has_table_privilege(caller, 'outbox.event_status', 'select');
@@ -83,7 +109,8 @@ begin
         if pg_catalog.clock_timestamp() >= deadline then
             return false;
         end if;
-        perform pg_catalog.pg_sleep(0.02);
+        perform pg_catalog.pg_sleep(outbox.rest_between_looks(began, asked, deadline));
+        asked := clock_timestamp();
     end loop;
 end
 $$;
@@ -91,6 +118,9 @@ comment on function outbox.wait_published(uuid, interval) is 'Waits until an eve
 
 create function outbox.waits_since(seen pg_snapshot) returns boolean
     language sql volatile set search_path = pg_catalog, pg_temp
+    -- By the indexes: of a table that has just grown, or of an id that is not there, the planner expects that a scan of
+    -- the table finds one soon.
+    set enable_seqscan = off set jit = off
     as $$
 -- An event that was committed by then, and lies behind no cursor.
 select exists (
@@ -113,7 +143,8 @@ create function outbox.drain(timeout interval default '10s') returns boolean
 declare
     seen constant pg_snapshot := pg_current_snapshot();
     deadline constant timestamptz := clock_timestamp() + timeout;
-    asked timestamptz;
+    asked timestamptz := clock_timestamp();
+    began constant timestamptz := asked;
 begin
     if timeout is null then
         raise exception using errcode = 'null_value_not_allowed', message = 'timeout must not be null',
@@ -128,8 +159,7 @@ begin
         if clock_timestamp() >= deadline then
             return false;
         end if;
-        -- Asking takes longer the more there is to be sent: it rests at least as long.
-        perform pg_sleep(greatest(0.02, extract(epoch from clock_timestamp() - asked)));
+        perform pg_sleep(outbox.rest_between_looks(began, asked, deadline));
     end loop;
 end
 $$;

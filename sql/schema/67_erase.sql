@@ -2,13 +2,17 @@
 
 create function outbox.waits(event_id uuid) returns boolean
     language sql volatile set search_path = pg_catalog, pg_temp
+    -- By the indexes: of a table that has just grown, or of an id that is not there, the planner expects that a scan of
+    -- the table finds one soon.
+    set enable_seqscan = off set jit = off
     as $$
 select exists (select from outbox.scheduled_events s where s.event_id = waits.event_id)
     or exists (select from outbox.held_events h where h.event_id = waits.event_id)
     or exists (select from outbox.events e left join outbox.backends b on b.number = e.backend_number
         where e.event_id = waits.event_id
             and not exists (select from outbox.failed_events f where f.event_id = e.event_id and f.seq = e.seq)
-            and (exists (select from outbox.refused_events r where r.seq = e.seq and r.accepted_in is null)
+            -- No EXISTS here: that might be planned as a hash of all of them.
+            and (coalesce((select true from outbox.refused_events r where r.seq = e.seq and r.accepted_in is null limit 1), false)
                 or not coalesce((select outbox.is_delivered(c, e.xid, e.seq) from outbox.cursors c
                     where c.backend_number in (e.backend_number, case when b.number is null then 0 end)
                         and c.slot in (-1, outbox.hash_slot(coalesce(e.stream, b.own_stream, '')))
@@ -18,6 +22,7 @@ comment on function outbox.waits(uuid) is 'Whether an event with this id is sche
 
 create function outbox.erase(event_id uuid) returns boolean
     language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+    set enable_seqscan = off set jit = off
     as $$
 declare
     erased bigint := 0;
