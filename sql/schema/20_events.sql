@@ -44,7 +44,8 @@ alter table outbox.events add primary key (seq) include (backend_number);
 -- Of an event that routes send to several streams there is a row for each. The first has branch 0, so an id that is
 -- used already is refused by that.
 create unique index events_event_id_idx on outbox.events (event_id, branch);
-create index events_xid_idx on outbox.events (xid, seq);
+-- Likewise: of a transaction with a million rows for one backend.
+create index events_xid_idx on outbox.events (xid, seq) include (backend_number);
 -- For outbox.event_status: the latest events, and those of a period.
 create index events_created_at_idx on outbox.events (created_at);
 
@@ -82,6 +83,8 @@ create table outbox.refused_events (
 -- Who asks for one stream must not be given this index, whatever the planner knows of a table that has just grown: only
 -- those can use it who say that seq > 0, which it always is.
 create index refused_events_backend_idx on outbox.refused_events (backend_number, seq) where accepted_in is null and seq > 0;
+-- For the highest number of each backend. An expression, for the same reason as above.
+create index refused_events_number_idx on outbox.refused_events ((backend_number::bigint), seq);
 create index refused_events_stream_idx on outbox.refused_events (backend_number, stream, seq) where accepted_in is null;
 comment on table outbox.refused_events is 'Events of outbox.events that Redis refused and that are being tried again, and those behind them in the same stream.';
 comment on column outbox.refused_events.accepted_in is 'Number of the batch in which Redis accepted the event late. If Redis loses that batch, the event waits again. NULL: it waits now.';
@@ -98,4 +101,5 @@ create table outbox.failed_events (
 alter table outbox.failed_events alter column branch set default 0;
 create index failed_events_failed_at_idx on outbox.failed_events (failed_at);
 create index failed_events_seq_idx on outbox.failed_events (seq, event_id);
+create index failed_events_backend_idx on outbox.failed_events (backend_number, seq);
 comment on table outbox.failed_events is 'Events that Redis refused max_retries times, or whose backend was deleted; kept for outbox_relay.failed_retention. See outbox.retry_failed().';

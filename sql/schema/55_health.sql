@@ -73,7 +73,7 @@ faults(what, fault, cure) as (
     select 'indexes', format('outbox.events has no index on (%s).', w.columns), w.cure
     from there t cross join (values
             ('seq', 'Run ALTER TABLE outbox.events ADD PRIMARY KEY (seq) INCLUDE (backend_number);'),
-            ('xid, seq', 'Run CREATE INDEX CONCURRENTLY events_xid_idx ON outbox.events (xid, seq);'),
+            ('xid, seq', 'Run CREATE INDEX CONCURRENTLY events_xid_idx ON outbox.events (xid, seq) INCLUDE (backend_number);'),
             ('event_id, branch', 'Run CREATE UNIQUE INDEX CONCURRENTLY events_event_id_idx ON outbox.events (event_id, branch);'),
             ('created_at', 'Run CREATE INDEX CONCURRENTLY events_created_at_idx ON outbox.events (created_at);')) w (columns, cure)
     where t.name = 'events' and t.oid is not null and not exists (

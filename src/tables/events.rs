@@ -78,6 +78,9 @@ pub(crate) struct EventsTable {
     snapshot: pg_sys::Snapshot,
     /// Numbers of the backends whose rows are looked at; `None`: all.
     wanted: Option<Rc<[i32]>>,
+    /// Whether the index by number, and that by transaction, says whose a row is.
+    seq_key_tells: bool,
+    xid_key_tells: bool,
 }
 
 const LOCK: pg_sys::LOCKMODE = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
@@ -102,19 +105,22 @@ impl EventsTable {
                 xid_key: pg_sys::index_open(relations.events_xid_key, LOCK),
                 snapshot: pg_sys::RegisterSnapshot(pg_sys::GetLatestSnapshot()),
                 wanted: None,
+                seq_key_tells: false,
+                xid_key_tells: false,
             }
         }
     }
 
-    /// From now on, scans by number pass by rows of other backends, as far as the index tells whose they are.
+    /// From now on, scans pass by rows of other backends, as far as their index tells whose they are.
     pub(crate) fn want_only(&mut self, numbers: Vec<i32>) {
         // SAFETY: an open index; the first columns of it, of which there are so many.
-        let is_told = unsafe {
-            let index = (*self.seq_key).rd_index;
+        let tells = |key: pg_sys::Relation, place: usize| unsafe {
+            let index = (*key).rd_index;
             let columns = std::slice::from_raw_parts((*index).indkey.values.as_ptr(), (*index).indnatts as usize);
-            columns.get(1) == Some(&(attribute::BACKEND_NUMBER as i16))
+            columns.get(place) == Some(&(attribute::BACKEND_NUMBER as i16))
         };
-        self.wanted = is_told.then(|| numbers.into());
+        (self.seq_key_tells, self.xid_key_tells) = (tells(self.seq_key, 1), tells(self.xid_key, 2));
+        self.wanted = Some(numbers.into());
     }
 
     /// Whether the table can be opened without waiting, with all its indexes. The locks are kept until the end of the
@@ -231,14 +237,19 @@ impl Table for EventsTable {
     fn by_seq(&mut self, after: i64, upto: i64) -> EventsScan {
         let scan = self.scan(self.seq_key, &[seq_above(after), seq_up_to(upto)]);
         match &self.wanted {
-            Some(wanted) => scan.wanting(wanted.clone()),
-            None => scan,
+            Some(wanted) if self.seq_key_tells => scan.wanting(wanted.clone(), 0),
+            _ => scan,
         }
     }
 
     fn by_xid(&mut self, xid: u64, after: i64, upto: i64) -> EventsScan {
         let equal = xid_key(pg_sys::BTEqualStrategyNumber, pg_sys::F_XID8EQ, xid);
-        self.scan(self.xid_key, &[equal, seq_above(after), seq_up_to(upto)])
+        let scan = self.scan(self.xid_key, &[equal, seq_above(after), seq_up_to(upto)]);
+        match &self.wanted {
+            // Behind the transaction's id.
+            Some(wanted) if self.xid_key_tells => scan.wanting(wanted.clone(), size_of::<u64>()),
+            _ => scan,
+        }
     }
 
     fn first_xid(&mut self, from: u64, before: u64) -> Option<u64> {
@@ -257,9 +268,16 @@ pub(crate) struct EventsScan {
     row: Box<Row>,
     descriptor: pg_sys::TupleDesc,
     /// Rows of other backends are passed by; the index says whose each is.
-    wanted: Option<Rc<[i32]>>,
+    wanted: Option<Wanted>,
     /// It has come to its end. (Asked once more, Postgres would begin anew.)
     is_at_end: bool,
+}
+
+/// Which rows are wanted of a scan, by what its index says.
+struct Wanted {
+    numbers: Rc<[i32]>,
+    /// Where the row's number stands in an entry; the backend's is behind it.
+    seq_at: usize,
 }
 
 /// What a scan has come to.
@@ -279,8 +297,8 @@ impl EventsScan {
         &self.row
     }
 
-    /// The index has, behind its key, the number of the backend.
-    fn wanting(mut self, wanted: Rc<[i32]>) -> Self {
+    /// The index has, behind the row's number at `seq_at`, that of the backend.
+    fn wanting(mut self, numbers: Rc<[i32]>, seq_at: usize) -> Self {
         // SAFETY: the scan was just opened. It is told to give the index's entries as well, which must be known before
         // it begins; the keys stay as they are.
         unsafe {
@@ -289,7 +307,7 @@ impl EventsScan {
             let (keys, orders) = ((*scan).numberOfKeys, (*scan).numberOfOrderBys);
             pg_sys::index_rescan(scan, std::ptr::null_mut(), keys, std::ptr::null_mut(), orders);
         }
-        self.wanted = Some(wanted);
+        self.wanted = Some(Wanted { numbers, seq_at });
         self
     }
 
@@ -310,12 +328,12 @@ impl EventsScan {
     ///
     /// # Safety
     /// As [`Self::next`]; `wanted` is that of the scan, see [`Self::wanting`].
-    unsafe fn next_wanted(scan: pg_sys::SysScanDesc, wanted: &[i32]) -> Met {
+    unsafe fn next_wanted(scan: pg_sys::SysScanDesc, wanted: &Wanted) -> Met {
         /// Of an entry's header (itup.h): its size, and a bit of its second word.
         const HEADER: usize = 8;
         const HAS_NULLS: u16 = 0x8000;
-        // SAFETY: a scan of an index on (seq, backend_number) that was told to give its entries: an int8, and an int4
-        // behind it.
+        // SAFETY: a scan of an index on (seq, backend_number) or (xid, seq, backend_number) that was told to give its
+        // entries: at `seq_at` an int8, and an int4 behind it.
         unsafe {
             let (index_scan, tuple_slot) = ((*scan).iscan, (*scan).slot);
             for count in 1.. {
@@ -323,9 +341,9 @@ impl EventsScan {
                     break;
                 }
                 let entry = (*index_scan).xs_itup;
-                let values = entry.cast::<u8>().add(HEADER);
+                let values = entry.cast::<u8>().add(HEADER + wanted.seq_at);
                 let is_others =
-                    (*entry).t_info & HAS_NULLS == 0 && !wanted.contains(&values.add(8).cast::<i32>().read());
+                    (*entry).t_info & HAS_NULLS == 0 && !wanted.numbers.contains(&values.add(8).cast::<i32>().read());
                 if is_others {
                     if count >= OTHERS_AT_ONCE {
                         return Met::Others(values.cast::<i64>().read());

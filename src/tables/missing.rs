@@ -58,7 +58,7 @@ impl Index {
             Self::Xid => (
                 "outbox.events has no index on (xid, seq)",
                 "Events are read by it.",
-                "CREATE INDEX events_xid_idx ON outbox.events (xid, seq)",
+                "CREATE INDEX events_xid_idx ON outbox.events (xid, seq) INCLUDE (backend_number)",
             ),
             Self::EventId => (
                 "outbox.events has no unique index on (event_id, branch)",

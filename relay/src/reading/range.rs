@@ -25,7 +25,8 @@ pub struct Key {
 
 /// An open scan, in ascending order of `seq`.
 pub trait Scan {
-    /// Moves to the next row; `None` at the end, and then for ever.
+    /// Moves to the next row; `None` at the end, and then for ever. A key without a transaction id (0) says that rows up to
+    /// it were passed by.
     fn advance(&mut self) -> Option<Key>;
 }
 
@@ -245,7 +246,10 @@ impl<S: Scan> RangeScan<S> {
         if let Some((index, (key, _))) = lowest {
             let key = *key;
             self.current = Some(index);
-            return Some(Step::Row(key));
+            return Some(match key.xid {
+                0 => Step::Passed(key),
+                _ => Step::Row(key),
+            });
         }
         let key = self.new.advance()?;
         let of_range = self.to.snapshot.sees(key.xid) && !self.from.snapshot.sees(key.xid);
