@@ -4,11 +4,11 @@
 use crate::tables::care::{self, Kept};
 use crate::tables::found_row::FoundRow;
 use crate::tables::sql::{
-    Parameter, all_words, argument, arguments, query, query_column, query_kept, query_named, query_value, run,
-    run_named,
+    Parameter, all_words, argument, arguments, query_column, query_kept, query_named, query_value, run, run_named,
 };
 use relay::delivery::refusal::Record;
 use std::collections::HashMap;
+use std::rc::Rc;
 
 /// The streams of a backend in which refused events wait, with the attempts of the first event of each. An event that
 /// names no stream is in the backend's own.
@@ -28,11 +28,21 @@ pub(crate) fn refused_streams(number: i32, own_stream: &str) -> Vec<(String, u32
     )
 }
 
-/// Sequence numbers of the next refused events of each of these streams, oldest first, at most so many of each.
-pub(crate) fn next_waiting(number: i32, own_stream: &str, streams: &[(&str, usize)]) -> Vec<Vec<i64>> {
+/// Which waiting events of a stream are looked for.
+pub(crate) struct Look {
+    pub stream: Rc<str>,
+    /// At most so many.
+    pub count: usize,
+    /// With this number or a higher one.
+    pub first: i64,
+}
+
+/// Sequence numbers of the next refused events of each of these streams, oldest first.
+pub(crate) fn next_waiting(number: i32, own_stream: &str, streams: &[Look]) -> Vec<Vec<i64>> {
     let mut found = vec![Vec::new(); streams.len()];
-    let (own, named): (Vec<_>, Vec<_>) = (0..streams.len()).partition(|index| streams[*index].0 == own_stream);
-    let counts = |indexes: &[usize]| -> Vec<i32> { indexes.iter().map(|index| streams[*index].1 as i32).collect() };
+    let (own, named): (Vec<_>, Vec<_>) = (0..streams.len()).partition(|index| *streams[*index].stream == *own_stream);
+    let counts = |indexes: &[usize]| -> Vec<i32> { indexes.iter().map(|index| streams[*index].count as i32).collect() };
+    let firsts = |indexes: &[usize]| -> Vec<i64> { indexes.iter().map(|index| streams[*index].first).collect() };
     let mut note = |indexes: &[usize], rows: Vec<(i64, i64)>| {
         for (nth, seq) in rows {
             found[indexes[nth as usize - 1]].push(seq);
@@ -43,18 +53,19 @@ pub(crate) fn next_waiting(number: i32, own_stream: &str, streams: &[(&str, usiz
         (number("nth"), number("seq"))
     };
     if !named.is_empty() {
-        let names: Vec<&str> = named.iter().map(|index| streams[*index].0).collect();
+        let names: Vec<&str> = named.iter().map(|index| &*streams[*index].stream).collect();
         let rows = query_named(
             "select s.nth, w.seq
-            from unnest($names, $counts) with ordinality s(name, count, nth) cross join lateral (
+            from unnest($names, $counts, $firsts) with ordinality s(name, count, first, nth) cross join lateral (
                 select r.seq from outbox.refused_events r
-                where r.backend_number = $number and r.accepted_in is null and r.stream = s.name
+                where r.backend_number = $number and r.accepted_in is null and r.stream = s.name and r.seq >= s.first
                 order by r.seq limit s.count) w
             order by s.nth, w.seq",
             [
                 ("number", number.into()),
                 ("names", arguments(&names)),
                 ("counts", counts(&named).into()),
+                ("firsts", firsts(&named).into()),
             ],
             read,
         );
@@ -62,17 +73,20 @@ pub(crate) fn next_waiting(number: i32, own_stream: &str, streams: &[(&str, usiz
     }
     if !own.is_empty() {
         let rows = query_named(
-            "select 1::bigint as nth, w.seq from (
+            "select 1::bigint as nth, w.seq from unnest($firsts) s(first) cross join lateral (
                 (select r.seq from outbox.refused_events r
-                    where r.backend_number = $number and r.accepted_in is null and r.stream is null order by r.seq limit $count)
+                    where r.backend_number = $number and r.accepted_in is null and r.stream is null and r.seq >= s.first
+                    order by r.seq limit $count)
                 union all
                 (select r.seq from outbox.refused_events r
-                    where r.backend_number = $number and r.accepted_in is null and r.stream = $name order by r.seq limit $count)
+                    where r.backend_number = $number and r.accepted_in is null and r.stream = $name and r.seq >= s.first
+                    order by r.seq limit $count)
             ) w order by w.seq limit $count",
             [
                 ("number", number.into()),
                 ("name", argument(own_stream)),
                 ("count", counts(&own)[0].into()),
+                ("firsts", firsts(&own).into()),
             ],
             read,
         );
@@ -91,19 +105,22 @@ pub(crate) fn forget(seqs: &[i64]) {
 
 /// The highest number of a backend's events that were refused or have failed. 0: there is none.
 pub(crate) fn highest_written_down(number: i32) -> i64 {
-    highest_written_down_of_all().get(&number).copied().unwrap_or(0)
+    highest_written_down_of(vec![number]).get(&number).copied().unwrap_or(0)
 }
 
-/// The same of all backends, by their numbers: failed events have no index on these.
-pub(crate) fn highest_written_down_of_all() -> HashMap<i32, i64> {
-    let found = query(
-        "select w.backend_number, max(w.seq) as seq from (
-            select r.backend_number, r.seq from outbox.refused_events r
-            union all
-            select f.backend_number, f.seq from outbox.failed_events f) w
-        group by w.backend_number",
-        &[],
-        |row| (row.value::<i32>("backend_number"), row.value::<i64>("seq")),
+/// The same of several backends, by their numbers: a look at two indexes for each, since there may be millions of such
+/// events.
+pub(crate) fn highest_written_down_of(numbers: Vec<i32>) -> HashMap<i32, i64> {
+    if numbers.is_empty() {
+        return HashMap::new();
+    }
+    let found = query_kept(
+        "select n.number, greatest(
+            (select r.seq from outbox.refused_events r where r.backend_number::bigint = n.number order by r.backend_number::bigint desc, r.seq desc limit 1),
+            (select f.seq from outbox.failed_events f where f.backend_number = n.number order by f.backend_number desc, f.seq desc limit 1)) as seq
+        from unnest($1) n (number)",
+        &[numbers.into()],
+        |row| (row.value::<i32>("number"), row.value::<i64>("seq")),
     );
     let found = found.into_iter();
     found.filter_map(|(number, seq)| number.zip(seq)).collect()

@@ -20,8 +20,10 @@ use std::collections::BTreeSet;
 const DUE: &str = "select d.event_id from outbox.scheduled_events d
     where d.scheduled_at <= $1 and d.event_id <> all($3) order by d.scheduled_at, d.seq limit $2";
 
-/// Scheduled events that are due at `now_us` (microseconds since 2000), without those that are `held`: at most `count`.
-pub(crate) fn due(now_us: i64, count: i64, held: &[[u8; 16]]) -> Vec<[u8; 16]> {
+/// Scheduled events that are due, without those that are `held`: at most `count`.
+pub(crate) fn due_now(count: i64, held: &[[u8; 16]]) -> Vec<[u8; 16]> {
+    // SAFETY: reads the clock.
+    let now_us = unsafe { pg_sys::GetCurrentTimestamp() };
     let ids: Vec<pgrx::Uuid> = query_column(DUE, &[timestamp(now_us), count.into(), uuids(held)]);
     ids.iter().map(|id| *id.as_bytes()).collect()
 }
@@ -52,31 +54,44 @@ pub(crate) fn lockable(ids: &[[u8; 16]]) -> Vec<[u8; 16]> {
     free
 }
 
-/// Moves scheduled events that are due at `now_us` into `outbox.events`, at most `count` (of few different ones), without those that are `held`
-/// and those whose rows somebody has locked. Returns how many there were. Sets all columns that the trigger would fill
-/// in, because the trigger may be switched off.
-pub(crate) fn move_due(now_us: i64, count: i64, held: &[[u8; 16]]) -> u64 {
+/// What moving some of them came to.
+#[derive(Default)]
+pub(crate) struct Moved {
+    /// How many there were.
+    pub count: u64,
+    /// When the last of them was due, in microseconds since 2000.
+    pub last_us: Option<i64>,
+}
+
+/// Moves scheduled events that are due from `from_us` to `now_us` into `outbox.events`, at most `count` (of few different ones), without those
+/// that are `held` and those whose rows somebody has locked. Sets all columns that the trigger would fill in, because the
+/// trigger may be switched off.
+pub(crate) fn move_due(from_us: i64, now_us: i64, count: i64, held: &[[u8; 16]]) -> Moved {
     // The count is part of the text: a plan that is kept must know how few rows there are.
     let due_and_free = format!(
         "select d.event_id, d.branch from outbox.scheduled_events d
-        where d.scheduled_at <= $1 and d.event_id <> all($2) order by d.scheduled_at, d.seq limit {count} for update skip locked"
+        where d.scheduled_at >= $3 and d.scheduled_at <= $1 and d.event_id <> all($2)
+        order by d.scheduled_at, d.seq limit {count} for update skip locked"
     );
-    let arguments = [timestamp(now_us), uuids(held)];
-    move_scheduled(&due_and_free, |sql| run_kept(sql, &arguments, restored_for))
+    let arguments = [timestamp(now_us), uuids(held), timestamp(from_us)];
+    move_scheduled(&due_and_free, |sql| run_kept(sql, &arguments, moved_row))
 }
 
 /// The same one by one: an event that cannot be moved fails alone.
-pub(crate) fn move_due_one_by_one(now_us: i64, count: i64, held: &[[u8; 16]]) -> u64 {
-    let due = due(now_us, count, held);
+pub(crate) fn move_due_one_by_one(count: i64, held: &[[u8; 16]]) -> Moved {
+    let due = due_now(count, held);
     for id in &due {
         let id = pgrx::Uuid::from_bytes(*id);
         if let Err(error) =
-            care::tried_new(|| move_scheduled(ALL_OF_ONE, |sql| run_returning(sql, &[id.into()], restored_for)))
+            care::tried_new(|| move_scheduled(ALL_OF_ONE, |sql| run_returning(sql, &[id.into()], moved_row)))
         {
             care::as_much_as_can_be_read(|kept| fail_scheduled(id, &error, kept));
         }
     }
-    due.len() as u64
+    Moved {
+        count: due.len() as u64,
+        last_us: None,
+    }
 }
 
 /// The rows of a scheduled event.
@@ -104,13 +119,14 @@ fn fail_scheduled(id: pgrx::Uuid, error: &str, kept: Kept) -> u64 {
     )
 }
 
-/// The backend of a moved event that a dump has brought.
-fn restored_for(row: &FoundRow<'_>) -> Option<i32> {
-    row.value("restored_for")
+/// The backend of a moved event that a dump has brought; and when it was due.
+fn moved_row(row: &FoundRow<'_>) -> (Option<i32>, Option<i64>) {
+    let due = row.datum("scheduled_at").map(|at| at.value() as i64);
+    (row.value("restored_for"), due)
 }
 
 /// Moves the rows of scheduled events whose ids and branches a query selects.
-fn move_scheduled(selected: &str, run: impl FnOnce(&str) -> Vec<Option<i32>>) -> u64 {
+fn move_scheduled(selected: &str, run: impl FnOnce(&str) -> Vec<(Option<i32>, Option<i64>)>) -> Moved {
     if catalog::expect_relations().events_id_key == pg_sys::InvalidOid {
         Index::EventId.refuse();
     }
@@ -139,22 +155,25 @@ fn move_scheduled(selected: &str, run: impl FnOnce(&str) -> Vec<Option<i32>>) ->
                 from due d where not exists (select from moved m where m.event_id = d.event_id and m.branch = d.branch)
                 on conflict (event_id, seq) do nothing
             )
-            select case when d.xid = '0' then d.backend_number end as restored_for from due d"
+            select case when d.xid = '0' then d.backend_number end as restored_for, d.scheduled_at from due d"
             ))
     });
     // In a statement of its own, and only if there are any: each insertion into that table has all backends loaded again.
-    let restored: BTreeSet<i32> = moved.iter().copied().flatten().collect();
+    let restored: BTreeSet<i32> = moved.iter().filter_map(|(restored_for, _)| *restored_for).collect();
     restored.into_iter().for_each(restores::note_restored_here);
-    moved.len() as u64
+    Moved {
+        count: moved.len() as u64,
+        last_us: moved.iter().filter_map(|(_, due)| *due).max(),
+    }
 }
 
-/// When the next scheduled event that is not `held` is due (`None`: there is none), and the present time, in
-/// microseconds since 2000.
-pub(crate) fn next_due(held: &[[u8; 16]]) -> (Option<i64>, i64) {
+/// When the next scheduled event that is not `held` is due, from `from_us` on (`None`: there is none), and the present
+/// time, in microseconds since 2000.
+pub(crate) fn next_due(from_us: i64, held: &[[u8; 16]]) -> (Option<i64>, i64) {
     let due = query_kept(
-        "select s.scheduled_at from outbox.scheduled_events s where s.event_id <> all($1)
+        "select s.scheduled_at from outbox.scheduled_events s where s.scheduled_at >= $2 and s.event_id <> all($1)
         order by s.scheduled_at, s.seq limit 1",
-        &[uuids(held)],
+        &[uuids(held), timestamp(from_us)],
         |row| row.datum("scheduled_at").map(|d| d.value() as i64),
     );
     // SAFETY: reads the clock.

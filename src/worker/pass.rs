@@ -62,11 +62,15 @@ pub(super) fn read(backends: &mut [Backend], group: &Group, is_wanted: &dyn Fn()
 }
 
 /// Within the pass's transaction.
-fn written_down(mut reader: Collector, backends: &[Backend]) -> Outcome {
+fn written_down(mut reader: Collector, backends: &mut [Backend]) -> Outcome {
     let (has_found, records) = (reader.has_found(), std::mem::take(&mut reader.records));
     let wrote = !records.is_empty();
     let failed = match wrote {
-        true => refused::record(backends[reader.index].number, &records, None),
+        true => {
+            let backend = &mut backends[reader.index];
+            backend.heads.heed(&records);
+            refused::record(backend.number, &records, None)
+        }
         false => 0,
     };
     Outcome {
@@ -196,7 +200,12 @@ pub(super) struct Retried {
 /// The batch for the next events of refused streams.
 pub(super) fn refused_batch(backend: &mut Backend, retries: &[Retry]) -> Retried {
     // One more says whether there are others.
-    let wanted: Vec<_> = retries.iter().map(|r| (&*r.stream, r.count + 1)).collect();
+    let wanted = |r: &Retry| refused::Look {
+        stream: r.stream.clone(),
+        count: r.count + 1,
+        first: backend.heads.of(&r.stream),
+    };
+    let wanted: Vec<_> = retries.iter().map(wanted).collect();
     let waiting = refused::next_waiting(backend.number, backend.stream(), &wanted);
     let relations = catalog::expect_relations();
     let mut table = EventsTable::open(&relations);
@@ -207,7 +216,7 @@ pub(super) fn refused_batch(backend: &mut Backend, retries: &[Retry]) -> Retried
             retried.put_back.push(stream.clone());
             continue;
         }
-        let mut is_whole = seqs.len() <= *count;
+        let mut is_whole = backend.heads.found(stream, &seqs, count + 1);
         seqs.truncate(*count);
         let before = batch.entries.len();
         for seq in seqs {
@@ -261,16 +270,21 @@ fn add_refused(backend: &mut Backend, batch: &mut OpenBatch, row: &Row) {
 /// Up to `count` events of these streams, whose heads have failed for these reasons: they fail, too. Also the streams
 /// of which no other is left.
 pub(super) fn fail_waiting(
-    backend: &Backend,
+    backend: &mut Backend,
     failing: &[(Rc<str>, Rc<str>)],
     count: usize,
 ) -> (Vec<Record>, Vec<Rc<str>>) {
     let each = (count / failing.len().max(1)).max(1);
-    let wanted: Vec<_> = failing.iter().map(|(stream, _)| (&**stream, each)).collect();
+    let wanted = |(stream, _): &(Rc<str>, Rc<str>)| refused::Look {
+        stream: stream.clone(),
+        count: each,
+        first: backend.heads.of(stream),
+    };
+    let wanted: Vec<_> = failing.iter().map(wanted).collect();
     let waiting = refused::next_waiting(backend.number, backend.stream(), &wanted);
     let (mut records, mut through) = (Vec::new(), Vec::new());
     for ((stream, error), seqs) in failing.iter().zip(waiting) {
-        if seqs.len() < each {
+        if backend.heads.found(stream, &seqs, each) {
             through.push(stream.clone());
         }
         records.extend(seqs.into_iter().map(|seq| Record::Fail {

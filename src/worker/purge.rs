@@ -12,6 +12,7 @@ use crate::server::process::{self, Aborted};
 use crate::server::report;
 use crate::tables::catalog;
 use crate::tables::events::EventsTable;
+use crate::tables::retention::AgedPiece;
 use crate::tables::{backends, refused, retention};
 use crate::worker::backend::Backend;
 use pgrx::datum::Interval;
@@ -76,6 +77,8 @@ struct Share {
 #[derive(Default)]
 struct Aged {
     next_look_at: Now,
+    /// While there are more pieces: where the next begins, see `retention::purge_aged`.
+    from_us: Option<i64>,
 }
 
 impl Aged {
@@ -85,7 +88,7 @@ impl Aged {
         &mut self,
         now: Now,
         retention: &GucSetting<i32>,
-        delete: fn(i64, i64) -> u64,
+        delete: fn(i64, i64, i64) -> AgedPiece,
         is_wanted: &dyn Fn() -> bool,
     ) -> Result<Option<Duration>, Aborted> {
         let Some(retention_us) = guc::retention_us(retention) else {
@@ -94,9 +97,11 @@ impl Aged {
         if now >= self.next_look_at {
             process::show_activity("deleting what is older than its retention");
             let start = Instant::now();
-            let deleted = process::transaction(|| delete(retention_us, AGED_ROWS))?;
+            let from_us = self.from_us.take().unwrap_or(i64::MIN);
+            let piece = process::transaction(|| delete(retention_us, AGED_ROWS, from_us))?;
             let took = start.elapsed();
-            let more = deleted >= AGED_ROWS as u64;
+            let more = piece.deleted >= AGED_ROWS as u64;
+            self.from_us = piece.last_us.filter(|_| more);
             let pause = tick_interval(retention_us).max(LEAST_AGED_INTERVAL);
             self.next_look_at = now
                 + match more {

@@ -130,7 +130,9 @@ impl Worker {
 fn missing(backends: &[Backend], rows: Vec<BackendRow>, deleted: Vec<i32>, home: &Home) -> Vec<Backend> {
     let is_known = |number: i32| backends.iter().any(|b| b.number == number);
     let mut missing: Vec<Backend> = Vec::new();
-    let written_down = refused::highest_written_down_of_all();
+    let numbers = rows.iter().map(|row| row.number).chain(deleted.iter().copied());
+    let numbers: Vec<i32> = numbers.filter(|number| !is_known(*number)).collect();
+    let written_down = refused::highest_written_down_of(numbers);
     let load = |number: i32, duty| Backend::load(number, duty, written_down.get(&number).copied().unwrap_or(0));
     for row in rows.into_iter().filter(|row| !is_known(row.number)) {
         let has_lanes = row.options.mode.is_err() && !cursors::lanes(row.number).is_empty();

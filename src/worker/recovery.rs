@@ -158,6 +158,7 @@ impl Books for BackendBooks<'_> {
     }
 
     fn wait_again(&mut self, since: u64) -> Result<(), Aborted> {
+        self.backend.heads.clear();
         let backend = &*self.backend;
         process::transaction(|| refused::heal(backend.number, backend.lane(), backend.stream(), since))
     }

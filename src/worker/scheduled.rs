@@ -8,7 +8,7 @@ use crate::server::process::{self, Aborted};
 use crate::tables::care;
 use crate::tables::catalog;
 use crate::tables::events;
-use crate::tables::scheduled;
+use crate::tables::scheduled::{self, Moved};
 use crate::worker::held::EventId;
 use crate::worker::held::Scheduled;
 use crate::worker::loading::says_trouble_of_sequence;
@@ -64,27 +64,30 @@ impl Worker {
     fn move_due(&mut self, now: Now) -> Result<(), Aborted> {
         let held: Vec<EventId> = self.scheduled.held.iter().copied().collect();
         let (count, start, began_at) = (self.scheduled.portion.count(), Instant::now(), self.now());
+        let (from_us, mut looked) = (self.scheduled.from.begins(now), Duration::ZERO);
         let moved = process::transaction(|| {
-            let (due, now_us) = scheduled::next_due(&held);
+            let (due, now_us) = scheduled::next_due(from_us, &held);
+            looked = start.elapsed();
             if due.is_some_and(|at| at <= now_us) && says_trouble_of_sequence() {
-                return (0, Some(guc::millis(&guc::POLL_INTERVAL_MS).as_micros() as i64));
+                let poll_us = guc::millis(&guc::POLL_INTERVAL_MS).as_micros() as i64;
+                return (Moved::default(), Some(poll_us));
             }
             match due {
                 // The move gets a transaction id: no tick may be taken in this transaction.
-                Some(at) if at <= now_us => (scheduled::move_due(now_us, count as i64, &held), Some(0)),
-                other => (0, other.map(|at| at - now_us)),
+                Some(at) if at <= now_us => (scheduled::move_due(at, now_us, count as i64, &held), Some(0)),
+                other => (Moved::default(), other.map(|at| at - now_us)),
             }
         });
+        self.scheduled.from.took(looked, now);
         // What cannot be moved must not hold up the others.
         let (moved, due_us) = match moved {
             Err(error) if care::is_of_a_new_row(error.code) => process::transaction(|| {
-                let moved = care::carefully(|| {
-                    scheduled::move_due_one_by_one(scheduled::next_due(&held).1, MOVE_COUNT_WITH_CARE, &held)
-                });
+                let moved = care::carefully(|| scheduled::move_due_one_by_one(MOVE_COUNT_WITH_CARE, &held));
                 (moved, Some(0))
             }),
             moved => moved,
         }?;
+        let Moved { count: moved, last_us } = moved;
         if moved == 0 && due_us == Some(0) {
             // All that are due are locked.
             self.hold_contested(now)?;
@@ -94,9 +97,11 @@ impl Worker {
             self.scheduled.portion.took(moved as usize, start.elapsed());
             process::debug(|| format!("moved {moved} scheduled events that are due"));
         }
+        self.scheduled.from.moved(last_us);
         self.work |= moved > 0;
         self.scheduled.is_known = true;
-        self.scheduled.next_due = due_us.map(|us| now + Duration::from_micros(us.max(0) as u64));
+        let due = due_us.map(|us| now + Duration::from_micros(us.max(0) as u64));
+        self.scheduled.next_due = due.into_iter().chain(self.scheduled.from.looks_at()).min();
         Ok(())
     }
 
@@ -122,8 +127,7 @@ impl Worker {
     /// Holds those of the events that are due which cannot be moved now; returns how many.
     fn hold_contested(&mut self, now: Now) -> Result<usize, Aborted> {
         let held: Vec<EventId> = self.scheduled.held.iter().copied().collect();
-        let found =
-            process::transaction(|| contested(&scheduled::due(scheduled::next_due(&held).1, LOOK_COUNT, &held)))?;
+        let found = process::transaction(|| contested(&scheduled::due_now(LOOK_COUNT, &held)))?;
         for event_id in &found {
             self.scheduled.hold(*event_id, now);
         }

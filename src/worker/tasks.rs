@@ -12,6 +12,9 @@ use crate::worker::task::Task;
 use crate::worker::task::is_lock;
 use relay::time::Now;
 
+/// How many backends are saved in one transaction, in some milliseconds.
+const SAVED_AT_ONCE: usize = 64;
+
 impl Worker {
     /// Does a task unless it failed a moment ago. `None`: it was not done.
     pub(super) fn attempt<R>(
@@ -72,23 +75,31 @@ impl Worker {
         );
     }
 
-    /// Saves all that is unsaved in one transaction, which costs less than a commit for each backend. If that fails,
-    /// each backend is saved alone, so that one that cannot be saved does not prevent the others.
+    /// Saves what is unsaved in one transaction, which costs less than a commit for each backend; of very many backends
+    /// those that are due first, since events wait meanwhile. If that fails, each backend is saved alone, so that one that
+    /// cannot be saved does not prevent the others.
     pub(super) fn save_unsaved(&mut self, now: Now) {
         if !self.patience.allows(Task::Save, now) {
             return;
         }
         let patience = &self.patience;
         let is_next = |b: &Backend| b.is_unsaved() && patience.allows(Task::SaveOf(b.whose()), now);
-        let next: Vec<Whose> = self
+        let due = |b: &Backend| (!b.books.records.is_empty(), b.save_at());
+        let mut next: Vec<_> = self
             .backends
             .iter()
             .filter(|b| is_next(b))
-            .map(Backend::whose)
+            .map(|b| (due(b), b.whose()))
             .collect();
         if next.is_empty() {
             return;
         }
+        if next.len() > SAVED_AT_ONCE {
+            // Refused events before all else.
+            next.sort_unstable_by_key(|((has_records, save_at), whose)| (!has_records, *save_at, *whose));
+            next.truncate(SAVED_AT_ONCE);
+        }
+        let next: Vec<Whose> = next.into_iter().map(|(_, whose)| whose).collect();
         process::show_activity("saving cursors");
         let Err(error) = save(&mut self.backends, |b| next.contains(&b.whose()), now) else {
             self.patience.succeeded(Task::Save);

@@ -5,6 +5,7 @@
 //! - [`settings`] from its row to its destination; [`changes`] of them; [`copy`] when it must not connect
 //! - [`hearing`] what its sender reports; [`guarded`] what it does because of its guard; [`lanes`] of a cluster
 //! - [`entries`] from events to entries, and [`preview`] of one; [`books`] what is not saved yet, and [`saving`] it
+//! - [`heads`] where the waiting events of its refused streams begin
 //! - [`metered`] what was counted for `outbox.metrics`, and [`metering`] it
 //! - [`surveying`] the consumer groups of its streams; [`readers`] what is saved of them
 //! - [`restored`] how far it is with restored events, and [`comparing`] them; [`logged`] what was logged, and
@@ -18,6 +19,7 @@ mod copy;
 pub(crate) mod duty;
 mod entries;
 mod guarded;
+pub(crate) mod heads;
 mod hearing;
 mod lanes;
 mod logged;
@@ -44,6 +46,7 @@ use crate::worker::backend::books::Books;
 use crate::worker::backend::connection::Connection;
 use crate::worker::backend::duty::Duty;
 use crate::worker::backend::entries::Entries;
+use crate::worker::backend::heads::Heads;
 use crate::worker::backend::logged::Logged;
 use crate::worker::backend::metered::Metered;
 use crate::worker::backend::readers::Readers;
@@ -88,6 +91,7 @@ pub(crate) struct Backend {
     logged: Logged,
     entries: Entries,
     pub metered: Metered,
+    pub heads: Heads,
     readers: Readers,
 }
 
@@ -175,6 +179,7 @@ impl Backend {
             logged: Logged::default(),
             entries,
             metered: Metered::default(),
+            heads: Heads::default(),
             readers: Readers::default(),
         }
     }

@@ -24,6 +24,7 @@ impl Backend {
     /// Writes records and cursor down. `wall_us`: the time of day.
     pub(crate) fn save(&mut self, now: Now, wall_us: i64) {
         let accepted_in = self.is_exactly_once().then(|| self.delivery.accepted_in());
+        self.heads.heed(&self.books.records);
         let failed = refused::record(self.number, &self.books.records, accepted_in);
         let standing = self.standing_now(failed, wall_us);
         let next_attempt_us = match (self.delivery.trouble(), self.delivery.due_at()) {
