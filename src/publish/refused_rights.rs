@@ -51,9 +51,12 @@ pub(super) unsafe fn expect_rights(query: *const pg_sys::Query) {
                 continue;
             }
             if has_our_name((*entry).relid, c"events") {
+                // What RETURNING and ON CONFLICT ask for is the matter of `returning`, which may take it off later.
+                let is_inserted_into = (*query).commandType == pg_sys::CmdType::CMD_INSERT
+                    && (*query).resultRelation as usize == index + 1;
                 let asked = Asked {
                     table: (*entry).relid,
-                    rights: (*rights).requiredPerms,
+                    rights: (*rights).requiredPerms & if is_inserted_into { INSERT } else { !0 },
                     filled_in: (*rights).insertedCols,
                 };
                 report::guard(|| asked.expect());
