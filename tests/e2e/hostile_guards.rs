@@ -32,6 +32,7 @@ impl Two {
             .exec("select outbox.publish_event('t', 'kit', backend => 'other')");
         self.sent += 1;
         wait_eq(when, self.sent, || self.other.xlen("events"));
+        wait_drained(&self.stack.pg, "other");
         assert_eq!(standing(&self.stack.pg, "other").state, "idle", "{when}");
     }
 
