@@ -5,7 +5,7 @@
 
 use crate::load::{self, Pace};
 use crate::options::Scale;
-use crate::others::{OTHERS_RATE, fill_events, others, stack, wait_sent};
+use crate::others::{OTHERS_RATE, fill_events, others, stack};
 use crate::probe::anonymous_kb;
 use crate::report::{Goal, Row, Taken, thousands};
 use crate::servers::{DATA, wait_long};
@@ -180,6 +180,13 @@ fn filled(sql: &str, rows: u64) -> String {
 }
 
 fn prepare(stack: &Stack, work: &Work, rows: u64) {
+    // Discarded events are gone.
+    let retained: i64 = stack
+        .pg
+        .one("select count(*) from outbox.events where event_type = 'bench.cost'");
+    if (retained as u64) < rows {
+        fill_events(stack, rows - retained as u64);
+    }
     let mut client = stack.pg.client();
     let sql = match work.name.starts_with("outbox.import") {
         true => format!(
@@ -221,13 +228,13 @@ fn cancelled(stack: &Stack, sql: &str) -> Option<f64> {
     })
 }
 
-fn done(stack: &Stack, work: &Work, rows: u64) {
-    let left = filled(work.left, rows);
+/// Until this number is 0. What a paused backend has waits for ever.
+fn wait_none(stack: &Stack, left: &str) {
     let mut client = stack.pg.client();
     wait_long(|| {
         // Looking costs something, too.
         std::thread::sleep(Duration::from_millis(100));
-        client.query_one(&left, &[]).expect("readable").get::<_, i64>(0) <= 0
+        client.query_one(left, &[]).expect("readable").get::<_, i64>(0) <= 0
     });
 }
 
@@ -245,7 +252,7 @@ fn measured(stack: &Stack, work: &Work, rows: u64) -> Outcome {
     let is_of_deleted = work.prepare.contains("'gone'");
     let can_be_cancelled = !is_of_deleted && work.setting.is_none();
     let cancelled = can_be_cancelled.then(|| cancelled(stack, &sql)).flatten();
-    wait_sent(stack);
+    wait_none(stack, PENDING);
     if can_be_cancelled {
         prepare(stack, work, rows);
     }
@@ -266,7 +273,7 @@ fn measured(stack: &Stack, work: &Work, rows: u64) -> Outcome {
                 false => stack.pg.exec(&sql),
             }
             statement = start.elapsed().as_secs_f64();
-            done(stack, work, rows);
+            wait_none(stack, &filled(work.left, rows));
             seconds = start.elapsed().as_secs_f64();
             is_over.store(true, Ordering::SeqCst);
         });
