@@ -26,6 +26,8 @@ create table outbox.cursors (
     events_per_second real not null default 0,
     last_published_at timestamptz,
     last_error        text,
+    -- What helps against it.
+    last_hint         text,
     last_error_at     timestamptz,
     next_attempt_at   timestamptz,
     healings          bigint not null default 0,

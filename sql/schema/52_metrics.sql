@@ -28,6 +28,7 @@ create function outbox.short_time(seconds double precision) returns text
     language sql immutable parallel safe set search_path = pg_catalog, pg_temp
     as $$
 select case
+    when seconds is null then null
     when seconds <= 0 then '0s'
     when seconds < 0.001 then trunc(seconds * 1000000)::text || 'us'
     when seconds < 0.01 then trunc((seconds * 1000)::numeric, 1)::text || 'ms'
@@ -109,7 +110,7 @@ union all
 select 'outbox_relay_worker_state', 'gauge', pg_catalog.jsonb_build_object('state', s.state), (s.state = w.state)::integer,
     'What the worker is doing, or why there is none: 1 for its state, 0 for the others.'
 from w cross join (values ('running'), ('hanging'), ('standby'), ('starting'), ('library not in shared_preload_libraries'), ('disabled'),
-    ('database not in outbox_relay.databases'), ('version mismatch'), ('waiting for a background worker process'),
+    ('database not in outbox_relay.databases'), ('connections not allowed'), ('version mismatch'), ('waiting for a background worker process'),
     ('no slot in shared memory'), ('waiting for the launcher'), ('failing to start'), ('stopped')) s (state)
 union all
 select t.name, 'gauge', '{}'::jsonb, t.value, t.help

@@ -2,6 +2,29 @@
 --
 -- In PL/pgSQL, which keeps the plans: planning takes longer than what is planned. A probe comes each few seconds.
 
+create function outbox.worker_trouble() returns text[]
+    language c volatile
+    as 'MODULE_PATHNAME', 'worker_trouble';
+comment on function outbox.worker_trouble() is 'Part of outbox.health(): what keeps this database''s worker from its work, or has kept the last one: fail or warn, what it is, what helps. NULL: nothing.';
+
+create function outbox.databases_with(database text) returns text
+    language sql stable set search_path = pg_catalog, pg_temp
+    as $$
+-- A name that begins with ! takes a database out wherever it stands.
+with
+e as (select btrim(e.entry) as entry, e.n from string_to_table(current_setting('outbox_relay.databases', true), ',') with ordinality e (entry, n)),
+kept as (
+    select e.* from e
+    where e.entry <> '' and not (e.entry like '!%' and outbox.matches(databases_with.database, btrim(substr(e.entry, 2))))
+)
+select concat_ws(',', string_agg(k.entry, ',' order by k.n), case
+    -- With such names alone, all other databases are in.
+    when count(*) = 0 or bool_or(k.entry not like '!%') and not bool_or(k.entry not like '!%' and outbox.matches(databases_with.database, k.entry))
+        then databases_with.database end)
+from kept k
+$$;
+comment on function outbox.databases_with(text) is 'Part of outbox.health(): what outbox_relay.databases must be so that it also names a database.';
+
 create function outbox.worker_health(out "check" text, out status text, out detail text, out hint text) returns setof record
     language plpgsql volatile set search_path = pg_catalog, pg_temp
     as $$
@@ -12,24 +35,38 @@ begin
     return query
 select 'worker', w.status, w.detail, w.hint
 from outbox.worker_status() s
+    cross join (select outbox.launcher_pid() as launcher_pid, outbox.worker_trouble() as trouble) l
+    cross join lateral (select case when s.state = 'standby' then pg_get_wal_replay_pause_state() <> 'not paused' end as is_paused) p
+    cross join lateral (select case when s.state = 'waiting for the launcher' then
+        (select count(*) from pg_stat_activity a where a.backend_type not in ('client backend', 'autovacuum launcher', 'autovacuum worker', 'background writer',
+            'checkpointer', 'startup', 'walwriter', 'walsender', 'walreceiver', 'archiver', 'walsummarizer', 'slotsync worker', 'io worker'))
+            >= current_setting('max_worker_processes')::integer end as is_used_up) u
     cross join lateral (values
-        ('running', 'ok', format('Process %s delivers the events of this database.', s.worker_pid), null),
+        ('running', coalesce(l.trouble[1], 'ok'),
+            format('Process %s %s', s.worker_pid, coalesce('has trouble: ' || l.trouble[2], 'delivers the events of this database.')), l.trouble[3]),
         ('hanging', 'fail', format('Process %s should deliver the events of this database, and gives no sign of life%s.', s.worker_pid,
                 (select format(': it waits for %s', a.wait_event) from pg_stat_activity a
                     where s.state = 'hanging' and a.pid = s.worker_pid and a.wait_event_type in ('Lock', 'LWLock', 'IO', 'IPC', 'BufferPin'))),
             format('If it was stopped, continue it in a shell of the server: kill -CONT %s. Otherwise run SELECT pg_terminate_backend(%s); another one is started.',
                 s.worker_pid, s.worker_pid)),
-        ('standby', 'ok', 'This server is a standby: its primary delivers the events.', null),
+        ('standby', case when p.is_paused then 'warn' else 'ok' end,
+            case when p.is_paused then 'This server is in recovery, and replaying the WAL is paused: it shows the state of that moment.'
+                else 'This server is a standby: its primary delivers the events.' end,
+            case when p.is_paused then 'Run SELECT pg_wal_replay_resume(); (at a recovery target, that ends the recovery).' end),
         ('starting', 'warn', 'The worker of this database is being started.', 'Ask again in a few seconds.'),
         ('library not in shared_preload_libraries', 'fail', 'The library is not preloaded: events are kept, and nothing sends them.',
-            format('Run ALTER SYSTEM SET shared_preload_libraries = %s; and restart the server.',
-                quote_literal(concat_ws(', ', nullif(current_setting('shared_preload_libraries'), ''), 'outbox_relay')))),
+            -- Each name is a literal of its own: one that has commas would be taken for one name.
+            case when s.state = 'library not in shared_preload_libraries' then format('Run ALTER SYSTEM SET shared_preload_libraries = %s; and restart the server.',
+                (select string_agg(quote_literal(btrim(n.name, ' "')), ', ' order by n.number)
+                    from string_to_table(concat_ws(',', nullif(current_setting('shared_preload_libraries'), ''), 'outbox_relay'), ',') with ordinality n (name, number))) end),
         ('disabled', 'fail', 'outbox_relay.enabled is off.',
             'Run ALTER SYSTEM SET outbox_relay.enabled = on; SELECT pg_reload_conf();'),
         ('database not in outbox_relay.databases', 'fail',
             format('outbox_relay.databases is ''%s'', which leaves out "%s".', current_setting('outbox_relay.databases', true), current_database()),
-            format('Run ALTER SYSTEM SET outbox_relay.databases = %s; SELECT pg_reload_conf();',
-                quote_literal(concat_ws(',', nullif(current_setting('outbox_relay.databases', true), ''), current_database())))),
+            case when s.state = 'database not in outbox_relay.databases' then
+                format('Run ALTER SYSTEM SET outbox_relay.databases = %L; SELECT pg_reload_conf();', outbox.databases_with(current_database())) end),
+        ('connections not allowed', 'fail', format('Connections to "%s" are not allowed, so no worker can come.', current_database()),
+            format('Run ALTER DATABASE %I ALLOW_CONNECTIONS true;', current_database())),
         ('version mismatch', 'fail',
             format('The extension has version %s, the library another one.', (select e.extversion from pg_extension e where e.extname = 'outbox_relay')),
             'Run ALTER EXTENSION outbox_relay UPDATE; or restart the server, if it still has an older library.'),
@@ -39,129 +76,25 @@ from outbox.worker_status() s
         ('no slot in shared memory', 'fail',
             format('All %s slots in shared memory are taken by other databases.', 2 * current_setting('max_worker_processes')::integer + 1024),
             format('Run ALTER SYSTEM SET max_worker_processes = %s; and restart the server.', current_setting('max_worker_processes')::integer + 8)),
-        ('waiting for the launcher', 'fail', 'The process "outbox_relay launcher" is not there.',
-            'The server starts it again within some seconds. If it does not, the server''s log says why.'),
-        ('failing to start', 'fail', 'The worker of this database has ended several times before it was at work.',
-            'The server''s log says why.'),
+        ('waiting for the launcher', 'fail',
+            case
+                when l.launcher_pid is not null then format('Process %s ("outbox_relay launcher") should have started the worker of this database, and has not.', l.launcher_pid)
+                when u.is_used_up then format('All of the %s background worker processes are in use, and the process "outbox_relay launcher" has none.', current_setting('max_worker_processes'))
+                else 'The process "outbox_relay launcher" is not there.' end,
+            case
+                when l.launcher_pid is not null then format('If it was stopped, continue it in a shell of the server: kill -CONT %s. Otherwise run SELECT pg_terminate_backend(%s); another one is started.',
+                    l.launcher_pid, l.launcher_pid)
+                when u.is_used_up then format('Run ALTER SYSTEM SET max_worker_processes = %s; and restart the server.', current_setting('max_worker_processes')::integer + 8)
+                else 'The server starts it again within some seconds. If it does not, the server''s log says why.' end),
+        ('failing to start', 'fail', coalesce(format('The worker of this database cannot begin: %s', l.trouble[2]),
+                'The worker of this database has ended several times before it was at work.'),
+            coalesce(l.trouble[3], 'The server''s log says why.')),
         ('stopped', 'fail', 'This database has no worker.', 'The server''s log says why it left. Run SELECT outbox.wake();')
     ) w (state, status, detail, hint)
 where w.state = s.state;
 end
 $$;
 comment on function outbox.worker_health() is 'Part of outbox.health(): whether this database has a worker, or why there is none.';
-
-create function outbox.object_health(out "check" text, out status text, out detail text, out hint text) returns setof record
-    language plpgsql volatile set search_path = pg_catalog, pg_temp
-    as $$
-#variable_conflict use_column
-begin
-    return query
-with
-ours(name) as (values ('events'), ('backends'), ('backend_passwords'), ('moved_backends'), ('routes'), ('publisher_limits'), ('scheduled_events'), ('refused_events'),
-    ('failed_events'), ('cursors'), ('ticks'), ('installation'), ('incarnations'), ('take_overs'), ('copied_backends'), ('restores'), ('replays'),
-    ('known_triggers'), ('held_events'), ('held_scheduled'), ('held_cursors'), ('held_refused'), ('kept_rows'), ('inbox'), ('consumer_grants'),
-    ('consumer_groups'), ('events_seq_seq')),
-there as (select o.name, to_regclass('outbox.' || o.name) as oid from ours o),
-faults(what, fault, cure) as (
-    select 'tables', format('outbox.%s is missing.', t.name),
-        format('If it was renamed, give it its name back: ALTER TABLE ... RENAME TO %s;', t.name)
-    from there t where t.oid is null
-    union all
-    select 'indexes', format('%s is not valid.', i.indexrelid::regclass), format('Run REINDEX INDEX CONCURRENTLY %s;', i.indexrelid::regclass)
-    from there t join pg_index i on i.indrelid = t.oid where not i.indisvalid or not i.indisready
-    union all
-    select 'indexes', format('outbox.events has no index on (%s).', w.columns), w.cure
-    from there t cross join (values
-            ('seq', 'Run ALTER TABLE outbox.events ADD PRIMARY KEY (seq) INCLUDE (backend_number);'),
-            ('xid, seq', 'Run CREATE INDEX CONCURRENTLY events_xid_idx ON outbox.events (xid, seq) INCLUDE (backend_number);'),
-            ('event_id, branch', 'Run CREATE UNIQUE INDEX CONCURRENTLY events_event_id_idx ON outbox.events (event_id, branch);'),
-            ('created_at', 'Run CREATE INDEX CONCURRENTLY events_created_at_idx ON outbox.events (created_at);')) w (columns, cure)
-    where t.name = 'events' and t.oid is not null and not exists (
-        select from pg_index i where i.indrelid = t.oid and i.indpred is null and i.indisvalid and w.columns = (
-            select string_agg(a.attname::text, ', ' order by k.n)
-            from unnest(i.indkey::smallint[]) with ordinality k (attnum, n) join pg_attribute a on a.attrelid = t.oid and a.attnum = k.attnum
-            where k.n <= i.indnkeyatts))
-    union all
-    -- Of other tables, what writing needs, and what keeps looking cheap.
-    select 'indexes', format('outbox.%s has no %s (%s).', w.relation, w.kind, w.columns),
-        case w.kind when 'INDEX ON' then format('Run CREATE INDEX CONCURRENTLY ON outbox.%s (%s);', w.relation, w.columns)
-            else format('Run ALTER TABLE outbox.%s ADD %s (%s);', w.relation, w.kind, w.columns) end
-    from (values ('backends', 'PRIMARY KEY', 'name'), ('backends', 'UNIQUE', 'number'), ('backend_passwords', 'PRIMARY KEY', 'backend_number'),
-            ('cursors', 'PRIMARY KEY', 'backend_number, slot'), ('ticks', 'PRIMARY KEY', 'backend_number, reached_at'),
-            ('failed_events', 'PRIMARY KEY', 'event_id, seq'), ('failed_events', 'INDEX ON', 'failed_at'), ('failed_events', 'INDEX ON', 'seq, event_id'),
-            ('refused_events', 'PRIMARY KEY', 'seq'), ('scheduled_events', 'PRIMARY KEY', 'event_id, branch'), ('scheduled_events', 'INDEX ON', 'scheduled_at, seq'),
-            ('inbox', 'PRIMARY KEY', 'consumer, event_id'), ('inbox', 'INDEX ON', 'consumed_at'), ('take_overs', 'PRIMARY KEY', 'backend_number'),
-            ('publisher_limits', 'PRIMARY KEY', 'role'), ('installation', 'PRIMARY KEY', 'id')) w (relation, kind, columns)
-        join there t on t.name = w.relation and t.oid is not null
-    where not exists (
-        select from pg_index i where i.indrelid = t.oid and i.indpred is null and i.indisvalid and (i.indisunique or w.kind = 'INDEX ON') and w.columns = (
-            select string_agg(a.attname::text, ', ' order by k.n)
-            from unnest(i.indkey::smallint[]) with ordinality k (attnum, n) join pg_attribute a on a.attrelid = t.oid and a.attnum = k.attnum
-            where k.n <= i.indnkeyatts))
-    union all
-    select 'sequence', 'outbox.events_seq_seq has other parameters than it needs.',
-        'Run ALTER SEQUENCE outbox.events_seq_seq AS bigint INCREMENT 1 NO MAXVALUE CACHE 1 NO CYCLE;'
-    from pg_sequence s join there t on t.oid = s.seqrelid
-    where s.seqtypid <> 'bigint'::regtype or s.seqincrement <> 1 or s.seqcache <> 1 or s.seqcycle or s.seqmax <> 9223372036854775807
-    union all
-    select 'owner', format('The owner of the extension, %I, is no superuser.', pg_get_userbyid(e.extowner)),
-        format('Run ALTER ROLE %I SUPERUSER;', pg_get_userbyid(e.extowner))
-    from pg_extension e join pg_roles r on r.oid = e.extowner where e.extname = 'outbox_relay' and not r.rolsuper
-    union all
-    select 'triggers', format('The trigger "%s" of outbox.%s is %s.', b.name, b.relation, b.found),
-        'The worker mends it. If it cannot, the server''s log says why.'
-    from outbox.broken_triggers() b
-    union all
-    select 'foreign triggers', format('outbox.%s has the trigger "%s", which is not of this extension.', t.name, g.tgname),
-        format('If it is not meant, run DROP TRIGGER %I ON outbox.%s;', g.tgname, t.name)
-    from there t join pg_trigger g on g.tgrelid = t.oid
-    where not g.tgisinternal and not exists (select from outbox.our_triggers() o where o.relation = t.name and o.name = g.tgname)
-    union all
-    select 'publications', format('The publication "%s" has outbox.%s, which must not leave this server.', p.pubname, t.name),
-        format('Run ALTER PUBLICATION %I DROP TABLE outbox.%s;', p.pubname, t.name)
-    from there t join pg_publication_rel r on r.prrelid = t.oid join pg_publication p on p.oid = r.prpubid
-    where t.name not in ('events', 'scheduled_events', 'failed_events', 'refused_events', 'cursors', 'inbox', 'consumer_grants')
-    union all
-    -- An attached table's partitions and children: statements on them fire their own triggers alone.
-    select distinct 'attached tables', format('%s is attached, and its partition or child %s is not.', a.tgrelid::regclass, i.inhrelid::regclass),
-        format('Run SELECT outbox.attach_table(%L, ...); again, as the comment of %s says.', a.tgrelid::regclass, a.tgfoid::regprocedure)
-    from pg_trigger a join pg_inherits i on i.inhparent = a.tgrelid join pg_class k on k.oid = i.inhrelid and k.relkind in ('r', 'p')
-    where not a.tgisinternal and a.tgname ~ '^outbox_relay_(insert|update|delete)$'
-        and not exists (select from pg_trigger o where o.tgrelid = i.inhrelid and o.tgname = a.tgname and o.tgfoid = a.tgfoid)
-    union all
-    select 'attached tables', format('The trigger "%s" of %s does not fire for each statement.', a.tgname, a.tgrelid::regclass),
-        format('Run ALTER TABLE %s ENABLE TRIGGER %I;', a.tgrelid::regclass, a.tgname)
-    from pg_trigger a where not a.tgisinternal and a.tgname ~ '^outbox_relay_(insert|update|delete|truncate)$' and a.tgenabled in ('D', 'R')
-    union all
-    select distinct 'attached tables', format('%s publishes as "%s", which may not publish.', a.tgrelid::regclass, pg_get_userbyid(p.proowner)),
-        format('Run SELECT outbox.grant_publisher(%L);', pg_get_userbyid(p.proowner))
-    from pg_trigger a join pg_proc p on p.oid = a.tgfoid
-    where not a.tgisinternal and a.tgname ~ '^outbox_relay_(insert|update|delete|truncate)$'
-        and not has_column_privilege(p.proowner, 'outbox.events', 'event_type', 'insert')
-    union all
-    -- Its owner has changed since. Superusers, and members of the owner, may be others.
-    select distinct 'attached tables', format('%s belongs to "%s", and publishes as "%s".', a.tgrelid::regclass, pg_get_userbyid(k.relowner), pg_get_userbyid(p.proowner)),
-        format('Run SELECT outbox.attach_table(%L, ...); again, as the comment of %s says.', a.tgrelid::regclass, a.tgfoid::regprocedure)
-    from pg_trigger a join pg_proc p on p.oid = a.tgfoid join pg_class k on k.oid = a.tgrelid
-    where not a.tgisinternal and a.tgname ~ '^outbox_relay_(insert|update|delete|truncate)$' and not pg_has_role(p.proowner, k.relowner, 'usage')
-    union all
-    select 'inheritance', format('outbox.%s takes part in inheritance or partitioning.', t.name), 'Detach it: its rows are read one table at a time.'
-    from there t where exists (select from pg_inherits i where t.oid in (i.inhrelid, i.inhparent))
-)
-select c.name, case when f.what is null then 'ok' else c.severity end, coalesce(f.faults, c.well), f.cure
-from (values
-        ('tables', 'fail', 'All tables are there.'), ('indexes', 'fail', 'All indexes are there and valid.'),
-        ('sequence', 'fail', 'The sequence numbers events as it should.'), ('owner', 'fail', 'The owner of the extension is a superuser.'),
-        ('triggers', 'warn', 'All triggers of the extension are enabled.'), ('foreign triggers', 'warn', 'Nobody else has a trigger on the tables.'),
-        ('attached tables', 'warn', 'All that is to publish rows does.'), ('publications', 'warn', 'No publication has what must not leave this server.'), ('inheritance', 'fail', 'No table is inherited.')
-    ) c (name, severity, well)
-    left join (
-        select f.what, string_agg(f.fault, ' ' order by f.fault) as faults, string_agg(distinct f.cure, ' ') as cure
-        from faults f group by f.what
-    ) f on f.what = c.name;
-end
-$$;
-comment on function outbox.object_health() is 'Part of outbox.health(): whether all that belongs to the extension is there, as it must be.';
 
 create function outbox.lag_trend(backend_number integer, pending bigint, out growth bigint, out seconds double precision) returns setof record
     language c volatile strict rows 1
@@ -175,10 +108,10 @@ create function outbox.backend_health(out "check" text, out status text, out det
 begin
     return query
 with
-s as materialized (select v.*, b.number, b.host, b.port, b.unix_socket, b.username, b.max_len from outbox.backend_status v join outbox.backends b on b.name = v.backend),
+s as materialized (select v.*, b.number, b.host, b.port, b.unix_socket, b.username, b.max_len, b.own_stream, b.trim from outbox.backend_status v join outbox.backends b on b.name = v.backend),
 g as materialized (select s.number, t.growth, t.seconds from s cross join lateral outbox.lag_trend(s.number, s.pending) t)
 select 'backend ' || s.backend, j.status,
-    concat_ws(' ', j.detail, 'The last error: ' || case when j.status <> 'ok' then s.last_error end || '.',
+    concat_ws(' ', j.detail, 'The last error: ' || case when j.status <> 'ok' then rtrim(s.last_error, '.') end || '.',
         case when s.pending > 0 then format('%s events wait, the oldest for %s.', s.pending, date_trunc('second', s.oldest_pending_age)) end,
         case
             when s.pending > 0 and g.growth > 0 then format('The lag grows: %s more wait than %s s ago.', g.growth, round(g.seconds))
@@ -191,7 +124,9 @@ from s
     cross join lateral (select (s.oldest_pending_age > interval '1 min' or s.oldest_pending_age > interval '10 s' and g.growth > 0)
         and (s.max_rate is null or coalesce((select sum(c.events_per_second) from outbox.cursors c
             where c.backend_number = s.number and c.saved_at > clock_timestamp() - interval '5 s'), 0) < 0.8 * s.max_rate) as is_late) t
-    cross join lateral (select outbox.error_hint(s.last_error) as hint, case
+    cross join lateral (select (select c.last_hint from outbox.cursors c where c.backend_number = s.number and c.last_error = s.last_error
+            order by c.last_error_at desc limit 1) as hint,
+        outbox.worker_trouble() as trouble, case
         when s.last_error ~ '^(WRONGPASS|NOAUTH)' or s.last_error like 'ERR invalid password%' then 'password'
         when s.last_error ~ '^NOPERM' then 'rights'
         when s.last_error like '%and it has no consumer group' then 'no group'
@@ -199,10 +134,11 @@ from s
     cross join lateral (values
         ('idle', 'ok', 'All is sent.', null),
         -- One that keeps to its pace is not ill, however much waits for that.
-        ('sending', case when t.is_late then 'warn' else 'ok' end,
-            case when s.max_rate is null then 'Events are being sent.'
+        ('sending', case when e.trouble[1] = 'fail' or t.is_late then 'warn' else 'ok' end,
+            case when e.trouble[1] = 'fail' then 'The worker has trouble.'
+                when s.max_rate is null then 'Events are being sent.'
                 else format('Events are being sent, at most %s a second (max_rate).', s.max_rate) end,
-            case when t.is_late then 'If the lag grows, Redis or the network is slower than the publishers: look at SLOWLOG GET in Redis.' end),
+            case when e.trouble[1] = 'fail' then 'See the check "worker".' when t.is_late then 'If the lag grows, Redis or the network is slower than the publishers: look at SLOWLOG GET in Redis.' end),
         ('paused', 'warn', 'It is paused: events wait.', format('Run UPDATE outbox.backends SET enabled = true WHERE name = %L;', s.backend)),
         ('stopped', 'fail', 'No worker is at work in this database: nothing is sent.', 'See the check "worker".'),
         ('copy', 'fail', 'This database is a copy of another one: what is published here waits.',
@@ -214,8 +150,12 @@ from s
                 when 'password' then format('Run SELECT outbox.set_backend_password(%L, ''...''); with the password of Redis%s.', s.backend,
                     coalesce(format(' (and the user %L of the column username)', s.username), ''))
                     || case when s.username is not null then format(' If that user is wrong, correct it: UPDATE outbox.backends SET username = ... WHERE name = %L;', s.backend) else '' end
-                when 'rights' then 'Give the user the rights that docs/FAILURES.md lists: ACL SETUSER in Redis.'
-                else concat(e.hint || ' ', format('Correct its row: UPDATE outbox.backends SET ... WHERE name = %L; docs/FAILURES.md has the error.', s.backend)) end),
+                when 'rights' then format('In Redis: ACL SETUSER %s ~%s ~outbox_relay:guard:* +@connection +xadd +xrevrange +xinfo|stream +watch +unwatch +multi +exec +discard +hset +hgetall +hmget +wait%s (with ~ for each further stream, too). SELECT outbox.wake(); tries at once.',
+                    coalesce(s.username, 'default'), coalesce(s.own_stream, outbox.common_stream()),
+                    case when s.trim = 'read' then ' +xlen +xinfo|groups +xinfo|consumers +xpending +xtrim +eval' end)
+                else concat_ws(' ', e.hint, case when e.hint is null or e.hint like '%backend%' then
+                        format('Correct its row: UPDATE outbox.backends SET ... WHERE name = %L;', s.backend) end,
+                    'SELECT outbox.wake(); tries at once.') end),
         ('full', 'fail', format('Consumers have not acknowledged what a stream holds, so that it cannot be trimmed (trim = ''read'', max_len %s).',
                 coalesce(s.max_len::text, current_setting('outbox_relay.redis_max_len', true))),
             case e.error
@@ -224,8 +164,10 @@ from s
         ('backoff', case when s.oldest_pending_age > interval '5 s' or s.pending = 0 and s.last_error_at > s.last_published_at then 'fail' else 'warn' end,
             format('Redis at %s cannot be used, and is tried again at %s.', coalesce(s.address, s.unix_socket, concat(coalesce(s.host, current_setting('outbox_relay.redis_host', true)), ':', coalesce(s.port::text, current_setting('outbox_relay.redis_port', true)))),
                 to_char(s.next_attempt_at, 'HH24:MI:SS')),
-            format('%s, or correct where it is: UPDATE outbox.backends SET host = ..., port = ... WHERE name = %L; SELECT outbox.wake(); tries at once.',
-                coalesce(rtrim(e.hint, '.'), 'Start it'), s.backend))
+            concat_ws(' ', coalesce(e.hint, 'Start it, or correct where it is.'), case when e.hint is null or e.hint ~ 'backend|host|port' then
+                    format('To correct where it is: UPDATE outbox.backends SET %s WHERE name = %L;',
+                        case when s.unix_socket is null then 'host = ..., port = ...' else 'unix_socket = ...' end, s.backend) end,
+                'SELECT outbox.wake(); tries at once.'))
     ) j (state, status, detail, hint)
 where j.state = s.state;
 end
@@ -297,7 +239,7 @@ prepared as (
 ),
 retained as (
     select (select min(e.created_at) from outbox.events e) as oldest,
-        (select s.setting::bigint * interval '1 min' from pg_settings s where s.name = 'outbox_relay.published_retention' and s.setting::bigint > 0) as kept
+        nullif(greatest(current_setting('outbox_relay.published_retention', true)::interval, '0'), '0') as kept
 ),
 waiting as (
     select b.name, count(*) as count, min(r.last_error) as error
@@ -307,11 +249,26 @@ waiting as (
 failed as (select count(*) as count, max(f.failed_at) as last from (select f.failed_at from outbox.failed_events f order by f.failed_at desc limit 10000) f),
 inbox as (
     select (select min(i.consumed_at) from outbox.inbox i) as oldest,
-        (select s.setting::bigint * interval '1 min' from pg_settings s where s.name = 'outbox_relay.inbox_retention' and s.setting::bigint > 0) as kept
+        nullif(greatest(current_setting('outbox_relay.inbox_retention', true)::interval, '0'), '0') as kept
 ),
 dead as (
-    select t.relid, t.n_dead_tup, t.n_live_tup from pg_stat_user_tables t
-    where t.schemaname = 'outbox' and t.n_dead_tup > 100000 and t.n_dead_tup > t.n_live_tup
+    select t.relid, t.n_dead_tup, pg_stat_get_live_tuples(t.relid) as n_live_tup
+    from (select r.relid, pg_stat_get_dead_tuples(r.relid) as n_dead_tup from (values ('outbox.events'::regclass), ('outbox.scheduled_events'),
+        ('outbox.refused_events'), ('outbox.failed_events'), ('outbox.cursors'), ('outbox.ticks'), ('outbox.inbox'), ('outbox.consumer_groups')) r (relid)) t
+    where t.n_dead_tup > 100000 and t.n_dead_tup > pg_stat_get_live_tuples(t.relid)
+),
+-- What the dead rows are kept for.
+horizon as (
+    select h.words from (
+        select age(a.backend_xmin) as age, format('process %s, whose transaction is open since %s', a.pid, a.xact_start) as words
+        from pg_stat_activity a where a.backend_xmin is not null and a.pid <> pg_backend_pid() and a.xact_start < clock_timestamp() - old
+        union all
+        select age(x.transaction), format('the prepared transaction %L', x.gid) from pg_prepared_xacts x where x.prepared < clock_timestamp() - old
+        union all
+        select age(r.xmin), format('the replication slot "%s"', r.slot_name) from pg_replication_slots r where r.xmin is not null
+        union all
+        select age(w.backend_xmin), format('the standby of process %s', w.pid) from pg_stat_replication w where w.backend_xmin is not null
+    ) h where exists (select from dead) order by h.age desc limit 1
 )
 select 'open transactions', case when count(o) > 0 then 'warn' else 'ok' end,
     coalesce(min(format('Process %s has published in a transaction that is open since %s: its events are sent when it commits. Its last query: %s', o.pid, o.xact_start, o.query)),
@@ -327,12 +284,13 @@ from prepared p
 union all
 select 'refused events', case when count(w) > 0 then 'warn' else 'ok' end,
     coalesce(string_agg(format('%s events of backend "%s" wait behind one that Redis has refused: %s.', w.count, w.name, w.error), ' '), 'No event waits behind a refused one.'),
-    case when count(w) > 0 then 'They are tried again by themselves. Mend the stream that the error is of; SELECT outbox.wake(); tries at once.' end
+    case when count(w) > 0 then concat_ws(' ', string_agg(distinct outbox.error_hint(w.error), ' '),
+        'They are tried again by themselves; SELECT outbox.wake(); tries at once.') end
 from waiting w
 union all
 select 'failed events', case when f.count > 0 then 'warn' else 'ok' end,
     case when f.count > 0 then format('%s events have failed, the last one at %s.', f.count, f.last) else 'No event has failed.' end,
-    case when f.count > 0 then 'Look at outbox.failed_events, mend what last_error says, and run SELECT outbox.retry_failed();' end
+    case when f.count > 0 then coalesce((select outbox.error_hint(e.last_error) || ' ' from outbox.failed_events e order by e.failed_at desc limit 1), '') || 'Look at outbox.failed_events, mend what last_error says, and run SELECT outbox.retry_failed();' end
 from failed f
 union all
 select 'retention', case when is_late then 'warn' else 'ok' end,
@@ -354,7 +312,9 @@ select 'inbox', case when is_late then 'warn' else 'ok' end,
 from inbox i, lateral (select coalesce(i.oldest < clock_timestamp() - i.kept * 1.1 - interval '1 hour', false)) l (is_late)
 union all
 select 'bloat', case when count(d) > 0 then 'warn' else 'ok' end,
-    coalesce(string_agg(format('%s has %s dead rows beside %s live ones.', d.relid::regclass, d.n_dead_tup, d.n_live_tup), ' '), 'No table has more dead rows than live ones.'),
+    coalesce(string_agg(format('%s has %s dead rows beside %s live ones.', d.relid::regclass, d.n_dead_tup, d.n_live_tup), ' ')
+            || coalesce((select format(' VACUUM cannot remove what %s may still see.', h.words) from horizon h), ''),
+        'No table has more dead rows than live ones.'),
     string_agg(format('Run VACUUM %s;', d.relid::regclass), ' ')
 from dead d;
 end
@@ -366,27 +326,40 @@ create function outbox.health(old interval default '10 min', out "check" text, o
     language plpgsql volatile security definer set search_path = pg_catalog, pg_temp set jit = off set lock_timeout = '1s'
     as $$
 declare
-    has_tables boolean := true;
+    part text;
+    help text;
     locked_since interval := '5 s';
 begin
-    return query select * from outbox.worker_health();
-    begin
-        for "check", status, detail, hint in select o.* from outbox.object_health() o loop
-            has_tables := has_tables and not ("check" = 'tables' and status = 'fail');
-            return next;
-        end loop;
-        -- What is asked below needs all tables.
-        if has_tables then
-            return query select * from outbox.setting_health();
-            return query select * from outbox.backend_health();
-            return query select * from outbox.route_health();
-            return query select * from outbox.event_health(old);
-            return query select * from outbox.consumer_health();
-        end if;
-    exception when lock_not_available then
-        -- The checks that need the table are left out.
-        locked_since := '0';
-    end;
+    if to_regnamespace('outbox') is null then
+        -- All the rest needs the schema by its name.
+        return query select 'schema', 'fail', format('The schema of the extension is called "%s" instead of "outbox".', n.nspname),
+                format('Run ALTER SCHEMA %I RENAME TO outbox;', n.nspname)
+            from pg_extension e join pg_namespace n on n.oid = e.extnamespace where e.extname = 'outbox_relay';
+        return;
+    end if;
+    -- Whatever somebody has changed: where one part cannot look, the others do.
+    foreach part in array '{worker,object,setting,backend,route,event,consumer}'::text[] loop
+        begin
+            case part
+                when 'worker' then return query select * from outbox.worker_health();
+                when 'object' then return query select * from outbox.object_health();
+                when 'setting' then return query select * from outbox.setting_health();
+                when 'backend' then return query select * from outbox.backend_health();
+                when 'route' then return query select * from outbox.route_health();
+                when 'event' then return query select * from outbox.event_health(old);
+                else return query select * from outbox.consumer_health();
+            end case;
+        exception
+            when lock_not_available then
+                -- The checks that need the table are left out.
+                locked_since := '0';
+                exit;
+            when others then
+                get stacked diagnostics help = pg_exception_hint;
+                return query select part || 's', 'fail', format('This cannot be looked at: %s.', sqlerrm),
+                    coalesce(case when sqlstate = '55000' then nullif(help, '') end, 'Something of the extension was changed: see the checks "tables" and "columns".');
+        end;
+    end loop;
     return query select * from outbox.lock_health(locked_since);
 end
 $$;

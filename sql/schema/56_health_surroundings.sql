@@ -1,4 +1,4 @@
--- Parts of outbox.health() that are about what surrounds the relay: locks of others, settings, autovacuum.
+-- Parts of outbox.health() that are about what surrounds the relay: locks of others, settings, standbys, autovacuum.
 
 create function outbox.worker_silence() returns double precision
     language c volatile
@@ -8,7 +8,7 @@ comment on function outbox.worker_silence() is 'Part of outbox.health(): for how
 create function outbox.error_hint(error text) returns text
     language c immutable strict
     as 'MODULE_PATHNAME', 'error_hint_wrapper';
-comment on function outbox.error_hint(text) is 'Part of outbox.health(): what helps against an error of Redis, as last_error has it. NULL: that is not known.';
+comment on function outbox.error_hint(text) is 'Part of outbox.health(): what helps against an error with which Redis has refused an event. NULL: that is not known.';
 
 -- Whoever has locked a table for longer than "old", in a way that keeps publishers or readers out.
 create function outbox.lock_health(old interval, out "check" text, out status text, out detail text, out hint text) returns setof record
@@ -111,12 +111,61 @@ from (
     where current_setting('autovacuum') = 'off'
     union all
     select 'track_counts is off, so autovacuum does nothing.', 'ALTER SYSTEM SET track_counts = on; SELECT pg_reload_conf();'
-    where current_setting('autovacuum') = 'on' and (select s.reset_val from pg_settings s where s.name = 'track_counts') = 'off'
+    where current_setting('autovacuum') = 'on' and current_setting('track_counts') = 'off'
     union all
     select format('autovacuum_enabled of outbox.%s is false.', c.relname), format('ALTER TABLE outbox.%I RESET (autovacuum_enabled);', c.relname)
-    from pg_class c cross join lateral pg_options_to_table(c.reloptions) o
-    where c.relnamespace = 'outbox'::regnamespace and c.relkind = 'r' and o.option_name = 'autovacuum_enabled' and o.option_value in ('false', 'off', 'no', '0')
-) f;
+    from (values ('events'), ('scheduled_events'), ('refused_events'), ('failed_events'), ('cursors'), ('ticks'), ('inbox'), ('consumer_groups')) t (name)
+        join pg_class c on c.relname = t.name and c.relnamespace = 'outbox'::regnamespace cross join lateral pg_options_to_table(c.reloptions) o
+    where o.option_name = 'autovacuum_enabled' and o.option_value in ('false', 'off', 'no', '0')
+) f
+union all
+select 'read-only sessions', case when count(f) > 0 then 'warn' else 'ok' end,
+    coalesce(string_agg(f.fault || ': publishing fails.', ' ' order by f.fault), 'Those who publish may write.'),
+    -- This session may be read-only, too.
+    'Run ' || nullif(concat_ws(' ', string_agg(f.cure, ' ') filter (where f.is_server),
+        'BEGIN READ WRITE; ' || string_agg(f.cure, ' ' order by f.fault) filter (where not f.is_server) || ' COMMIT;'), '')
+from (
+    select 'default_transaction_read_only is on' as fault, true as is_server, 'ALTER SYSTEM SET default_transaction_read_only = off; SELECT pg_reload_conf();' as cure
+    -- Not asked otherwise: reading all settings takes a millisecond.
+    where current_setting('default_transaction_read_only') = 'on'
+        and exists (select from pg_settings s where s.name = 'default_transaction_read_only' and s.source in ('configuration file', 'command line'))
+    union all
+    select concat_ws(' ', 'default_transaction_read_only is on for', 'role ' || quote_ident(r.rolname),
+            case when r.rolname is not null and d.datname is not null then 'in' end, 'database ' || quote_ident(d.datname)), false,
+        format('ALTER %s RESET default_transaction_read_only;', concat_ws(' ', 'ROLE ' || quote_ident(r.rolname),
+            case when r.rolname is not null and d.datname is not null then 'IN' end, 'DATABASE ' || quote_ident(d.datname)))
+    from (select c.setrole, c.setdatabase, unnest(c.setconfig) as setting from pg_db_role_setting c) s
+        left join pg_roles r on r.oid = s.setrole left join pg_database d on d.oid = s.setdatabase
+    where s.setting in ('default_transaction_read_only=on', 'default_transaction_read_only=true', 'default_transaction_read_only=yes', 'default_transaction_read_only=1')
+        and (d.datname is null or d.datname = current_database())
+        -- Others do not publish.
+        and (r.oid is null or not r.rolsuper and has_column_privilege(r.oid, 'outbox.events', 'event_type', 'insert'))
+) f
+union all
+select 'synchronous standbys', case when s.waiting > 0 or n.is_missing then 'fail' else 'ok' end,
+    case
+        when s.waiting > 0 then format('%s sessions wait, since %s, until a synchronous standby has their commits: what they publish is sent after that.', s.waiting, s.since)
+        when n.is_missing then 'No synchronous standby is connected: commits wait for one.'
+        else 'No commit waits for a standby.' end,
+    case when s.waiting > 0 or n.is_missing then format('Start the standby (synchronous_standby_names is %L). If it does not come back, run ALTER SYSTEM SET synchronous_standby_names = ''''; SELECT pg_reload_conf();',
+        current_setting('synchronous_standby_names')) end
+from (select count(*) as waiting, min(a.query_start) as since from pg_stat_activity a
+        where a.wait_event = 'SyncRep' and a.query_start < clock_timestamp() - interval '3 s') s,
+    (select current_setting('synchronous_standby_names') <> '' and (current_setting('synchronous_commit') not in ('off', 'local')
+            or current_setting('outbox_relay.send_after', true) = 'standby_flush') and not pg_is_in_recovery()
+        and not exists (select from pg_stat_replication r where r.sync_state in ('sync', 'quorum')) as is_missing) n
+union all
+select 'configuration files', case when count(f) > 0 then 'warn' else 'ok' end,
+    coalesce(string_agg(format('%s, line %s%s: %s.', f.sourcefile, f.sourceline, ' (' || f.name || ')', f.error), ' ' order by f.seqno), 'They can be read.'),
+    case when count(f) > 0 then 'Correct that line in the file, then run SELECT pg_reload_conf(); Until then the server keeps what it had.' end
+from pg_file_settings f
+where f.error is not null and (f.name is null or f.name like 'outbox\_relay.%' or f.error like 'unrecognized%')
+union all
+select 'transaction ids', case when d.age > 2000000000 then 'fail' when d.age > 1600000000 then 'warn' else 'ok' end,
+    case when d.age > 1600000000 then format('The oldest transaction id of this database is %s transactions old: at 2,144 million nobody can write any more.', d.age)
+        else 'The oldest transaction id of this database is young enough.' end,
+    case when d.age > 1600000000 then 'End old transactions, prepared ones and replication slots that hold it, then run VACUUM (FREEZE);' end
+from (select age(d.datfrozenxid) as age from pg_database d where d.datname = current_database()) d;
 end
 $$;
-comment on function outbox.setting_health() is 'Part of outbox.health(): whether the default backend is there, backends that share a stream trim it alike, and autovacuum is on.';
+comment on function outbox.setting_health() is 'Part of outbox.health(): what of the server and its settings keeps events back.';

@@ -3,6 +3,7 @@
 use crate::server::database_slot::{DatabaseSlot, SlotState};
 use crate::server::datum::bytes_of;
 use crate::server::error::strict_arguments;
+use crate::server::guc;
 use crate::server::report;
 use crate::server::shmem;
 use crate::server::trigger_call::{When, expect_trigger};
@@ -24,6 +25,8 @@ use std::sync::Arc;
 const COUNTED: i64 = 10_000;
 /// A worker that gives no sign of life for so long hangs. (Loaded machines have taken a second.)
 pub(super) const HANGS_AFTER_MS: u64 = 3_000;
+/// The launcher starts a worker within so long, also while the database is locked for a moment.
+const STARTS_WITHIN_MS: u64 = 8_000;
 /// How many rows are looked at to count, including those of other backends.
 const COUNT_STEPS: i64 = 100_000;
 
@@ -38,23 +41,65 @@ fn worker_status() -> TableIterator<'static, (name!(worker_pid, Option<i32>), na
 pub(super) fn worker_here() -> (Option<i32>, &'static str) {
     let slot = shmem::database_slot_here();
     let pid = slot.map(|s| s.pid()).filter(|pid| *pid != 0);
+    let lasts = |slot: Option<&DatabaseSlot>| slot.is_some_and(|s| s.in_state_for_ms() >= STARTS_WITHIN_MS);
     let state = match slot.map(|s| (s.state(), pid)) {
         _ if !shmem::is_attached() => "library not in shared_preload_libraries",
         // SAFETY: reads shared state.
         _ if unsafe { pg_sys::RecoveryInProgress() } => "standby",
-        _ if !crate::server::guc::ENABLED.get() => "disabled",
+        _ if !guc::ENABLED.get() => "disabled",
+        // Whatever the launcher knows: it may have been renamed, or have had no worker since the server's start.
+        _ if pid.is_none() && !is_listed() => "database not in outbox_relay.databases",
+        _ if pid.is_none() && !is_open() => "connections not allowed",
+        _ if pid.is_none() && shmem::launcher_pid().is_none() => "waiting for the launcher",
         Some((SlotState::Running, Some(_))) if is_hanging(slot) => "hanging",
         Some((SlotState::Running, Some(_))) => "running",
         Some((SlotState::Mismatched, Some(_))) => "version mismatch",
+        // It is there, and cannot begin.
+        Some((SlotState::Starting, Some(_))) if slot.is_some_and(|s| s.trouble().is_some()) => "failing to start",
+        // It has left, or is to come.
+        Some((SlotState::Wanted | SlotState::Running | SlotState::Mismatched, None)) if lasts(slot) => {
+            "waiting for the launcher"
+        }
         Some((SlotState::Starting | SlotState::Wanted, _)) => "starting",
+        Some((SlotState::Running | SlotState::Mismatched, None)) => "starting",
         Some((SlotState::Short, _)) => "waiting for a background worker process",
         Some((SlotState::Failing, _)) => "failing to start",
         Some((SlotState::Unserved, _)) => "database not in outbox_relay.databases",
-        None if shmem::launcher_pid().is_none() => "waiting for the launcher",
         None if shmem::is_full() => "no slot in shared memory",
         _ => "stopped",
     };
     (pid, state)
+}
+
+/// Whether `outbox_relay.databases` names this database.
+fn is_listed() -> bool {
+    // SAFETY: a catalog look-up within a transaction; the text is read before it can go.
+    let name = unsafe {
+        let name = pg_sys::get_database_name(pg_sys::MyDatabaseId);
+        (!name.is_null()).then(|| std::ffi::CStr::from_ptr(name).to_string_lossy().into_owned())
+    };
+    name.is_none_or(|name| guc::serves(&name))
+}
+
+/// Whether connections to this database are allowed, also those of workers.
+fn is_open() -> bool {
+    // SAFETY: a look-up within a transaction; the tuple is released once it was read. It is never a null pointer while
+    // somebody is connected, except to a database that is being dropped.
+    unsafe {
+        let cache = pg_sys::SysCacheIdentifier::DATABASEOID as i32;
+        let tuple = pg_sys::SearchSysCache1(cache, pg_sys::Datum::from(pg_sys::MyDatabaseId));
+        if tuple.is_null() {
+            return false;
+        }
+        let data = (*tuple).t_data;
+        let form = data
+            .cast::<u8>()
+            .add((*data).t_hoff as usize)
+            .cast::<pg_sys::FormData_pg_database>();
+        let is_open = (*form).datallowconn;
+        pg_sys::ReleaseSysCache(tuple);
+        is_open
+    }
 }
 
 /// Whether a worker has been called in vain. Whoever looks calls it, so that whoever looks next knows.

@@ -2,6 +2,7 @@
 //! can wake the worker without locks, allocation or failure.
 
 use crate::server::clock;
+use crate::server::shared_text::SharedText;
 use pgrx::pg_sys;
 use relay::reading::numbers::Highest;
 use std::ptr;
@@ -104,6 +105,10 @@ pub(crate) struct DatabaseSlot {
     called_at_ms: AtomicU64,
     /// When the worker last began a round, see [`clock`].
     round_at_ms: AtomicU64,
+    /// Since when the state is what it is, or there is no worker, see [`clock`].
+    state_at_ms: AtomicU64,
+    /// What keeps the worker from its work, see `worker/troubles.rs`.
+    trouble: SharedText,
 }
 
 impl DatabaseSlot {
@@ -116,7 +121,24 @@ impl DatabaseSlot {
     }
 
     pub(crate) fn set_state(&self, state: SlotState) {
-        self.state.store(state as u8, Ordering::Release);
+        if self.state.swap(state as u8, Ordering::AcqRel) != state as u8 {
+            self.state_at_ms.store(clock::since_boot_ms(), Ordering::Release);
+        }
+    }
+
+    /// For how long the state has been what it is, or there has been no worker.
+    pub(crate) fn in_state_for_ms(&self) -> u64 {
+        clock::since_boot_ms().saturating_sub(self.state_at_ms.load(Ordering::Acquire))
+    }
+
+    /// The worker says what keeps it from its work; an empty text: nothing does.
+    pub(crate) fn tell_trouble(&self, text: &str) {
+        self.trouble.write(text);
+    }
+
+    /// What keeps the worker from its work, or has kept the last one.
+    pub(crate) fn trouble(&self) -> Option<String> {
+        self.trouble.read()
     }
 
     /// Events are numbered by this sequence. Whether another did before, or none.
@@ -135,6 +157,7 @@ impl DatabaseSlot {
             self.work.store(Work::Some as u8, Ordering::Release);
             self.schedule.store(true, Ordering::Release);
             self.begins_round();
+            self.tell_trouble("");
             self.latch.store(latch, Ordering::Release);
         }
         attached.is_ok()
@@ -144,6 +167,7 @@ impl DatabaseSlot {
     pub(crate) fn detach(&self, pid: i32) {
         if self.pid() == pid {
             self.latch.store(ptr::null_mut(), Ordering::Release);
+            self.state_at_ms.store(clock::since_boot_ms(), Ordering::Release);
             self.pid.store(0, Ordering::Release);
         }
     }

@@ -1,8 +1,8 @@
 //! Manners of a Postgres process. Knows nothing of events or backends.
 //!
 //! - [`guc`] settings; [`pinned`] those that nobody may give a worker
-//! - [`shmem`], [`database_slot`], [`meters`], [`questions`] shared memory; [`txn`] after a commit: wake the worker;
-//!   [`object_access`] extension and databases come and go
+//! - [`shmem`], [`database_slot`], [`meters`], [`questions`], [`shared_text`] shared memory; [`txn`] after a commit: wake
+//!   the worker; [`object_access`] extension and databases come and go
 //! - [`process`] signals, waiting, transactions, the log
 //! - [`error`], [`report`] raising ERRORs and saying them; [`untouched`], [`unguarded`] ERRORs of others pass as they
 //!   are
@@ -27,6 +27,7 @@ pub(crate) mod questions;
 pub(crate) mod random;
 pub(crate) mod report;
 pub(crate) mod scoped;
+pub(crate) mod shared_text;
 pub(crate) mod shmem;
 pub(crate) mod standby;
 pub(crate) mod trigger_call;

@@ -191,6 +191,7 @@ pub(crate) fn claim_database_slot_here() -> Option<&'static DatabaseSlot> {
 pub(crate) fn take_back(slot: &DatabaseSlot) {
     meters::keep_only(slot.database(), |_| false);
     slot.set_state(SlotState::Absent);
+    slot.tell_trouble("");
     slot.numbers.forget();
     slot.free();
     if let Some(shared) = shared() {

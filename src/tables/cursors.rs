@@ -24,6 +24,8 @@ pub(crate) struct Standing {
     pub failed_total: i64,
     pub last_accepted_us: Option<i64>,
     pub last_error: Option<String>,
+    /// What helps against it.
+    pub last_hint: Option<String>,
     pub last_error_us: Option<i64>,
     /// How often Redis was found to have lost something.
     pub healings: i64,
@@ -67,7 +69,7 @@ pub(crate) fn cursor(number: i32, lane: Option<u16>) -> Option<(Cursor, Standing
         "select c.from_snapshot::text, c.from_next_xid::text, c.from_low_seq, c.from_high_seq,
             c.to_snapshot::text, c.to_next_xid::text, c.to_low_seq, c.to_high_seq, c.last_seq,
             c.published_total, c.failed_total, (extract(epoch from c.last_published_at) * 1000000)::bigint as last_published_us,
-            c.last_error, (extract(epoch from c.last_error_at) * 1000000)::bigint as last_error_us,
+            c.last_error, c.last_hint, (extract(epoch from c.last_error_at) * 1000000)::bigint as last_error_us,
             c.batch_number, c.healings, c.epoch, c.address
         from outbox.cursors c where c.backend_number = $1 and c.slot = $2",
         &[number.into(), lane_number(lane).into()],
@@ -82,6 +84,7 @@ pub(crate) fn cursor(number: i32, lane: Option<u16>) -> Option<(Cursor, Standing
                 failed_total: row.value("failed_total").unwrap_or_default(),
                 last_accepted_us: row.value("last_published_us"),
                 last_error: row.text("last_error"),
+                last_hint: row.text("last_hint"),
                 last_error_us: row.value("last_error_us"),
                 healings: row.value("healings").unwrap_or_default(),
                 epoch: row.value("epoch").unwrap_or_default(),
@@ -180,6 +183,7 @@ pub(crate) fn save_cursor(number: i32, lane: Option<u16>, saved: &Saved<'_>) {
             Assignment::new("failed_total", standing.failed_total),
             Assignment::by("last_published_at", TIME, standing.last_accepted_us),
             Assignment::new("last_error", word(&standing.last_error)),
+            Assignment::new("last_hint", word(&standing.last_hint)),
             Assignment::by("last_error_at", TIME, standing.last_error_us),
             Assignment::new("healings", standing.healings),
             Assignment::new("epoch", standing.epoch),

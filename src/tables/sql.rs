@@ -17,20 +17,22 @@ use std::fmt::Write;
 /// Reads what is committed now. Takes no transaction id, as SPI's `update` would: looking writes no WAL, and works on a
 /// standby.
 pub(crate) fn query<R>(sql: &str, args: &[DatumWithOid<'_>], each: impl FnMut(&FoundRow<'_>) -> R) -> Vec<R> {
-    // SAFETY: within a transaction; popped below, or by its abort. A transaction without an id reads with the active
-    // snapshot, which may be older than the invalidations that were processed.
-    unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetLatestSnapshot()) };
-    let found = rights::statement(|| {
+    rights::statement(|| {
         Spi::connect(|client| {
+            // Locks the tables.
             let statement = client.prepare(sql, &types_of(args));
             let statement = statement.unwrap_or_else(|e| internal(e.to_string()));
+            // SAFETY: within a transaction; popped below, or by its abort. A transaction without an id reads with the
+            // active snapshot, which may be older than the invalidations that were processed. And to one that is older
+            // than the lock, a table that ALTER TABLE has rewritten meanwhile is empty.
+            unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetLatestSnapshot()) };
             let table = rights::execution(|| client.select(&statement, None, args));
-            FoundRow::for_all(table.unwrap_or_else(|e| internal(e.to_string())), each)
+            let found = FoundRow::for_all(table.unwrap_or_else(|e| internal(e.to_string())), each);
+            // SAFETY: the snapshot pushed above is the active one again.
+            unsafe { pg_sys::PopActiveSnapshot() };
+            found
         })
-    });
-    // SAFETY: the snapshot pushed above is the active one again.
-    unsafe { pg_sys::PopActiveSnapshot() };
-    found
+    })
 }
 
 thread_local! {

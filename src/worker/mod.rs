@@ -35,6 +35,7 @@ mod task;
 mod tasks;
 mod tested;
 mod testing;
+mod troubles;
 mod turns;
 
 use crate::server::database_slot::SlotState;
@@ -118,7 +119,10 @@ impl Worker {
             if !looked || self.settings_changed {
                 looked = self.look_at_settings();
             }
-            timeout = match self.step() {
+            let outcome = self.step();
+            let now = self.now();
+            self.troubles.tell(self.slot, &self.patience, now);
+            timeout = match outcome {
                 Ok(timeout) => timeout,
                 // The order to end cancelled the statement that was running.
                 Err(_) if process::is_told_to_end() => Some(Duration::ZERO),

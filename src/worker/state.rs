@@ -11,6 +11,7 @@ use crate::worker::purge::Purge;
 use crate::worker::rates::Rates;
 use crate::worker::task::Task;
 use crate::worker::tested::BackendTest;
+use crate::worker::troubles::Troubles;
 use crate::worker::turns::Turns;
 use pgrx::pg_sys;
 use relay::reading::commits::Commits;
@@ -94,6 +95,7 @@ pub(super) struct Worker {
     /// A tick was taken in this round.
     pub(super) ticked: bool,
     pub(super) patience: Patience<Task>,
+    pub(super) troubles: Troubles,
     /// After an ERROR, nothing is tried before this.
     pub(super) pause_until: Now,
     pub(super) pace: Pace,
@@ -155,6 +157,7 @@ impl Worker {
             stale_since: None,
             ticked: false,
             patience: Patience::default(),
+            troubles: Troubles::default(),
             pause_until: Now::ZERO,
             pace: Pace::default(),
             published_at: None,

@@ -78,6 +78,16 @@ impl Task {
         }
     }
 
+    /// Whether events wait for it, or may be repeated without it.
+    pub(super) fn is_vital(self) -> bool {
+        match self {
+            Self::Load | Self::Read | Self::ReadFor(_) | Self::Save | Self::SaveOf(_) | Self::Claim(_) => true,
+            Self::FinishLanes | Self::AddLane(_) | Self::Retry(_) | Self::Move => true,
+            Self::RecordTicks | Self::SaveConsumers | Self::NoteStream | Self::Forget => false,
+            Self::PurgeSent(_) | Self::PurgeFailed | Self::PurgeInbox => false,
+        }
+    }
+
     pub(super) fn hint(self) -> &'static str {
         match self {
             Self::Load => "The backends go on with the settings that were loaded last. The worker tries again shortly.",

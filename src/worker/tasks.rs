@@ -49,12 +49,9 @@ impl Worker {
         if process::is_told_to_end() {
             return;
         }
-        if !self
+        let is_news = self
             .patience
-            .failed(task, &error.message, is_lock(error), task.waits(), now)
-        {
-            return;
-        }
+            .failed(task, &error.message, is_lock(error), task.waits(), now);
         let name = task.whose().and_then(|whose| {
             let backend = self.backends.iter().find(|b| b.whose() == whose)?;
             backend.row().map(|row| row.name.clone())
@@ -67,12 +64,17 @@ impl Worker {
             Some(detail) => format!("{detail} {doing}"),
             None => doing,
         };
-        log(
-            LogLevel::Error,
-            &format!("outbox_relay worker: {error}"),
-            Some(&detail),
-            Some(error.hint.as_deref().unwrap_or(task.hint())),
-        );
+        let hint = error.hint.as_deref().unwrap_or(task.hint());
+        self.troubles
+            .failed(task, format!("{error}. {detail}"), hint, is_lock(error), now);
+        if is_news {
+            log(
+                LogLevel::Error,
+                &format!("outbox_relay worker: {error}"),
+                Some(&detail),
+                Some(hint),
+            );
+        }
     }
 
     /// Saves what is unsaved in one transaction, which costs less than a commit for each backend; of very many backends

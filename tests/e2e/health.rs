@@ -17,7 +17,7 @@ pub(crate) struct Check {
     pub hint: Option<String>,
 }
 
-fn health_of(pg: &Postgres, db: &str, old: &str) -> Vec<Check> {
+pub(crate) fn health_of(pg: &Postgres, db: &str, old: &str) -> Vec<Check> {
     let sql = format!("select \"check\", status, detail, hint from outbox.health('{old}')");
     let rows = pg.client_db(db).query(&sql, &[]).expect("its health");
     rows.iter()

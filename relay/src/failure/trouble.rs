@@ -215,7 +215,10 @@ impl Trouble {
                 Backend,
                 "Bring Redis's replicas back, or require fewer: lower min-replicas-to-write in Redis, or wait_replicas of the backend.",
             ),
-            Self::Misconf => (Backend, "Redis cannot save to disk. See its log."),
+            Self::Misconf => (
+                Backend,
+                "Redis cannot save to disk. See its log. BGSAVE in Redis tries again; CONFIG SET stop-writes-on-bgsave-error no lets it accept writes all the same.",
+            ),
             Self::OutOfMemory => (Backend, "Raise Redis's maxmemory, or lower the streams' max_len."),
             Self::Busy => (
                 Backend,

@@ -7,6 +7,7 @@ use crate::tables::{cursors, refused};
 use crate::worker::backend::Backend;
 use pgrx::pg_sys;
 use relay::delivery::refusal::Record;
+use relay::failure;
 use relay::fault::Point;
 use relay::fault::{self, Mutation};
 use relay::time::Now;
@@ -58,11 +59,13 @@ impl Backend {
             standing.last_accepted_us = Some(wall_us);
         }
         let trouble = self.delivery.trouble().filter(|_| self.is_enabled());
-        let trouble = trouble.map(|failure| failure.message.as_str());
-        let news = trouble.filter(|message| standing.last_error.as_deref() != Some(*message));
+        let news = trouble.filter(|failure| standing.last_error.as_deref() != Some(failure.message.as_str()));
+        let news = news.map(|failure| (failure.message.as_str(), failure.hint()));
         let refused = books.records.iter().rev().find_map(error_of);
-        if let Some(error) = refused.or(news) {
+        let refused = refused.map(|error| (error, failure::hint_of(error)));
+        if let Some((error, hint)) = refused.or(news) {
             standing.last_error = Some(error.to_owned());
+            standing.last_hint = hint.map(str::to_owned);
             standing.last_error_us = Some(wall_us);
         }
         standing

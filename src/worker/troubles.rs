@@ -1,0 +1,79 @@
+//! What keeps the worker from its work, for `outbox.health()`: failures of its tasks that last. They are told in shared
+//! memory, because it may be the tables that cannot be written.
+
+use crate::server::database_slot::DatabaseSlot;
+use crate::worker::task::Task;
+use relay::time::Now;
+use relay::time::patience::Patience;
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+/// What is over sooner is not told.
+const LASTS: Duration = Duration::from_secs(1);
+/// The same of a lock. `outbox.health()` says by itself who has locked a whole table.
+const LOCK_LASTS: Duration = Duration::from_secs(30);
+/// A task that is not tried again, because it is not for now any more, has no trouble after this.
+const FORGOTTEN_AFTER: Duration = Duration::from_secs(10);
+
+struct Trouble {
+    since: Now,
+    latest: Now,
+    /// When it has lasted.
+    told_from: Now,
+    detail: String,
+    hint: String,
+}
+
+#[derive(Default)]
+pub(super) struct Troubles {
+    of_tasks: BTreeMap<Task, Trouble>,
+    told: String,
+}
+
+impl Troubles {
+    /// A task has failed. `detail`: how, as a sentence.
+    pub(super) fn failed(&mut self, task: Task, detail: String, hint: &str, is_lock: bool, now: Now) {
+        let since = self.of_tasks.get(&task).map_or(now, |known| known.since);
+        let trouble = Trouble {
+            since,
+            latest: now,
+            told_from: since + if is_lock { LOCK_LASTS } else { LASTS },
+            detail,
+            hint: hint.to_owned(),
+        };
+        self.of_tasks.insert(task, trouble);
+    }
+
+    /// Tells the gravest, if that has changed: three lines, see `outbox.worker_trouble()`.
+    pub(super) fn tell(&mut self, slot: &DatabaseSlot, patience: &Patience<Task>, now: Now) {
+        if self.of_tasks.is_empty() && self.told.is_empty() {
+            return;
+        }
+        self.of_tasks.retain(|task, trouble| {
+            patience.retry_at(*task).is_some() && now < trouble.latest + 2 * task.waits().longest + FORGOTTEN_AFTER
+        });
+        let gravest = self
+            .of_tasks
+            .iter()
+            .find(|(_, trouble)| trouble.latest >= trouble.told_from);
+        let words = gravest.map_or_else(String::new, |(task, trouble)| {
+            let status = if task.is_vital() { "fail" } else { "warn" };
+            let [detail, hint] = [&trouble.detail, &trouble.hint].map(|text| text.replace('\n', " "));
+            // There is room for both, see `TEXT_BYTES`.
+            format!("{status}\n{}\n{}", cut(&detail, 300), cut(&hint, 190))
+        });
+        if words != self.told {
+            slot.tell_trouble(&words);
+            self.told = words;
+        }
+    }
+}
+
+/// At most so many bytes of a text.
+fn cut(text: &str, most: usize) -> &str {
+    let mut length = text.len().min(most);
+    while !text.is_char_boundary(length) {
+        length -= 1;
+    }
+    &text[..length]
+}

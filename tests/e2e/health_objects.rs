@@ -1,0 +1,184 @@
+//! `outbox.health()`: what somebody has changed of the extension's tables is named, and the hint, executed as it stands,
+//! mends it.
+
+use kit::{Stack, wait_drained, wait_until};
+
+use crate::health::{check, follow, health, quick, wait_ill, wait_well};
+
+/// What breaks it, the check that names it, and its words.
+type Breakage = (&'static str, &'static str, &'static str);
+
+#[track_caller]
+fn break_and_mend(stack: &Stack, (sql, name, words): Breakage) {
+    stack.pg.exec(sql);
+    let ill = wait_ill(&stack.pg, name, words);
+    follow(&stack.pg, "postgres", &ill);
+    wait_well(&stack.pg, name);
+    wait_until(&format!("all to be well after {sql}"), || {
+        health(&stack.pg).iter().all(|check| check.status == "ok")
+    });
+    stack.publish("more");
+    wait_drained(&stack.pg, "default");
+}
+
+#[test]
+fn columns_that_were_changed_are_named() {
+    let stack = quick();
+    for breakage in [
+        (
+            "alter table outbox.backends alter column port type bigint",
+            "columns",
+            "Column port of outbox.backends has type bigint instead of integer.",
+        ),
+        (
+            "alter table outbox.events rename column subject to topic",
+            "columns",
+            "outbox.events has no column subject.",
+        ),
+        (
+            "alter table outbox.cursors drop column last_hint",
+            "columns",
+            "outbox.cursors has no column last_hint.",
+        ),
+        (
+            "alter table outbox.events alter column branch drop default",
+            "columns",
+            "Column branch of outbox.events has no default instead of the default outbox.first_branch().",
+        ),
+        (
+            "alter table outbox.events alter column xid drop not null",
+            "columns",
+            "Column xid of outbox.events may be NULL.",
+        ),
+        (
+            "alter table outbox.events add column tenant text not null default ''; alter table outbox.events alter column tenant drop default",
+            "columns",
+            "Column tenant of outbox.events is not of this extension",
+        ),
+    ] {
+        break_and_mend(&stack, breakage);
+    }
+}
+
+#[test]
+fn constraints_rules_and_policies_are_named() {
+    let stack = quick();
+    for breakage in [
+        (
+            "alter table outbox.backends drop constraint backends_port_check",
+            "constraints",
+            "outbox.backends has no constraint \"backends_port_check\".",
+        ),
+        (
+            "alter table outbox.events add constraint short check (length(event_type) < 50)",
+            "constraints",
+            "\"short\", which is not of this extension",
+        ),
+        (
+            "create unique index one_subject on outbox.events (subject)",
+            "constraints",
+            "outbox.one_subject is a unique index",
+        ),
+        (
+            "create rule nothing as on insert to outbox.events do instead nothing",
+            "tables",
+            "has the rule \"nothing\"",
+        ),
+        (
+            "alter table outbox.events enable row level security",
+            "tables",
+            "outbox.events has row security",
+        ),
+        (
+            "alter table outbox.backend_passwords disable row level security",
+            "tables",
+            "outbox.backend_passwords has no row security any more",
+        ),
+        (
+            "create policy all_of_it on outbox.backend_passwords using (true)",
+            "tables",
+            "has the policy \"all_of_it\"",
+        ),
+        (
+            "alter table outbox.events set unlogged",
+            "tables",
+            "outbox.events is unlogged",
+        ),
+        (
+            "create publication all_of_it for tables in schema outbox",
+            "publications",
+            "\"all_of_it\" has all tables of schema outbox",
+        ),
+        (
+            "create publication everything for all tables",
+            "publications",
+            "\"everything\" has all tables",
+        ),
+    ] {
+        break_and_mend(&stack, breakage);
+    }
+}
+
+#[test]
+fn tables_that_were_moved_renamed_or_given_away_are_named() {
+    let stack = quick();
+    stack.pg.exec("create schema elsewhere; create role somebody superuser");
+    for breakage in [
+        (
+            "alter table outbox.cursors set schema elsewhere",
+            "tables",
+            "outbox.cursors is missing.",
+        ),
+        (
+            "alter table outbox.events set schema elsewhere",
+            "tables",
+            "outbox.events is missing.",
+        ),
+        (
+            "alter table outbox.events rename to messages",
+            "tables",
+            "outbox.events is missing.",
+        ),
+        (
+            "alter table outbox.inbox rename to seen",
+            "tables",
+            "outbox.inbox is missing.",
+        ),
+        (
+            "alter sequence outbox.events_seq_seq rename to numbers",
+            "tables",
+            "outbox.events_seq_seq is missing.",
+        ),
+        (
+            "alter table outbox.cursors owner to somebody",
+            "owner",
+            "outbox.cursors belongs to somebody, and the extension to postgres.",
+        ),
+    ] {
+        break_and_mend(&stack, breakage);
+    }
+    // The schema itself.
+    stack.pg.exec("alter schema outbox rename to inbox");
+    let hint: String = stack.pg.one("select hint from inbox.health()");
+    assert_eq!(hint, "Run ALTER SCHEMA inbox RENAME TO outbox;");
+    stack.pg.exec(&hint["Run ".len()..]);
+    stack.publish("last");
+    wait_drained(&stack.pg, "default");
+    wait_well(&stack.pg, "worker");
+}
+
+/// One part that cannot look keeps no other from saying what is wrong.
+#[test]
+fn a_column_that_is_missing_hides_no_other_check() {
+    let stack = quick();
+    stack
+        .pg
+        .exec("alter table outbox.failed_events rename column failed_at to at");
+    let checks = health(&stack.pg);
+    assert_eq!(check(&checks, "columns").status, "fail");
+    assert_eq!(check(&checks, "events").status, "fail");
+    assert_eq!(check(&checks, "backend default").status, "ok");
+    assert_eq!(check(&checks, "locks").status, "ok");
+    follow(&stack.pg, "postgres", &check(&checks, "columns"));
+    wait_well(&stack.pg, "columns");
+}

@@ -1,0 +1,87 @@
+//! `outbox.health()`: settings and states of the server that keep events back. The hint, executed as it stands, mends it.
+
+use kit::{Postgres, QUICK, Redis, Stack, wait_drained};
+use std::io::Write;
+
+use crate::health::{follow, quick, wait_ill, wait_well};
+
+#[test]
+fn settings_that_make_sessions_read_only_are_named() {
+    let stack = quick();
+    stack
+        .pg
+        .exec("create role app login; select outbox.grant_publisher('app'); create role reader login");
+    for (sql, words) in [
+        (
+            "alter database postgres set default_transaction_read_only = on",
+            "is on for database postgres: publishing fails.",
+        ),
+        (
+            "alter role app set default_transaction_read_only = on",
+            "is on for role app: publishing fails.",
+        ),
+        (
+            "alter role app in database postgres set default_transaction_read_only = on",
+            "is on for role app in database postgres: publishing fails.",
+        ),
+        (
+            "alter system set default_transaction_read_only = on",
+            "default_transaction_read_only is on: publishing fails.",
+        ),
+    ] {
+        stack.pg.exec(sql);
+        stack.pg.reload();
+        let ill = wait_ill(&stack.pg, "read-only sessions", words);
+        follow(&stack.pg, "postgres", &ill);
+        wait_well(&stack.pg, "read-only sessions");
+        stack.publish("more");
+        wait_drained(&stack.pg, "default");
+    }
+    // Who publishes nothing may read as it likes.
+    stack
+        .pg
+        .exec("alter role reader set default_transaction_read_only = on");
+    wait_well(&stack.pg, "read-only sessions");
+}
+
+#[test]
+fn a_synchronous_standby_that_is_not_there_is_named() {
+    let stack = Stack::of(Postgres::with(QUICK), Redis::start());
+    stack.publish("one");
+    wait_drained(&stack.pg, "default");
+    stack.pg.set("synchronous_standby_names", "gone");
+    wait_ill(&stack.pg, "synchronous standbys", "No synchronous standby is connected");
+    let config = stack.pg.config("postgres", "postgres");
+    let publisher = std::thread::spawn(move || {
+        let mut client = config.connect(postgres::NoTls).expect("a session");
+        client
+            .execute("select outbox.publish_event('two', 'kit')", &[])
+            .expect("it publishes");
+    });
+    let ill = wait_ill(&stack.pg, "synchronous standbys", "1 sessions wait, since");
+    assert_eq!(ill.status, "fail");
+    follow(&stack.pg, "postgres", &ill);
+    publisher.join().expect("it has committed");
+    wait_well(&stack.pg, "synchronous standbys");
+    stack.wait_events(2);
+}
+
+#[test]
+fn a_line_that_keeps_the_configuration_from_being_read_is_named() {
+    let stack = quick();
+    let file = stack.pg.data_dir().join("postgresql.auto.conf");
+    let before = std::fs::read_to_string(&file).expect("the file");
+    for (line, words) in [
+        ("outbox_relay.enabled = perhaps", "outbox_relay.enabled"),
+        ("no such thing", "syntax error"),
+    ] {
+        let mut open = std::fs::OpenOptions::new().append(true).open(&file).expect("the file");
+        writeln!(open, "{line}").expect("it is written");
+        stack.pg.reload();
+        let ill = wait_ill(&stack.pg, "configuration files", words);
+        assert!(ill.detail.contains("postgresql.auto.conf, line "), "{ill:?}");
+        std::fs::write(&file, &before).expect("it is written");
+        follow(&stack.pg, "postgres", &ill);
+        wait_well(&stack.pg, "configuration files");
+    }
+}
