@@ -1,7 +1,7 @@
 //! outbox_relay: a transactional outbox inside Postgres. This crate is the Postgres edge; the logic is in the `relay`
 //! crate.
 //!
-//! A folder uses those below it, and none above (`scripts/lint-structure`):
+//! A folder uses only those below it (`scripts/lint-structure`):
 //!
 //! ```text
 //! worker      reads, hands to senders, keeps the books: one process a database
@@ -12,14 +12,13 @@
 //! server      manners of a Postgres process
 //! ```
 
-// At most as many as clippy.toml says. A table may be longer, and says so.
+// The limit is in clippy.toml. A function that is a table may be longer, and says so.
 #![warn(clippy::too_many_lines)]
 
 #[cfg(not(panic = "unwind"))]
 compile_error!("outbox_relay must be built with panic=unwind: a panic must become an ERROR, not the end of the server");
 
-/// Declares a function written against the call interface of Postgres itself, for those whose arguments must not be
-/// copied.
+/// Declares a function that uses the call interface of Postgres directly, because its arguments must not be copied.
 macro_rules! sql_function {
     ($name:ident, $info:ident) => {
         #[unsafe(no_mangle)]
@@ -42,7 +41,7 @@ use crate::publish::{on_conflict, planning, returning};
 use crate::server::{error, guc, object_access, shmem, standby, txn};
 use pgrx::{pg_guard, pg_sys};
 
-/// From 18 on `pg_get_loaded_modules()` shows name and version of the library that a session has.
+/// From Postgres 18 on, `pg_get_loaded_modules()` shows the name and version of the library that a session has loaded.
 const LIBRARY_VERSION: &std::ffi::CStr =
     match std::ffi::CStr::from_bytes_with_nul(concat!(env!("CARGO_PKG_VERSION"), "\0").as_bytes()) {
         Ok(version) => version,
@@ -50,8 +49,8 @@ const LIBRARY_VERSION: &std::ffi::CStr =
     };
 pgrx::pg_module_magic!(name = c"outbox_relay", version = LIBRARY_VERSION);
 
-/// Called when the library is loaded: by the postmaster from shared_preload_libraries, or by a session that publishes
-/// without that, which works, and only queues.
+/// Called when the library is loaded: by the postmaster through shared_preload_libraries, or by a session that
+/// publishes without that. Such a session can publish, but its events are only queued.
 #[pg_guard]
 pub extern "C-unwind" fn _PG_init() {
     // SAFETY: plain reads of the process's own variables.

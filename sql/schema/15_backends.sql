@@ -22,7 +22,8 @@ create table outbox.backends (
     password_file   text check (password_file like '/%'),
     allowed_streams text[] not null default '{*}' check (array_position(allowed_streams, null) is null),
     format          text not null default 'broadcaster' check (format in ('broadcaster', 'cloudevents', 'structured', 'debezium')),
-    -- Strict: an array is no list of its elements. Without a function of ours, which whoever writes a row would have to execute.
+    -- Strict mode: an array must not be treated as a list of its elements. It uses none of our functions, because every
+    -- role that writes a row would need EXECUTE on it.
     static_fields   jsonb check (jsonb_typeof(static_fields) = 'object' and not jsonb_path_exists(static_fields,
         'strict $.* ? (@.type() != "string" && @.type() != "number" && @.type() != "boolean")', silent => true)),
     include_lsn     boolean not null default false,
@@ -56,32 +57,32 @@ comment on table outbox.backends is 'Named Redis destinations. NULL in a column 
 comment on column outbox.backends.name is 'How publishers name the backend; it may be changed.';
 comment on column outbox.backends.number is 'Identifies the backend. It never changes and is never reused. Events store it, so that a renamed backend keeps its events.';
 comment on column outbox.backends.enabled is 'False pauses the backend; its events wait.';
-comment on column outbox.backends.mode is 'standalone: one Redis, at host and port or unix_socket. sentinel: the primary that sentinels name. cluster: streams are spread by hash slot.';
+comment on column outbox.backends.mode is 'standalone: one Redis, at host and port or unix_socket. sentinel: the primary that the sentinels name. cluster: streams are spread by hash slot.';
 comment on column outbox.backends.host is 'Name or address of the Redis server (standalone).';
 comment on column outbox.backends.port is 'Port of the Redis server (standalone), 1 to 65535.';
-comment on column outbox.backends.db is 'Number of the Redis database; a cluster has database 0 alone.';
+comment on column outbox.backends.db is 'Number of the Redis database; a cluster has only database 0.';
 comment on column outbox.backends.username is 'Redis user (ACL).';
 comment on column outbox.backends.stream_name is 'The stream of events that name no stream. Or a template of streams, with the placeholders {event_type}, {source}, {subject} and {database}: each event''s stream is decided when it is published. {subject|16} is a hash of the subject, from 0 to 15: see outbox.stream_part(). {{ and }} are braces of the name itself.';
-comment on column outbox.backends.own_stream is 'The stream of events whose rows name none: stream_name; or, if that is a template, what it was before, where what was published then stays. The trigger fills it in. In a cluster it decides their hash slot and cannot be changed.';
+comment on column outbox.backends.own_stream is 'The stream of events whose rows name none: stream_name; or, if that is a template, its last value before, so that earlier events keep their stream. The trigger fills it in. In a cluster it decides the hash slot of these events and cannot be changed.';
 comment on column outbox.backends.max_len is 'Approximate length to which each stream is trimmed (MAXLEN ~); 0: unlimited. With trim = ''read'', the length at which the backend waits.';
-comment on column outbox.backends.trim is 'length: each stream is trimmed to max_len. read: a stream is trimmed up to what all of its consumer groups have acknowledged; when it has max_len entries, the backend waits, in state full.';
-comment on column outbox.backends.trim_ignore_idle is 'With trim = ''read'': a consumer group that has been silent for longer does not hold trimming; a WARNING in the log names it. NULL: each group does.';
+comment on column outbox.backends.trim is 'length: each stream is trimmed to max_len. read: a stream is trimmed only as far as all of its consumer groups have acknowledged; when it has max_len entries, the backend waits, in state full.';
+comment on column outbox.backends.trim_ignore_idle is 'With trim = ''read'': a consumer group that has been silent for longer does not hold trimming; a WARNING in the log names it. NULL: every group does.';
 comment on column outbox.backends.connect_timeout is 'How long connecting and logging in may take, at most an hour.';
 comment on column outbox.backends.socket_timeout is 'How long each write and each reply may take, at most an hour.';
 comment on column outbox.backends.unix_socket is 'Path of a unix socket, instead of host and port.';
-comment on column outbox.backends.nodes is 'The sentinels, or some nodes of the cluster, as host:port (an IPv6 address in brackets), in the order in which they are asked. NULL if mode is standalone.';
+comment on column outbox.backends.nodes is 'The sentinels, or some nodes of the cluster, as host:port (an IPv6 address in brackets), in the order in which the relay asks them. NULL if mode is standalone.';
 comment on column outbox.backends.sentinel_master is 'The name by which the sentinels know the primary; NULL unless mode is sentinel.';
 comment on column outbox.backends.password_file is 'A file that the server reads at each connect; its first line is the password. Nobody else may read it: 0600, or 0640 if root owns it. Needs the rights of pg_read_server_files.';
-comment on column outbox.backends.allowed_streams is 'Glob patterns (* and ?) one of which a publisher''s stream must match. With {*}, a publisher may append to any stream of that Redis, which is then trimmed to max_len.';
+comment on column outbox.backends.allowed_streams is 'Glob patterns (* and ?). A publisher''s stream must match one of them. With {*}, a publisher may append to any stream of that Redis, which is then trimmed to max_len.';
 comment on column outbox.backends.format is 'How an entry is laid out. broadcaster: as django-broadcaster writes it. cloudevents: a field ce_* for each attribute, and data (binary mode). structured: one field cloud_event, a JSON object. debezium: key and value, the envelope of a change.';
-comment on column outbox.backends.static_fields is 'Further fields of each entry: an object of strings, numbers and booleans. One that an event''s publisher_config names as well gives way to that.';
-comment on column outbox.backends.include_lsn is 'Each entry tells a position of the WAL: whoever has replayed up to there sees what the event''s transaction has written. So a consumer can read a standby: it waits until pg_last_wal_replay_lsn() is there. A field lsn (broadcaster) or ce_lsn (cloudevents), an attribute lsn of the JSON object (structured), or the number source.lsn (debezium).';
+comment on column outbox.backends.static_fields is 'Further fields of each entry: an object of strings, numbers and booleans. If an event''s publisher_config has a field of the same name, that one is used.';
+comment on column outbox.backends.include_lsn is 'Each entry contains a position in the WAL. A standby that has replayed up to this position shows what the event''s transaction has written, so a consumer can read a standby when pg_last_wal_replay_lsn() has reached it. A field lsn (broadcaster) or ce_lsn (cloudevents), an attribute lsn of the JSON object (structured), or the number source.lsn (debezium).';
 comment on column outbox.backends.delivery is 'exactly_once: each batch is one Redis transaction together with the guard, see outbox.guard_key(). at_least_once: plain commands; a crash may repeat what was sent since the cursor was last saved.';
 comment on column outbox.backends.on_missing_guard is 'What to do when Redis has lost everything, including the guard. continue: send what was not sent yet. halt: wait for outbox.take_over(). replay: send all retained events again.';
 comment on column outbox.backends.wait_replicas is 'Replicas of Redis that must acknowledge a batch (WAIT) before it counts as delivered, 0 to 100.';
-comment on column outbox.backends.max_rate is 'Events a second that are sent at most, so that a backlog which drains does not flatten its consumers; NULL: unlimited. Events that are tried or sent again count, too. The lanes of a cluster share it.';
+comment on column outbox.backends.max_rate is 'Maximum number of events sent per second, so that a draining backlog does not overload the consumers; NULL: unlimited. Events that are sent again count too. The lanes of a cluster share it.';
 comment on column outbox.backends.tls is 'Connects by TLS. A trusted authority must have issued the server''s certificate, and the certificate must name the host.';
-comment on column outbox.backends.tls_ca_file is 'PEM file of the authorities that are trusted; NULL: those of the system. Read at each connect, like the other files; needs the rights of pg_read_server_files.';
+comment on column outbox.backends.tls_ca_file is 'PEM file of the trusted authorities; NULL: those of the operating system. Read at each connect, like the other files; needs the rights of pg_read_server_files.';
 comment on column outbox.backends.tls_cert_file is 'PEM file of the certificate (and its chain) that is shown to the server. Needs the rights of pg_read_server_files.';
 comment on column outbox.backends.tls_key_file is 'PEM file of the key of tls_cert_file, not encrypted. Nobody else may read it: 0600, or 0640 if root owns it. Needs the rights of pg_read_server_files.';
 comment on column outbox.backends.tls_insecure is 'Accepts any certificate. Use it for experiments only.';
@@ -96,16 +97,16 @@ select jsonb_strip_nulls(jsonb_build_object('mode', backend.mode, 'host', backen
 $$;
 comment on function outbox.destination(outbox.backends) is 'Where and how a backend connects. A secret that was set for one destination is not sent to another.';
 
--- The key of passwords is an option of a user mapping: catalogs are in no dump, and are not decoded from the WAL.
+-- The key of passwords is an option of a user mapping, because catalogs are not dumped and not decoded from the WAL.
 create foreign data wrapper outbox_relay;
-comment on foreign data wrapper outbox_relay is 'Reads no tables: the server below belongs to it.';
+comment on foreign data wrapper outbox_relay is 'Has no handler and reads no tables. It exists for the server outbox_relay.';
 create server outbox_relay foreign data wrapper outbox_relay;
-comment on server outbox_relay is 'Its user mapping for PUBLIC holds the key with which outbox.backend_passwords is sealed. Made when the first password is set.';
+comment on server outbox_relay is 'Its user mapping for PUBLIC holds the key that seals outbox.backend_passwords. The mapping is created when the first password is set.';
 
 create function outbox.seal_password(backend_number integer, password text) returns bytea
     language c volatile strict
     as 'MODULE_PATHNAME', 'seal_password';
-comment on function outbox.seal_password(integer, text) is 'A password as it lies in outbox.backend_passwords; makes the key if there is none. Needs the rights of the owner of server outbox_relay.';
+comment on function outbox.seal_password(integer, text) is 'Seals a password as it is stored in outbox.backend_passwords, and makes the key if there is none. Needs the rights of the owner of server outbox_relay.';
 
 create table outbox.backend_passwords (
     backend_number integer primary key,
@@ -116,7 +117,7 @@ create table outbox.backend_passwords (
 alter table outbox.backend_passwords enable row level security;
 -- ANALYZE would copy passwords into pg_statistic, which pg_read_all_data can read.
 alter table outbox.backend_passwords alter column password set statistics 0;
-comment on table outbox.backend_passwords is 'Passwords set by outbox.set_backend_password(); read by the worker alone, never dumped.';
+comment on table outbox.backend_passwords is 'Passwords set by outbox.set_backend_password(); only the worker reads them, and dumps never contain them.';
 comment on column outbox.backend_passwords.password is 'Sealed for this backend, with AES-256-GCM and the key of server outbox_relay.';
 comment on column outbox.backend_passwords.destination is 'The destination that the password was set for, see outbox.destination(). With another destination the backend is misconfigured.';
 
@@ -125,4 +126,4 @@ create table outbox.moved_backends (
     destination    jsonb not null
 );
 alter table outbox.moved_backends enable row level security;
-comment on table outbox.moved_backends is 'Backends whose destination was changed by a role that may not read the server''s files, with the destination before that; {} if that role has made the backend. Their password files are read for that one only. The password file of the settings is read if the backend connects in a way in which others, which are not here, use it.';
+comment on table outbox.moved_backends is 'Backends whose destination was changed by a role that may not read the server''s files, with the previous destination; {} if that role has created the backend. A backend''s password file is used only for the destination recorded here. The password file of the settings is used only if a backend that is not in this table uses it in the same way.';

@@ -1,7 +1,7 @@
--- Events, and the tables of those that wait elsewhere: scheduled, refused, failed.
+-- Events, and tables of events in other states: scheduled, refused, failed.
 
--- The planner replaces a call of this by 0, for which it loads the library. So a session of a server that has not preloaded
--- it has the library, too, when it plans its first INSERT: see src/publish/planning.rs.
+-- The planner replaces a call of first_branch() by 0, and loads the library for that. So also on a server that has not
+-- preloaded the library, a session has it when it plans its first INSERT: see src/publish/planning.rs.
 create function outbox.plan_first_branch(internal) returns internal
     language c strict
     as 'MODULE_PATHNAME', 'plan_first_branch';
@@ -11,8 +11,8 @@ create function outbox.first_branch() returns smallint
     as 'select 0::smallint';
 comment on function outbox.first_branch() is 'The branch of an event''s first row, 0. As the default of a column it makes the planner load the library.';
 
--- Columns of fixed width come first, because each row is deformed once to be sent. The trigger fills in seq, xid and
--- backend_number.
+-- Columns of fixed width come first, because the worker deforms each row once to send it. The trigger fills in seq, xid
+-- and backend_number.
 create sequence outbox.events_seq_seq as bigint cache 1;
 create table outbox.events (
     seq              bigint not null,
@@ -32,34 +32,34 @@ create table outbox.events (
     publisher_config json,
     max_retries      integer
 ) with (
-    -- Rows are inserted at one end and, much later, deleted in order at the other; never updated. Vacuum after each
-    -- twentieth of the table has gone keeps its size steady; inserts need no more than freezing.
+    -- Rows are inserted at one end and, much later, deleted in order at the other; they are never updated. A vacuum
+    -- after a twentieth of the table was deleted keeps its size steady; for inserts, freezing is enough.
     autovacuum_vacuum_scale_factor = 0.05,
     autovacuum_vacuum_insert_scale_factor = 0.2,
     autovacuum_analyze_scale_factor = 0.2
 );
 alter sequence outbox.events_seq_seq owned by outbox.events.seq;
--- With the backend's number, so that other backends skip a row by a look at the index.
+-- The index includes the backend's number, so that a reader can skip rows of other backends without reading them.
 alter table outbox.events add primary key (seq) include (backend_number);
--- Of an event that routes send to several streams there is a row for each. The first has branch 0, so an id that is
--- used already is refused by that.
+-- An event that routes send to several streams has a row for each of them. The first row has branch 0, so this index
+-- refuses a repeated id.
 create unique index events_event_id_idx on outbox.events (event_id, branch);
 -- Likewise: of a transaction with a million rows for one backend.
 create index events_xid_idx on outbox.events (xid, seq) include (backend_number);
 -- For outbox.event_status: the latest events, and those of a period.
 create index events_created_at_idx on outbox.events (created_at);
 
-comment on table outbox.events is 'The outbox: one row for each event, kept until its retention ends. Rows are never updated; outbox.cursors says which were delivered.';
-comment on sequence outbox.events_seq_seq is 'Draws the numbers of events, in publishing order. If somebody sets it back, numbering continues above the highest number that was drawn. With another type, INCREMENT, CACHE or CYCLE, publishing is refused.';
+comment on table outbox.events is 'The outbox: one row for each event, kept until its retention ends. Rows are never updated; outbox.cursors shows which were delivered.';
+comment on sequence outbox.events_seq_seq is 'Draws the numbers of events, in publishing order. If it is set back, numbering continues above the highest number that was drawn. If its type, INCREMENT, CACHE or CYCLE is changed, publishing is refused.';
 comment on column outbox.events.seq is 'The event''s place in publishing order. The trigger draws it, after xid.';
 comment on column outbox.events.xid is 'The transaction that published the event. The trigger fills it in.';
 comment on column outbox.events.backend_number is 'Number of the backend. The trigger looks it up by the backend''s name.';
-comment on column outbox.events.published_by is 'The role that published the event, which may ask what became of it: see outbox.wait_published(). NULL: another server, or another cluster.';
-comment on column outbox.events.branch is 'Which of the event''s rows this is: 0 the first, and further numbers those that outbox.routes have added, one for each stream that it goes to. Left out in an INSERT.';
-comment on column outbox.events.backend is 'Name of the backend when the event was published. NULL or an empty text in an INSERT means: as outbox.routes say, otherwise outbox_relay.default_backend.';
-comment on column outbox.events.data is 'The payload, as JSON text. Bytes are there as outbox.binary_data() makes them.';
-comment on column outbox.events.stream is 'The stream of the entry; that of the backend''s template, if its stream_name is one. NULL means the backend''s own stream at the time of sending.';
-comment on column outbox.events.max_retries is 'Attempts in all if Redis refuses the event, at most 1000. NULL means outbox_relay.max_retries at the time of sending.';
+comment on column outbox.events.published_by is 'The role that published the event and may wait for it: see outbox.wait_published(). NULL: the event came from another server or cluster.';
+comment on column outbox.events.branch is 'Which of the event''s rows this is: 0 for the first, higher numbers for the rows that outbox.routes have added, one for each further stream. Omit it in an INSERT.';
+comment on column outbox.events.backend is 'Name of the backend when the event was published. NULL or an empty text in an INSERT: outbox.routes decide, otherwise outbox_relay.default_backend.';
+comment on column outbox.events.data is 'The payload, as JSON text. Binary payloads are stored as outbox.binary_data() returns them.';
+comment on column outbox.events.stream is 'The stream of the entry; if the backend''s stream_name is a template, the stream that it gives. NULL means the backend''s own stream at the time of sending.';
+comment on column outbox.events.max_retries is 'Total number of attempts if Redis refuses the event, at most 1000. NULL means outbox_relay.max_retries at the time of sending.';
 comment on column outbox.events.publisher_config is 'Further fields of the stream entry: a flat JSON object.';
 
 create table outbox.scheduled_events (
@@ -69,7 +69,7 @@ create table outbox.scheduled_events (
 );
 alter table outbox.scheduled_events alter column branch set default outbox.first_branch();
 create index scheduled_events_due_idx on outbox.scheduled_events (scheduled_at, seq);
-comment on table outbox.scheduled_events is 'Events that are not due yet. The worker moves them to outbox.events when they are, in the order of scheduled_at and seq.';
+comment on table outbox.scheduled_events is 'Events that are not due yet. The worker moves them to outbox.events when they are due, in the order of scheduled_at and seq.';
 comment on column outbox.scheduled_events.xid is 'The transaction that scheduled the event. 0 means that a dump brought it when it was overdue: it may have been sent already, so the worker looks for it first.';
 
 create table outbox.refused_events (
@@ -80,8 +80,8 @@ create table outbox.refused_events (
     accepted_in    bigint,
     stream         text
 );
--- Who asks for one stream must not be given this index, whatever the planner knows of a table that has just grown: only
--- those can use it who say that seq > 0, which it always is.
+-- A query for one stream must not use the first index, whatever the planner knows of a table that has just grown. So
+-- that index can only be used with the condition seq > 0, which always holds.
 create index refused_events_backend_idx on outbox.refused_events (backend_number, seq) where accepted_in is null and seq > 0;
 -- For the highest number of each backend. An expression, for the same reason as above.
 create index refused_events_number_idx on outbox.refused_events ((backend_number::bigint), seq);
@@ -95,7 +95,7 @@ create table outbox.failed_events (
     attempts   integer not null,
     last_error text not null,
     failed_at  timestamptz not null default clock_timestamp(),
-    -- An event_id may be used again once its first event has gone from outbox.events: both are kept.
+    -- An event_id may be used again when its first event is no longer in outbox.events: failed events of both are kept.
     primary key (event_id, seq)
 );
 alter table outbox.failed_events alter column branch set default 0;

@@ -9,18 +9,18 @@ create table outbox.routes (
     number     integer generated always as identity primary key,
     constraint routes_once unique nulls not distinct (event_type, source, backend, stream)
 );
-comment on table outbox.routes is 'Where events go that name no backend: to each backend of a route that matches, one row of outbox.events for each, with the same event_id. Without a match they go to outbox_relay.default_backend. A change takes effect at once, for events that are published from then on.';
+comment on table outbox.routes is 'Where events go that name no backend: to the backend of each route that matches, with a row of outbox.events for each, under the same event_id. If no route matches, they go to outbox_relay.default_backend. A change takes effect at once, for events that are published from then on.';
 comment on column outbox.routes.event_type is 'Pattern (* and ?) that the event''s type must match. NULL: any.';
 comment on column outbox.routes.source is 'Pattern (* and ?) that the event''s source must match. NULL: any.';
 comment on column outbox.routes.backend is 'Name of the backend. It follows when the backend is renamed; a backend that a route names cannot be deleted.';
-comment on column outbox.routes.stream is 'The stream there, or a template of streams as in stream_name of outbox.backends, whatever stream the event names. NULL: the one that the event names, otherwise the backend''s own. Routes that lead to the same stream of the same backend give one row.';
-comment on column outbox.routes.enabled is 'False: the route is left out, as if it were deleted.';
+comment on column outbox.routes.stream is 'The stream of that backend, or a template as in stream_name of outbox.backends. It overrides the stream that the event names. NULL: the stream that the event names, otherwise the backend''s own. Routes to the same stream of the same backend give only one row.';
+comment on column outbox.routes.enabled is 'False: the route is ignored.';
 comment on column outbox.routes.number is 'An event''s rows are in the order of the routes'' numbers.';
 
 create function outbox.check_route() returns trigger
     language c
     as 'MODULE_PATHNAME', 'check_route';
-comment on function outbox.check_route() is 'Trigger of outbox.routes: refuses a stream that is no template (23514).';
+comment on function outbox.check_route() is 'Trigger of outbox.routes: refuses a stream that is not a valid template (23514).';
 
 create function outbox.matches(name text, pattern text) returns boolean
     language c immutable strict parallel safe
@@ -50,17 +50,17 @@ faults(fault, cure) as (
     where r.is_sending and c.state in ('misconfigured', 'fenced', 'copy', 'full')
     group by r.words, r.backend, c.state
     union all
-    -- All that match it are refused.
-    select format('%s leads into the stream "%s", which backend "%s" does not allow: events that match it are refused.', r.words, r.stream, r.backend),
+    -- All events that match such a route are refused.
+    select format('%s leads to the stream "%s", which backend "%s" does not allow: events that match it are refused.', r.words, r.stream, r.backend),
         format('Extend allowed_streams of the backend, or change the route: UPDATE outbox.routes SET stream = ... WHERE number = %s;', r.number)
     from r where r.stream is not null and r.stream !~ '[{}]' and not exists (select from unnest(r.allowed_streams) a (pattern) where outbox.matches(r.stream, a.pattern))
     union all
-    select format('%s has the character %% in a pattern, which stands for itself.', r.words),
+    select format('%s has the character %% in a pattern, where it has no special meaning.', r.words),
         format('The wildcards are * and ?: UPDATE outbox.routes SET event_type = ... WHERE number = %s;', r.number)
     from r where concat(r.event_type, r.source) like '%\%%'
     union all
-    select format('%s has a pattern that begins or ends with a space: it matches only names that do so, too.', r.words),
-        format('If that is not meant, run UPDATE outbox.routes SET event_type = btrim(event_type), source = btrim(source) WHERE number = %s;', r.number)
+    select format('%s has a pattern that begins or ends with a space: it matches only names that do the same.', r.words),
+        format('If that is not intended, run UPDATE outbox.routes SET event_type = btrim(event_type), source = btrim(source) WHERE number = %s;', r.number)
     from r where r.event_type <> btrim(r.event_type) or r.source <> btrim(r.source)
 )
 select 'routes', case when count(f.fault) > 0 then 'warn' else 'ok' end,

@@ -1,11 +1,11 @@
--- How far each backend has come: cursors, ticks, and what tells an installation from its copies.
+-- How far each backend has come: cursors, ticks, and what distinguishes an installation from its copies.
 
 create table outbox.cursors (
     backend_number    integer not null,
-    -- In a cluster, the hash slot of a lane. -1: of the whole backend; or what its finder has read, for slots that have
-    -- no lane.
+    -- In a cluster, the hash slot of a lane. -1: the position of the whole backend; in a cluster, what its finder has
+    -- read for slots without a lane.
     slot              integer not null default -1 check (slot between -1 and 16383),
-    -- Everything that from_snapshot sees is delivered, and of what to_snapshot sees the rows up to last_seq.
+    -- Everything that from_snapshot sees is delivered. Of what to_snapshot sees, the rows up to last_seq are delivered.
     from_snapshot     pg_snapshot not null,
     from_next_xid     xid8 not null,
     from_low_seq      bigint not null,
@@ -17,7 +17,7 @@ create table outbox.cursors (
     last_seq          bigint not null default 0,
     -- The last batch that is known to be appended (exactly_once); 0: none.
     batch_number      bigint not null default 0,
-    -- How often its guard was claimed: the upper part of batch numbers, so that none is ever given twice.
+    -- How many times its guard was claimed. It is the upper part of batch numbers, so that none is ever given twice.
     epoch             bigint not null default 0,
     saved_at          timestamptz not null,
     state             text not null,
@@ -34,17 +34,17 @@ create table outbox.cursors (
     address           text,
     primary key (backend_number, slot)
 ) with (fillfactor = 20, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);
-comment on table outbox.cursors is 'How far each backend has come, or in a cluster each of its lanes. Saved 250 ms after the last change, at the latest after a second. A row outlives its backend until the transactions have ended that were open when the backend was deleted, because they may still commit events. Row 0: of events whose backend is unknown or was deleted before.';
+comment on table outbox.cursors is 'How far each backend has come, or in a cluster each of its lanes. Saved 250 ms after the last change, and at the latest after a second. A row outlives its backend until the transactions have ended that were open when the backend was deleted, because they may still commit events. Row 0 stands for events whose backend is unknown or was deleted earlier.';
 
 create function outbox.hash_slot(stream text) returns integer
     language c immutable strict parallel safe
     as 'MODULE_PATHNAME', 'hash_slot';
-comment on function outbox.hash_slot(text) is 'Hash slot of a stream in a Redis Cluster, as CLUSTER KEYSLOT says.';
+comment on function outbox.hash_slot(text) is 'Hash slot of a stream in a Redis Cluster, as CLUSTER KEYSLOT returns it.';
 
 create function outbox.hash_tag(slot integer) returns text
     language c immutable strict parallel safe
     as 'MODULE_PATHNAME', 'hash_tag_wrapper';
-comment on function outbox.hash_tag(integer) is 'A short tag for a hash slot: a key with this tag in braces lies in that slot. NULL if there is no such slot.';
+comment on function outbox.hash_tag(integer) is 'A short hash tag for a hash slot: a key with this tag in braces is in that slot. NULL if there is no such slot.';
 
 create table outbox.ticks (
     backend_number integer not null,
@@ -55,7 +55,7 @@ create table outbox.ticks (
     high_seq       bigint not null,
     primary key (backend_number, reached_at)
 );
-comment on table outbox.ticks is 'The time at which each backend had delivered all that a snapshot sees. Retention is measured by it. What a backend''s oldest tick sees has been purged.';
+comment on table outbox.ticks is 'Times at which a backend had delivered everything that a snapshot sees. Retention relies on them. What a backend''s oldest tick sees has been purged.';
 
 create table outbox.installation (
     id       uuid not null default pg_catalog.gen_random_uuid(),
@@ -65,10 +65,10 @@ create table outbox.installation (
 );
 insert into outbox.installation (database)
 select d.oid from pg_catalog.pg_database d where d.datname = current_database();
-comment on table outbox.installation is 'The id of this installation, which is part of its guards'' keys. CREATE EXTENSION makes it; dumps do not contain it.';
-comment on column outbox.installation.database is 'The database that the installation belongs to. If this is another database, the current one was copied from it (CREATE DATABASE ... TEMPLATE). pg_upgrade keeps it.';
-comment on column outbox.installation.deleted_backends is 'Numbers of deleted backends that have no cursor any more. If a backend with such a number is inserted, as a restore does, it goes on from cursor 0.';
-comment on column outbox.installation.common_stream is 'outbox_relay.redis_stream_name as the worker knew it last when it was no template.';
+comment on table outbox.installation is 'The id of this installation, which is part of its guards'' keys. CREATE EXTENSION generates it; dumps do not contain it.';
+comment on column outbox.installation.database is 'The database that the installation belongs to. If that is another database, the current one was copied from it (CREATE DATABASE ... TEMPLATE). pg_upgrade keeps it.';
+comment on column outbox.installation.deleted_backends is 'Numbers of deleted backends that no longer have a cursor. If a backend with such a number is inserted, as a restore does, it continues from cursor 0.';
+comment on column outbox.installation.common_stream is 'The last value of outbox_relay.redis_stream_name that the worker has seen and that was not a template.';
 
 create function outbox.common_stream() returns text
     language sql stable security definer set search_path = pg_catalog, pg_temp
@@ -76,7 +76,7 @@ create function outbox.common_stream() returns text
 select case when current_setting('outbox_relay.redis_stream_name', true) ~ '[{}]' then (select i.common_stream from outbox.installation i)
     else current_setting('outbox_relay.redis_stream_name', true) end
 $$;
-comment on function outbox.common_stream() is 'The stream of events whose rows name none, of backends that have no stream of their own: outbox_relay.redis_stream_name, or what that was before it became a template.';
+comment on function outbox.common_stream() is 'The stream of events whose rows name none, for backends without a stream of their own: outbox_relay.redis_stream_name, or its last value before it became a template.';
 
 create table outbox.incarnations (
     number             integer generated always as identity primary key,
@@ -88,20 +88,20 @@ create table outbox.incarnations (
     first_xid          xid8 not null,
     place              text not null
 );
-comment on table outbox.incarnations is 'The runs of this server in which it relayed. Guards name them. Each is saved before it claims a guard, so a copy of the database knows only those from before the copy.';
+comment on table outbox.incarnations is 'The runs of this server that used guards. Guards name them. Each is saved before it claims a guard, so a copy of the database knows only those from before the copy.';
 comment on column outbox.incarnations.place is 'Host and data directory of the server. A run in another place belongs to a copy, unless the server was promoted there.';
-comment on column outbox.incarnations.first_xid is 'The lowest transaction id of this run. If it is lower than what a guard of the previous run says, WAL was lost and ids are being used again.';
+comment on column outbox.incarnations.first_xid is 'The lowest transaction id of this run. If it is lower than the ids in a guard of the previous run, WAL was lost and ids are being used again.';
 comment on column outbox.incarnations.previous_ended_lsn is 'Where the WAL of the previous run ended, as far as this server has it.';
 
 create function outbox.here() returns text
     language c stable
     as 'MODULE_PATHNAME', 'here_wrapper';
-comment on function outbox.here() is 'Timeline and data directory of this server. A take-over is valid only where it was asked for.';
+comment on function outbox.here() is 'Timeline and data directory of this server. A request to take over is valid only on the server where it was made.';
 
 create table outbox.take_overs (
     backend_number integer primary key,
     asked_at       timestamptz not null default clock_timestamp(),
-    -- Bound to the present timeline and directory, so that a promoted standby or a copy is not meant.
+    -- Bound to the present timeline and directory, so that it does not apply to a promoted standby or a copy.
     asked_of       text not null default outbox.here()
 );
 comment on table outbox.take_overs is 'Requests to take over a backend, see outbox.take_over().';
@@ -122,8 +122,8 @@ create table outbox.restores (
     restored_at    timestamptz not null default clock_timestamp(),
     is_looked_for  boolean not null default false
 );
-comment on table outbox.restores is 'Transactions that restored events from a dump. Some may have been sent since the dump was taken, so the worker looks for them in the streams first.';
-comment on column outbox.restores.is_looked_for is 'The worker has looked for these events. The latest row of each backend is kept: if Redis loses what it had, the worker looks again.';
+comment on table outbox.restores is 'Transactions that restored events from a dump. Some of these events may have been sent since the dump was taken, so the worker looks for them in the streams first.';
+comment on column outbox.restores.is_looked_for is 'The worker has looked for these events. The latest row of each backend is kept: if Redis loses entries, the worker looks again.';
 
 create table outbox.replays (
     number         bigint generated always as identity primary key,
@@ -134,9 +134,9 @@ create table outbox.replays (
     events         bigint not null,
     replayed_at    timestamptz not null default clock_timestamp()
 );
-comment on table outbox.replays is 'Calls of outbox.replay() whose events are still kept. The events have the xid and the numbers that stand here. Where the worker looks for events in the streams, it does not take the first entry of such an event for the second.';
+comment on table outbox.replays is 'Calls of outbox.replay() whose events are still kept. The events have this xid and these numbers. When the worker looks for events in the streams, it does not mistake the first entry of such an event for the second.';
 
--- Without a search_path of its own, so that it can be inlined.
+-- Without a SET search_path, so that it can be inlined.
 create function outbox.is_delivered(c outbox.cursors, xid xid8, seq bigint) returns boolean
     language sql immutable parallel safe
     as $$

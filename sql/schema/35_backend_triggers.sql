@@ -3,7 +3,7 @@
 create function outbox.silence_triggers() returns void
     language c
     as 'MODULE_PATHNAME', 'silence_triggers_wrapper';
-comment on function outbox.silence_triggers() is 'Keeps triggers of others from firing until the function that calls it ends. For functions that write with the owner''s rights. The owner must be a superuser.';
+comment on function outbox.silence_triggers() is 'Keeps the triggers of others from firing until the calling function ends. For functions that write with the owner''s rights. The owner must be a superuser.';
 
 create function outbox.has_waiting_events(backend_number integer) returns boolean
     language c strict
@@ -13,7 +13,7 @@ comment on function outbox.has_waiting_events(integer) is 'Whether events of a b
 create function outbox.check_stream_name() returns trigger
     language c
     as 'MODULE_PATHNAME', 'check_stream_name';
-comment on function outbox.check_stream_name() is 'Trigger of outbox.backends: refuses a stream_name that is no template (23514), and fills in own_stream; for a cluster''s backend also stream_name, from outbox_relay.redis_stream_name.';
+comment on function outbox.check_stream_name() is 'Trigger of outbox.backends: refuses a stream_name that is not a valid template (23514), and fills in own_stream; for a cluster''s backend also stream_name, from outbox_relay.redis_stream_name.';
 
 create function outbox.check_backend() returns trigger
     language plpgsql set search_path = pg_catalog, pg_temp
@@ -24,13 +24,13 @@ declare
     node text;
     file_column text;
 begin
-    -- What a template gives is stored with each event.
+    -- The stream that a template gives is stored with each event, so it need not stay the same.
     if tg_op = 'UPDATE' and old.mode = 'cluster' and (new.mode <> 'cluster' or new.own_stream is distinct from old.own_stream) then
-        -- Asked only here, so that other changes do not wait for a lock on that table.
+        -- Checked only in this case, so that other changes do not wait for a lock on that table.
         if exists (select from outbox.cursors c where c.backend_number = old.number) then
             raise exception using errcode = 'object_not_in_prerequisite_state',
                 message = format('mode and stream_name of backend "%s" cannot be changed', old.name),
-                detail = 'What is delivered is known for each hash slot of its cluster, and its events were placed by its stream_name.',
+                detail = 'Delivery is recorded for each hash slot of its cluster, and its stream_name decides the hash slot of its events.',
                 hint = 'Rename it, and insert another backend under its name.';
         end if;
     end if;
@@ -53,16 +53,16 @@ begin
         if node !~ '^([^][[:space:]:]+|\[[0-9a-fA-F:.]+(%[^][[:space:]:]+)?\]):[0-9]{1,5}$'
             or pg_catalog.substring(node, '[0-9]+$')::integer not between 1 and 65535 then
             raise exception using errcode = 'invalid_parameter_value',
-                message = format('"%s" is no node of backend "%s"', node, new.name),
+                message = format('"%s" is not a valid node of backend "%s"', node, new.name),
                 detail = 'A node is a host and a port, such as 10.0.0.1:26379.',
                 hint = 'Write an IPv6 address in brackets: [::1]:26379.';
         end if;
     end loop;
     if tg_op = 'INSERT' then
-        -- A dump brings a "default" of its own, which takes the place of the one that CREATE EXTENSION made.
+        -- A dump contains its own "default", which replaces the one that CREATE EXTENSION made.
         select b.* into present from outbox.backends b where b.name = new.name;
         if found and present.number = new.number then
-            -- All but name and number: an option that is added needs no change here.
+            -- All columns except name and number, so that a new option needs no change here.
             execute (
                 select format('update outbox.backends b set (%s) = row(%s) where b.name = ($1).name',
                     string_agg(quote_ident(a.attname), ', '), string_agg('($1).' || quote_ident(a.attname), ', '))
@@ -72,7 +72,7 @@ begin
             ) using new;
             return null;
         elsif found then
-            -- The values of a row that sets nothing, of columns that are added later too.
+            -- The default values of all columns, including columns that are added later.
             execute (
                 select format('select jsonb_strip_nulls(jsonb_build_object(%s))',
                     string_agg(format('%L, %s', a.attname, pg_get_expr(d.adbin, d.adrelid)), ', '))
@@ -80,7 +80,7 @@ begin
                 where a.attrelid = 'outbox.backends'::regclass and a.attgenerated = ''
             ) into defaults;
             if jsonb_strip_nulls(to_jsonb(present)) - '{name,number}'::text[] = defaults then
-                -- In a statement of its own, because only roles that restore dumps have the rights that it needs.
+                -- A separate statement, because only roles that restore dumps have the rights that it needs.
                 if not exists (select from outbox.events e where e.backend_number = present.number)
                     and not exists (select from outbox.backend_passwords p where p.backend_number = present.number)
                     and not exists (select from outbox.routes r where r.backend = present.name)
@@ -93,7 +93,7 @@ begin
     return new;
 end
 $$;
-comment on function outbox.check_backend() is 'Trigger of outbox.backends: numbers never change, a cluster''s backend keeps its own stream, nodes are host:port, file columns need pg_read_server_files, and a restored "default" replaces the untouched one.';
+comment on function outbox.check_backend() is 'Trigger of outbox.backends: numbers never change, a cluster''s backend keeps its own stream, nodes are host:port, file columns need pg_read_server_files, and a restored "default" replaces an unchanged one.';
 
 create function outbox.check_number() returns trigger
     language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -109,8 +109,8 @@ begin
     if new.number is distinct from drawn then
         raise exception using errcode = 'insufficient_privilege',
             message = format('permission denied to choose the number of backend "%s"', new.name),
-            detail = 'Events refer to backends by their numbers, also to those that were deleted.',
-            hint = 'Leave number out: it is drawn from a sequence.';
+            detail = 'Events refer to backends, including deleted ones, by their numbers.',
+            hint = 'Omit number: it comes from a sequence.';
     end if;
     -- The sequence may have been set back.
     while exists (select from outbox.backends b where b.number = new.number)
@@ -123,7 +123,7 @@ end
 $$;
 comment on function outbox.check_number() is 'Trigger of outbox.backends: only a superuser, or a role that may execute this function, may choose a backend''s number, as a restore does. All others get the next number that was never used.';
 
--- With the owner's rights: a role that may delete backends need not have the right to read all the rest.
+-- It runs with the owner's rights: a role that may delete backends need not have the right to read the other tables.
 create function outbox.check_backend_deletion() returns trigger
     language plpgsql security definer set search_path = pg_catalog, pg_temp
     as $$
@@ -135,7 +135,7 @@ begin
             detail = 'Rows of outbox.routes name it.',
             hint = format('Delete them first: DELETE FROM outbox.routes WHERE backend = %L;', old.name);
     end if;
-    -- The saved cursor may lag behind what was delivered a moment ago: let the worker save it.
+    -- The saved cursor may lag behind recent deliveries, so this lets the worker save it.
     for i in 1..20 loop
         if not outbox.has_waiting_events(old.number) then
             delete from outbox.backend_passwords p where p.backend_number = old.number;
@@ -153,10 +153,10 @@ begin
         hint = 'Wait until outbox.backend_status shows none pending, or delete its rows from outbox.events, outbox.scheduled_events and outbox.refused_events.';
 end
 $$;
-comment on function outbox.check_backend_deletion() is 'Trigger of outbox.backends: a backend that has waiting events, or that a route names, is not deleted.';
+comment on function outbox.check_backend_deletion() is 'Trigger of outbox.backends: refuses to delete a backend that has waiting events or that a route names.';
 
--- Who may do that is asked by the triggers' conditions, which are evaluated for whoever changes the backend; the
--- functions have the owner's rights.
+-- The triggers' WHEN conditions check who may do this. They are evaluated with the rights of the role that changes the
+-- backend; the functions have the owner's rights.
 create function outbox.keep_password() returns trigger
     language plpgsql security definer set search_path = pg_catalog, pg_temp
     as $$
@@ -186,13 +186,13 @@ begin
     return null;
 end
 $$;
-comment on function outbox.note_move() is 'Trigger of outbox.backends: notes which backends a role that may not read the server''s files has made, or moved elsewhere.';
+comment on function outbox.note_move() is 'Trigger of outbox.backends: records which backends a role that may not read the server''s files has created or moved.';
 
 create function outbox.forget_move() returns trigger
     language plpgsql security definer set search_path = pg_catalog, pg_temp
     as $$
 begin
-    -- A role that changes another column of a moved backend has not confirmed its destination by that.
+    -- A role that changes another column of a moved backend has not confirmed its destination.
     if exists (select from outbox.moved_backends m where m.backend_number = old.number
         and (new.password_file <> coalesce(old.password_file, '')
             or (m.destination in ('{}', outbox.destination(old)) and outbox.destination(old) <> outbox.destination(new)))) then
@@ -202,14 +202,14 @@ begin
     return null;
 end
 $$;
-comment on function outbox.forget_move() is 'Trigger of outbox.backends: removes the note of outbox.note_move() when a role that may read the server''s files names a file or a destination.';
+comment on function outbox.forget_move() is 'Trigger of outbox.backends: removes the record of outbox.note_move() when a role that may read the server''s files sets a file or a destination.';
 
 create function outbox.backends_changed() returns trigger
     language c
     as 'MODULE_PATHNAME', 'backends_changed';
-comment on function outbox.backends_changed() is 'Trigger of outbox.backends and outbox.backend_passwords: tells sessions and the worker.';
+comment on function outbox.backends_changed() is 'Trigger of outbox.backends and outbox.backend_passwords: notifies sessions and the worker.';
 
 create function outbox.rescheduled() returns trigger
     language c
     as 'MODULE_PATHNAME', 'rescheduled';
-comment on function outbox.rescheduled() is 'Trigger of outbox.scheduled_events: tells the worker that somebody has changed when events are due.';
+comment on function outbox.rescheduled() is 'Trigger of outbox.scheduled_events: notifies the worker that the times of scheduled events have changed.';

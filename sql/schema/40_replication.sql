@@ -1,12 +1,12 @@
--- Logical replication: what another server's tables bring is kept aside until outbox.take_over().
+-- Logical replication: rows that a subscription brings from another server are held until outbox.take_over().
 
--- UPDATE and DELETE of a published table need a key.
+-- UPDATE and DELETE on a published table need a key.
 alter table outbox.installation add primary key (id);
 
 create function outbox.is_applied() returns boolean
     language c volatile
     as 'MODULE_PATHNAME', 'is_applied_wrapper';
-comment on function outbox.is_applied() is 'Whether this process is a worker of a subscription, which applies rows of another server.';
+comment on function outbox.is_applied() is 'Whether this process applies rows of another server for a subscription.';
 
 create table outbox.held_events (
     like outbox.events,
@@ -17,7 +17,7 @@ alter table outbox.held_events alter column branch set default 0;
 create index held_events_backend_idx on outbox.held_events (backend, seq);
 create index held_events_number_idx on outbox.held_events (backend_number, seq);
 create index held_events_event_id_idx on outbox.held_events (event_id);
-comment on table outbox.held_events is 'Events of another server, brought by a subscription, with the numbers of that server. That server sends them. outbox.take_over() here publishes those that it has not sent.';
+comment on table outbox.held_events is 'Events of another server that a subscription has brought, with the numbers of that server. The other server sends them. outbox.take_over() here publishes those that it has not sent.';
 
 create table outbox.held_scheduled (
     event_id     uuid not null,
@@ -25,18 +25,18 @@ create table outbox.held_scheduled (
     scheduled_at timestamptz not null,
     primary key (event_id, branch)
 );
-comment on table outbox.held_scheduled is 'The real times of scheduled events that a subscription has brought. In outbox.scheduled_events they are due in 9999, until outbox.take_over().';
+comment on table outbox.held_scheduled is 'The real times of scheduled events that a subscription has brought. In outbox.scheduled_events they are due in the year 9999 until outbox.take_over().';
 
 create table outbox.held_cursors (
     like outbox.cursors,
     primary key (backend_number, slot)
 );
-comment on table outbox.held_cursors is 'How far another server has come, as a subscription reports it, with that server''s numbers of backends. It may lag behind that server and is never ahead.';
+comment on table outbox.held_cursors is 'The cursors of another server, as a subscription reports them, with that server''s numbers of backends. They may lag behind that server, but are never ahead of it.';
 
 create table outbox.held_refused (
     seq bigint primary key
 );
-comment on table outbox.held_refused is 'Held events that Redis refused on the other server. outbox.take_over() has them looked for in the streams.';
+comment on table outbox.held_refused is 'Held events that Redis refused on the other server. After outbox.take_over(), the worker looks for them in the streams.';
 
 create function outbox.hold_event() returns trigger
     language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -45,7 +45,7 @@ begin
     if not outbox.is_applied() then
         return new;
     end if;
-    -- It has fallen due on the other server, or was retried there.
+    -- It has become due on the other server, or was retried there.
     delete from outbox.held_scheduled h where h.event_id = new.event_id and h.branch = new.branch;
     delete from outbox.held_events h where h.event_id = new.event_id and h.branch = new.branch;
     insert into outbox.held_events (seq, xid, created_at, event_id, backend_number, branch, event_type, source, backend, data, subject, stream,
@@ -77,12 +77,12 @@ begin
     insert into outbox.held_scheduled as h (event_id, branch, scheduled_at) values (new.event_id, new.branch, new.scheduled_at)
         on conflict (event_id, branch) do update set scheduled_at = excluded.scheduled_at;
     new.scheduled_at := '9999-12-31';
-    -- That number is a role of the other server.
+    -- This number is a role of the other server.
     new.published_by := null;
     return new;
 end
 $$;
-comment on function outbox.hold_scheduled() is 'Trigger of outbox.scheduled_events: keeps an event that a subscription brings from falling due, and the other server''s changes from touching events of this one.';
+comment on function outbox.hold_scheduled() is 'Trigger of outbox.scheduled_events: keeps an event that a subscription brings from becoming due, and keeps the other server''s changes away from events of this server.';
 
 create function outbox.hold_cursor() returns trigger
     language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -95,7 +95,7 @@ begin
         return new;
     end if;
     if tg_op = 'DELETE' then
-        -- That of a deleted backend says until a take-over which of its events were sent.
+        -- Until a take-over, the cursor of a deleted backend shows which of its events were sent.
         delete from outbox.held_cursors h where h.backend_number = old.backend_number and h.slot = old.slot
             and not exists (select from outbox.held_events e where e.backend_number = old.backend_number);
         return null;
@@ -110,8 +110,8 @@ begin
             order by o.seq limit 5000)) and pg_visible_in_snapshot(h.xid, new.from_snapshot);
     end if;
     if tg_op = 'INSERT' and new.slot = -1 then
-        -- Changes of a row are told only to who has one of its key: this is as that of a backend which has sent
-        -- nothing. This server's own worker may be inserting that row just now.
+        -- A subscription applies changes only to rows that exist, so this inserts one, with the position of a backend
+        -- that has sent nothing. This server's own worker may be inserting that row at the same time.
         perform outbox.put_back(format('insert into outbox.cursors (backend_number, slot, from_snapshot, from_next_xid, from_low_seq,
                 from_high_seq, saved_at, state)
             values (%s, -1, ''3:3:'', ''3'', 0, 0, %L, ''idle'') on conflict do nothing', new.backend_number, new.saved_at));
@@ -119,7 +119,7 @@ begin
     return null;
 end
 $$;
-comment on function outbox.hold_cursor() is 'Trigger of outbox.cursors: keeps the positions that a subscription brings apart, and releases held events that the other server has sent.';
+comment on function outbox.hold_cursor() is 'Trigger of outbox.cursors: stores the positions that a subscription brings in outbox.held_cursors, and deletes held events that the other server has sent.';
 
 create function outbox.hold_refused() returns trigger
     language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -132,14 +132,14 @@ begin
     return null;
 end
 $$;
-comment on function outbox.hold_refused() is 'Trigger of outbox.refused_events: notes which events Redis refused on another server, as a subscription reports it.';
+comment on function outbox.hold_refused() is 'Trigger of outbox.refused_events: records which events Redis refused on another server, as a subscription reports it.';
 
 create function outbox.place_failed() returns trigger
     language plpgsql security definer set search_path = pg_catalog, pg_temp
     as $$
 begin
     if outbox.is_applied() then
-        -- Its number is the other server's: here its name counts.
+        -- Its number is one of the other server: here the name decides.
         new.backend_number := coalesce((select b.number from outbox.backends b where b.name = new.backend), -1);
         new.published_by := null;
     end if;
@@ -151,4 +151,4 @@ comment on function outbox.place_failed() is 'Trigger of outbox.failed_events: a
 create function outbox.leave_local() returns trigger
     language c
     as 'MODULE_PATHNAME', 'leave_local';
-comment on function outbox.leave_local() is 'Trigger of tables that belong to this server alone: ignores what a subscription inserts, updates or deletes there.';
+comment on function outbox.leave_local() is 'Trigger of tables that belong to this server only: ignores what a subscription inserts, updates or deletes.';

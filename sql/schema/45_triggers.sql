@@ -1,4 +1,4 @@
--- All triggers: made from one list, and looked after by the worker.
+-- All triggers: they are created from one list, and the worker repairs them.
 
 create table outbox.known_triggers (
     only_row boolean primary key default true check (only_row),
@@ -9,7 +9,7 @@ create table outbox.known_triggers (
     low_seq  bigint not null,
     high_seq bigint not null
 );
-comment on table outbox.known_triggers is 'What outbox.trigger_state() returned when all rows of outbox.events were last known to have passed its trigger, with the tick of that moment.';
+comment on table outbox.known_triggers is 'The result of outbox.trigger_state() when all rows of outbox.events were last known to have passed its trigger, with the tick of that time.';
 comment on column outbox.known_triggers.triggers is 'NULL: the worker is looking for rows that did not pass the trigger, up to this tick.';
 
 create table outbox.kept_rows (
@@ -17,7 +17,7 @@ create table outbox.kept_rows (
     relation text not null,
     kept     text not null
 );
-comment on table outbox.kept_rows is 'Rows of this server while a subscription truncates a table of the extension; they are put back. Otherwise empty.';
+comment on table outbox.kept_rows is 'Rows of this server while a subscription truncates a table of the extension; they are then put back. Empty at all other times.';
 
 create function outbox.keep_rows() returns trigger
     language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -58,7 +58,7 @@ create function outbox.our_triggers(out relation text, out name text, out defini
     as $$
 #variable_conflict use_column
 begin
-    -- Its plan is kept, which an SQL function's is not.
+    -- PL/pgSQL, because it caches the plan, which an SQL function does not.
     return query
 values
     ('events', 'applied_truncate', 'before truncate on outbox.events for each statement execute function outbox.keep_rows()'),
@@ -95,7 +95,7 @@ values
     ('replays', 'applied_truncated', 'after truncate on outbox.replays for each statement execute function outbox.put_rows_back()'),
     ('known_triggers', 'applied_truncate', 'before truncate on outbox.known_triggers for each statement execute function outbox.keep_rows()'),
     ('known_triggers', 'applied_truncated', 'after truncate on outbox.known_triggers for each statement execute function outbox.put_rows_back()'),
-    -- Before all others, by its name.
+    -- It runs before all others, because of its name.
     ('events', 'applied_event', 'before insert on outbox.events for each row when (current_setting(''session_replication_role'') = ''replica'') execute function outbox.hold_event()'),
     ('events', 'applied_change', 'before update or delete on outbox.events for each row execute function outbox.leave_local()'),
     ('scheduled_events', 'applied_event', 'before insert or update or delete on outbox.scheduled_events for each row when (current_setting(''session_replication_role'') = ''replica'') execute function outbox.hold_scheduled()'),
@@ -113,7 +113,7 @@ values
     ('restores', 'applied_change', 'before insert or update or delete on outbox.restores for each row execute function outbox.leave_local()'),
     ('replays', 'applied_change', 'before insert or update or delete on outbox.replays for each row execute function outbox.leave_local()'),
     ('events', 'complete_event', 'before insert on outbox.events for each row execute function outbox.complete_event()'),
-    -- Triggers fire in the order of their names: this one after those of others.
+    -- Triggers fire in the order of their names: this name comes after those of other triggers.
     ('events', '~confirm_event', 'before insert on outbox.events for each row execute function outbox.confirm_event()'),
     ('events', 'fan_out', 'after insert on outbox.events for each statement execute function outbox.fan_out()'),
     ('events', 'refuse_update', 'before update on outbox.events for each row execute function outbox.refuse_update()'),
@@ -121,10 +121,10 @@ values
     ('scheduled_events', 'fan_out', 'after insert on outbox.scheduled_events for each statement execute function outbox.fan_out()'),
     ('scheduled_events', 'rescheduled', 'after update on outbox.scheduled_events for each statement execute function outbox.rescheduled()'),
     ('inbox', 'check_consumer', 'before insert on outbox.inbox for each row execute function outbox.check_consumer()'),
-    -- Before check_backend, by its name.
+    -- It runs before check_backend, because of its name.
     ('backends', 'backend_stream', 'before insert or update on outbox.backends for each row execute function outbox.check_stream_name()'),
     ('backends', 'check_backend', 'before insert or update on outbox.backends for each row execute function outbox.check_backend()'),
-    -- After check_backend, by its name.
+    -- It runs after check_backend, because of its name.
     ('backends', 'check_number', 'before insert on outbox.backends for each row when (not pg_catalog.has_function_privilege(''outbox.check_number()'', ''execute'')) execute function outbox.check_number()'),
     ('backends', 'check_backend_deletion', 'before delete on outbox.backends for each row execute function outbox.check_backend_deletion()'),
     ('backends', 'keep_password', 'after update on outbox.backends for each row when (pg_catalog.has_function_privilege(''outbox.set_backend_password(pg_catalog.text, pg_catalog.text)'', ''execute'')) execute function outbox.keep_password()'),
@@ -146,23 +146,23 @@ values
     ('restores', 'backends_changed', 'after insert on outbox.restores for each statement execute function outbox.backends_changed()');
 end
 $$;
-comment on function outbox.our_triggers() is 'The triggers of this extension''s tables. All are enabled always: also where session_replication_role is replica.';
+comment on function outbox.our_triggers() is 'The triggers of this extension''s tables. All are ENABLE ALWAYS, so that they also fire when session_replication_role is replica.';
 
 create function outbox.broken_triggers(out relation text, out name text, out found text) returns setof record
     language plpgsql stable set search_path = pg_catalog, pg_temp
     as $$
 #variable_conflict use_column
 begin
-    -- Its plan is kept, which an SQL function's is not.
+    -- PL/pgSQL, because it caches the plan, which an SQL function does not.
     return query
 select o.relation, o.name,
-    case t.tgenabled when 'D' then 'disabled' when 'O' then 'not enabled always' when 'R' then 'enabled for replicas alone' else 'missing' end
+    case t.tgenabled when 'D' then 'disabled' when 'O' then 'not enabled always' when 'R' then 'enabled only for replicas' else 'missing' end
 from outbox.our_triggers() o
     left join pg_trigger t on t.tgrelid = to_regclass('outbox.' || o.relation) and t.tgname = o.name and not t.tgisinternal
 where t.tgenabled is distinct from 'A' and to_regclass('outbox.' || o.relation) is not null;
 end
 $$;
-comment on function outbox.broken_triggers() is 'Triggers of this extension that are missing or not enabled always, for example after pg_restore --disable-triggers. The worker repairs them.';
+comment on function outbox.broken_triggers() is 'Triggers of this extension that are missing or not ENABLE ALWAYS, for example after pg_restore --disable-triggers. The worker repairs them.';
 
 create function outbox.mend_trigger(relation text, name text) returns void
     language plpgsql set search_path = pg_catalog, pg_temp set lock_timeout = '100ms'
@@ -178,7 +178,7 @@ begin
     execute format('alter table outbox.%I enable always trigger %I', o.relation, o.name);
 end
 $$;
-comment on function outbox.mend_trigger(text, text) is 'Makes one of this extension''s triggers if it is missing, and enables it always.';
+comment on function outbox.mend_trigger(text, text) is 'Creates one of this extension''s triggers if it is missing, and sets it to ENABLE ALWAYS.';
 
 do $$
 begin
@@ -188,8 +188,8 @@ $$;
 
 insert into outbox.backends (name) values ('default');
 
--- Rows that come while triggers are off carry ids of another cluster: the worker looks for them when a trigger has been
--- touched.
+-- Rows that come while triggers are disabled carry ids of another cluster: the worker looks for them when a trigger was
+-- changed.
 
 create function outbox.trigger_state(out triggers text, out filenode oid) returns record
     language sql stable set search_path = pg_catalog, pg_temp

@@ -1,7 +1,7 @@
--- What can be looked at: status, top, metrics, the status of each event.
+-- Views: status, top, metrics, the status of each event.
 
--- The estimates of rows matter: with the default of 1,000, the views on them look so expensive that they are compiled
--- (JIT), and that takes half a second.
+-- The estimates of rows matter: with the default of 1,000, views on these functions look so expensive that they are
+-- compiled (JIT), which takes half a second.
 create function outbox.worker_status(out worker_pid integer, out state text) returns setof record
     language c volatile rows 1
     as 'MODULE_PATHNAME', 'worker_status_wrapper';
@@ -10,7 +10,7 @@ comment on function outbox.worker_status() is 'This database''s worker: its proc
 create function outbox.backlog(backend_number integer, out pending bigint, out oldest_created_at timestamptz) returns setof record
     language c volatile strict rows 1
     as 'MODULE_PATHNAME', 'backlog_wrapper';
-comment on function outbox.backlog(integer) is 'How many committed events of a backend lie behind its saved cursor: exact up to 10,000, an estimate above.';
+comment on function outbox.backlog(integer) is 'How many committed events of a backend lie behind its saved cursor: exact up to 10,000, an estimate above that.';
 
 create view outbox.backend_status with (security_barrier) as
 select b.name as backend,
@@ -19,7 +19,7 @@ select b.name as backend,
             and coalesce(pg_catalog.current_setting('outbox_relay.take_over', true), 'standby') = 'standby') then 'copy'
         when not b.enabled then 'paused'
         when w.state not in ('running', 'starting', 'standby') then 'stopped'
-        -- It is not idle while events wait: its connection is still being made, for example.
+        -- It is not idle while events wait. For example, its connection is still being made.
         when coalesce(c.state, 'idle') = 'idle' and l.pending > 0 and l.oldest_created_at < pg_catalog.clock_timestamp() - interval '2 s' then 'sending'
         else coalesce(c.state, 'idle')
     end as state,
@@ -37,12 +37,12 @@ select b.name as backend,
 from outbox.backends b
     cross join outbox.worker_status() w
     left join outbox.copied_backends o on o.backend_number = b.number
-    -- No worker has been here yet to take note of it.
+    -- No worker has been here yet to record that this is a copy.
     cross join (
         select i.database <> d.oid as is_copy
         from outbox.installation i, pg_catalog.pg_database d where d.datname = pg_catalog.current_database()
     ) h
-    -- In a cluster, of all lanes: what troubles one comes first.
+    -- In a cluster this aggregates all lanes: the state of a lane with a problem comes first.
     cross join lateral (
         select (pg_catalog.array_agg(k.state order by pg_catalog.array_position(
                 '{fenced,copy,misconfigured,backoff,full,sending,idle}'::text[], k.state)))[1] as state,
@@ -62,7 +62,7 @@ from outbox.backends b
         from (select e.created_at from outbox.refused_events f join outbox.events e on e.seq = f.seq
             where f.backend_number = b.number and f.accepted_in is null and f.seq > 0 order by f.seq limit 10000) w
     ) r;
-comment on view outbox.backend_status is 'One row for each backend: its state, how much waits, and its last error.';
+comment on view outbox.backend_status is 'One row for each backend: its state, how many events wait, and its last error.';
 
 create view outbox.status with (security_barrier) as
 select w.worker_pid,
@@ -84,13 +84,13 @@ from outbox.worker_status() w
     ) b;
 comment on view outbox.status is 'The relay of this database in one row.';
 
--- One branch for each status, so that a query for one status reads nothing else. Of a deleted backend that has no cursor
--- any more, cursor 0 says what was delivered; so it does in other functions.
+-- One branch for each status, so that a query for one status reads nothing else. For a deleted backend without a
+-- cursor, cursor 0 shows what was delivered, here and in other functions.
 create view outbox.event_status with (security_barrier) as
 select f.event_id, f.event_type, f.source, f.subject, coalesce(b.name, f.backend) as backend,
     coalesce(f.stream, b.own_stream, (select outbox.common_stream())) as stream,
     f.created_at, null::timestamptz as scheduled_at, 'failed' as status, f.attempts, f.last_error
--- Kept here longer than in outbox.events.
+-- Failed events are kept here longer than in outbox.events.
 from outbox.failed_events f
     left join outbox.backends b on b.number = f.backend_number
 union all
@@ -112,8 +112,8 @@ union all
 select e.event_id, e.event_type, e.source, e.subject, coalesce(b.name, e.backend),
     coalesce(e.stream, b.own_stream, (select outbox.common_stream())),
     e.created_at, null, 'pending', 0, null
--- What not all cursors see: events of later transactions, and of those that were open for one. (That they have numbers
--- is always so; it tells the planner that they are few, as a rule.)
+-- What not all cursors see: events of later transactions, and of transactions that were open for some cursor. (The
+-- condition on their numbers is always true; it tells the planner that they are usually few.)
 from (
         select n.* from outbox.events n
         where n.xid >= coalesce((select case when exists (select from outbox.backends s where not exists (select from outbox.cursors k where k.backend_number = s.number))
@@ -155,6 +155,6 @@ from outbox.events e
 where c.is_delivered
     and not exists (select from outbox.refused_events r where r.seq = e.seq and r.accepted_in is null)
     and not exists (select from outbox.failed_events f where f.event_id = e.event_id and f.seq = e.seq)
--- In an order in which the latest few are found at once.
+-- This order finds the latest few events at once.
 order by e.created_at desc);
-comment on view outbox.event_status is 'One row for each event, without its payload. Fast by event_id, by status (except published), and for the latest by created_at. For anything else, add a condition on created_at.';
+comment on view outbox.event_status is 'One row for each event, without its payload. Queries are fast by event_id, by status (except published), and for the latest events by created_at. For all other queries, add a condition on created_at.';

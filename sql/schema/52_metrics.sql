@@ -1,4 +1,4 @@
--- Figures, for monitoring systems and for a screen.
+-- Figures for monitoring systems and for a screen.
 
 create function outbox.launcher_pid() returns integer
     language c volatile
@@ -11,7 +11,7 @@ create function outbox.meters(out backend_number integer, out published bigint, 
         out recent_p50 double precision, out recent_p99 double precision) returns setof record
     language c volatile rows 1
     as 'MODULE_PATHNAME', 'meters_wrapper';
-comment on function outbox.meters() is 'What was counted of each backend in shared memory, for outbox.metrics and outbox.top. Counting begins at the start of the server, but for published and failed, which go on from the saved cursor. The quantiles are those of the last one to two minutes, in seconds. There is room for 2,048 backends of the whole server.';
+comment on function outbox.meters() is 'The counters of each backend in shared memory, for outbox.metrics and outbox.top. They begin at the start of the server, except published and failed, which continue from the saved cursor. The quantiles are those of the last one to two minutes, in seconds. There is room for 2,048 backends in the whole server.';
 
 create function outbox.short_count(count bigint) returns text
     language sql immutable parallel safe set search_path = pg_catalog, pg_temp
@@ -41,7 +41,8 @@ select case
 $$;
 comment on function outbox.short_time(double precision) is 'A time in at most five characters, for outbox.top.';
 
--- Pending events are counted once for each backend. Without this, a plan could count them for each row of another table.
+-- Pending events must be counted once for each backend. Otherwise a plan could count them for each row of another
+-- table.
 create view outbox.top with (security_barrier) as
 with s as materialized (select * from outbox.backend_status)
 select pg_catalog.left(s.backend, 10) as backend,
@@ -61,7 +62,7 @@ from s
         where c.backend_number = b.number and c.saved_at > pg_catalog.clock_timestamp() - interval '5 s'
     ) r
 order by s.pending desc, s.backend;
-comment on view outbox.top is 'What each backend is doing, on one screen of at most 100 columns: for \watch 1 in psql. per_s: events a second, and behind a stroke how many it may send (max_rate). lag: age of the oldest pending event. p50 and p99: within this time of their commit, half of the events, and 99 of 100, were acknowledged by Redis in the last one to two minutes.';
+comment on view outbox.top is 'What each backend is doing, on one screen of at most 100 columns, for \watch 1 in psql. per_s: events per second, and after a slash the maximum (max_rate). lag: age of the oldest pending event. p50 and p99: within this time of their commit, half of the events, and 99 of 100, were acknowledged by Redis in the last one to two minutes.';
 
 create view outbox.metrics with (security_barrier) as
 with
@@ -75,20 +76,20 @@ select v.name, v.type, pg_catalog.jsonb_build_object('backend', b.backend) as la
 from b cross join lateral (values
     ('outbox_relay_published_total', 'counter', coalesce(b.published, b.published_total)::double precision, 'Events that Redis has accepted.'),
     ('outbox_relay_failed_total', 'counter', coalesce(b.failed, b.failed_total), 'Events that have failed for good.'),
-    ('outbox_relay_refused_total', 'counter', b.refused, 'Times that Redis has refused an event for what it is.'),
-    ('outbox_relay_retried_total', 'counter', b.retried, 'Times that an event was sent again that had been refused, or that had waited behind one.'),
-    ('outbox_relay_healings_total', 'counter', b.healings, 'Times that Redis came back without entries that it had acknowledged, and got them again.'),
+    ('outbox_relay_refused_total', 'counter', b.refused, 'How many times Redis has refused an event because of its content.'),
+    ('outbox_relay_retried_total', 'counter', b.retried, 'How many times an event was sent again after it had been refused or had waited behind a refused one.'),
+    ('outbox_relay_healings_total', 'counter', b.healings, 'How many times Redis came back without entries that it had acknowledged, which were then appended again.'),
     ('outbox_relay_healed_total', 'counter', b.healed, 'Entries that Redis had acknowledged and lost, as far as their number is known.'),
     ('outbox_relay_bytes_total', 'counter', b.bytes, 'Bytes of the batches that Redis has answered.'),
     ('outbox_relay_batches_total', 'counter', b.batches, 'Batches that Redis has answered.'),
     ('outbox_relay_reconnects_total', 'counter', b.reconnects, 'Connections to Redis that came up after an earlier one of the same worker.'),
     ('outbox_relay_purged_total', 'counter', b.purged, 'Events that were deleted after their retention.'),
     ('outbox_relay_pending_events', 'gauge', b.pending, 'Committed events that Redis has not accepted yet: exact up to 10,000, an estimate above.'),
-    ('outbox_relay_max_rate', 'gauge', b.max_rate, 'Events a second that are sent at most; only of backends that have such a limit.'),
+    ('outbox_relay_max_rate', 'gauge', b.max_rate, 'Maximum number of events sent per second; only for backends with such a limit.'),
     ('outbox_relay_oldest_pending_seconds', 'gauge', coalesce(extract(epoch from b.oldest_pending_age), 0), 'Age of the oldest pending event; 0: none is pending.'),
-    ('outbox_relay_last_published_timestamp_seconds', 'gauge', extract(epoch from b.last_published_at), 'When Redis accepted an event last.'),
-    ('outbox_relay_last_error_timestamp_seconds', 'gauge', extract(epoch from b.last_error_at), 'When there was an error last.'),
-    ('outbox_relay_commit_to_acknowledgement_seconds_sum', 'histogram', b.latency_sum, 'All times from commit to acknowledgement together.'),
+    ('outbox_relay_last_published_timestamp_seconds', 'gauge', extract(epoch from b.last_published_at), 'When Redis last accepted an event.'),
+    ('outbox_relay_last_error_timestamp_seconds', 'gauge', extract(epoch from b.last_error_at), 'When the last error occurred.'),
+    ('outbox_relay_commit_to_acknowledgement_seconds_sum', 'histogram', b.latency_sum, 'The sum of all times from commit to acknowledgement.'),
     ('outbox_relay_commit_to_acknowledgement_seconds_count', 'histogram', b.latency_counts[pg_catalog.cardinality(b.latency_counts)], 'Events whose time from commit to acknowledgement was counted.')
 ) v (name, type, value, help)
 where v.value is not null
@@ -104,11 +105,11 @@ union all
 select 'outbox_relay_refused_events', 'gauge', pg_catalog.jsonb_build_object('backend', b.backend),
     (select pg_catalog.count(*) from (select from outbox.refused_events r
         where r.backend_number = b.number and r.accepted_in is null and r.seq > 0 limit 10000) r),
-    'Events that Redis has refused and that are tried again, and those behind them in their streams: counted up to 10,000.'
+    'Refused events that are retried, and events that wait behind them in their streams: counted up to 10,000.'
 from b
 union all
 select 'outbox_relay_worker_state', 'gauge', pg_catalog.jsonb_build_object('state', s.state), (s.state = w.state)::integer,
-    'What the worker is doing, or why there is none: 1 for its state, 0 for the others.'
+    'What the worker is doing, or why no worker runs: 1 for its state, 0 for the others.'
 from w cross join (values ('running'), ('hanging'), ('standby'), ('starting'), ('library not in shared_preload_libraries'), ('disabled'),
     ('database not in outbox_relay.databases'), ('connections not allowed'), ('version mismatch'), ('waiting for a background worker process'),
     ('no slot in shared memory'), ('waiting for the launcher'), ('failing to start'), ('stopped')) s (state)
@@ -118,25 +119,25 @@ from (values
     ('outbox_relay_worker_up', (select (w.state in ('running', 'standby'))::integer::double precision from w),
         '1: this database has a worker, or the server is a standby.'),
     ('outbox_relay_launcher_up', (outbox.launcher_pid() is not null or pg_catalog.pg_is_in_recovery())::integer,
-        '1: the process that starts the workers of all databases is there, or the server is a standby.'),
+        '1: the process that starts the workers of all databases is running, or the server is a standby.'),
     ('outbox_relay_unmetered_backends', (select pg_catalog.count(*) from b where b.published is null),
-        'Backends of which less is counted, because there are more than the shared memory has room for, or because no worker has come yet.'),
+        'Backends with fewer metrics, because there are more than shared memory has room for, or because no worker has started yet.'),
     ('outbox_relay_routes', (select pg_catalog.count(*) from outbox.routes r where r.enabled), 'Routes that are enabled.'),
     ('outbox_relay_scheduled_events', (select pg_catalog.count(*) from (select from outbox.scheduled_events limit 10000) s),
         'Events that are not due yet: counted up to 10,000.'),
     ('outbox_relay_failed_events', (select pg_catalog.count(*) from (select from outbox.failed_events limit 10000) f),
-        'Failed events that are kept: counted up to 10,000.'),
+        'Retained failed events: counted up to 10,000.'),
     ('outbox_relay_retained_events', (select greatest(c.reltuples, 0) from pg_catalog.pg_class c where c.oid = 'outbox.events'::regclass),
-        'Rows of outbox.events, as the last vacuum or analyze has estimated.'),
+        'Rows of outbox.events, as estimated by the last vacuum or analyze.'),
     ('outbox_relay_retained_bytes', pg_catalog.pg_total_relation_size('outbox.events'), 'Size of outbox.events with its indexes.'),
     ('outbox_relay_oldest_retained_timestamp_seconds', (select extract(epoch from pg_catalog.min(e.created_at)) from outbox.events e),
-        'When the oldest event that is kept was published.'),
+        'When the oldest retained event was published.'),
     ('outbox_relay_inbox_entries', (select greatest(c.reltuples, 0) from pg_catalog.pg_class c where c.oid = 'outbox.inbox'::regclass),
-        'Events that consumers have noted in the inbox, as the last vacuum or analyze has estimated.'),
+        'Events that consumers have recorded in the inbox, as estimated by the last vacuum or analyze.'),
     ('outbox_relay_oldest_inbox_timestamp_seconds', (select extract(epoch from pg_catalog.min(i.consumed_at)) from outbox.inbox i),
-        'When the oldest entry of the inbox was noted.'),
+        'When the oldest event of the inbox was recorded.'),
     ('outbox_relay_read_timestamp_seconds', extract(epoch from pg_catalog.clock_timestamp()),
-        'When these figures were read: some exporters go on showing the last ones while the server does not answer.')
+        'When these figures were read. Some exporters continue to show the last figures while the server does not answer.')
 ) t (name, value, help)
 where t.value is not null;
-comment on view outbox.metrics is 'Figures for a monitoring system: name, type (counter, gauge or histogram), labels, value, help. No event ids, streams or payloads are among them. Counters are kept in shared memory, where they outlive the worker; published, failed and healings outlive the server, too. The histogram outbox_relay_commit_to_acknowledgement_seconds counts events as Prometheus does: _bucket with the label le, _sum and _count.';
+comment on view outbox.metrics is 'Figures for a monitoring system: name, type (counter, gauge or histogram), labels, value, help. They contain no event ids, streams or payloads. Counters are kept in shared memory, where they survive the worker''s end; published, failed and healings also survive a restart of the server. The histogram outbox_relay_commit_to_acknowledgement_seconds counts events as Prometheus does: _bucket with the label le, _sum and _count.';

@@ -1,6 +1,6 @@
--- Health: what is well, what is not, and what helps.
+-- Health checks: what is well, what is not, and what helps.
 --
--- In PL/pgSQL, which keeps the plans: planning takes longer than what is planned. A probe comes each few seconds.
+-- In PL/pgSQL, which caches the plans: planning takes longer than executing. A probe calls this every few seconds.
 
 create function outbox.worker_trouble() returns text[]
     language c volatile
@@ -30,7 +30,7 @@ create function outbox.worker_health(out "check" text, out status text, out deta
     as $$
 #variable_conflict use_column
 begin
-    -- A worker that hangs is found by whoever asks after it has not answered.
+    -- A worker that hangs is only noticed if it was asked for a sign of life and has not answered.
     perform outbox.worker_silence();
     return query
 select 'worker', w.status, w.detail, w.hint
@@ -68,13 +68,13 @@ from outbox.worker_status() s
         ('connections not allowed', 'fail', format('Connections to "%s" are not allowed, so no worker can come.', current_database()),
             format('Run ALTER DATABASE %I ALLOW_CONNECTIONS true;', current_database())),
         ('version mismatch', 'fail',
-            format('The extension has version %s, the library another one.', (select e.extversion from pg_extension e where e.extname = 'outbox_relay')),
-            'Run ALTER EXTENSION outbox_relay UPDATE; or restart the server, if it still has an older library.'),
+            format('The extension has version %s, but the library has another version.', (select e.extversion from pg_extension e where e.extname = 'outbox_relay')),
+            'Run ALTER EXTENSION outbox_relay UPDATE; or restart the server, if it still runs an older library.'),
         ('waiting for a background worker process', 'fail',
             format('All of the %s background worker processes are in use.', current_setting('max_worker_processes')),
             format('Run ALTER SYSTEM SET max_worker_processes = %s; and restart the server.', current_setting('max_worker_processes')::integer + 8)),
         ('no slot in shared memory', 'fail',
-            format('All %s slots in shared memory are taken by other databases.', 2 * current_setting('max_worker_processes')::integer + 1024),
+            format('Other databases use all %s slots in shared memory.', 2 * current_setting('max_worker_processes')::integer + 1024),
             format('Run ALTER SYSTEM SET max_worker_processes = %s; and restart the server.', current_setting('max_worker_processes')::integer + 8)),
         ('waiting for the launcher', 'fail',
             case
@@ -99,7 +99,7 @@ comment on function outbox.worker_health() is 'Part of outbox.health(): whether 
 create function outbox.lag_trend(backend_number integer, pending bigint, out growth bigint, out seconds double precision) returns setof record
     language c volatile strict rows 1
     as 'MODULE_PATHNAME', 'lag_trend_wrapper';
-comment on function outbox.lag_trend(integer, bigint) is 'Part of outbox.health(): takes note of how many events are pending, and says how many more that are than at an earlier look, and how many seconds ago that was.';
+comment on function outbox.lag_trend(integer, bigint) is 'Part of outbox.health(): notes how many events are pending, and returns by how many that number has grown since an earlier call, and how many seconds ago that was.';
 
 create function outbox.backend_health(out "check" text, out status text, out detail text, out hint text) returns setof record
     language plpgsql volatile set search_path = pg_catalog, pg_temp
@@ -140,12 +140,12 @@ from s
                 else format('Events are being sent, at most %s a second (max_rate).', s.max_rate) end,
             case when e.trouble[1] = 'fail' then 'See the check "worker".' when t.is_late then 'If the lag grows, Redis or the network is slower than the publishers: look at SLOWLOG GET in Redis.' end),
         ('paused', 'warn', 'It is paused: events wait.', format('Run UPDATE outbox.backends SET enabled = true WHERE name = %L;', s.backend)),
-        ('stopped', 'fail', 'No worker is at work in this database: nothing is sent.', 'See the check "worker".'),
-        ('copy', 'fail', 'This database is a copy of another one: what is published here waits.',
-            format('If this server is to send it, run SELECT outbox.take_over(%L);', s.backend)),
+        ('stopped', 'fail', 'This database has no worker: nothing is sent.', 'See the check "worker".'),
+        ('copy', 'fail', 'This database is a copy of another one: events that are published here wait.',
+            format('If this server shall send them, run SELECT outbox.take_over(%L);', s.backend)),
         ('fenced', 'fail', 'Another server owns its streams.',
             format('If that server is gone for good, run SELECT outbox.take_over(%L);', s.backend)),
-        ('misconfigured', 'fail', 'It cannot work as it is configured, and is tried again.',
+        ('misconfigured', 'fail', 'It cannot work with its present configuration. The relay tries again.',
             case e.error
                 when 'password' then format('Run SELECT outbox.set_backend_password(%L, ''...''); with the password of Redis%s.', s.backend,
                     coalesce(format(' (and the user %L of the column username)', s.username), ''))
@@ -159,10 +159,10 @@ from s
         ('full', 'fail', format('Consumers have not acknowledged what a stream holds, so that it cannot be trimmed (trim = ''read'', max_len %s).',
                 coalesce(s.max_len::text, current_setting('outbox_relay.redis_max_len', true))),
             case e.error
-                when 'no group' then 'Create the group in Redis: XGROUP CREATE stream group 0. Its consumers then read and acknowledge what is there.'
-                else format('Start the consumers of that group; SELECT * FROM outbox.consumers WHERE backend = %L; shows how far it is. If nobody needs the group, delete it in Redis: XGROUP DESTROY stream group.', s.backend) end),
+                when 'no group' then 'Create the group in Redis: XGROUP CREATE stream group 0. Its consumers then read and acknowledge the existing entries.'
+                else format('Start the consumers of that group; SELECT * FROM outbox.consumers WHERE backend = %L; shows its progress. If nobody needs the group, delete it in Redis: XGROUP DESTROY stream group.', s.backend) end),
         ('backoff', case when s.oldest_pending_age > interval '5 s' or s.pending = 0 and s.last_error_at > s.last_published_at then 'fail' else 'warn' end,
-            format('Redis at %s cannot be used, and is tried again at %s.', coalesce(s.address, s.unix_socket, concat(coalesce(s.host, current_setting('outbox_relay.redis_host', true)), ':', coalesce(s.port::text, current_setting('outbox_relay.redis_port', true)))),
+            format('Redis at %s cannot be used. The relay tries again at %s.', coalesce(s.address, s.unix_socket, concat(coalesce(s.host, current_setting('outbox_relay.redis_host', true)), ':', coalesce(s.port::text, current_setting('outbox_relay.redis_port', true)))),
                 to_char(s.next_attempt_at, 'HH24:MI:SS')),
             concat_ws(' ', coalesce(e.hint, 'Start it, or correct where it is.'), case when e.hint is null or e.hint ~ 'backend|host|port' then
                     format('To correct where it is: UPDATE outbox.backends SET %s WHERE name = %L;',
@@ -172,7 +172,7 @@ from s
 where j.state = s.state;
 end
 $$;
-comment on function outbox.backend_health() is 'Part of outbox.health(): each backend, with what waits for it.';
+comment on function outbox.backend_health() is 'Part of outbox.health(): each backend and its waiting events.';
 
 create function outbox.consumer_health(out "check" text, out status text, out detail text, out hint text) returns setof record
     language plpgsql volatile set search_path = pg_catalog, pg_temp
@@ -181,7 +181,7 @@ create function outbox.consumer_health(out "check" text, out status text, out de
 begin
     return query
 with
--- Known lately: Redis is asked only while somebody wants to know.
+-- Only what is recent: Redis is asked only while somebody wants to know.
 known as (
     select b.name, b.trim, g.*, coalesce(b.max_len, current_setting('outbox_relay.redis_max_len', true)::bigint, 10000) as max_len
     from outbox.consumer_groups g join outbox.backends b on b.number = g.backend_number
@@ -202,9 +202,9 @@ select 'consumers', case when exists (select from late) or exists (select from r
             (select string_agg(format('Redis cannot be asked about consumer groups of backend "%s": %s.', r.name, r.error), ' ') from refusals r),
             case when not exists (select from late) and not exists (select from refusals) then
                 case when exists (select from known) then 'No stream is near its max_len while a group has not read it.'
-                    else 'Nobody has asked about consumer groups lately: outbox.consumers does.' end end)),
+                    else 'Consumer groups are not known at present: read outbox.consumers to have Redis asked.' end end)),
     nullif(concat_ws(' ',
-        (select case when bool_or(l.trim = 'length') then 'What is not read is trimmed next.' else 'The backend waits when the stream is full.' end
+        (select case when bool_or(l.trim = 'length') then 'Unread entries will be trimmed next.' else 'The backend waits when the stream is full.' end
             || ' Start or add consumers, or raise max_len: ' || string_agg(distinct format('UPDATE outbox.backends SET max_len = %s WHERE name = %L;', 2 * l.max_len, l.name), ' ')
             from late l having count(*) > 0),
         case when exists (select from refusals) then 'Give the backend''s Redis user +xlen +xinfo|groups +xpending on its streams.' end), '');
@@ -219,7 +219,7 @@ create function outbox.event_health(old interval, out "check" text, out status t
 begin
     return query
 with
--- Who has a lock of writers on the table publishes, or has published.
+-- A session that has a writer's lock on the table publishes or has published.
 publishers as (
     select distinct l.pid, l.virtualtransaction from pg_locks l
     where l.relation in ('outbox.events'::regclass, 'outbox.scheduled_events'::regclass) and l.mode = 'RowExclusiveLock' and l.granted
@@ -271,14 +271,14 @@ horizon as (
     ) h where exists (select from dead) order by h.age desc limit 1
 )
 select 'open transactions', case when count(o) > 0 then 'warn' else 'ok' end,
-    coalesce(min(format('Process %s has published in a transaction that is open since %s: its events are sent when it commits. Its last query: %s', o.pid, o.xact_start, o.query)),
-        'Nobody keeps events in a transaction that has been open for long.'),
-    min(format('If nobody is at work there, run SELECT pg_terminate_backend(%s);', o.pid))
+    coalesce(min(format('Process %s has published in a transaction that has been open since %s: its events are sent when it commits. Its last query: %s', o.pid, o.xact_start, o.query)),
+        'No transaction that has been open for long has published events.'),
+    min(format('If that session is not in use, run SELECT pg_terminate_backend(%s);', o.pid))
 from open_ones o
 union all
 select 'prepared transactions', case when count(p) > 0 then 'warn' else 'ok' end,
-    coalesce(min(format('The transaction %L has published, and is prepared since %s: its events are sent when it commits.', p.gid, p.prepared)),
-        'Nobody keeps events in a prepared transaction for long.'),
+    coalesce(min(format('The transaction %L has published events and has been prepared since %s: its events are sent when it commits.', p.gid, p.prepared)),
+        'No transaction that has been prepared for long has published events.'),
     min(format('Run COMMIT PREPARED %L; or ROLLBACK PREPARED %L;', p.gid, p.gid))
 from prepared p
 union all
@@ -296,19 +296,19 @@ union all
 select 'retention', case when is_late then 'warn' else 'ok' end,
     case
         when r.oldest is null then 'No events are kept.'
-        when is_late then format('The oldest event is of %s, and is kept for longer than outbox_relay.published_retention (%s).', r.oldest, r.kept) ||
-            coalesce(' Backend "' || (select string_agg(w.name, '", "') from waiting w) || '" has refused events: until they are accepted or fail, nothing of it is purged.', '')
-        else format('The oldest event is of %s.', r.oldest) end,
-    case when is_late then 'Run CALL outbox.purge(); what is still kept then waits for a backend: see the checks above.' end
+        when is_late then format('The oldest event is from %s. It is kept for longer than outbox_relay.published_retention (%s).', r.oldest, r.kept) ||
+            coalesce(' Backend "' || (select string_agg(w.name, '", "') from waiting w) || '" has refused events: until they are accepted or fail, none of its events is purged.', '')
+        else format('The oldest event is from %s.', r.oldest) end,
+    case when is_late then 'Run CALL outbox.purge(); events that are still kept after that wait for a backend: see the checks above.' end
 from retained r, lateral (select coalesce(r.oldest < clock_timestamp() - r.kept * 1.1 - interval '1 hour', false)
     and current_setting('outbox_relay.cleanup_published', true) = 'on') l (is_late)
 union all
 select 'inbox', case when is_late then 'warn' else 'ok' end,
     case
         when i.oldest is null then 'The inbox is empty.'
-        when is_late then format('The oldest entry of the inbox is of %s, and is kept for longer than outbox_relay.inbox_retention (%s).', i.oldest, i.kept)
-        else format('The oldest entry of the inbox is of %s.', i.oldest) end,
-    case when is_late then 'Run CALL outbox.purge(); each day, if this database has no worker.' end
+        when is_late then format('The oldest entry of the inbox is from %s. It is kept for longer than outbox_relay.inbox_retention (%s).', i.oldest, i.kept)
+        else format('The oldest entry of the inbox is from %s.', i.oldest) end,
+    case when is_late then 'If this database has no worker, run CALL outbox.purge(); each day.' end
 from inbox i, lateral (select coalesce(i.oldest < clock_timestamp() - i.kept * 1.1 - interval '1 hour', false)) l (is_late)
 union all
 select 'bloat', case when count(d) > 0 then 'warn' else 'ok' end,
@@ -319,10 +319,10 @@ select 'bloat', case when count(d) > 0 then 'warn' else 'ok' end,
 from dead d;
 end
 $$;
-comment on function outbox.event_health(interval) is 'Part of outbox.health(): what keeps events back, and what keeps them for too long.';
+comment on function outbox.event_health(interval) is 'Part of outbox.health(): what delays events, and what keeps them for too long.';
 
 create function outbox.health(old interval default '10 min', out "check" text, out status text, out detail text, out hint text) returns setof record
-    -- Whoever has locked a table is to be named, not waited for.
+    -- A session that has locked a table shall be named, not waited for.
     language plpgsql volatile security definer set search_path = pg_catalog, pg_temp set jit = off set lock_timeout = '1s'
     as $$
 declare
@@ -363,4 +363,4 @@ begin
     return query select * from outbox.lock_health(locked_since);
 end
 $$;
-comment on function outbox.health(interval) is 'Whether all is well: one row a check, with status ok, warn or fail, what was found, and what helps. A transaction that is open for longer than "old" counts as old. Cheap enough to be asked each 10 s; readable by pg_monitor.';
+comment on function outbox.health(interval) is 'Health checks: one row for each check, with status ok, warn or fail, the finding, and what helps. A transaction that is open for longer than "old" counts as old. Cheap enough to be called every 10 s; readable by pg_monitor.';

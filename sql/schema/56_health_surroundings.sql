@@ -3,14 +3,14 @@
 create function outbox.worker_silence() returns double precision
     language c volatile
     as 'MODULE_PATHNAME', 'worker_silence_wrapper';
-comment on function outbox.worker_silence() is 'Part of outbox.health(): for how many seconds this database''s worker has given no sign of life, though it was asked for one. NULL: it has given one, or there is no worker.';
+comment on function outbox.worker_silence() is 'Part of outbox.health(): for how many seconds this database''s worker has given no sign of life since it was asked for one. NULL: it has given one, or there is no worker.';
 
 create function outbox.error_hint(error text) returns text
     language c immutable strict
     as 'MODULE_PATHNAME', 'error_hint_wrapper';
 comment on function outbox.error_hint(text) is 'Part of outbox.health(): what helps against an error with which Redis has refused an event. NULL: that is not known.';
 
--- Whoever has locked a table for longer than "old", in a way that keeps publishers or readers out.
+-- Finds the session that has locked a table for longer than "old" in a way that keeps out publishers or readers.
 create function outbox.lock_health(old interval, out "check" text, out status text, out detail text, out hint text) returns setof record
     language plpgsql volatile set search_path = pg_catalog, pg_temp
     as $$
@@ -26,7 +26,7 @@ locks as (
 ),
 holders as (
     select l.relname, l.mode, format('Process %s', l.pid) as who, a.xact_start as since, format(' Its last query: %s', left(a.query, 100)) as query,
-        format('If nobody is at work there, run SELECT pg_terminate_backend(%s);', l.pid) as cure
+        format('If that session is not in use, run SELECT pg_terminate_backend(%s);', l.pid) as cure
     from locks l join pg_stat_activity a on a.pid = l.pid
     where a.backend_type <> 'outbox_relay worker'
     union all
@@ -43,12 +43,12 @@ oldest as (
 select 'locks', case when count(o) > 0 then 'fail' else 'ok' end,
     coalesce(min(format('%s has held %s on outbox.%s since %s: %s.%s', o.who, o.mode, o.relname, o.since,
             case o.mode when 'AccessExclusiveLock' then 'nobody can read or write it' else 'nobody else can write it' end, o.query)),
-        'Nobody keeps others from the tables for long.'),
+        'No table has been locked for long.'),
     min(o.cure)
 from oldest o;
 end
 $$;
-comment on function outbox.lock_health(interval) is 'Part of outbox.health(): who has locked a table so that nobody else can publish or read.';
+comment on function outbox.lock_health(interval) is 'Part of outbox.health(): which session has locked a table so that nobody else can publish or read.';
 
 create function outbox.setting_health(out "check" text, out status text, out detail text, out hint text) returns setof record
     language plpgsql volatile set search_path = pg_catalog, pg_temp
@@ -57,7 +57,7 @@ create function outbox.setting_health(out "check" text, out status text, out det
 begin
     return query
 with
--- Here, and for roles and databases. ('' is none: outbox.backends decides.)
+-- The setting of this session, and those of roles and databases. ('' means unset: outbox.backends decides.)
 named as (
     select current_setting('outbox_relay.default_backend', true) as backend, 'outbox_relay.default_backend' as what, 'SYSTEM' as of, 1 as n
     union all
@@ -93,8 +93,8 @@ contrary as (
     order by a.name limit 3
 )
 select 'default backend', case when count(w) > 0 then 'fail' else 'ok' end,
-    coalesce(string_agg(distinct format('%s is "%s", and there is no such backend: publishing without a backend fails.', w.what, w.backend), ' '),
-        'The backend that events have by default is there.'),
+    coalesce(string_agg(distinct format('%s is "%s", but there is no such backend: publishing without a backend fails.', w.what, w.backend), ' '),
+        'The default backend exists.'),
     'Run ' || string_agg(format('ALTER %s RESET outbox_relay.default_backend;%s', w.of, case w.n when 1 then ' SELECT pg_reload_conf();' end), ' ' order by w.n, w.of)
 from wrong w
 union all
@@ -105,9 +105,9 @@ select 'shared streams', case when count(c) > 0 then 'warn' else 'ok' end,
 from contrary c
 union all
 select 'autovacuum', case when count(f) > 0 then 'warn' else 'ok' end,
-    coalesce(string_agg(f.fault, ' ' order by f.fault), 'Autovacuum looks after the tables.'), 'Run ' || string_agg(f.cure, ' ' order by f.fault)
+    coalesce(string_agg(f.fault, ' ' order by f.fault), 'Autovacuum is enabled for the tables.'), 'Run ' || string_agg(f.cure, ' ' order by f.fault)
 from (
-    select 'autovacuum is off: nothing takes away what was deleted.' as fault, 'ALTER SYSTEM SET autovacuum = on; SELECT pg_reload_conf();' as cure
+    select 'autovacuum is off: dead rows are never removed.' as fault, 'ALTER SYSTEM SET autovacuum = on; SELECT pg_reload_conf();' as cure
     where current_setting('autovacuum') = 'off'
     union all
     select 'track_counts is off, so autovacuum does nothing.', 'ALTER SYSTEM SET track_counts = on; SELECT pg_reload_conf();'

@@ -3,7 +3,7 @@
 create function outbox.wake() returns void
     language c volatile
     as 'MODULE_PATHNAME', 'wake_wrapper';
-comment on function outbox.wake() is 'Wakes this database''s worker. A backend that waits to try again tries at once, but not more than once a second. Its backoff continues as before.';
+comment on function outbox.wake() is 'Wakes this database''s worker. A backend in backoff tries again at once, but at most once a second. Its backoff then continues as before.';
 
 create function outbox.purge_piece(backend_number integer, after_seq bigint, row_count integer, out deleted bigint, out last_seq bigint) returns setof record
     language c volatile strict
@@ -13,7 +13,7 @@ comment on function outbox.purge_piece(integer, bigint, integer) is 'Deletes som
 create function outbox.retention(setting text) returns interval
     language c stable strict
     as 'MODULE_PATHNAME', 'retention_of_wrapper';
-comment on function outbox.retention(text) is 'One of the settings outbox_relay.*_retention, also where the library is not preloaded; NULL: all is kept.';
+comment on function outbox.retention(text) is 'One of the settings outbox_relay.*_retention, even if the library is not preloaded; NULL: everything is kept.';
 
 -- A procedure that commits cannot have a search_path of its own.
 create procedure outbox.purge()
@@ -27,7 +27,7 @@ declare
     -- needs them.
     after_time timestamptz := '-infinity';
 begin
-    -- Of deleted backends there are only ticks.
+    -- Deleted backends have only ticks.
     for c in select k.backend_number from outbox.cursors k union select t.backend_number from outbox.ticks t order by 1 loop
         after_seq := 0;
         loop
@@ -67,7 +67,7 @@ begin
     end loop;
 end
 $$;
-comment on procedure outbox.purge() is 'Deletes sent and failed events, and entries of the inbox, whose retention has ended, and commits after each piece. Where there is a worker, it does the same by itself.';
+comment on procedure outbox.purge() is 'Deletes sent and failed events, and entries of the inbox, whose retention has ended, and commits after each step. A worker does the same by itself.';
 
 create function outbox.rest_between_looks(began timestamptz, asked timestamptz, deadline timestamptz) returns double precision
     language sql volatile set search_path = pg_catalog, pg_temp
@@ -95,12 +95,12 @@ begin
             hint = 'Pass the id that outbox.publish_event returned; it is null if a trigger has left the event out.';
     end if;
     loop
-        -- In the transaction that published it, an event never gets published: it returns false after the timeout. So it
-        -- does for an event of somebody else, as if there were none.
+        -- An event never gets published within the transaction that published it: then this returns false after the
+        -- timeout. The same holds for an event of somebody else, as if it did not exist.
         if (sees_all or exists (select from outbox.events e
                 where e.event_id = wait_published.event_id and pg_has_role(caller, e.published_by, 'usage')))
             and exists (select from outbox.event_status s where s.event_id = wait_published.event_id and s.status = 'published')
-            -- Of an event that goes to several streams, all rows.
+            -- If the event goes to several streams, all of its rows count.
             and not outbox.waits(event_id)
             and not exists (select from outbox.failed_events f where f.event_id = wait_published.event_id
                 and not exists (select from outbox.events e where e.event_id = f.event_id and e.branch = f.branch and e.seq <> f.seq)) then
@@ -122,7 +122,7 @@ create function outbox.waits_since(seen pg_snapshot) returns boolean
     -- the table finds one soon.
     set enable_seqscan = off set jit = off
     as $$
--- An event that was committed by then, and lies behind no cursor.
+-- An event that was committed by then and lies behind no cursor.
 select exists (
     select from outbox.events e join outbox.backends b on b.number = e.backend_number
     where e.xid >= (select coalesce(min(pg_snapshot_xmin(c.from_snapshot)), '0') from outbox.cursors c join outbox.backends k on k.number = c.backend_number)
@@ -135,7 +135,7 @@ select exists (
     where r.accepted_in is null and r.seq > 0 and pg_visible_in_snapshot(e.xid, seen)
 )
 $$;
-comment on function outbox.waits_since(pg_snapshot) is 'Whether an event that this snapshot sees is not known to be in its stream yet, and has not failed.';
+comment on function outbox.waits_since(pg_snapshot) is 'Whether some event that this snapshot sees is not yet known to be in its stream and has not failed.';
 
 create function outbox.drain(timeout interval default '10s') returns boolean
     language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
@@ -163,4 +163,4 @@ begin
     end loop;
 end
 $$;
-comment on function outbox.drain(interval) is 'Waits until all events that were committed before it was called are in their streams, or have failed; false if they are not within the timeout. Events of a paused backend, and those that Redis refuses, are waited for; scheduled ones that are not due are not. Call it outside a transaction.';
+comment on function outbox.drain(interval) is 'Waits until all events that were committed before it was called are in their streams, or have failed; false if that takes longer than the timeout. It also waits for events of a paused backend and for refused events, but not for scheduled events that are not due. Call it outside a transaction.';

@@ -107,7 +107,7 @@ begin
     used_again := cardinality(seqs) - retried - refused;
 end
 $$;
-comment on function outbox.retry_piece(text, text, uuid, bigint, uuid, timestamptz, integer) is 'Part of outbox.retry_failed(): publishes up to row_count failed events again that come after this number and id, and failed until then. last_seq is NULL when there are no more.';
+comment on function outbox.retry_piece(text, text, uuid, bigint, uuid, timestamptz, integer) is 'Part of outbox.retry_failed(): publishes up to row_count failed events again that come after this number and id and failed before "until". last_seq is NULL when there are no more.';
 
 create function outbox.say_retried(retried bigint, used_again bigint, refused bigint, reason text) returns void
     language plpgsql set search_path = pg_catalog, pg_temp
@@ -118,8 +118,8 @@ begin
     end if;
     if used_again > 0 then
         raise warning using message = format('%s failed events were not published again', used_again),
-            detail = 'Other events with their event_id wait to be sent.',
-            hint = 'Retry them when those have been published.';
+            detail = 'Other events with the same event_id wait to be sent.',
+            hint = 'Retry them when the others have been published.';
     end if;
     if refused > 0 then
         raise warning using message = format('%s failed events were not published again', refused),
@@ -128,7 +128,7 @@ begin
     end if;
 end
 $$;
-comment on function outbox.say_retried(bigint, bigint, bigint, text) is 'Part of outbox.retry_failed(): tells what became of the events.';
+comment on function outbox.say_retried(bigint, bigint, bigint, text) is 'Part of outbox.retry_failed(): reports what became of the events.';
 
 create function outbox.retry_failed(backend text default null, event_type text default null, event_id uuid default null) returns bigint
     language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -156,7 +156,7 @@ begin
     return retried;
 end
 $$;
-comment on function outbox.retry_failed(text, text, uuid) is 'Publishes failed events again, with the same event_id, in their order. Returns how many. An event stays failed if it is refused, or if another event with its event_id waits to be sent. All are one transaction; outbox.retry_all_failed() commits as it goes.';
+comment on function outbox.retry_failed(text, text, uuid) is 'Publishes failed events again, with the same event_id, in their order. Returns how many. An event stays failed if it is refused, or if another event with the same event_id waits to be sent. Everything is one transaction; outbox.retry_all_failed() commits as it goes.';
 
 -- A procedure that commits cannot have a search_path of its own.
 create procedure outbox.retry_all_failed(backend text default null, event_type text default null)
@@ -166,7 +166,7 @@ declare
     p record;
     after_seq bigint := '-9223372036854775808';
     after_id pg_catalog.uuid := '00000000-0000-0000-0000-000000000000';
-    -- Events that fail again meanwhile are not retried without end.
+    -- Events that fail again meanwhile must not be retried without end.
     until constant pg_catalog.timestamptz := pg_catalog.clock_timestamp();
     retried bigint := 0;
     used_again bigint := 0;
@@ -187,7 +187,7 @@ begin
     perform outbox.say_retried(retried, used_again, refused, reason);
 end
 $$;
-comment on procedure outbox.retry_all_failed(text, text) is 'As outbox.retry_failed(), for very many events: commits after each 1,000, so that nobody waits for it and the first are sent at once. If it is interrupted, call it again. Events that fail while it runs are left.';
+comment on procedure outbox.retry_all_failed(text, text) is 'As outbox.retry_failed(), for very many events: it commits after each 1,000, so that nobody waits for it and the first are sent at once. If it is interrupted, call it again. It ignores events that fail while it runs.';
 
 create function outbox.discard_failed(backend text default null, event_type text default null, event_id uuid default null) returns bigint
     language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -213,4 +213,4 @@ begin
     return discarded;
 end
 $$;
-comment on function outbox.discard_failed(text, text, uuid) is 'Deletes failed events for good: those of this backend, type and id, NULL means any. Returns how many; the server''s log has a line. See outbox.retry_failed(), which publishes them again.';
+comment on function outbox.discard_failed(text, text, uuid) is 'Deletes failed events for good: those of this backend, type and id; NULL means any. Returns how many, and logs a line. See outbox.retry_failed(), which publishes them again.';

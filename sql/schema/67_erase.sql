@@ -1,4 +1,4 @@
--- Acting on events that were sent or have failed: their payload goes.
+-- Acting on events that were sent or have failed: erase their payload.
 
 create function outbox.waits(event_id uuid) returns boolean
     language sql volatile set search_path = pg_catalog, pg_temp
@@ -18,7 +18,7 @@ select exists (select from outbox.scheduled_events s where s.event_id = waits.ev
                         and c.slot in (-1, outbox.hash_slot(coalesce(e.stream, b.own_stream, '')))
                     order by c.backend_number desc, c.slot desc limit 1), false)))
 $$;
-comment on function outbox.waits(uuid) is 'Whether an event with this id is scheduled, held, or not known to be in its stream, and has not failed.';
+comment on function outbox.waits(uuid) is 'Whether an event with this id is scheduled, held, or neither known to be in its stream nor failed.';
 
 create function outbox.erase(event_id uuid) returns boolean
     language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
@@ -56,15 +56,15 @@ begin
             end if;
         end if;
         exit when i = 40 or current_setting('transaction_isolation') not in ('read committed', 'read uncommitted');
-        -- The saved cursor may lag behind what was sent a moment ago: let the worker save it.
+        -- The saved cursor may lag behind recent deliveries, so this lets the worker save it.
         perform outbox.wake();
         perform pg_sleep(0.05);
     end loop;
     raise exception using errcode = 'object_not_in_prerequisite_state',
         message = format('event %s waits to be sent', event_id),
-        detail = 'Its payload can be erased once the event is known to be in its stream, or has failed.',
-        hint = format('Wait for it: SELECT outbox.wait_published(%L);. If it is not to be sent at all, delete it: DELETE FROM outbox.events WHERE event_id = %L; or, if it is scheduled, from outbox.scheduled_events.',
+        detail = 'Its payload can be erased when the event is known to be in its stream, or has failed.',
+        hint = format('Wait for it: SELECT outbox.wait_published(%L);. If it must not be sent, delete it: DELETE FROM outbox.events WHERE event_id = %L; or, if it is scheduled, from outbox.scheduled_events.',
             event_id, event_id);
 end
 $$;
-comment on function outbox.erase(uuid) is 'Erases the payload of an event that is kept after it was sent, or that has failed: data, subject and publisher_config. True: it had one. Where the event is appended again (healing, replay, retry) its entry has the same event_id, no payload, and the field "erased". An event that waits to be sent is refused. What stands in Redis stays.';
+comment on function outbox.erase(uuid) is 'Erases the payload (data, subject and publisher_config) of an event that was sent or has failed. Returns whether it had one. If the event is appended again (healing, replay, retry), its entry has the same event_id, no payload, and the field "erased". An event that waits to be sent is refused. Entries in Redis stay as they are.';

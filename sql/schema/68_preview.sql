@@ -1,4 +1,4 @@
--- Looking at one event as it is sent. It shows the payload, so that EXECUTE is granted to nobody.
+-- Shows one event as it is sent. It reveals the payload, so EXECUTE is granted to nobody.
 
 create function outbox.preview(event_id uuid) returns text[]
     language c volatile strict

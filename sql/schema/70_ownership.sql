@@ -24,14 +24,14 @@ select format('outbox_relay:guard:%s:%s:%s', i.id, d.oid, b.number)
 from outbox.installation i, pg_catalog.pg_database d, outbox.expect_backend(backend) b
 where d.datname = current_database()
 $$;
-comment on function outbox.guard_key(text, text) is 'Key of the backend''s guard in the hash slot of this stream, in a cluster. NULL means the backend''s own stream.';
+comment on function outbox.guard_key(text, text) is 'In a cluster, the key of the backend''s guard in the hash slot of this stream. NULL means the backend''s own stream.';
 
 create function outbox.guard_key(backend text) returns text
     language sql stable security definer set search_path = pg_catalog, pg_temp
     as $$
 select outbox.guard_key(backend, null)
 $$;
-comment on function outbox.guard_key(text) is 'Key of a backend''s guard in Redis: a hash that says who owns the streams, and which batch was the last. In a cluster, the guard in the hash slot of the backend''s own stream.';
+comment on function outbox.guard_key(text) is 'Key of a backend''s guard in Redis: a hash that names the owner of the streams and the last batch. In a cluster, the guard in the hash slot of the backend''s own stream.';
 
 create function outbox.accept_held(backend text) returns bigint
     language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -43,7 +43,7 @@ declare
     scheduled bigint;
 begin
     perform outbox.silence_triggers();
-    -- What its server had sent, as far as that is known.
+    -- The other server has sent these, as far as that is known.
     delete from outbox.held_events h
         where h.backend = b.name
             and not exists (select from outbox.held_refused r where r.seq = h.seq)
@@ -61,14 +61,14 @@ begin
             data_schema, publisher_config, max_retries)
         select pg_current_xact_id(), outbox.draw_seq(), g.created_at, g.event_id, b.number, g.branch, g.event_type, g.source, b.name, g.data,
             g.subject, g.stream, g.data_schema, g.publisher_config, g.max_retries
-        -- Sorted last: a join (a right anti-join, since Postgres 16) need not keep the order of what it reads.
+        -- Sorted last, because a join (since Postgres 16 a right anti-join) need not keep the order of its input.
         from (select * from gone
             where not exists (select from outbox.events e where e.event_id = gone.event_id and e.branch = gone.branch)
                 and not exists (select from outbox.failed_events f where f.event_id = gone.event_id and f.branch = gone.branch)
             order by gone.seq) g;
     get diagnostics accepted = row_count;
     if accepted > 0 then
-        -- Some may stand in their streams already: they are looked for first.
+        -- Some may already be in their streams, so the worker looks for them first.
         insert into outbox.restores (backend_number, xid) values (b.number, pg_current_xact_id());
     end if;
     with due as (
@@ -82,24 +82,24 @@ begin
     get diagnostics scheduled = row_count;
     delete from outbox.held_refused r where not exists (select from outbox.held_events h where h.seq = r.seq);
     if sent + accepted + scheduled > 0 then
-        raise log using message = format('backend "%s" goes on in place of another server: %s held events are published, %s had been sent, %s are scheduled',
+        raise log using message = format('backend "%s" continues in place of another server: %s held events are published, %s had been sent, %s are scheduled',
             b.name, accepted, sent, scheduled);
     end if;
     return sent + accepted + scheduled;
 end
 $$;
-comment on function outbox.accept_held(text) is 'Publishes here those events of a backend that a subscription has brought and that their own server has not sent. outbox.take_over() calls it.';
+comment on function outbox.accept_held(text) is 'Publishes those events of a backend that a subscription has brought and that the other server has not sent. outbox.take_over() calls it.';
 
 create function outbox.database_made_by(out xid bigint, out is_certain boolean) returns setof record
     language c volatile
     as 'MODULE_PATHNAME', 'database_made_by_wrapper';
-comment on function outbox.database_made_by() is 'The transaction that created this database. Not certain if its row of pg_database was changed since.';
+comment on function outbox.database_made_by() is 'The transaction that created this database. It is not certain if the database''s row of pg_database was changed since.';
 
 create function outbox.note_copy() returns boolean
     language plpgsql security definer set search_path = pg_catalog, pg_temp
     as $$
 declare
-    reason constant text := 'it waited when this database was copied, and is the original''s to send';
+    reason constant text := 'it was pending when this database was copied, so only the original may send it';
     here oid;
     original oid;
     made_in xid8;
@@ -114,11 +114,12 @@ begin
     if not found then
         return false;
     end if;
-    -- What the original published has an id below that of the transaction which made this database, and what is
-    -- published here one above.
+    -- Events that the original published have ids below that of the transaction which made this database. Events that
+    -- are published here have ids above it.
     select m.xid::text::xid8, m.is_certain into made_in, is_certain from outbox.database_made_by() m;
     if not is_certain then
-        -- That row has been changed, perhaps after the first event was published here: files are as old as the copy.
+        -- The row was changed, perhaps after the first event was published here. Then the files tell the age of the
+        -- copy.
         select f.modification into made_at
             from pg_stat_file(regexp_replace(pg_relation_filepath('pg_catalog.pg_class'), '[^/]*$', 'PG_VERSION')) f;
         made_in := least(made_in,
@@ -126,7 +127,7 @@ begin
             (select s.xid from outbox.scheduled_events s where s.created_at > made_at order by s.xid limit 1));
     end if;
     low := coalesce((select e.seq from outbox.events e where e.xid < made_in order by e.seq desc limit 1), 0);
-    -- A template database that was never used has sent nothing, so its copies need no take-over.
+    -- A template database that was never used has sent nothing, so copies of it need no take-over.
     if not exists (select from pg_database d where d.oid = original and d.datistemplate)
         or exists (select from outbox.events e where e.xid < made_in)
         or exists (select from outbox.scheduled_events e where e.xid < made_in)
@@ -186,7 +187,7 @@ begin
     delete from outbox.take_overs;
     delete from outbox.restores;
 
-    -- Each reader stands where the database was made, under a guard that is yet to come.
+    -- Each reader starts where the database was made. Its guard does not exist yet.
     insert into outbox.cursors (backend_number, from_snapshot, from_next_xid, from_low_seq, from_high_seq, saved_at, state)
         select b.number, '3:3:', '3', 0, 0, clock_timestamp(), 'idle' from outbox.backends b
         on conflict (backend_number, slot) do nothing;
@@ -200,7 +201,7 @@ begin
     return true;
 end
 $$;
-comment on function outbox.note_copy() is 'Notes that this database is a copy of another one, if it is and nobody had noted it; returns whether it did. Events that waited in the original fail here, and the copy sends nothing before outbox.take_over().';
+comment on function outbox.note_copy() is 'Records that this database is a copy of another one, if it is and that is not recorded yet; returns whether it has done so. Events that waited in the original fail here, and the copy sends nothing before outbox.take_over().';
 
 create function outbox.take_over(backend text) returns void
     language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -211,21 +212,21 @@ declare
     held bigint;
 begin
     perform outbox.silence_triggers();
-    -- Without a worker, this may not have been noticed yet.
+    -- Without a worker, a copy may not have been noticed yet.
     perform outbox.note_copy();
     held := outbox.accept_held(backend);
     delete from outbox.copied_backends c where c.backend_number = b.number returning c.* into copied;
-    -- A copied database has a guard of its own, and without a guard there is no owner to oust.
+    -- A copied database has guards of its own. Without a guard there is no owner to replace.
     if copied.is_database or (b.delivery <> 'exactly_once' and (copied.backend_number is not null or held > 0)) then
         return;
     end if;
     if b.delivery <> 'exactly_once' then
         raise exception using errcode = 'object_not_in_prerequisite_state',
             message = format('backend "%s" cannot be taken over', backend),
-            detail = format('Its delivery is %s, which has no owner.', b.delivery);
+            detail = format('With delivery = ''%s'' a backend has no owner.', b.delivery);
     end if;
     insert into outbox.take_overs (backend_number) values (b.number)
         on conflict (backend_number) do update set asked_at = excluded.asked_at, asked_of = excluded.asked_of;
 end
 $$;
-comment on function outbox.take_over(text) is 'Makes this server the owner of the backend''s streams, whoever owns them now. A copy of a database begins to send what is published in it. A backend that halted because its guard was missing continues.';
+comment on function outbox.take_over(text) is 'Makes this server the owner of the backend''s streams, whoever owns them now. A copy of a database begins to send events that are published in it. A backend that halted because its guard was missing continues.';

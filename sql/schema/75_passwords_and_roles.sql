@@ -2,7 +2,7 @@
 
 create function outbox.set_backend_password(name text, password text) returns void
     language plpgsql security definer set search_path = pg_catalog, pg_temp
-    -- A plan of its own for each password would hold it, and be logged where plans are (auto_explain).
+    -- With a custom plan, each plan would contain the password, and would be logged where plans are (auto_explain).
     set plan_cache_mode = force_generic_plan
     as $$
 declare
@@ -10,8 +10,8 @@ declare
     before jsonb;
 begin
     perform outbox.silence_triggers();
-    -- What is logged of the caller's statement once it has ended shows its parameters, and auto_explain also what a
-    -- plan has made of them.
+    -- When the caller's statement has ended, its log line may show its parameters, and auto_explain may show its plan
+    -- with them.
     perform set_config('log_parameter_max_length', '0', true);
     if current_setting('auto_explain.log_min_duration', true) is not null then
         perform set_config('auto_explain.log_min_duration', '-1', true);
@@ -22,9 +22,9 @@ begin
         select p.destination into before from outbox.backend_passwords p
             where p.backend_number = b.number and p.destination <> outbox.destination(b);
         if found then
-            raise warning using message = format('backend "%s" connects elsewhere than when its password was set', b.name),
-                detail = format('It was %s, and is %s.', before, outbox.destination(b)),
-                hint = 'Take the password away again if that is not where it belongs.';
+            raise warning using message = format('backend "%s" connects to another destination than when its password was set', b.name),
+                detail = format('It was %s and is now %s.', before, outbox.destination(b)),
+                hint = 'Remove the password again if it does not belong to the new destination.';
         end if;
         insert into outbox.backend_passwords as p (backend_number, password, destination)
             values (b.number, outbox.seal_password(b.number, set_backend_password.password), outbox.destination(b))
@@ -42,13 +42,13 @@ values
     ('execute', 'function outbox.publish_event(text, text, jsonb, text, text, timestamptz, integer, jsonb, text, text, uuid, bytea)'),
     ('execute', 'function outbox.publish_event(outbox.any_text, text, outbox.any_value, text, text, timestamptz, outbox.any_number, outbox.any_value, text, text, outbox.any_value, bytea)'),
     ('execute', 'function outbox.publish_event(outbox.any_text, outbox.any_text, outbox.any_value, outbox.any_subject, text, outbox.any_time, outbox.any_number, outbox.any_value, text, text, outbox.any_value, bytea)'),
-    -- Views, defaults and bodies of functions that call it name its types.
+    -- Views, defaults and function bodies that call it name these types.
     ('usage', 'type outbox.any_text'),
     ('usage', 'type outbox.any_value'),
     ('usage', 'type outbox.any_number'),
     ('usage', 'type outbox.any_subject'),
     ('usage', 'type outbox.any_time'),
-    -- Called when an argument becomes one of those types, by its text or otherwise.
+    -- Called when an argument is converted to one of those types.
     ('execute', 'function outbox.any_value_in(cstring)'),
     ('execute', 'function outbox.any_value(boolean)'),
     ('execute', 'function outbox.refuse_value(anyelement)'),
@@ -61,7 +61,7 @@ values
     ('execute', 'function outbox.binary_data(bytea)'),
     ('execute', 'function outbox.published_here()'),
     ('execute', 'function outbox.wait_published(uuid, interval)'),
-    -- They need the ownership of a table besides.
+    -- They also require ownership of a table.
     ('execute', 'function outbox.attach_table(regclass, text, text, text, text[], text[], text, text, text)'),
     ('execute', 'function outbox.detach_table(regclass)'),
     ('execute', 'function outbox.family_of(regclass)'),
@@ -70,7 +70,7 @@ values
     ('execute', 'function outbox.expect_condition(regclass, text)'),
     ('insert (event_id, event_type, source, backend, data, subject, stream, data_schema, publisher_config, max_retries)', 'table outbox.events')
 $$;
-comment on function outbox.publisher_rights() is 'What outbox.grant_publisher() grants, as words of GRANT.';
+comment on function outbox.publisher_rights() is 'What outbox.grant_publisher() grants, as parts of a GRANT statement.';
 
 create function outbox.expect_role(name text) returns regrole
     language plpgsql stable set search_path = pg_catalog, pg_temp
@@ -80,11 +80,11 @@ declare
 begin
     if name is null then
         raise exception using errcode = 'null_value_not_allowed', message = 'role must not be null',
-            detail = 'It says who may publish.', hint = 'Pass the name of a role, as pg_roles shows it.';
+            detail = 'It is the role that may publish.', hint = 'Pass the name of a role, as pg_roles shows it.';
     end if;
     select r.oid into found_role from pg_roles r where r.rolname = expect_role.name;
     if not found then
-        -- As regrole reads a name: in lower case unless it is quoted.
+        -- Reads the name as regrole does: in lower case unless it is quoted.
         begin
             found_role := to_regrole(name);
         exception when invalid_name or syntax_error then
@@ -93,21 +93,21 @@ begin
     end if;
     if found_role is null or found_role = 0 then
         raise exception using errcode = 'undefined_object', message = format('role "%s" does not exist', name),
-            detail = 'Roles are in pg_roles, with their names in upper and lower case as they were created.',
+            detail = 'Roles are listed in pg_roles. Names are case-sensitive.',
             hint = case when lower(name) = 'public' then 'Publishing is granted to a role, not to PUBLIC: create one, and grant it to whoever publishes.'
                 else format('Check the name, or run CREATE ROLE %I LOGIN first.', name) end;
     end if;
     return found_role;
 end
 $$;
-comment on function outbox.expect_role(text) is 'The role of this name, or an ERROR in words.';
+comment on function outbox.expect_role(text) is 'The role of this name. Raises an ERROR with an explanation if there is none.';
 
 create function outbox.expect_role(role regrole) returns regrole
     language sql stable set search_path = pg_catalog, pg_temp
     as $$
 select outbox.expect_role(coalesce((select p.rolname::text from pg_roles p where p.oid = role), role::text))
 $$;
-comment on function outbox.expect_role(regrole) is 'The same of a role that may be gone, or NULL.';
+comment on function outbox.expect_role(regrole) is 'The same for a role that may have been dropped, or NULL.';
 
 create function outbox.grant_rights(role regrole, rights name) returns void
     language plpgsql set search_path = pg_catalog, pg_temp
@@ -138,7 +138,7 @@ begin
     end loop;
 end
 $$;
-comment on function outbox.revoke_rights(regrole, name) is 'Part of outbox.revoke_publisher() and outbox.revoke_consumer(): revokes what the function of this name lists, but the use of the schema.';
+comment on function outbox.revoke_rights(regrole, name) is 'Part of outbox.revoke_publisher() and outbox.revoke_consumer(): revokes what the function of this name lists, except the use of the schema.';
 
 create function outbox.limit_publisher(role regrole, backends text[], streams text[]) returns void
     language plpgsql set search_path = pg_catalog, pg_temp
@@ -148,7 +148,7 @@ begin
         raise exception using errcode = 'null_value_not_allowed', message = 'patterns of backends and streams must not be null',
             hint = 'Pass NULL instead of an array to allow any.';
     end if;
-    -- A role that was granted these functions, but not this table, cannot change limits.
+    -- A role that was granted EXECUTE on these functions, but no rights on this table, cannot change limits.
     if num_nonnulls(backends, streams) > 0
         or (has_table_privilege('outbox.publisher_limits', 'select') and has_table_privilege('outbox.publisher_limits', 'delete')) then
         delete from outbox.publisher_limits l
@@ -171,14 +171,14 @@ begin
     perform outbox.grant_rights(role, 'publisher_rights');
 end
 $$;
-comment on function outbox.grant_publisher(regrole, text[], text[]) is 'Lets a role publish to backends whose names match one of these patterns, into streams that match one of these: ''{orders,audit-*}''. NULL: any. The last call says what a role may do; see outbox.publisher_limits.';
+comment on function outbox.grant_publisher(regrole, text[], text[]) is 'Lets a role publish to backends whose names match one of these patterns, into streams that match one of these: ''{orders,audit-*}''. NULL: any. The last call replaces earlier ones; see outbox.publisher_limits.';
 
 create function outbox.grant_publisher(role text, backends text[], streams text[] default null) returns void
     language sql set search_path = pg_catalog, pg_temp
     as $$
 select outbox.grant_publisher(outbox.expect_role(role), backends, streams)
 $$;
-comment on function outbox.grant_publisher(text, text[], text[]) is 'The same by the role''s name, as pg_roles shows it.';
+comment on function outbox.grant_publisher(text, text[], text[]) is 'The same, with the role''s name as pg_roles shows it.';
 
 create function outbox.grant_publisher(role regrole) returns void
     language sql set search_path = pg_catalog, pg_temp
@@ -192,7 +192,7 @@ create function outbox.grant_publisher(role text) returns void
     as $$
 select outbox.grant_publisher(outbox.expect_role(role))
 $$;
-comment on function outbox.grant_publisher(text) is 'The same by the role''s name, as pg_roles shows it: ''Shop-App'', or current_user.';
+comment on function outbox.grant_publisher(text) is 'The same, with the role''s name as pg_roles shows it: ''Shop-App'', or current_user.';
 
 create function outbox.revoke_usage(role regrole) returns void
     language plpgsql set search_path = pg_catalog, pg_temp
@@ -227,4 +227,4 @@ create function outbox.revoke_publisher(role text) returns void
     as $$
 select outbox.revoke_publisher(outbox.expect_role(role))
 $$;
-comment on function outbox.revoke_publisher(text) is 'The same by the role''s name, as pg_roles shows it.';
+comment on function outbox.revoke_publisher(text) is 'The same, with the role''s name as pg_roles shows it.';

@@ -1,14 +1,15 @@
--- Rows as events: the triggers that outbox.attach_table() makes on users' tables. Each attached table has a function of
--- its own, which belongs to the table's owner: it publishes with that role's rights, whoever changes the table. So what the
--- owner has a say in (the condition, casts of his types to JSON) runs as himself. Triggers and function are objects of the
--- user's schema, and are dumped as such.
+-- Row changes as events: the triggers that outbox.attach_table() makes on users' tables. Each attached table has a
+-- function of its own, which belongs to the table's owner: it publishes with that role's rights, whoever changes the
+-- table. So code that the owner controls (the condition, casts of the owner's types to JSON) runs with the owner's
+-- rights. Triggers and function are objects of the user's schema, and are dumped as such.
 
 create function outbox.row_events(relation regclass, event_type text, source text, backend text, key text[], columns text[], operations text[], condition text, payload text) returns text
     language plpgsql stable set search_path = pg_catalog, pg_temp
     as $$
 declare
-    -- Templates, in which a % of a name or of the condition is doubled. The columns that are published, of the row "old" or "new". The number of a pair is not one of them.
-    -- "new.*" is the row, where "new" would be a column of that name, if there is one.
+    -- These are format() templates, in which a % of a name or of the condition is doubled: the published columns of row
+    -- "old" or "new". The number that pairs the rows is not a column of the table. "new.*" always means the row; "new"
+    -- alone would mean a column of that name, if there is one.
     row_of constant text := case when columns is null then '(to_jsonb(%1$s.*) - ''outbox_relay number'')'
         else '(select to_jsonb(d.*) from (select ' || (select string_agg('%1$s.' || replace(quote_ident(c.name), '%', '%%'), ', ' order by c.place) from unnest(columns) with ordinality c (name, place)) || ') d)' end;
     old_row constant text := format(row_of, 'old');
@@ -22,7 +23,7 @@ declare
     updated constant text := case payload when 'both' then format('jsonb_build_object(''old'', %s, ''new'', %s)', old_row, new_row)
         when 'changed' then format('(select coalesce(jsonb_object_agg(n.key, n.value), ''{}'') from jsonb_each(%s) n join jsonb_each(%s) o on o.key = n.key where n.value <> o.value)', new_row, old_row)
         else new_row end;
-    -- An unqualified name is a column of the row as it is now, or was.
+    -- An unqualified name in the condition is a column of the row.
     holds constant text := case when condition is null then 'true' else E'(select (' || replace(condition, '%', '%%') || E'\n) from (select %1$s.*) "row")' end;
     no_row constant text := case when condition is null then '' else ' left join (select t.* from %1$s t where false) %2$s on true' end;
     into_events constant text := 'insert into outbox.events (event_type, source, backend, subject, data) ';
@@ -37,16 +38,16 @@ begin
             format(no_row, 'outbox_relay_old', 'new'), format(holds, 'old')) || E';\n';
     body := body || E'elsif tg_op = ''UPDATE'' then\n';
     if exists (select from pg_class c where c.oid = relation and c.relkind = 'p') then
-        -- A row that moves to another partition can be left out there by a trigger: then old and new rows are no pairs.
+        -- A trigger may leave out a row that moves to another partition. Then old and new rows no longer form pairs.
         body := body || format(E'if (select count(*) from outbox_relay_old) <> (select count(*) from outbox_relay_new) then\nraise exception using errcode = ''feature_not_supported'', message = %L, detail = %L, hint = %L;\nend if;\n',
-            'rows that an UPDATE has moved to another partition were left out there',
-            'Old and new rows of an attached table cannot be told apart then.', 'Let no trigger of a partition return NULL for a row that moves into it.');
+            'a trigger has left out rows that an UPDATE moves to another partition',
+            'Old and new rows of the attached table can then not be paired.', 'Let no trigger of a partition return NULL for a row that moves into it.');
     end if;
     if moved = 'false' and payload = 'new' and condition is null then
         body := body || into_events || format('select %L, %s, %s, %s::json from outbox_relay_new new', event_type || '.update', fixed, format(subject_of, 'new'), new_row) || E';\n';
     else
-        -- Old and new rows come in the same order. Rows whose key changes go under the old key before any comes under its
-        -- new one, which another row may have had.
+        -- Old and new rows come in the same order. If keys change, the events of the old keys come first, because a
+        -- row's new key may be another row's old key.
         body := body || format($q$with pairs as materialized (
 select new."outbox_relay number" as place, %1$s as moved, %2$s as old_subject, %3$s as subject, %4$s as data, case when %1$s then %5$s end as gone, case when %1$s then %6$s end as come
 from (select row_number() over () as "outbox_relay number", t.* from outbox_relay_old t) old
@@ -70,19 +71,19 @@ create function outbox.write_row_function(relation regclass, function text, said
     language plpgsql set search_path = pg_catalog, pg_temp
     as $$
 begin
-    -- Without nested loops: the plan that is made for one row serves a million. Values look the same in all sessions, or
-    -- a row would have several subjects.
+    -- Without nested loops, because a plan that is made for one row must also serve a million. The settings make values
+    -- look the same in all sessions; otherwise a row would have several subjects.
     execute format('create %s function %s() returns trigger language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_nestloop = off
             set datestyle = iso set intervalstyle = postgres set timezone = utc set bytea_output = hex set extra_float_digits = 1 as %L',
         case when replaces then 'or replace' else '' end, function, outbox.row_events(relation, said ->> 'event_type', said ->> 'source', said ->> 'backend',
             array(select jsonb_array_elements_text(said -> 'key')), case when said ? 'columns' then array(select jsonb_array_elements_text(said -> 'columns')) end,
             string_to_array(said ->> 'operations', ','), said ->> 'condition', said ->> 'payload'));
-    -- Replacing a function takes this away.
+    -- Replacing a function removes its dependency on the extension.
     execute format('alter function %s() depends on extension outbox_relay', function);
     execute format('comment on function %s() is %L', function, 'Publishes rows as events, see outbox.attach_table(): ' || said::text);
 end
 $$;
-comment on function outbox.write_row_function(regclass, text, jsonb, boolean) is 'Part of outbox.attach_table(): the trigger function of a table. Its comment is what was said of it.';
+comment on function outbox.write_row_function(regclass, text, jsonb, boolean) is 'Part of outbox.attach_table(): creates the trigger function of a table. Its comment holds the arguments.';
 
 create function outbox.family_of("table" regclass) returns setof oid
     language sql stable set search_path = pg_catalog, pg_temp
@@ -108,7 +109,8 @@ begin
         execute format('drop trigger %I on %s', t.tgname, t.relation);
         functions := functions || t.tgfoid;
     end loop;
-    -- Also those of tables that were dropped while they were attached. The table may have come from another schema.
+    -- This includes functions of tables that were dropped while they were attached. The table may have been moved from
+    -- another schema.
     for t in
         select p.oid::regprocedure as function from pg_class c join pg_proc p on p.pronamespace = c.relnamespace or p.oid = any (functions)
             join pg_depend d on d.classid = 'pg_proc'::regclass and d.objid = p.oid and d.deptype = 'x' and d.refclassid = 'pg_extension'::regclass
@@ -120,7 +122,7 @@ begin
     end loop;
 end
 $$;
-comment on function outbox.detach_table(regclass) is 'The reverse of outbox.attach_table(), for a table with its partitions and children. What was published stays. Nothing happens if the table is not attached.';
+comment on function outbox.detach_table(regclass) is 'The reverse of outbox.attach_table(), for a table with its partitions and children. Published events stay. It does nothing if the table is not attached.';
 
 create function outbox.attach_table("table" regclass, event_type text default null, source text default null, backend text default null, key text[] default null,
         columns text[] default null, operations text default 'insert,update,delete', condition text default null, payload text default 'new') returns void
@@ -128,7 +130,7 @@ create function outbox.attach_table("table" regclass, event_type text default nu
     as $$
 declare
     c record;
-    -- In this order, each once.
+    -- In this order, each operation once.
     wanted constant text[] := array(select o.name from unnest('{insert,update,delete,truncate}'::text[]) with ordinality o (name, place)
         where o.name = any (array(select lower(btrim(w.name)) from unnest(string_to_array(operations, ',')) w (name))) order by o.place);
     name text;
@@ -144,7 +146,7 @@ begin
     end if;
     if c.relkind not in ('r', 'p') or c.relpersistence = 't' or c.nspname in ('outbox', 'pg_catalog', 'information_schema') then
         raise exception using errcode = 'wrong_object_type', message = format('%s cannot be attached', "table"),
-            detail = 'Views, foreign and temporary tables, and those of the system and of schema outbox cannot be.', hint = 'Attach a table, partitioned or not.';
+            detail = 'Views, foreign tables, temporary tables, system tables and tables in schema outbox cannot be attached.', hint = 'Attach a table, partitioned or not.';
     end if;
     if not pg_has_role(c.relowner, 'usage') then
         raise exception using errcode = 'insufficient_privilege', message = format('must be owner of table %s', "table"),
@@ -157,19 +159,19 @@ begin
     end if;
     if cardinality(wanted) = 0 or cardinality(wanted) <> (select count(distinct lower(btrim(w.name))) from unnest(string_to_array(operations, ',')) w (name)) then
         raise exception using errcode = 'invalid_parameter_value', message = format('operations "%s" are unknown', operations),
-            hint = 'Pass some of insert, update, delete and truncate, with commas.';
+            hint = 'Pass one or more of insert, update, delete and truncate, separated by commas.';
     end if;
     if payload is null or payload not in ('new', 'both', 'changed') then
         raise exception using errcode = 'invalid_parameter_value', message = format('payload "%s" is unknown', payload), hint = 'Pass new, both or changed.';
     end if;
     if columns = '{}' or key = '{}' then
-        raise exception using errcode = 'invalid_parameter_value', message = 'columns and key must not be empty', hint = 'Leave them out for all columns, and for the primary key.';
+        raise exception using errcode = 'invalid_parameter_value', message = 'columns and key must not be empty', hint = 'Omit columns for all columns, and key for the primary key.';
     end if;
     select w.name into missing from unnest(coalesce(columns, '{}') || coalesce(key, '{}')) w (name)
         where not exists (select from pg_attribute a where a.attrelid = "table" and a.attnum > 0 and not a.attisdropped and a.attname = w.name);
     if found then
         raise exception using errcode = 'undefined_column', message = format('column "%s" of table %s does not exist', missing, "table"),
-            hint = 'Pass the names of columns as they are in the table.';
+            hint = 'Pass column names of the table.';
     end if;
     if key is null then
         key := array(select a.attname from pg_index i cross join unnest(i.indkey::smallint[]) with ordinality k (number, place)
@@ -184,7 +186,7 @@ begin
             detail = 'A source has at most 255 characters, and an event type at most 246: the operation is appended to it.', hint = 'Pass a shorter name.';
     end if;
     if condition is not null then
-        -- An error here is that of the condition.
+        -- An error here comes from the condition.
         execute format(E'select from (select t.* from %1$s t) old, (select t.* from %1$s t) new where false and (select (%2$s\n) from (select new.*) "row")', "table", condition);
     end if;
 
@@ -204,12 +206,12 @@ begin
             detail = format('Its owner, "%s", may not publish.', pg_get_userbyid(c.relowner)),
             hint = format('Unless you trust the owner with your rights, run SELECT outbox.grant_publisher(%L); and attach the table again.', pg_get_userbyid(c.relowner));
     end if;
-    -- Not where a member of the owner's role attaches it in a schema in which that role may not create functions.
+    -- Not if a member of the owner's role attaches it in a schema in which the owner's role may not create functions.
     if owner_publishes and current_user <> pg_get_userbyid(c.relowner)
         and (has_schema_privilege(c.relowner, c.nspname, 'create') or (select r.rolsuper from pg_roles r where r.rolname = current_user)) then
         execute format('alter function %s() owner to %I', function, pg_get_userbyid(c.relowner));
     end if;
-    -- A statement on a partition fires the triggers of that partition alone.
+    -- A statement on a partition fires only the triggers of that partition.
     for family in
         select f.oid::regclass as relation, f.oid = "table" as is_itself from outbox.family_of("table") f (oid) join pg_class k on k.oid = f.oid where k.relkind in ('r', 'p')
     loop
@@ -237,4 +239,4 @@ select t.tgrelid::regclass as relation,
 from pg_catalog.pg_trigger t join pg_catalog.pg_proc p on p.oid = t.tgfoid
 where not t.tgisinternal and t.tgname operator(pg_catalog.~) '^outbox_relay_(insert|update|delete|truncate)$'
 group by t.tgrelid, t.tgfoid, p.proowner;
-comment on view outbox.attached_tables is 'The tables, and their partitions and children, whose rows are published: see outbox.attach_table().';
+comment on view outbox.attached_tables is 'Tables whose rows are published, with their partitions and children: see outbox.attach_table().';

@@ -1,24 +1,24 @@
--- Attached tables whose columns are renamed or dropped, and their new partitions and children. What was said to
--- outbox.attach_table() stands in the comment of the table's function, with the names that columns have now.
+-- Follows columns of attached tables that are renamed or dropped, and new partitions and children. The arguments of
+-- outbox.attach_table() are in the comment of the table's function, with the present names of the columns.
 
 create function outbox.expect_condition(relation regclass, condition text) returns void
     language plpgsql set search_path = pg_catalog, pg_temp set check_function_bodies = on
     as $$
 begin
     if condition is not null then
-        -- As the body of a function it is looked at, and nothing of it is run: whoever changes the table may have more rights
-        -- than its owner, who has written it.
+        -- Creating it as the body of a function checks the condition without running it: the role that changes the
+        -- table may have more rights than the owner, who wrote the condition.
         execute format('create function pg_temp."outbox_relay condition"() returns void language sql as %L',
             format(E'select from (select t.* from %1$s t) old, (select t.* from %1$s t) new where false and (select (%2$s\n) from (select new.*) "row")', relation, condition));
         drop function pg_temp."outbox_relay condition"();
     end if;
 exception when others then
-    raise exception using errcode = 'dependent_objects_still_exist', message = format('the condition of attached table %s would not hold for its columns any more', relation),
+    raise exception using errcode = 'dependent_objects_still_exist', message = format('the condition of attached table %s would no longer fit its columns', relation),
         detail = format('%s. The condition is: %s', sqlerrm, condition),
         hint = format('In one transaction, run SELECT outbox.detach_table(%L);, this statement, and outbox.attach_table() with another condition.', relation::text);
 end
 $$;
-comment on function outbox.expect_condition(regclass, text) is 'An ERROR if the condition of an attached table does not fit its columns.';
+comment on function outbox.expect_condition(regclass, text) is 'Raises an ERROR if the condition of an attached table does not fit its columns.';
 
 create function outbox.follow_attached() returns event_trigger
     language plpgsql set search_path = pg_catalog, pg_temp
@@ -29,9 +29,9 @@ declare
     said jsonb;
     list text;
 begin
-    -- Most who change tables may use nothing of ours: up to the loop's body, only the catalog is asked. A column that is named
-    -- and that the table does not have is this one, under the name that it had. A partitioned table comes before its
-    -- partitions: the body of the function depends on that.
+    -- Most roles that alter tables have no rights in schema outbox: so only the catalog is read before the body of the
+    -- loop. A column that is named in the comment but does not exist in the table is the renamed column, under its
+    -- former name. A partitioned table comes before its partitions, because the body of the function depends on that.
     for d in
         select distinct on (g.tgfoid) f.oid::regclass as relation, g.tgfoid as function, p.proowner, s.said, a.attname as now_named,
             array(select distinct n.name from jsonb_array_elements_text(coalesce(s.said -> 'key', '[]') || coalesce(s.said -> 'columns', '[]')) n (name)
@@ -52,7 +52,7 @@ begin
         continue when was_named is null and not d.said ? 'condition';
         if not has_schema_privilege('outbox', 'usage') or not pg_has_role(d.proowner, 'usage') then
             raise exception using errcode = 'insufficient_privilege', message = format('columns of attached table %s cannot be renamed by "%s"', d.relation, current_user),
-                detail = format('The table is published by "%s".', pg_get_userbyid(d.proowner)),
+                detail = format('The role "%s" publishes the table.', pg_get_userbyid(d.proowner)),
                 hint = 'That role, if it is a publisher, or a superuser may rename them.';
         end if;
         perform outbox.expect_condition(d.relation, d.said ->> 'condition');
@@ -76,7 +76,7 @@ create function outbox.keep_attached() returns event_trigger
 declare
     d record;
 begin
-    -- Most of what is dropped is no column.
+    -- Most dropped objects are not columns.
     if not exists (select from pg_event_trigger_dropped_objects() o where o.object_type = 'table column') then
         return;
     end if;
@@ -92,12 +92,12 @@ begin
     loop
         if coalesce(d.said -> 'key', '[]') || coalesce(d.said -> 'columns', '[]') ? d.name then
             raise exception using errcode = 'dependent_objects_still_exist', message = format('column "%s" of attached table %s is published', d.name, d.relation),
-                detail = 'It is in its key, or among the columns that were named.',
+                detail = 'The column is in the key or in the columns that were passed to outbox.attach_table().',
                 hint = format('In one transaction, run SELECT outbox.detach_table(%L);, this statement, and outbox.attach_table() without the column.', d.relation::text);
         end if;
         if d.said ? 'condition' and not (has_schema_privilege('outbox', 'usage') and pg_has_role(d.proowner, 'usage')) then
             raise exception using errcode = 'insufficient_privilege', message = format('columns of attached table %s cannot be dropped by "%s"', d.relation, current_user),
-                detail = format('The table is published by "%s", under a condition.', pg_get_userbyid(d.proowner)),
+                detail = format('The role "%s" publishes the table, with a condition.', pg_get_userbyid(d.proowner)),
                 hint = 'That role, if it is a publisher, or a superuser may drop them.';
         end if;
         if d.said ? 'condition' then
@@ -118,8 +118,8 @@ begin
     if tg_tag = 'CREATE TABLE' and not exists (select from pg_event_trigger_ddl_commands() c join pg_inherits i on i.inhrelid = c.objid) then
         return;
     end if;
-    -- Links that this transaction has made, after the parent's triggers: a restore makes them before, and brings the children's
-    -- triggers itself.
+    -- Only links that this transaction has made after the parent's triggers: a restore makes links before the triggers,
+    -- and restores the children's triggers itself.
     for t in select i.inhrelid::regclass as relation, g.tgname, g.tgoldtable, g.tgnewtable, g.tgfoid, p.proowner, k.relowner = o.relowner and pg_has_role(p.proowner, 'usage') as is_ours
         from (select distinct c.objid from pg_event_trigger_ddl_commands() c where c.classid = 'pg_class'::regclass and c.objsubid = 0) d
             join pg_inherits i on d.objid in (i.inhparent, i.inhrelid)
@@ -131,11 +131,11 @@ begin
             and not exists (select from pg_trigger h where h.tgrelid = i.inhrelid and h.tgname = g.tgname)
         order by g.oid
     loop
-        -- Nobody gets a trigger of somebody else's by this.
+        -- No table gets a trigger that belongs to another role in this way.
         if not t.is_ours then
-            raise warning using message = format('statements on %s alone are not published', t.relation),
-                detail = format('It is new, and its parent is published by "%s", or has another owner.', pg_get_userbyid(t.proowner)),
-                hint = 'Let that role, or a superuser, attach the parent again.';
+            raise warning using message = format('statements on %s itself are not published', t.relation),
+                detail = format('The role "%s" publishes its parent, or the parent has another owner.', pg_get_userbyid(t.proowner)),
+                hint = 'That role or a superuser must attach the parent again.';
             exit;
         end if;
         execute format('create trigger %I after %s on %s referencing %s %s for each statement execute function %s()', t.tgname, substr(t.tgname, 14), t.relation,
@@ -149,10 +149,10 @@ comment on function outbox.attach_children() is 'Event trigger: a new partition 
 create event trigger outbox_relay_follow on ddl_command_end when tag in ('ALTER TABLE') execute function outbox.follow_attached();
 create event trigger outbox_relay_children on ddl_command_end when tag in ('ALTER TABLE', 'CREATE TABLE') execute function outbox.attach_children();
 create event trigger outbox_relay_keep on sql_drop execute function outbox.keep_attached();
-comment on event trigger outbox_relay_follow is 'Renamed columns of attached tables, see outbox.attach_table().';
-comment on event trigger outbox_relay_children is 'New partitions and children of attached tables, see outbox.attach_table().';
-comment on event trigger outbox_relay_keep is 'Dropped columns of attached tables, see outbox.attach_table().';
--- Also where triggers are off for a restore or for logical replication.
+comment on event trigger outbox_relay_follow is 'Follows renamed columns of attached tables, see outbox.attach_table().';
+comment on event trigger outbox_relay_children is 'Attaches new partitions and children of attached tables, see outbox.attach_table().';
+comment on event trigger outbox_relay_keep is 'Protects published columns of attached tables, see outbox.attach_table().';
+-- They also fire when triggers are disabled for a restore or for logical replication.
 alter event trigger outbox_relay_follow enable always;
 alter event trigger outbox_relay_children enable always;
 alter event trigger outbox_relay_keep enable always;

@@ -1,11 +1,11 @@
--- Moving in from another outbox: rows that wait there are imported, and rows that applications go on writing there
--- become events by a bridge. See docs/moving.md.
+-- Moving in from another outbox: its waiting rows are imported, and rows that applications continue to insert there
+-- become events through a bridge. See docs/moving.md.
 
 create function outbox.refusal(event_type text, source text, data jsonb, subject text, backend text, scheduled_at timestamptz, max_retries integer,
         publisher_config jsonb, stream text, data_schema text, event_id uuid) returns text
     language c volatile
     as 'MODULE_PATHNAME', 'refusal';
-comment on function outbox.refusal(text, text, jsonb, text, text, timestamptz, integer, jsonb, text, text, uuid) is 'Why outbox.publish_event would refuse an event, but for an id that is used already; NULL if it would not.';
+comment on function outbox.refusal(text, text, jsonb, text, text, timestamptz, integer, jsonb, text, text, uuid) is 'Why outbox.publish_event would refuse an event, or NULL if it would not. It does not check for a repeated id.';
 
 create function outbox.expect_outbox_table(source regclass, columns text[]) returns void
     language plpgsql stable set search_path = pg_catalog, pg_temp
@@ -15,11 +15,11 @@ declare
 begin
     if source is null then
         raise exception using errcode = 'null_value_not_allowed', message = 'source must not be null',
-            detail = 'It is the table that events are moved from.', hint = 'Pass its name, such as ''outbox_events''.';
+            detail = 'It is the table from which events are moved.', hint = 'Pass its name, such as ''outbox_events''.';
     end if;
     if not (select r.rolsuper from pg_roles r where r.rolname = current_user) then
         raise exception using errcode = 'insufficient_privilege', message = 'only a superuser may move events in',
-            detail = 'They become events under any id, for any backend.', hint = 'Ask the administrator to do it.';
+            detail = 'Its rows become events with any id, for any backend.', hint = 'Ask the administrator to do it.';
     end if;
     if not exists (select from pg_class c where c.oid = source and c.relkind in ('r', 'p')) then
         raise exception using errcode = 'wrong_object_type', message = format('%s is not a table', source),
@@ -34,7 +34,7 @@ begin
     end if;
 end
 $$;
-comment on function outbox.expect_outbox_table(regclass, text[]) is 'Raises an ERROR unless the caller may move events in, and this is a table with these columns.';
+comment on function outbox.expect_outbox_table(regclass, text[]) is 'Raises an ERROR unless the caller may move events in and this is a table with these columns.';
 
 create function outbox.has_event(event_id uuid) returns boolean
     language sql stable set search_path = pg_catalog, pg_temp
@@ -45,14 +45,14 @@ select exists (select from outbox.events e where e.event_id = has_event.event_id
     or exists (select from outbox.scheduled_events s where s.event_id = has_event.event_id)
     or exists (select from outbox.failed_events f where f.event_id = has_event.event_id)
 $$;
-comment on function outbox.has_event(uuid) is 'Whether an event with this id is here: retained, scheduled or failed.';
+comment on function outbox.has_event(uuid) is 'Whether an event with this id exists: retained, scheduled or failed.';
 
 ----------------------------------------------------------------------------------------------------------------------
 -- django-broadcaster
 ----------------------------------------------------------------------------------------------------------------------
 
--- A moved row is one that its worker leaves alone, even if it has the row in hand already: of all states it looks at
--- 'processing' alone again, before it sends.
+-- A moved row is in a state in which the old worker leaves it alone, even if it has fetched the row already: before
+-- sending, that worker checks again only for 'processing'.
 create function outbox.import_django_broadcaster(source regclass, dry_run boolean default true, ambiguous text default 'leave',
         out event_id uuid, out event_type text, out backend text, out created_at timestamptz, out scheduled_at timestamptz, out attempts integer,
         out status text, out becomes text, out why text) returns setof record
@@ -88,27 +88,27 @@ declare
                 case
                     when o.last_error like 'moved to outbox_relay at %%' then o.last_error || '.'
                     when o.status = 'published' then 'The old worker has sent it.'
-                    when o.status not in ('pending', 'retry', 'processing', 'failed') then format('No event of django-broadcaster has the status %%L.', o.status)
-                    when r.is_here then 'An event with this id is here already.'
+                    when o.status not in ('pending', 'retry', 'processing', 'failed') then format('django-broadcaster has no status %%L.', o.status)
+                    when r.is_here then 'An event with this id already exists.'
                     when r.refused is not null then r.refused
                     when o.status = 'failed' then format('It failed after %%s attempts: %%s. It is kept in outbox.failed_events; outbox.retry_failed() sends it.',
                         o.retry_count, o.last_error)
                     when o.status = 'retry' then format('Attempt %%s of %%s failed: %%s. ', o.retry_count, o.max_retries, o.last_error) ||
-                        case when b.delivery = 'exactly_once' then 'In case Redis has taken it all the same, it is looked for in its stream first.'
+                        case when b.delivery = 'exactly_once' then 'The worker first looks for it in its stream, because Redis may have accepted it.'
                             else 'It is sent again, as the old worker would.' end
                     when o.status <> 'processing' and o.scheduled_at > greatest(o.created_at, now()) then 'It is not due yet.'
                     when o.status = 'pending' then 'It has not been sent.'
-                    when $1 = 'send' then 'The old worker had it in hand: it is sent, perhaps for a second time.'
-                    when $1 = 'look' and b.delivery = 'exactly_once' then 'The old worker had it in hand: it is sent unless it is found in its stream.'
-                    when $1 = 'look' then 'The old worker had it in hand, and its backend is at_least_once, which looks for nothing: only ambiguous => ''send'' imports it.'
-                    else 'The old worker has it in hand, or died with it: it may be in its stream. Stop that worker, then import with ambiguous => ''look''.'
+                    when $1 = 'send' then 'The old worker was processing it: it is sent, perhaps for a second time.'
+                    when $1 = 'look' and b.delivery = 'exactly_once' then 'The old worker was processing it: it is sent unless it is found in its stream.'
+                    when $1 = 'look' then 'The old worker was processing it, and with at_least_once the relay does not look in streams: only ambiguous => ''send'' imports it.'
+                    else 'The old worker is processing it, or died while it did: it may be in its stream. Stop that worker, then import with ambiguous => ''look''.'
                     end as why) j
         $sql$, source);
 begin
     perform outbox.expect_outbox_table(source, '{id,spec_version,event_type,source,subject,data_content_type,data_schema,data,status,created_at,scheduled_at,retry_count,max_retries,last_error,publisher_backend,publisher_config}');
     if ambiguous is null or ambiguous not in ('leave', 'look', 'send') then
         raise exception using errcode = 'invalid_parameter_value', message = 'ambiguous must be leave, look or send',
-            detail = format('It is %s. It says what becomes of rows that the old worker had in hand.', coalesce(quote_literal(ambiguous), 'NULL')),
+            detail = format('It is %s. It decides about rows that the old worker was processing.', coalesce(quote_literal(ambiguous), 'NULL')),
             hint = 'leave: nothing yet. look: they are sent unless they are found in their streams. send: they are sent, perhaps for a second time.';
     end if;
     if coalesce(dry_run, true) then
@@ -116,13 +116,13 @@ begin
             from (%s) f order by f.created_at, f.id', rows_found) using ambiguous;
         return;
     end if;
-    -- One import at a time. Readers and writers go on.
+    -- One import at a time. Readers and writers are not blocked.
     execute format('lock table %s in share update exclusive mode', source);
     perform outbox.silence_triggers();
     return query execute format($sql$
         with found as materialized (%2$s),
-        -- A row that its worker, or anybody else, has changed meanwhile, or is changing, stays. An import that waited for
-        -- the worker would wait for ever in a transaction that has made the bridge: the worker waits for the table.
+        -- A row that its worker or another session has changed meanwhile, or is changing, stays. Waiting for the worker
+        -- could deadlock in a transaction that has made the bridge, because the worker waits for the table.
         free as (
             select o.id from %1$s o join found f on o.id = f.id and o.status = f.status and o.last_error = f.last_error
             where f.becomes in ('pending', 'scheduled', 'failed') or f.becomes = 'moved' and f.status in ('pending', 'retry')
@@ -138,7 +138,8 @@ begin
                 case when f.becomes = 'failed' then least(greatest(f.max_retries, 1), 1000)
                     else least(greatest(f.max_retries - f.attempts, 1), 1000) end::integer as max_retries
         ),
-        -- Rows that come with a transaction id are looked for in their streams before anything is sent, as those of a dump.
+        -- Rows that are inserted with a transaction id count as restored: the worker looks for them in their streams
+        -- before it sends anything.
         pending as (
             insert into outbox.events (event_id, created_at, xid, event_type, source, backend, data, subject, data_schema, publisher_config, max_retries)
             select t.id, t.created_at, case when t.status <> 'pending' and not (t.status = 'processing' and $1 = 'send') then '0'::xid8 end,
@@ -159,13 +160,13 @@ begin
         )
         select f.id, f.event_type, f.backend, f.created_at, f.scheduled_at, f.attempts, f.status,
             case when t.id is null and f.becomes in ('pending', 'scheduled', 'failed') then 'ambiguous' else f.becomes end,
-            case when t.id is null and f.becomes in ('pending', 'scheduled', 'failed') then 'Somebody else changes it, such as the old worker: import again.' else f.why end
+            case when t.id is null and f.becomes in ('pending', 'scheduled', 'failed') then 'Another session, such as the old worker, is changing it: import again.' else f.why end
         from found f left join taken t on t.id = f.id
         order by f.created_at, f.id
         $sql$, source, rows_found) using ambiguous;
 end
 $$;
-comment on function outbox.import_django_broadcaster(regclass, boolean, text) is 'Moves the rows of django-broadcaster''s table that were not sent into this outbox, under their ids and times. One row for each row found: what becomes of it (pending, scheduled, failed; or it stays: published, moved, ambiguous, refused) and why. By default it only tells. Moved rows get the status processing, which that package''s worker leaves alone. ambiguous says what becomes of rows that the old worker had in hand: leave; look, to send those that are not found in their streams; send. Run it again as often as you like: nothing is moved twice.';
+comment on function outbox.import_django_broadcaster(regclass, boolean, text) is 'Moves the rows of django-broadcaster''s table that were not sent into this outbox, under their ids and times. Returns a row for each row found: what becomes of it (pending, scheduled, failed; or it stays: published, moved, ambiguous, refused) and why. By default it only reports. Moved rows get the status processing, which that package''s worker leaves alone. ambiguous says what becomes of rows that the old worker had in hand: leave; look, to send those that are not found in their streams; send. Run it again as often as you like: nothing is moved twice.';
 
 create function outbox.mark_bridged_row() returns trigger
     language plpgsql set search_path = pg_catalog, pg_temp
@@ -175,7 +176,7 @@ begin
         raise exception using errcode = 'invalid_parameter_value',
             message = 'an event with this spec_version or data_content_type cannot be sent',
             detail = format('Entries say specversion 1.0 and datacontenttype application/json. This row has %s and %s.', new.spec_version, new.data_content_type),
-            hint = 'Leave both columns at their defaults.';
+            hint = 'Use the defaults of both columns.';
     end if;
     new.status := 'processing';
     new.last_error := 'moved to outbox_relay at ' || now();
@@ -193,13 +194,13 @@ begin
     return new;
 end
 $$;
-comment on function outbox.keep_mark() is 'Trigger of django-broadcaster''s table while there is a bridge: a moved row stays marked, also when the application saves an object that it has in memory.';
+comment on function outbox.keep_mark() is 'Trigger of django-broadcaster''s table while there is a bridge: a moved row stays marked even if the application saves an older object from memory.';
 
 create function outbox.follow_bridged_row() returns trigger
     language plpgsql security definer set search_path = pg_catalog, pg_temp
     as $$
 begin
-    -- The table's owner could have given the columns types with functions of his own.
+    -- The table's owner could have given the columns types whose functions the owner has written.
     if pg_typeof(old.id) <> 'uuid'::regtype or pg_typeof(old.scheduled_at) <> 'timestamptz'::regtype then
         return null;
     end if;
@@ -208,7 +209,7 @@ begin
         delete from outbox.scheduled_events s where s.event_id = old.id;
     else
         with gone as (delete from outbox.scheduled_events s where s.event_id = old.id returning s.*)
-        -- With numbers of its own, so that each row of an event that goes to several streams stays the one that it is.
+        -- With its own numbers, so that each row of an event that goes to several streams keeps its place.
         insert into outbox.scheduled_events (xid, seq, event_id, backend_number, branch, published_by, created_at, event_type, source, backend, data, subject, stream, data_schema,
             publisher_config, max_retries, scheduled_at)
         select pg_current_xact_id(), outbox.draw_seq(), g.event_id, g.backend_number, g.branch, g.published_by, g.created_at, g.event_type, g.source, g.backend, g.data, g.subject, g.stream, g.data_schema,
@@ -218,7 +219,7 @@ begin
     return null;
 end
 $$;
-comment on function outbox.follow_bridged_row() is 'Trigger of django-broadcaster''s table while there is a bridge: deleting a row whose time has not come takes its event back, and another scheduled_at moves it.';
+comment on function outbox.follow_bridged_row() is 'Trigger of django-broadcaster''s table while there is a bridge: deleting a row that is not due yet cancels its event, and changing scheduled_at reschedules it.';
 
 create function outbox.bridge_django_broadcaster(source regclass) returns void
     language plpgsql volatile set search_path = pg_catalog, pg_temp
@@ -245,7 +246,7 @@ begin
         $sql$, source);
 end
 $$;
-comment on function outbox.bridge_django_broadcaster(regclass) is 'From now on each row that is inserted into django-broadcaster''s table becomes an event, in the same transaction and without further rights, and is marked so that the old worker leaves it alone. Rows that are there already stay as they are: outbox.import_django_broadcaster() moves them. outbox.end_bridge() ends it.';
+comment on function outbox.bridge_django_broadcaster(regclass) is 'From now on each row that is inserted into django-broadcaster''s table becomes an event, in the same transaction and without further rights, and is marked so that the old worker leaves it alone. Existing rows are unchanged: outbox.import_django_broadcaster() moves them. outbox.end_bridge() ends it.';
 
 ----------------------------------------------------------------------------------------------------------------------
 -- Outbox tables as Debezium's event router reads them
@@ -254,7 +255,7 @@ comment on function outbox.bridge_django_broadcaster(regclass) is 'From now on e
 create function outbox.publish_row() returns trigger
     language c
     as 'MODULE_PATHNAME', 'publish_row';
-comment on function outbox.publish_row() is 'Trigger of an outbox table of another make: publishes each row that is inserted. Its arguments are pairs: an argument of outbox.publish_event (or created_at, or stream_prefix), and the column that has it, or = and a text. Before the insertion it leaves the row out.';
+comment on function outbox.publish_row() is 'Trigger of another product''s outbox table: publishes each row that is inserted. Its arguments are pairs: an argument of outbox.publish_event (or created_at, or stream_prefix), and the column with its value, or = followed by a literal text. As a BEFORE trigger it leaves the row out of the table.';
 
 create function outbox.import_debezium(source regclass, dry_run boolean default true, ambiguous text default 'leave', backend text default null,
         stream_prefix text default null, event_source text default null, id_column text default 'id', type_column text default 'type',
@@ -268,9 +269,9 @@ declare
         select o.tableoid, o.ctid, row_number() over (order by %7$s) as place, o.id, o.event_type, o.source, o.subject, o.stream, o.data,
             case when j.refused is not null then 'refused' when j.is_here then 'moved' when $1 = 'send' then 'pending' else 'ambiguous' end as becomes,
             case when j.refused is not null then j.refused
-                when j.is_here then 'An event with this id is here already.'
-                when $1 = 'send' then 'It is sent, perhaps for a second time: the table does not tell what the connector has sent.'
-                else 'The connector may have sent it: the table does not tell. Delete what it has sent, then import the rest with ambiguous => ''send''.'
+                when j.is_here then 'An event with this id already exists.'
+                when $1 = 'send' then 'It is sent, perhaps for a second time: the table does not show what the connector has sent.'
+                else 'The connector may have sent it: the table does not show that. Delete the rows that it has sent, then import the rest with ambiguous => ''send''.'
                 end as why
         from (
                 select o.tableoid, o.ctid, %8$s as order_value, o.%2$I::text::uuid as id, o.%3$I::text as event_type, coalesce($3, o.%4$I::text) as source,
@@ -286,7 +287,7 @@ begin
     perform outbox.expect_outbox_table(source, array_remove(array[id_column, type_column, route_column, key_column, payload_column, order_column], null));
     if ambiguous is null or ambiguous not in ('leave', 'send') then
         raise exception using errcode = 'invalid_parameter_value', message = 'ambiguous must be leave or send',
-            detail = format('It is %s. The table does not tell which of its rows the connector has sent.', coalesce(quote_literal(ambiguous), 'NULL')),
+            detail = format('It is %s. The table does not show which of its rows the connector has sent.', coalesce(quote_literal(ambiguous), 'NULL')),
             hint = 'leave: nothing is moved. send: all rows are sent, perhaps for a second time.';
     end if;
     if coalesce(dry_run, true) then
@@ -294,7 +295,7 @@ begin
             using ambiguous, backend, event_source, stream_prefix;
         return;
     end if;
-    -- Nobody deletes or changes the rows meanwhile.
+    -- Nobody may delete or change the rows meanwhile.
     execute format('lock table %s in share row exclusive mode', source);
     perform outbox.silence_triggers();
     return query execute format($sql$
@@ -311,7 +312,7 @@ begin
         $sql$, source, rows_found) using ambiguous, backend, event_source, stream_prefix;
 end
 $$;
-comment on function outbox.import_debezium(regclass, boolean, text, text, text, text, text, text, text, text, text, text) is 'Moves the rows of an outbox table that Debezium''s event router read into this outbox, under their ids. One row for each row found: what becomes of it and why. By default it only tells. The table does not say which rows the connector has sent: with ambiguous => ''send'' all are sent. Rows that were moved are deleted. Each event goes to the stream stream_prefix || aggregatetype, or without a prefix to that of the backend.';
+comment on function outbox.import_debezium(regclass, boolean, text, text, text, text, text, text, text, text, text, text) is 'Moves the rows of an outbox table that Debezium''s event router read into this outbox, under their ids. Returns a row for each row found: what becomes of it and why. By default it only reports. The table does not show which rows the connector has sent: with ambiguous => ''send'' all are sent. Rows that were moved are deleted. Each event goes to the stream stream_prefix || aggregatetype, or without a prefix to that of the backend.';
 
 create function outbox.bridge_debezium(source regclass, backend text default null, stream_prefix text default null, event_source text default null,
         keep_rows boolean default true, id_column text default 'id', type_column text default 'type', route_column text default 'aggregatetype',
@@ -326,15 +327,15 @@ begin
     if backend is not null then
         perform outbox.expect_backend(backend);
     end if;
-    -- From here on, nobody has an open transaction that has inserted rows.
+    -- From here on, no other transaction that has inserted rows is open.
     execute format('lock table %s in share row exclusive mode', source);
     select string_agg(quote_ident(p.pubname), ', ') into publications
     from pg_publication_tables p join pg_class c on c.relname = p.tablename join pg_namespace n on n.oid = c.relnamespace and n.nspname = p.schemaname
     where c.oid = source;
     if keep_rows and publications is not null then
         raise exception using errcode = 'object_not_in_prerequisite_state', message = format('%s is published by %s', source, publications),
-            detail = 'A connector that reads this publication would send each event, too.',
-            hint = format('Run ALTER PUBLICATION ... DROP TABLE %s; before, in the same transaction. Or pass keep_rows => false: then rows become events and are not stored.', source);
+            detail = 'A connector that reads this publication would send each event as well.',
+            hint = format('Run ALTER PUBLICATION ... DROP TABLE %s; first, in the same transaction. Or pass keep_rows => false: then rows become events but are not stored.', source);
     end if;
     arguments := array['event_id', id_column, 'event_type', type_column, 'source', coalesce('=' || event_source, route_column), 'subject', key_column,
         'data', payload_column];
@@ -373,8 +374,8 @@ begin
     end loop;
     if not has_bridge then
         raise exception using errcode = 'undefined_object', message = format('%s has no bridge', source),
-            hint = 'outbox.bridge_django_broadcaster() and outbox.bridge_debezium() make one.';
+            hint = 'outbox.bridge_django_broadcaster() and outbox.bridge_debezium() create one.';
     end if;
 end
 $$;
-comment on function outbox.end_bridge(regclass) is 'Ends the bridge of a table: rows that are inserted from then on are no events. Events that came over it stay.';
+comment on function outbox.end_bridge(regclass) is 'Ends the bridge of a table: rows that are inserted after that do not become events. Events that came through it stay.';

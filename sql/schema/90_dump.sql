@@ -1,5 +1,6 @@
--- Dump: backends, and events that have not been sent. Cursors mean nothing in another cluster. The inbox goes with the
--- data that its consumers have written: without it, a restored consumer would handle events again.
+-- Dumps contain backends, and events that have not been sent. Cursors mean nothing in another cluster. The inbox is
+-- dumped together with the data that its consumers have written: without it, a restored consumer would handle events
+-- again.
 
 select pg_catalog.pg_extension_config_dump('outbox.backends', '');
 select pg_catalog.pg_extension_config_dump('outbox.backends_number_seq', '');

@@ -1,4 +1,4 @@
--- Privileges: PUBLIC has nothing, pg_monitor may look.
+-- Privileges: PUBLIC has none, pg_monitor may read the views.
 
 revoke all on schema outbox from public;
 revoke all on all tables in schema outbox from public;

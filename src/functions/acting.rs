@@ -1,4 +1,4 @@
-//! What an administrator does with events.
+//! Functions with which an administrator acts on events.
 
 use crate::server::report;
 use crate::server::trigger_call::{When, expect_trigger};

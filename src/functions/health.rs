@@ -1,4 +1,4 @@
-//! What `outbox.health()` asks of the library beside the views.
+//! What `outbox.health()` asks of the library, in addition to the views.
 
 use crate::functions::status::{self, HANGS_AFTER_MS};
 use crate::functions::waiting::rest;
@@ -10,11 +10,11 @@ use crate::tables::sql::text_array;
 use pgrx::{pg_extern, pg_sys};
 use std::borrow::Cow;
 
-/// How often a sign of life is looked for.
+/// How often to look whether the worker has given a sign of life.
 const LOOK_MS: i64 = 2;
 
-/// `outbox.worker_silence()`: for how many seconds this database's worker has given no sign of life, though it was asked
-/// for one. NULL: it has given one, or there is no worker. A worker that is well answers within a millisecond or so.
+/// `outbox.worker_silence()`: for how many seconds this database's worker has given no sign of life since it was asked
+/// for one. NULL: it has given one, or there is no worker. A healthy worker answers within a millisecond or so.
 #[pg_extern(sql = false)]
 fn worker_silence() -> Option<f64> {
     let slot = shmem::database_slot_here()?;

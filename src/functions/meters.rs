@@ -1,4 +1,4 @@
-//! What was counted, for `outbox.metrics` and `outbox.top`.
+//! The counters behind `outbox.metrics` and `outbox.top`.
 
 use crate::server::meters::{self, Meter};
 use crate::server::shmem;
@@ -73,13 +73,13 @@ fn lag_trend(
     TableIterator::once(meter.and_then(|m| m.note_pending(pending.max(0) as u64)).unzip())
 }
 
-/// As Prometheus names buckets: by their upper bounds, in seconds.
+/// The upper bounds of the buckets, in seconds: Prometheus names a bucket by its bound.
 fn bounds() -> Vec<String> {
     let of_buckets = BOUNDS_US.iter().map(|us| (*us as f64 / 1e6).to_string());
     of_buckets.chain(["+Inf".to_owned()]).collect()
 }
 
-/// As Prometheus counts: what is not above each bound.
+/// Cumulative counts, as Prometheus wants them: how many values are at or below each bound.
 fn cumulative(counts: &[u64]) -> Vec<i64> {
     let mut sum = 0;
     let add = |count: &u64| {

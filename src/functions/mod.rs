@@ -1,10 +1,11 @@
-//! What SQL calls, but for publishing.
+//! All functions that SQL calls, except those that publish.
 //!
-//! - [`status`] what the views ask; [`meters`] what was counted
-//! - [`health`] what `outbox.health()` asks beside
-//! - [`role_name`] the type of that name; [`stream_name`] which streams templates give; [`routes`] patterns and streams of
+//! - [`status`] what the views ask; [`meters`] counters
+//! - [`health`] what `outbox.health()` asks in addition
+//! - [`role_name`] input of that type; [`stream_name`] which streams templates give; [`routes`] patterns and streams of
 //!   routes
-//! - [`acting`] what an administrator does; [`test_backend`] a question to the worker; [`waiting`] for it
+//! - [`acting`] what an administrator does; [`test_backend`] a question to the worker; [`waiting`] how a session waits
+//!   for it
 
 mod acting;
 mod health;

@@ -1,4 +1,4 @@
-//! Input of type `outbox.role_name`: a role by its name, or none.
+//! Input function of type `outbox.role_name`: a role by its name, or no role.
 
 use crate::server::datum::text_datum;
 use crate::server::encoding::{has_utf8_form, utf8};
@@ -10,16 +10,16 @@ use std::ffi::CStr;
 crate::sql_function!(role_name_in, pg_finfo_role_name_in);
 
 /// `outbox.role_name_in(cstring)`, strict
-// No pg_guard: as the other functions that are declared by hand.
+// No pg_guard, as for all functions that are declared by hand.
 #[unsafe(no_mangle)]
 extern "C-unwind" fn role_name_in(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
     report::guard(|| {
-        // Postgres passes three to each input function: the text, the type and its modifier.
+        // Postgres passes three arguments to each input function: the text, the type and its modifier.
         // SAFETY: within a call by Postgres.
         if unsafe { (*fcinfo).nargs } != 3 {
             expect_arguments(fcinfo, 1);
         }
-        // SAFETY: one argument of type cstring, which is not null unless somebody has declared the function otherwise.
+        // SAFETY: one argument of type cstring. It is not null, unless somebody has declared the function otherwise.
         unsafe {
             let argument = &(*fcinfo).args.as_slice(1)[0];
             (*fcinfo).isnull = argument.isnull;
@@ -31,7 +31,7 @@ extern "C-unwind" fn role_name_in(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::D
     })
 }
 
-/// A role that was dropped is shown as a number, which may be that of another role elsewhere.
+/// A role that was dropped is shown as its number. Elsewhere that number may belong to another role.
 fn role(name: &CStr) -> Option<pg_sys::Datum> {
     let bytes = name.to_bytes();
     if bytes == b"-" {
@@ -45,7 +45,7 @@ fn role(name: &CStr) -> Option<pg_sys::Datum> {
         false => unsafe { pgrx::direct_function_call_as_datum(pg_sys::to_regrole, &arguments) },
     };
     if found.is_none() {
-        // SAFETY: it was checked.
+        // SAFETY: the line above has checked that the text can be converted.
         let shown = has_utf8_form(bytes).ok().map(|()| unsafe { utf8(bytes) });
         report::say(
             PgLogLevel::WARNING as i32,

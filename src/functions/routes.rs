@@ -1,4 +1,4 @@
-//! What SQL asks for routes: the trigger that refuses a stream which is no template, and whether a pattern matches.
+//! What SQL needs for routes: the trigger that refuses a stream which is not a valid template, and pattern matching.
 
 use crate::server::datum::bytes_of;
 use crate::server::encoding::utf8;
@@ -15,7 +15,7 @@ use wildmatch::WildMatch;
 crate::sql_function!(check_route, pg_finfo_check_route);
 
 /// `outbox.check_route()`, trigger of `outbox.routes`, before each row is inserted or updated
-// No pg_guard: as the other triggers.
+// No pg_guard, as for all triggers.
 #[unsafe(no_mangle)]
 extern "C-unwind" fn check_route(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
     report::guard(|| {
@@ -51,7 +51,7 @@ fn refuse(fault: &Fault) -> ! {
 crate::sql_function!(matches, pg_finfo_matches);
 
 /// `outbox.matches(name, pattern)`, strict
-// No pg_guard: as the other functions that are declared by hand.
+// No pg_guard, as for all functions that are declared by hand.
 #[unsafe(no_mangle)]
 extern "C-unwind" fn matches(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
     report::guard(|| {

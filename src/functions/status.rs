@@ -21,9 +21,9 @@ use relay::redis::hash_slot::{HASH_SLOTS, tag_of};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// Pending events are counted up to this many.
+/// Pending events are counted exactly up to this many.
 const COUNTED: i64 = 10_000;
-/// A worker that gives no sign of life for so long hangs. (Loaded machines have taken a second.)
+/// A worker counts as hanging when it has given no sign of life for this long. (Loaded machines have taken a second.)
 pub(super) const HANGS_AFTER_MS: u64 = 3_000;
 /// The launcher starts a worker within so long, also while the database is locked for a moment.
 const STARTS_WITHIN_MS: u64 = 8_000;
@@ -37,7 +37,7 @@ fn worker_status() -> TableIterator<'static, (name!(worker_pid, Option<i32>), na
     TableIterator::once((pid, state.to_owned()))
 }
 
-/// This database's worker, and what it is doing, or why there is none.
+/// This database's worker and what it is doing, or why there is none.
 pub(super) fn worker_here() -> (Option<i32>, &'static str) {
     let slot = shmem::database_slot_here();
     let pid = slot.map(|s| s.pid()).filter(|pid| *pid != 0);
@@ -110,7 +110,7 @@ fn is_hanging(slot: Option<&DatabaseSlot>) -> bool {
     })
 }
 
-/// How many committed rows of a backend lie behind its saved cursor, and when the oldest was created. They are counted
+/// How many committed rows of a backend lie behind its saved cursor, and when the oldest was created. Rows are counted
 /// up to `limit`; the rest is estimated.
 fn behind_cursor(number: i32, limit: i64) -> (i64, Option<i64>) {
     let Some(relations) = catalog::relations() else {
@@ -152,7 +152,7 @@ fn behind_cursor(number: i32, limit: i64) -> (i64, Option<i64>) {
         whole = count_range(&mut scan);
     }
     if !whole && limit > 1 {
-        // The rest is estimated to have the same share of this backend's rows.
+        // The estimate assumes that this backend has the same share of the remaining rows.
         let rest = (now.high_seq - last_seq).max(0) as f64;
         count += (rest * count as f64 / (met as f64).max(1.0)) as i64;
     }
@@ -160,10 +160,10 @@ fn behind_cursor(number: i32, limit: i64) -> (i64, Option<i64>) {
     (count, oldest)
 }
 
-/// Where a backend stands, by its saved cursors.
+/// Where a backend stands according to its saved cursors.
 struct Stand {
     position: Position,
-    /// Of each hash slot, in a cluster.
+    /// The positions of the lanes by hash slot, in a cluster.
     lanes: BTreeMap<u16, Position>,
     own_stream: String,
 }
@@ -196,7 +196,7 @@ impl Stand {
         lowest.clone()
     }
 
-    /// Whether a row behind [`Self::lowest`] waits for its lane.
+    /// Whether a row behind [`Self::lowest`] still waits for its lane.
     fn waits(&self, row: &Row, key: Key) -> bool {
         if self.lanes.is_empty() {
             return true;
@@ -212,7 +212,7 @@ impl Stand {
 crate::sql_function!(hash_slot, pg_finfo_hash_slot);
 
 /// `outbox.hash_slot(stream)`, strict
-// No pg_guard: as the other functions that are declared by hand.
+// No pg_guard, as for all functions that are declared by hand.
 #[unsafe(no_mangle)]
 extern "C-unwind" fn hash_slot(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
     report::guard(|| {
@@ -257,7 +257,7 @@ fn has_waiting_events(backend_number: i32) -> bool {
     report::guard(|| rights::of_owner(waits))
 }
 
-/// Called by the extension's SQL script, so that any statement that runs it is noticed.
+/// Called by the extension's SQL script, so the library learns of the extension whichever statement runs the script.
 #[pg_extern(sql = false)]
 fn announce_extension() {
     txn::extension_created();
@@ -265,9 +265,9 @@ fn announce_extension() {
         report::say(
             PgLogLevel::WARNING as i32,
             PgSqlErrorCode::ERRCODE_WARNING,
-            "outbox_relay is not preloaded: events are kept, and nothing sends them",
+            "outbox_relay is not preloaded: events are kept, but not sent",
             None,
-            Some("Add outbox_relay to shared_preload_libraries, and restart the server."),
+            Some("Add outbox_relay to shared_preload_libraries and restart the server."),
         );
     }
 }
@@ -297,12 +297,12 @@ crate::sql_function!(backends_changed, pg_finfo_backends_changed);
 
 /// `outbox.backends_changed()`, after a statement on `backends`, `backend_passwords`, `publisher_limits`, `routes`,
 /// `take_overs`, `restores` or `copied_backends`
-// No pg_guard: as the other triggers.
+// No pg_guard, as for all triggers.
 #[unsafe(no_mangle)]
 extern "C-unwind" fn backends_changed(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
     report::guard(|| {
         let relations = catalog::expect_relations();
-        // SAFETY: called by Postgres. Marks the table's cache entries of all sessions as stale when this transaction
+        // SAFETY: called by Postgres. Marks the table's cache entries in all sessions as stale when this transaction
         // commits.
         unsafe {
             expect_trigger(
@@ -311,7 +311,8 @@ extern "C-unwind" fn backends_changed(fcinfo: pg_sys::FunctionCallInfo) -> pg_sy
                 When::AfterStatement,
                 relations.settings_tables(),
             );
-            // Sessions cache only what these tables say. Many restores must not cause as many invalidations.
+            // Sessions cache only what these tables hold. A restore writes many rows of `restores`, and must not cause
+            // as many invalidations.
             let trigger = (*fcinfo).context.cast::<pg_sys::TriggerData>();
             let table = (*(*trigger).tg_relation).rd_id;
             let cached = [
@@ -321,9 +322,9 @@ extern "C-unwind" fn backends_changed(fcinfo: pg_sys::FunctionCallInfo) -> pg_sy
                 relations.routes,
             ];
             if cached.contains(&table) {
-                // The invalidation does not name the table itself. A process that has the table open rebuilds its entry
-                // and processes further invalidations meanwhile, nested in each other, and would run out of stack if
-                // others sent them faster than that.
+                // The invalidation does not name the table itself. If it did, a process that has the table open would
+                // rebuild its cache entry and process further invalidations while doing so, nested in each other. It
+                // would run out of stack if others sent them faster than it rebuilds.
                 let news = match relations.backends_news {
                     pg_sys::InvalidOid => relations.backends,
                     sequence => sequence,

@@ -1,5 +1,5 @@
-//! `stream_name` of backends: the trigger that refuses what is no template, and keeps what the backend's own stream was
-//! before; and the hash of templates, for those who have to find a stream.
+//! `stream_name` of backends: the trigger that refuses an invalid template and keeps the previous own stream of the
+//! backend, and the hash that templates use, for applications that look for a stream.
 
 use crate::server::datum::{bytes_of, text_datum};
 use crate::server::encoding::{to_server, utf8};
@@ -21,7 +21,7 @@ use std::num::NonZeroU32;
 crate::sql_function!(check_stream_name, pg_finfo_check_stream_name);
 
 /// `outbox.check_stream_name()`, trigger of `outbox.backends`, before each row is inserted or updated
-// No pg_guard: as the other triggers.
+// No pg_guard, as for all triggers.
 #[unsafe(no_mangle)]
 extern "C-unwind" fn check_stream_name(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
     report::guard(|| {
@@ -48,7 +48,7 @@ type Streams = [(&'static str, Option<String>); 2];
 fn streams_of(row: &NamedRow<'_>, old: Option<&NamedRow<'_>>) -> Streams {
     let mut stream_name = row.text("stream_name");
     if stream_name.is_none() && row.text("mode").as_deref() == Some("cluster") {
-        // The hash slot of its events must not change with a setting.
+        // A later change of the setting must not move the backend's events to another hash slot.
         let setting = guc::text(&guc::REDIS_STREAM_NAME);
         stream_name = Some(setting)
             .filter(|name| !name.is_empty())
@@ -58,7 +58,7 @@ fn streams_of(row: &NamedRow<'_>, old: Option<&NamedRow<'_>>) -> Streams {
     let parsed = parsed.unwrap_or_else(|fault| refuse(&row.text("name").unwrap_or_default(), &fault));
     let own_stream = parsed.map(|parsed| match parsed {
         StreamName::Plain(name) => name,
-        // What was published before stays where it was.
+        // Events that were published before stay in their stream.
         StreamName::Template(_) => given(row, old)
             .or_else(|| old?.text("own_stream"))
             .unwrap_or_else(common_stream),
@@ -66,14 +66,14 @@ fn streams_of(row: &NamedRow<'_>, old: Option<&NamedRow<'_>>) -> Streams {
     [("stream_name", stream_name), ("own_stream", own_stream)]
 }
 
-/// An `own_stream` that a dump, or somebody, has given.
+/// An `own_stream` that a dump or a user has given.
 fn given(row: &NamedRow<'_>, old: Option<&NamedRow<'_>>) -> Option<String> {
     let given = row.text("own_stream");
     let is_old = old.is_some_and(|old| old.text("own_stream") == given);
     given.filter(|_| !is_old)
 }
 
-/// The stream of backends without one of their own.
+/// The stream of backends that have none of their own.
 fn common_stream() -> String {
     let noted = || rights::of_owner(|| query_value::<String>("select outbox.common_stream()", &[]));
     let common = stream_names::plain_setting().or_else(noted);
@@ -92,10 +92,10 @@ fn refuse(backend: &str, fault: &Fault) -> ! {
     )
 }
 
-/// The tuple with these columns, as far as they are others.
+/// The tuple with these columns changed, as far as their values differ.
 ///
 /// # Safety
-/// A tuple of an open relation, and the same as a row.
+/// The tuple belongs to an open relation, and `row` is the same row.
 unsafe fn with(
     relation: pg_sys::Relation,
     tuple: pg_sys::HeapTuple,
@@ -132,7 +132,7 @@ unsafe fn with(
 crate::sql_function!(stream_part, pg_finfo_stream_part);
 
 /// `outbox.stream_part(value, parts)`, strict
-// No pg_guard: as the other functions that are declared by hand.
+// No pg_guard, as for all functions that are declared by hand.
 #[unsafe(no_mangle)]
 extern "C-unwind" fn stream_part(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
     report::guard(|| {
@@ -147,8 +147,8 @@ extern "C-unwind" fn stream_part(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Da
                     "the number of parts is out of range",
                     "",
                 )
-                .set_detail(format!("It must be one of 1 to {MOST_PARTS}."))
-                .set_hint("Pass the number that the placeholder has, as in {subject|16}."),
+                .set_detail(format!("It must be between 1 and {MOST_PARTS}."))
+                .set_hint("Pass the number of the placeholder, such as 16 for {subject|16}."),
             );
         };
         // SAFETY: the first argument is of type text.

@@ -1,4 +1,4 @@
-//! `outbox.test_backend(name)`: asks the worker whether it can use a backend, since it alone has the passwords.
+//! `outbox.test_backend(name)`: asks the worker whether it can use a backend. Only the worker has the passwords.
 
 use crate::functions::status;
 use crate::functions::waiting::rest;
@@ -12,15 +12,15 @@ use pgrx::pg_sys;
 use std::borrow::Cow;
 use std::time::{Duration, Instant};
 
-/// How often the answer is looked for.
+/// How often to look for the answer.
 const LOOK_MS: i64 = 5;
-/// How long a worker may be missing: one that has ended comes back.
+/// How long a worker may be missing. A worker that has ended is started again within this time.
 const PATIENCE: Duration = Duration::from_secs(3);
 
 crate::sql_function!(ask_worker, pg_finfo_ask_worker);
 
-/// `outbox.ask_worker(backend_number, limit_ms)`, strict: latency in us, server, version, role, address, error.
-// No pg_guard: as the other functions that are declared by hand.
+/// `outbox.ask_worker(backend_number, limit_ms)`, strict. Returns latency in us, server, version, role, address, error.
+// No pg_guard, as for all functions that are declared by hand.
 #[unsafe(no_mangle)]
 extern "C-unwind" fn ask_worker(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
     report::guard(|| {
@@ -43,7 +43,7 @@ extern "C-unwind" fn ask_worker(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Dat
     })
 }
 
-/// What the worker says; an error: that it says nothing, and why.
+/// The worker's answer; an error if it gives none, with the reason.
 fn answer(number: i32, limit: Duration) -> Result<String, String> {
     let there = || match status::worker_here() {
         (Some(pid), "running") => Ok(pid),

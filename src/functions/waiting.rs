@@ -2,7 +2,7 @@
 
 use pgrx::pg_sys;
 
-/// Waits so long, or until the session is told something. An ERROR if its statement is cancelled.
+/// Waits for this long, or until the session's latch is set. Raises an ERROR if the statement is cancelled.
 pub(super) fn rest(ms: i64) {
     let events = pg_sys::WL_LATCH_SET | pg_sys::WL_TIMEOUT | pg_sys::WL_EXIT_ON_PM_DEATH;
     // SAFETY: waits for the process's own latch, as pg_sleep() does.

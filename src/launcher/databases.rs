@@ -1,4 +1,4 @@
-//! The list of databases, from the shared catalogs.
+//! The list of databases, read from the shared catalogs.
 
 use crate::server::guc::LogLevel;
 use crate::server::process::{self, log};
@@ -64,8 +64,8 @@ pub(super) fn list() -> Option<Vec<FoundDatabase>> {
 /// Connection limit of a database whose DROP was interrupted (DATCONNLIMIT_INVALID_DB). Nobody can connect to it.
 const INVALID: i32 = -2;
 
-/// Whether a statement holds the database exclusively. A connection to it would wait, and fail if the database is gone
-/// or renamed.
+/// Whether a statement holds the database exclusively. A new connection would have to wait, and would fail if the
+/// database is dropped or renamed.
 pub(super) fn is_locked(database: pg_sys::Oid) -> bool {
     let tag = pg_sys::LOCKTAG {
         locktag_field1: 0,
@@ -77,7 +77,7 @@ pub(super) fn is_locked(database: pg_sys::Oid) -> bool {
     };
     // The lock mode that a connecting session takes. It is released when the transaction ends.
     let mode = pg_sys::RowExclusiveLock as pg_sys::LOCKMODE;
-    // SAFETY: a lock that is not waited for, within a transaction.
+    // SAFETY: tries to take a lock without waiting, within a transaction.
     let taken = process::transaction(|| unsafe { pg_sys::LockAcquire(&tag, mode, false, true) });
     taken.is_ok_and(|taken| taken == pg_sys::LockAcquireResult::LOCKACQUIRE_NOT_AVAIL)
 }

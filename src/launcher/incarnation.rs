@@ -1,10 +1,10 @@
-//! Names this run of the server, in shared memory.
+//! Records this run of the server as an incarnation, in shared memory.
 
 use crate::server::shmem::{self, Began};
 use crate::server::uuid;
 use pgrx::pg_sys;
 
-/// Names this run of the server. Called by the launcher when it starts, which is right after recovery.
+/// Records this run of the server. The launcher calls this when it starts, which is right after recovery.
 pub(super) fn begin_incarnation() {
     // SAFETY: reads positions of the WAL.
     let started_at = unsafe {

@@ -1,9 +1,9 @@
 //! The launcher: one process for the whole server, which starts a worker for each database that has the extension.
 //!
 //! The launcher is connected to no database, so it cannot see which ones have the extension. It therefore starts a
-//! worker once in every database that the settings name; a worker that finds no extension says so and ends. CREATE
-//! EXTENSION announces itself (`shmem::announce`). The launcher sleeps until that happens, the list of databases or the
-//! settings change, or a worker ends.
+//! worker once in every database that the settings name; a worker that finds no extension reports this and ends. CREATE
+//! EXTENSION announces itself (`shmem::announce`). The launcher sleeps until that happens, until the list of databases
+//! or the settings change, or until a worker ends.
 
 mod databases;
 mod incarnation;
@@ -20,33 +20,33 @@ use relay::delivery::backoff::Backoff;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-/// How long to wait before a worker is started again that ended before it was at work, so that a failing one does not
-/// spin.
+/// How long to wait before restarting a worker that ended before it was at work, so that one that always fails does not
+/// restart in a loop.
 const RESTARTS: Backoff = Backoff {
     exponential: true,
     delay: Duration::from_millis(200),
     max_delay: Duration::from_secs(60),
 };
-/// A worker that ends earlier than this, without having been told to, has failed.
+/// A worker that ends earlier than this without having been told to counts as failed.
 const STEADY_AFTER: Duration = Duration::from_secs(10);
-/// This many failures in a row are logged.
+/// The log mentions failing workers after this many failures in a row.
 const WORTH_A_WORD: u32 = 4;
 /// How soon to try again while there is no free background worker process.
 const RETRY_WAIT: Duration = Duration::from_secs(1);
-/// How soon to look again while a statement holds the database exclusively. After that the worker is started and waits
-/// for its lock, as any session does, so that repeated short locks cannot keep it away.
+/// How soon to look again while a statement holds the database exclusively.
 const LOCKED_WAIT: Duration = Duration::from_millis(25);
 const LONGEST_LOCKED_WAIT: Duration = Duration::from_secs(3);
-/// A worker that is not at work after this long is waiting for something; others are started meanwhile.
+/// A worker that is not at work after this long waits for something; others are started meanwhile.
 const LONGEST_START: Duration = Duration::from_secs(5);
 
-/// How many workers may look for the extension at once. Background worker processes are scarce, and others need some.
+/// How many workers may look for the extension at once. Background worker processes are scarce, and other extensions
+/// need some.
 fn starting_at_once() -> usize {
     // SAFETY: a plain read of a setting.
     (unsafe { pg_sys::max_worker_processes } as usize / 4).clamp(2, 16)
 }
 
-/// Registers the launcher; called once, by the postmaster.
+/// Registers the launcher. The postmaster calls this once.
 pub(crate) fn register() {
     let mut worker = description(
         c"outbox_relay launcher",
@@ -54,11 +54,11 @@ pub(crate) fn register() {
         c"outbox_relay_launcher",
     );
     worker.bgw_restart_time = 1;
-    // SAFETY: a complete description, at the time for static workers.
+    // SAFETY: a complete description, at the time when static workers are registered.
     unsafe { pg_sys::RegisterBackgroundWorker(&mut worker) };
 }
 
-/// Registers the process that watches a standby; called once, by the postmaster.
+/// Registers the process that watches a standby. The postmaster calls this once.
 pub(crate) fn register_standby_watch() {
     let mut worker = description(
         c"outbox_relay standby",
@@ -67,14 +67,14 @@ pub(crate) fn register_standby_watch() {
     );
     worker.bgw_flags = pg_sys::BGWORKER_SHMEM_ACCESS as i32;
     worker.bgw_start_time = pg_sys::BgWorkerStartTime::BgWorkerStart_PostmasterStart;
-    // SAFETY: a complete description, at the time for static workers.
+    // SAFETY: a complete description, at the time when static workers are registered.
     unsafe { pg_sys::RegisterBackgroundWorker(&mut worker) };
 }
 
 fn description(name: &std::ffi::CStr, kind: &std::ffi::CStr, function: &std::ffi::CStr) -> pg_sys::BackgroundWorker {
     let mut worker = pg_sys::BackgroundWorker {
         bgw_flags: (pg_sys::BGWORKER_SHMEM_ACCESS | pg_sys::BGWORKER_BACKEND_DATABASE_CONNECTION) as i32,
-        // Only on a primary; right after a promotion.
+        // Only on a primary. After a promotion it starts at once.
         bgw_start_time: pg_sys::BgWorkerStartTime::BgWorkerStart_RecoveryFinished,
         bgw_restart_time: pg_sys::BGW_NEVER_RESTART,
         ..Default::default()
@@ -118,7 +118,7 @@ pub extern "C-unwind" fn outbox_relay_launcher(_argument: pg_sys::Datum) {
     loop {
         process::wait(timeout);
         if process::is_told_to_end() {
-            // SAFETY: ends the process; code 1, so that it is started again if the server goes on.
+            // SAFETY: ends the process. With code 1 the postmaster starts it again if the server goes on.
             unsafe { pg_sys::proc_exit(1) };
         }
         process::handle_interrupts();
@@ -130,7 +130,7 @@ pub extern "C-unwind" fn outbox_relay_launcher(_argument: pg_sys::Datum) {
 }
 
 #[pg_guard]
-// SAFETY: called by Postgres alone, when the process ends.
+// SAFETY: only Postgres calls this, when the process ends.
 unsafe extern "C-unwind" fn leave(_code: i32, _argument: pg_sys::Datum) {
     shmem::detach_launcher();
 }
@@ -147,7 +147,7 @@ struct Database {
     is_open: bool,
     /// Whether to look for the extension: no worker has looked yet, or a commit has announced it since.
     look: bool,
-    /// Whether the extension was there once: then a missing worker is logged.
+    /// Whether the extension was ever seen there. Only then is a missing worker logged.
     has_extension: bool,
     worker: Option<Started>,
     /// Failed starts in a row.
@@ -171,14 +171,14 @@ impl Database {
         }
     }
 
-    /// Whether a worker is to be started there.
+    /// Whether a worker has to be started there.
     fn lacks_worker(&self, id: pg_sys::Oid) -> bool {
-        // An earlier launcher's worker is known by its slot alone.
+        // A worker that an earlier launcher started is known only by its slot.
         let stranger = || shmem::database_slot_of(id).is_some_and(|slot| slot.pid() != 0);
         self.look && self.worker.is_none() && !stranger()
     }
 
-    /// What the catalog says now.
+    /// Takes over what the catalog says now.
     fn learn(&mut self, found: FoundDatabase) {
         (self.name, self.is_template, self.is_open) = (found.name, found.is_template, found.is_open);
     }
@@ -186,20 +186,20 @@ impl Database {
 
 #[derive(Default)]
 struct Launcher {
-    /// By OID. A database that is gone stays here until its worker has ended.
+    /// By OID. A dropped database stays here until its worker has ended.
     databases: BTreeMap<u32, Database>,
-    /// The databases could not be listed.
+    /// The list of databases could not be read and has to be read again.
     list_due: bool,
-    /// Since when there have been too few processes, and when the log said so.
+    /// Since when there have been too few processes, and when that was last logged.
     short: Option<(Instant, Option<Instant>)>,
-    /// When it was last logged that databases get no worker because somebody wants it so.
+    /// When it was last logged that databases have no worker because the settings or an administrator exclude them.
     left_out_said: Option<Instant>,
     /// When it was last logged that workers fail.
     failing_said: Option<Instant>,
 }
 
 impl Launcher {
-    /// One round; returns when to come back without being woken.
+    /// One round; returns when to come back if nothing wakes the launcher.
     fn step(&mut self) -> Option<Duration> {
         let (announced, everywhere) = shmem::take_announced();
         let is_new = |oid: &pg_sys::Oid| !self.databases.contains_key(&oid.to_u32());
@@ -255,7 +255,7 @@ impl Launcher {
                 continue;
             };
             let mut pid = 0;
-            // SAFETY: a handle of this process, freed once it is done with.
+            // SAFETY: a handle of this process, which is freed when it is no longer needed.
             let status = unsafe { pg_sys::GetBackgroundWorkerPid(started.handle, &mut pid) };
             if status != pg_sys::BgwHandleStatus::BGWH_STOPPED {
                 continue;
@@ -268,7 +268,7 @@ impl Launcher {
                 continue;
             };
             if slot.pid() != 0 {
-                // It found the worker of an earlier launcher, and left the slot to it.
+                // This worker found one that an earlier launcher had started, and left the slot to it.
                 database.look = true;
                 continue;
             }
@@ -278,12 +278,12 @@ impl Launcher {
                 // It was told to leave; start it again.
                 SlotState::Wanted => (database.look, database.failures) = (true, 0),
                 SlotState::Absent => (database.has_extension, database.failures) = (database.look, 0),
-                // What happens there is unknown until the database is served again.
+                // What happens in the database is unknown until it is served again.
                 SlotState::Unserved => {
                     (database.look, database.failures) = (true, 0);
                     continue;
                 }
-                // It died without a reason of its own, so the extension may be there.
+                // The worker ended without giving a reason, so the extension may be there.
                 _ => {
                     failed = true;
                     database.look = true;
@@ -296,7 +296,8 @@ impl Launcher {
             match database.look {
                 true if database.failures >= WORTH_A_WORD => slot.set_state(SlotState::Failing),
                 true => slot.set_state(SlotState::Wanted),
-                // Publishers may be at work if there were any before: the slot keeps the numbers of events.
+                // If there were events before, publishers may be at work: the slot keeps the highest number of the
+                // events.
                 false if slot.numbers.get().is_none() => shmem::take_back(slot),
                 false => {}
             }
@@ -307,7 +308,7 @@ impl Launcher {
         }
     }
 
-    /// Starts the workers that are due, as far as there are free processes.
+    /// Starts the workers that are due, as far as processes are free.
     fn start_wanted(&mut self) -> Option<Duration> {
         let mut again: Option<Duration> = None;
         let mut sooner = |wait: Duration| again = Some(again.map_or(wait, |a| a.min(wait)));
@@ -351,7 +352,7 @@ impl Launcher {
                 }
             }
             if starting >= starting_at_once() {
-                // The launcher is woken when one of them is at work or has ended.
+                // The launcher is woken when one of the started workers is at work or has ended.
                 sooner(RETRY_WAIT);
                 continue;
             }
@@ -378,7 +379,7 @@ impl Launcher {
         again
     }
 
-    /// How many have been started and are not at work yet.
+    /// How many workers have been started and are not at work yet.
     fn starting(&self) -> usize {
         let is_starting = |(oid, database): &(&u32, &Database)| {
             let slot = shmem::database_slot_of(pg_sys::Oid::from(**oid));
@@ -389,14 +390,14 @@ impl Launcher {
     }
 }
 
-/// Starts a worker; false if there is no process for it.
+/// Starts a worker; false if no process is free.
 fn start(slot: &'static DatabaseSlot, database: &mut Database) -> bool {
     let name = std::ffi::CString::new(format!("outbox_relay worker {}", database.name)).unwrap_or_default();
     let mut worker = description(&name, c"outbox_relay worker", c"outbox_relay_worker");
     worker.bgw_main_arg = pg_sys::Datum::from(shmem::address_of(slot));
     let mut handle = std::ptr::null_mut();
     let before = slot.state();
-    // Set before the worker is registered, which may be at work before that call returns.
+    // Set before registering: the worker may be at work before that call returns.
     slot.set_state(SlotState::Starting);
     // SAFETY: a complete description; the handle is kept in the process's own memory.
     let registered = unsafe {
@@ -411,7 +412,7 @@ fn start(slot: &'static DatabaseSlot, database: &mut Database) -> bool {
         slot.set_state(before);
         return false;
     }
-    // The worker may not have seen what is announced from now on.
+    // Cleared now: the worker may not see an announcement that comes later.
     (database.look, database.locked_since) = (false, None);
     database.worker = Some(Started {
         handle,

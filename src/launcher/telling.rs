@@ -1,4 +1,4 @@
-//! What the launcher says of databases that have no worker: why, and again each minute while it lasts.
+//! What the launcher logs about databases that have no worker: the reason, repeated each minute while it lasts.
 
 use crate::launcher::{Launcher, RETRY_WAIT, WORTH_A_WORD};
 use crate::server::database_slot::SlotState;
@@ -12,14 +12,15 @@ use std::time::{Duration, Instant};
 const NAMED: usize = 10;
 
 impl Launcher {
-    /// Says each minute which databases have no worker because somebody wants it so. Returns when to do that again.
+    /// Logs each minute which databases have no worker because the settings or an administrator exclude them. Returns
+    /// when to log it again.
     pub(super) fn tell_of_left_out(&mut self, left_out: &[u32]) -> Option<Duration> {
         let is_off = !guc::ENABLED.get();
         if left_out.is_empty() && !is_off {
             self.left_out_said = None;
             return None;
         }
-        // A worker that leaves has said so itself.
+        // A worker that leaves has logged this itself.
         let said = match self.left_out_said {
             None if !left_out.is_empty() => Some(Instant::now()),
             said => said,
@@ -37,24 +38,24 @@ impl Launcher {
         let (message, hint) = match is_off {
             true => (
                 "no database has a worker of outbox_relay: outbox_relay.enabled is off".to_owned(),
-                "Events wait until it is on.",
+                "Events wait until it is switched on.",
             ),
             false if closed.len() == left_out.len() => (
                 format!("no worker of outbox_relay in {names}: connections are not allowed there"),
                 "Events wait. See ALTER DATABASE ... ALLOW_CONNECTIONS.",
             ),
             false => (
-                format!("no worker of outbox_relay in {names}: outbox_relay.databases leaves it out"),
-                "Events wait until it is named there.",
+                format!("no worker of outbox_relay in {names}: excluded by outbox_relay.databases"),
+                "Events wait until the setting includes it.",
             ),
         };
         log(LogLevel::Info, &message, None, Some(hint));
         Some(after)
     }
 
-    /// Warns of a shortage, again each minute; not while others merely look for the extension.
+    /// Warns of a shortage, again each minute. It does not warn while workers merely look for the extension.
     pub(super) fn tell_of_shortage(&mut self, waiting: &[u32]) {
-        // A database that no worker has looked into may have waiting events. It is named if no other database is.
+        // A database where no worker has looked yet may have waiting events. It is named only if no other database is.
         let is_known = |oid: &&u32| self.databases[oid].has_extension;
         let known: Vec<&u32> = waiting.iter().filter(is_known).collect();
         let others = waiting.iter().filter(|oid| !self.databases[oid].is_template);
@@ -80,7 +81,9 @@ impl Launcher {
                 LogLevel::Warning,
                 "too many databases for outbox_relay",
                 Some(&format!("No worker could be started for {names}.")),
-                Some("Raise max_worker_processes: there is room for two databases for each, and 1,024."),
+                Some(
+                    "Raise max_worker_processes: shared memory has room for 1,024 databases, and for two more for each process.",
+                ),
             );
             return;
         }
@@ -88,9 +91,11 @@ impl Launcher {
             LogLevel::Warning,
             "too few background worker processes for outbox_relay",
             Some(&format!(
-                "No worker could be started for {names}; it is tried again each second."
+                "No worker could be started for {names}. The launcher tries again each second."
             )),
-            Some("Raise max_worker_processes: each database with the extension needs one, and the launcher one more."),
+            Some(
+                "Raise max_worker_processes: each database with the extension needs one, and the launcher needs one more.",
+            ),
         );
     }
 
@@ -113,7 +118,7 @@ impl Launcher {
             LogLevel::Warning,
             "workers of outbox_relay end as soon as they are started",
             Some(&format!(
-                "This happens in {names}; it is tried again each minute at least."
+                "This happens in {names}. The launcher tries again at least each minute."
             )),
             Some("The lines of \"outbox_relay worker\" in the server's log say why."),
         );

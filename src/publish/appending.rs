@@ -1,4 +1,4 @@
-//! From a checked request to its rows: one, or several if the event goes to several streams.
+//! From a checked request to its rows: one row, or several if the event goes to several streams.
 
 use crate::publish::destinations::{Destination, check};
 use crate::publish::doubts;
@@ -16,21 +16,21 @@ use crate::tables::row::attribute;
 use crate::tables::trusted::{NewRow, RowKey};
 use pgrx::pg_sys;
 
-/// The rows of an event. Plain memory of the current context.
+/// The rows of an event, in plain memory of the current context.
 #[derive(Clone, Copy)]
 pub(super) struct Prepared {
     pub first: NewRow,
     pub further: Branches,
 }
 
-/// An event's rows but the first.
+/// All rows of an event except the first.
 #[derive(Clone, Copy)]
 pub(super) struct Branches {
     first: *const Branch,
     count: usize,
 }
 
-/// What one of them has for itself.
+/// The values in which one of these rows differs from the first.
 #[derive(Clone, Copy)]
 pub(super) struct Branch {
     seq: i64,
@@ -45,7 +45,7 @@ impl Branches {
         count: 0,
     };
 
-    /// For these destinations, with these numbers. `named`: the stream that the event names.
+    /// The rows for these destinations, with these numbers. `named`: the stream that the event names.
     pub(super) fn of<'d>(
         destinations: impl ExactSizeIterator<Item = (i64, &'d Destination)>,
         named: Option<&[u8]>,
@@ -55,7 +55,7 @@ impl Branches {
             return Self::NONE;
         }
         let named = named.map(text_datum);
-        // SAFETY: memory of the current context, as large as it must be.
+        // SAFETY: memory of the current context, of sufficient size.
         unsafe {
             let first = pg_sys::palloc(size_of::<Branch>() * count).cast::<Branch>();
             for (index, (seq, destination)) in destinations.enumerate() {
@@ -70,9 +70,9 @@ impl Branches {
         }
     }
 
-    /// The row of one of them (from 0), which has all else of the first row.
+    /// One of these rows (counted from 0). All other values are those of the first row.
     fn row(&self, index: usize, first: &NewRow) -> NewRow {
-        // SAFETY: there are so many.
+        // SAFETY: the index is below the number of rows.
         let branch = unsafe { *self.first.add(index) };
         let mut row = *first;
         row.set(attribute::SEQ, Some(pg_sys::Datum::from(branch.seq)));
@@ -89,8 +89,8 @@ impl Branches {
     }
 }
 
-/// Checks an event, and makes its rows. Returns nothing that needs to be dropped: from here on, other people's code may
-/// run.
+/// Checks an event and makes its rows. The result needs no drop, because other people's code may run from here on, and
+/// its ERRORs may pass.
 pub(super) fn prepared(request: &Request<'_>, relations: &Relations) -> Prepared {
     expect_writable();
     let destinations = check(request).unwrap_or_else(|e| e.raise());
@@ -160,7 +160,7 @@ pub(super) fn prepared(request: &Request<'_>, relations: &Relations) -> Prepared
     }
 }
 
-/// The standard ERROR when the transaction may not write.
+/// Raises the standard ERROR if the transaction may not write.
 fn expect_writable() {
     // SAFETY: each raises an ERROR or does nothing.
     unsafe {
@@ -170,13 +170,14 @@ fn expect_writable() {
     }
 }
 
-/// The role that publishes: the session's, or that of SET ROLE, also within a function that runs with the rights of another.
+/// The role that publishes: that of the session or of SET ROLE. Within a SECURITY DEFINER function it is still the
+/// caller.
 pub(super) fn publisher() -> pg_sys::Oid {
     // SAFETY: a plain read.
     unsafe { pg_sys::GetOuterUserId() }
 }
 
-/// The texts that a row takes as they are.
+/// The texts that the row stores unchanged.
 fn texts_of<'a>(request: &'a Request<'_>) -> [(usize, Option<&'a [u8]>); 7] {
     [
         (attribute::EVENT_TYPE, request.event_type.as_deref()),
@@ -190,7 +191,7 @@ fn texts_of<'a>(request: &'a Request<'_>) -> [(usize, Option<&'a [u8]>); 7] {
 }
 
 fn uuid_datum(id: &[u8; 16]) -> pg_sys::Datum {
-    // SAFETY: memory of the current context, as large as it must be.
+    // SAFETY: memory of the current context, of sufficient size.
     unsafe {
         let copy = pg_sys::palloc(id.len()).cast::<[u8; 16]>();
         *copy = *id;
@@ -198,7 +199,7 @@ fn uuid_datum(id: &[u8; 16]) -> pg_sys::Datum {
     }
 }
 
-/// The tables that events go into, opened when the first comes.
+/// The tables that events go into. Each is opened when its first event comes.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Tables {
     events: Option<Insertion>,
@@ -206,7 +207,7 @@ pub(super) struct Tables {
 }
 
 impl Tables {
-    /// Inserts an event's rows; false: somebody's trigger or rule has left the first out, and with it the event.
+    /// Inserts an event's rows. False: a trigger or rule has left out the first row, and so the whole event.
     ///
     /// # Safety
     /// As [`Insertion::insert`].
@@ -221,7 +222,7 @@ impl Tables {
         }
     }
 
-    /// All rows but the first. A trigger of somebody may leave one out.
+    /// Inserts all rows except the first. A user's trigger may leave one out.
     ///
     /// # Safety
     /// As [`Insertion::insert`].

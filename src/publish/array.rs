@@ -20,7 +20,7 @@ use std::fmt;
 
 // SAFETY: the declarations of tuplestore.h and elog.h.
 unsafe extern "C-unwind" {
-    /// Without pgrx's guard: it is called where other people's ERRORs may pass.
+    /// Declared without pgrx's guard, because it is called where other people's ERRORs may pass.
     fn tuplestore_putvalues(
         state: *mut pg_sys::Tuplestorestate,
         descriptor: pg_sys::TupleDesc,
@@ -34,7 +34,7 @@ unsafe extern "C-unwind" {
 crate::sql_function!(publish_events, pg_finfo_publish_events);
 
 /// `outbox.publish_events(jsonb)`, strict
-// No pg_guard: as publish_event.
+// No pg_guard, for the same reason as publish_event.
 #[unsafe(no_mangle)]
 extern "C-unwind" fn publish_events(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
     let (relations, items) = report::guard(|| {
@@ -43,8 +43,8 @@ extern "C-unwind" fn publish_events(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys:
     });
     let mut tables = Tables::default();
     let mut index: c_int = 0;
-    // SAFETY: within a call by Postgres; the set of results was made by guard's body, and so was the list of items. The
-    // entry for errors is taken off again below, or by the code that catches an ERROR further out.
+    // SAFETY: within a call by Postgres. The body of the guard has made the set of results and the list of items. The
+    // entry for errors is removed below, or by the code that catches an ERROR further out.
     unsafe {
         let results = (*fcinfo).resultinfo.cast::<pg_sys::ReturnSetInfo>();
         let mut entry = pg_sys::ErrorContextCallback {
@@ -67,9 +67,9 @@ extern "C-unwind" fn publish_events(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys:
     pg_sys::Datum::from(0)
 }
 
-/// Says in the CONTEXT of whatever is reported which element it is about, as COPY says its line.
-// No pg_guard: it must not unwind. What it calls fails for want of memory alone; Postgres then reports that instead.
-// SAFETY: called by Postgres alone, with the index that belongs to the entry.
+/// Adds to the CONTEXT of any report which element it is about, as COPY does with its line.
+// No pg_guard: it must not unwind. What it calls can fail only for want of memory; Postgres then reports that instead.
+// SAFETY: only Postgres calls this, with the index that belongs to the entry.
 unsafe extern "C-unwind" fn say_element(index: *mut c_void) {
     const WORDS: &CStr = c"publish_events, element %d of the array, counted from 0";
     // SAFETY: the index outlives the entry; the text is copied.
@@ -79,7 +79,7 @@ unsafe extern "C-unwind" fn say_element(index: *mut c_void) {
     }
 }
 
-/// The elements of an array, as texts in the memory of the call.
+/// The elements of an array as texts, in the memory of the call.
 #[derive(Clone, Copy)]
 struct Items {
     first: *mut (*const u8, usize),
@@ -88,8 +88,8 @@ struct Items {
 
 /// The elements of the argument, and a place for the results.
 fn items_of_call(fcinfo: pg_sys::FunctionCallInfo) -> Items {
-    // SAFETY: one argument of type jsonb, by the SQL declaration, which is strict; a strictness that somebody else's
-    // has not is asked for.
+    // SAFETY: one argument of type jsonb, by the SQL declaration, which is strict. If somebody has declared the
+    // function without STRICT, a null is checked for.
     unsafe {
         let argument = &(*fcinfo).args.as_slice(1)[0];
         if argument.isnull {
@@ -105,7 +105,7 @@ fn items_of_call(fcinfo: pg_sys::FunctionCallInfo) -> Items {
         }
         let text: &str = match decoded(rendered) {
             Cow::Borrowed(text) => text,
-            // No conversion gives one of ours, which would have to outlive this.
+            // The text was not converted, so it need not outlive this call.
             Cow::Owned(text) => text.leak(),
         };
         let items: Vec<&RawValue> = serde_json::from_str(text).unwrap_or_else(|_| PublishError::NotAnArray.raise());
@@ -122,7 +122,7 @@ fn items_of_call(fcinfo: pg_sys::FunctionCallInfo) -> Items {
 }
 
 fn prepared_item(items: &Items, index: usize, relations: &Relations) -> Prepared {
-    // SAFETY: an element of the list, which is UTF-8 as all of the text.
+    // SAFETY: an element of the list. It is UTF-8, as the whole text is.
     let text = unsafe {
         let (start, length) = *items.first.add(index);
         std::str::from_utf8_unchecked(std::slice::from_raw_parts(start, length))
@@ -151,14 +151,14 @@ const KEYS: [&str; 12] = [
     "data_base64",
 ];
 
-/// One element: its values by [`KEYS`], as JSON texts. JSON null is none.
+/// One element: its values by [`KEYS`], as JSON texts. JSON null counts as absent.
 #[derive(Default)]
 struct Item<'a> {
     values: [Option<&'a str>; KEYS.len()],
     unknown: Option<String>,
 }
 
-/// A JSON string, borrowed where it has no escapes.
+/// A JSON string, borrowed if it has no escapes.
 #[derive(Deserialize)]
 #[serde(transparent)]
 struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
@@ -188,7 +188,7 @@ impl<'de> Deserialize<'de> for Item<'de> {
     }
 }
 
-/// What an element asks for, or what is wrong with its shape.
+/// The request of an element, or what is wrong with the element's shape.
 fn request_of<'a>(item: &Item<'a>) -> Result<Request<'a>, String> {
     let given = |key: &str| {
         KEYS.iter()

@@ -1,4 +1,5 @@
-//! Payloads that are bytes, from `data_bytes` of `publish_event` and `data_base64` of `publish_events` to what a row has.
+//! Binary payloads, from `data_bytes` of `publish_event` and `data_base64` of `publish_events` to the form that a row
+//! stores.
 
 use crate::publish::error::PublishError;
 use crate::server::datum::{bytes_of, text_datum};
@@ -11,8 +12,8 @@ use std::borrow::Cow;
 
 crate::sql_function!(binary_data, pg_finfo_binary_data);
 
-/// `outbox.binary_data(bytea)`, strict: for a plain INSERT.
-// No pg_guard: as publish_event.
+/// `outbox.binary_data(bytea)`, strict. It is there for plain INSERTs.
+// No pg_guard, for the same reason as publish_event.
 #[unsafe(no_mangle)]
 extern "C-unwind" fn binary_data(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
     report::guard(|| {
@@ -24,7 +25,7 @@ extern "C-unwind" fn binary_data(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Da
     })
 }
 
-/// The payload of an event that may have JSON or bytes.
+/// The payload of an event that may carry JSON or bytes.
 pub(super) fn data_or_bytes<'a>(data: Option<Cow<'a, [u8]>>, bytes: Option<&[u8]>) -> Option<Cow<'a, [u8]>> {
     let Some(bytes) = bytes else {
         return data;
@@ -35,7 +36,7 @@ pub(super) fn data_or_bytes<'a>(data: Option<Cow<'a, [u8]>>, bytes: Option<&[u8]
     Some(Cow::Owned(of_bytes(bytes).into_bytes()))
 }
 
-/// Not if the event would be too large: then no memory is taken for it.
+/// Encodes the bytes, unless the event would be too large: then no memory is allocated for it.
 fn of_bytes(bytes: &[u8]) -> String {
     let limit = guc::MAX_EVENT_SIZE_KB.get() as usize * 1_024;
     let size = bytes.len().div_ceil(3).saturating_mul(4);

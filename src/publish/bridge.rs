@@ -1,10 +1,10 @@
-//! Bridges: a row that an application inserts into an outbox table of another make becomes an event of ours, in the
-//! same transaction.
+//! Bridges: a row that an application inserts into another product's outbox table becomes an event of ours, in the same
+//! transaction.
 //!
-//! Which column is what, the trigger's arguments say, in pairs. So one function serves django-broadcaster's table,
-//! Debezium's and others. It runs with the rights of whoever inserts the row, and needs none of them: whoever may make
-//! such a trigger decides (EXECUTE). Therefore it reads values of Postgres's own types alone, whose functions nobody
-//! else has written.
+//! The trigger's arguments say, in pairs, which column has what. So one function serves django-broadcaster's table,
+//! Debezium's and others. It runs with the rights of whoever inserts the row and needs none of them: EXECUTE on this
+//! function decides who may create such a trigger. Therefore it reads only values of Postgres's built-in types, whose
+//! functions no user has written.
 
 use crate::publish::appending::{Tables, prepared};
 use crate::publish::json;
@@ -22,9 +22,9 @@ use std::ffi::CStr;
 
 crate::sql_function!(publish_row, pg_finfo_publish_row);
 
-/// Trigger of an outbox table of another make, for each row that is inserted. Called before the insertion it leaves the
-/// row out: then no event comes of it by the WAL.
-// No pg_guard: as publish_event.
+/// Trigger for each row that is inserted into another product's outbox table. As a BEFORE trigger it leaves the row out
+/// of that table, so that logical decoding does not see it as an event too.
+// No pg_guard, for the same reason as publish_event.
 #[unsafe(no_mangle)]
 extern "C-unwind" fn publish_row(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
     let (rows, relations) = report::guard(|| {
@@ -33,25 +33,25 @@ extern "C-unwind" fn publish_row(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Da
         let relations = catalog::expect_relations();
         (prepared(&request.without_empty().traced(), &relations), relations)
     });
-    // SAFETY: called by Postgres; no frame up to it holds anything that needs dropping.
+    // SAFETY: called by Postgres; no frame up to Postgres's holds anything that needs dropping.
     unsafe {
         let mut tables = Tables::default();
         tables.insert(&relations, &rows);
         tables.close();
         (*fcinfo).isnull = false;
     }
-    // No tuple: it leaves the row out. What a trigger returns after the insertion is ignored.
+    // A null tuple leaves the row out. The result of an AFTER trigger is ignored.
     pg_sys::Datum::from(0)
 }
 
-/// What a row asks for.
+/// The request that a row makes.
 ///
 /// # Safety
 /// A trigger of a row. The request lies in the memory of the row and of the call.
 unsafe fn request_of(trigger: &pg_sys::TriggerData) -> Request<'_> {
     let mut request = Request::default();
     let mut prefix: Option<&[u8]> = None;
-    // SAFETY: a trigger has so many arguments, each a text that ends with a zero.
+    // SAFETY: a trigger has this many arguments, each a zero-terminated text.
     let arguments = unsafe {
         let definition = &*trigger.tg_trigger;
         (0..definition.tgnargs as usize).map(|index| CStr::from_ptr(*definition.tgargs.add(index)))
@@ -74,25 +74,25 @@ unsafe fn request_of(trigger: &pg_sys::TriggerData) -> Request<'_> {
             b"max_retries" => request.max_retries = value.number(),
             b"scheduled_at" => request.scheduled_at = value.time(),
             b"created_at" => request.created_at = value.time().filter(|at| *at != i64::MIN && *at != i64::MAX),
-            _ => refuse(trigger, pair[0], "is nothing that an event has"),
+            _ => refuse(trigger, pair[0], "is not a part of an event"),
         }
     }
     if let (Some(prefix), Some(stream)) = (prefix, &request.stream) {
         request.stream = Some(Cow::Owned([prefix, stream].concat()));
     }
-    // Another clock's present is no future of ours.
+    // The other clock's present may lie in our future. Such an event is not scheduled.
     if request.scheduled_at <= request.created_at {
         request.scheduled_at = None;
     }
     request
 }
 
-/// What a pair of arguments names: a column's value, or a text after `=`.
+/// What a pair of arguments names: a column's value, or a literal text after `=`.
 struct Value<'a> {
     trigger: &'a pg_sys::TriggerData,
     name: &'a CStr,
     literal: Option<&'a [u8]>,
-    /// Of the column; below all domains.
+    /// The column's type, below all domains.
     base_type: pg_sys::Oid,
     datum: Option<pg_sys::Datum>,
 }
@@ -153,9 +153,9 @@ impl<'a> Value<'a> {
         }
     }
 
-    /// JSON's null is none.
+    /// JSON null counts as absent.
     fn json(&self) -> Option<Cow<'a, [u8]>> {
-        // SAFETY: values of these types; json has the form of text.
+        // SAFETY: values of these types; json has the same form as text.
         let text = unsafe {
             match self.datum? {
                 datum if self.base_type == pg_sys::JSONBOID => json::rendered(datum),
@@ -178,7 +178,7 @@ impl<'a> Value<'a> {
         }
     }
 
-    /// Within what an event may have.
+    /// Clamped to what an event may have.
     fn number(&self) -> Option<i32> {
         let number = match (self.datum?.value() as i64, self.base_type) {
             (value, pg_sys::INT2OID) => i64::from(value as i16),
@@ -197,7 +197,7 @@ impl<'a> Value<'a> {
     }
 }
 
-/// A value of one of Postgres's own types, as it shows it.
+/// The output text of a value of a built-in type.
 fn shown<'a>(datum: pg_sys::Datum, of_type: pg_sys::Oid) -> &'a [u8] {
     let (mut output, mut is_varlena) = (pg_sys::InvalidOid, false);
     // SAFETY: a value of this type; the text lives as long as the current memory context.
@@ -207,7 +207,7 @@ fn shown<'a>(datum: pg_sys::Datum, of_type: pg_sys::Oid) -> &'a [u8] {
     }
 }
 
-/// The table is no longer what the bridge was made for.
+/// Raises the ERROR that the table no longer fits its bridge.
 fn refuse(trigger: &pg_sys::TriggerData, column: &CStr, what: &str) -> ! {
     // SAFETY: the name of an open relation.
     let table = unsafe { CStr::from_ptr((*(*trigger.tg_relation).rd_rel).relname.data.as_ptr()) };
@@ -215,13 +215,13 @@ fn refuse(trigger: &pg_sys::TriggerData, column: &CStr, what: &str) -> ! {
         ErrorReport::new(
             PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             format!(
-                "rows of \"{}\" cannot become events any more: column \"{}\" {what}",
+                "rows of \"{}\" can no longer become events: column \"{}\" {what}",
                 table.to_string_lossy(),
                 column.to_string_lossy()
             ),
             "",
         )
-        .set_detail("A bridge of outbox_relay reads this table, which was changed since.")
+        .set_detail("A bridge of outbox_relay reads this table. The table was changed after the bridge was made.")
         .set_hint("Run outbox.end_bridge(), and make the bridge again with the columns that the table has now."),
     )
 }

@@ -1,8 +1,8 @@
-//! `outbox.publish_event`, in three signatures. The documented one takes what its argument list says. The others take
-//! what a driver has typed otherwise, such as `json` or `text` for JSON, a text for max_retries, a number for subject.
-//! Those arguments are of the types `outbox.any_value`, `outbox.any_number` and `outbox.any_subject`, which are read by
-//! what is written there, or `outbox.any_time`. Where a call fits both, Postgres decides for the documented one.
-//! `outbox.refusal` says beforehand what it would refuse, and `outbox.template_stream` where an event would go.
+//! `outbox.publish_event`, in three signatures. The documented one has the types of its argument list. The others accept
+//! what drivers send instead, such as `json` or `text` for JSON, a text for max_retries or a number for subject. Those
+//! arguments are of the types `outbox.any_value`, `outbox.any_number` and `outbox.any_subject`, which are parsed from
+//! their text, or `outbox.any_time`. If a call fits several, Postgres chooses the documented one. `outbox.refusal` tells
+//! beforehand whether an event would be refused, and `outbox.template_stream` tells where it would go.
 
 use crate::publish::appending::{Tables, prepared};
 use crate::publish::binary::data_or_bytes;
@@ -21,7 +21,7 @@ use std::borrow::Cow;
 
 /// Of all signatures.
 const ARGUMENTS: usize = 12;
-/// Of `outbox.refusal`: all but the bytes.
+/// Of `outbox.refusal`, which lacks only the bytes.
 const REFUSAL_ARGUMENTS: usize = 11;
 
 crate::sql_function!(publish_event, pg_finfo_publish_event);
@@ -37,7 +37,7 @@ extern "C-unwind" fn publish_event(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::
 crate::sql_function!(publish_event_of_any_types, pg_finfo_publish_event_of_any_types);
 
 /// `outbox.publish_event(...)` with arguments of type `outbox.any_value`
-// No pg_guard: as publish_event.
+// No pg_guard, for the same reason as publish_event.
 #[unsafe(no_mangle)]
 extern "C-unwind" fn publish_event_of_any_types(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
     // SAFETY: as publish_event.
@@ -46,14 +46,14 @@ extern "C-unwind" fn publish_event_of_any_types(fcinfo: pg_sys::FunctionCallInfo
 
 crate::sql_function!(refusal, pg_finfo_refusal);
 
-/// `outbox.refusal(...)`: why the documented `publish_event` would refuse these arguments, but for an id that is used
-/// already.
-// No pg_guard: as publish_event.
+/// `outbox.refusal(...)`: why the documented `publish_event` would refuse these arguments. It does not look for a
+/// repeated id.
+// No pg_guard, for the same reason as publish_event.
 #[unsafe(no_mangle)]
 extern "C-unwind" fn refusal(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
     report::guard(|| {
         expect_arguments(fcinfo, REFUSAL_ARGUMENTS);
-        // SAFETY: called by Postgres, with the arguments of the SQL declaration; there are so many.
+        // SAFETY: called by Postgres, with the arguments of the SQL declaration, and this many.
         let refused = unsafe {
             let request = request_of_call((*fcinfo).args.as_slice(REFUSAL_ARGUMENTS));
             check(&request.without_empty()).err()
@@ -69,7 +69,7 @@ extern "C-unwind" fn refusal(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum 
 crate::sql_function!(template_stream, pg_finfo_template_stream);
 
 /// `outbox.template_stream(event_type, source, subject, backend)`
-// No pg_guard: as publish_event.
+// No pg_guard, for the same reason as publish_event.
 #[unsafe(no_mangle)]
 extern "C-unwind" fn template_stream(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
     report::guard(|| {
@@ -107,7 +107,7 @@ unsafe fn publish(
 ) -> pg_sys::Datum {
     let (rows, relations) = report::guard(|| {
         expect_arguments(fcinfo, ARGUMENTS);
-        // SAFETY: the caller's promise; there are so many.
+        // SAFETY: the caller's promise; there are this many arguments.
         let request = unsafe { request_of((*fcinfo).args.as_slice(ARGUMENTS)) };
         let relations = catalog::expect_relations();
         (prepared(&request.without_empty().traced(), &relations), relations)
@@ -117,7 +117,7 @@ unsafe fn publish(
         let mut tables = Tables::default();
         let inserted = tables.insert(&relations, &rows);
         tables.close();
-        // A trigger of somebody may leave a row out, as in an INSERT that inserts none.
+        // A user's trigger may leave the row out, as for an INSERT that then inserts nothing.
         (*fcinfo).isnull = !inserted;
         if inserted {
             rows.first.values[attribute::EVENT_ID - 1]
@@ -157,7 +157,7 @@ unsafe fn request_of_any_call(arguments: &Arguments) -> Request<'_> {
     unsafe {
         let written = |index: usize| get(index).map(|d| text_of(bytes_of(d)));
         let json = |text: &[u8]| Cow::Borrowed(json::rendered(json::parsed(text)));
-        // What binary_data() has made stays as it is.
+        // The result of binary_data() is stored unchanged.
         let data = written(2).map(|text| match is_marked(text) {
             true => Cow::Borrowed(text),
             false => json(text),
@@ -172,7 +172,7 @@ unsafe fn request_of_any_call(arguments: &Arguments) -> Request<'_> {
     }
 }
 
-/// What all signatures have alike.
+/// The part that all signatures share.
 ///
 /// # Safety
 /// Arguments 0, 1, 3, 4, 8, 9 have the form of text, 5 that of timestamptz.
@@ -192,9 +192,9 @@ unsafe fn request_of_texts(arguments: &Arguments) -> Request<'_> {
     }
 }
 
-/// What is written must be text: a bytea that was given as an any_value can be anything.
+/// The bytes as text. They are verified, because a bytea that was passed as an any_value can hold anything.
 fn text_of(bytes: &[u8]) -> &[u8] {
-    // SAFETY: reads the bytes; an ERROR if they are no text in the database's encoding.
+    // SAFETY: reads the bytes; raises an ERROR if they are not valid text in the database's encoding.
     unsafe { pg_sys::pg_verifymbstr(bytes.as_ptr().cast(), bytes.len() as i32, false) };
     bytes
 }

@@ -1,5 +1,5 @@
-//! Where an event goes: to the backend that it names; otherwise as the routes say, to one or several; without a route
-//! that it matches, to the default backend. Each of them must allow it.
+//! Where an event goes: to the backend that it names; otherwise where the routes send it, to one backend or several;
+//! and if no route matches, to the default backend. Each destination must allow the event.
 
 use crate::publish::error::PublishError;
 use crate::publish::placing::{self, Addressed};
@@ -14,30 +14,30 @@ use relay::event::stream_name::StreamName;
 use std::borrow::Cow;
 use std::rc::Rc;
 
-/// Rows that one event may become. More would be a mistake in the routes.
+/// The most rows that one event may become. More would be a mistake in the routes.
 const MOST_DESTINATIONS: usize = 1_000;
 
 /// A stream of a backend that an event goes to.
 pub(super) struct Destination {
     pub backend: String,
     pub backend_number: i32,
-    /// What the row names instead of what the event names: by a route, or by the backend's template.
+    /// The stream that a route or the backend's template gives, which the row stores instead of the event's own.
     pub stream: Option<String>,
 }
 
-/// Where an event goes, in the order of its rows: as a rule there is one.
+/// Where an event goes, in the order of its rows. Usually there is one destination.
 pub(super) struct Destinations {
     pub first: Destination,
     pub further: Vec<Destination>,
 }
 
-/// All refusals, in one place for all ways to publish; where the event goes, if there is none.
+/// All refusals, in one place for all ways to publish. Returns where the event goes if nothing refuses it.
 pub(super) fn check(request: &Request<'_>) -> Result<Destinations, PublishError> {
     check_itself(request)?;
     of(request)
 }
 
-/// The request with the default backend, if it names none: then it goes by no route.
+/// The request with the default backend if it names none, so that routes do not apply.
 pub(super) fn with_backend(mut request: Request<'_>) -> Request<'_> {
     if request.backend.is_none() {
         request.backend = Some(Cow::Owned(to_server(&default_backend()).into_owned()));
@@ -52,7 +52,7 @@ fn of(request: &Request<'_>) -> Result<Destinations, PublishError> {
         return one(request, name, known);
     }
     let name = default_backend();
-    // It takes in invalidations, as looking at routes must.
+    // This look-up processes pending invalidations, which is also needed before routes are read.
     let known = catalog::backend(&name);
     match routes::all() {
         None => one(request, name, known),
@@ -75,13 +75,13 @@ fn one(request: &Request<'_>, backend: String, known: Option<Rc<KnownBackend>>) 
     Ok(Destinations { first, further })
 }
 
-/// `None`: no route matches.
+/// Where the routes send an event. `None`: no route matches.
 #[cold]
 fn routed(request: &Request<'_>, mut routes: Rc<[Route]>) -> Result<Option<Destinations>, PublishError> {
     loop {
         let generation = catalog::generation();
         match try_routed(request, &routes) {
-            // A backend was renamed after the routes had been read.
+            // A backend was renamed after the routes were read.
             Err(PublishError::UnknownBackend(_)) if catalog::generation() != generation => match routes::all() {
                 Some(changed) => routes = changed,
                 None => return Ok(None),
@@ -117,17 +117,17 @@ fn try_routed(request: &Request<'_>, routes: &[Route]) -> Result<Option<Destinat
     Ok(Some(Destinations { first, further }))
 }
 
-/// Where a route leads an event.
+/// A destination that a route gives an event.
 struct Way {
     known: Rc<KnownBackend>,
     /// See [`Destination::stream`].
     instead: Option<String>,
-    /// The stream that it is in the end.
+    /// The name of the stream that results.
     stream: String,
 }
 
 impl PartialEq for Way {
-    /// Of the same backend: whichever way the stream has got its name.
+    /// Two ways are equal if backend and stream are, however the stream got its name.
     fn eq(&self, other: &Self) -> bool {
         self.stream == other.stream
     }
@@ -172,8 +172,8 @@ impl Way {
     }
 }
 
-/// The backend of a setting, whose bytes may be in the database's encoding (a session, a role or a database has it) or
-/// in that of postgresql.conf, which is UTF-8 as a rule.
+/// The backend of the setting. Its bytes may be in the database's encoding (if set in a session, for a role or for a
+/// database) or in that of postgresql.conf, which is usually UTF-8.
 fn default_backend() -> String {
     let name = guc::DEFAULT_BACKEND.get().unwrap_or_default();
     let in_file = name.to_str().ok().map(str::to_owned);

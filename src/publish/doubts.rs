@@ -1,4 +1,4 @@
-//! What is accepted, and is probably not what the application meant: a WARNING, once in a session.
+//! Events that are accepted but are probably not what the application meant: a WARNING, once in a session.
 
 use crate::publish::request::{Request, decoded};
 use crate::server::report;
@@ -16,7 +16,7 @@ struct Said {
     source: bool,
 }
 
-/// Looks at an event that is published.
+/// Looks for such a doubt in an event that is published.
 pub(super) fn say(request: &Request<'_>) {
     let said = SAID.get();
     if !said.encoded_twice
@@ -32,8 +32,8 @@ pub(super) fn say(request: &Request<'_>) {
         });
         warn(
             "data is a JSON string that holds JSON",
-            "It was probably encoded twice: by the application, and by its driver. Consumers get a string.",
-            "Pass the object itself, or its text as text. This is said once in a session.",
+            "It was probably encoded twice, by the application and by its driver. Consumers get a string.",
+            "Pass the object itself, or its text as text. This warning appears once in a session.",
         );
     }
     if !said.source
@@ -46,7 +46,7 @@ pub(super) fn say(request: &Request<'_>) {
         warn(
             &format!("source \"{}\" is not a URI reference", decoded(source)),
             "CloudEvents asks for one: strict consumers refuse the event.",
-            "Use a name such as user-service, or a path such as /shop/orders. This is said once in a session.",
+            "Use a name such as user-service, or a path such as /shop/orders. This warning appears once in a session.",
         );
     }
 }

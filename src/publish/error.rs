@@ -1,4 +1,4 @@
-//! Why an event is refused, as SQLSTATE and words.
+//! The reasons for refusing an event, with SQLSTATE and message.
 
 use crate::server::encoding::Foreign;
 use crate::server::error::raise;
@@ -16,7 +16,7 @@ use thiserror::Error;
 pub(super) enum PublishError {
     #[error("{0} must not be null or empty")]
     Missing(&'static str),
-    /// By a trigger of somebody: publishers who say '' mean NULL.
+    /// A user's trigger has set it: publishers who pass '' mean NULL.
     #[error("stream must not be empty")]
     EmptyStream,
     #[error("{field} is too long")]
@@ -41,7 +41,7 @@ pub(super) enum PublishError {
     LacksPartOfStream { backend: String, field: Field },
     #[error("event would go into a stream of backend \"{backend}\" with too long a name")]
     LongStream { backend: String, length: usize },
-    /// Only where a trigger was switched off, or at the server's start.
+    /// Possible only where a trigger was switched off, or with the settings at the server's start.
     #[error("stream_name of backend \"{backend}\" {fault}")]
     UnusableStreamName { backend: String, fault: Fault },
     #[error("permission denied to publish to backend \"{backend}\"")]
@@ -77,7 +77,7 @@ pub(super) enum PublishError {
 }
 
 impl PublishError {
-    /// The same of a backend that a route has chosen.
+    /// The same refusal, for a backend that a route has chosen.
     pub(super) fn by_route(self, route: &Route) -> Self {
         match self {
             Self::UnknownBackend(_) => self,
@@ -102,7 +102,7 @@ impl PublishError {
             Self::Changed => ERRCODE_TRIGGERED_DATA_CHANGE_VIOLATION,
             Self::Foreign { text, .. } => text.code(),
             Self::Config(ConfigError::TooManyDigits) => ERRCODE_PROGRAM_LIMIT_EXCEEDED,
-            // As jsonb says it.
+            // The SQLSTATE that jsonb uses for this.
             Self::Config(ConfigError::OutOfRange(_)) => ERRCODE_NUMERIC_VALUE_OUT_OF_RANGE,
             Self::Missing(_)
             | Self::EmptyStream
@@ -127,15 +127,15 @@ impl PublishError {
             Self::TooLong { length, limit, .. } => format!("It has {length} characters; at most {limit} are allowed."),
             Self::NegativeRetries(n) | Self::BadRetries(n) => format!("It is {n}."),
             Self::ManyRetries(n) => format!("It is {n}; at most {MOST_ATTEMPTS} are allowed."),
-            Self::EndlessSchedule => "An event scheduled for infinity would never be sent.".into(),
+            Self::EndlessSchedule => "An event that is scheduled for infinity would never be sent.".into(),
             Self::UnknownBackend(_) => "Backends are the rows of outbox.backends.".into(),
             Self::StreamNotAllowed { stream, .. } if stream.starts_with(known_backends::RESERVED) => {
                 format!(
-                    "Names that begin with {} are kept for guards.",
+                    "Names that begin with {} are reserved for guards.",
                     known_backends::RESERVED
                 )
             }
-            Self::StreamNotAllowed { .. } => "None of the backend's allowed_streams matches.".into(),
+            Self::StreamNotAllowed { .. } => "No pattern in the backend's allowed_streams matches.".into(),
             Self::LacksPartOfStream { field, .. } => {
                 format!("The backend's stream_name is a template with the placeholder {{{field}}}.")
             }
@@ -149,7 +149,7 @@ impl PublishError {
                 format!("The current role may publish to these backends: {allowed}.")
             }
             Self::StreamBeyondLimit { allowed, .. } => {
-                format!("There, the current role may publish into these streams: {allowed}.")
+                format!("The current role may publish to these streams of that backend: {allowed}.")
             }
             Self::ByRoute {
                 route,
@@ -171,7 +171,7 @@ impl PublishError {
             Self::Config(_) => "Its keys and values become further fields of the stream entry.".into(),
             Self::TwoPayloads(_) => "An event has one payload: JSON, or bytes.".into(),
             Self::TooLarge { size, limit } => format!("It has {size} bytes; at most {limit} are allowed."),
-            Self::Changed => "The relay goes by seq, xid, backend_number and event_id of each row.".into(),
+            Self::Changed => "The relay relies on seq, xid, backend_number and event_id of each row.".into(),
             Self::Foreign { text, .. } => text.detail(),
             Self::NotAnArray => "Each object has the keys of outbox.publish_event.".into(),
             Self::BadItem { index, .. } => format!("It is element {index} of the array, counted from 0."),
@@ -184,7 +184,7 @@ impl PublishError {
             Self::EmptyStream => "Pass a name, or NULL for the backend's own stream.",
             Self::TooLong { .. } => "Put longer texts into data.",
             Self::NegativeRetries(_) | Self::ManyRetries(_) | Self::BadRetries(_) => {
-                "Pass the number of attempts in all, or NULL for outbox_relay.max_retries."
+                "Pass the total number of attempts, or NULL for outbox_relay.max_retries."
             }
             Self::EndlessSchedule => "Pass a time, or NULL to send at once.",
             Self::UnknownBackend(_) => "Check the name, or outbox_relay.default_backend if none was given.",
@@ -203,15 +203,15 @@ impl PublishError {
                 "Ask the administrator to allow more with outbox.grant_publisher()."
             }
             Self::ByRoute { error, .. } => error.hint(),
-            Self::TooManyRoutes { .. } => "Ask the administrator to make the patterns of outbox.routes narrower.",
+            Self::TooManyRoutes { .. } => "Ask the administrator to narrow the patterns in outbox.routes.",
             Self::Config(ConfigError::OutOfRange(_) | ConfigError::TooManyDigits) => "Pass it as a string.",
             Self::Config(_) => "Pass a flat JSON object such as {\"priority\": 1}.",
-            Self::TwoPayloads(_) => "Leave one of them out, or NULL.",
+            Self::TwoPayloads(_) => "Omit one of them, or pass NULL for it.",
             Self::TooLarge { .. } => {
                 "Put large payloads elsewhere and publish a reference, or raise outbox_relay.max_event_size."
             }
             Self::Changed => {
-                "Change these columns in no trigger; to replace an event, return NULL and publish another."
+                "Do not change these columns in a trigger. To replace an event, return NULL and publish another one."
             }
             Self::Foreign { .. } => "Events are sent as UTF-8. Replace the character, or pass bytes as data_bytes.",
             Self::NotAnArray => "Pass for example [{\"event_type\": \"user.created\", \"source\": \"user-service\"}].",
@@ -222,7 +222,7 @@ impl PublishError {
         }
     }
 
-    /// What is wrong and why, without the hint.
+    /// Message and DETAIL without the HINT.
     pub(super) fn in_one_line(&self) -> String {
         format!("{self}. {}", self.detail())
     }

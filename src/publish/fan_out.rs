@@ -1,8 +1,8 @@
-//! The further rows of an event that a plain INSERT or COPY brings, if routes send it to several streams.
+//! The further rows of an event that a plain INSERT or COPY publishes, if routes send it to several streams.
 //!
-//! `complete_event` makes the first row of them, and draws the numbers of all, so that they stand in the streams where
-//! the statement had them. The others are inserted once the first is there, since a trigger or ON CONFLICT may still
-//! leave it out: when the statement's next row comes, or at its end.
+//! `complete_event` makes the first of these rows and draws the numbers of all, so that the events keep the order of
+//! the statement in each stream. A trigger or ON CONFLICT may still leave the first row out. The others are therefore
+//! inserted only when the first is there: when the statement's next row comes, or at its end.
 
 use crate::publish::appending::{Branches, Prepared, Tables};
 use crate::publish::destinations::Destination;
@@ -19,13 +19,13 @@ use pgrx::{PgSqlErrorCode, pg_sys};
 use std::cell::RefCell;
 
 thread_local! {
-    /// The events whose first row may not be there yet: one for each statement that is under way, and those of
-    /// statements that have failed.
+    /// The events whose first row may not be there yet: at most one for each statement that is running, and those of
+    /// statements that failed.
     static PENDING: RefCell<Vec<Pending>> = const { RefCell::new(Vec::new()) };
 }
 
 struct Pending {
-    /// How deep in triggers its statement is: one within another statement's trigger is deeper.
+    /// How many triggers deep the event's statement runs. A statement within another's trigger is deeper.
     depth: i32,
     is_scheduled: bool,
     key: RowKey,
@@ -34,7 +34,7 @@ struct Pending {
     further: Vec<(i64, Destination)>,
 }
 
-/// Takes note of the further rows of an event whose first row is about to be inserted.
+/// Notes the further rows of an event whose first row is about to be inserted.
 pub(super) fn note(is_scheduled: bool, key: RowKey, named: Option<&[u8]>, further: Vec<(i64, Destination)>) {
     let pending = Pending {
         depth: depth(),
@@ -46,7 +46,7 @@ pub(super) fn note(is_scheduled: bool, key: RowKey, named: Option<&[u8]>, furthe
     PENDING.with_borrow_mut(|all| all.push(pending));
 }
 
-/// An ERROR unless the trigger is there that inserts the further rows: they would be lost.
+/// Raises an ERROR if the trigger that inserts the further rows is missing: they would be lost.
 ///
 /// # Safety
 /// An open relation.
@@ -72,18 +72,18 @@ pub(super) unsafe fn expect_trigger_on(relation: pg_sys::Relation) {
                 "",
             )
             .set_detail("It inserts the further rows of an event that routes send to several streams.")
-            .set_hint("The worker mends it. If it cannot, the server's log says why."),
+            .set_hint("The worker repairs it. If it cannot, the server's log has the reason."),
         );
     }
 }
 
-/// How many triggers are running, the one that calls this among them.
+/// How many triggers are running, including the one that calls this.
 fn depth() -> i32 {
     // SAFETY: a plain call.
     unsafe { pgrx::direct_function_call::<i32>(pg_sys::pg_trigger_depth, &[]) }.unwrap_or_default()
 }
 
-/// Inserts the further rows of the events whose first row has come before, in the statement whose trigger calls this.
+/// Inserts the further rows of events whose first row was inserted earlier, by the statement whose trigger calls this.
 ///
 /// # Safety
 /// Within a trigger; no frame up to Postgres's holds anything that needs to be dropped.
@@ -101,8 +101,8 @@ pub(super) unsafe fn insert_pending() {
     }
 }
 
-/// The next event whose first row is there. Those whose first row was left out, or has gone with a subtransaction, are
-/// forgotten.
+/// The next event whose first row is there. An event is dropped from the list if its first row was left out or was
+/// rolled back with a subtransaction.
 fn next() -> Option<(Relations, Prepared)> {
     let depth = depth();
     loop {

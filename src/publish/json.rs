@@ -1,9 +1,9 @@
-//! JSON as publishers give it. Whatever its type was, what jsonb refuses is refused.
+//! JSON from publishers. Whatever type it was passed as, what jsonb would refuse is refused.
 
 use pgrx::pg_sys;
 use std::ffi::{CStr, CString};
 
-/// Longer runs of digits may be no number of Postgres's.
+/// A longer run of digits may be too large for Postgres's numeric.
 const MOST_DIGITS: usize = 1_000;
 
 /// The text of a jsonb, as `::text` shows it.
@@ -20,8 +20,8 @@ pub(super) unsafe fn rendered<'a>(datum: pg_sys::Datum) -> &'a [u8] {
     }
 }
 
-/// A JSON text as jsonb, in the current memory context, with the errors of jsonb. The text is valid in the database's
-/// encoding.
+/// A JSON text as jsonb, in the current memory context. Raises the errors of jsonb. The text must be valid in the
+/// database's encoding.
 pub(super) fn parsed(text: &[u8]) -> pg_sys::Datum {
     let text = CString::new(text).unwrap_or_default();
     let arguments = [Some(pg_sys::Datum::from(text.as_ptr()))];
@@ -30,8 +30,8 @@ pub(super) fn parsed(text: &[u8]) -> pg_sys::Datum {
     jsonb.unwrap_or(pg_sys::Datum::from(0))
 }
 
-/// An ERROR of jsonb if a value of type json is none of type jsonb: json takes escapes that stand for no text, and
-/// numbers of any size.
+/// Raises the ERROR of jsonb if a value of type json is not valid as jsonb: json accepts escapes that encode no text,
+/// and numbers of any size.
 pub(super) fn expect_jsonb(text: &[u8]) {
     if may_be_none(text) {
         parsed(text);
@@ -54,7 +54,7 @@ fn may_be_none(text: &[u8]) -> bool {
     false
 }
 
-/// Whether it is JSON's null.
+/// Whether the text is JSON null.
 pub(super) fn is_null(text: &[u8]) -> bool {
     text.trim_ascii() == b"null"
 }

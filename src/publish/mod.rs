@@ -4,21 +4,23 @@
 //! - [`call`] `publish_event`, in all signatures
 //! - [`array`] `publish_events`
 //! - [`trigger`] plain INSERT and COPY
-//! - [`bridge`] rows of outbox tables of another make
-//! - [`request`] what a publisher asks for; [`error`] the words of all refusals
-//! - [`destinations`] where an event goes, by its backend or by routes; [`placing`] into which stream, and whether it may;
-//!   [`fan_out`] its further rows, if it goes to several streams
-//! - [`json`] JSON, however it is typed; [`binary`] payloads that are bytes
-//! - [`doubts`] what is accepted with a WARNING; [`trace`] the trace context that goes with it
-//! - [`repeated_id`] event ids that are used already
+//! - [`bridge`] rows of other products' outbox tables
+//! - [`request`] what a publisher asks for; [`error`] the messages of all refusals
+//! - [`destinations`] where an event goes, by its backend or by routes; [`placing`] which stream it goes into, and
+//!   whether that is allowed; [`fan_out`] its further rows, if it goes to several streams
+//! - [`json`] JSON in whatever type it comes; [`binary`] binary payloads
+//! - [`doubts`] what is accepted with a WARNING; [`trace`] the trace context that is added
+//! - [`repeated_id`] event ids that are already used
 //! - [`appending`] from a checked request to a row
-//! - [`returning`] RETURNING and ON CONFLICT for those who may only insert; [`on_conflict`] what ON CONFLICT (event_id)
-//!   means; [`refused_rights`] what they have no right to, in words; [`planning`] the same where the library came late
+//! - [`returning`] RETURNING and ON CONFLICT for roles that may only insert; [`on_conflict`] what ON CONFLICT
+//!   (event_id) means; [`refused_rights`] clear errors for statements that they have no right to; [`planning`] the same
+//!   in sessions that load the library late
 //!
-//! `publish_event` inserts through the table's access method and not the executor, as long as the table is as the
-//! extension made it (see `tables/insertion.rs`): it needs no rights on the table, and no plan. A plain INSERT passes
-//! the trigger `complete_event`. Both check the same things and draw the same numbers, the transaction id *before* the
-//! sequence number: the reader's bounds rely on it (see `relay::reading::snapshot::Tick`).
+//! `publish_event` inserts through the table's access method and not through the executor, as long as the table is as
+//! the extension made it (see `tables/insertion.rs`). So it needs no rights on the table and no plan. A plain INSERT
+//! goes through the trigger `complete_event`. Both make the same checks and draw the same numbers, and both draw the
+//! transaction id *before* the sequence number: the reader's bounds rely on that (see
+//! `relay::reading::snapshot::Tick`).
 
 mod appending;
 mod array;

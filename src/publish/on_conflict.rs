@@ -1,12 +1,13 @@
-//! What `ON CONFLICT (event_id)` means: that the event is there already.
+//! Gives `ON CONFLICT (event_id)` its meaning: the event is already there.
 //!
-//! Postgres looks for a unique index on just the columns that stand there. That of `outbox.events` is on (event_id,
-//! branch), because routes can give an event several rows. The row that a statement inserts is always the first, of
-//! branch 0, so the index decides about the same rows as one on event_id would. Here `branch` is added where `event_id`
-//! stands alone, before the statement is planned: then this also holds in functions and rules that were parsed long ago.
+//! Postgres looks for a unique index on exactly the columns that the clause names. The index of `outbox.events` is on
+//! (event_id, branch), because routes can give an event several rows. The row that a statement inserts is always the
+//! first, of branch 0, so this index and one on event_id alone decide alike. Where the clause names only `event_id`,
+//! this module adds `branch` before the statement is planned. So it also works in functions and rules that were parsed
+//! long ago.
 //!
-//! The hook runs for each statement that is planned, and looks at those alone that are an INSERT with ON CONFLICT. It also
-//! has their tables looked at: see [`crate::publish::refused_rights`].
+//! The hook runs for each statement that is planned, and examines only INSERTs with ON CONFLICT. It also passes the
+//! statement's tables to [`crate::publish::refused_rights`].
 
 use crate::publish::refused_rights;
 use crate::tables::catalog::has_our_name;
@@ -39,15 +40,15 @@ pub(crate) fn install() {
     }
 }
 
-// No pg_guard: an ERROR of the planner, or of another library's hook, passes; nothing here needs to be dropped.
-// SAFETY: called by Postgres alone, with a query that is its own to change.
+// No pg_guard: an ERROR of the planner or of another library's hook passes through; nothing here needs to be dropped.
+// SAFETY: only Postgres calls this, with a query that may be changed.
 unsafe extern "C-unwind" fn on_planning(
     query: *mut pg_sys::Query,
     text: *const c_char,
     options: std::ffi::c_int,
     params: pg_sys::ParamListInfo,
 ) -> *mut pg_sys::PlannedStmt {
-    // SAFETY: what Postgres gave us; statements that change something stand in the outermost WITH alone.
+    // SAFETY: Postgres passes a valid query. Statements that change data can only be in the outermost WITH.
     unsafe {
         refused_rights::expect_rights(query);
         complete(query);
@@ -72,8 +73,8 @@ unsafe extern "C-unwind" fn on_planning(
 /// # Safety
 /// A valid query, in a frame that holds nothing.
 pub(super) unsafe fn complete(query: *mut pg_sys::Query) {
-    // SAFETY: the caller's promise; relations are counted from 1 in the range table. The new nodes live as long as what
-    // the planner makes.
+    // SAFETY: the caller's promise; relations are counted from 1 in the range table. The new nodes live as long as the
+    // plan.
     unsafe {
         if (*query).commandType != pg_sys::CmdType::CMD_INSERT || (*query).onConflict.is_null() {
             return;
@@ -94,8 +95,8 @@ pub(super) unsafe fn complete(query: *mut pg_sys::Query) {
     }
 }
 
-/// Whether a relation is `outbox.events` or `outbox.scheduled_events` with a column `branch`. Looks at caches alone, and
-/// fails for nobody.
+/// Whether a relation is `outbox.events` or `outbox.scheduled_events` with a column `branch`. It reads only caches and
+/// never raises an ERROR.
 ///
 /// # Safety
 /// Within a transaction, in a frame that holds nothing.
@@ -110,7 +111,7 @@ unsafe fn is_ours(relation: pg_sys::Oid) -> bool {
     }
 }
 
-/// Whether that is all that the clause names; of whichever table.
+/// Whether the clause names `event_id` and nothing else, of any table.
 ///
 /// # Safety
 /// A list of inference elements, or null.
@@ -127,7 +128,7 @@ unsafe fn is_event_id_alone(elements: *const pg_sys::List) -> bool {
 }
 
 /// # Safety
-/// A list of nodes that has such an element.
+/// A list of nodes that has an element at this index.
 unsafe fn item(list: *const pg_sys::List, index: usize) -> *mut std::ffi::c_void {
     // SAFETY: the caller's promise.
     unsafe { (*(*list).elements.add(index)).ptr_value }

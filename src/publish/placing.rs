@@ -1,8 +1,9 @@
-//! Into which stream of its backend an event goes, and whether it may.
+//! Decides which stream of its backend an event goes into, and whether that is allowed.
 //!
-//! The order is: which backend, and perhaps which stream (the publisher says it, or a route); without a stream, the
-//! backend's own, or what its template makes of the event ([`from_template`], which serves any template); then the
-//! backend's `allowed_streams`, and the publisher's limits. These see the name that the entry will have.
+//! First the publisher or a route chooses the backend, and perhaps the stream. Without a stream, the event goes to the
+//! backend's own stream, or to the one that its template gives ([`from_template`], which serves any template). Then the
+//! backend's `allowed_streams` and the publisher's limits are checked, against the name that the entry's stream will
+//! have.
 
 use crate::publish::error::PublishError;
 use crate::server::encoding::utf8;
@@ -17,14 +18,15 @@ pub(super) struct Addressed<'a> {
     pub event_type: Option<&'a [u8]>,
     pub source: Option<&'a [u8]>,
     pub subject: Option<&'a [u8]>,
-    /// That the publisher, or a route, has named.
+    /// The stream that the publisher or a route has named.
     pub stream: Option<&'a [u8]>,
-    /// It was published before: if it names no stream, it is in its backend's own, whatever has become of that since.
+    /// It was published before: if it names no stream, it belongs to its backend's own stream, even if that has changed
+    /// since.
     pub keeps_stream: bool,
 }
 
-/// The stream that the event's row names though the event does not: what the backend's template has given. `None`: it
-/// names the event's own stream, or none at all.
+/// The stream that the row stores although the event names none: the one that the backend's template gives. `None`: the
+/// row stores the event's own stream, or none.
 pub(super) fn placed(
     event: &Addressed<'_>,
     backend: &str,
@@ -42,7 +44,7 @@ pub(super) fn placed(
     Ok(given)
 }
 
-/// An error unless the event may go there. `named`: the stream that its row names.
+/// Returns an error unless the event may go there. `named`: the stream that its row stores.
 pub(super) fn expect_allowed(
     backend: &str,
     known: &KnownBackend,
@@ -71,7 +73,7 @@ pub(super) fn expect_allowed(
     })
 }
 
-/// What the backend's template gives, if it has one.
+/// The stream that the backend's template gives, if it has one.
 pub(super) fn of_template(
     event: &Addressed<'_>,
     backend: &str,
@@ -87,7 +89,7 @@ pub(super) fn of_template(
     }
 }
 
-/// The stream that a template gives the event. `backend`: for the words of an error.
+/// The stream that a template gives the event. `backend` is for the text of an error.
 pub(super) fn from_template(template: &Template, event: &Addressed<'_>, backend: &str) -> Result<String, PublishError> {
     let event_type = event.event_type.map(decoded);
     let source = event.source.map(decoded);
@@ -105,7 +107,7 @@ pub(super) fn from_template(template: &Template, event: &Addressed<'_>, backend:
             backend: backend.to_owned(),
             field: lacking.0,
         })?;
-    // No character is shorter than a byte.
+    // A character has at least one byte, so a short enough text need not be counted.
     let length = if name.len() > NAME_LIMIT {
         name.chars().count()
     } else {

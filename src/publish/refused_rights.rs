@@ -1,9 +1,9 @@
-//! What a publisher has no right to do with `outbox.events`, refused in words: to read, to change or to delete events, as
-//! an ORM does that looks for a row before it inserts, and to fill in columns that are the trigger's.
+//! Clear errors for what a publisher may not do with `outbox.events`: read, change or delete events, as an ORM does that
+//! looks for a row before it inserts, and fill in columns that the trigger fills in.
 //!
-//! Postgres would refuse it right after, when the statement starts, and says no more than "permission denied". A
-//! statement that is prepared or defined alone is not planned, so a driver that only asks for its columns is not in the
-//! way. What a view asks for, or an expression, is left to Postgres.
+//! Postgres would refuse these a moment later, when the statement starts, but only with "permission denied". A
+//! statement that is only prepared or defined is not planned, so a driver can still ask for its columns. Rights that a
+//! view or an expression needs are left to Postgres.
 
 use crate::server::error::raise;
 use crate::server::report;
@@ -18,7 +18,7 @@ const INSERT: pg_sys::AclMode = pg_sys::ACL_INSERT as pg_sys::AclMode;
 const UPDATE: pg_sys::AclMode = pg_sys::ACL_UPDATE as pg_sys::AclMode;
 const DELETE: pg_sys::AclMode = pg_sys::ACL_DELETE as pg_sys::AclMode;
 
-/// Looks at the tables of a statement that is planned.
+/// Checks the rights on the tables of a statement that is planned.
 ///
 /// # Safety
 /// A valid query after its rewriting, in a frame that holds nothing.
@@ -46,7 +46,7 @@ pub(super) unsafe fn expect_rights(query: *const pg_sys::Query) {
                     .ptr_value
                     .cast::<pg_sys::RTEPermissionInfo>(),
             };
-            // Another user's rights are those of a view.
+            // A view is checked with another user's rights.
             if (*rights).requiredPerms == 0 || (*rights).checkAsUser != pg_sys::InvalidOid {
                 continue;
             }
@@ -65,7 +65,7 @@ pub(super) unsafe fn expect_rights(query: *const pg_sys::Query) {
     }
 }
 
-/// The same of a statement that is analysed: COPY is not planned.
+/// The same for a statement that is analysed: COPY is not planned.
 ///
 /// # Safety
 /// A valid query, in a frame that holds nothing.
@@ -102,7 +102,7 @@ fn expect_copy(table: pg_sys::Oid, copy: &pg_sys::CopyStmt) {
             Some(names) => (0..names.length as usize).for_each(|index| {
                 let name = (*names.elements.add(index)).ptr_value.cast::<pg_sys::String>();
                 match pg_sys::get_attnum(table, (*name).sval) {
-                    // Postgres says so.
+                    // Postgres reports that.
                     0 => {}
                     column => fill_in(column),
                 }
@@ -118,7 +118,7 @@ fn expect_copy(table: pg_sys::Oid, copy: &pg_sys::CopyStmt) {
     .expect();
 }
 
-/// What a statement asks of the table.
+/// The rights that a statement needs on the table.
 struct Asked {
     table: pg_sys::Oid,
     rights: pg_sys::AclMode,
@@ -126,9 +126,9 @@ struct Asked {
 }
 
 impl Asked {
-    /// An ERROR if the caller is a publisher, and has not the rights.
+    /// Raises an ERROR if the caller is a publisher without these rights.
     fn expect(&self) {
-        // Without a right to publish, Postgres's words are enough.
+        // Without a right to publish, the error of Postgres is enough.
         if !self.has_anywhere(INSERT) {
             return;
         }
@@ -139,7 +139,7 @@ impl Asked {
         }
     }
 
-    /// What the caller has no right to, and what to do instead.
+    /// The DETAIL and the HINT: what the caller may not do, and what to do instead.
     fn lacking(&self) -> Option<(String, &'static str)> {
         let lacks = |right| self.rights & right != 0 && !self.has_anywhere(right);
         if lacks(UPDATE) {
@@ -151,14 +151,14 @@ impl Asked {
         }
         if lacks(DELETE) {
             return Some((
-                "A publisher deletes no events. They go when their retention ends.".into(),
-                "Leave them to outbox_relay.published_retention.",
+                "A publisher cannot delete events. They are deleted when their retention ends.".into(),
+                "Set outbox_relay.published_retention instead.",
             ));
         }
         if lacks(SELECT) {
             return Some((
-                "A publisher adds events, and reads none.".into(),
-                "Publish without looking first: with outbox.publish_event(), or with INSERT ... ON CONFLICT (event_id) \
+                "A publisher can insert events, but not read them.".into(),
+                "Publish without reading first: with outbox.publish_event(), or with INSERT ... ON CONFLICT (event_id) \
                  DO NOTHING. outbox.published_here() shows what this transaction has published.",
             ));
         }
@@ -172,8 +172,8 @@ impl Asked {
         };
         (!others.is_empty()).then(|| {
             (
-                format!("A publisher does not fill in: {}.", others.join(", ")),
-                "Name the other columns alone, and leave these out of an ORM's model: the server fills them in.",
+                format!("A publisher cannot fill in: {}.", others.join(", ")),
+                "Name only the other columns, and leave these out of an ORM's model: the server fills them in.",
             )
         })
     }
@@ -223,7 +223,7 @@ impl Asked {
     }
 }
 
-/// In the words of Postgres, and more of them.
+/// The error of Postgres, with a DETAIL and a HINT.
 fn refuse(detail: String, hint: &'static str) -> ! {
     raise(
         ErrorReport::new(

@@ -1,5 +1,5 @@
-//! Event ids that are used already. Scheduled events have their ids in a table of their own, so that one index alone
-//! cannot tell. In whichever table the id is, the error is that of the unique index of `outbox.events`.
+//! Event ids that are already used. Scheduled events have their ids in another table, so one index alone cannot tell.
+//! Whichever table has the id, the error is that of the unique index of `outbox.events`.
 
 use crate::server::report::{self, Constraint};
 use crate::tables::catalog::{self, Relations};
@@ -9,22 +9,22 @@ use pgrx::{PgSqlErrorCode, pg_sys};
 use relay::fault::{self, Point};
 use std::ffi::CStr;
 
-/// What becomes of a row whose id, chosen by its publisher, is used already.
+/// What to do with a row whose id, chosen by its publisher, is already used.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum OnRepeat {
-    /// By one of our functions, by COPY, or by an INSERT without ON CONFLICT: a repeated id is refused.
+    /// Published by one of our functions, by COPY, or by an INSERT without ON CONFLICT: a repeated id is refused.
     Refusing,
-    /// By an INSERT with ON CONFLICT DO NOTHING: the row is left out.
+    /// Published by an INSERT with ON CONFLICT DO NOTHING: the row is left out.
     LeavingOut,
-    /// By a statement that is not known. If the id is in the same table, its index decides.
+    /// The statement is not known. If the id is in the same table, that table's index decides.
     Unknown,
 }
 
-/// What is looked for: an event, or one row of it.
+/// What to look for: an event, or one row of it.
 #[derive(Clone, Copy)]
 pub(super) enum Sought<'a> {
     Event(&'a [u8; 16]),
-    /// With its branch: what was published before may come back row by row.
+    /// A row by id and branch: events that were published before may come back row by row.
     Row(&'a [u8; 16], i16),
 }
 
@@ -35,7 +35,7 @@ impl Sought<'_> {
     }
 }
 
-/// False: the id is used already, and the row is to be left out. An ERROR if it is to be refused.
+/// False: the id is already used, and the row is to be left out. Raises an ERROR if it is to be refused.
 pub(super) fn is_new(relations: &Relations, sought: Sought<'_>, scheduled: bool, on_repeat: OnRepeat) -> bool {
     if relations.scheduled == pg_sys::InvalidOid {
         missing::table(c"scheduled_events");
@@ -53,7 +53,7 @@ pub(super) fn is_new(relations: &Relations, sought: Sought<'_>, scheduled: bool,
     let is_used = is_in(other, sought)
         || match (on_repeat, sought) {
             (OnRepeat::Unknown, Sought::Row(..)) => false,
-            // Its index refuses the first row of an event alone. Other rows may have outlived that.
+            // The index refuses only the first row of an event. Other rows may be left although the first is gone.
             (OnRepeat::Unknown, Sought::Event(id)) => is_in(own, sought) && !is_in(own, Sought::Row(id, 0)),
             (OnRepeat::Refusing | OnRepeat::LeavingOut, _) => is_in(own, sought),
         };
@@ -66,8 +66,7 @@ pub(super) fn is_new(relations: &Relations, sought: Sought<'_>, scheduled: bool,
     false
 }
 
-/// Whether a table has such a row that has committed, or is this transaction's own. By a look at the index
-/// alone as a rule.
+/// Whether a table has such a row, committed or of this transaction. Usually this reads only the index.
 fn is_in((table, index): (pg_sys::Oid, Index), sought: Sought<'_>) -> bool {
     // SAFETY: an index look-up by equality keys of the columns' types. The snapshot is a constant, which also sees
     // rows that the present command has inserted.
@@ -100,7 +99,7 @@ fn is_in((table, index): (pg_sys::Oid, Index), sought: Sought<'_>) -> bool {
     }
 }
 
-/// The index of ids. An ERROR if there is none.
+/// The index of ids. Raises an ERROR if there is none.
 pub(super) fn key_of(relations: &Relations, index: Index) -> pg_sys::Oid {
     let key = match index {
         Index::ScheduledEventId => relations.scheduled_id_key,
@@ -112,10 +111,10 @@ pub(super) fn key_of(relations: &Relations, index: Index) -> pg_sys::Oid {
     key
 }
 
-/// In the words of Postgres, which says it where two sessions use an id at the same time.
+/// With the message of Postgres's own error, which sessions get that use an id at the same time.
 fn refuse(relations: &Relations, event_id: &[u8; 16]) -> ! {
     let id = String::from_utf8_lossy(&relay::event::text::hyphenated(event_id)).into_owned();
-    // SAFETY: a catalog look-up; the name lives in the current memory context. The index is there: it was looked at.
+    // SAFETY: a catalog look-up; the name lives in the current memory context. The index exists: it has just been used.
     let index = unsafe {
         let name = pg_sys::get_rel_name(relations.events_id_key);
         if name.is_null() {
@@ -131,7 +130,7 @@ fn refuse(relations: &Relations, event_id: &[u8; 16]) -> ! {
             index.to_string_lossy()
         ),
         &format!("Key (event_id)=({id}) already exists."),
-        "If this is the same event, it need not be published again. Otherwise leave event_id out to have a new one made.",
+        "If this is the same event, do not publish it again. Otherwise omit event_id: the event then gets a new one.",
         &Constraint {
             schema: c"outbox",
             table: c"events",
@@ -140,13 +139,13 @@ fn refuse(relations: &Relations, event_id: &[u8; 16]) -> ! {
     )
 }
 
-/// How a row comes for which a trigger of this table has been called.
+/// Which kind of statement inserts the row that this table's trigger was called for.
 pub(super) fn way_of_statement(table: pg_sys::Oid) -> OnRepeat {
     // SAFETY: plain calls; the session's running portal, if any, and its plans live as long as it runs.
     unsafe {
         let depth = pgrx::direct_function_call::<i32>(pg_sys::pg_trigger_depth, &[]);
         let portal = pg_sys::ActivePortal;
-        // What a trigger or a function inserts is not the statement of the portal.
+        // A row that a trigger or a function inserts does not belong to the portal's statement.
         if depth != Some(1) || portal.is_null() {
             return OnRepeat::Unknown;
         }

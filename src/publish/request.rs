@@ -1,4 +1,4 @@
-//! What a publisher asks for, and what is refused of it, wherever it goes: in one place for all ways to publish.
+//! What a publisher asks for, and the checks that do not depend on the destination, for all ways to publish.
 
 use crate::publish::error::PublishError;
 use crate::publish::json;
@@ -12,11 +12,11 @@ use relay::event::further_fields;
 use std::borrow::Cow;
 use std::ffi::CString;
 
-/// Characters of event_type and source, as in django-broadcaster's model.
+/// Characters allowed in event_type and source, as in django-broadcaster's model.
 const NAME_LIMIT: usize = 255;
-/// Characters of a wrong number that an error shows.
+/// How many characters of an invalid number an error shows.
 const SHOWN: usize = 40;
-/// Characters of subject, stream and data_schema.
+/// Characters allowed in subject, stream and data_schema.
 const TEXT_LIMIT: usize = 1_024;
 
 /// What a publisher asks for; texts in the database's encoding.
@@ -33,14 +33,14 @@ pub(super) struct Request<'a> {
     pub stream: Option<Cow<'a, [u8]>>,
     pub data_schema: Option<Cow<'a, [u8]>>,
     pub event_id: Option<[u8; 16]>,
-    /// When another outbox took it in; otherwise now.
+    /// When another outbox took the event in; `None`: now.
     pub created_at: Option<i64>,
     /// See [`Addressed`].
     pub keeps_stream: bool,
 }
 
 impl Request<'_> {
-    /// What ORMs send for nothing is nothing: an empty text where a text need not be given, and the null of JSON for
+    /// Treats what ORMs send for an absent value as absent: an empty text where text is optional, and JSON null for
     /// further fields.
     pub(super) fn without_empty(mut self) -> Self {
         for text in [
@@ -59,13 +59,13 @@ impl Request<'_> {
         self
     }
 
-    /// With the trace context that it is published under.
+    /// With the trace context of the session.
     pub(super) fn traced(mut self) -> Self {
         self.publisher_config = trace::traced(self.publisher_config.take());
         self
     }
 
-    /// What decides its stream.
+    /// The values that decide its stream.
     pub(super) fn addressed(&self) -> Addressed<'_> {
         Addressed {
             event_type: self.event_type.as_deref(),
@@ -89,7 +89,7 @@ impl Request<'_> {
     }
 }
 
-/// What is refused wherever the event goes: see [`crate::publish::destinations::check`].
+/// The refusals that do not depend on the destination: see [`crate::publish::destinations::check`].
 pub(super) fn check_itself(request: &Request<'_>) -> Result<(), PublishError> {
     check_name("event_type", request.event_type.as_deref())?;
     check_name("source", request.source.as_deref())?;
@@ -110,7 +110,7 @@ pub(super) fn check_itself(request: &Request<'_>) -> Result<(), PublishError> {
     check_size_and_encoding(request)
 }
 
-/// An event is at most so large, and all of it can be sent: its texts have a UTF-8 form.
+/// Checks that an event is not too large and can be sent: its texts must have a UTF-8 form.
 fn check_size_and_encoding(request: &Request<'_>) -> Result<(), PublishError> {
     let texts = request.texts();
     check_size(size_of(&texts))?;
@@ -122,13 +122,13 @@ fn check_size_and_encoding(request: &Request<'_>) -> Result<(), PublishError> {
     Ok(())
 }
 
-/// The further fields are flat, and none is a field of the backend's format.
+/// Checks that the further fields are flat and that none is a field of the backend's format.
 pub(super) fn check_config(request: &Request<'_>, own_fields: &[&str]) -> Result<(), PublishError> {
     let Some(config) = request.publisher_config.as_deref() else {
         return Ok(());
     };
     let fields = further_fields(&decoded(config), own_fields)?;
-    // As jsonb, its numbers have all their digits.
+    // The size counts numbers with all their digits, as jsonb stores them.
     let sent: usize = fields.iter().map(|(key, value)| key.len() + value.len()).sum();
     check_size(size_of(&request.texts()) + sent.saturating_sub(config.len()))
 }
@@ -145,7 +145,7 @@ fn check_size(size: usize) -> Result<(), PublishError> {
     }
 }
 
-/// A number of attempts as it is written.
+/// A number of attempts from its text.
 pub(super) fn attempts(text: &[u8]) -> Result<i32, PublishError> {
     let shown = || String::from_utf8_lossy(text).chars().take(SHOWN).collect();
     let number = std::str::from_utf8(text)
@@ -160,7 +160,7 @@ pub(super) fn attempts(text: &[u8]) -> Result<i32, PublishError> {
     }
 }
 
-/// An id as it is written, with the errors of type uuid.
+/// An id from its text. Raises the errors of type uuid.
 pub(super) fn event_id(text: &[u8]) -> [u8; 16] {
     let text = CString::new(text).unwrap_or_default();
     let arguments = [Some(pg_sys::Datum::from(text.as_ptr()))];
@@ -171,7 +171,7 @@ pub(super) fn event_id(text: &[u8]) -> [u8; 16] {
     }
 }
 
-/// A time as it is written, with the errors of type timestamptz. Without a zone it is one of the session's TimeZone.
+/// A time from its text. Raises the errors of type timestamptz. Without a zone it is in the session's TimeZone.
 pub(super) fn time(text: &[u8]) -> i64 {
     let text = CString::new(text).unwrap_or_default();
     let arguments = [
@@ -198,7 +198,7 @@ fn check_name(field: &'static str, text: Option<&[u8]>) -> Result<(), PublishErr
 }
 
 fn check_length(field: &'static str, text: Option<&[u8]>, limit: usize) -> Result<(), PublishError> {
-    // No character is shorter than a byte.
+    // A character has at least one byte, so a short enough text need not be counted.
     let Some(text) = text.filter(|t| t.len() > limit) else {
         return Ok(());
     };

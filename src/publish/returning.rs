@@ -1,14 +1,14 @@
-//! RETURNING and ON CONFLICT for publishers, who may insert events and read none. ORMs write both by default.
+//! RETURNING and ON CONFLICT for publishers, who may insert events but not read them. ORMs write both by default.
 //!
-//! Postgres asks for SELECT on each column that they name, and whoever has that reads the column of all rows. Row
-//! security would limit it to the transaction's own rows, but refuses COPY. So nothing is granted: from the analysed
-//! statement, SELECT on the target table is taken off the rights that its execution asks for, where all that it can
-//! show is what the publisher gives: an INSERT into `outbox.events` that changes no row, and returns none but its own,
-//! in columns that publishers fill in. All else that the statement names is asked for as before. ON CONFLICT (event_id)
-//! tells whether an id is taken, as the error for a repeated id does.
+//! Postgres requires SELECT on each column that these clauses name, but that right would open the column in all rows.
+//! Row security could limit it to the transaction's own rows, but it refuses COPY. So no right is granted. Instead, the
+//! analysed statement loses the requirement of SELECT on the target table if the statement can show only what the
+//! publisher itself gives: an INSERT into `outbox.events` that changes no row and returns only its own rows, in columns
+//! that publishers fill in. All other rights that the statement needs are checked as before. ON CONFLICT (event_id)
+//! reveals whether an id is taken, as the error for a repeated id does.
 //!
-//! What is refused all the same is refused here in words. The hook runs for each statement that is analysed, and looks
-//! at those alone that are an INSERT with such a clause.
+//! Statements that are still refused are refused here, with a better message. The hook runs for each statement that is
+//! analysed, and examines only INSERTs with such a clause.
 
 use crate::publish::refused_rights;
 use crate::server::error::raise;
@@ -34,14 +34,14 @@ pub(crate) fn install() {
     }
 }
 
-// No pg_guard: an ERROR of another library's hook passes; nothing here needs to be dropped.
-// SAFETY: called by Postgres alone, with a query that was just made.
+// No pg_guard: an ERROR of another library's hook passes through; nothing here needs to be dropped.
+// SAFETY: only Postgres calls this, with a query that was just made.
 unsafe extern "C-unwind" fn on_analyzed(
     state: *mut pg_sys::ParseState,
     query: *mut pg_sys::Query,
     jumble: *mut pg_sys::JumbleState,
 ) {
-    // SAFETY: what Postgres gave us; statements that change something stand in the outermost WITH alone.
+    // SAFETY: Postgres passes a valid query. Statements that change data can only be in the outermost WITH.
     unsafe {
         if let Some(previous) = PREVIOUS_HOOK {
             previous(state, query, jumble);
@@ -63,7 +63,7 @@ unsafe extern "C-unwind" fn on_analyzed(
 /// Takes SELECT off what an INSERT asks for, where that shows nothing of others.
 ///
 /// # Safety
-/// A valid query, which nobody else uses yet, in a frame that holds nothing.
+/// A valid query that nobody else uses yet, in a frame that holds nothing.
 pub(super) unsafe fn permit(query: *mut pg_sys::Query) {
     // SAFETY: the caller's promise; relations are counted from 1 in the range table.
     unsafe {
@@ -100,7 +100,7 @@ pub(super) unsafe fn permit(query: *mut pg_sys::Query) {
     }
 }
 
-/// What an INSERT asks for beside inserting.
+/// Which rights an INSERT needs besides INSERT.
 struct Asked {
     table: pg_sys::Oid,
     /// Whose rights count: the caller's, or those of a view's or a rule's owner.
@@ -109,11 +109,12 @@ struct Asked {
     updates: bool,
 }
 
-/// Whether all that it asks for is what a publisher gives. An ERROR, which says so in words, if the caller is a
-/// publisher and may not have the rest.
+/// Whether it needs only what a publisher itself gives. Raises an ERROR with an explanation if the caller is a
+/// publisher and lacks the remaining rights.
 fn is_own_alone(asked: &Asked) -> bool {
     let ours = catalog::relations().is_some_and(|relations| relations.events == asked.table);
-    // With row security, Postgres checks the policies for SELECT only where it asks for that right.
+    // With row security, Postgres checks the policies for SELECT only if the statement requires SELECT, so the
+    // requirement stays.
     if !ours || has_row_security(asked.table) {
         return false;
     }
@@ -145,7 +146,7 @@ fn is_given(column: i16) -> bool {
             || (attribute::EVENT_TYPE..=attribute::MAX_RETRIES).contains(&column))
 }
 
-/// The columns that are asked for; 0 is the whole row, and those of Postgres are below it.
+/// The columns that the statement needs. 0 is the whole row; system columns are negative.
 fn columns(asked: &Asked) -> impl Iterator<Item = i16> {
     let (columns, mut member) = (asked.columns, -1);
     std::iter::from_fn(move || {
@@ -165,7 +166,7 @@ fn has_row_security(table: pg_sys::Oid) -> bool {
     }
 }
 
-/// In the words of Postgres, and more of them.
+/// With the message of Postgres's own error, and an explanation.
 fn refuse(asked: &Asked, others: &[i16]) -> ! {
     let name = |column: &i16| {
         let name = match column {
@@ -181,12 +182,12 @@ fn refuse(asked: &Asked, others: &[i16]) -> ! {
     };
     let (detail, hint) = match asked.updates {
         true => (
-            "ON CONFLICT DO UPDATE would change an event, and events are never changed.".to_owned(),
+            "ON CONFLICT DO UPDATE would change an event, but events never change.".to_owned(),
             "Use ON CONFLICT (event_id) DO NOTHING.",
         ),
         false => (
             format!(
-                "The statement returns, or looks for, what a publisher may not read: {}.",
+                "The statement reads columns that a publisher may not read: {}.",
                 others.iter().map(name).collect::<Vec<_>>().join(", ")
             ),
             "Name columns that publishers fill in, such as RETURNING event_id, or call outbox.publish_event(), which returns the id.",
@@ -204,7 +205,7 @@ fn refuse(asked: &Asked, others: &[i16]) -> ! {
 }
 
 /// # Safety
-/// A list of nodes that has such an element.
+/// A list of nodes that has an element at this index.
 unsafe fn item(list: *const pg_sys::List, index: usize) -> *mut std::ffi::c_void {
     // SAFETY: the caller's promise.
     unsafe { (*(*list).elements.add(index)).ptr_value }

@@ -1,5 +1,5 @@
-//! The trace context of the session, `outbox_relay.traceparent` and `.tracestate`, goes with the events that are published
-//! under it.
+//! Adds the trace context of the session (`outbox_relay.traceparent` and `.tracestate`) to the events that it
+//! publishes.
 
 use crate::server::guc;
 use relay::event::trace::with_trace;

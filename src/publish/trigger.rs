@@ -1,5 +1,5 @@
-//! Plain INSERT and COPY into `outbox.events` and `outbox.scheduled_events`: the trigger that checks a row as
-//! `publish_event` does, and fills in what is ours.
+//! Plain INSERT and COPY into `outbox.events` and `outbox.scheduled_events`: the trigger makes the checks of
+//! `publish_event` and fills in our columns.
 
 use crate::publish::appending::publisher;
 use crate::publish::destinations::{Destination, Destinations, check, with_backend};
@@ -34,18 +34,18 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 
 thread_local! {
-    /// Rows between `complete_event` and `confirm_event`.
+    /// Rows that `complete_event` has filled in and `confirm_event` has not seen yet.
     static COMPLETED: RefCell<Vec<RowKey>> = const { RefCell::new(Vec::new()) };
-    /// Numbers that `draw_seq` has drawn in the transaction of this id: the lowest and the highest.
+    /// The lowest and the highest number that `draw_seq` has drawn in the transaction with this id.
     static DRAWN: Cell<(u64, i64, i64)> = const { Cell::new((0, 0, 0)) };
-    /// Backends, with the subtransactions that have noted a restore for them, in the transaction of this id.
+    /// The backends for which the transaction with this id has noted a restore, with the subtransaction that noted it.
     static RESTORED: RefCell<(u64, BTreeSet<(u32, i32)>)> = const { RefCell::new((0, BTreeSet::new())) };
 }
 
 crate::sql_function!(complete_event, pg_finfo_complete_event);
 
 /// Trigger of `outbox.events` and `outbox.scheduled_events`, before each row.
-// No pg_guard: the guard that says our errors in the database's encoding.
+// No pg_guard: our own guard converts our errors to the database's encoding.
 #[unsafe(no_mangle)]
 extern "C-unwind" fn complete_event(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
     // SAFETY: within a trigger; nothing here needs to be dropped.
@@ -60,7 +60,7 @@ extern "C-unwind" fn complete_event(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys:
                 true => EventTable::Scheduled,
                 false => EventTable::Events,
             };
-            // It is held as it is, or was here before.
+            // A subscription's row is held unchanged, and a row that is put back was checked before.
             if (table == EventTable::Scheduled && applied::is_worker()) || applied::puts_back() {
                 (*fcinfo).isnull = false;
                 return pg_sys::Datum::from(trigger.tg_trigtuple);
@@ -74,9 +74,9 @@ extern "C-unwind" fn complete_event(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys:
 
 crate::sql_function!(confirm_event, pg_finfo_confirm_event);
 
-/// Trigger of `outbox.events`, before each row and after all other triggers: what `complete_event` has filled in must
-/// still be there, and what others have changed since must be an event.
-// No pg_guard: as complete_event.
+/// Trigger of `outbox.events`, before each row and after all other triggers. What `complete_event` has filled in must
+/// be unchanged, and what others have changed since must still be a valid event.
+// No pg_guard, for the same reason as complete_event.
 #[unsafe(no_mangle)]
 extern "C-unwind" fn confirm_event(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
     report::guard(|| {
@@ -98,8 +98,8 @@ extern "C-unwind" fn confirm_event(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::
     })
 }
 
-/// Rows that were completed and wait to be confirmed: that of each statement within a statement, and those that a
-/// trigger left out.
+/// Most rows that wait to be confirmed: one for each statement within a statement, and rows that a trigger has left
+/// out.
 const MOST_COMPLETED: usize = 64;
 
 fn note_completed(key: RowKey) {
@@ -130,7 +130,7 @@ fn confirm(row: &Row) {
     };
     match check(&request) {
         Ok(checked) if checked.first.backend_number == key.backend_number => {}
-        // The backend's name is that of a dump, or another has changed it: the number counts.
+        // The backend's name comes from a dump, or somebody has changed it. The number decides.
         Ok(_) | Err(PublishError::UnknownBackend(_)) => {}
         Err(PublishError::Foreign { .. }) if is_copy() => {}
         Err(e) => e.raise(),
@@ -147,7 +147,7 @@ fn key_of(row: &Row) -> RowKey {
     }
 }
 
-/// What a row asks for.
+/// The request that a row makes.
 fn request_of(row: &Row) -> Request<'_> {
     // SAFETY: the attributes are of varlena types.
     let text = |attribute: usize| row.get(attribute).map(|d| unsafe { Cow::Borrowed(bytes_of(d)) });
@@ -168,7 +168,7 @@ fn request_of(row: &Row) -> Request<'_> {
     }
 }
 
-/// The row of `publish_event`, which other triggers may have seen before: it must be an event still.
+/// A row of `publish_event` that other triggers may have changed: it must still be a valid event.
 fn confirm_published(key: RowKey, row: &Row) {
     if key_of(row) != key {
         PublishError::Changed.raise();
@@ -186,7 +186,8 @@ enum EventTable {
     Scheduled,
 }
 
-/// The transaction id of a scheduled event that a dump brought when it was overdue: it is looked for before it is sent.
+/// The transaction id of a scheduled event that was overdue when a dump brought it: recovery looks for it before it is
+/// sent.
 const RESTORED_OVERDUE: u64 = 0;
 
 /// `outbox.draw_seq()`
@@ -202,16 +203,16 @@ fn draw_seq() -> i64 {
     seq
 }
 
-/// Whether a row's numbers were drawn for it by this transaction.
+/// Whether this transaction has drawn the row's numbers for it.
 fn has_numbers(row: &Row) -> bool {
     let (xid, lowest, highest) = DRAWN.get();
     let key = row.key();
-    // SAFETY: a plain read; a transaction that has drawn numbers has an id.
+    // SAFETY: a plain read. A transaction that has drawn numbers has an id.
     let current = unsafe { pg_sys::GetTopFullTransactionIdIfAny().value };
     xid != 0 && key.xid == xid && xid == current && (lowest..=highest).contains(&key.seq)
 }
 
-/// What the trigger changes of a row.
+/// What the trigger changes in a row.
 struct Changes {
     count: usize,
     columns: [i32; Self::MOST],
@@ -220,7 +221,7 @@ struct Changes {
 }
 
 impl Changes {
-    /// What is ours, and the texts that may be empty.
+    /// Our columns, and the texts that may be empty.
     const MOST: usize = 13;
 
     fn none() -> Self {
@@ -258,7 +259,7 @@ impl Changes {
     }
 }
 
-/// The row with what the trigger fills in; null: it is left out.
+/// The row with what the trigger fills in. Null: the row is left out.
 ///
 /// # Safety
 /// A row of that table, whose relation is open.
@@ -337,8 +338,8 @@ unsafe fn completed(table: EventTable, tuple: pg_sys::HeapTuple, relation: pg_sy
     unsafe { changes.made(tuple, descriptor) }
 }
 
-/// Corrects what a row must not say: no time, or an endless one; and that it is another than its event's first, unless it
-/// was published before.
+/// Corrects values that a row must not have: a missing or infinite time, and a branch other than that of its event's
+/// first row. A row that was published before may have another branch.
 fn correct(row: &Row, now: i64, again: bool, changes: &mut Changes) {
     let created_at = row.i64(attribute::CREATED_AT);
     if created_at.is_none_or(|at| at == i64::MIN || at == i64::MAX) {
@@ -349,7 +350,7 @@ fn correct(row: &Row, now: i64, again: bool, changes: &mut Changes) {
     }
 }
 
-/// Takes note of the further rows of an event, and draws their numbers.
+/// Notes the further rows of an event and draws their numbers.
 fn note_further(is_scheduled: bool, key: RowKey, row: &Row, further: Vec<Destination>) {
     let relations = catalog::expect_relations();
     let numbered = further.into_iter().map(|to| (draw_numbers(&relations).1, to));
@@ -357,8 +358,8 @@ fn note_further(is_scheduled: bool, key: RowKey, row: &Row, further: Vec<Destina
     fan_out::note(is_scheduled, key, request.stream.as_deref(), numbered.collect());
 }
 
-/// Checks what the publisher has given, and fills in where it goes. What was published before (`again`) was checked
-/// then, and has its backend.
+/// Checks what the publisher has given, and fills in where the event goes. A row that was published before (`again`)
+/// was checked then and has its backend.
 fn expect_published(row: &Row, is_scheduled: bool, again: bool, changes: &mut Changes) -> Destinations {
     let given = request_of(row);
     if !again {
@@ -369,12 +370,12 @@ fn expect_published(row: &Row, is_scheduled: bool, again: bool, changes: &mut Ch
     let had = optional(&given);
     let request = Request {
         scheduled_at: row.i64(attribute::SCHEDULED_AT).filter(|_| is_scheduled),
-        // A dump's rows, and those that are published again, have a backend's number. Imported ones have none.
+        // Rows from a dump and rows that are published again have a backend's number. Imported rows have none.
         keeps_stream: again && row.i32(attribute::BACKEND_NUMBER).is_some(),
         ..given.without_empty()
     };
     let request = match again {
-        // It goes by no route.
+        // Routes do not apply to it.
         true => with_backend(request),
         false => traced(request, changes),
     };
@@ -397,7 +398,7 @@ fn expect_published(row: &Row, is_scheduled: bool, again: bool, changes: &mut Ch
     destinations
 }
 
-/// The request with the trace context that it is published under.
+/// The request with the session's trace context.
 fn traced<'a>(request: Request<'a>, changes: &mut Changes) -> Request<'a> {
     if !guc::is_traced() {
         return request;
@@ -410,7 +411,7 @@ fn traced<'a>(request: Request<'a>, changes: &mut Changes) -> Request<'a> {
     request
 }
 
-/// Which columns that may be empty are given.
+/// Which of the optional columns are given.
 fn optional(request: &Request<'_>) -> [(usize, bool); 4] {
     [
         (attribute::SUBJECT, request.subject.is_some()),
@@ -420,8 +421,9 @@ fn optional(request: &Request<'_>) -> [(usize, bool); 4] {
     ]
 }
 
-/// Some of a dump's events may have been sent since it was taken: the worker is to look for them first. Once in a
-/// transaction, and again in a subtransaction, since the other may be rolled back alone.
+/// Notes that some of a dump's events may have been sent since it was taken, so that the worker looks for them first.
+/// This is noted once in a transaction, and again in each subtransaction, because an earlier one may be rolled back
+/// alone.
 fn note_restore(number: i32, xid: u64) {
     let key = (subtransaction(), number);
     let is_noted = RESTORED.with_borrow_mut(|(of, noted)| {
@@ -436,20 +438,20 @@ fn note_restore(number: i32, xid: u64) {
     }
 }
 
-/// As [`check`]; but a dump's rows carry a backend's number, and may come before the backend itself, or under a name
-/// that it no longer has: COPY alone can give a number, and then the number is what counts.
+/// As [`check`], but for rows from a dump. They carry a backend's number, and may come before the backend itself or
+/// under a name that it no longer has. Only COPY can give a number, and then the number decides.
 fn check_restorable(request: &Request<'_>, row: &Row) -> Destinations {
     let number = row.i32(attribute::BACKEND_NUMBER);
     match (check(request), number) {
         (Ok(checked), None) => checked,
         (Ok(checked), Some(number)) if checked.first.backend_number == number => checked,
-        // An event that cannot be sent was let in by an earlier version: it fails when its turn comes, not the restore
-        // of all others.
+        // An event that cannot be sent was accepted by an earlier version. It must fail when its turn comes, and must
+        // not stop the restore of all others.
         (Ok(_) | Err(PublishError::UnknownBackend(_) | PublishError::Foreign { .. }), Some(number)) if is_copy() => {
             // SAFETY: a text of the row, if it is there.
             let name = row.get(attribute::BACKEND).map(|d| unsafe { bytes_of(d) });
             let name = name.filter(|name| has_utf8_form(name).is_ok());
-            // SAFETY: as above.
+            // SAFETY: a text of the row.
             let backend = name.map(|name| unsafe { utf8(name) }.into_owned());
             Destinations {
                 first: Destination {

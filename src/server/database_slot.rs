@@ -1,5 +1,5 @@
-//! One database, in shared memory: what its worker is doing, and what it is to hear of. Atomics only, so that a commit
-//! can wake the worker without locks, allocation or failure.
+//! A database's slot in shared memory: what its worker is doing, and what it is to be told. It holds only atomics, so
+//! that a commit can wake the worker without locks, allocation or failure.
 
 use crate::server::clock;
 use crate::server::shared_text::SharedText;
@@ -8,16 +8,17 @@ use relay::reading::numbers::Highest;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicI64, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
 
-/// A worker that has not looked for so long needs more time than one that just has: what it needs has left the caches.
+/// A worker that has not looked for events for this long is slower than one that just has: its code and data have left
+/// the caches.
 const COLD_AFTER_MS: u64 = 10;
 
-/// Who publishes commits within so long, as a rule. Whoever takes longer is not waited for.
+/// A session that publishes usually commits within this time. The worker does not wait longer for it.
 const COMMITS_WITHIN_MS: u64 = 3;
 
-/// Who looks at consumer groups wants them to be asked about for so long.
+/// After somebody has looked at consumer groups, the worker keeps asking Redis about them for this long.
 const CONSUMERS_WANTED_FOR_MS: u64 = 60_000;
 
-/// A sign of life that is younger need not be asked for.
+/// A sign of life younger than this need not be asked for again.
 const FRESH_MS: u64 = 1_000;
 
 /// What a slot's worker is doing. Next states in brackets.
@@ -34,7 +35,7 @@ pub(crate) enum SlotState {
     Running = 3,
     /// Idle: the library and the extension's SQL have different versions. [Running, Wanted, Absent, Unserved]
     Mismatched = 4,
-    /// To be started once there is a background worker process for it. [Starting]
+    /// To be started when a background worker process is free. [Starting]
     Short = 5,
     /// It has ended several times before it was at work. [Starting]
     Failing = 6,
@@ -57,13 +58,13 @@ impl SlotState {
     }
 }
 
-/// What a worker hears of commits.
+/// What a worker is told about commits.
 #[repr(u8)]
 enum Work {
-    /// Nothing was committed: who commits events wakes the worker.
+    /// Nothing was committed. A session that commits events wakes the worker.
     None = 0,
     Some = 1,
-    /// Nothing was committed, and nobody need wake the worker: it looks in a moment anyway.
+    /// Nothing was committed, and nobody need wake the worker, because it looks again in a moment.
     Asleep = 2,
 }
 
@@ -81,27 +82,27 @@ pub(crate) struct DatabaseSlot {
     publishing: AtomicBool,
     /// Somebody has changed a backend.
     nudge: AtomicBool,
-    /// Somebody asked for an attempt now.
+    /// Somebody has asked for an attempt now.
     asked: AtomicBool,
-    /// Somebody has a question, see `questions.rs`.
+    /// Somebody has asked a question, see `questions.rs`.
     has_questions: AtomicBool,
     pid: AtomicI32,
-    /// The worker's latch, in shared memory too; null: none.
+    /// The worker's latch, also in shared memory. Null: no worker.
     latch: AtomicPtr<pg_sys::Latch>,
     /// When the worker last looked for events, see [`clock::since_boot_ms`].
     looked_at_ms: AtomicU64,
-    /// When a transaction last published its first event; 0: the worker has looked since.
+    /// When a transaction last published its first event. 0: the worker has looked since.
     published_at_ms: AtomicU64,
-    /// When the first of the commits was announced that the worker has not looked for yet, in microseconds since 1970;
-    /// 0: none was.
+    /// When the first commit was announced that the worker has not looked for yet, in microseconds since 1970. 0: no
+    /// such commit.
     committed_at_us: AtomicI64,
-    /// The highest number that an event was given, see `numbers.rs`.
+    /// The highest number that an event has got, see `numbers.rs`.
     pub numbers: Highest,
-    /// The sequence that gives them.
+    /// The sequence that the numbers come from.
     sequence: AtomicU32,
     /// When somebody last wanted to know about consumer groups, see [`clock`]; 0: never.
     consumers_wanted_at_ms: AtomicU64,
-    /// When the worker was last asked for a sign of life, and has given none since, see [`clock`]; 0: it has.
+    /// When the worker was last asked for a sign of life that it has not given yet, see [`clock`]. 0: it owes none.
     called_at_ms: AtomicU64,
     /// When the worker last began a round, see [`clock`].
     round_at_ms: AtomicU64,
@@ -141,7 +142,7 @@ impl DatabaseSlot {
         self.trouble.read()
     }
 
-    /// Events are numbered by this sequence. Whether another did before, or none.
+    /// Notes the sequence that events are numbered by. Returns whether the slot had another one or none before.
     pub(crate) fn numbered_by(&self, sequence: pg_sys::Oid) -> bool {
         self.sequence.swap(sequence.to_u32(), Ordering::AcqRel) != sequence.to_u32()
     }
@@ -150,7 +151,7 @@ impl DatabaseSlot {
         self.pid.load(Ordering::Acquire)
     }
 
-    /// The worker has come; false if there is another.
+    /// Registers the worker. False: another worker is registered.
     pub(crate) fn attach(&self, pid: i32, latch: *mut pg_sys::Latch) -> bool {
         let attached = self.pid.compare_exchange(0, pid, Ordering::AcqRel, Ordering::Acquire);
         if attached.is_ok() {
@@ -163,7 +164,7 @@ impl DatabaseSlot {
         attached.is_ok()
     }
 
-    /// The worker goes, if it is this one.
+    /// Unregisters the worker, if it is this one.
     pub(crate) fn detach(&self, pid: i32) {
         if self.pid() == pid {
             self.latch.store(ptr::null_mut(), Ordering::Release);
@@ -172,11 +173,11 @@ impl DatabaseSlot {
         }
     }
 
-    /// Events were committed. A burst is one wake: the first to raise the flag sets the latch.
+    /// Events were committed. A burst causes one wake: only the first commit, which raises the flag, sets the latch.
     pub(crate) fn announce_work(&self) {
         if self.committed_at_us.load(Ordering::Relaxed) == 0 {
             let now_us = clock::wall_us();
-            // Otherwise somebody was first.
+            // On failure another session was first.
             let _ = self
                 .committed_at_us
                 .compare_exchange(0, now_us, Ordering::AcqRel, Ordering::Relaxed);
@@ -186,7 +187,7 @@ impl DatabaseSlot {
         }
     }
 
-    /// Events are being published. A worker that has not looked for a while is woken, to be ready when they are
+    /// Events are being published. A worker that has not looked for a while is woken, so that it is ready when they are
     /// committed.
     pub(crate) fn announce_publishing(&self) {
         let now_ms = clock::since_boot_ms();
@@ -200,13 +201,13 @@ impl DatabaseSlot {
         }
     }
 
-    /// Whether somebody has begun to publish a moment ago, and is probably about to commit.
+    /// Whether a session began to publish a moment ago, and will probably commit soon.
     pub(crate) fn is_publishing(&self) -> bool {
         let published_at_ms = self.published_at_ms.load(Ordering::Relaxed);
         published_at_ms > 0 && clock::since_boot_ms().saturating_sub(published_at_ms) <= COMMITS_WITHIN_MS
     }
 
-    /// Whether that was announced. It counts as a look.
+    /// Whether publishing was announced since the last look. The call counts as a look.
     pub(crate) fn take_publishing(&self) -> bool {
         let is_publishing = self.publishing.swap(false, Ordering::SeqCst);
         if is_publishing {
@@ -215,7 +216,7 @@ impl DatabaseSlot {
         is_publishing
     }
 
-    /// The worker looks, now.
+    /// Notes that the worker looks for events now.
     fn looks(&self) {
         self.looked_at_ms.store(clock::since_boot_ms(), Ordering::Relaxed);
     }
@@ -231,7 +232,7 @@ impl DatabaseSlot {
         self.wake();
     }
 
-    /// Asks for an attempt of each backend that waits for one.
+    /// Asks for an attempt now for each backend that waits for one.
     pub(crate) fn ask(&self) {
         if !self.asked.swap(true, Ordering::SeqCst) {
             set_latch(&self.latch);
@@ -252,7 +253,7 @@ impl DatabaseSlot {
         self.has_questions.load(Ordering::Relaxed) && self.has_questions.swap(false, Ordering::SeqCst)
     }
 
-    /// Somebody wants to know about consumer groups. The worker is told if it has not asked lately.
+    /// Notes that somebody wants to know about consumer groups. Wakes the worker if it has not asked Redis lately.
     pub(crate) fn want_consumers(&self) {
         let before = self
             .consumers_wanted_at_ms
@@ -266,7 +267,7 @@ impl DatabaseSlot {
         is_lately(self.consumers_wanted_at_ms.load(Ordering::Acquire))
     }
 
-    /// Asks the worker for a sign of life, unless it has given one just now, or was asked before.
+    /// Asks the worker for a sign of life, unless it has just given one or was asked already.
     pub(crate) fn call(&self) {
         let now_ms = clock::since_boot_ms();
         if now_ms.saturating_sub(self.round_at_ms.load(Ordering::Acquire)) >= FRESH_MS
@@ -279,7 +280,7 @@ impl DatabaseSlot {
         }
     }
 
-    /// The worker begins a round, which is a sign of life.
+    /// The worker begins a round, which counts as a sign of life.
     pub(crate) fn begins_round(&self) {
         self.round_at_ms.store(clock::since_boot_ms(), Ordering::Release);
         if self.called_at_ms.load(Ordering::Acquire) != 0 {
@@ -303,7 +304,7 @@ impl DatabaseSlot {
         self.work.load(Ordering::Acquire) == Work::Some as u8
     }
 
-    /// The worker is about to sleep for a moment, and need not be woken.
+    /// The worker is about to sleep for a moment and need not be woken.
     pub(crate) fn mark_asleep(&self) {
         self.change_work(Work::None, Work::Asleep);
     }
@@ -313,14 +314,14 @@ impl DatabaseSlot {
     }
 
     fn change_work(&self, from: Work, to: Work) {
-        // Otherwise there is work meanwhile.
+        // On failure there is work by now.
         let _ = self
             .work
             .compare_exchange(from as u8, to as u8, Ordering::SeqCst, Ordering::SeqCst);
     }
 
-    /// Lowers the flag; the snapshot must be taken after, so that what is committed later raises it again. Returns when
-    /// the first commit was announced, if any was.
+    /// Lowers the flag. The snapshot must be taken after this call, so that a later commit raises the flag again.
+    /// Returns when the first commit was announced, if there was one.
     pub(crate) fn take_work(&self) -> Option<i64> {
         self.looks();
         let committed_at_us = self.committed_at_us.swap(0, Ordering::AcqRel);
@@ -355,7 +356,7 @@ impl DatabaseSlot {
     }
 }
 
-/// Whether somebody wanted to know about consumer groups at a time that still counts.
+/// Whether the last wish to know about consumer groups is recent enough.
 fn is_lately(wanted_at_ms: u64) -> bool {
     wanted_at_ms > 0 && clock::since_boot_ms().saturating_sub(wanted_at_ms) <= CONSUMERS_WANTED_FOR_MS
 }
@@ -363,8 +364,8 @@ fn is_lately(wanted_at_ms: u64) -> bool {
 pub(crate) fn set_latch(latch: &AtomicPtr<pg_sys::Latch>) {
     let latch = latch.load(Ordering::Acquire);
     if !latch.is_null() {
-        // SAFETY: a process latch lies in shared memory for the server's life. If its owner has gone, a stranger
-        // wakes for nothing. SetLatch neither allocates nor fails.
+        // SAFETY: a process latch lies in shared memory as long as the server runs. If its owner has ended, another
+        // process wakes for nothing. SetLatch neither allocates nor fails.
         unsafe { pg_sys::SetLatch(latch) };
     }
 }

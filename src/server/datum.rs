@@ -4,7 +4,7 @@ use crate::server::encoding::utf8;
 use pgrx::{pg_sys, varlena};
 use std::borrow::Cow;
 
-/// Microseconds from 1970, the epoch of Unix, to 2000, that of Postgres.
+/// Microseconds between the epoch of Unix (1970) and that of Postgres (2000).
 pub(crate) const EPOCH_SHIFT_US: i64 = 946_684_800_000_000;
 
 pub(crate) fn text_datum(text: &[u8]) -> pg_sys::Datum {
@@ -32,8 +32,8 @@ pub(crate) unsafe fn bytes_of<'a>(datum: pg_sys::Datum) -> &'a [u8] {
     }
 }
 
-/// Whether a varlena is neither compressed nor stored apart. Asked here, since each call into Postgres costs more than
-/// most values' bytes.
+/// Whether a varlena is neither compressed nor stored out of line. This is checked here because a call into Postgres
+/// costs more than reading most values.
 ///
 /// # Safety
 /// A valid varlena.
@@ -47,13 +47,13 @@ unsafe fn is_plain(value: *const pg_sys::varlena) -> bool {
     }
 }
 
-/// A varlena's text in UTF-8, whatever the database's encoding: the datum's own bytes where that is possible, otherwise
-/// a copy. An ERROR when it has no such form.
+/// A varlena's text in UTF-8, whatever the database's encoding: the datum's own bytes where possible, otherwise a copy.
+/// Raises an ERROR if the text has no UTF-8 form.
 ///
 /// # Safety
 /// The datum is a valid varlena, and stays so as long as the text is used.
 pub(crate) unsafe fn utf8_of<'a>(datum: pg_sys::Datum) -> Cow<'a, str> {
-    // SAFETY: the caller's promise; Postgres keeps only valid text in its encoding. What was expanded lies in the
+    // SAFETY: the caller's promise; Postgres stores only valid text in its encoding. An expanded value lies in the
     // current memory context: it is copied and freed.
     unsafe {
         let value: *mut pg_sys::varlena = datum.cast_mut_ptr();

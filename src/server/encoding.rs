@@ -1,4 +1,4 @@
-//! Converts between the database's encoding and UTF-8, which all our own text is in.
+//! Converts between the database's encoding and UTF-8. All our own text is UTF-8.
 
 use crate::server::error::raise;
 use once_cell::unsync::OnceCell;
@@ -8,11 +8,11 @@ use std::borrow::Cow;
 use std::ffi::CStr;
 use std::panic::AssertUnwindSafe;
 
-/// Text is converted in pieces of so many bytes where the result is not needed.
+/// Text is converted in pieces of this many bytes where the result is not needed.
 const PIECE_BYTES: usize = 8_192;
-/// Most bytes that one byte of any encoding becomes (MAX_CONVERSION_GROWTH of mb/pg_wchar.h).
+/// The most bytes that one byte of any encoding can become (MAX_CONVERSION_GROWTH in mb/pg_wchar.h).
 const GROWTH: usize = 4;
-/// Most bytes of one character in a server's encoding (MAX_UNICODE_EQUIVALENT_STRING of mb/pg_wchar.h).
+/// The most bytes of one character in a server's encoding (MAX_UNICODE_EQUIVALENT_STRING in mb/pg_wchar.h).
 const LONGEST_CHARACTER: usize = 16;
 
 /// The database's encoding, which never changes.
@@ -22,7 +22,7 @@ fn encoding() -> u32 {
     }
     // SAFETY: reads a variable of the process.
     let read = || unsafe { (pg_sys::MyDatabaseId, pg_sys::GetDatabaseEncoding() as u32) };
-    // A process without a database, and one that is about to connect to it, does not know yet.
+    // A process without a database, or one that has not yet connected to it, does not know its encoding.
     match read() {
         (pg_sys::InvalidOid, encoding) => encoding,
         (_, encoding) => ENCODING.with(|known| *known.get_or_init(|| encoding)),
@@ -34,7 +34,7 @@ fn encoding() -> u32 {
 pub(crate) enum Foreign {
     /// These bytes are not UTF-8, and the database (SQL_ASCII) does not say what encoding they are in.
     Invalid(Vec<u8>),
-    /// This character of the database's encoding is none in Unicode.
+    /// This character of the database's encoding has no equivalent in Unicode.
     Unknown(Vec<u8>),
 }
 
@@ -53,7 +53,7 @@ impl Foreign {
         };
         match self {
             Self::Invalid(bytes) => format!(
-                "Its bytes {} are no text in UTF-8, and a database in SQL_ASCII does not know in which encoding they are.",
+                "Its bytes {} are not valid UTF-8, and a database in SQL_ASCII does not know their encoding.",
                 shown(bytes)
             ),
             Self::Unknown(bytes) => format!(
@@ -74,7 +74,7 @@ fn encoding_name() -> String {
     }
 }
 
-/// Whether a text in the database's encoding has a UTF-8 form. Costs nothing in a database in UTF-8, and little for
+/// Whether a text in the database's encoding has a UTF-8 form. This costs nothing in a UTF-8 database, and little for
 /// ASCII.
 pub(crate) fn has_utf8_form(text: &[u8]) -> Result<(), Foreign> {
     match encoding() {
@@ -90,7 +90,8 @@ pub(crate) fn has_utf8_form(text: &[u8]) -> Result<(), Foreign> {
 
 fn converts_to_utf8(text: &[u8], encoding: u32) -> Result<(), Foreign> {
     let (from, to) = (encoding as i32, pg_sys::pg_enc::PG_UTF8 as i32);
-    // SAFETY: a catalog look-up in a transaction; the buffer has room for what a piece becomes at most, and its end.
+    // SAFETY: a catalog look-up in a transaction; the buffer has room for the longest result of a piece and its
+    // terminator.
     unsafe {
         let conversion = pg_sys::FindDefaultConversionProc(from, to);
         let room = PIECE_BYTES * GROWTH + 1;
@@ -125,7 +126,7 @@ fn converts_to_utf8(text: &[u8], encoding: u32) -> Result<(), Foreign> {
     }
 }
 
-/// Converts text in the database's encoding to UTF-8. An ERROR if it has no such form.
+/// Converts text in the database's encoding to UTF-8. Raises an ERROR if it has no such form.
 ///
 /// # Safety
 /// Valid text in the database's encoding.
@@ -153,7 +154,7 @@ pub(crate) unsafe fn utf8(bytes: &[u8]) -> Cow<'_, str> {
     }
 }
 
-/// Bytes that must be UTF-8: publishing refuses all others.
+/// Bytes that must be UTF-8. Publishing refuses all others.
 fn expect_utf8(bytes: &[u8]) -> Cow<'_, str> {
     match std::str::from_utf8(bytes) {
         Ok(text) => Cow::Borrowed(text),
@@ -168,9 +169,9 @@ fn expect_utf8(bytes: &[u8]) -> Cow<'_, str> {
     }
 }
 
-/// Converts text to the database's encoding. An ERROR if that lacks a character.
+/// Converts text to the database's encoding. Raises an ERROR if that lacks a character.
 pub(crate) fn to_server(text: &str) -> Cow<'_, [u8]> {
-    // SAFETY: gives the text itself, or a zero-terminated string of the current memory context, which is copied and
+    // SAFETY: returns the text itself, or a zero-terminated string of the current memory context, which is copied and
     // freed.
     unsafe {
         let given = text.as_ptr().cast();
@@ -184,8 +185,8 @@ pub(crate) fn to_server(text: &str) -> Cow<'_, [u8]> {
     }
 }
 
-/// The same for messages, also outside of a transaction: a character that the database's encoding lacks becomes a
-/// question mark.
+/// As [`to_server`], for messages, and also outside of a transaction: a character that the database's encoding lacks
+/// becomes a question mark.
 pub(crate) fn words_to_server(text: &str) -> Cow<'_, [u8]> {
     if text.is_ascii() || matches!(encoding(), pg_sys::pg_enc::PG_UTF8 | pg_sys::pg_enc::PG_SQL_ASCII) {
         return Cow::Borrowed(text.as_bytes());
@@ -203,8 +204,8 @@ pub(crate) fn words_to_server(text: &str) -> Cow<'_, [u8]> {
 fn character_to_server(character: char) -> Option<Vec<u8>> {
     PgTryBuilder::new(AssertUnwindSafe(|| {
         let mut buffer = [0u8; LONGEST_CHARACTER + 1];
-        // SAFETY: writes a zero-terminated character; an ERROR when there is none. The conversion was looked up when
-        // the process began.
+        // SAFETY: writes a zero-terminated character; raises an ERROR if there is none. The conversion was looked up
+        // when the process started.
         unsafe { pg_sys::pg_unicode_to_server(character as pg_sys::pg_wchar, buffer.as_mut_ptr()) };
         CStr::from_bytes_until_nul(&buffer)
             .ok()

@@ -1,16 +1,16 @@
-//! Raising ERRORs. Messages are in Postgres's style: primary line in lower case without a full stop; detail and hint
-//! are sentences.
+//! Raising ERRORs. Messages follow Postgres's style: the primary message in lower case without a full stop, DETAIL and
+//! HINT as sentences.
 
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{PgLogLevel, PgSqlErrorCode, pg_sys};
 
-/// Keeps pgrx from adding a Rust backtrace to the DETAIL that a user sees, wherever RUST_BACKTRACE is set. Called once,
-/// from `_PG_init`.
+/// Keeps pgrx from adding a Rust backtrace to the DETAIL that a user sees when RUST_BACKTRACE is set. `_PG_init` calls
+/// this once.
 pub(crate) fn hide_backtraces() {
     const SWITCH: &str = "RUST_LIB_BACKTRACE";
     let before = std::env::var_os(SWITCH);
-    // SAFETY: this process has one thread while it loads a library. The first capture decides for all; the variable is
-    // put back for other libraries.
+    // SAFETY: this process has one thread while it loads a library. The first capture decides for the whole process;
+    // the variable is restored for other libraries.
     unsafe {
         std::env::set_var(SWITCH, "0");
         let _ = std::backtrace::Backtrace::capture();
@@ -27,7 +27,7 @@ pub(crate) fn raise(report: ErrorReport) -> ! {
     unreachable!("an ERROR does not return")
 }
 
-/// An ERROR unless a function is called with so many arguments: somebody else's declaration of it may say otherwise.
+/// Raises an ERROR unless the function is called with this many arguments. A user may have declared it otherwise.
 pub(crate) fn expect_arguments(fcinfo: pg_sys::FunctionCallInfo, count: usize) {
     // SAFETY: Postgres calls with a valid structure.
     let given = unsafe { (*fcinfo).nargs } as usize;
@@ -38,11 +38,11 @@ pub(crate) fn expect_arguments(fcinfo: pg_sys::FunctionCallInfo, count: usize) {
     }
 }
 
-/// The arguments of a function that is declared strict. `None` if one is NULL all the same, because somebody else has
-/// declared it: then its result is NULL, too.
+/// The arguments of a function that is declared strict. `None` if one of them is NULL, because a user has declared the
+/// function without STRICT: then its result is NULL, too.
 pub(crate) fn strict_arguments<const COUNT: usize>(fcinfo: pg_sys::FunctionCallInfo) -> Option<[pg_sys::Datum; COUNT]> {
     expect_arguments(fcinfo, COUNT);
-    // SAFETY: Postgres calls with a valid structure, which has so many arguments.
+    // SAFETY: Postgres calls with a valid structure, which has this many arguments.
     unsafe {
         let arguments = (*fcinfo).args.as_slice(COUNT);
         (*fcinfo).isnull = arguments.iter().any(|argument| argument.isnull);
@@ -50,7 +50,7 @@ pub(crate) fn strict_arguments<const COUNT: usize>(fcinfo: pg_sys::FunctionCallI
     }
 }
 
-/// An internal error: something of ours is not as it must be.
+/// Raises an internal error: one of our own objects or assumptions is broken.
 pub(crate) fn internal(message: impl Into<String>) -> ! {
     raise(ErrorReport::new(
         PgSqlErrorCode::ERRCODE_INTERNAL_ERROR,

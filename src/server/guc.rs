@@ -1,5 +1,4 @@
-//! The settings, `outbox_relay.*`: names, defaults and units as users see them. Why each default has its value stands
-//! beside it.
+//! The settings, `outbox_relay.*`: names, defaults and units as users see them, and the reason for each default.
 
 use pgrx::guc::{GucContext, GucFlags, GucRegistry, GucSetting};
 use pgrx::pg_sys::AsPgCStr;
@@ -28,16 +27,16 @@ pub(crate) static RETRY_MAX_DELAY_MS: GucSetting<i32> = GucSetting::<i32>::new(6
 pub(crate) static CLEANUP_PUBLISHED: GucSetting<bool> = GucSetting::<bool>::new(true);
 pub(crate) static PUBLISHED_RETENTION_MIN: GucSetting<i32> = GucSetting::<i32>::new(7 * 24 * 60);
 pub(crate) static FAILED_RETENTION_MIN: GucSetting<i32> = GucSetting::<i32>::new(30 * 24 * 60);
-/// As long as sent events can be sent again: whoever gets one again must still know it.
+/// At least as long as sent events can be sent again: a consumer that gets one again must still recognise it.
 pub(crate) static INBOX_RETENTION_MIN: GucSetting<i32> = GucSetting::<i32>::new(7 * 24 * 60);
-/// Redis takes 512 MB, but an entry is held in memory by every party on its way.
+/// Redis allows 512 MB, but every process on the way holds an entry in memory.
 pub(crate) static MAX_EVENT_SIZE_KB: GucSetting<i32> = GucSetting::<i32>::new(1_024);
-/// Of the application's trace, for the events that are published under it.
+/// The application's trace context, for events that are published while it is set.
 pub(crate) static TRACEPARENT: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c""));
 pub(crate) static TRACESTATE: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c""));
-/// `outbox_relay.traceparent` is set.
+/// Whether `outbox_relay.traceparent` is set.
 static IS_TRACED: AtomicBool = AtomicBool::new(false);
-/// `outbox_relay.redis_stream_name` may be a template.
+/// Whether `outbox_relay.redis_stream_name` may be a template.
 static HAS_BRACES: AtomicBool = AtomicBool::new(false);
 pub(crate) static LOG_LEVEL: GucSetting<LogLevel> = GucSetting::<LogLevel>::new(LogLevel::Info);
 pub(crate) static REDIS_HOST: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c"localhost"));
@@ -50,15 +49,15 @@ pub(crate) static REDIS_MAX_LEN: GucSetting<i32> = GucSetting::<i32>::new(10_000
 pub(crate) static REDIS_CONNECT_TIMEOUT_MS: GucSetting<i32> = GucSetting::<i32>::new(5_000);
 pub(crate) static REDIS_SOCKET_TIMEOUT_MS: GucSetting<i32> = GucSetting::<i32>::new(5_000);
 
-/// Without a limit here, whoever may write `outbox.backends` decides where the server connects to.
+/// Without a limit here, a role that may write `outbox.backends` decides where the server connects.
 pub(crate) static ALLOWED_HOSTS: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c"*"));
 
 pub(crate) static SEND_AFTER: GucSetting<SendAfter> = GucSetting::<SendAfter>::new(SendAfter::LocalFlush);
 
-/// Silence of an owner proves nothing to a copy.
+/// By default a copy never takes over, because it cannot tell a silent owner from a dead one.
 pub(crate) static TAKE_OVER: GucSetting<TakeOver> = GucSetting::<TakeOver>::new(TakeOver::Standby);
 
-/// Which servers take over a backend by themselves once its owner is gone.
+/// Which servers take over a backend on their own when its owner is gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PostgresGucEnum)]
 pub(crate) enum TakeOver {
     /// A streaming standby that was promoted.
@@ -69,18 +68,18 @@ pub(crate) enum TakeOver {
     Any,
 }
 
-/// When a commit may leave the server.
+/// When a committed event may be sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PostgresGucEnum)]
 pub(crate) enum SendAfter {
-    /// It is on this server's disk.
+    /// When the commit is on this server's disk.
     #[name = c"local_flush"]
     LocalFlush,
-    /// It is on the disks of the synchronous standbys too.
+    /// When it is also on the disks of the synchronous standbys.
     #[name = c"standby_flush"]
     StandbyFlush,
 }
 
-/// The levels of Python's logging.
+/// The levels of Python's logging module.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, PostgresGucEnum)]
 pub(crate) enum LogLevel {
     #[name = c"debug"]
@@ -103,8 +102,8 @@ pub(crate) fn define() {
 
     GucRegistry::define_bool_guc(
         c"outbox_relay.enabled",
-        c"Runs the relay.",
-        c"Off stops all workers; events wait.",
+        c"Enables the relay.",
+        c"If off, all workers stop and events wait.",
         &ENABLED,
         Sighup,
         plain,
@@ -112,14 +111,14 @@ pub(crate) fn define() {
     GucRegistry::define_string_guc(
         c"outbox_relay.databases",
         c"Databases that get a worker, where the extension exists.",
-        c"A comma-separated list of names and of patterns with * and ?. Those that begin with ! take databases out: *,!test_*.",
+        c"A comma-separated list of names and of patterns with * and ?. Those that begin with ! exclude databases: *,!test_*.",
         &DATABASES,
         Sighup,
         plain,
     );
     GucRegistry::define_string_guc(
         c"outbox_relay.default_backend",
-        c"Backend of events that name none.",
+        c"Backend for events that name none.",
         c"",
         &DEFAULT_BACKEND,
         Userset,
@@ -127,7 +126,7 @@ pub(crate) fn define() {
     );
     int(
         c"outbox_relay.batch_size",
-        c"Most events in one batch.",
+        c"Maximum number of events in one batch.",
         &BATCH_SIZE,
         1,
         10_000,
@@ -136,7 +135,7 @@ pub(crate) fn define() {
     );
     int(
         c"outbox_relay.poll_interval",
-        c"Longest time between two looks for events; commits wake the worker at once.",
+        c"Maximum time between two checks for events; commits wake the worker at once.",
         &POLL_INTERVAL_MS,
         100,
         HOUR_MS,
@@ -145,7 +144,7 @@ pub(crate) fn define() {
     );
     int(
         c"outbox_relay.max_retries",
-        c"Attempts in all for an event that Redis refuses.",
+        c"Total number of attempts for an event that Redis refuses.",
         &MAX_RETRIES,
         1,
         relay::delivery::refusal::MOST_ATTEMPTS,
@@ -155,7 +154,7 @@ pub(crate) fn define() {
     GucRegistry::define_bool_guc(
         c"outbox_relay.retry_backoff",
         c"Doubles the wait after each attempt.",
-        c"Off waits retry_delay each time.",
+        c"If off, each wait is retry_delay.",
         &RETRY_BACKOFF,
         Sighup,
         plain,
@@ -171,7 +170,7 @@ pub(crate) fn define() {
     );
     int(
         c"outbox_relay.retry_max_delay",
-        c"Longest wait between two attempts.",
+        c"Maximum wait between two attempts.",
         &RETRY_MAX_DELAY_MS,
         1,
         HOUR_MS,
@@ -215,7 +214,7 @@ pub(crate) fn define() {
     );
     int(
         c"outbox_relay.max_event_size",
-        c"Largest event that is accepted, all its texts together.",
+        c"Maximum size of an event, the sum of all its texts.",
         &MAX_EVENT_SIZE_KB,
         1,
         64 * 1_024,
@@ -224,7 +223,7 @@ pub(crate) fn define() {
     );
     GucRegistry::define_enum_guc(
         c"outbox_relay.log_level",
-        c"Least level of the worker's messages that are logged.",
+        c"Minimum level of the worker's messages that are logged.",
         c"",
         &LOG_LEVEL,
         Sighup,
@@ -233,15 +232,15 @@ pub(crate) fn define() {
     GucRegistry::define_enum_guc(
         c"outbox_relay.send_after",
         c"When a committed event may be sent.",
-        c"local_flush: once it is on this server's disk; standby_flush: once it is on those of the synchronous standbys too.",
+        c"local_flush: when it is on this server's disk; standby_flush: when it is also on the disks of the synchronous standbys.",
         &SEND_AFTER,
         Sighup,
         plain,
     );
     GucRegistry::define_enum_guc(
         c"outbox_relay.take_over",
-        c"Who takes over by itself the backends of a server that is gone.",
-        c"standby: a streaming standby that was promoted. any: whoever has that server's history and sees it silent for three of its poll intervals; where a failover starts a copy of the data (shared storage, log shipping, snapshots), and clones cannot reach Redis.",
+        c"Which servers take over the backends of a lost server on their own.",
+        c"standby: a streaming standby that was promoted. any: every server that has the lost server's history and sees it silent for three of its poll intervals; use it where a failover starts a copy of the data (shared storage, log shipping, snapshots) and clones cannot reach Redis.",
         &TAKE_OVER,
         Sighup,
         plain,
@@ -250,8 +249,8 @@ pub(crate) fn define() {
     unsafe {
         GucRegistry::define_string_guc_with_hooks(
             c"outbox_relay.allowed_hosts",
-            c"Where backends may be: names (with * and ?), addresses, networks, paths of unix sockets.",
-            c"A comma-separated list, or * for anywhere.",
+            c"Hosts that backends may connect to: names (with * and ?), addresses, networks, paths of unix sockets.",
+            c"A comma-separated list, or * for all hosts.",
             &ALLOWED_HOSTS,
             Sighup,
             plain,
@@ -261,7 +260,7 @@ pub(crate) fn define() {
         );
         GucRegistry::define_string_guc_with_hooks(
             c"outbox_relay.traceparent",
-            c"Trace context (W3C) of the events that are published under it; empty: none.",
+            c"Trace context (W3C) of events that are published while it is set; empty: none.",
             c"Set it by SET LOCAL. It goes into the CloudEvent and into a field of the entry.",
             &TRACEPARENT,
             Userset,
@@ -283,7 +282,7 @@ pub(crate) fn define() {
         );
         GucRegistry::define_string_guc_with_hooks(
             c"outbox_relay.redis_stream_name",
-            c"Stream of backends that name none, or a template of streams, such as orders.{event_type}.",
+            c"Stream for backends that name none, or a template of streams, such as orders.{event_type}.",
             c"",
             &REDIS_STREAM_NAME,
             Sighup,
@@ -296,17 +295,17 @@ pub(crate) fn define() {
     for (name, about, setting) in [
         (
             c"outbox_relay.redis_host",
-            c"Host of backends that name none.",
+            c"Host for backends that name none.",
             &REDIS_HOST,
         ),
         (
             c"outbox_relay.redis_username",
-            c"User of backends that name none; empty: Redis's default user.",
+            c"User for backends that name none; empty: Redis's default user.",
             &REDIS_USERNAME,
         ),
         (
             c"outbox_relay.redis_password_file",
-            c"Password file of backends that have no password of their own; empty: none.",
+            c"Password file for backends that have no password of their own; empty: none.",
             &REDIS_PASSWORD_FILE,
         ),
     ] {
@@ -314,7 +313,7 @@ pub(crate) fn define() {
     }
     int(
         c"outbox_relay.redis_port",
-        c"Port of backends that name none.",
+        c"Port for backends that name none.",
         &REDIS_PORT,
         1,
         65_535,
@@ -323,7 +322,7 @@ pub(crate) fn define() {
     );
     int(
         c"outbox_relay.redis_db",
-        c"Database of backends that name none.",
+        c"Database for backends that name none.",
         &REDIS_DB,
         0,
         65_535,
@@ -332,7 +331,7 @@ pub(crate) fn define() {
     );
     int(
         c"outbox_relay.redis_max_len",
-        c"Approximate length of the streams of backends that name none; 0 is unlimited.",
+        c"Approximate length of streams for backends that name none; 0 is unlimited.",
         &REDIS_MAX_LEN,
         0,
         i32::MAX,
@@ -342,12 +341,12 @@ pub(crate) fn define() {
     for (name, about, setting) in [
         (
             c"outbox_relay.redis_connect_timeout",
-            c"Longest time to connect.",
+            c"Maximum time to connect.",
             &REDIS_CONNECT_TIMEOUT_MS,
         ),
         (
             c"outbox_relay.redis_socket_timeout",
-            c"Longest time to wait for a write or a reply.",
+            c"Maximum time to wait for a write or a reply.",
             &REDIS_SOCKET_TIMEOUT_MS,
         ),
     ] {
@@ -369,10 +368,10 @@ fn int(
     GucRegistry::define_int_guc(name, about, c"", setting, min, max, context, flags);
 }
 
-/// Refuses a list that cannot be parsed. At the server's start the only value to fall back to is the default, which
-/// allows all; so an unreadable list is accepted there, and allows nothing.
+/// Refuses a list that cannot be parsed. At the server's start, a refused value would be replaced by the default, which
+/// allows all hosts. So an invalid list is accepted there and allows none.
 #[pg_guard]
-// SAFETY: called by Postgres alone, with the new value.
+// SAFETY: only Postgres calls this, with the new value.
 unsafe extern "C-unwind" fn check_allowed_hosts(
     value: *mut *mut c_char,
     _extra: *mut *mut c_void,
@@ -385,20 +384,20 @@ unsafe extern "C-unwind" fn check_allowed_hosts(
     };
     // SAFETY: a plain read of the process's own variable.
     if unsafe { pg_sys::process_shared_preload_libraries_in_progress } {
-        let message = "outbox_relay.allowed_hosts cannot be read: no backend will be connected to".to_owned();
+        let message = "outbox_relay.allowed_hosts is invalid: the relay will not connect to any backend".to_owned();
         ErrorReport::new(PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE, message, "")
             .set_detail(fault)
             .report(PgLogLevel::WARNING);
         return true;
     }
-    // SAFETY: a copy that lives as long as the memory context of whoever asks, as Postgres's own texts here do.
+    // SAFETY: a copy that lives as long as the memory context of the caller, as Postgres's own texts here do.
     unsafe { pg_sys::GUC_check_errdetail_string = fault.as_str().as_pg_cstr() };
     false
 }
 
-/// Refuses what is no trace context; an empty text is none.
+/// Refuses an invalid trace context. An empty text means none.
 #[pg_guard]
-// SAFETY: called by Postgres alone, with the new value.
+// SAFETY: only Postgres calls this, with the new value.
 unsafe extern "C-unwind" fn check_traceparent(
     value: *mut *mut c_char,
     _extra: *mut *mut c_void,
@@ -408,9 +407,9 @@ unsafe extern "C-unwind" fn check_traceparent(
     unsafe { is_without_fault(*value, fault_of_traceparent) }
 }
 
-/// The same for `outbox_relay.tracestate`.
+/// The same check for `outbox_relay.tracestate`.
 #[pg_guard]
-// SAFETY: called by Postgres alone, with the new value.
+// SAFETY: only Postgres calls this, with the new value.
 unsafe extern "C-unwind" fn check_tracestate(
     value: *mut *mut c_char,
     _extra: *mut *mut c_void,
@@ -423,7 +422,7 @@ unsafe extern "C-unwind" fn check_tracestate(
 /// # Safety
 /// A zero-terminated text, or null.
 unsafe fn is_without_fault(value: *const c_char, fault: fn(&str) -> Option<&'static str>) -> bool {
-    // SAFETY: the caller's promise; the detail lives as long as the memory context of whoever asks.
+    // SAFETY: the caller's promise; the detail lives as long as the memory context of the caller.
     unsafe {
         let text = (!value.is_null()).then(|| CStr::from_ptr(value).to_string_lossy());
         let text = text.unwrap_or_default();
@@ -436,18 +435,18 @@ unsafe fn is_without_fault(value: *const c_char, fault: fn(&str) -> Option<&'sta
 }
 
 /// Remembers whether there is a trace context, so that publishing without one costs nothing.
-// No pg_guard: it does nothing that can fail.
-// SAFETY: called by Postgres alone, with the new value.
+// No pg_guard: nothing in it can fail.
+// SAFETY: only Postgres calls this, with the new value.
 unsafe extern "C-unwind" fn assign_traceparent(value: *const c_char, _extra: *mut c_void) {
     // SAFETY: a zero-terminated text, or null.
     let is_traced = unsafe { !value.is_null() && *value != 0 };
     IS_TRACED.store(is_traced, Ordering::Relaxed);
 }
 
-/// Refuses what is no template. At the server's start the only value to fall back to is the default, which is another
-/// stream; so an unusable template is accepted there, and backends that go by it are misconfigured.
+/// Refuses an invalid template. At the server's start, a refused value would be replaced by the default, which is
+/// another stream. So an unusable template is accepted there, and the backends that rely on it are misconfigured.
 #[pg_guard]
-// SAFETY: called by Postgres alone, with the new value.
+// SAFETY: only Postgres calls this, with the new value.
 unsafe extern "C-unwind" fn check_stream_name(
     value: *mut *mut c_char,
     _extra: *mut *mut c_void,
@@ -467,7 +466,7 @@ unsafe extern "C-unwind" fn check_stream_name(
             .report(PgLogLevel::WARNING);
         return true;
     }
-    // SAFETY: copies that live as long as the memory context of whoever asks, as Postgres's own texts here do.
+    // SAFETY: copies that live as long as the memory context of the caller, as Postgres's own texts here do.
     unsafe {
         pg_sys::GUC_check_errdetail_string = format!("It {fault}. {}", Fault::DETAIL).as_str().as_pg_cstr();
         pg_sys::GUC_check_errhint_string = Fault::HINT.as_pg_cstr();
@@ -475,9 +474,9 @@ unsafe extern "C-unwind" fn check_stream_name(
     false
 }
 
-/// Remembers whether it may be a template, so that publishing without one costs nothing.
-// No pg_guard: it does nothing that can fail.
-// SAFETY: called by Postgres alone, with the new value.
+/// Remembers whether the setting may be a template, so that publishing without one costs nothing.
+// No pg_guard: nothing in it can fail.
+// SAFETY: only Postgres calls this, with the new value.
 unsafe extern "C-unwind" fn assign_stream_name(value: *const c_char, _extra: *mut c_void) {
     // SAFETY: a zero-terminated text, or null.
     let text = unsafe { (!value.is_null()).then(|| CStr::from_ptr(value).to_bytes()) };
@@ -490,17 +489,17 @@ pub(crate) fn has_braces_in_stream_name() -> bool {
     HAS_BRACES.load(Ordering::Relaxed)
 }
 
-/// Whether events are published under a trace context.
+/// Whether the session has a trace context.
 pub(crate) fn is_traced() -> bool {
     IS_TRACED.load(Ordering::Relaxed)
 }
 
-/// Where the relay may connect to.
+/// The hosts that the relay may connect to.
 pub(crate) fn allowed_hosts() -> AllowedHosts {
     text(&ALLOWED_HOSTS).parse().unwrap_or_default()
 }
 
-/// A text setting; empty when unset or not UTF-8.
+/// The value of a text setting; empty when unset or not UTF-8.
 pub(crate) fn text(setting: &GucSetting<Option<CString>>) -> String {
     setting.get().and_then(|s| s.into_string().ok()).unwrap_or_default()
 }
@@ -509,7 +508,7 @@ pub(crate) fn millis(setting: &GucSetting<i32>) -> Duration {
     Duration::from_millis(setting.get().max(0) as u64)
 }
 
-/// A retention in microseconds; `None` keeps all.
+/// A retention in microseconds; `None` keeps everything.
 pub(crate) fn retention_us(setting: &GucSetting<i32>) -> Option<i64> {
     let minutes = i64::from(setting.get());
     (minutes >= 0).then_some(minutes * 60_000_000)
@@ -523,13 +522,13 @@ pub(crate) fn backoff() -> Backoff {
     }
 }
 
-/// Whether `outbox_relay.databases` names this database, and the relay is on.
+/// Whether `outbox_relay.databases` includes this database and the relay is on.
 pub(crate) fn serves(database: &str) -> bool {
     ENABLED.get() && is_listed(&text(&DATABASES), database)
 }
 
-/// Names and patterns, of which those that begin with `!` take databases out, wherever they stand. With these alone,
-/// all others are in.
+/// Whether a list of names and patterns includes a database. Items that begin with `!` exclude databases, wherever they
+/// stand in the list. A list of exclusions only includes all other databases.
 fn is_listed(list: &str, database: &str) -> bool {
     let entries = || list.split(',').map(str::trim).filter(|entry| !entry.is_empty());
     let fits = |pattern: &str| pattern == database || WildMatch::new(pattern).matches(database);

@@ -1,9 +1,9 @@
-//! What is counted of each backend, in shared memory: so that it outlives the worker, and nothing is written for it. A
-//! *meter* is the counters of one backend of one database.
+//! Counters for each backend, in shared memory, so that they outlive the worker and cost no writes. A *meter* is the
+//! counters of one backend of one database.
 //!
-//! There are [`METERS`] of them for the whole server. The backends that get none are sent to as well as the others, and
-//! what `outbox.cursors` counts is known of them too. A backend that is deleted gives its meter back; a new one of the
-//! same name has another number, and begins at zero.
+//! There are [`METERS`] of them for the whole server. Events of a backend without a meter are sent as usual, and the
+//! totals in `outbox.cursors` exist for it too. A deleted backend returns its meter; a new backend of the same name has
+//! another number and begins at zero.
 
 use crate::server::clock;
 use crate::server::unguarded;
@@ -13,22 +13,22 @@ use std::mem::size_of;
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
 
-/// Less than a megabyte.
+/// Together they take less than a megabyte.
 const METERS: usize = 2_048;
-/// Latencies are also counted by such spans, so that the latest can be told.
+/// Latencies are also counted for each span of this length, so that recent latencies can be reported.
 const SPAN_MS: u64 = 60_000;
-/// A look at what is pending is compared with one that is at least and at most so old.
+/// The number of pending events is compared with an earlier number that is at least and at most this old.
 const LEAST_TREND_MS: u64 = 1_000;
 const MOST_TREND_MS: u64 = 300_000;
-/// Looks that are closer than this are not kept.
+/// Numbers that were noted within a shorter time are not kept.
 const BETWEEN_LOOKS_MS: u64 = 10_000;
 
-/// The counters of one backend. Only its worker counts, but for [`Meter::purged`].
+/// The counters of one backend. Only the worker changes them, except [`Meter::purged`].
 #[repr(C)]
 pub(crate) struct Meter {
-    /// The database's OID, and the backend's number; 0: the meter is free.
+    /// The database's OID and the backend's number. 0: the meter is free.
     whose: AtomicU64,
-    /// Tells the extension from another that was created in the same database.
+    /// Distinguishes the extension from one that was created earlier in the same database.
     installation: AtomicU64,
     pub accepted: AtomicU64,
     pub failed: AtomicU64,
@@ -42,29 +42,29 @@ pub(crate) struct Meter {
     latency_counts: [AtomicU64; BUCKETS],
     latency_sum_us: AtomicU64,
     recent: [Span; 2],
-    /// The latest look at what is pending, and one before it.
+    /// The latest number of pending events, and an earlier one.
     looks: [Look; 2],
 }
 
-/// How many events were pending when somebody looked.
+/// How many events were pending at one time.
 #[repr(C)]
 struct Look {
-    /// 0: it was never looked at.
+    /// 0: never noted.
     at_ms: AtomicU64,
     pending: AtomicU64,
 }
 
-/// The latencies of one span of time.
+/// The latencies of one span.
 #[repr(C)]
 struct Span {
-    /// Counted from the start of the clock.
+    /// Which span this is, counted from the start of the clock.
     number: AtomicU64,
     counts: [AtomicU32; BUCKETS],
 }
 
 static METERS_BLOCK: AtomicPtr<Meter> = AtomicPtr::new(ptr::null_mut());
 
-/// How much shared memory they need.
+/// How much shared memory the meters need.
 pub(super) fn size() -> usize {
     count() * size_of::<Meter>()
 }
@@ -76,10 +76,10 @@ fn count() -> usize {
     }
 }
 
-/// Finds or makes them. Called under the lock of those who make shared memory.
+/// Finds or creates the meters. Called under the lock for creating shared memory.
 ///
 /// # Safety
-/// By Postgres's startup hook alone.
+/// Only Postgres's startup hook may call this.
 pub(super) unsafe fn attach() {
     // SAFETY: as the caller promises. Zeroes are the free state of every meter.
     unsafe {
@@ -97,7 +97,7 @@ fn all() -> &'static [Meter] {
     if first.is_null() {
         return &[];
     }
-    // SAFETY: so many lie there for as long as the server runs; all their fields are atomics.
+    // SAFETY: this many lie there for as long as the server runs; all their fields are atomics.
     unsafe { std::slice::from_raw_parts(first, count()) }
 }
 
@@ -111,8 +111,8 @@ pub(crate) fn find(database: pg_sys::Oid, number: i32) -> Option<&'static Meter>
     all().iter().find(|meter| meter.whose.load(Ordering::Acquire) == key)
 }
 
-/// The same, given to it if need be. `so_far`: what is known of events that were accepted and that have failed. For the
-/// database's worker alone.
+/// As [`find`], and assigns a meter if the backend has none. `so_far`: the known totals of accepted and of failed
+/// events. Only the database's worker may call this.
 pub(crate) fn claim(
     database: pg_sys::Oid,
     number: i32,
@@ -139,7 +139,7 @@ pub(crate) fn claim(
     Some(meter)
 }
 
-/// Gives the meters of a database back, but for those of these backends.
+/// Returns all meters of a database except those of the backends for which `kept` is true.
 pub(crate) fn keep_only(database: pg_sys::Oid, kept: impl Fn(i32) -> bool) {
     for (meter, number) in of(database) {
         if !kept(number) {
@@ -190,7 +190,7 @@ impl Meter {
         self.latency_sum_us.fetch_add(latencies.sum_us, Ordering::Relaxed);
     }
 
-    /// Somebody has found so many events pending. Returns how many more that are than at an earlier look, and how many
+    /// Notes how many events are pending. Returns by how many the number has grown since an earlier one, and how many
     /// seconds ago that was.
     pub(crate) fn note_pending(&self, pending: u64) -> Option<(i64, f64)> {
         let now_ms = clock::since_boot_ms();
@@ -221,7 +221,7 @@ impl Meter {
         }
     }
 
-    /// Those of the last one to two minutes, without their sum.
+    /// The latencies of the last one to two minutes, without their sum.
     pub(crate) fn recent_latencies(&self) -> Latencies {
         let number = clock::since_boot_ms() / SPAN_MS;
         let is_recent = |span: &&Span| span.number.load(Ordering::Relaxed) + 1 >= number;

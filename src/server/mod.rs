@@ -1,16 +1,16 @@
-//! Manners of a Postgres process. Knows nothing of events or backends.
+//! Interfaces to a Postgres process. Knows nothing of events or backends.
 //!
 //! - [`guc`] settings; [`pinned`] those that nobody may give a worker
 //! - [`shmem`], [`database_slot`], [`meters`], [`questions`], [`shared_text`] shared memory; [`txn`] after a commit: wake
 //!   the worker; [`object_access`] extension and databases come and go
 //! - [`process`] signals, waiting, transactions, the log
-//! - [`error`], [`report`] raising ERRORs and saying them; [`untouched`], [`unguarded`] ERRORs of others pass as they
-//!   are
+//! - [`error`], [`report`] raising and reporting ERRORs; [`untouched`], [`unguarded`] let other code's ERRORs pass
+//!   unchanged
 //! - [`encoding`], [`datum`] texts in the database's encoding; values as Postgres passes them
 //! - [`clock`] clocks for all processes
-//! - [`place`], [`standby`] where this server lives, and whether it was promoted
-//! - [`trigger_call`] what a trigger function was called with; [`random`], [`uuid`]; [`scoped`] a variable that has
-//!   another value for the length of a call
+//! - [`place`], [`standby`] where this server runs, and whether it was promoted
+//! - [`trigger_call`] how a trigger function was called; [`random`], [`uuid`]; [`scoped`] a variable with another value
+//!   during a call
 
 pub(crate) mod clock;
 pub(crate) mod database_slot;

@@ -1,13 +1,13 @@
 //! Notices when our extension or a database is created, changed or dropped, whatever the statement (CASCADE, OWNED BY,
 //! DROP SCHEMA).
 //!
-//! A hook on utility statements would run before a statement's rights are checked. This hook runs after. It has no
-//! guard and owns nothing, so that an ERROR in it, or in another library's hook behind it, passes through unchanged.
+//! A hook on utility statements would run before the statement's rights are checked. This hook runs after that. It has
+//! no guard and owns nothing, so that an ERROR in it, or in another library's hook after it, passes through unchanged.
 //!
 //! DROP DATABASE calls this hook before it looks for sessions that are in its way. RENAME, SET TABLESPACE and CREATE
-//! DATABASE ... TEMPLATE do not: for those, see [`crate::server::process::give_way_to_database_statements`], which is
-//! all that DROP needs, too, but for WITH (FORCE) by an owner who is no superuser, and may not end a superuser's
-//! process.
+//! DATABASE ... TEMPLATE do not: for those, see [`crate::server::process::give_way_to_database_statements`]. That would
+//! also be enough for DROP, except for WITH (FORCE) by an owner who is not a superuser: such a role may not end a
+//! superuser's process.
 
 use crate::server::shmem;
 use crate::server::txn;
@@ -16,12 +16,12 @@ use pgrx::pg_sys;
 use std::ffi::{CStr, c_int, c_void};
 use std::time::{Duration, Instant};
 
-/// How long a worker may take to leave; it needs milliseconds. Postgres itself waits this long for sessions.
+/// How long a worker may take to leave; it usually needs milliseconds. Postgres itself waits this long for sessions.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(5);
 
 static mut PREVIOUS_HOOK: pg_sys::object_access_hook_type = None;
 
-/// Called once, by the postmaster.
+/// The postmaster calls this once.
 pub(crate) fn install() {
     // SAFETY: the postmaster is single-threaded and calls this once.
     unsafe {
@@ -30,7 +30,7 @@ pub(crate) fn install() {
     }
 }
 
-// SAFETY: called by Postgres alone, within a transaction.
+// SAFETY: only Postgres calls this, within a transaction.
 unsafe extern "C-unwind" fn on_access(
     access: pg_sys::ObjectAccessType::Type,
     class: pg_sys::Oid,
@@ -45,7 +45,7 @@ unsafe extern "C-unwind" fn on_access(
             previous(access, class, object, part, argument);
         }
         match (class, access) {
-            // CREATE EXTENSION announces itself in its script: its row is not visible yet.
+            // CREATE EXTENSION announces itself in its script, because its row is not visible yet.
             (pg_sys::ExtensionRelationId, OAT_DROP | OAT_POST_ALTER) if is_ours(object) => txn::extension_changed(),
             (pg_sys::DatabaseRelationId, OAT_DROP) => {
                 make_way(object);

@@ -1,4 +1,4 @@
-//! Where this server lives, and its identifier.
+//! Where this server runs, and its identifier.
 
 use pgrx::{pg_extern, pg_sys};
 use relay::guard::place::Place;
@@ -7,10 +7,10 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::time::UNIX_EPOCH;
 
-/// `outbox.here()`: the timeline and the directory, which a promoted standby or a copy does not share.
+/// `outbox.here()`: the timeline and the directory. A promoted standby or a copy has others.
 #[pg_extern(sql = false)]
 pub(crate) fn here() -> String {
-    // SAFETY: reads what the server knows of itself; only a primary is asked for. A zero-terminated path.
+    // SAFETY: reads what the server knows of itself; only called on a primary. A zero-terminated path.
     let (timeline, directory) = unsafe {
         pg_sys::PreventCommandDuringRecovery(c"outbox.here()".as_ptr());
         (pg_sys::GetWALInsertionTimeLine(), CStr::from_ptr(pg_sys::DataDir))
@@ -24,7 +24,7 @@ pub(crate) fn system() -> String {
     unsafe { pg_sys::GetSystemIdentifier() }.to_string()
 }
 
-/// Where this server lives, see [`Place`].
+/// Where this server runs, see [`Place`].
 pub(crate) fn place() -> String {
     let read = |path: &str| fs::read_to_string(path).unwrap_or_default().trim().to_owned();
     // SAFETY: a zero-terminated path, set when the server started.
@@ -33,7 +33,7 @@ pub(crate) fn place() -> String {
     let (device, inode) = found.as_ref().map(|m| (m.dev(), m.ino())).unwrap_or_default();
     let made_at = found.and_then(|m| m.created()).ok();
     let birth_us = made_at.and_then(|at| at.duration_since(UNIX_EPOCH).ok());
-    // Zero: the file system doesn't know.
+    // Zero: the file system does not record it.
     let birth_us = birth_us.map(|at| at.as_micros() as u64).filter(|us| *us > 0);
     let boot: String = read("/proc/sys/kernel/random/boot_id").chars().take(18).collect();
     let host = read("/proc/sys/kernel/hostname");

@@ -1,4 +1,4 @@
-//! Manners of a background process: signals, waiting, and transactions that can fail without ending the process.
+//! Functions for a background process: signals, waiting, and transactions that can fail without ending the process.
 
 use crate::server::guc::{self, LogLevel};
 use crate::server::report;
@@ -11,7 +11,7 @@ use std::ffi::{CStr, CString};
 use std::panic::AssertUnwindSafe;
 use std::time::Duration;
 
-/// The same trouble is logged again after this long.
+/// A problem that persists is logged again after this long.
 pub(crate) fn repeat_log_after() -> Duration {
     match fault::is_mutated(Mutation::ShortMinutes) {
         true => Duration::from_secs(1),
@@ -45,7 +45,7 @@ unsafe extern "C-unwind" {
 }
 
 impl Aborted {
-    /// Without having tried anything.
+    /// An abort that happened before anything was tried.
     pub(crate) fn because(message: &str) -> Self {
         Self {
             message: message.to_owned(),
@@ -70,8 +70,8 @@ pub(crate) fn take_signals() {
 /// From now on SIGTERM does not end the process at once. It cancels the current transaction, whatever that waits for,
 /// and [`is_told_to_end`] returns true.
 pub(crate) fn end_with_last_words() {
-    // No pg_guard: as Postgres's own handlers, of which it is made.
-    // SAFETY: installed as a signal handler alone.
+    // No pg_guard: it consists of Postgres's own handlers, which have none.
+    // SAFETY: only installed as a signal handler.
     unsafe extern "C-unwind" fn end_soon(signal: std::ffi::c_int) {
         // SAFETY: a plain read of a flag; the handlers only set flags and the latch.
         unsafe {
@@ -90,15 +90,15 @@ pub(crate) fn end_with_last_words() {
 /// Makes the statements that need a database to themselves (DROP, RENAME and SET TABLESPACE of a database, CREATE
 /// DATABASE ... TEMPLATE) tell this process to end when it is in their way.
 ///
-/// When all their checks are done, they count who else is in the database, for up to five seconds. Meanwhile they send
-/// SIGTERM to autovacuum's workers there, which they know by a flag in shared memory, and to nobody else
-/// (`CountOtherDBBackends`). A relay's worker has the same duty to leave, so it has the same flag. Whoever connects to
-/// the database waits until the statement has ended; so does the worker that the launcher starts then, whatever became
-/// of the statement.
+/// When all their checks are done, these statements count the other processes in the database, for up to five seconds.
+/// Meanwhile they send SIGTERM to autovacuum's workers there, which they recognise by a flag in shared memory, and to
+/// nobody else (`CountOtherDBBackends`). Our worker has the same duty to leave, so it sets the same flag. New
+/// connections to the database wait until the statement has ended; so does the worker that the launcher then starts,
+/// whether or not the statement has succeeded.
 ///
 /// The flag has two more effects (Postgres 15 to 18). A session that waits for one of our locks longer than its
-/// deadlock_timeout cancels our transaction. And CREATE INDEX CONCURRENTLY does not wait for our snapshots: those that
-/// it would matter to are of rows that nobody but us deletes.
+/// deadlock_timeout cancels our transaction. And CREATE INDEX CONCURRENTLY does not wait for our snapshots. That is
+/// harmless: our snapshots need only rows that nobody else deletes.
 pub(crate) fn give_way_to_database_statements() {
     // SAFETY: the process's own entry, changed under the lock that guards it, as vacuum does. The end of a transaction
     // does not reset this flag.
@@ -113,13 +113,13 @@ pub(crate) fn give_way_to_database_statements() {
 }
 
 /// Ends this process right after Postgres's own exit callbacks, whatever the reason for its end. `exit()` would go on
-/// to run the handlers and destructors of all libraries of the process (resolver, allocator, other extensions), while
-/// sender threads still use them, and a crash there would restart the whole server. Senders are not waited for: one may
-/// be stuck in a system call, and what they have under way is in doubt whether they are told or not, which the next
-/// worker settles. Called first: the callback that was registered first runs last.
+/// to run the exit handlers and destructors of all libraries in the process (resolver, allocator, other extensions)
+/// while sender threads still use them, and a crash there would restart the whole server. The process does not wait for
+/// its senders: one may be stuck in a system call, and the next worker has to find out anyway what became of their
+/// batches. This must be called first, because the callback that is registered first runs last.
 pub(crate) fn end_without_exit_handlers() {
     // No pg_guard: it calls nothing of Postgres.
-    // SAFETY: called by Postgres alone, when all else is done.
+    // SAFETY: only Postgres calls this, when everything else is done.
     unsafe extern "C-unwind" fn end(code: i32, _argument: pg_sys::Datum) {
         // SAFETY: ends the process with its threads.
         unsafe { libc::_exit(code) };
@@ -144,7 +144,7 @@ pub(crate) fn handle_interrupts() {
     .execute();
 }
 
-/// Reads postgresql.conf again after a SIGHUP; true if it did.
+/// Reads postgresql.conf again after a SIGHUP. Returns whether it did.
 pub(crate) fn reload_if_told() -> bool {
     // SAFETY: between transactions, as Postgres's own main loops do.
     unsafe {
@@ -157,21 +157,21 @@ pub(crate) fn reload_if_told() -> bool {
     true
 }
 
-/// Accepts the order to end, so that the process can save its state first. A timeout can still interrupt that:
-/// otherwise a lock could hold up the server's shutdown.
+/// Clears the order to end, so that the process can save its state first. A timeout can still interrupt the saving;
+/// otherwise a lock could delay the server's shutdown.
 pub(crate) fn accept_end() {
     // SAFETY: the process's own flags, which its signal handlers set.
     unsafe { (pg_sys::ProcDiePending, pg_sys::QueryCancelPending) = (0, 0) };
 }
 
 thread_local! {
-    /// The wait set, made once: later there may be no file descriptor left for another.
+    /// The wait set, created once: later there may be no file descriptor left for another one.
     static WAITED_FOR: Cell<*mut pg_sys::WaitEventSet> = const { Cell::new(std::ptr::null_mut()) };
-    /// What pg_stat_activity shows as the wait event meanwhile.
+    /// The wait event that pg_stat_activity shows while the process waits.
     static WAIT_EVENT: Cell<u32> = const { Cell::new(pg_sys::PG_WAIT_EXTENSION) };
 }
 
-/// A wait event of this name; before 17, and where other extensions have used up all, it is `Extension`.
+/// A wait event of this name. Before Postgres 17, or if other extensions have used up all, it is `Extension`.
 #[cfg(any(feature = "pg15", feature = "pg16"))]
 fn wait_event(_name: &'static CStr) -> u32 {
     pg_sys::PG_WAIT_EXTENSION
@@ -184,14 +184,15 @@ fn wait_event(name: &'static CStr) -> u32 {
         unsafe { pg_sys::WaitEventExtensionNew(name.as_ptr()) }
     })
     .catch_others(|_| {
-        // SAFETY: no transaction is there whose abort would do it, and the lock on the names is all that is held.
+        // SAFETY: there is no transaction whose abort would release it, and the only lock held is the one on the names.
         unsafe { pg_sys::LWLockReleaseAll() };
         pg_sys::PG_WAIT_EXTENSION
     })
     .execute()
 }
 
-/// Prepares to wait for the latch, and a socket that is open for the process's life, as the wait event `name`. Once.
+/// Prepares to wait for the latch and for a socket that stays open as long as the process, with the wait event `name`.
+/// Called once.
 pub(crate) fn prepare_to_wait(name: &'static CStr, socket: Option<i32>) {
     WAIT_EVENT.set(wait_event(name));
     let no_socket = pg_sys::PGINVALID_SOCKET;
@@ -215,7 +216,7 @@ pub(crate) fn prepare_to_wait(name: &'static CStr, socket: Option<i32>) {
 
 /// Waits for the latch, the socket or the timeout. The death of the postmaster ends the process.
 pub(crate) fn wait(timeout: Option<Duration>) {
-    // Rounded up, or the last millisecond would be spent awake.
+    // Rounded up, because a timeout of 0 would make the loop spin during the last millisecond.
     let timeout_ms = timeout.map_or(-1, |t| t.as_micros().div_ceil(1_000).min(i32::MAX as u128) as i64);
     // SAFETY: the process's own set and latch.
     unsafe {
@@ -225,14 +226,14 @@ pub(crate) fn wait(timeout: Option<Duration>) {
     }
 }
 
-/// Sleeps for a moment without using up the process's latch.
+/// Sleeps for a moment without resetting the process's latch.
 pub(crate) fn wait_briefly(time: Duration) {
     // SAFETY: sleeps; a signal ends it sooner.
     unsafe { pg_sys::pg_usleep(time.as_micros() as i64) };
 }
 
-/// Runs `f` in a transaction of its own, with a snapshot for SPI. An ERROR or panic in it aborts the transaction and
-/// comes back as a value: the process goes on.
+/// Runs `f` in a transaction of its own, with a snapshot for SPI. An ERROR or panic in it aborts the transaction and is
+/// returned as a value: the process goes on.
 pub(crate) fn transaction<R>(f: impl FnOnce() -> R) -> Result<R, Aborted> {
     let outcome = PgTryBuilder::new(AssertUnwindSafe(|| {
         // SAFETY: between transactions; what is started here is committed here or aborted below.
@@ -252,16 +253,16 @@ pub(crate) fn transaction<R>(f: impl FnOnce() -> R) -> Result<R, Aborted> {
     .catch_others(|error| Err(aborted(&error)))
     .execute();
     if outcome.is_err() {
-        // SAFETY: leaves the failed transaction whatever state it is in.
+        // SAFETY: ends the failed transaction whatever state it is in.
         unsafe { pg_sys::AbortCurrentTransaction() };
     }
     outcome
 }
 
-/// Runs `f` in a subtransaction of the transaction at hand. An ERROR or panic in it aborts that alone, and comes back
-/// as a value.
+/// Runs `f` in a subtransaction of the current transaction. An ERROR or panic in it aborts only the subtransaction, and
+/// is returned as a value.
 pub(crate) fn attempt<R>(f: impl FnOnce() -> R) -> Result<R, Aborted> {
-    // SAFETY: within a transaction; what was current is so again, whatever happened within.
+    // SAFETY: within a transaction; memory context and resource owner are restored, whatever happened in `f`.
     unsafe {
         let (owner, context) = (pg_sys::CurrentResourceOwner, pg_sys::CurrentMemoryContext);
         pg_sys::BeginInternalSubTransaction(std::ptr::null());
@@ -294,19 +295,19 @@ fn aborted(error: &CaughtError) -> Aborted {
     }
 }
 
-/// Hands the counts of what was read and written to the statistics, as sessions do when they get idle: autovacuum of
-/// our tables goes by them. At most once a second; between transactions.
+/// Reports the counts of read and written rows to the statistics, as sessions do when they become idle: autovacuum of
+/// our tables relies on them. At most once a second; between transactions.
 pub(crate) fn report_statistics() {
-    // SAFETY: outside of a transaction; sends what has gathered, if anything, without waiting for locks.
+    // SAFETY: outside of a transaction; sends the counts, if any, without waiting for locks.
     unsafe { pg_sys::pgstat_report_stat(false) };
 }
 
 thread_local! {
-    /// pg_stat_activity shows what the process is doing.
+    /// Whether pg_stat_activity shows an activity.
     static IS_SHOWN_BUSY: Cell<bool> = const { Cell::new(false) };
 }
 
-/// What pg_stat_activity shows from now on, until [`show_idle`].
+/// Sets what pg_stat_activity shows until [`show_idle`].
 pub(crate) fn show_activity(what: &str) {
     if let Ok(text) = CString::new(what) {
         IS_SHOWN_BUSY.set(true);
@@ -315,15 +316,15 @@ pub(crate) fn show_activity(what: &str) {
     }
 }
 
-/// Nothing is done any more.
+/// Shows in pg_stat_activity that the process is idle.
 pub(crate) fn show_idle() {
     if IS_SHOWN_BUSY.replace(false) {
-        // SAFETY: no text, which is allowed.
+        // SAFETY: an empty text is allowed.
         unsafe { pg_sys::pgstat_report_activity(pg_sys::BackendState::STATE_IDLE, c"".as_ptr()) };
     }
 }
 
-/// Sets a session setting, whatever the database or role says.
+/// Sets a setting of this session that overrides those of the database and the role.
 pub(crate) fn set_option(name: &CStr, value: &CStr) {
     // SAFETY: constant names and values of existing settings.
     unsafe {
@@ -336,8 +337,8 @@ pub(crate) fn set_option(name: &CStr, value: &CStr) {
     }
 }
 
-/// Whether the whole server is being shut down, not this process alone. The postmaster writes that into its file before
-/// it signals anybody.
+/// Whether the whole server is being shut down, and not only this process. The postmaster writes this into its lock
+/// file before it signals anybody.
 pub(crate) fn is_server_stopping() -> bool {
     /// Counted from 0 (LOCK_FILE_LINE_PM_STATUS).
     const STATUS_LINE: usize = 7;

@@ -1,49 +1,49 @@
-//! Questions of sessions to the worker of their database, in shared memory: which backend to test, and what came of it.
-//! A question has one owner at a time, which its state names; the owner alone touches the text.
+//! Questions of sessions to the worker of their database, in shared memory: which backend to test, and the result. A
+//! question has one owner at a time, which its state names; only the owner accesses the text.
 
 use pgrx::pg_sys;
 use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering};
 
-/// Questions that can be open at once in the whole server.
+/// How many questions can be open at once in the whole server.
 pub(crate) const QUESTIONS: usize = 16;
-/// Between the fields of an answer.
+/// Separates the fields of an answer.
 pub(crate) const SEPARATOR: char = '\u{1f}';
-/// Bytes of an answer; what is longer is cut.
+/// Maximum length of an answer in bytes; a longer one is cut.
 const ANSWER_BYTES: usize = 2_048;
 
-/// Next states in brackets.
+/// Who owns a question. Next states in brackets.
 #[derive(Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 enum State {
-    /// Nobody's. [Asking]
+    /// Nobody. [Asking]
     Free = 0,
-    /// A session writes it. [Asked]
+    /// The session, which writes the question. [Asked]
     Asking = 1,
-    /// For the worker. [Heard, Free]
+    /// The worker, which has not read it yet. [Heard, Free]
     Asked = 2,
-    /// The worker is finding the answer. [Answering, Asked, Free]
+    /// The worker, which is finding the answer. [Answering, Asked, Free]
     Heard = 3,
-    /// The worker writes it. [Answered]
+    /// The worker, which writes the answer. [Answered]
     Answering = 4,
-    /// For the session. [Free]
+    /// The session, which can read the answer. [Free]
     Answered = 5,
 }
 
 #[repr(C)]
 pub(crate) struct Question {
-    /// Its [`State`], and above that the ticket, which counts the questions that this room was used for: so a late
-    /// answer is not taken for the answer to another question.
+    /// Its [`State`] in the lower bits, and above it the ticket, which counts the questions that have used this place.
+    /// The ticket keeps a late answer from being taken for the answer to another question.
     word: AtomicU64,
     database: AtomicU32,
     backend: AtomicI32,
-    /// The session, which may have died.
+    /// The process id of the session, which may have died.
     asked_by: AtomicI32,
     length: AtomicU32,
     answer: UnsafeCell<[u8; ANSWER_BYTES]>,
 }
 
-// SAFETY: the text is touched by the owner alone, see the head of this file; the rest are atomics.
+// SAFETY: only the owner accesses the text, see the head of this file; the other fields are atomics.
 unsafe impl Sync for Question {}
 
 /// A question that the worker has heard.
@@ -54,7 +54,7 @@ pub(crate) struct Heard {
     pub backend: i32,
 }
 
-/// A question of this session. Dropped, it is taken back.
+/// A question of this session. Dropping it withdraws the question.
 pub(crate) struct Asked {
     question: &'static Question,
     ticket: u64,
@@ -72,17 +72,17 @@ impl Question {
         changed.is_ok()
     }
 
-    /// The ticket, if it is in this state.
+    /// The ticket, if the question is in this state.
     fn ticket_in(&self, state: State) -> Option<u64> {
         let found = self.word.load(Ordering::Acquire);
         let ticket = found >> 8;
         (found == word(ticket, state)).then_some(ticket)
     }
 
-    /// Frees the room of a session that has died without a word.
+    /// Frees the place if its session has died without freeing it.
     fn free_of_dead(&self) {
         let pid = self.asked_by.load(Ordering::Acquire);
-        // SAFETY: asks whether a process is there; sends nothing.
+        // SAFETY: checks whether a process exists; sends no signal.
         let is_dead = pid != 0 && unsafe { libc::kill(pid, 0) } != 0;
         if is_dead
             && self
@@ -94,7 +94,7 @@ impl Question {
         }
     }
 
-    /// Frees it, once the worker is not writing its answer, which takes microseconds.
+    /// Frees the place. Waits while the worker writes its answer, which takes microseconds.
     fn free(&self, ticket: u64) {
         while self.ticket_in(State::Answering).is_some() {
             std::hint::spin_loop();
@@ -102,7 +102,7 @@ impl Question {
         self.word.store(word(ticket, State::Free), Ordering::Release);
     }
 
-    /// Asks; `None`: there is no room.
+    /// Asks a question; `None` if no place is free.
     pub(super) fn ask(questions: &'static [Self], database: pg_sys::Oid, backend: i32) -> Option<Asked> {
         questions.iter().for_each(Self::free_of_dead);
         let (question, ticket) = questions.iter().find_map(|q| {
@@ -157,7 +157,7 @@ impl Heard {
 }
 
 impl Asked {
-    /// The answer, once it is there.
+    /// The answer, if there is one yet.
     pub(crate) fn answer(&self) -> Option<String> {
         let question = self.question;
         question.ticket_in(State::Answered).map(|_| {
@@ -168,7 +168,7 @@ impl Asked {
         })
     }
 
-    /// The worker that had heard it has ended: for the next one.
+    /// Called by the next worker: the one that had heard the question has ended.
     pub(crate) fn ask_again(&self) {
         self.question
             .goes(word(self.ticket, State::Heard), word(self.ticket, State::Asked));

@@ -1,9 +1,9 @@
-//! Random bytes, each time with a look whether there were any.
+//! Random bytes. The result of each source is checked.
 
 use crate::server::error::internal;
 use pgrx::pg_sys;
 
-/// Random bytes of the operating system, for secrets. An ERROR if it gives none.
+/// Random bytes of the operating system, for secrets. Raises an ERROR if it provides none.
 pub(crate) fn bytes<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];
     // SAFETY: fills the buffer that it is given.
@@ -13,7 +13,7 @@ pub(crate) fn bytes<const N: usize>() -> [u8; N] {
     bytes
 }
 
-/// A random name for a claim.
+/// A random token, which names a claim.
 pub(crate) fn token() -> String {
     bytes::<16>().iter().map(|b| format!("{b:02x}")).collect()
 }

@@ -21,8 +21,8 @@ unsafe extern "C-unwind" {
     fn errfinish(file: *const c_char, line: c_int, function: *const c_char);
 }
 
-/// Runs the body of a C function of ours that is written in Rust: an ERROR of Postgres leaves as it was raised, and a
-/// panic as an ERROR. Nothing in the frames of the caller may need to be dropped.
+/// Runs the body of one of our functions that are declared by hand. An ERROR of Postgres leaves it as it was raised,
+/// and a panic leaves it as an ERROR. Nothing in the frames of the caller may need to be dropped.
 pub(crate) fn guard<R>(body: impl FnOnce() -> R) -> R {
     match untouched::attempt(body) {
         Ok(result) => result,
@@ -55,7 +55,7 @@ pub(crate) fn say(level: c_int, code: PgSqlErrorCode, message: &str, detail: Opt
         detail: detail.map(in_server),
         hint: hint.map(in_server),
     };
-    // SAFETY: calls of Postgres alone; a cancellation that was waiting is an ERROR here.
+    // SAFETY: calls only Postgres; a pending cancellation becomes an ERROR here.
     unsafe {
         pg_sys::ffi::pg_guard_ffi_boundary(|| {
             if report.start(level) {
@@ -65,14 +65,14 @@ pub(crate) fn say(level: c_int, code: PgSqlErrorCode, message: &str, detail: Opt
     }
 }
 
-/// A constraint that an ERROR names.
+/// The constraint that an ERROR names.
 pub(crate) struct Constraint<'a> {
     pub schema: &'a CStr,
     pub table: &'a CStr,
     pub name: &'a CStr,
 }
 
-/// Raises an ERROR that names a constraint, as those of Postgres do.
+/// Raises an ERROR that names a constraint, as Postgres's own errors do.
 pub(crate) fn raise_for_constraint(
     code: PgSqlErrorCode,
     message: &str,
@@ -86,7 +86,7 @@ pub(crate) fn raise_for_constraint(
         detail: Some(in_server(detail)),
         hint: Some(in_server(hint)),
     };
-    // SAFETY: calls of Postgres alone, which copy the texts; the ERROR becomes a panic here.
+    // SAFETY: calls only Postgres, which copies the texts; the ERROR becomes a panic here.
     unsafe {
         pg_sys::ffi::pg_guard_ffi_boundary(|| {
             report.start(pg_sys::PGERROR as c_int);
@@ -99,7 +99,7 @@ pub(crate) fn raise_for_constraint(
     unreachable!("an ERROR does not return")
 }
 
-/// In the database's encoding.
+/// The texts of an error, in the database's encoding.
 struct ErrorText {
     code: PgSqlErrorCode,
     message: CString,
@@ -127,7 +127,7 @@ impl ErrorText {
         unsafe { self.start(level) };
     }
 
-    /// False: neither the log nor the client wants it.
+    /// Starts the report. False: neither the log nor the client wants it.
     ///
     /// # Safety
     /// `errfinish` follows if this is true.

@@ -1,9 +1,9 @@
-//! A variable of the process that has another value for the length of a call.
+//! Gives a variable of the process another value during a call.
 
 use std::cell::Cell;
 use std::thread::LocalKey;
 
-/// Runs `f` while `variable` has this value. Afterwards it has its former one, also when an ERROR ends `f`.
+/// Runs `f` while `variable` has this value. Afterwards the former value is restored, even if an ERROR ends `f`.
 pub(crate) fn with<T: Copy + 'static, R>(variable: &'static LocalKey<Cell<T>>, value: T, f: impl FnOnce() -> R) -> R {
     struct PutBack<T: Copy + 'static>(&'static LocalKey<Cell<T>>, T);
     impl<T: Copy> Drop for PutBack<T> {

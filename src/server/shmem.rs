@@ -1,8 +1,9 @@
-//! What processes share: a *slot* for each database that has a worker, or is to have one ([`DatabaseSlot`]), and a head
+//! The shared memory: a *slot* for each database that has a worker or is to have one ([`DatabaseSlot`]), and a header
 //! for all.
 //!
-//! The launcher gives a slot to each database that is to have a worker, and whoever publishes in one that has none yet
-//! takes it one. Only the launcher takes slots back: once the database has gone, or nothing was ever published there.
+//! The launcher assigns a slot to each database that is to have a worker. A session that publishes in a database
+//! without a slot assigns one too. Only the launcher takes slots back: when the database has been dropped, or when
+//! nothing was ever published there.
 
 use crate::server::database_slot::{DatabaseSlot, SlotState, set_latch};
 use crate::server::meters;
@@ -14,36 +15,36 @@ use std::mem::size_of;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
-/// Slots beside two for each of `max_worker_processes`: for databases that wait for a process, so that they can be told
-/// of it.
+/// Slots in addition to two for each of `max_worker_processes`. They are for databases that wait for a process, so that
+/// their sessions can see that.
 const ROOM: usize = 1_024;
-/// Databases that can be announced between two looks of the launcher; if there are more, it looks into all.
+/// How many databases can be announced between two rounds of the launcher. If there are more, it looks into all.
 const ANNOUNCEMENTS: usize = 64;
 
-/// The slots follow it in memory.
+/// The header. The slots follow it in memory.
 #[repr(C)]
 struct Shared {
     /// How many slots there are.
     slot_count: AtomicUsize,
-    /// Changes whenever a slot is given or taken back.
+    /// Changes whenever a slot is assigned or taken back.
     generation: AtomicU64,
-    /// A database got no slot, the last time that one was asked for.
+    /// Whether the last database that needed a slot got none.
     is_full: AtomicBool,
-    /// Databases may have come, gone or changed.
+    /// Whether databases may have been created, dropped or changed.
     rescan: AtomicBool,
-    /// More databases were announced than there was room for.
+    /// Whether more databases were announced than fit.
     look_everywhere: AtomicBool,
-    /// Databases in which the extension was created; 0: none.
+    /// Databases in which the extension was created. 0: free entry.
     announced: [AtomicU32; ANNOUNCEMENTS],
-    /// Since the server's start, a transaction that did so was prepared.
+    /// Whether a transaction that created the extension was prepared since the server's start.
     extension_prepared: AtomicBool,
-    /// One that changed backends was, or may have been before.
+    /// Whether a transaction that changed backends was prepared, or may have been before the server's start.
     backends_prepared: AtomicBool,
     launcher_latch: AtomicPtr<pg_sys::Latch>,
     /// 0: there is no launcher.
     launcher_pid: AtomicI32,
     questions: [Question; QUESTIONS],
-    /// Names this run of the server, from its start, promotion or crash to its end; zeroes: not named yet.
+    /// The incarnation: this run of the server, from its start, promotion or crash to its end. Zeroes: not set yet.
     incarnation: [AtomicU64; 2],
     /// Where it began, see [`Began`].
     started_at_lsn: AtomicU64,
@@ -55,11 +56,11 @@ static mut PREVIOUS_REQUEST_HOOK: pg_sys::shmem_request_hook_type = None;
 static mut PREVIOUS_STARTUP_HOOK: pg_sys::shmem_startup_hook_type = None;
 
 thread_local! {
-    /// The slot of the process's own database, or that there is none, as of a generation.
+    /// The slot of the process's own database, or that it has none, as of a generation.
     static HERE: Cell<(u64, Option<&'static DatabaseSlot>)> = const { Cell::new((u64::MAX, None)) };
 }
 
-/// Asks for the shared memory; called once, by the postmaster.
+/// Requests the shared memory. The postmaster calls this once.
 pub(crate) fn install() {
     // SAFETY: the postmaster is single-threaded and calls this once, before any child exists.
     unsafe {
@@ -86,10 +87,10 @@ fn size(slots: usize) -> usize {
     size_of::<Shared>() + slots * size_of::<DatabaseSlot>()
 }
 
-// No pg_guard: another library's hook is called in it, whose ERRORs are its own.
-// SAFETY: called by Postgres alone, as a hook.
+// No pg_guard: it calls another library's hook, whose ERRORs must pass unchanged.
+// SAFETY: only Postgres calls this, as a hook.
 unsafe extern "C-unwind" fn request() {
-    // SAFETY: Postgres calls this hook at the one moment at which space may be asked for. Nothing in it needs dropping.
+    // SAFETY: Postgres calls this hook at the only time when space may be requested. Nothing in it needs dropping.
     unsafe {
         if let Some(previous) = PREVIOUS_REQUEST_HOOK {
             previous();
@@ -98,11 +99,11 @@ unsafe extern "C-unwind" fn request() {
     }
 }
 
-// No pg_guard: as above.
-// SAFETY: called by Postgres alone, as a hook.
+// No pg_guard, for the same reason as above.
+// SAFETY: only Postgres calls this, as a hook.
 unsafe extern "C-unwind" fn startup() {
-    // SAFETY: Postgres calls this hook once its shared memory exists; the lock is the one meant for it. Zeroes are the
-    // valid empty state of every field. Nothing in it needs dropping.
+    // SAFETY: Postgres calls this hook when its shared memory exists; the lock is the one intended for this. Zeroes are
+    // the valid empty state of every field. Nothing in it needs dropping.
     unsafe {
         if let Some(previous) = PREVIOUS_STARTUP_HOOK {
             previous();
@@ -131,7 +132,7 @@ fn all_slots() -> &'static [DatabaseSlot] {
     let Some(shared) = shared() else {
         return &[];
     };
-    // SAFETY: so many slots follow the block's head, whose size is a multiple of their alignment.
+    // SAFETY: this many slots follow the header, whose size is a multiple of their alignment.
     unsafe {
         let first = ptr::from_ref(shared).add(1).cast::<DatabaseSlot>();
         std::slice::from_raw_parts(first, shared.slot_count.load(Ordering::Relaxed))
@@ -145,7 +146,8 @@ pub(crate) fn is_attached() -> bool {
     shared().is_some()
 }
 
-/// The slot of the session's own database, if it has one: a comparison, unless slots were given or taken back since.
+/// The slot of the session's own database, if it has one. This is one comparison, unless slots were assigned or taken
+/// back since.
 pub(crate) fn database_slot_here() -> Option<&'static DatabaseSlot> {
     let generation = shared()?.generation.load(Ordering::Acquire);
     let (known, slot) = HERE.get();
@@ -163,7 +165,8 @@ pub(crate) fn database_slot_of(database: pg_sys::Oid) -> Option<&'static Databas
     database_slots().find(|slot| slot.database() == database)
 }
 
-/// The slot of a database, given to it if need be; `None` when not preloaded or all are taken.
+/// The slot of a database, which is assigned if it has none. `None`: the library is not preloaded, or all slots are
+/// taken.
 pub(crate) fn claim_database_slot(database: pg_sys::Oid) -> Option<&'static DatabaseSlot> {
     if let Some(slot) = database_slot_of(database) {
         return Some(slot);
@@ -172,7 +175,7 @@ pub(crate) fn claim_database_slot(database: pg_sys::Oid) -> Option<&'static Data
     let claimed = all_slots().iter().find(|slot| slot.take_for(database));
     shared.is_full.store(claimed.is_none(), Ordering::Release);
     let claimed = claimed?;
-    // Two processes may have claimed at once: the lower slot wins, and the other is given back.
+    // Two processes may have assigned one at the same time: the lower slot wins, and the other is freed.
     let winner = database_slot_of(database)?;
     if !ptr::eq(winner, claimed) {
         claimed.free();
@@ -181,13 +184,13 @@ pub(crate) fn claim_database_slot(database: pg_sys::Oid) -> Option<&'static Data
     Some(winner)
 }
 
-/// The same for the session's own database.
+/// As [`claim_database_slot`], for the session's own database.
 pub(crate) fn claim_database_slot_here() -> Option<&'static DatabaseSlot> {
     // SAFETY: a plain read of the process's own variable.
     database_slot_here().or_else(|| claim_database_slot(unsafe { pg_sys::MyDatabaseId }))
 }
 
-/// Takes a slot back that has no worker, and the database's meters. For the launcher alone.
+/// Takes back a slot that has no worker, and the database's meters. Only the launcher may call this.
 pub(crate) fn take_back(slot: &DatabaseSlot) {
     meters::keep_only(slot.database(), |_| false);
     slot.set_state(SlotState::Absent);
@@ -209,7 +212,8 @@ pub(crate) fn is_full() -> bool {
     shared().is_some_and(|s| s.is_full.load(Ordering::Acquire))
 }
 
-/// Where a slot is, for its worker: its place, and its database, since another may have been given it meanwhile.
+/// The address of a slot, for its worker: its place and its database. The database is part of it because the slot may
+/// be assigned to another one meanwhile.
 pub(crate) fn address_of(slot: &'static DatabaseSlot) -> u64 {
     let base = all_slots().as_ptr();
     let index = (std::ptr::from_ref(slot).addr() - base.addr()) / size_of::<DatabaseSlot>();
@@ -221,7 +225,7 @@ pub(crate) fn database_slot_at(address: u64) -> Option<&'static DatabaseSlot> {
     (u64::from(slot.database().to_u32()) == address & u64::from(u32::MAX)).then_some(slot)
 }
 
-/// The launcher has come.
+/// Registers the launcher.
 pub(crate) fn attach_launcher(pid: i32, latch: *mut pg_sys::Latch) {
     if let Some(shared) = shared() {
         shared.launcher_latch.store(latch, Ordering::Release);
@@ -229,7 +233,7 @@ pub(crate) fn attach_launcher(pid: i32, latch: *mut pg_sys::Latch) {
     }
 }
 
-/// It goes.
+/// Unregisters the launcher.
 pub(crate) fn detach_launcher() {
     if let Some(shared) = shared() {
         shared.launcher_pid.store(0, Ordering::Release);
@@ -242,14 +246,14 @@ pub(crate) fn wake_launcher() {
     }
 }
 
-/// Where a run of the server began: in the WAL, and among the ids of transactions.
+/// Where a run of the server began: the position in the WAL and the transaction id.
 #[derive(Clone, Copy)]
 pub(crate) struct Began {
     pub started_at: u64,
     pub first_xid: u64,
 }
 
-/// This run of the server, and where it began: as said by the launcher, the first time that it starts.
+/// The incarnation of this server, and where it began: as the launcher noted when it first started.
 pub(crate) fn incarnation() -> Option<([u8; 16], Began)> {
     let shared = shared()?;
     let [high, low] = [0, 1].map(|half| shared.incarnation[half].load(Ordering::Acquire));
@@ -263,7 +267,7 @@ pub(crate) fn incarnation() -> Option<([u8; 16], Began)> {
     })
 }
 
-/// Names this run of the server, if it has no name.
+/// Sets the incarnation, if it is not set.
 pub(crate) fn name_incarnation(name: [u8; 16], began: Began) {
     if let Some(shared) = shared().filter(|_| incarnation().is_none()) {
         let name = u128::from_be_bytes(name);
@@ -274,7 +278,7 @@ pub(crate) fn name_incarnation(name: [u8; 16], began: Began) {
     }
 }
 
-/// The process id of the launcher, if it is there.
+/// The process id of the launcher, if there is one.
 pub(crate) fn launcher_pid() -> Option<i32> {
     let pid = shared()?.launcher_pid.load(Ordering::Acquire);
     (pid != 0).then_some(pid)
@@ -308,7 +312,7 @@ pub(crate) fn announce(database: pg_sys::Oid) {
     set_latch(&shared.launcher_latch);
 }
 
-/// The databases that were announced; and whether there may be more.
+/// The databases that were announced, and whether there may be more.
 pub(crate) fn take_announced() -> (Vec<pg_sys::Oid>, bool) {
     let Some(shared) = shared() else {
         return (Vec::new(), false);
@@ -323,7 +327,8 @@ pub(crate) fn take_announced() -> (Vec<pg_sys::Oid>, bool) {
     )
 }
 
-/// A transaction that created the extension was prepared: nobody can tell which commit of a prepared one is its.
+/// Notes that a transaction which created the extension was prepared. It is not known which COMMIT PREPARED will be the
+/// one of this transaction.
 pub(crate) fn note_extension_prepared() {
     if let Some(shared) = shared() {
         shared.extension_prepared.store(true, Ordering::Release);
@@ -334,7 +339,7 @@ pub(crate) fn is_extension_prepared() -> bool {
     shared().is_some_and(|s| s.extension_prepared.load(Ordering::Acquire))
 }
 
-/// A transaction that changed backends was prepared.
+/// Notes that a transaction which changed backends was prepared.
 pub(crate) fn note_backends_prepared() {
     if let Some(shared) = shared() {
         shared.backends_prepared.store(true, Ordering::Release);
@@ -345,7 +350,7 @@ pub(crate) fn are_backends_prepared() -> bool {
     shared().is_some_and(|s| s.backends_prepared.load(Ordering::Acquire))
 }
 
-/// Asks the worker of this database about a backend; `None`: there is no room for more questions.
+/// Asks this database's worker about a backend. `None`: no place for another question is free.
 pub(crate) fn ask_about(backend: i32) -> Option<Asked> {
     // SAFETY: a plain read of the process's own variable.
     Question::ask(&shared()?.questions, unsafe { pg_sys::MyDatabaseId }, backend)

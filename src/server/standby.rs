@@ -1,9 +1,9 @@
 //! Whether this data directory was a streaming standby that was promoted. Such a server takes over from a guard's owner
 //! by itself; a copy of the same data does not (see `relay::guard::claim`).
 //!
-//! The server's start shows whether it is a standby (`standby.signal`), and its time as a standby whether it streamed.
-//! Both are kept in a small file in the data directory, so that a restart of the standby or a crash after the promotion
-//! does not lose them. The file names the directory's place, so that it means nothing in a copy.
+//! The server's start shows whether it is a standby (`standby.signal`), and its time as a standby shows whether it
+//! streamed. Both are kept in a small file in the data directory, so that a restart of the standby or a crash after the
+//! promotion does not lose them. The file names the directory's place, so that it is ignored in a copy.
 
 use crate::server::guc::LogLevel;
 use crate::server::place::{place, system};
@@ -22,14 +22,14 @@ const NEW_FILE: &str = "outbox_relay.standby.new";
 const LOOK_WAIT: Duration = Duration::from_millis(100);
 const LONGEST_LOOK_WAIT: Duration = Duration::from_secs(5);
 
-/// How this server's life began. Set by the postmaster, and inherited by its children.
+/// How this run of the server began. Set by the postmaster, and inherited by its children.
 static BEGAN_AS: AtomicU8 = AtomicU8::new(PRIMARY);
 const PRIMARY: u8 = 0;
 const STANDBY: u8 = 1;
-/// A recovery from an archive, perhaps up to a target.
+/// With a recovery from an archive, perhaps up to a target.
 const RECOVERY: u8 = 2;
 
-/// Settings that end a recovery somewhere.
+/// Settings that end a recovery at a target.
 const TARGETS: [&std::ffi::CStr; 5] = [
     c"recovery_target",
     c"recovery_target_lsn",
@@ -38,8 +38,8 @@ const TARGETS: [&std::ffi::CStr; 5] = [
     c"recovery_target_xid",
 ];
 
-/// Notes how this server begins. Called once, by the postmaster, in the data directory. Returns whether it begins as a
-/// standby.
+/// Notes how this server starts. The postmaster calls this once, in the data directory. Returns whether the server
+/// starts as a standby.
 pub(crate) fn install() -> bool {
     let began_as = if Path::new("standby.signal").exists() {
         STANDBY
@@ -52,7 +52,7 @@ pub(crate) fn install() -> bool {
     began_as == STANDBY
 }
 
-/// Entry point of the process that waits, on a standby, until something has been streamed, writes that down and ends.
+/// Entry point of the process that waits on a standby until something has been streamed, writes that down and ends.
 #[pg_guard]
 #[unsafe(no_mangle)]
 pub extern "C-unwind" fn outbox_relay_standby(_argument: pg_sys::Datum) {
@@ -68,13 +68,13 @@ pub extern "C-unwind" fn outbox_relay_standby(_argument: pg_sys::Datum) {
         process::wait(Some(wait));
         wait = (wait + wait / 10).min(LONGEST_LOOK_WAIT);
     }
-    // SAFETY: ends the process, which is not started again.
+    // SAFETY: ends the process; it is not started again.
     unsafe { pg_sys::proc_exit(0) };
 }
 
-/// Takes note of a promotion; called by the launcher, when recovery has ended.
+/// Notes a promotion. The launcher calls this when recovery has ended.
 pub(crate) fn note_promotion() {
-    // SAFETY: the timeline of a server that has recovered; settings that exist, as text.
+    // SAFETY: the timeline of a server that has recovered; existing settings, as text.
     let (present, has_target) = unsafe {
         let is_set = |name: &&std::ffi::CStr| {
             let value = pg_sys::GetConfigOption(name.as_ptr(), true, false);
@@ -85,23 +85,23 @@ pub(crate) fn note_promotion() {
     let is_promoted = match (BEGAN_AS.load(Ordering::Relaxed), seen()) {
         (STANDBY, _) if has_target => false,
         (STANDBY, Some(Seen::Streamed { .. })) => true,
-        // Already noted, before a crash of one of the server's processes.
+        // Already noted before one of the server's processes crashed.
         (STANDBY, Some(Seen::Promoted { timeline })) if timeline == present => return,
         (STANDBY, _) => streamed_timeline().is_some(),
         (RECOVERY, _) => false,
-        // The server ended right after the promotion.
+        // The server ended right after the promotion, before it was noted.
         (_, Some(Seen::Streamed { timeline })) => timeline < present,
         (_, _) => return,
     };
     if is_promoted {
         keep(&Seen::Promoted { timeline: present });
     } else {
-        // As a rule there is no such file.
+        // Usually there is no such file.
         let _ = fs::remove_file(FILE);
     }
 }
 
-/// The timeline that this data directory was promoted to last; 0: it never was.
+/// The timeline that this data directory was last promoted to; 0: it never was.
 pub(crate) fn promoted_to() -> u32 {
     match seen() {
         Some(Seen::Promoted { timeline }) => timeline,
@@ -109,24 +109,24 @@ pub(crate) fn promoted_to() -> u32 {
     }
 }
 
-/// The timeline of which something was received from another server, in this life of the shared memory.
+/// The timeline that was received from another server since the server started.
 fn streamed_timeline() -> Option<u32> {
     let (mut before, mut timeline) = (0, 0);
     // SAFETY: reads what the WAL receiver has left, under its lock.
     let flushed = unsafe { pg_sys::GetWalRcvFlushRecPtr(&mut before, &mut timeline) };
-    // At the point where streaming was to begin, both are the same.
+    // At the point where streaming was to begin, both positions are equal.
     (flushed != before).then_some(timeline)
 }
 
 /// What is known of this data directory.
 enum Seen {
-    /// As a standby, it has received this timeline from another server.
+    /// As a standby, it received this timeline from another server.
     Streamed { timeline: u32 },
-    /// After that it was promoted to this one.
+    /// After that, it was promoted to this one.
     Promoted { timeline: u32 },
 }
 
-/// What the file says, if it is this directory's.
+/// The content of the file, if it belongs to this directory.
 fn seen() -> Option<Seen> {
     let text = fs::read_to_string(FILE).ok()?;
     let mut words = text.trim_end().splitn(4, ' ');
@@ -153,9 +153,7 @@ fn keep(seen: &Seen) {
             LogLevel::Warning,
             &format!("could not write {FILE}: {error}"),
             None,
-            Some(
-                "If this standby is promoted and started again before it is the owner of its backends, run outbox.take_over().",
-            ),
+            Some("If this standby is promoted and then restarted before it owns its backends, run outbox.take_over()."),
         );
     }
 }

@@ -1,4 +1,4 @@
-//! What a trigger function of ours was called with.
+//! Checks how a trigger function of ours was called.
 
 use crate::server::error::raise;
 use pgrx::pg_sys::panic::ErrorReport;
@@ -8,13 +8,13 @@ use pgrx::{PgSqlErrorCode, pg_sys};
 #[derive(Clone, Copy)]
 pub(crate) enum When {
     BeforeInsertOfRow,
-    /// Before or after it.
+    /// Before or after the insertion.
     InsertOfRow,
     BeforeRow,
     AfterStatement,
 }
 
-/// The row that a trigger before each row was called with, as it is to be written, and the one that an update replaces.
+/// The new row of a trigger before each row, and the old row that an update replaces.
 pub(crate) fn new_and_old(trigger: &pg_sys::TriggerData) -> (pg_sys::HeapTuple, Option<pg_sys::HeapTuple>) {
     match trigger.tg_event & pg_sys::TRIGGER_EVENT_OPMASK == pg_sys::TRIGGER_EVENT_UPDATE {
         true => (trigger.tg_newtuple, Some(trigger.tg_trigtuple)),
@@ -22,8 +22,8 @@ pub(crate) fn new_and_old(trigger: &pg_sys::TriggerData) -> (pg_sys::HeapTuple, 
     }
 }
 
-/// What a trigger function of ours was called with, if it was called as it is meant to be: by a trigger of this kind,
-/// on one of these tables, or on any if there are none. Otherwise an ERROR: a row of another table has other columns, and a statement has none.
+/// The data of a trigger, if a trigger of this kind has called the function, on one of these tables (on any table if
+/// the list is empty). Otherwise raises an ERROR: a row of another table has other columns, and a statement has no row.
 ///
 /// # Safety
 /// Called by Postgres.
@@ -40,10 +40,10 @@ pub(crate) unsafe fn expect_trigger<'a>(
                 format!("{name}() can only be called as {how}"),
                 "",
             )
-            .set_hint("It belongs to the triggers that the extension has made; drop the one that called it."),
+            .set_hint("The function belongs to triggers that the extension creates. Drop the trigger that called it."),
         )
     };
-    // SAFETY: called as a trigger, the context is its TriggerData; otherwise this refuses.
+    // SAFETY: in a call as a trigger, the context is its TriggerData; other calls are refused.
     unsafe {
         let data = (*fcinfo).context.cast::<pg_sys::TriggerData>();
         if data.is_null() || (*data).type_ != pg_sys::NodeTag::T_TriggerData {

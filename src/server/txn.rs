@@ -1,7 +1,7 @@
-//! After a commit: waking the worker, once, and asking the launcher.
+//! After a commit: wakes the worker once, and tells the launcher.
 //!
-//! The callback runs after the rows became visible. An ERROR in it would be a PANIC of the server, so it only touches
-//! atomics and sets latches.
+//! The callback runs when the rows are already visible. An ERROR in it would be a PANIC of the server, so it only
+//! touches atomics and sets latches.
 
 use crate::server::shmem;
 use crate::server::unguarded;
@@ -9,7 +9,7 @@ use pgrx::pg_sys;
 use std::cell::Cell;
 use std::ffi::CStr;
 
-/// What the transaction did that other processes must hear of.
+/// What the transaction did that other processes must be told.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
 struct News {
     events: bool,
@@ -25,7 +25,7 @@ thread_local! {
     static NEWS: Cell<News> = const { Cell::new(News { events: false, scheduled: false, backends: false, extension: false, databases: false }) };
 }
 
-/// Called once, by the postmaster, so that all its children have the callback. Without preloading there is no process
+/// The postmaster calls this once, so that all its children have the callback. Without preloading there is no process
 /// to tell.
 pub(crate) fn install() {
     // SAFETY: registers a callback of this library for the life of the process.
@@ -41,7 +41,7 @@ fn note(change: impl FnOnce(&mut News)) {
     NEWS.set(news);
 }
 
-/// The transaction inserted events.
+/// Notes that the transaction inserted events.
 pub(crate) fn published() {
     if !NEWS.get().events {
         note(|n| n.events = true);
@@ -51,38 +51,38 @@ pub(crate) fn published() {
     }
 }
 
-/// The transaction inserted or changed scheduled events.
+/// Notes that the transaction inserted or changed scheduled events.
 pub(crate) fn scheduled() {
     note(|n| n.scheduled = true);
 }
 
-/// The transaction has woken the worker: what else it does counts, too.
+/// Notes that the transaction has woken the worker, whatever else it does.
 pub(crate) fn woken() {
     note(|n| (n.events, n.scheduled) = (true, true));
 }
 
-/// The transaction changed backends or their passwords.
+/// Notes that the transaction changed backends or their passwords.
 pub(crate) fn backends_changed() {
     note(|n| n.backends = true);
 }
 
-/// The transaction created the extension: a worker is to come.
+/// Notes that the transaction created the extension: a worker has to be started.
 pub(crate) fn extension_created() {
     note(|n| n.extension = true);
 }
 
-/// The transaction updated or dropped the extension: its worker is to look.
+/// Notes that the transaction updated or dropped the extension: its worker has to check.
 pub(crate) fn extension_changed() {
     note(|n| n.backends = true);
 }
 
-/// The transaction made, changed or dropped a database.
+/// Notes that the transaction created, changed or dropped a database.
 pub(crate) fn databases_changed() {
     note(|n| n.databases = true);
 }
 
-// No pg_guard: nothing in it calls back into Postgres but SetLatch, and it must not unwind.
-// SAFETY: called by Postgres alone, in this process, when a transaction ends.
+// No pg_guard: it calls nothing of Postgres except SetLatch, and it must not unwind.
+// SAFETY: only Postgres calls this, in this process, when a transaction ends.
 unsafe extern "C-unwind" fn on_transaction_end(event: pg_sys::XactEvent::Type, _arg: *mut std::ffi::c_void) {
     use pg_sys::XactEvent::{
         XACT_EVENT_ABORT, XACT_EVENT_COMMIT, XACT_EVENT_PARALLEL_ABORT, XACT_EVENT_PARALLEL_COMMIT, XACT_EVENT_PREPARE,
@@ -115,10 +115,10 @@ unsafe extern "C-unwind" fn on_transaction_end(event: pg_sys::XactEvent::Type, _
     }
 }
 
-/// Whether the transaction that ends is that of a COMMIT PREPARED. It is always the only statement of its message, so
-/// its text tells; taking another one for it wakes the worker for nothing.
+/// Whether the transaction that ends belongs to a COMMIT PREPARED. That is always the only statement of its message, so
+/// its text tells. If another statement is mistaken for it, the worker is only woken for nothing.
 fn is_commit_prepared() -> bool {
-    // SAFETY: plain reads of the process's own variables. A session has a text there while it executes a statement.
+    // SAFETY: plain reads of the process's own variables. The text is set while a session executes a statement.
     let text = unsafe {
         let is_session = pg_sys::MyBackendType == pg_sys::BackendType::B_BACKEND;
         if unguarded::max_prepared_xacts == 0 || !is_session || pg_sys::debug_query_string.is_null() {
@@ -139,7 +139,8 @@ fn tell(news: News) {
         shmem::request_rescan();
     }
     if let Some(slot) = shmem::database_slot_here() {
-        // Changes of backends first: events are sent by the settings of now, and with the note that they were restored.
+        // Changes of backends come first: events are sent with the current settings, and after restores have been
+        // noted.
         if news.backends || news.extension {
             slot.nudge();
         }

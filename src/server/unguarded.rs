@@ -1,8 +1,8 @@
-//! Functions of Postgres without pgrx's guard around them. An ERROR in one reaches the client as Postgres made it. It
-//! jumps over the frames in between, so these must own nothing that needs dropping.
+//! Functions of Postgres without pgrx's guard around them. An ERROR in one of them reaches the client as Postgres made
+//! it. It jumps over the frames in between, so these must not own anything that needs dropping.
 //!
-//! pgrx's guard is for our own code: it turns an ERROR into a panic that carries a copy of it, in which constraint,
-//! column, position, context and any SQLSTATE that pgrx does not know are lost.
+//! pgrx's guard is for our own code: it turns an ERROR into a panic that carries a copy of it. The copy lacks
+//! constraint, column, position, context and any SQLSTATE that pgrx does not know.
 
 use pgrx::pg_sys;
 use std::ffi::{c_char, c_int};
@@ -19,7 +19,7 @@ unsafe extern "C-unwind" {
     pub(crate) fn BackendPidGetProc(pid: c_int) -> *mut pg_sys::PGPROC;
     pub(crate) fn CopyErrorData() -> *mut pg_sys::ErrorData;
     pub(crate) fn FreeErrorData(error: *mut pg_sys::ErrorData);
-    /// Does not return for an ERROR.
+    /// Does not return if the level is ERROR.
     pub(crate) fn ThrowErrorData(error: *mut pg_sys::ErrorData);
     pub(crate) fn get_extension_name(extension: pg_sys::Oid) -> *mut c_char;
     pub(crate) fn get_namespace_oid(name: *const c_char, missing_ok: bool) -> pg_sys::Oid;
@@ -28,7 +28,7 @@ unsafe extern "C-unwind" {
     fn ProcessInterrupts();
 }
 
-/// Places in the array of named locks (lwlocknames.h, the same in Postgres 15 to 18).
+/// Indexes in the array of named locks (lwlocknames.h, the same in Postgres 15 to 18).
 #[derive(Clone, Copy)]
 #[repr(usize)]
 pub(crate) enum NamedLock {

@@ -1,9 +1,10 @@
-//! ERRORs of Postgres, and of other people's code, that pass through our functions: their client gets them whole.
+//! Lets ERRORs of Postgres and of other people's code pass through our functions, so that the client gets them
+//! complete.
 //!
-//! Where we call Postgres, pgrx turns an ERROR into a panic, so that Rust's frames are left in order; what the panic
-//! carries is a copy without constraint, column, position, context and most SQLSTATEs. So each entry into our code
-//! (`report::guard`) keeps a copy of the whole error, made when it is raised, and raises that one again once our frames
-//! have been left.
+//! Where we call Postgres, pgrx turns an ERROR into a panic, so that Rust's frames unwind. The panic carries only a
+//! copy without constraint, column, position, context and most SQLSTATEs. So each entry into our code (`report::guard`)
+//! keeps a complete copy of the error, made when it is raised, and raises that copy again when our frames have been
+//! left.
 
 use crate::server::unguarded;
 use pgrx::PgLogLevel;
@@ -16,26 +17,26 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
 
 thread_local! {
-    /// The last ERROR that was raised below one of our entries. It stays until the next: whoever is raising it still
-    /// reads it.
+    /// The last ERROR that was raised below one of our entries. It is kept until the next one, because the code that
+    /// raises it still reads it.
     static LAST: Cell<*mut pg_sys::ErrorData> = const { Cell::new(ptr::null_mut()) };
-    /// Names of source files and functions. Those of errors that Rust raised would be gone by then; there are only so
-    /// many.
+    /// Names of source files and functions, kept for ever. Those of errors that Rust raised would otherwise be freed
+    /// too early. There are few different names.
     static PLACES: RefCell<HashSet<CString>> = RefCell::new(HashSet::new());
 }
 
-/// How one of our functions failed.
+/// How one of our functions has failed.
 pub(crate) enum Failed {
-    /// By an ERROR of Postgres: [`raise_again`].
+    /// By an ERROR of Postgres. Call [`raise_again`].
     OfPostgres,
-    /// Otherwise.
+    /// By a panic.
     Panic(Box<dyn Any + Send>),
 }
 
 /// Runs `f`, and keeps an ERROR of Postgres that ends it.
 pub(crate) fn attempt<R>(f: impl FnOnce() -> R) -> Result<R, Failed> {
     let raised = Cell::new(false);
-    // SAFETY: the entry is taken off the stack again, here or by whoever catches an ERROR further out.
+    // SAFETY: the entry is removed from the stack again, here or by the code that catches an ERROR further out.
     let outcome = unsafe {
         let mut entry = pg_sys::ErrorContextCallback {
             previous: pg_sys::error_context_stack,
@@ -53,7 +54,7 @@ pub(crate) fn attempt<R>(f: impl FnOnce() -> R) -> Result<R, Failed> {
     })
 }
 
-/// Raises the ERROR that ended an attempt once more, for whoever is further out.
+/// Raises the ERROR that ended an attempt again, for the code further out.
 ///
 /// # Safety
 /// No frame up to Postgres's own holds anything that needs dropping.
@@ -63,7 +64,7 @@ pub(crate) unsafe fn raise_again() -> ! {
     unreachable!("an ERROR does not return")
 }
 
-/// Whether a panic is the last ERROR itself, and not one of ours that followed from it.
+/// Whether a panic carries the last ERROR itself, and not one of ours that followed from it.
 fn is_last(caught: Option<&CaughtError>) -> bool {
     let (Some(CaughtError::PostgresError(report)), last) = (caught, LAST.get()) else {
         return false;
@@ -76,9 +77,9 @@ fn is_last(caught: Option<&CaughtError>) -> bool {
     }
 }
 
-/// Called while a message is made, by whoever raises it, when all that was called by us has added its context.
-// No pg_guard: it must not unwind. What it calls fails for want of memory alone; Postgres then reports that instead.
-// SAFETY: called by Postgres alone, with the cell that belongs to the entry.
+/// Called while an error report is built, after all callbacks below us have added their context.
+// No pg_guard: it must not unwind. What it calls can fail only for want of memory; Postgres then reports that instead.
+// SAFETY: only Postgres calls this, with the cell that belongs to the entry.
 unsafe extern "C-unwind" fn remember(raised: *mut c_void) {
     // SAFETY: the cell outlives the entry; the copy is the process's own.
     unsafe {
@@ -100,7 +101,7 @@ unsafe extern "C-unwind" fn remember(raised: *mut c_void) {
     }
 }
 
-/// The same text, in a place where it stays.
+/// A copy of the text that is never freed.
 ///
 /// # Safety
 /// A zero-terminated text, or null.
@@ -116,7 +117,7 @@ unsafe fn kept(text: *const c_char) -> *const c_char {
         }
         let copy = text.to_owned();
         let place = copy.as_ptr();
-        // Moved into the set, its bytes stay where they are.
+        // Its bytes do not move when it is moved into the set.
         places.insert(copy);
         place
     })

@@ -1,17 +1,18 @@
-//! Event ids: UUIDs of version 7 (RFC 9562), so that their index grows at one end.
+//! Event ids: UUIDs of version 7 (RFC 9562). They ascend, so their index grows at one end.
 
 use crate::server::datum::EPOCH_SHIFT_US;
 use crate::server::random;
 use std::cell::RefCell;
 
-/// Random bytes are drawn for this many ids at once: a system call each would cost more than the rest of the id.
+/// Random bytes are drawn for this many ids at once: one system call for each id would cost more than the rest of the
+/// id.
 const POOLED_IDS: usize = 64;
 const RANDOM_BYTES: usize = 8;
 
 struct Pool {
     bytes: [u8; POOLED_IDS * RANDOM_BYTES],
     used: usize,
-    /// The process that filled it: a fork must not hand out its parent's bytes.
+    /// The process that filled the pool. A fork must not use its parent's bytes.
     pid: u32,
 }
 
@@ -19,8 +20,8 @@ thread_local! {
     static POOL: RefCell<Pool> = const { RefCell::new(Pool { bytes: [0; POOLED_IDS * RANDOM_BYTES], used: POOLED_IDS * RANDOM_BYTES, pid: 0 }) };
 }
 
-/// A new id of the moment `now` (microseconds since 2000): 48 bits of milliseconds, 12 bits of their fraction, 62
-/// random bits.
+/// A new id for the time `now` (microseconds since 2000): 48 bits of milliseconds, 12 bits of their fraction, 62 random
+/// bits.
 pub(crate) fn new_v7(now: i64) -> [u8; 16] {
     let us = now.saturating_add(EPOCH_SHIFT_US).max(0) as u64;
     let (ms, fraction) = (us / 1_000, (us % 1_000) * 4_096 / 1_000);

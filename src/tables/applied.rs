@@ -1,5 +1,5 @@
-//! Logical replication: rows of other servers' tables that a subscription brings. What becomes of them is in the SQL
-//! script; here is what it asks.
+//! Logical replication: rows that a subscription brings from another server's tables. The SQL script decides what
+//! happens to them; this module answers its questions.
 
 use crate::server::guc::LogLevel;
 use crate::server::process::log;
@@ -12,18 +12,18 @@ use pgrx::{pg_extern, pg_sys};
 use std::cell::Cell;
 
 thread_local! {
-    /// Rows of this server are put back.
+    /// Whether rows of this server are being put back.
     static PUTS_BACK: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Whether this process is a worker of a subscription, one that applies changes or one that copies a table, and not
-/// putting back rows of this server.
+/// Whether this process applies changes or copies a table for a subscription, and is not putting back rows of this
+/// server.
 pub(crate) fn is_worker() -> bool {
     // SAFETY: a plain read.
     unsafe { pg_sys::IsLogicalWorker() && !puts_back() }
 }
 
-/// Rows are taken as they are.
+/// Whether rows are inserted unchanged.
 pub(crate) fn puts_back() -> bool {
     PUTS_BACK.get()
 }
@@ -40,8 +40,8 @@ fn is_applied() -> bool {
     is_worker()
 }
 
-/// Publications that contain what must not leave this server, such as the destinations of backends and the sealed
-/// passwords. Roles that may decode the WAL would get them.
+/// Publications that contain tables which must not leave this server, such as the destinations of backends and the
+/// sealed passwords. Roles that may decode the WAL would get them.
 pub(crate) fn publications() -> Vec<String> {
     sql::query(
         "select p.pubname::text from pg_publication p
@@ -57,7 +57,7 @@ pub(crate) fn publications() -> Vec<String> {
     )
 }
 
-/// Backends, by name, of which events of another server are held.
+/// Names of the backends for which events of another server are held.
 pub(crate) fn held() -> Vec<String> {
     sql::query(
         "select distinct h.backend from (select backend from outbox.held_events order by number limit 1000) h order by 1",
@@ -70,8 +70,8 @@ pub(crate) fn say_held(backend: &str) {
     log(
         LogLevel::Info,
         &format!("events of another server are held for backend \"{backend}\""),
-        Some("A subscription has brought them. That server sends them."),
-        Some("Call outbox.take_over() for the backend when this server is to send what the other has not."),
+        Some("A subscription has brought them, and the other server sends them."),
+        Some("To send here what the other server has not sent, call outbox.take_over() for the backend."),
     );
 }
 
@@ -79,17 +79,15 @@ pub(crate) fn say_published(name: &str) {
     log(
         LogLevel::Warning,
         &format!("publication \"{name}\" has tables of outbox_relay that must not leave this server"),
-        Some(
-            "Hosts, users and sealed passwords of backends are in what it sends. A subscriber with this extension passes them over.",
-        ),
+        Some("It sends hosts, users and sealed passwords of backends. A subscriber with this extension ignores them."),
         Some("Publish only events, scheduled_events, failed_events, refused_events and cursors of schema outbox."),
     );
 }
 
 crate::sql_function!(leave_local, pg_finfo_leave_local);
 
-/// Trigger of tables that do not travel, before each row.
-// No pg_guard: the guard that says our errors in the database's encoding.
+/// Trigger of tables whose rows must not be replicated, before each row.
+// No pg_guard: our own guard converts our errors to the database's encoding.
 #[unsafe(no_mangle)]
 extern "C-unwind" fn leave_local(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
     report::guard(|| {
@@ -100,7 +98,7 @@ extern "C-unwind" fn leave_local(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Da
             (*fcinfo).isnull = false;
             let is_update = trigger.tg_event & pg_sys::TRIGGER_EVENT_OPMASK == pg_sys::TRIGGER_EVENT_UPDATE;
             match (is_worker(), is_update) {
-                // Passed over.
+                // A row from a subscription is left out.
                 (true, _) => pg_sys::Datum::from(0),
                 (false, true) => pg_sys::Datum::from(trigger.tg_newtuple),
                 (false, false) => pg_sys::Datum::from(trigger.tg_trigtuple),

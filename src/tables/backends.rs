@@ -12,7 +12,7 @@ use crate::tables::stream_names;
 use relay::reading::snapshot::{Snapshot, Tick};
 use relay::seal;
 
-/// A row of `outbox.backends`, with what the tables beside it say of the same backend.
+/// A row of `outbox.backends`, with the related rows of other tables.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) struct BackendRow {
     pub number: i32,
@@ -20,35 +20,36 @@ pub(crate) struct BackendRow {
     pub enabled: bool,
     pub options: Options,
     pub password: Option<String>,
-    /// Which of its secrets were set for another destination.
+    /// Secrets that were set for another destination.
     pub withheld: Withheld,
-    /// A role that may not read the server's files has said where, or how privately, it connects.
+    /// A role that may not read the server's files has set where or how the backend connects.
     is_unconfirmed: bool,
-    /// Somebody has called `outbox.take_over()` for it on this server.
+    /// Somebody has called `outbox.take_over()` for the backend on this server.
     pub take_over: bool,
     /// Rows of `outbox.restores` whose events have to be looked for in the streams.
     pub restores: Vec<i64>,
-    /// The latest transaction whose restored events were looked for. 0: there was none.
+    /// The latest transaction whose restored events have been looked for. 0: there was none.
     pub last_restore: u64,
-    /// Set if this database is a copy and nobody has taken the backend over here.
+    /// Set if this database is a copy and nobody has taken over the backend here.
     pub original: Option<Original>,
 }
 
-/// Which secrets must not be sent to where the backend connects now: see `outbox.destination()`.
+/// Which secrets must not be sent to the backend's current destination: see `outbox.destination()`.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Withheld {
     /// The password of `outbox.set_backend_password()`.
     pub password: bool,
-    /// That password cannot be opened, because the key was replaced.
+    /// That password cannot be decrypted, because the key was replaced.
     pub is_unreadable: bool,
     /// The backend's password file.
     pub file: bool,
-    /// The password file of the settings: the backend spoke TLS, and now trusts other authorities or does not speak
-    /// TLS. Or its destination is that of a role that may not read files, and no other backend uses the file like that.
+    /// The password file of the settings. It is withheld if the backend used TLS before and now trusts other
+    /// authorities or does not use TLS. It is also withheld if a role that may not read files has set the destination
+    /// and no other backend uses the file in the same way.
     pub common_file: bool,
 }
 
-/// Whether a connection is encrypted, and whom it trusts: `tls`, `tls_insecure` and `tls_ca_file`.
+/// Whether a connection is encrypted and which authorities it trusts: `tls`, `tls_insecure` and `tls_ca_file`.
 type Privacy<'a> = (bool, bool, Option<&'a str>);
 
 impl BackendRow {
@@ -56,8 +57,8 @@ impl BackendRow {
         self.options.mode == Ok(Topology::Cluster)
     }
 
-    /// Whether it connects to the one Redis that the settings name. The password file of the settings is read for that
-    /// address only, because a role that may write backends may name any host.
+    /// Whether it connects to the Redis that the settings name. The password file of the settings is used only for that
+    /// address, because a role that may write backends may name any host.
     pub(crate) fn is_at_common_address(&self) -> bool {
         let options = &self.options;
         let has_no_other = options.mode == Ok(Topology::Standalone)
@@ -78,7 +79,7 @@ impl BackendRow {
         Some((tls, options.tls_insecure, options.tls_ca_file.as_deref()))
     }
 
-    /// In which way the password file of the settings is sent for it, if it is.
+    /// The privacy with which the password file of the settings is sent for it, if it is sent.
     fn common_way(&self) -> Option<Privacy<'_>> {
         let withheld = self.withheld;
         let has_own = self.password.is_some() || withheld.password || withheld.is_unreadable;
@@ -90,7 +91,7 @@ impl BackendRow {
         self.privacy().filter(|_| uses_common)
     }
 
-    /// A row of the statement of [`all`], but for its password.
+    /// A backend from a row of the statement in [`all`], except its password.
     fn of(row: &FoundRow<'_>) -> Self {
         Self {
             number: row.value("number").unwrap_or_default(),
@@ -120,7 +121,7 @@ fn parsed<T: std::str::FromStr>(text: Option<String>) -> Option<T> {
     text?.parse().ok()
 }
 
-/// The installed version of the extension, if it is there.
+/// The installed version of the extension, if it is installed.
 pub(crate) fn installed_version() -> Option<String> {
     query_value(
         "select extversion from pg_catalog.pg_extension where extname = 'outbox_relay'",
@@ -128,7 +129,7 @@ pub(crate) fn installed_version() -> Option<String> {
     )
 }
 
-/// The name of this installation in the keys of guards.
+/// The installation, as it stands in the keys of guards.
 pub(crate) fn installation() -> String {
     query_value("select id::text from outbox.installation", &[]).unwrap_or_default()
 }
@@ -136,8 +137,8 @@ pub(crate) fn installation() -> String {
 /// How many restores of one backend are read at once.
 const RESTORES_AT_ONCE: i32 = 1_000;
 
-/// All columns of a backend `b`, with the stream of those that have none of their own. A column of type jsonb is read as
-/// text.
+/// All columns of a backend `b`, and the stream of backends that have none of their own. A column of type jsonb is read
+/// as text.
 const OPTIONS: &str = "(select outbox.common_stream()) as common_stream, b.static_fields::text as static_fields, b.*";
 
 /// All backends, each with some of the restores that a snapshot sees. A new option needs no change here, because all
@@ -190,8 +191,9 @@ pub(crate) fn all(seen: &Snapshot) -> Vec<BackendRow> {
     found
 }
 
-/// A role that may not read files has made a backend, or moved it. Then the password file of the settings is read for
-/// it only if that shows the password to nobody else: others use the file in the same way, or without TLS.
+/// Withholds the password file of the settings from a backend that a role without the right to read files has created
+/// or moved, unless sending it there reveals the password to nobody new: another backend uses the file in the same way,
+/// or without TLS.
 fn withhold_common_file(backends: &mut [BackendRow]) {
     if !backends.iter().any(|backend| backend.is_unconfirmed) {
         return;
@@ -205,7 +207,8 @@ fn withhold_common_file(backends: &mut [BackendRow]) {
     }
 }
 
-/// Numbers of deleted backends that had a cursor. Events for them that are not committed yet may still come.
+/// Numbers of deleted backends that had a cursor. Transactions that are not committed yet may still bring events for
+/// them.
 pub(crate) fn deleted_backends() -> Vec<i32> {
     query_column(
         "select distinct c.backend_number from outbox.cursors c
@@ -216,8 +219,8 @@ pub(crate) fn deleted_backends() -> Vec<i32> {
     )
 }
 
-/// Numbers of backends that have a reader of their own, or soon will; and of those that were deleted and whose events
-/// are purged by their own ticks.
+/// Numbers of backends that have a reader of their own or soon will, and of deleted backends whose events are purged by
+/// their own ticks.
 pub(crate) fn known_numbers() -> Vec<i32> {
     query_column(
         "select number from outbox.backends union select backend_number from outbox.cursors where backend_number > 0
@@ -236,8 +239,8 @@ pub(crate) fn is_forgotten(number: i32) -> bool {
     found.contains(&true)
 }
 
-/// Those of these deleted backends that cannot be forgotten: another server tells how far it has come with one of that
-/// number, and changes of a cursor are told only to who has one.
+/// Of these deleted backends, those that cannot be forgotten: another server reports its cursor for that number, and a
+/// subscription applies changes of a cursor only where the row exists.
 pub(crate) fn kept_for_others(numbers: &[i32]) -> Vec<i32> {
     query_column(
         "select n from unnest($1) n where exists (select from outbox.held_cursors h where h.backend_number = n)
@@ -246,8 +249,8 @@ pub(crate) fn kept_for_others(numbers: &[i32]) -> Vec<i32> {
     )
 }
 
-/// Forgets deleted backends, all but that they existed, in the transaction that saves the cursor of strays. `tick`: that
-/// of their cursors. Their events are purged by their ticks.
+/// Forgets deleted backends except that they existed, in the transaction that saves the cursor of strays. Their events
+/// are purged by the given tick, which is the one of their cursors.
 pub(crate) fn forget(numbers: &[i32], tick: &Tick) {
     retention::record_last_tick(numbers, tick);
     run(
@@ -261,7 +264,8 @@ pub(crate) fn forget(numbers: &[i32], tick: &Tick) {
             + (select range_agg(int4range(n, n, '[]')) from unnest($1) n)",
         &[numbers.to_vec().into()],
     );
-    // TRUNCATE leaves it behind. Each statement on that table makes all sessions load it again.
+    // TRUNCATE leaves the password behind. It is only deleted if it is there, because each statement on that table
+    // makes all sessions load it again.
     let all = "outbox.backend_passwords p where p.backend_number = any($1)";
     if query_value(
         &format!("select exists (select from {all})"),
@@ -273,9 +277,9 @@ pub(crate) fn forget(numbers: &[i32], tick: &Tick) {
     }
 }
 
-/// Whether a backend with this number was deleted: the number was given, and no backend has it now. The worker may not
-/// know a backend that exists, because its events can be seen before the worker hears of it. A dump restores its tables
-/// in any order, so restored events wait for their backend for a day.
+/// Whether a backend with this number was deleted: the number was assigned, and no backend has it now. Do not rely on
+/// the worker's own list: a backend's events can be visible before the worker hears of the backend. A dump restores its
+/// tables in any order, so restored events wait for their backend for a day.
 pub(crate) fn is_deleted(number: i32) -> bool {
     query_value(
         "select $1 <= s.last_value
@@ -288,7 +292,7 @@ pub(crate) fn is_deleted(number: i32) -> bool {
     .unwrap_or(false)
 }
 
-/// The stream of a backend's events whose rows name none.
+/// The stream of a backend's events whose rows name no stream.
 pub(crate) fn own_stream(number: i32) -> String {
     query(
         "select b.own_stream from outbox.backends b where b.number = $1",
@@ -300,7 +304,7 @@ pub(crate) fn own_stream(number: i32) -> String {
     .unwrap_or_default()
 }
 
-/// Notes the stream of the settings, for the time when that is a template.
+/// Remembers the stream of the settings, for a time when the setting is a template.
 pub(crate) fn note_common_stream() {
     if let Some(stream) = stream_names::plain_setting() {
         run(
@@ -310,7 +314,7 @@ pub(crate) fn note_common_stream() {
     }
 }
 
-/// How the events of a backend are sent; by its name, if no backend has the number.
+/// The options of a backend; found by its name if no backend has the number.
 pub(crate) fn options(number: i32, name: &str) -> Option<Options> {
     query(
         &format!("select {OPTIONS} from outbox.backends b where b.number = $1 or b.name = $2 order by (b.number = $1) desc limit 1"),
@@ -320,7 +324,7 @@ pub(crate) fn options(number: i32, name: &str) -> Option<Options> {
     .pop()
 }
 
-/// Deletes the order to take a backend over: that is done.
+/// Deletes the order to take over a backend, after it was carried out.
 pub(crate) fn forget_take_over(number: i32) {
     run(
         "delete from outbox.take_overs where backend_number = $1",
@@ -328,7 +332,7 @@ pub(crate) fn forget_take_over(number: i32) {
     );
 }
 
-/// Whether events of a backend are scheduled or being tried again.
+/// Whether events of a backend are scheduled or wait for a retry.
 pub(crate) fn waits_elsewhere(number: i32) -> bool {
     query_value(
         "select exists (select from outbox.scheduled_events where backend_number = $1)

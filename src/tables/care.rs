@@ -1,9 +1,9 @@
 //! A row that cannot be read, converted or encoded fails alone.
 //!
-//! Reading takes rows as they come, without a subtransaction for each. Where an ERROR may be that of one row (text that
-//! has no UTF-8 form, a damaged value), the transaction is done once more, with care: then each row is first tried by
-//! itself, and one that cannot be read is written down as failed, with the reason. So a bad row costs one more
-//! transaction, and delays no other.
+//! Rows are normally read without a subtransaction for each. If an ERROR may be the fault of one row (text that has no
+//! UTF-8 form, a damaged value), the transaction is repeated *with care*: each row is first tried in a subtransaction,
+//! and a row that cannot be read is written down as failed, with the reason. So a bad row costs one more transaction
+//! and delays no other row.
 
 use crate::server::error::raise;
 use crate::server::guc::LogLevel;
@@ -20,10 +20,10 @@ thread_local! {
     static SAID_AT: Cell<Option<Instant>> = const { Cell::new(None) };
 }
 
-/// Log lines of rows that cannot be read are this far apart.
+/// Log lines about unreadable rows are at least this far apart.
 const SAY_AFTER: Duration = Duration::from_secs(60);
 
-/// As [`process::transaction`]; with care if a row may have been the trouble.
+/// As [`process::transaction`]; repeated with care if a row may have been the cause.
 pub(crate) fn transaction<R>(mut f: impl FnMut() -> R) -> Result<R, Aborted> {
     match process::transaction(&mut f) {
         Err(error) if is_of_a_row(error.code) => process::transaction(|| carefully(&mut f)),
@@ -36,12 +36,12 @@ pub(crate) fn carefully<R>(f: impl FnOnce() -> R) -> R {
     scoped::with(&CAREFUL, true, f)
 }
 
-/// Whether each row is to be tried by itself.
+/// Whether each row is to be tried in a subtransaction.
 pub(crate) fn is_careful() -> bool {
     CAREFUL.get()
 }
 
-/// Why a row cannot be read, if it cannot, and if care is taken.
+/// Why a row cannot be read. `None` if it can, or without care.
 pub(crate) fn unreadable(row: &Row) -> Option<String> {
     if !is_careful() {
         return None;
@@ -49,12 +49,13 @@ pub(crate) fn unreadable(row: &Row) -> Option<String> {
     tried(|| row.with_event(|_| ())).err()
 }
 
-/// Runs `f`, which reads a row, in a subtransaction; the words of an ERROR that may be the row's. Any other goes on.
+/// Runs `f`, which reads a row, in a subtransaction. Returns the message of an ERROR that may be the row's fault. Any
+/// other ERROR is raised.
 pub(crate) fn tried<R>(f: impl FnOnce() -> R) -> Result<R, String> {
     process::attempt(f).map_err(|error| words_of(error, is_of_a_row))
 }
 
-/// The same for `f` that inserts a row.
+/// As [`tried`], for `f` that inserts a row.
 pub(crate) fn tried_new<R>(f: impl FnOnce() -> R) -> Result<R, String> {
     process::attempt(f).map_err(|error| words_of(error, is_of_a_new_row))
 }
@@ -67,10 +68,10 @@ fn words_of(error: Aborted, is_its: fn(PgSqlErrorCode) -> bool) -> String {
     error.message
 }
 
-/// Whether an ERROR may be the fault of one row: not one of locks, memory, files, or somebody's will.
+/// Whether an ERROR may be the fault of one row, rather than of locks, memory, files or a cancellation.
 pub(crate) fn is_of_a_row(code: PgSqlErrorCode) -> bool {
     use PgSqlErrorCode::*;
-    // Of the same class, but no row's fault: nothing gets a number.
+    // This is in the same class, but no row's fault: the sequence gives no more numbers.
     if code == ERRCODE_SEQUENCE_GENERATOR_LIMIT_EXCEEDED {
         return false;
     }
@@ -84,7 +85,7 @@ pub(crate) fn is_of_a_row(code: PgSqlErrorCode) -> bool {
     )
 }
 
-/// The same for one that is inserted somewhere: also what constraints and triggers have against it.
+/// As [`is_of_a_row`], for a row that is being inserted: its constraints and triggers may also refuse it.
 pub(crate) fn is_of_a_new_row(code: PgSqlErrorCode) -> bool {
     use PgSqlErrorCode::*;
     let others = [
@@ -97,7 +98,7 @@ pub(crate) fn is_of_a_new_row(code: PgSqlErrorCode) -> bool {
 }
 
 fn is_of(code: PgSqlErrorCode, classes: &[PgSqlErrorCode]) -> bool {
-    /// The class of a SQLSTATE is in its lower bits (ERRCODE_TO_CATEGORY of elog.h).
+    /// The lower bits of a SQLSTATE are its class (ERRCODE_TO_CATEGORY in elog.h).
     const CLASS: i32 = (1 << 12) - 1;
     classes.iter().any(|of| *of as i32 & CLASS == code as i32 & CLASS)
 }
@@ -110,14 +111,14 @@ fn say(error: &str) {
     log(
         LogLevel::Warning,
         "an event cannot be processed",
-        Some(&format!("{error}. It fails alone; the others go on.")),
+        Some(&format!("{error}. Only this event fails; the others are sent.")),
         Some(
             "See last_error in outbox.failed_events. If storage is damaged, its row in outbox.events is kept until its retention ends.",
         ),
     );
 }
 
-/// How much of an event is copied: all that can be read.
+/// Which parts of an event are copied: as many as can be read.
 #[derive(Clone, Copy)]
 pub(crate) struct Kept {
     pub texts: bool,
@@ -129,7 +130,7 @@ pub(crate) const ALL: Kept = Kept {
     payload: true,
 };
 
-/// From all to as good as nothing.
+/// From all parts to almost none.
 const LESS_AND_LESS: [Kept; 3] = [
     ALL,
     Kept {
@@ -142,7 +143,7 @@ const LESS_AND_LESS: [Kept; 3] = [
     },
 ];
 
-/// Runs `copy`, which copies one event somewhere, with as much of it as can be read.
+/// Runs `copy`, which copies one event, with as many of its parts as can be read.
 pub(crate) fn as_much_as_can_be_read(mut copy: impl FnMut(Kept) -> u64) -> u64 {
     if !is_careful() {
         return copy(ALL);

@@ -1,5 +1,4 @@
-//! What a session knows of our tables without asking each time: the relations' OIDs. Invalidations of Postgres say when
-//! that has changed.
+//! What a session caches about our tables: the relations' OIDs. Postgres's invalidations tell when that has changed.
 
 use crate::server::error::{internal, raise};
 use crate::server::unguarded;
@@ -13,13 +12,13 @@ use std::cell::Cell;
 use std::ffi::CStr;
 use std::rc::Rc;
 
-/// OIDs of what we read and write without SQL. Those of `events`, the sequence and `backends` are there, others may be
-/// missing (`InvalidOid`); see the module `missing`.
+/// OIDs of the relations that we read and write without SQL. Those of `events`, the sequence and `backends` are always
+/// set, others may be missing (`InvalidOid`); see the module `missing`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Relations {
     pub events: pg_sys::Oid,
-    /// Indexes are known by what they index, whatever they are called: somebody may have put another in the place of
-    /// ours.
+    /// Indexes are found by their columns and not by name, because an administrator may have replaced ours with
+    /// another.
     pub events_seq_key: pg_sys::Oid,
     pub events_xid_key: pg_sys::Oid,
     pub events_id_key: pg_sys::Oid,
@@ -27,8 +26,8 @@ pub(crate) struct Relations {
     pub sequence: pg_sys::Oid,
     pub scheduled: pg_sys::Oid,
     pub backends: pg_sys::Oid,
-    /// The sequence of their numbers. Changes of backends are announced as invalidations of it, because hardly any
-    /// session has it open.
+    /// The sequence of the backends' numbers. Changes of backends are announced as invalidations of it, because hardly
+    /// any session has it open.
     pub backends_news: pg_sys::Oid,
     pub backend_passwords: pg_sys::Oid,
     pub publisher_limits: pg_sys::Oid,
@@ -69,7 +68,7 @@ const TABLES: [&CStr; 26] = [
     c"consumer_groups",
 ];
 
-/// The functions of our triggers that an INSERT of an event calls.
+/// The functions of our triggers that run when an event is inserted.
 const TRIGGERS: [&CStr; 5] = [
     c"complete_event",
     c"confirm_event",
@@ -79,7 +78,7 @@ const TRIGGERS: [&CStr; 5] = [
 ];
 
 type Watched = [pg_sys::Oid; TABLES.len() + 2];
-/// Of `backends` among [`TABLES`].
+/// The index of `backends` in [`TABLES`].
 const BACKENDS_TABLE: usize = 1;
 const BACKENDS_NEWS: usize = TABLES.len() + 1;
 
@@ -89,12 +88,12 @@ impl Relations {
         &self.tables
     }
 
-    /// Tables whose changes the worker must hear of.
+    /// Tables whose changes the worker must be told of.
     pub(crate) fn settings_tables(&self) -> &[pg_sys::Oid] {
         &self.settings_tables
     }
 
-    /// Who owns our tables, as far as they are there.
+    /// The owner of our tables that exist. Raises an ERROR if they have several.
     fn owner(&self) -> pg_sys::Oid {
         let mut first: Option<(pg_sys::Oid, &CStr)> = None;
         for (table, name) in self.tables.iter().zip(TABLES) {
@@ -141,25 +140,26 @@ impl Relations {
     }
 }
 
-/// The present owner of our tables, whose rights the code on them has. An ERROR if they have several owners.
+/// The current owner of our tables. Our code on them runs with that role's rights. Raises an ERROR if they have several
+/// owners.
 pub(crate) fn owner() -> pg_sys::Oid {
     let known = RELATIONS.get().or_else(look_up);
     known.unwrap_or_else(|| missing::extension()).owner()
 }
 
-/// A relation's present owner by the catalog; `InvalidOid` if there is no such relation any more.
+/// A relation's current owner in the catalog; `InvalidOid` if the relation no longer exists.
 pub(crate) fn owner_of(relation: pg_sys::Oid) -> pg_sys::Oid {
     class_of(relation).owner
 }
 
-/// Of a relation by the catalog as of now; nothing if it has gone.
+/// Properties of a relation in the current catalog; empty if it no longer exists.
 struct RelationClass {
     owner: pg_sys::Oid,
     method: pg_sys::Oid,
 }
 
 fn class_of(relation: pg_sys::Oid) -> RelationClass {
-    // SAFETY: a look-up within a transaction; the tuple is released once it was read.
+    // SAFETY: a look-up within a transaction; the tuple is released after it is read.
     unsafe {
         let cache = pg_sys::SysCacheIdentifier::RELOID as i32;
         let tuple = pg_sys::SearchSysCache1(cache, pg_sys::Datum::from(relation));
@@ -186,14 +186,14 @@ fn class_of(relation: pg_sys::Oid) -> RelationClass {
 thread_local! {
     static REGISTERED: OnceCell<()> = const { OnceCell::new() };
     static RELATIONS: Cell<Option<Relations>> = const { Cell::new(None) };
-    /// All our tables and the sequence, as they were known last.
+    /// The last known OIDs of all our tables and the sequence.
     static WATCHED: Cell<Watched> = const { Cell::new([pg_sys::InvalidOid; TABLES.len() + 2]) };
     /// Counts their invalidations, for the worker.
     static GENERATION: Cell<u64> = const { Cell::new(0) };
 }
 
 #[pg_guard]
-// SAFETY: called by Postgres alone, in this process; it touches only variables of this thread.
+// SAFETY: only Postgres calls this, in this process; it touches only variables of this thread.
 unsafe extern "C-unwind" fn on_invalidation(_arg: pg_sys::Datum, relation: pg_sys::Oid) {
     let all = relation == pg_sys::InvalidOid;
     let watched = WATCHED.get();
@@ -217,13 +217,13 @@ fn register() {
     });
 }
 
-/// Changes whenever our tables may have changed. Needs a transaction that has taken in invalidations.
+/// Changes whenever our tables may have changed. Needs a transaction that has processed pending invalidations.
 pub(crate) fn generation() -> u64 {
     GENERATION.get()
 }
 
-/// Our relations, or `None` where the extension is not installed. An ERROR in words where it is, and what everybody
-/// needs of it is missing. Needs a transaction.
+/// Our relations, or `None` if the extension is not installed. Raises an ERROR with an explanation if it is installed
+/// but an object that everybody needs is missing. Needs a transaction.
 pub(crate) fn relations() -> Option<Relations> {
     if let Some(known) = RELATIONS.get() {
         return Some(known);
@@ -247,7 +247,7 @@ pub(crate) fn relations() -> Option<Relations> {
     Some(found)
 }
 
-/// What is there; `None`: the extension is not. From now on its changes are heard of.
+/// Looks up the relations; `None`: the extension is not installed. From now on their changes are noticed.
 fn look_up() -> Option<Relations> {
     register();
     // SAFETY: catalog look-ups by constant names within a transaction.
@@ -292,17 +292,17 @@ fn look_up() -> Option<Relations> {
         *known = *relation;
     }
     WATCHED.set(watched);
-    // Only then is it worth a look whether the extension is there.
+    // The extension itself is only looked up if something is missing.
     (found.is_whole() || is_installed()).then_some(found)
 }
 
-/// Whether the extension is installed in this database, whatever of it is there.
+/// Whether the extension is installed in this database, even if some of its objects are missing.
 pub(crate) fn is_installed() -> bool {
     // SAFETY: a catalog look-up within a transaction.
     unsafe { pg_sys::get_extension_oid(c"outbox_relay".as_ptr(), true) != pg_sys::InvalidOid }
 }
 
-/// Whether a relation has this name in schema outbox. Looks at caches alone.
+/// Whether a relation has this name in schema outbox. Reads only caches.
 ///
 /// # Safety
 /// Within a transaction, in a frame that holds nothing.
@@ -314,8 +314,8 @@ pub(crate) unsafe fn has_our_name(relation: pg_sys::Oid, name: &CStr) -> bool {
     }
 }
 
-/// A valid btree index that begins with these columns, in this order; `is_unique`: on them alone, so that each value is
-/// there once. By the catalog, without a lock on the table.
+/// A valid B-tree index that begins with these columns in this order. `is_unique`: it is unique on exactly these
+/// columns. It is looked up in the catalog without a lock on the table.
 ///
 /// # Safety
 /// Within a transaction.
@@ -355,8 +355,7 @@ unsafe fn index_on(table: pg_sys::Oid, columns: &[usize], is_unique: bool) -> pg
     index
 }
 
-/// The index of a row of pg_index, if it is a B-tree over these columns, in ascending order. The row is one of
-/// pg_index.
+/// The index of a row of pg_index, if it is a usable B-tree over these columns in ascending order.
 fn usable_index(row: &Row, columns: &[usize], is_unique: bool) -> Option<pg_sys::Oid> {
     let says = |column: u32| row.get(column as usize).is_some_and(|d| d.value() as u8 != 0);
     let has = |column: u32| row.get(column as usize).is_some();
@@ -380,8 +379,8 @@ fn usable_index(row: &Row, columns: &[usize], is_unique: bool) -> Option<pg_sys:
     let oid = row.get(pg_sys::Anum_pg_index_indexrelid as usize)?;
     let indexed = row.get(pg_sys::Anum_pg_index_indkey as usize)?;
     let options = row.get(pg_sys::Anum_pg_index_indoption as usize)?;
-    // SAFETY: both are vectors with an element for each column of the index, of which there are enough; they are stored
-    // as they are.
+    // SAFETY: both are vectors with an element for each column of the index, and there are enough; they are stored
+    // uncompressed.
     let (indexed, options) = unsafe {
         let indexed = (*indexed.cast_mut_ptr::<pg_sys::int2vector>())
             .values
@@ -392,31 +391,31 @@ fn usable_index(row: &Row, columns: &[usize], is_unique: bool) -> Option<pg_sys:
         (indexed, options)
     };
     let begins = indexed.iter().zip(columns).all(|(is, must)| *is as usize == *must);
-    // Descending, or nulls first, which come with it: another order.
+    // A descending index, or one with nulls first, has another order.
     let ascends = options.iter().all(|o| *o == 0);
     let oid = pg_sys::Oid::from(oid.value() as u32);
     (begins && ascends && class_of(oid).method == BTREE).then_some(oid)
 }
 
-/// The access method of btree indexes (pg_am.dat).
+/// The access method of B-tree indexes (pg_am.dat).
 const BTREE: pg_sys::Oid = pg_sys::BTREE_AM_OID;
 
-/// Whether the table of cursors can be written to now. Needs a transaction.
+/// Whether the table of cursors can be written to now, without waiting for a lock. Needs a transaction.
 pub(crate) fn can_save() -> bool {
     let lock = pg_sys::RowExclusiveLock as pg_sys::LOCKMODE;
     let cursors = TABLES.iter().position(|table| *table == c"cursors");
     let table = relations().zip(cursors).map(|(known, index)| known.tables[index]);
     let table = table.filter(|table| *table != pg_sys::InvalidOid);
-    // SAFETY: takes a lock within a transaction, or does not.
+    // SAFETY: tries to take a lock within a transaction.
     table.is_some_and(|table| unsafe { pg_sys::ConditionalLockRelationOid(table, lock) })
 }
 
-/// A function of ours without arguments; `InvalidOid` if there is none.
+/// One of our functions without arguments; `InvalidOid` if it does not exist.
 ///
 /// # Safety
 /// Within a transaction.
 unsafe fn function(schema: pg_sys::Oid, name: &CStr) -> pg_sys::Oid {
-    // SAFETY: the caller's promise; keys of the types that the cache is by.
+    // SAFETY: the caller's promise; the keys have the types of the cache.
     unsafe {
         pg_sys::GetSysCacheOid(
             pg_sys::SysCacheIdentifier::PROCNAMEARGSNSP as i32,
@@ -429,12 +428,12 @@ unsafe fn function(schema: pg_sys::Oid, name: &CStr) -> pg_sys::Oid {
     }
 }
 
-/// An ERROR if somebody has changed the type of a column that we know.
+/// Raises an ERROR if somebody has changed the type of a column that we read.
 fn expect_shape(name: &str, table: pg_sys::Oid) {
     for (index, expected) in EVENT_COLUMNS[..attribute::COUNT].iter().enumerate() {
         // SAFETY: a catalog look-up within a transaction.
         if unsafe { pg_sys::get_atttype(table, index as i16 + 1) } != expected.kind {
-            internal(format!("column {} of outbox.{name} does not have its type", index + 1));
+            internal(format!("column {} of outbox.{name} has an unexpected type", index + 1));
         }
     }
 }
@@ -444,18 +443,18 @@ pub(crate) fn expect_relations() -> Relations {
     relations().unwrap_or_else(|| missing::extension())
 }
 
-/// Opens a table of ours, and looks up what belongs to it: until the table is locked, its indexes can be swapped for
-/// others.
+/// Opens one of our tables, and looks up the relations after that: until the table is locked, its indexes can be
+/// replaced by others.
 pub(crate) fn open_table(table: pg_sys::Oid, lock: pg_sys::LOCKMODE) -> (pg_sys::Relation, Relations) {
-    // SAFETY: opens a relation by OID within a transaction; an ERROR if it has gone.
+    // SAFETY: opens a relation by OID within a transaction; raises an ERROR if it no longer exists.
     let opened = unsafe { pg_sys::table_open(table, lock) };
     (opened, expect_relations())
 }
 
-/// A backend by name. Costs nothing but a look-up unless backends have changed.
+/// A backend by name. This costs only a look-up, unless backends have changed.
 pub(crate) fn backend(name: &str) -> Option<Rc<KnownBackend>> {
-    // A long transaction that opens no new table hears of no change by itself.
-    // SAFETY: within a transaction; as taking any lock does.
+    // A long transaction that opens no new table would not process invalidations otherwise.
+    // SAFETY: within a transaction. Taking any lock does the same.
     unsafe { pg_sys::AcceptInvalidationMessages() };
     known_backends::find(expect_relations().backends, name)
 }

@@ -1,10 +1,10 @@
-//! What Redis says of consumer groups: `outbox.consumer_groups`. Needs a transaction.
+//! What Redis reports about consumer groups: `outbox.consumer_groups`. Needs a transaction.
 
 use crate::tables::cursors::lane_number;
 use crate::tables::sql::{all_words, query_named, run_named};
 use relay::consumers::group::Surveyed;
 
-/// Streams of a backend, or of one lane of it, that were asked about lately; at most so many.
+/// Streams of a backend, or of one of its lanes, that a survey has asked about lately; at most `limit`.
 pub(crate) fn known_streams(number: i32, lane: Option<u16>, limit: usize) -> Vec<String> {
     let found = query_named(
         "select g.stream from outbox.consumer_groups g
@@ -20,7 +20,7 @@ pub(crate) fn known_streams(number: i32, lane: Option<u16>, limit: usize) -> Vec
     found.into_iter().flatten().collect()
 }
 
-/// Forgets backends that were deleted.
+/// Deletes the rows of deleted backends.
 pub(crate) fn forget_deleted() {
     run_named(
         "delete from outbox.consumer_groups g
@@ -29,7 +29,7 @@ pub(crate) fn forget_deleted() {
     );
 }
 
-/// One row: a group, or a stream without one.
+/// The columns of the rows to write: one row for each group, or for a stream without groups.
 struct Rows<'a> {
     streams: Vec<&'a str>,
     groups: Vec<String>,
@@ -42,7 +42,7 @@ struct Rows<'a> {
     oldest_ms: Vec<Option<i64>>,
 }
 
-/// Writes down what a survey has found. Rows of streams that nobody has asked about for long go.
+/// Saves the result of a survey. Deletes rows of streams that no survey has asked about for a long time.
 pub(crate) fn save(number: i32, lane: Option<u16>, found: &[Surveyed]) {
     let slot = lane_number(lane);
     let asked: Vec<&str> = found.iter().map(|surveyed| &*surveyed.stream).collect();
@@ -109,7 +109,7 @@ fn rows_of(found: &[Surveyed]) -> Rows<'_> {
             rows.lags.push(group.and_then(|g| g.lag));
             rows.unread.push(group.and_then(|g| g.unread(surveyed.length)));
             let oldest = group.and_then(|g| g.oldest_pending);
-            // A time that Postgres has.
+            // Only a time that Postgres can represent.
             let in_range = oldest.map(|id| id.ms).filter(|ms| *ms < 1 << 52);
             rows.oldest_ms.push(in_range.map(|ms| ms as i64));
         }

@@ -1,8 +1,8 @@
-//! A database that is a copy of another one sends nothing until `outbox.take_over()` is called there: see the table
+//! A database that is a copy of another one sends nothing until `outbox.take_over()` is called in it: see the table
 //! `copied_backends`.
 //!
-//! A copy made by CREATE DATABASE ... TEMPLATE has another OID than its tables say (`outbox.note_copy()`). A copy of a
-//! whole server (base backup, snapshot, recovery to a target) is in another place than the run before it, and was not
+//! A copy made by CREATE DATABASE ... TEMPLATE has another OID than its tables record (`outbox.note_copy()`). A copy of
+//! a whole server (base backup, snapshot, recovery to a target) is in another place than its previous run, and was not
 //! promoted as a standby.
 
 use crate::server::guc::{self, TakeOver};
@@ -14,20 +14,21 @@ use pgrx::{name, pg_extern, pg_sys};
 /// The original of a copied backend.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) struct Original {
-    /// In words: a database, or where a server lives.
+    /// A description: the name of a database, or where a server runs.
     pub words: String,
-    /// It is a database of this server. As a rule it still exists, and the copy's guards have other keys.
+    /// Whether it is a database of this server. Usually it still exists, and the copy's guards have other keys.
     pub is_database: bool,
 }
 
 impl Original {
-    /// Whether the copy must not send because of it.
+    /// Whether the copy must not send because of this original.
     pub(crate) fn counts(&self) -> bool {
         self.is_database || guc::TAKE_OVER.get() == TakeOver::Standby
     }
 }
 
-/// Whether this database was made from another one. That is noted in the tables. Within the worker's transaction.
+/// Checks whether this database was made from another one, and records that in the tables. Called within the worker's
+/// transaction.
 pub(crate) fn note_copy() -> bool {
     let is_copy = "select i.database <> d.oid from outbox.installation i, pg_catalog.pg_database d where d.datname = current_database()";
     let is_copy = query_value(is_copy, &[]).unwrap_or(false);
@@ -38,7 +39,7 @@ pub(crate) fn note_copy() -> bool {
 }
 
 /// `outbox.database_made_by()`: the transaction that made this database. It is not certain if the database's row of
-/// pg_database was changed since: then it is one of the transactions that changed it.
+/// pg_database was changed since: then it is one of the transactions that changed the row.
 #[pg_extern(sql = false)]
 fn database_made_by() -> TableIterator<'static, (name!(xid, Option<i64>), name!(is_certain, bool))> {
     // SAFETY: reads the counter under its lock, and a variable of this process.
@@ -66,17 +67,17 @@ fn widened(xid: u32, next: u64) -> u64 {
 
 /// A version of a row.
 struct Version {
-    /// Who wrote it,
+    /// The transaction that wrote this version.
     xid: u32,
-    /// in place of an earlier one.
+    /// Whether it replaces an earlier version.
     is_update: bool,
 }
 
-/// All versions of a database's row that no vacuum has removed.
+/// All versions of a database's row that vacuum has not removed.
 fn versions_of(database: pg_sys::Oid) -> Vec<Version> {
     let mut found = Vec::new();
     // SAFETY: a scan of a shared catalog, with a snapshot that needs no registration; the tuple's fixed columns are
-    // never null, and its header is valid until the next one is asked for.
+    // never null, and its header is valid until the next tuple is fetched.
     unsafe {
         let rel = pg_sys::table_open(pg_sys::DatabaseRelationId, pg_sys::AccessShareLock as _);
         let any = &raw mut pg_sys::SnapshotAnyData;

@@ -1,4 +1,4 @@
-//! How far each backend has come: `outbox.cursors`.
+//! The saved position of each backend: `outbox.cursors`.
 
 use crate::server::error::internal;
 use crate::tables::found_row::FoundRow;
@@ -10,14 +10,15 @@ use relay::reading::snapshot::{Snapshot, Tick};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-/// The column `slot` of a backend without lanes; that of a lane is its hash slot.
+/// The value of column `slot` for a backend without lanes. For a lane it is its hash slot.
 const NO_LANE: i32 = -1;
 
 pub(super) fn lane_number(lane: Option<u16>) -> i32 {
     lane.map_or(NO_LANE, i32::from)
 }
 
-/// What is saved of a backend beside its position and read again after a restart. Times are in microseconds since 1970.
+/// What is saved of a backend besides its position, and read again after a restart. Times are in microseconds since
+/// 1970.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Standing {
     pub accepted_total: i64,
@@ -27,11 +28,11 @@ pub(crate) struct Standing {
     /// What helps against it.
     pub last_hint: Option<String>,
     pub last_error_us: Option<i64>,
-    /// How often Redis was found to have lost something.
+    /// How many times Redis was found to have lost something.
     pub healings: i64,
-    /// How often its guard was claimed.
+    /// How many times its guard was claimed.
     pub epoch: i64,
-    /// The address to which it was connected last.
+    /// The address that it was last connected to.
     pub address: Option<String>,
 }
 
@@ -45,7 +46,7 @@ pub(crate) struct Saved<'a> {
     pub next_attempt_us: Option<i64>,
 }
 
-/// Hash slots of which a backend has lanes.
+/// The hash slots for which a backend has lanes.
 pub(crate) fn lanes(number: i32) -> Vec<u16> {
     let slots: Vec<i32> = query_column(
         "select slot from outbox.cursors where backend_number = $1 and slot >= 0 order by slot",
@@ -100,7 +101,8 @@ pub(crate) fn cursor(number: i32, lane: Option<u16>) -> Option<(Cursor, Standing
     .pop()
 }
 
-/// Events that a backend has accepted, and that have failed, with those of its lanes, as far as that is saved.
+/// The totals of events that a backend has accepted and that have failed, including its lanes, as far as they are
+/// saved.
 pub(crate) fn totals(number: i32) -> (u64, u64) {
     let found = query(
         "select sum(c.published_total)::bigint as accepted, sum(c.failed_total)::bigint as failed
@@ -112,7 +114,7 @@ pub(crate) fn totals(number: i32) -> (u64, u64) {
     (accepted, failed)
 }
 
-/// The columns of a tick; snapshot and next_xid are texts.
+/// The columns of a tick, of which snapshot and next_xid are read as text.
 pub(super) struct TickColumns {
     snapshot: &'static str,
     next_xid: &'static str,
@@ -132,7 +134,7 @@ const TO: TickColumns = TickColumns {
     low_seq: "to_low_seq",
     high_seq: "to_high_seq",
 };
-/// The columns of tables with one tick a row.
+/// The column names in tables that hold one tick in a row.
 pub(super) const TICK: TickColumns = TickColumns {
     snapshot: "snapshot",
     next_xid: "next_xid",
@@ -140,7 +142,7 @@ pub(super) const TICK: TickColumns = TickColumns {
     high_seq: "high_seq",
 };
 
-/// A tick in four columns.
+/// A tick from its four columns.
 pub(super) fn tick_of(row: &FoundRow<'_>, columns: &TickColumns) -> Option<Arc<Tick>> {
     let snapshot: Snapshot = row.value::<String>(columns.snapshot)?.parse().ok()?;
     Some(Arc::new(Tick {
@@ -151,7 +153,7 @@ pub(super) fn tick_of(row: &FoundRow<'_>, columns: &TickColumns) -> Option<Arc<T
     }))
 }
 
-/// Saves how far a backend, or a lane of it, has come.
+/// Saves the position and standing of a backend or of one of its lanes.
 pub(crate) fn save_cursor(number: i32, lane: Option<u16>, saved: &Saved<'_>) {
     /// A time in microseconds since 1970.
     const TIME: &str = "to_timestamp($ / 1000000.0)";

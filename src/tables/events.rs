@@ -1,4 +1,4 @@
-//! Rows of our tables, taken apart without SQL: an event as it is sent, and scans of `outbox.events` for the reader.
+//! Reads rows of our tables without SQL: an event as it is sent, and scans of `outbox.events` for the reader.
 
 use crate::tables::catalog;
 use crate::tables::catalog::Relations;
@@ -9,7 +9,7 @@ use pgrx::pg_sys;
 use relay::reading::range::{Key, Scan, Table};
 use std::rc::Rc;
 
-/// What is called for each row, without a guard for each call.
+/// Functions that are called for each row, without a guard around each call.
 mod hot {
     use pgrx::pg_sys;
 
@@ -39,10 +39,10 @@ mod hot {
     }
 }
 
-/// Whether an open transaction has published an event with this id, or deleted one. Does not wait. Needs the index.
+/// Whether an open transaction has inserted or deleted an event with this id. Does not wait. Needs the index.
 pub(crate) fn is_contested(relations: &Relations, event_id: &[u8; 16]) -> bool {
-    // SAFETY: an index look-up by an equality key of the column's type. A dirty snapshot says of each row that it shows
-    // who is about to insert or delete it; it is nobody's but ours.
+    // SAFETY: an index look-up by an equality key of the column's type. For each row that it shows, a dirty snapshot
+    // tells which transaction is about to insert or delete it. The snapshot is used only here.
     unsafe {
         let (events, relations) = catalog::open_table(relations.events, LOCK);
         let mut dirty: pg_sys::SnapshotData = std::mem::zeroed();
@@ -76,7 +76,7 @@ pub(crate) struct EventsTable {
     seq_key: pg_sys::Relation,
     xid_key: pg_sys::Relation,
     snapshot: pg_sys::Snapshot,
-    /// Numbers of the backends whose rows are looked at; `None`: all.
+    /// Numbers of the backends whose rows are read; `None`: all.
     wanted: Option<Rc<[i32]>>,
     /// Whether the index by number, and that by transaction, says whose a row is.
     seq_key_tells: bool,
@@ -86,7 +86,7 @@ pub(crate) struct EventsTable {
 const LOCK: pg_sys::LOCKMODE = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
 
 impl EventsTable {
-    /// Opens the table and registers a new snapshot. All is given back at the end of the transaction at the latest.
+    /// Opens the table and registers a new snapshot. Both are released at the end of the transaction at the latest.
     pub(crate) fn open(relations: &Relations) -> Self {
         let (events, relations) = catalog::open_table(relations.events, LOCK);
         for (index, name) in [
@@ -97,7 +97,7 @@ impl EventsTable {
                 name.refuse();
             }
         }
-        // SAFETY: opens relations by OID within a transaction; an ERROR if one has gone.
+        // SAFETY: opens relations by OID within a transaction; raises an ERROR if one no longer exists.
         unsafe {
             Self {
                 events,
@@ -123,7 +123,7 @@ impl EventsTable {
         self.wanted = Some(numbers.into());
     }
 
-    /// Whether the table can be opened without waiting, with all its indexes. The locks are kept until the end of the
+    /// Whether the table and all its indexes can be opened without waiting. The locks are kept until the end of the
     /// transaction.
     pub(crate) fn is_open_to_all(relations: &Relations) -> bool {
         let needed = [
@@ -132,7 +132,7 @@ impl EventsTable {
             relations.events_xid_key,
             relations.sequence,
         ];
-        // SAFETY: takes a lock within a transaction, or does not.
+        // SAFETY: tries to take a lock within a transaction.
         let can_lock = |relation| unsafe { pg_sys::ConditionalLockRelationOid(relation, LOCK) };
         needed
             .iter()
@@ -140,7 +140,7 @@ impl EventsTable {
     }
 
     pub(crate) fn close(self) {
-        // SAFETY: closes what open() opened; scans were dropped before, they borrow nothing beyond.
+        // SAFETY: closes what open() has opened; scans were dropped before, and nothing borrows from it any more.
         unsafe {
             pg_sys::UnregisterSnapshot(self.snapshot);
             pg_sys::index_close(self.xid_key, LOCK);
@@ -149,13 +149,13 @@ impl EventsTable {
         }
     }
 
-    /// The lowest number, up to `upto`, of the transactions from `xid` on, whatever became of them.
+    /// The lowest number, up to `upto`, that transactions from `xid` on have inserted, whether or not they committed.
     pub(crate) fn lowest_since(&self, xid: u64, upto: i64) -> Option<i64> {
         let keys = [
             xid_key(pg_sys::BTGreaterEqualStrategyNumber, pg_sys::F_XID8GE, xid),
             seq_up_to(upto),
         ];
-        // SAFETY: a snapshot that lives for ever.
+        // SAFETY: a static snapshot.
         let mut scan = self.scan_as(&raw mut pg_sys::SnapshotAnyData, self.xid_key, &keys);
         std::iter::from_fn(|| scan.advance()).map(|key| key.seq).min()
     }
@@ -284,15 +284,15 @@ struct Wanted {
 enum Met {
     End,
     Row(pg_sys::HeapTuple),
-    /// Others' rows, up to this number.
+    /// Rows of other backends, up to this number.
     Others(i64),
 }
 
-/// Rows of others that are passed by at once.
+/// The most rows of other backends that are skipped in one step.
 const OTHERS_AT_ONCE: usize = 16;
 
 impl EventsScan {
-    /// The current row; its texts live until the scan moves on.
+    /// The current row; its texts are valid until the scan moves on.
     pub(crate) fn row(&self) -> &Row {
         &self.row
     }
@@ -324,7 +324,7 @@ impl EventsScan {
         }
     }
 
-    /// The next row of those that are wanted; of others, only the entries in the index are looked at.
+    /// The next row of the wanted backends. For others, only the entries in the index are read.
     ///
     /// # Safety
     /// As [`Self::next`]; `wanted` is that of the scan, see [`Self::wanting`].
@@ -363,8 +363,8 @@ impl Scan for EventsScan {
         if self.is_at_end {
             return None;
         }
-        // SAFETY: an open scan; it keeps the current tuple's buffer pinned until the next call. One guard for all
-        // calls, since a guard costs as much as a call.
+        // SAFETY: an open scan; it keeps the current tuple's buffer pinned until the next call. There is one guard for
+        // all calls, because a guard costs as much as a call.
         let met = unsafe {
             pg_sys::ffi::pg_guard_ffi_boundary(|| {
                 let met = match &self.wanted {
@@ -384,7 +384,7 @@ impl Scan for EventsScan {
                 None
             }
             Met::Row(_) => Some(self.row.key()),
-            // Of a transaction that every position has seen.
+            // It stands for rows of transactions that every position has seen.
             Met::Others(seq) => Some(Key { xid: 0, seq }),
         }
     }
@@ -392,8 +392,8 @@ impl Scan for EventsScan {
 
 impl Drop for EventsScan {
     fn drop(&mut self) {
-        // While an ERROR unwinds, the transaction's abort gives the scan's resources back, and calling into Postgres
-        // could raise another one within the drop, which would abort the process.
+        // While an ERROR unwinds, the transaction's abort releases the scan's resources. Calling into Postgres could
+        // raise another ERROR within the drop, which would abort the process.
         if !std::thread::panicking() {
             // SAFETY: the scan was opened by systable_beginscan_ordered and is closed once.
             unsafe { pg_sys::systable_endscan_ordered(self.scan) };
@@ -401,7 +401,7 @@ impl Drop for EventsScan {
     }
 }
 
-/// Whether the table of events can be opened now, with what is needed to read it. Needs a transaction.
+/// Whether the table of events and all that is needed to read it can be opened now. Needs a transaction.
 pub(crate) fn can_read() -> bool {
     catalog::relations().is_some_and(|known| EventsTable::is_open_to_all(&known))
 }

@@ -1,5 +1,6 @@
-//! Triggers of ours that somebody has switched off, as `pg_restore --disable-triggers` does, and the rows that came
-//! meanwhile: they carry transaction ids of another cluster, and would be sent when this one comes to them, or never.
+//! Finds triggers of ours that somebody has switched off, as `pg_restore --disable-triggers` does, and the rows that
+//! came meanwhile. Such rows carry transaction ids of another cluster: they would be sent when this cluster reaches
+//! these ids, or never.
 
 use crate::tables::cursors::{TICK, tick_of};
 use crate::tables::found_row::FoundRow;
@@ -9,21 +10,21 @@ use pgrx::pg_sys;
 use relay::reading::foreign::{Judge, Written, latest};
 use relay::reading::snapshot::Tick;
 
-/// Rows that one piece looks at, or publishes anew: some milliseconds.
+/// How many rows one step examines or publishes anew; a step takes some milliseconds.
 pub(crate) const PIECE_ROWS: i64 = 2_000;
 
-/// How our triggers are, and how the one of `outbox.events` was when all rows were last known to have come by it.
+/// The state of our triggers, and the last state of `outbox.events`'s trigger in which all rows had passed through it.
 pub(crate) struct Look {
     pub broken: Vec<BrokenTrigger>,
-    /// What the trigger and the table's file are.
+    /// The state of the trigger, and the table's file.
     pub triggers: Option<String>,
     pub filenode: Option<pg_sys::Oid>,
     pub known_triggers: Option<String>,
     pub known_filenode: Option<pg_sys::Oid>,
     pub known: Tick,
-    /// A row carries the id of a transaction that is still to come.
+    /// Whether a row carries the id of a future transaction.
     has_future_xid: bool,
-    /// The transaction that changed the trigger last; 0: unknown.
+    /// The transaction that last changed the trigger. 0: unknown.
     pub touched_by: u64,
 }
 
@@ -32,14 +33,14 @@ pub(crate) struct Look {
 pub(crate) struct BrokenTrigger {
     pub table: String,
     pub name: String,
-    /// What is wrong with it, in words.
+    /// A description of what is wrong.
     pub found: String,
-    /// It was switched off, as `pg_restore --disable-triggers` does for a while.
+    /// Whether it was switched off, as `pg_restore --disable-triggers` does temporarily.
     pub is_disabled: bool,
 }
 
 impl BrokenTrigger {
-    /// Of a row of `outbox.broken_triggers()`.
+    /// From a row of `outbox.broken_triggers()`.
     fn of(row: &FoundRow<'_>) -> Self {
         let found = row.text("found").unwrap_or_default();
         Self {
@@ -52,23 +53,23 @@ impl BrokenTrigger {
 }
 
 impl Look {
-    /// Whether rows may have come by another way since.
+    /// Whether rows may have come without the trigger since.
     pub(crate) fn is_touched(&self) -> bool {
         self.triggers != self.known_triggers || self.has_future_xid
     }
 
-    /// Whether the table was written anew since.
+    /// Whether the table was rewritten since.
     pub(crate) fn is_rewritten(&self) -> bool {
         self.filenode != self.known_filenode
     }
 }
 
-/// What the trigger of `outbox.events` is: another text whenever somebody has touched it.
+/// The state of the trigger of `outbox.events`, as a text that differs after every change of the trigger.
 pub(crate) fn trigger_state() -> Option<String> {
     query_value("select triggers from outbox.trigger_state()", &[])
 }
 
-/// Looks at our triggers, in a transaction.
+/// Examines our triggers, in a transaction.
 pub(crate) fn look() -> Option<Look> {
     let broken = query(
         "select relation, name, found from outbox.broken_triggers()",
@@ -97,22 +98,22 @@ pub(crate) fn look() -> Option<Look> {
     .flatten()
 }
 
-/// The transaction that a trigger's state names, behind its OID.
+/// The transaction in a trigger's state, which follows the OID.
 fn toucher(state: &str) -> u64 {
     let xmin = state.split(' ').nth(1).and_then(|xmin| xmin.parse().ok());
-    // SAFETY: reads the counter under its lock; whoever has touched it has begun by now.
+    // SAFETY: reads the counter under its lock. The transaction that changed the trigger has begun by now.
     let next = unsafe { pg_sys::ReadNextFullTransactionId().value };
     xmin.map_or(0, |xmin| latest(xmin, next))
 }
 
-/// Enables a trigger always, and makes it if it is missing. Waits a moment for transactions that write to its table,
-/// then raises an ERROR.
+/// Sets a trigger to ENABLE ALWAYS, and creates it if it is missing. Waits a moment for transactions that write to its
+/// table, and then raises an ERROR.
 pub(crate) fn mend_trigger(table: &str, name: &str) {
     run("select outbox.mend_trigger($1, $2)", &[table.into(), name.into()]);
 }
 
-/// Notes down that all rows have come by the trigger as it is, as of this tick; `None`: they are being looked for, with
-/// this tick.
+/// Records that as of this tick all rows have passed through the trigger in this state. `None`: the search for other
+/// rows has begun, with this tick.
 pub(crate) fn note_known(triggers: Option<&str>, filenode: Option<pg_sys::Oid>, tick: &Tick) {
     run_named(
         "update outbox.known_triggers set triggers = $triggers, filenode = coalesce($filenode, filenode),
@@ -128,26 +129,27 @@ pub(crate) fn note_known(triggers: Option<&str>, filenode: Option<pg_sys::Oid>, 
     );
 }
 
-/// The highest number that a row has.
+/// The highest number of any row.
 pub(crate) fn last_seq() -> i64 {
     query_value("select coalesce(max(seq), 0) from outbox.events", &[]).unwrap_or(0)
 }
 
-/// One look at the end of an index.
+/// Whether a row carries the id of a future transaction. Reads only the end of an index.
 fn has_future_xid() -> bool {
     let highest: Option<String> = query_value("select max(xid)::text from outbox.events", &[]);
-    // SAFETY: reads the counter under its lock; what the rows carry has begun by now.
+    // SAFETY: reads the counter under its lock. All transactions of this cluster that the rows carry have begun by now.
     let next_xid = unsafe { pg_sys::ReadNextFullTransactionId().value };
     highest
         .and_then(|xid| xid.parse::<u64>().ok())
         .is_some_and(|xid| xid >= next_xid)
 }
 
-/// Looks at some rows after `after`, up to `upto`. Returns up to where it has looked; `None`: there are no more.
+/// Examines some rows after `after`, up to `upto`. Returns the last number that it examined; `None`: there are no more
+/// rows.
 pub(crate) fn look_at_rows(judge: &mut Judge, after: i64, upto: i64) -> Option<i64> {
     let piece = query(
-        // A row whose payload was erased (outbox.erase) was written by another transaction since. Its publisher_config is
-        // short, so none that is stored apart, and may not be readable, is looked at.
+        // A row whose payload was erased (outbox.erase) was last written by another transaction. The check reads only a
+        // short publisher_config, because one stored out of line may not be readable.
         "with piece as (select seq, xid::text::bigint as xid,
                 case when pg_column_size(publisher_config) < 40 and publisher_config::text = outbox.erased_config()::text
                     then xid::xid else xmin end::text::bigint as xmin
@@ -173,8 +175,8 @@ pub(crate) fn look_at_rows(judge: &mut Judge, after: i64, upto: i64) -> Option<i
     last
 }
 
-/// The rows get numbers of ours, in their order, and are noted as restored: they are looked for in the streams before
-/// they are sent. A backend is found by its number; by its name, if nobody has that number.
+/// Gives the rows new numbers in their order, and records them as restored, so that recovery looks for them in the
+/// streams before they are sent. The backend is found by its number, or by its name if no backend has that number.
 pub(crate) fn publish_anew(seqs: &[i64]) -> u64 {
     trusted::moving(|| {
         run(

@@ -11,7 +11,7 @@ use std::cell::{Cell, RefCell};
 /// The current row of a query's result.
 pub(crate) struct FoundRow<'a> {
     table: SpiTupleTable<'a>,
-    /// Columns that were read before, with their ordinals. A name is looked up for the first row only.
+    /// Columns that were read before, with their ordinals. A name is looked up only for the first row.
     columns: RefCell<Vec<(&'static str, usize)>>,
     /// The index in `columns` where the next column is expected: each row is read in the same order.
     next: Cell<usize>,
@@ -38,7 +38,7 @@ impl<'a> FoundRow<'a> {
     fn ordinal(&self, name: &'static str) -> usize {
         let mut columns = self.columns.borrow_mut();
         let expected = self.next.get();
-        // Compared by address: names are literals. A name that is written twice in the source is looked up twice.
+        // Compared by address, because names are literals. A name that occurs twice in the source is looked up twice.
         let is_it = |(known, _): &(&'static str, usize)| std::ptr::eq(*known, name);
         let index = match columns.get(expected).is_some_and(is_it) {
             true => expected,
@@ -75,7 +75,7 @@ impl<'a> FoundRow<'a> {
         self.datum(column).map(|d| unsafe { utf8_of(d).into_owned() })
     }
 
-    /// An array of texts, likewise.
+    /// An array of texts in UTF-8.
     pub(crate) fn texts(&self, column: &'static str) -> Option<Vec<String>> {
         // SAFETY: a column of type text[], in a row that is there.
         self.datum(column).map(|d| unsafe { texts_of_array(d) })

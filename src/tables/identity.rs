@@ -1,8 +1,8 @@
-//! What guards say of this server: its incarnation, its place, its history.
+//! What guards record about this server: its incarnation, its place, its history.
 //!
-//! An incarnation is one run of the server, from a start, a promotion or a crash to its end. The launcher names it in
-//! shared memory. It is saved durably in the database before the first guard is claimed in its name, so a server with a
-//! later copy of this database knows it, and a server with an earlier copy does not.
+//! An incarnation is one run of the server, from a start, a promotion or a crash to its end. The launcher sets it in
+//! shared memory. It is saved durably in the database before the first guard is claimed in its name. So a server with a
+//! later copy of this database recognises it, and a server with an earlier copy does not.
 
 use crate::server::guc::{self, TakeOver};
 use crate::server::place::{place, system};
@@ -22,7 +22,7 @@ use std::ffi::c_void;
 /// How many incarnations are kept.
 const KEPT_INCARNATIONS: i64 = 1_000;
 
-// SAFETY: the declarations of access/timeline.h; called within a guard, since they may raise an ERROR.
+// SAFETY: the declarations of access/timeline.h; called within a guard, because they may raise an ERROR.
 unsafe extern "C-unwind" {
     fn tliInHistory(timeline: pg_sys::TimeLineID, history: *mut c_void) -> bool;
     fn readTimeLineHistory(timeline: pg_sys::TimeLineID) -> *mut c_void;
@@ -33,7 +33,7 @@ unsafe extern "C-unwind" {
     ) -> pg_sys::XLogRecPtr;
 }
 
-/// What guards say of this server.
+/// What guards record about this server.
 pub(crate) struct Identity {
     incarnation: String,
     system: String,
@@ -43,7 +43,7 @@ pub(crate) struct Identity {
     promoted_to: u32,
 }
 
-/// A run of this server, or of the one that it is a copy of.
+/// A run of this server, or of the server that it was copied from.
 pub(crate) struct Run {
     incarnation: String,
     pub system: String,
@@ -52,7 +52,7 @@ pub(crate) struct Run {
 }
 
 impl Identity {
-    /// Saves the incarnation durably, unless that was done.
+    /// Saves the incarnation durably, unless it was saved already.
     pub(crate) fn establish() -> Result<Option<Self>, Aborted> {
         let Some((name, began)) = shmem::incarnation() else {
             return Ok(None);
@@ -112,7 +112,7 @@ impl Identity {
         );
     }
 
-    /// What we know of an incarnation that a guard names. Within a transaction.
+    /// What this database knows of an incarnation that a guard names. Within a transaction.
     pub(crate) fn know(&self, incarnation: &str) -> Incarnation {
         if incarnation == self.incarnation {
             return Incarnation::Current;
@@ -154,9 +154,9 @@ impl Identity {
     }
 }
 
-/// Where a timeline ended from which the present one descends. 0: it does not descend from it.
+/// Where a timeline ended from which the present one descends. 0: the present one does not descend from it.
 fn switch_point(timeline: u32, present: u32) -> u64 {
-    // SAFETY: reads the history file of the present timeline, in a transaction; an ERROR aborts that.
+    // SAFETY: reads the history file of the present timeline, in a transaction, which an ERROR aborts.
     unsafe {
         pg_sys::ffi::pg_guard_ffi_boundary(|| {
             let history = readTimeLineHistory(present);
@@ -168,12 +168,12 @@ fn switch_point(timeline: u32, present: u32) -> u64 {
     }
 }
 
-/// Notes that this server is a copy, if the run before this one was in another place. `before`: that run, as this
-/// database knows it.
+/// Records that this server is a copy, if its previous run was in another place. `before`: that run, as this database
+/// records it.
 fn note_if_copy_of(before: &Run, us: &Identity) {
     let is_here = compare(&before.place, us.place()) != Likeness::Elsewhere;
     let is_promoted = i64::from(us.promoted_to()) > before.timeline;
-    // A copy keeps the identifier. pg_upgrade does not; nor does it tell whether that was the original.
+    // A copy keeps the identifier; pg_upgrade changes it. An upgraded server cannot tell whether it is a copy.
     let is_upgraded = before.system != us.system();
     if is_here || is_promoted || is_upgraded || guc::TAKE_OVER.get() == TakeOver::Any {
         return;

@@ -1,7 +1,8 @@
-//! What a session knows of backends without asking each time, by name.
+//! What a session caches about backends, by name.
 //!
-//! It is read with the *latest* snapshot, not the transaction's, so a backend made since is known, and so is one made by
-//! the session's own transaction. It is marked valid before it is read: a change in between marks it invalid again.
+//! It is read with the *latest* snapshot, not the transaction's. So it includes a backend that was made since the
+//! transaction began, also by the session's own transaction. It is marked valid before it is read, so that a change in
+//! between marks it invalid again.
 
 use crate::tables::row::texts_of_array;
 use crate::tables::stream_names::{self, Unnamed};
@@ -15,19 +16,19 @@ use std::collections::HashMap;
 use std::rc::Rc;
 use wildmatch::WildMatch;
 
-/// Guards live there: no stream has such a name.
+/// Keys of guards begin with this. No stream may have such a name.
 pub(crate) const RESERVED: &str = "outbox_relay:";
 
 /// A backend as a publisher needs it.
 pub(crate) struct KnownBackend {
     pub number: i32,
-    /// Fields that its entries have in any case.
+    /// Fields that each of its entries has.
     pub own_fields: &'static [&'static str],
-    /// Of the events that name no stream; `None`: as the setting says.
+    /// Where events go that name no stream; `None`: the setting decides.
     unnamed: Option<Unnamed>,
-    /// `None`: the setting's.
+    /// The backend's own stream; `None`: that of the setting.
     own_stream: Option<String>,
-    /// `None`: any stream.
+    /// Patterns of allowed streams; `None`: any stream is allowed.
     allowed_streams: Option<Vec<WildMatch>>,
 }
 
@@ -41,12 +42,12 @@ impl KnownBackend {
             .is_none_or(|patterns| patterns.iter().any(|p| p.matches(stream)))
     }
 
-    /// What becomes of events that name no stream.
+    /// Where events go that name no stream.
     pub(crate) fn unnamed(&self) -> Unnamed {
         self.unnamed.clone().unwrap_or_else(Unnamed::of_setting)
     }
 
-    /// The stream of events whose rows name none, as of now.
+    /// The current stream of events whose rows name none.
     pub(crate) fn own_stream(&self) -> Cow<'_, str> {
         match &self.own_stream {
             Some(stream) => Cow::Borrowed(stream),
@@ -60,12 +61,12 @@ thread_local! {
     static BACKENDS: RefCell<HashMap<String, Rc<KnownBackend>>> = RefCell::new(HashMap::new());
 }
 
-/// Backends have changed. Touches only variables of this thread.
+/// Marks the cache as invalid, because backends have changed. Touches only variables of this thread.
 pub(super) fn forget() {
     VALID.set(false);
 }
 
-/// A backend by name, of this table. Costs a look-up unless backends have changed.
+/// A backend of this table by name. Costs only a look-up, unless backends have changed.
 pub(super) fn find(table: pg_sys::Oid, name: &str) -> Option<Rc<KnownBackend>> {
     if !VALID.get() {
         VALID.set(true);
@@ -76,7 +77,7 @@ pub(super) fn find(table: pg_sys::Oid, name: &str) -> Option<Rc<KnownBackend>> {
     BACKENDS.with_borrow(|known| known.get(name).cloned())
 }
 
-/// If reading ends in an ERROR, what was there before must not count as valid.
+/// Marks the cache as invalid if reading ends in an ERROR, because its content is still the earlier one.
 struct InvalidOnError;
 
 impl Drop for InvalidOnError {
@@ -87,7 +88,7 @@ impl Drop for InvalidOnError {
     }
 }
 
-/// Reads `outbox.backends` as of now.
+/// Reads the current rows of `outbox.backends`.
 fn read(table: pg_sys::Oid) -> HashMap<String, Rc<KnownBackend>> {
     let mut found = HashMap::new();
     const COLUMNS: [&str; 7] = [
@@ -99,8 +100,8 @@ fn read(table: pg_sys::Oid) -> HashMap<String, Rc<KnownBackend>> {
         "format",
         "include_lsn",
     ];
-    // Opening the table takes in pending invalidations, which may mark the cache invalid again: then it is read once
-    // more at the next use.
+    // Opening the table processes pending invalidations, which may mark the cache invalid again: then the next use
+    // reads it once more.
     each_row(table, &COLUMNS, |row| {
         let (Some(name), Some(number), Some(streams)) =
             (row.text("name"), row.i32("number"), row.datum("allowed_streams"))

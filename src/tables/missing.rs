@@ -1,5 +1,5 @@
-//! What of ours is missing, in words: somebody has dropped or renamed it. What needs it is refused, or waits; all else
-//! goes on.
+//! Reports which of our objects is missing, because somebody has dropped or renamed it. Whatever needs the object is
+//! refused or waits; everything else goes on.
 
 use crate::server::error::raise;
 use pgrx::PgSqlErrorCode;
@@ -19,14 +19,14 @@ pub(crate) fn extension() -> ! {
     )
 }
 
-const NOT_WHOLE: &str = "The extension outbox_relay is installed, but not all that belongs to it is there.";
+const NOT_WHOLE: &str = "The extension outbox_relay is installed, but an object that belongs to it is missing.";
 
 pub(crate) fn table(name: &CStr) -> ! {
     let name = name.to_string_lossy();
     refuse(
         format!("table outbox.{name} is missing"),
         NOT_WHOLE,
-        format!("If it was renamed, give it its name back: ALTER TABLE ... RENAME TO {name}."),
+        format!("If it was renamed, restore its name: ALTER TABLE ... RENAME TO {name}."),
     )
 }
 
@@ -34,11 +34,11 @@ pub(crate) fn sequence() -> ! {
     refuse(
         "sequence outbox.events_seq_seq is missing".to_owned(),
         NOT_WHOLE,
-        "If it was renamed, give it its name back: ALTER SEQUENCE ... RENAME TO events_seq_seq.".to_owned(),
+        "If it was renamed, restore its name: ALTER SEQUENCE ... RENAME TO events_seq_seq.".to_owned(),
     )
 }
 
-/// An index that is needed.
+/// An index that the relay needs.
 #[derive(Clone, Copy)]
 pub(crate) enum Index {
     Seq,
@@ -52,7 +52,7 @@ impl Index {
         let (message, detail, statement) = match self {
             Self::Seq => (
                 "outbox.events has no index on (seq)",
-                "Events are read by it.",
+                "The worker reads events through it.",
                 "ALTER TABLE outbox.events ADD PRIMARY KEY (seq) INCLUDE (backend_number)",
             ),
             Self::Xid => (

@@ -1,17 +1,16 @@
-//! All that touches our tables.
+//! Everything that reads or writes our tables.
 //!
-//! - [`catalog`] which relations there are, [`known_backends`] which backends; [`missing`] what is refused without them;
-//!   [`rights`] in whose name our SQL runs; [`publisher_limits`] to where a role may publish
-//! - [`sql`] how SQL runs; [`found_row`] what it finds; [`backends`] with their [`options`], [`cursors`], [`refused`],
-//!   [`replays`], [`restores`], [`retention`], [`routes`], [`scheduled`] a file a table or two; [`branches`] rows of one
-//!   event
-//! - [`row`], [`events`], [`whole_table`] rows taken apart, and scans, without SQL; [`care`] a row that cannot be read
-//!   fails alone
-//! - [`insertion`] a row of ours is an INSERT to everybody else; [`trusted`] which of them the trigger need not check
+//! - [`catalog`] the relations, [`known_backends`] the backends; [`missing`] reports missing objects; [`rights`] the
+//!   rights that our SQL runs with; [`publisher_limits`] where a role may publish
+//! - [`sql`] how SQL runs; [`found_row`] a row of its result; [`backends`] with their [`options`], [`cursors`],
+//!   [`refused`], [`replays`], [`restores`], [`retention`], [`routes`], [`scheduled`] one or two tables each; [`branches`]
+//!   the rows of one event
+//! - [`row`], [`events`], [`whole_table`] reading rows without SQL; [`care`] a row that cannot be read fails alone
+//! - [`insertion`] inserting rows; [`trusted`] rows that the trigger need not check
 //! - [`numbers`], [`sequence`] numbers that ascend; [`ticks`] snapshots
-//! - [`stream_names`] streams of events that name none; [`consumers`] what Redis says of consumer groups
-//! - [`identity`] who this server is to the guards; [`copies`] databases made of others; [`foreign`], [`applied`] rows
-//!   that came without our trigger, or by a subscription
+//! - [`stream_names`] streams of events that name none; [`consumers`] what Redis reports about consumer groups
+//! - [`identity`] what guards record about this server; [`copies`] databases made from others; [`foreign`], [`applied`]
+//!   rows that came without our trigger, or through a subscription
 //! - [`secret_key`] the key that passwords are sealed with
 
 pub(crate) mod applied;

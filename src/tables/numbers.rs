@@ -1,9 +1,10 @@
-//! Numbers of events: drawn from a sequence, and ascending whatever is done to that (see `relay::reading::numbers`).
+//! Numbers of events: drawn from a sequence, and ascending even if the sequence is altered (see
+//! `relay::reading::numbers`).
 //!
-//! Shared memory keeps the highest number that was drawn, for each database. After a start or a crash it is unknown,
-//! and the first process that needs it, a publisher or the worker, finds it in what is durable. If the library is not
-//! preloaded, each session looks for itself. There is no worker then, so the numbers must fit the rows and the saved
-//! cursors alone.
+//! For each database, shared memory holds the highest number that was drawn. After a start or a crash it is unknown;
+//! the first process that needs it, a publisher or the worker, finds it in what is durable. If the library is not
+//! preloaded, each session finds it alone. There is no worker then, so the numbers need only be above those of the rows
+//! and the saved cursors.
 
 use crate::server::database_slot::DatabaseSlot;
 use crate::server::guc::LogLevel;
@@ -23,24 +24,24 @@ use std::sync::Arc;
 
 const LOCK: pg_sys::LOCKMODE = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
 
-/// The sequence is set forward at most this often for one number: somebody would have to set it back each time in
-/// between.
+/// The most times that the sequence is set forward for one number. More would mean that somebody sets it back each
+/// time.
 const ATTEMPTS: usize = 10;
 
 thread_local! {
-    /// Without shared memory: the sequence, and the highest number of it that this session knows of.
+    /// Without shared memory: the sequence, and the highest of its numbers that this session knows.
     static OWN: Cell<(pg_sys::Oid, i64)> = const { Cell::new((pg_sys::InvalidOid, 0)) };
 }
 
-/// The caller's transaction id, then the next number: in this order, always (see [`Tick`]). Within a transaction that
-/// may write.
+/// Returns the caller's transaction id and the next number, always drawn in this order (see [`Tick`]). Within a
+/// transaction that may write.
 ///
 /// Both the table and the sequence are locked first, and neither lock is held while waiting for the other. TRUNCATE
-/// with RESTART IDENTITY locks the table first and DROP EXTENSION the sequence, so that any fixed order would deadlock
-/// with one of them.
+/// with RESTART IDENTITY locks the table first, and DROP EXTENSION the sequence, so any fixed order would deadlock with
+/// one of them.
 pub(crate) fn draw_numbers(relations: &Relations) -> (u64, i64) {
     let slot = slot().filter(|slot| slot.numbers.get().is_some());
-    // One guard for all, since a guard costs as much as a call.
+    // There is one guard for all calls, because a guard costs as much as a call.
     // SAFETY: within a transaction that may write; locks are kept until its end. Nothing in it needs to be dropped.
     let (xid, before, mut seq) = unsafe {
         pg_sys::ffi::pg_guard_ffi_boundary(|| {
@@ -69,11 +70,11 @@ pub(crate) fn draw_numbers(relations: &Relations) -> (u64, i64) {
     (xid, seq)
 }
 
-/// What is called for each event, without a guard for each call.
+/// Functions that are called for each event, without a guard around each call.
 mod hot {
     use pgrx::pg_sys;
 
-    // SAFETY: the declarations of storage/lmgr.h and access/xact.h; called within a guard, since they may raise an
+    // SAFETY: the declarations of storage/lmgr.h and access/xact.h; called within a guard, because they may raise an
     // ERROR.
     unsafe extern "C-unwind" {
         fn LockRelationOid(relation: pg_sys::Oid, mode: pg_sys::LOCKMODE);
@@ -86,7 +87,7 @@ mod hot {
     /// Within a transaction and a guard.
     pub(super) unsafe fn lock(table: pg_sys::Oid, sequence: pg_sys::Oid) {
         const MODE: pg_sys::LOCKMODE = pg_sys::RowExclusiveLock as pg_sys::LOCKMODE;
-        // SAFETY: the caller's promise; what is given back was taken here.
+        // SAFETY: the caller's promise; only releases what was taken here.
         unsafe {
             loop {
                 LockRelationOid(table, MODE);
@@ -101,15 +102,14 @@ mod hot {
     }
 }
 
-/// The highest number that any event was given, whether it has committed, and whether it is still there. Within a
-/// transaction.
+/// The highest number that any event got, whether or not it committed or still exists. Within a transaction.
 pub(crate) fn highest(relations: &Relations) -> i64 {
     match slot() {
         Some(slot) => slot.numbers.get().unwrap_or_else(|| find(relations, slot)),
         None => {
             let (of, own) = OWN.get();
             match of == relations.sequence {
-                // Other sessions may have drawn since.
+                // Other sessions may have drawn numbers since.
                 true => own.max(highest_event(relations)),
                 false => {
                     let found = highest_kept(relations);
@@ -128,12 +128,12 @@ fn raise(relations: &Relations, seq: i64) {
     }
 }
 
-/// Of this session's database; `None`: not preloaded.
+/// The slot of this session's database; `None`: the library is not preloaded.
 fn slot() -> Option<&'static DatabaseSlot> {
     shmem::claim_database_slot_here()
 }
 
-/// Finds the highest number after a start. On a standby it is found each time: rows come without us.
+/// Finds the highest number after a start. On a standby it is found each time, because rows come by replication.
 fn find(relations: &Relations, slot: &DatabaseSlot) -> i64 {
     let found = highest_kept(relations);
     // SAFETY: reads shared state.
@@ -145,14 +145,14 @@ fn find(relations: &Relations, slot: &DatabaseSlot) -> i64 {
     slot.numbers.get().unwrap_or(found)
 }
 
-/// The sequence has given a number that is not above all earlier ones. One session sets it forward.
+/// Called when the sequence has given a number that is not above all earlier ones. One session sets it forward.
 fn go_on(relations: &Relations, given: i64) -> i64 {
     let (sequence, exclusive) = (relations.sequence, pg_sys::ExclusiveLock as pg_sys::LOCKMODE);
-    // SAFETY: a lock of the transaction, given back below or by its abort. Only this function locks this object. A
-    // session that has the lock has drawn from the sequence before, and so does not wait for one that alters the
+    // SAFETY: a lock of the transaction, released below or by its abort. Only this function locks this object. A
+    // session that has the lock has drawn from the sequence before, and so does not wait for a session that alters the
     // sequence.
     unsafe { pg_sys::LockDatabaseObject(pg_sys::RelationRelationId, sequence, 0, exclusive) };
-    // Somebody may have set it meanwhile.
+    // Another session may have set it forward meanwhile.
     let mut before = highest(relations);
     let mut seq = sequence::next(sequence);
     for _ in 0..ATTEMPTS {
@@ -165,7 +165,7 @@ fn go_on(relations: &Relations, given: i64) -> i64 {
             let trouble = format!("Its MAXVALUE is {maximum}, and numbers up to {highest} were given.");
             sequence::refuse(trouble);
         }
-        // Numbers that others have drawn a moment ago, and not used yet, are passed over: at most one a session.
+        // Skips numbers that others have just drawn and not used yet: at most one for each session.
         // SAFETY: a plain read.
         let margin = i64::from(unsafe { pg_sys::MaxBackends });
         sequence::set(sequence, highest.saturating_add(margin).min(maximum - 1).max(highest));
@@ -184,7 +184,7 @@ fn go_on(relations: &Relations, given: i64) -> i64 {
 }
 
 fn say_gone_on(sequence: pg_sys::Oid, given: i64, seq: i64) {
-    // The extension was created anew: its sequence begins as it should, and no other has gone back.
+    // The extension was created again: its sequence starts from the beginning, and no sequence was set back.
     if slot().is_some_and(|slot| slot.numbered_by(sequence)) {
         return;
     }
@@ -196,8 +196,8 @@ fn say_gone_on(sequence: pg_sys::Oid, given: i64, seq: i64) {
     );
 }
 
-/// The highest number in what survives a crash, but for scheduled events, which get new ones when they are due: of rows
-/// (also those of prepared transactions), of positions, of the sequence itself.
+/// The highest number in everything that survives a crash: in rows (also of prepared transactions), positions, and the
+/// sequence itself. Scheduled events do not count here, because they get new numbers when they are due.
 fn highest_kept(relations: &Relations) -> i64 {
     let highest_refused = match relation(c"refused_events") {
         pg_sys::InvalidOid => 0,
@@ -212,11 +212,11 @@ fn highest_kept(relations: &Relations) -> i64 {
 /// The highest number of all rows of `outbox.events`, however they were inserted.
 fn highest_event(relations: &Relations) -> i64 {
     let last = last_of(relations.events, |relations| relations.events_seq_key);
-    // If the index was dropped, all rows are read, which is seldom needed.
+    // If the index was dropped, all rows are read. That is rarely needed.
     last.unwrap_or_else(|| highest_of_columns(relations.events, &["seq"]))
 }
 
-/// A table of ours.
+/// The OID of one of our tables.
 fn relation(name: &CStr) -> pg_sys::Oid {
     // SAFETY: catalog look-ups by constant names within a transaction.
     unsafe {
@@ -225,12 +225,12 @@ fn relation(name: &CStr) -> pg_sys::Oid {
     }
 }
 
-/// The last value in an index on the first column, a number: also of rows that nobody sees yet, or any more. 0: there
-/// is none. `None`: there is no index.
+/// The last value in an index whose first column is a number, including rows that are not visible. 0: the index is
+/// empty. `None`: there is no index.
 fn last_of(table: pg_sys::Oid, index: impl FnOnce(&Relations) -> pg_sys::Oid) -> Option<i64> {
     let (table, relations) = catalog::open_table(table, LOCK);
     let index = index(&relations);
-    // SAFETY: an index scan backwards without keys; what is opened is closed, or given back by the transaction's abort.
+    // SAFETY: a backward index scan without keys; what is opened is closed, or released by the transaction's abort.
     unsafe {
         if index == pg_sys::InvalidOid {
             pg_sys::table_close(table, LOCK);
@@ -251,12 +251,12 @@ fn last_of(table: pg_sys::Oid, index: impl FnOnce(&Relations) -> pg_sys::Oid) ->
     }
 }
 
-/// Of scheduled events. All of them are looked at.
+/// The highest number of scheduled events. All of them are read.
 fn highest_scheduled(relations: &Relations) -> i64 {
     highest_of_columns(relations.scheduled, &["seq"])
 }
 
-/// Of the saved cursors, and the ticks that they speak of.
+/// The highest number in the saved cursors and their ticks.
 fn highest_of_positions() -> i64 {
     const COLUMNS: [&str; 5] = ["from_low_seq", "from_high_seq", "to_low_seq", "to_high_seq", "last_seq"];
     match relation(c"cursors") {
@@ -265,7 +265,7 @@ fn highest_of_positions() -> i64 {
     }
 }
 
-/// The highest value in some columns of a table, which hold numbers.
+/// The highest value in these columns of a table, which hold numbers.
 fn highest_of_columns(table: pg_sys::Oid, names: &[&str]) -> i64 {
     let mut highest = 0;
     each_row(table, names, |row| {
@@ -274,32 +274,33 @@ fn highest_of_columns(table: pg_sys::Oid, names: &[&str]) -> i64 {
     highest
 }
 
-/// A tick's `next_xid` and `low_seq`, and the lowest number of later rows.
+/// A tick's `next_xid` and `low_seq`, and the lowest number of rows that came after it.
 type Vouched = ((u64, i64), Option<i64>);
 
 thread_local! {
-    /// Ticks that were vouched for.
+    /// Ticks whose bounds were checked before.
     static VOUCHED: RefCell<Vec<Vouched>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Called when positions are loaded: earlier results may be outdated. Besides, rows that passed no trigger may have
-/// higher numbers than were drawn; ticks must cover these, and no session may draw them again. Returns the highest
-/// number. Within a transaction.
+/// Called when positions are loaded, because earlier results may be outdated. Besides, rows that were inserted without
+/// the trigger may have higher numbers than were drawn; ticks must cover these, and no session may draw them again.
+/// Returns the highest number. Within a transaction.
 pub(crate) fn vouch_anew() -> i64 {
     VOUCHED.with_borrow_mut(Vec::clear);
     let relations = catalog::expect_relations();
-    // A session that has locked the table is not waited for: rows that it inserts past the trigger are noticed when it
-    // commits.
+    // This does not wait for a session that has locked the table. Rows that it inserts without the trigger are noticed
+    // when it commits.
     if EventsTable::is_open_to_all(&relations) {
         raise(&relations, highest(&relations).max(highest_event(&relations)));
     }
     highest(&relations)
 }
 
-/// A saved position with bounds that hold. Its ticks say that later transactions have only numbers above `low_seq`.
-/// Rows may have come that another version of the library numbered, or no trigger, and numbers may have been lost in a
-/// crash: then the bound is put lower, where it holds, and what lies above it is read once more, and told apart by
-/// transaction ids. Looks at what comes after the position in an index; within a transaction.
+/// A saved position, with bounds that certainly hold. Its ticks state that later transactions have only numbers above
+/// `low_seq`. That can be wrong if rows were numbered by another version of the library or without the trigger, or if
+/// numbers were lost in a crash. Then the bound is lowered to where it holds, and the rows above it are read once more
+/// and distinguished by their transaction ids. This reads the rows after the position in an index; within a
+/// transaction.
 pub(crate) fn vouched(position: &Position) -> Position {
     let relations = catalog::expect_relations();
     let highest = highest(&relations);
@@ -320,8 +321,8 @@ pub(crate) fn vouched(position: &Position) -> Position {
     })
 }
 
-/// The same of a guard's position. Somebody else may have written it, and what is saved of it bounds the numbers of all
-/// events that come: none in it is above those that were given.
+/// As [`vouched`], for a guard's position. Somebody else may have written it, and a saved position bounds the numbers
+/// of all later events. So no number in it may be above those that were drawn.
 pub(crate) fn vouched_of_guard(position: &Position) -> Position {
     let highest = highest(&catalog::expect_relations());
     let within = position.with_ticks(|tick| match tick.high_seq > highest {
@@ -342,8 +343,8 @@ fn is_of_this_run(tick: &Tick) -> bool {
     shmem::incarnation().is_some_and(|(_, began)| tick.snapshot.xmax() > began.first_xid)
 }
 
-/// The lowest number, among those that `tick` has passed, of rows that came later. Backends often stand at the same
-/// one.
+/// The lowest number, not above those that `tick` has passed, of rows that came later. Backends often stand at the same
+/// tick.
 fn lowest_since(relations: &Relations, tick: &Tick) -> Option<i64> {
     let key = (tick.next_xid, tick.low_seq);
     let known = VOUCHED.with_borrow(|known| known.iter().find(|(k, _)| *k == key).map(|(_, lowest)| *lowest));
@@ -358,8 +359,8 @@ fn lowest_since(relations: &Relations, tick: &Tick) -> Option<i64> {
         log(
             LogLevel::Warning,
             &format!("events have come with numbers from {seq} on, which a saved position had passed"),
-            Some("They were not numbered by this version of the library, or without its trigger."),
-            Some("They are found by their transactions: nothing is lost, and there is nothing to do."),
+            Some("Another version of the library has numbered them, or they were inserted without its trigger."),
+            Some("The worker finds them by their transaction ids: nothing is lost, and there is nothing to do."),
         );
     }
     lowest

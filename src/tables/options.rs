@@ -14,7 +14,7 @@ use relay::redis::destination::Address;
 use std::fmt;
 use std::time::Duration;
 
-/// Declares options by the names of their columns; the type says how a column is read (see [`Column`]).
+/// Declares options by the names of their columns. The type decides how a column is read (see [`Column`]).
 macro_rules! options {
     ($(#[$doc:meta])* pub(crate) struct $name:ident { $($(#[$field_doc:meta])* pub(crate) $field:ident: $type:ty,)* }) => {
         $(#[$doc])*
@@ -25,7 +25,7 @@ macro_rules! options {
                 Self { $($field: Column::read(row, stringify!($field)),)* }
             }
 
-            /// The first of the options that cannot be used.
+            /// The first option that cannot be used.
             pub(crate) fn unusable(&self) -> Option<&Unusable> {
                 [$(self.$field.unusable()),*].into_iter().flatten().next()
             }
@@ -44,9 +44,9 @@ options! {
         pub(crate) db: Option<i32>,
         pub(crate) username: Option<String>,
         pub(crate) stream_name: Known<Option<StreamName>>,
-        /// The stream of events whose rows name none; `None`: the common one.
+        /// The stream of events whose rows name none; `None`: the common stream.
         pub(crate) own_stream: Option<String>,
-        /// The stream of `outbox_relay.redis_stream_name`, or what it was before that became a template.
+        /// The stream of `outbox_relay.redis_stream_name`, or its last stream before it became a template.
         pub(crate) common_stream: Option<String>,
         pub(crate) max_len: Known<Option<i64>>,
         pub(crate) trim: Known<Trimming>,
@@ -72,10 +72,10 @@ options! {
     }
 }
 
-/// Fields of every entry, with their values.
+/// Names and values of fields that every entry gets.
 pub(crate) type StaticFields = Vec<(String, String)>;
 
-/// How a backend's nodes belong together.
+/// How a backend's nodes are organised.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Topology {
     Standalone,
@@ -83,26 +83,26 @@ pub(crate) enum Topology {
     Cluster,
 }
 
-/// What streams are trimmed by.
+/// What decides how far streams are trimmed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Trimming {
     Length,
-    /// What consumer groups have acknowledged.
+    /// Only entries that all consumer groups have acknowledged.
     Read,
 }
 
-/// How long a consumer group may be silent.
+/// How long a consumer group may be silent before it no longer holds trimming.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Silence(pub(crate) Duration);
 
 /// An option, or why it cannot be used.
 pub(crate) type Known<T> = Result<T, Unusable>;
 
-/// A column has a value that it must not have.
+/// A column has a value that is not allowed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Unusable {
     column: &'static str,
-    /// What is wrong, worded to follow the column's name.
+    /// The problem, worded to follow the column's name.
     problem: String,
 }
 
@@ -125,7 +125,7 @@ impl fmt::Display for Unusable {
     }
 }
 
-/// What a column of `outbox.backends` can be read as.
+/// A type that a column of `outbox.backends` can be read as.
 trait Column: Sized {
     fn read(row: &FoundRow<'_>, column: &'static str) -> Self;
 
@@ -146,7 +146,7 @@ impl Column for Option<i32> {
     }
 }
 
-/// NULL is false. Only for options of which false is the safer value.
+/// NULL is read as false. Only for options where false is the safer value.
 impl Column for bool {
     fn read(row: &FoundRow<'_>, column: &'static str) -> Self {
         row.value(column).unwrap_or_default()
@@ -276,7 +276,7 @@ impl Column for Known<Vec<Address>> {
 impl Column for Known<StaticFields> {
     fn read(row: &FoundRow<'_>, column: &'static str) -> Self {
         let fields = row.text(column).map(|fields| further_fields(&fields, &[])).transpose();
-        let fields = fields.map_err(|_| Unusable::new(column, "is no object of strings, numbers and booleans"));
+        let fields = fields.map_err(|_| Unusable::new(column, "is not an object of strings, numbers and booleans"));
         fields.map(Option::unwrap_or_default)
     }
 
@@ -285,17 +285,17 @@ impl Column for Known<StaticFields> {
     }
 }
 
-/// An option that is one of these words.
+/// An option whose value must be one of these words.
 fn one_of<T: Copy>(row: &FoundRow<'_>, column: &'static str, words: &[(&str, T)]) -> Known<T> {
     let word = row.text(column).ok_or_else(|| Unusable::null(column))?;
     let found = words.iter().find(|(name, _)| *name == word);
     found.map(|(_, value)| *value).ok_or_else(|| {
         let all: Vec<&str> = words.iter().map(|(name, _)| *name).collect();
-        Unusable::new(column, format!("is \"{word}\", and must be one of {}", all.join(", ")))
+        Unusable::new(column, format!("is \"{word}\" but must be one of {}", all.join(", ")))
     })
 }
 
-/// Types of such options.
+/// Implements [`Column`] for options with fixed words.
 macro_rules! words {
     ($type:ty: $words:expr) => {
         impl Column for Known<$type> {

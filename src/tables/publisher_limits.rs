@@ -1,11 +1,11 @@
-//! Limits of publishers: to which backends and streams the events of a role may go, by `outbox.publisher_limits`.
+//! Limits of publishers (`outbox.publisher_limits`): which backends and streams a role may publish to.
 //!
-//! Rights add up, as elsewhere in Postgres. A user who has the right to publish from a role without a limit has no
-//! limit. One who has it from limited roles alone may do what any of them may. So membership in a limited role takes
-//! nothing away.
+//! Rights add up, as elsewhere in Postgres. A user who has the right to publish through a role without a limit has no
+//! limit. A user who has it only through limited roles may do what any of them may. So membership in a limited role
+//! takes nothing away.
 //!
-//! Most databases have no limits: then a publisher compares two numbers. Otherwise each session keeps what it has found
-//! out about its users until our tables, roles, memberships or functions change.
+//! Most databases have no limits: then a publisher only compares two numbers. Otherwise each session caches the limits
+//! of its users until our tables, roles, memberships or functions change.
 
 use crate::tables::catalog::{self, Relations};
 use crate::tables::missing;
@@ -19,23 +19,23 @@ use std::fmt;
 use std::rc::Rc;
 use wildmatch::WildMatch;
 
-/// Users that a session remembers.
+/// How many users a session remembers.
 const MOST_USERS: usize = 64;
 /// Functions that publish.
 const FUNCTIONS: [&CStr; 2] = [c"publish_event", c"publish_events"];
 
 thread_local! {
     static REGISTERED: OnceCell<()> = const { OnceCell::new() };
-    /// [`catalog::generation`] when the table was read last and had no rows.
+    /// [`catalog::generation`] when the table was last read and was empty.
     static NONE_AT: Cell<Option<u64>> = const { Cell::new(None) };
     /// Counts changes of roles, memberships and functions.
     static ROLES: Cell<u64> = const { Cell::new(0) };
     static KNOWN: RefCell<Known> = const { RefCell::new(Known::nothing()) };
 }
 
-/// What a session has read and found out.
+/// What a session has cached.
 struct Known {
-    /// [`catalog::generation`] when the table was read. `None`: it was not.
+    /// [`catalog::generation`] when the table was read. `None`: it was not read.
     read_at: Option<u64>,
     limits: Vec<Rc<Limit>>,
     /// [`ROLES`] when the first of `users` was looked up.
@@ -54,7 +54,7 @@ impl Known {
     }
 }
 
-/// A row of `outbox.publisher_limits`. `None`: any.
+/// A row of `outbox.publisher_limits`. `None` allows any.
 struct Limit {
     role: pg_sys::Oid,
     backends: Option<Patterns>,
@@ -81,11 +81,11 @@ impl fmt::Display for Patterns {
     }
 }
 
-/// What the events of a user are limited to: what one of these allows.
+/// The limits of a user: an event is allowed if one of these rows allows it.
 #[derive(Clone)]
 pub(crate) struct Limits(Rc<[Rc<Limit>]>);
 
-/// What is beyond a user's limits, with the patterns that are allowed.
+/// Which limit an event exceeds, with the patterns that are allowed.
 pub(crate) enum Beyond {
     Backend(String),
     Stream(String),
@@ -119,7 +119,7 @@ impl Limits {
     }
 }
 
-/// What the events of the present user are limited to; `None`: nothing. Needs a transaction that has taken in
+/// The limits of the current user; `None`: there are none. Needs a transaction that has processed pending
 /// invalidations.
 pub(crate) fn of_user() -> Option<Limits> {
     match NONE_AT.get() == Some(catalog::generation()) {
@@ -134,7 +134,7 @@ fn looked_up() -> Option<Limits> {
     let (user, is_superuser) = unsafe { (pg_sys::GetUserId(), pg_sys::superuser()) };
     let relations = catalog::expect_relations();
     if relations.publisher_limits == pg_sys::InvalidOid {
-        // It may have said something of this user.
+        // The cache may still hold an earlier result for this user.
         return match is_superuser {
             true => None,
             false => missing::table(c"publisher_limits"),
@@ -163,9 +163,9 @@ fn looked_up() -> Option<Limits> {
     })
 }
 
-/// Reads the table unless that was done since the last change.
+/// Reads the table, unless it has not changed since the last time.
 fn expect_read(table: pg_sys::Oid) {
-    // Opening the table takes in invalidations, which may change this: then it is read once more at the next use.
+    // Opening the table processes invalidations, which may change this: then the next use reads the table once more.
     let generation = catalog::generation();
     if KNOWN.with_borrow(|known| known.read_at == Some(generation)) {
         return;
@@ -202,7 +202,7 @@ fn read(table: pg_sys::Oid) -> Vec<Rc<Limit>> {
     found
 }
 
-/// The limits of the roles that a user has the right to publish from. `None`: one of these roles has no limit.
+/// The limits of the roles through which a user has the right to publish. `None`: one of these roles has no limit.
 fn limits_of(user: pg_sys::Oid, all: &[Rc<Limit>], relations: &Relations) -> Option<Limits> {
     // SAFETY: look-ups within a transaction.
     let is_in = |role| unsafe { pg_sys::has_privs_of_role(user, role) };
@@ -216,14 +216,13 @@ fn limits_of(user: pg_sys::Oid, all: &[Rc<Limit>], relations: &Relations) -> Opt
     (!is_free).then_some(Limits(mine))
 }
 
-/// The roles to which the right to publish was granted, in whatever way.
+/// The roles to which the right to publish was granted, in any way.
 fn publishers(relations: &Relations) -> Vec<pg_sys::Oid> {
     use pg_sys::SysCacheIdentifier::{ATTNUM, PROCNAMEARGSNSP, RELOID};
     const INSERT: pg_sys::AclMode = pg_sys::ACL_INSERT as pg_sys::AclMode;
     const EXECUTE: pg_sys::AclMode = pg_sys::ACL_EXECUTE as pg_sys::AclMode;
     let mut found = Vec::new();
-    // SAFETY: look-ups within a transaction, with keys of the caches' types; what was found is released once it was
-    // read.
+    // SAFETY: look-ups within a transaction, with keys of the caches' types; each tuple is released after it is read.
     unsafe {
         let events = pg_sys::Datum::from(relations.events);
         let table = pg_sys::SearchSysCache1(RELOID as i32, events);
@@ -266,7 +265,7 @@ fn publishers(relations: &Relations) -> Vec<pg_sys::Oid> {
     found
 }
 
-/// To whom the list of rights of a catalog's row grants this right.
+/// The roles to which the access control list of a catalog's row grants this right.
 ///
 /// # Safety
 /// A tuple of this cache, whose attribute is of type aclitem[].
@@ -302,12 +301,12 @@ unsafe fn grantees(cache: i32, tuple: pg_sys::HeapTuple, list: u32, right: pg_sy
 }
 
 #[pg_guard]
-// SAFETY: called by Postgres alone, in this process; it touches only variables of this thread.
+// SAFETY: only Postgres calls this, in this process; it touches only variables of this thread.
 unsafe extern "C-unwind" fn on_change(_arg: pg_sys::Datum, _cache: std::ffi::c_int, _hash: pg_sys::uint32) {
     ROLES.set(ROLES.get() + 1);
 }
 
-/// From now on changes of roles, memberships and functions are counted. Only a session that has seen a limit needs it.
+/// From now on counts changes of roles, memberships and functions. Only a session that has seen a limit needs this.
 fn hear_of_roles() {
     use pg_sys::SysCacheIdentifier::{AUTHMEMROLEMEM, AUTHOID, PROCOID};
     REGISTERED.with(|registered| {

@@ -1,5 +1,5 @@
 //! Events that Redis refused: those that wait, those that failed, and those that were accepted later than their turn.
-//! All SQL on `refused_events` and `failed_events` is here, except retention's. Needs a transaction.
+//! All SQL on `refused_events` and `failed_events` is here, except for retention. Needs a transaction.
 
 use crate::tables::care::{self, Kept};
 use crate::tables::found_row::FoundRow;
@@ -10,8 +10,8 @@ use relay::delivery::refusal::Record;
 use std::collections::HashMap;
 use std::rc::Rc;
 
-/// The streams of a backend in which refused events wait, with the attempts of the first event of each. An event that
-/// names no stream is in the backend's own.
+/// The streams of a backend in which refused events wait, with the number of attempts of the first event in each. An
+/// event that names no stream is in the backend's own.
 pub(crate) fn refused_streams(number: i32, own_stream: &str) -> Vec<(String, u32)> {
     query_kept(
         "select distinct on (coalesce(r.stream, $2)) coalesce(r.stream, $2) as stream, r.attempts
@@ -103,7 +103,7 @@ pub(crate) fn forget(seqs: &[i64]) {
     );
 }
 
-/// The highest number of a backend's events that were refused or have failed. 0: there is none.
+/// The highest number among a backend's events that were refused or have failed. 0: there are none.
 pub(crate) fn highest_written_down(number: i32) -> i64 {
     highest_written_down_of(vec![number]).get(&number).copied().unwrap_or(0)
 }
@@ -136,7 +136,7 @@ pub(crate) fn is_written_down(seq: i64, event_id: [u8; 16]) -> bool {
     .unwrap_or(false)
 }
 
-/// Which of these events still wait to be tried again.
+/// Of these events, those that still wait to be tried again.
 pub(crate) fn still_waiting(seqs: &[i64]) -> Vec<i64> {
     query_column(
         "select seq from outbox.refused_events where seq = any($1) and accepted_in is null order by seq",
@@ -144,7 +144,7 @@ pub(crate) fn still_waiting(seqs: &[i64]) -> Vec<i64> {
     )
 }
 
-/// The events of a backend that wait to be tried again, behind `after`, at most `count`.
+/// The events of a backend with numbers above `after` that wait to be tried again, at most `count`.
 pub(crate) fn waiting(number: i32, after: i64, count: usize) -> Vec<i64> {
     query_named(
         "select r.seq from outbox.refused_events r
@@ -158,8 +158,8 @@ pub(crate) fn waiting(number: i32, after: i64, count: usize) -> Vec<i64> {
     )
 }
 
-/// Redis has lost all batches after `batch_number`. Refused events that were accepted in one of them wait again, and
-/// the clock of retention starts anew.
+/// Called when Redis has lost all batches after `batch_number`. Refused events that were accepted in one of them wait
+/// again, and their retention starts again.
 pub(crate) fn heal(number: i32, lane: Option<u16>, own_stream: &str, batch_number: u64) {
     match lane {
         None => run(
@@ -186,12 +186,10 @@ pub(crate) fn heal(number: i32, lane: Option<u16>, own_stream: &str, batch_numbe
     );
 }
 
-/// The statements are written so that the planner can only use the indexes: it knows nothing of a table that has just
-/// grown, and would read all of it.
-///
 /// Writes down what became of refused events, with one statement for each kind of record. Returns how many failed.
 /// There is at most one record for an event. `batch_number`: the batch in which waiting events were accepted
-/// (exactly_once); they wait again if Redis loses it.
+/// (exactly_once); they wait again if Redis loses it. The statements are written so that the planner can only use the
+/// indexes: it has no statistics of a table that has just grown, and would read all of it.
 pub(crate) fn record(number: i32, records: &[Record], batch_number: Option<u64>) -> u64 {
     let (mut parked, mut failed, mut again, mut accepted) =
         (Notes::default(), Notes::default(), Notes::default(), Vec::new());
@@ -235,8 +233,8 @@ pub(crate) fn record(number: i32, records: &[Record], batch_number: Option<u64>)
     fail_all(number, &failed)
 }
 
-/// Events with their attempts and reasons, as parameters of a statement. There are few different reasons, and each is
-/// stored once.
+/// Events with their attempts and reasons, as parameters of a statement. Each different reason is stored once, because
+/// there are few.
 #[derive(Default)]
 struct Notes<'a> {
     seqs: Vec<i64>,
@@ -248,7 +246,7 @@ struct Notes<'a> {
 
 impl<'a> Notes<'a> {
     fn add(&mut self, seq: i64, attempts: u32, error: &'a str) {
-        /// So many of the latest reasons are compared with a new one.
+        /// A new reason is compared with this many of the latest ones.
         const LOOKED_AT: usize = 8;
         let known = self
             .errors
@@ -264,7 +262,7 @@ impl<'a> Notes<'a> {
         self.reasons.push((self.errors.len() - known.unwrap_or(0)) as i32);
     }
 
-    /// One of the events alone.
+    /// The notes of one event.
     fn only(&self, index: usize) -> Self {
         let mut one = Self::default();
         let error = self.errors[self.reasons[index] as usize - 1];
@@ -272,7 +270,7 @@ impl<'a> Notes<'a> {
         one
     }
 
-    /// `errors` are all reasons; `reasons` has the index of each event's reason, from 1.
+    /// The parameters: `errors` are all reasons; `reasons` has the index of each event's reason, from 1.
     fn parameters<'b>(&self, number: i32) -> [Parameter<'b>; 5] {
         [
             ("number", number.into()),
@@ -284,7 +282,7 @@ impl<'a> Notes<'a> {
     }
 }
 
-/// Copies events to the failed ones. They no longer wait.
+/// Copies events to the failed events. They no longer wait.
 fn fail_all(number: i32, failed: &Notes<'_>) -> u64 {
     if failed.seqs.is_empty() {
         return 0;
@@ -319,7 +317,7 @@ fn copy_to_failed(notes: [Parameter<'_>; 5], kept: Kept) -> u64 {
     )
 }
 
-/// Copies events to the failed ones, all with one reason. They no longer wait.
+/// Copies events to the failed events, all with one reason. They no longer wait.
 pub(crate) fn fail(number: i32, seqs: &[i64], attempts: u32, error: &str) -> u64 {
     let mut failed = Notes::default();
     seqs.iter().for_each(|seq| failed.add(*seq, attempts, error));

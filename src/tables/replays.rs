@@ -1,13 +1,13 @@
-//! Events that are appended once more: `outbox.replay()` and its table `outbox.replays`.
+//! Events that are appended again: `outbox.replay()` and its table `outbox.replays`.
 
 use crate::tables::sql::{argument, query, query_value, run_named};
 use crate::tables::trusted;
 use pgrx::datum::TimestampWithTimeZone;
 use relay::reading::range::Key;
 
-/// The replays of a backend whose events are not all purged yet.
+/// The replays of a backend, as long as not all of their events are purged.
 pub(crate) struct Replays {
-    /// The transaction of each, and its first and last number.
+    /// Transaction id, first and last number of each replay.
     all: Vec<(u64, i64, i64)>,
 }
 
@@ -25,23 +25,23 @@ impl Replays {
         Self { all }
     }
 
-    /// Whether a row is one of theirs.
+    /// Whether a row belongs to one of these replays.
     pub(crate) fn has(&self, key: Key) -> bool {
         let is_its = |(xid, first, last): &(u64, i64, i64)| *xid == key.xid && (*first..=*last).contains(&key.seq);
         self.all.iter().any(is_its)
     }
 }
 
-/// The published events of a backend from `since` to before `until` get new numbers, in their order, and are sent as if
-/// they had been published just now. In one statement, so that memory does not depend on how many they are: beyond
-/// work_mem, rows wait in temporary files. Returns how many they are.
+/// Gives the published events of a backend from `since` to before `until` new numbers, in their order, so that they are
+/// sent as if they had just been published. One statement does it, so that the memory does not depend on the number of
+/// events: beyond work_mem, rows are kept in temporary files. Returns the number of events.
 pub(crate) fn replay(
     number: i32,
     since: TimestampWithTimeZone,
     until: TimestampWithTimeZone,
     event_type: Option<&str>,
 ) -> i64 {
-    // They were checked when they were published.
+    // The events were checked when they were published.
     let noted = trusted::moving(|| {
         run_named(
             REPLAY,

@@ -1,4 +1,4 @@
-//! Transactions that brought events of a dump: `outbox.restores`.
+//! Transactions that brought events from a dump: `outbox.restores`.
 
 use crate::tables::rights;
 use crate::tables::sql::{query_value, run};
@@ -13,7 +13,7 @@ pub(crate) fn has_later_restores(seen: &Snapshot) -> bool {
     .unwrap_or(false)
 }
 
-/// Records that this transaction, with the id `xid`, restores events of a dump. Called in the session that restores it.
+/// Records that this transaction, with the id `xid`, restores events from a dump. Called in the session that restores.
 pub(crate) fn note_restore(number: i32, xid: u64) {
     rights::of_owner(|| {
         run(
@@ -23,7 +23,7 @@ pub(crate) fn note_restore(number: i32, xid: u64) {
     });
 }
 
-/// Records that the worker's transaction moves events that a dump has brought.
+/// Records that the worker's transaction moves events that came from a dump.
 pub(crate) fn note_restored_here(number: i32) {
     run(
         "insert into outbox.restores (backend_number, xid) values ($1, pg_current_xact_id())",
@@ -41,8 +41,8 @@ pub(crate) fn count_restored(restores: &[i64]) -> i64 {
     .unwrap_or(0)
 }
 
-/// Records that the events of these restores were looked for. For each backend the latest such restore is kept. Returns
-/// the latest of these.
+/// Records that recovery has looked for the events of these restores. For each backend, only the latest such restore is
+/// kept. Returns the transaction id of the latest.
 pub(crate) fn note_looked_for(restores: &[i64]) -> u64 {
     let latest: Option<String> = query_value(
         "select max(xid)::text from outbox.restores where number = any($1)",

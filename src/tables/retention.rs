@@ -10,7 +10,7 @@ use pgrx::spi::Spi;
 use relay::reading::snapshot::Tick;
 use std::sync::Arc;
 
-/// Up to where a backend's events have been purged.
+/// The tick up to which a backend's events have been purged.
 pub(crate) fn oldest_tick(number: i32) -> Option<Arc<Tick>> {
     query(
         "select snapshot::text, next_xid::text, low_seq, high_seq from outbox.ticks
@@ -22,7 +22,8 @@ pub(crate) fn oldest_tick(number: i32) -> Option<Arc<Tick>> {
     .flatten()
 }
 
-/// Records that a backend has delivered all that a tick sees. The first tick of a backend is the beginning of time.
+/// Records that a backend has delivered everything that a tick sees. The first tick of a backend is the beginning of
+/// time.
 pub(crate) fn record_tick(number: i32, tick: &Tick) {
     run(
         "insert into outbox.ticks (backend_number, reached_at, snapshot, next_xid, low_seq, high_seq)
@@ -43,8 +44,8 @@ pub(crate) fn record_tick(number: i32, tick: &Tick) {
     );
 }
 
-/// Records for deleted backends, of which nothing more will be delivered, that all is delivered which a tick sees. One
-/// that never had a tick has nothing to purge.
+/// Records, for deleted backends that will deliver nothing more, a last tick up to which their events may be purged. A
+/// backend that never had a tick has nothing to purge.
 pub(crate) fn record_last_tick(numbers: &[i32], tick: &Tick) {
     run_named(
         "insert into outbox.ticks (backend_number, reached_at, snapshot, next_xid, low_seq, high_seq)
@@ -60,8 +61,8 @@ pub(crate) fn record_last_tick(numbers: &[i32], tick: &Tick) {
     );
 }
 
-/// Deleted backends that have neither a cursor nor anything left to purge are forgotten for good. Returns the others,
-/// whose events are still to be purged.
+/// Deletes the ticks of deleted backends that have neither a cursor nor anything left to purge. Returns the other
+/// deleted backends without a cursor: their events still have to be purged.
 pub(crate) fn of_forgotten() -> Vec<i32> {
     run(
         "delete from outbox.ticks t where t.backend_number > 0
@@ -78,8 +79,8 @@ pub(crate) fn of_forgotten() -> Vec<i32> {
     )
 }
 
-/// What may be purged of a backend: what lies between the tick up to which was purged and the newest tick that is old
-/// enough.
+/// Which events of a backend may be purged: those between the tick up to which events were purged and the newest tick
+/// that is old enough.
 pub(crate) fn purgeable(number: i32, retention_us: i64) -> Option<(Arc<Tick>, Arc<Tick>)> {
     let ticks = query(
         "(select snapshot::text, next_xid::text, low_seq, high_seq from outbox.ticks
@@ -98,7 +99,7 @@ pub(crate) fn purgeable(number: i32, retention_us: i64) -> Option<(Arc<Tick>, Ar
     }
 }
 
-/// Records that all up to `tick` was purged.
+/// Records that all events up to `tick` were purged.
 pub(crate) fn purged(number: i32, tick: &Tick) {
     run(
         "delete from outbox.ticks t where t.backend_number = $1 and t.reached_at < (
@@ -107,7 +108,7 @@ pub(crate) fn purged(number: i32, tick: &Tick) {
     );
 }
 
-/// Whether there are ticks whose events are not purged.
+/// Whether there are ticks whose events are not purged yet.
 pub(crate) fn ticks_wait() -> bool {
     query_value(
         "select exists (select from outbox.ticks group by backend_number having count(*) > 1)",
@@ -116,7 +117,7 @@ pub(crate) fn ticks_wait() -> bool {
     .unwrap_or(false)
 }
 
-/// Runs `f`, which deletes events in steps, with a statement that is prepared once.
+/// Runs `f`, which deletes events in steps, with a statement that is prepared only once.
 pub(crate) fn delete_events<R>(f: impl FnOnce(&mut dyn FnMut(&[i64])) -> R) -> R {
     let sql = "delete from outbox.events where seq = any($1)";
     rights::statement(|| {

@@ -1,11 +1,11 @@
-//! With whose rights our SQL runs.
+//! The rights that our SQL runs with.
 //!
-//! The worker is a superuser, and so are for a moment the functions that look into our tables for somebody who may not.
-//! What others have put on those tables (triggers, policies, rules, expressions) must not run with these rights: each
-//! statement is executed as the tables' owner, in a context in which that owner's code can do nothing beyond its own
-//! rights, and finds operators and functions in pg_catalog alone. Triggers of those who were granted TRIGGER do not run
-//! at all: `session_replication_role` is `replica` wherever we write, and only an owner can have a trigger fire in
-//! that.
+//! The worker is a superuser. A function that reads our tables for a caller without the right to read them has more
+//! rights than the caller, too. What others have put on these tables (triggers, policies, rules, expressions) must not
+//! run with such rights. So each statement is executed as the tables' owner, in a security context in which that
+//! owner's code cannot gain further rights and finds operators and functions only in pg_catalog. Triggers of roles that
+//! were granted TRIGGER do not run at all: `session_replication_role` is `replica` wherever we write, and only an owner
+//! can make a trigger fire under it.
 
 use crate::server::encoding::{has_utf8_form, utf8};
 use crate::server::error::raise;
@@ -19,11 +19,11 @@ use std::ffi::CStr;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Name {
-    /// The caller.
+    /// With the caller's rights.
     Caller,
-    /// The tables' owner, for a caller who may not do it itself.
+    /// With the rights of the tables' owner, for a caller who has not all of them.
     Owner,
-    /// The tables' owner, for good. The settings are pinned already.
+    /// With the rights of the tables' owner, always. The settings are pinned already.
     Worker,
 }
 
@@ -31,26 +31,26 @@ thread_local! {
     static NAME: Cell<Name> = const { Cell::new(Name::Caller) };
 }
 
-/// This process is a worker.
+/// Notes that this process is a worker.
 pub(crate) fn are_the_workers() {
     NAME.set(Name::Worker);
 }
 
-/// Runs `f`, whose statements may do what the caller may not: who may call it is a matter of EXECUTE.
+/// Runs `f`, whose statements may do more than the caller may. EXECUTE decides who may call the SQL function.
 pub(crate) fn of_owner<R>(f: impl FnOnce() -> R) -> R {
     if NAME.get() != Name::Caller {
         return f();
     }
-    // For what needs rights beside the statements; each of them asks again, when its tables are locked.
+    // For what needs rights outside of statements. Each statement looks up the owner again when its tables are locked.
     scoped::with(&NAME, Name::Owner, || as_user(catalog::owner(), f))
 }
 
-/// Runs `f`, which makes and executes a statement, with the settings of the session out of its way.
+/// Runs `f`, which makes and executes a statement, without the session's settings in effect.
 pub(crate) fn statement<R>(f: impl FnOnce() -> R) -> R {
     if NAME.get() == Name::Worker {
         return f();
     }
-    // SAFETY: within a transaction. An ERROR in between puts the settings back when it aborts.
+    // SAFETY: within a transaction. An ERROR in between restores the settings when it aborts.
     unsafe {
         let level = pg_sys::NewGUCNestLevel();
         set_here(c"search_path", c"pg_catalog, pg_temp");
@@ -63,13 +63,13 @@ pub(crate) fn statement<R>(f: impl FnOnce() -> R) -> R {
     }
 }
 
-/// `outbox.silence_triggers()`, at the beginning of a function that writes with its owner's rights. (As a setting of
-/// the function itself, Postgres would refuse it with words that tell nobody what to do.)
+/// `outbox.silence_triggers()`, called first by each function that writes with its owner's rights. (If the function had
+/// this as a SET clause, Postgres's error would not say what to do.)
 #[pg_extern(sql = false)]
 fn silence_triggers() {
     report::guard(|| {
         let (owner, user) = (catalog::owner(), current_user());
-        // Triggers of a table's owner do fire: with the rights of a superuser they must not.
+        // The owner's own triggers do fire. They must not run with a superuser's rights.
         if owner != user && !is_superuser(owner) {
             refuse_owner(owner);
         }
@@ -80,8 +80,7 @@ fn silence_triggers() {
         if !is_superuser(user) {
             refuse_owner(user);
         }
-        // SAFETY: within the nest level of the function that calls, which has a setting of its own; or the
-        // transaction's.
+        // SAFETY: within the nest level of the calling function, which has a setting of its own, or of the transaction.
         unsafe { set_here(c"session_replication_role", c"replica") };
     });
 }
@@ -102,9 +101,9 @@ fn refuse_owner(role: pg_sys::Oid) -> ! {
         let name = pg_sys::GetUserNameFromId(role, false);
         [name.cast_const(), pg_sys::quote_identifier(name)].map(|text| CStr::from_ptr(text).to_bytes())
     };
-    // Roles are the whole server's: the name may have been given in a database of another encoding.
+    // Roles belong to the whole server: the name may have been given in a database with another encoding.
     let words = |text| match has_utf8_form(text) {
-        // SAFETY: it was checked.
+        // SAFETY: the line above has checked that the text can be converted.
         Ok(()) => unsafe { utf8(text) },
         Err(_) => String::from_utf8_lossy(text),
     };
@@ -112,11 +111,11 @@ fn refuse_owner(role: pg_sys::Oid) -> ! {
     raise(
         ErrorReport::new(
             PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
-            "the owner of schema outbox's tables and functions is no superuser",
+            "the owner of the tables and functions in schema outbox is not a superuser",
             "",
         )
         .set_detail(format!(
-            "It is \"{name}\", whose rights are not enough to keep triggers of others from running."
+            "It is \"{name}\", whose rights do not suffice to keep the triggers of others from running."
         ))
         .set_hint(format!(
             "Run ALTER ROLE {quoted} SUPERUSER, or REASSIGN OWNED BY {quoted} to a superuser."
@@ -144,7 +143,7 @@ unsafe fn set_here(name: &CStr, value: &CStr) {
 
 /// Runs `f` with these settings.
 pub(crate) fn with_settings<R>(settings: &[(&CStr, &CStr)], f: impl FnOnce() -> R) -> R {
-    // SAFETY: within a transaction. An ERROR in between puts the settings back when it aborts.
+    // SAFETY: within a transaction. An ERROR in between restores the settings when it aborts.
     unsafe {
         let level = pg_sys::NewGUCNestLevel();
         for (name, value) in settings {
@@ -156,8 +155,7 @@ pub(crate) fn with_settings<R>(settings: &[(&CStr, &CStr)], f: impl FnOnce() -> 
     }
 }
 
-/// Runs `f`, which executes a statement that is parsed already: its tables are locked, so that their owner stays what
-/// it is.
+/// Runs `f`, which executes a statement that is already parsed: its tables are locked, so their owner cannot change.
 pub(crate) fn execution<R>(f: impl FnOnce() -> R) -> R {
     match NAME.get() {
         Name::Caller => f(),
@@ -165,14 +163,14 @@ pub(crate) fn execution<R>(f: impl FnOnce() -> R) -> R {
     }
 }
 
-/// Runs `f` in the name of the owner of `relation`, which is locked.
+/// Runs `f` with the rights of the owner of `relation`, which is locked.
 pub(crate) fn as_owner_of<R>(relation: pg_sys::Oid, f: impl FnOnce() -> R) -> R {
     as_user(catalog::owner_of(relation), f)
 }
 
 fn as_user<R>(other: pg_sys::Oid, f: impl FnOnce() -> R) -> R {
     let (mut user, mut context) = (pg_sys::InvalidOid, 0);
-    // SAFETY: saved and put back; an ERROR's abort puts them back as well.
+    // SAFETY: saved here and restored below, or by the abort after an ERROR.
     unsafe {
         pg_sys::GetUserIdAndSecContext(&mut user, &mut context);
         let restricted =

@@ -1,7 +1,7 @@
-//! Routes, as `outbox.routes` has them: where events go that name no backend.
+//! Routes (`outbox.routes`): where events go that name no backend.
 //!
-//! Most databases have none: then a publisher compares two numbers. Otherwise each session keeps what it has read until
-//! our tables change.
+//! Most databases have none: then a publisher only compares two numbers. Otherwise each session caches what it has read
+//! until our tables change.
 
 use crate::tables::catalog;
 use crate::tables::missing;
@@ -14,14 +14,14 @@ use std::rc::Rc;
 use wildmatch::WildMatch;
 
 thread_local! {
-    /// [`catalog::generation`] when the table was read last and had no rows.
+    /// [`catalog::generation`] when the table was last read and was empty.
     static NONE_AT: Cell<Option<u64>> = const { Cell::new(None) };
     /// The rows, and [`catalog::generation`] when they were read.
     static KNOWN: RefCell<Option<(u64, Rc<[Route]>)>> = const { RefCell::new(None) };
 }
 
-/// The routes that are enabled, in the order of their numbers; `None`: there are none. Needs a transaction that has
-/// taken in invalidations.
+/// The enabled routes in the order of their numbers; `None`: there are none. Needs a transaction that has processed
+/// pending invalidations.
 pub(crate) fn all() -> Option<Rc<[Route]>> {
     match NONE_AT.get() == Some(catalog::generation()) {
         true => None,
@@ -35,7 +35,7 @@ fn looked_up() -> Option<Rc<[Route]>> {
     if table == pg_sys::InvalidOid {
         missing::table(c"routes");
     }
-    // Opening the table takes in invalidations, which may change this: then it is read once more at the next use.
+    // Opening the table processes invalidations, which may change this: then the next use reads the table once more.
     let generation = catalog::generation();
     let known = KNOWN.with_borrow(|known| known.clone());
     let routes = match known {

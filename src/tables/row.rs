@@ -1,4 +1,4 @@
-//! Rows of our tables, taken apart without SQL.
+//! Rows of our tables, read without SQL.
 
 use crate::server::datum::{EPOCH_SHIFT_US, bytes_of, utf8_of};
 use crate::server::encoding::{has_utf8_form, utf8};
@@ -8,8 +8,8 @@ use relay::reading::range::Key;
 use relay::redis::hash_slot::hash_slot_of;
 use std::borrow::Cow;
 
-/// Attribute numbers of `outbox.events`, in the order of the SQL script; the first ones of `scheduled_events` and
-/// `failed_events` too.
+/// Attribute numbers of `outbox.events`, in the order of the SQL script. The first ones are the same in
+/// `scheduled_events` and `failed_events`.
 pub(crate) mod attribute {
     pub(crate) const SEQ: usize = 1;
     pub(crate) const XID: usize = 2;
@@ -28,18 +28,17 @@ pub(crate) mod attribute {
     pub(crate) const PUBLISHER_CONFIG: usize = 15;
     pub(crate) const MAX_RETRIES: usize = 16;
     pub(crate) const COUNT: usize = 16;
-    /// Of `scheduled_events` alone.
+    /// Only in `scheduled_events`.
     pub(crate) const SCHEDULED_AT: usize = 17;
 }
 
-/// A column that we know.
+/// A column that the code relies on.
 pub(crate) struct EventColumn {
     pub name: &'static str,
     pub kind: pg_sys::Oid,
 }
 
-/// These columns, in the order of their numbers. Their values are taken apart, and put together, without asking the
-/// catalog.
+/// These columns in the order of their numbers. Their values are read and written without asking the catalog.
 pub(crate) const EVENT_COLUMNS: [EventColumn; attribute::SCHEDULED_AT] = [
     column("seq", pg_sys::INT8OID),
     column("xid", pg_sys::XID8OID),
@@ -64,10 +63,10 @@ const fn column(name: &'static str, kind: pg_sys::Oid) -> EventColumn {
     EventColumn { name, kind }
 }
 
-/// Most columns that any of our tables has, with room for those that users add.
+/// The most columns that any of our tables may have, including those that users add.
 const MAX_COLUMNS: usize = 64;
 
-/// The values of one row, as long as the row's buffer is pinned.
+/// The values of one row, valid as long as the row's buffer is pinned.
 pub(crate) struct Row {
     pub(super) values: [pg_sys::Datum; MAX_COLUMNS],
     pub(super) nulls: [bool; MAX_COLUMNS],
@@ -81,7 +80,7 @@ impl Row {
         }
     }
 
-    /// Takes a heap tuple apart.
+    /// Reads the values of a heap tuple.
     ///
     /// # Safety
     /// `tuple` is a valid tuple of `descriptor`'s table, and stays so for as long as the row is used.
@@ -95,7 +94,7 @@ impl Row {
         row
     }
 
-    /// An ERROR if somebody has widened a table beyond what a row holds.
+    /// Raises an ERROR if somebody has added more columns to a table than a row can hold.
     ///
     /// # Safety
     /// A valid descriptor.
@@ -138,7 +137,7 @@ impl Row {
             .saturating_add(EPOCH_SHIFT_US)
     }
 
-    /// A text in UTF-8: the row's own bytes, or a copy of what was compressed, stored apart or converted.
+    /// A text in UTF-8: the row's own bytes, or a copy if it was compressed, stored out of line or converted.
     pub(crate) fn text(&self, attribute: usize) -> Option<Cow<'_, str>> {
         // SAFETY: the attribute is of a varlena type in the database's encoding, valid as long as the row.
         self.get(attribute).map(|d| unsafe { utf8_of(d) })
@@ -151,7 +150,7 @@ impl Row {
             .is_some_and(|d| unsafe { varlena::varatt_is_1b_e(d.cast_mut_ptr()) })
     }
 
-    /// Which of its event's rows it is. 0: the first.
+    /// Which of its event's rows this is. 0: the first.
     pub(crate) fn branch(&self) -> i16 {
         self.get(attribute::BRANCH).map_or(0, |d| d.value() as i16)
     }
@@ -160,8 +159,8 @@ impl Row {
         self.i32(attribute::BACKEND_NUMBER).unwrap_or_default()
     }
 
-    /// The hash slot of its stream; one that names none is in its backend's. The name may be
-    /// expanded into the current memory context.
+    /// The hash slot of its stream, which is the backend's own if the row names none. The name may be expanded into the
+    /// current memory context.
     pub(crate) fn hash_slot(&self, own_stream: &str) -> u16 {
         // SAFETY: the attribute is of type text.
         let named = self
@@ -212,8 +211,8 @@ impl EventTexts<'_> {
     }
 }
 
-/// The hash slot of a stream's name in the database's encoding. One that has no UTF-8 form is nobody's stream, and has
-/// a hash slot all the same: a view, or a dump, is not to end over it.
+/// The hash slot of a stream's name in the database's encoding. A name that has no UTF-8 form cannot be a stream, but
+/// gets a hash slot too, so that a view or a dump does not fail because of it.
 pub(crate) fn hash_slot_of_text(name: &[u8]) -> u16 {
     match has_utf8_form(name) {
         // SAFETY: text of a row, in the database's encoding.

@@ -1,4 +1,4 @@
-//! Scheduled events: those that are due are moved to `outbox.events`.
+//! Scheduled events: the worker moves those that are due to `outbox.events`.
 
 use crate::server::error::internal;
 use crate::tables::care::{self, Kept};
@@ -15,8 +15,8 @@ use pgrx::pg_sys;
 use pgrx::spi::Spi;
 use std::collections::BTreeSet;
 
-/// Scheduled events that are due at the time $1, at most $2, without those that are held ($3). The time is a parameter
-/// so that the index is read up to it; a clock function would be evaluated for each row.
+/// Scheduled events that are due at the time $1, at most $2, except those that are held ($3). The time is a parameter
+/// so that the index is read only up to it; a clock function would be evaluated for each row.
 const DUE: &str = "select d.event_id from outbox.scheduled_events d
     where d.scheduled_at <= $1 and d.event_id <> all($3) order by d.scheduled_at, d.seq limit $2";
 
@@ -28,7 +28,7 @@ pub(crate) fn due_now(count: i64, held: &[[u8; 16]]) -> Vec<[u8; 16]> {
     ids.iter().map(|id| *id.as_bytes()).collect()
 }
 
-/// Those of these scheduled events whose rows nobody has locked, and those that no longer exist. The rows are locked
+/// Of these scheduled events, those whose rows nobody has locked and those that no longer exist. The rows are locked
 /// until the end of the transaction.
 pub(crate) fn lockable(ids: &[[u8; 16]]) -> Vec<[u8; 16]> {
     let mut free = Vec::new();
@@ -97,7 +97,7 @@ pub(crate) fn move_due_one_by_one(count: i64, held: &[[u8; 16]]) -> Moved {
 /// The rows of a scheduled event.
 const ALL_OF_ONE: &str = "select d.event_id, d.branch from outbox.scheduled_events d where d.event_id = $1";
 
-/// Keeps a scheduled event that cannot be moved as failed.
+/// Records a scheduled event that cannot be moved as failed.
 fn fail_scheduled(id: pgrx::Uuid, error: &str, kept: Kept) -> u64 {
     run_named(
         "with gone as (delete from outbox.scheduled_events s where s.event_id = $event_id returning s.*)

@@ -1,6 +1,6 @@
-//! The key with which passwords of backends are sealed. It lies in a catalog, as an option of a user mapping, for these
-//! are what the whole server takes along, to standbys, into backups and through pg_upgrade, and what logical decoding
-//! and dumps leave behind. Roles that may read all data see the key there, and no row of `outbox.backend_passwords`.
+//! The key that passwords of backends are sealed with. It is in a catalog, as an option of a user mapping: catalogs are
+//! copied to standbys, into base backups and by pg_upgrade, but not by logical decoding or dumps. Roles that may read
+//! all data see the key there, but no row of `outbox.backend_passwords`.
 
 use crate::server::datum::bytes_of;
 use crate::server::encoding;
@@ -16,7 +16,7 @@ use std::ffi::{CStr, CString};
 const SERVER: &CStr = c"outbox_relay";
 const OPTION: &CStr = c"key";
 
-/// The key, if there is one; it is made when the first password is set. Within a transaction.
+/// The key; `None` if there is none yet. It is made when the first password is set. Within a transaction.
 pub(crate) fn key() -> Option<SealKey> {
     // SAFETY: look-ups within a transaction; the option's text lies in the transaction's memory.
     unsafe {
@@ -34,7 +34,7 @@ pub(crate) fn key() -> Option<SealKey> {
         if !exists {
             return None;
         }
-        // Of PUBLIC, which is no role.
+        // The mapping belongs to PUBLIC, which is not a role.
         let mapping = pg_sys::GetUserMapping(pg_sys::InvalidOid, (*server).serverid);
         let options = pgrx::PgList::<pg_sys::DefElem>::from_pg((*mapping).options);
         options
@@ -45,11 +45,11 @@ pub(crate) fn key() -> Option<SealKey> {
     }
 }
 
-/// Makes the key. By the catalog's own function: its text is in no statement that somebody could log.
+/// Makes the key with the catalog's own function, so that it is not in the text of a statement that could be logged.
 fn make_key() -> SealKey {
     let key: SealKey = random::bytes();
     let text = CString::new(seal::key_text(&key)).unwrap_or_default();
-    // SAFETY: within a transaction, in the name of the server's owner; all nodes are of the current memory context.
+    // SAFETY: within a transaction, as the server's owner; all nodes are of the current memory context.
     unsafe {
         let role = pgrx::PgBox::<pg_sys::RoleSpec>::alloc_node(pg_sys::NodeTag::T_RoleSpec).into_pg();
         (*role).roletype = pg_sys::RoleSpecType::ROLESPEC_PUBLIC;
@@ -62,7 +62,7 @@ fn make_key() -> SealKey {
         (*statement).servername = pg_sys::pstrdup(SERVER.as_ptr());
         (*statement).options = pg_sys::lappend(std::ptr::null_mut(), option.cast());
         let mapping = pg_sys::CreateUserMapping(statement);
-        // It goes with the extension, though no user mapping is a part of one.
+        // The mapping depends on the extension, because a user mapping cannot be a member of one.
         let extension = pg_sys::ObjectAddress {
             classId: pg_sys::ExtensionRelationId,
             objectId: pg_sys::get_extension_oid(c"outbox_relay".as_ptr(), false),
@@ -76,13 +76,14 @@ fn make_key() -> SealKey {
 
 crate::sql_function!(seal_password, pg_finfo_seal_password);
 
-/// `outbox.seal_password(backend_number, password)`, strict: in the name of the key's owner, by `set_backend_password`
-// No pg_guard: as the other functions that are declared by hand.
+/// `outbox.seal_password(backend_number, password)`, strict. `set_backend_password` calls it with the rights of the
+/// key's owner.
+// No pg_guard, as for all functions that are declared by hand.
 #[unsafe(no_mangle)]
 extern "C-unwind" fn seal_password(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
     report::guard(|| {
         error::expect_arguments(fcinfo, 2);
-        // SAFETY: an integer and a text, none of them null unless somebody has declared the function otherwise.
+        // SAFETY: an integer and a text. Neither is null, unless a user has declared the function otherwise.
         let (number, password) = unsafe {
             let arguments = (*fcinfo).args.as_slice(2);
             if arguments.iter().any(|argument| argument.isnull) {
@@ -92,15 +93,13 @@ extern "C-unwind" fn seal_password(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::
             (arguments[0].value.value() as i32, bytes_of(arguments[1].value))
         };
         if let Err(foreign) = encoding::has_utf8_form(password) {
-            raise(
-                ErrorReport::new(foreign.code(), "the password has no form in UTF-8", "").set_detail(foreign.detail()),
-            );
+            raise(ErrorReport::new(foreign.code(), "the password has no UTF-8 form", "").set_detail(foreign.detail()));
         }
-        // SAFETY: it was checked.
+        // SAFETY: the text was checked above.
         let password = unsafe { encoding::utf8(password) };
         let key = key().unwrap_or_else(make_key);
         match seal::seal(&key, random::bytes::<NONCE_BYTES>(), number, &password) {
-            // A bytea has the form of text.
+            // A bytea has the same form as text.
             Some(sealed) => crate::server::datum::text_datum(&sealed),
             None => raise(ErrorReport::new(
                 PgSqlErrorCode::ERRCODE_PROGRAM_LIMIT_EXCEEDED,

@@ -10,17 +10,18 @@ use std::ffi::CStr;
 
 // SAFETY: the declaration of sequence.h.
 unsafe extern "C-unwind" {
-    /// Draws the next number of a sequence (commands/sequence.h; not in pgrx's bindings). To be called within a guard.
+    /// Draws the next number of a sequence (commands/sequence.h; not in pgrx's bindings). Must be called within a
+    /// guard.
     pub(crate) fn nextval_internal(relid: pg_sys::Oid, check_permissions: bool) -> i64;
 }
 
 /// Draws the next number. Within a transaction that may write.
 pub(crate) fn next(sequence: pg_sys::Oid) -> i64 {
-    // SAFETY: within a transaction; an ERROR becomes a panic of Rust.
+    // SAFETY: within a transaction; an ERROR becomes a Rust panic.
     unsafe { pg_sys::ffi::pg_guard_ffi_boundary(|| nextval_internal(sequence, false)) }
 }
 
-/// Sets it, so that the next number is above `number`. With the rights of its owner, since publishers may not do it.
+/// Sets it so that the next number is above `number`, with its owner's rights, because publishers may not set it.
 pub(crate) fn set(sequence: pg_sys::Oid, number: i64) {
     let arguments = [Some(pg_sys::Datum::from(sequence)), Some(pg_sys::Datum::from(number))];
     rights::as_owner_of(sequence, || {
@@ -31,7 +32,7 @@ pub(crate) fn set(sequence: pg_sys::Oid, number: i64) {
 
 /// The last number that was drawn (0 before the first).
 pub(crate) fn last(sequence: pg_sys::Oid) -> i64 {
-    // SAFETY: raises an ERROR if it is gone.
+    // SAFETY: raises an ERROR if it no longer exists.
     let relation = unsafe { pg_sys::relation_open(sequence, LOCK) };
     let (number, _) = page_of(relation);
     // SAFETY: opened above.
@@ -39,23 +40,23 @@ pub(crate) fn last(sequence: pg_sys::Oid) -> i64 {
     number
 }
 
-/// The last number that was drawn, and where its page's last record ends in the WAL: once it is flushed up to there,
-/// none of the numbers that were drawn is drawn again after a crash. `None`: another session has locked it exclusively,
-/// and delivery does not wait for that.
+/// The last number that was drawn, and the end of its page's last WAL record. When the WAL is flushed up to there, no
+/// drawn number can be drawn again after a crash. `None`: another session has locked the sequence exclusively, and
+/// delivery must not wait for that.
 pub(crate) fn last_record(sequence: pg_sys::Oid) -> Option<(i64, u64)> {
     look(sequence)
 }
 
-/// That it has come to its end, as a sentence.
+/// A sentence that says so if the sequence has reached its end.
 pub(crate) fn end_reached(sequence: pg_sys::Oid) -> Option<String> {
     let maximum = maximum(sequence);
     let is_reached = look(sequence).is_some_and(|(last, _)| last >= maximum);
     is_reached.then(|| format!("Its MAXVALUE is {maximum}, and that number was given."))
 }
 
-/// Its page, unless somebody has locked it for himself.
+/// Reads its page, unless another session has locked the sequence exclusively.
 fn look(sequence: pg_sys::Oid) -> Option<(i64, u64)> {
-    // SAFETY: takes a lock, or does not, within a transaction; raises an ERROR if it is gone.
+    // SAFETY: tries to take a lock within a transaction; raises an ERROR if the sequence no longer exists.
     let relation = unsafe {
         if !pg_sys::ConditionalLockRelationOid(sequence, LOCK) {
             return None;
@@ -70,9 +71,10 @@ fn look(sequence: pg_sys::Oid) -> Option<(i64, u64)> {
 
 const LOCK: pg_sys::LOCKMODE = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
 
-/// The last number, and where the page's last record ends. (Its functions would make this dear.)
+/// The last number, and the end of the page's last record. (Postgres's own functions for this are too slow.)
 fn page_of(relation: pg_sys::Relation) -> (i64, u64) {
-    /// Of a page's header (bufpage.h), and the bits of an item's offset in what follows it (itemid.h).
+    /// The size of a page's header (bufpage.h), and the bits of an item's offset in the item pointer that follows it
+    /// (itemid.h).
     const HEADER: usize = 24;
     const OFFSET_BITS: u32 = 0x7FFF;
     // SAFETY: an open sequence always has a page with one item, a row of `FormData_pg_sequence_data` (sequence.h):
@@ -106,20 +108,20 @@ struct Form {
 }
 
 thread_local! {
-    /// The sequence whose parameters were found to be right, and have not changed since.
+    /// The sequence whose parameters were found correct and have not changed since.
     static CHECKED: Cell<pg_sys::Oid> = const { Cell::new(pg_sys::InvalidOid) };
     static IS_REGISTERED: Cell<bool> = const { Cell::new(false) };
 }
 
-// No pg_guard: it cannot fail.
-// SAFETY: called by Postgres alone, in this process; it touches only a variable of this thread.
+// No pg_guard: nothing in it can fail.
+// SAFETY: only Postgres calls this, in this process; it touches only a variable of this thread.
 unsafe extern "C-unwind" fn on_invalidation(_arg: pg_sys::Datum, _cache: i32, _hash: u32) {
     CHECKED.set(pg_sys::InvalidOid);
 }
 
-/// Raises an ERROR if the sequence gives other numbers than ascending ones, one by one. Costs nothing unless a sequence
-/// was changed. The caller has drawn from it in this transaction. So the sequence is locked against changes, and all
-/// earlier ones are known.
+/// Raises an ERROR unless the sequence gives ascending numbers, one by one. Costs nothing unless a sequence was
+/// changed. The caller has drawn from it in this transaction. So the sequence is locked against changes, and all
+/// earlier changes are known.
 pub(crate) fn expect_ascending(sequence: pg_sys::Oid) {
     if CHECKED.get() == sequence {
         return;
@@ -155,14 +157,14 @@ pub(crate) fn trouble(sequence: pg_sys::Oid) -> Option<String> {
     .flatten()
 }
 
-/// The highest number that it may give.
+/// The highest number that the sequence may give.
 pub(crate) fn maximum(sequence: pg_sys::Oid) -> i64 {
     with_form(sequence, |form| form.maximum).unwrap_or(i64::MAX)
 }
 
-/// `None`: it has gone.
+/// `None`: the sequence no longer exists.
 fn with_form<R>(sequence: pg_sys::Oid, f: impl FnOnce(&Form) -> R) -> Option<R> {
-    // SAFETY: a look-up within a transaction; the tuple is released once it was read. Its columns are never null.
+    // SAFETY: a look-up within a transaction; the tuple is released after it is read. Its columns are never null.
     unsafe {
         let cache = pg_sys::SysCacheIdentifier::SEQRELID as i32;
         let tuple = pg_sys::SearchSysCache1(cache, pg_sys::Datum::from(sequence));
@@ -178,14 +180,14 @@ fn with_form<R>(sequence: pg_sys::Oid, f: impl FnOnce(&Form) -> R) -> Option<R> 
     }
 }
 
-/// What gives the sequence the parameters that it must have.
+/// The HINT that restores the required parameters.
 pub(crate) const MEND: &str =
     "Run ALTER SEQUENCE outbox.events_seq_seq AS bigint INCREMENT 1 NO MAXVALUE CACHE 1 NO CYCLE.";
 
-/// What is wrong, in short.
+/// The message for all problems of the sequence.
 pub(crate) const MESSAGE: &str = "sequence outbox.events_seq_seq cannot number events";
 
-/// Refuses an event, since it cannot get a number. `trouble`: why, as a sentence.
+/// Raises the ERROR for an event that cannot get a number. `trouble`: the reason, as a sentence.
 pub(crate) fn refuse(trouble: String) -> ! {
     let code = PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
     raise(ErrorReport::new(code, MESSAGE, "").set_detail(trouble).set_hint(MEND))

@@ -1,5 +1,4 @@
-//! How our SQL runs through SPI, and how parameters are passed. Results are read by the names of their columns
-//! ([`FoundRow`]).
+//! Runs our SQL through SPI and passes parameters. Results are read by the names of their columns ([`FoundRow`]).
 
 use crate::server::datum::text_datum;
 use crate::server::encoding;
@@ -14,8 +13,8 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::fmt::Write;
 
-/// Reads what is committed now. Takes no transaction id, as SPI's `update` would: looking writes no WAL, and works on a
-/// standby.
+/// Reads what is committed now. Unlike SPI's `update`, this assigns no transaction id, so reading writes no WAL and
+/// works on a standby.
 pub(crate) fn query<R>(sql: &str, args: &[DatumWithOid<'_>], each: impl FnMut(&FoundRow<'_>) -> R) -> Vec<R> {
     rights::statement(|| {
         Spi::connect(|client| {
@@ -36,12 +35,12 @@ pub(crate) fn query<R>(sql: &str, args: &[DatumWithOid<'_>], each: impl FnMut(&F
 }
 
 thread_local! {
-    /// Plans that are kept as long as the process lives, by their statements.
+    /// Plans by their statements. They are kept as long as the process lives.
     static KEPT: RefCell<HashMap<String, &'static OwnedPreparedStatement>> = RefCell::default();
 }
 
-/// A statement that is run often: it is parsed and planned once. The plan must do well however large
-/// its tables become, so it goes by indexes where there are any.
+/// A statement that runs often, parsed and planned once. The plan must be good however large its tables become, so it
+/// uses indexes where it can.
 fn kept(client: &SpiClient<'_>, sql: &str, args: &[DatumWithOid<'_>], writes: bool) -> &'static OwnedPreparedStatement {
     let known = KEPT.with_borrow(|kept| kept.get(sql).copied());
     known.unwrap_or_else(|| {
@@ -50,14 +49,14 @@ fn kept(client: &SpiClient<'_>, sql: &str, args: &[DatumWithOid<'_>], writes: bo
             false => client.prepare(sql, &types_of(args)),
         };
         let made = made.unwrap_or_else(|e| internal(e.to_string())).keep();
-        // Never dropped: at the end of the process Postgres's memory is gone.
+        // It is never freed: the process's memory ends with the process.
         let made: &'static OwnedPreparedStatement = Box::leak(Box::new(made));
         KEPT.with_borrow_mut(|kept| kept.insert(sql.to_owned(), made));
         made
     })
 }
 
-/// Executes a statement that is kept. It is planned when it is executed for the first time.
+/// Executes a cached statement. It is planned when it is first executed.
 fn execution_of_kept<R>(f: impl FnOnce() -> R) -> R {
     let settings = [
         (c"plan_cache_mode", c"force_generic_plan"),
@@ -68,7 +67,7 @@ fn execution_of_kept<R>(f: impl FnOnce() -> R) -> R {
     rights::with_settings(&settings, || rights::execution(f))
 }
 
-/// As [`query`], for a statement that is run often.
+/// As [`query`], for a statement that runs often.
 pub(crate) fn query_kept<R>(sql: &str, args: &[DatumWithOid<'_>], each: impl FnMut(&FoundRow<'_>) -> R) -> Vec<R> {
     // SAFETY: as in `query`.
     unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetLatestSnapshot()) };
@@ -84,7 +83,7 @@ pub(crate) fn query_kept<R>(sql: &str, args: &[DatumWithOid<'_>], each: impl FnM
     found
 }
 
-/// Writes, by a statement that is run often; returns what it returns.
+/// As [`run_returning`], for a statement that runs often.
 pub(crate) fn run_kept<R>(sql: &str, args: &[DatumWithOid<'_>], each: impl FnMut(&FoundRow<'_>) -> R) -> Vec<R> {
     rights::statement(|| {
         Spi::connect_mut(|client| {
@@ -95,7 +94,7 @@ pub(crate) fn run_kept<R>(sql: &str, args: &[DatumWithOid<'_>], each: impl FnMut
     })
 }
 
-/// Writes; returns what the statement returns.
+/// Runs a statement that writes. Returns the rows that it returns.
 pub(crate) fn run_returning<R>(sql: &str, args: &[DatumWithOid<'_>], each: impl FnMut(&FoundRow<'_>) -> R) -> Vec<R> {
     rights::statement(|| {
         Spi::connect_mut(|client| {
@@ -124,7 +123,7 @@ where
     query(sql, args, |row| row.only_value()).into_iter().next().flatten()
 }
 
-/// Writes; returns how many rows.
+/// Runs a statement that writes. Returns the number of rows.
 pub(crate) fn run(sql: &str, args: &[DatumWithOid<'_>]) -> u64 {
     rights::statement(|| {
         Spi::connect_mut(|client| {
@@ -155,7 +154,7 @@ pub(crate) fn run_named<'a>(sql: &str, parameters: impl IntoIterator<Item = Para
     run(&sql, &args)
 }
 
-/// Puts numbers in the place of parameters' names.
+/// Replaces the names of parameters by numbers.
 fn numbered<'a>(sql: &str, parameters: impl IntoIterator<Item = Parameter<'a>>) -> (String, Vec<DatumWithOid<'a>>) {
     let (names, values): (Vec<&str>, Vec<DatumWithOid<'a>>) = parameters.into_iter().unzip();
     let mut pieces = sql.split('$');
@@ -171,21 +170,21 @@ fn numbered<'a>(sql: &str, parameters: impl IntoIterator<Item = Parameter<'a>>) 
     (numbered, values)
 }
 
-/// What a column is set to.
+/// A column and its new value.
 pub(crate) struct Assignment<'a> {
     column: &'static str,
-    /// The value as SQL; `$` stands for the parameter.
+    /// The value as an SQL expression in which `$` stands for the parameter.
     expression: &'static str,
     parameter: Option<DatumWithOid<'a>>,
 }
 
 impl<'a> Assignment<'a> {
-    /// To a value.
+    /// Sets the column to a value.
     pub(crate) fn new(column: &'static str, value: impl Into<DatumWithOid<'a>>) -> Self {
         Self::by(column, "$", value)
     }
 
-    /// To what an expression makes of a value, for which `$` stands.
+    /// Sets the column to an expression in which `$` stands for the value.
     pub(crate) fn by(column: &'static str, expression: &'static str, value: impl Into<DatumWithOid<'a>>) -> Self {
         Self {
             column,
@@ -194,7 +193,7 @@ impl<'a> Assignment<'a> {
         }
     }
 
-    /// To the value of an expression.
+    /// Sets the column to an expression without a parameter.
     pub(crate) fn computed(column: &'static str, expression: &'static str) -> Self {
         Self {
             column,
@@ -204,7 +203,7 @@ impl<'a> Assignment<'a> {
     }
 }
 
-/// Inserts a row, or updates the one with this key.
+/// Inserts a row, or updates the row with this key.
 pub(crate) fn upsert<const KEYS: usize, const REST: usize>(
     table: &str,
     key: [Assignment<'_>; KEYS],
@@ -255,7 +254,7 @@ pub(crate) fn argument<'a>(text: &str) -> DatumWithOid<'a> {
     unsafe { DatumWithOid::new(&*encoding::to_server(text), pg_sys::TEXTOID) }
 }
 
-/// Several texts as one parameter, an array; see [`argument`].
+/// Several texts for [`argument`] as one array parameter.
 pub(crate) fn arguments<'a>(texts: &[&str]) -> DatumWithOid<'a> {
     array_of(texts.iter().map(|text| encoding::to_server(text)))
 }
@@ -281,14 +280,14 @@ pub(crate) fn text_array<'b>(texts: impl Iterator<Item = Cow<'b, [u8]>>) -> pg_s
     }
 }
 
-/// As [`argument`], for texts of Redis or of the system: characters that the database's encoding does not have are left
-/// out.
+/// As [`argument`], for texts from Redis or the operating system. Characters that the database's encoding lacks become
+/// question marks.
 pub(crate) fn words<'a>(text: &str) -> DatumWithOid<'a> {
     // SAFETY: valid text, which is copied; text has the form of bytea.
     unsafe { DatumWithOid::new(&*encoding::words_to_server(text), pg_sys::TEXTOID) }
 }
 
-/// Several such texts as one parameter, an array.
+/// Several texts for [`words`] as one array parameter.
 pub(crate) fn all_words<'a>(texts: &[&str]) -> DatumWithOid<'a> {
     array_of(texts.iter().map(|text| encoding::words_to_server(text)))
 }

@@ -1,10 +1,11 @@
-//! Where events go that name no stream: `stream_name` of their backend, or of the settings. Mostly that is one stream,
-//! the backend's own, and their rows name none. If it is a template, each row names the stream that the template has
-//! given when the event was published. So a template can be changed at any time, and whoever reads rows knows nothing
-//! of it.
+//! Where events go that name no stream: `stream_name` of their backend or of the settings. Usually that is one stream,
+//! the backend's own, and the rows do not store it. If it is a template, each row stores the stream that the template
+//! gave when the event was published. So a template can be changed at any time, and the code that reads rows does not
+//! depend on it.
 //!
-//! A row that names none although there is a template was published before that, and stays in the stream that was the
-//! backend's own then: column `own_stream`, or what the worker has noted of the setting (`outbox.common_stream()`).
+//! A row without a stream, although there is a template now, was published before the template was set. It stays in the
+//! stream that was the backend's own then: column `own_stream`, or what the worker has noted of the setting
+//! (`outbox.common_stream()`).
 
 use crate::server::encoding::{has_utf8_form, utf8};
 use crate::server::guc;
@@ -18,13 +19,14 @@ use std::rc::Rc;
 /// The default of `outbox_relay.redis_stream_name`.
 pub(crate) const DEFAULT_STREAM: &str = "events";
 
-/// What becomes of events that name no stream.
+/// Where events go that name no stream.
 #[derive(Clone)]
 pub(crate) enum Unnamed {
-    /// Their rows name none: they are in the backend's own.
+    /// To the backend's own stream, which their rows do not store.
     Own,
     Template(Rc<Template>),
-    /// Only where a trigger was switched off, or at the server's start.
+    /// Nowhere: the template is invalid. Only possible where a trigger was switched off, or with the settings at the
+    /// server's start.
     Unusable(Fault),
 }
 
@@ -37,7 +39,7 @@ impl Unnamed {
         }
     }
 
-    /// By the setting, which is parsed once.
+    /// As the setting says. The setting is parsed once.
     pub(crate) fn of_setting() -> Self {
         thread_local! {
             static PARSED: RefCell<(String, Unnamed)> = const { RefCell::new((String::new(), Unnamed::Own)) };
@@ -55,7 +57,7 @@ impl Unnamed {
     }
 }
 
-/// The setting's one stream, if it names one.
+/// The setting's stream, if it is not a template.
 pub(crate) fn plain_setting() -> Option<String> {
     let text = guc::text(&guc::REDIS_STREAM_NAME);
     if !guc::has_braces_in_stream_name() {
@@ -64,7 +66,7 @@ pub(crate) fn plain_setting() -> Option<String> {
     StreamName::parse(&text).ok()?.plain().map(str::to_owned)
 }
 
-/// Why the setting cannot be used, if it cannot.
+/// Why the setting cannot be used; `None` if it can.
 pub(crate) fn fault_of_setting() -> Option<Fault> {
     match Unnamed::of_setting() {
         Unnamed::Unusable(fault) => Some(fault),
@@ -72,7 +74,7 @@ pub(crate) fn fault_of_setting() -> Option<Fault> {
     }
 }
 
-/// The name of the database, which nobody can change while this session is there.
+/// The name of the database. It cannot be renamed while this session is connected.
 pub(crate) fn database() -> Rc<str> {
     thread_local! {
         static NAME: OnceCell<Rc<str>> = const { OnceCell::new() };
@@ -86,9 +88,9 @@ pub(crate) fn database() -> Rc<str> {
             };
             let name = name.unwrap_or_default();
             match has_utf8_form(name) {
-                // SAFETY: it has a UTF-8 form.
+                // SAFETY: the line above has checked that the name has a UTF-8 form.
                 Ok(()) => unsafe { utf8(name) }.into(),
-                // It may have been named in a database of another encoding.
+                // The database may have been named in a session with another encoding.
                 Err(_) => String::from_utf8_lossy(name).into(),
             }
         })

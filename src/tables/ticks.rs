@@ -1,4 +1,4 @@
-//! Taking ticks: a snapshot with its bounds, and the flush that must come before anything it sees may leave the server.
+//! Takes ticks (a snapshot with its bounds), and flushes the WAL before anything that a tick sees may leave the server.
 
 use crate::tables::catalog::Relations;
 use crate::tables::numbers;
@@ -6,17 +6,17 @@ use crate::tables::sequence;
 use pgrx::pg_sys;
 use relay::reading::snapshot::{Snapshot, Tick};
 
-/// Takes a tick, in the order that its bounds rely on (see [`Tick`]). Needs a transaction that has no id of its own.
-/// Also returns up to where the WAL must be flushed so that none of its numbers is drawn again after a crash; `None`:
-/// all of it.
+/// Takes a tick, in the order that its bounds rely on (see [`Tick`]). Needs a transaction that has no id. Also returns
+/// up to where the WAL must be flushed so that none of the tick's numbers can be drawn again after a crash. `None`: all
+/// of it.
 pub(crate) fn take(relations: &Relations) -> (Tick, Option<u64>) {
     let low_seq = numbers::highest(relations);
     let next_xid = next_xid();
     let snapshot = snapshot(next_xid);
     let high_seq = numbers::highest(relations);
-    // After the numbers were read: each was written to the page before it was given.
+    // Read after the numbers: each number was written to the page before it was returned.
     let (drawn, drawn_lsn) = sequence::last_record(relations.sequence).unzip();
-    // Rows that passed no trigger may have numbers that shared memory does not know.
+    // Rows that were inserted without the trigger may have numbers that shared memory does not know.
     let high_seq = high_seq.max(drawn.unwrap_or_default());
     let tick = Tick {
         snapshot,
@@ -27,19 +27,19 @@ pub(crate) fn take(relations: &Relations) -> (Tick, Option<u64>) {
     (tick, drawn_lsn)
 }
 
-/// Whether something may have happened since, also if it wakes no worker. Costs next to nothing, so an idle worker
-/// stays idle.
+/// Whether anything may have happened since the tick, even if it wakes no worker. Costs next to nothing, so that an
+/// idle worker stays idle.
 pub(crate) fn is_outdated(tick: &Tick) -> bool {
     !tick.is_complete() || next_xid() != tick.next_xid
 }
 
-/// No transaction from this on has begun.
+/// The next transaction id: no transaction with this id or a higher one has begun.
 pub(crate) fn next_xid() -> u64 {
     // SAFETY: reads the counter under its lock.
     unsafe { pg_sys::ReadNextFullTransactionId().value }
 }
 
-/// The latest snapshot, in 64-bit ids, as `pg_current_snapshot()` shows it.
+/// The latest snapshot with 64-bit ids, as `pg_current_snapshot()` shows it.
 fn snapshot(next_xid: u64) -> Snapshot {
     // SAFETY: a snapshot's arrays are as long as its counts say; it is static memory until the next call.
     let (xmin, xmax, running) = unsafe {
@@ -65,27 +65,27 @@ fn snapshot(next_xid: u64) -> Snapshot {
     Snapshot::new(xmin, xmax, running)
 }
 
-/// A 32-bit transaction id that is less than 2^31 away from `near`, in 64 bits.
+/// A 32-bit transaction id that is less than 2^31 away from `near`, as 64 bits.
 fn widened(xid: u32, near: u64) -> u64 {
     let distance = xid.wrapping_sub(near as u32) as i32;
     near.wrapping_add_signed(i64::from(distance))
 }
 
-/// Transactions that end between two ticks and are looked at one by one.
+/// Up to this many transactions that ended between two ticks are examined one by one.
 const FEW: usize = 64;
 
-/// Makes durable what `tick` sees and `known`, which is durable, did not: after a crash, the ids and numbers of what
-/// was not flushed are used again. Returns how far the WAL is flushed.
+/// Flushes what `tick` sees and `known`, which is durable, does not see. After a crash, ids and numbers that were not
+/// flushed would be used again. Returns how far the WAL is flushed.
 ///
-/// A commit that waited for its flush is durable before it is seen; of one that did not, the commit log knows up to
-/// where the WAL must be flushed. The id of the latest to end is not used again once its commit is durable, and so none
-/// below it is; numbers are not once the page of their sequence is. All that others have in the WAL beyond need not be
-/// waited for.
+/// A commit that waits for its flush is durable before it is visible. For one that does not, the commit log knows up to
+/// where the WAL must be flushed. When the commit of the latest transaction to end is durable, its id and all lower
+/// ones cannot be used again; the same holds for numbers when the page of their sequence is durable. Later WAL of other
+/// sessions need not be waited for.
 ///
 /// Our own commits that did not wait for their flush (saving, purging) are flushed like others'. A tick could do
-/// without them, by taking them for transactions that still run; but the commit log keeps one position for 32
-/// neighbouring ids, so that nobody could tell whether another's commit below our own is durable. Hence purging begins
-/// no piece while an event is about to be committed: that commit flushes what was written before.
+/// without them by treating them as still running. But the commit log keeps one position for 32 neighbouring ids, so it
+/// would be unknown whether another session's commit below our own is durable. Hence purging starts no step while an
+/// event is about to be committed: that commit would flush what purging has written.
 pub(crate) fn flush_seen((tick, drawn_lsn): &(Tick, Option<u64>), known: &Snapshot) -> u64 {
     let (Some(ended), Some(mut needed)) = (tick.snapshot.ended_since(known, FEW), *drawn_lsn) else {
         return flush();
@@ -98,7 +98,7 @@ pub(crate) fn flush_seen((tick, drawn_lsn): &(Tick, Option<u64>), known: &Snapsh
             if pg_sys::TransactionIdDidCommit(id) {
                 needed = needed.max(pg_sys::TransactionIdGetCommitLSN(id));
             } else if xid == latest {
-                // Nobody knows where an abort stands in the WAL.
+                // The position of an abort in the WAL is not known.
                 return flush();
             }
         }
@@ -107,13 +107,13 @@ pub(crate) fn flush_seen((tick, drawn_lsn): &(Tick, Option<u64>), known: &Snapsh
     flushed()
 }
 
-/// Up to where the WAL is flushed.
+/// How far the WAL is flushed.
 fn flushed() -> u64 {
     // SAFETY: reads a position.
     unsafe { pg_sys::GetFlushRecPtr(std::ptr::null_mut()) }
 }
 
-/// Flushes the WAL up to `position`, where a record ends, unless that was done.
+/// Flushes the WAL up to `position`, where a record ends, unless it is flushed already.
 fn flush_to(position: u64) {
     if flushed() < position {
         // SAFETY: waits for the WAL.
@@ -121,16 +121,16 @@ fn flush_to(position: u64) {
     }
 }
 
-/// Makes everything that any snapshot taken before sees durable, and what this process has written. Costs nothing when
-/// the WAL is flushed already. Returns how far it is flushed.
+/// Flushes everything that any earlier snapshot sees and everything that this process has written. Costs nothing if the
+/// WAL is already flushed. Returns how far it is flushed.
 pub(crate) fn flush() -> u64 {
-    /// Sizes of a WAL page's header, and of a segment's first.
+    /// The sizes of a WAL page's header and of a segment's first header.
     const SHORT_HEADER: u64 = 24;
     const LONG_HEADER: u64 = 40;
     // SAFETY: reads positions and waits for the WAL; the segment size is set at start.
     unsafe {
         let mut position = pg_sys::GetXLogInsertRecPtr();
-        // Right behind a page's header nothing is inserted yet, and a flush up to there would be an ERROR.
+        // Nothing is inserted directly behind a page's header yet, and a flush up to there would be an ERROR.
         let in_segment = position % pg_sys::wal_segment_size as u64;
         let in_page = position % u64::from(pg_sys::XLOG_BLCKSZ);
         if in_segment == LONG_HEADER {
@@ -143,18 +143,21 @@ pub(crate) fn flush() -> u64 {
     }
 }
 
-/// The position that entries tell, of the WAL that is `flushed` for their events' ticks. A standby that has replayed up to
-/// there shows what the events' transactions have written, because no commit record of theirs ends behind it:
-/// - A transaction that waits for its flush, and each COMMIT PREPARED, is seen by snapshots only once its commit record is
-///   flushed; how far the WAL is flushed is asked after the snapshot was taken.
-/// - The commit of one that does not wait (synchronous_commit = off) is flushed by [`flush_seen`] before its tick counts.
-/// - What an earlier tick has seen was flushed by then, and what an earlier run of the server has seen before it started.
+/// The position that entries carry, for events whose ticks needed the WAL `flushed` up to here. A standby that has
+/// replayed up to this position shows what the events' transactions have written, because none of their commit records
+/// ends after it:
+/// - A transaction that waits for its flush, and each COMMIT PREPARED, is visible to snapshots only when its commit
+///   record is flushed; the flushed position is read after the snapshot was taken.
+/// - The commit of a transaction that does not wait (synchronous_commit = off) is flushed by [`flush_seen`] before its
+///   tick counts.
+/// - What an earlier tick has seen was flushed then. What an earlier run of the server has seen was flushed before this
+///   run started.
 ///
-/// A standby applies a record before it says that it has replayed it.
+/// A standby applies a record before it reports it as replayed.
 ///
-/// At the beginning of a page, where the WAL is often flushed up to while somebody writes much, a record may have its
-/// middle. A standby comes past that only once the rest is flushed, for which an idle server has no reason: so all is. The
-/// beginning of all, 0, is such a position, too: nothing was flushed yet by this process.
+/// Under heavy writing the flushed position is often the beginning of a page, and a record may cross that point. A
+/// standby gets past it only when the rest is flushed, which an idle server has no reason to do. In that case
+/// everything is flushed. The same holds for position 0: this process has flushed nothing yet.
 pub(crate) fn replayable(flushed: u64) -> u64 {
     match flushed.is_multiple_of(u64::from(pg_sys::XLOG_BLCKSZ)) {
         true => flushed.max(flush()),
@@ -162,7 +165,7 @@ pub(crate) fn replayable(flushed: u64) -> u64 {
     }
 }
 
-/// Where this server is in the WAL: on a standby, how far it has replayed.
+/// The server's position in the WAL; on a standby, how far it has replayed.
 pub(crate) fn here() -> u64 {
     // SAFETY: reads a position.
     match unsafe { pg_sys::RecoveryInProgress() } {
@@ -172,11 +175,11 @@ pub(crate) fn here() -> u64 {
     }
 }
 
-/// Whether the synchronous standbys have flushed the WAL up to `position`. True where there are none to wait for.
+/// Whether the synchronous standbys have flushed the WAL up to `position`. True if there are none to wait for.
 pub(crate) fn standbys_have(position: u64) -> bool {
-    /// Of the positions that sessions wait for: that up to which standbys have flushed (syncrep.h).
+    /// Among the positions that sessions wait for, the one up to which standbys have flushed (syncrep.h).
     const SYNC_REP_WAIT_FLUSH: usize = 1;
-    // SAFETY: shared memory that lives as long as the server; a position is read in one piece.
+    // SAFETY: shared memory that lives as long as the server; a position is read atomically.
     unsafe {
         let names = pg_sys::SyncRepStandbyNames;
         if names.is_null() || *names == 0 {

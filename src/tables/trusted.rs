@@ -1,4 +1,4 @@
-//! Rows that we insert ourselves, and that the trigger of the table need not check once more.
+//! Rows that we insert ourselves, and that the table's trigger need not check again.
 
 use crate::server::scoped;
 use crate::tables::row::{Row, attribute};
@@ -6,13 +6,13 @@ use pgrx::pg_sys;
 use std::cell::Cell;
 
 thread_local! {
-    /// The worker is moving events that were checked when they were scheduled.
+    /// Whether rows are being moved that were checked when they were scheduled.
     static MOVING: Cell<bool> = const { Cell::new(false) };
     /// See [`inserting`].
     static INSERTING: Cell<Inserting> = const { Cell::new(None) };
 }
 
-/// What nobody may change of a row: we go by it.
+/// The values of a row that nobody may change, because the relay relies on them.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct RowKey {
     pub xid: u64,
@@ -21,7 +21,7 @@ pub(crate) struct RowKey {
     pub event_id: [u8; 16],
 }
 
-/// What becomes a row, checked and numbered.
+/// The checked and numbered values of a new row.
 #[derive(Clone, Copy)]
 pub(crate) struct NewRow {
     pub is_scheduled: bool,
@@ -37,28 +37,29 @@ impl NewRow {
     }
 }
 
-/// Runs `f` while the trigger takes rows as they are, but for their numbers: they were checked when they were
-/// scheduled.
+/// Runs `f` while the trigger sets only the numbers of rows and takes all else unchanged: they were checked when they
+/// were scheduled.
 pub(crate) fn moving<R>(f: impl FnOnce() -> R) -> R {
     scoped::with(&MOVING, true, f)
 }
 
-/// A row that is being inserted by a statement, and the subtransaction that does it.
+/// A row that a statement is inserting, and the subtransaction that does it.
 pub(crate) type Inserting = Option<(RowKey, u32)>;
 
-/// The row that `publish_event` is inserting by a statement from now on: it is checked and numbered already. Returns
-/// what was being inserted before, by a statement further out.
+/// Notes the row that `publish_event` will insert by a statement: it is checked and numbered already. Returns what a
+/// statement further out was inserting before.
 pub(crate) fn inserting(row: RowKey) -> Inserting {
     INSERTING.replace(Some((row, subtransaction())))
 }
 
-/// That row has been inserted.
+/// Called when that row has been inserted.
 pub(crate) fn inserting_again(before: Inserting) {
     INSERTING.set(before);
 }
 
-/// The row that is being inserted so, if this is it. By its number or its id, since somebody may have changed the
-/// other. What an ERROR has left behind is of a subtransaction that has ended.
+/// The key of the row that is being inserted in this way, if `row` is that row. It is recognised by its number or its
+/// id, because a trigger may have changed the other. What an ERROR has left behind belongs to a subtransaction that has
+/// ended.
 pub(crate) fn inserted(row: &Row) -> Option<RowKey> {
     let (key, within) = INSERTING.get()?;
     let is_its = row.i64(attribute::SEQ) == Some(key.seq) || row.uuid(attribute::EVENT_ID) == Some(key.event_id);
@@ -73,7 +74,7 @@ pub(crate) fn subtransaction() -> u32 {
     unsafe { pg_sys::GetCurrentSubTransactionId() }
 }
 
-/// Whether rows are moved that were checked when they were scheduled.
+/// Whether rows are being moved that were checked when they were scheduled.
 pub(crate) fn is_moving() -> bool {
     MOVING.get()
 }

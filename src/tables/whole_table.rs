@@ -1,4 +1,4 @@
-//! Small tables that are read whole, without SQL: publishers may have no rights on them.
+//! Reads small tables completely and without SQL, because publishers may have no rights on them.
 
 use crate::server::error;
 use crate::tables::row::Row;
@@ -9,8 +9,8 @@ const LOCK: pg_sys::LOCKMODE = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
 
 /// Calls `f` with some columns of each row of a table, as of now and not as of the transaction's snapshot.
 pub(crate) fn each_row(table: pg_sys::Oid, names: &[&str], mut f: impl FnMut(&NamedRow<'_>)) {
-    // SAFETY: a heap scan under a registered snapshot; what is opened is closed, or given back by the transaction's
-    // abort. The table is locked by table_open, and stays open while its descriptor is used.
+    // SAFETY: a heap scan under a registered snapshot; what is opened is closed, or released by the transaction's
+    // abort. table_open locks the table, which stays open while its descriptor is used.
     unsafe {
         let table = pg_sys::table_open(table, LOCK);
         let columns = Columns::of(table, names);

@@ -1,5 +1,5 @@
-//! Which backends have a sender. There is a limited number of permits (`permits.rs`). With more backends than permits,
-//! the first backends keep their connections, and the others take turns with the rest of the permits.
+//! Decides which backends have a sender. The number of permits is limited (`permits.rs`). With more backends than
+//! permits, the first backends keep their connections, and the others take turns with the remaining permits.
 
 use crate::server::guc::LogLevel;
 use crate::server::process::log;
@@ -8,15 +8,15 @@ use crate::worker::state::Worker;
 use relay::time::Now;
 use std::time::Duration;
 
-/// How long a backend that takes turns has a connection at least while others wait,
+/// How long a turn lasts at least while others wait,
 const TURN: Duration = Duration::from_secs(3);
-/// and at most, if it always has something to send.
+/// and at most, if the backend always has something to send.
 const LONGEST_TURN: Duration = Duration::from_secs(30);
-/// How soon free permits are looked for again.
+/// How soon to look again for free permits.
 const LOOK_AFTER: Duration = Duration::from_millis(250);
 
 impl Worker {
-    /// Starts the senders that are due, as far as there are permits.
+    /// Starts the senders that are due, as far as permits are free.
     pub(super) fn connect(&mut self, now: Now) {
         self.permits.tell();
         let most = self.permits.most();
@@ -32,7 +32,7 @@ impl Worker {
             backend.turn.is_taken = rank > kept;
             match (backend.wants_sender(now), backend.turn.is_taken) {
                 (true, false) if self.permits.free() > 0 => backend.connect(now, &self.waker, &mut self.permits),
-                // The permit is still held by a thread that was let go and has not ended.
+                // A thread that was told to end and has not ended yet still holds the permit.
                 (true, false) => {
                     backend.wait_for_turn(now);
                     waiting += 1;
@@ -60,7 +60,7 @@ impl Worker {
             self.turns.said_at = Some(now);
             log(
                 LogLevel::Warning,
-                &format!("{waiting} backends wait for their turn to connect"),
+                &format!("{waiting} backends are waiting for their turn to connect"),
                 Some(&format!(
                     "The worker has file descriptors for {most} connections: the first {kept} backends keep theirs, the others take turns."
                 )),
@@ -71,7 +71,7 @@ impl Worker {
         }
     }
 
-    /// Ends the turns of as many backends as there are others waiting.
+    /// Ends as many turns as there are backends waiting.
     fn end_turns(&mut self, count: usize, now: Now) {
         let has_had = |b: &&mut crate::worker::backend::Backend| {
             let had = now.saturating_sub(b.turn.began_at);

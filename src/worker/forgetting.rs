@@ -1,6 +1,6 @@
 //! Deleted backends. Each keeps its reader and its cursors until the transactions have ended that were open at the
-//! deletion, because they may still commit events for it. Then both go, and the reader of strays fails what may come
-//! even so: from a session that knew the backend and began later, or by a dump.
+//! deletion, because they may still commit events for it. Then both are removed. The reader of strays fails events that
+//! come even later: from a session that still knew the backend, or from a dump.
 
 use crate::server::clock;
 use crate::server::process::{self, Aborted};
@@ -14,9 +14,9 @@ use relay::time::Now;
 use std::collections::BTreeSet;
 
 impl Worker {
-    /// Forgets deleted backends that need no reader of their own any more.
+    /// Forgets deleted backends that no longer need a reader of their own.
     pub(super) fn forget_deleted(&mut self, now: Now) {
-        // As a rule, there are none.
+        // Usually there are none.
         if self.backends.iter().all(|b| b.role() != Role::Deleted) {
             return;
         }
@@ -26,7 +26,7 @@ impl Worker {
         }
     }
 
-    /// Those of which all readers, of lanes too, stand where the strays are.
+    /// Deleted backends of which all readers, including those of lanes, stand where the strays' reader is.
     fn forgettable(&self) -> BTreeSet<i32> {
         let is_written_down = |b: &&Backend| b.books.records.is_empty();
         let strays = self.backends.iter().find(|b| b.role() == Role::Strays);
@@ -55,7 +55,7 @@ impl Worker {
             let kept = backends::kept_for_others(&all);
             let gone: Vec<i32> = all.into_iter().filter(|number| !kept.contains(number)).collect();
             if !gone.is_empty() {
-                // Behind this cursor nothing of theirs is left.
+                // None of their events is left behind this cursor.
                 strays.save(now, wall_us);
                 backends::forget(&gone, &strays.delivery.acked().from);
             }
@@ -65,13 +65,13 @@ impl Worker {
         let is_gone = |number: i32| numbers.contains(&number) && !kept.contains(&number);
         let before = self.backends.len();
         self.backends.retain(|b| !is_gone(b.number));
-        // Without a task to be done, its patience would only wake the worker.
+        // The task no longer exists, so its patience would only wake the worker for nothing.
         self.patience
             .retain(|task| task.whose().is_none_or(|(number, _)| !is_gone(number)));
         let kept = self.backends.iter_mut().filter(|b| kept.contains(&b.number));
         kept.for_each(Backend::stays);
         let count = before - self.backends.len();
-        process::debug(|| format!("{count} cursors of deleted backends are not needed any more"));
+        process::debug(|| format!("{count} cursors of deleted backends are no longer needed"));
         Ok(())
     }
 }

@@ -6,10 +6,9 @@ use relay::time::patience::{Patience, Waits};
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-/// How long scheduled events may be moved in one round. A transaction costs about half a millisecond, however few they
-/// are.
+/// How long one round may move scheduled events. A transaction costs about half a millisecond, even for one event.
 const MOVE_TIME: Duration = Duration::from_millis(3);
-/// How soon a held one is looked at again.
+/// How soon to look again at a held event.
 const HELD_WAITS: Waits = Waits {
     first: Duration::from_millis(50),
     longest: Duration::from_secs(1),

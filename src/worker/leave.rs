@@ -1,4 +1,4 @@
-//! The end of a worker's process, which always has a reason.
+//! Ends a worker's process. There is always a logged reason.
 
 use crate::server::database_slot::{DatabaseSlot, SlotState};
 use crate::server::guc::LogLevel;
@@ -17,10 +17,10 @@ pub(super) fn leave_process(slot: &DatabaseSlot, state: SlotState, database: &st
         );
     }
     slot.set_state(state);
-    // SAFETY: runs Postgres's exit callbacks and ends, see `process::end_without_exit_handlers`; no Rust frame needs to
-    // be unwound.
+    // SAFETY: runs Postgres's exit callbacks and ends the process, see `process::end_without_exit_handlers`; no Rust
+    // frame needs to be unwound.
     unsafe { pg_sys::proc_exit(0) };
-    // Bindings of some versions do not know that it never returns.
+    // The bindings of some versions do not declare that it never returns.
     #[allow(unreachable_code)]
     std::process::abort()
 }

@@ -1,4 +1,4 @@
-//! Loading: which backends there are, with which settings, and which restores have brought events.
+//! Loads the backends, their settings, and the restores that have brought events.
 
 use crate::server::database_slot::SlotState;
 use crate::server::guc::LogLevel;
@@ -30,12 +30,12 @@ use std::cell::RefCell;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// What the tables say.
+/// What the tables contain.
 struct LoadedRows {
     backends: Vec<BackendRow>,
     deleted: Vec<i32>,
     installation: String,
-    /// There are restores that the newest tick does not see.
+    /// Whether there are restores that the newest tick does not see.
     more_restores: bool,
     /// The highest number of any event.
     highest: i64,
@@ -43,22 +43,22 @@ struct LoadedRows {
     triggers: Option<String>,
 }
 
-/// What one look at the database has found.
+/// The result of reading the database once.
 struct Look {
-    /// The extension's version. `None`: it is not there.
+    /// The extension's version. `None`: it is not installed.
     version: Option<String>,
     generation: u64,
-    /// `None`: they have not changed since they were loaded.
+    /// `None`: the tables have not changed since they were last read.
     rows: Option<LoadedRows>,
-    /// The table of events.
+    /// The OID of the table of events.
     events: Option<pg_sys::Oid>,
 }
 
-/// However often somebody calls `outbox.wake()`, settings are loaded for that no more often than this.
+/// Calls of `outbox.wake()` cause settings to be loaded at most this often.
 const LOOK_PAUSE: Duration = Duration::from_millis(100);
 
 impl Worker {
-    /// Somebody has called `outbox.wake()`.
+    /// Acts on a call of `outbox.wake()`.
     pub(super) fn heed_wishes(&mut self, now: Now) {
         if !self.slot.take_asked() {
             return;
@@ -67,7 +67,7 @@ impl Worker {
         if self.asked_at.is_none_or(|at| now >= at + LOOK_PAUSE) {
             (self.asked_at, self.nudged) = (Some(now), true);
         }
-        // Somebody may be waiting for the saved cursors to show progress.
+        // A session may be waiting for the saved cursors to show progress.
         self.save_unsaved(now);
     }
 
@@ -77,7 +77,7 @@ impl Worker {
         self.nudged || self.settings_changed || self.generation == Generation::Stale || self.is_restore_due(now)
     }
 
-    /// Loads, unless that failed a moment ago: then the worker goes on with what it knows.
+    /// Loads, unless that failed a moment ago: then the worker goes on with the settings that it has.
     pub(super) fn load_now(&mut self, now: Now) -> Option<Loaded> {
         process::show_activity("loading the settings of backends");
         let nudged = std::mem::take(&mut self.nudged);
@@ -87,7 +87,7 @@ impl Worker {
             Some(_) => {
                 self.stale_since = None;
                 if nudged {
-                    // Somebody may be waiting for the saved cursors to show progress.
+                    // A session may be waiting for the saved cursors to show progress.
                     self.save_unsaved(now);
                 }
             }
@@ -99,7 +99,7 @@ impl Worker {
         loaded
     }
 
-    /// The newest tick, also one that standbys do not have yet.
+    /// The newest tick, even if standbys do not have it yet.
     pub(super) fn newest(&self) -> Arc<Tick> {
         match &self.awaited {
             Some(awaited) => Arc::new(awaited.tick.clone()),
@@ -107,8 +107,8 @@ impl Worker {
         }
     }
 
-    /// Rows that the newest tick sees may have been inserted without the trigger, with numbers above its bound. The
-    /// bound is raised; nobody has read of this tick yet.
+    /// Rows that the newest tick sees may have been inserted without the trigger, with numbers above its bound. Then
+    /// the bound is raised. That is safe because nothing of this tick was read yet.
     fn raise_bound(&mut self, highest: i64) {
         let is_low = |tick: &Tick| tick.next_xid > FIRST_NORMAL_XID && tick.high_seq < highest;
         if is_low(&self.latest) {
@@ -121,7 +121,7 @@ impl Worker {
 
     fn load(&mut self, nudged: bool, now: Now) -> Result<Loaded, Aborted> {
         // A nudge may come before the invalidations of its commit, which are sent last: then the generation does not
-        // show the change.
+        // show the change yet.
         let all = self.settings_changed;
         let found = self.look(nudged || all || self.is_restore_due(now))?;
         if found.rows.is_some() {
@@ -141,7 +141,7 @@ impl Worker {
                 return self.load(nudged, now);
             }
             if rows.more_restores {
-                // They belong to the next tick. All is loaded again before its rows are read.
+                // They belong to the next tick. Everything is loaded again before that tick's rows are read.
                 (generation, self.work) = (Generation::Stale, true);
             }
             outcome = self.take_over_rows(rows.backends, rows.deleted, all, now)?;
@@ -151,7 +151,7 @@ impl Worker {
         Ok(outcome)
     }
 
-    /// Notes the stream of the settings, for the time when that is a template.
+    /// Remembers the stream of the settings, for a time when the setting is a template.
     pub(super) fn note_stream(&mut self, now: Now) {
         if !self.is_stream_noted {
             let noted = self.attempt(Task::NoteStream, now, |_| {
@@ -166,7 +166,7 @@ impl Worker {
         self.backends.iter().any(|b| b.load_at().is_some_and(|at| at <= now))
     }
 
-    /// Reads the tables if they have changed since they were read last, or if they may have (`changed`).
+    /// Reads the tables if they have changed since they were last read, or if they may have (`changed`).
     fn look(&self, changed: bool) -> Result<Look, Aborted> {
         let newest = self.newest();
         process::transaction(|| {
@@ -192,14 +192,14 @@ impl Worker {
                 version,
                 generation,
                 rows,
-                // Looked up again: reading the tables has processed further invalidations.
+                // Looked up again, because reading the tables has processed further invalidations.
                 events: catalog::relations().map(|relations| relations.events),
             }
         })
     }
 
-    /// Whether the extension is there in the library's version. If it is not there at all, the worker leaves the
-    /// database.
+    /// Whether the extension is installed in the library's version. If it is not installed at all, the worker leaves
+    /// the database.
     fn serves(&mut self, version: Option<&str>, now: Now) -> bool {
         match version {
             None => {
@@ -216,7 +216,7 @@ impl Worker {
         }
         if self.slot.state() != SlotState::Running {
             self.slot.set_state(SlotState::Running);
-            // The launcher may start other workers now.
+            // The launcher may be able to start other workers now.
             shmem::wake_launcher();
             let message = format!("outbox_relay worker started in database \"{}\"", self.home.name);
             log(LogLevel::Info, &message, None, None);
@@ -224,7 +224,7 @@ impl Worker {
         true
     }
 
-    /// With at_least_once, restored events are not looked for in the streams.
+    /// With at_least_once, restored events are sent without comparing them with the streams.
     fn give_up_comparing(&mut self, now: Now) -> Result<(), Aborted> {
         for backend in &mut self.backends {
             let gives_up = backend.delivery.guarantee() == Guarantee::AtLeastOnce && backend.is_restored();
@@ -252,7 +252,7 @@ impl Worker {
         self.slot.set_state(SlotState::Mismatched);
         shmem::wake_launcher();
         if !self.backends.is_empty() {
-            // Acknowledged events must not be sent again.
+            // Wait for replies, so that acknowledged events are not sent again.
             self.settle(SETTLE_AT_CHANGE, Backend::is_sending);
             self.save_unsaved(now);
             self.backends.clear();
@@ -260,14 +260,15 @@ impl Worker {
         self.generation = Generation::Stale;
     }
 
-    /// Finds out whether this database is a copy, and saves this run's identity, if that was not done yet. True: all
-    /// has to be loaded again.
+    /// Finds out whether this database is a copy, and saves this run's identity, unless that was done already. True:
+    /// everything has to be loaded again.
     fn settles_in(&mut self, installation: &str) -> Result<bool, Aborted> {
         // SAFETY: a plain read of the process's own variable.
         let database = unsafe { pg_sys::MyDatabaseId }.to_u32();
         let guard_prefix = format!("outbox_relay:guard:{installation}:{database}:");
         if guard_prefix != self.home.guard_prefix {
-            // The extension was created anew: its tables do not know this run of the server, and numbers begin anew.
+            // The extension was created again: its tables do not know this run of the server, and numbers start from
+            // the beginning.
             (self.home.guard_prefix, self.identity) = (guard_prefix, None);
             self.backends.clear();
             (self.latest, self.awaited) = (Arc::new(Tick::beginning()), None);
@@ -284,7 +285,7 @@ impl Worker {
     }
 }
 
-/// Logs, once a minute, what is wrong with the sequence of event numbers, if anything is: then nobody can publish and
+/// Logs once a minute if something is wrong with the sequence of event numbers. While it is, nobody can publish and
 /// scheduled events wait, but existing events are sent. Returns whether something is wrong. Within a transaction.
 pub(super) fn says_trouble_of_sequence() -> bool {
     thread_local! {
@@ -310,7 +311,7 @@ pub(super) fn says_trouble_of_sequence() -> bool {
     true
 }
 
-/// How many transactions can run at once in this server.
+/// How many transactions can run at the same time in this server.
 fn running_at_most() -> usize {
     // SAFETY: set when the server started.
     let (sessions, prepared) = unsafe { (pg_sys::MaxBackends, unguarded::max_prepared_xacts) };

@@ -1,5 +1,5 @@
-//! Mending: triggers of ours that were switched off, and rows that came meanwhile. It has its own patience: whatever
-//! stands in its way, delivery goes on.
+//! Mends triggers of ours that were switched off, and rows that came meanwhile. It has its own patience: if it is
+//! blocked, delivery goes on.
 
 use crate::server::guc::LogLevel;
 use crate::server::process::repeat_log_after;
@@ -14,17 +14,17 @@ use relay::reading::snapshot::{FIRST_NORMAL_XID, Tick};
 use relay::time::Now;
 use std::time::Duration;
 
-/// Between two pieces of a sweep, and between two tries.
+/// The pause between two steps of a sweep, and between two attempts.
 const PIECE_PAUSE: Duration = Duration::from_millis(5);
 const TRY_PAUSE: Duration = Duration::from_secs(1);
-/// While something of our tables changes all the time.
+/// The minimum time between two checks while our tables change all the time.
 const LOOK_PAUSE: Duration = Duration::from_millis(250);
-/// An administrator who has disabled a trigger may be about to restore rows one by one. Either all or none of them
-/// should meet it.
+/// How long to wait before a disabled trigger is enabled. An administrator who has disabled it may be about to restore
+/// rows one by one. The trigger should fire for all of them or for none.
 const GRACE: Duration = Duration::from_secs(5);
 
 impl Worker {
-    /// One step, if there is something to mend.
+    /// Takes one step, if there is something to mend.
     pub(super) fn mend(&mut self, now: Now) {
         if self.mending.due_at().is_none_or(|at| at > now) {
             return;
@@ -80,7 +80,8 @@ impl Worker {
         if is_touched {
             self.mending.touched = Some(look);
         } else if look.is_rewritten() && self.is_ticked() {
-            // By VACUUM FULL, TRUNCATE or pg_repack: who wrote a row before says nothing any more.
+            // VACUUM FULL, TRUNCATE or pg_repack has rewritten the table: the transactions that wrote its rows no
+            // longer tell anything.
             let latest = self.latest.clone();
             process::transaction(|| foreign::note_known(look.triggers.as_deref(), look.filenode, &latest))?;
         }
@@ -103,12 +104,12 @@ impl Worker {
         Ok(())
     }
 
-    /// Before anything else: the tick from before those rows came is kept, whatever happens to this worker.
+    /// This comes first, so that the tick from before those rows is kept even if this worker ends.
     fn begin_sweep(&mut self, look: Look) -> Result<(), Aborted> {
         let clean = self.mending.clean.take();
         let is_rewritten = look.known_triggers.is_some() && look.is_rewritten() && clean.is_none();
         let mut known = look.known;
-        // Unless a sweep was cut short, a newer one tells more of them.
+        // A newer tick is better, unless an earlier sweep was interrupted.
         if look.known_triggers.is_some() {
             let is_first = !self.mending.has_looked;
             let saved = self
@@ -161,7 +162,7 @@ impl Worker {
             let count = piece.len();
             sweep.foreign.drain(..count);
             self.work = true;
-            // The note of it is to be read, also where no trigger tells of it.
+            // The restores that were noted must be loaded, even where no trigger announces them.
             self.generation = Generation::Stale;
         }
         match sweep.foreign.is_empty() {
@@ -177,7 +178,7 @@ impl Worker {
         };
         say_swept(sweep.moved);
         if look.triggers != sweep.triggers {
-            // Touched again meanwhile: another pass, from the same tick.
+            // The trigger was changed again meanwhile: another pass is needed, from the same tick.
             self.mending.touched = Some(look);
         } else if look.broken.is_empty() {
             process::transaction(|| foreign::note_known(look.triggers.as_deref(), look.filenode, &sweep.tick))?;
@@ -199,9 +200,9 @@ impl Worker {
             LogLevel::Error,
             &format!("triggers of outbox_relay cannot be mended: {}", error.message),
             Some(
-                "Rows that come without them carry transaction ids of another cluster, or are refused. Delivery goes on.",
+                "Rows that are inserted without them carry transaction ids of another cluster, or are refused. Delivery goes on.",
             ),
-            Some("It is tried again each second. See outbox.broken_triggers()."),
+            Some("The worker tries again each second. See outbox.broken_triggers()."),
         );
         self.mending.said = Some((error.message.clone(), now));
     }
@@ -210,9 +211,9 @@ impl Worker {
 fn say_mended(table: &str, name: &str, found: &str) {
     log(
         LogLevel::Warning,
-        &format!("trigger \"{name}\" of outbox.{table} was {found}: it is enabled always again"),
-        Some("Rows that came without it are looked for."),
-        Some("pg_restore --disable-triggers leaves triggers so; restore without it."),
+        &format!("trigger \"{name}\" of outbox.{table} was {found}, and is ENABLE ALWAYS again"),
+        Some("The worker looks for rows that were inserted without it."),
+        Some("pg_restore --disable-triggers leaves triggers in this state. Restore without that option."),
     );
 }
 
@@ -223,7 +224,7 @@ fn say_swept(moved: u64) {
     log(
         LogLevel::Warning,
         &format!("{moved} rows of outbox.events carried transaction ids of another cluster"),
-        Some("They came while the table's trigger was off, as with pg_restore --disable-triggers."),
-        Some("They are published anew, unless they stand in their streams already."),
+        Some("They were inserted while the table's trigger was disabled, as by pg_restore --disable-triggers."),
+        Some("They are sent unless they are already in their streams."),
     );
 }

@@ -58,9 +58,9 @@ use relay::time::Now;
 use std::io::Read;
 use std::time::Duration;
 
-/// How long a worker that was told to end waits for replies that are on their way.
+/// How long a worker that was told to end waits for replies to batches in flight.
 const SETTLE_AT_END: Duration = Duration::from_millis(250);
-/// How long it waits until Redis has acknowledged that the owner leaves.
+/// How long it then waits until Redis has acknowledged the mark that the owner leaves.
 const RELEASE_AT_END: Duration = Duration::from_millis(100);
 /// The pause after an ERROR outside of all tasks.
 const ERROR_WAIT: Duration = Duration::from_secs(1);
@@ -78,7 +78,7 @@ pub extern "C-unwind" fn outbox_relay_worker(argument: pg_sys::Datum) {
     unsafe {
         pg_sys::BackgroundWorkerInitializeConnectionByOid(slot.database(), pg_sys::InvalidOid, 0);
         if !slot.attach(pg_sys::MyProcPid, pg_sys::MyLatch) {
-            // A worker that an earlier launcher started is at work here.
+            // A worker of an earlier launcher is running in this database.
             return;
         }
         pg_sys::before_shmem_exit(Some(leave), argument);
@@ -91,7 +91,7 @@ pub extern "C-unwind" fn outbox_relay_worker(argument: pg_sys::Datum) {
 }
 
 #[pg_guard]
-// SAFETY: called by Postgres alone, when the process ends.
+// SAFETY: only Postgres calls this, when the process ends.
 unsafe extern "C-unwind" fn leave(_code: i32, argument: pg_sys::Datum) {
     if let Some(slot) = shmem::database_slot_at(argument.value() as u64) {
         // SAFETY: a plain read of the process's own variable.
@@ -124,7 +124,7 @@ impl Worker {
             self.troubles.tell(self.slot, &self.patience, now);
             timeout = match outcome {
                 Ok(timeout) => timeout,
-                // The order to end cancelled the statement that was running.
+                // The order to end has cancelled the statement that was running.
                 Err(_) if process::is_told_to_end() => Some(Duration::ZERO),
                 Err(error) => {
                     self.log_error(error.to_string());
@@ -137,8 +137,8 @@ impl Worker {
         }
     }
 
-    /// Waits for news. While events come in quick succession, it waits for a fixed time instead: that costs less than a
-    /// wake for each event.
+    /// Waits for news. While events come in quick succession, it waits for a fixed time instead, which costs less than
+    /// a wake for each event.
     fn wait(&mut self, timeout: Option<Duration>) {
         let rest = self.pace.rest(self.now());
         if !rest.is_zero() && self.has_read_all() {
@@ -165,7 +165,7 @@ impl Worker {
         }
     }
 
-    /// Called at the start and after a reload: checks whether this database is served, and warns of settings that are
+    /// Called at the start and after a reload. Checks whether this database is served, and warns of settings that are
     /// probably mistakes.
     fn look_at_settings(&mut self) -> bool {
         if self.home.name.is_empty() {
@@ -181,7 +181,7 @@ impl Worker {
         }
         if !guc::serves(&self.home.name) {
             self.save_all();
-            let reason = "outbox_relay.enabled is off, or outbox_relay.databases leaves it out";
+            let reason = "outbox_relay.enabled is off, or outbox_relay.databases excludes it";
             leave_process(self.slot, SlotState::Unserved, &self.home.name, reason);
         }
         for (name, setting) in [
@@ -201,7 +201,7 @@ impl Worker {
         true
     }
 
-    /// One round. Returns how long to wait for news. `None`: for ever.
+    /// One round. Returns how long to wait for news. `None`: without limit.
     fn step(&mut self) -> Result<Option<Duration>, Aborted> {
         let now = self.now();
         if now < self.pause_until {
@@ -217,12 +217,12 @@ impl Worker {
             self.purge.look_now();
             self.is_stream_noted = false;
         }
-        // First of all: an acknowledgement counts also if its sender is let go in this round.
+        // Reports come first: an acknowledgement counts even if its sender is ended in this round.
         self.backends.iter_mut().for_each(|b| b.hear(now));
         self.heed_wishes(now);
         let mut changed = false;
         if self.must_load(now) {
-            // Backends are loaded after the tick, so that they are at least as new as the rows that it sees.
+            // Backends are loaded after the tick, so that they are at least as new as the rows that the tick sees.
             if !self.backends.is_empty() {
                 self.tick_if_due(now);
             }
@@ -239,8 +239,8 @@ impl Worker {
         self.note_stream(now);
         self.connect(now);
         self.test_backends();
-        // A backend with records neither reads nor claims. An event that waits behind a refused one must not be written
-        // down before it, and a claim looks up in the table what became of the last batch.
+        // A backend with unsaved records neither reads nor claims. An event that waits behind a refused one must not be
+        // written down before it. And a claim looks up in the table what became of the last batch.
         if self.backends.iter().any(|b| !b.books.records.is_empty()) {
             self.save_unsaved(now);
         }
@@ -254,7 +254,7 @@ impl Worker {
         }
         self.resume();
         self.ask_consumers(now);
-        // Before rows are read that were inserted while triggers were off.
+        // Before rows are read that were inserted while triggers were disabled.
         self.mend(now);
         let more = self.read(now) || changed;
         self.failed_streams.clear();
@@ -268,10 +268,10 @@ impl Worker {
         Ok(self.timeout(more, purging))
     }
 
-    /// Goes on with the recovery of backends whose connections have read or claimed their guards.
+    /// Moves on the recovery of backends whose connections have read or claimed their guards.
     fn recover(&mut self, now: Now) {
-        // Before the first tick, nothing is known of what there is to send. A tick that standbys do not have yet will
-        // do: the rows that it sees are only looked for in the streams, not sent.
+        // Before the first tick, it is not known what has to be sent. A tick that standbys do not have yet is
+        // sufficient: the rows that it sees are only looked for in the streams, not sent.
         let newest = self.newest();
         let is_ticked = newest.next_xid > FIRST_NORMAL_XID;
         if !is_ticked || self.backends.iter().all(|b| !b.has_claim_step()) {
@@ -286,11 +286,11 @@ impl Worker {
                 process::show_activity(&format!("claiming the streams of {}", backend.name()));
             }
             if let Err(error) = recovery::step(backend, identity, &newest, now) {
-                // An order to end cancels the step. That is no failure.
+                // An order to end cancels the step. That is not a failure.
                 if process::is_told_to_end() {
                     break;
                 }
-                // The sender waits for an order that this step would have given.
+                // The sender waits for an order that this step should have given.
                 backend.hold_off(Failure::backend(error.to_string()), Duration::ZERO, now);
                 failures.push((backend.whose(), error));
             }
@@ -298,16 +298,16 @@ impl Worker {
         for (whose, error) in failures {
             self.failed(Task::Claim(whose), &error, now);
         }
-        // What backends that came up have saved must be durable before their next batches.
+        // What recovery has saved for backends that came up must be durable before their next batches.
         self.flush();
-        // More events may have been restored while they compared.
+        // More events may have been restored while they were comparing.
         if self.backends.iter().any(Backend::is_held) {
             self.generation = Generation::Stale;
         }
     }
 
-    /// Lets senders go on that have waited until refused events are written down. The guard knows only the last batch,
-    /// so what was refused of it must be durable before the next one.
+    /// Lets senders go on that wait until refused events are written down. The guard knows only the last batch, so what
+    /// was refused in it must be durable before the next one.
     fn resume(&mut self) {
         let is_written_down = |b: &Backend| b.delivery.is_stopped() && b.books.records.is_empty();
         if self.backends.iter().any(is_written_down) {
@@ -367,7 +367,7 @@ impl Worker {
         }
     }
 
-    /// Waits a moment for replies that are on their way, so that nothing is in doubt when the senders are let go.
+    /// Waits a moment for replies to batches in flight, so that nothing is in doubt when the senders end.
     fn settle(&mut self, limit: Duration, concerned: impl Fn(&Backend) -> bool) {
         let deadline = self.now() + limit;
         loop {
@@ -381,11 +381,11 @@ impl Worker {
         }
     }
 
-    /// Saves all that is known, before the worker leaves.
+    /// Saves everything that is known, before the worker leaves.
     fn save_all(&mut self) {
         self.settle(SETTLE_AT_END, Backend::is_sending);
         let now = self.now();
-        // If only the worker ends, it comes back in a moment; others must not conclude that the owner has left.
+        // If only the worker ends, it comes back soon, and others must not conclude that the owner has left.
         if process::is_server_stopping() {
             self.backends.iter_mut().for_each(Backend::release_guard);
         }
@@ -400,7 +400,7 @@ impl Worker {
         self.settle(RELEASE_AT_END, Backend::is_releasing);
     }
 
-    /// Ends the process in order.
+    /// Ends the process in an orderly way.
     fn end(&mut self) -> ! {
         process::accept_end();
         process::set_option(c"lock_timeout", c"200ms");

@@ -1,6 +1,6 @@
 //! The pace of backends with `max_rate`: how many events each may send in this round. The lanes of a cluster's backend
-//! share its tokens evenly. Within a lane events go in their order, whatever stream they are for; a stream whose
-//! refused events are due has half of the tokens.
+//! share its tokens evenly. Within a lane, events go in their order, whatever stream they are for. A stream whose
+//! refused events are due gets half of the tokens.
 
 use crate::worker::state::Worker;
 use relay::delivery::max_rate::Bucket;
@@ -8,7 +8,7 @@ use relay::time::Now;
 use std::collections::BTreeMap;
 
 impl Worker {
-    /// Gives each backend that has a pace what it may send now, after counting what was sent since.
+    /// Counts what each backend with a pace has sent, and sets what it may send now.
     pub(super) fn grant(&mut self, now: Now) {
         if self.rates.0.is_empty() && self.backends.iter().all(|b| b.max_rate().is_none()) {
             return;
@@ -22,7 +22,7 @@ impl Worker {
         let wants: Vec<bool> = (0..self.backends.len())
             .map(|index| self.wants_to_send(index, now))
             .collect();
-        // Of each number: all that was sent is counted before anything is shared.
+        // Grouped by number: everything that was sent is counted before tokens are shared.
         let mut wanting: BTreeMap<i32, usize> = BTreeMap::new();
         for (backend, wants) in self.backends.iter_mut().zip(&wants) {
             let sent = backend.delivery.take_sent();
@@ -45,20 +45,20 @@ impl Worker {
             let was_paced = backend.delivery.is_paced();
             backend.delivery.allow(allowance, *wants, now);
             if was_paced != backend.delivery.is_paced() {
-                // It shows in the state.
+                // Waiting for the pace shows in the state.
                 backend.books.change(now);
             }
         }
     }
 
-    /// Whether there may be events to send for it, but for its pace.
+    /// Whether it may have events to send, apart from its pace.
     fn wants_to_send(&self, index: usize, now: Now) -> bool {
         let backend = &self.backends[index];
         let is_retry_due = || backend.delivery.streams().next_retry_at().is_some_and(|at| at <= now);
         backend.reads_for_redis() && (self.way(index).leads_on() || is_retry_due())
     }
 
-    /// When one that waits for its pace may send again.
+    /// When a backend that waits for its pace may send again.
     pub(super) fn granted_at(&self) -> Option<Now> {
         let waits = |number: i32| {
             self.backends

@@ -1,5 +1,4 @@
-//! Reading at its place in the worker: the rows that a scan meets, as [`relay::delivery::cut`] asks for them, and the
-//! events that wait as refused.
+//! Connects [`relay::delivery::cut`] with the tables: the rows that a scan finds, and the refused events that wait.
 
 use crate::server::guc;
 use crate::tables::care;
@@ -20,25 +19,25 @@ use relay::reading::range::{Scan, Table};
 use relay::reading::schedule::Group;
 use std::rc::Rc;
 
-/// What a pass came to for one of its readers.
+/// The result of a pass for one of its readers.
 pub(super) struct Outcome {
     pub reader: Collector,
-    /// It has met a row of its own.
+    /// Whether it has found a row for this reader.
     pub has_found: bool,
-    /// Something was written down, which must be durable before a batch says that it lies behind.
+    /// Whether something was written down, which must be durable before a later batch is sent.
     pub wrote: bool,
     /// How many events failed.
     pub failed: u64,
 }
 
-/// Reads on for a group of `backends`, and not for long if `is_wanted` for others. Needs a transaction; what comes back
-/// is to be handed over once that has ended well.
+/// Reads on for a group of `backends`, but not for long if `is_wanted` says that others have work. Needs a transaction.
+/// The result may be handed over when that has ended well.
 pub(super) fn read(backends: &mut [Backend], group: &Group, is_wanted: &dyn Fn() -> bool) -> Vec<Outcome> {
     let relations = catalog::expect_relations();
     fault::reach(Point::BeforeReadLock);
     let mut table = EventsTable::open(&relations);
     let numbers: Vec<i32> = group.members.iter().map(|index| backends[*index].number).collect();
-    // Number 0 reads the rows of all numbers that no backend has.
+    // Number 0 stands for the rows of all numbers that no backend has.
     if !numbers.contains(&0) {
         table.want_only(numbers);
     }
@@ -127,7 +126,7 @@ impl Source for ScannedRows<'_> {
     }
 }
 
-/// The event of a row, taken apart.
+/// A row as an event, offered to one reader.
 struct RowOffer<'a> {
     backend: &'a mut Backend,
     row: &'a Row,
@@ -169,7 +168,8 @@ impl Offer for RowOffer<'_> {
     }
 }
 
-/// Reads and encodes the event number `seq`, unless that is large work, for nothing. Needs a transaction.
+/// Reads and encodes the event with number `seq`, and drops the result. Does nothing if that is much work. Needs a
+/// transaction.
 pub(super) fn rehearse(backend: &mut Backend, relations: &Relations, seq: i64) {
     let mut table = EventsTable::open(relations);
     let mut batch = OpenBatch::new(backend.buffer());
@@ -186,18 +186,18 @@ pub(super) fn rehearse(backend: &mut Backend, relations: &Relations, seq: i64) {
     backend.keep(batch.bytes);
 }
 
-/// What became of streams that were to be tried again.
+/// What became of streams that were due to be tried again.
 #[derive(Default)]
 pub(super) struct Retried {
     /// A batch of their next events; `None`: there are none.
     pub batch: Option<BuiltBatch>,
-    /// Streams of which no event waits any more.
+    /// Streams in which no event waits any more.
     pub cleared: Vec<Rc<str>>,
-    /// Those for which there was no room.
+    /// Streams for which there was no room.
     pub put_back: Vec<Rc<str>>,
 }
 
-/// The batch for the next events of refused streams.
+/// Builds the batch of the next events in refused streams.
 pub(super) fn refused_batch(backend: &mut Backend, retries: &[Retry]) -> Retried {
     // One more says whether there are others.
     let wanted = |r: &Retry| refused::Look {
@@ -260,15 +260,15 @@ fn add_refused(backend: &mut Backend, batch: &mut OpenBatch, row: &Row) {
     row.with_event(|event| {
         let stream = backend.stream_of(event);
         match backend.encode(batch, &stream, event) {
-            // How long ago it was published is all that is known by now.
+            // Only the time since it was published is still known.
             Ok(()) => batch.entries.push(batched(row, event, stream, 0)),
             Err(error) => backend.failed(refused::fail(backend.number, &[row.key().seq], 0, &error.to_string())),
         }
     });
 }
 
-/// Up to `count` events of these streams, whose heads have failed for these reasons: they fail, too. Also the streams
-/// of which no other is left.
+/// Fails up to `count` events of these streams, whose heads have failed for these reasons. Also returns the streams in
+/// which no event is left.
 pub(super) fn fail_waiting(
     backend: &mut Backend,
     failing: &[(Rc<str>, Rc<str>)],
@@ -296,7 +296,7 @@ pub(super) fn fail_waiting(
     (records, through)
 }
 
-/// `committed_after_us`: all rows of the scan were.
+/// `committed_after_us`: all rows of the scan were committed after this time.
 fn batched(row: &Row, event: &Event<'_>, stream: Rc<str>, committed_after_us: i64) -> BatchedEvent {
     let max_retries = row
         .i32(attribute::MAX_RETRIES)
@@ -304,13 +304,13 @@ fn batched(row: &Row, event: &Event<'_>, stream: Rc<str>, committed_after_us: i6
     BatchedEvent {
         seq: row.key().seq,
         stream,
-        // A row may have come past the trigger.
+        // The row may have been inserted without the trigger.
         max_attempts: max_retries.clamp(1, MOST_ATTEMPTS) as u32,
         committed_after_us: committed_after_us.max(event.created_at_us),
     }
 }
 
-/// Memory for values that had to be expanded, given back after each row.
+/// Memory for values that have to be expanded, released after each row.
 struct RowMemory {
     context: pg_sys::MemoryContext,
 }
@@ -331,7 +331,7 @@ impl RowMemory {
     }
 
     fn within<R>(&self, f: impl FnOnce() -> R) -> R {
-        // SAFETY: the context is alive; an ERROR in `f` aborts the transaction, which resets the current context.
+        // SAFETY: the context exists; an ERROR in `f` aborts the transaction, which resets the current context.
         unsafe {
             let before = pg_sys::CurrentMemoryContext;
             pg_sys::CurrentMemoryContext = self.context;

@@ -1,22 +1,22 @@
-//! How many senders there may be. A sender needs file descriptors: for its connection, and for what it opens for a
+//! Limits the number of senders. A sender needs file descriptors: for its connection, and for files that it opens for a
 //! moment (a connection to a name server, a file of certificates). Postgres closes some of its own files when
-//! descriptors run out, and has to be told how many are not its own.
+//! descriptors run out, and must be told how many are used by others.
 
 use pgrx::pg_sys;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Descriptors of a sender: its connection, and one that it opens for a moment.
+/// Descriptors for each sender: its connection, and one that it opens for a moment.
 const DESCRIPTORS: usize = 2;
-/// Descriptors that the process needs beside senders and files of Postgres: to wait, to be woken.
+/// Descriptors that the process needs besides senders and files of Postgres: for waiting and for being woken.
 const SPARE: usize = 8;
 
 /// The permits for senders that a worker has.
 pub(crate) struct SenderPermits {
     most: usize,
-    /// Threads that have not ended. One that was let go may need a while to end.
+    /// The number of threads that have not ended. A thread may need a while to end after it was told to.
     live: Arc<AtomicUsize>,
-    /// How many descriptors Postgres has been told of.
+    /// How many descriptors were reported to Postgres.
     told: usize,
 }
 
@@ -31,7 +31,7 @@ impl Drop for SenderPermit {
 
 impl SenderPermits {
     pub(crate) fn new() -> Self {
-        // SAFETY: a plain read of what the postmaster has found out by its settings and limits.
+        // SAFETY: a plain read of a value that the postmaster has computed from its settings and limits.
         let descriptors = unsafe { pg_sys::max_safe_fds }.max(0) as usize;
         // A third is left to Postgres for tables and indexes.
         Self {
@@ -49,17 +49,17 @@ impl SenderPermits {
         self.most.saturating_sub(self.live.load(Ordering::Acquire))
     }
 
-    /// A permit for a sender that is started now; one must be free.
+    /// Takes a permit for a sender that is started now; one must be free.
     pub(crate) fn take(&mut self) -> SenderPermit {
         self.live.fetch_add(1, Ordering::AcqRel);
         self.tell();
         SenderPermit(self.live.clone())
     }
 
-    /// Tells Postgres how many descriptors are not its own.
+    /// Reports to Postgres how many descriptors others use.
     pub(crate) fn tell(&mut self) {
         let in_use = self.live.load(Ordering::Acquire) * DESCRIPTORS;
-        // SAFETY: counts; the first may close files of Postgres that are not in use.
+        // SAFETY: counts descriptors; the first call may close files of Postgres that are not in use.
         unsafe {
             while self.told < in_use {
                 pg_sys::ReserveExternalFD();

@@ -1,9 +1,9 @@
-//! Retention: deleting events some time after they were sent, failed ones some time after they failed, and entries of
-//! the inbox some time after they were noted, in small pieces.
+//! Retention: deletes events some time after they were sent, failed events some time after they failed, and entries of
+//! the inbox some time after they were made, in small steps.
 //!
-//! Rows have no time of sending. Instead each backend records ticks: all that this snapshot sees is delivered by now.
-//! Rows that a tick older than the retention sees may be deleted. Purging reads like delivering, from the tick up to
-//! which was purged to the newest one that is old enough.
+//! Rows have no time of sending. Instead, each backend records ticks: everything that this snapshot sees is delivered
+//! by now. Rows that are seen by a tick older than the retention may be deleted. Purging reads in the same way as
+//! delivery does, from the tick up to which was purged to the newest tick that is old enough.
 
 use crate::server::error::internal;
 use crate::server::guc;
@@ -26,20 +26,20 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// Rows that one statement deletes, in about a tenth of a millisecond. Between two statements the worker looks whether
-/// an event has come.
+/// How many rows one statement deletes; it takes about a tenth of a millisecond. Between two statements the worker
+/// checks whether an event has come.
 const STEP_ROWS: usize = 32;
 /// How many rows one transaction of the worker deletes at most.
 const PIECE_ROWS: usize = 1_000;
-/// How many numbers one scan looks at. Index entries of deleted rows count too, because a scan passes them without a
-/// stop.
+/// How many numbers one scan reads. Index entries of deleted rows count too, because a scan passes them without
+/// interruption.
 const WINDOW_SEQS: i64 = 2_000;
-/// How many failed events, or entries of the inbox, are deleted at once.
+/// How many failed events or entries of the inbox are deleted at once.
 const AGED_ROWS: i64 = 100;
 /// How often they are deleted while events come.
 const AGED_EVERY: Duration = Duration::from_millis(5);
-/// The usual share, some 30,000 rows a second. Nobody waits for purging, but events wait for the worker, for a
-/// processor and for the disk.
+/// The usual share, some 30,000 rows a second. Nobody waits for purging, but events compete with it for the worker, a
+/// processor and the disk.
 const USUAL: Share = Share {
     rest: 4,
     time: Duration::from_micros(500),
@@ -55,9 +55,9 @@ const BEHIND: Share = Share {
     every: Duration::from_micros(1_500),
     time_then: Duration::from_micros(500),
 };
-/// How often within the retention ticks are recorded and something is purged.
+/// How many times within the retention ticks are recorded and something is purged.
 const TICKS_PER_RETENTION: i64 = 100;
-/// They are looked for at most this often.
+/// Failed events and entries of the inbox are looked for at most this often.
 const LEAST_AGED_INTERVAL: Duration = Duration::from_secs(60);
 
 /// How much of the worker's time purging takes.
@@ -66,14 +66,14 @@ struct Share {
     rest: u32,
     /// How long one transaction deletes.
     time: Duration,
-    /// Purging waits for a moment in which no event is about to be committed: then the event's commit flushes what was
-    /// written here, and no tick has to. If there is no such moment, one transaction is made this often all the same.
+    /// Purging waits for a moment in which no event is about to be committed. Then the event's commit flushes what was
+    /// written here, and no tick has to. If no such moment comes, one transaction is still made this often.
     every: Duration,
     /// How long such a transaction deletes, even if an event has come.
     time_then: Duration,
 }
 
-/// Rows that have a time of their own, from which their retention counts: when they are looked for.
+/// The purging of rows that have a time of their own, from which their retention counts.
 #[derive(Default)]
 struct Aged {
     next_look_at: Now,
@@ -82,8 +82,8 @@ struct Aged {
 }
 
 impl Aged {
-    /// One piece, if there is something to do. Returns when to come back, if sooner than otherwise. `is_wanted`:
-    /// whether there is anything else to do, since events go first.
+    /// Takes one step, if there is something to do. Returns when to come back, if that is sooner than otherwise.
+    /// `is_wanted`: whether there is other work, because events go first.
     fn step(
         &mut self,
         now: Now,
@@ -120,13 +120,13 @@ pub(super) struct Purge {
     next_look_at: Now,
     failed: Aged,
     inbox: Aged,
-    /// There are ticks that will be old enough later: the worker looks again without being woken.
+    /// There are ticks that will be old enough later, so the worker looks again without being woken.
     ticks_wait: bool,
-    /// Which backend is being purged, and after which row: by its index, those that were deleted after the others.
+    /// Which backend is being purged, by its index (deleted ones follow the others), and after which row.
     under_way: Option<(usize, i64)>,
     /// Deleted backends whose events are not purged yet.
     forgotten: Vec<i32>,
-    /// Its number.
+    /// The number of the backend that is being purged.
     backend: i32,
     began_at: Now,
     stepped_at: Now,
@@ -140,29 +140,29 @@ impl Purge {
         (self.failed, self.inbox) = (Aged::default(), Aged::default());
     }
 
-    /// One piece of the failed events, see [`Aged::step`].
+    /// One step for failed events, see [`Aged::step`].
     pub(super) fn step_failed(&mut self, now: Now, is_wanted: &dyn Fn() -> bool) -> Result<Option<Duration>, Aborted> {
         let retention = &guc::FAILED_RETENTION_MIN;
         self.failed.step(now, retention, retention::purge_failed, is_wanted)
     }
 
-    /// One piece of the inbox, see [`Aged::step`].
+    /// One step for the inbox, see [`Aged::step`].
     pub(super) fn step_inbox(&mut self, now: Now, is_wanted: &dyn Fn() -> bool) -> Result<Option<Duration>, Aborted> {
         let retention = &guc::INBOX_RETENTION_MIN;
         self.inbox.step(now, retention, retention::purge_inbox, is_wanted)
     }
 
-    /// Somebody holds a lock that delays one backend: look at it again then, whatever the interval is.
+    /// A lock delays one backend: look at it again at this time, whatever the interval is.
     pub(super) fn look_at(&mut self, at: Now) {
         self.next_look_at = self.next_look_at.min(at);
     }
 
-    /// The number of the backend that was looked at last.
+    /// The number of the backend that was last looked at.
     pub(super) fn backend(&self) -> i32 {
         self.backend
     }
 
-    /// Records what has been delivered by now, if it is time for that.
+    /// Records what has been delivered by now, if that is due.
     pub(super) fn record_ticks(&mut self, now: Now, backends: &mut [Backend]) -> Result<(), Aborted> {
         let Some(retention_us) = retention() else {
             return Ok(());
@@ -187,7 +187,7 @@ impl Purge {
             })?;
             let is_recorded = |b: &Backend| due.iter().any(|(number, _)| *number == b.number);
             for backend in backends.iter_mut().filter(|b| is_recorded(b)) {
-                // What is in flight is acknowledged later, which asks for the next tick.
+                // What is in flight will be acknowledged later, and that asks for the next tick.
                 (backend.retention.recorded_at, backend.retention.is_due) =
                     (Some(now), backend.delivery.acked().under_way.is_some());
             }
@@ -196,8 +196,9 @@ impl Purge {
         Ok(())
     }
 
-    /// One piece of the sent events of a backend, if there is something to do and time for it. Returns when to come
-    /// back, likewise. `allows`: whether a backend may be looked at now. `succeeded`: nobody is in the way of one.
+    /// One step for the sent events of a backend, if there is something to do and time for it. Returns when to come
+    /// back, as above. `allows`: whether a backend may be purged now. `succeeded`: called for a backend that no lock
+    /// delays.
     pub(super) fn step_sent(
         &mut self,
         now: Now,
@@ -231,7 +232,7 @@ impl Purge {
             let after = if number == self.backend { after } else { 0 };
             self.backend = number;
             if backend.is_some_and(|b| b.lane().is_some()) || !allows(number) {
-                // A lane's finder does it for all.
+                // The finder purges for all lanes.
                 self.under_way = Some((index + 1, 0));
                 continue;
             }
@@ -253,7 +254,7 @@ impl Purge {
             };
             let name = backend.map_or("(deleted)", Backend::name);
             process::show_activity(&format!("deleting events of {name} after their retention"));
-            // If this one fails because of a lock, go on with the next.
+            // If this backend fails because of a lock, the next step goes on with the next one.
             self.under_way = Some((index + 1, 0));
             let (deleted, last) = process::transaction(|| piece(number, after, retention_us, PIECE_ROWS, is_over))?;
             succeeded(number);
@@ -279,7 +280,7 @@ impl Purge {
     }
 }
 
-/// All that this tick sees is delivered by a backend, and by all its lanes.
+/// A tick of which a backend with all its lanes has delivered everything.
 fn delivered(backends: &[Backend], backend: &Backend) -> Arc<Tick> {
     let lanes = backends.iter().filter(|b| b.number == backend.number);
     let mut lowest = backend.delivery.acked().from.clone();
@@ -305,8 +306,8 @@ fn tick_interval(retention_us: i64) -> Duration {
         .clamp(Duration::from_secs(1), Duration::from_secs(3_600))
 }
 
-/// Deletes up to `count` rows of a backend after `after`, or fewer: until `is_over`, which is asked after each step.
-/// Returns how many, and after which row to go on; `None`: all done.
+/// Deletes up to `count` rows of a backend after `after`; fewer if `is_over`, which is asked after each statement.
+/// Returns how many were deleted, and after which row to go on; `None`: all are done.
 fn piece(number: i32, after: i64, retention_us: i64, count: usize, is_over: impl Fn() -> bool) -> (u64, Option<i64>) {
     let Some((from, to)) = retention::purgeable(number, retention_us) else {
         return (0, None);
@@ -359,7 +360,7 @@ fn piece(number: i32, after: i64, retention_us: i64, count: usize, is_over: impl
     });
     table.close();
     if !deleted.is_empty() {
-        // Refused events that were accepted in the end.
+        // Refused events that were accepted later.
         refused::forget(&deleted);
     }
     if last.is_none() {
@@ -393,7 +394,8 @@ fn purge_piece(
     pgrx::iter::TableIterator::once((deleted as i64, last))
 }
 
-/// `outbox.retention(setting)`, for who has no worker. Calling it loads the library, and with it the settings.
+/// `outbox.retention(setting)`, for a caller without a worker. Calling it loads the library, and so defines the
+/// settings.
 #[pg_extern(sql = false)]
 fn retention_of(setting: &str) -> Option<Interval> {
     report::guard(|| {

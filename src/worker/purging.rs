@@ -1,4 +1,4 @@
-//! When the worker purges, and how patient it is with each backend. What is deleted: `purge.rs`.
+//! Decides when the worker purges, and how long it waits after a failure for each backend. What is deleted: `purge.rs`.
 
 use crate::worker::purge;
 use crate::worker::state::Worker;
@@ -18,10 +18,10 @@ impl Worker {
         [failed, inbox, sent].into_iter().flatten().flatten().min()
     }
 
-    /// Each backend has its own patience, because a success for one says nothing about a lock that delays another.
+    /// Each backend has its own patience, because success for one tells nothing about a lock that delays another.
     fn purge_sent(&mut self, now: Now, is_wanted: &dyn Fn() -> bool) -> Option<Option<Duration>> {
         let (purge, backends) = (&mut self.purge, &self.backends);
-        // Without a task to be done, its patience would only wake the worker.
+        // A task that no longer exists would only wake the worker for nothing.
         self.patience.retain(|task| match task {
             Task::PurgeSent((number, _)) => purge::is_on() && backends.iter().any(|b| b.number == number),
             _ => true,
@@ -46,7 +46,7 @@ impl Worker {
                 if let Some(at) = self.patience.retry_at(task) {
                     self.purge.look_at(at);
                 }
-                // Go on with the next backend.
+                // The next step goes on with the next backend.
                 Some(Some(Duration::ZERO))
             }
         }

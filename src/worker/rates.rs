@@ -1,8 +1,8 @@
-//! The token buckets of backends that have a pace. They are shared out in `pacing.rs`.
+//! The token buckets of backends with a pace. `pacing.rs` shares the tokens.
 
 use relay::delivery::max_rate::Bucket;
 use std::collections::BTreeMap;
 
-/// By the backends' numbers; of most there is none.
+/// By the backends' numbers. Most backends have none.
 #[derive(Default)]
 pub(super) struct Rates(pub(super) BTreeMap<i32, Bucket>);

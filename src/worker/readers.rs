@@ -1,4 +1,4 @@
-//! Consumer groups: whose Redis is asked about them in a round, and what of the answers is saved.
+//! Consumer groups: which Redis servers are asked about them in a round, and what is saved of the answers.
 
 use crate::server::process;
 use crate::tables::consumers;
@@ -6,7 +6,7 @@ use crate::worker::state::Worker;
 use crate::worker::task::Task;
 use relay::time::Now;
 
-/// Streams that are remembered from before a restart.
+/// How many streams are remembered from before a restart.
 const MOST_REMEMBERED: usize = 20_000;
 
 impl Worker {
@@ -21,7 +21,7 @@ impl Worker {
                     consumers::forget_deleted();
                     consumers::known_streams(number, lane, MOST_REMEMBERED)
                 });
-                // Without these, streams are watched from the next event on.
+                // If this fails, streams are watched from the next event on.
                 backend.watch_streams(known.unwrap_or_default());
             }
             if backend.survey_at(is_viewed).is_some_and(|at| at <= now) {
@@ -30,7 +30,7 @@ impl Worker {
         }
     }
 
-    /// Saves what Redis has said, for the view.
+    /// Saves what Redis has answered, for the view.
     pub(super) fn save_consumers(&mut self, now: Now) {
         let is_viewed = self.consumers_viewed;
         if self.backends.iter().all(|b| b.unsaved_consumers(is_viewed).is_none()) {

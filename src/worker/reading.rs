@@ -1,4 +1,4 @@
-//! Reading: ticks, what may be sent of them, and scans for the backends that can take rows.
+//! Reading: takes ticks, decides what may be sent of them, and scans for the backends that can take rows.
 
 use crate::server::clock;
 use crate::server::guc::{self, SendAfter};
@@ -25,44 +25,44 @@ use relay::time::Now;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How soon it is looked whether standbys have flushed, and at most how much later each time.
+/// How soon to check whether standbys have flushed, and how much later at most for each further check.
 const STANDBY_LOOK: Duration = Duration::from_millis(1);
 const STANDBY_LONGEST_LOOK: Duration = Duration::from_millis(100);
 
-/// Settings that may be old count for so long, and then what was known goes on to count, while they cannot be loaded.
+/// If settings cannot be loaded, reading waits this long for them, and then goes on with those that were last loaded.
 const STALE_READING: Duration = Duration::from_millis(500);
 
-/// While a lane cannot be made.
+/// How long to wait while a lane cannot be made.
 const LANE_PAUSE: Duration = Duration::from_millis(100);
 
-/// After a commit, others are expected for so long.
+/// For this long after a commit, more commits are expected.
 const PUBLISHING_TIME: Duration = Duration::from_secs(1);
 
-/// How long passes follow each other that find nothing, before the others are looked at again.
+/// For how long passes that find nothing may follow each other before other work is done.
 const PASSING_TIME: Duration = Duration::from_millis(5);
 
 impl Worker {
-    /// Reads for every group of backends that stand at one place and can take rows. True: there is more to read now.
+    /// Reads for each group of backends that stand at one place and can take rows. True: there is more to read now.
     pub(super) fn read(&mut self, now: Now) -> bool {
         self.work |= self.slot.has_work();
         self.look_at_standbys(now);
-        // A poll that can find nothing.
+        // This poll can find nothing new.
         if self.polled && !self.slot.has_work() && !ticks::is_outdated(&self.latest) {
             (self.work, self.polled) = (false, false);
             self.commits.is_quiet(clock::wall_us());
         }
         self.tick_if_due(now);
-        // What the tick sees may have been published for backends as they are now.
+        // Events that the tick sees may have been published for backends as they are now.
         let mut changed = false;
         if self.must_load(now) {
             match self.load_now(now) {
                 Some(Loaded::Idle) => return true,
                 Some(loaded) => {
                     changed = loaded == Loaded::Changed;
-                    // Rows may have come while triggers were off.
+                    // Rows may have come while triggers were disabled.
                     self.mend(now);
                 }
-                // Somebody has the table of backends to himself.
+                // Another session has locked the table of backends.
                 None if self.stale_since.is_some_and(|since| now < since + STALE_READING) => return false,
                 None => {}
             }
@@ -76,7 +76,7 @@ impl Worker {
             let leads_on = self.way(index).leads_on();
             let waits = leads_on && (is_paced || self.is_ready(&self.backends[index], now));
             let backend = &mut self.backends[index];
-            // One that is paused, or cannot read now, has rows to read yet.
+            // A backend that is paused or cannot read now still has rows to read.
             let is_all_read = is_all_read && !leads_on && !backend.is_held();
             if !waits && backend.reads_for_redis() && backend.delivery.rest(is_all_read) {
                 backend.note_recovery(now);
@@ -85,15 +85,15 @@ impl Worker {
         is_more
     }
 
-    /// A scan for each group of those who read now. A scan moves its readers; who waited for them is for the next
-    /// round.
+    /// Scans once for each group of backends that can read now. A scan moves its readers; a backend that waited for
+    /// them reads in the next round.
     fn read_in_groups(&mut self, now: Now) {
         let mut waiting: Vec<usize> = self.schedule(now).reading().collect();
         while let Some(group) = Group::take(&mut waiting, |index| self.way(index)) {
             match self.read_group(&group, now) {
                 Ok(has_found) => {
                     group.members.iter().for_each(|index| self.has_read_for(*index));
-                    // Among many rows of others: none of its own is sent before it has come through.
+                    // Among many rows of other backends, its own next row is only sent when all of them are passed.
                     if !has_found && self.now() < now + PASSING_TIME {
                         let schedule = self.schedule(now);
                         let sends = |index: &usize| self.backends[*index].reads_for_redis();
@@ -107,10 +107,10 @@ impl Worker {
         }
     }
 
-    /// Takes a tick if there may be something new for somebody.
+    /// Takes a tick if there may be something new for a backend.
     pub(super) fn tick_if_due(&mut self, now: Now) {
         self.work |= self.slot.has_work();
-        // While all are down, publishers find the flag raised and do not wake the worker.
+        // While all backends are down, publishers find the flag raised and do not wake the worker.
         let is_due = self.work && self.awaited.is_none() && (self.polled || self.is_tick_of_use(now));
         if self.ticked || !is_due || !self.patience.allows(Task::Read, now) {
             return;
@@ -128,7 +128,8 @@ impl Worker {
         self.patience.succeeded(Task::ReadFor(self.backends[index].whose()));
     }
 
-    /// A pass has failed. If that concerns one of its readers, only that one waits. False: it concerns all.
+    /// Called when a pass has failed. If the failure concerns one of its readers, only that reader waits. False: it
+    /// concerns all.
     fn read_apart(&mut self, group: &Group, error: &Aborted, now: Now) -> bool {
         if !process::transaction(events::can_read).unwrap_or(false) {
             self.failed(Task::Read, error, now);
@@ -154,23 +155,23 @@ impl Worker {
         true
     }
 
-    /// Something was committed: whoever sent last is awake when it has been read.
+    /// Something was committed: wakes the sender that sent last, so that it is awake when the event has been read.
     fn rouse(&self) {
         if let Some(index) = self.likely_next() {
             self.backends[index].rouse();
         }
     }
 
-    /// Of the backends that wait for events, that which sent last.
+    /// Of the backends that wait for events, the one that sent last.
     fn likely_next(&self) -> Option<usize> {
         let waits = |b: &Backend| b.is_keeping_up() && b.delivery.is_idle() && b.delivery.has_room();
         let waiting = (0..self.backends.len()).filter(|index| waits(&self.backends[*index]));
         waiting.max_by_key(|index| self.backends[*index].moved_at())
     }
 
-    /// An event is being published, after a while without any. What is needed once it is committed has left the
-    /// processor's caches by then, and is fetched now: by doing the same with the event that was read last, for
-    /// nothing.
+    /// Called when an event is being published after a while without any. The code and data that will be needed after
+    /// its commit may have left the processor's caches. So the worker fetches them now, by doing the same work with the
+    /// event that was read last and dropping the result.
     pub(super) fn rehearse(&mut self) -> Result<(), Aborted> {
         if !self.slot.take_publishing() || self.slot.has_work() {
             return Ok(());
@@ -180,14 +181,14 @@ impl Worker {
         };
         let (backend, seq) = (&mut self.backends[index], self.latest.high_seq);
         let rehearsed = process::transaction(|| {
-            // Not if somebody has the table to himself, such as whoever publishes.
+            // Not while another session has locked the table, which may be the one that publishes.
             if let Some(relations) = catalog::relations().filter(EventsTable::is_open_to_all) {
                 ticks::take(&relations);
                 pass::rehearse(backend, &relations, seq);
             }
         });
         match rehearsed {
-            // One that cannot be read has failed, and is nothing to rehearse with.
+            // An event that cannot be read has failed and cannot serve for the rehearsal.
             Err(error) if care::is_of_a_row(error.code) => Ok(()),
             rehearsed => rehearsed,
         }
@@ -209,7 +210,7 @@ impl Worker {
             && self.patience.allows(Task::ReadFor(backend.whose()), now)
     }
 
-    /// What the schedule is to know of a backend; `None`: it has no way to go.
+    /// What the schedule has to know about a backend; `None`: it has nothing to read.
     fn reader(&self, index: usize, now: Now) -> Option<Reader<'_>> {
         let way = self.way(index);
         let backend = &self.backends[index];
@@ -217,7 +218,7 @@ impl Worker {
             index,
             way,
             is_ready: self.is_ready(backend, now),
-            // For one that keeps to a pace, nobody waits.
+            // Nobody waits for a backend that keeps to a pace.
             is_well: self.is_well(backend) && backend.max_rate().is_none(),
             supply: match way.role {
                 Role::Redis => backend.delivery.supply(),
@@ -234,7 +235,7 @@ impl Worker {
         Schedule::of((0..self.backends.len()).filter_map(|index| self.reader(index, now)))
     }
 
-    /// Whether no backend that is well waits for room.
+    /// Whether no healthy backend waits for room.
     pub(super) fn has_read_all(&self) -> bool {
         let is_behind = |index: usize| {
             let backend = &self.backends[index];
@@ -243,7 +244,7 @@ impl Worker {
         !(0..self.backends.len()).any(is_behind)
     }
 
-    /// Whether there is anybody for whom a tick is of use now.
+    /// Whether some backend can use a new tick now.
     fn is_tick_of_use(&self, now: Now) -> bool {
         schedule::is_tick_of_use(self.backends.iter().map(|b| Wish {
             number: b.number,
@@ -253,7 +254,7 @@ impl Worker {
         }))
     }
 
-    /// A lane for a hash slot that has none, where its finder stands: saved before that goes on.
+    /// Makes a lane for a hash slot that has none, at its finder's position, and saves it before the finder goes on.
     fn add_lane(&mut self, finder: usize, hash_slot: u16, at: Position, now: Now) -> Result<(), Aborted> {
         let number = self.backends[finder].number;
         let lanes = self
@@ -275,12 +276,12 @@ impl Worker {
         Ok(())
     }
 
-    /// Whether sessions publish beside what the worker does by itself.
+    /// Whether sessions are publishing, besides what the worker itself does.
     pub(super) fn is_beside_others(&self) -> bool {
         self.published_at.is_some_and(|at| self.now() < at + PUBLISHING_TIME)
     }
 
-    /// Takes a tick if anything has happened since the last, and makes what it sees durable.
+    /// Takes a tick if anything has happened since the last one, and makes what it sees durable.
     pub(super) fn take_tick(&mut self) -> Result<(), Aborted> {
         fault::reach(Point::BeforeTick);
         let committed_at_us = self.slot.take_work();
@@ -301,7 +302,7 @@ impl Worker {
                 None => ticks::flush_seen(&taken, &self.latest.snapshot),
             };
             fault::reach(Point::AfterFlush);
-            // Takes in what was told before anything that the tick sees.
+            // Processes all invalidations that were sent before anything that the tick sees.
             // SAFETY: within a transaction.
             unsafe { pg_sys::AcceptInvalidationMessages() };
             Some((taken.0, wal, catalog::generation()))
@@ -314,7 +315,7 @@ impl Worker {
                     false => self.generation = Generation::Stale,
                 }
             }
-            // The extension was dropped: the next round finds out.
+            // The extension was dropped; the next round notices it.
             None => self.generation = Generation::Stale,
         }
         Ok(())
@@ -340,7 +341,7 @@ impl Worker {
         }
     }
 
-    /// Looks whether the standbys have what is waited for; until then no other tick is taken.
+    /// Checks whether the standbys have what is awaited. Until then no other tick is taken.
     fn look_at_standbys(&mut self, now: Now) {
         let Some(mut awaited) = self.awaited.take() else {
             return;
@@ -359,13 +360,13 @@ impl Worker {
         self.awaited = Some(awaited);
     }
 
-    /// Makes durable what was written down: the next batch lies behind it, also in the guard's words.
+    /// Makes durable what was written down: the next batch, and so the guard, has a position after it.
     pub(super) fn flush(&mut self) {
         self.flushed = self.flushed.max(ticks::flush());
         self.backends.iter_mut().for_each(|b| b.books.is_unflushed = false);
     }
 
-    /// One scan for a group of backends. Whether it found something for one of them.
+    /// One scan for a group of backends. Returns whether it found something for one of them.
     fn read_group(&mut self, group: &Group, now: Now) -> Result<bool, Aborted> {
         let (backends, events, slot) = (&mut self.backends, self.events, self.slot);
         for index in &group.members {
@@ -374,10 +375,10 @@ impl Worker {
             backend.tell_lsn(self.flushed);
         }
         let sending = backends.iter().filter(|b| b.reads_for_redis()).count();
-        // A reader that is alone waits for no other.
+        // A reader that is alone delays no other.
         let is_wanted = || sending > 1 && slot.has_work();
-        // The extension may have been dropped and created again since the backends were loaded: its events are not for
-        // those.
+        // The extension may have been dropped and created again since the backends were loaded: events in the new table
+        // are not for the loaded backends.
         let is_known = || events.is_some() && catalog::relations().map(|relations| relations.events) == events;
         let outcomes = care::transaction(|| is_known().then(|| pass::read(backends, group, &is_wanted)))?;
         let Some(outcomes) = outcomes else {
@@ -388,7 +389,7 @@ impl Worker {
         for outcome in outcomes.iter().filter(|o| o.wrote) {
             self.backends[outcome.reader.index].books.is_unflushed = true;
         }
-        // Each pass that only parks need not wait for the disk.
+        // A pass that only writes events down as waiting need not wait for the disk.
         let tells = |o: &Outcome| !o.reader.built.is_empty() && self.backends[o.reader.index].books.is_unflushed;
         if outcomes.iter().any(tells) {
             self.flush();

@@ -1,4 +1,4 @@
-//! Applying what loading has found: backends that were changed, created or deleted, and their lanes.
+//! Applies what loading has found: backends that were changed, created or deleted, and their lanes.
 
 use crate::server::meters;
 use crate::server::process::{self, Aborted};
@@ -57,7 +57,7 @@ impl Worker {
             missing
         })?;
         self.backends.extend(missing);
-        // Rows whose backend was unknown may belong to one that is known now.
+        // Rows whose backend was unknown may belong to a backend that is known now.
         self.backends.iter_mut().for_each(|b| b.rests_until = Now::ZERO);
         self.share_positions();
         process::debug(|| {
@@ -69,7 +69,7 @@ impl Worker {
         Ok(Loaded::Changed)
     }
 
-    /// The backends that have to be changed.
+    /// The backends that have changed.
     fn changes(&mut self, rows: &[BackendRow], all: bool, now: Now) -> Vec<Change> {
         let mut changes = Vec::new();
         let with_row = |b: &&mut Backend| b.reads_for_redis() || b.is_finder();
@@ -83,7 +83,7 @@ impl Worker {
         changes
     }
 
-    /// Waits a moment for replies to senders that will be let go, and saves what is known.
+    /// Waits a moment for replies to senders that are about to end, and saves what is known.
     fn settle_changed(&mut self, changes: &[Change], now: Now) -> Result<(), Aborted> {
         let home = self.home.clone();
         let goes = |b: &Backend| {
@@ -92,7 +92,7 @@ impl Worker {
             change.is_some_and(|(_, row)| !stays(row))
         };
         self.settle(SETTLE_AT_CHANGE, |b| goes(b) && b.is_sending());
-        // Refused events are looked up with the new settings, so all that are known must be in the table.
+        // Refused events will be looked up with the new settings, so all known refusals must be in the table.
         self.save_unsaved(now);
         let is_changed = |b: &&Backend| changes.iter().any(|(whose, _)| *whose == b.whose());
         match self
@@ -106,7 +106,7 @@ impl Worker {
         }
     }
 
-    /// Backends whose saved cursors have equal ticks share one copy of them, so that one scan serves them all.
+    /// Gives backends whose saved cursors have equal ticks one shared tick, so that one scan serves them all.
     fn share_positions(&mut self) {
         for index in 1..self.backends.len() {
             let (before, rest) = self.backends.split_at_mut(index);
@@ -126,7 +126,7 @@ impl Worker {
     }
 }
 
-/// Backends that are in the tables and not in the worker, with deleted ones, lanes, and the reader of strays.
+/// Backends that are in the tables but not in the worker, including deleted ones, lanes, and the reader of strays.
 fn missing(backends: &[Backend], rows: Vec<BackendRow>, deleted: Vec<i32>, home: &Home) -> Vec<Backend> {
     let is_known = |number: i32| backends.iter().any(|b| b.number == number);
     let mut missing: Vec<Backend> = Vec::new();
@@ -149,7 +149,7 @@ fn missing(backends: &[Backend], rows: Vec<BackendRow>, deleted: Vec<i32>, home:
     missing
 }
 
-/// Lanes of cluster backends that are in the tables and not in the worker.
+/// Lanes of cluster backends that are in the tables but not in the worker.
 fn missing_lanes<'a>(backends: impl Iterator<Item = &'a Backend> + Clone, home: &Home) -> Vec<Backend> {
     let mut missing = Vec::new();
     let may_have_lanes = |b: &&Backend| b.lane().is_none() && matches!(b.role(), Role::Finder | Role::Deleted);
@@ -157,7 +157,7 @@ fn missing_lanes<'a>(backends: impl Iterator<Item = &'a Backend> + Clone, home: 
     if finders.is_empty() {
         return missing;
     }
-    // Of many that were deleted, few are a cluster's.
+    // Many backends may have been deleted, but few of them were a cluster's.
     let with_lanes = cursors::with_lanes();
     let concerned = |b: &&Backend| b.is_finder() || with_lanes.contains(&b.number);
     for finder in finders.into_iter().filter(concerned) {

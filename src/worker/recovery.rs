@@ -1,5 +1,4 @@
-//! Recovery at its place in the worker: [`relay::recovery`] with the tables, the backend and the log that it works
-//! with.
+//! Connects [`relay::recovery`] with the tables, the backend and the log.
 
 use crate::server::guc::{self, LogLevel, TakeOver};
 use crate::server::process::{self, Aborted, log};
@@ -36,7 +35,7 @@ use std::time::Duration;
 pub(super) fn step(backend: &mut Backend, identity: &Identity, newest: &Arc<Tick>, now: Now) -> Result<(), Aborted> {
     if !backend.recovery.is_due() && backend.delivery.is_up() {
         if backend.is_told_to_take_over() {
-            // It believes that it is the owner, but another server may have taken over. Only a new claim can tell.
+            // It still considers itself the owner, but another server may have taken over. Only a new claim can tell.
             backend.let_go();
         }
         return Ok(());
@@ -121,7 +120,7 @@ impl Books for BackendBooks<'_> {
         })
     }
 
-    /// A guard that was written before a crash of the server may contain numbers that were lost in it.
+    /// A guard that was written before a crash of the server may contain numbers that the crash has lost.
     fn vouched(&mut self, guard: Guard) -> Result<Guard, Aborted> {
         let [position, previous] =
             process::transaction(|| [&guard.position, &guard.previous].map(numbers::vouched_of_guard))?;
@@ -215,7 +214,7 @@ impl Books for BackendBooks<'_> {
 
     fn disbelieve(&mut self, field: &str) {
         let key = self.backend.guard_key().unwrap_or_default();
-        let text = format!("the guard says what this server has never written, in {field}: {key}");
+        let text = format!("the guard has a value in {field} that this server has never written: {key}");
         self.hold_off(Failure::of(Trouble::NoGuard, text), Duration::ZERO);
     }
 
@@ -264,7 +263,7 @@ impl Rows for BackendRows<'_> {
         if row.backend_number() != self.backend.number || !is_comparable(row) {
             return None;
         }
-        // Of the row no more is read than this: what else is in it may not be readable.
+        // Nothing else of the row is read, because other values may not be readable.
         let stream = row.text(attribute::STREAM);
         let stream = stream.as_deref().or(own_stream).unwrap_or(self.backend.stream());
         self.backend.serves(stream).then(|| Wanted {
@@ -300,8 +299,7 @@ impl Rows for BackendRows<'_> {
     }
 }
 
-/// Whether it can be said which stream a row is to be looked for in. One of which it cannot fails when it is read to be
-/// sent.
+/// Whether the stream in which to look for a row is known. If it is not, the row fails when it is read to be sent.
 fn is_comparable(row: &Row) -> bool {
     !care::is_careful() || care::tried(|| row.text(attribute::STREAM).map(|_| ())).is_ok()
 }
@@ -321,7 +319,7 @@ fn forget_take_over(backend: &mut Backend) -> Result<(), Aborted> {
     Ok(())
 }
 
-/// Ends what all lanes of a backend had to do once, a take-over or the comparing of a restore, when the last lane has
+/// Completes a task that all lanes of a backend do once (a take-over, or comparing a restore) when the last lane has
 /// done it.
 pub(super) fn finish_lanes(backends: &mut [Backend], latest: &Arc<Tick>) -> Result<(), Aborted> {
     for index in 0..backends.len() {
@@ -347,7 +345,7 @@ pub(super) fn finish_lanes(backends: &mut [Backend], latest: &Arc<Tick>) -> Resu
     Ok(())
 }
 
-/// With at_least_once, the events of a restored dump are sent without a look whether the streams have them.
+/// With at_least_once, the events of a restored dump are sent without comparing them with the streams.
 pub(super) fn give_up_comparing(backend: &mut Backend) -> Result<(), Aborted> {
     let Some(row) = backend.row().filter(|row| !row.restores.is_empty()) else {
         return Ok(());
@@ -360,7 +358,7 @@ pub(super) fn give_up_comparing(backend: &mut Backend) -> Result<(), Aborted> {
     log(
         LogLevel::Warning,
         &format!("{count} events of a dump were restored for backend \"{}\"", row.name),
-        Some("With delivery = 'at_least_once' they are not looked for in the streams."),
+        Some("With delivery = 'at_least_once' the worker does not look for them in the streams."),
         Some("Those that have been sent since the dump was taken are sent again, with the same event_id."),
     );
     backend.forget_restores()
@@ -375,9 +373,9 @@ fn say_healed(backend: &Backend, guard: &Guard) {
             backend.name()
         ),
         Some(&format!(
-            "Its guard says batch {found}, the last that was acknowledged is {known}."
+            "Its guard names batch {found}, but the last acknowledged batch is {known}."
         )),
-        Some("What was lost is appended again. See Redis's persistence and replication, and wait_replicas."),
+        Some("The lost events are appended again. Check Redis's persistence and replication, and wait_replicas."),
     );
 }
 
@@ -385,8 +383,8 @@ fn say_replayed(backend: &Backend) {
     log(
         LogLevel::Warning,
         &format!("guard of backend \"{}\" is missing", backend.name()),
-        Some("Redis has lost its data, or it is another Redis."),
-        Some("As on_missing_guard says, all events that are retained are sent again."),
+        Some("Redis has lost its data, or this is another Redis."),
+        Some("Because of on_missing_guard, all retained events are sent again."),
     );
 }
 
@@ -394,7 +392,7 @@ fn say_compared(backend: &Backend, why: Why, guard: Option<&Guard>, there: usize
     let (message, detail) = match (why, guard) {
         (Why::Missing, _) => (
             format!("guard of backend \"{}\" is missing", backend.name()),
-            "Redis has lost its data, or it is another Redis.".to_owned(),
+            "Redis has lost its data, or this is another Redis.".to_owned(),
         ),
         (Why::OtherHistory, Some(guard)) => (
             format!(
@@ -402,7 +400,7 @@ fn say_compared(backend: &Backend, why: Why, guard: Option<&Guard>, there: usize
                 backend.name()
             ),
             format!(
-                "Its streams were written last by the server at {} (timeline {}), up to a position that this one never had.",
+                "The server at {} (timeline {}) was the last to write its streams, up to a position that this server never had.",
                 shown(&guard.place),
                 guard.timeline
             ),
@@ -413,11 +411,11 @@ fn say_compared(backend: &Backend, why: Why, guard: Option<&Guard>, there: usize
         ),
         (Why::Unfinished | Why::OtherHistory, _) => (
             format!("backend \"{}\" goes on where comparing was interrupted", backend.name()),
-            "Its guard says that events behind it may stand in the streams already.".to_owned(),
+            "Its guard says that later events may already be in the streams.".to_owned(),
         ),
     };
     let hint = format!(
-        "It goes on with what was not sent: {there} of the events after its saved position stand in the streams already and are not repeated, {missing} are sent."
+        "{there} of the events after its saved position are already in the streams and are not repeated; {missing} are sent."
     );
     log(LogLevel::Warning, &message, Some(&detail), Some(&hint));
 }

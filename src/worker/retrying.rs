@@ -1,4 +1,4 @@
-//! Refused events: those that are due are sent again, and events that wait behind a failed one fail with it.
+//! Refused events: sends those that are due again, and fails events that wait behind a failed one.
 
 use crate::server::guc;
 use crate::server::process;
@@ -9,16 +9,16 @@ use crate::worker::state::Worker;
 use crate::worker::task::Task;
 use relay::time::Now;
 
-/// Waiting events of a backend that fail in one round, with the head of their streams, and of how many streams.
+/// How many waiting events of a backend fail in one round with the heads of their streams, and in how many streams.
 const FAILED_AT_ONCE: usize = 250;
 const FAILED_STREAMS: usize = 100;
-/// Waiting events that follow an accepted one are sent in batches of so many times the usual size, because with
-/// exactly_once only one such batch is on its way at a time.
+/// Waiting events behind an accepted one are sent in batches of this many times the usual size, because with
+/// exactly_once only one such batch is in flight at a time.
 const FOLLOWING_BATCHES: usize = 5;
 
 impl Worker {
-    /// A batch of each backend with streams that are due, or a piece of what is to fail. True: there is more to do at
-    /// once.
+    /// Sends a batch for each backend with streams that are due, or fails a part of the events that have to fail. True:
+    /// there is more to do at once.
     pub(super) fn retry_refused(&mut self, now: Now) -> bool {
         let mut more = false;
         let may_fail = self.failing.may_begin(self.is_beside_others(), now);
@@ -43,7 +43,7 @@ impl Worker {
         more
     }
 
-    /// True: none of the events was left, and there may be others.
+    /// True: none of these events was left, and there may be others.
     fn send_again(&mut self, index: usize, now: Now) -> bool {
         let backend = &mut self.backends[index];
         let heads = guc::BATCH_SIZE.get() as usize;
@@ -75,7 +75,7 @@ impl Worker {
         }
     }
 
-    /// True: some were failed, and there may be others.
+    /// True: some events were failed, and there may be others.
     fn fail_streams(&mut self, index: usize, now: Now) -> bool {
         self.failing.begins(self.now());
         let backend = &mut self.backends[index];
@@ -94,15 +94,15 @@ impl Worker {
         }
     }
 
-    /// All events that waited in these streams have failed, which is written down. It must be durable before later
-    /// events of the streams are sent: after a crash, no earlier event may wait again.
+    /// Ends the failing of streams in which all waiting events have failed, which is written down. It must be durable
+    /// before later events of the streams are sent: after a crash, no earlier event may wait again.
     pub(super) fn end_failing(&mut self) {
         let failed = std::mem::take(&mut self.failed_streams);
         if failed.iter().all(|(_, streams)| streams.is_empty()) {
             return;
         }
         self.flush();
-        // Those of a backend that could not be saved are for another time.
+        // A backend that could not be saved is done later.
         for (index, streams) in failed {
             let backend = &mut self.backends[index];
             if backend.books.records.is_empty() {

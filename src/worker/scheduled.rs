@@ -1,7 +1,7 @@
-//! Scheduled events, which are moved to `outbox.events` when they are due.
+//! Moves scheduled events to `outbox.events` when they are due.
 //!
-//! One that cannot be moved now is *held*: somebody has its row locked, or keeps open a transaction that published an
-//! event with the same `event_id`. It is looked at again by itself; the others are moved.
+//! An event that cannot be moved now is *held*: somebody has locked its row, or has an open transaction that published
+//! an event with the same `event_id`. The worker looks at it again later, and moves the others.
 
 use crate::server::guc;
 use crate::server::process::{self, Aborted};
@@ -17,9 +17,9 @@ use crate::worker::task::{Task, is_lock};
 use relay::time::Now;
 use std::time::{Duration, Instant};
 
-/// Events that are looked at once for whoever is in their way.
+/// How many due events are examined at once to find those that cannot be moved.
 const LOOK_COUNT: i64 = 1_000;
-/// Those that are moved at once in a subtransaction each, where one of them cannot be moved.
+/// How many events are moved at once, each in a subtransaction, if one of them cannot be moved.
 const MOVE_COUNT_WITH_CARE: i64 = 50;
 
 impl Worker {
@@ -49,7 +49,7 @@ impl Worker {
             Ok(()) => self.patience.succeeded(Task::Move),
             Err(error) => {
                 self.scheduled.is_known = false;
-                // A lock on one of them does not hold up the others.
+                // A lock on one of them must not delay the others.
                 let held = match is_lock(&error) {
                     true => self.hold_contested(now).unwrap_or(0),
                     false => 0,
@@ -89,7 +89,7 @@ impl Worker {
         }?;
         let Moved { count: moved, last_us } = moved;
         if moved == 0 && due_us == Some(0) {
-            // All that are due are locked.
+            // All events that are due are locked.
             self.hold_contested(now)?;
         }
         if moved > 0 {
@@ -105,7 +105,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Lets go of held events whose time has come to be looked at, and that nobody contests any more.
+    /// Releases held events that are due to be looked at again and that nobody contests any more.
     fn look_at_held(&mut self, now: Now) {
         let Scheduled { held, patience, .. } = &self.scheduled;
         let due: Vec<EventId> = held.iter().copied().filter(|id| patience.allows(*id, now)).collect();
@@ -124,7 +124,7 @@ impl Worker {
         }
     }
 
-    /// Holds those of the events that are due which cannot be moved now; returns how many.
+    /// Holds those of the due events that cannot be moved now; returns how many.
     fn hold_contested(&mut self, now: Now) -> Result<usize, Aborted> {
         let held: Vec<EventId> = self.scheduled.held.iter().copied().collect();
         let found = process::transaction(|| contested(&scheduled::due_now(LOOK_COUNT, &held)))?;
@@ -135,7 +135,7 @@ impl Worker {
     }
 }
 
-/// Which of these somebody else is about to publish or delete. Without waiting for anybody.
+/// Which of these events another session is about to publish or delete. Waits for nobody.
 fn contested(event_ids: &[EventId]) -> Vec<EventId> {
     let relations = catalog::expect_relations();
     let free = scheduled::lockable(event_ids);

@@ -1,4 +1,4 @@
-//! What a worker knows from round to round.
+//! What a worker keeps from round to round.
 
 use crate::server::database_slot::DatabaseSlot;
 use crate::server::process;
@@ -25,8 +25,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How long the worker waits for replies on their way when a backend's settings have changed. The other backends wait
-/// meanwhile.
+/// How long the worker waits for replies to batches in flight when a backend's settings have changed. The other
+/// backends wait meanwhile.
 pub(super) const SETTLE_AT_CHANGE: Duration = Duration::from_millis(200);
 
 /// A tick that synchronous standbys have not flushed yet.
@@ -37,21 +37,21 @@ pub(super) struct AwaitedTick {
     pub(super) pause: Duration,
 }
 
-/// Which state of the catalog was loaded last.
+/// Which state of the catalog was last loaded.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Generation {
-    /// None that counts: all has to be loaded, whatever the catalog's counter says.
+    /// No valid state: everything has to be loaded, whatever the catalog's counter says.
     Stale,
     /// The state with this number (see `catalog::generation`).
     Loaded(u64),
 }
 
-/// What loading has found.
+/// The result of loading.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Loaded {
     /// The library and the extension have different versions: nothing is served.
     Idle,
-    /// All is as it was.
+    /// Nothing has changed.
     Same,
     Changed,
 }
@@ -60,20 +60,20 @@ pub(super) struct Worker {
     pub(super) slot: &'static DatabaseSlot,
     pub(super) started: Instant,
     pub(super) home: Home,
-    /// Known once the extension was found.
+    /// Set when the extension was found.
     pub(super) identity: Option<Identity>,
     pub(super) backends: Vec<Backend>,
-    /// The newest tick whose transactions may be sent.
+    /// The newest tick whose events may be sent.
     pub(super) latest: Arc<Tick>,
     /// A newer tick, which synchronous standbys do not have yet.
     pub(super) awaited: Option<AwaitedTick>,
-    /// When what ticks do not see began to be committed.
+    /// When the commits that no tick has seen yet began.
     pub(super) commits: Commits,
-    /// Up to where the WAL was flushed for `latest`.
+    /// How far the WAL was flushed for `latest`.
     pub(super) flushed: u64,
-    /// What `backends` were loaded from.
+    /// The generation that `backends` were loaded from.
     pub(super) generation: Generation,
-    /// The table of events to which the positions of `backends` refer. `None`: it was dropped.
+    /// The table of events that the positions of `backends` refer to. `None`: it was dropped.
     pub(super) events: Option<pg_sys::Oid>,
     /// Something may have been committed that no tick has seen.
     pub(super) work: bool,
@@ -81,14 +81,14 @@ pub(super) struct Worker {
     pub(super) polled: bool,
     pub(super) polled_at: Now,
     pub(super) scheduled: Scheduled,
-    /// Streams, by the index of their backend, of which no event waits any more once the failed ones are written down.
+    /// Streams, by the index of their backend, in which no event waits any more when the failed ones are written down.
     pub(super) failed_streams: Vec<(usize, Vec<Rc<str>>)>,
     pub(super) settings_changed: bool,
-    /// The stream of the settings is noted as it is now.
+    /// Whether the present stream of the settings is recorded.
     pub(super) is_stream_noted: bool,
-    /// Somebody has changed a backend, which is not loaded yet.
+    /// Somebody has changed a backend, and the change is not loaded yet.
     pub(super) nudged: bool,
-    /// When backends were loaded last because of `outbox.wake()`.
+    /// When backends were last loaded because of `outbox.wake()`.
     pub(super) asked_at: Option<Now>,
     /// Since when loading has failed.
     pub(super) stale_since: Option<Now>,
@@ -99,27 +99,27 @@ pub(super) struct Worker {
     /// After an ERROR, nothing is tried before this.
     pub(super) pause_until: Now,
     pub(super) pace: Pace,
-    /// When a session's commit was heard of last.
+    /// When the worker last heard of a session's commit.
     pub(super) published_at: Option<Now>,
-    /// Events of refused streams fail in pieces.
+    /// Events of refused streams fail in portions of this size.
     pub(super) failing: Pieces,
-    /// There are more to fail, then.
+    /// When to fail more of them, if there are any.
     pub(super) fails_at: Option<Now>,
     pub(super) logged_error: Option<(String, Now)>,
-    /// All senders write to this one to wake the worker.
+    /// All senders write to this socket to wake the worker.
     pub(super) waker: Arc<UnixStream>,
     pub(super) woken: UnixStream,
     pub(super) permits: SenderPermits,
     /// Tests of backends that are running.
     pub(super) tests: Vec<BackendTest>,
-    /// Of backends that have a pace.
+    /// The token buckets of backends with a pace.
     pub(super) rates: Rates,
     pub(super) turns: Turns,
     pub(super) purge: Purge,
     pub(super) mending: Mending,
-    /// When it was logged that versions do not match.
+    /// When it was last logged that versions do not match.
     pub(super) mismatch_said: Option<Now>,
-    /// Somebody looks at outbox.consumers.
+    /// Somebody is looking at outbox.consumers.
     pub(super) consumers_viewed: bool,
 }
 

@@ -1,4 +1,4 @@
-//! What a worker does in a round, and how long it waits after a failure of each.
+//! The tasks of a worker's round, and how long each waits after a failure.
 
 use crate::server::process::Aborted;
 use crate::worker::backend::Whose;
@@ -26,7 +26,7 @@ pub(super) enum Task {
     PurgeFailed,
     PurgeInbox,
     SaveConsumers,
-    /// Note the setting's stream.
+    /// Record the stream of the settings.
     NoteStream,
     /// Delete the cursors of deleted backends.
     Forget,
@@ -39,7 +39,7 @@ impl Task {
             longest: Duration::from_millis(longest_ms),
         };
         match self {
-            // All backends wait for this one, so it is tried again soon.
+            // All backends wait for this task, so it is tried again soon.
             Self::Read => waits(10, 20),
             Self::Load => waits(20, 500),
             Self::ReadFor(_) => waits(50, 2_000),
@@ -65,7 +65,7 @@ impl Task {
             Self::Read | Self::ReadFor(_) => "The worker was reading events",
             Self::Save | Self::SaveOf(_) => "The worker was saving cursors and refused events",
             Self::Claim(_) => "The worker was claiming the guard",
-            Self::FinishLanes | Self::AddLane(_) => "The worker was looking after the lanes of a cluster",
+            Self::FinishLanes | Self::AddLane(_) => "The worker was creating or completing the lanes of a cluster",
             Self::Retry(_) => "The worker was sending refused events again",
             Self::Move => "The worker was moving scheduled events that are due",
             Self::RecordTicks => "The worker was recording what was delivered, for retention",
@@ -73,8 +73,8 @@ impl Task {
             Self::PurgeFailed => "The worker was purging failed events",
             Self::PurgeInbox => "The worker was purging the inbox",
             Self::Forget => "The worker was deleting the cursors of deleted backends",
-            Self::SaveConsumers => "The worker was saving what Redis says of consumer groups",
-            Self::NoteStream => "The worker was noting the stream of backends that name none",
+            Self::SaveConsumers => "The worker was saving information about consumer groups",
+            Self::NoteStream => "The worker was recording the stream for backends that name none",
         }
     }
 
@@ -98,7 +98,7 @@ impl Task {
     }
 }
 
-/// Whether the error may have gone in a moment.
+/// Whether the error may be gone in a moment.
 pub(super) fn is_lock(error: &Aborted) -> bool {
     [
         PgSqlErrorCode::ERRCODE_LOCK_NOT_AVAILABLE,

@@ -30,7 +30,7 @@ impl Worker {
         self.took(task, outcome, now)
     }
 
-    /// Takes note of how a task ended.
+    /// Notes how a task ended.
     pub(super) fn took<R>(&mut self, task: Task, outcome: Result<R, Aborted>, now: Now) -> Option<R> {
         match outcome {
             Ok(result) => {
@@ -45,7 +45,7 @@ impl Worker {
     }
 
     pub(super) fn failed(&mut self, task: Task, error: &Aborted, now: Now) {
-        // The order to end cancelled the statement that was running.
+        // The order to end has cancelled the statement that was running.
         if process::is_told_to_end() {
             return;
         }
@@ -110,7 +110,7 @@ impl Worker {
             return;
         };
         if is_lock(&error) && !process::transaction(catalog::can_save).unwrap_or(false) {
-            // Somebody holds a lock on the whole table, not on a row.
+            // Somebody has locked the whole table, not a row.
             return self.failed(Task::Save, &error, now);
         }
         if let [whose] = next.as_slice() {

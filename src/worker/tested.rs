@@ -1,4 +1,4 @@
-//! A test of a backend that is running: what `testing.rs` begins, and tells of.
+//! A test of a backend that is running. `testing.rs` starts it and reports its result.
 
 use crate::server::questions::Heard;
 use relay::redis::probe::Probe;

@@ -1,4 +1,5 @@
-//! Sessions ask whether a backend can be used (`outbox.test_backend`): a thread logs in, beside the sender, and tells.
+//! Tests whether a backend can be used, when a session asks (`outbox.test_backend`): a thread of its own, beside the
+//! sender, logs in and reports.
 
 use crate::server::questions::{Heard, SEPARATOR};
 use crate::server::shmem;
@@ -7,11 +8,11 @@ use crate::worker::state::Worker;
 use crate::worker::tested::BackendTest;
 use relay::redis::probe::{self, Found};
 
-/// Tests that run at once: each has a thread and a connection.
+/// How many tests run at once: each has a thread and a connection.
 const MOST_TESTS: usize = 4;
 
 impl Worker {
-    /// Begins tests that were asked for, and tells what those that have ended found.
+    /// Starts tests that were asked for, and reports the results of those that have ended.
     pub(super) fn test_backends(&mut self) {
         if self.slot.take_questions() {
             while let Some(question) = shmem::hear_question() {
@@ -37,7 +38,7 @@ impl Worker {
         let Some((row, own_stream)) = backend.and_then(|backend| Some((backend.row()?, backend.stream()))) else {
             return Err("the worker does not know this backend yet: commit first".to_owned());
         };
-        // A template has no stream of its own: one is taken that it has given lately.
+        // A template has no stream of its own: the test uses one that the template has given recently.
         let mut ones = self.backends.iter().filter(|b| is_it(b.number));
         let stream = match backend.is_some_and(Backend::has_template) {
             true => ones.find_map(Backend::named_stream),
@@ -57,7 +58,8 @@ impl Worker {
     }
 }
 
-/// As `outbox.ask_worker` reads it. What comes from a server has no such separators: they were made blanks.
+/// The format that `outbox.ask_worker` reads. The separator cannot occur in a server's texts: it was replaced by
+/// blanks.
 fn text_of(found: &Found) -> String {
     let latency = found.latency.map(|latency| latency.as_micros().to_string());
     let fields = [

@@ -4,7 +4,7 @@ use relay::time::Now;
 
 #[derive(Default)]
 pub(super) struct Turns {
-    /// A backend waits for its turn: when to look for a permit.
+    /// When to look for a permit, because a backend waits for its turn.
     pub(super) look_at: Option<Now>,
     pub(super) said_at: Option<Now>,
 }

@@ -1,17 +1,17 @@
-//! Inserting a row of ours is an INSERT to everybody else.
+//! Inserts rows so that they behave like any INSERT for everybody else.
 //!
-//! As long as the table is as the extension made it, a row goes straight into it: tuple, indexes, no plan. This is the
-//! fast way. If the table's owner has added a trigger, a constraint, a generated column, a column, a rule or a policy,
-//! the row takes an INSERT statement through rewriter, planner and executor. So all of that holds for it as for any
-//! other row.
+//! As long as the table is as the extension made it, a row is inserted directly: a tuple and its index entries, no
+//! plan. This is the fast way. If the table's owner has added a trigger, a constraint, a generated column, a column, a
+//! rule or a policy, the row goes through rewriter, planner and executor as an INSERT statement, so that all of these
+//! apply to it as to any other row.
 //!
-//! Both ways run with the caller's rights: triggers, policies and expressions of others get those of the publisher, as
-//! in a plain INSERT, and never more. Two rights are checked for the tables' owner instead, since publishing needs
-//! EXECUTE alone: the right to insert into the table, and the right to look its name up in the schema.
+//! Both ways run with the caller's rights: other people's triggers, policies and expressions run with the publisher's
+//! rights, as in a plain INSERT, and never with more. Two rights are checked for the tables' owner instead, because
+//! publishing needs only EXECUTE: the right to insert into the table, and the right to look up its name in the schema.
 //!
-//! An ERROR of other people's code passes through here unchanged, by Postgres's own jump. Therefore the functions that
-//! it may cross hold nothing that needs to be dropped, and call Postgres without pgrx's guards, which would keep only a
-//! part of it.
+//! An ERROR of other people's code passes through here unchanged, by Postgres's own longjmp. Therefore the functions
+//! that it may cross hold nothing that needs to be dropped. They call Postgres without pgrx's guards, which would keep
+//! only a part of the error.
 
 mod statement;
 mod straight;
@@ -23,7 +23,7 @@ use crate::tables::row::attribute;
 use crate::tables::trusted::{self, NewRow};
 use pgrx::pg_sys;
 
-/// Columns that may be null; those before them are always filled in.
+/// Columns that may be null; all columns before them are always set.
 const NULLABLE: std::ops::Range<usize> = attribute::DATA - 1..attribute::COUNT;
 
 // SAFETY: the declarations of Postgres's headers. Without pgrx's guards: see above.
@@ -32,8 +32,8 @@ unsafe extern "C-unwind" {
     fn table_close(relation: pg_sys::Relation, lock: pg_sys::LOCKMODE);
 }
 
-/// A table of ours that rows are inserted into. Plain memory of the current context; what is opened is closed, or given
-/// back by the transaction's abort.
+/// One of our tables, open for inserting. It is plain memory of the current context. What it has opened is closed by
+/// `close`, or released by the transaction's abort.
 #[derive(Clone, Copy)]
 pub(crate) struct Insertion {
     relation: pg_sys::Relation,
@@ -66,7 +66,7 @@ impl Insertion {
         }
     }
 
-    /// Inserts a row; false: somebody's trigger or rule has left it out.
+    /// Inserts a row. False: a trigger or rule has left it out.
     ///
     /// # Safety
     /// As [`Self::open`]; a row of the table that was opened.
@@ -89,9 +89,9 @@ impl Insertion {
     }
 
     /// # Safety
-    /// Once.
+    /// May be called once.
     pub(crate) unsafe fn close(self) {
-        // SAFETY: closes what open() opened; the lock is kept until the end of the transaction, as any writer's.
+        // SAFETY: closes what open() has opened; the lock is kept until the end of the transaction, as for any writer.
         unsafe {
             if let Path::Straight(straight) = self.path {
                 straight.close();
@@ -101,8 +101,8 @@ impl Insertion {
     }
 }
 
-/// Whether a table is as we made it, as far as INSERT is concerned. A few flags, and its triggers by number: see
-/// [`Relations`].
+/// Whether a table is as the extension made it, as far as INSERT is concerned. It checks a few flags, and identifies
+/// triggers by their functions: see [`Relations`].
 ///
 /// # Safety
 /// An open relation.
@@ -123,7 +123,7 @@ unsafe fn is_ours_alone(relation: pg_sys::Relation, columns: usize, ours: &[pg_s
 }
 
 /// # Safety
-/// A valid descriptor, one of its columns (from 0).
+/// A valid descriptor and the index of one of its columns (from 0).
 unsafe fn is_not_null(descriptor: pg_sys::TupleDesc, index: usize) -> bool {
     // SAFETY: the caller's promise.
     unsafe {
@@ -135,7 +135,7 @@ unsafe fn is_not_null(descriptor: pg_sys::TupleDesc, index: usize) -> bool {
     }
 }
 
-/// CHECK constraints and generated columns. (That our own columns are not null, we see to.)
+/// Whether there are CHECK constraints or generated columns. (Our own columns are never null in our rows.)
 ///
 /// # Safety
 /// A descriptor's constraints, or null.
@@ -151,12 +151,12 @@ unsafe fn has_constraints(constraints: *const pg_sys::TupleConstr) -> bool {
     constraints.num_check > 0 || constraints.has_generated_stored
 }
 
-/// Whether others' triggers would fire for an INSERT: those of foreign keys and deferred constraints are among them.
+/// Whether other triggers would fire for an INSERT. Those of foreign keys and deferred constraints count too.
 ///
 /// # Safety
 /// A relation's triggers, or null.
 pub(crate) unsafe fn has_foreign_triggers(triggers: *const pg_sys::TriggerDesc, ours: &[pg_sys::Oid]) -> bool {
-    // SAFETY: the caller's promise; the array is as long as it says.
+    // SAFETY: the caller's promise; the array has the stated length.
     unsafe {
         let Some(triggers) = triggers.as_ref() else {
             return false;

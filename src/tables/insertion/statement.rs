@@ -1,5 +1,5 @@
-//! An INSERT statement through rewriter, planner and executor, so that all holds for a row that others have put on the
-//! table.
+//! Inserts a row by an INSERT statement through rewriter, planner and executor, so that all triggers, rules,
+//! constraints and policies of the table apply.
 
 use crate::server::error::raise;
 use crate::server::report;
@@ -59,7 +59,7 @@ unsafe extern "C-unwind" {
 static INTO_EVENTS: LazyLock<CString> = LazyLock::new(|| text("events", attribute::COUNT));
 static INTO_SCHEDULED: LazyLock<CString> = LazyLock::new(|| text("scheduled_events", attribute::SCHEDULED_AT));
 
-/// INSERT into the first `count` columns of a table; their values are its parameters.
+/// An INSERT into the first `count` columns of a table, with their values as parameters.
 fn text(table: &str, count: usize) -> CString {
     let names: Vec<&str> = EVENT_COLUMNS[..count].iter().map(|column| column.name).collect();
     let values: Vec<String> = (1..=count).map(|number| format!("${number}")).collect();
@@ -84,7 +84,7 @@ impl Statement {
             false => (INTO_EVENTS.as_c_str(), attribute::COUNT),
         };
         let types = EVENT_COLUMNS.each_ref().map(|column| column.kind);
-        // SAFETY: what SPI does; the user is put back, also by the abort after an ERROR.
+        // SAFETY: the same steps as SPI; the user is restored here, or by the abort after an ERROR.
         unsafe {
             let owner = (*(*relation).rd_rel).relowner;
             CommandCounterIncrement();
@@ -92,7 +92,7 @@ impl Statement {
             let parsed = raw_parser(text.as_ptr(), pg_sys::RawParseMode::RAW_PARSE_DEFAULT);
             let (mut user, mut context) = (pg_sys::InvalidOid, 0);
             GetUserIdAndSecContext(&mut user, &mut context);
-            // Names are looked up in the owner's name. No code of anybody runs in that.
+            // Names are looked up with the owner's rights. No user's code runs during that.
             SetUserIdAndSecContext(owner, context | pg_sys::SECURITY_LOCAL_USERID_CHANGE as i32);
             let query = parse_analyze_fixedparams(
                 item(parsed, 0).cast(),
@@ -124,7 +124,7 @@ impl Statement {
         }
     }
 
-    /// Executes it for one row, as SPI does; whether a row was inserted.
+    /// Executes it for one row, as SPI does. Returns whether a row was inserted.
     ///
     /// # Safety
     /// As [`super::Insertion::insert`].
@@ -192,7 +192,7 @@ type Rights = pg_sys::RangeTblEntry;
 #[cfg(not(feature = "pg15"))]
 type Rights = pg_sys::RTEPermissionInfo;
 
-/// Has the right to insert into our table asked of its owner. All others stay as they are.
+/// Has the right to insert into our table checked for its owner. All other rights are still checked for the caller.
 ///
 /// # Safety
 /// The list of a query that nobody else uses.
@@ -230,7 +230,7 @@ unsafe fn length(list: *const pg_sys::List) -> usize {
 }
 
 /// # Safety
-/// A list of nodes that has such an element.
+/// A list of nodes that has an element at this index.
 unsafe fn item(list: *const pg_sys::List, index: usize) -> *mut std::ffi::c_void {
     // SAFETY: the caller's promise.
     unsafe { (*(*list).elements.add(index)).ptr_value }

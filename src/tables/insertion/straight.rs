@@ -1,4 +1,4 @@
-//! The fast way: a row goes straight into a table that is as the extension made it, and into its indexes.
+//! The fast way: inserts a row directly into a table that is as the extension made it, and into its indexes.
 
 use crate::tables::trusted::NewRow;
 use pgrx::pg_sys;
@@ -75,8 +75,8 @@ impl Straight {
     /// As [`super::Insertion::insert`], for the table that was opened.
     pub(super) unsafe fn insert(&self, relation: pg_sys::Relation, row: &NewRow) {
         let tuple_slot = self.tuple_slot;
-        // SAFETY: the executor's own steps for one row; the tuple slot's arrays are as long as its descriptor, which
-        // was looked at. The tuple slot and the table have these functions always.
+        // SAFETY: the executor's own steps for one row. The arrays of the tuple slot are as long as its descriptor,
+        // which was checked. The tuple slot and the table always have these functions.
         unsafe {
             let columns = (*(*relation).rd_att).natts as usize;
             if let Some(clear) = (*(*tuple_slot).tts_ops).clear {
@@ -111,9 +111,9 @@ impl Straight {
     }
 
     /// # Safety
-    /// Once.
+    /// May be called once.
     pub(super) unsafe fn close(self) {
-        // SAFETY: closes what open() opened.
+        // SAFETY: closes what open() has opened.
         unsafe {
             ExecDropSingleTupleTableSlot(self.tuple_slot);
             ExecCloseIndices(self.result);

@@ -1,4 +1,4 @@
-//! What of a backend is to be saved, and when: its cursor, its counters, and what was refused. How it is saved:
+//! What has to be saved of a backend, and when: its cursor, its counters, and refused events. How it is saved:
 //! `saving.rs`.
 
 use crate::tables::cursors::Standing;
@@ -7,33 +7,32 @@ use relay::redis::destination::Address;
 use relay::time::Now;
 use std::time::Duration;
 
-/// A cursor that moved over delivered events is saved once nothing more was delivered for this long,
+/// A cursor that moved over delivered events is saved when nothing more was delivered for this long,
 const SAVE_WHEN_QUIET: Duration = Duration::from_millis(250);
 /// and at the latest after this long. Each save makes the WAL writer flush, which commits at the same moment wait for.
 const SAVE_AFTER: Duration = Duration::from_secs(1);
 /// A cursor that only moved over events of other backends is saved after this long.
 const SAVE_IDLE_AFTER: Duration = Duration::from_secs(30);
 
-/// What is to be saved of a backend, and since when it differs from what is saved.
+/// What has to be saved of a backend, and since when it differs from what is saved.
 pub(crate) struct Books {
-    /// What has to be written down before the cursor is saved.
+    /// Records that must be written down before the cursor is saved.
     pub records: Vec<Record>,
-    /// A pass has written something down that is not durable yet. It must be before a batch is sent that lies behind
-    /// it.
+    /// A pass has written something down that is not durable yet. It must be durable before a later batch is sent.
     pub is_unflushed: bool,
     pub standing: Standing,
-    /// How many of the events that the delivery has counted are in `standing` already.
+    /// How many of the events that the delivery has counted are already in `standing`.
     pub(super) counted: u64,
     /// Since when the cursor on disk is behind what was delivered, and behind what was read.
     pub(super) dirty_since: Option<Now>,
     pub(super) stale_since: Option<Now>,
-    /// When something was acknowledged last.
+    /// When something was last acknowledged.
     pub(super) moved_at: Now,
     pub(super) saved_at: Now,
     pub(super) saved_total: i64,
-    /// The high bound of the saved cursor: where a restart would read on.
+    /// The high bound of the saved cursor: a restart would continue there.
     pub(super) saved_high_seq: i64,
-    /// What a save has written, until its transaction has committed.
+    /// What a save has written, as long as its transaction has not committed.
     pub(super) pending_save: Option<(Standing, u64)>,
 }
 
@@ -54,28 +53,28 @@ impl Books {
         }
     }
 
-    /// Something has changed that the views show.
+    /// Notes that something has changed that the views show.
     pub(crate) fn change(&mut self, now: Now) {
         self.dirty_since.get_or_insert(now);
     }
 
-    /// Something may have changed since the last save: it is saved soon.
+    /// Notes that something may have changed since the last save, so that it is saved soon.
     pub(crate) fn change_since_saved(&mut self) {
         self.dirty_since.get_or_insert(self.saved_at);
     }
 
-    /// Something was acknowledged.
+    /// Notes that something was acknowledged.
     pub(crate) fn move_on(&mut self, now: Now) {
         self.change(now);
         self.moved_at = now;
     }
 
-    /// The reader has passed events of others.
+    /// Notes that the reader has passed events of other backends.
     pub(crate) fn fall_behind(&mut self, now: Now) {
         self.stale_since.get_or_insert(now);
     }
 
-    /// A node is about to be connected to.
+    /// Notes the node that the sender is about to connect to.
     pub(crate) fn note_address(&mut self, address: &Address, now: Now) {
         let shown = Some(address.to_string());
         if self.standing.address != shown {
@@ -84,7 +83,7 @@ impl Books {
         }
     }
 
-    /// Events accepted in all; `counted`: those of this delivery.
+    /// The total of accepted events; `counted`: those of this delivery.
     pub(crate) fn total(&self, counted: u64) -> i64 {
         self.standing.accepted_total + (counted - self.counted) as i64
     }

@@ -1,4 +1,4 @@
-//! Changes of a backend's settings, as loading finds them.
+//! Applies changes of a backend's settings that loading has found.
 
 use crate::server::guc::{self, LogLevel};
 use crate::server::process::log;
@@ -11,16 +11,16 @@ use relay::delivery::refusal::Streams;
 use relay::time::Now;
 
 impl Backend {
-    /// Whether the sender can go on with these settings: the destination is the same, and so is the stream of what is
-    /// on its way.
+    /// Whether the sender can go on with these settings: the destination is unchanged, and so is the stream of batches
+    /// in flight.
     pub(crate) fn keeps_sender(&self, row: &BackendRow, home: &Home) -> bool {
         let stays = self.is_to(row, home) && settings::stream(Some(&row.options)) == *self.stream();
-        // Those who watch the guard must know how often it is refreshed: a new claim says so.
+        // Servers that watch the guard must know how often it is refreshed. Only a new claim tells them.
         let has_told = self.duty.connection().is_none_or(Connection::has_told_interval);
         let beats = !self.is_exactly_once() || has_told;
-        // Restored events are looked for by a new claim.
+        // A new claim looks for restored events.
         let claims = self.is_exactly_once() && row.enabled && self.restored.has_new(row);
-        // The owner of a paused backend keeps its guard. But what is on its way would still be sent.
+        // A paused backend keeps its connection and its guard. But its batches in flight would still be sent.
         let is_enabled = match (row.enabled, self.is_enabled()) {
             (true, true) => true,
             _ => self.is_exactly_once() && self.delivery.is_idle(),
@@ -48,7 +48,7 @@ impl Backend {
             self.forget_trouble();
         }
         if row.enabled != self.is_enabled() {
-            // While it was paused, nothing was heard of its Redis.
+            // While it was paused, failures of its Redis were not shown.
             self.forget_trouble();
         }
         let former_stream = self.entries.stream.clone();
@@ -71,7 +71,7 @@ impl Backend {
         self.delivery.set_backoff(guc::backoff(), now);
         match is_other {
             true => self.delivery.retry_changed(now),
-            // The settings were only read again: something outside of them may have been corrected.
+            // The settings were only read again: a cause outside of them may have been removed.
             false => self.delivery.retry_asked(now),
         }
         self.books.change_since_saved();
@@ -96,7 +96,7 @@ impl Backend {
         }
     }
 
-    /// Its row is gone.
+    /// Notes that its row was deleted.
     pub(crate) fn delete(&mut self) {
         self.say_deleted();
         self.let_go();
@@ -106,8 +106,8 @@ impl Backend {
         self.delivery.set_streams(Streams::default());
     }
 
-    /// Names the guard, which nobody will touch any more. It stays: whoever gets the backend back, from a backup or as a
-    /// standby that had not heard of the deletion, learns from it what was sent.
+    /// Logs the key of the guard, which nobody uses any more. It stays: a server that gets the backend back, from a backup
+    /// or as a standby without the deletion, learns from it what was sent.
     fn say_deleted(&self) {
         if let Some(key) = self.guard_key() {
             log(
@@ -119,7 +119,7 @@ impl Backend {
         }
     }
 
-    /// A trouble with the former settings says nothing about the new ones.
+    /// A failure with the former settings tells nothing about the new ones.
     fn forget_trouble(&mut self) {
         self.delivery.forget_trouble();
         self.logged.forget_state();

@@ -1,9 +1,9 @@
-//! Restored events of a dump may have been sent since the dump was taken. With exactly_once they are looked for in the
-//! streams before they are sent.
+//! Restored events of a dump may have been sent since the dump was taken. With exactly_once, the worker looks for them
+//! in the streams before it sends them.
 //!
 //! Each comparison needs a new connection, and a restore may commit row by row. So events that come during a
-//! comparison, shortly after one, or while something is on its way, wait for the next comparison. The backend goes on
-//! meanwhile, up to the tick that it has compared with.
+//! comparison, shortly after one, or while batches are in flight, wait for the next comparison. Meanwhile the backend
+//! goes on, up to the tick that was compared.
 
 use crate::server::process::{self, Aborted};
 use crate::tables::backends::BackendRow;
@@ -14,17 +14,16 @@ use relay::time::Now;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// From one comparison with what a dump has brought to the next.
+/// The minimum time between two comparisons.
 const COMPARE_PAUSE: Duration = Duration::from_millis(250);
 
 impl Backend {
-    /// Whether there are restored events that were not looked for in the streams yet. A paused backend looks for them
-    /// later.
+    /// Whether there are restored events that were not compared yet. A paused backend compares them later.
     pub(crate) fn is_restored(&self) -> bool {
         self.row().is_some_and(|row| row.enabled && !row.restores.is_empty())
     }
 
-    /// The row to be applied now: without restores that wait for the next comparison.
+    /// The row to apply now: without restores that wait for the next comparison.
     pub(crate) fn due_row(&mut self, row: BackendRow, now: Now) -> BackendRow {
         let mut row = self.without_compared(row);
         if !self.is_exactly_once() || self.lane().is_some() {
@@ -57,13 +56,13 @@ impl Backend {
         self.restored.holds && self.is_exactly_once()
     }
 
-    /// Whether a newer tick is of use to it. While it is held, only once it is time to compare.
+    /// Whether it can use a newer tick. While restored events wait, it can do so only when the next comparison is due.
     pub(crate) fn wants_tick(&self, now: Now) -> bool {
         self.is_ready(now) && (!self.is_held() || self.load_at().is_some_and(|at| at <= now))
     }
 
-    /// The tick up to which it reads. `latest`: the newest tick that may be sent. While it is held, it reads only up to
-    /// the tick that it has compared with.
+    /// The tick up to which it reads. `latest`: the newest tick whose events may be sent. While restored events wait,
+    /// it reads only up to the tick that was compared.
     pub(crate) fn goal<'a>(&'a self, latest: &'a Arc<Tick>) -> &'a Arc<Tick> {
         let position = self.delivery.position();
         if !self.is_held() || position.under_way.is_some() {
@@ -81,19 +80,19 @@ impl Backend {
         }
     }
 
-    /// No transaction with a higher id has restored events that were looked for; 0: none has. A lane may know more than
-    /// the tables.
+    /// The highest id of the transactions whose restored events were compared; 0: there is none. A lane may know more
+    /// than the tables.
     pub(crate) fn last_restore(&self) -> u64 {
         let saved = self.row().map_or(0, |row| row.last_restore);
         saved.max(self.restored.last_compared)
     }
 
-    /// Events up to `tick` are going to be looked for in the streams.
+    /// Notes that events up to `tick` are about to be compared.
     pub(crate) fn compares_to(&mut self, tick: &Arc<Tick>) {
         self.restored.comparing_to = Some(tick.clone());
     }
 
-    /// All of them were looked for. They are sent before the next comparison. The worker has to look for further
+    /// Notes that they were compared. They are sent before the next comparison. The worker must look for further
     /// restores before it reads anything.
     pub(crate) fn has_compared(&mut self, now: Now) {
         self.restored.compared_to = self.restored.comparing_to.take();
@@ -101,7 +100,7 @@ impl Backend {
         self.restored.compares_at = now + COMPARE_PAUSE;
     }
 
-    /// Whether it is time to look after restores (at_least_once).
+    /// Whether it is time to look for restores (at_least_once).
     pub(crate) fn may_compare(&mut self, now: Now) -> bool {
         let may = now >= self.restored.compares_at;
         if may {
@@ -110,13 +109,13 @@ impl Backend {
         may
     }
 
-    /// Forgets the restores: their events were looked for, or never will be.
+    /// Forgets the restores: their events were compared, or never will be.
     pub(crate) fn forget_restores(&mut self) -> Result<(), Aborted> {
         let is_lane = self.lane().is_some();
         if let Some(row) = self.duty.row_mut().filter(|row| !row.restores.is_empty()) {
             if is_lane {
-                // The finder and the other lanes still have to pass them. Until then the tables do not say that they
-                // were compared.
+                // The finder and the other lanes still have to pass these events. Until then the tables do not record
+                // that they were compared.
                 self.restored.compared.append(&mut row.restores);
                 if let Some(tick) = &self.restored.comparing_to {
                     self.restored.last_compared = tick.snapshot.xmax() - 1;
@@ -130,7 +129,7 @@ impl Backend {
         Ok(())
     }
 
-    /// The row without restores that this lane has compared, of which loading tells once more.
+    /// The row without restores that this lane has compared; loading returns them again.
     pub(super) fn without_compared(&self, mut row: BackendRow) -> BackendRow {
         if self.lane().is_some() {
             row.restores.retain(|restore| !self.restored.compared.contains(restore));

@@ -1,4 +1,4 @@
-//! A backend's way to its Redis: where that is, and the sender that goes there.
+//! A backend's connection to its Redis: the destination, and the sender that connects there.
 
 use crate::server::guc;
 use crate::server::process::repeat_log_after;
@@ -14,33 +14,33 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub(crate) struct Connection {
-    /// Unless the backend's row holds something that cannot be used.
+    /// An error if the backend's row holds an option that cannot be used.
     destination: Known<Destination>,
     sender: Sender,
-    /// The node that was found last.
+    /// The node that was last found.
     address: Option<Address>,
     /// The node that the current failure came from.
     failed_at: Option<Address>,
-    /// Goes up with each refresh of the guard.
+    /// Incremented with each refresh of the guard.
     beat: u64,
-    /// How often the guard is refreshed, as those who watch it were told or will be.
+    /// How often the guard is refreshed, as the servers that watch it were told or will be told.
     interval: Duration,
 }
 
 /// The thread that talks to Redis, if there is one.
 enum Sender {
     Absent,
-    /// It is due, and there is no permit for one.
+    /// It is due, but no permit is free.
     WaitsForTurn,
-    /// On its way up, which takes long from `slow_at` on.
+    /// It is connecting; at `slow_at` a line is logged that this takes long.
     Connecting {
         handle: Handle,
         slow_at: Now,
     },
     There(Handle),
-    /// Was told to tell those who watch the guard that its owner leaves.
+    /// It was ordered to mark in the guard that its owner leaves.
     Releasing(Handle),
-    /// Has told them.
+    /// It has marked that.
     Released(Handle),
 }
 
@@ -53,7 +53,7 @@ impl Sender {
         }
     }
 
-    /// Goes on to another state with the same thread, if there is one.
+    /// Changes the state and keeps the thread, if there is one.
     fn goes_on(&mut self, to: fn(Handle) -> Self) {
         *self = match std::mem::replace(self, Self::Absent) {
             Self::Connecting { handle, .. } | Self::There(handle) => to(handle),
@@ -79,23 +79,23 @@ impl Connection {
         self.destination.as_ref()
     }
 
-    /// For the next sender.
+    /// The destination for the next sender.
     pub(crate) fn set_destination(&mut self, destination: Known<Destination>) {
         self.destination = destination;
         self.interval = guc::millis(&guc::POLL_INTERVAL_MS);
     }
 
-    /// Whether a sender need not be replaced because of a destination.
+    /// Whether the sender can stay with this destination.
     pub(crate) fn is_to(&self, destination: &Known<Destination>) -> bool {
         self.destination == *destination
     }
 
-    /// Whether those who watch the guard know how often it is refreshed. A new claim tells them.
+    /// Whether servers that watch the guard know how often it is refreshed. A new claim tells them.
     pub(crate) fn has_told_interval(&self) -> bool {
         self.interval == guc::millis(&guc::POLL_INTERVAL_MS)
     }
 
-    /// Whether another node may take the place of the one that is connected to.
+    /// Whether the node is looked up, so that another one may replace the connected one.
     pub(crate) fn is_looked_up(&self) -> bool {
         self.destination.as_ref().is_ok_and(|d| d.route != Route::Direct)
     }
@@ -122,7 +122,7 @@ impl Connection {
         }
     }
 
-    /// Starts a sender. `ousts`: it is to take the guard from whoever has it.
+    /// Starts a sender. `ousts`: whether to take the guard from another owner.
     pub(crate) fn connect(
         &mut self,
         ousts: bool,
@@ -143,7 +143,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Lets the sender go, or notes that it has gone. True: there was one.
+    /// Lets the sender end, or notes that it has ended. Returns whether there was one.
     pub(crate) fn drop_sender(&mut self) -> bool {
         let had_one = self.has_sender();
         if had_one {
@@ -152,19 +152,19 @@ impl Connection {
         had_one
     }
 
-    /// The node that was found last counts no longer.
+    /// Forgets the node that was last found.
     pub(crate) fn forget_address(&mut self) {
         self.address = None;
     }
 
-    /// A node is about to be connected to. False: it is the same as before.
+    /// Notes the node that is about to be connected to. False: it is the same as before.
     pub(crate) fn found(&mut self, address: Address) -> bool {
         let is_other = self.address.as_ref() != Some(&address);
         self.address = Some(address);
         is_other
     }
 
-    /// What fails is the node that was found last.
+    /// Notes that the failure came from the node that was last found.
     pub(crate) fn note_failure(&mut self) {
         self.failed_at.clone_from(&self.address);
     }
@@ -173,21 +173,21 @@ impl Connection {
         self.sender.handle().and_then(Handle::report)
     }
 
-    /// Gives the sender an order; one that has ended has said so already.
+    /// Gives the sender an order. A sender that has ended has already reported that.
     pub(crate) fn order(&self, order: Order) {
         if let Some(handle) = self.sender.handle() {
             let _ = handle.order(order);
         }
     }
 
-    /// A batch is about to come.
+    /// Wakes the sender, because a batch is about to come.
     pub(crate) fn rouse(&self) {
         if let Some(handle) = self.sender.handle() {
             handle.rouse();
         }
     }
 
-    /// When it is looked whether the sender takes long to come up.
+    /// When to log that connecting takes long.
     pub(crate) fn slow_at(&self) -> Option<Now> {
         match self.sender {
             Sender::Connecting { slow_at, .. } => Some(slow_at),
@@ -195,14 +195,14 @@ impl Connection {
         }
     }
 
-    /// That was logged, and is logged again later.
+    /// Notes that this was logged, so that it is logged again only later.
     pub(crate) fn is_slow(&mut self, now: Now) {
         if let Sender::Connecting { slow_at, .. } = &mut self.sender {
             *slow_at = now + repeat_log_after();
         }
     }
 
-    /// It is up, or has failed: it is not slow any more.
+    /// The sender is up or has failed, so it is no longer slow.
     pub(crate) fn has_connected(&mut self) {
         self.sender.goes_on(Sender::There);
     }
@@ -215,7 +215,7 @@ impl Connection {
         }
     }
 
-    /// Tells those who watch the guard that its owner leaves; once.
+    /// Marks in the guard that its owner leaves; only once.
     pub(crate) fn release(&mut self) {
         if let Sender::Connecting { handle, .. } | Sender::There(handle) = &self.sender {
             self.beat += 1;
@@ -235,7 +235,7 @@ impl Connection {
         self.sender.goes_on(Sender::Released);
     }
 
-    /// Where the backend is, or with `fails` where its failure came from, in words.
+    /// Where the backend is connected, or with `fails` where its failure came from, as text.
     pub(crate) fn place(&self, fails: bool) -> String {
         let address = if fails { &self.failed_at } else { &self.address };
         match (address, &self.destination) {
@@ -253,9 +253,9 @@ impl Connection {
     }
 }
 
-/// Starts a thread with all signals blocked in it: they are the main thread's.
+/// Starts a thread with all signals blocked in it: only the main thread handles signals.
 pub(crate) fn without_signals<R>(spawn: impl FnOnce() -> std::io::Result<R>) -> std::io::Result<R> {
-    // SAFETY: the mask is saved, and put back on all ways out: spawn returns its errors.
+    // SAFETY: the mask is saved, and restored on all paths: spawn returns its errors.
     unsafe {
         let (mut all, mut before) = (std::mem::zeroed(), std::mem::zeroed());
         libc::sigfillset(&mut all);

@@ -1,5 +1,5 @@
-//! Backends that connect nowhere until somebody changes something: those of a database that is a copy of another one,
-//! and those of which the row holds something that cannot be used.
+//! Backends that must not connect until somebody changes something: backends of a database that is a copy of another
+//! one, and backends whose row holds an option that cannot be used.
 
 use crate::tables::copies::Original;
 use crate::worker::backend::Backend;
@@ -8,7 +8,7 @@ use relay::failure::{Failure, Trouble};
 use relay::time::Now;
 use std::time::Duration;
 
-/// The wait until somebody changes something, which ends it.
+/// How long such a backend waits at most; a change ends the wait.
 const FOR_LONG: Duration = Duration::from_secs(24 * 3_600);
 
 impl Backend {
@@ -22,19 +22,19 @@ impl Backend {
         self.original().is_some()
     }
 
-    /// The original, if no guard could say whose the streams are.
+    /// The original, if there is no guard that tells who owns the streams.
     fn unguarded_original(&self) -> Option<&Original> {
         let options = self.options();
         let is_guarded = options.is_some_and(|options| options.delivery == Ok(Guarantee::ExactlyOnce));
         self.original().filter(|original| original.is_database || !is_guarded)
     }
 
-    /// Whether it connects nowhere.
+    /// Whether it must not connect.
     pub(crate) fn is_withheld(&self) -> bool {
         self.duty.unusable().is_some() || self.unguarded_original().is_some()
     }
 
-    /// Shows why.
+    /// Sets the failure that says why it does not connect.
     pub(crate) fn withhold(&mut self, now: Now) {
         let shown = self.delivery.trouble().map(|failure| failure.trouble);
         let failure = match (self.duty.unusable(), self.unguarded_original()) {

@@ -1,4 +1,4 @@
-//! The duty of a backend in the worker. Each duty holds what it needs, and nothing that only another duty needs.
+//! The duty of a backend in the worker. Each duty holds only what it needs.
 
 use crate::tables::backends::BackendRow;
 use crate::tables::options::{Known, Options, Topology, Unusable};
@@ -9,37 +9,37 @@ use relay::reading::role::Role;
 use relay::redis::destination::Destination;
 
 pub(crate) enum Duty {
-    /// Sends a backend's events, or in a cluster those of one lane.
+    /// Send a backend's events; in a cluster, those of one lane.
     Send(Box<Service>),
-    /// Finds hash slots of a cluster that have no lane yet (see `lanes.rs`); it sends nothing.
+    /// Find hash slots of a cluster that have no lane yet (see `lanes.rs`). It sends nothing.
     Find(Box<Finder>),
-    /// Fails the events of a backend that was deleted, or of a lane of it. `next_xid`: no transaction from it on had
-    /// begun when the deletion was known.
+    /// Fail the events of a deleted backend or of one of its lanes. `next_xid`: no transaction with this id or a higher
+    /// one had begun when the worker learned of the deletion.
     Fail { lane: Option<u16>, next_xid: u64 },
-    /// Looks after events whose backend does not exist.
+    /// Look after events whose backend does not exist.
     Strays,
 }
 
-/// Sending one backend's events, or those of a lane.
+/// Sends one backend's events, or those of a lane.
 pub(crate) struct Service {
     pub row: BackendRow,
-    /// The hash slot of a cluster that it is for.
+    /// The hash slot of a lane, in a cluster.
     pub lane: Option<u16>,
     pub connection: Connection,
 }
 
 pub(crate) struct Finder {
     pub row: BackendRow,
-    /// Where its lanes connect, but for their hash slots.
+    /// Where its lanes connect, except for their hash slots.
     pub destination: Known<Destination>,
 }
 
 impl Duty {
-    /// Of a backend that is not deleted; in a cluster, of its finder. `has_lanes`: lanes of it are saved.
+    /// The duty of a backend that is not deleted; in a cluster, of its finder. `has_lanes`: lanes of it are saved.
     pub(crate) fn of(row: BackendRow, has_lanes: bool, home: &Home) -> Self {
         let finds = match &row.options.mode {
             Ok(mode) => *mode == Topology::Cluster,
-            // It sends nothing now. But retention must not go by one cursor where there are several.
+            // It sends nothing now. But retention must not rely on one cursor if there are several.
             Err(_) => has_lanes,
         };
         match finds {
@@ -48,7 +48,7 @@ impl Duty {
         }
     }
 
-    /// Of a lane of this one.
+    /// The duty of one of its lanes.
     pub(crate) fn of_lane(&self, hash_slot: u16, home: &Home) -> Self {
         let lane = Some(hash_slot);
         match self.row() {
@@ -57,13 +57,13 @@ impl Duty {
         }
     }
 
-    /// Of a backend that is deleted, or of a lane of it.
+    /// The duty of a deleted backend, or of one of its lanes.
     pub(crate) fn of_deleted(lane: Option<u16>) -> Self {
         let next_xid = ticks::next_xid();
         Self::Fail { lane, next_xid }
     }
 
-    /// As the schedule of reading knows it.
+    /// The role that the schedule of reading uses.
     pub(crate) fn role(&self) -> Role {
         match self {
             Self::Send(_) => Role::Redis,
@@ -116,7 +116,7 @@ impl Duty {
         }
     }
 
-    /// What of its row cannot be used.
+    /// The option of its row that cannot be used, if there is one.
     pub(crate) fn unusable(&self) -> Option<&Unusable> {
         match self {
             Self::Send(service) => service.connection.destination().err(),

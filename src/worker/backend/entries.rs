@@ -1,4 +1,4 @@
-//! From events to the entries of a backend's batches: streams, buffers, the encoder.
+//! Builds the entries of a backend's batches from events: streams, buffers, the encoder.
 
 use crate::tables::options::Options;
 use crate::worker::backend::settings;
@@ -8,25 +8,25 @@ use relay::event::{ConfigError, Event};
 use std::collections::HashSet;
 use std::rc::Rc;
 
-/// A buffer that has grown beyond this for one large event is not kept.
+/// A buffer that has grown beyond this for one large event is freed.
 const KEPT_BUFFER_BYTES: usize = 2 * BATCH_BYTES;
-/// How many names of streams are kept, so that entries share them.
+/// How many stream names are kept, so that entries share them.
 const KNOWN_STREAMS: usize = 1_000;
 
 pub(super) struct Entries {
     /// The stream of events whose rows name none.
     pub stream: Rc<str>,
-    /// The length to which streams are trimmed; 0: they are not.
+    /// The length to which XADD trims streams; 0: it does not trim.
     pub max_len: i64,
     encoder: Encoder,
     buffers: Vec<Vec<u8>>,
     kept_buffers: usize,
-    /// Streams that events have named lately.
+    /// Streams that events have named recently.
     named_streams: HashSet<Rc<str>>,
 }
 
 impl Entries {
-    /// `kept_buffers`: how many buffers are kept at most.
+    /// `kept_buffers`: how many unused buffers are kept at most.
     pub(super) fn of(options: Option<&Options>, kept_buffers: usize) -> Self {
         Self {
             stream: settings::stream(options),
@@ -38,7 +38,7 @@ impl Entries {
         }
     }
 
-    /// Takes over changed options, from the next event on.
+    /// Applies changed options, from the next event on.
     pub(super) fn reconfigure(&mut self, options: &Options) {
         self.stream = settings::stream(Some(options));
         self.max_len = settings::trimmed_to(Some(options));
@@ -65,7 +65,7 @@ impl Entries {
         stream
     }
 
-    /// Appends an event's XADD. `trims`: this entry is one of those that trim the stream.
+    /// Appends an event's XADD. `trims`: whether this entry trims the stream.
     pub(super) fn encode(
         &mut self,
         bytes: &mut Vec<u8>,
@@ -77,19 +77,19 @@ impl Entries {
         self.encoder.append_xadd(bytes, Target { stream, max_len }, event)
     }
 
-    /// The position of the WAL that entries tell, if they tell one.
+    /// Sets the position in the WAL that entries carry, if they carry one.
     pub(super) fn tell_lsn(&mut self, position: impl FnOnce() -> u64) {
         if self.encoder.includes_lsn() {
             self.encoder.tell_lsn(position());
         }
     }
 
-    /// Streams that events have named lately, some of them.
+    /// Some of the streams that events have named recently.
     pub(super) fn named_streams(&self) -> Vec<Rc<str>> {
         self.named_streams.iter().cloned().collect()
     }
 
-    /// One of them.
+    /// One of these streams.
     pub(super) fn named_stream_of_late(&self) -> Option<Rc<str>> {
         self.named_streams.iter().next().cloned()
     }

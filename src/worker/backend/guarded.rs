@@ -1,4 +1,4 @@
-//! What a backend does because of its guard (exactly_once).
+//! The part of a backend that depends on its guard (exactly_once).
 
 use crate::server::process::{self, Aborted};
 use crate::tables::catalog;
@@ -17,7 +17,7 @@ use relay::time::Now;
 use std::time::Duration;
 
 impl Backend {
-    /// Whether there is something to do about its guard.
+    /// Whether recovery has a step to take.
     pub(crate) fn has_claim_step(&self) -> bool {
         self.recovery.is_due() || (self.is_told_to_take_over() && self.delivery.is_up())
     }
@@ -27,7 +27,7 @@ impl Backend {
         self.row().is_some_and(|row| row.take_over && row.enabled)
     }
 
-    /// What to do if Redis has lost everything. A backend whose row does not say it never connects.
+    /// What to do if Redis has lost everything. (A backend whose row has no usable value never connects.)
     pub(crate) fn on_missing_guard(&self) -> OnMissing {
         let known = self.options().and_then(|options| options.on_missing_guard.clone().ok());
         known.unwrap_or(OnMissing::Halt)
@@ -44,7 +44,7 @@ impl Backend {
         }
     }
 
-    /// Lets the sender go, and does not connect for a while: the guard does not allow it, or the settings do not.
+    /// Lets the sender end, and does not connect for a while, because the guard or the settings do not allow it.
     pub(crate) fn hold_off(&mut self, failure: Failure, retry_after: Duration, now: Now) {
         self.drop_sender();
         self.recovery.reset();
@@ -56,7 +56,7 @@ impl Backend {
         self.log_change(now);
     }
 
-    /// The guard is ours, and all that it says was processed.
+    /// Called when this server owns the guard and everything that it says was processed.
     pub(crate) fn up(&mut self, now: Now) {
         self.recovery.reset();
         self.delivery.connected();
@@ -64,13 +64,14 @@ impl Backend {
         self.log_change(now);
     }
 
-    /// A trouble has ended, which the views have to show.
+    /// Notes that a failure has ended, so that the views show it.
     pub(crate) fn note_recovery(&mut self, now: Now) {
         self.books.change(now);
         self.log_change(now);
     }
 
-    /// The guard names batches whose replies were not read. `total`: the events up to and including them.
+    /// Adopts batches that the guard names but whose replies were not read. `total`: the events up to and including
+    /// them.
     pub(crate) fn adopt(&mut self, cursor: Cursor, total: i64, now: Now) {
         let known = self.delivery.accepted();
         let base = self.total() - known as i64;
@@ -79,10 +80,10 @@ impl Backend {
         self.retention.is_due = true;
     }
 
-    /// Begins an epoch above `claimed`, the highest that the guard names, for a claim. It has to be saved durably
-    /// before the claim is made.
+    /// Begins an epoch above `claimed`, the highest that the guard names, for a claim. It must be saved durably before
+    /// the claim is made.
     pub(crate) fn begin_epoch(&mut self, claimed: u64, now: Now) {
-        // The saved epoch may have been lost with a crash.
+        // A crash may have lost the saved epoch.
         let claimed = claimed.max(epoch_of(self.delivery.number()));
         let known = self.books.standing.epoch.max(claimed as i64);
         self.books.standing.epoch = known.saturating_add(1);
@@ -108,7 +109,7 @@ impl Backend {
         Ok(())
     }
 
-    /// The limit of what a guard of ours can say: this server has written nothing beyond. Within a transaction.
+    /// The limit of what our own guard can say: this server has written nothing beyond it. Within a transaction.
     pub(crate) fn reach(&self) -> Reach {
         // SAFETY: reads a counter under its lock, and a position.
         let (next_xid, wal) = unsafe { (pg_sys::ReadNextFullTransactionId().value, pg_sys::GetXLogInsertRecPtr()) };
@@ -126,13 +127,13 @@ impl Backend {
         self.duty.connection().and_then(Connection::guard_key)
     }
 
-    /// Events accepted in all.
+    /// The total of accepted events.
     pub(crate) fn total(&self) -> i64 {
         self.books.total(self.delivery.accepted())
     }
 
-    /// Checks an idle connection. With exactly_once that refreshes the guard, which tells others that its owner is
-    /// alive, as a batch does.
+    /// Checks an idle connection. With exactly_once, that also refreshes the guard, which shows others that its owner
+    /// is alive, as a batch does.
     pub(crate) fn refresh(&mut self) {
         let is_idle = self.delivery.is_up() && self.delivery.is_idle();
         if let Some(connection) = self.duty.connection_mut().filter(|_| is_idle) {
@@ -140,7 +141,7 @@ impl Backend {
         }
     }
 
-    /// Tells those who watch the guard that its owner leaves, if it is the owner.
+    /// Marks in the guard that its owner leaves, if this server is the owner.
     pub(crate) fn release_guard(&mut self) {
         let owns = self.delivery.is_up() && self.delivery.is_idle();
         let releases = self.is_exactly_once() && (owns || self.recovery.has_claimed());
@@ -149,15 +150,15 @@ impl Backend {
         }
     }
 
-    /// Whether the reply to that is on its way.
+    /// Whether the reply to that is still expected.
     pub(crate) fn is_releasing(&self) -> bool {
         self.duty.connection().is_some_and(Connection::is_releasing)
     }
 
-    /// Refused events are written down durably: the sender may go on.
+    /// Lets the sender go on, because refused events are now durable.
     pub(crate) fn resume(&mut self) {
         if self.delivery.is_stopped() {
-            // A survey that was ordered before was dropped.
+            // The sender has dropped a survey that was ordered before.
             if let Some(readership) = self.delivery.readership_mut() {
                 readership.interrupt();
             }
@@ -166,7 +167,7 @@ impl Backend {
         }
     }
 
-    /// Ends a batch with what the guard will say of it.
+    /// Appends the guard's new values to a batch.
     pub(super) fn append_mark(
         &self,
         bytes: &mut Vec<u8>,

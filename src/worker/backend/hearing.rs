@@ -1,4 +1,4 @@
-//! A backend's sender: when it is started, what it reports, when it is let go.
+//! A backend's sender: when it is started, what it reports, and when it is ended.
 
 use crate::server::process;
 use crate::worker::backend::Backend;
@@ -19,12 +19,12 @@ impl Backend {
         self.connects() && !self.has_sender() && self.delivery.wants_connection(now)
     }
 
-    /// There is no permit for its sender.
+    /// Notes that no permit is free for its sender.
     pub(crate) fn wait_for_turn(&mut self, now: Now) {
         if let Some(connection) = self.duty.connection_mut() {
             connection.wait_for_turn();
         }
-        // What went wrong in its last turn says more.
+        // The failure of its last turn is more informative.
         if self.delivery.trouble().is_none() {
             let failure = Failure::of(
                 Trouble::NoDescriptor,
@@ -35,7 +35,7 @@ impl Backend {
         }
     }
 
-    /// Starts a sender; there is a permit for it.
+    /// Starts a sender. A permit must be free.
     pub(crate) fn connect(&mut self, now: Now, waker: &Arc<UnixStream>, permits: &mut SenderPermits) {
         self.turn.began_at = now;
         let ousts = self.is_told_to_take_over();
@@ -51,7 +51,7 @@ impl Backend {
         }
     }
 
-    /// Lets the sender go, to begin anew with another connection.
+    /// Lets the sender end. The next attempt uses another connection.
     pub(crate) fn let_go(&mut self) {
         self.recovery.reset();
         self.loses_readers();
@@ -64,9 +64,10 @@ impl Backend {
         }
     }
 
-    /// Processes what the sender has reported.
+    /// Processes the sender's reports.
     pub(crate) fn hear(&mut self, now: Now) {
-        // There may be thousands of backends: without news, one is not looked at in each round for something to log.
+        // There may be thousands of backends, so a backend without news is checked for something to log only from time
+        // to time.
         let mut has_news = self.logged.is_look_due(now);
         while let Some(report) = self.duty.connection().and_then(Connection::report) {
             has_news = true;
@@ -128,7 +129,7 @@ impl Backend {
         }
     }
 
-    /// A sender that answers, but has not come up in twice its timeouts, is worth a line in the log.
+    /// Whether to log that a sender's server answers but the sender is not ready after twice its timeouts.
     fn says_that_it_is_slow(&mut self, now: Now) -> bool {
         let Some(connection) = self.duty.connection_mut() else {
             return false;
@@ -138,7 +139,7 @@ impl Backend {
         }
         let failure = Failure::of(
             Trouble::TimedOut,
-            "it answers, but has not come to be ready in twice its timeouts",
+            "it answers, but was not ready within twice its timeouts",
         );
         let is_slow = self.delivery.takes_long(failure);
         match is_slow {
@@ -151,12 +152,12 @@ impl Backend {
         is_slow
     }
 
-    /// A node is about to be connected to.
+    /// Notes the node that the sender is about to connect to.
     fn found(&mut self, address: Address, now: Now) {
         process::debug(|| format!("connecting to Redis at {address} for backend \"{}\"", self.name()));
         self.books.note_address(&address, now);
         let is_other = self.duty.connection_mut().is_some_and(|c| c.found(address));
-        // A failure that there is came from another node.
+        // If there is a failure, it came from another node.
         if is_other && self.delivery.trouble().is_none() {
             self.logged.forget_state();
         }
@@ -174,7 +175,7 @@ impl Backend {
         self.recovery.interrupt();
         self.count_answers(accepted, &refused);
         let records = self.delivery.lost(failure, accepted, refused, now, fastrand::f64());
-        // A paused backend's failures are not shown.
+        // Failures of a paused backend are not shown.
         if self.is_enabled() || !records.is_empty() {
             self.books.change(now);
         }

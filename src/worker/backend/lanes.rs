@@ -1,9 +1,9 @@
-//! A backend of a cluster: one *lane* for each hash slot in use, with all that another backend has (a delivery, a
-//! sender, a guard, a cursor), and a *finder*, which reads all of the backend's events and makes the lane of a hash
-//! slot when it meets the first.
+//! A backend of a cluster has one *lane* for each hash slot in use, each with a delivery, a sender, a guard and a
+//! cursor of its own, as any other backend. Its *finder* reads all events of the backend, and makes the lane of a hash
+//! slot when it finds the first event for it.
 //!
-//! Invariant: no event of a hash slot that has no lane lies behind the finder's position. So a lane begins where the
-//! finder stands, and is saved before the finder goes on.
+//! Invariant: no event of a hash slot without a lane lies behind the finder's position. So a new lane begins at the
+//! finder's position, and is saved before the finder goes on.
 
 use crate::tables::backends::BackendRow;
 use crate::tables::cursors;
@@ -20,7 +20,7 @@ use relay::time::Now;
 use std::time::Duration;
 
 impl Backend {
-    /// A lane for a hash slot that has none, where the finder stands. It has to be saved in the same transaction.
+    /// Makes a lane for a hash slot that has none, at the finder's position. It must be saved in the same transaction.
     pub(crate) fn new_lane(&self, hash_slot: u16, at: Position, home: &Home) -> Self {
         let cursor = Cursor {
             position: at,
@@ -51,7 +51,7 @@ impl Backend {
         matches!(self.duty, Duty::Find(_))
     }
 
-    /// Whether a stream's events are this one's to deliver.
+    /// Whether it delivers the events of a stream.
     pub(crate) fn serves(&self, stream: &str) -> bool {
         self.lane()
             .is_none_or(|hash_slot| hash_slot_of(stream.as_bytes()) == hash_slot)
@@ -67,14 +67,14 @@ impl Backend {
         row.is_cluster() && self.lane().is_none() && self.reads_for_redis()
     }
 
-    /// No further lane can be made: events of other hash slots wait.
+    /// Notes that no further lane can be made. Events of other hash slots wait.
     pub(crate) fn no_lane_left(&mut self, hash_slot: u16, wait: Duration, now: Now) {
-        let message = format!("an event belongs to hash slot {hash_slot}, and {MOST_LANES} others are in use");
+        let message = format!("an event belongs to hash slot {hash_slot}, but {MOST_LANES} others are in use");
         self.rests_until = now + wait;
         self.hold_off(Failure::of(Trouble::TooManySlots, message), wait, now);
     }
 
-    /// The finder has passed the event that had stopped it.
+    /// The finder has passed the event that it had stopped at.
     pub(crate) fn goes_on(&mut self, now: Now) {
         if self.delivery.trouble().is_some() {
             self.delivery.forget_trouble();

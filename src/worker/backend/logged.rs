@@ -1,26 +1,26 @@
-//! What was logged of a backend, so that nothing is said twice.
+//! What was logged about a backend, so that nothing is logged twice.
 
 use crate::server::process::repeat_log_after;
 use relay::delivery::State;
 use relay::time::Now;
 use std::time::Duration;
 
-/// Most different troubles in one state that are logged within that time.
+/// How many different failures in one state are logged within that time.
 const LOGGED_TROUBLES: usize = 8;
-/// How often a backend is looked at for something to log, without news of it.
+/// How often a backend without news is checked for something to log.
 const LOOK_PAUSE: Duration = Duration::from_millis(250);
 
-/// What was logged of a backend.
+/// What was logged about a backend.
 #[derive(Default)]
 pub(super) struct Logged {
     state: Option<State>,
-    /// Troubles of this state that were logged within a minute.
+    /// Failures in this state that were logged within the last minute.
     troubles: Vec<(String, Now)>,
     look_at: Now,
 }
 
 impl Logged {
-    /// Whether it is time to look, without news.
+    /// Whether it is time to check a backend without news.
     pub(super) fn is_look_due(&self, now: Now) -> bool {
         now >= self.look_at
     }
@@ -29,12 +29,12 @@ impl Logged {
         self.look_at = now + LOOK_PAUSE;
     }
 
-    /// What comes next is logged, also if the state is the same.
+    /// The next line is logged even if the state is the same.
     pub(super) fn forget_state(&mut self) {
         self.state = None;
     }
 
-    /// Whether there is nothing new to say. Troubles that take turns are repeats, too.
+    /// Whether there is nothing new to log. Failures that alternate count as repeated.
     pub(super) fn is_known(&mut self, state: State, trouble: &str, now: Now) -> bool {
         if self.state != Some(state) {
             return false;

@@ -1,5 +1,5 @@
-//! A backend's lines in the log: one on each change of its state, and on the same trouble once a minute. There is never
-//! a line for each event.
+//! A backend's log lines: one on each change of its state, and one each minute while the same failure lasts. No line is
+//! ever logged for each event.
 
 use crate::server::guc::LogLevel;
 use crate::server::process::log;
@@ -13,12 +13,12 @@ use std::cell::RefCell;
 use std::time::Duration;
 
 thread_local! {
-    /// What lanes have logged lately. All lanes that lose the same node would log the same.
+    /// What lanes have logged recently. All lanes that lose the same node would log the same.
     static SAID: RefCell<Vec<(i32, String, Now)>> = const { RefCell::new(Vec::new()) };
 }
 
 impl Backend {
-    /// Logs what has changed, and again each minute what is still wrong.
+    /// Logs what has changed, and each minute what is still wrong.
     pub(super) fn log_change(&mut self, now: Now) {
         if !self.is_enabled() {
             return;
@@ -33,10 +33,10 @@ impl Backend {
             return;
         }
         let is_said = match self.delivery.trouble() {
-            // The worker says that in one line for all backends.
+            // The worker logs that in one line for all backends.
             Some(failure) if failure.trouble == Trouble::NoDescriptor => false,
             Some(failure) => self.say_failure(failure, now),
-            // A connection is not logged at each turn.
+            // A backend that takes turns does not log each connection.
             None if self.turn.is_taken => false,
             None => self.say_connected(now),
         };
@@ -85,7 +85,7 @@ impl Backend {
         if self.duty.connection().is_some_and(Connection::is_insecure) {
             log(
                 LogLevel::Warning,
-                &format!("{message}, or to whoever answers there"),
+                &format!("{message}, or to another server that answers there"),
                 Some("With tls_insecure, the server's certificate is not verified."),
                 Some("Set tls_insecure to false, and tls_ca_file if the certificate is of an authority of your own."),
             );
@@ -102,7 +102,7 @@ impl Backend {
         place.unwrap_or_default()
     }
 
-    /// Whether a lane has said the same within `span`.
+    /// Whether another lane has logged the same within `span`.
     fn was_said(&self, text: &str, span: Duration, now: Now) -> bool {
         const REMEMBERED: usize = 100;
         if self.lane().is_none() {
@@ -121,7 +121,7 @@ impl Backend {
     }
 }
 
-/// The text as a sentence begins.
+/// The text with a capital first letter.
 fn sentence(text: &str) -> String {
     let mut chars = text.chars();
     let first = chars.next().map(|c| c.to_ascii_uppercase());

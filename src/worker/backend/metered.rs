@@ -1,16 +1,16 @@
-//! What was counted of a backend already. How it is counted: `metering.rs`.
+//! What was already counted for a backend. How it is counted: `metering.rs`.
 
 use crate::server::meters::Meter;
 
-/// The meter of a backend, and what is in it already.
+/// The meter of a backend, and what it already includes.
 #[derive(Default)]
 pub(crate) struct Metered {
-    /// `None`: all were taken, or its row is gone.
+    /// `None`: all meters were taken, or the backend was deleted.
     pub(super) meter: Option<&'static Meter>,
-    /// How many events the delivery had accepted, and how many had failed in all, when that was counted last.
+    /// The delivery's totals of accepted and of failed events when they were last added to the meter.
     pub(super) accepted: u64,
     pub(super) failed: i64,
     pub(super) has_connected: bool,
-    /// The rows that are read now were committed after this time, see [`relay::reading::commits`].
+    /// The rows that are being read were committed after this time, see [`relay::reading::commits`].
     pub committed_after_us: i64,
 }

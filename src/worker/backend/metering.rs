@@ -1,4 +1,5 @@
-//! Counting what a backend does, for `outbox.metrics`: once a batch, in its meter. All lanes of a backend share one.
+//! Counts a backend's work for `outbox.metrics`: once for each batch, in its meter. All lanes of a backend share one
+//! meter.
 
 use crate::server::clock;
 use crate::server::meters::{self, Meter};
@@ -10,8 +11,8 @@ use relay::time::latency::Latencies;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 impl Backend {
-    /// Finds its meter, if it is to have one. A new one goes on from what is saved of the backend. Within a transaction.
-    /// False: there is none left.
+    /// Finds or assigns its meter. A new one continues from the backend's saved totals. Within a transaction. False: no
+    /// meter is free.
     pub(crate) fn find_meter(&mut self, home: &Home) -> bool {
         if self.row().is_none() || self.metered.meter.is_some() {
             return true;
@@ -25,12 +26,12 @@ impl Backend {
         self.metered.meter.is_some()
     }
 
-    /// Its row is gone, and so is its meter.
+    /// The backend was deleted, so its meter is no longer its own.
     pub(super) fn leave_meter(&mut self) {
         self.metered.meter = None;
     }
 
-    /// A lane counts with its finder.
+    /// A lane uses the meter of its finder.
     pub(super) fn share_meter(&mut self, finder: &Self) {
         self.metered.meter = finder.metered.meter;
     }
@@ -41,7 +42,7 @@ impl Backend {
         }
     }
 
-    /// All replies of the oldest batch are there.
+    /// Counts the oldest batch, for which all replies have come.
     pub(super) fn count_batch(&self, refused: &[Refusal]) {
         if let Some(batch) = self.delivery.oldest() {
             self.count(|meter| &meter.batches, 1);
@@ -50,7 +51,7 @@ impl Backend {
         }
     }
 
-    /// So many replies of the oldest batch are there.
+    /// Counts the oldest batch, for which this many replies have come.
     pub(super) fn count_answers(&self, known: usize, refused: &[Refusal]) {
         let (Some(meter), Some(batch)) = (self.metered.meter, self.delivery.oldest()) else {
             return;
@@ -69,7 +70,7 @@ impl Backend {
         }
     }
 
-    /// Nothing of the oldest batch was accepted.
+    /// Counts the oldest batch, of which nothing was accepted.
     pub(super) fn count_aborted(&self, refused: &[Refusal]) {
         self.count_refused(refused);
         let retried = self.delivery.oldest().filter(|batch| batch.again);
@@ -81,14 +82,14 @@ impl Backend {
         self.count(|meter| &meter.refused, of_events);
     }
 
-    /// A connection has come up.
+    /// Counts a new connection.
     pub(super) fn count_connection(&mut self) {
         if std::mem::replace(&mut self.metered.has_connected, true) {
             self.count(|meter| &meter.reconnects, 1);
         }
     }
 
-    /// Redis has lost so many events.
+    /// Counts events that Redis has lost.
     pub(crate) fn count_healed(&self, count: i64) {
         self.count(|meter| &meter.healed, count.max(0) as usize);
     }
@@ -97,7 +98,7 @@ impl Backend {
         self.count(|meter| &meter.purged, count as usize);
     }
 
-    /// Counts what was accepted and what has failed since.
+    /// Counts what was accepted and what has failed since the last time.
     pub(super) fn count_progress(&mut self) {
         let (accepted, failed) = (self.delivery.accepted(), self.books.standing.failed_total);
         let of = &mut self.metered;

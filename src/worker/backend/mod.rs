@@ -1,4 +1,4 @@
-//! One backend within the worker, or one lane of it.
+//! One backend within the worker, or one of its lanes.
 //!
 //! - [`duty`] why it is there: to send, to find lanes, to fail events; [`connection`] where its Redis is, and the
 //!   sender
@@ -7,9 +7,8 @@
 //! - [`entries`] from events to entries, and [`preview`] of one; [`books`] what is not saved yet, and [`saving`] it
 //! - [`heads`] where the waiting events of its refused streams begin
 //! - [`metered`] what was counted for `outbox.metrics`, and [`metering`] it
-//! - [`surveying`] the consumer groups of its streams; [`readers`] what is saved of them
-//! - [`restored`] how far it is with restored events, and [`comparing`] them; [`logged`] what was logged, and
-//!   [`logging`]
+//! - [`surveying`] the consumer groups of its streams; [`readers`] what is saved of the results
+//! - [`restored`] the state of restored events, [`comparing`] them; [`logged`] what was logged, and [`logging`]
 
 pub(crate) mod books;
 mod changes;
@@ -65,27 +64,27 @@ use relay::sender::orders::{Batch, Order};
 use relay::time::Now;
 use std::rc::Rc;
 
-/// Lanes of one backend: each has a thread, a connection and buffers.
+/// Lanes of one backend. The number is limited because each lane has a thread, a connection and buffers.
 pub(crate) const MOST_LANES: usize = 64;
-/// Bytes that may be on their way for one lane. It is less than for a backend because there may be many lanes.
+/// How many bytes may be in flight for one lane. It is less than for a backend, because there may be many lanes.
 const LANE_WINDOW_BYTES: usize = 512 * 1024;
 /// How many unused buffers are kept for a backend, and for a lane.
 const KEPT_BUFFERS: usize = 8;
 const KEPT_BUFFERS_OF_LANE: usize = 1;
 
-/// A backend, or one of its lanes.
+/// The key of a backend or of one of its lanes.
 pub(crate) type Whose = (i32, Option<u16>);
 
 pub(crate) struct Backend {
     pub number: i32,
     pub duty: Duty,
     pub delivery: Delivery,
-    /// How far its connection has come in claiming the guard.
+    /// How far recovery of its connection has come.
     pub recovery: Recovery,
     pub books: Books,
     pub turn: Turn,
     pub retention: RetentionClock,
-    /// It reads nothing before this, because it met a row that it cannot deliver yet.
+    /// It reads nothing before this time, because it met a row that it cannot deliver yet.
     pub rests_until: Now,
     restored: Restored,
     logged: Logged,
@@ -95,20 +94,20 @@ pub(crate) struct Backend {
     readers: Readers,
 }
 
-/// The turn of a backend that shares permits to connect with others, because there are too few for all.
+/// The turn of a backend that shares permits with others, because there are fewer permits than backends.
 #[derive(Default)]
 pub(crate) struct Turn {
-    /// It takes turns: it has a sender only for a while.
+    /// Whether it takes turns, and so has a sender only for a while.
     pub is_taken: bool,
-    /// When it got its last one.
+    /// When its last turn began.
     pub began_at: Now,
 }
 
-/// When retention has to be told what was delivered.
+/// When a tick has to be recorded for retention.
 pub(crate) struct RetentionClock {
-    /// When that was done last.
+    /// When that was last done.
     pub recorded_at: Option<Now>,
-    /// More was delivered since.
+    /// Whether more was delivered since.
     pub is_due: bool,
 }
 
@@ -118,8 +117,8 @@ impl Backend {
         (self.number, self.lane())
     }
 
-    /// A backend at its saved cursor, or at the beginning of time. One that was deleted and forgotten, and is there again,
-    /// goes on where the strays are: what lies behind them was sent or has failed.
+    /// Loads a backend at its saved cursor, or at the beginning of time. A backend that was deleted and forgotten and
+    /// exists again starts where the strays are: what lies behind them was sent or has failed.
     pub(crate) fn load(number: i32, duty: Duty, written_down: i64) -> Self {
         let beginning = || Cursor {
             position: Position::beginning(),
@@ -135,7 +134,7 @@ impl Backend {
         cursor.position = vouched;
         let mut backend = Self::standing_at(cursor, standing, number, duty, written_down);
         if !is_saved {
-            // The views show what is saved.
+            // The views show only what is saved.
             backend.books.change(Now::ZERO);
         }
         backend
@@ -154,7 +153,7 @@ impl Backend {
             Duty::Find(_) | Duty::Fail { .. } | Duty::Strays => Streams::default(),
         };
         let saved_high_seq = cursor.position.from.high_seq;
-        // Without a known guarantee it sends nothing, so the value does not matter.
+        // Without a known guarantee it sends nothing, so this value does not matter.
         let guarantee = duty.options().and_then(|options| options.delivery.clone().ok());
         let guarantee = guarantee.unwrap_or(Guarantee::ExactlyOnce);
         let mut delivery = Delivery::new(guarantee, cursor, streams, guc::backoff());
@@ -184,7 +183,7 @@ impl Backend {
         }
     }
 
-    /// The hash slot of a cluster that it is for.
+    /// The hash slot of a lane, in a cluster.
     pub(crate) fn lane(&self) -> Option<u16> {
         self.duty.lane()
     }
@@ -201,7 +200,7 @@ impl Backend {
         self.duty.options()
     }
 
-    /// Events that it may send a second; `None`: any number.
+    /// How many events it may send in a second; `None`: any number.
     pub(crate) fn max_rate(&self) -> Option<u32> {
         self.options()
             .and_then(|options| options.max_rate.as_ref().ok().copied().flatten())
@@ -212,12 +211,12 @@ impl Backend {
         &self.entries.stream
     }
 
-    /// Whether its events name their streams because `stream_name` is a template.
+    /// Whether its events store their streams because `stream_name` is a template.
     pub(crate) fn has_template(&self) -> bool {
         self.options().is_some_and(settings::has_template)
     }
 
-    /// A stream that events have named lately.
+    /// A stream that events have named recently.
     pub(crate) fn named_stream(&self) -> Option<Rc<str>> {
         self.entries.named_stream_of_late()
     }
@@ -230,13 +229,13 @@ impl Backend {
         self.row().is_none_or(|row| row.enabled)
     }
 
-    /// Whether it has to be connected. With exactly_once, also a paused backend is: the guard has to show that its
-    /// owner is alive.
+    /// Whether it must be connected. With exactly_once, a paused backend is connected too, because the guard must show
+    /// that its owner is alive.
     pub(crate) fn connects(&self) -> bool {
         self.reads_for_redis() && !self.is_withheld() && (self.is_enabled() || self.is_exactly_once())
     }
 
-    /// When something has to be done even without a report of the sender.
+    /// When it has something to do even without a report of the sender.
     pub(crate) fn due_at(&self) -> Option<Now> {
         let connection = self
             .duty
@@ -252,7 +251,7 @@ impl Backend {
         matches!(self.duty, Duty::Send(_))
     }
 
-    /// Whether it is up and without trouble, so that others may wait for it to catch up with them.
+    /// Whether it is up and without a failure, so that others may wait for it to catch up with them.
     pub(crate) fn is_keeping_up(&self) -> bool {
         self.reads_for_redis()
             && self.is_enabled()
@@ -262,7 +261,8 @@ impl Backend {
             && !self.is_held()
     }
 
-    /// As a reader of a deleted backend: no transaction from this on had begun when the deletion was known.
+    /// For the reader of a deleted backend: no transaction with this id or a higher one had begun when the worker
+    /// learned of the deletion.
     pub(crate) fn deleted_before(&self) -> Option<u64> {
         match self.duty {
             Duty::Fail { next_xid, .. } => Some(next_xid),
@@ -284,7 +284,7 @@ impl Backend {
         self.is_enabled() && !self.is_withheld() && now >= self.rests_until && (!self.reads_for_redis() || can_send())
     }
 
-    /// Whether a sender is busy.
+    /// Whether it has batches in flight.
     pub(crate) fn is_sending(&self) -> bool {
         self.has_sender() && !self.delivery.is_idle()
     }
@@ -293,7 +293,7 @@ impl Backend {
         self.duty.connection().is_some_and(Connection::has_sender)
     }
 
-    /// When something was acknowledged last.
+    /// When something was last acknowledged.
     pub(crate) fn moved_at(&self) -> Now {
         self.books.moved_at()
     }
@@ -305,7 +305,7 @@ impl Backend {
         }
     }
 
-    /// Hands over what was built in a transaction that has ended well. `wal`: up to where it is flushed.
+    /// Hands batches over that were built in a transaction that has ended well. `wal`: how far the WAL is flushed.
     pub(crate) fn send(&mut self, batches: Vec<BuiltBatch>, wal: u64) {
         fault::reach(Point::AfterRead);
         for BuiltBatch { batch, contents } in batches {
@@ -317,7 +317,7 @@ impl Backend {
                 self.append_mark(&mut bytes, guard.as_bytes(), &entries, &contents, wal);
             }
             let size = bytes.len();
-            // There was room; a sender that has ended in between will say so, and all is read again.
+            // There was room. If the sender has just ended, it will report that, and all events are read again.
             connection.order(Order::Batch(Batch {
                 bytes,
                 commands: entries.len(),
@@ -326,7 +326,7 @@ impl Backend {
         }
     }
 
-    /// The reader came to `position` without anything to send after the last batch.
+    /// The reader has come to `position` and has found nothing to send after the last batch.
     pub(crate) fn advanced(&mut self, position: Position, now: Now) {
         // A cursor that passed no event is not saved, so that an idle server stays idle.
         if position.from.high_seq != self.books.saved_high_seq() {
@@ -344,7 +344,7 @@ impl Backend {
         }
     }
 
-    /// Appends an event to a batch, in front of its entry. `stream`: as [`Self::stream_of`] says.
+    /// Appends an event to a batch, ahead of its entry. `stream`: the result of [`Self::stream_of`].
     pub(crate) fn encode(
         &mut self,
         batch: &mut OpenBatch,
@@ -355,7 +355,8 @@ impl Backend {
         self.entries.encode(&mut batch.bytes, stream, trims, event)
     }
 
-    /// What its entries tell of the WAL, which is flushed up to `flushed` for all that they may be of.
+    /// Sets the position in the WAL that its entries carry. The WAL is flushed up to `flushed` for all events that may
+    /// follow.
     pub(crate) fn tell_lsn(&mut self, flushed: u64) {
         self.entries.tell_lsn(|| ticks::replayable(flushed));
     }
@@ -365,7 +366,7 @@ impl Backend {
         self.entries.stream_of(event)
     }
 
-    /// Working space for a batch, begun as its delivery wants.
+    /// Returns a buffer for a batch, begun as its delivery needs it.
     pub(crate) fn buffer(&mut self) -> Vec<u8> {
         let mut buffer = self.entries.buffer();
         if self.is_exactly_once() {
@@ -384,7 +385,7 @@ impl Backend {
     }
 }
 
-/// Streams with waiting events of a backend, or of one lane of it.
+/// Streams with waiting events of a backend, or of one of its lanes.
 fn refused_streams(number: i32, lane: Option<u16>, own_stream: &str) -> Streams {
     let serves = |stream: &str| lane.is_none_or(|hash_slot| hash_slot_of(stream.as_bytes()) == hash_slot);
     let found = refused::refused_streams(number, own_stream).into_iter();

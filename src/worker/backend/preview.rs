@@ -1,4 +1,4 @@
-//! `outbox.preview()`: the XADD of one event, by the encoder that sends it.
+//! `outbox.preview()`: the XADD of one event, made by the encoder that also sends it.
 
 use crate::server::datum::utf8_of;
 use crate::server::encoding::words_to_server;
@@ -16,7 +16,7 @@ use std::borrow::Cow;
 crate::sql_function!(preview, pg_finfo_preview);
 
 /// `outbox.preview(event_id)`, strict
-// No pg_guard: as the other functions that are declared by hand.
+// No pg_guard, as for all functions that are declared by hand.
 #[unsafe(no_mangle)]
 extern "C-unwind" fn preview(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
     report::guard(|| {
@@ -29,7 +29,7 @@ extern "C-unwind" fn preview(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum 
 crate::sql_function!(preview_of_backend, pg_finfo_preview_of_backend);
 
 /// `outbox.preview(event_id, backend, stream)`
-// No pg_guard: as the other functions that are declared by hand.
+// No pg_guard, as in the other functions that are declared by hand.
 #[unsafe(no_mangle)]
 extern "C-unwind" fn preview_of_backend(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
     report::guard(|| {
@@ -49,7 +49,7 @@ extern "C-unwind" fn preview_of_backend(fcinfo: pg_sys::FunctionCallInfo) -> pg_
     })
 }
 
-/// Which of an event's rows is looked at.
+/// The row of an event that is asked for.
 struct Sought {
     event_id: [u8; 16],
     backend: Option<String>,
@@ -69,7 +69,7 @@ impl Sought {
     }
 }
 
-/// The words of the command that is sought; NULL without an id.
+/// The words of the command; NULL without an id.
 ///
 /// # Safety
 /// Called by Postgres, with arguments that `sought` reads; the first is an id.
@@ -92,7 +92,7 @@ unsafe fn shown_command(
     }
 }
 
-/// A word as text; bytes that are none as Postgres shows them.
+/// A word as text. Bytes that are not UTF-8 are shown as Postgres shows a bytea.
 fn shown(word: &[u8]) -> Cow<'_, str> {
     match std::str::from_utf8(word) {
         Ok(text) if !word.contains(&0) => text.into(),
@@ -103,14 +103,14 @@ fn shown(word: &[u8]) -> Cow<'_, str> {
     }
 }
 
-/// The command that appends this row of an event as it and its backend are now; `None`: there is none.
+/// The command that appends this row of an event with its present values and options; `None`: the row does not exist.
 fn command(sought: &Sought) -> Option<Vec<u8>> {
     let text = |text: &Option<String>| argument(text.as_deref().unwrap_or_default());
     let parameters = [
         ("event_id", pgrx::Uuid::from_bytes(sought.event_id).into()),
         ("backend", text(&sought.backend)),
         ("any_backend", sought.backend.is_none().into()),
-        // Which of a backend's rows it is shows with its stream.
+        // A backend's rows are distinguished by their streams.
         ("all", sought.stream.is_some().into()),
     ];
     let found = query_named(EVENT, parameters, |row| {
@@ -154,8 +154,8 @@ fn command(sought: &Sought) -> Option<Vec<u8>> {
     }
 }
 
-/// Wherever it is. Of an event that goes to several streams, its first row, or that of a backend. A backend is known by
-/// its name of today; one that was deleted by the name that it had.
+/// Finds the event in whichever table it is. If it goes to several streams, this is its first row, or the first of a
+/// backend. A backend is known by its present name; a deleted one by the name that it had.
 const EVENT: &str = "select e.backend_number, e.backend, e.event_type, e.source, e.subject, e.data::text, e.stream, e.data_schema,
         e.publisher_config::text, (extract(epoch from e.created_at) * 1000000)::bigint as created_at_us
     from (
@@ -178,7 +178,7 @@ fn refuse_backend(name: &str) -> ! {
             format!("backend \"{name}\" does not exist"),
             "",
         )
-        .set_detail("It was deleted, so the event is sent nowhere.")
+        .set_detail("It was deleted, so the event will not be sent.")
         .set_hint("Insert a backend of this name into outbox.backends, and call outbox.retry_failed()."),
     )
 }
@@ -202,6 +202,6 @@ fn refuse_event(error: &str) -> ! {
             "",
         )
         .set_detail(format!("{error}."))
-        .set_hint("It fails when its turn comes, and is kept in outbox.failed_events."),
+        .set_hint("It will fail when its turn comes, and is then kept in outbox.failed_events."),
     )
 }

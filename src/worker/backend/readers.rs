@@ -1,18 +1,18 @@
-//! What of the consumer groups of a backend's streams is to be saved, and what was logged of them.
+//! What is saved about the consumer groups of a backend's streams, and what was logged about them.
 
 use crate::server::process::repeat_log_after;
 use relay::consumers::group::{GroupName, Surveyed};
 use relay::time::Now;
 use std::sync::Arc;
 
-/// Groups whose silence was logged lately.
+/// How many groups are remembered whose silence was recently logged.
 const MOST_LOGGED: usize = 100;
 
 #[derive(Default)]
 pub(super) struct Readers {
-    /// What the last survey has found, until it is saved.
+    /// The result of the last survey, until it is saved.
     found: Option<Vec<Surveyed>>,
-    /// What was saved last.
+    /// What was last saved.
     saved: Vec<Surveyed>,
     logged: Vec<(Arc<str>, GroupName, Now)>,
 }
@@ -22,7 +22,7 @@ impl Readers {
         self.found = Some(found);
     }
 
-    /// What is to be saved. Unless somebody looks, only what has changed.
+    /// What has to be saved: everything if somebody looks at the view, otherwise only changes.
     pub(super) fn unsaved(&self, is_viewed: bool) -> Option<&[Surveyed]> {
         let found = self.found.as_deref()?;
         (is_viewed || found != self.saved).then_some(found)
@@ -34,7 +34,7 @@ impl Readers {
         }
     }
 
-    /// Whether the silence of a group is to be logged, at most once a minute.
+    /// Whether to log the silence of a group, at most once a minute.
     pub(super) fn is_news(&mut self, stream: &Arc<str>, group: &GroupName, now: Now) -> bool {
         self.logged.retain(|(_, _, at)| now < *at + repeat_log_after());
         let is_known = self.logged.iter().any(|(s, g, _)| s == stream && g == group);

@@ -1,4 +1,4 @@
-//! Saving what a backend's books hold.
+//! Saves what a backend's books hold.
 
 use crate::server::process::{self, Aborted};
 use crate::tables::care;
@@ -13,7 +13,7 @@ use relay::fault::{self, Mutation};
 use relay::time::Now;
 
 impl Backend {
-    /// When the cursor is to be saved.
+    /// When the cursor has to be saved.
     pub(crate) fn save_at(&self) -> Option<Now> {
         self.books.save_at()
     }
@@ -48,7 +48,7 @@ impl Backend {
         self.books.pending_save = Some((standing, self.delivery.accepted()));
     }
 
-    /// What is to be saved beside the position. `failed`: events that failed since the last save.
+    /// What is saved besides the position. `failed`: events that have failed since the last save.
     fn standing_now(&self, failed: u64, wall_us: i64) -> Standing {
         let books = &self.books;
         let mut standing = books.standing.clone();
@@ -71,7 +71,7 @@ impl Backend {
         standing
     }
 
-    /// Events a second since the last save.
+    /// Events per second since the last save.
     fn rate(&self, standing: &Standing, now: Now) -> f32 {
         let elapsed = (now.saturating_sub(self.books.saved_at)).as_secs_f64();
         match elapsed > 0.0 {
@@ -80,7 +80,7 @@ impl Backend {
         }
     }
 
-    /// The transaction of [`Self::save`] has committed.
+    /// Called when the transaction of [`Self::save`] has committed.
     pub(crate) fn saved(&mut self, now: Now) {
         let books = &mut self.books;
         if let Some((standing, counted)) = books.pending_save.take() {
@@ -94,7 +94,7 @@ impl Backend {
             format!("saved the cursor of backend \"{name}\": {total} events accepted so far")
         });
         books.records.clear();
-        // What is still in flight will be acknowledged, and marked as a change then.
+        // What is still in flight will be acknowledged later, and is marked as a change then.
         (books.dirty_since, books.stale_since) = (None, None);
         books.saved_high_seq = self.delivery.acked().from.high_seq;
         books.saved_at = now;
@@ -109,7 +109,7 @@ fn error_of(record: &Record) -> Option<&str> {
     }
 }
 
-/// Writes down what is unsaved of some, in one transaction.
+/// Saves what is unsaved of the chosen backends, in one transaction.
 pub(crate) fn save(backends: &mut [Backend], which: impl Fn(&Backend) -> bool, now: Now) -> Result<(), Aborted> {
     let which = |b: &Backend| b.is_unsaved() && which(b);
     if !backends.iter().any(&which) {
@@ -121,8 +121,8 @@ pub(crate) fn save(backends: &mut [Backend], which: impl Fn(&Backend) -> bool, n
     });
     // SAFETY: reads the clock.
     let wall_us = unsafe { pg_sys::GetCurrentTimestamp() } + crate::server::datum::EPOCH_SHIFT_US;
-    // Saved in the same order on all servers: a subscription locks rows of this table in the order in which the other
-    // server saved its own, and there must be no deadlock.
+    // All servers save in the same order, to avoid a deadlock: a subscription locks rows of this table in the order in
+    // which the other server saved its own.
     let mut saved: Vec<&mut Backend> = backends.iter_mut().filter(|b| which(b)).collect();
     saved.sort_unstable_by_key(|b| b.whose());
     care::transaction(|| saved.iter_mut().for_each(|b| b.save(now, wall_us)))?;

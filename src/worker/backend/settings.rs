@@ -1,5 +1,5 @@
-//! The settings of a backend as its sender needs them: its row of `outbox.backends`, and `outbox_relay.redis_*` where
-//! that has none.
+//! The settings of a backend as its sender needs them: its row of `outbox.backends`, and `outbox_relay.redis_*` for
+//! options that the row leaves NULL.
 
 use crate::server::guc;
 use crate::tables::backends::BackendRow;
@@ -15,16 +15,16 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
-/// What backends have to know of their database.
+/// What backends need to know about their database.
 #[derive(Clone, Default)]
 pub(crate) struct Home {
     pub name: String,
-    /// A guard's key begins with it: it names the installation and the database.
+    /// The beginning of a guard's key: it names the installation and the database.
     pub guard_prefix: String,
 }
 
 impl Home {
-    /// Tells this installation from others of the database.
+    /// Distinguishes this installation from others in the same database.
     pub(super) fn installation_hash(&self) -> u64 {
         let mut hasher = DefaultHasher::new();
         self.guard_prefix.hash(&mut hasher);
@@ -32,8 +32,8 @@ impl Home {
     }
 }
 
-/// Where and how the events of a backend are sent. `lane`: the hash slot that is served, in a cluster. An option of the
-/// row that cannot be used is never taken for another: then there is no destination.
+/// Where and how the events of a backend are sent. `lane`: the hash slot, in a cluster. An option of the row that
+/// cannot be used is never replaced by another value: then there is no destination.
 pub(super) fn destination(row: &BackendRow, home: &Home, lane: Option<u16>) -> Known<Destination> {
     let options = &row.options;
     let text = |own: &Option<String>, setting: &_| own.clone().unwrap_or_else(|| guc::text(setting));
@@ -58,7 +58,7 @@ pub(super) fn destination(row: &BackendRow, home: &Home, lane: Option<u16>) -> K
         .filter(|count| *count > 0)
         .map(|count| Replicas {
             count,
-            // The reply must come before the connection counts as dead.
+            // The reply must come before the connection counts as lost.
             wait_ms: (socket_timeout / 2).as_millis().max(1) as u64,
         });
     let protocol = match options.delivery.clone()? {
@@ -75,7 +75,7 @@ pub(super) fn destination(row: &BackendRow, home: &Home, lane: Option<u16>) -> K
         route: route(options, lane)?,
         allowed_hosts: guc::allowed_hosts(),
         tls: options.tls.clone()?.then(|| tls(options)),
-        // A cluster has no other.
+        // A cluster has only database 0.
         db: match row.is_cluster() {
             true => 0,
             false => i64::from(options.db.unwrap_or_else(|| guc::REDIS_DB.get())),
@@ -89,7 +89,7 @@ pub(super) fn destination(row: &BackendRow, home: &Home, lane: Option<u16>) -> K
     })
 }
 
-/// The same for a login of its own; in a cluster, to the node of the backend's own stream.
+/// As [`destination`], for a separate login; in a cluster, to the node of the backend's own stream.
 pub(crate) fn destination_to_test(row: &BackendRow, home: &Home, stream: &str) -> Known<Destination> {
     let lane = row.is_cluster().then(|| hash_slot_of(stream.as_bytes()));
     destination(row, home, lane)
@@ -107,7 +107,8 @@ pub(super) fn stream(options: Option<&Options>) -> Rc<str> {
     common.as_deref().unwrap_or(DEFAULT_STREAM).into()
 }
 
-/// Whether events name their streams because `stream_name` is a template. Then hardly any are in the backend's own.
+/// Whether events store their streams because `stream_name` is a template. Then hardly any are in the backend's own
+/// stream.
 pub(super) fn has_template(options: &Options) -> bool {
     match &options.stream_name {
         Ok(Some(name)) => name.plain().is_none(),
@@ -116,7 +117,7 @@ pub(super) fn has_template(options: &Options) -> bool {
     }
 }
 
-/// The length to which each XADD trims; 0: it does not.
+/// The length to which each XADD trims; 0: it does not trim.
 pub(super) fn trimmed_to(options: Option<&Options>) -> i64 {
     match options.map(|options| &options.trim) {
         Some(Ok(Trimming::Read)) => 0,
@@ -124,13 +125,13 @@ pub(super) fn trimmed_to(options: Option<&Options>) -> i64 {
     }
 }
 
-/// How long streams may be; 0: unlimited.
+/// The maximum length of streams; 0: unlimited.
 pub(super) fn max_len(options: Option<&Options>) -> i64 {
     let own = options.and_then(|options| options.max_len.clone().ok().flatten());
     own.unwrap_or_else(|| i64::from(guc::REDIS_MAX_LEN.get()))
 }
 
-/// What writes entries. With unusable options nothing is sent, so their value does not matter.
+/// The encoder of entries. With unusable options nothing is sent, so their values do not matter here.
 pub(super) fn encoder(options: Option<&Options>) -> Encoder {
     let format = options.and_then(|options| options.format.clone().ok());
     let fields = options.and_then(|options| options.static_fields.clone().ok());
@@ -141,7 +142,7 @@ pub(super) fn encoder(options: Option<&Options>) -> Encoder {
     }
 }
 
-/// What the backend logs in with, where it connects now.
+/// The password that the backend logs in with at its present destination.
 fn secret(row: &BackendRow) -> Option<Secret> {
     let file = |path: String, is_withheld| match is_withheld {
         true => Secret::Withheld,
@@ -164,8 +165,8 @@ fn secret(row: &BackendRow) -> Option<Secret> {
     (row.is_at_common_address() && !path.is_empty()).then(|| file(path, withheld.common_file))
 }
 
-/// In a cluster, each hash slot has a guard of its own. A tag puts the guard into the streams' hash slot, whatever the
-/// streams are called.
+/// In a cluster, each hash slot has a guard of its own. A hash tag puts the guard into the hash slot of the streams,
+/// whatever their names are.
 fn guard_key(home: &Home, number: i32, lane: Option<u16>) -> String {
     let prefix = &home.guard_prefix;
     match lane {
@@ -189,7 +190,7 @@ fn route(options: &Options, lane: Option<u16>) -> Known<Route> {
                 .clone()
                 .ok_or_else(|| Unusable::null("sentinel_master"))?,
         },
-        // Without a lane it connects nowhere, and the value does not matter.
+        // Without a lane it never connects, so this value does not matter.
         Topology::Cluster => Route::Cluster {
             nodes: nodes()?,
             hash_slot: lane.unwrap_or_default(),

@@ -1,4 +1,4 @@
-//! The consumer groups of a backend: when Redis is asked about them, and what follows from the answers. See
+//! The consumer groups of a backend: when Redis is asked about them, and how the answers are used. See
 //! [`relay::consumers`].
 
 use crate::server::guc::LogLevel;
@@ -17,7 +17,7 @@ use relay::time::Now;
 use std::rc::Rc;
 
 impl Backend {
-    /// How streams are trimmed, unless by length.
+    /// The policy of trimming by what was read; `None`: streams are trimmed by length.
     fn trim_policy(&self) -> Option<Policy> {
         let row = self.row().filter(|_| self.reads_for_redis())?;
         match row.options.trim {
@@ -29,8 +29,8 @@ impl Backend {
         }
     }
 
-    /// Watches the streams, or not: because of its settings, or because somebody looks. True: it has just begun, and
-    /// [`Self::watch_streams`] is to be told what there was before.
+    /// Starts or stops watching the streams, depending on the settings and on whether somebody looks at the view. True:
+    /// it has just started, and [`Self::watch_streams`] must be called with the streams known before.
     pub(crate) fn watch(&mut self, is_viewed: bool) -> bool {
         let policy = self.trim_policy();
         if policy.is_none() && (!is_viewed || !self.reads_for_redis()) {
@@ -54,7 +54,7 @@ impl Backend {
         }
     }
 
-    /// Streams that it had before.
+    /// Adds streams that were known before.
     pub(crate) fn watch_streams(&mut self, streams: Vec<String>) {
         let mut all: Vec<Rc<str>> = streams.into_iter().map(Rc::from).collect();
         all.extend(self.entries.named_streams());
@@ -64,7 +64,7 @@ impl Backend {
         }
     }
 
-    /// When Redis is to be asked; `None`: not now.
+    /// When to ask Redis; `None`: not now.
     pub(crate) fn survey_at(&self, is_viewed: bool) -> Option<Now> {
         let readership = self.delivery.readership()?;
         let may_ask = self.has_sender() && self.delivery.is_up() && !self.delivery.is_stopped();
@@ -72,8 +72,8 @@ impl Backend {
         readership.due_at(is_viewed).filter(|_| may_ask && is_of_use)
     }
 
-    /// Asks Redis. If nothing is on its way, an empty batch before that moves the guard on, so that what the last batch
-    /// has appended can be trimmed. `wal`: up to where it is flushed.
+    /// Asks Redis. If no batch is in flight, an empty batch first moves the guard on, so that the entries of the last
+    /// batch can be trimmed. `wal`: how far the WAL is flushed.
     pub(crate) fn ask_consumers(&mut self, is_viewed: bool, wal: u64, now: Now) {
         let mut last = self.delivery.number();
         let trims = self.is_enabled() && !self.is_withheld();
@@ -98,7 +98,7 @@ impl Backend {
         self.order(Order::Survey(Box::new(Survey::new(number, questions, asks_idle))));
     }
 
-    /// The answers of a survey.
+    /// Processes the answers of a survey.
     pub(super) fn take_survey(&mut self, number: u64, found: Vec<Surveyed>, now: Now) {
         let last = self.delivery.number();
         let before = self.delivery.trouble().cloned();
@@ -115,19 +115,19 @@ impl Backend {
         self.readers.found(found);
     }
 
-    /// The connection is gone.
+    /// Forgets what was asked on a connection that is lost.
     pub(super) fn loses_readers(&mut self) {
         if let Some(readership) = self.delivery.readership_mut() {
             readership.disconnected();
         }
     }
 
-    /// What is to be saved of the last survey. Unless somebody looks, only what has changed.
+    /// What has to be saved of the last survey: everything if somebody looks at the view, otherwise only changes.
     pub(crate) fn unsaved_consumers(&self, is_viewed: bool) -> Option<&[Surveyed]> {
         self.readers.unsaved(is_viewed)
     }
 
-    /// It is saved.
+    /// Called when that is saved.
     pub(crate) fn saved_consumers(&mut self) {
         self.readers.is_saved();
     }
@@ -146,7 +146,7 @@ impl Backend {
                     silent.as_secs()
                 )),
                 Some(
-                    "Entries that it has not acknowledged go. Start its consumers, or delete the group with XGROUP DESTROY.",
+                    "Entries that it has not acknowledged are trimmed. Start its consumers, or delete the group with XGROUP DESTROY.",
                 ),
             );
         }
