@@ -1,14 +1,14 @@
 //! Where a test may break the worker: points at which it dies or waits, and mutations of the code that the tests must
-//! notice. In builds without the feature `faults` there is nothing of it.
+//! notice. Builds without the feature `faults` contain none of this.
 //!
-//! Both are told by files in the working directory, which is the server's data directory: `outbox_relay.crash_at` holds
-//! the name of a point, at which the process kills itself (or, with `hold` behind the name, waits until the file is
-//! gone); `outbox_relay.mutation`, read once, the name of a mutation. A thread that was told by [`mutate`] looks at no
-//! file.
+//! Files in the working directory, which is the server's data directory, select both. `outbox_relay.crash_at` holds the
+//! name of a point, at which the process kills itself (or, if `hold` follows the name, waits until the file is
+//! removed). `outbox_relay.mutation`, which is read once, holds the name of a mutation. A thread that has called
+//! [`mutate`] does not read the file.
 
 use std::str::FromStr;
 
-/// An enum whose variants have names, by which files and command lines tell of them.
+/// Declares an enum whose variants have names, which are used in files and on command lines.
 macro_rules! named {
     ($(#[$meta:meta])* $enum:ident { $($variant:ident: $name:literal,)* }) => {
         $(#[$meta])*
@@ -39,7 +39,7 @@ macro_rules! named {
 }
 
 named! {
-    /// A point on the worker's way; the last one on that of a session that publishes.
+    /// A point in the worker's code; the last one is in a session that publishes.
     Point {
         BeforeTick: "before_tick",
         BeforeSnapshot: "before_snapshot",
@@ -59,8 +59,7 @@ named! {
 }
 
 named! {
-    /// A way in which the code is wrong; the last three only have less room, or less
-    /// patience, so that tests meet their limits.
+    /// A deliberate fault in the code. The last three only reduce room or patience, so that tests reach the limits.
     Mutation {
         SkipFlush: "skip_flush",
         FlushBeforeSnapshot: "flush_before_snapshot",
@@ -112,7 +111,7 @@ mod armed {
             return;
         }
         if words.next() == Some("hold") {
-            // Tells whoever waits for it.
+            // Notifies the test that waits for this.
             let _ = fs::write("outbox_relay.held", point.name());
             while said() == text {
                 thread::sleep(Duration::from_millis(2));
@@ -124,7 +123,7 @@ mod armed {
         die();
     }
 
-    /// As if somebody had killed it: nothing of the process runs any more.
+    /// Ends the process as if it had been killed: no more of its code runs.
     fn die() -> ! {
         let killed = kill_process(getpid(), Signal::KILL);
         panic!("a crash point could not kill its own process: {killed:?}");
@@ -137,26 +136,26 @@ mod armed {
         let told = MUTATION.get_or_init(|| {
             let text = fs::read_to_string(MUTATION_FILE).unwrap_or_default();
             let name = Some(text.trim()).filter(|name| !name.is_empty())?;
-            // A name that means nothing would make a test pass for nothing.
+            // An unknown name must not let a test pass without its mutation.
             Some(name.parse().unwrap_or_else(|error| panic!("{MUTATION_FILE}: {error}")))
         });
         *told == Some(mutation)
     }
 }
 
-/// The process has come to this point.
+/// Called when the process has reached this point.
 #[cfg(feature = "faults")]
 pub fn reach(point: Point) {
     armed::reach(point);
 }
 
-/// Whether the code is to be wrong in this way.
+/// Whether this mutation is active.
 #[cfg(feature = "faults")]
 pub fn is_mutated(mutation: Mutation) -> bool {
     armed::is_mutated(mutation)
 }
 
-/// What this thread does is wrong in this way from now on, and in no other; `None`: in none.
+/// Sets the only mutation of this thread; `None`: none.
 #[cfg(feature = "faults")]
 pub fn mutate(mutation: Option<Mutation>) {
     armed::mutate(mutation);

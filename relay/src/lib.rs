@@ -1,7 +1,6 @@
-//! The relay's logic, with no Postgres in it. Time and randomness are passed in, so that every decision can be
-//! replayed.
+//! The relay's logic, without Postgres. Time and randomness are passed in, so that every decision can be reproduced.
 //!
-//! A folder uses those below it, and none above (`scripts/lint-structure`):
+//! A folder uses only those below it (`scripts/lint-structure`):
 //!
 //! ```text
 //! recovery   from a guard that was read to a backend that is up, against a trait for the books
@@ -16,9 +15,9 @@
 //! time, fault, seal, statement                time as it is passed in; crash points; passwords at rest; what a statement is
 //! ```
 //!
-//! `samples` has examples for tests, and is built for them alone.
+//! `samples` has examples for tests, and exists only in test builds.
 #![forbid(unsafe_code)]
-// At most as many as clippy.toml says. A table may be longer, and says so.
+// The limit is in clippy.toml. A function that is a table may be longer, and says so.
 #![warn(clippy::too_many_lines)]
 
 pub mod consumers;

@@ -1,14 +1,14 @@
-//! Examples for tests: of this crate, and of those that use it with the feature `samples`.
+//! Examples for tests of this crate, and of crates that use it with the feature `samples`.
 
 use crate::consumers::group::{EntryId, Group, GroupName};
 use crate::guard::Owner;
 use crate::sender::orders::{Claim, Order};
 use std::time::Duration;
 
-/// The token of [`claim`], and of the guard that [`GUARD`] shows.
+/// The token of [`claim`], and of the guard in [`GUARD`].
 pub const TOKEN: &str = "t";
 
-/// The fields of a readable guard, all of them.
+/// All fields of a readable guard.
 pub const GUARD: [(&str, &str); 16] = [
     ("token", TOKEN),
     ("incarnation", "i"),
@@ -28,7 +28,7 @@ pub const GUARD: [(&str, &str); 16] = [
     ("own_stream", "events"),
 ];
 
-/// The order to claim a guard under [`TOKEN`], without a start of its own.
+/// The order to claim a guard under [`TOKEN`], without a new start.
 pub fn claim() -> Order {
     let owner = Owner {
         incarnation: "i".into(),
@@ -44,7 +44,8 @@ pub fn claim() -> Order {
     }))
 }
 
-/// A group that has read up to an entry of millisecond 1, and acknowledged all but the oldest pending one.
+/// A group that has read up to an entry of millisecond 1, and has acknowledged all entries except the oldest pending
+/// one.
 pub fn group(name: &str, last: u64, oldest_pending: Option<u64>) -> Group {
     let id = |seq| EntryId { ms: 1, seq };
     Group {

@@ -1,15 +1,15 @@
-//! Passwords as they lie in a table: sealed (AES-256-GCM), so that whoever is shown the table, as logical decoding
-//! does, does not read them.
+//! Passwords as they are stored in a table: sealed (AES-256-GCM), so that somebody who sees the table, for example
+//! through logical decoding, cannot read them.
 
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
 
 pub const KEY_BYTES: usize = 32;
-/// Drawn anew for each password.
+/// A new nonce is drawn for each password.
 pub const NONCE_BYTES: usize = NONCE_LEN;
 
 pub type SealKey = [u8; KEY_BYTES];
 
-/// The nonce, and the password of this backend sealed with it; `None` if it is longer than anybody's.
+/// The nonce, and the password of this backend sealed with it; `None` if the password is too long.
 pub fn seal(key: &SealKey, nonce: [u8; NONCE_BYTES], backend_number: i32, password: &str) -> Option<Vec<u8>> {
     let mut sealed = password.as_bytes().to_vec();
     opener(key)?
@@ -18,7 +18,7 @@ pub fn seal(key: &SealKey, nonce: [u8; NONCE_BYTES], backend_number: i32, passwo
     Some([nonce.as_slice(), &sealed].concat())
 }
 
-/// `None`: it was sealed with another key, or for another backend, or is damaged.
+/// `None`: it was sealed with another key or for another backend, or it is damaged.
 pub fn open(key: &SealKey, backend_number: i32, sealed: &[u8]) -> Option<String> {
     let (nonce, sealed) = sealed.split_first_chunk()?;
     let mut bytes = sealed.to_vec();
@@ -60,7 +60,7 @@ mod tests {
     const KEY: SealKey = [7; KEY_BYTES];
 
     #[test]
-    fn what_is_sealed_is_opened_with_its_key_for_its_backend() {
+    fn a_password_is_opened_only_with_its_key_and_for_its_backend() {
         for password in ["", "secret", "ü \u{1f600}", &"x".repeat(100_000)] {
             let sealed = seal(&KEY, [1; NONCE_BYTES], 5, password).expect("sealed");
             assert_eq!(open(&KEY, 5, &sealed).as_deref(), Some(password));

@@ -1,16 +1,16 @@
-//! What a statement's text says of it.
+//! What the text of a statement tells about it.
 
-/// Comments before a statement are looked into this far.
+/// Comments before a statement are read up to this length.
 const LOOKED_INTO: usize = 4_096;
 
-/// Whether this is, or may be, a COMMIT PREPARED. A text that begins otherwise is told from it by its first letter.
+/// Whether this is, or may be, a COMMIT PREPARED. For most other texts the first letter decides.
 pub fn is_commit_prepared(text: &[u8]) -> bool {
     let text = text.trim_ascii_start();
     match text.first() {
         Some(b'c' | b'C') => {
             text.get(..6).is_some_and(|word| word.eq_ignore_ascii_case(b"commit")) && holds_prepared(&text[6..])
         }
-        // A comment, which may hold anything; and empty statements may come first.
+        // A comment may contain anything, and empty statements may come first.
         Some(b'/' | b'-' | b';') => holds_prepared(text),
         _ => false,
     }
@@ -27,7 +27,7 @@ mod tests {
     use super::is_commit_prepared;
 
     #[test]
-    fn tells_it_by_its_first_words() {
+    fn a_commit_prepared_is_recognised_by_its_first_words() {
         for text in [
             "commit prepared 'a'",
             "\n  COMMIT\tPrepared 'a';",

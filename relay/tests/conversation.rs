@@ -1,4 +1,4 @@
-//! The conversation of exactly_once, step by step: which bytes an order or a reply leads to.
+//! The conversation of exactly_once, step by step: the bytes that follow from an order or a reply.
 
 use relay::consumers::group::EntryId;
 use relay::consumers::readership::Question;
@@ -13,7 +13,7 @@ use relay::sender::orders::{Batch, Order, Report};
 use relay::sender::survey::Survey;
 use std::sync::Arc;
 
-/// A conversation whose other side is the test.
+/// A conversation in which the test is the server.
 struct Talk {
     conversation: Conversation,
     reports: Vec<Report>,
@@ -144,7 +144,7 @@ fn the_next_exec_is_sent_only_after_the_token_was_read_again() {
     assert_eq!(talk.reported(), "done");
 }
 
-/// What is trimmed lies behind the batch that makes it superfluous.
+/// Trimming comes after the batch that makes the trimmed entries superfluous.
 #[test]
 fn a_survey_waits_until_the_batch_before_it_is_appended() {
     let mut talk = Talk::armed();
@@ -165,7 +165,7 @@ fn a_survey_waits_until_the_batch_before_it_is_appended() {
     );
     talk.orders(batch());
     assert_eq!(talk.says(), "MULTI XADD XADD HSET EXEC WATCH HMGET");
-    // Between two, while the token is read.
+    // Between two batches, while the token is read.
     talk.hears(&QUEUED);
     talk.hears(&[EXECUTED]);
     talk.orders(survey(2));
@@ -230,7 +230,7 @@ fn after_a_refusal_nothing_is_sent_until_it_is_written_down() {
         "replies to what was discarded are on their way"
     );
     talk.hears(&["+OK"]);
-    // The worker has not heard of it yet.
+    // The worker does not know of it yet.
     talk.orders(batch());
     assert_eq!(talk.says(), "");
     talk.orders(Order::Resume);
@@ -242,7 +242,7 @@ fn after_a_refusal_nothing_is_sent_until_it_is_written_down() {
 }
 
 #[test]
-fn of_an_aborted_batch_only_what_was_not_queued_is_refused() {
+fn an_aborted_batch_refuses_only_the_events_that_were_not_queued() {
     let mut talk = Talk::armed();
     talk.orders(batch());
     talk.says();
@@ -252,7 +252,7 @@ fn of_an_aborted_batch_only_what_was_not_queued_is_refused() {
 }
 
 #[test]
-fn an_entry_that_is_too_large_for_the_server_is_its_last_word() {
+fn a_server_closes_the_connection_after_an_entry_that_is_too_large() {
     let mut talk = Talk::armed();
     talk.orders(batch());
     talk.orders(batch());
@@ -264,7 +264,7 @@ fn an_entry_that_is_too_large_for_the_server_is_its_last_word() {
     );
 }
 
-/// A worker that leaves orders it as soon as it has ordered the claim.
+/// A worker that stops gives this order as soon as it has ordered the claim.
 #[test]
 fn an_order_waits_until_the_claim_is_confirmed() {
     let mut talk = Talk::begun(None);
@@ -279,7 +279,7 @@ fn an_order_waits_until_the_claim_is_confirmed() {
     talk.orders(leaves(1));
     assert_eq!(talk.says(), "MULTI HSET EXEC WATCH HMGET");
     assert!(talk.conversation.is_releasing());
-    // What was ordered meanwhile comes after it.
+    // Orders given meanwhile follow it.
     talk.orders(look());
     assert_eq!(talk.says(), "");
     talk.hears(&["+OK", "+QUEUED", "*1\r\n:0"]);

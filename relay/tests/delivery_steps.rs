@@ -16,12 +16,12 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// As in the module `delivery`.
+/// The same as in the module `delivery`.
 const WINDOW_BYTES: usize = 2 * 1024 * 1024;
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// A delivery that is told everything by hand; the clock stands where it is put.
+/// A delivery whose inputs and clock are set by hand.
 struct Desk {
     delivery: Delivery,
     now: Now,
@@ -85,7 +85,7 @@ impl Desk {
         seqs.iter().map(entry).collect()
     }
 
-    /// Reads rows of one stream, and does with each what it is told to.
+    /// Reads rows of one stream, and gives each its result.
     fn read(&mut self, seqs: &[i64], stream: &str) -> Vec<RowFate> {
         let fates: Vec<_> = seqs.iter().map(|seq| self.delivery.on_row(*seq, stream)).collect();
         let to_send = seqs.iter().zip(&fates).filter(|(_, fate)| **fate == RowFate::Send);
@@ -113,14 +113,14 @@ impl Desk {
         brief(&self.delivery.lost(reset, accepted, Vec::new(), self.now, 0.5))
     }
 
-    /// The stream that is due, and how many of its events.
+    /// The stream that is due, and how many of its events are sent.
     fn due(&mut self) -> Option<(String, usize)> {
         let mut due = self.delivery.streams_to_retry(self.now, 1, 10);
         assert!(due.len() <= 1, "{due:?}");
         due.pop().map(|retry| (retry.stream.to_string(), retry.count))
     }
 
-    /// Streams whose waiting events are to fail.
+    /// Streams whose waiting events must fail.
     fn failing(&self) -> Vec<String> {
         let failing = self.delivery.streams_to_fail(10);
         failing.iter().map(|(stream, _)| stream.to_string()).collect()
@@ -158,7 +158,7 @@ fn a_refused_stream_fails_after_its_attempts_and_is_forgiven_by_a_success() {
         desk.replied(&[(0, wrong_type()), (1, wrong_type())]),
         ["1 waits after 1", "2 waits after 1"]
     );
-    // What comes next waits behind it, and the cursor passes them all.
+    // Later events wait behind it, and the cursor passes them all.
     assert_eq!(desk.read(&[3], "a"), [RowFate::Park]);
     assert_eq!(desk.acked(), Some(3));
 
@@ -176,13 +176,13 @@ fn a_refused_stream_fails_after_its_attempts_and_is_forgiven_by_a_success() {
     desk.retry(&[1], "a");
     assert_eq!(desk.replied(&[(0, wrong_type())]), ["1 fails after 3"]);
     assert_eq!((desk.due(), desk.delivery.due_at()), (None, None));
-    // What waits behind it is to fail, and what comes meanwhile must not overtake it.
+    // The events that wait behind it must fail, and events that arrive meanwhile must not overtake it.
     assert_eq!(desk.failing(), ["a"]);
     assert_eq!(desk.read(&[8], "a"), [RowFate::Park]);
     desk.delivery.stream_failed(&Rc::from("a"));
     assert_eq!(desk.failing(), NOTHING);
 
-    // From now on one attempt each.
+    // From now on, one attempt each.
     assert_eq!(desk.read(&[4, 5], "a"), [RowFate::Send; 2]);
     assert_eq!(
         desk.replied(&[(0, wrong_type()), (1, wrong_type())]),
@@ -261,7 +261,7 @@ fn a_refused_follower_is_a_new_head() {
 }
 
 #[test]
-fn what_was_accepted_does_not_fail_with_its_stream() {
+fn an_accepted_event_does_not_fail_with_its_stream() {
     let mut desk = Desk::new(1);
     let waiting = [("a".to_owned(), 0)];
     desk.delivery.set_streams(Streams::waiting(waiting));
@@ -282,7 +282,7 @@ fn a_restart_goes_on_with_the_attempts_that_were_written_down() {
     desk.retry(&[5], "a");
     assert_eq!(desk.replied(&[(0, wrong_type())]), ["5 fails after 3"]);
     assert_eq!(desk.failing(), ["a"]);
-    // What is looked for anew in the table is to fail all the same.
+    // Events that are looked for again in the table must fail all the same.
     desk.delivery
         .set_streams(Streams::waiting([("a".to_owned(), 0), ("b".to_owned(), 1)]));
     assert_eq!(desk.failing(), ["a"]);
@@ -304,7 +304,7 @@ fn heads_of_many_streams_are_tried_in_one_batch_and_each_goes_its_own_way() {
         desk.replied(&[(1, wrong_type())]),
         ["1 accepted", "2 waits on after 2", "3 accepted"]
     );
-    // The fourth, and what follows in two of them: they share what there is.
+    // The fourth one, and the followers in two streams: they share the room.
     let due = desk.delivery.streams_to_retry(desk.now, 3, 10);
     let due: Vec<_> = due.iter().map(|retry| (&*retry.stream, retry.count)).collect();
     assert_eq!(due, [("d", 1), ("a", 5), ("c", 5)]);
@@ -330,7 +330,7 @@ fn an_attempt_that_an_outage_cut_short_does_not_count() {
 }
 
 #[test]
-fn what_is_being_tried_again_is_not_tried_once_more() {
+fn an_event_that_is_being_retried_is_not_retried_a_second_time() {
     let mut desk = Desk::with(Streams::waiting([("a".to_owned(), 1), ("b".to_owned(), 1)]), 3);
     desk.retry(&[1], "a");
     assert_eq!(desk.due(), Some(("b".to_owned(), 1)));
@@ -345,7 +345,7 @@ fn what_is_being_tried_again_is_not_tried_once_more() {
 }
 
 #[test]
-fn what_was_accepted_beyond_a_gap_is_not_sent_again() {
+fn events_that_were_accepted_after_a_gap_are_not_sent_again() {
     use RowFate::{Send, Skip};
     let mut desk = Desk::new(3);
     desk.read(&[1, 2, 3], "a");
@@ -371,7 +371,7 @@ fn what_was_accepted_beyond_a_gap_is_not_sent_again() {
 }
 
 #[test]
-fn no_position_stands_for_a_part_of_a_batch_that_ends_with_its_range() {
+fn a_batch_that_ends_with_its_range_has_no_position_for_a_part_of_it() {
     use RowFate::{Send, Skip};
     let mut desk = Desk::new(3);
     let end = Position::at(desk.ticks[1].clone());
@@ -387,7 +387,7 @@ fn no_position_stands_for_a_part_of_a_batch_that_ends_with_its_range() {
 }
 
 #[test]
-fn a_lost_connection_is_looked_at_again_at_once_and_then_with_patience() {
+fn a_lost_connection_is_tried_again_at_once_and_then_with_backoff() {
     let mut desk = Desk::new(3);
     desk.read(&[1, 2], "a");
     assert_eq!(desk.replied(&[]), NOTHING);
@@ -409,7 +409,7 @@ fn a_lost_connection_is_looked_at_again_at_once_and_then_with_patience() {
     assert_eq!(desk.read(&[4, 5], "a"), [RowFate::Send; 2]);
 }
 
-/// Who changes the settings all the time gets some attempts at once, and then one a second.
+/// If settings change all the time, a backend gets some attempts at once, and then one a second.
 #[test]
 fn attempts_because_of_changes_are_bounded() {
     let mut desk = Desk::new(3);
@@ -425,16 +425,16 @@ fn attempts_because_of_changes_are_bounded() {
     }
     assert!(attempts[4] < SECOND / 10, "{attempts:?}");
     assert!((12..=15).contains(&attempts.len()), "{attempts:?}");
-    // After a rest, the next change has its attempt at once.
+    // After a pause, the next change causes an attempt at once.
     desk.now += 10 * SECOND;
     desk.delivery.abandon();
     desk.delivery.retry_changed(desk.now);
     assert!(desk.delivery.wants_connection(desk.now));
 }
 
-/// Who asks all the time gets an attempt a second, and changes nothing else.
+/// If attempts are requested all the time, there is one a second, and nothing else changes.
 #[test]
-fn attempts_that_were_asked_for_do_not_count() {
+fn requested_attempts_do_not_count() {
     let mut desk = Desk::new(3);
     let fails = |desk: &mut Desk| {
         desk.delivery.connecting();
@@ -476,7 +476,7 @@ fn the_window_is_bounded() {
         desk.read(&[seq], "b");
     }
     assert!(!desk.delivery.has_room());
-    // The stream that is due must wait for a reply, and nobody is to look for it before.
+    // The stream that is due must wait for a reply, and must not be looked for before.
     assert_eq!((desk.due(), desk.delivery.due_at()), (None, None));
     desk.replied(&[]);
     assert!(desk.delivery.has_room() && desk.due().is_some());

@@ -1,4 +1,4 @@
-//! exactly_once, step by step: what random schedules have found to go wrong.
+//! exactly_once, step by step: faults that the random schedules have found.
 
 use redis::Value;
 use relay::delivery::backoff::Backoff;
@@ -28,7 +28,7 @@ fn tick(high_seq: i64) -> Arc<Tick> {
     })
 }
 
-/// Connected, after batch 5, with an event of the stream waiting if `waits`.
+/// Connected, after batch 5; if `waits`, an event of the stream waits.
 fn delivery(position: Position, waits: bool) -> Delivery {
     let streams = waits.then(|| (STREAM.to_owned(), 1));
     let backoff = Backoff {
@@ -103,7 +103,7 @@ fn after_an_abort_waiting_events_wait_for_the_rows_that_were_sent_with_them() {
     assert!(is_retried(&mut delivery));
 }
 
-/// What is behind a refused event is read and sent again, so it is to be little.
+/// Events after a refused one are read and sent again, so there should be few of them.
 #[test]
 fn after_a_refusal_few_batches_are_on_their_way_and_soon_more() {
     let (old, new) = (tick(10), tick(1_000));
@@ -131,7 +131,7 @@ fn after_a_refusal_few_batches_are_on_their_way_and_soon_more() {
     }
 }
 
-/// Nothing newer may come for a long time.
+/// No newer event may arrive for a long time.
 #[test]
 fn a_new_lane_tries_its_refused_events_again_at_the_tick_that_its_finder_goes_to() {
     let (old, newest) = (tick(10), tick(20));
@@ -149,10 +149,10 @@ fn a_new_lane_tries_its_refused_events_again_at_the_tick_that_its_finder_goes_to
     assert!(lane.due_at().is_some() && is_retried(&mut lane));
 }
 
-/// Streams that Redis refuses before it executes a transaction keep no other from being appended, however many they
+/// Streams that Redis refuses before it executes a transaction do not prevent appending to others, however many they
 /// are.
 #[test]
-fn waiting_events_are_not_tried_with_the_same_company_again() {
+fn waiting_events_are_not_retried_in_the_same_batch() {
     let mut delivery = delivery(Position::at(tick(10)), false);
     delivery.set_streams(Streams::waiting(
         (0..50).map(|n| (format!("no{n:02}"), 1)).chain([("yes".to_owned(), 1)]),
@@ -194,7 +194,7 @@ fn waiting_events_are_not_tried_with_the_same_company_again() {
 }
 
 #[test]
-fn while_found_rows_lie_ahead_the_guard_says_so() {
+fn the_guard_records_that_found_rows_lie_ahead() {
     let (old, new) = (tick(10), tick(20));
     let mut delivery = delivery(Position::at(old.clone()), false);
     delivery.pass_over([13]);
@@ -210,7 +210,7 @@ fn while_found_rows_lie_ahead_the_guard_says_so() {
 }
 
 #[test]
-fn what_was_found_before_is_forgotten_when_it_is_compared_again() {
+fn a_new_comparison_forgets_what_the_last_one_found() {
     let mut delivery = delivery(Position::at(tick(10)), false);
     delivery.pass_over([13, 14]);
     // Somebody has emptied the streams since.
@@ -219,7 +219,7 @@ fn what_was_found_before_is_forgotten_when_it_is_compared_again() {
     assert_eq!(fates, [RowFate::Send, RowFate::Skip]);
 }
 
-// --- the streams' tails
+// --- the ends of the streams
 
 fn wanted(stream: &str, id: u8) -> Wanted {
     Wanted {
@@ -261,7 +261,7 @@ fn append(out: &mut Vec<u8>, value: &Value) {
     }
 }
 
-/// Whether the search takes this for a whole reply, which comes in pieces.
+/// Whether the search takes this for a complete reply, which arrives in pieces.
 fn is_taken(search: &mut Search, value: &Value) -> Result<bool, Failure> {
     let (mut bytes, mut inbox) = (Vec::new(), Inbox::default());
     append(&mut bytes, value);
@@ -306,7 +306,7 @@ fn a_forbidden_stream_does_not_keep_the_others_from_being_looked_at() {
         found(search, vec![forbidden, Value::Array(vec![entry(2)])]),
         [false, true]
     );
-    // A command that may not be given says nothing about any stream.
+    // A forbidden command says nothing about any stream.
     let mut search = Search::new(&[wanted("a", 1)]);
     let command = error("NOPERM User has no permissions to run the 'xrevrange' command");
     assert_eq!(is_taken(&mut search, &command).unwrap_err().class, Class::Configuration);
@@ -314,7 +314,7 @@ fn a_forbidden_stream_does_not_keep_the_others_from_being_looked_at() {
 
 /// One was retried.
 #[test]
-fn each_entry_counts_for_one_of_the_events_that_share_an_id() {
+fn each_entry_proves_one_of_the_events_that_share_an_id() {
     let twice = [wanted("a", 1), wanted("a", 1)];
     let both = Value::Array(vec![entry(1), entry(1)]);
     assert_eq!(found(Search::new(&twice), vec![both]), [true, true]);
@@ -322,15 +322,15 @@ fn each_entry_counts_for_one_of_the_events_that_share_an_id() {
     assert_eq!(found(Search::new(&twice), vec![one]), [true, false]);
 }
 
-/// An id that was used again, by an event that was refused, must not be found in the entry of the other.
+/// If an id was used again by an event that was refused, the entry of the other event must not count for it.
 #[test]
-fn an_entry_of_another_time_is_that_of_another_event() {
+fn an_entry_with_another_timestamp_belongs_to_another_event() {
     let search = Search::new(&[wanted("a", 1)]);
     assert_eq!(found(search, vec![Value::Array(vec![entry_of(1, 2)])]), [false]);
 }
 
-/// Of a thinned stream, an event that was appended must not be taken for refused; one that perhaps was not is tried
-/// again.
+/// In a thinned stream, an event that was appended must not be taken for refused; one that perhaps was not appended is
+/// retried.
 #[test]
 fn in_a_thinned_stream_only_what_was_appended_counts_as_found() {
     let settled = Wanted {

@@ -1,5 +1,5 @@
-//! The fuzz targets' checks over the inputs that are kept (`fuzz/corpus`): what once went wrong, and what leads into
-//! the code. `make fuzz` looks for more.
+//! Runs the checks of the fuzz targets over the saved inputs (`fuzz/corpus`): inputs of past faults, and inputs that
+//! cover the code. `make fuzz` looks for more.
 
 #[path = "../../fuzz/checks.rs"]
 mod checks;
@@ -15,7 +15,7 @@ fn replay(target: &str, check: fn(&[u8])) {
         let input = std::fs::read(&path).expect("readable");
         eprintln!("{}", path.display());
         check(&input);
-        // And cut short, as a connection may be.
+        // Also truncated, as when a connection ends.
         let step = (input.len() / 20).max(1);
         (0..input.len()).step_by(step).for_each(|end| check(&input[..end]));
         inputs += 1;

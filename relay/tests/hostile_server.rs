@@ -1,9 +1,9 @@
-//! A server that answers anything to anything, mostly what is expected: from a seed, so that what goes wrong can be
-//! repeated. What must hold is what the fuzz targets check (`fuzz/checks.rs`).
+//! A server that gives random answers, most of them valid: from a seed, so that a failure can be repeated. The fuzz
+//! targets check the same properties (`fuzz/checks.rs`).
 //!
-//! `SEED=n` runs that one alone, `SCHEDULES=n` so many, from `FIRST=n` on.
+//! `SEED=n` runs only this seed, `SCHEDULES=n` runs n seeds, beginning with `FIRST=n`.
 
-// It uses a part of them.
+// This test uses only a part of them.
 #[allow(dead_code)]
 #[path = "../../fuzz/checks.rs"]
 mod checks;
@@ -22,7 +22,7 @@ fn array(items: &[Vec<u8>]) -> Vec<u8> {
     [format!("*{}\r\n", items.len()).into_bytes(), items.concat()].concat()
 }
 
-/// A number as servers have them, and as they have not.
+/// A number that servers send, or an impossible one.
 fn number(rng: &mut Rng) -> i64 {
     let known = [
         0,
@@ -65,7 +65,7 @@ fn text(rng: &mut Rng) -> Vec<u8> {
     }
 }
 
-/// Any reply, and some that are none.
+/// Any reply, and some that are invalid.
 fn anything(rng: &mut Rng, depth: usize) -> Vec<u8> {
     match rng.u8(..14) {
         0 => b"+OK\r\n".to_vec(),
@@ -112,7 +112,7 @@ fn anything(rng: &mut Rng, depth: usize) -> Vec<u8> {
     }
 }
 
-/// A guard, of which some fields may be anything.
+/// A guard, some of whose fields may be random.
 fn guard(rng: &mut Rng) -> Vec<u8> {
     let items: Vec<Vec<u8>> = samples::GUARD
         .iter()
@@ -129,7 +129,7 @@ fn guard(rng: &mut Rng) -> Vec<u8> {
     array(&items)
 }
 
-/// What is expected of a server with one backend, from its first answer on; some of it is anything.
+/// The expected replies of a server with one backend, from the first one on; some of them are random.
 fn dialogue(rng: &mut Rng) -> Vec<u8> {
     let setup = rng.u8(..16);
     let ok = || b"+OK\r\n".to_vec();
@@ -168,7 +168,7 @@ fn dialogue(rng: &mut Rng) -> Vec<u8> {
 }
 
 #[test]
-fn whatever_it_answers_nothing_is_taken_for_a_delivery_and_nothing_is_kept() {
+fn no_answer_of_a_hostile_server_is_taken_for_a_delivery_or_saved() {
     model::for_each_seed(4_000, |seed| {
         let rng = &mut Rng::with_seed(seed);
         checks::conversation(&dialogue(rng));

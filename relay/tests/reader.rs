@@ -1,4 +1,5 @@
-//! The reader against a model of Postgres, over random schedules: it loses nothing, repeats nothing, keeps the order.
+//! The reader against a model of Postgres, over random schedules: it loses nothing, repeats nothing and keeps the
+//! order.
 
 mod model;
 
@@ -40,7 +41,7 @@ fn violated<T>(wrong: Wrong, seq: i64) -> Result<T, Violation> {
     Err(Violation { wrong, seq })
 }
 
-/// A reader that is wrong in one way.
+/// A fault that is put into the reader.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mutant {
     None,
@@ -62,7 +63,7 @@ struct Reader {
     has_read: HashSet<i64>,
     /// The last row of the range under way.
     last_in_range: i64,
-    /// What a mutant goes by.
+    /// State of a mutant.
     last_seq: i64,
 }
 
@@ -103,7 +104,7 @@ impl Reader {
         Ok(())
     }
 
-    /// Reads up to `limit` steps on; false: there is nowhere to go.
+    /// Reads up to `limit` further steps; false: there is nowhere to go.
     fn read_piece(&mut self, database: &mut Database, rng: &mut Rng, limit: usize) -> Result<bool, Violation> {
         if self.mutant == Mutant::SeqOnly {
             return self.read_by_seq(database, limit);
@@ -164,7 +165,7 @@ impl Reader {
         Ok(!keys.is_empty())
     }
 
-    /// What the position says was read is what was read.
+    /// Checks that exactly the rows before the position were read.
     fn check_position(&self, database: &Database) -> Result<(), Violation> {
         if self.mutant == Mutant::SeqOnly {
             return Ok(());
@@ -181,7 +182,7 @@ impl Reader {
         Ok(())
     }
 
-    /// All transactions end, and the reader reads to the end: what was committed has been read.
+    /// All transactions end, and the reader reads to the end: all committed rows have been read.
     fn finish(&mut self, database: &mut Database, rng: &mut Rng) -> Result<(), Violation> {
         database.finish(rng);
         self.take_tick(database, rng);
@@ -232,7 +233,7 @@ fn schedule(seed: u64, mutant: Mutant) -> Result<(), Violation> {
     Ok(())
 }
 
-/// What is done about numbers that do not ascend.
+/// How numbers that do not ascend are handled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Care {
     All,
@@ -240,13 +241,13 @@ enum Care {
     None,
     /// Ticks do.
     PublishersAlone,
-    /// What was numbered by others is not looked for when a position is loaded.
+    /// Rows that were numbered elsewhere are not looked for when a position is loaded.
     NotAtLoad,
-    /// Numbers that were lost in a crash are not given up.
+    /// Numbers that were lost in a crash are not skipped.
     NotForLost,
 }
 
-/// A position of before the last crash, as it is loaded.
+/// A position from before the last crash, as it is loaded.
 fn vouched(database: &Database, position: &Position, care: Care) -> Position {
     position.with_ticks(|tick| {
         let lowest = database
@@ -261,8 +262,8 @@ fn vouched(database: &Database, position: &Position, care: Care) -> Position {
     })
 }
 
-/// The sequence is set again and again; the server dies, with numbers that only a guard has heard of; others number
-/// events meanwhile.
+/// The sequence is set repeatedly; the server dies, with numbers that only a guard records; meanwhile other code
+/// numbers events.
 fn misused(seed: u64, care: Care) -> Result<(), Violation> {
     let rng = &mut Rng::with_seed(seed);
     let mut database = Database::new(rng, 4);
@@ -285,7 +286,7 @@ fn misused(seed: u64, care: Care) -> Result<(), Violation> {
             65..68 if care != Care::None => {
                 let position = reader.position.clone();
                 let newest = position.ticks().map(|tick| tick.low_seq.max(tick.high_seq)).max();
-                // The guard alone has heard of the newest numbers, and the sequence has forgotten them.
+                // Only the guard records the newest numbers, and the sequence has lost them.
                 let is_saved = rng.bool();
                 if !is_saved {
                     database.set_sequence(rng);
@@ -372,7 +373,7 @@ fn the_oracle_catches_a_tick_read_in_another_order() {
     }
 }
 
-/// A table that counts what it is asked for.
+/// A table that counts the rows that are read.
 struct Counting {
     view: View,
     asked: Rc<Cell<usize>>,
@@ -463,7 +464,7 @@ fn a_bulk_streams_in_pieces() {
 }
 
 #[test]
-fn the_same_place() {
+fn positions_are_the_same_only_if_ticks_and_seq_agree() {
     let ticks: Vec<_> = (0..3).map(|_| Arc::new(Tick::beginning())).collect();
     let towards = |to: usize, seq| Position::towards(ticks[0].clone(), ticks[to].clone(), seq);
     let at = Position::at(ticks[0].clone());

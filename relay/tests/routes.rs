@@ -1,4 +1,4 @@
-//! Which routes an event takes, against a plain definition, over random tables of routes.
+//! The routes that an event takes, compared with a plain definition, over random tables of routes.
 
 mod model;
 

@@ -1,4 +1,4 @@
-//! What Redis says of a stream and its consumer groups.
+//! What Redis reports about a stream and its consumer groups.
 
 use crate::failure::Failure;
 use crate::failure::server_text::shown;
@@ -8,7 +8,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Groups of a stream that are looked at.
+/// How many groups of a stream are examined.
 pub const MOST_GROUPS: usize = 100;
 
 /// The id of an entry.
@@ -20,7 +20,7 @@ pub struct EntryId {
 }
 
 impl EntryId {
-    /// Before all others.
+    /// An id before all others.
     pub const FIRST: Self = Self { ms: 0, seq: 0 };
 }
 
@@ -50,11 +50,11 @@ impl fmt::Display for EntryId {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum GroupName {
     Known(Vec<u8>),
-    /// It has so many bytes, which were not kept. Nothing can be asked of this group.
+    /// The name has this many bytes, and was not kept. Nothing can be asked about this group.
     TooLong(u64),
 }
 
-/// As it can be shown.
+/// In a form that can be shown.
 impl fmt::Display for GroupName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -71,28 +71,28 @@ pub struct Group {
     pub consumers: i64,
     /// Entries that were delivered and not acknowledged.
     pub pending: i64,
-    /// Entries that were not delivered, as Redis counts them: not before 7.0, and not always.
+    /// Entries that were not delivered, as Redis counts them. Redis counts them only from 7.0 on, and not always.
     pub lag: Option<i64>,
     pub last_delivered: EntryId,
-    /// Of the pending entries.
+    /// The oldest of the pending entries.
     pub oldest_pending: Option<EntryId>,
-    /// How long all consumers have been silent. `None`: there is no consumer, or this was not asked.
+    /// How long all consumers have been silent. `None`: there is no consumer, or Redis was not asked.
     pub idle: Option<Duration>,
 }
 
 impl Group {
-    /// Everything before this entry is acknowledged; the entry itself may be.
+    /// Everything before this entry is acknowledged. The entry itself may be acknowledged or not.
     pub fn acknowledged(&self) -> EntryId {
         match self.oldest_pending {
             _ if fault::is_mutated(Mutation::TrimUnread) => self.last_delivered,
             Some(oldest) => oldest.min(self.last_delivered),
             None if self.pending == 0 => self.last_delivered,
-            // Which entries are pending is not known.
+            // It is not known which entries are pending.
             None => EntryId::FIRST,
         }
     }
 
-    /// Entries of a stream of this length that were not delivered, as far as that can be told.
+    /// How many entries of a stream of this length were not delivered, if that can be told.
     pub fn unread(&self, length: i64) -> Option<i64> {
         match self.lag {
             Some(lag) => Some(lag.max(0)),
@@ -103,17 +103,17 @@ impl Group {
     }
 }
 
-/// What a survey has found of one stream.
+/// The answers of a survey about one stream.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Surveyed {
     pub stream: Arc<str>,
     pub length: i64,
     pub groups: Vec<Group>,
-    /// It has groups beyond [`MOST_GROUPS`].
+    /// Whether it has groups beyond [`MOST_GROUPS`].
     pub has_more_groups: bool,
-    /// Why it could not be asked.
+    /// Why Redis could not be asked about it.
     pub failure: Option<Failure>,
-    /// It was trimmed as was asked.
+    /// Whether it was trimmed as requested.
     pub is_trimmed: bool,
     /// Why it could not be trimmed.
     pub untrimmed: Option<Failure>,
@@ -138,7 +138,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ids_are_compared_as_numbers() {
+    fn ids_compare_as_numbers() {
         let id = |text: &str| text.parse::<EntryId>();
         assert!(id("9-1").unwrap() < id("10-0").unwrap());
         assert!(id("10-9").unwrap() < id("10-10").unwrap());

@@ -1,7 +1,7 @@
-//! Consumer groups of a backend's streams: what is known of them, and what may be trimmed.
+//! Consumer groups of a backend's streams: what is known about them, and what may be trimmed.
 //!
-//! With `trim = 'length'` XADD trims each stream to `max_len`, whoever has read what. With `trim = 'read'` nothing is
-//! trimmed by length. Once a second the sender surveys some of the backend's streams:
+//! With `trim = 'length'`, XADD trims each stream to `max_len`, whether or not its entries were read. With `trim =
+//! 'read'`, nothing is trimmed by length. Once a second the sender surveys some of the backend's streams:
 //!
 //! ```text
 //! worker: due ──(order Survey: streams, each with what to trim)──▶ sender, between two batches
@@ -12,28 +12,28 @@
 //!    └─ how many entries each stream has room for: without room, the backend waits (`full`)
 //! ```
 //!
-//! - [`group`] what Redis says of a stream and its groups; [`trim`] what may be trimmed because of that
-//! - [`readership`] all streams of one backend: which are asked next, how full they are, who holds them back
+//! - [`group`] what Redis reports about a stream and its groups; [`trim`] what may be trimmed as a result
+//! - [`readership`] all streams of one backend: which are surveyed next, how full they are, which groups hold them back
 //!
-//! What a group has acknowledged are the entries before the oldest one that is pending, and before the one that was
-//! delivered last. The lowest of all groups counts; that entry itself stays. So a stream never becomes empty, and a
-//! search for the last batch's events can tell by the newest entry whether others were added behind it.
+//! A group has acknowledged the entries before its oldest pending one, and before the one that was delivered last. The
+//! lowest of all groups counts, and that entry itself stays. So a stream never becomes empty, and a search for the last
+//! batch's events can tell by the newest entry whether others were added behind it.
 //!
-//! **No group loses an entry.** Groups are made, and set back, while a survey is under way. Therefore the script looks
-//! at the groups once more, and trims in the same step or not at all.
+//! **No group loses an entry.** Groups may be created or set back during a survey. Therefore the script examines the
+//! groups once more, and trims in the same step or not at all.
 //!
-//! **Recovery finds what it needs.** It looks for the events of the last batch that the guard names. A survey at batch
-//! `n` sees entries of batches up to `n`, and its goal is trimmed to after the guard names a later batch. So no state
-//! that Redis may come back with lacks entries of the batch that its own guard names. An idle backend sends an empty
-//! batch for that.
+//! **Recovery finds what it needs.** Recovery looks for the events of the last batch that the guard names. A survey at
+//! batch `n` sees entries of batches up to `n`, and its goal is trimmed to only after the guard names a later batch. So
+//! in every state that Redis may come back with, the entries of the batch that its guard names are there. An idle
+//! backend sends an empty batch to move the guard on.
 //!
-//! **Full.** The whole backend waits, or in a cluster the lane, not the stream alone: the reader stops before the event
-//! that has no room, as it does when the window is full. This keeps the order without a record of each event that
-//! waits. A stream has at most `max_len` entries: those that the survey found, and those that were sent since. Of a
-//! stream that was not surveyed yet only a part of that is assumed, and the backend's own stream is surveyed first.
+//! **Full.** Not only the stream waits, but the whole backend (in a cluster, the lane): the reader stops before the
+//! event that has no room, as it does when the window is full. This keeps the order without a record of each waiting
+//! event. The length of a stream is at most what the survey found plus what was sent since. For a stream that was not
+//! surveyed yet only a part of `max_len` is assumed to be free, and the backend's own stream is surveyed first.
 //!
-//! Bounds: [`readership::ASKED_AT_ONCE`] streams a second; of a stream [`group::MOST_GROUPS`] groups; if a stream has
-//! more, it is not trimmed.
+//! Bounds: [`readership::ASKED_AT_ONCE`] streams a second, and [`group::MOST_GROUPS`] groups of each stream. A stream
+//! with more groups is not trimmed.
 
 pub mod group;
 pub mod readership;

@@ -1,5 +1,5 @@
-//! The streams of one backend, with what is known of who reads them: which are asked next, what is trimmed, how full
-//! they are.
+//! The streams of one backend, and what is known about their consumer groups: which are surveyed next, what is trimmed,
+//! how full they are.
 
 use crate::consumers::group::{EntryId, Group, GroupName, Surveyed};
 use crate::consumers::trim::{Holder, Trim, judge};
@@ -11,19 +11,19 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// A backend's Redis is asked this often at most, about so many streams.
+/// A backend's Redis is asked at most this often, about a limited number of streams.
 pub const SURVEY_PAUSE: Duration = Duration::from_secs(1);
 pub const ASKED_AT_ONCE: usize = 200;
 
-/// A survey that is not answered for so long was dropped. (A Redis that does not answer ends the connection.)
+/// A survey that is not answered for this long counts as dropped. (A Redis that does not answer ends the connection.)
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Streams that are remembered: for the view alone, and to be trimmed. Of more, those that nothing was sent to for
-/// longest are forgotten. A forgotten stream is not trimmed before something is sent to it again.
+/// How many streams are remembered, for the view and for trimming. If there are more, those are forgotten to which
+/// nothing was sent for the longest time. A forgotten stream is not trimmed until something is sent to it again.
 const MOST_WATCHED: usize = 1_000;
 const MOST_TRIMMED: usize = 20_000;
 
-/// A stream that was not surveyed yet is assumed to have room for this part of `max_len`, at most for so many entries.
+/// A stream that was not surveyed yet is assumed to have room for this part of `max_len`, limited to this many entries.
 const UNKNOWN_PART: i64 = 10;
 const MOST_UNKNOWN: i64 = 1_000;
 
@@ -40,11 +40,11 @@ pub struct Policy {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Question {
     pub stream: Arc<str>,
-    /// What is done before.
+    /// The trimming that is done before it is surveyed.
     pub trim: Option<Trim>,
 }
 
-/// A group that does not hold trimming any more.
+/// A group that no longer holds trimming.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LeftOut {
     pub stream: Arc<str>,
@@ -53,49 +53,49 @@ pub struct LeftOut {
 }
 
 pub struct Readership {
-    /// `None`: it is asked for the view alone.
+    /// `None`: Redis is only asked for the view.
     policy: Option<Policy>,
-    /// `None`: it belongs to another lane.
+    /// `None`: the own stream belongs to another lane.
     own_stream: Option<Rc<str>>,
     streams: HashMap<Rc<str>, Watched>,
-    /// The survey that is on its way, and until when it is waited for.
+    /// The survey that was ordered, and until when its answer is expected.
     on_its_way: Option<(u64, Now)>,
     surveys: u64,
     due_at: Now,
-    /// Counts what is sent, for an order in time.
+    /// Counts what is sent, to order the streams by their last use.
     clock: u64,
-    /// The own stream, if there is one, was surveyed, so sending may begin.
+    /// Whether the own stream, if there is one, was surveyed, so that sending may begin.
     is_known: bool,
     /// The stream that has no room for the next event.
     full: Option<Rc<str>>,
-    /// Why nothing is sent.
+    /// The failure that keeps the backend from sending.
     trouble: Option<Failure>,
 }
 
 #[derive(Default)]
 struct Watched {
-    /// By the last survey.
+    /// The length in the last survey.
     length: Option<i64>,
-    /// Entries sent since; and of these, those behind the survey that is on its way.
+    /// Entries that were sent since, and how many of these were sent after the survey was ordered.
     sent: i64,
     sent_behind: i64,
     is_being_asked: bool,
-    /// It cannot be asked, for a reason of its own.
+    /// Whether Redis cannot be asked about it, for a reason of the stream itself.
     is_unaskable: bool,
     asked_at: Option<Now>,
     sent_at: u64,
-    /// What is to be trimmed, and the last batch when that was found out.
+    /// What to trim, and the last batch when that was determined.
     goal: Option<(Trim, u64)>,
     trimmed: Option<Trim>,
     holder: Option<Holder>,
-    /// Nothing is left to be trimmed before something is sent.
+    /// Whether nothing is left to trim until something is sent.
     is_settled: bool,
-    /// Its groups, as long as one has something to do and does nothing.
+    /// Its groups that have something to do but do nothing.
     stalled: Vec<Stalled>,
 }
 
-/// A group that has unread or pending entries and stands where it stood. (Redis's own `idle` counts from the last entry
-/// that was delivered, before 7.2: a group that has read everything is not silent.)
+/// A group that has unread or pending entries and has not moved. (Before 7.2, Redis's own `idle` counts from the last
+/// delivered entry, so a group that has read everything would look silent.)
 struct Stalled {
     name: GroupName,
     at: (EntryId, i64, Option<EntryId>),
@@ -124,10 +124,10 @@ impl Readership {
         self.policy.as_ref()
     }
 
-    /// Follows other settings. What is known of the streams still holds.
+    /// Applies other settings. What is known about the streams stays valid.
     pub fn follow(&mut self, policy: Option<Policy>, own_stream: Option<&Rc<str>>) {
         if self.policy != policy {
-            // Without a policy, lengths and groups were not judged.
+            // Without a policy, lengths and groups were not examined.
             self.is_known &= self.policy.is_some() || own_stream.is_none();
             self.policy = policy;
             (self.full, self.trouble) = (None, None);
@@ -140,7 +140,7 @@ impl Readership {
         }
     }
 
-    /// A stream that the backend has.
+    /// Adds a stream that the backend has.
     pub fn knows(&mut self, stream: &Rc<str>) {
         if !self.streams.contains_key(stream) {
             self.make_room();
@@ -148,7 +148,7 @@ impl Readership {
         }
     }
 
-    /// `count` entries were handed to the sender.
+    /// Notes that `count` entries were handed to the sender.
     pub fn sent(&mut self, stream: &Rc<str>, count: i64) {
         self.knows(stream);
         self.clock += 1;
@@ -190,7 +190,7 @@ impl Readership {
         self.policy.is_some_and(|policy| policy.max_len > 0)
     }
 
-    /// For how many entries a stream has room.
+    /// How many more entries a stream has room for.
     pub fn room(&self, stream: &str) -> i64 {
         let Some(max_len) = self.policy.map(|policy| policy.max_len).filter(|max| *max > 0) else {
             return i64::MAX;
@@ -206,13 +206,13 @@ impl Readership {
         }
     }
 
-    /// The next event has no room in its stream.
+    /// Notes that the next event has no room in its stream.
     pub fn fills_up(&mut self, stream: Rc<str>) {
         self.knows(&stream);
         self.full = Some(stream);
     }
 
-    /// Why nothing is sent, if that is not for a moment.
+    /// The failure that keeps the backend from sending, if it is not only momentary.
     pub fn trouble(&self) -> Option<&Failure> {
         self.trouble.as_ref()
     }
@@ -229,15 +229,15 @@ impl Readership {
         is_of_use.then_some(due_at)
     }
 
-    /// Whether goals wait for a batch later than this one, which is the last.
+    /// Whether goals wait for a batch later than `last`.
     pub fn waits_for_batch(&self, last: u64) -> bool {
         self.streams
             .values()
             .any(|w| w.goal.as_ref().is_some_and(|(_, number)| *number >= last))
     }
 
-    /// Begins a survey: its number and its questions. `last`: the batch that was acknowledged last, or is ordered
-    /// before the survey; `None`: there is no guard. `trims`: the backend is not paused.
+    /// Begins a survey. Returns its number and its questions. `last`: the batch that was acknowledged last or is
+    /// ordered before the survey; `None`: there is no guard. `trims`: the backend is not paused.
     pub fn ask(&mut self, now: Now, last: Option<u64>, trims: bool, is_viewed: bool) -> (u64, Vec<Question>) {
         self.surveys += 1;
         self.on_its_way = Some((self.surveys, now + PATIENCE));
@@ -271,13 +271,13 @@ impl Readership {
         (self.surveys, questions)
     }
 
-    /// The survey that is on its way will not be answered.
+    /// The ordered survey will not be answered.
     pub fn interrupt(&mut self) {
         self.on_its_way = None;
         self.streams.values_mut().for_each(|w| w.is_being_asked = false);
     }
 
-    /// The connection is gone. The next one may lead to a Redis in another state.
+    /// The connection is lost. The next one may lead to a Redis in another state.
     pub fn disconnected(&mut self) {
         self.interrupt();
         for watched in self.streams.values_mut() {
@@ -285,8 +285,8 @@ impl Readership {
         }
     }
 
-    /// Takes in the answers of a survey; `last`: the batch that was acknowledged last. Returns the groups that do not
-    /// hold trimming any more; `None`: it is not the survey that was asked last.
+    /// Processes the answers of a survey; `last`: the batch that was acknowledged last. Returns the groups that no
+    /// longer hold trimming; `None`: these are not the answers of the last survey.
     pub fn surveyed(&mut self, number: u64, found: &[Surveyed], last: u64, now: Now) -> Option<Vec<LeftOut>> {
         if self.on_its_way.is_none_or(|(asked, _)| asked != number) {
             return None;
@@ -321,7 +321,7 @@ impl Readership {
         Some(left_out)
     }
 
-    /// Why a stream has no room, unless it will have soon.
+    /// Why a stream has no room, unless it will have room soon.
     fn overflow(&self, stream: &Rc<str>, max_len: i64) -> Option<Failure> {
         let watched = self.streams.get(stream)?;
         if watched.goal.is_some() {
@@ -365,7 +365,7 @@ impl Watched {
         };
         let verdict = judge(surveyed, policy.max_len, policy.silence, silent_for);
         self.holder = Some(verdict.holder);
-        // The same again would trim nothing, but for a stream that is cut to a length.
+        // Repeating the same trim would remove nothing, except for a stream that is trimmed to a length.
         let is_new = |trim: &Trim| matches!(trim, Trim::To { .. }) || self.trimmed.as_ref() != Some(trim);
         self.goal = verdict.trim.filter(is_new).map(|trim| (trim, last));
         self.is_settled = surveyed.length <= 1 && self.sent == 0;
@@ -376,7 +376,7 @@ impl Watched {
         }));
     }
 
-    /// Notes since when each group with something to do does nothing.
+    /// Notes since when each group has something to do but does nothing.
     fn note_stalled(&mut self, surveyed: &Surveyed, now: Now) {
         let has_work = |group: &&Group| group.pending > 0 || group.unread(surveyed.length) != Some(0);
         let known = std::mem::take(&mut self.stalled);
@@ -393,7 +393,7 @@ impl Watched {
     }
 }
 
-/// What is needed for trimming is not allowed.
+/// The failure if Redis does not allow a command that trimming needs.
 fn denied(failure: &Failure) -> Failure {
     Failure::of(Trouble::TrimDenied, &failure.message)
 }

@@ -1,21 +1,21 @@
-//! What may be trimmed of a stream, because of what its groups have acknowledged.
+//! Decides what may be trimmed of a stream, given what its groups have acknowledged.
 
 use crate::consumers::group::{EntryId, Group, GroupName, Surveyed};
 use std::time::Duration;
 
-/// Trims a stream once more than this part of `max_len` is used, when no group counts.
+/// If no group counts, a stream is trimmed when more than this part of `max_len` is used.
 const KEPT_QUARTERS: i64 = 3;
 
 /// How a stream is to be trimmed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Trim {
-    /// Entries before this one go. Each group but those that are `left_out` must have acknowledged them.
+    /// Entries before this one are removed. All groups except those that are `left_out` must have acknowledged them.
     Before { id: EntryId, left_out: Vec<Silent> },
-    /// The oldest go until so many entries are left. All groups must be `left_out`.
+    /// The oldest entries are removed until this many are left. All groups must be `left_out`.
     To { length: i64, left_out: Vec<Silent> },
 }
 
-/// A group that does not count as long as it stands where it stood.
+/// A group that does not count as long as it does not move.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Silent {
     pub name: Vec<u8>,
@@ -23,12 +23,12 @@ pub struct Silent {
     pub pending: i64,
 }
 
-/// What may be trimmed of a stream, and who keeps the rest.
+/// What may be trimmed of a stream, and which groups keep the rest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Verdict {
-    /// `None`: nothing may.
+    /// `None`: nothing may be trimmed.
     pub trim: Option<Trim>,
-    /// The groups that hold back what was not trimmed.
+    /// The groups that keep the entries that may not be trimmed.
     pub holder: Holder,
     /// Groups that do not count because they have been silent for too long, and for how long.
     pub left_out: Vec<(GroupName, Duration)>,
@@ -36,18 +36,18 @@ pub struct Verdict {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Holder {
-    /// This group has acknowledged less than the others.
+    /// This group has acknowledged less than all others.
     Group(GroupName),
     /// The stream has no group.
     Nobody,
-    /// There are too many groups to know.
+    /// There are too many groups to examine.
     Crowd,
     /// All groups were left out.
     Silence,
 }
 
-/// Judges a stream. `silence`: how long a group may be silent before it is left out; `silent_for`: for how long a group
-/// is. `max_len` 0: unlimited.
+/// Judges a stream. `silence`: how long a group may be silent before it is left out; `silent_for`: how long a group has
+/// been silent. `max_len` 0: unlimited.
 pub fn judge(
     stream: &Surveyed,
     max_len: i64,
@@ -71,7 +71,7 @@ pub fn judge(
         match silence.zip(silent_for(group)) {
             Some((most, silent)) if silent > most => {
                 let GroupName::Known(name) = &group.name else {
-                    // It cannot be told apart from the others in Redis.
+                    // A script in Redis could not distinguish it from the other groups.
                     return nothing(Holder::Group(group.name.clone()));
                 };
                 names.push(Silent {
@@ -95,7 +95,8 @@ pub fn judge(
             (is_of_use.then_some(trim), Holder::Group(group.name.clone()))
         }
         None => {
-            // Nobody counts who could lose anything, so there is room for what comes: not more than is needed.
+            // No group counts that could lose entries. So the stream makes room for new entries, but no more than
+            // needed.
             let length = (max_len / 4 * KEPT_QUARTERS).max(1);
             let trim = Trim::To {
                 length,
@@ -113,7 +114,7 @@ mod tests {
     use super::*;
     use crate::samples;
 
-    /// A group of which nobody has read for so long.
+    /// A group in which no consumer has read for this many seconds.
     fn group(name: &str, last: u64, oldest_pending: Option<u64>, idle_s: u64) -> Group {
         Group {
             idle: Some(Duration::from_secs(idle_s)),
@@ -152,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn the_group_that_has_acknowledged_least_decides() {
+    fn the_slowest_group_decides() {
         for (groups, trim, holder) in [
             (vec![group("a", 9, None, 0)], before(9, &[]), of("a")),
             (vec![group("a", 9, Some(4), 0)], before(4, &[]), of("a")),
@@ -175,13 +176,13 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_without_groups_keeps_all() {
+    fn a_stream_without_groups_keeps_all_entries() {
         let verdict = judged(&stream(1_000, Vec::new()), Some(1));
         assert_eq!((verdict.trim, verdict.holder), (None, Holder::Nobody));
     }
 
     #[test]
-    fn a_group_that_has_read_nothing_keeps_all() {
+    fn a_group_that_has_read_nothing_keeps_all_entries() {
         let fresh = Group {
             last_delivered: EntryId::FIRST,
             ..group("b", 0, None, 0)
@@ -191,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_known_of_a_group_keeps_all() {
+    fn a_group_with_unknown_progress_keeps_all_entries() {
         let unknown = Group {
             pending: 3,
             ..group("b", 9, None, 0)
@@ -212,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn silent_groups_are_left_out_if_that_is_wanted() {
+    fn silent_groups_are_left_out_if_the_policy_allows() {
         let groups = vec![group("a", 9, None, 1), group("b", 2, None, 11)];
         assert_eq!(judged(&stream(50, groups.clone()), None).trim, before(2, &[]));
         assert_eq!(judged(&stream(50, groups.clone()), Some(11)).trim, before(2, &[]));
@@ -225,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn with_silent_groups_alone_a_full_stream_makes_room() {
+    fn a_full_stream_with_only_silent_groups_makes_room() {
         let groups = vec![group("a", 9, None, 20), group("b", 2, None, 20)];
         assert_eq!(judged(&stream(99, groups.clone()), Some(10)).trim, None);
         let left_out = vec![silent("a", 9), silent("b", 2)];

@@ -11,9 +11,9 @@ pub struct Backoff {
 }
 
 impl Backoff {
-    /// The wait after the `attempt`-th failure in a row (from 1). Exponential: doubled each time up to `max_delay`,
-    /// then taken at random between half of it and all of it, so that many workers do not come back at once. `random`
-    /// is in `[0, 1)`.
+    /// The wait after the `attempt`-th failure in a row (from 1). Exponential: it doubles each time up to `max_delay`,
+    /// and a random value between half of it and all of it is taken, so that many workers do not come back at once.
+    /// `random` is in `[0, 1)`.
     pub fn wait(&self, attempt: u32, random: f64) -> Duration {
         if !self.exponential {
             return self.delay;
@@ -34,7 +34,7 @@ mod tests {
     };
 
     #[test]
-    fn doubles_up_to_the_limit() {
+    fn the_wait_doubles_up_to_the_limit() {
         let waits: Vec<_> = [1, 2, 3, 6, 7, 8, 100]
             .iter()
             .map(|n| B.wait(*n, 0.999_999).as_secs_f64().round())
@@ -44,7 +44,7 @@ mod tests {
     }
 
     #[test]
-    fn constant_when_off() {
+    fn the_wait_is_constant_when_backoff_is_off() {
         let b = Backoff {
             exponential: false,
             ..B

@@ -1,20 +1,20 @@
-//! Batches that are being filled.
+//! Batches that are being built.
 
 use crate::delivery::flight::{BatchedEvent, Contents};
 use std::rc::Rc;
 
-/// Larger batches miss the CPU's cache.
+/// Larger batches do not fit in the CPU's cache.
 pub const BATCH_BYTES: usize = 256 * 1024;
-/// Of a batch's entries for one stream, the first of so many has MAXLEN: Redis trims by nodes of a hundred entries
-/// anyway.
+/// Among a batch's entries for one stream, each first of this many has MAXLEN: Redis only trims whole nodes of a
+/// hundred entries anyway.
 const TRIM_EVERY: usize = 16;
 
-/// A batch that is being filled.
+/// A batch that is being built.
 #[derive(Default)]
 pub struct OpenBatch {
     pub bytes: Vec<u8>,
     pub entries: Vec<BatchedEvent>,
-    /// Its streams, a few of them, each with its entries since one that trims it.
+    /// Some of its streams, each with the number of entries since the last one that trims it.
     untrimmed: Vec<(Rc<str>, usize)>,
 }
 
@@ -26,7 +26,7 @@ impl OpenBatch {
         }
     }
 
-    /// Whether the next entry of a stream is to trim it.
+    /// Whether the next entry of a stream shall trim it.
     #[inline]
     pub fn trims(&mut self, stream: &Rc<str>) -> bool {
         let known = self.untrimmed.iter_mut().find(|(name, _)| Rc::ptr_eq(name, stream));
@@ -40,14 +40,14 @@ impl OpenBatch {
         true
     }
 
-    /// Whether it has so many events, or so many bytes.
+    /// Whether it has at least this many events or bytes.
     #[inline]
     pub fn is_full(&self, events: usize, bytes: usize) -> bool {
         self.entries.len() >= events || self.bytes.len() >= bytes
     }
 }
 
-/// A batch that was built but not handed over yet: that waits for the end of the reading transaction.
+/// A batch that was built but not handed over yet: it waits for the end of the reading transaction.
 pub struct BuiltBatch {
     pub batch: OpenBatch,
     pub contents: Contents,

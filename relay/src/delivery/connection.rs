@@ -1,4 +1,4 @@
-//! The connection of a delivery: when it is opened, and what its end means.
+//! The connection of a delivery: when it is opened, and what happens when it ends.
 
 use crate::delivery::Delivery;
 use crate::delivery::flight::Refusal;
@@ -8,21 +8,24 @@ use crate::failure::{Class, Failure};
 use crate::time::Now;
 use std::time::Duration;
 
-/// Configuration errors wait this many times longer than outages: somebody has to correct something first.
+/// After a configuration error, the wait is this many times longer than in an outage: somebody has to correct something
+/// first.
 const CONFIGURATION_PATIENCE: u32 = 5;
 
-/// A backend whose node may change looks for the new one at least this often while it has few failures in a row.
+/// A backend whose node may change looks for the new node at least this often after a small number of failures in a
+/// row.
 const LOOK_UP_WAIT: Duration = Duration::from_secs(1);
-/// So many failures in a row are few: a failover takes seconds. Then it is an outage like any other.
+/// Up to this many failures in a row are a small number: a failover takes seconds. After that it is an outage like any
+/// other.
 const HASTY_FAILURES: u32 = 100;
 
-/// Attempts that somebody asks for are at least this far apart.
+/// Minimum time between attempts that users ask for.
 const ASKED_PAUSE: Duration = Duration::from_secs(1);
-/// So many changes of settings may follow each other faster than that.
+/// This many changes of settings may cause attempts in quicker succession.
 const HASTY_CHANGES: u32 = 4;
 
 impl Delivery {
-    /// Somebody has asked for an attempt. There is one, at most once a second. If it fails, the wait goes on as if
+    /// Somebody has asked for an attempt. There is one, at most once a second. If it fails, the wait continues as if
     /// nobody had asked.
     pub fn retry_asked(&mut self, now: Now) {
         let ConnectionState::Down { retry_at } = &mut self.connection else {
@@ -35,13 +38,14 @@ impl Delivery {
         }
     }
 
-    /// The settings changed: forget the wait. Some changes in a row have an attempt each; then there is one a second.
+    /// The settings have changed: forget the wait. The first few changes cause an attempt each; after that there is one
+    /// attempt a second.
     pub fn retry_changed(&mut self, now: Now) {
         self.unasked = None;
         let ConnectionState::Down { retry_at } = &mut self.connection else {
             return;
         };
-        // Further changes do not put off the attempt of one.
+        // Further changes do not delay an attempt that is already due.
         *retry_at = *self.changed_at.get_or_insert_with(|| {
             let at = now.max(self.paid_until.saturating_sub(HASTY_CHANGES * ASKED_PAUSE));
             self.paid_until = self.paid_until.max(at) + ASKED_PAUSE;
@@ -49,17 +53,17 @@ impl Delivery {
         });
     }
 
-    /// A connection is due, but the worker may open no more.
+    /// A connection is due, but the worker may not open more.
     pub fn waits_for_room(&mut self, failure: Failure) {
         self.trouble = Some(failure);
     }
 
-    /// Whether a sender is to be started now.
+    /// Whether to start a sender now.
     pub fn wants_connection(&self, now: Now) -> bool {
         matches!(self.connection, ConnectionState::Down { retry_at } if retry_at <= now)
     }
 
-    /// When that will be, if it is down.
+    /// When the next connection is due, if it is down.
     pub fn connects_at(&self) -> Option<Now> {
         match self.connection {
             ConnectionState::Down { retry_at } => Some(retry_at),
@@ -75,8 +79,8 @@ impl Delivery {
         self.connection = ConnectionState::Connecting;
     }
 
-    /// The connection should be up by now and has not failed either: the server answers slowly, or at length. Returns
-    /// whether that is so.
+    /// Called when the connection should be up by now but has not failed either, because the server answers slowly or
+    /// at length. Returns whether that is so.
     pub fn takes_long(&mut self, failure: Failure) -> bool {
         let is_so = self.connection == ConnectionState::Connecting;
         if is_so {
@@ -85,7 +89,8 @@ impl Delivery {
         is_so
     }
 
-    /// Logged in, and with exactly_once: the guard is ours, and what it says was taken in.
+    /// The sender has logged in. With exactly_once, this server also owns the guard, and what the guard says was
+    /// processed.
     pub fn connected(&mut self) {
         self.unasked = None;
         self.connection = ConnectionState::Up;
@@ -95,7 +100,7 @@ impl Delivery {
         matches!(self.connection, ConnectionState::Up | ConnectionState::Stopped)
     }
 
-    /// Whether the sender is to be let go: its last reply blamed the backend and no more are to come.
+    /// Whether to end the sender: a reply blamed the backend, and all other replies have been read.
     pub fn is_drained(&self) -> bool {
         matches!(self.connection, ConnectionState::Draining { .. }) && self.flights.is_empty()
     }
@@ -107,7 +112,7 @@ impl Delivery {
         }
     }
 
-    /// The connection ended, after `accepted` replies of the oldest batch, of which some `refused`.
+    /// The connection ended after `accepted` replies of the oldest batch, of which some were `refused`.
     pub fn lost(
         &mut self,
         failure: Failure,
@@ -121,8 +126,8 @@ impl Delivery {
             Some(flight) => self.land(flight, accepted, refused, now, random),
             None => Vec::new(),
         };
-        // A connection that had worked may have been closed because it was idle. It is tried again at once, but only
-        // once.
+        // A connection that had worked may have been closed because it was idle. The next attempt is made at once, but
+        // only one.
         let fresh = self.failures == 0 && self.connection == ConnectionState::Up && failure.class == Class::Backend;
         let retry_at = self.failed(failure, now, random);
         if fresh {
@@ -132,13 +137,13 @@ impl Delivery {
         records
     }
 
-    /// The worker lets the sender go (settings changed, backend disabled): what is in flight is in doubt.
+    /// The worker ends the sender (settings changed, backend disabled): batches in flight are in doubt.
     pub fn abandon(&mut self) {
         self.doubt_flights();
         self.go_down(Now::ZERO);
     }
 
-    /// The backend points to another server now. Failures of the former one mean nothing.
+    /// The backend points to another server now. Failures of the former server no longer count.
     pub fn forget_trouble(&mut self) {
         self.trouble = None;
         self.failures = 0;
@@ -169,7 +174,7 @@ impl Delivery {
         self.connection = ConnectionState::Down { retry_at };
     }
 
-    /// Reads on from the acknowledged position. What is in flight, if anything, is forgotten.
+    /// Continues from the acknowledged position. Batches in flight are forgotten.
     pub(super) fn rewind(&mut self) {
         for flight in self.flights.drain(..) {
             for stream in flight.retried() {

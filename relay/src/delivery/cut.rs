@@ -1,6 +1,5 @@
-//! Cutting rows into batches: one scan over a range for all readers that share it. Each row becomes an entry of its
-//! reader's batch, or a record of what is to be written down, or is passed over. The extension and the simulations cut
-//! with this code.
+//! Cuts rows into batches: one scan over a range serves all readers that share it. Each row becomes an entry in its
+//! reader's batch or a record to be written down, or is skipped. The extension and the simulations use this code.
 
 use crate::delivery::batch::{BATCH_BYTES, BuiltBatch, OpenBatch};
 use crate::delivery::flight::{BatchedEvent, Contents, Window};
@@ -14,10 +13,10 @@ use std::collections::{BTreeSet, HashMap};
 use std::rc::Rc;
 use std::sync::Arc;
 
-/// A scan gets longer with each reader that it serves, up to this many.
+/// A scan gets longer with each reader that it serves, up to this many readers.
 const SCAN_READERS: usize = 4;
 
-/// The rows that a scan stands on, as it needs them.
+/// The row at which a scan stands. The methods read only what is needed of it.
 pub trait Source {
     type Scan: Scan;
     type Offer<'a>: Offer
@@ -26,41 +25,41 @@ pub trait Source {
 
     /// The number of its backend.
     fn number(&self, scan: &Self::Scan) -> i32;
-    /// Whether its backend was deleted. Otherwise the worker may not have loaded it yet.
+    /// Whether its backend was deleted. If not, the worker may not have loaded the backend yet.
     fn is_deleted(&mut self, scan: &Self::Scan) -> bool;
-    /// The hash slot of its stream; `reader`: the index of a reader of its backend.
+    /// The hash slot of its stream. `reader`: the index of any reader of its backend.
     fn hash_slot(&mut self, scan: &Self::Scan, reader: usize) -> u16;
-    /// Why it cannot be read, if it cannot.
+    /// Why it cannot be read; `None` if it can.
     fn unreadable(&mut self, scan: &Self::Scan) -> Option<String>;
     /// Calls `f` with the event of the row, for one reader.
     fn with_event<R>(&mut self, scan: &Self::Scan, reader: usize, f: impl FnOnce(Self::Offer<'_>) -> R) -> R;
 }
 
-/// The event of a row, offered to the backend that it is for.
+/// The event of a row, offered to its backend.
 pub trait Offer {
     fn delivery(&self) -> &Delivery;
     fn stream(&self) -> &Rc<str>;
     fn hash_slot(&self) -> u16;
     /// Whether it was refused, failed, or accepted out of turn.
     fn is_written_down(&self) -> bool;
-    /// Working space for a batch, begun as the backend wants.
+    /// A buffer for a batch, begun as the backend needs it.
     fn buffer(&mut self) -> Vec<u8>;
-    /// Appends it to a batch; an error says why that cannot be.
+    /// Appends it to a batch; an error says why that is not possible.
     fn encode(self, batch: &mut OpenBatch) -> Result<BatchedEvent, String>;
 }
 
 /// How much one pass does.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// A batch is full with so many events or bytes.
+    /// A batch is full with this many events or bytes.
     pub batch_events: usize,
     pub batch_bytes: usize,
-    /// Rows that it may meet, for each reader.
+    /// How many rows it may meet for each reader.
     pub steps: usize,
-    /// If others wait for it, it ends after so many rows.
+    /// If others wait for it, it ends after this many rows.
     pub least_steps: usize,
-    /// Rows that it may write down as waiting or failed, for each reader: a millisecond or two. The events of the
-    /// others are looked at in between.
+    /// How many rows it may write down as waiting or failed for each reader, which takes a millisecond or two. After
+    /// that, other readers get their turn.
     pub records: usize,
 }
 
@@ -89,19 +88,19 @@ pub struct Collector {
     room: Window,
     pub built: Vec<BuiltBatch>,
     open: Option<OpenBatch>,
-    /// To be written down.
+    /// What has to be written down.
     pub records: Vec<Record>,
     /// Rows that must not be sent when they are read again: accepted earlier beyond a gap, or parked now.
     pub skipped: Vec<i64>,
-    /// How far it came.
+    /// How far it has come.
     pub end: Position,
-    /// It met a row for which it has no room.
+    /// Whether it met a row that it has no room for.
     pub is_stopped: bool,
-    /// The hash slot of that row has no lane.
+    /// The hash slot of that row, if the slot has no lane.
     pub found: Option<u16>,
-    /// The stream of that row is full.
+    /// The stream of that row, if it is full.
     pub full: Option<Rc<str>>,
-    /// Entries for streams that have limits.
+    /// Numbers of entries for streams that have limits.
     placed: HashMap<Rc<str>, i64>,
 }
 
@@ -139,7 +138,7 @@ impl Collector {
         self.room.events > 0 && (self.open.is_some() || (self.room.batches > 0 && self.room.bytes > 0))
     }
 
-    /// Whether it can wait for others: its sender has enough to do, or it has none.
+    /// Whether it can wait for others: its sender has enough to do, or there is no sender.
     fn can_wait(&self) -> bool {
         self.role != Role::Redis || self.room.supply() != Supply::Low
     }
@@ -167,19 +166,19 @@ impl Collector {
     }
 }
 
-/// Which backends there are, also those that take no part.
+/// All backends, including those that take no part in the pass.
 pub struct Backends {
-    /// In order. Rows of any other number are the strays' reader's.
+    /// The numbers, in order. Rows with any other number belong to the reader of strays.
     numbers: Vec<i32>,
-    /// Of each that has lanes: itself, and they.
+    /// Each backend that has lanes, and the lanes.
     lanes: BTreeSet<(i32, Option<u16>)>,
 }
 
 impl Backends {
-    /// `all`: number, lane and role of each.
+    /// `all`: number, lane and role of each reader.
     pub fn of(all: impl Iterator<Item = (i32, Option<u16>, Role)> + Clone) -> Self {
         let mut numbers: Vec<i32> = all.clone().map(|(number, ..)| number).collect();
-        // Mostly they are in order already.
+        // They are usually in order already.
         numbers.sort_unstable();
         let with_lanes = all.filter(|(_, lane, role)| *role == Role::Finder || lane.is_some());
         Self {
@@ -188,7 +187,7 @@ impl Backends {
         }
     }
 
-    /// The readers of this number's rows. Number 0 stands for the reader of strays.
+    /// The number whose readers read rows of `number`. Number 0 stands for the reader of strays.
     #[inline]
     fn known(&self, number: i32) -> i32 {
         match self.numbers.binary_search(&number) {
@@ -202,7 +201,7 @@ impl Backends {
 pub struct Pass {
     from: Arc<Tick>,
     to: Arc<Tick>,
-    /// The row that was met last.
+    /// The number of the last row.
     seq: i64,
     backends: Backends,
     limits: Limits,
@@ -221,8 +220,8 @@ impl Pass {
         }
     }
 
-    /// Reads on, and not for long if `is_wanted` for others. What comes back is to be handed over once the transaction
-    /// has ended well.
+    /// Reads on, but not for long if `is_wanted` says that others wait. The result may be handed over when the
+    /// transaction has ended well.
     pub fn run<S, T>(mut self, table: &mut T, source: &mut S, is_wanted: &dyn Fn() -> bool) -> Vec<Collector>
     where
         S: Source,
@@ -232,7 +231,7 @@ impl Pass {
         let mut is_at_end = false;
         let sending = self.readers.iter().filter(|r| r.role == Role::Redis).count();
         for step in 1..=self.limits.steps * sending.clamp(1, SCAN_READERS) {
-            // A reader that meets only rows of others must come through them first.
+            // A reader that meets only rows of others must get past them first.
             let may_end = step % self.limits.least_steps == 0;
             if may_end && self.readers.iter().any(Collector::has_found) && is_wanted() {
                 break;
@@ -271,7 +270,7 @@ impl Pass {
         (!self.take(source, scan, reader, key.seq)).then_some(reader)
     }
 
-    /// A reader has no room for the row that was just met: it stays before it.
+    /// A reader has no room for the current row: it stays before that row.
     fn stop(&mut self, reader: usize) {
         let here = self.here(&self.readers[reader]);
         let reader = &mut self.readers[reader];
@@ -283,8 +282,9 @@ impl Pass {
         Position::towards(reader.from.clone(), self.to.clone(), self.seq)
     }
 
-    /// Whether the others can wait where one has stopped: so they stay in step, and one scan goes on serving all. Not
-    /// for one that has no room because its Redis is slow: it is not of the next pass.
+    /// Whether the others can wait where one reader has stopped, so that they stay in step and one scan continues to
+    /// serve all. They do not wait for a reader that has no room because its Redis is slow: it is not part of the next
+    /// pass.
     fn can_all_wait(&self) -> bool {
         self.readers.iter().all(|r| r.is_stopped || r.can_wait())
     }
@@ -311,7 +311,7 @@ impl Pass {
         reader.after < key.seq && (Arc::ptr_eq(&reader.from, &self.from) || !reader.from.snapshot.sees(key.xid))
     }
 
-    /// The reader of a row: of its backend, taking part, standing before the row, and not stopped.
+    /// The reader of a row: it belongs to the row's backend, takes part, stands before the row, and has not stopped.
     fn reader_of<S: Source>(&self, source: &mut S, scan: &S::Scan, number: i32, key: Key) -> Option<usize> {
         let lane = match self.backends.lanes.contains(&(number, None)) {
             true => Some(self.lane_of(source, scan, number)?),
@@ -322,14 +322,15 @@ impl Pass {
         self.is_before(&self.readers[reader], key).then_some(reader)
     }
 
-    /// In a cluster: the lane of the row's hash slot; `None` within: it has none, and the finder is to see it.
+    /// In a cluster, the lane of the row's hash slot. An inner `None`: the slot has no lane, and the finder must see
+    /// the row.
     fn lane_of<S: Source>(&self, source: &mut S, scan: &S::Scan, number: i32) -> Option<Option<u16>> {
         let of_backend = self.readers.iter().find(|r| r.number == number)?;
         let slot = Some(source.hash_slot(scan, of_backend.index));
         Some(slot.filter(|slot| self.backends.lanes.contains(&(number, Some(*slot)))))
     }
 
-    /// Any reader of the row's backend writes it down, since its lane may not be known.
+    /// Any reader of the row's backend writes it down, because its lane may not be known.
     fn fail_unreadable(&mut self, number: i32, key: Key, error: &str) {
         let is_its = |r: &Collector| r.number == number && !r.is_stopped && self.is_before(r, key);
         if let Some(reader) = self.readers.iter().position(is_its) {
@@ -337,7 +338,7 @@ impl Pass {
         }
     }
 
-    /// Gives a row to a reader; false: it has no room.
+    /// Gives a row to a reader. False: the reader has no room.
     fn take<S: Source>(&mut self, source: &mut S, scan: &S::Scan, reader: usize, seq: i64) -> bool {
         let (limits, to) = (&self.limits, &self.to);
         let reader = &mut self.readers[reader];
@@ -345,8 +346,9 @@ impl Pass {
             return false;
         }
         match reader.role {
-            // A backend that is not loaded yet (made by the transaction that published: its rows may be seen before it
-            // is heard of), or a number that was never given (a restore in another order): it may be on its way.
+            // The backend is not loaded yet (the transaction that published the row also created it, and the row can be
+            // visible before the worker hears of the backend), or its number was never assigned (a restore in another
+            // order). The backend may still come.
             Role::Strays if !source.is_deleted(scan) => false,
             Role::Strays | Role::Deleted => {
                 reader.fail(seq, "its backend was deleted");
@@ -362,7 +364,7 @@ impl Pass {
 }
 
 impl Collector {
-    /// Adds an event to its batch, or puts it aside; false: there is no room.
+    /// Adds an event to its batch, or parks it. False: there is no room.
     #[inline]
     fn add(&mut self, mut event: impl Offer, seq: i64, to: &Arc<Tick>, limits: &Limits) -> bool {
         if event.delivery().may_be_written_down(seq) && event.is_written_down() {
@@ -402,7 +404,7 @@ impl Collector {
         true
     }
 
-    /// Takes a place in the event's stream; false: that has none left.
+    /// Takes a place in the event's stream. False: the stream has no place left.
     #[cold]
     fn place(&mut self, event: &impl Offer) -> bool {
         let stream = event.stream();

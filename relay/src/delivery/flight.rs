@@ -1,20 +1,20 @@
-//! Batches on their way to Redis, and how much may be.
+//! Batches in flight, and their limits.
 
 use crate::failure::{Class, Failure};
 use crate::reading::range::Position;
 use crate::reading::schedule::Supply;
 use std::rc::Rc;
 
-/// How many batches Redis has at once, so that the next one is there when one is done.
+/// How many batches are sent to Redis at once, so that the next one is there when one is done.
 pub const PIPELINED_BATCHES: usize = 4;
 
-/// How many batches a sender may have, sent or not.
+/// How many batches a sender may have, whether sent or not.
 pub const WINDOW_BATCHES: usize = 32;
 
-/// Bytes that may be on their way for one backend; a single larger batch goes alone.
+/// How many bytes may be in flight for one backend. A single larger batch is sent alone.
 pub(super) const WINDOW_BYTES: usize = 2 * 1024 * 1024;
 
-/// What became of one command of a batch.
+/// The index of a refused command in its batch, and the failure.
 pub type Refusal = (usize, Failure);
 
 /// Whether a refusal blames the backend rather than the event.
@@ -22,12 +22,12 @@ pub fn is_backends(refusal: &Refusal) -> bool {
     refusal.1.class != Class::Event
 }
 
-/// An event of a batch, as far as a delivery needs to know it.
+/// What a delivery needs to know about an event of a batch.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BatchedEvent {
     pub seq: i64,
     pub stream: Rc<str>,
-    /// Attempts in all before it fails, if Redis refuses it.
+    /// Total number of attempts before it fails, if Redis refuses it.
     pub max_attempts: u32,
     /// Its transaction committed after this time, in microseconds since 1970.
     pub committed_after_us: i64,
@@ -38,15 +38,15 @@ pub struct BatchedEvent {
 pub struct Window {
     pub batches: usize,
     pub bytes: usize,
-    /// Batches and bytes that there are when nothing is on its way.
+    /// The limits when nothing is in flight.
     pub whole_batches: usize,
     pub whole_bytes: usize,
-    /// Events that may be sent now, for the pace of the backend.
+    /// How many events may be sent now according to the backend's pace.
     pub events: usize,
 }
 
 impl Window {
-    /// What a sender with this much room has to do. It has enough if a quarter of the window or more is on its way.
+    /// How much work a sender with this much room has. It has enough if a quarter of the window or more is in flight.
     pub fn supply(self) -> Supply {
         let has_enough = self.batches <= self.whole_batches / 4 * 3 || self.bytes <= self.whole_bytes / 4 * 3;
         let is_ample = self.batches >= self.whole_batches / 4 && self.bytes >= self.whole_bytes / 4;
@@ -58,20 +58,19 @@ impl Window {
     }
 }
 
-/// What a batch is made of.
+/// The contents of a batch.
 pub enum Contents {
     /// Rows that were read in order. When all are acknowledged, the cursor stands at `end`.
     Rows { end: Position },
-    /// Events that wait in the table of refused ones, tried again, those of a stream together; `all`: streams of which
-    /// no other waits.
+    /// Refused events that are tried again, grouped by stream. `all`: streams in which no other event waits.
     Waiting { all: Vec<Rc<str>> },
 }
 
-/// A batch on its way, as it is counted when its replies come.
+/// A batch as it is counted when its replies come.
 pub struct Answered<'a> {
     pub entries: &'a [BatchedEvent],
     pub bytes: usize,
-    /// Its events had been refused before.
+    /// Whether its events had been refused before.
     pub again: bool,
 }
 
@@ -93,7 +92,7 @@ impl Flight {
     }
 }
 
-/// Events of one stream stand together.
+/// Events of one stream are adjacent.
 pub(super) fn streams_of(entries: &[BatchedEvent]) -> Vec<Rc<str>> {
     let mut streams: Vec<Rc<str>> = entries.iter().map(|e| e.stream.clone()).collect();
     streams.dedup();

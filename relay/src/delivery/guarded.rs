@@ -1,5 +1,5 @@
-//! What a delivery does with a guard (exactly_once): numbers of batches, where it stands after a claim, and a batch
-//! that was appended whole or not at all.
+//! The parts of a delivery that depend on a guard (exactly_once): numbers of batches, its position after a claim, and
+//! batches that are appended completely or not at all.
 
 use crate::delivery::flight::{Contents, Flight};
 use crate::delivery::flight::{Refusal, WINDOW_BATCHES};
@@ -27,8 +27,8 @@ impl Delivery {
         self.number
     }
 
-    /// A claim is about to be made, the `epoch`th of this backend. Its batches get numbers that no batch has had. So
-    /// numbers tell which guard is newer, whatever state Redis may come back with.
+    /// Called when the `epoch`th claim of this backend is about to be made. Its batches get numbers that no batch has
+    /// had. So numbers tell which guard is newer, whatever state Redis may come back with.
     pub fn begin_epoch(&mut self, epoch: u64) {
         self.floor = floor_of(epoch);
     }
@@ -46,13 +46,13 @@ impl Delivery {
         (self.number.max(self.floor) + 1).min(LAST_NUMBER)
     }
 
-    /// A claim is about to be made that begins anew, as if with an empty batch.
+    /// Called for a claim that starts anew, as if an empty batch had been sent.
     pub fn begins_anew(&mut self) {
         let begun = (self.next_number(), self.acked.clone());
         self.doubt(begun);
     }
 
-    /// Redis may append what is in flight even if its replies never arrive.
+    /// Redis may append batches in flight even if their replies never arrive.
     pub(super) fn doubt_flights(&mut self) {
         if self.guarantee != Guarantee::ExactlyOnce || self.in_doubt.is_none() || self.flights.is_empty() {
             return;
@@ -76,8 +76,8 @@ impl Delivery {
         }
     }
 
-    /// Whether a guard of this run of the server that says more than is known may name this as the last batch. The
-    /// error names the field that cannot be.
+    /// Whether a guard of this run of the server that is ahead of what is known may name this batch as the last one.
+    /// The error names the impossible field.
     pub fn may_have_sent(&self, number: u64, position: &Position) -> Result<(), &'static str> {
         let Some(doubted) = &self.in_doubt else {
             return Ok(());
@@ -100,21 +100,21 @@ impl Delivery {
             && epoch_of(last) > epoch_of(self.floor)
     }
 
-    /// The batch number that is written down with waiting events that were accepted: a Redis whose guard has a lower
-    /// one may not have them. After a claim it is at least the claim's own number, because they were found in Redis as
-    /// it was then, not as it had been under a claim that was lost in between.
+    /// The batch number that is written down with waiting events that were accepted. A Redis whose guard has a lower
+    /// number may not have them. After a claim it is at least the claim's own number: they were found in Redis in its
+    /// state at this claim, not in that of an earlier claim that was lost.
     pub fn accepted_in(&self) -> u64 {
         self.number.max(self.floor)
     }
 
-    /// The guard says that batches up to `cursor` are appended, whose replies were never read. `accepted`: events that
-    /// were accepted since the start, these included.
+    /// The guard says that batches up to `cursor`, whose replies were never read, are appended. `accepted`: the events
+    /// accepted since the start, including these.
     pub fn adopt(&mut self, cursor: Cursor, accepted: u64) {
         self.stand_at(cursor);
         self.accepted = accepted;
     }
 
-    /// Redis has lost what came after `cursor`: it is read again. Rows up to `reread_to` may be written down.
+    /// Redis has lost what came after `cursor`, so it is read again. Rows up to `reread_to` may be written down.
     pub fn heal(&mut self, cursor: Cursor, reread_to: i64) {
         self.stand_at(cursor);
         self.set_reread_to(reread_to);
@@ -125,7 +125,7 @@ impl Delivery {
     fn stand_at(&mut self, cursor: Cursor) {
         let moves = !Arc::ptr_eq(self.acked.newest(), cursor.position.newest());
         if cursor.number < self.number {
-            // Redis may come back with batches that it has lost, and that were known.
+            // Redis may come back with batches that were known and then lost.
             self.in_doubt = None;
         }
         self.acked = cursor.position;
@@ -136,7 +136,8 @@ impl Delivery {
         self.rewind();
     }
 
-    /// Rows that need not be sent, because they are in their streams already. What was found there before may be gone.
+    /// These rows need not be sent, because they are already in their streams. Rows that were found there earlier may
+    /// be gone.
     pub fn pass_over(&mut self, seqs: impl IntoIterator<Item = i64>) {
         for seq in std::mem::take(&mut self.found) {
             self.ahead.remove(&seq);
@@ -156,8 +157,8 @@ impl Delivery {
         }
     }
 
-    /// A lane begins where its finder stands, with rows before it that may be written down. Unless the finder has still
-    /// to come to a tick that sees all of those, the one that it goes to does: nothing is waited for beyond it.
+    /// A lane begins at its finder's position; rows before it may be written down. If the finder has already passed
+    /// them, the tick that it is going to sees all of them, so nothing beyond that tick is waited for.
     pub fn begins_where(&mut self, finder: &Self) {
         let here = self.acked.under_way.is_none().then(|| self.acked.newest().clone());
         if let Some(reread) = &mut self.reread {
@@ -176,7 +177,7 @@ impl Delivery {
         seq <= self.reread_to
     }
 
-    /// What the next batch tells the guard; `end`: where its rows end, `None` for one of waiting events.
+    /// The guard's values after the next batch. `end`: where its rows end; `None` for a batch of waiting events.
     pub fn mark<'a>(&'a self, end: Option<&'a Position>) -> Mark<'a> {
         let before = self.flights.iter().rev().find_map(|flight| match &flight.contents {
             Contents::Rows { end } => Some(end),
@@ -196,7 +197,7 @@ impl Delivery {
         self.flights.iter().map(|flight| flight.entries.len()).sum()
     }
 
-    /// The guard cannot be claimed now. It is tried again after `retry_after`; zero: as after any failure.
+    /// The guard cannot be claimed now. The next attempt is after `retry_after`; zero: as after any failure.
     pub fn hold_off(&mut self, failure: Failure, retry_after: Duration, now: Now, random: f64) {
         let retry_at = self.failed(failure, now, random);
         self.go_down(if retry_after > Duration::ZERO {
@@ -211,8 +212,8 @@ impl Delivery {
         self.trouble = Some(failure);
     }
 
-    /// With exactly_once, waiting events are sent alone: the guard tells of one batch only, and what became of it is
-    /// written down before the next.
+    /// With exactly_once, waiting events are sent alone: the guard describes only one batch, and what became of it must
+    /// be written down before the next.
     pub(super) fn retries_alone(&self) -> bool {
         self.guarantee == Guarantee::ExactlyOnce
             && self
@@ -221,18 +222,17 @@ impl Delivery {
                 .any(|f| matches!(f.contents, Contents::Waiting { .. }))
     }
 
-    /// A batch was appended whole, but for what was refused.
+    /// A batch was appended completely, except refused events.
     pub(super) fn appended(&mut self, flight: Flight, refused: Vec<Refusal>, now: Now, random: f64) -> Vec<Record> {
         self.number = self.next_number();
-        // Its number is higher than all that other claims have given.
+        // Its number is higher than those of all other claims.
         let known = self.number;
         self.in_doubt
             .get_or_insert_default()
             .retain(|(number, _)| *number > known);
         self.failures = 0;
         self.trouble = None;
-        // The guard tells of the last batch alone which of its events were refused, or which waiting ones were
-        // accepted.
+        // The guard tells only for the last batch which of its events were refused or which waiting ones were accepted.
         let stops = !refused.is_empty() || matches!(flight.contents, Contents::Waiting { .. });
         self.window_batches = match refused.is_empty() {
             true => (self.window_batches * 2).min(WINDOW_BATCHES),
@@ -256,7 +256,7 @@ impl Delivery {
         self.window_batches = 1;
         let again = matches!(flight.contents, Contents::Waiting { .. });
         if let Some(last) = flight.entries.last().filter(|_| !again) {
-            // Others of this batch may belong before what was refused.
+            // Other events of this batch may belong before those that were refused.
             let stale = self.acked.under_way.is_none().then(|| self.acked.newest().clone());
             let upto = last.seq.max(self.reread.as_ref().map_or(0, |reread| reread.upto));
             let stale = self.reread.take().map_or(stale, |reread| reread.stale);
@@ -288,7 +288,7 @@ impl Delivery {
         self.connection = ConnectionState::Stopped;
     }
 
-    /// Whether [`Self::resume`] is due as soon as all records are written down.
+    /// Whether [`Self::resume`] is due when all records are written down.
     pub fn is_stopped(&self) -> bool {
         self.connection == ConnectionState::Stopped
     }
@@ -322,7 +322,7 @@ mod tests {
         delivery
     }
 
-    /// Claims by the million, and by the thousand million.
+    /// Millions of claims, and thousands of millions.
     #[test]
     fn numbers_of_later_claims_are_higher_and_fit_into_a_bigint() {
         let mut epochs: Vec<u64> = vec![1, 2, 1 << 20, 1 << 30, (1 << 30) + EARLY_EPOCHS - 1];
@@ -336,14 +336,14 @@ mod tests {
             assert_eq!(epoch_of(first(epoch)), epoch);
             assert!(first(epoch) <= i64::MAX as u64, "{epoch}");
         }
-        assert_eq!(first(1), (1 << 40) + 1, "as guards have it that were written before");
+        assert_eq!(first(1), (1 << 40) + 1, "as in guards of earlier versions");
         for absurd in [1 << 41, i64::MAX as u64, u64::MAX] {
             assert!(first(absurd) <= i64::MAX as u64, "{absurd}");
         }
     }
 
     #[test]
-    fn a_connection_that_has_used_up_its_numbers_is_told() {
+    fn a_connection_that_has_used_up_its_numbers_is_recognised() {
         for epoch in [3, EARLY_EPOCHS + 7] {
             let mut delivery = delivery(epoch);
             assert!(!delivery.has_used_up_numbers());

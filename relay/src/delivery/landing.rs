@@ -1,4 +1,4 @@
-//! What the replies to a batch mean: how far the cursor comes, and what is to be recorded.
+//! Evaluates the replies to a batch: how far the cursor moves, and what has to be recorded.
 
 use crate::delivery::flight::{BatchedEvent, Contents, Flight, Refusal, is_backends, streams_of};
 use crate::delivery::refusal::Record;
@@ -9,7 +9,7 @@ use crate::reading::range::Position;
 use crate::time::Now;
 
 impl Delivery {
-    /// All replies of the oldest batch are there. Returns what must be recorded before the cursor is saved.
+    /// All replies of the oldest batch have come. Returns what must be recorded before the cursor is saved.
     pub fn replied(&mut self, refused: Vec<Refusal>, now: Now, random: f64) -> Vec<Record> {
         let Some(flight) = self.flights.pop_front() else {
             return Vec::new();
@@ -30,15 +30,15 @@ impl Delivery {
                 self.failures = 0;
                 self.trouble = None;
             }
-            // Replies that were still to come after the first that blamed the backend.
+            // These are replies after the first one that blamed the backend.
             Some(_) | None => {}
         }
         self.settle();
         records
     }
 
-    /// Takes the first `known` results of a flight: moves the cursor over what is settled, remembers what was accepted
-    /// beyond a gap, and says what to record.
+    /// Takes the first `known` results of a flight: moves the cursor over settled rows, remembers what was accepted
+    /// beyond a gap, and returns what to record.
     pub(super) fn land(
         &mut self,
         flight: Flight,
@@ -54,8 +54,8 @@ impl Delivery {
             Contents::Rows { end } => (false, end.under_way.is_none()),
             Contents::Waiting { .. } => (true, false),
         };
-        // Set at the first entry that is not settled; the cursor cannot pass it. No position stands for a part of a
-        // batch that ends with its range.
+        // Set at the first entry that is not settled, which the cursor cannot pass. If a batch ends its range, no
+        // position stands for a part of it.
         let mut gap = matches!(self.connection, ConnectionState::Draining { .. }) || (!whole && ends_range);
         let mut settled: Option<i64> = None;
         for (index, entry) in flight.entries.iter().enumerate().take(known) {
@@ -114,7 +114,7 @@ impl Delivery {
         self.streams.refused(entry, again, failure, now, wait)
     }
 
-    /// With nothing in flight, all that was read is settled.
+    /// With nothing in flight, everything that was read is settled.
     pub(super) fn settle(&mut self) {
         let rows_in_flight = self.flights.iter().any(|f| matches!(f.contents, Contents::Rows { .. }));
         if !rows_in_flight && !matches!(self.connection, ConnectionState::Draining { .. }) {

@@ -1,25 +1,25 @@
-//! How many events a backend may send: `max_rate` of its row, so that a backlog that drains does not flatten its
-//! consumers. A token bucket; each event that is sent takes a token, also one that is sent again.
+//! Limits how many events a backend may send: `max_rate` of its row, so that a draining backlog does not overload its
+//! consumers. This is a token bucket; each event that is sent takes a token, even if it is sent again.
 
 use crate::time::Now;
 use std::time::Duration;
 
-/// What a backend that was idle may send at once, as a part of a second.
+/// What a backend that was idle may send at once, as a fraction of a second.
 const BURST: u32 = 20;
-/// It is not worth while to look for less than this part of a second's events.
+/// Looking for events is not worthwhile for less than this fraction of a second's events.
 const PORTION: u32 = 100;
 
 #[derive(Clone, Debug)]
 pub struct Bucket {
     per_second: u32,
-    /// Below zero: more was sent than it had.
+    /// Negative if more was sent than it had.
     tokens: i64,
-    /// Up to when it was filled.
+    /// The time up to which it was filled.
     filled_to: Now,
 }
 
 impl Bucket {
-    /// Full.
+    /// A full bucket.
     pub fn new(per_second: u32, now: Now) -> Self {
         let mut bucket = Self {
             per_second: per_second.max(1),
@@ -38,9 +38,9 @@ impl Bucket {
         i64::from((self.per_second / BURST).max(1))
     }
 
-    /// How long it takes to get so many tokens.
+    /// How long it takes to gain this many tokens.
     fn time_of(&self, tokens: u64) -> Duration {
-        // Rounded up: no token is given twice.
+        // Rounded up, so that no token is given twice.
         let nanos = (u128::from(tokens) * 1_000_000_000).div_ceil(u128::from(self.per_second));
         Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
     }
@@ -53,18 +53,18 @@ impl Bucket {
         let tokens = self.tokens.saturating_add(gained);
         match tokens >= self.capacity() {
             true => (self.tokens, self.filled_to) = (self.capacity(), now),
-            // What is left of the time counts for the next token.
+            // The rest of the time counts for the next token.
             false => (self.tokens, self.filled_to) = (tokens, self.filled_to + self.time_of(gained as u64)),
         }
         usize::try_from(self.tokens).unwrap_or(0)
     }
 
-    /// So many events were sent.
+    /// Notes that this many events were sent.
     pub fn spend(&mut self, events: usize) {
         self.tokens = self.tokens.saturating_sub(i64::try_from(events).unwrap_or(i64::MAX));
     }
 
-    /// When it is worth while to look for more.
+    /// When looking for more events is worthwhile.
     pub fn next_at(&self) -> Now {
         let portion = i64::from((self.per_second / PORTION).max(1)).min(self.capacity());
         let missing = u64::try_from(portion.saturating_sub(self.tokens)).unwrap_or(0);
@@ -76,7 +76,7 @@ impl Bucket {
 mod tests {
     use super::*;
 
-    /// Sends all that it may for so long, looking each `step`, or when it is worth while.
+    /// Sends everything that it may during `time`, checking every `step`, or when it is worthwhile.
     fn sent(bucket: &mut Bucket, from: Now, time: Duration, step: Option<Duration>) -> (usize, u32) {
         let (mut now, mut sent, mut looks) = (from, 0, 0);
         while now < from + time {
@@ -90,7 +90,7 @@ mod tests {
     }
 
     #[test]
-    fn a_second_has_so_many_events_however_often_it_is_looked() {
+    fn the_rate_does_not_depend_on_how_often_it_is_checked() {
         for rate in [1, 2, 7, 99, 1_000, 33_333, 1_000_000, u32::MAX] {
             for step in [None, Some(Duration::from_micros(333)), Some(Duration::from_millis(7))] {
                 let seconds = 10;
@@ -112,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn idle_time_is_not_saved_up() {
+    fn idle_time_gives_at_most_one_burst() {
         let mut bucket = Bucket::new(1_000, Now::ZERO);
         assert_eq!(bucket.available(Duration::from_secs(3_600)), 50);
         bucket.spend(50);
@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_sent_beyond_it_is_waited_for() {
+    fn tokens_that_were_overdrawn_are_waited_for() {
         let mut bucket = Bucket::new(100, Now::ZERO);
         assert_eq!(bucket.available(Now::ZERO), 5);
         bucket.spend(105);
@@ -131,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn a_clock_that_stands_or_goes_back_gives_nothing() {
+    fn a_clock_that_stands_still_or_goes_back_gives_no_tokens() {
         let now = Duration::from_secs(5);
         let mut bucket = Bucket::new(10, now);
         bucket.spend(1);

@@ -1,5 +1,5 @@
-//! The delivery of one backend: a state machine without I/O. The worker feeds it rows and reports with the time and a
-//! random number, and does what it asks: connect, send a batch, write down what was refused, save the cursor.
+//! The delivery of one backend: a state machine without I/O. The worker feeds it rows and reports, with the time and a
+//! random number, and does what it asks: connect, send a batch, write down refused events, save the cursor.
 //!
 //! ```text
 //!            retry_at reached        Connected, or claimed
@@ -9,19 +9,19 @@
 //!               read := acked; what was in flight       ▼ │
 //!               is read again                          Stopped (exactly_once: something was refused; read := acked)
 //! ```
-//! The table is the retry buffer: nothing that is unsure is kept here but its position.
+//! The table is the retry buffer: of anything in doubt, only the position is kept here.
 //!
-//! With at_least_once batches are plain commands, several on their way at once: a reply that blames the backend, or a
-//! lost connection, leaves those behind it in doubt. With exactly_once a batch is appended whole or not at all and the
-//! guard says which was the last, by its number; so what is in flight is never in doubt for longer than it takes to
-//! ask.
+//! With at_least_once, batches are plain commands, several in flight at once: a reply that blames the backend, or a
+//! lost connection, leaves the later ones in doubt. With exactly_once, a batch is appended completely or not at all,
+//! and the guard names the last one by its number. So the next connection can always find out what became of the
+//! batches in flight.
 //!
-//! - [`cut`] from the rows that a scan meets to batches; [`batch`] those that are being filled
-//! - [`state`] how the connection is; [`connection`] when it is opened, and what its end means
-//! - [`flight`] batches on their way; [`landing`] what their replies mean; [`guarded`] the same with a guard
-//! - [`refusal`] streams that Redis refuses, [`waiting`] who of them is tried next, [`retries`] what a delivery asks of
+//! - [`cut`] from the rows of a scan to batches; [`batch`] batches that are being built
+//! - [`state`] the state of the connection; [`connection`] when it is opened, and what happens when it ends
+//! - [`flight`] batches in flight; [`landing`] evaluates their replies; [`guarded`] the same with a guard
+//! - [`refusal`] streams with refused events, [`waiting`] which of them is tried next, [`retries`] the interface to
 //!   both; [`reread`] rows that are read again; [`backoff`]
-//! - [`max_rate`] how many events a backend may send, [`pace`] and what that means for its delivery
+//! - [`max_rate`] how many events a backend may send, [`pace`] what that means for its delivery
 
 pub mod backoff;
 pub mod batch;
@@ -59,7 +59,7 @@ pub enum Guarantee {
     ExactlyOnce,
 }
 
-/// The delivery of one backend; see the module's text.
+/// The delivery of one backend; see the module's documentation.
 pub struct Delivery {
     guarantee: Guarantee,
     /// The last batch that is known to be appended (exactly_once).
@@ -74,58 +74,57 @@ pub struct Delivery {
     in_flight_bytes: usize,
     /// The most bytes that may be in flight.
     window_bytes: usize,
-    /// The most batches. With exactly_once a refusal stops all that are behind it, and they are read and sent again: so
-    /// there is one after a refusal, and twice as many after each batch without.
+    /// The most batches that may be in flight. With exactly_once, a refusal stops all batches behind it, which are then
+    /// read and sent again. So there is one batch after a refusal, and twice as many after each batch without one.
     window_batches: usize,
     connection: ConnectionState,
     /// Failures of the backend in a row.
     failures: u32,
-    /// The last or next attempt that somebody has asked for.
+    /// The last or next attempt that a user has asked for.
     asked_at: Option<Now>,
-    /// The next attempt, because the settings changed.
+    /// The next attempt because of changed settings.
     changed_at: Option<Now>,
-    /// Each such attempt puts this off by a second. It may not lie far ahead.
+    /// Each such attempt moves this by a second. It may not lie far ahead.
     paid_until: Now,
-    /// The next attempt, had nobody asked for one sooner.
+    /// When the next attempt would be if nobody had asked for one sooner.
     unasked: Option<Now>,
     /// Why it is down; `None` after the next success.
     trouble: Option<Failure>,
-    /// Rows behind `acked` that are not to be sent if they are read again: they were accepted although the backend
-    /// refused an earlier one, or they are written down. They are forgotten once `acked` has passed them.
+    /// Rows behind `acked` that must not be sent if they are read again: they were accepted although the backend
+    /// refused an earlier one, or they are written down. They are forgotten when `acked` has passed them.
     ahead: BTreeSet<i64>,
     /// Rows of `ahead` that were read since the last batch: before the current piece, and in it.
     aside: Vec<i64>,
     piece: Vec<i64>,
-    /// Rows of `ahead` that were found in their streams. That is written down nowhere, so the next owner must look
-    /// again.
+    /// Rows of `ahead` that were found in their streams. That is not written down, so the next owner must look again.
     found: BTreeSet<i64>,
     streams: Streams,
     backoff: Backoff,
-    /// Whether another node may replace one that is gone.
+    /// Whether another node may replace a lost one.
     follows: bool,
     accepted: u64,
     /// Rows up to this number may have been written down by an earlier worker, or before Redis lost data.
     reread_to: i64,
-    /// Rows that are being read again, and may belong before events that wait.
+    /// Rows that are being read again and may belong before events that wait.
     reread: Option<Reread>,
-    /// A stream is to be tried again as soon as nothing is in flight.
+    /// Whether a stream is to be tried again as soon as nothing is in flight.
     makes_way: bool,
-    /// How many events it may send now, for its `max_rate`; `None`: any number.
+    /// How many events it may send now because of `max_rate`; `None`: any number.
     allowance: Option<usize>,
-    /// Of those, for waiting events that are due.
+    /// The part of these that is reserved for waiting events that are due.
     reserved: usize,
-    /// There may be more to send, which waits for the pace.
+    /// Whether there may be more to send, which waits for the pace.
     is_paced: bool,
-    /// Events that were sent since that was asked for.
+    /// How many events were sent since [`Self::take_sent`] was last called.
     sent_events: usize,
-    /// Batches that were sent, or begun with, and whose replies were never read. A guard that says more than is known
-    /// must name one of them. `None`: an earlier worker may have sent others (exactly_once).
+    /// Batches that were sent at least in part and whose replies were never read. A guard that is ahead of what is
+    /// known must name one of them. `None`: an earlier worker may have sent others (exactly_once).
     in_doubt: Option<Vec<(u64, Position)>>,
-    /// The consumer groups of its streams, while a view or a setting needs them.
+    /// The consumer groups of its streams, if a view or a setting needs them.
     readership: Option<Box<Readership>>,
 }
 
-/// What is saved of a delivery, and given to the next.
+/// What is saved of a delivery and given to the next one.
 #[derive(Clone, Debug)]
 pub struct Cursor {
     pub position: Position,
@@ -134,8 +133,8 @@ pub struct Cursor {
 }
 
 impl Delivery {
-    /// A delivery without a connection, which is to be opened at once. It stands at a saved cursor; `streams` are those
-    /// that have refused events waiting.
+    /// A delivery at a saved cursor, without a connection, which is to be opened at once. `streams` are those in which
+    /// refused events wait.
     pub fn new(guarantee: Guarantee, cursor: Cursor, streams: Streams, backoff: Backoff) -> Self {
         let Cursor {
             position: cursor,
@@ -178,18 +177,18 @@ impl Delivery {
         }
     }
 
-    /// A shorter backoff counts for what is waiting already.
+    /// A shorter backoff also shortens waits that have begun.
     pub fn set_backoff(&mut self, backoff: Backoff, now: Now) {
         self.backoff = backoff;
         self.streams.hasten(|attempts| now + backoff.wait(attempts, 1.0));
     }
 
-    /// A lane has a smaller window than a backend that is alone.
+    /// A lane has a smaller window than a backend without lanes.
     pub fn set_window_bytes(&mut self, bytes: usize) {
         self.window_bytes = bytes;
     }
 
-    /// Whether another node may replace one that is gone. Then a node that fails is not waited for long.
+    /// Whether another node may replace a lost one. Then the wait for a failed node is short.
     pub fn set_follows(&mut self, follows: bool) {
         self.follows = follows;
     }
@@ -198,7 +197,7 @@ impl Delivery {
         self.guarantee
     }
 
-    /// For the next connection.
+    /// Sets the guarantee for the next connection.
     pub fn set_guarantee(&mut self, guarantee: Guarantee) {
         self.guarantee = guarantee;
     }
@@ -231,7 +230,8 @@ impl Delivery {
         (self.connection == ConnectionState::Up && room.batches > 0 && room.bytes > 0).then_some(room)
     }
 
-    /// How much its sender has to do: whether its reader can wait for others, and whether reading is worth it.
+    /// How much work its sender has. It decides whether its reader can wait for others, and whether reading is
+    /// worthwhile.
     pub fn supply(&self) -> Supply {
         match self.connection {
             ConnectionState::Up => self.window().supply(),
@@ -293,7 +293,7 @@ impl Delivery {
         self.readership.as_deref_mut()
     }
 
-    /// From now on, its streams are watched, or not.
+    /// Starts or stops watching its streams.
     pub fn set_readership(&mut self, readership: Option<Readership>) {
         self.readership = readership.map(Box::new);
     }
@@ -302,12 +302,12 @@ impl Delivery {
         &self.read
     }
 
-    /// The position that may be saved once all records of [`Self::replied`] are written down.
+    /// The position that may be saved when all records of [`Self::replied`] are written down.
     pub fn acked(&self) -> &Position {
         &self.acked
     }
 
-    /// Accepted since the start.
+    /// The number of events accepted since the start.
     pub fn accepted(&self) -> u64 {
         self.accepted
     }
@@ -329,7 +329,7 @@ impl Delivery {
         }
     }
 
-    /// When something is due without any report: the next attempt of the backend or of a stream.
+    /// When something is due without a report: the next attempt of the backend or of a stream.
     pub fn due_at(&self) -> Option<Now> {
         match self.connection {
             ConnectionState::Down { retry_at } => Some(retry_at),
@@ -342,7 +342,8 @@ impl Delivery {
         }
     }
 
-    /// A row was skipped, or parked and written down, as [`Self::on_row`] said. To be called before [`Self::advanced`].
+    /// A row was skipped, or parked and written down, according to [`Self::on_row`]. Must be called before
+    /// [`Self::advanced`].
     pub fn skipped(&mut self, seq: i64) {
         self.ahead.insert(seq);
         self.piece.push(seq);
@@ -366,8 +367,8 @@ impl Delivery {
         self.settle();
     }
 
-    /// A batch went to the sender. Streams of which no other event waits are not blocked any more: what is read of them
-    /// from now on goes behind the batch.
+    /// A batch went to the sender. Streams in which no other event waits are no longer blocked: rows for them that are
+    /// read from now on go behind the batch.
     pub fn sent(&mut self, entries: Vec<BatchedEvent>, contents: Contents, bytes: usize) {
         let aside = match &contents {
             Contents::Rows { .. } => std::mem::take(&mut self.aside),
@@ -391,8 +392,9 @@ impl Delivery {
         });
     }
 
-    /// Nothing is left to read and nothing is in flight: all is well. Returns whether it was not before. `is_all_read`:
-    /// there are no rows either that may not be read yet, and of which something may be known.
+    /// Called when nothing is left to read and nothing is in flight, so that there is no failure any more. Returns
+    /// whether there was one before. `is_all_read`: there are no further rows that may not be read yet and may be
+    /// written down.
     pub fn rest(&mut self, is_all_read: bool) -> bool {
         let is_calm = self.streams.next_retry_at().is_none() && self.streams.to_fail(1).is_empty();
         let rests = self.connection == ConnectionState::Up && self.flights.is_empty() && is_calm;
@@ -408,12 +410,12 @@ impl Delivery {
     }
 }
 
-/// What becomes of a row that was read.
+/// What to do with a row that was read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RowFate {
     Send,
-    /// Its stream has refused events waiting: it waits behind them.
+    /// Park it: refused events wait in its stream, and it waits behind them.
     Park,
-    /// It is in the stream already.
+    /// Skip it: it is already in the stream.
     Skip,
 }

@@ -1,14 +1,15 @@
-//! What a delivery may send for the pace of its backend: the worker shares that out ([`Bucket`](super::max_rate::Bucket)).
+//! What a delivery may send within the pace of its backend. The worker shares the tokens
+//! ([`Bucket`](super::max_rate::Bucket)).
 
 use crate::delivery::Delivery;
 use crate::time::Now;
 
 impl Delivery {
-    /// From now on it may send so many events; `None`: any number. `wants`: there may be some.
+    /// From now on it may send this many events; `None`: any number. `wants`: there may be events to send.
     pub fn allow(&mut self, events: Option<usize>, wants: bool, now: Now) {
         self.allowance = events;
         self.is_paced = wants && events == Some(0);
-        // Rows are read before waiting events are tried again, and would leave nothing.
+        // Rows are read before waiting events are tried again, and would otherwise use up all tokens.
         let is_due = self.streams.next_retry_at().is_some_and(|at| at <= now);
         self.reserved = events.filter(|_| is_due).map_or(0, |events| events.div_ceil(2));
     }
@@ -18,7 +19,7 @@ impl Delivery {
         self.is_paced
     }
 
-    /// How many events were sent since this was asked last.
+    /// How many events were sent since this was last called.
     pub fn take_sent(&mut self) -> usize {
         std::mem::take(&mut self.sent_events)
     }
@@ -83,7 +84,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_waits_for_its_pace_is_not_idle() {
+    fn a_backend_that_waits_for_its_pace_is_not_idle() {
         let mut delivery = delivery(Streams::default());
         for (events, wants, state) in [
             (Some(0), true, State::Sending),

@@ -1,11 +1,11 @@
-//! Events that Redis refuses for what they are, stream by stream.
+//! Events that Redis refuses because of their content, stream by stream.
 //!
-//! The head of a refused stream is tried again up to its `max_retries`; meanwhile everything behind it in the same
-//! stream waits in the table of refused events, and other streams go on. When the head is accepted the others follow in
-//! order; when it has failed they fail with it, and the next event of that stream has one attempt, until one is
+//! The head of a refused stream is tried again up to its `max_retries`. Meanwhile everything behind it in the same
+//! stream waits in the table of refused events, and other streams go on. When the head is accepted, the others follow
+//! in order. When it has failed, they fail with it, and each further event of that stream has one attempt, until one is
 //! accepted.
 //!
-//! There may be a hundred thousand such streams. Only a change of settings looks at all of them. Their cost is bounded:
+//! There may be a hundred thousand such streams. Only a change of settings examines all of them. Their cost is limited:
 //! attempts have a share of the time (`waiting.rs`), and streams a share of the memory.
 
 use crate::delivery::flight::BatchedEvent;
@@ -16,25 +16,25 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
 use std::time::Duration;
 
-/// Most attempts that an event may ask for: also the bound of the setting `max_retries`.
+/// The most attempts that an event may ask for. This is also the limit of the setting `max_retries`.
 pub const MOST_ATTEMPTS: i32 = 1_000;
 
-/// At most this many streams that have exhausted their attempts are remembered. Beyond that, all are forgotten.
+/// At most this many streams with exhausted attempts are remembered. Beyond that, all are forgotten.
 const REMEMBERED_STREAMS: usize = 10_000;
 
-/// Memory for refused streams. When it is used up, a refused event of a further stream has one attempt.
+/// The memory for refused streams. When it is used up, a refused event in another stream has one attempt.
 const MOST_BYTES: usize = 32 * 1024 * 1024;
-/// Memory that a stream takes besides its name, as measured.
+/// The memory that a stream takes besides its name, as measured.
 const STREAM_BYTES: usize = 200;
 
-/// What must be written down in Postgres before the cursor passes.
+/// What must be written down in Postgres before the cursor passes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Record {
     /// Copy the row to the refused events, to be tried again.
     Park { seq: i64, attempts: u32, error: Rc<str> },
     /// Copy the row to the failed events.
     Fail { seq: i64, attempts: u32, error: Rc<str> },
-    /// A waiting event was accepted: it need not wait any more.
+    /// A waiting event was accepted and no longer waits.
     Accepted { seq: i64 },
     /// A waiting event was refused again.
     RefusedAgain { seq: i64, attempts: u32, error: Rc<str> },
@@ -42,7 +42,7 @@ pub enum Record {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum StreamState {
-    /// Events wait; the head had `attempts`.
+    /// Events wait; the head has had `attempts` attempts.
     Blocked {
         attempts: u32,
         retry_at: Now,
@@ -50,9 +50,9 @@ enum StreamState {
     },
     /// The head was accepted; the others follow.
     Following { sending: bool },
-    /// The head failed for this reason, and all that wait are about to.
+    /// The head has failed for this reason, and all waiting events are about to fail.
     Failing { error: Rc<str> },
-    /// The head failed: the next refusal fails at once.
+    /// The head has failed: the next refused event fails at once.
     Exhausted,
 }
 
@@ -66,20 +66,20 @@ pub struct Retry {
 /// The refused streams of one backend.
 #[derive(Default)]
 pub struct Streams {
-    /// Sorted, so that a run can be replayed.
+    /// Sorted, so that a run can be reproduced.
     troubled: BTreeMap<Rc<str>, StreamState>,
-    /// Streams that are blocked and not being tried.
+    /// Streams that are blocked and not being tried now.
     waiting: Waiting,
     budget: Budget,
-    /// Streams of a batch of which nothing was appended because of other streams. They are tried next, without others.
-    /// Otherwise a crowd of streams that are refused before EXEC would keep them from ever being appended.
+    /// Streams of a batch of which nothing was appended because of other streams. They are tried next, without other
+    /// streams. Otherwise many streams that are refused before EXEC would keep them from ever being appended.
     innocent: BTreeSet<Rc<str>>,
-    /// Memory that they take.
+    /// The memory that the streams take.
     bytes: usize,
-    /// Streams whose next events may follow, in the order in which they came. A stream that is well again may still
-    /// stand here.
+    /// Streams whose next events may follow, in the order in which they came. A stream without refused events may still
+    /// be in this queue.
     following: VecDeque<Rc<str>>,
-    /// Streams of which something is in flight.
+    /// Streams with something in flight.
     busy: BTreeSet<Rc<str>>,
     failing: BTreeSet<Rc<str>>,
     exhausted: usize,
@@ -90,7 +90,7 @@ fn bytes_of(stream: &Rc<str>) -> usize {
 }
 
 impl Streams {
-    /// From the table: a stream and the attempts of its head.
+    /// The streams from the table, with the attempts of their heads.
     pub fn waiting(streams: impl IntoIterator<Item = (String, u32)>) -> Self {
         let mut all = Self::default();
         for (name, attempts) in streams {
@@ -126,7 +126,7 @@ impl Streams {
         self.troubled.insert(stream, state);
     }
 
-    /// The stream is well.
+    /// The stream has no refused events any more.
     fn forget(&mut self, stream: &Rc<str>) {
         let state = self.troubled.remove(stream);
         if state.is_some() {
@@ -143,7 +143,7 @@ impl Streams {
                 self.failing.remove(stream);
             }
             Some(StreamState::Exhausted) => self.exhausted -= 1,
-            // Its place in the queue is passed over.
+            // Its place in the queue is skipped later.
             Some(StreamState::Following { .. }) | None => {}
         }
     }
@@ -171,9 +171,9 @@ impl Streams {
     }
 
     /// Chooses the streams to be tried again now in one batch, and marks them: the heads of at most `heads` streams
-    /// that are due, and `followers` events in all of streams whose head was accepted. These share that number, so that
-    /// none waits until another is done. `waiting.rs` chooses the heads; when they were tried, [`Self::retried`] is to
-    /// be called.
+    /// that are due, and `followers` events in total of streams whose head was accepted. These streams share that
+    /// number, so that none waits for another to finish. `waiting.rs` chooses the heads. After they were tried,
+    /// [`Self::retried`] must be called.
     pub fn due(&mut self, now: Now, heads: usize, followers: usize) -> Vec<Retry> {
         let mut due = self.due_innocent(followers);
         if !due.is_empty() {
@@ -205,7 +205,7 @@ impl Streams {
         due
     }
 
-    /// Those that are tried without any others.
+    /// The streams that are tried without others.
     fn due_innocent(&mut self, followers: usize) -> Vec<Retry> {
         let mut due = Vec::new();
         for stream in std::mem::take(&mut self.innocent) {
@@ -224,17 +224,17 @@ impl Streams {
         due
     }
 
-    /// Of a batch of which nothing was appended, nothing of this stream was refused.
+    /// Nothing was appended of a batch, although nothing of this stream was refused.
     pub(crate) fn is_innocent(&mut self, stream: Rc<str>) {
         self.innocent.insert(stream);
     }
 
-    /// Nothing is being tried, and what became of it is written down.
+    /// Nothing is being tried any more, and the result is written down.
     pub(crate) fn retried(&mut self, now: Now) {
         self.budget.end(now);
     }
 
-    /// No stream waits longer than until `latest`, which goes by the attempts of its head.
+    /// Shortens waits: no stream waits longer than until `latest`, which depends on the attempts of its head.
     pub(crate) fn hasten(&mut self, latest: impl Fn(u32) -> Now) {
         for state in self.troubled.values_mut() {
             if let StreamState::Blocked { attempts, retry_at, .. } = state {
@@ -259,26 +259,26 @@ impl Streams {
         self.forget(stream);
     }
 
-    /// All that waited in a stream whose head was accepted is on its way: nothing needs to wait behind it.
+    /// All waiting events of a stream whose head was accepted are in flight: nothing needs to wait behind them.
     pub(crate) fn released(&mut self, stream: &Rc<str>) {
         if matches!(self.troubled.get(stream), Some(StreamState::Following { .. })) {
             self.forget(stream);
         }
     }
 
-    /// What was on its way is in doubt, and still in the table.
+    /// Events of this stream in flight are in doubt, and still in the table.
     pub(crate) fn waits_again(&mut self, stream: &Rc<str>) {
         if !self.troubled.contains_key(stream) {
             self.set(stream.clone(), StreamState::Following { sending: false });
         }
     }
 
-    /// Events of this stream are on their way again.
+    /// Events of this stream are in flight again.
     pub(crate) fn retrying(&mut self, stream: &Rc<str>) {
         self.mark(stream, true);
     }
 
-    /// They are not.
+    /// No events of this stream are in flight any more.
     pub(crate) fn rests(&mut self, stream: &Rc<str>) {
         self.mark(stream, false);
     }
@@ -300,14 +300,14 @@ impl Streams {
         self.set(stream.clone(), state);
     }
 
-    /// The connection is gone: nothing is being retried.
+    /// The connection is lost: nothing is being tried any more.
     pub fn abandon(&mut self) {
         while let Some(stream) = self.busy.first().cloned() {
             self.rests(&stream);
         }
     }
 
-    /// Streams of which all that waits is to fail, at most `count`, with the reason.
+    /// At most `count` streams in which all waiting events must fail, with the reason.
     pub fn to_fail(&self, count: usize) -> Vec<(Rc<str>, Rc<str>)> {
         let reason = |stream: &Rc<str>| match self.troubled.get(stream) {
             Some(StreamState::Failing { error }) => Some((stream.clone(), error.clone())),
@@ -316,14 +316,14 @@ impl Streams {
         self.failing.iter().take(count).filter_map(reason).collect()
     }
 
-    /// All that waited in this stream has failed.
+    /// All waiting events of this stream have failed.
     pub(crate) fn failed(&mut self, stream: &Rc<str>) {
         if self.failing.contains(stream) {
             self.exhaust(stream.clone());
         }
     }
 
-    /// Replaces `other`: a stream that is to fail there is to fail here too, if it has waiting events.
+    /// Called when this replaces `other`: a stream that was failing there fails here too, if it has waiting events.
     pub(crate) fn go_on_from(&mut self, other: &Self) {
         self.budget = other.budget.clone();
         for (stream, error) in other.to_fail(usize::MAX) {
@@ -369,7 +369,7 @@ impl Streams {
     ) -> Record {
         let (seq, error): (i64, Rc<str>) = (entry.seq, Rc::from(failure.message.as_str()));
         let attempts = match self.troubled.get(&entry.stream) {
-            // Behind the head: it was on its way already.
+            // It was already in flight behind the head.
             Some(StreamState::Blocked { .. } | StreamState::Following { .. } | StreamState::Failing { .. })
                 if !again =>
             {
@@ -401,7 +401,7 @@ impl Streams {
         }
         let has_room = again || self.troubled.contains_key(&entry.stream) || self.bytes < MOST_BYTES;
         if attempts < entry.max_attempts && !has_room {
-            let error = format!("{error} (not tried again: too many streams of its backend are refused)");
+            let error = format!("{error} (not tried again: too many streams of its backend have refused events)");
             let error = error.into();
             return Record::Fail { seq, attempts, error };
         }
@@ -418,14 +418,14 @@ impl Streams {
             };
         }
         match again {
-            // Others may wait behind it.
+            // Other events may wait behind it.
             true => self.set(entry.stream.clone(), StreamState::Failing { error: error.clone() }),
             false => self.exhaust(entry.stream.clone()),
         }
         Record::Fail { seq, attempts, error }
     }
 
-    /// The replies of a retry were looked at.
+    /// The replies of a retry have been evaluated.
     pub(crate) fn end_retry(&mut self, stream: &Rc<str>) {
         if let Some(StreamState::Following { sending: true }) = self.troubled.get(stream) {
             self.rests(stream);

@@ -4,11 +4,11 @@ use crate::reading::range::Position;
 use crate::reading::snapshot::Tick;
 use std::sync::Arc;
 
-/// Waiting events are not tried while rows are read again that may belong before them: these rows must first be parked.
+/// Waiting events are not tried while rows are read again that may belong before them: these rows must be parked first.
 pub(super) struct Reread {
     /// A tick that does not see all of these rows.
     pub(super) stale: Option<Arc<Tick>>,
-    /// None of these rows has a higher number.
+    /// No row has a higher number.
     pub(super) upto: i64,
 }
 

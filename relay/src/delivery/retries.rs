@@ -1,4 +1,4 @@
-//! Streams whose refused events wait, and are tried again.
+//! Streams with waiting refused events, which are tried again.
 
 use crate::delivery::flight::{Contents, Flight};
 use crate::delivery::refusal::{Retry, Streams};
@@ -19,17 +19,16 @@ impl Delivery {
         self.mark_retries();
     }
 
-    /// A stream that is being tried again is not tried twice at the same time.
+    /// Marks the streams that are being tried, so that they are not tried twice at the same time.
     pub(super) fn mark_retries(&mut self) {
         for stream in self.flights.iter().flat_map(Flight::retried) {
             self.streams.retrying(&stream);
         }
     }
 
-    /// Streams whose waiting events are to be tried again now in one batch, and how many events of each. Of a stream
-    /// whose head is not accepted yet, the head alone is tried, in at most `heads` streams; of the others, `followers`
-    /// events in all. For a stream of which nothing is sent, call [`Self::stream_cleared`] or
-    /// [`Self::stream_put_back`].
+    /// The streams whose waiting events are to be tried again now in one batch, and how many events of each: only the
+    /// head, in at most `heads` streams whose head is not accepted yet, and `followers` events in total of other
+    /// streams. For a stream of which nothing is sent, call [`Self::stream_cleared`] or [`Self::stream_put_back`].
     pub fn streams_to_retry(&mut self, now: Now, heads: usize, followers: usize) -> Vec<Retry> {
         if self.connection == ConnectionState::Up
             && !self
@@ -59,13 +58,13 @@ impl Delivery {
         self.streams.rests(stream);
     }
 
-    /// At most `count` streams whose head has failed, with the reason. Once all records are written down, all events
-    /// that wait in them must fail, and [`Self::stream_failed`] be called.
+    /// At most `count` streams whose head has failed, with the reason. When all records are written down, all events
+    /// that wait in them must fail, and [`Self::stream_failed`] must be called.
     pub fn streams_to_fail(&self, count: usize) -> Vec<(Rc<str>, Rc<str>)> {
         self.streams.to_fail(count)
     }
 
-    /// All events that waited in this stream have failed, durably. Later ones have one attempt.
+    /// All waiting events of this stream have failed durably. Later ones have one attempt.
     pub fn stream_failed(&mut self, stream: &Rc<str>) {
         self.streams.failed(stream);
     }

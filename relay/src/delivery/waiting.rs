@@ -1,42 +1,42 @@
-//! Refused streams that wait to be tried again, and how much of the time that may take when they are many.
+//! Refused streams that wait to be tried again, and a limit on the time that this takes when there are many.
 //!
-//! One publisher may have a hundred thousand streams refused. What those cost must not grow with their number, and
-//! another publisher's stream must not wait until all of them had their turn.
+//! One publisher may have a hundred thousand refused streams. Their cost must not grow with their number, and a stream
+//! of another publisher must not wait until each of them has had its turn.
 
 use crate::time::Now;
 use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::time::Duration;
 
-/// Heads that were refused this often or more are one group: by then the wait between attempts has its full length.
+/// Heads that were refused at least this often are one group: by then the wait between attempts has its full length.
 const GROUPS: usize = 16;
 
-/// While more streams wait than one batch tries, failed attempts take at most one part in this many of the time.
+/// While more streams wait than one batch tries, failed attempts may take at most this fraction of the time.
 const SHARE: u32 = 20;
-/// However long attempts took, the next is never later than this.
+/// However long attempts took, the next one is not later than this.
 const LONGEST_REST: Duration = Duration::from_secs(2);
 
 #[derive(Default)]
 pub(super) struct Waiting {
-    /// By how often their heads were refused, then by the time at which they are to be tried.
+    /// Ordered by how often their heads were refused, then by the time of the next attempt.
     groups: [BTreeSet<(Now, Rc<str>)>; GROUPS],
     count: usize,
     /// Index of the next pick in [`PICKS`].
     pick: usize,
 }
 
-/// Which stream is tried next.
+/// Which stream to try next.
 #[derive(Clone, Copy)]
 enum Pick {
     /// The stream that has waited longest.
     Longest,
-    /// Of the streams that were refused least often, the one that has waited longest.
+    /// Among the streams that were refused least often, the one that has waited longest.
     Least,
-    /// Of those, the one that came last: the crowd may be new itself.
+    /// Among these, the one that came last: the crowd itself may be new.
     Latest,
 }
 
-/// In a crowd each kind has its share of the attempts.
+/// In a crowd, each kind has its share of the attempts.
 const PICKS: [Pick; 4] = [Pick::Longest, Pick::Least, Pick::Longest, Pick::Latest];
 
 fn group_of(attempts: u32) -> usize {
@@ -56,21 +56,21 @@ impl Waiting {
         self.count == 0
     }
 
-    /// When the next is to be tried.
+    /// When the next one is to be tried.
     pub(super) fn first_at(&self) -> Option<Now> {
-        // The usual case costs nothing: it is asked of each backend in each round.
+        // The usual case must cost nothing: this is called for each backend in each round.
         match self.is_empty() {
             true => None,
             false => self.firsts().map(|(at, _)| *at).min(),
         }
     }
 
-    /// Of each group, the stream that has waited longest.
+    /// In each group, the stream that has waited longest.
     fn firsts(&self) -> impl Iterator<Item = &(Now, Rc<str>)> {
         self.groups.iter().filter_map(BTreeSet::first)
     }
 
-    /// The stream that is to be tried next.
+    /// The stream to try next.
     pub(super) fn next_due(&mut self, now: Now) -> Option<Rc<str>> {
         let is_due = |(at, _): &&(Now, Rc<str>)| *at <= now;
         let next = match PICKS[self.pick % PICKS.len()] {
@@ -87,10 +87,10 @@ impl Waiting {
     }
 }
 
-/// What attempts may cost.
+/// The time that attempts may take.
 #[derive(Clone, Default)]
 pub(super) struct Budget {
-    /// When the attempts at hand began, and how many there are.
+    /// When the current attempts began, and how many there are.
     at_hand: Option<(Now, u32)>,
     /// How many of them were refused again.
     refused: u32,
@@ -98,12 +98,12 @@ pub(super) struct Budget {
 }
 
 impl Budget {
-    /// Before this, no head is tried.
+    /// No head is tried before this time.
     pub(super) fn rests_until(&self) -> Now {
         self.rests_until
     }
 
-    /// So many heads of a crowd are being tried.
+    /// This many heads of a crowd are being tried.
     pub(super) fn begin(&mut self, now: Now, count: usize) {
         (self.at_hand, self.refused) = (Some((now, count as u32)), 0);
     }
@@ -112,7 +112,7 @@ impl Budget {
         self.refused += 1;
     }
 
-    /// What became of the attempts at hand, if any, is written down.
+    /// The result of the current attempts, if any, is written down.
     pub(super) fn end(&mut self, now: Now) {
         if let Some((began, count)) = self.at_hand.take() {
             let took = now.saturating_sub(began) * self.refused.min(count) / count.max(1);
@@ -145,14 +145,14 @@ mod tests {
         Streams::waiting((0..count).map(|n| (format!("crowd{n}"), 20)))
     }
 
-    /// Refused once, all of them.
+    /// A crowd whose heads were all refused once.
     fn new_crowd(count: usize) -> Streams {
         Streams::waiting((0..count).map(|n| (format!("crowd{n}"), 1)))
     }
 
-    /// All of whom are due, all the time.
+    /// All streams of the crowd are always due.
     #[test]
-    fn a_stream_refused_just_now_does_not_wait_for_a_crowd() {
+    fn a_newly_refused_stream_does_not_wait_for_a_crowd() {
         for mut streams in [crowd(10_000), new_crowd(10_000)] {
             let newcomer: Rc<str> = "newcomer".into();
             refuse(&mut streams, &newcomer, false, MS);
@@ -163,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn attempts_of_a_crowd_that_are_refused_have_a_twentieth_of_the_time() {
+    fn refused_attempts_of_a_crowd_take_a_twentieth_of_the_time() {
         let (mut streams, mut now, mut tried) = (crowd(10_000), Now::ZERO, Duration::ZERO);
         while now < Duration::from_secs(10) {
             let due = streams.due(now, 100, 100);
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn heads_that_are_accepted_and_a_few_that_are_not_need_no_rest() {
+    fn accepted_heads_and_a_few_refused_ones_need_no_rest() {
         for (count, is_accepted) in [(10_000, true), (50, false)] {
             let mut streams = crowd(count);
             for retry in streams.due(MS, 100, 100) {
@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn more_streams_than_memory_is_meant_for_have_one_attempt() {
+    fn streams_beyond_the_memory_limit_have_one_attempt() {
         let mut streams = Streams::default();
         let name = |n: usize| -> Rc<str> { format!("{n:01000}").into() };
         let mut count = 0;

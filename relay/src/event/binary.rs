@@ -1,16 +1,16 @@
-//! Payloads that are bytes. In the table such a payload is a JSON string too: its base64, behind whitespace that nobody
-//! else begins a string with. So rows get no column for it, what copies or erases a payload need not know of it, and it
-//! reads as a string where JSON is shown.
+//! Binary payloads. In the table, such a payload is a JSON string as well: its base64, after whitespace that no other
+//! encoder writes before a string. So rows need no further column for it, code that copies or erases a payload need not
+//! know about it, and it looks like a string where JSON is shown.
 //!
-//! Source: RFC 4648, section 4, with padding, as `data_base64` of CloudEvents' JSON format.
+//! Source: RFC 4648, section 4, with padding, as `data_base64` in CloudEvents' JSON format.
 
-/// What marks it, with the string's quote.
+/// The mark, with the string's opening quote.
 const MARK: &str = "\r\t\r\"";
 const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-/// Of bytes that stand for nothing.
+/// The value of bytes that are not base64 digits.
 const NONE: u8 = 64;
 
-/// The payload of some bytes, as a row has it.
+/// The payload for some bytes, as a row stores it.
 pub fn of_bytes(bytes: &[u8]) -> String {
     let mut text = String::with_capacity(MARK.len() + bytes.len().div_ceil(3) * 4 + 1);
     text.push_str(MARK);
@@ -26,28 +26,28 @@ pub fn of_bytes(bytes: &[u8]) -> String {
     text
 }
 
-/// The payload of what is base64 already; `None`: it is not.
+/// The payload for a base64 text; `None`: it is not base64.
 pub fn of_base64(base64: &str) -> Option<String> {
     is_base64(base64).then(|| format!("{MARK}{base64}\""))
 }
 
-/// Whether a row's payload says that it is bytes. If it is wrong about that, it is sent as the JSON that it is.
+/// Whether a row's payload is marked as binary. If it is marked but is not base64, it is sent as JSON.
 pub fn is_marked(data: &[u8]) -> bool {
     data.starts_with(MARK.as_bytes())
 }
 
-/// The base64 of a row's payload, if that is bytes.
+/// The base64 of a row's payload, if that is binary.
 pub(super) fn base64_of(data: &str) -> Option<&str> {
     let base64 = data.strip_prefix(MARK)?.strip_suffix('"')?;
     is_base64(base64).then_some(base64)
 }
 
-/// How many bytes a base64 stands for.
+/// How many bytes a base64 text encodes.
 pub(super) fn decoded_len(base64: &str) -> usize {
     base64.len() / 4 * 3 - padding(base64)
 }
 
-/// Appends these bytes.
+/// Appends the decoded bytes.
 pub(super) fn decode(out: &mut Vec<u8>, base64: &str) {
     let end = out.len() + decoded_len(base64);
     for piece in base64.as_bytes().chunks(4) {
@@ -62,7 +62,7 @@ pub(super) fn decode(out: &mut Vec<u8>, base64: &str) {
 fn is_base64(text: &str) -> bool {
     let padding = padding(text);
     let digits = text.as_bytes().split_at(text.len() - padding).0;
-    // Bits that are left over are zero, or two texts would stand for the same bytes.
+    // Unused bits must be zero. Otherwise two texts would encode the same bytes.
     let left_over = match padding {
         0 => 0,
         1 => 0b11,
@@ -93,7 +93,7 @@ mod tests {
 
     /// The test vectors of RFC 4648, section 10.
     #[test]
-    fn bytes_are_base64_and_back() {
+    fn bytes_are_encoded_as_base64_and_decoded() {
         for (bytes, base64) in [
             ("", ""),
             ("f", "Zg=="),
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_base64_is_no_bytes() {
+    fn a_payload_that_is_not_base64_is_not_binary() {
         for text in [
             "Zg", "Zg=", "Zg===", "Z===", "====", "Zh==", "Zm9=", "Zm9v\n", "Zm 9", "Zm9-", "Zm9_", "=m9v", "Zg==Zg==",
         ] {

@@ -1,8 +1,8 @@
-//! Timestamps of events, which mostly come in the order of time.
+//! Timestamps of events, which mostly ascend.
 
 use crate::event::text::{put_digits, rfc3339};
 
-/// Remembers the second of the last timestamp: neighbours differ only in the fraction.
+/// Caches the second of the last timestamp: adjacent ones usually differ only in the fraction.
 pub(crate) struct Clock {
     second: i64,
     text: [u8; 32],
@@ -47,7 +47,7 @@ mod tests {
     }
 
     #[test]
-    fn a_clock_says_what_each_moment_says() {
+    fn a_clock_agrees_with_the_conversion_of_each_time() {
         let mut clock = Clock::default();
         for us in [
             7,

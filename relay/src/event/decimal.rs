@@ -1,14 +1,14 @@
-//! A JSON number as Postgres's jsonb shows it: without an exponent. So a number is sent with the same digits whether it
-//! came as json or as jsonb.
+//! Writes a JSON number as Postgres's jsonb does: without an exponent. So a number is sent with the same digits whether
+//! it came as json or as jsonb.
 
 use std::borrow::Cow;
 
-/// Digits before the point, and behind it, that Postgres's numeric can have.
+/// How many digits Postgres's numeric can have before the decimal point.
 const MOST_DIGITS: usize = 131_072;
 const MOST_PLACES: usize = 16_383;
 const MOST_EXPONENT: i64 = i32::MAX as i64 / 2;
 
-/// `text` is a number by JSON's grammar. `None`: numeric cannot hold it.
+/// `text` must be a JSON number. `None`: numeric cannot represent it.
 pub(super) fn plain(text: &str) -> Option<Cow<'_, str>> {
     let is_plain = !text.starts_with("-0") && !text.contains(['e', 'E']);
     if is_plain && text.len() <= MOST_PLACES {
@@ -28,7 +28,7 @@ pub(super) fn plain(text: &str) -> Option<Cow<'_, str>> {
     let (whole, fraction) = mantissa.split_once('.').unwrap_or((mantissa, ""));
     let digits = [whole, fraction].concat();
     let first = digits.bytes().position(|digit| digit != b'0');
-    // Where the point is, counted from the first digit that is written.
+    // The position of the decimal point, counted from the first digit that is written.
     let point = whole.len() as i64 + exponent;
     let places = (digits.len() as i64 - point).max(0);
     if places > MOST_PLACES as i64 || first.is_some_and(|first| point - first as i64 > MOST_DIGITS as i64) {
@@ -62,7 +62,7 @@ pub(super) fn plain(text: &str) -> Option<Cow<'_, str>> {
 mod tests {
     use super::*;
 
-    /// Each second text is what `select '<first>'::jsonb` shows.
+    /// Each second text is the result of `select '<first>'::jsonb`.
     #[test]
     fn numbers_are_shown_as_jsonb_shows_them() {
         for (text, shown) in [

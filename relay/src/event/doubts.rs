@@ -1,10 +1,10 @@
-//! What an event may be, and probably was not meant to be.
+//! Signs that an event is probably not what its publisher meant.
 
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 use std::borrow::Cow;
 
-/// Whether a JSON text is a string whose content is a JSON object or array in turn: it was encoded twice.
+/// Whether a JSON text is a string that contains a JSON object or array: it was encoded twice.
 pub fn holds_json(text: &str) -> bool {
     #[derive(Deserialize)]
     #[serde(transparent)]
@@ -13,7 +13,7 @@ pub fn holds_json(text: &str) -> bool {
     let Some(quoted) = text.trim_ascii_start().strip_prefix('"') else {
         return false;
     };
-    // Most strings are words: these are not read to their end.
+    // Most strings are plain words, which need not be read to their end.
     let begins = |text: &str| text.trim_ascii_start().starts_with(['{', '[']);
     if !begins(quoted) && !quoted.starts_with('\\') {
         return false;
@@ -22,13 +22,13 @@ pub fn holds_json(text: &str) -> bool {
     content.is_ok_and(|text| begins(&text.0) && serde_json::from_str::<IgnoredAny>(&text.0).is_ok())
 }
 
-/// Whether a text is a URI-reference of RFC 3986, as CloudEvents asks of `source`.
+/// Whether a text is a URI-reference (RFC 3986), as CloudEvents requires for `source`.
 pub fn is_uri_reference(text: &[u8]) -> bool {
     let path_end = text
         .iter()
         .position(|b| matches!(b, b'/' | b'?' | b'#'))
         .unwrap_or(text.len());
-    // A colon before any path, query or fragment ends a scheme.
+    // A colon before any path, query or fragment ends the scheme.
     let rest = match text[..path_end].iter().position(|b| *b == b':') {
         Some(colon) if is_scheme(&text[..colon]) => &text[colon + 1..],
         Some(_) => return false,
@@ -52,7 +52,7 @@ fn is_scheme(text: &[u8]) -> bool {
             .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'-' | b'.'))
 }
 
-/// Unreserved characters, sub-delimiters, percent-encoded bytes, and `more`.
+/// Whether a text has only unreserved characters, sub-delimiters, percent-encoded bytes, and `more`.
 fn is_written(text: &[u8], more: &[u8]) -> bool {
     text.iter().enumerate().all(|(index, byte)| match byte {
         b'%' => text

@@ -1,4 +1,4 @@
-//! An event as it is read from the table and encoded, borrowed from wherever its row lies.
+//! An event as it is read from the table and encoded, borrowed from its row.
 
 pub mod binary;
 mod clock;
@@ -16,8 +16,8 @@ use serde_json::value::RawValue;
 use std::collections::HashMap;
 use std::fmt;
 
-/// One event. Texts are UTF-8; `data` and `publisher_config` are JSON texts as Postgres rendered them; see
-/// [`binary`] for a `data` that stands for bytes.
+/// One event. Texts are UTF-8; `data` and `publisher_config` are JSON texts as Postgres rendered them; see [`binary`]
+/// for binary payloads.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Event<'a> {
     pub event_id: [u8; 16],
@@ -52,11 +52,11 @@ pub enum ConfigError {
     TooManyDigits,
 }
 
-/// By how much numbers with exponents may become longer, in all.
+/// By how many bytes numbers with exponents may become longer, in total.
 const MOST_ADDED: usize = 1024 * 1024;
 
-/// The further stream fields that a `publisher_config` stands for, in its order: strings as they are, numbers as jsonb
-/// shows them, and booleans as JSON writes them. `built_in`: fields that it may not name.
+/// The further stream fields in a `publisher_config`, in its order: strings unchanged, numbers as jsonb shows them, and
+/// booleans as JSON writes them. `built_in`: field names that it must not use.
 pub fn further_fields(publisher_config: &str, built_in: &[&str]) -> Result<Vec<(String, String)>, ConfigError> {
     let Members(members) = serde_json::from_str(publisher_config).map_err(|_| not_an_object(publisher_config))?;
     let mut fields: Vec<(String, String)> = Vec::with_capacity(members.len());
@@ -65,7 +65,7 @@ pub fn further_fields(publisher_config: &str, built_in: &[&str]) -> Result<Vec<(
         if built_in.contains(&key.as_str()) {
             return Err(ConfigError::BuiltIn(key));
         }
-        // Judged by its text: the parser takes an object with a certain name in it for a number.
+        // The type is judged by the text, because the parser would take an object with a certain key for a number.
         let value = value.get();
         let text = match value.as_bytes() {
             [b'"', ..] => serde_json::from_str(value).map_err(|_| ConfigError::NotAnObject)?,
@@ -92,7 +92,7 @@ fn not_an_object(publisher_config: &str) -> ConfigError {
     }
 }
 
-/// The members of a JSON object, each key once: where it came first, with its last value.
+/// The members of a JSON object. A repeated key is kept at its first place with its last value.
 struct Members<'a>(Vec<(String, &'a RawValue)>);
 
 impl<'de> Deserialize<'de> for Members<'de> {
@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_are_as_many_as_they_take_room() {
+    fn the_total_length_of_numbers_is_limited() {
         let many = |count: usize| {
             let numbers: Vec<String> = (0..count).map(|n| format!(r#""{n}": 1e131071"#)).collect();
             further_fields(&format!("{{{}}}", numbers.join(", ")), &[])
@@ -158,13 +158,13 @@ mod tests {
     }
 
     #[test]
-    fn a_key_that_comes_twice_has_its_last_value() {
+    fn a_repeated_key_has_its_last_value() {
         let fields = further_fields(r#"{"a": {}, "b": 2, "a": "last"}"#, &[]);
         assert_eq!(fields, Ok(vec![("a".into(), "last".into()), ("b".into(), "2".into())]));
     }
 
     #[test]
-    fn refuses_what_is_not_flat() {
+    fn nested_values_are_refused() {
         assert_eq!(further_fields("[1]", &[]), Err(ConfigError::NotAnObject));
         assert_eq!(further_fields("3", &[]), Err(ConfigError::NotAnObject));
         assert_eq!(further_fields(r#""{\"a\": 1}""#, &[]), Err(ConfigError::EncodedTwice));
@@ -175,7 +175,7 @@ mod tests {
                 "{text}"
             );
         }
-        // Names by which the parser of JSON would know a number of its own.
+        // Keys by which the JSON parser marks its own numbers.
         for name in [
             "$serde_json::private::Number",
             "$serde_json::private::RawValue",

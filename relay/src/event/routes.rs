@@ -1,4 +1,4 @@
-//! Routes: which way an event goes that names no backend.
+//! Routes: where events go that name no backend.
 
 use crate::event::stream_name::{Fault, StreamName};
 use wildmatch::WildMatch;
@@ -11,7 +11,8 @@ pub struct Route {
     pub event_type: Option<WildMatch>,
     pub source: Option<WildMatch>,
     pub backend: String,
-    /// `None`: the one that the event names, otherwise the backend's own. A fault only where a trigger was switched off.
+    /// `None`: the stream that the event names, otherwise the backend's own. A fault is only possible where a trigger
+    /// was switched off.
     pub stream: Option<Result<StreamName, Fault>>,
 }
 
@@ -22,8 +23,8 @@ impl Route {
     }
 }
 
-/// The routes that an event takes, in the order in which they are given, with the way of each. Of those whose ways in
-/// one backend are equal, the first.
+/// The routes that an event takes, in the given order, each with its way. If several routes have equal ways, only the
+/// first is returned.
 pub fn taken<'r, Way: PartialEq, E>(
     routes: &'r [Route],
     event_type: &str,

@@ -1,15 +1,15 @@
 //! The stream of events that name none: a name, or a template of names such as `orders.{event_type}`.
 //!
-//! A template is text with placeholders: `{event_type}`, `{source}`, `{subject}`, `{database}`. With a number of streams
-//! behind it, as in `{subject|16}`, a placeholder stands for the [`part_of`] the value, from 0 on. `{{` and `}}` are
-//! braces of the name itself. Other programs compute the same parts, so [`part_of`] must be the same for ever.
+//! A template is text with placeholders: `{event_type}`, `{source}`, `{subject}`, `{database}`. With a number of
+//! streams, as in `{subject|16}`, a placeholder stands for the [`part_of`] the value, from 0 on. `{{` and `}}` are
+//! literal braces. Other programs compute the same parts, so [`part_of`] must never change.
 
 use std::fmt;
 use std::num::NonZeroU32;
 
-/// Characters of a stream's name, and of a template.
+/// How many characters a stream's name or a template may have.
 pub const NAME_LIMIT: usize = 1_024;
-/// Streams that a value is spread over at most.
+/// How many streams a value may be spread over.
 pub const MOST_PARTS: u32 = 65_536;
 
 const PLACEHOLDERS: [(&str, Field); 4] = [
@@ -40,7 +40,7 @@ impl fmt::Display for Field {
 pub enum StreamName {
     /// One stream. Its braces are no longer doubled.
     Plain(String),
-    /// Each event's own.
+    /// A stream for each event.
     Template(Template),
 }
 
@@ -56,7 +56,7 @@ enum Piece {
     Value { field: Field, parts: Option<NonZeroU32> },
 }
 
-/// What the placeholders stand for.
+/// The values of the placeholders.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Values<'a> {
     pub event_type: &'a str,
@@ -65,34 +65,34 @@ pub struct Values<'a> {
     pub database: &'a str,
 }
 
-/// Why a text is no template, worded to follow the name of what holds it.
+/// Why a text is not a valid template, worded to follow the name of its setting or column.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 pub enum Fault {
     #[error("has the unknown placeholder \"{{{0}}}\"")]
     Unknown(String),
-    #[error("has a \"{{\" that is not closed")]
+    #[error("has an unclosed \"{{\"")]
     NotClosed,
-    #[error("has a \"}}\" that closes nothing")]
+    #[error("has an unmatched \"}}\"")]
     NotOpened,
-    #[error("has the placeholder \"{{{0}}}\", whose number of streams is not one of 1 to 65536")]
+    #[error("has the placeholder \"{{{0}}}\", whose number of streams is not between 1 and 65536")]
     Parts(String),
-    #[error("is too long: it has {0} characters, and at most 1024 are allowed")]
+    #[error("is too long: it has {0} characters, but at most 1024 are allowed")]
     TooLong(usize),
 }
 
 impl Fault {
     pub const DETAIL: &str = "Placeholders are {event_type}, {source}, {subject} and {database}; with a number, as in {subject|16}, a \
         hash of the value from 0 to 15.";
-    pub const HINT: &str = "Correct the placeholder, or write {{ and }} for braces of the name itself.";
+    pub const HINT: &str = "Correct the placeholder, or write {{ and }} for literal braces.";
 }
 
-/// An event lacks what its stream's name is made of.
+/// The event lacks this value, which its stream's name needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lacking(pub Field);
 
 impl StreamName {
     pub fn parse(text: &str) -> Result<Self, Fault> {
-        // No character is shorter than a byte.
+        // A character has at least one byte, so a short enough text need not be counted.
         if text.len() > NAME_LIMIT {
             let length = text.chars().count();
             if length > NAME_LIMIT {
@@ -132,7 +132,7 @@ impl StreamName {
         Ok(Self::Template(Template { pieces }))
     }
 
-    /// The name, unless it is each event's own.
+    /// The name, unless it is a template.
     pub fn plain(&self) -> Option<&str> {
         match self {
             Self::Plain(name) => Some(name),
@@ -142,7 +142,7 @@ impl StreamName {
 }
 
 impl Piece {
-    /// What stands between the braces.
+    /// A placeholder from the text between its braces.
     fn of(placeholder: &str) -> Result<Self, Fault> {
         let (name, number) = match placeholder.split_once('|') {
             Some((name, number)) => (name, Some(number)),
@@ -160,7 +160,7 @@ impl Piece {
     }
 }
 
-/// A number of streams, written in the one way that there is.
+/// A number of streams, which must be written without sign or leading zeros.
 fn parts_of(number: &str) -> Option<NonZeroU32> {
     let is_plain = number.bytes().all(|byte| byte.is_ascii_digit()) && !number.starts_with('0');
     let parts = number.parse::<NonZeroU32>().ok().filter(|_| is_plain)?;
@@ -181,7 +181,7 @@ impl Template {
                         Field::Subject => values.subject,
                         Field::Database => Some(values.database),
                     };
-                    // A stream of those without a value would mix what has nothing in common.
+                    // All events without a value would share one stream, although they have nothing in common.
                     let value = value.filter(|value| !value.is_empty()).ok_or(Lacking(*field))?;
                     match parts {
                         None => name.push_str(value),
@@ -194,8 +194,8 @@ impl Template {
     }
 }
 
-/// Which of so many parts a value belongs to: the CRC-32 of its UTF-8 bytes (that of zlib, gzip and PNG, which every
-/// language has), modulo their number.
+/// To which of `parts` parts a value belongs: the CRC-32 of its UTF-8 bytes (as in zlib, gzip and PNG; available in
+/// every language), modulo the number of parts.
 pub fn part_of(value: &str, parts: NonZeroU32) -> u32 {
     crc32(value.as_bytes()) % parts
 }
@@ -248,9 +248,9 @@ mod tests {
         StreamName::parse(text).unwrap_err()
     }
 
-    /// Documented in docs/backends.md: never change one of these.
+    /// These values are documented in docs/backends.md: never change them.
     #[test]
-    fn parts_are_those_of_the_documentation() {
+    fn parts_are_as_documented() {
         for (value, parts, part) in [
             ("123456789", 65_536, 14_630),
             ("4711", 16, 7),
@@ -268,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn placeholders_stand_for_the_events_values() {
+    fn placeholders_are_replaced_by_the_events_values() {
         for (template, name) in [
             ("orders.{event_type}", "orders.order.placed"),
             ("{source}", "shop"),
@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_template_is_refused() {
+    fn an_invalid_template_is_refused() {
         for (text, expected) in [
             ("{event}", Fault::Unknown("event".into())),
             ("{}", Fault::Unknown(String::new())),
@@ -347,7 +347,7 @@ mod tests {
     const CHARACTERS: [char; 12] = ['{', '}', '{', '}', '|', '1', '0', 's', 'é', '\n', '*', '語'];
 
     #[test]
-    fn doubled_braces_give_any_name() {
+    fn doubled_braces_allow_any_name() {
         for seed in 0..10_000 {
             let name = drawn(&mut fastrand::Rng::with_seed(seed), &CHARACTERS, 40);
             let doubled = name.replace('{', "{{").replace('}', "}}");
@@ -355,7 +355,7 @@ mod tests {
         }
     }
 
-    /// No text makes parsing panic, and what is accepted gives each whole event a name.
+    /// No text makes parsing panic, and an accepted template gives each complete event a name.
     #[test]
     fn any_text_is_parsed_or_refused() {
         const WORDS: [&str; 10] = [
@@ -385,7 +385,7 @@ mod tests {
     }
 
     #[test]
-    fn values_are_taken_as_they_are_and_parts_stay_in_range() {
+    fn values_are_inserted_unchanged_and_parts_are_in_range() {
         let crc = crc::Crc::<u32>::new(&crc::CRC_32_ISO_HDLC);
         for seed in 0..10_000 {
             let mut random = fastrand::Rng::with_seed(seed);
@@ -409,7 +409,7 @@ mod tests {
         }
     }
 
-    /// Numbers as keys, which is what most have, are spread evenly.
+    /// Numeric keys, which are the most common, are spread evenly.
     #[test]
     fn keys_are_spread_evenly() {
         for parts in [2, 3, 4, 8, 10, 16] {

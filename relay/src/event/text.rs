@@ -1,4 +1,4 @@
-//! Event ids and times as text. By hand: they are on the path of every event.
+//! Event ids and times as text. Hand-written, because they are on the path of every event.
 
 /// The two hexadecimal digits of each byte.
 const HEX: [[u8; 2]; 256] = {
@@ -36,8 +36,8 @@ pub fn unhyphenated(text: &[u8; 36]) -> Option<[u8; 16]> {
 }
 
 /// `2026-01-31T23:59:59.123456+00:00`, from microseconds since 1970. Years outside 0 to 9999 are clamped, so that the
-/// form holds. A date library's formatter costs more than all the rest of the entry, hence by hand; the calendar is
-/// the proleptic Gregorian one, counted in 400-year eras that begin in March.
+/// format holds. This is hand-written because a date library's formatter costs more than the rest of the entry. The
+/// calendar is the proleptic Gregorian one, counted in 400-year eras that begin in March.
 pub fn rfc3339(us: i64) -> [u8; 32] {
     const DAY_US: i64 = 86_400_000_000;
     const YEAR_0: i64 = -719_528;

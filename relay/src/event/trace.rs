@@ -1,11 +1,11 @@
-//! The trace context of an event: `traceparent` and `tracestate` of W3C Trace Context, level 1. It travels in the event's
-//! `publisher_config`, under these names.
+//! The trace context of an event: `traceparent` and `tracestate` of W3C Trace Context, level 1. It is stored in the
+//! event's `publisher_config`, under these names.
 
 pub const TRACEPARENT: &str = "traceparent";
 pub const TRACESTATE: &str = "tracestate";
 
-/// What is wrong with a `traceparent`, if anything is: `00-` 32 digits `-` 16 digits `-` 2 digits, hexadecimal and in lower
-/// case. Later versions may go on after that.
+/// What is wrong with a `traceparent`, if anything. The format is `00-` 32 digits `-` 16 digits `-` 2 digits, in
+/// lower-case hexadecimal. Later versions may append more.
 pub fn fault_of_traceparent(text: &str) -> Option<&'static str> {
     let mut parts = text.splitn(5, '-');
     let mut part = |digits: usize| {
@@ -14,21 +14,21 @@ pub fn fault_of_traceparent(text: &str) -> Option<&'static str> {
     };
     let (Some(version), Some(trace), Some(span), Some(_flags)) = (part(2), part(32), part(16), part(2)) else {
         return Some(
-            "It is no version, trace id, span id and flags, as in 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01.",
+            "It must have a version, trace id, span id and flags, as in 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01.",
         );
     };
     let is_zero = |id: &str| id.bytes().all(|b| b == b'0');
     if is_zero(trace) || is_zero(span) {
-        return Some("An id of zeros alone is invalid.");
+        return Some("An id that is all zeros is invalid.");
     }
     match (version, parts.next()) {
         ("ff", _) => Some("Version ff is invalid."),
-        ("00", Some(_)) => Some("In version 00 nothing follows the flags."),
+        ("00", Some(_)) => Some("In version 00 nothing may follow the flags."),
         _ => None,
     }
 }
 
-/// What is wrong with a `tracestate`, if anything is: up to 32 members `key=value`, separated by commas.
+/// What is wrong with a `tracestate`, if anything. The format is up to 32 members `key=value`, separated by commas.
 pub fn fault_of_tracestate(text: &str) -> Option<&'static str> {
     const MOST_MEMBERS: usize = 32;
     const MOST_BYTES: usize = 512;
@@ -55,12 +55,12 @@ pub fn fault_of_tracestate(text: &str) -> Option<&'static str> {
     };
     match members.iter().all(is_member) {
         true => None,
-        false => Some("A member is not key=value, as in vendor=value,other=value."),
+        false => Some("A member is not of the form key=value, as in vendor=value,other=value."),
     }
 }
 
-/// A `publisher_config` with a trace context in front; what it says itself of one counts. One that is no object stays as it
-/// is, and is refused for that.
+/// A `publisher_config` with a trace context in front. A trace context in the config itself overrides it. A config that
+/// is not an object is returned unchanged, and is refused later.
 pub fn with_trace(config: Option<&[u8]>, traceparent: &str, tracestate: &str) -> Vec<u8> {
     let config = config.unwrap_or(b"{}");
     let Some(rest) = config.trim_ascii_start().strip_prefix(b"{") else {
@@ -124,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn a_trace_context_comes_first_and_gives_way_to_the_publishers() {
+    fn a_trace_context_comes_first_and_publishers_can_override_it() {
         let fields = |config: Option<&str>, state: &str| {
             let text = String::from_utf8(with_trace(config.map(str::as_bytes), PARENT, state)).unwrap();
             further_fields(&text, &[]).unwrap()

@@ -1,17 +1,17 @@
-//! Events that are looked for in their streams.
+//! Events that recovery looks for in their streams.
 
 use crate::event::text::{hyphenated, rfc3339};
 use std::sync::Arc;
 
-/// What identifies an event in its stream: its id and its timestamp, as they stand in the entry.
+/// What identifies an event in its stream: its id and its timestamp, as they are in the entry.
 pub type EventName = ([u8; 36], [u8; 32]);
 
-/// An event that is looked for.
+/// An event that recovery looks for.
 #[derive(Clone, Debug)]
 pub struct Wanted {
     pub stream: Arc<str>,
     pub event_id: [u8; 16],
-    /// An event that was published under an id that was used before is another event.
+    /// This distinguishes it from an earlier event that had the same id.
     pub created_at_us: i64,
     pub purpose: Purpose,
 }
@@ -22,12 +22,13 @@ impl Wanted {
     }
 }
 
-/// What an event that is not found means.
+/// What it means if an event is not found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
-    /// The batch was appended: what is missing was refused, unless its stream has since been trimmed or thinned out.
+    /// The batch was appended: a missing event was refused, unless its stream has since been trimmed or entries were
+    /// deleted.
     Settle,
-    /// It may never have been sent: what is missing is not there.
+    /// The event may never have been sent: if it is missing, it was not appended.
     Compare,
 }
 

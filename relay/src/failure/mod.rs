@@ -1,5 +1,5 @@
-//! What an error means for the delivery: from what Redis, the socket or the resolver says to a [`Failure`]. Who is to
-//! blame and what helps is judged in `trouble.rs`.
+//! What an error means for the delivery: from what Redis, the socket or the resolver reports to a [`Failure`].
+//! `trouble.rs` decides who is to blame and what helps.
 
 pub mod server_text;
 mod trouble;
@@ -12,7 +12,7 @@ use std::error::Error;
 use std::fmt;
 use std::io;
 
-/// An error in words that can be shown: cut, on one line, without payloads or passwords.
+/// An error as text that can be shown: cut to length, on one line, without payloads or passwords.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {
     pub class: Class,
@@ -45,7 +45,7 @@ impl Failure {
         Self::new(Class::Configuration, message)
     }
 
-    /// The same within a cluster, where another node is looked up.
+    /// The same failure within a cluster, where another node can be looked up.
     #[must_use]
     pub fn of_cluster(self) -> Self {
         match self.trouble {
@@ -54,7 +54,7 @@ impl Failure {
         }
     }
 
-    /// The same trouble with what is not an event: it is the backend's.
+    /// The same failure for a command that is not an event: the backend is to blame.
     #[must_use]
     pub fn not_of_an_event(mut self) -> Self {
         if self.class == Class::Event {
@@ -63,7 +63,7 @@ impl Failure {
         self
     }
 
-    /// What an administrator can do about it, where that is known.
+    /// What an administrator can do about it, if that is known.
     pub fn hint(&self) -> Option<&'static str> {
         self.trouble.judged().1
     }
@@ -81,12 +81,12 @@ pub fn reply(error: &ServerError) -> Failure {
 }
 
 fn of_reply(code: &str, details: &str) -> Failure {
-    // Some servers repeat the arguments, which are the user's.
+    // Some servers repeat the arguments, which are the user's data.
     let details = details.split(", with args beginning with").next().unwrap_or_default();
     Failure::of(Trouble::of_reply(code, details), format!("{code} {details}"))
 }
 
-/// What an administrator can do about an error reply whose words were kept, where that is known.
+/// What an administrator can do about an error, given the stored text of an error reply, if that is known.
 pub fn hint_of(words: &str) -> Option<&'static str> {
     let (code, details) = words.split_once(' ')?;
     let is_code = code.bytes().all(|byte| byte.is_ascii_uppercase());
@@ -98,7 +98,7 @@ pub fn hint_of(words: &str) -> Option<&'static str> {
     trouble.judged().1
 }
 
-/// The failure that a reply means which is not what was expected.
+/// The failure for an unexpected reply.
 pub(crate) fn unexpected(value: &Value) -> Failure {
     match value {
         Value::ServerError(error) => reply(error).not_of_an_event(),
@@ -106,7 +106,8 @@ pub(crate) fn unexpected(value: &Value) -> Failure {
     }
 }
 
-/// An EXEC that Redis refused: the reason behind "EXECABORT Transaction discarded because of: ", where it is given.
+/// The failure for a refused EXEC. Its reason follows "EXECABORT Transaction discarded because of: ", if the server
+/// gives one.
 pub fn aborted(error: &ServerError) -> Failure {
     let details = error.details().unwrap_or_default();
     let reason = details
@@ -116,19 +117,19 @@ pub fn aborted(error: &ServerError) -> Failure {
         Some((code, details)) => of_reply(code, details),
         None => reply(error),
     };
-    // It names no entry.
+    // It does not name an entry.
     if failure.class == Class::Event {
         failure.class = Class::Backend;
     }
     failure
 }
 
-/// Bytes that are no reply of a Redis, or not one to what was said.
+/// The failure for bytes that are not a Redis reply, or not a reply to the command that was sent.
 pub fn not_redis() -> Failure {
     Failure::of(Trouble::NotRedis, "unexpected reply: the server is not Redis")
 }
 
-/// An error of connecting, writing or reading: of the connection as a whole.
+/// The failure for an error while connecting, writing or reading: it concerns the whole connection.
 pub fn io(error: &io::Error) -> Failure {
     use io::ErrorKind::*;
     if let Some(lookup) = error.get_ref().and_then(|inner| inner.downcast_ref::<Lookup>()) {
@@ -137,7 +138,7 @@ pub fn io(error: &io::Error) -> Failure {
     let trouble = match error.kind() {
         ConnectionRefused => Trouble::Refused,
         ConnectionReset | ConnectionAborted | BrokenPipe | NotConnected | UnexpectedEof | WriteZero => Trouble::Closed,
-        // The second: of a socket with a timeout.
+        // A socket with a timeout reports the second one.
         TimedOut | WouldBlock => Trouble::TimedOut,
         HostUnreachable | NetworkUnreachable | NetworkDown | AddrNotAvailable => Trouble::Unreachable,
         NotFound => Trouble::NoSocketFile,
@@ -152,7 +153,7 @@ pub fn io(error: &io::Error) -> Failure {
     Failure::of(trouble, message)
 }
 
-/// Marks an error of the resolver, which has no kind of its own.
+/// Marks an error of the resolver, which has no error kind of its own.
 pub fn lookup(error: io::Error) -> io::Error {
     io::Error::new(error.kind(), Lookup(error))
 }
@@ -162,7 +163,7 @@ struct Lookup(io::Error);
 
 impl Lookup {
     fn failure(&self) -> Failure {
-        // In another language than English it counts as a name that does not exist, and is asked for less often.
+        // If the message is not in English, it counts as a name that does not exist, and attempts are less frequent.
         let text = self.0.to_string();
         let trouble = match text.contains("Temporary failure") {
             true => Trouble::Unresolved,
@@ -185,7 +186,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_unknown_reply_is_about_the_event_and_never_more() {
+    fn an_unknown_reply_blames_the_event_only() {
         assert_eq!(of_reply("SOMETHING", "new").class, Class::Event);
         let elsewhere = of_reply("SOMETHING", "new").not_of_an_event();
         assert_eq!(
@@ -211,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn the_reason_of_an_aborted_transaction_counts() {
+    fn the_reason_of_an_aborted_transaction_decides() {
         for (line, class, message) in [
             (
                 "EXECABORT Transaction discarded because of: OOM command not allowed when used memory > 'maxmemory'.",
@@ -233,7 +234,7 @@ mod tests {
                 Class::Configuration,
                 "CROSSSLOT Keys in request don't hash to the same slot",
             ),
-            // Nobody knows which event: none fails.
+            // It is not known which event it was, so none fails.
             (
                 "EXECABORT Transaction discarded because of previous errors.",
                 Class::Backend,

@@ -1,4 +1,4 @@
-//! Words of a server that are shown to people: on one line, cut, without secrets and without invisible characters.
+//! Texts of a server that are shown to users: on one line, cut to length, without secrets and invisible characters.
 
 use std::borrow::Cow;
 use std::cell::RefCell;
@@ -7,21 +7,21 @@ thread_local! {
     static SECRETS: RefCell<Vec<String>> = const { RefCell::new(Vec::new()) };
 }
 
-/// From now on, no failure of this thread, which serves one connection, shows `secret`: some servers and proxies repeat
+/// From now on, no failure of this thread, which serves one connection, shows `secret`. Some servers and proxies repeat
 /// what was sent to them.
 pub fn hide(secret: &str) {
-    /// Shorter ones are parts of usual words.
+    /// Shorter secrets could be parts of common words.
     const SHORTEST: usize = 4;
     if secret.len() >= SHORTEST {
         SECRETS.with_borrow_mut(|secrets| secrets.extend([secret.to_owned(), cleaned(secret)]));
     }
 }
 
-/// Text of a server on one line, without secrets and invisible characters, of at most 200 characters.
+/// A server's text on one line, without secrets and invisible characters, cut to 200 characters.
 pub fn shown(text: &str) -> String {
     const LIMIT: usize = 200;
-    // Hidden before the text is cut, or the beginning of a secret could remain; and again after it was cleaned, in case
-    // the server has cleaned the secret too.
+    // Secrets are hidden before the text is cut, because otherwise the beginning of a secret could remain, and again
+    // after it was cleaned, in case the server has cleaned the secret too.
     let text = cleaned(&hidden(text.trim()));
     let text = hidden(text.trim());
     let mut out: String = text.chars().take(LIMIT).collect();
@@ -35,7 +35,7 @@ pub fn shown(text: &str) -> String {
 fn hidden(text: &str) -> Cow<'_, str> {
     let first = SECRETS.with_borrow(|secrets| secrets.iter().filter_map(|secret| text.find(secret)).min());
     match first {
-        Some(at) => format!("{}(the rest is left out: it holds the password)", &text[..at]).into(),
+        Some(at) => format!("{}(the rest is omitted: it contains the password)", &text[..at]).into(),
         None => text.into(),
     }
 }
@@ -44,7 +44,7 @@ fn cleaned(text: &str) -> String {
     text.chars().map(|c| if is_unseen(c) { ' ' } else { c }).collect()
 }
 
-/// Control characters, and those of Unicode that take no room but change direction, join, separate or tag.
+/// Control characters, and Unicode characters without width that change direction, join, separate or tag.
 fn is_unseen(c: char) -> bool {
     c.is_control()
         || matches!(c,
@@ -64,17 +64,17 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_seen_is_not_shown() {
+    fn invisible_characters_are_not_shown() {
         let text = "a\u{1b}[31mb\u{202e}c\u{2066}d\u{200b}e\u{feff}f\u{2028}g\u{9b}h\u{7}i\tj\u{e0041}k";
         assert_eq!(shown(text), "a [31mb c d e f g h i j k");
         assert_eq!(shown("zażółć 日本 é ok"), "zażółć 日本 é ok");
     }
 
     #[test]
-    fn a_secret_is_not_shown_wherever_it_stands() {
+    fn a_secret_is_not_shown_wherever_it_occurs() {
         let secret = "qz qz\rqzqz";
         hide(secret);
-        let rest = "(the rest is left out: it holds the password)";
+        let rest = "(the rest is omitted: it contains the password)";
         for (text, expected) in [
             (
                 format!("ERR you said {secret}, {secret}"),

@@ -1,34 +1,34 @@
-//! Kinds of trouble: who is to blame for each, and what helps, in one exhaustive match ([`Trouble::judged`]);
-//! docs/FAILURES.md is the same for users. And which kind an error reply is.
+//! Kinds of trouble. One exhaustive match ([`Trouble::judged`]) decides who is to blame for each and what helps;
+//! docs/FAILURES.md is the same table for users. [`Trouble::of_reply`] classifies error replies.
 
-/// What failed (the backend, its configuration or an event) decides what happens next.
+/// Whether the backend, its configuration or an event has failed. This decides what happens next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Class {
-    /// Redis or the way to it: wait with backoff, for ever; nothing fails.
+    /// Redis, or the connection to it: wait with backoff, without limit; no event fails.
     Backend,
-    /// A setting must be corrected: wait as above, but longer, and say what to correct.
+    /// A setting must be corrected: wait as above, but longer, and show what to correct.
     Configuration,
-    /// This event (or its stream) is refused for what it is; others may go on.
+    /// This event (or its stream) is refused because of its content; others may go on.
     Event,
     /// Another server owns the guard.
     Fenced,
-    /// This database is a copy, and is not to send.
+    /// This database is a copy and must not send.
     Copy,
     /// Another server owned the guard, and may still run.
     Watching,
-    /// A stream has no room, because consumers have not acknowledged what it holds.
+    /// A stream has no room, because consumers have not acknowledged its entries.
     Full,
 }
 
-/// What is wrong, as far as it makes a difference to what happens next or to what helps.
+/// What is wrong, as far as it matters for what happens next or for what helps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Trouble {
-    // The way to Redis.
+    // The connection to Redis.
     /// There are too few file descriptors for all connections.
     NoDescriptor,
     NotAllowed,
     Refused,
-    /// Ended by the other side or by something between.
+    /// The connection was closed by the other side, or by something in between.
     Closed,
     TimedOut,
     Unreachable,
@@ -39,18 +39,18 @@ pub enum Trouble {
     Forbidden,
     NotRedis,
     TooLongReply,
-    /// A handshake was refused,
+    /// A TLS handshake was refused,
     Tls,
-    /// or came to no end.
+    /// or did not finish.
     TlsBroken,
-    // Logging in.
-    /// A file of secrets that others may read.
+    // Login.
+    /// Other users may read a file with secrets.
     ExposedFile,
-    /// The backend was pointed elsewhere by somebody who may not set its password.
+    /// A role that may not set the backend's password has changed its destination.
     Withheld,
-    /// Its password cannot be opened.
+    /// Its password cannot be decrypted.
     Unreadable,
-    /// Its row holds what the constraints of the table would have refused.
+    /// Its row holds a value that the constraints of the table would have refused.
     UnusableOption,
     MaxClients,
     /// Protected mode.
@@ -59,7 +59,7 @@ pub enum Trouble {
     WrongPass,
     NoPasswordSet,
     NoSuchDb,
-    // What Redis is not ready for now.
+    // States of Redis that end.
     Loading,
     ReadOnly,
     MasterDown,
@@ -68,27 +68,27 @@ pub enum Trouble {
     OutOfMemory,
     Busy,
     Unkillable,
-    /// Redis could not parse a command. The connection must not be used any more.
+    /// Redis could not parse a command. The connection must not be used again.
     Desynchronised,
     // Sentinel.
     NoSentinel,
     SentinelRefuses,
     NoSuchMaster,
-    /// Named by a sentinel as the primary.
+    /// The sentinels named a replica as the primary.
     IsReplica,
     // Cluster.
-    /// A node of it does not do what is asked of it.
+    /// A node refuses a command that every cluster node must know.
     NodeRefuses,
-    /// More hash slots are in use than are served.
+    /// More hash slots are in use than there may be lanes.
     TooManySlots,
-    /// Moved or being moved to a node that is looked up.
+    /// The hash slot is on another node, or is being moved to one. That node is looked up.
     SlotMoves,
     ClusterDown,
     TryAgain,
     Moved,
     Ask,
     CrossSlot,
-    // What it does not let us do.
+    // What Redis does not allow.
     UnknownCommand,
     NoStreams,
     NoPermCommand,
@@ -98,25 +98,25 @@ pub enum Trouble {
     TooLarge,
     /// Any other error reply.
     UnknownReply,
-    // What consumers have not read (`trim = 'read'`).
-    /// A stream has `max_len` entries that a group has not acknowledged,
+    // Entries that consumers have not read (`trim = 'read'`).
+    /// A stream has `max_len` entries, and a group has not acknowledged them,
     Full,
-    /// or that nobody can acknowledge.
+    /// or there is no group that could acknowledge them.
     NoGroup,
-    /// Redis does not let us ask what groups have acknowledged, or trim.
+    /// Redis does not allow asking what groups have acknowledged, or trimming.
     TrimDenied,
-    // What the guard says.
+    // Results of reading the guard.
     Fenced,
-    /// No administrator has told this copy to send anything.
+    /// This server is a copy, and no administrator has allowed it to send.
     Copied,
     GuardMissing,
     NoGuard,
-    /// Anything else. There is no hint beside its words.
+    /// Anything else. There is no hint besides the server's text.
     Other,
 }
 
 impl Trouble {
-    /// What failed, and what an administrator can do about it, where that is known.
+    /// What has failed, and what an administrator can do about it, if that is known.
     #[expect(clippy::too_many_lines, reason = "a table")]
     pub(super) fn judged(self) -> (Class, Option<&'static str>) {
         use Class::{Backend, Configuration, Copy, Event, Fenced, Full};
@@ -127,7 +127,7 @@ impl Trouble {
             ),
             Self::NotAllowed => (
                 Configuration,
-                "Add its name, address or network to outbox_relay.allowed_hosts in postgresql.conf, or point the backend elsewhere.",
+                "Add its name, address or network to outbox_relay.allowed_hosts in postgresql.conf, or change the backend's host.",
             ),
             Self::Refused => (Backend, "Start Redis there, or correct the backend's host and port."),
             Self::Closed => (
@@ -168,7 +168,7 @@ impl Trouble {
             ),
             Self::Withheld => (
                 Configuration,
-                "A role that may not set its password has made the backend, or changed where or how it connects. Undo that, or set the password for this destination: with outbox.set_backend_password(), or by setting password_file to NULL and then to the file.",
+                "A role that may not set its password has created the backend or changed its destination. Undo that, or set the password for this destination: with outbox.set_backend_password(), or by setting password_file to NULL and then to the file.",
             ),
             Self::Unreadable => (
                 Configuration,
@@ -176,7 +176,7 @@ impl Trouble {
             ),
             Self::UnusableOption => (
                 Configuration,
-                "Correct that column of outbox.backends; its COMMENT says what it may hold. The backend's events wait until then.",
+                "Correct that column of outbox.backends; its COMMENT lists the allowed values. The backend's events wait until then.",
             ),
             Self::MaxClients => (
                 Backend,
@@ -184,7 +184,7 @@ impl Trouble {
             ),
             Self::Denied => (
                 Configuration,
-                "Redis is in protected mode. Give its users passwords and set one with outbox.set_backend_password(), or set protected-mode to no in Redis.",
+                "Redis is in protected mode. Give its user a password and set it with outbox.set_backend_password(), or set protected-mode to no in Redis.",
             ),
             Self::NoAuth => (
                 Configuration,
@@ -201,7 +201,7 @@ impl Trouble {
             ),
             Self::Loading => (
                 Backend,
-                "Redis is loading its data after a start. Events are sent when it has finished.",
+                "Redis is loading its data after a start. Events will be sent when it has finished.",
             ),
             Self::ReadOnly => (
                 Backend,
@@ -230,15 +230,18 @@ impl Trouble {
             ),
             Self::Desynchronised => (
                 Backend,
-                "Something between the database server and Redis changes the bytes that are sent.",
+                "Something between the database server and Redis changes the data.",
             ),
             Self::NoSentinel => (Backend, "Start the sentinels, or correct the backend's nodes."),
             Self::SentinelRefuses => (
                 Configuration,
-                "Check the backend's nodes. A sentinel that requires a password is given the backend's.",
+                "Check the backend's nodes. A sentinel that requires a password gets the backend's password.",
             ),
             Self::NoSuchMaster => (Configuration, "Check the backend's nodes and sentinel_master."),
-            Self::IsReplica => (Backend, "A failover is still going on. The sentinels are asked again."),
+            Self::IsReplica => (
+                Backend,
+                "A failover is in progress. The relay will ask the sentinels again.",
+            ),
             Self::NodeRefuses => (
                 Configuration,
                 "The backend's nodes must belong to a cluster, and its Redis user needs +cluster|slots.",
@@ -249,7 +252,7 @@ impl Trouble {
             ),
             Self::SlotMoves => (
                 Backend,
-                "The hash slot is moving, or has moved, to another node. That node is looked up.",
+                "The hash slot is moving, or has moved, to another node. The relay will look up that node.",
             ),
             Self::ClusterDown => (
                 Backend,
@@ -284,7 +287,7 @@ impl Trouble {
                 Event,
                 "Raise Redis's proto-max-bulk-len, or lower outbox_relay.max_event_size.",
             ),
-            // Never a success, and never the end of the others.
+            // An unknown reply never counts as success, and never stops other events.
             Self::UnknownReply => return (Event, None),
             Self::Full => (
                 Full,
@@ -300,13 +303,13 @@ impl Trouble {
             ),
             Self::Fenced => (
                 Fenced,
-                "If that server is not to go on, stop it and run outbox.take_over() here.",
+                "To replace that server, stop it and run outbox.take_over() here.",
             ),
             Self::Copied => (
                 Copy,
-                "If this copy is to send the backend's events from now on, run outbox.take_over(backend) here.",
+                "To send the backend's events from this copy from now on, run outbox.take_over(backend) here.",
             ),
-            Self::GuardMissing => (Configuration, "Run outbox.take_over() to go on without it."),
+            Self::GuardMissing => (Configuration, "Run outbox.take_over() to continue without it."),
             Self::NoGuard => (
                 Configuration,
                 "Something else has written to that key of Redis. Delete the key; then on_missing_guard decides.",
@@ -320,7 +323,7 @@ impl Trouble {
         self.judged().0
     }
 
-    /// What an error reply means, by its first word and the rest.
+    /// What an error reply means, given its first word and the rest.
     pub(super) fn of_reply(code: &str, details: &str) -> Self {
         match code {
             "LOADING" => Self::Loading,
@@ -339,7 +342,7 @@ impl Trouble {
             "NOAUTH" => Self::NoAuth,
             "WRONGPASS" => Self::WrongPass,
             "DENIED" => Self::Denied,
-            // A key that this user may not touch is that stream's trouble alone; a command is the whole backend's.
+            // NOPERM for a key concerns only that stream; for a command it concerns the whole backend.
             "NOPERM" if names_a_key(details) => Self::NoPermKey,
             "NOPERM" => Self::NoPermCommand,
             "WRONGTYPE" => Self::WrongType,
@@ -348,7 +351,7 @@ impl Trouble {
         }
     }
 
-    /// The same, of errors that share the word ERR.
+    /// What an error reply that begins with ERR means.
     fn of_plain_error(details: &str) -> Self {
         let says = |text| details.contains(text);
         match details {
@@ -372,7 +375,7 @@ impl Trouble {
 }
 
 fn names_a_key(details: &str) -> bool {
-    // The last: in EXEC, when rights were changed after the command was queued.
+    // The last text occurs in EXEC if rights were changed after the command was queued.
     ["access one of the keys", "access a key", "touch the specified keys"]
         .iter()
         .any(|text| details.contains(text))
@@ -388,10 +391,10 @@ fn names_xadd(details: &str) -> bool {
 mod tests {
     use super::*;
 
-    /// As Redis 6.0 to 8 and Valkey 8 and 9 word them.
+    /// The texts of Redis 6.0 to 8 and of Valkey 8 and 9.
     #[test]
     #[expect(clippy::too_many_lines, reason = "a table")]
-    fn replies() {
+    fn error_replies_are_classified() {
         use Trouble::*;
         for (code, details, trouble) in [
             ("LOADING", "Redis is loading the dataset in memory", Loading),

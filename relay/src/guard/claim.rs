@@ -1,16 +1,16 @@
-//! Whether a guard may be claimed, and from where its new owner goes on: decisions alone.
+//! Decides whether a guard may be claimed and where its new owner starts. Makes only decisions.
 //!
-//! A running owner keeps its guard. An owner that is silent, or has left, is followed by its heirs alone:
+//! A running owner keeps its guard. An owner that is silent or has left is followed only by its heirs:
 //!
 //! - A server that was the owner before, in the same place, claims at once: it was restarted.
 //! - Heirs are the same data directory after a reboot, a streaming standby that was promoted since, and the server that
-//!   pg_upgrade has made of the owner's. They first watch whether the owner still refreshes the guard, unless the guard
+//!   pg_upgrade has made from the owner. They first watch whether the owner still refreshes the guard, unless the guard
 //!   says that the owner has left.
-//! - Any other server with the owner's history (a base backup, a snapshot, a recovery to a target) is a copy. To a
-//!   copy, silence proves nothing: it waits for `outbox.take_over()`, as does a server that does not know the owner.
-//!   (With `outbox_relay.take_over = any`, all servers that know the owner are heirs.)
+//! - Any other server with the owner's history (a base backup, a snapshot, a recovery to a target) is a copy. A copy
+//!   cannot conclude anything from silence: it waits for `outbox.take_over()`, as does a server that does not know the
+//!   owner. (With `outbox_relay.take_over = any`, all servers that know the owner are heirs.)
 //!
-//! pg_upgrade of a copy cannot be told from pg_upgrade of the owner.
+//! A server that pg_upgrade has made from a copy cannot be distinguished from one made from the owner.
 
 use crate::failure::{Failure, Trouble};
 use crate::guard::epoch::epoch_of;
@@ -20,80 +20,80 @@ use crate::guard::{Guard, Reach};
 use crate::time::Now;
 use std::time::Duration;
 
-/// `on_missing_guard`: Redis lost everything, the guard too.
+/// `on_missing_guard`: what to do when Redis has lost everything, including the guard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnMissing {
-    /// Go on with what has not been sent.
+    /// Continue with events that were not sent yet.
     Continue,
     /// Wait for `outbox.take_over()`.
     Halt,
-    /// Send again all that is retained.
+    /// Send all retained events again.
     Replay,
 }
 
-/// What we know of the incarnation that a guard names.
+/// What this server knows about the incarnation that a guard names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Incarnation {
-    /// This run of this server.
+    /// The present run of this server.
     Current,
-    /// An earlier one of our history, which ended at this position of the WAL and before transaction `next_xid`.
+    /// An earlier run in this server's history. It ended at this position in the WAL and before transaction `next_xid`.
     Earlier { ended: u64, next_xid: u64 },
-    /// One that this server does not know.
+    /// A run that this server does not know.
     Unknown,
 }
 
 /// The server that judges a guard.
 pub struct Claimant<'a> {
-    /// Of the guard's incarnation.
+    /// What is known about the guard's incarnation.
     pub incarnation: Incarnation,
     pub system: &'a str,
     pub place: &'a str,
-    /// The timeline that this data directory was promoted to, as a standby that had streamed; 0: it never was.
+    /// The timeline that this data directory was promoted to after streaming as a standby; 0: it never was.
     pub promoted_to: u32,
-    /// Every server that knows the owner may follow it.
+    /// Whether every server that knows the owner may follow it.
     pub anybody: bool,
-    /// This database is a copy of the one that relayed, and no administrator has told it to go on.
+    /// Whether this database is a copy and no administrator has allowed it to continue.
     pub copy: bool,
-    /// The backend is paused: it keeps a guard of its own, and claims no other.
+    /// Whether the backend is paused: then it keeps a guard that it owns, and claims no other.
     pub paused: bool,
-    /// The last batch that is known to be appended; 0: it has never been the owner.
+    /// The last batch that is known to be appended; 0: this server was never the owner.
     pub number: u64,
     pub reach: Reach,
     pub on_missing: OnMissing,
-    /// An administrator has asked for it.
+    /// Whether an administrator has requested it.
     pub take_over: bool,
-    /// Events of a dump have come.
+    /// Whether events from a dump have come that were not compared yet.
     pub restored: bool,
-    /// The latest transaction that has brought such events, if they were looked for; 0: there is none.
+    /// The latest transaction that brought such events and was compared; 0: there is none.
     pub last_restore: u64,
 }
 
-/// Where the new owner begins.
+/// Where the new owner starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Start {
-    /// Where it stood.
+    /// At its own position.
     Own,
-    /// At the guard's position: batches were appended whose replies it has not read.
+    /// At the guard's position: batches were appended whose replies this server has not read.
     Adopt,
     /// At the guard's position: Redis has lost batches that it had acknowledged. `heard`: the replies to the guard's
-    /// last batch were read. Otherwise it begins at the previous position, and leaves out those events of that batch
-    /// that are in the streams. `restored`: events of a dump have come since; then all events are looked for.
+    /// last batch were read. If not, it starts at the previous position and omits those events of that batch that are
+    /// in the streams. `restored`: events from a dump have come since; then all events are looked for.
     Heal { heard: bool, restored: bool },
     /// Where it stood (unfinished: at the guard's previous position), leaving out events that stand in the
     /// streams already.
     Compare(Why),
-    /// At the beginning of what is retained.
+    /// At the oldest retained event.
     Replay,
 }
 
-/// Why event ids are to be compared.
+/// Why events must be compared with the streams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Why {
     /// There is no guard.
     Missing,
-    /// The guard's position lies beyond our history.
+    /// The guard's position lies beyond this server's history.
     OtherHistory,
-    /// An earlier comparison did not come to its end.
+    /// An earlier comparison was not finished.
     Unfinished,
     /// Events of a dump have come, of which some may have been sent since it was taken.
     Restored,
@@ -102,21 +102,21 @@ pub enum Why {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Decision {
     Claim(Start),
-    /// The guard says that it is of our history, but this field of it cannot be.
+    /// The guard claims to belong to our history, but this field has an impossible value.
     Disbelieve(&'static str),
-    /// Look again after this long; zero: as after any failure.
+    /// Look again after this time; zero: as after any failure.
     Wait {
         failure: Failure,
         retry_after: Duration,
     },
 }
 
-/// How this server is related to the guard's owner.
+/// The relation of this server to the guard's owner.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kinship {
     /// It is the owner.
     Owner,
-    /// May follow, once the owner is gone.
+    /// It may follow the owner when that is gone.
     Heir,
     Stranger,
 }
@@ -130,13 +130,13 @@ fn kinship(guard: &Guard, us: &Claimant<'_>) -> Kinship {
         Incarnation::Earlier { .. } if likeness == Likeness::Rebooted => Kinship::Heir,
         Incarnation::Earlier { .. } if us.paused => Kinship::Stranger,
         Incarnation::Earlier { .. } if us.promoted_to > guard.timeline || us.anybody => Kinship::Heir,
-        // A base backup keeps the system identifier; pg_upgrade makes a new one.
+        // A base backup keeps the system identifier; pg_upgrade generates a new one.
         Incarnation::Earlier { .. } if guard.system != us.system => Kinship::Heir,
         Incarnation::Earlier { .. } | Incarnation::Unknown => Kinship::Stranger,
     }
 }
 
-/// Judges the guard that was read at `now`.
+/// Judges the guard that was read at time `now`.
 pub fn judge(guard: Option<&Guard>, us: &Claimant<'_>, watch: &mut Watch, now: Now) -> Decision {
     let Some(guard) = guard else {
         return judge_missing(us, watch, now);
@@ -172,7 +172,7 @@ fn claim(guard: &Guard, us: &Claimant<'_>, watch: &mut Watch) -> Decision {
     *watch = Watch::default();
     let is_current = us.incarnation == Incarnation::Current;
     match (start(guard, us), guard.beyond(&us.reach, is_current)) {
-        // Nothing that the guard says is relied on.
+        // In this case nothing in the guard is relied on.
         (start @ Start::Compare(Why::OtherHistory), _) => Decision::Claim(start),
         (_, Some(field)) => Decision::Disbelieve(field),
         (start, None) => Decision::Claim(start),
@@ -240,10 +240,10 @@ fn start(guard: &Guard, us: &Claimant<'_>) -> Start {
     let is_ours = match us.incarnation {
         Incarnation::Current => true,
         // WAL positions of another system mean nothing here (pg_upgrade has made a new one), so equal batch numbers
-        // must be enough.
+        // must be sufficient.
         Incarnation::Earlier { .. } if guard.system != us.system => guard.number == us.number,
-        // Where the server has lost its WAL (pg_resetwal), the WAL goes on further ahead, and ids of transactions are
-        // used again.
+        // If the server has lost its WAL (pg_resetwal), the WAL continues further ahead, and transaction ids are used
+        // again.
         Incarnation::Earlier { ended, next_xid } => {
             guard.wal <= ended && guard.position.newest().snapshot.xmax() <= next_xid
         }
@@ -255,7 +255,7 @@ fn start(guard: &Guard, us: &Claimant<'_>) -> Start {
     if guard.compares {
         return Start::Compare(Why::Unfinished);
     }
-    // What a dump has brought since may be the same events as those that the guard has passed, with new numbers.
+    // Events that a dump has brought since may be the same events that the guard has passed, under new numbers.
     let restored = us.last_restore > 0 && !guard.position.from.snapshot.sees(us.last_restore);
     match guard.number.cmp(&us.number) {
         std::cmp::Ordering::Equal if restored => Start::Compare(Why::Restored),
@@ -263,7 +263,7 @@ fn start(guard: &Guard, us: &Claimant<'_>) -> Start {
         std::cmp::Ordering::Greater if restored => Start::Compare(Why::Unfinished),
         // Whoever went back has a number above all guards before: this one was written on top of what we know.
         std::cmp::Ordering::Greater => Start::Adopt,
-        // A guard of an earlier epoch may be one that Redis had lost and came back with, after the loss was healed.
+        // A guard of an earlier epoch may be one that Redis had lost, and has come back with after the loss was healed.
         std::cmp::Ordering::Less => Start::Heal {
             heard: epoch_of(guard.number) == epoch_of(us.number),
             restored,

@@ -1,15 +1,14 @@
-//! The guard: a small hash beside the streams that says who appends and how far that has come. A batch is one
-//! transaction with the guard's new position, so what it says is what the streams hold, whatever became of the
-//! connection.
+//! The guard: a small hash beside the streams that records which server appends and how far it has come. A batch is one
+//! transaction together with the guard's new position. So the guard always describes what the streams hold, whatever
+//! happened to the connection.
 //!
-//! Fields: `token` (random, a claim's), `incarnation` (one run of one Postgres server), `system` (its identifier),
-//! `timeline`, `place` (where it lives), `interval_ms` (how often it refreshes the guard), `beat` (goes up with each
-//! refresh), `released` (1: the owner has left), `number` (of the last batch), `position` (the reader's, behind that
+//! Fields: `token` (random, names a claim), `incarnation` (one run of one Postgres server), `system` (its identifier),
+//! `timeline`, `place` (where it runs), `interval_ms` (how often it refreshes the guard), `beat` (incremented with each
+//! refresh), `released` (1: the owner has left), `number` (of the last batch), `position` (of the reader after that
 //! batch), `previous` (before it), `again` (the seqs of a batch of events that had been refused), `compares` (1: events
-//! behind `previous` may stand in the streams already, as is found by comparing event ids), `wal` (position in the WAL
-//! up to which the batch was flushed), `total` (events so far), `own_stream` (where the batch's
-//! events stand that name no stream). A claim that starts anew counts as a batch, an empty
-//! one.
+//! behind `previous` may already be in the streams, which is found out by comparing event ids), `wal` (the position up
+//! to which the WAL was flushed for the batch), `total` (events so far), `own_stream` (the stream of those events of the
+//! batch that name none). A claim that starts anew counts as an empty batch.
 
 pub mod claim;
 pub mod epoch;
@@ -22,21 +21,21 @@ use crate::resp::write::{append_array_header, append_bulk, append_command};
 use std::time::Duration;
 use thiserror::Error;
 
-/// The shortest poll interval; a server that waits for the owner looks as often.
+/// The shortest poll interval; a server that waits for the owner looks at least this often.
 const SHORTEST_INTERVAL: Duration = Duration::from_millis(100);
 /// The longest poll interval.
 const LONGEST_INTERVAL: Duration = Duration::from_secs(3_600);
-/// No batch has more events.
+/// The most events of any batch.
 const MOST_AGAIN: usize = 10_000;
-/// Tokens, incarnations and system identifiers are no longer than this.
+/// The most characters of tokens, incarnations and system identifiers.
 const LONGEST_NAME: usize = 128;
-/// The longest place: a host's name and a path.
+/// The most characters of a place: a host name and a path.
 const LONGEST_PLACE: usize = 4_096;
 
-/// Before the first command of a batch.
+/// Sent before the first command of a batch.
 pub const BATCH_START: &[u8] = b"*1\r\n$5\r\nMULTI\r\n";
 
-/// A guard as Redis has it.
+/// A guard as it is in Redis.
 #[derive(Clone, Debug)]
 pub struct Guard {
     pub token: String,
@@ -51,7 +50,7 @@ pub struct Guard {
     pub position: Position,
     pub previous: Position,
     pub again: Vec<i64>,
-    /// Events behind `previous` may be in the streams already: the owner had found events there, and not come past all
+    /// Events behind `previous` may already be in the streams: the owner had found events there, and had not passed all
     /// of them.
     pub compares: bool,
     pub wal: u64,
@@ -74,17 +73,17 @@ pub struct Owner {
     pub interval: Duration,
 }
 
-/// What a batch says of its position.
+/// The position that a batch writes to the guard.
 #[derive(Clone, Copy)]
 pub struct Mark<'a> {
     pub number: u64,
     pub position: &'a Position,
     pub previous: &'a Position,
-    /// Events behind `previous` were found in their streams, and it may not have come past all of them.
+    /// Events behind `previous` were found in their streams, and it may not have passed all of them.
     pub compares: bool,
 }
 
-/// What a batch tells the guard.
+/// What a batch writes to the guard.
 pub struct Progress<'a> {
     pub mark: Mark<'a>,
     pub again: &'a [i64],
@@ -95,7 +94,7 @@ pub struct Progress<'a> {
 }
 
 impl Guard {
-    /// From the reply of HGETALL; `None`: there is no guard, or no more of it than [`append_token`] makes of none.
+    /// Parses the reply of HGETALL; `None`: there is no guard, or only the token that [`append_token`] sets.
     pub fn parse(fields: &[(&[u8], &[u8])]) -> Result<Option<Self>, ParseGuardError> {
         if fields.iter().all(|(field, _)| *field == b"token") {
             return Ok(None);
@@ -141,7 +140,7 @@ impl Guard {
             .map_or(Ok(Some(guard)), |name| Err(ParseGuardError(name)))
     }
 
-    /// Names a field that no relay writes like this, and from which no server could go on.
+    /// Names a field that no relay writes like this and that no server could use.
     fn absurdity(&self) -> Option<&'static str> {
         let most = i64::MAX as u64;
         [
@@ -166,25 +165,25 @@ impl Guard {
     }
 }
 
-/// How far this server has come itself.
+/// How far this server itself has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reach {
-    /// No transaction has this id yet.
+    /// No transaction has this id or a higher one yet.
     pub next_xid: u64,
-    /// The highest number that an event was given.
+    /// The highest number that an event has got.
     pub highest_seq: i64,
-    /// The WAL ends here.
+    /// The end of the WAL.
     pub wal: u64,
-    /// How often the guard was claimed; 0: not known.
+    /// How many times the guard was claimed; 0: not known.
     pub epoch: u64,
-    /// Events that were accepted in all, as far as is known.
+    /// The total of accepted events, as far as it is known.
     pub total: i64,
 }
 
 impl Guard {
-    /// Names a field that says more than a guard of our own history can: somebody else has written it. Believing it
-    /// would skip events that are to come, or use up the batch numbers. `is_current`: the guard is of this run of the
-    /// server. (Numbers of an earlier run may have been lost with it.)
+    /// Names a field whose value is higher than is possible for a guard of our own history: somebody else has written
+    /// it. Believing it would skip future events, or use up the batch numbers. `is_current`: the guard belongs to this
+    /// run of the server. (Numbers of an earlier run may have been lost with it.)
     pub fn beyond(&self, reach: &Reach, is_current: bool) -> Option<&'static str> {
         let is_beyond = |position: &Position| {
             let mut ticks = position.ticks();
@@ -212,7 +211,7 @@ impl Guard {
     }
 }
 
-/// Appends the HSET of a token alone: nobody owns the guard until somebody claims it.
+/// Appends an HSET of only a token: nobody owns the guard until it is claimed.
 pub fn append_token(out: &mut Vec<u8>, key: &[u8], token: &str) {
     append_command(out, &[b"HSET", key, b"token", token.as_bytes()]);
 }
@@ -237,7 +236,7 @@ pub fn append_claim(out: &mut Vec<u8>, key: &[u8], token: &str, owner: &Owner) {
     append_command(out, &words);
 }
 
-/// Appends the HSET that ends a batch.
+/// Appends the HSET at the end of a batch.
 pub fn append_progress(out: &mut Vec<u8>, key: &[u8], progress: &Progress<'_>) {
     let mut number = itoa::Buffer::new();
     append_array_header(out, 2 + 2 * 8);
@@ -262,7 +261,7 @@ pub fn append_progress(out: &mut Vec<u8>, key: &[u8], progress: &Progress<'_>) {
     append_bulk(out, progress.own_stream.as_bytes());
 }
 
-/// Appends the HSET of a refresh, which tells those who watch that the owner lives, or has left.
+/// Appends the HSET of a refresh, which shows servers that watch that the owner is alive, or has left.
 pub fn append_beat(out: &mut Vec<u8>, key: &[u8], beat: u64, released: bool) {
     let (beat, released) = (beat.to_string(), if released { "1" } else { "0" });
     append_command(
@@ -277,14 +276,14 @@ mod tests {
     use crate::samples;
 
     #[test]
-    fn no_fields_are_no_guard_and_half_of_them_an_error() {
+    fn no_fields_mean_no_guard_and_missing_fields_an_error() {
         assert!(Guard::parse(&[]).unwrap().is_none());
         let half = [b"token".as_slice(), b"place"].map(|field| (field, b"t".as_slice()));
         assert!(Guard::parse(&half[..1]).unwrap().is_none(), "a token alone");
         assert!(Guard::parse(&half).is_err());
     }
 
-    /// A guard in which one field is another; whether it is readable.
+    /// Whether a guard with this value in one field is readable.
     fn is_readable(name: &str, value: &str) -> bool {
         let mut fields: [(&str, &str); 16] = samples::GUARD;
         fields
@@ -298,7 +297,7 @@ mod tests {
     #[test]
     fn absurd_fields_are_not_believed() {
         assert!(is_readable("number", &i64::MAX.to_string()));
-        // Transactions began and ended between the two looks of its tick.
+        // Transactions began and ended between the two readings of its tick.
         assert!(is_readable("position", "10:20:10,14/19/7/9"));
         for (name, value) in [
             ("number", "9223372036854775808"),
@@ -308,7 +307,7 @@ mod tests {
             ("wal", "18446744073709551615"),
             ("total", "9223372036854775807"),
             ("total", "-1"),
-            // Nobody has such ids: Postgres takes no such snapshot.
+            // Such transaction ids cannot occur in a snapshot of Postgres.
             ("position", "0:20:/25/7/9"),
             ("position", "4294967296:4294967299:/4294967300/7/9"),
             (

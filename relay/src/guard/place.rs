@@ -1,32 +1,32 @@
-//! Where a server lives, as guards and incarnations name it: `host:directory#device.inode.birth@boot`.
+//! Where a server runs, as guards and incarnations record it: `host:directory#device.inode.birth@boot`.
 //!
-//! No two kernels share the name of a boot, and no two directories of one kernel a device and an inode: so two servers
-//! that run at the same time never share a place. After the machine was started again, the boot is another one, and
-//! devices may have other numbers. Then a data directory is known by host, path, inode and the time at which it was
-//! made, which no copy of its files shares. (A copy of the whole disk does, on a machine that has the same name:
-//! nothing tells such a clone from a machine that was started again.)
+//! No two kernels share a boot id, and no two directories of one kernel share device and inode. So two servers that run
+//! at the same time never share a place. A restart of the machine changes the boot id, and may change the numbers of
+//! devices. Then a data directory is recognised by host, path, inode and creation time, which no copy of its files
+//! shares. (A clone of the whole disk does, on a machine with the same name: it cannot be distinguished from a machine
+//! that was restarted.)
 
 use std::fmt;
 
-/// What a data directory is, seen from the kernel that has it.
+/// The identity of a data directory, as its kernel sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Place {
     /// `host:directory`
     path: String,
     device: u64,
     inode: u64,
-    /// When the directory was made, in microseconds; `None`: the file system does not say, or an earlier version wrote
-    /// this.
+    /// When the directory was created, in microseconds; `None`: the file system does not record it, or an earlier
+    /// version wrote this.
     birth_us: Option<u64>,
     boot: String,
 }
 
-/// How two places relate.
+/// The relation of two places.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Likeness {
-    /// One and the same directory: a server that names both was restarted.
+    /// The same directory: a server that names both was restarted.
     Same,
-    /// The same directory, after the machine was started again.
+    /// The same directory, after the machine was restarted.
     Rebooted,
     Elsewhere,
 }
@@ -113,23 +113,23 @@ mod tests {
     }
 
     #[test]
-    fn one_directory_is_known_again() {
+    fn a_directory_is_recognised() {
         use Likeness::{Elsewhere, Rebooted, Same};
         for (other, likeness) in [
             (HERE, Same),
-            // An earlier version wrote it,
+            // Written by an earlier version,
             ("db:/data#8.17@boot1", Same),
-            // in another container, or under another name.
+            // in another container, or with another name.
             ("other:/elsewhere#8.17.1700000000000000@boot1", Same),
             ("db:/data#9.17.1700000000000000@boot2", Rebooted),
             ("db:/data#9.17@boot2", Rebooted),
-            // A clone of the file system, beside it.
+            // A clone of the file system on the same machine.
             ("db:/data#9.17.1700000000000000@boot1", Elsewhere),
-            // A copy in its place: the inode may be given again.
+            // A copy in its place: the inode may be used again.
             ("db:/data#8.17.1800000000000000@boot1", Elsewhere),
             ("db:/data#8.17.1800000000000000@boot2", Elsewhere),
             ("db:/data#8.18.1700000000000000@boot2", Elsewhere),
-            // A clone of the disk, on another machine.
+            // A clone of the disk on another machine.
             ("staging:/data#8.17.1700000000000000@boot2", Elsewhere),
             ("db:/mnt/data#8.17.1700000000000000@boot2", Elsewhere),
             ("nowhere", Elsewhere),

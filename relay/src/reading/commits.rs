@@ -1,21 +1,21 @@
-//! When the commits that a range holds began. Nobody writes down when a transaction committed, but who commits says
-//! so, and that is earlier than the first tick that sees it. So the rows that an earlier tick does not see were
-//! committed after the first commit that was heard of since that tick.
+//! When the commits in a range began. The time of a commit is not recorded, but a session that commits announces it,
+//! before the first tick that sees the commit. So rows that an earlier tick does not see were committed after the first
+//! commit that was announced since that tick.
 
 use crate::reading::snapshot::Tick;
 use std::sync::Arc;
 
-/// So many ticks are remembered. Readers that are in step stand at the same few.
+/// How many ticks are remembered. Readers in step stand at the same few ticks.
 const MOST_TICKS: usize = 64;
 
 /// Times are in microseconds since 1970.
 #[derive(Default)]
 pub struct Commits {
-    /// Ticks, with the time after which all was committed that they do not see.
+    /// Ticks, with the time after which everything that they do not see was committed.
     followed: Vec<(Arc<Tick>, i64)>,
-    /// The latest tick sees all that had been committed by then.
+    /// The latest tick sees everything that had been committed by then.
     quiet_until: i64,
-    /// After this, all was committed that the latest tick does not see.
+    /// Everything that the latest tick does not see was committed after this time.
     since: Option<i64>,
 }
 
@@ -26,15 +26,15 @@ impl Commits {
         self.since = None;
     }
 
-    /// Another tick is about to be taken. `heard`: the first commit that was heard of since the last one, if any was.
+    /// Another tick is about to be taken. `heard`: the first commit that was announced since the last tick, if any.
     pub fn looks(&mut self, heard: Option<i64>, now_us: i64) {
-        // A tick that was not taken, or that is not the latest yet, counts with the next.
+        // A tick that failed or is not the latest yet counts with the next one.
         let since = heard.unwrap_or(self.quiet_until);
         self.since = Some(self.since.map_or(since, |known| known.min(since)));
         self.quiet_until = now_us;
     }
 
-    /// The tick that was taken is the latest now, after `before`; or they are the same.
+    /// The tick that was taken is now the latest, after `before`; or both are the same.
     pub fn follow(&mut self, before: &Arc<Tick>, is_same: bool) {
         let Some(since) = self.since.take().filter(|_| !is_same) else {
             return;
@@ -46,7 +46,7 @@ impl Commits {
         self.followed.push((before.clone(), since));
     }
 
-    /// What this tick does not see was committed after this time. 0: nobody knows.
+    /// What this tick does not see was committed after this time. 0: not known.
     pub fn after(&self, tick: &Arc<Tick>) -> i64 {
         let known = self.followed.iter().rev().find(|(known, _)| Arc::ptr_eq(known, tick));
         known.map_or(0, |(_, since)| *since)
@@ -62,7 +62,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_behind_a_tick_were_committed_after_the_first_commit_since_then() {
+    fn rows_after_a_tick_were_committed_after_the_first_announced_commit() {
         let (first, second, third) = (tick(), tick(), tick());
         let mut commits = Commits::default();
         commits.looks(Some(100), 110);
@@ -74,7 +74,7 @@ mod tests {
     }
 
     #[test]
-    fn a_commit_that_nobody_heard_of_came_after_the_last_quiet_look() {
+    fn an_unannounced_commit_came_after_the_last_quiet_look() {
         let (first, second) = (tick(), tick());
         let mut commits = Commits::default();
         commits.looks(Some(100), 110);
@@ -86,14 +86,14 @@ mod tests {
     }
 
     #[test]
-    fn a_look_that_came_to_nothing_counts_with_the_next() {
+    fn a_failed_look_counts_with_the_next() {
         let first = tick();
         let mut commits = Commits::default();
         commits.looks(Some(100), 110);
         commits.looks(Some(200), 210);
         commits.follow(&first, false);
         assert_eq!(commits.after(&first), 100);
-        // What turned out to be the same tick has no range.
+        // A tick that turned out to be the same has no range.
         commits.looks(Some(300), 310);
         commits.follow(&first, true);
         commits.looks(Some(400), 410);
@@ -103,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn ticks_at_which_nobody_stands_are_forgotten() {
+    fn ticks_without_readers_are_forgotten() {
         let mut commits = Commits::default();
         let held = tick();
         commits.looks(Some(1), 1);

@@ -1,11 +1,11 @@
-//! When a deleted backend needs no reader of its own any more.
+//! When a deleted backend no longer needs a reader of its own.
 
 use crate::reading::range::Position;
 
-/// Whether the reader of a deleted backend can go, and leave the backend's rows to the reader of strays. It can if both
-/// stand at the same tick: then no row is read by both of them, or by none. `next_xid`: no transaction from it on had
-/// begun when the deletion was known. All before it must have ended, because only they can have published for the
-/// backend as one that exists: so their events do not wait for other strays.
+/// Whether the reader of a deleted backend can end and leave the backend's rows to the reader of strays. It can if both
+/// stand at the same tick: then every row is read by exactly one of them. `next_xid`: no transaction with this id or a
+/// higher one had begun when the worker learned of the deletion. All earlier ones must have ended, because only they
+/// can have published while the backend existed. So their events do not wait with the strays.
 pub fn may_go(position: &Position, strays: &Position, next_xid: u64) -> bool {
     position.under_way.is_none() && position.same_place(strays) && position.from.snapshot.xmin() >= next_xid
 }
@@ -21,7 +21,7 @@ mod tests {
     }
 
     #[test]
-    fn it_goes_from_the_tick_of_the_strays_once_all_earlier_transactions_have_ended() {
+    fn a_reader_ends_at_the_tick_of_the_strays_when_earlier_transactions_have_ended() {
         let (complete, with_open) = (tick("20:20:/20/1/2"), tick("15:20:15/20/1/2"));
         let at = |tick: &Arc<Tick>| Position::at(tick.clone());
         let under_way = Position::towards(complete.clone(), tick("30:30:/30/1/9"), 5);

@@ -1,45 +1,47 @@
-//! Rows that did not come through the trigger of `outbox.events`: the transaction ids that they carry are not of this
+//! Finds rows that did not come through the trigger of `outbox.events`: their transaction ids do not belong to this
 //! table's history.
 //!
 //! A row of ours was written by the transaction whose id it carries, or by a subtransaction of it, whose id is higher
-//! and was given while the other ran. What contradicts this is another cluster's, or an older life's.
+//! and was assigned while the transaction ran. A row that contradicts this comes from another cluster, or from an
+//! earlier state of this one.
 
 use crate::reading::snapshot::Tick;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
-/// Transactions of which one row alone was met; beyond, they are forgotten.
+/// How many transactions with a single row are remembered. Beyond that, they are forgotten.
 const MOST_SINGLES: usize = 100_000;
-/// Transactions that come in quick succession are at most this far apart.
+/// The maximum distance between ids of transactions in quick succession.
 const NEAR: u64 = 8;
-/// Ids below are no transaction's.
+/// Lower ids are not used for transactions.
 const FIRST_NORMAL: u32 = 3;
 
-/// A row, as it claims to be and as it was written.
+/// A row: the transaction id that it carries, and the transaction that wrote it.
 #[derive(Clone, Copy, Debug)]
 pub struct Written {
     pub seq: i64,
-    /// The publishing transaction, by its own column.
+    /// The publishing transaction, from the column xid.
     pub xid: u64,
-    /// The transaction that wrote it: the system column.
+    /// The transaction that wrote it, from the system column xmin.
     pub xmin: u32,
 }
 
-/// Finds rows that are not ours in one pass over the table.
+/// Finds foreign rows in one pass over the table.
 pub struct Judge {
     known: Tick,
-    /// The latest transaction to have touched the trigger.
+    /// The latest transaction that changed the trigger.
     touched_by: u64,
-    /// The table was written anew by somebody (pg_repack), so that who wrote a row says nothing.
+    /// Whether the table was rewritten (pg_repack), so that the writing transaction of a row tells nothing.
     is_rewritten: bool,
-    /// By writing transaction: the one id that its rows carry, and its row; or `None`, it brings what is not ours.
+    /// For each writing transaction: the single id that its rows carry, and the row; or `None` if it has brought
+    /// foreign rows.
     of_writer: HashMap<u64, Option<(u64, i64)>>,
     found: Vec<i64>,
 }
 
 impl Judge {
-    /// `known`: a tick from before those rows can have come; `touched_by`: who has switched the trigger on again, 0:
-    /// nobody yet.
+    /// `known`: a tick from before such rows can have come; `touched_by`: the transaction that has enabled the trigger
+    /// again; 0: none yet.
     pub fn new(known: Tick, touched_by: u64, is_rewritten: bool) -> Self {
         Self {
             known,
@@ -50,8 +52,8 @@ impl Judge {
         }
     }
 
-    /// Takes in rows: those that carry another id than that of who wrote them, and all others of the same writers.
-    /// `next_xid` was read after them.
+    /// Examines rows: those that carry another id than their writing transaction, and all other rows of the same
+    /// writers. `next_xid` was read after them.
     pub fn look_at(&mut self, rows: &[Written], next_xid: u64) {
         let is_its_own = |row: &&Written| row.xid as u32 == row.xmin && row.xid < next_xid;
         for row in rows.iter().filter(|row| !is_its_own(row)) {
@@ -63,7 +65,7 @@ impl Judge {
                 self.look_at_others(writer, row);
             }
         }
-        // Whoever brought such rows may have brought one with his own id, by chance.
+        // A transaction that brought such rows may by chance have brought one that carries its own id.
         for row in rows.iter().filter(is_its_own) {
             if self.tells_of(row.xid, row.xmin) && self.of_writer.contains_key(&row.xid) {
                 self.look_at_others(row.xid, row);
@@ -71,8 +73,8 @@ impl Judge {
         }
     }
 
-    /// The numbers of those that are not ours, in order. Also of single rows that came among them or next to them, each
-    /// in a transaction of its own.
+    /// The numbers of foreign rows, in order. They include single rows that came between or next to them, each in a
+    /// transaction of its own.
     pub fn into_found(mut self) -> Vec<i64> {
         let mut writers: Vec<(u64, Option<(u64, i64)>)> = self.of_writer.drain().collect();
         writers.sort_unstable();
@@ -88,7 +90,7 @@ impl Judge {
                     last_foreign = Some(*writer);
                 }
             }
-            // And the other way round.
+            // And in the opposite direction.
             writers.reverse();
         }
         self.found.sort_unstable();
@@ -96,9 +98,9 @@ impl Judge {
         self.found
     }
 
-    /// Whether a row that was not written under its own id cannot have been written by a subtransaction of that.
+    /// Whether a row that carries another id than its writer's cannot have been written by a subtransaction of that id.
     fn contradicts(&self, row: &Written, writer: u64, next_xid: u64) -> bool {
-        // A transaction that is still to come cannot have published.
+        // A future transaction cannot have published.
         if row.xid >= next_xid {
             return true;
         }
@@ -107,24 +109,25 @@ impl Judge {
         }
         let had_ended = self.known.snapshot.sees(row.xid) && writer >= self.known.next_xid;
         let has_early_number = row.xid >= self.known.next_xid && row.seq <= self.known.low_seq;
-        // One that a subtransaction has published just then is taken along: it is looked for in the streams, too.
+        // A row that a subtransaction has published at just that time is included. That is harmless, because it is
+        // looked for in the streams too.
         let came_meanwhile = writer >= self.known.next_xid && writer < self.touched_by;
         row.xid > writer || (!self.is_rewritten && (had_ended || has_early_number || came_meanwhile))
     }
 
-    /// Whether the other rows of a writer say anything of a row.
+    /// Whether the other rows of a writer tell anything about a row.
     fn tells_of(&self, writer: u64, xmin: u32) -> bool {
         !self.is_rewritten && xmin >= FIRST_NORMAL && writer >= self.known.next_xid
     }
 
-    /// What this transaction wrote is not ours.
+    /// Marks everything that this transaction wrote as foreign.
     fn gives_away(&mut self, writer: u64) {
         if let Some(Some((_, seq))) = self.of_writer.insert(writer, None) {
             self.found.push(seq);
         }
     }
 
-    /// A transaction or subtransaction publishes in the name of one.
+    /// Compares with the writer's other rows: a transaction or subtransaction publishes under only one id.
     fn look_at_others(&mut self, writer: u64, row: &Written) {
         if self.of_writer.len() >= MOST_SINGLES {
             self.of_writer.clear();
@@ -145,7 +148,7 @@ impl Judge {
     }
 }
 
-/// A transaction id in 64 bits: the latest before `next_xid` that it can be.
+/// A transaction id as 64 bits: the latest possible one before `next_xid`.
 pub fn latest(xid: u32, next_xid: u64) -> u64 {
     const EPOCH: u64 = 1 << 32;
     let xid = (next_xid & !(EPOCH - 1)) | u64::from(xid);
@@ -174,14 +177,14 @@ mod tests {
             row(62, 110, 113),
             row(40, 90, 95),
             row(41, 101, 104),
-            // Frozen at the beginning of time.
+            // Frozen at the beginning of the cluster.
             row(1, 90, 2),
         ];
         assert_eq!(found("100:100:/102/30/55", &rows, 120), Vec::<i64>::new());
     }
 
     #[test]
-    fn what_is_to_come_or_had_ended_is_not() {
+    fn rows_of_future_or_ended_transactions_are_foreign() {
         let rows = [
             row(60, 140, 110),
             row(61, 500, 111),
@@ -190,12 +193,12 @@ mod tests {
             row(64, 95, 130),
         ];
         assert_eq!(found("90:100:95/102/50/55", &rows, 140), [60, 61, 62, 63]);
-        // It has a number that was drawn before its transaction began.
+        // Its number was drawn before its transaction began.
         assert_eq!(found("90:100:95/102/50/55", &[row(50, 104, 112)], 120), [50]);
     }
 
     #[test]
-    fn a_transaction_that_wrote_in_the_name_of_several_gives_all_its_rows_away() {
+    fn all_rows_of_a_writer_with_several_ids_are_foreign() {
         let rows = [
             row(60, 104, 110),
             row(62, 110, 110),
@@ -203,7 +206,7 @@ mod tests {
             row(71, 104, 110),
         ];
         assert_eq!(found("100:100:/100/50/55", &rows, 120), [60, 62, 70, 71]);
-        // One contradicts by itself, the other has its writer's id by chance; the third came after them.
+        // The first contradicts by itself; the second carries its writer's id by chance; the third came after them.
         let rows = [
             row(80, 112, 112),
             row(81, 99, 112),
@@ -213,9 +216,9 @@ mod tests {
         assert_eq!(found("100:100:/100/50/55", &rows, 130), [80, 81]);
     }
 
-    /// Each inserted by a transaction of its own, with the ids of others that had run here shortly before.
+    /// Each row was inserted by its own transaction, with ids of other transactions that had run here shortly before.
     #[test]
-    fn what_came_before_the_trigger_was_switched_on_again_is_not_ours() {
+    fn rows_from_before_the_trigger_was_enabled_again_are_foreign() {
         let rows = [
             row(60, 104, 112),
             row(61, 105, 113),
@@ -229,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn single_rows_that_came_among_them_are_not_ours_either() {
+    fn single_rows_between_foreign_rows_are_foreign_too() {
         let rows = [
             row(79, 101, 108),
             row(80, 99, 110),
@@ -241,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn in_a_table_that_was_written_anew_only_the_future_counts() {
+    fn in_a_rewritten_table_only_future_ids_are_foreign() {
         let mut judge = Judge::new("100:100:/100/50/55".parse().unwrap(), 0, true);
         let rows = [row(1, 20, 110), row(2, 104, 110), row(3, 111, 110), row(4, 120, 110)];
         judge.look_at(&rows, 120);
@@ -249,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn ids_are_of_the_epoch_that_they_can_be_of() {
+    fn ids_get_the_latest_possible_epoch() {
         let epoch = 1u64 << 32;
         assert_eq!(latest(7, epoch + 8), epoch + 7);
         assert_eq!(latest(8, epoch + 8), 8);

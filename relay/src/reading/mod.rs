@@ -1,13 +1,13 @@
-//! Which rows come next, and when it is worth while to look.
+//! Which rows come next, and when looking is worthwhile.
 //!
 //! - [`snapshot`] what a transaction sees: ticks
-//! - [`range`] the rows between two ticks, once each, in order; how far a reader has come
-//! - [`commits`] when the rows that a tick does not see began to be committed
-//! - [`numbers`] the highest number that was given
-//! - [`foreign`] rows of another cluster's transactions
-//! - [`deleted`] when a deleted backend needs no reader any more
+//! - [`range`] the rows between two ticks, once each, in order; the position of a reader
+//! - [`commits`] when the commits that a tick does not see began
+//! - [`numbers`] the highest number of any event
+//! - [`foreign`] rows with transaction ids of another cluster
+//! - [`deleted`] when a deleted backend no longer needs a reader
 //! - [`role`] what a reader does with its rows
-//! - [`schedule`] who reads next, and which readers share a scan
+//! - [`schedule`] which readers read next, and which share a scan
 //! - [`pace`] how soon to look again
 
 pub mod commits;

@@ -1,18 +1,18 @@
-//! How soon the next look at the table is worth while.
+//! How soon the next look at the table is worthwhile.
 //!
-//! A look, a batch and its reply cost as much as tens of events. Up to some rate each event is sent at once. Above it,
-//! looks are a moment apart, so that a busy database spends its processors on publishing; events arrive no later, since
-//! they wait less for a processor.
+//! A look, a batch and its reply cost as much as tens of events. Up to some rate, each event is sent at once. Above it,
+//! looks are a moment apart, so that a busy database spends its processors on publishing. Events still arrive as early,
+//! because they wait less for a processor.
 
 use crate::time::Now;
 use std::time::Duration;
 
-/// From so many events a second on, looks are so far apart.
+/// From this many events a second on, looks are this far apart.
 const PAUSES: [(f64, Duration); 2] = [
     (2_500.0, Duration::from_micros(500)),
     (6_000.0, Duration::from_millis(2)),
 ];
-/// How long the rate of events is taken.
+/// The time over which the rate of events is measured.
 const WINDOW: Duration = Duration::from_millis(50);
 
 /// When the last look was, and how many events come.
@@ -20,7 +20,7 @@ const WINDOW: Duration = Duration::from_millis(50);
 pub struct Pace {
     looked_at: Now,
     since: Now,
-    /// Since then.
+    /// How many were found since then.
     found: usize,
     apart: Duration,
 }
@@ -41,25 +41,26 @@ impl Pace {
         self.found += events;
     }
 
-    /// Whether looks are apart.
+    /// Whether looks are kept apart.
     pub fn is_busy(&self) -> bool {
         !self.apart.is_zero()
     }
 
-    /// How long to wait with the next look.
+    /// How long to wait before the next look.
     pub fn rest(&self, now: Now) -> Duration {
         (self.looked_at + self.apart).saturating_sub(now)
     }
 }
 
-/// How many rows are dealt with at once, so that it takes about so long: what an event of others may have to wait.
+/// How many rows are processed at once, so that this takes about a given time: events of others may have to wait for
+/// it.
 pub struct Portion {
     time: Duration,
     count: usize,
 }
 
 impl Portion {
-    /// Few different ones, so that a statement can be kept for each: its plan depends on how many rows it expects.
+    /// A few fixed values, so that a statement can be cached for each: its plan depends on how many rows it expects.
     const COUNTS: [usize; 6] = [20, 50, 100, 200, 500, 1_000];
 
     pub fn new(time: Duration) -> Self {
@@ -70,8 +71,7 @@ impl Portion {
         self.count
     }
 
-    /// So many rows have taken so long. What took long once may have had to wait for something else: it is halved at
-    /// most.
+    /// This many rows have taken this long. A single long time may have another cause, so the count is at most halved.
     pub fn took(&mut self, rows: usize, took: Duration) {
         if took > self.time {
             let fewer = Self::COUNTS.into_iter().rfind(|count| *count <= rows / 2);
@@ -83,7 +83,8 @@ impl Portion {
     }
 }
 
-/// Large work that is done in pieces, one a round: it rests after each, so that most events of others meet none.
+/// A large task that is done in steps, one in a round. It rests after each, so that most events of others are not
+/// delayed.
 #[derive(Default)]
 pub struct Pieces {
     began_at: Option<Now>,
@@ -91,11 +92,11 @@ pub struct Pieces {
 }
 
 impl Pieces {
-    /// It rests for so many times as long as the last piece has taken, with all that it has entailed in its round:
+    /// It rests this many times as long as the last step has taken, with all the work that it has caused in its round:
     /// flushing, reading and sending.
     const REST: u32 = 2;
 
-    /// Whether the next piece may begin, which is asked in the round after the last. `beside_others`: others publish.
+    /// Whether the next step may begin. Asked in the round after the last step. `beside_others`: others publish.
     pub fn may_begin(&mut self, beside_others: bool, now: Now) -> bool {
         if let Some(began_at) = self.began_at.take() {
             self.rests_until = now + now.saturating_sub(began_at) * Self::REST;
@@ -121,7 +122,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pieces_rest_beside_others_and_only_then() {
+    fn steps_rest_only_while_others_publish() {
         let us = Duration::from_micros;
         let mut pieces = Pieces::default();
         assert!(pieces.may_begin(true, us(100)));
@@ -139,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn a_portion_comes_to_take_about_its_time() {
+    fn a_portion_adapts_to_its_time() {
         for us_each in [1, 5, 30, 200] {
             let mut portion = Portion::new(Duration::from_millis(1));
             for _ in 0..100 {
@@ -156,8 +157,8 @@ mod tests {
         assert_eq!(portion.count(), 20);
     }
 
-    /// Looks each 100 us for so many windows, and finds an event each `nth` time. How long is the rest after each look
-    /// at most?
+    /// Looks every 100 us during this many windows, and finds an event at each `nth` look. Returns the longest rest
+    /// after a look.
     fn longest_rest(pace: &mut Pace, from: Now, windows: u32, nth: u32) -> Duration {
         let step = Duration::from_micros(100);
         let looks = windows * (WINDOW.as_micros() / step.as_micros()) as u32;
@@ -171,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn the_more_come_the_longer_looks_are_apart() {
+    fn more_events_put_looks_further_apart() {
         for (nth, apart) in [
             (5, Duration::ZERO),
             (3, PAUSES[0].1),
@@ -187,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn looks_are_apart_while_many_come_and_no_longer() {
+    fn looks_are_apart_only_while_many_events_come() {
         let apart = PAUSES[1].1;
         let mut pace = Pace::default();
         assert_eq!(longest_rest(&mut pace, WINDOW, 3, 1), apart);

@@ -1,14 +1,14 @@
-//! Reading the rows that committed between two ticks, once each, in publishing order, at the cost of the new rows
-//! alone.
+//! Reads the rows that committed between two ticks, once each, in publishing order. The cost depends only on the new
+//! rows.
 //!
 //! This is the method of PgQ (two snapshots instead of a status column) without its ticker. A row belongs to the range
-//! from tick C to tick S when S sees its transaction and C does not. Such rows stand in two places:
+//! from tick C to tick S if S sees its transaction and C does not. Such rows are of two kinds:
 //! * *new*: sequence numbers above `C.low_seq`; found in one pass over the sequence;
 //! * *late*: sequence numbers up to `C.low_seq`, published by a transaction that was still running at C; found by
 //!   transaction id, one probe for each that was running at C and has ended by S.
 //!
-//! All late rows come before all new ones, so that one number, the last sequence number read, says how far a reader has
-//! come within a range of any size.
+//! All late rows come before all new ones, so that one number, the last sequence number read, is the reader's place
+//! within a range of any size.
 
 use crate::fault::{self, Mutation};
 use crate::reading::snapshot::{ParseSnapshotError, Tick};
@@ -16,7 +16,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
-/// Where a row stands.
+/// The place of a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Key {
     pub xid: u64,
@@ -41,7 +41,7 @@ pub trait Table {
     fn first_xid(&mut self, from: u64, before: u64) -> Option<u64>;
 }
 
-/// How far a reader has come: it has everything that `from` sees and, when it is on its way to `to`, the rows of that
+/// The position of a reader: it has everything that `from` sees and, when it is on its way to `to`, the rows of that
 /// range up to `last_seq`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Position {
@@ -49,7 +49,7 @@ pub struct Position {
     pub under_way: Option<UnderWay>,
 }
 
-/// Part of the way from one tick to the next.
+/// The way from one tick to the next, in progress.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UnderWay {
     pub to: Arc<Tick>,
@@ -57,7 +57,7 @@ pub struct UnderWay {
 }
 
 impl Position {
-    /// Everything up to `tick`, nothing after.
+    /// The position that has everything up to `tick` and nothing after it.
     pub fn at(tick: Arc<Tick>) -> Self {
         Self {
             from: tick,
@@ -78,12 +78,12 @@ impl Position {
         }
     }
 
-    /// The ticks that it speaks of.
+    /// The ticks that it contains.
     pub fn ticks(&self) -> impl Iterator<Item = &Arc<Tick>> {
         [&self.from].into_iter().chain(self.under_way.as_ref().map(|u| &u.to))
     }
 
-    /// The same, with other bounds in its ticks.
+    /// The same position, with other bounds in its ticks.
     pub fn with_ticks(&self, mut f: impl FnMut(&Arc<Tick>) -> Arc<Tick>) -> Self {
         let from = f(&self.from);
         match &self.under_way {
@@ -101,19 +101,18 @@ impl Position {
                 .is_some_and(|u| u.to.snapshot.sees(key.xid) && key.seq <= u.last_seq)
     }
 
-    /// Whether everything that `other` covers has been read here, too (at the least: a position on its way counts by
-    /// where it began).
+    /// Whether it covers everything that `other` covers. (A position on its way is judged by where its way began.)
     pub fn includes(&self, other: &Self) -> bool {
         self.from.snapshot.includes(&other.newest().snapshot)
     }
 
-    /// Whether there can be such a position.
+    /// Whether such a position is possible.
     pub fn is_possible(&self) -> bool {
         let can_be = |u: &UnderWay| u.to.is_possible() && (0..i64::MAX).contains(&u.last_seq);
         self.from.is_possible() && self.under_way.as_ref().is_none_or(can_be)
     }
 
-    /// The newest tick that it speaks of.
+    /// The newest tick that it contains.
     pub fn newest(&self) -> &Arc<Tick> {
         self.under_way.as_ref().map_or(&self.from, |u| &u.to)
     }
@@ -128,27 +127,27 @@ impl Position {
             }
     }
 
-    /// The row of its range that was read last; 0 before the first.
+    /// The last row of its range that was read; 0 before the first.
     pub fn last_seq(&self) -> i64 {
         self.under_way.as_ref().map_or(0, |u| u.last_seq)
     }
 
-    /// The tick that it reads to. A position that has not set out goes to `latest`.
+    /// The tick that it reads to. A position that is not on its way goes to `latest`.
     pub fn to<'a>(&'a self, latest: &'a Arc<Tick>) -> &'a Arc<Tick> {
         self.under_way.as_ref().map_or(latest, |u| &u.to)
     }
 
-    /// Whether it may still have late rows before it.
+    /// Whether there may still be late rows ahead.
     pub fn is_among_late(&self) -> bool {
         self.last_seq() < self.from.low_seq
     }
 
-    /// The number that it has come to, but for late rows: how far readers that are going to the same tick are apart.
+    /// The number that it has reached, apart from late rows. It measures how far apart readers of the same goal are.
     pub fn place(&self) -> i64 {
         self.last_seq().max(self.from.low_seq)
     }
 
-    /// Speaks of the other's ticks where its own are equal to them, so that one scan serves both. Whether it now does.
+    /// Uses the other's ticks where its own are equal, so that one scan serves both. Returns whether one scan does.
     pub fn share(&mut self, other: &Self) -> bool {
         let same = |ours: &mut Arc<Tick>, theirs: &Arc<Tick>| {
             let is_equal = !Arc::ptr_eq(ours, theirs) && *ours == *theirs;
@@ -165,7 +164,7 @@ impl Position {
     }
 }
 
-/// A tick, or `tick>tick@seq` on the way from one to the next.
+/// Writes a tick, or `tick>tick@seq` on the way from one to the next.
 impl fmt::Display for Position {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.from)?;
@@ -195,22 +194,22 @@ impl FromStr for Position {
 pub enum Step {
     /// A row of the range.
     Row(Key),
-    /// A row that the pass met but that is not of the range; costs time all the same.
+    /// A row that the pass met but that does not belong to the range. It costs time too.
     Passed(Key),
 }
 
-/// The rows from a position up to its next tick, in publishing order.
+/// The rows from a position to its next tick, in publishing order.
 pub struct RangeScan<S> {
     from: Arc<Tick>,
     to: Arc<Tick>,
     late: Vec<(Key, S)>,
     new: S,
-    /// Which of `late` the current row came from; `None` when from `new`.
+    /// The index in `late` that the current row came from; `None`: it came from `new`.
     current: Option<usize>,
 }
 
 impl<S: Scan> RangeScan<S> {
-    /// Opens the scan of what `to` sees and `from` does not, after `last_seq` (0 at the start of the range).
+    /// Opens the scan of what `to` sees and `from` does not see, after `last_seq` (0 at the start of the range).
     pub fn open<T: Table<Scan = S>>(table: &mut T, from: &Arc<Tick>, to: &Arc<Tick>, last_seq: i64) -> Self {
         let mut late = Vec::new();
         let by_seq_alone = fault::is_mutated(Mutation::SeqAfterLast);
@@ -256,14 +255,14 @@ impl<S: Scan> RangeScan<S> {
         Some(if of_range { Step::Row(key) } else { Step::Passed(key) })
     }
 
-    /// The scan that stands on the row of the last step.
+    /// The scan that stands at the row of the last step.
     pub fn current(&self) -> &S {
         self.current.map_or(&self.new, |index| &self.late[index].1)
     }
 }
 
 /// Transactions that were running at `from` and have ended by `to`. Those below `from.snapshot.xmax()` are listed
-/// there; those from it up to `from.next_xid` are looked up, skipping from one that has rows to the next.
+/// there. Those from it up to `from.next_xid` are looked up in the index, from one that has rows to the next.
 fn late_xids<T: Table>(table: &mut T, from: &Tick, to: &Tick) -> Vec<u64> {
     let ended = |xid: &u64| to.snapshot.sees(*xid);
     let mut xids: Vec<u64> = from.snapshot.in_progress().iter().copied().filter(ended).collect();

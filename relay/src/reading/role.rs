@@ -1,14 +1,14 @@
 //! What a reader of events is for.
 
-/// What a reader does with the rows that it meets.
+/// What a reader does with its rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
-    /// A backend with its Redis, or one of its lanes: it sends them.
+    /// It belongs to a backend with its Redis, or to one of its lanes, and sends the rows.
     Redis,
     /// Looks for hash slots of a cluster that have no lane yet; it sends nothing.
     Finder,
-    /// A backend that was deleted: its events fail.
+    /// It belongs to a deleted backend, and fails its events.
     Deleted,
-    /// Looks at all rows, and takes care of events whose backend does not exist.
+    /// It looks at all rows, and takes care of events whose backend does not exist.
     Strays,
 }

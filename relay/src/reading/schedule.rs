@@ -1,22 +1,22 @@
 //! Which readers read next, and which of them share a scan.
 //!
 //! A reader reads when there may be rows for it and it can take them. One scan costs the same for one reader as for
-//! many, so readers that have the same goal are kept together: one that is ahead waits for those behind it. It waits
-//! only as long as its own sender has enough to do, so a slow or hung reader holds up nobody.
+//! many, so readers with the same goal are kept together: one that is ahead waits for those behind it. It waits only
+//! while its own sender has enough to do, so a slow or hung reader delays nobody.
 //!
-//! All functions are pure. The worker tells what it knows of its readers, by their indexes, and reads as it is told.
+//! All functions are pure. The worker passes what it knows about its readers, by their indexes, and reads accordingly.
 
 use crate::reading::range::Position;
 use crate::reading::role::Role;
 use crate::reading::snapshot::{FIRST_NORMAL_XID, Tick};
 use std::sync::Arc;
 
-/// Rows that one scan may meet, for each reader that it serves, before the senders are looked at again.
+/// How many rows one scan may meet for each reader that it serves, before the senders are looked at again.
 pub const SCAN_STEPS: usize = 2_000;
-/// One scan serves readers that are no further apart than this: half of a scan, so that those that are ahead have the
-/// other half.
+/// One scan serves readers that are no further apart than this: half of a scan, so that the readers that are ahead use
+/// the other half.
 const NEAR_SEQS: i64 = SCAN_STEPS as i64 / 2;
-/// A reader that is further behind is not waited for.
+/// Nobody waits for a reader that is further behind than this.
 const WAITED_FOR_SEQS: i64 = 100_000;
 
 /// Where a reader stands, and where it goes.
@@ -28,7 +28,7 @@ pub struct Way<'a> {
 }
 
 impl Way<'_> {
-    /// Whether there may be rows on it. Before the first tick there is nowhere to go, and certainly not back.
+    /// Whether there may be rows ahead. Before the first tick there is nowhere to go.
     pub fn leads_on(&self) -> bool {
         let is_ticked = self.goal.next_xid > FIRST_NORMAL_XID;
         self.position.under_way.is_some() || (is_ticked && !Arc::ptr_eq(&self.position.from, self.goal))
@@ -49,45 +49,45 @@ enum Priority {
     /// A reader with a short way does not wait for one with a long way,
     Short,
     Long,
-    /// nor anybody for the one that has to look at each row.
+    /// and nobody waits for the reader that has to look at each row.
     LooksAtAll,
 }
 
-/// How much a sender has to do.
+/// How much work a sender has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Supply {
-    /// It could run dry, so its reader does not wait for other readers.
+    /// It could run out of work, so its reader does not wait for other readers.
     Low,
-    /// It has enough to do, and there is ample room for more.
+    /// It has enough work, and there is ample room for more.
     Enough,
-    /// There is so little room that a scan would not be worth it.
+    /// There is so little room that a scan would not be worthwhile.
     Full,
 }
 
-/// What is known of a reader that has a way to go.
+/// What is known about a reader that has somewhere to go.
 #[derive(Clone, Copy)]
 pub struct Reader<'a> {
     pub index: usize,
     pub way: Way<'a>,
-    /// Rows can be read for it now: it is enabled, it has room, and reading for it has not failed a moment ago.
+    /// Rows can be read for it now: it is enabled, it has room, and reading for it has not just failed.
     pub is_ready: bool,
-    /// It is connected and well. If it cannot take rows now, it soon can: others may wait for it.
+    /// It is connected and healthy. If it cannot take rows now, it soon can, so others may wait for it.
     pub is_well: bool,
-    /// Of its sender, if its role has one.
+    /// The supply of its sender, if its role has one.
     pub supply: Supply,
 }
 
 impl Reader<'_> {
-    /// Whether a scan is worth it: it takes rows, and not just a few of them.
+    /// Whether a scan is worthwhile: it takes rows, and not only a few.
     fn takes(&self) -> bool {
         self.is_ready && (self.way.role != Role::Redis || self.supply != Supply::Full)
     }
 
-    /// Whether it lets those behind it come up.
+    /// Whether it can wait for those behind it.
     fn can_wait(&self) -> bool {
         match self.way.role {
             Role::Redis => self.supply != Supply::Low,
-            // The first event of a hash slot that has no lane is not to wait behind a slow lane.
+            // The first event of a hash slot without a lane must not wait behind a slow lane.
             Role::Finder => false,
             Role::Deleted | Role::Strays => true,
         }
@@ -106,16 +106,16 @@ struct WaitedFor {
     takes: bool,
 }
 
-/// The readers that read now, and those that wait.
+/// Which readers read now, and which wait.
 pub struct Schedule<'a> {
     /// In the order of their indexes.
     readers: Vec<Reader<'a>>,
-    /// In order. Empty if nobody can wait.
+    /// In order. Empty if no reader can wait.
     waited_for: Vec<WaitedFor>,
 }
 
 impl<'a> Schedule<'a> {
-    /// `readers`: those that have a way to go, in the order of their indexes. Costs no more than to sort them.
+    /// `readers`: those that have somewhere to go, in the order of their indexes. This costs no more than sorting them.
     pub fn of(readers: impl Iterator<Item = Reader<'a>>) -> Self {
         let readers: Vec<Reader<'a>> = readers.filter(|reader| reader.way.leads_on()).collect();
         let mut waited_for = Vec::new();
@@ -131,13 +131,13 @@ impl<'a> Schedule<'a> {
         Self { readers, waited_for }
     }
 
-    /// The indexes of those who read now.
+    /// The indexes of the readers that read now.
     pub fn reading(&self) -> impl Iterator<Item = usize> {
         let reading = self.readers.iter().filter(|reader| self.is_next(reader));
         reading.map(|reader| reader.index)
     }
 
-    /// Whether this one reads now.
+    /// Whether this reader reads now.
     pub fn reads(&self, index: usize) -> bool {
         let found = self.readers.binary_search_by_key(&index, |reader| reader.index);
         found.is_ok_and(|found| self.is_next(&self.readers[found]))
@@ -147,8 +147,7 @@ impl<'a> Schedule<'a> {
         reader.takes() && !(reader.can_wait() && self.is_held(reader))
     }
 
-    /// Whether a reader with the same goal is a little behind it, or stands at the same place and cannot take rows
-    /// yet.
+    /// Whether a reader with the same goal is a little behind it, or stands at the same place and cannot take rows yet.
     fn is_held(&self, reader: &Reader<'_>) -> bool {
         let (goal, place) = (reader.goal(), reader.way.position.place());
         let first = WaitedFor {
@@ -166,14 +165,14 @@ impl<'a> Schedule<'a> {
 /// Whether a reader would take rows that a new tick sees.
 #[derive(Clone, Copy)]
 pub struct Wish {
-    /// Of its backend.
+    /// The number of its backend.
     pub number: i32,
     pub role: Role,
     pub is_lane: bool,
     pub wants_tick: bool,
 }
 
-/// Whether a new tick is of use to anybody. A finder asks for one only as long as its backend has no lane.
+/// Whether any reader can use a new tick. A finder asks for one only while its backend has no lane.
 pub fn is_tick_of_use(wishes: impl Iterator<Item = Wish> + Clone) -> bool {
     let has_lanes = |number: i32| wishes.clone().any(|w| w.number == number && w.is_lane);
     let counts = |wish: &Wish| match wish.role {
@@ -184,12 +183,12 @@ pub fn is_tick_of_use(wishes: impl Iterator<Item = Wish> + Clone) -> bool {
     wishes.clone().any(|wish| wish.wants_tick && counts(&wish))
 }
 
-/// Readers that one scan serves: they have the same goal, and stand near each other.
+/// Readers that one scan serves: they have the same goal and stand near each other.
 #[derive(Debug)]
 pub struct Group {
-    /// Their indexes.
+    /// The indexes of the readers.
     pub members: Vec<usize>,
-    /// The range of the scan. Each member has all that `from` sees,
+    /// The range of the scan. Each member has everything that `from` sees,
     pub from: Arc<Tick>,
     pub to: Arc<Tick>,
     /// and all rows of the range up to this number.
@@ -197,12 +196,12 @@ pub struct Group {
 }
 
 impl Group {
-    /// Takes the reader that is furthest behind out of `waiting`, with those that one scan can serve as well; `None`:
-    /// nobody waits.
+    /// Takes the reader that is furthest behind out of `waiting`, together with those that the same scan can serve;
+    /// `None`: no reader waits.
     ///
-    /// Numbers ascend along a range, so a scan serves readers that stand apart, and that set out from different ticks:
-    /// each takes the rows behind its own place that its own tick does not see. Late rows are found by the tick, so for
-    /// them it must be the same.
+    /// Numbers ascend along a range, so a scan serves readers at different places and from different ticks: each takes
+    /// the rows after its own place that its own tick does not see. Late rows are found through the tick, so readers of
+    /// late rows must have the same tick.
     pub fn take<'a>(waiting: &mut Vec<usize>, way: impl Fn(usize) -> Way<'a>) -> Option<Self> {
         let priority = waiting.iter().map(|index| way(*index).priority()).min()?;
         let candidates = || {
@@ -214,7 +213,7 @@ impl Group {
         let first = candidates().min_by_key(|way| (way.position.place(), way.position.last_seq()))?;
         let (base, to) = (first.position, first.goal);
         let is_among_late = base.is_among_late();
-        // Among late rows all have come to the same place: there, what counts is the last row.
+        // Among late rows all readers have reached the same place; there the last row decides.
         let is_near = |way: &Way<'_>| {
             let (theirs, first) = match is_among_late {
                 true => (way.position.last_seq(), base.last_seq()),

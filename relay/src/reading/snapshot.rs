@@ -1,4 +1,4 @@
-//! Snapshots and ticks: what a reader of committed rows had seen at one moment.
+//! Snapshots and ticks: what a reader of committed rows had seen at one time.
 
 use std::fmt;
 use std::str::FromStr;
@@ -7,13 +7,13 @@ use thiserror::Error;
 /// The first transaction id that a cluster gives to a transaction (0 to 2 are reserved).
 pub const FIRST_NORMAL_XID: u64 = 3;
 
-/// Which transactions had committed or aborted at one moment, in 64-bit ids. Same meaning and same text form
-/// (`xmin:xmax:xip,...`) as Postgres's `pg_snapshot`.
+/// Which transactions had committed or aborted at one time, with 64-bit ids. Meaning and text form
+/// (`xmin:xmax:xip,...`) are those of Postgres's `pg_snapshot`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot {
     xmin: u64,
     xmax: u64,
-    /// Sorted; all of them in `[xmin, xmax)`.
+    /// Sorted; all are in `[xmin, xmax)`.
     in_progress: Box<[u64]>,
 }
 
@@ -22,7 +22,7 @@ pub struct Snapshot {
 pub struct ParseSnapshotError(String);
 
 impl ParseSnapshotError {
-    /// The text may be a server's, of any length.
+    /// The text may come from a server and have any length.
     pub(crate) fn of(text: &str) -> Self {
         Self(text.chars().take(100).collect())
     }
@@ -39,7 +39,7 @@ impl Snapshot {
         }
     }
 
-    /// Before any transaction.
+    /// The snapshot before any transaction.
     pub fn beginning() -> Self {
         Self::new(FIRST_NORMAL_XID, FIRST_NORMAL_XID, Vec::new())
     }
@@ -50,13 +50,13 @@ impl Snapshot {
         xid < self.xmin || (xid < self.xmax && self.in_progress.binary_search(&xid).is_err())
     }
 
-    /// Whether it sees all that `other` sees.
+    /// Whether it sees everything that `other` sees.
     pub fn includes(&self, other: &Self) -> bool {
         self.xmin >= other.xmin && self.xmax >= other.xmax && self.in_progress.iter().all(|xid| !other.sees(*xid))
     }
 
-    /// The transactions that ended after `earlier` was taken, in order of their ids; `None`: more than `most`, or it is
-    /// not earlier.
+    /// The transactions that ended after `earlier` was taken, in order of their ids; `None`: there are more than
+    /// `most`, or it is not earlier.
     pub fn ended_since(&self, earlier: &Self, most: usize) -> Option<Vec<u64>> {
         let given = self.xmax.checked_sub(earlier.xmax)?;
         if given + earlier.in_progress.len() as u64 > most as u64 {
@@ -66,12 +66,12 @@ impl Snapshot {
         Some(candidates.filter(|xid| self.sees(*xid)).collect())
     }
 
-    /// Every transaction below this had ended.
+    /// Every transaction with a lower id had ended.
     pub fn xmin(&self) -> u64 {
         self.xmin
     }
 
-    /// No transaction from this on had ended.
+    /// No transaction with this id or a higher one had ended.
     pub fn xmax(&self) -> u64 {
         self.xmax
     }
@@ -108,7 +108,7 @@ impl FromStr for Snapshot {
             return Err(bad());
         }
         let mut in_progress = Vec::new();
-        // Ascending, as it is written: so a short text stands for few.
+        // Ascending, as it is written. Otherwise a short text could stand for many ids.
         let mut lowest = xmin;
         for xid in list.split(',').filter(|x| !x.is_empty()) {
             let xid = xid.parse::<u64>().map_err(|_| bad())?;
@@ -122,15 +122,15 @@ impl FromStr for Snapshot {
     }
 }
 
-/// A recorded snapshot with the bounds that make reading up to it and on from it cheap.
+/// A recorded snapshot, with bounds that make reading up to it and from it cheap.
 ///
-/// A publisher draws its transaction id first and its sequence number second. So, when the four are read in the order
-/// `low_seq`, `next_xid`, `snapshot`, `high_seq`:
+/// A publisher draws its transaction id first and its sequence number second. So if the four values are read in the
+/// order `low_seq`, `next_xid`, `snapshot`, `high_seq`, then:
 /// * a transaction with `xid >= next_xid` has only numbers above `low_seq`;
 /// * a row that `snapshot` sees has a number of at most `high_seq`.
 ///
-/// The two numbers are not the sequence's, which anybody may set back, but the highest that was given (see
-/// [`crate::reading::numbers`]).
+/// The two numbers are not those of the sequence, which anybody may set back, but the highest that an event has got
+/// (see [`crate::reading::numbers`]).
 ///
 /// Note that `snapshot.xmax()` is the latest *ended* transaction + 1: those in `[xmax, next_xid)` were running too.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -141,7 +141,7 @@ pub struct Tick {
     pub high_seq: i64,
 }
 
-/// Its snapshot, `next_xid`, `low_seq` and `high_seq`, with slashes between.
+/// Writes its snapshot, `next_xid`, `low_seq` and `high_seq`, separated by slashes.
 impl fmt::Display for Tick {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self {
@@ -173,7 +173,7 @@ impl FromStr for Tick {
 }
 
 impl Tick {
-    /// Before any transaction.
+    /// The tick before any transaction.
     pub fn beginning() -> Self {
         Self {
             snapshot: Snapshot::beginning(),
@@ -188,8 +188,8 @@ impl Tick {
         self.next_xid <= FIRST_NORMAL_XID
     }
 
-    /// Whether there can be such a tick. Of the 64 bits of an id, the lower half is never zero. (The snapshot may be
-    /// ahead of `next_xid`, which is read before it.)
+    /// Whether such a tick is possible. The lower half of a 64-bit id is never zero. (The snapshot may be ahead of
+    /// `next_xid`, because that is read first.)
     pub fn is_possible(&self) -> bool {
         let is_id = |xid: u64| xid as u32 != 0 && xid <= i64::MAX as u64;
         let Snapshot { xmin, xmax, .. } = self.snapshot;
@@ -197,7 +197,8 @@ impl Tick {
         is_id(xmin) && is_id(xmax) && is_id(self.next_xid) && are_numbers
     }
 
-    /// Where it is not certain that later transactions have only numbers above `low_seq`, but above `seq` they are.
+    /// The tick for the case that later transactions certainly have only numbers above `seq`, but perhaps not above
+    /// `low_seq`.
     pub fn lowered_to(&self, seq: i64) -> Self {
         Self {
             low_seq: self.low_seq.min(seq),
@@ -205,7 +206,7 @@ impl Tick {
         }
     }
 
-    /// Whether it sees every transaction that there was: while none has begun since, a later tick sees nothing else.
+    /// Whether it sees every transaction that had begun: as long as no other begins, a later tick sees nothing new.
     pub fn is_complete(&self) -> bool {
         self.snapshot.in_progress.is_empty() && self.snapshot.xmax == self.next_xid
     }
@@ -216,7 +217,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sees_what_had_ended() {
+    fn a_snapshot_sees_ended_transactions() {
         let s: Snapshot = "10:20:10,14,15".parse().unwrap();
         for (xid, seen) in [(9, true), (10, false), (11, true), (14, false), (19, true), (20, false)] {
             assert_eq!(s.sees(xid), seen, "{xid}");
@@ -224,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn tells_what_ended_in_between() {
+    fn a_snapshot_tells_which_transactions_ended_since_another() {
         let earlier: Snapshot = "10:20:10,14,15".parse().unwrap();
         let later: Snapshot = "14:24:14,22".parse().unwrap();
         assert_eq!(later.ended_since(&earlier, 7), Some(vec![10, 15, 20, 21, 23]));
@@ -234,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn is_complete_when_nothing_was_running() {
+    fn a_tick_is_complete_when_nothing_was_running() {
         for (text, complete) in [
             ("20:20:/20/1/2", true),
             ("19:20:19/20/1/2", false),
@@ -245,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn text_form_is_that_of_postgres() {
+    fn the_text_form_is_that_of_postgres() {
         for text in ["10:20:10,14,15", "3:3:", "7:9:8"] {
             assert_eq!(text.parse::<Snapshot>().unwrap().to_string(), text);
         }

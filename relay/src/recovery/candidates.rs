@@ -1,4 +1,4 @@
-//! Candidates: events that may stand in their streams already, and are looked for there before anything is sent.
+//! Candidates: events that may already be in their streams, and are looked for there before anything is sent.
 
 use crate::event::text::{rfc3339, unhyphenated};
 use crate::event::wanted::{EventName, Purpose, Sighting};
@@ -11,7 +11,7 @@ use crate::recovery::books::{Books, Candidate};
 use std::collections::HashMap;
 use std::sync::Arc;
 
-/// A batch never has more events (`outbox_relay.batch_size`).
+/// The most events that a batch can have (`outbox_relay.batch_size`).
 const MOST_OF_A_BATCH: usize = 10_000;
 
 /// The candidates of a backend that has claimed its guard.
@@ -25,7 +25,8 @@ pub(super) fn of<B: Books>(
     let here = books.delivery().acked().clone();
     match (start, guard) {
         (Start::Adopt | Start::Own, None) | (Start::Replay, _) => Ok(Vec::new()),
-        // Redis may have come back with what it had lost. Then it had accepted some of the events that wait now.
+        // Redis may have come back with batches that it had lost. Then it has accepted some of the events that wait
+        // now.
         (Start::Own, Some(_)) => books.in_tables(|rows| waiting(rows, at_once)),
         (Start::Adopt, Some(guard)) => books.in_tables(|rows| {
             let mut found = last_batch(rows, guard);
@@ -62,8 +63,8 @@ pub(super) fn judged<B: Books>(
             lasts.insert(*last, is_earlier);
         }
     }
-    // What others have added to the stream, whenever that was, tells nothing of the batch. A batch that was executed has
-    // hardly ever refused anything, and what others add may have trimmed it away.
+    // Entries that others have added to the stream, at any time, prove nothing about the batch. An executed batch has
+    // hardly ever a refused event, and later entries of others may have trimmed it away.
     let is_appended = |sighting: &Sighting| match sighting {
         Sighting::There => true,
         Sighting::Missing => false,
@@ -72,15 +73,15 @@ pub(super) fn judged<B: Books>(
     Ok(found.iter().map(is_appended).collect())
 }
 
-/// Whether an entry is that of an event which this backend has sent up to `position`, and nobody else can have.
+/// Whether an entry belongs to an event that this backend has sent up to `position`, and that nobody else can have sent.
 fn was_sent<R: Rows>(rows: &mut R, name: &EventName, position: &Position) -> bool {
     let (id, time) = name;
     let published = unhyphenated(id).and_then(|event_id| rows.published(event_id));
     published.is_some_and(|(key, created_at_us)| rfc3339(created_at_us) == *time && position.covers(key))
 }
 
-/// Whether the guard's last batch would be larger than any batch. A forged guard could make us look for all retained
-/// events.
+/// Whether the guard's last batch would be larger than any batch. A forged guard could otherwise make us look for all
+/// retained events.
 pub(super) fn is_more_than_a_batch<R: Rows>(rows: &mut R, guard: &Guard) -> bool {
     let limit = MOST_OF_A_BATCH + 1;
     let way = (&guard.previous, &guard.position);
@@ -109,7 +110,7 @@ pub(super) fn next_waiting<R: Rows>(rows: &mut R, after: i64, limit: usize) -> (
 fn waiting<R: Rows>(rows: &mut R, limit: usize) -> Vec<Candidate> {
     let mut found = Vec::new();
     let mut after = 0;
-    // Some of the rows belong to other lanes: goes on until there are enough of its own.
+    // Some of the rows belong to other lanes, so this continues until there are enough of its own.
     while found.len() < limit {
         let (last, candidates) = next_waiting(rows, after, limit);
         let Some(last) = last else { break };
@@ -129,8 +130,8 @@ fn last_batch<R: Rows>(rows: &mut R, guard: &Guard) -> Vec<Candidate> {
     between(rows, way, usize::MAX, Looks::settling(guard))
 }
 
-/// Events that an unknown owner may have sent: up to `limit` on the way to the tick that is being read, and as many from
-/// there to the newest one.
+/// Events that an unknown owner may have sent: up to `limit` on the way to the tick that is being read, and as many
+/// from there to the newest tick.
 fn unsent<R: Rows>(rows: &mut R, here: &Position, newest: &Arc<Tick>, limit: usize) -> Vec<Candidate> {
     let upto = Position::at(newest.clone());
     // A position within a tick's range reads that range to its end first.

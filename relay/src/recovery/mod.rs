@@ -5,8 +5,9 @@
 //! Idle ── guard read ──▶ Read ── judged ──▶ Claiming ── confirmed ──▶ Claimed ──▶ Looking ── answered ──▶ Seen ──▶ Idle: it is up
 //!                          └─ somebody else's: held off, Idle             └──── nothing to look for ────────────────▶ Idle: it is up
 //! ```
-//! Reports of the sender move it to *Read*, *Claimed* and *Seen*. [`Recovery::step`] goes on from there. All that it
-//! reads and writes goes through [`Books`]: the extension implements them on its tables, the simulation on a model.
+//! Reports of the sender move it to *Read*, *Claimed* and *Seen*. [`Recovery::step`] continues from there. Everything
+//! that it reads and writes goes through [`Books`]: the extension implements them on its tables, the simulation on a
+//! model.
 
 pub mod books;
 mod candidates;
@@ -28,7 +29,7 @@ use crate::sender::orders::Order;
 use crate::sender::orders::{Beginning, Claim};
 use crate::time::Now;
 
-/// The error of an event that Redis has refused, when the reply was lost.
+/// The error of an event that Redis has refused in a batch whose reply was lost.
 const REFUSED_UNHEARD: &str = "Redis refused it, as was seen after an interruption";
 
 #[derive(Default)]
@@ -37,13 +38,13 @@ enum Stage {
     Idle,
     /// The guard was read. `None`: Redis has none.
     Read(Option<Guard>),
-    /// The sender was told to claim the guard.
+    /// The sender was ordered to claim the guard.
     Claiming(Start, Option<Guard>),
     /// Redis has confirmed the claim.
     Claimed(Start, Option<Guard>),
     /// The sender is looking for events in the streams.
     Looking(Start, Option<Guard>, Vec<Candidate>),
-    /// It has reported, for each event, whether it stands in its stream.
+    /// The sender has reported for each event what was found in its stream.
     Seen(Start, Option<Guard>, Vec<Candidate>, Vec<Sighting>),
 }
 
@@ -51,10 +52,10 @@ enum Stage {
 #[derive(Default)]
 pub struct Recovery {
     stage: Stage,
-    /// What was observed of a guard that another installation owns.
+    /// What was observed of a guard that another server owns.
     watch: Watch,
-    /// Refused events with numbers above this one still have to be looked for. After that, the backend comes up by this
-    /// start.
+    /// Refused events with numbers above this one still have to be looked for. After that, the backend comes up with
+    /// this start.
     rest: Option<(Start, i64)>,
 }
 
@@ -84,7 +85,7 @@ impl Recovery {
         self.stage = Stage::Idle;
     }
 
-    /// Redis cannot be reached, so the silence of an owner proves nothing meanwhile.
+    /// Redis cannot be reached, so the silence of an owner proves nothing during this time.
     pub fn interrupt(&mut self) {
         self.reset();
         self.watch.interrupt();
@@ -102,7 +103,7 @@ impl Recovery {
         !matches!(self.stage, Stage::Idle | Stage::Read(_))
     }
 
-    /// Goes on until it needs another report. After an error, this connection cannot come up.
+    /// Continues until it needs another report. After an error, this connection cannot come up.
     pub fn step<B: Books>(&mut self, books: &mut B, now: Now) -> Result<(), B::Error> {
         match std::mem::take(&mut self.stage) {
             Stage::Read(guard) => self.decide(books, guard, now),
@@ -176,7 +177,7 @@ impl Recovery {
         Ok(())
     }
 
-    /// Redis has confirmed the claim: takes in what the guard says, and orders the look into the streams.
+    /// Redis has confirmed the claim: adopts what the guard says, and orders the search in the streams.
     fn begin<B: Books>(&mut self, books: &mut B, start: Start, guard: Option<Guard>) -> Result<(), B::Error> {
         books.has_taken_over()?;
         self.rest = None;
@@ -204,8 +205,8 @@ impl Recovery {
             books.tell(Notice::Replays);
         }
         let candidates = candidates::of(books, start, guard.as_ref(), &newest)?;
-        // Only so many waiting events are looked for at a time. The others come next. Events of the last batch are not
-        // counted, because their numbers may be higher.
+        // Only this many waiting events are looked for at a time; the others come next. Events of the last batch do not
+        // count, because their numbers may be higher.
         let waiting = candidates.iter().filter(|c| c.waits);
         if waiting.count() >= books.waiting_at_once() {
             self.rest = Some((start, candidates::last_compared(&candidates)));
@@ -222,7 +223,7 @@ impl Recovery {
         self.stage = Stage::Looking(start, guard, candidates);
     }
 
-    /// Records which of the candidates stand in their streams.
+    /// Records which of the candidates are in their streams.
     fn finish<B: Books>(
         &mut self,
         books: &mut B,
@@ -270,8 +271,8 @@ impl Recovery {
         self.come_up(books, start)
     }
 
-    /// Saves all that was found in one transaction, before anything else is appended. The guard describes only the last
-    /// batch, and Redis may lose it.
+    /// Saves everything that was found in one transaction, before anything else is appended. The guard describes only
+    /// the last batch, and Redis may lose it.
     fn come_up<B: Books>(&mut self, books: &mut B, start: Start) -> Result<(), B::Error> {
         let start = match (self.rest.is_some(), self.look_for_rest(books)?) {
             (false, _) => start,
@@ -282,7 +283,7 @@ impl Recovery {
         books.save()?;
         match start {
             Start::Compare(_) | Start::Replay => books.has_compared()?,
-            // Restored events are compared from the start that comes next.
+            // Restored events are compared with the next start.
             Start::Own | Start::Adopt | Start::Heal { .. } if books.is_restored() => {
                 books.let_go();
                 return Ok(());
@@ -292,11 +293,11 @@ impl Recovery {
         books.come_up()
     }
 
-    /// Looks for the next waiting events that were not looked for yet, so that none is sent twice. Returns the start by
-    /// which the backend comes up, once there are no more.
+    /// Looks for the next waiting events that were not looked for yet, so that none is sent twice. When there are no
+    /// more, returns the start with which the backend comes up.
     fn look_for_rest<B: Books>(&mut self, books: &mut B) -> Result<Option<Start>, B::Error> {
         while let Some((start, after)) = self.rest.take() {
-            // Saved piece by piece, so that memory stays bounded.
+            // Saved in steps, so that memory is bounded.
             books.save()?;
             let limit = books.waiting_at_once();
             let (last, candidates) = books.in_tables(|rows| candidates::next_waiting(rows, after, limit))?;
@@ -305,7 +306,7 @@ impl Recovery {
             };
             self.rest = Some((start, last));
             if !candidates.is_empty() {
-                // Events that are found are treated alike for each start.
+                // Events that are found are treated alike for every start.
                 self.look(books, Start::Own, None, candidates);
                 return Ok(None);
             }
@@ -314,8 +315,8 @@ impl Recovery {
     }
 }
 
-/// Moves the cursor back where the start requires it. This is durable before the claim, because the claim overwrites
-/// the guard that says so. Returns whether it was moved.
+/// Moves the cursor back where the start requires it. This must be durable before the claim, because the claim
+/// overwrites the guard that requires it. Returns whether the cursor was moved.
 fn go_back<B: Books>(books: &mut B, start: Start, guard: Option<&Guard>) -> Result<bool, B::Error> {
     let cursor = |position: &Position, number| Cursor {
         position: position.clone(),
@@ -329,13 +330,13 @@ fn go_back<B: Books>(books: &mut B, start: Start, guard: Option<&Guard>) -> Resu
         (Start::Heal { heard, .. }, Some(guard)) => {
             books.tell(Notice::Heals(guard));
             match heard {
-                // The number belongs to this position. If Redis comes back with what it had lost, its guard has a
-                // higher one.
+                // The number belongs to this position. If Redis comes back with batches that it had lost, its guard has
+                // a higher one.
                 true => cursor(&guard.position, guard.number),
                 false => cursor(&guard.previous, guard.number.saturating_sub(1)),
             }
         }
-        // The outcome of the last batch is found by comparing, too.
+        // The comparison also finds out the outcome of the last batch.
         (Start::Compare(Why::Unfinished), Some(guard)) => cursor(&guard.previous, guard.number),
         _ => return Ok(false),
     };
@@ -351,7 +352,7 @@ fn beginning<B: Books>(books: &mut B, start: Start, wal: u64) -> Beginning {
     let total = books.total();
     let delivery = books.delivery();
     Beginning {
-        // It counts as a batch, so that a session which has not seen it is behind.
+        // It counts as a batch, so that a server which has not seen it recognises that it is behind.
         number: delivery.next_number(),
         position: delivery.acked().clone(),
         // Whether the streams may contain events that come after that position.
@@ -365,10 +366,10 @@ fn beginning<B: Books>(books: &mut B, start: Start, wal: u64) -> Beginning {
     }
 }
 
-/// Takes over the guard's position. `refused`: how many events of its last batch Redis has refused.
+/// Adopts the guard's position. `refused`: how many events of its last batch Redis has refused.
 fn adopt<B: Books>(books: &mut B, guard: &Guard, refused: usize) -> Result<(), B::Error> {
     let here = books.delivery().acked();
-    // The guard does not know of ranges without an event to send, nor of events that were sent with at_least_once since.
+    // The guard does not know ranges without an event to send, nor events that were since sent with at_least_once.
     let position = match here.includes(&guard.position) {
         true => here.clone(),
         false => guard.position.clone(),
@@ -378,7 +379,8 @@ fn adopt<B: Books>(books: &mut B, guard: &Guard, refused: usize) -> Result<(), B
         number: guard.number,
     };
     books.adopt(cursor, guard.total - refused as i64);
-    // If Redis has come back with what it had lost, rows after that position may have been written down meanwhile.
+    // If Redis has come back with batches that it had lost, rows after that position may have been written down
+    // meanwhile.
     let written_down = books.in_tables(|rows| rows.highest_written_down())?;
     books.delivery().set_reread_to(written_down);
     Ok(())

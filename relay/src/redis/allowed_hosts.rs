@@ -1,8 +1,8 @@
-//! Where the relay may connect to: the setting `outbox_relay.allowed_hosts`, a list of names, addresses, networks and
-//! paths of sockets.
+//! The hosts that the relay may connect to: the setting `outbox_relay.allowed_hosts`, a list of names, addresses,
+//! networks and paths of sockets.
 //!
-//! A name that is listed may resolve to any address: whoever lists it trusts its DNS. Any other name is allowed by the
-//! addresses that it resolves to, each by itself.
+//! A listed name may resolve to any address: listing it means to trust its DNS. For any other name, each address that
+//! it resolves to must be allowed.
 
 use ipnet::IpNet;
 use std::net::IpAddr;
@@ -10,7 +10,7 @@ use std::path::{Component, Path};
 use std::str::FromStr;
 use wildmatch::WildMatch;
 
-/// Two of the same text are equal.
+/// Lists are equal if their texts are equal.
 #[derive(Clone, Debug, Default)]
 pub struct AllowedHosts {
     text: String,
@@ -21,17 +21,17 @@ pub struct AllowedHosts {
 enum Rule {
     /// `*`
     Everywhere,
-    /// A glob, in lower case.
+    /// A glob pattern in lower case.
     Name(WildMatch),
     Network(IpNet),
-    /// A glob for the path of a unix socket.
+    /// A glob pattern for the path of a unix socket.
     Path(WildMatch),
 }
 
 impl AllowedHosts {
-    /// Whether a host may be connected to whatever its name resolves to.
+    /// Whether the relay may connect to a host whatever its name resolves to.
     pub fn allows_name(&self, host: &str) -> bool {
-        // An address is no name, or "10.*" would match addresses.
+        // An address is not treated as a name. Otherwise "10.*" would match addresses.
         let name = Some(plain(host)).filter(|name| name.parse::<IpAddr>().is_err());
         self.rules.iter().any(|rule| match (rule, &name) {
             (Rule::Everywhere, _) => true,
@@ -49,13 +49,13 @@ impl AllowedHosts {
         })
     }
 
-    /// Whether any address may be allowed. Otherwise names need not be resolved.
+    /// Whether any address may be allowed. If not, names need not be resolved.
     pub fn has_addresses(&self) -> bool {
         let is_one = |rule: &Rule| matches!(rule, Rule::Everywhere | Rule::Network(_));
         self.rules.iter().any(is_one)
     }
 
-    /// A path with `..` could leave the directory that a glob means.
+    /// A path with `..` is never allowed, because it could leave the directory of the glob pattern.
     pub fn allows_path(&self, path: &Path) -> bool {
         let is_straight = !path.components().any(|part| part == Component::ParentDir);
         self.rules.iter().any(|rule| match rule {
@@ -78,7 +78,7 @@ impl FromStr for AllowedHosts {
     /// What is wrong, as a sentence.
     type Err = String;
 
-    /// An empty text allows nothing.
+    /// An empty text allows no hosts.
     fn from_str(text: &str) -> Result<Self, String> {
         let rules = match text.trim() {
             "" => Vec::new(),
@@ -91,7 +91,7 @@ impl FromStr for AllowedHosts {
 
 fn rule(text: &str) -> Result<Rule, String> {
     if text.is_empty() {
-        return Err("An rule is empty.".to_owned());
+        return Err("A rule is empty.".to_owned());
     }
     if text == "*" {
         return Ok(Rule::Everywhere);
@@ -102,7 +102,7 @@ fn rule(text: &str) -> Result<Rule, String> {
     if text.contains('/') {
         let network = text
             .parse()
-            .map_err(|_| format!("\"{text}\" is no network such as 10.0.0.0/8."))?;
+            .map_err(|_| format!("\"{text}\" is not a network such as 10.0.0.0/8."))?;
         return Ok(Rule::Network(network));
     }
     let bare = text.strip_prefix('[').and_then(|t| t.strip_suffix(']')).unwrap_or(text);
@@ -110,12 +110,12 @@ fn rule(text: &str) -> Result<Rule, String> {
         return Ok(Rule::Network(address.to_canonical().into()));
     }
     if text.contains(':') {
-        return Err(format!("\"{text}\" is no address; ports cannot be listed."));
+        return Err(format!("\"{text}\" is not an address; ports cannot be listed."));
     }
     if !text.chars().all(|c| c.is_ascii_alphanumeric() || "-_.*?".contains(c)) {
-        return Err(format!("\"{text}\" is no host name."));
+        return Err(format!("\"{text}\" is not a host name."));
     }
-    // A name that begins like an address stands for any.
+    // A pattern without letters must not be a name, because it could match addresses.
     if !text.chars().any(|c| c.is_ascii_alphabetic()) {
         return Err(format!(
             "\"{text}\" is neither a name nor an address; write networks as 10.0.0.0/8."
@@ -124,7 +124,7 @@ fn rule(text: &str) -> Result<Rule, String> {
     Ok(Rule::Name(WildMatch::new(&plain(text))))
 }
 
-/// As names are compared: in lower case, without the dot that may end them.
+/// A name in the form that is compared: in lower case, without a trailing dot.
 fn plain(host: &str) -> String {
     host.strip_suffix('.').unwrap_or(host).to_ascii_lowercase()
 }
@@ -167,7 +167,7 @@ mod tests {
             ("10.1.2.3", vec!["10.1.2.3"], vec!["10.1.2.4"]),
             ("fd00::/8, [::1]", vec!["fd00::5", "::1"], vec!["fe80::1", "127.0.0.1"]),
             ("::ffff:127.0.0.1", vec!["127.0.0.1"], vec!["127.0.0.2"]),
-            // The resolver takes these for addresses: they must not be allowed as names.
+            // The resolver treats these as addresses, so they must not be allowed as names.
             ("*.example", vec![], vec!["127.1", "2130706433", "0x7f000001"]),
         ] {
             for host in allowed {

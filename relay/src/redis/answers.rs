@@ -1,11 +1,11 @@
-//! What sentinels and the nodes of a cluster answer. Whatever the bytes: an address, or an error.
+//! Parses what sentinels and the nodes of a cluster answer. Any bytes give either an address or an error.
 
 use crate::failure::{Failure, Trouble};
 use crate::redis::destination::Address;
 use crate::resp::read::Reply;
 use redis::Value;
 
-/// The reply to SENTINEL GET-MASTER-ADDR-BY-NAME; `None`: it knows none of that name.
+/// The reply to SENTINEL GET-MASTER-ADDR-BY-NAME; `None`: the sentinel knows no master of that name.
 pub fn primary_in(reply: Value) -> Result<Option<Address>, Failure> {
     match reply {
         Value::Nil => Ok(None),
@@ -26,25 +26,26 @@ fn no_sentinel() -> Failure {
     Failure::configuration("unexpected reply: the server is not a sentinel")
 }
 
-/// The name or address of a host, as a server tells it. Anything else is neither connected to nor shown as an address.
+/// The name or address of a host, as a server reports it. If it is anything else, the relay neither connects to it nor
+/// shows it as an address.
 fn host_in(told: &[u8]) -> Result<String, Failure> {
     let host = std::str::from_utf8(told).ok().filter(|host| is_host(host));
     host.map(str::to_owned).ok_or_else(|| {
         let shown: String = String::from_utf8_lossy(&told[..told.len().min(60)]).into_owned();
         let cut = if told.len() > 60 { "..." } else { "" };
         let size = told.len();
-        Failure::configuration(format!("it names an impossible host: \"{shown}{cut}\" ({size} bytes)"))
+        Failure::configuration(format!("it names an invalid host: \"{shown}{cut}\" ({size} bytes)"))
     })
 }
 
-/// Letters, digits, and what stands between them in names and in addresses.
+/// Letters, digits, and the separators in names and addresses.
 fn is_host(host: &str) -> bool {
     const LONGEST: usize = 253;
     let is_part = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_' | b':' | b'%');
     (1..=LONGEST).contains(&host.len()) && host.bytes().all(is_part)
 }
 
-/// Whether the reply to HELLO says so: pairs of a name and a value, one of them `role`.
+/// Whether a reply to HELLO reports a replica. The reply consists of pairs of a name and a value, one of them `role`.
 pub fn is_replica(reply: &Value) -> bool {
     let Value::Array(items) = reply else { return false };
     let is_role = |pair: &&[Value]| matches!(&pair[0], Value::BulkString(name) if name == b"role");
@@ -52,7 +53,7 @@ pub fn is_replica(reply: &Value) -> bool {
     matches!(role, Some(Value::BulkString(role)) if role != b"master")
 }
 
-/// `MOVED hash-slot host:port`.
+/// The hash slot and the address in `MOVED hash-slot host:port`.
 pub fn redirect_in(message: &str) -> Option<(u16, Address)> {
     let mut words = message.strip_prefix("MOVED ")?.split_whitespace();
     let slot = words.next()?.parse().ok()?;
@@ -65,12 +66,12 @@ pub fn redirect_in(message: &str) -> Option<(u16, Address)> {
 /// Hash slots that one master serves.
 pub struct Range {
     pub hash_slots: std::ops::RangeInclusive<u16>,
-    /// An error: what the server says is no address.
+    /// An error: what the server reports is not an address.
     pub master: Result<Address, Failure>,
 }
 
-/// The reply to CLUSTER SLOTS: ranges, each `[first, last, [host, port, ...] of the master, ...]`. A host that is left
-/// out is the one that was asked.
+/// The ranges in the reply to CLUSTER SLOTS, each `[first, last, [host, port, ...] of the master, ...]`. An empty host
+/// means the node that was asked.
 pub fn ranges_in<'a>(
     reply: Reply<'a>,
     asked: &'a Address,
@@ -114,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sentinels_word_is_an_address_or_nothing() {
+    fn a_sentinels_answer_is_an_address_or_nothing() {
         let there = primary_in(Value::Array(vec![text("::1"), text("6379")])).unwrap();
         assert_eq!(there.map(|a| a.to_string()).as_deref(), Some("[::1]:6379"));
         assert_eq!(primary_in(Value::Nil).unwrap(), None);
@@ -130,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn only_who_says_so_is_a_replica() {
+    fn only_a_node_that_reports_it_is_a_replica() {
         let hello = |role: &str| Value::Array(vec![text("mode"), text("sentinel"), text("role"), text(role)]);
         assert!(is_replica(&hello("slave")) && is_replica(&hello("replica")) && !is_replica(&hello("master")));
         assert!(!is_replica(&Value::Nil) && !is_replica(&Value::Array(vec![text("role")])));
@@ -175,9 +176,9 @@ mod tests {
         }
     }
 
-    /// What an address could do to a log, a view or a terminal, and what is too long for one.
+    /// What an address must not do to a log, a view or a terminal, and what is too long.
     #[test]
-    fn what_is_no_host_is_no_address() {
+    fn an_invalid_host_is_not_an_address() {
         let long = "a".repeat(254);
         for host in [
             "",
@@ -193,7 +194,7 @@ mod tests {
             &long,
         ] {
             let failure = primary_in(Value::Array(vec![text(host), text("1")])).unwrap_err();
-            assert!(failure.message.contains("an impossible host"), "{failure}");
+            assert!(failure.message.contains("an invalid host"), "{failure}");
             assert!(!failure.message.chars().any(char::is_control), "{failure}");
             let reply = format!("*1\r\n*3\r\n:0\r\n:5\r\n*2\r\n${}\r\n{host}\r\n:1\r\n", host.len());
             let found = ranges(reply.as_bytes()).unwrap();

@@ -1,4 +1,4 @@
-//! One connection to Redis: opening it with all its timeouts, logging in, writing batches, reading replies one by one.
+//! One connection to Redis: opens it with all its timeouts, logs in, writes batches, reads replies one by one.
 
 use crate::failure::server_text;
 use crate::failure::{self, Class, Failure, Trouble};
@@ -15,26 +15,26 @@ use std::io;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// A connection that has logged in, chosen its database and answered a PING.
+/// A connection that has logged in, selected its database and answered a PING.
 pub struct RedisConnection {
     stream: Stream,
     inbox: Inbox,
-    /// For each reply and each write as a whole.
+    /// The timeout for each reply and each write as a whole.
     timeout: Duration,
-    /// Of the reply that is being received.
+    /// The deadline of the reply that is being received.
     deadline: Option<Deadline>,
-    /// The socket has what is left of it for the rest of a reply.
+    /// Whether the socket's timeout is reduced to the rest of the reply's time.
     is_shortened: bool,
 }
 
 impl RedisConnection {
-    /// Blocks for at most `connect_timeout` for each address that the host's name stands for (and, beyond our reach,
-    /// the resolver's own time), for the handshake of TLS, and for each step of logging in.
+    /// Blocks for at most `connect_timeout` for each address of the host's name (plus the resolver's own time, which
+    /// cannot be limited), for the TLS handshake, and for each step of logging in.
     pub fn open(destination: &Destination) -> Result<Self, Failure> {
         Self::open_at(destination, &destination.address)
     }
 
-    /// The same at another address, with everything else that the destination says.
+    /// As [`Self::open`], at another address, with all other properties of the destination.
     pub fn open_at(destination: &Destination, address: &Address) -> Result<Self, Failure> {
         let mut connection = Self {
             stream: Stream::open(destination, address)?,
@@ -69,7 +69,7 @@ impl RedisConnection {
             server_text::hide(password);
         }
         let logged_in = match (&destination.username, password) {
-            // Even without a password, a named user is another one than Redis's default user.
+            // Even without a password, a named user differs from Redis's default user.
             (Some(username), password) => {
                 let password = password.unwrap_or_default();
                 self.ask("AUTH", &[b"AUTH", username.as_bytes(), password.as_bytes()])?
@@ -77,7 +77,7 @@ impl RedisConnection {
             (None, Some(password)) => self.ask("AUTH", &[b"AUTH", password.as_bytes()])?,
             (None, None) => Ok(()),
         };
-        // A connection whose login was refused must not be used as the default user's.
+        // If the login was refused, the connection must not be used as the default user.
         logged_in.map_err(Failure::not_of_an_event)?;
         if destination.db != 0 {
             step::at(Step::Select);
@@ -89,12 +89,12 @@ impl RedisConnection {
 
     fn introduce(&mut self, destination: &Destination) -> Result<(), Failure> {
         step::at(Step::Ping);
-        // A user without the right to set a name is accepted all the same. If a login is missing, PING says so.
+        // A user without the right to set a name is accepted. If a login is missing, PING reports that.
         match self.ask(
             "CLIENT SETNAME",
             &[b"CLIENT", b"SETNAME", destination.client_name.as_bytes()],
         )? {
-            // Such as "max number of clients reached": the last word before the server closes the connection.
+            // For example "max number of clients reached", after which the server closes the connection.
             Err(failure) if failure.class == Class::Backend || failure.trouble == Trouble::Denied => {
                 return Err(failure);
             }
@@ -102,14 +102,14 @@ impl RedisConnection {
         }
         match self.ask("PING", &[b"PING"])? {
             Ok(()) => Ok(()),
-            // Without the right to PING it may still XADD.
+            // A user without the right to PING may still XADD.
             Err(failure) if failure.message.starts_with("NOPERM") => Ok(()),
             Err(failure) if failure.class == Class::Event => Err(Failure::backend(failure.message)),
             Err(failure) => Err(failure),
         }
     }
 
-    /// Sends one command and reads its reply: the inner error is one of the server.
+    /// Sends one command and reads its reply. The inner error is one of the server.
     fn ask(&mut self, name: &'static str, command: &[&[u8]]) -> Result<Result<(), Failure>, Failure> {
         let mut bytes = Vec::new();
         append_command(&mut bytes, command);
@@ -126,8 +126,8 @@ impl RedisConnection {
         self.stream.write_all(commands, self.timeout).map_err(broken)
     }
 
-    /// Reads the next reply (or the next piece of it), whatever it is, within these bounds and one timeout for all of
-    /// it.
+    /// Reads the next reply (or the next piece of it), whatever it is, within these bounds and with one timeout for the
+    /// whole reply.
     pub fn receive(&mut self, bounds: &Bounds) -> Result<Reply<'_>, Failure> {
         loop {
             if let Some(taken) = self.inbox.take(bounds)? {
@@ -158,7 +158,7 @@ impl RedisConnection {
         }
     }
 
-    /// Lets the next read take less than the timeout; `None`: all of it again.
+    /// Reduces the timeout of the next read; `None`: restores it.
     fn shorten(&mut self, left: Option<Duration>) -> Result<(), Failure> {
         if left.is_none() && !self.is_shortened {
             return Ok(());
@@ -168,7 +168,8 @@ impl RedisConnection {
         self.stream.socket().set_read_timeout(timeout).map_err(broken)
     }
 
-    /// Whether the other side has closed, or is known to be gone; for when no reply is awaited. Does not wait.
+    /// Whether the other side has closed the connection or is known to be gone. Called while no reply is expected. Does
+    /// not wait.
     pub fn look(&mut self) -> Result<(), Failure> {
         self.receive_at_once()?;
         match self.inbox().is_empty() {
@@ -177,7 +178,7 @@ impl RedisConnection {
         }
     }
 
-    /// Receives what is there, without waiting.
+    /// Receives what has arrived, without waiting.
     pub(crate) fn receive_at_once(&mut self) -> Result<(), Failure> {
         self.stream.set_nonblocking(true).map_err(broken)?;
         let read = self.stream.read(self.inbox.room()?);
@@ -193,12 +194,12 @@ impl RedisConnection {
         }
     }
 
-    /// The next reply, if it was received as a whole.
+    /// The next reply, if it was received completely.
     pub(crate) fn received(&mut self, bounds: &Bounds) -> Result<Option<Reply<'_>>, Failure> {
         Ok(self.inbox.take(bounds)?.map(|taken| self.inbox.reply(taken)))
     }
 
-    /// What was received, and not taken as a reply.
+    /// What was received and not yet taken as a reply.
     pub(crate) fn inbox(&self) -> &[u8] {
         self.inbox.rest()
     }
@@ -215,8 +216,8 @@ impl RedisConnection {
         }
     }
 
-    /// Reads the reply of an XADD: an entry's id, and nothing else. The outer error is the connection's end; the inner
-    /// one an error reply of the server.
+    /// Reads the reply to an XADD, which must be an entry id. The outer error is the connection's end; the inner one is
+    /// an error reply of the server.
     pub fn receive_entry_id(&mut self) -> Result<Result<(), Failure>, Failure> {
         let reply = self.receive(&Bounds::XADD)?;
         if reply.is_bulk() {
@@ -229,7 +230,7 @@ impl RedisConnection {
     }
 }
 
-/// Its first line.
+/// Reads the first line of the file.
 fn read_password(path: &Path) -> Result<String, Failure> {
     let bytes = server_file::read_secret("password file", path)?;
     let text = String::from_utf8(bytes)
@@ -260,7 +261,7 @@ mod tests {
         }
     }
 
-    /// Answers CLIENT and PING, and then a byte each 50 ms of a string that is long.
+    /// Answers CLIENT and PING, and then sends one byte of a long string every 50 ms.
     fn drip(mut stream: impl Read + Write) {
         let mut room = [0; 1024];
         for reply in [b"+OK\r\n".as_slice(), b"+PONG\r\n"] {
@@ -296,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn a_unix_socket_has_it_too_and_is_not_waited_for_when_nobody_accepts() {
+    fn a_unix_socket_has_the_timeout_too_even_if_nobody_accepts() {
         let path = std::env::temp_dir().join(format!("outbox_relay_drip_{}.sock", std::process::id()));
         let listener = std::os::unix::net::UnixListener::bind(&path).expect("a listener");
         let server = std::thread::spawn(move || {
@@ -305,7 +306,7 @@ mod tests {
         });
         assert_given_up_in_time(Address::Unix(path.clone()));
         let _listener = server.join().expect("the server ends");
-        // Its queue is full before long.
+        // The queue of waiting connections is soon full.
         let timeout = Duration::from_millis(200);
         let mut waiting = Vec::new();
         let refused = loop {

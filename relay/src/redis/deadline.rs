@@ -1,15 +1,15 @@
-//! How long a reply, or a write, may take as a whole. A socket's own timeout starts anew with each byte, so that a peer
-//! that sends (or takes) one at a time could hold up a connection for ever.
+//! Limits how long a reply or a write may take as a whole. A socket's own timeout starts again with each byte, so a
+//! peer that sends (or takes) one byte at a time could block a connection for ever.
 
 use std::time::{Duration, Instant};
 
-/// What is long has the timeout for each piece of this size: it must not be cut off on a slow network.
+/// A long reply has the timeout for each piece of this size, so that it is not cut off on a slow network.
 pub(super) const PIECE_BYTES: usize = 64 * 1024;
 
 pub(super) struct Deadline {
     timeout: Duration,
     until: Instant,
-    /// Of the piece at hand.
+    /// The bytes of the current piece.
     bytes: usize,
 }
 
@@ -22,7 +22,7 @@ impl Deadline {
         }
     }
 
-    /// So many bytes were moved by `now`. Returns how long the rest may take; `None`: the time is up.
+    /// This many bytes were moved by `now`. Returns how long the rest may take; `None`: the time is up.
     pub(super) fn moved(&mut self, bytes: usize, now: Instant) -> Option<Duration> {
         self.bytes += bytes;
         if self.bytes >= PIECE_BYTES {
@@ -37,7 +37,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn single_bytes_do_not_extend_it_and_whole_pieces_do() {
+    fn only_whole_pieces_extend_the_deadline() {
         let (start, ms) = (Instant::now(), Duration::from_millis);
         let mut deadline = Deadline::new(ms(100), start);
         assert_eq!(deadline.moved(1, start + ms(60)), Some(ms(40)));

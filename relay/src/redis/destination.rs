@@ -7,36 +7,36 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// How to reach one Redis. Two equal destinations need no new connection.
+/// How to reach one Redis. If two destinations are equal, no new connection is needed.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Destination {
-    /// Of the one Redis. Other routes do not use it.
+    /// The address for a direct route. Other routes do not use it.
     pub address: Address,
     pub route: Route,
-    /// Where it may connect to, here or elsewhere.
+    /// The hosts that it may connect to, on any route.
     pub allowed_hosts: AllowedHosts,
-    /// On TCP alone.
+    /// Only on TCP.
     pub tls: Option<Tls>,
     pub db: i64,
     pub username: Option<String>,
     pub password: Option<Secret>,
-    /// Shown by Redis in CLIENT LIST.
+    /// Redis shows it in CLIENT LIST.
     pub client_name: String,
     pub connect_timeout: Duration,
-    /// For each write, and for each reply after the one before: for all of it, and again for each further 64 KiB of a
-    /// long one.
+    /// The timeout for each write, and for each reply after the previous one. It is for the whole reply, and again for
+    /// each further 64 KiB of a long one.
     pub socket_timeout: Duration,
     pub protocol: Protocol,
 }
 
-/// How the node that is written to is found.
+/// How the node to write to is found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Route {
     /// It is at the destination's address.
     Direct,
-    /// It is the primary of this name, as one of these sentinels says.
+    /// It is the primary of this name, according to one of these sentinels.
     Sentinel { nodes: Vec<Address>, master: String },
-    /// It serves this hash slot of the cluster to which these nodes belong.
+    /// It serves this hash slot in the cluster of these nodes.
     Cluster { nodes: Vec<Address>, hash_slot: u16 },
 }
 
@@ -45,11 +45,11 @@ pub enum Route {
 pub enum Protocol {
     /// As plain commands.
     AtLeastOnce { replicas: Option<Replicas> },
-    /// In transactions with the guard at this key.
+    /// In transactions with the guard that has this key.
     ExactlyOnce {
         guard: String,
         replicas: Option<Replicas>,
-        /// The guard is to be taken over. It is first given this token, so that a busy owner stops appending.
+        /// Set if the guard is to be taken over. It first gets this token, so that a busy owner stops appending.
         ousting: Option<String>,
     },
 }
@@ -60,17 +60,17 @@ pub enum Address {
     Unix(PathBuf),
 }
 
-/// How TLS is spoken. Files are read again at each connect.
+/// How TLS is used. Files are read again for each connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tls {
-    /// Authorities that are trusted; `None`: the system's.
+    /// The trusted authorities; `None`: those of the operating system.
     pub ca_file: Option<PathBuf>,
     pub client: Option<ClientCertificate>,
     /// The server's certificate is not verified.
     pub insecure: bool,
 }
 
-/// Our own certificate.
+/// The client's certificate.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClientCertificate {
     pub cert_file: PathBuf,
@@ -81,11 +81,11 @@ pub struct ClientCertificate {
 #[derive(Clone, PartialEq, Eq)]
 pub enum Secret {
     Text(String),
-    /// Read again at each connect; its first line.
+    /// The first line of this file, read again for each connection.
     File(PathBuf),
-    /// It was set for another destination: nothing is sent to this one.
+    /// It was set for another destination and must not be sent to this one.
     Withheld,
-    /// It is there, but cannot be opened.
+    /// It exists but cannot be decrypted.
     Unreadable,
 }
 
@@ -100,14 +100,14 @@ impl Secret {
             )),
             Self::Unreadable => Some(Failure::of(
                 Trouble::Unreadable,
-                "the backend's password cannot be opened: it was sealed with another key",
+                "the backend's password cannot be decrypted: it was sealed with another key",
             )),
         }
     }
 }
 
 impl Address {
-    /// From `host:port`, an IPv6 address in brackets.
+    /// Parses `host:port`, with an IPv6 address in brackets.
     pub fn of_node(text: &str) -> Option<Self> {
         let (host, port) = text.rsplit_once(':')?;
         let bare = host.strip_prefix('[').and_then(|h| h.strip_suffix(']'));
@@ -124,7 +124,7 @@ impl Address {
     }
 }
 
-/// Where it is, or who is asked for it.
+/// Shows where the node is, or which nodes are asked for it.
 impl fmt::Display for Route {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let nodes = match self {

@@ -1,11 +1,11 @@
-//! Hash slots of Redis Cluster: where a stream's key lies, and a tag that puts another key beside it.
+//! Hash slots of Redis Cluster: the slot of a stream's key, and a tag that puts another key into the same slot.
 //!
 //! Source: Redis cluster specification, "Key distribution model" and "Hash tags"; CRC16 as in its appendix A (XMODEM:
 //! polynomial 0x1021, initial value 0, nothing reflected).
 
 use std::sync::OnceLock;
 
-/// How many there are.
+/// How many hash slots there are.
 pub const HASH_SLOTS: u16 = 16_384;
 
 const REMAINDERS: [u16; 256] = remainders();
@@ -38,7 +38,7 @@ pub fn hash_slot_of(key: &[u8]) -> u16 {
     crc16(hashed(key)) % HASH_SLOTS
 }
 
-/// The part of a key that counts: what lies between the first `{` and the first `}` behind it, if that is anything.
+/// The part of a key that is hashed: the text between the first `{` and the first `}` after it, if it is not empty.
 fn hashed(key: &[u8]) -> &[u8] {
     let tag = key.iter().position(|b| *b == b'{').and_then(|open| {
         let rest = &key[open + 1..];
@@ -48,8 +48,8 @@ fn hashed(key: &[u8]) -> &[u8] {
     tag.filter(|tag| !tag.is_empty()).unwrap_or(key)
 }
 
-/// A short tag of this hash slot: `{tag}` in a key puts it there. The least number whose digits lie in that hash slot.
-/// Keys of guards have it: it must be the same for ever.
+/// A short tag for this hash slot: a key with `{tag}` is in that slot. It is the smallest number whose digits hash to
+/// it. Keys of guards contain it, so it must never change.
 pub fn tag_of(hash_slot: u16) -> String {
     static TAGS: OnceLock<Vec<u32>> = OnceLock::new();
     let tags = TAGS.get_or_init(|| {
@@ -71,14 +71,14 @@ pub fn tag_of(hash_slot: u16) -> String {
 mod tests {
     use super::*;
 
-    /// Another's implementation of the same checksum.
+    /// An independent implementation of the same checksum.
     fn reference(bytes: &[u8]) -> u16 {
         crc::Crc::<u16>::new(&crc::CRC_16_XMODEM).checksum(bytes)
     }
 
     fn random_key(random: &mut fastrand::Rng) -> Vec<u8> {
         let length = random.usize(..20);
-        // Braces often, and any other bytes.
+        // Often braces, and any other bytes.
         let byte = |random: &mut fastrand::Rng| match random.u8(..4) {
             0 => b'{',
             1 => b'}',
@@ -88,8 +88,8 @@ mod tests {
     }
 
     #[test]
-    fn the_checksum_is_the_references() {
-        // The specification's own example.
+    fn the_checksum_agrees_with_the_reference() {
+        // The example in the specification.
         assert_eq!(crc16(b"123456789"), 0x31c3);
         let mut random = fastrand::Rng::with_seed(1);
         for _ in 0..100_000 {
@@ -99,8 +99,8 @@ mod tests {
     }
 
     #[test]
-    fn a_tag_is_what_counts() {
-        // The specification's examples.
+    fn only_the_tag_is_hashed() {
+        // The examples in the specification.
         assert_eq!(hashed(b"{user1000}.following"), b"user1000");
         assert_eq!(hashed(b"foo{}{bar}"), b"foo{}{bar}");
         assert_eq!(hashed(b"foo{{bar}}zap"), b"{bar");
@@ -111,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn every_slot_has_a_short_tag_and_that_never_changes() {
+    fn every_slot_has_a_short_tag_that_never_changes() {
         let mut checksum = 0;
         for hash_slot in 0..HASH_SLOTS {
             let tag = tag_of(hash_slot);

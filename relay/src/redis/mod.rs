@@ -1,11 +1,12 @@
 //! One Redis and how to reach it.
 //!
-//! - [`destination`] where it is and how to log in; [`allowed_hosts`] where it may be; [`server_file`] secrets and
-//!   certificates on disk
-//! - [`socket`] permission to connect, and the socket; [`connection`] logged in on it; [`deadline`] of a whole reply; [`tls`]
-//! - [`topology`] which node of several, [`answers`] what sentinels and nodes say of that; [`hash_slot`] hash slots of
+//! - [`destination`] where it is and how to log in; [`allowed_hosts`] which hosts are allowed; [`server_file`] secrets
+//!   and certificates on disk
+//! - [`socket`] permission to connect, and the socket; [`connection`] a connection that is logged in; [`deadline`] of a
+//!   whole reply; [`tls`]
+//! - [`topology`] finds the node, [`answers`] parses the answers of sentinels and nodes; [`hash_slot`] hash slots of
 //!   Redis Cluster
-//! - [`replicas`] WAIT; [`probe`] whether all that is needed works, [`step`] by step
+//! - [`replicas`] WAIT; [`probe`] tests whether everything works that sending needs, [`step`] by step
 
 pub mod allowed_hosts;
 pub mod answers;

@@ -1,4 +1,4 @@
-//! Looking whether a backend could be used: a login of its own, which changes nothing in Redis, and says at which step
+//! Tests whether a backend can be used: a separate login, which changes nothing in Redis and reports the step at which
 //! it ends.
 
 use crate::failure::{self, Class, Failure, Trouble};
@@ -15,18 +15,18 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// What was found.
+/// The result of a test.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Found {
-    /// Of one PING.
+    /// The time that one PING took.
     pub latency: Option<Duration>,
-    /// Such as redis, and its version and role, as the server says.
+    /// For example redis, and its version and role, as the server reports them.
     pub server: Option<String>,
     pub version: Option<String>,
     pub role: Option<String>,
-    /// The node that was connected to, or tried last.
+    /// The node that was connected to, or that was tried last.
     pub address: Option<String>,
-    /// The step at which it ended, and why.
+    /// The step at which the test ended, and why.
     pub error: Option<String>,
 }
 
@@ -34,7 +34,7 @@ pub struct Found {
 pub struct Probe(Receiver<Found>);
 
 impl Probe {
-    /// What it has found, once it is there.
+    /// The result, when there is one.
     pub fn found(&self) -> Option<Found> {
         match self.0.try_recv() {
             Ok(found) => Some(found),
@@ -47,8 +47,8 @@ impl Probe {
     }
 }
 
-/// The same in a thread of its own, which writes a byte to `waker` when it ends, and drops `permit`. The caller blocks all
-/// signals of its process around this call.
+/// Runs [`probe`] in a thread of its own, which writes a byte to `waker` when it ends, and drops `permit`. The caller
+/// must block all signals of its process around this call.
 pub fn spawn(
     destination: Destination,
     stream: Option<String>,
@@ -67,9 +67,8 @@ pub fn spawn(
     Ok(Probe(found))
 }
 
-/// Connects, logs in, and asks for each right that sending needs. `stream`: one that it sends to, if that
-/// is known. Takes as long as the
-/// time-outs of each step allow.
+/// Connects, logs in, and asks for each right that sending needs. `stream`: a stream that it sends to, if one is known.
+/// Takes at most the timeouts of all steps.
 pub fn probe(destination: &Destination, stream: Option<&str>) -> Found {
     let mut found = Found::default();
     step::at(Step::Route);
@@ -89,7 +88,7 @@ fn look(destination: &Destination, stream: Option<&str>, found: &mut Found) -> R
     found.latency = Some(start.elapsed());
     tolerated(pong)?;
     step::at(Step::Role);
-    // With a server or proxy that does not know it, nothing is known of these.
+    // A server or proxy that does not know HELLO reports none of these.
     if let Some(Value::Array(items)) = tolerated(topology::ask(&mut connection, &[b"HELLO", b"2"], &Bounds::HELLO))? {
         let said = |name: &str| {
             let is_it = |pair: &&[Value]| matches!(&pair[0], Value::BulkString(key) if key == name.as_bytes());
@@ -110,13 +109,13 @@ fn look(destination: &Destination, stream: Option<&str>, found: &mut Found) -> R
     Ok(())
 }
 
-/// Rights are checked when a command is queued, also one that is discarded.
+/// Rights are checked when a command is queued, even if it is then discarded.
 fn may_use(connection: &mut RedisConnection, guard: &str, stream: Option<&str>) -> Result<(), Failure> {
     let (guard, known) = (guard.as_bytes(), stream.is_some());
     let stream = stream.unwrap_or_default().as_bytes();
     let named = |name: &str, failure: Failure| Failure::new(failure.class, format!("{name}: {}", failure.message));
     for (name, words) in [("WATCH", [b"WATCH", guard].as_slice()), ("MULTI", &[b"MULTI"])] {
-        // If it is refused, nothing must follow: it would be executed.
+        // If MULTI is refused, no command may follow, because it would be executed.
         topology::ask(connection, words, &Bounds::line("a command")).map_err(|failure| named(name, failure))?;
     }
     let queued: [(&str, &[&[u8]]); 6] = [
@@ -145,12 +144,12 @@ fn may_use(connection: &mut RedisConnection, guard: &str, stream: Option<&str>) 
     refused.map_or(Ok(()), Err)
 }
 
-/// Whether the server has said so, and the connection goes on.
+/// Whether the failure is an answer of the server, so that the connection can continue.
 fn is_answer(failure: &Failure) -> bool {
     !matches!(failure.trouble, Trouble::Closed | Trouble::TimedOut | Trouble::NotRedis)
 }
 
-/// A right that is missing here is no obstacle to sending.
+/// Treats a missing right as no answer, because it does not prevent sending.
 fn tolerated(answer: Result<Value, Failure>) -> Result<Option<Value>, Failure> {
     match answer {
         Ok(value) => Ok(Some(value)),

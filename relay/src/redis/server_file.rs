@@ -1,5 +1,5 @@
-//! Files of the server that a backend names: its password, its certificates and keys. They are read anew at each
-//! connect, and no message says what is in them.
+//! Files on the server that a backend names: its password, its certificates and keys. They are read again for each
+//! connection, and no message shows their content.
 
 use crate::failure::{Failure, Trouble};
 use std::fs::{self, File, Metadata};
@@ -7,16 +7,16 @@ use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-/// Longer ones are none of these: a bundle of all the world's authorities has 200 kB.
+/// A longer file is none of these: a bundle of all public authorities has 200 kB.
 const MAX_LENGTH: u64 = 4 << 20;
 
-/// The whole of a file that anybody may read. `what` is for messages.
+/// Reads a file that anybody may read. `what` is for messages.
 pub(super) fn read(what: &str, path: &Path) -> Result<Vec<u8>, Failure> {
     open(what, path).and_then(|(file, _)| contents(what, path, file))
 }
 
-/// The whole of a file that nobody else may read, by the rules that Postgres has for its own key: of the server's user
-/// with u=rw (0600) or less, or root's with u=rw,g=r (0640) or less.
+/// Reads a file that nobody else may read, with Postgres's rules for its own key: it must belong to the server's user
+/// with u=rw (0600) or less, or to root with u=rw,g=r (0640) or less.
 pub(super) fn read_secret(what: &str, path: &Path) -> Result<Vec<u8>, Failure> {
     let (file, about) = open(what, path)?;
     let user = rustix::process::geteuid().as_raw();
@@ -39,7 +39,7 @@ pub(super) fn read_secret(what: &str, path: &Path) -> Result<Vec<u8>, Failure> {
 }
 
 fn open(what: &str, path: &Path) -> Result<(File, Metadata), Failure> {
-    // Looked at first: opening a pipe would wait for its writer.
+    // The type is checked first, because opening a pipe would wait for its writer.
     let opened = fs::metadata(path).and_then(|about| match about.is_file() {
         true => File::open(path).and_then(|file| file.metadata().map(|about| (file, about))),
         false => Err(io::Error::other("not a regular file")),
@@ -88,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_file_is_not_opened() {
+    fn only_regular_files_are_opened() {
         for path in ["/dev/zero", "/tmp", "/nowhere"] {
             let refused = read("TLS key file", Path::new(path)).expect_err("no file").message;
             assert!(

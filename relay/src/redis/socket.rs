@@ -1,5 +1,5 @@
-//! The socket of a connection: permission to connect, asked for the address that is then connected to; the operating
-//! system's timeouts; TLS on top of it.
+//! The socket of a connection: permission to connect, checked for the address that is then used; the operating system's
+//! timeouts; TLS.
 
 use crate::failure::{self, Failure, Trouble};
 use crate::redis::deadline::Deadline;
@@ -34,7 +34,7 @@ impl Stream {
         };
         let timeout = at_least_some(destination.connect_timeout);
         step::at(Step::Tls);
-        // Before connecting: its files may be unreadable.
+        // Before connecting, because the files may be unreadable.
         let tls = destination
             .tls
             .as_ref()
@@ -49,7 +49,7 @@ impl Stream {
         })
     }
 
-    /// For each call.
+    /// The timeout of each call.
     pub(super) fn set_timeout(&self, timeout: Duration) -> io::Result<()> {
         let timeout = Some(at_least_some(timeout));
         self.socket().set_read_timeout(timeout)?;
@@ -68,7 +68,7 @@ impl Stream {
         }
     }
 
-    /// `timeout`: of the socket, and of all.
+    /// `timeout`: for the socket, and for the whole write.
     pub(super) fn write_all(&mut self, bytes: &[u8], timeout: Duration) -> io::Result<()> {
         match self {
             Self::Tcp(stream) => write_all(stream, bytes, timeout),
@@ -86,7 +86,7 @@ impl Stream {
     }
 }
 
-/// As the standard library's, within a time for all of it.
+/// As the standard library's function, with a time limit for the whole write.
 fn write_all(stream: &mut impl Write, mut bytes: &[u8], timeout: Duration) -> io::Result<()> {
     let mut deadline = Deadline::new(timeout, Instant::now());
     loop {
@@ -106,8 +106,8 @@ fn write_all(stream: &mut impl Write, mut bytes: &[u8], timeout: Duration) -> io
     }
 }
 
-/// A server that does not accept is waited for no longer than one that does not answer: the timeout for writes counts
-/// here, too.
+/// The timeout for writes also applies here, so a server that does not accept is not waited for longer than one that
+/// does not answer.
 pub(super) fn connect_unix(path: &Path, timeout: Duration) -> io::Result<UnixStream> {
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     socket.set_write_timeout(Some(at_least_some(timeout)))?;
@@ -115,18 +115,18 @@ pub(super) fn connect_unix(path: &Path, timeout: Duration) -> io::Result<UnixStr
     Ok(UnixStream::from(OwnedFd::from(socket)))
 }
 
-/// Zero would mean "none at all" to the operating system.
+/// The operating system takes zero as "no timeout".
 pub(super) fn at_least_some(timeout: Duration) -> Duration {
     timeout.max(Duration::from_millis(1))
 }
 
-/// A connection whose other side is gone is noticed: with something under way after `socket_timeout`, without after a
-/// third more.
+/// Makes sure that a lost peer is noticed: with unacknowledged data after `socket_timeout`, without data after a third
+/// more.
 fn tune(stream: &TcpStream, socket_timeout: Duration) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let socket = SockRef::from(stream);
     socket.set_tcp_user_timeout(Some(at_least_some(socket_timeout)))?;
-    // Whole seconds.
+    // The option takes whole seconds.
     let idle = socket_timeout.max(Duration::from_secs(1));
     let interval = (idle / 3).max(Duration::from_secs(1));
     socket.set_tcp_keepalive(
@@ -137,10 +137,11 @@ fn tune(stream: &TcpStream, socket_timeout: Duration) -> io::Result<()> {
     )
 }
 
-/// Of a name with more addresses, only this many are tried.
+/// If a name has more addresses, only this many are tried.
 const MOST_ADDRESSES: usize = 16;
 
-/// The first allowed address that answers; else the last one's error. The name is looked up anew each time.
+/// Connects to the first allowed address that answers; otherwise returns the last one's error. The name is resolved
+/// each time.
 fn connect(destination: &Destination, host: &str, port: u16) -> Result<TcpStream, Failure> {
     step::at(Step::Resolve);
     let allowed = &destination.allowed_hosts;
@@ -184,7 +185,7 @@ mod tests {
     use std::net::TcpListener;
 
     #[test]
-    fn the_other_sides_silence_is_noticed_in_time() {
+    fn a_silent_peer_is_noticed_in_time() {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a listener");
         let stream = TcpStream::connect(listener.local_addr().expect("an address")).expect("a connection");
         let socket = SockRef::from(&stream);

@@ -1,17 +1,17 @@
-//! The step of opening a connection that this thread is at: so that a report of a missing connection
-//! ([`probe`](crate::redis::probe)) can be told at which step it ended.
+//! The step of opening a connection that this thread has reached, so that [`probe`](crate::redis::probe) can report at
+//! which step it failed.
 
 use std::cell::Cell;
 use std::fmt;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// Finding the node: asking sentinels, or nodes of a cluster.
+    /// Finds the node: asks sentinels, or nodes of a cluster.
     Route,
     Resolve,
     Connect,
     Tls,
-    /// Reading the password, and AUTH.
+    /// Reads the password, and sends AUTH.
     Auth,
     Select,
     Ping,

@@ -1,5 +1,5 @@
-//! TLS on a TCP stream: rustls with ring as its provider, which is not installed for the process. A server is the right
-//! one if the chain of its certificate leads to a trusted authority, and the certificate names the host (or address)
+//! TLS on a TCP stream: rustls with ring as its provider, which is not installed for the whole process. A server is
+//! accepted if its certificate's chain leads to a trusted authority and the certificate names the host (or address)
 //! that was connected to.
 
 use crate::failure::{Class, Failure, Trouble};
@@ -21,13 +21,13 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// A TCP stream that speaks TLS. What is written to it is on its way when the call returns.
+/// A TCP stream with TLS. Written data is passed to the socket before the call returns.
 pub(super) struct TlsStream {
     session: ClientConnection,
     stream: TcpStream,
 }
 
-/// The configuration, from the files as they are now.
+/// The configuration, from the present content of the files.
 pub(super) fn config(tls: &Tls) -> Result<Arc<ClientConfig>, Failure> {
     let provider = Arc::new(ring::default_provider());
     let verifier: Arc<dyn ServerCertVerifier> = if tls.insecure {
@@ -67,7 +67,7 @@ pub(super) fn config(tls: &Tls) -> Result<Arc<ClientConfig>, Failure> {
             })?
         }
     };
-    // Each connection has a configuration of its own: there is nothing to be resumed.
+    // Each connection has its own configuration, so there is no session to resume.
     config.resumption = Resumption::disabled();
     Ok(Arc::new(config))
 }
@@ -96,7 +96,7 @@ fn roots(ca_file: Option<&Path>) -> Result<RootCertStore, Failure> {
     Ok(roots)
 }
 
-/// All certificates of a file. The parser's own errors are not shown, because they repeat the file's content.
+/// All certificates in a file. The parser's own errors are not shown, because they repeat the file's content.
 fn certificates(what: &str, path: &Path) -> Result<Vec<CertificateDer<'static>>, Failure> {
     let bytes = server_file::read(what, path)?;
     match CertificateDer::pem_slice_iter(&bytes).collect::<Result<Vec<_>, _>>() {
@@ -109,7 +109,7 @@ fn certificates(what: &str, path: &Path) -> Result<Vec<CertificateDer<'static>>,
 }
 
 impl TlsStream {
-    /// Shakes hands, within `timeout` in all.
+    /// Makes the handshake, within `timeout` in total.
     pub(super) fn open(
         config: Arc<ClientConfig>,
         insecure: bool,
@@ -119,12 +119,12 @@ impl TlsStream {
     ) -> Result<Self, Failure> {
         let name = match ServerName::try_from(host.trim_end_matches('.').to_owned()) {
             Ok(name) => name,
-            // It is not to be verified: the address will do.
+            // The name is not verified, so the address is sufficient.
             Err(_) if insecure => stream.peer_addr().map_err(interrupted)?.ip().into(),
             Err(_) => {
                 return Err(Failure::of(
                     Trouble::Tls,
-                    format!("TLS cannot verify \"{host}\": it is no host name"),
+                    format!("TLS cannot verify \"{host}\": it is not a host name"),
                 ));
             }
         };
@@ -155,7 +155,7 @@ impl TlsStream {
         &self.stream
     }
 
-    /// Within `timeout` for each piece of it, see [`Deadline`].
+    /// Writes within `timeout` for each piece, see [`Deadline`].
     pub(super) fn write_all(&mut self, mut bytes: &[u8], timeout: Duration) -> io::Result<()> {
         let mut deadline = Deadline::new(timeout, Instant::now());
         while !bytes.is_empty() {
@@ -169,12 +169,12 @@ impl TlsStream {
         Ok(())
     }
 
-    /// Receives once at most; what is no whole record then is an interruption, so that whoever waits can look at the
-    /// clock.
+    /// Receives at most once. If that gives no whole record, it reports an interruption, so that the caller can check
+    /// the time.
     pub(super) fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
         for received in [false, true] {
             match self.session.reader().read(room) {
-                // Nothing has been decrypted that was not read.
+                // Everything that was decrypted has been read.
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 done => return done,
             }
@@ -185,15 +185,15 @@ impl TlsStream {
         Err(io::ErrorKind::Interrupted.into())
     }
 
-    /// Receives, and decrypts what is there as whole records; 0: the other side has closed.
+    /// Receives, and decrypts complete records; 0: the other side has closed the connection.
     fn take_in(&mut self) -> io::Result<usize> {
         let received = self.session.read_tls(&mut self.stream)?;
         if let Err(error) = self.session.process_new_packets() {
-            // The server is told, if it listens.
+            // Notifies the server, if it still listens.
             let _ = self.flush();
             return Err(io::Error::new(io::ErrorKind::InvalidData, error));
         }
-        // Such as the answer to a change of keys.
+        // For example the answer to a key update.
         self.flush()?;
         Ok(received)
     }
@@ -220,7 +220,8 @@ impl TlsStream {
         Ok(())
     }
 
-    /// A server that refuses our certificate says so, and closes, when the handshake has ended on our side.
+    /// The real reason for an error: a server that refuses our certificate sends an alert and closes when the handshake
+    /// has ended on our side.
     fn why(&mut self, error: io::Error) -> io::Error {
         if !matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) {
             return error;
@@ -232,7 +233,7 @@ impl TlsStream {
     }
 }
 
-/// A handshake that did not end.
+/// The failure if a handshake did not finish.
 fn interrupted(error: io::Error) -> Failure {
     if let Some(failure) = failure(&error) {
         return failure;
@@ -245,7 +246,7 @@ fn interrupted(error: io::Error) -> Failure {
     Failure::of(Trouble::TlsBroken, format!("TLS handshake: {what}"))
 }
 
-/// An error of TLS in words that stay the same from one attempt to the next; `None`: it is one of the network.
+/// An error of TLS in words that do not vary between attempts; `None`: it is an error of the network.
 pub(super) fn failure(error: &io::Error) -> Option<Failure> {
     let error = error.get_ref()?.downcast_ref::<Error>()?;
     let (class, what) = match error {
@@ -279,7 +280,7 @@ fn fault(why: &CertificateError) -> String {
     }
 }
 
-/// What the server objects to.
+/// The reason in an alert from the server.
 fn said(alert: AlertDescription) -> (Class, String) {
     use AlertDescription::*;
     match alert {
@@ -287,7 +288,7 @@ fn said(alert: AlertDescription) -> (Class, String) {
             Class::Configuration,
             "the server requires a client certificate".to_owned(),
         ),
-        // Without one, older versions know no better word.
+        // Older versions send this alert for a missing client certificate.
         HandshakeFailure
         | BadCertificate
         | UnsupportedCertificate
@@ -308,7 +309,7 @@ fn said(alert: AlertDescription) -> (Class, String) {
     }
 }
 
-/// Takes any server for the right one (`tls_insecure`).
+/// Accepts any server (`tls_insecure`).
 #[derive(Debug)]
 struct Anybody(Arc<CryptoProvider>);
 
@@ -324,7 +325,7 @@ impl ServerCertVerifier for Anybody {
         Ok(ServerCertVerified::assertion())
     }
 
-    // Nor is the signature verified: a certificate that cannot be parsed may be the reason for `tls_insecure`.
+    // The signature is not verified either: a certificate that cannot be parsed may be the reason for `tls_insecure`.
     fn verify_tls12_signature(
         &self,
         _: &[u8],

@@ -1,4 +1,4 @@
-//! Finding the node that has a backend's streams: at its address, as sentinels say, or as the nodes of a cluster do.
+//! Finds the node that has a backend's streams: at its address, through sentinels, or through the nodes of a cluster.
 //!
 //! Sources: Redis Sentinel client guidelines (redis.io/docs/latest/develop/reference/sentinel-clients); Redis cluster
 //! specification.
@@ -15,15 +15,15 @@ use redis::Value;
 use std::collections::HashMap;
 use std::sync::{LazyLock, Mutex, PoisonError};
 
-/// Clusters and nodes of one that are remembered.
+/// How many clusters are remembered, and how many nodes of each.
 const REMEMBERED_CLUSTERS: usize = 100;
 const REMEMBERED_NODES: usize = 100;
 
-/// What the connections of this process have learnt from the nodes of a cluster. It is never locked while the network
-/// is waited for.
+/// What the connections of this process have learnt from the nodes of a cluster. It is never locked while a connection
+/// waits for the network.
 #[derive(Default)]
 struct Learnt {
-    /// Masters of the last answer: those of the settings may all be gone one day.
+    /// The masters in the last answer. They are needed when all nodes of the settings are gone.
     masters: Vec<Address>,
     /// Where a node has redirected us for a hash slot. Used once.
     moved: HashMap<u16, Address>,
@@ -39,12 +39,12 @@ fn with_learnt<R>(nodes: &[Address], f: impl FnOnce(&mut Learnt) -> R) -> R {
     f(learnt.entry(nodes.to_vec()).or_default())
 }
 
-/// Opens a connection to the node that is to be written to. `found` is told its address before it is tried.
+/// Opens a connection to the node to write to. `found` is told its address before the connection is tried.
 pub fn open(destination: &Destination, found: &mut dyn FnMut(&Address)) -> Result<RedisConnection, Failure> {
     step::at(Step::Auth);
     if let Some(refusal) = destination.password.as_ref().and_then(Secret::refusal) {
-        // No connection is opened: whoever has pointed the backend there would get events, which are as secret as the
-        // password.
+        // No connection is opened: the role that has changed the destination would get events, which are as secret as
+        // the password.
         return Err(refusal);
     }
     step::at(Step::Route);
@@ -58,8 +58,8 @@ pub fn open(destination: &Destination, found: &mut dyn FnMut(&Address)) -> Resul
     }
 }
 
-/// The primary that a sentinel names. Sentinels are asked in order: one that is behind the others names a node that is
-/// gone, or a replica, and then the next one is asked.
+/// Connects to the primary that a sentinel names. Sentinels are asked in order: one that is behind the others may name
+/// a lost node or a replica, and then the next one is asked.
 fn by_sentinels(
     destination: &Destination,
     nodes: &[Address],
@@ -80,7 +80,7 @@ fn by_sentinels(
             }
             Ok(Some(_)) => {}
             Ok(None) => {
-                let message = format!("sentinel {sentinel} knows no master \"{master}\"");
+                let message = format!("sentinel {sentinel} does not know the master \"{master}\"");
                 unknown = Some(Failure::of(Trouble::NoSuchMaster, message));
             }
             Err(failure) => {
@@ -100,9 +100,9 @@ fn by_sentinels(
     Err(failure.unwrap_or_else(|| Failure::configuration("there is no sentinel to ask")))
 }
 
-/// Where a sentinel says that the primary is; `None`: it knows none of that name.
+/// Where a sentinel says that the primary is; `None`: it knows no master of that name.
 fn primary_of(destination: &Destination, sentinel: &Address, master: &str) -> Result<Option<Address>, Failure> {
-    // A sentinel has users of its own, or none.
+    // A sentinel has its own users, or none.
     let nobody = Destination {
         username: None,
         password: None,
@@ -123,10 +123,11 @@ fn primary_of(destination: &Destination, sentinel: &Address, master: &str) -> Re
     primary_in(ask(&mut connection?, &words, &Bounds::MASTER)?)
 }
 
-/// Only a node that does not say that it is a replica is written to.
+/// Connects to a node, unless it reports that it is a replica.
 fn open_primary(destination: &Destination, address: &Address) -> Result<RedisConnection, Failure> {
     let mut connection = RedisConnection::open_at(destination, address)?;
-    // HELLO needs no further right. With a server or proxy that does not know it, the first write answers READONLY.
+    // HELLO needs no further right. If a server or proxy does not know it and is a replica, the first write fails with
+    // READONLY.
     let is_replica = match ask(&mut connection, &[b"HELLO", b"2"], &Bounds::HELLO) {
         Ok(reply) => is_replica(&reply),
         Err(failure) if failure.class == Class::Backend => return Err(failure),
@@ -135,14 +136,14 @@ fn open_primary(destination: &Destination, address: &Address) -> Result<RedisCon
     match is_replica {
         true => Err(Failure::of(
             Trouble::IsReplica,
-            "READONLY it is a replica: a failover is still going on",
+            "READONLY it is a replica: a failover is in progress",
         )),
         false => Ok(connection),
     }
 }
 
-/// The node that serves a hash slot, as any node of the cluster says. During a failover some nodes are behind the
-/// others; then the next one is asked.
+/// Connects to the node that serves a hash slot, according to any node of the cluster. During a failover some nodes are
+/// behind the others; then the next one is asked.
 fn in_cluster(
     destination: &Destination,
     nodes: &[Address],
@@ -182,7 +183,7 @@ fn in_cluster(
         with_learnt(nodes, |learnt| learnt.masters = told.masters);
         match told.serves {
             None => {
-                let message = format!("CLUSTERDOWN node {node} knows of no master for hash slot {hash_slot}");
+                let message = format!("CLUSTERDOWN node {node} knows no master for hash slot {hash_slot}");
                 unserved = Some(Failure::of(Trouble::ClusterDown, message));
             }
             Some(address) if address == *node => {
@@ -208,7 +209,7 @@ fn in_cluster(
     Err(failure.unwrap_or_else(|| Failure::configuration("there is no node to ask")))
 }
 
-/// Takes in the failure of a connection. If it says where a hash slot is, the next connection goes there first.
+/// Processes the failure of a connection. If it tells where a hash slot is, the next connection goes there first.
 pub fn heard(destination: &Destination, failure: Failure) -> Failure {
     let Route::Cluster { nodes, hash_slot } = &destination.route else {
         return failure;
@@ -221,9 +222,9 @@ pub fn heard(destination: &Destination, failure: Failure) -> Failure {
     failure.of_cluster()
 }
 
-/// What a node says of its cluster.
+/// What a node reports about its cluster.
 struct Told {
-    /// The node that serves the hash slot that was asked for.
+    /// The node that serves the requested hash slot.
     serves: Option<Address>,
     /// Some of all masters.
     masters: Vec<Address>,
@@ -246,7 +247,7 @@ fn ranges_of(destination: &Destination, node: &Address, hash_slot: u16) -> Resul
         let is_asked_for = told.serves.is_none() && range.hash_slots.contains(&hash_slot);
         match range.master {
             Err(failure) if is_asked_for => return Err(failure),
-            // It is of a hash slot that another lane serves.
+            // This range belongs to a hash slot that another lane serves.
             Err(_) => {}
             Ok(master) => {
                 if told.masters.len() < REMEMBERED_NODES && !told.masters.contains(&master) {
@@ -268,7 +269,7 @@ fn reply_to<'a>(connection: &'a mut RedisConnection, words: &[&[u8]], bounds: &B
     connection.receive(bounds)
 }
 
-/// Sends one command; an error reply is a failure, never an event's.
+/// Sends one command. An error reply is a failure of the backend, never of an event.
 pub(super) fn ask(connection: &mut RedisConnection, words: &[&[u8]], bounds: &Bounds) -> Result<Value, Failure> {
     match reply_to(connection, words, bounds)?.value()? {
         Value::ServerError(error) => Err(crate::failure::reply(&error).not_of_an_event()),

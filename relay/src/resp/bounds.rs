@@ -1,39 +1,39 @@
-//! How large a reply may be. A larger one is not Redis's answer to that command; it ends the connection, and no memory
-//! is allocated for it.
+//! How large a reply may be. A larger one cannot be Redis's answer to that command; it ends the connection, and no
+//! memory is allocated for it.
 //!
-//! A reply's bytes, items and depth are counted as they arrive: first by its headers, which say what is to come. What a
-//! search reads (entries of any size) is not kept as a whole but taken in pieces.
+//! A reply's bytes, items and depth are counted as they arrive, starting with the sizes in its headers. The replies of
+//! a search (entries of any size) are not kept as a whole but taken in pieces.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Also in any other reply: how long a line may be. Redis's errors have some hundred bytes.
+/// How long a line may be, in any reply. Redis's errors have some hundred bytes.
 pub const MAX_LINE: usize = 16 * 1024;
-/// In pieces: so many bytes of a string are kept. What a search wants to know is shorter, or at the beginning.
+/// In pieces, this many bytes of a string are kept. What a search needs is shorter, or at the beginning.
 pub const KEPT_STRING: usize = 128;
 
 const LEAST_GUARD_BYTES: usize = 256 * 1024;
 static GUARD_BYTES: AtomicUsize = AtomicUsize::new(0);
 
-/// How many transactions may run at once in this server. To be called before a guard is read.
+/// How many transactions may run at the same time in this server. Must be called before a guard is read.
 pub fn expect_running(transactions: usize) {
-    /// Two positions of two snapshots each, with ids of up to 15 digits and a comma.
+    /// Two positions with two snapshots each, with ids of up to 15 digits and a comma.
     const OF_EACH: usize = 4 * 16;
     GUARD_BYTES.store(transactions.saturating_mul(OF_EACH), Ordering::Relaxed);
 }
 
-/// What the reply to one command may have.
+/// The limits of the reply to one command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bounds {
-    /// The command, for the words of an error.
+    /// The command, for error messages.
     pub to: &'static str,
-    /// As received.
+    /// The number of received bytes.
     pub bytes: usize,
-    /// Of all of its arrays together.
+    /// The number of items in all of its arrays.
     pub items: usize,
-    /// Arrays within each other.
+    /// The depth of nested arrays.
     pub depth: usize,
-    /// Taken piece by piece: the header of an array, a string, a line; of a long string its header and its beginning. Of
-    /// the whole no more is kept.
+    /// Taken piece by piece: the header of an array, a string, a line; for a long string, its header and its beginning.
+    /// The rest is not kept.
     pub in_pieces: bool,
 }
 
@@ -53,13 +53,13 @@ impl Bounds {
         Self::new(to, MAX_LINE, 0, 0)
     }
 
-    /// Any: for what has been received as a whole.
+    /// Unlimited: for replies that have been received completely.
     pub const ANY: Self = Self::new("a command", usize::MAX, usize::MAX, usize::MAX);
     /// An entry's id.
     pub const XADD: Self = Self::line("XADD");
     pub const TOKEN: Self = Self::new("HMGET of the guard", MAX_LINE + 64, 1, 1);
     pub const CLAIM: Self = Self::new("EXEC of a claim", 4 * MAX_LINE, 3, 1);
-    /// Its modules, each with its arguments.
+    /// It lists modules, each with its arguments.
     pub const HELLO: Self = Self::new("HELLO", 64 * 1024, 2_048, 6);
     pub const MASTER: Self = Self::new("SENTINEL GET-MASTER-ADDR-BY-NAME", MAX_LINE + 64, 2, 1);
     /// A range of slots with a master and two replicas has 200 to 300 bytes.
@@ -70,22 +70,22 @@ impl Bounds {
     pub const PENDING: Self = Self::pieces("XPENDING");
     pub const CONSUMERS: Self = Self::pieces("XINFO CONSUMERS");
 
-    /// Fields and values. A position names the transactions that are running: so it may be as long as this server's can
-    /// be, or another's that has some thousand that write.
+    /// Fields and values. A position lists running transactions, so it may be as long as is possible in this server, or
+    /// in another server that has some thousand writing transactions.
     pub fn guard() -> Self {
         let bytes = GUARD_BYTES.load(Ordering::Relaxed).max(LEAST_GUARD_BYTES);
         Self::new("HGETALL of the guard", bytes, 64, 1)
     }
 
-    /// Of a batch: an id of an entry or an error each, and a number.
+    /// The reply to a batch: an entry id or an error for each entry, and a number.
     pub const fn executed(commands: usize) -> Self {
-        /// An error names a key at most.
+        /// An error contains at most a key.
         const OF_EACH: usize = 512;
         Self::new("EXEC", 4 * MAX_LINE + commands * OF_EACH, commands + 1, 1)
     }
 
     const fn pieces(to: &'static str) -> Self {
-        /// Two hundred entries of a few MB.
+        /// Two hundred entries of a few MB each.
         const BYTES: usize = 1 << 30;
         Self {
             in_pieces: true,

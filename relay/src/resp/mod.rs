@@ -1,7 +1,7 @@
-//! The wire, both ways.
+//! The wire protocol, in both directions.
 //!
 //! - [`write`](mod@write) commands as bytes
-//! - [`read`] replies, mostly in place
+//! - [`read`] replies, mostly read in place
 //! - [`bounds`] how large each reply may be
 
 pub mod bounds;

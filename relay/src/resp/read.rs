@@ -1,6 +1,6 @@
-//! Replies as they arrive. The end of a reply, and what the usual ones say, is read in place; the crate `redis` parses
-//! the others. None is larger than its command allows ([`Bounds`]): what headers announce is counted before memory is
-//! allocated for it.
+//! Reads replies as they arrive. The end of a reply, and the content of common replies, are read in place; the crate
+//! `redis` parses the others. No reply may be larger than its command allows ([`Bounds`]): the sizes in headers are
+//! counted before memory is allocated.
 //!
 //! Source: RESP, version 2 (Redis serialization protocol specification).
 
@@ -9,15 +9,15 @@ use crate::resp::bounds::{Bounds, KEPT_STRING, MAX_LINE};
 use redis::Value;
 use std::ops::Range;
 
-/// What a buffer that has grown for a large reply goes back to.
+/// A buffer that has grown for a large reply shrinks to this size.
 const USUAL_SIZE: usize = 64 * 1024;
 
-/// One whole reply, as it came; or a piece of one (see [`Bounds::in_pieces`]).
+/// One complete reply as it arrived, or a piece of one (see [`Bounds::in_pieces`]).
 #[derive(Clone, Copy)]
 pub struct Reply<'a>(&'a [u8]);
 
 impl<'a> Reply<'a> {
-    /// `bytes`: one whole reply, as [`Inbox::take`] finds it.
+    /// `bytes`: one complete reply, as [`Inbox::take`] finds it.
     pub fn new(bytes: &'a [u8]) -> Self {
         Self(bytes)
     }
@@ -26,12 +26,12 @@ impl<'a> Reply<'a> {
         self.0
     }
 
-    /// Whether it says that a command waits for EXEC.
+    /// Whether it reports that a command was queued for EXEC.
     pub fn is_queued(self) -> bool {
         self.0 == b"+QUEUED\r\n"
     }
 
-    /// Whether it is the id of an entry, or whatever else is a string.
+    /// Whether it is a string, such as an entry id.
     pub fn is_bulk(self) -> bool {
         self.0.first() == Some(&b'$') && !self.is_nil()
     }
@@ -40,7 +40,7 @@ impl<'a> Reply<'a> {
         matches!(self.0, b"$-1\r\n" | b"*-1\r\n")
     }
 
-    /// Whether it is an array of `strings` strings and one number behind them.
+    /// Whether it is an array of `strings` strings followed by one number.
     pub fn is_strings_and_number(self, strings: usize) -> bool {
         let mut rest = self.0;
         let Ok(Some((Token::Array(items), used))) = token(rest, usize::MAX) else {
@@ -59,7 +59,7 @@ impl<'a> Reply<'a> {
         rest.first() == Some(&b':')
     }
 
-    /// The items of an array, each as a reply; `None`: it is no array.
+    /// The items of an array, each as a reply; `None`: it is not an array.
     pub fn items(self) -> Option<ReplyItems<'a>> {
         match token(self.0, usize::MAX) {
             Ok(Some((Token::Array(items), length))) => Some(ReplyItems {
@@ -70,7 +70,7 @@ impl<'a> Reply<'a> {
         }
     }
 
-    /// What a string says.
+    /// The content of a string.
     pub fn string(self) -> Option<&'a [u8]> {
         match self.pieces().next() {
             Some(Piece::String { text: Some(text), .. }) => Some(text),
@@ -78,18 +78,18 @@ impl<'a> Reply<'a> {
         }
     }
 
-    /// What a number says.
+    /// The value of a number.
     pub fn number(self) -> Option<i64> {
         let digits = self.0.strip_prefix(b":")?.strip_suffix(b"\r\n")?;
         std::str::from_utf8(digits).ok()?.parse().ok()
     }
 
-    /// What it consists of, in order.
+    /// Its parts, in order.
     pub fn pieces(self) -> Pieces<'a> {
         Pieces(self.0)
     }
 
-    /// Hands its pieces to `take`, one by one, until that says that it has the whole reply. Whether it has.
+    /// Passes its pieces to `take`, one by one, until `take` returns that the reply is complete. Returns whether it is.
     pub fn feed(self, mut take: impl FnMut(Piece<'a>) -> Result<bool, Failure>) -> Result<bool, Failure> {
         for piece in self.pieces() {
             if take(piece)? {
@@ -99,7 +99,7 @@ impl<'a> Reply<'a> {
         Ok(false)
     }
 
-    /// Taken apart.
+    /// The parsed reply.
     pub fn value(self) -> Result<Value, Failure> {
         redis::parse_redis_value(self.0).map_err(|_| failure::not_redis())
     }
@@ -128,15 +128,16 @@ impl<'a> Iterator for ReplyItems<'a> {
     }
 }
 
-/// Of a reply that is there as a whole.
+/// For a reply that is completely there.
 impl ExactSizeIterator for ReplyItems<'_> {}
 
 /// A part of a reply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Piece<'a> {
-    /// So many items follow.
+    /// This many items follow.
     Array(u64),
-    /// `text`: `None` if it was too long to be kept. `start`: its first bytes, at most [`KEPT_STRING`] of a long one.
+    /// `text`: `None` if it was too long to be kept. `start`: its first bytes, at most [`KEPT_STRING`] of a long
+    /// string.
     String {
         size: u64,
         text: Option<&'a [u8]>,
@@ -156,7 +157,7 @@ impl<'a> Iterator for Pieces<'a> {
         let bytes = std::mem::take(&mut self.0);
         let (token, length) = match token(bytes, usize::MAX) {
             Ok(Some(found)) => found,
-            // Nothing, or a header alone.
+            // The end, or a header without content.
             _ => match header(bytes) {
                 Ok(Some((Some(size), length))) => {
                     return Some(Piece::String {
@@ -185,34 +186,34 @@ impl<'a> Iterator for Pieces<'a> {
     }
 }
 
-/// Bytes that were received and not taken yet.
+/// Bytes that were received and not yet taken.
 #[derive(Default)]
 pub struct Inbox {
     buffer: Vec<u8>,
-    /// What was received and not taken lies between.
+    /// The bytes that were received and not yet taken lie in between.
     start: usize,
     end: usize,
     progress: Scan,
-    /// Of a long string, and of no interest: so many bytes are still to come.
+    /// How many bytes of a long string are still to come and need not be kept.
     unkept: u64,
 }
 
-/// How far the next reply has been looked at.
+/// How far the next reply has been examined.
 #[derive(Default)]
 struct Scan {
-    /// From where the reply, or its piece, starts.
+    /// Where the rest of the reply starts.
     at: usize,
-    /// What is missing of each array that is open, outermost first.
+    /// How many items are missing in each open array, outermost first.
     open: Vec<u64>,
-    /// Of all arrays so far.
+    /// The items of all arrays so far.
     items: u64,
-    /// Of the pieces before this one.
+    /// The bytes of earlier pieces.
     bytes: u64,
 }
 
 impl Inbox {
-    /// Takes the next reply (or the next piece of it), if it is there as a whole, for [`Self::reply`]. An error: what
-    /// comes in is not the protocol, or more than was asked for.
+    /// Takes the next reply (or the next piece of it), if it has arrived completely, for [`Self::reply`]. An error: the
+    /// bytes are not the protocol, or more than was asked for.
     pub fn take(&mut self, bounds: &Bounds) -> Result<Option<Range<usize>>, Failure> {
         self.pass_unkept();
         if self.unkept > 0 {
@@ -235,22 +236,22 @@ impl Inbox {
         Ok(Some(taken))
     }
 
-    /// What was taken, until there is asked for room.
+    /// What was taken, valid until room is requested.
     pub fn reply(&self, taken: Range<usize>) -> Reply<'_> {
         Reply(&self.buffer[taken])
     }
 
-    /// Whether what was taken last was a whole reply, or the last piece of one.
+    /// Whether the last taken bytes were a whole reply, or the last piece of one.
     pub fn is_between_replies(&self) -> bool {
         self.progress.open.is_empty() && self.unkept == 0
     }
 
-    /// What was received and not taken.
+    /// What was received and not yet taken.
     pub fn rest(&self) -> &[u8] {
         &self.buffer[self.start..self.end]
     }
 
-    /// Bytes of memory that it takes.
+    /// How many bytes of memory it uses.
     pub fn size(&self) -> usize {
         self.buffer.capacity()
     }
@@ -261,8 +262,8 @@ impl Inbox {
         self.unkept -= there;
     }
 
-    /// Where to receive more; [`Self::received`] is to be told how much it was. To be asked for when [`Self::take`]
-    /// found nothing: so the buffer grows for what is within bounds alone.
+    /// Where to receive more; [`Self::received`] must then be told how much it was. Call this when [`Self::take`] has
+    /// found nothing, so that the buffer grows only for replies within the bounds.
     pub fn room(&mut self) -> Result<&mut [u8], Failure> {
         if self.start == self.end {
             (self.start, self.end) = (0, 0);
@@ -289,7 +290,7 @@ impl Inbox {
         self.end += bytes;
     }
 
-    /// Receives all of these bytes, whatever is taken meanwhile: for those who have them already.
+    /// Receives these bytes, which the caller already has.
     pub fn receive(&mut self, mut bytes: &[u8]) {
         while let (false, Ok(room)) = (bytes.is_empty(), self.room()) {
             let length = bytes.len().min(room.len());
@@ -301,7 +302,7 @@ impl Inbox {
 }
 
 impl Scan {
-    /// The length of the first reply of `received`.
+    /// The length of the first reply in `received`.
     fn look(&mut self, received: &[u8], bounds: &Bounds) -> Result<Option<usize>, Failure> {
         loop {
             let room = bounds.bytes.saturating_sub(self.at);
@@ -322,7 +323,7 @@ impl Scan {
         }
     }
 
-    /// The length of the first piece of `received`, and how much follows it that is not kept.
+    /// The length of the first piece in `received`, and how many bytes after it are not kept.
     fn look_at_piece(&mut self, received: &[u8], bounds: &Bounds) -> Result<Option<(usize, u64)>, Failure> {
         let unkept = match received.first() {
             Some(b'$') => header(received).map_err(|wrong| wrong.failure(bounds))?,
@@ -347,7 +348,7 @@ impl Scan {
         Ok(Some((length, 0)))
     }
 
-    /// A piece has so many bytes.
+    /// Counts the bytes of a piece.
     fn counts(&mut self, bytes: u64, bounds: &Bounds) -> Result<(), Failure> {
         self.bytes = self.bytes.saturating_add(bytes);
         match self.bytes > bounds.bytes as u64 {
@@ -360,7 +361,7 @@ impl Scan {
     fn ends_with(&mut self, token: &Token, bounds: &Bounds) -> Result<bool, Failure> {
         if let Token::Array(items @ 1..) = token {
             self.items = self.items.saturating_add(*items);
-            // Each has three bytes at least.
+            // Each item has at least three bytes.
             let announced = items.saturating_mul(3).saturating_add(self.at as u64);
             if self.open.len() >= bounds.depth {
                 return Err(garbage());
@@ -383,18 +384,18 @@ impl Scan {
 }
 
 enum Token {
-    /// The header of an array of so many items.
+    /// The header of an array with this many items.
     Array(u64),
-    /// A string of so many bytes, whole.
+    /// A complete string of this many bytes.
     Bulk(usize),
     /// A status, an error, a number, or nil.
     Line,
 }
 
-/// What is wrong with bytes.
+/// Why bytes are not acceptable.
 enum Wrong {
     NotTheProtocol,
-    /// More is announced than there is room for.
+    /// More is announced than the bounds allow.
     TooLong,
 }
 
@@ -407,7 +408,7 @@ impl Wrong {
     }
 }
 
-/// The first token and its length; `None`: it is not there as a whole. It may have `most` bytes.
+/// The first token and its length; `None`: it has not arrived completely. It may have `most` bytes.
 fn token(bytes: &[u8], most: usize) -> Result<Option<(Token, usize)>, Wrong> {
     let Some(&kind) = bytes.first() else {
         return Ok(None);
@@ -440,7 +441,8 @@ fn token(bytes: &[u8], most: usize) -> Result<Option<(Token, usize)>, Wrong> {
     }
 }
 
-/// The number of a `$` or `*` line (`None`: nil), and the line's length; `None`: it is not there as a whole.
+/// The number in a `$` or `*` line (an inner `None`: nil), and the line's length; `None`: it has not arrived
+/// completely.
 fn header(bytes: &[u8]) -> Result<Option<(Option<u64>, usize)>, Wrong> {
     const MAX_DIGITS: usize = 10;
     let mut number = 0u64;
@@ -469,7 +471,7 @@ fn header(bytes: &[u8]) -> Result<Option<(Option<u64>, usize)>, Wrong> {
 }
 
 fn too_long(bounds: &Bounds) -> Failure {
-    let what = format!("the reply to {} is longer than any of Redis", bounds.to);
+    let what = format!("the reply to {} is longer than any reply of Redis", bounds.to);
     Failure::of(Trouble::TooLongReply, what)
 }
 

@@ -1,4 +1,4 @@
-//! Commands as the bytes that Redis reads. Source: RESP (Redis serialization protocol specification).
+//! Writes commands as the bytes that Redis reads. Source: RESP (Redis serialization protocol specification).
 
 /// Appends one command.
 pub(crate) fn append_command(out: &mut Vec<u8>, words: &[&[u8]]) {
@@ -18,12 +18,12 @@ pub(crate) fn append_bulk(out: &mut Vec<u8>, bytes: &[u8]) {
     out.extend_from_slice(b"\r\n");
 }
 
-/// What comes before a bulk string of so many bytes; a line's end comes behind it.
+/// The bytes before a bulk string of this length. A line end must follow the string.
 pub(crate) fn append_bulk_header(out: &mut Vec<u8>, length: usize) {
     append_length(out, b'$', length);
 }
 
-/// The words of one command that was appended by these functions.
+/// The words of one command that these functions have appended.
 pub fn words(command: &[u8]) -> Vec<&[u8]> {
     let line = |bytes: &[u8]| bytes.iter().position(|byte| *byte == b'\r').unwrap_or(bytes.len());
     let after = |bytes: usize| command.get(bytes..).unwrap_or_default();
@@ -41,7 +41,7 @@ pub fn words(command: &[u8]) -> Vec<&[u8]> {
     words
 }
 
-/// Most lengths are short, and each entry has a dozen: those are written in one piece.
+/// Most lengths are short, and each entry has a dozen of them, so these are written in one piece.
 fn append_length(out: &mut Vec<u8>, kind: u8, length: usize) {
     let digit = |value: usize| b'0' + (value % 10) as u8;
     match length {

@@ -1,4 +1,4 @@
-//! A connection with at_least_once: batches are plain commands, several on their way at once.
+//! A connection with at_least_once: batches are plain commands, several in flight at once.
 
 use crate::delivery::flight::{PIPELINED_BATCHES, Refusal};
 use crate::failure::{Failure, Trouble};
@@ -16,8 +16,8 @@ use crossbeam_channel::Receiver;
 use std::collections::VecDeque;
 use std::thread;
 
-/// Sends batches as they come, some before the replies to earlier ones, until the connection ends or the worker has let
-/// go of this sender.
+/// Sends batches as they come, some of them before the replies to earlier ones, until the connection ends or the worker
+/// has dropped this sender.
 pub(super) fn pipeline(
     connection: RedisConnection,
     destination: &Destination,
@@ -58,18 +58,18 @@ struct Pipeline<'a> {
     orders: &'a Receiver<Order>,
     reporter: &'a Reporter,
     idle: &'a Idle,
-    /// Batches that were sent, oldest first.
+    /// Batches that were sent and not answered yet, oldest first.
     unanswered: VecDeque<Batch>,
-    /// The server has closed the connection. What it had said before is still to be read.
+    /// The server has closed the connection. What it sent before is still to be read.
     closed: Option<Failure>,
-    /// It begins once all batches are answered.
+    /// It begins when all batches are answered.
     survey: Option<Box<Survey>>,
 }
 
 impl Pipeline<'_> {
-    /// Takes orders, and waits for one if there is nothing to be heard. `None`: the worker let go of the handle.
+    /// Takes orders, and waits for one if no reply is expected. `None`: the worker has dropped the handle.
     fn send(&mut self, mut line: Box<Line>) -> Result<Option<Box<Line>>, Failure> {
-        // A WAIT that has to be repeated would come behind later batches.
+        // A WAIT that has to be repeated would also wait for later batches.
         let ahead = if self.replicas.is_some() { 1 } else { PIPELINED_BATCHES };
         while self.closed.is_none() && self.unanswered.len() < ahead {
             if self.survey.is_some() && !self.unanswered.is_empty() {
@@ -91,7 +91,7 @@ impl Pipeline<'_> {
             match next {
                 Some(Order::Batch(batch)) => self.write(line.connection(), batch)?,
                 Some(Order::Survey(survey)) => self.survey = Some(survey),
-                // Nothing is asked of Redis: only whether the connection is still there.
+                // Redis is asked nothing. This only checks whether the connection still exists.
                 Some(Order::Beat { .. }) if self.unanswered.is_empty() => line.connection().look()?,
                 Some(_) => {}
                 None if self.unanswered.is_empty() => return Ok(None),
@@ -110,7 +110,7 @@ impl Pipeline<'_> {
         Ok(())
     }
 
-    /// Asks about consumer groups. False: the worker has let go of this sender.
+    /// Asks about consumer groups. False: the worker has dropped this sender.
     fn survey(&self, connection: &mut RedisConnection, mut survey: Box<Survey>) -> Result<bool, Failure> {
         let mut out = Vec::new();
         loop {
@@ -127,8 +127,8 @@ impl Pipeline<'_> {
         }
     }
 
-    /// Reads the replies of a batch, and reports them. False: the connection has ended, or the worker has let go of
-    /// this sender.
+    /// Reads the replies of a batch and reports them. False: the connection has ended, or the worker has dropped this
+    /// sender.
     fn hear(&self, connection: &mut RedisConnection, batch: Batch) -> Result<bool, Failure> {
         let refused = match answers(connection, batch.commands) {
             Ok(refused) => refused.into_iter(),
@@ -155,7 +155,7 @@ impl Pipeline<'_> {
         Ok(self.reporter.report_before(report, waiting))
     }
 
-    /// Waits until enough replicas have all that was written. False: the worker has let go of this sender.
+    /// Waits until enough replicas have everything that was written. False: the worker has dropped this sender.
     fn replicate(&self, connection: &mut RedisConnection, replicas: Replicas) -> Result<bool, Failure> {
         let mut reported = None;
         loop {

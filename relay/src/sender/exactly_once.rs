@@ -1,4 +1,4 @@
-//! A connection with exactly_once: says what [`Conversation`] has to say, and hears the replies.
+//! A connection with exactly_once: sends the output of [`Conversation`], and passes it the replies.
 
 use crate::failure::{Failure, Trouble};
 use crate::fault::{self, Point};
@@ -12,7 +12,7 @@ use crate::sender::reporter::Reporter;
 use crossbeam_channel::{Receiver, TryRecvError};
 use std::thread;
 
-/// Sends and receives for a conversation until the connection ends or the worker has let go of this sender.
+/// Sends and receives for a conversation until the connection ends or the worker has dropped this sender.
 pub(super) fn converse(
     mut line: Box<Line>,
     orders: &Receiver<Order>,
@@ -34,14 +34,14 @@ pub(super) fn converse(
             match next.take().unwrap_or_else(|| orders.try_recv()) {
                 Ok(order) => conversation.order(order),
                 Err(TryRecvError::Empty) => break,
-                // The worker has let it go, but the guard is still to say so to those who watch it.
+                // The worker has dropped it, but the guard must still show to others that its owner leaves.
                 Err(TryRecvError::Disconnected) if conversation.is_releasing() => break,
-                // What became of batches in flight is found out by the next claim.
+                // The next claim finds out what became of batches in flight.
                 Err(TryRecvError::Disconnected) => return Ok(()),
             }
         }
         if conversation.waits_again() {
-            // Replicas may be away for days, and no order is taken meanwhile that would say so.
+            // Replicas may be away for days, and during that time no order is taken that could show this.
             if idle.is_let_go() {
                 return Ok(());
             }
@@ -72,8 +72,7 @@ pub(super) fn converse(
     }
 }
 
-/// Reads what the server had said before it closed the connection during a write, for example that an entry is too
-/// large.
+/// Reads what the server sent before it closed the connection during a write, for example that an entry is too large.
 fn last_words(
     connection: &mut RedisConnection,
     conversation: &mut Conversation,

@@ -1,9 +1,9 @@
-//! An idle connection. Its sender leaves it here while it sleeps, so that the worker's own thread can refresh the
-//! guard. An idle relay then wakes one thread, by one timer, and waits for no answer.
+//! An idle connection. Its sender leaves it here while it sleeps, so that the worker's main thread can refresh the
+//! guard. So an idle relay wakes only one thread, with one timer, and does not wait for an answer.
 //!
-//! That thread writes what fits at once, and takes in the answer to the refresh before only if it is the usual one,
-//! byte for byte. All else (another answer, none, an error) is left to the sender, which has the time to wait and knows
-//! which words must not be shown.
+//! That thread writes what it can without waiting. It accepts the answer to the previous refresh only if it is the
+//! usual one, byte for byte. In all other cases (another answer, none, an error) the sender takes over: it can wait,
+//! and it knows which texts must not be shown.
 
 use crate::failure::Failure;
 use crate::redis::connection::RedisConnection;
@@ -11,11 +11,11 @@ use crate::sender::conversation::Conversation;
 use crate::sender::orders::Order;
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// A connection and, with exactly_once, what was said on it.
+/// A connection and, with exactly_once, the conversation on it.
 pub(crate) struct Line {
     connection: RedisConnection,
     conversation: Option<Conversation>,
-    /// The usual answer to the refresh that was written last.
+    /// The usual answer to the last refresh that was written.
     expected: Vec<u8>,
 }
 
@@ -32,20 +32,20 @@ impl Line {
         &mut self.connection
     }
 
-    /// With exactly_once.
+    /// The conversation (exactly_once).
     pub(crate) fn conversation(&mut self) -> Option<(&mut RedisConnection, &mut Conversation)> {
         let conversation = self.conversation.as_mut()?;
         Some((&mut self.connection, conversation))
     }
 
-    /// Whether there is nothing to be said or heard before an order comes.
+    /// Whether nothing has to be sent or received before an order comes.
     pub(crate) fn is_idle(&mut self) -> bool {
         self.conversation
             .as_mut()
             .is_some_and(|c| c.wants_order() && !c.awaits_reply() && c.output().is_empty())
     }
 
-    /// Takes in what has been answered while it was idle, so that a batch need not wait for it.
+    /// Processes what was answered while it was idle, so that a batch need not wait for it.
     pub(crate) fn take_in_answers(&mut self) -> Result<(), Failure> {
         let Some(conversation) = &mut self.conversation else {
             return Ok(());
@@ -56,7 +56,7 @@ impl Line {
         while conversation.awaits_reply()
             && let Some(reply) = self.connection.received(&conversation.bounds())?
         {
-            // Nothing is reported of a refresh.
+            // Nothing is reported for a refresh.
             conversation.reply(reply, &mut Vec::new())?;
         }
         Ok(())
@@ -93,7 +93,7 @@ impl Line {
 pub(crate) struct Idle(Arc<Mutex<Option<Box<Line>>>>);
 
 impl Idle {
-    /// Keeps the line here while `wait` waits, and gives it back.
+    /// Keeps the line here while `wait` waits, and takes it back.
     pub(crate) fn keep<R>(&self, line: Box<Line>, wait: impl FnOnce() -> R) -> Result<(Box<Line>, R), Failure> {
         let place = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
         *place() = Some(line);
@@ -103,13 +103,13 @@ impl Idle {
             .ok_or_else(|| Failure::backend("the connection was taken away while it was idle"))
     }
 
-    /// Whether the worker has dropped its [`Handle`](crate::sender::Handle), which holds the other one.
+    /// Whether the worker has dropped its [`Handle`](crate::sender::Handle), which holds the other reference.
     pub(crate) fn is_let_go(&self) -> bool {
         Arc::strong_count(&self.0) == 1
     }
 
-    /// Refreshes the guard, or looks whether the connection is there, without waiting. True: all is well as far as is
-    /// known, or the sender is at work, and its batches say as much. False: the sender is to do it.
+    /// Refreshes the guard, or checks that the connection exists, without waiting. True: there is no sign of a problem,
+    /// or the sender is at work and its batches show as much. False: the sender has to do it.
     pub(crate) fn beat(&self, beat: u64) -> bool {
         let Ok(mut idle) = self.0.try_lock() else {
             return true;

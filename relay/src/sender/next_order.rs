@@ -1,15 +1,16 @@
-//! Waiting for the next order, asleep or awake.
+//! Waits for the next order, asleep or awake.
 
 use crate::sender::orders::Order;
 use crossbeam_channel::{Receiver, TryRecvError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long a sender that was roused stays awake: as long as the worker may need to bring the batch. It yields the
-/// processor to others.
+/// How long a sender that was roused stays awake: as long as the worker may need to bring the batch. Meanwhile it
+/// yields the processor to others.
 const ROUSED_FOR: Duration = Duration::from_micros(200);
 
-/// Waits for an order: asleep or, once roused, awake, because waking takes as long as reading and appending an event.
+/// Waits for an order: asleep or, if it was roused, awake, because waking takes as long as reading and appending an
+/// event.
 pub(super) fn next_order(orders: &Receiver<Order>) -> Result<Order, TryRecvError> {
     loop {
         let order = orders.recv().map_err(|_| TryRecvError::Disconnected)?;

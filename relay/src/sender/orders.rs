@@ -1,4 +1,4 @@
-//! What the worker tells a sender, and what that reports: plain values.
+//! The orders of a worker to its sender, and the sender's reports, as plain values.
 
 use crate::consumers::group::Surveyed;
 use crate::delivery::flight::Refusal;
@@ -12,54 +12,55 @@ use crate::sender::survey::Survey;
 /// Commands for one write, ready as bytes.
 pub struct Batch {
     pub bytes: Vec<u8>,
-    /// How many commands, so how many replies.
+    /// The number of commands, and so of replies.
     pub commands: usize,
 }
 
-/// What the worker tells a sender. With at_least_once: only batches, that one is about to come, beats and surveys.
+/// An order of the worker. With at_least_once there are only batches, rousing, beats and surveys.
 pub enum Order {
-    /// For exactly_once it begins with MULTI and ends with the guard's HSET; `commands` are the entries alone.
+    /// With exactly_once it begins with MULTI and ends with the guard's HSET; `commands` counts only the entries.
     Batch(Batch),
     /// Claims the guard that was reported.
     Claim(Box<Claim>),
-    /// Looks for events in their streams' tails; at least one.
+    /// Look for events at the ends of their streams; at least one event.
     Look(Vec<Wanted>),
     /// Asks about consumer groups.
     Survey(Box<Survey>),
     /// A batch is about to come.
     Rouse,
-    /// What was refused is written down: goes on.
+    /// What was refused is written down: continue.
     Resume,
-    /// Refreshes the guard, and so looks whether the connection is there; `released`: for the last time.
+    /// Refresh the guard, which also checks that the connection exists; `released`: for the last time.
     Beat { beat: u64, released: bool },
 }
 
-/// What a sender reports, in order.
+/// A report of a sender. Reports come in order.
 pub enum Report {
-    /// This is the node that it is about to connect to.
+    /// The node that it is about to connect to.
     Found(Address),
-    /// Logged in; batches are welcome (at_least_once).
+    /// It has logged in, and batches may be sent (at_least_once).
     Connected,
-    /// Logged in; this is the guard, and a claim is waited for.
+    /// It has logged in and has read this guard; a claim is expected.
     Guard(Box<Option<Guard>>),
-    /// The guard is ours.
+    /// The guard is claimed.
     Claimed,
-    /// What was found of each event that was to be looked for.
+    /// For each event of [`Order::Look`], what was found.
     Seen(Vec<Sighting>),
-    /// What a survey, by its number, has found.
+    /// The result of the survey with this number.
     Surveyed(u64, Vec<Surveyed>),
-    /// All replies of the oldest batch are there; the commands that were refused, by index. The buffer comes back. With
-    /// exactly_once it waits for [`Order::Resume`] if any was refused, and drops the batches that come before that.
+    /// All replies of the oldest batch have come; the commands that were refused, by index. The buffer is returned.
+    /// With exactly_once, if any were refused, it waits for [`Order::Resume`] and drops the batches that come before
+    /// that.
     Done { refused: Vec<Refusal>, buffer: Vec<u8> },
-    /// Nothing of the oldest batch was appended, because these commands of it were refused. Waits for
+    /// Nothing of the oldest batch was appended, because these commands of it were refused. It waits for
     /// [`Order::Resume`].
     Aborted { refused: Vec<Refusal>, buffer: Vec<u8> },
-    /// The oldest batch is appended, but not replicated yet; it goes on waiting.
+    /// The oldest batch is appended but not replicated yet; it continues to wait.
     Behind(Failure),
-    /// The guard says that its owner has left.
+    /// The guard shows that its owner has left.
     Released,
-    /// The connection is no more. `accepted`: replies of the oldest batch that were read before it ended, and `refused`
-    /// those of them which were errors. All else that was sent is in doubt.
+    /// The connection has ended. `accepted`: how many replies of the oldest batch were read before that; `refused`:
+    /// those of them that were errors. Everything else that was sent is in doubt.
     Lost {
         failure: Failure,
         accepted: usize,
@@ -71,7 +72,7 @@ pub enum Report {
 pub struct Claim {
     pub token: String,
     pub owner: Owner,
-    /// What the guard says from now on of what was appended; `None` leaves that.
+    /// The new position in the guard; `None` leaves it unchanged.
     pub start: Option<Beginning>,
 }
 
@@ -79,7 +80,7 @@ pub struct Claim {
 pub struct Beginning {
     pub number: u64,
     pub position: Position,
-    /// Events behind it may stand in the streams already.
+    /// Whether events behind it may already be in the streams.
     pub compares: bool,
     pub wal: u64,
     pub total: i64,

@@ -1,4 +1,4 @@
-//! How a sender's thread reports, and when that wakes the worker.
+//! How a sender's thread reports, and when a report wakes the worker.
 
 use crate::delivery::flight::WINDOW_BATCHES;
 use crate::failure::Failure;
@@ -8,7 +8,7 @@ use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-/// The worker is woken once for this many reports of batches that went well,
+/// The worker is woken once for this many reports of successful batches,
 const HEARD_TOGETHER: usize = WINDOW_BATCHES / 4;
 
 /// but only while more orders than this wait for the sender: then the worker need not hurry.
@@ -20,17 +20,17 @@ pub(super) struct Reporter {
 }
 
 impl Reporter {
-    /// False: the worker has let go of this sender.
+    /// False: the worker has dropped this sender.
     pub(super) fn report(&self, report: Report) -> bool {
         self.report_before(report, 0)
     }
 
-    /// The same, while so many orders are `waiting` to be obeyed: a batch that went well need not wake the worker then.
+    /// As [`Self::report`], while this many orders are `waiting`: then a successful batch need not wake the worker.
     pub(super) fn report_before(&self, report: Report, waiting: usize) -> bool {
         let is_news = !matches!(&report, Report::Done { refused, .. } if refused.is_empty());
         let heard = self.reports.try_send(report).is_ok();
         if heard && (is_news || waiting <= ENOUGH_ORDERS || self.reports.len() >= HEARD_TOGETHER) {
-            // A full socket wakes the worker just as well.
+            // If the socket is full, the worker will wake anyway.
             let _ = (&*self.waker).write(&[0]);
         }
         heard
@@ -46,7 +46,7 @@ impl Reporter {
 }
 
 impl Drop for Reporter {
-    /// Also when the thread panics: the worker sees the closed channel.
+    /// This also runs if the thread panics: the worker sees the closed channel.
     fn drop(&mut self) {
         let _ = (&*self.waker).write(&[0]);
     }

@@ -1,6 +1,6 @@
-//! How long events take: counts by duration, and the quantiles that they give.
+//! How long events take: counts by duration, and quantiles.
 
-/// Upper bounds of the buckets, in microseconds. A last bucket takes what is longer.
+/// Upper bounds of the buckets, in microseconds. A last bucket counts longer durations.
 pub const BOUNDS_US: [u64; 20] = [
     250,
     500,
@@ -39,8 +39,8 @@ impl Latencies {
         self.sum_us += us;
     }
 
-    /// The duration, in seconds, within which this share of the events was. Within a bucket it is interpolated; beyond
-    /// the highest bound it is that bound. `None`: there were no events.
+    /// The duration, in seconds, that this share of the events did not exceed. Interpolated within a bucket; above the
+    /// highest bound it is that bound. `None`: there were no events.
     pub fn quantile(&self, share: f64) -> Option<f64> {
         let all: u64 = self.counts.iter().sum();
         let rank = share * all as f64;
@@ -57,7 +57,7 @@ impl Latencies {
     }
 }
 
-/// The bucket of a duration: the first whose bound it does not exceed.
+/// The bucket of a duration: the first one whose bound it does not exceed.
 #[inline]
 fn bucket_of(us: u64) -> usize {
     BOUNDS_US.partition_point(|bound| *bound < us)

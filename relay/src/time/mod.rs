@@ -1,6 +1,6 @@
-//! Time as it is passed in: no clock is read in this crate's decisions.
+//! Time is passed in: decisions in this crate read no clock.
 //!
-//! - [`patience`] when to try again what failed, each task by itself
+//! - [`patience`] when to try again what failed, separately for each task
 //! - [`latency`] how long events take
 
 pub mod latency;
@@ -8,5 +8,5 @@ pub mod patience;
 
 use std::time::Duration;
 
-/// Time since some fixed moment.
+/// Time since some fixed point.
 pub type Now = Duration;

@@ -1,14 +1,14 @@
-//! Patience with tasks that fail, each by itself: what failed is tried again after a while, twice as long each time,
-//! and nothing else waits for it. A setback is told at once and again each minute; one that may be over in a moment (a
-//! lock) once it has lasted.
+//! Patience with tasks that fail, separately for each: a failed task is tried again after a while, twice as long each
+//! time, and nothing else waits for it. A failure is reported at once and again each minute. One that may pass soon (a
+//! lock) is reported only if it lasts.
 
 use crate::time::Now;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-/// The same setback is told again after this long.
+/// The same failure is reported again after this time.
 const TELL_AGAIN_AFTER: Duration = Duration::from_secs(60);
-/// A setback that may pass is told once it has lasted so long.
+/// A failure that may pass soon is reported when it has lasted this long.
 const MAY_PASS_WITHIN: Duration = Duration::from_secs(1);
 
 /// The first wait, and the longest.
@@ -25,7 +25,7 @@ struct Setback {
     told: Vec<(String, Now)>,
 }
 
-/// By task.
+/// The failures by task.
 pub struct Patience<T> {
     setbacks: BTreeMap<T, Setback>,
 }
@@ -46,14 +46,14 @@ impl<T: Ord + Copy> Patience<T> {
 
     /// When a task that failed is tried again.
     pub fn retry_at(&self, task: T) -> Option<Now> {
-        // The usual case costs next to nothing.
+        // The usual case must cost almost nothing.
         if self.setbacks.is_empty() {
             return None;
         }
         self.setbacks.get(&task).map(|setback| setback.retry_at)
     }
 
-    /// When the next of all is.
+    /// When the next of all failed tasks is tried again.
     pub fn next_retry_at(&self) -> Option<Now> {
         self.setbacks.values().map(|setback| setback.retry_at).min()
     }
@@ -64,12 +64,12 @@ impl<T: Ord + Copy> Patience<T> {
         }
     }
 
-    /// A task is not for now any more.
+    /// Forgets tasks that no longer exist.
     pub fn retain(&mut self, mut is_known: impl FnMut(T) -> bool) {
         self.setbacks.retain(|task, _| is_known(*task));
     }
 
-    /// Returns whether to tell of it. `may_pass`: it may be over in a moment.
+    /// Notes a failure. Returns whether to report it. `may_pass`: it may pass soon.
     pub fn failed(&mut self, task: T, message: &str, may_pass: bool, waits: Waits, now: Now) -> bool {
         let setback = self.setbacks.entry(task).or_insert(Setback {
             since: now,
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn a_trouble_is_told_at_once_and_each_minute_and_a_lock_when_it_lasts() {
+    fn a_failure_is_reported_at_once_and_each_minute_and_a_lock_when_it_lasts() {
         let mut patience = Patience::default();
         assert!(patience.failed(1, "broken", false, WAITS, ms(0)));
         assert!(!patience.failed(1, "broken", false, WAITS, ms(59_999)));

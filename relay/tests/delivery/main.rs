@@ -36,7 +36,7 @@ use world::{Faults, Mutant, Seen, World, delivery};
 
 /// The number of the model's backend.
 const NUMBER: i32 = 1;
-/// Of the size that they have outside of the simulation, a 256th.
+/// A 256th of the real sizes.
 const WINDOW_BYTES: usize = 8 * 1024;
 const BATCH_BYTES: usize = 1024;
 const STREAMS: u8 = 5;
@@ -45,7 +45,7 @@ fn name(stream: u8) -> Rc<str> {
     Rc::from(format!("stream-{stream}"))
 }
 
-/// Tells what happens, when one schedule is replayed.
+/// Prints what happens when a single schedule is replayed.
 macro_rules! tell {
     ($world:expr, $($text:tt)*) => {
         if $world.tells {
@@ -55,7 +55,7 @@ macro_rules! tell {
 }
 pub(crate) use tell;
 
-/// What an event takes on its way: mostly little, some much, and more than a window.
+/// The room that an event takes on its way: mostly little, sometimes much, or more than a window.
 fn bytes(seq: i64) -> usize {
     match seq % 97 {
         13 | 57 => 2_800,
@@ -105,7 +105,7 @@ fn loses_and_repeats_nothing() {
     assert!(enough, "too tame: {seen:?}");
 }
 
-/// The first thing that the oracle says about a worker that is wrong.
+/// What the oracle first reports about a faulty worker.
 fn said_of(mutant: Mutant) -> String {
     caught(300, |seed| schedule(seed, mutant).map(drop))
 }

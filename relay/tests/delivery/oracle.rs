@@ -1,9 +1,9 @@
-//! What must hold.
+//! The properties that must hold.
 
 use super::*;
 
 impl World {
-    /// Whatever the saved cursor has passed is in its stream, or written down.
+    /// Every event that the saved cursor has passed is in its stream or saved as refused.
     pub(crate) fn check_cursor(&self) -> Result<(), String> {
         for key in self.database.rows() {
             if !self.tables.cursor.covers(key) || !self.database.is_committed(key.seq) {
@@ -67,7 +67,7 @@ impl World {
             }
             let mut met = HashSet::new();
             let first = entries.iter().copied().filter(|seq| met.insert(*seq));
-            // A crash forgets that an event has failed.
+            // A crash may lose the failure of an event.
             let first = first.filter(|seq| !self.tables.failed.contains_key(seq));
             if let Some((before, after)) = self.database.out_of_order(first) {
                 return Err(format!("{after} comes after {before} in {stream}"));

@@ -1,4 +1,4 @@
-//! Redis and the way to it.
+//! A model of Redis and of the connection to it.
 
 use super::*;
 
@@ -6,15 +6,15 @@ use super::*;
 pub(crate) struct Redis {
     pub streams: BTreeMap<Rc<str>, Vec<i64>>,
     pub held: HashSet<i64>,
-    /// Hold another type for now.
+    /// Keys that hold another type for now.
     pub sick: BTreeSet<Rc<str>>,
-    /// A whole-backend trouble, for now.
+    /// An error of the whole backend, for now.
     pub trouble: Option<Failure>,
-    /// Refuses at random, command by command.
+    /// Whether it refuses commands at random.
     pub fickle: f64,
-    /// Every stream of which it refused an event for what it is.
+    /// The streams of which it refused an event because of its content.
     pub refused: HashSet<Rc<str>>,
-    /// Every stream of which it refused anything.
+    /// The streams of which it refused anything.
     pub disturbed: HashSet<Rc<str>>,
 }
 
@@ -76,7 +76,7 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
-    /// What was written and has not been executed.
+    /// Commands that were written and not executed yet.
     pub(crate) fn unexecuted(&self) -> impl Iterator<Item = &Command> {
         let written = self.batches.iter().take(PIPELINED_BATCHES);
         written.flat_map(|sent| &sent.commands[sent.replies.len()..])

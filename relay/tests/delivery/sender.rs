@@ -1,4 +1,4 @@
-//! The sender and Redis, and what befalls them.
+//! The sender and Redis, and their faults.
 
 use super::*;
 
@@ -93,7 +93,7 @@ impl World {
         }
     }
 
-    /// What was written may be executed later, or some of it.
+    /// All or some of the written commands may be executed later.
     pub(crate) fn leave_over(&mut self) {
         if let Some(connection) = &self.connection {
             let mut written: VecDeque<Command> = connection.unexecuted().cloned().collect();
@@ -128,7 +128,7 @@ impl World {
         }
     }
 
-    /// The streams of all that the worker has no news of yet, or that is still to be executed.
+    /// The streams of all events whose result the worker does not know, or that are still to be executed.
     pub(crate) fn on_their_way(&self) -> impl Iterator<Item = Rc<str>> {
         let in_flight = self.in_flight.iter().flat_map(|(seqs, _)| seqs);
         let in_flight = in_flight.map(|seq| name(self.database.row(*seq).stream));

@@ -1,4 +1,4 @@
-//! What the worker writes down.
+//! The tables of the worker.
 
 use super::*;
 

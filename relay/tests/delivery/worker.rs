@@ -2,14 +2,14 @@
 
 use super::*;
 
-/// The rows that a pass meets.
+/// The rows that a pass reads.
 struct ScannedRows<'a> {
     database: &'a Database,
     delivery: &'a Delivery,
     max_attempts: u32,
     /// Rows up to this number are late,
     late_to: i64,
-    /// and so many were met.
+    /// and this many were read.
     late: u32,
 }
 
@@ -162,7 +162,7 @@ impl World {
         }
     }
 
-    /// All in flight but the first `known` of the oldest batch is in doubt.
+    /// Everything in flight except the first `known` of the oldest batch is in doubt.
     pub(crate) fn doubt(&mut self, known: usize) {
         self.shake();
         let in_flight = self.in_flight.drain(..).flat_map(|(seqs, _)| seqs);
@@ -228,7 +228,7 @@ impl World {
         self.tables.cursor = cursor;
     }
 
-    /// Fails some of what waits in streams whose head has failed.
+    /// Fails some of the waiting events in streams whose head has failed.
     fn fail_waiting(&mut self) -> bool {
         let failing = self.delivery.streams_to_fail(2);
         for (stream, _) in &failing {
@@ -243,7 +243,7 @@ impl World {
         !failing.is_empty()
     }
 
-    /// Tries the streams again that are due.
+    /// Retries the streams that are due.
     pub(crate) fn retry(&mut self) -> bool {
         self.write_down();
         let mut did = self.fail_waiting();
@@ -276,7 +276,7 @@ impl World {
             self.send(&batch, bytes);
             self.delivery.sent(entries, Contents::Waiting { all }, bytes);
         }
-        // Whoever waits until then must not find that nothing is to be done.
+        // A worker that waits until then must find something to do.
         let due = self.delivery.due_at();
         let wakes_for_nothing = due.is_some_and(|at| at <= self.now) && !self.delivery.wants_connection(self.now);
         assert!(!wakes_for_nothing, "due at {due:?}, yet there is nothing to do");
@@ -307,7 +307,7 @@ impl World {
             replies: Vec::new(),
             read: 0,
         };
-        // A sender that has ended takes nothing more; its last report is on the way.
+        // A sender that has ended accepts nothing more; its last report is on the way.
         if let Some(connection) = self.connection.as_mut().filter(|c| !c.ended) {
             connection.batches.push_back(sent);
         }
@@ -318,7 +318,7 @@ impl World {
         self.ticks.push(Arc::new(tick));
     }
 
-    /// Reads up to `limit` rows on, as far as there is room; false: there is nothing to read.
+    /// Reads up to `limit` further rows, as far as there is room; false: there is nothing to read.
     pub(crate) fn read(&mut self, limit: usize) -> bool {
         if !self.delivery.has_room() {
             self.seen.full_windows += u32::from(!self.in_flight.is_empty());
@@ -365,7 +365,7 @@ impl World {
         true
     }
 
-    /// Where it goes on to; `None`: there is nowhere to go.
+    /// Where it goes on to; `None`: nowhere.
     fn goal(&self) -> Option<Arc<Tick>> {
         let position = self.delivery.position();
         if let Some(under_way) = &position.under_way {
@@ -375,7 +375,7 @@ impl World {
         self.ticks.get(reached.map_or(0, |index| index + 1)).cloned()
     }
 
-    /// Takes over what a pass came to, in a transaction that has ended well.
+    /// Adopts the result of a pass, in a transaction that has committed.
     fn hand_over(&mut self, reader: Collector) {
         let parked: Vec<i64> = reader.records.iter().map(parked).collect();
         tell!(self, "park {parked:?}, of {:?} that are not sent", reader.skipped);
@@ -393,7 +393,7 @@ impl World {
         self.delivery.advanced(reader.end);
     }
 
-    /// A new life, from what was saved.
+    /// A restart, from the saved state.
     pub(crate) fn crash(&mut self) {
         tell!(self, "crash");
         self.seen.crashes += 1;
@@ -401,7 +401,7 @@ impl World {
         self.pending.clear();
         self.in_flight.clear();
         for key in self.database.rows() {
-            // One that waits in the table, and is read once more, is sent by both ways.
+            // An event that waits in the table and is read once more is sent in both ways.
             let (is_read, waits) = (
                 !self.tables.cursor.covers(key),
                 self.tables.refused.contains_key(&self.key(key.seq)),

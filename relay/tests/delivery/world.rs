@@ -1,20 +1,20 @@
-//! What happens in a schedule.
+//! The events of a schedule.
 
 use super::*;
 
-/// A worker that is wrong in one way.
+/// A fault that is put into the worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mutant {
     None,
-    /// Saves what was read as the cursor, not what was acknowledged.
+    /// Saves the position that was read as the cursor, not the acknowledged one.
     SavesRead,
-    /// Saves the cursor before it has recorded what was refused.
+    /// Saves the cursor before it has saved the refusals.
     SavesBeforeRecords,
-    /// Does not write down what was refused.
+    /// Does not save the refusals.
     ForgetsRefused,
     /// Does not copy the rows that must wait behind others.
     ForgetsParked,
-    /// Copies them before it has recorded that the first was refused.
+    /// Copies them before it has saved that the first was refused.
     ParksBeforeRecords,
 }
 
@@ -26,9 +26,9 @@ pub(crate) struct Faults {
     pub losses: f64,
     pub crashes: f64,
     pub settings: f64,
-    /// Of the transactions that read.
+    /// The share of reading transactions that abort.
     pub aborts: f64,
-    /// Nothing heals before what is on its way has been refused too: then no order is lost.
+    /// Redis does not recover before the events on their way have been refused too: then no order is lost.
     pub tidy: bool,
 }
 
@@ -57,7 +57,7 @@ impl Faults {
     }
 }
 
-/// How often what is rare happened, so that no test passes for want of it.
+/// Counts of rare events, so that no test passes because they did not happen.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Seen {
     pub parked: u32,
@@ -89,7 +89,7 @@ pub(crate) struct World {
     pub rng: Rng,
     pub mutant: Mutant,
     pub faults: Faults,
-    /// Of an event: up to this.
+    /// The maximum of an event.
     pub max_attempts: u32,
     pub batch_size: usize,
     pub backoff: Backoff,
@@ -98,18 +98,18 @@ pub(crate) struct World {
     pub tables: Tables,
     pub redis: Redis,
     pub connection: Option<Connection>,
-    /// What old connections had written, still to be executed.
+    /// Commands of old connections that are still to be executed.
     pub leftovers: Vec<VecDeque<Command>>,
     pub delivery: Delivery,
-    /// Of this life of the worker.
+    /// State of this life of the worker.
     pub ticks: Vec<Arc<Tick>>,
-    /// Not yet written down, in order.
+    /// Results that are not saved yet, in order.
     pub pending: Vec<Record>,
     /// The batches that the sender has not reported.
     pub in_flight: VecDeque<(Vec<i64>, usize)>,
-    /// How often a row may have been executed without the worker's knowing.
+    /// How often a row may have been executed without the worker's knowledge.
     pub doubts: HashMap<i64, u32>,
-    /// Streams that had events in flight behind a refused one when all was in doubt: they may have overtaken it.
+    /// Streams that had events in flight behind a refused one when everything was in doubt: they may have overtaken it.
     pub shaken: HashSet<Rc<str>>,
     pub accepted: u64,
     pub seen: Seen,
@@ -212,7 +212,7 @@ impl World {
         Ok(())
     }
 
-    /// Goes on without faults until nothing is left to do at this time; how far the clock may go is the caller's.
+    /// Continues without faults until nothing is left to do at this time; the caller sets the limit of the clock.
     pub(crate) fn run_dry(&mut self) -> Result<(), String> {
         for _ in 0..100_000 {
             self.tend_connection();
@@ -231,7 +231,7 @@ impl World {
         Err("does not come to an end".to_owned())
     }
 
-    /// Reads a large piece; true: there was something.
+    /// Reads a large piece; true: there was something to read.
     pub(crate) fn read_on(&mut self) -> bool {
         self.faults.aborts = 0.0;
         let before = self.delivery.position().clone();
@@ -246,7 +246,8 @@ impl World {
         }
         self.redis.trouble = None;
         self.redis.fickle = 0.0;
-        // The backend comes up; some streams are still refused, and their time does not come: the others go on.
+        // The backend recovers; some streams are still refused, and the time of their retries does not come: the others
+        // go on.
         for _ in 0..4 {
             self.delivery.retry_changed(self.now);
             self.now = self.delivery.connects_at().map_or(self.now, |at| at.max(self.now));
@@ -263,7 +264,7 @@ impl World {
                 return Err(format!("{} was read and is nowhere", key.seq));
             }
         }
-        // Now some are mended, or all; each of the others has its attempts.
+        // Now some streams are corrected, or all; the others use up their attempts.
         let mends_all = self.rng.bool();
         self.redis.sick.retain(|_| !mends_all);
         for _ in 0..10_000 {

@@ -1,4 +1,4 @@
-//! What a schedule is made of: time and chance, Redis and its troubles, a worker that may be wrong.
+//! The elements of a schedule: time and chance, Redis and its faults, faults put into the worker.
 
 use crate::lane::{HASH_SLOTS, hash_slot};
 use crate::model::connection::Leftover;
@@ -13,7 +13,7 @@ use std::collections::BTreeSet;
 use std::ops::AddAssign;
 use std::time::Duration;
 
-/// Tells what happens, when one schedule is replayed.
+/// Prints what happens when a single schedule is replayed.
 macro_rules! tell {
     ($env:expr, $($text:tt)*) => {
         if $env.tells {
@@ -23,59 +23,59 @@ macro_rules! tell {
 }
 pub(crate) use tell;
 
-/// A worker that is wrong in one way.
+/// A fault that is put into the worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mutant {
     None,
-    /// Saves what was read, not what was acknowledged.
+    /// Saves the position that was read, not the acknowledged one.
     SavesAhead,
-    /// Goes on before what was refused is written down,
+    /// Continues before the refusals are saved,
     ResumesUnsaved,
     /// or durable.
     ResumesUnflushed,
-    /// Tells the guard no position before the batch.
+    /// Gives the guard no position before the batch.
     WrongPrevious,
     /// Does not tell the guard which waiting events it sends.
     ForgetsAgain,
-    /// Takes all of a batch as accepted of which it has not heard.
+    /// Takes all of a batch with an unknown result as accepted.
     AdoptsUnsettled,
     /// Compares no event ids.
     ComparesNothing,
-    /// Does not look whether a row is written down that it reads again.
+    /// Does not check whether a row that it reads again is saved as refused.
     ReadsBlindly,
-    /// Does not send again what waited when Redis has lost it.
+    /// Does not send a waiting event again when Redis has lost it.
     ForgetsAccepted,
-    /// Sends what is not durable.
+    /// Sends events that are not durable.
     SkipsFlush,
-    /// Sends what lies behind events that were written down, but are not durable.
+    /// Sends events after saved refusals that are not durable.
     ParksUnflushed,
     /// Believes the guard's position in any history.
     TrustsAnyHistory,
-    /// Sends before what the guard said is durable.
+    /// Sends before the state read from the guard is durable.
     ComesUpUnflushed,
-    /// Takes over from whoever is silent.
+    /// Takes over from any owner that is silent.
     CopiesTakeOver,
-    /// Sends what a dump has brought without looking for it.
+    /// Sends the events of a dump without looking for them.
     SendsRestored,
-    /// Heals as if nothing of a dump had come since.
+    /// Heals as if there had been no restore since.
     ForgetsRestores,
-    /// Takes any history for its own when it is told to take over.
+    /// Takes any history for its own in a take-over.
     TakesOverBlindly,
     /// Looks for half of the events that it should look for.
     ComparesLess,
-    /// Begins a lane at the newest tick instead of where its finder stands.
+    /// Begins a lane at the newest tick instead of its finder's position.
     LaneBeginsAtNewest,
-    /// Lets a finder go on before the lane is saved that it has found.
+    /// Lets a finder continue before the lane that it has found is saved.
     LaneIsNotSaved,
-    /// Once one lane has compared after a promotion, takes the guards of the others for its own history's.
+    /// Once one lane has compared after a promotion, takes the guards of the others for guards of its own history.
     OneLaneComparesForAll,
-    /// Compares nothing for a lane that was just made.
+    /// Compares nothing for a new lane.
     NewLaneComparesNothing,
-    /// Takes for delivered by all of a backend what its finder has come past.
+    /// Takes everything that the finder has passed for delivered by the whole backend.
     PurgesWithoutLanes,
 }
 
-/// How often what goes wrong.
+/// How often each fault happens.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Faults {
     pub(crate) troubled: f64,
@@ -83,22 +83,22 @@ pub(crate) struct Faults {
     pub(crate) cuts: f64,
     pub(crate) crashes: f64,
     pub(crate) server_crashes: f64,
-    /// Of the transactions that read.
+    /// The share of reading transactions that abort.
     pub(crate) aborts: f64,
     pub(crate) tail_losses: f64,
     /// To what it once was; what it is now it may come back with.
     pub(crate) flips: f64,
     pub(crate) flushes: f64,
     pub(crate) guard_losses: f64,
-    /// Of the standby, some state of which becomes another server.
+    /// Promotions of a standby, an older state of which becomes another server.
     pub(crate) promotions: f64,
     /// Copies that are started beside the original.
     pub(crate) clones: f64,
-    /// Of a stream, perhaps to nothing.
+    /// Trims of a stream, perhaps to nothing.
     pub(crate) trims: f64,
-    /// Of a dump, whose events may have been sent since it was taken.
+    /// Restores of a dump, whose events may have been sent since it was taken.
     pub(crate) restores: f64,
-    /// Of what was delivered some time ago.
+    /// Purges of events that were delivered some time ago.
     pub(crate) purges: f64,
 }
 
@@ -122,7 +122,7 @@ impl Faults {
     };
 
     fn random(rng: &mut Rng) -> Self {
-        // Few at a time: together they leave nothing to lose.
+        // Few at a time: together they would leave nothing to lose.
         let mut some = |often: f64| if rng.u8(..) < 90 { rng.f64() * often } else { 0.0 };
         let faults = Self {
             troubled: some(0.1),
@@ -142,11 +142,11 @@ impl Faults {
             purges: some(0.05),
         };
         let faults = Self {
-            // Of what a standby has not heard, nobody here can say where it stood before.
+            // Nobody here can say where the events that a standby did not receive stood before.
             restores: if faults.promotions == 0.0 { faults.restores } else { 0.0 },
             ..faults
         };
-        // What was trimmed cannot be found after a loss, nor told from what was refused.
+        // Trimmed entries cannot be found after a loss, nor be distinguished from refused events.
         let doubts = [
             faults.troubled,
             faults.tail_losses,
@@ -168,7 +168,7 @@ impl Faults {
     }
 }
 
-/// How often what is rare happened, so that no test passes for want of it.
+/// Counts of rare events, so that no test passes because they did not happen.
 macro_rules! seen {
     ($($name:ident),*) => {
         #[derive(Clone, Copy, Debug, Default)]
@@ -242,33 +242,33 @@ pub(crate) struct Env {
     pub(crate) seen: Seen,
     pub(crate) tells: bool,
     pub(crate) batch_size: usize,
-    /// Waiting events that recovery looks for at a time.
+    /// The waiting events that recovery looks for at a time.
     pub(crate) waiting_at_once: usize,
-    /// Events behind the own position that recovery looks for at most.
+    /// The maximum of events after the own position that recovery looks for.
     pub(crate) most_compared: usize,
-    /// Of an event: up to this.
+    /// The maximum of an event.
     pub(crate) max_attempts: u32,
     pub(crate) backoff: Backoff,
     pub(crate) replicas: Option<Replicas>,
     pub(crate) on_missing: OnMissing,
-    /// With the master that they go to.
+    /// With the master that they are sent to.
     pub(crate) leftovers: Vec<(usize, Leftover)>,
     pub(crate) clients: u64,
     pub(crate) tokens: u64,
     pub(crate) incarnations: u64,
-    /// What each master may come back with.
+    /// The states with which each master may come back.
     pub(crate) saved: Vec<Vec<Data>>,
-    /// Was in the streams when somebody emptied them,
+    /// Events that were in the streams when somebody emptied them,
     pub(crate) gone: BTreeSet<u64>,
-    /// and whoever sent it could not know.
+    /// and whose sender could not know that.
     pub(crate) in_doubt: BTreeSet<u64>,
-    /// Something that was acknowledged is not in Redis, and not healed.
+    /// An acknowledged entry is not in Redis, and not healed.
     pub(crate) hurt: bool,
-    /// Redis has come back with what it had lost.
+    /// Redis has come back with entries that it had lost.
     pub(crate) comes_back: bool,
     /// Rows that were purged.
     pub(crate) retired: BTreeSet<i64>,
-    /// Events that were not looked for, since there were too many.
+    /// Events that were not looked for because there were too many.
     pub(crate) not_compared: BTreeSet<u64>,
     /// Events that a dump has brought.
     pub(crate) restored: BTreeSet<u64>,
@@ -286,7 +286,7 @@ impl Env {
         let replays = rng.u8(..) < 50;
         let mut faults = Faults::random(&mut rng);
         if replays {
-            // All would be there twice, as was asked for.
+            // All would be in the streams twice, as configured.
             faults.guard_losses = 0.0;
         }
         Self {
@@ -341,12 +341,12 @@ impl Env {
         }
     }
 
-    /// No stream is in trouble any more.
+    /// Corrects all streams.
     pub(crate) fn mend_streams(&mut self) {
         self.redis.iter_mut().for_each(|redis| redis.troubled.clear());
     }
 
-    /// Something of a connection that is no more arrives.
+    /// Some bytes of a closed connection arrive.
     pub(crate) fn execute_late(&mut self) -> bool {
         if self.leftovers.is_empty() {
             return false;

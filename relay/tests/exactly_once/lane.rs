@@ -1,4 +1,4 @@
-//! A backend, or a lane of one: its delivery, and its way to Redis.
+//! A backend, or a lane of one: its delivery, and its connection to Redis.
 
 use crate::env::{Env, Mutant, tell};
 use crate::model::connection::Connection;
@@ -19,7 +19,7 @@ use relay::sender::orders::{Batch, Order, Report};
 use std::rc::Rc;
 use std::sync::Arc;
 
-/// Hash slots of the cluster; each has a master of its own.
+/// Hash slots of the cluster; each has its own master.
 pub(crate) const HASH_SLOTS: usize = 3;
 
 /// The hash slot of a stream.
@@ -28,29 +28,29 @@ pub(crate) fn hash_slot(stream: u8) -> u16 {
 }
 
 pub(crate) struct Lane {
-    /// The hash slot that it is for; `None`: the backend itself, or its finder.
+    /// The hash slot that it serves; `None`: the backend itself, or its finder.
     pub(crate) slot: Option<u16>,
     pub(crate) role: Role,
-    /// It was made by this life of the worker.
+    /// Whether it was created in this life of the worker.
     pub(crate) is_new: bool,
     pub(crate) delivery: Delivery,
     pub(crate) connection: Option<Connection>,
     pub(crate) recovery: Recovery,
-    /// Somebody has asked for it.
+    /// Whether an attempt was requested.
     pub(crate) take_over: bool,
-    /// What it sees is being looked for in the streams.
+    /// Whether the events that it sees are being looked for in the streams.
     pub(crate) comparing_to: Option<Arc<Tick>>,
-    /// Restores of which all was looked for, in its streams.
+    /// Restores whose events were all looked for, in its streams.
     pub(crate) compared: Vec<u64>,
     /// None of these transactions has a higher id.
     pub(crate) last_compared: u64,
-    /// Not yet written down, in order.
+    /// Results that are not saved yet, in order.
     pub(crate) pending: Vec<Record>,
     beat: u64,
 }
 
 impl Lane {
-    /// All that the tables have.
+    /// Everything that is in the tables.
     pub(crate) fn load_all(env: &Env, tables: &Tables) -> Vec<Self> {
         let saved = tables.saved.iter();
         saved
@@ -87,7 +87,7 @@ impl Lane {
         serves(self.slot, stream)
     }
 
-    /// The Redis that it speaks with.
+    /// The Redis that it is connected to.
     pub(crate) fn master(&self) -> usize {
         self.slot.map_or(0, usize::from)
     }
@@ -192,7 +192,7 @@ impl Site {
         true
     }
 
-    /// Lets the sender go on when what was refused is written down.
+    /// Lets the sender continue when the refusals are saved.
     pub(crate) fn resume(&mut self, env: &mut Env, at: usize) -> bool {
         if !self.lanes[at].delivery.is_stopped() {
             return false;
@@ -217,13 +217,13 @@ impl Site {
         }
     }
 
-    /// Begins anew with another connection.
+    /// Starts again with another connection.
     pub(crate) fn let_go(&mut self, env: &mut Env, at: usize) {
         self.drop_connection(env, at);
         self.lanes[at].delivery.abandon();
     }
 
-    /// Tries the streams again that are due.
+    /// Retries the streams that are due.
     pub(crate) fn retry(&mut self, env: &mut Env, at: usize) -> bool {
         if !self.lanes[at].pending.is_empty() {
             return false;
@@ -260,7 +260,7 @@ impl Site {
         }
     }
 
-    /// Fails some of what waits in streams whose head has failed.
+    /// Fails some of the waiting events in streams whose head has failed.
     fn fail_waiting(&mut self, env: &mut Env, at: usize) -> bool {
         let failing = self.lanes[at].delivery.streams_to_fail(2);
         let mut through = Vec::new();
@@ -341,7 +341,7 @@ impl Site {
         self.lanes[at].delivery.sent(entries, contents, size);
     }
 
-    /// Nothing is left to do, as the worker notices.
+    /// Whether nothing is left to do, as far as the worker knows.
     pub(crate) fn rest(&mut self, at: usize) -> bool {
         let position = self.lanes[at].delivery.position();
         let is_latest = |latest| Arc::ptr_eq(&position.from, latest) && position.under_way.is_none();
@@ -370,7 +370,7 @@ impl Site {
         }
     }
 
-    // --- the way to Redis
+    // --- the connection to Redis
 
     pub(crate) fn execute(&mut self, env: &mut Env, at: usize) -> bool {
         let lane = &mut self.lanes[at];

@@ -1,4 +1,4 @@
-//! What must hold.
+//! The properties that must hold.
 
 use crate::site::Site;
 use crate::world::World;
@@ -6,7 +6,7 @@ use relay::reading::range::Key;
 use std::collections::BTreeMap;
 
 impl World {
-    /// Whether the worker surely knows that this event was appended, whatever crashes.
+    /// Whether the worker must know that this event was appended, whatever crashes.
     pub(crate) fn is_known(&self, uid: u64) -> bool {
         let Site {
             database,
@@ -30,7 +30,7 @@ impl World {
         saved && lane.is_some_and(|lane| lane.delivery.acked().covers(key))
     }
 
-    /// Whatever the saved cursor has passed is in its stream, or written down.
+    /// Every event that the saved cursor has passed is in its stream or saved as refused.
     pub(crate) fn check_cursor(&self) -> Result<(), String> {
         self.check_finder()?;
         if self.env.hurt {
@@ -52,7 +52,7 @@ impl World {
         Ok(())
     }
 
-    /// No row of a hash slot without a lane lies behind the finder's saved position.
+    /// No row of a hash slot without a lane is after the finder's saved position.
     fn check_finder(&self) -> Result<(), String> {
         let site = &self.site;
         let finder = site.tables.saved.get(&None).expect("it is saved from the beginning");
@@ -110,10 +110,10 @@ impl World {
         let orders = self.former.is_none() || !was_refused;
         let streams = self.env.redis.iter().flat_map(|redis| &redis.data.streams);
         for (stream, entries) in streams.filter(|_| orders) {
-            // What was repeated after two losses at once may come late.
+            // Events that were repeated after two losses at once may come late.
             let repeated =
                 |uid: &&u64| self.former.is_some() && (self.env.gone.contains(uid) || self.open.contains(uid));
-            // What a dump has brought stands where it was sent first.
+            // Events of a dump are where they were sent first.
             let entries = entries
                 .iter()
                 .filter(|uid| !repeated(uid) && !self.env.restored.contains(uid))
@@ -126,7 +126,7 @@ impl World {
         Ok(())
     }
 
-    /// Committed by the former server, after the histories had parted.
+    /// Committed by the former server, after the promotion.
     fn is_of_the_former(&self, uid: u64) -> bool {
         let Some(former) = &self.former else {
             return false;
@@ -165,7 +165,7 @@ impl World {
             (1, false, false) | (0, true, _) | (0, _, true) => Ok(()),
             (1, false, true) if again => Ok(()),
             (1.., false, _) if self.env.not_compared.contains(&row.uid) => Ok(()),
-            // It failed while Redis was without it.
+            // It failed while Redis did not have it.
             (1, true, _) if self.env.comes_back => Ok(()),
             (2, false, false) if self.open.contains(&row.uid) && self.is_of_the_former(row.uid) => Ok(()),
             (0, ..) => Err(format!("{seq} is lost")),

@@ -1,4 +1,4 @@
-//! The worker reads on: the schedule and the cutter of `relay`, over the model's tables.
+//! The worker's reading: the schedule and the cutter of `relay`, over the model's tables.
 
 use crate::env::{Env, Mutant, tell};
 use crate::lane::{Lane, append_event, entry, hash_slot};
@@ -24,14 +24,14 @@ use std::sync::Arc;
 /// The number of the model's backend.
 pub(crate) const NUMBER: i32 = 1;
 
-/// The rows that a pass meets.
+/// The rows that a pass reads.
 pub(crate) struct ScannedRows<'a> {
     pub(crate) database: &'a Database,
     pub(crate) lanes: &'a [Lane],
     pub(crate) tables: &'a Tables,
     pub(crate) mutant: Mutant,
     pub(crate) max_attempts: u32,
-    /// Rows that were found written down.
+    /// Rows that are saved as refused.
     pub(crate) written_down: Cell<u32>,
 }
 
@@ -109,7 +109,7 @@ impl Offer for RowOffer<'_> {
     }
 }
 
-/// What a pass may do that meets `steps` rows for each reader.
+/// The result of a pass that reads `steps` rows for each reader.
 pub(crate) fn limits(env: &mut Env, steps: usize) -> Limits {
     Limits {
         batch_events: env.batch_size,
@@ -130,7 +130,7 @@ impl Site {
         }
     }
 
-    /// Those who read now, in groups.
+    /// The readers whose turn it is, in groups.
     fn groups(&self) -> Vec<Group> {
         let latest = self.latest.clone().unwrap_or_else(|| Arc::new(Tick::beginning()));
         let reader = |(at, lane): (usize, &Lane)| schedule::Reader {
@@ -146,8 +146,8 @@ impl Site {
         std::iter::from_fn(|| Group::take(&mut waiting, |at| self.way(at, &latest))).collect()
     }
 
-    /// Reads up to `limit` rows on for some who stand together, as far as there is room; false: there is nothing to
-    /// read.
+    /// Reads up to `limit` further rows for readers at the same position, as far as there is room; false: there is
+    /// nothing to read.
     pub(crate) fn read(&mut self, env: &mut Env, limit: usize) -> bool {
         let groups = self.groups();
         let is_any = !groups.is_empty();
@@ -190,7 +190,7 @@ impl Site {
         readers.into_iter().for_each(|reader| self.hand_over(env, reader));
     }
 
-    /// Takes over what a pass came to, in a transaction that has ended well.
+    /// Adopts the result of a pass, in a transaction that has committed.
     fn hand_over(&mut self, env: &mut Env, reader: Collector) {
         let at = reader.index;
         let parked: Vec<i64> = reader.records.iter().map(parked).collect();
@@ -218,7 +218,7 @@ impl Site {
         }
     }
 
-    /// A large piece for all; true: somebody came further.
+    /// Reads a large piece for all; true: one of them made progress.
     pub(crate) fn read_on(&mut self, env: &mut Env) -> bool {
         let lanes = self.lanes.len();
         let before: Vec<Position> = self.lanes.iter().map(|lane| lane.delivery.position().clone()).collect();

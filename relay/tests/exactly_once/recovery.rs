@@ -1,4 +1,4 @@
-//! What recovery asks of the model: its books are the tables of [`Site`].
+//! The interface of recovery to the model: its state is in the tables of [`Site`].
 
 use crate::env::{Env, Mutant, tell};
 use crate::lane::{Lane, serves};
@@ -24,9 +24,9 @@ use std::time::Duration;
 pub(crate) const INTERVAL: Duration = Duration::from_secs(1);
 
 impl Site {
-    /// From a report on, as far as it goes without another.
+    /// Continues from a report until it needs another one.
     pub(crate) fn recover(&mut self, env: &mut Env, at: usize) {
-        // Before the first tick, nothing is known of what there is to send.
+        // Before the first tick, it is unknown which events are to be sent.
         if self.lanes[at].recovery.is_due() && self.latest.is_none() {
             self.take_tick(env);
         }
@@ -64,7 +64,7 @@ impl Site {
     }
 }
 
-/// The books of one lane.
+/// The saved state of one lane.
 struct SiteBooks<'a> {
     site: &'a mut Site,
     env: &'a mut Env,
@@ -86,7 +86,7 @@ impl SiteBooks<'_> {
         &mut self.site.tables.saved.entry(slot).or_insert(new).epoch
     }
 
-    /// What lies behind the first so many events that are looked for may be sent once more.
+    /// Events after the maximum that is looked for may be sent once more.
     fn note_what_is_not_compared(&mut self) {
         let most = self.env.most_compared;
         let newest = self.newest_tick();
@@ -288,7 +288,7 @@ impl Books for SiteBooks<'_> {
         let Self { site, env, at } = self;
         let seen = |xid: &u64| compared.snapshot.sees(*xid);
         if site.lanes[*at].slot.is_some() {
-            // The others, and the finder, have to come past them too.
+            // The others, and the finder, must pass them too.
             let lane = &mut site.lanes[*at];
             let known = lane.compared.len();
             let due = |xid: &u64| seen(xid) && !lane.compared.contains(xid);
@@ -342,7 +342,7 @@ impl Books for SiteBooks<'_> {
     fn come_up(&mut self) -> Result<(), Infallible> {
         let Self { site, env, at } = self;
         tell!(env, "up at {}", site.lanes[*at].delivery.position());
-        // The guard may be lost, and its numbers be given again.
+        // The guard may be lost, and its numbers may be used again.
         if env.mutant != Mutant::ComesUpUnflushed {
             site.flush(env);
         }

@@ -1,4 +1,4 @@
-//! A Postgres server and its worker, which does what the extension's does.
+//! A Postgres server and its worker, which does the same as the extension's.
 
 use crate::env::{Env, Mutant, tell};
 use crate::lane::{Lane, hash_slot, seq_of};
@@ -127,7 +127,7 @@ impl Site {
         (0..self.lanes.len()).for_each(|at| self.drop_connection(env, at));
     }
 
-    /// Writes down what was refused of a lane, and how far it has come.
+    /// Saves the refusals of a lane and its position.
     pub(crate) fn save(&mut self, env: &mut Env, at: usize) {
         for record in std::mem::take(&mut self.lanes[at].pending) {
             self.record(env, at, record);
@@ -164,7 +164,7 @@ impl Site {
         self.wal += 1;
     }
 
-    /// Deletes what all of the backend have delivered for some time.
+    /// Deletes events that the whole backend has delivered some time ago.
     pub(crate) fn purge(&mut self, env: &mut Env) {
         if self.tables.waiting().next().is_some() {
             return;
@@ -208,7 +208,7 @@ impl Site {
         }
     }
 
-    /// Restores that the newest tick sees, of which a lane has not looked for all.
+    /// Restores that are visible to the newest tick, and whose events a lane has not all looked for.
     pub(crate) fn restores_seen(&self, at: usize) -> usize {
         let seen = |xid: &u64| self.latest.as_ref().is_some_and(|tick| tick.snapshot.sees(*xid));
         let is_due = |xid: &&u64| seen(xid) && !self.lanes[at].compared.contains(xid);
@@ -217,26 +217,26 @@ impl Site {
 
     // --- its lanes
 
-    /// Somebody calls `outbox.take_over()`. The finder's request stays until all lanes have done it.
+    /// `outbox.take_over()` is called. The finder's request stays until all lanes have done it.
     pub(crate) fn ask_to_take_over(&mut self) {
         self.lanes.iter_mut().for_each(|lane| lane.take_over = true);
     }
 
-    /// Who sends the events of a stream, if there is somebody.
+    /// The lane that sends the events of a stream, if there is one.
     pub(crate) fn lane_of(&self, stream: u8) -> Option<&Lane> {
         self.lanes
             .iter()
             .find(|lane| lane.role == Role::Redis && lane.serves(stream))
     }
 
-    /// Who speaks with a master.
+    /// The lanes that are connected to a master.
     pub(crate) fn at_master(&self, master: usize) -> Option<&Lane> {
         let mut sending = self.lanes.iter().filter(|lane| lane.role == Role::Redis);
         sending.find(|lane| lane.master() == master)
     }
 
-    /// What a dump has brought was looked for once all lanes have done so, and the finder has come past it: so no lane
-    /// is to come yet.
+    /// The events of a dump have been looked for once all lanes have done so and the finder has passed them: so no lane
+    /// can be created for them later.
     pub(crate) fn finish_lanes(&mut self, env: &mut Env) -> bool {
         let Some(latest) = self.latest.clone().filter(|_| env.is_cluster) else {
             return false;
@@ -257,7 +257,7 @@ impl Site {
         true
     }
 
-    /// A lane for a hash slot that has none, where its finder stands: saved before that goes on.
+    /// Creates a lane for a hash slot that has none, at its finder's position: it is saved before the finder continues.
     pub(crate) fn add_lane(&mut self, env: &mut Env, slot: u16, at: Position) {
         if env.likely(env.faults.aborts) {
             return;
@@ -282,7 +282,7 @@ impl Site {
 }
 
 impl Tables {
-    /// How far the events of a stream were delivered, as far as is saved.
+    /// The saved position up to which the events of a stream were delivered.
     pub(crate) fn cursor_of(&self, env: &Env, stream: u8) -> Option<&Cursor> {
         let slot = env.is_cluster.then(|| hash_slot(stream));
         self.saved.get(&slot).map(|saved| &saved.cursor)

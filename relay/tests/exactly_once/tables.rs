@@ -1,4 +1,4 @@
-//! What the worker writes down.
+//! The tables of the worker.
 
 use crate::model::redis::stream_name;
 use relay::delivery::Cursor;
@@ -13,7 +13,7 @@ pub(crate) struct Refused {
     pub(crate) accepted_in: Option<u64>,
 }
 
-/// What is saved of a backend, or of a lane.
+/// The saved state of a backend, or of a lane.
 #[derive(Clone)]
 pub(crate) struct Saved {
     pub(crate) cursor: Cursor,
@@ -33,11 +33,11 @@ pub(crate) struct Tables {
     /// By stream and seq.
     pub(crate) refused: BTreeMap<(u8, i64), Refused>,
     pub(crate) failed: BTreeMap<i64, u32>,
-    /// By hash slot; of the backend itself, or of its finder, under none.
+    /// By hash slot; the backend itself, or its finder, has none.
     pub(crate) saved: BTreeMap<Option<u16>, Saved>,
-    /// Transactions that have brought events of a dump, which are still to be looked for.
+    /// Transactions that have restored events of a dump, which are still to be looked for.
     pub(crate) restores: Vec<u64>,
-    /// The latest of those that were.
+    /// The latest of those whose events have been looked for.
     pub(crate) last_restore: u64,
     /// Of the server, and where the one before it ended.
     pub(crate) incarnations: Vec<(String, u64)>,
@@ -98,7 +98,7 @@ impl Tables {
         known.attempts = known.attempts.max(attempts);
     }
 
-    /// Redis has lost what came after batch `number` of a lane.
+    /// Redis has lost the entries after batch `number` of a lane.
     pub(crate) fn heal(&mut self, serves: impl Fn(u8) -> bool, number: u64) -> bool {
         let mut lost = false;
         let its = self.refused.iter_mut().filter(|((stream, _), _)| serves(*stream));
@@ -111,7 +111,7 @@ impl Tables {
         lost
     }
 
-    /// Writes down what became of an event of this stream; accepted it was in batch `number`.
+    /// Saves the result for an event of this stream; an accepted one was in batch `number`.
     pub(crate) fn record(&mut self, stream: u8, record: Record, number: u64) {
         match record {
             Record::Park { seq, attempts, .. } => self.park(stream, seq, attempts),

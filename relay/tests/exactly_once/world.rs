@@ -1,4 +1,4 @@
-//! The schedule: what happens when, and to whom.
+//! The schedule: what happens when, and to which server.
 
 use crate::env::{Env, Mutant, Seen, tell};
 use crate::lane::Lane;
@@ -13,7 +13,7 @@ use relay::reading::range::Key;
 use relay::reading::role::Role;
 use std::collections::BTreeSet;
 
-/// What became of the server whose standby was promoted.
+/// The state of the server whose standby was promoted.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Life {
     Over,
@@ -25,13 +25,13 @@ enum Life {
 pub(crate) struct World {
     pub(crate) env: Env,
     pub(crate) site: Site,
-    /// The server whose history is not that of `site` any more.
+    /// The server whose history differs from that of `site`.
     pub(crate) former: Option<Site>,
-    /// A copy of a server, which nobody tells to send anything.
+    /// A copy of a server, which is never taken over.
     pub(crate) clone: Option<Site>,
     /// Numbers of the events that a dump has.
     dump: Vec<i64>,
-    /// What had not committed when they parted: both may commit it.
+    /// Transactions that had not committed at the promotion: both servers may commit them.
     pub(crate) open: BTreeSet<u64>,
     life: Life,
 }
@@ -77,7 +77,7 @@ impl World {
         self.check_end()
     }
 
-    /// Nobody has appended who was not the owner.
+    /// Nobody except the owner has appended.
     fn check_owners(&mut self) -> Result<(), String> {
         let mut violations = self.env.redis.iter_mut().filter_map(|redis| redis.violation.take());
         violations.next().map_or(Ok(()), Err)
@@ -124,7 +124,7 @@ impl World {
             95 => (0..site.lanes.len()).for_each(|at| site.refresh(at)),
             96 => {
                 let image = Box::new(site.image());
-                // The WAL writer was here.
+                // The WAL writer has flushed everything.
                 if site.image.is_some() {
                     site.image = Some(image);
                 }
@@ -139,7 +139,7 @@ impl World {
         Ok(())
     }
 
-    /// The copy does all that a server does, and has time.
+    /// The copy does everything that a server does, and has enough time.
     fn clone_step(&mut self) {
         let Self { env, clone, .. } = self;
         let Some(clone) = clone else {
@@ -246,7 +246,7 @@ impl World {
                 self.env.in_doubt.insert(uid);
             }
         }
-        // Two of these at once are more than anybody can know of.
+        // Two of these at once are more than a server can find out.
         let env = &mut self.env;
         let faults = &mut env.faults;
         (faults.tail_losses, faults.flips) = (0.0, 0.0);
@@ -256,7 +256,7 @@ impl World {
         env.mend_streams();
     }
 
-    /// A dump is taken of what was not sent, or what it has comes back: events were deleted meanwhile, sent or not.
+    /// A dump of the unsent events is taken, or restored: events were deleted meanwhile, sent or not.
     fn dump_and_restore(&mut self) {
         let Self { env, site, .. } = self;
         if self.former.is_some() || self.clone.is_some() {
@@ -277,7 +277,7 @@ impl World {
             let unsent = unsent.filter(|key| !is_sent(key));
             self.dump = unsent.map(|key| key.seq).collect();
         }
-        // What is being written down of the deleted rows would be sent here, and is not by the extension.
+        // Here, results for the deleted rows that are being saved would be sent; the extension does not send them.
         let is_quiet = |lane: &Lane| {
             let is_idle = lane.delivery.is_idle() && lane.pending.is_empty();
             is_idle && !lane.recovery.has_claimed()
@@ -302,8 +302,8 @@ impl World {
         site.wal += 1;
     }
 
-    /// A stream is spoiled or mended. One with events that are still to be looked for there stays: nobody could find
-    /// them.
+    /// A stream is broken or corrected. A stream with events that are still to be looked for stays: nobody could find
+    /// them otherwise.
     fn trouble(&mut self) {
         let stream = self.env.rng.u8(..STREAMS);
         let master = self.env.master_of(stream);
@@ -329,7 +329,8 @@ impl World {
         !tables.restores.is_empty() || (tables.last_restore > 0 && !is_up)
     }
 
-    /// A master stands where its owner may never have been: what its last batch came to is to be looked for.
+    /// A master is in a state in which its owner may never have seen it: the result of its last batch is to be looked
+    /// for.
     fn is_abandoned(&self, master: usize) -> bool {
         let Some(lane) = self.site.at_master(master) else {
             return self.env.redis[master].data.has_guard();
@@ -379,10 +380,10 @@ impl World {
         }
     }
 
-    /// It comes back with what it had saved.
+    /// It comes back with the data that it had saved.
     fn lose_tail(&mut self, master: usize) {
         let index = self.env.rng.usize(..self.env.saved[master].len());
-        // Mostly what it had saved later is lost, too; otherwise it may come back with that yet.
+        // Mostly its later saves are lost, too; otherwise it may still come back with one of them.
         match self.env.likely(0.7) {
             true => self.env.saved[master].truncate(index + 1),
             false => self.env.comes_back = true,
@@ -410,7 +411,7 @@ impl World {
         self.env.hurt = true;
         let compares = data.compares();
         self.env.redis[master].restart(data);
-        // What it has read of the guard before may make it go back yet.
+        // The guard that it has read before may still make it go back.
         if compares || self.is_abandoned(master) || !self.is_up(master) || self.site.tables.last_restore > 0 {
             self.env.redis[master].troubled.clear();
         }
@@ -432,11 +433,11 @@ impl World {
         self.env.saved[master].clear();
         let kept = self.env.on_missing == OnMissing::Continue;
         self.env.hurt |= !kept;
-        // Also by what it has read of the guard before.
+        // Also because of the guard that it has read before.
         let compares = self.env.redis[master].data.compares();
         let looks = self.is_abandoned(master) || compares || !self.is_up(master);
         for uid in self.env.redis[master].appended.clone().into_iter().filter(|_| kept) {
-            // Or nobody would have known before the comparison came to its end.
+            // Otherwise nobody would have known before the comparison was complete.
             let lost = !self.env.redis[master].holds(uid) || looks;
             if lost || !self.is_known(uid) {
                 self.env.in_doubt.insert(uid);
@@ -446,14 +447,14 @@ impl World {
         self.env.redis[master].flush();
     }
 
-    /// Whoever has appended to a Redis has a guard there, and somebody has.
+    /// If somebody has appended to a Redis, somebody has a guard there.
     fn has_guards(&self) -> bool {
         let mut all = self.env.redis.iter();
         let is_any = all.clone().any(|redis| redis.data.has_guard());
         is_any && all.all(|redis| redis.data.has_guard() || redis.appended.is_empty())
     }
 
-    /// Each Redis has all that was ever appended to it.
+    /// Checks that each Redis has everything that was ever appended to it.
     fn is_whole(&self) -> bool {
         let is_there = |redis: &Redis, uid: &u64| self.env.gone.contains(uid) || redis.holds(*uid);
         let mut all = self.env.redis.iter();
@@ -462,7 +463,7 @@ impl World {
 
     // --- the end
 
-    /// Goes on without faults until nothing is left to do at this time.
+    /// Continues without faults until nothing is left to do at this time.
     fn run_dry(&mut self) -> Result<(), String> {
         let Self { env, site, .. } = self;
         for _ in 0..100_000 {
@@ -501,7 +502,7 @@ impl World {
             clone.drop_connections(env);
         }
         if env.mutant == Mutant::ResumesUnsaved {
-            // The damage is done; it would not come to an end.
+            // The damage is done; it would never end.
             env.mutant = Mutant::None;
         }
         (env.faults.aborts, env.faults.server_crashes) = (0.0, 0.0);
@@ -512,7 +513,7 @@ impl World {
             (redis.out_of_memory, redis.replicas_lag) = (false, false);
         }
         self.run_dry()?;
-        // What has befallen Redis is noticed at the next refresh.
+        // A loss of Redis is noticed at the next refresh.
         (0..self.site.lanes.len()).for_each(|at| self.site.refresh(at));
         for round in 0..2_000 {
             self.run_dry()?;

@@ -1,5 +1,4 @@
-//! A sender of exactly_once with its connection to the model of Redis: commands arrive one by one, and so do the
-//! replies.
+//! A sender of exactly_once with its connection to the model of Redis: commands and replies arrive one by one.
 
 use super::redis::{GUARD, Redis, Words, append_reply, parse};
 use redis::Value;
@@ -23,7 +22,7 @@ pub(crate) struct Connection {
     ended: bool,
 }
 
-/// What a connection that is no more had written: it may still arrive.
+/// Bytes that a closed connection had written: they may still arrive.
 pub(crate) struct Leftover {
     client: u64,
     written: VecDeque<Words>,
@@ -46,7 +45,7 @@ impl Connection {
         connection
     }
 
-    /// A sender that has ended takes nothing more; its last report is on the way.
+    /// A sender that has ended accepts nothing more; its last report is on the way.
     pub(crate) fn order(&mut self, order: Order) {
         if !self.ended {
             self.orders.push_back(order);
@@ -57,7 +56,7 @@ impl Connection {
         self.reports.pop_front()
     }
 
-    /// Takes orders, and writes what there is to be said.
+    /// Accepts orders, and writes the commands.
     pub(crate) fn write(&mut self) -> bool {
         if self.ended {
             return false;
@@ -100,7 +99,7 @@ impl Connection {
         append_reply(&mut bytes, &value);
         let mut inbox = Inbox::default();
         inbox.receive(&bytes);
-        // As a whole or in pieces; within bounds, as an honest server is.
+        // As a whole or in pieces; within limits, as an honest server does.
         let mut outcome = Ok(());
         while outcome.is_ok() {
             let taken = inbox.take(&self.conversation.bounds()).expect("a reply within bounds");
@@ -136,7 +135,7 @@ impl Connection {
         self.client
     }
 
-    /// The first `kept` commands of what was written may arrive some time.
+    /// The first `kept` of the written commands may arrive some time.
     pub(crate) fn into_leftover(mut self, kept: impl FnOnce(usize) -> usize) -> Leftover {
         self.written.truncate(kept(self.written.len()));
         Leftover {

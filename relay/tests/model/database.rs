@@ -1,4 +1,4 @@
-//! A model of Postgres as the reader needs it: transactions with their ids, the sequence, snapshots, the table of
+//! A model of Postgres with what the reader needs: transactions with their ids, the sequence, snapshots, the table of
 //! events.
 
 use super::Rng;
@@ -21,13 +21,13 @@ pub(crate) enum Reading {
 /// The order that [`Tick`] prescribes.
 pub(crate) const READINGS: [Reading; 4] = [Reading::LowSeq, Reading::NextXid, Reading::Snapshot, Reading::HighSeq];
 
-/// Who sees to it that numbers ascend.
+/// What makes the numbers ascend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Numbering {
-    /// Publishers take what the sequence gives.
+    /// Publishers use the numbers from the sequence.
     Sequence,
-    /// They take only numbers above the highest, as of when they had their transaction ids; and set the sequence
-    /// forward.
+    /// Publishers only use numbers above the highest one at the time when they got their transaction ids; and set the
+    /// sequence forward.
     Ascending,
 }
 
@@ -38,7 +38,7 @@ pub(crate) struct Row {
     /// No other row has it, not even one that gets the same number after a crash, or in a copy.
     pub uid: u64,
     transaction: usize,
-    /// The moment its number was drawn; where the sequence was set, that at which its publisher looked up the highest.
+    /// When its number was drawn; if the sequence was set, when its publisher looked up the highest number.
     drawn: u64,
     rolled_back: bool,
     purged: bool,
@@ -50,12 +50,12 @@ pub(crate) struct Database {
     latest_completed: u64,
     /// The sequence, which anybody may set.
     last_seq: i64,
-    /// The highest number that was given, and that above which all are since it is known.
+    /// The highest number in use, and the number above which all are that were drawn since it is known.
     highest: i64,
     began: i64,
     was_set: bool,
     pub numbering: Numbering,
-    /// Ticks look at the sequence alone.
+    /// Ticks only use the sequence.
     pub ticks_by_sequence: bool,
     clock: u64,
     streams: u8,
@@ -107,7 +107,7 @@ impl Database {
             return self.draw(index, rng);
         }
         if transaction.status == Status::Prepared {
-            // Somebody remembers it, some time.
+            // A server saves it some time.
             if rng.u8(..) < 25 {
                 let commits = rng.bool();
                 self.end(index, commits);
@@ -127,7 +127,7 @@ impl Database {
             0..12 => self.transactions[index].levels.push(Level::default()),
             12..20 => self.leave_savepoint(index, true),
             20..30 => self.leave_savepoint(index, false),
-            // A write of its own in another table: within a savepoint it takes an id of its own.
+            // A write of its own to another table: within a savepoint it takes its own id.
             30..40 => self.assign_xids(index),
             _ if publishes => {
                 self.assign_top_xid(index);
@@ -148,7 +148,7 @@ impl Database {
         }
     }
 
-    /// Ends every transaction; no other begins.
+    /// Ends every transaction; no other one begins.
     pub(crate) fn finish(&mut self, rng: &mut Rng) {
         while let Some(&index) = self.open.last() {
             self.clock += 1;
@@ -158,7 +158,7 @@ impl Database {
         self.finished = true;
     }
 
-    /// The server dies and comes back: whoever was at work is gone, what was prepared is not.
+    /// The server dies and comes back: running transactions are lost, prepared ones are not.
     pub(crate) fn crash(&mut self) {
         for index in self.open.clone() {
             if self.transactions[index].status == Status::Running {
@@ -174,7 +174,7 @@ impl Database {
             0..70 => rng.u32(1..5),
             70..85 => rng.u32(10..40),
             85..95 => 10_000,
-            // A bulk of rows in one go, and it goes on.
+            // A bulk of rows at once, and the transaction continues.
             _ => rng.u32(1..3),
         };
         let bulk = plans < 3 && rng.u8(..) < 12;
@@ -275,7 +275,7 @@ impl Database {
             for seq in level.rows {
                 self.rows.get_mut(&seq).expect("inserted").rolled_back = true;
             }
-            // A subtransaction that aborts is completed at once, its transaction goes on.
+            // A subtransaction that aborts is completed at once, its transaction continues.
             self.completed(&level.xids);
         }
     }
@@ -305,7 +305,7 @@ impl Database {
         self.view = None;
     }
 
-    /// A transaction that has published these rows and goes on.
+    /// A transaction that has published these rows and continues.
     pub(crate) fn begin_publishing(&mut self, streams: &[u8]) -> usize {
         let index = self.transactions.len();
         self.open.push(index);
@@ -331,8 +331,8 @@ impl Database {
         self.commit(transaction);
     }
 
-    /// Rows of a dump come back, in a transaction of their own: the same events with new numbers. Those that were there
-    /// had been deleted.
+    /// The rows of a dump are restored, in one transaction: the same events with new numbers. The existing rows had
+    /// been deleted.
     pub(crate) fn restore(&mut self, seqs: &[i64]) -> u64 {
         let transaction = self.begin_publishing(&[]);
         for seq in seqs {
@@ -351,7 +351,7 @@ impl Database {
         xid
     }
 
-    /// As `GetSnapshotData` has it: xmax is the latest *completed* id + 1.
+    /// As in `GetSnapshotData`: xmax is the latest *completed* id + 1.
     pub(crate) fn snapshot(&self) -> Snapshot {
         let xmax = self.latest_completed + 1;
         let xids = self.open.iter().filter_map(|index| self.transactions[*index].xid);
@@ -367,8 +367,7 @@ impl Database {
         }
     }
 
-    /// Somebody sets the sequence: mostly back, sometimes forward; or a session gives numbers that it had drawn in
-    /// advance.
+    /// Somebody sets the sequence: mostly back, sometimes forward; or a session uses numbers that it had cached.
     pub(crate) fn set_sequence(&mut self, rng: &mut Rng) {
         self.was_set = true;
         self.last_seq = match rng.u8(..4) {
@@ -378,7 +377,8 @@ impl Database {
         };
     }
 
-    /// The server dies and comes back. The highest number is found in what is durable: rows, the sequence, and `saved`.
+    /// The server dies and comes back. The highest number is found in the durable data: rows, the sequence, and
+    /// `saved`.
     pub(crate) fn crash_and_find(&mut self, saved: i64) {
         self.crash();
         let rows = self
@@ -394,18 +394,18 @@ impl Database {
         self.next_xid
     }
 
-    /// Numbers that are given since the last crash are above it.
+    /// Numbers drawn since the last crash are above it.
     pub(crate) fn began(&self) -> i64 {
         self.began
     }
 
-    /// The lowest number up to `upto` of transactions from `xid` on, whatever became of them.
+    /// The lowest number up to `upto` of transactions from `xid` on, whether they committed or not.
     pub(crate) fn lowest_since(&self, xid: u64, upto: i64) -> Option<i64> {
         let later = self.rows.range(..=upto).filter(|(_, row)| row.xid >= xid);
         later.map(|(seq, _)| *seq).next()
     }
 
-    /// The four readings in the order given, with steps of others in between.
+    /// The four readings in the given order, with steps of others in between.
     pub(crate) fn tick_in_order(&mut self, rng: &mut Rng, order: [Reading; 4]) -> Tick {
         let mut tick = Tick::beginning();
         for reading in order {
@@ -429,7 +429,7 @@ impl Database {
         self.tick_in_order(rng, READINGS)
     }
 
-    /// Nobody does anything meanwhile.
+    /// No session does anything meanwhile.
     pub(crate) fn quiet_tick(&mut self) -> Tick {
         let finished = std::mem::replace(&mut self.finished, true);
         let tick = self.tick(&mut Rng::with_seed(0));
@@ -482,20 +482,20 @@ impl Database {
         self.row(seq).purged
     }
 
-    /// Whether a row has come to stay.
+    /// Whether a row is committed for good.
     pub(crate) fn is_committed(&self, seq: i64) -> bool {
         let row = self.row(seq);
         self.transactions[row.transaction].status == Status::Committed && !row.rolled_back
     }
 
-    /// Whether a row might still come to stay.
+    /// Whether a row might still be committed.
     pub(crate) fn is_open(&self, seq: i64) -> bool {
         let status = self.transactions[self.row(seq).transaction].status;
         matches!(status, Status::Running | Status::Prepared)
     }
 
-    /// Two rows in the wrong order, where there are any: rows of one transaction in publishing order, and a row whose
-    /// number was drawn after another transaction had committed comes after all rows of that one.
+    /// Two rows in the wrong order, if there are any: the rows of one transaction are in publishing order, and a row
+    /// whose number was drawn after another transaction had committed comes after all rows of that transaction.
     pub(crate) fn out_of_order(&self, seqs: impl IntoIterator<Item = i64>) -> Option<(i64, i64)> {
         let mut last_of = HashMap::new();
         let mut latest: Option<(u64, i64)> = None;

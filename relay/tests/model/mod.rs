@@ -1,7 +1,7 @@
-//! Models of Postgres and Redis, and what runs thousands of random schedules over them, each from a seed that can be
-//! replayed.
+//! Models of Postgres and Redis, and the code that runs thousands of random schedules over them, each from a seed that
+//! can be replayed.
 
-// Each test uses its part.
+// Each test uses only a part.
 #![allow(dead_code, unused_imports)]
 
 pub(crate) mod connection;
@@ -34,8 +34,8 @@ pub(crate) fn likely(rng: &mut Rng, probability: f64) -> bool {
     rng.f64() < probability
 }
 
-/// Runs a schedule for each of the first `count` seeds. `SEED=n` runs that one alone, `SCHEDULES=n` so many, from
-/// `FIRST=n` on.
+/// Runs a schedule for each of the first `count` seeds. `SEED=n` runs only this seed, `SCHEDULES=n` runs n, beginning
+/// with `FIRST=n`.
 pub(crate) fn for_each_seed(count: u64, schedule: impl Fn(u64) -> Result<(), String>) {
     let number = |name| env::var(name).ok().map(|v| v.parse::<u64>().expect("a number"));
     let seeds = match number("SEED") {

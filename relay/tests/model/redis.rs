@@ -1,4 +1,4 @@
-//! A model of a Redis server as far as exactly_once speaks with it: streams, one guard, transactions.
+//! A model of a Redis server with what exactly_once uses: streams, one guard, transactions.
 
 use redis::Value;
 use relay::event::text::{hyphenated, rfc3339};
@@ -33,7 +33,7 @@ pub(crate) fn parse(mut bytes: &[u8]) -> Vec<Words> {
     commands
 }
 
-/// What an event is called in its stream; the number is no other event's.
+/// The name of an event in its stream; the number belongs to no other event.
 pub(crate) fn event_id(uid: u64) -> [u8; 16] {
     u128::from(uid).to_be_bytes()
 }
@@ -59,12 +59,12 @@ fn stream(key: &[u8]) -> u8 {
     key.last().expect("a name") - b'0'
 }
 
-/// What it holds.
+/// The value of a key.
 #[derive(Clone, Default)]
 pub(crate) struct Data {
     /// The events, by their uids; an entry's id is its place.
     pub streams: BTreeMap<u8, Vec<u64>>,
-    /// How many of a stream's entries were trimmed since: nobody sees them any more.
+    /// How many entries of a stream were trimmed: they are no longer visible.
     trimmed: BTreeMap<u8, usize>,
     guard: Option<BTreeMap<String, String>>,
 }
@@ -74,9 +74,9 @@ impl Data {
         self.guard.is_some()
     }
 
-    /// Whether whoever claims the guard is to compare.
+    /// Whether the next claim must compare.
     pub(crate) fn compares(&self) -> bool {
-        // A token may be all that there is.
+        // Perhaps only a token is left.
         let compares = self.guard.as_ref().and_then(|guard| guard.get("compares"));
         compares.is_some_and(|compares| compares == "1")
     }
@@ -89,9 +89,9 @@ impl Data {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Trouble {
-    /// Holds another type: noticed when a command is executed.
+    /// Keys that hold another type: noticed when a command is executed.
     WrongType,
-    /// The user may not touch it: noticed when a command is queued.
+    /// Keys that the user may not touch: noticed when a command is queued.
     Forbidden,
 }
 
@@ -113,16 +113,16 @@ pub(crate) struct Redis {
     owner: Option<u64>,
     pub troubled: BTreeMap<u8, Trouble>,
     pub out_of_memory: bool,
-    /// None has what was written.
+    /// It has not received the written bytes.
     pub replicas_lag: bool,
-    /// Streams of which an event was refused for what it is.
+    /// Streams of which an event was refused because of its content.
     pub refused: BTreeSet<u8>,
     /// All events that were ever appended.
     pub appended: BTreeSet<u64>,
-    /// Batches that were not executed, since the guard was touched or for what they hold.
+    /// Batches that were not executed, because the guard was touched or because of their content.
     pub nils: u32,
     pub aborts: u32,
-    /// Somebody appended who was not the owner.
+    /// Somebody except the owner appended.
     pub violation: Option<String>,
 }
 
@@ -131,12 +131,12 @@ impl Redis {
         self.clients.insert(client, Client::default());
     }
 
-    /// Whether what a client has sent is still listened to.
+    /// Whether the commands of a client are still processed.
     pub(crate) fn knows(&self, client: u64) -> bool {
         self.clients.contains_key(&client)
     }
 
-    /// Starts again with what it had saved: every connection ends.
+    /// Starts again with the data that it had saved: every connection ends.
     pub(crate) fn restart(&mut self, data: Data) {
         self.data = data;
         self.clients.clear();
@@ -214,7 +214,7 @@ impl Redis {
             };
         }
         if refusal.is_none() && is_token(&words) {
-            // Whoever appends behind it has not read the guard again.
+            // A later appender has not read the guard again.
             self.owner = None;
         }
         refusal.unwrap_or_else(|| self.run(id, &words))

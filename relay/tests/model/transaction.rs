@@ -17,12 +17,12 @@ pub(crate) struct Transaction {
     pub(super) status: Status,
     /// Its id is drawn, its event's number not yet.
     pub(super) publishing: bool,
-    /// The highest number that there was then, and when that was.
+    /// The highest number at that time, and when that was.
     pub(super) before: i64,
     pub(super) looked: u64,
     /// What it still means to do before it ends.
     pub(super) plans: u32,
-    /// Publishes in its plans; otherwise it writes elsewhere.
+    /// It publishes at the planned times; otherwise it writes elsewhere.
     pub(super) publishes: bool,
     pub(super) streams: Vec<u8>,
     /// The moment it ended.

@@ -1,6 +1,6 @@
-//! Readers that share scans, against a model of Postgres, over random schedules: the schedule says who reads and with
-//! whom, the cutter gives each its rows. Whoever is slow, hung or far behind, each row comes to its reader once and in
-//! order, and nobody starves.
+//! Readers that share scans, against a model of Postgres, over random schedules: the schedule decides who reads and
+//! with whom, the cutter gives each reader its rows. Even if readers are slow, hang or are far behind, each reader gets
+//! its rows once and in order, and none starves.
 
 #[path = "../model/mod.rs"]
 mod model;
@@ -24,10 +24,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 const STREAMS: u8 = 6;
-/// The backend of a cluster, of whose streams each has a hash slot of its own.
+/// The backend of a cluster, each of whose streams has its own hash slot.
 const CLUSTER: i32 = 3;
 const DELETED: i32 = 4;
-/// Nobody has heard of this one at first.
+/// Nobody knows this one at first.
 const UNKNOWN: i32 = 5;
 
 /// The number of the backend that a row is for.
@@ -44,23 +44,23 @@ fn is_damaged(seq: i64) -> bool {
     seq % 31 == 7
 }
 
-/// A worker that is wrong in one way.
+/// A fault that is put into the worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mutant {
     None,
-    /// A scan begins where the foremost of its readers stands,
+    /// A scan begins at the foremost of its readers,
     ScansFromAhead,
-    /// or sets out from the newest of their ticks.
+    /// or at the newest of their ticks.
     ScansFromNewest,
-    /// One scan serves all, wherever they go.
+    /// One scan serves all readers, wherever they go.
     ScansForAll,
-    /// A lane begins at the newest tick instead of where its finder stands.
+    /// A lane begins at the newest tick instead of its finder's position.
     LaneBeginsAtNewest,
-    /// A finder goes on although its lane could not be made.
+    /// A finder continues although its lane could not be created.
     FinderGoesOn,
-    /// What is visible in the tick of one lane is taken for delivered by all of its backend.
+    /// Rows that are visible in the tick of one lane are taken for delivered by its whole backend.
     PurgesWithoutLanes,
-    /// The reader of a deleted backend goes although it stands elsewhere than that of strays.
+    /// The reader of a deleted backend ends although its position differs from that of the reader of strays.
     ForgetsElsewhere,
 }
 
@@ -74,7 +74,7 @@ struct Member {
     failed: Vec<i64>,
     /// How likely its sender reads a reply before the next round.
     speed: f64,
-    /// It has not answered for so long that this is a trouble.
+    /// Whether it has not answered for so long that this is an error.
     is_hung: bool,
 }
 
@@ -147,9 +147,9 @@ struct World {
     database: Database,
     members: Vec<Member>,
     latest: Arc<Tick>,
-    /// The backend that nobody knew was deleted meanwhile.
+    /// The backend that was deleted without the worker's knowledge.
     is_deleted: bool,
-    /// What has been delivered by all, some time ago.
+    /// Rows that all have delivered some time ago.
     old: Option<Arc<Tick>>,
     scans: usize,
     limits: fn(&mut Rng) -> Limits,
@@ -262,7 +262,7 @@ impl World {
         member.delivery.advanced(reader.end.clone());
         if let Some(slot) = reader.found {
             let (number, mut at) = (member.number, reader.end);
-            // Sometimes it cannot be made.
+            // Sometimes it cannot be created.
             let fails = likely(&mut self.rng, 0.3);
             if fails && self.mutant == Mutant::FinderGoesOn {
                 let last_seq = at.last_seq().max(at.from.low_seq) + 1;
@@ -288,7 +288,7 @@ impl World {
         }
     }
 
-    /// Deletes what the cluster's backend has delivered for some time, all of its lanes.
+    /// Deletes rows that the cluster's backend has delivered some time ago, in all of its lanes.
     fn purge(&mut self) {
         let of_backend = self.members.iter().filter(|m| m.number == CLUSTER);
         let counts = |m: &&Member| self.mutant != Mutant::PurgesWithoutLanes || m.lane.is_none();
@@ -305,7 +305,7 @@ impl World {
         }
     }
 
-    /// Who has to take the rows of a stream; `None`: a lane that is still to be made.
+    /// The reader that gets the rows of a stream; `None`: a lane that is still to be created.
     fn owner(&self, stream: u8) -> Option<&Member> {
         let number = match number(stream) {
             UNKNOWN => 0,
@@ -317,7 +317,7 @@ impl World {
         of_backend.find(|m| m.lane == lane)
     }
 
-    /// The reader of the deleted backend goes, and leaves its rows to that of strays.
+    /// The reader of the deleted backend ends, and leaves its rows to the reader of strays.
     fn forget(&mut self) {
         let strays = self.members.iter().position(|m| m.role == Role::Strays);
         let index = self.members.iter().position(|m| m.role == Role::Deleted);
@@ -325,7 +325,7 @@ impl World {
             return;
         };
         let [at, theirs] = [index, strays].map(|index| self.members[index].delivery.position());
-        // That earlier transactions have ended is no condition for that no row is lost or read twice.
+        // That no row is lost or read twice must not depend on the end of earlier transactions.
         let goes = deleted::may_go(at, theirs, 0);
         if goes || (self.mutant == Mutant::ForgetsElsewhere && at.under_way.is_none()) {
             let gone = self.members.remove(index);
@@ -333,12 +333,12 @@ impl World {
         }
     }
 
-    /// What the positions say was read is what was read.
+    /// Checks that exactly the rows before the positions were read.
     fn check_positions(&self) -> Result<(), String> {
         for key in self.database.rows().filter(|key| self.database.is_committed(key.seq)) {
             let row = self.database.row(key.seq);
             match self.owner(row.stream) {
-                // One that cannot be read fails in the hands of whoever meets it first.
+                // An unreadable row fails for the reader that meets it first.
                 _ if is_damaged(key.seq) => {}
                 None => {
                     let mut finders = self.members.iter().filter(|m| m.role == Role::Finder);
@@ -361,7 +361,7 @@ impl World {
         let mut read = BTreeSet::new();
         for member in &self.members {
             for seq in member.sent.iter().chain(&member.failed) {
-                // What cannot be read fails for each who meets it, and is written down once.
+                // An unreadable row fails for each reader that meets it, and is saved once.
                 if !read.insert(*seq) && !is_damaged(*seq) {
                     return Err(format!("{seq} was read twice"));
                 }
@@ -385,8 +385,8 @@ impl World {
         !m.way(&self.latest).leads_on() && m.delivery.is_idle()
     }
 
-    /// Nothing more comes: all come to the end, but one whose Redis does not answer. For a while that is no trouble
-    /// yet.
+    /// No more rows are published: all readers reach the end, except one whose Redis does not answer. For a while that
+    /// is not an error yet.
     fn run_dry(&mut self, hung: Option<usize>) -> Result<(), String> {
         for round in 0..3_000 {
             let rest: Vec<usize> = (0..self.members.len())
@@ -445,7 +445,7 @@ fn schedule(seed: u64, mutant: Mutant) -> Result<(), String> {
 }
 
 #[test]
-fn each_row_comes_to_its_reader_once_and_in_order() {
+fn each_reader_gets_its_rows_once_and_in_order() {
     for_each_seed(2_000, |seed| schedule(seed, Mutant::None));
 }
 

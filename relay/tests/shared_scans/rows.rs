@@ -1,4 +1,4 @@
-//! The rows that a pass meets.
+//! The rows that a pass reads.
 
 use crate::model::{Database, Rows};
 use crate::{DELETED, Member, hash_slot, is_damaged, number};

@@ -17,7 +17,7 @@ fn found(stream: &str, length: i64, groups: Vec<Group>) -> Surveyed {
     }
 }
 
-/// One survey in which nothing goes wrong; what was to be trimmed.
+/// Makes one survey without failures. Returns what was to be trimmed.
 fn survey(r: &mut Readership, now: Now, last: u64, found: &[Surveyed]) -> Vec<Question> {
     let (number, questions) = r.ask(now, Some(last), true, false);
     assert!(r.surveyed(number, found, last, now).is_some());
@@ -34,7 +34,7 @@ fn nothing_is_sent_before_the_own_stream_was_surveyed() {
 }
 
 #[test]
-fn what_was_sent_behind_a_survey_counts_on() {
+fn events_sent_after_a_survey_still_use_room() {
     let mut r = readership(100);
     let own: Rc<str> = "own".into();
     survey(&mut r, S, 1, &[found("own", 10, Vec::new())]);
@@ -48,7 +48,7 @@ fn what_was_sent_behind_a_survey_counts_on() {
 }
 
 #[test]
-fn a_survey_that_is_answered_late_counts_no_longer() {
+fn a_late_answer_to_a_survey_is_ignored() {
     let mut r = readership(100);
     let (first, _) = r.ask(S, Some(1), true, false);
     r.interrupt();
@@ -59,7 +59,7 @@ fn a_survey_that_is_answered_late_counts_no_longer() {
 }
 
 #[test]
-fn an_unknown_stream_has_little_room_until_it_was_surveyed() {
+fn an_unknown_stream_has_little_room_until_it_is_surveyed() {
     let mut r = readership(100);
     let stream: Rc<str> = "new".into();
     assert_eq!(r.room("new"), 10);
@@ -85,7 +85,7 @@ fn a_goal_waits_for_a_later_batch() {
     let read = || [found("own", 9, vec![group("g", 9, Some(4))])];
     assert_eq!(survey(&mut r, S, 7, &read())[0].trim, None);
     assert!(r.waits_for_batch(7) && !r.waits_for_batch(8));
-    // No batch has come: the guard still names number 7.
+    // There was no later batch: the guard still names number 7.
     assert_eq!(survey(&mut r, 2 * S, 7, &read())[0].trim, None);
     let id = EntryId { ms: 1, seq: 4 };
     let left_out = Vec::new();
@@ -95,7 +95,7 @@ fn a_goal_waits_for_a_later_batch() {
         ..found("own", 6, vec![group("g", 9, Some(4))])
     }];
     assert_eq!(survey(&mut r, 3 * S, 8, &trimmed)[0].trim, Some(trim.clone()));
-    // The same is not done twice, unless the connection was lost.
+    // The same trim is not repeated, unless the connection was lost.
     assert!(!r.waits_for_batch(8));
     r.disconnected();
     survey(&mut r, 4 * S, 8, &read());
@@ -112,7 +112,7 @@ fn a_paused_backend_trims_nothing() {
 }
 
 #[test]
-fn a_full_stream_holds_back_and_names_who_keeps_it_full() {
+fn a_full_stream_makes_the_backend_wait_and_names_the_slowest_group() {
     let mut r = readership(10);
     survey(&mut r, S, 1, &[found("own", 10, vec![group("slow", 3, Some(3))])]);
     assert!(!r.holds_back(), "nobody wants to send");
@@ -136,7 +136,7 @@ fn a_full_stream_holds_back_and_names_who_keeps_it_full() {
 }
 
 #[test]
-fn a_full_stream_without_groups_says_so() {
+fn a_full_stream_without_groups_reports_that() {
     let mut r = readership(10);
     survey(&mut r, S, 1, &[found("own", 10, Vec::new())]);
     r.fills_up("own".into());
@@ -145,7 +145,7 @@ fn a_full_stream_without_groups_says_so() {
 }
 
 #[test]
-fn a_redis_that_may_not_be_asked_holds_back_only_who_trims_by_reading() {
+fn a_denied_survey_stops_only_backends_that_trim_by_reading() {
     let denied = Surveyed {
         failure: Some(Failure::of(Trouble::NoPermCommand, "NOPERM no")),
         ..Surveyed::of("own".into())
@@ -164,9 +164,9 @@ fn a_redis_that_may_not_be_asked_holds_back_only_who_trims_by_reading() {
     assert!(viewed.trouble().is_none() && !viewed.holds_back());
 }
 
-/// Its events are refused, and that is their own trouble.
+/// Events for such a stream are refused, which is handled for each event.
 #[test]
-fn a_stream_that_cannot_be_asked_for_itself_has_room() {
+fn a_stream_of_a_wrong_type_has_room() {
     let mut r = readership(10);
     let wrong = Surveyed {
         failure: Some(Failure::of(Trouble::WrongType, "WRONGTYPE no")),
@@ -176,7 +176,7 @@ fn a_stream_that_cannot_be_asked_for_itself_has_room() {
     assert!(!r.holds_back() && r.room("own") > 1_000);
 }
 
-/// Who is left out of a stream of ten entries after so many seconds of the same answers.
+/// The groups that are left out of a stream of ten entries after this many seconds with the same answers.
 fn left_out_after(seconds: u32, group: &Group) -> Vec<LeftOut> {
     let policy = Policy {
         max_len: 10,
@@ -193,7 +193,7 @@ fn left_out_after(seconds: u32, group: &Group) -> Vec<LeftOut> {
 }
 
 #[test]
-fn a_group_with_something_to_do_is_silent_while_it_does_nothing() {
+fn a_group_with_work_is_silent_while_it_does_nothing() {
     let idle = |seconds: u32| Some(seconds * S);
     let unmanned = Group {
         consumers: 0,
@@ -201,20 +201,20 @@ fn a_group_with_something_to_do_is_silent_while_it_does_nothing() {
     };
     assert_eq!(left_out_after(6, &unmanned), []);
     assert_eq!(left_out_after(7, &unmanned)[0].silent, 6 * S);
-    // A consumer was heard since.
+    // One of its consumers was active since.
     let heard = Group {
         idle: idle(2),
         ..group("g", 3, Some(2))
     };
     assert_eq!(left_out_after(20, &heard), []);
-    // Redis says that it has been silent for long, but the worker has only just looked.
+    // Redis reports that it has been silent for long, but the worker has only just begun to look.
     let quiet = Group {
         idle: idle(1_000),
         ..group("g", 3, Some(2))
     };
     assert_eq!(left_out_after(1, &quiet), []);
     assert_eq!(left_out_after(7, &quiet)[0].silent, 6 * S);
-    // It has read everything. Nothing to be read has come since.
+    // It has read everything, and nothing new has come since.
     let done = Group {
         idle: idle(1_000),
         lag: Some(0),
@@ -224,7 +224,7 @@ fn a_group_with_something_to_do_is_silent_while_it_does_nothing() {
 }
 
 #[test]
-fn a_group_that_goes_on_is_not_silent() {
+fn a_slow_group_that_makes_progress_is_not_silent() {
     let policy = Policy {
         max_len: 10,
         silence: Some(5 * S),
@@ -232,7 +232,7 @@ fn a_group_that_goes_on_is_not_silent() {
     let mut r = Readership::new(Some(policy), Some("own".into()));
     for second in 1..=30 {
         let (number, _) = r.ask(second * S, Some(1), true, false);
-        // Slow: an entry each four seconds.
+        // Slow: one entry every four seconds.
         let slow = group("g", 3 + u64::from(second) / 4, None);
         let left_out = r.surveyed(number, &[found("own", 10, vec![slow])], 1, second * S);
         assert_eq!(left_out, Some(Vec::new()), "{second}");
@@ -240,7 +240,7 @@ fn a_group_that_goes_on_is_not_silent() {
 }
 
 #[test]
-fn of_many_streams_each_has_its_turn_and_the_full_one_the_first() {
+fn many_streams_take_turns_and_the_full_one_goes_first() {
     let mut r = readership(100);
     for n in 0..1_000 {
         r.sent(&format!("s{n}").into(), 10);
@@ -273,7 +273,7 @@ fn streams_are_remembered_up_to_a_limit() {
 }
 
 #[test]
-fn a_backend_with_nothing_to_trim_asks_nothing() {
+fn a_backend_with_nothing_to_trim_makes_no_survey() {
     let mut r = readership(100);
     assert_eq!(r.due_at(false), Some(Now::ZERO));
     survey(&mut r, S, 1, &[found("own", 1, vec![group("g", 1, None)])]);
@@ -305,10 +305,10 @@ fn a_lane_without_the_own_stream_does_not_wait_for_it() {
     assert!(r.holds_back());
 }
 
-/// [`a_goal_waits_for_a_later_batch`] can fail.
+/// Shows that [`a_goal_waits_for_a_later_batch`] can fail.
 #[cfg(feature = "faults")]
 #[test]
-fn a_mutant_that_trims_the_last_batch_is_told_apart() {
+fn a_mutant_that_trims_the_last_batch_is_detected() {
     fault::mutate(Some(Mutation::TrimLastBatch));
     let mut r = readership(100);
     let read = || [found("own", 9, vec![group("g", 9, Some(4))])];

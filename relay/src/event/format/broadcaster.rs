@@ -5,11 +5,10 @@ use crate::event::format::stamped::Stamped;
 use crate::resp::write::append_bulk;
 
 pub(super) const LSN: &str = "lsn";
-/// The last one only in entries that tell a position of the WAL.
+/// The last field is only in entries that carry a position in the WAL.
 pub(super) const FIELDS: [&str; 6] = ["event_id", "event_type", "source", "timestamp", "cloud_event", LSN];
 
-/// Appends the fields. Most bytes are the same in each entry: they are written in as few pieces as the values between
-/// them allow.
+/// Appends the fields. Most bytes are the same in each entry: they are written in as few pieces as possible.
 pub(super) fn append(out: &mut Vec<u8>, scratch: &mut Vec<u8>, stamped: &Stamped<'_>) {
     append_cloud_event(scratch, stamped);
     out.extend_from_slice(b"$8\r\nevent_id\r\n$36\r\n");

@@ -3,8 +3,8 @@
 use crate::event::format::stamped::{Data, Stamped};
 use crate::event::trace::{TRACEPARENT, TRACESTATE};
 
-/// Appends it, with the spacing that both Python's `json.dumps` and Postgres's jsonb use, in the order in which
-/// django-broadcaster writes it.
+/// Appends the object with the spacing that both Python's `json.dumps` and Postgres's jsonb use, in the order of
+/// django-broadcaster.
 pub(super) fn append_cloud_event(out: &mut Vec<u8>, stamped: &Stamped<'_>) {
     let event = stamped.event;
     out.extend_from_slice(br#"{"specversion": "1.0", "type": "#);
@@ -19,9 +19,8 @@ pub(super) fn append_cloud_event(out: &mut Vec<u8>, stamped: &Stamped<'_>) {
     append_rest(out, stamped);
 }
 
-/// The attributes after these four, and the object's end. Optional ones are left out when empty; those of a trace
-/// context (extension *distributed tracing*) when there is none; so is `data` when it is
-/// JSON null.
+/// Appends the attributes after the first four, and the end of the object. Optional attributes are omitted if empty,
+/// those of a trace context (extension *distributed tracing*) if there is none, and `data` if it is JSON null.
 pub(super) fn append_rest(out: &mut Vec<u8>, stamped: &Stamped<'_>) {
     if let Some(subject) = stamped.subject() {
         out.extend_from_slice(br#", "subject": "#);

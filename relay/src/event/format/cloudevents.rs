@@ -1,5 +1,5 @@
 //! Format `cloudevents`: a field for each attribute, with the prefix `ce_` as in CloudEvents' Kafka binding (binary
-//! mode), and the payload in `data`. There is no binding for Redis.
+//! mode), and the payload in `data`. CloudEvents has no binding for Redis.
 
 use crate::event::binary::{decode, decoded_len};
 use crate::event::format::stamped::{Data, Stamped};
@@ -7,7 +7,7 @@ use crate::event::trace::{TRACEPARENT, TRACESTATE};
 use crate::resp::write::{append_bulk, append_bulk_header};
 
 pub(super) const LSN: &str = "ce_lsn";
-/// The last one only in entries that tell a position of the WAL.
+/// The last field is only in entries that carry a position in the WAL.
 pub(super) const FIELDS: [&str; 12] = [
     "ce_specversion",
     "ce_id",
@@ -23,7 +23,7 @@ pub(super) const FIELDS: [&str; 12] = [
     LSN,
 ];
 
-/// The name of a further field: the trace context is an attribute.
+/// The name of a further field. A trace context is an attribute, and gets the prefix.
 pub(super) fn name_of(field: &str) -> &str {
     match field {
         TRACEPARENT => "ce_traceparent",
@@ -38,7 +38,7 @@ pub(super) fn count(stamped: &Stamped<'_>) -> usize {
     5 + optional + if stamped.data().is_some() { 2 } else { 0 }
 }
 
-/// Optional attributes are left out when empty; so are `data` and its type when it is JSON null.
+/// Optional attributes are omitted if empty; `data` and its type are omitted if it is JSON null.
 pub(super) fn append(out: &mut Vec<u8>, stamped: &Stamped<'_>) {
     out.extend_from_slice(b"$14\r\nce_specversion\r\n$3\r\n1.0\r\n$5\r\nce_id\r\n$36\r\n");
     out.extend_from_slice(&stamped.event_id);
@@ -63,7 +63,7 @@ pub(super) fn append(out: &mut Vec<u8>, stamped: &Stamped<'_>) {
         out.extend_from_slice(b"$4\r\ndata\r\n");
         match data {
             Data::Json(data) => append_bulk(out, data.as_bytes()),
-            // As they are: a field's value may be any bytes.
+            // Unencoded: a field's value may contain any bytes.
             Data::Base64(base64) => {
                 append_bulk_header(out, decoded_len(base64));
                 decode(out, base64);

@@ -1,5 +1,5 @@
-//! Format `debezium`: the fields `key` and `value` that Debezium Server's Redis sink writes in its extended message format,
-//! with JSON without schemas. `value` is the envelope of a change: `before`, `after`, `source`, `op`, `ts_ms`.
+//! Format `debezium`: the fields `key` and `value` that Debezium Server's Redis sink writes in its extended message
+//! format, as JSON without schemas. `value` is the envelope of a change: `before`, `after`, `source`, `op`, `ts_ms`.
 
 use crate::event::format::cloud_event::append_json_string;
 use crate::event::format::stamped::{Data, Stamped, name_between};
@@ -8,7 +8,8 @@ use crate::resp::write::append_bulk;
 
 pub(super) const FIELDS: [&str; 2] = ["key", "value"];
 
-/// `op` of a change, by the last word of the event's type: `orders.update` is an update. All else is a creation.
+/// The `op` of a change, from the last word of the event's type: `orders.update` is an update. All other events are
+/// creations.
 fn operation(event_type: &str) -> u8 {
     match event_type.rsplit('.').next() {
         Some("update") => b'u',
@@ -18,7 +19,7 @@ fn operation(event_type: &str) -> u8 {
     }
 }
 
-/// The envelope begins with id and time: a search through a stream reads no more of an entry.
+/// The envelope begins with id and time, because a search through a stream reads only the beginning of an entry.
 const BEFORE_ID: &[u8] = br#"{"source":{"event_id":""#;
 const BEFORE_TIME: &[u8] = br#"","time":""#;
 
@@ -47,13 +48,13 @@ pub(super) fn append(out: &mut Vec<u8>, scratch: &mut Vec<u8>, stamped: &Stamped
 fn append_envelope(out: &mut Vec<u8>, stamped: &Stamped<'_>) {
     let event = stamped.event;
     let op = operation(event.event_type);
-    // Of bytes the base64, as Debezium has them unless it is told otherwise (binary.handling.mode).
+    // Binary payloads are written as base64, which is Debezium's default (binary.handling.mode).
     let [open, data, close] = match stamped.data() {
         Some(Data::Json(data)) => ["", data, ""],
         Some(Data::Base64(base64)) => ["\"", base64, "\""],
         None => ["", "null", ""],
     };
-    // What is deleted has no state afterwards.
+    // A deleted row has no state afterwards.
     let (before, after) = match op {
         b'd' => ([open, data, close], ["", "null", ""]),
         _ => (["", "null", ""], [open, data, close]),
@@ -75,7 +76,7 @@ fn append_envelope(out: &mut Vec<u8>, stamped: &Stamped<'_>) {
     append_json_string(out, event.source);
     out.extend_from_slice(br#","event_type":"#);
     append_json_string(out, event.event_type);
-    // A number, as Debezium's connector for Postgres has it.
+    // As a number, as in Debezium's connector for Postgres.
     if let Some(lsn) = stamped.lsn {
         out.extend_from_slice(br#","lsn":"#);
         out.extend_from_slice(itoa::Buffer::new().format(lsn.position).as_bytes());

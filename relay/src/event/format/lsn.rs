@@ -1,11 +1,11 @@
-//! A position of the WAL, as entries tell it.
+//! A position in the WAL, as entries carry it.
 
 use std::fmt::Write;
 
 #[derive(Default)]
 pub(super) struct Lsn {
     pub position: u64,
-    /// As Postgres's type `pg_lsn` has it.
+    /// In the format of Postgres's type `pg_lsn`.
     pub text: String,
 }
 

@@ -1,5 +1,6 @@
-//! From an event to the bytes of its XADD, in RESP, appended to a buffer that is used again. Each format has a file, which
-//! says what an entry's fields are. After them come the backend's static fields, those of `publisher_config`, and the position of the WAL if the backend wants it.
+//! From an event to the bytes of its XADD in RESP, appended to a buffer that is reused. Each format has a file, which
+//! describes the fields of an entry. They are followed by the backend's static fields, those of `publisher_config`, and
+//! the position in the WAL if the backend includes it.
 //!
 //! Source: RESP (Redis serialization protocol specification).
 
@@ -20,7 +21,7 @@ use crate::event::wanted::EventName;
 use crate::event::{ConfigError, Event, further_fields};
 use crate::resp::write::{append_array_header, append_bulk};
 
-/// How an entry is laid out.
+/// The layout of an entry.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Format {
     #[default]
@@ -31,7 +32,7 @@ pub enum Format {
 }
 
 impl Format {
-    /// As `outbox.backends.format` names them.
+    /// The names in `outbox.backends.format`.
     pub const WORDS: [(&'static str, Self); 4] = [
         ("broadcaster", Self::Broadcaster),
         ("cloudevents", Self::CloudEvents),
@@ -46,8 +47,8 @@ impl Format {
             .map(|(_, format)| format)
     }
 
-    /// The fields that the format itself writes. No other field may have such a name. `includes_lsn`: entries tell a
-    /// position of the WAL; where that stands in JSON, it is no field.
+    /// The fields that the format itself writes. No other field may have such a name. `includes_lsn`: entries carry a
+    /// position in the WAL. Where that is inside of JSON, it is not a field.
     pub fn own_fields(self, includes_lsn: bool) -> &'static [&'static str] {
         let all: &[&str] = match self {
             Self::Broadcaster => &broadcaster::FIELDS,
@@ -59,7 +60,7 @@ impl Format {
         &all[..all.len() - left_out]
     }
 
-    /// The field for a position of the WAL, if that is a field.
+    /// The field for a position in the WAL, if it is a field.
     fn lsn_field(self) -> Option<&'static str> {
         match self {
             Self::Broadcaster => Some(broadcaster::LSN),
@@ -69,7 +70,7 @@ impl Format {
     }
 }
 
-/// The event's id and time from the beginning of a JSON text that an entry of a format without fields for them has.
+/// The event's id and time, from the beginning of a JSON text in an entry of a format that has no fields for them.
 pub(crate) fn name_in_json(start: &[u8]) -> Option<EventName> {
     structured::name_in(start).or_else(|| debezium::name_in(start))
 }
@@ -87,16 +88,16 @@ pub struct Encoder {
     format: Format,
     /// Further fields of each entry.
     static_fields: Vec<(String, String)>,
-    /// `None`: entries tell none.
+    /// `None`: entries carry no position.
     lsn: Option<Lsn>,
-    /// Working space.
+    /// A buffer that is reused.
     scratch: Vec<u8>,
     clock: Clock,
 }
 
 impl Encoder {
-    /// `static_fields`: further fields of each entry. One that an event's `publisher_config` names as well gives way to
-    /// that.
+    /// `static_fields`: further fields of each entry. A field of the same name in an event's `publisher_config`
+    /// overrides them.
     pub fn new(format: Format, static_fields: Vec<(String, String)>) -> Self {
         Self {
             format,
@@ -105,7 +106,7 @@ impl Encoder {
         }
     }
 
-    /// The same, with entries that tell a position of the WAL.
+    /// As [`Self::new`], with entries that carry a position in the WAL.
     pub fn with_lsn(mut self) -> Self {
         self.lsn = Some(Lsn::default());
         self
@@ -115,8 +116,8 @@ impl Encoder {
         self.lsn.is_some()
     }
 
-    /// The position that entries tell from now on, if they tell one: whoever has replayed the WAL up to there sees what
-    /// the transactions of their events have written.
+    /// Sets the position that entries carry from now on, if they carry one: a standby that has replayed the WAL up to
+    /// there shows what the events' transactions have written.
     pub fn tell_lsn(&mut self, position: u64) {
         if let Some(lsn) = &mut self.lsn {
             lsn.move_to(position);

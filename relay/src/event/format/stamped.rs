@@ -1,4 +1,4 @@
-//! An event with its id and time as texts.
+//! An event with its id and time as text.
 
 use crate::event::Event;
 use crate::event::binary;
@@ -12,7 +12,7 @@ pub(super) struct Stamped<'a> {
     pub timestamp: [u8; 32],
     /// `traceparent` and `tracestate`, if it has them.
     pub trace: [Option<&'a str>; 2],
-    /// If the backend's entries tell one.
+    /// Set if the backend's entries carry a position.
     pub lsn: Option<&'a Lsn>,
 }
 
@@ -20,12 +20,12 @@ pub(super) struct Stamped<'a> {
 #[derive(Clone, Copy)]
 pub(super) enum Data<'a> {
     Json(&'a str),
-    /// Bytes.
+    /// Base64 of a binary payload.
     Base64(&'a str),
 }
 
 impl Data<'_> {
-    /// The type of its content.
+    /// The media type of the content.
     pub(super) fn media_type(self) -> &'static str {
         match self {
             Self::Json(_) => "application/json",
@@ -50,7 +50,7 @@ impl<'a> Stamped<'a> {
     }
 }
 
-/// An event's id and time at the beginning of a JSON text: `before`, the id, `between`, the time.
+/// An event's id and time at the beginning of a JSON text that consists of `before`, the id, `between`, the time.
 pub(super) fn name_between(start: &[u8], before: &[u8], between: &[u8]) -> Option<EventName> {
     let (event_id, rest) = start.strip_prefix(before)?.split_first_chunk()?;
     let time = rest.strip_prefix(between)?.first_chunk()?;

@@ -7,7 +7,7 @@ use crate::resp::write::append_bulk;
 
 pub(super) const FIELDS: [&str; 1] = ["cloud_event"];
 
-/// The object begins with id and time: a search through a stream reads no more of an entry.
+/// The object begins with id and time, because a search through a stream reads only the beginning of an entry.
 const BEFORE_ID: &[u8] = br#"{"specversion": "1.0", "id": ""#;
 const BEFORE_TIME: &[u8] = br#"", "time": ""#;
 
@@ -24,7 +24,7 @@ pub(super) fn append(out: &mut Vec<u8>, scratch: &mut Vec<u8>, stamped: &Stamped
     append_json_string(scratch, stamped.event.event_type);
     scratch.extend_from_slice(br#", "source": "#);
     append_json_string(scratch, stamped.event.source);
-    // An extension attribute. After id and time, as all else.
+    // This is an extension attribute. It follows id and time, as everything else does.
     if let Some(lsn) = stamped.lsn {
         scratch.extend_from_slice(br#", "lsn": ""#);
         scratch.extend_from_slice(lsn.text.as_bytes());

@@ -31,7 +31,7 @@ fn encoded_by(mut encoder: Encoder, event: &Event<'_>, max_len: i64) -> Vec<Stri
 }
 
 #[test]
-fn a_whole_entry() {
+fn an_entry_has_all_fields() {
     let event = Event {
         event_id: *b"\x01\x23\x45\x67\x89\xab\xcd\xef\x01\x23\x45\x67\x89\xab\xcd\xef",
         created_at_us: 1_767_225_599_123_456,
@@ -74,7 +74,7 @@ fn a_whole_entry() {
 }
 
 #[test]
-fn leaves_out_what_is_empty() {
+fn empty_optional_fields_are_omitted() {
     let event = Event {
         event_type: "t",
         source: "s",
@@ -154,9 +154,9 @@ fn cloudevents_in_binary_mode() {
     assert_eq!(names, ["ce_specversion", "ce_id", "ce_type", "ce_source", "ce_time"]);
 }
 
-/// Recovery looks for events in streams by what stands at the beginning of an entry's values.
+/// Recovery looks for events in streams by the beginning of an entry's values.
 #[test]
-fn each_entry_says_which_event_it_is_of() {
+fn each_entry_identifies_its_event() {
     let name = (hyphenated(&whole().event_id), rfc3339(whole().created_at_us));
     for format in [Format::Structured, Format::Debezium] {
         let mut encoder = Encoder::new(format, Vec::new()).with_lsn();
@@ -224,7 +224,7 @@ fn debezium_has_a_key_and_an_envelope() {
 }
 
 #[test]
-fn each_format_tells_the_position_that_it_was_given_last() {
+fn each_format_carries_the_last_position_that_was_set() {
     let told = |format: Format, position: u64| {
         let mut encoder = Encoder::new(format, Vec::new()).with_lsn();
         encoder.tell_lsn(7);
@@ -246,7 +246,7 @@ fn each_format_tells_the_position_that_it_was_given_last() {
 }
 
 #[test]
-fn bytes_have_their_place_in_each_format() {
+fn each_format_has_a_place_for_binary_payloads() {
     let data = crate::event::binary::of_bytes(b"a\r\nb");
     let event = Event {
         data: Some(&data),
@@ -284,7 +284,7 @@ fn bytes_have_their_place_in_each_format() {
 }
 
 #[test]
-fn static_fields_come_before_the_publishers_and_give_way_to_them() {
+fn static_fields_come_first_and_publishers_can_override_them() {
     let fixed = [("tenant", "a"), ("region", "eu")].map(|(name, value)| (name.to_owned(), value.to_owned()));
     let found = encoded_by(Encoder::new(Format::Structured, fixed.to_vec()), &whole(), 0);
     assert_eq!(pairs(&found)[1..], [("region", "eu"), ("tenant", "b")]);

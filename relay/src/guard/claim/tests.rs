@@ -73,7 +73,7 @@ fn once(guard: Option<&Guard>, us: &Claimant<'_>) -> Decision {
 }
 
 #[test]
-fn the_numbers_say_who_is_behind() {
+fn batch_numbers_show_which_side_is_behind() {
     for (number, start) in [(6, Start::Adopt), (7, Start::Own), (8, heal(true))] {
         let us = Claimant {
             number,
@@ -84,7 +84,7 @@ fn the_numbers_say_who_is_behind() {
 }
 
 #[test]
-fn a_guard_of_our_history_that_says_what_cannot_be_is_not_believed() {
+fn an_impossible_guard_of_our_history_is_not_believed() {
     let position = |text: &str| text.parse::<Position>().unwrap();
     type Forge = Box<dyn Fn(&mut Guard)>;
     let forge = |f: fn(&mut Guard)| -> Forge { Box::new(f) };
@@ -115,7 +115,7 @@ fn a_guard_of_our_history_that_says_what_cannot_be_is_not_believed() {
         let decision = once(Some(&guard), &us(Incarnation::Current));
         let start = if guard.number > 7 { Start::Adopt } else { Start::Own };
         assert_eq!(decision, expected(start), "{index}");
-        // Whose history is not ours may have come further.
+        // A server with another history may have come further.
         let told = Claimant {
             take_over: true,
             ..us(Incarnation::Unknown)
@@ -146,10 +146,10 @@ fn a_guard_of_our_history_that_says_what_cannot_be_is_not_believed() {
     }
 }
 
-/// Redis had lost a batch, and the new guard that followed was lost with the reply; it came back with the batch, which
-/// was adopted under its own number, and now it is back without it.
+/// Redis had lost a batch, and then also the new guard that followed, together with the reply. It came back with the
+/// batch, which was adopted under its own number, and now it has come back without it.
 #[test]
-fn of_a_batch_of_another_epoch_nothing_is_known() {
+fn a_batch_of_another_epoch_is_not_known() {
     let us = Claimant {
         number: (1 << 40) + 1,
         ..us(Incarnation::Current)
@@ -187,20 +187,20 @@ fn a_promoted_standby_watches_three_refreshes() {
 }
 
 #[test]
-fn while_nobody_looks_no_refresh_is_missed() {
+fn refreshes_do_not_count_as_missed_while_nobody_looks() {
     let (mut watch, elsewhere) = (Watch::default(), promoted());
     let mut waits = |seconds| {
         let decision = judge(Some(&guard()), &elsewhere, &mut watch, Duration::from_secs(seconds));
         matches!(decision, Decision::Wait { .. })
     };
     assert!(waits(0) && waits(10));
-    // Redis was away; its owner has up to a minute to come back.
+    // Redis was unreachable; its owner has up to a minute to come back.
     assert!((100..160).step_by(10).all(&mut waits));
     assert!(!waits(160));
 }
 
 #[test]
-fn a_stranger_stays_away_until_told() {
+fn an_unknown_server_waits_for_a_take_over() {
     let stranger = us(Incarnation::Unknown);
     assert!(matches!(once(Some(&guard()), &stranger), Decision::Wait { .. }));
     let released = Guard {
@@ -216,11 +216,11 @@ fn a_stranger_stays_away_until_told() {
     assert_eq!(once(Some(&guard()), &told), compares);
 }
 
-/// Whether it claims at once, and whether it does so after a year of silence.
+/// Whether it claims at once, and whether it claims after a year of silence.
 fn claims(guard: &Guard, us: &Claimant<'_>) -> (bool, bool) {
     let mut watch = Watch::default();
     let mut at = |days: u64| {
-        // It looks all the time.
+        // It looks regularly during these days.
         let looks = (0..400).map(|look| Duration::from_secs(days * 86_400 + look));
         let mut decisions = looks.map(|now| judge(Some(guard), us, &mut watch, now));
         decisions.any(|decision| matches!(decision, Decision::Claim(_)))
@@ -230,7 +230,7 @@ fn claims(guard: &Guard, us: &Claimant<'_>) -> (bool, bool) {
 }
 
 #[test]
-fn only_heirs_follow_an_owner_who_is_silent_or_has_left() {
+fn only_heirs_follow_an_owner_that_is_silent_or_has_left() {
     const GUARD: &str = "db:/data#1.2.3@boot1";
     const REBOOTED: &str = "db:/data#9.2.3@boot2";
     let silent = Guard {
@@ -276,7 +276,7 @@ fn only_heirs_follow_an_owner_who_is_silent_or_has_left() {
 }
 
 #[test]
-fn a_server_promoted_before_the_owner_is_no_heir() {
+fn a_server_promoted_before_the_owner_is_not_an_heir() {
     let later = Guard {
         timeline: 2,
         released: true,
@@ -286,7 +286,7 @@ fn a_server_promoted_before_the_owner_is_no_heir() {
 }
 
 #[test]
-fn a_copy_begins_no_guard_and_neither_does_who_is_paused() {
+fn a_copy_or_a_paused_backend_creates_no_guard() {
     for number in [0, 7] {
         let copy = Claimant {
             copy: true,
@@ -311,9 +311,9 @@ fn a_copy_begins_no_guard_and_neither_does_who_is_paused() {
     }
 }
 
-/// Elsewhere the guard's position is to be taken in first.
+/// In other cases the guard's position must be adopted first.
 #[test]
-fn what_a_dump_has_brought_is_compared_from_the_own_position() {
+fn restored_events_are_compared_from_the_own_position() {
     let restored = |number| Claimant {
         number,
         restored: true,
@@ -326,7 +326,7 @@ fn what_a_dump_has_brought_is_compared_from_the_own_position() {
 }
 
 #[test]
-fn a_missing_guard_is_news_only_after_the_first_batch() {
+fn a_missing_guard_matters_only_after_the_first_batch() {
     let first = Claimant {
         number: 0,
         ..us(Incarnation::Current)

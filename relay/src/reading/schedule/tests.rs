@@ -2,7 +2,7 @@ use super::*;
 use crate::reading::snapshot::Snapshot;
 use fastrand::Rng;
 
-/// Numbers up to which the ticks see all; the first is the beginning of time.
+/// The numbers up to which the ticks see everything; the first tick is the beginning of time.
 const SEQS: [i64; 4] = [0, 10_000, 300_000, 300_100];
 
 fn ticks() -> Vec<Arc<Tick>> {
@@ -18,11 +18,11 @@ fn ticks() -> Vec<Arc<Tick>> {
     SEQS.iter().enumerate().map(tick).map(Arc::new).collect()
 }
 
-/// A reader as a row of a table has it. Ticks are named by their places in [`SEQS`].
+/// A reader as a row of a table. Ticks are named by their index in [`SEQS`].
 #[derive(Clone, Copy, Debug)]
 struct Given {
     from: usize,
-    /// The number that it has come to on its way; 0: it has not set out.
+    /// The number that it has reached on its way; 0: it is not on its way.
     at: i64,
     to: usize,
     role: Role,
@@ -31,7 +31,7 @@ struct Given {
     supply: Supply,
 }
 
-/// Ready and well, with a sender that could run dry.
+/// Ready and healthy, with a sender that could run out of work.
 const HUNGRY: Given = Given {
     from: 1,
     at: 0,
@@ -109,7 +109,7 @@ fn reading(given: &[Given]) -> Vec<usize> {
     reading
 }
 
-/// All groups that are taken, one after the other.
+/// All groups in the order in which they are taken.
 fn groups(given: &[Given]) -> Vec<(Vec<usize>, i64, i64)> {
     let ticks = ticks();
     let positions = positions(given, &ticks);
@@ -318,7 +318,7 @@ fn anybody(rng: &mut Rng) -> Given {
     }
 }
 
-/// The same as [`Schedule`] says, each reader beside each other one.
+/// The result that [`Schedule`] must have, computed for each reader against each other reader.
 fn reading_by_definition(readers: &[Reader<'_>]) -> Vec<usize> {
     let leads_on = |r: &&Reader<'_>| r.way.leads_on();
     let holds = |other: &Reader<'_>, reader: &Reader<'_>| {
@@ -334,7 +334,7 @@ fn reading_by_definition(readers: &[Reader<'_>]) -> Vec<usize> {
 }
 
 #[test]
-fn nobody_starves_and_no_sender_runs_dry() {
+fn no_reader_starves_and_no_sender_runs_dry() {
     let rng = &mut Rng::with_seed(1);
     let ticks = ticks();
     for round in 0..20_000 {
@@ -351,7 +351,7 @@ fn nobody_starves_and_no_sender_runs_dry() {
                 "round {round}: {given:?}"
             );
         }
-        // A reader that waits, waits for one that reads, or for one that is well and has more to do than it can take.
+        // A reader that waits does so for one that reads, or for a healthy one that has more work than room.
         let is_stuck = reading.is_empty() && on_their_way().any(Reader::takes);
         let moves = on_their_way().any(|r| r.is_well && !r.takes());
         assert!(!is_stuck || moves, "round {round}: {given:?}");

@@ -1,4 +1,4 @@
-//! Batches: queued in Redis while the one before them is executed, then executed, replicated, or refused.
+//! Batches: queued in Redis while the previous one is executed, then executed, replicated, or refused.
 
 use crate::delivery::flight::Refusal;
 use crate::failure::{self, Class, Failure, Trouble};
@@ -14,7 +14,7 @@ use crate::sender::orders::{Batch, Report};
 use redis::{ServerError, Value};
 
 impl Conversation {
-    /// The batch of a refresh of the guard.
+    /// The batch that refreshes the guard.
     pub(super) fn beat(&self, beat: u64, released: bool) -> (Batch, Kind) {
         let mut bytes = BATCH_START.to_vec();
         append_beat(&mut bytes, &self.key, beat, released);
@@ -22,7 +22,7 @@ impl Conversation {
         (Batch { bytes, commands: 0 }, kind)
     }
 
-    /// Writes a batch's commands: all but its EXEC, unless that may be sent.
+    /// Writes a batch's commands; EXEC only if it may be sent now.
     pub(super) fn queue(&mut self, state: ConversationState, batch: Batch, kind: Kind) -> ConversationState {
         match state {
             ConversationState::Armed { token } => {
@@ -73,7 +73,7 @@ impl Conversation {
         }
     }
 
-    /// Executes a batch that is queued: the token was read, and is ours.
+    /// Executes a queued batch: the token was read, and is ours.
     pub(super) fn execute(&mut self, token: String, batch: WrittenBatch) -> ConversationState {
         if !fault::is_mutated(Mutation::TwoExecs) {
             self.append_exec();
@@ -85,7 +85,7 @@ impl Conversation {
         }
     }
 
-    /// EXEC, and behind it what the next EXEC needs.
+    /// Appends EXEC, and after it what the next EXEC needs.
     fn append_exec(&mut self) {
         append_command(&mut self.out, &[b"EXEC"]);
         self.expected.push_back(Expect::Exec);
@@ -100,15 +100,15 @@ impl Conversation {
         self.expected.push_back(Expect::Replicas { reported });
     }
 
-    /// Command `index` of the batch that is executing was not queued; number 0 is MULTI.
+    /// Command `index` of the batch that is being executed was not queued; number 0 is MULTI.
     pub(super) fn not_queued(&mut self, value: &Value, index: usize, reports: &mut Vec<Report>) -> Result<(), Failure> {
-        // Replies to a batch's commands come behind the answer that let it be executed. Otherwise it was discarded.
+        // Replies to a batch's commands come after the answer that allowed its execution. Otherwise it was discarded.
         let (ConversationState::Executing { batch, .. }, Value::ServerError(error)) = (&mut self.state, value) else {
             return Ok(());
         };
         let failure = failure::reply(error);
         let Some(entry) = index.checked_sub(1).filter(|entry| *entry < batch.batch.commands) else {
-            // MULTI or the guard's HSET: without them nothing can be appended.
+            // MULTI or the guard's HSET has failed: without them nothing can be appended.
             return Err(failure.not_of_an_event());
         };
         let is_last_word = failure.trouble == Trouble::TooLarge;
@@ -119,7 +119,7 @@ impl Conversation {
         Ok(())
     }
 
-    /// The server reads no more of this connection after an entry that is too large for it: nothing of the batch is
+    /// After an entry that is too large for it, the server reads no more from this connection: nothing of the batch is
     /// appended.
     fn cut_off(&mut self, reports: &mut Vec<Report>) {
         self.state = match std::mem::take(&mut self.state) {
@@ -134,7 +134,7 @@ impl Conversation {
         };
     }
 
-    /// The reply to a batch's EXEC.
+    /// Processes the reply to a batch's EXEC.
     pub(super) fn executed(&mut self, reply: Reply<'_>, reports: &mut Vec<Report>) -> Result<(), Failure> {
         fault::reach(Point::AfterExec);
         let ConversationState::Executing { token, batch, next } = std::mem::take(&mut self.state) else {
@@ -197,7 +197,7 @@ impl Conversation {
         ConversationState::Stopped { token }
     }
 
-    /// The reply to WAIT; `reported`: what was said of too few replicas before.
+    /// Processes the reply to WAIT; `reported`: what was reported about too few replicas before.
     pub(super) fn replicated(
         &mut self,
         value: &Value,
@@ -219,7 +219,7 @@ impl Conversation {
             ConversationState::Replicating { token, batch, refused } => {
                 self.done(token, batch, refused, Next::Nothing, reports)
             }
-            // A claim.
+            // This was a claim.
             state => state,
         };
         if !matches!(self.state, ConversationState::Stopped { .. }) {
@@ -229,7 +229,7 @@ impl Conversation {
     }
 }
 
-/// Redis would not execute a batch: whether that is because of events in it. The error is the backend's.
+/// Whether Redis has refused to execute a batch because of its events. The error is one of the backend.
 fn is_for_its_events(batch: &WrittenBatch, error: &ServerError) -> Result<(), Failure> {
     let of_backend = batch.unqueued.iter().find(|(_, failure)| failure.class != Class::Event);
     match of_backend {

@@ -1,4 +1,4 @@
-//! Reading the guard, claiming it, and reading our token back.
+//! Reads the guard, claims it, and reads our token back.
 
 use crate::failure::{self, Failure, Trouble};
 use crate::fault::{self, Mutation, Point};
@@ -37,7 +37,7 @@ impl Conversation {
         ConversationState::Claiming { token: claim.token }
     }
 
-    /// The reply to the EXEC of a claim.
+    /// Processes the reply to the EXEC of a claim.
     pub(super) fn claimed(&mut self, value: &Value) -> Result<(), Failure> {
         match value {
             Value::Array(replies) => replies.iter().try_for_each(well)?,
@@ -52,7 +52,7 @@ impl Conversation {
         Ok(())
     }
 
-    /// Asks whose token the guard has, from now on under WATCH.
+    /// Reads whose token the guard has, from now on under WATCH.
     pub(super) fn rearm(&mut self) {
         if !fault::is_mutated(Mutation::NoWatch) {
             append_command(&mut self.out, &[b"WATCH", &self.key]);
@@ -62,7 +62,7 @@ impl Conversation {
         self.expected.push_back(Expect::Token);
     }
 
-    /// The guard's token, as it was read under WATCH.
+    /// Processes the guard's token, which was read under WATCH.
     pub(super) fn token(&mut self, value: &Value, reports: &mut Vec<Report>) -> Result<(), Failure> {
         let is_ours = match value {
             Value::Array(tokens) => match tokens.as_slice() {
@@ -96,7 +96,7 @@ impl Conversation {
         guard_of(reply).map_err(|failure| self.at_key(failure))
     }
 
-    /// A failure that says that the key holds no guard names the key; any other stays as it is.
+    /// If a failure says that the key does not hold a guard, names the key. Any other failure is returned unchanged.
     pub(super) fn at_key(&self, failure: Failure) -> Failure {
         match failure.message.starts_with("WRONGTYPE") || failure.message.starts_with("the guard") {
             true => self.no_guard(&failure.message),

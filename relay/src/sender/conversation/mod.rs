@@ -1,5 +1,5 @@
-//! What is said on one connection of a backend with `exactly_once`, without the connection: orders and replies go in,
-//! bytes and reports come out.
+//! The conversation on one connection of a backend with `exactly_once`, without the connection itself: orders and
+//! replies go in, bytes and reports come out.
 //!
 //! ```text
 //! WATCH, HGETALL guard ──▶ report Guard ──(order Claim)──▶ MULTI, HSET, EXEC ──▶ WATCH, HMGET token ──▶ report Claimed
@@ -7,13 +7,13 @@
 //!     ▼                                                                                        │
 //! armed: the token was read under WATCH, and is ours ──(a batch is queued)──▶ EXEC, WATCH, HMGET ┴▶ report Done
 //! ```
-//! If somebody else claims the guard between HMGET and EXEC, EXEC answers nil and nothing is written. So an EXEC is
-//! sent only when armed; the commands of the next batch are queued in Redis meanwhile. After a batch of which something
-//! was refused, nothing is sent until the worker has written that down (order Resume).
+//! If another server claims the guard between HMGET and EXEC, EXEC returns nil and nothing is written. So an EXEC is
+//! sent only when armed; meanwhile, the commands of the next batch are queued in Redis. After a batch with refused
+//! events, nothing is sent until the worker has written that down (order Resume).
 //!
-//! - [`state`] the states, and what replies are expected; [`replies`] what they mean
-//! - [`claim`] reading and claiming the guard; [`batches`]; [`search`] for events in their streams; [`surveying`] their
-//!   consumer groups
+//! - [`state`] the states, and the expected replies; [`replies`] what replies mean
+//! - [`claim`] reads and claims the guard; [`batches`]; [`search`] looks for events in their streams; [`surveying`]
+//!   asks about their consumer groups
 
 mod batches;
 mod claim;
@@ -34,20 +34,21 @@ use crate::sender::orders::{Order, Report};
 use crate::sender::tails::Search;
 use std::collections::VecDeque;
 
-/// One connection's conversation. Once [`Self::reply`] returns an error it has ended.
+/// One connection's conversation. It has ended when [`Self::reply`] returns an error.
 pub struct Conversation {
-    /// The guard's.
+    /// The guard's key.
     key: Vec<u8>,
     replicas: Option<Replicas>,
     state: ConversationState,
-    /// What the replies that are still to come answer.
+    /// What the expected replies answer.
     expected: VecDeque<Expect>,
     out: Vec<u8>,
 }
 
 impl Conversation {
-    /// Begins with reading the guard at `key`. `ousting`: gives it this token first. A busy owner would touch the guard
-    /// under every claim; now it has to read the guard again before it appends anything more.
+    /// Begins by reading the guard at `key`. `ousting`: first gives it this token. Otherwise a busy owner would change
+    /// the guard during every claim. With the new token, the owner has to read the guard again before it appends
+    /// anything more.
     pub fn new(key: &str, replicas: Option<Replicas>, ousting: Option<&str>) -> Self {
         let key = key.as_bytes().to_vec();
         let mut out = Vec::new();
@@ -68,7 +69,7 @@ impl Conversation {
         }
     }
 
-    /// Bytes to be written; the caller empties it.
+    /// Bytes to be written. The caller empties it.
     pub fn output(&mut self) -> &mut Vec<u8> {
         &mut self.out
     }
@@ -77,7 +78,7 @@ impl Conversation {
         !self.expected.is_empty()
     }
 
-    /// What the next reply may have.
+    /// The bounds of the next reply.
     pub fn bounds(&self) -> Bounds {
         match (self.expected.front(), &self.state) {
             (Some(Expect::Guard), _) => Bounds::guard(),
@@ -99,13 +100,13 @@ impl Conversation {
         }
     }
 
-    /// Whether the same WAIT is about to be sent once more, which is not urgent.
+    /// Whether the same WAIT is about to be sent again, which is not urgent.
     pub fn waits_again(&self) -> bool {
         let is_repeated = matches!(self.expected.back(), Some(Expect::Replicas { reported: Some(_) }));
         is_repeated && !self.out.is_empty()
     }
 
-    /// What it means that the next reply could not be received.
+    /// The failure if the next reply could not be received.
     pub fn unreadable(&self, failure: Failure) -> Failure {
         match self.expected.front() {
             Some(Expect::Guard) if failure.trouble == Trouble::TooLongReply => self.no_guard("the guard is too large"),
@@ -113,7 +114,7 @@ impl Conversation {
         }
     }
 
-    /// Whether a batch is written but not done with.
+    /// Whether a batch is written but not finished.
     pub fn is_busy(&self) -> bool {
         self.state.batches().next().is_some()
     }
@@ -123,13 +124,14 @@ impl Conversation {
         self.state.batches().any(|batch| batch.kind == Kind::Release)
     }
 
-    /// Whether an order may be given now.
+    /// Whether it can take an order now.
     pub fn wants_order(&self) -> bool {
         match &self.state {
             ConversationState::Unclaimed | ConversationState::Stopped { .. } => self.expected.is_empty(),
             ConversationState::Armed { .. } => true,
             ConversationState::Executing { next, .. } | ConversationState::Rearming { next, .. } => {
-                // While it waits for replicas, nothing may be queued behind: a further WAIT would be queued too.
+                // While it waits for replicas, nothing may be queued behind, because a further WAIT would be queued
+                // too.
                 self.replicas.is_none() && matches!(next, Next::Nothing)
             }
             ConversationState::Claiming { .. }
@@ -139,7 +141,7 @@ impl Conversation {
         }
     }
 
-    /// Takes an order of the worker, if it wants one.
+    /// Takes an order of the worker, if it can take one.
     pub fn order(&mut self, order: Order) {
         if !self.wants_order() {
             return;
@@ -172,18 +174,18 @@ impl Conversation {
                 ConversationState::Rearming { token, next }
             }
             (state, Order::Batch(batch)) => self.queue(state, batch, Kind::Batch),
-            // A batch on its way says as much as a refresh.
+            // A batch in flight shows as much as a refresh.
             (state @ ConversationState::Executing { .. }, Order::Beat { released: false, .. }) => state,
             (state, Order::Beat { beat, released }) => {
                 let (batch, kind) = self.beat(beat, released);
                 self.queue(state, batch, kind)
             }
-            // The worker has not heard yet that it is stopped: it will read those rows again.
+            // The worker does not know yet that it is stopped, and will read those rows again.
             (state, _) => state,
         };
     }
 
-    /// The replies to a refresh if all is as usual; `None`: none may be written now, or not all at once.
+    /// The usual replies to a refresh; `None`: no refresh may be written now, or not all at once.
     pub fn usual_answer_to_beat(&self) -> Option<Vec<u8>> {
         let ConversationState::Armed { token } = &self.state else {
             return None;
@@ -191,7 +193,7 @@ impl Conversation {
         if self.awaits_reply() || self.replicas.is_some() {
             return None;
         }
-        // MULTI, HSET of fields that are there, EXEC; WATCH, HMGET.
+        // Replies to MULTI, HSET of existing fields, EXEC; WATCH, HMGET.
         let answer = format!(
             "+OK\r\n+QUEUED\r\n*1\r\n:0\r\n+OK\r\n*1\r\n${}\r\n{token}\r\n",
             token.len()
@@ -199,7 +201,7 @@ impl Conversation {
         Some(answer.into_bytes())
     }
 
-    /// Takes in the next reply, and appends what there is to report. An error ends the connection.
+    /// Processes the next reply, and appends what there is to report. An error ends the connection.
     pub fn reply(&mut self, reply: Reply<'_>, reports: &mut Vec<Report>) -> Result<(), Failure> {
         match self.expected.pop_front() {
             None => return Err(Failure::backend("a reply to no command")),

@@ -1,4 +1,4 @@
-//! What replies mean, whatever the state.
+//! What replies mean in any state.
 
 use crate::delivery::flight::Refusal;
 use crate::failure::{self, Class, Failure, Trouble};
@@ -7,7 +7,7 @@ use crate::guard::Guard;
 use crate::resp::read::{Reply, ReplyItems};
 use redis::Value;
 
-/// The reply to HGETALL.
+/// Parses the reply to HGETALL.
 pub(super) fn guard_of(reply: Reply<'_>) -> Result<Option<Guard>, Failure> {
     let Some(mut items) = reply.items() else {
         return Err(failure::unexpected(&reply.value()?));
@@ -22,12 +22,12 @@ pub(super) fn guard_of(reply: Reply<'_>) -> Result<Option<Guard>, Failure> {
     Guard::parse(&fields).map_err(|e| Failure::of(Trouble::NoGuard, e.to_string()))
 }
 
-/// Somebody else has claimed the guard, or it is gone. The next connection finds out which.
+/// Another server has claimed the guard, or it is missing. The next connection finds out which.
 pub(super) fn touched() -> Failure {
     Failure::backend("its guard was changed by another connection")
 }
 
-/// The reply to a command that matters only if it fails.
+/// Processes the reply to a command that only matters if it fails.
 pub(super) fn well(value: &Value) -> Result<(), Failure> {
     match value {
         Value::Okay | Value::SimpleString(_) | Value::Int(_) => Ok(()),
@@ -35,7 +35,7 @@ pub(super) fn well(value: &Value) -> Result<(), Failure> {
     }
 }
 
-/// What was refused, from the replies to a batch's entries and to the guard's HSET behind them.
+/// The refused events, from the replies to a batch's entries and to the guard's HSET after them.
 pub(super) fn refusals(replies: ReplyItems<'_>) -> Result<Vec<Refusal>, Failure> {
     let commands = replies.len() - 1;
     let mut refused = Vec::new();
@@ -46,7 +46,8 @@ pub(super) fn refusals(replies: ReplyItems<'_>) -> Result<Vec<Refusal>, Failure>
         match reply.value()? {
             Value::ServerError(_) if fault::is_mutated(Mutation::IgnoreErrorReply) => {}
             Value::ServerError(error) if index < commands => {
-                // The transaction was executed, so the same entry would be refused again: it is this event's failure.
+                // The transaction was executed, so the same entry would be refused again: the failure concerns this
+                // event.
                 let mut failure = failure::reply(&error);
                 failure.class = Class::Event;
                 refused.push((index, failure));

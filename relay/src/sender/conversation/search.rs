@@ -1,4 +1,4 @@
-//! Looking for events in the tails of their streams, on the connection that has claimed the guard.
+//! Looks for events at the ends of their streams, on the connection that has claimed the guard.
 
 use crate::failure::Failure;
 use crate::resp::read::Reply;
@@ -8,7 +8,7 @@ use crate::sender::orders::Report;
 use crate::sender::tails::Search;
 
 impl Conversation {
-    /// Sends the first command of a search, or the next.
+    /// Sends the first or the next command of a search.
     pub(super) fn search(&mut self, token: String, search: Box<Search>) -> ConversationState {
         match search.ask(&mut self.out) {
             true => {
@@ -19,7 +19,7 @@ impl Conversation {
         }
     }
 
-    /// A reply to the search, or some pieces of one.
+    /// Processes a reply to the search, or some pieces of one.
     pub(super) fn found(&mut self, reply: Reply<'_>, reports: &mut Vec<Report>) -> Result<(), Failure> {
         let ConversationState::Searching { search, .. } = &mut self.state else {
             return Ok(());

@@ -1,4 +1,4 @@
-//! The states of a conversation. Each holds what exists in that state, and nothing else.
+//! The states of a conversation. Each holds only what exists in that state.
 //!
 //! ```text
 //! Unclaimed ── claim ──▶ Claiming ── our token ──▶ Armed ◀───────── all found ─────────── Searching
@@ -17,16 +17,16 @@ use crate::sender::tails::Search;
 
 #[derive(Default)]
 pub(super) enum ConversationState {
-    /// The guard is being read, or was reported and a claim is waited for.
+    /// The guard is being read, or was reported and a claim is expected.
     #[default]
     Unclaimed,
     /// The claim was sent. The guard is ours when this token is read back.
     Claiming { token: String },
-    /// The token was read under WATCH and is ours. Nothing is on its way, so the next EXEC may be sent.
+    /// The token was read under WATCH and is ours. Nothing is in flight, so the next EXEC may be sent.
     Armed { token: String },
-    /// As armed, and events are being looked for.
+    /// As armed; events are being looked for.
     Searching { token: String, search: Box<Search> },
-    /// As armed, and Redis is being asked about consumer groups.
+    /// As armed; Redis is being asked about consumer groups.
     Surveying { token: String, survey: Box<Survey> },
     /// The EXEC of a batch was sent.
     Executing {
@@ -34,13 +34,13 @@ pub(super) enum ConversationState {
         batch: WrittenBatch,
         next: Next,
     },
-    /// The batch is appended, and waits for replicas. Nothing comes behind it: a further WAIT would be queued.
+    /// The batch is appended and waits for replicas. Nothing may follow it, because a further WAIT would be queued.
     Replicating {
         token: String,
         batch: WrittenBatch,
         refused: Vec<Refusal>,
     },
-    /// WATCH was sent, and the question for the token: no EXEC may be sent before the answer.
+    /// WATCH and HMGET for the token were sent: no EXEC may be sent before the answer.
     Rearming { token: String, next: Next },
     /// Something was refused: nothing is sent before [`Order::Resume`](crate::sender::orders::Order::Resume).
     Stopped { token: String },
@@ -62,7 +62,7 @@ impl ConversationState {
         }
     }
 
-    /// Batches that were written and are not done with.
+    /// Batches that were written and are not finished.
     pub(super) fn batches(&self) -> impl Iterator<Item = &WrittenBatch> {
         let (batch, next) = match self {
             Self::Executing { batch, next, .. } => (Some(batch), Some(next)),
@@ -83,10 +83,10 @@ impl ConversationState {
     }
 }
 
-/// What begins as soon as the token is read again.
+/// What begins when the token has been read again.
 pub(super) enum Next {
     Nothing,
-    /// Its commands are queued in Redis; its EXEC is not sent.
+    /// Its commands are queued in Redis; its EXEC is not sent yet.
     Batch(WrittenBatch),
     Search(Box<Search>),
     Survey(Box<Survey>),
@@ -96,7 +96,7 @@ pub(super) enum Next {
 pub(super) struct WrittenBatch {
     pub(super) batch: Batch,
     pub(super) kind: Kind,
-    /// Errors of commands that were not even queued.
+    /// Errors of commands that were not queued.
     pub(super) unqueued: Vec<Refusal>,
 }
 
@@ -113,7 +113,7 @@ pub(super) enum Expect {
     Ousting,
     Watch,
     Guard,
-    /// MULTI of a claim, or a command that is queued for it: only an error matters.
+    /// MULTI of a claim, or a command queued for it: only an error matters.
     Claiming,
     ClaimExec,
     Token,
@@ -123,7 +123,7 @@ pub(super) enum Expect {
         commands: usize,
     },
     Exec,
-    /// WAIT; what was reported when it found too few replicas before.
+    /// WAIT, and what was reported when it found too few replicas before.
     Replicas {
         reported: Option<String>,
     },

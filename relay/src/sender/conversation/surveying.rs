@@ -1,4 +1,4 @@
-//! Asking about consumer groups, between two batches.
+//! Asks about consumer groups, between two batches.
 
 use crate::failure::Failure;
 use crate::resp::read::Reply;
@@ -8,7 +8,7 @@ use crate::sender::orders::Report;
 use crate::sender::survey::Survey;
 
 impl Conversation {
-    /// Sends the commands of a survey's next round; without any it has ended.
+    /// Sends the commands of a survey's next round. If there are none, it has ended.
     pub(super) fn survey(
         &mut self,
         token: String,
@@ -24,7 +24,7 @@ impl Conversation {
         ConversationState::Surveying { token, survey }
     }
 
-    /// A reply to the survey, or some pieces of one.
+    /// Processes a reply to the survey, or some pieces of one.
     pub(super) fn surveyed(&mut self, reply: Reply<'_>, reports: &mut Vec<Report>) -> Result<(), Failure> {
         let ConversationState::Surveying { survey, .. } = &mut self.state else {
             return Ok(());

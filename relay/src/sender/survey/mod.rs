@@ -1,7 +1,7 @@
-//! Asking Redis about consumer groups: some streams at once, in rounds of several commands. Replies are fed in, in
+//! Asks Redis about consumer groups: some streams at once, in rounds of several commands. Replies are passed in, in
 //! pieces. See [`crate::consumers`].
 //!
-//! First, of each stream: the trimming that is due, its length, its groups. Then, of each group: its pending entries
+//! First, for each stream: the trimming that is due, its length, its groups. Then, for each group: its pending entries
 //! and, if wanted, its consumers.
 
 mod tables;
@@ -19,11 +19,12 @@ use redis::Value;
 use std::collections::VecDeque;
 use std::time::Duration;
 
-/// Commands of one round.
+/// How many commands a round has.
 const ROUND: usize = 64;
 
-/// Trims a stream, unless a group that counts has not acknowledged what would go. It looks and trims in one step: a
-/// group may have been made, or set back, since the survey before; or one that was silent reads again.
+/// Trims a stream, unless a group that counts has not acknowledged entries that would be removed. The script checks and
+/// trims in one step, because a group may have been created or set back since the last survey, or a silent one may have
+/// begun to read again.
 const SCRIPT: &str = "local function parts(id)
     local ms, seq = string.match(id, '^(%d+)-(%d+)$')
     return ms, seq
@@ -65,22 +66,22 @@ end
 if #groups == 0 or (count == 0 and ARGV[1] == 'MINID') then return -1 end
 return redis.pcall('XTRIM', KEYS[1], ARGV[1], ARGV[2])";
 
-/// A survey on its way.
+/// A survey in progress.
 pub struct Survey {
     pub number: u64,
     questions: Vec<Question>,
-    /// Also how long consumers have been silent.
+    /// Whether to ask how long consumers have been silent.
     asks_idle: bool,
     found: Vec<Surveyed>,
-    /// What is to be asked,
+    /// What is to be asked next,
     next: VecDeque<Ask>,
-    /// and what was.
+    /// and what was asked.
     asked: VecDeque<Ask>,
-    /// The reply that is coming in.
+    /// The reply that is being received.
     reading: Option<Reading>,
 }
 
-/// Of a stream, by index; of a group of it, by index.
+/// About a stream, by its index; about one of its groups, by its index.
 #[derive(Clone, Copy)]
 enum Ask {
     Trim(usize),
@@ -116,7 +117,7 @@ impl Survey {
         }
     }
 
-    /// Appends the commands of the next round, and says how many they are. 0: it has ended.
+    /// Appends the commands of the next round, and returns their number. 0: the survey has ended.
     pub fn ask(&mut self, out: &mut Vec<u8>) -> usize {
         let count = self.next.len().min(ROUND);
         for ask in self.next.drain(..count) {
@@ -126,7 +127,7 @@ impl Survey {
         count
     }
 
-    /// What the next reply may have.
+    /// The bounds of the next reply.
     pub fn bounds(&self) -> Bounds {
         match self.asked.front() {
             Some(Ask::Trim(_)) => Bounds::line("EVAL"),
@@ -138,7 +139,8 @@ impl Survey {
         }
     }
 
-    /// Takes in the next reply, or some pieces of it. Whether that is all of it. An error is that of the backend.
+    /// Processes the next reply, or some pieces of it. Returns whether the reply is complete. An error is one of the
+    /// backend.
     pub fn reply(&mut self, reply: Reply<'_>) -> Result<bool, Failure> {
         reply.feed(|piece| self.piece(piece))
     }
@@ -176,7 +178,7 @@ impl Survey {
         Ok(is_whole)
     }
 
-    /// A reply that is no array.
+    /// Processes a reply that is not an array.
     fn line(&mut self, ask: Ask, value: Value) -> Result<(), Failure> {
         match (ask, value) {
             (Ask::Trim(index), Value::Int(trimmed)) => self.found[index].is_trimmed = trimmed >= 0,
@@ -184,7 +186,7 @@ impl Survey {
                 let failure = failure::reply(&error);
                 self.found[index].untrimmed = Some(match failure.trouble {
                     Trouble::Moved | Trouble::Ask => return Err(failure),
-                    // What is not known to concern a stream alone concerns all of them.
+                    // An unknown error may concern all streams, so it is one of the backend.
                     Trouble::UnknownReply => failure.not_of_an_event(),
                     _ => failure,
                 });
@@ -196,20 +198,21 @@ impl Survey {
                     self.fails(index, failure::reply(&error))?;
                 }
             }
-            // The group is gone, or was emptied.
+            // The group no longer exists, or the stream was emptied.
             (Ask::Pending(index, _) | Ask::Consumers(index, _), Value::ServerError(error)) => {
                 if error.code() != "NOGROUP" {
                     self.fails(index, failure::reply(&error))?;
                 }
             }
-            // An empty array, as some write it.
+            // Some servers write an empty array like this.
             (Ask::Groups(_) | Ask::Pending(..) | Ask::Consumers(..), Value::Nil) => {}
             _ => return Err(unexpected(ask)),
         }
         Ok(())
     }
 
-    /// A stream cannot be asked. What is about the server, or about where a hash slot is, ends the connection.
+    /// A stream cannot be asked about. A failure that concerns the server, or where a hash slot is, ends the
+    /// connection.
     fn fails(&mut self, index: usize, failure: Failure) -> Result<(), Failure> {
         if failure.class == Class::Backend || matches!(failure.trouble, Trouble::Moved | Trouble::Ask) {
             return Err(failure);

@@ -1,12 +1,12 @@
-//! Replies about groups and consumers, piece by piece: there may be any number of them, and fields that no version has
-//! had so far.
+//! Reads replies about groups and consumers, piece by piece: there may be any number of them, with fields that are
+//! unknown so far.
 
 use crate::consumers::group::{EntryId, Group, GroupName, MOST_GROUPS};
 use crate::resp::read::{Piece, Reply};
 
-/// Where in a nested array the next piece stands.
+/// The place of the next piece in nested arrays.
 struct Place {
-    /// What is missing of each array that is open, outermost first.
+    /// How many items are missing in each open array, outermost first.
     open: Vec<u64>,
 }
 
@@ -19,7 +19,7 @@ impl Place {
         self.open.len()
     }
 
-    /// Goes past a piece. Whether the outermost array has ended.
+    /// Moves past a piece. Returns whether the outermost array has ended.
     fn pass(&mut self, piece: Piece<'_>) -> bool {
         if let Piece::Array(items @ 1..) = piece {
             self.open.push(items);
@@ -36,7 +36,7 @@ impl Place {
     }
 }
 
-/// A field and its value, one after the other, in each row of an array.
+/// The rows of an array, each with pairs of a field and its value.
 struct Rows {
     place: Place,
     field: Option<Vec<u8>>,
@@ -50,7 +50,7 @@ impl Rows {
         }
     }
 
-    /// Calls `on_row` when a row begins, and `on_value` with each field. Whether the array has ended.
+    /// Calls `on_row` when a row begins, and `on_value` with each field. Returns whether the array has ended.
     fn take<S>(
         &mut self,
         piece: Piece<'_>,
@@ -72,7 +72,7 @@ impl Rows {
                     });
                 }
             },
-            // Within the value of a field.
+            // Inside the value of a field.
             _ => {}
         }
         self.place.pass(piece)
@@ -117,7 +117,7 @@ impl Groups {
         self.rows.take(piece, &mut self.found, Found::begin, Found::note)
     }
 
-    /// Also whether there are others.
+    /// The groups, and whether there are more.
     pub(super) fn into_groups(self) -> (Vec<Group>, bool) {
         (self.found.groups, self.found.has_more)
     }
@@ -162,7 +162,7 @@ impl Found {
     }
 }
 
-/// The reply to XPENDING: how many, the first, the last, and how many of each consumer.
+/// The reply to XPENDING: the count, the first, the last, and the count of each consumer.
 pub(super) struct Pending {
     place: Place,
     index: usize,
@@ -221,7 +221,7 @@ impl Consumers {
         self.rows.take(piece, &mut self.least, |_| {}, note)
     }
 
-    /// Since when the consumer that was heard last is silent.
+    /// For how long the most recently active consumer has been silent.
     pub(super) fn least_idle_ms(&self) -> Option<u64> {
         self.least
     }

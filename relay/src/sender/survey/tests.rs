@@ -1,4 +1,4 @@
-//! A survey against replies as Redis 6.2 to 8 and Valkey write them.
+//! Tests a survey with replies as Redis 6.2 to 8 and Valkey write them.
 
 use super::*;
 use crate::consumers::group::EntryId;
@@ -9,7 +9,7 @@ fn question(stream: &str, trim: Option<Trim>) -> Question {
     Question { stream, trim }
 }
 
-/// The commands of a round, in words.
+/// The commands of a round, as text.
 fn round(survey: &mut Survey) -> Vec<String> {
     let mut out = Vec::new();
     let count = survey.ask(&mut out);
@@ -26,7 +26,7 @@ fn round(survey: &mut Survey) -> Vec<String> {
     commands
 }
 
-/// All at once, and byte by byte, as pieces come in.
+/// Answers all at once, and byte by byte.
 fn answer(survey: &mut Survey, replies: &[&str]) {
     for reply in replies {
         assert!(survey.reply(Reply::new(reply.as_bytes())).unwrap(), "{reply}");
@@ -38,7 +38,7 @@ const GROUPS: &str = "*2\r\n*12\r\n$4\r\nname\r\n$1\r\na\r\n$9\r\nconsumers\r\n:
     $17\r\nlast-delivered-id\r\n$3\r\n0-0\r\n$12\r\nentries-read\r\n$-1\r\n$3\r\nlag\r\n$-1\r\n";
 
 #[test]
-fn groups_and_their_pending_entries_are_asked() {
+fn a_survey_asks_about_groups_and_their_pending_entries() {
     let mut survey = Survey::new(1, vec![question("s", None)], true);
     assert_eq!(round(&mut survey), ["XLEN s", "XINFO GROUPS s"]);
     answer(&mut survey, &[":12\r\n", GROUPS]);
@@ -65,9 +65,9 @@ fn groups_and_their_pending_entries_are_asked() {
     );
 }
 
-/// Before 7.0 there is no lag, and nothing says how much is unread.
+/// Before 7.0 there is no lag, and nothing shows how much is unread.
 #[test]
-fn servers_that_do_not_count_what_is_unread() {
+fn the_unread_count_is_unknown_on_older_servers() {
     let mut survey = Survey::new(1, vec![question("s", None)], false);
     round(&mut survey);
     let groups = "*1\r\n*8\r\n$4\r\nname\r\n$1\r\na\r\n$9\r\nconsumers\r\n:1\r\n$7\r\npending\r\n:0\r\n$17\r\nlast-delivered-id\r\n$3\r\n9-1\r\n";
@@ -78,7 +78,7 @@ fn servers_that_do_not_count_what_is_unread() {
 }
 
 #[test]
-fn a_stream_that_cannot_be_asked_is_left_out_and_others_are_not() {
+fn a_stream_that_cannot_be_asked_affects_no_others() {
     let streams = ["gone", "list", "shut", "s"].map(|stream| question(stream, None));
     let mut survey = Survey::new(1, streams.to_vec(), false);
     assert_eq!(round(&mut survey).len(), 8);
@@ -117,7 +117,7 @@ fn a_server_that_is_not_ready_ends_the_connection() {
 }
 
 #[test]
-fn what_became_of_trimming_is_told() {
+fn the_result_of_trimming_is_reported() {
     let id = EntryId { ms: 5, seq: 0 };
     let trim = Trim::Before {
         id,
@@ -162,7 +162,7 @@ fn what_became_of_trimming_is_told() {
     }
 }
 
-/// Of any number of groups, of any size, no more is kept than is looked at.
+/// However many groups there are and however large, only those that are examined are kept.
 #[test]
 fn crowds_and_long_names_are_bounded() {
     let row = |name: &str| format!("*2\r\n$4\r\nname\r\n${}\r\n{name}\r\n", name.len());
@@ -176,7 +176,7 @@ fn crowds_and_long_names_are_bounded() {
     let mut survey = Survey::new(1, vec![question("s", None)], true);
     round(&mut survey);
     answer(&mut survey, &[":1\r\n"]);
-    // As the connection hands over a string that is too long to be kept.
+    // The connection passes a string that is too long to be kept in this form.
     for piece in ["*1\r\n", "*2\r\n", "$4\r\nname\r\n", "$5000\r\n"] {
         survey.reply(Reply::new(piece.as_bytes())).unwrap();
     }

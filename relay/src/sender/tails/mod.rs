@@ -1,5 +1,5 @@
-//! Looking for events in the tails of their streams, by event id and timestamp: after a batch whose replies were not
-//! read, and after a change of owner. One command at a time; replies are fed in, in pieces.
+//! Looks for events at the ends of their streams, by event id and timestamp: after a batch whose replies were not read,
+//! and after a change of owner. It sends one command at a time; replies are passed in, in pieces.
 
 mod pieces;
 
@@ -14,24 +14,24 @@ use std::collections::hash_map;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
-/// How far back a stream is searched, in entries.
+/// How many entries back a stream is searched.
 const DEPTH: usize = 100_000;
 /// How many bytes a page of entries should have. The first page has one entry, because entries may be large.
 const PAGE_BYTES: usize = 256 * 1024;
 const FIRST_PAGE: usize = 1;
-/// How many bytes are looked through in all. Beyond that, of each further stream only the first page is read.
+/// How many bytes are read in total. Beyond that, only the first page of each further stream is read.
 const MOST_BYTES: u64 = 16 << 30;
 const MOST_OF_A_PAGE: usize = 200;
 
 /// A search through several streams.
 pub struct Search {
     tails: Vec<Tail>,
-    /// Index of the tail that is being looked through.
+    /// The index of the tail that is being searched.
     at: usize,
     found: Vec<Sighting>,
     /// How many bytes were looked through.
     bytes: u64,
-    /// The reply that is coming in.
+    /// The reply that is being received.
     reading: Option<Reading>,
 }
 
@@ -42,8 +42,8 @@ enum Reading {
 
 struct Tail {
     stream: Arc<str>,
-    /// Indexes of those not found yet. Events that were retried share a name: each entry counts for one, the first
-    /// first.
+    /// The indexes of events that were not found yet. Events that were retried share a name: each entry counts for one
+    /// of them, in order.
     wanted: HashMap<EventName, VecDeque<(usize, Purpose)>>,
     /// The newest entry: its id, its event, and the index of that if it was wanted.
     newest: Option<(Vec<u8>, EventName, Option<usize>)>,
@@ -95,7 +95,7 @@ impl Search {
         self.at >= self.tails.len()
     }
 
-    /// Appends the next command; false: the search has ended.
+    /// Appends the next command. False: the search has ended.
     pub fn ask(&self, out: &mut Vec<u8>) -> bool {
         let Some(tail) = self.tails.get(self.at) else {
             return false;
@@ -114,7 +114,7 @@ impl Search {
         true
     }
 
-    /// What the reply to the last command may have.
+    /// The bounds of the reply to the last command.
     pub fn bounds(&self) -> Bounds {
         match self.tails.get(self.at) {
             Some(tail) if tail.asks_for_info => Bounds::INFO,
@@ -122,8 +122,8 @@ impl Search {
         }
     }
 
-    /// Takes in the reply of the last command, or some pieces of it. Whether that is all of it. An error is that of the
-    /// backend.
+    /// Processes the reply to the last command, or some pieces of it. Returns whether the reply is complete. An error
+    /// is one of the backend.
     pub fn reply(&mut self, reply: Reply<'_>) -> Result<bool, Failure> {
         reply.feed(|piece| self.piece(piece))
     }
@@ -169,7 +169,7 @@ impl Search {
         Ok(self.reading.is_none())
     }
 
-    /// A reply that is no array.
+    /// Processes a reply that is not an array.
     fn line(&mut self, value: Value) -> Result<(), Failure> {
         match (value, self.tails.get(self.at)) {
             (Value::ServerError(error), _) => {
@@ -247,13 +247,13 @@ impl Tail {
     }
 }
 
-/// A missing stream, a key of another type or one that we may not touch has none of the events; any other error says
-/// nothing about them.
+/// A missing stream, a key of another type or one that this user may not access has none of the events. Any other error
+/// tells nothing about them.
 fn is_no_stream(error: &redis::ServerError) -> Result<(), Failure> {
     let failure = failure::reply(error);
     let missing = match error.code() {
         "WRONGTYPE" => true,
-        // Else one publisher could keep all of the backend from coming up.
+        // Otherwise one publisher could keep the whole backend from coming up.
         "NOPERM" => failure.class == Class::Event,
         _ => error.details().is_some_and(|d| d.contains("no such key")),
     };

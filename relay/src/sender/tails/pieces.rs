@@ -1,53 +1,53 @@
-//! Replies to a search, piece by piece: entries may be large and many, and have fields by the million. Of each entry no
-//! more is kept than tells which event it is of.
+//! Reads replies to a search, piece by piece: there may be many large entries, with millions of fields. Of each entry,
+//! only what identifies its event is kept.
 
 use crate::event::format::name_in_json;
 use crate::event::wanted::EventName;
 use crate::failure::Failure;
 use crate::resp::read::{Piece, Reply};
 
-/// Its length, in digits, and ends of lines.
+/// The bytes of its length in digits, and of line ends.
 const AROUND_A_STRING: u64 = 8;
 
 /// An entry that has been read.
 pub(super) struct Entry {
     pub id: Vec<u8>,
-    /// `None`: the entry is not a relay's.
+    /// `None`: a relay has not written this entry.
     pub name: Option<EventName>,
 }
 
 /// The reply to XREVRANGE.
 pub(super) struct Page {
-    /// Entries that it has,
+    /// How many entries it has,
     pub entries: usize,
-    /// of which so many are still to come.
+    /// and how many of them are still to come.
     left: u64,
-    /// Of all of their fields, about.
+    /// The approximate size of all of their fields.
     pub bytes: u64,
     next: EntryPart,
-    /// Of the entry at hand.
+    /// The id of the current entry.
     id: Vec<u8>,
     event_id: Option<[u8; 36]>,
     time: Option<[u8; 32]>,
 }
 
-/// What an entry goes on with.
+/// The part of an entry that comes next.
 #[derive(Clone, Copy)]
 enum EntryPart {
     Entry,
     Id,
     Fields,
-    /// So many names and values are to come.
+    /// This many names and values are to come.
     Name(u64),
     Value(u64, Option<KnownField>),
 }
 
-/// A field that tells.
+/// A field that identifies the event.
 #[derive(Clone, Copy)]
 enum KnownField {
     EventId,
     Time,
-    /// JSON that may begin with both.
+    /// JSON that may begin with id and time.
     Json,
 }
 
@@ -68,7 +68,7 @@ impl Page {
         self.left == 0
     }
 
-    /// Takes in the next piece; gives the entry that ends with it.
+    /// Processes the next piece. Returns the entry that ends with it.
     pub(super) fn take(&mut self, piece: Piece<'_>) -> Result<Option<Entry>, Failure> {
         self.next = match (self.next, piece) {
             (EntryPart::Entry, Piece::Array(2)) => EntryPart::Id,
@@ -123,8 +123,8 @@ impl Page {
     }
 }
 
-/// A timestamp in the form that we write. Others, such as django-broadcaster, leave the microseconds of a whole second
-/// out.
+/// A timestamp in the format that we write. Other writers, such as django-broadcaster, omit the microseconds of a whole
+/// second.
 fn timestamp_of(text: &[u8]) -> Option<[u8; 32]> {
     const SECONDS: usize = "2026-01-31T23:59:59".len();
     match text.split_at_checked(SECONDS) {
@@ -139,9 +139,9 @@ pub(super) struct Info {
     length: Option<i64>,
     added: Option<i64>,
     last: Option<Vec<u8>>,
-    /// What is missing of each array that is open, outermost first.
+    /// How many items are missing in each open array, outermost first.
     open: Vec<u64>,
-    /// The value of this is next.
+    /// The field whose value comes next.
     of: Option<Field>,
 }
 
@@ -210,8 +210,8 @@ impl Info {
         }
     }
 
-    /// Whether entries of the stream have been removed since they were added. Servers before 7.0 do not count those
-    /// that were added: there, any stream that has ever had one may be.
+    /// Whether entries have been removed from the stream. Servers before 7.0 do not count added entries: there, this is
+    /// assumed of any stream that ever had one.
     pub(super) fn is_thinned(&self) -> bool {
         match (self.length, self.added, &self.last) {
             (Some(length), Some(added), _) => added > length,
@@ -220,7 +220,7 @@ impl Info {
         }
     }
 
-    /// Whether no entry was ever added behind this one.
+    /// Whether no entry was ever added after this one.
     pub(super) fn is_last_added(&self, id: &[u8]) -> bool {
         self.last.as_deref() == Some(id)
     }
