@@ -1,43 +1,43 @@
-//! What people do to a Postgres server in ordinary weeks, and nothing of it may lose, repeat or reorder an event: drawn
-//! from the seed, like all faults.
+//! What people do to a Postgres server in ordinary weeks. None of it may lose, repeat or reorder an event. Drawn from
+//! the seed, like all faults.
 
 use std::time::Duration;
 
 use kit::{Dice, Mode};
 
-/// What a DBA does. The site is healthy again after each.
+/// What a DBA does. The site is healthy again after each act.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Act {
-    // --- while all else goes on, one at a time (dba_acts.rs)
-    /// A second index beside it, which then takes its name.
+    // --- while everything else goes on, one at a time (dba_acts.rs)
+    /// Builds a second index beside the index, drops the old one, and renames the new one.
     SwapIndex(Index),
     Reindex(Index),
-    /// For so long it isn't there.
+    /// Drops the index, and creates it again after this time.
     WithoutIndex(Index, Duration),
     /// pg_repack, where it is installed.
     Repack,
     VacuumFull,
     Cluster,
-    /// A trigger that logs what is inserted, as tools which rewrite a table under load have it.
+    /// A trigger that logs what is inserted, as tools that rewrite a table under load create it.
     LogTrigger(Duration),
     Truncate(Identity),
-    /// Changed, and changed back after so long.
+    /// Changes it, and changes it back after this time.
     Sequence(Change, Ending, Duration),
     LockTables(Tables, LockMode, Duration),
     LockRows(Rows, Duration),
 
-    // --- lasting, ended by the next one or after its time
+    // --- acts that last until the next one begins or their time is over
     PauseAll(Duration),
 
-    // --- exclusive: nothing else befalls meanwhile (copies.rs)
+    // --- exclusive acts: nothing else happens at the same time (copies.rs)
     Stop(Mode, Duration),
-    /// CREATE DATABASE ... TEMPLATE, and events that are published in the copy.
+    /// CREATE DATABASE ... TEMPLATE; then events are published in the copy.
     CopyDatabase(CopyLife, Duration),
-    /// A second server that has all that this one has, for so long beside it.
+    /// A second server with all the data of this one, which runs beside it for this time.
     CloneServer(Original, Duration),
 }
 
-/// Of `outbox.events`.
+/// Indexes of `outbox.events`.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Index {
     PrimaryKey,
@@ -58,7 +58,7 @@ pub(crate) enum Change {
     SetOne,
     SetHalf,
     SetAhead,
-    /// Ahead, and after its time back to where nothing was drawn yet.
+    /// Sets it ahead, and after this time back to where no number was drawn yet.
     AheadAndBack,
     Restart,
     Cache,
@@ -70,7 +70,7 @@ pub(crate) enum Change {
     NoOwner,
 }
 
-/// How the transaction of a change ends. A setval stays.
+/// How the transaction of a change ends. A setval is never rolled back.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Ending {
     Commit,
@@ -80,7 +80,7 @@ pub(crate) enum Ending {
 /// Of the extension.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Tables {
-    /// By its number in the order of names.
+    /// The table with this number in the order of names.
     One(u64),
     All,
 }
@@ -104,18 +104,18 @@ pub(crate) enum Rows {
 
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum CopyLife {
-    /// It is told nothing, so it sends nothing.
+    /// The copy is told nothing, so it sends nothing.
     Silent,
-    /// Its backends get streams of their own, and are taken over: it sends what was published in it.
+    /// The copy's backends get streams of their own and are taken over: it sends what was published in it.
     TakenOver,
 }
 
-/// The original of a clone, while the clone lives.
+/// What the original does while the clone lives.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Original {
     Runs,
     Paused,
-    /// It comes back while the clone lives, or when it is gone.
+    /// The original comes back while the clone lives, or when the clone is gone.
     Stopped(Mode, Return),
     /// The clone is a copy of its directory.
     StoppedBefore(Return),
@@ -245,7 +245,7 @@ fn clone(dice: &mut Dice) -> Act {
     let original = match dice.below(4) {
         0 => Original::Runs,
         1 => Original::Paused,
-        // A smart stop waits for publishers, which go on.
+        // A smart stop waits for the publishers, which would go on.
         2 => Original::Stopped(*dice.pick(&[Mode::Fast, Mode::Immediate]), back),
         _ => Original::StoppedBefore(back),
     };

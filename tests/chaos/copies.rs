@@ -1,6 +1,6 @@
-//! Acts that nothing else may meet: the server is stopped for a while, its database is copied, or a clone of it is
-//! started beside it. What is published in a copy stands in the copy's ledger alone, so the verdict calls it a phantom
-//! wherever it turns up.
+//! Acts that must be alone: the server is stopped for a while, its database is copied, or a clone of the server is
+//! started beside it. Events published in a copy are only in the copy's ledger, so the verdict calls them phantoms
+//! wherever they turn up in the original's streams.
 
 use std::time::{Duration, Instant};
 
@@ -16,15 +16,15 @@ use crate::site::{BACKENDS, Backend, Site};
 
 type Outcome = Result<(), String>;
 
-/// A database that no publisher is in.
+/// A database that no publisher uses.
 const ELSEWHERE: &str = "template1";
 const COPY: &str = "copy";
 
-/// The server is stopped, and comes back after so long.
+/// The server is stopped, and comes back after this time.
 pub(crate) fn stop(site: &mut Site, gate: &Gate, mode: Mode, time: Duration) -> Outcome {
     settle(site);
     if mode == Mode::Smart {
-        // It waits until all clients have left.
+        // A smart stop waits until all clients have left.
         gate.close();
         empty(&Dba::of(&site.pg))?;
     }
@@ -53,13 +53,13 @@ pub(crate) fn copy_database(site: &Site, gate: &Gate, life: CopyLife, time: Dura
     lived
 }
 
-/// Also one that a run which was cut off has left.
+/// Also removes a copy that an interrupted run has left behind.
 pub(crate) fn remove_copy(dba: &Dba) -> Outcome {
     let drop = format!("drop database if exists {COPY}");
     dba.until_done_in(ELSEWHERE, &drop, |client| client.batch_execute(&drop))
 }
 
-/// Waits until no session of a client is in the database, and no prepared transaction.
+/// Waits until the database has no client session and no prepared transaction.
 fn empty(dba: &Dba) -> Outcome {
     let deadline = Instant::now() + Duration::from_secs(60);
     loop {
@@ -93,7 +93,7 @@ fn end_prepared(client: &mut Client, end: &str) -> Result<(), Error> {
         .try_for_each(|row| client.batch_execute(&format!("{end} prepared '{}'", row.get::<_, &str>(0))))
 }
 
-/// Publishes in the copy, and sees that what should come of that does.
+/// Publishes in the copy, and checks that the events are sent or not, as the copy's life says.
 fn live(site: &Site, dba: &Dba, life: CopyLife, time: Duration) -> Outcome {
     dba.until_done_in(COPY, "publish in the copy", publish)?;
     if matches!(life, CopyLife::Silent) {
@@ -118,7 +118,8 @@ fn live(site: &Site, dba: &Dba, life: CopyLife, time: Duration) -> Outcome {
     arrived
 }
 
-/// What a copy publishes goes nowhere before it has streams of its own. A template's stream is stored with each event.
+/// The backends with one stream. What a copy publishes is sent nowhere before its backends have streams of their own,
+/// and a template's stream is stored with each event.
 fn with_one_stream() -> impl Iterator<Item = (&'static Backend, &'static str)> {
     BACKENDS
         .iter()
@@ -129,7 +130,7 @@ fn copied(stream: &str) -> String {
     format!("{stream}-of-the-copy")
 }
 
-/// What was published in the copy stands there, and nothing that waited when it was made.
+/// Waits until the streams hold what was published in the copy, and nothing that was pending when the copy was made.
 fn wait_sent(site: &Site, dba: &Dba, backend: &str, store: usize, stream: &str) -> Outcome {
     let rows = dba.until_done_in(COPY, "read the copy's ledger", |client| {
         client.query(
@@ -156,8 +157,7 @@ fn wait_sent(site: &Site, dba: &Dba, backend: &str, store: usize, stream: &str) 
 
 const PUBLISHER: &str = "copy";
 
-/// A few events for each backend, to its own stream. (In the copy of a database, or of a server, that nobody else is
-/// in.)
+/// Publishes a few events for each backend, to its own stream. Nobody else is connected to the copy.
 fn publish(client: &mut Client) -> Result<(), Error> {
     client.batch_execute("begin")?;
     for (backend, _) in with_one_stream() {
@@ -169,7 +169,8 @@ fn publish(client: &mut Client) -> Result<(), Error> {
     client.batch_execute("commit")
 }
 
-/// Nothing of the relay's is held or about to die, so that what follows finds a server that answers.
+/// Waits until no process of the relay is frozen or about to be killed, so that what follows finds a server that
+/// answers.
 fn settle(site: &Site) {
     if site.faults {
         site.pg.release();

@@ -1,5 +1,5 @@
-//! Somebody who works at the server while everything else goes on: in sessions of his own, which are thrown out like
-//! all others, and then does it again.
+//! Somebody who works at the server while everything else goes on, in separate sessions. Faults end these sessions like
+//! all others; then the DBA repeats the work.
 
 use std::path::PathBuf;
 use std::thread::JoinHandle;
@@ -12,18 +12,19 @@ use postgres::{Client, Config, Error, NoTls};
 use crate::acts::Act;
 use crate::dba_acts;
 
-/// So long an act is tried again. Nothing that befalls the site lasts as long.
+/// For how long an act is repeated. No fault lasts as long as this.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// How a session of an act starts: publishers must not stand behind it for long while it waits itself.
+/// The settings at the start of a session of an act: publishers must not wait for long behind an act that waits for a
+/// lock.
 const SETUP: &str = "set lock_timeout = '3s'; set statement_timeout = '30s'; set application_name = 'dba'";
 
 #[derive(Clone)]
 pub(crate) struct Dba {
     config: Config,
-    /// Client programs of the installation.
+    /// The directory of the installation's client programs.
     pub programs: PathBuf,
-    /// The directory of the socket.
+    /// The directory of the Unix socket.
     pub host: PathBuf,
 }
 
@@ -36,7 +37,7 @@ impl Dba {
         }
     }
 
-    /// Something that can be done twice, until it has succeeded. `Err`: what was in the way all along.
+    /// Repeats something that can be done twice until it succeeds. `Err`: the last obstacle.
     pub(crate) fn until_done<T>(
         &self,
         what: &str,
@@ -64,7 +65,7 @@ impl Dba {
         }
     }
 
-    /// Statements one by one, each of them until it has succeeded.
+    /// Runs statements one by one, and repeats each until it succeeds.
     pub(crate) fn run(&self, statements: &[&str]) -> Result<(), String> {
         statements
             .iter()
@@ -82,7 +83,7 @@ impl Dba {
         Ok(client)
     }
 
-    /// Does it in a thread of its own.
+    /// Does it in a separate thread.
     pub(crate) fn start(&self, act: Act) -> JoinHandle<Result<(), String>> {
         let dba = self.clone();
         std::thread::spawn(move || dba_acts::perform(&dba, act))

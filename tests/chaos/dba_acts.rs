@@ -1,4 +1,4 @@
-//! Acts at our tables, indexes and sequence, beside everything else.
+//! Acts on the relay's tables, indexes and sequence, beside everything else.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -11,7 +11,7 @@ use crate::dba::Dba;
 
 type Outcome = Result<(), String>;
 
-/// It is healthy again when this returns. `Err`: something was in the way for too long.
+/// Everything is healthy again when this returns. `Err`: an obstacle lasted for too long.
 pub(crate) fn perform(dba: &Dba, act: Act) -> Outcome {
     match act {
         Act::SwapIndex(index) => swap(dba, index),
@@ -31,7 +31,7 @@ pub(crate) fn perform(dba: &Dba, act: Act) -> Outcome {
     }
 }
 
-/// What an act that was cut off may have left, and what it does last.
+/// Repairs what an interrupted act may have left behind. Also the last thing that the DBA does.
 pub(crate) fn mend(dba: &Dba) -> Outcome {
     for index in [Index::PrimaryKey, Index::EventId, Index::Xid] {
         ensure(dba, index)?;
@@ -51,7 +51,7 @@ impl Index {
         }
     }
 
-    /// `CREATE ... CONCURRENTLY` of one that can take its place.
+    /// `CREATE ... CONCURRENTLY` of an index that can take this one's place.
     fn create(self, name: &str) -> String {
         let (unique, columns) = match self {
             Index::PrimaryKey => ("unique ", "seq"),
@@ -68,10 +68,10 @@ impl Index {
         }
     }
 
-    /// Gives it the place of the one that is gone.
+    /// Gives the new index the place of the dropped one.
     fn put(self, name: &str) -> String {
         match self {
-            // This renames it as well.
+            // A constraint that uses the index renames it as well.
             Index::PrimaryKey => {
                 format!("alter table outbox.events add constraint events_pkey primary key using index {name}")
             }
@@ -85,7 +85,7 @@ const SECOND: &str = "events_second_idx";
 fn second(dba: &Dba, index: Index) -> Outcome {
     let create = index.create(SECOND);
     dba.until_done(&create, |client| {
-        // One that was cut off is left behind, invalid.
+        // An interrupted `CREATE INDEX CONCURRENTLY` leaves an invalid index behind.
         client.batch_execute(&format!("drop index if exists outbox.{SECOND}"))?;
         client.batch_execute(&create)
     })
@@ -97,7 +97,7 @@ fn swap(dba: &Dba, index: Index) -> Outcome {
         let swap = format!(
             "alter table outbox.events drop constraint events_pkey, add constraint events_pkey primary key using index {SECOND}"
         );
-        // It is done, too, if the server went away before it could say so.
+        // It may also be done although the server went away before it could answer.
         dba.until_done(&swap, |client| {
             if exists(client, SECOND)? {
                 client.batch_execute(&swap)?;
@@ -116,7 +116,7 @@ fn without(dba: &Dba, index: Index, time: Duration) -> Outcome {
     ensure(dba, index)
 }
 
-/// Makes the index if it is not there.
+/// Creates the index if it does not exist.
 fn ensure(dba: &Dba, index: Index) -> Outcome {
     let have = |name| dba.until_done("look for an index", |client| exists(client, name));
     while !have(index.name())? {
@@ -143,9 +143,9 @@ fn exists(client: &mut postgres::Client, index: &str) -> Result<bool, Error> {
     Ok(row.get(0))
 }
 
-// --- the table written anew
+// --- rewriting the table
 
-/// pg_repack where it is installed, else what it does to a table, without its log.
+/// Runs pg_repack where it is installed; otherwise does what pg_repack does to a table, without its log.
 fn repack(dba: &Dba) -> Outcome {
     let have = "select exists (select from pg_catalog.pg_available_extensions where name = 'pg_repack')";
     let have = dba
@@ -157,7 +157,7 @@ fn repack(dba: &Dba) -> Outcome {
     }
     let deadline = Instant::now() + Duration::from_secs(60);
     loop {
-        // The way to be rid of what a run that was cut off has left: its triggers and logs.
+        // This is how the triggers and logs of an interrupted run are removed.
         dba.run(&[
             "drop extension if exists pg_repack cascade",
             "create extension pg_repack",
@@ -184,7 +184,7 @@ fn repack(dba: &Dba) -> Outcome {
     }
 }
 
-/// As a tool that copies a table under load: whatever is inserted from now on must stand in its log.
+/// As a tool does that copies a table under load: its log must have every row that is inserted from now on.
 fn log_trigger(dba: &Dba, time: Duration) -> Outcome {
     dba.until_done("create a log trigger", |client| {
         client.batch_execute(
@@ -202,7 +202,7 @@ fn log_trigger(dba: &Dba, time: Duration) -> Outcome {
     end_log(dba)
 }
 
-/// Compares the log with what came since, and ends it.
+/// Compares the log with the rows that were inserted since, and removes the log.
 fn end_log(dba: &Dba) -> Outcome {
     dba.until_done("end a log trigger", |client| {
         let row = client.query_one(
@@ -227,8 +227,8 @@ fn end_log(dba: &Dba) -> Outcome {
     })
 }
 
-/// What it takes away that no cursor has passed may have been sent or not; and so may what has been sent, if Redis
-/// loses it.
+/// Events that TRUNCATE removes before a cursor has passed them may have been sent or not; and so may events that were
+/// sent, if Redis loses them.
 fn truncate(dba: &Dba, identity: Identity) -> Outcome {
     let identity = match identity {
         Identity::Restart => "restart identity",
@@ -277,21 +277,21 @@ fn sequence(dba: &Dba, change: Change, ending: Ending, time: Duration) -> Outcom
         Ending::Commit => "commit",
         Ending::Rollback => "rollback",
     };
-    // A few numbers may have been drawn beyond the last value meanwhile; then it is refused, and nothing is lost by
-    // that.
+    // Meanwhile a few numbers beyond the last value may have been drawn; then the change is refused, which loses
+    // nothing.
     if let Err(error) = dba.try_once(&format!("begin; {statement}; {ending}")) {
         eprintln!("{statement}: {error}");
     }
     std::thread::sleep(time);
     if matches!(change, Change::AheadAndBack) {
-        // Nobody has drawn a number between the two.
+        // Nobody has drawn a number between the two statements.
         dba.run(&[&set(&(last + 10_000).to_string())])?;
         std::thread::sleep(time);
     }
     mend_sequence(dba)
 }
 
-/// As it was made, and above all numbers that are in use.
+/// Sets it as it was created, above all numbers that are in use.
 fn mend_sequence(dba: &Dba) -> Outcome {
     dba.until_done("mend the sequence", |client| {
         client.batch_execute(&format!(
@@ -346,7 +346,7 @@ fn lock_of(rows: Rows) -> &'static str {
     }
 }
 
-/// Keeps it for so long, and takes back what it did.
+/// Holds the lock for this time, and rolls back.
 fn lock(dba: &Dba, statement: &str, time: Duration) -> Outcome {
     let mut client = dba.until_done(statement, |_| {
         let mut client = dba.connect(DB)?;
@@ -354,7 +354,7 @@ fn lock(dba: &Dba, statement: &str, time: Duration) -> Outcome {
         Ok(client)
     })?;
     std::thread::sleep(time);
-    // It may have been thrown out.
+    // The session may have been terminated.
     let _ = client.batch_execute("rollback");
     Ok(())
 }

@@ -1,5 +1,6 @@
-//! A client that sends a COMMIT and leaves without waiting for the answer. No driver does that, so here is as much of
-//! the protocol as it takes (<https://www.postgresql.org/docs/current/protocol-message-formats.html>).
+//! A client that sends a COMMIT and closes the connection without waiting for the answer. No driver does that, so this
+//! implements as much of the protocol as needed
+//! (<https://www.postgresql.org/docs/current/protocol-message-formats.html>).
 
 use std::io::{Error, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -9,7 +10,7 @@ use std::time::Duration;
 pub(crate) struct Hasty(UnixStream);
 
 impl Hasty {
-    /// By the unix socket in this directory, where nobody is asked for a password.
+    /// Connects by the Unix socket in this directory, where no password is asked for.
     pub(crate) fn connect(dir: &Path, user: &str, database: &str) -> Result<Self, Error> {
         let socket = UnixStream::connect(dir.join(".s.PGSQL.5432"))?;
         socket.set_read_timeout(Some(Duration::from_secs(10)))?;
@@ -33,7 +34,7 @@ impl Hasty {
         self.until_ready()
     }
 
-    /// Sends statements, and waits for nothing.
+    /// Sends statements, and does not wait for an answer.
     pub(crate) fn send(&mut self, sql: &str) -> Result<(), Error> {
         let length = u32::try_from(sql.len() + 5).expect("a short message");
         let message = [&b"Q"[..], &length.to_be_bytes(), sql.as_bytes(), b"\0"].concat();

@@ -1,5 +1,4 @@
-//! Sessions that publish in every way there is, and end their transactions in every way; each writes the same into the
-//! ledger.
+//! Sessions that publish in every way and end their transactions in every way; each writes the same to the ledger.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -17,28 +16,28 @@ use crate::site::{BACKENDS, CURSED, NAMED};
 
 const KEYS: u64 = 64;
 
-/// What the sessions did, as far as they were told.
+/// What the sessions did, as far as the server told them.
 #[derive(Debug, Default)]
 pub(crate) struct Tally {
     pub commits: AtomicU64,
     pub aborts: AtomicU64,
-    /// In transactions or savepoints that were rolled back on purpose.
+    /// Events in transactions or savepoints that were rolled back on purpose.
     pub aborted_events: AtomicU64,
     pub savepoints: AtomicU64,
     pub prepared: AtomicU64,
     pub hasty: AtomicU64,
-    /// Connections that ended otherwise than on purpose.
+    /// Connections that did not end on purpose.
     pub thrown_out: AtomicU64,
-    /// By SQLSTATE: the schedule's own, see [`REFUSALS`].
+    /// Refused statements by SQLSTATE, as the schedule causes them: see [`REFUSALS`].
     pub refused: Mutex<BTreeMap<String, u64>>,
     /// Other errors of statements: there should be none.
     pub errors: Mutex<BTreeMap<String, u64>>,
 }
 
-/// Deadlocks and lock timeouts, and a sequence that is not as it must be or has reached its end.
+/// Deadlocks, lock timeouts, and a sequence that has a wrong state or has reached its end.
 const REFUSALS: &[&str] = &["40P01", "55P03", "55000", "2200H"];
 
-/// Classes of errors with which a server that is stopped, or has no room, throws a session out.
+/// The classes of errors with which a server that is stopped, or has no resources, ends a session.
 const THROWN_OUT: &[&str] = &["08", "53", "57"];
 
 fn count_in(counters: &Mutex<BTreeMap<String, u64>>, name: String) {
@@ -46,7 +45,7 @@ fn count_in(counters: &Mutex<BTreeMap<String, u64>>, name: String) {
     *counters.entry(name).or_default() += 1;
 }
 
-/// Whether sessions may be in the database.
+/// Whether sessions may connect to the database.
 #[derive(Debug, Default)]
 pub(crate) struct Gate {
     closed: AtomicBool,
@@ -134,8 +133,8 @@ struct Session {
     config: Config,
     socket_dir: PathBuf,
     number: u64,
-    /// Each connection is one of its own in the ledger: who was thrown out in mid-COMMIT cannot know when that took
-    /// effect.
+    /// Each connection is a session of its own in the ledger: a session that was terminated during its COMMIT cannot
+    /// know when the COMMIT took effect.
     incarnation: u64,
     turn: i64,
     dice: Dice,
@@ -162,7 +161,7 @@ impl Session {
                 continue;
             }
             self.incarnation += 1;
-            // Whatever throws it out, the ledger knows what was committed.
+            // Whatever ends the session, the ledger knows what was committed.
             if let Err(error) = self.connected(stop) {
                 self.note(&error);
                 std::thread::sleep(Duration::from_millis(20));
@@ -207,7 +206,8 @@ impl Session {
     }
 
     fn transaction(&mut self, client: &mut Client, publish: &Statement) -> Result<(), Error> {
-        // Known before it begins: what ends at another time is ordered by its aggregates alone.
+        // The end is decided before the transaction begins: events of transactions that end at another time are ordered
+        // only by their aggregates.
         let prepared = self.dice.one_in(8);
         client.batch_execute("begin")?;
         let mut events = 0;
@@ -270,7 +270,7 @@ impl Session {
                 *events += self.publish(client, publish, prepared)?;
             }
             if self.dice.one_in(60) {
-                // Others commit meanwhile, and the worker's cursor passes this transaction by.
+                // Others commit meanwhile, and the worker's cursor passes the number of this transaction.
                 std::thread::sleep(self.dice.millis(20, 1_500));
             }
         }
@@ -353,16 +353,16 @@ impl Session {
     }
 }
 
-/// Ends prepared transactions, at any time later, whoever has prepared them and whatever has happened since.
+/// Ends prepared transactions at any later time, whichever session has prepared them and whatever has happened since.
 fn resolve(config: &Config, mut dice: Dice, finish: &AtomicBool, gate: &Gate) {
     loop {
         let finishing = finish.load(Ordering::Relaxed);
         if gate.is_closed() {
-            // Whoever closed it sees to them.
+            // Whoever closed the gate ends the prepared transactions.
             std::thread::sleep(Duration::from_millis(5));
             continue;
         }
-        // The server may be down; then later.
+        // The server may be down; then again later.
         if let Ok(left) = config
             .connect(NoTls)
             .and_then(|mut client| resolve_some(&mut client, &mut dice, finishing))
@@ -375,7 +375,7 @@ fn resolve(config: &Config, mut dice: Dice, finish: &AtomicBool, gate: &Gate) {
     }
 }
 
-/// Gives how many there were.
+/// Returns how many prepared transactions there were.
 fn resolve_some(client: &mut Client, dice: &mut Dice, all: bool) -> Result<usize, Error> {
     let prepared = client.query("select gid from pg_catalog.pg_prepared_xacts order by prepared", &[])?;
     for row in &prepared {

@@ -1,13 +1,13 @@
-//! Chaos: sessions publish in every way there is, everything around the relay is killed, frozen, cut off and set back
-//! at random, and then each committed event must stand in its stream exactly once, in order, unchanged, and nothing
-//! else anywhere.
+//! Chaos: sessions publish in every way, everything around the relay is killed, frozen, disconnected and set back at
+//! random, and then each committed event must be in its stream exactly once, in order and unchanged, and nothing else
+//! anywhere.
 //!
 //! - [`options`] the command line
-//! - [`plan`] which faults befall when, drawn from a seed
-//! - [`site`] the servers; [`load`] and [`hasty`] who publishes; [`tail`] who reads along
+//! - [`plan`] which faults happen when, drawn from a seed
+//! - [`site`] the servers; [`load`] and [`hasty`] the publishers; [`tail`] reads all streams all the time
 //! - [`nemesis`] carries out the plan, by [`postgres_faults`], [`redis_faults`], [`settings_faults`]
 //! - [`acts`] what people do to a server in ordinary weeks: [`dba`] does [`dba_acts`] beside everything else,
-//!   [`copies`] come alone
+//!   [`copies`] are acts that must be alone
 //! - [`groups`] consumer groups that come, go and die, with `trim = 'read'`
 //! - [`end_to_end`] the other scenario: from one Postgres to another, with consumers in between
 //! - [`verdict`] compares the ledger with the streams; [`run`] one seed from start to verdict

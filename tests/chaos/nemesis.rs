@@ -14,13 +14,13 @@ use crate::plan::Fault;
 use crate::site::{BACKENDS, Site};
 use crate::{copies, dba_acts, postgres_faults, redis_faults, settings_faults};
 
-/// What is broken for a while. Each has one standing fault at most: the next one ends it.
+/// A part that can be broken for a while. Each has at most one standing fault: the next fault ends it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Part {
     Relay,
     Store(usize),
     Network(usize),
-    /// What is held back on the network: so long that another connection takes over meanwhile.
+    /// What is held back on the network, for so long that another connection takes over meanwhile.
     Held(usize),
     Settings,
     Backend(&'static str),
@@ -28,7 +28,7 @@ pub(crate) enum Part {
     Backends,
 }
 
-/// How a fault that lasts is ended.
+/// How a lasting fault is ended.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Repair {
     ThawWorker(i32),
@@ -58,13 +58,13 @@ pub(crate) struct Nemesis<'a> {
     standing: Vec<Standing>,
     gate: Arc<Gate>,
     dba: Dba,
-    /// What a DBA does beside everything else.
+    /// The act of the DBA that is under way.
     work: Option<(Act, JoinHandle<Result<(), String>>)>,
-    /// Acts that something was in the way of, and what that was.
+    /// Acts that failed because of an obstacle, and the obstacle.
     pub hindered: Vec<String>,
-    /// How often each fault befell.
+    /// How often each fault happened.
     pub counts: BTreeMap<String, usize>,
-    /// Its log: also printed when the run fails.
+    /// The log of the run: also printed when the run fails.
     pub log: Vec<String>,
     quiet: bool,
 }
@@ -92,7 +92,7 @@ impl<'a> Nemesis<'a> {
         }
     }
 
-    /// Ends what stands, and sees that every server runs.
+    /// Ends the standing faults, and makes sure that every server runs.
     pub(crate) fn repair_all(&mut self) {
         self.wait_work();
         self.end_all();
@@ -107,7 +107,7 @@ impl<'a> Nemesis<'a> {
     }
 
     fn act(&mut self, act: Act) {
-        // One at a time; and those that are exclusive wait for it as well.
+        // One act at a time; and exclusive acts wait for the one under way as well.
         if !matches!(act, Act::PauseAll(_)) {
             self.wait_work();
         }
@@ -127,7 +127,7 @@ impl<'a> Nemesis<'a> {
             Act::CopyDatabase(life, time) => {
                 self.end(Part::Relay);
                 if matches!(life, CopyLife::TakenOver) {
-                    // It waits for what is sent.
+                    // This waits for what is sent.
                     self.end_all();
                 }
                 copies::copy_database(self.site, &self.gate, life, time)
@@ -155,7 +155,7 @@ impl<'a> Nemesis<'a> {
         }
     }
 
-    /// Waits until the DBA has done what he does. What has lasted its time ends meanwhile.
+    /// Waits until the DBA has finished. Meanwhile ends the faults whose time is over.
     fn wait_work(&mut self) {
         while let Some((act, work)) = self.work.take() {
             if work.is_finished() {
@@ -193,7 +193,7 @@ impl<'a> Nemesis<'a> {
         let part = part_of(fault);
         self.end(part);
         if needs_postgres(fault) {
-            // A frozen worker or one that waits could not answer.
+            // A frozen or waiting worker could not answer.
             self.end(Part::Relay);
         }
         self.note(&format!("{fault:?}"));
@@ -224,7 +224,7 @@ impl<'a> Nemesis<'a> {
         }
     }
 
-    /// Waits, and ends meanwhile what has lasted its time.
+    /// Waits, and meanwhile ends the faults whose time is over.
     fn wait_until(&mut self, then: Instant) {
         loop {
             let due = self
@@ -249,7 +249,7 @@ impl<'a> Nemesis<'a> {
 
     fn note(&mut self, text: &str) {
         let (now, since) = (Utc::now(), self.start.elapsed());
-        // Milliseconds of the epoch, as in the ids of entries.
+        // Milliseconds since the epoch, as in the ids of entries.
         let line = format!(
             "{:8.3} s  {} ({})  {text}",
             since.as_secs_f64(),
@@ -298,7 +298,7 @@ fn part_of(fault: Fault) -> Part {
     }
 }
 
-/// Whether it waits for something that every process of the server has to answer.
+/// Whether the fault needs an answer of every process of the server.
 fn needs_postgres(fault: Fault) -> bool {
     matches!(fault, Fault::Disable(_) | Fault::Pause(..))
 }

@@ -1,4 +1,4 @@
-//! Which faults, and when: all of it drawn from the seed before anything starts, so that a seed names a schedule.
+//! Which faults happen when: all of it is drawn from the seed before anything starts, so that a seed names a schedule.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use kit::{Dice, Way};
 use crate::acts::{self, Act};
 use crate::site::BACKENDS;
 
-/// Something that goes wrong. What lasts ends after its time, or when the next fault befalls the same part.
+/// Something that goes wrong. A lasting fault ends after its time, or when the next fault hits the same part.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Fault {
     // --- Postgres
@@ -20,27 +20,27 @@ pub(crate) enum Fault {
     KillPostmaster,
     StopImmediately,
     Restart,
-    /// Every process at once, as when the machine dies.
+    /// All processes are killed at once, as when the machine dies.
     Crash,
     CrashAt(&'static str),
     HoldAt(&'static str, Duration),
-    /// The worker is killed while it waits at that point.
+    /// The worker is killed while it waits at this point.
     KillAt(&'static str),
 
     // --- a store's Redis
     FreezeRedis(usize, Duration),
     KillRedis(usize),
-    /// The append-only file's last bytes are gone.
+    /// The last bytes of the append-only file are lost.
     LoseTail(usize, u64),
-    /// What Redis has now is kept for [`Fault::GoBack`].
+    /// What Redis holds now is kept for [`Fault::GoBack`].
     Save(usize),
-    /// Killed, and started with what was saved some time ago.
+    /// Redis is killed, and started with the data that were saved some time ago.
     GoBack(usize),
     Failover(usize, Failover),
-    /// So many bytes more, and Redis is full.
+    /// After this many more bytes, Redis is full.
     OutOfMemory(usize, u64, Duration),
     ReadOnly(usize, Duration),
-    /// Too few replicas for a write.
+    /// Redis has too few replicas for a write.
     Alone(usize, Duration),
     Loading(usize),
 
@@ -48,11 +48,11 @@ pub(crate) enum Fault {
     Delay(usize, Duration, Duration),
     Cut(usize),
     CutAfter(usize, Way, u64),
-    /// Cut when a transaction was sent whole: its reply is never heard.
+    /// The connection is cut when a whole transaction was sent: its reply never arrives.
     CutBehindExec(usize),
-    /// What comes behind a transaction is kept, beyond the relay's patience, and comes late.
+    /// What follows a transaction is kept back for longer than the relay's timeouts, and arrives late.
     LateBehindExec(usize, Duration),
-    /// What the relay's connections of now send is kept, beyond its patience, and comes late.
+    /// What the present connections of the relay send is kept back for longer than its timeouts, and arrives late.
     Late(usize, Way, Duration),
     /// Also what later connections send.
     LateAll(usize, Way, Duration),
@@ -72,11 +72,11 @@ pub(crate) enum Fault {
 /// How a replica takes over.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Failover {
-    /// For so long it had heard nothing.
+    /// For how long the replica had heard nothing of the primary.
     pub lag: Duration,
     /// Whether clients' connections to the old primary are cut.
     pub cut: bool,
-    /// For so long the old primary goes on accepting writes.
+    /// For how long the old primary still accepts writes.
     pub zombie: Duration,
 }
 
@@ -118,7 +118,7 @@ impl Fault {
     }
 }
 
-/// The faults of `time`, each with the pause before it.
+/// Draws the faults of `time`, each with the pause before it.
 pub(crate) fn draw(seed: u64, time: Duration, kinds: &[String]) -> Vec<(Duration, Fault)> {
     let mut dice = Dice::new(seed);
     let acts: Vec<&str> = kinds
@@ -129,7 +129,7 @@ pub(crate) fn draw(seed: u64, time: Duration, kinds: &[String]) -> Vec<(Duration
     let mut plan = Vec::new();
     let mut at = Duration::ZERO;
     loop {
-        // Sometimes faults meet.
+        // Sometimes faults overlap.
         let pause = if dice.one_in(8) {
             dice.millis(0, 100)
         } else {
@@ -139,7 +139,7 @@ pub(crate) fn draw(seed: u64, time: Duration, kinds: &[String]) -> Vec<(Duration
         if at > time {
             return plan;
         }
-        // As many acts as faults. Without acts a seed names what it always named.
+        // As many acts as faults. Without acts, a seed names the same schedule as before there were acts.
         let fault = if !acts.is_empty() && (acts.len() == kinds.len() || dice.one_in(2)) {
             Fault::Act(acts::draw(&mut dice, &acts))
         } else {

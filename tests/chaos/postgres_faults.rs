@@ -1,4 +1,4 @@
-//! What befalls Postgres.
+//! Faults of Postgres.
 
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,7 @@ use crate::site::Site;
 
 type Lasting = Option<(Duration, Repair)>;
 
-/// Something done in a session of its own; again when the server was just starting anew.
+/// Does something in a session of its own; repeats it if the server was just starting.
 pub(crate) fn with_client<T>(site: &Site, what: &str, mut deed: impl FnMut(&mut Client) -> Result<T, Error>) -> T {
     let config = site.pg.config(USER, DB);
     let deadline = Instant::now() + LIMIT * 2;
@@ -66,7 +66,7 @@ pub(crate) fn befall(site: &mut Site, fault: Fault) -> Lasting {
             site.pg.crash();
             site.pg.start_again();
         }
-        // A library that cannot be told where to die dies anywhere.
+        // A library without fault points is killed at any point.
         Fault::CrashAt(_) | Fault::KillAt(_) if !site.faults => signal_worker(site, Signal::SIGKILL),
         Fault::HoldAt(_, time) if !site.faults => return befall(site, Fault::FreezeWorker(time)),
         Fault::CrashAt(point) => site.pg.crash_at(point),
@@ -100,7 +100,7 @@ fn signal_worker(site: &Site, signal: Signal) {
     }
 }
 
-/// `None`: there is none for a while, since the relay is switched off.
+/// `None`: there is no worker for a while, because the relay is switched off.
 fn worker(site: &Site) -> Option<i32> {
     let deadline = Instant::now() + Duration::from_secs(1);
     loop {

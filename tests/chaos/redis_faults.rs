@@ -1,4 +1,4 @@
-//! What befalls a Redis, and the network before it.
+//! Faults of a Redis, and of the network before it.
 
 use std::time::Duration;
 
@@ -9,13 +9,13 @@ use crate::nemesis::Repair;
 use crate::plan::{Failover, Fault};
 use crate::site::{Site, Store};
 
-/// As it ends a batch.
+/// The token at which a batch ends.
 const EXEC: &[u8] = b"\r\nEXEC\r\n";
 
 type Lasting = Option<(Duration, Repair)>;
 
 pub(crate) fn befall(site: &mut Site, at: usize, fault: Fault) -> Lasting {
-    // Plain pipelining has no way to find out what Redis has lost.
+    // Plain pipelining cannot find out what Redis has lost.
     let may_lose = site.exactly_once;
     let store = &mut site.stores[at];
     match fault {
@@ -108,7 +108,7 @@ pub(crate) fn repair(site: &mut Site, repair: Repair) {
     }
 }
 
-/// The replica takes over with what it has, and the old primary loses what it has more.
+/// The replica takes over with the data that it has, and the old primary loses what the replica does not have.
 fn fail_over(store: &mut Store, failover: Failover) {
     let (old, new) = (store.primary, 1 - store.primary);
     store.nodes[new].lag();
@@ -123,7 +123,7 @@ fn fail_over(store: &mut Store, failover: Failover) {
     store.nodes[old].follow(&store.nodes[new]);
 }
 
-/// Saves and loads all of it again, and answers LOADING meanwhile.
+/// Redis saves and loads all of its data, and answers LOADING meanwhile.
 fn load_again(redis: &Redis) {
     for (name, value) in [
         ("loading-process-events-interval-bytes", "1024"),

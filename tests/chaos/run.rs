@@ -18,12 +18,12 @@ use crate::site::{BACKENDS, CURSED, STREAMS, Site, place_of};
 use crate::tail::Tail;
 use crate::verdict::{self, Sin, Verdict};
 
-/// A backlog must have drained so long after the last fault.
+/// By this time after the last fault, the backlog must be empty.
 const DRAIN_LIMIT: Duration = Duration::from_secs(30);
-/// So many violations of a kind are shown.
+/// How many violations of a kind are shown.
 const SHOWN: usize = 3;
 
-/// Whether nothing was violated.
+/// Returns whether nothing was violated.
 pub(crate) fn run(seed: u64, time: Duration, options: &Options) -> bool {
     let plan = plan::draw(seed, time, &options.kinds);
     if options.plan_only {
@@ -95,7 +95,7 @@ pub(crate) fn run(seed: u64, time: Duration, options: &Options) -> bool {
     clean
 }
 
-/// Waits until nothing is left to be sent. `Err`: what is, in words.
+/// Waits until nothing is pending. `Err`: what is still pending, in words.
 fn drain(site: &Site, redis_loses: bool) -> Result<Duration, String> {
     let start = Instant::now();
     loop {
@@ -133,7 +133,7 @@ fn left(site: &Site, redis_loses: bool) -> String {
     if quiet && arrived as i64 >= expected && failed >= cursed {
         return String::new();
     }
-    // Those that TRUNCATE took away need not arrive. They are looked for one by one once nothing else is under way.
+    // Truncated events need not arrive. They are looked for one by one once nothing else is pending.
     if quiet && nothing_missing(site, redis_loses) {
         return String::new();
     }
@@ -191,7 +191,7 @@ fn told(tally: &Tally) -> String {
     )
 }
 
-/// The first violations, what the guards hold, and what the server said of backends.
+/// Shows the first violations, what the guards hold, and what the server logged about backends.
 fn show(site: &Site, verdict: &Verdict) {
     for sin in verdict.sins.iter().filter(|sin| !sin.cases.is_empty()) {
         println!("--- {} {}", sin.cases.len(), sin.name);

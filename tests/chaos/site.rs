@@ -9,18 +9,18 @@ use crate::groups;
 
 pub(crate) struct Backend {
     pub name: &'static str,
-    /// Index of its store.
+    /// The index of its store.
     pub store: usize,
     pub streams: Streams,
 }
 
-/// Where the events of a backend go that name no stream.
+/// Where events of a backend go that name no stream.
 #[derive(Clone, Copy)]
 pub(crate) enum Streams {
     One(&'static str),
-    /// By a template: into one of three, by a hash of the subject.
+    /// By a template: into one of three streams, by a hash of the subject.
     BySubject,
-    /// By a template: that of its type. Its events are rows of an attached table.
+    /// By a template: into the stream of the event's type. The events are rows of an attached table.
     ByTypeOfRow,
 }
 
@@ -61,7 +61,7 @@ impl Backend {
         }
     }
 
-    /// Where an event goes that names no stream.
+    /// Returns the stream of an event that names none.
     pub(crate) fn stream_of(&self, event_type: &str, subject: Option<&str>) -> String {
         match self.streams {
             Streams::One(stream) => stream.to_owned(),
@@ -81,7 +81,7 @@ impl Backend {
         }
     }
 
-    /// The streams that its events may go into without naming them.
+    /// The streams of events that name none.
     pub(crate) fn all_streams(&self) -> Vec<&'static str> {
         match self.streams {
             Streams::One(stream) => vec![stream],
@@ -98,7 +98,7 @@ impl Backend {
 /// A stream that publishers name themselves, with any backend.
 pub(crate) const NAMED: &str = "named";
 
-/// A key that is no stream: Redis refuses each event for it, and all become failed events.
+/// A key that holds no stream: Redis refuses each event for it, and all of them become failed events.
 pub(crate) const CURSED: &str = "cursed";
 
 pub(crate) const STREAMS: &[&str] = &[
@@ -117,13 +117,13 @@ pub(crate) const STREAMS: &[&str] = &[
     NAMED,
 ];
 
-/// Where routes lead events of some types, with the stores.
+/// Where routes send events of some types, with the stores.
 pub(crate) const ROUTED: [(usize, &str); 3] = [(0, "routed"), (1, "routed0"), (1, "routed1")];
 
 const ROUTES: &str = "insert into outbox.routes (event_type, backend, stream)
     values ('routed.*', 'second', 'routed'), ('routed.*', 'third', 'routed{subject|2}')";
 
-/// What the ledger calls an event that stands in a stream: its id, and the stream if routes lead it to several.
+/// The name of an event in a stream in the ledger: its id, and the stream if routes send it to several.
 pub(crate) fn place_of(event_id: &str, stream: &str) -> String {
     match ROUTED.iter().any(|(_, routed)| *routed == stream) {
         true => format!("{event_id}@{stream}"),
@@ -133,14 +133,14 @@ pub(crate) fn place_of(event_id: &str, stream: &str) -> String {
 
 /// One Redis as its clients see it.
 pub(crate) struct Store {
-    /// Two of them: a primary and its replica.
+    /// Two servers: a primary and its replica.
     pub nodes: Vec<Redis>,
-    /// Which of the nodes the proxy leads to.
+    /// The node that the proxy leads to.
     pub primary: usize,
     pub proxy: Proxy,
-    /// Its data as it was some time ago.
+    /// Its data at an earlier time.
     pub saved: Option<Saved>,
-    /// So much of an append-only file is never lost: nobody can heal what is lost together with its guard.
+    /// This much of an append-only file is never lost: nobody can heal entries that are lost together with their guard.
     pub kept: u64,
 }
 
@@ -159,7 +159,8 @@ impl Store {
         }
     }
 
-    /// A primary and a replica without files; it loses data by going back to an older RDB file, and in failovers.
+    /// A primary and a replica without append-only files; data are lost by going back to an older RDB file, and in
+    /// failovers.
     fn pair() -> Self {
         let args = ["--enable-debug-command", "yes", "--repl-diskless-sync-delay", "0"];
         let primary = Redis::with(&args);
@@ -182,7 +183,8 @@ impl Store {
             "--auto-aof-rewrite-percentage",
             "0",
         ])]);
-        // What stands in the base file is not of the end: the curse stays.
+        // The end of the append-only file does not include its base file, which therefore keeps the key that holds no
+        // stream.
         store.nodes[0].call(&["BGREWRITEAOF"]);
         wait_until("the append-only file to be rewritten", || {
             let info = format!("{:?}", store.nodes[0].call(&["INFO", "persistence"]));
@@ -207,7 +209,7 @@ impl Store {
 pub(crate) struct Site {
     pub pg: Postgres,
     pub stores: Vec<Store>,
-    /// Whether the library is the one that can be told where to die.
+    /// Whether the library has fault points.
     pub faults: bool,
     pub exactly_once: bool,
     /// Whether streams are trimmed to what their groups have acknowledged.
@@ -229,7 +231,7 @@ const SETTINGS: &[(&str, &str)] = &[
 ];
 
 impl Site {
-    /// `mutation`: the promise that the library is to break, if any; it needs `faults`.
+    /// `mutation`: the fault to put into the library, if any; it needs `faults`.
     pub(crate) fn start(faults: bool, mutation: Option<&str>, at_least_once: bool, groups: bool) -> Self {
         let builder = Postgres::with(SETTINGS);
         let mut pg = if faults { builder.faults() } else { builder }.stopped();
@@ -272,7 +274,7 @@ impl Site {
         site
     }
 
-    /// What has stood in a stream of a store, and was not lost by its Redis.
+    /// All entries that were in a stream of a store and that its Redis has not lost.
     pub(crate) fn entries(&self, store: &Store, stream: &str) -> Vec<Entry> {
         match self.groups {
             true => groups::entries(store.primary(), stream),
@@ -280,7 +282,7 @@ impl Site {
         }
     }
 
-    /// How many entries have arrived; with groups, at their readers.
+    /// How many entries have arrived; with groups, how many the keeper has acknowledged.
     pub(crate) fn arrived(&self, store: &Store, stream: &str) -> usize {
         match self.groups {
             true => groups::archived(store.primary(), stream),
@@ -288,7 +290,7 @@ impl Site {
         }
     }
 
-    /// Each backend has sent something, so that its guard is part of whatever Redis keeps.
+    /// Each backend sends something, so that its guard is part of whatever Redis keeps.
     pub(crate) fn warm_up(&mut self) {
         for backend in BACKENDS {
             let how = if backend.takes_rows() { "row" } else { "call" };

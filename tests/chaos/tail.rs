@@ -1,4 +1,4 @@
-//! Reads along: remembers every event that ever stood in a stream of any Redis, whatever that Redis lost of it later.
+//! Reads along: remembers every event that was ever in a stream of any Redis, even if that Redis lost it later.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -19,7 +19,7 @@ pub(crate) struct Tail {
 }
 
 impl Tail {
-    /// A reader for each node of each store, past the proxies.
+    /// Starts a reader for each node of each store. They do not go through the proxies.
     pub(crate) fn start(site: &Site) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let ports = site
@@ -36,7 +36,8 @@ impl Tail {
         Tail { stop, threads }
     }
 
-    /// The event_ids that stood anywhere at any time (as far as a reader that is thrown out now and then can see).
+    /// Returns the event_ids that were in a stream at any time (as far as a reader sees them that is disconnected now
+    /// and then).
     pub(crate) fn stop(self) -> HashSet<String> {
         self.stop.store(true, Ordering::Relaxed);
         let mut seen = HashSet::new();
@@ -51,9 +52,9 @@ fn follow(port: u16, stop: &AtomicBool) -> HashSet<String> {
     let mut seen = HashSet::new();
     let mut last: HashMap<&str, String> = STREAMS.iter().map(|stream| (*stream, "0".to_string())).collect();
     while !stop.load(Ordering::Relaxed) {
-        // Down, frozen, loading: later.
+        // Redis is down, frozen or loading: again later.
         let _ = connect(port).and_then(|mut conn| read_on(&mut conn, &mut last, &mut seen, stop));
-        // What it says after a loss may have smaller ids than what it said before.
+        // After a loss, ids may be smaller than before.
         for id in last.values_mut() {
             let ms: u64 = id.split('-').next().and_then(|ms| ms.parse().ok()).unwrap_or(0);
             *id = format!("{}-0", ms.saturating_sub(10_000));

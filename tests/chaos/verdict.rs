@@ -1,4 +1,4 @@
-//! Compares the ledger with the streams as they stand at the end, and with all that ever stood in them.
+//! Compares the ledger with the streams at the end, and with all that was ever in them.
 
 use std::collections::{HashMap, HashSet};
 
@@ -32,7 +32,7 @@ pub(crate) struct Line {
     config: Option<Value>,
 }
 
-/// A class of violations, and its evidence.
+/// A class of violations, and the evidence.
 #[derive(Debug)]
 pub(crate) struct Sin {
     pub name: &'static str,
@@ -43,9 +43,9 @@ pub(crate) struct Sin {
 pub(crate) struct Verdict {
     pub committed: usize,
     pub failed: usize,
-    /// Of which TRUNCATE took away the proof that they were sent.
+    /// Events whose rows TRUNCATE removed, so that nothing proves whether they were sent.
     pub truncated: usize,
-    /// With at_least_once, where they are no sin.
+    /// Repeats with at_least_once, which allows them.
     pub repeats: usize,
     pub sins: Vec<Sin>,
 }
@@ -71,7 +71,7 @@ impl Verdict {
     }
 }
 
-/// What was found, in the order of a report.
+/// The findings, in the order of the report.
 #[derive(Default)]
 struct Findings {
     lost: Vec<String>,
@@ -82,7 +82,7 @@ struct Findings {
     failed: Vec<String>,
 }
 
-/// The ledger as it survived.
+/// The ledger of committed events.
 pub(crate) fn ledger(pg: &Postgres) -> HashMap<String, Line> {
     let mut client = pg.client_db(DB);
     let rows = client
@@ -126,7 +126,7 @@ pub(crate) fn ledger(pg: &Postgres) -> HashMap<String, Line> {
     lines.map(|line| (line.id.clone(), line)).collect()
 }
 
-/// Events that may be missing: TRUNCATE has taken them away before a cursor had passed them, or before Redis lost them.
+/// Events that may be missing: TRUNCATE removed them before a cursor had passed them, or before Redis lost them.
 pub(crate) fn dispensable(pg: &Postgres, redis_loses: bool) -> HashSet<String> {
     let mut client = pg.client_db(DB);
     let rows = client
@@ -140,13 +140,13 @@ pub(crate) fn dispensable(pg: &Postgres, redis_loses: bool) -> HashSet<String> {
     rows.iter().map(|row| row.get(0)).collect()
 }
 
-/// `ever`: every event_id that stood in a stream at any time. `once`: whether repeats are a sin. `redis_loses`: whether
-/// it lost anything.
+/// `ever`: every event_id that was in a stream at any time. `once`: whether repeats are violations. `redis_loses`:
+/// whether Redis lost anything.
 pub(crate) fn judge(site: &Site, ever: &HashSet<String>, once: bool, redis_loses: bool) -> Verdict {
     let ledger = ledger(&site.pg);
     let mut dispensable = dispensable(&site.pg, redis_loses);
     let truncated = dispensable.len();
-    // Not even then those that a cursor had passed, and that never stood in a stream.
+    // Even then, no event may be missing that a cursor had passed and that was never in a stream.
     let undelivered = self::dispensable(&site.pg, false);
     dispensable.retain(|id| undelivered.contains(id) || ever.contains(id));
     let mut findings = Findings::default();
@@ -206,7 +206,8 @@ fn judge_stream<'a>(
     arrived: &mut HashSet<&'a str>,
     findings: &mut Findings,
 ) {
-    // The last of each aggregate, transaction and session, for each backend: nothing orders two backends in one stream.
+    // The last event of each aggregate, transaction and session, for each backend: nothing orders the events of two
+    // backends in one stream.
     let mut of_key: HashMap<(&str, &str), (&Line, &str)> = HashMap::new();
     let mut of_transaction: HashMap<(&str, &str), (&Line, &str)> = HashMap::new();
     let mut of_session: HashMap<(&str, &str), (&Line, &str)> = HashMap::new();
@@ -225,7 +226,7 @@ fn judge_stream<'a>(
                 .altered
                 .push(format!("{place}: {difference}: {:?}, {line:?}", entry.fields));
         }
-        // Those count from the moment that they fall due.
+        // Scheduled events are ordered by the moment when they fall due.
         if line.scheduled {
             continue;
         }
@@ -255,7 +256,7 @@ fn judge_stream<'a>(
     }
 }
 
-/// What is otherwise in the entry than it was published.
+/// How the entry differs from what was published.
 fn difference(line: &Line, entry: &Entry, stream: &str, store: usize) -> Option<String> {
     let backend = BACKENDS.iter().find(|backend| backend.name == line.backend)?;
     if (backend.store, line.stream.as_str()) != (store, stream) {
@@ -303,7 +304,7 @@ fn difference(line: &Line, entry: &Entry, stream: &str, store: usize) -> Option<
     None
 }
 
-/// Rows of `outbox.events` that a trigger for each INSERT has not seen as they are.
+/// Rows of `outbox.events` that differ from what a trigger for each INSERT has logged.
 fn unlogged(pg: &Postgres) -> Vec<String> {
     let rows = pg
         .client_db(DB)
@@ -319,8 +320,8 @@ fn unlogged(pg: &Postgres) -> Vec<String> {
     rows.iter().map(case).collect()
 }
 
-/// Events for the key that is no stream must have failed, once each, and no others. Gives the ids of all that did as
-/// they should.
+/// Events for the key that holds no stream must have failed, once each, and no others. Returns the ids of all that
+/// failed as they should.
 fn judge_failed(client: &mut Client, ledger: &HashMap<String, Line>, findings: &mut Findings) -> HashSet<String> {
     let rows = client
         .query("select event_id::text, last_error from outbox.failed_events", &[])

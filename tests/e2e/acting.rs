@@ -1,4 +1,4 @@
-//! What a DBA does by hand: wait until all is sent, throw failed events away, look at one screen.
+//! What a DBA does by hand: wait until everything is sent, discard failed events, look at the top view.
 
 use kit::{Postgres, QUICK, Redis, Stack, publish_many, wait_drained, wait_eq};
 use uuid::Uuid;
@@ -18,7 +18,7 @@ fn drain_waits_for_all_that_was_committed_before_it() {
     publish_many(&mut stack.pg.client(), "default", "", "event", 3_000);
     assert!(drain(&stack, "10 s"));
     assert_eq!(stack.events().len(), 3_000);
-    // What others have not committed is not waited for.
+    // Uncommitted events of other sessions are not waited for.
     let mut open = stack.pg.client();
     open.batch_execute("begin; select outbox.publish_event('open', 'kit')")
         .expect("it publishes");
@@ -149,7 +149,7 @@ fn publishers_wait_for_their_own_events_and_learn_nothing_of_others() {
     );
     let wrapped = publish("app", "select public.by_wrapper()");
     let of_team = publish("team", "select outbox.publish_event('of a team', 'kit')");
-    // From another session than that which has published.
+    // From another session than the one that published.
     for id in [of_app, inserted, scheduled, wrapped] {
         let mut client = stack.pg.client_as("app", "postgres");
         let sent: bool = client
@@ -163,11 +163,11 @@ fn publishers_wait_for_their_own_events_and_learn_nothing_of_others() {
         assert!(!sees("other", id) && !sees("wrapper", id) && sees("watcher", id));
     }
     assert!(sees("colleague", of_team) && sees("team", of_team) && !sees("app", of_team));
-    // Also what was replayed or retried stays its own.
+    // A replayed or retried event still belongs to its publisher.
     assert_eq!(stack.pg.one::<i64>("select outbox.replay('default', '-infinity')"), 5);
     wait_eq("the replay", true, || sees("app", of_app));
     assert!(!sees("other", of_app));
-    // By SET ROLE one is who one says.
+    // With SET ROLE, the session counts as the role that is set.
     let mut admin = stack.pg.client();
     admin.batch_execute("set role other").expect("a superuser may");
     let row = admin

@@ -1,4 +1,5 @@
-//! Names and addresses: what a name stands for is asked at each connect, and whoever gives no answer delays nobody.
+//! Names and addresses: a name is resolved at each connect, and a resolver or host that does not answer delays no other
+//! backend.
 
 use std::net::UdpSocket;
 use std::time::{Duration, Instant};
@@ -15,9 +16,9 @@ fn an_address_that_changes_is_found_again() {
     let stack = Stack::of(postgres, Redis::start());
     stack.point_at("default", "redis.test", stack.redis.port());
     stack.publish("t");
-    // Nobody is there.
+    // Nothing listens at this address.
     wait_trouble(&stack.pg, "default", "backoff", "refused");
-    // The same file, since it is mounted.
+    // Written to the same file, because it is mounted.
     std::fs::write(&file, "127.0.0.1 redis.test localhost\n").expect("write");
     wait_drained(&stack.pg, "default");
     assert_eq!(stack.events().len(), 1);
@@ -28,7 +29,7 @@ fn an_address_that_changes_is_found_again() {
     drop(hosts);
 }
 
-/// A name server that never answers, and a stack that asks it so patiently.
+/// A name server that never answers, and a stack that waits for it for long.
 fn unanswered(options: &str) -> (UdpSocket, Stack) {
     let resolver = (1..250)
         .find_map(|n| UdpSocket::bind((format!("127.77.{}.{n}", std::process::id() % 250), 53)).ok())
@@ -57,9 +58,9 @@ fn a_name_server_that_does_not_answer_is_an_outage() {
     stack.assert_mended(&stack.redis, &expected);
 }
 
-/// A resolver that never answers, whom threads of the worker are with.
+/// A resolver that never answers, while threads of the worker wait for it.
 #[test]
-fn a_resolver_that_does_not_answer_delays_nobody() {
+fn a_resolver_that_does_not_answer_delays_no_other_backend() {
     if !env::can_mount("/etc/resolv.conf") {
         return;
     }
@@ -74,7 +75,7 @@ fn a_resolver_that_does_not_answer_delays_nobody() {
         .pg
         .exec("select outbox.publish_event('t', 'kit', backend => 'stuck')");
     asked(&resolver);
-    // The others go on, and it is let go as soon as somebody says so.
+    // The others go on, and the wait ends as soon as the backend is changed.
     let start = Instant::now();
     stack.publish("t");
     stack.wait_events(1);
@@ -83,7 +84,7 @@ fn a_resolver_that_does_not_answer_delays_nobody() {
     stack.wait_events(2);
     wait_drained(&stack.pg, "stuck");
 
-    // A database of its own goes, too.
+    // A separate database can be dropped, too.
     stack.pg.exec("create database doomed");
     stack.pg.exec_db(
         "doomed",
@@ -102,7 +103,7 @@ fn a_resolver_that_does_not_answer_delays_nobody() {
     assert!(start.elapsed() < Duration::from_millis(1_500), "{:?}", start.elapsed());
 }
 
-/// Nobody publishes, and yet the next event finds a connection.
+/// No event is published, and yet the next one finds a connection.
 #[test]
 fn an_idle_connection_that_is_closed_is_made_anew() {
     for delivery in ["exactly_once", "at_least_once"] {

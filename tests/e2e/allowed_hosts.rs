@@ -1,4 +1,4 @@
-//! `outbox_relay.allowed_hosts`: where the server connects to is bounded, whatever the backends say.
+//! `outbox_relay.allowed_hosts` limits where the server connects to, whatever the backends name.
 
 use kit::{
     BlackHole, Mode, Postgres, QUICK, Redis, Stack, publish_many, standing, wait_drained, wait_trouble, wait_until,
@@ -11,7 +11,7 @@ fn is_connected(redis: &Redis) -> bool {
     format!("{:?}", redis.call(&["CLIENT", "LIST"])).contains("name=outbox_relay")
 }
 
-/// Sets the list, and waits until it counts.
+/// Sets the list, and waits until it applies.
 fn allow(stack: &Stack, list: &str) {
     stack.pg.set(SETTING, list);
     kit::wait_eq("the setting", list.to_owned(), || {
@@ -35,13 +35,13 @@ fn names_addresses_networks_and_sockets() {
         ("redis.internal,LOCAL*", "localhost", true),
         (" 127.0.0.1", "127.0.0.1", true),
         (networks, "127.0.0.1", true),
-        // By what it stands for.
+        // By the address that the name stands for.
         (networks, "localhost", true),
         ("10.0.0.0/8, fd00::/8", "localhost", false),
         ("10.0.0.0/8", "127.0.0.1", false),
         ("redis.internal", "localhost", false),
         ("localhost", "127.0.0.1", false),
-        // Taken for an address by the resolver alone.
+        // Only the resolver takes this for an address.
         ("localhost, *.net", "127.1", false),
         ("", "localhost", false),
         ("/*", "localhost", false),
@@ -86,7 +86,7 @@ fn names_addresses_networks_and_sockets() {
     assert_eq!(standing(&stack.pg, "default").failed, 0);
 }
 
-/// Not even a connection is made to another host, let alone a password sent.
+/// No connection is made to another host, so no password can be sent.
 #[test]
 fn nothing_goes_to_another_host() {
     let stack = Stack::of(Postgres::with(QUICK).with(&[(SETTING, "10.0.0.0/8")]), Redis::start());
@@ -139,7 +139,7 @@ fn an_unreadable_list_allows_nothing() {
     let mut stack = Stack::of(Postgres::with(QUICK).with(&[(SETTING, "127.0.0.1")]), Redis::start());
     stack.publish("t");
     stack.wait_events(1);
-    // At a reload the one before stays.
+    // A reload keeps the list of before.
     stack.pg.configure(&[(SETTING, "127.0.0.1:6379")]);
     stack.pg.reload();
     stack
@@ -147,15 +147,15 @@ fn an_unreadable_list_allows_nothing() {
         .wait_log("invalid value for parameter \"outbox_relay.allowed_hosts\": \"127.0.0.1:6379\"");
     stack
         .pg
-        .wait_log("DETAIL:  \"127.0.0.1:6379\" is no address; ports cannot be listed.");
+        .wait_log("DETAIL:  \"127.0.0.1:6379\" is not an address; ports cannot be listed.");
     stack.publish("t");
     stack.wait_events(2);
-    // At the start there is none before.
+    // At the start there is no list of before.
     stack.pg.stop(Mode::Fast);
     stack.pg.start_again();
     stack
         .pg
-        .wait_log("outbox_relay.allowed_hosts cannot be read: no backend will be connected to");
+        .wait_log("outbox_relay.allowed_hosts is invalid: the relay will not connect to any backend");
     stack.publish("t");
     wait_trouble(
         &stack.pg,

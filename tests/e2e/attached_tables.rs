@@ -1,5 +1,5 @@
-//! Rows as events: what statements insert, update, delete and truncate in an attached table is published in the same
-//! transaction, whatever the table is like and whoever changes it; dumped, restored and detached.
+//! Rows as events: rows that are inserted, updated, deleted or truncated in an attached table are published in the same
+//! transaction, whatever the table looks like and whoever changes it; also dumped, restored and detached tables.
 
 mod changed;
 mod copied;
@@ -15,7 +15,7 @@ fn start() -> Postgres {
     pg
 }
 
-/// What was published since the last call: type, subject, data.
+/// The events published since the last call: type, subject, data.
 fn taken(client: &mut Client) -> Vec<(String, Option<String>, Value)> {
     let sql = "select event_type, subject, data::jsonb from outbox.events order by seq";
     let rows = client.query(sql, &[]).expect("events");
@@ -28,7 +28,7 @@ fn taken(client: &mut Client) -> Vec<(String, Option<String>, Value)> {
         .collect()
 }
 
-/// The same without data.
+/// The same without the data.
 fn heads(client: &mut Client) -> Vec<String> {
     let taken = taken(client);
     taken
@@ -109,7 +109,7 @@ fn every_kind_of_statement_is_published_with_the_payload_that_was_asked_for() {
         [
             event("t.insert", "1", json!({"id": 1, "a": "x", "b": 1})),
             event("t.insert", "2", json!({"id": 2, "a": "y", "b": 2})),
-            // Of a statement that does several things, Postgres calls the triggers one after the other.
+            // When a statement has several actions, Postgres calls the triggers one after the other.
             event("t.update", "2", json!({"id": 2, "a": "z", "b": 2})),
             event("t.insert", "3", json!({"id": 3, "a": "w", "b": 3})),
             event("t.delete", "3", json!({"id": 3, "a": "w", "b": 3})),
@@ -153,9 +153,9 @@ fn every_kind_of_statement_is_published_with_the_payload_that_was_asked_for() {
     assert_eq!(taken(&mut c), [event("t.update", "[\"k\", 8]", json!({"b": 2}))]);
 }
 
-/// Whoever keeps the rows by key must not delete what has come under the key meanwhile.
+/// A consumer that keeps the rows by key must not delete a row that has come under the key meanwhile.
 #[test]
-fn rows_whose_key_changes_go_before_any_comes_under_its_new_key() {
+fn deletes_of_old_keys_come_before_inserts_of_new_keys() {
     let pg = start();
     let mut c = pg.client();
     run(
@@ -215,7 +215,7 @@ fn a_condition_sees_the_row_and_what_it_was() {
 }
 
 #[test]
-fn a_condition_that_cannot_be_is_refused() {
+fn an_invalid_condition_is_refused() {
     let pg = start();
     let mut c = pg.client();
     run(
@@ -272,7 +272,7 @@ fn changing_an_attached_table_needs_no_right_to_publish_and_gives_none() {
         let code = Refused::of(clerk.simple_query(sql)).code;
         assert_eq!(code, "42501", "{sql}");
     }
-    // A table of one's own, without the right to publish; the right to publish, and another's table.
+    // A table of the role's own, without the right to publish; then the right to publish, and another role's table.
     let mut other = pg.client_as("other", "postgres");
     run(&mut other, "create table mine (id int primary key)");
     assert_eq!(
@@ -292,7 +292,7 @@ fn changing_an_attached_table_needs_no_right_to_publish_and_gives_none() {
         Refused::of(other.simple_query("select outbox.detach_table('orders')")).code,
         "42501"
     );
-    // A superuser attaches in the owner's name: what the owner has a say in gets no superuser's rights.
+    // A superuser attaches in the owner's name: code of the owner gets no superuser's rights.
     pg.exec("select outbox.attach_table('orders', condition => 'public.whoami()')");
     run(&mut clerk, "insert into orders values (1, 1)");
     assert_eq!(heads(&mut c), ["orders.insert 1"]);
@@ -300,7 +300,7 @@ fn changing_an_attached_table_needs_no_right_to_publish_and_gives_none() {
         pg.one::<String>("select publisher::text from outbox.attached_tables"),
         "shop"
     );
-    // Who may not publish any more, does not.
+    // A role that lost the right to publish does not publish.
     pg.exec("select outbox.revoke_publisher('shop')");
     assert_eq!(
         Refused::of(clerk.simple_query("insert into orders values (2, 2)")).code,

@@ -1,4 +1,4 @@
-//! A backend's columns: what is refused, logging in to Redis, and where entries go.
+//! A backend's columns: refused values, logging in to Redis, and where entries go.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -8,12 +8,12 @@ use kit::{
     wait_trouble, wait_until,
 };
 
-/// A stack whose Redis wants this password, which the backend doesn't have yet.
+/// A stack whose Redis requires this password, which the backend does not have yet.
 fn locked(password: &str) -> Stack {
     Stack::of(Postgres::with(QUICK), Redis::with(&["--requirepass", password]))
 }
 
-/// Writes a password file beside the server's data.
+/// Writes a password file next to the server's data.
 fn password_file(pg: &Postgres, text: &str) -> String {
     let path = pg.host().join("password");
     kit::env::server_file(&path, text.as_bytes(), 0o600);
@@ -21,7 +21,7 @@ fn password_file(pg: &Postgres, text: &str) -> String {
 }
 
 #[test]
-fn nonsense_is_refused() {
+fn invalid_values_are_refused() {
     let stack = Stack::start();
     for (column, value, code) in [
         ("name", "''", "23514"),
@@ -68,7 +68,7 @@ fn nonsense_is_refused() {
         ("allowed_streams", "null", "23502"),
         ("delivery", "'perhaps'", "23514"),
         ("delivery", "null", "23502"),
-        // Never, not even to what it is.
+        // Never, not even to the present value.
         ("number", "99", "428C9"),
         ("number", "default", "0A000"),
     ] {
@@ -93,7 +93,7 @@ fn nonsense_is_refused() {
     }
 }
 
-/// The worker reads files as the server's user, so whoever names them must have the right to read such files.
+/// The worker reads files as the server's user, so a role that names them must have the right to read such files.
 #[test]
 fn file_columns_need_the_right_to_read_the_servers_files() {
     let stack = Stack::start();
@@ -162,7 +162,7 @@ fn passwords_are_changed_at_run_time() {
     set("'first-secret'");
     assert_eq!(ids(&stack.wait_events(5)), expected);
 
-    // Redis changes first: what is connected goes on, and the next connection needs the new one.
+    // Redis changes first: existing connections go on, and the next connection needs the new password.
     let mut admin = stack.redis.conn();
     tell(&mut admin, &["CONFIG", "SET", "requirepass", "second-secret"]);
     tell(&mut admin, &["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"]);
@@ -246,7 +246,7 @@ fn a_password_file_is_read_at_each_connect() {
     assert_eq!(types(&entries(&mut admin, "events")), ["one", "two", "three"]);
 }
 
-/// As Postgres treats its own key: what others may read or write is none.
+/// As Postgres treats its own key: a file that others may read or write is refused.
 #[test]
 fn a_password_file_that_others_may_read_is_refused() {
     let stack = locked("first");
@@ -266,13 +266,14 @@ fn a_password_file_that_others_may_read_is_refused() {
     assert_eq!(types(&stack.wait_events(1)), ["one"]);
 }
 
-/// A Redis whose default user may do everything: whoever is not let in as somebody else writes nothing as that one.
+/// A Redis whose default user may do everything: if the login as another user is refused, nothing is written as the
+/// default user.
 #[test]
 fn a_user_that_redis_rejects_does_not_become_the_default_user() {
     let stack = Stack::with(QUICK);
     let mut admin = stack.redis.conn();
     tell(&mut admin, &["ACL", "SETUSER", "relay", "on", ">secret", "~*", "+@all"]);
-    // The connection of before is the default user's, and has claimed the guard.
+    // The connection of before belongs to the default user, and has claimed the guard.
     wait_until("the claim", || {
         format!("{:?}", tell(&mut admin, &["INFO", "commandstats"])).contains("cmdstat_exec")
     });
@@ -282,7 +283,7 @@ fn a_user_that_redis_rejects_does_not_become_the_default_user() {
         ("'relay'", "'wrong'", "WRONGPASS"),
         ("'relay'", "null", "WRONGPASS"),
         ("'nobody'", "'secret'", "WRONGPASS"),
-        // Redis would say that it has no password.
+        // Redis would say that this user has no password.
         ("null", "'secret'", "without any password configured"),
     ] {
         stack.pg.exec(&format!(
@@ -311,7 +312,7 @@ fn a_user_that_redis_rejects_does_not_become_the_default_user() {
 }
 
 #[test]
-fn a_user_with_no_more_rights_than_needed_is_enough() {
+fn a_redis_user_with_the_documented_rights_is_enough() {
     let stack = locked("admin");
     stack.redis.call(&[
         "ACL",
@@ -356,7 +357,7 @@ fn a_unix_socket_and_a_database_are_used() {
     assert_eq!(ids(&entries(&mut conn, "events")), expected);
     let clients: String = redis::cmd("CLIENT").arg("LIST").query(&mut conn).expect("CLIENT LIST");
     assert!(clients.contains("name=outbox_relay:postgres:default"), "{clients}");
-    // A database that this Redis doesn't have.
+    // A database that this Redis does not have.
     stack.pg.exec("update outbox.backends set db = 99");
     stack.publish("t");
     wait_trouble(&stack.pg, "default", "misconfigured", "DB index is out of range");
@@ -387,7 +388,7 @@ fn streams_are_trimmed_to_about_max_len() {
     assert!((10_000..=10_200).contains(&kept), "{kept} entries");
 }
 
-/// Whether their events come in turns, in runs, or each in a transaction of its own.
+/// With events of the streams alternating, in runs, and each in a separate transaction.
 #[test]
 fn each_stream_of_several_is_trimmed() {
     let stack = Stack::with(&[]);
@@ -431,10 +432,10 @@ fn a_publisher_may_name_only_allowed_streams() {
         let message = format!("backend \"default\" does not allow the stream \"{stream}\"");
         assert_eq!((said.code.as_str(), said.message), ("42501", message));
     }
-    // The backend's own needs no pattern.
+    // The backend's own stream needs no pattern.
     stack.publish("own");
     assert_eq!(types(&stack.wait_events(1)), ["own"]);
-    // Sessions notice a change.
+    // Open sessions notice the change.
     let mut session = stack.pg.client();
     let sql = "select outbox.publish_event('t', 'kit', stream => 'late')";
     assert_eq!(Refused::of(session.execute(sql, &[])).code, "42501");

@@ -1,4 +1,4 @@
-//! The catalog of backends: what a change of a row does, to events that wait and to those that are not committed yet.
+//! The catalog of backends: the effect of a changed row on pending events and on events that are not committed yet.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -10,7 +10,7 @@ use kit::{
 use postgres::Client;
 use uuid::Uuid;
 
-/// Nothing gets well by itself here within an hour: whatever happens at once, happens because of the change.
+/// Nothing recovers by itself within an hour here: whatever happens at once, happens because of the change.
 const PATIENT: &[(&str, &str)] = &[
     ("outbox_relay.retry_delay", "1h"),
     ("outbox_relay.retry_max_delay", "1h"),
@@ -88,7 +88,7 @@ fn a_backend_is_used_in_the_transaction_that_made_it() {
     );
 }
 
-/// The worker may see the rows of such a transaction before it hears of the backend, above all while it is busy
+/// The worker may see the rows of such a transaction before it learns of the backend, above all while it is busy
 /// reading.
 #[test]
 fn events_published_together_with_their_backend_are_delivered() {
@@ -144,7 +144,7 @@ fn a_disabled_backend_pauses_and_goes_on_at_once() {
     assert_eq!(standing(&stack.pg, "default").state, "idle");
 }
 
-/// Whether it hangs in connecting or waits for a reply, or would try again in an hour: the new address is taken at
+/// Whether the worker hangs in connecting, waits for a reply or would retry in an hour: it uses the new address at
 /// once.
 #[test]
 fn another_address_is_used_at_once_whatever_the_old_one_does() {
@@ -198,7 +198,7 @@ fn a_renamed_backend_keeps_its_events() {
     ));
     assert_eq!((shown.as_str(), stack.redis.xlen("events")), ("new", 0));
 
-    // Two that change their names with each other keep their events, too.
+    // Two backends that swap their names keep their events, too.
     stack
         .pg
         .exec("update outbox.backends set stream_name = 'events' where name = 'default'");
@@ -234,14 +234,14 @@ fn a_backend_with_waiting_events_is_not_deleted() {
         );
         assert!(said.detail.is_some() && said.hint.is_some(), "{said:?}");
     };
-    // None at all, and delivered a moment ago.
+    // With no events at all, and with events delivered a moment ago.
     add(&stack, "b");
     assert_eq!(delete().expect("nothing waits"), 1);
     add(&stack, "b");
     publish_many(&mut stack.pg.client(), "b", "", "t", 20);
     stack.redis.wait_entries("b", 20);
     assert_eq!(delete().expect("all were delivered"), 1);
-    // Scheduled, refused and being tried again, paused.
+    // Scheduled, refused and being retried, paused.
     add(&stack, "b");
     stack
         .pg
@@ -266,7 +266,7 @@ fn a_backend_with_waiting_events_is_not_deleted() {
         .exec("update outbox.backends set enabled = true where name = 'b'");
     stack.redis.wait_entries("b", 21);
     assert_eq!(delete().expect("all were delivered"), 1);
-    // In an outage.
+    // During an outage.
     add(&stack, "b");
     stack.redis.shutdown();
     publish_many(&mut stack.pg.client(), "b", "", "t", 1);
@@ -282,8 +282,8 @@ fn a_backend_with_waiting_events_is_not_deleted() {
     );
 }
 
-/// A publisher that commits after its backend was deleted: its event fails, with that reason, whatever has that name
-/// now.
+/// A publisher that commits after its backend was deleted: its event fails for that reason, even if another backend has
+/// the name now.
 #[test]
 fn events_of_a_deleted_backend_fail_and_those_of_its_namesake_arrive() {
     let stack = patient();
@@ -307,14 +307,14 @@ fn events_of_a_deleted_backend_fail_and_those_of_its_namesake_arrive() {
     assert_eq!(stack.redis.xlen("b"), 3);
     wait_drained(&stack.pg, "b");
     assert_eq!(standing(&stack.pg, "b").published, 2);
-    // By its name they can be sent all the same.
+    // They can be sent to the backend that has the name now.
     assert_eq!(stack.pg.one::<i64>("select outbox.retry_failed(backend => 'b')"), 2);
     assert_eq!(ids(&stack.redis.wait_entries("b", 5))[3..], [early_id, late_id]);
 }
 
-/// Deleted before the worker has ever read anything of it.
+/// Deleted before the worker has read anything of it.
 #[test]
-fn events_of_a_backend_that_was_deleted_young_fail() {
+fn events_of_a_backend_that_was_deleted_at_once_fail() {
     let mut stack = patient();
     stack.pg.set("outbox_relay.enabled", "off");
     wait_eq("the worker", None, || stack.pg.worker_pid("postgres"));
@@ -333,9 +333,9 @@ fn events_of_a_backend_that_was_deleted_young_fail() {
     assert_eq!(stack.pg.one::<i64>("select count(*) from outbox.failed_events"), 1);
 }
 
-/// Ten of twenty are down, in three ways, with a backlog each.
+/// Ten of twenty backends are down, in three ways, with a backlog each.
 #[test]
-fn ten_backends_that_are_down_take_neither_time_nor_memory_of_ten_others() {
+fn ten_backends_that_are_down_cost_ten_others_neither_time_nor_memory() {
     let stack = Stack::of(
         Postgres::with(QUICK).with(&[("outbox_relay.max_event_size", "64kB")]),
         Redis::start(),
@@ -362,7 +362,7 @@ fn ten_backends_that_are_down_take_neither_time_nor_memory_of_ten_others() {
         line.trim().trim_end_matches(" kB").parse().expect("a number")
     };
     let before = memory_kb();
-    // 100 MB for those that are down.
+    // 100 MB for the backends that are down.
     stack.pg.exec(
         "select outbox.publish_event('t', 'kit', jsonb_build_object('text', repeat('x', 10000)), backend => name)
         from generate_series(1, 1000), outbox.backends where name like 'down%'",

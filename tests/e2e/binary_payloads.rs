@@ -4,7 +4,7 @@
 use kit::{Postgres, QUICK, Redis, Refused, Stack, wait_drained, wait_eq};
 use serde_json::{Value, json};
 
-/// All that bytes can be, in base64 with padding; and those that text cannot hold.
+/// All byte values, in base64 with padding, including bytes that text cannot hold.
 const BYTES: [u8; 7] = [0, 255, 254, b'"', b'\r', b'\n', 200];
 const HEX: &str = "\\x00fffe220d0ac8";
 const BASE64: &str = "AP/+Ig0KyA==";
@@ -87,7 +87,7 @@ fn bytes_reach_the_entry_in_each_format_however_they_are_published() {
             (&json!(BASE64), &Value::Null)
         );
     }
-    // No bytes are bytes as well, and a string is a string.
+    // Empty bytes are a payload as well, and a string stays a string.
     stack
         .pg
         .exec("select outbox.publish_event('t', 's', data_bytes => '', backend => 'structured')");
@@ -147,9 +147,9 @@ fn an_invalid_payload_is_refused_at_once() {
     stack.wait_events(2);
 }
 
-/// Failed, retried, replayed, restored and erased: what handles a payload needs not know what it is.
+/// Failed, retried, replayed, restored and erased: this code does not depend on the kind of payload.
 #[test]
-fn bytes_come_through_all_that_an_event_can_meet() {
+fn binary_payloads_survive_failure_retry_replay_restore_and_erasure() {
     let stack = Stack::of(
         Postgres::with(QUICK).with(&[("outbox_relay.max_retries", "1")]),
         Redis::start(),
@@ -212,9 +212,9 @@ fn bytes_come_through_all_that_an_event_can_meet() {
     assert_eq!(values(&stack, "moved", "data"), expected(1));
 }
 
-/// Rows of others are as wide as before: bytes have no column of their own.
+/// Rows of other events are as wide as before: bytes have no column of their own.
 #[test]
-fn a_publisher_may_use_all_of_it() {
+fn a_publisher_may_publish_binary_payloads_in_each_way() {
     let stack = Stack::start();
     stack
         .pg

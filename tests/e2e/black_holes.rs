@@ -1,7 +1,7 @@
-//! Backends that are black holes hold up nobody: not the server's end, not DROP DATABASE, not the other backends.
+//! Backends that never answer delay nothing: not the server's shutdown, not DROP DATABASE, not the other backends.
 //!
-//! `OUTBOX_BLACK_HOLE_ROUNDS=100` repeats the first two as often, `OUTBOX_HUNG_SECONDS=20` measures the third for so
-//! long; they print what they found.
+//! `OUTBOX_BLACK_HOLE_ROUNDS=100` sets the rounds of the first two tests, `OUTBOX_HUNG_SECONDS=20` the duration of the
+//! third; they print their results.
 
 use std::collections::HashMap;
 use std::str::FromStr;
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use kit::{BlackHole, Mode, Postgres, Redis, wait_until};
 
-/// Timeouts so long that waiting for one would be seen.
+/// Timeouts so long that waiting for one would be noticed.
 const STUBBORN: &[(&str, &str)] = &[
     ("outbox_relay.redis_connect_timeout", "1min"),
     ("outbox_relay.redis_socket_timeout", "1min"),
@@ -19,7 +19,7 @@ const STUBBORN: &[(&str, &str)] = &[
     ("outbox_relay.retry_max_delay", "200ms"),
 ];
 
-/// A second is what is promised, of a machine that has nothing else to do: so for the figures alone.
+/// One second is promised on an otherwise idle machine, so it applies only when the figures are measured.
 fn limit() -> Duration {
     let is_measured = std::env::var_os("OUTBOX_BLACK_HOLE_ROUNDS").is_some();
     Duration::from_secs(if is_measured { 1 } else { 3 })
@@ -30,13 +30,13 @@ fn or<T: FromStr>(variable: &str, default: T) -> T {
     given.and_then(|text| text.parse().ok()).unwrap_or(default)
 }
 
-/// Every kind of black hole, each with a backend.
+/// Every kind of backend that never answers.
 struct Holes {
-    /// Accepts, and never answers.
+    /// Accepts connections, and never answers.
     silent: BlackHole,
-    /// Never accepts.
+    /// Never accepts connections.
     closed: BlackHole,
-    /// Froze while events were on their way.
+    /// Was frozen while events were on their way.
     frozen: Redis,
 }
 
@@ -49,7 +49,7 @@ impl Holes {
         }
     }
 
-    /// Makes the backends, and waits until each is stuck.
+    /// Creates the backends, and waits until each hangs.
     fn occupy(&self, pg: &Postgres, db: &str) {
         self.frozen.sigcont();
         let accepted = self.silent.accepted();
@@ -69,7 +69,7 @@ impl Holes {
         self.stick(pg, db, accepted);
     }
 
-    /// Waits until the backends, which are there, are stuck with events.
+    /// Waits until the existing backends hang with events.
     fn stick(&self, pg: &Postgres, db: &str, accepted: usize) {
         let publish =
             "select outbox.publish_event('t', 'kit', backend => name) from outbox.backends, generate_series(1, 500)";
@@ -140,7 +140,7 @@ fn drop_database_is_done_within_a_second() {
     holes.frozen.sigcont();
 }
 
-/// Commits in turn to four backends, and takes down how long after sending COMMIT each event arrived.
+/// Commits to four backends in turn, and records how long after sending COMMIT each event arrived.
 fn measure(pg: &Postgres, redises: &[Redis], seconds: f64, hung: bool) -> Vec<Duration> {
     let sent: Mutex<HashMap<String, Instant>> = Mutex::new(HashMap::new());
     let arrived: Mutex<Vec<(String, Instant)>> = Mutex::new(Vec::new());
@@ -181,8 +181,8 @@ fn measure(pg: &Postgres, redises: &[Redis], seconds: f64, hung: bool) -> Vec<Du
             let mut transaction = client.transaction().expect("begin");
             let sql = "select outbox.publish_event('t', 'kit', backend => $1)::text";
             let id: String = transaction.query_one(sql, &[&backend]).expect("publish").get(0);
-            // The hung one has as many events as each of the others; without it, another takes them, so that Postgres
-            // has the same work.
+            // The hanging backend gets as many events as each of the others; without it, another backend gets them, so
+            // that Postgres has the same work.
             if turn % redises.len() == 0 {
                 let other = if hung { "hung" } else { "off" };
                 transaction.query_one(sql, &[&other]).expect("publish");
@@ -203,7 +203,8 @@ fn measure(pg: &Postgres, redises: &[Redis], seconds: f64, hung: bool) -> Vec<Du
         .collect()
 }
 
-/// Four backends beside one whose Redis hangs, and beside one that is paused: the same p99 from COMMIT to arrival.
+/// Four backends beside one whose Redis hangs, and beside one that is paused: the p99 from COMMIT to arrival is the
+/// same.
 #[test]
 fn a_hung_backend_does_not_slow_the_others() {
     let pg = Postgres::with(&[
@@ -230,7 +231,7 @@ fn a_hung_backend_does_not_slow_the_others() {
     let seconds: f64 = or("OUTBOX_HUNG_SECONDS", 4.0);
     measure(&pg, &redises, 1.0, false);
     let mut times = [Vec::new(), Vec::new()];
-    // In turns of a few seconds, since machines get slower and faster.
+    // Alternating every few seconds, because the speed of a machine changes.
     let turns = (seconds / 4.0).max(4.0) as usize;
     for turn in 0..turns {
         for hung in [turn % 2 == 0, turn % 2 != 0] {
@@ -256,6 +257,6 @@ fn a_hung_backend_does_not_slow_the_others() {
         p99[index] = at(0.99);
     }
     println!("p99 with beside without: {:.2}", p99[1] / p99[0]);
-    // A machine that does other things besides is not to fail this; a wait for the hung one takes a second.
+    // Other load on the machine must not fail this test; a wait for the hanging backend would take a second.
     assert!(p99[1] < 3.0 * p99[0] + 100.0, "{p99:?} ms");
 }

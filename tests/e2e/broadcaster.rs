@@ -1,4 +1,5 @@
-//! The stream of django-broadcaster 0.1.1 and ours, for the same events: its consumers must not notice the change.
+//! Compares the streams of django-broadcaster 0.1.1 and of the relay for the same events: consumers must not notice the
+//! change.
 //!
 //! `tests/django_broadcaster/recorded.json` holds what the real package wrote (`make record-broadcaster`).
 
@@ -42,8 +43,8 @@ fn recorded() -> Vec<Recorded> {
     all
 }
 
-/// The fields in their order; JSON without the spaces and escapes that parsing makes no difference of, so that the
-/// order of keys and the digits of numbers count at every depth.
+/// The fields in their order; JSON without the spaces and escapes that do not change its meaning, so that the order of
+/// keys and the digits of numbers count at every depth.
 fn comparable(fields: &[(String, String)]) -> Vec<(String, String)> {
     let parsed = |name: &str, value: &str| match name {
         "cloud_event" => serde_json::from_str::<Value>(value).unwrap().to_string(),
@@ -91,7 +92,8 @@ fn an_entry_is_field_for_field_that_of_django_broadcaster() {
     }
 }
 
-/// Numbers by their value: jsonb keeps another form of large ones. And no order of keys, which jsonb has its own of.
+/// Numbers by their value, because jsonb writes large ones differently; and without the order of keys, which jsonb
+/// changes.
 fn meaning(value: &Value) -> Value {
     match value {
         Value::Number(number) => Value::String(format!("{:e}", number.as_f64().unwrap())),
@@ -108,7 +110,7 @@ fn meaning(value: &Value) -> Value {
     }
 }
 
-/// An entry without its time: names of the fields in order up to `cloud_event`, the further ones sorted.
+/// An entry without its time: the names of the fields in order up to `cloud_event`, further ones sorted.
 fn entry_meaning(fields: &[(String, String)], id: &str) -> (Vec<(String, String)>, Vec<String>, Value) {
     let mut plain: Vec<(String, String)> = fields
         .iter()
@@ -128,7 +130,8 @@ fn entry_meaning(fields: &[(String, String)], id: &str) -> (Vec<(String, String)
     (plain, keys, meaning(&Value::Object(cloud_event)))
 }
 
-/// The same by publish_event with the package's own argument names and order, as its users call it after moving here.
+/// The same by publish_event with the package's own argument names and order, as its users call it after moving to the
+/// relay.
 #[test]
 fn publish_event_means_the_same_as_the_packages() {
     let stack = Stack::start();

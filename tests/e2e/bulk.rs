@@ -1,4 +1,4 @@
-//! One transaction of a million events: streamed, not gathered.
+//! A transaction of a million events is streamed, not collected in memory.
 
 use std::time::Duration;
 
@@ -6,15 +6,15 @@ use kit::{Stack, eventually};
 
 const EVENTS: usize = 1_000_000;
 
-/// The private memory of a process in kB: its share of Postgres's buffers is not its own.
+/// The private memory of a process in kB, without its share of Postgres's buffers.
 fn private_kb(pid: i32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
     line.trim().strip_suffix(" kB").unwrap().parse().unwrap()
 }
 
-/// Runs in Redis: whether the sources of a stream's entries count from 1; returns how far. (A million entries would
-/// keep a client busy for a minute.)
+/// Runs in Redis: whether the sources of a stream's entries count from 1, and up to which number. (Reading a million
+/// entries would keep a client busy for a minute.)
 const COUNT_IN_ORDER: &str = "
     local from, count = '-', 0
     while true do
@@ -49,7 +49,7 @@ fn a_million_events_of_one_insert_arrive_in_order_in_bounded_memory() {
         (kit::xlen(&mut conn, "events") >= EVENTS).then_some(())
     });
     assert_eq!(stack.pg.worker_pid("postgres"), Some(worker));
-    // It goes through all of them in one command.
+    // Redis reads all of them in one command.
     conn.set_read_timeout(Some(Duration::from_secs(120)))
         .expect("a timeout");
     let in_order: redis::Value = redis::cmd("EVAL")
@@ -67,8 +67,8 @@ fn a_million_events_of_one_insert_arrive_in_order_in_bounded_memory() {
     );
 }
 
-/// Rows of others are passed by in the index: none of one's own is, also none that was rolled back, or of a backend
-/// that comes later.
+/// Rows of other backends are skipped in the index; there are no rows of this backend, or only rows that were rolled
+/// back, or the backend is created later.
 #[test]
 fn few_events_among_many_of_another_backend_arrive_in_order() {
     const ROWS: usize = 12_000;

@@ -1,9 +1,9 @@
-//! A short run of `make chaos`, which see: everything around the relay is broken at random, and nothing may be lost,
-//! repeated or out of order.
+//! A short run of `make chaos`: everything around the relay is broken at random, and no event may be lost, repeated or
+//! out of order.
 
 use std::process::Command;
 
-/// Always these, so that a failure repeats: between them they have most kinds of faults.
+/// Always these seeds, so that a failure repeats: together they have most kinds of faults.
 const SEEDS: &[&str] = &["216", "46"];
 const SECONDS: &str = "8";
 /// With `trim = 'read'`, and consumer groups that come and go.

@@ -1,4 +1,4 @@
-//! A whole server is copied (a base backup, a recovery) and started beside the original, which is paused, stopped,
+//! A whole server is copied (by a base backup or a recovery) and started beside the original, which is paused, stopped,
 //! killed, or has lost its guard: the copy sends nothing, however long the original is away, and the original goes on
 //! when it comes back.
 
@@ -9,7 +9,7 @@ use kit::{Mode, Postgres, Redis, Stack, holds_for, ids, standing, wait_drained, 
 use std::time::Duration;
 use uuid::Uuid;
 
-/// An owner whose first events are delivered, and a copy that is not started.
+/// An owner whose first events are delivered, and a copy that is not started yet.
 fn with_clone() -> (Stack, Postgres, Vec<Uuid>) {
     let stack = Stack::with(WATCHFUL);
     let sent = delivered(&stack, "sent");
@@ -21,7 +21,7 @@ fn set_enabled(pg: &Postgres, enabled: bool) {
     pg.exec(&format!("update outbox.backends set enabled = {enabled}"));
 }
 
-/// Publishes on the clone, of which nothing may arrive for a while.
+/// Publishes on the clone, and checks that nothing arrives for a while.
 fn sends_nothing(clone: &Postgres, stack: &Stack) {
     let there = stack.events().len();
     publish(clone, "never", 3);
@@ -90,7 +90,7 @@ fn a_clone_of_a_server_that_was_stopped_or_killed_sends_nothing() {
     }
 }
 
-/// Of a Redis that is lost, too, nobody knows who owned it: the clone is a copy by what it has itself.
+/// If Redis was lost, too, nobody knows who owned it: the clone recognises itself as a copy by its own data.
 #[test]
 fn a_clone_takes_over_each_backend_only_when_told_to() {
     let (mut stack, mut clone, sent) = with_clone();
@@ -107,7 +107,7 @@ fn a_clone_takes_over_each_backend_only_when_told_to() {
     ));
     kit::publish_many(&mut clone.client(), "new", "", "new", 1);
     stack.redis.wait_entries("new", 1);
-    // A restart is a restart from now on; also without the guard.
+    // From now on a restart is only a restart, also without the guard.
     clone.stop(Mode::Fast);
     stack.redis.call(&["DEL", &guard_key(&mut clone)]);
     let last = publish(&clone, "last", 3);
@@ -117,13 +117,13 @@ fn a_clone_takes_over_each_backend_only_when_told_to() {
     wait_fenced(&stack.pg, &clone);
 }
 
-/// Starts a stopped server to ask it.
+/// Starts a stopped server to query it.
 fn guard_key(pg: &mut Postgres) -> String {
     pg.start_again();
     pg.one("select outbox.guard_key('default')")
 }
 
-/// There is no guard that could say whose the stream is.
+/// There is no guard that could name the owner of the stream.
 #[test]
 fn a_clone_sends_nothing_of_backends_without_a_guard_either() {
     let stack = Stack::with(WATCHFUL);
@@ -171,7 +171,7 @@ fn a_paused_backend_keeps_its_guard_also_over_a_restart() {
     wait_fenced(&promoted, &stack.pg);
     for restart in [false, true] {
         if restart {
-            // To the promoted one, a shutdown means that it may go on.
+            // For the promoted server, a shutdown of the owner means that it may take over.
             promoted.stop(Mode::Fast);
             stack.pg.restart();
         }
@@ -201,7 +201,7 @@ fn trouble_with_redis_is_quiet_while_a_backend_is_paused() {
     let before = beat(&stack.pg, &stack.redis);
     wait_until("a refresh", || beat(&stack.pg, &stack.redis) > before);
     let mark = stack.pg.log().len();
-    // Perhaps an attempt from before it was told where its Redis is.
+    // The error may be of an attempt from before the server learned the address of its Redis.
     let earlier_error = standing(&stack.pg, "default").last_error;
     stack.redis.shutdown();
     let waiting = publish(&stack.pg, "waits", 3);
@@ -222,9 +222,9 @@ fn trouble_with_redis_is_quiet_while_a_backend_is_paused() {
     assert!(arrived == waiting || arrived == [sent, waiting].concat(), "{arrived:?}");
 }
 
-// --- who does take over
+// --- servers that do take over
 
-/// The machine was started again: the same directory, under a kernel that has another name.
+/// The machine was started again: the same directory, under a kernel with another boot id.
 #[test]
 fn an_owner_comes_back_after_its_machine_was_started_again() {
     const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
@@ -263,8 +263,8 @@ fn an_owner_comes_back_after_its_machine_was_started_again() {
     assert_eq!(ids(&stack.events()), expected);
 }
 
-/// What it has streamed is known, although its primary is dead when it starts: after a restart, a crash, and a
-/// promotion nobody has used yet.
+/// The promoted server remembers what it has streamed, although its primary is dead when it starts: after a restart, a
+/// crash, and a promotion after which it was not used yet.
 #[test]
 fn a_standby_that_had_streamed_is_promoted_after_a_restart_and_takes_over() {
     for crashes in [false, true] {
@@ -300,7 +300,7 @@ fn a_promoted_standby_stays_one_over_restarts() {
     wait_fenced(&promoted, &stack.pg);
     promoted.kill_worker();
     wait_fenced(&promoted, &stack.pg);
-    // A copy of the promoted one is a copy.
+    // A copy of the promoted server is a copy.
     let copy = promoted.base_backup().start();
     wait_fenced(&copy, &stack.pg);
     stack.pg.crash();

@@ -1,4 +1,4 @@
-//! A Redis Cluster: streams are placed by hash slot, each with a guard beside it, and every promise holds stream by
+//! A Redis Cluster: streams are placed by hash slot, each with a guard in its slot, and every guarantee holds for each
 //! stream.
 
 use kit::{
@@ -7,7 +7,7 @@ use kit::{
 };
 use uuid::Uuid;
 
-/// A stack whose backend `default` is this cluster's; its own Redis does nothing.
+/// A stack whose backend `default` uses this cluster; the stack's own Redis does nothing.
 fn stack(settings: &[(&str, &str)], cluster: &Cluster) -> Stack {
     let stack = Stack::of(Postgres::with(settings).with(&[UNTRIMMED]), Redis::start());
     point(&stack, cluster);
@@ -33,12 +33,12 @@ fn lanes(pg: &Postgres) -> i64 {
     pg.one("select count(*) from outbox.cursors where backend_number = 1 and slot >= 0")
 }
 
-/// Whether nothing was ever said of keys in different slots.
+/// Whether no error about keys in different slots was ever logged.
 fn assert_no_crossslot(stack: &Stack) {
     assert!(!stack.pg.log().contains("CROSSSLOT"), "{}", stack.pg.log());
 }
 
-/// Waits until the ledger's events stand in the streams, once and in order.
+/// Waits until the ledger's events are in the streams, once and in order.
 #[track_caller]
 fn settle(stack: &Stack, cluster: &Cluster, streams: &[String]) {
     wait_drained(&stack.pg, "default");
@@ -81,7 +81,7 @@ fn streams_over_all_nodes_are_delivered_once_and_in_order_whatever_dies() {
         let address: String = stack.pg.one("select address from outbox.backend_status");
         assert!(address.contains(&format!("127.0.0.1:{}", node.port())), "{address}");
     }
-    // A restart of the server, and one of its crashes, under way.
+    // A restart of the server, and a crash, under load.
     let load = Load::start(&stack.pg, 1, "");
     load.wait_more(5);
     drop(load);
@@ -95,7 +95,7 @@ fn streams_over_all_nodes_are_delivered_once_and_in_order_whatever_dies() {
     assert_no_crossslot(&stack);
 }
 
-/// Of any bytes; the server says where each belongs, and each guard lies beside its stream.
+/// Names of any bytes; the server tells where each belongs, and each guard is in the slot of its stream.
 #[test]
 fn a_stream_name_may_hold_any_characters() {
     let cluster = Cluster::start(0);
@@ -177,7 +177,7 @@ fn more_slots_than_there_are_lanes_are_an_error_that_loses_nothing() {
     }
     wait_trouble(&stack.pg, "default", "misconfigured", "64 others are in use");
     wait_eq("what waits", 1, || standing(&stack.pg, "default").pending);
-    // The others go on.
+    // The other streams go on.
     let more = publish(&stack, "many7", 2);
     assert!(ids(&cluster.wait_entries("many7", 3)).ends_with(&more));
     assert_eq!(cluster.entries("many64").len(), 0);
@@ -191,7 +191,7 @@ fn more_slots_than_there_are_lanes_are_an_error_that_loses_nothing() {
     wait_drained(&stack.pg, "default");
 }
 
-/// Whatever Redis refuses is one stream's trouble; and what is written down is known after a restart, lane by lane.
+/// A refusal affects only one stream; and saved refusals are known after a restart, for each lane.
 #[test]
 fn a_refused_stream_delays_no_other_and_is_tried_again() {
     let cluster = Cluster::start(0);
@@ -217,7 +217,7 @@ fn a_refused_stream_delays_no_other_and_is_tried_again() {
     assert_eq!(standing(&stack.pg, "default").failed, 0);
 }
 
-/// The `default` backend is standalone at first, with events that were sent, that wait, and that are refused.
+/// The `default` backend is standalone at first, with events that are sent, pending and refused.
 #[test]
 fn a_backend_becomes_a_clusters_and_stays_one() {
     let cluster = Cluster::start(0);
@@ -237,7 +237,7 @@ fn a_backend_becomes_a_clusters_and_stays_one() {
     let others = publish(&stack, "other", 5);
     point(&stack, &cluster);
     stack.pg.exec("update outbox.backends set enabled = true");
-    // What was sent before is not sent again.
+    // Events that were sent before are not sent again.
     assert_eq!(ids(&cluster.wait_entries("events", 5)), waiting);
     assert_eq!(ids(&cluster.wait_entries("other", 5)), others);
     assert_eq!(ids(&cluster.wait_entries("late", 2)), late);
@@ -264,7 +264,7 @@ fn a_backend_becomes_a_clusters_and_stays_one() {
         let said = refused(&stack.pg, &format!("update outbox.backends set {change}"));
         assert!(["23514", "22023"].contains(&said.code.as_str()), "{change}: {said:?}");
     }
-    // As its hint says.
+    // As the hint says.
     stack
         .pg
         .exec("update outbox.backends set name = 'old'; insert into outbox.backends (name) values ('default')");
@@ -275,7 +275,7 @@ fn a_backend_becomes_a_clusters_and_stays_one() {
     assert_eq!(stack.pg.one::<i64>("select count(*) from outbox.backends"), 1);
 }
 
-/// A backend with events that wait in any lane is not deleted; what comes after the deletion fails.
+/// A backend with pending events in any lane is not deleted; events that are committed after the deletion fail.
 #[test]
 fn lanes_count_when_a_backend_is_deleted_or_purged() {
     let cluster = Cluster::start(0);
@@ -297,7 +297,7 @@ fn lanes_count_when_a_backend_is_deleted_or_purged() {
     let said = refused(&stack.pg, "delete from outbox.backends");
     assert_eq!(said.code, "55006");
     assert_eq!(standing(&stack.pg, "default").pending, 2);
-    // What one lane has not sent is not purged, whatever the others have.
+    // Events that one lane has not sent are not purged, even if other lanes are ahead.
     cluster.call("s2", &["DEL", "s2"]);
     let paused = publish(&stack, "s3", 1);
     stack.pg.exec("call outbox.purge()");
@@ -313,7 +313,7 @@ fn lanes_count_when_a_backend_is_deleted_or_purged() {
     wait_eq("events that are kept", 0i64, || {
         stack.pg.one("select count(*) from outbox.events")
     });
-    // Not committed when the backend is deleted.
+    // Not committed yet when the backend is deleted.
     let mut late = stack.pg.client();
     let mut late = late.transaction().expect("a transaction");
     late.execute("select outbox.publish_event('late', 'kit', stream => 's1')", &[])
@@ -328,7 +328,7 @@ fn lanes_count_when_a_backend_is_deleted_or_purged() {
     assert_eq!(failed, 1);
 }
 
-/// Nodes are known by any one of them.
+/// Any one node is enough to find the others.
 #[test]
 fn one_node_that_answers_is_enough() {
     let cluster = Cluster::start(0);
@@ -365,7 +365,7 @@ fn on_missing_guard_decides_what_happens_to_a_cluster_that_lost_everything() {
             node.call(&["FLUSHALL"]);
         }
     }
-    // Each lane finds out by itself.
+    // Each lane finds that out by itself.
     for stream in streams {
         publish(&stack, stream, 1);
     }
@@ -379,7 +379,7 @@ fn on_missing_guard_decides_what_happens_to_a_cluster_that_lost_everything() {
     }
 }
 
-/// Each lane has a guard of its own that is missing, and one word ends it for all.
+/// Each lane misses its own guard, and one take_over() ends the wait of all.
 #[test]
 fn a_take_over_concerns_every_lane() {
     let cluster = Cluster::start(0);
@@ -411,7 +411,7 @@ fn a_take_over_concerns_every_lane() {
     wait_drained(&stack.pg, "default");
 }
 
-/// Retention counts from what all lanes have delivered.
+/// Retention counts from the delivery by all lanes.
 #[test]
 fn what_one_lane_has_not_sent_is_not_purged_while_the_others_go_on() {
     let cluster = Cluster::start(0);

@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use kit::{Cluster, Ledger, Load, Postgres, Redis, Stack, UNTRIMMED, eventually, wait_drained, wait_until};
 
-/// The stall that is allowed beyond the failover itself.
+/// How long delivery may stall in addition to the failover itself.
 const ALLOWANCE: Duration = Duration::from_secs(2);
 
 const STREAMS: usize = 16;
@@ -47,7 +47,7 @@ fn slots_that_move_under_load_lose_and_repeat_nothing() {
     let load = load(&stack);
     load.wait_more(100);
     let started = now();
-    // Nearly all that the first one serves, to both others; and some of it back.
+    // Nearly all slots of the first node, to both others; and some of them back.
     cluster.reshard(0, 1, 3_000);
     stack.pg.kill_worker();
     cluster.reshard(0, 2, 2_400);
@@ -58,7 +58,8 @@ fn slots_that_move_under_load_lose_and_repeat_nothing() {
     assert_well(&stack, &cluster);
 }
 
-/// A new stream in a slot that is on its way, and one that has gone ahead of its guard: nothing is appended by halves.
+/// A new stream in a slot that is being moved, and a stream that was moved before its guard: no half of a batch is
+/// appended.
 #[test]
 fn a_slot_that_stands_between_two_nodes_is_waited_for() {
     let cluster = Cluster::start(0);
@@ -95,7 +96,7 @@ fn a_slot_that_stands_between_two_nodes_is_waited_for() {
     wait_drained(&stack.pg, "default");
 }
 
-/// Under 2,000 events a second. OUTBOX_FAILOVERS says how often; the stalls are printed.
+/// Under 2,000 events a second. OUTBOX_FAILOVERS sets how often; the stalls are printed.
 #[test]
 fn a_master_that_is_killed_under_load_is_replaced_and_nothing_is_lost() {
     let rounds: usize = std::env::var("OUTBOX_FAILOVERS").map_or(1, |text| text.parse().expect("a number"));
@@ -106,7 +107,7 @@ fn a_master_that_is_killed_under_load_is_replaced_and_nothing_is_lost() {
     for round in 1..=rounds {
         load.wait_more(150);
         cluster.wait_well(6);
-        // Each time another one's.
+        // The master of another shard each time.
         let stream = format!("s{}", round % STREAMS);
         let killed = cluster.master_of(&stream);
         let killed_at = now();
@@ -140,15 +141,15 @@ fn a_master_that_is_killed_under_load_is_replaced_and_nothing_is_lost() {
     println!("stalls {:?} to {:?}", stalls[0], stalls[stalls.len() - 1]);
 }
 
-/// It keeps its connections and answers nothing, and goes on when its replica has taken its place.
+/// The master keeps its connections and answers nothing, and continues when its replica has taken its place.
 #[test]
-fn a_master_that_hangs_under_load_is_left() {
+fn a_master_that_hangs_under_load_is_replaced_by_its_replica() {
     let cluster = Cluster::start(1);
     let stack = stack(&cluster);
     stack.pg.exec("update outbox.backends set socket_timeout = '1s'");
     let load = load(&stack);
     load.wait_more(150);
-    // The first node is the one that is asked about the others.
+    // The first node is the one that is asked for the others.
     let (stream, hung) = streams()
         .into_iter()
         .map(|stream| (stream.clone(), cluster.master_of(&stream)))

@@ -1,4 +1,4 @@
-//! `outbox.consumers`: what Redis says of consumer groups, asked only while somebody wants to know.
+//! `outbox.consumers`: consumer groups according to Redis, which is asked only while a session reads the view.
 
 use kit::{
     Cluster, Group, Postgres, QUICK, Redis, Stack, UNTRIMMED, holds_for, publish_many, standing, wait_drained, wait_eq,
@@ -38,7 +38,7 @@ fn row(stream: &str, group: &str, consumers: i64, pending: i64, unread: i64) -> 
     )
 }
 
-/// Before Redis 7 there is no lag, so what is unread is known of a group that has read nothing alone.
+/// Before Redis 7 there is no lag, so the unread entries are known only of a group that has read nothing.
 fn as_told_by(redis: &Redis, mut expected: Vec<Shown>) -> Vec<Shown> {
     if !redis.counts_lag() {
         for (_, _, consumers, _, lag, unread, _) in &mut expected {
@@ -82,7 +82,7 @@ fn the_view_shows_each_group_of_each_stream() {
     slow.acknowledge(&mut conn, &read[..4]);
     slow.read(&mut conn, "b", 1);
     Group::create(&mut conn, "other", "fresh");
-    // A name that would change the terminal of whoever reads it.
+    // A name that would change the terminal of its reader.
     Group::create(&mut conn, "other", "odd\u{1b}[31m\u{202e}");
     let expected = vec![
         row("events", "slow", 2, 3, 3),
@@ -103,7 +103,7 @@ fn the_view_shows_each_group_of_each_stream() {
     slow.drain(&mut conn);
     let all_read = stack.redis.counts_lag().then_some(0);
     wait_until("what is read", || shown(&stack.pg)[0].5 == all_read);
-    // A group that is gone does not stay.
+    // A deleted group disappears from the view.
     slow.destroy(&mut conn);
     wait_until("the group to go", || shown(&stack.pg)[0].0 == "other");
 }
@@ -118,7 +118,7 @@ fn redis_is_asked_once_a_second_while_somebody_looks_and_else_never() {
     holds_for(Duration::from_millis(1_500), "nobody asks", || asked(&stack.redis) == 0);
     wait_until("the view", || shown(&stack.pg).len() == 1);
     let (before, began) = (asked(&stack.redis), std::time::Instant::now());
-    // However many look, and however often.
+    // However many sessions read the view, and however often.
     let mut looks = 0;
     while began.elapsed() < Duration::from_secs(4) {
         shown(&stack.pg);
@@ -150,7 +150,7 @@ fn all_lanes_of_a_cluster_are_shown() {
     wait_eq("the view", expected, || shown(&stack.pg));
 }
 
-/// A backend that trims by length goes on, whatever may not be asked.
+/// A backend that trims by length goes on, whatever commands are forbidden.
 #[test]
 fn a_user_without_the_right_to_ask_is_told_so_by_health() {
     let stack = Stack::of(Postgres::with(QUICK).with(&[UNTRIMMED]), Redis::start());
@@ -171,7 +171,7 @@ fn a_user_without_the_right_to_ask_is_told_so_by_health() {
     stack.wait_events(2);
     wait_drained(&stack.pg, "default");
     assert_eq!(standing(&stack.pg, "default").state, "idle");
-    // Who trims by what is read cannot do without.
+    // A backend with trim = 'read' needs them.
     stack.pg.exec("update outbox.backends set trim = 'read'");
     wait_trouble(&stack.pg, "default", "misconfigured", "NOPERM");
     stack
@@ -179,7 +179,7 @@ fn a_user_without_the_right_to_ask_is_told_so_by_health() {
         .wait_log("HINT:  With trim = 'read', the backend's Redis user needs +xlen +xinfo|groups");
     stack.publish("three");
     wait_eq("pending", 1, || standing(&stack.pg, "default").pending);
-    // The rule of the documents.
+    // The rule in the documents.
     acl(&[
         "-@all",
         "+@connection",

@@ -1,5 +1,6 @@
-//! CREATE DATABASE ... TEMPLATE: the copy knows that it is one. It sends nothing until somebody says that it is to, and
-//! then what was published in it, once, beside the original; what waited when it was made is the original's to send.
+//! CREATE DATABASE ... TEMPLATE: the copy knows that it is one. It sends nothing until take_over(), and then only what
+//! was published in it, once, beside the original; the original sends the events that were pending when the copy was
+//! made.
 
 use kit::{Postgres, Redis, Stack, UNTRIMMED, holds_for, ids, publish_many, types, wait_eq, wait_until};
 use std::time::Duration;
@@ -67,10 +68,10 @@ fn sorted(mut ids: Vec<Uuid>) -> Vec<Uuid> {
     ids
 }
 
-/// What has failed in a database, by type.
+/// The types of the failed events in a database.
 fn failed(stack: &Stack, db: &str) -> Vec<String> {
     let sql = "select event_type from outbox.failed_events \
-        where last_error = 'it waited when this database was copied, and is the original''s to send' order by seq";
+        where last_error = 'it was pending when this database was copied, so only the original may send it' order by seq";
     let rows = stack.pg.client_db(db).query(sql, &[]).expect("failed events");
     rows.iter().map(|row| row.get(0)).collect()
 }
@@ -104,7 +105,7 @@ fn a_copied_database_sends_nothing_until_it_is_told_to_and_then_what_is_its_own(
     assert!(log.contains("run outbox.take_over(backend) here"), "{log}");
     let status: String = stack.pg.one_db("staging", "select state from outbox.status");
     assert_eq!(status, "copy");
-    // Its own alone will be sent.
+    // Only its own events will be sent.
     wait_eq("what waits in the copy", 3, || pending(&stack, "staging"));
     assert_eq!(
         failed(&stack, "staging"),
@@ -152,7 +153,7 @@ fn a_copied_database_sends_nothing_until_it_is_told_to_and_then_what_is_its_own(
     assert_eq!(scheduled, 1, "the original's");
 }
 
-/// The state outlives the worker, and each backend is taken over by itself; one that has no guard as well.
+/// The state outlives the worker, and each backend is taken over separately; also one that has no guard.
 #[test]
 fn each_backend_of_a_copy_is_taken_over_by_itself() {
     let mut stack = stack();
@@ -193,7 +194,7 @@ fn each_backend_of_a_copy_is_taken_over_by_itself() {
     holds_for(Duration::from_secs(1), "the default sends nothing", || {
         stack.redis.xlen("events") == 0
     });
-    // A backend of its own needs no word.
+    // A backend that was created in the copy needs no take_over().
     stack.pg.exec_db(
         "staging",
         &format!(
@@ -215,9 +216,9 @@ fn each_backend_of_a_copy_is_taken_over_by_itself() {
     assert!(plain_again.is_err(), "it has no owner");
 }
 
-/// Whoever means the copy to send what waited, publishes it again.
+/// To send the pending events from the copy, publish them again there.
 #[test]
-fn what_waited_can_be_sent_from_the_copy_on_purpose() {
+fn events_that_were_pending_can_be_sent_from_the_copy_on_purpose() {
     let stack = stack();
     pause(&stack, "shop", true);
     let waiting = publish(&stack, "shop", "waits", 3);
@@ -231,9 +232,9 @@ fn what_waited_can_be_sent_from_the_copy_on_purpose() {
     assert_eq!(ids(&stack.wait_events(3)), waiting);
 }
 
-/// Nobody notices the copy for a while, and its row of pg_database is changed meanwhile, again and again.
+/// Nobody notices the copy for a while, and its row of pg_database is changed repeatedly meanwhile.
 #[test]
-fn what_is_published_before_anybody_notices_the_copy_is_its_own() {
+fn events_published_before_the_copy_is_noticed_are_its_own() {
     let mut stack = stack();
     pause(&stack, "shop", true);
     publish(&stack, "shop", "waits", 5);
@@ -243,7 +244,7 @@ fn what_is_published_before_anybody_notices_the_copy_is_its_own() {
             stack.pg.one::<String>("show outbox_relay.databases") == "shop"
         });
         stack.pg.exec(&format!("create database {name} template shop"));
-        // Time goes by in whole seconds where the row says nothing any more.
+        // The creation time has a resolution of seconds, and the row itself proves nothing any more.
         std::thread::sleep(Duration::from_millis(1_100));
         let mut own = publish(&stack, name, "early", 3);
         for limit in 10..13 {
@@ -267,7 +268,8 @@ fn what_is_published_before_anybody_notices_the_copy_is_its_own() {
     }
 }
 
-/// A copy of a copy; a name that is used again; a copy that is renamed; an extension that is made anew in one.
+/// A copy of a copy; a name that is used again; a renamed copy; an extension that is dropped and created again in a
+/// copy.
 #[test]
 fn copies_of_copies_are_copies_and_names_do_not_matter() {
     let stack = stack();
@@ -290,7 +292,7 @@ fn copies_of_copies_are_copies_and_names_do_not_matter() {
         stack.events().len() == 2
     });
     assert_eq!(state(&stack, "three"), "copy");
-    // Its original is none for being renamed.
+    // Renaming its original does not make that a copy.
     stack.pg.exec("alter database one rename to uno");
     publish(&stack, "uno", "uno", 1);
     stack.wait_events(3);
@@ -316,7 +318,8 @@ fn copies_of_copies_are_copies_and_names_do_not_matter() {
     );
 }
 
-/// A template that was never used has nothing to be mixed up with: what is made of it is an installation of its own.
+/// A template that was never used cannot be confused with anything: a database made from it is an installation of its
+/// own.
 #[test]
 fn a_database_made_of_an_unused_template_is_no_copy() {
     let stack = stack();
@@ -327,7 +330,7 @@ fn a_database_made_of_an_unused_template_is_no_copy() {
     publish(&stack, "tenant", "fresh", 2);
     stack.wait_events(2);
     wait_delivered(&stack, "tenant");
-    // One that was used is another's.
+    // A used template belongs to another installation.
     stack.pg.exec("alter database tenant is_template true");
     stack.pg.exec("create database copy template tenant");
     publish(&stack, "copy", "never", 2);

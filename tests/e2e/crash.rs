@@ -1,4 +1,4 @@
-//! Processes die, one or all of them, and the relay goes on: nothing is lost, nothing made up, nothing out of order.
+//! Processes die, one or all of them, and the relay goes on: no event is lost, made up or out of order.
 
 use std::time::Duration;
 
@@ -60,7 +60,7 @@ fn a_worker_terminated_while_it_saves_repeats_nothing() {
     }
 }
 
-/// Also in the middle of work: what was in flight is found by the guard.
+/// Also in the middle of work: the guard records what was in flight.
 #[test]
 fn a_worker_terminated_again_and_again_under_load_loses_and_repeats_nothing() {
     let stack = Stack::with(UNTRIMMED);

@@ -1,5 +1,5 @@
-//! The worker dies at each point of its way where dying makes a difference, and comes back: every event stands in its
-//! stream once and in order, and what Redis refused ends as it should. Needs a library built with the feature `faults`.
+//! The worker dies at each point where that makes a difference, and comes back: every event is in its stream once and
+//! in order, and refused events fail as they should. Needs a library built with the feature `faults`.
 
 use kit::faults::POINTS;
 use kit::{
@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 const WRONGTYPE: &str = "WRONGTYPE Operation against a key holding the wrong kind of value";
 
-/// A stack that dies where it is told to, and whose Redis has a string at the key `bad`.
+/// A stack whose worker dies at a chosen point, and whose Redis has a string at the key `bad`.
 fn stack(settings: &[(&str, &str)]) -> Stack {
     let redis = Redis::start();
     redis.call(&["SET", "bad", "a string"]);
@@ -18,7 +18,7 @@ fn stack(settings: &[(&str, &str)]) -> Stack {
     Stack::of(postgres.faults(), redis)
 }
 
-/// Makes the relay connect anew, and so claim.
+/// Makes the relay connect again, and so claim.
 fn kill_clients(redis: &Redis) {
     redis.call(&["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"]);
 }
@@ -51,13 +51,13 @@ fn refused(pg: &Postgres) -> i64 {
     pg.one("select count(*) from outbox.refused_events where accepted_in is null")
 }
 
-/// Waits until the server, which a worker that died took with it, has come back.
+/// Waits until the server, which restarts after a crash of the worker, has come back.
 fn wait_back(stack: &Stack, mark: usize) {
     stack.pg.wait_recovered(mark);
     stack.pg.wait_worker("postgres");
 }
 
-/// The worker dies at the point where it is to wait: whoever publishes has heard by then that his transaction is
+/// The worker dies at the point where it is to wait: by then, the publishers know that their transactions are
 /// committed.
 fn die_here(stack: &Stack) {
     stack.pg.wait_reached();
@@ -85,12 +85,12 @@ fn a_worker_that_dies_at_any_point_under_load_repeats_nothing() {
     ledger.settle(&stack, LIMIT).assert_exactly_once();
 }
 
-/// Each time one batch of which a half is refused, and nothing else is going on.
+/// Each time, half of one batch is refused, and nothing else happens.
 #[test]
 fn a_worker_that_dies_at_any_point_fails_what_redis_refuses_and_nothing_else() {
     let stack = stack(&[
         ("outbox_relay.max_retries", "2"),
-        // Only what is published brings the worker to a point.
+        // Only a published event brings the worker to a point.
         ("outbox_relay.poll_interval", "1h"),
     ]);
     let [mut good, mut bad] = [Vec::new(), Vec::new()];
@@ -103,7 +103,7 @@ fn a_worker_that_dies_at_any_point_fails_what_redis_refuses_and_nothing_else() {
         good.extend(to_good);
         bad.extend(to_bad);
         if *point == "before_save" {
-            // What was refused is saved elsewhere, and the cursor with it.
+            // Refusals are saved elsewhere, together with the cursor.
             wait_eq("failed events", bad.len(), || failed(&stack.pg).len());
             good.push(stack.publish("alone"));
         }
@@ -125,10 +125,9 @@ fn a_worker_that_dies_at_any_point_fails_what_redis_refuses_and_nothing_else() {
     );
 }
 
-/// The guard's position is behind them already, and nobody has written down that Redis refused them: the streams' tails
-/// tell.
+/// The guard's position is already after them, and their refusal is not saved: the ends of the streams prove it.
 #[test]
-fn refused_events_that_nobody_wrote_down_are_found_again() {
+fn refused_events_that_were_not_saved_are_found_again() {
     let stack = stack(&[("outbox_relay.max_retries", "1000")]);
     stack.pg.hold_at("before_refused_saved");
     let [good, bad] = publish_to_two(&stack, "bad", 20);
@@ -150,9 +149,9 @@ fn refused_events_that_nobody_wrote_down_are_found_again() {
     assert_eq!(standing(&stack.pg, "default").published, 50);
 }
 
-/// Redis would take them now, and nothing says that it did not.
+/// Redis would accept them now, and nothing records that it did not.
 #[test]
-fn a_stream_mended_before_anybody_wrote_down_that_it_refused_loses_nothing() {
+fn a_stream_corrected_before_its_refusal_was_saved_loses_nothing() {
     let mut stack = stack(&[("outbox_relay.max_retries", "1000")]);
     stack.pg.hold_at("before_refused_saved");
     let [good, bad] = publish_to_two(&stack, "bad", 20);
@@ -167,10 +166,10 @@ fn a_stream_mended_before_anybody_wrote_down_that_it_refused_loses_nothing() {
     assert_eq!((refused(&stack.pg), failed(&stack.pg).len()), (0, 0));
 }
 
-/// The head was refused, and by the time its followers are tried the stream is well: some of a batch are in the stream,
-/// some are not.
+/// The head was refused, and by the time its followers are tried the stream is healthy: some events of a batch are in
+/// the stream, some are not.
 #[test]
-fn a_batch_of_which_a_part_was_accepted_is_told_apart_event_by_event() {
+fn a_partly_accepted_batch_is_compared_event_by_event() {
     let mut stack = stack(&[("outbox_relay.max_retries", "1000")]);
     stack.redis.call(&["SET", "worse", "a string"]);
     stack.pg.hold_at("before_refused_saved");
@@ -198,7 +197,7 @@ fn a_batch_of_which_a_part_was_accepted_is_told_apart_event_by_event() {
     }
 }
 
-/// What had waited was accepted, and the worker dies before it has written that down.
+/// Waiting events were accepted, and the worker dies before it has saved that.
 #[test]
 fn waiting_events_that_were_accepted_just_before_a_crash_are_not_repeated() {
     for point in ["after_write", "after_exec", "before_refused_saved"] {
@@ -211,7 +210,7 @@ fn waiting_events_that_were_accepted_just_before_a_crash_are_not_repeated() {
         wait_eq("refused events", 7, || refused(&stack.pg));
         wait_drained_but(&stack, 7);
         for left in [7, 6] {
-            // First the head alone, then what follows it.
+            // First only the head, then the events behind it.
             let mark = stack.pg.log().len();
             stack.pg.crash_at(point);
             if left == 7 {
@@ -236,12 +235,12 @@ fn waiting_events_that_were_accepted_just_before_a_crash_are_not_repeated() {
     }
 }
 
-/// Until the books say that all but so many are delivered.
+/// Waits until the saved state says that all but this many are delivered.
 fn wait_drained_but(stack: &Stack, count: i64) {
     wait_eq("pending events", count, || standing(&stack.pg, "default").pending);
 }
 
-/// The claim of the dead comes when another has claimed.
+/// The claim of the dead worker arrives when another has claimed.
 #[test]
 fn a_late_claim_of_a_dead_worker_changes_nothing() {
     let stack = stack(&[("outbox_relay.poll_interval", "1h")]);
@@ -268,9 +267,9 @@ fn a_late_claim_of_a_dead_worker_changes_nothing() {
     assert_eq!(ids(&stack.wait_events(30)), published);
 }
 
-/// The cursor was not saved, and the batches that it does not know of were many.
+/// The cursor was not saved, and it misses many batches.
 #[test]
-fn whatever_was_sent_since_the_cursor_was_saved_is_known_from_the_guard() {
+fn the_guard_records_what_was_sent_since_the_cursor_was_saved() {
     let mut stack = stack(&[("outbox_relay.batch_size", "3")]);
     stack.publish("first");
     stack.wait_events(1);
@@ -285,7 +284,7 @@ fn whatever_was_sent_since_the_cursor_was_saved_is_known_from_the_guard() {
     stack.pg.wait_reached();
     stack.pg.stop(Mode::Immediate);
     stack.pg.release();
-    // The worker cannot read the guard, and saves nothing, before the cursor was looked at.
+    // The worker cannot read the guard, and saves nothing, before the cursor was checked.
     stack.redis.sigstop();
     stack.pg.start_again();
     let saved: i64 = stack
@@ -303,8 +302,9 @@ fn whatever_was_sent_since_the_cursor_was_saved_is_known_from_the_guard() {
     );
 }
 
-/// The guard is ahead of the books when at_least_once takes over, which has no eyes for it: those few may be repeated.
-/// What was sent after them is not, although the guard says nothing of it when it counts again.
+/// The guard is ahead of the saved cursor when the delivery becomes at_least_once, which ignores guards: those few
+/// events may be repeated. Events that were sent after the switch are not, although the guard says nothing of them when
+/// the delivery is exactly_once again.
 #[test]
 fn a_crash_just_before_a_switch_of_the_delivery_repeats_no_more_than_was_not_saved() {
     let mut stack = stack(&[]);

@@ -1,12 +1,13 @@
-//! Crashes under `synchronous_commit = off`: commits that everybody saw are lost, and their transaction ids and numbers
-//! are used again. What reached Redis must not be among them, and what uses their numbers again must reach it.
+//! Crashes under `synchronous_commit = off`: commits that sessions saw are lost, and their transaction ids and numbers
+//! are used again. No event that reached Redis may be among the lost ones, and events that reuse such numbers must
+//! reach Redis.
 
 use kit::{LIMIT, Ledger, Load, Mode, Postgres, Redis, Stack, ids, publish_many, wait_drained, wait_until};
 use postgres::Client;
 use uuid::Uuid;
 
-/// WAL is written by nobody before it must be: commits stay unflushed for long. (Full pages are written early, hence
-/// few and small records.)
+/// Nothing writes WAL before it is necessary: commits stay unflushed for long. (Full pages are written early, hence few
+/// and small records.)
 const LAZY: &[(&str, &str)] = &[
     ("wal_writer_delay", "10s"),
     ("wal_writer_flush_after", "1GB"),
@@ -23,9 +24,9 @@ fn start(settings: &[(&str, &str)]) -> Stack {
     Stack::of(Postgres::with(LAZY).with(settings), Redis::start())
 }
 
-/// A crash the moment an event is seen in Redis: the event must have survived.
+/// A crash at the moment when an event is seen in Redis: the event must have survived.
 #[test]
-fn what_reached_redis_is_on_disk() {
+fn events_that_reached_redis_are_on_disk_in_postgres() {
     let mut stack = start(&[]);
     let ledger = Ledger::create(&stack.pg);
     let mut total = 0;
@@ -49,7 +50,7 @@ fn what_reached_redis_is_on_disk() {
     }
 }
 
-/// Without the relay the same crash does lose commits: or the test above would prove nothing.
+/// Without the relay the same crash does lose commits; otherwise the test above would prove nothing.
 #[test]
 fn without_the_relays_flush_such_a_crash_loses_commits() {
     let mut stack = start(&[("outbox_relay.enabled", "off")]);
@@ -62,19 +63,19 @@ fn without_the_relays_flush_such_a_crash_loses_commits() {
     assert_eq!(stack.pg.one::<i64>("select count(*) from ledger"), 5);
     stack.pg.stop(Mode::Immediate);
     stack.pg.start_again();
-    // Those in a page of WAL that was full may have been written.
+    // Those in a full page of WAL may have been written.
     let survivors: i64 = stack.pg.one("select count(*) from ledger");
     assert!(survivors < 5, "nothing was lost");
 }
 
-/// The last moment for a transaction to be seen by a tick: `meanwhile` comes there, which nobody flushes, and the
-/// server dies the moment that `count` events are in their stream. It has recovered, and this is what the stream has.
+/// The last moment for a transaction to be seen by a tick: `meanwhile` runs there, nothing flushes it, and the server
+/// dies at the moment when `count` events are in their stream. Returns, after the recovery, the events in the stream.
 fn dies_at_the_tick(mutation: &str, meanwhile: impl FnOnce(&mut Client), count: usize) -> (Stack, Vec<Uuid>) {
     let mut stack = Stack::of(Postgres::with(LAZY).faults(), Redis::start());
     stack.pg.stop(Mode::Fast);
     stack.pg.mutation(mutation);
     stack.pg.start_again();
-    // The claim of the guard, which flushes too, is over.
+    // The claim of the guard, which flushes too, is complete.
     stack.publish("first");
     stack.wait_events(1);
     wait_drained(&stack.pg, "default");
@@ -84,7 +85,7 @@ fn dies_at_the_tick(mutation: &str, meanwhile: impl FnOnce(&mut Client), count: 
     stack.publish("wakes the worker");
     stack.pg.wait_reached();
     meanwhile(&mut client);
-    // The next tick, to which a commit calls, would flush it.
+    // The next tick, which a commit triggers, would flush it.
     stack.pg.hold_at("before_tick");
     let sent = ids(&stack.wait_events(count));
     stack.pg.crash();
@@ -110,30 +111,31 @@ fn a_commit_between_the_wake_up_and_the_snapshot_is_flushed_before_it_is_sent() 
     assert_eq!(made_up(""), 0);
 }
 
-/// The server that breaks the promise does make events up: or the test above would prove nothing.
+/// A server without the flush does send events that were not committed; otherwise the test above would prove nothing.
 #[test]
-fn a_flush_before_the_snapshot_or_none_makes_events_up() {
+fn a_flush_before_the_snapshot_or_no_flush_sends_events_that_were_not_committed() {
     for mutation in ["flush_before_snapshot", "skip_flush"] {
         assert_eq!(made_up(mutation), 1, "{mutation}");
     }
 }
 
-/// What a tick took for drawn or ended, and a crash made undone, is drawn and given again: that must be new to the
-/// relay.
+/// Numbers and ids that a tick took for used, and that a crash made unused, are used again: the relay must take them
+/// for new.
 fn nothing_is_taken_for_known(meanwhile: impl FnOnce(&mut Client)) {
     let (stack, mut published) = dies_at_the_tick("", meanwhile, 2);
     for n in 0..40 {
         published.push(stack.publish(&format!("again{n}")));
     }
     stack.assert_mended(&stack.redis, &published);
-    // Nor for what another server did that had this one's history: then the streams' tails would have to tell.
+    // Nor may another server with this one's history have used them: then the ends of the streams would have to prove
+    // it.
     assert!(!stack.pg.log().contains("goes on after another history"));
 }
 
 #[test]
 fn transactions_that_aborted_just_before_the_snapshot_are_not_taken_for_the_next_of_their_ids() {
     nothing_is_taken_for_known(|client| {
-        // The worker itself needs some of the ids when it comes back. They write little: a page of WAL that is full is
+        // The worker itself needs some of the ids when it comes back. The sessions write little: a full page of WAL is
         // flushed.
         for _ in 0..20 {
             client
@@ -144,10 +146,10 @@ fn transactions_that_aborted_just_before_the_snapshot_are_not_taken_for_the_next
 }
 
 #[test]
-fn numbers_that_a_running_transaction_drew_just_before_the_snapshot_are_not_drawn_again() {
+fn numbers_drawn_just_before_the_snapshot_are_not_drawn_again() {
     nothing_is_taken_for_known(|client| {
         client.batch_execute("begin").unwrap();
-        // More than a sequence draws ahead of its last word in the WAL.
+        // More than a sequence draws in advance of its last record in the WAL.
         publish_many(client, "default", "", "running", 40);
     });
 }
@@ -177,7 +179,7 @@ fn crash_rounds(settings: &[(&str, &str)], rounds: usize) {
 }
 
 #[test]
-fn crashes_under_a_load_of_asynchronous_commits_neither_lose_nor_make_up_events() {
+fn crashes_under_asynchronous_commits_lose_no_event_and_send_only_committed_ones() {
     let as_in_production = [
         ("fsync", "on"),
         ("full_page_writes", "on"),
@@ -188,17 +190,17 @@ fn crashes_under_a_load_of_asynchronous_commits_neither_lose_nor_make_up_events(
 }
 
 #[test]
-fn crashes_neither_lose_nor_make_up_events_when_the_wal_writer_sleeps() {
+fn crashes_while_the_wal_writer_sleeps_lose_no_event_and_send_only_committed_ones() {
     crash_rounds(&[], 8);
 }
 
-/// The highest transaction id that a session can see as given.
+/// The highest transaction id that a session can see as assigned.
 fn next_xid(pg: &Postgres) -> i64 {
     pg.one("select pg_snapshot_xmax(pg_current_snapshot())::text::bigint")
 }
 
-/// A session publishes and aborts, nothing of that is flushed, and after the crash others get its transaction id and
-/// its numbers.
+/// A session publishes and aborts, nothing of that is flushed, and after the crash other transactions get its
+/// transaction id and its numbers.
 #[test]
 fn ids_of_aborted_transactions_that_are_used_again_after_a_crash_belong_to_the_new_events() {
     let mut stack = start(&[]);
@@ -216,7 +218,7 @@ fn ids_of_aborted_transactions_that_are_used_again_after_a_crash_belong_to_the_n
         let before = next_xid(&stack.pg);
         let seen = round % 2 == 1;
         if seen {
-            // The worker's tick sees the aborted ones: then they must not come again.
+            // The worker's tick sees the aborted transactions: then their ids must not come again.
             client.batch_execute("set synchronous_commit = off").unwrap();
             published.extend(publish_many(&mut client, "default", "", "seen", 1));
             wait_until("the event in its stream", || ids(&stack.events()) == published);
@@ -237,6 +239,6 @@ fn ids_of_aborted_transactions_that_are_used_again_after_a_crash_belong_to_the_n
         wait_drained(&stack.pg, "default");
         assert_eq!(ids(&stack.events()), published);
     }
-    // Not each time: a page of WAL that is full is written at once.
+    // Not each time: a full page of WAL is written at once.
     assert!(used_again > 0, "no transaction id was ever used again");
 }

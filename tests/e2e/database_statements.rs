@@ -1,5 +1,5 @@
-//! Statements that need a database to themselves: its worker leaves for those that are allowed, and for no other, and
-//! is back at once.
+//! Statements that need a database without other sessions: its worker leaves only for the statements that are allowed,
+//! and is back at once.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -37,7 +37,7 @@ fn assert_prompt(pg: &Postgres, redis: &Redis, name: &str, count: usize) {
     }
 }
 
-/// Whoever may not do it does not disturb the relay, however often he tries.
+/// A role that may not run the statement does not disturb the relay, however often it tries.
 #[test]
 fn a_statement_that_is_not_allowed_disturbs_no_worker() {
     let pg = Postgres::start();
@@ -61,7 +61,7 @@ fn a_statement_that_is_not_allowed_disturbs_no_worker() {
                 thread::spawn(move || {
                     let mut count = 0;
                     while !stop.load(Ordering::Relaxed) {
-                        // Another statement of its kind may have the database's lock for the moment.
+                        // Another statement of its kind may hold the database's lock for the moment.
                         assert_eq!(Refused::of(client.batch_execute(statement)).code, code, "{statement}");
                         count += 1;
                     }
@@ -70,7 +70,7 @@ fn a_statement_that_is_not_allowed_disturbs_no_worker() {
             })
             .collect();
         let before = redis.xlen("app");
-        // Sessions that begin meanwhile wait for the loops' locks; this one has begun.
+        // Sessions that begin meanwhile wait for the loops' locks; this session has begun before.
         let mut publisher = pg.client_db("app");
         for n in 1..=50 {
             let start = Instant::now();
@@ -87,8 +87,8 @@ fn a_statement_that_is_not_allowed_disturbs_no_worker() {
     pg.exec("drop tablespace elsewhere");
 }
 
-/// Somebody is in the database: the statement fails after the five seconds that Postgres waits, and the worker is back
-/// at once. With another library's hooks before and behind ours, in sessions that go on.
+/// Another session is in the database: the statement fails after the five seconds that Postgres waits, and the worker
+/// is back at once. With another library's hooks before and after the relay's, in sessions that go on.
 #[test]
 fn after_a_statement_that_failed_the_worker_is_back_at_once() {
     if env::lacks(&["pg_stat_statements"]) {
@@ -129,7 +129,7 @@ fn after_a_statement_that_failed_the_worker_is_back_at_once() {
     }
 }
 
-/// The owner of a database is no superuser, and may not end a superuser's process; the worker leaves by itself.
+/// The owner of a database is no superuser, and may not terminate a superuser's process; the worker leaves by itself.
 #[test]
 fn an_owner_without_other_rights_drops_renames_and_copies_its_database() {
     let pg = Postgres::start();
@@ -154,9 +154,9 @@ fn an_owner_without_other_rights_drops_renames_and_copies_its_database() {
     }
 }
 
-/// Over and over, with events in between.
+/// Repeatedly, with events in between.
 #[test]
-fn renaming_again_and_again_costs_moments_only() {
+fn repeated_renaming_takes_only_moments() {
     let pg = Postgres::start();
     let redis = Redis::start();
     database(&pg, &redis, "app");

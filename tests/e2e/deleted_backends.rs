@@ -1,9 +1,9 @@
-//! Deleted backends: nothing of them stays for ever, and what they have sent counts as sent.
+//! Deleted backends: nothing of them stays for ever, and the events that they have sent count as sent.
 
 use kit::process::{descriptors, memory_kb};
 use kit::{Postgres, Redis, Stack, publish_many, wait_eq, wait_until};
 
-/// Backends of a round.
+/// The number of backends in a round.
 const MANY: usize = 500;
 
 fn stack() -> Stack {
@@ -33,7 +33,7 @@ fn wait_forgotten(stack: &Stack) {
     wait_eq("cursors of deleted backends", 0, || cursors(stack));
 }
 
-/// Creates backends, has each send an event, and deletes them.
+/// Creates backends, lets each send an event, and deletes them.
 fn round(stack: &Stack, name: &str) {
     stack.pg.exec(&format!(
         "insert into outbox.backends (name, host, port, stream_name)
@@ -61,7 +61,7 @@ fn hundreds_of_deleted_backends_leave_nothing_behind() {
     for name in ["a", "b", "c"] {
         round(&stack, name);
         wait_forgotten(&stack);
-        // All deleted ones are of no interest to the worker any more.
+        // The worker forgets all deleted backends.
         wait_until("the senders to end", || descriptors(worker) < idle + 60);
         memory.push(memory_kb(worker));
     }
@@ -71,7 +71,7 @@ fn hundreds_of_deleted_backends_leave_nothing_behind() {
     let log = stack.pg.log();
     let said = log
         .lines()
-        .filter(|line| line.contains("cursors of deleted backends are not needed any more"));
+        .filter(|line| line.contains("cursors of deleted backends are no longer needed"));
     let readers: usize = said
         .filter_map(|line| {
             line.split("LOG:")
@@ -83,7 +83,7 @@ fn hundreds_of_deleted_backends_leave_nothing_behind() {
         })
         .sum();
     assert_eq!(readers, 3 * MANY, "readers that have gone");
-    // Shared memory, and the rows beside.
+    // Shared memory, and the rows in tables.
     for of in [
         "outbox.meters() m where m.backend_number > 1",
         "outbox.metrics m where m.labels ->> 'backend' <> 'default'",
@@ -92,10 +92,10 @@ fn hundreds_of_deleted_backends_leave_nothing_behind() {
     ] {
         assert_eq!(stack.pg.one::<i64>(&format!("select count(*) from {of}")), 0, "{of}");
     }
-    // Numbers next to each other are one range.
+    // Adjacent numbers become one range.
     let kept: String = stack.pg.one("select deleted_backends::text from outbox.installation");
     assert_eq!(kept, format!("{{[2,{})}}", 2 + 3 * MANY));
-    // Retention goes on until all is gone.
+    // Retention continues until everything is deleted.
     let left = || {
         let rows =
             "(select count(*) from outbox.events) + (select count(*) from outbox.ticks where backend_number > 1)";
@@ -135,7 +135,7 @@ fn a_transaction_that_was_open_at_the_deletion_is_waited_for() {
     );
 }
 
-/// Without its cursor, what a deleted backend has sent must not look as if it waited.
+/// Without its cursor, the sent events of a deleted backend must not look pending.
 #[test]
 fn events_of_a_forgotten_backend_count_as_sent() {
     let stack = stack();
@@ -190,7 +190,7 @@ fn a_forgotten_backend_that_comes_back_repeats_nothing() {
     });
     stack.pg.exec("delete from outbox.backends where name = 'b'");
     wait_forgotten(&stack);
-    // Nobody else gets its number, even where the sequence was set back.
+    // No other backend gets its number, even after the sequence was set back.
     stack.pg.exec("create role keeper login; grant usage on schema outbox to keeper; grant select, insert on outbox.backends to keeper");
     stack.pg.exec("select setval('outbox.backends_number_seq', 6)");
     let mut keeper = stack.pg.client_as("keeper", "postgres");

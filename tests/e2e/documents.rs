@@ -1,7 +1,7 @@
 //! The documents: every block of SQL, shell, Python and JavaScript in the README and in docs/*.md runs, or says why it
-//! does not; links and paths lead somewhere; the reference is what a server says of itself.
+//! does not; links and paths have targets; the reference is what a server says of itself.
 //!
-//! A block with `<!-- not run: why -->` (or `<!-- not run here: ... -->`) on the line before it is left out.
+//! A block with `<!-- not run: why -->` (or `<!-- not run here: ... -->`) on the line before it is skipped.
 
 mod consumers;
 mod links;
@@ -15,7 +15,7 @@ use std::process::{Child, Command};
 use kit::{Postgres, Redis, env};
 use tempfile::TempDir;
 
-/// What runs; all else is there to be looked at.
+/// The languages that are run; other blocks are only for reading.
 const LANGUAGES: [&str; 4] = ["sql", "sh", "python", "js"];
 
 /// The documents that have such blocks.
@@ -70,7 +70,7 @@ impl Block {
     }
 }
 
-/// The blocks of a document, and the rest of it.
+/// The blocks of a document, and the rest of its text.
 pub(crate) fn parse(document: &str) -> (Vec<Block>, String) {
     let (mut blocks, mut prose): (Vec<Block>, String) = Default::default();
     let (mut open, mut indent, mut before) = (false, 0, String::new());
@@ -109,11 +109,11 @@ fn runnable(document: &str) -> Vec<Block> {
     blocks
 }
 
-/// The servers that a reader has: the extension in the database `app`, and Redis where the settings say.
+/// The servers of a reader: the extension in the database `app`, and Redis at the default address.
 struct Reader {
     pg: Postgres,
     redis: Redis,
-    /// Where shell blocks run; `bin` has a `redis-cli` of this Redis.
+    /// Where shell blocks run; `bin` has a `redis-cli` for this Redis.
     dir: TempDir,
 }
 
@@ -136,14 +136,14 @@ impl Reader {
         std::fs::create_dir(&bin).expect("a folder");
         let cli = bin.join("redis-cli");
         let path = std::env::var("PATH").expect("PATH is set");
-        // An error reply is an error.
+        // An error reply of Redis makes it fail.
         let text = format!("#!/bin/sh\nPATH='{path}' exec redis-cli -e -p {port} \"$@\"\n");
         std::fs::write(&cli, text).expect("it can be written");
         std::fs::set_permissions(&cli, PermissionsExt::from_mode(0o755)).expect("chmod");
         reader
     }
 
-    /// Outboxes of another make, for one who moves in: their tables, with rows, and their settings.
+    /// Tables of other outboxes, with rows, and their settings, for a reader who moves in.
     fn old_outboxes(&self) {
         let table = read("tests/django_broadcaster/schema.sql");
         let rows = [
@@ -182,7 +182,7 @@ impl Reader {
         std::os::unix::fs::symlink(checkout().join("contrib"), self.dir.path().join("contrib")).expect("a link");
     }
 
-    /// A program as the reader would start it.
+    /// A program, started as the reader would.
     fn command(&self, program: &str) -> Command {
         let path = std::env::var("PATH").expect("PATH is set");
         let bin = self.dir.path().join("bin");
@@ -226,7 +226,7 @@ impl Reader {
         );
     }
 
-    /// A program in another language, if its packages can be had.
+    /// A program in another language, if its packages can be fetched.
     #[track_caller]
     fn program(&self, document: &str, block: &Block) {
         let Some(mut command) = interpreter(self, &block.language, &block.text) else {
@@ -244,21 +244,21 @@ impl Reader {
         );
     }
 
-    /// Runs a document from its beginning to its end, but for consumers.
+    /// Runs a document from its beginning to its end, except for consumers.
     #[track_caller]
     fn follow(&self, document: &str) {
         let mut script = String::new();
         for block in runnable(document) {
             match block.language.as_str() {
                 "sql" => {
-                    // Before an error, the output says where it is.
+                    // Before an error, the output tells where it is.
                     writeln!(script, "\\echo line {}\n{}", block.line, block.text).expect("a string grows");
                 }
                 "sh" => {
                     self.sql(document, &std::mem::take(&mut script));
                     self.shell(document, &block);
                 }
-                // The test of consumers has those that do not end.
+                // Blocks that do not end are run by the test of consumers.
                 _ if block.does_not_end() => {}
                 _ => {
                     self.sql(document, &std::mem::take(&mut script));
@@ -292,14 +292,14 @@ fn each_document_with_blocks_is_run() {
 fn the_readme_works() {
     let reader = Reader::new();
     reader.follow("README.md");
-    // What it publishes is in the stream that it names.
+    // The published event is in the stream that the document names.
     let entries = reader.redis.wait_entries("events", 2);
     let types: Vec<_> = entries
         .iter()
         .map(|entry| entry.get("event_type").expect("a type"))
         .collect();
     assert_eq!(types, ["order.placed", "hello"]);
-    // The entry that it shows is that of the first event, but for its id and time.
+    // The entry in the document is that of the first event, except for its id and time.
     let (blocks, _) = parse("README.md");
     let shown = blocks
         .iter()
@@ -329,7 +329,7 @@ fn the_guide_works() {
 #[test]
 fn the_recipes_for_tests_work() {
     Reader::new().follow("docs/testing-your-application.md");
-    // Django's is that of the example, whose tests run there.
+    // The block on Django is that of the example, whose tests run there.
     let tests = read("examples/django/shop/tests.py");
     let (blocks, _) = parse("docs/testing-your-application.md");
     assert!(blocks.iter().any(|block| block.text == tests));
@@ -355,7 +355,7 @@ fn moving_in_and_out_works() {
     let reader = Reader::new();
     reader.old_outboxes();
     reader.follow("docs/moving.md");
-    // What waited, what came over the bridge of nobody, and what was in hand; what was scheduled went back.
+    // Pending rows, rows that came over the bridge, and rows in progress; scheduled rows went back.
     let types: Vec<String> = reader
         .redis
         .wait_entries("orders", 3)
@@ -418,7 +418,7 @@ fn the_reference_is_what_the_server_says() {
 
 // --- Consumers
 
-/// Packages of a registry in a folder of the build, fetched once; false, and said, if they cannot be had.
+/// Fetches packages of a registry into a folder of the build, once; false, with a message, if they cannot be fetched.
 fn fetched(what: &str, folder: &Path, script: &str) -> bool {
     std::fs::create_dir_all(folder).expect("a folder");
     // One test at a time.
@@ -446,7 +446,7 @@ fn packages(name: &str) -> PathBuf {
     target().join("documents").join(name)
 }
 
-/// What runs a text in this language, with the packages that the documents name.
+/// The program that runs a text in this language, with the packages that the documents name.
 fn interpreter(reader: &Reader, language: &str, text: &str) -> Option<Command> {
     let folder = packages(language);
     match language {
@@ -466,7 +466,7 @@ fn interpreter(reader: &Reader, language: &str, text: &str) -> Option<Command> {
             })
         }
         _ => fetched("JavaScript", &folder, "npm init -y; npm install --silent redis pg").then(|| {
-            // Packages are looked for beside it.
+            // Packages are looked for beside the file.
             let name = reader.dir.path().file_name().expect("a name").to_string_lossy();
             let file = folder.join(format!("{name}.mjs"));
             std::fs::write(&file, text).expect("it can be written");

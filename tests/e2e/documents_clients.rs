@@ -1,5 +1,5 @@
-//! The guide's clients that are text alone (Rails, Spring, Go, Ecto): their statements are run as their drivers send
-//! them, by a role that may publish and nothing else.
+//! The clients that the guide shows only as text (Rails, Spring, Go, Ecto): their statements are run as their drivers
+//! send them, by a role that may only publish.
 
 use chrono::Utc;
 use kit::{Stack, wait_eq};
@@ -13,7 +13,7 @@ use crate::documents::parse;
 /// The languages of those clients, and how many statements each has.
 const CLIENTS: [(&str, usize); 4] = [("ruby", 2), ("java", 2), ("go", 1), ("elixir", 2)];
 
-/// The statements of a block that name our schema: literals, and comments that say what an ORM makes.
+/// The statements of a block that use schema outbox: string literals, and comments that show what an ORM makes.
 fn statements(block: &str) -> Vec<String> {
     let is_ours = |text: &str| {
         let text = text.to_lowercase();
@@ -31,7 +31,7 @@ fn statements(block: &str) -> Vec<String> {
     found
 }
 
-/// As JDBC numbers its parameters.
+/// Numbers the parameters as JDBC does.
 fn numbered(sql: &str) -> String {
     let mut parts = sql.split('?');
     let first = parts.next().unwrap_or_default().to_owned();
@@ -40,7 +40,7 @@ fn numbered(sql: &str) -> String {
         .fold(first, |sql, (part, number)| format!("{sql}${number}{part}"))
 }
 
-/// Runs a statement with values of the types that the server wants, or that the driver has declared.
+/// Runs a statement with values of the types that the server expects, or that the driver has declared.
 fn run(client: &mut Client, sql: &str, declared: &[Type]) {
     let statement = client
         .prepare_typed(sql, declared)
@@ -54,7 +54,7 @@ fn run(client: &mut Client, sql: &str, declared: &[Type]) {
                 Type::UUID => Box::new(Uuid::new_v4()),
                 Type::JSON | Type::JSONB => Box::new(json!({"order_id": 1})),
                 Type::TIMESTAMPTZ => Box::new(Utc::now()),
-                // The data comes third.
+                // The data are the third parameter.
                 _ if place == 2 && sql.starts_with("select") => Box::new(r#"{"order_id": 1}"#),
                 _ => Box::new("order.placed"),
             }

@@ -1,4 +1,4 @@
-//! pg_dump and restore: backends, and all events that were not sent, go along; what was sent is not sent again.
+//! pg_dump and restore: backends and all unsent events are restored; sent events are not sent again.
 
 use kit::{Cluster, Entry, Mode, Postgres, Stack, types, wait_drained, wait_eq, wait_until};
 use postgres::Client;
@@ -8,7 +8,7 @@ use postgres::Client;
 enum Form {
     Plain,
     Inserts,
-    /// pg_dump -Fc and pg_restore -j2, which loads tables in an order of its own.
+    /// pg_dump -Fc and pg_restore -j2, which loads tables in its own order.
     Parallel,
 }
 
@@ -33,16 +33,17 @@ fn carry(from: &Postgres, to: &Postgres, db: &str, form: Form) {
 
 const BACKENDS: &str = "select string_agg(b::text, E'\\n' order by b.number) from outbox.backends b";
 
-/// What waits in the source: of `down` 30 events, of `default` the scheduled one, and a failed one.
+/// The unsent events of the source: 30 of `down`, the scheduled one of `default`, and a failed one.
 const UNSENT: i64 = 30;
 
-/// A source with everything that a dump must keep apart. The backend `down` is paused, so that its copies wait as well.
+/// A source with everything that a dump must distinguish. The backend `down` is paused, so that its copies wait as
+/// well.
 fn source(recreated_default: bool) -> Stack {
     let stack = Stack::start();
     let port = stack.redis.port();
     let mut client = stack.pg.client();
     let mut run = |sql: &str| client.batch_execute(sql).unwrap();
-    // Transaction ids that the target has not come to yet.
+    // Transaction ids that the target has not reached yet.
     for _ in 0..200 {
         run("select pg_current_xact_id()");
     }
@@ -83,7 +84,7 @@ fn source(recreated_default: bool) -> Stack {
     stack
 }
 
-/// Checks a restored database, then lets its worker send what it has.
+/// Checks a restored database, then lets its worker send its events.
 fn check(stack: &Stack, target: &Postgres, db: &str) {
     let mut client = target.client_db(db);
     let one = |client: &mut Client, sql: &str| -> i64 { client.query_one(sql, &[]).unwrap().get(0) };
@@ -134,7 +135,7 @@ fn check(stack: &Stack, target: &Postgres, db: &str) {
     stack.redis.call(&["DEL", "wrong"]);
     assert_eq!(one(&mut client, "select outbox.retry_failed()"), 1);
     assert_eq!(types(&stack.redis.wait_entries("wrong", 1)), ["failed"]);
-    // What the source had sent is not sent again.
+    // Events that the source had sent are not sent again.
     client
         .batch_execute("select outbox.publish_event('marker', 's')")
         .unwrap();
@@ -151,7 +152,7 @@ fn into_another_database(form: Form, recreated_default: bool) {
     stack.pg.exec("create database copy");
     carry(&stack.pg, &stack.pg, "copy", form);
     check(&stack, &stack.pg, "copy");
-    // The source goes on by itself.
+    // The source goes on undisturbed.
     stack.redis.call(&["DEL", "late"]);
     stack
         .pg
@@ -187,7 +188,7 @@ fn a_dump_goes_into_another_cluster() {
     );
     carry(&stack.pg, &target, "copy", Form::Plain);
     check(&stack, &target, "copy");
-    // Saved cursors of the target's own: nothing is sent again after its restart.
+    // The target has saved its own cursors: nothing is sent again after its restart.
     target.stop(Mode::Fast);
     target.start_again();
     target.exec_db("copy", "select outbox.publish_event('restarted', 's')");
@@ -195,9 +196,9 @@ fn a_dump_goes_into_another_cluster() {
     assert_eq!((entries.len(), entries[31].field("event_type")), (32, "restarted"));
 }
 
-/// A dump of the data alone, into a database that has the extension and a life of its own.
+/// A dump of only the data, restored into a database that has the extension and was already in use.
 #[test]
-fn the_other_clusters_default_takes_the_place_of_an_untouched_one() {
+fn the_dumped_default_backend_replaces_an_unchanged_one() {
     let stack = source(true);
     let target = Postgres::start();
     target.extension();
@@ -208,8 +209,7 @@ fn the_other_clusters_default_takes_the_place_of_an_untouched_one() {
     check(&stack, &target, "postgres");
 }
 
-/// The backend that was down when the dump was made, and events that were sent but whose cursor was not saved: none is
-/// lost.
+/// The backend was down when the dump was made, and events were sent whose cursor was not saved: none is lost.
 #[test]
 fn a_dump_during_an_outage_loses_nothing() {
     let mut stack = Stack::start();
@@ -229,8 +229,8 @@ fn a_dump_during_an_outage_loses_nothing() {
     assert_eq!(types(&stack.wait_events(2_000)), expected);
 }
 
-/// The source goes on after its dump was taken: what it has sent by the time of the restore stands in the streams
-/// already.
+/// The source goes on after the dump: the events that it has sent by the time of the restore are already in the
+/// streams.
 fn after_the_source_went_on(form: Form, delivery: &str) -> (Stack, Postgres, Vec<Entry>) {
     let stack = Stack::start();
     stack.pg.exec(&format!(
@@ -241,14 +241,14 @@ fn after_the_source_went_on(form: Form, delivery: &str) -> (Stack, Postgres, Vec
         .pg
         .exec("select outbox.publish_event('n' || i, 's') from generate_series(1, 300) i");
     stack.pg.exec("update outbox.backends set enabled = true");
-    // The dump sees them as waiting: the cursor is not saved yet.
+    // In the dump they are pending: the cursor is not saved yet.
     let target = Postgres::start();
     target.exec("create database copy");
     let paused = "update outbox.backends set enabled = false";
     stack.wait_events(300);
     let since: String = stack.pg.one("select clock_timestamp()::text");
     stack.pg.exec(paused);
-    // What it has to save it saves now, or the cursor would come back.
+    // Makes it save everything now, or the cursor would come back.
     wait_until("the paused backend's cursor to be saved", || {
         stack.pg.one::<bool>(&format!(
             "select exists (select from outbox.cursors where backend_number > 0 and saved_at > '{since}')"
@@ -269,7 +269,7 @@ fn after_the_source_went_on(form: Form, delivery: &str) -> (Stack, Postgres, Vec
 }
 
 #[test]
-fn what_the_source_has_sent_is_found_and_not_repeated() {
+fn events_that_the_source_has_sent_are_found_and_not_repeated() {
     for form in [Form::Plain, Form::Inserts, Form::Parallel] {
         let (stack, target, entries) = after_the_source_went_on(form, "exactly_once");
         let expected: Vec<String> = (1..=300)
@@ -279,7 +279,7 @@ fn what_the_source_has_sent_is_found_and_not_repeated() {
         assert_eq!(types(&entries), expected, "{form:?}");
         target.wait_log("events of a dump were restored for backend \"default\"");
         if !matches!(form, Form::Inserts) {
-            target.wait_log("300 of the events after its saved position stand in the streams already and are not repeated, 20 are sent");
+            target.wait_log("300 of the events after its saved position are already in the streams and are not repeated; 20 are sent");
         }
         wait_eq("nothing is left to compare", 0i64, || {
             target.one_db("copy", "select count(*) from outbox.restores where not is_looked_for")
@@ -297,9 +297,9 @@ fn at_least_once_repeats_it_and_says_how_much() {
     target.wait_log("WARNING:  320 events of a dump were restored for backend \"default\"");
 }
 
-/// Lane by lane, also in a slot that the target finds later.
+/// In each lane, also in a slot that the target finds later.
 #[test]
-fn in_a_cluster_what_the_source_has_sent_is_found_and_not_repeated() {
+fn events_that_the_source_has_sent_to_a_cluster_are_found_and_not_repeated() {
     let cluster = Cluster::start(0);
     let stack = Stack::start();
     stack.pg.exec(&format!(
@@ -312,7 +312,7 @@ fn in_a_cluster_what_the_source_has_sent_is_found_and_not_repeated() {
         cluster.wait_entries(stream, 100);
     }
     wait_drained(&stack.pg, "default");
-    // Nobody saves the cursors any more: the dump takes all for unsent.
+    // Nothing saves the cursors any more: in the dump all events are unsent.
     stack.pg.set("outbox_relay.enabled", "off");
     wait_eq("the worker", None::<i32>, || {
         stack.pg.one("select worker_pid from outbox.status")

@@ -1,5 +1,5 @@
-//! Databases in other encodings than UTF-8: what cannot be sent is refused when it is published; what came before, or
-//! is damaged, fails alone; and our words are in the database's encoding.
+//! Databases in other encodings than UTF-8: text that cannot be sent is refused when it is published; older or damaged
+//! rows fail alone; and messages are in the database's encoding.
 
 use std::fs;
 
@@ -7,7 +7,7 @@ use kit::{Refused, Stack, env, ids, types, wait_drained, wait_eq, wait_until};
 use postgres::Client;
 use uuid::Uuid;
 
-/// Encodings, each with bytes of a text that has no UTF-8 form, and how they are refused.
+/// Encodings, each with bytes of a text that has no UTF-8 form, and the error.
 const FOREIGN: [(&str, &str, &str); 3] = [
     ("WIN1252", "\\x81", "22P05"),
     ("EUC_JP", "\\xa9a1", "22P05"),
@@ -102,7 +102,7 @@ fn text_without_a_utf8_form_is_refused_by_every_way_in() {
             "copy outbox.events (event_type, source) from '{}' encoding '{encoding}'",
             file.display()
         );
-        // (That it cannot tell a client in UTF-8 which line that was has the same code.)
+        // (The error that it cannot show that line to a client in UTF-8 has the same code.)
         assert_eq!(Refused::of(client.simple_query(&copy)).code, code, "{encoding}");
 
         client
@@ -119,7 +119,7 @@ fn text_without_a_utf8_form_is_refused_by_every_way_in() {
     }
 }
 
-/// Inserts what a version without the check, or a dump, has left: a row of this source, an SQL expression.
+/// Inserts a row as a version without the check, or a dump, has left it: with this source, an SQL expression.
 fn insert_unchecked(client: &mut Client, event_type: &str, source: &str, data: &str) -> Uuid {
     client
         .batch_execute("begin; alter table outbox.events disable trigger complete_event; alter table outbox.events disable trigger \"~confirm_event\"")
@@ -156,7 +156,7 @@ fn a_row_that_cannot_be_converted_fails_alone() {
             .unwrap();
         let first = insert_unchecked(&mut client, "bad", &bad, "null");
         let second = insert_unchecked(&mut client, "worse", "'s'", &format!("json_build_object('a', {bad})"));
-        // Of those that are scheduled, too.
+        // Also of scheduled events.
         client
             .batch_execute(&format!(
                 "begin; alter table outbox.scheduled_events disable trigger user;
@@ -189,7 +189,7 @@ fn a_row_that_cannot_be_converted_fails_alone() {
                 "{encoding} {event_type}"
             );
         }
-        // All of it is kept.
+        // All of it is retained.
         let kept: i64 = client
             .query_one(
                 "select count(*) from outbox.failed_events f join outbox.events e using (event_id, seq)
@@ -199,7 +199,7 @@ fn a_row_that_cannot_be_converted_fails_alone() {
             .unwrap()
             .get(0);
         assert_eq!(kept, 2);
-        // Tried again, they stay, and others go.
+        // Retried, they fail again, and others are sent.
         client
             .batch_execute(
                 "insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, event_type, source, backend, attempts, last_error)
@@ -219,7 +219,7 @@ fn a_row_that_cannot_be_converted_fails_alone() {
             .unwrap();
         assert_eq!(types(&stack.redis.wait_entries(&name, 6))[5], "restarted");
         assert_eq!(failed(&mut client).len(), 3);
-        // Views and dumps do not end over it.
+        // Views and dumps do not fail because of it.
         client
             .batch_execute("select count(e.status), count(s.state) from outbox.event_status e, outbox.status s")
             .unwrap();
@@ -227,7 +227,7 @@ fn a_row_that_cannot_be_converted_fails_alone() {
     }
 }
 
-/// A dump that has such a row is restored whole, and the row fails alone there.
+/// A dump that has such a row is restored completely, and only that row fails there.
 #[test]
 fn a_dump_with_a_row_that_cannot_be_converted_is_restored() {
     let stack = Stack::start();
@@ -263,7 +263,7 @@ fn a_dump_with_a_row_that_cannot_be_converted_is_restored() {
     });
 }
 
-/// Kills the values that a table has stored apart: what a damaged disk does.
+/// Destroys the values in the TOAST table, as a damaged disk does.
 fn damage(stack: &Stack, table: &str) {
     stack.pg.exec("create extension if not exists pg_surgery");
     let toast: String = stack.pg.one(&format!(
@@ -301,7 +301,7 @@ fn a_damaged_row_fails_alone() {
     assert_eq!(failed, 2);
     stack.pg.wait_log("an event cannot be processed");
 
-    // One that is scheduled.
+    // A scheduled event.
     stack.pg.exec(&format!(
         "select outbox.publish_event('late', 's', {LARGE}, scheduled_at => now() + interval '0.5 s')"
     ));
@@ -314,7 +314,7 @@ fn a_damaged_row_fails_alone() {
         stack.pg.one("select count(*) from outbox.failed_events")
     });
     wait_drained(&stack.pg, "default");
-    // Retained, it is purged with the others.
+    // When its retention is over, it is purged with the others.
     stack.pg.set("outbox_relay.published_retention", "0");
     wait_eq("rows that are left", 0i64, || {
         stack.pg.one("select count(*) from outbox.events")
@@ -349,12 +349,12 @@ fn a_damaged_row_that_waits_as_refused_fails_alone() {
             .pg
             .one("select count(*) from outbox.failed_events where event_type = 'large' and data is null")
     });
-    // Told to take over, it compares what waits, and what is damaged is in nobody's way.
+    // After take_over(), the worker compares pending events, and a damaged one is not in the way.
     stack.publish("other");
     assert_eq!(types(&stack.wait_events(1)), ["other"]);
 }
 
-/// What others have against a row that is moved when it is due is that row's trouble alone.
+/// When a constraint of others refuses a due event, only that event fails.
 #[test]
 fn a_scheduled_event_that_a_constraint_refuses_fails_alone() {
     let stack = Stack::start();
@@ -375,7 +375,7 @@ fn a_scheduled_event_that_a_constraint_refuses_fails_alone() {
 }
 
 #[test]
-fn our_words_are_in_the_databases_encoding() {
+fn messages_are_in_the_encoding_of_the_database() {
     let stack = Stack::start();
     for (encoding, word) in [
         ("LATIN1", "é"),
@@ -402,7 +402,7 @@ fn our_words_are_in_the_databases_encoding() {
         client
             .batch_execute(&format!("update outbox.backends set name = '{word}', port = 1"))
             .unwrap();
-        // A setting of the session is, too.
+        // So is a setting of the session.
         client
             .batch_execute(&format!(
                 "set outbox_relay.default_backend = '{word}'; select outbox.publish_event('t', 's')"
@@ -424,7 +424,7 @@ fn our_words_are_in_the_databases_encoding() {
 }
 
 #[test]
-fn functions_take_nulls_in_words_or_not_at_all() {
+fn functions_refuse_null_arguments_with_a_message_or_return_null() {
     let stack = Stack::start();
     let mut client = stack.pg.client();
     assert_eq!(
@@ -463,7 +463,7 @@ fn functions_take_nulls_in_words_or_not_at_all() {
     }
 }
 
-/// An id may be used again once its first event has gone from `events`.
+/// An id may be used again once its first event was deleted from `events`.
 #[test]
 fn both_events_of_an_id_that_was_used_again_are_kept() {
     let stack = Stack::with(&[("outbox_relay.max_retries", "1"), ("outbox_relay.redis_max_len", "0")]);
@@ -492,7 +492,7 @@ fn both_events_of_an_id_that_was_used_again_are_kept() {
     wait_eq("failed events", vec!["first".to_owned(), "second".to_owned()], failed);
     stack.pg.exec("delete from outbox.events");
 
-    // A third waits: it is not touched.
+    // A third one waits: it is not touched.
     stack.pg.exec("update outbox.backends set enabled = false");
     stack.redis.call(&["DEL", "bad"]);
     publish("third");
@@ -510,7 +510,7 @@ fn both_events_of_an_id_that_was_used_again_are_kept() {
     stack.pg.exec("update outbox.backends set enabled = true");
     let entries = stack.redis.wait_entries("bad", 1);
     assert_eq!((types(&entries), ids(&entries)), (vec!["third"], vec![id]));
-    // Each in its turn.
+    // Each at its position.
     for (count, event_type) in [(2, "first"), (3, "second")] {
         wait_drained(&stack.pg, "default");
         assert_eq!(retry(), 1);

@@ -1,9 +1,9 @@
 //! Exactly once from a transaction of one Postgres to a transaction of another: a short run of `make chaos
-//! CHAOS_ARGS=--end-to-end`, which see. Consumers without the inbox repeat effects, so that the test can fail.
+//! CHAOS_ARGS=--end-to-end`. Consumers without the inbox repeat effects, which shows that the test can fail.
 
 use std::process::Command;
 
-/// Always these, so that a failure repeats.
+/// Always these seeds, so that a failure repeats.
 const SEEDS: &[&str] = &["1", "2"];
 const SECONDS: &str = "10";
 

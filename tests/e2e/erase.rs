@@ -1,4 +1,5 @@
-//! `outbox.erase()`: the payload of a sent or failed event goes, and where it is appended again there is a tombstone.
+//! `outbox.erase()`: the payload of a sent or failed event is deleted, and where the event is appended again there is a
+//! tombstone.
 
 use kit::{Entry, Mode, Postgres, QUICK, Redis, Refused, Stack, UNTRIMMED, ids, publish_many, wait_drained, wait_eq};
 use uuid::Uuid;
@@ -61,7 +62,7 @@ fn an_erased_event_is_replayed_and_healed_as_a_tombstone() {
     assert_tombstone(&entries[2], first);
     assert_eq!(entries[3].fields, entries[1].fields);
     wait_drained(&stack.pg, "default");
-    // Redis is empty, and gets all that is kept.
+    // Redis is empty, and gets all retained events.
     stack.pg.exec("update outbox.backends set on_missing_guard = 'replay'");
     stack.redis.kill9();
     stack.redis.start_again();
@@ -114,7 +115,7 @@ fn an_event_that_waits_is_refused_with_what_helps() {
         .exec(&format!("delete from outbox.events where event_id = '{pending}'"));
     assert_eq!(erase(&stack, pending), Ok(false));
     stack.pg.exec("update outbox.backends set enabled = true");
-    // Nobody else changes an event.
+    // Nobody else may change an event.
     published(&stack);
     let update = "update outbox.events set data = null, publisher_config = '{\"erased\": true}', subject = null";
     for more in [
@@ -136,7 +137,7 @@ fn an_event_that_waits_is_refused_with_what_helps() {
     assert_eq!(Refused::of(refused).code, "42501");
 }
 
-/// The worker looks for rows that came while its triggers were off: one that was erased is none of them.
+/// The worker looks for rows that were inserted while its triggers were off: an erased row is none of them.
 #[test]
 fn an_erased_event_is_not_taken_for_one_of_another_cluster() {
     let mut stack = stack();

@@ -1,12 +1,13 @@
-//! What Postgres says of other people's errors is the same with the library and without it, byte for byte; and an ERROR
-//! of somebody else's code below our functions reaches its client whole.
+//! The errors of other code are the same with the library and without it, byte for byte; and an ERROR of other code
+//! below the relay's functions reaches the client unchanged.
 
 use std::thread;
 
 use kit::{Postgres, Stack, env, wait_until};
 use postgres::error::DbError;
 
-/// Statements that fail, each in a way of its own. Most are utility statements: those went through a hook of ours once.
+/// Statements that fail, each in another way. Most are utility statements: those went through a hook of the relay in
+/// the past.
 const FAILING: &str = r#"
 \set VERBOSITY verbose
 \set SHOW_CONTEXT always
@@ -101,7 +102,7 @@ security label on table parent is 'x';
 load '/nowhere';
 "#;
 
-/// All that a psql session shows of these statements, and what the server's log says of them.
+/// The output of a psql session for these statements, and the server's log for them.
 fn shown(libraries: &str) -> (String, String) {
     let pg = Postgres::with(&[
         ("shared_preload_libraries", libraries),
@@ -186,7 +187,7 @@ fn a_deadlock_says_the_same_with_the_library_as_without() {
     assert!(details[0].1 >= 3, "{details:?}");
 }
 
-/// All that a client hears of an error.
+/// All parts of an error that a client gets.
 fn parts(said: &DbError) -> String {
     format!(
         "{} {} {} {:?} {:?} {:?} {:?} {:?} {:?} {:?} {:?} {:?} {:?} {:?}",
@@ -207,7 +208,7 @@ fn parts(said: &DbError) -> String {
     )
 }
 
-/// What `raise` says, whole.
+/// All that `raise` says.
 #[track_caller]
 fn expect_of_our_own(said: &DbError, sql: &str) {
     assert_eq!(
@@ -233,7 +234,7 @@ fn refused(stack: &Stack, sql: &str) -> DbError {
     error.as_db_error().expect("the server refused it").clone()
 }
 
-/// An index of somebody else's on our table, whose function raises all that can be raised.
+/// Another user's index on outbox.events, whose function raises errors with all fields.
 #[test]
 fn an_error_of_a_users_code_below_our_functions_arrives_whole() {
     let stack = Stack::start();
@@ -285,7 +286,7 @@ fn an_error_of_a_users_code_below_our_functions_arrives_whole() {
             "{sql}"
         );
     }
-    // Our own words stay ours, and an error that is caught costs nothing.
+    // The relay's own messages stay the same, and an error that is caught does no harm.
     let said = refused(&stack, "select outbox.publish_event('', 'kit')");
     assert_eq!(
         (said.code().code(), said.hint()),
@@ -300,7 +301,8 @@ fn an_error_of_a_users_code_below_our_functions_arrives_whole() {
     );
 }
 
-/// The same below a statement of ours that a function of ours executes: there the ERROR has to cross our frames.
+/// The same below an SQL statement that a function of the relay executes: there the ERROR has to cross the relay's
+/// stack frames.
 #[test]
 fn an_error_below_our_own_statements_arrives_whole() {
     let stack = Stack::start();

@@ -1,8 +1,8 @@
-//! `outbox.event_status`: one row an event, found without looking at all that are retained.
+//! `outbox.event_status`: one row for each event, found without reading all retained events.
 
 use kit::{Postgres, QUICK, Redis, Stack, wait_eq, wait_until};
 
-/// What the view is, said plainly: each event with what is known of it.
+/// The definition of the view as a plain query: each event with its status.
 const PLAIN: &str = "select e.event_id, e.event_type, e.source, e.subject, coalesce(b.name, e.backend) as backend,
     coalesce(e.stream, b.stream_name, pg_catalog.current_setting('outbox_relay.redis_stream_name', true)) as stream,
     e.created_at, null::timestamptz as scheduled_at,
@@ -43,7 +43,7 @@ where not exists (select from outbox.events o where o.event_id = e.event_id and 
 const COLUMNS: &str =
     "event_id, event_type, source, subject, backend, stream, created_at, scheduled_at, status, attempts, last_error";
 
-/// Statuses with their numbers, once the view says what the plain query says.
+/// Statuses with their counts, after checking that the view equals the plain query.
 fn statuses(pg: &Postgres) -> String {
     let differs = format!(
         "select count(*) from ((select {COLUMNS} from outbox.event_status except all select {COLUMNS} from ({PLAIN}) p)
@@ -90,13 +90,13 @@ fn each_event_has_one_row_in_whatever_state_it_is() {
         "failed 2, pending 11, published 50, scheduled 3".to_owned(),
         || statuses(pg),
     );
-    // Committed behind a cursor that has gone on: late, but no less there.
+    // Committed after the cursor has passed it: late, but still delivered.
     pg.set("outbox_relay.enabled", "off");
     wait_until("the worker to leave", || pg.worker_pid("postgres").is_none());
     open.batch_execute("commit").unwrap();
     pg.exec("select outbox.publish_event('next', 'kit') from generate_series(1, 5)");
     assert_eq!(statuses(pg), "failed 2, pending 17, published 50, scheduled 3");
-    // A backend that the worker has not seen yet, and one that has gone with what it had.
+    // A backend that the worker has not seen yet, and a deleted one with its events.
     pg.exec("insert into outbox.backends (name) values ('new')");
     pg.exec("select outbox.publish_event('first', 'kit', backend => 'new')");
     assert_eq!(statuses(pg), "failed 2, pending 18, published 50, scheduled 3");
@@ -104,7 +104,7 @@ fn each_event_has_one_row_in_whatever_state_it_is() {
     assert_eq!(statuses(pg), "failed 2, pending 68, scheduled 3");
 }
 
-/// Of an estimate for many rows: which tables are read whole, and which indexes are used.
+/// Of the plan for many rows: which tables are read completely, and which indexes are used.
 fn plan(pg: &Postgres, condition: &str) -> String {
     let rows = pg
         .client()
@@ -120,7 +120,7 @@ fn plan(pg: &Postgres, condition: &str) -> String {
 }
 
 #[test]
-fn looking_reads_no_more_than_what_is_asked_for() {
+fn a_query_of_event_status_reads_only_the_requested_events() {
     let stack = Stack::with(&[]);
     let pg = &stack.pg;
     pg.exec(

@@ -1,17 +1,17 @@
-//! With the default delivery every event stands in its stream once and in order, whatever is interrupted in the middle
-//! of work. (Of processes that are killed under load: `crash.rs`.)
+//! With the default delivery every event is in its stream once and in order, whatever is interrupted. (For processes
+//! that are killed under load see `crash.rs`.)
 
 use kit::{
     Dice, LIMIT, Ledger, Load, Postgres, Redis, Stack, UNTRIMMED, ids, publish_many, standing, wait_drained, wait_eq,
     wait_until,
 };
 
-/// Every connection but the one that says so is closed by Redis.
+/// Redis closes every connection except this one.
 fn kill_clients(stack: &Stack) {
     stack.redis.call(&["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"]);
 }
 
-/// What was on its way is in doubt each time.
+/// Each time, the batches on their way are in doubt.
 #[test]
 fn connections_that_redis_kills_under_load_repeat_nothing() {
     let stack = Stack::with(&[UNTRIMMED, ("outbox_relay.retry_delay", "10ms")]);
@@ -54,7 +54,7 @@ fn a_backlog_that_is_interrupted_again_and_again_arrives_once_and_in_order() {
     assert_eq!(standing(&stack.pg, "default").published, i64::from(COUNT));
 }
 
-/// No process is killed and Redis is well, so neither way may repeat anything.
+/// No process is killed and Redis is healthy, so neither delivery may repeat anything.
 #[test]
 fn switching_the_delivery_back_and_forth_under_load_repeats_nothing() {
     let stack = Stack::with(&[UNTRIMMED]);
@@ -71,9 +71,9 @@ fn switching_the_delivery_back_and_forth_under_load_repeats_nothing() {
     ledger.settle(&stack, LIMIT).assert_exactly_once();
 }
 
-/// Each has a guard of its own, and is interrupted with the others.
+/// Each has its own guard, and is interrupted together with the others.
 #[test]
-fn backends_share_a_redis_and_take_no_notice_of_each_other() {
+fn backends_that_share_a_redis_do_not_disturb_each_other() {
     const BACKENDS: [&str; 3] = ["default", "second", "third"];
     let stack = Stack::with(&[UNTRIMMED, ("outbox_relay.retry_delay", "10ms")]);
     for backend in &BACKENDS[1..] {
@@ -111,10 +111,10 @@ fn backends_share_a_redis_and_take_no_notice_of_each_other() {
     }
 }
 
-/// Events that wait as refused, and that Redis turns out to have: all of them are looked for, also where they are more
-/// than are compared at once.
+/// Waiting events that Redis turns out to have: all of them are looked for, even if they are more than one comparison
+/// takes.
 #[test]
-fn whatever_waits_is_compared_piece_by_piece() {
+fn waiting_events_are_compared_piece_by_piece() {
     let stack = Stack::of(
         Postgres::with(&[
             UNTRIMMED,

@@ -1,5 +1,5 @@
-//! The network between relay and Redis breaks at any byte, or delivers late: every event stands in its stream once, and
-//! in order.
+//! The network between relay and Redis breaks at any byte, or delivers late: every event is in its stream once, and in
+//! order.
 
 use kit::{
     Postgres, Proxy, QUICK, Redis, Stack, UNTRIMMED, Way, ids, publish_many, standing, wait_drained, wait_eq,
@@ -7,7 +7,7 @@ use kit::{
 };
 use uuid::Uuid;
 
-/// Nothing but batches goes over the wire, and the next connection comes at once.
+/// Only batches are sent on the connection, and the next connection is made at once.
 const QUIET: &[(&str, &str)] = &[
     UNTRIMMED,
     ("outbox_relay.poll_interval", "1h"),
@@ -41,7 +41,7 @@ impl Line {
         self.published.extend(published);
     }
 
-    /// Everything stands in the stream, once, in order.
+    /// Everything is in the stream, once and in order.
     #[track_caller]
     fn wait_all(&self) {
         let found = ids(&self.stack.wait_events(self.published.len()));
@@ -54,21 +54,21 @@ impl Line {
         );
     }
 
-    /// The same at the end of all, also by the books.
+    /// The same at the end of the test, also according to the saved state.
     #[track_caller]
     fn wait_end(&self) {
         self.proxy.pass();
         wait_drained(&self.stack.pg, "default");
         self.wait_all();
         let published = i64::try_from(self.published.len()).unwrap();
-        // A cut may still have been to come: then it connects once more.
+        // A cut may still be pending: then it connects once more.
         wait_eq("its standing", ("idle".to_owned(), published, 0), || {
             let found = standing(&self.stack.pg, "default");
             (found.state, found.published, found.failed)
         });
     }
 
-    /// Publishes in a session that stays, and each time cuts the connection after so many bytes.
+    /// Publishes in one session, and each time cuts the connection after this many bytes.
     fn cut_at_each(&mut self, way: Way, bytes: impl Iterator<Item = u64>) {
         let mut client = self.stack.pg.client();
         let (mut rounds, mut redis) = (0, self.stack.redis.conn());
@@ -90,7 +90,7 @@ impl Line {
         self.wait_end();
     }
 
-    /// Bytes of one batch of one event, there and back, with what it takes to get ready for the next.
+    /// The bytes of one batch of one event in both directions, with the commands that prepare the next batch.
     fn exchange(&mut self) -> [u64; 2] {
         let passed = |line: &Line| [Way::ToServer, Way::ToClient].map(|way| line.proxy.passed(way));
         let before = passed(self);
@@ -110,7 +110,7 @@ impl Line {
 fn a_batch_cut_at_any_byte_of_its_way_to_redis_arrives_once() {
     let mut line = Line::open(&[]);
     let [bytes, _] = line.exchange();
-    // Within an entry one byte is like another; from the guard's on each is looked at.
+    // Within an entry one byte is like another; from the guard on, each is tried.
     let end = bytes.saturating_sub(460);
     line.cut_at_each(Way::ToServer, (0..end).step_by(13).chain(end..bytes + 5));
 }
@@ -122,14 +122,13 @@ fn a_batch_whose_replies_are_cut_at_any_byte_arrives_once() {
     line.cut_at_each(Way::ToClient, 0..bytes + 5);
 }
 
-/// The connection before was cut: what is cut now is a log-in, a claim, a look at what has become of the last batch, or
-/// a batch.
+/// The connection of before was cut: now a login, a claim, a check of the last batch or a batch is cut.
 #[test]
 fn a_claim_cut_at_any_byte_is_made_again() {
     for way in [Way::ToServer, Way::ToClient] {
         let mut line = Line::open(&[]);
         for count in (0..1_600).step_by(13) {
-            // The last cut may be still to come: then it is the next connection that is held.
+            // The last cut may still be pending: then it is the next connection that is held.
             line.proxy.hold_all(Way::ToClient);
             line.publish(1);
             line.proxy.wait_held(Way::ToClient, 1);
@@ -144,7 +143,7 @@ fn a_claim_cut_at_any_byte_is_made_again() {
     }
 }
 
-/// Redis has executed the batch, and the news is lost.
+/// Redis has executed the batch, and its reply is lost.
 #[test]
 fn a_batch_whose_reply_is_lost_is_not_repeated() {
     let mut line = Line::open(&[]);
@@ -159,7 +158,7 @@ fn a_batch_whose_reply_is_lost_is_not_repeated() {
     line.wait_end();
 }
 
-/// Nothing of it has come to Redis.
+/// No byte of it has arrived at Redis.
 #[test]
 fn a_batch_that_is_lost_on_its_way_is_sent_again() {
     let mut line = Line::open(&[]);
@@ -174,8 +173,8 @@ fn a_batch_that_is_lost_on_its_way_is_sent_again() {
     line.wait_end();
 }
 
-/// The worker is dead, another has appended what it had on its way, and then its bytes arrive: MULTI, entries, EXEC and
-/// all.
+/// The worker is dead, another has appended the batch that was on its way, and then the dead worker's bytes arrive:
+/// MULTI, entries and EXEC.
 #[test]
 fn a_late_write_of_a_dead_worker_changes_nothing() {
     let mut line = Line::open(&[]);
@@ -188,7 +187,7 @@ fn a_late_write_of_a_dead_worker_changes_nothing() {
         assert_eq!(line.proxy.abandoned(), 1, "round {round}");
         line.late_bytes_change_nothing();
     }
-    // The worker lives, and has given up on the connection.
+    // The worker lives, and has given up the connection.
     for _ in 0..3 {
         line.proxy.hold(Way::ToServer);
         line.publish(1_000);
@@ -199,7 +198,7 @@ fn a_late_write_of_a_dead_worker_changes_nothing() {
 }
 
 impl Line {
-    /// Lets what is held go, and waits until Redis has read it.
+    /// Releases the held bytes, and waits until Redis has read them.
     #[track_caller]
     fn late_bytes_change_nothing(&self) {
         wait_drained(&self.stack.pg, "default");
@@ -215,7 +214,7 @@ impl Line {
     }
 }
 
-/// Redis stands still in the middle of things for longer than the relay waits.
+/// Redis stops in the middle of its work for longer than the relay waits.
 #[test]
 fn a_redis_that_answers_too_late_gets_nothing_twice() {
     let mut line = Line::open(&[]);

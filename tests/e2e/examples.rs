@@ -1,7 +1,7 @@
-//! The projects of examples/: each is copied to target/examples, gets its packages, and runs as its README says, by a
+//! The projects of examples/: each is copied to target/examples, gets its packages, and runs as its README says, as a
 //! role that may publish and has no other right in schema outbox.
 //!
-//! Most fetch a lot, so `make test` leaves them out: `make test-examples` runs them.
+//! Most fetch many packages, so `make test` skips them: `make test-examples` runs them.
 
 mod consumers;
 mod publishers;
@@ -14,7 +14,7 @@ use kit::{Postgres, Redis, env};
 
 use crate::documents::{checkout, parse, target};
 
-/// Both servers, with what `setup.sql` of the examples makes.
+/// Both servers, prepared with the `setup.sql` of the examples.
 struct Shop {
     pg: Postgres,
     redis: Redis,
@@ -61,7 +61,7 @@ impl Shop {
         self.pg.exec_db("app", &sql);
     }
 
-    /// A command in an environment as the README of the examples makes it.
+    /// A command in an environment as the README of the examples sets it.
     fn command(&self, program: &str) -> Command {
         let (port, redis) = (self.pg.port(), self.redis.port());
         let mut command = Command::new(program);
@@ -83,11 +83,11 @@ impl Shop {
 struct Project {
     name: String,
     dir: PathBuf,
-    /// The last line of its README's commands; those before install.
+    /// The last of the commands in its README; those before it install packages.
     run: String,
 }
 
-/// What projects have when they were run by hand.
+/// Files that projects contain when they were run by hand.
 const LEFT_BEHIND: [&str; 4] = ["node_modules", ".venv", "target", "__pycache__"];
 
 fn copy(from: &Path, to: &Path) {
@@ -104,7 +104,7 @@ fn copy(from: &Path, to: &Path) {
 }
 
 impl Project {
-    /// None, loudly, if its packages cannot be had and nobody asked for the examples.
+    /// None, with a message, if its packages cannot be fetched and the examples were not asked for.
     fn prepare(shop: &Shop, name: &str) -> Option<Self> {
         let dir = target().join("examples").join(name);
         std::fs::create_dir_all(&dir).expect("a folder");
@@ -115,7 +115,7 @@ impl Project {
         let (blocks, _) = parse(&format!("examples/{name}/README.md"));
         let block = blocks.iter().find(|block| block.language == "sh").expect("commands");
         let (install, run) = block.text.trim().rsplit_once('\n').unwrap_or(("", block.text.trim()));
-        // Once, until something that it depends on changes.
+        // Once, until a file that it depends on changes.
         let manifests = ["requirements.txt", "package-lock.json", "Cargo.lock", "schema.prisma"];
         let texts = manifests.map(|name| std::fs::read_to_string(dir.join(name)).unwrap_or_default());
         let wanted = format!("{install}\n{}", texts.concat());
@@ -125,7 +125,7 @@ impl Project {
                 .command("bash")
                 .args(["-euo", "pipefail", "-c", install])
                 .current_dir(&dir)
-                // Prisma would download a program for migrations, which nothing here needs.
+                // Prisma would download a program for migrations, which is not needed here.
                 .env("PRISMA_SCHEMA_ENGINE_BINARY", "/bin/true")
                 .output()
                 .expect("bash runs");
@@ -156,7 +156,7 @@ impl Project {
         command
     }
 
-    /// What a command of it prints.
+    /// The output of one of its commands.
     #[track_caller]
     fn output(&self, mut command: Command) -> String {
         let ran = command.output().expect("bash runs");

@@ -1,5 +1,5 @@
-//! What Redis answers when it is not ready for events, or not for one of them, provoked on a real one: docs/FAILURES.md
-//! has the whole list, and where the rest of it is tested (outage.rs, refused.rs, redis_rights.rs, backend_login.rs,
+//! The answers of a real Redis that is not ready for events, or not for one of them: docs/FAILURES.md has the whole
+//! list, and names the tests of the other answers (outage.rs, refused.rs, redis_rights.rs, backend_login.rs,
 //! hostile.rs, wait_replicas.rs).
 
 use std::net::UdpSocket;
@@ -21,7 +21,7 @@ fn deliver(stack: &Stack, delivery: &str) {
         .exec(&format!("update outbox.backends set delivery = '{delivery}'"));
 }
 
-/// A setting of Redis makes it refuse all that is written, and another value ends that; with both ways of delivery.
+/// With one value of a setting Redis refuses all writes, with another it accepts them; for both kinds of delivery.
 #[track_caller]
 fn refuses_while(setting: &str, [refuses, accepts]: [&str; 2], error: &str, hint: &str) {
     let stack = quick(Redis::start());
@@ -59,7 +59,7 @@ fn no_memory_fails_nothing() {
     );
 }
 
-/// A replica that has lost its primary, and is not to answer with what it has.
+/// A replica that has lost its primary, and may not answer with its old data.
 #[test]
 fn a_replica_without_its_primary_fails_nothing() {
     for delivery in BOTH {
@@ -68,8 +68,7 @@ fn a_replica_without_its_primary_fails_nothing() {
         let mut expected = publish_many(&mut stack.pg.client(), "default", "", "before", 3);
         stack.assert_mended(&stack.redis, &expected);
         stack.redis.call(&["REPLICAOF", "127.0.0.1", "1"]);
-        // XADD is refused for being a write before anything else; whoever asks for the guard first hears of the
-        // primary.
+        // XADD is refused because it is a write; a worker that first reads the guard gets the error about the primary.
         let (error, hint) = match delivery {
             "exactly_once" => (
                 "MASTERDOWN Link with MASTER is down",
@@ -84,7 +83,8 @@ fn a_replica_without_its_primary_fails_nothing() {
     }
 }
 
-/// A script that has written cannot be ended but with its server, which comes back with what it had saved.
+/// A script that has written can only be ended together with its server, which comes back with the data that it had
+/// saved.
 #[test]
 fn a_script_that_cannot_be_killed_fails_nothing() {
     let redis = Redis::with(&[
@@ -118,8 +118,7 @@ fn a_script_that_cannot_be_killed_fails_nothing() {
     stack.assert_mended(&stack.redis, &expected);
 }
 
-/// An event that is larger than what Redis takes at once, which closes the connection over it: it fails, and no other
-/// does.
+/// Redis closes the connection because of an event that is larger than it accepts: that event fails, and no other does.
 #[test]
 fn an_event_that_is_too_large_for_redis_fails_alone() {
     for delivery in BOTH {
@@ -148,7 +147,7 @@ fn an_event_that_is_too_large_for_redis_fails_alone() {
     }
 }
 
-/// Redis closes the connection without a word when more waits to be read than it likes: everything waits.
+/// Redis closes the connection without an error when its query buffer is full: all events wait.
 #[test]
 fn a_query_buffer_that_is_too_small_fails_nothing() {
     for delivery in BOTH {
@@ -171,8 +170,8 @@ fn a_query_buffer_that_is_too_small_fails_nothing() {
     }
 }
 
-/// Redis closes the connection for the length of the replies to a transaction that it has executed, and to a look at
-/// what it holds: all waits, and what was appended is known from the guard.
+/// Redis closes the connection because the replies to an executed transaction, or to a check of the streams, are too
+/// long: all events wait, and the guard proves what was appended.
 #[test]
 fn an_output_limit_that_is_too_small_repeats_nothing() {
     let stack = quick(Redis::start());
@@ -181,7 +180,7 @@ fn an_output_limit_that_is_too_small_repeats_nothing() {
         .redis
         .call(&["CONFIG", "SET", "client-output-buffer-limit", "normal 1 0 0"]);
     let expected = publish_many(&mut stack.pg.client(), "default", "", "t", 4_000);
-    // Before 7.0 it has more room that does not count, and takes all.
+    // Before 7.0 it has more room that does not count, and accepts everything.
     let is_closed = || stack.redis.log().contains("overcoming of output buffer limits");
     wait_until("Redis to close the connection", || {
         is_closed() || stack.redis.xlen("events") == 4_000
@@ -218,10 +217,10 @@ fn a_database_that_redis_does_not_have_is_a_misconfiguration() {
     stack.assert_mended(&stack.redis, &expected);
 }
 
-/// Asked from another address than its own machine's loopback.
+/// The connection comes from another address than the loopback of its machine.
 #[test]
 fn a_redis_in_protected_mode_is_a_misconfiguration() {
-    // Nothing is sent: only the way to there is looked up.
+    // Nothing is sent: this only looks up the route.
     let away = UdpSocket::bind("0.0.0.0:0").and_then(|socket| {
         socket.connect("203.0.113.1:9")?;
         socket.local_addr()
@@ -242,7 +241,7 @@ fn a_redis_in_protected_mode_is_a_misconfiguration() {
     stack.assert_mended(&stack.redis, &expected);
 }
 
-/// Renamed away, as a hardened server or a proxy without transactions has it.
+/// MULTI and EXEC are renamed, as on a hardened server or behind a proxy without transactions.
 #[test]
 fn a_redis_without_transactions_is_a_misconfiguration_for_exactly_once() {
     for command in ["WATCH", "MULTI", "EXEC"] {
@@ -259,7 +258,7 @@ fn a_redis_without_transactions_is_a_misconfiguration_for_exactly_once() {
 }
 
 #[test]
-fn a_redis_without_streams_is_told_as_such() {
+fn a_redis_without_streams_is_named_as_such() {
     for delivery in BOTH {
         let stack = quick(Redis::with(&["--rename-command", "XADD", ""]));
         deliver(&stack, delivery);
@@ -270,9 +269,9 @@ fn a_redis_without_streams_is_told_as_such() {
     }
 }
 
-/// It holds a string, and is put right: what waited arrives in order.
+/// The key holds a string, and is corrected: the pending events arrive in order.
 #[test]
-fn a_guard_that_is_none_is_a_misconfiguration() {
+fn a_guard_of_another_type_is_a_misconfiguration() {
     let stack = quick(Redis::start());
     let mut expected = publish_many(&mut stack.pg.client(), "default", "", "before", 3);
     stack.assert_mended(&stack.redis, &expected);
@@ -288,9 +287,9 @@ fn a_guard_that_is_none_is_a_misconfiguration() {
     stack.assert_mended(&stack.redis, &expected);
 }
 
-/// All of its connections are in use, at login; an admin's stays open.
+/// All of its connections are in use at login; an administrator's stays open.
 #[test]
-fn no_free_connection_says_what_helps() {
+fn a_redis_without_a_free_connection_gets_a_hint() {
     let stack = quick(Redis::start());
     let mut admin = stack.redis.conn();
     tell(&mut admin, &["CONFIG", "SET", "maxclients", "1"]);

@@ -1,4 +1,4 @@
-//! A backend in the mode `standalone` whose Redis is a node of a cluster: the user is told so, and nothing is lost.
+//! A backend in the mode `standalone` whose Redis is a node of a cluster: the error says so, and nothing is lost.
 
 use kit::{Postgres, QUICK, Redis, Stack, UNTRIMMED, Way, backoff, ids, misconfigured, tell, wait_drained, wait_until};
 
@@ -16,7 +16,7 @@ fn serves(node: &Redis, slots: std::ops::Range<u16>) {
     let mut words = vec!["CLUSTER", "ADDSLOTS"];
     words.extend(slots.iter().map(String::as_str));
     node.call(&words);
-    // For a moment after its start a node takes no writes.
+    // For a moment after its start a node accepts no writes.
     let mut conn = node.conn();
     wait_until("a cluster that is up", || {
         let info: String = redis::cmd("CLUSTER")
@@ -55,7 +55,7 @@ fn stack(redis: Redis, delivery: &str) -> Stack {
     stack
 }
 
-/// It serves no slot until somebody gives it some.
+/// It serves no slot until it is given some.
 #[test]
 fn a_cluster_that_is_down_fails_nothing() {
     let stack = stack(node(), "at_least_once");
@@ -65,7 +65,7 @@ fn a_cluster_that_is_down_fails_nothing() {
     stack.assert_mended(&stack.redis, &expected);
 }
 
-/// The guard and the stream lie in different slots: one transaction cannot have both.
+/// The guard and the stream are in different slots: one transaction cannot have both.
 #[test]
 fn keys_of_different_slots_are_a_misconfiguration() {
     let stack = stack(node(), "exactly_once");
@@ -89,7 +89,7 @@ fn a_stream_of_another_node_is_a_misconfiguration() {
     drop(second);
 }
 
-/// The slot of the stream is on its way to another node.
+/// The slot of the stream is being moved to another node.
 #[test]
 fn a_stream_that_moves_is_a_misconfiguration() {
     let (first, second) = pair(16_384);
@@ -103,23 +103,24 @@ fn a_stream_that_moves_is_a_misconfiguration() {
     stack.assert_mended(&stack.redis, &expected);
 }
 
-/// Whether this server says so of an EXEC whose keys are on two nodes. Redis before version 7, and Valkey, say ASK.
+/// Whether this server answers TRYAGAIN to an EXEC whose keys are on two nodes. Redis before version 7, and Valkey,
+/// answer ASK.
 fn says_try_again(conn: &mut redis::Connection) -> bool {
     let info: String = redis::cmd("INFO").arg("server").query(conn).expect("INFO");
     !info.contains("redis_version:6.") && !info.contains("valkey")
 }
 
-/// The guard leaves for another node after Redis has taken in a batch, and before it is told to execute it.
+/// The guard moves to another node after Redis has queued a batch, and before the EXEC.
 #[test]
 fn a_slot_that_is_half_moved_is_waited_for() {
     let (first, second) = pair(16_384);
     let stack = stack(first, "exactly_once");
-    // A beat is a transaction, too.
+    // A refresh of the guard is a transaction, too.
     stack.pg.set("outbox_relay.poll_interval", "1h");
     let guard = stack.guard_key();
-    // So it is in the guard's slot.
+    // So it is in the slot of the guard.
     let stream = format!("{{{guard}}}");
-    // Braces of a name are doubled there.
+    // Braces of a name are doubled in `stream_name`.
     let sql = format!("update outbox.backends set stream_name = '{{{stream}}}'");
     stack.pg.exec(&sql);
     let proxy = stack.through_proxy();
@@ -161,7 +162,7 @@ fn a_cluster_has_one_database() {
     let stack = stack(node(), "at_least_once");
     serves(&stack.redis, 0..16_384);
     stack.pg.exec("update outbox.backends set db = 1");
-    // Valkey 9 lets a cluster have more, but has one unless it is told otherwise.
+    // Valkey 9 allows more databases in a cluster, but has one by default.
     let words = match tell(&mut stack.redis.conn(), &["CONFIG", "GET", "cluster-databases"]) {
         redis::Value::Array(found) if !found.is_empty() => "DB index is out of range",
         _ => "SELECT is not allowed in cluster mode",

@@ -1,5 +1,5 @@
-//! What goes wrong on the way to Redis, on real sockets, and what a user is told: docs/FAILURES.md has the whole list.
-//! Nothing fails, and everything arrives once when the way is free again.
+//! Failures between the relay and Redis on real sockets, and the errors that a user sees: docs/FAILURES.md has the
+//! whole list. No event fails, and all arrive once when the connection works again.
 
 use std::os::unix::fs::PermissionsExt;
 
@@ -11,7 +11,7 @@ fn quick() -> Stack {
     Stack::of(Postgres::with(QUICK).with(&[UNTRIMMED]), Redis::start())
 }
 
-/// Points the backend there, sees the trouble, and points it back.
+/// Points the backend to this address, waits for the error, and points it back.
 #[track_caller]
 fn suffers_at(host: &str, port: u16, trouble: &kit::stack::Trouble<'_>) {
     let stack = quick();
@@ -73,7 +73,7 @@ fn a_server_of_another_protocol() {
     suffers_at("127.0.0.1", http.port(), &trouble);
 }
 
-/// Whatever it consists of, it is given up before it fills the memory.
+/// Whatever the reply contains, it is given up before it fills the memory.
 #[test]
 fn a_reply_that_does_not_end() {
     let more = b"$4000\r\n"
@@ -91,7 +91,7 @@ fn a_reply_that_does_not_end() {
         (
             b"$1000000000\r\n",
             b"x",
-            "the reply to CLIENT SETNAME is longer than any of Redis",
+            "the reply to CLIENT SETNAME is longer than any reply of Redis",
         ),
         (b"*1\r\n*1\r\n", b"*1\r\n", "the server is not Redis"),
         (b"+", b"x", "the server is not Redis"),
@@ -120,7 +120,8 @@ fn a_reply_that_does_not_end() {
     }
 }
 
-/// Neither side hears of the other any more, and no end of the connection is told. What was on its way arrives late.
+/// Neither side receives bytes of the other any more, and no end of the connection is signalled. The bytes on their way
+/// arrive late.
 #[test]
 fn a_connection_that_is_half_open() {
     let stack = quick();
@@ -135,7 +136,7 @@ fn a_connection_that_is_half_open() {
     }
 }
 
-/// Of a Redis that has been stopped: there will be one again.
+/// The socket of a Redis that has been stopped and may start again.
 #[test]
 fn a_socket_file_that_is_not_there() {
     let stack = quick();

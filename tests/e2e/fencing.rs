@@ -1,5 +1,5 @@
-//! Of several servers with the same history that can all reach Redis, one owns the streams: a live owner is never
-//! robbed, and a dead one is replaced by whoever has its history.
+//! Of several servers with the same history that can all reach Redis, one owns the streams: a live owner keeps them,
+//! and a dead one is replaced by a server that has its history.
 
 use std::time::{Duration, Instant};
 
@@ -8,13 +8,13 @@ use kit::{Mode, Postgres, Proxy, Stack, holds_for, ids, standing, wait_drained, 
 use nix::sys::signal::Signal;
 use uuid::Uuid;
 
-/// A primary whose first three events are delivered, and a standby that has all of it.
+/// A primary whose first three events are delivered, and a standby that has all of its data.
 fn with_standby() -> (Stack, Postgres, Vec<Uuid>) {
     let stack = Stack::with(WATCHFUL);
     let standby = stack.pg.standby().start();
     let common = delivered(&stack, "common");
     wait_caught_up(&stack.pg, &standby);
-    // The cursor is saved without waiting for the WAL, which comes a moment later.
+    // The cursor is saved without waiting for the WAL flush, which follows a moment later.
     wait_drained(&standby, "default");
     (stack, standby, common)
 }
@@ -42,7 +42,7 @@ fn a_promoted_standby_is_fenced_while_the_old_primary_lives_and_says_who_that_is
     assert!(lines[1].contains("HINT:  "), "{lines:?}");
     assert!(lines[1].contains("outbox.take_over()"), "{lines:?}");
 
-    // The owner goes on meanwhile, and the other does not touch anything, however long.
+    // Meanwhile the owner goes on, and the other server touches nothing, however long it waits.
     let during = delivered(&stack, "during");
     holds_for(2 * PATIENCE, "the old primary owns the guard", || {
         owns(&stack.pg, &stack.redis)
@@ -57,7 +57,7 @@ fn when_the_old_primary_dies_the_promoted_one_takes_over_after_three_intervals()
     promoted.promote();
     wait_fenced(&promoted, &stack.pg);
     let waiting = publish(&promoted, "waits", 2);
-    // Its last sign of life is at most one interval old.
+    // Its last refresh of the guard is at most one interval old.
     let death = Instant::now();
     stack.pg.crash();
     let entries = stack.wait_events(5);
@@ -79,8 +79,8 @@ fn delivered_by(pg: &Postgres, stack: &Stack, prefix: &str) -> Vec<Uuid> {
     sent
 }
 
-/// What it relayed after the promotion stands in the stream and in nobody's history: the new owner says that it goes on
-/// after another.
+/// The events that the old primary sent after the promotion are in the stream and in nobody's history: the new owner
+/// logs that it continues after another server.
 #[test]
 fn the_old_primary_comes_back_too_late_and_stays_fenced() {
     let (mut stack, promoted, common) = with_standby();
@@ -96,7 +96,7 @@ fn the_old_primary_comes_back_too_late_and_stays_fenced() {
     stack.pg.start_again();
     wait_fenced(&stack.pg, &promoted);
     let orphaned = publish(&stack.pg, "orphaned", 2);
-    // Also when the owner dies, or leaves in order: it does not have the owner's history.
+    // Also when the owner dies or stops in order: this server does not have the owner's history.
     let mut promoted = promoted;
     promoted.crash();
     holds_for(3 * PATIENCE, "the old primary is fenced", || {
@@ -111,12 +111,12 @@ fn the_old_primary_comes_back_too_late_and_stays_fenced() {
     holds_for(3 * PATIENCE, "the old primary is fenced", || {
         standing(&stack.pg, "default").state == "fenced"
     });
-    // And those whose cursor the crash took with it.
+    // And the sent events whose cursor was lost in the crash.
     assert!(standing(&stack.pg, "default").pending >= orphaned.len() as i64);
     assert_eq!(ids(&stack.events()), [common, lost, after, last].concat());
 }
 
-/// A crash of the primary that restarts before anybody else has lost patience.
+/// The primary crashes and restarts before another server takes it for dead.
 #[test]
 fn the_old_primary_restarts_in_time_and_stays_owner() {
     let (mut stack, promoted, common) = with_standby();
@@ -133,9 +133,9 @@ fn the_old_primary_restarts_in_time_and_stays_owner() {
     assert_eq!(ids(&stack.events()), [common, after].concat());
 }
 
-/// However long the original is away: that it left proves nothing to its copies.
+/// However long the original is away: its absence proves nothing to its copies.
 #[test]
-fn of_two_clusters_restored_from_one_backup_the_one_told_to_take_over_owns_the_streams() {
+fn the_restored_server_that_is_told_to_take_over_owns_the_streams() {
     let mut stack = Stack::with(WATCHFUL);
     let common = delivered(&stack, "common");
     let mut clones: Vec<Postgres> = (0..2).map(|_| stack.pg.base_backup().stopped()).collect();
@@ -153,8 +153,8 @@ fn of_two_clusters_restored_from_one_backup_the_one_told_to_take_over_owns_the_s
     holds_for(2 * PATIENCE, "one owns", || owns(&clones[owner], &stack.redis));
     assert_eq!(ids(&stack.events()), [common.clone(), sent.clone()].concat());
 
-    // The owner's run began after the backup: the other has never heard of it, and waits for a word, whatever becomes
-    // of it.
+    // The owner's run began after the backup: the other server does not know it and waits for take_over(), whatever
+    // happens to the owner.
     clones[owner].crash();
     holds_for(3 * PATIENCE, "the other is fenced", || {
         standing(&clones[other], "default").state == "fenced"
@@ -187,7 +187,7 @@ fn copies_of_a_live_owner_are_fenced_however_they_were_made() {
     assert_eq!(ids(&stack.events()), [common, after].concat());
 }
 
-/// A server is copied to another directory, and is to go on there: somebody says so.
+/// A server is copied to another directory and is to go on there, by take_over().
 #[test]
 fn a_copied_data_directory_goes_on_when_it_is_told_to_and_the_original_is_fenced_when_it_comes_back() {
     let mut stack = Stack::with(WATCHFUL);
@@ -208,7 +208,7 @@ fn a_copied_data_directory_goes_on_when_it_is_told_to_and_the_original_is_fenced
     assert_eq!(ids(&stack.events()), [common, sent].concat());
 }
 
-/// The directory itself is renamed: there is no other.
+/// The directory itself is renamed: there is no other one.
 #[test]
 fn a_renamed_data_directory_goes_on_at_once() {
     let mut stack = Stack::with(WATCHFUL);
@@ -222,7 +222,7 @@ fn a_renamed_data_directory_goes_on_at_once() {
     assert_eq!(ids(&stack.events()), [common, sent].concat());
 }
 
-/// A server that hangs (its machine is suspended) loses the guard; when it wakes up it finds that out before it writes
+/// A server that hangs (its machine is suspended) loses the guard; when it wakes up it notices that before it writes
 /// anything.
 #[test]
 fn an_owner_that_was_frozen_writes_nothing_after_the_take_over() {
@@ -240,7 +240,7 @@ fn an_owner_that_was_frozen_writes_nothing_after_the_take_over() {
     assert_eq!(ids(&stack.events()), [common, sent].concat());
 }
 
-/// A worker that is terminated is back in a moment: nobody may take that for the server's end.
+/// A terminated worker is back in a moment: no server may take that for the end of its server.
 #[test]
 fn only_the_end_of_the_server_gives_up_ownership() {
     let (mut stack, promoted, common) = with_standby();
@@ -261,10 +261,10 @@ fn only_the_end_of_the_server_gives_up_ownership() {
     assert_eq!(ids(&stack.events()), [common, after].concat());
 }
 
-/// The guard says how often its owner gives a sign of life; when that changes, those who watch must know before they
-/// lose patience.
+/// The guard says how often its owner refreshes it; when that interval changes, waiting servers must know before they
+/// take the owner for dead.
 #[test]
-fn an_owner_that_beats_more_slowly_is_not_given_up() {
+fn an_owner_with_a_longer_poll_interval_is_not_taken_for_dead() {
     let (stack, promoted, _) = with_standby();
     stack.pg.set("outbox_relay.poll_interval", "10s");
     let interval = || guard(&stack.pg, &stack.redis).map(|guard| guard.field("interval_ms").to_string());
@@ -276,7 +276,7 @@ fn an_owner_that_beats_more_slowly_is_not_given_up() {
     });
 }
 
-/// While nobody reaches Redis nobody gives a sign of life: that says nothing of the owner.
+/// While no server reaches Redis, none refreshes the guard: that proves nothing about the owner.
 #[test]
 fn an_outage_of_redis_changes_no_owner() {
     let stack = Stack::with(WATCHFUL);

@@ -1,4 +1,4 @@
-//! Floods by one publisher, who may do nothing but publish: what they cost everybody else.
+//! Floods by one publisher, who may only publish: their cost for all others.
 
 use std::time::{Duration, Instant};
 
@@ -7,7 +7,7 @@ use kit::{Bystander, Stack, wait_until};
 
 const DEFAULT_USER: &str = "relay";
 
-/// A role that may publish, and no more.
+/// A role that may only publish.
 fn publisher(stack: &Stack) -> postgres::Client {
     stack
         .pg
@@ -15,7 +15,7 @@ fn publisher(stack: &Stack) -> postgres::Client {
     stack.pg.client_as("somebody", "postgres")
 }
 
-/// Redis lets the relay write to the stream `events` of the backend `default` alone.
+/// Redis lets the relay write only to the stream `events` of the backend `default`.
 fn allow_one_stream(stack: &Stack) {
     let keys = ["~events", "~outbox_relay:*", "+@all"];
     let user = ["ACL", "SETUSER", DEFAULT_USER, "on", ">secret"];
@@ -34,7 +34,7 @@ fn waiting(stack: &Stack) -> i64 {
         .one("select count(*) from outbox.refused_events where accepted_in is null")
 }
 
-/// The share of a processor that the worker takes within this time.
+/// The share of a processor that the worker uses within this time.
 fn busy(stack: &Stack, time: Duration) -> f64 {
     let worker = stack.pg.wait_worker("postgres");
     let (before, start) = (cpu_time(worker), Instant::now());
@@ -42,8 +42,7 @@ fn busy(stack: &Stack, time: Duration) -> f64 {
     (cpu_time(worker) - before).as_secs_f64() / start.elapsed().as_secs_f64()
 }
 
-/// How long a bystander's events take while `attack` is done by a publisher, beside how long they take alone: the
-/// medians, alone first.
+/// The median latency of another backend's events, first alone and then while a publisher does `attack`.
 fn beside(stack: &Stack, what: &str, attack: impl FnOnce(&mut postgres::Client)) -> [Duration; 2] {
     let mut client = publisher(stack);
     let alone = Bystander::start(stack);
@@ -57,14 +56,14 @@ fn beside(stack: &Stack, what: &str, attack: impl FnOnce(&mut postgres::Client))
     [alone.quantile(0.5), with.quantile(0.5)]
 }
 
-/// Most events of others are to meet no piece of large work of the worker.
+/// Most events of others must not wait for a large task of the worker.
 #[track_caller]
 fn assert_most_meet_nothing([alone, with]: [Duration; 2]) {
     let most = alone * 2 + Duration::from_millis(6);
     assert!(with <= most, "median {with:?}, alone {alone:?}");
 }
 
-/// Each of many streams is refused, with as many attempts as one may ask for.
+/// Each of many streams is refused, with the maximum number of attempts.
 #[test]
 fn refused_streams_by_the_thousand_cost_others_little() {
     const STREAMS: i64 = 20_000;
@@ -87,7 +86,7 @@ fn refused_streams_by_the_thousand_cost_others_little() {
             (attempts() - before) / 4
         );
         assert!(share < 0.5, "the worker takes {share:.2} of a processor");
-        // Another publisher's stream that is refused for a moment does not wait behind all of them.
+        // Another publisher's stream that is refused for a moment does not wait for all of them.
         stack.redis.call(&["SET", "events", "a string"]);
         stack.publish("after");
         wait_until("it to be refused", || waiting(&stack) == STREAMS + 1);
@@ -99,7 +98,7 @@ fn refused_streams_by_the_thousand_cost_others_little() {
 }
 
 #[test]
-fn many_scheduled_events_that_are_due_at_one_moment_hold_up_nobody() {
+fn many_scheduled_events_that_are_due_at_one_moment_delay_no_other_backend() {
     const COUNT: usize = 50_000;
     let stack = Stack::with(&[("outbox_relay.redis_max_len", "0")]);
     let medians = beside(&stack, "events due at one moment", |client| {
@@ -119,7 +118,7 @@ fn many_scheduled_events_that_are_due_at_one_moment_hold_up_nobody() {
 }
 
 #[test]
-fn many_events_that_fail_with_the_first_of_their_stream_hold_up_nobody() {
+fn many_events_that_fail_with_the_first_of_their_stream_delay_no_other_backend() {
     const COUNT: i64 = 30_000;
     let stack = Stack::start();
     stack.redis.call(&["SET", "refused", "a string"]);
@@ -137,7 +136,7 @@ fn many_events_that_fail_with_the_first_of_their_stream_hold_up_nobody() {
 }
 
 #[test]
-fn many_streams_that_are_well_hold_up_nobody() {
+fn many_healthy_streams_delay_no_other_backend() {
     const COUNT: i64 = 50_000;
     let stack = Stack::start();
     beside(&stack, "many streams", |client| {
@@ -153,7 +152,7 @@ fn many_streams_that_are_well_hold_up_nobody() {
 }
 
 #[test]
-fn large_events_in_a_loop_hold_up_nobody() {
+fn large_events_in_a_loop_delay_no_other_backend() {
     let stack = Stack::start();
     stack.pg.exec("update outbox.backends set max_len = 20");
     beside(&stack, "large events", |client| {
@@ -166,7 +165,7 @@ fn large_events_in_a_loop_hold_up_nobody() {
 }
 
 #[test]
-fn a_long_transaction_with_many_events_and_savepoints_holds_up_nobody() {
+fn a_long_transaction_with_many_events_and_savepoints_delays_no_other_backend() {
     let stack = Stack::start();
     stack.pg.exec("update outbox.backends set max_len = 1000");
     beside(&stack, "a long transaction", |client| {
@@ -199,7 +198,7 @@ fn a_long_transaction_with_many_events_and_savepoints_holds_up_nobody() {
 }
 
 #[test]
-fn events_of_a_paused_backend_cost_nothing_while_they_wait() {
+fn pending_events_of_a_paused_backend_cost_nothing() {
     const COUNT: i64 = 200_000;
     let stack = Stack::start();
     stack

@@ -1,11 +1,11 @@
-//! How entries are laid out: `format` and `static_fields` of a backend.
+//! The layout of entries: `format` and `static_fields` of a backend.
 
 use kit::{Entry, Postgres, Refused, Stack, wait_drained, wait_eq};
 use serde_json::Value;
 
 const FORMATS: [&str; 4] = ["broadcaster", "cloudevents", "structured", "debezium"];
 
-/// A stack with a backend of each format, named as the format is; each has a stream of that name.
+/// A stack with a backend for each format, named after the format; each has a stream of that name.
 fn with_a_backend_of_each() -> Stack {
     let stack = Stack::start();
     for format in FORMATS {
@@ -39,7 +39,7 @@ fn each_format_has_its_fields() {
         let id = publish(format);
         (id, stack.redis.wait_entries(format, 1).remove(0))
     };
-    // The publisher's region takes the place of the backend's.
+    // The publisher's region replaces the backend's.
     let further = ["version", "region", "tenant"];
 
     let (id, entry) = of("cloudevents");
@@ -83,7 +83,7 @@ fn each_format_has_its_fields() {
     assert_eq!(entry.field("event_id"), id);
 }
 
-/// The position of the WAL, see `read_your_writes`.
+/// The position in the WAL, see `read_your_writes`.
 #[test]
 fn each_format_has_its_place_for_the_position() {
     let stack = with_a_backend_of_each();
@@ -128,7 +128,7 @@ fn each_format_has_its_place_for_the_position() {
     }
 }
 
-/// Where it is a field, and only while entries have it.
+/// In the formats where it is a field, and only while entries have it.
 #[test]
 fn the_name_of_the_position_is_refused_while_entries_have_it() {
     let stack = with_a_backend_of_each();
@@ -170,7 +170,7 @@ fn a_changed_format_counts_from_the_next_event_on() {
 }
 
 #[test]
-fn nonsense_is_refused_when_the_row_is_written() {
+fn invalid_formats_are_refused_when_the_row_is_written() {
     let stack = Stack::start();
     let mut client = stack.pg.client();
     for set in [
@@ -189,7 +189,7 @@ fn nonsense_is_refused_when_the_row_is_written() {
         let refused = Refused::of(client.execute(&format!("update outbox.backends set {set}"), &[]));
         assert_eq!(refused.code, "23514", "{set}");
     }
-    // Such a name is another format's.
+    // This name belongs to another format.
     client
         .execute(
             "update outbox.backends set format = 'debezium', static_fields = '{\"event_id\": \"mine\", \"data\": true}'",
@@ -238,8 +238,8 @@ fn a_publisher_may_not_name_a_field_of_the_format_by_any_way_in() {
     }
 }
 
-/// Recovery tells by an entry of any format which event it is of: what a source has sent is not repeated after its dump
-/// was restored elsewhere.
+/// Recovery recognises the event of an entry in any format: events that a source has sent are not repeated after its
+/// dump was restored elsewhere.
 #[test]
 fn events_are_found_in_their_streams_whatever_their_format() {
     for format in ["cloudevents", "structured", "debezium"] {
@@ -248,12 +248,12 @@ fn events_are_found_in_their_streams_whatever_their_format() {
             "update outbox.backends set host = '127.0.0.1', port = {}, format = '{format}'",
             stack.redis.port()
         ));
-        // Longer than what a search keeps of a value.
+        // Longer than a search remembers of a value.
         let publish = "select outbox.publish_event('n' || i, 's', to_jsonb(repeat('x', 500)))";
         stack.pg.exec(&format!("{publish} from generate_series(1, 100) i"));
         stack.wait_events(100);
         wait_drained(&stack.pg, "default");
-        // Nobody saves the cursor any more: the dump takes all for unsent.
+        // Nothing saves the cursor any more: in the dump all events are unsent.
         stack.pg.set("outbox_relay.enabled", "off");
         wait_eq("the worker", None::<i32>, || {
             stack.pg.one("select worker_pid from outbox.status")
@@ -265,7 +265,7 @@ fn events_are_found_in_their_streams_whatever_their_format() {
         target.restore("copy", &stack.pg.pg_dump("postgres"));
         stack.wait_events(105);
         target.wait_log(
-            "100 of the events after its saved position stand in the streams already and are not repeated, 5 are sent",
+            "100 of the events after its saved position are already in the streams and are not repeated; 5 are sent",
         );
         wait_eq("nothing is left to compare", 0i64, || {
             target.one_db("copy", "select count(*) from outbox.restores where not is_looked_for")

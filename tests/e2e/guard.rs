@@ -1,4 +1,4 @@
-//! The guard: what it says while its owner works, idles and has left, and that those who share a stream have one each.
+//! The guard: its fields while its owner works, idles and has stopped; servers that share a stream have a guard each.
 
 use std::time::{Duration, Instant};
 
@@ -8,7 +8,7 @@ use kit::{
 };
 use uuid::Uuid;
 
-/// Numbers of batches behind the first claim begin here.
+/// The numbers of batches after the first claim begin here.
 const EPOCH: u64 = 1 << 40;
 
 /// Publishes to the backend `default` of a database, in one transaction.
@@ -30,14 +30,14 @@ fn key(pg: &Postgres, db: &str) -> String {
     pg.one_db(db, "select outbox.guard_key('default')")
 }
 
-/// Sorted, to compare what has no order.
+/// Sorted, to compare lists without an order.
 fn sorted(mut ids: Vec<Uuid>) -> Vec<Uuid> {
     ids.sort_unstable();
     ids
 }
 
 #[test]
-fn the_guard_says_who_appends_and_how_far_that_has_come() {
+fn the_guard_names_its_owner_and_the_last_position() {
     let stack = Stack::with(&[("outbox_relay.poll_interval", "1h")]);
     let mut client = stack.pg.client();
     publish_many(&mut client, "default", "", "first", 3);
@@ -118,7 +118,7 @@ fn the_guard_says_who_appends_and_how_far_that_has_come() {
     assert_eq!((third.number("number"), third.number("total")), (2 * EPOCH + 1, 6));
     assert_ne!(third.field("token"), first.field("token"));
     assert_eq!(third.field("incarnation"), first.field("incarnation"));
-    // A restart is another incarnation in the same place; a worker that comes back is none.
+    // A restart is another incarnation in the same place; a worker that comes back is not.
     stack
         .pg
         .exec("select pg_terminate_backend(pid) from pg_stat_activity where backend_type = 'outbox_relay worker'");
@@ -157,7 +157,7 @@ fn an_idle_owner_refreshes_its_guard_at_each_poll_and_changes_nothing_else() {
     let mut after = stack.guard();
     after.0.insert("beat".into(), before.field("beat").into());
     assert_eq!(after, before);
-    // Without one event ever, too.
+    // Also if there was never an event.
     let other = Stack::with(&[("outbox_relay.poll_interval", "100ms")]);
     wait_until("a guard that moves", || {
         let guard = other.redis.guard(&other.guard_key());
@@ -165,9 +165,9 @@ fn an_idle_owner_refreshes_its_guard_at_each_poll_and_changes_nothing_else() {
     });
 }
 
-/// Whoever may watch needs not wait then.
+/// Then a waiting server need not wait for the intervals.
 #[test]
-fn an_owner_that_leaves_in_order_says_so() {
+fn an_owner_that_stops_in_order_records_it_in_the_guard() {
     let mut stack = Stack::with(&[]);
     stack.publish("one");
     stack.wait_events(1);
@@ -187,7 +187,7 @@ fn an_owner_that_leaves_in_order_says_so() {
     }
     stack.pg.stop(Mode::Immediate);
     assert_eq!(stack.redis.guard(&key).expect("a guard").field("released"), "0");
-    // A worker that leaves while its server goes on is back in a moment.
+    // A worker that ends while its server goes on is back in a moment.
     stack.pg.start_again();
     stack.publish("two");
     stack.wait_events(2);
@@ -233,7 +233,7 @@ fn the_key_names_installation_database_and_backend() {
     );
 }
 
-/// Two databases of one server and another server, all with the default settings: three who append to one stream.
+/// Two databases of one server and another server, all with the default settings: three that append to one stream.
 #[test]
 fn databases_and_servers_that_share_a_stream_have_a_guard_each() {
     let stack = Stack::with(&[UNTRIMMED]);
@@ -299,8 +299,8 @@ fn a_renamed_database_keeps_its_guard() {
     assert_eq!(guards, [before]);
 }
 
-/// The copy begins with what its model had delivered, and once it is told to, appends under a guard of its own: neither
-/// fences the other.
+/// The copy begins after the events that its model had delivered and, after take_over(), appends under its own guard:
+/// neither fences the other.
 #[test]
 fn a_database_made_from_a_template_has_its_own_guard() {
     let stack = Stack::with(&[UNTRIMMED, ("outbox_relay.databases", "model, copy")]);
@@ -346,7 +346,7 @@ fn a_database_made_from_a_template_has_its_own_guard() {
     }
 }
 
-/// An older version of a guard that Redis has lost is found, and the load goes on.
+/// The guard is deleted under load: the relay makes a new one, and repeats nothing.
 #[test]
 fn a_guard_is_deleted_under_load_and_nothing_is_repeated() {
     let stack = Stack::with(&[UNTRIMMED, ("outbox_relay.retry_delay", "10ms")]);

@@ -1,4 +1,5 @@
-//! A good guest: others lock, rewrite and break our tables, and the worker neither holds anything up nor gives up.
+//! A good guest: others lock, rewrite and break the extension's tables, and the worker neither delays them nor gives
+//! up.
 
 use std::time::{Duration, Instant};
 
@@ -12,7 +13,7 @@ fn enable(pg: &Postgres, enabled: bool) {
     pg.exec(&format!("update outbox.backends set enabled = {enabled}"));
 }
 
-/// Nobody was thrown out, and the worker is the same as before.
+/// No session was terminated, and the worker is the same as before.
 #[track_caller]
 fn assert_unharmed(stack: &Stack, worker: i32) {
     assert_eq!(stack.pg.worker_pid("postgres"), Some(worker));
@@ -44,7 +45,7 @@ fn a_locked_table_delays_the_worker_and_nothing_else() {
     stack
         .pg
         .wait_log("outbox_relay worker: canceling statement due to lock timeout");
-    // It has given up once, waited, and waits for the lock again.
+    // It has given up once, waited, and is waiting for the lock again.
     wait_until("another wait for the lock", || waits_for_lock(&stack.pg));
     wait_until("five seconds of the lock", || start.elapsed() >= Duration::from_secs(5));
     assert_eq!(stack.events(), []);
@@ -53,7 +54,7 @@ fn a_locked_table_delays_the_worker_and_nothing_else() {
     assert_unharmed(&stack, worker);
 }
 
-/// A lock that outlives all sessions, that of a prepared transaction, on what the worker reads or writes.
+/// A lock that outlives all sessions (of a prepared transaction) on the tables that the worker reads or writes.
 #[test]
 fn a_locked_table_delays_no_shutdown() {
     for table in ["outbox.events", "outbox.cursors"] {
@@ -80,7 +81,7 @@ fn a_locked_table_delays_no_shutdown() {
     }
 }
 
-/// The same when the lock is met only by the worker's last words.
+/// The same when only the worker's final save meets the lock.
 #[test]
 fn a_locked_table_does_not_delay_the_final_save() {
     let mut stack = Stack::start();
@@ -92,7 +93,7 @@ fn a_locked_table_does_not_delay_the_final_save() {
         .exec("begin; lock table outbox.cursors in access exclusive mode; prepare transaction 'lock'");
     let more = publish_many(&mut stack.pg.client(), "default", "", "more", 3);
     stack.wait_events(6);
-    // Before the quarter of a second has passed after which it would save.
+    // Before the quarter of a second after which it would save has passed.
     let start = Instant::now();
     stack.pg.stop(Mode::Fast);
     let took = start.elapsed();
@@ -104,7 +105,7 @@ fn a_locked_table_does_not_delay_the_final_save() {
 }
 
 /// For each look at the worker during `time`: the age of its transaction in seconds (none: 0), whether it holds back
-/// vacuum, and how many locks it has.
+/// vacuum, and how many locks it holds.
 fn looks(pg: &Postgres, time: Duration) -> Vec<(f64, bool, i64)> {
     let mut client = pg.client();
     let start = Instant::now();
@@ -124,7 +125,7 @@ fn looks(pg: &Postgres, time: Duration) -> Vec<(f64, bool, i64)> {
     looks
 }
 
-/// It does keep its books meanwhile, in transactions that end at once.
+/// Meanwhile the worker does save its state, in transactions that end at once.
 #[track_caller]
 fn assert_holds_nothing(pg: &Postgres) {
     let looks = looks(pg, Duration::from_millis(1_500));
@@ -152,7 +153,7 @@ fn nothing_is_held_while_redis_hangs() {
         publish_many(&mut stack.pg.client(), "default", "", "event", 3);
         assert_holds_nothing(&stack.pg);
     }
-    // What was deleted after the worker had read it can be vacuumed away.
+    // Vacuum can remove rows that were deleted after the worker had read them.
     stack
         .pg
         .exec("create table t as select generate_series(1, 1000) n; delete from t");
@@ -164,7 +165,7 @@ fn nothing_is_held_while_redis_hangs() {
     stack.redis.sigcont();
 }
 
-/// Rewriting the table under a load, in all ways that Postgres has.
+/// Rewrites the table under load, in all ways that Postgres has.
 #[test]
 fn the_table_is_rewritten_while_it_drains() {
     let stack = Stack::with(&[("outbox_relay.redis_max_len", "0")]);
@@ -193,7 +194,7 @@ fn the_table_is_rewritten_while_it_drains() {
     assert_unharmed(&stack, worker);
 }
 
-/// Somebody's trigger makes the books unwritable: the worker complains, and goes on when they are writable again.
+/// Another user's trigger prevents saving the state: the worker logs errors, and goes on when it can save again.
 #[test]
 fn an_error_in_the_worker_costs_neither_the_worker_nor_an_event() {
     let stack = Stack::with(QUICK);
@@ -216,11 +217,11 @@ fn an_error_in_the_worker_costs_neither_the_worker_nor_an_event() {
     assert_eq!(ids(&stack.events()), published);
     assert_unharmed(&stack, worker);
     let complaints = stack.pg.log().matches("the books are closed").count();
-    // One a minute at most, however often it tries.
+    // Once a minute at most, however often it tries.
     assert_eq!(complaints, 1);
 }
 
-/// pg_cancel_backend: there is nothing to cancel, or one transaction, which is tried again.
+/// pg_cancel_backend() cancels nothing, or one transaction, which is repeated.
 #[test]
 fn a_cancelled_worker_lives_on() {
     let stack = Stack::with(&[("outbox_relay.redis_max_len", "0")]);
@@ -236,7 +237,7 @@ fn a_cancelled_worker_lives_on() {
     assert_unharmed(&stack, worker);
 }
 
-/// A column of somebody else's: publishing fills it as an INSERT would.
+/// A column that somebody added: publishing fills it as an INSERT would.
 #[test]
 fn columns_that_were_added_to_the_table_get_their_defaults() {
     let stack = Stack::start();
@@ -264,7 +265,7 @@ fn columns_that_were_added_to_the_table_get_their_defaults() {
     assert_eq!(Refused::of(client.batch_execute(call)).code, "23514");
 }
 
-/// Memory of its own in kilobytes: neither shared memory nor files.
+/// The process's own memory in kilobytes: neither shared memory nor files.
 fn own_memory_kb(pid: i32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the worker lives");
     let line = status

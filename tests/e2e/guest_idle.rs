@@ -1,10 +1,10 @@
-//! With nothing to do the worker does nothing: no queries, no WAL, hardly a wake-up.
+//! An idle worker does nothing: no queries, no WAL, hardly a wake-up.
 
 use std::time::{Duration, Instant};
 
 use kit::{Stack, publish_many, wait_drained, wait_eq, wait_until};
 
-/// Nobody else writes WAL or wakes anything.
+/// Nothing else writes WAL or wakes the worker.
 const QUIET: &[(&str, &str)] = &[
     ("autovacuum", "off"),
     ("checkpoint_timeout", "1d"),
@@ -12,7 +12,7 @@ const QUIET: &[(&str, &str)] = &[
     ("max_wal_senders", "0"),
 ];
 
-/// With one event delivered, and the books closed.
+/// One event is delivered, and the state is saved.
 #[track_caller]
 fn idle(settings: &[(&str, &str)]) -> (Stack, i32) {
     let all: Vec<(&str, &str)> = [QUIET, settings].concat();
@@ -32,11 +32,11 @@ fn sleeps(pid: i32) -> u64 {
         .expect("Linux counts them")
 }
 
-/// Ticks of a hundredth of a second that all its threads have computed.
+/// Processor time of all its threads, in hundredths of a second.
 fn computed_ticks(pid: i32) -> u64 {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("the worker lives");
     let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-    // utime and stime: fields 14 and 15 of the line, of which two stand before.
+    // utime and stime are fields 14 and 15 of the line; two fields were removed before.
     [11, 12]
         .map(|index: usize| fields[index].parse::<u64>().expect("a number"))
         .iter()
@@ -84,24 +84,24 @@ fn looking_at_the_status_writes_no_wal_either() {
 }
 
 #[test]
-fn it_wakes_for_its_polls_alone() {
+fn an_idle_worker_wakes_only_for_its_polls() {
     let (_stack, worker) = idle(&[("outbox_relay.poll_interval", "200ms")]);
     wait_polls(worker, 3);
     let computed = computed_ticks(worker);
     let took = wait_polls(worker, 10);
-    // Ten polls of 200 ms; a wake-up between them would have made it shorter.
+    // Ten polls of 200 ms; a wake-up between them would have shortened the time.
     assert!(took > Duration::from_millis(1_500), "ten wake-ups in {took:?}");
     let computed = computed_ticks(worker) - computed;
     assert!(computed <= 10, "ten polls took {computed} hundredths of a second");
 }
 
-/// All of an idle server's time between two polls.
+/// Between two polls the worker sleeps all the time.
 #[test]
-fn with_a_long_poll_interval_it_sleeps_through() {
+fn an_idle_worker_with_a_long_poll_interval_does_not_wake() {
     let (stack, worker) = idle(&[("outbox_relay.poll_interval", "1h")]);
     let before = sleeps(worker);
     let start = Instant::now();
-    // Others work meanwhile, and publish nothing.
+    // Other sessions work meanwhile, and publish nothing.
     stack.pg.exec("create table t (n integer)");
     while start.elapsed() < Duration::from_secs(2) {
         stack.pg.exec("insert into t select generate_series(1, 100)");
@@ -110,9 +110,9 @@ fn with_a_long_poll_interval_it_sleeps_through() {
     assert!(slept <= 2, "it woke {slept} times");
 }
 
-/// Autovacuum goes by the statistics: what the worker changes must be in them while it lives.
+/// Autovacuum uses the statistics: they must have the worker's changes while it lives.
 #[test]
-fn what_the_worker_writes_is_in_the_statistics() {
+fn writes_of_the_worker_are_in_the_statistics() {
     let stack = Stack::with(&[("autovacuum", "off")]);
     let mut client = stack.pg.client();
     for _ in 0..4 {

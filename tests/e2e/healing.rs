@@ -1,5 +1,5 @@
-//! Redis loses what it acknowledged, by a crash or a failover, but not all of it: the relay finds its guard behind, and
-//! appends exactly what is missing.
+//! Redis loses acknowledged entries, by a crash or a failover, but not all: the relay finds its guard set back, and
+//! appends exactly the missing entries.
 
 use kit::{
     LIMIT, Ledger, Load, Postgres, QUICK, Redis, Stack, UNTRIMMED, ids, publish_many, standing, wait_drained, wait_eq,
@@ -7,7 +7,7 @@ use kit::{
 };
 use uuid::Uuid;
 
-/// A stack that looks at its Redis every moment.
+/// A stack that checks its guard very often.
 fn stack(redis: Redis) -> Stack {
     let postgres = Postgres::with(QUICK).with(&[UNTRIMMED, ("outbox_relay.poll_interval", "200ms")]);
     Stack::of(postgres, redis)
@@ -34,7 +34,7 @@ fn enable(stack: &Stack, enabled: bool) {
         .exec(&format!("update outbox.backends set enabled = {enabled}"));
 }
 
-/// Everything stands in the stream once and in order, by the books too.
+/// Everything is in the stream once and in order, also according to the saved state.
 #[track_caller]
 fn wait_healed(stack: &Stack, published: &[Uuid], times: i64) {
     stack.wait_events(published.len());
@@ -54,13 +54,13 @@ fn wait_healed(stack: &Stack, published: &[Uuid], times: i64) {
 }
 
 #[test]
-fn what_the_end_of_an_append_only_file_held_is_appended_again() {
+fn events_from_the_lost_end_of_an_append_only_file_are_appended_again() {
     let mut stack = stack(Redis::persistent("always"));
     let mut published = Vec::new();
     publish_batches(&stack, "", 20, &mut published);
     wait_drained(&stack.pg, "default");
     let last = stack.guard().number("number");
-    // The backend is paused, so that what Redis has left can be seen.
+    // The backend is paused, so that the remaining entries can be seen.
     enable(&stack, false);
     stack.redis.crash_losing(6_000);
     let left = ids(&stack.events());
@@ -73,7 +73,7 @@ fn what_the_end_of_an_append_only_file_held_is_appended_again() {
     let number = last - lost;
     assert!(
         log.contains(&format!(
-            "Its guard says batch {number}, the last that was acknowledged is {last}."
+            "Its guard names batch {number}, but the last acknowledged batch is {last}."
         )),
         "{log}"
     );
@@ -81,7 +81,7 @@ fn what_the_end_of_an_append_only_file_held_is_appended_again() {
     wait_healed(&stack, &published, 1);
 }
 
-/// Nobody pauses anything: the relay is connected when Redis dies, or in the middle of a batch.
+/// Without a pause: the relay is connected when Redis dies, or in the middle of a batch.
 #[test]
 fn a_redis_that_crashes_under_load_and_loses_the_end_of_its_file_is_healed() {
     let mut stack = stack(Redis::persistent("no"));
@@ -89,7 +89,7 @@ fn a_redis_that_crashes_under_load_and_loses_the_end_of_its_file_is_healed() {
     let load = Load::start(&stack.pg, 3, "");
     for round in 1..=4 {
         load.wait_more(100);
-        // Far more than what is not acknowledged yet, far less than all.
+        // Far more than is not acknowledged yet, far less than everything.
         stack.redis.crash_losing(30_000);
         wait_eq("healings", round, || healings(&stack.pg));
     }
@@ -110,7 +110,7 @@ fn an_older_snapshot_of_redis_is_healed_again_and_again() {
         stack.redis.crash_back_to(&saved);
         wait_healed(&stack, &published, times);
     }
-    // Also with a worker, and a server, that have been started since.
+    // Also with a worker, and a server, that were started after the snapshot.
     wait_drained(&stack.pg, "default");
     for times in 4..=5 {
         enable(&stack, false);
@@ -128,7 +128,7 @@ fn an_older_snapshot_of_redis_is_healed_again_and_again() {
     }
 }
 
-/// What it has found in the stream is not forgotten until it is told to go on.
+/// The entries that it has found in the stream are remembered until the backend is resumed.
 #[test]
 fn a_healing_while_the_backend_is_paused_repeats_nothing() {
     let mut stack = stack(Redis::start());
@@ -136,7 +136,7 @@ fn a_healing_while_the_backend_is_paused_repeats_nothing() {
     publish_batches(&stack, "", 3, &mut published);
     let saved = stack.redis.saved();
     publish_batches(&stack, "", 2, &mut published);
-    // The first leads to another epoch, in which nothing of the guard's last batch is known.
+    // The first leads to another epoch, which knows nothing of the guard's last batch.
     stack.redis.crash_back_to(&saved);
     wait_healed(&stack, &published, 1);
     enable(&stack, false);
@@ -149,7 +149,7 @@ fn a_healing_while_the_backend_is_paused_repeats_nothing() {
     assert_eq!(ids(&stack.events()), published);
 }
 
-/// The worker dies with Redis, and has not saved how far it had come.
+/// The worker dies together with Redis, and has not saved its cursor.
 #[test]
 fn a_crash_of_both_loses_nothing() {
     let mut stack = stack(Redis::start());
@@ -170,7 +170,7 @@ fn a_crash_of_both_loses_nothing() {
     }
 }
 
-/// A healing may be interrupted like anything else.
+/// A healing may be interrupted.
 #[test]
 fn a_worker_that_is_killed_while_it_heals_appends_nothing_twice() {
     const COUNT: i32 = 5_000;
@@ -194,7 +194,8 @@ fn a_worker_that_is_killed_while_it_heals_appends_nothing_twice() {
     assert!(ids(&stack.events()) == published, "other events, or another order");
 }
 
-/// Under load, again and again: each time what the new primary has not is lost. OUTBOX_FAILOVERS says how often.
+/// Repeatedly, under load: each time, entries that the new primary does not have are lost. OUTBOX_FAILOVERS sets how
+/// often.
 #[test]
 fn failovers_to_a_replica_that_lags_lose_nothing() {
     let rounds = std::env::var("OUTBOX_FAILOVERS").map_or(5, |text| text.parse().expect("a number"));
@@ -216,7 +217,7 @@ fn failovers_to_a_replica_that_lags_lose_nothing() {
         proxy.point_to(replica.port());
         proxy.cut();
         std::mem::swap(&mut stack.redis, &mut replica);
-        // The old one comes back as a replica of the new.
+        // The old primary comes back as a replica of the new one.
         wait_eq("healings", round, || healings(&stack.pg));
         replica.follow(&stack.redis);
     }
@@ -226,10 +227,10 @@ fn failovers_to_a_replica_that_lags_lose_nothing() {
     assert_eq!(healings(&stack.pg), rounds);
 }
 
-/// What was failed before stays so; what had waited and was accepted out of its turn is appended again, and behind what
-/// came before it.
+/// Failed events stay failed; an event that had waited and was accepted later is appended again, after the events
+/// before it.
 #[test]
-fn what_was_refused_once_is_neither_resent_nor_lost_by_a_healing() {
+fn healing_neither_repeats_nor_loses_an_event_that_was_refused_once() {
     let redis = Redis::start();
     for key in ["bad", "late"] {
         redis.call(&["SET", key, "a string"]);
@@ -237,7 +238,7 @@ fn what_was_refused_once_is_neither_resent_nor_lost_by_a_healing() {
     let mut stack = stack(redis);
     let mut plain = Vec::new();
     publish_batches(&stack, "", 2, &mut plain);
-    // Redis as it is now has a string at both keys.
+    // Redis now has a string at both keys.
     let saved = stack.redis.saved();
     let publish = |stream: &str, retries: i32| -> Uuid {
         stack.pg.one(&format!(
@@ -270,7 +271,7 @@ fn what_was_refused_once_is_neither_resent_nor_lost_by_a_healing() {
 
     enable(&stack, false);
     stack.redis.crash_back_to(&saved);
-    // Whatever were sent again would be accepted now.
+    // If events were sent again, they would be accepted now.
     stack.redis.call(&["DEL", "bad"]);
     enable(&stack, true);
     stack.wait_events(plain.len());
@@ -279,7 +280,7 @@ fn what_was_refused_once_is_neither_resent_nor_lost_by_a_healing() {
             .pg
             .one("select count(*) from outbox.refused_events where accepted_in is null")
     };
-    // And the other stream is what it was.
+    // And the other stream is unchanged.
     wait_eq("refused events", 8, waiting);
     stack.redis.call(&["DEL", "late"]);
     assert_eq!(ids(&stack.redis.wait_entries("late", 8)), late);
@@ -290,8 +291,8 @@ fn what_was_refused_once_is_neither_resent_nor_lost_by_a_healing() {
     assert_eq!(stack.pg.one::<i64>("select count(*) from outbox.failed_events"), 3);
 }
 
-/// Clients that flap between a lagging replica and the old primary: what waits as refused in the one had been accepted
-/// by the other.
+/// Clients alternate between a lagging replica and the old primary: events that wait as refused at the one had been
+/// accepted by the other.
 #[test]
 fn a_redis_that_comes_back_with_what_it_had_lost_gets_nothing_twice() {
     let redis = Redis::start();

@@ -1,11 +1,11 @@
-//! `outbox.health()`: clusters that are broken on purpose, each of which it names with its cause; its hint, executed as
-//! it stands, mends it.
+//! `outbox.health()`: servers that are broken on purpose. It names each fault with its cause; its hint, executed
+//! literally, corrects it.
 
 use kit::owners::{WATCHFUL, take_over, wait_fenced, wait_owner};
 use kit::{Postgres, QUICK, Redis, Stack, eventually, publish_many, tell, wait_drained, wait_eq, wait_until};
 use std::time::Duration;
 
-/// However a cluster is broken, it is named within this time.
+/// Each fault is named within this time.
 pub(crate) const NAMED_WITHIN: Duration = Duration::from_secs(10);
 
 /// A row of `outbox.health()`.
@@ -41,7 +41,7 @@ pub(crate) fn check(checks: &[Check], name: &str) -> Check {
         .clone()
 }
 
-/// Waits until a check is not well and its detail has these words; what it says then.
+/// Waits until a check is not ok and its detail has these words; returns the check.
 #[track_caller]
 pub(crate) fn wait_ill(pg: &Postgres, name: &str, words: &str) -> Check {
     eventually(&format!("health() to say of {name}: {words}"), NAMED_WITHIN, || {
@@ -65,7 +65,7 @@ fn statements(hint: &str) -> Vec<String> {
     text.split_inclusive(';').map(|sql| sql.trim().to_owned()).collect()
 }
 
-/// Does what the hint says, statement by statement, as somebody at a prompt would.
+/// Executes the hint, statement by statement, as somebody at a prompt would.
 #[track_caller]
 pub(crate) fn follow(pg: &Postgres, db: &str, check: &Check) {
     let hint = check.hint.as_deref().expect("a hint");
@@ -90,7 +90,7 @@ fn all_is_well_where_nothing_is_wrong() {
     for check in &checks {
         assert_eq!((check.status.as_str(), &check.hint), ("ok", &None), "{check:?}");
     }
-    // Also for who may only look.
+    // Also for a role that may only read the views.
     stack.pg.exec("create role watcher login; grant pg_monitor to watcher");
     let seen = stack
         .pg
@@ -127,7 +127,7 @@ fn a_redis_that_is_down_or_hangs_is_named_with_its_address() {
 }
 
 #[test]
-fn a_wrong_password_is_mended_by_the_statement_of_the_hint() {
+fn the_statement_in_the_hint_corrects_a_wrong_password() {
     let stack = quick();
     stack.publish("one");
     wait_drained(&stack.pg, "default");
@@ -239,7 +239,7 @@ fn a_server_without_a_slot_left_is_named() {
 }
 
 #[test]
-fn whether_the_lag_grows_is_said() {
+fn health_says_whether_the_lag_grows() {
     let stack = quick();
     stack.pg.exec("update outbox.backends set enabled = false");
     let publish = || publish_many(&mut stack.pg.client(), "default", "", "event", 3);
@@ -251,7 +251,7 @@ fn whether_the_lag_grows_is_said() {
 }
 
 #[test]
-fn what_keeps_old_events_is_named() {
+fn the_cause_that_keeps_old_events_is_named() {
     let stack = Stack::of(
         Postgres::with(QUICK).with(&[
             ("outbox_relay.published_retention", "1h"),
@@ -305,7 +305,7 @@ fn a_server_that_was_fenced_and_a_copied_database_are_named() {
     follow(&clone, "postgres", &ill);
     wait_owner(&clone, &stack.redis);
     wait_well(&clone, "backend default");
-    // What a server is asked for while it still believes that it owns the streams is done at once, and helps nothing.
+    // A take-over while the server still believes that it owns the streams is executed at once, and has no effect.
     wait_fenced(&stack.pg, &clone);
     take_over(&stack.pg);
     wait_owner(&stack.pg, &stack.redis);
@@ -323,7 +323,7 @@ fn objects_that_somebody_has_changed_are_named() {
         (
             "alter sequence outbox.events_seq_seq cache 50",
             "sequence",
-            "other parameters",
+            "wrong parameters",
         ),
         (
             "drop index outbox.events_event_id_idx",

@@ -1,4 +1,4 @@
-//! `outbox.health()` again: causes beside those of `health.rs`. Each is named within ten seconds, with what mends it.
+//! `outbox.health()` again: causes beside those of `health.rs`. Each is named within ten seconds, with a remedy.
 
 use kit::{
     Authority, BlackHole, Postgres, QUICK, Redis, Stack, eventually, process, standing, types, wait_drained, wait_eq,
@@ -40,7 +40,7 @@ fn a_worker_that_hangs_is_named() {
     wait_well(&stack.pg, "backend default");
 }
 
-/// Its connection is being made for as long as connect_timeout lets it.
+/// The connection attempt takes as long as connect_timeout.
 #[test]
 fn a_backend_whose_redis_hangs_from_the_start_is_never_idle() {
     let stack = Stack::of(
@@ -63,7 +63,7 @@ fn a_backend_whose_redis_hangs_from_the_start_is_never_idle() {
 }
 
 #[test]
-fn whoever_has_locked_a_table_is_named() {
+fn a_session_that_has_locked_a_table_is_named() {
     let stack = Stack::of(
         Postgres::with(QUICK).with(&[("max_prepared_transactions", "2")]),
         Redis::start(),
@@ -82,7 +82,7 @@ fn whoever_has_locked_a_table_is_named() {
             ill.detail.contains(words) && ill.detail.contains("lock outbox.events in"),
             "{ill:?}"
         );
-        // The rest of the checks still says something.
+        // The other checks still give a result.
         assert_eq!(check(&health(&stack.pg), "worker").status, "ok");
         follow(&stack.pg, "postgres", &ill);
         wait_well(&stack.pg, "locks");
@@ -149,9 +149,9 @@ fn indexes_and_autovacuum_that_are_missing_are_named() {
     }
 }
 
-/// What Redis says, and what the hint must say because of it.
+/// The error of Redis, and the words that the hint must have then.
 #[test]
-fn what_redis_refuses_is_named_with_its_cure() {
+fn a_command_that_redis_refuses_is_named_with_its_remedy() {
     let stack = quick();
     stack.publish("one");
     wait_drained(&stack.pg, "default");
@@ -190,7 +190,7 @@ fn what_redis_refuses_is_named_with_its_cure() {
 }
 
 #[test]
-fn a_login_that_is_refused_is_named_with_its_cure() {
+fn a_refused_login_is_named_with_its_remedy() {
     let stack = quick();
     stack.publish("one");
     wait_drained(&stack.pg, "default");
@@ -216,7 +216,7 @@ fn a_login_that_is_refused_is_named_with_its_cure() {
 }
 
 #[test]
-fn tls_that_does_not_fit_is_named_with_its_cure() {
+fn tls_settings_that_do_not_match_are_named_with_their_remedy() {
     let (authority, other) = (Authority::new(), Authority::new());
     let stack = Stack::of(
         Postgres::with(QUICK),

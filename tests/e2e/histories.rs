@@ -1,5 +1,5 @@
-//! A standby that lost the end of its primary's history is promoted: what it has is delivered, once; what it lost stays
-//! in the stream, and the transaction ids that are used again hide nothing.
+//! A standby that lost the end of its primary's history is promoted: its events are delivered, once; lost events stay
+//! in the stream, and transaction ids that are used again hide nothing.
 
 use kit::owners::{WATCHFUL, publish, take_over, wait_caught_up, wait_fenced, wait_owner};
 use kit::{
@@ -11,7 +11,7 @@ fn stack(settings: &[(&str, &str)]) -> Stack {
     Stack::of(Postgres::with(WATCHFUL).with(settings), Redis::start())
 }
 
-/// From here on the standby hears nothing of its primary.
+/// From here on the standby receives nothing of its primary.
 #[track_caller]
 fn cut_off(standby: &Postgres) {
     standby.set("primary_conninfo", "");
@@ -38,7 +38,7 @@ fn xids(pg: &Postgres, prefix: &str) -> (i64, i64) {
     (row.get(0), row.get(1))
 }
 
-/// `count` events, each in a transaction of its own.
+/// `count` events, each in a separate transaction.
 #[track_caller]
 fn publish_singly(pg: &Postgres, prefix: &str, count: i32) -> Vec<Uuid> {
     let mut client = pg.client();
@@ -50,7 +50,7 @@ fn publish_singly(pg: &Postgres, prefix: &str, count: i32) -> Vec<Uuid> {
 /// The line that says how many events were found in the streams and how many were sent.
 fn counted(there: i64, sent: i64) -> String {
     format!(
-        "{there} of the events after its saved position stand in the streams already and are not repeated, {sent} are sent."
+        "{there} of the events after its saved position are already in the streams and are not repeated; {sent} are sent."
     )
 }
 
@@ -61,7 +61,7 @@ fn a_standby_that_lost_a_tail_repeats_nothing_and_delivers_what_uses_its_ids_aga
     let mut expected = publish_singly(&stack.pg, "base", 10);
     stack.wait_events(10);
     wait_drained(&stack.pg, "default");
-    // The standby has these, and perhaps not yet the cursor behind them.
+    // The standby has these events, and perhaps not yet the cursor after them.
     expected.extend(publish(&stack.pg, "edge", 30));
     wait_caught_up(&stack.pg, &standby);
     cut_off(&standby);
@@ -86,16 +86,16 @@ fn a_standby_that_lost_a_tail_repeats_nothing_and_delivers_what_uses_its_ids_aga
     let log = standby.log();
     let said = log
         .lines()
-        .find(|line| line.contains("stand in the streams already"))
+        .find(|line| line.contains("are already in the streams"))
         .expect("a count");
-    // Events of the promoted one may have been published before it looked.
+    // Events of the promoted server may have been published before the comparison.
     let (there, _) = said.split_once(" of the events").expect("a count");
     assert!(there.ends_with(&format!(" {unsure}")), "{said} should say {unsure}");
 }
 
-/// What both have was still waiting when the standby was cut off: its primary sent it later, or never.
+/// Events that both have were pending when the standby was cut off: its primary sent them later, or never.
 #[test]
-fn what_waited_when_the_histories_parted_is_sent_if_it_was_not() {
+fn events_pending_at_the_promotion_are_sent_if_they_were_not() {
     for sent_by_primary in [true, false] {
         let mut stack = stack(&[]);
         let standby = stack.pg.standby().start();
@@ -132,7 +132,8 @@ fn what_waited_when_the_histories_parted_is_sent_if_it_was_not() {
     }
 }
 
-/// Under load the standby is cut off in the middle: what survives is delivered, and what came twice has its event_id.
+/// The standby is cut off in the middle of a load: the surviving events are delivered, and repeated ones have the same
+/// event_id.
 #[test]
 fn a_lost_tail_under_load_loses_nothing_of_the_surviving_history() {
     let mut stack = stack(&[]);
@@ -155,8 +156,8 @@ fn a_lost_tail_under_load_loses_nothing_of_the_surviving_history() {
     verdict.assert_exactly_once();
 }
 
-/// A transaction that was open when the histories parted: it committed in the one that was lost, and never in the
-/// other, which gives its id to nobody.
+/// A transaction was open at the promotion: it committed in the lost history, and never in the other one, which gives
+/// its id to no transaction.
 #[test]
 fn a_transaction_that_was_open_when_the_histories_parted_is_not_made_up() {
     let mut stack = stack(&[]);
@@ -210,9 +211,10 @@ fn a_prepared_transaction_is_delivered_when_it_commits_after_the_promotion() {
     assert_eq!(ids(&stack.events()), expected);
 }
 
-/// The primary restarted after the standby had been cut off: the standby has never heard of the owner, and asks.
+/// The primary restarted after the standby had been cut off: the standby does not know this run of the owner, and waits
+/// for take_over().
 #[test]
-fn a_standby_that_missed_a_restart_of_its_primary_waits_for_a_word() {
+fn a_standby_that_missed_a_restart_of_its_primary_waits_for_take_over() {
     let mut stack = stack(&[]);
     let standby = stack.pg.standby().start();
     let mut expected = publish(&stack.pg, "base", 5);
@@ -237,8 +239,8 @@ fn a_standby_that_missed_a_restart_of_its_primary_waits_for_a_word() {
     assert_eq!(ids(&stack.events()), expected);
 }
 
-/// With `send_after = standby_flush` a promoted server sends nothing until it has a standby of its own. It looks what
-/// stands in the streams all the same, and repeats nothing of it afterwards.
+/// With `send_after = standby_flush` a promoted server sends nothing until it has a standby of its own. Meanwhile it
+/// compares its events with the streams, and repeats none of them afterwards.
 #[test]
 fn a_promoted_server_that_waits_for_its_own_standby_compares_with_what_it_has() {
     let mut stack = stack(&[("outbox_relay.send_after", "standby_flush")]);
@@ -272,7 +274,7 @@ fn a_promoted_server_that_waits_for_its_own_standby_compares_with_what_it_has() 
     drop(second);
 }
 
-/// Two promotions one after the other, each of a standby that lost a tail.
+/// Two promotions one after the other, each of a standby that lost the end of the WAL.
 #[test]
 fn tails_that_are_lost_twice_leave_each_history_in_order() {
     let mut stack = stack(&[]);

@@ -1,4 +1,4 @@
-//! Where a Redis is expected, something else is, or nothing: timeouts hold, and no answer is mistaken for a delivery.
+//! Instead of Redis there is another server, or none: timeouts hold, and no answer is mistaken for a delivery.
 
 use std::time::{Duration, Instant};
 
@@ -8,7 +8,7 @@ fn stack() -> Stack {
     Stack::of(Postgres::with(QUICK), Redis::start())
 }
 
-/// Each backend's own timeouts: the one that counts is short, the other far too long to be met.
+/// Each backend has its own timeouts: the one under test is short, the other far too long to be reached.
 #[test]
 fn the_timeouts_of_a_backend_hold() {
     let stack = Stack::with(&[
@@ -42,7 +42,7 @@ fn the_timeouts_of_a_backend_hold() {
     assert_eq!((silent.accepted() > 0, login.accepted() > 0), (true, true));
 }
 
-/// An answer that is no Redis's is trouble of the backend; the events wait, and arrive once it is a Redis.
+/// An answer that is not Redis's is an error of the backend; the events wait, and arrive once there is a Redis.
 #[test]
 fn no_answer_of_another_server_is_a_delivery() {
     let stack = stack();
@@ -52,7 +52,7 @@ fn no_answer_of_another_server_is_a_delivery() {
         Garbage::saying(b""),
     ];
     let mute = [
-        // As if every command had succeeded: the two of the login, and whatever comes.
+        // As if every command had succeeded: the two of the login, and all others.
         BlackHole::saying(&b"+OK\r\n".repeat(50)),
         BlackHole::saying(&b"+PONG\r\n+PONG\r\n:1\r\n$-1\r\n*0\r\n".repeat(5)),
     ];
@@ -88,7 +88,7 @@ fn a_host_that_does_not_exist_is_a_misconfiguration() {
     stack
         .pg
         .exec("update outbox.backends set unix_socket = '/nowhere/redis.sock'");
-    // Redis removes it when it stops: an outage.
+    // Redis removes the file when it stops: an outage.
     let found = wait_trouble(&stack.pg, "default", "backoff", "No such file");
     assert_eq!(found.pending, 1);
     stack.pg.exec("update outbox.backends set unix_socket = null");
@@ -111,8 +111,7 @@ fn a_redis_without_streams_is_a_misconfiguration() {
     assert_eq!(types(&modern.wait_entries("events", 1)), ["t"]);
 }
 
-/// An error that nobody knows is no success either. It may be about the event, so attempts are counted, and others go
-/// on.
+/// An unknown error is not a success. It may be about the event, so attempts are counted, and other streams go on.
 #[test]
 fn an_unknown_error_is_no_delivery() {
     let stack = stack();
@@ -131,7 +130,7 @@ fn an_unknown_error_is_no_delivery() {
     assert_eq!(types(&stack.wait_events(3)), ["t1", "t2", "t3"]);
 }
 
-/// Where the guard is to be read it can't be about an event.
+/// An error on reading the guard cannot be about an event.
 #[test]
 fn an_unknown_error_about_the_guard_fails_nothing() {
     let stack = stack();

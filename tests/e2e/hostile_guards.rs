@@ -1,16 +1,16 @@
-//! Guards that somebody else has written, or a Redis that lies: nothing that cannot be is believed, and nobody else
-//! suffers from it.
+//! Guards that somebody else has written, or a Redis that lies: no impossible value is believed, and other backends are
+//! not affected.
 
 use kit::liar;
 use kit::{
     Guard, Liar, Lie, Postgres, QUICK, Redis, Stack, standing, types, wait_drained, wait_eq, wait_trouble, wait_until,
 };
 
-/// Two backends, each with a Redis: `default`, and `other`, which nobody touches.
+/// Two backends, each with a Redis: `default`, and `other`, which is not attacked.
 struct Two {
     stack: Stack,
     other: Redis,
-    /// Events of the other.
+    /// Events of the backend `other`.
     sent: usize,
 }
 
@@ -25,7 +25,7 @@ impl Two {
         Two { stack, other, sent: 0 }
     }
 
-    /// The other backend, and whoever publishes to it, notice nothing.
+    /// The other backend and its publishers notice nothing.
     fn assert_others_go_on(&mut self, when: &str) {
         self.stack
             .pg
@@ -46,7 +46,7 @@ impl Two {
     }
 }
 
-/// A position behind all that this server has written, in one of its parts.
+/// Positions after everything that this server has written, each in one of their parts.
 fn beyond(pg: &Postgres) -> Vec<(&'static str, String)> {
     let next: i64 = pg.one("select pg_snapshot_xmax(pg_current_snapshot())::text::bigint");
     let far = next + 1_000;
@@ -79,7 +79,7 @@ fn beyond(pg: &Postgres) -> Vec<(&'static str, String)> {
         ("number", (1u64 << 62).to_string()),
         ("interval_ms", u64::MAX.to_string()),
         ("interval_ms", "0".to_owned()),
-        // Who waits for that owner would look a thousand times a second.
+        // A worker that waits for that owner would look a thousand times a second.
         ("interval_ms", "1".to_owned()),
         ("wal", (i64::MAX - 1).to_string()),
         ("wal", u64::MAX.to_string()),
@@ -97,7 +97,7 @@ fn beyond(pg: &Postgres) -> Vec<(&'static str, String)> {
 }
 
 #[test]
-fn a_field_that_cannot_be_is_named_with_its_key_and_not_believed() {
+fn an_impossible_field_is_named_with_its_key_and_not_believed() {
     let mut two = Two::start();
     two.stack.publish("first");
     let mut expected = vec!["first".to_owned()];
@@ -121,7 +121,7 @@ fn a_field_that_cannot_be_is_named_with_its_key_and_not_believed() {
             "{what}: {found:?}"
         );
         two.assert_others_go_on(&what);
-        // Mended in turn by hand, and by being deleted.
+        // Corrected by hand, and by deleting it, in turn.
         match n % 2 {
             0 => {
                 let fields: Vec<(&str, &str)> = honest.0.iter().map(|(f, v)| (f.as_str(), v.as_str())).collect();
@@ -138,7 +138,7 @@ fn a_field_that_cannot_be_is_named_with_its_key_and_not_believed() {
     }
 }
 
-/// Larger than any guard: nothing is read of it.
+/// Larger than any guard: no field of it is used.
 #[test]
 fn a_guard_that_is_too_large_is_named() {
     let mut two = Two::start();
@@ -157,7 +157,7 @@ fn a_guard_that_is_too_large_is_named() {
     assert_eq!(types(&two.stack.wait_events(3)), ["first", "place", "more"]);
 }
 
-/// What is saved of a guard that an earlier run of the server has left bounds the numbers of all events that come.
+/// The state that is saved after a guard of an earlier run was believed limits the numbers of all later events.
 #[test]
 fn numbers_of_a_forged_guard_of_an_earlier_run_stop_no_publisher() {
     let mut two = Two::start();
@@ -166,7 +166,7 @@ fn numbers_of_a_forged_guard_of_an_earlier_run_stop_no_publisher() {
     wait_drained(&two.stack.pg, "default");
     let key = two.stack.guard_key();
     for n in 0..2 {
-        // Ahead of the saved cursor, or it would not be taken in.
+        // Ahead of the saved cursor, or it would not be believed.
         for _ in 0..3 {
             two.stack.pg.exec("select pg_current_xact_id()");
         }
@@ -186,7 +186,7 @@ fn numbers_of_a_forged_guard_of_an_earlier_run_stop_no_publisher() {
         let words = ["HSET", &key, "position", &forged, "number", &number];
         two.stack.redis.call(&words);
         two.stack.pg.start_again();
-        // What is saved when the guard was taken in; and that is what a start or a crash begins with.
+        // The state that is saved when the guard was believed; a start or a crash begins with it.
         let saved = format!("select batch_number >= {number} from outbox.cursors where backend_number = 1");
         wait_until("the guard to be taken in", || two.stack.pg.one::<bool>(&saved));
         let highest: i64 = two
@@ -202,7 +202,7 @@ fn numbers_of_a_forged_guard_of_an_earlier_run_stop_no_publisher() {
     }
 }
 
-/// The fields of a guard with some of them changed, as HGETALL has them.
+/// The fields of a guard, some of them changed, as HGETALL returns them.
 fn reply(fields: &[(String, String)], changed: &[(&str, String)]) -> Vec<u8> {
     let mut reply = format!("*{}\r\n", 2 * fields.len());
     for (field, value) in fields {
@@ -212,22 +212,22 @@ fn reply(fields: &[(String, String)], changed: &[(&str, String)]) -> Vec<u8> {
     reply.into_bytes()
 }
 
-/// Every number in it is one that this server has given, but not to what it saw. Rows that the position has not seen
-/// are found by their transactions.
+/// Every number in it was assigned by this server, but for other events. Rows after the position are found by their
+/// transactions.
 #[test]
-fn a_position_that_is_possible_hides_no_event_that_it_has_not_seen() {
+fn a_plausible_position_hides_no_event_that_came_after_it() {
     let (stack, liar) = liar::trusted();
     let key = stack.guard_key();
     let guard = liar.hash(&key);
     let field = |name: &str| guard.iter().find(|(f, _)| f == name).expect("a field").1.clone();
-    // Ahead of the saved cursor, or it would not be taken in.
+    // Ahead of the saved cursor, or it would not be believed.
     for _ in 0..3 {
         stack.pg.exec("select pg_current_xact_id()");
     }
     let snapshot: String = stack
         .pg
         .one("select pg_current_snapshot()::text || '/' || pg_snapshot_xmax(pg_current_snapshot())");
-    // Nobody is let in, while five more are published.
+    // The worker cannot connect while five more are published.
     liar.lie(|words| (words[0] == "WATCH" || words[0] == "EXEC").then_some(Lie::Refuse));
     for n in 1..=5 {
         stack.publish(&format!("t{n}"));
@@ -242,7 +242,7 @@ fn a_position_that_is_possible_hides_no_event_that_it_has_not_seen() {
     ];
     let lie = reply(&guard, &forged);
     liar.lie(move |words| (words[0] == "HGETALL").then(|| Lie::Say(lie.clone())));
-    // Whoever has sent all batches of this run himself knows that this is none of them.
+    // A worker that has sent all batches of this run itself knows that it did not send this one.
     let found = wait_trouble(&stack.pg, "default", "misconfigured", "position");
     assert!(found.last_error.is_some_and(|e| e.contains(&key)));
     assert_eq!(liar.entries("events"), 1);
@@ -259,8 +259,8 @@ fn number_of(guard: &[(String, String)]) -> u64 {
     number.parse().expect("a number")
 }
 
-/// A worker knows which batches it has sent: no Redis can say of others that they were appended, and so make events
-/// that wait pass for published.
+/// A worker knows which batches it has sent: Redis cannot make pending events look published by claiming that other
+/// batches were appended.
 #[test]
 fn a_batch_that_was_never_sent_is_not_taken_for_appended() {
     let (stack, liar) = liar::trusted();
@@ -272,7 +272,7 @@ fn a_batch_that_was_never_sent_is_not_taken_for_appended() {
         stack.publish(&format!("t{n}"));
     }
     wait_trouble(&stack.pg, "default", "backoff", "");
-    // All that is there now.
+    // All events that exist now.
     let position: String = stack.pg.one(
         "select pg_current_snapshot()::text || '/' || pg_snapshot_xmax(pg_current_snapshot()) || '/' || max(seq) || '/' || max(seq)
         from outbox.events",
@@ -293,7 +293,7 @@ fn a_batch_that_was_never_sent_is_not_taken_for_appended() {
     wait_drained(&stack.pg, "default");
 }
 
-/// Whoever believed that the last batch was all that is retained would look for all of that.
+/// A worker that believed that the last batch had all retained events would look for all of them.
 #[test]
 fn a_last_batch_of_all_that_is_retained_is_not_believed() {
     let stack = Stack::of(Postgres::with(QUICK), Redis::start());
@@ -331,7 +331,8 @@ fn a_last_batch_of_all_that_is_retained_is_not_believed() {
     wait_drained(&stack.pg, "default");
 }
 
-/// Whose cursors were lost by hand knows neither how often it claimed nor how much it has sent: the guard tells.
+/// A worker whose cursors were deleted by hand knows neither how often it claimed nor how much it has sent: the guard
+/// tells.
 #[test]
 fn a_server_without_its_cursors_goes_on_from_its_guard() {
     let mut stack = Stack::of(Postgres::with(QUICK), Redis::start());

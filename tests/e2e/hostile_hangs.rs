@@ -1,5 +1,5 @@
-//! Servers that never come to an end: whatever step of a connection hangs, the backend is soon said to be in trouble,
-//! and is not idle with events waiting.
+//! Servers that never finish: whatever step of a connection hangs, the backend soon shows an error, and is not idle
+//! with pending events.
 
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
@@ -14,7 +14,7 @@ fn stack() -> Stack {
     Stack::of(Postgres::with(QUICK), Redis::start())
 }
 
-/// A byte each tenth of a second, where a reply has three: no single byte is late, and the whole is.
+/// A byte each tenth of a second, and a reply has three: no single byte is late, but the reply is.
 #[test]
 fn a_reply_that_drips_is_given_up_at_each_step() {
     let stack = stack();
@@ -89,9 +89,9 @@ fn a_reply_that_drips_is_given_up_at_each_step() {
     }
 }
 
-/// Each answer is in time, and there is no end of them: a search that goes on for minutes.
+/// Each answer is in time, and there is no end of them: a search that takes minutes.
 #[test]
-fn a_backend_that_is_long_on_its_way_up_says_so() {
+fn a_backend_that_connects_slowly_says_so() {
     let stack = stack();
     let (mut has_sent, mut is_known) = (false, false);
     let liar = Liar::start(move |words| match words[0].as_str() {
@@ -115,11 +115,11 @@ fn a_backend_that_is_long_on_its_way_up_says_so() {
     });
     stack.point_at("default", "127.0.0.1", liar.port());
     stack.publish("t");
-    let found = wait_trouble(&stack.pg, "default", "backoff", "has not come to be ready");
+    let found = wait_trouble(&stack.pg, "default", "backoff", "was not ready within");
     assert_eq!((found.pending, found.published), (1, 0), "{found:?}");
     stack
         .pg
-        .wait_log("it answers, but has not come to be ready in twice its timeouts");
+        .wait_log("it answers, but was not ready within twice its timeouts");
     let accepted = liar.accepted();
     liar.lie(|_| None);
     wait_eq("the event", 1, || liar.entries("events"));
@@ -127,17 +127,17 @@ fn a_backend_that_is_long_on_its_way_up_says_so() {
     wait_eq("the state", "idle".to_owned(), || standing(&stack.pg, "default").state);
 }
 
-/// As a TCP port has them, and with no timeout of the operating system's.
+/// The same steps as on a TCP port, but without a timeout of the operating system.
 #[test]
-fn a_unix_socket_hangs_in_no_step() {
+fn a_hanging_unix_socket_is_given_up_at_each_step() {
     let stack = stack();
     let directory = stack.redis.socket().parent().expect("a directory").to_owned();
-    // Its queue is full.
+    // Its queue of connections is full.
     let path = directory.join("full.sock");
     let listener = UnixListener::bind(&path).expect("cannot listen");
     open_to_all(&path);
     listen(&listener.as_fd(), Backlog::new(0).expect("a valid backlog")).expect("cannot shorten the queue");
-    // The one that is left of it.
+    // The only place that is left in the queue.
     let queued = UnixStream::connect(&path).expect("the queue's only place");
     stack.pg.exec(&format!(
         "update outbox.backends set unix_socket = '{}'",
@@ -147,7 +147,7 @@ fn a_unix_socket_hangs_in_no_step() {
     let found = wait_trouble(&stack.pg, "default", "backoff", "timed out");
     assert_eq!((found.pending, found.published), (1, 0));
     drop((listener, queued));
-    // It reads nothing any more, in the middle of what is written.
+    // It stops reading in the middle of a write.
     let mut liar = Liar::start(|words| (words[0] == "XADD").then_some(Lie::Hang));
     let path = directory.join("deaf.sock");
     liar.listen_at(path.clone());
@@ -160,7 +160,7 @@ fn a_unix_socket_hangs_in_no_step() {
     let found = wait_trouble(&stack.pg, "default", "backoff", "timed out");
     assert_eq!((found.pending, found.published), (51, 0), "{found:?}");
     assert!(liar.asked("XADD") > 0);
-    // And each answer drips.
+    // And each answer arrives byte by byte.
     liar.lie(|words| {
         (words[0] == "HGETALL")
             .then(|| Lie::drip("*2\r\n$900\r\nxxxxxxxxxxxxxxxxxxxxxxxxxx", Duration::from_millis(100)))?
@@ -176,7 +176,7 @@ fn open_to_all(path: &std::path::Path) {
     std::fs::set_permissions(path, PermissionsExt::from_mode(0o777)).expect("chmod");
 }
 
-/// Nothing but a handshake: TLS has a deadline for all of it.
+/// Only the handshake: TLS has a deadline for all of it.
 #[test]
 fn a_handshake_that_gets_nowhere_is_given_up() {
     let stack = stack();
@@ -190,14 +190,14 @@ fn a_handshake_that_gets_nowhere_is_given_up() {
     assert_eq!((found.pending, found.published), (1, 0));
 }
 
-/// Redis keeps a WAIT until its time is over. Who answers at once that there are too few replicas is asked again, but
-/// not by a thread that never rests.
+/// Redis answers a WAIT only after its timeout. A server that answers at once that there are too few replicas is asked
+/// again, but with pauses.
 #[test]
-fn a_server_that_does_not_wait_is_not_asked_without_a_pause() {
+fn a_server_that_answers_wait_at_once_is_asked_with_pauses() {
     let stack = stack();
     for delivery in ["exactly_once", "at_least_once"] {
         let mut count = 0;
-        // Each time another number, which is news.
+        // Each time another number, so that there is progress.
         let liar = Liar::start(move |words| {
             count = 1 - count;
             (words[0] == "WAIT").then(|| Lie::Say(format!(":{count}\r\n").into_bytes()))

@@ -1,12 +1,12 @@
-//! Servers that answer more than anybody has asked for: nothing of it is believed, no memory is taken for it, and
-//! others go on.
+//! Servers that answer more than they were asked for: none of it is believed, it takes no memory, and other backends go
+//! on.
 
 use std::time::{Duration, Instant};
 
 use kit::liar;
 use kit::{Dice, Liar, Lie, Postgres, QUICK, Redis, Stack, standing, wait_drained, wait_until};
 
-/// Memory of its own in kilobytes: neither shared memory nor files.
+/// The process's own memory in kilobytes: neither shared memory nor files.
 fn own_memory_kb(pid: i32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the worker lives");
     let line = status.lines().find(|line| line.starts_with("RssAnon:"));
@@ -14,7 +14,7 @@ fn own_memory_kb(pid: i32) -> u64 {
     kb.expect("a number of kB")
 }
 
-/// The commands that the relay has an answer of, each at its time.
+/// The commands whose answers the relay reads.
 const ASKED: [&str; 14] = [
     "AUTH",
     "SELECT",
@@ -69,8 +69,8 @@ fn endless() -> Vec<(&'static str, Lie)> {
     ]
 }
 
-/// Twenty at once, of which each floods another question with each kind in turn: a worker's memory stays within 32 MiB
-/// of what it is when idle, and a backend that is well hears nothing of it.
+/// Twenty servers at once, each of which floods another command with each kind in turn: the worker needs at most 32 MiB
+/// more than when idle, and a healthy backend is not affected.
 #[test]
 fn no_flood_takes_memory_or_the_time_of_others() {
     const LIMIT_KB: u64 = 32 * 1_024;
@@ -78,7 +78,7 @@ fn no_flood_takes_memory_or_the_time_of_others() {
         Postgres::with(QUICK).with(&[("outbox_relay.redis_socket_timeout", "2s")]),
         Redis::start(),
     );
-    // A quick machine publishes more than the stream would keep.
+    // A fast machine publishes more than the stream would keep.
     stack.pg.exec("update outbox.backends set max_len = 0");
     stack.publish("first");
     stack.wait_events(1);
@@ -91,8 +91,8 @@ fn no_flood_takes_memory_or_the_time_of_others() {
     for round in 0..3 {
         let liars: Vec<(Liar, &str)> = (0..20)
             .map(|n| {
-                // Each question is flooded by each kind, in as many rounds as there are; here by some, and HGETALL by
-                // all.
+                // Each command is flooded with each kind, in as many rounds as there are kinds; here with some kinds,
+                // and HGETALL with all.
                 let command = if round == 0 {
                     "HGETALL"
                 } else {
@@ -177,7 +177,7 @@ fn no_flood_takes_memory_or_the_time_of_others() {
     assert!(at(0.99) < Duration::from_secs(2), "{:?}", at(0.99));
 }
 
-/// Some answer to whatever was asked.
+/// A random answer to any command.
 fn any_lie(dice: &mut Dice, kinds: &[(&'static str, Lie)]) -> Lie {
     let says = [
         "+OK\r\n",
@@ -213,10 +213,10 @@ fn any_lie(dice: &mut Dice, kinds: &[(&'static str, Lie)]) -> Lie {
     }
 }
 
-/// Five servers that answer anything to anything, now and then the truth. `OUTBOX_LIAR_SEED=n` repeats a run,
-/// `OUTBOX_LIAR_SECONDS=n` takes longer.
+/// Five servers that give random answers, and sometimes the right one. `OUTBOX_LIAR_SEED=n` repeats a run,
+/// `OUTBOX_LIAR_SECONDS=n` sets its length.
 #[test]
-fn whatever_servers_answer_the_worker_lives_and_events_wait() {
+fn the_worker_survives_all_answers_and_events_wait() {
     let given = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
     let seed = given("OUTBOX_LIAR_SEED").unwrap_or_else(|| u64::from(std::process::id()));
     println!("OUTBOX_LIAR_SEED={seed}");
@@ -250,7 +250,8 @@ fn whatever_servers_answer_the_worker_lives_and_events_wait() {
         });
         std::thread::sleep(Duration::from_millis(20));
     }
-    // From now on the truth. (What was lied of is lost or repeated there; but nothing waits for ever.)
+    // From now on the right answers. (Events that were answered wrongly are lost or repeated there; but nothing waits
+    // for ever.)
     for (n, liar) in liars.iter().enumerate() {
         liar.lie(|_| None);
         wait_drained(&stack.pg, &format!("liar{n}"));

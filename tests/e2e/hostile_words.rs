@@ -1,10 +1,10 @@
-//! Words of servers that could do something to whoever reads them: in a log, a view, a table, a terminal.
+//! Texts of servers that could harm their readers: in a log, a view, a table or a terminal.
 
 use kit::liar;
 use kit::{Liar, Lie, Postgres, QUICK, Redis, Stack, standing, types, wait_drained, wait_eq, wait_until};
 
-/// No host of these: control characters, direction, a quote, too long, and what a terminal or a text of Postgres would
-/// not survive.
+/// Texts that are no host names: control characters, changes of direction, a quote, too long, and characters that a
+/// terminal or a text in Postgres cannot hold.
 fn bad_hosts() -> Vec<Vec<u8>> {
     vec![
         b"a\r\nFATAL:  root said so".to_vec(),
@@ -25,7 +25,7 @@ fn bulk(bytes: &[u8]) -> Vec<u8> {
     [format!("${}\r\n", bytes.len()).as_bytes(), bytes, b"\r\n"].concat()
 }
 
-/// Neither in the log nor in a view or table is there anything of the kind. `secrets`: what must not be there.
+/// Neither the log nor a view or table contains such characters. `secrets`: texts that must not be there either.
 #[track_caller]
 fn assert_clean(pg: &Postgres, what: &str) {
     let is_clean = |text: &str| !text.contains(|c: char| (c.is_control() && c != '\n' && c != '\t') || c == '\u{202e}');
@@ -55,12 +55,12 @@ fn wait_refused(pg: &Postgres, what: &str) {
         let found = standing(pg, "default");
         let error = found.last_error.unwrap_or_default();
         matches!(found.state.as_str(), "misconfigured" | "backoff")
-            && (error.contains("an impossible host") || error.contains("longer than any of Redis"))
+            && (error.contains("an invalid host") || error.contains("longer than any reply of Redis"))
     });
 }
 
 #[test]
-fn what_a_sentinel_calls_a_host_is_one_or_is_refused() {
+fn an_invalid_host_name_from_a_sentinel_is_refused() {
     let stack = Stack::of(Postgres::with(QUICK), Redis::start());
     stack.publish("before");
     stack.redis.wait_entries("events", 1);
@@ -76,7 +76,7 @@ fn what_a_sentinel_calls_a_host_is_one_or_is_refused() {
         stack.pg.exec("update outbox.backends set port = port");
         stack.pg.exec("select outbox.wake()");
         stack.publish(&format!("t{n}"));
-        // Whoever is connected already has no reason to ask.
+        // A connected worker has no reason to ask.
         stack.pg.exec("update outbox.backends set enabled = false");
         stack.pg.exec("update outbox.backends set enabled = true, db = 1 - db");
         wait_refused(&stack.pg, &what);
@@ -86,13 +86,13 @@ fn what_a_sentinel_calls_a_host_is_one_or_is_refused() {
         .pg
         .one("select address from outbox.cursors where backend_number = 1");
     assert!(address.is_none_or(|address| address.starts_with("127.0.0.1:")));
-    // The truth, which is the liar's own address.
+    // The right answer, which is this server's own address.
     liar.lie(|_| None);
     wait_eq("all events", bad_hosts().len(), || liar.entries("events"));
 }
 
 #[test]
-fn what_a_node_of_a_cluster_calls_a_host_is_one_or_is_refused() {
+fn an_invalid_host_name_from_a_cluster_node_is_refused() {
     let stack = Stack::of(Postgres::with(QUICK), Redis::start());
     let liar = Liar::honest();
     stack.pg.exec(&format!(
@@ -111,7 +111,7 @@ fn what_a_node_of_a_cluster_calls_a_host_is_one_or_is_refused() {
         .concat();
         liar.lie(move |words| match words[0].as_str() {
             "CLUSTER" => Some(Lie::Say(lie.clone())),
-            // To whoever is connected.
+            // To a connected worker.
             "XADD" => Some(Lie::Deny(moved.clone())),
             _ => None,
         });
@@ -124,9 +124,9 @@ fn what_a_node_of_a_cluster_calls_a_host_is_one_or_is_refused() {
     }
 }
 
-/// Of each answer the first: errors, statuses and ids.
+/// The first of each kind of answer: errors, statuses and ids.
 #[test]
-fn what_a_server_says_is_shown_cleaned_and_cut_or_not_at_all() {
+fn server_texts_are_shown_cleaned_and_cut_or_not_at_all() {
     let (stack, liar) = liar::trusted();
     let words: [&[u8]; 5] = [
         b"-ERR \x1b[2J\x07\0 \xe2\x80\xae evil\r\n",
@@ -154,13 +154,13 @@ fn what_a_server_says_is_shown_cleaned_and_cut_or_not_at_all() {
             sent = standing(&stack.pg, "default").published;
         }
     }
-    // An entry's id of 2 MB is none.
+    // An entry id of 2 MB is invalid.
     let id = bulk(&vec![b'1'; 2_000_000]);
     let lie = [b"*2\r\n".to_vec(), id, b":0\r\n".to_vec()].concat();
     liar.lie(move |words| (words[0] == "EXEC").then(|| Lie::Say(lie.clone())));
     let before = standing(&stack.pg, "default").published;
     stack.publish("last");
-    let found = kit::wait_trouble(&stack.pg, "default", "backoff", "longer than any of Redis");
+    let found = kit::wait_trouble(&stack.pg, "default", "backoff", "longer than any reply of Redis");
     assert_eq!((found.pending, found.published), (1, before));
     assert_clean(&stack.pg, "an id of 2 MB");
     stack.point("default", &stack.redis);

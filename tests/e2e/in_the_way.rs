@@ -1,5 +1,5 @@
-//! Whoever locks our tables, or makes one of the worker's tasks fail, is in the way of what needs just that, and of
-//! nobody else.
+//! A session that locks the extension's tables, or makes a task of the worker fail, only delays what needs exactly
+//! these.
 
 use std::time::Duration;
 
@@ -10,14 +10,14 @@ fn set(stack: &Stack, alter_system: &str) {
     stack.pg.exec("select pg_reload_conf()");
 }
 
-/// While this is held, by a transaction that is open for a second and a half, events arrive as ever.
+/// While a transaction of a second and a half holds this lock, events arrive as usual.
 #[track_caller]
 fn assert_nobody_waits_for(stack: &Stack, statement: &str) {
     let worker = stack.pg.wait_worker("postgres");
     let bystander = Bystander::start(stack);
     let mut holder = stack.pg.client();
     holder.batch_execute(&format!("begin; {statement}")).expect(statement);
-    // There is something to save, to record, to purge and to move all the time.
+    // There is always something to save, to record, to purge and to move.
     let load = || {
         stack.pg.exec("select outbox.publish_event('event', 'kit')");
         true
@@ -42,7 +42,7 @@ fn a_lock_on_the_cursors_delays_no_event() {
     ] {
         assert_nobody_waits_for(&stack, statement);
     }
-    // And what could not be saved is saved afterwards.
+    // And state that could not be saved is saved afterwards.
     stack.publish("last");
     wait_drained(&stack.pg, "default");
     stack.pg.wait_log("The worker was saving cursors and refused events");
@@ -51,7 +51,7 @@ fn a_lock_on_the_cursors_delays_no_event() {
 #[test]
 fn a_lock_on_any_other_table_but_that_of_the_events_delays_no_event() {
     let stack = Stack::with(QUICK);
-    // Not `backends`: a session that has not published yet looks at it.
+    // Not `backends`: a session that has not published yet reads it.
     for table in [
         "backend_passwords",
         "scheduled_events",
@@ -67,7 +67,7 @@ fn a_lock_on_any_other_table_but_that_of_the_events_delays_no_event() {
     }
 }
 
-/// Events cannot be read meanwhile; they are at once when that is over.
+/// Meanwhile events cannot be read; they are sent as soon as the lock is released.
 #[test]
 fn a_lock_on_the_events_is_waited_for_and_soon_noticed_to_be_gone() {
     let stack = Stack::start();
@@ -89,9 +89,9 @@ fn a_lock_on_the_events_is_waited_for_and_soon_noticed_to_be_gone() {
     assert!(took < Duration::from_millis(800), "{took:?} after the lock was gone");
 }
 
-/// Others are purged meanwhile, and that backend afterwards.
+/// Other rows are purged meanwhile, and this backend's afterwards.
 #[test]
-fn rows_that_somebody_is_deleting_keep_nobody_from_his_events() {
+fn rows_that_a_session_is_deleting_delay_no_other_event() {
     let stack = Stack::with(&[
         ("outbox_relay.published_retention", "0"),
         ("outbox_relay.failed_retention", "0"),
@@ -105,10 +105,10 @@ fn rows_that_somebody_is_deleting_keep_nobody_from_his_events() {
         .expect("a row");
     set(&stack, "alter system reset outbox_relay.cleanup_published");
     let bystander = Bystander::start(&stack);
-    // It comes by that row again and again.
+    // The purge reaches this row repeatedly.
     std::thread::sleep(Duration::from_secs(3));
     bystander.stop(&stack).assert_undisturbed("an open DELETE");
-    // Though the other backend is purged all the time.
+    // Although the other backend is purged all the time.
     stack
         .pg
         .wait_log("The worker was purging sent events, for backend \"default\".");
@@ -120,9 +120,9 @@ fn rows_that_somebody_is_deleting_keep_nobody_from_his_events() {
     });
 }
 
-/// The same with failed events, which somebody looks at for a while.
+/// The same with failed events that a session has locked for a while.
 #[test]
-fn failed_events_that_somebody_has_locked_keep_nobody_from_his_events() {
+fn locked_failed_events_delay_no_other_event() {
     let mut settings = QUICK.to_vec();
     settings.push(("outbox_relay.max_retries", "1"));
     let stack = Stack::with(&settings);
@@ -146,7 +146,7 @@ fn failed_events_that_somebody_has_locked_keep_nobody_from_his_events() {
     holder.batch_execute("rollback").expect("an end");
 }
 
-/// The event that somebody else has published, as it seems, waits; the others leave when they are due.
+/// The event whose id another session seems to use waits; the others are sent when they are due.
 #[test]
 fn an_event_id_that_a_publisher_keeps_open_delays_that_event_alone() {
     let stack = Stack::start();
@@ -174,7 +174,7 @@ fn an_event_id_that_a_publisher_keeps_open_delays_that_event_alone() {
     assert_eq!(types(&entries)[5], "contested");
 }
 
-/// A scheduled event that somebody is about to cancel, or not.
+/// A scheduled event that a session is about to cancel, or not.
 #[test]
 fn a_scheduled_event_that_somebody_has_locked_delays_that_event_alone() {
     let stack = Stack::start();

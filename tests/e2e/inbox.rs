@@ -1,5 +1,5 @@
-//! The inbox: consume_once() is true once for each consumer and event, whatever is committed, rolled back or concurrent;
-//! with a worker in the database and without one, for roles with a grant alone.
+//! The inbox: consume_once() is true once for each consumer and event, whatever is committed, rolled back or
+//! concurrent; with a worker in the database and without one, and for roles that have only a grant.
 
 use kit::{Postgres, Refused, holds_for, wait_eq, wait_until};
 use postgres::{Client, Error};
@@ -57,7 +57,7 @@ fn an_event_is_new_once_to_each_consumer() {
     assert!(!once(&mut client, "billing", id).unwrap());
     assert!(once(&mut client, "shipping", id).unwrap());
     assert!(!once(&mut pg.client(), "billing", id).unwrap());
-    // As drivers send it: everything as an untyped text, or the id as one.
+    // As drivers send it: everything as untyped text, or only the id.
     let untyped = format!("select outbox.consume_once('billing', '{id}')");
     assert!(!pg.one::<bool>(&untyped));
     assert!(!pg.one::<bool>(&format!(
@@ -66,7 +66,7 @@ fn an_event_is_new_once_to_each_consumer() {
 }
 
 #[test]
-fn what_is_rolled_back_was_not_consumed() {
+fn a_rolled_back_event_was_not_consumed() {
     let pg = start();
     let mut client = pg.client();
     let id = Uuid::new_v4();
@@ -107,7 +107,7 @@ fn a_concurrent_call_waits_for_the_first_to_commit_or_roll_back() {
     }
 }
 
-/// A snapshot cannot see what was committed after it, so there is no right answer but an error.
+/// A snapshot cannot see rows that were committed after it, so the only right answer is an error.
 #[test]
 fn stricter_levels_of_isolation_give_the_right_answer_or_a_serialization_failure() {
     let pg = start();
@@ -125,7 +125,7 @@ fn stricter_levels_of_isolation_give_the_right_answer_or_a_serialization_failure
                 None => assert_eq!(Refused::of(said).code, "40001", "{level}, {end}"),
             }
         }
-        // What its snapshot sees, and what it has noted itself.
+        // Events that its snapshot sees, and events that it has recorded itself.
         let (known, new) = (Uuid::new_v4(), Uuid::new_v4());
         let mut client = pg.client();
         once(&mut client, "billing", known).unwrap();
@@ -138,7 +138,7 @@ fn stricter_levels_of_isolation_give_the_right_answer_or_a_serialization_failure
 }
 
 #[test]
-fn several_at_once_return_the_new_ones_in_the_order_given() {
+fn a_call_with_several_ids_returns_the_new_ones_in_the_given_order() {
     let pg = start();
     let mut client = pg.client();
     let mut ids: Vec<Uuid> = (0..50).map(|_| Uuid::new_v4()).collect();
@@ -158,7 +158,8 @@ fn several_at_once_return_the_new_ones_in_the_order_given() {
     assert_eq!(texts, 1);
 }
 
-/// Each session has the same ids in another order; in the order given they would wait for each other in a circle.
+/// Each session has the same ids in another order; processed in the given order, they would wait for each other in a
+/// circle.
 #[test]
 fn calls_with_ids_in_common_do_not_deadlock() {
     let pg = start();
@@ -277,7 +278,8 @@ fn a_role_with_the_grant_consumes_and_reads_nothing() {
     assert!(!once(&mut pg.client_as("intern", "postgres"), "billing", id).unwrap());
     assert_eq!(many(&mut billing, "billing", &[id]).unwrap(), Vec::<Uuid>::new());
     assert!(once(&mut shipping, "shipping", id).unwrap());
-    // Nobody learns what a consumer of another name has handled, or handles it for it. In a pattern, _ is a character.
+    // No role can find out what a consumer of another name has handled, or record events for it. In a pattern, _ is an
+    // ordinary character.
     for (client, consumer) in [
         (&mut billing, "shipping"),
         (&mut pg.client_as("billing", "postgres"), "billingXeu"),
@@ -316,7 +318,7 @@ fn a_role_with_the_grant_consumes_and_reads_nothing() {
         (said.code.as_str(), said.message.as_str()),
         ("42501", "permission denied for schema outbox")
     );
-    // Whoever may also publish keeps that.
+    // A role that may also publish keeps that right.
     pg.exec("select outbox.grant_publisher('billing'); select outbox.revoke_consumer('billing')");
     billing.batch_execute("select outbox.publish_event('t', 's')").unwrap();
     assert_eq!(Refused::of(once(&mut billing, "billing", id)).code, "42501");
@@ -325,7 +327,7 @@ fn a_role_with_the_grant_consumes_and_reads_nothing() {
 
 /// A consumer's database needs no relay: the library may not even be preloaded.
 #[test]
-fn it_works_and_is_purged_without_a_worker() {
+fn the_inbox_works_and_is_purged_without_a_worker() {
     let pg = Postgres::with(&[("shared_preload_libraries", "")]).start();
     pg.extension();
     let mut client = pg.client();
@@ -345,7 +347,7 @@ fn it_works_and_is_purged_without_a_worker() {
 }
 
 #[test]
-fn the_worker_purges_what_is_older_than_its_retention() {
+fn the_worker_purges_consumed_events_older_than_their_retention() {
     let pg = Postgres::with(&[("outbox_relay.inbox_retention", "1d")]).start();
     pg.extension();
     pg.wait_worker("postgres");
@@ -364,7 +366,8 @@ fn the_worker_purges_what_is_older_than_its_retention() {
     assert_eq!(noted(&pg), 10);
 }
 
-/// Otherwise a consumer that is restored from a dump, with its data, would handle again what that data contains.
+/// Otherwise a consumer that is restored from a dump, with its data, would handle again the events that this data
+/// contains.
 #[test]
 fn a_dump_brings_the_inbox_and_its_grants() {
     let pg = start();

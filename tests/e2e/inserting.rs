@@ -1,12 +1,12 @@
-//! A row of ours is an INSERT to everybody else: what others have put on our tables holds for it, whichever way it is
-//! published.
+//! For other code, publishing is an INSERT into outbox.events: everything that others have defined on the table applies
+//! to it, in each way to publish.
 
 use kit::{Refused, Stack, ids, types, wait_drained, wait_eq};
 use postgres::Client;
 use uuid::Uuid;
 
-/// A log of what happens to a table, as tools that rebuild tables keep one: after each row, always, with its owner's
-/// rights.
+/// A log of the changes of a table, as tools that rebuild tables keep one: after each row, in every session, with its
+/// owner's rights.
 pub(crate) const LOG_TRIGGER: &str = "
     create table public.log (id bigserial, tg_op text, tg_when text, row_data jsonb, who text);
     create function public.note() returns trigger language plpgsql security definer as $$
@@ -62,13 +62,13 @@ fn a_log_trigger_sees_every_row_whoever_inserts_it() {
         .map(|row| row.get(0))
         .collect();
     assert_eq!(logged, ids(&entries));
-    // What it is told is what is there.
+    // The logged row is the row in the table.
     let differing: i64 = stack.pg.one(
         "select count(*) from public.log l join outbox.events e on e.seq = (l.row_data ->> 'seq')::bigint
          where to_jsonb(e) is distinct from l.row_data",
     );
     assert_eq!(differing, 0);
-    // Rows that go are said as well.
+    // Deleted rows are logged, too.
     wait_drained(&stack.pg, "default");
     stack.pg.set("outbox_relay.published_retention", "0");
     wait_eq("deletes in the log", 5i64, || {
@@ -154,7 +154,7 @@ fn triggers_of_others_fire_in_their_order_and_as_the_caller() {
 }
 
 #[test]
-fn a_trigger_may_leave_a_row_out_and_may_change_what_is_the_publishers() {
+fn a_trigger_may_skip_a_row_and_change_the_publishers_columns() {
     let stack = Stack::start();
     stack.pg.exec(
         "create function public.shape() returns trigger language plpgsql as $$
@@ -193,7 +193,7 @@ fn a_trigger_may_leave_a_row_out_and_may_change_what_is_the_publishers() {
     assert_eq!(ids(&entries)[..2], [returned[0].unwrap(), returned[2].unwrap()]);
 }
 
-/// By any way, before and after our own trigger.
+/// In each way, before and after the extension's own trigger.
 #[test]
 fn a_trigger_that_changes_our_numbers_is_refused() {
     let stack = Stack::start();
@@ -220,7 +220,8 @@ fn a_trigger_that_changes_our_numbers_is_refused() {
         for field in ["seq", "xid", "backend_number", "event_id", "source"] {
             for (way, sql) in ways(field).iter().enumerate() {
                 let outcome = client.simple_query(sql);
-                // Before ours has filled them in, a plain INSERT may name them; what it names does not count.
+                // A plain INSERT may give these columns before the extension's trigger fills them in; the given values
+                // are ignored.
                 if name == "a_forge" && way == 2 && field != "source" {
                     assert!(outcome.is_ok(), "{sql}: {outcome:?}");
                     continue;
@@ -241,7 +242,7 @@ fn a_trigger_that_changes_our_numbers_is_refused() {
     assert_eq!(wrong, 0);
 }
 
-/// Also with all that Postgres says of it.
+/// Also with all fields of a Postgres error.
 #[test]
 fn errors_of_others_come_through_whole() {
     let stack = Stack::start();
@@ -389,13 +390,13 @@ fn policies_hold_for_the_caller() {
             )
         );
     }
-    // Who is not bound by policies is not bound here.
+    // Roles that bypass policies bypass them here, too.
     stack.publish("owner");
     assert_eq!(types(&stack.wait_events(5)), ["t", "t", "t", "t", "owner"]);
 }
 
 #[test]
-fn publishing_asks_for_execute_alone_whatever_is_on_the_table() {
+fn publishing_needs_only_execute_whatever_triggers_the_table_has() {
     let stack = Stack::start();
     stack.pg.exec(LOG_TRIGGER);
     stack.pg.exec(
@@ -416,7 +417,7 @@ fn publishing_asks_for_execute_alone_whatever_is_on_the_table() {
     );
 }
 
-/// What a trigger publishes, and what it publishes while it is publishing.
+/// Events that a trigger publishes, also while it publishes.
 #[test]
 fn triggers_may_publish() {
     let stack = Stack::start();
@@ -454,7 +455,7 @@ fn triggers_may_publish() {
 }
 
 #[test]
-fn a_rule_holds_too() {
+fn rules_on_the_table_apply_too() {
     let stack = Stack::start();
     stack.pg.exec(
         "create table public.copied (event_type text);

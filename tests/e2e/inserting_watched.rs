@@ -1,9 +1,9 @@
-//! Those who watch our tables see every row: logical decoding, and tools that rebuild a table under load.
+//! Observers of the table see every row: logical decoding, and tools that rebuild a table under load.
 
 use crate::inserting::{LOG_TRIGGER, ways};
 use kit::{LIMIT, Ledger, Load, Stack, env, wait_drained, wait_eq, wait_until};
 
-/// Whoever reads the WAL sees all rows that come and go, whoever writes them.
+/// A reader of the WAL sees all rows that are inserted and deleted, whoever writes them.
 #[test]
 fn logical_decoding_sees_every_row() {
     if env::lacks(&["test_decoding"]) {
@@ -42,7 +42,7 @@ fn logical_decoding_sees_every_row() {
 /// Streams that are never trimmed: each entry counts.
 const UNTRIMMED: &[(&str, &str)] = &[("outbox_relay.redis_max_len", "0")];
 
-/// Tools that rebuild a table under load copy it, and apply what a log says has happened since.
+/// Tools that rebuild a table under load copy it, and apply the changes in a log since then.
 #[test]
 fn the_log_of_a_loaded_table_has_every_event() {
     let stack = Stack::with(UNTRIMMED);
@@ -50,7 +50,7 @@ fn the_log_of_a_loaded_table_has_every_event() {
     let load = Load::start(&stack.pg, 4, "");
     wait_until("some events", || stack.redis.xlen("events") > 100);
     stack.pg.exec(LOG_TRIGGER);
-    // Whoever began later finds the trigger; CREATE TRIGGER has waited for all others.
+    // Later transactions find the trigger; CREATE TRIGGER has waited for all others.
     let copied: i64 = stack.pg.one("select count(*) from outbox.events");
     wait_until("more events", || {
         stack.pg.one::<i64>("select count(*) from outbox.events") > copied + 500
@@ -64,7 +64,7 @@ fn the_log_of_a_loaded_table_has_every_event() {
     assert!(missing <= 0, "{missing} are missing in the log");
 }
 
-/// The real one, where it is installed.
+/// With the real pg_repack, where it is installed.
 #[test]
 fn pg_repack_under_load_loses_nothing() {
     let stack = Stack::with(UNTRIMMED);

@@ -1,4 +1,4 @@
-//! The kit's ways to make a Redis lose what it acknowledged do so.
+//! The kit can make a Redis lose entries that it acknowledged.
 
 use kit::{Redis, tell, xlen};
 
@@ -20,7 +20,7 @@ fn a_persistent_redis_survives_sigkill_and_loses_the_end_of_its_file() {
     assert!((1_000..1_200).contains(&cut), "{cut} bytes were cut");
     let left = redis.xlen("s");
     assert!((60..95).contains(&left), "{left} are left");
-    // It goes on from there, and transactions are lost whole.
+    // It goes on from there, and transactions are lost completely.
     let mut conn = redis.conn();
     let mut batch = redis::pipe();
     batch.atomic();
@@ -30,7 +30,7 @@ fn a_persistent_redis_survives_sigkill_and_loses_the_end_of_its_file() {
     batch.exec(&mut conn).expect("a transaction");
     redis.crash_losing(1);
     assert_eq!(redis.xlen("s"), left);
-    // Nothing of it comes back.
+    // None of the lost entries come back.
     add(&redis, 1);
     redis.kill9();
     redis.start_again();
@@ -64,7 +64,7 @@ fn a_replica_falls_behind_and_takes_over() {
     replica.lag();
     add(&primary, 5);
     assert_eq!((primary.xlen("s"), replica.xlen("s")), (9, 4));
-    // Connections stay, and find the server read-only.
+    // Connections stay open, and find the server read-only.
     let mut open = primary.conn();
     replica.take_over_from(&primary);
     assert_eq!((xlen(&mut open, "s"), replica.xlen("s")), (4, 4));

@@ -1,4 +1,4 @@
-//! The kit's proxy does what it says: other tests rely on each byte of it.
+//! The kit's proxy works as documented: other tests rely on each byte of it.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -13,7 +13,7 @@ fn proxied() -> (TcpListener, Proxy) {
     (listener, proxy)
 }
 
-/// A client's socket and the one that the server got for it.
+/// A client's socket and the one that the server accepted for it.
 fn pair(listener: &TcpListener, proxy: &Proxy) -> (TcpStream, TcpStream) {
     let client = connect(proxy).expect("a connection");
     let (server, _) = listener.accept().expect("a connection");
@@ -33,7 +33,7 @@ fn receive(socket: &mut TcpStream, count: usize) -> String {
     String::from_utf8(bytes).expect("text")
 }
 
-/// All that still comes, until the connection ends in whatever way.
+/// Everything that still arrives, until the connection ends in any way.
 fn rest(socket: &mut TcpStream) -> String {
     let mut bytes = Vec::new();
     let _ = socket.read_to_end(&mut bytes);
@@ -44,7 +44,7 @@ fn rest(socket: &mut TcpStream) -> String {
 fn bytes_and_ends_pass_both_ways() {
     let (listener, proxy) = proxied();
     let (mut client, mut server) = pair(&listener, &proxy);
-    // More than any buffer on the way.
+    // More than the buffers on the way can hold.
     let long = "0123456789abcdef".repeat(1 << 18);
     std::thread::scope(|scope| {
         scope.spawn(|| client.write_all(long.as_bytes()).expect("writing"));
@@ -75,7 +75,7 @@ fn a_connection_is_cut_after_exactly_so_many_bytes() {
         from.write_all(b"0123").unwrap();
         assert_eq!(receive(&mut to, 4), "0123");
         assert_eq!(proxy.cuts(), 0);
-        // Whether the last write still goes well is the kernel's affair.
+        // Whether the last write still succeeds depends on the kernel.
         let _ = from.write_all(b"456789abc");
         assert_eq!(rest(&mut to), "456789");
         assert_eq!(rest(&mut from), "");
@@ -107,7 +107,7 @@ fn a_connection_is_held_or_cut_behind_a_mark() {
     let (listener, proxy) = proxied();
     let (mut client, mut server) = pair(&listener, &proxy);
     proxy.hold_behind(Way::ToServer, b"EXEC\r\n");
-    // The mark comes in two pieces, and once more behind.
+    // The mark comes in two pieces, and once more after that.
     client.write_all(b"MULTI EX").unwrap();
     assert_eq!(receive(&mut server, 8), "MULTI EX");
     client.write_all(b"EC\r\nWATCH EXEC\r\n").unwrap();
@@ -121,9 +121,9 @@ fn a_connection_is_held_or_cut_behind_a_mark() {
     assert_eq!(proxy.cuts(), 1);
 }
 
-/// The client is gone and another has connected; then its bytes come.
+/// The client is gone and another has connected; then the first one's bytes arrive.
 #[test]
-fn what_is_held_arrives_after_its_sender_has_gone() {
+fn held_bytes_arrive_after_their_sender_has_gone() {
     let (listener, proxy) = proxied();
     let (mut early, mut server) = pair(&listener, &proxy);
     proxy.hold(Way::ToServer);
@@ -187,7 +187,7 @@ fn connections_are_refused_and_led_elsewhere() {
     client.write_all(b"elsewhere").unwrap();
     assert_eq!(receive(&mut server, 9), "elsewhere");
     assert_eq!(proxy.accepted(), 2);
-    // Where nobody is.
+    // Where nothing listens.
     drop((client, server, other));
     assert_eq!(rest(&mut connect(&proxy).unwrap()), "");
 }

@@ -1,4 +1,5 @@
-//! The extension comes and goes, and so does its worker: without a restart, and without standing in anybody's way.
+//! The extension is created and dropped, and its worker comes and goes with it: without a restart, and without blocking
+//! others.
 
 use kit::{
     BlackHole, Ledger, Load, Postgres, QUICK, Redis, Refused, Stack, env, ids, process, promptly, publish_many, types,
@@ -54,7 +55,7 @@ fn the_extension_starts_a_worker_and_dropping_it_ends_it() {
 
 /// A rolled back CREATE or DROP changes nothing.
 #[test]
-fn what_is_rolled_back_neither_starts_nor_ends_a_worker() {
+fn a_rolled_back_statement_neither_starts_nor_ends_a_worker() {
     let stack = Stack::start();
     let worker = stack.pg.wait_worker("postgres");
     let mut client = stack.pg.client();
@@ -85,7 +86,7 @@ fn a_worker_comes_with_the_commit_of_the_extension() {
     assert_eq!(ids(&redis.wait_entries("events", 2)), published);
 }
 
-/// It can be created all the same, and whoever does so hears what is missing.
+/// It can be created all the same, and the session gets a warning about what is missing.
 #[test]
 fn without_the_library_preloaded_creating_the_extension_warns() {
     let pg = Postgres::with(&[("shared_preload_libraries", "")]).start();
@@ -97,8 +98,8 @@ fn without_the_library_preloaded_creating_the_extension_warns() {
         assert!(ran.ok, "{}", ran.stderr);
         assert_eq!(
             ran.stderr,
-            "WARNING:  outbox_relay is not preloaded: events are kept, and nothing sends them\n\
-             HINT:  Add outbox_relay to shared_preload_libraries, and restart the server.\n"
+            "WARNING:  outbox_relay is not preloaded: events are kept, but not sent\n\
+             HINT:  Add outbox_relay to shared_preload_libraries and restart the server.\n"
         );
         pg.exec(drop);
     }
@@ -110,7 +111,7 @@ fn without_the_library_preloaded_creating_the_extension_warns() {
     assert_eq!(preloaded.psql(&["-c", "create extension outbox_relay"]).stderr, "");
 }
 
-/// COMMIT PREPARED tells of what was prepared, whatever stands before it in its text.
+/// COMMIT PREPARED is recognised by the name of the prepared transaction, whatever stands before it in its text.
 #[test]
 fn a_prepared_extension_gets_its_worker_when_it_is_committed() {
     let pg = Postgres::with(&[("outbox_relay.poll_interval", "1h")]).start();
@@ -141,7 +142,7 @@ fn dropping_the_extension_waits_neither_for_a_drain_nor_for_redis() {
     let load = Load::start(&stack.pg, 2, "");
     load.wait_more(100);
     let worker = stack.pg.wait_worker("postgres");
-    // Waits for publishers' transactions, which are short, and for no one else.
+    // Waits only for publishers' transactions, which are short.
     promptly(&stack.pg, "drop extension outbox_relay cascade");
     wait_gone(&stack.pg, worker);
     load.stop();
@@ -185,7 +186,7 @@ fn dropping_the_schema_takes_the_extension_and_the_worker() {
     stack.pg.wait_worker("postgres");
 }
 
-/// Somebody else's schema of that name: the worker looks, finds no extension, and leaves without a word of trouble.
+/// Another schema of that name: the worker looks, finds no extension, and ends without a message.
 #[test]
 fn a_schema_without_the_extension_gets_no_worker() {
     let mut pg = Postgres::start();
@@ -237,9 +238,9 @@ fn another_version_idles_the_worker_until_it_is_set_right() {
     assert_eq!(said, 1, "it said so {said} times");
 }
 
-/// With minutes of a second.
+/// With a second for a minute.
 #[test]
-fn why_there_is_no_worker_is_logged_each_minute() {
+fn the_reason_for_a_missing_worker_is_logged_each_minute() {
     let mut pg = Postgres::with(QUICK).faults().stopped();
     pg.mutation("short_minutes");
     pg.start_again();
@@ -259,7 +260,7 @@ fn why_there_is_no_worker_is_logged_each_minute() {
         (
             "outbox_relay.databases",
             "other",
-            "no worker of outbox_relay in \"postgres\": outbox_relay.databases leaves it out",
+            "no worker of outbox_relay in \"postgres\": excluded by outbox_relay.databases",
         ),
     ] {
         pg.set(setting, value);
@@ -273,7 +274,7 @@ fn why_there_is_no_worker_is_logged_each_minute() {
     said_thrice("outbox_relay worker is idle: library and extension have different versions");
 }
 
-/// While it is done, and not for longer.
+/// While the work is done, and not for longer.
 #[test]
 fn pg_stat_activity_says_what_the_worker_is_doing() {
     let stack = Stack::of(Postgres::with(QUICK), Redis::start());
@@ -321,9 +322,9 @@ fn a_terminated_launcher_comes_back_and_disturbs_no_worker() {
     assert_eq!(types(&stack.wait_events(2)), ["event", "again"]);
 }
 
-/// From 17 on the wait events have names, and from 18 on a session can ask which version of the library it has.
+/// From 17 on the wait events have names, and from 18 on a session can query the version of the library.
 #[test]
-fn pg_stat_activity_and_the_library_say_who_they_are() {
+fn pg_stat_activity_and_the_library_give_their_names_and_versions() {
     let stack = Stack::start();
     stack.pg.wait_worker("postgres");
     for (process, named) in [("worker", "OutboxRelayWorker"), ("launcher", "OutboxRelayLauncher")] {

@@ -1,5 +1,5 @@
-//! Databases: each with the extension has a worker, none other costs a process, and no worker stands in the way of
-//! those who need a database to themselves.
+//! Each database with the extension has a worker, other databases cost no process, and no worker blocks statements that
+//! need a database without other sessions.
 
 use kit::{
     BlackHole, Ledger, Mode, Postgres, Redis, Refused, Stack, ids, promptly, publish_many, wait_drained, wait_eq,
@@ -77,8 +77,8 @@ fn each_database_with_the_extension_has_a_worker_and_no_other_has() {
     assert_eq!(refused.code, "3F000");
 }
 
-/// CREATE DATABASE ... TEMPLATE of a database with the extension: its copy gets a worker by itself, which sends nothing
-/// until somebody says that it is to, and then what was published in the copy. See `copies.rs`.
+/// CREATE DATABASE ... TEMPLATE of a database with the extension: its copy gets a worker, which sends nothing until
+/// take_over(), and then only what was published in the copy. See `copies.rs`.
 #[test]
 fn a_copied_database_gets_a_worker_that_sends_what_is_its_own_once_it_is_told_to() {
     let pg = Postgres::start();
@@ -129,7 +129,7 @@ fn a_database_is_dropped_as_if_there_were_no_worker() {
             0
         );
     }
-    // Also while it works as fast as it can.
+    // Also while it works at full speed.
     database(&pg, &redis, "busy");
     publish(&pg, "busy", 20_000);
     promptly(&pg, "drop database busy");
@@ -188,7 +188,7 @@ fn a_database_is_renamed_moved_and_copied_as_if_there_were_no_worker() {
     pg.exec("drop tablespace elsewhere");
 }
 
-/// It dies while the worker is away for it; nobody is left to call the worker back but the launcher.
+/// The session dies while the worker has left for it; only the launcher can start the worker again.
 #[test]
 fn a_session_that_dies_while_it_holds_a_database_gives_it_back() {
     let pg = Postgres::start();
@@ -224,7 +224,9 @@ fn without_a_free_process_the_launcher_says_so_and_goes_on_trying() {
             .rfind(|line| line.contains("No worker could be started for "));
         detail.is_some_and(|line| line.contains("\"second\"") && !line.contains("\"first\""))
     });
-    pg.wait_log("Raise max_worker_processes: each database with the extension needs one, and the launcher one more.");
+    pg.wait_log(
+        "Raise max_worker_processes: each database with the extension needs one, and the launcher needs one more.",
+    );
     let published = publish(&pg, "first", 2);
     assert_eq!(ids(&redis.wait_entries("first", 2)), published);
     assert_eq!(served(&pg), ["first"]);
@@ -260,7 +262,7 @@ fn the_workers_of_databases_are_independent() {
     assert_eq!(ids(&stack.redis.entries("stuck")), waiting);
 }
 
-/// Whatever somebody has set for a database or the superuser's role.
+/// Whatever is set for a database or the superuser's role.
 #[test]
 fn settings_of_a_database_or_a_role_do_not_stop_its_relay() {
     let pg = Postgres::start();

@@ -1,4 +1,4 @@
-//! The worker's log: a line on each change of state, no more, and never what events contain or what opens Redis.
+//! The worker's log: a line on each change of state, no more, and never the content of events or credentials of Redis.
 
 use kit::{BlackHole, Garbage, Postgres, QUICK, Redis, Stack, standing, wait_drained, wait_trouble, wait_until};
 
@@ -46,9 +46,9 @@ fn an_outage_is_logged_once_and_so_is_its_end() {
     }
 }
 
-/// Each attempt may end in another way; all of them are one trouble.
+/// Each attempt may end with another error; all of them are one problem.
 #[test]
-fn troubles_that_take_turns_are_not_logged_again_and_again() {
+fn alternating_problems_are_not_logged_repeatedly() {
     let stack = Stack::of(
         Postgres::with(QUICK).with(&[
             ("outbox_relay.retry_delay", "5ms"),
@@ -152,7 +152,7 @@ fn log_level_error_silences_information_and_warnings() {
     stack.redis.shutdown();
     stack.publish("t");
     wait_trouble(&stack.pg, "default", "backoff", "refused");
-    // An error all the same: somebody must mend a setting.
+    // Still an ERROR: somebody must correct a setting.
     stack.point_at("default", "no..such..host", 1);
     stack.pg.wait_log("backend \"default\" cannot be reached");
     let log = stack.pg.log();
@@ -193,7 +193,7 @@ fn at_level_debug_each_step_is_logged_and_at_info_none() {
         assert!(!stack.pg.log().contains(step), "{step}");
     }
     stack.pg.set("outbox_relay.log_level", "debug");
-    // Another connection, which is claimed anew.
+    // Another connection, which is claimed again.
     stack.pg.exec("update outbox.backends set db = 1");
     stack
         .pg

@@ -1,5 +1,5 @@
-//! Our tables travel by logical replication: what they bring is held by the subscriber, and sent by one server alone.
-//! The way from an old server to a new one, as docs/blue-green.md has it.
+//! The extension's tables are replicated: the subscriber keeps the rows, and only one server sends them. The procedure
+//! from an old server to a new one, as docs/blue-green.md describes it.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use kit::{Postgres, Stack, types, wait_drained, wait_eq, wait_until};
 const LOGICAL: &[(&str, &str)] = &[
     ("wal_level", "logical"),
     ("wal_receiver_status_interval", "1s"),
-    // A loaded machine must not make Postgres give up by itself.
+    // On a loaded machine, Postgres must not give up because of a timeout.
     ("wal_sender_timeout", "0"),
     ("wal_receiver_timeout", "0"),
     ("max_replication_slots", "40"),
@@ -49,7 +49,7 @@ fn subscribed_to(old: &Postgres, what: &str) -> Postgres {
     new
 }
 
-/// Waits until the new server has all that the old one has committed.
+/// Waits until the new server has everything that the old one has committed.
 fn wait_caught_up(old: &Postgres) {
     let lsn: String = old.one("select pg_current_wal_lsn()::text");
     wait_until("the subscriber to catch up", || {
@@ -59,7 +59,7 @@ fn wait_caught_up(old: &Postgres) {
     });
 }
 
-/// The subscription has met no error.
+/// The subscription has had no error.
 fn assert_undisturbed(new: &Postgres) {
     let errors =
         "select coalesce(sum(apply_error_count + sync_error_count), 0)::bigint from pg_stat_subscription_stats";
@@ -76,7 +76,7 @@ fn old_server() -> Stack {
     Stack::with(LOGICAL)
 }
 
-/// From the old server to the new one while clients publish: some events have not been sent by the old one.
+/// From the old server to the new one while clients publish: the old one has not sent some events.
 #[test]
 fn a_new_server_goes_on_where_the_old_one_stopped() {
     for leaves_a_rest in [false, true] {
@@ -121,7 +121,7 @@ fn a_new_server_goes_on_where_the_old_one_stopped() {
     }
 }
 
-/// The new server's own worker saves a cursor for the first time just when the old one's arrives.
+/// The new server's own worker saves a cursor for the first time at the moment when the old one's arrives.
 #[test]
 fn a_cursor_that_both_servers_insert_at_once_disturbs_nothing() {
     let old = old_server();
@@ -147,14 +147,14 @@ fn a_cursor_that_both_servers_insert_at_once_disturbs_nothing() {
         ))
     };
     assert_eq!((total("cursors"), total("held_cursors")), (1, 2));
-    // Changes of it go on to be heard of.
+    // Later changes of it still arrive.
     old.pg
         .exec("update outbox.cursors set published_total = 3 where backend_number = 77");
     wait_caught_up(&old.pg);
     assert_eq!((total("cursors"), total("held_cursors")), (1, 3));
 }
 
-/// Nothing is sent twice, nothing of the old server's own settings is taken over, and nothing stops the subscription.
+/// Nothing is sent twice, no local state of the old server is taken over, and nothing stops the subscription.
 #[test]
 fn a_subscriber_holds_what_comes_and_keeps_what_it_has() {
     let old = old_server();
@@ -166,7 +166,7 @@ fn a_subscriber_holds_what_comes_and_keeps_what_it_has() {
     run("select outbox.set_backend_password('default', null)");
     old.wait_events(20);
     let new = subscribed(&old.pg);
-    // Of the same numbers as the old one's.
+    // With the same numbers as the old one's.
     new.exec("select outbox.publish_event('own ' || i, 's', stream => 'own') from generate_series(1, 50) i");
     old.redis.wait_entries("own", 50);
     wait_drained(&new, "default");
@@ -206,7 +206,7 @@ fn a_subscriber_holds_what_comes_and_keeps_what_it_has() {
     wait_caught_up(&old.pg);
     assert_undisturbed(&new);
 
-    // What does not travel is the new server's own.
+    // State that is not replicated is the new server's own.
     let count = |table: &str| new.one::<i64>(&format!("select count(*) from outbox.{table}"));
     assert_eq!(
         (count("backend_passwords"), count("installation"), count("backends")),
@@ -247,7 +247,7 @@ fn a_subscriber_holds_what_comes_and_keeps_what_it_has() {
     assert_eq!(old.redis.xlen(kit::stack::STREAM), 44);
 }
 
-/// TRUNCATE travels, too: it empties what the old server has sent, and no table of the new one's own.
+/// TRUNCATE is replicated, too: it removes rows that the old server has sent, and no row of the new server.
 #[test]
 fn a_truncate_of_the_old_server_leaves_the_rows_of_the_new_one() {
     let old = old_server();
@@ -301,9 +301,9 @@ fn a_truncate_of_the_old_server_leaves_the_rows_of_the_new_one() {
     assert_eq!(types(&old.redis.wait_entries("own", 20)), expected);
 }
 
-/// The old server is gone, and nobody knows how far it came: its events are looked for in the streams.
+/// The old server is gone, and nobody knows which events it had sent: they are looked for in the streams.
 #[test]
-fn what_a_lost_server_had_sent_is_found_and_not_repeated() {
+fn events_that_a_lost_server_had_sent_are_found_and_not_repeated() {
     let mut old = old_server();
     let new = subscribed_to(&old.pg, "table outbox.events");
     let expected: Vec<String> = (1..=110).map(|i| format!("n{i}")).collect();
@@ -321,7 +321,7 @@ fn what_a_lost_server_had_sent_is_found_and_not_repeated() {
     new.exec("select outbox.take_over('default')");
     assert_eq!(types(&old.wait_events(110)), expected);
     new.wait_log(
-        "100 of the events after its saved position stand in the streams already and are not repeated, 10 are sent",
+        "100 of the events after its saved position are already in the streams and are not repeated; 10 are sent",
     );
     new.exec("select outbox.publish_event('new', 's')");
     assert_eq!(types(&old.wait_events(111))[110], "new");

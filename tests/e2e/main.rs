@@ -1,5 +1,5 @@
-//! End-to-end and fault tests: real servers, each test with its own (`tests/kit` starts them). One module a behaviour
-//! or guarantee; its first lines say which.
+//! End-to-end and fault tests: real servers, each test with its own (`tests/kit` starts them). One module for each
+//! behaviour or guarantee; its first lines say which.
 
 mod acting;
 mod addresses;

@@ -13,7 +13,7 @@ const SETTINGS: &[(&str, &str)] = &[
     ("fsync", "off"),
     ("dynamic_shared_memory_type", "mmap"),
     ("log_min_messages", "info"),
-    // What Redis refuses is tried again until it is accepted, without end.
+    // A refused event is retried until it is accepted, without limit.
     ("outbox_relay.max_retries", "1000"),
 ];
 
@@ -21,7 +21,7 @@ fn run(program: &Path, args: &[&str], dir: &Path) {
     let mut command = env::server_command(program);
     let ran = command.args(args).current_dir(dir).output().expect("it runs");
     let said = String::from_utf8_lossy(&ran.stdout).into_owned() + &String::from_utf8_lossy(&ran.stderr);
-    // pg_upgrade names a log that says more.
+    // pg_upgrade names a log with the details.
     let named = said.split('"').find(|word| word.ends_with(".log"));
     let log = named.and_then(|path| std::fs::read_to_string(path).ok());
     let log = log.map(|log| kit::process::tail(&log, 20));
@@ -34,7 +34,7 @@ fn empty(bin: &Path) -> Postgres {
     let data = dir.path().join("fresh").display().to_string();
     let mut arguments = vec!["--pgdata", &data, "--username=postgres", "--auth=trust"];
     arguments.extend(["--encoding=UTF8", "--locale=C.UTF-8", "--no-sync"]);
-    // From 18 on pages have checksums, and pg_upgrade wants both servers to be alike.
+    // From 18 on pages have checksums, and pg_upgrade requires the same of both servers.
     if env::major_of(bin) >= 18 {
         arguments.push("--no-data-checksums");
     }
@@ -76,7 +76,7 @@ fn events_of_every_kind_go_through_pg_upgrade_from_major_to_major() {
         update outbox.backends set host = '127.0.0.1', port = {port};
         insert into outbox.backends (name, host, port, stream_name) values ('held', '127.0.0.1', {port}, 'held')"
     ));
-    // Redis refuses what goes to these, as long as they are no streams.
+    // Redis refuses events for these keys as long as they hold no streams.
     for stream in ["mended", "failing"] {
         redis.call(&["SET", stream, "no stream"]);
     }
@@ -124,7 +124,7 @@ fn events_of_every_kind_go_through_pg_upgrade_from_major_to_major() {
     assert_eq!(pg.one::<i64>("select outbox.retry_failed()"), 1);
     assert_eq!(ids(&redis.wait_entries("failing", 1)), [failed]);
     pg.exec("update outbox.scheduled_events set scheduled_at = now()");
-    // After the commit: before it, the worker would look in vain.
+    // After the commit: before it, the worker would find nothing.
     pg.exec("select outbox.wake()");
     sent.push(scheduled);
     assert_eq!(ids(&redis.wait_entries("events", sent.len())), sent);

@@ -1,4 +1,5 @@
-//! More backends than the server has file descriptors and threads for: the worker stays, and serves them all in turn.
+//! More backends than the server has file descriptors and threads for: the worker survives, and serves them all in
+//! turn.
 
 use std::time::{Duration, Instant};
 
@@ -22,7 +23,7 @@ fn takes(stack: &Stack) -> Duration {
 
 /// Of three thousand backends, some have a Redis, and most have none.
 #[test]
-fn thousands_of_backends_neither_end_the_worker_nor_hold_up_others() {
+fn thousands_of_backends_neither_end_the_worker_nor_delay_others() {
     let stack = Stack::with(&[("max_files_per_process", "200")]);
     stack.publish("first");
     stack.wait_events(1);
@@ -48,7 +49,7 @@ fn thousands_of_backends_neither_end_the_worker_nor_hold_up_others() {
     assert_eq!(stack.pg.wait_worker("postgres"), worker, "the worker has ended");
     assert!(most_descriptors < 200 && most_threads < 100);
     assert!(longest < Duration::from_secs(5), "{longest:?}");
-    stack.pg.wait_log("backends wait for their turn to connect");
+    stack.pg.wait_log("backends are waiting for their turn to connect");
 
     let (before, start) = (cpu_time(worker), Instant::now());
     let mut delays: Vec<Duration> = (0..40)
@@ -64,7 +65,7 @@ fn thousands_of_backends_neither_end_the_worker_nor_hold_up_others() {
         delays[20], delays[39]
     );
 
-    // Those behind have their turn.
+    // The backends at the end of the list have their turn.
     stack.pg.exec(
         "select outbox.publish_event('event', 'kit', backend => 'backend' || n * 100) from generate_series(1, 30) n",
     );
@@ -81,7 +82,7 @@ fn thousands_of_backends_neither_end_the_worker_nor_hold_up_others() {
     assert_eq!(stack.pg.wait_worker("postgres"), worker, "the worker has ended");
 }
 
-/// Sets a limit of a process; returns what it was.
+/// Sets a limit of a process; returns the value of before.
 fn limit(pid: i32, what: &str, value: &str) -> String {
     let text = std::fs::read_to_string(format!("/proc/{pid}/limits")).expect("the worker lives");
     let row = if what == "nofile" {
@@ -99,7 +100,8 @@ fn limit(pid: i32, what: &str, value: &str) -> String {
     before
 }
 
-/// Nothing can be opened, and no thread be started: what is connected goes on, and all others come up once they can.
+/// Nothing can be opened, and no thread can be started: existing connections go on, and all others are made once that
+/// is possible.
 #[test]
 fn a_worker_that_can_open_nothing_goes_on_with_what_it_has() {
     let stack = Stack::with(&[

@@ -1,11 +1,11 @@
-//! Many databases: those with the extension get their workers quickly, those without cost one look, and whoever waits
-//! knows why.
+//! Many databases: those with the extension get their workers quickly, those without cost one look, and the reason for
+//! a wait is reported.
 
 use std::time::{Duration, Instant};
 
 use kit::{Mode, Postgres, Redis, env, eventually, holds_for, ids, publish_many, wait_eq, wait_until};
 
-/// Says in the log which processes are started.
+/// Logs which processes are started.
 const TALKATIVE: (&str, &str) = ("log_min_messages", "debug1");
 
 fn starts(pg: &Postgres, database: &str) -> usize {
@@ -38,7 +38,7 @@ fn names(prefix: &str, count: usize) -> Vec<String> {
     (0..count).map(|n| format!("{prefix}{n}")).collect()
 }
 
-/// Neither does another database, nor one that is dropped or renamed; the extension brings a worker all the same.
+/// Nor does another database, or one that is dropped or renamed, cost more; the extension starts a worker all the same.
 #[test]
 fn a_database_without_the_extension_is_looked_at_once() {
     let pg = Postgres::with(&[TALKATIVE]).start();
@@ -75,7 +75,7 @@ fn a_database_without_the_extension_is_looked_at_once() {
     assert_eq!(starts(&pg, "without0"), 1);
 }
 
-/// What an interrupted DROP DATABASE leaves: nobody can connect to it, and nobody tries.
+/// The state that an interrupted DROP DATABASE leaves: nobody can connect to the database, and no worker tries.
 #[test]
 fn an_invalid_database_is_left_alone() {
     let mut pg = Postgres::with(&[TALKATIVE]).start();
@@ -90,12 +90,12 @@ fn an_invalid_database_is_left_alone() {
     holds_for(Duration::from_secs(1), "nothing is started there", || {
         starts(&pg, "broken") == looked && starts(&pg, "closed") == 0
     });
-    // Somebody opens it again.
+    // Somebody makes it valid again.
     pg.exec("alter database closed with allow_connections true");
     wait_eq("looks", 1, || starts(&pg, "closed"));
 }
 
-/// Its directory is damaged: the attempts become rare, the log says so, and the others do not suffer.
+/// Its directory is damaged: the attempts become rare, the log says so, and other databases are not affected.
 #[test]
 fn a_worker_that_cannot_start_is_tried_less_and_less() {
     let mut pg = Postgres::start();
@@ -121,7 +121,7 @@ fn a_worker_that_cannot_start_is_tried_less_and_less() {
     eventually("a worker", Duration::from_secs(30), || pg.worker_pid("damaged"));
 }
 
-/// As many as there are processes for.
+/// As many databases as there are processes.
 #[test]
 fn the_workers_of_many_databases_start_in_seconds() {
     const COUNT: usize = 30;
@@ -138,7 +138,7 @@ fn the_workers_of_many_databases_start_in_seconds() {
         (at_work == COUNT).then(|| start.elapsed())
     });
     println!("{COUNT} workers were at work {took:?} after the server's start");
-    // Two at once, and a second for each two, were 15 seconds.
+    // Starting two at once, and a second for each two, took 15 seconds.
     assert!(took < Duration::from_secs(8), "{took:?}");
 }
 
@@ -151,13 +151,13 @@ fn a_database_that_waits_for_a_process_says_so() {
         wait_state(&pg, name, "running");
     }
     wait_state(&pg, "tenant2", "waiting for a background worker process");
-    pg.wait_log("No worker could be started for \"tenant2\"; it is tried again each second.");
+    pg.wait_log("No worker could be started for \"tenant2\". The launcher tries again each second.");
     let port = redis.port();
     let point = format!("update outbox.backends set host = '127.0.0.1', port = {port}");
     pg.exec_db("tenant2", &point);
     let published = publish_many(&mut pg.client_db("tenant2"), "default", "", "event", 3);
 
-    // After a restart nobody knows who has the extension; a template's name is not worth a word.
+    // After a restart nobody knows which databases have the extension; templates are not logged.
     pg.restart();
     pg.wait_log_after(0, "No worker could be started for ");
     wait_eq("workers", 2, || served(&pg));
@@ -176,7 +176,7 @@ fn a_database_that_waits_for_a_process_says_so() {
     }
 }
 
-/// With room for four, and a database more; and one after the other, with the extension or without.
+/// With room for four, and one database more; and one after the other, with the extension or without.
 #[test]
 fn a_slot_is_free_again_when_its_database_has_gone() {
     let mut pg = Postgres::builder().faults().stopped();
@@ -198,7 +198,7 @@ fn a_slot_is_free_again_when_its_database_has_gone() {
     wait_state(&pg, "kept4", "running");
 }
 
-/// CREATE EXTENSION of another that needs ours; and what takes ours away.
+/// CREATE EXTENSION of another extension that needs this one; and other statements that remove this one.
 #[test]
 fn the_extension_comes_and_goes_by_other_statements_too() {
     let pg = Postgres::start();
@@ -237,7 +237,7 @@ fn drop_role(pg: &Postgres) {
     pg.exec("drop owned by administrator cascade; drop role administrator");
 }
 
-/// Dropped and created again in one transaction: the worker goes over to the new one at once.
+/// Dropped and created again in one transaction: the worker changes to the new extension at once.
 #[test]
 fn an_extension_that_is_made_anew_in_one_transaction_is_served_at_once() {
     let pg = Postgres::start();

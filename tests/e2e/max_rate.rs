@@ -1,4 +1,4 @@
-//! `max_rate`: a backlog drains at the pace of its backend, in order, and the backend is not ill.
+//! `max_rate`: a backlog drains in order at the rate of its backend, and the backend counts as healthy.
 
 use kit::{
     Cluster, Postgres, QUICK, Redis, Refused, Stack, UNTRIMMED, ids, publish_many, standing, wait_drained, wait_eq,
@@ -40,11 +40,11 @@ fn a_backlog_drains_at_its_pace_and_in_order() {
     let mut looks = 0;
     while stack.events().len() < published.len() {
         let sent = stack.events().len();
-        // What it had saved up, and what is gained while that is counted.
+        // The saved allowance, and what is added while this counts.
         let most = 200.0 * start.elapsed().as_secs_f64() + 10.0;
         assert!(sent as f64 <= most, "{sent} after {:?}", start.elapsed());
         let found = standing(&stack.pg, "default");
-        // What is saved may be a second old, in which 200 are sent.
+        // The saved count may be a second old, in which 200 are sent.
         if found.published > 0 && found.pending > 300 {
             looks += 1;
             assert_eq!(found.state, "sending", "{found:?}");
@@ -100,7 +100,7 @@ fn a_change_takes_effect_at_once_and_nonsense_is_refused() {
     }
 }
 
-/// Also where a backlog takes all that may be sent.
+/// Also if a backlog uses the whole rate.
 #[test]
 fn a_refused_stream_is_not_starved_by_a_backlog() {
     for delivery in ["exactly_once", "at_least_once"] {
@@ -130,7 +130,7 @@ fn a_refused_stream_is_not_starved_by_a_backlog() {
     }
 }
 
-/// Whatever is killed, nothing is lost or repeated while a pace holds events back.
+/// Whatever is killed, nothing is lost or repeated while the rate limit delays events.
 #[test]
 fn each_event_is_sent_once_though_it_waits_for_its_pace() {
     let mut stack = stack();

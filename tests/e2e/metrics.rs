@@ -1,4 +1,4 @@
-//! `outbox.metrics`: what a monitoring system is told.
+//! `outbox.metrics`: the figures for a monitoring system.
 
 use kit::{Postgres, QUICK, Redis, Stack, UNTRIMMED, publish_many, tell, wait_drained, wait_eq, wait_until};
 use std::time::Duration;
@@ -30,7 +30,8 @@ fn each_metric_has_a_name_a_type_and_one_value_for_its_labels() {
     assert_eq!(metric(&stack, "outbox_relay_worker_up", "{}"), 1.0);
     let idle = r#"{"state": "idle", "backend": "default"}"#;
     assert_eq!(metric(&stack, "outbox_relay_backend_state", idle), 1.0);
-    // What Prometheus wants: names in its form, one type and one help for a name, one value for a name and its labels.
+    // The rules of Prometheus: names in its form, one type and one help for a name, one value for a name with its
+    // labels.
     for wrong in [
         "select name from outbox.metrics where name !~ '^outbox_relay_[a-z_]+$' or type not in ('counter', 'gauge', 'histogram') or value is null or help = ''",
         "select name from outbox.metrics where (type = 'counter') <> (name like '%_total')",
@@ -53,7 +54,7 @@ fn each_metric_has_a_name_a_type_and_one_value_for_its_labels() {
     assert_eq!(metric(&stack, "outbox_relay_failed_events", "{}"), 1.0);
 }
 
-/// How many events of the default backend were acknowledged within so many seconds of their commit.
+/// How many events of the default backend were acknowledged within this many seconds of their commit.
 fn within(stack: &Stack, le: &str) -> f64 {
     let labels = format!(r#"{{"backend": "default", "le": "{le}"}}"#);
     metric(stack, "outbox_relay_commit_to_acknowledgement_seconds_bucket", &labels)
@@ -64,7 +65,7 @@ fn a_histogram_counts_each_event_from_its_commit_to_its_acknowledgement() {
     let mut stack = Stack::of(Postgres::with(QUICK).with(&[UNTRIMMED]), Redis::start());
     publish_many(&mut stack.pg.client(), "default", "", "event", 500);
     wait_drained(&stack.pg, "default");
-    // What counts is when it was committed, not when it was published, or what its row says of that.
+    // The time of the commit counts, not the time of publishing or a time in the row.
     let mut slow = stack.pg.client();
     slow.batch_execute("begin; select outbox.publish_event('slow', 'kit')")
         .expect("it publishes");
@@ -98,7 +99,7 @@ fn a_histogram_counts_each_event_from_its_commit_to_its_acknowledgement() {
 }
 
 #[test]
-fn counters_outlive_the_worker_and_lag_behind_nothing() {
+fn counters_outlive_the_worker_and_are_up_to_date() {
     let stack = Stack::of(
         Postgres::with(QUICK).with(&[
             ("outbox_relay.max_retries", "2"),
@@ -119,7 +120,7 @@ fn counters_outlive_the_worker_and_lag_behind_nothing() {
     );
     assert!(value("batches") >= 2.0 && value("bytes") > 10_000.0);
     wait_until("the events to be purged", || value("purged") >= 100.0);
-    // The books of the worker are not needed: nobody can write them now.
+    // The saved state of the worker is not needed: the worker cannot save now.
     let mut locker = stack.pg.client();
     locker
         .batch_execute("begin; lock table outbox.cursors in share mode")
@@ -155,7 +156,7 @@ fn counters_outlive_the_worker_and_lag_behind_nothing() {
 }
 
 #[test]
-fn what_redis_lost_is_counted() {
+fn events_that_redis_lost_are_counted() {
     let mut stack = Stack::of(
         Postgres::with(QUICK).with(&[UNTRIMMED, ("outbox_relay.poll_interval", "200ms")]),
         Redis::start(),
@@ -200,7 +201,7 @@ fn a_backend_that_is_made_anew_counts_from_zero() {
     wait_eq("backends that are counted", 1, || stack.pg.one::<i64>(batches));
     make("again");
     assert_eq!(published("again"), 3.0);
-    // An extension that is made anew, too, though its backends have the same numbers.
+    // Also an extension that is created again, although its backends have the same numbers.
     stack.publish("one");
     wait_eq("published events", 1.0, || published("default"));
     stack
@@ -213,7 +214,7 @@ fn a_backend_that_is_made_anew_counts_from_zero() {
 }
 
 #[test]
-fn more_backends_than_there_is_room_for_are_sent_to_and_said_to_be_uncounted() {
+fn backends_beyond_the_room_for_metrics_are_sent_to_and_listed_as_uncounted() {
     let redis = Redis::start();
     let mut pg = Postgres::with(QUICK).faults().stopped();
     pg.mutation("few_database_slots");

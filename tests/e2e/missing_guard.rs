@@ -1,4 +1,4 @@
-//! The guard is gone, or is nothing that could be read: what `on_missing_guard` says is done, and nothing is lost.
+//! The guard is missing or unreadable: the relay acts according to `on_missing_guard`, and loses nothing.
 
 use kit::{
     LIMIT, Ledger, Load, Mode, Postgres, QUICK, Redis, Stack, UNTRIMMED, ids, publish_many, standing, wait_drained,
@@ -9,7 +9,7 @@ use uuid::Uuid;
 const MISSING: &str = "guard of backend \"default\" is missing";
 const HALTED: &str = "its guard is missing: Redis has lost its data, or is another Redis";
 
-/// A stack that looks at its guard every moment, and has delivered `count` events.
+/// A stack that checks its guard very often, and has delivered `count` events.
 fn stack(on_missing: &str, count: i32) -> (Stack, Vec<Uuid>) {
     let postgres = Postgres::with(QUICK).with(&[UNTRIMMED, ("outbox_relay.poll_interval", "100ms")]);
     let stack = Stack::of(postgres, Redis::start());
@@ -26,7 +26,7 @@ fn publish(stack: &Stack, count: i32) -> Vec<Uuid> {
     publish_many(&mut stack.pg.client(), "default", "", "event", count)
 }
 
-/// Waits until the stream holds these and no others, and all is well.
+/// Waits until the stream holds exactly these events and the backend is healthy.
 #[track_caller]
 fn wait_exactly(stack: &Stack, expected: &[Uuid]) {
     stack.wait_events(expected.len());
@@ -48,8 +48,8 @@ fn continue_sends_what_was_not_sent_and_says_that_something_is_lost() {
     wait_exactly(&stack, &after);
     let log = stack.pg.log();
     assert_eq!(log.matches(MISSING).count(), 1, "{log}");
-    assert!(log[mark..].contains("Redis has lost its data, or it is another Redis."));
-    // The events of one moment: Redis is emptied before it sees them.
+    assert!(log[mark..].contains("Redis has lost its data, or this is another Redis."));
+    // Events of one moment: Redis is emptied before it gets them.
     let mut conn = stack.redis.conn();
     kit::tell(&mut conn, &["FLUSHALL"]);
     let more = publish(&stack, 20);
@@ -57,14 +57,14 @@ fn continue_sends_what_was_not_sent_and_says_that_something_is_lost() {
     assert_eq!(standing(&stack.pg, "default").published, 70);
 }
 
-/// The streams are there: what stands in them is known by its event id, also what no cursor knows of.
+/// The streams exist: their entries are recognised by their event ids, also those that no cursor covers.
 #[test]
-fn a_guard_that_alone_is_deleted_makes_nothing_repeat() {
+fn deleting_only_the_guard_repeats_nothing() {
     let (mut stack, mut published) = stack("continue", 30);
     stack.redis.call(&["DEL", &stack.guard_key()]);
     published.extend(publish(&stack, 20));
     wait_exactly(&stack, &published);
-    // While the server is down, and the last that it did is not in its books.
+    // While the server is down, and its last work is not saved.
     for _ in 0..3 {
         published.extend(publish(&stack, 250));
         stack.wait_events(published.len());
@@ -94,7 +94,7 @@ fn halt_waits_for_a_take_over_and_resends_nothing() {
         stack.pg.wait_log_after(mark, HALTED);
         stack
             .pg
-            .wait_log_after(mark, "HINT:  Run outbox.take_over() to go on without it.");
+            .wait_log_after(mark, "HINT:  Run outbox.take_over() to continue without it.");
         // Neither time nor a restart changes that.
         match round {
             0 => stack.pg.restart(),
@@ -124,9 +124,9 @@ fn halt_waits_for_a_take_over_and_resends_nothing() {
     }
 }
 
-/// Nothing was ever sent: there is no guard to miss.
+/// Nothing was ever sent, so no guard is missing.
 #[test]
-fn halt_is_no_trouble_at_the_beginning() {
+fn a_first_connection_does_not_halt() {
     let (stack, published) = stack("halt", 3);
     wait_exactly(&stack, &published);
     assert!(!stack.pg.log().contains("missing"));
@@ -150,9 +150,9 @@ fn replay_sends_again_all_that_is_retained() {
         stack
             .pg
             .log()
-            .contains("As on_missing_guard says, all events that are retained are sent again.")
+            .contains("Because of on_missing_guard, all retained events are sent again.")
     );
-    // As it says: with the streams there, all of it stands there twice.
+    // As documented: if the streams still exist, all retained events are in them twice.
     stack.redis.call(&["DEL", &stack.guard_key()]);
     let expected = [published.clone(), published].concat();
     wait_exactly(&stack, &expected);
@@ -171,7 +171,7 @@ fn a_replay_that_is_interrupted_goes_on_where_it_was() {
     assert!(ids(&stack.events()) == published, "other events, or another order");
 }
 
-/// Whatever is at the guard's key, nothing is sent past it, and it is said what is wrong.
+/// Whatever is at the guard's key, nothing is sent, and the error names the cause.
 #[test]
 fn an_unreadable_guard_stops_everything_and_loses_nothing() {
     let (stack, mut published) = stack("continue", 10);
@@ -198,7 +198,7 @@ fn an_unreadable_guard_stops_everything_and_loses_nothing() {
         (&["HSET", &key, "number", "-1"], "the guard has no readable number"),
     ];
     for (command, message) in spoil {
-        // The last beat may be under way; nothing else is.
+        // The last refresh may be under way; nothing else is.
         let mark = stack.pg.log().len();
         let guard = stack.guard();
         if command[0] != "HSET" && command[0] != "HDEL" {
@@ -219,7 +219,7 @@ fn an_unreadable_guard_stops_everything_and_loses_nothing() {
     assert_eq!(stack.pg.one::<i64>("select count(*) from outbox.failed_events"), 0);
 }
 
-/// Redis forgets everything again and again, and nobody waits for it.
+/// Redis is emptied repeatedly under load.
 #[test]
 fn a_redis_that_is_emptied_under_load_gets_all_that_comes_after() {
     let (stack, _) = stack("replay", 1);
@@ -232,7 +232,7 @@ fn a_redis_that_is_emptied_under_load_gets_all_that_comes_after() {
     load.wait_more(80);
     load.stop();
     let mut verdict = ledger.settle(&stack, LIMIT);
-    // That of before the ledger.
+    // The event from before the ledger.
     assert_eq!(verdict.phantoms.len(), 1, "{:?}", verdict.phantoms);
     verdict.phantoms.clear();
     verdict.assert_exactly_once();

@@ -1,5 +1,5 @@
-//! Somebody has dropped or renamed what is ours: what needs it is refused in words or waits, and goes on when it is
-//! back.
+//! Objects of the extension were dropped or renamed: whatever needs them fails with a clear error or waits, and goes on
+//! when they are back.
 
 use kit::{LIMIT, Ledger, Load, Postgres, QUICK, Redis, Refused, Stack, ids, publish_many, wait_drained, wait_until};
 
@@ -16,7 +16,7 @@ fn assert_same_worker(stack: &Stack, worker: i32) {
     }
 }
 
-/// As a DBA does it who wants a smaller one: made concurrently, the old one dropped, the new one renamed.
+/// As a DBA swaps an index for a smaller one: created concurrently, the old one dropped, the new one renamed.
 #[test]
 fn indexes_are_swapped_under_a_load() {
     let stack = Stack::with(&[("outbox_relay.redis_max_len", "0")]);
@@ -50,13 +50,13 @@ fn indexes_are_swapped_under_a_load() {
     assert_same_worker(&stack, worker);
 }
 
-/// An index is swapped for another after somebody has looked it up, and before the table is locked. Needs a library
+/// An index is swapped for another after a session has looked it up, and before the table is locked. Needs a library
 /// built with the feature `faults`.
 #[test]
 fn an_index_is_swapped_just_before_the_table_is_locked() {
     let stack = Stack::of(Postgres::with(QUICK).faults(), Redis::start());
     let worker = stack.pg.wait_worker("postgres");
-    // A publisher who gives an id looks for it in both tables.
+    // Publishing with a given id looks for the id in both tables.
     let table_of_schedule =
         "alter table outbox.scheduled_events drop constraint scheduled_events_pkey, add primary key (event_id, branch)";
     let publish = "select outbox.publish_event('t', 'kit', event_id => gen_random_uuid())";
@@ -68,7 +68,7 @@ fn an_index_is_swapped_just_before_the_table_is_locked() {
     let mut client = stack.pg.client();
     let mut count = 0;
     for (swap, sql) in &ways {
-        // So that the session knows the indexes.
+        // So that the session has cached the indexes.
         client.batch_execute(sql).expect("published");
         std::thread::scope(|scope| {
             stack.pg.hold_at("before_id_lock");
@@ -84,7 +84,7 @@ fn an_index_is_swapped_just_before_the_table_is_locked() {
         count += if sql.contains("scheduled_at") { 0 } else { 2 };
     }
     stack.wait_events(count);
-    // The worker, which reads by the indexes on (seq) and (xid, seq).
+    // The worker, which reads with the indexes on (seq) and (xid, seq).
     for swap in [
         "create index x2 on outbox.events (xid, seq); drop index outbox.events_xid_idx",
         "alter table outbox.events drop constraint events_pkey, add primary key (seq) include (backend_number)",
@@ -102,7 +102,7 @@ fn an_index_is_swapped_just_before_the_table_is_locked() {
 }
 
 #[test]
-fn without_an_index_it_is_published_and_said_what_is_missing() {
+fn without_an_index_events_are_published_and_the_index_is_named() {
     let stack = Stack::with(QUICK);
     let worker = stack.pg.wait_worker("postgres");
     stack.publish("first");
@@ -208,7 +208,7 @@ fn a_table_that_was_renamed_is_used_again_when_it_has_its_name_back() {
 }
 
 #[test]
-fn a_worker_that_leaves_says_why() {
+fn a_worker_that_ends_logs_the_reason() {
     let stack = Stack::start();
     stack.publish("first");
     stack.wait_events(1);

@@ -1,10 +1,10 @@
-//! Our functions that are called in another way than their own.
+//! Internal functions that are called in other ways than intended.
 
 use kit::{Refused, Stack, types, wait_until};
 
-/// Trigger functions that are called in any other way than their own say so, and nothing ends.
+/// A trigger function that is called in another way fails with a clear error, and no process ends.
 #[test]
-fn our_functions_refuse_what_they_are_not_for() {
+fn internal_functions_refuse_other_uses() {
     let stack = Stack::start();
     let pid = stack.pg.pid();
     let mut client = stack.pg.client();
@@ -70,7 +70,7 @@ fn our_functions_refuse_what_they_are_not_for() {
         }
     }
     assert!(tried > 150, "{tried}");
-    // The plainest of them is not just suffered, but refused.
+    // The simplest of these calls is refused, not just ignored.
     for level in ["row", "statement"] {
         client
             .batch_execute(&format!(
@@ -92,7 +92,7 @@ fn our_functions_refuse_what_they_are_not_for() {
         Refused::of(client.simple_query("insert into public.v values (1)")).code,
         "39P01"
     );
-    // Directly, with other declarations than ours, and with nulls.
+    // Directly, with other declarations than the extension's, and with nulls.
     let library: String = stack
         .pg
         .one("select probin from pg_proc where proname = 'publish_events'");

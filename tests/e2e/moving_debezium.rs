@@ -24,7 +24,7 @@ fn a_row_becomes_an_event_in_its_transaction() {
     let mut app = stack.pg.client_as("app", "postgres");
     app.batch_execute(&format!("begin; {INSERT}; rollback"))
         .expect("as before");
-    // As applications do it that keep the table empty.
+    // As applications do that keep the table empty.
     app.batch_execute(&format!("begin; {INSERT}; delete from outbox_table; commit"))
         .expect("as before");
     app.batch_execute(INSERT).expect("as before");
@@ -58,7 +58,7 @@ fn a_row_that_is_not_kept_reaches_no_connector() {
     assert_eq!(stack.pg.one::<String>("select backend from outbox.events"), "orders");
 }
 
-/// A connector would send the events, too; in one transaction the table changes hands.
+/// A connector would also send the events: the change happens in one transaction.
 #[test]
 fn a_table_that_is_published_is_not_bridged() {
     let stack = start();
@@ -106,7 +106,7 @@ fn columns_may_have_other_names_and_types() {
 }
 
 #[test]
-fn an_import_moves_what_it_is_told_to() {
+fn an_import_moves_the_chosen_rows() {
     let stack = start();
     for kind in ["first", "second", ""] {
         stack.pg.exec(&format!(
@@ -137,7 +137,7 @@ fn an_import_moves_what_it_is_told_to() {
     assert_eq!(types(&stack.redis.wait_entries("x.Order", 2)), ["first", "second"]);
     assert_eq!(rows(&stack), 1);
     assert_eq!(import(", false, 'send'"), [" refused"]);
-    // One that is here already goes, and is no second event.
+    // A row that was already imported is deleted, and causes no second event.
     stack.pg.exec("insert into outbox_table select event_id, 'Order', '7', event_type, '{}' from outbox.events where event_type = 'first'");
     assert_eq!(import(", false, 'send'"), [" refused", "first moved"]);
     assert_eq!((rows(&stack), stack.redis.xlen("x.Order")), (1, 2));

@@ -1,5 +1,5 @@
-//! Moving in from django-broadcaster: `outbox.import_django_broadcaster()` and the bridge. Its table is made as the
-//! package makes it; `make test-moving` does the same with the package itself.
+//! Moving in from django-broadcaster: `outbox.import_django_broadcaster()` and the bridge. Its table is created as the
+//! package creates it; `make test-moving` does the same with the package itself.
 
 mod bridge;
 
@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 const TABLE: &str = include_str!("../django_broadcaster/schema.sql");
 
-/// What the package's model fills in by itself.
+/// Columns that the package's model fills in.
 const MODEL: &str = "alter table outbox_events
     alter id set default gen_random_uuid(), alter spec_version set default '1.0', alter event_type set default 't', alter source set default 's',
     alter subject set default '', alter data_content_type set default 'application/json', alter data_schema set default '',
@@ -48,7 +48,7 @@ fn run(client: &mut Client, sql: &str) {
         .unwrap_or_else(|error| panic!("{sql}: {error:?}"));
 }
 
-/// What an import says of each row: the last digit of its id, and what becomes of it.
+/// The report of an import on each row: the last digit of its id, and the result.
 fn import(client: &mut Client, arguments: &str) -> Vec<String> {
     let sql = format!(
         "select right(event_id::text, 1) || ' ' || becomes from outbox.import_django_broadcaster('outbox_events'{arguments})"
@@ -94,8 +94,8 @@ fn a_dry_run_says_what_the_import_then_does() {
     for (why, words) in whys.iter().zip([
         "The old worker has sent it.",
         "It has not been sent.",
-        "Attempt 2 of 3 failed: Timeout reading from socket. In case Redis has taken it all the same, it is looked for in its stream first.",
-        "The old worker has it in hand, or died with it: it may be in its stream. Stop that worker, then import with ambiguous => 'look'.",
+        "Attempt 2 of 3 failed: Timeout reading from socket. The worker first looks for it in its stream, because Redis may have accepted it.",
+        "The old worker is processing it, or died while it did: it may be in its stream. Stop that worker, then import with ambiguous => 'look'.",
         "It failed after 3 attempts: Error 111 connecting. It is kept in outbox.failed_events; outbox.retry_failed() sends it.",
         "It is not due yet.",
         "backend \"none\" does not exist. Backends are the rows of outbox.backends.",
@@ -125,7 +125,7 @@ fn a_dry_run_says_what_the_import_then_does() {
         from outbox.scheduled_events s, outbox_events o where o.event_type = 'later'",
     );
     assert!(scheduled);
-    // What is left of the attempts.
+    // The remaining attempts.
     let attempts: String = stack
         .pg
         .one("select string_agg(max_retries::text, ' ' order by event_id) from outbox.events");
@@ -154,14 +154,14 @@ fn a_second_import_moves_nothing_twice() {
     ];
     assert_eq!(import(&mut client, ""), again);
     assert_eq!(import(&mut client, ", false"), again);
-    // Also if somebody has put a row back whose event is here; and it is marked anew.
+    // Also if a row was put back whose event is here; it is marked again.
     client
         .batch_execute("update outbox_events set status = 'pending', last_error = '' where event_type in ('waits', 'later', 'gave.up')")
         .expect("a plain update");
     assert_eq!(import(&mut client, ", false"), again);
     assert!(!states(&stack).contains("2 pending") && !states(&stack).contains("6 pending"));
     assert_eq!(ids(&stack.wait_events(2)), [id(2), id(3)]);
-    // What was mended is moved then.
+    // Corrected rows are imported then.
     client
         .batch_execute("update outbox_events set publisher_backend = '', data_content_type = 'application/json', publisher_config = '{}'")
         .expect("a plain update");
@@ -178,7 +178,7 @@ fn a_second_import_moves_nothing_twice() {
     );
 }
 
-/// As the old worker writes it: Python leaves the microseconds of a whole second out.
+/// As the old worker writes it: Python omits the microseconds of a whole second.
 fn old_entry(stack: &Stack, number: u32) {
     let id = id(number).to_string();
     let time: String = stack.pg.one(&format!(
@@ -201,10 +201,10 @@ fn old_entry(stack: &Stack, number: u32) {
         .call(&[&["XADD", "events", "*"], fields.as_slice()].concat());
 }
 
-/// The old worker died after it had sent one, and before it had sent the other; and Redis took one of two that it gave
-/// up waiting for.
+/// The old worker died after it had sent one event, and before it had sent the other; and Redis accepted one of two
+/// events whose sending it gave up.
 #[test]
-fn what_may_be_in_its_stream_is_looked_for_there() {
+fn rows_that_may_be_in_their_stream_are_looked_for_there() {
     let stack = with_old_table();
     let insert = |number: u32, status: &str, error: &str| {
         stack.pg.exec(&format!(
@@ -222,7 +222,7 @@ fn what_may_be_in_its_stream_is_looked_for_there() {
     ] {
         insert(number, status, error);
     }
-    // One of the two has a whole second.
+    // One of the two times is a whole second.
     stack.pg.exec(
         "update outbox_events set created_at = date_trunc('second', now()) + right(id::text, 1)::integer * interval '1 s'
             + case when right(id::text, 1) = '1' then interval '0.25 s' else '0' end",
@@ -243,7 +243,7 @@ fn what_may_be_in_its_stream_is_looked_for_there() {
     wait_drained(&stack.pg, "default");
     assert_eq!(ids(&stack.wait_events(5)), [id(1), id(3), id(4), id(5), id(2)]);
 
-    // A backend that looks for nothing, and one who does not mind.
+    // A backend that does not compare, and an import that accepts repeats.
     stack.pg.exec("update outbox.backends set delivery = 'at_least_once'");
     insert(6, "processing", "");
     stack.pg.exec(
@@ -255,7 +255,7 @@ fn what_may_be_in_its_stream_is_looked_for_there() {
     assert_eq!(ids(&stack.wait_events(7))[5..], [id(6), id(6)]);
 }
 
-/// It waits for the table, on which the bridge is being made.
+/// The import waits for the table, on which the bridge is being made.
 #[test]
 fn a_row_that_the_old_worker_has_locked_is_left_to_it() {
     let stack = with_old_table();
@@ -282,7 +282,7 @@ fn a_row_that_the_old_worker_has_locked_is_left_to_it() {
     assert_eq!(import(&mut client, ", false")[1], "2 published");
     assert_eq!(ids(&stack.wait_events(1)), [id(3)]);
 }
-/// The functions that move events in.
+/// The functions of the import.
 const FUNCTIONS: [&str; 5] = [
     "import_django_broadcaster",
     "bridge_django_broadcaster",
@@ -349,7 +349,7 @@ fn an_import_needs_rights_and_a_table_that_fits() {
     );
 }
 
-/// What the table's owner has put on it does not run with the rights of the superuser who imports.
+/// Code on the table that belongs to its owner does not run with the rights of the superuser who imports.
 #[test]
 fn triggers_of_the_old_table_do_not_fire_in_an_import() {
     let stack = with_old_table();

@@ -1,4 +1,4 @@
-//! `contrib/settings_to_sql.py`: settings of other outboxes become SQL that runs, tells what it leaves out, and shows no
+//! `contrib/settings_to_sql.py`: settings of other outboxes become SQL that runs, names what it omits, and shows no
 //! password.
 
 use std::io::Write as _;
@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 
 use kit::{Postgres, env};
 
-/// What the converter prints, or says when it cannot.
+/// The output of the converter, or its error.
 fn convert(arguments: &[&str], given: &str, environment: &[(&str, &str)]) -> Result<String, String> {
     let converter = Path::new(env!("CARGO_MANIFEST_DIR")).join("../contrib/settings_to_sql.py");
     let mut child = Command::new("python3")
@@ -87,7 +87,7 @@ fn settings_of_django_broadcaster_become_sql_that_runs() {
     );
     let refused: i64 = pg.one("select count(*) from pg_file_settings where error is not null");
     assert_eq!(refused, 0);
-    // The same again is the same; and with passwords, if one asks for them.
+    // Running it twice changes nothing; and with passwords, if they are asked for.
     let script = convert(&["django", "-", "--passwords"], DJANGO, &[]).expect("it converts");
     run(&pg, &script.replace("delete from", "-- delete from"));
     assert_eq!(pg.one::<i64>("select count(*) from outbox.backends"), 3);
@@ -99,7 +99,7 @@ fn sinks_of_sequin_become_sql_that_runs() {
     let pg = Postgres::start();
     pg.extension();
     let sinks = include_str!("../moving/sequin.yaml");
-    // With PyYAML, if it is there, and without.
+    // With PyYAML, if it is installed, and without.
     let without = env::server_dir("yaml");
     std::fs::write(without.path().join("yaml.py"), "raise ImportError").expect("it can be written");
     let path = without.path().display().to_string();
@@ -136,7 +136,7 @@ fn sinks_of_sequin_become_sql_that_runs() {
         rows,
         "user-changes t from.environment 6380 2 relay t users 0\npaid orders f localhost 6379 0 f orders 0\nagain t localhost 6379 0 f again 0"
     );
-    // What its reader of YAML does not know, it refuses.
+    // YAML that its own reader does not support is refused.
     for unknown in [
         "sinks: &all []",
         "sinks:\n  - a\n c: 1",
@@ -150,7 +150,7 @@ fn sinks_of_sequin_become_sql_that_runs() {
 }
 
 #[test]
-fn what_cannot_be_read_is_said_in_a_line() {
+fn settings_that_cannot_be_read_are_reported_in_one_line() {
     for (arguments, given, words) in [
         (
             ["django", "-"],

@@ -1,23 +1,23 @@
-//! The sequence that numbers events goes back, jumps, is cached or is changed: every event arrives once, in its order,
-//! all the same.
+//! The sequence that numbers events goes back, jumps, is cached or is changed: all the same, every event arrives once,
+//! and in order.
 
 use kit::{LIMIT, Ledger, Load, Mode, Postgres, Redis, Stack, UNTRIMMED, eventually, ids, wait_drained, wait_eq};
 use postgres::{Client, NoTls};
 use uuid::Uuid;
 
-/// What sets the numbers back. The first one also removes the rows, as cleaners of tests do.
+/// Ways to set the numbers back. The first also removes the rows, as tools that clean up after tests do.
 pub(crate) const BACK: [&str; 4] = [
     "truncate outbox.events restart identity",
     "select setval('outbox.events_seq_seq', 1, false)",
     "alter sequence outbox.events_seq_seq restart",
-    // As a dump of long ago does.
+    // As an old dump does.
     "select setval('outbox.events_seq_seq', 7)",
 ];
 
 pub(crate) const PAUSE: &str = "update outbox.backends set enabled = false";
 pub(crate) const RESUME: &str = "update outbox.backends set enabled = true";
 
-/// A session that publishes by every way there is, in turn, each event in a transaction of its own.
+/// A session that publishes in every way in turn, each event in a separate transaction.
 pub(crate) struct Publisher {
     pub(crate) client: Client,
     pub(crate) published: Vec<Uuid>,
@@ -69,7 +69,7 @@ impl Publisher {
         (0..count).for_each(|_| self.one());
     }
 
-    /// The rows are gone that were published before and not sent.
+    /// The rows that were published before and not sent are deleted.
     pub(crate) fn forget_from(&mut self, first: usize, back: &str) {
         if back.starts_with("truncate") {
             self.published.truncate(first);
@@ -77,7 +77,7 @@ impl Publisher {
     }
 }
 
-/// All that was published stands in the stream once, in order; the views say so, and nothing waits.
+/// All published events are in the stream once, in order; the views agree, and nothing is pending.
 #[track_caller]
 pub(crate) fn assert_arrived(stack: &Stack, published: &[Uuid], what: &str) {
     wait_eq(&format!("all events, after {what}"), published.len(), || {
@@ -91,7 +91,7 @@ pub(crate) fn assert_arrived(stack: &Stack, published: &[Uuid], what: &str) {
     assert_eq!(unknown, 0, "{what}");
 }
 
-/// While nothing can be sent, nothing is said to be published but what stands in the stream.
+/// While nothing can be sent, only events that are in the stream count as published.
 #[track_caller]
 pub(crate) fn assert_claims_only(stack: &Stack, sent: usize, what: &str) {
     let claimed: i64 = stack
@@ -129,7 +129,7 @@ fn numbers_that_go_back_while_the_backend_is_paused() {
         publisher.many(10);
         publisher.run(back);
         publisher.forget_from(20, back);
-        // Past where it had been.
+        // Beyond the number where it had been.
         publisher.many(60);
         assert_claims_only(&stack, 20, back);
         publisher.run(RESUME);
@@ -156,7 +156,7 @@ fn numbers_that_go_back_while_redis_is_down() {
     }
 }
 
-/// What is kept in memory is gone: once before, and once after the numbers went back.
+/// The memory of processes is lost: once before, and once after the numbers went back.
 #[test]
 fn numbers_that_go_back_around_a_crash_of_the_server() {
     for back in BACK {
@@ -225,8 +225,8 @@ fn numbers_that_go_back_while_the_library_is_not_preloaded() {
     }
 }
 
-/// Rows that some other version of the library, or nobody's trigger, has numbered: the saved cursor has seen their
-/// numbers, not them.
+/// Rows that another version of the library, or no trigger, has numbered: the saved cursor covers their numbers, but
+/// the worker has not read them.
 #[test]
 fn rows_whose_numbers_a_cursor_has_passed_are_sent() {
     let stack = Stack::start();
@@ -263,7 +263,7 @@ fn numbers_that_go_back_within_the_transaction_that_publishes() {
     let mut publisher = Publisher::of(&stack.pg);
     publisher.many(20);
     stack.wait_events(20);
-    // It commits, it is rolled back to a savepoint, it is rolled back, it is prepared.
+    // The transaction commits, is rolled back to a savepoint, is rolled back, or is prepared.
     for back in &BACK[1..] {
         publisher.run("begin");
         publisher.many(4);
@@ -294,7 +294,7 @@ fn numbers_that_go_back_within_the_transaction_that_publishes() {
     }
 }
 
-/// Others wait for nobody, and see the old numbers, while it is not committed.
+/// While it is not committed, other sessions do not wait, and see the old numbers.
 #[test]
 fn a_prepared_transaction_that_has_published_survives_numbers_that_go_back_and_a_crash() {
     let mut stack = Stack::start();
@@ -375,7 +375,7 @@ fn scheduled_events_move_when_the_numbers_have_gone_back() {
     }
 }
 
-/// The sequence of a dump is that of the dump.
+/// The sequence comes from the dump.
 #[test]
 fn a_dump_of_the_data_alone_goes_into_a_database_that_has_published() {
     for preloaded in [true, false] {

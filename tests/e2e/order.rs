@@ -1,4 +1,5 @@
-//! G3: in one stream, whoever serialises on a row is in order, and a transaction's events stay together in theirs.
+//! G3: in one stream, events whose transactions lock the same row are in order, and a transaction's events stay
+//! together.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,10 +11,10 @@ fn lock(client: &mut Client) -> Result<(), postgres::Error> {
     client.batch_execute("update accounts set balance = balance + 1 where id = 1")
 }
 
-/// Session A begins and draws its transaction id first in all rounds; who gets the row first alternates, and each
-/// publishes something of its own before it asks for the row.
+/// Session A begins and gets its transaction id first in all rounds; which session gets the row first alternates, and
+/// each publishes another event before it asks for the row.
 #[test]
-fn the_second_to_lock_a_row_comes_second() {
+fn the_second_transaction_to_lock_a_row_comes_second() {
     let stack = Stack::start();
     stack
         .pg
@@ -62,12 +63,12 @@ impl Random {
     }
 }
 
-/// One transaction of random work: some keys, each a new version under the row's lock with its event, in the ledger
-/// too; with savepoints rolled back, pauses, aborts, and two-phase commits.
+/// One transaction of random work: some keys, each with a new version under the row's lock and its event, also recorded
+/// in the ledger; with savepoints that are rolled back, pauses, aborts, and two-phase commits.
 fn work(client: &mut Client, random: &mut Random, serial: &AtomicU64) {
     client.batch_execute("begin").unwrap();
     let mut keys: Vec<u64> = (0..1 + random.below(3)).map(|_| random.below(6)).collect();
-    // In one order for all, or they would deadlock.
+    // All sessions use one order, or they would deadlock.
     keys.sort_unstable();
     for key in keys {
         let bump = format!(
@@ -102,7 +103,7 @@ fn work(client: &mut Client, random: &mut Random, serial: &AtomicU64) {
     }
 }
 
-/// The ledger, written in the same transactions, is the truth: every version of every key once, in order.
+/// The ledger, written in the same transactions, holds the truth: every version of every key once, in order.
 #[test]
 fn every_key_stays_in_order_under_eight_sessions() {
     const SESSIONS: u64 = 8;

@@ -1,5 +1,5 @@
-//! Outages of a real Redis: while one lasts events wait, however long and whatever their max_retries, and then they
-//! arrive.
+//! Outages of a real Redis: during one, events wait, however long it lasts and whatever their max_retries, and then
+//! they arrive.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -13,7 +13,7 @@ fn quick() -> Stack {
     Stack::of(Postgres::with(QUICK), Redis::start())
 }
 
-/// Nothing has failed, nothing is being tried again, and nothing waits.
+/// Nothing has failed, nothing is being retried, and nothing is pending.
 #[track_caller]
 fn assert_nothing_failed(pg: &Postgres, backend: &str) {
     wait_drained(pg, backend);
@@ -24,12 +24,12 @@ fn assert_nothing_failed(pg: &Postgres, backend: &str) {
 }
 
 #[test]
-fn what_was_published_before_redis_started_arrives_in_order() {
+fn events_published_before_redis_started_arrive_in_order() {
     let mut stack = quick();
     stack.redis.shutdown();
     let mut client = stack.pg.client();
     let mut expected = Vec::new();
-    // One attempt in all, and far more than one attempt to connect: an outage is no attempt.
+    // max_retries = 1, and far more attempts to connect: an outage does not count as an attempt.
     stack.pg.exec("select outbox.publish_event('first', 'kit', max_retries => 1, event_id => '00000000-0000-7000-8000-000000000001')");
     expected.push("00000000-0000-7000-8000-000000000001".parse().unwrap());
     for n in 0..20 {
@@ -57,11 +57,11 @@ fn what_was_published_before_redis_started_arrives_in_order() {
     );
 }
 
-/// Longer than socket_timeout, so that the relay gives up its connection, whose bytes the frozen server still has.
+/// Longer than socket_timeout, so that the relay gives up the connection, whose bytes the frozen server still has.
 #[test]
 fn a_hanging_redis_loses_nothing_and_delays_no_other() {
     let stack = Stack::of(
-        // The next attempt is far enough away to be seen.
+        // The next attempt is late enough to be distinguished.
         Postgres::with(QUICK).with(&[
             ("outbox_relay.retry_delay", "1s"),
             ("outbox_relay.retry_max_delay", "1s"),
@@ -110,7 +110,7 @@ fn a_hanging_redis_loses_nothing_and_delays_no_other() {
     assert_nothing_failed(&stack.pg, "default");
 }
 
-/// Redis refuses XADD for want of memory in mid-stream, even in mid-batch. Nothing is sent twice.
+/// Redis refuses XADD in the middle of a batch because its memory is full. Nothing is sent twice.
 #[test]
 fn out_of_memory_fails_nothing_and_repeats_nothing() {
     let stack = quick();
@@ -170,7 +170,7 @@ fn a_redis_that_became_a_replica_fails_nothing() {
     assert_nothing_failed(&stack.pg, "default");
 }
 
-/// While Redis reads its data at the start, it takes connections and answers LOADING.
+/// While Redis loads its data at the start, it accepts connections and answers LOADING.
 #[test]
 fn a_redis_that_is_loading_fails_nothing() {
     let mut stack = quick();
@@ -261,7 +261,7 @@ fn a_redis_that_cannot_save_fails_nothing() {
     assert_nothing_failed(&stack.pg, "default");
 }
 
-/// BUSY: a script runs for longer than Redis likes.
+/// BUSY: a script runs for longer than Redis allows.
 #[test]
 fn a_redis_that_is_busy_with_a_script_fails_nothing() {
     let stack = Stack::of(Postgres::with(QUICK), Redis::with(&["--lua-time-limit", "20"]));
@@ -301,7 +301,7 @@ fn a_redis_without_a_free_connection_fails_nothing() {
     assert_nothing_failed(&stack.pg, "default");
 }
 
-/// A connection that had worked may have been closed for idling: that is no outage, and waits for nothing.
+/// A connection that had worked may have been closed because it was idle: that is no outage, and causes no wait.
 #[test]
 fn a_connection_that_redis_closed_is_replaced_at_once() {
     let stack = Stack::with(&[
@@ -318,7 +318,7 @@ fn a_connection_that_redis_closed_is_replaced_at_once() {
         assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
     }
     assert_eq!(stack.events().len(), 10);
-    // That is how the log tells of trouble.
+    // The log would report an outage like this.
     let trouble = format!("Redis at 127.0.0.1:{}: ", stack.redis.port());
     assert!(
         !stack.pg.log().contains(&trouble),

@@ -1,4 +1,4 @@
-//! `outbox.preview()`: what is sent, word for word.
+//! `outbox.preview()`: exactly the entry that is sent.
 
 use kit::{Postgres, QUICK, Redis, Refused, Stack, wait_eq};
 use uuid::Uuid;
@@ -120,7 +120,7 @@ fn the_rows_of_an_event_are_shown_by_backend_and_stream() {
     let gone = refused(", 'a'");
     assert_eq!(
         gone.detail.as_deref(),
-        Some("It was deleted, so the event is sent nowhere.")
+        Some("It was deleted, so the event will not be sent.")
     );
     assert_eq!(
         pg.one::<Option<Vec<String>>>("select outbox.preview(null, 'b', 'x')"),

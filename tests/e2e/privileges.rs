@@ -1,4 +1,4 @@
-//! Who may do what: PUBLIC nothing, a publisher publish, pg_monitor look.
+//! The rights of each role: PUBLIC may do nothing, a publisher publish, pg_monitor read the views.
 
 use std::io::Write;
 
@@ -6,7 +6,7 @@ use kit::{Refused, Stack};
 use postgres::Client;
 use uuid::Uuid;
 
-/// Every function and procedure that a user could call, with arguments that fit.
+/// Every function and procedure that a user could call, with valid arguments.
 const CALLS: &[&str] = &[
     "select outbox.publish_event('t', 's')",
     "select outbox.publish_events('[]')",
@@ -71,7 +71,7 @@ fn the_public_has_nothing() {
     for table in TABLES {
         assert_denied(&mut client, &format!("select * from outbox.{table}"), "schema outbox");
     }
-    // Also where somebody lets everybody into the schema.
+    // Also if somebody grants everybody the use of the schema.
     stack.pg.exec("grant usage on schema outbox to public");
     for sql in CALLS {
         let name = &sql[sql.find("outbox.").unwrap() + 7..sql.find('(').unwrap()];
@@ -102,7 +102,7 @@ fn the_public_has_nothing() {
     assert_eq!(stack.pg.one::<i64>("select count(*) from outbox.events"), 0);
 }
 
-/// The catalogs, so that nothing is forgotten: no object is granted to PUBLIC, and each has a comment.
+/// According to the catalogs, so that nothing is forgotten: no object is granted to PUBLIC, and each has a comment.
 #[test]
 fn every_object_has_a_comment_and_nothing_is_public() {
     let stack = Stack::start();
@@ -273,7 +273,7 @@ fn a_monitor_reads_the_views_and_nothing_else() {
     );
 }
 
-/// Passwords are apart from everything: even who may read and write all data sees none, and a dump has none.
+/// Passwords are kept separately: even roles that may read and write all data see none, and a dump has none.
 #[test]
 fn nobody_reads_a_password() {
     let stack = start();
@@ -319,7 +319,7 @@ fn nobody_reads_a_password() {
 }
 
 #[test]
-fn files_are_named_only_by_who_may_read_them() {
+fn only_a_role_that_may_read_server_files_may_name_them() {
     let stack = start();
     stack
         .pg

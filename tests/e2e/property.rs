@@ -1,8 +1,8 @@
 //! Sessions do at random whatever a transaction can do, backends are paused and the worker is ended at random, and a
-//! ledger kept in the same transactions says what must have arrived, in which order.
+//! ledger kept in the same transactions says which events must have arrived, in which order.
 //!
-//! `OUTBOX_PROPERTY_SEED` repeats what a failure printed (but for the timing of the processes),
-//! `OUTBOX_PROPERTY_SECONDS` lasts longer.
+//! `OUTBOX_PROPERTY_SEED` repeats a failure (but for the timing of the processes), `OUTBOX_PROPERTY_SECONDS` sets the
+//! duration.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -17,7 +17,7 @@ use postgres::{Client, Config, Error, NoTls};
 const SESSIONS: usize = 6;
 const BACKENDS: [&str; 3] = ["default", "second", "third"];
 
-/// What the sessions have done, to see that the schedule was a rich one.
+/// Counts of what the sessions have done, to check that the schedule was varied.
 #[derive(Debug, Default)]
 struct Tally {
     commits: AtomicUsize,
@@ -25,7 +25,7 @@ struct Tally {
     savepoints: AtomicUsize,
     prepared: AtomicUsize,
     long: AtomicUsize,
-    /// Deadlocks: the schedule's, not the relay's.
+    /// Deadlocks, which the schedule causes and not the relay.
     refused: AtomicUsize,
 }
 
@@ -68,7 +68,7 @@ fn body(client: &mut Client, dice: &mut Dice, tally: &Tally) -> Result<(), Error
             publish(client, dice)?;
         }
         if dice.one_in(60) {
-            // Others commit meanwhile, and the worker's cursor passes this transaction by.
+            // Others commit meanwhile, and the worker's cursor passes the number of this transaction.
             count(&tally.long);
             std::thread::sleep(Duration::from_millis(20 + dice.below(300)));
         }
@@ -81,7 +81,7 @@ fn transaction(client: &mut Client, dice: &mut Dice, tally: &Tally, name: &str) 
     if let Err(error) = body(client, dice, tally) {
         count(&tally.refused);
         client.batch_execute("rollback")?;
-        // A deadlock is the schedule's own; anything else is not.
+        // A deadlock is caused by the schedule; any other error is not.
         return match error.code().map(postgres::error::SqlState::code) {
             Some("40P01") => Ok(()),
             _ => Err(error),
@@ -123,7 +123,7 @@ fn session(config: Config, number: usize, seed: u64, stop: Arc<AtomicBool>, tall
     })
 }
 
-/// Runs the schedule for `time` and gives the ledger's verdict. `harass` is called again and again meanwhile.
+/// Runs the schedule for `time` and returns the ledger's verdict. `harass` is called repeatedly meanwhile.
 fn run(name: &str, time: Duration, mut harass: impl FnMut(&Stack, &mut Dice)) -> Verdict {
     let seed = setting("OUTBOX_PROPERTY_SEED").unwrap_or_else(|| uuid::Uuid::new_v4().as_u64_pair().0);
     let time = setting("OUTBOX_PROPERTY_SECONDS").map_or(time, Duration::from_secs);
@@ -176,7 +176,7 @@ fn run(name: &str, time: Duration, mut harass: impl FnMut(&Stack, &mut Dice)) ->
     verdict
 }
 
-/// Nothing may repeat either: nobody is killed, and Redis is well.
+/// Nothing may be repeated either: no process is killed, and Redis is healthy.
 #[test]
 fn any_schedule_of_transactions_arrives_once_and_in_order() {
     run("transactions", Duration::from_secs(10), |_, _| {}).assert_exactly_once();
@@ -186,7 +186,7 @@ fn any_schedule_of_transactions_arrives_once_and_in_order() {
 fn any_schedule_arrives_whatever_becomes_of_backends_and_worker() {
     let verdict = run("harassed", Duration::from_secs(12), |stack, dice| {
         if dice.one_in(2) {
-            // One of them, or the last one paused for long.
+            // Any one of them, or the last one, which was paused for long.
             let backend = BACKENDS[1 + dice.below(2) as usize];
             stack.pg.exec(&format!(
                 "update outbox.backends set enabled = not enabled where name = '{backend}'"

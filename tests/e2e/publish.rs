@@ -1,4 +1,4 @@
-//! Publishing by every way there is, and what arrives.
+//! Every way to publish, and the entries that arrive.
 
 use std::io::Write;
 use std::time::{Duration, Instant};
@@ -97,7 +97,7 @@ fn every_way_delivers_what_was_published() {
     assert_eq!(kept, 5);
 }
 
-/// What is left out: no subject, no schema, no data, the backend's own stream.
+/// With every optional argument omitted: no subject, no schema, no data, the backend's own stream.
 #[test]
 fn the_least_event_has_five_fields() {
     let stack = Stack::start();
@@ -166,7 +166,7 @@ fn publish_events_takes_a_list_in_its_order() {
 }
 
 #[test]
-fn publish_events_says_which_element_is_wrong_and_publishes_none() {
+fn publish_events_names_the_wrong_element_and_publishes_none() {
     let stack = Stack::start();
     let mut client = stack.pg.client();
     let hint = "The keys are event_type, source, data, subject, backend, scheduled_at, max_retries, publisher_config, stream, \
@@ -223,7 +223,7 @@ fn publish_events_says_which_element_is_wrong_and_publishes_none() {
     assert_eq!(stack.pg.one::<i64>("select count(*) from outbox.events"), 1);
 }
 
-/// Of every refusal, whoever refuses: as COPY says its line.
+/// Of every error, whoever raises it: as COPY names its line.
 #[test]
 fn the_context_of_an_error_says_which_element_it_is_about() {
     let stack = Stack::start();
@@ -271,15 +271,15 @@ fn the_context_of_an_error_says_which_element_it_is_about() {
             "create trigger refuse after insert on outbox.events for each row execute function public.refuse()";
         client.batch_execute(create).ok();
     }
-    // Of other statements nothing of the kind is said.
+    // Errors of other statements do not have it.
     let error = client.simple_query("select outbox.publish_event('t', '')").unwrap_err();
     assert_eq!(error.as_db_error().unwrap().where_(), None);
     assert_eq!(stack.pg.one::<i64>("select count(*) from outbox.events"), 0);
 }
 
-/// `poll_interval` is only a net: the commit wakes the worker.
+/// The commit wakes the worker: it need not wait for `poll_interval`.
 #[test]
-fn a_commit_wakes_the_worker_whoever_published() {
+fn a_commit_by_any_way_to_publish_wakes_the_worker() {
     let stack = Stack::with(&[("outbox_relay.poll_interval", "1h")]);
     stack.publish("connects");
     stack.wait_events(1);
@@ -302,7 +302,8 @@ fn a_commit_wakes_the_worker_whoever_published() {
     assert_eq!(stack.events().len(), ways.len() + 1);
 }
 
-/// Also when the worker is told of both at once. (An event that still waits when the change comes may go either way.)
+/// Also when the worker learns of both at once. (An event that is still pending at the time of the change may go either
+/// way.)
 #[test]
 fn a_change_of_a_backend_counts_for_the_next_event() {
     let stack = Stack::with(&[("outbox_relay.poll_interval", "1h")]);
@@ -321,7 +322,7 @@ fn a_change_of_a_backend_counts_for_the_next_event() {
     }
 }
 
-/// Transaction ids and numbers that the publisher made up would be read again for ever, or never.
+/// With transaction ids and numbers from the publisher, a row would be read again for ever, or never.
 #[test]
 fn forged_numbers_do_not_count() {
     let stack = Stack::start();
@@ -394,7 +395,7 @@ fn text_of_another_encoding_arrives_as_utf8() {
         client.simple_query("select outbox.publish_event('t', 's', stream => 'ètudes', backend => 'défaut')"),
     );
     assert_eq!(refused.code, "42501");
-    // A character that the database cannot hold is refused by it.
+    // A character that the database's encoding does not have is refused by Postgres.
     let refused = Refused::of(client.simple_query("select outbox.publish_event('€', 's', backend => 'défaut')"));
     assert_eq!(refused.code, "22P05");
     assert_eq!(

@@ -1,4 +1,4 @@
-//! What a publisher may pass: everything else is refused at once, in words, and leaves nothing behind.
+//! What a publisher may pass: everything else is refused at once, with a clear error, and leaves nothing behind.
 
 mod ids;
 
@@ -11,7 +11,7 @@ const NAME_HINT: &str = "Pass a text of 1 to 255 characters.";
 const CONFIG_DETAIL: &str = "Its keys and values become further fields of the stream entry.";
 const CONFIG_HINT: &str = "Pass a flat JSON object such as {\"priority\": 1}.";
 
-/// Runs a statement in a savepoint of the open transaction, which it must not break; returns how it was refused.
+/// Runs a statement in a savepoint of the open transaction, which it must not break; returns the error.
 #[track_caller]
 fn refuse(client: &mut Client, sql: &str) -> Refused {
     client.batch_execute("savepoint refused").unwrap();
@@ -44,10 +44,10 @@ fn all_ways(event_type: &str, source: &str, more: &[(&str, &str)]) -> [String; 3
     ]
 }
 
-/// event_type and source, further arguments, all as SQL, and how they are refused.
+/// event_type and source, further arguments, all as SQL, and the expected error.
 type Case<'a> = (&'a str, &'a str, Vec<(&'a str, &'a str)>, Refused);
 
-/// All ways are refused alike, and the transaction goes on.
+/// All ways give the same error, and the transaction goes on.
 #[test]
 fn bad_input_is_refused_in_words_and_the_transaction_goes_on() {
     let stack = Stack::start();
@@ -134,7 +134,7 @@ fn bad_input_is_refused_in_words_and_the_transaction_goes_on() {
                 "22023",
                 "max_retries must not be negative",
                 "It is -1.",
-                "Pass the number of attempts in all, or NULL for outbox_relay.max_retries.",
+                "Pass the total number of attempts, or NULL for outbox_relay.max_retries.",
             ),
         ),
         (
@@ -145,7 +145,7 @@ fn bad_input_is_refused_in_words_and_the_transaction_goes_on() {
                 "22023",
                 "max_retries is too high",
                 "It is 1001; at most 1000 are allowed.",
-                "Pass the number of attempts in all, or NULL for outbox_relay.max_retries.",
+                "Pass the total number of attempts, or NULL for outbox_relay.max_retries.",
             ),
         ),
     ];
@@ -163,7 +163,8 @@ fn bad_input_is_refused_in_words_and_the_transaction_goes_on() {
     client.batch_execute("begin").unwrap();
     for (number, (event_type, source, more, expected)) in cases.iter().enumerate() {
         for (way, sql) in all_ways(event_type, source, more).into_iter().enumerate() {
-            // In jsonb, a text that holds JSON is no object: an element of publish_events gives the object itself.
+            // In jsonb, a string that holds JSON is not an object: an element of publish_events gives the object
+            // itself.
             let sql = match way {
                 1 => sql.replace("'publisher_config', '", "'publisher_config', jsonb '"),
                 _ => sql,
@@ -226,7 +227,7 @@ fn names_of_255_characters_pass_whatever_they_weigh() {
 }
 
 #[test]
-fn text_that_is_no_text_never_gets_in() {
+fn invalid_text_is_never_stored() {
     let stack = Stack::start();
     let mut client = stack.pg.client();
     client.batch_execute("begin").unwrap();
@@ -254,7 +255,7 @@ fn text_that_is_no_text_never_gets_in() {
         "insert into outbox.events (event_type, source, data) values ('t', 's', 'x')",
     );
     assert_eq!(no_json.code, "22P02");
-    // The type json takes half a surrogate pair, which is no text that a field could have.
+    // The type json accepts half a surrogate pair, which no text can hold.
     let half =
         "insert into outbox.events (event_type, source, publisher_config) values ('t', 's', '{\"a\": \"\\ud800\"}')";
     let half = refuse(&mut client, half);
@@ -300,7 +301,7 @@ fn any_json_is_delivered_as_it_is() {
     for (chunk, text) in entries.chunks(3).zip(texts) {
         for entry in chunk {
             let cloud_event = entry.field("cloud_event");
-            // JSON null is "no data", as for the consumers of django-broadcaster.
+            // JSON null means "no data", as for the consumers of django-broadcaster.
             let end = match text {
                 "null" => "\"datacontenttype\": \"application/json\"}".to_string(),
                 text => format!("\"datacontenttype\": \"application/json\", \"data\": {text}}}"),
@@ -382,18 +383,18 @@ fn a_stream_must_match_the_backends_patterns() {
         let expected = Refused::new(
             "42501",
             &format!("backend \"default\" does not allow the stream \"{stream}\""),
-            "None of the backend's allowed_streams matches.",
+            "No pattern in the backend's allowed_streams matches.",
             "Ask the administrator to extend allowed_streams.",
         );
         assert_eq!(Refused::of(publish(stream)), expected);
     }
-    // The backend's own stream needs no permission, and a change counts at once.
+    // The backend's own stream needs no permission, and a change applies at once.
     stack.publish("own");
     allow("{}");
     assert_eq!(Refused::of(publish("orders")).code, "42501");
     allow("{order*}");
     publish("orders2").unwrap();
-    // An empty name is none: the backend's own stream.
+    // An empty name means the backend's own stream.
     named("").unwrap();
     for stream in ["orders", "user.", "user.created", "log-1", "orders2"] {
         let entries = stack.redis.wait_entries(stream, 1);

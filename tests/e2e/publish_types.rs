@@ -1,4 +1,4 @@
-//! Arguments as drivers type them: no cast is needed, and no call is ambiguous.
+//! Arguments with the types that drivers send: no cast is needed, and no call is ambiguous.
 
 use kit::{Refused, Stack, types, wait_eq};
 use postgres::{Client, NoTls};
@@ -16,7 +16,7 @@ fn start() -> Stack {
     stack
 }
 
-/// What was stored of the event of one call by a publisher, which is rolled back.
+/// The stored row of one call by a publisher, which is rolled back.
 fn stored(client: &mut Client, call: &str) -> (Option<Value>, Option<i32>, Option<Value>, Uuid) {
     let mut transaction = client.transaction().unwrap();
     transaction.batch_execute("set local role publisher").unwrap();
@@ -251,7 +251,7 @@ fn any_number_is_a_number_of_attempts() {
             "22023",
             message,
             &format!("It is {shown}."),
-            "Pass the number of attempts in all, or NULL for outbox_relay.max_retries.",
+            "Pass the total number of attempts, or NULL for outbox_relay.max_retries.",
         )
     };
     for (number, expected) in [
@@ -340,7 +340,7 @@ fn text_that_is_no_json_is_refused_as_jsonb_refuses_it() {
     assert_eq!(Refused::of(client.simple_query(zero)).code, "22021");
 }
 
-/// As the function takes jsonb, so do INSERT, COPY and arrays.
+/// INSERT, COPY and arrays accept the same JSON as the function's jsonb.
 #[test]
 fn json_that_jsonb_refuses_is_refused_by_all_ways() {
     let stack = start();
@@ -373,7 +373,7 @@ fn json_that_jsonb_refuses_is_refused_by_all_ways() {
             assert_eq!(Refused::of(copy.finish()), said, "{bad} by COPY");
         }
     }
-    // What is well written stays as it is.
+    // Valid text is stored unchanged.
     let good = "{\"b\": \"\\u00e9 \\ud83d\\ude00 3e5\", \"a\": 1e3, \"a\": \"\\\\u0000\"}";
     client
         .execute(
@@ -385,9 +385,9 @@ fn json_that_jsonb_refuses_is_refused_by_all_ways() {
     assert_eq!(types(&stack.wait_events(1)), ["good"]);
 }
 
-/// What ORMs send for nothing, in each way; stored as NULL.
+/// The values that ORMs send for an absent one, in each way to publish; stored as NULL.
 #[test]
-fn empty_texts_and_json_null_are_nothing() {
+fn empty_texts_and_json_null_count_as_absent() {
     let stack = start();
     let mut client = stack.pg.client();
     let given = "subject, backend, stream, data_schema, publisher_config";
@@ -413,7 +413,7 @@ fn empty_texts_and_json_null_are_nothing() {
     );
     assert_eq!(rows, 6);
     assert_eq!(types(&stack.wait_events(5)), ["t"; 5]);
-    // A setting of the session counts as if nothing had been said.
+    // A setting of the session counts as if nothing had been reported yet.
     stack.pg.exec("insert into outbox.backends (name, host, port, stream_name) select 'other', host, port, 'others' from outbox.backends");
     client
         .batch_execute(
@@ -426,7 +426,7 @@ fn empty_texts_and_json_null_are_nothing() {
 /// Severities and messages.
 type Notices = Arc<Mutex<Vec<(String, String)>>>;
 
-/// A client that keeps what the server says beside its answers.
+/// A client that keeps the server's notices.
 fn noticing(stack: &Stack) -> (Client, Notices) {
     let said = Arc::new(Mutex::new(Vec::new()));
     let heard = said.clone();
@@ -434,7 +434,7 @@ fn noticing(stack: &Stack) -> (Client, Notices) {
     config.notice_callback(move |notice| {
         let hint = notice.hint().unwrap_or_default();
         assert!(
-            notice.detail().is_some() && hint.ends_with("This is said once in a session."),
+            notice.detail().is_some() && hint.ends_with("This warning appears once in a session."),
             "{notice:?}"
         );
         heard
@@ -446,7 +446,7 @@ fn noticing(stack: &Stack) -> (Client, Notices) {
 }
 
 #[test]
-fn json_that_was_encoded_twice_is_said_once_in_a_session() {
+fn json_that_was_encoded_twice_is_reported_once_in_a_session() {
     let stack = Stack::start();
     let expected = vec![("WARNING".to_owned(), "data is a JSON string that holds JSON".to_owned())];
     for publish in [
@@ -480,7 +480,7 @@ fn json_that_was_encoded_twice_is_said_once_in_a_session() {
 }
 
 #[test]
-fn a_source_that_is_no_uri_reference_is_said_once_in_a_session() {
+fn a_source_that_is_no_uri_reference_is_reported_once_in_a_session() {
     let stack = Stack::start();
     for publish in [
         "select outbox.publish_event('t', 'user service')",

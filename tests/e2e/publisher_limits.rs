@@ -1,5 +1,5 @@
 //! Publishers whose events are limited to some backends and streams, by `outbox.grant_publisher(role, backends,
-//! streams)`: every way to publish keeps to that, rights add up, and nobody else pays.
+//! streams)`: every way to publish applies the limits, rights add up, and other publishers have no cost.
 
 use std::io::Write;
 
@@ -20,7 +20,7 @@ fn start() -> (Stack, Client) {
     (stack, app)
 }
 
-/// Every way to publish, to a backend, into a stream. An empty text is none.
+/// Every way to publish, to a backend, into a stream. An empty text means none.
 const WAYS: [&str; 8] = [
     "select outbox.publish_event('t', 's', backend => nullif('B', ''), stream => nullif('S', ''))",
     "select outbox.publish_event('t', 's', '{}'::text, backend => 'B', stream => 'S')",
@@ -79,7 +79,7 @@ fn no_stream(backend: &str, name: &str, allowed: &str) -> Refused {
     Refused::new(
         "42501",
         &format!("permission denied to publish to stream \"{name}\" of backend \"{backend}\""),
-        &format!("There, the current role may publish into these streams: {allowed}."),
+        &format!("The current role may publish to these streams of that backend: {allowed}."),
         "Ask the administrator to allow more with outbox.grant_publisher().",
     )
 }
@@ -114,23 +114,23 @@ fn every_way_to_publish_keeps_to_the_limits() {
     );
     assert_refused(&mut app, "other", "orders:1", &no_backend("other", backends));
     assert_refused(&mut app, "", "orders:1", &no_backend("default", backends));
-    // The default is what the session says.
+    // The default backend is the session's.
     app.batch_execute("set outbox_relay.default_backend = 'other'")
         .expect("its own");
     assert_refused(&mut app, "", "orders:1", &no_backend("other", backends));
     app.batch_execute("set outbox_relay.default_backend = 'orders'")
         .expect("its own");
     assert_allowed(&mut app, "", "orders:1");
-    // What the backend does not allow, nobody may.
+    // A stream that the backend does not allow is allowed to nobody.
     stack
         .pg
         .exec("update outbox.backends set allowed_streams = '{orders:1}' where name = 'orders'");
     let refused = Refused::of(tried(&mut app, WAYS[0], "orders", "orders:2"));
     assert_eq!(
         refused.detail.as_deref(),
-        Some("None of the backend's allowed_streams matches.")
+        Some("No pattern in the backend's allowed_streams matches.")
     );
-    // One element beyond the limits, and none is published.
+    // If one element is beyond the limits, none is published.
     let count = "select count(*) from outbox.events";
     let before: i64 = stack.pg.one(count);
     let two = "select outbox.publish_events('[{\"event_type\": \"t\", \"source\": \"s\"}, {\"event_type\": \"t\", \"source\": \"s\", \"backend\": \"other\"}]')";
@@ -150,7 +150,7 @@ fn every_way_to_publish_keeps_to_the_limits() {
     tried(&mut app, WAYS[0], "other", "anything").expect("any stream");
 }
 
-/// Members of a limited role are limited as far as they have the right from limited roles alone.
+/// Members of a limited role are limited if they have the right to publish only from limited roles.
 #[test]
 fn rights_add_up() {
     let (stack, _) = start();
@@ -185,7 +185,7 @@ fn rights_add_up() {
     ] {
         assert_eq!(may(&mut as_user(user), sql_before), is_free, "{user} {sql_before}");
     }
-    // Two limited roles: what any of them may do.
+    // Two limited roles: a member may do what either of them may.
     let mut both = as_user("in_both");
     for (backend, stream) in [("orders", "orders:1"), ("default", "anything"), ("default", "")] {
         tried(&mut both, WAYS[0], backend, stream).unwrap_or_else(|error| panic!("{backend} {stream}: {error:?}"));
@@ -199,19 +199,19 @@ fn rights_add_up() {
         Refused::of(tried(&mut both, WAYS[0], "other", "anything")),
         no_stream("other", "anything", "nothing")
     );
-    // A function of somebody who is not limited.
+    // A function of a role that is not limited.
     as_user("app").batch_execute("select lent.other()").expect("lent");
-    // Nobody is limited by a role that somebody gives to him.
+    // Granting a limited role to somebody does not limit them.
     stack
         .pg
         .exec("create role free login; select outbox.grant_publisher('free'); grant app, team to free");
     assert!(may(&mut as_user("free"), ""));
 }
 
-/// A session that has published hears of each change before its next statement, also within a transaction that looks
-/// at an older state of the tables.
+/// A session that has published follows each change in its next statement, also within a transaction that uses an older
+/// snapshot.
 #[test]
-fn sessions_hear_of_changes() {
+fn open_sessions_follow_changed_limits() {
     let (stack, _) = start();
     stack
         .pg
@@ -255,14 +255,14 @@ fn sessions_hear_of_changes() {
     );
     plain.batch_execute("rollback").expect("over");
     assert!(!may(&mut plain, ""));
-    // One's own change, and its end.
+    // A change by the session itself, and its rollback.
     let mut boss = stack.pg.client();
     let within = "begin; select outbox.grant_publisher('plain'); set role plain; select outbox.publish_event('t', 's', backend => 'other'); reset role; rollback";
     boss.batch_execute(within).expect("granted");
     assert!(!may(&mut boss, "set role plain"));
 }
 
-/// Nothing of a limit outlives its role, or comes to another role of its name.
+/// No limit outlives its role, or applies to another role of its name.
 #[test]
 fn a_role_that_was_dropped_leaves_nothing() {
     let (stack, app) = start();
@@ -294,8 +294,8 @@ fn a_role_that_was_dropped_leaves_nothing() {
     assert_eq!(said.code, "22004");
 }
 
-/// A dump has the limits by the roles' present names. A role that does not exist where it is restored takes nobody
-/// else's limits along.
+/// A dump has the limits with the roles' present names. A role that does not exist where it is restored does not affect
+/// the limits of others.
 #[test]
 fn a_dump_brings_the_limits() {
     let (stack, mut app) = start();
@@ -327,14 +327,14 @@ fn a_dump_brings_the_limits() {
         Refused::of(app.simple_query("select outbox.publish_event('t', 's')")),
         no_backend("default", "orders, audit-*")
     );
-    // The number of a role that was dropped means nothing elsewhere.
+    // The number of a dropped role means nothing elsewhere.
     for text in ["10", "16384", "-"] {
         let role: String = stack.pg.one(&format!("select '{text}'::outbox.role_name::text"));
         assert_eq!(role, "-", "{text}");
     }
 }
 
-/// A publisher looks at the table once, whether there are limits or not.
+/// A publisher's session reads the table once, whether there are limits or not.
 #[test]
 fn publishing_does_not_read_the_limits_again() {
     let stack = Stack::start();

@@ -1,4 +1,4 @@
-//! RETURNING and ON CONFLICT, as ORMs write them, by a role that may publish and read nothing.
+//! RETURNING and ON CONFLICT, as ORMs write them, by a role that may only publish.
 
 use kit::{Postgres, Refused, Stack, types};
 use postgres::Client;
@@ -7,7 +7,7 @@ use uuid::Uuid;
 const KNOWN: &str = "11111111-1111-1111-1111-111111111111";
 const INSERT: &str = "insert into outbox.events (event_type, source) values ('t', 's')";
 
-/// With an event of somebody else, of a known id.
+/// With an event of another role, with a known id.
 fn start() -> (Stack, Client) {
     let stack = Stack::start();
     stack.pg.exec(&format!(
@@ -115,7 +115,7 @@ fn a_repeated_id_may_do_nothing() {
     assert_eq!(types(&stack.wait_events(2)), ["secret.type", "once"]);
 }
 
-/// Everything else is refused, and what an ORM is likely to try in words.
+/// Everything else is refused; statements that an ORM is likely to try get a clear error.
 #[test]
 fn nothing_of_others_is_read() {
     let (stack, mut publisher) = start();
@@ -123,7 +123,7 @@ fn nothing_of_others_is_read() {
         Refused::new(
             "42501",
             "permission denied for table events",
-            &format!("The statement returns, or looks for, what a publisher may not read: {what}."),
+            &format!("The statement reads columns that a publisher may not read: {what}."),
             "Name columns that publishers fill in, such as RETURNING event_id, or call outbox.publish_event(), which returns the id.",
         )
     };
@@ -148,7 +148,7 @@ fn nothing_of_others_is_read() {
             Refused::new(
                 "42501",
                 "permission denied for table events",
-                "ON CONFLICT DO UPDATE would change an event, and events are never changed.",
+                "ON CONFLICT DO UPDATE would change an event, but events never change.",
                 "Use ON CONFLICT (event_id) DO NOTHING.",
             ),
         ),
@@ -165,7 +165,7 @@ fn nothing_of_others_is_read() {
     ] {
         assert_eq!(Refused::of(publisher.simple_query(sql)), plain, "{sql}");
     }
-    // Nobody else gains by it.
+    // No other role gains by it.
     stack
         .pg
         .exec("create role nobody login; grant usage on schema outbox to nobody");
@@ -180,14 +180,14 @@ fn nothing_of_others_is_read() {
     assert_eq!(types(&stack.wait_events(1)), ["secret.type"]);
 }
 
-/// What an ORM tries that looks for a row first, saves one again, or knows all columns of the table.
+/// Statements of an ORM that looks for a row first, saves one again, or uses all columns of the table.
 #[test]
-fn what_a_publisher_has_no_right_to_is_said_in_words() {
+fn a_statement_that_a_publisher_may_not_run_gets_a_clear_error() {
     let (stack, mut publisher) = start();
     let words = |detail: &str, hint: &str| Refused::new("42501", "permission denied for table events", detail, hint);
     let reading = words(
-        "A publisher adds events, and reads none.",
-        "Publish without looking first: with outbox.publish_event(), or with INSERT ... ON CONFLICT (event_id) DO NOTHING. \
+        "A publisher can insert events, but not read them.",
+        "Publish without reading first: with outbox.publish_event(), or with INSERT ... ON CONFLICT (event_id) DO NOTHING. \
          outbox.published_here() shows what this transaction has published.",
     );
     let changing = words(
@@ -196,13 +196,13 @@ fn what_a_publisher_has_no_right_to_is_said_in_words() {
          (event_id) DO NOTHING publishes once.",
     );
     let deleting = words(
-        "A publisher deletes no events. They go when their retention ends.",
-        "Leave them to outbox_relay.published_retention.",
+        "A publisher cannot delete events. They are deleted when their retention ends.",
+        "Set outbox_relay.published_retention instead.",
     );
     let filling_in = |columns: &str| {
         words(
-            &format!("A publisher does not fill in: {columns}."),
-            "Name the other columns alone, and leave these out of an ORM's model: the server fills them in.",
+            &format!("A publisher cannot fill in: {columns}."),
+            "Name only the other columns, and leave these out of an ORM's model: the server fills them in.",
         )
     };
     for (sql, expected) in [
@@ -288,7 +288,7 @@ fn what_a_publisher_has_no_right_to_is_said_in_words() {
             publisher.batch_execute("rollback").unwrap();
         }
     }
-    // A driver asks for the columns before a COPY: nothing is read.
+    // A driver prepares this to learn the columns before a COPY: nothing is read.
     publisher
         .prepare("select event_id, event_type from outbox.events limit 1")
         .unwrap();
@@ -316,7 +316,7 @@ fn what_a_publisher_has_no_right_to_is_said_in_words() {
     );
     let other_column = Refused::of(publisher.simple_query("select source from outbox.events"));
     assert_eq!(other_column, words("", ""));
-    // Who may not publish hears what Postgres says.
+    // A role that may not publish gets the error of Postgres.
     stack
         .pg
         .exec("create role nobody login; grant usage on schema outbox to nobody");
@@ -327,7 +327,7 @@ fn what_a_publisher_has_no_right_to_is_said_in_words() {
     );
 }
 
-/// Who may read is not in its way, and policies of the table's owner hold.
+/// Roles that may read are not restricted by it, and policies of the table's owner apply.
 #[test]
 fn rights_that_were_granted_and_policies_hold() {
     let (stack, mut publisher) = start();
@@ -354,7 +354,7 @@ fn rights_that_were_granted_and_policies_hold() {
     );
 }
 
-/// Tables of the same name that are not the extension's.
+/// Tables of the same name that do not belong to the extension.
 #[test]
 fn tables_of_others_are_not_touched() {
     let (stack, _) = start();
@@ -462,11 +462,11 @@ fn without_the_library_preloaded_the_first_statement_of_a_session_may_be_any_of_
     for (first, detail) in [
         (
             format!("{INSERT} returning seq"),
-            "The statement returns, or looks for, what a publisher may not read: seq.",
+            "The statement reads columns that a publisher may not read: seq.",
         ),
         (
             format!("{repeated} on conflict (event_id) do update set source = 'x'"),
-            "ON CONFLICT DO UPDATE would change an event, and events are never changed.",
+            "ON CONFLICT DO UPDATE would change an event, but events never change.",
         ),
     ] {
         let refused = Refused::of(pg.client_as("publisher", "postgres").simple_query(&first));

@@ -1,4 +1,5 @@
-//! `include_lsn`: an entry says how far a standby must have replayed to show what the event's transaction has written.
+//! `include_lsn`: an entry names the position that a standby must have replayed to show the rows of the event's
+//! transaction.
 
 use kit::owners::wait_caught_up;
 use kit::process::signal;
@@ -7,7 +8,7 @@ use nix::sys::signal::Signal;
 use postgres::Client;
 use std::time::Duration;
 
-/// A primary that tells positions, its standby, and a table.
+/// A primary that adds positions, its standby, and a table.
 fn with_standby(settings: &[(&str, &str)]) -> (Stack, Postgres) {
     let stack = Stack::of(
         Postgres::with(&[
@@ -23,7 +24,7 @@ fn with_standby(settings: &[(&str, &str)]) -> (Stack, Postgres) {
     (stack, standby)
 }
 
-/// Commits a row of this name, and its event. Also returns how far the WAL was written before the commit record.
+/// Commits a row of this name, and its event. Also returns the write position of the WAL before the commit record.
 fn commit(client: &mut Client, name: &str, prepared: bool) -> u64 {
     client
         .batch_execute(&format!(
@@ -68,7 +69,7 @@ fn shows(standby: &Postgres, name: &str) -> bool {
     standby.one(&format!("select exists (select from things where name = '{name}')"))
 }
 
-/// What a consumer asks before it reads.
+/// The query of a consumer before it reads.
 fn has_replayed(standby: &Postgres, entry: &Entry) -> bool {
     standby.one(&format!(
         "select not pg_is_in_recovery() or pg_last_wal_replay_lsn() >= '{}'::pg_lsn",
@@ -92,7 +93,7 @@ fn a_standby_that_has_replayed_an_entrys_position_shows_its_row_and_one_that_lag
         assert!(!has_replayed(&standby, &entry), "{entry:?}");
         assert!(!shows(&standby, &name));
         resume(&standby);
-        // Nothing else happens: the position is one that the standby reaches.
+        // Nothing else is written: the standby reaches the position without later WAL.
         wait_until("the position to be replayed", || has_replayed(&standby, &entry));
         assert!(shows(&standby, &name), "{name}");
     }
@@ -129,7 +130,7 @@ fn a_position_is_never_before_the_commit_record() {
     }
 }
 
-/// Its replay waits, and it has the WAL on disk: that is what the sender waits for, not for its rows to show.
+/// Its replay waits, and it has the WAL on disk: the sender waits for the disk, not for the replay.
 #[test]
 fn with_standby_flush_an_entry_comes_before_a_standby_shows_its_row() {
     let (stack, standby) = with_standby(&[("outbox_relay.send_after", "standby_flush")]);
@@ -197,7 +198,7 @@ fn after_a_promotion_positions_go_on_and_the_new_primary_shows_all() {
     stack.pg.stop(Mode::Fast);
     standby.promote();
     standby.wait_worker("postgres");
-    // What a consumer has noted from the old primary does not make it wait for ever.
+    // A position of the old primary that a consumer has stored does not make it wait for ever.
     assert!(has_replayed(&standby, &old) && shows(&standby, "old"));
     let next = standby.standby().start();
     wait_caught_up(&standby, &next);
@@ -211,7 +212,7 @@ fn after_a_promotion_positions_go_on_and_the_new_primary_shows_all() {
     assert!(shows(&next, "new"));
 }
 
-/// The rest of a batch, events that were refused, and what an earlier run of the server has left.
+/// The rest of a batch, refused events, and events from an earlier run of the server.
 #[test]
 fn events_that_are_sent_late_tell_a_position_too() {
     let (mut stack, _standby) = with_standby(&[

@@ -1,4 +1,4 @@
-//! What the relay's user of Redis must be allowed: with less of it nothing is sent in a weaker way, and nothing is
+//! The rights that the relay's Redis user needs: with fewer, nothing is sent with a weaker guarantee, and nothing is
 //! lost.
 
 use kit::{
@@ -7,7 +7,7 @@ use kit::{
 };
 use uuid::Uuid;
 
-/// As docs/guarantees.md has it, but for the streams.
+/// As in docs/guarantees.md, but for the streams.
 const RIGHTS: &[&str] = &[
     "+@connection",
     "+xadd",
@@ -25,7 +25,7 @@ const RIGHTS: &[&str] = &[
     "~outbox_relay:*",
 ];
 
-/// A stack whose backend logs in as `relay`, who may do all that is needed with the streams `events` and `good`.
+/// A stack whose backend logs in as `relay`, who has all rights for the streams `events` and `good`.
 fn stack() -> Stack {
     let redis = Redis::start();
     acl(&redis, &["on", ">secret", "~events", "~good"]);
@@ -57,7 +57,7 @@ fn kill_clients(stack: &Stack) {
 }
 
 #[test]
-fn what_the_guarantees_list_is_enough() {
+fn the_rights_listed_in_the_guarantees_are_enough() {
     let stack = stack();
     let mut published = publish(&stack, 250);
     let good = publish_many(&mut stack.pg.client(), "default", "good", "event", 50);
@@ -77,7 +77,7 @@ fn what_the_guarantees_list_is_enough() {
     );
     let log = stack.pg.log();
     assert!(!log.contains("NOPERM"), "{log}");
-    // Nothing was tried that is forbidden.
+    // No forbidden command was tried.
     let denied: Vec<redis::Value> = redis::cmd("ACL")
         .arg("LOG")
         .query(&mut stack.redis.conn())
@@ -130,7 +130,7 @@ fn without_the_guards_key_everything_waits() {
     acl(&stack.redis, &["~outbox_relay:*"]);
     assert_eq!(ids(&stack.wait_events(150)), published);
     wait_drained(&stack.pg, "default");
-    // Taken away in the middle of work.
+    // Taken away in the middle of a load.
     acl(&stack.redis, &["resetkeys", "~events", "~good"]);
     published.extend(publish(&stack, 150));
     let found = wait_trouble(&stack.pg, "default", "misconfigured", "NOPERM");
@@ -141,7 +141,7 @@ fn without_the_guards_key_everything_waits() {
     assert_eq!(ids(&stack.events()), published);
 }
 
-/// One key that the user may not touch is the trouble of that stream alone, within a transaction too.
+/// One key that the user may not touch only affects that stream, within a transaction too.
 #[test]
 fn a_forbidden_stream_fails_alone() {
     let stack = stack();
@@ -172,9 +172,9 @@ fn a_forbidden_stream_fails_alone() {
     assert_eq!(standing(&stack.pg, "default").state, "idle");
 }
 
-/// A batch whose reply was lost can't be settled without a look at the streams: nothing is guessed.
+/// A batch whose reply was lost cannot be settled without reading the streams: nothing is guessed.
 #[test]
-fn without_a_look_at_the_streams_a_doubtful_batch_waits() {
+fn without_the_right_to_read_streams_a_doubtful_batch_waits() {
     let stack = stack();
     acl(&stack.redis, &["~full"]);
     stack.redis.call(&[
@@ -192,8 +192,8 @@ fn without_a_look_at_the_streams_a_doubtful_batch_waits() {
         env::not_run("this Redis does not count what was added (before 7.0): see the limits in docs/guarantees.md");
         return;
     }
-    // No refresh of the guard may be on its way when replies are held, and that one is late is no reason to connect
-    // anew.
+    // No refresh of the guard may be under way when replies are held: a late reply to one does not cause a new
+    // connection.
     stack.pg.set("outbox_relay.poll_interval", "1h");
     stack.pg.exec("update outbox.backends set socket_timeout = '10s'");
     let proxy = stack.through_proxy();
@@ -205,12 +205,12 @@ fn without_a_look_at_the_streams_a_doubtful_batch_waits() {
     stack.wait_events(5);
     wait_drained(&stack.pg, "default");
     for command in ["xrevrange", "xinfo"] {
-        // The relay goes on after what was refused before.
+        // The relay goes on after the refused events.
         published.extend(publish(&stack, 1));
         stack.wait_events(published.len());
         wait_drained(&stack.pg, "default");
         acl(&stack.redis, &[&format!("-{command}")]);
-        // Ready for a batch: the last that it asked for was the token.
+        // Ready for a batch: the last command was the read of the token.
         wait_until("the relay to be ready", || {
             let clients: String = redis::cmd("CLIENT")
                 .arg("LIST")
@@ -246,7 +246,7 @@ fn without_a_look_at_the_streams_a_doubtful_batch_waits() {
     });
 }
 
-/// Only with wait_replicas it is needed.
+/// Needed only with wait_replicas.
 #[test]
 fn without_wait_a_backend_that_waits_for_replicas_says_so() {
     let stack = stack();

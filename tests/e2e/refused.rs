@@ -1,4 +1,4 @@
-//! Events that Redis refuses for what they are: their stream waits and then fails, all others go on.
+//! Events that Redis refuses because of their content: their stream waits, and then they fail; all other streams go on.
 
 use kit::{
     Mode, Postgres, QUICK, Redis, Stack, ids, publish_many, standing, types, wait_drained, wait_eq, wait_trouble,
@@ -31,7 +31,7 @@ fn refused(pg: &Postgres) -> i64 {
     pg.one("select count(*) from outbox.refused_events where accepted_in is null")
 }
 
-/// Attempts that the event with this id has had.
+/// The number of attempts for the event with this id.
 fn attempts(pg: &Postgres, id: Uuid) -> i32 {
     pg.one(&format!(
         "select attempts from outbox.event_status where event_id = '{id}'"
@@ -65,7 +65,7 @@ fn a_wrong_stream_fails_after_its_attempts_and_holds_up_no_other() {
     let now = "select string_agg(event_type || ' ' || status || ' ' || attempts, ',' order by event_type) \
         from outbox.event_status where stream = 'bad'";
     assert_eq!(stack.pg.one::<String>(now), "bad1 pending 1,bad2 pending 1");
-    // Behind those that wait, and then with them.
+    // First behind the waiting events, and then together with them.
     stack
         .pg
         .exec("select outbox.publish_event('bad3', 'kit', stream => 'bad')");
@@ -95,7 +95,7 @@ fn a_wrong_stream_fails_after_its_attempts_and_holds_up_no_other() {
     assert_eq!(found.last_error.as_deref(), Some(WRONGTYPE));
 }
 
-/// Each wait is twice the last (less jitter), up to retry_max_delay.
+/// Each delay is twice the last (less jitter), up to retry_max_delay.
 #[test]
 fn attempts_back_off() {
     let stack = stack(&[
@@ -138,7 +138,7 @@ fn max_retries_of_an_event_are_attempts_in_all() {
     assert_eq!(stack.redis.wait_entries("other", 1).len(), 1);
 }
 
-/// When a stream has failed, the next event of it has one attempt; once one was accepted, all are as before.
+/// When a stream has failed, its next event has one attempt; after a success, all events have their usual number.
 #[test]
 fn a_stream_that_failed_is_forgiven_when_it_works_again() {
     let stack = stack(&[("outbox_relay.max_retries", "3")]);
@@ -159,7 +159,7 @@ fn a_stream_that_failed_is_forgiven_when_it_works_again() {
 }
 
 #[test]
-fn a_stream_mended_in_time_gets_everything_in_order() {
+fn a_stream_corrected_in_time_gets_everything_in_order() {
     let stack = stack(&[("outbox_relay.max_retries", "1000")]);
     let mut client = stack.pg.client();
     let mut expected = publish_many(&mut client, "default", "bad", "first", 250);
@@ -177,9 +177,9 @@ fn a_stream_mended_in_time_gets_everything_in_order() {
     assert_eq!((found.published, found.failed, failed(&stack.pg).len()), (1_000, 0, 0));
 }
 
-/// Events of the backend's own stream wait for it by whatever name it has then.
+/// Events of the backend's own stream wait for it under the name that it has now.
 #[test]
-fn another_stream_name_mends_a_wrong_default_stream() {
+fn changing_the_stream_name_corrects_a_wrong_default_stream() {
     let stack = stack(&[
         ("outbox_relay.retry_delay", "1h"),
         ("outbox_relay.retry_max_delay", "1h"),
@@ -196,7 +196,7 @@ fn another_stream_name_mends_a_wrong_default_stream() {
     wait_eq("refused events", 0, || refused(&stack.pg));
 }
 
-/// Also while it is being tried again, an event does not fail because Redis is away.
+/// Also while it is being retried, an event does not fail because of an outage.
 #[test]
 fn an_outage_is_no_attempt_of_a_refused_event() {
     let mut stack = stack(&[
@@ -222,7 +222,7 @@ fn an_outage_is_no_attempt_of_a_refused_event() {
     wait_eq("refused events", 0, || refused(&stack.pg));
 }
 
-/// Restarts of the worker and of the server, orderly or not, neither lose refused events nor give them attempts anew.
+/// Restarts of the worker and of the server, orderly or not, neither lose refused events nor reset their attempts.
 #[test]
 fn refused_events_survive_restarts() {
     let mut stack = stack(&[
@@ -236,7 +236,7 @@ fn refused_events_survive_restarts() {
     stack.pg.exec(&format!("select pg_terminate_backend({worker})"));
     // Each start is an attempt.
     wait_eq("attempts", 2, || attempts(&stack.pg, expected[0]));
-    // What was written down a moment ago may be lost in a crash, and happens again; this is not.
+    // Changes saved a moment ago may be lost in a crash and are made again; this one is not.
     stack.pg.exec("checkpoint");
     stack.pg.stop(Mode::Immediate);
     stack.pg.start_again();
@@ -258,9 +258,9 @@ fn refused_events_survive_restarts() {
     assert_eq!(failed(&stack.pg)[0], (lost[0], 4, WRONGTYPE.to_string()));
 }
 
-/// A user of Redis who may not touch one key: that stream's trouble, or one publisher could stop a backend.
+/// A Redis user that may not touch one key: only that stream is affected, or one publisher could stop a backend.
 #[test]
-fn a_forbidden_key_is_its_streams_trouble() {
+fn a_forbidden_key_affects_only_its_stream() {
     let stack = stack(&[("outbox_relay.max_retries", "2")]);
     stack.redis.call(&[
         "ACL",
@@ -291,7 +291,7 @@ fn a_forbidden_key_is_its_streams_trouble() {
     assert_eq!(types(&stack.wait_events(1)), ["plain"]);
 }
 
-/// A user of Redis without XADD: nothing can be sent at all, so no event is to blame.
+/// A Redis user without XADD: nothing can be sent at all, so no event is at fault.
 #[test]
 fn a_forbidden_command_is_a_misconfiguration() {
     let stack = stack(&[("outbox_relay.max_retries", "1")]);

@@ -1,12 +1,11 @@
-//! A worker that has been idle rehearses when an event is being published: it sends nothing by that, and is in nobody's
-//! way.
+//! A worker that has been idle rehearses when an event is being published: that sends nothing, and delays nobody.
 
 use std::time::{Duration, Instant};
 
 use kit::{Postgres, QUICK, Redis, Stack, types, wait_until};
 use postgres::Client;
 
-/// Has sent one event, and then nothing for a while.
+/// The worker has sent one event, and then nothing for a while.
 fn idle() -> Stack {
     let stack = Stack::of(Postgres::with(QUICK).faults(), Redis::start());
     stack.publish("first");
@@ -16,7 +15,7 @@ fn idle() -> Stack {
     stack
 }
 
-/// Publishes an event, and is about to end the transaction while the worker is held in its rehearsal.
+/// Publishes an event, and ends the transaction while the worker is held in its rehearsal.
 fn rehearsed(stack: &Stack, event_type: &str) -> Client {
     let mut publisher = stack.pg.client();
     stack.pg.hold_at("at_rehearsal");
@@ -28,7 +27,7 @@ fn rehearsed(stack: &Stack, event_type: &str) -> Client {
 }
 
 #[test]
-fn what_is_being_published_is_rehearsed_and_sent_once_it_is_committed() {
+fn uncommitted_events_are_rehearsed_and_sent_once_they_are_committed() {
     let stack = idle();
     let mut publisher = rehearsed(&stack, "second");
     assert_eq!(types(&stack.events()), ["first"]);
@@ -39,7 +38,7 @@ fn what_is_being_published_is_rehearsed_and_sent_once_it_is_committed() {
 }
 
 #[test]
-fn what_is_rehearsed_and_rolled_back_is_not_sent() {
+fn rehearsed_events_that_are_rolled_back_are_not_sent() {
     let stack = idle();
     let mut publisher = rehearsed(&stack, "aborted");
     publisher.batch_execute("rollback").unwrap();
@@ -49,13 +48,13 @@ fn what_is_rehearsed_and_rolled_back_is_not_sent() {
 }
 
 #[test]
-fn a_publisher_who_has_locked_the_table_is_not_waited_for() {
+fn a_rehearsal_does_not_wait_for_a_locked_table() {
     let stack = idle();
     let mut publisher = stack.pg.client();
     publisher
         .batch_execute("begin; lock table outbox.events; select outbox.publish_event('second', 'kit')")
         .unwrap();
-    // The worker is there for others: it takes note of another address.
+    // The worker still reacts to others: it notices another address.
     let token = stack.guard().field("token").to_string();
     stack.pg.exec("update outbox.backends set host = 'localhost'");
     wait_until("another claim", || stack.guard().field("token") != token);

@@ -13,7 +13,7 @@ fn replay(pg: &Postgres, arguments: &str) -> i64 {
     pg.one(&format!("select outbox.replay({arguments})"))
 }
 
-/// Publishes and waits until that is known to be sent.
+/// Publishes and waits until the event is known as published.
 fn published(stack: &Stack, prefix: &str, count: i32) -> Vec<Uuid> {
     let before = stack.events().len();
     let published = publish_many(&mut stack.pg.client(), "default", "", prefix, count);
@@ -47,7 +47,7 @@ fn published_events_are_appended_once_more_in_order_and_as_they_were() {
     wait_drained(&stack.pg, "default");
     stack
         .pg
-        .wait_log("6 published events of backend \"default\" are appended once more");
+        .wait_log("6 published events of backend \"default\" are appended again");
     for arguments in [
         "'default', now() + interval '1 hour'",
         "'default', '-infinity', event_type => 'none'",
@@ -62,7 +62,7 @@ fn sorted(mut ids: Vec<Uuid>) -> Vec<Uuid> {
 }
 
 #[test]
-fn only_what_was_published_is_replayed_and_only_if_the_transaction_commits() {
+fn only_published_events_are_replayed_and_only_if_the_transaction_commits() {
     let stack = Stack::of(
         Postgres::with(QUICK).with(&[UNTRIMMED, ("outbox_relay.max_retries", "1")]),
         Redis::start(),
@@ -127,7 +127,7 @@ fn each_event_is_appended_once_more_whatever_is_killed() {
         assert_eq!(stack.events().len(), sent.len() * (round + 1));
         assert_eq!(all[sent.len() * round..], sent);
     }
-    // A replay that had not committed leaves nothing.
+    // A replay that was not committed leaves nothing.
     let mut client = stack.pg.client();
     client
         .batch_execute("begin; select outbox.replay('default', '-infinity')")
@@ -138,9 +138,9 @@ fn each_event_is_appended_once_more_whatever_is_killed() {
     assert_eq!(ids(&stack.events())[sent.len() * 4..], more);
 }
 
-/// The first entries stand in the stream with the same ids and times. They are not the second.
+/// The first entries are in the stream with the same ids and times. They are not taken for the second ones.
 #[test]
-fn a_replay_that_waits_is_not_taken_for_delivered_where_events_are_looked_for() {
+fn a_pending_replay_is_not_taken_for_delivered_by_a_comparison() {
     let mut stack = quick();
     let sent = published(&stack, "event", 5);
     stack.pg.exec("update outbox.backends set enabled = false");
@@ -154,7 +154,7 @@ fn a_replay_that_waits_is_not_taken_for_delivered_where_events_are_looked_for() 
     assert_eq!(ids(&stack.wait_events(10)), [sent.clone(), sent.clone()].concat());
     wait_drained(&stack.pg, "default");
 
-    // Refused, and mended by what had been there before.
+    // Refused, and corrected by what had been there before.
     stack.redis.call(&["RENAME", "events", "away"]);
     stack.redis.call(&["SET", "events", "a string"]);
     stack.pg.set("outbox_relay.max_retries", "1000");
@@ -174,7 +174,7 @@ fn a_replay_that_waits_is_not_taken_for_delivered_where_events_are_looked_for() 
     kit::holds_for(LIMIT / 60, "no other entry", || stack.events().len() == 15);
 }
 
-/// Redis fails over to a replica that lacks what the replay has appended.
+/// Redis fails over to a replica that lacks the replayed entries.
 #[test]
 fn a_replay_that_redis_has_lost_is_healed() {
     let mut stack = Stack::of(

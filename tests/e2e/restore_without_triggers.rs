@@ -1,5 +1,5 @@
-//! Triggers that were switched off, by `pg_restore --disable-triggers` or by hand: they are on again in a moment,
-//! nothing depends on them meanwhile, and rows that came without them are sent once.
+//! Triggers that were disabled, by `pg_restore --disable-triggers` or by hand: they are enabled again in a moment,
+//! nothing depends on them meanwhile, and rows that were inserted without them are sent once.
 
 use kit::{Entry, Postgres, Stack, types, wait_eq, wait_until};
 
@@ -7,7 +7,7 @@ const BURN: &str = "do $$ begin for i in 1..3000 loop perform pg_current_xact_id
 const BROKEN: &str = "select count(*) from outbox.broken_triggers()";
 const WAITING: usize = 40;
 
-/// How the data come.
+/// How the data are restored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Form {
     /// pg_restore --disable-triggers of a custom dump.
@@ -15,15 +15,15 @@ enum Form {
     Parallel,
     /// Only `outbox.events`, and its section.
     Section,
-    /// A script with ALTER TABLE DISABLE TRIGGER, one row an INSERT.
+    /// A script with ALTER TABLE DISABLE TRIGGER and one INSERT for each row.
     Inserts,
-    /// A script that is run in a session that replicates.
+    /// A script that runs with session_replication_role = replica.
     Replica,
-    /// By hand, put back as it was in the same transaction.
+    /// Disabled by hand, and enabled again in the same transaction.
     ByHand,
 }
 
-/// A server with events that were sent, then some that wait, failed ones and scheduled ones.
+/// A server with sent, pending, failed and scheduled events.
 fn source() -> Stack {
     let stack = Stack::start();
     stack.redis.call(&["SET", "wrong", "no stream"]);
@@ -52,7 +52,7 @@ fn source() -> Stack {
     stack
 }
 
-/// A server with a life of its own, whose events go to the same Redis.
+/// A server that was already in use, whose events go to the same Redis.
 fn target(stack: &Stack) -> Postgres {
     let target = Postgres::with(&[("outbox_relay.poll_interval", "500ms")]).start();
     target.extension();
@@ -79,7 +79,7 @@ fn carry(from: &Postgres, to: &Postgres, form: Form) {
         );
         assert!(ran.ok, "{}", ran.stderr);
     };
-    // Some of it fails: the target has a backend "default", and nobody replaces it now.
+    // Some of it fails: the target already has a backend "default", which is not replaced.
     let restore = |args: &[&str]| {
         let _ = to.run(
             "pg_restore",
@@ -146,7 +146,8 @@ fn expected() -> Vec<String> {
     (1..=WAITING).map(|i| format!("late {i}")).collect()
 }
 
-/// What waited in the source is sent by the target, each event once and in order, and all works as before.
+/// Events that were pending in the source are sent by the target, each once and in order, and everything works as
+/// before.
 fn check(form: Form, prepare: impl Fn(&Postgres, &Postgres)) {
     let stack = source();
     let target = target(&stack);
@@ -156,7 +157,7 @@ fn check(form: Form, prepare: impl Fn(&Postgres, &Postgres)) {
     assert_eq!(late(&entries), expected(), "{form:?}");
     wait_eq("the triggers to be mended", 0i64, || target.one(BROKEN));
     kit::wait_drained(&target, "default");
-    // Rows of ours alone: as if they had been published here.
+    // Only rows of events: as if they had been published here.
     let foreign = "select count(*) from outbox.events where xid::text::bigint & 4294967295 <> xmin::text::bigint";
     assert_eq!(target.one::<i64>(foreign), 0);
     if form != Form::Section && form != Form::ByHand {
@@ -173,7 +174,7 @@ fn check(form: Form, prepare: impl Fn(&Postgres, &Postgres)) {
     assert_eq!(stack.redis.xlen("own"), 20);
 }
 
-/// The target has not come to the source's transaction ids.
+/// The target has not reached the source's transaction ids.
 #[test]
 fn rows_of_a_cluster_that_is_ahead_are_sent_once() {
     for form in [Form::Custom, Form::Inserts, Form::ByHand] {
@@ -197,7 +198,7 @@ fn rows_of_a_cluster_that_is_far_ahead_are_sent_once() {
     }
 }
 
-/// The target has passed them: its cursor takes their transactions for delivered.
+/// The target has passed them: its cursor covers their transactions.
 #[test]
 fn rows_of_a_cluster_that_is_behind_are_sent_once() {
     for form in [Form::Custom, Form::Section, Form::Inserts, Form::ByHand] {
@@ -211,7 +212,7 @@ fn rows_of_a_cluster_that_is_behind_are_sent_once() {
 }
 
 #[test]
-fn what_the_source_has_sent_since_is_not_repeated() {
+fn events_that_the_source_has_sent_since_are_not_repeated() {
     let stack = source();
     let target = target(&stack);
     target.exec(BURN);
@@ -230,13 +231,13 @@ fn what_the_source_has_sent_since_is_not_repeated() {
     );
     target.wait_log("rows of outbox.events carried transaction ids of another cluster");
     target.wait_log(&format!(
-        "{WAITING} of the events after its saved position stand in the streams already"
+        "{WAITING} of the events after its saved position are already in the streams"
     ));
     target.exec("select outbox.publish_event('after', 's', stream => 'late')");
     assert_eq!(types(&stack.redis.wait_entries("late", WAITING + 1))[WAITING], "after");
 }
 
-/// The worker was away: it finds out when it comes.
+/// The worker was not running: it notices when it starts.
 #[test]
 fn a_restore_beside_a_stopped_relay_is_noticed_later() {
     let stack = source();
@@ -254,7 +255,7 @@ fn a_restore_beside_a_stopped_relay_is_noticed_later() {
     assert_eq!(late(&stack.redis.wait_entries("late", WAITING)), expected());
 }
 
-/// Each trigger, in each way in which it can be switched off.
+/// Each trigger, in each way in which it can be disabled.
 #[test]
 fn a_trigger_that_was_switched_off_is_on_again() {
     let stack = Stack::start();
@@ -286,12 +287,12 @@ fn a_trigger_that_was_switched_off_is_on_again() {
             .pg
             .exec(&format!("alter table outbox.{table} disable trigger user"));
     }
-    // It sees them at its next look at the latest.
+    // It notices them at its next check at the latest.
     stack.publish("looks");
     wait_eq("the triggers", 0i64, || stack.pg.one(BROKEN));
     stack
         .pg
-        .wait_log("trigger \"complete_event\" of outbox.events was missing: it is enabled always again");
+        .wait_log("trigger \"complete_event\" of outbox.events was missing, and is ENABLE ALWAYS again");
     stack
         .pg
         .wait_log("trigger \"backends_changed\" of outbox.restores was missing");
@@ -299,7 +300,7 @@ fn a_trigger_that_was_switched_off_is_on_again() {
     assert_eq!(types(&stack.wait_events(2)), ["looks", "goes on"]);
 }
 
-/// Somebody writes to the table all along, so that triggers cannot be mended: nothing depends on them.
+/// Another session writes to the table all the time, so that triggers cannot be enabled: nothing depends on them.
 #[test]
 fn scheduled_and_failed_events_go_on_while_a_trigger_cannot_be_mended() {
     let stack = Stack::start();
@@ -338,7 +339,7 @@ fn scheduled_and_failed_events_go_on_while_a_trigger_cannot_be_mended() {
     });
 }
 
-/// Rows of `outbox.scheduled_events` that nobody published.
+/// Rows of `outbox.scheduled_events` that were inserted directly.
 #[test]
 fn a_plain_insert_of_a_scheduled_event_is_checked() {
     let stack = Stack::start();
@@ -360,7 +361,7 @@ fn a_plain_insert_of_a_scheduled_event_is_checked() {
     assert_eq!(types(&stack.wait_events(1)), ["x"]);
 }
 
-/// A dump's scheduled event fell due in the source before it was restored: it was sent there.
+/// A scheduled event of the dump fell due in the source before the restore: it was sent there.
 #[test]
 fn a_scheduled_event_that_was_sent_since_the_dump_is_not_repeated() {
     let stack = Stack::start();
@@ -376,7 +377,7 @@ fn a_scheduled_event_that_was_sent_since_the_dump_is_not_repeated() {
     target.exec("create database copy");
     target.restore("copy", &dump);
     target.wait_log(
-        "1 of the events after its saved position stand in the streams already and are not repeated, 0 are sent",
+        "1 of the events after its saved position are already in the streams and are not repeated; 0 are sent",
     );
     target.exec_db("copy", "select outbox.publish_event('after', 's')");
     assert_eq!(types(&stack.wait_events(2)), ["soon", "after"]);

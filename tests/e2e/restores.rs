@@ -1,5 +1,5 @@
-//! Older states of a database come back, from a backup, an archive, a copy of its directory or a dump: what they have
-//! is delivered, what stands in the stream already is not repeated, and the log says what was found.
+//! Older states of a database come back, from a backup, an archive, a copy of its directory or a dump: their events are
+//! delivered, entries that are already in the stream are not repeated, and the log says what was found.
 
 use std::path::Path;
 use std::process::Command;
@@ -12,7 +12,7 @@ fn stack(settings: &[(&str, &str)]) -> Stack {
     Stack::of(Postgres::with(WATCHFUL).with(settings), Redis::start())
 }
 
-/// So many events, delivered, each in a transaction of its own.
+/// This many delivered events, each in a separate transaction.
 #[track_caller]
 fn delivered(pg: &Postgres, redis: &Redis, prefix: &str, count: usize) -> Vec<Uuid> {
     let there = redis.xlen(kit::stack::STREAM);
@@ -24,17 +24,17 @@ fn delivered(pg: &Postgres, redis: &Redis, prefix: &str, count: usize) -> Vec<Uu
     sent
 }
 
-/// The log tells of another history, and how many of its events were found and sent.
+/// The log reports another history, and how many of its events were found and sent.
 #[track_caller]
 fn assert_compared(pg: &Postgres, sent_at_least: i64) {
     pg.wait_log("WARNING:  backend \"default\" goes on after another history of this database");
     let log = pg.log();
     let said = log
         .lines()
-        .find(|line| line.contains("stand in the streams already"))
+        .find(|line| line.contains("are already in the streams"))
         .expect("a count");
     let sent = said
-        .split_once("not repeated, ")
+        .split_once("not repeated; ")
         .and_then(|(_, rest)| rest.split_once(" are sent"));
     let sent: i64 = sent.expect("a count").0.parse().expect("a number");
     assert!(sent >= sent_at_least, "{said}");
@@ -101,7 +101,7 @@ fn recover_to(backup: &mut Postgres, original: &Postgres, point: &str) {
 }
 
 #[test]
-fn a_recovery_to_a_point_in_time_repeats_nothing_and_delivers_what_is_new() {
+fn a_recovery_to_a_point_in_time_repeats_nothing_and_delivers_new_events() {
     let mut stack = archiving();
     let base = delivered(&stack.pg, &stack.redis, "base", 5);
     let mut backup = stack.pg.base_backup().stopped();
@@ -123,9 +123,9 @@ fn a_recovery_to_a_point_in_time_repeats_nothing_and_delivers_what_is_new() {
     assert_compared(&backup, 0);
 }
 
-/// What the original had published, but not sent, before the point is sent by the one that was restored.
+/// Events that the original had published, but not sent, before the point are sent by the restored server.
 #[test]
-fn a_recovery_to_a_point_in_time_sends_what_nobody_sent() {
+fn a_recovery_to_a_point_in_time_sends_events_that_were_never_sent() {
     let mut stack = archiving();
     let base = delivered(&stack.pg, &stack.redis, "base", 5);
     let mut backup = stack.pg.base_backup().stopped();
@@ -145,9 +145,10 @@ fn a_recovery_to_a_point_in_time_sends_what_nobody_sent() {
     assert_eq!(ids(&stack.events()), [base, unsent, new].concat());
 }
 
-/// A second attempt, to another point: the first has owned the streams meanwhile, and the second does not know it.
+/// A second attempt, to another point: the first restored server has owned the streams meanwhile, which the second does
+/// not know.
 #[test]
-fn a_second_recovery_waits_for_a_word_after_the_first_was_owner() {
+fn a_second_recovery_waits_for_take_over_after_the_first_was_owner() {
     let mut stack = archiving();
     let mut expected = delivered(&stack.pg, &stack.redis, "base", 5);
     let mut attempts = [stack.pg.base_backup().stopped(), stack.pg.base_backup().stopped()];
@@ -205,7 +206,7 @@ fn a_restored_backup_goes_on_in_place_of_the_dead_original_when_it_is_told_to() 
 }
 
 /// A snapshot of a stopped server's directory is put back after another run has relayed: that run is unknown, so
-/// somebody must say that it is gone.
+/// take_over() must confirm that it is gone.
 #[test]
 fn a_data_directory_that_was_set_back_loses_nothing_once_it_is_told_to_go_on() {
     let mut stack = stack(&[]);
@@ -238,12 +239,12 @@ fn a_data_directory_that_was_set_back_loses_nothing_once_it_is_told_to_go_on() {
     expected.extend(new);
     assert_eq!(ids(&stack.events()), expected);
     stack.pg.wait_log(
-        "3 of the events after its saved position stand in the streams already and are not repeated, 30 are sent.",
+        "3 of the events after its saved position are already in the streams and are not repeated; 30 are sent.",
     );
 }
 
-/// The snapshot was taken of the run that relayed on: it is known, and its history goes beyond what came back. It is
-/// put into the original's own directory: nobody else can have that.
+/// The snapshot was taken of the run that continued to relay: the run is known, and its history goes beyond the
+/// snapshot. The snapshot is put into the original's own directory, which no other server can use.
 #[test]
 fn a_snapshot_of_a_running_server_that_is_put_back_goes_on_by_itself() {
     let mut stack = stack(&[]);
@@ -258,7 +259,7 @@ fn a_snapshot_of_a_running_server_that_is_put_back_goes_on_by_itself() {
     assert_compared(&stack.pg, 0);
 }
 
-/// A dump in another cluster is another installation, with a guard of its own; it brings what was not sent.
+/// A dump in another cluster is another installation, with its own guard; it brings the unsent events.
 #[test]
 fn a_restored_dump_sends_what_was_not_sent_under_a_guard_of_its_own() {
     let mut stack = stack(&[]);
@@ -279,7 +280,7 @@ fn a_restored_dump_sends_what_was_not_sent_under_a_guard_of_its_own() {
     let new = delivered(&restored, &stack.redis, "new", 5);
     assert_eq!(ids(&stack.events()), [sent, unsent, new].concat());
     assert!(owns(&restored, &stack.redis));
-    // The other's is as it was left.
+    // The other server's guard is unchanged.
     let left = stack.redis.guard(&key).expect("it is there");
     assert!(
         left.field("place")
@@ -291,7 +292,7 @@ fn a_restored_dump_sends_what_was_not_sent_under_a_guard_of_its_own() {
     );
 }
 
-/// The extension is created anew while its server runs: the tables know nothing of that run, unless they are told
+/// The extension is created again while its server runs: the tables know nothing of that run unless they are told
 /// again.
 #[test]
 fn an_extension_that_was_created_anew_knows_its_server() {

@@ -1,4 +1,4 @@
-//! Retention: what was delivered goes after its time, what wasn't never does.
+//! Retention: delivered events are deleted after their time, undelivered ones never.
 
 use kit::{Refused, Stack, wait_eq, wait_until};
 use std::time::{Duration, Instant};
@@ -32,7 +32,7 @@ fn wait_saved(stack: &Stack, total: i64) {
     });
 }
 
-/// Without anybody's help: the next poll is an hour away.
+/// Without help: the next poll is an hour away.
 #[test]
 fn with_a_retention_of_zero_delivered_events_go_soon() {
     let stack = Stack::with(&[
@@ -125,7 +125,7 @@ fn everything_is_kept_when_asked_to() {
     wait_eq("kept events", 0, || kept(&stack));
 }
 
-/// Failed events have a retention of their own, whatever that of the others.
+/// Failed events have their own retention, whatever that of the others.
 #[test]
 fn failed_events_go_after_their_own_retention() {
     let stack = Stack::with(&[
@@ -163,7 +163,7 @@ fn purge_deletes_failed_events_too() {
     assert_eq!(stack.pg.one::<i64>("select max(seq) from outbox.failed_events"), 23);
 }
 
-/// The second thousand waits for a lock; the first is gone for everybody.
+/// The second thousand waits for a lock; the first is already deleted for all sessions.
 #[test]
 fn purge_commits_as_it_goes() {
     let stack = Stack::with(&[
@@ -195,7 +195,7 @@ fn purge_commits_as_it_goes() {
     assert_eq!(refused.code, "2D000");
 }
 
-/// Time on a processor of a process, all its threads.
+/// Processor time of a process with all its threads.
 fn busy(pid: i32) -> Duration {
     let threads = std::fs::read_dir(format!("/proc/{pid}/task")).expect("the worker is gone");
     let of_thread = |path: std::path::PathBuf| -> u64 {
@@ -205,7 +205,7 @@ fn busy(pid: i32) -> Duration {
     Duration::from_nanos(threads.filter_map(|t| Some(of_thread(t.ok()?.path()))).sum())
 }
 
-/// Nobody waits for what is purged, but events wait for the worker and for a processor.
+/// A purge blocks nobody, but it uses the worker's time, for which events wait.
 #[test]
 fn a_large_purge_leaves_the_worker_idle_most_of_the_time() {
     let stack = Stack::with(&[("outbox_relay.published_retention", "-1")]);
@@ -225,7 +225,7 @@ fn a_large_purge_leaves_the_worker_idle_most_of_the_time() {
     assert!(spent < took / 4, "{spent:?} of {took:?}");
 }
 
-/// A snapshot that is held for hours sees what it saw, and neither purge nor relay waits for it.
+/// A snapshot that is held for hours stays valid, and neither purge nor relay waits for it.
 #[test]
 fn a_held_snapshot_blocks_neither_purge_nor_relay() {
     let stack = Stack::with(&[("outbox_relay.published_retention", "0")]);
@@ -254,7 +254,7 @@ fn a_held_snapshot_blocks_neither_purge_nor_relay() {
 }
 
 #[test]
-fn a_number_without_unit_is_warned_of() {
+fn a_retention_without_a_unit_causes_a_warning() {
     let stack = Stack::start();
     assert_eq!(stack.pg.one::<String>("show outbox_relay.published_retention"), "7d");
     assert_eq!(stack.pg.one::<String>("show outbox_relay.failed_retention"), "30d");
@@ -280,7 +280,7 @@ fn a_number_without_unit_is_warned_of() {
     }
 }
 
-/// What is delivered counts from its delivery, not from its publishing, and a young worker's clock runs at once.
+/// Retention counts from the delivery, not from the publishing, and the clock of a new worker runs at once.
 #[test]
 fn the_clock_of_retention_starts_with_the_first_delivery() {
     let stack = Stack::start();

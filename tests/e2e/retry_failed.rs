@@ -92,9 +92,9 @@ fn a_retry_that_is_rolled_back_changes_nothing() {
     assert_eq!((failed(&stack.pg), stack.redis.xlen("bad")), (expected, 0));
 }
 
-/// The entry is the same as it would have been, with the time at which it was published first.
+/// The entry is the same as it would have been, with the time of the first publishing.
 #[test]
-fn a_retried_event_is_what_it_was() {
+fn a_retried_event_is_unchanged() {
     let stack = stack();
     let id: Uuid = stack.pg.one(
         r#"select outbox.publish_event('t', 'kit', '{"a": [1, 2.50]}', subject => 'über', stream => 'bad', data_schema => 'http://s',
@@ -133,9 +133,10 @@ fn a_retried_event_is_what_it_was() {
     assert_eq!(entry.field("timestamp"), time);
 }
 
-/// A large number of them is no long transaction: each 1,000 are committed, and on their way before the last is done.
+/// Retrying a large number is not one long transaction: each 1,000 are committed, and on their way before the last is
+/// done.
 #[test]
-fn very_many_are_retried_in_pieces_that_commit() {
+fn a_large_retry_commits_in_pieces() {
     let stack = stack();
     let published = publish_many(&mut stack.pg.client(), "default", "bad", "t", 2_500);
     wait_eq("failed events", published.len(), || failed(&stack.pg).len());
@@ -148,14 +149,14 @@ fn very_many_are_retried_in_pieces_that_commit() {
     );
     admin.batch_execute("rollback").expect("rolled back");
     assert_eq!(failed(&stack.pg).len(), published.len());
-    // Those that fail again meanwhile are left.
+    // Events that fail again meanwhile are left.
     admin.batch_execute("call outbox.retry_all_failed()").expect("it ends");
     wait_eq("failed again", 2 * published.len() as i64, || {
         standing(&stack.pg, "default").failed
     });
     wait_eq("failed events", published.clone(), || failed(&stack.pg));
     stack.redis.call(&["DEL", "bad"]);
-    // The second piece waits for somebody, and the first is sent.
+    // The second piece waits for a lock, and the first is sent.
     let mut holder = stack.pg.client();
     holder
         .batch_execute(&format!(

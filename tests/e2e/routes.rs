@@ -1,5 +1,5 @@
-//! Routes: an event that names no backend goes to each backend whose route matches, one row each under one id, by
-//! whichever way it comes; the routes themselves are plain rows.
+//! Routes: an event that names no backend goes to each backend whose route matches, one row each under one id, in each
+//! way to publish; the routes are plain rows.
 
 use std::io::Write;
 
@@ -22,7 +22,7 @@ pub(crate) fn run(client: &mut Client, sql: &str) {
         .unwrap_or_else(|error| panic!("{sql}: {error:?}"));
 }
 
-/// The rows that are kept, in their order, as `type>backend/stream`; then they go.
+/// The existing rows in order, as `type>backend/stream`; deletes them.
 #[track_caller]
 pub(crate) fn taken(client: &mut Client) -> Vec<String> {
     let sql = "select e.event_type || '>' || e.backend || coalesce('/' || e.stream, '')
@@ -118,37 +118,37 @@ fn routes_match_by_pattern_and_lead_to_each_stream_once() {
     ] {
         assert_eq!(publish(&mut c, event_type, source), [format!("{event_type}>default")]);
     }
-    // In the order of their numbers; NULL is any.
+    // In the order of their numbers; NULL matches everything.
     routes(
         &mut c,
         "(null, null, 'b', null), (null, 'nobody', 'default', null), (null, null, 'a', null)",
     );
     assert_eq!(publish(&mut c, "t", "s"), ["t>b", "t>a"]);
-    // One row for each stream of a backend, by whichever name it has.
+    // One row for each stream of a backend, under any of its names.
     routes(
         &mut c,
         "('t', null, 'a', null), ('*', null, 'a', 'sa'), (null, 's', 'a', null), ('t', null, 'a', 'other'), (null, null, 'c', 'events'), (null, null, 'c', null)",
     );
     assert_eq!(publish(&mut c, "t", "s"), ["t>a", "t>a/other", "t>c/events"]);
-    // A route's stream counts before the event's, and that before the backend's.
+    // A route's stream takes precedence over the event's, and that over the backend's.
     routes(
         &mut c,
         "(null, null, 'a', 'mine'), (null, null, 'b', null), (null, null, 'a', null)",
     );
     run(&mut c, "select outbox.publish_event('t', 's', stream => 'named')");
     assert_eq!(taken(&mut c), ["t>a/mine", "t>b/named", "t>a/named"]);
-    // What names a backend goes there.
+    // An event that names a backend goes there.
     run(
         &mut c,
         "select outbox.publish_event('t', 's', backend => 'c'); select outbox.publish_event('u', 's', backend => '')",
     );
     assert_eq!(taken(&mut c), ["t>c", "u>a/mine", "u>b", "u>a"]);
-    // Routes come before the default backend, whoever sets it.
+    // Routes take precedence over the default backend, whoever sets it.
     run(&mut c, "set outbox_relay.default_backend = 'c'");
     assert_eq!(publish(&mut c, "t", "s"), ["t>a/mine", "t>b", "t>a"]);
     run(&mut c, "truncate outbox.routes");
     assert_eq!(publish(&mut c, "t", "s"), ["t>c"]);
-    // A default backend that is not there is in nobody's way.
+    // A default backend that does not exist is no error then.
     run(&mut c, "set outbox_relay.default_backend = 'nowhere'");
     routes(&mut c, "('t', null, 'a', null)");
     assert_eq!(publish(&mut c, "t", "s"), ["t>a"]);
@@ -157,7 +157,7 @@ fn routes_match_by_pattern_and_lead_to_each_stream_once() {
 }
 
 #[test]
-fn every_way_in_takes_the_same_routes() {
+fn every_way_to_publish_uses_the_same_routes() {
     let pg = start();
     let mut c = pg.client();
     run(
@@ -215,7 +215,7 @@ fn every_way_in_takes_the_same_routes() {
         taken(&mut c),
         ["t>a", "t>b/x", "t>a/y", "other>default", "t2>a", "t2>b/x", "t2>a/y"]
     );
-    // RETURNING tells of the row that the statement has inserted.
+    // RETURNING shows the row that the statement has inserted.
     let returned = c
         .query(
             "insert into outbox.events (event_type, source) values ('t', 's'), ('t', 's') returning event_id",
@@ -264,7 +264,8 @@ fn rows_of_a_statement_stand_in_each_stream_in_its_order() {
         assert_eq!(numbers.len(), count, "{backend}");
         assert!(numbers.is_sorted(), "{backend}: {numbers:?}");
     }
-    // Also where a row's expressions publish to one of these streams before the row before has all of its rows.
+    // Also if the expressions of a row publish to one of these streams before all rows of the previous event are
+    // inserted.
     run(
         &mut c,
         "delete from outbox.events;
@@ -282,7 +283,7 @@ fn rows_of_a_statement_stand_in_each_stream_in_its_order() {
         .expect("rows");
     let numbers: Vec<i32> = rows.iter().map(|row| row.get(0)).collect();
     assert_eq!(numbers, (2..=41).collect::<Vec<i32>>());
-    // A large payload lies beside the table, and each row has its own copy.
+    // A large payload is in the TOAST table, and each row has its own copy.
     run(
         &mut c,
         "delete from outbox.events;
@@ -303,14 +304,14 @@ fn a_change_of_the_routes_is_known_at_once() {
     let pg = start();
     let (mut c, mut other) = (pg.client(), pg.client());
     assert_eq!(publish(&mut other, "t", "s"), ["t>default"]);
-    // In its own transaction, and nowhere else before the commit.
+    // In its own transaction, and in no other before the commit.
     run(&mut c, "begin; insert into outbox.routes (backend) values ('a')");
     run(&mut c, "select outbox.publish_event('own', 's')");
     run(&mut other, "select outbox.publish_event('other', 's')");
     run(&mut c, "commit");
     assert_eq!(taken(&mut other), ["own>a", "other>default"]);
     assert_eq!(publish(&mut other, "t", "s"), ["t>a"]);
-    // In a transaction that runs on a snapshot of before.
+    // In a transaction with an older snapshot.
     run(
         &mut other,
         "begin isolation level repeatable read; select count(*) from outbox.backends",
@@ -351,7 +352,7 @@ fn a_change_of_the_routes_is_known_at_once() {
 }
 
 #[test]
-fn a_paused_backend_keeps_nobody_waiting() {
+fn a_paused_backend_delays_no_other_route() {
     let stack = Stack::start();
     let mut client = stack.pg.client();
     run(
@@ -397,7 +398,7 @@ fn health_and_metrics_tell_of_routes() {
     assert!((value - 2.0).abs() < f64::EPSILON);
     for (change, words, cure) in [
         ("update outbox.backends set enabled = false where name = 'b'", "which is paused", "SET enabled = true WHERE name = 'b'"),
-        ("update outbox.routes set event_type = 'order%' where backend = 'a'", "stands for itself", "The wildcards are * and ?"),
+        ("update outbox.routes set event_type = 'order%' where backend = 'a'", "where it has no special meaning", "The wildcards are * and ?"),
         ("update outbox.routes set source = ' s' where backend = 'a'", "ends with a space", "btrim"),
         (
             "update outbox.routes set stream = 'x' where backend = 'a'; update outbox.backends set allowed_streams = '{y}' where name = 'a'",

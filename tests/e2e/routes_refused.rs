@@ -1,4 +1,4 @@
-//! Routes that cannot be, and events that a route leads where they may not go; streams of routes by template.
+//! Invalid routes, and events that a route would send where they may not go; streams of routes by template.
 
 use crate::routes::{publish, run, start, taken};
 use kit::Refused;
@@ -65,7 +65,7 @@ fn streams_of_routes_and_of_their_backends_may_be_templates() {
 }
 
 #[test]
-fn what_makes_no_sense_as_a_route_is_refused() {
+fn invalid_routes_are_refused() {
     let pg = start();
     let mut c = pg.client();
     for (columns, values, code) in [
@@ -89,7 +89,7 @@ fn what_makes_no_sense_as_a_route_is_refused() {
         "insert into outbox.routes values ('t', null, 'a', null) on conflict do nothing",
     );
     assert_eq!(publish(&mut c, "t", "s"), ["t>a"]);
-    // Of thousands of backends, nobody means them all.
+    // With thousands of backends, nobody means all of them.
     run(
         &mut c,
         "insert into outbox.backends (name) select 'many' || i from generate_series(1, 1001) i;
@@ -102,7 +102,7 @@ fn what_makes_no_sense_as_a_route_is_refused() {
             "54000",
             "1001 routes send the event to as many streams",
             "At most 1000 are allowed.",
-            "Ask the administrator to make the patterns of outbox.routes narrower."
+            "Ask the administrator to narrow the patterns in outbox.routes."
         )
     );
     run(&mut c, "delete from outbox.routes where backend = 'many7'");
@@ -143,14 +143,14 @@ fn each_destination_must_allow_the_event_to_its_publisher() {
             "stream",
             "42501",
             "backend \"a\" does not allow the stream \"y\"",
-            "None of the backend's allowed_streams matches.",
+            "No pattern in the backend's allowed_streams matches.",
             "Ask the administrator to extend allowed_streams.",
         ),
         (
             "limit",
             "42501",
             "permission denied to publish to stream \"zzz\" of backend \"c\"",
-            "There, the current role may publish into these streams: sa, events, x*.",
+            "The current role may publish to these streams of that backend: sa, events, x*.",
             more,
         ),
     ];
@@ -170,7 +170,7 @@ fn each_destination_must_allow_the_event_to_its_publisher() {
             assert_eq!(Refused::of(app.execute(&way, &[])), expected, "{way}");
         }
     }
-    // Each backend's format has fields of its own.
+    // Each backend's format has its own fields.
     let sql = "select outbox.publish_event('format', 's', publisher_config => '{\"key\": 1}')";
     let refused = Refused::of(app.execute(sql, &[]));
     assert_eq!(refused.code, "22023");

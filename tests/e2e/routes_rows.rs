@@ -1,5 +1,5 @@
-//! The rows of an event that routes send to several streams: one id, which nobody uses twice; all or none of them;
-//! each with its own retries, retention and place in a dump.
+//! The rows of an event that routes send to several streams: one id, which is never used twice; all rows or none; each
+//! with its own retries, retention and place in a dump.
 
 use std::time::Duration;
 
@@ -26,7 +26,7 @@ fn fanning() -> (Stack, Client) {
 }
 
 #[test]
-fn a_used_id_is_refused_whichever_of_its_rows_are_left() {
+fn a_used_id_is_refused_while_any_of_its_rows_is_left() {
     let pg = start();
     let mut c = pg.client();
     run(
@@ -69,7 +69,7 @@ fn a_used_id_is_refused_whichever_of_its_rows_are_left() {
         assert_eq!(pg.one::<i64>("select count(*) from outbox.events"), rows);
         run(&mut c, "delete from outbox.events");
     }
-    // Of a scheduled event, too.
+    // Also of a scheduled event.
     run(
         &mut c,
         &format!("select outbox.publish_event('t', 's', event_id => {ID}, scheduled_at => '2100-01-01')"),
@@ -141,7 +141,7 @@ fn all_rows_of_an_event_are_there_or_none() {
              return case when new.event_type = 'tz' then null else new end; end $$;
          create trigger leave_out before insert on outbox.events for each row execute function leave_out()",
     );
-    // The first row is left out, so are the others; a trigger on the table makes us insert by a statement.
+    // If the first row is skipped, so are the others; because of a trigger on the table, a statement inserts them.
     for way in [
         "select outbox.publish_event('tz', 's')",
         "insert into outbox.events (event_type, source) values ('tz', 's')",
@@ -156,7 +156,7 @@ fn all_rows_of_an_event_are_there_or_none() {
         "insert into outbox.events (event_type, source) values ('t1', 's'), ('tz', 's'), ('t2', 's')",
     );
     assert_eq!(taken(&mut c), ["t1>a", "t1>b", "t2>a", "t2>b"]);
-    // A row of it that is refused refuses the event, with the statement or its subtransaction.
+    // If one of its rows is refused, the event fails, with the statement or its subtransaction.
     run(
         &mut c,
         "drop trigger leave_out on outbox.events;
@@ -184,7 +184,7 @@ fn all_rows_of_an_event_are_there_or_none() {
         assert_eq!(taken(&mut c), ["t1>a", "t1>b", "t2>a", "t2>b"], "{way}");
     }
     run(&mut c, "alter table outbox.events drop constraint not_in_b");
-    // Without the trigger that inserts them, further rows would be lost.
+    // If the trigger that inserts them is missing, further rows would be lost.
     run(&mut c, "alter table outbox.events disable trigger fan_out");
     let refused = Refused::of(c.execute("insert into outbox.events (event_type, source) values ('t', 's')", &[]));
     assert_eq!(
@@ -197,7 +197,7 @@ fn all_rows_of_an_event_are_there_or_none() {
     );
     assert_eq!(taken(&mut c), ["other>default", "t>a", "t>b"]);
     run(&mut c, "alter table outbox.events enable always trigger fan_out");
-    // A trigger that publishes more while a row of a statement is under way.
+    // A trigger that publishes more events while a row of a statement is being inserted.
     run(
         &mut c,
         "create function publish_more() returns trigger language plpgsql as $$ begin
@@ -215,7 +215,7 @@ fn all_rows_of_an_event_are_there_or_none() {
     let mut rows = taken(&mut c);
     rows.sort();
     let both = |name: &str| [format!("{name}>a"), format!("{name}>b")];
-    // The further row of the first fires the trigger again, at another depth.
+    // The further row of the first event fires the trigger again, at another depth.
     assert_eq!(rows, [both("t call"), both("t inner"), both("t1"), both("t")].concat());
 }
 
@@ -250,7 +250,7 @@ fn one_stream_that_refuses_an_event_fails_that_row_alone() {
         "a published, b failed, default published".to_owned(),
         || stack.pg.one::<String>(statuses),
     );
-    // The retry of one row does not wait for another, and touches none.
+    // The retry of one row neither waits for another nor affects any.
     run(
         &mut client,
         "update outbox.backends set enabled = false where name = 'a'",
@@ -289,7 +289,7 @@ fn one_stream_that_refuses_an_event_fails_that_row_alone() {
             .collect();
         assert_eq!(ids, [id.to_string(), other.to_string()], "{stream}");
     }
-    // What is asked by the id is asked of all rows.
+    // A question by id is about all rows.
     let preview: Vec<String> = stack.pg.one(&format!("select outbox.preview('{id}')"));
     assert_eq!(preview[..2], ["XADD", "events"]);
     assert_eq!(stack.pg.one::<i64>("select outbox.replay('a', '-infinity')"), 2);
@@ -323,11 +323,11 @@ fn a_scheduled_event_is_routed_when_it_is_published() {
         &mut client,
         "update outbox.scheduled_events set scheduled_at = now() where branch = 1",
     );
-    // Once that has committed.
+    // After that has committed.
     run(&mut client, "select outbox.wake()");
     assert_eq!(stack.redis.wait_entries("sa", 2)[1].field("event_type"), "far");
     run(&mut client, "update outbox.scheduled_events set scheduled_at = now()");
-    // Once that has committed.
+    // After that has committed.
     run(&mut client, "select outbox.wake()");
     for stream in ["events", "sb"] {
         assert_eq!(stack.redis.wait_entries(stream, 2)[1].field("event_type"), "far");
@@ -354,7 +354,7 @@ fn a_dump_brings_the_routes_and_each_row_once() {
         wait_drained(&stack.pg, "default");
         let dump = stack.pg.run("pg_dump", arguments, "");
         assert!(dump.ok, "{}", dump.stderr);
-        // Sent there since the dump was taken: found by the copy.
+        // Sent there after the dump was taken: the copy finds it.
         run(
             &mut client,
             "update outbox.backends set enabled = true where name = 'a'",

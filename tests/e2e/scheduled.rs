@@ -1,4 +1,4 @@
-//! Events with a time: they wait apart, and get their place in the order when they fall due.
+//! Scheduled events are kept separately, and get their place in the order when they fall due.
 
 use chrono::{DateTime, Utc};
 use kit::{Refused, Stack, types, wait_eq};
@@ -27,7 +27,7 @@ fn an_event_waits_for_its_time_and_no_longer() {
     let sent_ms: i64 = entries[1].id.split('-').next().unwrap().parse().unwrap();
     let late_ms = sent_ms - due_at.timestamp_millis();
     assert!((0..1_000).contains(&late_ms), "sent {late_ms} ms after its time");
-    // It keeps the time at which it was published.
+    // It keeps the time of its publishing.
     let created: String = stack.pg.one(&format!(
         "select to_char(created_at at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"+00:00\"') \
          from outbox.events where event_id = '{id}'"
@@ -66,7 +66,7 @@ fn an_event_that_is_rescheduled_is_sent_at_its_new_time() {
 }
 
 #[test]
-fn the_past_is_now_and_the_end_of_time_is_refused() {
+fn a_past_time_means_now_and_infinity_is_refused() {
     let stack = Stack::start();
     for at in ["'2000-01-01'", "now()", "'-infinity'", "null"] {
         schedule(&stack, &at.replace('\'', ""), at);
@@ -78,7 +78,7 @@ fn the_past_is_now_and_the_end_of_time_is_refused() {
     let expected = Refused::new(
         "22023",
         "scheduled_at must be a finite time",
-        "An event scheduled for infinity would never be sent.",
+        "An event that is scheduled for infinity would never be sent.",
         "Pass a time, or NULL to send at once.",
     );
     let mut client = stack.pg.client();
@@ -90,9 +90,9 @@ fn the_past_is_now_and_the_end_of_time_is_refused() {
     assert_eq!(stack.pg.one::<i64>("select count(*) from outbox.scheduled_events"), 0);
 }
 
-/// By time, and at one time by publishing; a nearer time is not held up by one that the worker waits for already.
+/// By time, and at the same time by publishing; an earlier one is not delayed by one that the worker already waits for.
 #[test]
-fn they_are_sent_in_the_order_of_their_times() {
+fn scheduled_events_are_sent_in_the_order_of_their_times() {
     let stack = Stack::with(&[
         ("outbox_relay.poll_interval", "1h"),
         ("outbox_relay.redis_max_len", "0"),
@@ -120,7 +120,7 @@ fn they_are_sent_in_the_order_of_their_times() {
     );
 }
 
-/// The publisher's check cannot see an event that another transaction has not committed.
+/// The publisher's check cannot see an event that another transaction has not committed yet.
 #[test]
 fn an_id_that_was_published_meanwhile_is_kept_as_failed() {
     let stack = Stack::start();
@@ -169,7 +169,7 @@ fn scheduled_events_survive_a_restart_and_a_crash() {
             "select status from outbox.event_status where event_id = '{id}'"
         ))
     });
-    // What was acknowledged is in the WAL, whatever synchronous_commit says.
+    // An acknowledged event is in the WAL, whatever synchronous_commit says.
     pg.exec("select pg_switch_wal(); checkpoint");
     pg.crash();
     wait_eq("nobody", 1, || redis.xlen("events"));

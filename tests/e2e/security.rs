@@ -1,5 +1,5 @@
-//! Whatever somebody puts on our tables, or beside them, does not run with rights that it was not given: not the
-//! worker's, who is a superuser, and not those of the functions that do more than their caller may.
+//! Whatever somebody adds to the extension's tables, or beside them, does not run with rights that it was not given:
+//! neither the worker's, who is a superuser, nor those of functions that may do more than their caller.
 
 mod installing;
 
@@ -15,7 +15,7 @@ const BUSY: &[(&str, &str)] = &[
     ("outbox_relay.poll_interval", "200ms"),
 ];
 
-/// The code of an attacker, `mallory`: it notes whose rights it runs with, and tries to make its owner a superuser.
+/// The code of an attacker, `mallory`: it records with whose rights it runs, and tries to make its owner a superuser.
 const EVIL: &str = "
     create role mallory login;
     create schema evil authorization mallory;
@@ -72,11 +72,11 @@ fn tables(client: &mut Client) -> Vec<String> {
     rows.iter().map(|row| row.get(0)).collect()
 }
 
-/// Makes the worker write all its tables, and `operator` call what acts with the owner's rights.
+/// Makes the worker write all its tables, and lets `operator` call the functions that act with the owner's rights.
 fn exercise(stack: &Stack) {
     stack.redis.call(&["SET", "wrong", "a string"]);
     let mut client = stack.pg.client();
-    // Publishing fires triggers with the publisher's rights, as any INSERT: a superuser's does not here.
+    // Publishing fires triggers with the publisher's rights, as any INSERT: no superuser publishes here.
     client
         .batch_execute("set session_replication_role = replica")
         .expect("a superuser");
@@ -87,7 +87,7 @@ fn exercise(stack: &Stack) {
     let sent = "select count(*) from outbox.failed_events";
     wait_eq("failed events", 2, || stack.pg.one::<i64>(sent));
     stack.wait_events(6);
-    // What was sent is purged: the retention is nought.
+    // Sent events are purged: the retention is zero.
     wait_eq("events that are left", 0, || {
         stack.pg.one::<i64>("select count(*) from outbox.events")
     });
@@ -112,7 +112,7 @@ fn exercise(stack: &Stack) {
     wait_eq("failed events", 2, || stack.pg.one::<i64>(sent));
 }
 
-/// A role that may do what the DBA grants, and no more.
+/// A role that may only do what the DBA grants.
 const OPERATOR: &str = "
     create role operator login in role pg_monitor;
     grant usage on schema outbox to operator;
@@ -138,12 +138,12 @@ fn triggers_of_others_do_not_run() {
                     deferrable initially deferred for each row execute function evil.trigger();"
             ))
             .unwrap_or_else(|error| panic!("{table}: {error:?}"));
-        // That needs an owner.
+        // Needs the owner's rights.
         let always = format!("alter table outbox.{table} enable always trigger after_row");
         assert_eq!(Refused::of(mallory.simple_query(&always)).code, "42501", "{always}");
     }
     exercise(&stack);
-    // A dump that is restored notes that it came, with the owner's rights.
+    // A restored dump is recorded with the owner's rights.
     stack.pg.exec(
         "create role loader login; grant usage on schema outbox to loader; grant insert on outbox.events to loader;
         drop trigger aa_before on outbox.events; drop trigger after_row on outbox.events; drop trigger after_all on outbox.events;
@@ -157,8 +157,8 @@ fn triggers_of_others_do_not_run() {
     assert_nothing_was_won(&stack.pg, "nobody");
 }
 
-/// Whose superuser's rights were taken away still owns what it made, and can have anything run there: with its own
-/// rights.
+/// A role that lost its superuser's rights still owns the objects that it created, and can make code run there: with
+/// its own rights.
 #[test]
 fn an_owner_gets_no_more_than_its_own_rights() {
     let stack = Stack {
@@ -190,14 +190,14 @@ fn an_owner_gets_no_more_than_its_own_rights() {
             ))
             .unwrap_or_else(|error| panic!("{table}: {error:?}"));
     }
-    // Where Postgres lets a rule stand beside our statements.
+    // Where Postgres allows a rule besides the extension's statements.
     mallory
         .batch_execute(
             "create rule also as on delete to outbox.take_overs do also select evil.run('rule');
             alter table outbox.take_overs enable always rule also",
         )
         .expect("an owner");
-    // Publishers run the defaults of what they insert into, as of any other table.
+    // Publishers evaluate the defaults of the columns, as of any other table.
     for table in ["events", "scheduled_events"] {
         mallory
             .batch_execute(&format!("alter table outbox.{table} drop column evil"))
@@ -218,10 +218,10 @@ fn an_owner_gets_no_more_than_its_own_rights() {
     assert_nothing_was_won(&stack.pg, "mallory");
 }
 
-/// What writes with the owner's rights keeps others' triggers from running, which an owner that is no superuser any
-/// more may not. All else works, also for a worker that starts then.
+/// Functions that write with the owner's rights disable others' triggers, which an owner that is no longer a superuser
+/// may not do. Everything else works, also with a worker that starts then.
 #[test]
-fn an_owner_that_is_no_superuser_is_named_to_who_needs_its_rights() {
+fn an_owner_that_is_no_superuser_is_named_in_errors() {
     let stack = Stack {
         pg: Postgres::with(BUSY).start(),
         redis: Redis::start(),
@@ -270,7 +270,7 @@ fn an_owner_that_is_no_superuser_is_named_to_who_needs_its_rights() {
     let refused = |admin: &mut Client, detail: &str| {
         let expected = Refused::new(
             "55000",
-            "the owner of schema outbox's tables and functions is no superuser",
+            "the owner of the tables and functions in schema outbox is not a superuser",
             detail,
             "Run ALTER ROLE mallory SUPERUSER, or REASSIGN OWNED BY mallory to a superuser.",
         );
@@ -280,9 +280,10 @@ fn an_owner_that_is_no_superuser_is_named_to_who_needs_its_rights() {
     };
     refused(
         &mut admin,
-        "It is \"mallory\", whose rights are not enough to keep triggers of others from running.",
+        "It is \"mallory\", whose rights do not suffice to keep the triggers of others from running.",
     );
-    // Nor do functions of a superuser write into tables of somebody else, whose triggers would run with his rights.
+    // Nor do functions of a superuser write to tables of another owner, whose triggers would run with the superuser's
+    // rights.
     admin
         .batch_execute(
             "do $$ declare f text; begin
@@ -294,7 +295,7 @@ fn an_owner_that_is_no_superuser_is_named_to_who_needs_its_rights() {
         .expect("a superuser");
     refused(
         &mut admin,
-        "It is \"mallory\", whose rights are not enough to keep triggers of others from running.",
+        "It is \"mallory\", whose rights do not suffice to keep the triggers of others from running.",
     );
     // As the hint says.
     admin
@@ -305,7 +306,7 @@ fn an_owner_that_is_no_superuser_is_named_to_who_needs_its_rights() {
             .batch_execute(sql)
             .unwrap_or_else(|error| panic!("{sql}: {error:?}"));
     }
-    // Who may call it all the same wins nothing by it.
+    // A role that may call it all the same gains nothing.
     stack
         .pg
         .exec("grant usage on schema outbox to mallory; grant execute on all functions in schema outbox to mallory");
@@ -314,7 +315,7 @@ fn an_owner_that_is_no_superuser_is_named_to_who_needs_its_rights() {
     assert_eq!(stack.pg.one::<String>("show session_replication_role"), "origin");
 }
 
-/// With two owners, one's code could run with the other's rights.
+/// With two owners, code of one could run with the rights of the other.
 #[test]
 fn all_tables_have_one_owner() {
     let stack = start();
@@ -343,17 +344,17 @@ fn all_tables_have_one_owner() {
             .expect("a superuser");
     }
     stack.wait_events(1);
-    // And the columns are what the code takes them for.
+    // And the columns have the types that the code expects.
     client
         .batch_execute("alter extension outbox_relay drop view outbox.event_status; drop view outbox.event_status; alter table outbox.events alter column max_retries type bigint")
         .expect("a superuser");
     let said = Refused::of(stack.pg.client().simple_query("select outbox.publish_event('t', 's')"));
-    assert_eq!(said.message, "column 16 of outbox.events does not have its type");
+    assert_eq!(said.message, "column 16 of outbox.events has an unexpected type");
 }
 
-/// Operators, functions and types of the caller's own, in front of pg_catalog's.
+/// Operators, functions and types of the caller, before pg_catalog in the search_path.
 #[test]
-fn names_of_the_caller_are_not_taken_for_ours() {
+fn objects_in_the_callers_search_path_are_not_used() {
     let stack = start();
     stack.pg.exec(
         "grant pg_monitor to mallory; grant usage on schema outbox to mallory;
@@ -382,7 +383,7 @@ fn names_of_the_caller_are_not_taken_for_ours() {
             );
         }
     }
-    // Its own, for its own statements, have no rights to win.
+    // In the caller's own statements, they have no rights to gain.
     attack += "create temp table events (seq bigint); create temp table backends (seq bigint);
         create function pg_temp.now() returns timestamptz language sql as $$select pg_catalog.now()$$;";
     mallory.batch_execute(&attack).expect("its own schema");
@@ -403,7 +404,7 @@ fn names_of_the_caller_are_not_taken_for_ours() {
         .expect("what it may");
     stack.wait_events(2);
     assert_nothing_was_won(&stack.pg, "mallory");
-    // What a superuser calls with such a search_path is not led astray either.
+    // Nor do a superuser's calls with such a search_path use them.
     stack.pg.exec("delete from evil.ran");
     let mut admin = stack.pg.client();
     admin.batch_execute("set search_path = evil, pg_catalog").expect("set");
@@ -417,9 +418,10 @@ fn names_of_the_caller_are_not_taken_for_ours() {
     assert_nothing_was_won(&stack.pg, "nobody");
 }
 
-/// Who may create in our schema, by a careless grant, can put functions beside ours: ours are meant all the same.
+/// A role that may create objects in schema outbox, by a careless grant, can add overloaded functions: the extension's
+/// own are called all the same.
 #[test]
-fn functions_beside_ours_are_not_called() {
+fn overloaded_functions_of_others_are_not_called() {
     let stack = start();
     stack.pg.exec(OPERATOR);
     stack.pg.exec("grant usage, create on schema outbox to mallory");

@@ -1,5 +1,5 @@
 //! Secrets stay with their destination: a role that may write backends, and may not set their passwords, moves none of
-//! them elsewhere.
+//! the passwords elsewhere.
 
 mod settings_file;
 
@@ -9,8 +9,8 @@ use postgres::Client;
 const SECRET: &str = "Xq7-zK9.wQ2y";
 const MOVED: &str = "the backend's password was set for another destination";
 
-/// A Redis that wants a password, which the backend `default` has; the role `keeper`, who may write backends, and
-/// `writer`, who may write all.
+/// A Redis that requires a password, which the backend `default` has; the roles `keeper`, who may write backends, and
+/// `writer`, who may write all data.
 fn start() -> (Stack, Client, Client) {
     let redis = Redis::with(&["--requirepass", SECRET]);
     let stack = Stack::of(Postgres::with(QUICK), redis);
@@ -46,8 +46,8 @@ fn assert_told_nothing(evil: &Eavesdropper) {
     assert_eq!((evil.accepted(), evil.heard()), (0, String::new()));
 }
 
-/// Each column that says where or how: the password is not sent, nobody is called, and what was there before gets it
-/// again.
+/// Each column of the destination: the password is not sent, no connection is made, and the old destination gets the
+/// password again.
 #[test]
 fn a_password_stays_with_its_destination() {
     let (stack, mut keeper, mut writer) = start();
@@ -82,11 +82,11 @@ fn a_password_stays_with_its_destination() {
         stack.publish("again");
         wait_until("the entry", || stack.redis.xlen("events") == number + 2);
     }
-    stack.pg.wait_log(
-        "HINT:  A role that may not set its password has made the backend, or changed where or how it connects.",
-    );
+    stack
+        .pg
+        .wait_log("HINT:  A role that may not set its password has created the backend or changed its destination.");
     assert_told_nothing(&evil);
-    // What is about something else changes nothing.
+    // Changes of other columns have no effect.
     keeper
         .batch_execute("update outbox.backends set enabled = false, max_len = 7, stream_name = 'events', name = 'd', db = 0 where number = 1")
         .expect("granted");
@@ -98,9 +98,9 @@ fn a_password_stays_with_its_destination() {
     assert!(!stack.pg.log().contains(SECRET));
 }
 
-/// Every statement that changes a backend or puts another in its place.
+/// Every statement that changes a backend or replaces it.
 #[test]
-fn no_statement_takes_a_password_along() {
+fn no_statement_moves_a_password_to_another_destination() {
     let (stack, mut keeper, mut writer) = start();
     let evil = Eavesdropper::start();
     let (port, own) = (evil.port(), stack.redis.port());
@@ -144,7 +144,7 @@ fn no_statement_takes_a_password_along() {
             false,
         ),
     ] {
-        // A merge is of Postgres 15.
+        // MERGE exists since Postgres 15.
         if sql.starts_with("merge")
             && stack
                 .pg
@@ -170,9 +170,9 @@ fn no_statement_takes_a_password_along() {
     assert!(!evil.heard().contains("AUTH"), "{}", evil.heard());
 }
 
-/// Names are only names: two backends that change theirs keep their passwords.
+/// Names are not part of a destination: two backends that swap their names keep their passwords.
 #[test]
-fn names_that_are_swapped_take_nothing_along() {
+fn swapping_names_does_not_swap_passwords() {
     let (stack, mut keeper, _) = start();
     let evil = Eavesdropper::start();
     stack.pg.exec(&format!(
@@ -199,10 +199,10 @@ fn names_that_are_swapped_take_nothing_along() {
     );
 }
 
-/// Who may set the password, or is a superuser, moves it; and whoever sets something else moves nothing for somebody
-/// else.
+/// A role that may set the password, or a superuser, moves it; changes of other columns approve nothing that somebody
+/// else has changed.
 #[test]
-fn who_may_set_a_password_moves_it() {
+fn a_role_that_may_set_a_password_may_move_it() {
     let (stack, mut keeper, _) = start();
     let other = Redis::with(&["--requirepass", SECRET]);
     stack.point("default", &other);
@@ -212,7 +212,7 @@ fn who_may_set_a_password_moves_it() {
         .batch_execute(&format!("update outbox.backends set port = {}", stack.redis.port()))
         .expect("granted");
     wait_trouble(&stack.pg, "default", "misconfigured", MOVED);
-    // A superuser who changes something else, or one column of several, has not looked where it points to.
+    // A superuser who changes something else, or one column of several, has not confirmed the destination.
     stack
         .pg
         .exec("update outbox.backends set max_len = 1000; update outbox.backends set host = 'localhost'");
@@ -223,10 +223,10 @@ fn who_may_set_a_password_moves_it() {
         .pg
         .exec(&format!("select outbox.set_backend_password('default', '{SECRET}')"));
     stack.redis.wait_entries("events", 2);
-    // It was told that somebody has changed where to.
+    // The role was told that somebody has changed the destination.
     stack
         .pg
-        .wait_log("WARNING:  backend \"default\" connects elsewhere than when its password was set");
+        .wait_log("WARNING:  backend \"default\" connects to another destination than when its password was set");
     stack
         .pg
         .exec("grant execute on function outbox.set_backend_password to keeper");
@@ -235,7 +235,7 @@ fn who_may_set_a_password_moves_it() {
         .expect("granted");
     stack.publish("moved by a keeper of passwords");
     other.wait_entries("events", 2);
-    // The settings are a superuser's.
+    // Only a superuser sets these settings.
     stack.pg.exec("update outbox.backends set host = null, port = null");
     let port = stack.redis.port().to_string();
     stack.pg.configure(&[
@@ -249,9 +249,9 @@ fn who_may_set_a_password_moves_it() {
     });
 }
 
-/// What says where a password belongs is as far from others as the password is.
+/// The tables of destinations are protected like the passwords.
 #[test]
-fn nobody_writes_where_a_password_belongs() {
+fn no_role_writes_the_tables_of_password_destinations() {
     let (stack, mut keeper, mut writer) = start();
     let evil = Eavesdropper::start();
     keeper
@@ -300,7 +300,7 @@ fn nobody_writes_where_a_password_belongs() {
     assert_told_nothing(&evil);
 }
 
-/// A file is as good as what is in it.
+/// A password file is protected like its content.
 #[test]
 fn a_password_file_stays_with_its_destination() {
     let stack = Stack::of(Postgres::with(QUICK), Redis::with(&["--requirepass", SECRET]));
@@ -317,7 +317,7 @@ fn a_password_file_stays_with_its_destination() {
         .batch_execute(&format!("update outbox.backends set port = {}", evil.port()))
         .expect("granted");
     wait_trouble(&stack.pg, "default", "misconfigured", MOVED);
-    // Neither by another change of his, nor by one of a superuser who has not looked.
+    // Neither by another change of the same role, nor by one of a superuser who has not confirmed the destination.
     keeper
         .batch_execute("update outbox.backends set host = 'localhost'")
         .expect("granted");
@@ -331,7 +331,7 @@ fn a_password_file_stays_with_its_destination() {
         .batch_execute(&format!("update outbox.backends set port = {}", stack.redis.port()))
         .expect("granted");
     stack.redis.wait_entries("events", 2);
-    // A superuser moves it; and names it anew for where it is.
+    // A superuser moves it, or sets the file again for the new destination.
     let other = Redis::with(&["--requirepass", SECRET]);
     stack.point("default", &other);
     stack.publish("three");

@@ -1,4 +1,4 @@
-//! What a publisher tries: it publishes, and can do nothing else.
+//! The attempts of a publisher: it can publish, and do nothing else.
 
 use std::time::{Duration, Instant};
 
@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 const KNOWN: &str = "11111111-1111-1111-1111-111111111111";
 
-/// With an event of somebody else, of a known id, and a role `publisher` that has a schema of its own.
+/// With an event of another role, with a known id, and a role `publisher` that has its own schema.
 fn start() -> (Stack, Client) {
     let stack = Stack::start();
     stack.pg.exec(&format!(
@@ -87,7 +87,7 @@ fn a_publisher_can_do_nothing_else() {
             "create function mine.f() returns trigger language plpgsql as 'begin return new; end'; create table mine.events (seq bigint);",
         )
         .expect("its own schema");
-    // So that lastval() is about our sequence.
+    // So that lastval() is about the extension's sequence.
     publisher
         .batch_execute("select outbox.publish_event('t', 's')")
         .expect("its right");
@@ -100,7 +100,7 @@ fn a_publisher_can_do_nothing_else() {
             continue;
         };
         let said = Refused::of::<()>(Err(error));
-        // 42501, and those which settings of other contexts, and names of nobody, have.
+        // 42501, and the codes for settings of other contexts and for unknown names.
         let codes = ["42501", "55P02", "42809"];
         assert!(codes.contains(&said.code.as_str()), "{sql}: {said:?}");
         let shown = format!("{said:?}");
@@ -111,7 +111,7 @@ fn a_publisher_can_do_nothing_else() {
             or has_function_privilege('public', 'outbox.publish_event(text,text,jsonb,text,text,timestamptz,integer,jsonb,text,text,uuid,bytea)', 'execute')",
     );
     assert!(!acl, "a grant without grant option went through");
-    // By the catalog: nothing may be called but what publishes.
+    // According to the catalog, only the functions that publish may be called.
     let callable: Vec<String> = stack
         .pg
         .client()
@@ -159,9 +159,9 @@ fn a_publisher_can_do_nothing_else() {
     assert_eq!(readable, 0);
 }
 
-/// That an id is taken is told, for that is what a repeated id is refused with. What it stands for is not.
+/// The error for a repeated id shows that the id is taken. It does not show the event.
 #[test]
-fn errors_tell_nothing_of_others() {
+fn errors_show_no_event_of_others() {
     let (stack, mut publisher) = start();
     for sql in [
         format!("select outbox.publish_event('t', 's', event_id => '{KNOWN}')"),
@@ -178,12 +178,12 @@ fn errors_tell_nothing_of_others() {
         let shown = format!("{said:?}");
         assert!(!shown.contains("secret") && !shown.contains("seq"), "{sql}: {shown}");
     }
-    // Without a target it needs no right to read, and tells no more than the error does.
+    // Without a conflict target it needs no right to read, and shows no more than the error does.
     let quiet = format!(
         "insert into outbox.events (event_type, source, event_id) values ('t', 's', '{KNOWN}') on conflict do nothing"
     );
     assert_eq!(publisher.execute(&quiet, &[]).expect("nothing"), 0);
-    // Rows that are refused show what the publisher gave, and no number of ours.
+    // The errors of refused rows show what the publisher gave, and none of the extension's numbers.
     for sql in [
         "insert into outbox.events (event_type, source) values ('t', null)",
         "insert into outbox.events (event_type, source, data) values ('t', 's', '{')",
@@ -198,9 +198,9 @@ fn errors_tell_nothing_of_others() {
     assert_eq!(types(&stack.wait_events(1)), ["secret.type"]);
 }
 
-/// Tables, functions, operators, casts and types of the publisher's own, before ours and before pg_catalog's.
+/// The publisher's own tables, functions, operators, casts and types, before outbox and pg_catalog in the search_path.
 #[test]
-fn names_of_its_own_change_nothing() {
+fn objects_of_the_publisher_change_nothing() {
     let (stack, mut publisher) = start();
     publisher
         .batch_execute(
@@ -248,7 +248,7 @@ fn names_of_its_own_change_nothing() {
     assert_eq!(stack.pg.one::<i64>(numbers), 0);
 }
 
-/// The right to publish can be lent, by a function of somebody who has it, and by nobody who hasn't.
+/// The right to publish can be lent by a function of a role that has it, and by no other.
 #[test]
 fn publishing_through_a_function_needs_its_owners_right() {
     let (stack, mut publisher) = start();
@@ -271,7 +271,7 @@ fn publishing_through_a_function_needs_its_owners_right() {
 }
 
 #[test]
-fn allowed_streams_are_globs_and_no_more() {
+fn allowed_streams_are_only_glob_patterns() {
     let (stack, mut publisher) = start();
     let mut publish =
         |stream: &str| publisher.execute("select outbox.publish_event('t', 's', stream => $1)", &[&stream]);
@@ -302,7 +302,7 @@ fn allowed_streams_are_globs_and_no_more() {
             &["a", "outbox_relay"],
             &["outbox_relay:", "outbox_relay:guard:x:1:2"],
         ),
-        // No more work than lengths multiplied.
+        // The work is at most the product of the lengths.
         (&[&many], &[], &[&long]),
         (&[&long, "?*?"], &[&long, "ab"], &["a"]),
     ];
@@ -330,7 +330,7 @@ fn allowed_streams_are_globs_and_no_more() {
     assert_eq!(Refused::of(publisher.simple_query(zero)).code, "22P05");
 }
 
-/// Whoever the DBA lets write backends can do that, and what needs no other right; not more.
+/// A role that may write backends can do that and what needs no other right, but no more.
 #[test]
 fn a_role_that_may_write_backends_writes_backends() {
     let (stack, mut publisher) = start();
@@ -355,7 +355,7 @@ fn a_role_that_may_write_backends_writes_backends() {
     stack
         .pg
         .exec("update outbox.backends set password_file = '/etc/hostname' where name = 'b'");
-    // A file that is named may be named no more, and stays named; a name moves no file to another backend.
+    // A file column that is set can be cleared or kept; swapping names moves no file to another backend.
     publisher
         .batch_execute("update outbox.backends set name = 'd' where name = 'b'; update outbox.backends set password_file = null where name = 'd'")
         .expect("granted");
@@ -397,7 +397,7 @@ fn a_stream_that_is_not_allowed_is_not_trimmed() {
         .expect("allowed");
     stack.redis.wait_entries("mine:1", 1);
     assert_eq!(stack.redis.xlen("of-others"), 500);
-    // With all streams allowed, as a new backend has it, that is what naming one means.
+    // With all streams allowed, as in a new backend, naming a stream also means trimming it.
     stack.pg.exec("update outbox.backends set allowed_streams = default");
     publisher
         .batch_execute("select outbox.publish_event('t', 's', stream => 'of-others')")
@@ -405,9 +405,9 @@ fn a_stream_that_is_not_allowed_is_not_trimmed() {
     kit::wait_until("trimming", || stack.redis.xlen("of-others") < 500);
 }
 
-/// What was granted is taken back, and nothing else.
+/// Revoking takes back the granted rights, and no others.
 #[test]
-fn a_publisher_is_one_no_more() {
+fn a_revoked_publisher_cannot_publish() {
     let (stack, mut publisher) = start();
     stack
         .pg
@@ -446,10 +446,10 @@ fn a_publisher_is_one_no_more() {
     );
 }
 
-/// A narrower right than a publisher's: a function that publishes one kind of event, for a role that may do nothing
-/// else here.
+/// A narrower right than a publisher's: a function that publishes one kind of event, for a role that has no other right
+/// here.
 #[test]
-fn a_function_lends_a_narrower_right() {
+fn a_function_may_grant_a_narrower_right() {
     let (stack, mut publisher) = start();
     stack.pg.exec(
         "create role app login; create schema app;
@@ -473,10 +473,10 @@ fn a_function_lends_a_narrower_right() {
     );
 }
 
-/// By its name as pg_roles shows it, whatever that is called and however it is typed; everything else is refused in
-/// words.
+/// By its name as pg_roles shows it, whatever characters it has and however it is typed; everything else fails with a
+/// clear error.
 #[test]
-fn roles_are_named_as_they_are() {
+fn role_names_are_taken_as_pg_roles_shows_them() {
     let stack = Stack::start();
     stack
         .pg

@@ -1,5 +1,5 @@
-//! Sentinels and nodes of clusters name other servers: these are told the backend's password only where `allowed_hosts`
-//! allows them, and a sentinel only if it asks for one. And whoever was granted single columns is told nothing either.
+//! Sentinels and cluster nodes name other servers: these get the backend's password only if `allowed_hosts` allows
+//! them, and a sentinel only if it asks for one. A role that may update single columns gets no password either.
 
 use kit::{BlackHole, Eavesdropper, Postgres, QUICK, Redis, Stack, wait_drained, wait_trouble, wait_until};
 
@@ -12,7 +12,7 @@ fn start(allowed: &str) -> Stack {
     )
 }
 
-/// As who is named speaks up once it is allowed, the test can fail.
+/// The named server is contacted once it is allowed, which shows that the test can fail.
 fn assert_told_only_if_allowed(stack: &Stack, backend: &str, evil: &Eavesdropper) {
     wait_trouble(&stack.pg, backend, "misconfigured", "does not allow host \"127.0.0.2\"");
     assert_eq!((evil.accepted(), evil.heard()), (0, String::new()));
@@ -21,7 +21,7 @@ fn assert_told_only_if_allowed(stack: &Stack, backend: &str, evil: &Eavesdropper
 }
 
 #[test]
-fn a_host_that_a_sentinel_names_is_told_nothing_unless_it_is_allowed() {
+fn a_host_named_by_a_sentinel_gets_no_byte_unless_it_is_allowed() {
     let stack = start("127.0.0.1");
     let evil = Eavesdropper::at("127.0.0.2");
     let port = evil.port().to_string();
@@ -37,7 +37,7 @@ fn a_host_that_a_sentinel_names_is_told_nothing_unless_it_is_allowed() {
 }
 
 #[test]
-fn a_sentinel_that_asks_for_no_password_is_told_none() {
+fn a_sentinel_that_needs_no_password_gets_none() {
     let stack = start("*");
     let sentinel = Eavesdropper::start();
     stack.pg.exec(&format!(
@@ -52,7 +52,7 @@ fn a_sentinel_that_asks_for_no_password_is_told_none() {
 }
 
 #[test]
-fn a_host_that_a_cluster_names_is_told_nothing_unless_it_is_allowed() {
+fn a_host_named_by_a_cluster_gets_no_byte_unless_it_is_allowed() {
     let stack = start("127.0.0.1");
     let evil = Eavesdropper::at("127.0.0.2");
     let names = format!(
@@ -68,9 +68,9 @@ fn a_host_that_a_cluster_names_is_told_nothing_unless_it_is_allowed() {
     assert_told_only_if_allowed(&stack, "spread", &evil);
 }
 
-/// With UPDATE of one column alone.
+/// With UPDATE of only one column.
 #[test]
-fn who_may_change_one_column_moves_no_password() {
+fn a_role_that_may_change_one_column_cannot_move_the_password() {
     let stack = start("*");
     stack.redis.call(&["CONFIG", "SET", "requirepass", SECRET]);
     stack.pg.exec(&format!(

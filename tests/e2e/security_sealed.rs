@@ -1,4 +1,4 @@
-//! A stored password is sealed: whoever is shown its table reads nothing, and whoever reads the key has no table.
+//! A stored password is sealed: readers of its table cannot use it, and readers of the key have no table.
 
 use kit::owners::{WATCHFUL, wait_caught_up};
 use kit::{Mode, Postgres, QUICK, Redis, Refused, Stack, env, types, wait_drained, wait_trouble, wait_until};
@@ -42,7 +42,7 @@ fn logical_decoding_shows_no_password() {
     ] {
         let decoded: String = stack.pg.one(sql);
         assert!(decoded.contains("backend_passwords"), "{sql} decodes nothing of it");
-        // As it is, and as a bytea is shown.
+        // As text, and as bytea is shown.
         let hex: String = SECRET.bytes().map(|byte| format!("{byte:02x}")).collect();
         for text in [SECRET, &hex, key] {
             assert!(!decoded.contains(text), "{text} is in what {sql} says");
@@ -51,7 +51,7 @@ fn logical_decoding_shows_no_password() {
 }
 
 #[test]
-fn nobody_has_the_key_and_what_it_opens() {
+fn no_role_sees_both_the_key_and_a_sealed_password() {
     let stack = start(&[]);
     stack.pg.exec(&format!(
         "{SET}; create role reader login in role pg_read_all_data, pg_monitor; create role nobody login"
@@ -87,11 +87,11 @@ fn nobody_has_the_key_and_what_it_opens() {
     ] {
         assert_eq!(Refused::of(nobody.simple_query(sql)).code, "42501", "{sql}");
     }
-    // It goes with the extension, and not without.
+    // It is dumped with the extension, and not without it.
     let dump = stack.pg.pg_dump("postgres");
     let key: String = stack.pg.one(KEY);
     assert!(!dump.contains(&key[4..]) && !dump.contains("USER MAPPING") && !dump.contains(SECRET));
-    // What pg_upgrade takes along.
+    // The files that pg_upgrade copies.
     let upgrade = stack.pg.run("pg_dump", &["--binary-upgrade", "--schema-only"], "");
     assert!(upgrade.stdout.contains(&key[4..]), "{}", upgrade.stderr);
     let drop = "drop user mapping for public server outbox_relay";
@@ -104,7 +104,7 @@ fn nobody_has_the_key_and_what_it_opens() {
 }
 
 #[test]
-fn without_its_key_a_password_is_set_again() {
+fn a_password_without_its_key_must_be_set_again() {
     let stack = start(&[]);
     stack.pg.exec(SET);
     stack.publish("one");
@@ -113,14 +113,14 @@ fn without_its_key_a_password_is_set_again() {
     stack.pg.exec(&format!(
         "alter user mapping for public server outbox_relay options (set key '{other}')"
     ));
-    // Once that is committed: nothing tells of it.
+    // After the commit: no message reports it.
     stack.pg.exec("select outbox.wake()");
     wait_trouble(&stack.pg, "default", "misconfigured", "it was sealed with another key");
     stack.pg.wait_log("HINT:  The key is an option of a user mapping");
     stack.publish("two");
     stack.pg.exec(SET);
     stack.redis.wait_entries("events", 2);
-    // That of one backend is none of another's.
+    // The sealed password of one backend is invalid for another.
     stack.pg.exec(
         "insert into outbox.backends (name, host, port) select 'other', host, port from outbox.backends;
         insert into outbox.backend_passwords select b.number, p.password, p.destination from outbox.backend_passwords p, outbox.backends b
@@ -129,7 +129,7 @@ fn without_its_key_a_password_is_set_again() {
     wait_trouble(&stack.pg, "other", "misconfigured", "it was sealed with another key");
 }
 
-/// The key comes by streaming, also to a standby that was there before the key, and with a base backup.
+/// The key is replicated by streaming, also to a standby that existed before the key, and is in a base backup.
 #[test]
 fn a_standby_has_the_key() {
     let mut stack = Stack::of(

@@ -1,10 +1,10 @@
-//! Passwords are shown nowhere, whatever a server says, and what a server says does no harm where it is read.
+//! Passwords are shown nowhere, whatever a server answers, and texts of a server do no harm to their readers.
 
 use kit::{BlackHole, Postgres, QUICK, Redis, Stack, env, standing, wait_until};
 
 const SECRET: &str = "Xq7-zK9.wQ2y";
 
-/// All that a server can be told to log.
+/// All settings that make the server log more.
 const LOUD: &[(&str, &str)] = &[
     ("log_statement", "all"),
     ("log_min_duration_statement", "0"),
@@ -30,7 +30,7 @@ fn stack() -> Stack {
     Stack::of(Postgres::with(QUICK), Redis::start())
 }
 
-/// A backend at a server that says this, with an event that waits; its last error, once it has one.
+/// A backend at a server that gives this answer, with a pending event; returns its last error, once it has one.
 fn trouble(stack: &Stack, backend: &str, more: &str, says: &[u8]) -> (BlackHole, String) {
     let hole = BlackHole::saying(says);
     stack.pg.exec(&format!(
@@ -46,7 +46,7 @@ fn trouble(stack: &Stack, backend: &str, more: &str, says: &[u8]) -> (BlackHole,
     (hole, error)
 }
 
-/// No piece of the secret that says something.
+/// No part of the secret that is long enough to be recognised.
 #[track_caller]
 fn assert_hidden(text: &str, of: &str) {
     for length in 4..=SECRET.len() {
@@ -129,7 +129,7 @@ fn a_server_that_repeats_the_password_shows_it_nowhere() {
 }
 
 #[test]
-fn what_a_server_says_is_cut_and_cleaned() {
+fn server_texts_are_cut_and_cleaned() {
     let stack = stack();
     let unseen: &[char] = &[
         '\u{1b}', '\u{7}', '\u{9b}', '\u{202e}', '\u{2066}', '\u{200b}', '\u{feff}', '\t',
@@ -172,7 +172,7 @@ fn what_a_server_says_is_cut_and_cleaned() {
     assert!(longest.is_some_and(|length| length < 1_000), "{longest:?}");
 }
 
-/// Who may read all data reads no password: not in its table, and not in what ANALYZE has gathered of it.
+/// A role that may read all data cannot read a password: neither in its table, nor in the statistics of ANALYZE.
 #[test]
 fn statistics_hold_no_password() {
     let stack = Stack::start();
@@ -198,10 +198,10 @@ fn statistics_hold_no_password() {
     }
 }
 
-/// Where a statement that sets a password fails, or is explained, what the server logs of its own accord does not have
-/// it.
+/// When a statement that sets a password fails, or is explained, the server's own log entries do not contain the
+/// password.
 #[test]
-fn our_statements_show_no_password() {
+fn the_documented_statements_show_no_password() {
     if env::lacks(&["auto_explain"]) {
         return;
     }
@@ -215,7 +215,7 @@ fn our_statements_show_no_password() {
         ("auto_explain.log_verbose", "on"),
         ("lock_timeout", "100ms"),
     ];
-    // From 16 on it also logs the parameters that the caller has bound, unless it is told not to: see the README.
+    // From 16 on it also logs the bound parameters, unless a setting forbids it: see docs/backends.md.
     if env::postgres_major() >= 16 {
         settings.push(("auto_explain.log_parameter_max_length", "0"));
     }
@@ -236,7 +236,7 @@ fn our_statements_show_no_password() {
     assert_hidden(&stack.pg.log(), "the log");
 }
 
-/// The script passes by everything that a server can be told to log, and by what it counts.
+/// The script avoids everything that a server can be told to log, and its statistics.
 #[test]
 fn the_script_shows_no_password() {
     if env::lacks(&["auto_explain", "pg_stat_statements"]) {

@@ -1,14 +1,14 @@
-//! Who is there first, or looks like one of us: a schema with room for others, numbers of backends that are taken
-//! ahead, objects that look like numbers.
+//! Objects that exist before the extension, or look like its own: a schema in which others may create, numbers of
+//! backends chosen in advance, objects that look like numbers.
 
 use std::io::Write;
 
 use kit::{Postgres, Refused, Stack, wait_drained, wait_until};
 use postgres::Client;
 
-/// A schema in which somebody else may create objects is not taken for the extension's, whoever that is.
+/// A schema in which another role may create objects is refused for the extension, whoever owns it.
 #[test]
-fn a_schema_with_room_for_others_is_refused() {
+fn a_schema_in_which_others_may_create_is_refused() {
     let pg = Postgres::start();
     pg.exec("create role mallory login; create role friends; grant friends to mallory");
     for grant in [
@@ -23,13 +23,13 @@ fn a_schema_with_room_for_others_is_refused() {
             (said.code.as_str(), said.message.as_str()),
             (
                 "55000",
-                "schema \"outbox\" exists, and others than its owner may create objects in it"
+                "schema \"outbox\" exists, and roles other than its owner may create objects in it"
             ),
             "{grant}: {said:?}"
         );
         pg.exec("drop schema outbox");
     }
-    // What is there already may be meant instead of ours, be it an empty table or what the next objects are granted.
+    // Existing objects may be used instead of the extension's, even an empty table, or default privileges.
     pg.exec("create schema outbox; alter default privileges in schema outbox grant execute on functions to mallory");
     assert_eq!(
         Refused::of(pg.client().simple_query("create extension outbox_relay")).code,
@@ -40,7 +40,7 @@ fn a_schema_with_room_for_others_is_refused() {
         Refused::of(pg.client().simple_query("create extension outbox_relay")).code,
         "55000"
     );
-    // One of a superuser, which others may use, is taken.
+    // A superuser's schema, which others may only use, is accepted.
     pg.exec("drop schema outbox; create schema outbox; grant usage on schema outbox to mallory");
     pg.extension();
     let overload = "create function outbox.publish_event(text, text) returns uuid language sql as 'select null::uuid'";
@@ -50,9 +50,9 @@ fn a_schema_with_room_for_others_is_refused() {
     );
 }
 
-/// Numbers are drawn: nobody but who restores a dump says which.
+/// Numbers come from a sequence: only a restore of a dump chooses them.
 #[test]
-fn numbers_of_backends_are_not_chosen() {
+fn a_role_cannot_choose_the_number_of_a_backend() {
     let stack = Stack::start();
     stack.pg.exec(
         "create role keeper login; grant usage on schema outbox to keeper; grant select, insert, update, delete on outbox.backends to keeper;
@@ -90,19 +90,19 @@ fn numbers_of_backends_are_not_chosen() {
     let expected = Refused::new(
         "42501",
         "permission denied to choose the number of backend \"evil\"",
-        "Events refer to backends by their numbers, also to those that were deleted.",
-        "Leave number out: it is drawn from a sequence.",
+        "Events refer to backends, including deleted ones, by their numbers.",
+        "Omit number: it comes from a sequence.",
     );
     let chosen = "insert into outbox.backends (name, number) overriding system value values ('evil', 7)";
     assert_eq!(Refused::of(keeper.simple_query(chosen)), expected);
-    // Not even a superuser gives a number that none can have.
+    // Not even a superuser can set an impossible number.
     for number in ["0", "-1"] {
         let sql =
             format!("insert into outbox.backends (name, number) overriding system value values ('evil', {number})");
         assert_eq!(Refused::of(stack.pg.client().simple_query(&sql)).code, "23514", "{sql}");
     }
-    // Drawn ones ascend, several in a statement too; and one that was given is not given again where the sequence was
-    // set back.
+    // Drawn numbers ascend, also several in one statement; and a number that was used is not drawn again after the
+    // sequence was set back.
     keeper
         .batch_execute(
             "insert into outbox.backends (name) select 'n' || n from generate_series(1, 3) n order by n desc",
@@ -147,7 +147,7 @@ fn copy_names(client: &mut Client, rows: &str) {
     assert_eq!(writer.finish().expect("granted"), 2);
 }
 
-/// Every way in, for a `publisher_config` as SQL text.
+/// Every way to publish, with a `publisher_config` as SQL text.
 fn all_ways(config: &str) -> Vec<String> {
     let quoted = config.replace('\'', "''");
     vec![
@@ -172,9 +172,9 @@ fn copy_event(client: &mut Client, config: &str) -> Result<u64, postgres::Error>
     writer.finish()
 }
 
-/// Names by which the parser of JSON knows numbers and raw values of its own are names like any other.
+/// Names that the JSON parser uses internally for numbers and raw values are ordinary names.
 #[test]
-fn an_object_is_no_number_by_any_name() {
+fn a_json_object_is_refused_as_a_number() {
     let stack = Stack::start();
     stack
         .pg
@@ -202,7 +202,7 @@ fn an_object_is_no_number_by_any_name() {
             );
         }
     }
-    // As a key of the config itself it is only a name.
+    // As a key of the config itself it is an ordinary name.
     for sql in all_ways(r#"{"$serde_json::private::Number": "1"}"#) {
         publisher
             .batch_execute(&sql)
@@ -213,9 +213,9 @@ fn an_object_is_no_number_by_any_name() {
     }
 }
 
-/// A number has the same digits in the stream whichever way it came, or is refused by all.
+/// A number has the same digits in the stream in each way to publish, or is refused in all.
 #[test]
-fn numbers_are_the_same_by_all_ways() {
+fn all_ways_to_publish_keep_the_same_digits() {
     let stack = Stack::start();
     let numbers = [
         "1e400",
@@ -269,7 +269,7 @@ fn numbers_are_the_same_by_all_ways() {
         }
         assert_eq!(Refused::of(copy_event(&mut client, &config)).code, "22003", "{config}");
     }
-    // Short to write, and larger than an event may be.
+    // Short to write, but larger than an event may be.
     let many: Vec<String> = (0..9).map(|n| format!("\"n{n}\": 1e131071")).collect();
     let config = format!("{{{}}}", many.join(", "));
     let mut codes: Vec<String> = all_ways(&config)

@@ -1,5 +1,5 @@
-//! `outbox_relay.send_after = standby_flush`: nothing leaves before a synchronous standby has it on disk, whatever the
-//! publishers were told.
+//! `outbox_relay.send_after = standby_flush`: nothing is sent before a synchronous standby has it on disk, whatever the
+//! publishers wait for.
 
 use std::thread::{JoinHandle, spawn};
 use std::time::Duration;
@@ -11,10 +11,10 @@ use kit::{Mode, Postgres, Redis, Stack, holds_for, ids, publish_many, wait_drain
 use nix::sys::signal::Signal;
 use uuid::Uuid;
 
-/// Longer than anything takes that is not held up.
+/// Longer than anything takes that does not wait.
 const WHILE: Duration = Duration::from_millis(500);
 
-/// A primary that sends after its synchronous standby, with one event delivered.
+/// A primary that waits for its synchronous standby, with one event delivered.
 fn with_standby() -> (Stack, Postgres) {
     let stack = Stack::of(
         Postgres::with(WATCHFUL).with(&[("outbox_relay.send_after", "standby_flush")]),
@@ -36,7 +36,7 @@ fn wait_sync(primary: &Postgres) {
     });
 }
 
-/// Stops the process that writes down what comes from the primary; the result lets it go on.
+/// Stops the process that writes the WAL from the primary; dropping the result lets it continue.
 #[track_caller]
 fn freeze(standby: &Postgres) -> i32 {
     let pid: i32 = standby.one("select pid from pg_stat_wal_receiver");
@@ -48,7 +48,7 @@ fn thaw(pid: i32) {
     signal(pid, Signal::SIGCONT);
 }
 
-/// Publishes in a session whose commits don't wait.
+/// Publishes in a session whose commits do not wait.
 #[track_caller]
 fn publish_locally(pg: &Postgres, synchronous_commit: &str, prefix: &str) -> Vec<Uuid> {
     let mut client = pg.client();
@@ -58,7 +58,7 @@ fn publish_locally(pg: &Postgres, synchronous_commit: &str, prefix: &str) -> Vec
     publish_many(&mut client, "default", "", prefix, 2)
 }
 
-/// A publisher that waits for its commit.
+/// A publisher whose commit waits.
 fn publish_waiting(pg: &Postgres, prefix: &'static str) -> JoinHandle<Vec<Uuid>> {
     let mut client = pg.client();
     spawn(move || publish_many(&mut client, "default", "", prefix, 2))
@@ -79,7 +79,7 @@ fn sent(stack: &Stack, expected: &[Uuid]) {
 }
 
 #[test]
-fn what_waits_for_a_standby_is_not_sent_before_it_is_there() {
+fn a_commit_that_waits_for_a_standby_is_not_sent_before_the_standby_has_it() {
     let (stack, standby) = with_standby();
     let receiver = freeze(&standby);
     let publisher = publish_waiting(&stack.pg, "waits");
@@ -89,7 +89,7 @@ fn what_waits_for_a_standby_is_not_sent_before_it_is_there() {
     sent(&stack, &publisher.join().expect("it was committed"));
 }
 
-/// Then the event is committed and visible, and may still be lost with this server.
+/// The event is committed and visible, and may still be lost together with this server.
 #[test]
 fn a_cancelled_wait_sends_nothing_early_and_then_once() {
     let (stack, standby) = with_standby();
@@ -143,7 +143,7 @@ fn the_setting_is_changed_by_a_reload_while_the_standby_hangs() {
     set("standby_flush");
     let shown = || stack.pg.one::<String>("show outbox_relay.send_after");
     wait_eq("the setting", "standby_flush".to_string(), shown);
-    // The worker hears of it no later than sessions that begin after it has.
+    // The worker learns of it no later than sessions that begin after it has.
     let worker = stack.pg.wait_worker("postgres");
     stack.pg.exec(&format!("select pg_terminate_backend({worker})"));
     stack.pg.wait_new_worker(worker);
@@ -153,7 +153,8 @@ fn the_setting_is_changed_by_a_reload_while_the_standby_hangs() {
     sent(&stack, &published);
 }
 
-/// Where no standby is called for, none is waited for: neither one that is there, nor one that was until a moment ago.
+/// If no synchronous standby is configured, none is waited for: neither an existing standby, nor one that was
+/// synchronous until a moment ago.
 #[test]
 fn without_synchronous_standbys_it_sends_at_once() {
     let (stack, standby) = with_standby();
@@ -167,7 +168,8 @@ fn without_synchronous_standbys_it_sends_at_once() {
     thaw(receiver);
 }
 
-/// The standby is down for a while, and the primary crashes meanwhile: neither makes what was committed here alone
+/// The standby is down for a while, and the primary crashes meanwhile: neither causes events to be sent that are
+/// committed only here.
 /// leave.
 #[test]
 fn a_restart_while_the_standby_is_down_sends_nothing_early() {
@@ -189,9 +191,9 @@ fn a_restart_while_the_standby_is_down_sends_nothing_early() {
     wait_owner(&stack.pg, &stack.redis);
 }
 
-/// A standby that is there, but asynchronous, does not count for one that is called for by name.
+/// An asynchronous standby does not count for one that is named in synchronous_standby_names.
 #[test]
-fn only_a_standby_that_is_called_for_counts() {
+fn only_a_standby_in_synchronous_standby_names_counts() {
     let (stack, standby) = with_standby();
     stack.pg.set("synchronous_standby_names", "somebody");
     wait_eq("synchronous standbys", 0, || {
@@ -201,7 +203,7 @@ fn only_a_standby_that_is_called_for_counts() {
     });
     let published = publish_locally(&stack.pg, "local", "waits");
     nothing_is_sent(&stack, 1);
-    // Its name is the one that the kit's standbys have.
+    // The kit's standbys have this name.
     stack
         .pg
         .client()
@@ -216,7 +218,7 @@ fn only_a_standby_that_is_called_for_counts() {
 fn cpu_ticks(pid: i32) -> u64 {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("it runs");
     let (_, fields) = stat.rsplit_once(") ").expect("a name in parentheses");
-    // utime and stime: fields 14 and 15 of the line, of which two stand before.
+    // utime and stime are fields 14 and 15 of the line; two fields were removed before.
     fields
         .split(' ')
         .skip(11)
@@ -231,14 +233,14 @@ fn a_worker_that_waits_for_a_standby_does_not_spin() {
     let receiver = freeze(&standby);
     let published = publish_locally(&stack.pg, "local", "waits");
     let worker = stack.pg.wait_worker("postgres");
-    // Longer and longer pauses between its looks have grown to the longest by then.
+    // By then, the growing pauses between its checks have reached the longest.
     holds_for(WHILE, "nothing is sent", || stack.events().len() == 1);
     let before = cpu_ticks(worker);
     let span = Duration::from_secs(2);
     holds_for(span, "the worker lives", || {
         stack.pg.worker_pid("postgres") == Some(worker)
     });
-    // A tick is a hundredth of a second: 5 percent of one core, of which the looks of this test are a part.
+    // A tick is a hundredth of a second: 5 percent of one core, including the checks of this test.
     let spent = cpu_ticks(worker) - before;
     assert!(spent <= 10, "it worked for {spent} of 200 ticks");
     thaw(receiver);
@@ -252,7 +254,7 @@ fn a_worker_that_waits_for_a_standby_does_not_spin() {
 
 /// A synchronous standby that is promoted has everything that was ever sent.
 #[test]
-fn what_was_sent_is_in_the_history_of_the_standby() {
+fn sent_events_are_in_the_history_of_the_standby() {
     let (mut stack, standby) = with_standby();
     let receiver = freeze(&standby);
     let lost = publish_locally(&stack.pg, "local", "lost");
@@ -262,7 +264,7 @@ fn what_was_sent_is_in_the_history_of_the_standby() {
     standby.promote();
     let mut published = Vec::new();
     stack.pg = standby;
-    // It has no standby of its own, and is not told to wait for one.
+    // It has no standby of its own, and is not configured to wait for one.
     stack.pg.set("synchronous_standby_names", "");
     published.extend(publish_many(&mut stack.pg.client(), "default", "", "new", 2));
     wait_drained(&stack.pg, "default");
@@ -270,7 +272,7 @@ fn what_was_sent_is_in_the_history_of_the_standby() {
     let sent: Vec<Uuid> = ids(&stack.wait_events(rows as usize));
     assert_eq!(sent.len() as i64, rows, "each row once");
     assert_eq!(sent[sent.len() - 2..], published);
-    // They had perhaps been received before the standby froze; then they are delivered, once.
+    // Perhaps they had been received before the standby froze; then they are delivered, once.
     assert!(rows == 3 || sent[1..3] == lost, "{sent:?}");
     let _ = stack
         .pg

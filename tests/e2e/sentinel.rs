@@ -1,4 +1,4 @@
-//! A Redis that sentinels watch: its primary is found through them, and followed wherever it goes.
+//! A Redis that sentinels watch: its primary is found through them, and followed after each failover.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -8,7 +8,7 @@ use kit::{
     ids, standing, wait_drained, wait_eq, wait_trouble, wait_until,
 };
 
-/// The stall that is allowed beyond the failover itself.
+/// How long delivery may stall in addition to the failover itself.
 const ALLOWANCE: Duration = Duration::from_secs(2);
 
 /// A stack whose backend `default` asks these sentinels; its `redis` is the primary.
@@ -37,7 +37,7 @@ fn now() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970")
 }
 
-/// Under 2,000 events a second. OUTBOX_FAILOVERS says how often; the stalls are printed.
+/// Under 2,000 events a second. OUTBOX_FAILOVERS sets how often; the stalls are printed.
 #[test]
 fn a_failover_under_load_loses_nothing_and_stalls_no_longer_than_it_takes() {
     let rounds = std::env::var("OUTBOX_FAILOVERS").map_or(1, |text| text.parse().expect("a number"));
@@ -69,7 +69,7 @@ fn a_failover_under_load_loses_nothing_and_stalls_no_longer_than_it_takes() {
         );
         stalls.push(stall);
         watched.replica.start_again();
-        // They may take their time to notice that it is back.
+        // The sentinels may need some time to notice that it is back.
         eventually("the old primary to follow the new", 3 * LIMIT, || {
             let link = watched.replica.replication("master_link_status");
             (link.as_deref() == Some("up")).then_some(())
@@ -77,7 +77,7 @@ fn a_failover_under_load_loses_nothing_and_stalls_no_longer_than_it_takes() {
     }
     load.stop();
     wait_drained(&stack.pg, "default");
-    // A node that is read whole is silent for so long that they would take it for dead.
+    // While a node loads its data, it is silent for so long that they would take it for dead.
     watched.sentinels.clear();
     std::mem::swap(&mut stack.redis, &mut watched.primary);
     let verdict = ledger.settle(&stack, LIMIT);
@@ -94,15 +94,15 @@ fn a_failover_under_load_loses_nothing_and_stalls_no_longer_than_it_takes() {
         log.contains(&format!("is connected to Redis at {}", at(&stack.redis))),
         "{log}"
     );
-    // The trouble was with the other.
+    // The error was of the other server.
     let blamed = format!("Redis at {}: Connection refused", at(&stack.redis));
     assert!(rounds > 1 || !log.contains(&blamed), "{log}");
 }
 
-/// It keeps its connections and answers nothing, and goes on when another has taken its place: what it appends then,
-/// nobody keeps.
+/// The primary keeps its connections and answers nothing, and continues when another has taken its place: entries that
+/// it appends then are lost.
 #[test]
-fn a_primary_that_hangs_under_load_is_left() {
+fn a_primary_that_hangs_under_load_is_replaced() {
     let mut watched = Watched::start();
     let mut stack = stack(&[], Redis::start(), &watched.nodes());
     stack.pg.exec("update outbox.backends set socket_timeout = '1s'");
@@ -126,7 +126,7 @@ fn a_primary_that_hangs_under_load_is_left() {
 
 /// `SENTINEL FAILOVER`: the old primary lives on as a replica. Nothing is lost, and nothing needs healing.
 #[test]
-fn a_switch_on_purpose_is_followed_and_the_demoted_node_not_used() {
+fn a_planned_failover_is_followed_and_the_demoted_node_is_not_used() {
     let mut watched = Watched::start();
     let mut stack = stack(QUICK, Redis::start(), &watched.nodes());
     let ledger = Ledger::create(&stack.pg);
@@ -155,7 +155,7 @@ fn sentinels_that_are_down_are_passed_over_until_all_are() {
     stack.publish("one");
     let mut arrived = ids(&stack.wait_events(1));
     watched.sentinels[1].kill9();
-    // A connection that is up needs none of them.
+    // An existing connection needs none of them.
     watched.sentinels[2].kill9();
     stack.publish("two");
     arrived.push(ids(&stack.wait_events(2))[1]);
@@ -180,7 +180,12 @@ fn a_master_that_no_sentinel_knows_is_a_wrong_setting() {
     let stack = stack(QUICK, Redis::start(), &watched.nodes());
     ask_sentinels(&stack, &watched.nodes(), "another");
     stack.publish("one");
-    wait_trouble(&stack.pg, "default", "misconfigured", "knows no master \"another\"");
+    wait_trouble(
+        &stack.pg,
+        "default",
+        "misconfigured",
+        "does not know the master \"another\"",
+    );
     assert!(
         stack
             .pg
@@ -191,12 +196,12 @@ fn a_master_that_no_sentinel_knows_is_a_wrong_setting() {
     watched.primary.wait_entries("events", 1);
 }
 
-/// A sentinel that was cut off still names a node that has become a replica; the next one knows better.
+/// A sentinel that was cut off still names a node that has become a replica; the next sentinel names the primary.
 #[test]
-fn a_replica_is_not_written_to_whoever_names_it() {
+fn a_replica_is_never_written_to() {
     let primary = Redis::start();
     let replica = Redis::replica_of(&primary);
-    // Alone and without a quorum it does nothing but name it.
+    // Without a quorum it only names its primary.
     let stale = Sentinel::watching(replica.port(), 2, "");
     let stack = stack(QUICK, primary, &format!("{{{}}}", stale.node()));
     stack.publish("one");
@@ -208,7 +213,7 @@ fn a_replica_is_not_written_to_whoever_names_it() {
     assert_eq!(address(&stack.pg), Some(at(&stack.redis)));
 }
 
-/// The password goes to a sentinel only if that asks for one.
+/// A sentinel gets the password only if it asks for one.
 #[test]
 fn a_sentinel_may_want_the_backends_password() {
     let primary = Redis::with(&["--requirepass", "secret"]);
@@ -244,7 +249,7 @@ fn a_sentinel_may_want_the_backends_password() {
 }
 
 #[test]
-fn what_makes_no_sense_is_refused() {
+fn invalid_sentinel_settings_are_refused() {
     let stack = Stack::start();
     let set = |what: &str| {
         Refused::of(

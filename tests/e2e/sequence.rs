@@ -1,5 +1,5 @@
-//! The sequence that numbers events is cached, bounded, locked, truncated or made anew: publishers are told, and
-//! nothing is lost.
+//! The sequence that numbers events is cached, limited, locked, truncated or created again: publishers get clear
+//! errors, and nothing is lost.
 
 use crate::numbers::{PAUSE, Publisher, RESUME, assert_arrived};
 use kit::{LIMIT, Ledger, Load, Stack, UNTRIMMED, ids, wait_eq, wait_until};
@@ -22,7 +22,7 @@ fn a_sequence_with_other_parameters_is_refused_in_words() {
         ("as integer", "It is of type integer instead of bigint."),
     ] {
         let mark = stack.pg.log().len();
-        // A session that has used it, and the one that changes it, within the same transaction.
+        // A session that has used it, and the session that changes it, within the same transaction.
         for own in [false, true] {
             let alter = format!("alter sequence outbox.events_seq_seq {change}");
             if own {
@@ -73,9 +73,9 @@ fn a_sequence_with_other_parameters_is_refused_in_words() {
     assert_arrived(&stack, &publisher.published, "changed parameters");
 }
 
-/// The mend is heard of, and what was scheduled goes on.
+/// The correction is noticed, and scheduled events go on.
 #[test]
-fn what_is_there_is_sent_while_the_sequence_is_refused() {
+fn pending_events_are_sent_while_the_sequence_is_refused() {
     let to_its_end = "do $$ declare n bigint; begin select last_value into n from outbox.events_seq_seq; \
         execute 'alter sequence outbox.events_seq_seq maxvalue ' || n; end $$";
     for change in ["alter sequence outbox.events_seq_seq cache 50", to_its_end] {
@@ -91,7 +91,7 @@ fn what_is_there_is_sent_while_the_sequence_is_refused() {
         publisher.run("select pg_sleep_until(scheduled_at + interval '0.1 s') from outbox.scheduled_events");
         publisher.run(RESUME);
         stack.wait_events(40);
-        // Its rounds come to their ends, and it looks again.
+        // Its loops end, and it checks again.
         publisher.run("select pg_sleep(1.5)");
         let waiting: i64 = stack.pg.one("select count(*) from outbox.scheduled_events");
         assert_eq!(waiting, 1, "{change}");
@@ -106,7 +106,7 @@ fn what_is_there_is_sent_while_the_sequence_is_refused() {
 }
 
 #[test]
-fn a_lock_on_the_sequence_holds_up_publishers_alone() {
+fn a_lock_on_the_sequence_delays_only_publishers() {
     let stack = Stack::start();
     let mut publisher = Publisher::of(&stack.pg);
     publisher.run(PAUSE);
@@ -124,9 +124,9 @@ fn a_lock_on_the_sequence_holds_up_publishers_alone() {
     assert_arrived(&stack, &publisher.published, "a lock");
 }
 
-/// Cleaners of tests, beside publishers: neither makes the other fail.
+/// Tools that clean up after tests, beside publishers: neither makes the other fail.
 #[test]
-fn truncating_under_load_makes_nobody_fail() {
+fn truncating_under_load_fails_no_publisher() {
     let stack = Stack::with(&[UNTRIMMED]);
     let _ledger = Ledger::create(&stack.pg);
     let load = Load::start(&stack.pg, 6, "");
@@ -147,7 +147,7 @@ fn truncating_under_load_makes_nobody_fail() {
     });
 }
 
-/// Publishers are refused, and none of the numbers that were drawn in advance is used, neither then nor later.
+/// Publishers are refused, and none of the cached numbers is used, neither then nor later.
 #[test]
 fn a_cache_under_load_loses_nothing() {
     let stack = Stack::with(&[UNTRIMMED]);
@@ -162,7 +162,7 @@ fn a_cache_under_load_loses_nothing() {
             .batch_execute(&format!("alter sequence outbox.events_seq_seq cache {cache}"))
             .unwrap();
         if cache > 1 {
-            // Sessions that are thrown out come back, and fetch numbers in advance.
+            // Terminated sessions come back, and cache numbers again.
             std::thread::sleep(std::time::Duration::from_millis(200));
         }
     }
@@ -173,7 +173,7 @@ fn a_cache_under_load_loses_nothing() {
     verdict.assert_exactly_once();
 }
 
-/// There is no room above the numbers that were given.
+/// There is no room above the numbers in use.
 #[test]
 fn a_maximum_below_the_numbers_that_were_given_is_refused_in_words() {
     let stack = Stack::start();
@@ -195,7 +195,7 @@ fn a_maximum_below_the_numbers_that_were_given_is_refused_in_words() {
     assert_arrived(&stack, &publisher.published, "a maximum");
 }
 
-/// A new installation in the same database begins anew, and says nothing.
+/// A new installation in the same database starts with 1, without a message.
 #[test]
 fn an_extension_that_is_created_again_numbers_its_events() {
     let stack = Stack::start();
@@ -216,7 +216,7 @@ fn assert_arrived_here(stack: &Stack, published: &[Uuid]) {
     assert_eq!(ids(&stack.events()), published);
 }
 
-/// Publishers take their locks in the order of TRUNCATE, which has the table before it wants the sequence: whoever
+/// Publishers take their locks in the order of TRUNCATE, which locks the table before the sequence: a session that
 /// waits for the table has not locked the sequence.
 #[test]
 fn a_truncation_that_restarts_the_numbers_meets_no_deadlock() {

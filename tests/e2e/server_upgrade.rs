@@ -1,5 +1,5 @@
-//! What administrators do to a whole server with Postgres's own tools: pg_upgrade gives its databases to a new one,
-//! pg_resetwal takes its WAL away. What was waiting is delivered, nothing is repeated, and nobody is fenced.
+//! Postgres's own tools for a whole server: pg_upgrade moves its databases to a new one, pg_resetwal removes its WAL.
+//! Pending events are delivered, nothing is repeated, and no server is fenced.
 
 use std::path::Path;
 use std::process::Command;
@@ -24,7 +24,7 @@ fn run(program: &str, args: &[&str], dir: &Path) {
     );
 }
 
-/// A server that has delivered some events, and then kept others back; those are the second.
+/// A server that has delivered some events and keeps others pending; returns the pending ones.
 fn stopped_with_waiting() -> (Stack, Vec<Uuid>, Vec<Uuid>) {
     let mut stack = Stack::of(Postgres::with(WATCHFUL), Redis::start());
     let sent = publish(&stack.pg, "sent", 20);
@@ -36,7 +36,7 @@ fn stopped_with_waiting() -> (Stack, Vec<Uuid>, Vec<Uuid>) {
     (stack, sent, waiting)
 }
 
-/// Goes on where the other stopped.
+/// Checks that the server goes on where the other one stopped.
 fn goes_on(pg: &Postgres, redis: &Redis, sent: &[Uuid], waiting: &[Uuid]) {
     pg.exec("update outbox.backends set enabled = true");
     wait_owner(pg, redis);
@@ -115,9 +115,9 @@ fn delivers_what_is_new(stack: &Stack, lost: Vec<Uuid>) {
     assert_eq!(ids(&stack.events()), [lost, new].concat());
 }
 
-/// Its last transactions are lost, and their ids will be used again: what was sent of them must not hide what is new.
+/// Its last transactions are lost, and their ids will be used again: events of the lost ones must not hide new ones.
 #[test]
-fn a_server_that_lost_its_last_wal_delivers_what_is_new() {
+fn a_server_that_lost_its_last_wal_delivers_new_events() {
     let mut stack = Stack::of(Postgres::with(WATCHFUL), Redis::start());
     wait_owner(&stack.pg, &stack.redis);
     stack.pg.exec("checkpoint");
@@ -128,12 +128,12 @@ fn a_server_that_lost_its_last_wal_delivers_what_is_new() {
     delivers_what_is_new(&stack, lost);
 }
 
-/// If it has lost its own name in the guard, too, somebody has to say that it may go on.
+/// If it has also lost its own name in the guard, take_over() must confirm that it may go on.
 #[test]
-fn a_server_that_lost_its_name_waits_for_a_word_and_delivers_what_is_new() {
+fn a_server_that_lost_its_name_waits_for_take_over_and_delivers_new_events() {
     let mut stack = Stack::of(Postgres::with(WATCHFUL), Redis::start());
     wait_owner(&stack.pg, &stack.redis);
-    // The last checkpoint comes before the name of this run.
+    // The last checkpoint is before the name of this run.
     stack.pg.stop(Mode::Fast);
     stack.pg.start_again();
     wait_owner(&stack.pg, &stack.redis);

@@ -1,8 +1,8 @@
-//! The settings as users see them: names, defaults, units, contexts, and what is refused.
+//! The settings as users see them: names, defaults, units, contexts, and refused values.
 
 use kit::{Postgres, Refused, Stack, types};
 
-/// Name behind the prefix, what SHOW prints by default, context, and a few values out of range.
+/// The name after the prefix, the default as SHOW prints it, the context, and a few values out of range.
 const SETTINGS: &[(&str, &str, &str, &[&str])] = &[
     ("enabled", "on", "sighup", &["perhaps"]),
     ("databases", "*", "sighup", &[]),
@@ -110,7 +110,7 @@ fn the_prefix_is_reserved() {
 
 /// A misspelt line in postgresql.conf is dropped with a warning, and the server starts.
 #[test]
-fn a_misspelt_setting_is_warned_of_and_dropped() {
+fn a_misspelt_setting_is_dropped_with_a_warning() {
     let stack = Stack::with(&[("outbox_relay.nonsense", "1")]);
     stack
         .pg
@@ -120,7 +120,7 @@ fn a_misspelt_setting_is_warned_of_and_dropped() {
 }
 
 #[test]
-fn default_backend_is_a_sessions_choice() {
+fn a_session_may_choose_its_default_backend() {
     let stack = Stack::start();
     stack.pg.exec(&format!(
         "insert into outbox.backends (name, host, port, stream_name) values ('mine', '127.0.0.1', {}, 'mine');
@@ -148,7 +148,7 @@ fn default_backend_is_a_sessions_choice() {
     app.batch_execute("reset outbox_relay.default_backend").expect("reset");
     app.execute(publish, &[]).expect("publish");
     assert_eq!(types(&stack.wait_events(1)), ["t"]);
-    // By role, as an administrator would.
+    // For a role, as an administrator would.
     stack
         .pg
         .exec("alter role app set outbox_relay.default_backend = 'mine'");
@@ -172,7 +172,7 @@ fn default_backend_is_a_sessions_choice() {
 }
 
 #[test]
-fn max_event_size_is_the_superusers_and_holds() {
+fn only_a_superuser_sets_max_event_size_and_it_is_enforced() {
     let stack = Stack::start();
     let mut client = stack.pg.client();
     let publish = "select outbox.publish_event('t', 'kit', to_jsonb(repeat('x', 3000)))";

@@ -1,4 +1,5 @@
-//! Every setting takes effect with a reload: no restart of the server, and none of the worker unless it is about that.
+//! Every setting takes effect with a reload: the server is not restarted, and the worker only if the setting is about
+//! that.
 
 use std::time::{Duration, Instant};
 
@@ -7,7 +8,7 @@ use kit::{
     wait_trouble, wait_until,
 };
 
-/// Settings of a stack whose backend has no values of its own.
+/// Settings of a stack whose backend row is empty.
 fn bare(redis: Redis) -> Stack {
     let stack = Stack::of(Postgres::with(QUICK), redis);
     stack.pg.exec("update outbox.backends set host = null, port = null");
@@ -23,7 +24,7 @@ fn set(stack: &Stack, settings: &[(&str, &str)]) {
     stack.pg.reload();
 }
 
-/// Waits until the worker has taken in what was set before: a short retention makes it say so at each reload.
+/// Waits until the worker has loaded the changed settings: it logs a warning about a short retention at each reload.
 fn wait_reloaded(stack: &Stack, minutes: u32) {
     set(stack, &[("failed_retention", &minutes.to_string())]);
     stack
@@ -84,7 +85,7 @@ fn the_redis_settings() {
     assert_eq!(stack.pg.wait_worker("postgres"), worker);
 }
 
-/// A timeout that is under way at a reload is cut short.
+/// A running timeout is shortened by the reload.
 #[test]
 fn the_timeouts() {
     let stack = bare(Redis::start());
@@ -132,7 +133,7 @@ fn batch_size() {
     wait_eq("a batch for each event", 101.0, batches);
 }
 
-/// Rows that come without a word (here: the trigger, which wakes the worker, is off) are found when it looks by itself.
+/// Rows that arrive without a signal (here the trigger that wakes the worker is off) are found by its poll.
 #[test]
 fn poll_interval() {
     let stack = Stack::start();
@@ -215,9 +216,9 @@ fn the_retry_settings() {
     assert_eq!(fails("e").0, 1);
 }
 
-/// Lowering retry_delay helps what waits already.
+/// A lower retry_delay also applies to retries that already wait.
 #[test]
-fn a_shorter_retry_delay_counts_for_what_waits() {
+fn a_shorter_retry_delay_applies_to_waiting_retries() {
     let mut stack = Stack::with(&[
         ("outbox_relay.retry_delay", "1h"),
         ("outbox_relay.retry_max_delay", "1h"),
@@ -352,7 +353,7 @@ fn databases() {
     stack.redis.wait_entries("b", 1);
 }
 
-/// The worker reads its settings when it gets the signal; a reload in the middle of an outage does no harm.
+/// The worker reads its settings when it gets the signal; a reload during an outage does no harm.
 #[test]
 fn many_reloads_lose_nothing() {
     let stack = Stack::of(Postgres::with(QUICK), Redis::start());

@@ -1,4 +1,4 @@
-//! Whatever Redis does, Postgres stops at once, its worker too, and nothing is lost.
+//! Whatever Redis does, Postgres and its worker stop at once, and nothing is lost.
 
 use std::time::{Duration, Instant};
 
@@ -7,10 +7,10 @@ use kit::{
 };
 use uuid::Uuid;
 
-/// For the whole of a fast stop, the server's own part included.
+/// The limit of a whole fast stop, including the server's own part.
 const STOP_LIMIT: Duration = Duration::from_millis(1_500);
 
-/// Timeouts so long that waiting for one would be seen.
+/// Timeouts so long that waiting for one would be noticed.
 const STUBBORN: &[(&str, &str)] = &[
     ("outbox_relay.redis_connect_timeout", "1min"),
     ("outbox_relay.redis_socket_timeout", "1min"),
@@ -22,15 +22,15 @@ const STUBBORN: &[(&str, &str)] = &[
 enum Redises {
     /// Connects, and never gets an answer.
     Silent(BlackHole),
-    /// Never gets as far as a connection.
+    /// Never gets a connection.
     Unreachable(BlackHole),
-    /// Its Redis froze while events were on their way.
+    /// Its Redis was frozen while events were on their way.
     Frozen,
     /// Drains a long backlog.
     Draining,
 }
 
-/// Brings a stack into this condition, with `count` events that were published then.
+/// Brings a stack into this condition, and returns `count` events that were published then.
 fn occupy(stack: &Stack, condition: &Redises, count: i32) -> Vec<Uuid> {
     let publish = || publish_many(&mut stack.pg.client(), "default", "", "t", count);
     stack.pg.exec("update outbox.backends set max_len = 0");
@@ -65,7 +65,8 @@ fn wait_connected(stack: &Stack) {
     ));
 }
 
-/// Lets a Redis that was frozen or elsewhere take what waits, and checks that all of it came, in order.
+/// Lets a Redis that was frozen or unreachable accept the pending events, and checks that all of them arrived, in
+/// order.
 #[track_caller]
 fn assert_all_arrive(stack: &Stack, expected: &[Uuid]) {
     stack.redis.sigcont();
@@ -109,7 +110,7 @@ fn a_fast_stop_does_not_wait_for_a_frozen_redis() {
 fn a_fast_stop_does_not_wait_for_the_end_of_a_backlog() {
     let mut stack = Stack::with(STUBBORN);
     let expected = occupy(&stack, &Redises::Draining, 200_000);
-    // The server's own is not what is measured.
+    // The server's own part is not measured.
     stack.pg.exec("checkpoint");
     let stopped = stack.pg.try_stop(Mode::Fast, STOP_LIMIT);
     assert!(
@@ -122,7 +123,7 @@ fn a_fast_stop_does_not_wait_for_the_end_of_a_backlog() {
     assert_all_arrive(&stack, &expected);
 }
 
-/// A worker that is told to end does, and another one takes its place.
+/// A worker that is told to end does so, and another one takes its place.
 #[test]
 fn a_worker_told_to_end_leaves_at_once_and_comes_back() {
     let conditions = [
@@ -151,9 +152,9 @@ fn a_worker_told_to_end_leaves_at_once_and_comes_back() {
     }
 }
 
-/// Many backends, each stuck in its own way.
+/// Many backends, each of which hangs in another way.
 #[test]
-fn a_fast_stop_does_not_wait_for_many() {
+fn a_fast_stop_does_not_wait_for_many_backends() {
     let (silent, gone) = (BlackHole::start(), BlackHole::unreachable());
     let mut stack = Stack::of(Postgres::with(STUBBORN), Redis::start());
     for n in 0..20 {
@@ -174,8 +175,8 @@ fn a_fast_stop_does_not_wait_for_many() {
     assert_eq!(ids(&stack.wait_events(2))[1], mark);
 }
 
-/// What was delivered before an orderly stop is not sent again after it, although the cursor is saved only now and
-/// then.
+/// Events that were delivered before an orderly stop are not sent again after it, although the cursor is saved only
+/// from time to time.
 #[test]
 fn an_orderly_stop_repeats_nothing() {
     let mut stack = Stack::with(STUBBORN);

@@ -1,11 +1,11 @@
-//! What is handed to a sender that cannot take it as fast: no batch may vanish between the worker and its sender.
+//! Batches for a sender that cannot send them as fast: no batch may be lost between the worker and its sender.
 
 use std::time::Duration;
 
 use kit::{Postgres, Redis, Stack, ids, publish_many, standing, wait_drained, wait_until};
 
-/// The first of many batches has an event that Redis refuses. The sender drops those behind it, but only once it has
-/// had some replies; by then the worker has written the refusal down and hands all of them over again.
+/// Redis refuses an event in the first of many batches. The sender drops the batches behind it, but only after some
+/// replies; by then the worker has saved the refusal and hands all of them over again.
 #[test]
 fn batches_handed_over_again_after_a_refusal_have_room() {
     let stack = Stack::of(
@@ -31,8 +31,8 @@ fn batches_handed_over_again_after_a_refusal_have_room() {
     assert_eq!(ids(&stack.events()), expected);
 }
 
-/// An idle worker refreshes its guard at each poll. While Redis doesn't answer, that must not take the place of what is
-/// published then.
+/// An idle worker refreshes its guard at each poll. While Redis does not answer, refreshes must not take the place of
+/// events that are published then.
 #[test]
 fn refreshes_of_the_guard_do_not_pile_up_before_events() {
     let stack = Stack::with(&[
@@ -42,7 +42,7 @@ fn refreshes_of_the_guard_do_not_pile_up_before_events() {
     let mut expected = vec![stack.publish("before")];
     stack.wait_events(1);
     stack.redis.sigstop();
-    // Nothing tells of a refresh that waits; there were 40 orders at most.
+    // Nothing shows a waiting refresh; there were 40 orders at most.
     std::thread::sleep(Duration::from_millis(4_500));
     expected.push(stack.publish("meanwhile"));
     expected.push(stack.publish("and another"));

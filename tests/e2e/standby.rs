@@ -1,4 +1,4 @@
-//! The relay runs on a primary alone, and follows a promotion.
+//! The relay runs only on a primary, and follows a promotion.
 
 use kit::owners::wait_caught_up;
 use kit::{LIMIT, Ledger, Load, Mode, Postgres, Stack, ids, publish_many, wait_drained, wait_eq};
@@ -19,7 +19,7 @@ fn status(pg: &Postgres) -> (Option<i32>, String, i64) {
 }
 
 #[test]
-fn a_standby_only_watches_and_delivers_the_rest_once_it_is_promoted() {
+fn a_standby_sends_nothing_and_delivers_the_rest_once_it_is_promoted() {
     let mut stack = Stack::with(&[SHORT]);
     let standby = stack.pg.standby().start();
     let mut client = stack.pg.client();
@@ -75,7 +75,7 @@ fn a_promotion_after_a_crash_loses_nothing_that_the_standby_has() {
     let committed = load.stop();
     standby.promote();
     standby.wait_worker("postgres");
-    // Swapped, so that the ledger is read where it lives on.
+    // Swapped, so that the ledger is read at the promoted server.
     let promoted = Stack {
         pg: standby,
         redis: std::mem::replace(&mut stack.redis, kit::Redis::start()),

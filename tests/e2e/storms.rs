@@ -1,11 +1,11 @@
-//! Many changes, or what looks like some: settings are loaded, and events are read all the same.
+//! Many changes of settings, or statements that look like changes: events are sent all the same.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use kit::{Bystander, Stack, ids, wait_drained, wait_until};
 
-/// Runs statements again and again in a session of its own, while `f` runs.
+/// Runs statements repeatedly in a separate session, while `f` runs.
 fn during<R>(stack: &Stack, statements: &[&str], f: impl FnOnce() -> R) -> R {
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -43,9 +43,9 @@ fn changes_that_change_nothing_delay_no_event() {
     }
 }
 
-/// In the midst of it, what a transaction publishes behind its own change goes by that.
+/// Meanwhile, events that a transaction publishes after its own change follow that change.
 #[test]
-fn a_change_takes_effect_at_once_in_the_midst_of_them() {
+fn a_real_change_takes_effect_at_once_among_void_changes() {
     let stack = Stack::start();
     stack.publish("first");
     stack.wait_events(1);
@@ -63,8 +63,8 @@ fn a_change_takes_effect_at_once_in_the_midst_of_them() {
     });
 }
 
-/// One transaction a row: the backend goes on in batches while they come, and others do not notice. Every third event
-/// stands in its stream already, and is not repeated.
+/// One transaction for each row: the backend sends batches while they arrive, and other backends do not notice. Every
+/// third event is already in its stream, and is not repeated.
 #[test]
 fn a_restore_row_by_row_delays_nobody_else_and_goes_on_meanwhile() {
     const ROWS: usize = 1_500;

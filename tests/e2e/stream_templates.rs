@@ -1,5 +1,5 @@
 //! Streams by template (`stream_name = 'orders.{event_type}'`): each way to publish stores the stream that the template
-//! gives, limits bound it, and what was published under another name stays there.
+//! gives, limits apply to it, and events that were published under another name stay there.
 
 mod delivery;
 
@@ -10,7 +10,7 @@ use postgres::Client;
 use uuid::Uuid;
 
 const DETAIL: &str = "Placeholders are {event_type}, {source}, {subject} and {database}; with a number, as in {subject|16}, a hash of the value from 0 to 15.";
-const HINT: &str = "Correct the placeholder, or write {{ and }} for braces of the name itself.";
+const HINT: &str = "Correct the placeholder, or write {{ and }} for literal braces.";
 
 fn with_template(template: &str) -> Stack {
     let stack = Stack::start();
@@ -86,7 +86,7 @@ fn each_way_to_publish_goes_into_the_stream_that_the_template_gives() {
     // Once that has committed.
     stack.pg.exec("select outbox.wake()");
     assert_eq!(stack.redis.wait_entries("postgres/s/{t}/4711/7", 10).len(), 10);
-    // A stream that the publisher names is taken as it is, braces too.
+    // A stream that the publisher names is used unchanged, with its braces.
     stack
         .pg
         .exec("select outbox.publish_event('t', 's', stream => 'own:{source}')");
@@ -95,7 +95,7 @@ fn each_way_to_publish_goes_into_the_stream_that_the_template_gives() {
 }
 
 #[test]
-fn an_event_that_lacks_what_its_stream_is_named_after_is_refused() {
+fn an_event_without_the_parts_of_its_streams_name_is_refused() {
     let stack = with_template("o.{subject|4}");
     stack.pg.exec(TABLES);
     let mut client = stack.pg.client();
@@ -173,7 +173,7 @@ fn the_name_that_a_template_gives_is_bounded_like_one_that_a_publisher_gives() {
     }
     assert!(rows(&stack.pg).iter().all(|(stream, _)| stream == "abc"));
 
-    // Whatever else a subject holds is part of the name.
+    // Any other characters of a subject are part of the name.
     set_template(&stack.pg, "a{subject}{subject}");
     admin
         .batch_execute("select outbox.publish_event('t', 's', subject => E'\\n*{x} ü')")
@@ -199,15 +199,15 @@ fn an_invalid_template_is_refused_when_the_row_is_written() {
     for (wrong, fault) in [
         ("o.{event}", "has the unknown placeholder \"{event}\""),
         ("{}", "has the unknown placeholder \"{}\""),
-        ("o.{subject", "has a \"{\" that is not closed"),
-        ("o}", "has a \"}\" that closes nothing"),
+        ("o.{subject", "has an unclosed \"{\""),
+        ("o}", "has an unmatched \"}\""),
         (
             "{subject|0}",
-            "has the placeholder \"{subject|0}\", whose number of streams is not one of 1 to 65536",
+            "has the placeholder \"{subject|0}\", whose number of streams is not between 1 and 65536",
         ),
         (
             "{subject|x}",
-            "has the placeholder \"{subject|x}\", whose number of streams is not one of 1 to 65536",
+            "has the placeholder \"{subject|x}\", whose number of streams is not between 1 and 65536",
         ),
     ] {
         let said = |name: &str| {
@@ -228,15 +228,15 @@ fn an_invalid_template_is_refused_when_the_row_is_written() {
     let long = Refused::of(client.batch_execute("update outbox.backends set stream_name = repeat('x', 1025)"));
     assert_eq!(
         long.message,
-        "stream_name of backend \"default\" is too long: it has 1025 characters, and at most 1024 are allowed"
+        "stream_name of backend \"default\" is too long: it has 1025 characters, but at most 1024 are allowed"
     );
-    // Names of guards are no streams.
+    // Names of guards are refused as streams.
     for reserved in ["outbox_relay:guard", "outbox_relay:{subject}"] {
         let refused =
             Refused::of(client.batch_execute(&format!("update outbox.backends set stream_name = '{reserved}'")));
         assert_eq!(refused.code, "23514", "{refused:?}");
     }
-    // A role that may write backends, and nothing else.
+    // A role that may only write backends.
     stack.pg.exec("create role dba login; grant usage on schema outbox to dba; grant select, insert, update on outbox.backends to dba; grant usage on sequence outbox.backends_number_seq to dba");
     let mut dba = stack.pg.client_as("dba", "postgres");
     dba.batch_execute("insert into outbox.backends (name, stream_name) values ('of dba', '{subject|2}'); update outbox.backends set stream_name = '{{x}}' where name = 'of dba'")
@@ -286,7 +286,7 @@ fn events_stay_in_the_stream_that_they_were_published_into() {
         ));
         assert_eq!(status, "published");
     }
-    // Once more, and again after they have failed.
+    // Replayed, and retried after they have failed.
     assert_eq!(stack.pg.one::<i64>("select outbox.replay('default', '-infinity')"), 3);
     for (stream, id) in [("plain", plain), ("one.t", one), ("two.t", two)] {
         assert_eq!(ids(&stack.redis.wait_entries(stream, 2)), [id, id]);
@@ -368,7 +368,7 @@ fn the_setting_may_be_a_template_too() {
             HINT
         )
     );
-    // A file can be wrong all the same. No other stream takes its place.
+    // A restored file can be invalid all the same. No other stream is used instead.
     drop((admin, client));
     stack.pg.exec("alter system reset outbox_relay.redis_stream_name");
     let file = stack.pg.data_dir().join("postgresql.conf");
@@ -396,7 +396,7 @@ fn the_setting_may_be_a_template_too() {
 }
 
 #[test]
-fn a_template_that_came_past_the_trigger_sends_nothing_elsewhere() {
+fn an_invalid_template_in_the_table_sends_nothing_elsewhere() {
     let stack = Stack::start();
     stack.pg.exec(
         "alter table outbox.backends disable trigger backend_stream; update outbox.backends set stream_name = 'o.{'",
@@ -406,7 +406,7 @@ fn a_template_that_came_past_the_trigger_sends_nothing_elsewhere() {
         refused,
         Refused::new(
             "55000",
-            "stream_name of backend \"default\" has a \"{\" that is not closed",
+            "stream_name of backend \"default\" has an unclosed \"{\"",
             DETAIL,
             "Name a stream, or have the administrator correct outbox.backends.stream_name or outbox_relay.redis_stream_name."
         )
@@ -418,9 +418,9 @@ fn a_template_that_came_past_the_trigger_sends_nothing_elsewhere() {
         &stack.pg,
         "default",
         "misconfigured",
-        "stream_name has a \"{\" that is not closed",
+        "stream_name has an unclosed \"{\"",
     );
-    // The worker mends the trigger meanwhile.
+    // Meanwhile the worker enables the trigger again.
     set_template(&stack.pg, "o.{source}");
     stack.redis.wait_entries("named", 1);
 }
@@ -452,7 +452,7 @@ fn a_dump_carries_templates_and_the_streams_of_events() {
 }
 
 #[test]
-fn views_of_streams_and_tests_of_backends_do_without_a_stream_of_the_backends_own() {
+fn views_and_test_backend_work_for_backends_with_a_template() {
     let stack = with_template("o.{subject}");
     let rules = [
         "on",

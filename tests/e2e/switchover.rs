@@ -15,21 +15,21 @@ fn stack(settings: &[(&str, &str)]) -> Stack {
     Stack::of(Postgres::with(WATCHFUL).with(REWINDABLE).with(settings), Redis::start())
 }
 
-/// Where the new primary has the guard, and how long that took after the promotion.
+/// The place of the guard for the new primary, and how long its claim took after the promotion.
 #[track_caller]
 fn promote(standby: &Postgres, redis: &Redis) -> Duration {
     standby.promote();
     wait_owner(standby, redis)
 }
 
-/// Both in one, for the ledger: the server on which it lives on.
+/// Both servers in one, for the ledger: the server on which it continues.
 fn moved(stack: &mut Stack, pg: Postgres) -> Postgres {
     std::mem::replace(&mut stack.pg, pg)
 }
 
-/// Makes the stopped former primary a standby of the new one: what it had alone is taken back.
+/// Makes the stopped former primary a standby of the new one: its unreplicated transactions are removed.
 fn rewind(former: &mut Postgres, primary: &Postgres) {
-    // What it has not flushed to the control file yet says that it has the old timeline.
+    // A part that is not flushed to the control file yet says that it has the old timeline.
     primary.exec("checkpoint");
     let program: PathBuf = env::postgres_bin().join("pg_rewind");
     let source = format!(
@@ -49,14 +49,14 @@ fn rewind(former: &mut Postgres, primary: &Postgres) {
         .expect("cannot run pg_rewind");
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "pg_rewind failed: {said}");
-    // It copied the other's settings too.
+    // It has copied the other's settings too.
     let socket_dir = former.host().display().to_string();
     former.configure(&[("unix_socket_directories", &socket_dir)]);
     former.start_again();
     assert!(former.one::<bool>("select pg_is_in_recovery()"));
 }
 
-/// What was published while the worker was held up, so that nothing but a cursor and a guard say what was sent.
+/// Events that were published while the worker was held, so that only a cursor and a guard prove what was sent.
 fn delivered(pg: &Postgres, redis: &Redis, prefix: &str) -> Vec<Uuid> {
     let there = redis.xlen(kit::stack::STREAM);
     let sent = publish(pg, prefix, 20);
@@ -69,7 +69,7 @@ fn a_switchover_there_and_back_is_exactly_once_and_at_once() {
     let mut stack = stack(&[]);
     let standby = stack.pg.standby().start();
     let mut expected = delivered(&stack.pg, &stack.redis, "a");
-    // The last ones are committed, but not sent: the server that comes next does that.
+    // The last ones are committed, but not sent: the next server sends them.
     stack.pg.exec("update outbox.backends set enabled = false");
     expected.extend(publish(&stack.pg, "last", 20));
     stack.pg.stop(Mode::Fast);
@@ -102,7 +102,7 @@ fn a_switchover_there_and_back_is_exactly_once_and_at_once() {
     );
 }
 
-/// Publishers are thrown out by the shutdown and go on at the new primary; base backups lead back.
+/// The shutdown ends the publishers' sessions, and they continue at the new primary; base backups lead back.
 #[test]
 fn switchovers_under_load_are_exactly_once() {
     let mut stack = stack(&[]);
@@ -122,7 +122,8 @@ fn switchovers_under_load_are_exactly_once() {
     ledger.settle(&stack, LIMIT).assert_exactly_once();
 }
 
-/// The primary dies under load. What its standby had flushed is the history that survives, and nothing else was sent.
+/// The primary dies under load. The WAL that its standby had flushed is the history that survives, and nothing else was
+/// sent.
 #[test]
 fn the_death_of_a_primary_with_a_synchronous_standby_is_exactly_once() {
     let mut stack = stack(&[("outbox_relay.send_after", "standby_flush")]);
@@ -144,8 +145,8 @@ fn the_death_of_a_primary_with_a_synchronous_standby_is_exactly_once() {
     assert!(verdict.committed as u64 >= 2 * told, "{} of {told}", verdict.committed);
 }
 
-/// The same with what is committed here sent at once: what the standby had not flushed may stand in the stream, but
-/// nothing is lost, repeated or out of order.
+/// The same when events are sent as soon as they are committed here: events that the standby had not flushed may be in
+/// the stream, but nothing is lost, repeated or out of order.
 #[test]
 fn the_death_of_a_primary_that_sends_at_once_repeats_nothing() {
     let mut stack = stack(&[]);
@@ -158,7 +159,7 @@ fn the_death_of_a_primary_that_sends_at_once_repeats_nothing() {
     standby.promote();
     drop(moved(&mut stack, standby));
     let mut verdict = ledger.settle(&stack, LIMIT);
-    // A few that the standby never got.
+    // A few events that the standby never received.
     assert!(verdict.phantoms.len() < 200, "{} phantoms", verdict.phantoms.len());
     verdict.phantoms.clear();
     verdict.assert_exactly_once();

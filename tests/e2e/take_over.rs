@@ -1,5 +1,5 @@
-//! `outbox.take_over()` moves the ownership on purpose: at once, whoever is alive, and nothing is lost or repeated on
-//! either side.
+//! `outbox.take_over()` moves the ownership on purpose: at once, even if both servers are alive, and nothing is lost or
+//! repeated on either side.
 
 use std::time::{Duration, Instant};
 
@@ -9,7 +9,7 @@ use kit::{
 };
 use uuid::Uuid;
 
-/// A primary and its promoted standby, both alive; the events that both have are delivered.
+/// A primary and its promoted standby, both alive; the events of both are delivered.
 fn both_alive(settings: &[(&str, &str)]) -> (Stack, Postgres, Vec<Uuid>) {
     let stack = Stack::of(Postgres::with(WATCHFUL).with(settings), kit::Redis::start());
     let standby = stack.pg.standby().start();
@@ -22,7 +22,7 @@ fn both_alive(settings: &[(&str, &str)]) -> (Stack, Postgres, Vec<Uuid>) {
     (stack, standby, common)
 }
 
-/// Permits that were asked for and not used yet.
+/// Permits that were requested and not used yet.
 fn permits(pg: &Postgres) -> i64 {
     pg.one("select count(*) from outbox.take_overs")
 }
@@ -39,7 +39,7 @@ fn a_take_over_moves_the_ownership_at_once_and_for_good() {
     wait_owner(&promoted, &stack.redis);
     wait_fenced(&stack.pg, &promoted);
 
-    // The former owner has never heard of the new one, and waits: also after a restart, and after a crash.
+    // The former owner does not know the new one, and waits: also after a restart, and after a crash.
     let of_old = publish(&stack.pg, "old", 2);
     for end in [Postgres::crash, |pg: &mut Postgres| {
         pg.stop(Mode::Fast);
@@ -63,12 +63,12 @@ fn a_take_over_moves_the_ownership_at_once_and_for_good() {
     assert_eq!((permits(&stack.pg), permits(&promoted)), (0, 0));
 }
 
-/// Each side sends what is its own, and what both have once: however often the ownership goes to and fro.
+/// Each server sends its own events, and the common ones are sent once, however often the ownership changes.
 #[test]
-fn ownership_that_goes_to_and_fro_loses_and_repeats_nothing() {
+fn ownership_that_changes_back_and_forth_loses_and_repeats_nothing() {
     let stack = Stack::of(Postgres::with(WATCHFUL), kit::Redis::start());
     let other = stack.pg.standby().start();
-    // The standby has these, but not the cursor behind all of them: that is saved later.
+    // The standby has these events, but not the cursor after all of them: that is saved later.
     let mut expected = publish(&stack.pg, "common", 250);
     wait_caught_up(&stack.pg, &other);
     other.promote();
@@ -89,9 +89,9 @@ fn ownership_that_goes_to_and_fro_loses_and_repeats_nothing() {
     }
 }
 
-/// A busy owner touches its guard all the time: that is no defence.
+/// An active owner refreshes its guard all the time: that does not prevent a take-over.
 #[test]
-fn an_owner_under_load_is_taken_over_all_the_same() {
+fn an_owner_under_load_can_be_taken_over() {
     let stack = Stack::of(Postgres::with(WATCHFUL), kit::Redis::start());
     let ledger = Ledger::create(&stack.pg);
     let promoted = stack.pg.standby().start();
@@ -108,15 +108,16 @@ fn an_owner_under_load_is_taken_over_all_the_same() {
     load.wait_more(20);
     load.stop();
     wait_drained(&promoted, "default");
-    // Back again: what waited meanwhile is sent, what had been sent is not.
+    // Back again: events that were pending meanwhile are sent, those that had been sent are not.
     take_over(&stack.pg);
     ledger.settle(&stack, kit::LIMIT).assert_exactly_once();
 }
 
-/// What the former owner has on its way arrives after the claim of the new one, from a connection that is long dead.
+/// A batch that the former owner had on its way arrives after the claim of the new one, from a connection that is long
+/// dead.
 #[test]
 fn a_late_write_of_the_former_owner_changes_nothing() {
-    // The guard is not refreshed: what is held is a batch.
+    // The guard is not refreshed: the held bytes are a batch.
     let rare = &[("outbox_relay.poll_interval", "60s")];
     let mut stack = Stack::of(Postgres::with(WATCHFUL).with(rare), kit::Redis::start());
     let proxy = Proxy::to(stack.redis.port());
@@ -126,7 +127,7 @@ fn a_late_write_of_the_former_owner_changes_nothing() {
     wait_drained(&stack.pg, "default");
     let mut promoted = stack.pg.standby().start();
     wait_caught_up(&stack.pg, &promoted);
-    // What comes now, the standby never has.
+    // The standby never gets the following transactions.
     promoted.stop(Mode::Fast);
     proxy.hold(Way::ToServer);
     let late = publish(&stack.pg, "late", 3);
@@ -146,16 +147,16 @@ fn a_late_write_of_the_former_owner_changes_nothing() {
     stack.wait_events(6);
     wait_drained(&promoted, "default");
     assert_eq!(ids(&stack.events()), [common, sent].concat());
-    // They wait where they were committed.
+    // They wait on the server where they were committed.
     stack.pg.start_again();
     wait_fenced(&stack.pg, &promoted);
     assert_eq!(standing(&stack.pg, "default").pending, late.len() as i64);
 }
 
-/// Asked of the owner, it is granted, and nothing of it is left: neither for later nor for whoever has a copy of the
+/// If the owner itself is asked, the call succeeds and leaves nothing behind: neither for later nor for a copy of the
 /// database.
 #[test]
-fn taking_over_what_one_owns_leaves_no_permit_behind() {
+fn taking_over_an_owned_stream_leaves_no_permit_behind() {
     let stack = Stack::with(WATCHFUL);
     let standby = stack.pg.standby().start();
     publish(&stack.pg, "one", 1);
@@ -168,10 +169,10 @@ fn taking_over_what_one_owns_leaves_no_permit_behind() {
     assert!(owns(&stack.pg, &stack.redis));
 }
 
-/// Asked for on one server, it counts there, not on those that replay its WAL.
+/// A permit counts on the server where it was requested, not on those that replay its WAL.
 #[test]
-fn a_take_over_counts_where_nobody_has_noticed_the_new_owner() {
-    // The former owner looks at its guard so seldom that it does not know.
+fn a_take_over_counts_before_the_new_owner_is_noticed() {
+    // The former owner checks its guard so rarely that it does not know.
     let (stack, promoted, _) = both_alive(&[("outbox_relay.poll_interval", "10s")]);
     take_over(&promoted);
     wait_owner(&promoted, &stack.redis);
@@ -189,7 +190,7 @@ fn a_permit_that_was_not_used_is_not_inherited() {
     let standby = stack.pg.standby().start();
     publish(&stack.pg, "one", 1);
     stack.wait_events(1);
-    // Nobody uses it: the backend is paused.
+    // Nothing uses the permit: the backend is paused.
     stack.pg.exec("update outbox.backends set enabled = false");
     take_over(&stack.pg);
     assert_eq!(permits(&stack.pg), 1);
@@ -202,7 +203,7 @@ fn a_permit_that_was_not_used_is_not_inherited() {
 }
 
 #[test]
-fn only_who_may_takes_over_and_only_what_there_is() {
+fn only_a_permitted_role_takes_over_and_only_existing_backends() {
     let stack = Stack::with(WATCHFUL);
     let refused = Refused::of(stack.pg.client().query("select outbox.take_over('nosuch')", &[]));
     assert_eq!(

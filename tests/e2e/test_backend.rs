@@ -1,4 +1,4 @@
-//! `outbox.test_backend()`: the worker logs in once more, beside its work, and says at which step that ends.
+//! `outbox.test_backend()`: the worker logs in once more, beside its work, and reports the step that fails.
 
 use kit::sentinel::MASTER;
 use kit::{
@@ -7,7 +7,7 @@ use kit::{
 };
 use std::time::{Duration, Instant};
 
-/// What was answered, but for the latency.
+/// The answer without the latency.
 #[derive(Debug, PartialEq, Eq)]
 struct Answer {
     ok: bool,
@@ -54,7 +54,7 @@ fn quick() -> Stack {
 }
 
 #[test]
-fn a_backend_that_works_is_well_whatever_its_state_and_nothing_is_written() {
+fn a_working_backend_passes_in_each_state_and_nothing_is_written() {
     let stack = quick();
     publish_many(&mut stack.pg.client(), "default", "", "event", 3);
     wait_drained(&stack.pg, "default");
@@ -66,7 +66,7 @@ fn a_backend_that_works_is_well_whatever_its_state_and_nothing_is_written() {
         well.version.as_deref().is_some_and(|version| version.contains('.')),
         "{well:?}"
     );
-    stack.pg.wait_log("backend \"default\" was tested: all is well");
+    stack.pg.wait_log("backend \"default\" was tested: it works");
     for set in [
         "enabled = false",
         "enabled = true, delivery = 'at_least_once'",
@@ -75,7 +75,7 @@ fn a_backend_that_works_is_well_whatever_its_state_and_nothing_is_written() {
         stack.pg.exec(&format!("update outbox.backends set {set}"));
         wait_eq("that it is well", true, || test(&stack.pg, "default").ok);
     }
-    // Fenced: somebody else owns the guard.
+    // Fenced: another server owns the guard.
     stack.redis.call(&[
         "HSET",
         &stack.guard_key(),
@@ -90,7 +90,7 @@ fn a_backend_that_works_is_well_whatever_its_state_and_nothing_is_written() {
         stack.redis.guard(&stack.guard_key()).expect("a guard").number("total"),
         3
     );
-    // One that nobody has committed is not known to the worker.
+    // The worker does not know a backend that is not committed.
     let mut client = stack.pg.client();
     client
         .batch_execute("begin; insert into outbox.backends (name) values ('new')")
@@ -162,7 +162,7 @@ fn the_step_that_fails_is_named_and_no_password_is_shown() {
     assert!(test(&stack.pg, "default").ok);
     stack.redis.call(&["ACL", "SETUSER", "relay", "resetkeys", "~events"]);
     assert_fails(&stack.pg, "rights: WATCH: NOPERM");
-    // What cannot be used at all.
+    // Backends with invalid values.
     stack.pg.exec("select outbox.set_backend_password('default', null)");
     set("username = null");
     stack
@@ -171,7 +171,7 @@ fn the_step_that_fails_is_named_and_no_password_is_shown() {
     set("max_len = -1");
     assert_fails(&stack.pg, "configuration: max_len is -1");
     set("max_len = null");
-    // Where there is no worker, it says why.
+    // If there is no worker, the error says why.
     stack.pg.set("outbox_relay.enabled", "off");
     stack.pg.reload();
     wait_eq("that the worker has left", None, || stack.pg.worker_pid("postgres"));
@@ -179,9 +179,10 @@ fn the_step_that_fails_is_named_and_no_password_is_shown() {
     stack.redis.kill9();
 }
 
-/// A worker that ends while it is asked is asked again when it is back; a session that gives up leaves nothing.
+/// If the worker ends during a test, the test is repeated when it is back; a session that is cancelled leaves nothing
+/// behind.
 #[test]
-fn a_question_outlives_a_worker_and_not_its_session() {
+fn a_test_outlives_the_worker_but_not_its_session() {
     let stack = quick();
     let silent = BlackHole::start();
     stack.pg.exec(&format!(
@@ -199,12 +200,12 @@ fn a_question_outlives_a_worker_and_not_its_session() {
     stack.pg.exec(&format!("select pg_terminate_backend({old})"));
     stack.pg.wait_new_worker(old);
     assert_eq!(asked.join().expect("no panic"), "PING: timed out");
-    // More than there is room for, one after the other.
+    // More tests than there is room for, one after the other.
     for _ in 0..20 {
         let mut client = stack.pg.client();
         client.batch_execute("set statement_timeout = '50ms'").expect("set");
         match client.query_one("select error from outbox.test_backend('silent')", &[]) {
-            // Those before it are still being tested.
+            // The tests before it are still running.
             Ok(row) => assert!(row.get::<_, String>(0).contains("try again")),
             Err(error) => assert_eq!(error.code().map(|code| code.code()), Some("57014")),
         }
@@ -233,7 +234,7 @@ fn a_node_is_found_by_sentinels_and_in_a_cluster() {
     assert!(
         answer
             .error
-            .is_some_and(|error| error.starts_with("finding the node: ") && error.contains("knows no master"))
+            .is_some_and(|error| error.starts_with("finding the node: ") && error.contains("does not know the master"))
     );
 
     let cluster = Cluster::start(0);
@@ -246,7 +247,7 @@ fn a_node_is_found_by_sentinels_and_in_a_cluster() {
 }
 
 #[test]
-fn tls_is_spoken_as_the_sender_does() {
+fn a_test_uses_the_senders_tls_settings() {
     let authority = Authority::new();
     let redis = Redis::tls(&authority.issue(&["localhost"]), &[]);
     let stack = Stack::of(Postgres::with(QUICK), Redis::start());

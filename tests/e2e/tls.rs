@@ -1,5 +1,4 @@
-//! TLS to a Redis that asks for it: whom the relay takes for the right server, how it shows who it is, and what it says
-//! when something is amiss.
+//! TLS to a Redis that requires it: which server the relay accepts, how it identifies itself, and the errors.
 
 use kit::{
     Authority, Certificate, Postgres, Proxy, QUICK, Redis, Stack, UNTRIMMED, Way, ids, publish_many, standing, tell,
@@ -11,7 +10,7 @@ fn stack(certificate: &Certificate, args: &[&str]) -> Stack {
     Stack::of(Postgres::with(QUICK), Redis::tls(certificate, args))
 }
 
-/// Points the backend at the port where TLS is spoken, with these columns.
+/// Points the backend at the TLS port, with these columns.
 fn secure(stack: &Stack, host: &str, columns: &str) {
     let port = stack.redis.tls_port();
     stack.pg.exec(&format!(
@@ -32,7 +31,7 @@ fn client(authority: &Authority, certificate: &Certificate) -> String {
     )
 }
 
-/// Publishes an event, and waits until it comes.
+/// Publishes an event, and waits until it arrives.
 #[track_caller]
 fn assert_works(stack: &Stack) {
     let before = stack.redis.xlen("events");
@@ -41,7 +40,7 @@ fn assert_works(stack: &Stack) {
     wait_drained(&stack.pg, "default");
 }
 
-/// Publishes an event, which doesn't come because of this.
+/// Publishes an event, which does not arrive because of this error.
 #[track_caller]
 fn assert_refused(stack: &Stack, error: &str) {
     let before = stack.redis.xlen("events");
@@ -75,7 +74,7 @@ fn a_server_is_known_by_its_authority_and_its_name() {
         &stack,
         "TLS: the server's certificate is not signed by a trusted authority",
     );
-    // So it is to the system's.
+    // It is also unknown to the system's authorities.
     secure(&stack, "localhost", "tls_ca_file = null");
     assert_refused(&stack, "TLS");
     stack
@@ -109,11 +108,11 @@ fn an_expired_certificate_is_refused() {
     wait_until("some attempts", || {
         format!("{:?}", stack.redis.call(&["INFO", "stats"])).contains("total_error_replies")
     });
-    // The same words each time, so one line.
+    // The same error each time, so one line.
     assert_eq!(stack.pg.log().matches("has expired").count(), 1);
 }
 
-/// OpenSSL's variable for the roots of the system is heeded, as by other programs.
+/// OpenSSL's variable for the system's root certificates is used, as by other programs.
 #[test]
 fn without_a_file_the_systems_authorities_are_trusted() {
     let authority = Authority::new();
@@ -152,7 +151,7 @@ fn a_server_may_want_a_clients_certificate() {
     secure(&stack, "localhost", &client(&authority, &relay));
     wait_drained(&stack.pg, "default");
     assert_works(&stack);
-    // Also with the older TLS, which asks in the handshake.
+    // Also with TLS 1.2, which asks during the handshake.
     stack.redis.call(&["CONFIG", "SET", "tls-protocols", "TLSv1.2"]);
     secure(&stack, "localhost", &ca(&authority));
     assert_refused(&stack, "TLS: the server ");
@@ -219,7 +218,7 @@ fn files_are_read_at_each_connect_and_their_faults_are_named() {
         ("relay.key", bytes(&key_file), 0o644, "has group or world access"),
         ("relay.key", bytes(&key_file), 0o640, "has group or world access"),
     ];
-    // Root's may be read by a group.
+    // A group may read a file of root's.
     if nix::unistd::geteuid().is_root() {
         faults.push(("relay.key", bytes(&key_file), 0o000, "could not read TLS key file"));
     }
@@ -250,7 +249,7 @@ fn files_are_read_at_each_connect_and_their_faults_are_named() {
     stack.publish("t");
     let gone = format!("could not read TLS CA file \"{ca_file}\": No such file");
     wait_trouble(&stack.pg, "default", "misconfigured", &gone);
-    // Nothing of any file has come anywhere.
+    // Nothing of any file was sent.
     let key = String::from_utf8(bytes(&good.key_file)).expect("PEM is ASCII");
     let line = key.lines().nth(1).expect("a line of the key");
     let said: String = stack.pg.one("select string_agg(c::text, ' ') from outbox.cursors c");
@@ -276,7 +275,7 @@ fn any_server_is_taken_with_a_warning() {
         .pg
         .wait_log("DETAIL:  With tls_insecure, the server's certificate is not verified.");
     assert_eq!(warned(), 1);
-    // A connection that is lost and made again at once is no news.
+    // A connection that is lost and made again at once is not logged.
     for _ in 0..3 {
         stack.redis.call(&["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"]);
         assert_works(&stack);
@@ -290,7 +289,7 @@ fn any_server_is_taken_with_a_warning() {
 }
 
 #[test]
-fn ports_that_are_mixed_up_are_told() {
+fn swapped_tls_and_plain_ports_are_named() {
     let authority = Authority::new();
     let stack = stack(&authority.issue(&["localhost"]), &[]);
     secure(&stack, "localhost", &ca(&authority));
@@ -314,9 +313,10 @@ fn ports_that_are_mixed_up_are_told() {
     wait_drained(&stack.pg, "default");
 }
 
-/// A server that accepts, and says nothing or anything but TLS: the handshake has the time of a connection.
+/// A server that accepts connections, and sends nothing or something else than TLS: connect_timeout limits the
+/// handshake.
 #[test]
-fn a_handshake_that_leads_nowhere_ends() {
+fn a_handshake_that_never_ends_times_out() {
     let stack = Stack::with(QUICK);
     let (silent, garbage) = (kit::BlackHole::start(), kit::Garbage::start());
     stack.pg.exec("update outbox.backends set tls = true");
@@ -353,7 +353,7 @@ fn settings_are_changed_at_run_time() {
 }
 
 #[test]
-fn large_batches_and_long_backlogs_come_through() {
+fn large_batches_and_long_backlogs_arrive_over_tls() {
     let authority = Authority::new();
     let stack = Stack::of(
         Postgres::with(&[UNTRIMMED]),
@@ -366,7 +366,7 @@ fn large_batches_and_long_backlogs_come_through() {
             "localhost",
             &format!("{}, delivery = '{delivery}'", ca(&authority)),
         );
-        // Each larger than a record of TLS, a batch larger than any buffer on the way.
+        // Each larger than a record of TLS, and a batch larger than any buffer on the way.
         stack.pg.exec(
             "select outbox.publish_event('large', 'kit', to_jsonb(repeat('x', 700000))) from generate_series(1, 60)",
         );
@@ -377,7 +377,7 @@ fn large_batches_and_long_backlogs_come_through() {
     }
 }
 
-/// The network breaks at any byte; what was encrypted is either whole or nothing.
+/// The network breaks at any byte; an encrypted record arrives completely or not at all.
 #[test]
 fn exactly_once_through_cuts() {
     let authority = Authority::new();
@@ -394,7 +394,7 @@ fn exactly_once_through_cuts() {
     wait_until("the relay to come by the proxy", || proxy.connections() == 1);
     let (mut session, mut redis) = (stack.pg.client(), stack.redis.conn());
     let mut published = Vec::new();
-    // Within a batch or its replies, and within what a new connection says.
+    // Within a batch or its replies, and within the login of a new connection.
     for (way, end, step) in [(Way::ToServer, 2_800, 31), (Way::ToClient, 2_800, 31)] {
         for bytes in (0..end).step_by(step) {
             proxy.cut_after(way, bytes);
@@ -413,7 +413,7 @@ fn exactly_once_through_cuts() {
     assert_eq!(ids(&stack.events()), published);
 }
 
-/// A password that goes over TLS is as secret as any.
+/// A password that is sent over TLS is kept secret like any other.
 #[test]
 fn logging_in_over_tls() {
     let authority = Authority::new();

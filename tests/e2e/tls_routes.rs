@@ -1,4 +1,4 @@
-//! TLS to sentinels and to the nodes of a cluster: what they say leads on to servers that must show who they are, too.
+//! TLS to sentinels and cluster nodes: the servers that they name must prove who they are, too.
 
 use kit::sentinel::MASTER;
 use kit::{
@@ -17,7 +17,7 @@ fn point(stack: &Stack, columns: &str, authority: &Authority) {
     ));
 }
 
-/// What a backend's row says to have this sentinel asked.
+/// The columns of a backend that uses this sentinel.
 fn asks(sentinel: &Sentinel) -> String {
     format!(
         "mode = 'sentinel', sentinel_master = '{MASTER}', nodes = '{{localhost:{}}}'",
@@ -38,7 +38,7 @@ fn sentinels_and_their_primary_are_spoken_to_over_tls() {
     let address: String = stack.pg.one("select address from outbox.backend_status");
     assert_eq!(address, format!("127.0.0.1:{}", stack.redis.tls_port()));
 
-    // A sentinel that cannot show who it is is not believed.
+    // A sentinel without a trusted certificate is not believed.
     point(&stack, &asks(&sentinel), &stranger);
     stack.publish("t");
     let said = wait_trouble(
@@ -55,9 +55,9 @@ fn sentinels_and_their_primary_are_spoken_to_over_tls() {
     wait_drained(&stack.pg, "default");
 }
 
-/// Nor is the primary that a sentinel names: its certificate must be for the address that was said.
+/// Nor is the primary that a sentinel names: its certificate must be for the named address.
 #[test]
-fn a_primary_that_cannot_show_who_it_is_gets_nothing() {
+fn a_primary_with_an_untrusted_certificate_gets_nothing() {
     let authority = Authority::new();
     let redis = Redis::tls(&authority.issue(&["redis.example.com"]), &[]);
     let stack = stack(redis);

@@ -1,4 +1,4 @@
-//! The trace context of an application goes with the events that it publishes: `outbox_relay.traceparent` and
+//! The trace context of an application is sent with the events that it publishes: `outbox_relay.traceparent` and
 //! `.tracestate`.
 
 use kit::{Entry, Refused, Stack};
@@ -12,7 +12,7 @@ fn traceparent_of(entry: &Entry) -> (Option<&str>, Value) {
 }
 
 #[test]
-fn events_carry_the_trace_context_by_every_way_in() {
+fn events_carry_the_trace_context_by_every_way_to_publish() {
     let stack = Stack::start();
     stack
         .pg
@@ -42,7 +42,7 @@ fn events_carry_the_trace_context_by_every_way_in() {
 }
 
 #[test]
-fn what_a_publisher_says_of_its_trace_counts() {
+fn a_trace_context_from_the_publisher_takes_precedence() {
     let stack = Stack::start();
     let mine = PARENT.replace("-01", "-00");
     stack.pg.exec(&format!(
@@ -54,7 +54,7 @@ fn what_a_publisher_says_of_its_trace_counts() {
 }
 
 #[test]
-fn in_binary_mode_it_is_an_attribute() {
+fn the_trace_context_is_an_attribute_in_binary_mode() {
     let stack = Stack::start();
     stack.pg.exec("update outbox.backends set format = 'cloudevents'");
     stack.pg.exec(&format!(

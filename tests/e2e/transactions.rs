@@ -1,11 +1,11 @@
-//! Publishing inside transactions of every kind: what commits arrives, what doesn't never does.
+//! Publishing inside transactions of every kind: committed events arrive, others never do.
 
 use std::time::{Duration, Instant};
 
 use kit::{Refused, Stack, types};
 use postgres::Client;
 
-/// Publishes a marker and returns the stream up to it: whatever was to arrive before has arrived.
+/// Publishes a marker and returns the stream up to it: all events before it have arrived.
 #[track_caller]
 fn stream_up_to_marker(stack: &Stack) -> Vec<String> {
     stack.publish("marker");
@@ -47,7 +47,7 @@ fn ten_thousand_events_of_one_transaction_arrive_in_order() {
 }
 
 #[test]
-fn what_a_savepoint_rolled_back_never_arrives() {
+fn events_of_a_rolled_back_savepoint_never_arrive() {
     let stack = Stack::start();
     let mut client = stack.pg.client();
     client
@@ -130,7 +130,7 @@ fn prepare(client: &mut Client, name: &str) {
     client.batch_execute(&sql).unwrap();
 }
 
-/// Its commit comes from any session, after any restart, and wakes the worker: `poll_interval` is far away.
+/// Any session can commit it, after any restart, and the commit wakes the worker: `poll_interval` is long.
 #[test]
 fn a_prepared_transaction_is_sent_when_it_is_committed() {
     let stack = Stack::with(&[("outbox_relay.poll_interval", "1h")]);
@@ -179,7 +179,7 @@ fn a_backend_is_known_as_soon_as_it_is_there() {
     client
         .batch_execute("select outbox.publish_event('fills the cache', 's')")
         .unwrap();
-    // Made after the snapshot was taken.
+    // Created after the snapshot was taken.
     for isolation in ["repeatable read", "serializable"] {
         let name = isolation.replace(' ', "_");
         client
@@ -196,7 +196,7 @@ fn a_backend_is_known_as_soon_as_it_is_there() {
         client.batch_execute(&format!("{}; commit", publish(&name))).unwrap();
         assert_eq!(types(&stack.redis.wait_entries(&name, 1)), [name]);
     }
-    // Made in the own transaction; after its rollback it's unknown again.
+    // Created in this transaction; after its rollback it is unknown again.
     client
         .batch_execute(&format!("begin; {}; {}", create("mine"), publish("mine")))
         .unwrap();
@@ -262,9 +262,9 @@ fn a_read_only_transaction_cannot_publish() {
     assert_eq!(stream_up_to_marker(&stack), ["ok", "marker"]);
 }
 
-/// Its events arrive after its commit, in one piece, behind those that were committed meanwhile.
+/// Its events arrive after its commit, together, behind those that were committed meanwhile.
 #[test]
-fn an_open_transaction_holds_nobody_up() {
+fn an_open_transaction_delays_no_other() {
     let stack = Stack::start();
     let mut open = stack.pg.client();
     open.batch_execute("begin; select outbox.publish_event('open 1', 's')")

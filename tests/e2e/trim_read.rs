@@ -1,4 +1,4 @@
-//! `trim = 'read'`: nothing is trimmed that a consumer group has not acknowledged, and at `max_len` the backend waits.
+//! `trim = 'read'`: no entry is trimmed that a consumer group has not acknowledged, and at `max_len` the backend waits.
 
 use kit::{
     Cluster, Dice, Group, LIMIT, Ledger, Load, Postgres, QUICK, Redis, Refused, Stack, holds_for, ids, publish_many,
@@ -40,7 +40,7 @@ fn a_stream_is_trimmed_up_to_what_all_groups_have_acknowledged() {
         let read = two.read(&mut conn, "c", 200);
         two.acknowledge(&mut conn, &read[..50]);
         two.acknowledge(&mut conn, &read[60..]);
-        // Ten in the middle are pending, so all behind them stays.
+        // Ten in the middle are pending, so all entries after them stay.
         wait_eq("the length", 250, || stack.redis.xlen("events"));
         holds_for(Duration::from_millis(2_500), "nothing more goes", || {
             stack.redis.xlen("events") == 250
@@ -52,7 +52,7 @@ fn a_stream_is_trimmed_up_to_what_all_groups_have_acknowledged() {
         wait_eq("the length", 1, || stack.redis.xlen("events"));
         assert_eq!(one.acknowledged, published);
         assert_eq!(two.acknowledged.iter().collect::<BTreeSet<_>>().len(), 300);
-        // With everything read, nothing is asked any more.
+        // When everything is read, Redis is not asked any more.
         wait_drained(&stack.pg, "default");
         assert_eq!(state(&stack), "idle");
     }
@@ -92,11 +92,11 @@ fn a_full_stream_holds_its_backend_and_names_the_group() {
         .pg
         .one("select hint from outbox.health() where \"check\" = 'backend default' and status = 'fail'");
     assert!(hint.contains("XGROUP DESTROY"), "{hint}");
-    // A worker that starts anew finds the same.
+    // A new worker finds the same state.
     stack.pg.kill_worker();
     wait_trouble(&stack.pg, "default", "full", "\"slow\"");
     assert_eq!(stack.redis.xlen("events"), 20);
-    // As far as it goes on, so does the backend.
+    // As the group makes progress, so does the backend.
     let read = slow.read(&mut conn, "c", 10);
     slow.acknowledge(&mut conn, &read);
     wait_eq("the pending events", 71, || standing(&stack.pg, "default").pending);
@@ -177,12 +177,12 @@ fn a_silent_group_is_left_out_with_a_warning() {
         .wait_log("WARNING:  backend \"default\" trims stream \"events\" regardless of consumer group \"dead\"");
     let log = stack.pg.log();
     assert!(log.contains("longer than trim_ignore_idle"), "{log}");
-    // Before Redis 7, a group that has read everything counts as one that stands still.
+    // Before Redis 7, a group that has read everything counts as silent.
     if stack.redis.counts_lag() {
         assert!(!log.contains("regardless of consumer group \"alive\""), "{log}");
     }
     wait_drained(&stack.pg, "default");
-    // Once it reads again, it counts again.
+    // When it reads again, it counts again.
     let mark = Instant::now();
     publish(&stack, 15);
     wait_until("all to be sent", || standing(&stack.pg, "default").pending == 0);
@@ -195,7 +195,7 @@ fn a_silent_group_is_left_out_with_a_warning() {
     });
 }
 
-/// Without any other, only as much goes as is needed.
+/// If there is no other group, only as much is trimmed as necessary.
 #[test]
 fn silent_groups_alone_do_not_stop_a_backend() {
     let stack = stack("max_len = 40, trim_ignore_idle = '1 s'");
@@ -227,7 +227,7 @@ fn each_stream_of_a_backend_and_of_a_cluster_is_trimmed() {
     for stream in &streams {
         wait_eq("the length", 21, || cluster.entries(stream).len());
     }
-    // Nothing is sent to them any more, and the worker has forgotten all.
+    // Nothing is sent to these streams any more, and the worker has forgotten them.
     stack.pg.kill_worker();
     for stream in &streams {
         cluster.call(stream, &xreadgroup("g", "c", &["NOACK", "COUNT", "10"], stream));
@@ -235,8 +235,8 @@ fn each_stream_of_a_backend_and_of_a_cluster_is_trimmed() {
     }
 }
 
-/// A ledger whose sessions publish some hundred events a second together. A stream of which entries must be read takes
-/// half of its `max_len` a second, so a faster load would leave a long backlog.
+/// A ledger whose sessions together publish some hundred events a second. In a second, a stream that is trimmed by
+/// reading can take half of its `max_len`, so a faster load would leave a long backlog.
 fn slow_ledger(pg: &Postgres) {
     Ledger::create(pg);
     pg.exec(
@@ -260,7 +260,7 @@ fn chaos(stack: &mut Stack, seconds: u64, seed: u64, mut interrupt: impl FnMut(&
                 passing.push(Group::create(&mut conn, "events", &format!("passing{made}")));
             }
             2 if !passing.is_empty() => passing.remove(0).destroy(&mut conn),
-            // A consumer dies with what it has read; another one takes that over later.
+            // A consumer dies without acknowledging what it has read; another one takes that over later.
             3 => drop(steady.read(&mut conn, &format!("victim{made}"), 20)),
             4 => {
                 let claimed = steady.claim(&mut conn, "heir");
@@ -287,8 +287,8 @@ fn chaos(stack: &mut Stack, seconds: u64, seed: u64, mut interrupt: impl FnMut(&
 }
 
 #[test]
-fn no_entry_goes_before_it_is_acknowledged_and_none_comes_twice_whoever_dies() {
-    // A quick machine must not fill it: a backend that is full comes to no crash point.
+fn no_entry_is_trimmed_before_it_is_acknowledged_or_repeated_after_crashes() {
+    // A fast machine must not fill the stream: a full backend reaches no crash point.
     let mut stack = stack("max_len = 100000");
     slow_ledger(&stack.pg);
     let load = Load::start(&stack.pg, 2, "");
@@ -321,7 +321,7 @@ fn no_entry_goes_before_it_is_acknowledged_and_none_comes_twice_whoever_dies() {
     wait_until("it to be trimmed", || stack.redis.xlen("events") <= 1);
 }
 
-/// A replica that is behind is promoted, again and again: what it lacks is appended again.
+/// A replica that lags is promoted, repeatedly: the entries that it lacks are appended again.
 #[test]
 fn failovers_of_redis_lose_nothing_that_is_not_acknowledged() {
     let mut stack = stack("max_len = 4000");
@@ -343,14 +343,14 @@ fn failovers_of_redis_lose_nothing_that_is_not_acknowledged() {
             steady.acknowledge(&mut conn, &left);
             steady.assert_nothing_lost(&mut conn);
         }
-        // What is acknowledged from here on is lost with the primary.
+        // Entries that are acknowledged from here on are lost with the primary.
         other.wait_caught_up(primary);
         other.lag();
         load.wait_more(dice.between(1, 30));
         steady.drain(&mut conn);
         other.promote();
         stack.point("default", other);
-        // Its group has what it had: entries of the lost tail are appended anew, under other ids.
+        // The group keeps its state: entries of the lost end are appended again, under other ids.
         let there: BTreeSet<String> = other.entries("events").into_iter().map(|entry| entry.id).collect();
         steady.owed.retain(|id| there.contains(id));
         primary.follow(other);
@@ -371,12 +371,12 @@ fn failovers_of_redis_lose_nothing_that_is_not_acknowledged() {
     stack.pg.stop(kit::Mode::Fast);
 }
 
-/// Consumers acknowledge everything at once, and the worker dies before it has heard what became of its batch. The
-/// batch's entries are looked for in the stream, and must not be gone.
+/// Consumers acknowledge everything at once, and the worker dies before it learns the result of its batch. The batch's
+/// entries are looked for in the stream, and must not have been trimmed.
 #[test]
 fn entries_of_the_last_batch_stay_until_another_one_is_appended() {
     let stack = stack("max_len = 0");
-    // No refresh of the guard is to come to the point first.
+    // No refresh of the guard may reach the point first.
     stack.pg.set("outbox_relay.poll_interval", "1min");
     stack.pg.reload();
     let mut conn = stack.redis.conn();
@@ -388,10 +388,10 @@ fn entries_of_the_last_batch_stay_until_another_one_is_appended() {
         wait_until("it to be trimmed", || stack.redis.xlen("events") <= 1);
         let mark = stack.pg.log().len();
         stack.pg.crash_at("after_exec");
-        // The session may be thrown out with the worker, before it hears that it has committed.
+        // The session may be terminated with the worker, before it learns that it has committed.
         let late = "select outbox.publish_event('late', 'kit') from generate_series(1, 20)";
         let _ = stack.pg.client().batch_execute(late);
-        // It is appended, acknowledged, and nobody has read the reply.
+        // It is appended and acknowledged, and the worker has not read the reply.
         group.wait_acknowledged(&mut conn, published.len() + 20);
         stack.pg.wait_recovered(mark);
         published = stack
@@ -403,9 +403,9 @@ fn entries_of_the_last_batch_stay_until_another_one_is_appended() {
     }
 }
 
-/// The tests of this file can fail.
+/// Shows that the tests of this file can fail.
 #[test]
-fn a_relay_that_trims_what_is_pending_is_noticed() {
+fn the_test_notices_a_relay_that_trims_pending_entries() {
     let mut stack = stack("max_len = 0");
     stack.pg.mutation("trim_unread");
     stack.pg.restart();

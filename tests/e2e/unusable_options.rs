@@ -1,13 +1,13 @@
 //! A row of `outbox.backends` that its constraints would have refused: an administrator may have dropped them. Such a
-//! backend is misconfigured and sends nothing, whatever the next best reading of the row would be.
+//! backend is misconfigured and sends nothing, even if its row could be interpreted in some way.
 
 use std::time::Duration;
 
 use kit::{Cluster, QUICK, Stack, holds_for, ids, publish_many, standing, types, wait_drained, wait_eq, wait_trouble};
 
-const HINT: &str = "HINT:  Correct that column of outbox.backends; its COMMENT says what it may hold. The backend's events wait until then.";
+const HINT: &str = "HINT:  Correct that column of outbox.backends; its COMMENT lists the allowed values. The backend's events wait until then.";
 
-/// Drops all CHECK constraints of the table and what else keeps rows in order, as far as an administrator can.
+/// Drops all CHECK constraints of the table and the other checks of its rows, as far as an administrator can.
 fn drop_constraints(stack: &Stack) {
     stack.pg.exec(
         "do $$
@@ -40,7 +40,7 @@ fn a_new_backend_with_an_unknown_delivery_sends_nothing() {
         &stack.pg,
         "new",
         "misconfigured",
-        "delivery is \"Exactly_Once\", and must be one of exactly_once, at_least_once",
+        "delivery is \"Exactly_Once\" but must be one of exactly_once, at_least_once",
     );
     assert_eq!((found.pending, found.failed), (3, 0), "{found:?}");
     stack.pg.wait_log(HINT);
@@ -71,12 +71,12 @@ fn a_backend_at_work_stops_when_its_delivery_becomes_unknown() {
     wait_eq("the state", "idle".to_owned(), || standing(&stack.pg, "default").state);
 }
 
-/// Each of these would have another meaning, a weaker one or another Redis, if it were read as well as can be.
+/// Each of these values would mean something weaker or another Redis if it were interpreted leniently.
 #[test]
-fn other_columns_with_what_they_may_not_hold_send_nothing() {
+fn other_columns_with_invalid_values_send_nothing() {
     let stack = Stack::start();
     drop_constraints(&stack);
-    // The settings name a Redis that works: nothing may fall back to it.
+    // The settings name a Redis that works: no backend may use it instead.
     stack.pg.set("outbox_relay.redis_host", "127.0.0.1");
     stack.pg.set("outbox_relay.redis_port", &stack.redis.port().to_string());
     stack.pg.reload();
@@ -84,7 +84,7 @@ fn other_columns_with_what_they_may_not_hold_send_nothing() {
         (
             "mode = 'ring'",
             "mode = 'standalone'",
-            "mode is \"ring\", and must be one of standalone, sentinel, cluster",
+            "mode is \"ring\" but must be one of standalone, sentinel, cluster",
         ),
         (
             "mode = 'sentinel', nodes = '{127.0.0.1:1}'",
@@ -104,7 +104,7 @@ fn other_columns_with_what_they_may_not_hold_send_nothing() {
         (
             "on_missing_guard = 'ignore'",
             "on_missing_guard = 'continue'",
-            "on_missing_guard is \"ignore\", and must be one of continue, halt, replay",
+            "on_missing_guard is \"ignore\" but must be one of continue, halt, replay",
         ),
         ("wait_replicas = null", "wait_replicas = 0", "wait_replicas is NULL"),
         ("wait_replicas = -1", "wait_replicas = 0", "wait_replicas is -1"),
@@ -115,7 +115,7 @@ fn other_columns_with_what_they_may_not_hold_send_nothing() {
         (
             "trim = 'both'",
             "trim = 'length'",
-            "trim is \"both\", and must be one of length, read",
+            "trim is \"both\" but must be one of length, read",
         ),
         ("trim = null", "trim = 'length'", "trim is NULL"),
         (
@@ -123,7 +123,7 @@ fn other_columns_with_what_they_may_not_hold_send_nothing() {
             "trim_ignore_idle = null",
             "trim_ignore_idle is negative",
         ),
-        // 16 bits of it are the port of a Redis that works.
+        // Its lowest 16 bits are the port of a Redis that works.
         (
             &format!("port = {}", 65_536 + i32::from(stack.redis.port())),
             &format!("port = {}", stack.redis.port()),
@@ -142,7 +142,7 @@ fn other_columns_with_what_they_may_not_hold_send_nothing() {
     }
 }
 
-/// Its lanes are known by what they have saved: retention must not go by the finder alone.
+/// Its lanes are known by their saved rows: retention must not use only the finder.
 #[test]
 fn a_cluster_whose_mode_becomes_unknown_keeps_what_its_lanes_have_not_sent() {
     let cluster = Cluster::start(0);

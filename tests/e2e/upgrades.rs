@@ -1,6 +1,6 @@
-//! `ALTER EXTENSION outbox_relay UPDATE` while workers run and publishers publish, and what a library does beside an
-//! extension of another version: it says so, sends nothing, and loses nothing. The scripts of the next and the last
-//! version are made here: the tests have one version.
+//! `ALTER EXTENSION outbox_relay UPDATE` under load, and a library beside an extension of another version: it says so,
+//! sends nothing, and loses nothing. The test makes the scripts of the next and the last version itself, because there
+//! is only one version yet.
 
 use kit::{LIMIT, Ledger, Load, Postgres, Redis, Stack, UNTRIMMED, env, wait_eq, wait_until};
 
@@ -8,7 +8,7 @@ const OURS: &str = env!("CARGO_PKG_VERSION");
 const OLDER: &str = "0.0.9";
 const NEWER: &str = "99.0.0";
 
-/// What an update does at least: it takes locks that nobody else can have, changes a table, and replaces a function.
+/// What a typical update does: it takes exclusive locks, changes a table, and replaces a function.
 const UPDATE: &str = "
     lock table outbox.backends, outbox.events, outbox.cursors in access exclusive mode;
     alter table outbox.events set (fillfactor = 100);
@@ -17,7 +17,7 @@ const UPDATE: &str = "
     create or replace function outbox.of_another_version() returns integer language sql return 1;
     drop function outbox.of_another_version();";
 
-/// Puts these scripts beside ours: `older` is what ours is, under another name.
+/// Installs these scripts: `older` is the present version under another name.
 fn provide_scripts() {
     let dir = env::extension_dir();
     let put = |name: String, text: &str| {
@@ -47,7 +47,7 @@ fn wait_idle_with_words(pg: &Postgres, version: &str) {
     wait_state(pg, "version mismatch");
 }
 
-/// The extension as an older version has made it, under our library.
+/// The extension as an older version has created it, with the present library.
 fn older() -> Stack {
     provide_scripts();
     let stack = Stack {
@@ -61,7 +61,7 @@ fn older() -> Stack {
     stack
 }
 
-/// A new library was installed, and the server restarted; somebody updates the extension later, under load.
+/// A new library was installed, and the server restarted; the extension is updated later, under load.
 #[test]
 fn an_update_under_load_loses_and_repeats_nothing() {
     let stack = older();
@@ -82,8 +82,8 @@ fn an_update_under_load_loses_and_repeats_nothing() {
     assert_eq!(version, OURS);
 }
 
-/// Somebody updates before the server has the library: it idles until one of both is set right, here the extension,
-/// back and forth.
+/// The extension is updated before the server has the library: the worker idles until their versions agree; here the
+/// extension is updated back and forth.
 #[test]
 fn an_extension_that_is_newer_than_the_library_idles_it_and_loses_nothing() {
     provide_scripts();

@@ -1,4 +1,4 @@
-//! What the views show of a relay in its states.
+//! The views in each state of a relay.
 
 use std::collections::BTreeMap;
 
@@ -168,7 +168,7 @@ fn an_outage_shows_as_backoff() {
 }
 
 #[test]
-fn a_paused_backend_shows_what_waits() {
+fn a_paused_backend_shows_its_pending_events() {
     let stack = Stack::start();
     stack.pg.exec("update outbox.backends set enabled = false");
     stack
@@ -204,7 +204,7 @@ fn a_missing_password_shows_as_misconfigured() {
     assert!(!stack.pg.log().contains("hush\n"), "the password is logged");
 }
 
-/// All states of an event, by the stream that refuses some.
+/// All states of an event, with a stream that refuses some events.
 #[test]
 fn event_status_follows_an_event() {
     let stack = Stack::with(&[
@@ -283,7 +283,7 @@ fn event_status_follows_an_event() {
     assert_eq!(stack.pg.one::<i64>("select failed from outbox.status"), 1);
 }
 
-/// Up to 10,000 each event is counted; above it's an estimate, which a mixture of backends must not fool much.
+/// Up to 10,000 each event is counted; above it is an estimate, which a mixture of backends must not make very wrong.
 #[test]
 fn pending_is_exact_below_ten_thousand() {
     let stack = Stack::start();

@@ -1,4 +1,4 @@
-//! `wait_replicas`: a batch counts as delivered once replicas have it, and is not repeated for that.
+//! `wait_replicas`: a batch counts as delivered once replicas have it, and is not repeated because of the wait.
 
 use kit::{
     Postgres, QUICK, Redis, Stack, UNTRIMMED, ids, publish_many, standing, wait_drained, wait_eq, wait_trouble,
@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 const TOO_FEW: &str = "NOREPLICAS only 0 of 1 replicas have the batch";
 
-/// A stack whose backend waits for the one replica that there is.
+/// A stack whose backend waits for the only replica.
 struct Pair {
     stack: Stack,
     replica: Redis,
@@ -19,7 +19,7 @@ impl Pair {
     fn start(delivery: &str) -> Self {
         let redis = Redis::start();
         let replica = Redis::replica_of(&redis);
-        // A refresh of the guard waits for replicas like a batch, and would be ahead of it.
+        // A refresh of the guard waits for replicas like a batch, and would be before it.
         let postgres = Postgres::with(QUICK).with(&[UNTRIMMED, ("outbox_relay.poll_interval", "1h")]);
         let stack = Stack::of(postgres, redis);
         stack.pg.exec(&format!(
@@ -32,7 +32,7 @@ impl Pair {
         }
     }
 
-    /// Ten events are delivered, and ten more wait for the replica, which stands still.
+    /// Ten events are delivered, and ten more wait for the replica, which is stopped.
     fn stuck(delivery: &str) -> Self {
         let mut pair = Self::start(delivery);
         pair.publish(10);
@@ -48,7 +48,7 @@ impl Pair {
         self.published.extend(published);
     }
 
-    /// All of it is in the stream once, in order, here and there, and nothing waits.
+    /// All of it is in the stream once and in order, on both servers, and nothing is pending.
     #[track_caller]
     fn wait_delivered(&self) {
         wait_drained(&self.stack.pg, "default");
@@ -59,7 +59,7 @@ impl Pair {
         });
     }
 
-    /// The stream has it, the replica has not, and so it is not delivered.
+    /// The primary has it, the replica has not, so it is not delivered.
     #[track_caller]
     fn wait_stuck(&self, pending: i64) {
         assert_eq!(ids(&self.stack.wait_events(self.published.len())), self.published);
@@ -67,7 +67,7 @@ impl Pair {
         assert_eq!((found.pending, found.failed), (pending, 0), "{found:?}");
     }
 
-    /// WAITs that Redis has seen.
+    /// The number of WAITs that Redis has received.
     fn waits(&self) -> u64 {
         let info: String = redis::cmd("INFO")
             .arg("commandstats")
@@ -104,12 +104,12 @@ fn batches_are_delivered_when_a_replica_has_them() {
     }
 }
 
-/// Its primary goes on without it, and the relay waits for it.
+/// Its primary continues without it, and the relay waits for it.
 #[test]
-fn a_replica_that_stands_still_holds_up_the_next_batch_and_repeats_nothing() {
+fn a_stopped_replica_delays_the_next_batch_and_repeats_nothing() {
     for delivery in ["exactly_once", "at_least_once"] {
         let mut pair = Pair::stuck(delivery);
-        // It goes on asking, and sends nothing meanwhile.
+        // It repeats the WAIT, and sends nothing meanwhile.
         let waits = pair.waits();
         wait_until("further WAITs", || pair.waits() >= waits + 3);
         assert_eq!(pair.stack.redis.xlen("events"), 20, "{delivery}");
@@ -122,7 +122,7 @@ fn a_replica_that_stands_still_holds_up_the_next_batch_and_repeats_nothing() {
     }
 }
 
-/// The batch stands in the stream and in the guard: a new worker finds it there, and waits for the replica too.
+/// The batch is in the stream and in the guard: a new worker finds it there, and waits for the replica too.
 #[test]
 fn a_worker_that_is_killed_while_it_waits_still_waits_for_the_replica() {
     let mut pair = Pair::stuck("exactly_once");
@@ -143,7 +143,7 @@ fn a_worker_that_is_killed_while_it_waits_still_waits_for_the_replica() {
 }
 
 #[test]
-fn waiting_for_none_ends_the_waiting() {
+fn wait_replicas_zero_ends_the_wait() {
     for delivery in ["exactly_once", "at_least_once"] {
         let mut pair = Pair::start(delivery);
         pair.publish(10);
@@ -164,7 +164,7 @@ fn waiting_for_none_ends_the_waiting() {
         let found = wait_trouble(&pair.stack.pg, "default", "backoff", TOO_FEW);
         assert_eq!((found.pending, found.failed), (10, 0), "{found:?}");
         if delivery == "exactly_once" {
-            // The claim of the new connection is the first that the replica has to have.
+            // The claim of the new connection is the first that the replica must have.
             assert_eq!(pair.stack.redis.xlen("events"), before);
         }
         pair.replica.sigcont();
@@ -172,9 +172,9 @@ fn waiting_for_none_ends_the_waiting() {
     }
 }
 
-/// Each change of settings begins a new connection; the one before it ends, however long the replica stays away.
+/// Each change of settings begins a new connection; the old one ends, however long the replica is away.
 #[test]
-fn a_connection_that_is_replaced_does_not_wait_on() {
+fn a_replaced_connection_does_not_keep_waiting() {
     for delivery in ["exactly_once", "at_least_once"] {
         let pair = Pair::stuck(delivery);
         for timeout_ms in [700, 800, 900] {
@@ -191,9 +191,9 @@ fn a_connection_that_is_replaced_does_not_wait_on() {
     }
 }
 
-/// There is one, and two are asked for.
+/// There is one replica, and two are required.
 #[test]
-fn more_replicas_than_there_are_leave_everything_waiting() {
+fn with_too_few_replicas_all_events_wait() {
     let mut pair = Pair::start("exactly_once");
     pair.stack.pg.exec("update outbox.backends set wait_replicas = 2");
     pair.publish(5);
@@ -209,7 +209,7 @@ fn more_replicas_than_there_are_leave_everything_waiting() {
     assert_eq!(ids(&second.entries("events")), pair.published);
 }
 
-/// What counted as delivered is there after a failover: nothing needs healing.
+/// Everything that counted as delivered exists after a failover: nothing needs healing.
 #[test]
 fn a_failover_to_a_replica_that_was_waited_for_loses_nothing() {
     let mut pair = Pair::start("exactly_once");

@@ -1,4 +1,4 @@
-//! Who makes the worker try again a backend that waits: nobody but those who may, and they only so often.
+//! Who can make the worker retry a waiting backend: only permitted roles, and with a limited frequency.
 
 use std::time::{Duration, Instant};
 
@@ -27,7 +27,7 @@ fn attempts_during(stack: &Stack, refuser: &Garbage, role: &str, statement: &str
     let mut client = stack.pg.client_as(role, "postgres");
     let (before, start, mut count) = (refuser.accepted(), Instant::now(), 0);
     while start.elapsed() < time {
-        // Some are refused.
+        // Some of the statements are refused.
         let _ = client.batch_execute(statement);
         count += 1;
     }
@@ -36,7 +36,7 @@ fn attempts_during(stack: &Stack, refuser: &Garbage, role: &str, statement: &str
     attempts
 }
 
-/// Whatever a role does that may not ask for an attempt, waits go on to grow as if it did nothing.
+/// Whatever a role does that may not request an attempt, the backoff grows as if it did nothing.
 #[test]
 fn only_a_role_with_the_right_makes_a_backend_try_again() {
     let (stack, refuser) = failing(
@@ -89,7 +89,7 @@ fn only_a_role_with_the_right_makes_a_backend_try_again() {
         ),
     ] {
         let time = Duration::from_millis(500);
-        // One may just be due.
+        // One attempt may just be due.
         let attempts = attempts_during(&stack, &refuser, role, statement, time);
         assert!(attempts <= 2, "{attempts} attempts");
     }
@@ -108,9 +108,9 @@ fn only_a_role_with_the_right_makes_a_backend_try_again() {
     bystander.stop(&stack).assert_undisturbed("wake-ups");
 }
 
-/// Those who may ask for an attempt get one, at most each second, and whoever relies on the wait finds it as it was.
+/// Roles that may request an attempt get one, at most once a second, and the backoff stays as it was.
 #[test]
-fn those_who_may_ask_for_attempts_get_one_a_second() {
+fn roles_that_may_request_attempts_get_one_a_second() {
     let (stack, refuser) = failing(
         &[
             ("outbox_relay.retry_delay", "30s"),
@@ -136,7 +136,7 @@ fn those_who_may_ask_for_attempts_get_one_a_second() {
         ("update outbox.backends set enabled = enabled where false", 1),
         ("update outbox.backends set enabled = enabled", 1),
         ("select outbox.retry_failed()", 1),
-        // Each of these is news: five attempts at once, and then one a second.
+        // Each of these changes something: five attempts at once, and then one a second.
         ("select outbox.set_backend_password('failing', 'the same')", 9),
         ("select outbox.set_backend_password('failing', md5(random()::text))", 9),
         (
@@ -153,7 +153,7 @@ fn those_who_may_ask_for_attempts_get_one_a_second() {
         ),
         ("select outbox.take_over('failing')", 9),
     ] {
-        // What was asked for before is over.
+        // The requested attempts are over.
         std::thread::sleep(Duration::from_millis(2_500));
         let attempts = attempts_during(&stack, &refuser, "nobody", statement, Duration::from_secs(3));
         assert!(attempts <= most, "{attempts} attempts");

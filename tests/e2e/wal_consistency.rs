@@ -1,5 +1,5 @@
-//! What is written without SQL (rows of a publisher, of the worker, numbers of the sequence) brings a standby to the
-//! same pages: Postgres compares each as it is replayed.
+//! Changes without SQL (rows of a publisher and of the worker, numbers of the sequence) lead to the same pages on a
+//! standby: Postgres compares each page during replay.
 
 use kit::owners::wait_caught_up;
 use kit::{Stack, wait_drained, wait_eq, wait_until};
@@ -20,7 +20,7 @@ fn a_standby_replays_each_page_as_the_primary_has_it() {
     );
     run("select outbox.publish_events('[{\"event_type\": \"by an array\", \"source\": \"s\"}]')");
     run("insert into outbox.events (event_type, source) select 'plain', 's' from generate_series(1, 100)");
-    // One that is stored out of line, and one that is rolled back.
+    // One row with a TOASTed value, and one that is rolled back.
     run("select outbox.publish_event('large', 's', (select jsonb_agg(md5(i::text)) from generate_series(1, 3000) i))");
     run(
         "begin; savepoint s; select outbox.publish_event('never', 's'); rollback to s; select outbox.publish_event('after', 's'); commit",
@@ -43,7 +43,7 @@ fn a_standby_replays_each_page_as_the_primary_has_it() {
     run("vacuum outbox.events");
     wait_caught_up(&stack.pg, &standby);
     assert!(!standby.log().contains("inconsistent page"), "{}", standby.log());
-    // The purge may go on.
+    // The purge may continue.
     let count = "select count(*) from outbox.events";
     wait_until("the standby to have the same events", || {
         standby.one::<i64>(count) == stack.pg.one::<i64>(count)

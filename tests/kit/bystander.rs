@@ -1,5 +1,5 @@
-//! Somebody who has nothing to do with what others do, and is not to notice it: publishes to a backend of his own, and
-//! says how long his events took.
+//! A bystander, who should not notice what others do: publishes to a backend of its own, and measures how long its
+//! events took.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,7 +9,7 @@ use std::time::Duration;
 use crate::postgres::{DB, USER};
 use crate::{Stack, wait_until};
 
-/// His backend, and its stream.
+/// The bystander's backend, and its stream.
 const NAME: &str = "bystander";
 const PAUSE: Duration = Duration::from_millis(5);
 
@@ -25,7 +25,7 @@ pub struct Bystander {
 pub struct Delays(Vec<i64>);
 
 impl Bystander {
-    /// Makes his backend, in the stack's Redis, and begins once its events arrive.
+    /// Creates the backend, in the stack's Redis, and begins once its events arrive.
     #[track_caller]
     pub fn start(stack: &Stack) -> Self {
         let port = stack.redis.port();
@@ -52,7 +52,7 @@ impl Bystander {
         Bystander { stop, thread }
     }
 
-    /// How long his events took, once they have all arrived.
+    /// The latencies of its events, once they have all arrived.
     #[track_caller]
     pub fn stop(self, stack: &Stack) -> Delays {
         self.stop.store(true, Ordering::Relaxed);
@@ -84,7 +84,7 @@ impl Delays {
         Duration::from_millis(self.0[index.min(self.0.len() - 1)].max(0) as u64)
     }
 
-    /// What is held up by whoever locks, floods or fails is seconds late, as a rule; machines are busy.
+    /// An event that is delayed by a lock, a flood or a failure is usually seconds late; a busy machine delays less.
     #[track_caller]
     pub fn assert_undisturbed(&self, by: &str) {
         let [median, most] = [0.5, 0.99].map(|share| self.quantile(share));

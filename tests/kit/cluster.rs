@@ -18,7 +18,7 @@ pub struct Cluster {
     pub nodes: Vec<Redis>,
 }
 
-/// A line of CLUSTER NODES, as far as tests look at it.
+/// A line of CLUSTER NODES, with the fields that tests use.
 #[derive(Debug, Clone)]
 struct Seen {
     id: String,
@@ -29,7 +29,7 @@ struct Seen {
 }
 
 impl Redis {
-    /// The hash slot of a key, as this node of a cluster says.
+    /// The hash slot of a key, according to this node of a cluster.
     #[track_caller]
     pub fn slot_of(&self, key: &str) -> u16 {
         cmd("CLUSTER")
@@ -74,7 +74,7 @@ impl Cluster {
         cluster
     }
 
-    /// Waits until every node sees `count` nodes that are well, and all slots served.
+    /// Waits until every node sees `count` healthy nodes, and all slots are served.
     #[track_caller]
     pub fn wait_well(&self, count: usize) {
         eventually("a cluster that is well", 3 * LIMIT, || {
@@ -101,7 +101,7 @@ impl Cluster {
         });
     }
 
-    /// As in `outbox.backends.nodes`.
+    /// The value for `outbox.backends.nodes`.
     pub fn addresses(&self) -> String {
         let nodes: Vec<String> = self.nodes.iter().map(at).collect();
         format!("{{{}}}", nodes.join(","))
@@ -112,7 +112,7 @@ impl Cluster {
         seen_by(node.expect("a node that runs"))
     }
 
-    /// The index of the node that serves a stream's slot, as most would say.
+    /// The index of the node that serves a stream's slot, according to most nodes.
     #[track_caller]
     pub fn master_of(&self, stream: &str) -> usize {
         let slot = self.slot_of(stream);
@@ -126,7 +126,7 @@ impl Cluster {
         })
     }
 
-    /// The hash slot of a key, as a server says.
+    /// The hash slot of a key, according to a server.
     #[track_caller]
     pub fn slot_of(&self, key: &str) -> u16 {
         let node = self
@@ -137,7 +137,7 @@ impl Cluster {
         node.slot_of(key)
     }
 
-    /// The whole of a stream, from the node that serves it.
+    /// All entries of a stream, from the node that serves it.
     #[track_caller]
     pub fn entries(&self, stream: &str) -> Vec<Entry> {
         self.nodes[self.master_of(stream)].entries(stream)
@@ -176,7 +176,7 @@ impl Cluster {
         ]);
     }
 
-    /// Waits until another node serves what that one served: its index.
+    /// Waits until another node serves the slots of this one; returns its index.
     #[track_caller]
     pub fn wait_replaced(&self, killed: usize, stream: &str) -> usize {
         eventually("a replica to take its master's place", 3 * LIMIT, || {

@@ -1,4 +1,4 @@
-//! Chance that can be repeated.
+//! Repeatable randomness.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ impl Dice {
         Dice(seed)
     }
 
-    /// Dice of their own for each of several threads that share a seed.
+    /// Separate dice for each of several threads that share a seed.
     pub fn of(seed: u64, number: u64) -> Self {
         Dice(seed ^ (number + 1).wrapping_mul(0xa076_1d64_78bd_642f))
     }
@@ -40,7 +40,7 @@ impl Dice {
         &from[self.below(from.len() as u64) as usize]
     }
 
-    /// From so many milliseconds to so many.
+    /// A duration between these milliseconds.
     pub fn millis(&mut self, low: u64, high: u64) -> Duration {
         Duration::from_millis(self.between(low, high))
     }

@@ -1,4 +1,4 @@
-//! What `scripts/test` prepared: programs, a data directory to copy, and where everything temporary goes.
+//! What `scripts/test` has prepared: programs, a data directory to copy, and the directory for temporary files.
 
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ pub fn postgres_bin() -> PathBuf {
     required("OUTBOX_TEST_PGBIN")
 }
 
-/// The same with the library built with the feature `faults`, which can be told to die and to misbehave.
+/// The same with the library built with the feature `faults`, which can be made to crash and to misbehave.
 pub fn faults_bin() -> PathBuf {
     required("OUTBOX_TEST_FAULTS_PGBIN")
 }
@@ -33,8 +33,8 @@ pub fn redis_server() -> PathBuf {
     std::env::var_os("OUTBOX_TEST_REDIS").map_or_else(|| "redis-server".into(), PathBuf::from)
 }
 
-/// Says why a test, or a part of it, is not run: at the end of `scripts/test`, too, since runners show no output of
-/// tests that pass.
+/// Reports why a test, or a part of it, is skipped: also at the end of `scripts/test`, because runners show no output
+/// of tests that pass.
 pub fn not_run(why: &str) {
     use std::io::Write;
     let test = std::thread::current().name().unwrap_or("?").to_owned();
@@ -45,7 +45,7 @@ pub fn not_run(why: &str) {
         .expect("cannot write what was not run");
 }
 
-/// Whether this Postgres lacks a module (it comes without contrib); then the test is not to be run, and this says so.
+/// Whether this Postgres lacks a module (it was installed without contrib); then the test is skipped, with a message.
 pub fn lacks(modules: &[&str]) -> bool {
     let directory = pg_config("--pkglibdir");
     let lacking = modules
@@ -57,7 +57,7 @@ pub fn lacks(modules: &[&str]) -> bool {
     lacking.is_some()
 }
 
-/// Where the scripts of extensions are.
+/// The directory of extension scripts.
 pub fn extension_dir() -> PathBuf {
     pg_config("--sharedir").join("extension")
 }
@@ -99,8 +99,8 @@ fn required(name: &str) -> PathBuf {
     }
 }
 
-/// The user whom Postgres runs as: it refuses root, so there `postgres`, or `nobody` where that doesn't exist.
-/// `None`: the current one.
+/// The user who runs Postgres, which refuses to run as root: for root `postgres`, or `nobody` if that does not exist.
+/// `None`: the current user.
 pub fn server_user() -> Option<User> {
     if !geteuid().is_root() {
         return None;
@@ -111,7 +111,7 @@ pub fn server_user() -> Option<User> {
     Some(found.expect("running as root, and there is neither a user postgres nor nobody"))
 }
 
-/// A command that runs as [`server_user`], outside the checkout, which that user may not be able to enter.
+/// A command that runs as [`server_user`], outside the checkout, which that user may not be able to read.
 pub fn server_command(program: impl AsRef<Path>) -> Command {
     use std::os::unix::process::CommandExt;
     let mut command = Command::new(program.as_ref());
@@ -122,8 +122,8 @@ pub fn server_command(program: impl AsRef<Path>) -> Command {
     command
 }
 
-/// A new directory below the temporary root that servers of [`server_user`] can write. Its name is short: the path of
-/// a unix socket has at most 107 bytes.
+/// A new directory below the temporary root that servers of [`server_user`] can write to. Its name is short: the path
+/// of a Unix socket has at most 107 bytes.
 pub fn server_dir(prefix: &str) -> TempDir {
     let dir = tempfile::Builder::new()
         .prefix(prefix)
@@ -145,7 +145,7 @@ pub fn server_file(path: &Path, bytes: &[u8], mode: u32) {
     }
 }
 
-/// A file that everybody can read and this test rewrites, in a directory that goes with its value.
+/// A file that everybody can read and this test rewrites, in a directory that is removed with its value.
 pub fn shared_file(name: &str, text: &str) -> (TempDir, PathBuf) {
     let dir = server_dir("etc");
     let path = dir.path().join(name);
@@ -153,7 +153,7 @@ pub fn shared_file(name: &str, text: &str) -> (TempDir, PathBuf) {
     (dir, path)
 }
 
-/// Whether this machine lets a server have another file at this path (see [`mounted_command`]); if not, this says so.
+/// Whether a server can have another file at this path on this machine (see [`mounted_command`]); if not, reports that.
 pub fn can_mount(path: &str) -> bool {
     let tried = r#"mount --bind "$0" "$0" && command -v setpriv"#;
     let mut unshare = Command::new("unshare");
@@ -167,7 +167,7 @@ pub fn can_mount(path: &str) -> bool {
     can
 }
 
-/// As [`server_command`], with these files in the places of others (root only): it sees a mount namespace of its own.
+/// As [`server_command`], with these files mounted over others (needs root), in a separate mount namespace.
 pub fn mounted_command(program: &Path, mounts: &[(PathBuf, String)]) -> Command {
     if mounts.is_empty() {
         return server_command(program);
@@ -189,7 +189,7 @@ pub fn mounted_command(program: &Path, mounts: &[(PathBuf, String)]) -> Command 
     command
 }
 
-/// Where tests that run at the same time note which TCP ports they took.
+/// Where tests that run at the same time record the TCP ports that they use.
 pub(crate) fn port_dir() -> PathBuf {
     let dir = temp_root().join("ports");
     std::fs::create_dir_all(&dir).expect("cannot make the directory of taken ports");

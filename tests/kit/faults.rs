@@ -1,8 +1,8 @@
-//! Steering a server whose library was built with the feature `faults`: where its worker is to die or to wait, and
-//! which of its promises it is to break.
+//! Controls a server whose library was built with the feature `faults`: where its worker dies or waits, and which
+//! mutation it has.
 //!
-//! A file `outbox_relay.crash_at` in the data directory names a point of the worker's way. When the worker comes there
-//! it removes the file and kills itself; with the word `hold` behind the name it waits there until the file is gone.
+//! A file `outbox_relay.crash_at` in the data directory names a point in the worker's code. When the worker reaches it,
+//! it removes the file and kills itself; with the word `hold` after the name it waits there until the file is removed.
 
 use std::os::unix::fs::chown;
 use std::path::PathBuf;
@@ -12,12 +12,12 @@ use crate::{Postgres, env};
 use relay::fault::{Mutation, Point};
 
 const CRASH_AT: &str = "outbox_relay.crash_at";
-/// Written by a worker that waits at a point, with the point's name; removed when it goes on.
+/// Written by a worker that waits at a point, with the point's name; removed when it continues.
 const HELD: &str = "outbox_relay.held";
 const MUTATION: &str = "outbox_relay.mutation";
 
-/// Every point, in the order in which a worker passes them, but for `at_rehearsal`, to which only an idle one comes, and
-/// the points before a lock, where tests hold a process only.
+/// Every point, in the order in which a worker passes them, except `at_rehearsal`, which only an idle worker reaches,
+/// and the points before a lock, at which tests only hold a process.
 pub const POINTS: &[&str] = &[
     "before_claim",
     "after_claim",
@@ -32,28 +32,28 @@ pub const POINTS: &[&str] = &[
     "after_save",
 ];
 
-/// No worker would ever come to another, and a test would pass for nothing.
+/// No worker would ever reach another name, and a test would pass without testing anything.
 #[track_caller]
 fn known(point: &str) -> Point {
     point.parse().unwrap_or_else(|error| panic!("{error}"))
 }
 
 impl Postgres {
-    /// The next worker that comes to this point kills itself there (SIGKILL), and so the server starts anew.
+    /// The next worker that reaches this point kills itself there (SIGKILL), so the server restarts.
     #[track_caller]
     pub fn crash_at(&self, point: &str) {
         self.put(CRASH_AT, known(point).name());
     }
 
-    /// The next worker that comes to this point waits there until [`release`](Self::release).
+    /// The next worker that reaches this point waits there until [`release`](Self::release).
     #[track_caller]
     pub fn hold_at(&self, point: &str) {
-        // What a worker left that was killed while it waited.
+        // A worker that was killed while it waited has left this.
         let _ = std::fs::remove_file(self.data_dir().join(HELD));
         self.put(CRASH_AT, &format!("{} hold", known(point).name()));
     }
 
-    /// Lets a worker that waits go on, and forgets a point that none has come to.
+    /// Lets a waiting worker continue, and removes a point that none has reached.
     #[track_caller]
     pub fn release(&self) {
         let path = self.data_dir().join(CRASH_AT);
@@ -64,8 +64,7 @@ impl Postgres {
         }
     }
 
-    /// Waits until a worker has come to the point that [`crash_at`](Self::crash_at) or [`hold_at`](Self::hold_at)
-    /// named.
+    /// Waits until a worker has reached the point of [`crash_at`](Self::crash_at) or [`hold_at`](Self::hold_at).
     #[track_caller]
     pub fn wait_reached(&self) {
         let (crash, held) = (self.data_dir().join(CRASH_AT), self.data_dir().join(HELD));
@@ -75,14 +74,14 @@ impl Postgres {
         });
     }
 
-    /// In a copied data directory: it forgets where the original's worker was to die or to wait.
+    /// In a copied data directory: removes the point at which the original's worker was to die or to wait.
     pub fn forget_points(&self) {
         for name in [CRASH_AT, HELD] {
             let _ = std::fs::remove_file(self.data_dir().join(name));
         }
     }
 
-    /// From its next start on the server breaks the promise of this name; an empty name ends that.
+    /// From its next start on the server has this mutation; an empty name ends that.
     #[track_caller]
     pub fn mutation(&self, name: &str) {
         let known = || {
@@ -93,7 +92,7 @@ impl Postgres {
         self.put(MUTATION, if name.is_empty() { "" } else { known() });
     }
 
-    /// Writes a file of the server's whole, at once: nobody sees it half written.
+    /// Writes a file of the server atomically: nobody sees it half written.
     #[track_caller]
     fn put(&self, name: &str, text: &str) {
         let path = self.data_dir().join(name);

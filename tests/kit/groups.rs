@@ -1,4 +1,4 @@
-//! Consumer groups, with a ledger of what each has acknowledged.
+//! Consumer groups, with a ledger of the entries that each has acknowledged.
 
 use std::collections::BTreeSet;
 
@@ -9,17 +9,17 @@ use crate::redis::{entries, tell};
 use crate::wait::wait_until;
 use crate::{Entry, ids};
 
-/// A group of one stream, and its ledger: which entries it is still owed.
+/// A group of one stream, and its ledger: the entries that it has not acknowledged yet.
 pub struct Group {
     pub stream: String,
     pub name: String,
-    /// Entries that it has seen or was made with, and has not acknowledged.
+    /// Entries that it has seen, or that were there when it was created, and that it has not acknowledged.
     pub owed: BTreeSet<String>,
-    /// What it has acknowledged, in order.
+    /// The entries that it has acknowledged, in order.
     pub acknowledged: Vec<Uuid>,
 }
 
-/// The words of a consumer's read of new entries, such as `COUNT 2` of them.
+/// The arguments of a consumer's read of new entries, such as `COUNT 2`.
 pub fn xreadgroup<'w>(group: &'w str, consumer: &'w str, options: &[&'w str], stream: &'w str) -> Vec<&'w str> {
     let before = ["XREADGROUP", "GROUP", group, consumer];
     [&before, options, &["STREAMS", stream, ">"]].concat()
@@ -28,7 +28,8 @@ pub fn xreadgroup<'w>(group: &'w str, consumer: &'w str, options: &[&'w str], st
 type Raw = Vec<(String, Vec<String>)>;
 
 impl Group {
-    /// Makes a group that begins with the oldest entry. What is in the stream at that moment is owed to it.
+    /// Creates a group that begins with the oldest entry. It must get all entries that are in the stream at that
+    /// moment.
     #[track_caller]
     pub fn create(conn: &mut impl ConnectionLike, stream: &str, name: &str) -> Self {
         let (_, there): (String, Raw) = pipe()
@@ -64,7 +65,7 @@ impl Group {
         read.into_iter().map(entry_of).collect()
     }
 
-    /// Takes what other consumers have left unacknowledged.
+    /// Takes over the entries that other consumers have not acknowledged.
     pub fn claim(&mut self, conn: &mut impl ConnectionLike, consumer: &str) -> Vec<Entry> {
         let (_, claimed): (String, Vec<(String, Vec<String>)>) = {
             let raw: Vec<Value> = cmd("XAUTOCLAIM")
@@ -108,7 +109,7 @@ impl Group {
         }
     }
 
-    /// Reads and acknowledges until it has had so many entries.
+    /// Reads and acknowledges until it has had this many entries.
     #[track_caller]
     pub fn wait_acknowledged(&mut self, conn: &mut impl ConnectionLike, count: usize) {
         let what = format!("group {} to get {count} entries", self.name);
@@ -118,7 +119,7 @@ impl Group {
         });
     }
 
-    /// Entries that it is owed and that are gone.
+    /// Entries that it has not acknowledged and that are gone.
     pub fn missing(&self, conn: &mut Connection) -> Vec<String> {
         let there: BTreeSet<String> = entries(conn, &self.stream).into_iter().map(|entry| entry.id).collect();
         self.owed.difference(&there).cloned().collect()

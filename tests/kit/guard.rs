@@ -1,4 +1,4 @@
-//! The guard of a backend as Redis has it, and workers that die and come back.
+//! The guard of a backend in Redis, and workers that die and come back.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -52,7 +52,7 @@ impl Stack {
         self.pg.one("select outbox.guard_key('default')")
     }
 
-    /// The guard of the backend `default`, which is there.
+    /// The guard of the backend `default`, which must exist.
     #[track_caller]
     pub fn guard(&self) -> Guard {
         let key = self.guard_key();
@@ -63,7 +63,7 @@ impl Stack {
 }
 
 impl Postgres {
-    /// Waits until the worker of the database `postgres` is another than `old`. Gives how long that took.
+    /// Waits until the database `postgres` has another worker than `old`. Returns how long that took.
     #[track_caller]
     pub fn wait_new_worker(&self, old: i32) -> Duration {
         let start = Instant::now();
@@ -73,15 +73,15 @@ impl Postgres {
         start.elapsed()
     }
 
-    /// Waits until the server, which throws everybody out after a crash and recovers, takes connections again. `mark`:
-    /// `log().len()` before it.
+    /// Waits until the server, which ends all sessions after a crash and recovers, accepts connections again. `mark`:
+    /// `log().len()` before the crash.
     #[track_caller]
     pub fn wait_recovered(&self, mark: usize) {
         self.wait_log_after(mark, "all server processes terminated; reinitializing");
         self.wait_log_after(mark, "database system is ready to accept connections");
     }
 
-    /// SIGKILL of the worker of the database `postgres`, and with it the restart of the server that follows.
+    /// SIGKILL to the worker of the database `postgres`, which makes the server restart.
     #[track_caller]
     pub fn kill_worker(&self) {
         let mark = self.log().len();

@@ -1,4 +1,4 @@
-//! TCP servers that misbehave where a Redis is expected.
+//! TCP servers that misbehave in place of a Redis.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -11,7 +11,7 @@ use std::time::Duration;
 use nix::libc::linger;
 use nix::sys::socket::{Backlog, listen, setsockopt, sockopt::Linger};
 
-/// Accepts connections, or not even that, and never answers.
+/// Accepts connections, or does not even accept them, and never answers.
 #[derive(Debug)]
 pub struct BlackHole {
     server: Server,
@@ -29,11 +29,11 @@ impl BlackHole {
         }
     }
 
-    /// Sends the same bytes to everybody who connects, and keeps the connection as if more were to come.
+    /// Sends the same bytes on every connection, and keeps it open as if more were to come.
     pub fn saying(bytes: &[u8]) -> Self {
         let bytes = bytes.to_vec();
         let server = Server::start(move |mut stream, held| {
-            // Who has left already is no matter.
+            // A client that has left does not matter.
             let _ = stream.write_all(&bytes);
             held.lock().expect("no holder panics").push(stream);
         });
@@ -43,7 +43,7 @@ impl BlackHole {
         }
     }
 
-    /// Sends `begin`, and `more` again and again for as long as the other side reads.
+    /// Sends `begin`, and then `more` repeatedly for as long as the other side reads.
     pub fn endless(begin: &[u8], more: &[u8]) -> Self {
         let (begin, more) = (begin.to_vec(), more.repeat(64 * 1024 / more.len()));
         let server = Server::start(move |mut stream, _| {
@@ -58,7 +58,8 @@ impl BlackHole {
         }
     }
 
-    /// Never accepts, and its queue is full: a connection attempt gets no answer at all, as from a host that is gone.
+    /// Never accepts, and its queue is full: a connection attempt gets no answer at all, as from a host that does not
+    /// exist.
     pub fn unreachable() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("cannot listen");
         // A second listen() on a socket changes the length of its queue.
@@ -85,14 +86,14 @@ impl BlackHole {
     }
 }
 
-/// Sends the same bytes to everybody who connects, whatever they ask, and closes.
+/// Sends the same bytes on every connection, whatever was asked, and closes it.
 #[derive(Debug)]
 pub struct Garbage {
     server: Server,
 }
 
 impl Garbage {
-    /// Random bytes, which are no RESP.
+    /// Random bytes, which are not valid RESP.
     pub fn start() -> Self {
         let noise: Vec<u8> = (0..64).flat_map(|_| uuid::Uuid::new_v4().into_bytes()).collect();
         Self::saying(&noise)
@@ -114,13 +115,13 @@ impl Garbage {
         Garbage { server }
     }
 
-    /// One of these to each who connects, in turn.
+    /// Answers with each of these in turn, one for each connection.
     pub fn saying_in_turn(texts: &[&[u8]]) -> Self {
         let texts: Vec<Vec<u8>> = texts.iter().map(|text| text.to_vec()).collect();
         let turn = AtomicUsize::new(0);
         let server = Server::start(move |mut stream, _| {
             let text = &texts[turn.fetch_add(1, Ordering::Relaxed) % texts.len()];
-            // Who has left already is no matter.
+            // A client that has left does not matter.
             let _ = stream.write_all(text);
         });
         Garbage { server }
@@ -135,7 +136,7 @@ impl Garbage {
     }
 }
 
-/// Says OK to whatever it is told, and remembers that.
+/// Answers OK to every command, and remembers the commands.
 #[derive(Debug)]
 pub struct Eavesdropper {
     server: Server,
@@ -153,7 +154,7 @@ impl Eavesdropper {
         let hears = Arc::clone(&heard);
         let server = Server::start_at(host, move |mut stream, _| {
             let mut bytes = [0; 4096];
-            // Who has left already is no matter.
+            // A client that has left does not matter.
             while let Ok(length @ 1..) = stream.read(&mut bytes) {
                 hears.lock().expect("no holder panics").extend(&bytes[..length]);
                 let _ = stream.write_all(b"+OK\r\n");
@@ -170,7 +171,7 @@ impl Eavesdropper {
         self.server.accepted.load(Ordering::Relaxed)
     }
 
-    /// All that it was told, by everybody.
+    /// All commands of all clients.
     pub fn heard(&self) -> String {
         String::from_utf8_lossy(&self.heard.lock().expect("no holder panics")).into_owned()
     }
@@ -178,14 +179,14 @@ impl Eavesdropper {
 
 type Held = Mutex<Vec<TcpStream>>;
 
-/// A listener, on 127.0.0.1 as a rule, and the thread that treats its connections.
+/// A listener, usually on 127.0.0.1, and the thread that handles its connections.
 #[derive(Debug)]
 struct Server {
     address: SocketAddr,
     accepted: Arc<AtomicUsize>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
-    /// Kept open when no thread owns it.
+    /// Kept open if no thread owns it.
     _idle: Option<TcpListener>,
 }
 

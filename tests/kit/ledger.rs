@@ -1,4 +1,5 @@
-//! The ledger: what each transaction published, written down in that transaction, and the verdict on what arrived.
+//! The ledger: what each transaction published, recorded in that transaction, and a verdict on the entries in the
+//! streams.
 //!
 //! (The idea of Jepsen's checker `total-queue`: every committed id is accounted for as delivered, duplicated or lost,
 //! and every delivered one as committed or a phantom.)
@@ -15,7 +16,7 @@ use crate::postgres::{DB, USER};
 use crate::stack::STREAM;
 use crate::{Postgres, Redis, Stack};
 
-/// Keys that publishers take turns on, `k0` and up: few enough that publishers meet.
+/// Keys that publishers use in turn, `k0` and up: so few that publishers meet.
 pub const KEYS: usize = 32;
 
 const SCHEMA: &str = "
@@ -54,7 +55,7 @@ begin
 end
 $$;";
 
-/// How the events of one backend are to be found.
+/// How the events of one backend are found.
 #[derive(Debug, Clone)]
 struct Stream {
     backend: String,
@@ -109,7 +110,7 @@ impl Ledger {
         self
     }
 
-    /// Waits until nothing is pending and nothing more is missing, and compares. What is missing after `limit` is lost.
+    /// Waits until nothing is pending or missing, and compares. Events that are missing after `limit` are lost.
     #[track_caller]
     pub fn settle(&self, stack: &Stack, limit: Duration) -> Verdict {
         let deadline = Instant::now() + limit;
@@ -125,7 +126,7 @@ impl Ledger {
         }
     }
 
-    /// Compares the ledger and the streams as they are.
+    /// Compares the ledger with the streams in their present state.
     #[track_caller]
     pub fn verdict(&self, pg: &Postgres, redis: &Redis) -> Verdict {
         let mut verdict = Verdict::default();
@@ -144,7 +145,8 @@ impl Ledger {
 }
 
 impl Ledger {
-    /// Compares what was published to each of these streams of a backend with what `read` finds there (event ids).
+    /// Compares the events published to each of these streams of a backend with those that `read` finds there (event
+    /// ids).
     #[track_caller]
     pub fn verdict_of(pg: &Postgres, backend: &str, streams: &[String], read: impl Fn(&str) -> Vec<String>) -> Verdict {
         let mut verdict = Verdict::default();
@@ -197,7 +199,7 @@ fn committed(client: &mut Client, backend: &str) -> Vec<Line> {
         .collect()
 }
 
-/// What became of the ledger's events.
+/// The result of the comparison.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct Verdict {
     pub committed: usize,
@@ -207,7 +209,7 @@ pub struct Verdict {
     pub phantoms: Vec<String>,
     /// In the stream more than once.
     pub duplicates: Vec<String>,
-    /// First occurrences in another order than that of their transaction or their aggregate.
+    /// First occurrences in another order than their transaction or their aggregate has.
     pub disorder: Vec<String>,
 }
 
@@ -245,7 +247,7 @@ impl Verdict {
             .extend(missing.map(|line| format!("{} {line:?}", stream.name)));
     }
 
-    /// All are there, nothing else is, and in order; some perhaps repeated.
+    /// All are in the streams, nothing else is, and in order; some may be repeated.
     #[track_caller]
     pub fn assert_at_least_once(&self) {
         let sins = [
@@ -277,8 +279,8 @@ impl Verdict {
     }
 }
 
-/// Sessions that publish with `publish_logged` until they are told to stop, and connect again whenever they are thrown
-/// out.
+/// Sessions that publish with `publish_logged` until they are told to stop, and connect again whenever they are
+/// terminated.
 #[derive(Debug)]
 pub struct Load {
     stop: Arc<AtomicBool>,
@@ -297,7 +299,7 @@ impl Load {
                 let (config, setup) = (pg.config(USER, DB), setup.to_string());
                 std::thread::spawn(move || {
                     while !stop.load(Ordering::Relaxed) {
-                        // Whatever throws it out, the ledger knows what was committed.
+                        // Whatever ends the session, the ledger knows what was committed.
                         if run_session(&config, &setup, session, &stop, &transactions).is_err() {
                             std::thread::sleep(Duration::from_millis(10));
                         }
@@ -338,12 +340,12 @@ impl Load {
         }
     }
 
-    /// Committed by all sessions so far, as far as they were told.
+    /// Commits by all sessions so far, as far as they were confirmed.
     pub fn transactions(&self) -> u64 {
         self.transactions.load(Ordering::Relaxed)
     }
 
-    /// Waits until this many more have committed.
+    /// Waits until there are this many more commits.
     #[track_caller]
     pub fn wait_more(&self, count: u64) {
         let goal = self.transactions() + count;

@@ -1,4 +1,4 @@
-//! A server that speaks Redis's protocol and keeps what a guard needs, and lies where it is told to.
+//! A server that speaks Redis's protocol and stores what a guard needs, and lies when it is told to.
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -12,13 +12,13 @@ use std::time::Duration;
 
 use crate::{Postgres, QUICK, Redis, Stack, wait_drained, wait_eq};
 
-/// What it says instead of the truth.
+/// The lie that replaces the true reply.
 #[derive(Clone, Debug)]
 pub enum Lie {
     Say(Vec<u8>),
-    /// And does not do it; a transaction that it was for is discarded.
+    /// And does not execute the command; its transaction is discarded.
     Deny(Vec<u8>),
-    /// `begin`, and `more` again and again for as long as the other side reads.
+    /// `begin`, and then `more` repeatedly for as long as the other side reads.
     Flood {
         begin: Vec<u8>,
         more: Vec<u8>,
@@ -33,11 +33,11 @@ pub enum Lie {
         bytes: Vec<u8>,
         after: Duration,
     },
-    /// Nothing, for ever.
+    /// Never replies.
     Hang,
-    /// It does what it was told, and closes without a word,
+    /// Executes the command, and closes the connection without a reply,
     Close,
-    /// or does nothing, and closes.
+    /// or does not execute it, and closes.
     Refuse,
 }
 
@@ -59,20 +59,20 @@ impl Lie {
     }
 }
 
-/// Lies when it is asked this for the first time on a connection, or for a later one of its kind where that matters.
+/// Lies at the first such command on a connection, or at a later one where that makes a difference.
 pub fn when_asked(command: &'static str, lie: Lie) -> impl FnMut(&[String]) -> Option<Lie> + Send + 'static {
     let (mut is_known, mut has_sent) = (false, false);
     move |words| {
         let asked = words[0].to_ascii_uppercase();
         let looks = matches!(command, "XREVRANGE" | "XINFO");
         match asked.as_str() {
-            // A server that has lost its guard is searched for what it may have had.
+            // A server that has lost its guard is searched for the entries that it may have.
             "EXEC" if looks && has_sent && !is_known => {
                 is_known = true;
                 return Some(Lie::Close);
             }
             "HGETALL" if command == "XREVRANGE" && is_known => return Lie::say("*0\r\n"),
-            // Its guard says that a batch was appended, and the stream has none of it.
+            // Its guard says that a batch was appended, but the stream has none of it.
             "XREVRANGE" if command == "XINFO" => return Lie::say("*0\r\n"),
             "XADD" => has_sent = true,
             _ => {}
@@ -81,7 +81,7 @@ pub fn when_asked(command: &'static str, lie: Lie) -> impl FnMut(&[String]) -> O
     }
 }
 
-/// Its guard and its first event are there, as at an honest server.
+/// Its guard and its first event exist, as at an honest server.
 #[track_caller]
 pub fn trusted() -> (Stack, Liar) {
     let stack = Stack::of(Postgres::with(QUICK), Redis::start());
@@ -93,16 +93,16 @@ pub fn trusted() -> (Stack, Liar) {
     (stack, liar)
 }
 
-/// Told the words of each command; `None`: the truth is told.
+/// Called with the words of each command; `None`: the true reply is given.
 pub type Lies = Box<dyn FnMut(&[String]) -> Option<Lie> + Send>;
 
-/// What it keeps.
+/// The stored data.
 #[derive(Default)]
 struct Kept {
     hashes: HashMap<String, Vec<(String, String)>>,
     /// Entries of streams: fields and values.
     streams: HashMap<String, Vec<Vec<String>>>,
-    /// What was asked, the command alone.
+    /// The commands that were received, without arguments.
     asked: Vec<String>,
 }
 
@@ -113,7 +113,7 @@ struct Shared {
     accepted: AtomicUsize,
 }
 
-/// See the module's text. Ends with its owner.
+/// See the module's documentation. Ends with its owner.
 pub struct Liar {
     address: SocketAddr,
     socket: Option<PathBuf>,
@@ -156,7 +156,7 @@ impl Liar {
         }
     }
 
-    /// One that tells the truth.
+    /// A server that gives the true replies.
     pub fn honest() -> Self {
         Self::start(|_| None)
     }
@@ -165,7 +165,7 @@ impl Liar {
         self.address.port()
     }
 
-    /// Also at a unix socket.
+    /// Also listens on a Unix socket.
     pub fn listen_at(&mut self, path: PathBuf) {
         let listener = UnixListener::bind(&path).expect("cannot listen");
         let shared = self.shared.clone();
@@ -182,7 +182,7 @@ impl Liar {
         self.socket = Some(path);
     }
 
-    /// From now on it lies like this.
+    /// From now on it lies in this way.
     pub fn lie(&self, lies: impl FnMut(&[String]) -> Option<Lie> + Send + 'static) {
         *lock(&self.shared.lies) = Box::new(lies);
     }
@@ -191,12 +191,12 @@ impl Liar {
         self.shared.accepted.load(Ordering::Relaxed)
     }
 
-    /// How often this was asked.
+    /// How often this command was received.
     pub fn asked(&self, command: &str) -> usize {
         lock(&self.shared.kept).asked.iter().filter(|c| *c == command).count()
     }
 
-    /// The guard (or another hash) as it is kept.
+    /// The stored guard (or another hash).
     pub fn hash(&self, key: &str) -> Vec<(String, String)> {
         lock(&self.shared.kept).hashes.get(key).cloned().unwrap_or_default()
     }
@@ -250,7 +250,7 @@ fn serve(shared: &Shared, reader: impl Read, mut writer: impl Write, port: u16) 
             }
             continue;
         }
-        // What it would have said is done all the same.
+        // Executes the command whose reply is replaced.
         let truth = answer(&mut lock(&shared.kept), &mut queue, words, port);
         let sent = match lie {
             None => writer.write_all(&truth),
@@ -292,7 +292,7 @@ fn serve(shared: &Shared, reader: impl Read, mut writer: impl Write, port: u16) 
     }
 }
 
-/// The next command; `None`: the other side has left.
+/// The next command; `None`: the client has left.
 fn command(reader: &mut impl BufRead) -> Option<Vec<String>> {
     let count = header(reader)?;
     let mut words = Vec::new();

@@ -1,29 +1,29 @@
-//! The kit: throwaway Postgres and Redis servers for the tests, and a few ways to wait and to misbehave.
+//! The kit: throwaway Postgres and Redis servers for the tests, and helpers to wait and to cause faults.
 //!
-//! - [`Postgres`] a server of its own data directory, reached by a unix socket ([`postgres`])
-//! - [`Redis`] a server of its own port and directory ([`redis`])
+//! - [`Postgres`] a server with its own data directory, reached by a Unix socket ([`postgres`])
+//! - [`Redis`] a server with its own port and directory ([`redis`])
 //! - [`Stack`] both, with the extension created and its `default` backend pointed at that Redis ([`stack`])
-//! - [`wait_until`], [`wait_eq`], [`eventually`] poll until something holds, and say what didn't ([`wait`])
-//! - [`Standing`] and [`ids`] what the relay says of itself, and what arrived ([`relay`])
+//! - [`wait_until`], [`wait_eq`], [`eventually`] poll until a condition holds, and report what did not hold ([`wait`])
+//! - [`Standing`] and [`ids`] the relay's own status, and the arrived events ([`relay`])
 //! - [`Ledger`], [`Load`], [`Verdict`] what was committed, who commits it, and whether the streams agree ([`ledger`])
-//! - [`Refused`] what Postgres said when it refused a statement ([`refused`])
-//! - [`Redis::persistent`], [`Saved`] what a Redis keeps on disk, and losing some of it ([`persistence`])
+//! - [`Refused`] the error of a refused statement ([`refused`])
+//! - [`Redis::persistent`], [`Saved`] the data of a Redis on disk, and losing some of them ([`persistence`])
 //! - [`Redis::replica_of`] replicas that fall behind and are promoted ([`replication`])
-//! - [`owners`] servers that share a Redis, and who of them owns the guard
+//! - [`owners`] servers that share a Redis, and which of them owns the guard
 //! - [`Proxy`], [`Way`] a network that delays, cuts and holds back ([`proxy`])
-//! - [`Postgres::crash_at`], [`Postgres::hold_at`], [`Postgres::mutation`] steer a library built for tests ([`faults`])
-//! - [`Group`] a consumer group, and what it is owed ([`groups`])
+//! - [`Postgres::crash_at`], [`Postgres::hold_at`], [`Postgres::mutation`] control a library built for tests
+//!   ([`faults`])
+//! - [`Group`] a consumer group, and the entries that it has not acknowledged ([`groups`])
 //! - [`Guard`] the guard of a backend, and workers that are killed ([`guard`])
 //! - [`Watched`], [`Sentinel`] sentinels, and the primary and replica that they watch ([`sentinel`])
-//! - [`Cluster`] three masters with their replicas, and what a ledger says of many streams ([`cluster`])
-//! - [`Dice`] chance that a seed repeats ([`dice`])
+//! - [`Cluster`] three masters with their replicas, and a ledger for many streams ([`cluster`])
+//! - [`Dice`] repeatable randomness ([`dice`])
 //! - [`Authority`] certificates, and Redis servers that speak TLS ([`tls`])
-//! - [`BlackHole`], [`Garbage`], [`Eavesdropper`] Redis servers that never were ([`hostile`]); [`Liar`] one that lies
+//! - [`BlackHole`], [`Garbage`], [`Eavesdropper`] servers in place of a Redis ([`hostile`]); [`Liar`] one that lies
 //!   ([`liar`])
 //!
-//! `scripts/test` prepares what the kit needs and names it in the environment ([`env`]): start the tests with it
-//! (`make test`). Every server runs below one temporary directory, so that the script can end whatever a test
-//! that was killed has left.
+//! `scripts/test` prepares what the kit needs and names it in the environment ([`env`]): start the tests with it (`make
+//! test`). Every server runs below one temporary directory, so that the script can end the processes of a killed test.
 
 pub mod bystander;
 pub mod cluster;

@@ -1,4 +1,4 @@
-//! Several Postgres servers that share one Redis and, up to some point, their history: who of them owns the guard.
+//! Several Postgres servers that share one Redis and, up to some point, their history: which of them owns the guard.
 
 use std::time::{Duration, Instant};
 
@@ -8,8 +8,8 @@ use crate::relay::{publish_many, standing, wait_drained, wait_trouble};
 use crate::wait::{wait_eq, wait_until};
 use crate::{Guard, Postgres, Redis, Stack, Standing};
 
-/// Settings with which an owner that is silent counts as gone after [`PATIENCE`], and streams are never trimmed: each
-/// entry counts.
+/// Settings with which a silent owner counts as dead after [`PATIENCE`], and streams are never trimmed: each entry
+/// counts.
 pub const WATCHFUL: &[(&str, &str)] = &[
     ("outbox_relay.poll_interval", "200ms"),
     ("outbox_relay.redis_max_len", "0"),
@@ -33,7 +33,7 @@ pub fn owns(pg: &Postgres, redis: &Redis) -> bool {
     guard(pg, redis).is_some_and(|guard| guard.field("place").contains(&place))
 }
 
-/// Waits until this server owns the guard and is not in trouble. How long that took.
+/// Waits until this server owns the guard and has no error. Returns how long that took.
 #[track_caller]
 pub fn wait_owner(pg: &Postgres, redis: &Redis) -> Duration {
     let start = Instant::now();
@@ -52,10 +52,11 @@ pub fn wait_fenced(pg: &Postgres, owner: &Postgres) -> Standing {
     wait_trouble(pg, "default", "fenced", &format!("{}#", owner.data_dir().display()))
 }
 
-/// The standby has replayed all that the primary has committed.
+/// Waits until the standby has replayed all commits of the primary.
 #[track_caller]
 pub fn wait_caught_up(primary: &Postgres, standby: &Postgres) {
-    // Its commit flushes those before it that did not wait, as the cursors'. (That of a transaction which wrote nothing
+    // Its commit flushes earlier commits that did not wait, such as those of the cursors. (The commit of a transaction
+    // that wrote nothing flushes nothing.)
     // flushes nothing.)
     primary.exec("select pg_logical_emit_message(true, 'kit', '')");
     let lsn: String = primary.one("select pg_current_wal_flush_lsn()::text");
@@ -76,7 +77,7 @@ pub fn publish(pg: &Postgres, prefix: &str, count: i32) -> Vec<Uuid> {
     publish_many(&mut pg.client(), "default", "", prefix, count)
 }
 
-/// Three events that are delivered, by the saved cursor too.
+/// Publishes three events and waits until they are delivered, also according to the saved cursor.
 #[track_caller]
 pub fn delivered(stack: &Stack, prefix: &str) -> Vec<Uuid> {
     let there = stack.events().len();

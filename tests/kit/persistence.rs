@@ -1,5 +1,4 @@
-//! Redis servers that keep something on disk, and what they lose of it: what was acknowledged is gone after the next
-//! start.
+//! Redis servers that save data on disk, and lose some of them: acknowledged entries are gone after the next start.
 
 use std::fs::OpenOptions;
 use std::path::PathBuf;
@@ -7,14 +6,14 @@ use std::path::PathBuf;
 use crate::Redis;
 use crate::redis::tell;
 
-/// The data of a Redis server as it once was (an RDB file).
+/// The data of a Redis server at an earlier time (an RDB file).
 #[derive(Debug, Clone)]
 pub struct Saved(Vec<u8>);
 
 impl Redis {
-    /// A server with an append-only file, which it flushes as `appendfsync` says (`always`, `everysec`, `no`), and
-    /// which it also loads when its end is missing. It writes to that file before it replies, so that SIGKILL alone
-    /// loses nothing.
+    /// A server with an append-only file, which it flushes according to `appendfsync` (`always`, `everysec`, `no`), and
+    /// which it also loads if its end is missing. It writes to that file before it replies, so SIGKILL alone loses
+    /// nothing.
     #[track_caller]
     pub fn persistent(appendfsync: &str) -> Self {
         Redis::with(&[
@@ -30,12 +29,12 @@ impl Redis {
         ])
     }
 
-    /// Takes the last `bytes` off a stopped server's append-only file, as a crash of the machine does before they are
-    /// flushed; and a little more, back to the start of a transaction that would be cut in two. Gives how many bytes
+    /// Cuts the last `bytes` off a stopped server's append-only file, as a crash of the machine does before they are
+    /// flushed; and a little more, back to the start of a transaction that would be cut in two. Returns how many bytes
     /// that were.
     ///
-    /// Redis itself (7.0) loads such a file well, but leaves half of the transaction in it, and executes that half at
-    /// the next start.
+    /// Redis itself (7.0) loads such a file, but keeps half of the transaction in it, and executes that half at the
+    /// next start.
     #[track_caller]
     pub fn truncate_aof(&self, bytes: u64) -> u64 {
         assert!(!self.is_running(), "the server still writes its append-only file");
@@ -48,13 +47,13 @@ impl Redis {
         (content.len() - kept) as u64
     }
 
-    /// How long its append-only file is.
+    /// The length of its append-only file.
     #[track_caller]
     pub fn aof_length(&self) -> u64 {
         std::fs::metadata(self.aof()).expect("it could be found").len()
     }
 
-    /// SIGKILL, and the last `bytes` of the append-only file are gone; running again when it returns.
+    /// SIGKILL, and a restart without the last `bytes` of the append-only file; it runs again when this returns.
     #[track_caller]
     pub fn crash_losing(&mut self, bytes: u64) -> u64 {
         self.kill9();
@@ -63,7 +62,7 @@ impl Redis {
         cut
     }
 
-    /// The data as it is, saved now (SAVE).
+    /// The present data, saved now (SAVE).
     #[track_caller]
     pub fn saved(&self) -> Saved {
         tell(&mut self.conn(), &["SAVE"]);
@@ -71,8 +70,7 @@ impl Redis {
         Saved(std::fs::read(&path).unwrap_or_else(|error| panic!("cannot read {}: {error}", path.display())))
     }
 
-    /// SIGKILL, and a start with what it had saved then: a server without append-only file, restored from its last RDB
-    /// file.
+    /// SIGKILL, and a start with these data: a server without append-only file, restored from its last RDB file.
     #[track_caller]
     pub fn crash_back_to(&mut self, saved: &Saved) {
         self.kill9();
@@ -80,13 +78,13 @@ impl Redis {
         self.start_again();
     }
 
-    /// SIGKILL, and an empty disk; running again when it returns.
+    /// SIGKILL, and an empty disk; it runs again when this returns.
     #[track_caller]
     pub fn crash_losing_everything(&mut self) {
         self.kill9();
         for name in ["dump.rdb", "appendonlydir", "appendonly.aof"] {
             let path = self.dir().join(name);
-            // What isn't there need not be removed.
+            // A missing directory need not be removed.
             let _ = std::fs::remove_file(&path);
             let _ = std::fs::remove_dir_all(&path);
         }
@@ -115,7 +113,7 @@ impl Redis {
     }
 }
 
-/// Where the last command ends that is whole and not inside of a transaction.
+/// Where the last complete command outside a transaction ends.
 fn whole_transactions(content: &[u8]) -> usize {
     let (mut end, mut rest, mut in_transaction) = (0, content, false);
     while let Some((command, behind)) = command(rest) {
@@ -128,7 +126,7 @@ fn whole_transactions(content: &[u8]) -> usize {
     end
 }
 
-/// The name of the first command, and what comes behind it; `None` when it isn't whole.
+/// The name of the first command, and the bytes after it; `None` if it is not complete.
 fn command(content: &[u8]) -> Option<(&[u8], &[u8])> {
     let (words, mut rest) = number(content, b'*')?;
     let mut name = None;
@@ -141,7 +139,7 @@ fn command(content: &[u8]) -> Option<(&[u8], &[u8])> {
     Some((name?, rest))
 }
 
-/// A line with this sign and a number, and what comes behind it.
+/// A line with this sign and a number, and the bytes after it.
 fn number(content: &[u8], sign: u8) -> Option<(usize, &[u8])> {
     let end = content.iter().position(|byte| *byte == b'\n')?;
     let line = content[..end].strip_prefix(&[sign])?.strip_suffix(b"\r")?;

@@ -10,7 +10,7 @@ use crate::env;
 /// none of those takes a server's port while it is down.
 const PORTS: std::ops::Range<u16> = 20_000..30_000;
 
-/// A port that no other test of this run takes, noted in a file until the value is dropped.
+/// A port that no other test of this run uses, recorded in a file until the value is dropped.
 #[derive(Debug)]
 pub struct TakenPort {
     pub number: u16,

@@ -1,4 +1,5 @@
-//! A throwaway Postgres server: own data directory, a unix socket (and TCP where asked for), gone with its value.
+//! A throwaway Postgres server with its own data directory and a Unix socket (and TCP on request), removed with its
+//! value.
 
 pub mod builder;
 
@@ -23,10 +24,10 @@ use crate::wait::{LIMIT, eventually};
 pub const USER: &str = "postgres";
 pub const DB: &str = "postgres";
 
-/// Each server listens on its own unix socket, so that all of them can have this port.
+/// Each server listens on its own Unix socket, so that all of them can have this port.
 const PORT: u16 = 5432;
 
-/// How a server is told to stop, in Postgres's words.
+/// How a server is told to stop, in the terms of Postgres.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
     /// Waits until all clients have left.
@@ -54,19 +55,19 @@ pub struct Postgres {
     env: Vec<(String, String)>,
     mounts: Vec<(PathBuf, String)>,
     data: PathBuf,
-    /// Where it listens on 127.0.0.1.
+    /// The port on 127.0.0.1, if it listens there.
     port: Option<TakenPort>,
     /// Holds the data directory, the socket and the log; removed last.
     dir: TempDir,
 }
 
 impl Postgres {
-    /// A server with the kit's defaults: the extension's library preloaded, the extension not created.
+    /// A server with the kit's defaults: the extension's library is preloaded, the extension is not created.
     pub fn start() -> Self {
         Self::builder().start()
     }
 
-    /// A server with these settings besides the defaults, to be started with `.start()`.
+    /// A server with these settings in addition to the defaults, to be started with `.start()`.
     pub fn with(settings: &[(&str, &str)]) -> Builder {
         Self::builder().with(settings)
     }
@@ -85,7 +86,7 @@ impl Postgres {
         self.backup(true)
     }
 
-    /// A restored base backup of this server: same system identifier and settings, a life of its own.
+    /// A restored base backup of this server: same system identifier and settings, but independent of it.
     pub fn base_backup(&self) -> Builder {
         self.backup(false)
     }
@@ -95,12 +96,12 @@ impl Postgres {
         Builder::new(Origin::BaseBackup { host, standby }).bin(&self.bin)
     }
 
-    /// Where its programs are.
+    /// The directory of its programs.
     pub fn bin(&self) -> &Path {
         &self.bin
     }
 
-    // --- talking to it
+    // --- connecting to it
 
     /// A connection as superuser to the database `postgres`.
     #[track_caller]
@@ -134,7 +135,7 @@ impl Postgres {
         config
     }
 
-    /// Runs statements in a session of their own, as one transaction unless they say otherwise.
+    /// Runs statements in a session of their own, as one transaction unless they contain transaction commands.
     #[track_caller]
     pub fn exec(&self, sql: &str) {
         self.exec_db(DB, sql);
@@ -187,8 +188,8 @@ impl Postgres {
             .unwrap_or_else(|error| panic!("cannot run {program}: {error}"));
         let mut input = child.stdin.take().expect("stdin is piped");
         let output = std::thread::scope(|scope| {
-            // In a thread of its own: a program that prints while it reads would block on a full pipe. One that
-            // leaves early breaks the pipe, and its exit status tells.
+            // In a separate thread: a program that prints while it reads would block on a full pipe. A program that
+            // ends early breaks the pipe, and its exit status shows that.
             scope.spawn(move || input.write_all(stdin.as_bytes()).ok());
             child
                 .wait_with_output()
@@ -209,7 +210,7 @@ impl Postgres {
         ran.stdout
     }
 
-    /// Reads a plain SQL dump into `db`, which exists; any error fails the test.
+    /// Restores a plain SQL dump into `db`, which exists; any error fails the test.
     #[track_caller]
     pub fn restore(&self, db: &str, sql: &str) {
         let ran = self.run("psql", &["-q", "-v", "ON_ERROR_STOP=1", "-d", db, "-f", "-"], sql);
@@ -222,7 +223,7 @@ impl Postgres {
         self.exec("create extension outbox_relay");
     }
 
-    /// Changes a setting for good (ALTER SYSTEM) and reloads.
+    /// Changes a setting permanently (ALTER SYSTEM) and reloads.
     #[track_caller]
     pub fn set(&self, name: &str, value: &str) {
         let value = value.replace('\'', "''");
@@ -230,7 +231,7 @@ impl Postgres {
         self.reload();
     }
 
-    /// Appends lines to postgresql.conf, also while the server is stopped. They count from the next start or reload on.
+    /// Appends lines to postgresql.conf, also while the server is stopped. They apply from the next start or reload on.
     pub fn configure(&self, settings: &[(&str, &str)]) {
         let path = self.data.join("postgresql.conf");
         let mut file = OpenOptions::new()
@@ -250,9 +251,9 @@ impl Postgres {
         self.data = to;
     }
 
-    // --- living and dying
+    // --- starting and stopping
 
-    /// Starts a stopped server, and waits until it takes connections (until it is consistent, for a standby).
+    /// Starts a stopped server, and waits until it accepts connections (for a standby, until it is consistent).
     #[track_caller]
     pub fn start_again(&mut self) {
         assert!(self.child.is_none(), "this server runs already");
@@ -292,7 +293,7 @@ impl Postgres {
         })
     }
 
-    /// Asks the server to stop; `None` when it still runs after `limit` (it is still going to stop then).
+    /// Asks the server to stop; `None` if it still runs after `limit` (it continues to stop then).
     #[track_caller]
     pub fn try_stop(&mut self, mode: Mode, limit: Duration) -> Option<ExitStatus> {
         let signal = match mode {
@@ -313,7 +314,7 @@ impl Postgres {
         self.start_again();
     }
 
-    /// Kills the postmaster alone (SIGKILL), and waits until its children have noticed and are gone.
+    /// Kills only the postmaster (SIGKILL), and waits until its children have noticed and ended.
     #[track_caller]
     pub fn kill9(&mut self) {
         process::signal(self.pid(), Signal::SIGKILL);
@@ -333,12 +334,12 @@ impl Postgres {
     /// Kills every process of the server at once (SIGKILL), as a crash of the machine would.
     #[track_caller]
     pub fn crash(&mut self) {
-        // Stopped first, so that the postmaster starts nothing while we look for its children.
+        // Stopped first, so that the postmaster starts no process while its children are looked for.
         process::signal(self.pid(), Signal::SIGSTOP);
         self.kill_all();
     }
 
-    /// Reads the configuration files again (SIGHUP); returns before every process has.
+    /// Reloads the configuration files (SIGHUP); returns before every process has.
     #[track_caller]
     pub fn reload(&self) {
         process::signal(self.pid(), Signal::SIGHUP);
@@ -347,14 +348,14 @@ impl Postgres {
     /// Makes a standby a primary, and waits until it is.
     #[track_caller]
     pub fn promote(&self) {
-        // Its snapshot must not be in recovery's way for as long as that takes.
+        // Its snapshot must not block recovery for as long as that takes.
         self.exec("select pg_promote(wait => false)");
         eventually("the end of recovery", LIMIT, || {
             (!self.one::<bool>("select pg_is_in_recovery()")).then_some(())
         });
     }
 
-    /// Makes a tablespace, which lives as long as the directory that comes back.
+    /// Creates a tablespace, which lives as long as the returned directory.
     #[track_caller]
     pub fn make_tablespace(&self, name: &str) -> TempDir {
         let dir = env::server_dir("space");
@@ -362,13 +363,13 @@ impl Postgres {
         dir
     }
 
-    // --- looking at it
+    // --- examining it
 
     pub fn is_running(&self) -> bool {
         self.child.is_some()
     }
 
-    /// The postmaster's.
+    /// The pid of the postmaster.
     #[track_caller]
     pub fn pid(&self) -> i32 {
         process::pid_of(self.child.as_ref())
@@ -387,7 +388,7 @@ impl Postgres {
             .map(|row| row.get(0))
     }
 
-    /// The same, once there is one.
+    /// The same, once there is a worker.
     #[track_caller]
     pub fn wait_worker(&self, db: &str) -> i32 {
         eventually(&format!("a worker in {db}"), LIMIT, || self.worker_pid(db))
@@ -407,7 +408,7 @@ impl Postgres {
         self.dir.path()
     }
 
-    /// Of its socket's name, and of TCP if it listens there.
+    /// With its socket's name, and TCP if it listens there.
     pub fn port(&self) -> u16 {
         self.port.as_ref().map_or(PORT, |port| port.number)
     }
@@ -424,8 +425,8 @@ impl Postgres {
         self.wait_log_after(0, text);
     }
 
-    /// Waits until the log contains `text` behind its first `mark` bytes; take the mark as `log().len()` before the
-    /// deed.
+    /// Waits until the log contains `text` after its first `mark` bytes; take the mark as `log().len()` before the
+    /// action.
     #[track_caller]
     pub fn wait_log_after(&self, mark: usize, text: &str) {
         eventually(&format!("{text:?} in the log"), LIMIT, || {
@@ -436,7 +437,7 @@ impl Postgres {
         });
     }
 
-    /// The file of the log, whose bytes are in the encodings of many databases.
+    /// The bytes of the log, which may be in the encodings of several databases.
     pub fn log_path(&self) -> PathBuf {
         self.dir.path().join("postgres.log")
     }
@@ -489,8 +490,8 @@ impl Drop for Postgres {
     }
 }
 
-/// What a killed postmaster leaves behind and the next start would remove: its System V segment, whose id is the last
-/// word of the seventh line of postmaster.pid.
+/// A killed postmaster leaves its System V segment behind, which the next start would remove: its id is the last word
+/// of the seventh line of postmaster.pid.
 fn remove_shared_memory(data: &Path) {
     let Ok(pid_file) = std::fs::read_to_string(data.join("postmaster.pid")) else {
         return;

@@ -1,4 +1,4 @@
-//! Processes of servers: who they are, how they end.
+//! Processes of servers: finding and ending them.
 
 use std::path::Path;
 use std::process::{Child, ExitStatus};
@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// Every process whose working directory is `dir`: for a data directory that's the postmaster and all its children.
+/// Every process whose working directory is `dir`: for a data directory, the postmaster and all its children.
 pub fn pids_in(dir: &Path) -> Vec<i32> {
     let processes = std::fs::read_dir("/proc").expect("cannot read /proc");
     processes
@@ -19,8 +19,8 @@ pub fn pids_in(dir: &Path) -> Vec<i32> {
 fn works_in(pid: i32, dir: &Path) -> bool {
     let is_in = |path: String| std::fs::read_link(path).map(|cwd| cwd == dir);
     is_in(format!("/proc/{pid}/cwd")).unwrap_or_else(|_| {
-        // A process that exits: its first thread has no directory any more, but another one may still hold what they
-        // share.
+        // A process that is exiting: its first thread has no directory any more, but another thread may still hold
+        // shared resources.
         let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten();
         threads
             .filter_map(|thread| thread.ok()?.file_name().into_string().ok())
@@ -28,7 +28,7 @@ fn works_in(pid: i32, dir: &Path) -> bool {
     })
 }
 
-/// What `pid` calls itself, such as `postgres: outbox_relay worker`.
+/// The title of a process, such as `postgres: outbox_relay worker`.
 pub fn title(pid: i32) -> String {
     let bytes = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
     String::from_utf8_lossy(&bytes).replace('\0', " ").trim().to_string()
@@ -49,11 +49,11 @@ pub fn memory_kb(pid: i32) -> u64 {
         .expect("Linux says")
 }
 
-/// How long all threads of a process have computed, in steps of ten milliseconds.
+/// Processor time of all threads of a process, in steps of ten milliseconds.
 pub fn cpu_time(pid: i32) -> Duration {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("the process lives");
     let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-    // utime and stime: fields 14 and 15 of the line, of which two stand before.
+    // utime and stime are fields 14 and 15 of the line; two fields were removed before.
     let ticks: u64 = [11, 12]
         .map(|index: usize| fields[index].parse::<u64>().expect("a number"))
         .iter()
@@ -61,7 +61,7 @@ pub fn cpu_time(pid: i32) -> Duration {
     Duration::from_millis(ticks * 10)
 }
 
-/// Sends a signal; a process that is gone already is no error.
+/// Sends a signal; a process that has already ended is no error.
 pub fn signal(pid: i32, signal: Signal) {
     match kill(Pid::from_raw(pid), signal) {
         Ok(()) | Err(nix::errno::Errno::ESRCH) => {}
@@ -76,7 +76,7 @@ pub(crate) fn pid_of(child: Option<&Child>) -> i32 {
     i32::try_from(child.id()).expect("a pid fits")
 }
 
-/// Waits for a child of ours to exit; `None` when it still runs after `limit`.
+/// Waits for a child process to exit; `None` if it still runs after `limit`.
 pub fn wait_exit(child: &mut Child, limit: Duration) -> Option<ExitStatus> {
     let deadline = Instant::now() + limit;
     loop {

@@ -1,8 +1,8 @@
-//! A TCP proxy in front of a server: the network between a relay and its Redis, and all that a network does.
+//! A TCP proxy in front of a server: the network between a relay and its Redis, with its faults.
 //!
-//! One thread moves the bytes of all connections (`pump.rs`); a test changes the rules meanwhile. What was read from
-//! one side and may not be written to the other yet is kept, also when the side that sent it has long closed its
-//! connection: so a write of the dead can arrive late.
+//! One thread moves the bytes of all connections (`pump.rs`); meanwhile a test changes the rules. Bytes that were read
+//! from one side and may not be written to the other yet are kept, even after their sender has closed its connection:
+//! so a write of a dead process can arrive late.
 
 mod pump;
 
@@ -17,14 +17,14 @@ use crate::port::TakenPort;
 use crate::wait::{LIMIT, eventually};
 use pump::Link;
 
-/// In which direction bytes go.
+/// The direction of bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Way {
     ToServer,
     ToClient,
 }
 
-/// A proxy on 127.0.0.1. It passes everything on at once until it is told otherwise; each rule stands until
+/// A proxy on 127.0.0.1. It passes everything on at once until it is told otherwise; each rule lasts until
 /// [`pass`](Self::pass) or its opposite.
 #[derive(Debug)]
 pub struct Proxy {
@@ -35,7 +35,7 @@ pub struct Proxy {
     port: TakenPort,
 }
 
-/// Something that befalls the first connection which carries so much, once.
+/// A fault of the first connection that carries this much, once.
 #[derive(Debug)]
 struct Rule {
     after: After,
@@ -55,21 +55,21 @@ enum Then {
     Hold,
 }
 
-/// What is done to the state in the pump's thread, which owns it.
+/// A change of the state in the pump's thread, which owns it.
 type Order = Box<dyn FnOnce(&mut State) + Send>;
 
-/// Something for each [`Way`].
+/// A value for each [`Way`].
 type Both<T> = [T; 2];
 
 #[derive(Debug)]
 struct State {
-    /// The server's port on 127.0.0.1, for connections to come.
+    /// The server's port on 127.0.0.1, for later connections.
     target: u16,
     /// `None`: connections are refused.
     listener: Option<TcpListener>,
     links: Vec<Link>,
     delay: Duration,
-    /// Whether connections to come are held from the start.
+    /// Whether later connections are held from the start.
     hold_new: Both<bool>,
     rules: Both<Option<Rule>>,
     passed: Both<u64>,
@@ -112,12 +112,12 @@ impl Proxy {
         self.port.number
     }
 
-    /// Leads connections to come to another server, as a failover does; those that are open stay where they are.
+    /// Leads later connections to another server, as a failover does; open connections stay where they are.
     pub fn point_to(&self, target: u16) {
         self.ask(move |state| state.target = target);
     }
 
-    /// Ends every rule: what is held goes on its way, and connections are accepted.
+    /// Ends every rule: held bytes are sent, and connections are accepted.
     #[track_caller]
     pub fn pass(&self) {
         self.accept();
@@ -128,12 +128,12 @@ impl Proxy {
         self.release();
     }
 
-    /// Each byte comes so much later, in either direction.
+    /// Delays each byte by this time, in both directions.
     pub fn delay(&self, delay: Duration) {
         self.ask(move |state| state.delay = delay);
     }
 
-    /// Cuts all connections; what they had under way is lost.
+    /// Cuts all connections; their bytes on the way are lost.
     pub fn cut(&self) {
         self.ask(|state| {
             state.cuts += state.links.len();
@@ -141,19 +141,19 @@ impl Proxy {
         });
     }
 
-    /// Lets exactly so many bytes more pass in one direction, and cuts the connection that carried the last of them.
+    /// Lets exactly this many more bytes pass in one direction, and cuts the connection that carried the last of them.
     /// Zero cuts before the next byte.
     pub fn cut_after(&self, way: Way, bytes: u64) {
         self.rule(way, After::Bytes(bytes), Then::Cut);
     }
 
-    /// Cuts the next connection that carries these bytes (at most 64), right behind them.
+    /// Cuts the next connection that carries these bytes (at most 64), right after them.
     pub fn cut_behind(&self, way: Way, mark: &[u8]) {
         self.rule(way, After::mark(mark), Then::Cut);
     }
 
-    /// Holds the next connection that carries these bytes (at most 64), right behind them: what it sends after them is
-    /// kept until [`release`](Self::release).
+    /// Holds the next connection that carries these bytes (at most 64), right after them: later bytes are kept until
+    /// [`release`](Self::release).
     pub fn hold_behind(&self, way: Way, mark: &[u8]) {
         self.rule(way, After::mark(mark), Then::Hold);
     }
@@ -162,8 +162,8 @@ impl Proxy {
         self.ask(move |state| state.rules[way as usize] = Some(Rule { after, then }));
     }
 
-    /// Keeps what the connections of now send in this direction, until [`release`](Self::release); later connections
-    /// pass.
+    /// Keeps the bytes of the present connections in this direction, until [`release`](Self::release); later
+    /// connections pass.
     pub fn hold(&self, way: Way) {
         self.ask(move |state| {
             for link in &mut state.links {
@@ -172,9 +172,9 @@ impl Proxy {
         });
     }
 
-    /// The same, for connections to come as well.
+    /// The same, also for later connections.
     pub fn hold_all(&self, way: Way) {
-        // In one order: none may be accepted in between.
+        // In one order: no connection may be accepted in between.
         self.ask(move |state| {
             state.hold_new[way as usize] = true;
             for link in &mut state.links {
@@ -183,7 +183,7 @@ impl Proxy {
         });
     }
 
-    /// Sends what was held on its way, also from connections whose sender has closed them.
+    /// Sends the held bytes, also those from connections whose sender has closed them.
     pub fn release(&self) {
         self.ask(|state| {
             state.hold_new = [false; 2];
@@ -194,7 +194,7 @@ impl Proxy {
         });
     }
 
-    /// Refuses connections to come; those that are open stay.
+    /// Refuses later connections; open ones stay.
     pub fn refuse(&self) {
         self.ask(|state| state.listener = None);
     }
@@ -211,9 +211,9 @@ impl Proxy {
         self.ask(|state| state.listener = Some(listener));
     }
 
-    // --- looking at it
+    // --- examining it
 
-    /// Connections that are open on either side, those included that only hold what a client has left.
+    /// Connections that are open on either side, including those that only hold bytes of a client that has left.
     pub fn connections(&self) -> usize {
         self.ask(|state| state.links.len())
     }
@@ -243,7 +243,7 @@ impl Proxy {
         self.ask(move |state| state.links.iter().map(|link| link.queued(way)).sum())
     }
 
-    /// Waits until at least so many bytes are kept.
+    /// Waits until at least this many bytes are kept.
     #[track_caller]
     pub fn wait_held(&self, way: Way, bytes: usize) {
         eventually(&format!("{bytes} bytes held {way:?}"), LIMIT, || {
@@ -257,11 +257,11 @@ impl Proxy {
         eventually("a connection to be cut", LIMIT, || (self.cuts() > cuts).then_some(()));
     }
 
-    /// Has something done by the pump's thread, between two looks at the sockets, and waits for it.
+    /// Lets the pump's thread do something, between two looks at the sockets, and waits for it.
     fn ask<T: Send + 'static>(&self, order: impl FnOnce(&mut State) -> T + Send + 'static) -> T {
         let (answer, answered) = channel();
         let order: Order = Box::new(move |state| {
-            // Whoever asked waits below.
+            // The caller waits below.
             let _ = answer.send(order(state));
         });
         self.orders.send(order).expect("the proxy's thread has panicked");
@@ -270,7 +270,7 @@ impl Proxy {
     }
 
     fn nudge(&self) {
-        // When the socket is full, it wakes anyway.
+        // If the socket is full, the thread wakes anyway.
         let _ = (&self.wake).write(&[1]);
     }
 }
@@ -300,7 +300,7 @@ impl After {
 fn listen() -> (TakenPort, TcpListener) {
     loop {
         let port = TakenPort::any();
-        // Somebody else's in the meantime: nobody reserves a port for ever.
+        // Used by another process meanwhile: nothing reserves a port permanently.
         if let Ok(listener) = TcpListener::bind(("127.0.0.1", port.number)) {
             listener.set_nonblocking(true).expect("a nonblocking socket");
             return (port, listener);

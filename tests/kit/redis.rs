@@ -1,4 +1,4 @@
-//! A throwaway Redis server, and reading its streams.
+//! A throwaway Redis server, and functions to read its streams.
 
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
@@ -15,13 +15,13 @@ use crate::port::TakenPort;
 use crate::process::{self, tail, wait_exit};
 use crate::wait::{LIMIT, eventually};
 
-/// A Redis server on 127.0.0.1 and on a unix socket; nothing is saved to disk unless its arguments say so. Dropping it
+/// A Redis server on 127.0.0.1 and on a Unix socket; nothing is saved to disk unless its arguments say so. Dropping it
 /// kills it and removes its data.
 #[derive(Debug)]
 pub struct Redis {
     child: Option<Child>,
     port: TakenPort,
-    /// Where it speaks TLS as well.
+    /// The TLS port, if any.
     tls_port: Option<TakenPort>,
     args: Vec<String>,
     password: Option<String>,
@@ -40,7 +40,7 @@ impl Redis {
         Self::on(None, args)
     }
 
-    /// The same, with a port where it speaks TLS besides; the arguments say with which certificates.
+    /// The same, with an additional TLS port; the arguments name the certificates.
     #[track_caller]
     pub(crate) fn with_tls_port(args: &[&str]) -> Self {
         Self::on(Some(TakenPort::any()), args)
@@ -65,14 +65,14 @@ impl Redis {
             if server.try_start() {
                 return server;
             }
-            // Somebody else's: nobody reserves a port for ever.
+            // Used by another process: nothing reserves a port permanently.
             server.port = TakenPort::any();
             server.tls_port = server.tls_port.take().map(|_| TakenPort::any());
         }
         panic!("found no port for redis-server:\n{}", tail(&server.log(), 20));
     }
 
-    /// Starts a stopped server on the same port, with what it had saved.
+    /// Starts a stopped server on the same port, with its saved data.
     #[track_caller]
     pub fn start_again(&mut self) {
         assert!(
@@ -138,7 +138,7 @@ impl Redis {
         self.port.number
     }
 
-    /// Where it speaks TLS; see [`crate::tls`].
+    /// The TLS port; see [`crate::tls`].
     #[track_caller]
     pub fn tls_port(&self) -> u16 {
         self.tls_port.as_ref().expect("it was started without TLS").number
@@ -148,7 +148,7 @@ impl Redis {
         self.dir.path().join("redis.sock")
     }
 
-    /// Where it keeps what it saves.
+    /// The directory of its files.
     pub fn dir(&self) -> &Path {
         self.dir.path()
     }
@@ -157,7 +157,7 @@ impl Redis {
         self.password.as_deref()
     }
 
-    /// A TCP connection, whose replies are awaited for at most [`LIMIT`].
+    /// A TCP connection with a timeout of [`LIMIT`].
     #[track_caller]
     pub fn conn(&self) -> Connection {
         self.try_conn()
@@ -176,13 +176,13 @@ impl Redis {
         Ok(conn)
     }
 
-    /// One command on a connection of its own: `redis.call(&["CONFIG", "SET", "maxmemory", "1mb"])`.
+    /// One command on a separate connection: `redis.call(&["CONFIG", "SET", "maxmemory", "1mb"])`.
     #[track_caller]
     pub fn call(&self, words: &[&str]) -> Value {
         tell(&mut self.conn(), words)
     }
 
-    /// The whole of a stream; see [`entries`].
+    /// All entries of a stream; see [`entries`].
     #[track_caller]
     pub fn entries(&self, stream: &str) -> Vec<Entry> {
         entries(&mut self.conn(), stream)
@@ -193,7 +193,7 @@ impl Redis {
         xlen(&mut self.conn(), stream)
     }
 
-    /// Waits until a stream has `count` entries or more, and returns it whole.
+    /// Waits until a stream has `count` entries or more, and returns all of them.
     #[track_caller]
     pub fn wait_entries(&self, stream: &str, count: usize) -> Vec<Entry> {
         let mut conn = self.conn();
@@ -209,8 +209,8 @@ impl Redis {
         panic!("waited {LIMIT:?} for {count} entries in {stream}; there are {last}");
     }
 
-    /// The longest time between two entries of a stream since `since` (after 1970), by Redis's own clock; `None`: there
-    /// are no two.
+    /// The longest time between two entries of a stream since `since` (after 1970), by Redis's own clock; `None` if
+    /// there are fewer than two.
     #[track_caller]
     pub fn longest_stall(&self, stream: &str, since: Duration) -> Option<Duration> {
         let entries: Vec<(String, Vec<String>)> = cmd("XRANGE")
@@ -225,7 +225,7 @@ impl Redis {
         longest.map(Duration::from_millis)
     }
 
-    /// Whether it counts the lag of consumer groups: Redis does from version 7 on.
+    /// Whether it computes the lag of consumer groups: Redis does from version 7 on.
     pub fn counts_lag(&self) -> bool {
         let info: String = cmd("INFO").arg("server").query(&mut self.conn()).expect("INFO");
         !info.contains("redis_version:6.")
@@ -246,7 +246,7 @@ impl Redis {
         self.reap();
     }
 
-    /// SHUTDOWN: saves what its arguments say, and exits.
+    /// SHUTDOWN: saves according to its arguments, and exits.
     #[track_caller]
     pub fn shutdown(&mut self) {
         process::signal(self.pid(), Signal::SIGTERM);
@@ -255,7 +255,7 @@ impl Redis {
         self.child = None;
     }
 
-    /// Freezes it: connections are accepted by the kernel and nothing answers.
+    /// Freezes it: the kernel accepts connections and nothing answers.
     #[track_caller]
     pub fn sigstop(&self) {
         process::signal(self.pid(), Signal::SIGSTOP);
@@ -312,8 +312,8 @@ impl Entry {
     }
 }
 
-/// One command of an admin's, on a connection that stays open: after `CONFIG SET requirepass` or `maxclients` no other
-/// would come in.
+/// A command of an administrator on a connection that stays open: after `CONFIG SET requirepass` or `maxclients` no new
+/// one would be accepted.
 #[track_caller]
 pub fn tell(conn: &mut impl ConnectionLike, words: &[&str]) -> Value {
     cmd(words[0])
@@ -322,7 +322,7 @@ pub fn tell(conn: &mut impl ConnectionLike, words: &[&str]) -> Value {
         .unwrap_or_else(|error| panic!("{words:?} failed: {error}"))
 }
 
-/// The whole of a stream, oldest entry first; empty when it doesn't exist.
+/// All entries of a stream, oldest first; empty if the stream does not exist.
 #[track_caller]
 pub fn entries(conn: &mut impl ConnectionLike, stream: &str) -> Vec<Entry> {
     let raw: Vec<(String, Vec<String>)> = cmd("XRANGE")
@@ -350,7 +350,7 @@ pub fn xlen(conn: &mut impl ConnectionLike, stream: &str) -> usize {
         .unwrap_or_else(|error| panic!("cannot count {stream}: {error}"))
 }
 
-/// How often each value of `field` stands in a stream: the ledger's view of duplicates.
+/// How often each value of `field` is in a stream: shows duplicates for the ledger.
 pub fn counts(entries: &[Entry], field: &str) -> BTreeMap<String, usize> {
     let mut counts = BTreeMap::new();
     for entry in entries {

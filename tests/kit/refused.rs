@@ -1,8 +1,8 @@
-//! What Postgres said when it refused a statement.
+//! The error of a refused statement.
 
 use std::fmt::Debug;
 
-/// The parts of an ERROR that a user sees and that a program can tell it by.
+/// The parts of an ERROR that a user or a program sees.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Refused {
     pub code: String,
@@ -12,7 +12,7 @@ pub struct Refused {
 }
 
 impl Refused {
-    /// What a statement must have been refused with; panics if it went well, or the server said nothing.
+    /// The error of a statement; panics if it succeeded, or failed without an answer of the server.
     #[track_caller]
     pub fn of<T: Debug>(outcome: Result<T, ::postgres::Error>) -> Self {
         let error = outcome.expect_err("it should have been refused");
@@ -27,7 +27,7 @@ impl Refused {
         }
     }
 
-    /// As expected, with a detail and a hint.
+    /// An expected error, with a detail and a hint.
     pub fn new(code: &str, message: &str, detail: &str, hint: &str) -> Self {
         let text = |text: &str| (!text.is_empty()).then(|| text.to_string());
         Refused {

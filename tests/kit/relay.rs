@@ -1,4 +1,4 @@
-//! What the relay says of itself, and what publishing in bulk gave.
+//! The relay's own status, and publishing in bulk.
 
 use std::time::{Duration, Instant};
 
@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use crate::{Entry, LIMIT, Postgres, wait_until};
 
-/// Settings with which everything that waits or gives up does so within a fraction of a second.
+/// Settings with which all waits and timeouts are a fraction of a second.
 pub const QUICK: &[(&str, &str)] = &[
     ("outbox_relay.retry_delay", "50ms"),
     ("outbox_relay.retry_max_delay", "200ms"),
@@ -15,7 +15,7 @@ pub const QUICK: &[(&str, &str)] = &[
     ("outbox_relay.redis_socket_timeout", "300ms"),
 ];
 
-/// A row of `outbox.backend_status`, as far as tests look at it.
+/// A row of `outbox.backend_status`, with the columns that tests use.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Standing {
     pub state: String,
@@ -63,7 +63,7 @@ pub fn wait_trouble(pg: &Postgres, backend: &str, state: &str, error: &str) -> S
     }
 }
 
-/// Waits until nothing of a backend waits any more, by its saved cursor.
+/// Waits until nothing of a backend is pending, according to its saved cursor.
 #[track_caller]
 pub fn wait_drained(pg: &Postgres, backend: &str) {
     wait_until(&format!("all events of {backend} to be delivered"), || {
@@ -94,7 +94,7 @@ pub fn ids(entries: &[Entry]) -> Vec<Uuid> {
     entries.iter().map(id).collect()
 }
 
-/// Each event_id once, in the order in which it first occurs.
+/// Each event_id once, in the order of the first occurrences.
 #[track_caller]
 pub fn first_ids(entries: &[Entry]) -> Vec<Uuid> {
     let mut seen = std::collections::HashSet::new();
@@ -107,7 +107,7 @@ pub fn types(entries: &[Entry]) -> Vec<&str> {
     entries.iter().map(|entry| entry.field("event_type")).collect()
 }
 
-/// Runs a statement that nothing of ours may block. It takes a few hundredths of a second, but machines are busy.
+/// Runs a statement that nothing of the relay may block. It takes some hundredths of a second, but machines are busy.
 #[track_caller]
 pub fn promptly(pg: &Postgres, sql: &str) {
     const LIMIT: Duration = Duration::from_secs(2);

@@ -1,4 +1,4 @@
-//! Redis servers that follow another, fall behind, and take its place.
+//! Redis servers that replicate another, fall behind, and take its place.
 
 use ::redis::cmd;
 
@@ -6,11 +6,11 @@ use crate::Redis;
 use crate::redis::tell;
 use crate::wait::{LIMIT, eventually};
 
-/// Nobody listens on this port.
+/// Nothing listens on this port.
 const NOBODY: &str = "1";
 
 impl Redis {
-    /// A replica of this server, in step with it.
+    /// A replica of this server, in sync with it.
     #[track_caller]
     pub fn replica_of(primary: &Redis) -> Self {
         Self::replica_with(primary, &[])
@@ -29,11 +29,11 @@ impl Redis {
         replica
     }
 
-    /// Makes this server a replica of `primary`, and waits until it has all of its data. What it had that the other has
-    /// not is gone.
+    /// Makes this server a replica of `primary`, and waits until it has all of its data. Data that only this server had
+    /// are lost.
     #[track_caller]
     pub fn follow(&self, primary: &Redis) {
-        // Or it would wait for further replicas first, for five seconds.
+        // Otherwise it would wait for further replicas first, for five seconds.
         tell(&mut primary.conn(), &["CONFIG", "SET", "repl-diskless-sync-delay", "0"]);
         tell(
             &mut self.conn(),
@@ -42,14 +42,14 @@ impl Redis {
         self.wait_caught_up(primary);
     }
 
-    /// Lets this replica fall behind: it keeps what it has, stays read-only, and hears nothing any more until
+    /// Lets this replica fall behind: it keeps its data, stays read-only, and receives nothing any more until
     /// [`follow`](Self::follow) or [`promote`](Self::promote).
     #[track_caller]
     pub fn lag(&self) {
         tell(&mut self.conn(), &["REPLICAOF", "127.0.0.1", NOBODY]);
     }
 
-    /// Makes this replica a primary, with what it has.
+    /// Makes this replica a primary, with its present data.
     #[track_caller]
     pub fn promote(&self) {
         tell(&mut self.conn(), &["REPLICAOF", "NO", "ONE"]);
@@ -58,8 +58,8 @@ impl Redis {
         });
     }
 
-    /// Promotes this replica, and makes its old primary its replica: a switch of roles, as Sentinel does it.
-    /// What the old primary has ahead of this one is gone.
+    /// Promotes this replica, and makes its old primary its replica: a switch of roles, as Sentinel does it. Data that
+    /// only the old primary has are lost.
     #[track_caller]
     pub fn take_over_from(&self, primary: &Redis) {
         self.promote();
@@ -80,7 +80,7 @@ impl Redis {
         });
     }
 
-    /// A line of INFO replication; `None` also while it lets its clients go, as it does when its role changes.
+    /// A line of INFO replication; `None` also while it disconnects its clients, as it does when its role changes.
     pub fn replication(&self, name: &str) -> Option<String> {
         let mut conn = self.try_conn().ok()?;
         let info: String = cmd("INFO").arg("replication").query(&mut conn).ok()?;

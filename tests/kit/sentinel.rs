@@ -15,8 +15,8 @@ use crate::{Redis, env};
 /// The name by which the sentinels know the primary.
 pub const MASTER: &str = "mymaster";
 
-/// How long a primary must be silent before they begin a failover: a second for the figures, and else so long that a
-/// machine which does other things besides is not taken for a primary that is down.
+/// How long a primary must be silent before the sentinels begin a failover: a second when figures are measured, and
+/// otherwise so long that a busy machine is not taken for a primary that is down.
 fn down_after() -> Duration {
     let is_measured = std::env::var_os("OUTBOX_FAILOVERS").is_some();
     Duration::from_secs(if is_measured { 1 } else { 3 })
@@ -39,7 +39,7 @@ impl Sentinel {
         Self::on(None, primary, quorum, more)
     }
 
-    /// One that watches the primary over TLS, and speaks it too (beside its port).
+    /// A sentinel that watches the primary over TLS, and also has a TLS port.
     #[track_caller]
     pub fn over_tls(primary: &Redis, certificate: &Certificate, ca_file: &str) -> Self {
         let tls_port = TakenPort::any();
@@ -76,7 +76,7 @@ impl Sentinel {
         self.dir.path().join("sentinel.log")
     }
 
-    /// Starts it, also again with what it had learnt.
+    /// Starts it, or restarts it with the state that it had learnt.
     #[track_caller]
     pub fn start(&mut self) {
         let log = File::create(self.log()).expect("cannot write a log");
@@ -97,7 +97,7 @@ impl Sentinel {
         self.port.number
     }
 
-    /// Where it speaks TLS.
+    /// The TLS port.
     #[track_caller]
     pub fn tls_port(&self) -> u16 {
         self.tls_port.as_ref().expect("it was started without TLS").number
@@ -119,7 +119,7 @@ impl Sentinel {
         cmd("SENTINEL").arg(words).query(&mut self.try_conn()?)
     }
 
-    /// The port of the primary, as this one says.
+    /// The port of the primary, according to this sentinel.
     #[track_caller]
     pub fn primary(&self) -> u16 {
         let (_, port): (String, u16) = cmd("SENTINEL")
@@ -129,7 +129,7 @@ impl Sentinel {
         port
     }
 
-    /// Whether it knows so many other sentinels, and a replica that is well.
+    /// Whether it knows this many other sentinels, and a healthy replica.
     fn knows(&self, others: usize) -> bool {
         let number = |field: &str| -> Option<usize> {
             let fields: Vec<String> = cmd("SENTINEL")
@@ -183,7 +183,7 @@ impl Watched {
         watched
     }
 
-    /// Waits until a failover could be made.
+    /// Waits until a failover would be possible.
     #[track_caller]
     pub fn wait_ready(&self) {
         eventually("the sentinels to know each other and the replica", LIMIT, || {
@@ -191,13 +191,13 @@ impl Watched {
         });
     }
 
-    /// As in `outbox.backends.nodes`.
+    /// The value for `outbox.backends.nodes`.
     pub fn nodes(&self) -> String {
         let nodes: Vec<String> = self.sentinels.iter().map(Sentinel::node).collect();
         format!("{{{}}}", nodes.join(","))
     }
 
-    /// Waits until the replica is the primary: from now on the two have changed places. The former primary may be down.
+    /// Waits until the replica is the primary: from now on the two have swapped roles. The former primary may be down.
     #[track_caller]
     pub fn wait_failover(&mut self) {
         let port = self.replica.port();

@@ -10,7 +10,7 @@ use crate::{
 /// The stream of the backend `default`.
 pub const STREAM: &str = "events";
 
-/// What a user sees of a backend that does not work.
+/// The error of a backend as users see it.
 pub struct Trouble<'a> {
     pub state: &'a str,
     /// A part of last_error.
@@ -19,7 +19,7 @@ pub struct Trouble<'a> {
     pub hint: &'a str,
 }
 
-/// Redis or the way to it is not ready.
+/// Redis or the network to it is not ready.
 pub fn backoff<'a>(error: &'a str, hint: &'a str) -> Trouble<'a> {
     Trouble {
         state: "backoff",
@@ -28,7 +28,7 @@ pub fn backoff<'a>(error: &'a str, hint: &'a str) -> Trouble<'a> {
     }
 }
 
-/// Somebody must mend a setting.
+/// Somebody must correct a setting.
 pub fn misconfigured<'a>(error: &'a str, hint: &'a str) -> Trouble<'a> {
     Trouble {
         state: "misconfigured",
@@ -40,7 +40,7 @@ pub fn misconfigured<'a>(error: &'a str, hint: &'a str) -> Trouble<'a> {
 /// Both servers, the extension created in the database `postgres`, its `default` backend pointed at `redis`.
 #[derive(Debug)]
 pub struct Stack {
-    // Stopped first: it would log that Redis is gone.
+    // Stopped first: otherwise it would log that Redis is gone.
     pub pg: Postgres,
     pub redis: Redis,
 }
@@ -88,7 +88,7 @@ impl Stack {
         assert_eq!(changed, 1, "there is no backend {backend}");
     }
 
-    /// A proxy between the relay and its Redis, over which the backend `default` is connected when this returns.
+    /// A proxy between the relay and its Redis, through which the backend `default` is connected when this returns.
     #[track_caller]
     pub fn through_proxy(&self) -> Proxy {
         let proxy = Proxy::to(self.redis.port());
@@ -97,7 +97,7 @@ impl Stack {
         proxy
     }
 
-    /// Publishes one event of this type, with `{"type": event_type}` as its data, in a transaction of its own.
+    /// Publishes one event of this type, with `{"type": event_type}` as its data, in a separate transaction.
     #[track_caller]
     pub fn publish(&self, event_type: &str) -> Uuid {
         self.pg
@@ -110,7 +110,7 @@ impl Stack {
             .get(0)
     }
 
-    /// Publishes so many events to the backend `default`, and waits until it is in this state with an error that
+    /// Publishes this many events to the backend `default`, and waits until it is in this state with an error that
     /// contains `error`, and until the log has the hint: they all wait, and none has failed.
     #[track_caller]
     pub fn publish_into(&self, trouble: &Trouble<'_>, count: i32) -> Vec<Uuid> {
@@ -121,8 +121,8 @@ impl Stack {
         published
     }
 
-    /// Waits until what was published, and nothing else, stands in the stream of the backend `default` in this Redis,
-    /// in order, and nothing has failed.
+    /// Waits until exactly the published events are in the stream of the backend `default` in this Redis, in order, and
+    /// nothing has failed.
     #[track_caller]
     pub fn assert_mended(&self, redis: &Redis, published: &[Uuid]) {
         redis.wait_entries(STREAM, published.len());
@@ -135,7 +135,7 @@ impl Stack {
         wait_eq("the state", "idle".to_string(), || standing(&self.pg, "default").state);
     }
 
-    /// The stream of the backend `default`, whole.
+    /// All entries in the stream of the backend `default`.
     #[track_caller]
     pub fn events(&self) -> Vec<Entry> {
         self.redis.entries(STREAM)

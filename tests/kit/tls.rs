@@ -1,4 +1,4 @@
-//! Certificates of authorities that nobody knows, and Redis servers that show them.
+//! Certificates of unknown authorities, and Redis servers that use them.
 
 use std::path::PathBuf;
 
@@ -7,7 +7,7 @@ use tempfile::TempDir;
 
 use crate::{Redis, env};
 
-/// A certificate authority, whose files go with it.
+/// A certificate authority, whose files are removed with it.
 #[derive(Debug)]
 pub struct Authority {
     issuer: Issuer<'static, KeyPair>,
@@ -44,7 +44,7 @@ impl Authority {
         self.issue_until(2040, names)
     }
 
-    /// One that ended with the year before.
+    /// A certificate that has expired.
     pub fn issue_until(&self, year: i32, names: &[&str]) -> Certificate {
         let names: Vec<String> = names.iter().map(|name| name.to_string()).collect();
         let mut params = CertificateParams::new(names).expect("names for a certificate");
@@ -77,8 +77,8 @@ impl Default for Authority {
 }
 
 impl Redis {
-    /// A server that shows this certificate on its [`tls_port`](Self::tls_port), and asks nobody for one; arguments
-    /// that follow may say otherwise.
+    /// A server that uses this certificate on its [`tls_port`](Self::tls_port), and asks clients for none; later
+    /// arguments may change that.
     #[track_caller]
     pub fn tls(certificate: &Certificate, args: &[&str]) -> Self {
         let mut all = vec![

@@ -1,14 +1,14 @@
-//! Waiting for what happens soon, without guessing how soon.
+//! Waiting for something that happens soon, without fixed delays.
 
 use std::fmt::Debug;
 use std::time::{Duration, Instant};
 
-/// How long the kit waits where a test doesn't say: far longer than anything takes, on a busy machine too.
+/// How long the kit waits by default: far longer than anything takes, on a busy machine too.
 pub const LIMIT: Duration = Duration::from_secs(20);
 
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// Polls until `probe` gives a value; panics after `limit`, naming what it waited for.
+/// Polls until `probe` returns a value; panics after `limit`, naming what it waited for.
 #[track_caller]
 pub fn eventually<T>(what: &str, limit: Duration, mut probe: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + limit;
@@ -29,7 +29,7 @@ pub fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
     eventually(what, LIMIT, || holds().then_some(()));
 }
 
-/// Polls until `probe` gives `expected`, for [`LIMIT`]; panics with the last value that it gave.
+/// Polls until `probe` returns `expected`, for [`LIMIT`]; panics with the last value.
 #[track_caller]
 pub fn wait_eq<T: PartialEq + Debug>(what: &str, expected: T, mut probe: impl FnMut() -> T) {
     let deadline = Instant::now() + LIMIT;
@@ -45,7 +45,7 @@ pub fn wait_eq<T: PartialEq + Debug>(what: &str, expected: T, mut probe: impl Fn
     }
 }
 
-/// Looks again and again for so long, and panics as soon as it does not hold: for what must not happen.
+/// Polls for this time, and panics as soon as the condition does not hold: for things that must not happen.
 #[track_caller]
 pub fn holds_for(span: Duration, what: &str, mut holds: impl FnMut() -> bool) {
     let end = Instant::now() + span;

@@ -1,6 +1,6 @@
-//! The other end: a process for each stream, as it would be deployed. It handles what it has read and not acknowledged,
-//! in order, and reads more when there is none; effects and consume_once() are in one transaction, and XACK follows its
-//! commit.
+//! The consumers: a process for each stream, as it would be deployed. It first handles what it has read and not
+//! acknowledged, in order, and reads more when there is none. The effects and consume_once() are in one transaction,
+//! and XACK follows its commit.
 
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -15,7 +15,8 @@ use uuid::Uuid;
 
 use super::{STREAMS, Site};
 
-/// The effects can hold an event twice, so that a repeat shows. `last` says at once what comes in another order.
+/// The table of effects can hold an event twice, so that a repeat is seen. `last` shows at once when an event arrives
+/// in another order.
 pub(super) const SCHEMA: &str = "
 create table effects (position bigint generated always as identity, event_id uuid not null, stream text not null,
     key text not null, version bigint not null);
@@ -47,7 +48,7 @@ pub(super) struct Consumers {
     port: String,
     dice: Dice,
     careless: bool,
-    /// One for each stream, and those that were frozen and replaced meanwhile.
+    /// One process for each stream, and those that were frozen and replaced meanwhile.
     children: Vec<Child>,
     frozen: Vec<Child>,
 }
@@ -85,7 +86,7 @@ impl Consumers {
             .expect("a consumer starts")
     }
 
-    /// SIGKILL, wherever it is; another one takes its place.
+    /// SIGKILL, at any point of its work; another process takes its place.
     pub(super) fn kill(&mut self, index: usize) {
         let next = self.spawn(index);
         let mut old = std::mem::replace(&mut self.children[index], next);
@@ -93,7 +94,7 @@ impl Consumers {
         let _ = old.wait();
     }
 
-    /// It stands still and is replaced, as one that its supervisor takes for dead.
+    /// The process is stopped and replaced, as by a supervisor that takes it for dead.
     pub(super) fn freeze(&mut self, index: usize) {
         process::signal(self.children[index].id() as i32, Signal::SIGSTOP);
         let next = self.spawn(index);
@@ -101,14 +102,14 @@ impl Consumers {
         self.frozen.push(old);
     }
 
-    /// Those that were taken for dead go on for a moment, beside those that have replaced them.
+    /// The processes that were taken for dead go on for a moment, beside their replacements.
     pub(super) fn thaw(&mut self) {
         for child in &self.frozen {
             process::signal(child.id() as i32, Signal::SIGCONT);
         }
     }
 
-    /// They end.
+    /// Ends these processes.
     pub(super) fn end_frozen(&mut self) {
         for mut child in self.frozen.drain(..) {
             let _ = child.kill();
@@ -116,7 +117,7 @@ impl Consumers {
         }
     }
 
-    /// Starts those again that have ended by themselves.
+    /// Starts consumers again that have ended by themselves.
     pub(super) fn revive(&mut self) {
         for index in 0..self.children.len() {
             if self.children[index].try_wait().expect("a child of ours").is_some() {
@@ -155,7 +156,7 @@ pub(crate) fn main(words: &[String]) -> ! {
         dice: Dice::new(seed.parse().expect("a number")),
         careless: careless == "true",
     };
-    // Whatever fails, it begins anew: with what it had not acknowledged.
+    // Whatever fails, the consumer begins again, with the entries that it had not acknowledged.
     loop {
         if let (Ok(mut db), Ok(mut redis)) = (config.connect(NoTls), connect(&url)) {
             let _ = consumer.consume(&mut db, &mut redis);
@@ -174,7 +175,7 @@ fn connect(url: &str) -> Result<Connection, Failure> {
 
 struct Consumer<'a> {
     stream: &'a str,
-    /// In the inbox.
+    /// With the inbox.
     name: String,
     dice: Dice,
     /// Without the inbox, to see the test fail.
@@ -191,9 +192,9 @@ struct Event {
 impl Consumer<'_> {
     fn consume(&mut self, db: &mut Client, redis: &mut Connection) -> Result<(), Failure> {
         loop {
-            // All that was given to this name and is not acknowledged, in the order of the stream. What `>` has brought is
-            // part of it; so is what was given to another process of this name, even a moment ago, to one that is dead
-            // or stands still.
+            // All entries that were given to this name and are not acknowledged, in the order of the stream. They
+            // include what `>` has just brought, and what was given to another process of this name, even a moment ago,
+            // whether that one is dead or stopped.
             let events = self.read(redis, "0")?;
             if events.is_empty() {
                 self.read(redis, ">")?;

@@ -1,7 +1,8 @@
-//! Exactly once from a transaction of one Postgres to a transaction of another (`--end-to-end`): sessions publish in the
-//! first, by a function and by an attached table, the relay appends to the streams of a Redis, and a consumer process for each stream writes the effects to the
-//! second, with outbox.consume_once() in the same transaction and XACK after its commit. Postmasters, worker, Redis and
-//! consumers are killed, frozen and restarted at random. At the end, ledger and effects must be the same.
+//! Exactly once from a transaction of one Postgres to a transaction of another (`--end-to-end`). Sessions publish in
+//! the first, by a function and by an attached table. The relay appends to the streams of a Redis. A consumer process
+//! for each stream writes the effects to the second, with outbox.consume_once() in the same transaction and XACK after
+//! its commit. Postmasters, the worker, Redis and consumers are killed, frozen and restarted at random. At the end,
+//! ledger and effects must be the same.
 //!
 //! - [`publishers`] who publishes, and the ledger; [`consumer`] the other end, a process of its own
 //! - [`nemesis`] what goes wrong; [`verdict`] compares both ends
@@ -20,16 +21,16 @@ use self::nemesis::Nemesis;
 use self::publishers::Publishers;
 use crate::options::Options;
 
-/// Each has a consumer. The events of a key go into one of them.
+/// Each stream has a consumer. All events of a key go into one stream.
 const STREAMS: [&str; 3] = ["orders", "payments", "parcels"];
-/// So long after the last fault, all must be consumed.
+/// By this time after the last fault, all events must be consumed.
 const DRAIN_LIMIT: Duration = Duration::from_secs(90);
 
 struct Site {
-    /// Publishes and relays.
+    /// The server that publishes and relays.
     first: Postgres,
     redis: Redis,
-    /// Consumes, without a worker: the library is not preloaded there.
+    /// The server that consumes, without a worker: the library is not preloaded there.
     second: Postgres,
 }
 
@@ -58,7 +59,7 @@ impl Site {
     }
 }
 
-/// Whether nothing was violated.
+/// Returns whether nothing was violated.
 pub(crate) fn run(seed: u64, options: &Options) -> bool {
     let site = Site::start();
     let consumers = Consumers::start(&site, seed, options.careless);

@@ -1,4 +1,4 @@
-//! What goes wrong between the two ends: drawn from the seed, carried out one after the other.
+//! The faults between the two ends: drawn from the seed, carried out one after the other.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -115,7 +115,7 @@ impl Nemesis {
                 }
             }
             Fault::KillSessions(end) => {
-                // Who is being started cannot be asked.
+                // A server that is just starting cannot be asked.
                 let client = self.end(end).config(USER, DB).connect(NoTls);
                 let terminate = "select pg_terminate_backend(pid) from pg_stat_activity where backend_type = 'client backend' and pid <> pg_backend_pid()";
                 let _ = client.and_then(|mut client| client.batch_execute(terminate));
@@ -151,7 +151,7 @@ impl Nemesis {
         self.end(end).start_again();
     }
 
-    /// Nothing is broken any more. A server whose worker was killed may still be recovering.
+    /// Ends all faults. A server whose worker was killed may still be recovering.
     pub(super) fn repair(&mut self) {
         for server in [&self.site.first, &self.site.second] {
             let connects = || server.config(USER, DB).connect(NoTls).is_ok();

@@ -1,4 +1,4 @@
-//! Sessions that publish, and write the same into the ledger in the same transaction.
+//! Sessions that publish, and write the same to the ledger in the same transaction.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -13,7 +13,7 @@ use super::STREAMS;
 
 const KEYS: u64 = 24;
 
-/// Whoever publishes for a key holds its row until the commit, so versions are in the order of commits.
+/// The publisher of a key holds the key's row until the commit, so versions are in the order of commits.
 pub(super) const SCHEMA: &str = "
 create table aggregates (key text primary key, version bigint not null default 0);
 insert into aggregates select 'k' || n from generate_series(0, 23) n;
@@ -61,7 +61,7 @@ impl Publishers {
         }
     }
 
-    /// How many commits they were told of, and how often they were thrown out.
+    /// How many commits were confirmed to them, and how often their sessions were terminated.
     pub(super) fn stop(self) -> (u64, u64) {
         self.stop.store(true, Ordering::Relaxed);
         for thread in self.threads {
@@ -86,7 +86,7 @@ fn live(config: &Config, mut dice: Dice, stop: &AtomicBool, commits: &AtomicU64,
             Ok(committed) => {
                 commits.fetch_add(u64::from(committed), Ordering::Relaxed);
             }
-            // Two have published for the same keys in another order.
+            // A deadlock: two sessions have published for the same keys in another order.
             Err(error) if error.code().is_some_and(|code| code.code() == "40P01") => {}
             Err(error)
                 if error
@@ -104,7 +104,7 @@ fn live(config: &Config, mut dice: Dice, stop: &AtomicBool, commits: &AtomicU64,
     }
 }
 
-/// Whether it was committed. An ERROR leaves the rest to the server: the session rolls back when it begins again.
+/// Returns whether it was committed. After an ERROR the session rolls back when it begins again.
 fn transaction(client: &mut Client, dice: &mut Dice) -> Result<bool, Error> {
     let mut transaction = client.transaction()?;
     for _ in 0..dice.between(1, 6) {

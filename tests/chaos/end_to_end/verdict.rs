@@ -1,4 +1,4 @@
-//! The ledger of the first server beside the effects in the second.
+//! Compares the ledger of the first server with the effects in the second.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -9,7 +9,7 @@ use postgres::NoTls;
 
 use super::Site;
 
-/// So many of a kind are shown.
+/// How many violations of a kind are shown.
 const SHOWN: usize = 5;
 
 /// Stream, key, version.
@@ -25,7 +25,7 @@ pub(super) struct Verdict {
     disorder: Vec<String>,
 }
 
-/// A server whose worker was killed last may still begin to recover.
+/// A server whose worker was killed last may still have to recover.
 fn lines(pg: &Postgres, sql: &str) -> Vec<(String, Line)> {
     let rows = eventually("a server to answer", LIMIT, || {
         pg.config(USER, DB).connect(NoTls).ok()?.query(sql, &[]).ok()
@@ -73,7 +73,7 @@ pub(super) fn judge(site: &Site) -> Verdict {
 }
 
 impl Verdict {
-    /// Nothing more is to come.
+    /// Whether no more events are to come.
     pub(super) fn is_complete(&self) -> bool {
         self.lost.is_empty()
     }

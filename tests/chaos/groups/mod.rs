@@ -1,5 +1,5 @@
-//! Consumer groups under chaos, with `trim = 'read'`: they are made and destroyed, their consumers read, acknowledge
-//! and die. No entry may go that a group has not acknowledged.
+//! Consumer groups under chaos, with `trim = 'read'`: they are created and destroyed, and their consumers read,
+//! acknowledge and die. No entry may be trimmed that a group has not acknowledged.
 //!
 //! Each stream has a group `keeper` that archives what it acknowledges, in the same Redis and the same step
 //! (`deeds.lua`). A failover or a crash sets back the stream, its groups and the archive together. The verdict compares
@@ -22,7 +22,7 @@ const KEEPER: &str = "keeper";
 const MOST_PASSING: usize = 4;
 /// How long trimming may take once all is acknowledged.
 const TRIM_LIMIT: Duration = Duration::from_secs(20);
-/// The limits at which backends wait. A stream that must be read takes half of it a second.
+/// The limits at which backends wait. In a second, a stream receives about half of the smallest limit.
 const LIMITS: &[u64] = &[2_000, 0, 4_000, 4_000, 2_000];
 
 /// What XREADGROUP gives: streams with entries of fields and values.
@@ -50,7 +50,7 @@ fn places() -> impl Iterator<Item = (usize, &'static str)> {
     own.chain(ROUTED).chain([(0, NAMED), (1, NAMED)])
 }
 
-/// What has stood in a stream, as that Redis has it: the archive, and what is still there.
+/// All entries that were in a stream, according to that Redis: the archive, and what is still in the stream.
 pub(crate) fn entries(redis: &Redis, stream: &str) -> Vec<Entry> {
     let archive: Vec<(String, String)> = cmd("HGETALL")
         .arg(archive(stream))
@@ -91,7 +91,7 @@ struct Tally {
     destroyed: AtomicU64,
     died: AtomicU64,
     claimed: AtomicU64,
-    /// Entries that are gone, and who was owed them.
+    /// Entries that are gone, and the groups that had not acknowledged them.
     gone: Mutex<Vec<String>>,
 }
 
@@ -132,8 +132,8 @@ impl Groups {
         self.finish.store(true, Ordering::Relaxed);
     }
 
-    /// Waits until what was acknowledged is trimmed, and ends. Returns what they did in words, and what is wrong: each
-    /// with its name.
+    /// Waits until what was acknowledged is trimmed, and ends. Returns a sentence on what they did, and the violations
+    /// by name.
     pub(crate) fn stop(self, site: &Site) -> (String, Vec<(&'static str, Vec<String>)>) {
         let untrimmed = wait_trimmed(site);
         self.stop.store(true, Ordering::Relaxed);
@@ -157,7 +157,7 @@ impl Groups {
     }
 }
 
-/// Each stream keeps the entry that was delivered last, and no other.
+/// Waits until each stream keeps only the entry that was delivered last.
 fn wait_trimmed(site: &Site) -> Vec<String> {
     let deadline = Instant::now() + TRIM_LIMIT;
     loop {
@@ -173,7 +173,7 @@ fn wait_trimmed(site: &Site) -> Vec<String> {
     }
 }
 
-/// Who reads one stream.
+/// The consumers of one stream.
 struct Readers {
     stream: &'static str,
     ports: Vec<u16>,
@@ -187,7 +187,8 @@ struct Readers {
 impl Readers {
     fn live(&mut self, stop: &AtomicBool) {
         while !stop.load(Ordering::Relaxed) {
-            // Down, frozen, loading, full, read-only, alone: later, and with whoever is the primary then.
+            // Redis is down, frozen, loading, full, read-only or without replicas: again later, with the primary of
+            // that time.
             let _ = self.connected(stop);
             std::thread::sleep(Duration::from_millis(20));
         }
@@ -200,7 +201,7 @@ impl Readers {
         if role.first() != Some(&Value::BulkString(b"master".to_vec())) {
             return Ok(());
         }
-        // As this Redis has them.
+        // The groups according to this Redis.
         let groups: Vec<BTreeMap<String, Value>> = cmd("XINFO").arg(&["GROUPS", self.stream]).query(&mut conn)?;
         let names = groups.iter().filter_map(|group| match group.get("name") {
             Some(Value::BulkString(name)) => String::from_utf8(name.clone()).ok(),
@@ -229,7 +230,7 @@ impl Readers {
             0 if self.passing.len() < MOST_PASSING => self.make(conn),
             1 if !self.passing.is_empty() => self.leave(conn),
             2 => {
-                // A consumer that dies with what it has read.
+                // A consumer that dies without acknowledging what it has read.
                 let consumer = format!("victim{}", self.dice.below(5));
                 let read = self.read(conn, &group, &consumer)?;
                 self.tally
@@ -285,9 +286,9 @@ impl Readers {
         Ok(entries.map(|(id, _)| id).collect())
     }
 
-    /// Takes over what consumers that died have left.
+    /// Takes over what dead consumers have left.
     fn claim(&mut self, conn: &mut Connection, group: &str) -> RedisResult<()> {
-        // JUSTID would not say which entries are gone.
+        // With JUSTID, Redis would not say which entries are gone.
         let claimed: Vec<Value> = cmd("XAUTOCLAIM")
             .arg(&[self.stream, group, "heir", "0", "0", "COUNT", "500"])
             .query(conn)?;
@@ -295,7 +296,7 @@ impl Readers {
             Some(entries) => redis::from_redis_value(entries.clone())?,
             None => Vec::new(),
         };
-        // Since Redis 7 they are listed by themselves; before, they are nil.
+        // Since Redis 7, deleted entries are listed separately; before, they are nil.
         let mut gone: Vec<String> = match claimed.get(2) {
             Some(ids) => redis::from_redis_value(ids.clone())?,
             None => Vec::new(),
@@ -324,7 +325,7 @@ impl Readers {
     }
 }
 
-/// One of `deeds.lua`. Returns the entries that are gone.
+/// Runs one of the actions in `deeds.lua`. Returns the entries that are gone.
 fn deed(conn: &mut Connection, stream: &str, what: &str, group: &str, ids: &[String]) -> RedisResult<Vec<String>> {
     cmd("EVAL")
         .arg(&[include_str!("deeds.lua"), "1", stream, what, group])

@@ -19,7 +19,7 @@ fn columns_of_all_kinds_are_published_and_changes_of_the_table_followed() {
         &mut c,
         "insert into \"T's\" values (1, 'it''s', default, '{1,2}', row(1, 'z'), '{\"a\": [1]}', 3, 'red', '\\x01', repeat(md5('1'), 20000))",
     );
-    // A value that is stored apart, and is not touched, is there.
+    // A value in a TOAST table is there even if the update did not touch it.
     run(&mut c, "update \"T's\" set g = 4");
     run(
         &mut c,
@@ -47,7 +47,7 @@ fn columns_of_all_kinds_are_published_and_changes_of_the_table_followed() {
         (&json!("red"), &json!(7))
     );
     assert!(events[3].2.get("j").is_none() && events[3].2.get("gone").is_none());
-    // The key is followed, too.
+    // A changed key is followed, too.
     run(
         &mut c,
         "alter table renamed rename column \"Id\" to id; insert into renamed (id) values (5)",
@@ -58,7 +58,7 @@ fn columns_of_all_kinds_are_published_and_changes_of_the_table_followed() {
         "select outbox.attach_table('renamed'); insert into renamed (id) values (5 + 1)",
     );
     assert_eq!(heads(&mut c), ["renamed.insert 6"]);
-    // Functions of tables that are dropped go with the next call.
+    // Functions of dropped tables are removed by the next call.
     run(
         &mut c,
         "drop table renamed; create table t (id int); select outbox.attach_table('t'); insert into t values (1)",
@@ -121,7 +121,7 @@ fn partitions_and_children_are_published_however_they_are_reached() {
             "parent.truncate -"
         ]
     );
-    // One that comes later, and has lost its triggers: health() says so.
+    // A partition that is added later and has lost its triggers is named by health().
     run(
         &mut c,
         "create table p3 partition of p for values from (20) to (30); insert into p values (21, 1); insert into p3 values (20, 1)",
@@ -163,7 +163,7 @@ fn partitions_and_children_are_published_however_they_are_reached() {
     );
 }
 
-/// Key and chosen columns are known by their names, which may change; and whoever drops one is told.
+/// When key or chosen columns are renamed, that is followed; dropping one is refused.
 #[test]
 fn named_columns_are_followed_when_they_are_renamed_and_cannot_be_dropped() {
     let pg = start();
@@ -180,7 +180,7 @@ fn named_columns_are_followed_when_they_are_renamed_and_cannot_be_dropped() {
         "alter table t rename column a to \"A \"\"%1$s\"; update t set \"A \"\"%1$s\" = 'y'",
     );
     assert_eq!(taken(&mut admin), [event("t.update", "1", json!({"A \"%1$s": "y"}))]);
-    // In a transaction with others, back and forth, and by a superuser.
+    // In a transaction with other statements, back and forth, and by a superuser.
     run(
         &mut c,
         "begin; alter table t rename column id to a; alter table t rename to u; update u set \"A \"\"%1$s\" = 'z'; rollback",
@@ -207,7 +207,7 @@ fn named_columns_are_followed_when_they_are_renamed_and_cannot_be_dropped() {
         "shop"
     );
 
-    // What is not named comes and goes; a changed type is followed.
+    // Other columns may come and go; a changed type is followed.
     run(
         &mut c,
         "alter table t add column more int; alter table t rename column more to less; alter table t drop column less; alter table t alter column nr type bigint, alter column a type varchar(9)",
@@ -225,11 +225,11 @@ fn named_columns_are_followed_when_they_are_renamed_and_cannot_be_dropped() {
         ),
         (
             "alter table t drop column b",
-            "the condition of attached table public.t would not hold",
+            "the condition of attached table public.t would no longer fit",
         ),
         (
             "alter table t rename column b to b2",
-            "the condition of attached table public.t would not hold",
+            "the condition of attached table public.t would no longer fit",
         ),
     ] {
         let refused = Refused::of(c.batch_execute(sql));
@@ -249,7 +249,7 @@ fn named_columns_are_followed_when_they_are_renamed_and_cannot_be_dropped() {
     );
     assert_eq!(heads(&mut admin), ["t.delete 1"]);
 
-    // Whoever renames a column runs nothing of what the owner has written.
+    // Renaming a column runs no code of the owner.
     let forged = "true) from (select 1) x; create table injected (); select 1 from (select 1) new where (select (true";
     run(&mut c, "select outbox.attach_table('t', condition => 'nr > 0')");
     run(
@@ -262,13 +262,13 @@ fn named_columns_are_followed_when_they_are_renamed_and_cannot_be_dropped() {
     Refused::of(admin.batch_execute("alter table t rename column nr to other"));
     assert_eq!(pg.one::<Option<String>>("select to_regclass('injected')::text"), None);
     run(&mut c, "select outbox.attach_table('t')");
-    // Others' tables are nobody's business.
+    // Tables of others are not affected.
     let mut other = pg.client_as("other", "postgres");
     run(
         &mut other,
         "create table mine (id int, a int); alter table mine rename column a to b; alter table mine drop column b; create table part (like mine) partition by range (id); create table part1 partition of part for values from (0) to (9); drop table part, mine",
     );
-    // One whom a superuser has attached, since its owner may not publish.
+    // A table that a superuser has attached, because its owner may not publish.
     run(&mut other, "create table mine (id int primary key, a int)");
     run(&mut admin, "select outbox.attach_table('mine')");
     assert_eq!(
@@ -334,7 +334,7 @@ fn partitions_and_children_that_come_later_are_published_and_dumps_bring_them() 
         insert into q1 (id) values (1); select outbox.detach_table('q'); drop table q",
     );
     assert_eq!(heads(&mut c), ["q.insert 1"]);
-    // Of a column that goes for all, the parent is named, and what a child keeps as its own goes on.
+    // If a column is dropped in all tables, the error names the parent; a child that keeps it as its own continues.
     for (sql, relation) in [
         ("alter table parent drop column id", "parent"),
         ("alter table only parent drop column id", "parent"),
@@ -347,7 +347,7 @@ fn partitions_and_children_that_come_later_are_published_and_dumps_bring_them() 
         let expected = format!("column \"id\" of attached table public.{relation} is published");
         assert_eq!((refused.code.as_str(), refused.message), ("2BP01", expected), "{sql}");
     }
-    // Renamed for all at once.
+    // Renamed in all partitions at once.
     run(
         &mut c,
         "alter table p rename column id to nr; alter table parent rename column id to nr",
@@ -375,7 +375,7 @@ fn partitions_and_children_that_come_later_are_published_and_dumps_bring_them() 
         );
         assert_eq!(heads(&mut copy), ["p.update 11", "p.update 12", "p.insert 1"]);
     }
-    // Nothing of the extension stays in anybody's way.
+    // Nothing of the extension is in the way of later statements.
     run(
         &mut c,
         "drop extension outbox_relay cascade; alter table p rename column nr to id; create table p9 partition of p for values from (90) to (99)",

@@ -1,4 +1,4 @@
-//! Rows and triggers that a dump or replication brings.
+//! Rows and triggers that come from a dump or by replication.
 
 use super::{event, heads, run, start, taken};
 use kit::Refused;
@@ -29,7 +29,7 @@ fn a_dump_brings_attached_tables_and_publishes_nothing_while_it_is_restored() {
     );
     let definition: String = pg.one_db("restored", "select definition from outbox.attached_tables");
     assert!(definition.contains("\"payload\": \"both\""), "{definition}");
-    // The extension does not go from under a table that needs it.
+    // DROP EXTENSION is refused while a table is attached.
     assert_eq!(
         Refused::of(c.batch_execute("drop extension outbox_relay")).code,
         "2BP01"
@@ -40,7 +40,7 @@ fn a_dump_brings_attached_tables_and_publishes_nothing_while_it_is_restored() {
     );
 }
 
-/// What another server's rows are here, that server publishes.
+/// Rows that arrive from another server are published by that server.
 #[test]
 fn rows_that_replication_brings_are_not_published_again() {
     let pg = start();

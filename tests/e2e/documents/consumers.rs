@@ -1,4 +1,4 @@
-//! The consumers that the documents show handle each event once.
+//! The consumers in the documents handle each event once.
 
 use std::process::Stdio;
 
@@ -6,8 +6,8 @@ use kit::{ids, wait_eq, wait_until, xreadgroup};
 
 use super::{Reader, Running, interpreter, runnable};
 
-/// Starts the consumer of a document, and checks that it notes each event once: what is new, and what a dead consumer
-/// of its group has left.
+/// Starts the consumer of a document, and checks that it records each event once: new ones, and those that a dead
+/// consumer of its group has left.
 fn consume(document: &str, group: &str, language: &str) {
     let reader = Reader::new();
     let blocks = runnable(document);

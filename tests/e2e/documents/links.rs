@@ -1,11 +1,11 @@
-//! Links and paths of the documents lead somewhere.
+//! Links and paths in the documents have targets.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use super::{checkout, documents, parse};
 
-/// How GitHub names the place of a heading.
+/// The anchor that GitHub gives a heading.
 fn anchor(heading: &str) -> String {
     heading
         .chars()
@@ -32,7 +32,7 @@ fn links(prose: &str) -> Vec<&str> {
         .collect()
 }
 
-/// What stands in backticks and looks like a path of the checkout.
+/// Texts in backticks that look like a path of the checkout.
 fn paths(prose: &str) -> Vec<&str> {
     const FOLDERS: [&str; 10] = [
         "benches/",
@@ -53,13 +53,13 @@ fn paths(prose: &str) -> Vec<&str> {
         .step_by(2)
         .filter(|text| FOLDERS.iter().any(|folder| text.starts_with(folder)))
         .filter(|text| text.chars().all(is_plain))
-        // A name that stands for others.
+        // A pattern for several names.
         .filter(|text| !text.contains("X.Y.Z") && !text.contains("OLD"))
         .collect()
 }
 
 #[test]
-fn links_and_paths_lead_somewhere() {
+fn links_and_paths_have_targets() {
     let mut wrong = Vec::new();
     for document in documents(&["", "docs/", "docs/design/", "examples/"]) {
         let (_, prose) = parse(&document);

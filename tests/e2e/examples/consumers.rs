@@ -1,4 +1,4 @@
-//! Each event that they read has its effect once.
+//! Each event has its effect once in the examples that consume.
 
 use std::time::Duration;
 
@@ -17,8 +17,8 @@ fn pending(shop: &Shop, group: &str) -> i64 {
     redis::from_redis_value(summary[0].clone()).expect("a number")
 }
 
-/// Each event has its effect once: what was there before, what a dead worker left, what comes twice, and what failed at
-/// first.
+/// Each event has its effect once: events that were there before, that a dead worker left, that come twice, and that
+/// failed at first.
 fn consumes(name: &str, group: &str) {
     let shop = Shop::open();
     let Some(project) = Project::prepare(&shop, name) else {
@@ -28,7 +28,7 @@ fn consumes(name: &str, group: &str) {
     let first = shop.redis.wait_entries("events", 5);
     shop.redis.call(&["XGROUP", "CREATE", "events", group, "0"]);
     shop.redis.call(&xreadgroup(group, "dead", &["COUNT", "2"], "events"));
-    // Handling an event of this type fails until the constraint is gone.
+    // Handling an event of this type fails until the constraint is dropped.
     shop.pg.exec_db(
         "app",
         "alter table effects add constraint fails check (event_type <> 'order.broken')",
@@ -40,7 +40,7 @@ fn consumes(name: &str, group: &str) {
         assert_eq!(running.0.try_wait().expect("its state"), None, "it has ended");
         effects(&shop, group) == 5
     });
-    // The same event again, and new ones, among them one that fails.
+    // The same event again, and new ones, one of which fails.
     let mut again = vec!["XADD", "events", "*"];
     again.extend(
         first[0]
@@ -78,7 +78,7 @@ fn redis_py_consumes() {
 
 #[test]
 #[ignore = "make test-examples"]
-fn redis_py_puts_aside_what_always_fails() {
+fn redis_py_sets_aside_an_event_that_always_fails() {
     let shop = Shop::open();
     let Some(project) = Project::prepare(&shop, "redis-py") else {
         return;
@@ -110,7 +110,7 @@ fn faststream_consumes() {
     consumes("faststream", "search");
 }
 
-/// Events with all attributes, and with those alone that must be there.
+/// Events with all attributes, and with only the required ones.
 /// `bytes`: how it prints the payload of three bytes, 0, 255 and a quote.
 fn reads(name: &str, time: fn(&str) -> String, bytes: &str) {
     let shop = Shop::open();
@@ -151,7 +151,7 @@ fn cloudevents_python_reads_what_we_write() {
 #[test]
 #[ignore = "make test-examples"]
 fn cloudevents_js_reads_what_we_write() {
-    // JavaScript's time has milliseconds.
+    // Times in JavaScript have milliseconds.
     reads(
         "cloudevents-js",
         |time| format!("{}Z", &time[..23]),

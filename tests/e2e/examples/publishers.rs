@@ -1,4 +1,4 @@
-//! What they publish is in the streams, and what they say of it is true.
+//! The events of the examples that publish are in the streams, and their output is true.
 
 use std::path::PathBuf;
 
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::{Project, Shop};
 use crate::documents::{Running, checkout};
 
-/// What an example says that it has published, in order.
+/// The events that an example is expected to print, in order.
 const PUBLISHED: [&str; 5] = [
     "order.placed",
     "order.paid",
@@ -30,7 +30,7 @@ fn cloud_event(entry: &Entry) -> Value {
     serde_json::from_str(entry.field("cloud_event")).expect("JSON")
 }
 
-/// Compares what a publisher said with what is in the stream and in the database.
+/// Compares the output of a publisher with the stream and the database.
 #[track_caller]
 fn check_published(shop: &Shop, said: &[(String, String)]) {
     let said_types: Vec<&str> = said.iter().map(|(event_type, _)| event_type.as_str()).collect();
@@ -152,10 +152,10 @@ fn django_publishes_and_retries_in_its_admin() {
     };
     let said = project.output(project.command(&shop, &project.run));
     check_published(&shop, &announced(&said));
-    // Its tests run in databases of their own, and send nothing.
+    // Its tests run in separate databases, and send nothing.
     project.output(project.command(&shop, ".venv/bin/python manage.py test"));
     assert_eq!(shop.redis.xlen("events"), 4);
-    // An event that Redis refuses for good, and later takes.
+    // An event that Redis refuses for good, and accepts later.
     shop.redis.call(&["SET", "wrong", "no stream"]);
     let refused = "select outbox.publish_event('order.refused', 'shop', stream => 'wrong', max_retries => 1)";
     shop.pg.exec_db("app", refused);
@@ -182,7 +182,7 @@ fn pytest_tests_an_application() {
     }
 }
 
-/// Debian's, or the one that `scripts/test-examples` unpacked.
+/// Debian's PgBouncer, or the one that `scripts/test-examples` unpacked.
 fn pgbouncer() -> PathBuf {
     std::env::var_os("PGBOUNCER").map_or_else(|| "pgbouncer".into(), PathBuf::from)
 }

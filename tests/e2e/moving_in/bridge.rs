@@ -5,7 +5,7 @@ use postgres::Client;
 
 use super::{id, import, run, with_old_table};
 
-/// With a bridge, and the application's role, which has no rights but those on its table.
+/// With a bridge, and the application's role, which has rights only on its table.
 fn bridged() -> (Stack, Client) {
     let stack = with_old_table();
     stack.pg.exec("create role app login; grant all on outbox_events to app; select outbox.bridge_django_broadcaster('outbox_events')");
@@ -50,17 +50,17 @@ fn a_new_row_of_the_old_table_becomes_an_event_in_its_transaction() {
     assert!(same);
     let most: i32 = stack.pg.one("select max(max_retries) from outbox.events");
     assert_eq!(most, 1_000);
-    // The import leaves them, and the row that was there before the bridge is its own.
+    // The import leaves these rows; the row from before the bridge is not part of it.
     assert!(
         import(&mut stack.pg.client(), ", false")
             .iter()
             .all(|row| !row.contains("pending"))
     );
-    // No entry of its own: it was sent by somebody.
+    // No second entry: the row was sent by the old worker.
     assert_eq!(stack.events().len(), 5);
 }
 
-/// An object that the application has in memory says 'pending', and so does the admin's "retry".
+/// An object in the application's memory still says 'pending', and so does "retry" in the admin.
 #[test]
 fn a_moved_row_stays_marked() {
     let (stack, mut app) = bridged();
@@ -102,7 +102,7 @@ fn deleting_a_scheduled_row_takes_its_event_back_and_a_new_time_moves_it() {
 }
 
 #[test]
-fn no_row_becomes_an_event_twice() {
+fn each_row_becomes_an_event_once() {
     let (stack, mut app) = bridged();
     let insert = format!(
         "insert into outbox_events (id, event_type) values ('{}', 'once')",
@@ -114,12 +114,12 @@ fn no_row_becomes_an_event_twice() {
         &mut app,
         &format!("{insert} on conflict (id) do update set subject = 'again'"),
     );
-    // A dump of the table's rows comes back, with and without triggers.
+    // A dump of the table's rows is restored, with and without triggers.
     run(
         &mut stack.pg.client(),
         "create table copied as table outbox_events; truncate outbox_events; insert into outbox_events table copied",
     );
-    // The row has gone, and its id is used again: it is refused as anywhere.
+    // The row is deleted, and its id is used again: refused as in every other way to publish.
     run(&mut app, "delete from outbox_events");
     let said = Refused::of(app.simple_query(&insert));
     assert_eq!(
@@ -134,7 +134,7 @@ fn no_row_becomes_an_event_twice() {
 }
 
 #[test]
-fn what_cannot_be_sent_is_refused_in_the_applications_transaction() {
+fn a_row_that_cannot_be_sent_fails_the_applications_transaction() {
     let (stack, mut app) = bridged();
     for (columns, values, code, message) in [
         (
@@ -187,7 +187,7 @@ fn a_bridge_ends() {
     stack.pg.exec("drop extension outbox_relay");
 }
 
-/// The owner of the table changes a column: types whose functions are his own are not read.
+/// The table's owner changes a column: types whose functions belong to the owner are refused.
 #[test]
 fn a_table_that_has_changed_is_refused_in_words() {
     let (stack, mut app) = bridged();
@@ -200,8 +200,8 @@ fn a_table_that_has_changed_is_refused_in_words() {
         said,
         Refused::new(
             "55000",
-            "rows of \"outbox_events\" cannot become events any more: column \"subject\" is not there",
-            "A bridge of outbox_relay reads this table, which was changed since.",
+            "rows of \"outbox_events\" can no longer become events: column \"subject\" is not there",
+            "A bridge of outbox_relay reads this table. The table was changed after the bridge was made.",
             "Run outbox.end_bridge(), and make the bridge again with the columns that the table has now."
         )
     );
@@ -209,7 +209,7 @@ fn a_table_that_has_changed_is_refused_in_words() {
     let said = Refused::of(app.simple_query("insert into outbox_events (event_type, data) values ('t', row(1))"));
     assert_eq!(
         said.message,
-        "rows of \"outbox_events\" cannot become events any more: column \"data\" has a type that is not expected there"
+        "rows of \"outbox_events\" can no longer become events: column \"data\" has a type that is not expected there"
     );
     run(&mut app, "insert into outbox_events (event_type) values ('without')");
     wait_eq("events", 1, || stack.events().len());

@@ -1,4 +1,4 @@
-//! An id is used once.
+//! An event id is used once.
 
 use kit::{Refused, Stack};
 use postgres::{Client, Row};
@@ -30,15 +30,15 @@ fn an_event_id_is_used_once() {
             "23505",
             "duplicate key value violates unique constraint \"events_event_id_idx\"",
             &format!("Key (event_id)=({id}) already exists."),
-            "If this is the same event, it need not be published again. Otherwise leave event_id out to have a new one made.",
+            "If this is the same event, do not publish it again. Otherwise omit event_id: the event then gets a new one.",
         )
     };
-    // In one transaction, which the refusal ends.
+    // In one transaction, which the error aborts.
     client.batch_execute("begin").unwrap();
     publish_id(&mut client, published).unwrap();
     assert_eq!(Refused::of(publish_id(&mut client, published)), taken(published));
     client.batch_execute("rollback").unwrap();
-    // Later, and against what is scheduled, by either way.
+    // Later, and with a scheduled event, in either way.
     let returned: Uuid = publish_id(&mut client, published).unwrap().get(0);
     assert_eq!(returned, published);
     schedule_id(&mut client, scheduled).unwrap();
@@ -49,14 +49,14 @@ fn an_event_id_is_used_once() {
         assert_eq!(Refused::of(schedule_id(&mut client, published)), taken(published));
         assert_eq!(Refused::of(publish_id(&mut client, scheduled)), taken(scheduled));
         assert_eq!(Refused::of(insert_id(&mut client, scheduled)), taken(scheduled));
-        // Also once it was delivered.
+        // Also after the event was delivered.
         assert_eq!(stack.wait_events(1).len(), 1);
     }
     let elements = format!(
         "select outbox.publish_events('[{{\"event_type\": \"t\", \"source\": \"s\", \"event_id\": \"{published}\"}}]')"
     );
     assert_eq!(Refused::of(client.simple_query(&elements)), taken(published));
-    // Both in one transaction, and the other way about.
+    // Both in one transaction, and in the other order.
     let both = Uuid::new_v4();
     client.batch_execute("begin").unwrap();
     publish_id(&mut client, both).unwrap();
@@ -133,7 +133,7 @@ fn a_repeated_id_is_one_report_by_all_ways() {
                 "23505",
                 "duplicate key value violates unique constraint \"events_event_id_idx\"",
                 &format!("Key (event_id)=({id}) already exists."),
-                "If this is the same event, it need not be published again. Otherwise leave event_id out to have a new one made.",
+                "If this is the same event, do not publish it again. Otherwise omit event_id: the event then gets a new one.",
             );
             assert_eq!(Refused::of::<()>(Err(error)), expected, "{way}");
         }

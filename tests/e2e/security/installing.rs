@@ -1,4 +1,4 @@
-//! Who installs the extension, and into what.
+//! Who installs the extension, and into which schema.
 
 use super::{EVIL, assert_nothing_was_won, start};
 use kit::{Postgres, Refused, wait_until};
@@ -14,12 +14,12 @@ fn a_schema_that_was_there_before_is_not_moved_into() {
     let create = "create extension outbox_relay";
     let expected = Refused::new(
         "55000",
-        "schema \"outbox\" exists, and is not an empty one of a superuser",
+        "schema \"outbox\" exists, but is not empty or not owned by a superuser",
         "It belongs to \"mallory\".",
-        "Drop or rename that schema: the extension makes its own.",
+        "Drop or rename that schema: the extension creates its own.",
     );
     assert_eq!(Refused::of(admin.simple_query(create)), expected);
-    // With operators and functions that its script might mean.
+    // With operators and functions that its script might call by mistake.
     mallory
         .batch_execute(
             "create function outbox.equal(text, text) returns boolean language sql as $$select evil.run('=')$$;
@@ -44,7 +44,7 @@ fn a_schema_that_was_there_before_is_not_moved_into() {
 }
 
 #[test]
-fn the_extension_is_a_superusers() {
+fn only_a_superuser_creates_the_extension() {
     let stack = start();
     stack.pg.exec("create database other owner mallory");
     let mut own = stack.pg.client_as("mallory", "other");
@@ -53,7 +53,7 @@ fn the_extension_is_a_superusers() {
         "42501"
     );
     stack.pg.exec_db("other", "create extension outbox_relay");
-    // Also in a database of its own.
+    // Also as the owner of the database.
     for sql in [
         "drop extension outbox_relay",
         "alter extension outbox_relay update",
@@ -91,11 +91,11 @@ fn the_extension_is_a_superusers() {
                     "{sql}: {said:?}"
                 );
             }
-            // ANALYZE says so by a warning.
+            // ANALYZE reports that by a warning.
             Ok(_) => assert!(sql.starts_with("analyze"), "{sql}"),
         }
     }
-    // A setting of the database does not make its worker somebody else.
+    // A setting of the database does not give its worker another role.
     stack.pg.exec_db(
         "other",
         "alter database other set role = mallory; alter database other set search_path = evil, public",
@@ -116,7 +116,7 @@ fn the_extension_is_a_superusers() {
         .pg
         .exec_db("other", "set role none; select outbox.publish_event('t', 's')");
     stack.wait_events(1);
-    // Its grants go with a role; nothing else does.
+    // Dropping a role removes its grants, and nothing else.
     stack.pg.exec("select outbox.grant_publisher('mallory')");
     stack.pg.exec("drop owned by mallory cascade");
     let mut mallory = stack.pg.client_as("mallory", "postgres");

@@ -1,11 +1,11 @@
-//! The password file of the settings goes to the address of the settings, and nowhere else.
+//! The password file in the settings is sent to the address in the settings, and nowhere else.
 
 use super::{MOVED, SECRET, roles, secret_file};
 use kit::{Authority, Eavesdropper, Postgres, QUICK, Redis, Stack, standing, wait_drained, wait_trouble, wait_until};
 
-/// The file of the settings is for the address of the settings.
+/// The file in the settings is only for the address in the settings.
 #[test]
-fn the_file_of_the_settings_goes_to_the_address_of_the_settings() {
+fn the_settings_password_is_sent_only_to_the_settings_address() {
     let redis = Redis::with(&["--requirepass", SECRET]);
     let stack = Stack::of(Postgres::with(QUICK), redis);
     roles(&stack.pg);
@@ -21,7 +21,7 @@ fn the_file_of_the_settings_goes_to_the_address_of_the_settings() {
     stack.pg.reload();
     stack.publish("one");
     wait_drained(&stack.pg, "default");
-    // Of a role's own, at that address: named or not.
+    // A role's own backend at that address, with the address given or not.
     keeper
         .batch_execute(&format!(
             "insert into outbox.backends (name, stream_name) values ('same', 'same');
@@ -69,10 +69,10 @@ fn the_file_of_the_settings_goes_to_the_address_of_the_settings() {
     assert!(!evil.heard().contains(SECRET), "{}", evil.heard());
 }
 
-/// A backend that was to speak TLS does not say the file of the settings in the clear, or to anybody, because somebody
-/// has said so.
+/// A role cannot make a backend that uses TLS send the password in the file without TLS, or to a server with another
+/// certificate.
 #[test]
-fn the_file_of_the_settings_is_not_said_in_the_clear() {
+fn the_settings_password_is_not_sent_without_tls() {
     let authority = Authority::new();
     let certificate = authority.issue(&["127.0.0.1"]);
     let redis = Redis::tls(&certificate, &["--requirepass", SECRET]);
@@ -110,10 +110,10 @@ fn the_file_of_the_settings_is_not_said_in_the_clear() {
     assert_eq!(standing(&stack.pg, "default").failed, 0);
 }
 
-/// A backend that such a role has made, or brought to the address of the settings, does not say the file of the settings
-/// in a way in which no other backend says it.
+/// A backend that such a role has created, or moved to the address in the settings, does not send the password in the
+/// file with TLS settings that no other backend uses.
 #[test]
-fn the_file_of_the_settings_is_said_as_others_say_it() {
+fn the_settings_password_needs_a_confirmed_backend_with_the_same_tls() {
     let authority = Authority::new();
     let redis = Redis::tls(&authority.issue(&["127.0.0.1"]), &["--requirepass", SECRET]);
     let (file, tls_port) = (authority.file("password", SECRET.as_bytes(), 0o600), redis.tls_port());
@@ -138,7 +138,7 @@ fn the_file_of_the_settings_is_said_as_others_say_it() {
     settings(tls_port);
     stack.publish("one");
     wait_drained(&stack.pg, "default");
-    // A user of the same Redis is no other place.
+    // Another user of the same Redis is not another destination.
     keeper
         .batch_execute("update outbox.backends set username = 'default' where name = 'default'")
         .expect("granted");
@@ -164,7 +164,7 @@ fn the_file_of_the_settings_is_said_as_others_say_it() {
             .unwrap_or_else(|error| panic!("{way}: {error:?}"));
         stack.pg.exec("select outbox.publish_event('t', 's', backend => 'own')");
         wait_trouble(&stack.pg, "own", "misconfigured", MOVED);
-        // Nor to whoever listens there.
+        // Nor to another server that listens there.
         settings(plain.port());
         stack.publish("more");
         wait_until("a call", || plain.accepted() > 0);
@@ -178,7 +178,7 @@ fn the_file_of_the_settings_is_said_as_others_say_it() {
         stack.pg.exec(&clear);
     }
     assert!(!plain.heard().contains(SECRET), "{}", plain.heard());
-    // A superuser says where: by naming the file, or by changing the destination.
+    // A superuser confirms the destination: by setting the file, or by changing the destination.
     for confirmed in [
         format!(
             "update outbox.backends set password_file = '{file}', tls = true, tls_ca_file = '{ca}' where name = 'own'"
@@ -196,7 +196,7 @@ fn the_file_of_the_settings_is_said_as_others_say_it() {
         stack.pg.exec("delete from outbox.backends where name = 'own'");
         stack.redis.call(&["DEL", "own"]);
     }
-    // Without TLS where all do without.
+    // Without TLS if no backend uses it.
     stack
         .pg
         .exec("update outbox.backends set tls = false, tls_ca_file = null where name = 'default'");

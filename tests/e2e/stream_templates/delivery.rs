@@ -1,4 +1,4 @@
-//! Templates of a cluster's backend; the order of events, whatever is killed.
+//! Templates of a cluster's backend; the order of events, whatever process is killed.
 
 use super::set_template;
 use kit::{
@@ -18,7 +18,7 @@ fn a_clusters_backend_spreads_its_events_by_a_template() {
     wait_drained(&stack.pg, "default");
     stack.pg.exec("update outbox.backends set enabled = false");
     publish_many(&mut stack.pg.client(), "default", "", "waits", 1);
-    // Its hash slots are those of the events: a template may come, change and go.
+    // Its hash slots are those of the events: a template may be set, changed and removed.
     set_template(&stack.pg, "s{subject|8}");
     stack.pg.exec("update outbox.backends set enabled = true");
     cluster.wait_entries("plain", 3);

@@ -1,4 +1,4 @@
-//! A server that is about to be: where its programs and its data come from, and its settings.
+//! A server that is not started yet: the source of its programs and its data, and its settings.
 
 use std::path::{Path, PathBuf};
 
@@ -9,18 +9,18 @@ use crate::postgres::{PORT, Postgres, USER};
 const DEFAULTS: &[(&str, &str)] = &[
     ("listen_addresses", ""),
     ("shared_preload_libraries", "outbox_relay"),
-    // Nothing here survives the machine; a test of durability turns it on.
+    // Nothing here has to survive the machine; a test of durability switches this on.
     ("fsync", "off"),
-    // In the data directory: what is killed would leave /dev/shm/PostgreSQL.*.
+    // In the data directory: a killed server would leave /dev/shm/PostgreSQL.*.
     ("dynamic_shared_memory_type", "mmap"),
     ("max_prepared_transactions", "10"),
     ("log_min_messages", "info"),
     ("log_line_prefix", "%m [%p] %b "),
-    // As tests read the log.
+    // In the form in which tests read the log.
     ("lc_messages", "C"),
 ];
 
-/// Where a new server's data comes from.
+/// The source of a new server's data.
 #[derive(Debug, Clone)]
 pub(super) enum Origin {
     Template,
@@ -53,19 +53,19 @@ impl Builder {
         }
     }
 
-    /// Of the programs in this directory, not those that are tested.
+    /// With the programs in this directory, not those under test.
     pub fn bin(mut self, bin: &Path) -> Self {
         self.bin = bin.to_path_buf();
         self
     }
 
-    /// With the library that can be told to die, to wait and to break its promises: see [`crate::faults`].
+    /// With the library that can be made to die, to wait and to have a mutation: see [`crate::faults`].
     pub fn faults(mut self) -> Self {
         self.bin = env::faults_bin();
         self
     }
 
-    /// Adds lines to postgresql.conf; the last one of a name counts, also over the kit's defaults.
+    /// Adds lines to postgresql.conf; the last one of a name applies, also over the kit's defaults.
     pub fn with(mut self, settings: &[(&str, &str)]) -> Self {
         self.settings.extend(
             settings
@@ -81,13 +81,13 @@ impl Builder {
         self
     }
 
-    /// With this file in the place of `target`, for this server alone; it takes root.
+    /// With this file mounted over `target`, only for this server; needs root.
     pub fn mount(mut self, file: &Path, target: &str) -> Self {
         self.mounts.push((file.to_path_buf(), target.to_string()));
         self
     }
 
-    /// Which listens on 127.0.0.1 as well, for clients that know no unix socket: see [`Postgres::port`].
+    /// Also listens on 127.0.0.1, for clients that do not use Unix sockets: see [`Postgres::port`].
     pub fn tcp(mut self) -> Self {
         self.has_tcp = true;
         self
@@ -108,7 +108,7 @@ impl Builder {
             Origin::Copy(from) => copy(from, &data),
             Origin::BaseBackup { host, standby } => base_backup(host, &data, *standby),
         }
-        // A copied directory brings the postmaster.pid of a server that may still run.
+        // A copied directory may contain the postmaster.pid of a server that still runs.
         let _ = std::fs::remove_file(data.join("postmaster.pid"));
         let server = Postgres {
             bin: self.bin,

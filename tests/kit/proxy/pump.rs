@@ -1,4 +1,5 @@
-//! The thread that moves a proxy's bytes: it polls all sockets, reads what comes, and writes what is due and not held.
+//! The thread that moves a proxy's bytes: it polls all sockets, reads from them, and writes bytes that are due and not
+//! held.
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind, Read, Write};
@@ -14,31 +15,31 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::{After, Both, Order, Rule, State, Then, Way};
 
 const CHUNK: usize = 64 << 10;
-/// Behind a slow receiver the sender must wait, as it would without a proxy.
+/// If the receiver is slow, the sender must wait, as without a proxy.
 const QUEUE_LIMIT: usize = 1 << 20;
-/// What is held is taken off the sender's hands, within reason.
+/// Held bytes are read from the sender, up to a limit.
 const HOLD_LIMIT: usize = 256 << 20;
 const WAYS: Both<Way> = [Way::ToServer, Way::ToClient];
 
 /// One connection: a client's socket, the server's, and what is between them.
 #[derive(Debug)]
 pub(super) struct Link {
-    /// By the [`Way`] of what is read from it: the client's, the server's.
+    /// By the [`Way`] of the bytes that are read from it: the client's, the server's.
     sockets: Both<TcpStream>,
     lanes: Both<Lane>,
 }
 
-/// What is under way in one direction.
+/// The bytes under way in one direction.
 #[derive(Debug, Default)]
 struct Lane {
     chunks: VecDeque<Chunk>,
     queued: usize,
-    /// The last bytes that were written, in case a mark begins in them.
+    /// The last bytes that were written, because a mark may begin in them.
     recent: Vec<u8>,
     held: bool,
     /// Its sender has closed, or died.
     ended: bool,
-    /// Nothing more will be written: its receiver is gone, or all was written and the end passed on.
+    /// No more bytes will be written: the receiver is gone, or everything was written and the end passed on.
     done: bool,
 }
 
@@ -49,11 +50,11 @@ struct Chunk {
     written: usize,
 }
 
-/// Until nobody can give orders any more.
+/// Runs until nobody can give orders any more.
 pub(super) fn run(mut state: State, orders: &Receiver<Order>, mut woken: &UnixStream) {
     let mut buffer = vec![0; CHUNK];
     loop {
-        // Before the orders: who sends one after this wakes the next wait.
+        // Before the orders: an order that is sent after this wakes the next wait.
         while woken.read(&mut buffer).is_ok_and(|count| count > 0) {}
         loop {
             match orders.try_recv() {
@@ -72,7 +73,7 @@ fn accept(state: &mut State) {
     let Some(listener) = &state.listener else { return };
     while let Ok((client, _)) = listener.accept() {
         state.accepted += 1;
-        // Where no server is, the client finds its connection closed.
+        // If there is no server, the client finds its connection closed.
         if let Ok(link) = Link::open(client, state.target, state.hold_new) {
             state.links.push(link);
         }
@@ -117,7 +118,7 @@ fn wait(state: &State, woken: &UnixStream) {
     }
     let timeout = match due {
         None => PollTimeout::NONE,
-        // Rounded up, or the last millisecond would be spent in turning round and round.
+        // Rounded up, or the thread would spin during the last millisecond.
         Some(due) => {
             let left = due.saturating_duration_since(now) + Duration::from_millis(1);
             PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
@@ -169,14 +170,14 @@ impl Link {
                 Ok(count) => lane.push(&buffer[..count], due),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                // Dead is as good as closed: what it sent is on its way.
+                // A dead client counts like a closed connection: its bytes are on their way.
                 Err(_) => lane.ended = true,
             }
         }
     }
 
-    /// Writes what is due, up to where the rule comes into force. Gives how many bytes that were, and what the rule
-    /// says then.
+    /// Writes the bytes that are due, up to where the rule applies. Returns how many bytes that were, and the result of
+    /// the rule.
     fn write(&mut self, way: Way, now: Instant, rule: &mut Option<Rule>) -> (u64, Option<Then>) {
         let lane = &mut self.lanes[way as usize];
         let receiver = &mut self.sockets[1 - way as usize];
@@ -206,15 +207,14 @@ impl Link {
             }
         }
         if lane.ended && lane.chunks.is_empty() && !lane.held && !lane.done {
-            // Who is gone already needs not be told.
+            // A client that is gone need not be told.
             let _ = receiver.shutdown(Shutdown::Write);
             lane.done = true;
         }
         (total, None)
     }
 
-    /// What to wait for on each socket. A socket with nothing to wait for is left out: one that is dead is always
-    /// ready.
+    /// The events to wait for on each socket. A socket without any is left out: a dead socket is always ready.
     fn interest(&self, now: Instant) -> impl Iterator<Item = (&TcpStream, PollFlags)> {
         WAYS.into_iter().filter_map(move |way| {
             let (from, to) = (&self.lanes[way as usize], &self.lanes[1 - way as usize]);
@@ -225,7 +225,7 @@ impl Link {
         })
     }
 
-    /// When the next byte falls due that isn't yet.
+    /// When the next delayed byte falls due.
     fn next_due(&self, now: Instant) -> Option<Instant> {
         let waiting = self.lanes.iter().filter(|lane| !lane.held && !lane.done);
         let due = waiting.filter_map(|lane| Some(lane.chunks.front()?.due));
@@ -245,7 +245,7 @@ impl Lane {
 
     fn push(&mut self, bytes: &[u8], due: Instant) {
         self.queued += bytes.len();
-        // A delay that was shortened lets no byte overtake another.
+        // After a delay was shortened, no byte may overtake another.
         let due = self.chunks.back().map_or(due, |last| last.due.max(due));
         self.chunks.push_back(Chunk {
             due,
@@ -283,7 +283,7 @@ impl Chunk {
 impl After {
     pub(super) const LONGEST_MARK: usize = 64;
 
-    /// Where in these bytes it is reached. `recent`: what was written before them.
+    /// The position in these bytes where the mark ends. `recent`: the bytes written before them.
     fn find(&self, recent: &[u8], bytes: &[u8]) -> Option<usize> {
         match self {
             After::Bytes(left) => usize::try_from(*left).ok().filter(|left| *left <= bytes.len()),
