@@ -3,7 +3,7 @@
 --   psql -d app -v backend=default -f contrib/set_backend_password.sql
 --   psql -d app -v backend=default -f contrib/set_backend_password.sql < password-file
 --
--- It is asked for without an echo, or read as the first line of standard input, and travels as data of a COPY: those are in no
+-- The password is read without an echo, or from the first line of standard input, and is sent as data of a COPY, which appear in no
 -- statement and no parameter. Needs the right to execute outbox.set_backend_password(), and TEMPORARY on the database.
 
 \set ON_ERROR_STOP on

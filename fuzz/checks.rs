@@ -1,5 +1,5 @@
-//! What must hold for any bytes: the fuzz targets' bodies. `relay/tests/fuzz_corpus.rs` runs them over the inputs that
-//! are kept in `fuzz/corpus`.
+//! The properties that must hold for any bytes, as the bodies of the fuzz targets. `relay/tests/fuzz_corpus.rs` runs
+//! them over the inputs in `fuzz/corpus`.
 
 #[path = "checks/entries.rs"]
 pub(crate) mod entries;
@@ -29,8 +29,8 @@ const BOUNDS: [Bounds; 5] = [
     Bounds::ENTRIES,
 ];
 
-/// The reply decoder finds the same replies however the bytes arrive, and agrees with the parser on what they are. None
-/// is beyond its bounds.
+/// The reply decoder finds the same replies however the bytes are split, and agrees with the parser on their meaning.
+/// None is beyond its limits.
 pub(crate) fn replies(input: &[u8]) {
     for bounds in BOUNDS {
         let whole = taken(input, &bounds, std::iter::repeat(usize::MAX));
@@ -65,7 +65,7 @@ pub(crate) fn replies(input: &[u8]) {
     flood(input);
 }
 
-/// What never ends takes no memory: the input up to the first `|`, and then the rest again and again.
+/// An endless reply takes no memory: the input up to the first `|`, and then the rest repeatedly.
 fn flood(input: &[u8]) {
     let Some(at) = input.iter().position(|byte| *byte == b'|') else {
         return;
@@ -104,7 +104,7 @@ fn flood(input: &[u8]) {
     }
 }
 
-/// The replies (or their pieces), and whether what follows is not the protocol, or too long.
+/// The replies (or their pieces), and whether the following bytes are invalid or too long.
 fn taken(input: &[u8], bounds: &Bounds, mut sizes: impl Iterator<Item = usize>) -> (Vec<Vec<u8>>, bool) {
     let (mut inbox, mut found) = (Inbox::default(), Vec::new());
     let mut coming = input;
@@ -144,8 +144,8 @@ fn agrees(bytes: &[u8]) {
     assert!(!reply.is_strings_and_number(items.len()), "{value:?}");
 }
 
-/// Whatever a server says, a conversation neither panics nor takes anything for a delivery that is none: a batch is
-/// done only after an EXEC with a reply for each of its entries.
+/// Whatever a server answers, a conversation neither panics nor takes anything wrongly for a delivery: a batch is done
+/// only after an EXEC with a reply for each of its entries.
 pub(crate) fn conversation(input: &[u8]) {
     let Some((&setup, said)) = input.split_first() else {
         return;
@@ -155,7 +155,7 @@ pub(crate) fn conversation(input: &[u8]) {
     let (mut reports, mut given, mut done) = (Vec::new(), 0, 0);
     let mut bytes = Inbox::default();
     let mut said = said;
-    // One more than was answered may wait.
+    // One more than was answered may be waiting.
     for step in 0..200u32 {
         while conversation.wants_order() && step < 190 {
             conversation.order(order(given, setup));
@@ -212,7 +212,7 @@ pub(crate) fn conversation(input: &[u8]) {
     }
 }
 
-/// The order that comes after so many others.
+/// The order that follows this many others.
 fn order(given: u64, setup: u8) -> Order {
     match (given, setup >> 1 & 3) {
         (0, _) => claim(),
@@ -237,8 +237,8 @@ fn wanted() -> Wanted {
     }
 }
 
-/// What a server says is shown on one line, cut, and blamed on somebody; about a transaction as a whole or a login,
-/// never on an event.
+/// The text of a server is shown on one line, truncated, and is assigned a cause; an error about a transaction as a
+/// whole or a login is never about an event.
 pub(crate) fn classify(input: &[u8]) {
     let line: Vec<u8> = input.iter().copied().filter(|b| !matches!(b, b'\r' | b'\n')).collect();
     if let Ok(Value::ServerError(error)) = redis::parse_redis_value(&[b"-", line.as_slice(), b"\r\n"].concat()) {
@@ -275,7 +275,7 @@ pub(crate) fn classify(input: &[u8]) {
     guard(input);
 }
 
-/// A guard is read as a whole or not at all, and its position survives its text form.
+/// A guard is read completely or not at all, and its position survives the conversion to text.
 fn guard(input: &[u8]) {
     let text = String::from_utf8_lossy(input);
     let names = samples::GUARD.map(|(name, _)| name);
@@ -287,7 +287,7 @@ fn guard(input: &[u8]) {
         .collect();
     if let Ok(Some(guard)) = Guard::parse(&fields) {
         assert_eq!(fields.len(), names.len());
-        // Nothing of it is larger than a relay writes, and all of it can be saved.
+        // No field is larger than what a relay writes, and all of it can be saved.
         assert!(
             [&guard.token, &guard.incarnation, &guard.system]
                 .iter()
@@ -305,7 +305,7 @@ fn guard(input: &[u8]) {
     }
 }
 
-/// What a sentinel or a node of a cluster says is an address that can be connected to, or a failure, never an event's.
+/// An address from a sentinel or a cluster node can be connected to, or is a failure, never one of an event.
 pub(crate) fn nodes(input: &[u8]) {
     let is_address = |address: &Address| {
         let can_be = |b: u8| b.is_ascii_graphic() && !matches!(b, b'/' | b'"' | b'\'' | b'\\');
@@ -342,7 +342,8 @@ pub(crate) fn nodes(input: &[u8]) {
     }
 }
 
-/// A key lies where another's checksum of its tag puts it, and the guard beside it lies there too.
+/// A key is in the slot that another implementation's checksum of its tag gives, and the guard for it is in the same
+/// slot.
 pub(crate) fn slots(input: &[u8]) {
     let open = input.iter().position(|byte| *byte == b'{');
     let tag = open.map(|open| &input[open + 1..]).and_then(|rest| {

@@ -1,7 +1,8 @@
 # shellcheck shell=bash
-# For scripts that need a bare Debian (source it): a tree made by debootstrap, with the network as this machine has it. As root.
+# For scripts that need a bare Debian (source it): a tree made by debootstrap, with this machine's network. Needs root.
 
-# Makes tree $2 of Debian's suite $1, with nothing but sudo and certificates; no package that is installed there starts a server.
+# Makes tree $2 of Debian's suite $1, with only sudo and certificates added; packages that are installed there start no
+# server.
 make_debian_tree() {
     command -v debootstrap >/dev/null || apt-get install -y -qq --no-install-recommends debootstrap >/dev/null
     debootstrap --variant=minbase --include=ca-certificates,sudo "$1" "$2" http://deb.debian.org/debian >"$2.log" || { tail "$2.log" >&2; return 1; }
@@ -9,15 +10,15 @@ make_debian_tree() {
     cp -L /etc/ssl/certs/ca-certificates.crt "$2/etc/ssl/certs/"
 }
 
-# Runs a command in tree $1, in namespaces that end with it and take all mounts and processes along. Rust's toolchain is
-# at /opt/rust, to be read.
+# Runs a command in tree $1, in namespaces that end with it and take all mounts and processes along. The Rust toolchain
+# is at /opt/rust, read-only.
 in_tree() {
     local toolchain
     toolchain=$(rustc --print sysroot)
     mkdir -p "$1/opt/rust"
     unshare --mount --pid --fork --kill-child bash -euc '
         mount --make-rprivate /
-        # A root that is a mount, as a machine has it: a namespace of mounts within it fails otherwise.
+        # The root is a mount, as on a machine: otherwise a mount namespace within it fails.
         mount --bind "$1" "$1"
         mount -t proc proc "$1/proc"
         mount --rbind /dev "$1/dev"

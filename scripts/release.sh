@@ -1,17 +1,17 @@
 # shellcheck shell=bash
-# For scripts that make what is released (source it): the version, its time, its files.
+# For scripts that make what is released (source it): the version, its time and its files.
 
 version=$(sed -nE '/^\[workspace.package\]/,/^\[/s/^version = "(.*)"/\1/p' Cargo.toml)
-# The same files make the same packages.
+# The same files must make the same packages.
 SOURCE_DATE_EPOCH=$(git log -1 --format=%ct 2>/dev/null || date +%s)
 
-# What git tracks, with changes that are not committed, and the SQL script, as a tar file below the path $1; further arguments go to git
-# archive.
+# Writes the files that git tracks, with uncommitted changes, and the SQL script as a tar file below the path $1;
+# further arguments go to git archive.
 released_files() {
     local tree
-    git rev-parse --git-dir >/dev/null || { echo "This needs a git checkout: it says which files are ours" >&2; return 1; }
+    git rev-parse --git-dir >/dev/null || { echo "This needs a git checkout, which tells the files to package" >&2; return 1; }
     tree=$(git stash create)
-    [[ -z $tree ]] || echo "(with changes that are not committed)" >&2
+    [[ -z $tree ]] || echo "(with uncommitted changes)" >&2
     make --no-print-directory sql
     local script=() name=sql/outbox_relay--$version.sql
     [[ -n $(git ls-files "$name") ]] || script=(--prefix="$1sql/" --add-file="$name")

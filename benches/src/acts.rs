@@ -1,5 +1,5 @@
-//! What large acts do to the others, and how long they take: many events that fail, are retried or replayed, or fall due
-//! at one moment. The others' latency is taken only while it lasts.
+//! The effect of large tasks on other publishers, and their duration: many events that fail, are retried or replayed,
+//! or fall due at one moment. The others' latency is measured only during the task.
 
 use crate::load::{self, Arrivals, Pace};
 use crate::options::Scale;
@@ -12,10 +12,10 @@ use kit::Stack;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-/// What one act came to.
+/// The result of one task.
 struct Act {
     seconds: f64,
-    /// p50 and p99 of the others, in milliseconds: while it lasted, and alone.
+    /// p50 and p99 of the others, in milliseconds: during the task, and alone.
     during: [f64; 2],
     alone: [f64; 2],
     memory_mb: f64,
@@ -27,7 +27,7 @@ fn shares(arrivals: &Arrivals, from: f64, until: f64) -> [f64; 2] {
     [0.5, 0.99].map(|share| quantile(&times, share))
 }
 
-/// `act` begins half a second after the others, who are there for so long, and returns when all that it entails is done.
+/// `act` begins half a second after the others, which publish for this time, and returns when all its effects are done.
 fn during(stack: &Stack, seconds: f64, what: &str, act: impl FnOnce() + Send) -> Act {
     let pace = |seconds: f64| Pace {
         clients: 1,
@@ -134,7 +134,7 @@ pub(crate) fn measure(scale: &Scale) -> Taken {
             wait_sent(&stack);
         }),
     ));
-    // How they fail was measured above.
+    // Their failing was measured above.
     stack.pg.exec(
         "insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, event_type, source, backend, data, subject, stream,
             data_schema, publisher_config, max_retries, published_by, attempts, last_error)

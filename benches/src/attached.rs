@@ -1,5 +1,5 @@
-//! What an attached table adds to statements on it, beside a plain table, and beside a trigger by hand for each row; and
-//! what the inbox costs a consumer, beside a table of its own.
+//! The cost of an attached table for statements on it, compared with a plain table and with a hand-written row trigger;
+//! and the cost of the inbox for a consumer, compared with a table of its own.
 
 use crate::options::Scale;
 use crate::report::{Goal, Row, Taken};
@@ -22,7 +22,7 @@ const NAMES: [&str; 3] = ["plain", "attached", "by_hand"];
 /// Statements of one row each.
 const SINGLE: u32 = 5_000;
 
-/// The relay is paused: the figure is the publisher's.
+/// The relay is paused: the figure is only about the publisher.
 pub(crate) fn measure(scale: &Scale) -> Taken {
     let stack = stack();
     let mut client = stack.pg.client();

@@ -1,4 +1,4 @@
-//! Whether the size of the backlog matters: to the rate, to its end, and to the worker's memory.
+//! Whether the size of the backlog affects the rate, the end of the drain, and the worker's memory.
 
 use crate::options::Scale;
 use crate::probe::anonymous_kb;
@@ -7,7 +7,7 @@ use crate::servers::{Backlog, DEFAULT, Drain};
 use crate::stats::median;
 
 const SMALL: u64 = 10_000;
-/// A small one is over in a moment, so several of them make one measurement.
+/// A small backlog is drained in a moment, so several of them make one measurement.
 const SMALL_DRAINS: usize = 3;
 
 pub(crate) fn measure(scale: &Scale) -> Taken {
@@ -24,7 +24,7 @@ pub(crate) fn measure(scale: &Scale) -> Taken {
         eprintln!("backlog: {:.0}/s with {size} waiting", by_size[by_size.len() - 1].1);
         size *= 10;
     }
-    // With nothing waiting, after it has sent something.
+    // With nothing pending, after it has sent something.
     let idle_kb = anonymous_kb(small.stack.pg.wait_worker("postgres"));
     large.grow(scale.backlog);
     let (mut rates, mut smalls) = (Vec::new(), Vec::new());

@@ -1,4 +1,4 @@
-//! What an application without the extension would write: a table with the columns, defaults and indexes of
+//! What an application without the extension would write to: a table with the columns, defaults and indexes of
 //! `outbox.events`.
 
 use kit::{Postgres, Stack};
@@ -28,13 +28,13 @@ pub(crate) fn insert_sql() -> String {
     )
 }
 
-/// What a run of pgbench came to.
+/// The result of a run of pgbench.
 pub(crate) struct Ran {
     pub tps: f64,
     pub transactions: u64,
 }
 
-/// Runs a script of one statement, prepared, with so many clients for so long.
+/// Runs a script of one prepared statement, with this many clients, for this long.
 pub(crate) fn pgbench(pg: &Postgres, script: &str, clients: u32, durable: bool, seconds: u32) -> Ran {
     let commit = if durable { "on" } else { "off" };
     pg.exec(&format!("alter database postgres set synchronous_commit to {commit}"));
@@ -55,7 +55,7 @@ pub(crate) fn pgbench(pg: &Postgres, script: &str, clients: u32, durable: bool, 
     }
 }
 
-/// Both tables as at the start, and a checkpoint behind them.
+/// Both tables as at the start, after a checkpoint.
 pub(crate) fn empty(stack: &Stack) {
     stack
         .pg

@@ -17,12 +17,12 @@ const STYLE: &str = "<style>
 .l0{stroke:#58a6ff}.l1{stroke:#9198a1}.l2{stroke:#f0883e}.l3{stroke:#3fb950}.l4{stroke:#bc8cff}.l5{stroke:#2f6fc4}}
 </style>";
 
-/// How values lie on an axis.
+/// The scale of an axis.
 #[derive(Clone, Copy)]
 pub(crate) enum Scale {
     Linear,
     Log,
-    /// Shares in percent: 90, 99 and 99.9 are as far from each other.
+    /// Shares in percent: 90, 99 and 99.9 have equal distances.
     Nines,
 }
 
@@ -41,19 +41,19 @@ pub(crate) struct Axis {
     pub scale: Scale,
     pub from: f64,
     pub to: f64,
-    /// Where, and what is written there.
+    /// Positions and their labels.
     pub ticks: Vec<(f64, String)>,
 }
 
 impl Axis {
-    /// Where a value lies, from 0 to 1.
+    /// The position of a value, from 0 to 1.
     fn share(&self, value: f64) -> f64 {
         let (from, to) = (self.scale.place(self.from), self.scale.place(self.to));
         ((self.scale.place(value) - from) / (to - from)).clamp(0.0, 1.0)
     }
 }
 
-/// Which colour: ours, the floor's, a rival's...
+/// The colour: the relay's, the lower bound's, a rival's...
 #[derive(Clone, Copy)]
 pub(crate) struct Colour(pub usize);
 
@@ -142,7 +142,7 @@ pub(crate) fn lines(title: &str, subtitle: &str, x: &Axis, y: &Axis, lines: &[Li
     end(svg)
 }
 
-/// Horizontal bars with what they come to.
+/// Horizontal bars with their values.
 pub(crate) fn bars(title: &str, subtitle: &str, bars: &[Bar]) -> String {
     const ROW: f64 = 38.0;
     let (left, right) = (250.0, WIDTH - 110.0);

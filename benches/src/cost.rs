@@ -1,4 +1,4 @@
-//! What the relay takes of the processors while events come one by one: the worker's threads and Redis, an event.
+//! The processor time of the worker's threads and of Redis for each event, while events come one by one.
 
 use crate::load::{self, Pace, Way};
 use crate::options::Scale;
@@ -9,14 +9,14 @@ use crate::stats::median;
 use kit::Stack;
 use std::path::Path;
 
-/// Name, clients, transactions a second, events in each, and the share of a processor that they may take.
+/// Name, clients, transactions a second, events in each, and the allowed share of a processor.
 const PACES: [(&str, usize, f64, usize, Goal); 3] = [
     ("1,000/s", 4, 1_000.0, 1, Goal::None),
     ("5,000/s", 8, 5_000.0, 1, Goal::AtMost(30.0)),
     ("20,000/s in tens", 8, 2_000.0, 10, Goal::None),
 ];
 
-/// One load: microseconds an event of each, and how long half of the events took at most.
+/// One load: microseconds of each for an event, and the median latency.
 struct Cost {
     reader_us: f64,
     senders_us: f64,

@@ -1,4 +1,4 @@
-//! How fast a backlog is drained, beside the slower of two floors in the same run.
+//! How fast a backlog is drained, compared with the slower of two upper bounds in the same run.
 
 use crate::floors::{copy_rate, redis_rate};
 use crate::options::Scale;
@@ -6,7 +6,7 @@ use crate::report::{Goal, Row, Series, Taken, thousands};
 use crate::servers::{BACKENDS, Backlog, DEFAULT, Drain, STREAMS, Way};
 use crate::stats::{median, median_ratio};
 
-/// Ways to drain into one stream: name, way, goal beside the floor.
+/// Ways to drain into one stream: name, way, goal as a share of the bound.
 const WAYS: [(&str, Way, Goal); 4] = [
     (
         "at_least_once, batch_size 1000",
@@ -127,7 +127,7 @@ pub(crate) fn measure(scale: &Scale) -> Taken {
     }
 }
 
-/// As many events for many streams and backends as for one.
+/// Many streams and backends, with as many events as one has.
 pub(crate) fn measure_spread(scale: &Scale) -> Taken {
     let (one, spread) = (Backlog::of(scale.events, false), Backlog::of(scale.events, true));
     let (mut ones, mut spreads) = (Vec::new(), Vec::new());

@@ -1,12 +1,12 @@
-//! What the parts allow: Redis adding the same entries for `redis-benchmark -c 1 -P 500`, and Postgres handing out the
-//! same rows by COPY.
+//! The limits that the parts set: Redis adding the same entries for `redis-benchmark -c 1 -P 500`, and Postgres
+//! returning the same rows by COPY.
 
 use kit::{Redis, Stack};
 use std::io::Read;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-/// Entries a second that Redis adds, with the fields of one of ours.
+/// Entries a second that Redis adds, with the fields of an entry of the relay.
 pub(crate) fn redis_rate(redis: &Redis, entry: &[String], events: u64) -> f64 {
     redis.call(&["FLUSHALL"]);
     let (port, count) = (redis.port().to_string(), events.to_string());
@@ -34,7 +34,7 @@ pub(crate) fn redis_rate(redis: &Redis, entry: &[String], events: u64) -> f64 {
     events as f64 / start.elapsed().as_secs_f64()
 }
 
-/// Rows a second that Postgres hands out.
+/// Rows a second that Postgres returns.
 pub(crate) fn copy_rate(stack: &Stack, events: u64) -> f64 {
     let mut client = stack.pg.client();
     let start = Instant::now();

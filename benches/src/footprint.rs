@@ -1,5 +1,5 @@
-//! What the worker takes: memory with large events and with backends that are down, and what it does when there is
-//! nothing to do. (Its memory with a large backlog is measured where that is drained.)
+//! The worker's resources: memory with large events and with backends that are down, and its work when idle. (Its
+//! memory with a large backlog is measured together with the drain.)
 
 use crate::options::Scale;
 use crate::probe::{Busy, anonymous_kb, busy_seconds, wakes, written};
@@ -49,7 +49,7 @@ fn above(what: String, highest_kb: u64, idle_kb: u64) -> Row {
 fn large_events() -> Row {
     let (stack, pid, idle_kb) = settled();
     stack.pg.exec("update outbox.backends set enabled = false");
-    // With all that is around it an event has at most 1 MB.
+    // With everything around it, an event has at most 1 MB.
     stack.pg.exec(&format!(
         "select outbox.publish_event('bench.large', 'bench', jsonb_build_object('n', g, 'pad', repeat('x', 1000000)))
          from generate_series(1, {LARGE_EVENTS}) g"
@@ -69,13 +69,13 @@ fn large_events() -> Row {
 
 fn backends_down(scale: &Scale) -> Row {
     let (stack, pid, idle_kb) = settled();
-    // Port 1: nobody listens there.
+    // Port 1: nothing listens there.
     stack.pg.exec(&format!(
         "insert into outbox.backends (name, host, port) select 'd' || n, '127.0.0.1', 1 from generate_series(1, {BACKENDS}) n"
     ));
     let mut client = stack.pg.client();
     let (mut highest_kb, start) = (anonymous_kb(pid), Instant::now());
-    // In many transactions, so that the backlog grows while the worker looks on.
+    // In many transactions, so that the backlog grows while the worker reads.
     for first in (1..=scale.events).step_by(1_000) {
         let sql = format!(
             "insert into outbox.events (event_type, source, backend, data)
@@ -95,10 +95,10 @@ fn backends_down(scale: &Scale) -> Row {
     above(what, highest_kb, idle_kb)
 }
 
-/// As often as a worker that polls.
+/// As often as a worker polls.
 const SLEEPER_WAKES_EACH: Duration = Duration::from_secs(5);
 
-/// Sleeps for this time. How long that has taken this thread on a processor, in seconds.
+/// Sleeps for this time. Returns the processor time that this thread used, in seconds.
 fn sleeper_seconds(time: Duration) -> f64 {
     let busy = || busy_seconds(Path::new("/proc/thread-self")).expect("Linux counts it");
     let (start, before) = (Instant::now(), busy());
@@ -108,7 +108,7 @@ fn sleeper_seconds(time: Duration) -> f64 {
     busy() - before
 }
 
-/// Nothing to do, at default settings: wake-ups, WAL and time on a processor.
+/// An idle worker with default settings: wake-ups, WAL and processor time.
 pub(crate) fn measure_idle(scale: &Scale) -> Taken {
     // Otherwise the background writer logs a snapshot for standbys now and then.
     let quiet = [("wal_level", "minimal"), ("max_wal_senders", "0")];
@@ -119,7 +119,7 @@ pub(crate) fn measure_idle(scale: &Scale) -> Taken {
         stack.pg.one::<i64>("select pending from outbox.status") == 0
     });
     let pid = stack.pg.wait_worker("postgres");
-    // The session that has just looked has left, too.
+    // The session that has just queried has ended, too.
     std::thread::sleep(Duration::from_secs(2));
     let wal = written(&stack.pg);
     let (woken, busy, start) = (wakes(pid), Busy::of(pid), Instant::now());

@@ -1,5 +1,4 @@
-//! What relay and publishers do to each other, and what somebody does who keeps a transaction or a snapshot open all
-//! along.
+//! How relay and publishers affect each other, and the effect of a transaction or a snapshot that is open all the time.
 
 use crate::bare::{self, pgbench};
 use crate::load::{self, Pace, Way};
@@ -12,7 +11,7 @@ use std::time::Instant;
 
 const CLIENTS: u32 = 8;
 
-/// Eight publishers while the relay sends what they publish, over the same while it is paused.
+/// Eight publishers while the relay sends their events, compared with the same while it is paused.
 pub(crate) fn measure(scale: &Scale) -> Taken {
     let stack = stack();
     stack.pg.exec(bare::TABLE);
@@ -43,7 +42,7 @@ pub(crate) fn measure(scale: &Scale) -> Taken {
     }
 }
 
-/// Who is there all along: its name, and what its session does first.
+/// The session that is open all the time: its name, and what it does first.
 const GUESTS: [(&str, &str); 3] = [
     ("nobody", "select 1"),
     (
@@ -69,7 +68,7 @@ pub(crate) fn measure_open(scale: &Scale) -> Taken {
     };
     for run in 0..scale.runs {
         for turn in 0..GUESTS.len() {
-            // Who is first is so in turn, and so is who comes behind whom.
+            // The order of the measurements changes each time.
             let turn = if run % 2 == 0 { turn } else { GUESTS.len() - turn };
             let who = (run + turn) % GUESTS.len();
             bare::empty(&stack);

@@ -1,4 +1,4 @@
-//! From commit to a consumer, beside an application that commits and then XADDs by itself.
+//! From commit to a consumer, compared with an application that commits and then XADDs itself.
 
 use crate::bare;
 use crate::load::{self, Pace, Way};
@@ -81,7 +81,7 @@ pub(crate) fn measure(scale: &Scale) -> Taken {
     taken
 }
 
-/// Milliseconds within which so many hundredths of the events have come.
+/// Milliseconds within which this many hundredths of the events have arrived.
 pub(crate) fn distribution(times_ms: &[f64]) -> Vec<(f64, f64)> {
     let mut sorted = times_ms.to_vec();
     sorted.sort_by(f64::total_cmp);

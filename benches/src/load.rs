@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 pub(crate) struct Way {
     pub sql: String,
     pub stream: &'static str,
-    /// XADDs by itself after the commit.
+    /// XADDs itself after the commit.
     pub adds: bool,
 }
 
@@ -91,7 +91,7 @@ pub(crate) fn run(stack: &Stack, way: &Way, pace: Pace) -> Arrivals {
     assert_eq!(lost, 0, "events that never arrived, of {events}");
     let seconds = |slot: &AtomicU64| slot.load(Ordering::SeqCst) as f64 / 1e9;
     let times = sent.iter().zip(&arrived).map(|(sent, arrived)| {
-        // The floor's entry may be there before the clock was read.
+        // The entry of the comparison may arrive before the clock was read.
         let took = (seconds(arrived) - seconds(sent)).max(0.0);
         (seconds(sent), took * 1_000.0)
     });
@@ -130,7 +130,7 @@ fn publish(stack: &Stack, way: &Way, pace: Pace, client: usize, start: Instant, 
     }
 }
 
-/// What the relay would append.
+/// The entry that the relay would append.
 fn add(conn: &mut redis::Connection, stream: &str, data: &str) {
     let (id, time) = (
         "01a209bb-302f-746e-bb1c-b5eca618182a",
@@ -158,7 +158,7 @@ fn last_id(stack: &Stack, stream: &str) -> String {
     newest.into_iter().next().map_or("0-0".to_owned(), |(id, _)| id)
 }
 
-/// Notes when each event has arrived, until all have, or none comes any more.
+/// Records when each event has arrived, until all have, or no more arrive.
 fn consume(
     stack: &Stack,
     stream: &str,
@@ -185,7 +185,7 @@ fn consume(
         for (id, fields) in streams.into_iter().flat_map(|(_, entries)| entries) {
             last = id;
             let number = fields.iter().find_map(|field| number(field));
-            // What an earlier run has left has a number, too, but has come before.
+            // Events of an earlier run have numbers, too, but arrived before.
             if let Some(slot) = number.and_then(|n| arrived.get(n))
                 && slot
                     .compare_exchange(NEVER, at.max(1), Ordering::SeqCst, Ordering::SeqCst)

@@ -1,4 +1,5 @@
-//! `make bench`: each figure beside its floor, measured in turn within one run, since machines are noisy. Medians.
+//! `make bench`: each figure beside its bound, measured alternately within one run, because the speed of machines
+//! varies. Medians.
 //!
 //! - [`options`], [`report`], [`stats`] how much is done, the table, one number of several
 //! - [`servers`], [`probe`], [`machine`], [`floors`], [`bare`], [`load`] what is measured, seen from outside, and
@@ -65,7 +66,7 @@ const FIGURES: [(&str, Measure); 23] = [
     ("steady", steady::measure),
     ("rivals", rivals::measure),
 ];
-/// What is done with what was measured, now or before: draw it, print it, write it into the document.
+/// Draws, prints or writes into the document what was measured, now or before.
 const OTHERS: [&str; 3] = ["plots", "table", "document"];
 
 fn main() {
@@ -85,7 +86,7 @@ fn main() {
     let mut rows: Vec<Row> = Vec::new();
     for (name, measure) in FIGURES.iter().filter(|(name, _)| options.wants(name)) {
         let start = Instant::now();
-        // One that fails must not take with it what the others took an hour for.
+        // A figure that fails must not lose the results of the others, which took an hour.
         match std::panic::catch_unwind(|| measure(&options.scale)) {
             Ok(mut taken) => {
                 taken.options = given.join(" ");
@@ -109,7 +110,7 @@ fn main() {
     println!("\n{}", report::table(&rows));
 }
 
-/// All that was measured, in the order of the table.
+/// All measurements, in the order of the table.
 fn kept(shelf: &Shelf) -> Vec<(&'static str, Taken)> {
     FIGURES
         .iter()

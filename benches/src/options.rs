@@ -1,4 +1,4 @@
-//! How much is done, and of what: `bench [--quick] [--runs N] [--events N] ... [FIGURE...]`.
+//! How much is measured, and which figures: `bench [--quick] [--runs N] [--events N] ... [FIGURE...]`.
 
 /// How much to do.
 #[derive(Debug, Clone)]
@@ -17,12 +17,12 @@ pub(crate) struct Scale {
     pub idle_seconds: u32,
     /// Minutes of steady publishing; 0: none.
     pub steady_minutes: f64,
-    /// Waiting events of a rival's drain; django-broadcaster, which sends one at a time, gets a 50th.
+    /// Pending events of a rival's drain; django-broadcaster, which sends one at a time, gets a 50th.
     pub rival_events: u64,
 }
 
 impl Scale {
-    /// What the figures of docs/performance.md are made with.
+    /// The options for the figures of docs/performance.md.
     const FULL: Self = Self {
         runs: 5,
         events: 1_000_000,
@@ -85,7 +85,7 @@ impl Options {
     }
 
     pub(crate) fn wants(&self, figure: &str) -> bool {
-        // Installing rivals takes longer than all else of it.
+        // Installing rivals takes longer than the rest of a quick run.
         let is_usual = !(self.quick && figure == "rivals");
         (self.wanted.is_empty() && is_usual) || self.names(figure)
     }

@@ -1,5 +1,5 @@
-//! What some do to the others: how long an event of another backend takes while one schedules, purges, publishes in
-//! bulk or floods, beside the same without; and how long it takes to look.
+//! The effect of some publishers on others: how long an event of another backend takes while one schedules, purges,
+//! publishes in bulk or floods, compared with the same without; and how long queries of views take.
 
 use crate::load::{self, Pace, Way};
 use crate::options::Scale;
@@ -10,7 +10,7 @@ use crate::stats::median;
 use kit::Stack;
 use std::time::{Duration, Instant};
 
-/// Events a second of those who are disturbed.
+/// Events a second of the affected publishers.
 pub(crate) const OTHERS_RATE: f64 = 200.0;
 /// Rows of one filling transaction.
 const TOGETHER: u64 = 10_000;
@@ -52,7 +52,7 @@ pub(crate) fn stack(settings: &[(&str, &str)]) -> Stack {
     stack
 }
 
-/// Runs `sql`, whose `$from` and `$to` are numbers, until so many rows are there.
+/// Runs `sql`, whose `$from` and `$to` are numbers, until there are this many rows.
 pub(crate) fn fill(stack: &Stack, count: u64, sql: &str) {
     let mut client = stack.pg.client();
     client
@@ -83,7 +83,7 @@ pub(crate) fn wait_sent(stack: &Stack) {
     wait_long(|| stack.pg.one::<i64>("select pending from outbox.status") == 0);
 }
 
-/// Others' latency alone, and while `disturb` runs beside them.
+/// The others' latency alone, and while `disturb` runs.
 fn beside(stack: &Stack, scale: &Scale, disturb: impl FnOnce() + Send) -> [load::Arrivals; 2] {
     let alone = load::run(stack, &others(), pace(scale));
     let disturbed = std::thread::scope(|scope| {
@@ -135,7 +135,7 @@ impl Figures {
             .collect()
     }
 
-    /// The p99 beside that of another disturbance.
+    /// The p99, compared with that of another disturbance.
     fn p99_beside(&self, floor: &Self, what: &str, goal: Goal) -> Row {
         Row::longer(
             format!("another backend's p99 {what}"),
@@ -214,7 +214,7 @@ pub(crate) fn measure_purge(scale: &Scale) -> Taken {
         stack.pg.set("outbox_relay.published_retention", "7d");
         fill_events(&stack, count);
         stack.pg.exec("vacuum analyze outbox.events");
-        // It goes on for longer than others are watched.
+        // It continues for longer than the others are measured.
         let (mut gone, mut seconds) = (0, 0.0);
         let left = || {
             stack
@@ -248,11 +248,11 @@ pub(crate) fn measure_purge(scale: &Scale) -> Taken {
     }
 }
 
-/// One transaction publishes many events. The others' latency stands beside the same without, and beside the same rows
-/// in a plain table: the latter is Postgres's own effect, since a commit waits for the WAL of others and for the
-/// processor.
+/// One transaction publishes many events. The others' latency is compared with the same without, and with the same rows
+/// in a plain table: the latter is the effect of Postgres itself, because a commit waits for the WAL of others and for
+/// the processor.
 pub(crate) fn measure_beside_bulk(scale: &Scale) -> Taken {
-    // Segments of the WAL that are recycled: a new one is filled with zeros first, and all commits wait for that.
+    // Recycled segments of the WAL: a new one is filled with zeros first, and all commits wait for that.
     let stack = stack(&[("min_wal_size", "2GB"), ("max_wal_size", "4GB")]);
     let count = scale.events * 2 / 5;
     let publish = format!(
@@ -290,7 +290,7 @@ pub(crate) fn measure_beside_bulk(scale: &Scale) -> Taken {
     }
 }
 
-/// Many wait behind one that Redis refuses, and follow; many streams are refused.
+/// Many events wait behind one that Redis refuses, and follow it; many streams are refused.
 pub(crate) fn measure_refused(scale: &Scale) -> Taken {
     let stack = stack(&[
         ("outbox_relay.retry_delay", "2s"),
@@ -366,7 +366,7 @@ pub(crate) fn measure_refused(scale: &Scale) -> Taken {
     }
 }
 
-/// Looking at events among many that are retained.
+/// Queries for some events among many retained ones.
 pub(crate) fn measure_looking(scale: &Scale) -> Taken {
     let stack = stack(&[]);
     let count = scale.events * 5;

@@ -1,4 +1,4 @@
-//! What the servers and the worker are seen to do, from outside.
+//! The servers and the worker as seen from outside.
 
 use kit::Postgres;
 use std::collections::HashMap;
@@ -48,7 +48,7 @@ impl Progress {
     pub(crate) fn rate(&self) -> f64 {
         let (start, from) = self.points[0];
         let running: Vec<_> = self.points.iter().filter(|(_, done)| *done < self.goal).collect();
-        // All came between two looks: take what there is.
+        // All arrived between two looks: uses what there is.
         let &(end, to) = match running.len() {
             0..3 => self.points.last().expect("it was reached"),
             n => running[n - 1],
@@ -65,7 +65,7 @@ impl Progress {
         last / first
     }
 
-    /// When so many had come, between two looks by interpolation.
+    /// When this many had arrived, interpolated between two looks.
     fn when(&self, count: f64) -> f64 {
         let after = self.points.partition_point(|&(_, done)| (done as f64) < count);
         let (t1, n1) = self.points[after.min(self.points.len() - 1)];
@@ -91,7 +91,7 @@ pub(crate) fn added(conn: &mut redis::Connection, streams: &[String]) -> u64 {
     replies.iter().map(count).sum()
 }
 
-/// Seconds that a worker's threads have been on a processor.
+/// Processor time of a worker's threads, in seconds.
 pub(crate) struct Busy {
     pub reader: f64,
     pub senders: f64,
@@ -104,7 +104,7 @@ impl Busy {
             senders: 0.0,
         };
         for (thread, directory) in threads(pid) {
-            // One that has ended meanwhile counts no more.
+            // A thread that has ended meanwhile no longer counts.
             let seconds = busy_seconds(&directory).unwrap_or(0.0);
             match thread == pid {
                 true => busy.reader += seconds,
@@ -115,15 +115,15 @@ impl Busy {
     }
 }
 
-/// How long a thread was on a processor, by its directory in /proc.
+/// Processor time of a thread, by its directory in /proc.
 pub(crate) fn busy_seconds(directory: &Path) -> Option<f64> {
-    // Nanoseconds on a processor come first.
+    // The first number is the processor time in nanoseconds.
     let text = std::fs::read_to_string(directory.join("schedstat")).ok()?;
     let ns: f64 = text.split(' ').next()?.parse().ok()?;
     Some(ns / 1e9)
 }
 
-/// Times that a thread of the process went to sleep, and so woke.
+/// How often threads of the process went to sleep, and so woke.
 pub(crate) fn wakes(pid: i32) -> u64 {
     let sleeps = |(_, directory): (i32, std::path::PathBuf)| {
         let status = std::fs::read_to_string(directory.join("status")).ok()?;
@@ -158,7 +158,7 @@ pub(crate) fn written(pg: &Postgres) -> i64 {
     pg.one("select (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint")
 }
 
-/// Milliseconds that this machine takes to write a block and have it on disk, each of several times.
+/// Milliseconds that this machine takes to write a block to disk, each of several times.
 pub(crate) fn fsync_ms(directory: &Path) -> Vec<f64> {
     let mut file = tempfile_in(directory);
     file.write_all(&vec![0; 16 << 20]).expect("cannot write");
@@ -174,7 +174,7 @@ pub(crate) fn fsync_ms(directory: &Path) -> Vec<f64> {
         .collect()
 }
 
-/// A file without a name: it goes with its handle.
+/// A file without a name: it is deleted with its handle.
 fn tempfile_in(directory: &Path) -> std::fs::File {
     let path = directory.join("bench.fsync");
     let file = std::fs::File::create(&path).expect("cannot make a file beside the server's data");

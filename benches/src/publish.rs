@@ -11,7 +11,7 @@ use std::time::Instant;
 
 pub(crate) fn measure(scale: &Scale) -> Taken {
     let stack = stack();
-    // Published events only wait: this is about publishing.
+    // Published events are not sent here: only publishing is measured.
     stack.pg.exec("update outbox.backends set enabled = false");
     stack.pg.exec(bare::TABLE);
     let mut rows = Vec::new();
@@ -49,7 +49,7 @@ pub(crate) fn measure_bulk(scale: &Scale) -> Taken {
     stack.pg.exec("update outbox.backends set enabled = false");
     stack.pg.exec(bare::TABLE);
     let events = scale.bulk;
-    // What is published is there already: making it is not what is measured.
+    // The payloads are prepared: making them is not measured.
     stack.pg.exec(&format!(
         "create table payloads as select g, {DATA} as data from generate_series(1, {events}) g;
          create table arrays as

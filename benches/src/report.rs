@@ -1,11 +1,11 @@
-//! The table, and what is kept of a run below `target/bench`, so that figures can be measured one by one and shown
+//! The table, and the results of a run below `target/bench`, so that figures can be measured one by one and shown
 //! together.
 
 use crate::stats::{median, median_difference, median_ratio};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
-/// What a figure should be.
+/// The goal of a figure.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Goal {
     AtLeast(f64),
@@ -36,7 +36,7 @@ pub(crate) struct Row {
 }
 
 impl Row {
-    /// Rates beside the floor's, measured in turn; the higher the better.
+    /// Rates compared with a bound, measured alternately; higher is better.
     pub(crate) fn rate(figure: impl Into<String>, ours: &[f64], floor: &[f64], goal: Goal) -> Self {
         let ratio = median_ratio(ours, floor);
         Row {
@@ -75,7 +75,7 @@ impl Row {
         }
     }
 
-    /// A figure that stands for itself.
+    /// A figure without a comparison.
     pub(crate) fn plain(figure: impl Into<String>, value: f64, digits: usize, unit: &str, goal: Goal) -> Self {
         Row {
             figure: figure.into(),
@@ -87,7 +87,7 @@ impl Row {
         }
     }
 
-    /// A share or ratio of two figures of ours.
+    /// A share or ratio of two figures of the relay.
     pub(crate) fn ratio(figure: impl Into<String>, ratio: f64, goal: Goal) -> Self {
         Row {
             figure: figure.into(),
@@ -99,7 +99,7 @@ impl Row {
         }
     }
 
-    /// What could not be measured, and why.
+    /// A figure that could not be measured, and the reason.
     pub(crate) fn missing(figure: impl Into<String>, why: &str) -> Self {
         Row {
             figure: figure.into(),
@@ -119,12 +119,12 @@ pub(crate) struct Series {
     pub points: Vec<(f64, f64)>,
 }
 
-/// What the measuring of one family of figures gave.
+/// The results of one family of figures.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(crate) struct Taken {
     pub rows: Vec<Row>,
     pub series: Vec<Series>,
-    /// With which options.
+    /// The options of the run.
     #[serde(default)]
     pub options: String,
 }
@@ -136,7 +136,7 @@ impl Taken {
     }
 }
 
-/// Where results and pictures are kept. Those of a quick run lie apart: they are not for readers.
+/// Where results and pictures are kept. Those of a quick run are kept separately: they are not for readers.
 pub(crate) struct Shelf {
     results: PathBuf,
     pub pictures: PathBuf,
@@ -158,7 +158,7 @@ impl Shelf {
         std::fs::write(self.place(family), text).expect("cannot keep what was measured");
     }
 
-    /// What a run, this one or an earlier one, has left.
+    /// The results of this run or an earlier one.
     pub(crate) fn load(&self, family: &str) -> Option<Taken> {
         let text = std::fs::read_to_string(self.place(family)).ok()?;
         serde_json::from_str(&text).ok()

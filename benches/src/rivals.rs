@@ -1,7 +1,6 @@
-//! Other ways from a table to a Redis stream, each with its own table and process: how fast they drain, and how late
-//! they are.
+//! Other ways from a table to a Redis stream, each with its own table and process: their rates and latencies.
 //!
-//! `scripts/rivals` installs them into a temporary directory and says in the environment what is there.
+//! `scripts/rivals` installs them into a temporary directory and lists them in the environment.
 
 use crate::bare::data;
 use crate::latency::distribution;
@@ -21,7 +20,7 @@ struct Rival {
     script: &'static str,
     /// In the environment, if it is there.
     needs: &'static str,
-    /// One of so many waiting events of the others.
+    /// The others' number of pending events divided by this.
     share: u64,
     /// Publishes the events `g` of a range.
     fill: fn(u64, u64) -> String,
@@ -133,12 +132,12 @@ impl Rival {
     /// Servers with this rival's table.
     fn stack(&self) -> Stack {
         let stack = stack();
-        // Its rows are updated or deleted: it needs it.
+        // Its rows are updated or deleted, so it needs vacuum.
         stack.pg.set("autovacuum", "on");
         stack.pg.set("outbox_relay.enabled", "off");
         let status = self.command(&stack, "setup").status().expect("python");
         assert!(status.success(), "{} cannot make its table", self.name);
-        // So that it can be looked at before it has entries.
+        // So that the stream can be read before it has entries.
         stack
             .redis
             .call(&["XGROUP", "CREATE", "events", "nobody", "0", "MKSTREAM"]);
@@ -169,12 +168,12 @@ impl Rival {
         Relay(child)
     }
 
-    /// Events a second from the first that it appends.
+    /// Events a second from the first one that it appends.
     fn drain(&self, stack: &Stack, events: u64) -> f64 {
         let mut client = stack.pg.client();
         for first in (1..=events).step_by(1_000) {
             let last = (first + 999).min(events);
-            // Each statement of its own accord.
+            // Each statement in its own transaction.
             for statement in (self.fill)(first, last).split("; ") {
                 client.batch_execute(statement).expect("cannot fill a rival's table");
             }
@@ -186,7 +185,7 @@ impl Rival {
         Progress::watch(&mut conn, &["events".to_owned()], events, interval, |_| {}).rate()
     }
 
-    /// At a steady pace, with what the drain has left behind vacuumed away.
+    /// At a steady pace, after vacuuming the rows that the drain has left.
     fn latency(&self, stack: &Stack, pace: Pace) -> Arrivals {
         stack.pg.exec("vacuum analyze");
         let _relay = self.start(stack);
@@ -212,7 +211,7 @@ struct Relay(Child);
 
 impl Drop for Relay {
     fn drop(&mut self) {
-        // It holds nothing that matters.
+        // It holds no state that matters.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }

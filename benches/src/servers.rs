@@ -1,4 +1,4 @@
-//! Servers as a user would run them, and a backlog that can be drained again and again.
+//! Servers as a user would run them, and a backlog that can be drained repeatedly.
 
 use crate::probe::{Busy, Progress, anonymous_kb, written};
 use kit::{Stack, wait_until};
@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 /// 200 bytes of JSON for the event number `g`.
 pub(crate) const DATA: &str = "json_build_object('n', 1000000 + g, 'pad', repeat('x', 174))";
-/// How many events of a backlog came in one transaction.
+/// How many events of a backlog were published in one transaction.
 const IN_ONE_TRANSACTION: u64 = 1_000;
 
 pub(crate) const STREAMS: usize = 10;
@@ -25,8 +25,8 @@ pub(crate) fn stack() -> Stack {
     Stack::with(SETTINGS)
 }
 
-/// Waiting events, all for one stream or spread over several streams and backends. They stay when they were drained,
-/// and the relay is made to forget that it has sent them.
+/// Pending events, all for one stream or spread over several streams and backends. The rows stay after a drain, and the
+/// relay is made to forget that it has sent them.
 pub(crate) struct Backlog {
     pub stack: Stack,
     pub events: u64,
@@ -40,16 +40,16 @@ pub(crate) struct Way {
     pub batch_size: u32,
 }
 
-/// What an installation does that nobody has configured.
+/// The defaults of an installation.
 pub(crate) const DEFAULT: Way = Way {
     delivery: "exactly_once",
     batch_size: 100,
 };
 
-/// How one drain went.
+/// The result of one drain.
 pub(crate) struct Drain {
     pub progress: Progress,
-    /// Time on a processor of the worker's main thread and of its senders, microseconds an event.
+    /// Processor time of the worker's main thread and of its senders, in microseconds for each event.
     pub reader_us: f64,
     pub sender_us: f64,
     /// Bytes of WAL an event.
@@ -82,7 +82,7 @@ impl Backlog {
         backlog
     }
 
-    /// Publishes until there are so many.
+    /// Publishes until there are this many events.
     pub(crate) fn grow(&mut self, events: u64) {
         self.stop();
         let (backend, stream) = match self.spread {
@@ -116,7 +116,8 @@ impl Backlog {
         }
     }
 
-    /// Drains all of it, as a worker that starts anew and has sent nothing. What counts begins with the first XADD.
+    /// Drains all of it, with a worker that starts anew and has sent nothing. The measurement begins with the first
+    /// XADD.
     pub(crate) fn drain(&self, way: Way) -> Drain {
         let pg = &self.stack.pg;
         self.stop();
@@ -130,7 +131,7 @@ impl Backlog {
         let mut conn = self.stack.redis.conn();
         let streams = self.streams();
         for stream in &streams {
-            // So that it can be looked at before it has entries.
+            // So that the stream can be read before it has entries.
             self.stack
                 .redis
                 .call(&["XGROUP", "CREATE", stream, "nobody", "0", "MKSTREAM"]);
@@ -148,7 +149,7 @@ impl Backlog {
             if done > 0 && before.is_none() {
                 before = Some((Busy::of(pid), done));
             }
-            // Reading it takes a look at all of the process's pages.
+            // Reading it visits all pages of the process.
             if self.events >= 1_000_000 {
                 memory_kb = memory_kb.max(anonymous_kb(pid));
             }
@@ -174,7 +175,7 @@ impl Backlog {
         }
     }
 
-    /// Without a worker nobody counts, and nothing is forgotten under its feet.
+    /// Without a worker, nothing reads the state or overwrites it.
     fn stop(&self) {
         self.stack.pg.set("outbox_relay.enabled", "off");
         wait_until("the worker to leave", || self.stack.pg.worker_pid("postgres").is_none());

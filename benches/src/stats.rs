@@ -1,6 +1,6 @@
-//! Of several measurements, one.
+//! One number for several measurements.
 
-/// The middle of some measurements.
+/// The median of some measurements.
 pub(crate) fn median(values: &[f64]) -> f64 {
     quantile(values, 0.5)
 }
@@ -18,7 +18,7 @@ pub(crate) fn median_ratio(ours: &[f64], floor: &[f64]) -> f64 {
     median(&ours.iter().zip(floor).map(|(a, b)| a / b).collect::<Vec<_>>())
 }
 
-/// The same of their differences.
+/// The median of their differences.
 pub(crate) fn median_difference(ours: &[f64], floor: &[f64]) -> f64 {
     median(&ours.iter().zip(floor).map(|(a, b)| a - b).collect::<Vec<_>>())
 }

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 const EVENTS_PER_SECOND: f64 = 5_000.0;
 /// Events in one transaction.
 const TOGETHER: usize = 5;
-/// The second is compared with the last.
+/// The number of parts of the run: the second is compared with the last.
 const PARTS: usize = 5;
 
 pub(crate) fn measure(scale: &Scale) -> Taken {
@@ -23,7 +23,7 @@ pub(crate) fn measure(scale: &Scale) -> Taken {
     let stack = Stack::with(
         &[
             SETTINGS,
-            // Vacuum has to keep up with what is purged.
+            // Vacuum has to keep up with the purge.
             &[
                 ("autovacuum", "on"),
                 (
@@ -31,7 +31,7 @@ pub(crate) fn measure(scale: &Scale) -> Taken {
                     &format!("{}s", (retention_s / 4.0).clamp(1.0, 60.0)),
                 ),
                 ("outbox_relay.published_retention", &retention),
-                // As it is by default: a checkpoint or two in each fifth of half an hour.
+                // As by default: a checkpoint or two in each fifth of half an hour.
                 ("checkpoint_timeout", "5min"),
             ],
         ]
@@ -103,7 +103,7 @@ pub(crate) fn measure(scale: &Scale) -> Taken {
     }
 }
 
-/// When each event had arrived, with its latency.
+/// When each event arrived, and its latency.
 fn delivered(arrivals: &Arrivals) -> Vec<(f64, f64)> {
     let arrived = arrivals.times.iter().map(|(sent, ms)| (sent + ms / 1_000.0, *ms));
     arrived.collect()

@@ -1,4 +1,4 @@
-//! What it costs to look at a relay that has much: what a probe and a dashboard ask for, each time.
+//! The cost of queries on a relay with much data: the queries of a probe and of a dashboard.
 
 use crate::options::Scale;
 use crate::report::{Goal, Row, Taken, thousands};
@@ -7,11 +7,11 @@ use crate::stats::median;
 use kit::{Stack, wait_until};
 use std::time::Instant;
 
-/// Asked so often that none may take longer.
+/// Queries that run so often that none may take longer.
 const MOST_MS: f64 = 20.0;
 /// How many events are published in one transaction.
 const IN_ONE_TRANSACTION: u64 = 10_000;
-/// One event of so many waits. They lie among the others, so that whoever counts them meets those, too.
+/// One of this many events is pending. They are spread among the others, so that counting them also meets those.
 const ONE_WAITS_OF: u64 = 6;
 
 const LOOKS: [(&str, &str); 5] = [
@@ -68,8 +68,8 @@ pub(crate) fn measure(scale: &Scale) -> Taken {
     }
 }
 
-/// All are published without a worker. Then those of the first backend count as sent, since its cursor says so, and
-/// those of the other wait, since it is paused.
+/// All are published without a worker. Then the events of the first backend count as sent, because its cursor is set
+/// so, and those of the other are pending, because it is paused.
 fn fill(stack: &Stack, count: u64) {
     let pg = &stack.pg;
     pg.set("outbox_relay.enabled", "off");

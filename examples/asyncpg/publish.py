@@ -1,4 +1,4 @@
-"""Publishes with asyncpg. It connects as PGHOST, PGUSER... say."""
+"""Publishes with asyncpg. Connects with PGHOST, PGUSER... of the environment."""
 
 import asyncio
 import json
@@ -28,7 +28,7 @@ async def main():
         later = datetime.now(timezone.utc) + timedelta(days=14)
         print("order.reminder", await publish(db, "order.reminder", data, scheduled_at=later))
 
-        # The same by a plain INSERT, which takes RETURNING. An id of one's own publishes once, however often.
+        # The same by a plain INSERT, which takes RETURNING. With your own id, an event is published once, even if repeated.
         imported = "insert into outbox.events (event_type, source, data) values ($1, 'shop', $2) returning event_id"
         print("order.imported", await db.fetchval(imported, "order.imported", json.dumps(data)))
         shipped = uuid4()
@@ -40,7 +40,7 @@ async def main():
     transaction = db.transaction()
     await transaction.start()
     await publish(db, "order.cancelled", data)
-    await transaction.rollback()  # and nobody hears of it
+    await transaction.rollback()  # and no event is sent
     await db.close()
 
 

@@ -1,4 +1,4 @@
-// Reads the entries of a stream as CloudEvents, with the SDK of npm. It prints each, and ends.
+// Reads the entries of a stream as CloudEvents, with the SDK from npm. Prints each, and ends.
 import { HTTP } from 'cloudevents';
 import { createClient } from 'redis';
 

@@ -1,4 +1,4 @@
-"""Reads the entries of a stream as CloudEvents, with the SDK of PyPI. It prints each, and ends."""
+"""Reads the entries of a stream as CloudEvents, with the SDK from PyPI. Prints each, and ends."""
 
 import os
 

@@ -45,7 +45,7 @@ server = {
 DATABASES = {
     # TEMPLATE: it has the extension, which the application's role cannot create. See setup.sql.
     "default": {**server, "USER": "app", "TEST": {"TEMPLATE": "app_template"}},
-    # For the admin's pages of the outbox alone.
+    # Only for the admin's pages of the outbox.
     "operator": {**server, "USER": "operator", "TEST": {"MIRROR": "default"}},
 }
 DATABASE_ROUTERS = ["outbox.router.Router"]

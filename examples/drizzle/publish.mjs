@@ -1,4 +1,4 @@
-// Publishes with Drizzle: by a function, and by a table. It connects as PGHOST, PGUSER... say.
+// Publishes with Drizzle: by a function, and by a table. Connects with PGHOST, PGUSER... of the environment.
 import { randomUUID } from 'node:crypto';
 import { sql } from 'drizzle-orm';
 import { drizzle } from 'drizzle-orm/node-postgres';
@@ -49,7 +49,7 @@ await db.transaction(async (tx) => {
   const [imported] = await tx.insert(events).values({ event_type: 'order.imported', source: 'shop', data }).returning();
   console.log('order.imported', imported.event_id);
 
-  // An id of one's own publishes once, however often it is tried.
+  // With your own id, an event is published once, even if the statement is repeated.
   const shipped = { event_id: randomUUID(), event_type: 'order.shipped', source: 'shop', data };
   for (let tries = 0; tries < 2; tries++) {
     await tx.insert(events).values(shipped).onConflictDoNothing({ target: events.event_id });
@@ -59,6 +59,6 @@ await db.transaction(async (tx) => {
 
 await db.transaction(async (tx) => {
   await publish(tx, 'order.cancelled', {});
-  tx.rollback(); // and nobody hears of it
+  tx.rollback(); // and no event is sent
 }).catch((error) => console.error(error.message));
 await pool.end();

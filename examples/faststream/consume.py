@@ -1,4 +1,4 @@
-"""Consumes with FastStream: one subscriber for new entries, one for what others have left; each has its effect once."""
+"""Consumes with FastStream: one subscriber for new entries, one for entries that others have left; each event has its effect once."""
 
 import asyncio
 import os
@@ -43,7 +43,7 @@ app = FastStream(broker)
 )
 async def handle(entry: Entry):
     async with await psycopg.AsyncConnection.connect() as db:  # one transaction; an application would have a pool
-        # In the transaction of the effects: a second delivery of the same event finds it noted.
+        # In the transaction of the effects: a second delivery of the same event finds it recorded.
         note = "insert into handled (consumer, event_id) values (%s, %s) on conflict do nothing"
         if (await db.execute(note, [GROUP, entry.event_id])).rowcount == 1:
             effect = "insert into effects (consumer, event_type) values (%s, %s)"

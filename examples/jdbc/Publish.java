@@ -1,4 +1,4 @@
-// Publishes with JDBC, as setString sends it. It connects as JDBC_URL says.
+// Publishes with JDBC; setString sends the JSON. Connects with JDBC_URL.
 
 import java.math.BigDecimal;
 import java.sql.Connection;
@@ -71,7 +71,7 @@ class Publish {
                 }
             }
 
-            // An id of one's own publishes once, however often it is tried.
+            // With your own id, an event is published once, even if the statement is repeated.
             var shipped = UUID.randomUUID();
             sql = "insert into outbox.events (event_id, event_type, source, data)"
                 + " values (?, 'order.shipped', 'shop', ?) on conflict (event_id) do nothing";
@@ -87,7 +87,7 @@ class Publish {
             db.commit();
 
             publish(db, "order.cancelled", data, Map.of());
-            db.rollback(); // and nobody hears of it
+            db.rollback(); // and no event is sent
         }
     }
 }

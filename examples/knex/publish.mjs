@@ -1,4 +1,4 @@
-// Publishes with Knex: by a function, and by an insert. It connects as PGHOST, PGUSER... say.
+// Publishes with Knex: by a function, and by an insert. Connects with PGHOST, PGUSER... of the environment.
 import { randomUUID } from 'node:crypto';
 import createKnex from 'knex';
 
@@ -28,7 +28,7 @@ await knex.transaction(async (trx) => {
   const [imported] = await events().insert(event).returning('event_id');
   console.log('order.imported', imported.event_id);
 
-  // An id of one's own publishes once, however often it is tried.
+  // With your own id, an event is published once, even if the statement is repeated.
   const shipped = { event_id: randomUUID(), event_type: 'order.shipped', source: 'shop', data };
   for (let tries = 0; tries < 2; tries++) await events().insert(shipped).onConflict('event_id').ignore();
   console.log('order.shipped', shipped.event_id);
@@ -36,6 +36,6 @@ await knex.transaction(async (trx) => {
 
 await knex.transaction(async (trx) => {
   await publish(trx, 'order.cancelled', {});
-  throw new Error('the customer thinks again'); // and nobody hears of it
+  throw new Error('the customer thinks again'); // and no event is sent
 }).catch((error) => console.error(error.message));
 await knex.destroy();

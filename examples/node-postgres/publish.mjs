@@ -1,4 +1,4 @@
-// Publishes with node-postgres. It connects as PGHOST, PGUSER... say.
+// Publishes with node-postgres. Connects with PGHOST, PGUSER... of the environment.
 import { randomUUID } from 'node:crypto';
 import pg from 'pg';
 
@@ -25,7 +25,7 @@ console.log('order.paid', await publish('order.paid', data, { max_retries: 5, pu
 const scheduled_at = new Date(Date.now() + 14 * 24 * 3600 * 1000);
 console.log('order.reminder', await publish('order.reminder', data, { scheduled_at }));
 
-// The same by a plain INSERT, which takes RETURNING. An id of one's own publishes once, however often it is tried.
+// The same by a plain INSERT, which takes RETURNING. With your own id, an event is published once, even if the statement is repeated.
 const imported = "insert into outbox.events (event_type, source, data) values ($1, 'shop', $2) returning event_id";
 console.log('order.imported', (await db.query(imported, ['order.imported', data])).rows[0].event_id);
 const shipped = randomUUID();
@@ -37,5 +37,5 @@ await db.query('commit');
 
 await db.query('begin');
 await publish('order.cancelled', data);
-await db.query('rollback'); // and nobody hears of it
+await db.query('rollback'); // and no event is sent
 await db.end();

@@ -1,4 +1,4 @@
-// Consumes with node-redis, as one worker of a group: each event has its effect once, whatever dies.
+// Consumes with node-redis, as one worker of a group: each event has its effect once, even if workers die.
 import pg from 'pg';
 import { createClient } from 'redis';
 
@@ -15,7 +15,7 @@ await stream.xGroupCreate(STREAM, GROUP, '0', { MKSTREAM: true }).catch((error) 
 async function handle({ id, message }) {
   await db.query('begin');
   try {
-    // In the transaction of the effects: a second delivery of the same event finds it noted.
+    // In the transaction of the effects: a second delivery of the same event finds it recorded.
     const note = 'insert into handled (consumer, event_id) values ($1, $2) on conflict do nothing';
     const noted = await db.query(note, [GROUP, message.event_id]);
     if (noted.rowCount === 1) {
@@ -38,7 +38,7 @@ while (running) {
   // null: trimmed meanwhile
   const entries = [...left.messages.filter((entry) => entry !== null), ...(read?.[0].messages ?? [])];
   for (const entry of entries) {
-    // It stays pending, and comes again after MIN_IDLE_MS.
+    // The entry stays pending, and is delivered again after MIN_IDLE_MS.
     await handle(entry).catch((error) => console.error(`${entry.message.event_id} failed: ${error.message}`));
   }
 }

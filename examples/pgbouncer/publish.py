@@ -1,4 +1,4 @@
-"""Publishes through PgBouncer in transaction mode, with psycopg 3. It connects as PGHOST, PGPORT... say."""
+"""Publishes through PgBouncer in transaction mode, with psycopg 3. Connects with PGHOST, PGPORT... of the environment."""
 
 from datetime import datetime, timedelta, timezone
 from uuid import UUID, uuid4
@@ -8,7 +8,7 @@ from psycopg.types.json import Json
 
 
 def connect():
-    # PgBouncer before 1.21 knows no prepared statements: another session would be asked for one.
+    # PgBouncer before 1.21 does not track prepared statements: the next transaction may run in a session without them.
     return psycopg.connect(prepare_threshold=None)
 
 
@@ -28,7 +28,7 @@ with connect() as db:  # one transaction: the order and its events, or nothing
     later = datetime.now(timezone.utc) + timedelta(days=14)
     print("order.reminder", publish(db, "order.reminder", {"order_id": order}, scheduled_at=later))
 
-    # The same by a plain INSERT, which takes RETURNING. An id of one's own publishes once, however often it is tried.
+    # The same by a plain INSERT, which takes RETURNING. With your own id, an event is published once, even if the statement is repeated.
     imported = "insert into outbox.events (event_type, source, data) values (%s, 'shop', %s) returning event_id"
     print("order.imported", db.execute(imported, ["order.imported", Json({"order_id": order})]).fetchone()[0])
     shipped: UUID = uuid4()
@@ -39,7 +39,7 @@ with connect() as db:  # one transaction: the order and its events, or nothing
     print("order.shipped", shipped)
 
 with connect() as db:
-    # SET LOCAL ends with the transaction. A plain SET would stay in the pooled session, for whoever gets it next.
+    # SET LOCAL ends with the transaction. A plain SET would stay in the pooled session, for the next client.
     db.execute("set local outbox_relay.default_backend = 'archive'")
     print("order.archived", publish(db, "order.archived", {"order_id": order}))
 
@@ -48,4 +48,4 @@ with connect() as db:
 
 with connect() as db:
     publish(db, "order.cancelled", {"order_id": order})
-    db.rollback()  # and nobody hears of it
+    db.rollback()  # and no event is sent

@@ -1,4 +1,4 @@
-// Publishes with Prisma: by $queryRaw, and by a model. It connects as DATABASE_URL says.
+// Publishes with Prisma: by $queryRaw, and by a model. Connects with DATABASE_URL.
 import { randomUUID } from 'node:crypto';
 import { PrismaPg } from '@prisma/adapter-pg';
 import { PrismaClient } from '@prisma/client';
@@ -27,7 +27,7 @@ await prisma.$transaction(async (tx) => {
   const imported = await tx.event.create({ data: { event_type: 'order.imported', source: 'shop', data } });
   console.log('order.imported', imported.event_id);
 
-  // An id of one's own publishes once, however often it is tried.
+  // With your own id, an event is published once, even if the statement is repeated.
   const shipped = { event_id: randomUUID(), event_type: 'order.shipped', source: 'shop', data };
   for (let tries = 0; tries < 2; tries++) await tx.event.createMany({ data: [shipped], skipDuplicates: true });
   console.log('order.shipped', shipped.event_id);
@@ -35,6 +35,6 @@ await prisma.$transaction(async (tx) => {
 
 await prisma.$transaction(async (tx) => {
   await publish(tx, 'order.cancelled', {});
-  throw new Error('the customer thinks again'); // and nobody hears of it
+  throw new Error('the customer thinks again'); // and no event is sent
 }).catch((error) => console.error(error.message));
 await prisma.$disconnect();

@@ -1,4 +1,4 @@
-"""Publishes with psycopg 3. It connects as PGHOST, PGUSER... say."""
+"""Publishes with psycopg 3. Connects with PGHOST, PGUSER... of the environment."""
 
 from datetime import datetime, timedelta, timezone
 from uuid import UUID, uuid4
@@ -23,7 +23,7 @@ with psycopg.connect() as db:  # one transaction: the order and its events, or n
     later = datetime.now(timezone.utc) + timedelta(days=14)
     print("order.reminder", publish(db, "order.reminder", {"order_id": order}, scheduled_at=later))
 
-    # The same by a plain INSERT, which takes RETURNING. An id of one's own publishes once, however often it is tried.
+    # The same by a plain INSERT, which takes RETURNING. With your own id, an event is published once, even if the statement is repeated.
     imported = "insert into outbox.events (event_type, source, data) values (%s, 'shop', %s) returning event_id"
     print("order.imported", db.execute(imported, ["order.imported", Json({"order_id": order})]).fetchone()[0])
     shipped: UUID = uuid4()
@@ -35,4 +35,4 @@ with psycopg.connect() as db:  # one transaction: the order and its events, or n
 
 with psycopg.connect() as db:
     publish(db, "order.cancelled", {"order_id": order})
-    db.rollback()  # and nobody hears of it
+    db.rollback()  # and no event is sent

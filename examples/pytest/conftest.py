@@ -32,7 +32,7 @@ def committing_db(database):
 
 @pytest.fixture
 def published(db):
-    """Asks for what the test's transaction has published."""
+    """Returns a function that lists what the test's transaction has published."""
     columns = "event_type, subject, data"
     return lambda: db.execute(f"select {columns} from outbox.published_here()").fetchall()
 

@@ -1,4 +1,4 @@
-"""The application that is tested."""
+"""The application under test."""
 
 from psycopg.types.json import Jsonb
 

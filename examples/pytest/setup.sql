@@ -6,7 +6,7 @@ create database app_template is_template true;
 create extension outbox_relay;
 update outbox.backends set stream_name = 'test_events';
 select outbox.grant_publisher('app');
--- For tests that wait until all is sent.
+-- For tests that wait until everything is sent.
 grant execute on function outbox.drain(interval) to app;
 create table orders (id bigint generated always as identity primary key, customer text not null);
 grant select, insert on orders to app;

@@ -15,7 +15,7 @@ def test_another_test_begins_with_nothing(published):
 def test_what_is_committed_reaches_redis(committing_db, stream):
     with committing_db.transaction():
         order = place_order(committing_db, "Grace")
-    # Waits for all that was committed; call it outside a transaction. No sleep is needed.
+    # Waits for all committed events; call it outside a transaction. No sleep is needed.
     assert committing_db.execute("select outbox.drain('10 s')").fetchone()[0]
     [entry] = stream()
     assert entry["event_type"] == "order.placed"

@@ -1,4 +1,4 @@
-"""Consumes with redis-py, as one of many workers of a group: each event has its effect once, whatever dies."""
+"""Consumes with redis-py, as one of many workers of a group: each event has its effect once, even if workers die."""
 
 import json
 import os
@@ -18,7 +18,7 @@ has_claim = tuple(int(part) for part in stream.info("server")["redis_version"].s
 
 def handle(entry_id, event):
     with db.transaction():
-        # In the transaction of the effects: a second delivery of the same event finds it noted.
+        # In the transaction of the effects: a second delivery of the same event finds it recorded.
         note = "insert into handled (consumer, event_id) values (%s, %s) on conflict do nothing"
         if db.execute(note, [GROUP, event["event_id"]]).rowcount == 1:
             cloud_event = json.loads(event["cloud_event"])
@@ -27,7 +27,7 @@ def handle(entry_id, event):
 
 
 def entries():
-    """What others have left for a while, and what is new."""
+    """Entries that other workers have left for a while, and new ones."""
     if has_claim:
         options = {"claim_min_idle_time": MIN_IDLE_MS}
         left = []
@@ -68,5 +68,5 @@ while running:
             continue
         try:
             handle(entry_id, event)
-        except Exception as error:  # it stays pending, and comes again after MIN_IDLE_MS
+        except Exception as error:  # the entry stays pending, and is delivered again after MIN_IDLE_MS
             print(f"{event['event_id']} failed: {error}")

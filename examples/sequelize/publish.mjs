@@ -1,4 +1,4 @@
-// Publishes with Sequelize: by a function, and by a model. It connects as DATABASE_URL says.
+// Publishes with Sequelize: by a function, and by a model. Connects with DATABASE_URL.
 import { randomUUID } from 'node:crypto';
 import { DataTypes, QueryTypes, Sequelize } from 'sequelize';
 
@@ -47,7 +47,7 @@ await db.transaction(async (transaction) => {
   const imported = await Event.create({ event_type: 'order.imported', source: 'shop', data }, { transaction });
   console.log('order.imported', imported.event_id);
 
-  // An id of one's own publishes once, however often it is tried.
+  // With your own id, an event is published once, even if the statement is repeated.
   const shipped = { event_id: randomUUID(), event_type: 'order.shipped', source: 'shop', data };
   for (let tries = 0; tries < 2; tries++) await Event.bulkCreate([shipped], { ignoreDuplicates: true, transaction });
   console.log('order.shipped', shipped.event_id);
@@ -55,6 +55,6 @@ await db.transaction(async (transaction) => {
 
 await db.transaction(async (transaction) => {
   await publish(transaction, 'order.cancelled', {});
-  throw new Error('the customer thinks again'); // and nobody hears of it
+  throw new Error('the customer thinks again'); // and no event is sent
 }).catch((error) => console.error(error.message));
 await db.close();

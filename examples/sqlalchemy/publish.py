@@ -1,4 +1,4 @@
-"""Publishes with SQLAlchemy 2: by a function, and by a mapped class. It connects as PGHOST, PGUSER... say."""
+"""Publishes with SQLAlchemy 2: by a function, and by a mapped class. Connects with PGHOST, PGUSER... of the environment."""
 
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
@@ -30,7 +30,7 @@ class Order(Base):
 
 
 class Event(Base):
-    """A row of the outbox: what is added to a session is published by its commit."""
+    """A row of the outbox: an object added to a session is published by its commit."""
 
     __tablename__ = "events"
     __table_args__ = {"schema": "outbox"}
@@ -64,7 +64,7 @@ with Session(engine) as session, session.begin():  # the order and its events, o
     session.flush()
     print("order.imported", event.event_id)
 
-    # An id of one's own publishes once, however often it is tried.
+    # With your own id, an event is published once, even if the statement is repeated.
     shipped = {"event_id": uuid4(), "event_type": "order.shipped", "source": "shop", "data": {"order_id": order.id}}
     for _ in range(2):
         session.execute(insert(Event).values(shipped).on_conflict_do_nothing(index_elements=["event_id"]))
@@ -72,4 +72,4 @@ with Session(engine) as session, session.begin():  # the order and its events, o
 
 with Session(engine) as session:
     publish(session, "order.cancelled", {})
-    session.rollback()  # and nobody hears of it
+    session.rollback()  # and no event is sent

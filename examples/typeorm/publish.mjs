@@ -1,4 +1,4 @@
-// Publishes with TypeORM: by a function, and by an entity. It connects as DATABASE_URL says.
+// Publishes with TypeORM: by a function, and by an entity. Connects with DATABASE_URL.
 import { randomUUID } from 'node:crypto';
 import { DataSource, EntitySchema } from 'typeorm';
 
@@ -57,7 +57,7 @@ await source.transaction(async (manager) => {
   const imported = await manager.save(Event, { event_type: 'order.imported', source: 'shop', data });
   console.log('order.imported', imported.event_id);
 
-  // An id of one's own publishes once, however often it is tried.
+  // With your own id, an event is published once, even if the statement is repeated.
   const shipped = { event_id: randomUUID(), event_type: 'order.shipped', source: 'shop', data };
   for (let tries = 0; tries < 2; tries++) {
     await manager.createQueryBuilder().insert().into(Event).values(shipped).orIgnore().execute();
@@ -67,6 +67,6 @@ await source.transaction(async (manager) => {
 
 await source.transaction(async (manager) => {
   await publish(manager, 'order.cancelled', {});
-  throw new Error('the customer thinks again'); // and nobody hears of it
+  throw new Error('the customer thinks again'); // and no event is sent
 }).catch((error) => console.error(error.message));
 await source.destroy();

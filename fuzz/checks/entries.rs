@@ -1,4 +1,4 @@
-//! What is published, and the entries that are made of it.
+//! Published events, and the entries that are made of them.
 
 use super::taken;
 use redis::Value;
@@ -9,7 +9,7 @@ use relay::resp::bounds::Bounds;
 use std::borrow::Cow;
 use std::collections::BTreeSet;
 
-/// Cuts texts off the front of the input.
+/// Takes texts from the front of the input.
 struct Texts<'a>(&'a [u8]);
 
 impl<'a> Texts<'a> {
@@ -34,7 +34,7 @@ impl<'a> Texts<'a> {
         (self.byte() & 1 != 0).then(|| self.text())
     }
 
-    /// A text as it is when it is JSON, and what stands for it otherwise.
+    /// The text itself if it is JSON, and a substitute otherwise.
     fn json(&mut self) -> Option<String> {
         let text = self.maybe()?;
         let is_json = serde_json::from_str::<serde_json::Value>(&text).is_ok();
@@ -82,7 +82,7 @@ pub(crate) fn encode(input: &[u8]) {
         Ok(further) => further.unwrap_or_default(),
     };
     assert_eq!(written, Ok(()));
-    // Remembering the last second changes nothing.
+    // Caching the last second changes nothing.
     let first = bytes.len();
     encoder.append_xadd(&mut bytes, target, &event).expect("as before");
     assert_eq!(bytes[b"before".len()..first], bytes[first..]);
@@ -179,7 +179,7 @@ fn decoded(bytes: &[u8]) -> Vec<String> {
     words.into_iter().map(text).collect()
 }
 
-/// A `publisher_config` that is taken gives each of its keys once, none of them built in, with the text of its value.
+/// An accepted `publisher_config` gives each of its keys once, none of them built in, with the text of its value.
 pub(crate) fn publish(input: &[u8]) {
     let text = String::from_utf8_lossy(input);
     let parsed = serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(&text);
@@ -189,7 +189,7 @@ pub(crate) fn publish(input: &[u8]) {
         || text.contains("serde_json")
         || text.contains("\\u")
     {
-        // What has such names, or is hidden behind escapes, the parser may take for numbers of its own.
+        // Such names, or names with escapes, are what the parser uses for its own numbers.
         return;
     }
     let Ok(fields) = fields else {

@@ -7,7 +7,7 @@ from .models import EventStatus, FailedEvent
 
 
 class LatestPaginator(Paginator):
-    """Counts at most 10,000: to count millions of retained events would take seconds."""
+    """Counts at most 10,000: counting millions of retained events would take seconds."""
 
     @cached_property
     def count(self):

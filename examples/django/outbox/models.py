@@ -4,7 +4,7 @@ from django.db import models
 
 
 class Event(models.Model):
-    """An event to publish: Event.objects.create(...) does what publish_event does. Nobody reads it back by this."""
+    """An event to publish: Event.objects.create(...) does what publish_event does. It is never read back."""
 
     event_id = models.UUIDField(primary_key=True, default=uuid4)
     event_type = models.CharField(max_length=255)
@@ -23,7 +23,7 @@ class Event(models.Model):
 
 
 class EventStatus(models.Model):
-    """What has become of an event."""
+    """The status of an event."""
 
     Status = models.TextChoices("Status", "scheduled pending published failed")
     event_id = models.UUIDField(primary_key=True)

@@ -1,5 +1,5 @@
 class Router:
-    """Events are published by the application's own connection, and looked at by another role."""
+    """Events are published through the application's own connection, and shown through another role's."""
 
     def db_for_read(self, model, **hints):
         return "operator" if model._meta.model_name in ("eventstatus", "failedevent") else None

@@ -1,4 +1,4 @@
-"""Each test runs in a transaction that is rolled back: nothing is sent, and published_here() tells what would be."""
+"""Each test runs in a transaction that is rolled back: nothing is sent, and published_here() returns what would be."""
 
 import json
 

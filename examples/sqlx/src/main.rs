@@ -1,4 +1,4 @@
-//! Publishes with sqlx. It connects as DATABASE_URL says.
+//! Publishes with sqlx. Connects with DATABASE_URL.
 
 use chrono::{DateTime, TimeDelta, Utc};
 use serde_json::{Value, json};
@@ -42,7 +42,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let options = Options { scheduled_at: Some(Utc::now() + TimeDelta::days(14)), ..Options::default() };
     println!("order.reminder {}", publish(&mut transaction, "order.reminder", &data, options).await?);
 
-    // The same by a plain INSERT, which takes RETURNING. An id of one's own publishes once, however often it is tried.
+    // The same by a plain INSERT, which takes RETURNING. With your own id, an event is published once, even if the statement is repeated.
     let sql = "insert into outbox.events (event_type, source, data) values ($1, 'shop', $2) returning event_id";
     let imported: Uuid = sqlx::query_scalar(sql).bind("order.imported").bind(&data).fetch_one(&mut *transaction).await?;
     println!("order.imported {imported}");
@@ -57,7 +57,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     let mut transaction = pool.begin().await?;
     publish(&mut transaction, "order.cancelled", &data, Options::default()).await?;
-    transaction.rollback().await?; // and nobody hears of it
+    transaction.rollback().await?; // and no event is sent
     pool.close().await;
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Publishes with tokio-postgres. It connects as DATABASE_URL says.
+//! Publishes with tokio-postgres. Connects with DATABASE_URL.
 
 use chrono::{TimeDelta, Utc};
 use serde_json::{Value, json};
@@ -40,7 +40,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let later = Utc::now() + TimeDelta::days(14);
     println!("order.reminder {}", publish(&transaction, "order.reminder", &data, &[("scheduled_at", &later)]).await?);
 
-    // The same by a plain INSERT, which takes RETURNING. An id of one's own publishes once, however often it is tried.
+    // The same by a plain INSERT, which takes RETURNING. With your own id, an event is published once, even if the statement is repeated.
     let imported = "insert into outbox.events (event_type, source, data) values ($1, 'shop', $2) returning event_id";
     let row = transaction.query_one(imported, &[&"order.imported", &data]).await?;
     println!("order.imported {}", row.get::<_, Uuid>(0));
@@ -55,7 +55,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     let transaction = client.transaction().await?;
     publish(&transaction, "order.cancelled", &data, &[]).await?;
-    transaction.rollback().await?; // and nobody hears of it
+    transaction.rollback().await?; // and no event is sent
     drop(client);
     Ok(connection.await??)
 }

@@ -25,7 +25,7 @@ class Command(BaseCommand):
 
             self.say("order.imported", Event.objects.create(event_type="order.imported", source="shop", data=data).pk)
 
-            # An id of one's own publishes once, however often it is tried.
+            # With your own id, an event is published once, even if the statement is repeated.
             shipped = uuid4()
             for _ in range(2):
                 event = Event(event_id=shipped, event_type="order.shipped", source="shop", data=data)
@@ -34,7 +34,7 @@ class Command(BaseCommand):
 
         with transaction.atomic():
             publish_event("order.cancelled", "shop", data)
-            transaction.set_rollback(True)  # and nobody hears of it
+            transaction.set_rollback(True)  # and no event is sent
 
     def say(self, event_type, event_id):
         self.stdout.write(f"{event_type} {event_id}")
