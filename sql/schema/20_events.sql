@@ -102,4 +102,4 @@ alter table outbox.failed_events alter column branch set default 0;
 create index failed_events_failed_at_idx on outbox.failed_events (failed_at);
 create index failed_events_seq_idx on outbox.failed_events (seq, event_id);
 create index failed_events_backend_idx on outbox.failed_events (backend_number, seq);
-comment on table outbox.failed_events is 'Events that Redis refused max_retries times, or whose backend was deleted; kept for outbox_relay.failed_retention. See outbox.retry_failed().';
+comment on table outbox.failed_events is 'Events that Redis refused max_retries times, or whose backend was deleted. They are kept for outbox_relay.failed_retention. See outbox.retry_failed().';
