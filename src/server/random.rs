@@ -1,14 +1,13 @@
 //! Random bytes. The result of each source is checked.
 
 use crate::server::error::internal;
-use pgrx::pg_sys;
 
-/// Random bytes of the operating system, for secrets. Raises an ERROR if it provides none.
+/// Random bytes of the operating system, for secrets. Raises an ERROR if it provides none. They come from a system call:
+/// Postgres's own source may open a file, and a worker at its limit of descriptors has to go on.
 pub(crate) fn bytes<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];
-    // SAFETY: fills the buffer that it is given.
-    if !unsafe { pg_sys::pg_strong_random(bytes.as_mut_ptr().cast(), N) } {
-        internal("could not generate random values");
+    if let Err(error) = getrandom::fill(&mut bytes) {
+        internal(&format!("could not generate random values: {error}"));
     }
     bytes
 }
