@@ -84,14 +84,14 @@ begin
     end if;
     select r.oid into found_role from pg_roles r where r.rolname = expect_role.name;
     if not found then
-        -- Reads the name as regrole does: in lower case unless it is quoted.
+        -- Reads the name as regrole does: in lower case unless it is quoted. From Postgres 16 on it takes any number, too.
         begin
-            found_role := to_regrole(name);
+            select r.oid into found_role from pg_roles r where r.oid = to_regrole(name);
         exception when invalid_name or syntax_error then
             null;
         end;
     end if;
-    if found_role is null or found_role = 0 then
+    if found_role is null then
         raise exception using errcode = 'undefined_object', message = format('role "%s" does not exist', name),
             detail = 'Roles are listed in pg_roles. Names are case-sensitive.',
             hint = case when lower(name) = 'public' then 'Publishing is granted to a role, not to PUBLIC: create one, and grant it to whoever publishes.'
