@@ -7,7 +7,7 @@ use crate::server::error::internal;
 pub(crate) fn bytes<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];
     if let Err(error) = getrandom::fill(&mut bytes) {
-        internal(&format!("could not generate random values: {error}"));
+        internal(format!("could not generate random values: {error}"));
     }
     bytes
 }
