@@ -323,7 +323,7 @@ fn objects_that_somebody_has_changed_are_named() {
         (
             "alter sequence outbox.events_seq_seq cache 50",
             "sequence",
-            "wrong parameters",
+            "other parameters",
         ),
         (
             "drop index outbox.events_event_id_idx",
