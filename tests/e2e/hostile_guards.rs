@@ -285,7 +285,12 @@ fn a_batch_that_was_never_sent_is_not_taken_for_appended() {
         ];
         let lie = reply(&guard, &forged);
         liar.lie(move |words| (words[0] == "HGETALL").then(|| Lie::Say(lie.clone())));
-        let found = wait_trouble(&stack.pg, "default", "misconfigured", &format!("in {field}: {key}"));
+        let found = wait_trouble(
+            &stack.pg,
+            "default",
+            "misconfigured",
+            &format!("in {field} that this server has never written: {key}"),
+        );
         assert_eq!((found.pending, found.published), (5, 1), "{field}");
     }
     liar.lie(|_| None);
