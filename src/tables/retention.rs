@@ -120,7 +120,7 @@ pub(crate) fn ticks_wait() -> bool {
 /// Runs `f`, which deletes events in steps, with a statement that is prepared only once.
 pub(crate) fn delete_events<R>(f: impl FnOnce(&mut dyn FnMut(&[i64])) -> R) -> R {
     let sql = "delete from outbox.events where seq = any($1)";
-    rights::statement(|| {
+    rights::writing(|| {
         Spi::connect_mut(|client| {
             let statement = client.prepare_mut(sql, &[PgOid::from(pg_sys::INT8ARRAYOID)]);
             let statement = statement.unwrap_or_else(|e| internal(e.to_string()));

@@ -45,21 +45,24 @@ pub(crate) fn of_owner<R>(f: impl FnOnce() -> R) -> R {
     scoped::with(&NAME, Name::Owner, || as_user(catalog::owner(), f))
 }
 
-/// Runs `f`, which makes and executes a statement, without the session's settings in effect.
-pub(crate) fn statement<R>(f: impl FnOnce() -> R) -> R {
-    if NAME.get() == Name::Worker {
-        return f();
+const SEARCH_PATH: (&CStr, &CStr) = (c"search_path", c"pg_catalog, pg_temp");
+const NO_TRIGGERS: (&CStr, &CStr) = (c"session_replication_role", c"replica");
+
+/// Runs `f`, which makes and executes a statement that writes, without the session's settings in effect.
+pub(crate) fn writing<R>(f: impl FnOnce() -> R) -> R {
+    match NAME.get() {
+        Name::Worker => f(),
+        Name::Owner => with_settings(&[SEARCH_PATH, NO_TRIGGERS], f),
+        Name::Caller => with_settings(&[SEARCH_PATH], f),
     }
-    // SAFETY: within a transaction. An ERROR in between restores the settings when it aborts.
-    unsafe {
-        let level = pg_sys::NewGUCNestLevel();
-        set_here(c"search_path", c"pg_catalog, pg_temp");
-        if NAME.get() == Name::Owner {
-            set_here(c"session_replication_role", c"replica");
-        }
-        let result = f();
-        pg_sys::AtEOXact_GUC(true, level);
-        result
+}
+
+/// The same of a statement that reads only: it fires no triggers. To switch them off would cost the session all its
+/// plans, which Postgres forgets when `session_replication_role` changes.
+pub(crate) fn reading<R>(f: impl FnOnce() -> R) -> R {
+    match NAME.get() {
+        Name::Worker => f(),
+        Name::Owner | Name::Caller => with_settings(&[SEARCH_PATH], f),
     }
 }
 

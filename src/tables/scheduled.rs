@@ -32,7 +32,7 @@ pub(crate) fn due_now(count: i64, held: &[[u8; 16]]) -> Vec<[u8; 16]> {
 /// until the end of the transaction.
 pub(crate) fn lockable(ids: &[[u8; 16]]) -> Vec<[u8; 16]> {
     let mut free = Vec::new();
-    rights::statement(|| {
+    rights::writing(|| {
         Spi::connect_mut(|client| {
             let args = [uuids(ids)];
             let sql = "with free as materialized (

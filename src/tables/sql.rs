@@ -16,7 +16,7 @@ use std::fmt::Write;
 /// Reads what is committed now. Unlike SPI's `update`, this assigns no transaction id, so reading writes no WAL and
 /// works on a standby.
 pub(crate) fn query<R>(sql: &str, args: &[DatumWithOid<'_>], each: impl FnMut(&FoundRow<'_>) -> R) -> Vec<R> {
-    rights::statement(|| {
+    rights::reading(|| {
         Spi::connect(|client| {
             // Locks the tables.
             let statement = client.prepare(sql, &types_of(args));
@@ -71,7 +71,7 @@ fn execution_of_kept<R>(f: impl FnOnce() -> R) -> R {
 pub(crate) fn query_kept<R>(sql: &str, args: &[DatumWithOid<'_>], each: impl FnMut(&FoundRow<'_>) -> R) -> Vec<R> {
     // SAFETY: as in `query`.
     unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetLatestSnapshot()) };
-    let found = rights::statement(|| {
+    let found = rights::reading(|| {
         Spi::connect(|client| {
             let statement = kept(client, sql, args, false);
             let table = execution_of_kept(|| client.select(statement, None, args));
@@ -85,7 +85,7 @@ pub(crate) fn query_kept<R>(sql: &str, args: &[DatumWithOid<'_>], each: impl FnM
 
 /// As [`run_returning`], for a statement that runs often.
 pub(crate) fn run_kept<R>(sql: &str, args: &[DatumWithOid<'_>], each: impl FnMut(&FoundRow<'_>) -> R) -> Vec<R> {
-    rights::statement(|| {
+    rights::writing(|| {
         Spi::connect_mut(|client| {
             let statement = kept(client, sql, args, true);
             let table = execution_of_kept(|| client.update(statement, None, args));
@@ -96,7 +96,7 @@ pub(crate) fn run_kept<R>(sql: &str, args: &[DatumWithOid<'_>], each: impl FnMut
 
 /// Runs a statement that writes. Returns the rows that it returns.
 pub(crate) fn run_returning<R>(sql: &str, args: &[DatumWithOid<'_>], each: impl FnMut(&FoundRow<'_>) -> R) -> Vec<R> {
-    rights::statement(|| {
+    rights::writing(|| {
         Spi::connect_mut(|client| {
             let statement = client.prepare_mut(sql, &types_of(args));
             let statement = statement.unwrap_or_else(|e| internal(e.to_string()));
@@ -125,7 +125,7 @@ where
 
 /// Runs a statement that writes. Returns the number of rows.
 pub(crate) fn run(sql: &str, args: &[DatumWithOid<'_>]) -> u64 {
-    rights::statement(|| {
+    rights::writing(|| {
         Spi::connect_mut(|client| {
             let statement = client.prepare_mut(sql, &types_of(args));
             let statement = statement.unwrap_or_else(|e| internal(e.to_string()));

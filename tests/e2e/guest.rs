@@ -307,3 +307,28 @@ fn memory_does_not_grow_with_the_backlog() {
     );
     assert!(!process::title(worker).is_empty());
 }
+
+/// Postgres forgets all of a session's plans when `session_replication_role` changes.
+#[test]
+fn the_views_cost_a_session_none_of_its_plans() {
+    let stack = Stack::start();
+    let mut client = stack.pg.client();
+    client
+        .batch_execute(
+            "set plan_cache_mode = force_generic_plan; set log_planner_stats = on;
+             prepare kept as select count(*) from pg_catalog.pg_class; execute kept",
+        )
+        .expect("prepared");
+    let planned = || stack.pg.log().matches("PLANNER STATISTICS").count();
+    wait_until("the plan is logged", || planned() > 0);
+    for view in ["status", "backend_status", "top", "metrics", "health()"] {
+        client
+            .batch_execute(&format!("set log_planner_stats = off; select from outbox.{view}"))
+            .expect("readable");
+        let before = planned();
+        client
+            .batch_execute("set log_planner_stats = on; execute kept")
+            .expect("executed");
+        assert_eq!(planned(), before, "{view}");
+    }
+}
