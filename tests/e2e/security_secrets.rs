@@ -113,7 +113,7 @@ fn a_server_that_repeats_the_password_shows_it_nowhere() {
         stack.pg.one::<i64>("select count(*) from outbox.failed_events") == 1
     });
     let failed: String = stack.pg.one("select last_error from outbox.failed_events");
-    assert!(failed.starts_with("STRANGE (the rest is left out"), "{failed}");
+    assert!(failed.starts_with("STRANGE (the rest is omitted"), "{failed}");
     assert_hidden(&stack.pg.log(), "the log");
     assert_hidden(&stack.pg.pg_dump("postgres"), "the dump");
     for sql in [
