@@ -12,7 +12,7 @@ use uuid::Uuid;
 fn stack(settings: &[(&str, &str)]) -> Stack {
     let postgres = Postgres::with(QUICK).with(settings);
     Stack::of(
-        postgres.with(&[("outbox_relay.poll_interval", "1s")]),
+        postgres.with(&[("outbox_relay.poll_interval", "1s")]).faults(),
         Redis::with(&["--stream-node-max-entries", "5"]),
     )
 }

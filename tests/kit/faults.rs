@@ -95,6 +95,11 @@ impl Postgres {
     /// Writes a file of the server atomically: nobody sees it half written.
     #[track_caller]
     fn put(&self, name: &str, text: &str) {
+        assert_eq!(
+            self.bin(),
+            env::faults_bin(),
+            "its library has no crash points: start it with faults()"
+        );
         let path = self.data_dir().join(name);
         let written = PathBuf::from(format!("{}.new", path.display()));
         std::fs::write(&written, text).unwrap_or_else(|error| panic!("cannot write {}: {error}", written.display()));
