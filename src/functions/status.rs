@@ -29,6 +29,8 @@ pub(super) const HANGS_AFTER_MS: u64 = 3_000;
 const STARTS_WITHIN_MS: u64 = 8_000;
 /// How many rows are looked at to count, including those of other backends.
 const COUNT_STEPS: i64 = 100_000;
+/// How many rows are looked at between looks for a request to cancel.
+const STEPS_WITHOUT_INTERRUPT: i64 = 10_000;
 
 /// `outbox.worker_status()`
 #[pg_extern(sql = false)]
@@ -112,7 +114,7 @@ fn is_hanging(slot: Option<&DatabaseSlot>) -> bool {
 
 /// How many committed rows of a backend lie behind its saved cursor, and when the oldest was created. Rows are counted
 /// up to `limit`; the rest is estimated.
-fn behind_cursor(number: i32, limit: i64) -> (i64, Option<i64>) {
+fn behind_cursor(number: i32, limit: i64, most_steps: Option<i64>) -> (i64, Option<i64>) {
     let Some(relations) = catalog::relations() else {
         return (0, None);
     };
@@ -133,8 +135,11 @@ fn behind_cursor(number: i32, limit: i64) -> (i64, Option<i64>) {
                 }
                 last_seq = key.seq;
             }
-            if count >= limit || met >= COUNT_STEPS {
+            if count >= limit || most_steps.is_some_and(|most| met >= most) {
                 return false;
+            }
+            if met % STEPS_WITHOUT_INTERRUPT == 0 {
+                pgrx::check_for_interrupts!();
             }
         }
         true
@@ -245,7 +250,8 @@ fn backlog(
         name!(oldest_created_at, Option<pgrx::datum::TimestampWithTimeZone>),
     ),
 > {
-    let (pending, oldest) = report::guard(|| rights::of_owner(|| behind_cursor(backend_number, COUNTED)));
+    let (pending, oldest) =
+        report::guard(|| rights::of_owner(|| behind_cursor(backend_number, COUNTED, Some(COUNT_STEPS))));
     let oldest = oldest.and_then(|us| pgrx::datum::TimestampWithTimeZone::try_from(us).ok());
     TableIterator::once((pending, oldest))
 }
@@ -253,7 +259,7 @@ fn backlog(
 /// `outbox.has_waiting_events(backend_number)`
 #[pg_extern(sql = false)]
 fn has_waiting_events(backend_number: i32) -> bool {
-    let waits = || backends::waits_elsewhere(backend_number) || behind_cursor(backend_number, 1).0 > 0;
+    let waits = || backends::waits_elsewhere(backend_number) || behind_cursor(backend_number, 1, None).0 > 0;
     report::guard(|| rights::of_owner(waits))
 }
 

@@ -282,6 +282,22 @@ fn a_backend_with_waiting_events_is_not_deleted() {
     );
 }
 
+/// Also where somebody has made the indexes anew, so that they do not tell whose a row is.
+#[test]
+fn a_backend_with_one_event_behind_very_many_of_others_is_not_deleted() {
+    let stack = Stack::start();
+    add(&stack, "b");
+    stack.pg.exec(
+        "alter table outbox.events drop constraint events_pkey, add primary key (seq);
+        drop index outbox.events_xid_idx; create index events_xid_idx on outbox.events (xid, seq)",
+    );
+    stack.pg.exec("update outbox.backends set enabled = false");
+    publish_many(&mut stack.pg.client(), "default", "", "t", 110_000);
+    publish_many(&mut stack.pg.client(), "b", "", "t", 1);
+    let delete = "delete from outbox.backends where name = 'b'";
+    assert_eq!(Refused::of(stack.pg.client().execute(delete, &[])).code, "55006");
+}
+
 /// A publisher that commits after its backend was deleted: its event fails for that reason, even if another backend has
 /// the name now.
 #[test]
