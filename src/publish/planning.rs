@@ -1,10 +1,11 @@
-//! INSERTs with RETURNING or ON CONFLICT, where [`returning`](super::returning) and [`on_conflict`](super::on_conflict) have
-//! not seen them before.
+//! INSERTs with RETURNING or ON CONFLICT that the hooks of [`returning`](super::returning) and
+//! [`on_conflict`](super::on_conflict) have missed.
 //!
-//! A session of a server without the library in shared_preload_libraries may be planning its first statement: the default
-//! of `branch` is a function whose support function is ours, so the planner loads the library while it simplifies
-//! expressions. Its last hook is called after that, and before it looks for the index of ON CONFLICT and takes over the
-//! rights that are asked for. By a view or a rule, too, a statement comes here that was analysed as one on another table.
+//! They miss the first statement of a session if the library is not preloaded. Planning that statement loads it: the
+//! default of `branch` is a function whose support function is ours, and the planner calls that when it simplifies
+//! expressions. The planner's last hook, here, runs after that, but before the planner looks for the index of ON CONFLICT
+//! and before it copies the rights that the statement needs. The hooks also miss statements on a view or with a rule,
+//! which were analysed as statements on another table.
 
 use crate::publish::{on_conflict, returning};
 use crate::server::error::strict_arguments;
@@ -55,12 +56,12 @@ crate::sql_function!(plan_first_branch, pg_finfo_plan_first_branch);
 #[unsafe(no_mangle)]
 extern "C-unwind" fn plan_first_branch(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
     report::guard(|| {
-        // Nothing to say, of whatever else the planner asks.
+        // Other requests of the planner get no answer.
         let nothing = pg_sys::Datum::from(0);
         let Some([request]) = strict_arguments(fcinfo) else {
             return nothing;
         };
-        // SAFETY: the planner's request tells its kind. SQL cannot give an argument of type internal.
+        // SAFETY: the tag of the planner's request names its type. SQL cannot pass an argument of type internal.
         unsafe {
             if (*request.cast_mut_ptr::<pg_sys::Node>()).type_ != pg_sys::NodeTag::T_SupportRequestSimplify {
                 return nothing;

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 /// How many bytes of a text are kept; what is longer is cut.
 pub(crate) const TEXT_BYTES: usize = WORDS * 8;
 const WORDS: usize = 64;
-/// A reader meets a writer at most so often, who needs less than a microsecond.
+/// A reader tries again at most this often. A writer needs less than a microsecond.
 const TRIES: usize = 1_000;
 
 #[repr(C)]

@@ -13,8 +13,8 @@ const HELD_WAITS: Waits = Waits {
     first: Duration::from_millis(50),
     longest: Duration::from_secs(1),
 };
-/// A look at all of them is followed by one after so many times as long as it took, and after so many others that have
-/// found some.
+/// The next search through all of them comes after this many times as long as the last one took, and after
+/// [`LOOKS_BETWEEN`] others that have found some.
 const WHOLE_LOOK_REST: u32 = 100;
 const LOOKS_BETWEEN: u32 = 16;
 
@@ -31,18 +31,18 @@ pub(super) struct Scheduled {
     pub(super) patience: Patience<EventId>,
 }
 
-/// From which time on they are looked for. Events that were moved are still in the index, and are passed one by one, as
-/// long as somebody's snapshot may need them. So a look begins where the last one has moved some, and all are looked at
-/// now and then, since a transaction may have committed events that were due before.
+/// Where the search for due events begins. While an old snapshot may need them, events that were moved stay in the index,
+/// and a search passes them one by one. So a search begins where the last one moved events. Now and then it begins at the
+/// first event, because a transaction may have committed events that were due earlier.
 pub(super) struct From {
     moved_us: i64,
-    /// When the next look may be at all of them.
+    /// When the next search may go through all of them.
     whole_at: Now,
-    /// Looks since then that have found some.
+    /// Searches since the last such one that have found some.
     looks: u32,
-    /// The last look has found none.
+    /// The last search has found none.
     is_idle: bool,
-    /// The last look was not at all of them.
+    /// The last search did not go through all of them.
     is_partial: bool,
 }
 
@@ -59,7 +59,7 @@ impl Default for From {
 }
 
 impl From {
-    /// The time from which on to look now.
+    /// The due time at which the next search begins.
     pub(super) fn begins(&mut self, now: Now) -> i64 {
         let is_whole_due = now >= self.whole_at && (self.is_idle || self.looks >= LOOKS_BETWEEN);
         self.is_partial = !is_whole_due && self.moved_us > i64::MIN;
@@ -72,21 +72,21 @@ impl From {
         }
     }
 
-    /// The look for the next one has taken so long.
+    /// Notes how long a search has taken.
     pub(super) fn took(&mut self, took: Duration, now: Now) {
         if !self.is_partial {
             self.whole_at = now + took * WHOLE_LOOK_REST;
         }
     }
 
-    /// Events were moved that were due up to then; `None`: none were.
+    /// Events that were due up to this time were moved; `None`: none were.
     pub(super) fn moved(&mut self, last_us: Option<i64>) {
         self.is_idle = last_us.is_none();
         self.looks += 1;
         self.moved_us = self.moved_us.max(last_us.unwrap_or(i64::MIN));
     }
 
-    /// When to look again, if there is none that is due: at all of them, unless that was done.
+    /// When to search again if none is due: through all of them, unless that was done.
     pub(super) fn looks_at(&self) -> Option<Now> {
         self.is_partial.then_some(self.whole_at)
     }

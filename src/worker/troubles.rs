@@ -1,5 +1,5 @@
-//! What keeps the worker from its work, for `outbox.health()`: failures of its tasks that last. They are told in shared
-//! memory, because it may be the tables that cannot be written.
+//! Lasting failures of the worker's tasks, for `outbox.health()`. They are kept in shared memory, because the failure may
+//! be that the tables cannot be written.
 
 use crate::server::database_slot::DatabaseSlot;
 use crate::worker::task::Task;
@@ -8,17 +8,17 @@ use relay::time::patience::Patience;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-/// What is over sooner is not told.
+/// A failure that ends sooner is not reported.
 const LASTS: Duration = Duration::from_secs(1);
-/// The same of a lock. `outbox.health()` says by itself who has locked a whole table.
+/// The same for waiting for a lock. `outbox.health()` finds out by itself who has locked a whole table.
 const LOCK_LASTS: Duration = Duration::from_secs(30);
-/// A task that is not tried again, because it is not for now any more, has no trouble after this.
+/// A task that is no longer tried, because it is no longer due, counts as well after this time.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(10);
 
 struct Trouble {
     since: Now,
     latest: Now,
-    /// When it has lasted.
+    /// From when on it is reported.
     told_from: Now,
     detail: String,
     hint: String,
@@ -31,7 +31,7 @@ pub(super) struct Troubles {
 }
 
 impl Troubles {
-    /// A task has failed. `detail`: how, as a sentence.
+    /// A task has failed. `detail`: the reason, as a sentence.
     pub(super) fn failed(&mut self, task: Task, detail: String, hint: &str, is_lock: bool, now: Now) {
         let since = self.of_tasks.get(&task).map_or(now, |known| known.since);
         let trouble = Trouble {
@@ -44,7 +44,7 @@ impl Troubles {
         self.of_tasks.insert(task, trouble);
     }
 
-    /// Tells the gravest, if that has changed: three lines, see `outbox.worker_trouble()`.
+    /// Reports the gravest failure, if it has changed: three lines, see `outbox.worker_trouble()`.
     pub(super) fn tell(&mut self, slot: &DatabaseSlot, patience: &Patience<Task>, now: Now) {
         if self.of_tasks.is_empty() && self.told.is_empty() {
             return;
@@ -69,7 +69,7 @@ impl Troubles {
     }
 }
 
-/// At most so many bytes of a text.
+/// The beginning of a text, of at most this many bytes.
 fn cut(text: &str, most: usize) -> &str {
     let mut length = text.len().min(most);
     while !text.is_char_boundary(length) {

@@ -1,7 +1,7 @@
-//! Where the waiting events of refused streams begin. Those before it that were sent or have failed are still in the
-//! index, and are passed one by one, as long as somebody's snapshot may need them. So the next look at a stream begins
-//! where the last one has found its first event. A look that finds fewer than it wants is followed by one from the
-//! beginning, so a stream counts as empty only after that.
+//! Where the waiting events of each refused stream begin. While an old snapshot may need them, events that were sent or
+//! have failed stay in the index, and a search passes them one by one. So a search begins where the last one found the
+//! stream's first event. If it finds too few, another one begins at the first event of all; only after that does the
+//! stream count as empty.
 
 use relay::delivery::refusal::Record;
 use std::collections::HashMap;
@@ -11,20 +11,20 @@ use std::rc::Rc;
 pub(crate) struct Heads(HashMap<Rc<str>, i64>);
 
 impl Heads {
-    /// Beyond that, all are forgotten.
+    /// With more streams than this, all are forgotten.
     const MOST: usize = 1_000;
 
-    /// The number from which on to look.
+    /// The number at which the next search begins.
     pub(crate) fn of(&self, stream: &str) -> i64 {
         self.0.get(stream).copied().unwrap_or(i64::MIN)
     }
 
-    /// A look has found these, in their order, and may have wanted more. True: there are no others.
+    /// A search has found these, in order, and may have wanted more. True: there are no others.
     pub(crate) fn found(&mut self, stream: &Rc<str>, seqs: &[i64], wanted: usize) -> bool {
         if seqs.len() < wanted {
             return self.0.remove(stream).is_none();
         }
-        // One that waits alone is found at once.
+        // A single waiting event is found at once.
         if let [first, _, ..] = seqs {
             if self.0.len() >= Self::MOST && !self.0.contains_key(stream) {
                 self.0.clear();
@@ -34,7 +34,7 @@ impl Heads {
         false
     }
 
-    /// Events come to wait, or wait again, perhaps before those that were found.
+    /// Further events wait now, perhaps before those that were found.
     pub(crate) fn heed(&mut self, records: &[Record]) {
         if self.0.is_empty() {
             return;
