@@ -195,12 +195,12 @@ fn at_level_debug_each_step_is_logged_and_at_info_none() {
     stack.pg.set("outbox_relay.log_level", "debug");
     // Another connection, which is claimed again.
     stack.pg.exec("update outbox.backends set db = 1");
-    stack
-        .pg
-        .exec("select outbox.publish_event('later', 'kit', scheduled_at => clock_timestamp() + '50 ms')");
     stack.publish("two");
     for step in STEPS {
         stack.pg.wait_log(step);
     }
+    stack
+        .pg
+        .exec("select outbox.publish_event('later', 'kit', scheduled_at => clock_timestamp() + '50 ms')");
     stack.pg.wait_log("moved 1 scheduled events that are due");
 }
