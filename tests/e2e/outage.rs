@@ -219,11 +219,15 @@ fn a_redis_killed_in_mid_batch_loses_and_repeats_nothing() {
         Postgres::with(QUICK).with(&[("outbox_relay.batch_size", "1000")]),
         Redis::with(&["--appendonly", "yes", "--appendfsync", "always"]),
     );
-    stack.pg.exec("update outbox.backends set max_len = 0");
+    // At a pace that leaves time for the kill, also where Redis's files lie in memory.
+    stack
+        .pg
+        .exec("update outbox.backends set max_len = 0, max_rate = 20000");
     let expected = publish_many(&mut stack.pg.client(), "default", "", "t", 50_000);
     stack.redis.wait_entries("events", 100);
     stack.redis.kill9();
     stack.redis.start_again();
+    stack.pg.exec("update outbox.backends set max_rate = null");
     let survived = stack.redis.xlen("events");
     assert!(survived < 50_000, "killed too late: {survived} entries");
     wait_drained(&stack.pg, "default");

@@ -290,12 +290,11 @@ fn a_trigger_that_was_switched_off_is_on_again() {
     // It notices them at its next check at the latest.
     stack.publish("looks");
     wait_eq("the triggers", 0i64, || stack.pg.one(BROKEN));
+    // Missing or disabled: the worker may have looked between the statements.
+    stack.pg.wait_log("trigger \"complete_event\" of outbox.events was ");
     stack
         .pg
-        .wait_log("trigger \"complete_event\" of outbox.events was missing, and is ENABLE ALWAYS again");
-    stack
-        .pg
-        .wait_log("trigger \"backends_changed\" of outbox.restores was missing");
+        .wait_log("trigger \"backends_changed\" of outbox.restores was ");
     stack.publish("goes on");
     assert_eq!(types(&stack.wait_events(2)), ["looks", "goes on"]);
 }
