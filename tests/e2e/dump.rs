@@ -246,6 +246,8 @@ fn after_the_source_went_on(form: Form, delivery: &str) -> (Stack, Postgres, Vec
     target.exec("create database copy");
     let paused = "update outbox.backends set enabled = false";
     stack.wait_events(300);
+    // Each acknowledgement is saved before the pause, so nothing is saved after it.
+    wait_drained(&stack.pg, "default");
     let since: String = stack.pg.one("select clock_timestamp()::text");
     stack.pg.exec(paused);
     // Makes it save everything now, or the cursor would come back.
