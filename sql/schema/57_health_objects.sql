@@ -125,8 +125,10 @@ faults(what, fault, cure) as (
     where t.name in ('events', 'scheduled_events', 'failed_events', 'cursors')
         and not exists (select from made m where m.oid = t.oid and m.kind = 'unique' and m.value = i.indkey::text)
     union all
-    select 'indexes', format('%s is not valid.', i.indexrelid::regclass), format('Run REINDEX INDEX CONCURRENTLY %s;', i.indexrelid::regclass)
-    from there t join pg_index i on i.indrelid = t.oid where not i.indisvalid or not i.indisready
+    select 'indexes', format('%s is not valid.', i.indexrelid::regclass),
+        -- REINDEX CONCURRENTLY leaves such an index when it is interrupted.
+        format(case when x.relname ~ '_cc(new|old)[0-9]*$' then 'Run DROP INDEX CONCURRENTLY %s;' else 'Run REINDEX INDEX CONCURRENTLY %s;' end, i.indexrelid::regclass)
+    from there t join pg_index i on i.indrelid = t.oid join pg_class x on x.oid = i.indexrelid where not i.indisvalid or not i.indisready
     union all
     select 'indexes', format('outbox.events has no index on (%s).', w.columns), w.cure
     from there t cross join (values
