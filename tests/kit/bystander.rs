@@ -84,13 +84,14 @@ impl Delays {
         Duration::from_millis(self.0[index.min(self.0.len() - 1)].max(0) as u64)
     }
 
-    /// An event that is delayed by a lock, a flood or a failure is usually seconds late; a busy machine delays less.
+    /// An event that is delayed by a lock, a flood or a failure is usually seconds late. A busy machine delays less, and a
+    /// very busy one a few events by more than a second.
     #[track_caller]
     pub fn assert_undisturbed(&self, by: &str) {
         let [median, most] = [0.5, 0.99].map(|share| self.quantile(share));
         println!("{by}: {} events, median {median:?}, p99 {most:?}", self.0.len());
         assert!(
-            most < Duration::from_millis(800),
+            median < Duration::from_millis(800) && most < Duration::from_secs(3),
             "{by}: p99 {most:?}, median {median:?}"
         );
     }
