@@ -10,6 +10,7 @@
 //! statement's tables to [`crate::publish::refused_rights`].
 
 use crate::publish::refused_rights;
+use crate::server::query_tree::{each_that_changes, item, length, target};
 use crate::tables::catalog::has_our_name;
 use crate::tables::row::attribute;
 use pgrx::pg_sys;
@@ -48,19 +49,10 @@ unsafe extern "C-unwind" fn on_planning(
     options: std::ffi::c_int,
     params: pg_sys::ParamListInfo,
 ) -> *mut pg_sys::PlannedStmt {
-    // SAFETY: Postgres passes a valid query. Statements that change data can only be in the outermost WITH.
+    // SAFETY: Postgres passes a valid query.
     unsafe {
         refused_rights::expect_rights(query);
-        complete(query);
-        if (*query).hasModifyingCTE {
-            for index in 0..(*(*query).cteList).length as usize {
-                let cte = item((*query).cteList, index).cast::<pg_sys::CommonTableExpr>();
-                let inner = (*cte).ctequery;
-                if (*inner).type_ == pg_sys::NodeTag::T_Query {
-                    complete(inner.cast());
-                }
-            }
-        }
+        each_that_changes(query, complete);
         match PREVIOUS_HOOK {
             Some(previous) => previous(query, text, options, params),
             None => standard_planner(query, text, options, params),
@@ -73,15 +65,13 @@ unsafe extern "C-unwind" fn on_planning(
 /// # Safety
 /// A valid query, in a frame that holds nothing.
 pub(super) unsafe fn complete(query: *mut pg_sys::Query) {
-    // SAFETY: the caller's promise; relations are counted from 1 in the range table. The new nodes live as long as the
-    // plan.
+    // SAFETY: the caller's promise. The new nodes live as long as the plan.
     unsafe {
         if (*query).commandType != pg_sys::CmdType::CMD_INSERT || (*query).onConflict.is_null() {
             return;
         }
         let conflict = (*query).onConflict;
-        let entry = item((*query).rtable, (*query).resultRelation as usize - 1).cast::<pg_sys::RangeTblEntry>();
-        if !is_event_id_alone((*conflict).arbiterElems) || !is_ours((*entry).relid) {
+        if !is_event_id_alone((*conflict).arbiterElems) || !is_ours((*target(query)).relid) {
             return;
         }
         let element = copyObjectImpl(item((*conflict).arbiterElems, 0)).cast::<pg_sys::InferenceElem>();
@@ -118,18 +108,11 @@ unsafe fn is_ours(relation: pg_sys::Oid) -> bool {
 unsafe fn is_event_id_alone(elements: *const pg_sys::List) -> bool {
     // SAFETY: the caller's promise.
     unsafe {
-        if elements.is_null() || (*elements).length != 1 {
+        if length(elements) != 1 {
             return false;
         }
         let column = (*item(elements, 0).cast::<pg_sys::InferenceElem>()).expr;
         (*column).type_ == pg_sys::NodeTag::T_Var
             && (*column.cast::<pg_sys::Var>()).varattno as usize == attribute::EVENT_ID
     }
-}
-
-/// # Safety
-/// A list of nodes that has an element at this index.
-unsafe fn item(list: *const pg_sys::List, index: usize) -> *mut std::ffi::c_void {
-    // SAFETY: the caller's promise.
-    unsafe { (*(*list).elements.add(index)).ptr_value }
 }

@@ -6,8 +6,9 @@
 //! view or an expression needs are left to Postgres.
 
 use crate::server::error::raise;
+use crate::server::query_tree::{columns, item, length, rights};
 use crate::server::report;
-use crate::tables::catalog::{self, has_our_name};
+use crate::tables::catalog::{self, has_our_name, named};
 use crate::tables::row::attribute;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{PgSqlErrorCode, pg_sys};
@@ -25,32 +26,23 @@ const DELETE: pg_sys::AclMode = pg_sys::ACL_DELETE as pg_sys::AclMode;
 pub(super) unsafe fn expect_rights(query: *const pg_sys::Query) {
     // SAFETY: the caller's promise; a list may be null.
     unsafe {
-        let tables = (*query).rtable;
-        let count = if tables.is_null() { 0 } else { (*tables).length as usize };
-        for index in 0..count {
-            let entry = (*(*tables).elements.add(index))
-                .ptr_value
-                .cast::<pg_sys::RangeTblEntry>();
+        let mut events = None;
+        for index in 0..length((*query).rtable) {
+            let entry = item((*query).rtable, index).cast::<pg_sys::RangeTblEntry>();
             if (*entry).rtekind == pg_sys::RTEKind::RTE_SUBQUERY {
                 expect_rights((*entry).subquery);
             }
             if (*entry).rtekind != pg_sys::RTEKind::RTE_RELATION {
                 continue;
             }
-            #[cfg(feature = "pg15")]
-            let rights = entry;
-            #[cfg(not(feature = "pg15"))]
-            let rights = match (*entry).perminfoindex {
-                0 => continue,
-                index => (*(*(*query).rteperminfos).elements.add(index as usize - 1))
-                    .ptr_value
-                    .cast::<pg_sys::RTEPermissionInfo>(),
+            let Some(rights) = rights(query, entry) else {
+                continue;
             };
             // A view is checked with another user's rights.
             if (*rights).requiredPerms == 0 || (*rights).checkAsUser != pg_sys::InvalidOid {
                 continue;
             }
-            if has_our_name((*entry).relid, c"events") {
+            if *events.get_or_insert_with(|| named(c"events")) == Some((*entry).relid) {
                 // What RETURNING and ON CONFLICT ask for is the matter of `returning`, which may take it off later.
                 let is_inserted_into = (*query).commandType == pg_sys::CmdType::CMD_INSERT
                     && (*query).resultRelation as usize == index + 1;
@@ -76,11 +68,11 @@ pub(super) unsafe fn expect_rights_of_copy(query: *const pg_sys::Query) {
         if copy.is_null() || (*copy).type_ != pg_sys::NodeTag::T_CopyStmt || (*copy).relation.is_null() {
             return;
         }
-        let named = (*copy).relation;
-        if CStr::from_ptr((*named).relname) == c"events" {
+        let given = (*copy).relation;
+        if CStr::from_ptr((*given).relname) == c"events" {
             report::guard(|| {
                 let (no_lock, missing_ok) = (pg_sys::NoLock as pg_sys::LOCKMODE, pg_sys::RVROption::RVR_MISSING_OK);
-                let table = pg_sys::RangeVarGetRelidExtended(named, no_lock, missing_ok, None, std::ptr::null_mut());
+                let table = pg_sys::RangeVarGetRelidExtended(given, no_lock, missing_ok, None, std::ptr::null_mut());
                 if table != pg_sys::InvalidOid && has_our_name(table, c"events") {
                     expect_copy(table, &*copy);
                 }
@@ -163,8 +155,8 @@ impl Asked {
             ));
         }
         let others: Vec<String> = match self.rights & INSERT != 0 && !self.has(INSERT) {
-            true => self
-                .columns()
+            // SAFETY: a set that lives as long as the statement.
+            true => unsafe { columns(self.filled_in) }
                 .filter(|c| !self.may_fill_in(*c))
                 .map(|c| self.name(c))
                 .collect(),
@@ -200,31 +192,22 @@ impl Asked {
         }
     }
 
-    /// The columns that an INSERT names.
-    fn columns(&self) -> impl Iterator<Item = i16> {
-        let (columns, mut member) = (self.filled_in, -1);
-        std::iter::from_fn(move || {
-            // SAFETY: a valid set, or null.
-            member = unsafe { pg_sys::bms_next_member(columns, member) };
-            (member >= 0).then_some((member + pg_sys::FirstLowInvalidHeapAttributeNumber) as i16)
-        })
-    }
-
     fn name(&self, column: i16) -> String {
-        // SAFETY: a catalog look-up; the name lives in the current memory context.
-        unsafe {
-            let name = pg_sys::get_attname(self.table, column, true);
-            if name.is_null() {
-                column.to_string()
-            } else {
-                CStr::from_ptr(name).to_string_lossy().into_owned()
-            }
-        }
+        column_name(self.table, column).unwrap_or_else(|| column.to_string())
+    }
+}
+
+/// `None`: it is the whole row, or there is no such column.
+pub(super) fn column_name(table: pg_sys::Oid, column: i16) -> Option<String> {
+    // SAFETY: a catalog look-up; the name lives in the current memory context.
+    unsafe {
+        let name = pg_sys::get_attname(table, column, true);
+        (!name.is_null()).then(|| CStr::from_ptr(name).to_string_lossy().into_owned())
     }
 }
 
 /// The error of Postgres, with a DETAIL and a HINT.
-fn refuse(detail: String, hint: &'static str) -> ! {
+pub(super) fn refuse(detail: String, hint: &'static str) -> ! {
     raise(
         ErrorReport::new(
             PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE,

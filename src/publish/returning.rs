@@ -10,14 +10,12 @@
 //! Statements that are still refused are refused here, with a better message. The hook runs for each statement that is
 //! analysed, and examines only INSERTs with such a clause.
 
-use crate::publish::refused_rights;
-use crate::server::error::raise;
+use crate::publish::refused_rights::{self, column_name, refuse};
+use crate::server::query_tree::{columns, each_that_changes, rights, target};
 use crate::server::report;
 use crate::tables::catalog::{self, has_our_name};
 use crate::tables::row::attribute;
-use pgrx::pg_sys::panic::ErrorReport;
-use pgrx::{PgSqlErrorCode, pg_sys};
-use std::ffi::CStr;
+use pgrx::pg_sys;
 
 const SELECT: pg_sys::AclMode = pg_sys::ACL_SELECT as pg_sys::AclMode;
 const INSERT: pg_sys::AclMode = pg_sys::ACL_INSERT as pg_sys::AclMode;
@@ -41,22 +39,13 @@ unsafe extern "C-unwind" fn on_analyzed(
     query: *mut pg_sys::Query,
     jumble: *mut pg_sys::JumbleState,
 ) {
-    // SAFETY: Postgres passes a valid query. Statements that change data can only be in the outermost WITH.
+    // SAFETY: Postgres passes a valid query.
     unsafe {
         if let Some(previous) = PREVIOUS_HOOK {
             previous(state, query, jumble);
         }
-        permit(query);
+        each_that_changes(query, permit);
         refused_rights::expect_rights_of_copy(query);
-        if (*query).hasModifyingCTE {
-            for index in 0..(*(*query).cteList).length as usize {
-                let cte = item((*query).cteList, index).cast::<pg_sys::CommonTableExpr>();
-                let inner = (*cte).ctequery;
-                if (*inner).type_ == pg_sys::NodeTag::T_Query {
-                    permit(inner.cast());
-                }
-            }
-        }
     }
 }
 
@@ -65,23 +54,19 @@ unsafe extern "C-unwind" fn on_analyzed(
 /// # Safety
 /// A valid query that nobody else uses yet, in a frame that holds nothing.
 pub(super) unsafe fn permit(query: *mut pg_sys::Query) {
-    // SAFETY: the caller's promise; relations are counted from 1 in the range table.
+    // SAFETY: the caller's promise.
     unsafe {
         if (*query).commandType != pg_sys::CmdType::CMD_INSERT
             || ((*query).returningList.is_null() && (*query).onConflict.is_null())
         {
             return;
         }
-        let entry = item((*query).rtable, (*query).resultRelation as usize - 1).cast::<pg_sys::RangeTblEntry>();
+        let entry = target(query);
         if !has_our_name((*entry).relid, c"events") {
             return;
         }
-        #[cfg(feature = "pg15")]
-        let rights = entry;
-        #[cfg(not(feature = "pg15"))]
-        let rights = match (*entry).perminfoindex {
-            0 => return,
-            index => item((*query).rteperminfos, index as usize - 1).cast::<pg_sys::RTEPermissionInfo>(),
+        let Some(rights) = rights(query, entry) else {
+            return;
         };
         let updates = !(*query).onConflict.is_null()
             && (*(*query).onConflict).action == pg_sys::OnConflictAction::ONCONFLICT_UPDATE;
@@ -118,7 +103,10 @@ fn is_own_alone(asked: &Asked) -> bool {
     if !ours || has_row_security(asked.table) {
         return false;
     }
-    let others: Vec<i16> = columns(asked).filter(|column| !is_given(*column)).collect();
+    // SAFETY: a set of the statement, which is valid during its analysis.
+    let others: Vec<i16> = unsafe { columns(asked.columns) }
+        .filter(|column| !is_given(*column))
+        .collect();
     if others.is_empty() && !asked.updates {
         return true;
     }
@@ -131,7 +119,7 @@ fn is_own_alone(asked: &Asked) -> bool {
                 || pg_sys::pg_attribute_aclcheck_all(asked.table, user, mode, any) == pg_sys::AclResult::ACLCHECK_OK
         };
         if has(INSERT) && !has(SELECT) && !(asked.updates && has(UPDATE)) {
-            refuse(asked, &others);
+            explain(asked, &others);
         }
     }
     false
@@ -146,16 +134,6 @@ fn is_given(column: i16) -> bool {
             || (attribute::EVENT_TYPE..=attribute::MAX_RETRIES).contains(&column))
 }
 
-/// The columns that the statement needs. 0 is the whole row; system columns are negative.
-fn columns(asked: &Asked) -> impl Iterator<Item = i16> {
-    let (columns, mut member) = (asked.columns, -1);
-    std::iter::from_fn(move || {
-        // SAFETY: a valid set, or null.
-        member = unsafe { pg_sys::bms_next_member(columns, member) };
-        (member >= 0).then_some((member + pg_sys::FirstLowInvalidHeapAttributeNumber) as i16)
-    })
-}
-
 fn has_row_security(table: pg_sys::Oid) -> bool {
     // SAFETY: the analysis of the statement has locked the table.
     unsafe {
@@ -166,20 +144,8 @@ fn has_row_security(table: pg_sys::Oid) -> bool {
     }
 }
 
-/// With the message of Postgres's own error, and an explanation.
-fn refuse(asked: &Asked, others: &[i16]) -> ! {
-    let name = |column: &i16| {
-        let name = match column {
-            0 => std::ptr::null_mut(),
-            // SAFETY: a catalog look-up; the name lives in the current memory context.
-            column => unsafe { pg_sys::get_attname(asked.table, *column, true) },
-        };
-        match name.is_null() {
-            true => "the whole row".to_owned(),
-            // SAFETY: as above.
-            false => unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned(),
-        }
-    };
+fn explain(asked: &Asked, others: &[i16]) -> ! {
+    let name = |column: &i16| column_name(asked.table, *column).unwrap_or_else(|| "the whole row".to_owned());
     let (detail, hint) = match asked.updates {
         true => (
             "ON CONFLICT DO UPDATE would change an event, but events never change.".to_owned(),
@@ -193,20 +159,5 @@ fn refuse(asked: &Asked, others: &[i16]) -> ! {
             "Name columns that publishers fill in, such as RETURNING event_id, or call outbox.publish_event(), which returns the id.",
         ),
     };
-    raise(
-        ErrorReport::new(
-            PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE,
-            "permission denied for table events",
-            "",
-        )
-        .set_detail(detail)
-        .set_hint(hint),
-    )
-}
-
-/// # Safety
-/// A list of nodes that has an element at this index.
-unsafe fn item(list: *const pg_sys::List, index: usize) -> *mut std::ffi::c_void {
-    // SAFETY: the caller's promise.
-    unsafe { (*(*list).elements.add(index)).ptr_value }
+    refuse(detail, hint)
 }

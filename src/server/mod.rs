@@ -7,8 +7,9 @@
 //! - [`error`], [`report`] raising and reporting ERRORs; [`untouched`], [`unguarded`] let other code's ERRORs pass
 //!   unchanged
 //! - [`encoding`], [`datum`] texts in the database's encoding; values as Postgres passes them
+//! - [`query_tree`] statements as hooks see them
 //! - [`clock`] clocks for all processes
-//! - [`place`], [`standby`] where this server runs, and whether it was promoted
+//! - [`place`], [`standby`] where this process runs, and whether its server was promoted
 //! - [`trigger_call`] how a trigger function was called; [`random`], [`uuid`]; [`scoped`] a variable with another value
 //!   during a call
 
@@ -23,6 +24,7 @@ pub(crate) mod object_access;
 pub(crate) mod pinned;
 pub(crate) mod place;
 pub(crate) mod process;
+pub(crate) mod query_tree;
 pub(crate) mod questions;
 pub(crate) mod random;
 pub(crate) mod report;

@@ -169,11 +169,7 @@ fn class_of(relation: pg_sys::Oid) -> RelationClass {
                 method: pg_sys::InvalidOid,
             };
         }
-        let data = (*tuple).t_data;
-        let class = data
-            .cast::<u8>()
-            .add((*data).t_hoff as usize)
-            .cast::<pg_sys::FormData_pg_class>();
+        let class = pg_sys::GETSTRUCT(tuple).cast::<pg_sys::FormData_pg_class>();
         let found = RelationClass {
             owner: (*class).relowner,
             method: (*class).relam,
@@ -308,9 +304,19 @@ pub(crate) fn is_installed() -> bool {
 /// Within a transaction, in a frame that holds nothing.
 pub(crate) unsafe fn has_our_name(relation: pg_sys::Oid, name: &CStr) -> bool {
     // SAFETY: the caller's promise.
+    unsafe { named(name) == Some(relation) }
+}
+
+/// The relation of this name in schema outbox. Reads only caches.
+///
+/// # Safety
+/// Within a transaction, in a frame that holds nothing.
+pub(crate) unsafe fn named(name: &CStr) -> Option<pg_sys::Oid> {
+    let is_there = |oid: &pg_sys::Oid| *oid != pg_sys::InvalidOid;
+    // SAFETY: the caller's promise.
     unsafe {
-        let schema = unguarded::get_namespace_oid(c"outbox".as_ptr(), true);
-        schema != pg_sys::InvalidOid && unguarded::get_relname_relid(name.as_ptr(), schema) == relation
+        let schema = Some(unguarded::get_namespace_oid(c"outbox".as_ptr(), true)).filter(is_there)?;
+        Some(unguarded::get_relname_relid(name.as_ptr(), schema)).filter(is_there)
     }
 }
 

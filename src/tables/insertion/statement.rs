@@ -2,6 +2,7 @@
 //! constraints and policies of the table apply.
 
 use crate::server::error::raise;
+use crate::server::query_tree::{Rights, all_rights, item, length};
 use crate::server::report;
 use crate::tables::row::{EVENT_COLUMNS, attribute};
 use crate::tables::trusted::NewRow;
@@ -106,10 +107,7 @@ impl Statement {
             // Before they are planned: the planner's hook refuses what publishers have no right to.
             for index in 0..length(queries) {
                 let query = item(queries, index).cast::<pg_sys::Query>();
-                #[cfg(feature = "pg15")]
-                insert_by_right_of((*relation).rd_id, owner, (*query).rtable);
-                #[cfg(not(feature = "pg15"))]
-                insert_by_right_of((*relation).rd_id, owner, (*query).rteperminfos);
+                insert_by_right_of((*relation).rd_id, owner, all_rights(query));
             }
             let plans = pg_plan_queries(queries, text.as_ptr(), 0, std::ptr::null_mut());
             for index in 0..length(plans) {
@@ -187,11 +185,6 @@ fn refuse_rule() {
     );
 }
 
-#[cfg(feature = "pg15")]
-type Rights = pg_sys::RangeTblEntry;
-#[cfg(not(feature = "pg15"))]
-type Rights = pg_sys::RTEPermissionInfo;
-
 /// Has the right to insert into our table checked for its owner. All other rights are still checked for the caller.
 ///
 /// # Safety
@@ -220,18 +213,4 @@ unsafe fn is_into(table: pg_sys::Oid, plan: *mut pg_sys::PlannedStmt) -> bool {
             (*item((*plan).rtable, index - 1).cast::<pg_sys::RangeTblEntry>()).relid == table
         }
     }
-}
-
-/// # Safety
-/// A list or null.
-unsafe fn length(list: *const pg_sys::List) -> usize {
-    // SAFETY: the caller's promise.
-    unsafe { list.as_ref() }.map_or(0, |list| list.length as usize)
-}
-
-/// # Safety
-/// A list of nodes that has an element at this index.
-unsafe fn item(list: *const pg_sys::List, index: usize) -> *mut std::ffi::c_void {
-    // SAFETY: the caller's promise.
-    unsafe { (*(*list).elements.add(index)).ptr_value }
 }
