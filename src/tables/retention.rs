@@ -4,7 +4,6 @@ use crate::server::error::internal;
 use crate::tables::cursors::{TICK, tick_of};
 use crate::tables::rights;
 use crate::tables::sql::{query, query_column, query_value, run, run_kept, run_named, timestamp};
-use pgrx::datum::DatumWithOid;
 use pgrx::pg_sys::{self, PgOid};
 use pgrx::spi::Spi;
 use relay::reading::snapshot::Tick;
@@ -143,33 +142,36 @@ pub(crate) struct AgedPiece {
 /// Deletes entries of the inbox older than their retention, at most `count`, from the time `from_us` on.
 pub(crate) fn purge_inbox(retention_us: i64, count: i64, from_us: i64) -> AgedPiece {
     purge_aged(
-        &format!(
-            "delete from outbox.inbox i where (i.consumer, i.event_id) in (select o.consumer, o.event_id from outbox.inbox o
-                where o.consumed_at >= $2 and o.consumed_at <= clock_timestamp() - $1 * interval '1 microsecond'
-                order by o.consumed_at limit {count} for update skip locked)
-            returning i.consumed_at as at"
-        ),
-        &[retention_us.into(), timestamp(from_us)],
+        ("inbox", "consumed_at"),
+        "consumer, event_id",
+        retention_us,
+        count,
+        from_us,
     )
 }
 
 /// Deletes failed events older than their retention, at most `count`, from the time `from_us` on.
 pub(crate) fn purge_failed(retention_us: i64, count: i64, from_us: i64) -> AgedPiece {
     purge_aged(
-        &format!(
-            "delete from outbox.failed_events f where (f.event_id, f.seq) in (select o.event_id, o.seq from outbox.failed_events o
-                where o.failed_at >= $2 and o.failed_at <= clock_timestamp() - $1 * interval '1 microsecond'
-                order by o.failed_at limit {count} for update skip locked)
-            returning f.failed_at as at"
-        ),
-        &[retention_us.into(), timestamp(from_us)],
+        ("failed_events", "failed_at"),
+        "event_id, seq",
+        retention_us,
+        count,
+        from_us,
     )
 }
 
-/// Rows that have gone are still in the index, and are passed one by one, as long as somebody's snapshot may need them:
-/// so the next piece begins where this one has ended.
-fn purge_aged(sql: &str, args: &[DatumWithOid<'_>]) -> AgedPiece {
-    let times = run_kept(sql, args, |row| row.datum("at").map(|at| at.value() as i64));
+/// Deletes rows that have a time of their own, by their primary key. Rows that have gone are still in the index, and are
+/// passed one by one, as long as somebody's snapshot may need them: so the next piece begins where this one has ended.
+fn purge_aged((table, time): (&str, &str), key: &str, retention_us: i64, count: i64, from_us: i64) -> AgedPiece {
+    let sql = format!(
+        "delete from outbox.{table} where ({key}) in (select {key} from outbox.{table}
+            where {time} >= $2 and {time} <= clock_timestamp() - $1 * interval '1 microsecond'
+            order by {time} limit {count} for update skip locked)
+        returning {time} as at"
+    );
+    let args = [retention_us.into(), timestamp(from_us)];
+    let times = run_kept(&sql, &args, |row| row.datum("at").map(|at| at.value() as i64));
     AgedPiece {
         deleted: times.len() as u64,
         last_us: times.into_iter().flatten().max(),
