@@ -4,6 +4,7 @@ use crate::server::database_slot::{DatabaseSlot, SlotState};
 use crate::server::datum::bytes_of;
 use crate::server::error::strict_arguments;
 use crate::server::guc;
+use crate::server::place;
 use crate::server::report;
 use crate::server::shmem;
 use crate::server::trigger_call::{When, expect_trigger};
@@ -76,11 +77,7 @@ pub(super) fn worker_here() -> (Option<i32>, &'static str) {
 /// Whether `outbox_relay.databases` names this database.
 fn is_listed() -> bool {
     // SAFETY: a catalog look-up within a transaction; the text is read before it can go.
-    let name = unsafe {
-        let name = pg_sys::get_database_name(pg_sys::MyDatabaseId);
-        (!name.is_null()).then(|| std::ffi::CStr::from_ptr(name).to_string_lossy().into_owned())
-    };
-    name.is_none_or(|name| guc::serves(&name))
+    place::database().is_none_or(|name| guc::serves(&name.to_string_lossy()))
 }
 
 /// Whether connections to this database are allowed, also those of workers.
@@ -93,11 +90,7 @@ fn is_open() -> bool {
         if tuple.is_null() {
             return false;
         }
-        let data = (*tuple).t_data;
-        let form = data
-            .cast::<u8>()
-            .add((*data).t_hoff as usize)
-            .cast::<pg_sys::FormData_pg_database>();
+        let form = pg_sys::GETSTRUCT(tuple).cast::<pg_sys::FormData_pg_database>();
         let is_open = (*form).datallowconn;
         pg_sys::ReleaseSysCache(tuple);
         is_open

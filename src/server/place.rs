@@ -1,8 +1,8 @@
-//! Where this server runs, and its identifier.
+//! Where this server runs, and its identifier; the database of this process.
 
 use pgrx::{pg_extern, pg_sys};
 use relay::guard::place::Place;
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::time::UNIX_EPOCH;
@@ -38,4 +38,14 @@ pub(crate) fn place() -> String {
     let boot: String = read("/proc/sys/kernel/random/boot_id").chars().take(18).collect();
     let host = read("/proc/sys/kernel/hostname");
     Place::new(&host, &directory, device, inode, birth_us, &boot).to_string()
+}
+
+/// The name of this process's database, in whichever encoding it was given. Needs a transaction. `None`: it is being
+/// dropped.
+pub(crate) fn database() -> Option<CString> {
+    // SAFETY: a catalog look-up within a transaction; the text is copied.
+    unsafe {
+        let name = pg_sys::get_database_name(pg_sys::MyDatabaseId);
+        (!name.is_null()).then(|| CStr::from_ptr(name).to_owned())
+    }
 }

@@ -143,10 +143,7 @@ impl Heard {
         if !question.goes(word(self.ticket, State::Heard), word(self.ticket, State::Answering)) {
             return;
         }
-        let mut length = text.len().min(ANSWER_BYTES);
-        while !text.is_char_boundary(length) {
-            length -= 1;
-        }
+        let length = text.floor_char_boundary(ANSWER_BYTES);
         // SAFETY: the worker owns it in this state.
         unsafe { (&mut *question.answer.get())[..length].copy_from_slice(&text.as_bytes()[..length]) };
         question.length.store(length as u32, Ordering::Release);

@@ -19,10 +19,7 @@ pub(crate) struct SharedText {
 impl SharedText {
     /// For one process at a time.
     pub(crate) fn write(&self, text: &str) {
-        let mut length = text.len().min(TEXT_BYTES);
-        while !text.is_char_boundary(length) {
-            length -= 1;
-        }
+        let length = text.floor_char_boundary(TEXT_BYTES);
         // If an earlier writer has died in the middle, the version is odd already.
         let version = self.version.load(Ordering::Relaxed) | 1;
         self.version.store(version, Ordering::Relaxed);

@@ -171,8 +171,7 @@ fn with_form<R>(sequence: pg_sys::Oid, f: impl FnOnce(&Form) -> R) -> Option<R> 
         if tuple.is_null() {
             return None;
         }
-        let data = (*tuple).t_data;
-        let form = data.cast::<u8>().add((*data).t_hoff as usize).cast::<Form>();
+        let form = pg_sys::GETSTRUCT(tuple).cast::<Form>();
         debug_assert_eq!((*form).relation, sequence);
         let result = f(&*form);
         pg_sys::ReleaseSysCache(tuple);

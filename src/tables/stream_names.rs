@@ -9,11 +9,10 @@
 
 use crate::server::encoding::{has_utf8_form, utf8};
 use crate::server::guc;
+use crate::server::place;
 use once_cell::unsync::OnceCell;
-use pgrx::pg_sys;
 use relay::event::stream_name::{Fault, StreamName, Template};
 use std::cell::RefCell;
-use std::ffi::CStr;
 use std::rc::Rc;
 
 /// The default of `outbox_relay.redis_stream_name`.
@@ -81,12 +80,8 @@ pub(crate) fn database() -> Rc<str> {
     }
     NAME.with(|name| {
         name.get_or_init(|| {
-            // SAFETY: a catalog look-up in a transaction; the text is copied.
-            let name = unsafe {
-                let name = pg_sys::get_database_name(pg_sys::MyDatabaseId);
-                (!name.is_null()).then(|| CStr::from_ptr(name).to_bytes())
-            };
-            let name = name.unwrap_or_default();
+            let name = place::database().unwrap_or_default();
+            let name = name.to_bytes();
             match has_utf8_form(name) {
                 // SAFETY: the line above has checked that the name has a UTF-8 form.
                 Ok(()) => unsafe { utf8(name) }.into(),

@@ -40,6 +40,7 @@ mod turns;
 
 use crate::server::database_slot::SlotState;
 use crate::server::guc::{self, LogLevel};
+use crate::server::place;
 use crate::server::process::repeat_log_after;
 use crate::server::process::{self, Aborted, log};
 use crate::server::shmem;
@@ -169,13 +170,8 @@ impl Worker {
     /// probably mistakes.
     fn look_at_settings(&mut self) -> bool {
         if self.home.name.is_empty() {
-            // SAFETY: a catalog look-up in a transaction; the text is copied.
-            let name = process::transaction(|| unsafe {
-                let name = pg_sys::get_database_name(pg_sys::MyDatabaseId);
-                (!name.is_null()).then(|| std::ffi::CStr::from_ptr(name).to_string_lossy().into_owned())
-            });
-            match name {
-                Ok(Some(name)) => self.home.name = name,
+            match process::transaction(place::database) {
+                Ok(Some(name)) => self.home.name = name.to_string_lossy().into_owned(),
                 _ => return false,
             }
         }

@@ -71,9 +71,5 @@ impl Troubles {
 
 /// The beginning of a text, of at most this many bytes.
 fn cut(text: &str, most: usize) -> &str {
-    let mut length = text.len().min(most);
-    while !text.is_char_boundary(length) {
-        length -= 1;
-    }
-    &text[..length]
+    &text[..text.floor_char_boundary(most)]
 }
