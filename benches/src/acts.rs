@@ -1,10 +1,10 @@
-//! The effect of large tasks on other publishers, and their duration: many events that fail, are retried or replayed,
-//! or fall due at one moment. The others' latency is measured only during the task.
+//! The effect of events on other publishers, and for how long: many that fall due at one moment, or that fail. The others'
+//! latency is measured only during that. What administrators do is in [`admin`](crate::admin).
 
 use crate::load::{self, Arrivals, Pace};
 use crate::options::Scale;
-use crate::others::{OTHERS_RATE, fill, fill_events, others, stack, wait_sent};
-use crate::probe::anonymous_kb;
+use crate::others::{OTHERS_RATE, fill, others, stack, wait_sent};
+use crate::probe::{anonymous_kb, most_anonymous_kb};
 use crate::report::{Goal, Row, Taken, thousands};
 use crate::servers::{DATA, wait_long};
 use crate::stats::quantile;
@@ -38,31 +38,25 @@ fn during(stack: &Stack, seconds: f64, what: &str, act: impl FnOnce() + Send) ->
     let worker = stack.pg.wait_worker("postgres");
     let before = anonymous_kb(worker);
     let alone = shares(&load::run(stack, &others(), pace(5.0)), 0.0, f64::MAX);
-    let (most, times) = (Mutex::new(before), Mutex::new(None));
+    let times = Mutex::new(None);
     let start = Instant::now() + Duration::from_millis(200);
-    let arrivals = std::thread::scope(|scope| {
+    let (arrivals, most) = std::thread::scope(|scope| {
         scope.spawn(|| {
             std::thread::sleep(Duration::from_millis(500));
             let begin = start.elapsed().as_secs_f64();
             act();
             *times.lock().expect("no panic") = Some((begin, start.elapsed().as_secs_f64()));
         });
-        scope.spawn(|| {
-            while times.lock().expect("no panic").is_none() {
-                let mut most = most.lock().expect("no panic");
-                *most = anonymous_kb(worker).max(*most);
-                drop(most);
-                std::thread::sleep(Duration::from_millis(50));
-            }
-        });
-        load::run(stack, &others(), pace(seconds))
+        let most = scope.spawn(|| most_anonymous_kb(worker, || times.lock().expect("no panic").is_some()));
+        let arrivals = load::run(stack, &others(), pace(seconds));
+        (arrivals, most.join().expect("no panic"))
     });
     let (begin, end) = times.into_inner().expect("no panic").expect("it has ended");
     let act = Act {
         seconds: end - begin,
         during: shares(&arrivals, begin, end),
         alone,
-        memory_mb: (most.into_inner().expect("no panic") - before) as f64 / 1024.0,
+        memory_mb: most.saturating_sub(before) as f64 / 1024.0,
     };
     eprintln!(
         "{what}: {:.1} s; others p50 {:.2} ms, p99 {:.2} ms; alone p50 {:.2} ms, p99 {:.2} ms; worker's memory +{:.1} MiB",
@@ -114,38 +108,6 @@ pub(crate) fn measure(scale: &Scale) -> Taken {
         during(&stack, 40.0, "failing", || {
             publish_into(&stack, "bad", refused);
             wait_failed(&stack, refused);
-        }),
-    ));
-    stack.redis.call(&["DEL", "bad"]);
-    acts.push((
-        format!("{} are retried in one transaction", thousands(refused)),
-        during(&stack, 30.0, "retry_failed", || {
-            stack.pg.exec("select outbox.retry_failed()");
-            wait_sent(&stack);
-        }),
-    ));
-    fill_events(&stack, count);
-    acts.push((
-        format!("{} are replayed", thousands(count)),
-        during(&stack, 60.0, "replay", || {
-            stack
-                .pg
-                .exec("select outbox.replay('default', '-infinity', event_type => 'bench.cost')");
-            wait_sent(&stack);
-        }),
-    ));
-    // Their failing was measured above.
-    stack.pg.exec(
-        "insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, event_type, source, backend, data, subject, stream,
-            data_schema, publisher_config, max_retries, published_by, attempts, last_error)
-         select seq, xid, created_at, event_id, backend_number, event_type, source, backend, data, subject, stream,
-            data_schema, publisher_config, max_retries, published_by, 1, 'bench' from outbox.events where event_type = 'bench.cost'",
-    );
-    acts.push((
-        "all of them are retried by outbox.retry_all_failed()".to_owned(),
-        during(&stack, 60.0, "retry_all_failed", || {
-            stack.pg.exec("call outbox.retry_all_failed()");
-            wait_sent(&stack);
         }),
     ));
     let mut rows = Vec::new();

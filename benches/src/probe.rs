@@ -153,6 +153,16 @@ pub(crate) fn anonymous_kb(pid: i32) -> u64 {
     line.trim().trim_end_matches(" kB").parse().expect("no number")
 }
 
+/// The most private memory that a process has until `is_over`.
+pub(crate) fn most_anonymous_kb(pid: i32, is_over: impl Fn() -> bool) -> u64 {
+    let mut most = anonymous_kb(pid);
+    while !is_over() {
+        std::thread::sleep(Duration::from_millis(50));
+        most = anonymous_kb(pid).max(most);
+    }
+    most
+}
+
 /// WAL written so far, in bytes.
 pub(crate) fn written(pg: &Postgres) -> i64 {
     pg.one("select (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint")
