@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use kit::process::memory_kb;
-use kit::{Bystander, Stack};
+use kit::{Bystander, Stack, median_beside};
 
 /// What a crowd did to a bystander: the medians, alone first.
 struct Beside {
@@ -61,16 +61,9 @@ fn repeat(stack: &Stack, sessions: usize, role: &str, statement: &str, time: Dur
 #[track_caller]
 fn beside(stack: &Stack, sessions: usize, crowds: &[(&str, &str)]) -> Vec<Beside> {
     let time = Duration::from_millis(1_500);
-    let watch = |what: &str, act: &dyn Fn()| {
-        let bystander = Bystander::start(stack);
-        act();
-        let delays = bystander.stop(stack);
-        delays.assert_undisturbed(what);
-        delays.quantile(0.5)
-    };
-    let alone = watch("nobody", &|| std::thread::sleep(Duration::from_secs(1)));
+    let alone = median_beside(stack, "nobody", || std::thread::sleep(Duration::from_secs(1)));
     let outcome = |(role, statement): &(&str, &str)| {
-        let with = watch(&format!("{sessions} times {role}: {statement}"), &|| {
+        let with = median_beside(stack, &format!("{sessions} times {role}: {statement}"), || {
             let [done, refused] = repeat(stack, sessions, role, statement, time);
             println!("done {done} times, refused {refused} times");
         });

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use kit::process::cpu_time;
-use kit::{Bystander, Stack, wait_until};
+use kit::{Stack, median_beside, wait_until};
 
 const DEFAULT_USER: &str = "relay";
 
@@ -45,15 +45,10 @@ fn busy(stack: &Stack, time: Duration) -> f64 {
 /// The median latency of another backend's events, first alone and then while a publisher does `attack`.
 fn beside(stack: &Stack, what: &str, attack: impl FnOnce(&mut postgres::Client)) -> [Duration; 2] {
     let mut client = publisher(stack);
-    let alone = Bystander::start(stack);
-    std::thread::sleep(Duration::from_secs(1));
-    let alone = alone.stop(stack);
-    alone.assert_undisturbed("nobody");
-    let bystander = Bystander::start(stack);
-    attack(&mut client);
-    let with = bystander.stop(stack);
-    with.assert_undisturbed(what);
-    [alone.quantile(0.5), with.quantile(0.5)]
+    [
+        median_beside(stack, "nobody", || std::thread::sleep(Duration::from_secs(1))),
+        median_beside(stack, what, || attack(&mut client)),
+    ]
 }
 
 /// Most events of others must not wait for a large task of the worker.

@@ -77,6 +77,16 @@ impl Bystander {
     }
 }
 
+/// The median of a bystander's delays while `act` runs, which must not disturb it.
+#[track_caller]
+pub fn median_beside(stack: &Stack, what: &str, act: impl FnOnce()) -> Duration {
+    let bystander = Bystander::start(stack);
+    act();
+    let delays = bystander.stop(stack);
+    delays.assert_undisturbed(what);
+    delays.quantile(0.5)
+}
+
 impl Delays {
     /// The delay that this share of the events did not exceed.
     pub fn quantile(&self, share: f64) -> Duration {

@@ -50,7 +50,7 @@ pub mod stack;
 pub mod tls;
 pub mod wait;
 
-pub use bystander::Bystander;
+pub use bystander::{Bystander, median_beside};
 pub use cluster::Cluster;
 pub use dice::Dice;
 pub use groups::{Group, xreadgroup};

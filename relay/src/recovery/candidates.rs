@@ -150,25 +150,26 @@ struct Looks<'a> {
     purpose: Purpose,
     /// Where those stand that name no stream. `None`: in the backend's own, as it is now.
     own_stream: Option<&'a str>,
-    /// Whether events that are replayed are looked for. Their first entries stand in the streams already, so what is
-    /// found tells nothing of the replay: only of a batch that was executed it is known that each was accepted or
-    /// refused. Otherwise they are sent, and rather repeated than lost.
-    replayed: bool,
 }
 
 impl<'a> Looks<'a> {
     const COMPARING: Self = Self {
         purpose: Purpose::Compare,
         own_stream: None,
-        replayed: false,
     };
+
+    /// Whether events that are replayed are looked for. Their first entries stand in the streams already, so what is
+    /// found tells nothing of the replay: only of a batch that was executed it is known that each was accepted or
+    /// refused. Otherwise they are sent, and rather repeated than lost.
+    fn for_replays(&self) -> bool {
+        self.purpose == Purpose::Settle
+    }
 
     /// For those of the guard's last batch, which was executed.
     fn settling(guard: &'a Guard) -> Self {
         Self {
             purpose: Purpose::Settle,
             own_stream: guard.own_stream.as_deref(),
-            replayed: true,
         }
     }
 }
@@ -178,7 +179,7 @@ fn by_seq<R: Rows>(rows: &mut R, seqs: &[i64], looks: Looks<'_>) -> Vec<Candidat
     let mut found = Vec::new();
     for &seq in seqs {
         let mut scan = table.by_seq(seq - 1, seq);
-        let is_sought = scan.advance().is_some() && (looks.replayed || !rows.is_replay(&scan));
+        let is_sought = scan.advance().is_some() && (looks.for_replays() || !rows.is_replay(&scan));
         let wanted = is_sought.then(|| rows.wanted(&scan, looks.purpose, looks.own_stream));
         found.extend(wanted.flatten().map(|wanted| Candidate {
             seq,
@@ -218,7 +219,7 @@ fn between<R: Rows>(
         if !matches!(step, Step::Row(_)) || !is_between(key) {
             continue;
         }
-        if !looks.replayed && rows.is_replay(scan.current()) {
+        if !looks.for_replays() && rows.is_replay(scan.current()) {
             continue;
         }
         let Some(wanted) = rows.wanted(scan.current(), looks.purpose, looks.own_stream) else {
