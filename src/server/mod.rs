@@ -6,6 +6,7 @@
 //! - [`process`] signals, waiting, transactions, the log
 //! - [`error`], [`report`] raising and reporting ERRORs; [`untouched`], [`unguarded`] let other code's ERRORs pass
 //!   unchanged
+//! - [`silence`] keeps the triggers of others from firing
 //! - [`encoding`], [`datum`] texts in the database's encoding; values as Postgres passes them
 //! - [`query_tree`] statements as hooks see them
 //! - [`clock`] clocks for all processes
@@ -31,6 +32,7 @@ pub(crate) mod report;
 pub(crate) mod scoped;
 pub(crate) mod shared_text;
 pub(crate) mod shmem;
+pub(crate) mod silence;
 pub(crate) mod standby;
 pub(crate) mod trigger_call;
 pub(crate) mod txn;

@@ -9,8 +9,10 @@
 
 use crate::server::encoding::{has_utf8_form, utf8};
 use crate::server::error::raise;
+use crate::server::process::set_for_level;
 use crate::server::report;
 use crate::server::scoped;
+use crate::server::silence;
 use crate::tables::catalog;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{PgSqlErrorCode, pg_extern, pg_sys};
@@ -46,19 +48,20 @@ pub(crate) fn of_owner<R>(f: impl FnOnce() -> R) -> R {
 }
 
 const SEARCH_PATH: (&CStr, &CStr) = (c"search_path", c"pg_catalog, pg_temp");
-const NO_TRIGGERS: (&CStr, &CStr) = (c"session_replication_role", c"replica");
 
 /// Runs `f`, which makes and executes a statement that writes, without the session's settings in effect.
 pub(crate) fn writing<R>(f: impl FnOnce() -> R) -> R {
     match NAME.get() {
         Name::Worker => f(),
-        Name::Owner => with_settings(&[SEARCH_PATH, NO_TRIGGERS], f),
+        Name::Owner => with_settings(&[SEARCH_PATH], || {
+            silence::begin();
+            f()
+        }),
         Name::Caller => with_settings(&[SEARCH_PATH], f),
     }
 }
 
-/// The same of a statement that reads only: it fires no triggers. To switch them off would cost the session all its
-/// plans, which Postgres forgets when `session_replication_role` changes.
+/// The same of a statement that reads only: it fires no triggers.
 pub(crate) fn reading<R>(f: impl FnOnce() -> R) -> R {
     match NAME.get() {
         Name::Worker => f(),
@@ -76,15 +79,10 @@ fn silence_triggers() {
         if owner != user && !is_superuser(owner) {
             refuse_owner(owner);
         }
-        // SAFETY: a plain read of the process's own variable.
-        if unsafe { pg_sys::SessionReplicationRole } == pg_sys::SESSION_REPLICATION_ROLE_REPLICA as i32 {
-            return;
-        }
-        if !is_superuser(user) {
+        if !silence::is_silent() && !is_superuser(user) {
             refuse_owner(user);
         }
-        // SAFETY: within the nest level of the calling function, which has a setting of its own, or of the transaction.
-        unsafe { set_here(c"session_replication_role", c"replica") };
+        silence::begin();
     });
 }
 
@@ -126,31 +124,13 @@ fn refuse_owner(role: pg_sys::Oid) -> ! {
     )
 }
 
-/// # Safety
-/// Within a nest level of settings, with the name and a value of an existing one.
-unsafe fn set_here(name: &CStr, value: &CStr) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        pg_sys::set_config_option(
-            name.as_ptr(),
-            value.as_ptr(),
-            pg_sys::GucContext::PGC_SUSET,
-            pg_sys::GucSource::PGC_S_SESSION,
-            pg_sys::GucAction::GUC_ACTION_SAVE,
-            true,
-            0,
-            false,
-        );
-    }
-}
-
 /// Runs `f` with these settings.
 pub(crate) fn with_settings<R>(settings: &[(&CStr, &CStr)], f: impl FnOnce() -> R) -> R {
     // SAFETY: within a transaction. An ERROR in between restores the settings when it aborts.
     unsafe {
         let level = pg_sys::NewGUCNestLevel();
         for (name, value) in settings {
-            set_here(name, value);
+            set_for_level(name, value, pg_sys::GucContext::PGC_SUSET);
         }
         let result = f();
         pg_sys::AtEOXact_GUC(true, level);

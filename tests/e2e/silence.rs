@@ -1,0 +1,122 @@
+//! Our functions keep the triggers of others from firing, but only until they end: whatever happens, the session's
+//! `session_replication_role` is what it was.
+
+use kit::{Refused, Stack, wait_drained};
+use postgres::Client;
+
+/// What a session says of its setting, and whether its triggers fire.
+fn look(client: &mut Client) -> (String, bool) {
+    let role = client
+        .query_one("show session_replication_role", &[])
+        .expect("shown")
+        .get(0);
+    let sql = "insert into heard values (0) returning fired";
+    (role, client.query_one(sql, &[]).expect("inserted").get(0))
+}
+
+/// Functions that write with their owner's rights: one that succeeds, one that fails, one that a function of ours calls.
+const WORKS: &str = "perform outbox.erase((select event_id from outbox.events limit 1))";
+const FAILS: &str = "perform outbox.erase(null)";
+
+#[test]
+fn a_silence_ends_with_its_function() {
+    let stack = Stack::start();
+    stack.pg.exec(&format!(
+        "create table heard (n integer, fired boolean not null default false);
+         create function fire() returns trigger language plpgsql as $$ begin new.fired := true; return new; end $$;
+         create trigger fire before insert on heard for each row execute function fire();
+         create function works_as_replica() returns void language plpgsql set session_replication_role = replica
+            as $$ begin {WORKS}; end $$;
+         create function fails_as_replica() returns void language plpgsql set session_replication_role = replica
+            as $$ begin {FAILS}; end $$;
+         create function becomes_replica_and_fails() returns void language plpgsql
+            as $$ begin set local session_replication_role = replica; {FAILS}; end $$;
+         create function changes() returns trigger language plpgsql
+            as $$ begin set local session_replication_role = local; return null; end $$;
+         create trigger changes before delete on outbox.failed_events execute function changes();
+         alter table outbox.failed_events enable always trigger changes;
+         insert into outbox.events (event_type, source) values ('t', 's')"
+    ));
+    wait_drained(&stack.pg, "default");
+    let caught = |act: &str| format!("do $do$ begin begin {act}; exception when others then null; end; end $do$");
+    let acts = [
+        format!("do $do$ begin {WORKS}; end $do$"),
+        caught(WORKS),
+        caught(FAILS),
+        caught(&format!("{WORKS}; {FAILS}")),
+        caught(&format!(
+            "begin {FAILS}; exception when others then null; end; {WORKS}; raise exception 'e'"
+        )),
+        caught("perform works_as_replica()"),
+        caught("perform fails_as_replica()"),
+        caught("perform becomes_replica_and_fails()"),
+        caught("perform outbox.silence_triggers(); raise exception 'e'"),
+        // By two levels of functions of ours.
+        caught("update outbox.backends set enabled = false; update outbox.backends set name = null"),
+    ];
+    let mut client = stack.pg.client();
+    for act in &acts {
+        // On its own, and within a transaction that goes on, at two depths.
+        client
+            .batch_execute(act)
+            .unwrap_or_else(|error| panic!("{act}: {error:?}"));
+        assert_eq!(look(&mut client), ("origin".to_owned(), true), "{act}");
+        client
+            .batch_execute(&format!("begin; savepoint a; {act}"))
+            .expect("as before");
+        assert_eq!(look(&mut client), ("origin".to_owned(), true), "{act}");
+        client
+            .batch_execute("release a; savepoint b; select outbox.silence_triggers(); rollback to b")
+            .expect("undone");
+        assert_eq!(look(&mut client), ("origin".to_owned(), true), "{act}");
+        client.batch_execute("commit").expect("committed");
+        // In a session that is a replica for itself.
+        client
+            .batch_execute(&format!("begin; set local session_replication_role = replica; {act}"))
+            .expect("as before");
+        assert_eq!(look(&mut client), ("replica".to_owned(), false), "{act}");
+        client.batch_execute("commit").expect("committed");
+        assert_eq!(look(&mut client), ("origin".to_owned(), true), "{act}");
+    }
+    // A trigger of the owner fires, and changes the setting in the silence.
+    for act in [
+        "perform outbox.discard_failed()",
+        "perform outbox.discard_failed(); raise exception 'e'",
+    ] {
+        client.batch_execute(&caught(act)).expect("caught");
+        assert_eq!(look(&mut client), ("origin".to_owned(), true), "{act}");
+    }
+    // An ERROR that nobody catches, and a statement that a transaction has after the function.
+    for sql in ["select outbox.erase(null)", "select outbox.silence_triggers(), 1 / 0"] {
+        client.batch_execute(sql).expect_err("it fails");
+        assert_eq!(look(&mut client), ("origin".to_owned(), true), "{sql}");
+    }
+    client
+        .batch_execute("begin; select outbox.silence_triggers()")
+        .expect("a superuser");
+    assert_eq!(look(&mut client), ("replica".to_owned(), false));
+    client
+        .batch_execute("savepoint a; do $do$ begin perform 1 / 0; exception when others then null; end $do$")
+        .expect("caught");
+    assert_eq!(look(&mut client), ("replica".to_owned(), false));
+    client.batch_execute("rollback to a; commit").expect("committed");
+    assert_eq!(look(&mut client), ("origin".to_owned(), true));
+}
+
+#[test]
+fn nobody_else_begins_a_silence() {
+    let stack = Stack::start();
+    let mut client = stack.pg.client();
+    client.batch_execute("load 'outbox_relay'").expect("loaded");
+    for sql in [
+        "set outbox_relay.is_silent = on",
+        "select set_config('outbox_relay.is_silent', 'on', true)",
+        "alter system set outbox_relay.is_silent = on",
+        "alter role postgres set outbox_relay.is_silent = on",
+    ] {
+        let said = Refused::of(client.simple_query(sql));
+        assert_eq!(said.code, "55P02", "{sql}: {said:?}");
+    }
+    let own = "create function own() returns void language sql set outbox_relay.is_silent = on as 'select'";
+    assert_eq!(Refused::of(client.simple_query(own)).code, "55P02");
+}
