@@ -66,57 +66,57 @@ headers:
 	    exit 1; }
 
 # Builds only what is missing, since it often runs as another user.
-install: $(sql_script) ## copy it into Postgres's directories (built first if it was not, or for another Postgres)
+install: $(sql_script) ## copy it into Postgres's directories (builds it first, if that was not done for this Postgres)
 	@test -f "$(library)" && test "$$(cat "$(stamp)" 2>/dev/null)" = "$(features)" || $(MAKE) --no-print-directory all
 	$(INSTALL) -d "$(DESTDIR)$(pkglibdir)" "$(DESTDIR)$(sharedir)/extension"
 	$(INSTALL) -m 755 "$(library)" "$(DESTDIR)$(pkglibdir)/$(EXTENSION).so"
 	$(INSTALL) -m 644 $(EXTENSION).control sql/$(EXTENSION)--*.sql "$(DESTDIR)$(sharedir)/extension/"
 
-install-strip: install ## the same, without debug symbols: a fifth of the size
+install-strip: install ## install it without debug symbols: a fifth of the size
 	strip --strip-debug "$(DESTDIR)$(pkglibdir)/$(EXTENSION).so"
 
-uninstall: ## remove it from there
+uninstall: ## remove it from Postgres's directories
 	rm -f "$(DESTDIR)$(pkglibdir)/$(EXTENSION).so"
 	rm -f "$(DESTDIR)$(sharedir)/extension/$(EXTENSION).control"
 	rm -f "$(DESTDIR)$(sharedir)/extension/$(EXTENSION)"--*.sql
 
-demo: ## show it at work on throwaway servers (KEEP=1 leaves them up)
+demo: ## show it at work on throwaway servers (KEEP=1 leaves them running)
 	scripts/demo
 
-test: ## run every test on throwaway servers (TEST_ARGS=... goes to the runner)
+test: ## run all tests on throwaway servers (TEST_ARGS=... are arguments of the runner)
 	scripts/test
 
-test-redis-versions: ## run what speaks to Redis against Redis 6.2 and 8, Valkey 8 and 9 (fetched; VERSIONS=... for some)
+test-redis-versions: ## run the tests of Redis on Redis 6.2 and 8, Valkey 8 and 9 (fetched; VERSIONS=... selects)
 	scripts/redis-versions $(VERSIONS)
 
-test-postgres-versions: ## run every test on Postgres 16, 17 and 18 (fetched; VERSIONS=... for some, SMOKE=1 for what is quick)
+test-postgres-versions: ## run all tests on Postgres 16, 17 and 18 (fetched; VERSIONS=... selects, SMOKE=1 runs the quick tests)
 	scripts/postgres-versions $(VERSIONS)
 
-test-assertions: ## run every test against a Postgres that checks its callers (built from Debian's source package; TEST_ARGS=...)
+test-assertions: ## run all tests on a Postgres with assertions (built from Debian's source package; TEST_ARGS=...)
 	PG_CONFIG=$$(scripts/postgres-with-assertions) && export PG_CONFIG && scripts/test
 
-test-packages: ## build what people install, install it, use it and remove it (VERSIONS="16 17 18" for more majors)
+test-packages: ## build each package, install, use and remove it (VERSIONS="16 17 18" adds majors, PARTS="deb dist" selects)
 	scripts/test-packages $(PARTS)
 
-deb: ## Debian packages for each major whose headers are there, and a source package that builds offline: target/deb
+deb: ## build Debian packages for each major whose headers are installed, and a source package: target/deb
 	scripts/deb
 
-dist: ## the archive for PGXN: target/dist
+dist: ## make the archive for PGXN: target/dist
 	scripts/dist
 
-image: ## the extension image for CloudNativePG, of the Postgres 18 of PG_CONFIG: target/image
+image: ## build the extension image for CloudNativePG with the Postgres 18 of PG_CONFIG: target/image
 	scripts/image
 
-test-moving: ## move an application of django-broadcaster (of PyPI) in and out, under load, before a consumer that counts
+test-moving: ## move an application from django-broadcaster (of PyPI) and back, under load, while a consumer counts events
 	scripts/test-moving
 
-test-monitoring: ## scrape a real server as contrib/monitoring says, with Debian's Prometheus, and ask for every panel and alert
+test-monitoring: ## scrape a server with Debian's Prometheus and contrib/monitoring, and query every panel and alert
 	scripts/test-monitoring
 
-test-examples: ## run the projects of examples/ on throwaway servers (packages are fetched; EXAMPLES="psycopg django" for some)
+test-examples: ## run the projects of examples/ on throwaway servers (fetches packages; EXAMPLES="psycopg django" selects)
 	scripts/test-examples $(EXAMPLES)
 
-lint: headers ## formatting, clippy, arrows between modules, lengths, the SQL script and dependencies, as CI checks them
+lint: headers ## check formatting, clippy, modules and their lengths, the SQL script and dependencies, as CI does
 	$(CARGO) fmt --all --check
 	$(cargo_env) $(CARGO) clippy --workspace --all-targets --locked --no-default-features --features $(features) -- -D warnings
 	scripts/lint-structure
@@ -124,19 +124,19 @@ lint: headers ## formatting, clippy, arrows between modules, lengths, the SQL sc
 	scripts/lint-version
 	scripts/deny
 
-bench: ## measure the figures of docs/performance.md beside their floors and rivals (BENCH_ARGS=... for some of them)
+bench: ## measure the figures of docs/performance.md, their floors and their rivals (BENCH_ARGS=... selects)
 	scripts/bench $(BENCH_ARGS)
 
-bench-quick: ## the same, small, without the rivals (three minutes)
+bench-quick: ## measure them with small numbers and without the rivals (three minutes)
 	scripts/bench --quick $(BENCH_ARGS)
 
 chaos: ## break everything at random and check that nothing is lost or repeated (SEED=, MINUTES=, CHAOS_ARGS=...)
 	scripts/chaos $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) $(CHAOS_ARGS)
 
-fuzz: ## look for inputs that break the protocol's code (FUZZ_SECONDS=60 for each target)
+fuzz: ## look for inputs that break the code of the protocol (FUZZ_SECONDS=60 is the time for each target)
 	scripts/fuzz $(FUZZ_ARGS)
 
-deny: ## licences, sources and known flaws of our dependencies (cargo-deny; fetches RustSec's database)
+deny: ## check licences, sources and known vulnerabilities of dependencies (cargo-deny; fetches RustSec's database)
 	scripts/deny --advisories
 
 record-broadcaster: ## record what django-broadcaster writes, for the tests (fetches it from PyPI)
@@ -150,5 +150,5 @@ site: ## build the documents as a static site in target/site/html (fetches mkdoc
 clean: ## remove what was built
 	$(CARGO) clean
 
-help: ## this list
-	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 26
+help: ## list the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 29

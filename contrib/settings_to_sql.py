@@ -5,8 +5,8 @@
                                                                   a module, a .py file, a .json file, or - (JSON)
     python3 contrib/settings_to_sql.py sequin sequin.yaml         sinks of type redis_stream of a .yaml or .json file, or -
 
-What has no equivalent is said in comments. Passwords are left out, with a line that says how to set them; --passwords
-prints them. Needs nothing but Python 3.9; without PyYAML, sequin.yaml may use the plain parts of YAML alone.
+Comments name the settings that have no equivalent. Passwords are omitted, and a comment tells how to set them; with
+--passwords they are printed. Needs only Python 3.9. Without PyYAML, sequin.yaml may use only the plain parts of YAML.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import sys
 
 
 class Unusable(Exception):
-    """What was given cannot be read."""
+    """The settings cannot be read."""
 
 
 def literal(value):
@@ -43,7 +43,7 @@ class Script:
         self.lines = []
 
     def say(self, text=""):
-        """A comment, whatever lines the text has."""
+        """A comment. Each line of the text becomes a line of it, so that no text can leave the comment."""
         for line in re.split(r"[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]+", text):
             self.lines.append(f"-- {line}".rstrip())
 
@@ -58,9 +58,9 @@ class Script:
         self.sql(f"alter system set outbox_relay.{name} = {literal(value)};")
 
     def backend(self, name, columns, password, shows_passwords):
-        """A row of outbox.backends, and its password apart."""
+        """A row of outbox.backends, and a separate statement for its password."""
         if not 1 <= len(name) <= 63:
-            self.say(f"NOT CONVERTED: {name!r} has no name of 1 to 63 characters.")
+            self.say(f"NOT CONVERTED: the name {name!r} does not have 1 to 63 characters.")
             return
         given = {"name": name, **{key: value for key, value in columns.items() if value is not None}}
         names = ", ".join(given)
@@ -72,7 +72,7 @@ class Script:
         if shows_passwords:
             self.sql(f"select outbox.set_backend_password({literal(name)}, {literal(password)});")
         else:
-            self.say("It has a password. Set it so that no log and no history shows it, after this script:")
+            self.say("It has a password. After this script, set it by this command, which shows it in no log and no history:")
             quoted = "'" + name.replace("'", "'\\''") + "'"
             self.say(f"    psql -v backend={quoted} -f contrib/set_backend_password.sql")
 
@@ -88,7 +88,7 @@ OPTIONS = ("host", "port", "db", "password", "stream_name", "max_len", "connect_
 
 
 def plain_name(stream):
-    """Braces of a name are doubled: single ones are placeholders here."""
+    """Doubles the braces of a name, because single ones are placeholders in outbox_relay."""
     return stream.replace("{", "{{").replace("}", "}}") if stream else None
 
 
@@ -108,12 +108,12 @@ def django_settings(source):
         raise Unusable(f"{source} has none of {', '.join(SETTINGS)}")
     for name, value in found.items():
         if not isinstance(value, dict):
-            raise Unusable(f"{name} is no dictionary")
+            raise Unusable(f"{name} is not a dictionary")
     return found
 
 
 def whole_number(script, name, value, lowest, highest):
-    """A number within bounds, or None with a comment."""
+    """A number within bounds; otherwise None, and a comment."""
     if value is None:
         return None
     try:
@@ -121,17 +121,17 @@ def whole_number(script, name, value, lowest, highest):
     except (TypeError, ValueError):
         number = None
     if number is None or isinstance(value, bool) or not lowest <= number <= highest:
-        script.say(f"CHECK: {name} is {value!r}, and must be from {lowest} to {highest} here. It is left at its default.")
+        script.say(f"CHECK: {name} is {value!r}, but must be from {lowest} to {highest} here. The default is kept.")
         return None
     return number
 
 
 def seconds(script, name, value):
     if value is None:
-        script.say(f"{name} is None, which waits without end: there is always a limit here.")
+        script.say(f"{name} is None, which means no limit. Here there is always a limit, and the default is kept.")
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 3600:
-        script.say(f"CHECK: {name} is {value!r}, and must be above 0 and at most 3600 seconds here. It is left at its default.")
+        script.say(f"CHECK: {name} is {value!r}, but must be above 0 and at most 3600 seconds here. The default is kept.")
         return None
     return f"{value:g} s"
 
@@ -141,7 +141,7 @@ def django_backend(script, name, config, shows_passwords):
     script.say(f"OUTBOX_PUBLISHERS[{name!r}]")
     config = config if isinstance(config, dict) else {}
     if config.get("BACKEND") not in REDIS_BACKENDS:
-        script.say(f"NOT CONVERTED: its BACKEND is {config.get('BACKEND')!r}. Only Redis Streams are written.")
+        script.say(f"NOT CONVERTED: its BACKEND is {config.get('BACKEND')!r}. outbox_relay writes only to Redis Streams.")
         return
     options = config.get("OPTIONS") or {}
     label = f"OUTBOX_PUBLISHERS[{name!r}]['OPTIONS']"
@@ -150,9 +150,9 @@ def django_backend(script, name, config, shows_passwords):
             script.say(f"{label}[{key!r}] is not converted: django-broadcaster ignored it.")
     max_len = options.get("max_len", 10000)
     if max_len is None:
-        script.say("max_len None: nothing was trimmed, as with 0 here.")
+        script.say("max_len None means that nothing is trimmed. Here 0 means this.")
     elif max_len == 0:
-        script.say("CHECK: max_len 0 trimmed the stream to nothing there. Here 0 means that nothing is trimmed.")
+        script.say("CHECK: with max_len 0, django-broadcaster removes every entry. Here 0 means that nothing is trimmed.")
     columns = {
         "host": options.get("host", "localhost") or None,
         "port": whole_number(script, f"{label}['port']", options.get("port", 6379), 1, 65535),
@@ -189,14 +189,14 @@ def between(lowest, highest):
 
 WORKER = {
     "BATCH_SIZE": ("batch_size", between(1, 10000), None),
-    "SLEEP_TIME": ("poll_interval", lambda value: f"{max(float(value), 0.1):g}s", "Only a net: commits wake the worker."),
-    "MAX_RETRIES": ("max_retries", between(1, 1000), "Attempts in all, for events that Redis refuses. An outage of Redis costs none."),
+    "SLEEP_TIME": ("poll_interval", lambda value: f"{max(float(value), 0.1):g}s", "This is only a fallback: commits wake the worker."),
+    "MAX_RETRIES": ("max_retries", between(1, 1000), "The number of attempts for an event that Redis refuses. Outages of Redis do not count."),
     "RETRY_BACKOFF": ("retry_backoff", switch, None),
 }
 RETENTION = {
     "CLEANUP_PUBLISHED": ("cleanup_published", switch, None),
-    "PUBLISHED_RETENTION_DAYS": ("published_retention", days, "From when an event was sent."),
-    "FAILED_RETENTION_DAYS": ("failed_retention", days, "From when an event failed."),
+    "PUBLISHED_RETENTION_DAYS": ("published_retention", days, "Counted from the time when an event was sent."),
+    "FAILED_RETENTION_DAYS": ("failed_retention", days, "Counted from the time when an event failed."),
 }
 
 
@@ -212,7 +212,7 @@ def django_group(script, group, given, known):
         try:
             converted = convert(value)
         except (TypeError, ValueError):
-            script.say(f"CHECK: {group}[{key!r}] is {value!r}, which outbox_relay.{name} cannot be. It is left at its default.")
+            script.say(f"CHECK: {group}[{key!r}] is {value!r}, which is not a valid value of outbox_relay.{name}. The default is kept.")
             continue
         if remark:
             script.say(remark)
@@ -223,7 +223,7 @@ def django(source, shows_passwords):
     given = django_settings(source)
     script = Script()
     script.say("Settings of django-broadcaster for outbox_relay. Review them, then run them with psql as a superuser, in the")
-    script.say("database that has the extension. (ALTER SYSTEM cannot run in a transaction.)")
+    script.say("database that has the extension. Do not run them in one transaction: ALTER SYSTEM cannot run in one.")
     publishers = given["OUTBOX_PUBLISHERS"]
     for name, config in publishers.items():
         django_backend(script, name, config, shows_passwords)
@@ -231,10 +231,10 @@ def django(source, shows_passwords):
         usable = [name for name, config in publishers.items() if isinstance(config, dict) and config.get("BACKEND") in REDIS_BACKENDS]
         first = str((usable or list(publishers))[0])
         script.gap()
-        script.say("Events that name no backend go to the first one, as they did.")
+        script.say("Events that name no backend go to the first one, as with django-broadcaster.")
         script.setting("default_backend", first)
         if "default" not in publishers:
-            script.say("The row 'default' that CREATE EXTENSION has made is not needed:")
+            script.say("The backend 'default', which CREATE EXTENSION has made, is not needed:")
             script.sql("delete from outbox.backends where name = 'default';")
     django_group(script, "OUTBOX_WORKER", given["OUTBOX_WORKER"], WORKER)
     django_group(script, "OUTBOX_RETENTION", given["OUTBOX_RETENTION"], RETENTION)
@@ -246,7 +246,7 @@ def django(source, shows_passwords):
 # --- Sequin
 
 def plain_yaml(text):
-    """The parts of YAML that sequin.yaml uses: mappings, lists, scalars, and literal blocks. An error for all else."""
+    """The parts of YAML that sequin.yaml uses: mappings, lists, scalars, and literal blocks. Anything else is an error."""
     lines = []
     for number, line in enumerate(text.splitlines(), 1):
         if line.startswith(("---", "%")) and not lines:
@@ -266,15 +266,15 @@ def plain_yaml(text):
         text = text.strip()
         if text.startswith('"'):
             match = re.fullmatch(r'("(?:[^"\\]|\\.)*")\s*(?:#.*)?', text)
-            return json.loads(match[1]) if match else fail(number, "a quoted text does not end")
+            return json.loads(match[1]) if match else fail(number, "a quoted text does not end on its line")
         if text.startswith("'"):
             match = re.fullmatch(r"'((?:[^']|'')*)'\s*(?:#.*)?", text)
-            return match[1].replace("''", "'") if match else fail(number, "a quoted text does not end")
+            return match[1].replace("''", "'") if match else fail(number, "a quoted text does not end on its line")
         text = re.sub(r"(^|\s)#.*$", "", text).strip()
         if text[:1] in ("[", "{"):
             return flow(number, text)
         if text[:1] in ("&", "*", "!", "@", "`", ">"):
-            fail(number, f"{text[0]} is not read")
+            fail(number, f"{text[0]} is not supported")
         if text in ("", "null", "~"):
             return None
         if text in ("true", "false"):
@@ -288,7 +288,7 @@ def plain_yaml(text):
         plain = r"[^\[\]{},:\s](?:[^\[\]{},:]|:(?=\S))*"
         tokens = re.findall(r'"(?:[^"\\]|\\.)*"|\'(?:[^\']|\'\')*\'|[\[\]{},]|:(?=[\s\[{]|$)|' + plain, text)
         if "".join(token.replace(" ", "") for token in tokens) != text.replace(" ", ""):
-            fail(number, "this is not read")
+            fail(number, "this part of YAML is not supported")
 
         def item():
             if not tokens:
@@ -314,7 +314,7 @@ def plain_yaml(text):
             return result
 
         result = item()
-        return result if not tokens else fail(number, "this is not read")
+        return result if not tokens else fail(number, "this part of YAML is not supported")
 
     def block(indent):
         """The text of `key: |`."""
@@ -367,7 +367,7 @@ def plain_yaml(text):
                 continue
             match = re.match(r"(\"[^\"]*\"|'[^']*'|[^\s#:\"'][^:]*?)\s*:(?:\s+(.*))?$", text)
             if not match:
-                fail(number, "this is not read")
+                fail(number, "this part of YAML is not supported")
             result = {} if result is None else result
             if not isinstance(result, dict):
                 return result
@@ -377,7 +377,7 @@ def plain_yaml(text):
     skip()
     result = node(lines[at][1]) if at < len(lines) else {}
     skip()
-    return result if at >= len(lines) else fail(lines[at][0], "this is not read")
+    return result if at >= len(lines) else fail(lines[at][0], "this part of YAML is not supported")
 
 
 def sequin_config(source):
@@ -400,7 +400,7 @@ def sequin_config(source):
 
 
 def substituted(value):
-    """With ${NAME:-default} as Sequin reads it; what is not set stays as it is written."""
+    """Replaces ${NAME:-default} as Sequin does. A variable that is not set, and has no default, stays as it is written."""
     if isinstance(value, dict):
         return {key: substituted(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -424,7 +424,7 @@ def table_name(name):
 
 
 def condition(script, filters):
-    """Filters on columns, as a condition; None with a comment if one of them has no equivalent."""
+    """Filters on columns, as a condition. If one of them has no equivalent: None, and a comment."""
     parts = []
     for given in filters:
         left = identifier(str(given.get("column_name", "")))
@@ -456,10 +456,10 @@ def sequin_tables(script, sink):
     if sink.get("table"):
         tables.insert(0, sink["table"])
     if not tables:
-        script.say("CHECK: it names no tables, and so takes all of its publication. Call outbox.attach_table for each of them.")
+        script.say("CHECK: it names no tables, so it takes all tables of its publication. Call outbox.attach_table() for each of them.")
     for key in ("include_schemas", "exclude_schemas", "exclude_tables"):
         if source.get(key):
-            script.say(f"CHECK: its {key} {source[key]!r} has no equivalent: tables are attached one by one.")
+            script.say(f"CHECK: its {key} {source[key]!r} has no equivalent: each table is attached by a call of its own.")
     return tables
 
 
@@ -469,7 +469,7 @@ def sequin_sink(script, sink, attached, shows_passwords):
     script.gap()
     script.say(f"Sink {name!r} of the database {sink.get('database')!r}")
     if destination.get("type") not in ("redis_stream", "redis"):
-        script.say(f"NOT CONVERTED: its destination is {destination.get('type')!r}. Only Redis Streams are written.")
+        script.say(f"NOT CONVERTED: its destination is {destination.get('type')!r}. outbox_relay writes only to Redis Streams.")
         return
     script.backend(
         name,
@@ -493,11 +493,11 @@ def sequin_sink(script, sink, attached, shows_passwords):
             script.say(f"CHECK: its {key} {sink[key]!r} is a function of Sequin and is not converted.")
     for key in sorted(set(sink) - {"name", "database", "source", "table", "tables", "status", "actions", "destination", "filters",
                                    "transform", "filter", "routing", "enrichment", "batch_size", "group_column_names", "message_grouping"}):
-        script.say(f"Its {key} has no equivalent.")
+        script.say(f"Its {key!r} has no equivalent.")
     where = condition(script, sink.get("filters") or [])
     for table in sequin_tables(script, sink):
         if attached.setdefault(str(table), name) != name:
-            script.say(f"CHECK: {table!r} was attached for the sink {attached[str(table)]!r} above. A table has one backend: this replaces that one.")
+            script.say(f"CHECK: {table!r} was attached for the sink {attached[str(table)]!r} above. A table has only one backend, so this call replaces that one.")
         arguments = [literal(table_name(str(table))), f"backend => {literal(name)}", f"operations => {literal(operations)}", "payload => 'both'"]
         if where:
             arguments.append(f"condition => {literal(where)}")
@@ -508,16 +508,16 @@ def sequin(source, shows_passwords):
     config = substituted(sequin_config(source))
     script = Script()
     script.say("Sinks of Sequin for outbox_relay. Review them, then run them with psql as a superuser, in the database of their")
-    script.say("tables. Entries have other fields than those of Sequin (record, changes, action, metadata): consumers read the")
-    script.say("row in the data of cloud_event. Take each table out of Sequin's publication in the same transaction, so that no")
-    script.say("change is sent by both and none by neither.")
+    script.say("tables. Entries do not have Sequin's fields (record, changes, action, metadata): consumers find the row in the")
+    script.say("data of cloud_event. Remove each table from Sequin's publication in the same transaction; otherwise a change may be")
+    script.say("sent by both, or by neither.")
     attached = {}
     for sink in config["sinks"]:
         sequin_sink(script, sink, attached, shows_passwords)
     for key in ("change_retentions", "functions", "transforms", "http_endpoints"):
         if config.get(key):
             script.gap()
-            script.say(f"The section {key} has no equivalent.")
+            script.say(f"The section {key!r} has no equivalent.")
     script.print()
 
 

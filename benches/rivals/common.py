@@ -1,4 +1,4 @@
-"""What the rivals share: connections to the servers that the bench names, and the entry that each of them appends."""
+"""Code that the rivals share: connections to the bench's servers, and the entry that each rival appends."""
 
 import os
 
@@ -7,12 +7,13 @@ import redis
 
 STREAM = "events"
 BATCH = 1000
-# Between two looks while nothing is there.
+# The pause between two queries while no event is there.
 PAUSE_S = 0.005
 
 
 def connect():
-    # Host, port, user and database come from the environment. What is lost of its own books in a crash is sent again.
+    # Host, port, user and database come from the environment. A crash may lose the last commits of a rival, which then
+    # sends those events again.
     return psycopg.connect("options='-c synchronous_commit=off'")
 
 

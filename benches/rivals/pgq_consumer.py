@@ -1,7 +1,8 @@
 """PgQ with a consumer that appends each batch in one pipeline.
 
-It ticks by itself, since a tick a second would be all of the latency, and also while nothing seems to come: an event that was
-not committed when a tick counted it makes no other tick due."""
+It calls the ticker itself: one tick a second would determine the latency. It does so even if no event seems to be there,
+because PgQ counts an event when it is inserted: an event that commits after the tick that counted it causes no further tick.
+"""
 
 import sys
 import time

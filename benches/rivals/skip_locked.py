@@ -1,4 +1,4 @@
-"""A loop as one writes it by hand and tunes: FOR UPDATE SKIP LOCKED, batches of 1,000, one pipeline, deleted when sent."""
+"""A tuned loop of one's own: FOR UPDATE SKIP LOCKED, batches of 1,000 in one pipeline, events are deleted when they are sent."""
 
 import sys
 import time

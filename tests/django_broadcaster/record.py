@@ -1,12 +1,12 @@
 """Records what django-broadcaster 0.1.1 writes to a Redis stream, so that tests/e2e/broadcaster.rs can compare.
 
-`make record-broadcaster` runs this with the real package from PyPI. Each event goes the package's whole way: it is created by
-OutboxPublisher.publish_event(), stored in a database, and sent by process_pending_events() to a real Redis. Ids and
-times are fixed afterwards in the database, so that a new recording differs only where the package does.
+`make record-broadcaster` runs this with the real package from PyPI. Each event takes the package's own way: it is created
+by OutboxPublisher.publish_event(), stored in a database, and sent by process_pending_events() to a real Redis. Ids and
+times are set in the database before the event is sent, so that a new recording differs only where the package does.
 
-Not recorded, since the two differ on purpose: a time of a whole second (isoformat() leaves its microseconds out, the
-extension never does), and a publisher_config that names a built-in field or holds a boolean (overwritten or an error there,
-refused here).
+Two kinds of events are not recorded, because the extension differs on purpose: a time of a whole second (isoformat()
+omits its microseconds, the extension never does), and a publisher_config that names a built-in field or has a boolean
+(the package overwrites it or fails, the extension refuses it).
 """
 
 import json

@@ -57,12 +57,12 @@ fn settings_of_django_broadcaster_become_sql_that_runs() {
     let script = convert(&["django", "-"], DJANGO, &[]).expect("it converts");
     assert!(!script.contains("s3"), "{script}");
     for words in [
-        "-- NOT CONVERTED: its BACKEND is 'some.Kafka\\n; drop table outbox.events'. Only Redis Streams are written.",
-        "-- It has a password. Set it so that no log and no history shows it, after this script:",
+        "-- NOT CONVERTED: its BACKEND is 'some.Kafka\\n; drop table outbox.events'. outbox_relay writes only to Redis Streams.",
+        "-- It has a password. After this script, set it by this command, which shows it in no log and no history:",
         "contrib/set_backend_password.sql",
-        "-- CHECK: max_len 0 trimmed the stream to nothing there.",
-        "['port'] is 0, and must be from 1 to 65535 here.",
-        "['connect_timeout'] is None, which waits without end: there is always a limit here.",
+        "-- CHECK: with max_len 0, django-broadcaster removes every entry.",
+        "['port'] is 0, but must be from 1 to 65535 here.",
+        "['connect_timeout'] is None, which means no limit. Here there is always a limit, and the default is kept.",
         "-- OUTBOX_WORKER['THREADS'] has no equivalent.",
     ] {
         assert!(script.contains(words), "{words} is not in\n{script}");
@@ -112,7 +112,7 @@ fn sinks_of_sequin_become_sql_that_runs() {
     assert!(!script.contains("s3cret"), "{script}");
     for words in [
         "-- CHECK: its transform 'my-transform' is a function of Sequin and is not converted.",
-        "-- Its annotations has no equivalent.",
+        "-- Its 'annotations' has no equivalent.",
         "-- NOT CONVERTED: its destination is 'webhook'.",
         "select outbox.attach_table('public.users', backend => 'user-changes', operations => 'insert,update', payload => 'both');",
         "select outbox.attach_table('public.\"Weird Name\"', backend => 'user-changes', ",
@@ -162,7 +162,7 @@ fn settings_that_cannot_be_read_are_reported_in_one_line() {
         (
             ["django", "-"],
             r#"{"OUTBOX_WORKER": [1]}"#,
-            "OUTBOX_WORKER is no dictionary",
+            "OUTBOX_WORKER is not a dictionary",
         ),
         (["django", "no.such.module"], "", "No module named"),
         (["sequin", "/nowhere.yaml"], "", "No such file"),

@@ -1,4 +1,4 @@
-"""Uses the admin of examples/django as an operator would, against real servers: looks, filters, retries. Run in its folder."""
+"""Uses the admin of examples/django on real servers as an operator would: lists, filters and retries events. Run it there."""
 
 import os
 import re
@@ -34,7 +34,7 @@ assert listed(status + "?q=order.paid") == ["order.paid"]
 assert listed(status + "?status__exact=failed") == listed(failed) == ["order.refused"]
 assert listed(failed + "?backend=default&event_type=order.refused") == ["order.refused"]
 
-# Nobody writes by it.
+# It is read-only: it neither adds nor changes events.
 assert client.get(failed + "add/").status_code == 403
 event_id = re.search(r"failedevent/([0-9a-f-]{36})/", client.get(failed).content.decode())[1]
 page = client.get(f"{failed}{event_id}/change/")

@@ -1,11 +1,11 @@
-"""Asks a Prometheus for what the dashboard and the alerts ask for: scripts/test-monitoring runs this.
+"""Sends the queries of the dashboard and of the alerts to a Prometheus. scripts/test-monitoring runs this.
 
-    ask.py URL until QUERY                          waits until a query has an answer
-    ask.py URL same-series                          whether all exporters give the same metrics with the same labels
+    ask.py URL until QUERY                          waits until a query has a result
+    ask.py URL same-series                          all exporters must have the same metrics with the same labels
     ask.py URL panels DASHBOARD INSTANCE            every panel and every variable must have data
     ask.py URL draw DASHBOARD INSTANCE SVG          draws the panels
-    ask.py URL alerts [--also] [--in SECONDS] NAME...   these alerts find something, all others nothing (--also: or something);
-                                                    "in" asks what they will find, should nothing change
+    ask.py URL alerts [--also] [--in SECONDS] NAME...   these alerts must have a result, and others none (with --also, others
+                                                    may have one). --in: their result in so many seconds, if nothing changes
 """
 
 import json
@@ -36,7 +36,7 @@ def query(expression, ahead=0):
 
 
 def wait_until(what, found):
-    """Repeats `found`, which returns what is still wrong."""
+    """Repeats `found` until it returns nothing. What it returns is still wrong."""
     end = time.monotonic() + WAIT_SECONDS
     while True:
         try:
@@ -67,7 +67,7 @@ def same_series():
             return f"{len(found)} exporters answer"
         return found[0] ^ found[1]
 
-    wait_until("all exporters give the same series", differences)
+    wait_until("all exporters have the same series", differences)
     print("    " + ", ".join(sorted({key[0][1] for keys in series().values() for key in keys})))
 
 
@@ -81,20 +81,20 @@ def alerts(names, also, ahead):
         states = {rule["name"]: rule["health"] for group in call("rules")["groups"] for rule in group["rules"]}
         broken = [f"{name} is {health}" for name, health in states.items() if health == "err"]
         for name, rule in rules.items():
-            # Nobody wants to wait for so long.
+            # The test does not wait until an event is so old.
             expression = re.sub(r"^(outbox_relay_oldest_pending_seconds > )\d+$", r"\1 1", rule["query"])
             found = query(expression, ahead)
             if name in expected and not found:
-                broken.append(f"{name} finds nothing")
+                broken.append(f"{name} has no result")
             if name not in expected and found and not also:
-                broken.append(f"{name} finds {found}")
+                broken.append(f"{name} has the result {found}")
         return broken
 
-    wait_until(f"alerts that find something: {', '.join(names) or 'none'}; of {len(rules)}", wrong)
+    wait_until(f"alerts with a result, of {len(rules)}: {', '.join(names) or 'none'}", wrong)
 
 
 def filled(expression, instance):
-    """A query with Grafana's variables as a viewer has them at first."""
+    """A query with the initial values of Grafana's variables."""
     for name, value in {"$instance": re.escape(instance), "$database": ".*", "$backend": ".*", "$__rate_interval": "10s"}.items():
         expression = expression.replace(name, value.replace("\\", "\\\\"))
     assert "$" not in expression, expression
@@ -142,7 +142,7 @@ def draw_panels(path, instance, svg):
 
 def main(command, *args):
     if command == "until":
-        wait_until(args[0], lambda: not query(args[0]) and "no answer")
+        wait_until(args[0], lambda: not query(args[0]) and "no result")
     elif command == "same-series":
         same_series()
     elif command == "panels":

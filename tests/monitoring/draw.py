@@ -1,4 +1,4 @@
-"""Draws a Grafana dashboard as SVG, roughly as Grafana does: for a look at it where there is no Grafana."""
+"""Draws a Grafana dashboard as SVG, roughly as Grafana does, so that one can look at it without Grafana."""
 
 import re
 from html import escape
@@ -105,7 +105,7 @@ KINDS = {"stat": stat, "table": table, "state-timeline": timeline, "timeseries":
 
 
 def dashboard(json, answer, start, end):
-    """`answer` gives for a panel's target its series: (labels, [(time, value)])."""
+    """`answer` returns the series of a panel's target: (labels, [(time, value)])."""
     rows = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in json["panels"])
     width, height = 24 * COLUMN + MARGIN, rows * LINE + MARGIN
     out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif">',

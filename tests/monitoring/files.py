@@ -1,7 +1,7 @@
-"""Checks the files of contrib/monitoring for what no other program looks at: scripts/test-monitoring runs this.
+"""Checks in the files of contrib/monitoring what no other program checks. scripts/test-monitoring runs this.
 
-    files.py alerts CONTRIB OPERATIONS.md       every alert has its reason, a section of the runbook, and two unit tests
-    files.py otel CONTRIB PSQL HOST             the collector's queries give all of outbox.metrics, as it is there
+    files.py alerts CONTRIB OPERATIONS.md       every alert must have a reason, a section of the runbook, and two unit tests
+    files.py otel CONTRIB PSQL HOST             the collector's queries must return the same series as outbox.metrics
 """
 
 import json
@@ -11,11 +11,11 @@ import sys
 
 import yaml
 
-# What the receiver "sqlquery" reads, of what is used here: internal/sqlquery/config.go of the collector's contrib repository.
+# The keys of the receiver "sqlquery" that are used here: internal/sqlquery/config.go of the collector's contrib repository.
 RECEIVER_KEYS = {"driver", "datasource", "collection_interval", "queries"}
 METRIC_KEYS = {"metric_name", "description", "value_column", "value_type", "data_type", "monotonic", "aggregation",
                "attribute_columns"}
-# Not from outbox.metrics.
+# This metric does not come from outbox.metrics.
 HEALTH = "outbox_relay_health"
 
 

@@ -1,7 +1,7 @@
 """The application: publishes with django-broadcaster, or with outbox.publish_event, until its standard input ends.
 
-Each transaction locks an aggregate, publishes its next version, and notes both in a ledger. Some are taken back. A line
-`old` or `new` on standard input says by which of the two to publish from then on.
+Each transaction locks an aggregate, publishes its next version, and records it in a ledger. Some transactions are rolled
+back. A line `old` or `new` on standard input chooses the way to publish from then on.
 """
 
 import json
@@ -31,7 +31,7 @@ def listen():
     ended = True
 
 
-class TakenBack(Exception):
+class RolledBack(Exception):
     pass
 
 
@@ -58,7 +58,7 @@ def step(chance):
             event_id = publish(cursor, by, {"later": True}, subject="", scheduled_at=later)
             cursor.execute("insert into ledger values (%s, null, null, %s)", [event_id, by])
         if chance.random() < 0.1:
-            raise TakenBack
+            raise RolledBack
     return by
 
 
@@ -69,7 +69,7 @@ def main():
     while not ended:
         try:
             done = step(chance)
-        except TakenBack:
+        except RolledBack:
             continue
         if done != told:
             told = done

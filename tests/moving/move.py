@@ -1,7 +1,7 @@
 """Moves the application of app.py from django-broadcaster of PyPI to outbox_relay and out again, under load.
 
-A consumer reads both streams all the time. In the end it must have seen each committed event once, and those of one
-aggregate in their order. scripts/test-moving starts the servers and runs this.
+A consumer reads both streams all the time. At the end, it must have seen each committed event once, and the events of
+one aggregate in order. scripts/test-moving starts the servers and runs this.
 """
 
 import collections
@@ -48,7 +48,7 @@ def wait(what, holds, seconds=60):
 
 
 class Consumer(threading.Thread):
-    """A consumer group on both streams; notes what it reads, in order."""
+    """A consumer group on both streams. It records the entries in the order in which it reads them."""
 
     def __init__(self):
         super().__init__(daemon=True)
@@ -101,7 +101,7 @@ def old_worker():
 
 
 def waiting():
-    """The rows by status, without those that were moved."""
+    """The number of rows for each status, without the rows that were moved."""
     return dict(sql("select status, count(*) from outbox_events where last_error not like 'moved%' group by 1"))
 
 
@@ -113,7 +113,7 @@ def columns(where):
 
 
 def check_recorded_schema():
-    """What the e2e tests make their table of is what the package makes."""
+    """The table of the end-to-end tests has the columns that the package creates."""
     sql("create schema recorded")
     sql("set search_path = recorded; " + (TOP / "tests/django_broadcaster/schema.sql").read_text())
     assert columns("recorded") == columns("public"), (columns("recorded"), columns("public"))
@@ -121,7 +121,7 @@ def check_recorded_schema():
 
 
 def convert_settings():
-    """OUTBOX_* as SQL, run as they are."""
+    """Converts OUTBOX_* to SQL, and runs it unchanged."""
     converter = [sys.executable, str(TOP / "contrib/settings_to_sql.py"), "django", "settings"]
     script = subprocess.run(converter, check=True, capture_output=True, text=True, cwd=HERE).stdout
     subprocess.run(
@@ -139,7 +139,7 @@ def import_rows(db, arguments):
 
 
 def leave_a_row_in_hand():
-    """Kills the old worker until it dies with a row in hand."""
+    """Kills the old worker until it leaves a row with the status processing."""
     for _ in range(50):
         worker = old_worker()
         wait("the old worker", lambda: any("Processed" in line for line in worker.said) or not waiting().get("pending"))
@@ -147,11 +147,11 @@ def leave_a_row_in_hand():
         worker.end(signal.SIGKILL)
         if waiting().get("processing"):
             return
-    sys.exit("the old worker never died with a row in hand")
+    sys.exit("the old worker never left a row with the status processing")
 
 
 def check(consumer, exempt, since):
-    """Each committed event was seen once, and those of an aggregate in order."""
+    """Each committed event was seen once, and the events of an aggregate in order."""
     ledger = {str(row[0]): row[1:] for row in sql("select event_id, key, version, way from ledger")}
     wait("all events to be seen", lambda: len({fields["event_id"] for _, fields in consumer.seen}) >= len(ledger), 30)
     time.sleep(0.5)
@@ -177,7 +177,7 @@ def check(consumer, exempt, since):
 
 
 def move(worker_runs):
-    """One move, in and out. The documented order stops the old worker first; the other one does not."""
+    """Moves the application here, and ends the bridge. The documented order stops the old worker first; `worker_runs` does not."""
     apps = [app(seed) for seed in range(3)]
     exempt = set()
     worker = old_worker()
@@ -185,7 +185,7 @@ def move(worker_runs):
     if worker_runs:
         worker.end(signal.SIGKILL)
         leave_a_row_in_hand()
-        # It has left that row behind later ones, and has another one in hand when the move is made.
+        # The killed worker has left a row, and later rows have overtaken it. The new worker processes a row during the move.
         exempt = {f"k{n}" for n in range(20)}
         worker = old_worker()
         wait("the old worker to go on", lambda: any("Processed" in line for line in worker.said))
@@ -217,7 +217,7 @@ def move(worker_runs):
 
 
 def move_out(apps):
-    """Back to django-broadcaster: what is here is sent before its worker begins."""
+    """Moves back to django-broadcaster: all events of outbox_relay are sent before its worker starts."""
     for one in apps:
         one.tell("old")
     for one in apps:
@@ -244,12 +244,12 @@ def main():
     consumer = Consumer()
     consumer.start()
 
-    say("the old worker is stopped, then the move is made")
+    say("stop the old worker, then move")
     apps, exempt = move(worker_runs=False)
     move_out(apps)
     check(consumer, exempt, "in and out")
 
-    say("the old worker dies with a row in hand, is started again, and runs while the move is made")
+    say("kill the old worker while it processes a row, start it again, and move while it runs")
     apps, exempt = move(worker_runs=True)
     for one in apps:
         one.end()
