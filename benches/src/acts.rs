@@ -27,7 +27,7 @@ fn shares(arrivals: &Arrivals, from: f64, until: f64) -> [f64; 2] {
     [0.5, 0.99].map(|share| quantile(&times, share))
 }
 
-/// `act` begins half a second after the others, which publish for this time, and returns when all its effects are done.
+/// `act` begins half a second after the others have warmed up, which publish for this time, and returns when all its effects are done.
 fn during(stack: &Stack, seconds: f64, what: &str, act: impl FnOnce() + Send) -> Act {
     let pace = |seconds: f64| Pace {
         clients: 1,
@@ -42,7 +42,7 @@ fn during(stack: &Stack, seconds: f64, what: &str, act: impl FnOnce() + Send) ->
     let start = Instant::now() + Duration::from_millis(200);
     let (arrivals, most) = std::thread::scope(|scope| {
         scope.spawn(|| {
-            std::thread::sleep(Duration::from_millis(500));
+            std::thread::sleep(load::warm_up(seconds) + Duration::from_millis(500));
             let begin = start.elapsed().as_secs_f64();
             act();
             *times.lock().expect("no panic") = Some((begin, start.elapsed().as_secs_f64()));

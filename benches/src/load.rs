@@ -66,6 +66,13 @@ impl Arrivals {
 }
 
 const NEVER: u64 = 0;
+/// The first of so many parts are left out: connections warm up.
+const WARM_UP_PART: usize = 20;
+
+/// How long that is in a run of so many seconds.
+pub(crate) fn warm_up(seconds: f64) -> Duration {
+    Duration::from_secs_f64(seconds / WARM_UP_PART as f64)
+}
 
 pub(crate) fn run(stack: &Stack, way: &Way, pace: Pace) -> Arrivals {
     let events = pace.transactions() * pace.events;
@@ -97,8 +104,7 @@ pub(crate) fn run(stack: &Stack, way: &Way, pace: Pace) -> Arrivals {
     });
     let mut times: Vec<_> = times.collect();
     times.sort_by(|a, b| a.0.total_cmp(&b.0));
-    // Connections warm up.
-    times.drain(..events / 20);
+    times.drain(..events / WARM_UP_PART);
     Arrivals { times }
 }
 
