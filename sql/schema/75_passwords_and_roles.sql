@@ -102,10 +102,14 @@ end
 $$;
 comment on function outbox.expect_role(text) is 'The role of this name. Raises an ERROR with an explanation if there is none.';
 
+-- Not in SQL: PL/pgSQL would keep until the transaction ends what such a function has made of its plan, and each GRANT
+-- that follows has it made anew.
 create function outbox.expect_role(role regrole) returns regrole
-    language sql stable set search_path = pg_catalog, pg_temp
+    language plpgsql stable set search_path = pg_catalog, pg_temp
     as $$
-select outbox.expect_role(coalesce((select p.rolname::text from pg_roles p where p.oid = role), role::text))
+begin
+    return outbox.expect_role(coalesce((select p.rolname::text from pg_roles p where p.oid = role), role::text));
+end
 $$;
 comment on function outbox.expect_role(regrole) is 'The same for a role that may have been dropped, or NULL.';
 

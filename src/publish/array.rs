@@ -103,10 +103,9 @@ fn items_of_call(fcinfo: pg_sys::FunctionCallInfo) -> Items {
         if let Err(text) = has_utf8_form(rendered) {
             PublishError::Foreign { field: "events", text }.raise();
         }
-        let text: &str = match decoded(rendered) {
+        let text = match decoded(rendered) {
             Cow::Borrowed(text) => text,
-            // The text was not converted, so it need not outlive this call.
-            Cow::Owned(text) => text.leak(),
+            Cow::Owned(text) => copied(&text),
         };
         let items: Vec<&RawValue> = serde_json::from_str(text).unwrap_or_else(|_| PublishError::NotAnArray.raise());
         let size = size_of::<(*const u8, usize)>() * items.len().max(1);
@@ -118,6 +117,17 @@ fn items_of_call(fcinfo: pg_sys::FunctionCallInfo) -> Items {
             first,
             count: items.len(),
         }
+    }
+}
+
+/// A copy of a text in the current memory context, as long as which it lives.
+fn copied<'a>(text: &str) -> &'a str {
+    // SAFETY: the copy has room for the text, and is UTF-8 as it is.
+    unsafe {
+        let room = text.len().max(1);
+        let copy = pg_sys::MemoryContextAllocHuge(pg_sys::CurrentMemoryContext, room).cast::<u8>();
+        copy.copy_from_nonoverlapping(text.as_ptr(), text.len());
+        std::str::from_utf8_unchecked(std::slice::from_raw_parts(copy, text.len()))
     }
 }
 

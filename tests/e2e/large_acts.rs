@@ -161,3 +161,35 @@ fn no_event_is_looked_up_by_reading_all_of_them() {
         assert!(rows < COUNT / 10, "{rows} rows were read: {sql}");
     }
 }
+
+/// A paused backend's cursor stays where it is. Whoever waits for the others must not compare all events since then with
+/// their cursors again and again.
+#[test]
+fn a_paused_backend_does_not_make_waiting_for_the_others_slow() {
+    const COUNT: i64 = 2_000;
+    let stack = Stack::start();
+    stack
+        .pg
+        .exec("insert into outbox.backends (name, stream_name, enabled) values ('paused', 's', false)");
+    stack.publish("first");
+    wait_drained(&stack.pg, "paused");
+    stack.pg.exec(&format!(
+        "insert into outbox.events (event_type, source) select 't', 's' from generate_series(1, {COUNT})"
+    ));
+    wait_drained(&stack.pg, "default");
+    assert!(stack.pg.one::<bool>("select outbox.drain()"));
+    // It is called for each event that is compared with a cursor.
+    let mut client = stack.pg.client();
+    client
+        .batch_execute("begin; set local track_functions = 'all'; select outbox.drain()")
+        .unwrap();
+    let sql = "select coalesce(sum(calls), 0)::bigint from pg_stat_xact_user_functions
+        where schemaname = 'outbox' and funcname = 'hash_slot'";
+    let compared: i64 = client.query_one(sql, &[]).unwrap().get(0);
+    assert!(compared < COUNT / 10, "{compared} events were compared");
+    // Its own events are still waited for.
+    client
+        .batch_execute("commit; select outbox.publish_event('t', 's', backend => 'paused')")
+        .unwrap();
+    assert!(!stack.pg.one::<bool>("select outbox.drain('100 ms')"));
+}
