@@ -127,7 +127,7 @@ lint: headers ## check formatting, clippy, modules and their lengths, the SQL sc
 bench: ## measure the figures of docs/performance.md, their floors and their rivals (BENCH_ARGS=... selects)
 	scripts/bench $(BENCH_ARGS)
 
-bench-quick: ## measure them with small numbers and without the rivals (three minutes)
+bench-quick: ## measure them with small numbers and without the rivals (ten minutes)
 	scripts/bench --quick $(BENCH_ARGS)
 
 chaos: ## break everything at random and check that nothing is lost or repeated (SEED=, MINUTES=, CHAOS_ARGS=...)

@@ -34,7 +34,7 @@ impl Scale {
         rival_events: 200_000,
     };
 
-    /// For daily use: under three minutes.
+    /// For daily use: ten minutes.
     const QUICK: Self = Self {
         runs: 1,
         events: 100_000,
