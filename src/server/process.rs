@@ -337,24 +337,20 @@ pub(crate) fn set_option(name: &CStr, value: &CStr) {
     }
 }
 
-/// Changes a setting until the innermost nest level of settings ends. Raises a Postgres ERROR if it cannot be changed.
+/// Changes a setting: with GUC_ACTION_SAVE until the innermost nest level of settings ends, with GUC_ACTION_LOCAL until
+/// the transaction ends. Raises a Postgres ERROR if it cannot be changed.
 ///
 /// # Safety
 /// Within a transaction, with the name and a value of an existing setting.
-pub(crate) unsafe fn set_for_level(name: &CStr, value: &CStr, context: pg_sys::GucContext::Type) {
+pub(crate) unsafe fn set_for_now(
+    name: &CStr,
+    value: &CStr,
+    context: pg_sys::GucContext::Type,
+    action: pg_sys::GucAction::Type,
+) {
+    let source = pg_sys::GucSource::PGC_S_SESSION;
     // SAFETY: the caller's promise.
-    unsafe {
-        pg_sys::set_config_option(
-            name.as_ptr(),
-            value.as_ptr(),
-            context,
-            pg_sys::GucSource::PGC_S_SESSION,
-            pg_sys::GucAction::GUC_ACTION_SAVE,
-            true,
-            0,
-            false,
-        );
-    }
+    unsafe { pg_sys::set_config_option(name.as_ptr(), value.as_ptr(), context, source, action, true, 0, false) };
 }
 
 /// Whether the whole server is being shut down, and not only this process. The postmaster writes this into its lock

@@ -5,11 +5,13 @@
 //! `outbox.erase()`. So the variable behind that setting is changed directly. Plans depend on it only where a table has
 //! rules, and statements of ours are planned in silence, too.
 //!
-//! A setting of our own says how long: Postgres restores it when the function ends, and calls [`assign`].
-//! `session_replication_role` is saved before it, and so restored after it. Whatever happens in between, a plain restore
-//! by Postgres comes last.
+//! A setting of our own says how long: Postgres restores it when the function ends, and calls [`assign`]. At the same
+//! nest level `session_replication_role` is saved, and restored after ours: on 15 because of the settings' names, in
+//! whose order Postgres goes, later because it goes from the setting that was saved last to the first. So if nobody has
+//! changed the role meanwhile, it is what Postgres would restore, which leaves the plans alone. If somebody has,
+//! [`assign`] leaves it as it is, and Postgres restores it or, after a SET without LOCAL, keeps it.
 
-use crate::server::process::set_for_level;
+use crate::server::process::set_for_now;
 use pgrx::guc::{GucContext, GucFlags, GucRegistry, GucSetting};
 use pgrx::pg_sys;
 use std::cell::Cell;
@@ -46,7 +48,7 @@ pub(crate) fn is_silent() -> bool {
     role() == pg_sys::SESSION_REPLICATION_ROLE_REPLICA as c_int
 }
 
-/// From now until the innermost nest level of settings ends: that of the calling function if it has a SET clause.
+/// From now until the calling function ends, which must have a SET clause. Without one, until the transaction ends.
 pub(crate) fn begin() {
     if is_silent() {
         return;
@@ -55,10 +57,25 @@ pub(crate) fn begin() {
         true => c"local",
         false => c"origin",
     };
+    // Postgres asserts that nothing is saved where it was SET before, as it may be where no function was called.
+    let action = match is_at_the_transactions_level() {
+        true => pg_sys::GucAction::GUC_ACTION_LOCAL,
+        false => pg_sys::GucAction::GUC_ACTION_SAVE,
+    };
     // SAFETY: within a transaction; the settings exist, and take these values.
     unsafe {
-        set_for_level(c"session_replication_role", same, pg_sys::GucContext::PGC_SUSET);
-        set_for_level(NAME, c"on", pg_sys::GucContext::PGC_INTERNAL);
+        set_for_now(c"session_replication_role", same, pg_sys::GucContext::PGC_SUSET, action);
+        set_for_now(NAME, c"on", pg_sys::GucContext::PGC_INTERNAL, action);
+    }
+}
+
+/// Whether settings would last until the transaction or savepoint ends.
+fn is_at_the_transactions_level() -> bool {
+    // SAFETY: within a transaction. A level that nothing was set in ends with nothing to restore.
+    unsafe {
+        let next = pg_sys::NewGUCNestLevel();
+        pg_sys::AtEOXact_GUC(true, next);
+        next == pg_sys::GetCurrentTransactionNestLevel() + 1
     }
 }
 
@@ -68,16 +85,16 @@ fn role() -> c_int {
 }
 
 extern "C-unwind" fn assign(is_silent: bool, _extra: *mut c_void) {
-    let new = match (is_silent, ROLE_BEFORE.get()) {
-        (true, None) => {
-            ROLE_BEFORE.set(Some(role()));
-            pg_sys::SESSION_REPLICATION_ROLE_REPLICA as c_int
+    let new = if is_silent {
+        // One silence within another begins with a change only if a trigger in between has changed the role. Then
+        // Postgres restores that role when the inner one ends, without calling this function.
+        ROLE_BEFORE.set(ROLE_BEFORE.get().or(Some(role())));
+        pg_sys::SESSION_REPLICATION_ROLE_REPLICA as c_int
+    } else {
+        match ROLE_BEFORE.take() {
+            Some(before) if self::is_silent() => before,
+            _ => return,
         }
-        (false, Some(before)) => {
-            ROLE_BEFORE.set(None);
-            before
-        }
-        _ => return,
     };
     // SAFETY: a plain write of the process's own variable.
     unsafe { pg_sys::SessionReplicationRole = new };

@@ -9,7 +9,7 @@
 
 use crate::server::encoding::{has_utf8_form, utf8};
 use crate::server::error::raise;
-use crate::server::process::set_for_level;
+use crate::server::process::set_for_now;
 use crate::server::report;
 use crate::server::scoped;
 use crate::server::silence;
@@ -130,7 +130,12 @@ pub(crate) fn with_settings<R>(settings: &[(&CStr, &CStr)], f: impl FnOnce() -> 
     unsafe {
         let level = pg_sys::NewGUCNestLevel();
         for (name, value) in settings {
-            set_for_level(name, value, pg_sys::GucContext::PGC_SUSET);
+            set_for_now(
+                name,
+                value,
+                pg_sys::GucContext::PGC_SUSET,
+                pg_sys::GucAction::GUC_ACTION_SAVE,
+            );
         }
         let result = f();
         pg_sys::AtEOXact_GUC(true, level);

@@ -104,6 +104,58 @@ fn a_silence_ends_with_its_function() {
 }
 
 #[test]
+fn a_trigger_of_the_owner_may_change_the_setting_in_a_silence() {
+    let stack = Stack::start();
+    stack.pg.exec(
+        "create table heard (n integer, fired boolean not null default false);
+         create function fire() returns trigger language plpgsql as $$ begin new.fired := true; return new; end $$;
+         create trigger fire before insert on heard for each row execute function fire();
+         create function refuse() returns trigger language plpgsql as $$ begin raise exception 'it fires'; end $$;
+         create trigger refuse before update on outbox.events for each row execute function refuse();
+         create function act() returns trigger language plpgsql
+            as $$ begin execute current_setting('test.act'); return null; end $$;
+         create trigger act before delete on outbox.failed_events execute function act();
+         alter table outbox.failed_events enable always trigger act;
+         insert into outbox.events (event_type, source) values ('t', 's')",
+    );
+    wait_drained(&stack.pg, "default");
+    let mut client = stack.pg.client();
+    let mut discard = |act: &str, after: &str| {
+        let act = act.replace('\'', "''");
+        client
+            .batch_execute(&format!(
+                "set test.act = '{act}'; begin; select outbox.discard_failed(); {after}"
+            ))
+            .unwrap_or_else(|error| panic!("{act}: {error:?}"));
+        let seen = look(&mut client);
+        client.batch_execute("reset all").expect("reset");
+        seen
+    };
+    let [origin, local] = ["origin", "local"].map(|role| (role.to_owned(), true));
+    // As Postgres says of a function with a SET clause: SET without LOCAL outlasts the function.
+    assert_eq!(discard("set session_replication_role = local", "commit"), local);
+    assert_eq!(discard("set session_replication_role = local", "rollback"), origin);
+    assert_eq!(discard("set local session_replication_role = local", "commit"), origin);
+    // A function of ours that it calls begins a silence again.
+    let erase = "do $$ begin perform outbox.erase((select event_id from outbox.events)); end $$";
+    for end in ["rollback", "commit"] {
+        let act = format!("set local session_replication_role = local; {erase}");
+        assert_eq!(discard(&act, end), origin, "{end}");
+    }
+    assert_eq!(
+        discard(&format!("set session_replication_role = local; {erase}"), "commit"),
+        local
+    );
+    // RESET ALL ends a silence.
+    client
+        .batch_execute(
+            "set session_replication_role = local; begin; select outbox.silence_triggers(); reset all; commit",
+        )
+        .expect("a superuser");
+    assert_eq!(look(&mut client), origin);
+}
+
+#[test]
 fn nobody_else_begins_a_silence() {
     let stack = Stack::start();
     let mut client = stack.pg.client();
