@@ -18,6 +18,8 @@ create table outbox.consumer_groups (
     asked_at          timestamptz not null
 ) with (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000);
 create index consumer_groups_stream_idx on outbox.consumer_groups (backend_number, slot, stream);
+-- For the streams that were asked about last, and those that were not for long.
+create index consumer_groups_asked_at_idx on outbox.consumer_groups (backend_number, slot, asked_at);
 comment on table outbox.consumer_groups is 'The last answers of Redis about the consumer groups of each stream. See outbox.consumers.';
 
 create function outbox.want_consumers() returns boolean

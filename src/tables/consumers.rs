@@ -1,31 +1,42 @@
 //! What Redis reports about consumer groups: `outbox.consumer_groups`. Needs a transaction.
 
 use crate::tables::cursors::lane_number;
-use crate::tables::sql::{all_words, query_named, run_named};
+use crate::tables::sql::{all_words, query_kept, run_kept, run_named};
 use relay::consumers::group::Surveyed;
+
+/// How many of the latest rows are looked at to find streams: a stream has a row for each of its groups.
+const ROWS_OF_STREAM: usize = 4;
 
 /// Streams of a backend, or of one of its lanes, that a survey has asked about lately; at most `limit`.
 pub(crate) fn known_streams(number: i32, lane: Option<u16>, limit: usize) -> Vec<String> {
-    let found = query_named(
-        "select g.stream from outbox.consumer_groups g
-        where g.backend_number = $number and g.slot = $slot
-        group by g.stream order by max(g.asked_at) desc, g.stream limit $limit",
-        [
-            ("number", number.into()),
-            ("slot", lane_number(lane).into()),
-            ("limit", (limit as i64).into()),
+    let found = query_kept(
+        "select distinct g.stream from (
+            select a.stream from outbox.consumer_groups a where a.backend_number = $1 and a.slot = $2
+            order by a.asked_at desc limit $3) g
+        limit $4",
+        &[
+            number.into(),
+            lane_number(lane).into(),
+            ((limit * ROWS_OF_STREAM) as i64).into(),
+            (limit as i64).into(),
         ],
         |row| row.text("stream"),
     );
     found.into_iter().flatten().collect()
 }
 
-/// Deletes the rows of deleted backends.
+/// Deletes the rows of deleted backends. It looks for the next number in the index, and so passes all other rows.
 pub(crate) fn forget_deleted() {
-    run_named(
-        "delete from outbox.consumer_groups g
-        where not exists (select from outbox.backends b where b.number = g.backend_number)",
-        [],
+    run_kept(
+        "with recursive numbers (number) as (
+            select min(g.backend_number) from outbox.consumer_groups g
+            union all
+            select (select min(g.backend_number) from outbox.consumer_groups g where g.backend_number > n.number) from numbers n
+            where n.number is not null)
+        delete from outbox.consumer_groups g where g.backend_number = any(array(select n.number from numbers n
+            where not exists (select from outbox.backends b where b.number = n.number)))",
+        &[],
+        |_| (),
     );
 }
 
@@ -42,21 +53,28 @@ struct Rows<'a> {
     oldest_ms: Vec<Option<i64>>,
 }
 
-/// Saves the result of a survey. Deletes rows of streams that no survey has asked about for a long time.
+/// Of the rows of streams that no survey has asked about for a long time, this many are deleted whenever a result is
+/// saved, and as many again as are written: streams may come and go as fast as Redis can be asked about them.
+const OLD_ROWS: i64 = 1_000;
+
+/// Saves the result of a survey. There may be very many rows of other streams, which are left alone.
 pub(crate) fn save(number: i32, lane: Option<u16>, found: &[Surveyed]) {
     let slot = lane_number(lane);
     let asked: Vec<&str> = found.iter().map(|surveyed| &*surveyed.stream).collect();
-    run_named(
-        "delete from outbox.consumer_groups g
-        where g.backend_number = $number and g.slot = $slot
-            and (g.stream = any($asked) or g.asked_at < clock_timestamp() - '1 hour'::interval)",
-        [
-            ("number", number.into()),
-            ("slot", slot.into()),
-            ("asked", all_words(&asked)),
-        ],
-    );
     let rows = rows_of(found);
+    run_kept(
+        "delete from outbox.consumer_groups g where g.backend_number = $1 and g.slot = $2 and g.stream = any($3)",
+        &[number.into(), slot.into(), all_words(&asked)],
+        |_| (),
+    );
+    let old_rows = OLD_ROWS + rows.streams.len() as i64;
+    run_kept(
+        "delete from outbox.consumer_groups g where g.ctid = any(array(select o.ctid from outbox.consumer_groups o
+            where o.backend_number = $1 and o.slot = $2 and o.asked_at < now() - '1 hour'::interval
+            order by o.asked_at limit $3))",
+        &[number.into(), slot.into(), old_rows.into()],
+        |_| (),
+    );
     let groups: Vec<&str> = rows.groups.iter().map(String::as_str).collect();
     run_named(
         "insert into outbox.consumer_groups (backend_number, slot, stream, length, consumer_group, consumers, pending, lag,

@@ -231,3 +231,40 @@ fn health_warns_of_a_group_that_is_about_to_lose_entries() {
         health(&stack.pg).0 == "ok"
     });
 }
+
+/// Streams of a template may come and go by the thousand, and what was said of each is kept for an hour. The worker asks
+/// once a second, and must not read all of that each time.
+#[test]
+fn what_is_known_of_other_streams_is_not_read_again_and_again() {
+    const ROWS: i64 = 100_000;
+    let stack = Stack::start();
+    stack.publish("first");
+    stack.wait_events(1);
+    stack.pg.exec(&format!(
+        "insert into outbox.consumer_groups (backend_number, slot, stream, length, consumer_group, asked_at)
+         select case when g % 2 = 0 then b.number else 1000000 end, -1, 's' || g, 1, 'g', now() - case when g % 10 = 0 then '2 h' else '1 s' end::interval
+         from generate_series(1, {ROWS}) g, outbox.backends b;
+         analyze outbox.consumer_groups"
+    ));
+    let read = || -> (i64, i64) {
+        let sql = "select seq_tup_read + idx_tup_fetch, n_tup_ins from pg_stat_user_tables where relid = 'outbox.consumer_groups'::regclass";
+        let row = stack.pg.client().query_one(sql, &[]).unwrap();
+        (row.get(0), row.get(1))
+    };
+    wait_until("the rows to be counted", || read().1 >= ROWS);
+    let (rows_before, written_before) = read();
+    stack.pg.exec("select outbox.want_consumers()");
+    wait_until("three answers to be saved", || read().1 > written_before + 2 * 20);
+    let rows = read().0 - rows_before;
+    let deleted: i64 = stack
+        .pg
+        .one("select count(*) from outbox.consumer_groups where backend_number = 1000000");
+    assert_eq!(deleted, 0);
+    println!("{rows} rows were read");
+    // All are read once, to find streams or because their backend was deleted; and then 1,000 old ones each time.
+    assert!(rows < ROWS * 5 / 4, "{rows} rows were read");
+    let old: i64 = stack
+        .pg
+        .one("select count(*) from outbox.consumer_groups where asked_at < now() - interval '1 h'");
+    assert!(old <= ROWS / 10 - 2_000, "{old} old rows are left");
+}
