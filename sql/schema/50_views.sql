@@ -39,7 +39,7 @@ from outbox.backends b
     left join outbox.copied_backends o on o.backend_number = b.number
     -- No worker has been here yet to record that this is a copy.
     cross join (
-        select i.database <> d.oid as is_copy
+        select pg_catalog.bool_or(i.database <> d.oid) as is_copy
         from outbox.installation i, pg_catalog.pg_database d where d.datname = pg_catalog.current_database()
     ) h
     -- In a cluster this aggregates all lanes: the state of a lane with a problem comes first.

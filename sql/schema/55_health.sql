@@ -130,15 +130,16 @@ from s
         when s.last_error ~ '^(WRONGPASS|NOAUTH)' or s.last_error like 'ERR invalid password%' then 'password'
         when s.last_error ~ '^NOPERM' then 'rights'
         when s.last_error like '%and it has no consumer group' then 'no group'
+        when s.last_error ~ '^(its guard was missing|Redis has lost entries)' and s.last_error_at > clock_timestamp() - interval '10 min' then 'loss'
         else 'other' end as error) e
     cross join lateral (values
-        ('idle', 'ok', 'All is sent.', null),
+        ('idle', case when e.error = 'loss' then 'warn' else 'ok' end, 'All is sent.', case when e.error = 'loss' then e.hint end),
         -- One that keeps to its pace is not ill, however much waits for that.
-        ('sending', case when e.trouble[1] = 'fail' or t.is_late then 'warn' else 'ok' end,
+        ('sending', case when e.trouble[1] = 'fail' or t.is_late or e.error = 'loss' then 'warn' else 'ok' end,
             case when e.trouble[1] = 'fail' then 'The worker has trouble.'
                 when s.max_rate is null then 'Events are being sent.'
                 else format('Events are being sent, at most %s a second (max_rate).', s.max_rate) end,
-            case when e.trouble[1] = 'fail' then 'See the check "worker".' when t.is_late then 'If the lag grows, Redis or the network is slower than the publishers: look at SLOWLOG GET in Redis.' end),
+            case when e.trouble[1] = 'fail' then 'See the check "worker".' when e.error = 'loss' then e.hint when t.is_late then 'If the lag grows, Redis or the network is slower than the publishers: look at SLOWLOG GET in Redis.' end),
         ('paused', 'warn', 'It is paused: events wait.', format('Run UPDATE outbox.backends SET enabled = true WHERE name = %L;', s.backend)),
         ('stopped', 'fail', 'This database has no worker: nothing is sent.', 'See the check "worker".'),
         ('copy', 'fail', 'This database is a copy of another one: events that are published here wait.',
@@ -207,7 +208,8 @@ select 'consumers', case when exists (select from late) or exists (select from r
         (select case when bool_or(l.trim = 'length') then 'Unread entries will be trimmed next.' else 'The backend waits when the stream is full.' end
             || ' Start or add consumers, or raise max_len: ' || string_agg(distinct format('UPDATE outbox.backends SET max_len = %s WHERE name = %L;', 2 * l.max_len, l.name), ' ')
             from late l having count(*) > 0),
-        case when exists (select from refusals) then 'Give the backend''s Redis user +xlen +xinfo|groups +xpending on its streams.' end), '');
+        case when exists (select from refusals r where r.error like 'NOPERM%') then 'Give the backend''s Redis user +xlen +xinfo|groups +xpending on its streams.' end,
+        (select string_agg(distinct outbox.error_hint(r.error), ' ') from refusals r where r.error not like 'NOPERM%')), '');
 end
 $$;
 comment on function outbox.consumer_health() is 'Part of outbox.health(): consumer groups that are about to lose entries, or to stop their backend.';
@@ -338,10 +340,11 @@ begin
         return;
     end if;
     -- Whatever somebody has changed: where one part cannot look, the others do.
-    foreach part in array '{worker,object,setting,backend,route,event,consumer}'::text[] loop
+    foreach part in array '{worker,function,object,setting,backend,route,event,consumer}'::text[] loop
         begin
             case part
                 when 'worker' then return query select * from outbox.worker_health();
+                when 'function' then return query select * from outbox.function_health();
                 when 'object' then return query select * from outbox.object_health();
                 when 'setting' then return query select * from outbox.setting_health();
                 when 'backend' then return query select * from outbox.backend_health();
@@ -357,7 +360,7 @@ begin
             when others then
                 get stacked diagnostics help = pg_exception_hint;
                 return query select part || 's', 'fail', format('This cannot be looked at: %s.', sqlerrm),
-                    coalesce(case when sqlstate = '55000' then nullif(help, '') end, 'Something of the extension was changed: see the checks "tables" and "columns".');
+                    coalesce(case when sqlstate = '55000' then nullif(help, '') end, 'Something of the extension was changed: see the checks "functions", "tables" and "columns".');
         end;
     end loop;
     return query select * from outbox.lock_health(locked_since);

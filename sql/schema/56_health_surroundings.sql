@@ -25,7 +25,7 @@ locks as (
         and l.database = (select d.oid from pg_database d where d.datname = current_database()) and l.pid is distinct from pg_backend_pid()
 ),
 holders as (
-    select l.relname, l.mode, format('Process %s', l.pid) as who, a.xact_start as since, format(' Its last query: %s', left(a.query, 100)) as query,
+    select l.relname, l.mode, format('Process %s', l.pid) as who, a.xact_start as since, ' Its last query: ' || nullif(left(a.query, 100), '') as query,
         format('If that session is not in use, run SELECT pg_terminate_backend(%s);', l.pid) as cure
     from locks l join pg_stat_activity a on a.pid = l.pid
     where a.backend_type <> 'outbox_relay worker'
@@ -37,11 +37,12 @@ holders as (
     where l.pid is null
 ),
 oldest as (
-    select h.* from holders h where h.since < clock_timestamp() - old
+    -- Since when is not known with track_activities = off. Then somebody must have waited for it.
+    select h.* from holders h where h.since < clock_timestamp() - old or h.since is null and old = '0'
     order by h.since, h.mode = 'AccessExclusiveLock' desc, h.relname = 'events' desc, h.relname limit 1
 )
 select 'locks', case when count(o) > 0 then 'fail' else 'ok' end,
-    coalesce(min(format('%s has held %s on outbox.%s since %s: %s.%s', o.who, o.mode, o.relname, o.since,
+    coalesce(min(format('%s has held %s on outbox.%s%s: %s.%s', o.who, o.mode, o.relname, ' since ' || o.since,
             case o.mode when 'AccessExclusiveLock' then 'nobody can read or write it' else 'nobody else can write it' end, o.query)),
         'No table has been locked for long.'),
     min(o.cure)
@@ -95,7 +96,10 @@ contrary as (
 select 'default backend', case when count(w) > 0 then 'fail' else 'ok' end,
     coalesce(string_agg(distinct format('%s is "%s", but there is no such backend: publishing without a backend fails.', w.what, w.backend), ' '),
         'The default backend exists.'),
-    'Run ' || string_agg(format('ALTER %s RESET outbox_relay.default_backend;%s', w.of, case w.n when 1 then ' SELECT pg_reload_conf();' end), ' ' order by w.n, w.of)
+    'Run ' || string_agg(distinct case
+        -- Resetting it would lead to a backend that is missing, too.
+        when not exists (select from outbox.backends b where b.name = 'default') then format('INSERT INTO outbox.backends (name) VALUES (%L);', w.backend)
+        else format('ALTER %s RESET outbox_relay.default_backend;%s', w.of, case w.n when 1 then ' SELECT pg_reload_conf();' end) end, ' ')
 from wrong w
 union all
 select 'shared streams', case when count(c) > 0 then 'warn' else 'ok' end,
@@ -118,6 +122,32 @@ from (
         join pg_class c on c.relname = t.name and c.relnamespace = 'outbox'::regnamespace cross join lateral pg_options_to_table(c.reloptions) o
     where o.option_name = 'autovacuum_enabled' and o.option_value in ('false', 'off', 'no', '0')
 ) f
+union all
+select 'activity', case when count(f) > 0 then 'warn' else 'ok' end,
+    coalesce(string_agg(format('%s: transactions that hold events back cannot be seen.', f.fault), ' ' order by f.fault), 'Activities are tracked.'),
+    'Run ' || string_agg(f.cure, ' ' order by f.fault)
+from (
+    select 'track_activities is off' as fault, 'ALTER SYSTEM SET track_activities = on; SELECT pg_reload_conf();' as cure
+    where current_setting('track_activities') = 'off'
+        and exists (select from pg_settings s where s.name = 'track_activities' and s.source in ('configuration file', 'command line'))
+    union all
+    select concat_ws(' ', 'track_activities is off for', 'role ' || quote_ident(r.rolname),
+            case when r.rolname is not null and d.datname is not null then 'in' end, 'database ' || quote_ident(d.datname)),
+        format('ALTER %s RESET track_activities;', concat_ws(' ', 'ROLE ' || quote_ident(r.rolname),
+            case when r.rolname is not null and d.datname is not null then 'IN' end, 'DATABASE ' || quote_ident(d.datname)))
+    from (select c.setrole, c.setdatabase, unnest(c.setconfig) as setting from pg_db_role_setting c) s
+        left join pg_roles r on r.oid = s.setrole left join pg_database d on d.oid = s.setdatabase
+    where s.setting in ('track_activities=off', 'track_activities=false', 'track_activities=no', 'track_activities=0')
+        and (d.datname is null or d.datname = current_database())
+) f
+union all
+-- Its id is part of the guards' names. Nothing is sent without one.
+select 'installation', case when n.count <> 1 then 'fail' else 'ok' end,
+    case when n.count = 1 then 'The installation has its id.' when n.count = 0 then 'outbox.installation is empty: the worker cannot begin.'
+        else format('outbox.installation has %s rows instead of one.', n.count) end,
+    case when n.count = 0 then 'Run INSERT INTO outbox.installation (database) SELECT oid FROM pg_database WHERE datname = current_database();'
+        when n.count > 1 then 'Delete those whose ids are not in the names of the guards in Redis (outbox_relay:guard:ID:...).' end
+from (select count(*) as count from outbox.installation) n
 union all
 select 'read-only sessions', case when count(f) > 0 then 'warn' else 'ok' end,
     coalesce(string_agg(f.fault || ': publishing fails.', ' ' order by f.fault), 'Those who publish may write.'),

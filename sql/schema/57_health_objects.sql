@@ -31,6 +31,43 @@ select coalesce(
 $$;
 comment on function outbox.missing_table_cure(text) is 'Part of outbox.health(): what brings a table back that is not there under its name.';
 
+-- Before all others, which need functions of the extension.
+create function outbox.function_health(out "check" text, out status text, out detail text, out hint text) returns setof record
+    language plpgsql volatile set search_path = pg_catalog, pg_temp
+    as $$
+#variable_conflict use_column
+begin
+    return query
+with
+made as materialized (select m.kind, m.name, m.value from outbox.made_with() m where m.kind in ('function', 'view')),
+here as materialized (select h.* from outbox.functions_here() h),
+faults(what, fault, cure) as (
+    select 'functions', format('outbox.%s %s.', m.name, case when f.oid is null then 'is missing' else 'was changed' end),
+        'Run SELECT outbox.restore_objects();'
+    from made m left join here f on f.name = m.name
+    where m.kind = 'function' and f.digest is distinct from m.value
+    union all
+    select 'functions', format('The view outbox.%s is missing.', m.name), 'Run SELECT outbox.restore_objects();'
+    from made m
+    where m.kind = 'view' and not exists (select from pg_class c where c.relnamespace = 'outbox'::regnamespace and c.relname = m.name and c.relkind = 'v')
+    union all
+    select 'functions', format('outbox.%s belongs to %I, and the extension to %I.', f.name, pg_get_userbyid(f.owner), pg_get_userbyid(e.extowner)),
+        format('Run ALTER ROUTINE outbox.%s OWNER TO %I;', f.name, pg_get_userbyid(e.extowner))
+    from made m join here f on f.name = m.name
+        join pg_extension e on e.extname = 'outbox_relay' and e.extowner <> f.owner
+    where m.kind = 'function'
+),
+-- Not hundreds of them.
+first_ones as (select f.* from faults f order by f.fault limit 5)
+select 'functions', case when exists (select from faults) then 'fail' else 'ok' end,
+    coalesce((select string_agg(f.fault, ' ' order by f.fault) from first_ones f)
+            || coalesce((select format(' %s more.', count(*) - 5) from faults having count(*) > 5), ''),
+        'All functions and views are as they were made.'),
+    (select regexp_replace(string_agg(distinct f.cure, ' '), '; Run ', '; ', 'g') from first_ones f);
+end
+$$;
+comment on function outbox.function_health() is 'Part of outbox.health(): whether functions and views of the extension are there, as they were made.';
+
 create function outbox.object_health(out "check" text, out status text, out detail text, out hint text) returns setof record
     language plpgsql volatile set search_path = pg_catalog, pg_temp
     as $$
@@ -43,7 +80,7 @@ ours(name) as (values ('events'), ('backends'), ('backend_passwords'), ('moved_b
     ('known_triggers'), ('held_events'), ('held_scheduled'), ('held_cursors'), ('held_refused'), ('kept_rows'), ('inbox'), ('consumer_grants'),
     ('consumer_groups'), ('events_seq_seq')),
 there as (
-    select o.name, c.oid, c.relkind, c.relowner, c.relpersistence, c.relrowsecurity, c.relhasrules
+    select o.name, c.oid, c.relkind, c.relowner, c.relpersistence, c.relrowsecurity, c.relhasrules, c.relreplident
     from ours o left join pg_class c on c.relname = o.name and c.relnamespace = 'outbox'::regnamespace and c.relkind in ('r', 'p', 'S')
 ),
 extension as (select e.extowner from pg_extension e where e.extname = 'outbox_relay'),
@@ -52,6 +89,14 @@ made as materialized (select m.*, t.oid from outbox.made_with() m join there t o
 faults(what, fault, cure) as (
     select 'tables', format('outbox.%s is missing.', t.name), outbox.missing_table_cure(t.name)
     from there t where t.oid is null
+    union all
+    -- Somebody has put another one in its place, or has taken it out of the extension.
+    select 'tables', format('outbox.%s is not the table that this extension made: the views may show another one.', t.name),
+        case when m.cure like 'Run ALTER TABLE %' then format('Run ALTER TABLE outbox.%I RENAME TO %I; ', t.name, t.name || '_instead') || substr(m.cure, 5)
+            else format('Run ALTER EXTENSION outbox_relay ADD TABLE outbox.%I;', t.name) end
+    from there t cross join lateral (select outbox.missing_table_cure(t.name) as cure) m
+    where t.relkind in ('r', 'p') and not exists (select from pg_depend d where d.classid = 'pg_class'::regclass and d.objid = t.oid
+        and d.refclassid = 'pg_extension'::regclass and d.deptype = 'e')
     union all
     select 'tables', format('outbox.%s is unlogged: a crash of the server would empty it.', t.name), format('Run ALTER TABLE outbox.%s SET LOGGED;', t.name)
     from there t where t.relkind = 'r' and t.relpersistence = 'u'
@@ -193,6 +238,14 @@ faults(what, fault, cure) as (
     select 'publications', format('The publication "%s" has all tables, also those of schema outbox that must not leave this server.', p.pubname),
         format('If nobody needs it, run DROP PUBLICATION %I; otherwise make it anew for the tables that are to be published.', p.pubname)
     from pg_publication p where p.puballtables
+    union all
+    select 'publications', format('outbox.%s has REPLICA IDENTITY NOTHING, so that its rows cannot be changed or deleted while a publication has it.', t.name),
+        format('Run ALTER TABLE outbox.%s REPLICA IDENTITY %s;', t.name,
+            case when exists (select from pg_index i where i.indrelid = t.oid and i.indisprimary) then 'DEFAULT' else 'FULL' end)
+    from there t
+    where t.relkind = 'r' and t.relreplident = 'n' and exists (select from pg_publication p where (p.pubupdate or p.pubdelete) and (p.puballtables
+        or exists (select from pg_publication_rel r where r.prpubid = p.oid and r.prrelid = t.oid)
+        or exists (select from pg_publication_namespace n where n.pnpubid = p.oid and n.pnnspid = 'outbox'::regnamespace)))
     union all
     -- An attached table's partitions and children: statements on them fire their own triggers alone.
     select distinct 'attached tables', format('%s is attached, and its partition or child %s is not.', a.tgrelid::regclass, i.inhrelid::regclass),

@@ -4,6 +4,7 @@ use crate::server::guc;
 use crate::server::place::here;
 use crate::tables::copies::Original;
 use crate::tables::found_row::FoundRow;
+use crate::tables::missing;
 use crate::tables::options::{Options, Topology};
 use crate::tables::retention;
 use crate::tables::secret_key;
@@ -131,7 +132,7 @@ pub(crate) fn installed_version() -> Option<String> {
 
 /// The installation, as it stands in the keys of guards.
 pub(crate) fn installation() -> String {
-    query_value("select id::text from outbox.installation", &[]).unwrap_or_default()
+    query_value("select id::text from outbox.installation", &[]).unwrap_or_else(|| missing::installation())
 }
 
 /// How many restores of one backend are read at once.

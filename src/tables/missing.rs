@@ -38,6 +38,16 @@ pub(crate) fn sequence() -> ! {
     )
 }
 
+/// The row of `outbox.installation`. Somebody has emptied all tables, as test frameworks do.
+pub(crate) fn installation() -> ! {
+    refuse(
+        "outbox.installation is empty".to_owned(),
+        "Its id is part of the names of guards.",
+        "Run INSERT INTO outbox.installation (database) SELECT oid FROM pg_database WHERE datname = current_database();"
+            .to_owned(),
+    )
+}
+
 /// An index that the relay needs.
 #[derive(Clone, Copy)]
 pub(crate) enum Index {
@@ -71,6 +81,6 @@ impl Index {
                 "ALTER TABLE outbox.scheduled_events ADD PRIMARY KEY (event_id, branch)",
             ),
         };
-        refuse(message.to_owned(), detail, format!("Run: {statement};"))
+        refuse(message.to_owned(), detail, format!("Run {statement};"))
     }
 }

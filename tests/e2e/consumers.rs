@@ -152,6 +152,22 @@ fn all_lanes_of_a_cluster_are_shown() {
 
 /// A backend that trims by length goes on, whatever commands are forbidden.
 #[test]
+fn a_key_that_is_no_stream_is_told_so_by_health() {
+    let stack = Stack::with(&[]);
+    stack.redis.call(&["SET", "events", "no stream"]);
+    stack.publish("one");
+    wait_until("a warning", || {
+        shown(&stack.pg);
+        let (status, detail, hint) = health(&stack.pg);
+        let hint = hint.unwrap_or_default();
+        status == "warn"
+            && detail.contains("WRONGTYPE")
+            && hint.contains("Rename or delete the key")
+            && !hint.contains("+xinfo")
+    });
+}
+
+#[test]
 fn a_user_without_the_right_to_ask_is_told_so_by_health() {
     let stack = Stack::of(Postgres::with(QUICK).with(&[UNTRIMMED]), Redis::start());
     let acl = |rules: &[&str]| drop(stack.redis.call(&[&["ACL", "SETUSER", "relay"], rules].concat()));

@@ -118,6 +118,12 @@ fn a_default_backend_that_is_not_there_is_named() {
     );
     follow(&stack.pg, "postgres", &ill);
     wait_well(&stack.pg, "default backend");
+    // Resetting the setting would not help.
+    stack.pg.exec("delete from outbox.backends");
+    let ill = wait_ill(&stack.pg, "default backend", "is \"default\"");
+    follow(&stack.pg, "postgres", &ill);
+    wait_well(&stack.pg, "default backend");
+    stack.publish("one");
 }
 
 #[test]

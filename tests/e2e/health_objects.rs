@@ -121,6 +121,12 @@ fn constraints_indexes_rules_and_policies_are_named() {
             "publications",
             "\"everything\" has all tables",
         ),
+        (
+            "create publication cursors for table outbox.events, outbox.cursors; \
+             alter table outbox.cursors replica identity nothing",
+            "publications",
+            "outbox.cursors has REPLICA IDENTITY NOTHING",
+        ),
     ] {
         break_and_mend(&stack, breakage);
     }
@@ -156,6 +162,18 @@ fn tables_that_were_moved_renamed_or_given_away_are_named() {
             "tables",
             "outbox.events_seq_seq is missing.",
         ),
+        // Another table in its place, as somebody does who makes it partitioned.
+        (
+            "alter table outbox.events rename to events_old; \
+             create table outbox.events (like outbox.events_old including all)",
+            "tables",
+            "outbox.events is not the table that this extension made",
+        ),
+        (
+            "alter extension outbox_relay drop table outbox.inbox",
+            "tables",
+            "outbox.inbox is not the table that this extension made",
+        ),
         (
             "alter table outbox.cursors owner to somebody",
             "owner",
@@ -172,6 +190,93 @@ fn tables_that_were_moved_renamed_or_given_away_are_named() {
     stack.publish("last");
     wait_drained(&stack.pg, "default");
     wait_well(&stack.pg, "worker");
+}
+
+#[test]
+fn functions_and_views_that_were_dropped_or_changed_are_restored() {
+    let stack = quick();
+    let facts = "select string_agg(concat_ws(' ', p.oid::regprocedure, p.prosrc, p.proacl, p.proconfig, p.prosecdef, p.prokind,
+            obj_description(p.oid, 'pg_proc'), exists (select from pg_depend d where d.objid = p.oid and d.deptype = 'e')), '\n'
+            order by p.oid::regprocedure::text)
+        || (select string_agg(concat_ws(' ', c.relname, regexp_replace(pg_get_viewdef(c.oid), ' AS int[48]', '', 'g'), c.relacl, c.reloptions, obj_description(c.oid, 'pg_class'),
+            exists (select from pg_depend d where d.objid = c.oid and d.deptype = 'e')), '\n' order by c.relname)
+            from pg_class c where c.relnamespace = 'outbox'::regnamespace and c.relkind = 'v')
+        from pg_proc p where p.pronamespace = 'outbox'::regnamespace";
+    let made: String = stack.pg.one(facts);
+    stack.pg.exec("create role somebody superuser");
+    for (sql, words) in [
+        (
+            "alter extension outbox_relay drop function outbox.drain(interval); drop function outbox.drain(interval)",
+            "outbox.drain(interval) is missing.",
+        ),
+        (
+            "alter function outbox.wake() rename to wake_up; \
+             alter extension outbox_relay drop function outbox.wake_up(); drop function outbox.wake_up()",
+            "outbox.wake() is missing.",
+        ),
+        (
+            "alter extension outbox_relay drop procedure outbox.purge(); drop procedure outbox.purge()",
+            "outbox.purge() is missing.",
+        ),
+        (
+            "alter extension outbox_relay drop function outbox.keep_rows(); drop function outbox.keep_rows() cascade",
+            "outbox.keep_rows() is missing.",
+        ),
+        (
+            "create or replace function outbox.event_health(old interval, out \"check\" text, out status text, out detail text, out hint text)
+             returns setof record language sql as $$ select 'all', 'ok', 'fine', null $$",
+            "outbox.event_health(interval) was changed.",
+        ),
+        (
+            "alter function outbox.take_over(text) reset search_path",
+            "outbox.take_over(text) was changed.",
+        ),
+        (
+            "alter function outbox.erase(uuid) owner to somebody",
+            "outbox.erase(uuid) belongs to somebody",
+        ),
+        (
+            "alter extension outbox_relay drop view outbox.top; drop view outbox.top; \
+             alter extension outbox_relay drop view outbox.event_status; drop view outbox.event_status",
+            "The view outbox.event_status is missing. The view outbox.top is missing.",
+        ),
+    ] {
+        break_and_mend(&stack, (sql, "functions", words));
+        let now: String = stack.pg.one(facts);
+        assert!(now == made, "after {sql}: {now}");
+    }
+    // All that begin with p, those that publish too: a few are named.
+    stack.pg.exec(
+        "create schema elsewhere;
+         do $$
+         declare f regprocedure;
+         begin
+             for f in select p.oid from pg_proc p where p.pronamespace = 'outbox'::regnamespace and p.proname ~ '^p' and p.prokind = 'f' loop
+                 execute format('alter function %s set schema elsewhere', f);
+             end loop;
+         end $$",
+    );
+    let ill = wait_ill(&stack.pg, "functions", " more.");
+    follow(&stack.pg, "postgres", &ill);
+    wait_well(&stack.pg, "functions");
+    stack.publish("last");
+    wait_drained(&stack.pg, "default");
+}
+
+/// Columns whose default is a function of ours lose it when the function is dropped.
+#[test]
+fn a_function_that_was_dropped_with_all_that_needs_it_is_restored() {
+    let stack = quick();
+    stack.pg.exec(
+        "alter extension outbox_relay drop function outbox.first_branch(); drop function outbox.first_branch() cascade",
+    );
+    for check in ["functions", "columns"] {
+        let ill = wait_ill(&stack.pg, check, "first_branch");
+        follow(&stack.pg, "postgres", &ill);
+        wait_well(&stack.pg, check);
+    }
+    stack.publish("one");
+    wait_drained(&stack.pg, "default");
 }
 
 /// One part that cannot look keeps no other from saying what is wrong.

@@ -45,6 +45,35 @@ fn settings_that_make_sessions_read_only_are_named() {
 }
 
 #[test]
+fn activities_that_are_not_tracked_are_named() {
+    let stack = quick();
+    for (sql, words) in [
+        (
+            "alter role postgres set track_activities = off",
+            "is off for role postgres:",
+        ),
+        ("alter system set track_activities = off", "track_activities is off:"),
+    ] {
+        stack.pg.exec(sql);
+        stack.pg.reload();
+        let ill = wait_ill(&stack.pg, "activity", words);
+        // Since when a table is locked is not known then.
+        let mut holder = stack.pg.client();
+        holder
+            .batch_execute("begin; lock table outbox.events")
+            .expect("the lock");
+        wait_ill(
+            &stack.pg,
+            "locks",
+            "has held AccessExclusiveLock on outbox.events: nobody can",
+        );
+        holder.batch_execute("commit").expect("the end");
+        follow(&stack.pg, "postgres", &ill);
+        wait_well(&stack.pg, "activity");
+    }
+}
+
+#[test]
 fn a_synchronous_standby_that_is_not_there_is_named() {
     let stack = Stack::of(Postgres::with(QUICK), Redis::start());
     stack.publish("one");

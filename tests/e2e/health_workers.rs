@@ -152,3 +152,37 @@ fn a_worker_that_cannot_work_says_why() {
     stack.publish("three");
     stack.wait_events(3);
 }
+
+/// Test frameworks empty all tables. A guard's name without an id would be that of other servers, too.
+#[test]
+fn an_installation_without_its_id_is_named_and_claims_no_guard() {
+    let mut stack = quick();
+    stack.publish("one");
+    wait_drained(&stack.pg, "default");
+    stack.pg.exec("delete from outbox.installation");
+    // It delivers as before.
+    wait_ill(&stack.pg, "installation", "outbox.installation is empty");
+    stack.publish("two");
+    stack.wait_events(2);
+    wait_drained(&stack.pg, "default");
+    let shown: i64 = stack.pg.one("select count(*) from outbox.backend_status");
+    assert_eq!(shown, 1);
+    stack.pg.restart();
+    stack.publish("three");
+    let ill = wait_ill(&stack.pg, "worker", "outbox.installation is empty");
+    assert_eq!(
+        ill.hint.as_deref(),
+        check(&health(&stack.pg), "installation").hint.as_deref()
+    );
+    let guards: Vec<String> = redis::cmd("KEYS")
+        .arg("outbox_relay:guard:*")
+        .query(&mut stack.redis.conn())
+        .expect("KEYS");
+    assert_eq!(guards.len(), 1, "{guards:?}");
+    follow(&stack.pg, "postgres", &ill);
+    wait_well(&stack.pg, "worker");
+    wait_well(&stack.pg, "installation");
+    stack.wait_events(3);
+    wait_drained(&stack.pg, "default");
+    assert_eq!(stack.events().len(), 3);
+}

@@ -148,7 +148,7 @@ fn without_an_index_events_are_published_and_the_index_is_named() {
     );
     assert_eq!(
         refused.hint.as_deref(),
-        Some("Run: CREATE UNIQUE INDEX events_event_id_idx ON outbox.events (event_id, branch);")
+        Some("Run CREATE UNIQUE INDEX events_event_id_idx ON outbox.events (event_id, branch);")
     );
     stack.wait_events(1 + published.len());
     assert_same_worker(&stack, worker);
