@@ -178,15 +178,24 @@ impl Books for BackendBooks<'_> {
         match notice {
             Notice::Heals(guard) => {
                 self.backend.count_healed(self.backend.total() - guard.total);
+                self.backend.note_loss(LOST_ENTRIES, KEEP_DATA, self.now);
                 say_healed(self.backend, guard);
             }
-            Notice::Replays => say_replayed(self.backend),
+            Notice::Replays => {
+                if self.backend.note_loss(LOST_GUARD, KEEP_DATA, self.now) {
+                    say_replayed(self.backend);
+                }
+            }
             Notice::Compared {
                 why,
                 guard,
                 found,
                 missing,
-            } => say_compared(self.backend, why, guard, found, missing),
+            } => {
+                if why != Why::Missing || self.backend.note_loss(LOST_GUARD, KEEP_DATA, self.now) {
+                    say_compared(self.backend, why, guard, found, missing);
+                }
+            }
         }
     }
 
@@ -364,6 +373,13 @@ pub(super) fn give_up_comparing(backend: &mut Backend) -> Result<(), Aborted> {
     backend.forget_restores()
 }
 
+/// What `last_error` and `outbox.health()` say when Redis has lost something; `outbox.backend_health()` knows how these
+/// begin.
+const LOST_GUARD: &str = "its guard was missing: Redis has lost its data, or is another Redis";
+const LOST_ENTRIES: &str = "Redis has lost entries that it had acknowledged";
+const KEEP_DATA: &str = "In Redis, maxmemory-policy must not be one of allkeys-* (CONFIG SET maxmemory-policy noeviction). \
+    Check its persistence and replication, too. outbox.replay() appends retained events once more.";
+
 fn say_healed(backend: &Backend, guard: &Guard) {
     let (known, found) = (backend.delivery.number(), guard.number);
     log(
@@ -415,7 +431,11 @@ fn say_compared(backend: &Backend, why: Why, guard: Option<&Guard>, there: usize
         ),
     };
     let hint = format!(
-        "{there} of the events after its saved position are already in the streams and are not repeated; {missing} are sent."
+        "{there} of the events after its saved position are already in the streams and are not repeated; {missing} are sent.{}",
+        match why {
+            Why::Missing => " Check that Redis evicts no keys (maxmemory-policy).",
+            _ => "",
+        }
     );
     log(LogLevel::Warning, &message, Some(&detail), Some(&hint));
 }

@@ -6,6 +6,8 @@ use kit::{
 };
 use uuid::Uuid;
 
+use crate::health::wait_ill;
+
 const MISSING: &str = "guard of backend \"default\" is missing";
 const HALTED: &str = "its guard is missing: Redis has lost its data, or is another Redis";
 
@@ -55,6 +57,34 @@ fn continue_sends_what_was_not_sent_and_says_that_something_is_lost() {
     let more = publish(&stack, 20);
     wait_exactly(&stack, &more);
     assert_eq!(standing(&stack.pg, "default").published, 70);
+}
+
+/// A Redis that evicts keys loses guard and streams again and again: the log does not fill, and health() says what to do.
+#[test]
+fn a_redis_that_evicts_keys_is_named() {
+    let (stack, _) = stack("continue", 3);
+    let mark = stack.pg.log().len();
+    stack.redis.call(&["CONFIG", "SET", "maxmemory-policy", "allkeys-lru"]);
+    stack.redis.call(&["CONFIG", "SET", "maxmemory", "3mb"]);
+    wait_until("Redis to evict the guard", || {
+        stack.pg.exec(
+            "select outbox.publish_event('event', 'kit', jsonb_build_object('x', repeat('y', 100000))) from generate_series(1, 10)",
+        );
+        stack.pg.log()[mark..].contains(MISSING)
+    });
+    for _ in 0..5 {
+        stack.redis.call(&["DEL", &stack.guard_key()]);
+        publish(&stack, 1);
+        wait_drained(&stack.pg, "default");
+    }
+    let ill = wait_ill(&stack.pg, "backend default", "its guard was missing");
+    assert_eq!(ill.status, "warn");
+    assert!(
+        ill.hint
+            .is_some_and(|hint| hint.contains("CONFIG SET maxmemory-policy noeviction"))
+    );
+    let log = stack.pg.log();
+    assert_eq!(log[mark..].matches(MISSING).count(), 1, "{log}");
 }
 
 /// The streams exist: their entries are recognised by their event ids, also those that no cursor covers.

@@ -1,6 +1,7 @@
 //! The part of a backend that depends on its guard (exactly_once).
 
-use crate::server::process::{self, Aborted};
+use crate::server::clock;
+use crate::server::process::{self, Aborted, repeat_log_after};
 use crate::tables::catalog;
 use crate::tables::numbers;
 use crate::worker::backend::connection::Connection;
@@ -93,6 +94,16 @@ impl Backend {
 
     pub(crate) fn count_healing(&mut self) {
         self.books.standing.healings += 1;
+    }
+
+    /// Shows in the views that Redis has lost something. Returns whether it is to be logged.
+    pub(crate) fn note_loss(&mut self, error: &str, hint: &str, now: Now) -> bool {
+        let standing = &mut self.books.standing;
+        standing.last_error = Some(error.to_owned());
+        standing.last_hint = Some(hint.to_owned());
+        standing.last_error_us = Some(clock::wall_us());
+        self.books.change(now);
+        self.logged.is_new_loss(error, repeat_log_after(), now)
     }
 
     /// Goes back to `cursor`.

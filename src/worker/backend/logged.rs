@@ -17,6 +17,8 @@ pub(super) struct Logged {
     /// Failures in this state that were logged within the last minute.
     troubles: Vec<(String, Now)>,
     look_at: Now,
+    /// What Redis had lost, when that was last logged.
+    loss: Option<(String, Now)>,
 }
 
 impl Logged {
@@ -27,6 +29,15 @@ impl Logged {
 
     pub(super) fn looked(&mut self, now: Now) {
         self.look_at = now + LOOK_PAUSE;
+    }
+
+    /// Whether a loss was not logged within `span`. A Redis that evicts keys loses the guard again and again.
+    pub(super) fn is_new_loss(&mut self, loss: &str, span: Duration, now: Now) -> bool {
+        if matches!(&self.loss, Some((known, at)) if known == loss && now < *at + span) {
+            return false;
+        }
+        self.loss = Some((loss.to_owned(), now));
+        true
     }
 
     /// The next line is logged even if the state is the same.
