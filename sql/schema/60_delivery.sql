@@ -122,22 +122,21 @@ create function outbox.waits_since(seen pg_snapshot) returns boolean
     -- the table finds one soon.
     set enable_seqscan = off set jit = off
     as $$
--- An event that was committed by then and lies behind no cursor. Each backend's events are looked for from its own
--- cursor on: one that is paused for long must not have all events since then compared with the cursors of all others.
+-- The cursor of a backend that is paused for long stays where it is. So most events since then lie behind the cursors of
+-- their own backends, and one comparison shows that.
+with own as materialized (
+    select b.number, b.own_stream, min(pg_snapshot_xmin(c.from_snapshot)) as since
+    from outbox.backends b left join outbox.cursors c on c.backend_number = b.number
+    group by b.number, b.own_stream
+)
+-- An event that was committed by then and lies behind no cursor.
 select exists (
-    select from outbox.backends b
-    cross join lateral (
-        select coalesce(min(pg_snapshot_xmin(c.from_snapshot)), '0') as xid from outbox.cursors c where c.backend_number = b.number
-    ) first
-    cross join lateral (
-        select from outbox.events e
-        where e.backend_number = b.number and e.xid >= first.xid and e.xid < pg_snapshot_xmax(seen) and pg_visible_in_snapshot(e.xid, seen)
-            and not coalesce((select outbox.is_delivered(c, e.xid, e.seq) from outbox.cursors c
-                where c.backend_number = b.number and c.slot in (-1, outbox.hash_slot(coalesce(e.stream, b.own_stream, '')))
-                order by c.slot desc limit 1), false)
-        -- Not pulled up: it begins at the backend's own cursor.
-        limit 1
-    ) waiting
+    select from outbox.events e join own o on o.number = e.backend_number and coalesce(o.since, '0') <= e.xid
+    where e.xid >= coalesce((select min(f.since) from own f), '0')
+        and e.xid < pg_snapshot_xmax(seen) and pg_visible_in_snapshot(e.xid, seen)
+        and not coalesce((select outbox.is_delivered(c, e.xid, e.seq) from outbox.cursors c
+            where c.backend_number = e.backend_number and c.slot in (-1, outbox.hash_slot(coalesce(e.stream, o.own_stream, '')))
+            order by c.slot desc limit 1), false)
 ) or exists (
     select from outbox.refused_events r join outbox.events e on e.seq = r.seq
     where r.accepted_in is null and r.seq > 0 and pg_visible_in_snapshot(e.xid, seen)
