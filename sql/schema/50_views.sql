@@ -112,20 +112,26 @@ union all
 select e.event_id, e.event_type, e.source, e.subject, coalesce(b.name, e.backend),
     coalesce(e.stream, b.own_stream, (select outbox.common_stream())),
     e.created_at, null, 'pending', 0, null
--- What not all cursors see: events of later transactions, and of transactions that were open for some cursor. (The
--- condition on their numbers is always true; it tells the planner that they are usually few.)
+-- What not all cursors see: events of later transactions, and of transactions that were open for some cursor. A paused
+-- backend's cursor stays where it is, so most of these lie behind the cursors of their own backends. (The condition on
+-- their numbers is always true; it tells the planner that they are usually few.)
 from (
         select n.* from outbox.events n
+            left join (select o.backend_number, min(pg_snapshot_xmax(o.from_snapshot)) as since from outbox.cursors o group by o.backend_number offset 0) own
+                on own.backend_number = n.backend_number
         where n.xid >= coalesce((select case when exists (select from outbox.backends s where not exists (select from outbox.cursors k where k.backend_number = s.number))
                 then '0' else (select pg_snapshot_xmax(k.from_snapshot) as xid from outbox.cursors k order by xid limit 1) end), '0')
             and n.xid <= '18446744073709551615'
             and n.seq between (select -9223372036854775808) and (select 9223372036854775807)
+            and (own.since is null or n.xid >= own.since)
         union all
         select l.* from outbox.events l
+            left join (select o.backend_number, min(pg_snapshot_xmax(o.from_snapshot)) as since from outbox.cursors o group by o.backend_number offset 0) own
+                on own.backend_number = l.backend_number
         where exists (select from outbox.cursors k, pg_snapshot_xip(k.from_snapshot))
             and l.xid = any (array(select running.xid from outbox.cursors k, pg_snapshot_xip(k.from_snapshot) running(xid)))
-            and l.xid < coalesce((select case when exists (select from outbox.backends s where not exists (select from outbox.cursors k where k.backend_number = s.number))
-                then '0' else (select pg_snapshot_xmax(k.from_snapshot) as xid from outbox.cursors k order by xid limit 1) end), '0')
+            and l.xid < coalesce(own.since, (select case when exists (select from outbox.backends s where not exists (select from outbox.cursors k where k.backend_number = s.number))
+                    then '0' else (select pg_snapshot_xmax(k.from_snapshot) as xid from outbox.cursors k order by xid limit 1) end), '0')
             and l.backend_number between (select -2147483648) and (select 2147483647)
     ) e
     left join outbox.backends b on b.number = e.backend_number
