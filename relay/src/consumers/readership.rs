@@ -393,9 +393,13 @@ impl Watched {
     }
 }
 
-/// The failure if Redis does not allow a command that trimming needs.
+/// The failure if Redis does not allow, or does not know, a command that trimming needs.
 fn denied(failure: &Failure) -> Failure {
-    Failure::of(Trouble::TrimDenied, &failure.message)
+    let trouble = match failure.message.starts_with("NOPERM") {
+        true => Trouble::TrimDenied,
+        false => Trouble::TrimUnknown,
+    };
+    Failure::of(trouble, &failure.message)
 }
 
 #[cfg(test)]

@@ -105,6 +105,8 @@ pub enum Trouble {
     NoGroup,
     /// Redis does not allow asking what groups have acknowledged, or trimming.
     TrimDenied,
+    /// It does not know a command that this needs: it is older than 6.2, or a proxy.
+    TrimUnknown,
     // Results of reading the guard.
     Fenced,
     /// This server is a copy, and no administrator has allowed it to send.
@@ -300,6 +302,10 @@ impl Trouble {
             Self::TrimDenied => (
                 Configuration,
                 "With trim = 'read', the backend's Redis user needs +xlen +xinfo|groups +xinfo|consumers +xpending +xtrim +eval on its streams. Allow that, or set trim to 'length'.",
+            ),
+            Self::TrimUnknown => (
+                Configuration,
+                "trim = 'read' needs Redis 6.2 or later (XTRIM MINID, XINFO, XPENDING, EVAL). Upgrade it, or set the backend's trim to 'length'.",
             ),
             Self::Fenced => (
                 Fenced,

@@ -164,6 +164,21 @@ fn a_denied_survey_stops_only_backends_that_trim_by_reading() {
     assert!(viewed.trouble().is_none() && !viewed.holds_back());
 }
 
+/// Before Redis 6.2, XTRIM knows no MINID.
+#[test]
+fn a_redis_that_does_not_know_how_to_trim_is_named_as_such() {
+    let old = Surveyed {
+        untrimmed: Some(Failure::of(Trouble::UnknownReply, "ERR syntax error").not_of_an_event()),
+        ..Surveyed::of("own".into())
+    };
+    let mut r = readership(10);
+    survey(&mut r, S, 1, &[old]);
+    let trouble = r.trouble().map(|t| (t.class, t.trouble));
+    assert_eq!(trouble, Some((Class::Configuration, Trouble::TrimUnknown)));
+    let hint = r.trouble().and_then(Failure::hint);
+    assert!(hint.is_some_and(|hint| hint.contains("Redis 6.2")));
+}
+
 /// Events for such a stream are refused, which is handled for each event.
 #[test]
 fn a_stream_of_a_wrong_type_has_room() {
