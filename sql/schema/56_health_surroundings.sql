@@ -51,6 +51,14 @@ end
 $$;
 comment on function outbox.lock_health(interval) is 'Part of outbox.health(): which session has locked a table so that nobody else can publish or read.';
 
+-- As Postgres reads it, and keeps it as it was written: case does not matter, and a beginning is enough.
+create function outbox.is_off(value text) returns boolean
+    language sql immutable set search_path = pg_catalog, pg_temp
+    as $$
+select lower(btrim(is_off.value)) in ('f', 'fa', 'fal', 'fals', 'false', 'n', 'no', 'of', 'off', '0')
+$$;
+comment on function outbox.is_off(text) is 'Part of outbox.health(): whether the value of a boolean setting means off.';
+
 create function outbox.setting_health(out "check" text, out status text, out detail text, out hint text) returns setof record
     language plpgsql volatile set search_path = pg_catalog, pg_temp
     as $$
@@ -120,7 +128,7 @@ from (
     select format('autovacuum_enabled of outbox.%s is false.', c.relname), format('ALTER TABLE outbox.%I RESET (autovacuum_enabled);', c.relname)
     from (values ('events'), ('scheduled_events'), ('refused_events'), ('failed_events'), ('cursors'), ('ticks'), ('inbox'), ('consumer_groups')) t (name)
         join pg_class c on c.relname = t.name and c.relnamespace = 'outbox'::regnamespace cross join lateral pg_options_to_table(c.reloptions) o
-    where o.option_name = 'autovacuum_enabled' and o.option_value in ('false', 'off', 'no', '0')
+    where o.option_name = 'autovacuum_enabled' and outbox.is_off(o.option_value)
 ) f
 union all
 select 'activity', case when count(f) > 0 then 'warn' else 'ok' end,
@@ -137,7 +145,7 @@ from (
             case when r.rolname is not null and d.datname is not null then 'IN' end, 'DATABASE ' || quote_ident(d.datname)))
     from (select c.setrole, c.setdatabase, unnest(c.setconfig) as setting from pg_db_role_setting c) s
         left join pg_roles r on r.oid = s.setrole left join pg_database d on d.oid = s.setdatabase
-    where s.setting in ('track_activities=off', 'track_activities=false', 'track_activities=no', 'track_activities=0')
+    where s.setting like 'track\_activities=%' and outbox.is_off(split_part(s.setting, '=', 2))
         and (d.datname is null or d.datname = current_database())
 ) f
 union all
@@ -166,7 +174,7 @@ from (
             case when r.rolname is not null and d.datname is not null then 'IN' end, 'DATABASE ' || quote_ident(d.datname)))
     from (select c.setrole, c.setdatabase, unnest(c.setconfig) as setting from pg_db_role_setting c) s
         left join pg_roles r on r.oid = s.setrole left join pg_database d on d.oid = s.setdatabase
-    where s.setting in ('default_transaction_read_only=on', 'default_transaction_read_only=true', 'default_transaction_read_only=yes', 'default_transaction_read_only=1')
+    where s.setting like 'default\_transaction\_read\_only=%' and not outbox.is_off(split_part(s.setting, '=', 2))
         and (d.datname is null or d.datname = current_database())
         -- Others do not publish.
         and (r.oid is null or not r.rolsuper and has_column_privilege(r.oid, 'outbox.events', 'event_type', 'insert'))

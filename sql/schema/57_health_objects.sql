@@ -270,8 +270,12 @@ faults(what, fault, cure) as (
     from pg_trigger a join pg_proc p on p.oid = a.tgfoid join pg_class k on k.oid = a.tgrelid
     where not a.tgisinternal and a.tgname ~ '^outbox_relay_(insert|update|delete|truncate)$' and not pg_has_role(p.proowner, k.relowner, 'usage')
     union all
-    select 'inheritance', format('outbox.%s takes part in inheritance or partitioning.', t.name), 'Detach it: its rows are read one table at a time.'
-    from there t where exists (select from pg_inherits i where t.oid in (i.inhrelid, i.inhparent))
+    -- Its rows are read one table at a time.
+    select 'inheritance', format('%s inherits from %s.', i.inhrelid::regclass, i.inhparent::regclass),
+        case k.relkind when 'p' then format('Run ALTER TABLE %s DETACH PARTITION %s;', i.inhparent::regclass, i.inhrelid::regclass)
+            else format('Run ALTER TABLE %s NO INHERIT %s;', i.inhrelid::regclass, i.inhparent::regclass) end
+    from pg_inherits i join pg_class k on k.oid = i.inhparent
+    where k.relkind in ('r', 'p') and exists (select from there t where t.relkind in ('r', 'p') and t.oid in (i.inhrelid, i.inhparent))
 )
 select c.name, case when f.what is null then 'ok' else c.severity end, coalesce(f.faults, c.well), f.cure
 from (values

@@ -141,7 +141,7 @@ fn indexes_and_autovacuum_that_are_missing_are_named() {
             "outbox.cursors has no PRIMARY KEY (backend_number, slot)",
         ),
         (
-            "alter table outbox.events set (autovacuum_enabled = false)",
+            "alter table outbox.events set (autovacuum_enabled = of)",
             "autovacuum",
             "autovacuum_enabled of outbox.events is false",
         ),

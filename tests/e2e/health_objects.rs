@@ -162,6 +162,16 @@ fn tables_that_were_moved_renamed_or_given_away_are_named() {
             "tables",
             "outbox.events_seq_seq is missing.",
         ),
+        (
+            "create table public.child () inherits (outbox.events)",
+            "inheritance",
+            "public.child inherits from outbox.events.",
+        ),
+        (
+            "create table public.parent (source text); alter table outbox.events inherit public.parent",
+            "inheritance",
+            "outbox.events inherits from public.parent.",
+        ),
         // Another table in its place, as somebody does who makes it partitioned.
         (
             "alter table outbox.events rename to events_old; \

@@ -16,6 +16,11 @@ fn settings_that_make_sessions_read_only_are_named() {
             "alter database postgres set default_transaction_read_only = on",
             "is on for database postgres: publishing fails.",
         ),
+        // As somebody writes it.
+        (
+            "alter database postgres set default_transaction_read_only = 'TRU'",
+            "is on for database postgres: publishing fails.",
+        ),
         (
             "alter role app set default_transaction_read_only = on",
             "is on for role app: publishing fails.",
@@ -51,6 +56,10 @@ fn activities_that_are_not_tracked_are_named() {
         (
             "alter role postgres set track_activities = off",
             "is off for role postgres:",
+        ),
+        (
+            "alter database postgres set track_activities = 'OF'",
+            "is off for database postgres:",
         ),
         ("alter system set track_activities = off", "track_activities is off:"),
     ] {
