@@ -123,10 +123,20 @@ fn the_old_primary_restarts_in_time_and_stays_owner() {
     promoted.promote();
     wait_fenced(&promoted, &stack.pg);
     for round in 0..3 {
+        // The guard names the place already before the restarted server claims it.
+        let before = stack.guard().field("token").to_owned();
         stack.pg.crash();
         stack.pg.start_again();
-        let took = wait_owner(&stack.pg, &stack.redis);
-        assert!(took < PATIENCE, "round {round}: a restart claims at once");
+        let start = Instant::now();
+        wait_until("the restarted server to claim", || {
+            stack.guard().field("token") != before
+        });
+        wait_owner(&stack.pg, &stack.redis);
+        let took = start.elapsed();
+        assert!(
+            took < PATIENCE,
+            "round {round}: a restart claims at once, not after {took:?}"
+        );
     }
     let after = delivered(&stack, "after");
     wait_fenced(&promoted, &stack.pg);
