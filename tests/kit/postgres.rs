@@ -2,6 +2,7 @@
 //! value.
 
 pub mod builder;
+mod misuse;
 
 use std::fs::OpenOptions;
 use std::io::Write;
@@ -47,7 +48,7 @@ pub struct Ran {
 }
 
 /// A Postgres server, or a stopped one. Dropping it stops it at once and removes its data; if that happens in a panic,
-/// the end of its log is printed.
+/// the end of its log is printed, else its log must not tell of misuse.
 #[derive(Debug)]
 pub struct Postgres {
     child: Option<Child>,
@@ -487,6 +488,11 @@ impl Drop for Postgres {
         }
         self.kill_all();
         remove_shared_memory(&self.data);
+        if !std::thread::panicking() {
+            let log = self.log();
+            let misuse = misuse::lines(&log);
+            assert!(misuse.is_empty(), "Postgres was misused:\n{}", misuse.join("\n"));
+        }
     }
 }
 
