@@ -171,9 +171,15 @@ impl Readership {
         let half = ages.len() / 2;
         let (_, median, _) = ages.select_nth_unstable(half);
         let median = *median;
+        let age = |w: &Watched| (!w.is_settled, w.sent_at);
+        let newer = self.streams.values().filter(|w| age(w) > median).count();
+        // After a restart all are of the same age: half of them stay, not none.
+        let mut room = half.saturating_sub(newer);
         let kept = [self.own_stream.as_ref(), self.full.as_ref()];
         self.streams.retain(|stream, w| {
-            kept.contains(&Some(stream)) || w.is_being_asked || (!w.is_settled, w.sent_at) > median
+            let has_room = age(w) == median && room > 0;
+            room -= usize::from(has_room);
+            kept.contains(&Some(stream)) || w.is_being_asked || has_room || age(w) > median
         });
     }
 

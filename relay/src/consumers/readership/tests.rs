@@ -287,6 +287,16 @@ fn streams_are_remembered_up_to_a_limit() {
     assert!(r.streams.contains_key("own") && r.streams.contains_key("s9999"));
 }
 
+/// As after a restart, when all that was known comes at once.
+#[test]
+fn half_of_the_streams_is_remembered_even_if_all_are_alike() {
+    let mut r = Readership::new(None, Some("own".into()));
+    for n in 0..MOST_WATCHED {
+        r.knows(&Rc::from(format!("s{n}")));
+    }
+    assert!(r.streams.len() > MOST_WATCHED / 2, "{}", r.streams.len());
+}
+
 #[test]
 fn a_backend_with_nothing_to_trim_makes_no_survey() {
     let mut r = readership(100);
