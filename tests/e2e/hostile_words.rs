@@ -69,6 +69,9 @@ fn an_invalid_host_name_from_a_sentinel_is_refused() {
         "update outbox.backends set mode = 'sentinel', host = null, port = null, sentinel_master = 'm', nodes = '{{127.0.0.1:{}}}'",
         liar.port()
     ));
+    stack
+        .pg
+        .wait_log(&format!("is connected to Redis at 127.0.0.1:{}", liar.port()));
     for (n, host) in bad_hosts().into_iter().enumerate() {
         let what = String::from_utf8_lossy(&host[..host.len().min(30)]).into_owned();
         let lie = [b"*2\r\n".to_vec(), bulk(&host), bulk(b"6379")].concat();
@@ -76,9 +79,11 @@ fn an_invalid_host_name_from_a_sentinel_is_refused() {
         stack.pg.exec("update outbox.backends set port = port");
         stack.pg.exec("select outbox.wake()");
         stack.publish(&format!("t{n}"));
-        // A connected worker has no reason to ask.
+        // A connected worker has no reason to ask, unless its destination changes.
         stack.pg.exec("update outbox.backends set enabled = false");
-        stack.pg.exec("update outbox.backends set enabled = true, db = 1 - db");
+        stack
+            .pg
+            .exec("update outbox.backends set enabled = true, db = 1 - coalesce(db, 0)");
         wait_refused(&stack.pg, &what);
         assert_clean(&stack.pg, &what);
     }
@@ -140,7 +145,7 @@ fn server_texts_are_shown_cleaned_and_cut_or_not_at_all() {
         for said in words {
             let what = format!("{command} {}", String::from_utf8_lossy(said));
             liar.lie(move |words| (words[0] == command).then(|| Lie::Say(said.to_vec())));
-            stack.pg.exec("update outbox.backends set db = 1 - db");
+            stack.pg.exec("update outbox.backends set db = 1 - coalesce(db, 0)");
             stack.publish("t");
             wait_until(&what, || {
                 let found = standing(&stack.pg, "default");
