@@ -54,12 +54,13 @@ begin
     into strict made
     from (
         select o.*, row_number() over (order by o.oid) from (
-            select 'function' as kind, case p.prokind when 'p' then 'procedure' else 'function' end as object_kind, f.name, f.oid,
-                pg_get_functiondef(f.oid) || format('; comment on %s outbox.%s is %L', case p.prokind when 'p' then 'procedure' else 'function' end, f.name, obj_description(f.oid, 'pg_proc')) as definition,
-                coalesce((select string_agg(format('grant execute on %s outbox.%s to %s', case p.prokind when 'p' then 'procedure' else 'function' end, f.name,
+            select 'function' as kind, k.object_kind, f.name, f.oid,
+                pg_get_functiondef(f.oid) || format('; comment on %s outbox.%s is %L', k.object_kind, f.name, obj_description(f.oid, 'pg_proc')) as definition,
+                coalesce((select string_agg(format('grant execute on %s outbox.%s to %s', k.object_kind, f.name,
                         case a.grantee when 0 then 'public' else a.grantee::regrole::text end), '; ')
                     from aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a where a.grantee <> p.proowner), '') as rights
             from outbox.functions_here() f join pg_proc p on p.oid = f.oid
+                cross join lateral (select case p.prokind when 'p' then 'procedure' else 'function' end as object_kind) k
             where f.name not in ('restore_objects()', 'functions_here()') and p.prokind in ('f', 'p')
             union all
             select 'view', 'view', c.relname::text, c.oid,
