@@ -120,8 +120,11 @@ fn items_of_call(fcinfo: pg_sys::FunctionCallInfo) -> Items {
     }
 }
 
-/// A copy of a text in the current memory context, as long as which it lives.
-fn copied<'a>(text: &str) -> &'a str {
+/// A copy of a text in the current memory context.
+///
+/// # Safety
+/// The copy is not used once that context is reset.
+unsafe fn copied<'a>(text: &str) -> &'a str {
     // SAFETY: the copy has room for the text, and is UTF-8 as it is.
     unsafe {
         let room = text.len().max(1);
