@@ -11,6 +11,7 @@
 //! - [`query_tree`] statements as hooks see them
 //! - [`clock`] clocks for all processes
 //! - [`place`], [`standby`] where this process runs, and whether its server was promoted
+//! - [`threads`] threads beside the main thread
 //! - [`trigger_call`] how a trigger function was called; [`random`], [`uuid`]; [`scoped`] a variable with another value
 //!   during a call
 
@@ -34,6 +35,7 @@ pub(crate) mod shared_text;
 pub(crate) mod shmem;
 pub(crate) mod silence;
 pub(crate) mod standby;
+pub(crate) mod threads;
 pub(crate) mod trigger_call;
 pub(crate) mod txn;
 pub(crate) mod unguarded;

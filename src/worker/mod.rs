@@ -44,6 +44,7 @@ use crate::server::place;
 use crate::server::process::repeat_log_after;
 use crate::server::process::{self, Aborted, log};
 use crate::server::shmem;
+use crate::server::threads;
 use crate::tables::rights;
 use crate::worker::backend::Backend;
 use crate::worker::backend::saving::save;
@@ -86,6 +87,14 @@ pub extern "C-unwind" fn outbox_relay_worker(argument: pg_sys::Datum) {
     }
     process::give_way_to_database_statements();
     process::end_with_last_words();
+    if let Err(error) = threads::end_with_the_postmaster() {
+        log(
+            LogLevel::Warning,
+            &format!("outbox_relay worker: could not start the thread that watches the postmaster: {error}"),
+            None,
+            None,
+        );
+    }
     rights::are_the_workers();
     crate::server::pinned::pin_settings();
     Worker::new(slot).run();

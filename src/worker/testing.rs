@@ -3,7 +3,8 @@
 
 use crate::server::questions::{Heard, SEPARATOR};
 use crate::server::shmem;
-use crate::worker::backend::{Backend, destination_to_test, without_signals};
+use crate::server::threads::without_signals;
+use crate::worker::backend::{Backend, destination_to_test};
 use crate::worker::state::Worker;
 use crate::worker::tested::BackendTest;
 use relay::redis::probe::{self, Found};

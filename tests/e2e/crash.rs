@@ -200,3 +200,23 @@ fn a_prepared_transaction_outlives_a_crash_and_is_sent_when_it_commits() {
     wait_drained(&stack.pg, "default");
     assert_eq!(ids(&stack.events()), [meanwhile, after, prepared].concat());
 }
+
+/// Postgres notices that its postmaster is gone only where it waits for a latch. As long as one process of the old
+/// server lives, no new one starts on its data.
+#[test]
+fn a_worker_in_an_endless_trigger_of_others_ends_with_its_postmaster() {
+    let mut stack = Stack::start();
+    stack.pg.exec(
+        "create function hang() returns trigger language plpgsql as $$ begin loop end loop; end $$;
+         create trigger hang before insert on outbox.events for each row when (new.event_type = 'hang')
+             execute function hang();
+         alter table outbox.events enable always trigger hang",
+    );
+    stack
+        .pg
+        .exec("select outbox.publish_event('hang', 'kit', scheduled_at => now() + interval '300 ms')");
+    let hanging = "select count(*) from pg_stat_activity where backend_type = 'outbox_relay worker'
+         and state = 'active' and query like 'moving scheduled events%'";
+    wait_until("the worker runs the trigger", || stack.pg.one::<i64>(hanging) == 1);
+    stack.pg.kill9();
+}

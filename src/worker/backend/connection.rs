@@ -3,6 +3,7 @@
 use crate::server::guc;
 use crate::server::process::repeat_log_after;
 use crate::server::random;
+use crate::server::threads::without_signals;
 use crate::tables::options::{Known, Unusable};
 use crate::worker::permits::SenderPermit;
 use relay::redis::destination::{Address, Destination, Protocol, Route};
@@ -250,18 +251,5 @@ impl Connection {
     pub(crate) fn is_insecure(&self) -> bool {
         let tls = self.destination.as_ref().ok().and_then(|d| d.tls.as_ref());
         tls.is_some_and(|tls| tls.insecure)
-    }
-}
-
-/// Starts a thread with all signals blocked in it: only the main thread handles signals.
-pub(crate) fn without_signals<R>(spawn: impl FnOnce() -> std::io::Result<R>) -> std::io::Result<R> {
-    // SAFETY: the mask is saved, and restored on all paths: spawn returns its errors.
-    unsafe {
-        let (mut all, mut before) = (std::mem::zeroed(), std::mem::zeroed());
-        libc::sigfillset(&mut all);
-        libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
-        let spawned = spawn();
-        libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut());
-        spawned
     }
 }

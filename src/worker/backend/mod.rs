@@ -32,7 +32,6 @@ pub(crate) mod saving;
 mod settings;
 mod surveying;
 
-pub(crate) use connection::without_signals;
 pub(crate) use settings::{Home, destination_to_test};
 
 use crate::server::guc;
