@@ -38,7 +38,7 @@ mod tables;
 mod worker;
 
 use crate::publish::{on_conflict, planning, returning};
-use crate::server::{error, guc, object_access, shmem, silence, standby, txn};
+use crate::server::{error, guc, object_access, ruled_plans, shmem, silence, standby, txn};
 use pgrx::{pg_guard, pg_sys};
 
 /// From Postgres 18 on, `pg_get_loaded_modules()` shows the name and version of the library that a session has loaded.
@@ -67,6 +67,7 @@ pub extern "C-unwind" fn _PG_init() {
         returning::install();
         on_conflict::install();
         planning::install();
+        ruled_plans::install();
     }
     if preloading && !upgrading {
         shmem::install();

@@ -6,7 +6,7 @@
 //! - [`process`] signals, waiting, transactions, the log
 //! - [`error`], [`report`] raising and reporting ERRORs; [`untouched`], [`unguarded`] let other code's ERRORs pass
 //!   unchanged
-//! - [`silence`] keeps the triggers of others from firing
+//! - [`silence`] keeps the triggers of others from firing; [`ruled_plans`] knows which plans that would falsify
 //! - [`encoding`], [`datum`] texts in the database's encoding; values as Postgres passes them
 //! - [`query_tree`] statements as hooks see them
 //! - [`clock`] clocks for all processes
@@ -30,6 +30,7 @@ pub(crate) mod query_tree;
 pub(crate) mod questions;
 pub(crate) mod random;
 pub(crate) mod report;
+pub(crate) mod ruled_plans;
 pub(crate) mod scoped;
 pub(crate) mod shared_text;
 pub(crate) mod shmem;

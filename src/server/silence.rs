@@ -3,7 +3,7 @@
 //! Postgres does so while `session_replication_role` is `replica`, but it forgets all plans of the session whenever that
 //! setting changes, and PL/pgSQL keeps what it made of the old plans until the transaction ends: 570 kB for each call of
 //! `outbox.erase()`. So the variable behind that setting is changed directly. Plans depend on it only where a table has
-//! rules, and statements of ours are planned in silence, too.
+//! rules: [`ruled_plans`] knows whether there are such plans.
 //!
 //! A setting of our own says how long: Postgres restores it when the function ends, and calls [`assign`]. At the same
 //! nest level `session_replication_role` is saved, and restored after ours: on 15 because of the settings' names, in
@@ -12,6 +12,7 @@
 //! [`assign`] leaves it as it is, and Postgres restores it or, after a SET without LOCAL, keeps it.
 
 use crate::server::process::set_for_now;
+use crate::server::ruled_plans;
 use pgrx::guc::{GucContext, GucFlags, GucRegistry, GucSetting};
 use pgrx::pg_sys;
 use std::cell::Cell;
@@ -96,6 +97,7 @@ extern "C-unwind" fn assign(is_silent: bool, _extra: *mut c_void) {
             _ => return,
         }
     };
+    ruled_plans::forget();
     // SAFETY: a plain write of the process's own variable.
     unsafe { pg_sys::SessionReplicationRole = new };
 }

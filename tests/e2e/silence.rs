@@ -172,3 +172,83 @@ fn nobody_else_begins_a_silence() {
     let own = "create function own() returns void language sql set outbox_relay.is_silent = on as 'select'";
     assert_eq!(Refused::of(client.simple_query(own)).code, "55P02");
 }
+
+/// Where a row goes that these statements insert, or delete, decides a rule. Each is a way to keep what was made of a
+/// statement: a plan of PL/pgSQL, of a prepared statement, of an SQL function, of a foreign key.
+const WAYS_TO_WRITE: [&str; 6] = [
+    "perform write_in_plpgsql()",
+    "perform write_in_sql()",
+    "perform write_in_a_parsed_body()",
+    "perform write_to_a_view()",
+    "delete from parents; insert into parents values (1); insert into children values (1)",
+    "execute 'execute prepared'",
+];
+
+#[test]
+fn a_plan_that_was_made_without_rules_is_used_only_in_a_silence() {
+    let stack = Stack::start();
+    stack.pg.exec(
+        "create table seen (n integer);
+         create table ruled (n integer);
+         create view shown as select n from ruled;
+         create rule seen as on insert to ruled do also insert into seen values (1);
+         create function write_in_plpgsql() returns void language plpgsql as $$ begin insert into ruled values (1); end $$;
+         create function in_sql() returns integer language sql as $$ insert into ruled values (1) returning n $$;
+         create function in_a_parsed_body() returns integer begin atomic insert into ruled values (1) returning n; end;
+         create function write_in_sql() returns integer language plpgsql
+            as $$ declare n integer; begin n := in_sql(); return n; end $$;
+         create function write_in_a_parsed_body() returns integer language plpgsql
+            as $$ declare n integer; begin n := in_a_parsed_body(); return n; end $$;
+         create function write_to_a_view() returns void language plpgsql as $$ begin insert into shown values (1); end $$;
+         create table parents (n integer primary key);
+         create table children (n integer references parents on delete cascade);
+         create rule seen as on delete to children do also insert into seen values (1);
+         insert into parents values (1);
+         insert into children values (1);
+         do $$ declare t name; begin
+            for t in select tgname from pg_trigger where tgrelid = 'parents'::regclass loop
+                execute format('alter table parents enable always trigger %I', t);
+            end loop;
+         end $$;
+         create function act() returns trigger language plpgsql set search_path = public
+            as $$ begin execute current_setting('test.act'); return null; end $$;
+         create trigger act before delete on outbox.failed_events for each statement execute function act();
+         alter table outbox.failed_events enable always trigger act",
+    );
+    let act = |statement: &str| format!("do $act$ begin {statement}; end $act$");
+    let silently = |statement: &str| {
+        let act = act(statement).replace('\'', "''");
+        format!("set test.act = '{act}'; select outbox.discard_failed()")
+    };
+    let mut stale = Vec::new();
+    for way in WAYS_TO_WRITE {
+        // What is only prepared is planned later.
+        let (first, written) = match way.contains("prepared") {
+            true => ("execute 'prepare prepared as insert into ruled values (1)'", 0),
+            false => (way, 1),
+        };
+        let ways = [
+            ([silently(first), act(way), silently(way)], [0, 1, 1]),
+            ([act(first), silently(way), act(way)], [written, written, written + 1]),
+        ];
+        for (statements, expected) in &ways {
+            for begin in ["", "begin; "] {
+                let mut client = stack.pg.client();
+                // A plan is used only under the search_path that it was made under.
+                let set = format!("{begin}set search_path = public; truncate seen");
+                client.batch_execute(&set).expect("set");
+                let counts = statements.each_ref().map(|sql| -> i64 {
+                    client
+                        .batch_execute(sql)
+                        .unwrap_or_else(|error| panic!("{sql}: {error:?}"));
+                    let count = client.query_one("select count(*) from seen", &[]);
+                    count.expect("counted").get(0)
+                });
+                if counts != *expected {
+                    stale.push(format!("{counts:?} instead of {expected:?}: {begin}{}", statements[0]));
+                }
+            }
+        }
+    }
+    assert!(stale.is_empty(), "{}", stale.join("\n"));
+}
