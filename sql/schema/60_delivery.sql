@@ -25,7 +25,7 @@ declare
     retention interval;
     -- From here on there are rows. Before it are those that have gone, which are passed one by one while an old snapshot
     -- needs them.
-    after_time timestamptz := '-infinity';
+    after_time pg_catalog.timestamptz := '-infinity';
 begin
     -- Deleted backends have only ticks.
     for c in select k.backend_number from outbox.cursors k union select t.backend_number from outbox.ticks t order by 1 loop

@@ -50,6 +50,49 @@ fn a_schema_in_which_others_may_create_is_refused() {
     );
 }
 
+/// Procedures that commit have no search_path of their own. A role that may create objects in a schema that a superuser
+/// has put before pg_catalog gives a domain the name of a type; its check would run as the superuser.
+#[test]
+fn procedures_use_no_type_of_others() {
+    let pg = Postgres::start();
+    pg.extension();
+    pg.exec(
+        "create schema shared;
+         create role mallory login;
+         grant usage, create on schema shared to mallory;
+         insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, event_type, source, backend, attempts, last_error, failed_at)
+            select n, '3', now(), gen_random_uuid(), 1, 't', 's', 'default', 1, 'e', '2020-01-01' from generate_series(1, 3) n;
+         insert into outbox.inbox (consumer, event_id, consumed_at) values ('c', gen_random_uuid(), '2020-01-01')",
+    );
+    pg.client_as("mallory", "postgres")
+        .batch_execute(
+            "create function shared.refuse() returns boolean language plpgsql
+                as $$ begin raise exception 'it runs as %', current_user; end $$;
+             do $do$ declare t pg_catalog.name; begin
+                for t in select typname from pg_type where typnamespace = 'pg_catalog'::regnamespace and typtype = 'b' and typname !~ '^_' loop
+                    execute format('create domain shared.%1$I as pg_catalog.%1$I check (shared.refuse())', t);
+                end loop;
+             end $do$",
+        )
+        .expect("created");
+    let mut client = pg.client();
+    client
+        .batch_execute("set search_path = shared, pg_catalog")
+        .expect("a superuser's own choice");
+    for call in [
+        "call outbox.retry_all_failed()",
+        "call outbox.retry_all_failed('default', 't')",
+        "call outbox.purge()",
+    ] {
+        client
+            .batch_execute(call)
+            .unwrap_or_else(|error| panic!("{call}: {error:?}"));
+    }
+    client
+        .query_one("select null::timestamptz", &[])
+        .expect_err("the domain is found by its name alone");
+}
+
 /// Numbers come from a sequence: only a restore of a dump chooses them.
 #[test]
 fn a_role_cannot_choose_the_number_of_a_backend() {
