@@ -5,6 +5,7 @@ mod model;
 use model::for_each_seed;
 use relay::event::routes::{Route, taken};
 use relay::event::stream_name::StreamName;
+use std::cell::Cell;
 use std::collections::BTreeSet;
 use wildmatch::WildMatch;
 
@@ -52,7 +53,10 @@ fn an_event_takes_the_first_route_to_each_stream_of_those_that_match() {
             name.unwrap_or("s").to_owned()
         };
         let (event_type, source) = (text(rng, "aé.", 5), text(rng, "aé.", 5));
-        let found = taken(&routes, &event_type, &source, |route| Ok::<_, String>(stream_of(route)))?;
+        let most = rng.usize(..4);
+        let found = taken(&routes, &event_type, &source, most, |route| {
+            Ok::<_, String>(stream_of(route))
+        })?;
         let found: Vec<i32> = found.iter().map(|(route, _)| route.number).collect();
 
         let mut there = BTreeSet::new();
@@ -66,6 +70,7 @@ fn an_event_takes_the_first_route_to_each_stream_of_those_that_match() {
             .zip(&written)
             .filter(is_taken)
             .map(|(r, _)| r.number)
+            .take(most + 1)
             .collect();
         match found == expected {
             true => Ok(()),
@@ -74,4 +79,24 @@ fn an_event_takes_the_first_route_to_each_stream_of_those_that_match() {
             )),
         }
     });
+}
+
+/// Each is compared with those before it, so looking at all of very many would take long.
+#[test]
+fn routes_beyond_the_most_are_not_looked_at() {
+    let routes: Vec<Route> = (1..=100_000)
+        .map(|number| Route {
+            number,
+            event_type: None,
+            source: None,
+            backend: format!("b{number}"),
+            stream: None,
+        })
+        .collect();
+    let looked_at = Cell::new(0);
+    let found = taken(&routes, "t", "s", 1_000, |_| {
+        looked_at.set(looked_at.get() + 1);
+        Ok::<_, String>(())
+    });
+    assert_eq!((found.unwrap().len(), looked_at.get()), (1_001, 1_001));
 }

@@ -97,14 +97,11 @@ fn try_routed(request: &Request<'_>, routes: &[Route]) -> Result<Option<Destinat
         decoded(event.event_type.unwrap_or_default()),
         decoded(event.source.unwrap_or_default()),
     );
-    let taken = taken(routes, &event_type, &source, |route| {
+    let taken = taken(routes, &event_type, &source, MOST_DESTINATIONS, |route| {
         Way::of(route, &event).map_err(|error| error.by_route(route))
     })?;
     if taken.len() > MOST_DESTINATIONS {
-        return Err(PublishError::TooManyRoutes {
-            count: taken.len(),
-            limit: MOST_DESTINATIONS,
-        });
+        return Err(PublishError::TooManyRoutes(MOST_DESTINATIONS));
     }
     let mut found = taken.into_iter().map(|(route, way)| {
         let destination = way.allowed(route, request);

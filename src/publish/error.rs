@@ -58,8 +58,8 @@ pub(super) enum PublishError {
         is_template: bool,
         error: Box<Self>,
     },
-    #[error("{count} routes send the event to as many streams")]
-    TooManyRoutes { count: usize, limit: usize },
+    #[error("more than {0} routes send the event to as many streams")]
+    TooManyRoutes(usize),
     #[error(transparent)]
     Config(#[from] ConfigError),
     #[error("data and {0} exclude each other")]
@@ -97,7 +97,7 @@ impl PublishError {
                 ERRCODE_INSUFFICIENT_PRIVILEGE
             }
             Self::ByRoute { error, .. } => error.code(),
-            Self::TooLarge { .. } | Self::TooManyRoutes { .. } => ERRCODE_PROGRAM_LIMIT_EXCEEDED,
+            Self::TooLarge { .. } | Self::TooManyRoutes(_) => ERRCODE_PROGRAM_LIMIT_EXCEEDED,
             Self::UnusableStreamName { .. } => ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             Self::Changed => ERRCODE_TRIGGERED_DATA_CHANGE_VIOLATION,
             Self::Foreign { text, .. } => text.code(),
@@ -164,7 +164,7 @@ impl PublishError {
                 "{} It goes there by route {route} of outbox.routes, because it names no backend.",
                 error.detail()
             ),
-            Self::TooManyRoutes { limit, .. } => format!("At most {limit} are allowed."),
+            Self::TooManyRoutes(limit) => format!("At most {limit} are allowed."),
             Self::Config(ConfigError::EncodedTwice) => {
                 "It is a JSON string that holds an object: it was encoded twice.".into()
             }
@@ -203,7 +203,7 @@ impl PublishError {
                 "Ask the administrator to allow more with outbox.grant_publisher()."
             }
             Self::ByRoute { error, .. } => error.hint(),
-            Self::TooManyRoutes { .. } => "Ask the administrator to narrow the patterns in outbox.routes.",
+            Self::TooManyRoutes(_) => "Ask the administrator to narrow the patterns in outbox.routes.",
             Self::Config(ConfigError::OutOfRange(_) | ConfigError::TooManyDigits) => "Pass it as a string.",
             Self::Config(_) => "Pass a flat JSON object such as {\"priority\": 1}.",
             Self::TwoPayloads(_) => "Omit one of them, or pass NULL for it.",

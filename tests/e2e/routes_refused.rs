@@ -100,7 +100,7 @@ fn invalid_routes_are_refused() {
         refused,
         Refused::new(
             "54000",
-            "1001 routes send the event to as many streams",
+            "more than 1000 routes send the event to as many streams",
             "At most 1000 are allowed.",
             "Ask the administrator to narrow the patterns in outbox.routes."
         )

@@ -24,15 +24,19 @@ impl Route {
 }
 
 /// The routes that an event takes, in the given order, each with its way. If several routes have equal ways, only the
-/// first is returned.
+/// first is returned. At most `most` and one more are looked for: each is compared with those before it.
 pub fn taken<'r, Way: PartialEq, E>(
     routes: &'r [Route],
     event_type: &str,
     source: &str,
+    most: usize,
     way_of: impl Fn(&'r Route) -> Result<Way, E>,
 ) -> Result<Vec<(&'r Route, Way)>, E> {
     let mut found: Vec<(&Route, Way)> = Vec::new();
     for route in routes.iter().filter(|route| route.matches(event_type, source)) {
+        if found.len() > most {
+            break;
+        }
         let way = way_of(route)?;
         let is_there = |(other, there): &(&Route, Way)| other.backend == route.backend && *there == way;
         if !found.iter().any(is_there) {
