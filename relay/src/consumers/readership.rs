@@ -90,6 +90,8 @@ struct Watched {
     holder: Option<Holder>,
     /// Whether nothing is left to trim until something is sent.
     is_settled: bool,
+    /// When its groups were last examined by this connection.
+    seen_at: Option<Now>,
     /// Its groups that have something to do but do nothing.
     stalled: Vec<Stalled>,
 }
@@ -99,7 +101,9 @@ struct Watched {
 struct Stalled {
     name: GroupName,
     at: (EntryId, i64, Option<EntryId>),
-    since: Now,
+    /// For how long it was seen so. The time in which Redis was not asked does not count: while Redis is down, nobody can
+    /// read from it.
+    silent: Duration,
 }
 
 impl Readership {
@@ -288,6 +292,7 @@ impl Readership {
         self.interrupt();
         for watched in self.streams.values_mut() {
             (watched.goal, watched.trimmed, watched.is_settled) = (None, None, false);
+            watched.seen_at = None;
         }
     }
 
@@ -365,9 +370,8 @@ impl Watched {
         self.note_stalled(surveyed, now);
         let stalled = &self.stalled;
         let silent_for = |group: &Group| {
-            let stalled = stalled.iter().find(|stalled| stalled.name == group.name)?;
-            let span = now.saturating_sub(stalled.since);
-            Some(group.idle.map_or(span, |idle| idle.min(span)))
+            let Stalled { silent, .. } = stalled.iter().find(|stalled| stalled.name == group.name)?;
+            Some(group.idle.map_or(*silent, |idle| idle.min(*silent)))
         };
         let verdict = judge(surveyed, policy.max_len, policy.silence, silent_for);
         self.holder = Some(verdict.holder);
@@ -382,8 +386,10 @@ impl Watched {
         }));
     }
 
-    /// Notes since when each group has something to do but does nothing.
+    /// Notes for how long each group has had something to do but done nothing.
     fn note_stalled(&mut self, surveyed: &Surveyed, now: Now) {
+        let seen_at = self.seen_at.replace(now).unwrap_or(now);
+        let since_then = now.saturating_sub(seen_at).min(PATIENCE);
         let has_work = |group: &&Group| group.pending > 0 || group.unread(surveyed.length) != Some(0);
         let known = std::mem::take(&mut self.stalled);
         let stalled = surveyed.groups.iter().filter(has_work).map(|group| {
@@ -392,7 +398,7 @@ impl Watched {
             Stalled {
                 name: group.name.clone(),
                 at,
-                since: before.map_or(now, |before| before.since),
+                silent: before.map_or(Duration::ZERO, |before| before.silent + since_then),
             }
         });
         self.stalled = stalled.collect();

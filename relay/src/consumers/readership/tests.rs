@@ -238,6 +238,37 @@ fn a_group_with_work_is_silent_while_it_does_nothing() {
     assert_eq!(left_out_after(20, &done), []);
 }
 
+/// Nobody can read from a Redis that is down, and nobody knows what consumers did while the worker stood still.
+#[test]
+fn a_group_is_not_silent_while_redis_is_not_asked() {
+    let policy = Policy {
+        max_len: 10,
+        silence: Some(100 * S),
+    };
+    let group = Group {
+        idle: Some(7_200 * S),
+        ..group("g", 3, Some(2))
+    };
+    let left_out_at = |second: u32, r: &mut Readership| {
+        let (number, _) = r.ask(second * S, Some(1), true, false);
+        let answers = [found("own", 10, vec![group.clone()])];
+        let left_out = r.surveyed(number, &answers, 1, second * S).expect("it was asked");
+        left_out.into_iter().map(|group| group.silent).collect::<Vec<_>>()
+    };
+    for (is_lost, silent) in [(true, 50), (false, 50 + 60)] {
+        let mut r = Readership::new(Some(policy), Some("own".into()));
+        for second in [1, 26, 51] {
+            assert_eq!(left_out_at(second, &mut r), []);
+        }
+        if is_lost {
+            r.disconnected();
+        }
+        let expected: Vec<_> = (silent > 100).then_some(silent * S).into_iter().collect();
+        assert_eq!(left_out_at(7_251, &mut r), expected);
+        assert_eq!(left_out_at(7_302, &mut r), [(silent + 51) * S]);
+    }
+}
+
 #[test]
 fn a_slow_group_that_makes_progress_is_not_silent() {
     let policy = Policy {
