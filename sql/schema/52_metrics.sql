@@ -41,27 +41,47 @@ select case
 $$;
 comment on function outbox.short_time(double precision) is 'A time in at most five characters, for outbox.top.';
 
+create function outbox.short_text(value text, columns integer) returns text
+    language sql stable parallel safe set search_path = pg_catalog, pg_temp
+    as $$
+-- What takes three bytes in UTF-8 may be two columns wide. psql writes a control character as several.
+select string_agg(s.letter, '' order by s.place)
+from (
+    select l.letter, l.place, sum(case when octet_length(l.letter) < case getdatabaseencoding() when 'UTF8' then 3 else 2 end then 1 else 2 end)
+        over (order by l.place) as columns
+    from unnest(string_to_array(regexp_replace(left(value, columns), E'[\\x01-\\x1f\\x7f-\\x9f]', '?', 'g'), null)) with ordinality l (letter, place)
+) s
+where s.columns <= short_text.columns
+$$;
+comment on function outbox.short_text(text, integer) is 'The beginning of a text in at most so many columns of a screen, for outbox.top.';
+
 -- Pending events must be counted once for each backend. Otherwise a plan could count them for each row of another
 -- table.
 create view outbox.top with (security_barrier) as
-with s as materialized (select * from outbox.backend_status)
-select pg_catalog.left(s.backend, 10) as backend,
-    s.state,
-    outbox.short_count(coalesce(r.per_s, 0)) || coalesce('/' || outbox.short_count(s.max_rate), '') as per_s,
-    outbox.short_count(s.pending) as pending,
-    outbox.short_time(pg_catalog.floor(extract(epoch from s.oldest_pending_age))::double precision) as lag,
-    outbox.short_time(m.recent_p50) as p50,
-    outbox.short_time(m.recent_p99) as p99,
-    pg_catalog.left(s.address, 14) as address,
-    case when s.state not in ('idle', 'sending') then pg_catalog.left(s.last_error, 10) end as last_error
-from s
-    join outbox.backends b on b.name = s.backend
-    left join outbox.meters() m on m.backend_number = b.number
-    cross join lateral (
-        select pg_catalog.sum(c.events_per_second)::bigint as per_s from outbox.cursors c
-        where c.backend_number = b.number and c.saved_at > pg_catalog.clock_timestamp() - interval '5 s'
-    ) r
-order by s.pending desc, s.backend;
+with s as materialized (select * from outbox.backend_status),
+t as (
+    select s.*, outbox.short_count(coalesce(r.per_s, 0)) || coalesce('/' || outbox.short_count(s.max_rate), '') as per_s, m.recent_p50, m.recent_p99
+    from s
+        join outbox.backends b on b.name = s.backend
+        left join outbox.meters() m on m.backend_number = b.number
+        cross join lateral (
+            select pg_catalog.sum(c.events_per_second)::bigint as per_s from outbox.cursors c
+            where c.backend_number = b.number and pg_catalog.clock_timestamp() - c.saved_at between interval '0' and interval '5 s'
+        ) r
+)
+select outbox.short_text(t.backend, 10) as backend,
+    t.state,
+    t.per_s,
+    outbox.short_count(t.pending) as pending,
+    outbox.short_time(pg_catalog.floor(extract(epoch from t.oldest_pending_age))::double precision) as lag,
+    outbox.short_time(t.recent_p50) as p50,
+    outbox.short_time(t.recent_p99) as p99,
+    -- What a long state and a rate with its maximum take of the screen is taken from the address.
+    outbox.short_text(t.address, 14 - greatest(0, pg_catalog.max(pg_catalog.length(t.state)) over ()
+        + greatest(5, pg_catalog.max(pg_catalog.length(t.per_s)) over ()) - 18)) as address,
+    case when t.state not in ('idle', 'sending') then outbox.short_text(t.last_error, 10) end as last_error
+from t
+order by t.pending desc, t.backend;
 comment on view outbox.top is 'What each backend is doing, on one screen of at most 100 columns, for \watch 1 in psql. per_s: events per second, and after a slash the maximum (max_rate). lag: age of the oldest pending event. p50 and p99: within this time of their commit, half of the events, and 99 of 100, were acknowledged by Redis in the last one to two minutes.';
 
 create view outbox.metrics with (security_barrier) as

@@ -118,6 +118,34 @@ fn one_screen_shows_what_each_backend_is_doing() {
     }
 }
 
+/// Names in other scripts or with control characters, long states and rates.
+#[test]
+fn one_screen_is_enough_whatever_backends_are_called() {
+    let stack = quick();
+    stack.pg.exec(
+        "insert into outbox.backends (name, host, port, stream_name, max_rate) values
+            (repeat('a', 63), repeat('h', 63), 1, 's', 2147483647), (repeat('日', 20), '127.0.0.1', 1, 's', null),
+            (E'a\\nb\\x1b\\u009f' || repeat('x', 20), '127.0.0.1', 1, 's', null), (repeat('é', 20), '127.0.0.1', 1, 's', null)",
+    );
+    let states = "select count(*) from outbox.top where state in ('misconfigured', 'backoff')";
+    wait_eq("the states", 4, || stack.pg.one::<i64>(states));
+    stack.pg.exec(
+        "alter table outbox.cursors disable trigger all; update outbox.cursors set events_per_second = 99999, saved_at = now()",
+    );
+    let shown = stack
+        .pg
+        .psql(&["-d", "postgres", "-c", "select * from outbox.top"])
+        .stdout;
+    for line in shown.lines() {
+        let wide = line.chars().filter(|letter| *letter == '日').count();
+        let columns = line.chars().count() + wide;
+        assert!(columns <= 100, "{columns} columns: {line}");
+    }
+    for name in ["日日日日日 ", "éééééééééé", "a?b??xxxxx"] {
+        assert!(shown.contains(name), "{name}: {shown}");
+    }
+}
+
 #[test]
 fn publishers_wait_for_their_own_events_and_learn_nothing_of_others() {
     let stack = quick();
