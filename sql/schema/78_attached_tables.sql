@@ -102,6 +102,9 @@ declare
     t record;
     functions oid[] := '{}';
 begin
+    -- One session at a time. Otherwise several that attach or detach a table wait for each other's locks of it and of its
+    -- triggers: a deadlock.
+    perform pg_advisory_xact_lock('pg_trigger'::regclass::oid::integer, "table"::oid::integer);
     for t in
         select g.tgname, g.tgrelid::regclass as relation, g.tgfoid from outbox.family_of("table") f (oid) join pg_trigger g on g.tgrelid = f.oid
         where not g.tgisinternal and g.tgname ~ '^outbox_relay_(insert|update|delete|truncate)$'
@@ -167,6 +170,11 @@ begin
     if columns = '{}' or key = '{}' then
         raise exception using errcode = 'invalid_parameter_value', message = 'columns and key must not be empty', hint = 'Omit columns for all columns, and key for the primary key.';
     end if;
+    -- As in outbox.detach_table(). Then the table stays as it is while its function is written. If there are triggers to be
+    -- dropped, at once with the lock that this takes: one that is raised later could be a deadlock with writers.
+    perform pg_advisory_xact_lock('pg_trigger'::regclass::oid::integer, "table"::oid::integer);
+    execute format('lock table %s in %s mode', "table", case when exists (select from outbox.family_of("table") f (oid) join pg_trigger g on g.tgrelid = f.oid
+        where not g.tgisinternal and g.tgname ~ '^outbox_relay_(insert|update|delete|truncate)$') then 'access exclusive' else 'share row exclusive' end);
     select w.name into missing from unnest(coalesce(columns, '{}') || coalesce(key, '{}')) w (name)
         where not exists (select from pg_attribute a where a.attrelid = "table" and a.attnum > 0 and not a.attisdropped and a.attname = w.name);
     if found then

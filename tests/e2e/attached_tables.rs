@@ -3,6 +3,7 @@
 
 mod changed;
 mod copied;
+mod meanwhile;
 mod names;
 
 use kit::{Postgres, Refused, Stack};
