@@ -4,6 +4,9 @@
 -- parts in sql/schema/ in the order of their numbers; each part may use only what earlier parts have created.
 
 set local search_path = pg_catalog, pg_temp;
+-- How definitions are read, and how Postgres writes those that outbox.health() compares with.
+set local standard_conforming_strings = on;
+set local quote_all_identifiers = off;
 
 -- An existing schema is dangerous: its owner could create functions beside ours, and existing functions could be called
 -- instead of ours.

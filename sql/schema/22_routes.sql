@@ -57,7 +57,7 @@ faults(fault, cure) as (
     union all
     select format('%s has the character %% in a pattern, where it has no special meaning.', r.words),
         format('The wildcards are * and ?: UPDATE outbox.routes SET event_type = ... WHERE number = %s;', r.number)
-    from r where concat(r.event_type, r.source) like '%\%%'
+    from r where strpos(concat(r.event_type, r.source), '%') > 0
     union all
     select format('%s has a pattern that begins or ends with a space: it matches only names that do the same.', r.words),
         format('If that is not intended, run UPDATE outbox.routes SET event_type = btrim(event_type), source = btrim(source) WHERE number = %s;', r.number)

@@ -50,7 +50,7 @@ begin
         end if;
     end loop;
     foreach node in array coalesce(new.nodes, '{}') loop
-        if node !~ '^([^][[:space:]:]+|\[[0-9a-fA-F:.]+(%[^][[:space:]:]+)?\]):[0-9]{1,5}$'
+        if node !~ '^([^][[:space:]:]+|[[][0-9a-fA-F:.]+(%[^][[:space:]:]+)?[]]):[0-9]{1,5}$'
             or pg_catalog.substring(node, '[0-9]+$')::integer not between 1 and 65535 then
             raise exception using errcode = 'invalid_parameter_value',
                 message = format('"%s" is not a valid node of backend "%s"', node, new.name),

@@ -145,7 +145,7 @@ from (
             case when r.rolname is not null and d.datname is not null then 'IN' end, 'DATABASE ' || quote_ident(d.datname)))
     from (select c.setrole, c.setdatabase, unnest(c.setconfig) as setting from pg_db_role_setting c) s
         left join pg_roles r on r.oid = s.setrole left join pg_database d on d.oid = s.setdatabase
-    where s.setting like 'track\_activities=%' and outbox.is_off(split_part(s.setting, '=', 2))
+    where starts_with(s.setting, 'track_activities=') and outbox.is_off(split_part(s.setting, '=', 2))
         and (d.datname is null or d.datname = current_database())
 ) f
 union all
@@ -174,7 +174,7 @@ from (
             case when r.rolname is not null and d.datname is not null then 'IN' end, 'DATABASE ' || quote_ident(d.datname)))
     from (select c.setrole, c.setdatabase, unnest(c.setconfig) as setting from pg_db_role_setting c) s
         left join pg_roles r on r.oid = s.setrole left join pg_database d on d.oid = s.setdatabase
-    where s.setting like 'default\_transaction\_read\_only=%' and not outbox.is_off(split_part(s.setting, '=', 2))
+    where starts_with(s.setting, 'default_transaction_read_only=') and not outbox.is_off(split_part(s.setting, '=', 2))
         and (d.datname is null or d.datname = current_database())
         -- Others do not publish.
         and (r.oid is null or not r.rolsuper and has_column_privilege(r.oid, 'outbox.events', 'event_type', 'insert'))
@@ -197,7 +197,7 @@ select 'configuration files', case when count(f) > 0 then 'warn' else 'ok' end,
     coalesce(string_agg(format('%s, line %s%s: %s.', f.sourcefile, f.sourceline, ' (' || f.name || ')', f.error), ' ' order by f.seqno), 'They can be read.'),
     case when count(f) > 0 then 'Correct that line in the file, then run SELECT pg_reload_conf(); Until then the server keeps what it had.' end
 from pg_file_settings f
-where f.error is not null and (f.name is null or f.name like 'outbox\_relay.%' or f.error like 'unrecognized%')
+where f.error is not null and (f.name is null or starts_with(f.name, 'outbox_relay.') or f.error like 'unrecognized%')
 union all
 select 'transaction ids', case when d.age > 2000000000 then 'fail' when d.age > 1600000000 then 'warn' else 'ok' end,
     case when d.age > 1600000000 then format('The oldest transaction id of this database is %s transactions old: at 2,144 million nobody can write any more.', d.age)

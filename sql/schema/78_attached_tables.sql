@@ -72,9 +72,9 @@ create function outbox.write_row_function(relation regclass, function text, said
     as $$
 begin
     -- Without nested loops, because a plan that is made for one row must also serve a million. The settings make values
-    -- look the same in all sessions; otherwise a row would have several subjects.
+    -- look the same in all sessions; otherwise a row would have several subjects. And the condition means the same.
     execute format('create %s function %s() returns trigger language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_nestloop = off
-            set datestyle = iso set intervalstyle = postgres set timezone = utc set bytea_output = hex set extra_float_digits = 1 as %L',
+            set standard_conforming_strings = on set datestyle = iso set intervalstyle = postgres set timezone = utc set bytea_output = hex set extra_float_digits = 1 as %L',
         case when replaces then 'or replace' else '' end, function, outbox.row_events(relation, said ->> 'event_type', said ->> 'source', said ->> 'backend',
             array(select jsonb_array_elements_text(said -> 'key')), case when said ? 'columns' then array(select jsonb_array_elements_text(said -> 'columns')) end,
             string_to_array(said ->> 'operations', ','), said ->> 'condition', said ->> 'payload'));

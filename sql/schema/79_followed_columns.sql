@@ -41,7 +41,7 @@ begin
                 select c.objid union select i.inhrelid from family f join pg_inherits i on i.inhparent = f.oid
             ) select oid from family) f
             join pg_class k on k.oid = f.oid join pg_trigger g on g.tgrelid = f.oid join pg_proc p on p.oid = g.tgfoid
-            cross join lateral (select case when obj_description(g.tgfoid, 'pg_proc') like 'Publishes rows as events, see outbox.attach\_table(): {%'
+            cross join lateral (select case when obj_description(g.tgfoid, 'pg_proc') like E'Publishes rows as events, see outbox.attach\\_table(): {%'
                 then substr(obj_description(g.tgfoid, 'pg_proc'), 54)::jsonb end as said) s
         where c.classid = 'pg_class'::regclass and c.objsubid > 0 and not g.tgisinternal
             and g.tgname ~ '^outbox_relay_(insert|update|delete|truncate)$'
@@ -84,7 +84,7 @@ begin
         -- Columns that go with a parent's are among them, and come after it.
         select distinct o.objid::regclass as relation, p.proowner, s.said, o.address_names[3] as name, o.original
         from pg_event_trigger_dropped_objects() o join pg_trigger g on g.tgrelid = o.objid join pg_proc p on p.oid = g.tgfoid
-            cross join lateral (select case when obj_description(g.tgfoid, 'pg_proc') like 'Publishes rows as events, see outbox.attach\_table(): {%'
+            cross join lateral (select case when obj_description(g.tgfoid, 'pg_proc') like E'Publishes rows as events, see outbox.attach\\_table(): {%'
                 then substr(obj_description(g.tgfoid, 'pg_proc'), 54)::jsonb end as said) s
         where o.object_type = 'table column' and not g.tgisinternal and g.tgname ~ '^outbox_relay_(insert|update|delete|truncate)$'
             and s.said is not null

@@ -13,7 +13,7 @@ comment on function outbox.functions_here() is 'Part of outbox.health(): the fun
 revoke all on function outbox.functions_here() from public;
 
 create function outbox.restore_objects() returns bigint
-    language plpgsql volatile set search_path = pg_catalog, pg_temp
+    language plpgsql volatile set search_path = pg_catalog, pg_temp set standard_conforming_strings = on set quote_all_identifiers = off set work_mem = '4MB'
     as $$
 declare
     made record;

@@ -304,3 +304,44 @@ fn a_column_that_is_missing_hides_no_other_check() {
     follow(&stack.pg, "postgres", &check(&checks, "columns"));
     wait_well(&stack.pg, "columns");
 }
+
+/// Definitions are compared as Postgres writes them, and how it writes them is set.
+#[test]
+fn settings_of_a_session_or_database_are_no_change_of_an_object() {
+    let stack = quick();
+    stack
+        .pg
+        .exec("insert into outbox.routes (event_type, backend) values ('order.*', 'default')");
+    let look = |db: &str, set: &str| {
+        let mut client = stack.pg.client_db(db);
+        client.batch_execute(set).expect("it can be set");
+        let sql = "select string_agg(\"check\" || ': ' || detail, E'\\n') from outbox.health() where status = 'fail' or \"check\" = 'routes' and status <> 'ok'";
+        let wrong: Option<String> = client.query_one(sql, &[]).expect("it looks").get(0);
+        assert_eq!(wrong, None, "{db}: {set}");
+        let restored: i64 = client
+            .query_one("select outbox.restore_objects()", &[])
+            .expect("it looks")
+            .get(0);
+        assert_eq!(restored, 0, "{db}: {set}");
+    };
+    for (number, setting) in ["quote_all_identifiers = on", "standard_conforming_strings = off"]
+        .iter()
+        .enumerate()
+    {
+        look("postgres", &format!("set {setting}"));
+        let db = format!("db{number}");
+        stack.pg.exec(&format!("create database {db}"));
+        stack.pg.exec(&format!("alter database {db} set {setting}"));
+        stack.pg.exec_db(
+            &db,
+            "create extension outbox_relay; update outbox.backends set enabled = false",
+        );
+        stack.pg.wait_worker(&db);
+        for set in [
+            "reset all",
+            "set quote_all_identifiers = off; set standard_conforming_strings = on",
+        ] {
+            look(&db, set);
+        }
+    }
+}

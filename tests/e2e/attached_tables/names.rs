@@ -86,6 +86,22 @@ fn what_a_session_has_set_changes_nothing_in_its_events() {
 }
 
 #[test]
+fn a_condition_means_the_same_in_every_session() {
+    let pg = start();
+    let mut c = pg.client();
+    run(
+        &mut c,
+        r"create table t (note text primary key); select outbox.attach_table('t', condition => $$note <> 'a\b'$$)",
+    );
+    for set in ["reset all", "set standard_conforming_strings = off"] {
+        let mut session = pg.client();
+        run(&mut session, set);
+        run(&mut session, r"insert into t values (E'a\\b'), ('c'); delete from t");
+        assert_eq!(heads(&mut c), ["t.insert c", "t.delete c"], "{set}");
+    }
+}
+
+#[test]
 fn a_tables_name_may_be_as_long_as_names_are_and_its_schema_may_change() {
     let pg = start();
     let mut c = pg.client();
