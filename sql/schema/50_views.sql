@@ -20,11 +20,13 @@ select b.name as backend,
         when not b.enabled then 'paused'
         when w.state not in ('running', 'starting', 'standby') then 'stopped'
         -- It is not idle while events wait. For example, its connection is still being made.
-        when coalesce(c.state, 'idle') = 'idle' and l.pending > 0 and l.oldest_created_at < pg_catalog.clock_timestamp() - interval '2 s' then 'sending'
+        when coalesce(c.state, 'idle') = 'idle' and l.pending > 0 and not l.oldest_created_at between pg_catalog.clock_timestamp() - interval '2 s' and pg_catalog.clock_timestamp() then 'sending'
         else coalesce(c.state, 'idle')
     end as state,
     l.pending + r.waiting as pending,
-    pg_catalog.clock_timestamp() - least(l.oldest_created_at, r.oldest_created_at) as oldest_pending_age,
+    -- The clock may have been put back since.
+    case when coalesce(l.oldest_created_at, r.oldest_created_at) is not null
+        then greatest(pg_catalog.clock_timestamp() - least(l.oldest_created_at, r.oldest_created_at), interval '0') end as oldest_pending_age,
     coalesce(c.published_total, 0) as published_total,
     coalesce(c.failed_total, 0) as failed_total,
     c.last_published_at,
@@ -74,7 +76,7 @@ select w.worker_pid,
     (select pg_catalog.count(*) from (select from outbox.failed_events limit 10000) f) as failed,
     b.published_total,
     (select coalesce(pg_catalog.sum(c.events_per_second), 0)::real from outbox.cursors c
-        where c.saved_at > pg_catalog.clock_timestamp() - interval '5 s') as events_per_second
+        where pg_catalog.clock_timestamp() - c.saved_at between interval '0' and interval '5 s') as events_per_second
 from outbox.worker_status() w
     cross join (
         select pg_catalog.count(*) as backends, pg_catalog.count(*) filter (where s.state = 'copy') as copies, coalesce(pg_catalog.sum(s.pending), 0)::bigint as pending,

@@ -123,7 +123,7 @@ from s
     left join g on g.number = s.number
     cross join lateral (select (s.oldest_pending_age > interval '1 min' or s.oldest_pending_age > interval '10 s' and g.growth > 0)
         and (s.max_rate is null or coalesce((select sum(c.events_per_second) from outbox.cursors c
-            where c.backend_number = s.number and c.saved_at > clock_timestamp() - interval '5 s'), 0) < 0.8 * s.max_rate) as is_late) t
+            where c.backend_number = s.number and clock_timestamp() - c.saved_at between interval '0' and interval '5 s'), 0) < 0.8 * s.max_rate) as is_late) t
     cross join lateral (select (select c.last_hint from outbox.cursors c where c.backend_number = s.number and c.last_error = s.last_error
             order by c.last_error_at desc limit 1) as hint,
         outbox.worker_trouble() as trouble, case
@@ -186,7 +186,7 @@ with
 known as (
     select b.name, b.trim, g.*, coalesce(b.max_len, current_setting('outbox_relay.redis_max_len', true)::bigint, 10000) as max_len
     from outbox.consumer_groups g join outbox.backends b on b.number = g.backend_number
-    where g.asked_at > clock_timestamp() - interval '2 min'
+    where clock_timestamp() - g.asked_at between interval '0' and interval '2 min'
 ),
 behind as (
     select k.*, coalesce(k.unread, 0) + coalesce(k.pending, 0) as left_over from known k

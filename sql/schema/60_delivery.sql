@@ -69,55 +69,45 @@ end
 $$;
 comment on procedure outbox.purge() is 'Deletes sent and failed events, and entries of the inbox, whose retention has ended, and commits after each step. A worker does the same by itself.';
 
-create function outbox.rest_between_looks(began timestamptz, asked timestamptz, deadline timestamptz) returns double precision
-    language sql volatile set search_path = pg_catalog, pg_temp
+create function outbox.wait_for(seen text, event_id uuid, caller oid, seconds double precision) returns boolean
+    language c volatile
+    as 'MODULE_PATHNAME', 'wait_for_wrapper';
+comment on function outbox.wait_for(text, uuid, oid, double precision) is 'Part of outbox.drain() and outbox.wait_published(): waits until no event that a snapshot sees waits to be sent, or until an event is sent. It looks at what is committed, whatever the isolation of its transaction, and its time passes whatever is done to the clock.';
+
+create function outbox.is_sent(event_id uuid, caller oid) returns boolean
+    language plpgsql stable set search_path = pg_catalog, pg_temp
+    set enable_seqscan = off set jit = off
     as $$
--- Many may wait, and looking takes longer the more there is to be sent.
-select least(extract(epoch from deadline - clock_timestamp()),
-    greatest(0.02, 3 * extract(epoch from clock_timestamp() - asked), least(0.25, extract(epoch from clock_timestamp() - began) / 10)))
+begin
+    -- An event of somebody else is as if it did not exist.
+    return (coalesce(has_table_privilege(caller, 'outbox.event_status', 'select'), false)
+            or exists (select from outbox.events e where e.event_id = is_sent.event_id and pg_has_role(caller, e.published_by, 'usage')))
+        and exists (select from outbox.event_status s where s.event_id = is_sent.event_id and s.status = 'published')
+        -- If the event goes to several streams, all of its rows count.
+        and not outbox.waits(event_id)
+        and not exists (select from outbox.failed_events f where f.event_id = is_sent.event_id
+            and not exists (select from outbox.events e where e.event_id = f.event_id and e.branch = f.branch and e.seq <> f.seq));
+end
 $$;
-comment on function outbox.rest_between_looks(timestamptz, timestamptz, timestamptz) is 'Seconds after which outbox.wait_published() or outbox.drain() looks again: longer than its last look has taken, and the longer the longer it has waited.';
+comment on function outbox.is_sent(uuid, oid) is 'Part of outbox.wait_published(): whether an event of this role, or any event if the role may read outbox.event_status, is known to be in all its streams.';
 
 create function outbox.wait_published(event_id uuid, timeout interval default '10s') returns boolean
     language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
-    set enable_seqscan = off set jit = off
     as $$
-declare
-    asked timestamptz := pg_catalog.clock_timestamp();
-    began constant timestamptz := asked;
-    deadline constant timestamptz := began + timeout;
-    -- The caller's role, not the owner's, with whose rights this runs.
-    caller constant name := coalesce(nullif(current_setting('role'), 'none'), session_user);
-    sees_all constant boolean := has_table_privilege(caller, 'outbox.event_status', 'select');
 begin
     if event_id is null or timeout is null then
         raise exception using errcode = 'null_value_not_allowed', message = 'event_id and timeout must not be null',
             hint = 'Pass the id that outbox.publish_event returned; it is null if a trigger has left the event out.';
     end if;
-    loop
-        -- An event never gets published within the transaction that published it: then this returns false after the
-        -- timeout. The same holds for an event of somebody else, as if it did not exist.
-        if (sees_all or exists (select from outbox.events e
-                where e.event_id = wait_published.event_id and pg_has_role(caller, e.published_by, 'usage')))
-            and exists (select from outbox.event_status s where s.event_id = wait_published.event_id and s.status = 'published')
-            -- If the event goes to several streams, all of its rows count.
-            and not outbox.waits(event_id)
-            and not exists (select from outbox.failed_events f where f.event_id = wait_published.event_id
-                and not exists (select from outbox.events e where e.event_id = f.event_id and e.branch = f.branch and e.seq <> f.seq)) then
-            return true;
-        end if;
-        if pg_catalog.clock_timestamp() >= deadline then
-            return false;
-        end if;
-        perform pg_catalog.pg_sleep(outbox.rest_between_looks(began, asked, deadline));
-        asked := clock_timestamp();
-    end loop;
+    -- The caller's role, not the owner's, with whose rights this runs.
+    return outbox.wait_for(null, event_id, (select r.oid from pg_roles r where r.rolname = coalesce(nullif(current_setting('role'), 'none'), session_user)),
+        extract(epoch from timeout)::double precision);
 end
 $$;
 comment on function outbox.wait_published(uuid, interval) is 'Waits until an event is known to be in its stream; if routes send it to several, in all of them. Returns false if that takes longer than the timeout. Call it after the commit. A publisher can wait for events of its own role, or of roles that it is a member of; to wait for any event needs the right to read outbox.event_status, which pg_monitor has.';
 
 create function outbox.waits_since(seen pg_snapshot) returns boolean
-    language sql volatile set search_path = pg_catalog, pg_temp
+    language sql stable set search_path = pg_catalog, pg_temp
     -- By the indexes: of a table that has just grown, or of an id that is not there, the planner expects that a scan of
     -- the table finds one soon.
     set enable_seqscan = off set jit = off
@@ -147,27 +137,13 @@ comment on function outbox.waits_since(pg_snapshot) is 'Whether some event that 
 create function outbox.drain(timeout interval default '10s') returns boolean
     language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
     as $$
-declare
-    seen constant pg_snapshot := pg_current_snapshot();
-    deadline constant timestamptz := clock_timestamp() + timeout;
-    asked timestamptz := clock_timestamp();
-    began constant timestamptz := asked;
 begin
     if timeout is null then
         raise exception using errcode = 'null_value_not_allowed', message = 'timeout must not be null',
             hint = 'Pass how long to wait, such as ''10 s''.';
     end if;
     perform outbox.wake();
-    loop
-        asked := clock_timestamp();
-        if not outbox.waits_since(seen) then
-            return true;
-        end if;
-        if clock_timestamp() >= deadline then
-            return false;
-        end if;
-        perform pg_sleep(outbox.rest_between_looks(began, asked, deadline));
-    end loop;
+    return outbox.wait_for(pg_current_snapshot()::text, null, null, extract(epoch from timeout)::double precision);
 end
 $$;
 comment on function outbox.drain(interval) is 'Waits until all events that were committed before it was called are in their streams, or have failed; false if that takes longer than the timeout. It also waits for events of a paused backend and for refused events, but not for scheduled events that are not due. Call it outside a transaction.';

@@ -1,7 +1,7 @@
 -- Acting on events that were sent or have failed: erase their payload.
 
 create function outbox.waits(event_id uuid) returns boolean
-    language sql volatile set search_path = pg_catalog, pg_temp
+    language sql stable set search_path = pg_catalog, pg_temp
     -- By the indexes: of a table that has just grown, or of an id that is not there, the planner expects that a scan of
     -- the table finds one soon.
     set enable_seqscan = off set jit = off

@@ -1,6 +1,9 @@
 //! How a session waits for the worker.
 
-use pgrx::pg_sys;
+use crate::server::report;
+use crate::tables::sql::query_value;
+use pgrx::{pg_extern, pg_sys};
+use std::time::{Duration, Instant};
 
 /// Waits for this long, or until the session's latch is set. Raises an ERROR if the statement is cancelled.
 pub(super) fn rest(ms: i64) {
@@ -11,4 +14,36 @@ pub(super) fn rest(ms: i64) {
         pg_sys::ResetLatch(pg_sys::MyLatch);
     }
     pgrx::check_for_interrupts!();
+}
+
+/// `outbox.wait_for(seen, event_id, caller, seconds)`: for what this snapshot sees, or for this event of the caller.
+#[pg_extern(sql = false)]
+fn wait_for(seen: Option<&str>, event_id: Option<pgrx::Uuid>, caller: Option<pg_sys::Oid>, seconds: f64) -> bool {
+    report::guard(|| {
+        let (question, arguments) = match seen {
+            Some(seen) => ("select not outbox.waits_since($1::pg_snapshot)", vec![seen.into()]),
+            None => ("select outbox.is_sent($1, $2)", vec![event_id.into(), caller.into()]),
+        };
+        let limit = Duration::try_from_secs_f64(seconds.max(0.0)).unwrap_or(Duration::MAX);
+        let began = Instant::now();
+        loop {
+            let asked = Instant::now();
+            // Each look has a snapshot of its own. The transaction's would be the same for ever in REPEATABLE READ.
+            if query_value(question, &arguments) == Some(true) {
+                return true;
+            }
+            let (looked, waited) = (asked.elapsed(), began.elapsed());
+            let Some(left) = limit.checked_sub(waited).filter(|left| !left.is_zero()) else {
+                return false;
+            };
+            let pause = between_looks(looked, waited).min(left);
+            rest(pause.as_micros().div_ceil(1_000) as i64);
+        }
+    })
+}
+
+/// How long to rest between two looks: many may wait, and looking takes longer the more there is to be sent.
+fn between_looks(looked: Duration, waited: Duration) -> Duration {
+    let (shortest, longest) = (Duration::from_millis(20), Duration::from_millis(250));
+    shortest.max(3 * looked).max(longest.min(waited / 10))
 }

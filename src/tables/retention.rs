@@ -21,8 +21,24 @@ pub(crate) fn oldest_tick(number: i32) -> Option<Arc<Tick>> {
     .flatten()
 }
 
+/// Gives ticks whose time has not come the present time, and keeps their order: the clock was put back. Otherwise a later
+/// tick would have an earlier time, and what lies between them would never be purged.
+pub(crate) fn follow_clock() {
+    run(
+        "with clock as materialized (select clock_timestamp() as now),
+        ahead as (
+            select f.backend_number, f.reached_at, c.now - row_number() over (
+                partition by f.backend_number order by f.reached_at desc) * '1 microsecond'::interval as followed_at
+            from clock c, outbox.ticks f where f.reached_at > c.now
+        )
+        update outbox.ticks t set reached_at = a.followed_at
+        from ahead a where t.backend_number = a.backend_number and t.reached_at = a.reached_at",
+        &[],
+    );
+}
+
 /// Records that a backend has delivered everything that a tick sees. The first tick of a backend is the beginning of
-/// time.
+/// time. Called after [`follow_clock`].
 pub(crate) fn record_tick(number: i32, tick: &Tick) {
     run(
         "insert into outbox.ticks (backend_number, reached_at, snapshot, next_xid, low_seq, high_seq)
@@ -46,6 +62,7 @@ pub(crate) fn record_tick(number: i32, tick: &Tick) {
 /// Records, for deleted backends that will deliver nothing more, a last tick up to which their events may be purged. A
 /// backend that never had a tick has nothing to purge.
 pub(crate) fn record_last_tick(numbers: &[i32], tick: &Tick) {
+    follow_clock();
     run_named(
         "insert into outbox.ticks (backend_number, reached_at, snapshot, next_xid, low_seq, high_seq)
         select n, clock_timestamp(), $snapshot::pg_snapshot, $next_xid::xid8, $low_seq, $high_seq from unnest($numbers) n

@@ -25,6 +25,9 @@ pub(super) struct Scheduled {
     pub(super) portion: Portion,
     pub(super) pieces: Pieces,
     pub(super) next_due: Option<Now>,
+    /// When that is by the time of day, in microseconds since 1970. The clock may be set meanwhile, or the machine be
+    /// suspended.
+    pub(super) next_due_us: Option<i64>,
     pub(super) from: From,
     pub(super) is_known: bool,
     pub(super) held: BTreeSet<EventId>,
@@ -98,6 +101,7 @@ impl Default for Scheduled {
             portion: Portion::new(MOVE_TIME),
             pieces: Pieces::default(),
             next_due: None,
+            next_due_us: None,
             from: From::default(),
             is_known: false,
             held: BTreeSet::new(),

@@ -182,8 +182,9 @@ impl Purge {
             .collect();
         if !due.is_empty() {
             process::transaction(|| {
+                retention::follow_clock();
                 due.iter()
-                    .for_each(|(number, tick)| retention::record_tick(*number, tick))
+                    .for_each(|(number, tick)| retention::record_tick(*number, tick));
             })?;
             let is_recorded = |b: &Backend| due.iter().any(|(number, _)| *number == b.number);
             for backend in backends.iter_mut().filter(|b| is_recorded(b)) {
@@ -217,7 +218,10 @@ impl Purge {
             }
             self.next_look_at = now + interval;
             self.under_way = (!backends.is_empty()).then_some((0, 0));
-            self.forgotten = process::transaction(retention::of_forgotten)?;
+            self.forgotten = process::transaction(|| {
+                retention::follow_clock();
+                retention::of_forgotten()
+            })?;
             self.began_at = now;
         }
         while let Some((index, after)) = self.under_way {

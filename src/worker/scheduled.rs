@@ -3,6 +3,7 @@
 //! An event that cannot be moved now is *held*: somebody has locked its row, or has an open transaction that published
 //! an event with the same `event_id`. The worker looks at it again later, and moves the others.
 
+use crate::server::clock;
 use crate::server::guc;
 use crate::server::process::{self, Aborted};
 use crate::tables::care;
@@ -32,7 +33,7 @@ impl Worker {
     }
 
     pub(super) fn move_scheduled(&mut self, now: Now) {
-        if self.slot.take_schedule() {
+        if self.slot.take_schedule() || self.scheduled.next_due_us.is_some_and(|due| due <= clock::wall_us()) {
             self.scheduled.is_known = false;
         }
         let beside_others = self.is_beside_others();
@@ -101,6 +102,7 @@ impl Worker {
         self.work |= moved > 0;
         self.scheduled.is_known = true;
         let due = due_us.map(|us| now + Duration::from_micros(us.max(0) as u64));
+        self.scheduled.next_due_us = due_us.filter(|us| *us > 0).map(|us| clock::wall_us() + us);
         self.scheduled.next_due = due.into_iter().chain(self.scheduled.from.looks_at()).min();
         Ok(())
     }

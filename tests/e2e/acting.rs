@@ -211,3 +211,28 @@ fn publishers_wait_for_their_own_events_and_learn_nothing_of_others() {
         Some("42501")
     );
 }
+
+/// As a statement of its own, in a database whose transactions have this isolation: its snapshot is as old as the call.
+#[test]
+fn waiting_sees_what_is_sent_meanwhile_in_any_isolation() {
+    let stack = quick();
+    for isolation in ["read committed", "repeatable read", "serializable"] {
+        stack.pg.exec("update outbox.backends set enabled = false");
+        let id = stack.publish(isolation);
+        let ask = |call: &str| {
+            let mut client = stack.pg.client();
+            let set = format!("set default_transaction_isolation = '{isolation}'");
+            client.batch_execute(&set).expect("it is set");
+            let query = format!("select outbox.{call}");
+            std::thread::spawn(move || client.query_one(&query, &[]).map(|row| row.get::<_, bool>(0)))
+        };
+        let waiting = [ask("drain('5 s')"), ask(&format!("wait_published('{id}', '5 s')"))];
+        let waits = "select count(*) from pg_stat_activity where state = 'active' and query ~ '^select outbox'";
+        wait_eq("sessions that wait", 2, || stack.pg.one::<i64>(waits));
+        stack.pg.exec("update outbox.backends set enabled = true");
+        for waiting in waiting {
+            let sent = waiting.join().expect("it does not panic");
+            assert!(sent.expect("it waits"), "{isolation}");
+        }
+    }
+}

@@ -13,6 +13,7 @@ mod broadcaster;
 mod bulk;
 mod changed_backends;
 mod chaos;
+mod clock_steps;
 mod clones;
 mod cluster;
 mod cluster_faults;

@@ -18,6 +18,7 @@
 //! - [`Watched`], [`Sentinel`] sentinels, and the primary and replica that they watch ([`sentinel`])
 //! - [`Cluster`] three masters with their replicas, and a ledger for many streams ([`cluster`])
 //! - [`Dice`] repeatable randomness ([`dice`])
+//! - [`WallClock`] a clock that is set while a server runs ([`clock`])
 //! - [`Authority`] certificates, and Redis servers that speak TLS ([`tls`])
 //! - [`BlackHole`], [`Garbage`], [`Eavesdropper`] servers in place of a Redis ([`hostile`]); [`Liar`] one that lies
 //!   ([`liar`])
@@ -26,6 +27,7 @@
 //! test`). Every server runs below one temporary directory, so that the script can end the processes of a killed test.
 
 pub mod bystander;
+pub mod clock;
 pub mod cluster;
 pub mod dice;
 pub mod env;
@@ -51,6 +53,7 @@ pub mod tls;
 pub mod wait;
 
 pub use bystander::{Bystander, median_beside};
+pub use clock::WallClock;
 pub use cluster::Cluster;
 pub use dice::Dice;
 pub use groups::{Group, xreadgroup};
