@@ -33,20 +33,25 @@ begin
     -- loop. A column that is named in the comment but does not exist in the table is the renamed column, under its
     -- former name. A partitioned table comes before its partitions, because the body of the function depends on that.
     for d in
-        select distinct on (g.tgfoid) f.oid::regclass as relation, g.tgfoid as function, p.proowner, s.said, a.attname as now_named,
-            array(select distinct n.name from jsonb_array_elements_text(coalesce(s.said -> 'key', '[]') || coalesce(s.said -> 'columns', '[]')) n (name)
-                where not exists (select from pg_attribute t where t.attrelid = f.oid and t.attname = n.name and t.attnum > 0 and not t.attisdropped)) as missing
-        from pg_event_trigger_ddl_commands() c join pg_attribute a on a.attrelid = c.objid and a.attnum = c.objsubid
-            cross join lateral (with recursive family (oid) as (
-                select c.objid union select i.inhrelid from family f join pg_inherits i on i.inhparent = f.oid
-            ) select oid from family) f
-            join pg_class k on k.oid = f.oid join pg_trigger g on g.tgrelid = f.oid join pg_proc p on p.oid = g.tgfoid
-            cross join lateral (select case when obj_description(g.tgfoid, 'pg_proc') like E'Publishes rows as events, see outbox.attach\\_table(): {%'
-                then substr(obj_description(g.tgfoid, 'pg_proc'), 54)::jsonb end as said) s
-        where c.classid = 'pg_class'::regclass and c.objsubid > 0 and not g.tgisinternal
-            and g.tgname ~ '^outbox_relay_(insert|update|delete|truncate)$'
-            and s.said is not null
-        order by g.tgfoid, f.oid = c.objid desc, k.relkind = 'p' desc
+        -- Only comments of the altered tables' triggers are parsed: anybody may write what he likes on a function of his own.
+        with altered as materialized (
+            select f.oid, f.oid = c.objid as is_itself, k.relkind, g.tgfoid, p.proowner, a.attname, obj_description(g.tgfoid, 'pg_proc') as comment
+            from pg_event_trigger_ddl_commands() c join pg_attribute a on a.attrelid = c.objid and a.attnum = c.objsubid
+                cross join lateral (with recursive family (oid) as (
+                    select c.objid union select i.inhrelid from family f join pg_inherits i on i.inhparent = f.oid
+                ) select oid from family) f
+                join pg_class k on k.oid = f.oid join pg_trigger g on g.tgrelid = f.oid join pg_proc p on p.oid = g.tgfoid
+            where c.classid = 'pg_class'::regclass and c.objsubid > 0 and not g.tgisinternal
+                and g.tgname ~ '^outbox_relay_(insert|update|delete|truncate)$'
+        ), attached as materialized (
+            select l.*, substr(l.comment, 54)::jsonb as said
+            from altered l where l.comment like E'Publishes rows as events, see outbox.attach\\_table(): {%'
+        )
+        select distinct on (t.tgfoid) t.oid::regclass as relation, t.tgfoid as function, t.proowner, t.said, t.attname as now_named,
+            array(select distinct n.name from jsonb_array_elements_text(coalesce(t.said -> 'key', '[]') || coalesce(t.said -> 'columns', '[]')) n (name)
+                where not exists (select from pg_attribute a where a.attrelid = t.oid and a.attname = n.name and a.attnum > 0 and not a.attisdropped)) as missing
+        from attached t
+        order by t.tgfoid, t.is_itself desc, t.relkind = 'p' desc
     loop
         was_named := case cardinality(d.missing) when 1 then d.missing[1] end;
         continue when was_named is null and not d.said ? 'condition';
@@ -81,14 +86,16 @@ begin
         return;
     end if;
     for d in
-        -- Columns that go with a parent's are among them, and come after it.
-        select distinct o.objid::regclass as relation, p.proowner, s.said, o.address_names[3] as name, o.original
-        from pg_event_trigger_dropped_objects() o join pg_trigger g on g.tgrelid = o.objid join pg_proc p on p.oid = g.tgfoid
-            cross join lateral (select case when obj_description(g.tgfoid, 'pg_proc') like E'Publishes rows as events, see outbox.attach\\_table(): {%'
-                then substr(obj_description(g.tgfoid, 'pg_proc'), 54)::jsonb end as said) s
-        where o.object_type = 'table column' and not g.tgisinternal and g.tgname ~ '^outbox_relay_(insert|update|delete|truncate)$'
-            and s.said is not null
-        order by o.original desc
+        -- As above, only these tables' comments are parsed. Columns that go with a parent's are among them, and come
+        -- after it.
+        with dropped as materialized (
+            select distinct o.objid, p.proowner, obj_description(g.tgfoid, 'pg_proc') as comment, o.address_names[3] as name, o.original
+            from pg_event_trigger_dropped_objects() o join pg_trigger g on g.tgrelid = o.objid join pg_proc p on p.oid = g.tgfoid
+            where o.object_type = 'table column' and not g.tgisinternal and g.tgname ~ '^outbox_relay_(insert|update|delete|truncate)$'
+        )
+        select l.objid::regclass as relation, l.proowner, substr(l.comment, 54)::jsonb as said, l.name, l.original
+        from dropped l where l.comment like E'Publishes rows as events, see outbox.attach\\_table(): {%'
+        order by l.original desc
     loop
         if coalesce(d.said -> 'key', '[]') || coalesce(d.said -> 'columns', '[]') ? d.name then
             raise exception using errcode = 'dependent_objects_still_exist', message = format('column "%s" of attached table %s is published', d.name, d.relation),

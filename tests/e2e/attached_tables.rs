@@ -327,6 +327,54 @@ fn changing_an_attached_table_needs_no_right_to_publish_and_gives_none() {
     run(&mut other, "drop table orders");
 }
 
+/// Any role may make temporary tables, with triggers and comments of its own.
+#[test]
+fn a_forged_comment_stops_no_change_of_other_tables() {
+    let pg = start();
+    pg.exec(
+        "create role nobody login;
+         create table others (id integer primary key, a integer, b integer);
+         create table ours (id integer primary key, a integer, b integer);
+         select outbox.attach_table('ours', columns => '{id,a}')",
+    );
+    let mut nobody = pg.client_as("nobody", "postgres");
+    for (name, said) in [
+        ("f", "{not json"),
+        ("g", "{"),
+        ("h", "{}[]"),
+        ("i", "{\"a\": \"\\ud800\"}"),
+    ] {
+        run(
+            &mut nobody,
+            &format!(
+                "create temp table of_{name} (id integer);
+                 create function pg_temp.{name}() returns trigger language plpgsql as 'begin return null; end';
+                 create trigger outbox_relay_insert after insert on of_{name} for each row execute function pg_temp.{name}();
+                 comment on function pg_temp.{name}() is 'Publishes rows as events, see outbox.attach_table(): {said}'"
+            ),
+        );
+    }
+    let mut client = pg.client();
+    for statement in [
+        "alter table others rename a to c",
+        "alter table others add column d integer",
+        "alter table others drop column b",
+        "alter table ours rename a to c",
+        "alter table ours drop column b",
+        "create table child () inherits (ours)",
+        "drop table others",
+    ] {
+        client
+            .batch_execute(statement)
+            .unwrap_or_else(|error| panic!("{statement}: {error:?}"));
+    }
+    run(&mut client, "insert into ours values (1, 2)");
+    assert_eq!(
+        taken(&mut client),
+        [event("ours.insert", "1", json!({"id": 1, "c": 2}))]
+    );
+}
+
 #[test]
 fn an_event_that_is_refused_fails_the_statement() {
     let pg = start();
