@@ -145,7 +145,7 @@ begin
         end if;
         exit when i = 20 or pg_catalog.current_setting('transaction_isolation') not in ('read committed', 'read uncommitted');
         perform outbox.wake();
-        perform pg_catalog.pg_sleep(0.05);
+        perform outbox.rest(0.05);
     end loop;
     raise exception using errcode = 'object_in_use',
         message = format('backend "%s" has waiting events', old.name),

@@ -69,6 +69,11 @@ end
 $$;
 comment on procedure outbox.purge() is 'Deletes sent and failed events, and entries of the inbox, whose retention has ended, and commits after each step. A worker does the same by itself.';
 
+create function outbox.rest(seconds double precision) returns void
+    language c volatile strict
+    as 'MODULE_PATHNAME', 'rest_for_wrapper';
+comment on function outbox.rest(double precision) is 'As pg_sleep(), which sleeps for as long as somebody puts the clock back meanwhile; this does not.';
+
 create function outbox.wait_for(seen text, event_id uuid, caller oid, seconds double precision) returns boolean
     language c volatile
     as 'MODULE_PATHNAME', 'wait_for_wrapper';

@@ -58,7 +58,7 @@ begin
         exit when i = 40 or current_setting('transaction_isolation') not in ('read committed', 'read uncommitted');
         -- The saved cursor may lag behind recent deliveries, so this lets the worker save it.
         perform outbox.wake();
-        perform pg_sleep(0.05);
+        perform outbox.rest(0.05);
     end loop;
     raise exception using errcode = 'object_not_in_prerequisite_state',
         message = format('event %s waits to be sent', event_id),

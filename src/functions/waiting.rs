@@ -16,6 +16,18 @@ pub(super) fn rest(ms: i64) {
     pgrx::check_for_interrupts!();
 }
 
+/// `outbox.rest(seconds)`
+#[pg_extern(sql = false)]
+fn rest_for(seconds: f64) {
+    report::guard(|| {
+        let limit = Duration::try_from_secs_f64(seconds.max(0.0)).unwrap_or(Duration::MAX);
+        let began = Instant::now();
+        while let Some(left) = limit.checked_sub(began.elapsed()).filter(|left| !left.is_zero()) {
+            rest(left.as_micros().div_ceil(1_000).min(1_000) as i64);
+        }
+    })
+}
+
 /// `outbox.wait_for(seen, event_id, caller, seconds)`: for what this snapshot sees, or for this event of the caller.
 #[pg_extern(sql = false)]
 fn wait_for(seen: Option<&str>, event_id: Option<pgrx::Uuid>, caller: Option<pg_sys::Oid>, seconds: f64) -> bool {

@@ -2,7 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use kit::{Redis, Stack, WallClock, types, wait_eq};
+use kit::{Redis, Refused, Stack, WallClock, types, wait_eq};
+use postgres::Client;
 
 const HOUR: i64 = 3_600;
 
@@ -104,33 +105,48 @@ fn a_clock_that_is_put_back_makes_no_view_lie() {
     assert_eq!(wrong, 0, "negative metrics");
 }
 
+/// Runs a statement, and puts the clock back or ahead while it waits. Returns how long it took.
+fn takes<T: Send>(
+    (clock, stack): &(WallClock, Stack),
+    step: i64,
+    statement: impl FnOnce(&mut Client) -> T + Send,
+) -> (Duration, T) {
+    clock.set(0);
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| {
+            let mut client = stack.pg.client();
+            let began = Instant::now();
+            let outcome = statement(&mut client);
+            (began.elapsed(), outcome)
+        });
+        std::thread::sleep(Duration::from_millis(500));
+        clock.set(step);
+        waiting.join().expect("it does not panic")
+    })
+}
+
 #[test]
 fn waiting_ends_after_its_time_whatever_the_clock_says() {
-    let Some((clock, stack)) = stack(&[]) else { return };
-    stack.pg.exec("update outbox.backends set enabled = false");
-    let id = stack.publish("waits");
+    let Some(both) = stack(&[]) else { return };
+    both.1.pg.exec("update outbox.backends set enabled = false");
+    let id = both.1.publish("waits");
     for call in [
         "outbox.drain('2 s')".to_owned(),
         format!("outbox.wait_published('{id}', '2 s')"),
     ] {
         for step in [-HOUR, HOUR] {
-            clock.set(0);
-            let (took, sent) = std::thread::scope(|scope| {
-                let waiting = scope.spawn(|| {
-                    let mut client = stack.pg.client();
-                    client.batch_execute("set statement_timeout = '10 s'").unwrap();
-                    let began = Instant::now();
-                    let sent = client
-                        .query_one(&format!("select {call}"), &[])
-                        .map(|row| row.get::<_, bool>(0));
-                    (began.elapsed(), sent)
-                });
-                std::thread::sleep(Duration::from_secs(1));
-                clock.set(step);
-                waiting.join().unwrap()
-            });
-            assert!(!sent.unwrap_or_else(|error| panic!("{call}, {step}: {error:?}")));
+            let query = format!("select {call}");
+            let (took, sent) = takes(&both, step, |client| client.query_one(&query, &[]));
+            assert!(!sent.expect("it waits").get::<_, bool>(0), "{call}, {step}");
             assert!((1.9..5.0).contains(&took.as_secs_f64()), "{call}, {step}: {took:?}");
         }
+    }
+    for (statement, code) in [
+        (format!("select outbox.erase('{id}')"), "55000"),
+        ("delete from outbox.backends".to_owned(), "55006"),
+    ] {
+        let (took, outcome) = takes(&both, -HOUR, |client| client.batch_execute(&statement));
+        assert_eq!(Refused::of(outcome).code, code);
+        assert!(took.as_secs() < 15, "{statement}: {took:?}");
     }
 }
