@@ -36,7 +36,7 @@ empty        :=
 space        := $(empty) $(empty)
 features      = pg$(major)$(if $(strip $(FEATURES)),$(comma)$(subst $(space),$(comma),$(strip $(FEATURES))))
 
-.PHONY: all sql install install-strip uninstall demo test test-redis-versions test-postgres-versions test-assertions test-packages test-monitoring test-moving test-examples deb dist image lint bench bench-quick chaos fuzz deny record-broadcaster site clean help headers
+.PHONY: all sql install install-strip uninstall demo test test-redis-versions test-postgres-versions test-assertions test-packages test-monitoring test-moving test-examples deb dist image lint bench bench-quick chaos fuzz deny record-broadcaster site clean help headers cargo
 
 # Not the first target.
 .DEFAULT_GOAL := all
@@ -51,7 +51,7 @@ $(sql_script): $(sql_parts) sql/schema
 # What the library was built for: installing another one would keep the server from starting.
 stamp := $(target_dir)/release/$(EXTENSION).built-for
 
-all: headers $(sql_script) ## build the extension (release)
+all: headers cargo $(sql_script) ## build the extension (release)
 	@rm -f "$(stamp)"
 	$(cargo_env) $(CARGO) build --release --locked -p $(EXTENSION) --no-default-features --features $(features)
 	@echo "$(features)" >"$(stamp)"
@@ -63,6 +63,11 @@ headers:
 	@test -f "$(includedir_server)/postgres.h" || { \
 	    echo "The server headers of Postgres $(major) are missing ($(includedir_server)/postgres.h)." >&2; \
 	    echo "On Debian and Ubuntu: apt install postgresql-server-dev-$(major), or run scripts/setup." >&2; \
+	    exit 1; }
+
+cargo:
+	@command -v $(firstword $(CARGO)) >/dev/null || { \
+	    echo "$(firstword $(CARGO)) is not in the PATH of $$(id -un). Run make as the user who has Rust, and only then sudo make install." >&2; \
 	    exit 1; }
 
 # Builds only what is missing, since it often runs as another user.

@@ -4,7 +4,7 @@
 # Makes tree $2 of Debian's suite $1, with only sudo and certificates added; packages that are installed there start no
 # server.
 make_debian_tree() {
-    command -v debootstrap >/dev/null || apt-get install -y -qq --no-install-recommends debootstrap >/dev/null
+    command -v debootstrap >/dev/null || apt-get -o DPkg::Lock::Timeout=120 install -y -qq --no-install-recommends debootstrap >/dev/null
     debootstrap --variant=minbase --include=ca-certificates,sudo "$1" "$2" http://deb.debian.org/debian >"$2.log" || { tail "$2.log" >&2; return 1; }
     cp -L /etc/resolv.conf /etc/hosts "$2/etc/"
     cp -L /etc/ssl/certs/ca-certificates.crt "$2/etc/ssl/certs/"
