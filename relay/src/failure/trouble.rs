@@ -271,7 +271,7 @@ impl Trouble {
             ),
             Self::NoStreams => (
                 Configuration,
-                "This server has no streams. Use Redis 5 or later, and do not rename its command XADD.",
+                "This server has no streams. Use Redis 6.2 or later, and do not rename its command XADD.",
             ),
             Self::NoPermCommand | Self::NoPermKey => (
                 if self == Self::NoPermKey { Event } else { Configuration },
