@@ -16,7 +16,7 @@ target_dir   := $(or $(CARGO_TARGET_DIR),target)
 library      := $(target_dir)/release/lib$(EXTENSION).so
 
 # The targets that need no Postgres must work without one.
-ifneq ($(filter-out help clean sql demo test test-redis-versions test-postgres-versions test-assertions test-packages test-monitoring test-moving test-examples deb dist image bench bench-quick chaos fuzz deny record-broadcaster site,$(or $(MAKECMDGOALS),all)),)
+ifneq ($(filter-out help clean sql demo test test-redis-versions test-postgres-versions test-assertions test-packages test-monitoring test-moving test-debezium test-examples deb dist image bench bench-quick chaos fuzz deny record-broadcaster site,$(or $(MAKECMDGOALS),all)),)
 major := $(shell $(PG_CONFIG) --version 2>/dev/null | sed -nE 's/^PostgreSQL ([0-9]+).*/\1/p')
 ifeq ($(major),)
 $(error "$(PG_CONFIG)" is no working pg_config. Name one with PG_CONFIG=..., or let scripts/setup install Postgres and say where it is)
@@ -36,7 +36,7 @@ empty        :=
 space        := $(empty) $(empty)
 features      = pg$(major)$(if $(strip $(FEATURES)),$(comma)$(subst $(space),$(comma),$(strip $(FEATURES))))
 
-.PHONY: all sql install install-strip uninstall demo test test-redis-versions test-postgres-versions test-assertions test-packages test-monitoring test-moving test-examples deb dist image lint bench bench-quick chaos fuzz deny record-broadcaster site clean help headers cargo
+.PHONY: all sql install install-strip uninstall demo test test-redis-versions test-postgres-versions test-assertions test-packages test-monitoring test-moving test-debezium test-examples deb dist image lint bench bench-quick chaos fuzz deny record-broadcaster site clean help headers cargo
 
 # Not the first target.
 .DEFAULT_GOAL := all
@@ -114,6 +114,9 @@ image: ## build the extension image for CloudNativePG with the Postgres 18 of PG
 
 test-moving: ## move an application from django-broadcaster (of PyPI) and back, under load, while a consumer counts events
 	scripts/test-moving
+
+test-debezium: ## compare with Debezium (of PyPI, 200 MB; needs a JDK), and move an outbox table away from it under load
+	scripts/test-debezium
 
 test-monitoring: ## scrape a server with Debian's Prometheus and contrib/monitoring, and query every panel and alert
 	scripts/test-monitoring

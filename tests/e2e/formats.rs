@@ -156,6 +156,37 @@ fn the_name_of_the_position_is_refused_while_entries_have_it() {
     }
 }
 
+/// `make test-debezium` compares them with those of Debezium itself.
+#[test]
+fn format_debezium_has_the_old_and_the_new_row_of_an_attached_table() {
+    let stack = with_a_backend_of_each();
+    stack.pg.exec(
+        "create table orders (id int primary key, total numeric);
+         select outbox.attach_table('orders', backend => 'debezium', payload => 'both')",
+    );
+    for statement in [
+        "insert into orders values (7, 1.50)",
+        "update orders set total = 2",
+        "delete from orders",
+    ] {
+        stack.pg.exec(statement);
+    }
+    let entries = stack.redis.wait_entries("debezium", 3);
+    let told = entries.iter().map(|entry| {
+        let value = json(entry, "value");
+        ["op", "before", "after"].map(|name| value[name].to_string())
+    });
+    let (first, second) = (r#"{"id":7,"total":1.50}"#, r#"{"id":7,"total":2}"#);
+    assert_eq!(
+        told.collect::<Vec<_>>(),
+        [
+            ["\"c\"", "null", first],
+            ["\"u\"", first, second],
+            ["\"d\"", second, "null"]
+        ]
+    );
+}
+
 #[test]
 fn a_changed_format_counts_from_the_next_event_on() {
     let stack = Stack::start();

@@ -5,17 +5,84 @@ use crate::event::format::cloud_event::append_json_string;
 use crate::event::format::stamped::{Data, Stamped, name_between};
 use crate::event::wanted::EventName;
 use crate::resp::write::append_bulk;
+use serde::Deserialize;
+use serde_json::value::RawValue;
 
 pub(super) const FIELDS: [&str; 2] = ["key", "value"];
 
-/// The `op` of a change, from the last word of the event's type: `orders.update` is an update. All other events are
-/// creations.
-fn operation(event_type: &str) -> u8 {
-    match event_type.rsplit('.').next() {
-        Some("update") => b'u',
-        Some("delete") => b'd',
-        Some("truncate") => b't',
-        _ => b'c',
+/// The last word of an event's type says what has happened to a row: `orders.update` is an update.
+#[derive(Clone, Copy, PartialEq)]
+enum Change {
+    Insert,
+    Update,
+    Delete,
+    Truncate,
+    /// Another word: the event is no change of a row. It counts as a creation.
+    Other,
+}
+
+impl Change {
+    fn of(event_type: &str) -> Self {
+        match event_type.rsplit('.').next() {
+            Some("insert") => Self::Insert,
+            Some("update") => Self::Update,
+            Some("delete") => Self::Delete,
+            Some("truncate") => Self::Truncate,
+            _ => Self::Other,
+        }
+    }
+
+    fn op(self) -> u8 {
+        match self {
+            Self::Insert | Self::Other => b'c',
+            Self::Update => b'u',
+            Self::Delete => b'd',
+            Self::Truncate => b't',
+        }
+    }
+}
+
+/// A row before and after a change, as JSON texts: the payload `both` of an attached table.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Both<'a> {
+    #[serde(borrow)]
+    old: &'a RawValue,
+    #[serde(borrow)]
+    new: &'a RawValue,
+}
+
+impl<'a> Both<'a> {
+    /// `None`: the payload is something else.
+    fn of(data: &'a str) -> Option<Self> {
+        // An array of two would do, too.
+        let object = data.trim_ascii_start().starts_with('{').then_some(data)?;
+        serde_json::from_str(object).ok()
+    }
+}
+
+/// The values of `before` and `after`, each in three parts.
+type States<'a> = [[&'a str; 3]; 2];
+
+const NOTHING: [&str; 3] = ["", "null", ""];
+
+fn states<'a>(change: Change, data: Option<Data<'a>>) -> States<'a> {
+    // Binary payloads are written as base64, which is Debezium's default (binary.handling.mode).
+    let data = match data {
+        Some(Data::Json(data)) => {
+            let is_of_row = matches!(change, Change::Insert | Change::Update | Change::Delete);
+            if let Some(both) = is_of_row.then(|| Both::of(data)).flatten() {
+                return [["", both.old.get(), ""], ["", both.new.get(), ""]];
+            }
+            ["", data, ""]
+        }
+        Some(Data::Base64(base64)) => ["\"", base64, "\""],
+        None => NOTHING,
+    };
+    match change {
+        // A deleted row has no state afterwards.
+        Change::Delete => [data, NOTHING],
+        _ => [NOTHING, data],
     }
 }
 
@@ -47,18 +114,8 @@ pub(super) fn append(out: &mut Vec<u8>, scratch: &mut Vec<u8>, stamped: &Stamped
 
 fn append_envelope(out: &mut Vec<u8>, stamped: &Stamped<'_>) {
     let event = stamped.event;
-    let op = operation(event.event_type);
-    // Binary payloads are written as base64, which is Debezium's default (binary.handling.mode).
-    let [open, data, close] = match stamped.data() {
-        Some(Data::Json(data)) => ["", data, ""],
-        Some(Data::Base64(base64)) => ["\"", base64, "\""],
-        None => ["", "null", ""],
-    };
-    // A deleted row has no state afterwards.
-    let (before, after) = match op {
-        b'd' => ([open, data, close], ["", "null", ""]),
-        _ => (["", "null", ""], [open, data, close]),
-    };
+    let change = Change::of(event.event_type);
+    let [before, after] = states(change, stamped.data());
     let mut milliseconds = itoa::Buffer::new();
     let milliseconds = milliseconds.format(event.created_at_us.div_euclid(1_000)).as_bytes();
     out.extend_from_slice(BEFORE_ID);
@@ -87,7 +144,7 @@ fn append_envelope(out: &mut Vec<u8>, stamped: &Stamped<'_>) {
         (before[1], before[2].as_bytes()),
         (r#","after":"#, after[0].as_bytes()),
         (after[1], after[2].as_bytes()),
-        (r#","op":"#, &[b'"', op, b'"']),
+        (r#","op":"#, &[b'"', change.op(), b'"']),
         (r#","ts_ms":"#, milliseconds),
     ] {
         out.extend_from_slice(name.as_bytes());

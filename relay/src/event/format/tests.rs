@@ -224,6 +224,36 @@ fn debezium_has_a_key_and_an_envelope() {
 }
 
 #[test]
+fn debezium_tells_the_old_and_the_new_row_apart() {
+    let states = |event_type: &str, data: &str| {
+        let event = Event {
+            event_type,
+            data: Some(data),
+            ..whole()
+        };
+        let found = encoded_by(Encoder::new(Format::Debezium, Vec::new()), &event, 0);
+        let value: serde_json::Value = serde_json::from_str(pairs(&found)[1].1).unwrap();
+        ["before", "after", "op"].map(|name| value[name].to_string())
+    };
+    let (row, old_and_new) = (r#"{"a":1.50}"#, r#"{"old" : {"a": 1.0}, "new" : {"a": 1.50}}"#);
+    assert_eq!(states("t.update", old_and_new), [r#"{"a":1.0}"#, row, "\"u\""]);
+    assert_eq!(
+        states("t.insert", r#"{"old": null, "new": {"a": 1.50}}"#),
+        ["null", row, "\"c\""]
+    );
+    assert_eq!(
+        states("t.delete", r#"{"old": {"a": 1.50}, "new": null}"#),
+        [row, "null", "\"d\""]
+    );
+    // A publisher's own payload is left whole.
+    let whole = r#"{"new":2,"old":1}"#;
+    assert_eq!(states("price.raised", whole), ["null", whole, "\"c\""]);
+    for data in [r#"{"old":1}"#, r#"{"old":1,"new":2,"by":3}"#, "[1,2]", "7"] {
+        assert_eq!(states("t.update", data), ["null", data, "\"u\""]);
+    }
+}
+
+#[test]
 fn each_format_carries_the_last_position_that_was_set() {
     let told = |format: Format, position: u64| {
         let mut encoder = Encoder::new(format, Vec::new()).with_lsn();
