@@ -20,6 +20,8 @@ mod mended;
 mod mending;
 mod pacing;
 mod pass;
+mod passed;
+mod passing_by;
 mod permits;
 mod purge;
 mod purging;
@@ -216,6 +218,7 @@ impl Worker {
         if now >= self.polled_at + guc::millis(&guc::POLL_INTERVAL_MS) {
             self.polled_at = now;
             (self.work, self.polled) = (true, true);
+            self.passed.is_due = true;
             self.backends.iter_mut().for_each(Backend::refresh);
         }
         if self.settings_changed {
@@ -269,8 +272,9 @@ impl Worker {
         self.save_consumers(now);
         self.end_failing();
         self.forget_deleted(now);
+        let passing = self.pass_by(now);
         let purging = self.purge(now, more);
-        Ok(self.timeout(more, purging))
+        Ok(self.timeout(more, passing.into_iter().chain(purging).min()))
     }
 
     /// Moves on the recovery of backends whose connections have read or claimed their guards.
@@ -322,7 +326,7 @@ impl Worker {
         }
     }
 
-    fn timeout(&self, more: bool, purging: Option<Duration>) -> Option<Duration> {
+    fn timeout(&self, more: bool, aside: Option<Duration>) -> Option<Duration> {
         if more {
             return Some(Duration::ZERO);
         }
@@ -359,7 +363,7 @@ impl Worker {
             .min()
             .unwrap_or(poll)
             .saturating_sub(now);
-        Some(purging.map_or(next, |p| next.min(p)))
+        Some(aside.map_or(next, |wait| next.min(wait)))
     }
 
     fn save_due(&mut self, now: Now) {

@@ -33,6 +33,41 @@ pub(super) struct Outcome {
 /// Reads on for a group of `backends`, but not for long if `is_wanted` says that others have work. Needs a transaction.
 /// The result may be handed over when that has ended well.
 pub(super) fn read(backends: &mut [Backend], group: &Group, is_wanted: &dyn Fn() -> bool) -> Vec<Outcome> {
+    let readers = collectors(backends, group).collect();
+    let limits = Limits::of(guc::BATCH_SIZE.get() as usize);
+    let readers = run(backends, group, readers, limits, is_wanted);
+    readers
+        .into_iter()
+        .map(|reader| written_down(reader, backends))
+        .collect()
+}
+
+/// Passes rows of others, `steps` at most, for a group of backends that do not send. Otherwise as [`read`].
+pub(super) fn pass_by(
+    backends: &mut [Backend],
+    group: &Group,
+    steps: usize,
+    is_wanted: &dyn Fn() -> bool,
+) -> Vec<Collector> {
+    let readers = collectors(backends, group).map(Collector::passing_by).collect();
+    let limits = Limits { steps, ..Limits::of(1) };
+    run(backends, group, readers, limits, is_wanted)
+}
+
+fn collectors(backends: &[Backend], group: &Group) -> impl Iterator<Item = Collector> {
+    group.members.iter().map(|index| {
+        let b = &backends[*index];
+        Collector::new(*index, b.number, b.lane(), b.role(), &b.delivery)
+    })
+}
+
+fn run(
+    backends: &mut [Backend],
+    group: &Group,
+    readers: Vec<Collector>,
+    limits: Limits,
+    is_wanted: &dyn Fn() -> bool,
+) -> Vec<Collector> {
     let relations = catalog::expect_relations();
     fault::reach(Point::BeforeReadLock);
     let mut table = EventsTable::open(&relations);
@@ -41,23 +76,12 @@ pub(super) fn read(backends: &mut [Backend], group: &Group, is_wanted: &dyn Fn()
     if !numbers.contains(&0) {
         table.want_only(numbers);
     }
-    let reader = |index: &usize| {
-        let b = &backends[*index];
-        Collector::new(*index, b.number, b.lane(), b.role(), &b.delivery)
-    };
-    let pass = Pass::new(
-        group,
-        group.members.iter().map(reader).collect(),
-        Backends::of(backends.iter().map(|b| (b.number, b.lane(), b.role()))),
-        Limits::of(guc::BATCH_SIZE.get() as usize),
-    );
+    let all = Backends::of(backends.iter().map(|b| (b.number, b.lane(), b.role())));
+    let pass = Pass::new(group, readers, all, limits);
     let memory = RowMemory::new();
     let readers = pass.run(&mut table, &mut ScannedRows { backends, memory }, is_wanted);
     table.close();
     readers
-        .into_iter()
-        .map(|reader| written_down(reader, backends))
-        .collect()
 }
 
 /// Within the pass's transaction.

@@ -189,8 +189,8 @@ impl Purge {
             let is_recorded = |b: &Backend| due.iter().any(|(number, _)| *number == b.number);
             for backend in backends.iter_mut().filter(|b| is_recorded(b)) {
                 // What is in flight will be acknowledged later, and that asks for the next tick.
-                (backend.retention.recorded_at, backend.retention.is_due) =
-                    (Some(now), backend.delivery.acked().under_way.is_some());
+                let goes_on = backend.delivery.acked().under_way.is_some() && !backend.stands_before_own();
+                (backend.retention.recorded_at, backend.retention.is_due) = (Some(now), goes_on);
             }
             self.ticks_wait = true;
         }

@@ -333,7 +333,8 @@ fn forget_take_over(backend: &mut Backend) -> Result<(), Aborted> {
 pub(super) fn finish_lanes(backends: &mut [Backend], latest: &Arc<Tick>) -> Result<(), Aborted> {
     for index in 0..backends.len() {
         let finder = &backends[index];
-        let Some(row) = finder.row().filter(|_| finder.is_finder()) else {
+        // The lanes of a paused backend do both later, even if its finder has come to the newest tick.
+        let Some(row) = finder.row().filter(|row| finder.is_finder() && row.enabled) else {
             continue;
         };
         let number = finder.number;

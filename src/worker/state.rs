@@ -6,6 +6,7 @@ use crate::tables::identity::Identity;
 use crate::worker::backend::{Backend, Home};
 use crate::worker::held::Scheduled;
 use crate::worker::mended::Mending;
+use crate::worker::passed::Passed;
 use crate::worker::permits::SenderPermits;
 use crate::worker::purge::Purge;
 use crate::worker::rates::Rates;
@@ -116,6 +117,7 @@ pub(super) struct Worker {
     pub(super) rates: Rates,
     pub(super) turns: Turns,
     pub(super) purge: Purge,
+    pub(super) passed: Passed,
     pub(super) mending: Mending,
     /// When it was last logged that versions do not match.
     pub(super) mismatch_said: Option<Now>,
@@ -171,6 +173,7 @@ impl Worker {
             rates: Rates::default(),
             turns: Turns::default(),
             purge: Purge::default(),
+            passed: Passed::default(),
             mending: Mending::default(),
             mismatch_said: None,
             consumers_viewed: false,

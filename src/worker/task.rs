@@ -13,6 +13,8 @@ pub(super) enum Task {
     Read,
     /// Read for one backend.
     ReadFor(Whose),
+    /// Pass rows of others for backends that do not send.
+    PassBy,
     /// Save what is unsaved of all backends.
     Save,
     SaveOf(Whose),
@@ -45,7 +47,9 @@ impl Task {
             Self::ReadFor(_) => waits(50, 2_000),
             Self::Save | Self::SaveOf(_) | Self::Retry(_) | Self::Move => waits(100, 5_000),
             Self::Claim(_) | Self::FinishLanes | Self::AddLane(_) => waits(100, 5_000),
-            Self::RecordTicks | Self::SaveConsumers | Self::NoteStream | Self::Forget => waits(1_000, 60_000),
+            Self::PassBy | Self::RecordTicks | Self::SaveConsumers | Self::NoteStream | Self::Forget => {
+                waits(1_000, 60_000)
+            }
             Self::PurgeSent(_) | Self::PurgeFailed | Self::PurgeInbox => waits(1_000, 60_000),
         }
     }
@@ -62,7 +66,7 @@ impl Task {
     pub(super) fn doing(self) -> &'static str {
         match self {
             Self::Load => "The worker was loading the backends",
-            Self::Read | Self::ReadFor(_) => "The worker was reading events",
+            Self::Read | Self::ReadFor(_) | Self::PassBy => "The worker was reading events",
             Self::Save | Self::SaveOf(_) => "The worker was saving cursors and refused events",
             Self::Claim(_) => "The worker was claiming the guard",
             Self::FinishLanes | Self::AddLane(_) => "The worker was creating or completing the lanes of a cluster",
@@ -83,7 +87,7 @@ impl Task {
         match self {
             Self::Load | Self::Read | Self::ReadFor(_) | Self::Save | Self::SaveOf(_) | Self::Claim(_) => true,
             Self::FinishLanes | Self::AddLane(_) | Self::Retry(_) | Self::Move => true,
-            Self::RecordTicks | Self::SaveConsumers | Self::NoteStream | Self::Forget => false,
+            Self::PassBy | Self::RecordTicks | Self::SaveConsumers | Self::NoteStream | Self::Forget => false,
             Self::PurgeSent(_) | Self::PurgeFailed | Self::PurgeInbox => false,
         }
     }

@@ -84,6 +84,7 @@ mod numbers;
 mod old_snapshots;
 mod order;
 mod outage;
+mod passing_by;
 mod preview;
 mod privileges;
 mod property;

@@ -102,6 +102,8 @@ pub struct Collector {
     pub full: Option<Rc<str>>,
     /// Numbers of entries for streams that have limits.
     placed: HashMap<Rc<str>, i64>,
+    /// Whether it only passes rows of others.
+    passes_by: bool,
 }
 
 impl Collector {
@@ -123,7 +125,21 @@ impl Collector {
             found: None,
             full: None,
             placed: HashMap::new(),
+            passes_by: false,
         }
+    }
+
+    /// The reader of a backend that does not send: it passes rows of others, and stops before the first of its own,
+    /// whatever would become of that row.
+    pub fn passing_by(self) -> Self {
+        Self {
+            passes_by: true,
+            ..self
+        }
+    }
+
+    pub fn passes_by(&self) -> bool {
+        self.passes_by
     }
 
     /// Whether it has met a row of its own.
@@ -140,7 +156,7 @@ impl Collector {
 
     /// Whether it can wait for others: its sender has enough to do, or there is no sender.
     fn can_wait(&self) -> bool {
-        self.role != Role::Redis || self.room.supply() != Supply::Low
+        !self.passes_by && (self.role != Role::Redis || self.room.supply() != Supply::Low)
     }
 
     fn close_batch(&mut self, end: Position) {
@@ -229,11 +245,16 @@ impl Pass {
     {
         let mut scan = RangeScan::open(table, &self.from, &self.to, self.seq);
         let mut is_at_end = false;
-        let sending = self.readers.iter().filter(|r| r.role == Role::Redis).count();
+        let sending = self
+            .readers
+            .iter()
+            .filter(|r| r.role == Role::Redis && !r.passes_by)
+            .count();
         for step in 1..=self.limits.steps * sending.clamp(1, SCAN_READERS) {
-            // A reader that meets only rows of others must get past them first.
+            // A reader that meets only rows of others must get past them first, if it sends.
             let may_end = step % self.limits.least_steps == 0;
-            if may_end && self.readers.iter().any(Collector::has_found) && is_wanted() {
+            let may_rest = |r: &Collector| r.passes_by || r.has_found();
+            if may_end && self.readers.iter().any(may_rest) && is_wanted() {
                 break;
             }
             match scan.step() {
@@ -263,8 +284,7 @@ impl Pass {
     fn refused_by<S: Source>(&mut self, source: &mut S, scan: &S::Scan, key: Key) -> Option<usize> {
         let number = self.backends.known(source.number(scan));
         if let Some(error) = source.unreadable(scan) {
-            self.fail_unreadable(number, key, &error);
-            return None;
+            return self.fail_unreadable(number, key, &error);
         }
         let reader = self.reader_of(source, scan, number, key)?;
         (!self.take(source, scan, reader, key.seq)).then_some(reader)
@@ -330,19 +350,23 @@ impl Pass {
         Some(slot.filter(|slot| self.backends.lanes.contains(&(number, Some(*slot)))))
     }
 
-    /// Any reader of the row's backend writes it down, because its lane may not be known.
-    fn fail_unreadable(&mut self, number: i32, key: Key, error: &str) {
+    /// Any reader of the row's backend writes it down, because its lane may not be known. Returns the reader if it must
+    /// not.
+    fn fail_unreadable(&mut self, number: i32, key: Key, error: &str) -> Option<usize> {
         let is_its = |r: &Collector| r.number == number && !r.is_stopped && self.is_before(r, key);
-        if let Some(reader) = self.readers.iter().position(is_its) {
-            self.readers[reader].fail(key.seq, error);
+        let reader = self.readers.iter().position(is_its)?;
+        if self.readers[reader].passes_by {
+            return Some(reader);
         }
+        self.readers[reader].fail(key.seq, error);
+        None
     }
 
     /// Gives a row to a reader. False: the reader has no room.
     fn take<S: Source>(&mut self, source: &mut S, scan: &S::Scan, reader: usize, seq: i64) -> bool {
         let (limits, to) = (&self.limits, &self.to);
         let reader = &mut self.readers[reader];
-        if reader.records.len() >= limits.records {
+        if reader.passes_by || reader.records.len() >= limits.records {
             return false;
         }
         match reader.role {

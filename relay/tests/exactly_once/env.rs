@@ -73,6 +73,8 @@ pub(crate) enum Mutant {
     NewLaneComparesNothing,
     /// Takes everything that the finder has passed for delivered by the whole backend.
     PurgesWithoutLanes,
+    /// The reader of a lane that does not send passes a row of its own, too.
+    PassesItsOwn,
 }
 
 /// How often each fault happens.
@@ -226,6 +228,7 @@ seen!(
     late_commands,
     trims,
     lanes,
+    passed_by,
     purged,
     not_compared,
     entries

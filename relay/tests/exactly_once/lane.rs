@@ -353,7 +353,7 @@ impl Site {
 
     /// Some part of the way of some event.
     pub(crate) fn go_on(&mut self, env: &mut Env, at: usize) -> bool {
-        match env.rng.u8(..18) {
+        match env.rng.u8(..19) {
             0 => self.tend(env, at),
             1 => self.retry(env, at),
             2 => {
@@ -366,6 +366,7 @@ impl Site {
             11..15 => self.read_reply(at),
             15 => self.rest(at),
             16 => self.finish_lanes(env),
+            17 => self.pass_by(env),
             _ => self.write(at),
         }
     }

@@ -122,6 +122,8 @@ catches! {
     the_oracle_catches_a_finder_that_goes_on_before_its_lane_is_saved: cluster(LaneIsNotSaved), { crashes: 0.05 }, ["which has no lane"];
     the_oracle_catches_retention_that_forgets_the_lanes:
         cluster(PurgesWithoutLanes), { purges: 0.2, cuts: 0.1 }, ["was purged, and is lost"];
+    the_oracle_catches_a_lane_that_does_not_send_and_passes_its_own_row:
+        cluster(PassesItsOwn), { cuts: 0.05 }, ["is lost", "which is nowhere", "which has no lane"];
     the_oracle_catches_a_lane_that_compares_for_all_after_a_promotion:
         cluster(OneLaneComparesForAll), { promotions: 0.05 }, ["is lost", "which is nowhere", "times in its stream"];
     the_oracle_catches_a_lane_made_after_a_promotion_that_compares_nothing:

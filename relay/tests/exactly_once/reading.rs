@@ -164,11 +164,17 @@ impl Site {
                 self.save(env, *at);
             }
         }
-        let reader = |at: &usize| {
-            let lane = &self.lanes[*at];
-            Collector::new(*at, NUMBER, lane.slot, lane.role, &lane.delivery)
-        };
+        let reader = |at: &usize| self.collector(*at);
         let readers = group.members.iter().map(reader).collect();
+        self.pass(env, group, readers, limit);
+    }
+
+    fn collector(&self, at: usize) -> Collector {
+        let lane = &self.lanes[at];
+        Collector::new(at, NUMBER, lane.slot, lane.role, &lane.delivery)
+    }
+
+    fn pass(&mut self, env: &mut Env, group: &Group, readers: Vec<Collector>, limit: usize) {
         let backends = Backends::of(self.lanes.iter().map(|lane| (NUMBER, lane.slot, lane.role)));
         let pass = Pass::new(group, readers, backends, limits(env, limit));
         let mut view = self.database.view();
@@ -190,6 +196,27 @@ impl Site {
         readers.into_iter().for_each(|reader| self.hand_over(env, reader));
     }
 
+    /// The readers of lanes that do not send pass rows of others: those that are down, and those of a paused backend.
+    pub(crate) fn pass_by(&mut self, env: &mut Env) -> bool {
+        let latest = self.latest.clone().unwrap_or_else(|| Arc::new(Tick::beginning()));
+        let may = |at: &usize| {
+            let lane = &self.lanes[*at];
+            lane.pending.is_empty() && lane.delivery.may_pass_by() && self.way(*at, &latest).leads_on()
+        };
+        let mut waiting: Vec<usize> = (0..self.lanes.len()).filter(may).collect();
+        let Some(group) = Group::take(&mut waiting, |at| self.way(at, &latest)) else {
+            return false;
+        };
+        let readers = group
+            .members
+            .iter()
+            .map(|at| self.collector(*at).passing_by())
+            .collect();
+        let limit = env.rng.usize(..30);
+        self.pass(env, &group, readers, limit);
+        true
+    }
+
     /// Adopts the result of a pass, in a transaction that has committed.
     fn hand_over(&mut self, env: &mut Env, reader: Collector) {
         let at = reader.index;
@@ -209,12 +236,21 @@ impl Site {
         for seq in &reader.skipped {
             self.lanes[at].delivery.skipped(*seq);
         }
+        let mut end = reader.end.clone();
+        if reader.passes_by() {
+            tell!(env, "lane {at} passes rows of others, up to {end}");
+            env.seen.passed_by += u32::from(!self.lanes[at].delivery.is_up());
+            if reader.is_stopped && env.mutant == Mutant::PassesItsOwn {
+                let to = end.newest().clone();
+                end = Position::towards(end.from.clone(), to, end.place() + 1);
+            }
+        }
         for BuiltBatch { batch, contents } in reader.built {
             self.send(env, at, batch, contents);
         }
-        self.lanes[at].delivery.advanced(reader.end.clone());
+        self.lanes[at].delivery.advanced(end.clone());
         if let Some(slot) = reader.found {
-            self.add_lane(env, slot, reader.end);
+            self.add_lane(env, slot, end);
         }
     }
 

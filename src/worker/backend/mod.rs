@@ -83,6 +83,8 @@ pub(crate) struct Backend {
     pub books: Books,
     pub turn: Turn,
     pub retention: RetentionClock,
+    /// Where its reader stands before a row of its own, which it does not pass as long as it does not send.
+    pub before_own: Option<Position>,
     /// It reads nothing before this time, because it met a row that it cannot deliver yet.
     pub rests_until: Now,
     restored: Restored,
@@ -172,6 +174,7 @@ impl Backend {
                 recorded_at: None,
                 is_due: true,
             },
+            before_own: None,
             rests_until: Now::ZERO,
             restored: Restored::default(),
             logged: Logged::default(),
