@@ -11,6 +11,7 @@ use pgrx::spi::{OwnedPreparedStatement, Spi, SpiClient};
 use std::borrow::Cow;
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::ffi::CString;
 use std::fmt::Write;
 
 /// Reads what is committed now. Unlike SPI's `update`, this assigns no transaction id, so reading writes no WAL and
@@ -34,26 +35,59 @@ pub(crate) fn query<R>(sql: &str, args: &[DatumWithOid<'_>], each: impl FnMut(&F
     })
 }
 
+/// A statement that runs often.
+#[derive(Clone, Copy)]
+struct Kept {
+    statement: &'static OwnedPreparedStatement,
+    /// The same statement, never executed. Whoever gets its plan locks its tables. Only of a statement that reads.
+    locks: pg_sys::SPIPlanPtr,
+}
+
 thread_local! {
     /// Plans by their statements. They are kept as long as the process lives.
-    static KEPT: RefCell<HashMap<String, &'static OwnedPreparedStatement>> = RefCell::default();
+    static KEPT: RefCell<HashMap<String, Kept>> = RefCell::default();
 }
 
 /// A statement that runs often, parsed and planned once. The plan must be good however large its tables become, so it
 /// uses indexes where it can.
-fn kept(client: &SpiClient<'_>, sql: &str, args: &[DatumWithOid<'_>], writes: bool) -> &'static OwnedPreparedStatement {
+fn kept(client: &SpiClient<'_>, sql: &str, args: &[DatumWithOid<'_>], writes: bool) -> Kept {
     let known = KEPT.with_borrow(|kept| kept.get(sql).copied());
     known.unwrap_or_else(|| {
-        let made = match writes {
-            true => client.prepare_mut(sql, &types_of(args)),
-            false => client.prepare(sql, &types_of(args)),
+        let (made, locks) = match writes {
+            true => (client.prepare_mut(sql, &types_of(args)), std::ptr::null_mut()),
+            false => (client.prepare(sql, &types_of(args)), kept_plan(sql, args)),
         };
         let made = made.unwrap_or_else(|e| internal(e.to_string())).keep();
         // It is never freed: the process's memory ends with the process.
-        let made: &'static OwnedPreparedStatement = Box::leak(Box::new(made));
-        KEPT.with_borrow_mut(|kept| kept.insert(sql.to_owned(), made));
-        made
+        let statement: &'static OwnedPreparedStatement = Box::leak(Box::new(made));
+        let kept = Kept { statement, locks };
+        KEPT.with_borrow_mut(|all| all.insert(sql.to_owned(), kept));
+        kept
     })
+}
+
+fn kept_plan(sql: &str, args: &[DatumWithOid<'_>]) -> pg_sys::SPIPlanPtr {
+    let mut types: Vec<pg_sys::Oid> = args.iter().map(DatumWithOid::oid).collect();
+    let sql = CString::new(sql).unwrap_or_else(|e| internal(e.to_string()));
+    // SAFETY: connected to SPI; the text and the types are read before it returns.
+    unsafe {
+        let plan = pg_sys::SPI_prepare(sql.as_ptr(), types.len() as i32, types.as_mut_ptr());
+        if plan.is_null() || pg_sys::SPI_keepplan(plan) != 0 {
+            internal("a statement cannot be kept");
+        }
+        plan
+    }
+}
+
+/// Locks the tables of a statement that reads, until the transaction ends.
+fn lock_tables(kept: Kept) {
+    // SAFETY: connected to SPI, a kept plan of one statement; what was got is released with the same owner.
+    unsafe {
+        let plan = pg_sys::SPI_plan_get_cached_plan(kept.locks);
+        if !plan.is_null() {
+            pg_sys::ReleaseCachedPlan(plan, pg_sys::CurrentResourceOwner);
+        }
+    }
 }
 
 /// Executes a cached statement. It is planned when it is first executed.
@@ -69,26 +103,27 @@ fn execution_of_kept<R>(f: impl FnOnce() -> R) -> R {
 
 /// As [`query`], for a statement that runs often.
 pub(crate) fn query_kept<R>(sql: &str, args: &[DatumWithOid<'_>], each: impl FnMut(&FoundRow<'_>) -> R) -> Vec<R> {
-    // SAFETY: as in `query`.
-    unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetLatestSnapshot()) };
-    let found = rights::reading(|| {
+    rights::reading(|| {
         Spi::connect(|client| {
-            let statement = kept(client, sql, args, false);
-            let table = execution_of_kept(|| client.select(statement, None, args));
-            FoundRow::for_all(table.unwrap_or_else(|e| internal(e.to_string())), each)
+            let kept = kept(client, sql, args, false);
+            execution_of_kept(|| lock_tables(kept));
+            // SAFETY: as in `query`; also here the tables are locked before.
+            unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetLatestSnapshot()) };
+            let table = execution_of_kept(|| client.select(kept.statement, None, args));
+            let found = FoundRow::for_all(table.unwrap_or_else(|e| internal(e.to_string())), each);
+            // SAFETY: as in `query`.
+            unsafe { pg_sys::PopActiveSnapshot() };
+            found
         })
-    });
-    // SAFETY: as in `query`.
-    unsafe { pg_sys::PopActiveSnapshot() };
-    found
+    })
 }
 
 /// As [`run_returning`], for a statement that runs often.
 pub(crate) fn run_kept<R>(sql: &str, args: &[DatumWithOid<'_>], each: impl FnMut(&FoundRow<'_>) -> R) -> Vec<R> {
     rights::writing(|| {
         Spi::connect_mut(|client| {
-            let statement = kept(client, sql, args, true);
-            let table = execution_of_kept(|| client.update(statement, None, args));
+            let kept = kept(client, sql, args, true);
+            let table = execution_of_kept(|| client.update(kept.statement, None, args));
             FoundRow::for_all(table.unwrap_or_else(|e| internal(e.to_string())), each)
         })
     })

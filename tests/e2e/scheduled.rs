@@ -202,3 +202,29 @@ fn a_schedule_holds_only_if_it_commits() {
     client.batch_execute("commit prepared 'p'").unwrap();
     assert_eq!(types(&stack.wait_events(2)), ["kept", "prepared"]);
 }
+
+/// The worker waits for its lock, and then must see the rows as they are, not an empty table.
+#[test]
+fn an_event_that_is_due_while_its_table_is_rewritten_is_sent() {
+    let stack = Stack::with(&[("outbox_relay.poll_interval", "1h")]);
+    // From now on the worker keeps the plan of its look.
+    schedule(&stack, "first", "clock_timestamp() + interval '100 ms'");
+    stack.wait_events(1);
+    for round in 1..=3 {
+        schedule(&stack, "due", "clock_timestamp() + interval '1 s'");
+        let mut client = stack.pg.client();
+        client
+            .batch_execute(
+                "begin;
+                set local statement_timeout = '20 s';
+                alter table outbox.scheduled_events alter column published_by type oid using published_by::bigint::oid;
+                do $$ begin loop
+                    exit when exists (select from pg_locks l where not l.granted and l.relation = 'outbox.scheduled_events'::regclass);
+                    perform pg_sleep(0.001);
+                end loop; end $$;
+                commit",
+            )
+            .expect("it waits for nobody");
+        stack.wait_events(1 + round);
+    }
+}
