@@ -120,13 +120,14 @@ fn behind_cursor(number: i32, limit: i64, most_steps: Option<i64>) -> (i64, Opti
     let mut count_range = |scan: &mut RangeScan<crate::tables::events::EventsScan>| -> bool {
         while let Some(step) = scan.step() {
             met += 1;
-            if let Step::Row(key) = step {
+            let (Step::Row(key) | Step::Passed(key)) = step;
+            last_seq = key.seq;
+            if matches!(step, Step::Row(_)) {
                 let row = scan.current().row();
                 if row.backend_number() == number && stand.waits(row, key) {
                     oldest = oldest.or_else(|| row.i64(attribute::CREATED_AT));
                     count += 1;
                 }
-                last_seq = key.seq;
             }
             if count >= limit || most_steps.is_some_and(|most| met >= most) {
                 return false;
@@ -150,9 +151,11 @@ fn behind_cursor(number: i32, limit: i64, most_steps: Option<i64>) -> (i64, Opti
         whole = count_range(&mut scan);
     }
     if !whole && limit > 1 {
-        // The estimate assumes that this backend has the same share of the remaining rows.
+        // The estimate assumes that this backend has the same share of the remaining numbers. (Rows of others are not
+        // counted one by one. Among late rows, numbers tell nothing.)
         let rest = (now.high_seq - last_seq).max(0) as f64;
-        count += (rest * count as f64 / (met as f64).max(1.0)) as i64;
+        let passed = (last_seq - position.place()).max(met);
+        count += (rest * count as f64 / (passed as f64).max(1.0)) as i64;
     }
     table.close();
     (count, oldest)

@@ -183,6 +183,21 @@ fn a_paused_backend_shows_its_pending_events() {
     wait_shown(&stack, "default", "idle", |shown| shown.pending == 0);
 }
 
+/// Beyond what is counted, the estimate goes by the share that the backend has in what was looked at.
+#[test]
+fn many_pending_events_among_those_of_others_are_estimated() {
+    let stack = Stack::start();
+    stack
+        .pg
+        .exec("insert into outbox.backends (name, stream_name, enabled) values ('paused', 's', false)");
+    stack.pg.exec(
+        "insert into outbox.events (event_type, source, backend)
+        select 't', 's', case when g % 6 = 0 then 'paused' else 'default' end from generate_series(1, 72000) g",
+    );
+    let pending = shown(&stack, "paused").pending;
+    assert!((11_900..=12_100).contains(&pending), "{pending}");
+}
+
 #[test]
 fn a_missing_password_shows_as_misconfigured() {
     let stack = Stack::of(kit::Postgres::builder(), Redis::with(&["--requirepass", "hush"]));
