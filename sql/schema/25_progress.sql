@@ -71,10 +71,15 @@ comment on column outbox.installation.deleted_backends is 'Numbers of deleted ba
 comment on column outbox.installation.common_stream is 'The last value of outbox_relay.redis_stream_name that the worker has seen and that was not a template.';
 
 create function outbox.common_stream() returns text
-    language sql stable security definer set search_path = pg_catalog, pg_temp
+    language plpgsql stable security definer set search_path = pg_catalog, pg_temp
     as $$
-select case when current_setting('outbox_relay.redis_stream_name', true) ~ '[{}]' then (select i.common_stream from outbox.installation i)
-    else current_setting('outbox_relay.redis_stream_name', true) end
+begin
+    -- PL/pgSQL, because it caches the plan, which an SQL function does not.
+    if current_setting('outbox_relay.redis_stream_name', true) ~ '[{}]' then
+        return (select i.common_stream from outbox.installation i);
+    end if;
+    return current_setting('outbox_relay.redis_stream_name', true);
+end
 $$;
 comment on function outbox.common_stream() is 'The stream of events whose rows name none, for backends without a stream of their own: outbox_relay.redis_stream_name, or its last value before it became a template.';
 

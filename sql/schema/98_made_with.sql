@@ -2,12 +2,17 @@
 -- with it. Functions, so that nobody changes them beside the tables; an upgrade script ends with this part, too.
 
 create function outbox.functions_here(out name text, out oid oid, out owner oid, out digest text) returns setof record
-    language sql stable set search_path = pg_catalog, pg_temp
+    language plpgsql stable set search_path = pg_catalog, pg_temp
     as $$
+#variable_conflict use_column
+begin
+    -- PL/pgSQL, because it caches the plan, which an SQL function does not.
+    return query
 -- Of what it is set to, only the path matters: the rest may be somebody's tuning.
 select p.proname || '(' || oidvectortypes(p.proargtypes) || ')', p.oid, p.proowner, md5(concat_ws('|', p.prosrc, p.probin, p.prosecdef,
     (select c from unnest(p.proconfig) c where c like 'search_path=%')))
-from pg_proc p where p.pronamespace = 'outbox'::regnamespace and p.proname not in ('made_with', 'definitions')
+from pg_proc p where p.pronamespace = 'outbox'::regnamespace and p.proname not in ('made_with', 'definitions');
+end
 $$;
 comment on function outbox.functions_here() is 'Part of outbox.health(): the functions of schema outbox, and a digest of what each one does, without those that hold what the extension was made with.';
 revoke all on function outbox.functions_here() from public;
