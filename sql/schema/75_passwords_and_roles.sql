@@ -65,7 +65,7 @@ values
     ('execute', 'function outbox.attach_table(regclass, text, text, text, text[], text[], text, text, text)'),
     ('execute', 'function outbox.detach_table(regclass)'),
     ('execute', 'function outbox.family_of(regclass)'),
-    ('execute', 'function outbox.row_events(regclass, text, text, text, text[], text[], text[], text, text)'),
+    ('execute', 'function outbox.row_events(regclass, text, text, text, text[], text[], text[], text, text, text[])'),
     ('execute', 'function outbox.write_row_function(regclass, text, jsonb, boolean)'),
     ('execute', 'function outbox.expect_condition(regclass, text)'),
     ('insert (event_id, event_type, source, backend, data, subject, stream, data_schema, publisher_config, max_retries)', 'table outbox.events')

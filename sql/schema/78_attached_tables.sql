@@ -3,7 +3,7 @@
 -- table. So code that the owner controls (the condition, casts of the owner's types to JSON) runs with the owner's
 -- rights. Triggers and function are objects of the user's schema, and are dumped as such.
 
-create function outbox.row_events(relation regclass, event_type text, source text, backend text, key text[], columns text[], operations text[], condition text, payload text) returns text
+create function outbox.row_events(relation regclass, event_type text, source text, backend text, key text[], columns text[], operations text[], condition text, payload text, owners text[]) returns text
     language plpgsql stable set search_path = pg_catalog, pg_temp
     as $$
 declare
@@ -30,6 +30,12 @@ declare
     fixed constant text := format('%L, %L', source, backend);
     body text := '#variable_conflict use_column' || E'\nbegin\n';
 begin
+    -- An owner runs code in this function: casts of its types, and what the condition calls.
+    body := body || format($q$if not exists (select from pg_class c where c.oid = tg_relid and (pg_get_userbyid(c.relowner) = any (%L::text[]) or pg_has_role(c.relowner, current_user, 'member'))) then
+raise exception using errcode = 'insufficient_privilege', message = format(%L, tg_relid::regclass), detail = format(%L, current_user), hint = format(%L, tg_relid::regclass::text);
+end if;
+$q$, owners, 'table %s has another owner than when it was attached', 'Its events would be published with the rights of "%s".',
+        'Let its owner, if that is a publisher, or a superuser attach it again: SELECT outbox.attach_table(%L, ...);');
     body := body || E'if tg_op = ''INSERT'' then\n' || into_events
         || format('select %L, %s, %s, %s::json from outbox_relay_new new%s where %s', event_type || '.insert', fixed, format(subject_of, 'new'), inserted,
             format(no_row, 'outbox_relay_new', 'old'), format(holds, 'new')) || E';\n';
@@ -65,7 +71,7 @@ $q$, moved, format(subject_of, 'old'), format(subject_of, 'new'), updated, delet
     return body || E'return null;\nend\n';
 end
 $$;
-comment on function outbox.row_events(regclass, text, text, text, text[], text[], text[], text, text) is 'Part of outbox.attach_table(): the body of the trigger function of a table.';
+comment on function outbox.row_events(regclass, text, text, text, text[], text[], text[], text, text, text[]) is 'Part of outbox.attach_table(): the body of the trigger function of a table.';
 
 create function outbox.write_row_function(relation regclass, function text, said jsonb, replaces boolean) returns void
     language plpgsql set search_path = pg_catalog, pg_temp
@@ -77,7 +83,7 @@ begin
             set standard_conforming_strings = on set datestyle = iso set intervalstyle = postgres set timezone = utc set bytea_output = hex set extra_float_digits = 1 as %L',
         case when replaces then 'or replace' else '' end, function, outbox.row_events(relation, said ->> 'event_type', said ->> 'source', said ->> 'backend',
             array(select jsonb_array_elements_text(said -> 'key')), case when said ? 'columns' then array(select jsonb_array_elements_text(said -> 'columns')) end,
-            string_to_array(said ->> 'operations', ','), said ->> 'condition', said ->> 'payload'));
+            string_to_array(said ->> 'operations', ','), said ->> 'condition', said ->> 'payload', array(select jsonb_array_elements_text(said -> 'owners'))));
     -- Replacing a function removes its dependency on the extension.
     execute format('alter function %s() depends on extension outbox_relay', function);
     execute format('comment on function %s() is %L', function, 'Publishes rows as events, see outbox.attach_table(): ' || said::text);
@@ -206,7 +212,8 @@ begin
         order by q.n limit 1;
     function := format('%I.%I', c.nspname, name);
     perform outbox.write_row_function("table", function, jsonb_strip_nulls(jsonb_build_object('event_type', event_type, 'source', source, 'backend', backend, 'key', key,
-        'columns', columns, 'operations', array_to_string(wanted, ','), 'condition', condition, 'payload', payload)), false);
+        'columns', columns, 'operations', array_to_string(wanted, ','), 'condition', condition, 'payload', payload,
+        'owners', array(select distinct pg_get_userbyid(k.relowner) from outbox.family_of("table") f (oid) join pg_class k on k.oid = f.oid))), false);
     execute format('revoke all on function %s() from public', function);
     owner_publishes := has_column_privilege(c.relowner, 'outbox.events', 'event_type', 'insert') and has_schema_privilege(c.relowner, 'outbox', 'usage');
     if not owner_publishes then

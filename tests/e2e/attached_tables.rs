@@ -315,6 +315,10 @@ fn changing_an_attached_table_needs_no_right_to_publish_and_gives_none() {
     let said: String =
         pg.one("select detail from outbox.health() where \"check\" = 'attached tables' and status = 'warn'");
     assert_eq!(said, "public.orders belongs to \"other\", and publishes as \"shop\".");
+    assert_eq!(
+        Refused::of(clerk.simple_query("insert into orders values (2, 2)")).code,
+        "42501"
+    );
     run(
         &mut other,
         "select outbox.attach_table('orders'); insert into orders values (2, 2)",
@@ -325,6 +329,58 @@ fn changing_an_attached_table_needs_no_right_to_publish_and_gives_none() {
         1
     );
     run(&mut other, "drop table orders");
+}
+
+/// A table's owner runs code when its rows are published: casts of its types to JSON.
+#[test]
+fn an_attached_table_that_is_given_away_lends_its_owner_nothing() {
+    let pg = start();
+    pg.exec(
+        "create role shop login;
+         create role team;
+         grant create on schema public to shop, team;
+         create table orders (id integer primary key);
+         create table parts (id integer primary key) partition by range (id);
+         create table part partition of parts for values from (0) to (9);
+         select outbox.attach_table('orders'), outbox.attach_table('parts');
+         alter table orders owner to shop;
+         alter table parts owner to shop;
+         alter table part owner to shop",
+    );
+    let mut shop = pg.client_as("shop", "postgres");
+    run(
+        &mut shop,
+        "create type mood as enum ('well');
+         create function to_json_of(mood) returns json language plpgsql
+            as $$ begin raise exception 'it runs as %', current_user; end $$;
+         create cast (mood as json) with function to_json_of(mood);
+         alter table orders add column m mood;
+         alter table parts add column m mood",
+    );
+    for table in ["orders", "parts", "part"] {
+        let said = Refused::of(shop.simple_query(&format!("insert into {table} values (1, 'well')")));
+        assert_eq!(
+            said,
+            Refused::new(
+                "42501",
+                &format!("table public.{table} has another owner than when it was attached"),
+                "Its events would be published with the rights of \"postgres\".",
+                &format!(
+                    "Let its owner, if that is a publisher, or a superuser attach it again: SELECT outbox.attach_table('public.{table}', ...);"
+                ),
+            ),
+            "{table}"
+        );
+    }
+    // The new owner publishes in its own name.
+    pg.exec("select outbox.grant_publisher('shop'), outbox.attach_table('orders')");
+    let said = Refused::of(shop.simple_query("insert into orders values (1, 'well')"));
+    assert_eq!(said.message, "it runs as shop");
+    // A group's table, which a member has attached, given to a member.
+    pg.exec("alter table orders drop column m; alter table orders owner to team; grant team to shop; select outbox.grant_publisher('team'), outbox.attach_table('orders'); alter table orders owner to shop");
+    run(&mut shop, "insert into orders values (1)");
+    let mut client = pg.client();
+    assert_eq!(heads(&mut client), ["orders.insert 1"]);
 }
 
 /// Any role may make temporary tables, with triggers and comments of its own.
