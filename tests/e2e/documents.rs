@@ -400,7 +400,7 @@ fn the_runbook_has_a_section_for_each_check_of_health() {
 
 #[test]
 fn the_reference_is_what_the_server_says() {
-    let pg = Postgres::start();
+    let pg = Postgres::with(&[("outbox_relay.redis_port", "6379")]).start();
     pg.extension();
     let script = std::fs::read_to_string(checkout().join("scripts/reference.sql")).expect("it is there");
     let ran = pg.run("psql", &["-q", "-v", "ON_ERROR_STOP=1", "-f", "-"], &script);

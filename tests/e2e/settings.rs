@@ -42,7 +42,7 @@ const SETTINGS: &[(&str, &str, &str, &[&str])] = &[
 
 #[test]
 fn defaults_and_contexts_are_as_documented() {
-    let pg = Postgres::start();
+    let pg = Postgres::with(&[("outbox_relay.redis_port", "6379")]).start();
     let mut client = pg.client();
     for (name, shown, context, _) in SETTINGS {
         let row = client
@@ -65,7 +65,7 @@ fn defaults_and_contexts_are_as_documented() {
 
 #[test]
 fn values_out_of_range_are_refused() {
-    let pg = Postgres::start();
+    let pg = Postgres::with(&[("outbox_relay.redis_port", "6379")]).start();
     let mut client = pg.client();
     for (name, shown, _, wrong) in SETTINGS {
         for value in *wrong {

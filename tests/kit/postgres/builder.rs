@@ -9,6 +9,8 @@ use crate::postgres::{PORT, Postgres, USER};
 const DEFAULTS: &[(&str, &str)] = &[
     ("listen_addresses", ""),
     ("shared_preload_libraries", "outbox_relay"),
+    // Before a test says where its Redis is, nothing must be written to one that this machine may run.
+    ("outbox_relay.redis_port", "1"),
     // Nothing here has to survive the machine; a test of durability switches this on.
     ("fsync", "off"),
     // In the data directory: a killed server would leave /dev/shm/PostgreSQL.*.
