@@ -182,6 +182,8 @@ fn class_of(relation: pg_sys::Oid) -> RelationClass {
 thread_local! {
     static REGISTERED: OnceCell<()> = const { OnceCell::new() };
     static RELATIONS: Cell<Option<Relations>> = const { Cell::new(None) };
+    /// The table of events from which the worker has loaded its backends.
+    static SERVED: Cell<Option<pg_sys::Oid>> = const { Cell::new(None) };
     /// The last known OIDs of all our tables and the sequence.
     static WATCHED: Cell<Watched> = const { Cell::new([pg_sys::InvalidOid; TABLES.len() + 2]) };
     /// Counts their invalidations, for the worker.
@@ -216,6 +218,19 @@ fn register() {
 /// Changes whenever our tables may have changed. Needs a transaction that has processed pending invalidations.
 pub(crate) fn generation() -> u64 {
     GENERATION.get()
+}
+
+/// The worker has loaded its backends from the extension with this table of events.
+pub(crate) fn note_served(events: Option<pg_sys::Oid>) {
+    SERVED.set(events);
+}
+
+/// Whether the extension is still the one from which the worker has loaded its backends. It may have been dropped and
+/// created again since: then nothing in its tables is of the loaded backends. A statement that has waited for a lock may
+/// find the new tables, so what was written has to be asked for afterwards. Needs a transaction.
+pub(crate) fn is_served() -> bool {
+    let served = SERVED.get();
+    served.is_some() && relations().map(|relations| relations.events) == served
 }
 
 /// Our relations, or `None` if the extension is not installed. Raises an ERROR with an explanation if it is installed

@@ -125,7 +125,7 @@ impl Worker {
         let all = self.settings_changed;
         let found = self.look(nudged || all || self.is_restore_due(now))?;
         if found.rows.is_some() {
-            self.events = found.events;
+            catalog::note_served(found.events);
         }
         if !self.serves(found.version.as_deref(), now) {
             return Ok(Loaded::Idle);

@@ -53,11 +53,10 @@ impl Worker {
 
     fn pass_group(&mut self, group: &Group, now: Now) -> Result<(), Aborted> {
         process::show_activity("passing events of other backends");
-        let (backends, events, slot) = (&mut self.backends, self.events, self.slot);
-        // As for reading: the extension may have been created again.
-        let is_known = || events.is_some() && catalog::relations().map(|relations| relations.events) == events;
+        let (backends, slot) = (&mut self.backends, self.slot);
         let is_wanted = || slot.has_work();
-        let passed = care::transaction(|| is_known().then(|| pass::pass_by(backends, group, PIECE_STEPS, &is_wanted)))?;
+        let pass = || catalog::is_served().then(|| pass::pass_by(backends, group, PIECE_STEPS, &is_wanted));
+        let passed = care::transaction(pass)?;
         let Some(passed) = passed else {
             self.generation = Generation::Stale;
             return Ok(());

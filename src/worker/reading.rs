@@ -368,7 +368,7 @@ impl Worker {
 
     /// One scan for a group of backends. Returns whether it found something for one of them.
     fn read_group(&mut self, group: &Group, now: Now) -> Result<bool, Aborted> {
-        let (backends, events, slot) = (&mut self.backends, self.events, self.slot);
+        let (backends, slot) = (&mut self.backends, self.slot);
         for index in &group.members {
             let backend = &mut backends[*index];
             backend.metered.committed_after_us = self.commits.after(&backend.delivery.position().from);
@@ -377,10 +377,7 @@ impl Worker {
         let sending = backends.iter().filter(|b| b.reads_for_redis()).count();
         // A reader that is alone delays no other.
         let is_wanted = || sending > 1 && slot.has_work();
-        // The extension may have been dropped and created again since the backends were loaded: events in the new table
-        // are not for the loaded backends.
-        let is_known = || events.is_some() && catalog::relations().map(|relations| relations.events) == events;
-        let outcomes = care::transaction(|| is_known().then(|| pass::read(backends, group, &is_wanted)))?;
+        let outcomes = care::transaction(|| catalog::is_served().then(|| pass::read(backends, group, &is_wanted)))?;
         let Some(outcomes) = outcomes else {
             self.generation = Generation::Stale;
             return Ok(true);

@@ -14,7 +14,6 @@ use crate::worker::task::Task;
 use crate::worker::tested::BackendTest;
 use crate::worker::troubles::Troubles;
 use crate::worker::turns::Turns;
-use pgrx::pg_sys;
 use relay::reading::commits::Commits;
 use relay::reading::pace::{Pace, Pieces};
 use relay::reading::snapshot::Tick;
@@ -74,8 +73,6 @@ pub(super) struct Worker {
     pub(super) flushed: u64,
     /// The generation that `backends` were loaded from.
     pub(super) generation: Generation,
-    /// The table of events that the positions of `backends` refer to. `None`: it was dropped.
-    pub(super) events: Option<pg_sys::Oid>,
     /// Something may have been committed that no tick has seen.
     pub(super) work: bool,
     /// The poll interval has passed: take a tick even if no backend is up.
@@ -146,7 +143,6 @@ impl Worker {
             commits: Commits::default(),
             flushed: 0,
             generation: Generation::Stale,
-            events: None,
             work: true,
             polled: true,
             polled_at: Now::ZERO,

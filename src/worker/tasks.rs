@@ -6,8 +6,8 @@ use crate::server::process::{self, Aborted, log};
 use crate::tables::catalog;
 use crate::worker::backend::Backend;
 use crate::worker::backend::Whose;
-use crate::worker::backend::saving::save;
-use crate::worker::state::Worker;
+use crate::worker::backend::saving::{CREATED_AGAIN, save};
+use crate::worker::state::{Generation, Worker};
 use crate::worker::task::Task;
 use crate::worker::task::is_lock;
 use relay::time::Now;
@@ -109,6 +109,10 @@ impl Worker {
                 .for_each(|whose| self.patience.succeeded(Task::SaveOf(*whose)));
             return;
         };
+        if error.code == CREATED_AGAIN {
+            self.generation = Generation::Stale;
+            return;
+        }
         if is_lock(&error) && !process::transaction(catalog::can_save).unwrap_or(false) {
             // Somebody has locked the whole table, not a row.
             return self.failed(Task::Save, &error, now);

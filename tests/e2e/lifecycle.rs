@@ -345,3 +345,28 @@ fn pg_stat_activity_and_the_library_give_their_names_and_versions() {
         assert_eq!(loaded, concat!("outbox_relay ", env!("CARGO_PKG_VERSION")));
     }
 }
+
+/// The worker waits for a lock to save what was sent, and then finds another extension's tables under the same names.
+#[test]
+fn what_was_not_saved_of_a_dropped_extension_is_not_saved_in_the_next() {
+    let stack = Stack::with(QUICK);
+    stack.publish("before");
+    wait_drained(&stack.pg, "default");
+    stack.publish("unsaved");
+    stack.wait_events(2);
+    let mut other = stack.pg.client();
+    other
+        .batch_execute("begin; drop extension outbox_relay cascade; create extension outbox_relay")
+        .unwrap();
+    let waits = "select count(*) from pg_locks where relation = 'outbox.cursors'::regclass and not granted";
+    wait_eq("the worker waits to save", 1, || stack.pg.one::<i64>(waits));
+    other.batch_execute("commit").unwrap();
+    stack.point("default", &stack.redis);
+    stack.publish("after");
+    wait_drained(&stack.pg, "default");
+    assert_eq!(
+        stack.pg.one::<i64>("select published_total from outbox.backend_status"),
+        1
+    );
+    assert!(!stack.pg.log().contains("ERROR"), "{}", stack.pg.log());
+}

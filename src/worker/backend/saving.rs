@@ -1,11 +1,14 @@
 //! Saves what a backend's books hold.
 
+use crate::server::error::raise;
 use crate::server::process::{self, Aborted};
 use crate::tables::care;
+use crate::tables::catalog;
 use crate::tables::cursors::{Saved, Standing};
 use crate::tables::{cursors, refused};
 use crate::worker::backend::Backend;
-use pgrx::pg_sys;
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::{PgSqlErrorCode, pg_sys};
 use relay::delivery::refusal::Record;
 use relay::failure;
 use relay::fault::Point;
@@ -109,7 +112,11 @@ fn error_of(record: &Record) -> Option<&str> {
     }
 }
 
-/// Saves what is unsaved of the chosen backends, in one transaction.
+/// What is unsaved is of an extension that is gone.
+pub(crate) const CREATED_AGAIN: PgSqlErrorCode = PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
+
+/// Saves what is unsaved of the chosen backends, in one transaction. Fails with [`CREATED_AGAIN`] if the tables are not
+/// those that the backends were loaded from.
 pub(crate) fn save(backends: &mut [Backend], which: impl Fn(&Backend) -> bool, now: Now) -> Result<(), Aborted> {
     let which = |b: &Backend| b.is_unsaved() && which(b);
     if !backends.iter().any(&which) {
@@ -125,7 +132,12 @@ pub(crate) fn save(backends: &mut [Backend], which: impl Fn(&Backend) -> bool, n
     // which the other server saved its own.
     let mut saved: Vec<&mut Backend> = backends.iter_mut().filter(|b| which(b)).collect();
     saved.sort_unstable_by_key(|b| b.whose());
-    care::transaction(|| saved.iter_mut().for_each(|b| b.save(now, wall_us)))?;
+    care::transaction(|| {
+        saved.iter_mut().for_each(|b| b.save(now, wall_us));
+        if !catalog::is_served() {
+            raise(ErrorReport::new(CREATED_AGAIN, "the extension was created again", ""));
+        }
+    })?;
     saved.iter_mut().for_each(|b| b.saved(now));
     fault::reach(Point::AfterSave);
     Ok(())
