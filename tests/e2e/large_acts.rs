@@ -47,9 +47,9 @@ fn all(stack: &Stack) -> Vec<i64> {
     .collect()
 }
 
-/// Cancels a statement of a session once it has run for so long; how long it took to end then.
+/// Cancels a statement of a session once `wait` has returned; how long it took to end then.
 #[track_caller]
-fn end_of_cancelled(stack: &Stack, sql: &str, after: Duration) -> Duration {
+fn end_of_cancelled(stack: &Stack, sql: &str, wait: impl FnOnce()) -> Duration {
     let mut client = stack.pg.client();
     let token = client.cancel_token();
     std::thread::scope(|scope| {
@@ -57,7 +57,7 @@ fn end_of_cancelled(stack: &Stack, sql: &str, after: Duration) -> Duration {
             let result = client.batch_execute(sql);
             (result, Instant::now())
         });
-        std::thread::sleep(after);
+        wait();
         let at = Instant::now();
         token.cancel_query(postgres::NoTls).expect("cancelled");
         let (result, ended) = session.join().expect("no panic");
@@ -83,7 +83,7 @@ fn a_large_act_that_is_cancelled_ends_at_once_and_changes_nothing() {
         "select outbox.publish_events(jsonb_agg('{\"event_type\": \"t\", \"source\": \"s\"}'::jsonb)) from generate_series(1, 300000)",
         "select outbox.wait_published(gen_random_uuid(), '1 min')",
     ] {
-        let took = end_of_cancelled(&stack, sql, Duration::from_millis(150));
+        let took = end_of_cancelled(&stack, sql, || std::thread::sleep(Duration::from_millis(150)));
         println!("{took:?}: {sql}");
         assert!(took < Duration::from_secs(1), "{took:?}: {sql}");
         let sql = format!("set statement_timeout = '100ms'; {sql}");
@@ -106,7 +106,8 @@ fn a_large_act_that_is_cancelled_ends_at_once_and_changes_nothing() {
 fn a_large_act_that_commits_as_it_goes_can_be_cancelled_and_called_again() {
     let stack = stack();
     let failed = || -> i64 { stack.pg.one("select count(*) from outbox.failed_events") };
-    let took = end_of_cancelled(&stack, "call outbox.retry_all_failed()", Duration::from_millis(400));
+    let has_begun = || wait_until("a first piece", || failed() < COUNT);
+    let took = end_of_cancelled(&stack, "call outbox.retry_all_failed()", has_begun);
     assert!(took < Duration::from_secs(1), "{took:?}");
     let left = failed();
     println!("{took:?}, {left} left");
