@@ -49,7 +49,11 @@ fn answer(number: i32, limit: Duration) -> Result<String, String> {
         (Some(pid), "running") => Ok(pid),
         (_, state) => Err(format!("there is no worker: {state}")),
     };
-    let mut pid = there()?;
+    // One that is starting is waited for, as one that comes back.
+    let mut pid = match status::worker_here() {
+        (_, "starting") => None,
+        _ => Some(there()?),
+    };
     let Some(asked) = shmem::ask_about(number) else {
         return Err("too many backends are being tested: try again".to_owned());
     };
@@ -70,9 +74,9 @@ fn answer(number: i32, limit: Duration) -> Result<String, String> {
             return Err(format!("no answer within {} s", limit.as_secs()));
         }
         match there() {
-            Ok(same) if same == pid => seen_at = now,
+            Ok(same) if Some(same) == pid => seen_at = now,
             Ok(other) => {
-                (pid, seen_at) = (other, now);
+                (pid, seen_at) = (Some(other), now);
                 asked.ask_again();
                 announce();
             }

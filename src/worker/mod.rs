@@ -228,6 +228,7 @@ impl Worker {
         // Reports come first: an acknowledgement counts even if its sender is ended in this round.
         self.backends.iter_mut().for_each(|b| b.hear(now));
         self.heed_wishes(now);
+        self.hear_questions();
         let mut changed = false;
         if self.must_load(now) {
             // Backends are loaded after the tick, so that they are at least as new as the rows that the tick sees.

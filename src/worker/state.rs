@@ -2,6 +2,7 @@
 
 use crate::server::database_slot::DatabaseSlot;
 use crate::server::process;
+use crate::server::questions::Heard;
 use crate::tables::identity::Identity;
 use crate::worker::backend::{Backend, Home};
 use crate::worker::held::Scheduled;
@@ -109,6 +110,8 @@ pub(super) struct Worker {
     pub(super) woken: UnixStream,
     pub(super) permits: SenderPermits,
     /// Tests of backends that are running.
+    /// Tests of backends that are asked for and have not begun.
+    pub(super) asked: Vec<Heard>,
     pub(super) tests: Vec<BackendTest>,
     /// The token buckets of backends with a pace.
     pub(super) rates: Rates,
@@ -165,6 +168,7 @@ impl Worker {
             waker: Arc::new(waker),
             woken,
             permits: SenderPermits::new(),
+            asked: Vec::new(),
             tests: Vec::new(),
             rates: Rates::default(),
             turns: Turns::default(),

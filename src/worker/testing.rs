@@ -13,17 +13,23 @@ use relay::redis::probe::{self, Found};
 const MOST_TESTS: usize = 4;
 
 impl Worker {
+    /// Hears which tests are asked for. That is done before backends are loaded: whoever has changed a backend and then
+    /// asks must not get an answer about the backend as it was.
+    pub(super) fn hear_questions(&mut self) {
+        if self.slot.take_questions() {
+            self.asked.extend(std::iter::from_fn(shmem::hear_question));
+        }
+    }
+
     /// Starts tests that were asked for, and reports the results of those that have ended.
     pub(super) fn test_backends(&mut self) {
-        if self.slot.take_questions() {
-            while let Some(question) = shmem::hear_question() {
-                if let Err(error) = self.begin_test(question) {
-                    let error = Some(error);
-                    question.answer(&text_of(&Found {
-                        error,
-                        ..Found::default()
-                    }));
-                }
+        for question in std::mem::take(&mut self.asked) {
+            if let Err(error) = self.begin_test(question) {
+                let error = Some(error);
+                question.answer(&text_of(&Found {
+                    error,
+                    ..Found::default()
+                }));
             }
         }
         self.tests.retain(|test| {
