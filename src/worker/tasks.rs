@@ -6,7 +6,7 @@ use crate::server::process::{self, Aborted, log};
 use crate::tables::catalog;
 use crate::worker::backend::Backend;
 use crate::worker::backend::Whose;
-use crate::worker::backend::saving::{CREATED_AGAIN, save};
+use crate::worker::backend::saving::save;
 use crate::worker::state::{Generation, Worker};
 use crate::worker::task::Task;
 use crate::worker::task::is_lock;
@@ -109,7 +109,8 @@ impl Worker {
                 .for_each(|whose| self.patience.succeeded(Task::SaveOf(*whose)));
             return;
         };
-        if error.code == CREATED_AGAIN {
+        // What is unsaved is of an extension that is gone.
+        if !process::transaction(catalog::is_served).unwrap_or(true) {
             self.generation = Generation::Stale;
             return;
         }

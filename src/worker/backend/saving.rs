@@ -112,11 +112,8 @@ fn error_of(record: &Record) -> Option<&str> {
     }
 }
 
-/// What is unsaved is of an extension that is gone.
-pub(crate) const CREATED_AGAIN: PgSqlErrorCode = PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
-
-/// Saves what is unsaved of the chosen backends, in one transaction. Fails with [`CREATED_AGAIN`] if the tables are not
-/// those that the backends were loaded from.
+/// Saves what is unsaved of the chosen backends, in one transaction. Fails if the tables are not those that
+/// the backends were loaded from.
 pub(crate) fn save(backends: &mut [Backend], which: impl Fn(&Backend) -> bool, now: Now) -> Result<(), Aborted> {
     let which = |b: &Backend| b.is_unsaved() && which(b);
     if !backends.iter().any(&which) {
@@ -135,7 +132,8 @@ pub(crate) fn save(backends: &mut [Backend], which: impl Fn(&Backend) -> bool, n
     care::transaction(|| {
         saved.iter_mut().for_each(|b| b.save(now, wall_us));
         if !catalog::is_served() {
-            raise(ErrorReport::new(CREATED_AGAIN, "the extension was created again", ""));
+            let code = PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
+            raise(ErrorReport::new(code, "the extension was created again", ""));
         }
     })?;
     saved.iter_mut().for_each(|b| b.saved(now));
