@@ -44,7 +44,7 @@ def wait(what, holds, seconds=120):
 class Debezium:
     """An engine with a connector for one table."""
 
-    def __init__(self, name, table, **more):
+    def __init__(self, name, table, more={}):
         self.slot = name
         properties = {
             "name": name,
@@ -68,7 +68,7 @@ class Debezium:
             "skipped.operations": "none",
             "key.converter.schemas.enable": "false",
             "value.converter.schemas.enable": "false",
-        } | {key.replace("_", "."): value for key, value in more.items()}
+        } | more
         file = WORK / f"{name}.properties"
         file.write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
         self.log = open(WORK / f"{name}.log", "w")
@@ -188,7 +188,7 @@ def move(streams):
     debezium = Debezium(
         "mover",
         "outbox_table",
-        **{
+        {
             "transforms": "outbox",
             "transforms.outbox.type": "io.debezium.transforms.outbox.EventRouter",
             "transforms.outbox.table.expand.json.payload": "true",

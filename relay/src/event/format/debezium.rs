@@ -11,7 +11,7 @@ use serde_json::value::RawValue;
 pub(super) const FIELDS: [&str; 2] = ["key", "value"];
 
 /// The last word of an event's type says what has happened to a row: `orders.update` is an update.
-#[derive(Clone, Copy, PartialEq)]
+#[derive(Clone, Copy)]
 enum Change {
     Insert,
     Update,
