@@ -9,12 +9,12 @@ const FONT: &str = "font-family=\"system-ui, -apple-system, 'Segoe UI', 'DejaVu 
 const STYLE: &str = "<style>
 .ground{fill:#ffffff;stroke:#d0d7de}.text{fill:#1f2328}.soft{fill:#59636e}.grid{stroke:#e4e8ec}.axis{stroke:#8c959f}
 .line{fill:none;stroke-width:2.5;stroke-linejoin:round;stroke-linecap:round}
-.f0{fill:#1f6feb}.f1{fill:#6e7781}.f2{fill:#cf5c0a}.f3{fill:#1a7f37}.f4{fill:#8250df}.f5{fill:#79b0ff}
-.l0{stroke:#1f6feb}.l1{stroke:#6e7781}.l2{stroke:#cf5c0a}.l3{stroke:#1a7f37}.l4{stroke:#8250df}.l5{stroke:#79b0ff}
+.f0{fill:#1f6feb}.f1{fill:#6e7781}.f2{fill:#cf5c0a}.f3{fill:#1a7f37}.f4{fill:#8250df}.f5{fill:#bf3989}.f6{fill:#79b0ff}
+.l0{stroke:#1f6feb}.l1{stroke:#6e7781}.l2{stroke:#cf5c0a}.l3{stroke:#1a7f37}.l4{stroke:#8250df}.l5{stroke:#bf3989}.l6{stroke:#79b0ff}
 @media (prefers-color-scheme:dark){
 .ground{fill:#0d1117;stroke:#30363d}.text{fill:#e6edf3}.soft{fill:#9198a1}.grid{stroke:#21262d}.axis{stroke:#656c76}
-.f0{fill:#58a6ff}.f1{fill:#9198a1}.f2{fill:#f0883e}.f3{fill:#3fb950}.f4{fill:#bc8cff}.f5{fill:#2f6fc4}
-.l0{stroke:#58a6ff}.l1{stroke:#9198a1}.l2{stroke:#f0883e}.l3{stroke:#3fb950}.l4{stroke:#bc8cff}.l5{stroke:#2f6fc4}}
+.f0{fill:#58a6ff}.f1{fill:#9198a1}.f2{fill:#f0883e}.f3{fill:#3fb950}.f4{fill:#bc8cff}.f5{fill:#f778ba}.f6{fill:#2f6fc4}
+.l0{stroke:#58a6ff}.l1{stroke:#9198a1}.l2{stroke:#f0883e}.l3{stroke:#3fb950}.l4{stroke:#bc8cff}.l5{stroke:#f778ba}.l6{stroke:#2f6fc4}}
 </style>";
 
 /// The scale of an axis.

@@ -6,8 +6,8 @@ use std::path::Path;
 
 const OURS: Colour = Colour(0);
 const FLOOR: Colour = Colour(1);
-const OURS_TOO: Colour = Colour(5);
-/// The colour of the first rival.
+const OURS_TOO: Colour = Colour(6);
+/// The colour of the first rival. There are four colours for rivals.
 const RIVALS: usize = 2;
 
 pub(crate) fn draw(shelf: &Shelf) {
