@@ -265,6 +265,7 @@ impl Worker {
         self.ask_consumers(now);
         // Before rows are read that were inserted while triggers were disabled.
         self.mend(now);
+        self.pace_failing(now);
         let more = self.read(now) || changed;
         self.failed_streams.clear();
         let more = self.retry_refused(now) || more;

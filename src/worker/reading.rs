@@ -205,7 +205,9 @@ impl Worker {
 
     /// Whether rows can be read for a backend now.
     fn is_ready(&self, backend: &Backend, now: Now) -> bool {
+        let may_fail = || self.fails_at.is_none();
         backend.is_ready(now)
+            && (!backend.role().fails_its_rows() || may_fail())
             && self.patience.allows(Task::Read, now)
             && self.patience.allows(Task::ReadFor(backend.whose()), now)
     }
@@ -368,6 +370,7 @@ impl Worker {
 
     /// One scan for a group of backends. Returns whether it found something for one of them.
     fn read_group(&mut self, group: &Group, now: Now) -> Result<bool, Aborted> {
+        let began_at = self.now();
         let (backends, slot) = (&mut self.backends, self.slot);
         for index in &group.members {
             let backend = &mut backends[*index];
@@ -384,7 +387,11 @@ impl Worker {
         };
         let has_found = outcomes.iter().any(|o| o.has_found);
         for outcome in outcomes.iter().filter(|o| o.wrote) {
-            self.backends[outcome.reader.index].books.is_unflushed = true;
+            let backend = &mut self.backends[outcome.reader.index];
+            backend.books.is_unflushed = true;
+            if backend.role().fails_its_rows() {
+                self.failing.begins(began_at);
+            }
         }
         // A pass that only writes events down as waiting need not wait for the disk.
         let tells = |o: &Outcome| !o.reader.built.is_empty() && self.backends[o.reader.index].books.is_unflushed;

@@ -17,12 +17,16 @@ const FAILED_STREAMS: usize = 100;
 const FOLLOWING_BATCHES: usize = 5;
 
 impl Worker {
+    /// Decides whether events may be failed in this round, which is a large task.
+    pub(super) fn pace_failing(&mut self, now: Now) {
+        let may_begin = self.failing.may_begin(self.is_beside_others(), now);
+        self.fails_at = (!may_begin).then(|| self.failing.rests_until());
+    }
+
     /// Sends a batch for each backend with streams that are due, or fails a part of the events that have to fail. True:
     /// there is more to do at once.
     pub(super) fn retry_refused(&mut self, now: Now) -> bool {
         let mut more = false;
-        let may_fail = self.failing.may_begin(self.is_beside_others(), now);
-        self.fails_at = None;
         for index in 0..self.backends.len() {
             let backend = &mut self.backends[index];
             // Records of refusals must be written down first.
@@ -34,10 +38,8 @@ impl Worker {
             }
             if backend.delivery.streams_to_fail(1).is_empty() {
                 more |= self.send_again(index, now);
-            } else if may_fail {
+            } else if self.fails_at.is_none() {
                 more |= self.fail_streams(index, now);
-            } else {
-                self.fails_at = Some(self.failing.rests_until());
             }
         }
         more

@@ -100,9 +100,9 @@ pub(super) struct Worker {
     pub(super) pace: Pace,
     /// When the worker last heard of a session's commit.
     pub(super) published_at: Option<Now>,
-    /// Events of refused streams fail in portions of this size.
+    /// Failing many events: those of deleted backends, and those behind a failed head of their stream.
     pub(super) failing: Pieces,
-    /// When to fail more of them, if there are any.
+    /// Failing rests until then, because others publish.
     pub(super) fails_at: Option<Now>,
     pub(super) logged_error: Option<(String, Now)>,
     /// All senders write to this socket to wake the worker.

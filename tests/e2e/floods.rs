@@ -130,6 +130,30 @@ fn many_events_that_fail_with_the_first_of_their_stream_delay_no_other_backend()
     assert_most_meet_nothing(medians);
 }
 
+/// A backend is deleted while a transaction is open that has published for it.
+#[test]
+fn many_events_of_a_deleted_backend_delay_no_other_backend() {
+    const COUNT: i64 = 50_000;
+    let stack = Stack::start();
+    stack.pg.exec(
+        "insert into outbox.backends (name, host, port, stream_name)
+         select 'gone', host, port, 'gone' from outbox.backends where name = 'default'",
+    );
+    let medians = beside(&stack, "events of a deleted backend", |client| {
+        let mut late = client.transaction().expect("a transaction");
+        late.batch_execute(&format!(
+            "select outbox.publish_event('flood', 'kit', backend => 'gone') from generate_series(1, {COUNT})"
+        ))
+        .expect("published");
+        stack.pg.exec("delete from outbox.backends where name = 'gone'");
+        late.commit().expect("committed");
+        kit::eventually("all to fail", Duration::from_secs(60), || {
+            (stack.pg.one::<i64>("select count(*) from outbox.failed_events") == COUNT).then_some(())
+        });
+    });
+    assert_most_meet_nothing(medians);
+}
+
 #[test]
 fn many_healthy_streams_delay_no_other_backend() {
     const COUNT: i64 = 50_000;

@@ -12,3 +12,10 @@ pub enum Role {
     /// It looks at all rows, and takes care of events whose backend does not exist.
     Strays,
 }
+
+impl Role {
+    /// Whether no backend exists that its rows could be sent to, so they fail.
+    pub fn fails_its_rows(self) -> bool {
+        matches!(self, Role::Deleted | Role::Strays)
+    }
+}
