@@ -37,7 +37,7 @@ mod server;
 mod tables;
 mod worker;
 
-use crate::publish::{on_conflict, planning, returning};
+use crate::publish::{lent_rights, on_conflict, planning, returning};
 use crate::server::{error, guc, object_access, ruled_plans, shmem, silence, standby, txn};
 use pgrx::{pg_guard, pg_sys};
 
@@ -67,6 +67,7 @@ pub extern "C-unwind" fn _PG_init() {
         returning::install();
         on_conflict::install();
         planning::install();
+        lent_rights::install();
         ruled_plans::install();
     }
     if preloading && !upgrading {

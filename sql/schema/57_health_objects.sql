@@ -257,19 +257,22 @@ faults(what, fault, cure) as (
     union all
     select 'attached tables', format('The trigger "%s" of %s does not fire for each statement.', a.tgname, a.tgrelid::regclass),
         format('Run ALTER TABLE %s ENABLE TRIGGER %I;', a.tgrelid::regclass, a.tgname)
-    from pg_trigger a where not a.tgisinternal and a.tgname ~ '^outbox_relay_(insert|update|delete|truncate)$' and a.tgenabled in ('D', 'R')
+    from pg_trigger a join pg_class k on k.oid = a.tgrelid
+    where not a.tgisinternal and a.tgname ~ '^outbox_relay_(insert|update|delete|truncate)$' and k.relpersistence <> 't' and a.tgenabled in ('D', 'R')
     union all
     select distinct 'attached tables', format('%s publishes as "%s", which may not publish.', a.tgrelid::regclass, pg_get_userbyid(p.proowner)),
-        format('Run SELECT outbox.grant_publisher(%L);', pg_get_userbyid(p.proowner))
-    from pg_trigger a join pg_proc p on p.oid = a.tgfoid
-    where not a.tgisinternal and a.tgname ~ '^outbox_relay_(insert|update|delete|truncate)$'
-        and not has_column_privilege(p.proowner, 'outbox.events', 'event_type', 'insert')
-    union all
-    -- Its owner has changed since. Superusers, and members of the owner, may be others.
-    select distinct 'attached tables', format('%s belongs to "%s", and publishes as "%s".', a.tgrelid::regclass, pg_get_userbyid(k.relowner), pg_get_userbyid(p.proowner)),
-        format('Run SELECT outbox.attach_table(%L, ...); again, as the comment of %s says.', a.tgrelid::regclass, a.tgfoid::regprocedure)
+        format('If it is meant to, run SELECT outbox.grant_publisher(%L);', pg_get_userbyid(p.proowner))
     from pg_trigger a join pg_proc p on p.oid = a.tgfoid join pg_class k on k.oid = a.tgrelid
-    where not a.tgisinternal and a.tgname ~ '^outbox_relay_(insert|update|delete|truncate)$' and not pg_has_role(p.proowner, k.relowner, 'usage')
+    where not a.tgisinternal and a.tgname ~ '^outbox_relay_(insert|update|delete|truncate)$'
+        -- Anybody may give a trigger of its own such a name, on a temporary table too, which cannot be attached.
+        and k.relpersistence <> 't' and not has_column_privilege(p.proowner, 'outbox.events', 'event_type', 'insert')
+    union all
+    -- Its owner has changed since. Members of the former one have its rights. Of a partition, the owner of the whole counts.
+    select distinct 'attached tables', format('%s belongs to "%s", and publishes as "%s".', k.oid::regclass, pg_get_userbyid(k.relowner), pg_get_userbyid(p.proowner)),
+        format('Run SELECT outbox.attach_table(%L, ...); again, as the comment of %s says.', k.oid::regclass, a.tgfoid::regprocedure)
+    from pg_trigger a join pg_proc p on p.oid = a.tgfoid join pg_class k on k.oid = coalesce(pg_partition_root(a.tgrelid), a.tgrelid)
+    where not a.tgisinternal and a.tgname ~ '^outbox_relay_(insert|update|delete|truncate)$' and k.relpersistence <> 't'
+        and not pg_has_role(k.relowner, p.proowner, 'usage')
     union all
     -- Its rows are read one table at a time.
     select 'inheritance', format('%s inherits from %s.', i.inhrelid::regclass, i.inhparent::regclass),
@@ -289,7 +292,7 @@ from (values
     left join (
         select f.what, string_agg(f.fault, ' ' order by f.fault) as faults,
             -- As one command.
-            regexp_replace(string_agg(distinct nullif(f.cure, ''), ' ' order by nullif(f.cure, '')), '; (Run|If it is not meant, run) ', '; ', 'g') as cure
+            regexp_replace(string_agg(distinct nullif(f.cure, ''), ' ' order by nullif(f.cure, '')), '; (Run|If it is (not meant|meant to), run) ', '; ', 'g') as cure
         from faults f group by f.what
     ) f on f.what = c.name;
 end

@@ -65,9 +65,11 @@ values
     ('execute', 'function outbox.attach_table(regclass, text, text, text, text[], text[], text, text, text)'),
     ('execute', 'function outbox.detach_table(regclass)'),
     ('execute', 'function outbox.family_of(regclass)'),
-    ('execute', 'function outbox.row_events(regclass, text, text, text, text[], text[], text[], text, text, text[])'),
+    ('execute', 'function outbox.row_events(regclass, text, text, text, text[], text[], text[], text, text)'),
     ('execute', 'function outbox.write_row_function(regclass, text, jsonb, boolean)'),
-    ('execute', 'function outbox.expect_condition(regclass, text)'),
+    ('execute', 'function outbox.condition_query(regclass, text)'),
+    ('execute', 'function outbox.analyse_as(oid, text)'),
+    ('execute', 'function outbox.expect_condition(regclass, text, oid)'),
     ('insert (event_id, event_type, source, backend, data, subject, stream, data_schema, publisher_config, max_retries)', 'table outbox.events')
 $$;
 comment on function outbox.publisher_rights() is 'What outbox.grant_publisher() grants, as parts of a GRANT statement.';

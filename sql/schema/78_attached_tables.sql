@@ -1,9 +1,10 @@
 -- Row changes as events: the triggers that outbox.attach_table() makes on users' tables. Each attached table has a
--- function of its own, which belongs to the table's owner: it publishes with that role's rights, whoever changes the
--- table. So code that the owner controls (the condition, casts of the owner's types to JSON) runs with the owner's
--- rights. Triggers and function are objects of the user's schema, and are dumped as such.
+-- function of its own, which belongs to the table's owner, whoever attaches it: it publishes with that role's rights,
+-- whoever changes the table. So code that the owner controls (the condition, casts of the owner's types to JSON) runs
+-- with the owner's rights, and with no others. Triggers and function are objects of the user's schema, and are dumped as
+-- such.
 
-create function outbox.row_events(relation regclass, event_type text, source text, backend text, key text[], columns text[], operations text[], condition text, payload text, owners text[]) returns text
+create function outbox.row_events(relation regclass, event_type text, source text, backend text, key text[], columns text[], operations text[], condition text, payload text) returns text
     language plpgsql stable set search_path = pg_catalog, pg_temp
     as $$
 declare
@@ -30,11 +31,12 @@ declare
     fixed constant text := format('%L, %L', source, backend);
     body text := '#variable_conflict use_column' || E'\nbegin\n';
 begin
-    -- An owner runs code in this function: casts of its types, and what the condition calls.
-    body := body || format($q$if not exists (select from pg_class c where c.oid = tg_relid and (pg_get_userbyid(c.relowner) = any (%L::text[]) or pg_has_role(c.relowner, current_user, 'member'))) then
+    -- The owner of a table runs code in this function: casts of its types, and what the condition calls. So the owner must
+    -- have the function's rights anyway. Columns of a partition, and so code, come from the owner of the whole table.
+    body := body || format($q$if not exists (select from pg_class c where c.oid = coalesce(pg_partition_root(tg_relid), tg_relid) and pg_has_role(c.relowner, current_user, 'usage')) then
 raise exception using errcode = 'insufficient_privilege', message = format(%L, tg_relid::regclass), detail = format(%L, current_user), hint = format(%L, tg_relid::regclass::text);
 end if;
-$q$, owners, 'table %s has another owner than when it was attached', 'Its events would be published with the rights of "%s".',
+$q$, 'table %s has another owner than when it was attached', 'Its events would be published with the rights of "%s".',
         'Let its owner, if that is a publisher, or a superuser attach it again: SELECT outbox.attach_table(%L, ...);');
     body := body || E'if tg_op = ''INSERT'' then\n' || into_events
         || format('select %L, %s, %s, %s::json from outbox_relay_new new%s where %s', event_type || '.insert', fixed, format(subject_of, 'new'), inserted,
@@ -71,7 +73,21 @@ $q$, moved, format(subject_of, 'old'), format(subject_of, 'new'), updated, delet
     return body || E'return null;\nend\n';
 end
 $$;
-comment on function outbox.row_events(regclass, text, text, text, text[], text[], text[], text, text, text[]) is 'Part of outbox.attach_table(): the body of the trigger function of a table.';
+comment on function outbox.row_events(regclass, text, text, text, text[], text[], text[], text, text) is 'Part of outbox.attach_table(): the body of the trigger function of a table.';
+
+create function outbox.condition_query(relation regclass, condition text) returns text
+    language plpgsql stable set search_path = pg_catalog, pg_temp
+    as $$
+begin
+    return format(E'select from (select t.* from %1$s t) old, (select t.* from %1$s t) new where false and (select (%2$s\n) from (select new.*) "row")', relation, condition);
+end
+$$;
+comment on function outbox.condition_query(regclass, text) is 'Part of outbox.attach_table(): a query that can be parsed if the condition fits the columns of the table.';
+
+create function outbox.analyse_as(role oid, query text) returns void
+    language c volatile strict
+    as 'MODULE_PATHNAME', 'analyse_as';
+comment on function outbox.analyse_as(oid, text) is 'Part of outbox.attach_table(): parses a query with the rights of a role that the caller may SET ROLE to, and does not execute it. Constants of domains within arrays and composite types run the checks of these domains even then.';
 
 create function outbox.write_row_function(relation regclass, function text, said jsonb, replaces boolean) returns void
     language plpgsql set search_path = pg_catalog, pg_temp
@@ -83,7 +99,7 @@ begin
             set standard_conforming_strings = on set datestyle = iso set intervalstyle = postgres set timezone = utc set bytea_output = hex set extra_float_digits = 1 as %L',
         case when replaces then 'or replace' else '' end, function, outbox.row_events(relation, said ->> 'event_type', said ->> 'source', said ->> 'backend',
             array(select jsonb_array_elements_text(said -> 'key')), case when said ? 'columns' then array(select jsonb_array_elements_text(said -> 'columns')) end,
-            string_to_array(said ->> 'operations', ','), said ->> 'condition', said ->> 'payload', array(select jsonb_array_elements_text(said -> 'owners'))));
+            string_to_array(said ->> 'operations', ','), said ->> 'condition', said ->> 'payload'));
     -- Replacing a function removes its dependency on the extension.
     execute format('alter function %s() depends on extension outbox_relay', function);
     execute format('comment on function %s() is %L', function, 'Publishes rows as events, see outbox.attach_table(): ' || said::text);
@@ -145,9 +161,9 @@ declare
     name text;
     missing text;
     function text;
+    owner name;
     family record;
     operation text;
-    owner_publishes boolean;
 begin
     select k.relname, k.relkind, k.relpersistence, k.relowner, n.nspname into c from pg_class k join pg_namespace n on n.oid = k.relnamespace where k.oid = "table";
     if not found then
@@ -161,10 +177,16 @@ begin
         raise exception using errcode = 'insufficient_privilege', message = format('must be owner of table %s', "table"),
             hint = 'Its owner, or a superuser, may attach it.';
     end if;
-    if not has_column_privilege('outbox.events', 'event_type', 'insert') then
-        raise exception using errcode = 'insufficient_privilege', message = format('role "%s" may not publish', current_user),
-            detail = 'The events of an attached table are published with the rights of its owner.',
-            hint = format('Ask the administrator to run SELECT outbox.grant_publisher(%L);', current_user);
+    owner := pg_get_userbyid(c.relowner);
+    if not (has_column_privilege(c.relowner, 'outbox.events', 'event_type', 'insert') and has_schema_privilege(c.relowner, 'outbox', 'usage')) then
+        raise exception using errcode = 'insufficient_privilege', message = format('role "%s" may not publish', owner),
+            detail = format('The events of table %s are published with the rights of its owner.', "table"),
+            hint = format('Ask the administrator to run SELECT outbox.grant_publisher(%L);', owner);
+    end if;
+    if not has_schema_privilege(c.relowner, c.nspname, 'create') and not (select r.rolsuper from pg_roles r where r.rolname = current_user) then
+        raise exception using errcode = 'insufficient_privilege', message = format('role "%s" may not create functions in schema "%s"', owner, c.nspname),
+            detail = format('The function that publishes the rows of table %s belongs to the owner of the table.', "table"),
+            hint = format('Run GRANT CREATE ON SCHEMA %I TO %I; or let a superuser attach the table.', c.nspname, owner);
     end if;
     if cardinality(wanted) = 0 or cardinality(wanted) <> (select count(distinct lower(btrim(w.name))) from unnest(string_to_array(operations, ',')) w (name)) then
         raise exception using errcode = 'invalid_parameter_value', message = format('operations "%s" are unknown', operations),
@@ -199,9 +221,18 @@ begin
         raise exception using errcode = 'invalid_parameter_value', message = case when length(source) > 255 then 'source' else 'event_type' end || ' is too long',
             detail = 'A source has at most 255 characters, and an event type at most 246: the operation is appended to it.', hint = 'Pass a shorter name.';
     end if;
+    for family in
+        select o.oid::regclass as relation, o.relowner from outbox.family_of("table") f (oid) join pg_class k on k.oid = f.oid
+            join pg_class o on o.oid = coalesce(pg_partition_root(f.oid), f.oid)
+        where k.relkind in ('r', 'p') and not pg_has_role(o.relowner, c.relowner, 'usage')
+    loop
+        raise exception using errcode = 'insufficient_privilege', message = format('table %s belongs to "%s", and not to the owner of %s', family.relation, pg_get_userbyid(family.relowner), "table"),
+            detail = format('Code of that role would run with the rights of "%s", as whom the rows are published.', owner),
+            hint = format('Run ALTER TABLE %s OWNER TO %I; first.', family.relation, owner);
+    end loop;
     if condition is not null then
-        -- An error here comes from the condition.
-        execute format(E'select from (select t.* from %1$s t) old, (select t.* from %1$s t) new where false and (select (%2$s\n) from (select new.*) "row")', "table", condition);
+        -- An error here comes from the condition. The owner's types may run code already when it is parsed.
+        perform outbox.analyse_as(c.relowner, outbox.condition_query("table", condition));
     end if;
 
     perform outbox.detach_table("table");
@@ -212,20 +243,9 @@ begin
         order by q.n limit 1;
     function := format('%I.%I', c.nspname, name);
     perform outbox.write_row_function("table", function, jsonb_strip_nulls(jsonb_build_object('event_type', event_type, 'source', source, 'backend', backend, 'key', key,
-        'columns', columns, 'operations', array_to_string(wanted, ','), 'condition', condition, 'payload', payload,
-        'owners', array(select distinct pg_get_userbyid(k.relowner) from outbox.family_of("table") f (oid) join pg_class k on k.oid = f.oid))), false);
+        'columns', columns, 'operations', array_to_string(wanted, ','), 'condition', condition, 'payload', payload)), false);
     execute format('revoke all on function %s() from public', function);
-    owner_publishes := has_column_privilege(c.relowner, 'outbox.events', 'event_type', 'insert') and has_schema_privilege(c.relowner, 'outbox', 'usage');
-    if not owner_publishes then
-        raise warning using message = format('the events of %s are published with the rights of "%s"', "table", current_user),
-            detail = format('Its owner, "%s", may not publish.', pg_get_userbyid(c.relowner)),
-            hint = format('Unless you trust the owner with your rights, run SELECT outbox.grant_publisher(%L); and attach the table again.', pg_get_userbyid(c.relowner));
-    end if;
-    -- Not if a member of the owner's role attaches it in a schema in which the owner's role may not create functions.
-    if owner_publishes and current_user <> pg_get_userbyid(c.relowner)
-        and (has_schema_privilege(c.relowner, c.nspname, 'create') or (select r.rolsuper from pg_roles r where r.rolname = current_user)) then
-        execute format('alter function %s() owner to %I', function, pg_get_userbyid(c.relowner));
-    end if;
+    execute format('alter function %s() owner to %I', function, owner);
     -- A statement on a partition fires only the triggers of that partition.
     for family in
         select f.oid::regclass as relation, f.oid = "table" as is_itself from outbox.family_of("table") f (oid) join pg_class k on k.oid = f.oid where k.relkind in ('r', 'p')
@@ -242,7 +262,7 @@ begin
 end
 $$;
 comment on function outbox.attach_table(regclass, text, text, text, text[], text[], text, text, text) is
-    'Publishes the rows that statements insert, update and delete in a table as events, in the same transaction: one call of a trigger for a statement, one event for a row, in the order of the rows. The type is event_type (the table''s name) with .insert, .update, .delete or .truncate; the subject is the key (the primary key; several columns as a JSON array). columns: those that are in data, NULL means all. condition: an SQL expression; a name is a column of the new row, or of the deleted one; old.name and new.name tell them apart. Names in it are those of pg_catalog unless they are qualified. payload: new, both ({"old": ..., "new": ...}) or changed (of an UPDATE, what it has changed; nothing if that is nothing). For the table''s owner, if he is a publisher, and for superusers. Events are published with the rights of the table''s owner, or of the superuser if the owner may not publish; who changes the table needs no right to publish. Attaching again replaces what was said before. Columns that are named are followed when they are renamed, and cannot be dropped; new partitions and children are published, too.';
+    'Publishes the rows that statements insert, update and delete in a table as events, in the same transaction: one call of a trigger for a statement, one event for a row, in the order of the rows. The type is event_type (the table''s name) with .insert, .update, .delete or .truncate; the subject is the key (the primary key; several columns as a JSON array). columns: those that are in data, NULL means all. condition: an SQL expression; a name is a column of the new row, or of the deleted one; old.name and new.name tell them apart. Names in it are those of pg_catalog unless they are qualified. payload: new, both ({"old": ..., "new": ...}) or changed (of an UPDATE, what it has changed; nothing if that is nothing). For the table''s owner and for superusers, if the owner is a publisher. Events are published with the owner''s rights, whoever changes the table. Attaching again replaces what was said before. Columns that are named are followed when they are renamed, and cannot be dropped; new partitions and children are published, too.';
 
 create view outbox.attached_tables with (security_barrier) as
 select t.tgrelid::regclass as relation,

@@ -1,16 +1,14 @@
 -- Follows columns of attached tables that are renamed or dropped, and new partitions and children. The arguments of
 -- outbox.attach_table() are in the comment of the table's function, with the present names of the columns.
 
-create function outbox.expect_condition(relation regclass, condition text) returns void
-    language plpgsql set search_path = pg_catalog, pg_temp set check_function_bodies = on
+create function outbox.expect_condition(relation regclass, condition text, publisher oid) returns void
+    language plpgsql set search_path = pg_catalog, pg_temp
     as $$
 begin
     if condition is not null then
-        -- Creating it as the body of a function checks the condition without running it: the role that changes the
-        -- table may have more rights than the owner, who wrote the condition.
-        execute format('create function pg_temp."outbox_relay condition"() returns void language sql as %L',
-            format(E'select from (select t.* from %1$s t) old, (select t.* from %1$s t) new where false and (select (%2$s\n) from (select new.*) "row")', relation, condition));
-        drop function pg_temp."outbox_relay condition"();
+        -- Neither runs with the rights of the role that changes the table, which may have more of them than the owner, who
+        -- wrote the condition.
+        perform outbox.analyse_as(publisher, outbox.condition_query(relation, condition));
     end if;
 exception when others then
     raise exception using errcode = 'dependent_objects_still_exist', message = format('the condition of attached table %s would no longer fit its columns', relation),
@@ -18,7 +16,7 @@ exception when others then
         hint = format('In one transaction, run SELECT outbox.detach_table(%L);, this statement, and outbox.attach_table() with another condition.', relation::text);
 end
 $$;
-comment on function outbox.expect_condition(regclass, text) is 'Raises an ERROR if the condition of an attached table does not fit its columns.';
+comment on function outbox.expect_condition(regclass, text, oid) is 'Raises an ERROR if the condition of an attached table does not fit its columns. It is parsed with the rights of this role.';
 
 create function outbox.follow_attached() returns event_trigger
     language plpgsql set search_path = pg_catalog, pg_temp
@@ -33,7 +31,8 @@ begin
     -- loop. A column that is named in the comment but does not exist in the table is the renamed column, under its
     -- former name. A partitioned table comes before its partitions, because the body of the function depends on that.
     for d in
-        -- Only comments of the altered tables' triggers are parsed: anybody may write what he likes on a function of his own.
+        -- Only comments of the altered tables' triggers are parsed, and of roles whose rights the table's owner has: anybody
+        -- may write what he likes on a function of his own, and whoever was granted TRIGGER may make it a trigger.
         with altered as materialized (
             select f.oid, f.oid = c.objid as is_itself, k.relkind, g.tgfoid, p.proowner, a.attname, obj_description(g.tgfoid, 'pg_proc') as comment
             from pg_event_trigger_ddl_commands() c join pg_attribute a on a.attrelid = c.objid and a.attnum = c.objsubid
@@ -42,7 +41,7 @@ begin
                 ) select oid from family) f
                 join pg_class k on k.oid = f.oid join pg_trigger g on g.tgrelid = f.oid join pg_proc p on p.oid = g.tgfoid
             where c.classid = 'pg_class'::regclass and c.objsubid > 0 and not g.tgisinternal
-                and g.tgname ~ '^outbox_relay_(insert|update|delete|truncate)$'
+                and g.tgname ~ '^outbox_relay_(insert|update|delete|truncate)$' and pg_has_role(k.relowner, p.proowner, 'usage')
         ), attached as materialized (
             select l.*, substr(l.comment, 54)::jsonb as said
             from altered l where l.comment like E'Publishes rows as events, see outbox.attach\\_table(): {%'
@@ -60,7 +59,7 @@ begin
                 detail = format('The role "%s" publishes the table.', pg_get_userbyid(d.proowner)),
                 hint = 'That role, if it is a publisher, or a superuser may rename them.';
         end if;
-        perform outbox.expect_condition(d.relation, d.said ->> 'condition');
+        perform outbox.expect_condition(d.relation, d.said ->> 'condition', d.proowner);
         continue when was_named is null;
         said := d.said;
         foreach list in array '{key,columns}'::text[] loop
@@ -90,8 +89,9 @@ begin
         -- after it.
         with dropped as materialized (
             select distinct o.objid, p.proowner, obj_description(g.tgfoid, 'pg_proc') as comment, o.address_names[3] as name, o.original
-            from pg_event_trigger_dropped_objects() o join pg_trigger g on g.tgrelid = o.objid join pg_proc p on p.oid = g.tgfoid
+            from pg_event_trigger_dropped_objects() o join pg_class k on k.oid = o.objid join pg_trigger g on g.tgrelid = k.oid join pg_proc p on p.oid = g.tgfoid
             where o.object_type = 'table column' and not g.tgisinternal and g.tgname ~ '^outbox_relay_(insert|update|delete|truncate)$'
+                and pg_has_role(k.relowner, p.proowner, 'usage')
         )
         select l.objid::regclass as relation, l.proowner, substr(l.comment, 54)::jsonb as said, l.name, l.original
         from dropped l where l.comment like E'Publishes rows as events, see outbox.attach\\_table(): {%'
@@ -108,7 +108,7 @@ begin
                 hint = 'That role, if it is a publisher, or a superuser may drop them.';
         end if;
         if d.said ? 'condition' then
-            perform outbox.expect_condition(d.relation, d.said ->> 'condition');
+            perform outbox.expect_condition(d.relation, d.said ->> 'condition', d.proowner);
         end if;
     end loop;
 end
@@ -127,7 +127,8 @@ begin
     end if;
     -- Only links that this transaction has made after the parent's triggers: a restore makes links before the triggers,
     -- and restores the children's triggers itself.
-    for t in select i.inhrelid::regclass as relation, g.tgname, g.tgoldtable, g.tgnewtable, g.tgfoid, p.proowner, k.relowner = o.relowner and pg_has_role(p.proowner, 'usage') as is_ours
+    for t in select i.inhrelid::regclass as relation, g.tgname, g.tgoldtable, g.tgnewtable, g.tgfoid, p.proowner,
+            k.relowner = o.relowner and pg_has_role(o.relowner, p.proowner, 'usage') and pg_has_role(p.proowner, 'usage') as is_ours
         from (select distinct c.objid from pg_event_trigger_ddl_commands() c where c.classid = 'pg_class'::regclass and c.objsubid = 0) d
             join pg_inherits i on d.objid in (i.inhparent, i.inhrelid)
             join pg_class k on k.oid = i.inhrelid and k.relkind in ('r', 'p') join pg_class o on o.oid = i.inhparent
@@ -136,7 +137,7 @@ begin
             and case when i.xmin = g.xmin then i.cmin::text::bigint > g.cmin::text::bigint else age(g.xmin) > age(i.xmin) end
             and not g.tgisinternal and g.tgname ~ '^outbox_relay_(insert|update|delete)$'
             and not exists (select from pg_trigger h where h.tgrelid = i.inhrelid and h.tgname = g.tgname)
-        order by g.oid
+        order by is_ours desc, g.oid
     loop
         -- No table gets a trigger that belongs to another role in this way.
         if not t.is_ours then

@@ -3,6 +3,7 @@
 use crate::publish::appending::{Prepared, Tables, prepared};
 use crate::publish::error::PublishError;
 use crate::publish::json;
+use crate::publish::lent_rights::expect_own_right;
 use crate::publish::request::{Request, attempts, decoded, event_id, time};
 use crate::server::encoding::{has_utf8_form, to_server};
 use crate::server::error::expect_arguments;
@@ -146,7 +147,9 @@ fn prepared_item(items: &Items, index: usize, relations: &Relations) -> Prepared
         Ok(item) => request_of(&item),
     };
     let request = request.unwrap_or_else(|message| PublishError::BadItem { index, message }.raise());
-    prepared(&request.without_empty().traced(), relations)
+    let rows = prepared(&request.without_empty().traced(), relations);
+    expect_own_right();
+    rows
 }
 
 const KEYS: [&str; 12] = [

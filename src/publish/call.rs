@@ -8,6 +8,7 @@ use crate::publish::appending::{Tables, prepared};
 use crate::publish::binary::data_or_bytes;
 use crate::publish::destinations::{check, with_backend};
 use crate::publish::json;
+use crate::publish::lent_rights::expect_own_right;
 use crate::publish::request::{Request, attempts, event_id};
 use crate::server::datum::{bytes_of, text_datum};
 use crate::server::encoding::{to_server, words_to_server};
@@ -110,7 +111,9 @@ unsafe fn publish(
         // SAFETY: the caller's promise; there are this many arguments.
         let request = unsafe { request_of((*fcinfo).args.as_slice(ARGUMENTS)) };
         let relations = catalog::expect_relations();
-        (prepared(&request.without_empty().traced(), &relations), relations)
+        let rows = prepared(&request.without_empty().traced(), &relations);
+        expect_own_right();
+        (rows, relations)
     });
     // SAFETY: the caller's promise; the id lies in the memory of the call.
     unsafe {

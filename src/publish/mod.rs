@@ -14,7 +14,7 @@
 //! - [`appending`] from a checked request to a row
 //! - [`returning`] RETURNING and ON CONFLICT for roles that may only insert; [`on_conflict`] what ON CONFLICT
 //!   (event_id) means; [`refused_rights`] clear errors for statements that they have no right to; [`planning`] the same
-//!   in sessions that load the library late
+//!   in sessions that load the library late; [`lent_rights`] views and rules
 //!
 //! `publish_event` inserts through the table's access method and not through the executor, as long as the table is as
 //! the extension made it (see `tables/insertion.rs`). So it needs no rights on the table and no plan. A plain INSERT
@@ -32,6 +32,7 @@ mod doubts;
 mod error;
 mod fan_out;
 mod json;
+pub(crate) mod lent_rights;
 pub(crate) mod on_conflict;
 mod placing;
 pub(crate) mod planning;

@@ -31,6 +31,8 @@ thread_local! {
     /// Counts changes of roles, memberships and functions.
     static ROLES: Cell<u64> = const { Cell::new(0) };
     static KNOWN: RefCell<Known> = const { RefCell::new(Known::nothing()) };
+    /// The limits of the last limited user that began an INSERT, and the start of its transaction.
+    static BEGUN_BY: RefCell<Option<(pg_sys::TimestampTz, Limits)>> = const { RefCell::new(None) };
 }
 
 /// What a session has cached.
@@ -40,7 +42,16 @@ struct Known {
     limits: Vec<Rc<Limit>>,
     /// [`ROLES`] when the first of `users` was looked up.
     roles: u64,
-    users: Vec<(pg_sys::Oid, Option<Limits>)>,
+    users: Vec<(pg_sys::Oid, Standing)>,
+}
+
+/// What a user may publish.
+#[derive(Clone)]
+enum Standing {
+    Free,
+    Limited(Limits),
+    /// Nothing. A view, a rule or a bridge lends it a right, or the role was changed while the statement ran.
+    Rightless,
 }
 
 impl Known {
@@ -122,44 +133,84 @@ impl Limits {
 /// The limits of the current user; `None`: there are none. Needs a transaction that has processed pending
 /// invalidations.
 pub(crate) fn of_user() -> Option<Limits> {
+    match standing(current_user()) {
+        Standing::Free => None,
+        Standing::Limited(limits) => Some(limits),
+        Standing::Rightless => BEGUN_BY.with_borrow(|begun| {
+            let begun = begun.as_ref().filter(|(at, _)| *at == transaction());
+            begun.map(|(_, limits)| limits.clone())
+        }),
+    }
+}
+
+/// Whether this user has only the right to publish within limits.
+pub(crate) fn is_limited(user: pg_sys::Oid) -> bool {
+    matches!(standing(user), Standing::Limited(_))
+}
+
+/// Whether the current user has no right to publish. False if there are no limits at all.
+pub(crate) fn is_rightless() -> bool {
+    matches!(standing(current_user()), Standing::Rightless)
+}
+
+/// Notes that the current user begins an INSERT. If its limits are to be seen by the trigger, the role may be another one
+/// by then: an expression of the statement may change it.
+pub(crate) fn note_insert() {
+    if let Standing::Limited(limits) = standing(current_user()) {
+        BEGUN_BY.set(Some((transaction(), limits)));
+    }
+}
+
+fn current_user() -> pg_sys::Oid {
+    // SAFETY: a plain read.
+    unsafe { pg_sys::GetUserId() }
+}
+
+/// When the current transaction began.
+fn transaction() -> pg_sys::TimestampTz {
+    // SAFETY: a plain read.
+    unsafe { pg_sys::GetCurrentTransactionStartTimestamp() }
+}
+
+fn standing(user: pg_sys::Oid) -> Standing {
     match NONE_AT.get() == Some(catalog::generation()) {
-        true => None,
-        false => looked_up(),
+        true => Standing::Free,
+        false => looked_up(user),
     }
 }
 
 #[cold]
-fn looked_up() -> Option<Limits> {
-    // SAFETY: a plain read, and look-ups within a transaction.
-    let (user, is_superuser) = unsafe { (pg_sys::GetUserId(), pg_sys::superuser()) };
+fn looked_up(user: pg_sys::Oid) -> Standing {
+    // SAFETY: a look-up within a transaction.
+    let is_superuser = unsafe { pg_sys::superuser_arg(user) };
     let relations = catalog::expect_relations();
     if relations.publisher_limits == pg_sys::InvalidOid {
         // The cache may still hold an earlier result for this user.
         return match is_superuser {
-            true => None,
+            true => Standing::Free,
             false => missing::table(c"publisher_limits"),
         };
     }
     expect_read(relations.publisher_limits);
     if is_superuser || KNOWN.with_borrow(|known| known.limits.is_empty()) {
-        return None;
+        return Standing::Free;
     }
     let roles = ROLES.get();
     let found = KNOWN.with_borrow(|known| {
         let mut users = known.users.iter().filter(|_| known.roles == roles);
-        users.find(|(of, _)| *of == user).map(|(_, limits)| limits.clone())
+        users.find(|(of, _)| *of == user).map(|(_, standing)| standing.clone())
     });
     found.unwrap_or_else(|| {
         let all = KNOWN.with_borrow(|known| known.limits.clone());
-        let limits = limits_of(user, &all, &relations);
+        let standing = standing_among(user, &all, &relations);
         KNOWN.with_borrow_mut(|known| {
             if known.roles != roles || known.users.len() >= MOST_USERS {
                 known.users.clear();
             }
             known.roles = roles;
-            known.users.push((user, limits.clone()));
+            known.users.push((user, standing.clone()));
         });
-        limits
+        standing
     })
 }
 
@@ -202,18 +253,29 @@ fn read(table: pg_sys::Oid) -> Vec<Rc<Limit>> {
     found
 }
 
-/// The limits of the roles through which a user has the right to publish. `None`: one of these roles has no limit.
-fn limits_of(user: pg_sys::Oid, all: &[Rc<Limit>], relations: &Relations) -> Option<Limits> {
+/// What a user may publish, through all roles through which it has the right.
+fn standing_among(user: pg_sys::Oid, all: &[Rc<Limit>], relations: &Relations) -> Standing {
     // SAFETY: look-ups within a transaction.
     let is_in = |role| unsafe { pg_sys::has_privs_of_role(user, role) };
+    if is_in(pg_sys::Oid::from(pg_sys::ROLE_PG_WRITE_ALL_DATA)) {
+        return Standing::Free;
+    }
     let mine: Rc<[Rc<Limit>]> = all.iter().filter(|limit| is_in(limit.role)).cloned().collect();
-    let is_unlimited = |grantee: &pg_sys::Oid| {
-        let is_public = *grantee == pg_sys::Oid::from(pg_sys::ACL_ID_PUBLIC);
-        is_public || is_in(*grantee) && !all.iter().any(|limit| limit.role == *grantee)
-    };
-    let writes_all = pg_sys::Oid::from(pg_sys::ROLE_PG_WRITE_ALL_DATA);
-    let is_free = mine.is_empty() || is_in(writes_all) || publishers(relations).iter().any(is_unlimited);
-    (!is_free).then_some(Limits(mine))
+    let is_public = |grantee: &pg_sys::Oid| *grantee == pg_sys::Oid::from(pg_sys::ACL_ID_PUBLIC);
+    let grantees = publishers(relations);
+    let mut own = grantees
+        .iter()
+        .filter(|grantee| is_public(grantee) || is_in(**grantee))
+        .peekable();
+    let has_right = own.peek().is_some();
+    // One of these roles has no limit.
+    let is_free = own.any(|grantee| is_public(grantee) || !all.iter().any(|limit| limit.role == *grantee));
+    match (is_free, mine.is_empty()) {
+        (true, _) => Standing::Free,
+        (false, false) => Standing::Limited(Limits(mine)),
+        (false, true) if has_right => Standing::Free,
+        (false, true) => Standing::Rightless,
+    }
 }
 
 /// The roles to which the right to publish was granted, in any way.

@@ -7,8 +7,9 @@
 //! were granted TRIGGER do not run at all: `session_replication_role` is `replica` wherever we write, and only an owner
 //! can make a trigger fire under it.
 
+use crate::server::datum::bytes_of;
 use crate::server::encoding::{has_utf8_form, utf8};
-use crate::server::error::raise;
+use crate::server::error::{internal, raise, strict_arguments};
 use crate::server::process::set_for_now;
 use crate::server::report;
 use crate::server::scoped;
@@ -17,7 +18,7 @@ use crate::tables::catalog;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{PgSqlErrorCode, pg_extern, pg_sys};
 use std::cell::Cell;
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Name {
@@ -154,6 +155,52 @@ pub(crate) fn execution<R>(f: impl FnOnce() -> R) -> R {
 /// Runs `f` with the rights of the owner of `relation`, which is locked.
 pub(crate) fn as_owner_of<R>(relation: pg_sys::Oid, f: impl FnOnce() -> R) -> R {
     as_user(catalog::owner_of(relation), f)
+}
+
+crate::sql_function!(analyse_as, pg_finfo_analyse_as);
+
+/// `outbox.analyse_as(role, query)`: parses a query, whose types may run code of that role, with the role's rights. Settings
+/// that such code changes are restored.
+// No pg_guard: our own guard lets ERRORs of the query pass whole.
+#[unsafe(no_mangle)]
+extern "C-unwind" fn analyse_as(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    report::guard(|| {
+        if let Some([role, query]) = strict_arguments(fcinfo) {
+            let role = pg_sys::Oid::from(role.value() as u32);
+            // SAFETY: a text, by the SQL declaration, which holds no zero byte.
+            let query = unsafe { CString::new(bytes_of(query)).unwrap_or_default() };
+            expect_may_become(role);
+            // SAFETY: within a transaction. An ERROR in between restores the settings when it aborts.
+            unsafe {
+                let level = pg_sys::NewGUCNestLevel();
+                as_user(role, || analyse(&query));
+                pg_sys::AtEOXact_GUC(false, level);
+            }
+        }
+        pg_sys::Datum::from(0)
+    })
+}
+
+fn analyse(query: &CStr) {
+    // SAFETY: within a transaction; what is prepared goes with the connection.
+    unsafe {
+        pg_sys::SPI_connect();
+        if pg_sys::SPI_prepare(query.as_ptr(), 0, std::ptr::null_mut()).is_null() {
+            internal("a query cannot be analysed");
+        }
+        pg_sys::SPI_finish();
+    }
+}
+
+/// Raises an ERROR unless the caller may SET ROLE to this role.
+fn expect_may_become(role: pg_sys::Oid) {
+    // SAFETY: look-ups within a transaction.
+    unsafe {
+        #[cfg(feature = "pg15")]
+        pg_sys::check_is_member_of_role(current_user(), role);
+        #[cfg(not(feature = "pg15"))]
+        pg_sys::check_can_set_role(current_user(), role);
+    }
 }
 
 fn as_user<R>(other: pg_sys::Oid, f: impl FnOnce() -> R) -> R {

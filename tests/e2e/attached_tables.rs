@@ -5,6 +5,7 @@ mod changed;
 mod copied;
 mod meanwhile;
 mod names;
+mod owners;
 
 use kit::{Postgres, Refused, Stack};
 use postgres::Client;
@@ -329,106 +330,6 @@ fn changing_an_attached_table_needs_no_right_to_publish_and_gives_none() {
         1
     );
     run(&mut other, "drop table orders");
-}
-
-/// A table's owner runs code when its rows are published: casts of its types to JSON.
-#[test]
-fn an_attached_table_that_is_given_away_lends_its_owner_nothing() {
-    let pg = start();
-    pg.exec(
-        "create role shop login;
-         create role team;
-         grant create on schema public to shop, team;
-         create table orders (id integer primary key);
-         create table parts (id integer primary key) partition by range (id);
-         create table part partition of parts for values from (0) to (9);
-         select outbox.attach_table('orders'), outbox.attach_table('parts');
-         alter table orders owner to shop;
-         alter table parts owner to shop;
-         alter table part owner to shop",
-    );
-    let mut shop = pg.client_as("shop", "postgres");
-    run(
-        &mut shop,
-        "create type mood as enum ('well');
-         create function to_json_of(mood) returns json language plpgsql
-            as $$ begin raise exception 'it runs as %', current_user; end $$;
-         create cast (mood as json) with function to_json_of(mood);
-         alter table orders add column m mood;
-         alter table parts add column m mood",
-    );
-    for table in ["orders", "parts", "part"] {
-        let said = Refused::of(shop.simple_query(&format!("insert into {table} values (1, 'well')")));
-        assert_eq!(
-            said,
-            Refused::new(
-                "42501",
-                &format!("table public.{table} has another owner than when it was attached"),
-                "Its events would be published with the rights of \"postgres\".",
-                &format!(
-                    "Let its owner, if that is a publisher, or a superuser attach it again: SELECT outbox.attach_table('public.{table}', ...);"
-                ),
-            ),
-            "{table}"
-        );
-    }
-    // The new owner publishes in its own name.
-    pg.exec("select outbox.grant_publisher('shop'), outbox.attach_table('orders')");
-    let said = Refused::of(shop.simple_query("insert into orders values (1, 'well')"));
-    assert_eq!(said.message, "it runs as shop");
-    // A group's table, which a member has attached, given to a member.
-    pg.exec("alter table orders drop column m; alter table orders owner to team; grant team to shop; select outbox.grant_publisher('team'), outbox.attach_table('orders'); alter table orders owner to shop");
-    run(&mut shop, "insert into orders values (1)");
-    let mut client = pg.client();
-    assert_eq!(heads(&mut client), ["orders.insert 1"]);
-}
-
-/// Any role may make temporary tables, with triggers and comments of its own.
-#[test]
-fn a_forged_comment_stops_no_change_of_other_tables() {
-    let pg = start();
-    pg.exec(
-        "create role nobody login;
-         create table others (id integer primary key, a integer, b integer);
-         create table ours (id integer primary key, a integer, b integer);
-         select outbox.attach_table('ours', columns => '{id,a}')",
-    );
-    let mut nobody = pg.client_as("nobody", "postgres");
-    for (name, said) in [
-        ("f", "{not json"),
-        ("g", "{"),
-        ("h", "{}[]"),
-        ("i", "{\"a\": \"\\ud800\"}"),
-    ] {
-        run(
-            &mut nobody,
-            &format!(
-                "create temp table of_{name} (id integer);
-                 create function pg_temp.{name}() returns trigger language plpgsql as 'begin return null; end';
-                 create trigger outbox_relay_insert after insert on of_{name} for each row execute function pg_temp.{name}();
-                 comment on function pg_temp.{name}() is 'Publishes rows as events, see outbox.attach_table(): {said}'"
-            ),
-        );
-    }
-    let mut client = pg.client();
-    for statement in [
-        "alter table others rename a to c",
-        "alter table others add column d integer",
-        "alter table others drop column b",
-        "alter table ours rename a to c",
-        "alter table ours drop column b",
-        "create table child () inherits (ours)",
-        "drop table others",
-    ] {
-        client
-            .batch_execute(statement)
-            .unwrap_or_else(|error| panic!("{statement}: {error:?}"));
-    }
-    run(&mut client, "insert into ours values (1, 2)");
-    assert_eq!(
-        taken(&mut client),
-        [event("ours.insert", "1", json!({"id": 1, "c": 2}))]
-    );
 }
 
 #[test]

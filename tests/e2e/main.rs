@@ -109,6 +109,7 @@ mod routes_rows;
 mod scheduled;
 mod security;
 mod security_destinations;
+mod security_lending;
 mod security_publisher;
 mod security_routes;
 mod security_sealed;

@@ -127,6 +127,7 @@ fn a_publisher_can_do_nothing_else() {
     assert_eq!(
         callable,
         [
+            "analyse_as",
             "any_number_in",
             "any_subject_in",
             "any_time",
@@ -136,6 +137,7 @@ fn a_publisher_can_do_nothing_else() {
             "any_value_in",
             "attach_table",
             "binary_data",
+            "condition_query",
             "detach_table",
             "expect_condition",
             "family_of",

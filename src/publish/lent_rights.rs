@@ -1,0 +1,121 @@
+//! Whose right to publish counts. Postgres checks rights when a statement begins, and the limits of a publisher are
+//! checked for each event. In between, the user may be another one:
+//!
+//! - A view or a rule lends the right of its owner to whoever uses it. A publisher whose events are limited cannot lend
+//!   its right in this way, because the limits would not hold. A function with SECURITY DEFINER can, because it runs as
+//!   its owner.
+//! - An expression of the statement may change the role, or a cursor may be read on after SET ROLE.
+
+use crate::server::error::raise;
+use crate::server::query_tree::{Rights, item, length};
+use crate::server::report;
+use crate::tables::catalog::{self, has_our_name};
+use crate::tables::publisher_limits;
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::{PgSqlErrorCode, pg_sys};
+use std::ffi::CStr;
+
+const INSERT: pg_sys::AclMode = pg_sys::ACL_INSERT as pg_sys::AclMode;
+
+static mut PREVIOUS_HOOK: pg_sys::ExecutorCheckPerms_hook_type = None;
+
+/// Called once, when the library is loaded.
+pub(crate) fn install() {
+    // SAFETY: a process loads its libraries in its one thread.
+    unsafe {
+        PREVIOUS_HOOK = pg_sys::ExecutorCheckPerms_hook;
+        pg_sys::ExecutorCheckPerms_hook = Some(on_checked);
+    }
+}
+
+// No pg_guard: an ERROR of another library's hook passes; nothing here needs to be dropped.
+// SAFETY: only Postgres calls this, with the tables of a statement that begins.
+#[cfg(feature = "pg15")]
+unsafe extern "C-unwind" fn on_checked(tables: *mut pg_sys::List, raises: bool) -> bool {
+    // SAFETY: Postgres passes valid lists.
+    unsafe { PREVIOUS_HOOK.is_none_or(|previous| previous(tables, raises)) && lends_no_more(tables, raises) }
+}
+
+// No pg_guard: as above.
+// SAFETY: as above.
+#[cfg(not(feature = "pg15"))]
+unsafe extern "C-unwind" fn on_checked(tables: *mut pg_sys::List, rights: *mut pg_sys::List, raises: bool) -> bool {
+    // SAFETY: Postgres passes valid lists.
+    unsafe { PREVIOUS_HOOK.is_none_or(|previous| previous(tables, rights, raises)) && lends_no_more(rights, raises) }
+}
+
+/// Whether no table of a statement lends more than its lender may do. Notes who begins to publish.
+///
+/// # Safety
+/// A list of the rights that a statement needs, within a transaction, in a frame that holds nothing.
+unsafe fn lends_no_more(rights: *mut pg_sys::List, raises: bool) -> bool {
+    // SAFETY: the caller's promise.
+    unsafe {
+        for index in 0..length(rights) {
+            let needed = item(rights, index).cast::<Rights>();
+            if (*needed).requiredPerms & INSERT == 0 || !has_our_name((*needed).relid, c"events") {
+                continue;
+            }
+            let lender = (*needed).checkAsUser;
+            let is_lent = lender != pg_sys::InvalidOid && lender != pg_sys::GetUserId();
+            if report::guard(|| may_begin(is_lent.then_some(lender))) {
+                continue;
+            }
+            if raises {
+                report::guard(|| refuse(lender));
+            }
+            return false;
+        }
+    }
+    true
+}
+
+fn may_begin(lender: Option<pg_sys::Oid>) -> bool {
+    // SAFETY: within a transaction. The limits may have changed since.
+    unsafe { pg_sys::AcceptInvalidationMessages() };
+    if catalog::relations().is_none() {
+        return true;
+    }
+    match lender {
+        Some(lender) => !publisher_limits::is_limited(lender),
+        None => {
+            publisher_limits::note_insert();
+            true
+        }
+    }
+}
+
+/// Raises an ERROR if the user who calls a function to publish has no right to: it had another role when that was checked.
+/// Only if some publishers have limits: all others may do the same as anybody who has the right.
+pub(super) fn expect_own_right() {
+    if publisher_limits::is_rightless() {
+        raise(
+            ErrorReport::new(
+                PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE,
+                "permission denied to publish",
+                "",
+            )
+            .set_detail("The role was changed after the statement began, and the present one may not publish.")
+            .set_hint("Change the role before the statement, and close cursors before that."),
+        );
+    }
+}
+
+fn refuse(lender: pg_sys::Oid) -> ! {
+    // SAFETY: a look-up within a transaction; the name lives as long as its memory.
+    let name = unsafe { CStr::from_ptr(pg_sys::GetUserNameFromId(lender, false)) };
+    raise(
+        ErrorReport::new(
+            PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE,
+            format!(
+                "permission denied to publish through a view or rule of \"{}\"",
+                name.to_string_lossy()
+            ),
+            "",
+        )
+        .set_detail(
+            "That role may publish only to some backends and streams, and would lend its right without these limits.",
+        )
+        .set_hint("Let it make a function with SECURITY DEFINER instead: limits hold there."),
+    )
+}
