@@ -10,7 +10,7 @@ use relay::resp::read::Reply;
 use relay::samples::claim;
 use relay::sender::conversation::Conversation;
 use relay::sender::orders::{Batch, Order, Report};
-use relay::sender::survey::Survey;
+use relay::sender::survey::{Besides, Survey};
 use std::sync::Arc;
 
 /// A conversation in which the test is the server.
@@ -118,7 +118,7 @@ fn survey(number: u64) -> Order {
         stream: Arc::from("s"),
         trim: Some(Trim::Before { id, left_out }),
     };
-    Order::Survey(Box::new(Survey::new(number, vec![question], false)))
+    Order::Survey(Box::new(Survey::new(number, vec![question], Besides::default())))
 }
 
 const SURVEYED: [&str; 3] = [":0", ":7", "*0"];

@@ -403,6 +403,33 @@ fn entries_of_the_last_batch_stay_until_another_one_is_appended() {
     }
 }
 
+/// `XGROUP SETID`, or an id of its own when it was created. The last entry stays, by which a search for the last
+/// batch's events knows the end of the stream.
+#[test]
+fn a_group_that_was_set_ahead_of_the_end_leaves_the_last_entry() {
+    let stack = stack("max_len = 0");
+    let published = publish(&stack, 10);
+    stack.wait_events(10);
+    stack
+        .redis
+        .call(&["XGROUP", "CREATE", "events", "ahead", "9999999999999-0"]);
+    wait_until("it to be trimmed", || stack.redis.xlen("events") <= 1);
+    holds_for(Duration::from_millis(2_500), "the last one stays", || {
+        ids(&stack.events()) == published[9..]
+    });
+    let more = publish(&stack, 10);
+    wait_until("more to be trimmed", || ids(&stack.events()) == more[9..]);
+    // A group that has read them all is not ahead.
+    let mut conn = stack.redis.conn();
+    let mut group = Group::create(&mut conn, "events", "g");
+    group.drain(&mut conn);
+    let last = publish(&stack, 10);
+    holds_for(Duration::from_millis(2_500), "it has not read them", || {
+        ids(&stack.events()).ends_with(&last)
+    });
+    group.wait_acknowledged(&mut conn, 11);
+}
+
 /// Shows that the tests of this file can fail.
 #[test]
 fn the_test_notices_a_relay_that_trims_pending_entries() {

@@ -108,6 +108,9 @@ impl Group {
 pub struct Surveyed {
     pub stream: Arc<str>,
     pub length: i64,
+    /// The highest id that an entry of it had when it was surveyed: entries that are added later have higher ones.
+    /// `None`: Redis was not asked, or there is no such stream.
+    pub last: Option<EntryId>,
     pub groups: Vec<Group>,
     /// Whether it has groups beyond [`MOST_GROUPS`].
     pub has_more_groups: bool,
@@ -124,6 +127,7 @@ impl Surveyed {
         Self {
             stream,
             length: 0,
+            last: None,
             groups: Vec::new(),
             has_more_groups: false,
             failure: None,

@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! worker: due ──(order Survey: streams, each with what to trim)──▶ sender, between two batches
-//!                                              EVAL trim script ▶ XLEN, XINFO GROUPS ▶ XPENDING, XINFO CONSUMERS
+//!                                  EVAL trim script ▶ XLEN, XINFO GROUPS, last id ▶ XPENDING, XINFO CONSUMERS
 //! worker: Readership::surveyed ◀──(report Surveyed: lengths, groups)────┘
 //!    ├─ rows of outbox.consumer_groups, for the view
 //!    ├─ what all groups have acknowledged: the goal of the next trimming
@@ -15,9 +15,10 @@
 //! - [`group`] what Redis reports about a stream and its groups; [`trim`] what may be trimmed as a result
 //! - [`readership`] all streams of one backend: which are surveyed next, how full they are, which groups hold them back
 //!
-//! A group has acknowledged the entries before its oldest pending one, and before the one that was delivered last. The
-//! lowest of all groups counts, and that entry itself stays. So a stream never becomes empty, and a search for the last
-//! batch's events can tell by the newest entry whether others were added behind it.
+//! A group has acknowledged the entries before its oldest pending one, and before the one that was delivered last. If
+//! it was set ahead of the stream's end (XGROUP SETID), that is the last entry at the time of the survey. The lowest of
+//! all groups counts, and that entry itself stays. So a stream never becomes empty, and a search for the last batch's
+//! events can tell by the newest entry whether others were added behind it.
 //!
 //! **No group loses an entry.** Groups may be created or set back during a survey. Therefore the script examines the
 //! groups once more, and trims in the same step or not at all.

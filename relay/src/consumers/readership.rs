@@ -275,7 +275,7 @@ impl Readership {
             let trim = watched.goal.as_ref().filter(|(_, number)| is_due(*number));
             questions.push(Question {
                 stream: Arc::from(&*stream),
-                trim: trim.map(|(trim, _)| trim.clone()),
+                trim: trim.map(|(trim, _)| trim.keeping(watched.sent)),
             });
         }
         (self.surveys, questions)
@@ -306,7 +306,8 @@ impl Readership {
         let mut left_out = Vec::new();
         let mut refusal = None;
         for surveyed in found {
-            for failure in [&surveyed.failure, &surveyed.untrimmed].into_iter().flatten() {
+            // The last one counts: what Redis says of a command itself is clearer than what it says of one in a script.
+            for failure in [&surveyed.untrimmed, &surveyed.failure].into_iter().flatten() {
                 if failure.class == Class::Configuration {
                     refusal = Some(failure);
                 }
@@ -407,7 +408,9 @@ impl Watched {
 
 /// The failure if Redis does not allow, or does not know, a command that trimming needs.
 fn denied(failure: &Failure) -> Failure {
-    let trouble = match failure.message.starts_with("NOPERM") {
+    // In a script, before Redis 7.2.
+    let is_denied = |words| failure.message.contains(words);
+    let trouble = match failure.message.starts_with("NOPERM") || is_denied("user executing the script can't run") {
         true => Trouble::TrimDenied,
         false => Trouble::TrimUnknown,
     };

@@ -15,6 +15,19 @@ pub enum Trim {
     To { length: i64, left_out: Vec<Silent> },
 }
 
+impl Trim {
+    /// The same, but it leaves the newest `sent` entries, of which the last batch may be one.
+    pub(super) fn keeping(&self, sent: i64) -> Self {
+        match self {
+            Self::To { length, left_out } => Self::To {
+                length: sent.max(*length),
+                left_out: left_out.clone(),
+            },
+            Self::Before { .. } => self.clone(),
+        }
+    }
+}
+
 /// A group that does not count as long as it does not move.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Silent {
@@ -65,6 +78,8 @@ pub fn judge(
     if stream.groups.is_empty() {
         return nothing(Holder::Nobody);
     }
+    // A group that was set ahead of the stream's end has not acknowledged what is still to come.
+    let acknowledged = |group: &Group| group.acknowledged().min(stream.last.unwrap_or_default());
     let (mut left_out, mut names) = (Vec::new(), Vec::new());
     let mut lowest: Option<&Group> = None;
     for group in &stream.groups {
@@ -81,17 +96,17 @@ pub fn judge(
                 });
                 left_out.push((group.name.clone(), silent));
             }
-            _ if lowest.is_none_or(|lowest| group.acknowledged() < lowest.acknowledged()) => lowest = Some(group),
+            _ if lowest.is_none_or(|lowest| acknowledged(group) < acknowledged(lowest)) => lowest = Some(group),
             _ => {}
         }
     }
     let (trim, holder) = match lowest {
         Some(group) => {
             let trim = Trim::Before {
-                id: group.acknowledged(),
+                id: acknowledged(group),
                 left_out: names,
             };
-            let is_of_use = group.acknowledged() > EntryId::FIRST;
+            let is_of_use = acknowledged(group) > EntryId::FIRST;
             (is_of_use.then_some(trim), Holder::Group(group.name.clone()))
         }
         None => {
@@ -122,9 +137,11 @@ mod tests {
         }
     }
 
+    /// Its last entry was number 100 of its millisecond.
     fn stream(length: i64, groups: Vec<Group>) -> Surveyed {
         Surveyed {
             length,
+            last: Some(EntryId { ms: 1, seq: 100 }),
             groups,
             ..Surveyed::of("s".into())
         }
@@ -210,6 +227,20 @@ mod tests {
         };
         assert_eq!(judged(&crowd, None).holder, Holder::Crowd);
         assert_eq!(judged(&crowd, None).trim, None);
+    }
+
+    #[test]
+    fn a_group_ahead_of_the_end_has_acknowledged_no_entry_to_come() {
+        let ahead = Group {
+            last_delivered: EntryId { ms: 2, seq: 0 },
+            ..group("a", 9, None, 0)
+        };
+        let alone = stream(50, vec![ahead.clone()]);
+        assert_eq!(judged(&alone, None).trim, before(100, &[]));
+        let with_another = stream(50, vec![ahead.clone(), group("b", 7, None, 0)]);
+        assert_eq!(judged(&with_another, None).trim, before(7, &[]));
+        let unknown = Surveyed { last: None, ..alone };
+        assert_eq!(judged(&unknown, None).trim, None);
     }
 
     #[test]

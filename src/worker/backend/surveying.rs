@@ -12,7 +12,7 @@ use relay::consumers::readership::{LeftOut, Policy, Readership};
 use relay::delivery::batch::{BuiltBatch, OpenBatch};
 use relay::delivery::flight::Contents;
 use relay::sender::orders::Order;
-use relay::sender::survey::Survey;
+use relay::sender::survey::{Besides, Survey};
 use relay::time::Now;
 use std::rc::Rc;
 
@@ -90,12 +90,15 @@ impl Backend {
         let Some(readership) = self.delivery.readership_mut() else {
             return;
         };
-        let asks_idle = readership.policy().is_some_and(|policy| policy.silence.is_some());
+        let besides = Besides {
+            last: readership.policy().is_some(),
+            idle: readership.policy().is_some_and(|policy| policy.silence.is_some()),
+        };
         let (number, questions) = readership.ask(now, last, trims, is_viewed);
         if questions.is_empty() {
             return readership.interrupt();
         }
-        self.order(Order::Survey(Box::new(Survey::new(number, questions, asks_idle))));
+        self.order(Order::Survey(Box::new(Survey::new(number, questions, besides))));
     }
 
     /// Processes the answers of a survey.

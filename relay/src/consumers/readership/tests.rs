@@ -12,6 +12,7 @@ fn readership(max_len: i64) -> Readership {
 fn found(stream: &str, length: i64, groups: Vec<Group>) -> Surveyed {
     Surveyed {
         length,
+        last: Some(EntryId { ms: 1, seq: 100 }),
         groups,
         ..Surveyed::of(stream.into())
     }
@@ -102,6 +103,28 @@ fn a_goal_waits_for_a_later_batch() {
     assert_eq!(survey(&mut r, 5 * S, 9, &read())[0].trim, Some(trim));
 }
 
+/// Others have filled the stream, in which a batch was on its way.
+#[test]
+fn a_stream_of_silent_groups_keeps_what_was_sent_since() {
+    let policy = Policy {
+        max_len: 100,
+        silence: Some(5 * S),
+    };
+    let (own, dead): (Rc<str>, _) = ("own".into(), || vec![group("dead", 3, None)]);
+    let mut r = Readership::new(Some(policy), Some(own.clone()));
+    for second in 1..=6 {
+        survey(&mut r, second * S, 1, &[found("own", 10, dead())]);
+    }
+    let (number, _) = r.ask(7 * S, Some(1), true, false);
+    r.sent(&own, 90);
+    r.surveyed(number, &[found("own", 100, dead())], 1, 7 * S);
+    let (_, questions) = r.ask(8 * S, Some(2), true, false);
+    let Some(Trim::To { length, .. }) = questions[0].trim else {
+        panic!("{questions:?}");
+    };
+    assert_eq!(length, 90);
+}
+
 #[test]
 fn a_paused_backend_trims_nothing() {
     let mut r = readership(100);
@@ -162,6 +185,24 @@ fn a_denied_survey_stops_only_backends_that_trim_by_reading() {
     let (number, _) = viewed.ask(S, Some(1), true, true);
     viewed.surveyed(number, &[denied], 1, S);
     assert!(viewed.trouble().is_none() && !viewed.holds_back());
+}
+
+#[test]
+fn a_command_that_a_script_may_not_run_is_denied() {
+    let words = "ERR The user executing the script can't run this command or subcommand";
+    let denied = Surveyed {
+        untrimmed: Some(Failure::of(Trouble::UnknownReply, words).not_of_an_event()),
+        ..Surveyed::of("own".into())
+    };
+    let mut r = readership(10);
+    survey(&mut r, S, 1, std::slice::from_ref(&denied));
+    assert_eq!(r.trouble().map(|t| t.trouble), Some(Trouble::TrimDenied));
+    let both = Surveyed {
+        failure: Some(Failure::of(Trouble::NoPermCommand, "NOPERM no")),
+        ..denied
+    };
+    survey(&mut r, 2 * S, 1, &[both]);
+    assert_eq!(r.trouble().map(|t| &*t.message), Some("NOPERM no"));
 }
 
 /// Before Redis 6.2, XTRIM knows no MINID.

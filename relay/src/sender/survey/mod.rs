@@ -1,8 +1,8 @@
 //! Asks Redis about consumer groups: some streams at once, in rounds of several commands. Replies are passed in, in
 //! pieces. See [`crate::consumers`].
 //!
-//! First, for each stream: the trimming that is due, its length, its groups. Then, for each group: its pending entries
-//! and, if wanted, its consumers.
+//! First, for each stream: the trimming that is due, its length, its groups and, if wanted, its last id. Then, for each
+//! group: its pending entries and, if wanted, its consumers.
 
 mod tables;
 
@@ -66,12 +66,28 @@ end
 if #groups == 0 or (count == 0 and ARGV[1] == 'MINID') then return -1 end
 return redis.pcall('XTRIM', KEYS[1], ARGV[1], ARGV[2])";
 
+/// The last id of a stream. XINFO STREAM would send two entries of any size with it.
+const LAST: &str = "local info = redis.pcall('XINFO', 'STREAM', KEYS[1])
+if info.err then return info end
+for i = 1, #info, 2 do
+    if info[i] == 'last-generated-id' then return redis.status_reply(info[i + 1]) end
+end
+return redis.status_reply('0-0')";
+
+/// What is asked besides what the view shows.
+#[derive(Clone, Copy, Default)]
+pub struct Besides {
+    /// The last id of each stream.
+    pub last: bool,
+    /// How long consumers have been silent.
+    pub idle: bool,
+}
+
 /// A survey in progress.
 pub struct Survey {
     pub number: u64,
     questions: Vec<Question>,
-    /// Whether to ask how long consumers have been silent.
-    asks_idle: bool,
+    besides: Besides,
     found: Vec<Surveyed>,
     /// What is to be asked next,
     next: VecDeque<Ask>,
@@ -87,6 +103,7 @@ enum Ask {
     Trim(usize),
     Length(usize),
     Groups(usize),
+    Last(usize),
     Pending(usize, usize),
     Consumers(usize, usize),
 }
@@ -98,19 +115,20 @@ enum Reading {
 }
 
 impl Survey {
-    pub fn new(number: u64, questions: Vec<Question>, asks_idle: bool) -> Self {
+    pub fn new(number: u64, questions: Vec<Question>, besides: Besides) -> Self {
         let mut next = VecDeque::new();
         for (index, question) in questions.iter().enumerate() {
             if question.trim.is_some() {
                 next.push_back(Ask::Trim(index));
             }
             next.extend([Ask::Length(index), Ask::Groups(index)]);
+            next.extend(besides.last.then_some(Ask::Last(index)));
         }
         Self {
             number,
             found: questions.iter().map(|q| Surveyed::of(q.stream.clone())).collect(),
             questions,
-            asks_idle,
+            besides,
             next,
             asked: VecDeque::new(),
             reading: None,
@@ -130,7 +148,7 @@ impl Survey {
     /// The bounds of the next reply.
     pub fn bounds(&self) -> Bounds {
         match self.asked.front() {
-            Some(Ask::Trim(_)) => Bounds::line("EVAL"),
+            Some(Ask::Trim(_) | Ask::Last(_)) => Bounds::line("EVAL"),
             Some(Ask::Length(_)) => Bounds::line("XLEN"),
             Some(Ask::Groups(_)) => Bounds::GROUPS,
             Some(Ask::Pending(..)) => Bounds::PENDING,
@@ -159,7 +177,7 @@ impl Survey {
                     Ask::Groups(_) => Reading::Groups(Groups::of(items)),
                     Ask::Pending(..) => Reading::Pending(Pending::of(items)),
                     Ask::Consumers(..) => Reading::Consumers(Consumers::of(items)),
-                    Ask::Trim(_) | Ask::Length(_) => return Err(unexpected(ask)),
+                    Ask::Trim(_) | Ask::Length(_) | Ask::Last(_) => return Err(unexpected(ask)),
                 };
                 self.reading = Some(reading);
                 items == 0
@@ -182,19 +200,16 @@ impl Survey {
     fn line(&mut self, ask: Ask, value: Value) -> Result<(), Failure> {
         match (ask, value) {
             (Ask::Trim(index), Value::Int(trimmed)) => self.found[index].is_trimmed = trimmed >= 0,
-            (Ask::Trim(index), Value::ServerError(error)) => {
-                let failure = failure::reply(&error);
-                self.found[index].untrimmed = Some(match failure.trouble {
-                    Trouble::Moved | Trouble::Ask => return Err(failure),
-                    // An unknown error may concern all streams, so it is one of the backend.
-                    Trouble::UnknownReply => failure.not_of_an_event(),
-                    _ => failure,
-                });
+            (Ask::Trim(index), Value::ServerError(error)) => self.cannot_trim(index, failure::reply(&error))?,
+            (Ask::Last(index), Value::SimpleString(id)) => self.found[index].last = id.parse().ok(),
+            (Ask::Last(index), Value::ServerError(error)) => {
+                if !is_missing(&error) {
+                    self.cannot_trim(index, failure::reply(&error))?;
+                }
             }
             (Ask::Length(index), Value::Int(length)) => self.found[index].length = length.max(0),
             (Ask::Length(index) | Ask::Groups(index), Value::ServerError(error)) => {
-                let is_missing = error.details().is_some_and(|d| d.contains("no such key"));
-                if !is_missing {
+                if !is_missing(&error) {
                     self.fails(index, failure::reply(&error))?;
                 }
             }
@@ -208,6 +223,16 @@ impl Survey {
             (Ask::Groups(_) | Ask::Pending(..) | Ask::Consumers(..), Value::Nil) => {}
             _ => return Err(unexpected(ask)),
         }
+        Ok(())
+    }
+
+    fn cannot_trim(&mut self, index: usize, failure: Failure) -> Result<(), Failure> {
+        self.found[index].untrimmed = Some(match failure.trouble {
+            Trouble::Moved | Trouble::Ask => return Err(failure),
+            // An unknown error may concern all streams, so it is one of the backend.
+            Trouble::UnknownReply => failure.not_of_an_event(),
+            _ => failure,
+        });
         Ok(())
     }
 
@@ -233,7 +258,7 @@ impl Survey {
                     if group.pending > 0 {
                         self.next.push_back(Ask::Pending(index, nth));
                     }
-                    if self.asks_idle && group.consumers > 0 {
+                    if self.besides.idle && group.consumers > 0 {
                         self.next.push_back(Ask::Consumers(index, nth));
                     }
                 }
@@ -252,6 +277,10 @@ impl Survey {
     pub fn into_found(self) -> Vec<Surveyed> {
         self.found
     }
+}
+
+fn is_missing(error: &redis::ServerError) -> bool {
+    error.details().is_some_and(|details| details.contains("no such key"))
 }
 
 fn append(out: &mut Vec<u8>, ask: Ask, questions: &[Question], found: &[Surveyed]) {
@@ -274,6 +303,7 @@ fn append(out: &mut Vec<u8>, ask: Ask, questions: &[Question], found: &[Surveyed
         },
         Ask::Length(index) => append_command(out, &[b"XLEN", stream(index)]),
         Ask::Groups(index) => append_command(out, &[b"XINFO", b"GROUPS", stream(index)]),
+        Ask::Last(index) => append_command(out, &[b"EVAL", LAST.as_bytes(), b"1", stream(index)]),
         Ask::Pending(index, nth) => append_command(out, &[b"XPENDING", stream(index), name(index, nth)]),
         Ask::Consumers(index, nth) => append_command(out, &[b"XINFO", b"CONSUMERS", stream(index), name(index, nth)]),
     }
@@ -297,7 +327,7 @@ fn append_script(out: &mut Vec<u8>, stream: &[u8], how: &[u8], upto: &str, left_
 
 fn unexpected(ask: Ask) -> Failure {
     let command = match ask {
-        Ask::Trim(_) => "EVAL",
+        Ask::Trim(_) | Ask::Last(_) => "EVAL",
         Ask::Length(_) => "XLEN",
         Ask::Groups(_) => "XINFO GROUPS",
         Ask::Pending(..) => "XPENDING",

@@ -4,6 +4,11 @@ use super::*;
 use crate::consumers::group::EntryId;
 use std::sync::Arc;
 
+const IDLE: Besides = Besides {
+    idle: true,
+    last: false,
+};
+
 fn question(stream: &str, trim: Option<Trim>) -> Question {
     let stream = Arc::from(stream);
     Question { stream, trim }
@@ -39,7 +44,7 @@ const GROUPS: &str = "*2\r\n*12\r\n$4\r\nname\r\n$1\r\na\r\n$9\r\nconsumers\r\n:
 
 #[test]
 fn a_survey_asks_about_groups_and_their_pending_entries() {
-    let mut survey = Survey::new(1, vec![question("s", None)], true);
+    let mut survey = Survey::new(1, vec![question("s", None)], IDLE);
     assert_eq!(round(&mut survey), ["XLEN s", "XINFO GROUPS s"]);
     answer(&mut survey, &[":12\r\n", GROUPS]);
     assert_eq!(round(&mut survey), ["XPENDING s a", "XINFO CONSUMERS s a"]);
@@ -68,7 +73,7 @@ fn a_survey_asks_about_groups_and_their_pending_entries() {
 /// Before 7.0 there is no lag, and nothing shows how much is unread.
 #[test]
 fn the_unread_count_is_unknown_on_older_servers() {
-    let mut survey = Survey::new(1, vec![question("s", None)], false);
+    let mut survey = Survey::new(1, vec![question("s", None)], Besides::default());
     round(&mut survey);
     let groups = "*1\r\n*8\r\n$4\r\nname\r\n$1\r\na\r\n$9\r\nconsumers\r\n:1\r\n$7\r\npending\r\n:0\r\n$17\r\nlast-delivered-id\r\n$3\r\n9-1\r\n";
     answer(&mut survey, &[":12\r\n", groups]);
@@ -80,7 +85,7 @@ fn the_unread_count_is_unknown_on_older_servers() {
 #[test]
 fn a_stream_that_cannot_be_asked_affects_no_others() {
     let streams = ["gone", "list", "shut", "s"].map(|stream| question(stream, None));
-    let mut survey = Survey::new(1, streams.to_vec(), false);
+    let mut survey = Survey::new(1, streams.to_vec(), Besides::default());
     assert_eq!(round(&mut survey).len(), 8);
     answer(
         &mut survey,
@@ -105,12 +110,12 @@ fn a_stream_that_cannot_be_asked_affects_no_others() {
 
 #[test]
 fn a_server_that_is_not_ready_ends_the_connection() {
-    let mut survey = Survey::new(1, vec![question("s", None)], false);
+    let mut survey = Survey::new(1, vec![question("s", None)], Besides::default());
     round(&mut survey);
     let loading = Reply::new(b"-LOADING Redis is loading the dataset in memory\r\n");
     assert_eq!(survey.reply(loading).unwrap_err().class, Class::Backend);
     for garbage in ["$3\r\nabc\r\n", "*1\r\n:1\r\n", "+OK\r\n"] {
-        let mut survey = Survey::new(1, vec![question("s", None)], false);
+        let mut survey = Survey::new(1, vec![question("s", None)], Besides::default());
         round(&mut survey);
         assert!(survey.reply(Reply::new(garbage.as_bytes())).is_err(), "{garbage:?}");
     }
@@ -144,7 +149,7 @@ fn the_result_of_trimming_is_reported() {
         ),
         ("-BUSY Redis is busy running a script.\r\n", false, Some(Class::Backend)),
     ] {
-        let mut survey = Survey::new(1, vec![question("s", Some(trim.clone()))], false);
+        let mut survey = Survey::new(1, vec![question("s", Some(trim.clone()))], Besides::default());
         let mut out = Vec::new();
         assert_eq!(survey.ask(&mut out), 3);
         let text = String::from_utf8(out).unwrap();
@@ -162,18 +167,41 @@ fn the_result_of_trimming_is_reported() {
     }
 }
 
+/// An entry that is added later has a higher id, whatever a group says that it has read.
+#[test]
+fn the_last_id_is_asked_for_trimming() {
+    let besides = Besides {
+        last: true,
+        idle: false,
+    };
+    for (reply, last, class) in [
+        ("+9-1\r\n", Some(EntryId { ms: 9, seq: 1 }), None),
+        ("-ERR no such key\r\n", None, None),
+        ("-NOPERM no\r\n", None, Some(Class::Configuration)),
+        ("-ERR unknown command 'EVAL'\r\n", None, Some(Class::Configuration)),
+    ] {
+        let mut survey = Survey::new(1, vec![question("s", None)], besides);
+        let commands = round(&mut survey);
+        assert_eq!((commands.len(), &commands[2][..15]), (3, "EVAL local info"));
+        answer(&mut survey, &[":12\r\n", "*0\r\n", reply]);
+        assert!(round(&mut survey).is_empty());
+        let found = survey.into_found().remove(0);
+        assert_eq!((found.last, found.untrimmed.map(|f| f.class)), (last, class), "{reply}");
+    }
+}
+
 /// However many groups there are and however large, only those that are examined are kept.
 #[test]
 fn crowds_and_long_names_are_bounded() {
     let row = |name: &str| format!("*2\r\n$4\r\nname\r\n${}\r\n{name}\r\n", name.len());
     let crowd: String = (0..500).map(|n| row(&n.to_string())).collect();
-    let mut survey = Survey::new(1, vec![question("s", None)], true);
+    let mut survey = Survey::new(1, vec![question("s", None)], IDLE);
     round(&mut survey);
     answer(&mut survey, &[":1\r\n", &format!("*500\r\n{crowd}")]);
     let found = survey.into_found().remove(0);
     assert_eq!((found.groups.len(), found.has_more_groups), (100, true));
 
-    let mut survey = Survey::new(1, vec![question("s", None)], true);
+    let mut survey = Survey::new(1, vec![question("s", None)], IDLE);
     round(&mut survey);
     answer(&mut survey, &[":1\r\n"]);
     // The connection passes a string that is too long to be kept in this form.
