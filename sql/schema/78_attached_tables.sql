@@ -96,7 +96,8 @@ begin
     -- Without nested loops, because a plan that is made for one row must also serve a million. The settings make values
     -- look the same in all sessions; otherwise a row would have several subjects. And the condition means the same.
     execute format('create %s function %s() returns trigger language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_nestloop = off
-            set standard_conforming_strings = on set datestyle = iso set intervalstyle = postgres set timezone = utc set bytea_output = hex set extra_float_digits = 1 as %L',
+            set standard_conforming_strings = on set transform_null_equals = off set array_nulls = on set quote_all_identifiers = off set lc_monetary = ''C''
+            set datestyle = ''iso, mdy'' set intervalstyle = postgres set timezone = utc set bytea_output = hex set extra_float_digits = 1 as %L',
         case when replaces then 'or replace' else '' end, function, outbox.row_events(relation, said ->> 'event_type', said ->> 'source', said ->> 'backend',
             array(select jsonb_array_elements_text(said -> 'key')), case when said ? 'columns' then array(select jsonb_array_elements_text(said -> 'columns')) end,
             string_to_array(said ->> 'operations', ','), said ->> 'condition', said ->> 'payload'));
@@ -151,7 +152,8 @@ comment on function outbox.detach_table(regclass) is 'The reverse of outbox.atta
 
 create function outbox.attach_table("table" regclass, event_type text default null, source text default null, backend text default null, key text[] default null,
         columns text[] default null, operations text default 'insert,update,delete', condition text default null, payload text default 'new') returns void
-    language plpgsql set search_path = pg_catalog, pg_temp
+    -- The condition is tried as it will be read.
+    language plpgsql set search_path = pg_catalog, pg_temp set standard_conforming_strings = on set datestyle = 'iso, mdy' set array_nulls = on
     as $$
 declare
     c record;

@@ -2,7 +2,7 @@
 -- outbox.attach_table() are in the comment of the table's function, with the present names of the columns.
 
 create function outbox.expect_condition(relation regclass, condition text, publisher oid) returns void
-    language plpgsql set search_path = pg_catalog, pg_temp
+    language plpgsql set search_path = pg_catalog, pg_temp set standard_conforming_strings = on set datestyle = 'iso, mdy' set array_nulls = on
     as $$
 begin
     if condition is not null then

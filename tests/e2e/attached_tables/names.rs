@@ -1,8 +1,10 @@
 //! Whatever columns and tables are called, and whatever a session has set, an event says the same of a row.
 
 use super::{event, heads, run, start, taken};
-use kit::Refused;
+use kit::{Postgres, Refused};
 use serde_json::json;
+use std::process::Command;
+use tempfile::TempDir;
 
 #[test]
 fn a_column_may_be_called_as_a_row_is_in_the_trigger() {
@@ -52,52 +54,107 @@ fn a_column_may_be_called_as_a_row_is_in_the_trigger() {
     assert_eq!(taken(&mut c), [event("t.insert", "1", json!({"d": 3}))]);
 }
 
+/// A server that knows the locale `xx_XX`, which writes money in its own way, as long as the directory is there.
+fn start_abroad() -> (Postgres, Option<TempDir>) {
+    let (dir, source) = kit::env::shared_file(
+        "source",
+        "LC_MONETARY\nint_curr_symbol \"EUR \"\ncurrency_symbol \"EUR\"\nmon_decimal_point \",\"\nmon_thousands_sep \".\"\n\
+         mon_grouping 3;3\npositive_sign \"\"\nnegative_sign \"-\"\nint_frac_digits 2\nfrac_digits 2\np_cs_precedes 0\np_sep_by_space 1\n\
+         n_cs_precedes 0\nn_sep_by_space 1\np_sign_posn 1\nn_sign_posn 1\nEND LC_MONETARY\n",
+    );
+    // It warns that the locale has nothing else.
+    let made = Command::new("localedef")
+        .args(["--no-archive", "-c", "-i"])
+        .args([source.as_path(), dir.path().join("xx_XX").as_path()])
+        .output();
+    let is_made = made.is_ok_and(|made| made.status.code().is_some_and(|code| code < 2));
+    if !is_made {
+        kit::env::not_run("localedef makes no locale, so money looks the same everywhere");
+    }
+    let place = dir.path().to_str().expect("UTF-8").to_owned();
+    let pg = Postgres::with(&[("outbox_relay.enabled", "off")])
+        .env("LOCPATH", &place)
+        .start();
+    pg.extension();
+    (pg, is_made.then_some(dir))
+}
+
 /// A subject that depended on the session would let two events of one row go into two streams.
 #[test]
 fn what_a_session_has_set_changes_nothing_in_its_events() {
-    let pg = start();
+    let (pg, locales) = start_abroad();
     let mut c = pg.client();
     run(
         &mut c,
-        "create table t (day date primary key, at timestamptz, span interval, bytes bytea, number float8, during tstzrange);
-        create table keyed (at timestamptz, bytes bytea, primary key (at, bytes));
-        select outbox.attach_table('t'), outbox.attach_table('keyed')",
+        "create type mood as enum ('un well'); create type spot as (at timestamptz, price money);
+        create table t (day date primary key, at timestamptz, span interval, bytes bytea, number float8, during tstzrange, price money,
+            prices money[], of regclass, moods mood[], spot spot, span_only daterange, note xml);
+        create table keyed (at timestamptz, bytes bytea, primary key (at, bytes)); create table priced (price money primary key);
+        select outbox.attach_table('t'), outbox.attach_table('keyed'), outbox.attach_table('priced')",
     );
-    let statements = "insert into t values ('2020-02-01', '2020-02-01 00:00+00', '1 day 2 hours', '\\x00ff', 0.1234567890123456, '[2020-02-01 00:00+00,)');
-        insert into keyed values ('2020-02-01 00:00+00', '\\x00ff'); delete from t; delete from keyed";
+    let statements = "insert into t values ('2020-02-01', '2020-02-01 00:00+00', '1 day 2 hours', '\\x00ff', 0.1234567890123456, '[2020-02-01 00:00+00,)',
+            1234.5::numeric, array[0.5::numeric::money, null], 'outbox.events', '{\"un well\"}', row('2020-02-01 00:00+00', -2::numeric), '[2020-02-01,2020-02-02]', '<a/>');
+        insert into keyed values ('2020-02-01 00:00+00', '\\x00ff'); insert into priced values (1234.5::numeric);
+        delete from t; delete from keyed; delete from priced";
     let mut both = [0, 1].map(|_| pg.client());
     run(
         &mut both[1],
-        "set datestyle = 'German'; set timezone = 'Asia/Tokyo'; set bytea_output = 'escape'; set extra_float_digits = -5; set intervalstyle = 'iso_8601'",
+        "set datestyle = 'German'; set timezone = 'Asia/Tokyo'; set bytea_output = 'escape'; set extra_float_digits = -5; set intervalstyle = 'iso_8601';
+        set quote_all_identifiers = on; set xmlbinary = hex",
     );
+    if locales.is_some() {
+        run(&mut both[1], "set lc_monetary = 'xx_XX'");
+        let money = both[1].query_one("select 1234.5::numeric::money::text", &[]);
+        assert_eq!(money.expect("money").get::<_, String>(0), "1.234,50 EUR");
+    }
     let [first, second] = both.each_mut().map(|session| {
         run(session, statements);
         taken(&mut c)
     });
     assert_eq!(first, second);
     let row = json!({"day": "2020-02-01", "at": "2020-02-01T00:00:00+00:00", "span": "1 day 02:00:00", "bytes": "\\x00ff",
-        "number": 0.123_456_789_012_345_6, "during": "[\"2020-02-01 00:00:00+00\",)"});
+        "number": 0.123_456_789_012_345_6, "during": "[\"2020-02-01 00:00:00+00\",)", "price": "$1,234.50", "prices": ["$0.50", null],
+        "of": "outbox.events", "moods": ["un well"], "spot": {"at": "2020-02-01T00:00:00+00:00", "price": "-$2.00"},
+        "span_only": "[2020-02-01,2020-02-03)", "note": "<a/>"});
     assert_eq!(first[0], event("t.insert", "2020-02-01", row));
     assert_eq!(
         first[1].1.as_deref(),
         Some("[\"2020-02-01T00:00:00+00:00\", \"\\\\x00ff\"]")
     );
-    assert_eq!(second[1].1, second[3].1);
+    assert_eq!(second[1].1, second[4].1);
 }
 
 #[test]
 fn a_condition_means_the_same_in_every_session() {
     let pg = start();
     let mut c = pg.client();
-    run(
-        &mut c,
-        r"create table t (note text primary key); select outbox.attach_table('t', condition => $$note <> 'a\b'$$)",
-    );
-    for set in ["reset all", "set standard_conforming_strings = off"] {
-        let mut session = pg.client();
-        run(&mut session, set);
-        run(&mut session, r"insert into t values (E'a\\b'), ('c'); delete from t");
-        assert_eq!(heads(&mut c), ["t.insert c", "t.delete c"], "{set}");
+    run(&mut c, "create table t (note text primary key, day date, list text[])");
+    let rows = "insert into t (note, day, list) values (E'a\\\\b', '2020-03-02', '{a}'), ('c', '2020-02-03', array[null]); delete from t";
+    for condition in [
+        r"note <> 'a\b'",
+        "day = '02/03/2020'",
+        "list = '{null}'",
+        "(note = null) is null and note <> E'a\\\\b'",
+    ] {
+        for set in [
+            "reset all",
+            "set standard_conforming_strings = off; set datestyle = 'German'; set array_nulls = off; set transform_null_equals = on",
+        ] {
+            let mut session = pg.client();
+            run(&mut session, set);
+            session
+                .execute("select outbox.attach_table('t', condition => $1)", &[&condition])
+                .unwrap_or_else(|error| panic!("{set}: {condition}: {error:?}"));
+            for set in [
+                "reset all",
+                "set standard_conforming_strings = off; set datestyle = 'SQL, DMY'; set array_nulls = off; set transform_null_equals = on",
+            ] {
+                let mut session = pg.client();
+                run(&mut session, set);
+                run(&mut session, rows);
+                assert_eq!(heads(&mut c), ["t.insert c", "t.delete c"], "{set}: {condition}");
+            }
+        }
     }
 }
 
