@@ -199,7 +199,7 @@ begin
     -- With their rows among the others: these would look like published ones, and be replayed.
     with gone as (
         delete from outbox.failed_events f
-        where (discard_failed.backend is null or f.backend = discard_failed.backend)
+        where (discard_failed.backend is null or discard_failed.backend = coalesce((select b.name from outbox.backends b where b.number = f.backend_number), f.backend))
             and (discard_failed.event_type is null or f.event_type = discard_failed.event_type)
             and (discard_failed.event_id is null or f.event_id = discard_failed.event_id)
         returning f.event_id, f.seq

@@ -94,6 +94,42 @@ fn discarded_events_are_gone_for_good() {
     assert_eq!(refused.code().map(|code| code.code()), Some("42501"));
 }
 
+/// Events belong to their backend, whatever it is called, as `retry_failed` and the views have it.
+#[test]
+fn failed_events_of_a_renamed_backend_are_discarded_by_its_new_name() {
+    let stack = Stack::of(
+        Postgres::with(QUICK).with(&[("outbox_relay.max_retries", "1")]),
+        Redis::start(),
+    );
+    stack.redis.call(&["SET", "wrong", "no stream"]);
+    stack
+        .pg
+        .exec("select outbox.publish_event('one', 'kit', stream => 'wrong')");
+    wait_eq("failed events", 1, || {
+        stack.pg.one::<i64>("select count(*) from outbox.failed_events")
+    });
+    stack.pg.exec(
+        "update outbox.backends set name = 'renamed' where name = 'default';
+         insert into outbox.backends (name, enabled) values ('default', false)",
+    );
+    let of = |backend: &str| {
+        let status =
+            format!("select count(*) from outbox.event_status where status = 'failed' and backend = '{backend}'");
+        let discard = format!("select outbox.discard_failed(backend => '{backend}')");
+        (stack.pg.one::<i64>(&status), stack.pg.one::<i64>(&discard))
+    };
+    assert_eq!((of("default"), of("renamed")), ((0, 0), (1, 1)));
+    // What is left of a deleted backend has the name that this had.
+    stack
+        .pg
+        .exec("select outbox.publish_event('two', 'kit', backend => 'renamed', stream => 'wrong')");
+    wait_eq("failed events", 1, || {
+        stack.pg.one::<i64>("select count(*) from outbox.failed_events")
+    });
+    stack.pg.exec("delete from outbox.backends where name = 'renamed'");
+    assert_eq!((of("default"), of("renamed")), ((0, 0), (1, 1)));
+}
+
 #[test]
 fn one_screen_shows_what_each_backend_is_doing() {
     let stack = quick();
