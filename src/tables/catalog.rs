@@ -233,6 +233,14 @@ pub(crate) fn is_served() -> bool {
     served.is_some() && relations().map(|relations| relations.events) == served
 }
 
+/// Raises an ERROR unless [`is_served`]: called when something of the loaded backends was written.
+pub(crate) fn expect_served() {
+    if !is_served() {
+        let code = PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
+        raise(ErrorReport::new(code, "the extension was created again", ""));
+    }
+}
+
 /// Our relations, or `None` if the extension is not installed. Raises an ERROR with an explanation if it is installed
 /// but an object that everybody needs is missing. Needs a transaction.
 pub(crate) fn relations() -> Option<Relations> {

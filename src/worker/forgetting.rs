@@ -4,7 +4,7 @@
 
 use crate::server::clock;
 use crate::server::process::{self, Aborted};
-use crate::tables::backends;
+use crate::tables::{backends, catalog};
 use crate::worker::backend::Backend;
 use crate::worker::state::Worker;
 use crate::worker::task::Task;
@@ -58,6 +58,7 @@ impl Worker {
                 // None of their events is left behind this cursor.
                 strays.save(now, wall_us);
                 backends::forget(&gone, &strays.delivery.acked().from);
+                catalog::expect_served();
             }
             kept
         })?;

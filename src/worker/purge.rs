@@ -185,6 +185,7 @@ impl Purge {
                 retention::follow_clock();
                 due.iter()
                     .for_each(|(number, tick)| retention::record_tick(*number, tick));
+                catalog::expect_served();
             })?;
             let is_recorded = |b: &Backend| due.iter().any(|(number, _)| *number == b.number);
             for backend in backends.iter_mut().filter(|b| is_recorded(b)) {

@@ -1,6 +1,7 @@
 //! Consumer groups: which Redis servers are asked about them in a round, and what is saved of the answers.
 
 use crate::server::process;
+use crate::tables::catalog;
 use crate::tables::consumers;
 use crate::worker::state::Worker;
 use crate::worker::task::Task;
@@ -43,6 +44,7 @@ impl Worker {
                         consumers::save(backend.number, backend.lane(), found);
                     }
                 }
+                catalog::expect_served();
             })
         });
         if saved.is_some() {

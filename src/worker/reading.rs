@@ -272,6 +272,7 @@ impl Worker {
         let lane = process::transaction(|| {
             let mut lane = finder.new_lane(hash_slot, at, home);
             lane.save_new();
+            catalog::expect_served();
             lane
         })?;
         self.backends.push(lane);

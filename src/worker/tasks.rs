@@ -46,7 +46,7 @@ impl Worker {
 
     pub(super) fn failed(&mut self, task: Task, error: &Aborted, now: Now) {
         // The order to end has cancelled the statement that was running.
-        if process::is_told_to_end() {
+        if process::is_told_to_end() || self.is_of_another_extension() {
             return;
         }
         let is_news = self
@@ -75,6 +75,15 @@ impl Worker {
                 Some(hint),
             );
         }
+    }
+
+    /// Whether what the worker knows is of an extension that is gone. Then it loads the next one.
+    fn is_of_another_extension(&mut self) -> bool {
+        let is_gone = !self.backends.is_empty() && !process::transaction(catalog::is_served).unwrap_or(true);
+        if is_gone {
+            self.generation = Generation::Stale;
+        }
+        is_gone
     }
 
     /// Saves what is unsaved in one transaction, which costs less than a commit for each backend; of very many backends
@@ -109,9 +118,7 @@ impl Worker {
                 .for_each(|whose| self.patience.succeeded(Task::SaveOf(*whose)));
             return;
         };
-        // What is unsaved is of an extension that is gone.
-        if !process::transaction(catalog::is_served).unwrap_or(true) {
-            self.generation = Generation::Stale;
+        if self.is_of_another_extension() {
             return;
         }
         if is_lock(&error) && !process::transaction(catalog::can_save).unwrap_or(false) {

@@ -370,3 +370,37 @@ fn what_was_not_saved_of_a_dropped_extension_is_not_saved_in_the_next() {
     );
     assert!(!stack.pg.log().contains("ERROR"), "{}", stack.pg.log());
 }
+
+/// The same of what the worker has seen: consumer groups in Redis, and up to where events were delivered.
+#[test]
+fn what_was_seen_of_a_dropped_extension_is_not_written_in_the_next() {
+    let old_groups = "select count(*) from outbox.consumer_groups where stream = 'old'";
+    let old_ticks = "select count(*) from outbox.ticks t, pg_extension e where e.extname = 'outbox_relay' and t.reached_at > '-infinity'
+            and not pg_visible_in_snapshot(e.xmin::text::xid8, t.snapshot)";
+    for (table, old) in [("consumer_groups", old_groups), ("ticks", old_ticks)] {
+        let stack = Stack::of(
+            Postgres::with(QUICK).with(&[("outbox_relay.published_retention", "1min")]),
+            Redis::start(),
+        );
+        stack.pg.exec("update outbox.backends set stream_name = 'old'");
+        stack.publish("before");
+        wait_until("it to be written", || {
+            stack.pg.exec("select from outbox.consumers");
+            stack.pg.one::<i64>(&format!("select count(*) from outbox.{table}")) > 0
+        });
+        stack.publish("more");
+        let mut other = stack.pg.client();
+        other
+            .batch_execute("begin; drop extension outbox_relay cascade; create extension outbox_relay")
+            .unwrap();
+        let waits =
+            format!("select count(*) from pg_locks where relation = 'outbox.{table}'::regclass and not granted");
+        wait_eq("the worker waits to write", 1, || stack.pg.one::<i64>(&waits));
+        other.batch_execute("commit").unwrap();
+        stack.point("default", &stack.redis);
+        stack.publish("after");
+        stack.wait_events(1);
+        assert_eq!(stack.pg.one::<i64>(old), 0, "{table}");
+        assert!(!stack.pg.log().contains("ERROR"), "{}", stack.pg.log());
+    }
+}

@@ -1,14 +1,12 @@
 //! Saves what a backend's books hold.
 
-use crate::server::error::raise;
 use crate::server::process::{self, Aborted};
 use crate::tables::care;
 use crate::tables::catalog;
 use crate::tables::cursors::{Saved, Standing};
 use crate::tables::{cursors, refused};
 use crate::worker::backend::Backend;
-use pgrx::pg_sys::panic::ErrorReport;
-use pgrx::{PgSqlErrorCode, pg_sys};
+use pgrx::pg_sys;
 use relay::delivery::refusal::Record;
 use relay::failure;
 use relay::fault::Point;
@@ -131,10 +129,7 @@ pub(crate) fn save(backends: &mut [Backend], which: impl Fn(&Backend) -> bool, n
     saved.sort_unstable_by_key(|b| b.whose());
     care::transaction(|| {
         saved.iter_mut().for_each(|b| b.save(now, wall_us));
-        if !catalog::is_served() {
-            let code = PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
-            raise(ErrorReport::new(code, "the extension was created again", ""));
-        }
+        catalog::expect_served();
     })?;
     saved.iter_mut().for_each(|b| b.saved(now));
     fault::reach(Point::AfterSave);
