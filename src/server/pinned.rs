@@ -16,6 +16,8 @@ const PINNED: &[(&CStr, &CStr)] = &[
     (c"row_security", c"on"),
     // Other triggers and rules do not run in a worker: see rights.rs. Ours are always enabled.
     (c"session_replication_role", c"replica"),
+    // Every ERROR would end the process.
+    (c"exit_on_error", c"off"),
     // Timeouts. A task that cannot get a lock in time is tried again later; the worker's other tasks do not wait for
     // it.
     (c"lock_timeout", c"25ms"),

@@ -123,3 +123,22 @@ fn a_line_that_keeps_the_configuration_from_being_read_is_named() {
         wait_well(&stack.pg, "configuration files");
     }
 }
+
+/// A role may have been given little memory, and no temporary files.
+#[test]
+fn a_role_without_memory_is_told_all_the_same() {
+    let stack = Stack::start();
+    stack.pg.exec("create role watcher login; grant pg_monitor to watcher");
+    for setting in ["work_mem = '64kB'", "hash_mem_multiplier = 1", "temp_file_limit = 0"] {
+        stack.pg.exec(&format!("alter role watcher set {setting}"));
+    }
+    let faults = || {
+        let sql = "select string_agg(detail, ' ') from outbox.health() where detail like 'This cannot be looked at%'";
+        let row = stack.pg.client_as("watcher", "postgres").query_one(sql, &[]);
+        row.expect("it answers").get::<_, Option<String>>(0)
+    };
+    assert_eq!(faults(), None);
+    // That it can fail:
+    stack.pg.exec("alter function outbox.health(interval) reset work_mem");
+    assert!(faults().is_some_and(|faults| faults.contains("temp_file_limit")));
+}

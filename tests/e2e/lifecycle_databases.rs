@@ -323,3 +323,30 @@ fn settings_of_a_database_or_a_role_do_not_stop_its_relay() {
         publisher.batch_execute("alter role postgres reset all").unwrap();
     }
 }
+
+/// With `exit_on_error` each ERROR ends its session. Those of a worker are often: it waits for no lock for long.
+#[test]
+fn a_database_in_which_errors_end_sessions_keeps_its_worker() {
+    let pg = Postgres::start();
+    let redis = Redis::start();
+    database(&pg, &redis, "strict");
+    let first = pg.wait_worker("strict");
+    let mut session = pg.client_db("strict");
+    pg.exec("alter database strict set exit_on_error = on");
+    session
+        .execute("select pg_terminate_backend($1)", &[&first])
+        .expect("it ends");
+    wait_until("another worker", || {
+        pg.worker_pid("strict").is_some_and(|pid| pid != first)
+    });
+    let worker = pg.wait_worker("strict");
+    let published = publish_many(&mut session, "default", "", "event", 3);
+    redis.wait_entries("strict", 3);
+    let mark = pg.log().len();
+    session
+        .batch_execute("begin; lock table outbox.cursors; select pg_sleep(2); commit")
+        .expect("it is locked");
+    pg.wait_log_after(mark, "canceling statement due to lock timeout");
+    assert_eq!(pg.worker_pid("strict"), Some(worker), "{}", pg.log());
+    assert_eq!(ids(&redis.entries("strict")), published);
+}
