@@ -13,7 +13,7 @@ use crate::tables::row::attribute;
 use pgrx::pg_sys;
 use relay::event::binary;
 use serde::Deserialize;
-use serde::de::{Deserializer, MapAccess, Visitor};
+use serde::de::{Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 use std::borrow::Cow;
 use std::ffi::{CStr, c_char, c_int, c_void};
@@ -80,11 +80,57 @@ unsafe extern "C-unwind" fn say_element(index: *mut c_void) {
     }
 }
 
-/// The elements of an array as texts, in the memory of the call.
+/// The elements of an array as texts, in the memory of the call: there may be millions.
 #[derive(Clone, Copy)]
 struct Items {
     first: *mut (*const u8, usize),
     count: usize,
+    room: usize,
+}
+
+impl Items {
+    fn none() -> Self {
+        const FIRST: usize = 64;
+        // SAFETY: memory of the call.
+        let first = unsafe { pg_sys::palloc(size_of::<(*const u8, usize)>() * FIRST) }.cast();
+        let (count, room) = (0, FIRST);
+        Items { first, count, room }
+    }
+
+    fn push(&mut self, text: &str) {
+        // SAFETY: there is room for as many.
+        unsafe {
+            if self.count == self.room {
+                self.room *= 2;
+                let size = size_of::<(*const u8, usize)>() * self.room;
+                self.first = pg_sys::repalloc_huge(self.first.cast(), size).cast();
+            }
+            *self.first.add(self.count) = (text.as_ptr(), text.len());
+        }
+        self.count += 1;
+    }
+}
+
+impl<'de> Deserialize<'de> for Items {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Array;
+        impl<'de> Visitor<'de> for Array {
+            type Value = Items;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an array")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut elements: A) -> Result<Items, A::Error> {
+                let mut items = Items::none();
+                while let Some(element) = elements.next_element::<&'de RawValue>()? {
+                    items.push(element.get());
+                }
+                Ok(items)
+            }
+        }
+        deserializer.deserialize_seq(Array)
+    }
 }
 
 /// The elements of the argument, and a place for the results.
@@ -108,16 +154,7 @@ fn items_of_call(fcinfo: pg_sys::FunctionCallInfo) -> Items {
             Cow::Borrowed(text) => text,
             Cow::Owned(text) => copied(&text),
         };
-        let items: Vec<&RawValue> = serde_json::from_str(text).unwrap_or_else(|_| PublishError::NotAnArray.raise());
-        let size = size_of::<(*const u8, usize)>() * items.len().max(1);
-        let first = pg_sys::MemoryContextAllocHuge(pg_sys::CurrentMemoryContext, size).cast::<(*const u8, usize)>();
-        for (index, item) in items.iter().enumerate() {
-            *first.add(index) = (item.get().as_ptr(), item.get().len());
-        }
-        Items {
-            first,
-            count: items.len(),
-        }
+        serde_json::from_str(text).unwrap_or_else(|_| PublishError::NotAnArray.raise())
     }
 }
 
@@ -141,6 +178,7 @@ fn prepared_item(items: &Items, index: usize, relations: &Relations) -> Prepared
         let (start, length) = *items.first.add(index);
         std::str::from_utf8_unchecked(std::slice::from_raw_parts(start, length))
     };
+    json::expect_parsable(text.as_bytes());
     let request = match serde_json::from_str::<Item<'_>>(text) {
         Err(_) => Err("it is not a JSON object".to_owned()),
         Ok(Item { unknown: Some(key), .. }) => Err(format!("key \"{key}\" is unknown")),

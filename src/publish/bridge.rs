@@ -77,7 +77,9 @@ unsafe fn request_of(trigger: &pg_sys::TriggerData) -> Request<'_> {
             _ => refuse(trigger, pair[0], "is not a part of an event"),
         }
     }
-    if let (Some(prefix), Some(stream)) = (prefix, &request.stream) {
+    // A longer one is refused, and not copied before.
+    const LONG: usize = 64 * 1_024;
+    if let (Some(prefix), Some(stream)) = (prefix, request.stream.as_ref().filter(|stream| stream.len() < LONG)) {
         request.stream = Some(Cow::Owned([prefix, stream].concat()));
     }
     // The other clock's present may lie in our future. Such an event is not scheduled.

@@ -1,7 +1,9 @@
 //! JSON from publishers. Whatever type it was passed as, what jsonb would refuse is refused.
 
+use crate::publish::error::PublishError;
+use crate::server::guc;
 use pgrx::pg_sys;
-use std::ffi::{CStr, CString};
+use std::ffi::CStr;
 
 /// A longer run of digits may be too large for Postgres's numeric.
 const MOST_DIGITS: usize = 1_000;
@@ -20,13 +22,25 @@ pub(super) unsafe fn rendered<'a>(datum: pg_sys::Datum) -> &'a [u8] {
     }
 }
 
+/// Raises an ERROR for a text that is much too large for an event, whatever is in it, before it is copied: where Rust gets
+/// no memory, it ends the process, and that all sessions. Escapes may take six bytes for one.
+pub(super) fn expect_parsable(text: &[u8]) {
+    let limit = guc::MAX_EVENT_SIZE_KB.get() as usize * 1_024;
+    if text.len() > 8 * limit + 1_024 * 1_024 {
+        let size = text.len();
+        PublishError::TooLarge { size, limit }.raise();
+    }
+}
+
 /// A JSON text as jsonb, in the current memory context. Raises the errors of jsonb. The text must be valid in the
 /// database's encoding.
 pub(super) fn parsed(text: &[u8]) -> pg_sys::Datum {
-    let text = CString::new(text).unwrap_or_default();
-    let arguments = [Some(pg_sys::Datum::from(text.as_ptr()))];
-    // SAFETY: the input function's argument.
-    let jsonb = unsafe { pgrx::direct_function_call_as_datum(pg_sys::jsonb_in, &arguments) };
+    expect_parsable(text);
+    // SAFETY: a copy with a zero at its end, the input function's argument.
+    let jsonb = unsafe {
+        let text = pg_sys::pnstrdup(text.as_ptr().cast(), text.len());
+        pgrx::direct_function_call_as_datum(pg_sys::jsonb_in, &[Some(pg_sys::Datum::from(text))])
+    };
     jsonb.unwrap_or(pg_sys::Datum::from(0))
 }
 

@@ -99,6 +99,7 @@ pub(super) fn check_itself(request: &Request<'_>) -> Result<(), PublishError> {
         return Err(PublishError::EmptyStream);
     }
     check_length("stream", request.stream.as_deref(), TEXT_LIMIT)?;
+    check_length("backend", request.backend.as_deref(), TEXT_LIMIT)?;
     match request.max_retries {
         Some(n) if n < 0 => return Err(PublishError::NegativeRetries(n.to_string())),
         Some(n) if n > MOST_ATTEMPTS => return Err(PublishError::ManyRetries(n.to_string())),
@@ -145,9 +146,17 @@ fn check_size(size: usize) -> Result<(), PublishError> {
     }
 }
 
+/// The beginning of a text of which more is neither valid nor worth a copy.
+fn shortened(text: &[u8]) -> &[u8] {
+    const ENOUGH: usize = 200;
+    // SAFETY: valid text in the database's encoding, or bytes of which some are cut.
+    let length = unsafe { pg_sys::pg_mbcliplen(text.as_ptr().cast(), text.len() as i32, ENOUGH as i32) };
+    &text[..(length.max(0) as usize).min(text.len())]
+}
+
 /// A number of attempts from its text.
 pub(super) fn attempts(text: &[u8]) -> Result<i32, PublishError> {
-    let shown = || String::from_utf8_lossy(text).chars().take(SHOWN).collect();
+    let shown = || String::from_utf8_lossy(shortened(text)).chars().take(SHOWN).collect();
     let number = std::str::from_utf8(text)
         .ok()
         .and_then(|text| text.trim().parse::<f64>().ok());
@@ -162,7 +171,7 @@ pub(super) fn attempts(text: &[u8]) -> Result<i32, PublishError> {
 
 /// An id from its text. Raises the errors of type uuid.
 pub(super) fn event_id(text: &[u8]) -> [u8; 16] {
-    let text = CString::new(text).unwrap_or_default();
+    let text = CString::new(shortened(text)).unwrap_or_default();
     let arguments = [Some(pg_sys::Datum::from(text.as_ptr()))];
     // SAFETY: the input function's argument; its result points to 16 bytes.
     unsafe {
@@ -173,7 +182,7 @@ pub(super) fn event_id(text: &[u8]) -> [u8; 16] {
 
 /// A time from its text. Raises the errors of type timestamptz. Without a zone it is in the session's TimeZone.
 pub(super) fn time(text: &[u8]) -> i64 {
-    let text = CString::new(text).unwrap_or_default();
+    let text = CString::new(shortened(text)).unwrap_or_default();
     let arguments = [
         Some(pg_sys::Datum::from(text.as_ptr())),
         Some(pg_sys::Datum::from(pg_sys::TIMESTAMPTZOID)),

@@ -7,7 +7,9 @@ use std::borrow::Cow;
 
 /// A `publisher_config` with the session's trace context, if it has one.
 pub(super) fn traced(config: Option<Cow<'_, [u8]>>) -> Option<Cow<'_, [u8]>> {
-    if !guc::is_traced() {
+    let most = guc::MAX_EVENT_SIZE_KB.get() as usize * 1_024;
+    // What is too large is refused, and not copied before.
+    if !guc::is_traced() || config.as_ref().is_some_and(|config| config.len() > most) {
         return config;
     }
     let (parent, state) = (guc::text(&guc::TRACEPARENT), guc::text(&guc::TRACESTATE));

@@ -7,7 +7,6 @@
 //! were granted TRIGGER do not run at all: `session_replication_role` is `replica` wherever we write, and only an owner
 //! can make a trigger fire under it.
 
-use crate::server::datum::bytes_of;
 use crate::server::encoding::{has_utf8_form, utf8};
 use crate::server::error::{internal, raise, strict_arguments};
 use crate::server::process::set_for_now;
@@ -18,7 +17,7 @@ use crate::tables::catalog;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{PgSqlErrorCode, pg_extern, pg_sys};
 use std::cell::Cell;
-use std::ffi::{CStr, CString};
+use std::ffi::CStr;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Name {
@@ -167,13 +166,13 @@ extern "C-unwind" fn analyse_as(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Dat
     report::guard(|| {
         if let Some([role, query]) = strict_arguments(fcinfo) {
             let role = pg_sys::Oid::from(role.value() as u32);
-            // SAFETY: a text, by the SQL declaration, which holds no zero byte.
-            let query = unsafe { CString::new(bytes_of(query)).unwrap_or_default() };
             expect_may_become(role);
-            // SAFETY: within a transaction. An ERROR in between restores the settings when it aborts.
+            // SAFETY: within a transaction, with a text by the SQL declaration. An ERROR in between restores the settings
+            // when it aborts.
             unsafe {
+                let query = CStr::from_ptr(pg_sys::text_to_cstring(query.cast_mut_ptr()));
                 let level = pg_sys::NewGUCNestLevel();
-                as_user(role, || analyse(&query));
+                as_user(role, || analyse(query));
                 pg_sys::AtEOXact_GUC(false, level);
             }
         }

@@ -73,6 +73,7 @@ mod many_backends;
 mod many_calls;
 mod many_databases;
 mod max_rate;
+mod memory_limits;
 mod metrics;
 mod missing_guard;
 mod missing_objects;
